@@ -1,0 +1,8 @@
+//! genblk: a vhost-user daemon that serves virtio-blk disks to virtual machines, with a page cache of its own.
+//!
+//! Read the modules in this order and you follow a request from the socket to the disk and back.
+
+pub mod arena;
+pub mod error;
+pub mod store;
+pub mod units;

@@ -1,0 +1,2 @@
+//! The `genblk` command.
+fn main() {}

@@ -1,0 +1,233 @@
+//! The words every layer shares: where (pages, sectors), which memory (frames), when (ticks, epochs), and what went
+//! wrong on a store.
+//!
+//! `PageNo` says where a page lies on the image, `PageId` which slot of the page table describes it, `FrameId` which
+//! piece of arena memory holds its bytes. They are three types so that none is taken for another.
+
+/// Bytes of a sector, the unit of every virtio-blk request (virtio 1.2, section 5.2).
+pub const SECTOR_BYTES: u64 = 512;
+/// Bytes of a page, the unit of caching.
+pub const PAGE_BYTES: u64 = 4096;
+/// [`PAGE_BYTES`] for indexing memory.
+pub const PAGE_SIZE: usize = 4096;
+/// Sectors of a page: one bit each in a [`SectorMask`].
+pub const SECTORS_PER_PAGE: u64 = PAGE_BYTES / SECTOR_BYTES;
+
+/// A page's place on the image: byte offset / 4096.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageNo(pub u64);
+
+impl PageNo {
+    /// First byte of the page on the image.
+    pub fn offset_bytes(self) -> u64 {
+        self.0 * PAGE_BYTES
+    }
+
+    /// The page `count` further on.
+    #[must_use]
+    pub fn plus(self, count: u64) -> Self {
+        Self(self.0 + count)
+    }
+}
+
+/// A slot of the page table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageId(pub u32);
+
+impl PageId {
+    /// Position of the slot in the table.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A 4 KiB frame of the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FrameId(pub u32);
+
+impl FrameId {
+    /// Position of the frame in the arena.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// A run of sectors on the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SectorSpan {
+    /// First sector.
+    pub start: u64,
+    /// Number of sectors.
+    pub count: u64,
+}
+
+impl SectorSpan {
+    /// `count` sectors from `start`.
+    pub fn new(start: u64, count: u64) -> Self {
+        Self { start, count }
+    }
+
+    /// First sector after the span.
+    pub fn end(self) -> u64 {
+        self.start + self.count
+    }
+
+    /// The pages that the span touches.
+    pub fn pages(self) -> PageSpan {
+        let first = self.start / SECTORS_PER_PAGE;
+        PageSpan { first: PageNo(first), count: self.end().div_ceil(SECTORS_PER_PAGE).saturating_sub(first) }
+    }
+}
+
+/// A run of pages on the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageSpan {
+    /// First page.
+    pub first: PageNo,
+    /// Number of pages.
+    pub count: u64,
+}
+
+impl PageSpan {
+    /// `count` pages from `first`.
+    pub fn new(first: PageNo, count: u64) -> Self {
+        Self { first, count }
+    }
+
+    /// First page after the span.
+    pub fn end(self) -> PageNo {
+        self.first.plus(self.count)
+    }
+
+    /// Whether `page` lies in the span.
+    pub fn contains(self, page: PageNo) -> bool {
+        page >= self.first && page < self.end()
+    }
+
+    /// Whether the two spans share a page.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.first < other.end() && other.first < self.end()
+    }
+
+    /// The pages in order.
+    pub fn iter(self) -> impl Iterator<Item = PageNo> {
+        (self.first.0..self.end().0).map(PageNo)
+    }
+}
+
+/// Sectors of one page, bit `n` for its sector `n`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SectorMask(pub u8);
+
+impl SectorMask {
+    /// No sector.
+    pub const NONE: Self = Self(0);
+    /// All eight sectors.
+    pub const ALL: Self = Self(0xff);
+
+    /// `count` sectors from sector `first` of the page.
+    ///
+    /// => `first + count` is at most 8.
+    pub fn run(first: u8, count: u8) -> Self {
+        debug_assert!(u64::from(first) + u64::from(count) <= SECTORS_PER_PAGE);
+        if count == 8 { Self::ALL } else { Self(((1u8 << count) - 1) << first) }
+    }
+
+    /// Whether no sector is in the mask.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether every sector of `other` is in the mask.
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Sectors in both.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Sectors in either.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Sectors in `self` and not in `other`.
+    #[must_use]
+    pub fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// The lowest run of neighbouring sectors, as (first, count); `None` for the empty mask.
+    pub fn first_run(self) -> Option<(u8, u8)> {
+        if self.0 == 0 {
+            return None;
+        }
+        let first = self.0.trailing_zeros() as u8;
+        let count = (self.0 >> first).trailing_ones() as u8;
+        Some((first, count))
+    }
+
+    /// Number of sectors.
+    pub fn count(self) -> u32 {
+        self.0.count_ones()
+    }
+}
+
+/// A flush epoch: FLUSH closes one and opens the next; a dirty page carries the epoch of its first un-flushed write.
+///
+/// Epochs wrap; those alive at one time lie within half the circle, so they are compared by distance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Epoch(pub u32);
+
+impl Epoch {
+    /// Whether `self` was opened no later than `other`.
+    pub fn at_or_before(self, other: Self) -> bool {
+        other.0.wrapping_sub(self.0) < 1 << 31
+    }
+
+    /// The epoch opened after this one.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0.wrapping_add(1))
+    }
+}
+
+/// Microseconds since the daemon (or the simulated world) started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tick(pub u64);
+
+impl Tick {
+    /// The tick `micros` later.
+    #[must_use]
+    pub fn plus_us(self, micros: u64) -> Self {
+        Self(self.0.saturating_add(micros))
+    }
+
+    /// Microseconds from `earlier` to `self`; 0 if `earlier` is later.
+    pub fn since_us(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// Why an operation on a store failed. `error.rs` maps it to a virtio status byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fault {
+    /// ENOSPC, EDQUOT: no room for the write.
+    NoSpace,
+    /// EIO and the like: the medium failed.
+    Media,
+    /// Another owner took the image; every later operation fails too.
+    Fenced,
+    /// The image or its server is gone for good.
+    Gone,
+    /// The store gave up waiting.
+    TimedOut,
+    /// The store can't do this operation.
+    Unsupported,
+    /// The request was malformed (range, alignment, segment sum).
+    Invalid,
+}

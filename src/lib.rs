@@ -3,6 +3,9 @@
 //! Read the modules in this order and you follow a request from the socket to the disk and back.
 
 pub mod arena;
+pub mod cache;
 pub mod error;
+#[cfg(test)]
+mod sim;
 pub mod store;
 pub mod units;

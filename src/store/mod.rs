@@ -154,7 +154,9 @@ impl Limits {
     ///    are aligned and sum to its length. The image's last block may end before a block boundary: then the transfer
     ///    ends there too.
     pub fn admissible(&self, request: &Request) -> bool {
-        let Some(end) = request.offset.checked_add(request.len) else { return false };
+        let Some(end) = request.offset.checked_add(request.len) else {
+            return false;
+        };
         if end > self.size_bytes {
             return false;
         }
@@ -171,7 +173,10 @@ impl Limits {
                     && (aligned(end) || end == self.size_bytes)
                     && sum == request.len
                     && request.segments.len() <= usize::from(self.segments_max)
-                    && request.segments.iter().all(|s| (s.base as usize).is_multiple_of(self.memory_align as usize))
+                    && request
+                        .segments
+                        .iter()
+                        .all(|s| (s.base as usize).is_multiple_of(self.memory_align as usize))
             }
             Op::Map => request.len > 0 && request.segments.is_empty(),
             Op::Zero { .. } | Op::Discard | Op::Allocate => {

@@ -1,0 +1,252 @@
+//! The dirty pages in the order of the image, and the epochs that are not yet on the store.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::units::{Epoch, PageNo};
+
+use super::page::{FAILED, Page};
+
+/// Pages of a group (64 KiB).
+pub(super) const GROUP_PAGES: u64 = 16;
+
+/// What the dirty set counts of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tally {
+    dirty: Option<Epoch>,
+    unclean: bool,
+    failed: bool,
+}
+
+impl Tally {
+    pub fn of(page: &Page) -> Self {
+        Self {
+            dirty: (!page.dirty.is_empty()).then_some(page.epoch),
+            unclean: !page.dirty.is_empty() || !page.writing.is_empty() || page.writers > 0,
+            failed: page.is(FAILED),
+        }
+    }
+}
+
+/// 64 KiB of the image with dirty pages in it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Group {
+    dirty: u16,
+    /// Written since the write-back cursor last passed.
+    pub recent: bool,
+}
+
+impl Group {
+    /// The dirty pages of group `number`.
+    pub fn pages(self, number: u64) -> impl Iterator<Item = PageNo> {
+        (0..GROUP_PAGES)
+            .filter(move |bit| self.dirty >> bit & 1 == 1)
+            .map(move |bit| PageNo(number * GROUP_PAGES + bit))
+    }
+}
+
+/// The dirty pages, and how many pages and writes belong to each epoch.
+#[derive(Debug)]
+pub(super) struct DirtySet {
+    groups: BTreeMap<u64, Group>,
+    /// Oldest first; none with a count of zero.
+    epochs: VecDeque<(Epoch, u32)>,
+    current: Epoch,
+    dirty_pages: u32,
+    unclean_pages: u32,
+    failed_pages: u32,
+}
+
+impl Default for DirtySet {
+    fn default() -> Self {
+        Self {
+            groups: BTreeMap::new(),
+            epochs: VecDeque::new(),
+            current: Epoch(1),
+            dirty_pages: 0,
+            unclean_pages: 0,
+            failed_pages: 0,
+        }
+    }
+}
+
+impl DirtySet {
+    /// The epoch that writes belong to now.
+    pub fn current(&self) -> Epoch {
+        self.current
+    }
+
+    /// Pages with dirty sectors.
+    pub fn dirty_pages(&self) -> u32 {
+        self.dirty_pages
+    }
+
+    /// Pages that are dirty, on their way to the store, or being filled by a writer.
+    pub fn unclean_pages(&self) -> u32 {
+        self.unclean_pages
+    }
+
+    /// Whether the page is among the unclean.
+    pub fn counts(&self, page: &Page) -> bool {
+        Tally::of(page).unclean
+    }
+
+    /// Pages whose last write-back failed.
+    pub fn failed_pages(&self) -> u32 {
+        self.failed_pages
+    }
+
+    /// The oldest epoch that is not on the store.
+    pub fn oldest(&self) -> Option<Epoch> {
+        self.epochs.front().map(|&(epoch, _)| epoch)
+    }
+
+    /// Ends the current epoch, if anything belongs to it; returns the last epoch that is closed.
+    pub fn close_epoch(&mut self) -> Epoch {
+        if self
+            .epochs
+            .back()
+            .is_some_and(|&(epoch, _)| epoch == self.current)
+        {
+            self.current = self.current.next();
+        }
+        Epoch(self.current.0.wrapping_sub(1))
+    }
+
+    /// A page's tally changed.
+    pub fn note(&mut self, no: PageNo, before: Tally, after: Tally) {
+        if before.dirty != after.dirty {
+            if let Some(epoch) = before.dirty {
+                self.release_epoch(epoch);
+                self.dirty_pages -= 1;
+            }
+            if let Some(epoch) = after.dirty {
+                self.hold_epoch(epoch);
+                self.dirty_pages += 1;
+            }
+            if before.dirty.is_some() != after.dirty.is_some() {
+                self.flip(no);
+            }
+        }
+        self.unclean_pages = self.unclean_pages + u32::from(after.unclean) - u32::from(before.unclean);
+        self.failed_pages = self.failed_pages + u32::from(after.failed) - u32::from(before.failed);
+    }
+
+    fn flip(&mut self, no: PageNo) {
+        let number = no.0 / GROUP_PAGES;
+        let group = self.groups.entry(number).or_default();
+        group.dirty ^= 1 << (no.0 % GROUP_PAGES);
+        if group.dirty == 0 {
+            self.groups.remove(&number);
+        }
+    }
+
+    /// One more page or write belongs to `epoch`.
+    pub fn hold_epoch(&mut self, epoch: Epoch) {
+        match self
+            .epochs
+            .iter()
+            .rposition(|&(other, _)| other.at_or_before(epoch))
+        {
+            Some(at) if self.epochs[at].0 == epoch => self.epochs[at].1 += 1,
+            Some(at) => self.epochs.insert(at + 1, (epoch, 1)),
+            None => self.epochs.push_front((epoch, 1)),
+        }
+    }
+
+    /// One page or write less belongs to `epoch`.
+    pub fn release_epoch(&mut self, epoch: Epoch) {
+        let at = self
+            .epochs
+            .iter()
+            .rposition(|&(other, _)| other == epoch)
+            .expect("the epoch is held");
+        self.epochs[at].1 -= 1;
+        if self.epochs[at].1 == 0 {
+            self.epochs.remove(at);
+        }
+    }
+
+    /// A guest wrote the page: its group is recent. Returns whether all of the group's pages are dirty.
+    pub fn touch_group(&mut self, no: PageNo) -> bool {
+        self.groups.get_mut(&(no.0 / GROUP_PAGES)).is_some_and(|group| {
+            group.recent = true;
+            group.dirty == u16::MAX
+        })
+    }
+
+    /// The cursor passed the group.
+    pub fn cool_group(&mut self, number: u64) {
+        if let Some(group) = self.groups.get_mut(&number) {
+            group.recent = false;
+        }
+    }
+
+    /// Whether all pages of the group of `no` are dirty.
+    pub fn group_is_full(&self, no: PageNo) -> bool {
+        self.groups
+            .get(&(no.0 / GROUP_PAGES))
+            .is_some_and(|group| group.dirty == u16::MAX)
+    }
+
+    /// The first group with dirty pages from group `from` on.
+    pub fn next_group(&self, from: u64) -> Option<(u64, Group)> {
+        self.groups
+            .range(from..)
+            .next()
+            .map(|(&number, &group)| (number, group))
+    }
+
+    /// The dirty pages in order.
+    pub fn iter(&self) -> impl Iterator<Item = PageNo> {
+        self.groups
+            .iter()
+            .flat_map(|(&number, &group)| group.pages(number))
+    }
+
+    /// Bytes of memory the groups take, at the usual fill of a B-tree's nodes.
+    pub fn metadata_bytes(&self) -> usize {
+        self.groups.len() * (size_of::<u64>() + size_of::<Group>()) * 3 / 2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dirty(epoch: u32) -> Tally {
+        Tally {
+            dirty: Some(Epoch(epoch)),
+            unclean: true,
+            failed: false,
+        }
+    }
+
+    const CLEAN: Tally = Tally {
+        dirty: None,
+        unclean: false,
+        failed: false,
+    };
+
+    #[test]
+    fn an_epoch_is_over_when_its_last_page_is_clean() {
+        let mut set = DirtySet::default();
+        set.note(PageNo(5), CLEAN, dirty(1));
+        assert_eq!(set.close_epoch(), Epoch(1));
+        assert_eq!(set.close_epoch(), Epoch(1), "an empty epoch is not closed again");
+        set.note(PageNo(40), CLEAN, dirty(2));
+        assert_eq!(set.oldest(), Some(Epoch(1)));
+        set.note(PageNo(5), dirty(1), CLEAN);
+        assert_eq!(set.oldest(), Some(Epoch(2)));
+        assert!(set.iter().eq([PageNo(40)]));
+    }
+
+    #[test]
+    fn an_old_epoch_comes_back_in_its_place() {
+        let mut set = DirtySet::default();
+        set.hold_epoch(Epoch(3));
+        set.hold_epoch(Epoch(u32::MAX));
+        assert_eq!(set.oldest(), Some(Epoch(u32::MAX)), "epochs wrap");
+        set.release_epoch(Epoch(u32::MAX));
+        assert_eq!(set.oldest(), Some(Epoch(3)));
+    }
+}

@@ -1,0 +1,243 @@
+//! FLUSH: everything written before it is on the store, and the store has been told to make it durable.
+//!
+//! A flush closes the current epoch, waits until nothing of that epoch or an older one is dirty or being written, and
+//! then for a Sync that was submitted after the last such write ended. One Sync is in flight at a time and serves all
+//! flushes that wait (group commit). A flush with nothing written since the last good Sync completes at once.
+//!
+//! Failures: a write that fails fails the flushes of its epoch, and its pages stay dirty. A Sync that fails is never
+//! taken for retryable: everything written since the last good Sync is in doubt, becomes dirty again, and is written
+//! again (we still hold the bytes, because such pages are not evicted).
+
+use std::collections::VecDeque;
+
+use crate::units::{Epoch, Fault, PageId, PageNo, SectorSpan};
+
+use super::flights::{Flight, Outcome, PlanKind};
+use super::page::UNSYNCED;
+use super::{Notice, PageCache, Ticket};
+
+/// Zeroed ranges remembered before a Sync is sent of our own accord.
+const ZEROED_MAX: usize = 256;
+
+/// A flush that waits.
+#[derive(Clone, Copy, Debug)]
+struct Flush {
+    ticket: Ticket,
+    upto: Epoch,
+    /// Once everything up to `upto` is written: how many writes a Sync must cover.
+    needs: Option<u64>,
+}
+
+/// The flushes that wait, and what is written but not yet durable.
+#[derive(Debug, Default)]
+pub(super) struct Flushing {
+    queue: VecDeque<Flush>,
+    /// Writes (and zeros, and discards) that have ended well.
+    written: u64,
+    /// How many of those a good Sync covers.
+    stable: u64,
+    /// The Sync in flight covers this many.
+    syncing: Option<u64>,
+    /// Pages written since the last good Sync. While a Sync is in flight, what it covers is in the one list and what
+    /// came later in the other; `fresh` says which is the other.
+    unsynced: [Vec<PageId>; 2],
+    zeroed: [Vec<(SectorSpan, PlanKind)>; 2],
+    fresh: usize,
+    /// A Sync is wanted although no flush waits.
+    wanted: bool,
+}
+
+impl Flushing {
+    /// The last epoch that a flush waits to see written.
+    pub fn unwritten_upto(&self) -> Option<Epoch> {
+        self.queue
+            .back()
+            .filter(|flush| flush.needs.is_none())
+            .map(|flush| flush.upto)
+    }
+
+    /// Pages can't be evicted for want of a Sync, or have been unstable for long.
+    pub fn want_sync(&mut self) {
+        self.wanted = true;
+    }
+
+    /// Whether a Sync is to be sent although no flush waits.
+    pub fn sync_is_due(&self) -> bool {
+        self.wanted && self.written > self.stable
+    }
+
+    /// A write has ended well.
+    pub fn write_landed(&mut self) {
+        self.written += 1;
+    }
+
+    /// A zero or discard has ended well; a zero is done again if the next Sync fails.
+    pub fn range_landed(&mut self, span: SectorSpan, kind: PlanKind) {
+        self.written += 1;
+        self.zeroed[self.fresh].push((span, kind));
+        self.wanted |= self.zeroed[self.fresh].len() >= ZEROED_MAX;
+    }
+
+    /// Bytes of memory the lists take.
+    pub fn metadata_bytes(&self) -> usize {
+        (self.unsynced[0].capacity() + self.unsynced[1].capacity()) * size_of::<PageId>()
+    }
+}
+
+impl PageCache {
+    /// Asks for everything written so far to be made durable; [`Notice::Done`] tells the end.
+    pub fn flush(&mut self, ticket: Ticket) {
+        self.stats.flushes += 1;
+        // A flush is a question to the store: what failed before is tried again now.
+        self.writeback.retry_now(self.now);
+        let upto = self.dirty.close_epoch();
+        self.flushing.queue.push_back(Flush {
+            ticket,
+            upto,
+            needs: None,
+        });
+    }
+
+    /// Completes flushes whose turn has come, and sends the Sync they wait for.
+    pub(super) fn advance_flushes(&mut self) {
+        let redoing = self.ranges.redoing();
+        let oldest = self.dirty.oldest();
+        let Flushing {
+            queue,
+            written,
+            stable,
+            ..
+        } = &mut self.flushing;
+        for flush in queue.iter_mut().filter(|flush| flush.needs.is_none()) {
+            if redoing || oldest.is_some_and(|oldest| oldest.at_or_before(flush.upto)) {
+                break;
+            }
+            flush.needs = Some(*written);
+        }
+        while let Some(flush) = queue.front()
+            && flush.needs.is_some_and(|needs| needs <= *stable)
+        {
+            self.notices.push(Notice::Done(flush.ticket, Ok(())));
+            queue.pop_front();
+        }
+        let waited_for = queue.front().is_some_and(|flush| flush.needs.is_some());
+        let due = self.flushing.sync_is_due() && self.writeback.may_retry(self.now);
+        if self.flushing.syncing.is_none() && !redoing && (waited_for || due) {
+            self.launch_sync();
+        }
+    }
+
+    fn launch_sync(&mut self) {
+        let flushing = &mut self.flushing;
+        flushing.syncing = Some(flushing.written);
+        flushing.fresh ^= 1;
+        flushing.wanted = false;
+        debug_assert!(
+            flushing.unsynced[flushing.fresh].is_empty(),
+            "the last Sync has taken its list"
+        );
+        self.stats.syncs += 1;
+        self.flights
+            .launch(Flight::without_pages(PlanKind::Sync, SectorSpan::new(0, 0)));
+    }
+
+    /// The Sync in flight has ended.
+    pub(super) fn sync_done(&mut self, outcome: &Outcome) {
+        let covered = self.flushing.syncing.take().expect("a Sync was in flight");
+        let old = self.flushing.fresh ^ 1;
+        let pages = std::mem::take(&mut self.flushing.unsynced[old]);
+        let zeroed = std::mem::take(&mut self.flushing.zeroed[old]);
+        match outcome.fault() {
+            None => {
+                self.flushing.stable = covered;
+                for id in pages {
+                    self.pages[id].clear(UNSYNCED[old]);
+                }
+            }
+            Some(fault) => {
+                self.rewrite(&pages, UNSYNCED[old], zeroed);
+                self.sync_failed(fault, covered);
+            }
+        }
+    }
+
+    /// What a failed Sync was to make durable is in doubt: pages are dirty again, ranges are zeroed again.
+    fn rewrite(&mut self, pages: &[PageId], bit: u8, zeroed: Vec<(SectorSpan, PlanKind)>) {
+        for &id in pages {
+            if self.pages[id].is(bit) {
+                self.pages[id].clear(bit);
+                self.make_dirty_again(id);
+            }
+        }
+        for (span, kind) in zeroed {
+            self.redo_range(span, kind);
+        }
+    }
+
+    /// The flushes that waited for the Sync fail; those that wait for a later one wait for the rewriting too.
+    fn sync_failed(&mut self, fault: Fault, covered: u64) {
+        self.stats.sync_errors += 1;
+        self.writeback.latch(fault, self.now);
+        self.flushing.wanted = true;
+        let notices = &mut self.notices;
+        self.flushing.queue.retain_mut(|flush| {
+            let fails = flush.needs.is_some_and(|needs| needs <= covered);
+            if fails {
+                notices.push(Notice::Done(flush.ticket, Err(fault)));
+            }
+            flush.needs = None;
+            !fails
+        });
+    }
+
+    /// What the page holds may not be on the store after all. It gets an epoch that every waiting flush includes.
+    fn make_dirty_again(&mut self, id: PageId) {
+        let epoch = self
+            .flushing
+            .queue
+            .front()
+            .map_or(self.dirty.current(), |flush| flush.upto);
+        self.change(id, |page| {
+            if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
+                page.epoch = epoch;
+            }
+            page.dirty = page.valid;
+        });
+    }
+
+    /// A write of `epoch` failed: so do the flushes that include it.
+    pub(super) fn fail_flushes(&mut self, epoch: Epoch, fault: Fault) {
+        let notices = &mut self.notices;
+        self.flushing.queue.retain(|flush| {
+            let fails = epoch.at_or_before(flush.upto);
+            if fails {
+                notices.push(Notice::Done(flush.ticket, Err(fault)));
+            }
+            !fails
+        });
+    }
+
+    /// The page was written: it may not be evicted before a good Sync.
+    pub(super) fn mark_unsynced(&mut self, id: PageId) {
+        let fresh = self.flushing.fresh;
+        if !self.pages[id].is(UNSYNCED[fresh]) {
+            self.pages[id].set(UNSYNCED[fresh]);
+            let list = &mut self.flushing.unsynced[fresh];
+            list.push(id);
+            if list.len() >= self.frames.total() as usize / 8 {
+                self.flushing.want_sync();
+            }
+        }
+    }
+
+    /// Pages in a range that is zeroed again, and that were written after it had been zeroed, are written again.
+    pub(super) fn redirty_unsynced(&mut self, pages: impl Iterator<Item = PageNo>) {
+        for no in pages {
+            if let Some(id) = self.pages.find(no)
+                && self.pages[id].any(UNSYNCED[0] | UNSYNCED[1])
+            {
+                self.make_dirty_again(id);
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Which frames are free, and how many hold each of the others.
+//!
+//! A frame is held by residency (its page), by pins (copies to and from guests under way), and by store operations in
+//! flight. Whoever takes a reference gives it back; at none the frame is free.
+
+use crate::units::FrameId;
+
+const FREE: u32 = 1 << 31;
+const END: u32 = FREE - 1;
+
+/// Reference counts and the free list in one word a frame: a count, or [`FREE`] and the next free frame.
+#[derive(Debug)]
+pub(super) struct Frames {
+    words: Vec<u32>,
+    free_head: u32,
+    free_count: u32,
+}
+
+impl Frames {
+    /// `count` free frames.
+    pub fn new(count: u32) -> Self {
+        assert!(count > 0 && count < END, "a cache has 1 to 2^31 frames");
+        let words = (1..=count)
+            .map(|next| FREE | if next == count { END } else { next })
+            .collect();
+        Self {
+            words,
+            free_head: 0,
+            free_count: count,
+        }
+    }
+
+    /// Takes a free frame, with one reference.
+    pub fn take(&mut self) -> Option<FrameId> {
+        if self.free_head == END {
+            return None;
+        }
+        let frame = self.free_head;
+        self.free_head = self.words[frame as usize] & !FREE;
+        self.words[frame as usize] = 1;
+        self.free_count -= 1;
+        Some(FrameId(frame))
+    }
+
+    /// One more reference to a frame that is held.
+    pub fn hold(&mut self, frame: FrameId) {
+        let word = &mut self.words[frame.index()];
+        assert!(*word & FREE == 0, "{frame:?} is free and can't be held");
+        *word += 1;
+    }
+
+    /// Gives a reference back; the last one frees the frame.
+    pub fn release(&mut self, frame: FrameId) {
+        let word = &mut self.words[frame.index()];
+        assert!(
+            *word & FREE == 0 && *word > 0,
+            "{frame:?} is released once too often"
+        );
+        *word -= 1;
+        if *word == 0 {
+            *word = FREE | self.free_head;
+            self.free_head = frame.0;
+            self.free_count += 1;
+        }
+    }
+
+    /// References to a frame that is held.
+    pub fn references(&self, frame: FrameId) -> u32 {
+        let word = self.words[frame.index()];
+        if word & FREE == 0 { word } else { 0 }
+    }
+
+    /// Frames nobody holds.
+    pub fn free(&self) -> u32 {
+        self.free_count
+    }
+
+    /// All frames.
+    pub fn total(&self) -> u32 {
+        u32::try_from(self.words.len()).expect("checked in new()")
+    }
+
+    /// Bytes of memory the counts take.
+    pub fn metadata_bytes(&self) -> usize {
+        self.words.capacity() * size_of::<u32>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_is_free_again_when_its_last_reference_goes() {
+        let mut frames = Frames::new(2);
+        let a = frames.take().unwrap();
+        let b = frames.take().unwrap();
+        assert_ne!(a, b);
+        assert_eq!(frames.take(), None);
+        frames.hold(a);
+        frames.release(a);
+        assert_eq!((frames.free(), frames.references(a)), (0, 1));
+        frames.release(a);
+        assert_eq!(frames.free(), 1);
+        assert_eq!(frames.take(), Some(a));
+    }
+
+    #[test]
+    #[should_panic(expected = "released once too often")]
+    fn releasing_a_free_frame_is_caught() {
+        let mut frames = Frames::new(1);
+        frames.release(FrameId(0));
+    }
+}

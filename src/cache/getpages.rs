@@ -1,0 +1,475 @@
+//! getpages: guest reads, and the read-in of what is missing (genfs_getpages).
+//!
+//! A read walks its pages once. What is valid is pinned and handed out at once, holes are handed out as zeros, and what
+//! is missing is read in: neighbours are merged into one operation, valid pages are skipped, nothing beyond the image
+//! is read. A read-in always fills a frame of its own; when it ends, an absent page adopts that frame, and a page that
+//! has been partly written takes only the sectors it lacks. So a write never waits for a read-in (PGO_OVERWRITE), and
+//! a read-in can't undo a write.
+//!
+//! A request holds no pin while it waits: what has come in is delivered and given back, page by page. So requests that
+//! wait for each other's frames can't lock each other out, however small the cache.
+
+use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask};
+
+use super::flights::{Flight, Outcome, PlanKind};
+use super::holes::Backing;
+use super::page::{MARKER, NONE, PREFETCHED, READING};
+use super::{Access, Admitted, Notice, PageCache, Piece, Step, Ticket};
+
+/// A read that waits for a page.
+#[derive(Clone, Copy, Debug)]
+struct Waiter {
+    ticket: Ticket,
+    at: u32,
+    first: u8,
+    count: u8,
+    next: u32,
+}
+
+/// The waiters of all pages, in one pool: each page has a chain of them.
+#[derive(Debug, Default)]
+pub(super) struct Waiters {
+    pool: Vec<Waiter>,
+    free: Vec<u32>,
+}
+
+/// Missing pages in a row that become one read.
+#[derive(Debug, Default)]
+pub(super) struct Run {
+    /// Put together by readahead: nobody waits for it yet.
+    ahead: bool,
+    first: Option<PageNo>,
+    ids: Vec<PageId>,
+    frames: Vec<FrameId>,
+}
+
+/// Why a page can't be had now.
+enum Missing {
+    /// No frame or slot is free, or the store is being asked where the holes are.
+    Wait,
+    /// It reads as zeros and needs no frame.
+    Hole,
+}
+
+impl PageCache {
+    /// Admits a read: pieces that can be copied now go to `pieces`, the rest comes by notices.
+    ///
+    /// => Every piece is given back with [`PageCache::finish_read`].
+    pub fn read(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
+        self.writeback.guest_was_here(self.now);
+        let mut at = access.from;
+        let mut missed = false;
+        let mut marker = None;
+        while let Some(step) = access.step(at) {
+            if self.ranges.block(step.no) {
+                break;
+            }
+            if let Some(id) = self.pages.find(step.no) {
+                if self.pages[id].valid.contains(step.mask()) {
+                    marker = marker.or(self.hit(id, step, pieces));
+                } else if !self.wait_for(id, step, access.ticket) {
+                    break;
+                } else {
+                    missed = true;
+                }
+            } else {
+                match self.bring_in(step.no) {
+                    Ok(id) => {
+                        self.stats.read_miss_pages += 1;
+                        self.enqueue_waiter(id, step, access.ticket);
+                        missed = true;
+                    }
+                    Err(Missing::Hole) => {
+                        self.stats.read_hole_pages += 1;
+                        pieces.push(step.piece(PageId(NONE), None));
+                    }
+                    Err(Missing::Wait) => break,
+                }
+            }
+            at += u32::from(step.count);
+        }
+        self.launch_run();
+        if missed {
+            self.read_ahead_after_miss(access.span.pages());
+        } else if let Some(no) = marker {
+            self.read_ahead_after_marker(no);
+        }
+        if u64::from(at) == access.span.count {
+            Admitted::All
+        } else {
+            self.stalled.push_back(access.ticket);
+            self.stats.stalls += 1;
+            Admitted::Until(at)
+        }
+    }
+
+    /// Gives back a piece of a read.
+    pub fn finish_read(&mut self, piece: &Piece) {
+        if let Some(frame) = piece.frame {
+            self.frames.release(frame);
+        }
+    }
+
+    /// The hit path: a pin and a touch, no allocation. Returns the page's number if it bears the readahead marker.
+    fn hit(&mut self, id: PageId, step: Step, pieces: &mut Vec<Piece>) -> Option<PageNo> {
+        self.stats.read_hit_pages += 1;
+        let page = &self.pages[id];
+        let frame = page.frame().expect("valid sectors lie in a frame");
+        let marked = page.any(PREFETCHED | MARKER) && self.first_demand(id);
+        self.policy.touch(id);
+        self.frames.hold(frame);
+        pieces.push(step.piece(id, Some(frame)));
+        marked.then_some(step.no)
+    }
+
+    /// The first demand of a page that readahead brought: it has paid, and counts as no second access. Returns whether
+    /// the page bore the marker.
+    fn first_demand(&mut self, id: PageId) -> bool {
+        let page = &mut self.pages[id];
+        let marked = page.is(MARKER);
+        if page.is(PREFETCHED) {
+            self.streams.unread_pages -= 1;
+            self.stats.readahead_used_pages += 1;
+        }
+        page.clear(PREFETCHED | MARKER);
+        marked
+    }
+
+    /// Queues a read behind a page that is in the table with sectors missing. False: no frame to read into.
+    fn wait_for(&mut self, id: PageId, step: Step, ticket: Ticket) -> bool {
+        if self.pages[id].any(PREFETCHED | MARKER) {
+            self.first_demand(id);
+        }
+        let page = &self.pages[id];
+        let settled_by_writer = page.pending.or(page.valid).contains(step.mask());
+        if !page.is(READING) && !settled_by_writer && !self.fill(id) {
+            return false;
+        }
+        self.stats.read_miss_pages += 1;
+        self.enqueue_waiter(id, step, ticket);
+        // A hole may have been filled on the spot.
+        self.settle_waiters(id);
+        true
+    }
+
+    /// Starts the read-in of an absent page.
+    fn bring_in(&mut self, no: PageNo) -> Result<PageId, Missing> {
+        match self.holes.backing(no) {
+            Backing::Hole => return Err(Missing::Hole),
+            Backing::Unknown => {
+                self.ask_for_map(no);
+                return Err(Missing::Wait);
+            }
+            Backing::Data => {}
+        }
+        if self.frames.free() == 0 {
+            return Err(Missing::Wait);
+        }
+        let id = self.create_page(no).ok_or(Missing::Wait)?;
+        let frame = self.frames.take().expect("a frame is free");
+        self.join_run(id, frame);
+        Ok(id)
+    }
+
+    /// Starts the read-in of what a page in the table lacks. False: no frame is free, or the map is being asked for.
+    ///
+    /// => A page on its way to the store is not read (I6): the end of its write looks at its waiters again.
+    pub(super) fn fill(&mut self, id: PageId) -> bool {
+        if !self.pages[id].writing.is_empty() {
+            return true;
+        }
+        let no = self.pages[id].no();
+        match self.holes.backing(no) {
+            Backing::Unknown => {
+                self.ask_for_map(no);
+                false
+            }
+            Backing::Hole => match self.frame_of(id) {
+                Some(frame) => {
+                    let page = &self.pages[id];
+                    let missing = SectorMask::ALL.without(page.valid).without(page.pending);
+                    self.memory.zero_sectors(frame, missing);
+                    self.change(id, |page| page.valid = page.valid.or(missing));
+                    true
+                }
+                None => false,
+            },
+            Backing::Data => match self.frames.take() {
+                Some(frame) => {
+                    self.join_run(id, frame);
+                    true
+                }
+                None => false,
+            },
+        }
+    }
+
+    /// The page's frame, taking a free one for it if it has none.
+    pub(super) fn frame_of(&mut self, id: PageId) -> Option<FrameId> {
+        if let Some(frame) = self.pages[id].frame() {
+            return Some(frame);
+        }
+        let frame = self.frames.take()?;
+        self.adopt_frame(id, frame);
+        Some(frame)
+    }
+
+    /// Adds a page to the read that is being put together; `frame` is what the store will fill.
+    fn join_run(&mut self, id: PageId, frame: FrameId) {
+        let no = self.pages[id].no();
+        let length = self.run.ids.len() as u64;
+        let adjoins = self.run.first.is_some_and(|first| first.plus(length) == no);
+        if !adjoins || length == u64::from(self.settings.cluster_pages_max) {
+            self.launch_run();
+            self.run.first = Some(no);
+        }
+        self.change(id, |page| page.set(READING));
+        self.run.ids.push(id);
+        self.run.frames.push(frame);
+    }
+
+    /// Sends off the read that was put together, if there is one.
+    pub(super) fn launch_run(&mut self) {
+        let Some(first) = self.run.first.take() else {
+            return;
+        };
+        let (mut frames, mut ids) = self.flights.vectors();
+        frames.append(&mut self.run.frames);
+        ids.append(&mut self.run.ids);
+        let span = self.span_of(first, ids.len() as u64);
+        self.stats.store_reads += 1;
+        self.stats.store_read_sectors += span.count;
+        let demand = !self.run.ahead;
+        self.flights.launch(Flight {
+            kind: PlanKind::Read,
+            span,
+            frames,
+            ids,
+            epoch: Epoch(0),
+            demand,
+        });
+    }
+
+    /// A read-in has ended.
+    pub(super) fn read_done(&mut self, flight: &Flight, outcome: &Outcome) {
+        for (&id, &frame) in flight.ids.iter().zip(&flight.frames) {
+            match outcome.fault() {
+                None => self.page_came_in(id, frame),
+                Some(fault) => self.page_failed(id, frame, fault, flight.demand),
+            }
+        }
+        self.launch_run();
+    }
+
+    /// The store has filled `frame` for the page: adopt it, or take from it what the page lacks.
+    fn page_came_in(&mut self, id: PageId, frame: FrameId) {
+        match self.pages[id].frame() {
+            None => {
+                self.adopt_frame(id, frame);
+                self.change(id, |page| {
+                    page.clear(READING);
+                    page.valid = SectorMask::ALL.without(page.pending);
+                });
+            }
+            Some(target) => {
+                let page = &self.pages[id];
+                let mut missing = SectorMask::ALL.without(page.valid).without(page.pending);
+                #[cfg(test)]
+                if self.planted == Some(crate::sim::PlantedBug::ReadInOverwritesDirty) {
+                    missing = SectorMask::ALL;
+                }
+                self.memory.copy_sectors(frame, target, missing);
+                self.frames.release(frame);
+                missing = missing.or(self.pages[id].valid);
+                self.change(id, |page| {
+                    page.clear(READING);
+                    page.valid = missing;
+                });
+            }
+        }
+        self.settle_waiters(id);
+    }
+
+    /// The page could not be read. Waiters of a demand read fail; those that had joined a readahead get a read of
+    /// their own; a page that nobody wrote and nobody waits for goes.
+    fn page_failed(&mut self, id: PageId, frame: FrameId, fault: Fault, demand: bool) {
+        self.change(id, |page| page.clear(READING));
+        self.stats.read_errors += 1;
+        if demand {
+            self.frames.release(frame);
+            let mut chain = std::mem::replace(&mut self.pages[id].waiters, NONE);
+            while chain != NONE {
+                let waiter = self.waiters.take(&mut chain);
+                self.notices
+                    .push(Notice::Unreadable(waiter.ticket, u32::from(waiter.count), fault));
+            }
+        } else if self.pages[id].waiters != NONE {
+            self.launch_run();
+            self.join_run(id, frame);
+            return;
+        } else {
+            self.frames.release(frame);
+        }
+        if self.pages[id].frame().is_none() && !self.pages[id].busy() {
+            self.drop_page(id, true);
+        }
+    }
+
+    /// Delivers a page to the reads that wait for sectors it has now; if some still lack theirs and nothing is under
+    /// way that would bring them, reads them in.
+    pub(super) fn settle_waiters(&mut self, id: PageId) {
+        let mut chain = std::mem::replace(&mut self.pages[id].waiters, NONE);
+        let mut keep = Vec::new();
+        while chain != NONE {
+            let waiter = self.waiters.take(&mut chain);
+            let mask = SectorMask::run(waiter.first, waiter.count);
+            match self.pages[id].frame() {
+                Some(frame) if self.pages[id].valid.contains(mask) => {
+                    self.frames.hold(frame);
+                    let Waiter {
+                        ticket,
+                        at,
+                        first,
+                        count,
+                        ..
+                    } = waiter;
+                    self.notices.push(Notice::Ready(
+                        ticket,
+                        Piece {
+                            frame: Some(frame),
+                            page: id,
+                            first,
+                            count,
+                            at,
+                        },
+                    ));
+                }
+                _ => keep.push(waiter),
+            }
+        }
+        if keep.is_empty() {
+            return;
+        }
+        for waiter in keep {
+            let Waiter {
+                ticket,
+                at,
+                first,
+                count,
+                ..
+            } = waiter;
+            self.enqueue_waiter(
+                id,
+                Step {
+                    no: self.pages[id].no(),
+                    first,
+                    count,
+                    at,
+                },
+                ticket,
+            );
+        }
+        self.fill_for_waiters(id);
+    }
+
+    /// Reads in what the waiters of a page lack; tries again at the next pump if that can't be done now.
+    fn fill_for_waiters(&mut self, id: PageId) {
+        let page = &self.pages[id];
+        if page.waiters != NONE && !page.is(READING) && page.writers == 0 && !self.fill(id) {
+            self.unfilled.push(id);
+        }
+    }
+
+    /// Pages whose waiters could not be served for lack of a frame or a map.
+    pub(super) fn retry_unfilled(&mut self) {
+        for id in std::mem::take(&mut self.unfilled) {
+            if self.pages[id].waiters != NONE {
+                self.settle_waiters(id);
+            }
+        }
+        self.launch_run();
+    }
+
+    fn enqueue_waiter(&mut self, id: PageId, step: Step, ticket: Ticket) {
+        let Step { first, count, at, .. } = step;
+        let next = self.pages[id].waiters;
+        self.pages[id].waiters = self.waiters.put(Waiter {
+            ticket,
+            at,
+            first,
+            count,
+            next,
+        });
+    }
+
+    /// Readahead: brings in the absent pages of `window` while there is room, and says where it stopped.
+    ///
+    /// => Never waits and never asks for a frame that a request might need more: half of the free reserve stays.
+    pub(super) fn prefetch(&mut self, window: PageSpan) -> PageNo {
+        self.run.ahead = true;
+        let mut marked = false;
+        let mut next = window.first;
+        while next < window.end() && next.0 < self.image_pages() && !self.ranges.block(next) {
+            if self.pages.find(next).is_none() {
+                let room = self.frames.free() > self.reserve() / 2 && self.streams.may_prefetch();
+                match if room {
+                    self.bring_in(next)
+                } else {
+                    Err(Missing::Wait)
+                } {
+                    Ok(id) => {
+                        self.streams.unread_pages += 1;
+                        self.stats.readahead_pages += 1;
+                        self.pages[id].set(if marked { PREFETCHED } else { PREFETCHED | MARKER });
+                        marked = true;
+                    }
+                    Err(Missing::Hole) => {}
+                    Err(Missing::Wait) => break,
+                }
+            }
+            next = next.plus(1);
+        }
+        self.launch_run();
+        self.run.ahead = false;
+        next
+    }
+
+    /// Pages of the image, the cut one at its end included.
+    fn image_pages(&self) -> u64 {
+        self.settings.image_sectors.div_ceil(SECTORS_PER_PAGE)
+    }
+}
+
+impl Waiters {
+    fn put(&mut self, waiter: Waiter) -> u32 {
+        if let Some(slot) = self.free.pop() {
+            self.pool[slot as usize] = waiter;
+            return slot;
+        }
+        self.pool.push(waiter);
+        u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests in flight")
+    }
+
+    /// Takes the first waiter off `chain`.
+    fn take(&mut self, chain: &mut u32) -> Waiter {
+        let waiter = self.pool[*chain as usize];
+        self.free.push(*chain);
+        *chain = waiter.next;
+        waiter
+    }
+
+    /// Waiters in the pool's chains (for the invariant check).
+    pub fn in_use(&self) -> usize {
+        self.pool.len() - self.free.len()
+    }
+
+    /// Length of a chain.
+    pub fn chain_len(&self, mut chain: u32) -> usize {
+        let mut len = 0;
+        while chain != NONE {
+            chain = self.pool[chain as usize].next;
+            len += 1;
+        }
+        len
+    }
+}

@@ -1,0 +1,279 @@
+//! One page: its state bits, who may change them, and the table that finds a page by its number.
+//!
+//! A page's state is told by its masks (UVM's flags in parentheses):
+//!
+//! | state   | bits                                  | goes to                                       |
+//! |---------|---------------------------------------|-----------------------------------------------|
+//! | Absent  | not in the table                      | Reading, Dirty                                |
+//! | Reading | `READING`: a read-in is in flight     | Clean, Dirty, Absent (PG_BUSY, PG_FAKE)       |
+//! | Clean   | dirty and writing empty               | Dirty, Absent (PG_CLEAN)                      |
+//! | Dirty   | dirty not empty                       | Writing, Absent (!PG_CLEAN)                   |
+//! | Writing | writing not empty: frame frozen       | Clean, Dirty (PG_BUSY in pageout)             |
+//!
+//! A page can be Reading and Dirty (written while its other sectors are read in), and Writing and Dirty (written again
+//! while its frozen frame is on the way to the store). It is never Reading and Writing: two operations on one page
+//! would overlap on the store.
+
+use hashbrown::HashTable;
+
+use crate::units::{Epoch, FrameId, PageId, PageNo, SectorMask};
+
+/// "No frame", "no waiter", "no page" in the packed fields.
+pub(super) const NONE: u32 = u32::MAX;
+
+/// A read-in of the page is in flight.
+pub(super) const READING: u8 = 1 << 0;
+/// The page's frame belongs to a write in flight: a write must take a new frame (stable pages).
+pub(super) const FROZEN: u8 = 1 << 1;
+/// Brought in by readahead and not asked for yet.
+pub(super) const PREFETCHED: u8 = 1 << 2;
+/// Reading this page starts the next readahead window.
+pub(super) const MARKER: u8 = 1 << 3;
+/// The last write-back of the page failed: it is retried alone, after a pause.
+pub(super) const FAILED: u8 = 1 << 4;
+/// Written to the store and not yet covered by a good Sync: not evictable. One bit for the writes that the Sync in
+/// flight covers and one for those it does not; `flush.rs` says which is which.
+pub(super) const UNSYNCED: [u8; 2] = [1 << 5, 1 << 6];
+
+/// A page of the image in memory: 24 bytes, so that the metadata of a cache stays below 1.5 % of it.
+#[derive(Clone, Debug)]
+pub(super) struct Page {
+    no_low: u32,
+    no_high: u16,
+    /// Writers that hold a pin and have not committed.
+    pub writers: u8,
+    /// Sectors those writers are filling.
+    pub pending: SectorMask,
+    frame: u32,
+    /// Epoch of the first un-flushed write; meaningful while dirty.
+    pub epoch: Epoch,
+    /// First waiter for the page, or [`NONE`].
+    pub waiters: u32,
+    /// Sectors whose bytes in the frame are right.
+    pub valid: SectorMask,
+    /// Sectors newer than the store.
+    pub dirty: SectorMask,
+    /// Sectors on their way to the store.
+    pub writing: SectorMask,
+    flags: u8,
+}
+
+impl Page {
+    fn new(no: PageNo) -> Self {
+        let no_high = u16::try_from(no.0 >> 32).expect("an image has fewer than 2^48 pages");
+        Self {
+            no_low: (no.0 & u64::from(u32::MAX)) as u32,
+            no_high,
+            writers: 0,
+            pending: SectorMask::NONE,
+            frame: NONE,
+            epoch: Epoch(0),
+            waiters: NONE,
+            valid: SectorMask::NONE,
+            dirty: SectorMask::NONE,
+            writing: SectorMask::NONE,
+            flags: 0,
+        }
+    }
+
+    /// Where the page lies on the image.
+    pub fn no(&self) -> PageNo {
+        PageNo(u64::from(self.no_high) << 32 | u64::from(self.no_low))
+    }
+
+    /// The memory of the page; none while its first read-in is in flight.
+    pub fn frame(&self) -> Option<FrameId> {
+        (self.frame != NONE).then_some(FrameId(self.frame))
+    }
+
+    /// Gives the page its memory.
+    pub fn set_frame(&mut self, frame: FrameId) {
+        self.frame = frame.0;
+    }
+
+    /// Whether all the flags in `flags` are set.
+    pub fn is(&self, flags: u8) -> bool {
+        self.flags & flags == flags
+    }
+
+    /// Sets `flags`.
+    pub fn set(&mut self, flags: u8) {
+        self.flags |= flags;
+    }
+
+    /// Clears `flags`.
+    pub fn clear(&mut self, flags: u8) {
+        self.flags &= !flags;
+    }
+
+    /// Whether any of the flags in `flags` is set.
+    pub fn any(&self, flags: u8) -> bool {
+        self.flags & flags != 0
+    }
+
+    /// Whether an operation or a writer holds the page: it may be neither evicted nor dropped.
+    pub fn busy(&self) -> bool {
+        self.is(READING) || !self.writing.is_empty() || self.writers > 0 || self.waiters != NONE
+    }
+
+    /// Invariants of a single page (I5, and the combinations the state table forbids).
+    pub fn check(&self) {
+        assert!(
+            self.valid.contains(self.dirty),
+            "{:?}: dirty sectors are valid: {self:?}",
+            self.no()
+        );
+        assert!(
+            self.frame != NONE || self.valid.is_empty(),
+            "{:?}: valid needs a frame: {self:?}",
+            self.no()
+        );
+        assert!(
+            !(self.is(READING) && !self.writing.is_empty()),
+            "{:?}: Reading and Writing",
+            self.no()
+        );
+        assert!(
+            !self.is(FROZEN) || !self.writing.is_empty(),
+            "{:?}: frozen only while writing",
+            self.no()
+        );
+        assert!(
+            self.writers > 0 || self.pending.is_empty(),
+            "{:?}: pending needs a writer",
+            self.no()
+        );
+        assert!(
+            !(self.is(FROZEN) && self.writers > 0),
+            "{:?}: a frozen frame is being written",
+            self.no()
+        );
+    }
+}
+
+/// All pages in memory, found by number. Slots are as many as frames, so inserting never allocates.
+#[derive(Debug)]
+pub(super) struct PageTable {
+    slots: Vec<Page>,
+    free: u32,
+    resident: u32,
+    index: HashTable<u32>,
+}
+
+/// Multiplicative hash; the middle bits of the product are well mixed, so fold them down.
+fn hash(no: PageNo) -> u64 {
+    let product = u128::from(no.0.wrapping_add(1)) * 0x9e37_79b9_7f4a_7c15;
+    (product >> 64) as u64 ^ product as u64
+}
+
+impl PageTable {
+    /// A table for at most `pages` pages.
+    pub fn new(pages: u32) -> Self {
+        let mut slots = vec![Page::new(PageNo(0)); pages as usize];
+        for (next, slot) in (1..).zip(&mut slots) {
+            slot.waiters = if next == pages { NONE } else { next };
+        }
+        Self {
+            slots,
+            free: 0,
+            resident: 0,
+            index: HashTable::with_capacity(pages as usize),
+        }
+    }
+
+    /// The page with this number, if it is in memory.
+    pub fn find(&self, no: PageNo) -> Option<PageId> {
+        self.index
+            .find(hash(no), |&id| self.slots[id as usize].no() == no)
+            .map(|&id| PageId(id))
+    }
+
+    /// Makes a slot for a page that is not in the table; `None` if every slot is taken.
+    pub fn insert(&mut self, no: PageNo) -> Option<PageId> {
+        debug_assert!(self.find(no).is_none(), "{no:?} is in the table already");
+        if self.free == NONE {
+            return None;
+        }
+        let id = self.free;
+        let slot = &mut self.slots[id as usize];
+        self.free = slot.waiters;
+        *slot = Page::new(no);
+        let slots = &self.slots;
+        self.index
+            .insert_unique(hash(no), id, |&id| hash(slots[id as usize].no()));
+        self.resident += 1;
+        Some(PageId(id))
+    }
+
+    /// Takes a page out of the table.
+    pub fn remove(&mut self, id: PageId) {
+        let no = self.slots[id.index()].no();
+        let entry = self.index.find_entry(hash(no), |&other| other == id.0);
+        entry.expect("a page that is removed is in the index").remove();
+        let slot = &mut self.slots[id.index()];
+        slot.waiters = self.free;
+        slot.frame = NONE;
+        slot.flags = 0;
+        self.free = id.0;
+        self.resident -= 1;
+    }
+
+    /// Number of pages in the table.
+    pub fn len(&self) -> u32 {
+        self.resident
+    }
+
+    /// The pages in the table, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (PageId, &Page)> {
+        self.index
+            .iter()
+            .map(|&id| (PageId(id), &self.slots[id as usize]))
+    }
+
+    /// Bytes of memory the table takes.
+    pub fn metadata_bytes(&self) -> usize {
+        // hashbrown: a control byte and an entry for each bucket; buckets are a power of two at most 7/8 full.
+        let buckets = (self.slots.len() * 8 / 7).next_power_of_two();
+        self.slots.capacity() * size_of::<Page>() + buckets * (size_of::<u32>() + 1)
+    }
+}
+
+impl std::ops::Index<PageId> for PageTable {
+    type Output = Page;
+    fn index(&self, id: PageId) -> &Page {
+        &self.slots[id.index()]
+    }
+}
+
+impl std::ops::IndexMut<PageId> for PageTable {
+    fn index_mut(&mut self, id: PageId) -> &mut Page {
+        &mut self.slots[id.index()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_takes_24_bytes() {
+        assert_eq!(size_of::<Page>(), 24);
+    }
+
+    #[test]
+    fn pages_are_found_until_removed_and_slots_are_reused() {
+        let mut table = PageTable::new(3);
+        let far = PageNo(1 << 40);
+        let ids: Vec<_> = [PageNo(0), PageNo(7), far]
+            .into_iter()
+            .map(|no| table.insert(no).unwrap())
+            .collect();
+        assert_eq!(table.insert(PageNo(9)), None, "every slot is taken");
+        assert_eq!(table.find(far), Some(ids[2]));
+        assert_eq!(table[ids[2]].no(), far);
+        table.remove(ids[1]);
+        assert_eq!(table.find(PageNo(7)), None);
+        assert_eq!(table.insert(PageNo(9)), Some(ids[1]));
+        assert_eq!(table.len(), 3);
+    }
+}

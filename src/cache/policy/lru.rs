@@ -1,0 +1,105 @@
+//! Least recently used: the yardstick every other policy is measured against.
+
+use super::list::{List, Node, nodes};
+use super::{Policy, Verdict};
+use crate::units::{PageId, PageNo};
+
+/// One list in order of last use.
+#[derive(Debug)]
+pub(crate) struct Lru {
+    nodes: Vec<Node>,
+    list: List,
+}
+
+impl Lru {
+    /// For a cache of `pages` pages.
+    pub fn new(pages: u32) -> Self {
+        Self {
+            nodes: nodes(pages),
+            list: List::new(1),
+        }
+    }
+}
+
+impl Policy for Lru {
+    fn insert(&mut self, id: PageId, _no: PageNo) {
+        self.list.push(&mut self.nodes, id);
+    }
+
+    fn touch(&mut self, id: PageId) {
+        self.list.renew(&mut self.nodes, id);
+    }
+
+    fn remove(&mut self, id: PageId) {
+        self.list.unlink(&mut self.nodes, id);
+    }
+
+    fn evict(
+        &mut self,
+        steps_max: u32,
+        judge: &mut dyn FnMut(PageId) -> Verdict,
+        _number: &dyn Fn(PageId) -> PageNo,
+    ) -> Option<PageId> {
+        for _ in 0..steps_max.min(self.list.len()) {
+            let id = self.list.oldest()?;
+            match judge(id) {
+                Verdict::Evict { .. } => {
+                    self.list.unlink(&mut self.nodes, id);
+                    return Some(id);
+                }
+                // It stays for now; look at it again after the others.
+                Verdict::Keep => self.list.renew(&mut self.nodes, id),
+            }
+        }
+        None
+    }
+
+    fn contains(&self, id: PageId) -> bool {
+        self.nodes[id.index()].list != 0
+    }
+
+    fn len(&self) -> u32 {
+        self.list.len()
+    }
+
+    fn metadata_bytes(&self) -> usize {
+        self.nodes.capacity() * size_of::<Node>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_untouched_for_longest_goes_first() {
+        let mut lru = Lru::new(3);
+        for id in 0..3 {
+            lru.insert(PageId(id), PageNo(u64::from(id)));
+        }
+        lru.touch(PageId(0));
+        let evicted = lru.evict(8, &mut |_| Verdict::Evict { asked_for: true }, &|id| {
+            PageNo(u64::from(id.0))
+        });
+        assert_eq!(evicted, Some(PageId(1)));
+        assert!(!lru.contains(PageId(1)) && lru.contains(PageId(0)));
+    }
+
+    #[test]
+    fn pages_that_must_stay_are_passed_over_within_the_bound() {
+        let mut lru = Lru::new(4);
+        for id in 0..4 {
+            lru.insert(PageId(id), PageNo(u64::from(id)));
+        }
+        let mut seen = 0;
+        let evicted = lru.evict(
+            3,
+            &mut |_| {
+                seen += 1;
+                Verdict::Keep
+            },
+            &|_| PageNo(0),
+        );
+        assert_eq!((evicted, seen, lru.len()), (None, 3, 4));
+    }
+}

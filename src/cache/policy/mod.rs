@@ -1,0 +1,46 @@
+//! Which page to give up: a small trait, so that policies are measured against each other and not argued about.
+//!
+//! A policy sees slots only ([`PageId`]) and the page's number where it needs a name that outlives the slot (ghosts).
+
+use crate::units::{PageId, PageNo};
+
+mod list;
+pub(crate) mod lru;
+pub(crate) mod s3fifo;
+
+/// What the cache says of a page that the policy offers up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The page goes now: the policy forgets it. `asked_for` is false for readahead that nobody read.
+    Evict {
+        /// Whether a guest has asked for the page.
+        asked_for: bool,
+    },
+    /// The page is busy, dirty or not yet synced: leave it and try another.
+    Keep,
+}
+
+/// A replacement policy over the page table's slots.
+pub(crate) trait Policy: Send + std::fmt::Debug {
+    /// The page came in.
+    fn insert(&mut self, id: PageId, no: PageNo);
+    /// A guest read or wrote the page.
+    fn touch(&mut self, id: PageId);
+    /// The page went for another reason than eviction (discard, error).
+    fn remove(&mut self, id: PageId);
+    /// Finds a page to evict: offers candidates to `judge` until one is evicted or `steps_max` have been seen.
+    ///
+    /// => An evicted page is on no queue any more when this returns.
+    fn evict(
+        &mut self,
+        steps_max: u32,
+        judge: &mut dyn FnMut(PageId) -> Verdict,
+        number: &dyn Fn(PageId) -> PageNo,
+    ) -> Option<PageId>;
+    /// Whether the page is on a queue.
+    fn contains(&self, id: PageId) -> bool;
+    /// Number of pages on the queues.
+    fn len(&self) -> u32;
+    /// Bytes of memory the policy takes.
+    fn metadata_bytes(&self) -> usize;
+}

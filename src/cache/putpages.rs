@@ -1,0 +1,211 @@
+//! putpages: write-back in clusters (genfs_putpages).
+//!
+//! From a dirty page we look backward, then forward, over pages that may go too, bridging gaps of one or two clean
+//! pages in memory, up to the longest operation and never across a 1 MiB region. A cluster is one vectored write. Its
+//! frames are frozen until it ends: a guest that writes such a page gets a new frame.
+
+use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+
+use super::PageCache;
+use super::flights::{Flight, Outcome, PlanKind};
+use super::page::{FAILED, FROZEN, NONE};
+use super::ranges::REGION_PAGES;
+
+/// Longest gap of clean pages that a cluster writes along.
+const BRIDGE_PAGES: u64 = 2;
+
+impl PageCache {
+    /// Writes the page and what can go with it. Returns the page after the cluster; `None`: the page can't go now.
+    pub(super) fn put_cluster(&mut self, id: PageId) -> Option<PageNo> {
+        if !self.can_be_put(id) {
+            return None;
+        }
+        let no = self.pages[id].no();
+        if self.pages[id].valid != SectorMask::ALL {
+            return self.put_partial(id);
+        }
+        // A page that failed goes alone, so that one bad sector holds up nothing else.
+        let (first, end) = if self.pages[id].is(FAILED) {
+            (no, no.plus(1))
+        } else {
+            self.cluster_round(no)
+        };
+        let (mut frames, mut ids) = self.flights.vectors();
+        let mut epoch = self.pages[id].epoch;
+        for page_no in (first.0..end.0).map(PageNo) {
+            let id = self.pages.find(page_no).expect("a cluster's pages are in memory");
+            let page = &self.pages[id];
+            if !page.dirty.is_empty() && page.epoch.at_or_before(epoch) {
+                epoch = page.epoch;
+            }
+            ids.push(id);
+            frames.push(page.frame().expect("a valid page has a frame"));
+        }
+        let span = self.span_of(first, end.0 - first.0);
+        self.launch_write(span, (frames, ids), epoch, SectorMask::ALL);
+        Some(end)
+    }
+
+    /// A page of which only some sectors are known: writes its first dirty run, if the store's block allows; else the
+    /// missing sectors are read in first, and the page goes next time.
+    fn put_partial(&mut self, id: PageId) -> Option<PageNo> {
+        let page = &self.pages[id];
+        let no = page.no();
+        let (first, count) = page.dirty.first_run().expect("a page to be put is dirty");
+        let block = self.settings.block_sectors;
+        if first % block != 0 || count % block != 0 {
+            if self.fill(id) {
+                self.launch_run();
+            }
+            return None;
+        }
+        let (mut frames, mut ids) = self.flights.vectors();
+        ids.push(id);
+        frames.push(page.frame().expect("a dirty page has a frame"));
+        let epoch = page.epoch;
+        let span = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), u64::from(count));
+        self.launch_write(span, (frames, ids), epoch, SectorMask::run(first, count));
+        Some(no.plus(1))
+    }
+
+    /// The pages that can be written along with `no`: first, and the one after the last.
+    fn cluster_round(&self, no: PageNo) -> (PageNo, PageNo) {
+        let region = no.0 / REGION_PAGES * REGION_PAGES;
+        let length_max = u64::from(self.settings.cluster_pages_max);
+        let lowest = region.max((no.0 + 1).saturating_sub(length_max));
+        let mut first = no.0;
+        let mut reach = first;
+        while reach > lowest && first - reach <= BRIDGE_PAGES && self.goes_along(reach - 1) {
+            reach -= 1;
+            if self.joins(reach) {
+                first = reach;
+            }
+        }
+        let highest = (region + REGION_PAGES).min(first + length_max);
+        let mut end = no.0 + 1;
+        let mut reach = end;
+        while reach < highest && reach - end <= BRIDGE_PAGES && self.goes_along(reach) {
+            reach += 1;
+            if self.joins(reach - 1) {
+                end = reach;
+            }
+        }
+        (PageNo(first), PageNo(end))
+    }
+
+    /// Whether a page can be part of a cluster at all: complete, in memory, and nobody's; dirty or clean.
+    fn goes_along(&self, no: u64) -> bool {
+        self.pages.find(PageNo(no)).is_some_and(|id| {
+            let page = &self.pages[id];
+            page.valid == SectorMask::ALL && !page.busy() && !page.is(FAILED) && !self.ranges.block(page.no())
+        })
+    }
+
+    /// Whether a page is worth extending a cluster to.
+    fn joins(&self, no: u64) -> bool {
+        self.pages.find(PageNo(no)).is_some_and(|id| self.can_be_put(id))
+    }
+
+    /// Freezes the pages and sends them off.
+    fn launch_write(
+        &mut self,
+        span: SectorSpan,
+        (frames, ids): (Vec<FrameId>, Vec<PageId>),
+        epoch: Epoch,
+        writing: SectorMask,
+    ) {
+        self.dirty.hold_epoch(epoch);
+        for (&id, &frame) in ids.iter().zip(&frames) {
+            self.frames.hold(frame);
+            self.change(id, |page| {
+                page.writing = writing;
+                page.dirty = page.dirty.without(writing);
+                page.set(FROZEN);
+            });
+        }
+        self.stats.store_writes += 1;
+        self.stats.store_written_sectors += span.count;
+        self.throttle.write_started(self.now);
+        self.flights.launch(Flight {
+            kind: PlanKind::Write,
+            span,
+            frames,
+            ids,
+            epoch,
+            demand: false,
+        });
+    }
+
+    /// A cluster has ended (genfs: uvm_aio_aiodone).
+    pub(super) fn write_done(&mut self, flight: &Flight, outcome: &Outcome) {
+        self.throttle
+            .write_ended(flight.ids.len() as u64, self.flights.writes(), self.now);
+        let fault = outcome.fault();
+        #[cfg(test)]
+        let fault = fault.filter(|_| self.planted != Some(crate::sim::PlantedBug::ClusterIgnoresError));
+        for (&id, &frame) in flight.ids.iter().zip(&flight.frames) {
+            match fault {
+                None => self.page_written(id),
+                Some(_) => self.page_not_written(id, frame, flight.epoch),
+            }
+            self.frames.release(frame);
+            if self.pages[id].waiters != NONE {
+                self.settle_waiters(id);
+            }
+        }
+        self.launch_run();
+        self.dirty.release_epoch(flight.epoch);
+        match fault {
+            None => {
+                self.flushing.write_landed();
+                if self.dirty.failed_pages() == 0 {
+                    self.writeback.heal();
+                }
+            }
+            Some(fault) => self.cluster_failed(flight.epoch, fault),
+        }
+    }
+
+    fn page_written(&mut self, id: PageId) {
+        let no = self.pages[id].no();
+        self.holes.mark_data(no);
+        self.change(id, |page| {
+            page.writing = SectorMask::NONE;
+            page.clear(FROZEN | FAILED);
+        });
+        #[cfg(test)]
+        if self.planted == Some(crate::sim::PlantedBug::RewriteIsLost) {
+            self.change(id, |page| page.dirty = SectorMask::NONE);
+        }
+        self.mark_unsynced(id);
+    }
+
+    /// The page stays dirty: we still hold the bytes. What a full overwrite had not kept comes back from the frame.
+    fn page_not_written(&mut self, id: PageId, frame: FrameId, epoch: Epoch) {
+        let page = &self.pages[id];
+        let own = page.frame().expect("a page being written has a frame");
+        let lost = page.writing.without(page.valid).without(page.pending);
+        if own != frame && !lost.is_empty() {
+            self.memory.copy_sectors(frame, own, lost);
+        }
+        self.change(id, |page| {
+            page.valid = page.valid.or(lost);
+            let again = page.writing.and(page.valid);
+            if !again.is_empty() {
+                if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
+                    page.epoch = epoch;
+                }
+                page.dirty = page.dirty.or(again);
+                page.set(FAILED);
+            }
+            page.writing = SectorMask::NONE;
+            page.clear(FROZEN);
+        });
+    }
+
+    fn cluster_failed(&mut self, epoch: Epoch, fault: Fault) {
+        self.stats.write_errors += 1;
+        self.writeback.latch(fault, self.now);
+        self.fail_flushes(epoch, fault);
+    }
+}

@@ -1,0 +1,200 @@
+//! WRITE_ZEROES and DISCARD: operations on a range, without moving data.
+//!
+//! A range operation locks its pages: it starts when nothing in the range is busy, and requests that touch the range
+//! wait until it ends. The pages stay as they are meanwhile, so that a failure loses nothing; at the end those inside
+//! the range go, and those that the range cuts have the part inside zeroed. A discard takes whole pages only.
+
+use crate::units::{PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+
+use super::flights::{Flight, Outcome, PlanKind};
+use super::{Notice, PageCache, Ticket};
+
+/// Pages of a region (1 MiB): no cluster crosses one, and hole maps are taken by it.
+pub(super) const REGION_PAGES: u64 = 256;
+/// Range operations that are known at a time; more wait with the stalled requests.
+const RANGES_MAX: usize = 64;
+
+#[derive(Debug)]
+struct Range {
+    /// Whose it is; `None`: a zero that is done again after a failed Sync.
+    ticket: Option<Ticket>,
+    span: SectorSpan,
+    kind: PlanKind,
+    started: bool,
+}
+
+/// The range operations that are under way or wait for their pages.
+#[derive(Debug, Default)]
+pub(super) struct Ranges {
+    list: Vec<Range>,
+}
+
+impl Ranges {
+    /// Whether a range operation keeps others off the page.
+    pub fn block(&self, no: PageNo) -> bool {
+        !self.list.is_empty() && self.list.iter().any(|range| range.span.pages().contains(no))
+    }
+
+    /// Whether a zero has to be done again before a Sync means anything.
+    pub fn redoing(&self) -> bool {
+        self.list.iter().any(|range| range.ticket.is_none())
+    }
+}
+
+impl PageCache {
+    /// Makes the span read as zeros; [`Notice::Done`] tells the end. False: not admitted, [`Notice::Resume`] comes.
+    pub fn zero(&mut self, ticket: Ticket, span: SectorSpan, unmap: bool) -> bool {
+        self.start_or_stall(ticket, span, PlanKind::Zero { unmap })
+    }
+
+    /// Gives the span's contents up; otherwise as [`PageCache::zero`].
+    pub fn discard(&mut self, ticket: Ticket, span: SectorSpan) -> bool {
+        // Whole pages only: the image's cut last page counts as whole.
+        let start = span.start.next_multiple_of(SECTORS_PER_PAGE);
+        let end = if span.end() == self.settings.image_sectors {
+            span.end()
+        } else {
+            span.end() / SECTORS_PER_PAGE * SECTORS_PER_PAGE
+        };
+        if start >= end {
+            self.notices.push(Notice::Done(ticket, Ok(())));
+            return true;
+        }
+        self.start_or_stall(ticket, SectorSpan::new(start, end - start), PlanKind::Discard)
+    }
+
+    fn start_or_stall(&mut self, ticket: Ticket, span: SectorSpan, kind: PlanKind) -> bool {
+        self.writeback.guest_was_here(self.now);
+        if self.ranges.list.len() >= RANGES_MAX {
+            self.stalled.push_back(ticket);
+            return false;
+        }
+        self.ranges.list.push(Range {
+            ticket: Some(ticket),
+            span,
+            kind,
+            started: false,
+        });
+        true
+    }
+
+    /// A zero whose Sync failed is done again; a discard promised nothing.
+    pub(super) fn redo_range(&mut self, span: SectorSpan, kind: PlanKind) {
+        if matches!(kind, PlanKind::Zero { .. }) {
+            self.ranges.list.push(Range {
+                ticket: None,
+                span,
+                kind,
+                started: false,
+            });
+        }
+    }
+
+    /// Starts the range operations whose pages nobody holds, in order where they overlap.
+    pub(super) fn start_ranges(&mut self) {
+        for index in 0..self.ranges.list.len() {
+            let Range {
+                ticket,
+                span,
+                kind,
+                started,
+            } = self.ranges.list[index];
+            let pages = span.pages();
+            let earlier = &self.ranges.list[..index];
+            if started
+                || earlier.iter().any(|other| other.span.pages().overlaps(pages))
+                || self.resident(pages).iter().any(|&id| self.pages[id].busy())
+            {
+                continue;
+            }
+            if ticket.is_none() {
+                self.redirty_unsynced(pages.iter());
+            }
+            self.ranges.list[index].started = true;
+            self.stats.range_operations += 1;
+            self.flights.launch(Flight::without_pages(kind, span));
+        }
+    }
+
+    /// A range operation has ended.
+    pub(super) fn range_done(&mut self, flight: &Flight, outcome: &Outcome) {
+        let span = flight.span;
+        let index = self
+            .ranges
+            .list
+            .iter()
+            .position(|range| range.started && range.span == span);
+        let range = self
+            .ranges
+            .list
+            .remove(index.expect("a range operation is known until it ends"));
+        self.forget_holes(span);
+        let result = outcome.fault().map_or(Ok(()), Err);
+        if result.is_ok() {
+            self.flushing.range_landed(span, flight.kind);
+        }
+        let Some(ticket) = range.ticket else {
+            if result.is_err() {
+                self.ranges.list.push(Range {
+                    started: false,
+                    ..range
+                });
+            }
+            return;
+        };
+        for id in self.resident(span.pages()) {
+            let inside = self.sectors_inside(id, span);
+            if result.is_ok() {
+                self.zero_inside(id, inside);
+            } else if self.pages[id].dirty.is_empty() && inside == SectorMask::ALL {
+                // What the store holds now is not known: read it again when it is asked for.
+                self.drop_page(id, true);
+            }
+        }
+        self.notices.push(Notice::Done(ticket, result));
+    }
+
+    /// The part of a page inside the range is gone: the page goes, or that part of it becomes zeros, as on the store.
+    fn zero_inside(&mut self, id: PageId, inside: SectorMask) {
+        if inside == SectorMask::ALL {
+            self.drop_page(id, true);
+            return;
+        }
+        let frame = self.pages[id]
+            .frame()
+            .expect("a page that is not being read in has a frame");
+        self.memory.zero_sectors(frame, inside);
+        self.change(id, |page| {
+            page.dirty = page.dirty.without(inside);
+            page.valid = page.valid.or(inside);
+        });
+    }
+
+    /// Which sectors of the page lie in the span; a page of which nothing lies outside is whole, even if the image
+    /// ends in it.
+    fn sectors_inside(&self, id: PageId, span: SectorSpan) -> SectorMask {
+        let no = self.pages[id].no();
+        let page_start = no.0 * SECTORS_PER_PAGE;
+        let first = span.start.saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
+        let end = span.end().saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
+        let inside = SectorMask::run(first, end.saturating_sub(first));
+        if inside.or(self.beyond_image(no)) == SectorMask::ALL {
+            SectorMask::ALL
+        } else {
+            inside
+        }
+    }
+
+    /// The pages of a span that are in memory: by number or by table, whichever is the shorter walk.
+    fn resident(&self, span: PageSpan) -> Vec<PageId> {
+        if span.count <= u64::from(self.pages.len()) {
+            span.iter().filter_map(|no| self.pages.find(no)).collect()
+        } else {
+            self.pages
+                .iter()
+                .filter(|(_, page)| span.contains(page.no()))
+                .map(|(id, _)| id)
+                .collect()
+        }
+    }
+}

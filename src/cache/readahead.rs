@@ -1,0 +1,192 @@
+//! Readahead: sequential streams, found with slack, and windows that grow while they pay.
+//!
+//! Guests read ahead themselves, in pieces of 128 KiB that their queues shuffle. So a stream matches by nearness, not by
+//! exact order. Streams are looked up on a miss, and when a reader reaches the marker on the first page of the newest
+//! window: then the next window is read, and the store stays one window ahead (Linux' on-demand readahead; NetBSD's
+//! uvm_readahead; for the feedback AMP: Gill and Bathen, FAST 2007).
+
+use crate::units::{PageNo, PageSpan};
+
+use super::PageCache;
+
+/// Streams that are followed at a time.
+const STREAMS: usize = 64;
+/// A request matches a stream this far from where it is expected (256 KiB).
+const SLACK_PAGES: u64 = 64;
+/// The shortest window, and the request that starts a stream at once (128 KiB).
+const WINDOW_PAGES_MIN: u64 = 32;
+/// Windows are rounded to this (64 KiB).
+const ROUND_PAGES: u64 = 16;
+/// A stream whose windows went unread this often in a row is given up.
+const WASTED_MAX: u8 = 3;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Stream {
+    /// The page after the furthest that was asked for.
+    next: u64,
+    /// The page after the last that was read ahead.
+    ahead: u64,
+    /// Length of the newest window; 0: none yet.
+    window: u64,
+    /// Windows evicted unread in a row.
+    wasted: u8,
+    /// When the stream was last matched, by count of look-ups; 0: never.
+    used: u64,
+}
+
+/// The table of streams.
+#[derive(Debug)]
+pub(super) struct Streams {
+    table: Vec<Stream>,
+    window_max: u64,
+    /// Pages that readahead may hold unread.
+    unread_max: u32,
+    /// Pages that readahead brought and nobody has asked for.
+    pub unread_pages: u32,
+    clock: u64,
+}
+
+impl Streams {
+    /// Windows of at most `window_max` pages (0: no readahead) for a cache of `frames`; unread pages fill at most half
+    /// of the small queue, so they push out nothing that was asked for twice.
+    pub fn new(window_max: u32, frames: u32) -> Self {
+        let table = if window_max == 0 {
+            Vec::new()
+        } else {
+            vec![Stream::default(); STREAMS]
+        };
+        Self {
+            table,
+            window_max: u64::from(window_max),
+            unread_max: (frames / 20).max(1),
+            unread_pages: 0,
+            clock: 0,
+        }
+    }
+
+    /// Whether one more page may be read ahead.
+    pub fn may_prefetch(&self) -> bool {
+        self.unread_pages < self.unread_max
+    }
+
+    /// A request missed: the stream it belongs to and the window to read ahead, if any.
+    fn after_miss(&mut self, span: PageSpan) -> Option<(usize, PageSpan)> {
+        if self.table.is_empty() {
+            return None;
+        }
+        self.clock += 1;
+        let (first, end) = (span.first.0, span.end().0);
+        let near = |stream: &Stream| {
+            stream.used > 0
+                && first + SLACK_PAGES >= stream.next
+                && first <= stream.next.max(stream.ahead) + SLACK_PAGES
+        };
+        let window_max = self.window_max_now();
+        if let Some(at) = self.table.iter().position(near) {
+            let stream = &mut self.table[at];
+            stream.used = self.clock;
+            stream.next = stream.next.max(end);
+            // A reader that is past the window starts it anew from where it is.
+            stream.ahead = if first >= stream.ahead {
+                end
+            } else {
+                stream.ahead.max(end)
+            };
+            return Some((at, stream.grow(span.count, window_max)));
+        }
+        let oldest = (0..STREAMS)
+            .min_by_key(|&at| self.table[at].used)
+            .expect("the table is not empty");
+        self.table[oldest] = Stream {
+            next: end,
+            ahead: end,
+            window: 0,
+            wasted: 0,
+            used: self.clock,
+        };
+        let long_enough = span.count >= WINDOW_PAGES_MIN;
+        long_enough.then(|| (oldest, self.table[oldest].grow(span.count, window_max)))
+    }
+
+    /// A reader reached the marker at `no`.
+    fn after_marker(&mut self, no: PageNo) -> Option<(usize, PageSpan)> {
+        self.clock += 1;
+        let window_max = self.window_max_now();
+        let at = self.find_window(no)?;
+        let stream = &mut self.table[at];
+        stream.used = self.clock;
+        stream.wasted = 0;
+        stream.next = stream.next.max(no.0 + 1);
+        Some((at, stream.grow(0, window_max)))
+    }
+
+    /// A page that was read ahead went unread: once for each 64 KiB, the stream's window is halved.
+    pub fn wasted(&mut self, no: PageNo) {
+        if !no.0.is_multiple_of(ROUND_PAGES) {
+            return;
+        }
+        if let Some(at) = self.find_window(no) {
+            let stream = &mut self.table[at];
+            stream.window /= 2;
+            stream.wasted += 1;
+            if stream.wasted >= WASTED_MAX {
+                *stream = Stream::default();
+            }
+        }
+    }
+
+    /// The stream that has read `no` ahead.
+    fn find_window(&self, no: PageNo) -> Option<usize> {
+        self.table.iter().position(|stream| {
+            stream.window > 0
+                && no.0 < stream.ahead
+                && no.0 + 2 * stream.window.max(WINDOW_PAGES_MIN) >= stream.ahead
+        })
+    }
+
+    /// The longest window now: what may lie unread is shared among the active streams (AMP's condition of no waste).
+    fn window_max_now(&self) -> u64 {
+        let active = self
+            .table
+            .iter()
+            .filter(|stream| stream.window > 0)
+            .count()
+            .max(1) as u64;
+        (u64::from(self.unread_max) / active).min(self.window_max)
+    }
+}
+
+impl Stream {
+    /// The next window: four times the request at first, then times four while small, then doubled.
+    fn grow(&mut self, request: u64, window_max: u64) -> PageSpan {
+        let wanted = match self.window {
+            0 => (request * 4).max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
+            window if window < window_max / 16 => window * 4,
+            window => window * 2,
+        };
+        self.window = wanted.min(window_max);
+        PageSpan::new(PageNo(self.ahead), self.window)
+    }
+}
+
+impl PageCache {
+    /// A read missed: follow its stream.
+    pub(super) fn read_ahead_after_miss(&mut self, span: PageSpan) {
+        let found = self.streams.after_miss(span);
+        self.read_window(found);
+    }
+
+    /// A read reached the marker of a window: read the next one.
+    pub(super) fn read_ahead_after_marker(&mut self, no: PageNo) {
+        let found = self.streams.after_marker(no);
+        self.read_window(found);
+    }
+
+    fn read_window(&mut self, found: Option<(usize, PageSpan)>) {
+        if let Some((at, window)) = found {
+            let end = self.prefetch(window);
+            let stream = &mut self.streams.table[at];
+            stream.ahead = stream.ahead.max(end.0);
+        }
+    }
+}

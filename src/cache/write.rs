@@ -1,0 +1,146 @@
+//! Guest writes: into frames at once, never waiting for the store.
+//!
+//! A write pins its frames, its owner copies the bytes, and [`PageCache::finish_write`] makes them valid and dirty. In
+//! between the sectors are *pending*: a read-in must not touch them, and a page with writers is not written back.
+//! A page that is being written back has a frozen frame: the write takes a new frame and leaves the old one to the
+//! store (stable pages). Sectors that the write does not touch move over; nothing is read.
+
+use crate::units::{PageId, PageNo, SectorMask};
+
+use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING};
+use super::{Access, Admitted, PageCache, Piece};
+
+impl PageCache {
+    /// Admits a write: every admitted sector is in a piece, to be filled now.
+    ///
+    /// => Every piece is given back with [`PageCache::finish_write`].
+    /// => A write stalls at the dirty limit, or when no frame is free; if the store fails, it is refused there.
+    pub fn write(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
+        self.writeback.guest_was_here(self.now);
+        let mut at = access.from;
+        let must_queue = !access.resumed && !self.stalled.is_empty();
+        while let Some(step) = access.step(at) {
+            if must_queue || self.ranges.block(step.no) {
+                break;
+            }
+            let found = self.pages.find(step.no);
+            let adds_dirt = found.is_none_or(|id| !self.dirty.counts(&self.pages[id]));
+            if adds_dirt && self.dirty.unclean_pages() >= self.throttle.limit_pages() {
+                if let Some(fault) = self.writeback.latched_fault() {
+                    return Admitted::Refused(at, fault);
+                }
+                self.stats.throttled += 1;
+                break;
+            }
+            let Some(id) = self.take_for_writing(found, step.no, step.mask()) else {
+                break;
+            };
+            let frame = self.pages[id].frame().expect("a page being written has a frame");
+            self.frames.hold(frame);
+            pieces.push(step.piece(id, Some(frame)));
+            at += u32::from(step.count);
+        }
+        if u64::from(at) == access.span.count {
+            Admitted::All
+        } else {
+            self.stalled.push_back(access.ticket);
+            self.stats.stalls += 1;
+            Admitted::Until(at)
+        }
+    }
+
+    /// Microseconds by which the completion of a write is to be delayed, now that so much is dirty.
+    pub fn write_delay_us(&self, sectors: u64) -> u64 {
+        self.throttle.delay_us(self.dirty.unclean_pages(), sectors)
+    }
+
+    /// Readies a page for a writer of `mask`: in the table, with a frame that is not frozen, and counted.
+    fn take_for_writing(&mut self, found: Option<PageId>, no: PageNo, mask: SectorMask) -> Option<PageId> {
+        let id = match found {
+            Some(id) if self.pages[id].writers == u8::MAX => return None,
+            Some(id) if self.pages[id].is(FROZEN) => {
+                self.thaw(id, mask)?;
+                id
+            }
+            Some(id) => {
+                self.frame_of(id)?;
+                id
+            }
+            None => {
+                if self.frames.free() == 0 {
+                    return None;
+                }
+                let id = self.create_page(no)?;
+                self.frame_of(id).expect("a frame is free");
+                id
+            }
+        };
+        if self.pages[id].any(PREFETCHED | MARKER) {
+            self.note_unread_prefetch(id);
+        }
+        self.policy.touch(id);
+        self.stats.write_pages += 1;
+        self.change(id, |page| {
+            page.writers += 1;
+            page.pending = page.pending.or(mask);
+        });
+        Some(id)
+    }
+
+    /// Copy-on-write: gives the page a new frame, and leaves the frozen one to its operation.
+    fn thaw(&mut self, id: PageId, mask: SectorMask) -> Option<()> {
+        let new = self.frames.take()?;
+        let old = self.pages[id].frame().expect("a frozen page has a frame");
+        let page = &self.pages[id];
+        // A page that is overwritten whole needs none of its old bytes; until the write is finished its sectors are
+        // not valid, and a read of them waits.
+        let overwritten = mask.contains(page.valid) && page.dirty.is_empty();
+        let kept = if overwritten { SectorMask::NONE } else { page.valid };
+        self.memory.copy_sectors(old, new, kept);
+        self.frames.release(old);
+        self.stats.copied_on_write += 1;
+        self.change(id, |page| {
+            page.set_frame(new);
+            page.clear(FROZEN);
+            page.valid = kept;
+        });
+        Some(())
+    }
+
+    /// Gives back a piece of a write. `filled`: all its bytes were copied in.
+    ///
+    /// => A piece that was not filled leaves its sectors as a failed write does: old, new or a mixture.
+    pub fn finish_write(&mut self, piece: &Piece, filled: bool) {
+        let id = piece.page;
+        let frame = piece.frame.expect("a write has memory");
+        self.frames.release(frame);
+        let mask = SectorMask::run(piece.first, piece.count);
+        let epoch = self.dirty.current();
+        let no = self.pages[id].no();
+        self.change(id, |page| {
+            page.writers -= 1;
+            if page.writers == 0 {
+                page.pending = SectorMask::NONE;
+            }
+            let changed = if filled { mask } else { mask.and(page.valid) };
+            if page.dirty.is_empty() {
+                page.epoch = epoch;
+            }
+            page.valid = page.valid.or(changed);
+            page.dirty = page.dirty.or(changed);
+        });
+        self.writeback.wrote(&mut self.dirty, no);
+        self.after_writer(id);
+    }
+
+    /// A writer left the page: serve those that waited for it, and drop a page that has nothing.
+    fn after_writer(&mut self, id: PageId) {
+        let page = &self.pages[id];
+        if page.waiters != NONE {
+            self.settle_waiters(id);
+            self.launch_run();
+        } else if page.valid.is_empty() && page.writers == 0 && !page.is(READING) {
+            self.drop_page(id, true);
+        }
+    }
+}

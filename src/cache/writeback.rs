@@ -1,0 +1,266 @@
+//! When dirty pages are written back, and in which order (genfs' syncer, and WOW: Gill and Modha, FAST 2005).
+//!
+//! A cursor sweeps the dirty set upwards and starts again at the bottom (CSCAN); a 64 KiB group that was written since
+//! the cursor last passed is skipped once, so that what is hot is written less often. FLUSH, old age, a reclaim that
+//! finds no clean page, and idleness override the skip.
+//!
+//! Age needs no timestamps: every half of the age limit the current epoch is closed, and what belongs to closed epochs
+//! is written. Nothing runs while all is clean.
+
+use crate::units::{Epoch, Fault, PageId, PageNo, Tick};
+
+use super::PageCache;
+use super::dirty::{DirtySet, GROUP_PAGES, Group};
+use super::page::{FAILED, READING};
+
+/// Pages of an aligned piece that a sequential writer fills and that is then written at once (1 MiB).
+const BEHIND_PAGES: u64 = 256;
+/// Writes in flight at full speed.
+const DEPTH_MAX: u32 = 32;
+/// Without guest I/O for this long, write-back runs at full speed.
+const IDLE_US: u64 = 100_000;
+/// Groups looked at in one sweep.
+const SWEEP_GROUPS: u32 = 512;
+/// Pause after a failed write: from this, doubling ...
+const BACKOFF_US_MIN: u64 = 100_000;
+/// ... to this.
+const BACKOFF_US_MAX: u64 = 5_000_000;
+
+/// A failure that write-back met and that has not healed.
+#[derive(Clone, Copy, Debug)]
+struct Failing {
+    fault: Fault,
+    retry_at: Tick,
+    backoff_us: u64,
+}
+
+/// The state of the sweeps.
+#[derive(Debug, Default)]
+pub(super) struct Writeback {
+    cursor: u64,
+    /// Between the start and the stop threshold.
+    running: bool,
+    /// A reclaim found no clean page.
+    pub pressure: bool,
+    /// A sweep ended at its bound.
+    more: bool,
+    guest_was_here: Tick,
+    aged: Option<Epoch>,
+    next_aging: Tick,
+    /// Pages round which a sequential writer has filled an aligned 1 MiB.
+    behind: Vec<PageNo>,
+    failing: Option<Failing>,
+}
+
+impl Writeback {
+    /// A guest asked for something.
+    pub fn guest_was_here(&mut self, now: Tick) {
+        self.guest_was_here = now;
+    }
+
+    /// The fault of a store that fails to take our writes.
+    pub fn latched_fault(&self) -> Option<Fault> {
+        self.failing.map(|failing| failing.fault)
+    }
+
+    /// A page has been written by a guest: its group is recent, and a filled 1 MiB is written at once.
+    pub fn wrote(&mut self, dirty: &mut DirtySet, no: PageNo) {
+        let full = dirty.touch_group(no);
+        let last = no.0 % BEHIND_PAGES == BEHIND_PAGES - 1;
+        if last && full {
+            let first = PageNo(no.0 + 1 - BEHIND_PAGES);
+            if (0..BEHIND_PAGES)
+                .step_by(GROUP_PAGES as usize)
+                .all(|page| dirty.group_is_full(first.plus(page)))
+            {
+                self.behind.push(no);
+            }
+        }
+    }
+
+    /// A write failed: wait before the next try.
+    pub fn latch(&mut self, fault: Fault, now: Tick) {
+        let backoff_us = match self.failing {
+            // Several writes of one try fail together: that is one failure.
+            Some(failing) if now < failing.retry_at => failing.backoff_us,
+            Some(failing) => (failing.backoff_us * 2).min(BACKOFF_US_MAX),
+            None => BACKOFF_US_MIN,
+        };
+        self.failing = Some(Failing {
+            fault,
+            retry_at: now.plus_us(backoff_us),
+            backoff_us,
+        });
+    }
+
+    /// Everything that had failed is on the store.
+    pub fn heal(&mut self) {
+        self.failing = None;
+    }
+
+    /// A FLUSH asks again what the store says, whatever the pause.
+    pub fn retry_now(&mut self, now: Tick) {
+        if let Some(failing) = &mut self.failing {
+            failing.retry_at = now;
+        }
+    }
+
+    /// Whether what failed may be tried now.
+    pub fn may_retry(&self, now: Tick) -> bool {
+        self.failing.is_none_or(|failing| failing.retry_at <= now)
+    }
+}
+
+/// Which dirty pages a sweep takes.
+#[derive(Clone, Copy, Debug)]
+enum Scope {
+    /// Those of closed epochs up to this one, recent or not.
+    UpTo(Epoch),
+    /// All, but recent groups are skipped once.
+    Cold,
+    /// All.
+    All,
+}
+
+impl PageCache {
+    /// Starts the write-back that is due.
+    pub(super) fn write_back(&mut self) {
+        self.writeback.more = false;
+        self.age();
+        if self.dirty.dirty_pages() == 0 {
+            self.writeback.running = false;
+            self.writeback.pressure = false;
+            self.writeback.behind.clear();
+            return;
+        }
+        for no in std::mem::take(&mut self.writeback.behind) {
+            if let Some(id) = self.pages.find(no) {
+                self.put_cluster(id);
+            }
+        }
+        if let Some(upto) = self.flushing.unwritten_upto() {
+            self.sweep(Scope::UpTo(upto), DEPTH_MAX);
+        }
+        if let Some(upto) = self.writeback.aged {
+            self.sweep(Scope::UpTo(upto), DEPTH_MAX / 2);
+        }
+        self.write_back_in_background();
+    }
+
+    /// Write-back that nobody waits for: at full speed while guests are idle or frames run out, else in proportion to
+    /// how far the dirty limit is used up.
+    fn write_back_in_background(&mut self) {
+        let idle = self.now.since_us(self.writeback.guest_was_here) >= IDLE_US;
+        let unclean = self.dirty.unclean_pages();
+        let start = self.throttle.start_pages();
+        if unclean > start {
+            self.writeback.running = true;
+        } else if unclean < self.throttle.stop_pages() {
+            self.writeback.running = false;
+        }
+        if idle || std::mem::take(&mut self.writeback.pressure) {
+            self.sweep(Scope::All, DEPTH_MAX);
+        } else if self.writeback.running {
+            let over = u64::from(unclean.saturating_sub(start));
+            let room = u64::from((self.throttle.limit_pages() - start).max(1));
+            let depth = 1 + (u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)) as u32;
+            self.sweep(Scope::Cold, depth);
+        }
+    }
+
+    /// Closes the current epoch every half of the age limit; when an aged epoch is written, asks for a Sync.
+    fn age(&mut self) {
+        let oldest = self.dirty.oldest();
+        if let Some(aged) = self.writeback.aged
+            && oldest.is_none_or(|oldest| !oldest.at_or_before(aged))
+        {
+            self.writeback.aged = None;
+            self.flushing.want_sync();
+        }
+        if self.now >= self.writeback.next_aging {
+            if self.dirty.dirty_pages() > 0 {
+                self.writeback.aged = Some(self.dirty.close_epoch());
+            }
+            self.writeback.next_aging = self.now.plus_us(self.settings.dirty_age_us / 2);
+        }
+    }
+
+    /// Sends dirty pages in scope to the store, upwards from the cursor, until `depth` writes are in flight.
+    fn sweep(&mut self, scope: Scope, depth: u32) {
+        let mut wrapped = false;
+        let start = self.writeback.cursor;
+        for _ in 0..SWEEP_GROUPS {
+            if self.flights.writes() >= depth {
+                return;
+            }
+            let Some((number, group)) = self.dirty.next_group(self.writeback.cursor) else {
+                if wrapped {
+                    return;
+                }
+                wrapped = true;
+                self.writeback.cursor = 0;
+                continue;
+            };
+            if wrapped && number > start {
+                return;
+            }
+            self.writeback.cursor = number + 1;
+            if matches!(scope, Scope::Cold) && group.recent {
+                self.dirty.cool_group(number);
+            } else {
+                self.sweep_group(number, group, scope, depth);
+            }
+        }
+        self.writeback.more = true;
+    }
+
+    /// Writes the pages of one group that are in scope; the cursor moves past a cluster that reaches further.
+    fn sweep_group(&mut self, number: u64, group: Group, scope: Scope, depth: u32) {
+        for no in group.pages(number) {
+            if self.flights.writes() >= depth {
+                self.writeback.cursor = number;
+                return;
+            }
+            let Some(id) = self.pages.find(no) else { continue };
+            let in_scope = match scope {
+                Scope::UpTo(upto) => self.pages[id].epoch.at_or_before(upto),
+                Scope::Cold | Scope::All => true,
+            };
+            if in_scope && let Some(end) = self.put_cluster(id) {
+                self.writeback.cursor = self.writeback.cursor.max(end.0 / GROUP_PAGES);
+            }
+        }
+    }
+
+    /// Whether the page may go to the store now.
+    pub(super) fn can_be_put(&self, id: PageId) -> bool {
+        let page = &self.pages[id];
+        !page.dirty.is_empty()
+            && page.writing.is_empty()
+            && page.writers == 0
+            && !page.is(READING)
+            && (!page.is(FAILED) || self.writeback.may_retry(self.now))
+            && !self.ranges.block(page.no())
+    }
+
+    /// When write-back has something to do although nothing happens.
+    pub(super) fn writeback_deadline(&self) -> Option<Tick> {
+        if self.writeback.more {
+            return Some(self.now);
+        }
+        let retry = self
+            .writeback
+            .failing
+            .map(|failing| failing.retry_at)
+            .filter(|&at| at > self.now);
+        if self.dirty.dirty_pages() == 0 {
+            return retry.filter(|_| self.flushing.sync_is_due());
+        }
+        let idle_at = self.writeback.guest_was_here.plus_us(IDLE_US);
+        let idle = (idle_at > self.now).then_some(idle_at);
+        [Some(self.writeback.next_aging), idle, retry]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+}

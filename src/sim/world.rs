@@ -1,0 +1,564 @@
+//! One simulated world: a guest, the page cache, a disk, and a clock, all driven by one seed.
+//!
+//! The world does what `device/` and `object.rs` do with the real cache, in an order that chance decides: copies are
+//! done late, operations end in any order, fail, and are torn.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use crate::cache::{
+    Access, Admitted, FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings,
+    Ticket,
+};
+use crate::units::{Fault, FrameId, SectorMask, SectorSpan, Tick};
+
+use super::PlantedBug;
+use super::disk::Disk;
+use super::oracle::{Knowledge, Oracle};
+use super::rng::Rng;
+
+/// The bytes of frames: a version for each sector.
+#[derive(Clone, Debug)]
+struct Memory(Arc<Mutex<Vec<[u32; 8]>>>);
+
+/// What a frame holds before anything was put there: seen by a guest, it is a leak.
+const GARBAGE: u32 = u32::MAX;
+
+impl Memory {
+    fn get(&self, frame: FrameId, sector: usize) -> u32 {
+        self.0.lock().unwrap()[frame.index()][sector]
+    }
+
+    fn set(&self, frame: FrameId, sector: usize, version: u32) {
+        self.0.lock().unwrap()[frame.index()][sector] = version;
+    }
+}
+
+fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
+    (0..8).filter(move |bit| mask.0 >> bit & 1 == 1)
+}
+
+impl FrameMemory for Memory {
+    fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
+        for sector in sectors_of(mask) {
+            self.set(target, sector, self.get(source, sector));
+        }
+    }
+
+    fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
+        for sector in sectors_of(mask) {
+            self.set(frame, sector, 0);
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write { version: u32 },
+    Zero { unmap: bool },
+    Discard,
+    Flush,
+}
+
+impl Kind {
+    /// Its end is not defined if another write overlaps it.
+    fn excludes_others(self) -> bool {
+        matches!(self, Kind::Zero { .. } | Kind::Discard)
+    }
+}
+
+/// A guest's request under way.
+#[derive(Debug)]
+struct Request {
+    kind: Kind,
+    span: SectorSpan,
+    sent: u64,
+    admitted: u32,
+    settled: u64,
+    failed: bool,
+    known: Knowledge,
+}
+
+/// A store operation under way.
+#[derive(Debug)]
+struct Operation {
+    kind: PlanKind,
+    span: SectorSpan,
+    first_sector: u8,
+    frames: Vec<FrameId>,
+    /// Write: what the frames held when it was submitted; they must hold it to the end.
+    content: Vec<u32>,
+    /// Map: the answer, if it was taken at once.
+    map: Option<Vec<(u64, bool)>>,
+    /// Sync: when it began, on the disk's clock.
+    began: u64,
+    ends_at: u64,
+}
+
+impl Operation {
+    /// Frame and sector within it of the operation's `n`th sector.
+    fn place(&self, n: usize) -> (FrameId, usize) {
+        let sector = usize::from(self.first_sector) + n;
+        (self.frames[sector / 8], sector % 8)
+    }
+}
+
+/// What chance decided about a world as a whole.
+#[derive(Debug)]
+struct Temper {
+    fault_percent: u64,
+    latency_us_max: u64,
+    requests_max: usize,
+    overlap: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct World {
+    rng: Rng,
+    temper: Temper,
+    cache: PageCache,
+    memory: Memory,
+    disk: Disk,
+    oracle: Oracle,
+    now_us: u64,
+    step: u64,
+    version: u32,
+    next_ticket: u64,
+    requests: BTreeMap<u64, Request>,
+    operations: BTreeMap<u32, Operation>,
+    copies: Vec<(u64, Piece)>,
+    resumes: Vec<u64>,
+    pub completed: u64,
+}
+
+impl World {
+    /// A world from a seed.
+    pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
+        let mut rng = Rng::new(seed);
+        let settings = settings(&mut rng);
+        let memory = Memory(Arc::new(Mutex::new(vec![[GARBAGE; 8]; settings.frames as usize])));
+        let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
+        cache.planted = planted;
+        let hole_percent = if settings.sparse {
+            rng.pick(&[10, 50, 100])
+        } else {
+            0
+        };
+        let sectors = settings.image_sectors as usize;
+        let disk = Disk::new(sectors, |_| rng.percent(hole_percent));
+        let temper = Temper {
+            fault_percent: rng.pick(&[0, 0, 1, 5, 30]),
+            latency_us_max: rng.pick(&[10, 1000, 100_000]),
+            requests_max: rng.pick(&[1, 4, 32]),
+            overlap: rng.percent(50),
+        };
+        Self {
+            oracle: Oracle::new(sectors),
+            rng,
+            temper,
+            cache,
+            memory,
+            disk,
+            now_us: 0,
+            step: 0,
+            version: 0,
+            next_ticket: 0,
+            requests: BTreeMap::new(),
+            operations: BTreeMap::new(),
+            copies: Vec::new(),
+            resumes: Vec::new(),
+            completed: 0,
+        }
+    }
+
+    /// Safety: chance rules for `steps` steps. Liveness: all faults heal, and every request must complete. Then what
+    /// the guest wrote must survive a power cut.
+    pub fn run(&mut self, steps: u64) {
+        for _ in 0..steps {
+            self.one_step(true);
+        }
+        self.temper.fault_percent = 0;
+        self.settle();
+        self.send(Kind::Flush, SectorSpan::new(0, 0));
+        self.settle();
+        self.power_cut();
+    }
+
+    fn settle(&mut self) {
+        let mut left = 200_000u64;
+        while !self.requests.is_empty() {
+            self.one_step(false);
+            left -= 1;
+            assert!(
+                left > 0,
+                "liveness: {} requests never complete: {:?}",
+                self.requests.len(),
+                self.requests
+            );
+        }
+    }
+
+    fn one_step(&mut self, guest_is_active: bool) {
+        self.step += 1;
+        match self.rng.below(10) {
+            0..=2 if guest_is_active && self.requests.len() < self.temper.requests_max => self.guest_acts(),
+            3..=4 if !self.copies.is_empty() => self.copy_one(),
+            5 if !self.resumes.is_empty() => {
+                let at = self.rng.below(self.resumes.len() as u64) as usize;
+                let ticket = self.resumes.swap_remove(at);
+                self.admit(ticket, true);
+            }
+            6 if self.rng.percent(3) => self.power_cut(),
+            _ => self.time_passes(),
+        }
+        self.turn_ends();
+        let pinned: Vec<_> = self.copies.iter().filter_map(|(_, piece)| piece.frame).collect();
+        self.cache.check(&pinned);
+    }
+
+    fn guest_acts(&mut self) {
+        let sectors = self.disk.sectors() as u64;
+        let longest = self.rng.pick(&[1, 8, 24, 200]).min(sectors);
+        let count = self.rng.between(1, longest);
+        let mut start = self.rng.below(sectors - count + 1);
+        if self.rng.percent(50) {
+            // A hot tenth, so that requests meet.
+            start %= (sectors / 10).max(1);
+        }
+        let span = SectorSpan::new(start, count.min(sectors - start));
+        let kind = match self.rng.below(100) {
+            0..=39 => Kind::Read,
+            40..=79 => {
+                self.version += 1;
+                Kind::Write {
+                    version: self.version,
+                }
+            }
+            80..=84 => Kind::Zero {
+                unmap: self.rng.percent(50),
+            },
+            85..=88 => Kind::Discard,
+            _ => return self.send(Kind::Flush, SectorSpan::new(0, 0)),
+        };
+        let clashes = |other: &Request| {
+            let meet = span.start < other.span.end() && other.span.start < span.end();
+            meet && (!self.temper.overlap || kind.excludes_others() || other.kind.excludes_others())
+        };
+        if !self.requests.values().any(clashes) {
+            self.send(kind, span);
+        }
+    }
+
+    fn send(&mut self, kind: Kind, span: SectorSpan) {
+        let (first, count) = (span.start as usize, span.count as usize);
+        let known_sectors = if kind == Kind::Flush {
+            self.disk.sectors()
+        } else {
+            count
+        };
+        let known = self.oracle.knowledge(first, known_sectors);
+        match kind {
+            Kind::Write { version } => self.write_starts(first, count, version),
+            Kind::Zero { .. } => self.write_starts(first, count, 0),
+            Kind::Discard => {
+                self.oracle.discard_starts(first, count);
+                for request in self.requests.values_mut() {
+                    request.known.forget(first, count);
+                }
+            }
+            Kind::Read | Kind::Flush => {}
+        }
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        let request = Request {
+            kind,
+            span,
+            sent: self.step,
+            admitted: 0,
+            settled: 0,
+            failed: false,
+            known,
+        };
+        self.requests.insert(ticket, request);
+        self.admit(ticket, false);
+    }
+
+    fn write_starts(&mut self, first: usize, count: usize, version: u32) {
+        self.oracle.write_starts(first, count, version);
+        for request in self.requests.values_mut() {
+            request.known.widen(first, count, version);
+        }
+    }
+
+    /// Brings a request, or what is left of it, before the cache.
+    fn admit(&mut self, ticket: u64, resumed: bool) {
+        let request = self
+            .requests
+            .get_mut(&ticket)
+            .expect("a request that is admitted is under way");
+        let name = Ticket(ticket);
+        let access = Access {
+            ticket: name,
+            span: request.span,
+            from: request.admitted,
+            resumed,
+        };
+        let mut pieces = Vec::new();
+        let admitted = match request.kind {
+            Kind::Read => self.cache.read(access, &mut pieces),
+            Kind::Write { .. } => self.cache.write(access, &mut pieces),
+            Kind::Zero { unmap } => {
+                self.cache.zero(name, request.span, unmap);
+                return;
+            }
+            Kind::Discard => {
+                self.cache.discard(name, request.span);
+                return;
+            }
+            Kind::Flush => return self.cache.flush(name),
+        };
+        self.copies
+            .extend(pieces.into_iter().map(|piece| (ticket, piece)));
+        match admitted {
+            Admitted::All => request.admitted = request.span.count as u32,
+            Admitted::Until(at) => request.admitted = at,
+            Admitted::Refused(at, _) => {
+                request.failed = true;
+                request.settled += request.span.count - u64::from(at);
+                request.admitted = request.span.count as u32;
+                self.finish_if_settled(ticket);
+            }
+        }
+    }
+
+    /// Copies one piece, at a time of chance's choice.
+    fn copy_one(&mut self) {
+        let at = self.rng.below(self.copies.len() as u64) as usize;
+        let (ticket, piece) = self.copies.swap_remove(at);
+        let request = self
+            .requests
+            .get_mut(&ticket)
+            .expect("a piece belongs to a request");
+        for n in 0..usize::from(piece.count) {
+            let place = usize::from(piece.first) + n;
+            match request.kind {
+                Kind::Read => {
+                    let seen = piece.frame.map_or(0, |frame| self.memory.get(frame, place));
+                    let sector = request.span.start + u64::from(piece.at) + n as u64;
+                    assert!(
+                        request.known.allows(piece.at as usize + n, seen),
+                        "a read of sector {sector} (page {}) returned version {seen}, expected one of {:?}",
+                        sector / 8,
+                        request.known
+                    );
+                }
+                Kind::Write { version } => {
+                    self.memory
+                        .set(piece.frame.expect("a write has memory"), place, version);
+                }
+                _ => unreachable!("only reads and writes have pieces"),
+            }
+        }
+        request.settled += u64::from(piece.count);
+        match request.kind {
+            Kind::Read => self.cache.finish_read(&piece),
+            _ => self.cache.finish_write(&piece, true),
+        }
+        self.finish_if_settled(ticket);
+    }
+
+    fn finish_if_settled(&mut self, ticket: u64) {
+        let request = &self.requests[&ticket];
+        assert!(
+            request.settled <= request.span.count,
+            "I10: more came than was asked for"
+        );
+        if request.settled == request.span.count {
+            let good = !request.failed;
+            self.finish(ticket, good);
+        }
+    }
+
+    fn finish(&mut self, ticket: u64, good: bool) {
+        let request = self
+            .requests
+            .remove(&ticket)
+            .expect("I10: a request completes once");
+        self.completed += 1;
+        let (first, count) = (request.span.start as usize, request.span.count as usize);
+        match request.kind {
+            Kind::Write { version } => {
+                self.oracle
+                    .write_ends(first, count, version, request.sent, self.step, good)
+            }
+            Kind::Zero { .. } => self
+                .oracle
+                .write_ends(first, count, 0, request.sent, self.step, good),
+            Kind::Flush if good => self.oracle.flushed(&request.known),
+            Kind::Flush | Kind::Read | Kind::Discard => {}
+        }
+    }
+
+    /// The next operation ends, or the clock moves to the cache's next deadline.
+    fn time_passes(&mut self) {
+        let next = self.operations.iter().map(|(&tag, op)| (op.ends_at, tag)).min();
+        let deadline = self.cache.next_deadline().map(|tick| tick.0);
+        match (next, deadline) {
+            (Some((ends_at, tag)), deadline) if deadline.is_none_or(|at| ends_at <= at) => {
+                self.now_us = self.now_us.max(ends_at);
+                self.operation_ends(tag);
+            }
+            (_, Some(at)) => self.now_us = self.now_us.max(at),
+            _ => self.now_us += 1,
+        }
+    }
+
+    fn operation_ends(&mut self, tag: u32) {
+        let op = self.operations.remove(&tag).expect("chosen above");
+        let failed = self.rng.percent(self.temper.fault_percent);
+        let (first, count) = (op.span.start as usize, op.span.count as usize);
+        match op.kind {
+            PlanKind::Read => {
+                for n in 0..count {
+                    let (frame, at) = op.place(n);
+                    // A failed read leaves anything behind.
+                    self.memory.set(
+                        frame,
+                        at,
+                        if failed {
+                            GARBAGE
+                        } else {
+                            self.disk.read(first + n)
+                        },
+                    );
+                }
+            }
+            PlanKind::Write => {
+                for (n, &version) in op.content.iter().enumerate() {
+                    let (frame, at) = op.place(n);
+                    assert_eq!(
+                        self.memory.get(frame, at),
+                        version,
+                        "a frame changed on its way to the disk"
+                    );
+                    // A failed write is torn.
+                    if !failed || self.rng.percent(50) {
+                        self.disk.write(first + n, version);
+                    }
+                }
+            }
+            PlanKind::Sync => self.disk.sync_ends(op.began, !failed),
+            PlanKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
+            PlanKind::Discard if !failed && self.rng.percent(50) => self.disk.zero(first, count, true),
+            PlanKind::Zero { .. } | PlanKind::Discard | PlanKind::Map => {}
+        }
+        let outcome = match op.kind {
+            _ if failed => Outcome::Failed(self.rng.pick(&[Fault::Media, Fault::NoSpace])),
+            PlanKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
+            _ => Outcome::Done,
+        };
+        self.cache.complete(tag, outcome, Tick(self.now_us));
+    }
+
+    fn turn_ends(&mut self) {
+        self.cache.pump(Tick(self.now_us));
+        let mut plans = Vec::new();
+        self.cache.take_plans(|plan: Plan<'_>| {
+            let Plan {
+                tag,
+                kind,
+                span,
+                first_sector,
+                frames,
+            } = plan;
+            let frames = frames.to_vec();
+            let op = Operation {
+                kind,
+                span,
+                first_sector,
+                frames,
+                content: Vec::new(),
+                map: None,
+                began: 0,
+                ends_at: 0,
+            };
+            plans.push((tag, op));
+        });
+        for (tag, op) in plans {
+            self.submit(tag, op);
+        }
+        let mut notices = Vec::new();
+        self.cache.take_notices(&mut notices);
+        for notice in notices {
+            match notice {
+                Notice::Ready(Ticket(ticket), piece) => self.copies.push((ticket, piece)),
+                Notice::Unreadable(Ticket(ticket), sectors, _) => {
+                    let request = self
+                        .requests
+                        .get_mut(&ticket)
+                        .expect("a notice is for a request under way");
+                    request.failed = true;
+                    request.settled += u64::from(sectors);
+                    self.finish_if_settled(ticket);
+                }
+                Notice::Resume(Ticket(ticket)) => self.resumes.push(ticket),
+                Notice::Done(Ticket(ticket), result) => self.finish(ticket, result.is_ok()),
+            }
+        }
+    }
+
+    fn submit(&mut self, tag: u32, mut op: Operation) {
+        let (first, count) = (op.span.start as usize, op.span.count as usize);
+        match op.kind {
+            PlanKind::Write => {
+                op.content = (0..count)
+                    .map(|n| op.place(n))
+                    .map(|(frame, at)| self.memory.get(frame, at))
+                    .collect();
+                assert!(!op.content.contains(&GARBAGE), "garbage on its way to the disk");
+            }
+            PlanKind::Sync => op.began = self.disk.sync_begins(),
+            // The map is taken now or when the operation ends: both are right answers.
+            PlanKind::Map if self.rng.percent(50) => op.map = Some(self.disk.map(first, count)),
+            _ => {}
+        }
+        op.ends_at = self.now_us + self.rng.between(1, self.temper.latency_us_max);
+        self.operations.insert(tag, op);
+    }
+
+    /// Looks at what a power cut now would leave; the world goes on as if nothing had happened.
+    fn power_cut(&mut self) {
+        for sector in 0..self.disk.sectors() {
+            let left = self.disk.after_power_cut(sector, &mut self.rng);
+            assert!(
+                self.oracle.may_survive(sector, left),
+                "after a power cut sector {sector} (page {}) holds version {left}: {:?}",
+                sector / 8,
+                self.oracle.knowledge(sector, 1)
+            );
+        }
+    }
+}
+
+/// A cache's shape, by chance.
+fn settings(rng: &mut Rng) -> Settings {
+    let frames = rng.pick(&[12, 24, 48, 160]);
+    let block_sectors = rng.pick(&[1, 1, 2, 8]);
+    // A store never has a block that the image's end cuts.
+    let image_sectors = rng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
+    Settings {
+        frames,
+        image_sectors,
+        block_sectors,
+        sparse: rng.percent(60),
+        cluster_pages_max: rng.pick(&[1, 3, 8, 256]),
+        retain: rng.percent(90),
+        policy: rng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),
+        readahead_pages_max: rng.pick(&[0, 4, 64, 512]),
+        flush_target_us: 250_000,
+        dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
+        dirty_age_us: rng.pick(&[10_000, 1_000_000]),
+    }
+}

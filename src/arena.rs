@@ -34,24 +34,14 @@ impl Arena {
     /// so that a guest's request never meets a shortage later.
     pub fn new(frames: usize) -> Result<Self> {
         let bytes = frames.checked_mul(PAGE_SIZE).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Memory,
-                format!("a cache of {frames} pages overflows the address space"),
-            )
+            Error::new(ErrorKind::Memory, format!("a cache of {frames} pages overflows the address space"))
         })?;
-        let refused = |e: io::Error| {
-            Error::io(
-                ErrorKind::Memory,
-                format!("no memory for a cache of {bytes} bytes"),
-                e,
-            )
-        };
+        let refused = |e: io::Error| Error::io(ErrorKind::Memory, format!("no memory for a cache of {bytes} bytes"), e);
         // Shared memory can be over-committed until the kernel starts to kill processes: ask before taking it.
         if let Some(available) = available_memory_bytes()
             && bytes as u64 > available
         {
-            let context =
-                format!("no memory for a cache of {bytes} bytes: the host has {available} available");
+            let context = format!("no memory for a cache of {bytes} bytes: the host has {available} available");
             return Err(Error::new(ErrorKind::Memory, context));
         }
         // SAFETY: a plain system call with a constant NUL-terminated name.
@@ -62,10 +52,7 @@ impl Arena {
         // SAFETY: memfd_create returned a new descriptor that nobody else owns.
         let memfd = unsafe { File::from_raw_fd(fd) };
         let length = libc::off_t::try_from(bytes).map_err(|_| {
-            Error::new(
-                ErrorKind::Memory,
-                format!("a cache of {bytes} bytes is larger than a file can be"),
-            )
+            Error::new(ErrorKind::Memory, format!("a cache of {bytes} bytes is larger than a file can be"))
         })?;
         memfd.set_len(bytes as u64).map_err(refused)?;
         // Shared memory is allocated at the first touch, and a shortage then is SIGBUS: allocate it now instead.
@@ -87,11 +74,7 @@ impl Arena {
         if base == libc::MAP_FAILED {
             return Err(refused(io::Error::last_os_error()));
         }
-        Ok(Self {
-            base: base.cast(),
-            frames,
-            _memfd: memfd,
-        })
+        Ok(Self { base: base.cast(), frames, _memfd: memfd })
     }
 
     /// Number of frames.
@@ -132,9 +115,7 @@ impl Arena {
 /// What the host can give without swapping (MemAvailable of proc(5)); `None` where it doesn't say.
 fn available_memory_bytes() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }

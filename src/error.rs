@@ -41,20 +41,12 @@ pub struct Error {
 impl Error {
     /// An error of `kind`; `context` says what was being done, to what.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self {
-            kind,
-            context: context.into(),
-            source: None,
-        }
+        Self { kind, context: context.into(), source: None }
     }
 
     /// An error with the operating system's reason.
     pub fn io(kind: ErrorKind, context: impl Into<String>, source: io::Error) -> Self {
-        Self {
-            kind,
-            context: context.into(),
-            source: Some(source),
-        }
+        Self { kind, context: context.into(), source: Some(source) }
     }
 
     /// What went wrong.

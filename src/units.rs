@@ -75,10 +75,7 @@ impl SectorSpan {
     /// The pages that the span touches.
     pub fn pages(self) -> PageSpan {
         let first = self.start / SECTORS_PER_PAGE;
-        PageSpan {
-            first: PageNo(first),
-            count: self.end().div_ceil(SECTORS_PER_PAGE).saturating_sub(first),
-        }
+        PageSpan { first: PageNo(first), count: self.end().div_ceil(SECTORS_PER_PAGE).saturating_sub(first) }
     }
 }
 
@@ -133,11 +130,7 @@ impl SectorMask {
     /// => `first + count` is at most 8.
     pub fn run(first: u8, count: u8) -> Self {
         debug_assert!(u64::from(first) + u64::from(count) <= SECTORS_PER_PAGE);
-        if count == 8 {
-            Self::ALL
-        } else {
-            Self(((1u8 << count) - 1) << first)
-        }
+        if count == 8 { Self::ALL } else { Self(((1u8 << count) - 1) << first) }
     }
 
     /// Whether no sector is in the mask.

@@ -22,25 +22,14 @@ impl PageCache {
     fn check_frames(&self, pinned: &[FrameId]) {
         let mut held: HashMap<FrameId, u32> = HashMap::new();
         let resident = self.pages.iter().filter_map(|(_, page)| page.frame());
-        let flying = self
-            .flights
-            .iter()
-            .flat_map(|flight| flight.frames.iter().copied());
+        let flying = self.flights.iter().flat_map(|flight| flight.frames.iter().copied());
         for frame in resident.chain(flying).chain(pinned.iter().copied()) {
             *held.entry(frame).or_default() += 1;
         }
         for (&frame, &count) in &held {
-            assert_eq!(
-                self.frames.references(frame),
-                count,
-                "I3: references of {frame:?}"
-            );
+            assert_eq!(self.frames.references(frame), count, "I3: references of {frame:?}");
         }
-        assert_eq!(
-            held.len(),
-            (self.frames.total() - self.frames.free()) as usize,
-            "I9: free + held frames = arena"
-        );
+        assert_eq!(held.len(), (self.frames.total() - self.frames.free()) as usize, "I9: free + held frames = arena");
     }
 
     fn check_pages(&self) {
@@ -48,6 +37,8 @@ impl PageCache {
         let (mut unclean, mut failed, mut unread, mut waiters) = (0, 0, 0, 0);
         for (id, page) in self.pages.iter() {
             page.check();
+            let beyond = self.beyond_image(page.no());
+            assert!(page.dirty.and(beyond).is_empty(), "I5: {:?} is dirty beyond the image", page.no());
             assert!(self.policy.contains(id), "I1: {:?} is on no queue", page.no());
             assert_eq!(self.pages.find(page.no()), Some(id), "the index finds the page");
             if !page.dirty.is_empty() {
@@ -58,23 +49,12 @@ impl PageCache {
             unread += u32::from(page.is(PREFETCHED));
             waiters += self.waiters.chain_len(page.waiters);
             if page.frame().is_none() {
-                assert!(
-                    page.is(READING) || page.waiters != NONE,
-                    "{:?}: no frame, and nobody brings one",
-                    page.no()
-                );
+                assert!(page.is(READING) || page.waiters != NONE, "{:?}: no frame, and nobody brings one", page.no());
             }
         }
         dirty.sort();
-        assert_eq!(
-            self.policy.len(),
-            self.pages.len(),
-            "I1: queues hold the pages and nothing else"
-        );
-        assert!(
-            self.dirty.iter().eq(dirty.iter().copied()),
-            "I2: the dirty set is the dirty pages"
-        );
+        assert_eq!(self.policy.len(), self.pages.len(), "I1: queues hold the pages and nothing else");
+        assert!(self.dirty.iter().eq(dirty.iter().copied()), "I2: the dirty set is the dirty pages");
         assert_eq!(self.dirty.dirty_pages() as usize, dirty.len(), "I4: dirty pages");
         assert_eq!(self.dirty.unclean_pages(), unclean, "I4: unclean pages");
         assert_eq!(self.dirty.failed_pages(), failed, "I4: failed pages");
@@ -83,26 +63,14 @@ impl PageCache {
     }
 
     fn check_flights(&self) {
-        let mut flights: Vec<&Flight> = self
-            .flights
-            .iter()
-            .filter(|flight| flight.span.count > 0 && flight.kind != PlanKind::Map)
-            .collect();
+        let mut flights: Vec<&Flight> =
+            self.flights.iter().filter(|flight| flight.span.count > 0 && flight.kind != PlanKind::Map).collect();
         flights.sort_by_key(|flight| flight.span.start);
         for pair in flights.windows(2) {
-            let [one, next] = pair else {
-                unreachable!("windows of two")
-            };
+            let [one, next] = pair else { unreachable!("windows of two") };
             let both_read = one.kind == PlanKind::Read && next.kind == PlanKind::Read;
             let apart = one.span.end() <= next.span.start;
-            assert!(
-                apart || both_read,
-                "I6: {:?} {:?} overlaps {:?} {:?}",
-                one.kind,
-                one.span,
-                next.kind,
-                next.span
-            );
+            assert!(apart || both_read, "I6: {:?} {:?} overlaps {:?} {:?}", one.kind, one.span, next.kind, next.span);
         }
         for flight in flights {
             for (&id, &frame) in flight.ids.iter().zip(&flight.frames) {
@@ -112,11 +80,7 @@ impl PageCache {
                     assert_ne!(page.frame(), Some(frame), "I7: a read-in has a frame of its own");
                 } else {
                     assert!(!page.writing.is_empty(), "a page being written says so");
-                    assert_eq!(
-                        page.is(FROZEN),
-                        page.frame() == Some(frame),
-                        "frozen is the frame in flight"
-                    );
+                    assert_eq!(page.is(FROZEN), page.frame() == Some(frame), "frozen is the frame in flight");
                 }
             }
         }

@@ -102,11 +102,7 @@ impl DirtySet {
 
     /// Ends the current epoch, if anything belongs to it; returns the last epoch that is closed.
     pub fn close_epoch(&mut self) -> Epoch {
-        if self
-            .epochs
-            .back()
-            .is_some_and(|&(epoch, _)| epoch == self.current)
-        {
+        if self.epochs.back().is_some_and(|&(epoch, _)| epoch == self.current) {
             self.current = self.current.next();
         }
         Epoch(self.current.0.wrapping_sub(1))
@@ -142,11 +138,7 @@ impl DirtySet {
 
     /// One more page or write belongs to `epoch`.
     pub fn hold_epoch(&mut self, epoch: Epoch) {
-        match self
-            .epochs
-            .iter()
-            .rposition(|&(other, _)| other.at_or_before(epoch))
-        {
+        match self.epochs.iter().rposition(|&(other, _)| other.at_or_before(epoch)) {
             Some(at) if self.epochs[at].0 == epoch => self.epochs[at].1 += 1,
             Some(at) => self.epochs.insert(at + 1, (epoch, 1)),
             None => self.epochs.push_front((epoch, 1)),
@@ -155,11 +147,7 @@ impl DirtySet {
 
     /// One page or write less belongs to `epoch`.
     pub fn release_epoch(&mut self, epoch: Epoch) {
-        let at = self
-            .epochs
-            .iter()
-            .rposition(|&(other, _)| other == epoch)
-            .expect("the epoch is held");
+        let at = self.epochs.iter().rposition(|&(other, _)| other == epoch).expect("the epoch is held");
         self.epochs[at].1 -= 1;
         if self.epochs[at].1 == 0 {
             self.epochs.remove(at);
@@ -183,24 +171,17 @@ impl DirtySet {
 
     /// Whether all pages of the group of `no` are dirty.
     pub fn group_is_full(&self, no: PageNo) -> bool {
-        self.groups
-            .get(&(no.0 / GROUP_PAGES))
-            .is_some_and(|group| group.dirty == u16::MAX)
+        self.groups.get(&(no.0 / GROUP_PAGES)).is_some_and(|group| group.dirty == u16::MAX)
     }
 
     /// The first group with dirty pages from group `from` on.
     pub fn next_group(&self, from: u64) -> Option<(u64, Group)> {
-        self.groups
-            .range(from..)
-            .next()
-            .map(|(&number, &group)| (number, group))
+        self.groups.range(from..).next().map(|(&number, &group)| (number, group))
     }
 
     /// The dirty pages in order.
     pub fn iter(&self) -> impl Iterator<Item = PageNo> {
-        self.groups
-            .iter()
-            .flat_map(|(&number, &group)| group.pages(number))
+        self.groups.iter().flat_map(|(&number, &group)| group.pages(number))
     }
 
     /// Bytes of memory the groups take, at the usual fill of a B-tree's nodes.
@@ -214,18 +195,10 @@ mod tests {
     use super::*;
 
     fn dirty(epoch: u32) -> Tally {
-        Tally {
-            dirty: Some(Epoch(epoch)),
-            unclean: true,
-            failed: false,
-        }
+        Tally { dirty: Some(Epoch(epoch)), unclean: true, failed: false }
     }
 
-    const CLEAN: Tally = Tally {
-        dirty: None,
-        unclean: false,
-        failed: false,
-    };
+    const CLEAN: Tally = Tally { dirty: None, unclean: false, failed: false };
 
     #[test]
     fn an_epoch_is_over_when_its_last_page_is_clean() {

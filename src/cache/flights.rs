@@ -67,14 +67,7 @@ pub(super) struct Flight {
 impl Flight {
     /// An operation that holds no pages.
     pub fn without_pages(kind: PlanKind, span: SectorSpan) -> Self {
-        Self {
-            kind,
-            span,
-            frames: Vec::new(),
-            ids: Vec::new(),
-            epoch: Epoch(0),
-            demand: true,
-        }
+        Self { kind, span, frames: Vec::new(), ids: Vec::new(), epoch: Epoch(0), demand: true }
     }
 
     /// The pages on the image that the operation touches.
@@ -109,9 +102,7 @@ impl Flights {
 
     /// Takes an operation that ended.
     pub fn land(&mut self, tag: u32) -> Flight {
-        let flight = self.slots[tag as usize]
-            .take()
-            .expect("an outcome belongs to an operation in flight");
+        let flight = self.slots[tag as usize].take().expect("an outcome belongs to an operation in flight");
         if flight.kind == PlanKind::Write {
             self.writes -= 1;
         }
@@ -126,9 +117,7 @@ impl Flights {
 
     /// Takes an operation's vectors back.
     pub fn recycle(&mut self, flight: Flight) {
-        let Flight {
-            mut frames, mut ids, ..
-        } = flight;
+        let Flight { mut frames, mut ids, .. } = flight;
         if frames.capacity() > 0 && self.spare.len() < 64 {
             frames.clear();
             ids.clear();
@@ -153,23 +142,10 @@ impl PageCache {
     /// => The frames of a plan stay held until [`PageCache::complete`] is told of its tag.
     pub fn take_plans(&mut self, mut start: impl FnMut(Plan<'_>)) {
         for tag in self.flights.queued.drain(..) {
-            let flight = self.flights.slots[tag as usize]
-                .as_ref()
-                .expect("a queued operation is in flight");
-            let Flight {
-                kind,
-                span,
-                ref frames,
-                ..
-            } = *flight;
+            let flight = self.flights.slots[tag as usize].as_ref().expect("a queued operation is in flight");
+            let Flight { kind, span, ref frames, .. } = *flight;
             let first_sector = (span.start % SECTORS_PER_PAGE) as u8;
-            start(Plan {
-                tag,
-                kind,
-                span,
-                first_sector,
-                frames,
-            });
+            start(Plan { tag, kind, span, first_sector, frames });
         }
     }
 

@@ -50,10 +50,7 @@ pub(super) struct Flushing {
 impl Flushing {
     /// The last epoch that a flush waits to see written.
     pub fn unwritten_upto(&self) -> Option<Epoch> {
-        self.queue
-            .back()
-            .filter(|flush| flush.needs.is_none())
-            .map(|flush| flush.upto)
+        self.queue.back().filter(|flush| flush.needs.is_none()).map(|flush| flush.upto)
     }
 
     /// Pages can't be evicted for want of a Sync, or have been unstable for long.
@@ -91,23 +88,14 @@ impl PageCache {
         // A flush is a question to the store: what failed before is tried again now.
         self.writeback.retry_now(self.now);
         let upto = self.dirty.close_epoch();
-        self.flushing.queue.push_back(Flush {
-            ticket,
-            upto,
-            needs: None,
-        });
+        self.flushing.queue.push_back(Flush { ticket, upto, needs: None });
     }
 
     /// Completes flushes whose turn has come, and sends the Sync they wait for.
     pub(super) fn advance_flushes(&mut self) {
         let redoing = self.ranges.redoing();
         let oldest = self.dirty.oldest();
-        let Flushing {
-            queue,
-            written,
-            stable,
-            ..
-        } = &mut self.flushing;
+        let Flushing { queue, written, stable, .. } = &mut self.flushing;
         for flush in queue.iter_mut().filter(|flush| flush.needs.is_none()) {
             if redoing || oldest.is_some_and(|oldest| oldest.at_or_before(flush.upto)) {
                 break;
@@ -132,13 +120,9 @@ impl PageCache {
         flushing.syncing = Some(flushing.written);
         flushing.fresh ^= 1;
         flushing.wanted = false;
-        debug_assert!(
-            flushing.unsynced[flushing.fresh].is_empty(),
-            "the last Sync has taken its list"
-        );
+        debug_assert!(flushing.unsynced[flushing.fresh].is_empty(), "the last Sync has taken its list");
         self.stats.syncs += 1;
-        self.flights
-            .launch(Flight::without_pages(PlanKind::Sync, SectorSpan::new(0, 0)));
+        self.flights.launch(Flight::without_pages(PlanKind::Sync, SectorSpan::new(0, 0)));
     }
 
     /// The Sync in flight has ended.
@@ -192,16 +176,13 @@ impl PageCache {
 
     /// What the page holds may not be on the store after all. It gets an epoch that every waiting flush includes.
     fn make_dirty_again(&mut self, id: PageId) {
-        let epoch = self
-            .flushing
-            .queue
-            .front()
-            .map_or(self.dirty.current(), |flush| flush.upto);
+        let epoch = self.flushing.queue.front().map_or(self.dirty.current(), |flush| flush.upto);
+        let beyond = self.beyond_image(self.pages[id].no());
         self.change(id, |page| {
             if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
                 page.epoch = epoch;
             }
-            page.dirty = page.valid;
+            page.dirty = page.valid.without(beyond);
         });
     }
 

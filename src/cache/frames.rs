@@ -20,14 +20,8 @@ impl Frames {
     /// `count` free frames.
     pub fn new(count: u32) -> Self {
         assert!(count > 0 && count < END, "a cache has 1 to 2^31 frames");
-        let words = (1..=count)
-            .map(|next| FREE | if next == count { END } else { next })
-            .collect();
-        Self {
-            words,
-            free_head: 0,
-            free_count: count,
-        }
+        let words = (1..=count).map(|next| FREE | if next == count { END } else { next }).collect();
+        Self { words, free_head: 0, free_count: count }
     }
 
     /// Takes a free frame, with one reference.
@@ -52,10 +46,7 @@ impl Frames {
     /// Gives a reference back; the last one frees the frame.
     pub fn release(&mut self, frame: FrameId) {
         let word = &mut self.words[frame.index()];
-        assert!(
-            *word & FREE == 0 && *word > 0,
-            "{frame:?} is released once too often"
-        );
+        assert!(*word & FREE == 0 && *word > 0, "{frame:?} is released once too often");
         *word -= 1;
         if *word == 0 {
             *word = FREE | self.free_head;

@@ -240,14 +240,7 @@ impl PageCache {
         self.stats.store_reads += 1;
         self.stats.store_read_sectors += span.count;
         let demand = !self.run.ahead;
-        self.flights.launch(Flight {
-            kind: PlanKind::Read,
-            span,
-            frames,
-            ids,
-            epoch: Epoch(0),
-            demand,
-        });
+        self.flights.launch(Flight { kind: PlanKind::Read, span, frames, ids, epoch: Epoch(0), demand });
     }
 
     /// A read-in has ended.
@@ -300,8 +293,7 @@ impl PageCache {
             let mut chain = std::mem::replace(&mut self.pages[id].waiters, NONE);
             while chain != NONE {
                 let waiter = self.waiters.take(&mut chain);
-                self.notices
-                    .push(Notice::Unreadable(waiter.ticket, u32::from(waiter.count), fault));
+                self.notices.push(Notice::Unreadable(waiter.ticket, u32::from(waiter.count), fault));
             }
         } else if self.pages[id].waiters != NONE {
             self.launch_run();
@@ -326,23 +318,8 @@ impl PageCache {
             match self.pages[id].frame() {
                 Some(frame) if self.pages[id].valid.contains(mask) => {
                     self.frames.hold(frame);
-                    let Waiter {
-                        ticket,
-                        at,
-                        first,
-                        count,
-                        ..
-                    } = waiter;
-                    self.notices.push(Notice::Ready(
-                        ticket,
-                        Piece {
-                            frame: Some(frame),
-                            page: id,
-                            first,
-                            count,
-                            at,
-                        },
-                    ));
+                    let Waiter { ticket, at, first, count, .. } = waiter;
+                    self.notices.push(Notice::Ready(ticket, Piece { frame: Some(frame), page: id, first, count, at }));
                 }
                 _ => keep.push(waiter),
             }
@@ -351,23 +328,8 @@ impl PageCache {
             return;
         }
         for waiter in keep {
-            let Waiter {
-                ticket,
-                at,
-                first,
-                count,
-                ..
-            } = waiter;
-            self.enqueue_waiter(
-                id,
-                Step {
-                    no: self.pages[id].no(),
-                    first,
-                    count,
-                    at,
-                },
-                ticket,
-            );
+            let Waiter { ticket, at, first, count, .. } = waiter;
+            self.enqueue_waiter(id, Step { no: self.pages[id].no(), first, count, at }, ticket);
         }
         self.fill_for_waiters(id);
     }
@@ -393,13 +355,7 @@ impl PageCache {
     fn enqueue_waiter(&mut self, id: PageId, step: Step, ticket: Ticket) {
         let Step { first, count, at, .. } = step;
         let next = self.pages[id].waiters;
-        self.pages[id].waiters = self.waiters.put(Waiter {
-            ticket,
-            at,
-            first,
-            count,
-            next,
-        });
+        self.pages[id].waiters = self.waiters.put(Waiter { ticket, at, first, count, next });
     }
 
     /// Readahead: brings in the absent pages of `window` while there is room, and says where it stopped.
@@ -412,11 +368,7 @@ impl PageCache {
         while next < window.end() && next.0 < self.image_pages() && !self.ranges.block(next) {
             if self.pages.find(next).is_none() {
                 let room = self.frames.free() > self.reserve() / 2 && self.streams.may_prefetch();
-                match if room {
-                    self.bring_in(next)
-                } else {
-                    Err(Missing::Wait)
-                } {
+                match if room { self.bring_in(next) } else { Err(Missing::Wait) } {
                     Ok(id) => {
                         self.streams.unread_pages += 1;
                         self.stats.readahead_pages += 1;

@@ -57,15 +57,8 @@ fn bit(no: PageNo) -> (usize, u64) {
 impl Holes {
     /// For a cache of `frames` frames: one region for every 64 frames, so a cache of 1 % of the image knows it all.
     pub fn new(sparse: bool, frames: u32) -> Self {
-        let empty = Region {
-            number: 0,
-            state: State::Empty,
-            bits: [0; WORDS],
-        };
-        Self {
-            sparse,
-            regions: vec![empty; (frames / 64).max(16) as usize],
-        }
+        let empty = Region { number: 0, state: State::Empty, bits: [0; WORDS] };
+        Self { sparse, regions: vec![empty; (frames / 64).max(16) as usize] }
     }
 
     fn slot(&mut self, no: PageNo) -> (u64, &mut Region) {
@@ -84,11 +77,7 @@ impl Holes {
             return Backing::Unknown;
         }
         let (word, mask) = bit(no);
-        if region.bits[word] & mask != 0 {
-            Backing::Hole
-        } else {
-            Backing::Data
-        }
+        if region.bits[word] & mask != 0 { Backing::Hole } else { Backing::Data }
     }
 
     /// Whether the region of `no` may be asked for now; then it counts as being asked.
@@ -97,11 +86,7 @@ impl Holes {
         if matches!(region.state, State::Mapping { .. }) {
             return false;
         }
-        *region = Region {
-            number,
-            state: State::Mapping { stale: false },
-            bits: [0; WORDS],
-        };
+        *region = Region { number, state: State::Mapping { stale: false }, bits: [0; WORDS] };
         true
     }
 
@@ -144,10 +129,7 @@ impl Holes {
         let State::Mapping { stale } = region.state else {
             unreachable!("an answer comes for a region that was asked for");
         };
-        assert_eq!(
-            region.number, number,
-            "a region that is being asked for keeps its slot"
-        );
+        assert_eq!(region.number, number, "a region that is being asked for keeps its slot");
         if stale {
             region.state = State::Empty;
             return;
@@ -188,10 +170,7 @@ impl PageCache {
         }
         let first = PageNo(no.0 / REGION_PAGES * REGION_PAGES);
         self.stats.maps += 1;
-        self.flights.launch(Flight::without_pages(
-            PlanKind::Map,
-            self.span_of(first, REGION_PAGES),
-        ));
+        self.flights.launch(Flight::without_pages(PlanKind::Map, self.span_of(first, REGION_PAGES)));
     }
 
     /// The store has answered; a failed answer takes everything for data.
@@ -223,16 +202,7 @@ mod tests {
         // Data up to the middle of page 1, a hole to the middle of page 3, data to the end of the region.
         holes.learn(PageNo(0), &[(12, false), (16, true), (2048 - 28, false)]);
         let seen: Vec<_> = (0..5).map(|no| holes.backing(PageNo(no))).collect();
-        assert_eq!(
-            seen,
-            [
-                Backing::Data,
-                Backing::Data,
-                Backing::Hole,
-                Backing::Data,
-                Backing::Data
-            ]
-        );
+        assert_eq!(seen, [Backing::Data, Backing::Data, Backing::Hole, Backing::Data, Backing::Data]);
     }
 
     #[test]

@@ -197,14 +197,8 @@ impl PageCache {
     /// # Panics
     /// If the settings make no sense; whoever reads the configuration checks them before.
     pub fn new(settings: Settings, memory: Box<dyn FrameMemory>) -> Self {
-        assert!(
-            settings.frames > 0 && settings.image_sectors > 0,
-            "an empty cache or image"
-        );
-        assert!(
-            (1..=8).contains(&settings.block_sectors),
-            "a block of 1 to 8 sectors"
-        );
+        assert!(settings.frames > 0 && settings.image_sectors > 0, "an empty cache or image");
+        assert!((1..=8).contains(&settings.block_sectors), "a block of 1 to 8 sectors");
         assert!(
             (1..=ranges::REGION_PAGES).contains(&u64::from(settings.cluster_pages_max)),
             "clusters stay in a region"
@@ -263,11 +257,7 @@ impl PageCache {
     /// When [`PageCache::pump`] has something to do although nothing happens; `None` while all is clean.
     pub fn next_deadline(&self) -> Option<Tick> {
         let writeback = self.writeback_deadline();
-        if self.unblocked && !self.stalled.is_empty() {
-            Some(self.now)
-        } else {
-            writeback
-        }
+        if self.unblocked && !self.stalled.is_empty() { Some(self.now) } else { writeback }
     }
 
     /// Takes the notices that wait.
@@ -387,32 +377,17 @@ impl Step {
     }
 
     fn piece(self, page: PageId, frame: Option<FrameId>) -> Piece {
-        Piece {
-            frame,
-            page,
-            first: self.first,
-            count: self.count,
-            at: self.at,
-        }
+        Piece { frame, page, first: self.first, count: self.count, at: self.at }
     }
 }
 
 impl Access {
     /// The step at sector `at` of the request; `None` past its end.
     fn step(&self, at: u32) -> Option<Step> {
-        let left = self
-            .span
-            .count
-            .checked_sub(u64::from(at))
-            .filter(|&left| left > 0)?;
+        let left = self.span.count.checked_sub(u64::from(at)).filter(|&left| left > 0)?;
         let sector = self.span.start + u64::from(at);
         let first = (sector % SECTORS_PER_PAGE) as u8;
         let count = left.min(SECTORS_PER_PAGE - u64::from(first)) as u8;
-        Some(Step {
-            no: PageNo(sector / SECTORS_PER_PAGE),
-            first,
-            count,
-            at,
-        })
+        Some(Step { no: PageNo(sector / SECTORS_PER_PAGE), first, count, at })
     }
 }

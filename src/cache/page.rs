@@ -118,36 +118,12 @@ impl Page {
 
     /// Invariants of a single page (I5, and the combinations the state table forbids).
     pub fn check(&self) {
-        assert!(
-            self.valid.contains(self.dirty),
-            "{:?}: dirty sectors are valid: {self:?}",
-            self.no()
-        );
-        assert!(
-            self.frame != NONE || self.valid.is_empty(),
-            "{:?}: valid needs a frame: {self:?}",
-            self.no()
-        );
-        assert!(
-            !(self.is(READING) && !self.writing.is_empty()),
-            "{:?}: Reading and Writing",
-            self.no()
-        );
-        assert!(
-            !self.is(FROZEN) || !self.writing.is_empty(),
-            "{:?}: frozen only while writing",
-            self.no()
-        );
-        assert!(
-            self.writers > 0 || self.pending.is_empty(),
-            "{:?}: pending needs a writer",
-            self.no()
-        );
-        assert!(
-            !(self.is(FROZEN) && self.writers > 0),
-            "{:?}: a frozen frame is being written",
-            self.no()
-        );
+        assert!(self.valid.contains(self.dirty), "{:?}: dirty sectors are valid: {self:?}", self.no());
+        assert!(self.frame != NONE || self.valid.is_empty(), "{:?}: valid needs a frame: {self:?}", self.no());
+        assert!(!(self.is(READING) && !self.writing.is_empty()), "{:?}: Reading and Writing", self.no());
+        assert!(!self.is(FROZEN) || !self.writing.is_empty(), "{:?}: frozen only while writing", self.no());
+        assert!(self.writers > 0 || self.pending.is_empty(), "{:?}: pending needs a writer", self.no());
+        assert!(!(self.is(FROZEN) && self.writers > 0), "{:?}: a frozen frame is being written", self.no());
     }
 }
 
@@ -173,19 +149,12 @@ impl PageTable {
         for (next, slot) in (1..).zip(&mut slots) {
             slot.waiters = if next == pages { NONE } else { next };
         }
-        Self {
-            slots,
-            free: 0,
-            resident: 0,
-            index: HashTable::with_capacity(pages as usize),
-        }
+        Self { slots, free: 0, resident: 0, index: HashTable::with_capacity(pages as usize) }
     }
 
     /// The page with this number, if it is in memory.
     pub fn find(&self, no: PageNo) -> Option<PageId> {
-        self.index
-            .find(hash(no), |&id| self.slots[id as usize].no() == no)
-            .map(|&id| PageId(id))
+        self.index.find(hash(no), |&id| self.slots[id as usize].no() == no).map(|&id| PageId(id))
     }
 
     /// Makes a slot for a page that is not in the table; `None` if every slot is taken.
@@ -199,8 +168,7 @@ impl PageTable {
         self.free = slot.waiters;
         *slot = Page::new(no);
         let slots = &self.slots;
-        self.index
-            .insert_unique(hash(no), id, |&id| hash(slots[id as usize].no()));
+        self.index.insert_unique(hash(no), id, |&id| hash(slots[id as usize].no()));
         self.resident += 1;
         Some(PageId(id))
     }
@@ -225,9 +193,7 @@ impl PageTable {
 
     /// The pages in the table, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (PageId, &Page)> {
-        self.index
-            .iter()
-            .map(|&id| (PageId(id), &self.slots[id as usize]))
+        self.index.iter().map(|&id| (PageId(id), &self.slots[id as usize]))
     }
 
     /// Bytes of memory the table takes.
@@ -264,10 +230,7 @@ mod tests {
     fn pages_are_found_until_removed_and_slots_are_reused() {
         let mut table = PageTable::new(3);
         let far = PageNo(1 << 40);
-        let ids: Vec<_> = [PageNo(0), PageNo(7), far]
-            .into_iter()
-            .map(|no| table.insert(no).unwrap())
-            .collect();
+        let ids: Vec<_> = [PageNo(0), PageNo(7), far].into_iter().map(|no| table.insert(no).unwrap()).collect();
         assert_eq!(table.insert(PageNo(9)), None, "every slot is taken");
         assert_eq!(table.find(far), Some(ids[2]));
         assert_eq!(table[ids[2]].no(), far);

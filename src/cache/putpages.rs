@@ -25,11 +25,7 @@ impl PageCache {
             return self.put_partial(id);
         }
         // A page that failed goes alone, so that one bad sector holds up nothing else.
-        let (first, end) = if self.pages[id].is(FAILED) {
-            (no, no.plus(1))
-        } else {
-            self.cluster_round(no)
-        };
+        let (first, end) = if self.pages[id].is(FAILED) { (no, no.plus(1)) } else { self.cluster_round(no) };
         let (mut frames, mut ids) = self.flights.vectors();
         let mut epoch = self.pages[id].epoch;
         for page_no in (first.0..end.0).map(PageNo) {
@@ -126,20 +122,12 @@ impl PageCache {
         self.stats.store_writes += 1;
         self.stats.store_written_sectors += span.count;
         self.throttle.write_started(self.now);
-        self.flights.launch(Flight {
-            kind: PlanKind::Write,
-            span,
-            frames,
-            ids,
-            epoch,
-            demand: false,
-        });
+        self.flights.launch(Flight { kind: PlanKind::Write, span, frames, ids, epoch, demand: false });
     }
 
     /// A cluster has ended (genfs: uvm_aio_aiodone).
     pub(super) fn write_done(&mut self, flight: &Flight, outcome: &Outcome) {
-        self.throttle
-            .write_ended(flight.ids.len() as u64, self.flights.writes(), self.now);
+        self.throttle.write_ended(flight.ids.len() as u64, self.flights.writes(), self.now);
         let fault = outcome.fault();
         #[cfg(test)]
         let fault = fault.filter(|_| self.planted != Some(crate::sim::PlantedBug::ClusterIgnoresError));
@@ -185,12 +173,13 @@ impl PageCache {
         let page = &self.pages[id];
         let own = page.frame().expect("a page being written has a frame");
         let lost = page.writing.without(page.valid).without(page.pending);
+        let beyond = self.beyond_image(page.no());
         if own != frame && !lost.is_empty() {
             self.memory.copy_sectors(frame, own, lost);
         }
         self.change(id, |page| {
             page.valid = page.valid.or(lost);
-            let again = page.writing.and(page.valid);
+            let again = page.writing.and(page.valid).without(beyond);
             if !again.is_empty() {
                 if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
                     page.epoch = epoch;

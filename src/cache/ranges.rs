@@ -69,36 +69,21 @@ impl PageCache {
             self.stalled.push_back(ticket);
             return false;
         }
-        self.ranges.list.push(Range {
-            ticket: Some(ticket),
-            span,
-            kind,
-            started: false,
-        });
+        self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false });
         true
     }
 
     /// A zero whose Sync failed is done again; a discard promised nothing.
     pub(super) fn redo_range(&mut self, span: SectorSpan, kind: PlanKind) {
         if matches!(kind, PlanKind::Zero { .. }) {
-            self.ranges.list.push(Range {
-                ticket: None,
-                span,
-                kind,
-                started: false,
-            });
+            self.ranges.list.push(Range { ticket: None, span, kind, started: false });
         }
     }
 
     /// Starts the range operations whose pages nobody holds, in order where they overlap.
     pub(super) fn start_ranges(&mut self) {
         for index in 0..self.ranges.list.len() {
-            let Range {
-                ticket,
-                span,
-                kind,
-                started,
-            } = self.ranges.list[index];
+            let Range { ticket, span, kind, started } = self.ranges.list[index];
             let pages = span.pages();
             let earlier = &self.ranges.list[..index];
             if started
@@ -119,15 +104,8 @@ impl PageCache {
     /// A range operation has ended.
     pub(super) fn range_done(&mut self, flight: &Flight, outcome: &Outcome) {
         let span = flight.span;
-        let index = self
-            .ranges
-            .list
-            .iter()
-            .position(|range| range.started && range.span == span);
-        let range = self
-            .ranges
-            .list
-            .remove(index.expect("a range operation is known until it ends"));
+        let index = self.ranges.list.iter().position(|range| range.started && range.span == span);
+        let range = self.ranges.list.remove(index.expect("a range operation is known until it ends"));
         self.forget_holes(span);
         let result = outcome.fault().map_or(Ok(()), Err);
         if result.is_ok() {
@@ -135,10 +113,7 @@ impl PageCache {
         }
         let Some(ticket) = range.ticket else {
             if result.is_err() {
-                self.ranges.list.push(Range {
-                    started: false,
-                    ..range
-                });
+                self.ranges.list.push(Range { started: false, ..range });
             }
             return;
         };
@@ -160,9 +135,7 @@ impl PageCache {
             self.drop_page(id, true);
             return;
         }
-        let frame = self.pages[id]
-            .frame()
-            .expect("a page that is not being read in has a frame");
+        let frame = self.pages[id].frame().expect("a page that is not being read in has a frame");
         self.memory.zero_sectors(frame, inside);
         self.change(id, |page| {
             page.dirty = page.dirty.without(inside);
@@ -178,11 +151,7 @@ impl PageCache {
         let first = span.start.saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
         let end = span.end().saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
         let inside = SectorMask::run(first, end.saturating_sub(first));
-        if inside.or(self.beyond_image(no)) == SectorMask::ALL {
-            SectorMask::ALL
-        } else {
-            inside
-        }
+        if inside.or(self.beyond_image(no)) == SectorMask::ALL { SectorMask::ALL } else { inside }
     }
 
     /// The pages of a span that are in memory: by number or by table, whichever is the shorter walk.
@@ -190,11 +159,7 @@ impl PageCache {
         if span.count <= u64::from(self.pages.len()) {
             span.iter().filter_map(|no| self.pages.find(no)).collect()
         } else {
-            self.pages
-                .iter()
-                .filter(|(_, page)| span.contains(page.no()))
-                .map(|(id, _)| id)
-                .collect()
+            self.pages.iter().filter(|(_, page)| span.contains(page.no())).map(|(id, _)| id).collect()
         }
     }
 }

@@ -50,18 +50,8 @@ impl Streams {
     /// Windows of at most `window_max` pages (0: no readahead) for a cache of `frames`; unread pages fill at most half
     /// of the small queue, so they push out nothing that was asked for twice.
     pub fn new(window_max: u32, frames: u32) -> Self {
-        let table = if window_max == 0 {
-            Vec::new()
-        } else {
-            vec![Stream::default(); STREAMS]
-        };
-        Self {
-            table,
-            window_max: u64::from(window_max),
-            unread_max: (frames / 20).max(1),
-            unread_pages: 0,
-            clock: 0,
-        }
+        let table = if window_max == 0 { Vec::new() } else { vec![Stream::default(); STREAMS] };
+        Self { table, window_max: u64::from(window_max), unread_max: (frames / 20).max(1), unread_pages: 0, clock: 0 }
     }
 
     /// Whether one more page may be read ahead.
@@ -87,23 +77,11 @@ impl Streams {
             stream.used = self.clock;
             stream.next = stream.next.max(end);
             // A reader that is past the window starts it anew from where it is.
-            stream.ahead = if first >= stream.ahead {
-                end
-            } else {
-                stream.ahead.max(end)
-            };
+            stream.ahead = if first >= stream.ahead { end } else { stream.ahead.max(end) };
             return Some((at, stream.grow(span.count, window_max)));
         }
-        let oldest = (0..STREAMS)
-            .min_by_key(|&at| self.table[at].used)
-            .expect("the table is not empty");
-        self.table[oldest] = Stream {
-            next: end,
-            ahead: end,
-            window: 0,
-            wasted: 0,
-            used: self.clock,
-        };
+        let oldest = (0..STREAMS).min_by_key(|&at| self.table[at].used).expect("the table is not empty");
+        self.table[oldest] = Stream { next: end, ahead: end, window: 0, wasted: 0, used: self.clock };
         let long_enough = span.count >= WINDOW_PAGES_MIN;
         long_enough.then(|| (oldest, self.table[oldest].grow(span.count, window_max)))
     }
@@ -138,20 +116,13 @@ impl Streams {
     /// The stream that has read `no` ahead.
     fn find_window(&self, no: PageNo) -> Option<usize> {
         self.table.iter().position(|stream| {
-            stream.window > 0
-                && no.0 < stream.ahead
-                && no.0 + 2 * stream.window.max(WINDOW_PAGES_MIN) >= stream.ahead
+            stream.window > 0 && no.0 < stream.ahead && no.0 + 2 * stream.window.max(WINDOW_PAGES_MIN) >= stream.ahead
         })
     }
 
     /// The longest window now: what may lie unread is shared among the active streams (AMP's condition of no waste).
     fn window_max_now(&self) -> u64 {
-        let active = self
-            .table
-            .iter()
-            .filter(|stream| stream.window > 0)
-            .count()
-            .max(1) as u64;
+        let active = self.table.iter().filter(|stream| stream.window > 0).count().max(1) as u64;
         (u64::from(self.unread_max) / active).min(self.window_max)
     }
 }

@@ -18,18 +18,9 @@ impl PageCache {
 
     /// Evicts clean pages until the reserve is full; says what is in the way if there are none.
     pub(super) fn reclaim(&mut self) {
-        let target = if self.settings.retain {
-            self.reserve()
-        } else {
-            self.frames.total()
-        };
+        let target = if self.settings.retain { self.reserve() } else { self.frames.total() };
         while self.frames.free() < target && self.pages.len() > 0 {
-            let Self {
-                policy,
-                pages,
-                frames,
-                ..
-            } = self;
+            let Self { policy, pages, frames, .. } = self;
             let (mut dirty, mut unsynced) = (false, false);
             let mut judge = |id: PageId| {
                 let page = &pages[id];
@@ -40,9 +31,7 @@ impl PageCache {
                 if held || not_stable || page.busy() || !page.dirty.is_empty() {
                     Verdict::Keep
                 } else {
-                    Verdict::Evict {
-                        asked_for: !page.is(PREFETCHED),
-                    }
+                    Verdict::Evict { asked_for: !page.is(PREFETCHED) }
                 }
             };
             let victim = policy.evict(STEPS_MAX, &mut judge, &|id| pages[id].no());

@@ -31,15 +31,7 @@ pub(super) struct Throttle {
 impl Throttle {
     /// => Until a bandwidth has been measured the limit is `pages_max`.
     pub fn new(target_us: u64, pages_max: u32) -> Self {
-        Self {
-            target_us,
-            pages_max,
-            limit: pages_max,
-            bandwidth: 0,
-            busy_since: None,
-            busy_us: 0,
-            pages: 0,
-        }
+        Self { target_us, pages_max, limit: pages_max, bandwidth: 0, busy_since: None, busy_us: 0, pages: 0 }
     }
 
     /// Most pages that may be dirty or on their way to the store.
@@ -76,11 +68,7 @@ impl Throttle {
         if self.busy_us >= SAMPLE_US {
             let sample = self.pages * 1_000_000 / self.busy_us;
             // Half of what is new, so that three samples tell a changed disk.
-            self.bandwidth = if self.bandwidth == 0 {
-                sample
-            } else {
-                (self.bandwidth + sample) / 2
-            };
+            self.bandwidth = if self.bandwidth == 0 { sample } else { (self.bandwidth + sample) / 2 };
             (self.busy_us, self.pages) = (0, 0);
             let pages = self.bandwidth.saturating_mul(self.target_us) / 1_000_000;
             let pages = u32::try_from(pages).unwrap_or(u32::MAX);
@@ -142,9 +130,7 @@ mod tests {
         let throttle = measured(100_000);
         let limit = throttle.limit_pages();
         assert_eq!(throttle.delay_us(limit / 2, 8), 0);
-        let delays: Vec<_> = (70..=100)
-            .map(|percent| throttle.delay_us(limit / 100 * percent, 256))
-            .collect();
+        let delays: Vec<_> = (70..=100).map(|percent| throttle.delay_us(limit / 100 * percent, 256)).collect();
         assert!(delays.is_sorted(), "{delays:?}");
         assert_eq!(*delays.last().unwrap(), 32 * 10 * 4);
         assert_eq!(throttle.delay_us(limit, 1 << 20), DELAY_US_MAX);

@@ -95,7 +95,8 @@ impl PageCache {
         // A page that is overwritten whole needs none of its old bytes; until the write is finished its sectors are
         // not valid, and a read of them waits.
         let overwritten = mask.contains(page.valid) && page.dirty.is_empty();
-        let kept = if overwritten { SectorMask::NONE } else { page.valid };
+        let beyond = self.beyond_image(page.no());
+        let kept = if overwritten { beyond } else { page.valid };
         self.memory.copy_sectors(old, new, kept);
         self.frames.release(old);
         self.stats.copied_on_write += 1;

@@ -69,10 +69,7 @@ impl Writeback {
         let last = no.0 % BEHIND_PAGES == BEHIND_PAGES - 1;
         if last && full {
             let first = PageNo(no.0 + 1 - BEHIND_PAGES);
-            if (0..BEHIND_PAGES)
-                .step_by(GROUP_PAGES as usize)
-                .all(|page| dirty.group_is_full(first.plus(page)))
-            {
+            if (0..BEHIND_PAGES).step_by(GROUP_PAGES as usize).all(|page| dirty.group_is_full(first.plus(page))) {
                 self.behind.push(no);
             }
         }
@@ -86,11 +83,7 @@ impl Writeback {
             Some(failing) => (failing.backoff_us * 2).min(BACKOFF_US_MAX),
             None => BACKOFF_US_MIN,
         };
-        self.failing = Some(Failing {
-            fault,
-            retry_at: now.plus_us(backoff_us),
-            backoff_us,
-        });
+        self.failing = Some(Failing { fault, retry_at: now.plus_us(backoff_us), backoff_us });
     }
 
     /// Everything that had failed is on the store.
@@ -248,19 +241,12 @@ impl PageCache {
         if self.writeback.more {
             return Some(self.now);
         }
-        let retry = self
-            .writeback
-            .failing
-            .map(|failing| failing.retry_at)
-            .filter(|&at| at > self.now);
+        let retry = self.writeback.failing.map(|failing| failing.retry_at).filter(|&at| at > self.now);
         if self.dirty.dirty_pages() == 0 {
             return retry.filter(|_| self.flushing.sync_is_due());
         }
         let idle_at = self.writeback.guest_was_here.plus_us(IDLE_US);
         let idle = (idle_at > self.now).then_some(idle_at);
-        [Some(self.writeback.next_aging), idle, retry]
-            .into_iter()
-            .flatten()
-            .min()
+        [Some(self.writeback.next_aging), idle, retry].into_iter().flatten().min()
     }
 }

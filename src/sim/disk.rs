@@ -52,10 +52,7 @@ impl Disk {
     /// Writes a sector.
     pub fn write(&mut self, sector: usize, version: u32) {
         self.now[sector] = version;
-        self.log[sector].push(Written {
-            version,
-            at: self.clock,
-        });
+        self.log[sector].push(Written { version, at: self.clock });
         self.hole[sector / SECTORS_PER_PAGE] = false;
     }
 

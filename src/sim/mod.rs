@@ -50,9 +50,7 @@ fn fixed_seeds_hold_every_promise() {
 
 #[test]
 fn random_seeds_hold_every_promise() {
-    let clock = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .expect("the clock is set");
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the clock is set");
     let first = u64::from(clock.subsec_nanos()) << 32 | clock.as_secs() & 0xffff_ffff;
     for seed in first..first + 10 {
         run_and_name(seed);
@@ -63,11 +61,7 @@ fn random_seeds_hold_every_promise() {
 /// do. See the Makefile's target `sim`.
 #[test]
 fn seeds_from_the_environment() {
-    let number = |name| {
-        std::env::var(name)
-            .ok()
-            .and_then(|value| value.parse::<u64>().ok())
-    };
+    let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     if let Some(seed) = number("GENBLK_SIM_SEED") {
         println!("seed {seed}: {} requests", run(seed, None));
     }
@@ -79,11 +73,7 @@ fn seeds_from_the_environment() {
 
 #[test]
 fn every_planted_bug_is_found_within_forty_seeds() {
-    for bug in [
-        PlantedBug::RewriteIsLost,
-        PlantedBug::ReadInOverwritesDirty,
-        PlantedBug::ClusterIgnoresError,
-    ] {
+    for bug in [PlantedBug::RewriteIsLost, PlantedBug::ReadInOverwritesDirty, PlantedBug::ClusterIgnoresError] {
         let found = (0..40).find(|&seed| catch_unwind(AssertUnwindSafe(|| run(seed, Some(bug)))).is_err());
         let seed = found.unwrap_or_else(|| panic!("{bug:?} was not found"));
         println!("{bug:?} is found by seed {seed}");

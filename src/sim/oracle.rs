@@ -34,17 +34,9 @@ pub(super) struct Knowledge {
 impl Oracle {
     /// `count` sectors of version 0.
     pub fn new(count: usize) -> Self {
-        let sector = Sector {
-            current: vec![Candidate {
-                version: 0,
-                ended: Some(0),
-            }],
-            durable: Some(vec![0]),
-            wild: false,
-        };
-        Self {
-            sectors: vec![sector; count],
-        }
+        let sector =
+            Sector { current: vec![Candidate { version: 0, ended: Some(0) }], durable: Some(vec![0]), wild: false };
+        Self { sectors: vec![sector; count] }
     }
 
     /// A write (or zero: version 0) of the range is sent.
@@ -58,26 +50,13 @@ impl Oracle {
     }
 
     /// A write sent at `started` has ended now. One that failed may have happened or not.
-    pub fn write_ends(
-        &mut self,
-        first: usize,
-        count: usize,
-        version: u32,
-        started: u64,
-        now: u64,
-        good: bool,
-    ) {
+    pub fn write_ends(&mut self, first: usize, count: usize, version: u32, started: u64, now: u64, good: bool) {
         for sector in &mut self.sectors[first..first + count] {
-            let own = sector
-                .current
-                .iter_mut()
-                .find(|c| c.version == version && c.ended.is_none());
+            let own = sector.current.iter_mut().find(|c| c.version == version && c.ended.is_none());
             own.expect("a write that ends had started").ended = Some(now);
             if good {
                 // What ended before this write was sent has been overwritten.
-                sector
-                    .current
-                    .retain(|c| c.ended.is_none_or(|ended| ended >= started));
+                sector.current.retain(|c| c.ended.is_none_or(|ended| ended >= started));
                 sector.wild = false;
             }
         }
@@ -96,10 +75,7 @@ impl Oracle {
         let allowed = |sector: &Sector| {
             (!sector.wild).then(|| sector.current.iter().map(|candidate| candidate.version).collect())
         };
-        Knowledge {
-            first,
-            allowed: self.sectors[first..first + count].iter().map(allowed).collect(),
-        }
+        Knowledge { first, allowed: self.sectors[first..first + count].iter().map(allowed).collect() }
     }
 
     /// A flush has completed well: what it knew, and what was sent later, is all that a power cut may leave.
@@ -113,10 +89,7 @@ impl Oracle {
 
     /// Whether a sector may hold `version` after a power cut.
     pub fn may_survive(&self, sector: usize, version: u32) -> bool {
-        self.sectors[sector]
-            .durable
-            .as_ref()
-            .is_none_or(|durable| durable.contains(&version))
+        self.sectors[sector].durable.as_ref().is_none_or(|durable| durable.contains(&version))
     }
 }
 
@@ -145,8 +118,6 @@ impl Knowledge {
 
     /// Whether the `at`th sector of the request may hold `version`.
     pub fn allows(&self, at: usize, version: u32) -> bool {
-        self.allowed[at]
-            .as_ref()
-            .is_none_or(|allowed| allowed.contains(&version))
+        self.allowed[at].as_ref().is_none_or(|allowed| allowed.contains(&version))
     }
 }

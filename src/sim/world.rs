@@ -7,8 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use crate::cache::{
-    Access, Admitted, FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings,
-    Ticket,
+    Access, Admitted, FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket,
 };
 use crate::units::{Fault, FrameId, SectorMask, SectorSpan, Tick};
 
@@ -141,11 +140,7 @@ impl World {
         let memory = Memory(Arc::new(Mutex::new(vec![[GARBAGE; 8]; settings.frames as usize])));
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         cache.planted = planted;
-        let hole_percent = if settings.sparse {
-            rng.pick(&[10, 50, 100])
-        } else {
-            0
-        };
+        let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };
         let sectors = settings.image_sectors as usize;
         let disk = Disk::new(sectors, |_| rng.percent(hole_percent));
         let temper = Temper {
@@ -191,12 +186,7 @@ impl World {
         while !self.requests.is_empty() {
             self.one_step(false);
             left -= 1;
-            assert!(
-                left > 0,
-                "liveness: {} requests never complete: {:?}",
-                self.requests.len(),
-                self.requests
-            );
+            assert!(left > 0, "liveness: {} requests never complete: {:?}", self.requests.len(), self.requests);
         }
     }
 
@@ -232,13 +222,9 @@ impl World {
             0..=39 => Kind::Read,
             40..=79 => {
                 self.version += 1;
-                Kind::Write {
-                    version: self.version,
-                }
+                Kind::Write { version: self.version }
             }
-            80..=84 => Kind::Zero {
-                unmap: self.rng.percent(50),
-            },
+            80..=84 => Kind::Zero { unmap: self.rng.percent(50) },
             85..=88 => Kind::Discard,
             _ => return self.send(Kind::Flush, SectorSpan::new(0, 0)),
         };
@@ -253,11 +239,7 @@ impl World {
 
     fn send(&mut self, kind: Kind, span: SectorSpan) {
         let (first, count) = (span.start as usize, span.count as usize);
-        let known_sectors = if kind == Kind::Flush {
-            self.disk.sectors()
-        } else {
-            count
-        };
+        let known_sectors = if kind == Kind::Flush { self.disk.sectors() } else { count };
         let known = self.oracle.knowledge(first, known_sectors);
         match kind {
             Kind::Write { version } => self.write_starts(first, count, version),
@@ -272,15 +254,7 @@ impl World {
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        let request = Request {
-            kind,
-            span,
-            sent: self.step,
-            admitted: 0,
-            settled: 0,
-            failed: false,
-            known,
-        };
+        let request = Request { kind, span, sent: self.step, admitted: 0, settled: 0, failed: false, known };
         self.requests.insert(ticket, request);
         self.admit(ticket, false);
     }
@@ -294,17 +268,9 @@ impl World {
 
     /// Brings a request, or what is left of it, before the cache.
     fn admit(&mut self, ticket: u64, resumed: bool) {
-        let request = self
-            .requests
-            .get_mut(&ticket)
-            .expect("a request that is admitted is under way");
+        let request = self.requests.get_mut(&ticket).expect("a request that is admitted is under way");
         let name = Ticket(ticket);
-        let access = Access {
-            ticket: name,
-            span: request.span,
-            from: request.admitted,
-            resumed,
-        };
+        let access = Access { ticket: name, span: request.span, from: request.admitted, resumed };
         let mut pieces = Vec::new();
         let admitted = match request.kind {
             Kind::Read => self.cache.read(access, &mut pieces),
@@ -319,8 +285,7 @@ impl World {
             }
             Kind::Flush => return self.cache.flush(name),
         };
-        self.copies
-            .extend(pieces.into_iter().map(|piece| (ticket, piece)));
+        self.copies.extend(pieces.into_iter().map(|piece| (ticket, piece)));
         match admitted {
             Admitted::All => request.admitted = request.span.count as u32,
             Admitted::Until(at) => request.admitted = at,
@@ -337,10 +302,7 @@ impl World {
     fn copy_one(&mut self) {
         let at = self.rng.below(self.copies.len() as u64) as usize;
         let (ticket, piece) = self.copies.swap_remove(at);
-        let request = self
-            .requests
-            .get_mut(&ticket)
-            .expect("a piece belongs to a request");
+        let request = self.requests.get_mut(&ticket).expect("a piece belongs to a request");
         for n in 0..usize::from(piece.count) {
             let place = usize::from(piece.first) + n;
             match request.kind {
@@ -355,8 +317,7 @@ impl World {
                     );
                 }
                 Kind::Write { version } => {
-                    self.memory
-                        .set(piece.frame.expect("a write has memory"), place, version);
+                    self.memory.set(piece.frame.expect("a write has memory"), place, version);
                 }
                 _ => unreachable!("only reads and writes have pieces"),
             }
@@ -371,10 +332,7 @@ impl World {
 
     fn finish_if_settled(&mut self, ticket: u64) {
         let request = &self.requests[&ticket];
-        assert!(
-            request.settled <= request.span.count,
-            "I10: more came than was asked for"
-        );
+        assert!(request.settled <= request.span.count, "I10: more came than was asked for");
         if request.settled == request.span.count {
             let good = !request.failed;
             self.finish(ticket, good);
@@ -382,20 +340,12 @@ impl World {
     }
 
     fn finish(&mut self, ticket: u64, good: bool) {
-        let request = self
-            .requests
-            .remove(&ticket)
-            .expect("I10: a request completes once");
+        let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.completed += 1;
         let (first, count) = (request.span.start as usize, request.span.count as usize);
         match request.kind {
-            Kind::Write { version } => {
-                self.oracle
-                    .write_ends(first, count, version, request.sent, self.step, good)
-            }
-            Kind::Zero { .. } => self
-                .oracle
-                .write_ends(first, count, 0, request.sent, self.step, good),
+            Kind::Write { version } => self.oracle.write_ends(first, count, version, request.sent, self.step, good),
+            Kind::Zero { .. } => self.oracle.write_ends(first, count, 0, request.sent, self.step, good),
             Kind::Flush if good => self.oracle.flushed(&request.known),
             Kind::Flush | Kind::Read | Kind::Discard => {}
         }
@@ -424,25 +374,13 @@ impl World {
                 for n in 0..count {
                     let (frame, at) = op.place(n);
                     // A failed read leaves anything behind.
-                    self.memory.set(
-                        frame,
-                        at,
-                        if failed {
-                            GARBAGE
-                        } else {
-                            self.disk.read(first + n)
-                        },
-                    );
+                    self.memory.set(frame, at, if failed { GARBAGE } else { self.disk.read(first + n) });
                 }
             }
             PlanKind::Write => {
                 for (n, &version) in op.content.iter().enumerate() {
                     let (frame, at) = op.place(n);
-                    assert_eq!(
-                        self.memory.get(frame, at),
-                        version,
-                        "a frame changed on its way to the disk"
-                    );
+                    assert_eq!(self.memory.get(frame, at), version, "a frame changed on its way to the disk");
                     // A failed write is torn.
                     if !failed || self.rng.percent(50) {
                         self.disk.write(first + n, version);
@@ -466,24 +404,10 @@ impl World {
         self.cache.pump(Tick(self.now_us));
         let mut plans = Vec::new();
         self.cache.take_plans(|plan: Plan<'_>| {
-            let Plan {
-                tag,
-                kind,
-                span,
-                first_sector,
-                frames,
-            } = plan;
+            let Plan { tag, kind, span, first_sector, frames } = plan;
             let frames = frames.to_vec();
-            let op = Operation {
-                kind,
-                span,
-                first_sector,
-                frames,
-                content: Vec::new(),
-                map: None,
-                began: 0,
-                ends_at: 0,
-            };
+            let op =
+                Operation { kind, span, first_sector, frames, content: Vec::new(), map: None, began: 0, ends_at: 0 };
             plans.push((tag, op));
         });
         for (tag, op) in plans {
@@ -495,10 +419,7 @@ impl World {
             match notice {
                 Notice::Ready(Ticket(ticket), piece) => self.copies.push((ticket, piece)),
                 Notice::Unreadable(Ticket(ticket), sectors, _) => {
-                    let request = self
-                        .requests
-                        .get_mut(&ticket)
-                        .expect("a notice is for a request under way");
+                    let request = self.requests.get_mut(&ticket).expect("a notice is for a request under way");
                     request.failed = true;
                     request.settled += u64::from(sectors);
                     self.finish_if_settled(ticket);
@@ -513,10 +434,7 @@ impl World {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             PlanKind::Write => {
-                op.content = (0..count)
-                    .map(|n| op.place(n))
-                    .map(|(frame, at)| self.memory.get(frame, at))
-                    .collect();
+                op.content = (0..count).map(|n| op.place(n)).map(|(frame, at)| self.memory.get(frame, at)).collect();
                 assert!(!op.content.contains(&GARBAGE), "garbage on its way to the disk");
             }
             PlanKind::Sync => op.began = self.disk.sync_begins(),

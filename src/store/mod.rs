@@ -173,10 +173,7 @@ impl Limits {
                     && (aligned(end) || end == self.size_bytes)
                     && sum == request.len
                     && request.segments.len() <= usize::from(self.segments_max)
-                    && request
-                        .segments
-                        .iter()
-                        .all(|s| (s.base as usize).is_multiple_of(self.memory_align as usize))
+                    && request.segments.iter().all(|s| (s.base as usize).is_multiple_of(self.memory_align as usize))
             }
             Op::Map => request.len > 0 && request.segments.is_empty(),
             Op::Zero { .. } | Op::Discard | Op::Allocate => {

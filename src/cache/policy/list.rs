@@ -28,27 +28,13 @@ pub(super) struct List {
 
 /// Nodes for `slots` slots, all on no list.
 pub(super) fn nodes(slots: u32) -> Vec<Node> {
-    vec![
-        Node {
-            newer: NONE,
-            older: NONE,
-            stamp: 0,
-            list: 0,
-            referenced: false
-        };
-        slots as usize
-    ]
+    vec![Node { newer: NONE, older: NONE, stamp: 0, list: 0, referenced: false }; slots as usize]
 }
 
 impl List {
     /// An empty list; `name` is not 0.
     pub fn new(name: u8) -> Self {
-        Self {
-            name,
-            newest: NONE,
-            oldest: NONE,
-            len: 0,
-        }
+        Self { name, newest: NONE, oldest: NONE, len: 0 }
     }
 
     /// Number of slots on the list.

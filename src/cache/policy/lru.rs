@@ -14,10 +14,7 @@ pub(crate) struct Lru {
 impl Lru {
     /// For a cache of `pages` pages.
     pub fn new(pages: u32) -> Self {
-        Self {
-            nodes: nodes(pages),
-            list: List::new(1),
-        }
+        Self { nodes: nodes(pages), list: List::new(1) }
     }
 }
 
@@ -78,9 +75,7 @@ mod tests {
             lru.insert(PageId(id), PageNo(u64::from(id)));
         }
         lru.touch(PageId(0));
-        let evicted = lru.evict(8, &mut |_| Verdict::Evict { asked_for: true }, &|id| {
-            PageNo(u64::from(id.0))
-        });
+        let evicted = lru.evict(8, &mut |_| Verdict::Evict { asked_for: true }, &|id| PageNo(u64::from(id.0)));
         assert_eq!(evicted, Some(PageId(1)));
         assert!(!lru.contains(PageId(1)) && lru.contains(PageId(0)));
     }

@@ -155,11 +155,7 @@ impl Policy for S3Fifo {
             // While every page of one queue must stay, look at the other one too.
             let prefer_small = self.small.len() > self.small_target || self.main.len() == 0;
             let from_small = (prefer_small != stuck || self.main.len() == 0) && self.small.len() > 0;
-            let step = if from_small {
-                self.step_small(&mut judge, number)
-            } else {
-                self.step_main(&mut judge)
-            };
+            let step = if from_small { self.step_small(&mut judge, number) } else { self.step_main(&mut judge) };
             match step {
                 Step::Evicted(id) => return Some(id),
                 Step::Kept(kept) if kept >= steps_max => return None,
@@ -198,11 +194,7 @@ const GHOST_TICKS: u32 = 256;
 
 impl Ghost {
     fn new(pages: u32) -> Self {
-        Self {
-            entries: vec![0; pages.max(1) as usize],
-            left: 0,
-            tick_pages: (pages / GHOST_TICKS).max(1),
-        }
+        Self { entries: vec![0; pages.max(1) as usize], left: 0, tick_pages: (pages / GHOST_TICKS).max(1) }
     }
 
     /// Place in the table, and fingerprint (never 0: 0 marks an empty place).
@@ -228,8 +220,7 @@ impl Ghost {
         let (place, mark) = self.place(no);
         let entry = self.entries[place];
         let stamp = (entry & u32::from(u16::MAX)) as u16;
-        let alive =
-            entry >> 16 == u32::from(mark) && u32::from(self.now().wrapping_sub(stamp)) <= GHOST_TICKS;
+        let alive = entry >> 16 == u32::from(mark) && u32::from(self.now().wrapping_sub(stamp)) <= GHOST_TICKS;
         if alive {
             self.entries[place] = 0;
         }
@@ -246,9 +237,7 @@ mod tests {
     }
 
     fn evict(policy: &mut S3Fifo) -> PageId {
-        policy
-            .evict(64, &mut |_| Verdict::Evict { asked_for: true }, &number)
-            .expect("something can go")
+        policy.evict(64, &mut |_| Verdict::Evict { asked_for: true }, &number).expect("something can go")
     }
 
     #[test]
@@ -306,11 +295,7 @@ mod tests {
         }
         // Small's first 30 go up to main; then all of small must stay, and main gives the victim.
         let mut judge = |id: PageId| {
-            if id.0 < 30 {
-                Verdict::Evict { asked_for: true }
-            } else {
-                Verdict::Keep
-            }
+            if id.0 < 30 { Verdict::Evict { asked_for: true } } else { Verdict::Keep }
         };
         assert!(policy.evict(200, &mut judge, &number).is_some());
     }

@@ -6,3 +6,4 @@ pub mod arena;
 pub mod error;
 pub mod store;
 pub mod units;
+pub mod virtio;

@@ -1,14 +1,14 @@
 //! What the tests of the guest's side share: guest memory, descriptors in it, and numbers from a seed.
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::virtio::GuestRam;
 
-pub(crate) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-pub(crate) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-pub(crate) const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+// VIRTQ_DESC_F_* (section 2.7.5); virtio-bindings has them as u32.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 
 /// Where the regions of [`ram`] meet without a gap.
 pub(crate) const SEAM: u64 = 0x1_0000;

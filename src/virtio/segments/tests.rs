@@ -35,8 +35,10 @@ fn copies_agree_with_a_flat_model() {
             let cursor = if step % 2 == 0 { &mut kept } else { &mut other };
             match random.below(4) {
                 0 => {
-                    let bytes: Vec<u8> = (0..len)
-                        .map(|n| (n as u8).wrapping_mul(31).wrapping_add(step))
+                    let bytes: Vec<u8> = (0..=u8::MAX)
+                        .cycle()
+                        .map(|n| n.wrapping_mul(31) ^ step)
+                        .take(len)
                         .collect();
                     cursor.write(offset as u64, &bytes).unwrap();
                     model[offset..offset + len].copy_from_slice(&bytes);

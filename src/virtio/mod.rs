@@ -6,6 +6,7 @@
 //! status or its ring, never a panic.
 
 pub mod chain;
+pub mod config_space;
 pub mod request;
 pub mod segments;
 #[cfg(test)]

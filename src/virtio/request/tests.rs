@@ -175,13 +175,15 @@ fn a_wrong_request_with_a_status_byte_can_be_answered() {
         status: GuestAddress(STATUS),
     });
     let status = (STATUS, 1, WRITE);
-    let cases: [&[Piece]; 9] = [
+    let cases: [&[Piece]; 10] = [
         &[status],
         &[(HEADER, 15, 0), status],
         &[(HEADER, 0, 0), status],
         &[(HEADER, 8, 0), (HEADER + 8, 7, 0), (DATA, 512, WRITE), status],
         &[(HOLE, 16, 0), status],
         &[(HOLE - 8, 16, 0), status],
+        // An unreadable first piece is not made good by a header after it.
+        &[(HOLE, 4, 0), (HEADER, 16, 0), status],
         &[(u64::MAX - 3, 16, 0), status],
         &[status, (HEADER, 16, 0)],
         &[(HEADER, 16, 0), (DATA, 4, WRITE), (DATA, 4, 0), status],

@@ -9,3 +9,4 @@ pub mod error;
 mod sim;
 pub mod store;
 pub mod units;
+pub mod virtio;

@@ -1,0 +1,426 @@
+//! From a descriptor chain to a typed request (virtio 1.2, section 5.2.6), checked against the disk.
+//!
+//! VERSION_1 knows no layout rules (section 2.7.4): the header is the first 16 readable bytes, the status the last
+//! writable one, the data what lies between, however the driver cut them into descriptors. A wrong request is answered
+//! with an error status wherever there is a byte to write it to; only a chain without one breaks its ring.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
+
+use crate::units::{SECTOR_BYTES, SectorSpan};
+use crate::virtio::chain::{Buffer, Chain};
+use crate::virtio::segments::{BadAddress, GuestCursor, GuestRange, read_once};
+use crate::virtio::{GuestRam, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, STATUS_IOERR, STATUS_UNSUPP};
+
+#[cfg(test)]
+mod tests;
+
+/// struct virtio_blk_req up to its data: le32 type, le32 reserved, le64 sector.
+const HEADER_BYTES: usize = 16;
+/// struct virtio_blk_discard_write_zeroes: le64 sector, le32 num_sectors, le32 flags.
+const SEGMENT_BYTES: usize = 16;
+/// Largest payload of a DISCARD or WRITE ZEROES.
+const PAYLOAD_BYTES_MAX: usize = SEGMENT_BYTES * MAX_DISCARD_SEGMENTS as usize;
+/// Length of a device ID string: padded with NULs, without one at its end when it fills all 20 bytes.
+pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// IN: sectors to the guest.
+    Read,
+    /// OUT: sectors from the guest.
+    Write,
+    /// FLUSH: make completed writes stable.
+    Flush,
+    /// DISCARD: contents no longer matter.
+    Discard,
+    /// WRITE ZEROES.
+    WriteZeroes,
+    /// GET ID: the serial.
+    GetId,
+    /// Anything else, among it the types of features never offered (zones, secure erase, lifetime).
+    Unknown(u32),
+}
+
+impl Kind {
+    fn from_wire(value: u32) -> Self {
+        match value {
+            VIRTIO_BLK_T_IN => Self::Read,
+            VIRTIO_BLK_T_OUT => Self::Write,
+            VIRTIO_BLK_T_FLUSH => Self::Flush,
+            VIRTIO_BLK_T_DISCARD => Self::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Self::WriteZeroes,
+            VIRTIO_BLK_T_GET_ID => Self::GetId,
+            other => Self::Unknown(other),
+        }
+    }
+
+    /// Data flows from the guest: the readable bytes after the header.
+    fn has_readable_data(self) -> bool {
+        matches!(self, Self::Write | Self::Discard | Self::WriteZeroes)
+    }
+
+    /// Data flows to the guest: the writable bytes before the status.
+    fn has_writable_data(self) -> bool {
+        matches!(self, Self::Read | Self::GetId)
+    }
+}
+
+/// The disk, as far as requests are checked against it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Size in sectors.
+    pub capacity_sectors: u64,
+    /// Whether VIRTIO_BLK_F_RO is offered.
+    pub read_only: bool,
+    /// Whether VIRTIO_BLK_F_DISCARD is offered.
+    pub can_discard: bool,
+    /// Whether VIRTIO_BLK_F_WRITE_ZEROES is offered.
+    pub can_zero: bool,
+    /// What GET ID returns; see [`serial`].
+    pub serial: [u8; ID_BYTES],
+}
+
+/// A serial as GET ID returns it: the first 20 bytes of `text`, padded with NULs.
+pub fn serial(text: &str) -> [u8; ID_BYTES] {
+    let mut padded = [0; ID_BYTES];
+    for (to, from) in padded.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+    padded
+}
+
+/// A piece of a DISCARD or WRITE ZEROES request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeSegment {
+    /// The sectors, within the disk and not empty.
+    pub span: SectorSpan,
+    /// Whether space may be given back; never set for DISCARD.
+    pub unmap: bool,
+}
+
+/// Why a chain is no request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Malformed {
+    /// Answer IOERR there, with a used length of 1.
+    WithStatus {
+        /// The status byte, in guest memory.
+        status: GuestAddress,
+    },
+    /// There is no byte to answer to: the ring is broken.
+    NoStatus,
+}
+
+/// A request. The value is meant to be parsed into again and again: it keeps its memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Head of the chain: the used ring's id.
+    pub head: u16,
+    /// What to do.
+    pub kind: Kind,
+    /// First sector of a read or write.
+    pub sector: u64,
+    /// The data: readable for OUT kinds, writable for IN kinds, empty for the others. No range is empty.
+    pub data: Vec<GuestRange>,
+    /// Sum of the lengths in `data`; with the status byte at most `u32::MAX`.
+    pub data_bytes: u64,
+    /// Where the status byte goes.
+    pub status: GuestAddress,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        let (kind, status) = (Kind::Unknown(u32::MAX), GuestAddress(0));
+        Self {
+            head: 0,
+            kind,
+            sector: 0,
+            data: Vec::new(),
+            data_bytes: 0,
+            status,
+        }
+    }
+}
+
+/// Reads the chain at `head` of the descriptor table at `desc_table` into `request`.
+///
+/// => One walk, each descriptor and the header read once; nothing is allocated once `request` has grown to its largest.
+/// => The status byte is in guest memory; the data need not be: a copy that leaves it fails then.
+///
+/// # Errors
+/// [`Malformed`] when the header is short or unreadable, a readable buffer follows a writable one (section 2.7.4.2), the
+/// chain is longer than `u32::MAX` bytes (section 2.7.5.2), it can't be followed to its end, or it has no status byte.
+/// `request` means nothing then.
+pub fn parse(
+    mem: &GuestRam,
+    desc_table: GuestAddress,
+    queue_size: u16,
+    head: u16,
+    request: &mut Request,
+) -> Result<(), Malformed> {
+    request.head = head;
+    request.data.clear();
+    request.data_bytes = 0;
+    let mut gather = Gather::new(request);
+    for buffer in Chain::new(mem, desc_table, queue_size, head) {
+        gather.add(mem, buffer.map_err(|_| Malformed::NoStatus)?);
+    }
+    gather.finish(mem)
+}
+
+/// The state of a parse.
+#[derive(Debug)]
+struct Gather<'a> {
+    request: &'a mut Request,
+    header: [u8; HEADER_BYTES],
+    header_len: usize,
+    /// The last writable buffer that isn't empty: the status is its last byte.
+    last_writable: Option<GuestRange>,
+    chain_bytes: u64,
+    malformed: bool,
+}
+
+impl<'a> Gather<'a> {
+    fn new(request: &'a mut Request) -> Self {
+        let header = [0; HEADER_BYTES];
+        Self {
+            request,
+            header,
+            header_len: 0,
+            last_writable: None,
+            chain_bytes: 0,
+            malformed: false,
+        }
+    }
+
+    /// Takes the next buffer of the chain. Empty ones mean nothing, wherever they point.
+    #[inline]
+    fn add(&mut self, mem: &GuestRam, buffer: Buffer) {
+        let range = buffer.range;
+        if range.len == 0 {
+            return;
+        }
+        self.chain_bytes += u64::from(range.len);
+        if buffer.writable {
+            self.last_writable = Some(range);
+            if self.header_len == HEADER_BYTES && self.request.kind.has_writable_data() {
+                self.push(range);
+            }
+        } else if self.last_writable.is_some() {
+            self.malformed = true;
+        } else {
+            self.add_readable(mem, range);
+        }
+    }
+
+    fn add_readable(&mut self, mem: &GuestRam, mut range: GuestRange) {
+        if self.header_len < HEADER_BYTES && !self.malformed {
+            let missing = HEADER_BYTES - self.header_len;
+            let count = missing.min(range.len as usize);
+            let target = &mut self.header[self.header_len..self.header_len + count];
+            if read_once(mem, range.addr, target).is_err() {
+                self.malformed = true;
+                return;
+            }
+            self.header_len += count;
+            if self.header_len == HEADER_BYTES {
+                self.read_header();
+            }
+            let Some(addr) = range.addr.checked_add(count as u64) else {
+                self.malformed = true;
+                return;
+            };
+            range = GuestRange {
+                addr,
+                len: range.len - u32::try_from(count).expect("at most 16 bytes"),
+            };
+        }
+        if range.len > 0 && self.header_len == HEADER_BYTES && self.request.kind.has_readable_data() {
+            self.push(range);
+        }
+    }
+
+    /// Takes the header apart; its reserved word (once the I/O priority) is ignored.
+    fn read_header(&mut self) {
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = self.header;
+        self.request.kind = Kind::from_wire(u32::from_le_bytes([t0, t1, t2, t3]));
+        self.request.sector = u64::from_le_bytes(sector);
+    }
+
+    fn push(&mut self, range: GuestRange) {
+        self.request.data.push(range);
+        self.request.data_bytes += u64::from(range.len);
+    }
+
+    /// Finds the status byte and takes it off the data.
+    fn finish(self, mem: &GuestRam) -> Result<(), Malformed> {
+        let last = self.last_writable.ok_or(Malformed::NoStatus)?;
+        let status = last
+            .addr
+            .checked_add(u64::from(last.len) - 1)
+            .ok_or(Malformed::NoStatus)?;
+        if !mem.address_in_range(status) {
+            return Err(Malformed::NoStatus);
+        }
+        let whole = self.header_len == HEADER_BYTES && self.chain_bytes <= u64::from(u32::MAX);
+        if self.malformed || !whole {
+            return Err(Malformed::WithStatus { status });
+        }
+        let request = self.request;
+        request.status = status;
+        if request.kind.has_writable_data()
+            && let Some(range) = request.data.last_mut()
+        {
+            range.len -= 1;
+            request.data_bytes -= 1;
+            if range.len == 0 {
+                request.data.pop();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Request {
+    /// Whether the disk can be asked for this; the status byte to answer with otherwise.
+    ///
+    /// => An empty read or write within the disk is fine and moves nothing: 0 is a multiple of 512 (section 5.2.6.1), and
+    ///    QEMU agrees. FLUSH is fine whatever its sector and data. GET ID needs room for at least one byte.
+    /// => DISCARD and WRITE ZEROES have a payload of the right length; [`Self::range_segments`] checks what it says.
+    ///
+    /// # Errors
+    /// UNSUPP for what the disk doesn't offer, IOERR for what is wrong; a write to a read-only disk is IOERR as section
+    /// 5.2.6.2 demands, of every mutating kind.
+    pub fn check(&self, disk: &Disk) -> Result<(), u8> {
+        let refuse_if = |wrong: bool, status: u8| if wrong { Err(status) } else { Ok(()) };
+        match self.kind {
+            Kind::Read => self.check_range(disk),
+            Kind::Write => {
+                refuse_if(disk.read_only, STATUS_IOERR)?;
+                self.check_range(disk)
+            }
+            Kind::Flush => Ok(()),
+            Kind::Discard | Kind::WriteZeroes => {
+                let offered = if self.kind == Kind::Discard {
+                    disk.can_discard
+                } else {
+                    disk.can_zero
+                };
+                refuse_if(disk.read_only, STATUS_IOERR)?;
+                refuse_if(!offered, STATUS_UNSUPP)?;
+                self.payload_bytes().map(|_| ())
+            }
+            Kind::GetId => refuse_if(self.data_bytes == 0, STATUS_IOERR),
+            Kind::Unknown(_) => Err(STATUS_UNSUPP),
+        }
+    }
+
+    fn check_range(&self, disk: &Disk) -> Result<(), u8> {
+        let whole = self.data_bytes.is_multiple_of(SECTOR_BYTES);
+        if whole && fits(disk, self.sector, self.data_bytes / SECTOR_BYTES) {
+            Ok(())
+        } else {
+            Err(STATUS_IOERR)
+        }
+    }
+
+    /// The sectors of a read or write that passed [`Self::check`].
+    pub fn span(&self) -> SectorSpan {
+        SectorSpan::new(self.sector, self.data_bytes / SECTOR_BYTES)
+    }
+
+    /// Length of a DISCARD's or WRITE ZEROES' payload: one to [`MAX_DISCARD_SEGMENTS`] whole segments.
+    fn payload_bytes(&self) -> Result<usize, u8> {
+        match usize::try_from(self.data_bytes) {
+            Ok(len) if len > 0 && len <= PAYLOAD_BYTES_MAX && len.is_multiple_of(SEGMENT_BYTES) => Ok(len),
+            _ => Err(STATUS_IOERR),
+        }
+    }
+
+    /// Reads a DISCARD's or WRITE ZEROES' payload into `segments`, in order, empty ones left out.
+    ///
+    /// => `segments` grows to [`MAX_DISCARD_SEGMENTS`] at most; it is empty after an error, so that no segment is done
+    ///    before another was found wrong.
+    /// => A segment of no sectors within the disk is fine and does nothing, as in QEMU; the specification is silent.
+    ///
+    /// # Errors
+    /// UNSUPP if any segment has an unknown flag, or UNMAP in a DISCARD (section 5.2.6.2, a MUST, so it goes before
+    /// the other checks); IOERR for a payload of a wrong length or outside guest memory, a segment that leaves the disk or
+    /// is longer than [`MAX_DISCARD_SECTORS`].
+    pub fn range_segments(
+        &self,
+        mem: &GuestRam,
+        disk: &Disk,
+        segments: &mut Vec<RangeSegment>,
+    ) -> Result<(), u8> {
+        segments.clear();
+        let mut buffer = [0; PAYLOAD_BYTES_MAX];
+        let payload = &mut buffer[..self.payload_bytes()?];
+        GuestCursor::new(mem, &self.data)
+            .read(0, payload)
+            .map_err(|BadAddress| STATUS_IOERR)?;
+        let allowed = if self.kind == Kind::WriteZeroes {
+            VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+        } else {
+            0
+        };
+        let (raw_segments, _) = payload.as_chunks::<SEGMENT_BYTES>();
+        let mut wrong = false;
+        for raw in raw_segments {
+            let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = *raw;
+            let start = u64::from_le_bytes(sector);
+            let count = u32::from_le_bytes([c0, c1, c2, c3]);
+            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+            if flags & !allowed != 0 {
+                segments.clear();
+                return Err(STATUS_UNSUPP);
+            }
+            wrong |= count > MAX_DISCARD_SECTORS || !fits(disk, start, u64::from(count));
+            if count > 0 {
+                let span = SectorSpan::new(start, u64::from(count));
+                segments.push(RangeSegment {
+                    span,
+                    unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+                });
+            }
+        }
+        if wrong {
+            segments.clear();
+            return Err(STATUS_IOERR);
+        }
+        Ok(())
+    }
+
+    /// Answers a GET ID that passed [`Self::check`]: as much of the 20 bytes as the guest gave room for.
+    ///
+    /// # Errors
+    /// [`BadAddress`] when the data lies outside guest memory.
+    pub fn write_id(&self, mem: &GuestRam, disk: &Disk) -> Result<(), BadAddress> {
+        GuestCursor::new(mem, &self.data).write(0, &disk.serial[..self.id_len()])
+    }
+
+    fn id_len(&self) -> usize {
+        usize::try_from(self.data_bytes).unwrap_or(ID_BYTES).min(ID_BYTES)
+    }
+
+    /// The used ring's length: bytes written to the device-writable part, status included (section 2.7.8).
+    ///
+    /// => A failure counts its status byte alone, whatever was copied before: the driver may not look at the data.
+    pub fn used_len(&self, ok: bool) -> u32 {
+        let written = match self.kind {
+            Kind::Read if ok => u32::try_from(self.data_bytes).unwrap_or(u32::MAX),
+            Kind::GetId if ok => u32::try_from(self.id_len()).unwrap_or(u32::MAX),
+            _ => 0,
+        };
+        written.saturating_add(1)
+    }
+}
+
+/// Whether `count` sectors from `start` lie within the disk, without computing an end that could overflow.
+fn fits(disk: &Disk, start: u64, count: u64) -> bool {
+    start <= disk.capacity_sectors && count <= disk.capacity_sectors - start
+}

@@ -1,0 +1,73 @@
+//! What the tests of the guest's side share: guest memory, descriptors in it, and numbers from a seed.
+
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::virtio::GuestRam;
+
+// VIRTQ_DESC_F_* (section 2.7.5); virtio-bindings has them as u32.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// Where the regions of [`ram`] meet without a gap.
+pub(crate) const SEAM: u64 = 0x1_0000;
+/// The first address after the lower two regions; nothing is mapped up to [`HIGH`].
+pub(crate) const HOLE: u64 = 0x2_0000;
+/// Start of the third region.
+pub(crate) const HIGH: u64 = 0x4_0000;
+/// The first address after all memory.
+pub(crate) const END: u64 = 0x5_0000;
+
+/// Two adjacent regions, a hole, a third region.
+pub(crate) fn ram() -> GuestRam {
+    let at = |start: u64, len: usize| (GuestAddress(start), len);
+    GuestRam::from_ranges(&[at(0, 0x1_0000), at(SEAM, 0x1_0000), at(HIGH, 0x1_0000)]).unwrap()
+}
+
+/// Writes descriptor `index` of the table at `table`.
+pub(crate) fn put(mem: &GuestRam, table: u64, index: u16, (addr, len, flags, next): (u64, u32, u16, u16)) {
+    let descriptor = Descriptor::new(addr, len, flags, next);
+    mem.write_obj(descriptor, GuestAddress(table + u64::from(index) * 16))
+        .unwrap();
+}
+
+/// Writes a chain of (address, length, WRITE or 0) to the table at `table`, from index 0 on.
+pub(crate) fn put_chain(mem: &GuestRam, table: u64, buffers: &[(u64, u32, u16)]) {
+    for (index, &(addr, len, flags)) in (0u16..).zip(buffers) {
+        let last = usize::from(index) + 1 == buffers.len();
+        put(
+            mem,
+            table,
+            index,
+            (addr, len, flags | if last { 0 } else { NEXT }, index + 1),
+        );
+    }
+}
+
+/// xorshift64*: repeatable from its seed.
+#[derive(Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+
+    /// A number below `bound`.
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+
+    /// One of `choices`.
+    pub(crate) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[usize::try_from(self.below(choices.len() as u64)).unwrap()]
+    }
+}

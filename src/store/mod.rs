@@ -15,6 +15,7 @@
 //! and `blocking` (each operation as plain system calls, which both engines lean on).
 
 mod blocking;
+pub mod faulty;
 pub mod file;
 mod lock;
 mod pool;

@@ -217,6 +217,12 @@ impl OpenImage {
     }
 }
 
+impl Drop for OpenImage {
+    fn drop(&mut self) {
+        lock::release(&self.file, &self.path);
+    }
+}
+
 /// [`SECTOR_BYTES`] as block sizes are kept.
 const SECTOR: u32 = 512;
 /// The largest block that direct I/O may ask for: a page, the unit of caching.

@@ -26,7 +26,7 @@ const RESIZE: libc::off_t = 3;
 /// make the cache wrong.
 const UNSHARED: [libc::off_t; 2] = [WRITE, RESIZE];
 
-/// Locks an image for as long as `file` is open.
+/// Locks an image until [`release`], or until its file is closed for good.
 ///
 /// => A writable opener excludes every other but one that shares writes on purpose; readers share with readers.
 ///
@@ -46,7 +46,12 @@ pub(super) fn acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
         );
         return Ok(());
     }
-    // Take everything first, then look: of two that open at once at least one sees the other.
+    // A refused opener must not stand in the way of the next.
+    take_and_check(file, path, taken).inspect_err(|_| release(file, path))
+}
+
+/// Takes everything first, then looks: of two that open at once at least one sees the other.
+fn take_and_check(file: &File, path: &Path, taken: &[libc::off_t]) -> Result<()> {
     for &bit in taken {
         take(file, path, TAKEN_BASE + bit)?;
     }
@@ -74,6 +79,18 @@ pub(super) fn acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Ends the lock before the file is closed.
+///
+/// => Closing alone would do it late: a child process that was forked and has not reached exec() still holds a copy of
+///    the descriptor, and a ring lets go of its registered file in the background.
+pub(super) fn release(file: &File, path: &Path) {
+    for byte in (0..=RESIZE).flat_map(|bit| [TAKEN_BASE + bit, UNSHARED_BASE + bit]) {
+        if let Err(error) = sys::lock_byte(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte) {
+            log::debug!("image {}: cannot unlock byte {byte}: {error}", path.display());
+        }
+    }
 }
 
 /// Takes a shared lock on one byte.

@@ -298,8 +298,8 @@ impl Drop for UringStore {
             self.kick();
             self.reap(&mut events);
             if self.in_flight == 0 {
-                // A ring is torn down later, by a kernel thread: its hold on the file, and so the image's lock, must
-                // end now.
+                // A ring is torn down later, by a kernel thread: its hold on the file (for a device, an exclusive one)
+                // should end now.
                 if let Err(error) = self.ring.submitter().unregister_files() {
                     log::debug!("image {}: unregister_files: {error}", self.image.path().display());
                 }
@@ -316,8 +316,8 @@ impl Drop for UringStore {
             "image {path}: {} operations hang; the kernel may still touch their memory",
             self.in_flight
         );
-        // Their segment arrays at least must outlive them.
-        mem::forget(mem::take(&mut self.slots));
+        // Their segment arrays at least must outlive them, and so must the image's lock.
+        mem::forget((mem::take(&mut self.slots), Arc::clone(&self.image)));
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the store tests share: images of every kind with clean-up, aligned memory, a pattern, a driver.
 
 #![allow(dead_code, reason = "each test file uses its part")]
-#![allow(clippy::unwrap_used, reason = "a test that can't have what it needs has failed")]
+#![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;

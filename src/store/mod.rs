@@ -9,6 +9,19 @@
 //! => A finished `Zero` reads as zeros. After `Discard` nothing is known of the range.
 //! => Short transfers are continued, never taken for success. Completion order is free.
 //! => `depth` is the only back-pressure.
+//! => Dropping a store first finishes what was accepted (for a bounded time): the kernel may still write to its memory.
+//!
+//! Read [`file`] first (what an image is), then `uring` (the normal engine), `threads` (where io_uring is forbidden)
+//! and `blocking` (each operation as plain system calls, which both engines lean on).
+
+mod blocking;
+pub mod faulty;
+pub mod file;
+mod lock;
+mod pool;
+mod sys;
+mod threads;
+mod uring;
 
 use std::os::fd::RawFd;
 
@@ -36,7 +49,9 @@ pub enum Op {
     Map,
 }
 
-/// A piece of memory for a `Read` or `Write`: `len` bytes from `base`.
+/// A piece of memory for a `Read` or `Write`: `len` bytes from `base`. Laid out as the system's `iovec`, so that a
+/// request's segments are handed to the kernel as they are.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
     /// First byte.
@@ -47,6 +62,13 @@ pub struct Segment {
 
 // SAFETY: a Segment is an address; who may touch the bytes is governed by the request that owns it (contract above).
 unsafe impl Send for Segment {}
+
+const _: () = assert!(
+    size_of::<Segment>() == size_of::<libc::iovec>()
+        && std::mem::offset_of!(Segment, base) == std::mem::offset_of!(libc::iovec, iov_base)
+        && std::mem::offset_of!(Segment, len) == std::mem::offset_of!(libc::iovec, iov_len),
+    "a Segment is an iovec"
+);
 
 /// One operation; owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
@@ -166,6 +188,7 @@ impl Limits {
             Op::Read | Op::Write => {
                 let sum: u64 = request.segments.iter().map(|s| s.len as u64).sum();
                 let aligned = |n: u64| n.is_multiple_of(block);
+                let memory_aligned = |n: usize| n.is_multiple_of(self.memory_align as usize);
                 (request.op == Op::Read || self.writable)
                     && request.len > 0
                     && request.len <= u64::from(self.io_max_bytes)
@@ -173,7 +196,8 @@ impl Limits {
                     && (aligned(end) || end == self.size_bytes)
                     && sum == request.len
                     && request.segments.len() <= usize::from(self.segments_max)
-                    && request.segments.iter().all(|s| (s.base as usize).is_multiple_of(self.memory_align as usize))
+                    && request.segments.iter().all(|s| memory_aligned(s.base.addr()))
+                    && (request.segments.iter().all(|s| memory_aligned(s.len)) || end == self.size_bytes)
             }
             Op::Map => request.len > 0 && request.segments.is_empty(),
             Op::Zero { .. } | Op::Discard | Op::Allocate => {

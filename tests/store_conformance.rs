@@ -1,0 +1,504 @@
+//! What every store promises (the contract in `store/mod.rs`), tried on every engine over every kind of image that
+//! this machine has: a regular file with and without direct I/O, tmpfs, loop devices with small and large blocks.
+
+mod store_kit;
+
+use std::sync::Arc;
+
+use genblk::store::file::{Engine, FileImage, OpenOptions};
+use genblk::store::{Backing, Event, ExtentKind, Op, Refused};
+use genblk::units::Fault;
+use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
+
+/// Runs `case` on every combination of engine and image.
+fn on_each(name: &str, size: u64, case: impl Fn(&Arc<dyn Backing>)) {
+    let all = settings(name, size);
+    assert!(
+        all.len() >= 5,
+        "io_uring and threads, direct and buffered, and the wrapper: {} found",
+        all.len()
+    );
+    for setting in all {
+        println!("{name}: {}", setting.label);
+        case(&setting.backing);
+    }
+}
+
+fn all_done<'a>(events: impl IntoIterator<Item = &'a Event>) -> bool {
+    events
+        .into_iter()
+        .all(|event| matches!(event, Event::Done { .. }))
+}
+
+#[test]
+fn reaping_an_idle_store_finds_nothing_and_the_wake_fd_is_quiet() {
+    on_each("idle", MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let mut events = Vec::new();
+        driver.store.reap(&mut events);
+        driver.store.kick();
+        driver.store.reap(&mut events);
+        assert!(events.is_empty());
+        assert_eq!(driver.store.in_flight(), 0);
+        assert!(!readable(driver.store.wake_fd(), 0));
+    });
+}
+
+#[test]
+fn writes_of_many_segments_read_back_when_cut_elsewhere() {
+    const PIECE: usize = 12 * 1024;
+    on_each("cut", 2 * MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let want = pattern(64 * PIECE, 1);
+        let mut buffers: Vec<Buffer> = want.chunks(PIECE).map(Buffer::copy_of).collect();
+        // The shortest segment that the image takes lies in the middle.
+        let middle = usize::try_from(backing.limits().memory_align.max(512)).unwrap();
+        for (number, buffer) in buffers.iter_mut().enumerate() {
+            let cuts = [(0, 4096), (4096, middle), (4096 + middle, PIECE - 4096 - middle)];
+            let segments = cuts
+                .into_iter()
+                .filter(|c| c.1 > 0)
+                .map(|(at, len)| buffer.segment(at, len))
+                .collect();
+            driver.start(Op::Write, (number * PIECE) as u64, PIECE as u64, segments);
+        }
+        let events = driver.finish();
+        assert_eq!(events.len(), 64);
+        assert!(all_done(events.values()), "{events:?}");
+        driver.run(Op::Sync, 0, 0, Vec::new());
+
+        // 96 reads of 8 KiB, each into two halves that lie the other way round in memory.
+        let mut halves: Vec<Buffer> = (0..96).map(|_| Buffer::filled(8192, 0xee)).collect();
+        for (number, buffer) in halves.iter_mut().enumerate() {
+            let segments = vec![buffer.segment(4096, 4096), buffer.segment(0, 4096)];
+            driver.start(Op::Read, number as u64 * 8192, 8192, segments);
+        }
+        let events = driver.finish();
+        assert!(events.len() == 96 && all_done(events.values()), "{events:?}");
+        for (number, buffer) in halves.iter().enumerate() {
+            let (low, high) = buffer.bytes().split_at(4096);
+            assert!(
+                high == &want[number * 8192..][..4096],
+                "read {number}, first half"
+            );
+            assert!(
+                low == &want[number * 8192 + 4096..][..4096],
+                "read {number}, second half"
+            );
+        }
+    });
+}
+
+#[test]
+fn the_largest_transfer_of_the_most_segments_goes_through() {
+    on_each("largest", 8 * MIB, |backing| {
+        let limits = backing.limits();
+        let len = usize::try_from(limits.io_max_bytes).unwrap();
+        let want = pattern(len, 4);
+        let mut buffer = Buffer::copy_of(&want);
+        let mut driver = Driver::new(backing);
+        let pages = (0..usize::from(limits.segments_max))
+            .map(|n| buffer.segment(n * 4096, 4096))
+            .collect();
+        driver.run(Op::Write, 4096, len as u64, pages);
+        assert!(driver.read(4096, len) == want);
+        let pages = (0..=usize::from(limits.segments_max))
+            .map(|_| buffer.segment(0, 4096))
+            .collect();
+        let request = driver.request(Op::Write, 0, len as u64 + 4096, pages);
+        assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))));
+    });
+}
+
+#[test]
+fn a_bad_request_comes_back_as_invalid_and_nothing_is_in_flight() {
+    on_each("invalid", MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let mut buffer = Buffer::filled(8192, 0);
+        let mut one = |len| vec![buffer.segment(0, len)];
+        let mut bad = vec![
+            (Op::Read, MIB, 4096, one(4096)),
+            (Op::Write, MIB - 4096, 8192, one(8192)),
+            (Op::Read, u64::MAX - 4095, 4096, one(4096)),
+            (Op::Zero { unmap: true }, u64::MAX - 511, 1024, Vec::new()),
+            (Op::Discard, 512, u64::MAX - 511, Vec::new()),
+            (Op::Map, 1, u64::MAX, Vec::new()),
+            (Op::Allocate, MIB, 512, Vec::new()),
+            (Op::Read, 100, 4096, one(4096)),
+            (Op::Write, 0, 100, one(100)),
+            (Op::Zero { unmap: false }, 0, 100, Vec::new()),
+            (Op::Read, 0, 4096, one(8192)),
+            (Op::Write, 0, 0, Vec::new()),
+            (Op::Map, 0, 0, Vec::new()),
+            (Op::Sync, 0, 512, Vec::new()),
+            (Op::Discard, 0, 512, one(512)),
+        ];
+        if backing.limits().memory_align > 1 {
+            bad.push((Op::Read, 0, 4096, vec![buffer.segment(1, 4096)]));
+            bad.push((
+                Op::Read,
+                0,
+                4096,
+                vec![buffer.segment(0, 100), buffer.segment(4096, 3996)],
+            ));
+        }
+        for (op, offset, len, segments) in bad {
+            let request = driver.request(op, offset, len, segments);
+            let (tag, count) = (request.tag, request.segments.len());
+            match driver.store.submit(request) {
+                Err(Refused::Invalid(back)) => {
+                    assert_eq!((back.tag, back.op, back.offset, back.len), (tag, op, offset, len));
+                    assert_eq!(back.segments.len(), count);
+                }
+                other => panic!("{op:?} at {offset}+{len}: {other:?}"),
+            }
+        }
+        assert_eq!(driver.store.in_flight(), 0);
+    });
+}
+
+#[test]
+fn a_full_store_gives_the_request_back_and_takes_it_after_a_reap() {
+    on_each("full", 4 * MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let depth = usize::from(backing.limits().depth);
+        let mut buffers: Vec<Buffer> = (0..=depth).map(|_| Buffer::filled(4096, 0xee)).collect();
+        let (last, first) = buffers.split_last_mut().unwrap();
+        for (number, buffer) in first.iter_mut().enumerate() {
+            driver.start(
+                Op::Read,
+                number as u64 * 4096,
+                4096,
+                vec![buffer.segment(0, 4096)],
+            );
+        }
+        assert_eq!(driver.store.in_flight(), depth);
+        let request = driver.request(Op::Read, 0, 4096, vec![last.segment(0, 4096)]);
+        let Err(Refused::Full(back)) = driver.store.submit(request) else {
+            panic!("room beyond the depth")
+        };
+        assert_eq!((back.tag, back.segments.len()), (depth as u64 + 1, 1));
+        let events = driver.finish();
+        assert!(events.len() == depth && all_done(events.values()), "{events:?}");
+        driver.store.submit(back).expect("room again");
+        assert_eq!(driver.finish().len(), 1);
+        assert!(
+            buffers.iter().all(|b| b.bytes().iter().all(|&byte| byte == 0)),
+            "a new image reads as zeros"
+        );
+    });
+}
+
+#[test]
+fn zero_clears_its_range_and_keeps_its_neighbours_to_the_sector() {
+    on_each("zero", MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        for unmap in [true, false] {
+            for (offset, len) in [
+                (65536, 65536),
+                (512, 512),
+                (4096 - 512, 1024),
+                (8192 + 512, 300 * 1024 + 512),
+                (512, 8192),
+            ] {
+                let mut want = pattern(512 * 1024, offset ^ len);
+                driver.write(0, &mut Buffer::copy_of(&want));
+                let event = driver.run(Op::Zero { unmap }, offset, len, Vec::new());
+                assert!(matches!(event, Event::Done { .. }));
+                want[usize::try_from(offset).unwrap()..usize::try_from(offset + len).unwrap()].fill(0);
+                assert!(
+                    driver.read(0, want.len()) == want,
+                    "unmap {unmap}, {offset}+{len}"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn discard_and_allocate_leave_everything_outside_their_range_alone() {
+    on_each("discard", MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let want = pattern(256 * 1024, 5);
+        driver.write(0, &mut Buffer::copy_of(&want));
+        for (op, offset, len) in [
+            (Op::Discard, 64 * 1024, 64 * 1024),
+            (Op::Discard, 128 * 1024 + 512, 512),
+            (Op::Allocate, 512 * 1024, 64 * 1024),
+        ] {
+            match driver.try_run(op, offset, len, Vec::new()) {
+                Event::Done { .. } => {}
+                Event::Failed {
+                    fault: Fault::Unsupported,
+                    ..
+                } if op == Op::Allocate => {}
+                Event::Failed {
+                    fault: Fault::Unsupported,
+                    ..
+                } if !backing.limits().can_discard => {}
+                other => panic!("{op:?}: {other:?}"),
+            }
+        }
+        let got = driver.read(0, want.len());
+        assert!(got[..64 * 1024] == want[..64 * 1024]);
+        assert!(got[128 * 1024..][..512] == want[128 * 1024..][..512]);
+        assert!(got[129 * 1024..] == want[129 * 1024..]);
+        assert!(
+            driver.read(512 * 1024, 64 * 1024).iter().all(|&byte| byte == 0),
+            "an allocated hole is zero"
+        );
+    });
+}
+
+#[test]
+fn a_map_covers_its_range_exactly_and_never_calls_data_a_hole() {
+    on_each("map", 4 * MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let mut data = Buffer::filled(4096, 0x5a);
+        let written = [0u64, 128 * 1024, 132 * 1024, MIB, 4 * MIB - 4096];
+        for offset in written {
+            driver.write(offset, &mut data);
+        }
+        let mut holes = 0;
+        for (offset, len) in [
+            (0, 4 * MIB),
+            (512, 4 * MIB - 512),
+            (130 * 1024, 512),
+            (1, 4 * MIB - 2),
+            (MIB, MIB),
+        ] {
+            let Event::Mapped { extents, .. } = driver.run(Op::Map, offset, len, Vec::new()) else {
+                panic!("no map");
+            };
+            assert_eq!(extents.iter().map(|e| e.len).sum::<u64>(), len, "{extents:?}");
+            assert!(extents.iter().all(|e| e.len > 0) && extents.windows(2).all(|p| p[0].kind != p[1].kind));
+            let mut at = offset;
+            for extent in extents {
+                let end = at + extent.len;
+                if extent.kind == ExtentKind::Hole {
+                    holes += 1;
+                    assert!(
+                        written.iter().all(|&w| w + 4096 <= at || w >= end),
+                        "data in the hole {at}..{end}"
+                    );
+                }
+                at = end;
+            }
+        }
+        assert_eq!(
+            holes > 0,
+            backing.limits().sparse,
+            "a sparse image shows its holes, a device has none"
+        );
+    });
+}
+
+#[test]
+fn the_short_tail_of_an_odd_image_is_read_and_written_up_to_the_end() {
+    const SIZE: u64 = 512 * 2049;
+    on_each("tail", SIZE, |backing| {
+        let mut driver = Driver::new(backing);
+        assert_eq!(backing.limits().size_bytes, SIZE);
+        assert_eq!(
+            backing.limits().block_bytes,
+            512,
+            "an odd image must not be opened with larger blocks"
+        );
+        let mut tail = Buffer::copy_of(&pattern(1536, 9));
+        driver.write(SIZE - 1536, &mut tail);
+        driver.run(Op::Zero { unmap: true }, SIZE - 512, 512, Vec::new());
+        let got = driver.read(SIZE - 2048, 2048);
+        assert!(got[..512].iter().all(|&byte| byte == 0));
+        assert!(got[512..1536] == tail.bytes()[..1024]);
+        assert!(got[1536..].iter().all(|&byte| byte == 0));
+        let Event::Mapped { extents, .. } = driver.run(Op::Map, 0, SIZE, Vec::new()) else {
+            panic!("no map")
+        };
+        assert_eq!(extents.iter().map(|e| e.len).sum::<u64>(), SIZE);
+    });
+}
+
+#[test]
+fn the_wake_fd_is_readable_while_events_wait_and_quiet_after_reap() {
+    on_each("wake", MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let mut buffer = Buffer::filled(4096, 3);
+        for op in [
+            Op::Write,
+            Op::Read,
+            Op::Sync,
+            Op::Map,
+            Op::Zero { unmap: true },
+            Op::Discard,
+            Op::Allocate,
+        ] {
+            let transfer = matches!(op, Op::Read | Op::Write);
+            let segments = if transfer {
+                vec![buffer.segment(0, 4096)]
+            } else {
+                Vec::new()
+            };
+            let tag = driver.start(op, 0, if op == Op::Sync { 0 } else { 4096 }, segments);
+            driver.store.kick();
+            assert!(readable(driver.store.wake_fd(), 30_000), "{op:?}: no wake-up");
+            assert!(
+                readable(driver.store.wake_fd(), 0),
+                "{op:?}: the wake-up must stay until the reap"
+            );
+            assert_eq!(driver.store.in_flight(), 1);
+            // On a ring, a fallback takes a second round through the helper: a reap may find nothing yet.
+            let mut events = Vec::new();
+            while events.is_empty() {
+                assert!(readable(driver.store.wake_fd(), 30_000), "{op:?}: no wake-up");
+                driver.store.reap(&mut events);
+            }
+            assert_eq!(
+                events.iter().map(store_kit::tag_of).collect::<Vec<_>>(),
+                [tag],
+                "{op:?}"
+            );
+            assert!(
+                !readable(driver.store.wake_fd(), 0),
+                "{op:?}: readable with nothing waiting"
+            );
+            assert_eq!(driver.store.in_flight(), 0);
+        }
+    });
+}
+
+#[test]
+fn a_dropped_store_has_finished_what_it_accepted() {
+    on_each("drop", 8 * MIB, |backing| {
+        let want = pattern(4 * 1024 * 1024, 77);
+        let mut buffers: Vec<Buffer> = want.chunks(64 * 1024).map(Buffer::copy_of).collect();
+        let mut driver = Driver::new(backing);
+        for (number, buffer) in buffers.iter_mut().enumerate() {
+            let segment = buffer.segment(0, 64 * 1024);
+            driver.start(Op::Write, number as u64 * 65536, 65536, vec![segment]);
+            if number == 32 {
+                driver.store.kick();
+            }
+        }
+        driver.start(Op::Map, 0, 8 * MIB, Vec::new());
+        drop(driver);
+        // Were a write still on its way, it would take these bytes to the image.
+        for buffer in &mut buffers {
+            buffer.fill(0);
+        }
+        let mut driver = Driver::new(backing);
+        for (number, piece) in want.chunks(64 * 1024).enumerate() {
+            assert!(
+                driver.read(number as u64 * 65536, 65536) == piece,
+                "write {number}"
+            );
+        }
+    });
+}
+
+#[test]
+fn two_stores_of_an_image_see_each_others_finished_writes() {
+    on_each("share", MIB, |backing| {
+        let (mut a, mut b) = (Driver::new(backing), Driver::new(backing));
+        let mut bytes = Buffer::copy_of(&pattern(8192, 3));
+        a.write(16384, &mut bytes);
+        assert!(b.read(16384, 8192) == bytes.bytes());
+    });
+}
+
+#[test]
+fn operations_outlive_the_thread_that_submitted_them() {
+    on_each("move", 8 * MIB, |backing| {
+        let backing = Arc::clone(backing);
+        let want = pattern(4 * 1024 * 1024, 8);
+        let pieces: Vec<Vec<u8>> = want.chunks(65536).map(<[u8]>::to_vec).collect();
+        let (mut driver, buffers) = std::thread::spawn(move || {
+            let mut driver = Driver::new(&backing);
+            let mut buffers: Vec<Buffer> = pieces.iter().map(|piece| Buffer::copy_of(piece)).collect();
+            for (number, buffer) in buffers.iter_mut().enumerate() {
+                let segment = buffer.segment(0, 65536);
+                driver.start(Op::Write, number as u64 * 65536, 65536, vec![segment]);
+            }
+            // On a ring this one needs a kernel worker, which ends with its thread.
+            driver.start(Op::Zero { unmap: true }, 6 * MIB, 65536, Vec::new());
+            driver.store.kick();
+            (driver, buffers)
+        })
+        .join()
+        .unwrap();
+        let events = driver.finish();
+        assert!(events.len() == 65 && all_done(events.values()), "{events:?}");
+        drop(buffers);
+        for (number, piece) in want.chunks(65536).enumerate() {
+            assert!(
+                driver.read(number as u64 * 65536, 65536) == piece,
+                "write {number}"
+            );
+        }
+    });
+}
+
+#[test]
+fn a_read_only_image_refuses_every_change() {
+    let image = Image::file("read_only", MIB);
+    for engine in [Engine::Uring, Engine::Threads] {
+        let options = OpenOptions {
+            read_only: true,
+            engine,
+            direct: true,
+        };
+        let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap();
+        let limits = backing.limits();
+        assert!(!limits.writable && !limits.can_zero && !limits.can_discard);
+        let mut driver = Driver::new(&backing);
+        assert!(driver.read(0, 4096).iter().all(|&byte| byte == 0));
+        let mut buffer = Buffer::filled(4096, 1);
+        for op in [Op::Write, Op::Zero { unmap: true }, Op::Discard, Op::Allocate] {
+            let segments = if op == Op::Write {
+                vec![buffer.segment(0, 4096)]
+            } else {
+                Vec::new()
+            };
+            let request = driver.request(op, 0, 4096, segments);
+            assert!(
+                matches!(driver.store.submit(request), Err(Refused::Invalid(_))),
+                "{op:?}"
+            );
+        }
+        driver.run(Op::Sync, 0, 0, Vec::new());
+    }
+}
+
+#[test]
+fn a_read_of_an_image_that_was_cut_short_fails_as_a_medium_would() {
+    for engine in [Engine::Uring, Engine::Threads] {
+        for direct in [false, true] {
+            let image = Image::file("shrunk", MIB);
+            let options = OpenOptions {
+                read_only: false,
+                engine,
+                direct,
+            };
+            let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap();
+            let mut driver = Driver::new(&backing);
+            let file = std::fs::OpenOptions::new().write(true).open(&image.path).unwrap();
+            file.set_len(MIB / 2 + 2048 + 100).unwrap();
+            let mut buffer = Buffer::filled(8192, 0xee);
+            let event = driver.try_run(Op::Read, MIB / 2, 8192, vec![buffer.segment(0, 8192)]);
+            assert!(
+                matches!(
+                    event,
+                    Event::Failed {
+                        fault: Fault::Media,
+                        ..
+                    }
+                ),
+                "{event:?}"
+            );
+            let event = driver.try_run(Op::Map, 0, MIB, Vec::new());
+            assert!(
+                matches!(event, Event::Failed { .. }),
+                "what is gone is no hole: {event:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The image that fails on demand: each fault hits what it was meant for, once or always, and the counters are true.
+
+#![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
+
+mod store_kit;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use genblk::store::faulty::{Faults, FaultyImage, OpKind};
+use genblk::store::file::{FileImage, OpenOptions};
+use genblk::store::{Backing, Event, Op, Refused};
+use genblk::units::Fault;
+use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, tag_of};
+
+fn faulty(name: &str) -> (Image, Arc<dyn Backing>, Faults) {
+    let image = Image::file(name, MIB);
+    let opened = FileImage::open(&image.path, &OpenOptions::default()).unwrap();
+    let (backing, faults) = FaultyImage::new(opened);
+    (image, backing, faults)
+}
+
+fn write(driver: &mut Driver, offset: u64, buffer: &mut Buffer) -> Event {
+    let len = buffer.len();
+    driver.try_run(Op::Write, offset, len as u64, vec![buffer.segment(0, len)])
+}
+
+#[test]
+fn the_nth_operation_of_its_kind_fails_and_leaves_the_image_alone() {
+    let (_image, backing, faults) = faulty("nth");
+    let mut driver = Driver::new(&backing);
+    let mut buffer = Buffer::copy_of(&pattern(4096, 1));
+    faults.fail_nth(OpKind::Write, 3, Fault::NoSpace);
+    for number in 1..=5u64 {
+        let event = write(&mut driver, number * 4096, &mut buffer);
+        driver.run(Op::Sync, 0, 0, Vec::new());
+        let stored = driver.read(number * 4096, 4096);
+        if number == 3 {
+            assert!(
+                matches!(
+                    event,
+                    Event::Failed {
+                        fault: Fault::NoSpace,
+                        errno: libc::ENOSPC,
+                        ..
+                    }
+                ),
+                "{event:?}"
+            );
+            assert!(
+                stored.iter().all(|&byte| byte == 0),
+                "a failed write must not reach the image"
+            );
+        } else {
+            assert!(matches!(event, Event::Done { .. }), "write {number}: {event:?}");
+            assert!(stored == buffer.bytes());
+        }
+    }
+    assert_eq!(
+        (
+            faults.ops(OpKind::Write),
+            faults.bytes(OpKind::Write),
+            faults.failed(OpKind::Write)
+        ),
+        (5, 20480, 1)
+    );
+    assert_eq!(
+        (
+            faults.ops(OpKind::Sync),
+            faults.bytes(OpKind::Sync),
+            faults.failed(OpKind::Sync)
+        ),
+        (5, 0, 0)
+    );
+    assert_eq!(faults.ops(OpKind::Read), 5);
+}
+
+#[test]
+fn a_lasting_fault_hits_all_workers_until_it_is_healed() {
+    let (_image, backing, faults) = faulty("always");
+    let (mut a, mut b) = (Driver::new(&backing), Driver::new(&backing));
+    faults.clone().fail_always(OpKind::Sync, Fault::Media);
+    for driver in [&mut a, &mut b] {
+        for _ in 0..3 {
+            let event = driver.try_run(Op::Sync, 0, 0, Vec::new());
+            assert!(
+                matches!(
+                    event,
+                    Event::Failed {
+                        fault: Fault::Media,
+                        errno: libc::EIO,
+                        ..
+                    }
+                ),
+                "{event:?}"
+            );
+        }
+        driver.read(0, 4096);
+    }
+    faults.heal();
+    a.run(Op::Sync, 0, 0, Vec::new());
+    assert_eq!((faults.ops(OpKind::Sync), faults.failed(OpKind::Sync)), (7, 6));
+}
+
+#[test]
+fn chance_failures_come_at_their_rate_and_repeat_with_their_seed() {
+    let (_image, backing, faults) = faulty("chance");
+    let mut driver = Driver::new(&backing);
+    let mut outcome = |seed| {
+        faults.fail_randomly(OpKind::Zero, 250_000, seed, Fault::TimedOut);
+        (0..400)
+            .map(|_| {
+                matches!(
+                    driver.try_run(Op::Zero { unmap: true }, 0, 4096, Vec::new()),
+                    Event::Failed { .. }
+                )
+            })
+            .collect::<Vec<bool>>()
+    };
+    let first = outcome(7);
+    assert_eq!(first, outcome(7));
+    assert_ne!(first, outcome(8));
+    let failures = first.iter().filter(|&&failed| failed).count();
+    assert!((60..=140).contains(&failures), "{failures} of 400 at one in four");
+}
+
+#[test]
+fn a_delayed_operation_is_overtaken_and_wakes_its_worker_when_it_is_done() {
+    let (_image, backing, faults) = faulty("delay");
+    let mut driver = Driver::new(&backing);
+    let mut buffer = Buffer::copy_of(&pattern(4096, 2));
+    let delay = Duration::from_millis(200);
+    faults.delay(OpKind::Write, delay);
+    let start = Instant::now();
+    let slow = driver.start(Op::Write, 0, 4096, vec![buffer.segment(0, 4096)]);
+    let mut other = Buffer::filled(4096, 0xee);
+    let fast = driver.start(Op::Read, 0, 4096, vec![other.segment(0, 4096)]);
+    driver.store.kick();
+    let mut order = Vec::new();
+    while driver.store.in_flight() > 0 {
+        assert!(readable(driver.store.wake_fd(), 30_000));
+        let mut events = Vec::new();
+        driver.store.reap(&mut events);
+        order.extend(events.iter().map(tag_of));
+        if order.len() == 1 {
+            // The reap may have been the timer's; the write itself is then under way.
+            assert!(
+                start.elapsed() >= delay || !readable(driver.store.wake_fd(), 0),
+                "quiet while it waits"
+            );
+        }
+    }
+    assert_eq!(order, [fast, slow]);
+    assert!(start.elapsed() >= delay);
+    assert!(
+        other.bytes().iter().all(|&byte| byte == 0),
+        "the write had not begun"
+    );
+    assert!(driver.read(0, 4096) == buffer.bytes());
+}
+
+#[test]
+fn waiting_operations_count_toward_the_depth_and_a_drop_finishes_them() {
+    let (_image, backing, faults) = faulty("depth");
+    let depth = u64::from(backing.limits().depth);
+    faults.delay(OpKind::Write, Duration::from_secs(3600));
+    let mut driver = Driver::new(&backing);
+    let want = pattern(4096, 3);
+    let mut buffer = Buffer::copy_of(&want);
+    for number in 0..depth {
+        driver.start(Op::Write, number % 2 * 4096, 4096, vec![buffer.segment(0, 4096)]);
+    }
+    let request = driver.request(Op::Read, 0, 4096, vec![buffer.segment(0, 4096)]);
+    assert!(matches!(driver.store.submit(request), Err(Refused::Full(_))));
+    drop(driver);
+    buffer.fill(0);
+    assert!(Driver::new(&backing).read(4096, 4096) == want);
+    assert_eq!(faults.ops(OpKind::Write), depth, "the refused one is not counted");
+}

@@ -1,0 +1,270 @@
+//! Opening images: what is refused and how it is said, the lock (against ourselves and against QEMU's tools), and what
+//! the limits say of each kind of image.
+
+#![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
+
+mod store_kit;
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use genblk::error::ErrorKind;
+use genblk::store::Backing;
+use genblk::store::file::{Engine, FileImage, OpenOptions};
+use store_kit::{Buffer, Driver, Image, MIB, pattern};
+
+const READ_ONLY: OpenOptions = OpenOptions {
+    read_only: true,
+    engine: Engine::Auto,
+    direct: true,
+};
+const WRITABLE: OpenOptions = OpenOptions {
+    read_only: false,
+    engine: Engine::Auto,
+    direct: true,
+};
+
+/// The refusal's kind; its message must name the image.
+#[track_caller]
+fn refusal(path: &Path, options: &OpenOptions) -> ErrorKind {
+    let error = FileImage::open(path, options).expect_err("an image that must not open");
+    let message = error.to_string();
+    println!("{message}");
+    assert!(
+        message.contains(path.to_str().unwrap()),
+        "the image is not named: {message}"
+    );
+    error.kind()
+}
+
+#[test]
+fn what_is_no_image_is_refused_by_name() {
+    let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+    let fifo = Image::file("fifo", 512);
+    std::fs::remove_file(&fifo.path).unwrap();
+    assert!(Command::new("mkfifo").arg(&fifo.path).status().unwrap().success());
+    for options in [READ_ONLY, WRITABLE] {
+        for path in [
+            directory.join("no-such-image"),
+            directory.clone(),
+            fifo.path.clone(),
+            PathBuf::from("/dev/null"),
+        ] {
+            assert_eq!(refusal(&path, &options), ErrorKind::Image);
+        }
+        for size in [0, 511, 513, MIB + 1] {
+            assert_eq!(
+                refusal(&Image::file("size", size).path, &options),
+                ErrorKind::Image,
+                "{size} bytes"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_writer_excludes_everybody_and_readers_share() {
+    let image = Image::file("lock", MIB);
+    let writer = FileImage::open(&image.path, &WRITABLE).unwrap();
+    assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
+    assert_eq!(refusal(&image.path, &READ_ONLY), ErrorKind::Locked);
+    drop(writer);
+    let first = FileImage::open(&image.path, &READ_ONLY).unwrap();
+    let second = FileImage::open(&image.path, &READ_ONLY).unwrap();
+    assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
+    drop(first);
+    assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
+    drop(second);
+    FileImage::open(&image.path, &WRITABLE).unwrap();
+}
+
+#[test]
+fn the_lock_lasts_as_long_as_a_store_and_ends_with_the_last() {
+    for engine in [Engine::Uring, Engine::Threads] {
+        let image = Image::file("last", MIB);
+        let options = OpenOptions { engine, ..WRITABLE };
+        // Many rounds: what lets go of the file late (a ring's teardown, another test's child process) does so by chance.
+        for round in 0u64..50 {
+            let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap_or_else(|error| {
+                panic!("{engine:?}, round {round}: {error}");
+            });
+            let mut driver = Driver::new(&backing);
+            drop(backing);
+            assert_eq!(refusal(&image.path, &READ_ONLY), ErrorKind::Locked);
+            driver.write(0, &mut Buffer::copy_of(&pattern(4096, round)));
+        }
+    }
+}
+
+#[test]
+fn two_names_of_an_image_have_one_identity() {
+    let (image, other) = (Image::file("identity", MIB), Image::file("other", MIB));
+    let link = Image::file("link", MIB);
+    std::fs::remove_file(&link.path).unwrap();
+    symlink(&image.path, &link.path).unwrap();
+    let identity = |path: &Path| FileImage::open(path, &READ_ONLY).unwrap().identity();
+    assert_eq!(identity(&image.path), identity(&link.path));
+    assert_ne!(identity(&image.path), identity(&other.path));
+    // A writer under one name is seen under the other.
+    let _writer = FileImage::open(&image.path, &WRITABLE).unwrap();
+    assert_eq!(refusal(&link.path, &WRITABLE), ErrorKind::Locked);
+}
+
+#[test]
+fn the_limits_say_what_the_image_is() {
+    let image = Image::file("limits", MIB);
+    let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
+    let limits = opened.limits();
+    assert_eq!(limits.size_bytes, MIB);
+    assert!(limits.sparse, "a new file is one hole");
+    assert!(limits.writable && limits.can_zero);
+    assert!(limits.block_bytes.is_power_of_two() && (512..=4096).contains(&limits.block_bytes));
+    assert!(limits.physical_block_bytes >= limits.block_bytes);
+    drop(opened);
+
+    std::fs::write(&image.path, pattern(65536, 1)).unwrap();
+    let options = OpenOptions {
+        direct: false,
+        ..WRITABLE
+    };
+    let opened = FileImage::open(&image.path, &options).unwrap();
+    assert!(!opened.limits().sparse, "a file without holes");
+    assert_eq!(
+        (
+            opened.limits().block_bytes,
+            opened.limits().memory_align,
+            opened.direct()
+        ),
+        (512, 1, false)
+    );
+}
+
+#[test]
+fn a_device_of_large_blocks_has_them_in_its_limits() {
+    let Some(image) = Image::loop_device("blocks", MIB, 4096) else {
+        return;
+    };
+    let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
+    let limits = opened.limits();
+    assert_eq!(
+        (limits.size_bytes, limits.block_bytes, limits.sparse),
+        (MIB, 4096, false)
+    );
+    assert!(limits.physical_block_bytes >= 4096);
+    assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
+    drop(opened);
+    let opened = FileImage::open(
+        &image.path,
+        &OpenOptions {
+            direct: false,
+            ..WRITABLE
+        },
+    )
+    .unwrap();
+    assert_eq!(
+        opened.limits().block_bytes,
+        512,
+        "the host's page cache takes any sector"
+    );
+}
+
+/// A qemu-storage-daemon that exports an image over a socket nobody connects to; ends with the value.
+#[derive(Debug)]
+struct Qemu(Child);
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// Starts QEMU's daemon on an image: `Ok` when it serves, else what it said. `None` without the daemon.
+fn qemu(image: &Image, writable: bool) -> Option<Result<Qemu, String>> {
+    let path = image.path.to_str().unwrap();
+    let on = |yes| if yes { "on" } else { "off" };
+    let read_only = on(!writable);
+    let (socket, pid_file) = (format!("{path}.sock"), format!("{path}.pid"));
+    for stale in [&socket, &pid_file] {
+        drop(std::fs::remove_file(stale));
+    }
+    let child = Command::new("qemu-storage-daemon")
+        .args([
+            "--blockdev",
+            &format!("driver=file,filename={path},node-name=file,read-only={read_only}"),
+        ])
+        .args(["--nbd-server", &format!("addr.type=unix,addr.path={socket}")])
+        .args([
+            "--export",
+            &format!("type=nbd,id=export,node-name=file,writable={}", on(writable)),
+        ])
+        .args(["--pidfile", &pid_file])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn();
+    let Ok(child) = child else {
+        println!("skipped: no qemu-storage-daemon");
+        return None;
+    };
+    let mut daemon = Qemu(child);
+    // The PID file is written once everything is set up.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let result = loop {
+        if daemon.0.try_wait().unwrap().is_some() {
+            let stderr = daemon.0.stderr.take().unwrap();
+            break Err(std::io::read_to_string(stderr).unwrap());
+        }
+        if Path::new(&pid_file).exists() {
+            break Ok(daemon);
+        }
+        assert!(
+            Instant::now() < deadline,
+            "qemu-storage-daemon neither serves nor ends"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    for file in [&socket, &pid_file] {
+        drop(std::fs::remove_file(file));
+    }
+    Some(result)
+}
+
+#[test]
+fn qemu_does_not_write_to_an_image_that_is_open_here() {
+    let image = Image::file("ours", MIB);
+    for options in [WRITABLE, READ_ONLY] {
+        let opened = FileImage::open(&image.path, &options).unwrap();
+        let Some(result) = qemu(&image, true) else { return };
+        let refusal = result.expect_err("QEMU took an image that is in use");
+        assert!(
+            refusal.contains("lock"),
+            "refused, but not for the lock: {refusal}"
+        );
+        drop(opened);
+        qemu(&image, true).unwrap().expect("the image is free again");
+    }
+}
+
+#[test]
+fn an_image_that_qemu_writes_to_is_refused_here() {
+    let image = Image::file("theirs", MIB);
+    let Some(result) = qemu(&image, true) else { return };
+    let daemon = result.expect("a free image");
+    assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
+    assert_eq!(refusal(&image.path, &READ_ONLY), ErrorKind::Locked);
+    drop(daemon);
+    FileImage::open(&image.path, &WRITABLE).unwrap();
+}
+
+#[test]
+fn readers_here_and_in_qemu_share_an_image() {
+    let image = Image::file("readers", MIB);
+    let opened = FileImage::open(&image.path, &READ_ONLY).unwrap();
+    let Some(result) = qemu(&image, false) else { return };
+    let _daemon = result.expect("QEMU may read what we read");
+    drop(opened);
+    FileImage::open(&image.path, &READ_ONLY).expect("we may read what QEMU reads");
+}

@@ -1,0 +1,333 @@
+//! What the store tests share: images of every kind with clean-up, aligned memory, a pattern, a driver.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use genblk::store::faulty::FaultyImage;
+use genblk::store::file::{Engine, FileImage, OpenOptions};
+use genblk::store::{Backing, Event, Op, Request, Segment, Store};
+
+pub const MIB: u64 = 1 << 20;
+
+/// An image that goes away with the value, and the loop device on it, if any.
+#[derive(Debug)]
+pub struct Image {
+    pub path: PathBuf,
+    file: PathBuf,
+    is_loop: bool,
+}
+
+impl Image {
+    /// A sparse regular file where cargo lets tests write.
+    pub fn file(name: &str, size: u64) -> Self {
+        Self::create(Path::new(env!("CARGO_TARGET_TMPDIR")), name, size)
+    }
+
+    /// A file on tmpfs.
+    pub fn tmpfs(name: &str, size: u64) -> Option<Self> {
+        let directory = Path::new("/dev/shm");
+        if !directory.is_dir() {
+            println!("skipped: no /dev/shm");
+            return None;
+        }
+        Some(Self::create(directory, name, size))
+    }
+
+    /// A loop device with logical blocks of `block` bytes.
+    pub fn loop_device(name: &str, size: u64, block: u32) -> Option<Self> {
+        let mut image = Self::file(name, size);
+        let block = block.to_string();
+        let output = losetup()
+            .args(["--find", "--show", "--sector-size", &block])
+            .arg(&image.file)
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {
+                image.path = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+                image.is_loop = true;
+                Some(image)
+            }
+            other => {
+                println!("skipped: no loop device: {other:?}");
+                None
+            }
+        }
+    }
+
+    fn create(directory: &Path, name: &str, size: u64) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = directory.join(format!("genblk-{}-{number}-{name}.img", std::process::id()));
+        File::create(&path).unwrap().set_len(size).unwrap();
+        Self {
+            file: path.clone(),
+            path,
+            is_loop: false,
+        }
+    }
+}
+
+fn losetup() -> Command {
+    let mut command = Command::new("losetup");
+    command.env(
+        "PATH",
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    );
+    command
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if self.is_loop {
+            let result = losetup().arg("--detach").arg(&self.path).status();
+            if !result.as_ref().is_ok_and(std::process::ExitStatus::success) {
+                println!("{} stays: {result:?}", self.path.display());
+            }
+        }
+        if let Err(error) = std::fs::remove_file(&self.file) {
+            println!("{} stays: {error}", self.file.display());
+        }
+    }
+}
+
+/// A kind of image and an engine on it.
+#[derive(Debug)]
+pub struct Setting {
+    pub label: String,
+    pub backing: Arc<dyn Backing>,
+    // Dropped after the backing.
+    _image: Image,
+}
+
+/// Every engine over every kind of image.
+pub fn settings(name: &str, size: u64) -> Vec<Setting> {
+    let mut all = Vec::new();
+    for engine in [Engine::Uring, Engine::Threads] {
+        for direct in [true, false] {
+            let mut images = vec![("file", Image::file(name, size))];
+            images.extend(Image::tmpfs(name, size).map(|image| ("tmpfs", image)));
+            images.extend(Image::loop_device(name, size, 512).map(|image| ("loop", image)));
+            if size.is_multiple_of(4096) {
+                images.extend(Image::loop_device(name, size, 4096).map(|image| ("loop of 4096", image)));
+            }
+            for (kind, image) in images {
+                let options = OpenOptions {
+                    read_only: false,
+                    engine,
+                    direct,
+                };
+                let opened = FileImage::open(&image.path, &options).unwrap();
+                assert!(direct || !opened.direct());
+                let how = if opened.direct() { "direct" } else { "buffered" };
+                let label = format!("{engine:?}, {kind}, asked direct: {direct}, is {how}");
+                all.push(Setting {
+                    label,
+                    backing: opened,
+                    _image: image,
+                });
+            }
+        }
+    }
+    let image = Image::file(name, size);
+    let opened = FileImage::open(&image.path, &OpenOptions::default()).unwrap();
+    let (faulty, _faults) = FaultyImage::new(opened);
+    all.push(Setting {
+        label: "a faulty image without faults".to_owned(),
+        backing: faulty,
+        _image: image,
+    });
+    all
+}
+
+/// Submits, kicks, and waits for all events.
+pub struct Driver {
+    pub store: Box<dyn Store>,
+    tag: u64,
+}
+
+impl Driver {
+    pub fn new(backing: &Arc<dyn Backing>) -> Self {
+        Self {
+            store: backing.attach().unwrap(),
+            tag: 0,
+        }
+    }
+
+    pub fn request(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Request {
+        self.tag += 1;
+        Request {
+            tag: self.tag,
+            op,
+            offset,
+            len,
+            segments,
+        }
+    }
+
+    pub fn start(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> u64 {
+        let request = self.request(op, offset, len, segments);
+        self.store.submit(request).expect("admissible and not full");
+        self.tag
+    }
+
+    /// Kicks once and collects every event, by tag.
+    pub fn finish(&mut self) -> HashMap<u64, Event> {
+        self.store.kick();
+        let mut found = HashMap::new();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.store.in_flight() > 0 {
+            assert!(
+                Instant::now() < deadline,
+                "{} operations hang",
+                self.store.in_flight()
+            );
+            assert!(
+                readable(self.store.wake_fd(), 30_000),
+                "{} in flight, no wake-up",
+                self.store.in_flight()
+            );
+            let mut events = Vec::new();
+            self.store.reap(&mut events);
+            for event in events {
+                assert!(
+                    found.insert(tag_of(&event), event).is_none(),
+                    "two events for a tag"
+                );
+            }
+        }
+        found
+    }
+
+    /// Runs one operation.
+    pub fn try_run(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Event {
+        let tag = self.start(op, offset, len, segments);
+        self.finish().remove(&tag).expect("an event for the operation")
+    }
+
+    /// Runs one operation that must succeed.
+    pub fn run(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Event {
+        let event = self.try_run(op, offset, len, segments);
+        assert!(
+            !matches!(event, Event::Failed { .. }),
+            "{op:?} at {offset}+{len}: {event:?}"
+        );
+        event
+    }
+
+    pub fn write(&mut self, offset: u64, bytes: &mut Buffer) {
+        self.run(
+            Op::Write,
+            offset,
+            bytes.len() as u64,
+            vec![bytes.segment(0, bytes.len())],
+        );
+    }
+
+    pub fn read(&mut self, offset: u64, len: usize) -> Vec<u8> {
+        let mut buffer = Buffer::filled(len, 0xee);
+        self.run(Op::Read, offset, len as u64, vec![buffer.segment(0, len)]);
+        buffer.bytes().to_vec()
+    }
+}
+
+pub fn tag_of(event: &Event) -> u64 {
+    match event {
+        Event::Done { tag } | Event::Mapped { tag, .. } | Event::Failed { tag, .. } => *tag,
+    }
+}
+
+/// Memory aligned to 4096 bytes.
+#[derive(Debug)]
+pub struct Buffer {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the buffer owns its memory.
+unsafe impl Send for Buffer {}
+
+impl Buffer {
+    pub fn filled(len: usize, byte: u8) -> Self {
+        assert!(len > 0);
+        // SAFETY: the layout is not empty.
+        let base = unsafe { alloc(Self::layout(len)) };
+        assert!(!base.is_null());
+        let mut buffer = Self { base, len };
+        buffer.fill(byte);
+        buffer
+    }
+
+    pub fn copy_of(bytes: &[u8]) -> Self {
+        let buffer = Self::filled(bytes.len(), 0);
+        // SAFETY: both are that long, and a new allocation overlaps nothing.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.base, bytes.len()) };
+        buffer
+    }
+
+    pub fn fill(&mut self, byte: u8) {
+        // SAFETY: the memory is ours, and that long.
+        unsafe { std::ptr::write_bytes(self.base, byte, self.len) };
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the memory is ours, initialised, and that long.
+        unsafe { std::slice::from_raw_parts(self.base, self.len) }
+    }
+
+    /// A segment of the memory; the range is not checked, for tests of what is refused.
+    pub fn segment(&mut self, offset: usize, len: usize) -> Segment {
+        Segment {
+            base: self.base.wrapping_add(offset),
+            len,
+        }
+    }
+
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len, 4096).unwrap()
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated with the same layout.
+        unsafe { dealloc(self.base, Self::layout(self.len)) };
+    }
+}
+
+/// Bytes without a period, none of them zero.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    (0..len)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            state.to_be_bytes()[0] | 1
+        })
+        .collect()
+}
+
+/// Whether a descriptor is readable within a time.
+pub fn readable(fd: RawFd, timeout_ms: i32) -> bool {
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: poll reads and writes one structure, ours.
+    unsafe { libc::poll(&raw mut poll, 1, timeout_ms) == 1 }
+}

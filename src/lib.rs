@@ -2,6 +2,11 @@
 //!
 //! Read the modules in this order and you follow a request from the socket to the disk and back.
 
+/// What the operator asks for, checked whole before anything starts.
+pub mod config;
+/// The log: one line a record on standard error.
+pub mod logging;
+
 pub mod arena;
 pub mod error;
 pub mod store;

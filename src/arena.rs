@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn an_arena_beyond_memory_is_refused_with_a_clear_error() {
-        let error = Arena::new(1 << 40).unwrap_err();
+        let error = Arena::new(usize::MAX / 2).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Memory);
     }
 }

@@ -68,7 +68,7 @@ pub struct Cli {
     #[arg(long)]
     pub check: bool,
 
-    /// Print what this back-end can do, as JSON, and exit; every other option is ignored
+    /// Print what this back-end can do, as JSON, and exit; the rest is ignored
     #[arg(long)]
     pub print_capabilities: bool,
 
@@ -77,7 +77,7 @@ pub struct Cli {
     pub socket_path: Option<PathBuf>,
 
     /// Listen on this inherited descriptor (a Unix domain socket) instead
-    #[arg(long, value_name = "FDNUM", help_heading = ONE_DEVICE, value_parser = clap::value_parser!(RawFd).range(3..))]
+    #[arg(long, value_name = "FDNUM", allow_negative_numbers = true, help_heading = ONE_DEVICE, value_parser = clap::value_parser!(RawFd).range(3..))]
     pub fd: Option<RawFd>,
 
     /// Serve this raw image file or block device
@@ -92,7 +92,7 @@ pub struct Cli {
     #[arg(long, value_name = "SIZE", help_heading = ONE_DEVICE)]
     pub cache_size: Option<String>,
 
-    /// When a write is done: writeback, writethrough or none (see below) [default: writeback]
+    /// When writes are done: writeback, writethrough, none (see below) [default: writeback]
     #[arg(long, value_name = "MODE", help_heading = ONE_DEVICE)]
     pub cache_mode: Option<String>,
 
@@ -351,6 +351,7 @@ mod tests {
         assert!(failure("").contains("give --config FILE"));
         assert!(failure("--check").contains("give --config FILE"));
         assert!(failure("--blk-fil a").contains("--blk-file"));
+        assert!(failure("--fd -1 --blk-file a").contains("-1 is not in 3.."));
         assert!(failure("--fd 2 --blk-file a").contains("2 is not in 3.."));
         assert!(failure("--config").contains("a value is required"));
         assert!(failure("stray").contains("stray"));

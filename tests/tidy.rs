@@ -436,12 +436,12 @@ fn item_end(code: &str, from: usize) -> Option<usize> {
     None
 }
 
-/// `code` with every item under `#[cfg(test)]` blanked.
+/// `code` with everything under a `#[cfg(test)]` blanked.
 fn without_tests(code: &str) -> String {
     let marker = "#[cfg(test)]";
     let mut rest = code.to_string();
     while let Some(at) = rest.find(marker) {
-        let end = item_end(&rest, at + marker.len()).unwrap_or(rest.len());
+        let end = marked_end(&rest, at + marker.len());
         let blank: String = rest[at..end]
             .chars()
             .map(|c| if c == '\n' { c } else { ' ' })
@@ -449,6 +449,26 @@ fn without_tests(code: &str) -> String {
         rest.replace_range(at..end, &blank);
     }
     rest
+}
+
+/// The end of what an attribute that ends at `from` stands on: an item, a statement, or one field among others, which
+/// ends with its comma or before the brace that closes them all.
+fn marked_end(code: &str, from: usize) -> usize {
+    let end = item_end(code, from).unwrap_or(code.len());
+    let mut open = 0usize;
+    let mut before = ' ';
+    for (i, c) in code[from..end].char_indices() {
+        match c {
+            '(' | '[' | '{' | '<' => open += 1,
+            '}' if open == 0 => return from + i,
+            '>' if before == '-' || before == '=' => {}
+            ')' | ']' | '}' | '>' => open = open.saturating_sub(1),
+            ',' if open == 0 => return from + i + 1,
+            _ => {}
+        }
+        before = c;
+    }
+    end
 }
 
 /// `text` with comments and literals blanked, so that what is left is code, each byte in its place.
@@ -593,6 +613,14 @@ fn tests_are_left_out_and_nothing_else() {
         "use a; fn g() {} mod near;"
     );
     assert_eq!(modules(code), ["far", "near"]);
+    let fields = "fn f() { A { #[cfg(test)] a: B::<C, D>::new(1, 2), c, #[cfg(test)] b: 2 } } fn g() {}";
+    let left = without_tests(fields)
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
+    assert_eq!(left, "fn f() { A { c, } } fn g() {}");
+    let generic = "#[cfg(test)]\nimpl<A, B> Fn for C<A, B> { fn f() -> A {} }\nfn g() {}";
+    assert_eq!(without_tests(generic).trim(), "fn g() {}");
 }
 
 #[test]

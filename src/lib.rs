@@ -2,6 +2,13 @@
 //!
 //! Read the modules in this order and you follow a request from the socket to the disk and back.
 
+/// The command line: a configuration file, or one device in options.
+pub mod cli;
+/// What the operator asks for, checked whole before anything starts.
+pub mod config;
+/// The log: one line a record on standard error.
+pub mod logging;
+
 pub mod arena;
 pub mod cache;
 pub mod error;

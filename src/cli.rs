@@ -1,0 +1,431 @@
+//! The command line of the daemon: a configuration file, or one device spelt out in options.
+//!
+//! The options of a single device go through the same table of keys as the file's, so they have the same defaults and
+//! the same checks; only the names in the messages differ. The names `--socket-path`, `--fd`, `--print-capabilities`,
+//! `--blk-file` and `--read-only` are those of QEMU's "Backend program conventions" (docs/interop/vhost-user.rst), by
+//! which management programs find and start a back-end.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use clap::error::ErrorKind as ClapKind;
+
+use crate::config::{Config, Draft, Entry, Place, Value, finish, key, report};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a management program may rely on (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
+pub const CAPABILITIES: &str =
+    "{\n  \"type\": \"block\",\n  \"features\": [\n    \"read-only\",\n    \"blk-file\"\n  ]\n}\n";
+
+/// Name of a device that was given in options.
+const DEVICE_NAME: &str = "disk0";
+
+const PRINT_CAPABILITIES: &str = "--print-capabilities";
+
+/// What the command line asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Print this and exit with status 0.
+    Print(String),
+    /// Serve these devices.
+    Serve(Config),
+}
+
+const AFTER_HELP: &str = "\
+Files:
+  A configuration file holds any number of [[device]] tables, and has more keys
+  than there are options here. configs/default.toml in the source tree shows every
+  key with its default and its reason; the files beside it are worked examples.
+
+Cache modes:
+  writeback     a write is done when it is in the cache; a FLUSH makes it durable
+  writethrough  a write is done when it is durable on the image
+  none          nothing is cached
+
+Limitations:
+  Images are raw files and block devices; qcow2 and other formats are not read.
+  The front-end must share the guest's memory (QEMU: memory-backend-memfd,share=on).
+  Relative paths start at the daemon's working directory.
+
+Environment:
+  GENBLK_LOG  what is logged to standard error: error, warn, info (default), debug, trace
+
+Exit status:
+  0 after an orderly end, 2 when the command line or the configuration is wrong
+  (nothing has been started then), 1 for every other failure.";
+
+/// Serves disk images to virtual machines over vhost-user, with a page cache of its own.
+#[derive(Clone, Debug, Default, Parser)]
+#[command(name = "genblk", version, after_help = AFTER_HELP, max_term_width = 100)]
+pub struct Cli {
+    /// Serve the devices of this TOML file
+    #[arg(long, value_name = "FILE", conflicts_with_all = DEVICE_OPTIONS)]
+    pub config: Option<PathBuf>,
+
+    /// Check the configuration, say what is wrong with it, and exit
+    #[arg(long)]
+    pub check: bool,
+
+    /// Print what this back-end can do, as JSON, and exit; the rest is ignored
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// Listen on this Unix domain socket
+    #[arg(long, value_name = "PATH", help_heading = ONE_DEVICE, conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Listen on this inherited descriptor (a Unix domain socket) instead
+    #[arg(long, value_name = "FDNUM", allow_negative_numbers = true, help_heading = ONE_DEVICE, value_parser = clap::value_parser!(RawFd).range(3..))]
+    pub fd: Option<RawFd>,
+
+    /// Serve this raw image file or block device
+    #[arg(long, value_name = "PATH", help_heading = ONE_DEVICE)]
+    pub blk_file: Option<PathBuf>,
+
+    /// Let the guest read only
+    #[arg(long, help_heading = ONE_DEVICE)]
+    pub read_only: bool,
+
+    /// Memory for cached pages, such as 64M or 4G [default: 256M]
+    #[arg(long, value_name = "SIZE", help_heading = ONE_DEVICE)]
+    pub cache_size: Option<String>,
+
+    /// When writes are done: writeback, writethrough, none (see below) [default: writeback]
+    #[arg(long, value_name = "MODE", help_heading = ONE_DEVICE)]
+    pub cache_mode: Option<String>,
+
+    /// Request queues that the guest may use, 1 to 64 [default: 64]
+    #[arg(long, value_name = "N", help_heading = ONE_DEVICE, allow_negative_numbers = true)]
+    pub num_queues: Option<i64>,
+
+    /// Serial that the guest reads, at most 20 characters [default: disk0]
+    #[arg(long, value_name = "TEXT", help_heading = ONE_DEVICE)]
+    pub serial: Option<String>,
+}
+
+const ONE_DEVICE: &str = "One device without a file";
+/// Every option of a single device, by the name of its field.
+const DEVICE_OPTIONS: [&str; 8] = [
+    "socket_path",
+    "fd",
+    "blk_file",
+    "read_only",
+    "cache_size",
+    "cache_mode",
+    "num_queues",
+    "serial",
+];
+
+impl Cli {
+    /// The configuration that the options name or spell out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] with every problem, each with its key and line or with its option.
+    pub fn config(&self) -> Result<Config> {
+        match &self.config {
+            Some(path) => Config::load(path),
+            None => self.single_device(),
+        }
+    }
+
+    fn single_device(&self) -> Result<Config> {
+        let options = self.options();
+        if options.iter().all(|(_, _, value)| value.is_none()) {
+            let advice = "give --config FILE, or --socket-path (or --fd) and --blk-file; --help says more";
+            return Err(Error::new(
+                ErrorKind::Config,
+                format!("nothing to serve: {advice}"),
+            ));
+        }
+        let place = |label: &str| Place {
+            label: label.to_string(),
+            line: None,
+        };
+        let name = ("the device", "name", Some(Value::Text(DEVICE_NAME)));
+        let mut entries = Vec::new();
+        for (option, name, value) in options.into_iter().chain([name]) {
+            let key = key(name).expect("a test gives every option");
+            entries.extend(value.map(|value| Entry {
+                key,
+                value,
+                place: place(option),
+            }));
+        }
+        let label = |name: &str| {
+            options
+                .iter()
+                .find(|(_, key, _)| *key == name)
+                .map_or(name, |(option, _, _)| *option)
+                .to_string()
+        };
+        let mut problems = Vec::new();
+        let draft = Draft::new(
+            &entries,
+            place("the device"),
+            |key| label(key.name),
+            &mut problems,
+        );
+        finish(vec![draft], problems)
+            .map_err(|problems| Error::new(ErrorKind::Config, report("the command line", &problems)))
+    }
+
+    /// Each option with its key in the file and its value, if it was given.
+    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 7] {
+        let socket = match self.fd {
+            Some(fd) => ("--fd", "socket", Some(Value::Descriptor(fd))),
+            None => (
+                "--socket-path",
+                "socket",
+                self.socket_path.as_deref().map(Value::Path),
+            ),
+        };
+        [
+            socket,
+            ("--blk-file", "image", self.blk_file.as_deref().map(Value::Path)),
+            (
+                "--read-only",
+                "read_only",
+                self.read_only.then_some(Value::Flag(true)),
+            ),
+            (
+                "--cache-size",
+                "cache.size",
+                self.cache_size.as_deref().map(Value::Text),
+            ),
+            (
+                "--cache-mode",
+                "cache.mode",
+                self.cache_mode.as_deref().map(Value::Text),
+            ),
+            (
+                "--num-queues",
+                "num_queues",
+                self.num_queues.map(|n| Value::Integer(n.into())),
+            ),
+            ("--serial", "serial", self.serial.as_deref().map(Value::Text)),
+        ]
+    }
+}
+
+/// What the arguments (the program's name first) ask for.
+///
+/// # Errors
+/// [`ErrorKind::Config`] when the usage or the configuration is wrong.
+pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    // Before any parsing: the conventions say that everything else is ignored, which has to include what is wrong.
+    if args
+        .iter()
+        .skip(1)
+        .any(|arg| arg == OsStr::new(PRINT_CAPABILITIES))
+    {
+        return Ok(Action::Print(CAPABILITIES.to_string()));
+    }
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) if matches!(e.kind(), ClapKind::DisplayHelp | ClapKind::DisplayVersion) => {
+            return Ok(Action::Print(e.render().to_string()));
+        }
+        Err(e) => {
+            let text = e.render().to_string();
+            let text = text.trim_end().trim_start_matches("error: ");
+            return Err(Error::new(ErrorKind::Config, text));
+        }
+    };
+    let config = cli.config()?;
+    if !cli.check {
+        return Ok(Action::Serve(config));
+    }
+    let source = cli
+        .config
+        .as_deref()
+        .map_or("the command line".into(), Path::to_string_lossy);
+    let devices = match config.devices.len() {
+        1 => "1 device".to_string(),
+        count => format!("{count} devices"),
+    };
+    Ok(Action::Print(format!("{source}: no problems, {devices}\n")))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::config::{CacheMode, DeviceConfig, Socket};
+
+    fn run(line: &str) -> Result<Action> {
+        action(
+            ["genblk"]
+                .into_iter()
+                .chain(line.split_whitespace())
+                .map(OsString::from),
+        )
+    }
+
+    fn failure(line: &str) -> String {
+        let error = run(line).unwrap_err();
+        assert_eq!(
+            (error.kind(), error.exit_status()),
+            (ErrorKind::Config, 2),
+            "{line}"
+        );
+        error.to_string()
+    }
+
+    #[test]
+    fn clap_finds_no_fault_with_the_definition() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_socket_and_an_image_are_enough() {
+        let expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "/a.img");
+        assert_eq!(
+            run("--socket-path /run/s --blk-file=/a.img").unwrap(),
+            Action::Serve(Config {
+                devices: vec![expected]
+            })
+        );
+    }
+
+    #[test]
+    fn every_option_reaches_its_field() {
+        let line =
+            "--fd 3 --blk-file a --read-only --cache-size 4G --cache-mode none --num-queues 2 --serial s1";
+        let mut expected = DeviceConfig::new("disk0", Socket::Fd(3), "a");
+        expected.read_only = true;
+        expected.cache.size_bytes = 4 << 30;
+        expected.cache.mode = CacheMode::None;
+        expected.num_queues = 2;
+        expected.serial = "s1".to_string();
+        assert_eq!(
+            run(line).unwrap(),
+            Action::Serve(Config {
+                devices: vec![expected]
+            })
+        );
+    }
+
+    #[test]
+    fn every_problem_names_its_option() {
+        let text = failure(
+            "--blk-file a --cache-size 4095 --cache-mode writebak --num-queues -1 --serial 123456789012345678901",
+        );
+        let expected = [
+            "5 problems in the command line",
+            "--socket-path: is missing",
+            "--serial: takes at most 20 printable ASCII characters, not \"123456789012345678901\"",
+            "--num-queues: takes an integer from 1 to 64, not -1",
+            "--cache-size: takes a size from 4M to 8T (in steps of 4K), not \"4095\"",
+            "--cache-mode: takes \"writeback\", \"writethrough\" or \"none\", not \"writebak\"; did you mean \"writeback\"?",
+        ];
+        assert_eq!(text.lines().collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_file_excludes_the_options_of_a_device() {
+        for option in [
+            "--socket-path s",
+            "--fd 3",
+            "--blk-file a",
+            "--read-only",
+            "--cache-size 4M",
+            "--cache-mode none",
+            "--num-queues 1",
+            "--serial s",
+        ] {
+            let text = failure(&format!("--config c.toml {option}"));
+            assert!(
+                text.contains("cannot be used with") && text.contains("--config"),
+                "{text}"
+            );
+        }
+        assert!(failure("--socket-path s --fd 3 --blk-file a").contains("cannot be used with"));
+    }
+
+    #[test]
+    fn usage_errors_are_configuration_errors() {
+        assert!(failure("").contains("give --config FILE"));
+        assert!(failure("--check").contains("give --config FILE"));
+        assert!(failure("--blk-fil a").contains("--blk-file"));
+        assert!(failure("--fd -1 --blk-file a").contains("-1 is not in 3.."));
+        assert!(failure("--fd 2 --blk-file a").contains("2 is not in 3.."));
+        assert!(failure("--config").contains("a value is required"));
+        assert!(failure("stray").contains("stray"));
+        assert!(
+            failure("--config /nonexistent/genblk.toml")
+                .contains("cannot read the configuration /nonexistent")
+        );
+    }
+
+    #[test]
+    fn capabilities_override_everything_even_what_is_wrong() {
+        for line in [
+            "--print-capabilities",
+            "--fd 1 --print-capabilities --config x",
+            "--no-such --print-capabilities",
+        ] {
+            assert_eq!(
+                run(line).unwrap(),
+                Action::Print(CAPABILITIES.to_string()),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn capabilities_have_the_form_of_the_schema() {
+        let compact: String = CAPABILITIES.split_whitespace().collect();
+        assert_eq!(compact, r#"{"type":"block","features":["read-only","blk-file"]}"#);
+    }
+
+    #[test]
+    fn help_and_version_are_no_errors() {
+        let Ok(Action::Print(help)) = run("--help") else {
+            panic!("--help failed")
+        };
+        for word in [
+            "Limitations:",
+            "configs/default.toml",
+            "GENBLK_LOG",
+            "--config",
+            "--blk-file",
+        ] {
+            assert!(help.contains(word), "{word}");
+        }
+        assert_eq!(
+            run("--version").unwrap(),
+            Action::Print(format!("genblk {}\n", env!("CARGO_PKG_VERSION")))
+        );
+    }
+
+    #[test]
+    fn the_defaults_in_the_help_are_the_defaults() {
+        let default = DeviceConfig::new(DEVICE_NAME, Socket::Fd(3), "a");
+        let Ok(Action::Print(help)) = run("--help") else {
+            panic!("--help failed")
+        };
+        let flat = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        let mib = default.cache.size_bytes >> 20;
+        for shown in [
+            mib.to_string() + "M",
+            default.cache.mode.to_string(),
+            default.num_queues.to_string(),
+            default.serial,
+        ] {
+            assert!(flat.contains(&format!("[default: {shown}]")), "{shown}");
+        }
+    }
+
+    #[test]
+    fn check_prints_and_serves_nothing() {
+        let printed = run("--check --socket-path s --blk-file a").unwrap();
+        assert_eq!(
+            printed,
+            Action::Print("the command line: no problems, 1 device\n".to_string())
+        );
+    }
+}

@@ -1,0 +1,178 @@
+//! The walk over a TOML document: every key is met once, with its line, and none stops the walk.
+//!
+//! serde's derive would be shorter, but it ends at the first unknown key or wrong type, and an operator would have to
+//! start the daemon once for each mistake.
+
+use std::ops::Range;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::draft::{Draft, Entry, Place};
+use super::keys::{Value, key, suggestion};
+use super::problem::Problem;
+
+/// The devices of `text`; what is wrong goes to `problems`.
+pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Vec<Draft> {
+    let (root, errors) = DeTable::parse_recoverable(text);
+    let mut walk = Walk { text, problems };
+    if !errors.is_empty() {
+        for error in errors {
+            walk.syntax(error.message(), error.span());
+        }
+        return Vec::new();
+    }
+    walk.root(root.get_ref())
+}
+
+struct Walk<'a> {
+    text: &'a str,
+    problems: &'a mut Vec<Problem>,
+}
+
+impl Walk<'_> {
+    fn root(&mut self, root: &DeTable<'_>) -> Vec<Draft> {
+        let mut drafts = Vec::new();
+        for (name, value) in root {
+            let place = self.place(name.get_ref().to_string(), name);
+            match (name.get_ref().as_ref(), value.get_ref()) {
+                ("device", DeValue::Array(devices)) => {
+                    for (i, device) in devices.iter().enumerate() {
+                        drafts.extend(self.device(i, device));
+                    }
+                }
+                ("device", _) => self
+                    .problems
+                    .push(place.problem("takes tables: write [[device]] above each")),
+                (unknown, _) => {
+                    let below = |key| format!("unknown key; did you mean {key:?}, below [[device]]?");
+                    let message = match suggestion(unknown) {
+                        _ if matches!(unknown, "devices" | "Device") => {
+                            "unknown key; did you mean [[device]]?".to_string()
+                        }
+                        Some(key) => below(key),
+                        None => "unknown key: the file has [[device]] tables and nothing else".to_string(),
+                    };
+                    self.problems.push(quoted(&place).problem(message));
+                }
+            }
+        }
+        let none = match root.get("device").map(Spanned::get_ref) {
+            None => true,
+            Some(DeValue::Array(devices)) => devices.is_empty(),
+            Some(_) => false,
+        };
+        if none {
+            let place = Place {
+                label: "device".to_string(),
+                line: Some(1),
+            };
+            self.problems
+                .push(place.problem("is missing: nothing to serve; write a [[device]] table"));
+        }
+        drafts
+    }
+
+    fn device(&mut self, i: usize, device: &Spanned<DeValue<'_>>) -> Option<Draft> {
+        let label = format!("device[{i}]");
+        let whole = self.place(label.clone(), device);
+        let Some(table) = device.get_ref().as_table() else {
+            self.problems
+                .push(whole.problem("takes a table: write [[device]] above it"));
+            return None;
+        };
+        let mut entries = Vec::new();
+        self.entries(table, &label, "", &mut entries);
+        Some(Draft::new(
+            &entries,
+            whole,
+            |key| format!("{label}.{}", key.name),
+            self.problems,
+        ))
+    }
+
+    /// Collects the keys of `table`, which is the device's own table (`prefix` empty) or one inside it.
+    fn entries<'v>(
+        &mut self,
+        table: &'v DeTable<'_>,
+        device: &str,
+        prefix: &str,
+        entries: &mut Vec<Entry<'v>>,
+    ) {
+        for (name, value) in table {
+            let path = format!("{prefix}{}", name.get_ref());
+            let place = self.place(format!("{device}.{path}"), name);
+            match (key(&path), value.get_ref()) {
+                (Some(key), value) => entries.push(Entry {
+                    key,
+                    value: plain(value),
+                    place,
+                }),
+                (None, DeValue::Table(inner)) if path == "cache" => {
+                    self.entries(inner, device, "cache.", entries);
+                }
+                (None, _) if path == "cache" => {
+                    self.problems
+                        .push(place.problem("takes a table: write [device.cache] above its keys"));
+                }
+                (None, _) => {
+                    let meant = suggestion(&path)
+                        .map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
+                    self.problems
+                        .push(quoted(&place).problem(format!("unknown key{meant}")));
+                }
+            }
+        }
+    }
+
+    fn place<T>(&self, label: String, at: &Spanned<T>) -> Place {
+        Place {
+            label,
+            line: Some(self.line_column(at.span().start).0),
+        }
+    }
+
+    fn syntax(&mut self, message: &str, span: Option<Range<usize>>) {
+        // An error without a span is about the end of the text.
+        let (line, column) = self.line_column(span.map_or(self.text.len(), |span| span.start));
+        let (key, message) = (String::new(), message.to_string());
+        self.problems.push(Problem {
+            line: Some(line),
+            column: Some(column),
+            key,
+            message,
+        });
+    }
+
+    /// Line and column, both from 1, of the byte at `offset`.
+    fn line_column(&self, offset: usize) -> (usize, usize) {
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        (
+            before.matches('\n').count() + 1,
+            before[line_start..].chars().count() + 1,
+        )
+    }
+}
+
+/// A label whose control characters can't play tricks on a terminal.
+fn quoted(place: &Place) -> Place {
+    Place {
+        label: place.label.escape_debug().to_string(),
+        line: place.line,
+    }
+}
+
+/// A TOML value as the table of keys takes it.
+fn plain<'v>(value: &'v DeValue<'_>) -> Value<'v> {
+    match value {
+        DeValue::String(text) => Value::Text(text),
+        DeValue::Boolean(flag) => Value::Flag(*flag),
+        DeValue::Integer(integer) => i128::from_str_radix(integer.as_str(), integer.radix())
+            .map_or(Value::Other("an integer of more than 127 bits"), Value::Integer),
+        DeValue::Float(_) => Value::Other("a fraction"),
+        DeValue::Datetime(_) => Value::Other("a date"),
+        DeValue::Array(_) => Value::Other("an array"),
+        DeValue::Table(_) => Value::Other("a table"),
+    }
+}

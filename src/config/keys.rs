@@ -1,0 +1,507 @@
+//! The table of keys: what each is called, what it may be, what it is when left out, and where it goes.
+//!
+//! Defaults, checks, messages, the did-you-mean and the test of configs/default.toml all read this one table.
+
+use std::os::fd::RawFd;
+use std::path::Path;
+
+use super::problem::nearest;
+use super::size::{format_size, parse_size};
+use super::{CacheMode, DeviceConfig, Engine, Policy, Socket};
+use crate::units::PAGE_BYTES;
+
+/// A value before it is checked, from a document, an option or this table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Value<'a> {
+    Text(&'a str),
+    Path(&'a Path),
+    Descriptor(RawFd),
+    Integer(i128),
+    Flag(bool),
+    /// A value of a type that no key takes; what it is, with its article.
+    Other(&'static str),
+}
+
+impl Value<'_> {
+    /// The value as a message shows it.
+    fn shown(self) -> String {
+        match self {
+            Self::Text(text) => format!("{text:?}"),
+            Self::Path(path) => format!("{path:?}"),
+            Self::Descriptor(fd) => fd.to_string(),
+            Self::Integer(number) => number.to_string(),
+            Self::Flag(flag) => flag.to_string(),
+            Self::Other(what) => what.to_string(),
+        }
+    }
+}
+
+/// A key of a `[[device]]` table; those of its `[device.cache]` begin with `cache.`.
+#[derive(Debug)]
+pub(crate) struct Key {
+    /// Path from the device's table.
+    pub name: &'static str,
+    /// What happens when it is left out.
+    pub fallback: Fallback,
+    /// What it takes and where that goes.
+    pub kind: Kind,
+}
+
+/// What happens when a key is left out.
+#[derive(Debug)]
+pub(crate) enum Fallback {
+    /// The device can't do without it.
+    Required,
+    /// It has this value.
+    Is(Value<'static>),
+    /// It follows from the name.
+    FromName(fn(&mut DeviceConfig)),
+}
+
+/// What a key takes and where that goes.
+#[derive(Debug)]
+pub(crate) enum Kind {
+    Text {
+        wanted: &'static str,
+        fits: fn(&str) -> bool,
+        set: fn(&mut DeviceConfig, &str),
+    },
+    Image {
+        set: fn(&mut DeviceConfig, &Path),
+    },
+    Socket {
+        set: fn(&mut DeviceConfig, Socket),
+    },
+    Flag {
+        set: fn(&mut DeviceConfig, bool),
+    },
+    Count {
+        min: u32,
+        max: u32,
+        set: fn(&mut DeviceConfig, u32),
+    },
+    PowerOfTwo {
+        min: u32,
+        max: u32,
+        set: fn(&mut DeviceConfig, u32),
+    },
+    /// Bytes, in whole pages.
+    Size {
+        min: u64,
+        max: u64,
+        set: fn(&mut DeviceConfig, u64),
+    },
+    /// One of `words`; `set` gets its position.
+    Choice {
+        words: &'static [&'static str],
+        set: fn(&mut DeviceConfig, usize),
+    },
+}
+
+use Fallback::{FromName, Is, Required};
+use Value::{Flag, Integer, Text};
+
+/// Bytes of a virtio-blk serial (virtio 1.2, section 5.2.6: GET_ID).
+const SERIAL_BYTES_MAX: usize = 20;
+/// Bytes of a Unix socket's path: `sun_path` has 108, and one is the terminating zero.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Every key of a device.
+pub(crate) const KEYS: &[Key] = &[
+    Key {
+        name: "name",
+        fallback: Required,
+        kind: Kind::Text {
+            wanted: "1 to 64 letters, digits, '.', '_' and '-'",
+            fits: |text| {
+                (1..=64).contains(&text.len())
+                    && text
+                        .bytes()
+                        .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+            },
+            set: |device, text| device.name = text.to_string(),
+        },
+    },
+    Key {
+        name: "socket",
+        fallback: Required,
+        kind: Kind::Socket {
+            set: |device, socket| device.socket = socket,
+        },
+    },
+    Key {
+        name: "image",
+        fallback: Required,
+        kind: Kind::Image {
+            set: |device, path| device.image = path.into(),
+        },
+    },
+    Key {
+        name: "read_only",
+        fallback: Is(Flag(false)),
+        kind: Kind::Flag {
+            set: |device, on| device.read_only = on,
+        },
+    },
+    Key {
+        name: "serial",
+        fallback: FromName(|device| device.serial = device.name.chars().take(SERIAL_BYTES_MAX).collect()),
+        kind: Kind::Text {
+            wanted: "at most 20 printable ASCII characters",
+            fits: |text| {
+                text.len() <= SERIAL_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ')
+            },
+            set: |device, text| device.serial = text.to_string(),
+        },
+    },
+    // QEMU asks for a queue for each vCPU and refuses a back-end that has fewer, and an unused queue costs little: so
+    // the default is the most that there can be (one bit each in a u64 of the vhost-user-backend crate).
+    Key {
+        name: "num_queues",
+        fallback: Is(Integer(64)),
+        kind: Kind::Count {
+            min: 1,
+            max: 64,
+            set: |device, n| device.num_queues = narrow(n),
+        },
+    },
+    Key {
+        name: "workers",
+        fallback: Is(Integer(1)),
+        kind: Kind::Count {
+            min: 1,
+            max: 8,
+            set: |device, n| device.workers = narrow(n),
+        },
+    },
+    // The front-end chooses the ring's size; this only bounds it. 1024 is what QEMU allows at most (VIRTQUEUE_MAX_SIZE),
+    // so nobody is refused, and it bounds what one ring can have in flight.
+    Key {
+        name: "queue_size",
+        fallback: Is(Integer(1024)),
+        kind: Kind::PowerOfTwo {
+            min: 2,
+            max: 1024,
+            set: |device, n| device.queue_size = narrow(n),
+        },
+    },
+    Key {
+        name: "poll_us",
+        fallback: Is(Integer(50)),
+        kind: Kind::Count {
+            min: 0,
+            max: 10_000,
+            set: |device, n| device.poll_us = n,
+        },
+    },
+    Key {
+        name: "engine",
+        fallback: Is(Text("auto")),
+        kind: Kind::Choice {
+            words: Engine::WORDS,
+            set: |device, i| device.engine = Engine::ALL[i],
+        },
+    },
+    Key {
+        name: "direct",
+        fallback: Is(Flag(true)),
+        kind: Kind::Flag {
+            set: |device, on| device.direct = on,
+        },
+    },
+    // Below 4M one large request could hold every page. A frame's number is a u32, so 16T would be the end.
+    Key {
+        name: "cache.size",
+        fallback: Is(Text("256M")),
+        kind: Kind::Size {
+            min: 4 << 20,
+            max: 8 << 40,
+            set: |device, bytes| device.cache.size_bytes = bytes,
+        },
+    },
+    Key {
+        name: "cache.mode",
+        fallback: Is(Text("writeback")),
+        kind: Kind::Choice {
+            words: CacheMode::WORDS,
+            set: |device, i| device.cache.mode = CacheMode::ALL[i],
+        },
+    },
+    Key {
+        name: "cache.policy",
+        fallback: Is(Text("s3fifo")),
+        kind: Kind::Choice {
+            words: Policy::WORDS,
+            set: |device, i| device.cache.policy = Policy::ALL[i],
+        },
+    },
+    Key {
+        name: "cache.readahead_max",
+        fallback: Is(Text("2M")),
+        kind: Kind::Size {
+            min: 0,
+            max: 16 << 20,
+            set: |device, bytes| device.cache.readahead_max_bytes = bytes,
+        },
+    },
+    Key {
+        name: "cache.flush_target_ms",
+        fallback: Is(Integer(250)),
+        kind: Kind::Count {
+            min: 10,
+            max: 10_000,
+            set: |device, n| device.cache.flush_target_ms = n,
+        },
+    },
+    Key {
+        name: "cache.dirty_max_percent",
+        fallback: Is(Integer(25)),
+        kind: Kind::Count {
+            min: 1,
+            max: 50,
+            set: |device, n| device.cache.dirty_max_percent = narrow(n),
+        },
+    },
+    Key {
+        name: "cache.dirty_age_max_ms",
+        fallback: Is(Integer(5000)),
+        kind: Kind::Count {
+            min: 100,
+            max: 600_000,
+            set: |device, n| device.cache.dirty_age_max_ms = n,
+        },
+    },
+];
+
+/// The key called `name`.
+pub(crate) fn key(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+/// The key, or the table of keys, that `name` was probably meant to be; `name` is a path from the device's table.
+pub(super) fn suggestion(name: &str) -> Option<&'static str> {
+    let (table, leaf) = split(name);
+    let paths = || KEYS.iter().map(|key| key.name).chain(["cache"]);
+    let called = |leaf: &str| paths().find(|path| split(path).1 == leaf);
+    let joined = leaf.replacen(['_', '-'], ".", 1);
+    // The right word in the wrong table, then the table's name run into the word, then a slip: first in the table where
+    // the word stands, then anywhere.
+    called(leaf)
+        .or_else(|| paths().find(|path| *path == joined))
+        .or_else(|| {
+            nearest(
+                leaf,
+                paths()
+                    .map(split)
+                    .filter(|near| near.0 == table)
+                    .map(|near| near.1),
+            )
+            .and_then(called)
+        })
+        .or_else(|| nearest(leaf, paths().map(|path| split(path).1)).and_then(called))
+}
+
+/// The table and the word of a path.
+fn split(path: &str) -> (&str, &str) {
+    path.rsplit_once('.').unwrap_or(("", path))
+}
+
+/// Gives every key that has a default its default.
+pub(super) fn set_defaults(device: &mut DeviceConfig) {
+    for key in KEYS {
+        match key.fallback {
+            Required => {}
+            Is(value) => key.kind.set(device, value).expect("a test sets every default"),
+            FromName(derive) => derive(device),
+        }
+    }
+}
+
+impl Kind {
+    /// Puts `value` in its place, or says what it should have been.
+    pub(super) fn set(&self, device: &mut DeviceConfig, value: Value<'_>) -> Result<(), String> {
+        match self.accept(device, value) {
+            Some(()) => Ok(()),
+            None => Err(format!(
+                "takes {}, not {}{}",
+                self.wanted(),
+                value.shown(),
+                self.hint(value)
+            )),
+        }
+    }
+
+    fn accept(&self, device: &mut DeviceConfig, value: Value<'_>) -> Option<()> {
+        match (self, value) {
+            (Self::Text { fits, set, .. }, Text(text)) if fits(text) => set(device, text),
+            (Self::Image { set }, Text(_) | Value::Path(_)) => set(device, path(value, usize::MAX)?),
+            (Self::Socket { set }, Text(_) | Value::Path(_)) => {
+                set(device, Socket::Path(path(value, SOCKET_PATH_BYTES_MAX)?.into()));
+            }
+            (Self::Socket { set }, Value::Descriptor(fd)) => set(device, Socket::Fd(fd)),
+            (Self::Flag { set }, Flag(on)) => set(device, on),
+            (Self::Count { min, max, set }, Integer(number)) => {
+                set(
+                    device,
+                    u32::try_from(number).ok().filter(|n| (*min..=*max).contains(n))?,
+                );
+            }
+            (Self::PowerOfTwo { min, max, set }, Integer(number)) => {
+                let count = u32::try_from(number).ok().filter(|n| (*min..=*max).contains(n))?;
+                set(device, Some(count).filter(|n| n.is_power_of_two())?);
+            }
+            (Self::Size { min, max, set }, Text(_) | Integer(_)) => {
+                let bytes = match value {
+                    Integer(number) => u64::try_from(number).ok()?,
+                    Text(text) => parse_size(text)?,
+                    _ => return None,
+                };
+                let fits = (*min..=*max).contains(&bytes) && bytes.is_multiple_of(PAGE_BYTES);
+                set(device, Some(bytes).filter(|_| fits)?);
+            }
+            (Self::Choice { words, set }, Text(text)) => {
+                set(device, words.iter().position(|word| *word == text)?);
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// What the key takes, as a message says it.
+    fn wanted(&self) -> String {
+        match self {
+            Self::Text { wanted, .. } => (*wanted).to_string(),
+            Self::Image { .. } => "a path".to_string(),
+            Self::Socket { .. } => format!("a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes"),
+            Self::Flag { .. } => "true or false".to_string(),
+            Self::Count { min, max, .. } => format!("an integer from {min} to {max}"),
+            Self::PowerOfTwo { min, max, .. } => format!("a power of two from {min} to {max}"),
+            Self::Size { min, max, .. } => {
+                let (min, max, step) = (format_size(*min), format_size(*max), format_size(PAGE_BYTES));
+                format!("a size from {min} to {max} (in steps of {step})")
+            }
+            Self::Choice { words, .. } => {
+                let quoted: Vec<String> = words.iter().map(|word| format!("{word:?}")).collect();
+                let (last, others) = quoted.split_last().expect("a choice has words");
+                format!("{} or {last}", others.join(", "))
+            }
+        }
+    }
+
+    /// What was probably meant, as the end of a message; mostly nothing.
+    fn hint(&self, value: Value<'_>) -> String {
+        let near = match (self, value) {
+            (Self::Choice { words, .. }, Text(text)) => nearest(&text.to_lowercase(), words.iter().copied()),
+            _ => None,
+        };
+        near.map_or_else(String::new, |word| format!("; did you mean {word:?}?"))
+    }
+}
+
+/// The path in `value`, if it is one that the system could open: not empty, not too long, no zero byte.
+fn path(value: Value<'_>, bytes_max: usize) -> Option<&Path> {
+    let path = match value {
+        Text(text) => Path::new(text),
+        Value::Path(path) => path,
+        _ => return None,
+    };
+    let bytes = path.as_os_str().as_encoded_bytes();
+    let fits = !bytes.is_empty() && bytes.len() <= bytes_max && !bytes.contains(&0);
+    fits.then_some(path)
+}
+
+/// `number` as the type of its field.
+fn narrow<T: TryFrom<u32>>(number: u32) -> T {
+    T::try_from(number)
+        .ok()
+        .expect("a test sets the ends of every range")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_default_and_both_ends_of_every_range_fit_their_fields() {
+        let mut device = DeviceConfig::unset();
+        set_defaults(&mut device);
+        for key in KEYS {
+            let ends = match key.kind {
+                Kind::Count { min, max, .. } | Kind::PowerOfTwo { min, max, .. } => {
+                    [i128::from(min), i128::from(max)]
+                }
+                Kind::Size { min, max, .. } => [i128::from(min), i128::from(max)],
+                _ => continue,
+            };
+            for end in ends {
+                assert_eq!(
+                    key.kind.set(&mut device, Integer(end)),
+                    Ok(()),
+                    "{} = {end}",
+                    key.name
+                );
+            }
+            for outside in [ends[0] - 1, ends[1] + 1] {
+                assert!(
+                    key.kind.set(&mut device, Integer(outside)).is_err(),
+                    "{} = {outside}",
+                    key.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_word_sets_the_value_that_displays_as_it() {
+        let mut device = DeviceConfig::unset();
+        for (name, shown) in [
+            (
+                "engine",
+                (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String,
+            ),
+            ("cache.mode", |d| d.cache.mode.to_string()),
+            ("cache.policy", |d| d.cache.policy.to_string()),
+        ] {
+            let Some(Key {
+                kind: kind @ Kind::Choice { words, .. },
+                ..
+            }) = key(name)
+            else {
+                panic!("{name} is no choice")
+            };
+            for word in *words {
+                kind.set(&mut device, Text(word)).unwrap();
+                assert_eq!(shown(&device), *word);
+            }
+        }
+    }
+
+    #[test]
+    fn a_misspelt_or_misplaced_key_is_recognised() {
+        let cases = [
+            ("sokcet", Some("socket")),
+            ("read-only", Some("read_only")),
+            ("num_queue", Some("num_queues")),
+            ("cache.sise", Some("cache.size")),
+            ("cache_size", Some("cache.size")),
+            ("readahead_max", Some("cache.readahead_max")),
+            ("cache.serial", Some("serial")),
+            ("cahce", Some("cache")),
+            ("colour", None),
+        ];
+        for (written, meant) in cases {
+            assert_eq!(suggestion(written), meant, "{written}");
+        }
+    }
+
+    #[test]
+    fn no_two_keys_share_a_name() {
+        for (i, one) in KEYS.iter().enumerate() {
+            assert!(
+                KEYS[i + 1..].iter().all(|other| other.name != one.name),
+                "{}",
+                one.name
+            );
+        }
+    }
+}

@@ -107,16 +107,8 @@ pub struct Cli {
 
 const ONE_DEVICE: &str = "One device without a file";
 /// Every option of a single device, by the name of its field.
-const DEVICE_OPTIONS: [&str; 8] = [
-    "socket_path",
-    "fd",
-    "blk_file",
-    "read_only",
-    "cache_size",
-    "cache_mode",
-    "num_queues",
-    "serial",
-];
+const DEVICE_OPTIONS: [&str; 8] =
+    ["socket_path", "fd", "blk_file", "read_only", "cache_size", "cache_mode", "num_queues", "serial"];
 
 impl Cli {
     /// The configuration that the options name or spell out.
@@ -134,39 +126,20 @@ impl Cli {
         let options = self.options();
         if options.iter().all(|(_, _, value)| value.is_none()) {
             let advice = "give --config FILE, or --socket-path (or --fd) and --blk-file; --help says more";
-            return Err(Error::new(
-                ErrorKind::Config,
-                format!("nothing to serve: {advice}"),
-            ));
+            return Err(Error::new(ErrorKind::Config, format!("nothing to serve: {advice}")));
         }
-        let place = |label: &str| Place {
-            label: label.to_string(),
-            line: None,
-        };
+        let place = |label: &str| Place { label: label.to_string(), line: None };
         let name = ("the device", "name", Some(Value::Text(DEVICE_NAME)));
         let mut entries = Vec::new();
         for (option, name, value) in options.into_iter().chain([name]) {
             let key = key(name).expect("a test gives every option");
-            entries.extend(value.map(|value| Entry {
-                key,
-                value,
-                place: place(option),
-            }));
+            entries.extend(value.map(|value| Entry { key, value, place: place(option) }));
         }
         let label = |name: &str| {
-            options
-                .iter()
-                .find(|(_, key, _)| *key == name)
-                .map_or(name, |(option, _, _)| *option)
-                .to_string()
+            options.iter().find(|(_, key, _)| *key == name).map_or(name, |(option, _, _)| *option).to_string()
         };
         let mut problems = Vec::new();
-        let draft = Draft::new(
-            &entries,
-            place("the device"),
-            |key| label(key.name),
-            &mut problems,
-        );
+        let draft = Draft::new(&entries, place("the device"), |key| label(key.name), &mut problems);
         finish(vec![draft], problems)
             .map_err(|problems| Error::new(ErrorKind::Config, report("the command line", &problems)))
     }
@@ -175,35 +148,15 @@ impl Cli {
     fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 7] {
         let socket = match self.fd {
             Some(fd) => ("--fd", "socket", Some(Value::Descriptor(fd))),
-            None => (
-                "--socket-path",
-                "socket",
-                self.socket_path.as_deref().map(Value::Path),
-            ),
+            None => ("--socket-path", "socket", self.socket_path.as_deref().map(Value::Path)),
         };
         [
             socket,
             ("--blk-file", "image", self.blk_file.as_deref().map(Value::Path)),
-            (
-                "--read-only",
-                "read_only",
-                self.read_only.then_some(Value::Flag(true)),
-            ),
-            (
-                "--cache-size",
-                "cache.size",
-                self.cache_size.as_deref().map(Value::Text),
-            ),
-            (
-                "--cache-mode",
-                "cache.mode",
-                self.cache_mode.as_deref().map(Value::Text),
-            ),
-            (
-                "--num-queues",
-                "num_queues",
-                self.num_queues.map(|n| Value::Integer(n.into())),
-            ),
+            ("--read-only", "read_only", self.read_only.then_some(Value::Flag(true))),
+            ("--cache-size", "cache.size", self.cache_size.as_deref().map(Value::Text)),
+            ("--cache-mode", "cache.mode", self.cache_mode.as_deref().map(Value::Text)),
+            ("--num-queues", "num_queues", self.num_queues.map(|n| Value::Integer(n.into()))),
             ("--serial", "serial", self.serial.as_deref().map(Value::Text)),
         ]
     }
@@ -216,11 +169,7 @@ impl Cli {
 pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
     let args: Vec<OsString> = args.into_iter().collect();
     // Before any parsing: the conventions say that everything else is ignored, which has to include what is wrong.
-    if args
-        .iter()
-        .skip(1)
-        .any(|arg| arg == OsStr::new(PRINT_CAPABILITIES))
-    {
+    if args.iter().skip(1).any(|arg| arg == OsStr::new(PRINT_CAPABILITIES)) {
         return Ok(Action::Print(CAPABILITIES.to_string()));
     }
     let cli = match Cli::try_parse_from(args) {
@@ -238,10 +187,7 @@ pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
     if !cli.check {
         return Ok(Action::Serve(config));
     }
-    let source = cli
-        .config
-        .as_deref()
-        .map_or("the command line".into(), Path::to_string_lossy);
+    let source = cli.config.as_deref().map_or("the command line".into(), Path::to_string_lossy);
     let devices = match config.devices.len() {
         1 => "1 device".to_string(),
         count => format!("{count} devices"),
@@ -257,21 +203,12 @@ mod tests {
     use crate::config::{CacheMode, DeviceConfig, Socket};
 
     fn run(line: &str) -> Result<Action> {
-        action(
-            ["genblk"]
-                .into_iter()
-                .chain(line.split_whitespace())
-                .map(OsString::from),
-        )
+        action(["genblk"].into_iter().chain(line.split_whitespace()).map(OsString::from))
     }
 
     fn failure(line: &str) -> String {
         let error = run(line).unwrap_err();
-        assert_eq!(
-            (error.kind(), error.exit_status()),
-            (ErrorKind::Config, 2),
-            "{line}"
-        );
+        assert_eq!((error.kind(), error.exit_status()), (ErrorKind::Config, 2), "{line}");
         error.to_string()
     }
 
@@ -285,28 +222,20 @@ mod tests {
         let expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "/a.img");
         assert_eq!(
             run("--socket-path /run/s --blk-file=/a.img").unwrap(),
-            Action::Serve(Config {
-                devices: vec![expected]
-            })
+            Action::Serve(Config { devices: vec![expected] })
         );
     }
 
     #[test]
     fn every_option_reaches_its_field() {
-        let line =
-            "--fd 3 --blk-file a --read-only --cache-size 4G --cache-mode none --num-queues 2 --serial s1";
+        let line = "--fd 3 --blk-file a --read-only --cache-size 4G --cache-mode none --num-queues 2 --serial s1";
         let mut expected = DeviceConfig::new("disk0", Socket::Fd(3), "a");
         expected.read_only = true;
         expected.cache.size_bytes = 4 << 30;
         expected.cache.mode = CacheMode::None;
         expected.num_queues = 2;
         expected.serial = "s1".to_string();
-        assert_eq!(
-            run(line).unwrap(),
-            Action::Serve(Config {
-                devices: vec![expected]
-            })
-        );
+        assert_eq!(run(line).unwrap(), Action::Serve(Config { devices: vec![expected] }));
     }
 
     #[test]
@@ -338,10 +267,7 @@ mod tests {
             "--serial s",
         ] {
             let text = failure(&format!("--config c.toml {option}"));
-            assert!(
-                text.contains("cannot be used with") && text.contains("--config"),
-                "{text}"
-            );
+            assert!(text.contains("cannot be used with") && text.contains("--config"), "{text}");
         }
         assert!(failure("--socket-path s --fd 3 --blk-file a").contains("cannot be used with"));
     }
@@ -355,24 +281,14 @@ mod tests {
         assert!(failure("--fd 2 --blk-file a").contains("2 is not in 3.."));
         assert!(failure("--config").contains("a value is required"));
         assert!(failure("stray").contains("stray"));
-        assert!(
-            failure("--config /nonexistent/genblk.toml")
-                .contains("cannot read the configuration /nonexistent")
-        );
+        assert!(failure("--config /nonexistent/genblk.toml").contains("cannot read the configuration /nonexistent"));
     }
 
     #[test]
     fn capabilities_override_everything_even_what_is_wrong() {
-        for line in [
-            "--print-capabilities",
-            "--fd 1 --print-capabilities --config x",
-            "--no-such --print-capabilities",
-        ] {
-            assert_eq!(
-                run(line).unwrap(),
-                Action::Print(CAPABILITIES.to_string()),
-                "{line}"
-            );
+        for line in ["--print-capabilities", "--fd 1 --print-capabilities --config x", "--no-such --print-capabilities"]
+        {
+            assert_eq!(run(line).unwrap(), Action::Print(CAPABILITIES.to_string()), "{line}");
         }
     }
 
@@ -384,38 +300,22 @@ mod tests {
 
     #[test]
     fn help_and_version_are_no_errors() {
-        let Ok(Action::Print(help)) = run("--help") else {
-            panic!("--help failed")
-        };
-        for word in [
-            "Limitations:",
-            "configs/default.toml",
-            "GENBLK_LOG",
-            "--config",
-            "--blk-file",
-        ] {
+        let Ok(Action::Print(help)) = run("--help") else { panic!("--help failed") };
+        for word in ["Limitations:", "configs/default.toml", "GENBLK_LOG", "--config", "--blk-file"] {
             assert!(help.contains(word), "{word}");
         }
-        assert_eq!(
-            run("--version").unwrap(),
-            Action::Print(format!("genblk {}\n", env!("CARGO_PKG_VERSION")))
-        );
+        assert_eq!(run("--version").unwrap(), Action::Print(format!("genblk {}\n", env!("CARGO_PKG_VERSION"))));
     }
 
     #[test]
     fn the_defaults_in_the_help_are_the_defaults() {
         let default = DeviceConfig::new(DEVICE_NAME, Socket::Fd(3), "a");
-        let Ok(Action::Print(help)) = run("--help") else {
-            panic!("--help failed")
-        };
+        let Ok(Action::Print(help)) = run("--help") else { panic!("--help failed") };
         let flat = help.split_whitespace().collect::<Vec<_>>().join(" ");
         let mib = default.cache.size_bytes >> 20;
-        for shown in [
-            mib.to_string() + "M",
-            default.cache.mode.to_string(),
-            default.num_queues.to_string(),
-            default.serial,
-        ] {
+        for shown in
+            [mib.to_string() + "M", default.cache.mode.to_string(), default.num_queues.to_string(), default.serial]
+        {
             assert!(flat.contains(&format!("[default: {shown}]")), "{shown}");
         }
     }
@@ -423,9 +323,6 @@ mod tests {
     #[test]
     fn check_prints_and_serves_nothing() {
         let printed = run("--check --socket-path s --blk-file a").unwrap();
-        assert_eq!(
-            printed,
-            Action::Print("the command line: no problems, 1 device\n".to_string())
-        );
+        assert_eq!(printed, Action::Print("the command line: no problems, 1 device\n".to_string()));
     }
 }

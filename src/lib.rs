@@ -2,18 +2,35 @@
 //!
 //! Read the modules in this order and you follow a request from the socket to the disk and back.
 
-/// The command line: a configuration file, or one device in options.
+/// What the operator says: the command line, and what follows from it.
 pub mod cli;
 /// What the operator asks for, checked whole before anything starts.
 pub mod config;
 /// The log: one line a record on standard error.
 pub mod logging;
 
+/// The process: opens, starts, waits, ends in order.
+pub mod daemon;
+/// The socket, and what front-ends say on it.
+pub mod vhost;
+/// The guest's side: its rings, its requests, its memory. Trusts nothing.
+pub mod virtio;
+
+/// The memory behind frames.
 pub mod arena;
+/// The page cache, without I/O.
 pub mod cache;
+/// Where a request meets the cache.
+pub mod device;
+/// An image with its cache.
+pub mod object;
+/// The backing image.
+pub mod store;
+
+/// One error type.
 pub mod error;
+/// The words that every layer shares.
+pub mod units;
+
 #[cfg(test)]
 mod sim;
-pub mod store;
-pub mod units;
-pub mod virtio;

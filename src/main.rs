@@ -5,8 +5,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use genblk::cli::{self, Action};
-use genblk::config::Config;
-use genblk::error::{Error, ErrorKind, Result};
+use genblk::daemon;
+use genblk::error::Result;
 use genblk::logging;
 
 fn main() -> ExitCode {
@@ -27,14 +27,6 @@ fn run(action: Action) -> Result<()> {
             let _ = io::stdout().write_all(text.as_bytes());
             Ok(())
         }
-        Action::Serve(config) => serve(&config),
+        Action::Serve(config) => daemon::run(&config),
     }
-}
-
-fn serve(config: &Config) -> Result<()> {
-    let count = config.devices.len();
-    Err(Error::new(
-        ErrorKind::System,
-        format!("no daemon in this build to serve {count} device(s)"),
-    ))
 }

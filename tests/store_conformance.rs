@@ -13,11 +13,7 @@ use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
 /// Runs `case` on every combination of engine and image.
 fn on_each(name: &str, size: u64, case: impl Fn(&Arc<dyn Backing>)) {
     let all = settings(name, size);
-    assert!(
-        all.len() >= 5,
-        "io_uring and threads, direct and buffered, and the wrapper: {} found",
-        all.len()
-    );
+    assert!(all.len() >= 5, "io_uring and threads, direct and buffered, and the wrapper: {} found", all.len());
     for setting in all {
         println!("{name}: {}", setting.label);
         case(&setting.backing);
@@ -25,9 +21,7 @@ fn on_each(name: &str, size: u64, case: impl Fn(&Arc<dyn Backing>)) {
 }
 
 fn all_done<'a>(events: impl IntoIterator<Item = &'a Event>) -> bool {
-    events
-        .into_iter()
-        .all(|event| matches!(event, Event::Done { .. }))
+    events.into_iter().all(|event| matches!(event, Event::Done { .. }))
 }
 
 #[test]
@@ -55,11 +49,7 @@ fn writes_of_many_segments_read_back_when_cut_elsewhere() {
         let middle = usize::try_from(backing.limits().memory_align.max(512)).unwrap();
         for (number, buffer) in buffers.iter_mut().enumerate() {
             let cuts = [(0, 4096), (4096, middle), (4096 + middle, PIECE - 4096 - middle)];
-            let segments = cuts
-                .into_iter()
-                .filter(|c| c.1 > 0)
-                .map(|(at, len)| buffer.segment(at, len))
-                .collect();
+            let segments = cuts.into_iter().filter(|c| c.1 > 0).map(|(at, len)| buffer.segment(at, len)).collect();
             driver.start(Op::Write, (number * PIECE) as u64, PIECE as u64, segments);
         }
         let events = driver.finish();
@@ -77,14 +67,8 @@ fn writes_of_many_segments_read_back_when_cut_elsewhere() {
         assert!(events.len() == 96 && all_done(events.values()), "{events:?}");
         for (number, buffer) in halves.iter().enumerate() {
             let (low, high) = buffer.bytes().split_at(4096);
-            assert!(
-                high == &want[number * 8192..][..4096],
-                "read {number}, first half"
-            );
-            assert!(
-                low == &want[number * 8192 + 4096..][..4096],
-                "read {number}, second half"
-            );
+            assert!(high == &want[number * 8192..][..4096], "read {number}, first half");
+            assert!(low == &want[number * 8192 + 4096..][..4096], "read {number}, second half");
         }
     });
 }
@@ -97,14 +81,10 @@ fn the_largest_transfer_of_the_most_segments_goes_through() {
         let want = pattern(len, 4);
         let mut buffer = Buffer::copy_of(&want);
         let mut driver = Driver::new(backing);
-        let pages = (0..usize::from(limits.segments_max))
-            .map(|n| buffer.segment(n * 4096, 4096))
-            .collect();
+        let pages = (0..usize::from(limits.segments_max)).map(|n| buffer.segment(n * 4096, 4096)).collect();
         driver.run(Op::Write, 4096, len as u64, pages);
         assert!(driver.read(4096, len) == want);
-        let pages = (0..=usize::from(limits.segments_max))
-            .map(|_| buffer.segment(0, 4096))
-            .collect();
+        let pages = (0..=usize::from(limits.segments_max)).map(|_| buffer.segment(0, 4096)).collect();
         let request = driver.request(Op::Write, 0, len as u64 + 4096, pages);
         assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))));
     });
@@ -135,12 +115,7 @@ fn a_bad_request_comes_back_as_invalid_and_nothing_is_in_flight() {
         ];
         if backing.limits().memory_align > 1 {
             bad.push((Op::Read, 0, 4096, vec![buffer.segment(1, 4096)]));
-            bad.push((
-                Op::Read,
-                0,
-                4096,
-                vec![buffer.segment(0, 100), buffer.segment(4096, 3996)],
-            ));
+            bad.push((Op::Read, 0, 4096, vec![buffer.segment(0, 100), buffer.segment(4096, 3996)]));
         }
         for (op, offset, len, segments) in bad {
             let request = driver.request(op, offset, len, segments);
@@ -165,27 +140,17 @@ fn a_full_store_gives_the_request_back_and_takes_it_after_a_reap() {
         let mut buffers: Vec<Buffer> = (0..=depth).map(|_| Buffer::filled(4096, 0xee)).collect();
         let (last, first) = buffers.split_last_mut().unwrap();
         for (number, buffer) in first.iter_mut().enumerate() {
-            driver.start(
-                Op::Read,
-                number as u64 * 4096,
-                4096,
-                vec![buffer.segment(0, 4096)],
-            );
+            driver.start(Op::Read, number as u64 * 4096, 4096, vec![buffer.segment(0, 4096)]);
         }
         assert_eq!(driver.store.in_flight(), depth);
         let request = driver.request(Op::Read, 0, 4096, vec![last.segment(0, 4096)]);
-        let Err(Refused::Full(back)) = driver.store.submit(request) else {
-            panic!("room beyond the depth")
-        };
+        let Err(Refused::Full(back)) = driver.store.submit(request) else { panic!("room beyond the depth") };
         assert_eq!((back.tag, back.segments.len()), (depth as u64 + 1, 1));
         let events = driver.finish();
         assert!(events.len() == depth && all_done(events.values()), "{events:?}");
         driver.store.submit(back).expect("room again");
         assert_eq!(driver.finish().len(), 1);
-        assert!(
-            buffers.iter().all(|b| b.bytes().iter().all(|&byte| byte == 0)),
-            "a new image reads as zeros"
-        );
+        assert!(buffers.iter().all(|b| b.bytes().iter().all(|&byte| byte == 0)), "a new image reads as zeros");
     });
 }
 
@@ -194,22 +159,15 @@ fn zero_clears_its_range_and_keeps_its_neighbours_to_the_sector() {
     on_each("zero", MIB, |backing| {
         let mut driver = Driver::new(backing);
         for unmap in [true, false] {
-            for (offset, len) in [
-                (65536, 65536),
-                (512, 512),
-                (4096 - 512, 1024),
-                (8192 + 512, 300 * 1024 + 512),
-                (512, 8192),
-            ] {
+            for (offset, len) in
+                [(65536, 65536), (512, 512), (4096 - 512, 1024), (8192 + 512, 300 * 1024 + 512), (512, 8192)]
+            {
                 let mut want = pattern(512 * 1024, offset ^ len);
                 driver.write(0, &mut Buffer::copy_of(&want));
                 let event = driver.run(Op::Zero { unmap }, offset, len, Vec::new());
                 assert!(matches!(event, Event::Done { .. }));
                 want[usize::try_from(offset).unwrap()..usize::try_from(offset + len).unwrap()].fill(0);
-                assert!(
-                    driver.read(0, want.len()) == want,
-                    "unmap {unmap}, {offset}+{len}"
-                );
+                assert!(driver.read(0, want.len()) == want, "unmap {unmap}, {offset}+{len}");
             }
         }
     });
@@ -228,14 +186,8 @@ fn discard_and_allocate_leave_everything_outside_their_range_alone() {
         ] {
             match driver.try_run(op, offset, len, Vec::new()) {
                 Event::Done { .. } => {}
-                Event::Failed {
-                    fault: Fault::Unsupported,
-                    ..
-                } if op == Op::Allocate => {}
-                Event::Failed {
-                    fault: Fault::Unsupported,
-                    ..
-                } if !backing.limits().can_discard => {}
+                Event::Failed { fault: Fault::Unsupported, .. } if op == Op::Allocate => {}
+                Event::Failed { fault: Fault::Unsupported, .. } if !backing.limits().can_discard => {}
                 other => panic!("{op:?}: {other:?}"),
             }
         }
@@ -243,10 +195,7 @@ fn discard_and_allocate_leave_everything_outside_their_range_alone() {
         assert!(got[..64 * 1024] == want[..64 * 1024]);
         assert!(got[128 * 1024..][..512] == want[128 * 1024..][..512]);
         assert!(got[129 * 1024..] == want[129 * 1024..]);
-        assert!(
-            driver.read(512 * 1024, 64 * 1024).iter().all(|&byte| byte == 0),
-            "an allocated hole is zero"
-        );
+        assert!(driver.read(512 * 1024, 64 * 1024).iter().all(|&byte| byte == 0), "an allocated hole is zero");
     });
 }
 
@@ -260,13 +209,7 @@ fn a_map_covers_its_range_exactly_and_never_calls_data_a_hole() {
             driver.write(offset, &mut data);
         }
         let mut holes = 0;
-        for (offset, len) in [
-            (0, 4 * MIB),
-            (512, 4 * MIB - 512),
-            (130 * 1024, 512),
-            (1, 4 * MIB - 2),
-            (MIB, MIB),
-        ] {
+        for (offset, len) in [(0, 4 * MIB), (512, 4 * MIB - 512), (130 * 1024, 512), (1, 4 * MIB - 2), (MIB, MIB)] {
             let Event::Mapped { extents, .. } = driver.run(Op::Map, offset, len, Vec::new()) else {
                 panic!("no map");
             };
@@ -277,19 +220,12 @@ fn a_map_covers_its_range_exactly_and_never_calls_data_a_hole() {
                 let end = at + extent.len;
                 if extent.kind == ExtentKind::Hole {
                     holes += 1;
-                    assert!(
-                        written.iter().all(|&w| w + 4096 <= at || w >= end),
-                        "data in the hole {at}..{end}"
-                    );
+                    assert!(written.iter().all(|&w| w + 4096 <= at || w >= end), "data in the hole {at}..{end}");
                 }
                 at = end;
             }
         }
-        assert_eq!(
-            holes > 0,
-            backing.limits().sparse,
-            "a sparse image shows its holes, a device has none"
-        );
+        assert_eq!(holes > 0, backing.limits().sparse, "a sparse image shows its holes, a device has none");
     });
 }
 
@@ -299,11 +235,7 @@ fn the_short_tail_of_an_odd_image_is_read_and_written_up_to_the_end() {
     on_each("tail", SIZE, |backing| {
         let mut driver = Driver::new(backing);
         assert_eq!(backing.limits().size_bytes, SIZE);
-        assert_eq!(
-            backing.limits().block_bytes,
-            512,
-            "an odd image must not be opened with larger blocks"
-        );
+        assert_eq!(backing.limits().block_bytes, 512, "an odd image must not be opened with larger blocks");
         let mut tail = Buffer::copy_of(&pattern(1536, 9));
         driver.write(SIZE - 1536, &mut tail);
         driver.run(Op::Zero { unmap: true }, SIZE - 512, 512, Vec::new());
@@ -311,9 +243,7 @@ fn the_short_tail_of_an_odd_image_is_read_and_written_up_to_the_end() {
         assert!(got[..512].iter().all(|&byte| byte == 0));
         assert!(got[512..1536] == tail.bytes()[..1024]);
         assert!(got[1536..].iter().all(|&byte| byte == 0));
-        let Event::Mapped { extents, .. } = driver.run(Op::Map, 0, SIZE, Vec::new()) else {
-            panic!("no map")
-        };
+        let Event::Mapped { extents, .. } = driver.run(Op::Map, 0, SIZE, Vec::new()) else { panic!("no map") };
         assert_eq!(extents.iter().map(|e| e.len).sum::<u64>(), SIZE);
     });
 }
@@ -323,28 +253,13 @@ fn the_wake_fd_is_readable_while_events_wait_and_quiet_after_reap() {
     on_each("wake", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(4096, 3);
-        for op in [
-            Op::Write,
-            Op::Read,
-            Op::Sync,
-            Op::Map,
-            Op::Zero { unmap: true },
-            Op::Discard,
-            Op::Allocate,
-        ] {
+        for op in [Op::Write, Op::Read, Op::Sync, Op::Map, Op::Zero { unmap: true }, Op::Discard, Op::Allocate] {
             let transfer = matches!(op, Op::Read | Op::Write);
-            let segments = if transfer {
-                vec![buffer.segment(0, 4096)]
-            } else {
-                Vec::new()
-            };
+            let segments = if transfer { vec![buffer.segment(0, 4096)] } else { Vec::new() };
             let tag = driver.start(op, 0, if op == Op::Sync { 0 } else { 4096 }, segments);
             driver.store.kick();
             assert!(readable(driver.store.wake_fd(), 30_000), "{op:?}: no wake-up");
-            assert!(
-                readable(driver.store.wake_fd(), 0),
-                "{op:?}: the wake-up must stay until the reap"
-            );
+            assert!(readable(driver.store.wake_fd(), 0), "{op:?}: the wake-up must stay until the reap");
             assert_eq!(driver.store.in_flight(), 1);
             // On a ring, a fallback takes a second round through the helper: a reap may find nothing yet.
             let mut events = Vec::new();
@@ -352,15 +267,8 @@ fn the_wake_fd_is_readable_while_events_wait_and_quiet_after_reap() {
                 assert!(readable(driver.store.wake_fd(), 30_000), "{op:?}: no wake-up");
                 driver.store.reap(&mut events);
             }
-            assert_eq!(
-                events.iter().map(store_kit::tag_of).collect::<Vec<_>>(),
-                [tag],
-                "{op:?}"
-            );
-            assert!(
-                !readable(driver.store.wake_fd(), 0),
-                "{op:?}: readable with nothing waiting"
-            );
+            assert_eq!(events.iter().map(store_kit::tag_of).collect::<Vec<_>>(), [tag], "{op:?}");
+            assert!(!readable(driver.store.wake_fd(), 0), "{op:?}: readable with nothing waiting");
             assert_eq!(driver.store.in_flight(), 0);
         }
     });
@@ -387,10 +295,7 @@ fn a_dropped_store_has_finished_what_it_accepted() {
         }
         let mut driver = Driver::new(backing);
         for (number, piece) in want.chunks(64 * 1024).enumerate() {
-            assert!(
-                driver.read(number as u64 * 65536, 65536) == piece,
-                "write {number}"
-            );
+            assert!(driver.read(number as u64 * 65536, 65536) == piece, "write {number}");
         }
     });
 }
@@ -429,10 +334,7 @@ fn operations_outlive_the_thread_that_submitted_them() {
         assert!(events.len() == 65 && all_done(events.values()), "{events:?}");
         drop(buffers);
         for (number, piece) in want.chunks(65536).enumerate() {
-            assert!(
-                driver.read(number as u64 * 65536, 65536) == piece,
-                "write {number}"
-            );
+            assert!(driver.read(number as u64 * 65536, 65536) == piece, "write {number}");
         }
     });
 }
@@ -441,11 +343,7 @@ fn operations_outlive_the_thread_that_submitted_them() {
 fn a_read_only_image_refuses_every_change() {
     let image = Image::file("read_only", MIB);
     for engine in [Engine::Uring, Engine::Threads] {
-        let options = OpenOptions {
-            read_only: true,
-            engine,
-            direct: true,
-        };
+        let options = OpenOptions { read_only: true, engine, direct: true };
         let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap();
         let limits = backing.limits();
         assert!(!limits.writable && !limits.can_zero && !limits.can_discard);
@@ -453,16 +351,9 @@ fn a_read_only_image_refuses_every_change() {
         assert!(driver.read(0, 4096).iter().all(|&byte| byte == 0));
         let mut buffer = Buffer::filled(4096, 1);
         for op in [Op::Write, Op::Zero { unmap: true }, Op::Discard, Op::Allocate] {
-            let segments = if op == Op::Write {
-                vec![buffer.segment(0, 4096)]
-            } else {
-                Vec::new()
-            };
+            let segments = if op == Op::Write { vec![buffer.segment(0, 4096)] } else { Vec::new() };
             let request = driver.request(op, 0, 4096, segments);
-            assert!(
-                matches!(driver.store.submit(request), Err(Refused::Invalid(_))),
-                "{op:?}"
-            );
+            assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))), "{op:?}");
         }
         driver.run(Op::Sync, 0, 0, Vec::new());
     }
@@ -473,32 +364,16 @@ fn a_read_of_an_image_that_was_cut_short_fails_as_a_medium_would() {
     for engine in [Engine::Uring, Engine::Threads] {
         for direct in [false, true] {
             let image = Image::file("shrunk", MIB);
-            let options = OpenOptions {
-                read_only: false,
-                engine,
-                direct,
-            };
+            let options = OpenOptions { read_only: false, engine, direct };
             let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap();
             let mut driver = Driver::new(&backing);
             let file = std::fs::OpenOptions::new().write(true).open(&image.path).unwrap();
             file.set_len(MIB / 2 + 2048 + 100).unwrap();
             let mut buffer = Buffer::filled(8192, 0xee);
             let event = driver.try_run(Op::Read, MIB / 2, 8192, vec![buffer.segment(0, 8192)]);
-            assert!(
-                matches!(
-                    event,
-                    Event::Failed {
-                        fault: Fault::Media,
-                        ..
-                    }
-                ),
-                "{event:?}"
-            );
+            assert!(matches!(event, Event::Failed { fault: Fault::Media, .. }), "{event:?}");
             let event = driver.try_run(Op::Map, 0, MIB, Vec::new());
-            assert!(
-                matches!(event, Event::Failed { .. }),
-                "what is gone is no hole: {event:?}"
-            );
+            assert!(matches!(event, Event::Failed { .. }), "what is gone is no hole: {event:?}");
         }
     }
 }

@@ -36,42 +36,15 @@ fn the_nth_operation_of_its_kind_fails_and_leaves_the_image_alone() {
         driver.run(Op::Sync, 0, 0, Vec::new());
         let stored = driver.read(number * 4096, 4096);
         if number == 3 {
-            assert!(
-                matches!(
-                    event,
-                    Event::Failed {
-                        fault: Fault::NoSpace,
-                        errno: libc::ENOSPC,
-                        ..
-                    }
-                ),
-                "{event:?}"
-            );
-            assert!(
-                stored.iter().all(|&byte| byte == 0),
-                "a failed write must not reach the image"
-            );
+            assert!(matches!(event, Event::Failed { fault: Fault::NoSpace, errno: libc::ENOSPC, .. }), "{event:?}");
+            assert!(stored.iter().all(|&byte| byte == 0), "a failed write must not reach the image");
         } else {
             assert!(matches!(event, Event::Done { .. }), "write {number}: {event:?}");
             assert!(stored == buffer.bytes());
         }
     }
-    assert_eq!(
-        (
-            faults.ops(OpKind::Write),
-            faults.bytes(OpKind::Write),
-            faults.failed(OpKind::Write)
-        ),
-        (5, 20480, 1)
-    );
-    assert_eq!(
-        (
-            faults.ops(OpKind::Sync),
-            faults.bytes(OpKind::Sync),
-            faults.failed(OpKind::Sync)
-        ),
-        (5, 0, 0)
-    );
+    assert_eq!((faults.ops(OpKind::Write), faults.bytes(OpKind::Write), faults.failed(OpKind::Write)), (5, 20480, 1));
+    assert_eq!((faults.ops(OpKind::Sync), faults.bytes(OpKind::Sync), faults.failed(OpKind::Sync)), (5, 0, 0));
     assert_eq!(faults.ops(OpKind::Read), 5);
 }
 
@@ -83,17 +56,7 @@ fn a_lasting_fault_hits_all_workers_until_it_is_healed() {
     for driver in [&mut a, &mut b] {
         for _ in 0..3 {
             let event = driver.try_run(Op::Sync, 0, 0, Vec::new());
-            assert!(
-                matches!(
-                    event,
-                    Event::Failed {
-                        fault: Fault::Media,
-                        errno: libc::EIO,
-                        ..
-                    }
-                ),
-                "{event:?}"
-            );
+            assert!(matches!(event, Event::Failed { fault: Fault::Media, errno: libc::EIO, .. }), "{event:?}");
         }
         driver.read(0, 4096);
     }
@@ -109,12 +72,7 @@ fn chance_failures_come_at_their_rate_and_repeat_with_their_seed() {
     let mut outcome = |seed| {
         faults.fail_randomly(OpKind::Zero, 250_000, seed, Fault::TimedOut);
         (0..400)
-            .map(|_| {
-                matches!(
-                    driver.try_run(Op::Zero { unmap: true }, 0, 4096, Vec::new()),
-                    Event::Failed { .. }
-                )
-            })
+            .map(|_| matches!(driver.try_run(Op::Zero { unmap: true }, 0, 4096, Vec::new()), Event::Failed { .. }))
             .collect::<Vec<bool>>()
     };
     let first = outcome(7);
@@ -144,18 +102,12 @@ fn a_delayed_operation_is_overtaken_and_wakes_its_worker_when_it_is_done() {
         order.extend(events.iter().map(tag_of));
         if order.len() == 1 {
             // The reap may have been the timer's; the write itself is then under way.
-            assert!(
-                start.elapsed() >= delay || !readable(driver.store.wake_fd(), 0),
-                "quiet while it waits"
-            );
+            assert!(start.elapsed() >= delay || !readable(driver.store.wake_fd(), 0), "quiet while it waits");
         }
     }
     assert_eq!(order, [fast, slow]);
     assert!(start.elapsed() >= delay);
-    assert!(
-        other.bytes().iter().all(|&byte| byte == 0),
-        "the write had not begun"
-    );
+    assert!(other.bytes().iter().all(|&byte| byte == 0), "the write had not begun");
     assert!(driver.read(0, 4096) == buffer.bytes());
 }
 

@@ -16,16 +16,8 @@ use genblk::store::Backing;
 use genblk::store::file::{Engine, FileImage, OpenOptions};
 use store_kit::{Buffer, Driver, Image, MIB, pattern};
 
-const READ_ONLY: OpenOptions = OpenOptions {
-    read_only: true,
-    engine: Engine::Auto,
-    direct: true,
-};
-const WRITABLE: OpenOptions = OpenOptions {
-    read_only: false,
-    engine: Engine::Auto,
-    direct: true,
-};
+const READ_ONLY: OpenOptions = OpenOptions { read_only: true, engine: Engine::Auto, direct: true };
+const WRITABLE: OpenOptions = OpenOptions { read_only: false, engine: Engine::Auto, direct: true };
 
 /// The refusal's kind; its message must name the image.
 #[track_caller]
@@ -33,10 +25,7 @@ fn refusal(path: &Path, options: &OpenOptions) -> ErrorKind {
     let error = FileImage::open(path, options).expect_err("an image that must not open");
     let message = error.to_string();
     println!("{message}");
-    assert!(
-        message.contains(path.to_str().unwrap()),
-        "the image is not named: {message}"
-    );
+    assert!(message.contains(path.to_str().unwrap()), "the image is not named: {message}");
     error.kind()
 }
 
@@ -47,20 +36,12 @@ fn what_is_no_image_is_refused_by_name() {
     std::fs::remove_file(&fifo.path).unwrap();
     assert!(Command::new("mkfifo").arg(&fifo.path).status().unwrap().success());
     for options in [READ_ONLY, WRITABLE] {
-        for path in [
-            directory.join("no-such-image"),
-            directory.clone(),
-            fifo.path.clone(),
-            PathBuf::from("/dev/null"),
-        ] {
+        for path in [directory.join("no-such-image"), directory.clone(), fifo.path.clone(), PathBuf::from("/dev/null")]
+        {
             assert_eq!(refusal(&path, &options), ErrorKind::Image);
         }
         for size in [0, 511, 513, MIB + 1] {
-            assert_eq!(
-                refusal(&Image::file("size", size).path, &options),
-                ErrorKind::Image,
-                "{size} bytes"
-            );
+            assert_eq!(refusal(&Image::file("size", size).path, &options), ErrorKind::Image, "{size} bytes");
         }
     }
 }
@@ -126,20 +107,10 @@ fn the_limits_say_what_the_image_is() {
     drop(opened);
 
     std::fs::write(&image.path, pattern(65536, 1)).unwrap();
-    let options = OpenOptions {
-        direct: false,
-        ..WRITABLE
-    };
+    let options = OpenOptions { direct: false, ..WRITABLE };
     let opened = FileImage::open(&image.path, &options).unwrap();
     assert!(!opened.limits().sparse, "a file without holes");
-    assert_eq!(
-        (
-            opened.limits().block_bytes,
-            opened.limits().memory_align,
-            opened.direct()
-        ),
-        (512, 1, false)
-    );
+    assert_eq!((opened.limits().block_bytes, opened.limits().memory_align, opened.direct()), (512, 1, false));
 }
 
 #[test]
@@ -149,26 +120,12 @@ fn a_device_of_large_blocks_has_them_in_its_limits() {
     };
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
     let limits = opened.limits();
-    assert_eq!(
-        (limits.size_bytes, limits.block_bytes, limits.sparse),
-        (MIB, 4096, false)
-    );
+    assert_eq!((limits.size_bytes, limits.block_bytes, limits.sparse), (MIB, 4096, false));
     assert!(limits.physical_block_bytes >= 4096);
     assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
     drop(opened);
-    let opened = FileImage::open(
-        &image.path,
-        &OpenOptions {
-            direct: false,
-            ..WRITABLE
-        },
-    )
-    .unwrap();
-    assert_eq!(
-        opened.limits().block_bytes,
-        512,
-        "the host's page cache takes any sector"
-    );
+    let opened = FileImage::open(&image.path, &OpenOptions { direct: false, ..WRITABLE }).unwrap();
+    assert_eq!(opened.limits().block_bytes, 512, "the host's page cache takes any sector");
 }
 
 /// A qemu-storage-daemon that exports an image over a socket nobody connects to; ends with the value.
@@ -192,15 +149,9 @@ fn qemu(image: &Image, writable: bool) -> Option<Result<Qemu, String>> {
         drop(std::fs::remove_file(stale));
     }
     let child = Command::new("qemu-storage-daemon")
-        .args([
-            "--blockdev",
-            &format!("driver=file,filename={path},node-name=file,read-only={read_only}"),
-        ])
+        .args(["--blockdev", &format!("driver=file,filename={path},node-name=file,read-only={read_only}")])
         .args(["--nbd-server", &format!("addr.type=unix,addr.path={socket}")])
-        .args([
-            "--export",
-            &format!("type=nbd,id=export,node-name=file,writable={}", on(writable)),
-        ])
+        .args(["--export", &format!("type=nbd,id=export,node-name=file,writable={}", on(writable))])
         .args(["--pidfile", &pid_file])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -220,10 +171,7 @@ fn qemu(image: &Image, writable: bool) -> Option<Result<Qemu, String>> {
         if Path::new(&pid_file).exists() {
             break Ok(daemon);
         }
-        assert!(
-            Instant::now() < deadline,
-            "qemu-storage-daemon neither serves nor ends"
-        );
+        assert!(Instant::now() < deadline, "qemu-storage-daemon neither serves nor ends");
         std::thread::sleep(Duration::from_millis(10));
     };
     for file in [&socket, &pid_file] {
@@ -239,10 +187,7 @@ fn qemu_does_not_write_to_an_image_that_is_open_here() {
         let opened = FileImage::open(&image.path, &options).unwrap();
         let Some(result) = qemu(&image, true) else { return };
         let refusal = result.expect_err("QEMU took an image that is in use");
-        assert!(
-            refusal.contains("lock"),
-            "refused, but not for the lock: {refusal}"
-        );
+        assert!(refusal.contains("lock"), "refused, but not for the lock: {refusal}");
         drop(opened);
         qemu(&image, true).unwrap().expect("the image is free again");
     }

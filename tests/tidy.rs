@@ -15,18 +15,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cli", &["config", "error", "units"]),
     ("config", &["error", "units"]),
     ("logging", &[]),
-    (
-        "daemon",
-        &["vhost", "device", "object", "config", "error", "units"],
-    ),
-    (
-        "vhost",
-        &["device", "object", "virtio", "config", "error", "units"],
-    ),
-    (
-        "device",
-        &["virtio", "object", "store", "arena", "config", "error", "units"],
-    ),
+    ("daemon", &["vhost", "device", "object", "config", "error", "units"]),
+    ("vhost", &["device", "object", "virtio", "config", "error", "units"]),
+    ("device", &["virtio", "object", "store", "arena", "config", "error", "units"]),
     ("virtio", &["error", "units"]),
     ("object", &["cache", "store", "arena", "config", "error", "units"]),
     ("cache", &["units"]),
@@ -38,14 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// Where `unsafe` may stand: a file, or a directory with all that is in it. The rest needs no proof of memory safety.
-const UNSAFE_ALLOWED: &[&str] = &[
-    "arena.rs",
-    "store/",
-    "virtio/segments.rs",
-    "object.rs",
-    "device/",
-    "daemon.rs",
-];
+const UNSAFE_ALLOWED: &[&str] = &["arena.rs", "store/", "virtio/segments.rs", "object.rs", "device/", "daemon.rs"];
 
 /// Words that promise work instead of doing it. (Cut in two, so that this file may hold them.)
 const BANNED: &[&str] = &[
@@ -75,18 +59,11 @@ fn every_module_has_a_row_and_every_row_names_modules_with_rows() {
     let modules: Vec<&str> = ARROWS.iter().map(|(module, _)| *module).collect();
     for (module, used) in ARROWS {
         for name in *used {
-            assert!(
-                modules.contains(name),
-                "{module} may use {name}, which has no row"
-            );
+            assert!(modules.contains(name), "{module} may use {name}, which has no row");
         }
     }
     for source in sources() {
-        assert!(
-            modules.contains(&top(&source.path)),
-            "{} has no row in ARROWS",
-            source.path
-        );
+        assert!(modules.contains(&top(&source.path)), "{} has no row in ARROWS", source.path);
     }
 }
 
@@ -95,11 +72,7 @@ fn files_are_short() {
     check(|source| {
         let lines = code_lines(&source.code);
         let fault = format!("{lines} lines of code; at most {FILE_LINES_MAX}");
-        if lines > FILE_LINES_MAX {
-            vec![fault]
-        } else {
-            Vec::new()
-        }
+        if lines > FILE_LINES_MAX { vec![fault] } else { Vec::new() }
     });
 }
 
@@ -116,38 +89,23 @@ fn unsafe_stands_only_where_it_is_allowed() {
         if UNSAFE_ALLOWED.iter().any(|place| holds(place)) {
             return Vec::new();
         }
-        words(&source.code, "unsafe")
-            .map(|at| format!("line {}: unsafe", line(&source.code, at)))
-            .collect()
+        words(&source.code, "unsafe").map(|at| format!("line {}: unsafe", line(&source.code, at))).collect()
     });
 }
 
 #[test]
 fn every_source_is_reached_by_a_mod() {
     let folder = root().join("src");
-    let reached: Vec<PathBuf> = sources()
-        .into_iter()
-        .map(|source| folder.join(source.path))
-        .collect();
-    let dead: Vec<PathBuf> = files(&folder, "rs")
-        .into_iter()
-        .filter(|file| !reached.contains(file))
-        .collect();
+    let reached: Vec<PathBuf> = sources().into_iter().map(|source| folder.join(source.path)).collect();
+    let dead: Vec<PathBuf> = files(&folder, "rs").into_iter().filter(|file| !reached.contains(file)).collect();
     assert!(dead.is_empty(), "no mod leads to {dead:?}");
 }
 
 #[test]
 fn every_source_begins_with_its_doc_is_ascii_and_holds_no_banned_word() {
     let mut faults = Vec::new();
-    for file in ["src", "tests", "benches", "fuzz"]
-        .iter()
-        .flat_map(|folder| files(&root().join(folder), "rs"))
-    {
-        faults.extend(
-            text_faults(&read(&file))
-                .into_iter()
-                .map(|fault| format!("{}: {fault}", file.display())),
-        );
+    for file in ["src", "tests", "benches", "fuzz"].iter().flat_map(|folder| files(&root().join(folder), "rs")) {
+        faults.extend(text_faults(&read(&file)).into_iter().map(|fault| format!("{}: {fault}", file.display())));
     }
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
@@ -157,9 +115,7 @@ fn every_relative_link_in_the_documentation_resolves() {
     let mut faults = Vec::new();
     for file in files(&root(), "md") {
         let folder = file.parent().expect("a file has a folder");
-        let broken = links(&read(&file))
-            .into_iter()
-            .filter(|link| !folder.join(link).exists());
+        let broken = links(&read(&file)).into_iter().filter(|link| !folder.join(link).exists());
         faults.extend(broken.map(|link| format!("{}: {link}", file.display())));
     }
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
@@ -188,10 +144,7 @@ fn read(path: &Path) -> String {
 /// Every source that a `mod` leads to, from lib.rs and main.rs.
 fn sources() -> Vec<Source> {
     let mut found = BTreeMap::new();
-    let mut open = vec![
-        (PathBuf::from("lib.rs"), false),
-        (PathBuf::from("main.rs"), false),
-    ];
+    let mut open = vec![(PathBuf::from("lib.rs"), false), (PathBuf::from("main.rs"), false)];
     while let Some((path, is_test)) = open.pop() {
         let masked = mask(&read(&root().join("src").join(&path)));
         let code = without_tests(&masked);
@@ -201,14 +154,7 @@ fn sources() -> Vec<Source> {
             open.push((child(&path, &name), child_is_test));
         }
         let name = path.to_str().expect("sources have plain names").to_string();
-        found.insert(
-            name.clone(),
-            Source {
-                path: name,
-                code,
-                is_test,
-            },
-        );
+        found.insert(name.clone(), Source { path: name, code, is_test });
     }
     found.into_values().collect()
 }
@@ -230,11 +176,7 @@ fn child(parent: &Path, name: &str) -> PathBuf {
         _ => parent.with_extension(""),
     };
     let plain = folder.join(format!("{name}.rs"));
-    if root().join("src").join(&plain).exists() {
-        plain
-    } else {
-        folder.join(name).join("mod.rs")
-    }
+    if root().join("src").join(&plain).exists() { plain } else { folder.join(name).join("mod.rs") }
 }
 
 /// Files with `extension` under `folder`, except what is built, fetched or hidden.
@@ -260,11 +202,7 @@ fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
 fn check(rule: impl Fn(&Source) -> Vec<String>) {
     let mut faults = Vec::new();
     for source in sources().iter().filter(|source| !source.is_test) {
-        faults.extend(
-            rule(source)
-                .into_iter()
-                .map(|fault| format!("src/{}: {fault}", source.path)),
-        );
+        faults.extend(rule(source).into_iter().map(|fault| format!("src/{}: {fault}", source.path)));
     }
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
@@ -278,10 +216,7 @@ fn top(path: &str) -> &str {
 
 fn arrow_faults(path: &str, code: &str) -> Vec<String> {
     let module = top(path);
-    let allowed = ARROWS
-        .iter()
-        .find(|(name, _)| *name == module)
-        .map_or(&[][..], |(_, used)| used);
+    let allowed = ARROWS.iter().find(|(name, _)| *name == module).map_or(&[][..], |(_, used)| used);
     uses(path, code)
         .into_iter()
         .filter(|(_, used)| used != module && !allowed.contains(&used.as_str()))
@@ -304,11 +239,7 @@ fn uses(path: &str, code: &str) -> Vec<(usize, String)> {
         for (at, _) in code.match_indices(prefix) {
             let begins_a_path = !code[..at].ends_with(|c| is_word(c) || c == ':');
             if begins_a_path {
-                found.extend(
-                    heads(&code[at + prefix.len()..])
-                        .into_iter()
-                        .map(|head| (line(code, at), head)),
-                );
+                found.extend(heads(&code[at + prefix.len()..]).into_iter().map(|head| (line(code, at), head)));
             }
         }
     }
@@ -343,10 +274,7 @@ fn long_functions(code: &str) -> Vec<String> {
         let end = item_end(code, at).filter(|end| !name.is_empty() && code[..*end].ends_with('}'));
         let lines = end.map_or(0, |end| code_lines(&code[at..end]));
         if lines > FUNCTION_LINES_MAX {
-            faults.push(format!(
-                "line {}: {name} has {lines} lines; at most {FUNCTION_LINES_MAX}",
-                line(code, at)
-            ));
+            faults.push(format!("line {}: {name} has {lines} lines; at most {FUNCTION_LINES_MAX}", line(code, at)));
         }
     }
     faults
@@ -442,10 +370,7 @@ fn without_tests(code: &str) -> String {
     let mut rest = code.to_string();
     while let Some(at) = rest.find(marker) {
         let end = marked_end(&rest, at + marker.len());
-        let blank: String = rest[at..end]
-            .chars()
-            .map(|c| if c == '\n' { c } else { ' ' })
-            .collect();
+        let blank: String = rest[at..end].chars().map(|c| if c == '\n' { c } else { ' ' }).collect();
         rest.replace_range(at..end, &blank);
     }
     rest
@@ -478,18 +403,10 @@ fn mask(text: &str) -> String {
     let mut at = 0;
     while at < bytes.len() {
         let skipped = skipped_bytes(bytes, at);
-        masked.extend(
-            bytes[at..at + skipped]
-                .iter()
-                .map(|byte| if *byte == b'\n' { '\n' } else { ' ' }),
-        );
+        masked.extend(bytes[at..at + skipped].iter().map(|byte| if *byte == b'\n' { '\n' } else { ' ' }));
         at += skipped;
         if skipped == 0 {
-            masked.push(if bytes[at].is_ascii() {
-                char::from(bytes[at])
-            } else {
-                ' '
-            });
+            masked.push(if bytes[at].is_ascii() { char::from(bytes[at]) } else { ' ' });
             at += 1;
         }
     }
@@ -504,11 +421,7 @@ fn skipped_bytes(bytes: &[u8], at: usize) -> usize {
         [b'/', b'*', ..] => block_comment(rest),
         [b'r', b'#' | b'"', ..] => {
             let before = if at == 0 { ' ' } else { char::from(bytes[at - 1]) };
-            if is_word(before) && !matches!(before, 'b' | 'c') {
-                0
-            } else {
-                raw_string(rest)
-            }
+            if is_word(before) && !matches!(before, 'b' | 'c') { 0 } else { raw_string(rest) }
         }
         [b'"', ..] => quoted(rest, b'"'),
         [b'\'', b'\\', ..] => quoted(rest, b'\''),
@@ -520,11 +433,7 @@ fn skipped_bytes(bytes: &[u8], at: usize) -> usize {
                 3 => 3,
                 _ => 4,
             };
-            if rest.get(1 + width) == Some(&b'\'') {
-                width + 2
-            } else {
-                0
-            }
+            if rest.get(1 + width) == Some(&b'\'') { width + 2 } else { 0 }
         }
         _ => 0,
     }
@@ -572,52 +481,29 @@ fn block_comment(rest: &[u8]) -> usize {
 fn masking_leaves_only_code() {
     let text = "a // fn b\n/* x /* y */ { */ c \"}\\\"{\" r#\"\"}\"# '{' '\\'' b'}' &'a d '\u{e9}' e\n\"\n\"";
     let masked = mask(text);
-    assert_eq!(
-        masked.split_whitespace().collect::<Vec<_>>(),
-        ["a", "c", "b", "&'a", "d", "e"]
-    );
-    assert_eq!(
-        (masked.len(), masked.matches('\n').count()),
-        (text.len(), text.matches('\n').count())
-    );
+    assert_eq!(masked.split_whitespace().collect::<Vec<_>>(), ["a", "c", "b", "&'a", "d", "e"]);
+    assert_eq!((masked.len(), masked.matches('\n').count()), (text.len(), text.matches('\n').count()));
 }
 
 #[test]
 fn a_forbidden_arrow_is_found_in_every_spelling() {
-    let code = "use crate::units::X;\nuse crate::{\n    store::{Op, Store},\n    cache,\n};\nfn f() { crate::device::g(); }";
-    let faults = [
-        "line 2: cache must not use store",
-        "line 6: cache must not use device",
-    ];
+    let code =
+        "use crate::units::X;\nuse crate::{\n    store::{Op, Store},\n    cache,\n};\nfn f() { crate::device::g(); }";
+    let faults = ["line 2: cache must not use store", "line 6: cache must not use device"];
     assert_eq!(arrow_faults("cache/page.rs", code), faults);
-    assert_eq!(
-        arrow_faults("cache/page.rs", "use super::super::arena::A;").len(),
-        1
-    );
+    assert_eq!(arrow_faults("cache/page.rs", "use super::super::arena::A;").len(), 1);
     assert_eq!(arrow_faults("cache/mod.rs", "use super::arena::A;").len(), 1);
-    assert_eq!(
-        arrow_faults("cache/policy/lru.rs", "use super::super::page::P;").len(),
-        0
-    );
+    assert_eq!(arrow_faults("cache/policy/lru.rs", "use super::super::page::P;").len(), 0);
     assert_eq!(arrow_faults("main.rs", "use genblk::cache::P;").len(), 1);
 }
 
 #[test]
 fn tests_are_left_out_and_nothing_else() {
     let code = "use a;\n#[cfg(test)]\n#[allow(b)]\nmod tests {\n    fn f() {}\n}\nfn g() {}\n#[cfg(test)]\nmod far;\nmod near;";
-    assert_eq!(
-        without_tests(code)
-            .split_whitespace()
-            .collect::<Vec<_>>()
-            .join(" "),
-        "use a; fn g() {} mod near;"
-    );
+    assert_eq!(without_tests(code).split_whitespace().collect::<Vec<_>>().join(" "), "use a; fn g() {} mod near;");
     assert_eq!(modules(code), ["far", "near"]);
     let fields = "fn f() { A { #[cfg(test)] a: B::<C, D>::new(1, 2), c, #[cfg(test)] b: 2 } } fn g() {}";
-    let left = without_tests(fields)
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ");
+    let left = without_tests(fields).split_whitespace().collect::<Vec<_>>().join(" ");
     assert_eq!(left, "fn f() { A { c, } } fn g() {}");
     let generic = "#[cfg(test)]\nimpl<A, B> Fn for C<A, B> { fn f() -> A {} }\nfn g() {}";
     assert_eq!(without_tests(generic).trim(), "fn g() {}");
@@ -625,42 +511,24 @@ fn tests_are_left_out_and_nothing_else() {
 
 #[test]
 fn a_long_function_is_found_wherever_it_is() {
-    let body = |lines: usize| {
-        format!(
-            "impl A {{\n    fn long(a: [u8; 4]) {{\n{}    }}\n}}\n",
-            "x();\n".repeat(lines)
-        )
-    };
+    let body = |lines: usize| format!("impl A {{\n    fn long(a: [u8; 4]) {{\n{}    }}\n}}\n", "x();\n".repeat(lines));
     assert_eq!(long_functions(&body(68)), [""; 0]);
-    assert_eq!(
-        long_functions(&body(69)),
-        ["line 2: long has 71 lines; at most 70"]
-    );
-    assert_eq!(
-        long_functions(&format!("trait T {{ fn short(&self); }}\n{}", body(68))),
-        [""; 0]
-    );
+    assert_eq!(long_functions(&body(69)), ["line 2: long has 71 lines; at most 70"]);
+    assert_eq!(long_functions(&format!("trait T {{ fn short(&self); }}\n{}", body(68))), [""; 0]);
 }
 
 #[test]
 fn faults_of_a_text_are_found() {
     let word = BANNED[0];
     let text = format!("// {word}: all\nlet a = \"\u{e9}\";\nlet {word}S = 1; // {word}_LIST\n");
-    let faults = [
-        "does not begin with its //! doc".to_string(),
-        format!("line 1: {word}"),
-        "line 2: not ASCII".to_string(),
-    ];
+    let faults =
+        ["does not begin with its //! doc".to_string(), format!("line 1: {word}"), "line 2: not ASCII".to_string()];
     assert_eq!(text_faults(&text), faults);
-    assert_eq!(
-        text_faults(&format!("//! A.\n{}(x);\n", BANNED[6])),
-        [format!("line 2: {}", BANNED[6])]
-    );
+    assert_eq!(text_faults(&format!("//! A.\n{}(x);\n", BANNED[6])), [format!("line 2: {}", BANNED[6])]);
 }
 
 #[test]
 fn relative_links_are_found() {
-    let text =
-        "[a](b.md#c) and [d](https://e) [f](#g)\n`[h](i)`\n```\n[j](k)\n```\n[l](../m/n.toml \"title\")";
+    let text = "[a](b.md#c) and [d](https://e) [f](#g)\n`[h](i)`\n```\n[j](k)\n```\n[l](../m/n.toml \"title\")";
     assert_eq!(links(text), ["b.md", "../m/n.toml"]);
 }

@@ -41,9 +41,7 @@ impl Walk<'_> {
                         drafts.extend(self.device(i, device));
                     }
                 }
-                ("device", _) => self
-                    .problems
-                    .push(place.problem("takes tables: write [[device]] above each")),
+                ("device", _) => self.problems.push(place.problem("takes tables: write [[device]] above each")),
                 (unknown, _) => {
                     let below = |key| format!("unknown key; did you mean {key:?}, below [[device]]?");
                     let message = match suggestion(unknown) {
@@ -63,12 +61,8 @@ impl Walk<'_> {
             Some(_) => false,
         };
         if none {
-            let place = Place {
-                label: "device".to_string(),
-                line: Some(1),
-            };
-            self.problems
-                .push(place.problem("is missing: nothing to serve; write a [[device]] table"));
+            let place = Place { label: "device".to_string(), line: Some(1) };
+            self.problems.push(place.problem("is missing: nothing to serve; write a [[device]] table"));
         }
         drafts
     }
@@ -77,90 +71,57 @@ impl Walk<'_> {
         let label = format!("device[{i}]");
         let whole = self.place(label.clone(), device);
         let Some(table) = device.get_ref().as_table() else {
-            self.problems
-                .push(whole.problem("takes a table: write [[device]] above it"));
+            self.problems.push(whole.problem("takes a table: write [[device]] above it"));
             return None;
         };
         let mut entries = Vec::new();
         self.entries(table, &label, "", &mut entries);
-        Some(Draft::new(
-            &entries,
-            whole,
-            |key| format!("{label}.{}", key.name),
-            self.problems,
-        ))
+        Some(Draft::new(&entries, whole, |key| format!("{label}.{}", key.name), self.problems))
     }
 
     /// Collects the keys of `table`, which is the device's own table (`prefix` empty) or one inside it.
-    fn entries<'v>(
-        &mut self,
-        table: &'v DeTable<'_>,
-        device: &str,
-        prefix: &str,
-        entries: &mut Vec<Entry<'v>>,
-    ) {
+    fn entries<'v>(&mut self, table: &'v DeTable<'_>, device: &str, prefix: &str, entries: &mut Vec<Entry<'v>>) {
         for (name, value) in table {
             let path = format!("{prefix}{}", name.get_ref());
             let place = self.place(format!("{device}.{path}"), name);
             match (key(&path), value.get_ref()) {
-                (Some(key), value) => entries.push(Entry {
-                    key,
-                    value: plain(value),
-                    place,
-                }),
+                (Some(key), value) => entries.push(Entry { key, value: plain(value), place }),
                 (None, DeValue::Table(inner)) if path == "cache" => {
                     self.entries(inner, device, "cache.", entries);
                 }
                 (None, _) if path == "cache" => {
-                    self.problems
-                        .push(place.problem("takes a table: write [device.cache] above its keys"));
+                    self.problems.push(place.problem("takes a table: write [device.cache] above its keys"));
                 }
                 (None, _) => {
-                    let meant = suggestion(&path)
-                        .map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
-                    self.problems
-                        .push(quoted(&place).problem(format!("unknown key{meant}")));
+                    let meant = suggestion(&path).map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
+                    self.problems.push(quoted(&place).problem(format!("unknown key{meant}")));
                 }
             }
         }
     }
 
     fn place<T>(&self, label: String, at: &Spanned<T>) -> Place {
-        Place {
-            label,
-            line: Some(self.line_column(at.span().start).0),
-        }
+        Place { label, line: Some(self.line_column(at.span().start).0) }
     }
 
     fn syntax(&mut self, message: &str, span: Option<Range<usize>>) {
         // An error without a span is about the end of the text.
         let (line, column) = self.line_column(span.map_or(self.text.len(), |span| span.start));
         let (key, message) = (String::new(), message.to_string());
-        self.problems.push(Problem {
-            line: Some(line),
-            column: Some(column),
-            key,
-            message,
-        });
+        self.problems.push(Problem { line: Some(line), column: Some(column), key, message });
     }
 
     /// Line and column, both from 1, of the byte at `offset`.
     fn line_column(&self, offset: usize) -> (usize, usize) {
         let before = self.text.get(..offset).unwrap_or(self.text);
         let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        (
-            before.matches('\n').count() + 1,
-            before[line_start..].chars().count() + 1,
-        )
+        (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
     }
 }
 
 /// A label whose control characters can't play tricks on a terminal.
 fn quoted(place: &Place) -> Place {
-    Place {
-        label: place.label.escape_debug().to_string(),
-        line: place.line,
-    }
+    Place { label: place.label.escape_debug().to_string(), line: place.line }
 }
 
 /// A TOML value as the table of keys takes it.

@@ -18,12 +18,7 @@ pub(crate) struct Place {
 impl Place {
     /// A problem here.
     pub(crate) fn problem(&self, message: impl Into<String>) -> Problem {
-        Problem {
-            line: self.line,
-            column: None,
-            key: self.label.clone(),
-            message: message.into(),
-        }
+        Problem { line: self.line, column: None, key: self.label.clone(), message: message.into() }
     }
 }
 
@@ -53,17 +48,10 @@ impl Draft {
         label: impl Fn(&Key) -> String,
         problems: &mut Vec<Problem>,
     ) -> Self {
-        let mut draft = Self {
-            device: DeviceConfig::unset(),
-            whole,
-            good: BTreeMap::new(),
-        };
+        let mut draft = Self { device: DeviceConfig::unset(), whole, good: BTreeMap::new() };
         for key in KEYS {
             let given = entries.iter().find(|entry| entry.key.name == key.name);
-            let absent = || Place {
-                label: label(key),
-                line: draft.whole.line,
-            };
+            let absent = || Place { label: label(key), line: draft.whole.line };
             let place = given.map_or_else(absent, |entry| entry.place.clone());
             let result = match (given, &key.fallback) {
                 (Some(entry), _) => key.kind.set(&mut draft.device, entry.value),
@@ -101,9 +89,7 @@ impl Draft {
         same: impl Fn(&DeviceConfig, &DeviceConfig) -> bool,
     ) -> Option<&'a Self> {
         self.good.get(name)?;
-        others
-            .iter()
-            .find(|other| other.good.contains_key(name) && same(&other.device, &self.device))
+        others.iter().find(|other| other.good.contains_key(name) && same(&other.device, &self.device))
     }
 }
 
@@ -113,9 +99,7 @@ pub(crate) fn finish(drafts: Vec<Draft>, mut problems: Vec<Problem>) -> Result<C
         check_against(draft, &drafts[..i], &mut problems);
     }
     if problems.is_empty() {
-        return Ok(Config {
-            devices: drafts.into_iter().map(|draft| draft.device).collect(),
-        });
+        return Ok(Config { devices: drafts.into_iter().map(|draft| draft.device).collect() });
     }
     problems.sort_by_key(|problem| (problem.line, problem.column));
     Err(problems)
@@ -126,31 +110,18 @@ fn check_against(draft: &Draft, earlier: &[Draft], problems: &mut Vec<Problem>) 
     let mut report = |name: &str, message: String| problems.push(draft.good[name].problem(message));
 
     if let Some(twin) = draft.twin(earlier, "name", |a, b| a.name == b.name) {
-        report(
-            "name",
-            format!("{:?} is the name of {} too", draft.device.name, twin.whole.label),
-        );
+        report("name", format!("{:?} is the name of {} too", draft.device.name, twin.whole.label));
     }
-    let same_socket =
-        |a: &DeviceConfig, b: &DeviceConfig| matches!(a.socket, Socket::Path(_)) && a.socket == b.socket;
+    let same_socket = |a: &DeviceConfig, b: &DeviceConfig| matches!(a.socket, Socket::Path(_)) && a.socket == b.socket;
     if let Some(twin) = draft.twin(earlier, "socket", same_socket) {
-        report(
-            "socket",
-            format!(
-                "{} is the socket of {} too",
-                draft.device.socket, twin.whole.label
-            ),
-        );
+        report("socket", format!("{} is the socket of {} too", draft.device.socket, twin.whole.label));
     }
 
     let both_write = |a: &DeviceConfig, b: &DeviceConfig| a.image == b.image && !a.read_only && !b.read_only;
     let image = draft.device.image.display();
     if let Some(twin) = draft.twin(earlier, "image", both_write) {
         let advice = "two guests writing one image destroy it: make one of them read_only";
-        report(
-            "image",
-            format!("{image} is written by {} too, and {advice}", twin.whole.label),
-        );
+        report("image", format!("{image} is written by {} too, and {advice}", twin.whole.label));
         return;
     }
     let Some(twin) = draft.twin(earlier, "image", |a, b| a.image == b.image) else {
@@ -158,20 +129,11 @@ fn check_against(draft: &Draft, earlier: &[Draft], problems: &mut Vec<Problem>) 
     };
     // One copy of each page serves every device on an image, so there is one cache and one way to the image.
     let (this, that) = (&draft.device, &twin.device);
-    let settings_good = |draft: &Draft| {
-        KEYS.iter()
-            .all(|key| !is_shared(key) || draft.good.contains_key(key.name))
-    };
+    let settings_good = |draft: &Draft| KEYS.iter().all(|key| !is_shared(key) || draft.good.contains_key(key.name));
     let differ = this.cache != that.cache || this.engine != that.engine || this.direct != that.direct;
     if settings_good(draft) && settings_good(twin) && differ {
         let advice = "engine, direct and every key of the cache must be the same in both";
-        report(
-            "image",
-            format!(
-                "{} serves {image} too, from one cache: {advice}",
-                twin.whole.label
-            ),
-        );
+        report("image", format!("{} serves {image} too, from one cache: {advice}", twin.whole.label));
     }
 }
 

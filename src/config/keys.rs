@@ -114,43 +114,20 @@ pub(crate) const KEYS: &[Key] = &[
         kind: Kind::Text {
             wanted: "1 to 64 letters, digits, '.', '_' and '-'",
             fits: |text| {
-                (1..=64).contains(&text.len())
-                    && text
-                        .bytes()
-                        .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+                (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
             },
             set: |device, text| device.name = text.to_string(),
         },
     },
-    Key {
-        name: "socket",
-        fallback: Required,
-        kind: Kind::Socket {
-            set: |device, socket| device.socket = socket,
-        },
-    },
-    Key {
-        name: "image",
-        fallback: Required,
-        kind: Kind::Image {
-            set: |device, path| device.image = path.into(),
-        },
-    },
-    Key {
-        name: "read_only",
-        fallback: Is(Flag(false)),
-        kind: Kind::Flag {
-            set: |device, on| device.read_only = on,
-        },
-    },
+    Key { name: "socket", fallback: Required, kind: Kind::Socket { set: |device, socket| device.socket = socket } },
+    Key { name: "image", fallback: Required, kind: Kind::Image { set: |device, path| device.image = path.into() } },
+    Key { name: "read_only", fallback: Is(Flag(false)), kind: Kind::Flag { set: |device, on| device.read_only = on } },
     Key {
         name: "serial",
         fallback: FromName(|device| device.serial = device.name.chars().take(SERIAL_BYTES_MAX).collect()),
         kind: Kind::Text {
             wanted: "at most 20 printable ASCII characters",
-            fits: |text| {
-                text.len() <= SERIAL_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ')
-            },
+            fits: |text| text.len() <= SERIAL_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic() || b == b' '),
             set: |device, text| device.serial = text.to_string(),
         },
     },
@@ -159,117 +136,66 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         name: "num_queues",
         fallback: Is(Integer(64)),
-        kind: Kind::Count {
-            min: 1,
-            max: 64,
-            set: |device, n| device.num_queues = narrow(n),
-        },
+        kind: Kind::Count { min: 1, max: 64, set: |device, n| device.num_queues = narrow(n) },
     },
     Key {
         name: "workers",
         fallback: Is(Integer(1)),
-        kind: Kind::Count {
-            min: 1,
-            max: 8,
-            set: |device, n| device.workers = narrow(n),
-        },
+        kind: Kind::Count { min: 1, max: 8, set: |device, n| device.workers = narrow(n) },
     },
     // The front-end chooses the ring's size; this only bounds it. 1024 is what QEMU allows at most (VIRTQUEUE_MAX_SIZE),
     // so nobody is refused, and it bounds what one ring can have in flight.
     Key {
         name: "queue_size",
         fallback: Is(Integer(1024)),
-        kind: Kind::PowerOfTwo {
-            min: 2,
-            max: 1024,
-            set: |device, n| device.queue_size = narrow(n),
-        },
+        kind: Kind::PowerOfTwo { min: 2, max: 1024, set: |device, n| device.queue_size = narrow(n) },
     },
     Key {
         name: "poll_us",
         fallback: Is(Integer(50)),
-        kind: Kind::Count {
-            min: 0,
-            max: 10_000,
-            set: |device, n| device.poll_us = n,
-        },
+        kind: Kind::Count { min: 0, max: 10_000, set: |device, n| device.poll_us = n },
     },
     Key {
         name: "engine",
         fallback: Is(Text("auto")),
-        kind: Kind::Choice {
-            words: Engine::WORDS,
-            set: |device, i| device.engine = Engine::ALL[i],
-        },
+        kind: Kind::Choice { words: Engine::WORDS, set: |device, i| device.engine = Engine::ALL[i] },
     },
-    Key {
-        name: "direct",
-        fallback: Is(Flag(true)),
-        kind: Kind::Flag {
-            set: |device, on| device.direct = on,
-        },
-    },
+    Key { name: "direct", fallback: Is(Flag(true)), kind: Kind::Flag { set: |device, on| device.direct = on } },
     // Below 4M one large request could hold every page. A frame's number is a u32, so 16T would be the end.
     Key {
         name: "cache.size",
         fallback: Is(Text("256M")),
-        kind: Kind::Size {
-            min: 4 << 20,
-            max: 8 << 40,
-            set: |device, bytes| device.cache.size_bytes = bytes,
-        },
+        kind: Kind::Size { min: 4 << 20, max: 8 << 40, set: |device, bytes| device.cache.size_bytes = bytes },
     },
     Key {
         name: "cache.mode",
         fallback: Is(Text("writeback")),
-        kind: Kind::Choice {
-            words: CacheMode::WORDS,
-            set: |device, i| device.cache.mode = CacheMode::ALL[i],
-        },
+        kind: Kind::Choice { words: CacheMode::WORDS, set: |device, i| device.cache.mode = CacheMode::ALL[i] },
     },
     Key {
         name: "cache.policy",
         fallback: Is(Text("s3fifo")),
-        kind: Kind::Choice {
-            words: Policy::WORDS,
-            set: |device, i| device.cache.policy = Policy::ALL[i],
-        },
+        kind: Kind::Choice { words: Policy::WORDS, set: |device, i| device.cache.policy = Policy::ALL[i] },
     },
     Key {
         name: "cache.readahead_max",
         fallback: Is(Text("2M")),
-        kind: Kind::Size {
-            min: 0,
-            max: 16 << 20,
-            set: |device, bytes| device.cache.readahead_max_bytes = bytes,
-        },
+        kind: Kind::Size { min: 0, max: 16 << 20, set: |device, bytes| device.cache.readahead_max_bytes = bytes },
     },
     Key {
         name: "cache.flush_target_ms",
         fallback: Is(Integer(250)),
-        kind: Kind::Count {
-            min: 10,
-            max: 10_000,
-            set: |device, n| device.cache.flush_target_ms = n,
-        },
+        kind: Kind::Count { min: 10, max: 10_000, set: |device, n| device.cache.flush_target_ms = n },
     },
     Key {
         name: "cache.dirty_max_percent",
         fallback: Is(Integer(25)),
-        kind: Kind::Count {
-            min: 1,
-            max: 50,
-            set: |device, n| device.cache.dirty_max_percent = narrow(n),
-        },
+        kind: Kind::Count { min: 1, max: 50, set: |device, n| device.cache.dirty_max_percent = narrow(n) },
     },
     Key {
         name: "cache.dirty_age_max_ms",
         fallback: Is(Integer(5000)),
-        kind: Kind::Count {
-            min: 100,
-            max: 600_000,
-            set: |device, n| device.cache.dirty_age_max_ms = n,
-        },
+        kind: Kind::Count { min: 100, max: 600_000, set: |device, n| device.cache.dirty_age_max_ms = n },
     },
 ];
 
@@ -289,14 +215,7 @@ pub(super) fn suggestion(name: &str) -> Option<&'static str> {
     called(leaf)
         .or_else(|| paths().find(|path| *path == joined))
         .or_else(|| {
-            nearest(
-                leaf,
-                paths()
-                    .map(split)
-                    .filter(|near| near.0 == table)
-                    .map(|near| near.1),
-            )
-            .and_then(called)
+            nearest(leaf, paths().map(split).filter(|near| near.0 == table).map(|near| near.1)).and_then(called)
         })
         .or_else(|| nearest(leaf, paths().map(|path| split(path).1)).and_then(called))
 }
@@ -322,12 +241,7 @@ impl Kind {
     pub(super) fn set(&self, device: &mut DeviceConfig, value: Value<'_>) -> Result<(), String> {
         match self.accept(device, value) {
             Some(()) => Ok(()),
-            None => Err(format!(
-                "takes {}, not {}{}",
-                self.wanted(),
-                value.shown(),
-                self.hint(value)
-            )),
+            None => Err(format!("takes {}, not {}{}", self.wanted(), value.shown(), self.hint(value))),
         }
     }
 
@@ -341,10 +255,7 @@ impl Kind {
             (Self::Socket { set }, Value::Descriptor(fd)) => set(device, Socket::Fd(fd)),
             (Self::Flag { set }, Flag(on)) => set(device, on),
             (Self::Count { min, max, set }, Integer(number)) => {
-                set(
-                    device,
-                    u32::try_from(number).ok().filter(|n| (*min..=*max).contains(n))?,
-                );
+                set(device, u32::try_from(number).ok().filter(|n| (*min..=*max).contains(n))?);
             }
             (Self::PowerOfTwo { min, max, set }, Integer(number)) => {
                 let count = u32::try_from(number).ok().filter(|n| (*min..=*max).contains(n))?;
@@ -412,9 +323,7 @@ fn path(value: Value<'_>, bytes_max: usize) -> Option<&Path> {
 
 /// `number` as the type of its field.
 fn narrow<T: TryFrom<u32>>(number: u32) -> T {
-    T::try_from(number)
-        .ok()
-        .expect("a test sets the ends of every range")
+    T::try_from(number).ok().expect("a test sets the ends of every range")
 }
 
 #[cfg(test)]
@@ -427,26 +336,15 @@ mod tests {
         set_defaults(&mut device);
         for key in KEYS {
             let ends = match key.kind {
-                Kind::Count { min, max, .. } | Kind::PowerOfTwo { min, max, .. } => {
-                    [i128::from(min), i128::from(max)]
-                }
+                Kind::Count { min, max, .. } | Kind::PowerOfTwo { min, max, .. } => [i128::from(min), i128::from(max)],
                 Kind::Size { min, max, .. } => [i128::from(min), i128::from(max)],
                 _ => continue,
             };
             for end in ends {
-                assert_eq!(
-                    key.kind.set(&mut device, Integer(end)),
-                    Ok(()),
-                    "{} = {end}",
-                    key.name
-                );
+                assert_eq!(key.kind.set(&mut device, Integer(end)), Ok(()), "{} = {end}", key.name);
             }
             for outside in [ends[0] - 1, ends[1] + 1] {
-                assert!(
-                    key.kind.set(&mut device, Integer(outside)).is_err(),
-                    "{} = {outside}",
-                    key.name
-                );
+                assert!(key.kind.set(&mut device, Integer(outside)).is_err(), "{} = {outside}", key.name);
             }
         }
     }
@@ -455,18 +353,11 @@ mod tests {
     fn every_word_sets_the_value_that_displays_as_it() {
         let mut device = DeviceConfig::unset();
         for (name, shown) in [
-            (
-                "engine",
-                (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String,
-            ),
+            ("engine", (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String),
             ("cache.mode", |d| d.cache.mode.to_string()),
             ("cache.policy", |d| d.cache.policy.to_string()),
         ] {
-            let Some(Key {
-                kind: kind @ Kind::Choice { words, .. },
-                ..
-            }) = key(name)
-            else {
+            let Some(Key { kind: kind @ Kind::Choice { words, .. }, .. }) = key(name) else {
                 panic!("{name} is no choice")
             };
             for word in *words {
@@ -497,11 +388,7 @@ mod tests {
     #[test]
     fn no_two_keys_share_a_name() {
         for (i, one) in KEYS.iter().enumerate() {
-            assert!(
-                KEYS[i + 1..].iter().all(|other| other.name != one.name),
-                "{}",
-                one.name
-            );
+            assert!(KEYS[i + 1..].iter().all(|other| other.name != one.name), "{}", one.name);
         }
     }
 }

@@ -37,11 +37,7 @@ impl Config {
     /// for every problem, in the form `FILE:LINE: KEY: MESSAGE`.
     pub fn load(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|e| {
-            Error::io(
-                ErrorKind::Config,
-                format!("cannot read the configuration {}", path.display()),
-                e,
-            )
+            Error::io(ErrorKind::Config, format!("cannot read the configuration {}", path.display()), e)
         })?;
         Self::from_toml(&text)
             .map_err(|problems| Error::new(ErrorKind::Config, report(&path.display().to_string(), &problems)))
@@ -91,12 +87,7 @@ pub struct DeviceConfig {
 impl DeviceConfig {
     /// A device with every default of the table of keys, for callers that have checked the three values themselves.
     pub fn new(name: impl Into<String>, socket: Socket, image: impl Into<PathBuf>) -> Self {
-        let mut device = Self {
-            name: name.into(),
-            socket,
-            image: image.into(),
-            ..Self::unset()
-        };
+        let mut device = Self { name: name.into(), socket, image: image.into(), ..Self::unset() };
         keys::set_defaults(&mut device);
         device
     }

@@ -34,17 +34,10 @@ impl fmt::Display for Problem {
 /// A heading with the number of problems in `source`, then a line for each.
 pub(crate) fn report(source: &str, problems: &[Problem]) -> String {
     let count = problems.len();
-    let mut text = format!(
-        "{count} {} in {source}",
-        if count == 1 { "problem" } else { "problems" }
-    );
+    let mut text = format!("{count} {} in {source}", if count == 1 { "problem" } else { "problems" });
     for problem in problems {
         // FILE:LINE: is the form that editors and terminals turn into a link.
-        let prefix = if problem.line.is_some() {
-            format!("{source}:")
-        } else {
-            String::new()
-        };
+        let prefix = if problem.line.is_some() { format!("{source}:") } else { String::new() };
         text.push_str(&format!("\n{prefix}{problem}"));
     }
     text
@@ -110,22 +103,9 @@ mod tests {
 
     #[test]
     fn a_report_links_to_the_lines() {
-        let file = Problem {
-            line: Some(3),
-            column: Some(7),
-            key: String::new(),
-            message: "bad".into(),
-        };
-        let option = Problem {
-            line: None,
-            column: None,
-            key: "--fd".into(),
-            message: "worse".into(),
-        };
+        let file = Problem { line: Some(3), column: Some(7), key: String::new(), message: "bad".into() };
+        let option = Problem { line: None, column: None, key: "--fd".into(), message: "worse".into() };
         assert_eq!(report("a.toml", &[file]), "1 problem in a.toml\na.toml:3:7: bad");
-        assert_eq!(
-            report("the command line", &[option]),
-            "1 problem in the command line\n--fd: worse"
-        );
+        assert_eq!(report("the command line", &[option]), "1 problem in the command line\n--fd: worse");
     }
 }

@@ -21,10 +21,7 @@ pub(super) fn format_size(bytes: u64) -> String {
         .iter()
         .rev()
         .find(|(_, shift)| bytes != 0 && bytes.trailing_zeros() >= *shift)
-        .map_or_else(
-            || bytes.to_string(),
-            |(suffix, shift)| format!("{}{suffix}", bytes >> shift),
-        )
+        .map_or_else(|| bytes.to_string(), |(suffix, shift)| format!("{}{suffix}", bytes >> shift))
 }
 
 #[cfg(test)]
@@ -33,14 +30,7 @@ mod tests {
 
     #[test]
     fn sizes_are_powers_of_1024() {
-        let cases = [
-            ("0", 0),
-            ("4096", 4096),
-            ("4K", 4096),
-            ("64M", 64 << 20),
-            ("4G", 4 << 30),
-            ("1T", 1 << 40),
-        ];
+        let cases = [("0", 0), ("4096", 4096), ("4K", 4096), ("64M", 64 << 20), ("4G", 4 << 30), ("1T", 1 << 40)];
         for (text, bytes) in cases {
             assert_eq!(parse_size(text), Some(bytes), "{text}");
         }
@@ -48,34 +38,18 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for text in [
-            "",
-            "M",
-            "64m",
-            "64MB",
-            "64 M",
-            "64MM",
-            "-1",
-            "+1",
-            "1.5G",
-            "0x10",
-            "16777216T",
-            "99999999999999999999",
-        ] {
+        for text in
+            ["", "M", "64m", "64MB", "64 M", "64MM", "-1", "+1", "1.5G", "0x10", "16777216T", "99999999999999999999"]
+        {
             assert_eq!(parse_size(text), None, "{text}");
         }
     }
 
     #[test]
     fn formatting_is_read_back() {
-        for (bytes, text) in [
-            (0, "0"),
-            (512, "512"),
-            (4096, "4K"),
-            (6 << 20, "6M"),
-            (1 << 40, "1T"),
-            (u64::MAX, "18446744073709551615"),
-        ] {
+        for (bytes, text) in
+            [(0, "0"), (512, "512"), (4096, "4K"), (6 << 20, "6M"), (1 << 40, "1T"), (u64::MAX, "18446744073709551615")]
+        {
             assert_eq!(format_size(bytes), text);
             assert_eq!(parse_size(text), Some(bytes));
         }

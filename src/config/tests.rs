@@ -13,11 +13,7 @@ const MINIMAL: &str = "[[device]]\nname = \"a\"\nsocket = \"/run/a\"\nimage = \"
 
 /// The problems of `text` as they are printed.
 fn problems(text: &str) -> Vec<String> {
-    Config::from_toml(text)
-        .expect_err(text)
-        .iter()
-        .map(ToString::to_string)
-        .collect()
+    Config::from_toml(text).expect_err(text).iter().map(ToString::to_string).collect()
 }
 
 fn device(name: &str, rest: &str) -> String {
@@ -27,43 +23,19 @@ fn device(name: &str, rest: &str) -> String {
 #[test]
 fn three_keys_are_enough() {
     let config = Config::from_toml(MINIMAL).unwrap();
-    assert_eq!(
-        config.devices,
-        [DeviceConfig::new("a", Socket::Path("/run/a".into()), "/a.img")]
-    );
+    assert_eq!(config.devices, [DeviceConfig::new("a", Socket::Path("/run/a".into()), "/a.img")]);
 }
 
 #[test]
 fn the_defaults_are_those_of_the_design() {
     let device = DeviceConfig::new("a-name-of-more-than-twenty-bytes", Socket::Fd(3), "/a.img");
     assert_eq!(device.serial, "a-name-of-more-than-");
-    assert_eq!(
-        (
-            device.num_queues,
-            device.workers,
-            device.queue_size,
-            device.poll_us
-        ),
-        (64, 1, 1024, 50)
-    );
-    assert_eq!(
-        (device.engine, device.direct, device.read_only),
-        (Engine::Auto, true, false)
-    );
+    assert_eq!((device.num_queues, device.workers, device.queue_size, device.poll_us), (64, 1, 1024, 50));
+    assert_eq!((device.engine, device.direct, device.read_only), (Engine::Auto, true, false));
     let cache = device.cache;
-    assert_eq!(
-        (cache.size_bytes, cache.readahead_max_bytes),
-        (256 << 20, 2 << 20)
-    );
+    assert_eq!((cache.size_bytes, cache.readahead_max_bytes), (256 << 20, 2 << 20));
     assert_eq!((cache.mode, cache.policy), (CacheMode::Writeback, Policy::S3Fifo));
-    assert_eq!(
-        (
-            cache.flush_target_ms,
-            cache.dirty_max_percent,
-            cache.dirty_age_max_ms
-        ),
-        (250, 25, 5000)
-    );
+    assert_eq!((cache.flush_target_ms, cache.dirty_max_percent, cache.dirty_age_max_ms), (250, 25, 5000));
 }
 
 #[test]
@@ -92,20 +64,12 @@ fn every_key_reaches_its_field() {
     "#;
     let mut expected = DeviceConfig::new("n", Socket::Path("s".into()), "i");
     (expected.read_only, expected.direct, expected.serial) = (true, false, "S 1".to_string());
-    (
-        expected.num_queues,
-        expected.workers,
-        expected.queue_size,
-        expected.poll_us,
-    ) = (4, 3, 128, 0);
+    (expected.num_queues, expected.workers, expected.queue_size, expected.poll_us) = (4, 3, 128, 0);
     (expected.engine, expected.cache.mode, expected.cache.policy) =
         (Engine::Threads, CacheMode::Writethrough, Policy::Lru);
     (expected.cache.size_bytes, expected.cache.readahead_max_bytes) = (8 << 20, 0);
-    (
-        expected.cache.flush_target_ms,
-        expected.cache.dirty_max_percent,
-        expected.cache.dirty_age_max_ms,
-    ) = (10, 50, 600_000);
+    (expected.cache.flush_target_ms, expected.cache.dirty_max_percent, expected.cache.dirty_age_max_ms) =
+        (10, 50, 600_000);
     assert_eq!(Config::from_toml(text).unwrap().devices, [expected]);
 }
 
@@ -113,8 +77,7 @@ fn every_key_reaches_its_field() {
 fn all_spellings_of_a_table_are_one() {
     let dotted = format!("{MINIMAL}cache.size = \"8M\"\n");
     let inline = format!("{MINIMAL}cache = {{ size = 0x80_0000 }}\n");
-    let array =
-        "device = [{ name = \"a\", socket = \"/run/a\", image = \"/a.img\", cache.size = \"8192K\" }]";
+    let array = "device = [{ name = \"a\", socket = \"/run/a\", image = \"/a.img\", cache.size = \"8192K\" }]";
     let configs = [dotted.as_str(), &inline, array].map(|text| Config::from_toml(text).expect(text));
     assert_eq!(configs[0].devices[0].cache.size_bytes, 8 << 20);
     assert!(configs.iter().all(|config| *config == configs[0]));
@@ -190,32 +153,17 @@ fn nothing_to_serve_is_a_problem() {
     let missing = "1: device: is missing: nothing to serve; write a [[device]] table";
     assert_eq!(problems(""), [missing]);
     assert_eq!(problems("device = []"), [missing]);
-    assert_eq!(
-        problems("\n[[devices]]"),
-        [missing, "2: devices: unknown key; did you mean [[device]]?"]
-    );
+    assert_eq!(problems("\n[[devices]]"), [missing, "2: devices: unknown key; did you mean [[device]]?"]);
 }
 
 #[test]
 fn tables_of_the_wrong_shape_are_named() {
-    assert_eq!(
-        problems("[device]\nname = 1"),
-        ["1: device: takes tables: write [[device]] above each"]
-    );
-    assert_eq!(
-        problems("device = [3]"),
-        ["1: device[0]: takes a table: write [[device]] above it"]
-    );
+    assert_eq!(problems("[device]\nname = 1"), ["1: device: takes tables: write [[device]] above each"]);
+    assert_eq!(problems("device = [3]"), ["1: device[0]: takes a table: write [[device]] above it"]);
     let cache = format!("{MINIMAL}cache = \"64M\"");
-    assert_eq!(
-        problems(&cache),
-        ["5: device[0].cache: takes a table: write [device.cache] above its keys"]
-    );
+    assert_eq!(problems(&cache), ["5: device[0].cache: takes a table: write [device.cache] above its keys"]);
     let name = MINIMAL.replace("\"a\"", "{ first = 1 }");
-    assert_eq!(
-        problems(&name),
-        ["2: device[0].name: takes 1 to 64 letters, digits, '.', '_' and '-', not a table"]
-    );
+    assert_eq!(problems(&name), ["2: device[0].name: takes 1 to 64 letters, digits, '.', '_' and '-', not a table"]);
 }
 
 #[test]
@@ -227,24 +175,15 @@ fn a_key_can_play_no_tricks_on_the_terminal() {
 #[test]
 fn workers_need_queues() {
     let text = device("a", "num_queues = 2\nworkers = 3");
-    assert_eq!(
-        problems(&text),
-        ["6: device[0].workers: 3 workers have only 2 queues to serve"]
-    );
+    assert_eq!(problems(&text), ["6: device[0].workers: 3 workers have only 2 queues to serve"]);
     // A wrong value is reported as such, and not once more by the rule.
     let text = device("a", "num_queues = 0\nworkers = 3");
-    assert_eq!(
-        problems(&text),
-        ["5: device[0].num_queues: takes an integer from 1 to 64, not 0"]
-    );
+    assert_eq!(problems(&text), ["5: device[0].num_queues: takes an integer from 1 to 64, not 0"]);
 }
 
 #[test]
 fn names_and_sockets_are_unique() {
-    let text = device("a", "")
-        + &device("b", "")
-            .replace("\"b\"", "\"a\"")
-            .replace("/run/b", "/run//./a");
+    let text = device("a", "") + &device("b", "").replace("\"b\"", "\"a\"").replace("/run/b", "/run//./a");
     let expected = [
         "7: device[1].name: \"a\" is the name of device[0] too",
         "8: device[1].socket: /run//./a is the socket of device[0] too",
@@ -256,26 +195,15 @@ fn names_and_sockets_are_unique() {
 fn an_image_has_one_writer() {
     let both = device("a", "") + &device("b", "").replace("/b.img", "/a.img");
     let advice = "and two guests writing one image destroy it: make one of them read_only";
-    assert_eq!(
-        problems(&both),
-        [format!(
-            "9: device[1].image: /a.img is written by device[0] too, {advice}"
-        )]
-    );
-    let readers =
-        device("a", "read_only = true") + &device("b", "read_only = true").replace("/b.img", "/a.img");
+    assert_eq!(problems(&both), [format!("9: device[1].image: /a.img is written by device[0] too, {advice}")]);
+    let readers = device("a", "read_only = true") + &device("b", "read_only = true").replace("/b.img", "/a.img");
     assert_eq!(Config::from_toml(&readers).unwrap().devices.len(), 2);
 }
 
 #[test]
 fn devices_on_one_image_agree_on_its_cache() {
     let other = |rest: &str| device("b", rest).replace("/b.img", "/a.img");
-    for setting in [
-        "direct = false",
-        "engine = \"threads\"",
-        "cache.size = \"8M\"",
-        "cache.policy = \"lru\"",
-    ] {
+    for setting in ["direct = false", "engine = \"threads\"", "cache.size = \"8M\"", "cache.policy = \"lru\""] {
         let text = device("a", "read_only = true") + &other(&format!("read_only = true\n{setting}"));
         let advice = "engine, direct and every key of the cache must be the same in both";
         let expected = format!("9: device[1].image: device[0] serves /a.img too, from one cache: {advice}");
@@ -293,17 +221,13 @@ fn syntax_errors_have_line_and_column() {
     assert_eq!(twice.len(), 1, "{twice:?}");
     assert!(twice[0].starts_with("5:1: duplicate key"), "{twice:?}");
     let several = problems("a = \nb = [\n");
-    assert!(
-        several.len() >= 2 && several[0].starts_with("1:5: "),
-        "{several:?}"
-    );
+    assert!(several.len() >= 2 && several[0].starts_with("1:5: "), "{several:?}");
 }
 
 #[test]
 fn numbers_of_any_length_are_only_out_of_range() {
     let text = device("a", "poll_us = 999999999999999999999999999999999999999999");
-    let expected =
-        "5: device[0].poll_us: takes an integer from 0 to 10000, not an integer of more than 127 bits";
+    let expected = "5: device[0].poll_us: takes an integer from 0 to 10000, not an integer of more than 127 bits";
     assert_eq!(problems(&text), [expected]);
     assert_eq!(problems(&device("a", "poll_us = 18446744073709551616")).len(), 1);
 }
@@ -315,9 +239,8 @@ fn load_prefixes_the_file() {
     let error = Config::load(&path).unwrap_err();
     fs::remove_file(&path).unwrap();
     let file = path.display();
-    let expected = format!(
-        "2 problems in {file}\n{file}:1: device[0].socket: is missing\n{file}:1: device[0].image: is missing"
-    );
+    let expected =
+        format!("2 problems in {file}\n{file}:1: device[0].socket: is missing\n{file}:1: device[0].image: is missing");
     assert_eq!((error.to_string(), error.kind()), (expected, ErrorKind::Config));
 }
 
@@ -329,21 +252,13 @@ fn configs() -> PathBuf {
 fn the_default_file_shows_every_key_with_its_default() {
     let text = fs::read_to_string(configs().join("default.toml")).unwrap();
     let devices = Config::from_toml(&text).unwrap().devices;
-    let [device] = devices.as_slice() else {
-        panic!("default.toml shows one device")
-    };
-    assert_eq!(
-        *device,
-        DeviceConfig::new(device.name.clone(), device.socket.clone(), device.image.clone())
-    );
+    let [device] = devices.as_slice() else { panic!("default.toml shows one device") };
+    assert_eq!(*device, DeviceConfig::new(device.name.clone(), device.socket.clone(), device.image.clone()));
 
     let document = DeTable::parse(&text).unwrap();
     let table = &document.get_ref()["device"].get_ref()[0];
     for key in KEYS {
-        let value = key
-            .name
-            .split('.')
-            .try_fold(table, |table, part| table.get_ref().get(part));
+        let value = key.name.split('.').try_fold(table, |table, part| table.get_ref().get(part));
         assert!(value.is_some(), "default.toml does not show {}", key.name);
     }
 }

@@ -37,11 +37,7 @@ pub(super) fn fault_of(errno: i32) -> Fault {
 
 /// The event of an operation that failed with `errno`.
 pub(super) fn failure(tag: u64, errno: i32) -> Event {
-    Event::Failed {
-        tag,
-        fault: fault_of(errno),
-        errno,
-    }
+    Event::Failed { tag, fault: fault_of(errno), errno }
 }
 
 /// How far a transfer has come.
@@ -225,19 +221,12 @@ fn discard(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
 /// => What is called a hole reads as zeros; what is called data may as well.
 fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
     if image.is_device() {
-        return Ok(vec![Extent {
-            len,
-            kind: ExtentKind::Data,
-        }]);
+        return Ok(vec![Extent { len, kind: ExtentKind::Data }]);
     }
     let mut extents = Vec::new();
     let (mut at, end) = (offset, offset + len);
     while at < end {
-        let data = if extents.len() >= EXTENTS_MAX {
-            Ok(at)
-        } else {
-            next_data(image, at, end)
-        };
+        let data = if extents.len() >= EXTENTS_MAX { Ok(at) } else { next_data(image, at, end) };
         match data {
             Ok(data) => {
                 push(&mut extents, data - at, ExtentKind::Hole);
@@ -252,11 +241,7 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
         }
         if at < end {
             let full = extents.len() >= EXTENTS_MAX;
-            let hole = if full {
-                end
-            } else {
-                sys::seek(&image.file, at, libc::SEEK_HOLE)?.clamp(at, end)
-            };
+            let hole = if full { end } else { sys::seek(&image.file, at, libc::SEEK_HOLE)?.clamp(at, end) };
             push(&mut extents, hole - at, ExtentKind::Data);
             at = hole;
         }
@@ -271,11 +256,7 @@ fn next_data(image: &OpenImage, at: u64, end: u64) -> io::Result<u64> {
         // ENXIO: no data up to the end of the file, which is a hole only if the file still reaches that far.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
             let shrunk = image.file.metadata()?.len() < end;
-            if shrunk {
-                Err(io::Error::from_raw_os_error(libc::EIO))
-            } else {
-                Ok(end)
-            }
+            if shrunk { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(end) }
         }
         Err(error) => Err(error),
     }
@@ -302,13 +283,7 @@ mod tests {
             base = base.wrapping_add(len);
         }
         let len = lens.iter().map(|&n| n as u64).sum();
-        Request {
-            tag: 1,
-            op: Op::Read,
-            offset: 8192,
-            len,
-            segments,
-        }
+        Request { tag: 1, op: Op::Read, offset: 8192, len, segments }
     }
 
     #[test]
@@ -320,23 +295,14 @@ mod tests {
         assert_eq!(progress.rest(&request).len(), 2);
         assert!(!progress.advance(&mut request, 512, 512).unwrap());
         let rest = progress.rest(&request);
-        assert_eq!(
-            (rest[0].base.addr(), rest[0].len, rest[1].len),
-            (4096 + 1024, 512, 512)
-        );
+        assert_eq!((rest[0].base.addr(), rest[0].len, rest[1].len), (4096 + 1024, 512, 512));
         assert!(progress.advance(&mut request, 1024, 512).unwrap());
     }
 
     #[test]
     fn a_transfer_that_moves_nothing_fails_instead_of_spinning() {
         let mut request = request(&[4096]);
-        assert_eq!(
-            Progress::default()
-                .advance(&mut request, 0, 512)
-                .unwrap_err()
-                .raw_os_error(),
-            Some(libc::EIO)
-        );
+        assert_eq!(Progress::default().advance(&mut request, 0, 512).unwrap_err().raw_os_error(), Some(libc::EIO));
         assert!(Progress::default().advance(&mut request, 511, 512).is_err());
     }
 

@@ -56,15 +56,8 @@ pub enum OpKind {
 
 impl OpKind {
     /// Every kind.
-    pub const ALL: [Self; 7] = [
-        Self::Read,
-        Self::Write,
-        Self::Sync,
-        Self::Zero,
-        Self::Discard,
-        Self::Allocate,
-        Self::Map,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Read, Self::Write, Self::Sync, Self::Zero, Self::Discard, Self::Allocate, Self::Map];
 }
 
 impl From<Op> for OpKind {
@@ -137,12 +130,7 @@ impl Faults {
     /// Ends every fault and delay; the counters stay. Operations that wait already keep their fate.
     pub fn heal(&self) {
         for plan in &mut self.lock().plans {
-            *plan = Plan {
-                ops: plan.ops,
-                bytes: plan.bytes,
-                failed: plan.failed,
-                ..Plan::default()
-            };
+            *plan = Plan { ops: plan.ops, bytes: plan.bytes, failed: plan.failed, ..Plan::default() };
         }
     }
 
@@ -185,9 +173,7 @@ impl Faults {
         };
         let random = plan
             .random
-            .filter(|&(per_million, _)| {
-                next_random(&mut script.random_state) % 1_000_000 < u64::from(per_million)
-            })
+            .filter(|&(per_million, _)| next_random(&mut script.random_state) % 1_000_000 < u64::from(per_million))
             .map(|(_, fault)| fault);
         let fault = nth.or(plan.always).or(random);
         plan.failed += u64::from(fault.is_some());
@@ -228,13 +214,7 @@ impl FaultyImage {
     /// Wraps `inner`; without faults set, the image behaves as `inner` does.
     pub fn new(inner: Arc<dyn Backing>) -> (Arc<Self>, Faults) {
         let faults = Faults::default();
-        (
-            Arc::new(Self {
-                inner,
-                faults: faults.clone(),
-            }),
-            faults,
-        )
+        (Arc::new(Self { inner, faults: faults.clone() }), faults)
     }
 
     fn build(&self, inner: Box<dyn Store>) -> io::Result<FaultyStore> {
@@ -243,15 +223,7 @@ impl FaultyImage {
             poll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
         }
         let faults = self.faults.clone();
-        Ok(FaultyStore {
-            poll,
-            timer,
-            wake,
-            faults,
-            waiting: Vec::new(),
-            failed: Vec::new(),
-            inner,
-        })
+        Ok(FaultyStore { poll, timer, wake, faults, waiting: Vec::new(), failed: Vec::new(), inner })
     }
 }
 
@@ -293,20 +265,12 @@ impl FaultyStore {
     fn release(&mut self, request: Request, fault: Option<Fault>) {
         let tag = request.tag;
         let event = match fault {
-            Some(fault) => Event::Failed {
-                tag,
-                fault,
-                errno: errno_for(fault),
-            },
+            Some(fault) => Event::Failed { tag, fault, errno: errno_for(fault) },
             None => match self.inner.submit(request) {
                 Ok(()) => return,
                 // We accept no more than the wrapped store does, so this is its mistake; an event must come all the
                 // same.
-                Err(_) => Event::Failed {
-                    tag,
-                    fault: Fault::Invalid,
-                    errno: 0,
-                },
+                Err(_) => Event::Failed { tag, fault: Fault::Invalid, errno: 0 },
             },
         };
         self.failed.push(event);
@@ -319,9 +283,7 @@ impl FaultyStore {
             return;
         }
         let now = Instant::now();
-        let (due, rest) = mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|w: &Waiting| w.due <= now);
+        let (due, rest) = mem::take(&mut self.waiting).into_iter().partition(|w: &Waiting| w.due <= now);
         self.waiting = rest;
         for Waiting { request, fault, .. } in due {
             self.release(request, fault);
@@ -333,10 +295,7 @@ impl FaultyStore {
     fn set_timer(&mut self, now: Instant) {
         let result = match self.waiting.iter().map(|w| w.due).min() {
             // A timer of 0 would never fire.
-            Some(due) => self.timer.reset(
-                due.saturating_duration_since(now).max(Duration::from_nanos(1)),
-                None,
-            ),
+            Some(due) => self.timer.reset(due.saturating_duration_since(now).max(Duration::from_nanos(1)), None),
             None => self.timer.clear(),
         };
         result.expect("a timer of our own takes any time");
@@ -364,11 +323,7 @@ impl Store for FaultyStore {
             self.release(request, fault);
         } else {
             let now = Instant::now();
-            self.waiting.push(Waiting {
-                due: now + delay,
-                request,
-                fault,
-            });
+            self.waiting.push(Waiting { due: now + delay, request, fault });
             self.set_timer(now);
         }
         Ok(())
@@ -402,8 +357,6 @@ impl Drop for FaultyStore {
 
 impl fmt::Debug for FaultyStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FaultyStore")
-            .field("waiting", &self.waiting)
-            .finish_non_exhaustive()
+        f.debug_struct("FaultyStore").field("waiting", &self.waiting).finish_non_exhaustive()
     }
 }

@@ -48,11 +48,7 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self {
-            read_only: false,
-            engine: Engine::Auto,
-            direct: true,
-        }
+        Self { read_only: false, engine: Engine::Auto, direct: true }
     }
 }
 
@@ -73,11 +69,7 @@ impl FileImage {
     /// the image.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
         let image = OpenImage::open(path, options)?;
-        Ok(Arc::new(Self {
-            image: Arc::new(image),
-            engine: options.engine,
-            fell_back: Once::new(),
-        }))
+        Ok(Arc::new(Self { image: Arc::new(image), engine: options.engine, fell_back: Once::new() }))
     }
 
     /// (device, inode) of the file, or of the device node's target: equal for two names of one image.
@@ -103,11 +95,7 @@ impl Backing for FileImage {
 
     fn attach(&self) -> Result<Box<dyn Store>> {
         let failed = |what: &str, error: io::Error| {
-            Error::io(
-                ErrorKind::System,
-                format!("image {}: no {what}", self.image.path.display()),
-                error,
-            )
+            Error::io(ErrorKind::System, format!("image {}: no {what}", self.image.path.display()), error)
         };
         if self.engine != Engine::Threads {
             match UringStore::new(Arc::clone(&self.image)) {
@@ -116,10 +104,7 @@ impl Backing for FileImage {
                 // what we ask of it.
                 Err(error)
                     if self.engine == Engine::Auto
-                        && matches!(
-                            error.raw_os_error(),
-                            Some(libc::ENOSYS | libc::EPERM | libc::EINVAL)
-                        ) =>
+                        && matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL)) =>
                 {
                     self.fell_back.call_once(|| {
                         let path = self.image.path.display();
@@ -150,13 +135,7 @@ pub(super) struct OpenImage {
 
 impl OpenImage {
     fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
-        let unusable = |error| {
-            Error::io(
-                ErrorKind::Image,
-                format!("cannot open image {}", path.display()),
-                error,
-            )
-        };
+        let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
         // Looked at before it is opened: to open a FIFO would wait for its other end.
         check_type(path, &std::fs::metadata(path).map_err(unusable)?)?;
         let file = open_file(path, options.read_only)?;
@@ -166,11 +145,7 @@ impl OpenImage {
 
         let geometry = Geometry::of(&file, &metadata).map_err(unusable)?;
         check_size(path, geometry.size_bytes)?;
-        let alignment = if options.direct {
-            try_direct(&file, path, &geometry)
-        } else {
-            None
-        };
+        let alignment = if options.direct { try_direct(&file, path, &geometry) } else { None };
         let (block_bytes, memory_align) = alignment.unwrap_or((SECTOR, 1));
         let writable = !options.read_only;
         let limits = Limits {
@@ -249,10 +224,7 @@ fn check_type(path: &Path, metadata: &Metadata) -> Result<()> {
     if kind.is_file() || kind.is_block_device() {
         return Ok(());
     }
-    let message = format!(
-        "image {} is neither a regular file nor a block device",
-        path.display()
-    );
+    let message = format!("image {} is neither a regular file nor a block device", path.display());
     Err(Error::new(ErrorKind::Image, message))
 }
 
@@ -264,19 +236,12 @@ fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::new(
-        ErrorKind::Image,
-        format!("image {} {problem}", path.display()),
-    ))
+    Err(Error::new(ErrorKind::Image, format!("image {} {problem}", path.display())))
 }
 
 /// Two nodes of one block device have different inodes, but one device number.
 fn identity_of(metadata: &Metadata) -> (u64, u64) {
-    if metadata.file_type().is_block_device() {
-        (metadata.rdev(), 0)
-    } else {
-        (metadata.dev(), metadata.ino())
-    }
+    if metadata.file_type().is_block_device() { (metadata.rdev(), 0) } else { (metadata.dev(), metadata.ino()) }
 }
 
 /// What the host says of the image.
@@ -343,9 +308,7 @@ fn try_direct(file: &File, path: &Path, geometry: &Geometry) -> Option<(u32, u32
                 log::debug!("image {}: O_DIRECT was not on ({error})", path.display());
             }
             let path = path.display();
-            log::warn!(
-                "image {path}: no direct I/O ({reason}); the host's page cache holds its data a second time"
-            );
+            log::warn!("image {path}: no direct I/O ({reason}); the host's page cache holds its data a second time");
             None
         }
     }

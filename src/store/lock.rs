@@ -34,16 +34,9 @@ const UNSHARED: [libc::off_t; 2] = [WRITE, RESIZE];
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is no error: a warning says so.
 pub(super) fn acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
-    let taken: &[libc::off_t] = if read_only {
-        &[CONSISTENT_READ]
-    } else {
-        &[CONSISTENT_READ, WRITE]
-    };
+    let taken: &[libc::off_t] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
     if let Err(error) = sys::lock_byte(file, libc::F_OFD_GETLK, libc::F_WRLCK, TAKEN_BASE) {
-        log::warn!(
-            "image {}: its file system has no locks ({error}); nothing guards it",
-            path.display()
-        );
+        log::warn!("image {}: its file system has no locks ({error}); nothing guards it", path.display());
         return Ok(());
     }
     // A refused opener must not stand in the way of the next.
@@ -59,24 +52,11 @@ fn take_and_check(file: &File, path: &Path, taken: &[libc::off_t]) -> Result<()>
         take(file, path, UNSHARED_BASE + bit)?;
     }
     for &bit in taken {
-        let refusal = if bit == WRITE {
-            "does not allow a writer"
-        } else {
-            "does not allow a reader"
-        };
+        let refusal = if bit == WRITE { "does not allow a writer" } else { "does not allow a reader" };
         check(file, path, UNSHARED_BASE + bit, refusal)?;
     }
     for bit in UNSHARED {
-        check(
-            file,
-            path,
-            TAKEN_BASE + bit,
-            if bit == WRITE {
-                "writes to it"
-            } else {
-                "may resize it"
-            },
-        )?;
+        check(file, path, TAKEN_BASE + bit, if bit == WRITE { "writes to it" } else { "may resize it" })?;
     }
     Ok(())
 }
@@ -114,16 +94,9 @@ fn check(file: &File, path: &Path, byte: libc::off_t, held: &str) -> Result<()> 
 }
 
 fn conflict(path: &Path, held: &str) -> Error {
-    Error::new(
-        ErrorKind::Locked,
-        format!("image {} is in use: another opener {held}", path.display()),
-    )
+    Error::new(ErrorKind::Locked, format!("image {} is in use: another opener {held}", path.display()))
 }
 
 fn failed(path: &Path, error: io::Error) -> Error {
-    Error::io(
-        ErrorKind::Image,
-        format!("cannot lock image {}", path.display()),
-        error,
-    )
+    Error::io(ErrorKind::Image, format!("cannot lock image {}", path.display()), error)
 }

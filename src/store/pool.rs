@@ -25,24 +25,14 @@ pub(super) fn new_wake() -> io::Result<Arc<EventFd>> {
 pub(super) fn poke(wake: &EventFd) {
     if let Err(error) = wake.write(1) {
         // EAGAIN: the counter is at its end, so the descriptor is readable already.
-        debug_assert_eq!(
-            error.kind(),
-            io::ErrorKind::WouldBlock,
-            "eventfd {}",
-            wake.as_raw_fd()
-        );
+        debug_assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "eventfd {}", wake.as_raw_fd());
     }
 }
 
 /// Makes the descriptor unreadable, if it was readable.
 pub(super) fn clear(wake: &EventFd) {
     if let Err(error) = wake.read() {
-        debug_assert_eq!(
-            error.kind(),
-            io::ErrorKind::WouldBlock,
-            "eventfd {}",
-            wake.as_raw_fd()
-        );
+        debug_assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "eventfd {}", wake.as_raw_fd());
     }
 }
 
@@ -72,35 +62,19 @@ struct State {
 
 impl Pool {
     /// Starts `threads` threads for at most `depth` operations at a time.
-    pub(super) fn new(
-        image: Arc<OpenImage>,
-        wake: Arc<EventFd>,
-        threads: usize,
-        depth: usize,
-    ) -> io::Result<Self> {
+    pub(super) fn new(image: Arc<OpenImage>, wake: Arc<EventFd>, threads: usize, depth: usize) -> io::Result<Self> {
         let state = State {
             queue: VecDeque::with_capacity(depth),
             events: Vec::with_capacity(depth),
             running: 0,
             closing: false,
         };
-        let shared = Shared {
-            image,
-            wake,
-            state: Mutex::new(state),
-            work: Condvar::new(),
-            idle: Condvar::new(),
-        };
-        let mut pool = Self {
-            shared: Arc::new(shared),
-            threads: Vec::with_capacity(threads),
-        };
+        let shared = Shared { image, wake, state: Mutex::new(state), work: Condvar::new(), idle: Condvar::new() };
+        let mut pool = Self { shared: Arc::new(shared), threads: Vec::with_capacity(threads) };
         for number in 0..threads {
             let shared = Arc::clone(&pool.shared);
             // On failure the pool is dropped, which stops those that did start.
-            let thread = thread::Builder::new()
-                .name(format!("store-{number}"))
-                .spawn(move || shared.run())?;
+            let thread = thread::Builder::new().name(format!("store-{number}")).spawn(move || shared.run())?;
             pool.threads.push(thread);
         }
         Ok(pool)
@@ -130,9 +104,7 @@ impl Pool {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .expect("no thread panics while it holds a pool's state")
+        self.state.lock().expect("no thread panics while it holds a pool's state")
     }
 
     /// A thread's life: runs operations until the pool closes and the queue is empty.
@@ -153,10 +125,7 @@ impl Shared {
                 break;
             } else {
                 self.idle.notify_all();
-                state = self
-                    .work
-                    .wait(state)
-                    .expect("no thread panics while it holds a pool's state");
+                state = self.work.wait(state).expect("no thread panics while it holds a pool's state");
             }
         }
         self.idle.notify_all();
@@ -180,20 +149,12 @@ impl Drop for Pool {
                 state.queue.clear();
                 return;
             }
-            state = self
-                .shared
-                .idle
-                .wait_timeout(state, left)
-                .expect("no thread panics with a pool's state")
-                .0;
+            state = self.shared.idle.wait_timeout(state, left).expect("no thread panics with a pool's state").0;
         }
         drop(state);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                log::error!(
-                    "image {}: a store's thread panicked",
-                    self.shared.image.path().display()
-                );
+                log::error!("image {}: a store's thread panicked", self.shared.image.path().display());
             }
         }
     }

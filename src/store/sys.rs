@@ -45,16 +45,10 @@ fn off(bytes: u64) -> io::Result<libc::off_t> {
 ///
 /// # Safety
 /// The segments must name memory that this thread may write (for `write == false`) or read.
-pub(super) unsafe fn transfer(
-    file: &File,
-    write: bool,
-    segments: &[Segment],
-    offset: u64,
-) -> io::Result<u64> {
+pub(super) unsafe fn transfer(file: &File, write: bool, segments: &[Segment], offset: u64) -> io::Result<u64> {
     let (fd, offset) = (file.as_raw_fd(), off(offset)?);
     let array = segments.as_ptr().cast::<libc::iovec>();
-    let count =
-        libc::c_int::try_from(segments.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let count = libc::c_int::try_from(segments.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
     let moved = retried(|| {
         if write {
             // SAFETY: a Segment is an iovec (asserted beside it); the caller vouches for the memory.
@@ -97,11 +91,7 @@ pub(super) fn device_geometry(file: &File) -> io::Result<(u32, u32, u32)> {
         // SAFETY: each of these requests stores one 32-bit integer at the address given, which is ours.
         retried(|| unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut value) }).map(|_| value)
     };
-    Ok((
-        query(libc::BLKSSZGET)?,
-        query(libc::BLKPBSZGET)?,
-        query(libc::BLKIOOPT)?,
-    ))
+    Ok((query(libc::BLKSSZGET)?, query(libc::BLKPBSZGET)?, query(libc::BLKIOOPT)?))
 }
 
 /// Discards a range of a block device.
@@ -117,13 +107,7 @@ pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is a constant NUL-terminated string; statx fills at most the structure at the address given.
     let result = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            answer.as_mut_ptr(),
-        )
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, answer.as_mut_ptr())
     };
     // SAFETY: all-zero bytes are a valid statx, and the kernel wrote over them at most.
     let answer = unsafe { answer.assume_init() };
@@ -135,11 +119,7 @@ pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
 pub(super) fn set_direct(file: &File, direct: bool) -> io::Result<()> {
     // SAFETY: a plain system call on an open descriptor.
     let flags = retried(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) })?;
-    let flags = if direct {
-        flags | libc::O_DIRECT
-    } else {
-        flags & !libc::O_DIRECT
-    };
+    let flags = if direct { flags | libc::O_DIRECT } else { flags & !libc::O_DIRECT };
     // SAFETY: as above.
     retried(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) }).map(drop)
 }
@@ -160,11 +140,7 @@ pub(super) fn lock_byte(file: &File, command: i32, kind: i32, byte: libc::off_t)
 
 /// Sleeps until `fd` is readable or the time is over; returns whether it is readable.
 pub(super) fn wait_readable(fd: RawFd, timeout: Duration) -> bool {
-    let mut poll = libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let timeout_ms = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
     // SAFETY: poll reads and writes the one structure at the address given, which is ours. An EINTR reads as "not
     // yet": the callers look again until their own deadline.

@@ -29,12 +29,7 @@ impl ThreadsStore {
         let wake = pool::new_wake()?;
         let depth = usize::from(image.limits.depth);
         let pool = Pool::new(Arc::clone(&image), Arc::clone(&wake), THREADS, depth)?;
-        Ok(Self {
-            image,
-            wake,
-            pool,
-            in_flight: 0,
-        })
+        Ok(Self { image, wake, pool, in_flight: 0 })
     }
 }
 

@@ -57,18 +57,9 @@ impl UringStore {
         let ring = IoUring::new(u32::from(image.limits.depth))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        let needed = [
-            opcode::Read::CODE,
-            opcode::Write::CODE,
-            opcode::Readv::CODE,
-            opcode::Writev::CODE,
-            opcode::Fsync::CODE,
-        ];
-        if !needed
-            .iter()
-            .chain([&opcode::Fallocate::CODE])
-            .all(|&code| probe.is_supported(code))
-        {
+        let needed =
+            [opcode::Read::CODE, opcode::Write::CODE, opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
+        if !needed.iter().chain([&opcode::Fallocate::CODE]).all(|&code| probe.is_supported(code)) {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
         ring.submitter().register_files(&[image.file.as_raw_fd()])?;
@@ -116,20 +107,14 @@ impl UringStore {
     }
 
     fn next_completion(&mut self) -> Option<(u64, i32)> {
-        self.ring
-            .completion()
-            .next()
-            .map(|completion| (completion.user_data(), completion.result()))
+        self.ring.completion().next().map(|completion| (completion.user_data(), completion.result()))
     }
 
     /// Digests one completion.
     fn complete(&mut self, index: usize, result: i32, events: &mut Vec<Event>) {
         let block = u64::from(self.image.limits.block_bytes);
         let slot = &mut self.slots[index];
-        let request = slot
-            .request
-            .as_mut()
-            .expect("a completion is of a slot with an operation");
+        let request = slot.request.as_mut().expect("a completion is of a slot with an operation");
         let tag = request.tag;
         let event = match u64::try_from(result) {
             // ECANCELED: the thread that submitted it has ended before it began. We never cancel.
@@ -181,24 +166,13 @@ fn entry(image: &OpenImage, slot: &Slot) -> Entry {
     let (offset, len) = (request.offset, request.len);
     match request.op {
         Op::Read | Op::Write => transfer_entry(request, &slot.progress),
-        Op::Sync => opcode::Fsync::new(IMAGE)
-            .flags(types::FsyncFlags::DATASYNC)
-            .build(),
+        Op::Sync => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
         Op::Zero { unmap } => {
             let mode = blocking::zero_modes(image, unmap)[0];
-            opcode::Fallocate::new(IMAGE, len)
-                .offset(offset)
-                .mode(mode)
-                .build()
+            opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode).build()
         }
-        Op::Discard => opcode::Fallocate::new(IMAGE, len)
-            .offset(offset)
-            .mode(blocking::PUNCH)
-            .build(),
-        Op::Allocate => opcode::Fallocate::new(IMAGE, len)
-            .offset(offset)
-            .mode(blocking::RESERVE)
-            .build(),
+        Op::Discard => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::PUNCH).build(),
+        Op::Allocate => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::RESERVE).build(),
         Op::Map => unreachable!("maps go to the helper"),
     }
 }
@@ -242,10 +216,7 @@ impl Store for UringStore {
         self.in_flight += 1;
         if self.fits_ring(&request) {
             let index = self.free.pop().expect("fewer operations in flight than slots");
-            self.slots[index] = Slot {
-                request: Some(request),
-                progress: Progress::default(),
-            };
+            self.slots[index] = Slot { request: Some(request), progress: Progress::default() };
             self.ready.push_back(index);
         } else {
             self.helper.push(request);
@@ -312,10 +283,7 @@ impl Drop for UringStore {
             sys::wait_readable(self.wake.as_raw_fd(), left);
         }
         let path = self.image.path().display();
-        log::error!(
-            "image {path}: {} operations hang; the kernel may still touch their memory",
-            self.in_flight
-        );
+        log::error!("image {path}: {} operations hang; the kernel may still touch their memory", self.in_flight);
         // Their segment arrays at least must outlive them, and so must the image's lock.
         mem::forget((mem::take(&mut self.slots), Arc::clone(&self.image)));
     }

@@ -60,14 +60,7 @@ impl<'a> Chain<'a> {
     pub fn new(mem: &'a GuestRam, desc_table: GuestAddress, queue_size: u16, head: u16) -> Self {
         let table = Table::new(mem, desc_table, u32::from(queue_size));
         let (table_left, chain_left) = (table.entries, CHAIN_DESCRIPTORS_MAX);
-        Self {
-            mem,
-            table,
-            next: Some(head),
-            table_left,
-            chain_left,
-            indirect: false,
-        }
+        Self { mem, table, next: Some(head), table_left, chain_left, indirect: false }
     }
 
     fn advance(&mut self, index: u16) -> Result<Buffer, BrokenChain> {
@@ -81,10 +74,7 @@ impl<'a> Chain<'a> {
         }
         self.next = descriptor.has_next().then(|| descriptor.next());
         Ok(Buffer {
-            range: GuestRange {
-                addr: descriptor.addr(),
-                len: descriptor.len(),
-            },
+            range: GuestRange { addr: descriptor.addr(), len: descriptor.len() },
             writable: u32::from(descriptor.flags()) & VRING_DESC_F_WRITE != 0,
         })
     }
@@ -102,8 +92,7 @@ impl<'a> Chain<'a> {
     fn enter_indirect(&mut self, descriptor: &Descriptor) -> Result<(), BrokenChain> {
         let entries = descriptor.len() / DESCRIPTOR_BYTES;
         let whole = descriptor.len().is_multiple_of(DESCRIPTOR_BYTES);
-        if self.indirect || descriptor.has_next() || !whole || entries == 0 || entries > INDIRECT_ENTRIES_MAX
-        {
+        if self.indirect || descriptor.has_next() || !whole || entries == 0 || entries > INDIRECT_ENTRIES_MAX {
             return Err(BrokenChain);
         }
         // The descriptor that names the table is no buffer of the chain.

@@ -3,9 +3,8 @@
 //! The space is what the front-end copies from and to; of what it writes, only the cache mode counts.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -91,10 +90,7 @@ impl Geometry {
             (VIRTIO_BLK_F_DISCARD, writable && self.can_discard),
             (VIRTIO_BLK_F_WRITE_ZEROES, writable && self.can_zero),
         ];
-        offers
-            .into_iter()
-            .filter(|&(_, offered)| offered)
-            .fold(0, |bits, (bit, _)| bits | 1 << bit)
+        offers.into_iter().filter(|&(_, offered)| offered).fold(0, |bits, (bit, _)| bits | 1 << bit)
     }
 }
 
@@ -116,9 +112,7 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     /// The space for a disk.
     pub fn new(geometry: &Geometry, writeback: bool) -> Self {
-        let mut space = Self {
-            bytes: [0; CONFIG_BYTES],
-        };
+        let mut space = Self { bytes: [0; CONFIG_BYTES] };
         space.set_capacity(geometry.capacity_sectors);
         space.put(field::SIZE_MAX, SIZE_MAX.to_le_bytes());
         space.put(field::SEG_MAX, SEG_MAX.to_le_bytes());
@@ -134,22 +128,12 @@ impl ConfigSpace {
         let sector = u32::try_from(SECTOR_BYTES).expect("512");
         let block = geometry.block_bytes.max(sector);
         let ratio = geometry.physical_block_bytes / block;
-        let exponent = if ratio.is_power_of_two() {
-            ratio.trailing_zeros()
-        } else {
-            0
-        };
+        let exponent = if ratio.is_power_of_two() { ratio.trailing_zeros() } else { 0 };
         self.put(field::BLK_SIZE, block.to_le_bytes());
-        self.put(
-            field::PHYSICAL_BLOCK_EXP,
-            [u8::try_from(exponent).expect("below 32")],
-        );
+        self.put(field::PHYSICAL_BLOCK_EXP, [u8::try_from(exponent).expect("below 32")]);
         let min_io = u16::try_from(1u32 << exponent).unwrap_or(u16::MAX);
         self.put(field::MIN_IO_SIZE, min_io.to_le_bytes());
-        self.put(
-            field::OPT_IO_SIZE,
-            (geometry.optimal_io_bytes / block).to_le_bytes(),
-        );
+        self.put(field::OPT_IO_SIZE, (geometry.optimal_io_bytes / block).to_le_bytes());
     }
 
     /// Limits of DISCARD and WRITE ZEROES; 0 where the feature isn't offered.

@@ -135,14 +135,7 @@ pub struct Request {
 impl Default for Request {
     fn default() -> Self {
         let (kind, status) = (Kind::Unknown(u32::MAX), GuestAddress(0));
-        Self {
-            head: 0,
-            kind,
-            sector: 0,
-            data: Vec::new(),
-            data_bytes: 0,
-            status,
-        }
+        Self { head: 0, kind, sector: 0, data: Vec::new(), data_bytes: 0, status }
     }
 }
 
@@ -187,14 +180,7 @@ struct Gather<'a> {
 impl<'a> Gather<'a> {
     fn new(request: &'a mut Request) -> Self {
         let header = [0; HEADER_BYTES];
-        Self {
-            request,
-            header,
-            header_len: 0,
-            last_writable: None,
-            chain_bytes: 0,
-            malformed: false,
-        }
+        Self { request, header, header_len: 0, last_writable: None, chain_bytes: 0, malformed: false }
     }
 
     /// Takes the next buffer of the chain. Empty ones mean nothing, wherever they point.
@@ -234,10 +220,7 @@ impl<'a> Gather<'a> {
                 self.malformed = true;
                 return;
             };
-            range = GuestRange {
-                addr,
-                len: range.len - u32::try_from(count).expect("at most 16 bytes"),
-            };
+            range = GuestRange { addr, len: range.len - u32::try_from(count).expect("at most 16 bytes") };
         }
         if range.len > 0 && self.header_len == HEADER_BYTES && self.request.kind.has_readable_data() {
             self.push(range);
@@ -259,10 +242,7 @@ impl<'a> Gather<'a> {
     /// Finds the status byte and takes it off the data.
     fn finish(self, mem: &GuestRam) -> Result<(), Malformed> {
         let last = self.last_writable.ok_or(Malformed::NoStatus)?;
-        let status = last
-            .addr
-            .checked_add(u64::from(last.len) - 1)
-            .ok_or(Malformed::NoStatus)?;
+        let status = last.addr.checked_add(u64::from(last.len) - 1).ok_or(Malformed::NoStatus)?;
         if !mem.address_in_range(status) {
             return Err(Malformed::NoStatus);
         }
@@ -305,11 +285,7 @@ impl Request {
             }
             Kind::Flush => Ok(()),
             Kind::Discard | Kind::WriteZeroes => {
-                let offered = if self.kind == Kind::Discard {
-                    disk.can_discard
-                } else {
-                    disk.can_zero
-                };
+                let offered = if self.kind == Kind::Discard { disk.can_discard } else { disk.can_zero };
                 refuse_if(disk.read_only, STATUS_IOERR)?;
                 refuse_if(!offered, STATUS_UNSUPP)?;
                 self.payload_bytes().map(|_| ())
@@ -321,11 +297,7 @@ impl Request {
 
     fn check_range(&self, disk: &Disk) -> Result<(), u8> {
         let whole = self.data_bytes.is_multiple_of(SECTOR_BYTES);
-        if whole && fits(disk, self.sector, self.data_bytes / SECTOR_BYTES) {
-            Ok(())
-        } else {
-            Err(STATUS_IOERR)
-        }
+        if whole && fits(disk, self.sector, self.data_bytes / SECTOR_BYTES) { Ok(()) } else { Err(STATUS_IOERR) }
     }
 
     /// The sectors of a read or write that passed [`Self::check`].
@@ -351,23 +323,12 @@ impl Request {
     /// UNSUPP if any segment has an unknown flag, or UNMAP in a DISCARD (section 5.2.6.2, a MUST, so it goes before
     /// the other checks); IOERR for a payload of a wrong length or outside guest memory, a segment that leaves the disk or
     /// is longer than [`MAX_DISCARD_SECTORS`].
-    pub fn range_segments(
-        &self,
-        mem: &GuestRam,
-        disk: &Disk,
-        segments: &mut Vec<RangeSegment>,
-    ) -> Result<(), u8> {
+    pub fn range_segments(&self, mem: &GuestRam, disk: &Disk, segments: &mut Vec<RangeSegment>) -> Result<(), u8> {
         segments.clear();
         let mut buffer = [0; PAYLOAD_BYTES_MAX];
         let payload = &mut buffer[..self.payload_bytes()?];
-        GuestCursor::new(mem, &self.data)
-            .read(0, payload)
-            .map_err(|BadAddress| STATUS_IOERR)?;
-        let allowed = if self.kind == Kind::WriteZeroes {
-            VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
-        } else {
-            0
-        };
+        GuestCursor::new(mem, &self.data).read(0, payload).map_err(|BadAddress| STATUS_IOERR)?;
+        let allowed = if self.kind == Kind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         let (raw_segments, _) = payload.as_chunks::<SEGMENT_BYTES>();
         let mut wrong = false;
         for raw in raw_segments {
@@ -382,10 +343,7 @@ impl Request {
             wrong |= count > MAX_DISCARD_SECTORS || !fits(disk, start, u64::from(count));
             if count > 0 {
                 let span = SectorSpan::new(start, u64::from(count));
-                segments.push(RangeSegment {
-                    span,
-                    unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
-                });
+                segments.push(RangeSegment { span, unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 });
             }
         }
         if wrong {

@@ -51,11 +51,7 @@ pub struct GuestCursor<'a> {
 impl<'a> GuestCursor<'a> {
     /// A cursor at the start of the data.
     pub fn new(mem: &'a GuestRam, ranges: &'a [GuestRange]) -> Self {
-        Self {
-            mem,
-            ranges,
-            position: Position::default(),
-        }
+        Self { mem, ranges, position: Position::default() }
     }
 
     /// A cursor where an earlier one over the same ranges stood.
@@ -63,16 +59,8 @@ impl<'a> GuestCursor<'a> {
     /// => A position of other ranges is harmless: copies are checked all the same, only the offsets they count from are
     ///    those of the other list.
     pub fn resume(mem: &'a GuestRam, ranges: &'a [GuestRange], position: Position) -> Self {
-        let position = if position.index <= ranges.len() {
-            position
-        } else {
-            Position::default()
-        };
-        Self {
-            mem,
-            ranges,
-            position,
-        }
+        let position = if position.index <= ranges.len() { position } else { Position::default() };
+        Self { mem, ranges, position }
     }
 
     /// Where the cursor stands.
@@ -87,12 +75,7 @@ impl<'a> GuestCursor<'a> {
     ///
     /// # Errors
     /// [`BadAddress`] when the stretch is not wholly in the data and in guest memory.
-    pub unsafe fn copy_from_guest(
-        &mut self,
-        offset: u64,
-        target: *mut u8,
-        len: usize,
-    ) -> Result<(), BadAddress> {
+    pub unsafe fn copy_from_guest(&mut self, offset: u64, target: *mut u8, len: usize) -> Result<(), BadAddress> {
         self.each_piece(offset, len, |done, guest, count| {
             // SAFETY: `guest` is valid for `count` bytes of mapped guest memory (each_piece); `target` for `len` bytes,
             // of which this piece is `done..done + count` (caller); the two do not overlap (caller). The guest may
@@ -108,12 +91,7 @@ impl<'a> GuestCursor<'a> {
     ///
     /// # Errors
     /// [`BadAddress`] when the stretch is not wholly in the data and in guest memory.
-    pub unsafe fn copy_to_guest(
-        &mut self,
-        offset: u64,
-        source: *const u8,
-        len: usize,
-    ) -> Result<(), BadAddress> {
+    pub unsafe fn copy_to_guest(&mut self, offset: u64, source: *const u8, len: usize) -> Result<(), BadAddress> {
         self.each_piece(offset, len, |done, guest, count| {
             // SAFETY: as in copy_from_guest, with the roles exchanged.
             unsafe { ptr::copy_nonoverlapping(source.add(done), guest, count) };
@@ -194,11 +172,7 @@ impl<'a> GuestCursor<'a> {
             // The sum of no ranges is 0 and no offset is below it, so there is a range to step back over.
             self.position.index = self.position.index.checked_sub(1).ok_or(BadAddress)?;
             let len = self.ranges.get(self.position.index).ok_or(BadAddress)?.len;
-            self.position.start = self
-                .position
-                .start
-                .checked_sub(u64::from(len))
-                .ok_or(BadAddress)?;
+            self.position.start = self.position.start.checked_sub(u64::from(len)).ok_or(BadAddress)?;
         }
         loop {
             let range = self.ranges.get(self.position.index).ok_or(BadAddress)?;

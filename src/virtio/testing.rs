@@ -28,20 +28,14 @@ pub(crate) fn ram() -> GuestRam {
 /// Writes descriptor `index` of the table at `table`.
 pub(crate) fn put(mem: &GuestRam, table: u64, index: u16, (addr, len, flags, next): (u64, u32, u16, u16)) {
     let descriptor = Descriptor::new(addr, len, flags, next);
-    mem.write_obj(descriptor, GuestAddress(table + u64::from(index) * 16))
-        .unwrap();
+    mem.write_obj(descriptor, GuestAddress(table + u64::from(index) * 16)).unwrap();
 }
 
 /// Writes a chain of (address, length, WRITE or 0) to the table at `table`, from index 0 on.
 pub(crate) fn put_chain(mem: &GuestRam, table: u64, buffers: &[(u64, u32, u16)]) {
     for (index, &(addr, len, flags)) in (0u16..).zip(buffers) {
         let last = usize::from(index) + 1 == buffers.len();
-        put(
-            mem,
-            table,
-            index,
-            (addr, len, flags | if last { 0 } else { NEXT }, index + 1),
-        );
+        put(mem, table, index, (addr, len, flags | if last { 0 } else { NEXT }, index + 1));
     }
 }
 

@@ -47,10 +47,7 @@ impl Image {
     pub fn loop_device(name: &str, size: u64, block: u32) -> Option<Self> {
         let mut image = Self::file(name, size);
         let block = block.to_string();
-        let output = losetup()
-            .args(["--find", "--show", "--sector-size", &block])
-            .arg(&image.file)
-            .output();
+        let output = losetup().args(["--find", "--show", "--sector-size", &block]).arg(&image.file).output();
         match output {
             Ok(output) if output.status.success() => {
                 image.path = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
@@ -69,20 +66,13 @@ impl Image {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = directory.join(format!("genblk-{}-{number}-{name}.img", std::process::id()));
         File::create(&path).unwrap().set_len(size).unwrap();
-        Self {
-            file: path.clone(),
-            path,
-            is_loop: false,
-        }
+        Self { file: path.clone(), path, is_loop: false }
     }
 }
 
 fn losetup() -> Command {
     let mut command = Command::new("losetup");
-    command.env(
-        "PATH",
-        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    );
+    command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     command
 }
 
@@ -121,31 +111,19 @@ pub fn settings(name: &str, size: u64) -> Vec<Setting> {
                 images.extend(Image::loop_device(name, size, 4096).map(|image| ("loop of 4096", image)));
             }
             for (kind, image) in images {
-                let options = OpenOptions {
-                    read_only: false,
-                    engine,
-                    direct,
-                };
+                let options = OpenOptions { read_only: false, engine, direct };
                 let opened = FileImage::open(&image.path, &options).unwrap();
                 assert!(direct || !opened.direct());
                 let how = if opened.direct() { "direct" } else { "buffered" };
                 let label = format!("{engine:?}, {kind}, asked direct: {direct}, is {how}");
-                all.push(Setting {
-                    label,
-                    backing: opened,
-                    _image: image,
-                });
+                all.push(Setting { label, backing: opened, _image: image });
             }
         }
     }
     let image = Image::file(name, size);
     let opened = FileImage::open(&image.path, &OpenOptions::default()).unwrap();
     let (faulty, _faults) = FaultyImage::new(opened);
-    all.push(Setting {
-        label: "a faulty image without faults".to_owned(),
-        backing: faulty,
-        _image: image,
-    });
+    all.push(Setting { label: "a faulty image without faults".to_owned(), backing: faulty, _image: image });
     all
 }
 
@@ -157,21 +135,12 @@ pub struct Driver {
 
 impl Driver {
     pub fn new(backing: &Arc<dyn Backing>) -> Self {
-        Self {
-            store: backing.attach().unwrap(),
-            tag: 0,
-        }
+        Self { store: backing.attach().unwrap(), tag: 0 }
     }
 
     pub fn request(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Request {
         self.tag += 1;
-        Request {
-            tag: self.tag,
-            op,
-            offset,
-            len,
-            segments,
-        }
+        Request { tag: self.tag, op, offset, len, segments }
     }
 
     pub fn start(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> u64 {
@@ -186,23 +155,12 @@ impl Driver {
         let mut found = HashMap::new();
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.store.in_flight() > 0 {
-            assert!(
-                Instant::now() < deadline,
-                "{} operations hang",
-                self.store.in_flight()
-            );
-            assert!(
-                readable(self.store.wake_fd(), 30_000),
-                "{} in flight, no wake-up",
-                self.store.in_flight()
-            );
+            assert!(Instant::now() < deadline, "{} operations hang", self.store.in_flight());
+            assert!(readable(self.store.wake_fd(), 30_000), "{} in flight, no wake-up", self.store.in_flight());
             let mut events = Vec::new();
             self.store.reap(&mut events);
             for event in events {
-                assert!(
-                    found.insert(tag_of(&event), event).is_none(),
-                    "two events for a tag"
-                );
+                assert!(found.insert(tag_of(&event), event).is_none(), "two events for a tag");
             }
         }
         found
@@ -217,20 +175,12 @@ impl Driver {
     /// Runs one operation that must succeed.
     pub fn run(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Event {
         let event = self.try_run(op, offset, len, segments);
-        assert!(
-            !matches!(event, Event::Failed { .. }),
-            "{op:?} at {offset}+{len}: {event:?}"
-        );
+        assert!(!matches!(event, Event::Failed { .. }), "{op:?} at {offset}+{len}: {event:?}");
         event
     }
 
     pub fn write(&mut self, offset: u64, bytes: &mut Buffer) {
-        self.run(
-            Op::Write,
-            offset,
-            bytes.len() as u64,
-            vec![bytes.segment(0, bytes.len())],
-        );
+        self.run(Op::Write, offset, bytes.len() as u64, vec![bytes.segment(0, bytes.len())]);
     }
 
     pub fn read(&mut self, offset: u64, len: usize) -> Vec<u8> {
@@ -290,10 +240,7 @@ impl Buffer {
 
     /// A segment of the memory; the range is not checked, for tests of what is refused.
     pub fn segment(&mut self, offset: usize, len: usize) -> Segment {
-        Segment {
-            base: self.base.wrapping_add(offset),
-            len,
-        }
+        Segment { base: self.base.wrapping_add(offset), len }
     }
 
     fn layout(len: usize) -> Layout {
@@ -313,9 +260,7 @@ pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     (0..len)
         .map(|_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             state.to_be_bytes()[0] | 1
         })
         .collect()
@@ -323,11 +268,7 @@ pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
 
 /// Whether a descriptor is readable within a time.
 pub fn readable(fd: RawFd, timeout_ms: i32) -> bool {
-    let mut poll = libc::pollfd {
-        fd,
-        events: libc::POLLIN,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: poll reads and writes one structure, ours.
     unsafe { libc::poll(&raw mut poll, 1, timeout_ms) == 1 }
 }

@@ -31,15 +31,7 @@ fn oracle(mem: &GuestRam, table: u64, size: u16, head: u16) -> Vec<Buffer> {
     mem.write_obj(1u16, GuestAddress(AVAIL + 2)).unwrap();
     mem.write_obj(head, GuestAddress(AVAIL + 4)).unwrap();
     let chain = queue.iter(mem).unwrap().next().unwrap();
-    chain
-        .map(|d| Buffer {
-            range: GuestRange {
-                addr: d.addr(),
-                len: d.len(),
-            },
-            writable: d.is_write_only(),
-        })
-        .collect()
+    chain.map(|d| Buffer { range: GuestRange { addr: d.addr(), len: d.len() }, writable: d.is_write_only() }).collect()
 }
 
 fn random_descriptor(random: &mut Random, size: u64, indirect_table: u64) -> (u64, u32, u16, u16) {
@@ -51,12 +43,7 @@ fn random_descriptor(random: &mut Random, size: u64, indirect_table: u64) -> (u6
         return (addr, len, flags, next);
     }
     let flags = random.pick(&[0, NEXT, NEXT, NEXT]) | random.pick(&[0, WRITE]);
-    (
-        random.next(),
-        u32::try_from(random.below(0x2000)).unwrap(),
-        flags,
-        next,
-    )
+    (random.next(), u32::try_from(random.below(0x2000)).unwrap(), flags, next)
 }
 
 /// Over random tables with indirect ones, loops, wild indexes and tables outside memory: a chain followed to its end has
@@ -71,20 +58,10 @@ fn agrees_with_virtio_queue_on_random_chains() {
         // The indirect table across a seam of regions, or at the very end of memory so that part of it is unmapped.
         let indirect_table = random.pick(&[HIGH, SEAM - 24, END - 64]);
         for index in 0..size {
-            put(
-                &mem,
-                TABLE,
-                index,
-                random_descriptor(&mut random, u64::from(size), indirect_table),
-            );
+            put(&mem, TABLE, index, random_descriptor(&mut random, u64::from(size), indirect_table));
         }
         for index in 0..4 {
-            put(
-                &mem,
-                indirect_table,
-                index,
-                random_descriptor(&mut random, 4, indirect_table),
-            );
+            put(&mem, indirect_table, index, random_descriptor(&mut random, 4, indirect_table));
         }
         let head = u16::try_from(random.below(u64::from(size))).unwrap();
         let (buffers, end) = walk(&mem, TABLE, size, head);
@@ -98,10 +75,7 @@ fn agrees_with_virtio_queue_on_random_chains() {
             broken += 1;
         }
     }
-    assert!(
-        whole > 10_000 && broken > 10_000 && long > 1_000,
-        "{whole} whole, {broken} broken, {long} long"
-    );
+    assert!(whole > 10_000 && broken > 10_000 && long > 1_000, "{whole} whole, {broken} broken, {long} long");
 }
 
 #[test]
@@ -136,10 +110,8 @@ fn plain_descriptors_then_an_indirect_table() {
             let (buffers, end) = walk(&mem, TABLE, 16, 0);
             assert_eq!(end, Ok(()));
             let seen: Vec<_> = buffers.iter().map(|b| (b.range.addr.0, b.writable)).collect();
-            let expected: Vec<_> = (0..u64::from(plain))
-                .map(|n| (n, false))
-                .chain([(100, false), (101, true), (102, true)])
-                .collect();
+            let expected: Vec<_> =
+                (0..u64::from(plain)).map(|n| (n, false)).chain([(100, false), (101, true), (102, true)]).collect();
             assert_eq!(seen, expected);
         }
     }
@@ -149,35 +121,16 @@ fn plain_descriptors_then_an_indirect_table() {
 fn a_bad_indirect_table_breaks_the_chain() {
     let mem = ram();
     put(&mem, HIGH, 0, (0, 1, WRITE, 0));
-    let tables = [
-        (HIGH, 0, 0),
-        (HIGH, 8, 0),
-        (HIGH, 17, 0),
-        (HIGH, 16 * 32769, 0),
-        (HIGH, u32::MAX, 0),
-    ];
-    let unmapped = [
-        (HOLE, 16, 0),
-        (END - 8, 16, 0),
-        (u64::MAX - 7, 16, 0),
-        (u64::MAX, 32, 0),
-    ];
+    let tables = [(HIGH, 0, 0), (HIGH, 8, 0), (HIGH, 17, 0), (HIGH, 16 * 32769, 0), (HIGH, u32::MAX, 0)];
+    let unmapped = [(HOLE, 16, 0), (END - 8, 16, 0), (u64::MAX - 7, 16, 0), (u64::MAX, 32, 0)];
     for (addr, len, flags) in tables.into_iter().chain(unmapped).chain([(HIGH, 16, NEXT)]) {
         put(&mem, TABLE, 0, (addr, len, INDIRECT | flags, 1));
         put(&mem, TABLE, 1, (0, 1, WRITE, 0));
-        assert_eq!(
-            walk(&mem, TABLE, 16, 0),
-            (vec![], Err(BrokenChain)),
-            "{addr:#x} {len}"
-        );
+        assert_eq!(walk(&mem, TABLE, 16, 0), (vec![], Err(BrokenChain)), "{addr:#x} {len}");
     }
     put(&mem, TABLE, 0, (HIGH, 16, INDIRECT, 0));
     put(&mem, HIGH, 0, (HIGH, 16, INDIRECT, 0));
-    assert_eq!(
-        walk(&mem, TABLE, 16, 0),
-        (vec![], Err(BrokenChain)),
-        "a table in a table"
-    );
+    assert_eq!(walk(&mem, TABLE, 16, 0), (vec![], Err(BrokenChain)), "a table in a table");
 }
 
 /// The largest table is fine while the entries in use are mapped, the rest need not be.
@@ -200,12 +153,7 @@ fn a_chain_has_at_most_1024_buffers() {
             for index in 0..plain {
                 put(&mem, TABLE, index, (0, 1, NEXT, index + 1));
             }
-            put(
-                &mem,
-                TABLE,
-                plain,
-                (HIGH, u32::try_from(inner * 16).unwrap(), INDIRECT, 0),
-            );
+            put(&mem, TABLE, plain, (HIGH, u32::try_from(inner * 16).unwrap(), INDIRECT, 0));
             put_chain(&mem, HIGH, &vec![(0, 1, 0); inner]);
             let (buffers, end) = walk(&mem, TABLE, 16, 0);
             assert_eq!(buffers.len(), max);

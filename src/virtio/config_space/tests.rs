@@ -54,10 +54,7 @@ fn fields_lie_where_linux_reads_them() {
     for (offset, size, value) in expected {
         assert_eq!(number(&space, offset, size), value, "offset {offset}");
     }
-    assert_eq!(
-        CONFIG_BYTES,
-        offset_of!(virtio_blk_config, max_secure_erase_sectors)
-    );
+    assert_eq!(CONFIG_BYTES, offset_of!(virtio_blk_config, max_secure_erase_sectors));
 }
 
 /// T7 and T14: a read of any offset and size gives exactly those bytes.
@@ -71,11 +68,7 @@ fn a_read_honours_its_offset_and_size() {
         for size in 0..100u32 {
             let expected = &whole[offset as usize..(offset + size) as usize];
             assert_eq!(space.read(offset, size), expected);
-            assert_eq!(
-                space.read(0x100 + offset, size),
-                expected,
-                "as cloud-hypervisor counts"
-            );
+            assert_eq!(space.read(0x100 + offset, size), expected, "as cloud-hypervisor counts");
         }
     }
     assert_eq!(space.read(u32::MAX, 4), [0; 4]);
@@ -136,28 +129,9 @@ fn features_follow_the_geometry() {
     ];
     let cases = [
         (full.clone(), [true, true, true, false]),
-        (
-            Geometry {
-                read_only: true,
-                ..full.clone()
-            },
-            [false, false, true, true],
-        ),
-        (
-            Geometry {
-                can_discard: false,
-                ..full.clone()
-            },
-            [false, true, true, false],
-        ),
-        (
-            Geometry {
-                can_zero: false,
-                num_queues: 1,
-                ..full
-            },
-            [true, false, false, false],
-        ),
+        (Geometry { read_only: true, ..full.clone() }, [false, false, true, true]),
+        (Geometry { can_discard: false, ..full.clone() }, [false, true, true, false]),
+        (Geometry { can_zero: false, num_queues: 1, ..full }, [true, false, false, false]),
     ];
     for (geometry, [discard, zero, mq, read_only]) in cases {
         assert!(always.iter().all(|&bit| has(&geometry, bit)));
@@ -177,18 +151,10 @@ fn features_follow_the_geometry() {
 fn any_block_size_gives_a_valid_topology() {
     for block_bytes in [0, 1, 512, 4096, u32::MAX] {
         for physical_block_bytes in [0, 511, 512, 1536, 4096, 1 << 31, u32::MAX] {
-            let odd = Geometry {
-                block_bytes,
-                physical_block_bytes,
-                optimal_io_bytes: 0,
-                ..geometry()
-            };
+            let odd = Geometry { block_bytes, physical_block_bytes, optimal_io_bytes: 0, ..geometry() };
             let space = ConfigSpace::new(&odd, true);
             let exponent = number(&space, field::PHYSICAL_BLOCK_EXP, 1);
-            assert_eq!(
-                number(&space, field::MIN_IO_SIZE, 2),
-                (1u64 << exponent).min(0xffff)
-            );
+            assert_eq!(number(&space, field::MIN_IO_SIZE, 2), (1u64 << exponent).min(0xffff));
             assert_eq!(number(&space, field::OPT_IO_SIZE, 4), 0);
         }
     }

@@ -1,6 +1,4 @@
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_ZONE_REPORT,
-};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_ZONE_REPORT};
 use vm_memory::Bytes;
 
 use super::*;
@@ -31,13 +29,7 @@ type Piece = (u64, u32, u16);
 
 fn disk() -> Disk {
     let serial = serial("genblk-1");
-    Disk {
-        capacity_sectors: 1000,
-        read_only: false,
-        can_discard: true,
-        can_zero: true,
-        serial,
-    }
+    Disk { capacity_sectors: 1000, read_only: false, can_discard: true, can_zero: true, serial }
 }
 
 fn header(kind: u32, sector: u64) -> [u8; 16] {
@@ -53,47 +45,28 @@ fn is_out(kind: u32) -> bool {
 
 /// The request made of `buffers`, with a header for `kind` at [`HEADER`].
 fn request(mem: &GuestRam, kind: u32, sector: u64, buffers: &[Piece]) -> Result<Request, Malformed> {
-    mem.write_slice(&header(kind, sector), GuestAddress(HEADER))
-        .unwrap();
+    mem.write_slice(&header(kind, sector), GuestAddress(HEADER)).unwrap();
     put_chain(mem, TABLE, buffers);
     parse_at(mem, 0)
 }
 
 /// Parses into a used request, so that nothing of an earlier one can shine through.
 fn parse_at(mem: &GuestRam, head: u16) -> Result<Request, Malformed> {
-    let stale = GuestRange {
-        addr: GuestAddress(0xdead),
-        len: 77,
-    };
-    let mut parsed = Request {
-        kind: Kind::Read,
-        data: vec![stale; 3],
-        data_bytes: 231,
-        ..Request::default()
-    };
+    let stale = GuestRange { addr: GuestAddress(0xdead), len: 77 };
+    let mut parsed = Request { kind: Kind::Read, data: vec![stale; 3], data_bytes: 231, ..Request::default() };
     parse(mem, GuestAddress(TABLE), SIZE, head, &mut parsed).map(|()| parsed)
 }
 
 /// A plain request: header, data of `len` bytes, status.
 fn plain(mem: &GuestRam, kind: u32, sector: u64, len: u32) -> Request {
     let flag = if is_out(kind) { 0 } else { WRITE };
-    request(
-        mem,
-        kind,
-        sector,
-        &[(HEADER, 16, 0), (DATA, len, flag), (STATUS, 1, WRITE)],
-    )
-    .unwrap()
+    request(mem, kind, sector, &[(HEADER, 16, 0), (DATA, len, flag), (STATUS, 1, WRITE)]).unwrap()
 }
 
 /// The bytes of guest memory that the request's data names, one address each.
 fn addresses(request: &Request) -> Vec<u64> {
     assert!(request.data.iter().all(|r| r.len > 0));
-    request
-        .data
-        .iter()
-        .flat_map(|r| r.addr.0..r.addr.0 + u64::from(r.len))
-        .collect()
+    request.data.iter().flat_map(|r| r.addr.0..r.addr.0 + u64::from(r.len)).collect()
 }
 
 /// T20: header, data and status in every layout: the readable and the writable part each cut into up to three buffers
@@ -105,8 +78,7 @@ fn any_layout_gives_the_same_request() {
     // Readable and writable bytes are contiguous each, so a request's bytes can be told by their addresses.
     let (readable, writable, sector) = (HEADER, DATA, 0x0123_4567_89ab_cdef);
     for kind in ALL {
-        mem.write_slice(&header(kind, sector), GuestAddress(readable))
-            .unwrap();
+        mem.write_slice(&header(kind, sector), GuestAddress(readable)).unwrap();
         for (read_len, write_len) in [(16, 1), (16, 4), (19, 1), (19, 4)] {
             let expected: Vec<u64> = match Kind::from_wire(kind) {
                 k if k.has_readable_data() => (readable + 16..readable + read_len).collect(),
@@ -137,10 +109,7 @@ fn cuts(len: u64) -> Vec<[u64; 2]> {
 }
 
 fn pairs(first: &[[u64; 2]], second: &[[u64; 2]]) -> Vec<([u64; 2], [u64; 2])> {
-    first
-        .iter()
-        .flat_map(|&a| second.iter().map(move |&b| (a, b)))
-        .collect()
+    first.iter().flat_map(|&a| second.iter().map(move |&b| (a, b))).collect()
 }
 
 fn pieces(base: u64, cuts: [u64; 2], len: u64, flag: u16) -> Vec<Piece> {
@@ -158,12 +127,7 @@ fn put_layout(mem: &GuestRam, buffers: &[Piece], plain: usize) {
         put(mem, TABLE, index, (addr, len, flags | NEXT, index + 1));
     }
     let table_bytes = u32::try_from(rest.len() * 16).unwrap();
-    put(
-        mem,
-        TABLE,
-        u16::try_from(plain).unwrap(),
-        (HIGH, table_bytes, INDIRECT, 0),
-    );
+    put(mem, TABLE, u16::try_from(plain).unwrap(), (HIGH, table_bytes, INDIRECT, 0));
     put_chain(mem, HIGH, rest);
 }
 
@@ -171,9 +135,7 @@ fn put_layout(mem: &GuestRam, buffers: &[Piece], plain: usize) {
 #[test]
 fn a_wrong_request_with_a_status_byte_can_be_answered() {
     let mem = ram();
-    let answerable = Err(Malformed::WithStatus {
-        status: GuestAddress(STATUS),
-    });
+    let answerable = Err(Malformed::WithStatus { status: GuestAddress(STATUS) });
     let status = (STATUS, 1, WRITE);
     let cases: [&[Piece]; 10] = [
         &[status],
@@ -189,16 +151,8 @@ fn a_wrong_request_with_a_status_byte_can_be_answered() {
         &[(HEADER, 16, 0), (DATA, 4, WRITE), (DATA, 4, 0), status],
     ];
     for buffers in cases {
-        assert_eq!(
-            request(&mem, VIRTIO_BLK_T_IN, 0, buffers),
-            answerable,
-            "{buffers:x?}"
-        );
-        assert_eq!(
-            request(&mem, VIRTIO_BLK_T_OUT, 0, buffers),
-            answerable,
-            "{buffers:x?}"
-        );
+        assert_eq!(request(&mem, VIRTIO_BLK_T_IN, 0, buffers), answerable, "{buffers:x?}");
+        assert_eq!(request(&mem, VIRTIO_BLK_T_OUT, 0, buffers), answerable, "{buffers:x?}");
     }
 }
 
@@ -216,20 +170,12 @@ fn a_chain_without_a_usable_status_byte_breaks_the_ring() {
         &[head, (u64::MAX, 2, WRITE)],
     ];
     for buffers in cases {
-        assert_eq!(
-            request(&mem, VIRTIO_BLK_T_IN, 0, buffers),
-            Err(Malformed::NoStatus),
-            "{buffers:x?}"
-        );
+        assert_eq!(request(&mem, VIRTIO_BLK_T_IN, 0, buffers), Err(Malformed::NoStatus), "{buffers:x?}");
     }
     put(&mem, TABLE, 0, (HEADER, 16, NEXT, 1));
     put(&mem, TABLE, 1, (STATUS, 1, WRITE | NEXT, 0));
     assert_eq!(parse_at(&mem, 0), Err(Malformed::NoStatus), "a loop");
-    assert_eq!(
-        parse_at(&mem, SIZE),
-        Err(Malformed::NoStatus),
-        "a head outside the table"
-    );
+    assert_eq!(parse_at(&mem, SIZE), Err(Malformed::NoStatus), "a head outside the table");
 }
 
 #[test]
@@ -237,24 +183,11 @@ fn a_chain_longer_than_the_protocol_allows_is_answered_with_an_error() {
     let mem = ram();
     let status = (STATUS, 1, WRITE);
     let longest = request(&mem, 0, 0, &[(HEADER, 16, 0), (0, u32::MAX - 17, WRITE), status]).unwrap();
-    assert_eq!(
-        (longest.data_bytes, longest.used_len(true)),
-        (u64::from(u32::MAX) - 17, u32::MAX - 16)
-    );
+    assert_eq!((longest.data_bytes, longest.used_len(true)), (u64::from(u32::MAX) - 17, u32::MAX - 16));
     assert_eq!(longest.check(&disk()), Err(STATUS_IOERR));
-    let answerable = Err(Malformed::WithStatus {
-        status: GuestAddress(STATUS),
-    });
-    assert_eq!(
-        request(&mem, 0, 0, &[(HEADER, 16, 0), (0, u32::MAX - 16, WRITE), status]),
-        answerable
-    );
-    let many = [
-        [(HEADER, 16, 0)].as_slice(),
-        &[(0, u32::MAX, WRITE); 40],
-        &[status],
-    ]
-    .concat();
+    let answerable = Err(Malformed::WithStatus { status: GuestAddress(STATUS) });
+    assert_eq!(request(&mem, 0, 0, &[(HEADER, 16, 0), (0, u32::MAX - 16, WRITE), status]), answerable);
+    let many = [[(HEADER, 16, 0)].as_slice(), &[(0, u32::MAX, WRITE); 40], &[status]].concat();
     assert_eq!(request(&mem, 0, 0, &many), answerable);
 }
 
@@ -282,59 +215,36 @@ fn reads_and_writes_are_held_to_the_disk() {
     for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
         for (sector, len, fine) in cases {
             let expected = if fine { Ok(()) } else { Err(STATUS_IOERR) };
-            assert_eq!(
-                plain(&mem, kind, sector, len).check(&disk()),
-                expected,
-                "{kind} {sector} {len}"
-            );
+            assert_eq!(plain(&mem, kind, sector, len).check(&disk()), expected, "{kind} {sector} {len}");
         }
     }
-    assert_eq!(
-        plain(&mem, VIRTIO_BLK_T_IN, 8, 4096).span(),
-        SectorSpan::new(8, 8)
-    );
+    assert_eq!(plain(&mem, VIRTIO_BLK_T_IN, 8, 4096).span(), SectorSpan::new(8, 8));
 }
 
 /// T4: a read-only disk refuses everything that changes it, and nothing else.
 #[test]
 fn a_read_only_disk_refuses_every_mutating_kind() {
     let mem = ram();
-    let read_only = Disk {
-        read_only: true,
-        ..disk()
-    };
+    let read_only = Disk { read_only: true, ..disk() };
     for kind in ALL {
         let expected = if is_out(kind) { Err(STATUS_IOERR) } else { Ok(()) };
         assert_eq!(plain(&mem, kind, 0, 512).check(&read_only), expected, "{kind}");
         assert_eq!(plain(&mem, kind, 0, 512).check(&disk()), Ok(()), "{kind}");
     }
-    assert_eq!(
-        plain(&mem, VIRTIO_BLK_T_OUT, 0, 0).check(&read_only),
-        Err(STATUS_IOERR)
-    );
+    assert_eq!(plain(&mem, VIRTIO_BLK_T_OUT, 0, 0).check(&read_only), Err(STATUS_IOERR));
 }
 
 #[test]
 fn what_the_disk_does_not_offer_is_unsupported() {
     let mem = ram();
-    let kinds = [
-        VIRTIO_BLK_T_SCSI_CMD,
-        VIRTIO_BLK_T_SECURE_ERASE,
-        VIRTIO_BLK_T_ZONE_REPORT,
-        5,
-        u32::MAX,
-    ];
+    let kinds = [VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_ZONE_REPORT, 5, u32::MAX];
     for kind in kinds {
         let parsed = plain(&mem, kind, 0, 512);
         assert_eq!((parsed.kind, parsed.data.len()), (Kind::Unknown(kind), 0));
         assert_eq!(parsed.check(&disk()), Err(STATUS_UNSUPP));
         assert_eq!(parsed.used_len(false), 1);
     }
-    let plain_disk = Disk {
-        can_discard: false,
-        can_zero: false,
-        ..disk()
-    };
+    let plain_disk = Disk { can_discard: false, can_zero: false, ..disk() };
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         assert_eq!(plain(&mem, kind, 0, 16).check(&plain_disk), Err(STATUS_UNSUPP));
     }
@@ -344,19 +254,10 @@ fn what_the_disk_does_not_offer_is_unsupported() {
 #[test]
 fn a_flush_is_fine_with_and_without_data() {
     let mem = ram();
-    let bare = request(
-        &mem,
-        VIRTIO_BLK_T_FLUSH,
-        u64::MAX,
-        &[(HEADER, 16, 0), (STATUS, 1, WRITE)],
-    )
-    .unwrap();
+    let bare = request(&mem, VIRTIO_BLK_T_FLUSH, u64::MAX, &[(HEADER, 16, 0), (STATUS, 1, WRITE)]).unwrap();
     for parsed in [bare, plain(&mem, VIRTIO_BLK_T_FLUSH, u64::MAX, 4096)] {
         assert_eq!(parsed.check(&disk()), Ok(()));
-        assert_eq!(
-            (parsed.data.len(), parsed.data_bytes, parsed.used_len(true)),
-            (0, 0, 1)
-        );
+        assert_eq!((parsed.data.len(), parsed.data_bytes, parsed.used_len(true)), (0, 0, 1));
     }
 }
 
@@ -365,10 +266,7 @@ fn a_flush_is_fine_with_and_without_data() {
 fn the_serial_is_written_whole_padded_and_never_past_its_room() {
     let mem = ram();
     assert_eq!(&serial("genblk-1"), b"genblk-1\0\0\0\0\0\0\0\0\0\0\0\0");
-    assert_eq!(
-        &serial("a serial of more than twenty bytes"),
-        b"a serial of more tha"
-    );
+    assert_eq!(&serial("a serial of more than twenty bytes"), b"a serial of more tha");
     for room in [0u32, 1, 7, 19, 20, 21, 512] {
         mem.write_slice(&[0xee; 600], GuestAddress(DATA)).unwrap();
         let parsed = plain(&mem, VIRTIO_BLK_T_GET_ID, 0, room);
@@ -418,35 +316,11 @@ fn garbage_is_never_a_panic() {
     for seed in 0..100_000 {
         let mut random = Random::new(seed);
         for index in 0..6 {
-            let places = [
-                HEADER,
-                DATA,
-                STATUS,
-                HIGH,
-                TABLE,
-                HOLE - 3,
-                SEAM - 5,
-                END - 2,
-                u64::MAX - 9,
-            ];
+            let places = [HEADER, DATA, STATUS, HIGH, TABLE, HOLE - 3, SEAM - 5, END - 2, u64::MAX - 9];
             let addr = random.pick(&places);
             let len = random.pick(&[0, 1, 8, 16, 16, 17, 32, 48, 512, 4096, u32::MAX]);
-            let flags = random.pick(&[
-                0,
-                NEXT,
-                NEXT,
-                NEXT | WRITE,
-                NEXT | WRITE,
-                WRITE,
-                INDIRECT,
-                u16::MAX,
-            ]);
-            put(
-                &mem,
-                TABLE,
-                index,
-                (addr, len, flags, u16::try_from(random.below(7)).unwrap()),
-            );
+            let flags = random.pick(&[0, NEXT, NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, INDIRECT, u16::MAX]);
+            put(&mem, TABLE, index, (addr, len, flags, u16::try_from(random.below(7)).unwrap()));
         }
         if seed % 2 == 0 {
             // Every other chain starts like a request.
@@ -454,17 +328,11 @@ fn garbage_is_never_a_panic() {
             put(&mem, TABLE, 5, (STATUS, 1, WRITE, 0));
         }
         for word in 0..8 {
-            mem.write_obj(random.next() << 16 | random.next(), GuestAddress(HIGH + word * 8))
-                .unwrap();
+            mem.write_obj(random.next() << 16 | random.next(), GuestAddress(HIGH + word * 8)).unwrap();
         }
         let kind = random.pick(&[0, 1, 4, 8, 11, 13, 99]);
-        mem.write_slice(&header(kind, random.below(1100)), GuestAddress(HEADER))
-            .unwrap();
-        let head = if seed % 2 == 0 {
-            0
-        } else {
-            u16::try_from(random.below(7)).unwrap()
-        };
+        mem.write_slice(&header(kind, random.below(1100)), GuestAddress(HEADER)).unwrap();
+        let head = if seed % 2 == 0 { 0 } else { u16::try_from(random.below(7)).unwrap() };
         match parse(&mem, GuestAddress(TABLE), 6, head, &mut parsed) {
             Err(Malformed::NoStatus) => continue,
             Err(Malformed::WithStatus { status }) => {
@@ -474,10 +342,7 @@ fn garbage_is_never_a_panic() {
             }
             Ok(()) => parsed_count += 1,
         }
-        assert_eq!(
-            parsed.data_bytes,
-            parsed.data.iter().map(|r| u64::from(r.len)).sum::<u64>()
-        );
+        assert_eq!(parsed.data_bytes, parsed.data.iter().map(|r| u64::from(r.len)).sum::<u64>());
         assert!(parsed.data.iter().all(|r| r.len > 0) && parsed.data_bytes < u64::from(u32::MAX));
         if parsed.check(&disk()).is_ok() {
             accepted += 1;
@@ -490,8 +355,5 @@ fn garbage_is_never_a_panic() {
         assert_eq!(write_status(&mem, parsed.status, STATUS_OK), Ok(()));
     }
     let enough = parsed_count > 3_000 && answerable > 3_000 && accepted > 1_000;
-    assert!(
-        enough,
-        "{parsed_count} parsed, {answerable} answerable, {accepted} accepted"
-    );
+    assert!(enough, "{parsed_count} parsed, {answerable} answerable, {accepted} accepted");
 }

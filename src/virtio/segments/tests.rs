@@ -2,10 +2,7 @@ use super::*;
 use crate::virtio::testing::{END, HIGH, HOLE, Random, SEAM, ram};
 
 fn range(addr: u64, len: u32) -> GuestRange {
-    GuestRange {
-        addr: GuestAddress(addr),
-        len,
-    }
+    GuestRange { addr: GuestAddress(addr), len }
 }
 
 /// Copies to and from disjoint ranges in shuffled memory order agree with one flat array, at any offset and length, with
@@ -35,11 +32,7 @@ fn copies_agree_with_a_flat_model() {
             let cursor = if step % 2 == 0 { &mut kept } else { &mut other };
             match random.below(4) {
                 0 => {
-                    let bytes: Vec<u8> = (0..=u8::MAX)
-                        .cycle()
-                        .map(|n| n.wrapping_mul(31) ^ step)
-                        .take(len)
-                        .collect();
+                    let bytes: Vec<u8> = (0..=u8::MAX).cycle().map(|n| n.wrapping_mul(31) ^ step).take(len).collect();
                     cursor.write(offset as u64, &bytes).unwrap();
                     model[offset..offset + len].copy_from_slice(&bytes);
                 }
@@ -68,9 +61,7 @@ fn a_copy_touches_no_byte_beside_its_ranges() {
     let mem = ram();
     mem.write_slice(&[0xaa; 64], GuestAddress(0x100)).unwrap();
     let ranges = [range(0x110, 3), range(0x120, 5)];
-    GuestCursor::new(&mem, &ranges)
-        .write(1, &[1, 2, 3, 4, 5, 6])
-        .unwrap();
+    GuestCursor::new(&mem, &ranges).write(1, &[1, 2, 3, 4, 5, 6]).unwrap();
     let mut seen = [0; 64];
     mem.read_slice(&mut seen, GuestAddress(0x100)).unwrap();
     let mut expected = [0xaa; 64];
@@ -87,13 +78,7 @@ fn sequential_copies_go_on_where_the_last_one_ended() {
     for (chunk, offset) in (0..1000).step_by(25).enumerate() {
         cursor.write(offset, &[7; 25]).unwrap();
         let end = (chunk + 1) * 25;
-        assert_eq!(
-            cursor.position(),
-            Position {
-                index: end / 10,
-                start: (end / 10 * 10) as u64
-            }
-        );
+        assert_eq!(cursor.position(), Position { index: end / 10, start: (end / 10 * 10) as u64 });
     }
 }
 
@@ -101,14 +86,7 @@ fn sequential_copies_go_on_where_the_last_one_ended() {
 fn an_address_outside_guest_memory_is_an_error() {
     let mem = ram();
     let mut byte = [0; 16];
-    for (addr, len) in [
-        (HOLE, 16),
-        (HOLE - 8, 16),
-        (HIGH - 8, 16),
-        (END - 15, 16),
-        (END, 16),
-        (u64::MAX - 3, 16),
-    ] {
+    for (addr, len) in [(HOLE, 16), (HOLE - 8, 16), (HIGH - 8, 16), (END - 15, 16), (END, 16), (u64::MAX - 3, 16)] {
         let ranges = [range(0, 4), range(addr, len)];
         let mut cursor = GuestCursor::new(&mem, &ranges);
         assert_eq!(cursor.read(4, &mut byte), Err(BadAddress), "{addr:#x}");
@@ -132,10 +110,7 @@ fn a_stretch_past_the_data_is_an_error_and_an_empty_one_is_not() {
     assert_eq!(cursor.fill_zeros(16, 0), Ok(()));
     assert_eq!(cursor.fill_zeros(0, 16), Ok(()));
     assert_eq!(GuestCursor::new(&mem, &[]).fill_zeros(0, 1), Err(BadAddress));
-    assert_eq!(
-        GuestCursor::new(&mem, &[range(0, u32::MAX)]).fill_zeros(0xffff_fff0, 16),
-        Err(BadAddress)
-    );
+    assert_eq!(GuestCursor::new(&mem, &[range(0, u32::MAX)]).fill_zeros(0xffff_fff0, 16), Err(BadAddress));
 }
 
 /// A position of another request neither panics nor reaches memory outside the ranges.

@@ -3,21 +3,13 @@
 use super::*;
 
 fn raw_segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
-    [
-        sector.to_le_bytes().as_slice(),
-        &count.to_le_bytes(),
-        &flags.to_le_bytes(),
-    ]
-    .concat()
+    [sector.to_le_bytes().as_slice(), &count.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 
 /// What [`Request::range_segments`] makes of these segments, laid out in pieces of `cut` bytes across a seam of regions.
 fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<RangeSegment>, u8> {
     let mem = ram();
-    let bytes: Vec<u8> = raw
-        .iter()
-        .flat_map(|&(sector, count, flags)| raw_segment(sector, count, flags))
-        .collect();
+    let bytes: Vec<u8> = raw.iter().flat_map(|&(sector, count, flags)| raw_segment(sector, count, flags)).collect();
     let mut buffers = vec![(HEADER, 16, 0)];
     for (addr, piece) in (SEAM - 24..).step_by(cut).zip(bytes.chunks(cut)) {
         mem.write_slice(piece, GuestAddress(addr)).unwrap();
@@ -25,15 +17,9 @@ fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<Ran
     }
     buffers.push((STATUS, 1, WRITE));
     let parsed = request(&mem, kind, 0, &buffers).unwrap();
-    let big = Disk {
-        capacity_sectors: 1 << 20,
-        ..disk()
-    };
+    let big = Disk { capacity_sectors: 1 << 20, ..disk() };
     parsed.check(&big)?;
-    let stale = RangeSegment {
-        span: SectorSpan::new(9, 9),
-        unmap: true,
-    };
+    let stale = RangeSegment { span: SectorSpan::new(9, 9), unmap: true };
     let mut segments = vec![stale];
     let result = parsed.range_segments(&mem, &big, &mut segments);
     assert!(result.is_ok() || segments.is_empty());
@@ -42,27 +28,18 @@ fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<Ran
 
 #[test]
 fn discard_and_write_zeroes_segments_are_gathered_whatever_the_cuts() {
-    let raw: Vec<_> = (0..32u32)
-        .map(|n| (u64::from(n) * 5000, n % 3 * 100, 0))
-        .collect();
+    let raw: Vec<_> = (0..32u32).map(|n| (u64::from(n) * 5000, n % 3 * 100, 0)).collect();
     let expected: Vec<_> = raw
         .iter()
         .filter(|&&(_, count, _)| count > 0)
-        .map(|&(start, count, _)| RangeSegment {
-            span: SectorSpan::new(start, u64::from(count)),
-            unmap: false,
-        })
+        .map(|&(start, count, _)| RangeSegment { span: SectorSpan::new(start, u64::from(count)), unmap: false })
         .collect();
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         for cut in [9, 16, 17, 24, 100, 512] {
             assert_eq!(segments_of(kind, &raw, cut).as_ref(), Ok(&expected), "cut {cut}");
         }
         for cut in 1..=16 {
-            assert_eq!(
-                segments_of(kind, &raw[1..2], cut).as_deref(),
-                Ok(&expected[..1]),
-                "cut {cut}"
-            );
+            assert_eq!(segments_of(kind, &raw[1..2], cut).as_deref(), Ok(&expected[..1]), "cut {cut}");
         }
     }
 }
@@ -70,27 +47,14 @@ fn discard_and_write_zeroes_segments_are_gathered_whatever_the_cuts() {
 #[test]
 fn unknown_flags_are_unsupported_before_anything_else_is_wrong() {
     let (discard, zero) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
-    let unmapped = RangeSegment {
-        span: SectorSpan::new(1, 2),
-        unmap: true,
-    };
+    let unmapped = RangeSegment { span: SectorSpan::new(1, 2), unmap: true };
     assert_eq!(segments_of(zero, &[(1, 2, 1)], 16), Ok(vec![unmapped]));
     assert_eq!(segments_of(discard, &[(1, 2, 1)], 16), Err(STATUS_UNSUPP));
     for flags in [2, 3, 1 << 31, u32::MAX] {
         for kind in [discard, zero] {
-            assert_eq!(
-                segments_of(kind, &[(1, 2, flags)], 16),
-                Err(STATUS_UNSUPP),
-                "{flags}"
-            );
-            assert_eq!(
-                segments_of(kind, &[(u64::MAX, 2, 0), (1, 2, flags)], 16),
-                Err(STATUS_UNSUPP)
-            );
-            assert_eq!(
-                segments_of(kind, &[(1, 2, 0), (1, 0, flags)], 16),
-                Err(STATUS_UNSUPP)
-            );
+            assert_eq!(segments_of(kind, &[(1, 2, flags)], 16), Err(STATUS_UNSUPP), "{flags}");
+            assert_eq!(segments_of(kind, &[(u64::MAX, 2, 0), (1, 2, flags)], 16), Err(STATUS_UNSUPP));
+            assert_eq!(segments_of(kind, &[(1, 2, 0), (1, 0, flags)], 16), Err(STATUS_UNSUPP));
         }
     }
 }
@@ -98,48 +62,22 @@ fn unknown_flags_are_unsupported_before_anything_else_is_wrong() {
 #[test]
 fn segments_outside_the_disk_or_the_limits_are_errors() {
     let end = 1u64 << 20;
-    let bad = [
-        (end, 1),
-        (end - 1, 2),
-        (u64::MAX, 1),
-        (u64::MAX, u32::MAX),
-        (end + 1, 0),
-        (0, 32769),
-        (0, u32::MAX),
-    ];
+    let bad = [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX, u32::MAX), (end + 1, 0), (0, 32769), (0, u32::MAX)];
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         for (sector, count) in bad {
-            assert_eq!(
-                segments_of(kind, &[(sector, count, 0)], 16),
-                Err(STATUS_IOERR),
-                "{sector} {count}"
-            );
-            assert_eq!(
-                segments_of(kind, &[(0, 1, 0), (sector, count, 0)], 16),
-                Err(STATUS_IOERR)
-            );
+            assert_eq!(segments_of(kind, &[(sector, count, 0)], 16), Err(STATUS_IOERR), "{sector} {count}");
+            assert_eq!(segments_of(kind, &[(0, 1, 0), (sector, count, 0)], 16), Err(STATUS_IOERR));
         }
-        assert_eq!(
-            segments_of(kind, &[(0, 32768, 0), (end, 0, 0)], 16)
-                .unwrap()
-                .len(),
-            1
-        );
+        assert_eq!(segments_of(kind, &[(0, 32768, 0), (end, 0, 0)], 16).unwrap().len(), 1);
         assert_eq!(segments_of(kind, &[(0, 1, 0); 32], 512).unwrap().len(), 32);
         assert_eq!(segments_of(kind, &[(0, 1, 0); 33], 528), Err(STATUS_IOERR));
         assert_eq!(segments_of(kind, &[], 16), Err(STATUS_IOERR));
     }
     let mem = ram();
     for len in [15, 17, 31, 40_000] {
-        assert_eq!(
-            plain(&mem, VIRTIO_BLK_T_DISCARD, 0, len).check(&disk()),
-            Err(STATUS_IOERR)
-        );
+        assert_eq!(plain(&mem, VIRTIO_BLK_T_DISCARD, 0, len).check(&disk()), Err(STATUS_IOERR));
     }
     let unmapped = [(HEADER, 16, 0), (HOLE, 16, 0), (STATUS, 1, WRITE)];
     let parsed = request(&mem, VIRTIO_BLK_T_DISCARD, 0, &unmapped).unwrap();
-    assert_eq!(
-        parsed.range_segments(&mem, &disk(), &mut vec![]),
-        Err(STATUS_IOERR)
-    );
+    assert_eq!(parsed.range_segments(&mem, &disk(), &mut vec![]), Err(STATUS_IOERR));
 }

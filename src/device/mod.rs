@@ -1,0 +1,68 @@
+//! \[3\] A virtio-blk device: where a request meets the cache.
+//!
+//! Read `worker.rs` first: its [`worker`] loop is the life of every request. `ring.rs` takes requests from the guest's
+//! rings and gives them back, `pending.rs` keeps them meanwhile, `admit.rs` brings them before the cache, `copy.rs` moves
+//! their bytes, `complete.rs` answers them. `control.rs` is how the control plane speaks to a worker.
+
+mod admit;
+mod complete;
+pub mod control;
+mod copy;
+mod pending;
+mod ring;
+mod worker;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::virtio::config_space::{ConfigSpace, Geometry, initial_writeback};
+use crate::virtio::request::Disk;
+
+pub use control::{Command, Control, RingSetup};
+pub use worker::spawn;
+
+/// What all of a device's workers and its control plane share.
+#[derive(Debug)]
+pub struct Device {
+    /// Names the device in the log.
+    pub name: String,
+    /// What requests are checked against.
+    pub disk: Disk,
+    /// What the guest is told of the disk.
+    pub geometry: Geometry,
+    /// Whether writes may stay volatile until a FLUSH, as configured.
+    pub writeback_configured: bool,
+    /// The same, as the guest has it now (CONFIG_WCE).
+    writeback: AtomicBool,
+    /// How long a worker looks for more work before it sleeps.
+    pub poll_us: u32,
+}
+
+impl Device {
+    /// A device that no guest has configured yet.
+    pub fn new(name: String, disk: Disk, geometry: Geometry, writeback: bool, poll_us: u32) -> Arc<Self> {
+        let configured = writeback;
+        let writeback = AtomicBool::new(writeback);
+        Arc::new(Self { name, disk, geometry, writeback_configured: configured, writeback, poll_us })
+    }
+
+    /// Whether a write completes before it is stable.
+    pub fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Acquire)
+    }
+
+    /// The guest chose the cache mode (CONFIG_WCE).
+    pub fn set_writeback(&self, writeback: bool) {
+        self.writeback.store(writeback, Ordering::Release);
+    }
+
+    /// The guest chose its features: the cache mode starts anew.
+    pub fn start_with_features(&self, features: u64) {
+        self.set_writeback(initial_writeback(features, self.writeback_configured));
+    }
+
+    /// The configuration space as it is now.
+    pub fn config_space(&self) -> ConfigSpace {
+        ConfigSpace::new(&self.geometry, self.writeback())
+    }
+}

@@ -1,0 +1,339 @@
+//! The thread that runs a device's rings. One round of [`Worker::turn`] is the life of every request:
+//!
+//! 1. obey the control plane; collect what the store has finished and what the cache has to say
+//! 2. take new requests from the rings
+//! 3. under the cache's lock: hand in the store's events, admit the requests, start what is due
+//! 4. without it: copy the bytes of what is ready
+//! 5. under it again: give the pieces back
+//! 6. answer what is finished, and call the guest once for each ring
+//!
+//! The thread lives as long as the device, so write-back goes on while no front-end is there. It looks for more work for
+//! up to `poll_us` after the last, then asks the guest for kicks, looks again, and sleeps in epoll.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use log::error;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::cache::{Piece, Ticket};
+use crate::error::{Error, ErrorKind, Result};
+use crate::object::{Object, Port};
+use crate::units::{Fault, Tick};
+use crate::virtio::GuestRam;
+
+use super::control::{Command, Control, RingPosition};
+use super::copy::Copied;
+use super::pending::{PendingTable, Slot};
+use super::ring::Ring;
+use super::{Device, RingSetup};
+
+/// Rings that a device can have (vhost-user-backend knows no more than 64).
+const RINGS_MAX: usize = 64;
+/// Epoll tokens beyond those of the rings.
+const BELL: u64 = 1000;
+const STORE: u64 = 1001;
+
+/// Starts a worker thread for a device.
+///
+/// # Errors
+/// [`ErrorKind::System`] when the host refuses a descriptor, a ring or the thread.
+pub fn spawn(device: &Arc<Device>, object: &Arc<Object>) -> Result<(Control, JoinHandle<()>)> {
+    let system = |e| Error::io(ErrorKind::System, "cannot start a worker thread", e);
+    let port = object.port()?;
+    let (control, commands) = Control::new(Arc::clone(port.bell()));
+    let epoll = Epoll::new().map_err(system)?;
+    watch(&epoll, port.bell().as_raw_fd(), BELL).map_err(system)?;
+    watch(&epoll, port.store_fd(), STORE).map_err(system)?;
+    let worker = Worker {
+        traffic: Traffic::new(Arc::clone(device), port.ticket(0)),
+        device: Arc::clone(device),
+        port,
+        commands,
+        epoll,
+        rings: (0..RINGS_MAX).map(|_| None).collect(),
+        stopping: Vec::new(),
+        new_memory: None,
+        deadline: None,
+        exits: false,
+    };
+    let name = format!("genblk {}", device.name);
+    let thread = std::thread::Builder::new().name(name).spawn(move || worker.run()).map_err(system)?;
+    Ok((control, thread))
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, token: u64) -> io::Result<()> {
+    epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
+}
+
+/// The requests of a worker and where they stand; `admit.rs`, `copy.rs` and `complete.rs` move them along.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    pub device: Arc<Device>,
+    pub pending: PendingTable,
+    /// Heads just taken from a ring.
+    pub heads: Vec<u16>,
+    /// Requests to be put to the cache; and whether they were told to resume.
+    pub arrivals: Vec<(Slot, bool)>,
+    /// Pieces of one request, on their way to `copies`.
+    pub pieces: Vec<Piece>,
+    /// Pieces to be copied.
+    pub copies: Vec<(Slot, Piece)>,
+    /// Pieces to be given back to the cache.
+    pub copied: Vec<Copied>,
+    /// Requests to be answered.
+    pub finished: Vec<Slot>,
+    /// Answers that wait for their time, because the cache is filling up.
+    pub held_back: BinaryHeap<Reverse<(Tick, Slot)>>,
+    /// The cache has something to start before the worker sleeps.
+    pub pump_is_due: bool,
+    /// The control plane's flushes.
+    drains: Vec<(Ticket, Sender<std::result::Result<(), Fault>>)>,
+    next_drain: u64,
+    base: Ticket,
+}
+
+/// Tickets of the control plane's flushes have this bit of the worker's own part set.
+const DRAIN: u64 = 1 << 47;
+
+impl Traffic {
+    fn new(device: Arc<Device>, base: Ticket) -> Self {
+        Self {
+            device,
+            pending: PendingTable::new(base),
+            heads: Vec::new(),
+            arrivals: Vec::new(),
+            pieces: Vec::new(),
+            copies: Vec::new(),
+            copied: Vec::new(),
+            finished: Vec::new(),
+            held_back: BinaryHeap::new(),
+            pump_is_due: false,
+            drains: Vec::new(),
+            next_drain: 0,
+            base,
+        }
+    }
+
+    /// A ticket for a flush of the control plane's.
+    fn drain_ticket(&mut self, answer: Sender<std::result::Result<(), Fault>>) -> Ticket {
+        let ticket = Ticket(self.base.0 | DRAIN | self.next_drain);
+        self.next_drain = (self.next_drain + 1) % DRAIN;
+        self.drains.push((ticket, answer));
+        ticket
+    }
+
+    /// Where the control plane's flush with this ticket stands in the list.
+    pub fn drain_of(&self, ticket: Ticket) -> Option<usize> {
+        self.drains.iter().position(|(other, _)| *other == ticket)
+    }
+
+    /// A flush of the control plane's has ended.
+    pub fn drained(&mut self, ticket: Ticket, result: std::result::Result<(), Fault>) {
+        let at = self.drain_of(ticket).expect("the caller has looked");
+        let (_, answer) = self.drains.swap_remove(at);
+        // Who asked may have gone away.
+        let _ = answer.send(result);
+    }
+}
+
+#[derive(Debug)]
+struct Worker {
+    device: Arc<Device>,
+    port: Port,
+    commands: Receiver<Command>,
+    epoll: Epoll,
+    /// The rings that run, by number.
+    rings: Vec<Option<Ring>>,
+    /// Rings that take no more requests, and who waits for their last answer.
+    stopping: Vec<(u16, Sender<Option<RingPosition>>)>,
+    /// Guest memory that comes into use when every ring has answered what it took.
+    new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
+    traffic: Traffic,
+    /// When the cache wants to be pumped although nothing happens.
+    deadline: Option<Tick>,
+    exits: bool,
+}
+
+impl Worker {
+    fn run(mut self) {
+        while !self.exits {
+            if self.turn() || self.poll() {
+                continue;
+            }
+            let mut came_meanwhile = false;
+            for ring in self.rings.iter_mut().flatten() {
+                came_meanwhile |= ring.want_kicks();
+            }
+            if !came_meanwhile {
+                self.sleep();
+            }
+            for ring in self.rings.iter_mut().flatten() {
+                ring.quiet_kicks();
+            }
+        }
+    }
+
+    /// Looks for more work for a while: most often the next request is not far. True: there was some.
+    fn poll(&mut self) -> bool {
+        let idle_rings = self.rings.iter().all(Option::is_none);
+        if self.device.poll_us == 0 || idle_rings {
+            return false;
+        }
+        let until = Instant::now() + Duration::from_micros(u64::from(self.device.poll_us));
+        while Instant::now() < until {
+            if self.turn() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        false
+    }
+
+    /// Sleeps until a kick, a store event, the bell, or the next deadline.
+    fn sleep(&mut self) {
+        let next = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
+        let timeout_ms = next.map_or(-1, |due| {
+            let us = due.since_us(self.port.object().now());
+            i32::try_from(us.div_ceil(1000)).unwrap_or(i32::MAX)
+        });
+        let mut events = [EpollEvent::default(); 16];
+        let count = match self.epoll.wait(timeout_ms, &mut events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            Err(e) => unreachable!("epoll on our own descriptors: {e}"),
+        };
+        for event in &events[..count] {
+            match event.data() {
+                BELL => {
+                    // Finding nothing is normal: another wake-up has taken it.
+                    let _ = self.port.bell().read();
+                }
+                STORE => {}
+                ring => {
+                    if let Some(Some(ring)) = self.rings.get_mut(usize::try_from(ring).unwrap_or(usize::MAX)) {
+                        ring.take_kick();
+                    }
+                }
+            }
+        }
+    }
+
+    /// One turn; see the module. False: there was nothing to do.
+    fn turn(&mut self) -> bool {
+        let obeyed = self.obey();
+        let collected = self.port.collect();
+        let taken = self.take_requests();
+        let now = self.port.object().now();
+        let due = |tick: Option<Tick>| tick.is_some_and(|tick| tick <= now);
+        let pump = std::mem::take(&mut self.traffic.pump_is_due);
+        if !(obeyed || collected || taken || pump || due(self.deadline) || due(self.traffic.next_answer())) {
+            return false;
+        }
+        let Self { port, traffic, rings, .. } = self;
+        {
+            let (mut cache, notices) = port.enter(now);
+            for notice in notices.drain(..) {
+                traffic.hear(&mut cache, notice);
+            }
+            traffic.admit_all(&mut cache);
+        }
+        self.deadline = port.leave(now);
+        if !traffic.copies.is_empty() {
+            traffic.copy_all(port, rings);
+            let (mut cache, _) = port.enter(now);
+            traffic.give_back_all(&mut cache);
+        }
+        traffic.answer_all(rings, now);
+        self.settle_control();
+        true
+    }
+
+    fn take_requests(&mut self) -> bool {
+        if self.new_memory.is_some() {
+            return false;
+        }
+        let mut taken = false;
+        for (index, ring) in (0..).zip(&mut self.rings) {
+            if let Some(ring) = ring
+                && ring.has_more()
+                && !self.stopping.iter().any(|(stopping, _)| *stopping == index)
+            {
+                taken |= self.traffic.take_from(index, ring);
+            }
+        }
+        taken
+    }
+
+    /// Does what the control plane asks.
+    fn obey(&mut self) -> bool {
+        let mut obeyed = false;
+        while let Ok(command) = self.commands.try_recv() {
+            obeyed = true;
+            match command {
+                Command::Start(index, setup, answer) => {
+                    self.start(index, *setup);
+                    let _ = answer.send(());
+                }
+                Command::Stop(index, answer) => self.stopping.push((index, answer)),
+                Command::Call(index, call, answer) => {
+                    if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
+                        ring.set_call(call);
+                    }
+                    let _ = answer.send(());
+                }
+                Command::Memory(memory, answer) => self.new_memory = Some((memory, answer)),
+                Command::Flush(answer) => {
+                    let now = self.port.object().now();
+                    let ticket = self.traffic.drain_ticket(answer);
+                    self.port.enter(now).0.flush(ticket);
+                }
+                Command::Exit => self.exits = true,
+            }
+        }
+        obeyed
+    }
+
+    fn start(&mut self, index: u16, setup: RingSetup) {
+        let ring = Ring::new(index, setup);
+        if let Err(e) = watch(&self.epoll, ring.kick_fd(), u64::from(index)) {
+            // Without kicks the guest would hang in silence; with a log line at least somebody knows why.
+            error!("{}: ring {index} has a kick descriptor that can't be watched: {e}", self.device.name);
+        }
+        self.rings[usize::from(index)] = Some(ring);
+    }
+
+    /// Ends what the control plane waits for, as far as the rings have answered what they took.
+    fn settle_control(&mut self) {
+        let (rings, epoll) = (&mut self.rings, &self.epoll);
+        self.stopping.retain(|(index, answer)| {
+            let Some(ring) = &rings[usize::from(*index)] else {
+                let _ = answer.send(None);
+                return false;
+            };
+            if ring.in_flight > 0 {
+                return true;
+            }
+            let position = ring.position();
+            // The descriptor may not have been watched; then there is nothing to undo.
+            let _ = epoll.ctl(ControlOperation::Delete, ring.kick_fd(), EpollEvent::default());
+            rings[usize::from(*index)] = None;
+            let _ = answer.send(Some(position));
+            false
+        });
+        if self.rings.iter().flatten().all(|ring| ring.in_flight == 0)
+            && let Some((memory, answer)) = self.new_memory.take()
+        {
+            for ring in self.rings.iter_mut().flatten() {
+                ring.use_memory(&memory);
+            }
+            let _ = answer.send(());
+        }
+    }
+}

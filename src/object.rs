@@ -1,0 +1,285 @@
+//! \[4\] An image with its cache (UVM's `uvm_object`): the place where the cache's plans become store requests, and the
+//! store's events cache calls.
+//!
+//! An object outlives every connection, so a guest that reboots or a front-end that comes back finds it warm. One
+//! writable device has it, or any number of read-only ones. Each worker thread reaches it through a [`Port`] of its
+//! own, with its own store: what a port submits, it reaps. A notice for a request of another worker goes through that
+//! worker's mailbox.
+
+use std::collections::VecDeque;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use log::warn;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::arena::Arena;
+use crate::cache::{FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Stats, Ticket};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
+use crate::units::{FrameId, PAGE_SIZE, SECTOR_BYTES, SectorMask, Tick};
+
+/// Bits of a ticket that name the worker; the rest is the worker's own business.
+const WORKER_SHIFT: u32 = 48;
+
+impl FrameMemory for Arc<Arena> {
+    fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
+        Arena::copy_sectors(self, source, target, mask);
+    }
+
+    fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
+        Arena::zero_sectors(self, frame, mask);
+    }
+}
+
+/// Notices for a worker from other workers, and the bell that wakes it.
+#[derive(Debug)]
+struct Mailbox {
+    notices: Mutex<Vec<Notice>>,
+    bell: Arc<EventFd>,
+}
+
+/// An image, its page cache, and the memory of both.
+#[derive(Debug)]
+pub struct Object {
+    cache: Mutex<PageCache>,
+    arena: Arc<Arena>,
+    image: Arc<dyn Backing>,
+    mailboxes: Mutex<Vec<Arc<Mailbox>>>,
+    epoch: Instant,
+}
+
+impl Object {
+    /// An object with an empty cache of the given shape.
+    ///
+    /// => `shape` sees the image's limits and says what the cache is to be.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the host has no memory for the cache.
+    pub fn new(image: Arc<dyn Backing>, shape: impl FnOnce(&Limits) -> Settings) -> Result<Arc<Self>> {
+        let settings = shape(image.limits());
+        let arena = Arc::new(Arena::new(settings.frames as usize)?);
+        let cache = Mutex::new(PageCache::new(settings, Box::new(Arc::clone(&arena))));
+        Ok(Arc::new(Self { cache, arena, image, mailboxes: Mutex::default(), epoch: Instant::now() }))
+    }
+
+    /// What the image can do.
+    pub fn limits(&self) -> &Limits {
+        self.image.limits()
+    }
+
+    /// What the cache did and holds.
+    pub fn stats(&self) -> Stats {
+        self.lock().stats()
+    }
+
+    /// Microseconds since the object was made.
+    pub fn now(&self) -> Tick {
+        Tick(u64::try_from(self.epoch.elapsed().as_micros()).expect("584 000 years"))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PageCache> {
+        // A thread that panicked inside the cache has broken an invariant: nobody may go on with it.
+        self.cache.lock().expect("no thread panics with the cache locked")
+    }
+
+    /// A way in for one more worker thread.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the host refuses the store's ring or a descriptor.
+    pub fn port(self: &Arc<Self>) -> Result<Port> {
+        let store = self.image.attach()?;
+        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
+        let mailbox = Arc::new(Mailbox { notices: Mutex::default(), bell: Arc::new(bell) });
+        let mut mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
+        mailboxes.push(Arc::clone(&mailbox));
+        let worker = mailboxes.len() as u64 - 1;
+        Ok(Port {
+            object: Arc::clone(self),
+            worker,
+            mailbox,
+            store,
+            backlog: VecDeque::new(),
+            events: Vec::new(),
+            notices: Vec::new(),
+        })
+    }
+}
+
+/// One worker's way into an object.
+#[derive(Debug)]
+pub struct Port {
+    object: Arc<Object>,
+    worker: u64,
+    mailbox: Arc<Mailbox>,
+    store: Box<dyn Store>,
+    /// Requests that the store had no room for.
+    backlog: VecDeque<Request>,
+    events: Vec<Event>,
+    notices: Vec<Notice>,
+}
+
+impl std::fmt::Debug for dyn Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("in_flight", &self.in_flight()).finish_non_exhaustive()
+    }
+}
+
+impl Port {
+    /// The object behind the port.
+    pub fn object(&self) -> &Arc<Object> {
+        &self.object
+    }
+
+    /// Readable while store events wait.
+    pub fn store_fd(&self) -> RawFd {
+        self.store.wake_fd()
+    }
+
+    /// Rung when another thread has something for this worker.
+    pub fn bell(&self) -> &Arc<EventFd> {
+        &self.mailbox.bell
+    }
+
+    /// A ticket of this worker's.
+    pub fn ticket(&self, own: u64) -> Ticket {
+        debug_assert!(own >> WORKER_SHIFT == 0, "a worker's own part has 48 bits");
+        Ticket(self.worker << WORKER_SHIFT | own)
+    }
+
+    /// The worker's own part of a ticket.
+    pub fn own(ticket: Ticket) -> u64 {
+        ticket.0 & ((1 << WORKER_SHIFT) - 1)
+    }
+
+    /// First byte of a piece's memory; `None`: zeros.
+    pub fn memory(&self, piece: &Piece) -> Option<*mut u8> {
+        let offset = usize::from(piece.first) * SECTOR_BYTES as usize;
+        // `wrapping_add` for a plain address: the offset stays within the frame.
+        piece.frame.map(|frame| self.object.arena.frame(frame).wrapping_add(offset))
+    }
+
+    /// Collects what the store has finished and what other workers left. Whether there is anything.
+    pub fn collect(&mut self) -> bool {
+        self.store.reap(&mut self.events);
+        let mut mail = self.mailbox.notices.lock().expect("nobody panics holding a mailbox");
+        self.notices.append(&mut mail);
+        !self.events.is_empty() || !self.notices.is_empty()
+    }
+
+    /// Opens the cache for the worker; the events collected go in first.
+    pub fn enter(&mut self, now: Tick) -> (MutexGuard<'_, PageCache>, &mut Vec<Notice>) {
+        let mut cache = self.object.lock();
+        for event in self.events.drain(..) {
+            let (tag, outcome) = outcome_of(event);
+            cache.complete(tag, outcome, now);
+        }
+        (cache, &mut self.notices)
+    }
+
+    /// The end of a turn: the cache starts what is due, its plans go to the store, its notices to their workers.
+    /// Returns when the cache wants to be pumped although nothing happens.
+    pub fn leave(&mut self, now: Tick) -> Option<Tick> {
+        let deadline = {
+            let mut cache = self.object.lock();
+            cache.pump(now);
+            let (arena, backlog) = (&self.object.arena, &mut self.backlog);
+            cache.take_plans(|plan| backlog.push_back(request_of(arena, &plan)));
+            cache.take_notices(&mut self.notices);
+            cache.next_deadline()
+        };
+        self.submit();
+        self.deliver();
+        if self.notices.is_empty() { deadline } else { Some(now) }
+    }
+
+    fn submit(&mut self) {
+        while let Some(request) = self.backlog.pop_front() {
+            match self.store.submit(request) {
+                Ok(()) => {}
+                Err(Refused::Full(request)) => {
+                    self.backlog.push_front(request);
+                    break;
+                }
+                Err(Refused::Invalid(request)) => {
+                    unreachable!("the cache keeps to the store's limits: {request:?} {:?}", self.store.limits())
+                }
+            }
+        }
+        self.store.kick();
+    }
+
+    /// Hands on the notices that are for other workers.
+    fn deliver(&mut self) {
+        let own = self.worker;
+        if self.notices.iter().all(|notice| worker_of(notice) == own) {
+            return;
+        }
+        let mailboxes = self.object.mailboxes.lock().expect("nobody panics holding the list");
+        self.notices.retain(|notice| {
+            let worker = worker_of(notice);
+            if worker == own {
+                return true;
+            }
+            let mailbox = &mailboxes[usize::try_from(worker).expect("16 bits")];
+            mailbox.notices.lock().expect("nobody panics holding a mailbox").push(*notice);
+            if let Err(error) = mailbox.bell.write(1) {
+                warn!("cannot wake worker {worker}: {error}");
+            }
+            false
+        });
+    }
+}
+
+fn worker_of(notice: &Notice) -> u64 {
+    let (Notice::Ready(ticket, _) | Notice::Unreadable(ticket, ..) | Notice::Resume(ticket) | Notice::Done(ticket, _)) =
+        notice;
+    ticket.0 >> WORKER_SHIFT
+}
+
+/// A cache's plan as a store's request: neighbouring frames become one segment.
+fn request_of(arena: &Arena, plan: &Plan<'_>) -> Request {
+    let op = match plan.kind {
+        PlanKind::Read => Op::Read,
+        PlanKind::Write => Op::Write,
+        PlanKind::Sync => Op::Sync,
+        PlanKind::Zero { unmap } => Op::Zero { unmap },
+        PlanKind::Discard => Op::Discard,
+        PlanKind::Map => Op::Map,
+    };
+    let len = plan.span.count * SECTOR_BYTES;
+    let mut segments: Vec<Segment> = Vec::new();
+    let mut left = usize::try_from(len).expect("an operation is at most some megabytes");
+    let mut skip = usize::from(plan.first_sector) * SECTOR_BYTES as usize;
+    for &frame in plan.frames {
+        let base = arena.frame(frame).wrapping_add(skip);
+        let len = left.min(PAGE_SIZE - skip);
+        match segments.last_mut() {
+            Some(last) if last.base.wrapping_add(last.len) == base => last.len += len,
+            _ => segments.push(Segment { base, len }),
+        }
+        left -= len;
+        skip = 0;
+    }
+    Request { tag: u64::from(plan.tag), op, offset: plan.span.start * SECTOR_BYTES, len, segments }
+}
+
+/// A store's event as the cache's outcome.
+fn outcome_of(event: Event) -> (u32, Outcome) {
+    let (tag, outcome) = match event {
+        Event::Done { tag } => (tag, Outcome::Done),
+        Event::Mapped { tag, extents } => {
+            let sectors = |len: u64| len / SECTOR_BYTES;
+            let runs = extents.iter().map(|extent| (sectors(extent.len), extent.kind == ExtentKind::Hole));
+            (tag, Outcome::Mapped(runs.collect()))
+        }
+        Event::Failed { tag, fault, errno } => {
+            let reason = std::io::Error::from_raw_os_error(errno);
+            warn!("the image failed an operation: {fault:?} ({reason})");
+            (tag, Outcome::Failed(fault))
+        }
+    };
+    (u32::try_from(tag).expect("tags are the cache's own"), outcome)
+}

@@ -1,0 +1,112 @@
+//! A device as vhost-user-backend sees it: features, configuration space, memory, and the rings of `ring.rs`.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use log::{info, warn};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::VhostUserBackend;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+
+use super::Memory;
+use super::ring::ControlRing;
+use crate::device::Device;
+use crate::device::control::Workers;
+
+/// One connection's view of a device.
+#[derive(Clone, Debug)]
+pub(super) struct Backend(Arc<Session>);
+
+#[derive(Debug)]
+struct Session {
+    device: Arc<Device>,
+    workers: Arc<Workers>,
+    queue_size: u16,
+    /// The features that decide the cache mode, as last chosen in this session.
+    cache_features: Mutex<Option<u64>>,
+}
+
+impl Backend {
+    /// A view for a new connection; the device's cache mode starts as configured.
+    pub fn new(device: &Arc<Device>, workers: &Arc<Workers>, queue_size: u16) -> Self {
+        device.set_writeback(device.writeback_configured);
+        let (device, workers) = (Arc::clone(device), Arc::clone(workers));
+        Self(Arc::new(Session { device, workers, queue_size, cache_features: Mutex::new(None) }))
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = ControlRing;
+
+    fn num_queues(&self) -> usize {
+        usize::from(self.0.device.geometry.num_queues)
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(self.0.queue_size)
+    }
+
+    fn features(&self) -> u64 {
+        self.0.device.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    /// => A front-end may send SET_FEATURES again while the device runs: what the guest chose by CONFIG_WCE stands then.
+    fn acked_features(&self, features: u64) {
+        let chosen = features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE);
+        let mut last = self.0.cache_features.lock().expect("nobody panics holding this");
+        if last.replace(chosen) != Some(chosen) {
+            self.0.device.start_with_features(features);
+        }
+    }
+
+    fn reset_device(&self) {
+        *self.0.cache_features.lock().expect("nobody panics holding this") = None;
+        self.0.device.set_writeback(self.0.device.writeback_configured);
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // Each ring is told by itself.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        self.0.device.config_space().read(offset, size)
+    }
+
+    /// => Only `writeback` can be set; anything else is ignored, because an error would end the connection.
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        let device = &self.0.device;
+        if let Some(writeback) = device.config_space().write(offset, bytes) {
+            device.set_writeback(writeback);
+            info!("{}: the guest chose {}", device.name, if writeback { "write-back" } else { "write-through" });
+            // From now on a completed write is a stable one: those that were completed before must be so too.
+            if !writeback && let Err(fault) = self.0.workers.flush() {
+                warn!("{}: not everything could be written: {fault:?}", device.name);
+            }
+        }
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        self.0.workers.set_memory(&memory.memory().into_inner());
+        Ok(())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        Vec::new()
+    }
+
+    fn handle_event(&self, _: u16, _: EventSet, _: &[ControlRing], _: usize) -> io::Result<()> {
+        unreachable!("the crate has no worker threads to call this from")
+    }
+}

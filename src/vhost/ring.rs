@@ -1,0 +1,275 @@
+//! A ring as the control plane sees it: the crate's state of it, and the rule when a worker runs it.
+//!
+//! A ring runs while it is ready (it has a kick descriptor), enabled, and of a legal size. Each change of that is a
+//! command to its worker, and is over when the call returns: a ring that was stopped has answered all it took.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+
+use log::error;
+use vhost_user_backend::{VringRwLock, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error as QueueError, QueueT};
+use vm_memory::GuestAddressSpace;
+
+use super::Memory;
+use crate::device::control::Workers;
+use crate::device::{Command, RingSetup};
+
+thread_local! {
+    /// The workers of the device whose rings are being made, and the rings made so far: the crate makes them in order,
+    /// on the thread that makes the daemon, and tells them neither their number nor whose they are.
+    static BEING_MADE: RefCell<Option<(Arc<Workers>, Vec<ControlRing>)>> = const { RefCell::new(None) };
+}
+
+/// Runs `make`, in which the crate makes the rings of the device with these workers; returns the rings too.
+pub(super) fn making_rings_for<T>(workers: &Arc<Workers>, make: impl FnOnce() -> T) -> (T, Vec<ControlRing>) {
+    BEING_MADE.with_borrow_mut(|slot| *slot = Some((Arc::clone(workers), Vec::new())));
+    let made = make();
+    let (_, rings) = BEING_MADE.with_borrow_mut(Option::take).expect("put there above");
+    (made, rings)
+}
+
+/// See the module.
+#[derive(Clone)]
+pub(super) struct ControlRing {
+    state: VringRwLock<Memory>,
+    link: Arc<Link>,
+}
+
+struct Link {
+    index: u16,
+    workers: Arc<Workers>,
+    memory: Memory,
+    facts: Mutex<Facts>,
+}
+
+/// What decides whether the ring runs.
+#[derive(Default)]
+struct Facts {
+    ready: bool,
+    enabled: bool,
+    /// The front-end asked for a size that is no power of two, which the crate would ignore.
+    odd_size: bool,
+    running: bool,
+    kick: Option<File>,
+    call: Option<File>,
+}
+
+impl ControlRing {
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.link.facts.lock().expect("nobody panics holding this")
+    }
+
+    /// Changes the facts; starts or stops the ring as they then demand.
+    fn change(&self, change: impl FnOnce(&mut Facts)) {
+        let mut facts = self.facts();
+        change(&mut facts);
+        let runs = facts.ready && facts.enabled && !facts.odd_size && facts.kick.is_some();
+        match (facts.running, runs) {
+            (false, true) => facts.running = self.start(&facts),
+            (true, false) => {
+                facts.running = false;
+                self.stop();
+            }
+            _ => {}
+        }
+    }
+
+    /// Changes something that a running ring does not look at again: stops it for the time.
+    fn change_stopped(&self, change: impl FnOnce(&mut Facts)) {
+        let mut facts = self.facts();
+        let ran = std::mem::take(&mut facts.running);
+        if ran {
+            self.stop();
+        }
+        change(&mut facts);
+        drop(facts);
+        self.change(|_| {});
+    }
+
+    fn start(&self, facts: &Facts) -> bool {
+        let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
+        let (kick, call) = match (copy(&facts.kick), copy(&facts.call)) {
+            (Ok(Some(kick)), Ok(call)) => (kick, call),
+            (Err(e), _) | (_, Err(e)) => {
+                error!("ring {} can't be started: {e}", self.link.index);
+                return false;
+            }
+            (Ok(None), _) => return false,
+        };
+        let state = self.state.get_ref();
+        let queue = state.get_queue();
+        let setup = RingSetup {
+            size: queue.size(),
+            desc_table: queue.desc_table(),
+            avail_ring: queue.avail_ring(),
+            used_ring: queue.used_ring(),
+            next_avail: queue.next_avail(),
+            next_used: queue.next_used(),
+            event_idx: queue.event_idx_enabled(),
+            kick,
+            call,
+            memory: self.link.memory.memory().into_inner(),
+        };
+        let index = self.link.index;
+        let worker = self.link.workers.of_ring(index);
+        worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
+    }
+
+    /// Stops the ring; where it stands goes into the crate's state, which GET_VRING_BASE reads.
+    fn stop(&self) {
+        let index = self.link.index;
+        let stopped = self.link.workers.of_ring(index).ask(|answer| Command::Stop(index, answer));
+        if let Some(Some(position)) = stopped {
+            self.state.set_queue_next_avail(position.next_avail);
+            self.state.set_queue_next_used(position.next_used);
+        }
+    }
+
+    /// The front-end is gone: nothing runs any more.
+    pub fn close(&self) {
+        self.change(|facts| facts.ready = false);
+    }
+}
+
+/// Kicks and calls must be eventfds: a write to a full pipe would block a worker.
+fn eventfd_or_none(file: Option<File>) -> Option<File> {
+    let file = file?;
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let is_eventfd = std::fs::read_link(link).is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]");
+    if !is_eventfd {
+        error!("the front-end sent a descriptor for kicks or calls that is no eventfd");
+    }
+    is_eventfd.then_some(file)
+}
+
+impl<'a> VringStateGuard<'a, Memory> for ControlRing {
+    type G = RwLockReadGuard<'a, VringState<Memory>>;
+}
+
+impl<'a> VringStateMutGuard<'a, Memory> for ControlRing {
+    type G = RwLockWriteGuard<'a, VringState<Memory>>;
+}
+
+impl VringT<Memory> for ControlRing {
+    fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
+        let state = VringRwLock::new(memory.clone(), max_queue_size)?;
+        BEING_MADE.with_borrow_mut(|slot| {
+            let (workers, rings) = slot.as_mut().expect("rings are made inside making_rings_for()");
+            let index = u16::try_from(rings.len()).expect("64 rings at most");
+            let link = Link { index, workers: Arc::clone(workers), memory, facts: Mutex::default() };
+            let ring = Self { state, link: Arc::new(link) };
+            rings.push(ring.clone());
+            Ok(ring)
+        })
+    }
+
+    fn get_ref(&self) -> RwLockReadGuard<'_, VringState<Memory>> {
+        self.state.get_ref()
+    }
+
+    fn get_mut(&self) -> RwLockWriteGuard<'_, VringState<Memory>> {
+        self.state.get_mut()
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.state.set_queue_ready(ready);
+        self.change(|facts| facts.ready = ready);
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.state.set_enabled(enabled);
+        self.change(|facts| facts.enabled = enabled);
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        let file = eventfd_or_none(file);
+        // The crate makes a ring ready when it has a kick descriptor.
+        let copy = file.as_ref().and_then(|file| file.try_clone().ok());
+        self.change_stopped(|facts| facts.kick = file);
+        self.state.set_kick(copy);
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        let file = eventfd_or_none(file);
+        let mut facts = self.facts();
+        if facts.running {
+            let index = self.link.index;
+            let copy = file.as_ref().and_then(|file| file.try_clone().ok());
+            self.link.workers.of_ring(index).ask(|answer| Command::Call(index, copy, answer));
+        }
+        facts.call = file;
+    }
+
+    fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {
+        let mut result = Ok(());
+        self.change_stopped(|_| result = self.state.set_queue_info(desc_table, avail_ring, used_ring));
+        result
+    }
+
+    fn set_queue_size(&self, size: u16) {
+        self.change_stopped(|facts| {
+            facts.odd_size = !size.is_power_of_two();
+            if facts.odd_size {
+                error!("ring {}: a size of {size} is no power of two: it is not served", self.link.index);
+            } else {
+                self.state.set_queue_size(size);
+            }
+        });
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        if self.get_ref().get_queue().event_idx_enabled() != enabled {
+            self.change_stopped(|_| self.state.set_queue_event_idx(enabled));
+        }
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.change_stopped(|_| self.state.set_queue_next_avail(base));
+    }
+
+    fn set_queue_next_used(&self, index: u16) {
+        self.change_stopped(|_| self.state.set_queue_next_used(index));
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.state.queue_next_avail()
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, QueueError> {
+        self.state.queue_used_idx()
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.state.set_err(file);
+    }
+
+    // What follows is for the crate's own worker threads, of which there are none.
+
+    fn add_used(&self, head: u16, len: u32) -> Result<(), QueueError> {
+        self.state.add_used(head, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.state.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, QueueError> {
+        self.state.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), QueueError> {
+        self.state.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, QueueError> {
+        self.state.needs_notification()
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        self.state.read_kick()
+    }
+}

@@ -9,6 +9,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::threads::ThreadsStore;
 use super::uring::UringStore;
@@ -203,6 +205,10 @@ const SECTOR: u32 = 512;
 /// The largest block that direct I/O may ask for: a page, the unit of caching.
 const BLOCK_MAX: u32 = 4096;
 
+/// How long a device that somebody holds is asked for again: the ring of a predecessor that has just ended lets go in
+/// the background, and tools that scan devices hold them for a moment.
+const BUSY_MAX: Duration = Duration::from_millis(500);
+
 fn open_file(path: &Path, read_only: bool) -> Result<File> {
     let mut options = std::fs::OpenOptions::new();
     options.read(true).write(!read_only);
@@ -211,12 +217,25 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
         // On a block device without O_CREAT: fail if it is mounted, or part of a RAID set or a volume group.
         options.custom_flags(libc::O_EXCL);
     }
-    options.open(path).map_err(|error| {
+    let deadline = Instant::now() + BUSY_MAX;
+    loop {
+        let error = match options.open(path) {
+            Ok(file) => return Ok(file),
+            Err(error) => error,
+        };
         let busy = is_device && error.raw_os_error() == Some(libc::EBUSY);
+        if busy && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+            continue;
+        }
         let kind = if busy { ErrorKind::Locked } else { ErrorKind::Image };
         let how = if read_only { "for reading" } else { "for writing" };
-        Error::io(kind, format!("cannot open image {} {how}", path.display()), error)
-    })
+        return Err(Error::io(
+            kind,
+            format!("cannot open image {} {how}", path.display()),
+            error,
+        ));
+    }
 }
 
 fn check_type(path: &Path, metadata: &Metadata) -> Result<()> {

@@ -408,6 +408,24 @@ const HOSTILE: &[Hostile] = &[
         },
     },
     Hostile {
+        name: "an indirect descriptor with a next that loops",
+        spoil: |session| {
+            let table = sound_write(session);
+            // Half of the request: the rest would have to come from the descriptor that is its own next.
+            let addr = session.rings[0].write_table(&table[..1]);
+            let flags = DESC_INDIRECT | DESC_NEXT;
+            publish_first(
+                session,
+                Descriptor {
+                    addr,
+                    len: 16,
+                    flags,
+                    next: 0,
+                },
+            );
+        },
+    },
+    Hostile {
         name: "an indirect table that loops",
         spoil: |session| publish_changed(session, |table| table[1].next = 0),
     },
@@ -503,6 +521,37 @@ fn hostile_chains_change_nothing_and_hurt_nobody() {
     }
     daemon.assert_alive();
     daemon.stop();
+}
+
+/// A sound request with descriptors of no bytes strewn in: a device may serve it or refuse it, but it says which, and
+/// it does what it says.
+#[test]
+fn descriptors_of_no_bytes_are_served_or_refused() {
+    let mut daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let (old, new) = (pattern(1, 0, 4096), pattern(2, 0, 4096));
+    for indirect in [false, true] {
+        session.write(0, &old);
+        let (pending, classic) = session.place(VIRTIO_BLK_T_OUT, 0, Payload::Send(&new));
+        let nothing = Segment::readable(LOW_GUEST_ADDR, 0);
+        let chain = [nothing, classic[0], nothing, classic[1], nothing, classic[2]];
+        let ring = &mut session.rings[0];
+        if indirect {
+            ring.submit_indirect(&chain);
+        } else {
+            ring.submit(&chain);
+        }
+        ring.notify();
+        ring.wait_used(PATIENCE);
+        let status = session.memory.byte(pending.status);
+        assert_ne!(status, STATUS_UNTOUCHED, "the status was written");
+        let expected = if status == OK { &new } else { &old };
+        assert!(
+            &session.read(0, old.len()) == expected,
+            "status {status} tells what happened"
+        );
+    }
+    daemon.assert_alive();
 }
 
 /// An indirect chain whose table claims 4 GiB, with a sound write at its beginning: a device may serve the write or

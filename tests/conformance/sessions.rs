@@ -186,6 +186,8 @@ fn a_reset_device_starts_anew() {
             .frontend
             .set_features(session.features)
             .expect("SET_FEATURES after a reset");
+        // A front-end that sees a reset through, as a VMM does when its guest boots again, shares its memory anew.
+        session.share_memory();
         session.rings[0] = Ring::new(&session.memory, 128, 0, false);
         session.start_ring(0);
         let found = session.run(0, VIRTIO_BLK_T_IN, 8 * round, Payload::Receive(4096));

@@ -1,0 +1,197 @@
+//! Guest memory for the tests: one memfd, shared with the daemon in as many regions as a test likes.
+//!
+//! The three addresses of a byte (in the memfd, in the guest, in the front-end's own mapping) are all different, so
+//! that a daemon that takes one for another finds nothing there.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU16;
+
+use vhost::VhostUserMemoryRegionInfo;
+
+/// Where the first region of [`GuestMemory::standard`] starts in the guest.
+pub const LOW_GUEST_ADDR: u64 = 0x1000_0000;
+/// Where the second region of [`GuestMemory::standard`] starts in the guest: there is a hole between them.
+pub const HIGH_GUEST_ADDR: u64 = 0x9000_0000;
+/// Front-end addresses are guest addresses plus this. The vhost-user protocol treats them as opaque names.
+const USER_ADDR_BIAS: u64 = 0x7000_0000_0000;
+
+/// One range of guest-physical addresses backed by a range of the memfd.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    pub guest_addr: u64,
+    pub offset: u64,
+    pub len: u64,
+}
+
+/// A guest's memory, and a bump allocator over it.
+#[derive(Debug)]
+pub struct GuestMemory {
+    file: File,
+    base: *mut u8,
+    len: usize,
+    regions: Vec<Region>,
+    /// For each region, how many bytes have been handed out.
+    taken: Mutex<Vec<u64>>,
+}
+
+// SAFETY: the mapping is shared memory that belongs to the value and lives as long as it does; ring indices go
+// through atomics, and everything else is handed over to the daemon and back through those indices.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMemory {}
+
+impl GuestMemory {
+    /// Memory of `regions`, whose offsets must not overlap.
+    pub fn new(regions: Vec<Region>) -> Self {
+        let len = regions
+            .iter()
+            .map(|region| region.offset + region.len)
+            .max()
+            .expect("a guest has memory");
+        let len = len as usize;
+        // SAFETY: plain system call with a NUL-terminated name.
+        let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+        // SAFETY: the descriptor is new and belongs to nobody else.
+        let file = unsafe { File::from_raw_fd(fd) };
+        file.set_len(len as u64).expect("guest memory can be sized");
+        // SAFETY: a new shared mapping of a file that is `len` long; the kernel chooses the place.
+        let base = unsafe {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, fd, 0)
+        };
+        assert_ne!(
+            base,
+            libc::MAP_FAILED,
+            "mmap: {}",
+            std::io::Error::last_os_error()
+        );
+        let taken = Mutex::new(vec![0; regions.len()]);
+        Self {
+            file,
+            base: base.cast(),
+            len,
+            regions,
+            taken,
+        }
+    }
+
+    /// Two regions of `region_bytes` each with a hole between them.
+    pub fn standard(region_bytes: u64) -> Self {
+        Self::new(vec![
+            Region {
+                guest_addr: LOW_GUEST_ADDR,
+                offset: 0,
+                len: region_bytes,
+            },
+            Region {
+                guest_addr: HIGH_GUEST_ADDR,
+                offset: region_bytes,
+                len: region_bytes,
+            },
+        ])
+    }
+
+    /// The regions, in the order given.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// A region as the vhost-user messages want it.
+    pub fn region_info(&self, region: Region) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: region.guest_addr,
+            memory_size: region.len,
+            userspace_addr: Self::user_addr(region.guest_addr),
+            mmap_offset: region.offset,
+            mmap_handle: self.file.as_raw_fd(),
+        }
+    }
+
+    /// Every region as the vhost-user messages want it.
+    pub fn region_infos(&self) -> Vec<VhostUserMemoryRegionInfo> {
+        self.regions
+            .iter()
+            .map(|&region| self.region_info(region))
+            .collect()
+    }
+
+    /// The front-end's name for a guest address (ring addresses are given so).
+    pub fn user_addr(guest_addr: u64) -> u64 {
+        guest_addr + USER_ADDR_BIAS
+    }
+
+    /// Takes `len` bytes at a multiple of `align` from the first region.
+    pub fn alloc(&self, len: usize, align: u64) -> u64 {
+        self.alloc_in(0, len, align)
+    }
+
+    /// Takes `len` bytes at a multiple of `align` from region `region`.
+    pub fn alloc_in(&self, region: usize, len: usize, align: u64) -> u64 {
+        let mut taken = self.taken.lock().expect("no test panics while it allocates");
+        let start = taken[region].next_multiple_of(align);
+        let end = start + len as u64;
+        assert!(
+            end <= self.regions[region].len,
+            "the test wants more guest memory than it made"
+        );
+        taken[region] = end;
+        self.regions[region].guest_addr + start
+    }
+
+    /// Gives back everything taken from region `region`.
+    pub fn free_all_in(&self, region: usize) {
+        self.taken.lock().expect("no test panics while it allocates")[region] = 0;
+    }
+
+    /// The host's pointer to `len` bytes at a guest address, all in one region.
+    fn pointer(&self, guest_addr: u64, len: usize) -> *mut u8 {
+        let region = self
+            .regions
+            .iter()
+            .find(|region| guest_addr >= region.guest_addr && guest_addr - region.guest_addr < region.len)
+            .expect("the test touches only memory that it made");
+        let within = guest_addr - region.guest_addr;
+        assert!(within + len as u64 <= region.len, "an access stays in its region");
+        // SAFETY: offset and length are inside the region, and the region is inside the mapping.
+        unsafe { self.base.add((region.offset + within) as usize) }
+    }
+
+    /// Copies `bytes` into the guest.
+    pub fn write(&self, guest_addr: u64, bytes: &[u8]) {
+        let target = self.pointer(guest_addr, bytes.len());
+        // SAFETY: `pointer` checked the range; the source is a live slice elsewhere.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) }
+    }
+
+    /// Copies `len` bytes out of the guest.
+    pub fn read(&self, guest_addr: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let source = self.pointer(guest_addr, len);
+        // SAFETY: `pointer` checked the range; the target is a live buffer elsewhere.
+        unsafe { std::ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), len) }
+        bytes
+    }
+
+    /// One byte of the guest.
+    pub fn byte(&self, guest_addr: u64) -> u8 {
+        self.read(guest_addr, 1)[0]
+    }
+
+    /// A 16-bit word that the daemon also reads or writes: a ring's index or flags.
+    pub fn word(&self, guest_addr: u64) -> &AtomicU16 {
+        assert_eq!(guest_addr % 2, 0, "ring words are aligned");
+        let pointer = self.pointer(guest_addr, 2).cast::<u16>();
+        // SAFETY: aligned, inside the mapping, which lives as long as `self`; both sides access it atomically.
+        unsafe { AtomicU16::from_ptr(pointer) }
+    }
+}
+
+impl Drop for GuestMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` with this length, and no reference into it outlives `self`.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}

@@ -1,0 +1,102 @@
+//! vhost-user messages by hand: what the `vhost` crate's front-end refuses to send, because it is wrong.
+
+use std::io::{self, Read};
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixStream;
+
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// Message numbers (vhost-user specification, "Front-end message types").
+pub mod number {
+    pub const SET_FEATURES: u32 = 2;
+    pub const SET_OWNER: u32 = 3;
+    pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_VRING_NUM: u32 = 8;
+    pub const SET_VRING_ADDR: u32 = 9;
+    pub const SET_VRING_BASE: u32 = 10;
+    pub const GET_VRING_BASE: u32 = 11;
+    pub const SET_VRING_ENABLE: u32 = 18;
+    pub const GET_CONFIG: u32 = 24;
+    pub const SET_CONFIG: u32 = 25;
+    pub const ADD_MEM_REG: u32 = 37;
+}
+
+const VERSION: u32 = 1;
+const FLAG_REPLY: u32 = 1 << 2;
+/// Asks for an answer to a message that has none of its own.
+pub const FLAG_NEED_REPLY: u32 = 1 << 3;
+
+/// How the daemon met a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// It answered, with this payload.
+    Payload(Vec<u8>),
+    /// It ended the session.
+    Closed,
+    /// It said nothing for as long as the socket's read timeout.
+    Silent,
+}
+
+impl Reply {
+    /// True if the daemon claims to have done what was asked (an acknowledgement of zero).
+    pub fn is_acknowledged(&self) -> bool {
+        matches!(self, Self::Payload(payload) if payload.as_slice() == [0; 8])
+    }
+}
+
+/// Sends one message and returns what came back.
+pub fn exchange(socket: &UnixStream, number: u32, flags: u32, body: &[u8], fds: &[RawFd]) -> Reply {
+    let len = u32::try_from(body.len()).expect("messages are small");
+    exchange_claiming(socket, number, flags, len, body, fds)
+}
+
+/// Sends one message whose header claims a body of `claimed` bytes, whatever follows it, and returns what came back.
+pub fn exchange_claiming(
+    socket: &UnixStream,
+    number: u32,
+    flags: u32,
+    claimed: u32,
+    body: &[u8],
+    fds: &[RawFd],
+) -> Reply {
+    let mut message = Vec::new();
+    message.extend_from_slice(&number.to_le_bytes());
+    message.extend_from_slice(&(flags | VERSION).to_le_bytes());
+    message.extend_from_slice(&claimed.to_le_bytes());
+    message.extend_from_slice(body);
+    let sent = if fds.is_empty() {
+        socket.send_with_fds(&[&message[..]], &[])
+    } else {
+        socket.send_with_fds(&[&message[..]], fds)
+    };
+    if sent.is_err() {
+        return Reply::Closed;
+    }
+    receive(socket)
+}
+
+/// Receives one reply.
+pub fn receive(socket: &UnixStream) -> Reply {
+    let mut header = [0; 12];
+    match read_all(socket, &mut header) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Reply::Silent,
+        Err(_) => return Reply::Closed,
+    }
+    let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
+    assert_ne!(word(4) & FLAG_REPLY, 0, "what comes back is a reply");
+    let mut payload = vec![0; word(8) as usize];
+    match read_all(socket, &mut payload) {
+        Ok(()) => Reply::Payload(payload),
+        Err(_) => Reply::Closed,
+    }
+}
+
+fn read_all(mut socket: &UnixStream, bytes: &mut [u8]) -> io::Result<()> {
+    socket.read_exact(bytes)
+}
+
+/// The payload of the ring messages: an index and a number.
+pub fn vring_state(index: u32, num: u32) -> Vec<u8> {
+    [index.to_le_bytes(), num.to_le_bytes()].concat()
+}

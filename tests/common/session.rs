@@ -1,0 +1,308 @@
+//! A front-end's connection with rings of our own on it, built step by step so that a test can stop half way.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VringConfigData};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::guest_memory::GuestMemory;
+use super::raw_message::{self, FLAG_NEED_REPLY, Reply};
+use super::raw_ring::Ring;
+use super::wait::{PATIENCE, poll_until};
+
+/// VHOST_USER_F_PROTOCOL_FEATURES.
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// Size of `struct virtio_blk_config` up to the write-zeroes fields.
+pub const CONFIG_BYTES: usize = 60;
+/// Offset of `writeback` in it.
+pub const CONFIG_WRITEBACK: u32 = 32;
+
+/// The bit of feature number `number`.
+pub fn feature(number: u32) -> u64 {
+    1 << number
+}
+
+/// Every feature that this driver knows how to live with. Not among them: legacy bits that change when interrupts
+/// come, dirty logging, and an IOMMU.
+fn known_features() -> u64 {
+    let block = feature(VIRTIO_BLK_F_WRITE_ZEROES + 1) - 1;
+    let rings = feature(VIRTIO_RING_F_INDIRECT_DESC) | feature(VIRTIO_RING_F_EVENT_IDX);
+    block | rings | feature(VIRTIO_F_VERSION_1) | PROTOCOL_FEATURES
+}
+
+/// What a front-end asks for.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Virtio features to accept, as far as they are offered.
+    pub features: u64,
+    pub queues: usize,
+    pub queue_size: u16,
+    /// Bytes in each of the two memory regions.
+    pub region_bytes: u64,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            features: known_features() & !feature(VIRTIO_RING_F_EVENT_IDX),
+            queues: 1,
+            queue_size: 128,
+            region_bytes: 8 << 20,
+        }
+    }
+}
+
+impl SessionOptions {
+    /// The default, with EVENT_IDX.
+    pub fn with_event_idx() -> Self {
+        Self {
+            features: known_features(),
+            ..Self::default()
+        }
+    }
+
+    /// The default, without the given features.
+    pub fn without(features: &[u32]) -> Self {
+        let refused = features.iter().fold(0, |mask, &number| mask | feature(number));
+        let options = Self::default();
+        Self {
+            features: options.features & !refused,
+            ..options
+        }
+    }
+}
+
+/// A connection. Dropping it is what a front-end's sudden death looks like to the daemon.
+pub struct Session {
+    pub frontend: Frontend,
+    /// The same connection, for messages by hand.
+    pub socket: UnixStream,
+    pub memory: Arc<GuestMemory>,
+    pub rings: Vec<Ring>,
+    /// Virtio features that the device offered.
+    pub offered: u64,
+    /// Virtio features that are in force.
+    pub features: u64,
+    /// Protocol features that the daemon offered.
+    pub protocol: VhostUserProtocolFeatures,
+}
+
+impl Session {
+    /// A connection with all rings running.
+    #[track_caller]
+    pub fn open(socket: &Path, options: &SessionOptions) -> Self {
+        let mut session = Self::negotiate(socket, options);
+        session.share_memory();
+        for index in 0..options.queues {
+            session.add_ring(options.queue_size);
+            session.start_ring(index);
+        }
+        session
+    }
+
+    /// A connection that has agreed on features: no memory and no rings yet.
+    #[track_caller]
+    pub fn negotiate(socket: &Path, options: &SessionOptions) -> Self {
+        let memory = GuestMemory::standard(options.region_bytes);
+        Self::negotiate_with(socket, options.features, memory)
+    }
+
+    /// As [`Session::negotiate`], with memory of the caller's own layout.
+    #[track_caller]
+    pub fn negotiate_with(socket: &Path, features: u64, memory: GuestMemory) -> Self {
+        let stream = connect(socket);
+        // The crate's own limit on ring numbers is out of the way: the daemon must have one itself.
+        let mut frontend =
+            Frontend::from_stream(stream.try_clone().expect("a socket can be duplicated"), 1 << 16);
+        frontend.set_owner().expect("SET_OWNER");
+        let offered = frontend.get_features().expect("GET_FEATURES");
+        assert_ne!(offered & PROTOCOL_FEATURES, 0, "protocol features are offered");
+        let features = offered & features;
+        frontend.set_features(features).expect("SET_FEATURES");
+        let protocol = frontend.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
+        let wanted = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        frontend
+            .set_protocol_features(protocol & wanted)
+            .expect("SET_PROTOCOL_FEATURES");
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let memory = Arc::new(memory);
+        Self {
+            frontend,
+            socket: stream,
+            memory,
+            rings: Vec::new(),
+            offered,
+            features,
+            protocol,
+        }
+    }
+
+    /// Shares every region of the guest's memory.
+    #[track_caller]
+    pub fn share_memory(&mut self) {
+        self.frontend
+            .set_mem_table(&self.memory.region_infos())
+            .expect("SET_MEM_TABLE");
+    }
+
+    /// Lays out one more ring in the guest's memory; the device does not know of it yet.
+    pub fn add_ring(&mut self, size: u16) {
+        let ring = Ring::new(&self.memory, size, 0, self.has(VIRTIO_RING_F_EVENT_IDX));
+        self.rings.push(ring);
+    }
+
+    /// Tells the device of ring `index` and enables it, to begin at the ring's own next entry to be taken.
+    #[track_caller]
+    pub fn start_ring(&mut self, index: usize) {
+        let base = self.rings[index].used_idx();
+        self.set_up_ring(index, base);
+        self.enable_ring(index, true);
+    }
+
+    /// Everything about ring `index` but enabling it; the device is to take entry `base` next.
+    #[track_caller]
+    pub fn set_up_ring(&mut self, index: usize, base: u16) {
+        let ring = &self.rings[index];
+        self.frontend
+            .set_vring_num(index, ring.size())
+            .expect("SET_VRING_NUM");
+        self.frontend.set_vring_base(index, base).expect("SET_VRING_BASE");
+        self.frontend
+            .set_vring_addr(index, &ring_addresses(ring))
+            .expect("SET_VRING_ADDR");
+        self.frontend
+            .set_vring_call(index, &ring.call)
+            .expect("SET_VRING_CALL");
+        self.frontend
+            .set_vring_kick(index, &ring.kick)
+            .expect("SET_VRING_KICK");
+    }
+
+    /// SET_VRING_ENABLE.
+    #[track_caller]
+    pub fn enable_ring(&mut self, index: usize, enable: bool) {
+        self.frontend
+            .set_vring_enable(index, enable)
+            .expect("SET_VRING_ENABLE");
+    }
+
+    /// Stops ring `index` and returns the entry that the device would have taken next.
+    #[track_caller]
+    pub fn stop_ring(&mut self, index: usize) -> u16 {
+        let base = self.frontend.get_vring_base(index).expect("GET_VRING_BASE");
+        u16::try_from(base).expect("a split ring's base is 16 bits wide")
+    }
+
+    /// True if feature `number` is in force.
+    pub fn has(&self, number: u32) -> bool {
+        self.features & feature(number) != 0
+    }
+
+    /// Sends a message by hand, asking for an acknowledgement.
+    pub fn raw(&self, number: u32, body: &[u8]) -> Reply {
+        raw_message::exchange(&self.socket, number, FLAG_NEED_REPLY, body, &[])
+    }
+
+    /// `len` bytes of the configuration space at `offset`.
+    #[track_caller]
+    pub fn config(&mut self, offset: u32, len: usize) -> Vec<u8> {
+        let blank = vec![0; len];
+        let (_, bytes) = self
+            .frontend
+            .get_config(offset, len as u32, VhostUserConfigFlags::WRITABLE, &blank)
+            .unwrap_or_else(|error| panic!("GET_CONFIG of {len} bytes at {offset}: {error}"));
+        bytes
+    }
+
+    /// A little-endian 32-bit field of the configuration space.
+    #[track_caller]
+    pub fn config_u32(&mut self, offset: u32) -> u32 {
+        u32::from_le_bytes(self.config(offset, 4).try_into().expect("four bytes"))
+    }
+
+    /// The device's size in sectors.
+    #[track_caller]
+    pub fn capacity_sectors(&mut self) -> u64 {
+        u64::from_le_bytes(self.config(0, 8).try_into().expect("eight bytes"))
+    }
+
+    /// Turns the device's write-back cache on or off.
+    #[track_caller]
+    pub fn set_writeback(&mut self, writeback: bool) {
+        assert!(
+            self.has(VIRTIO_BLK_F_CONFIG_WCE) && self.has(VIRTIO_BLK_F_FLUSH),
+            "WCE can be switched"
+        );
+        self.frontend
+            .set_config(
+                CONFIG_WRITEBACK,
+                VhostUserConfigFlags::WRITABLE,
+                &[u8::from(writeback)],
+            )
+            .expect("SET_CONFIG of writeback");
+        assert_eq!(
+            self.config(CONFIG_WRITEBACK, 1),
+            [u8::from(writeback)],
+            "writeback reads as it was set"
+        );
+    }
+
+    /// The features that every test relies on are offered.
+    #[track_caller]
+    pub fn assert_modern(&self) {
+        for number in [
+            VIRTIO_F_VERSION_1,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_RING_F_EVENT_IDX,
+            VIRTIO_BLK_F_FLUSH,
+        ] {
+            assert_ne!(self.offered & feature(number), 0, "feature {number} is offered");
+        }
+    }
+}
+
+/// A ring's addresses as the vhost-user messages want them.
+pub fn ring_addresses(ring: &Ring) -> VringConfigData {
+    VringConfigData {
+        queue_max_size: ring.size(),
+        queue_size: ring.size(),
+        flags: 0,
+        desc_table_addr: GuestMemory::user_addr(ring.desc_addr()),
+        used_ring_addr: GuestMemory::user_addr(ring.used_addr()),
+        avail_ring_addr: GuestMemory::user_addr(ring.avail_addr()),
+        log_addr: None,
+    }
+}
+
+/// Connects to a daemon that may be between two front-ends; replies have a deadline.
+#[track_caller]
+pub fn connect(socket: &Path) -> UnixStream {
+    let stream = poll_until(
+        "the daemon to take a connection",
+        PATIENCE,
+        || match UnixStream::connect(socket) {
+            Ok(stream) => Some(stream),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
+            Err(error) => panic!("connecting to {}: {error}", socket.display()),
+        },
+    );
+    stream
+        .set_read_timeout(Some(PATIENCE))
+        .expect("a socket's timeout can be set");
+    stream
+        .set_write_timeout(Some(PATIENCE))
+        .expect("a socket's timeout can be set");
+    stream
+}

@@ -1,0 +1,595 @@
+//! Descriptor chains: every legal shape is served, every wrong one is survived.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+};
+
+use crate::common::SECTOR_BYTES;
+use crate::common::daemon::{Daemon, DaemonOptions};
+use crate::common::guest_memory::{HIGH_GUEST_ADDR, LOW_GUEST_ADDR};
+use crate::common::raw_ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Ring, Segment};
+use crate::common::request::{OK, Payload, STATUS_UNTOUCHED, assert_serves, header, pattern};
+use crate::common::session::{Session, SessionOptions};
+use crate::common::wait::{ABSENCE, PATIENCE, try_poll};
+use crate::{IMAGE_BYTES, SPARE_SECTOR};
+
+/// An address in no region of the tests' memory.
+const NOWHERE: u64 = 0x4000_0000_0000;
+
+/// A request type that no version of virtio knows.
+const UNKNOWN_TYPE: u32 = 99;
+
+fn start() -> Daemon {
+    Daemon::start("chains", IMAGE_BYTES, &DaemonOptions::default())
+}
+
+/// Cuts a piece of memory after `at` bytes.
+fn split(segment: Segment, at: u32) -> [Segment; 2] {
+    let rest = Segment {
+        addr: segment.addr + u64::from(at),
+        len: segment.len - at,
+        ..segment
+    };
+    [Segment { len: at, ..segment }, rest]
+}
+
+/// Runs the chain that `submit` makes of a request's classic segments, first for a write and then for a read of the
+/// same sectors, and checks that the bytes arrived.
+#[track_caller]
+fn write_and_read_back(
+    session: &mut Session,
+    name: &str,
+    sector: u64,
+    submit: impl Fn(&mut Ring, &[Segment]) -> u16,
+) {
+    let bytes = pattern(sector + 1, sector, 4096);
+    let mut run = |kind, payload| {
+        let (pending, segments) = session.place(kind, sector, payload);
+        let head = submit(&mut session.rings[0], &segments);
+        session.rings[0].notify();
+        let used = session.rings[0]
+            .try_wait_used(PATIENCE)
+            .unwrap_or_else(|| panic!("{name}: request type {kind} never completes"));
+        assert_eq!(used.head, head, "{name}");
+        let outcome = session.outcome(&pending, used);
+        assert_eq!(outcome.status, OK, "{name}: request type {kind}");
+        outcome.data
+    };
+    run(VIRTIO_BLK_T_OUT, Payload::Send(&bytes));
+    let found = run(VIRTIO_BLK_T_IN, Payload::Receive(bytes.len()));
+    assert!(found == bytes, "{name}: what was written is read");
+}
+
+#[test]
+fn every_legal_layout_is_served() {
+    let mut daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.assert_modern();
+    let mut sectors = (0..).step_by(8);
+    let mut check = |name: &str, submit: &dyn Fn(&mut Ring, &[Segment]) -> u16| {
+        write_and_read_back(&mut session, name, sectors.next().expect("endless"), submit);
+    };
+
+    check("direct", &|ring, segments| ring.submit(segments));
+    check("indirect", &|ring, segments| ring.submit_indirect(segments));
+    for plain in 1..3 {
+        check(&format!("{plain} plain, then indirect"), &|ring, segments| {
+            ring.submit_mixed(&segments[..plain], &segments[plain..])
+        });
+    }
+    for at in 1..16 {
+        let cut = |segments: &[Segment]| [&split(segments[0], at)[..], &segments[1..]].concat();
+        check(&format!("header cut after {at} bytes"), &|ring, segments| {
+            ring.submit(&cut(segments))
+        });
+        check(
+            &format!("indirect, header cut after {at} bytes"),
+            &|ring, segments| ring.submit_indirect(&cut(segments)),
+        );
+    }
+    for at in [1, 511, 512, 513, 4095] {
+        check(&format!("data cut after {at} bytes"), &|ring, segments| {
+            ring.submit(&[&segments[..1], &split(segments[1], at)[..], &segments[2..]].concat())
+        });
+    }
+    check("data in 64 pieces", &|ring, segments| {
+        let piece = |at: u32| Segment {
+            addr: segments[1].addr + u64::from(at) * 64,
+            len: 64,
+            ..segments[1]
+        };
+        let pieces: Vec<Segment> = (0..64).map(piece).collect();
+        ring.submit(&[&segments[..1], &pieces, &segments[2..]].concat())
+    });
+    daemon.assert_alive();
+}
+
+/// Header and data (of a write) or data and status (of a read) may share one descriptor: the device must not assume
+/// anything about message framing (virtio 1.2, section 2.7.4).
+#[test]
+fn descriptors_may_span_the_parts_of_a_request() {
+    const DATA_BYTES: u32 = SECTOR_BYTES as u32;
+    let mut daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let bytes = pattern(1, 40, SECTOR_BYTES);
+
+    let joined = session.memory.alloc(16 + SECTOR_BYTES, 16);
+    session
+        .memory
+        .write(joined, &[&header(VIRTIO_BLK_T_OUT, 40)[..], &bytes].concat());
+    let status = session.memory.alloc(1, 1);
+    session.memory.write(status, &[STATUS_UNTOUCHED]);
+    session.rings[0].submit(&[
+        Segment::readable(joined, 16 + DATA_BYTES),
+        Segment::writable(status, 1),
+    ]);
+    session.rings[0].notify();
+    session.rings[0].wait_used(PATIENCE);
+    assert_eq!(
+        session.memory.byte(status),
+        OK,
+        "header and data in one descriptor"
+    );
+
+    let head = session.memory.alloc(16, 16);
+    session.memory.write(head, &header(VIRTIO_BLK_T_IN, 40));
+    let joined = session.memory.alloc(SECTOR_BYTES + 1, 16);
+    session
+        .memory
+        .write(joined, &[STATUS_UNTOUCHED; SECTOR_BYTES + 1]);
+    session.rings[0].submit(&[
+        Segment::readable(head, 16),
+        Segment::writable(joined, DATA_BYTES + 1),
+    ]);
+    session.rings[0].notify();
+    let used = session.rings[0].wait_used(PATIENCE);
+    assert_eq!(used.len, DATA_BYTES + 1, "data and status were written");
+    assert_eq!(
+        session.memory.read(joined, SECTOR_BYTES),
+        bytes,
+        "data and status in one descriptor"
+    );
+    assert_eq!(
+        session.memory.byte(joined + u64::from(DATA_BYTES)),
+        OK,
+        "the status is the last byte"
+    );
+    daemon.assert_alive();
+}
+
+/// What a wrong request asks for: type, sector, and the segments between header and status.
+type Wrong = fn(&mut Session) -> (u32, u64, Vec<Segment>);
+
+/// Room for data that is not at fault itself.
+fn room(session: &Session, len: usize) -> u64 {
+    session.memory.alloc_in(1, len, 16)
+}
+
+const WRONG: &[(&str, Wrong)] = &[
+    ("an unknown type", |_| (UNKNOWN_TYPE, 0, vec![])),
+    ("an unknown type with data", |s| {
+        (UNKNOWN_TYPE, 0, vec![Segment::writable(room(s, 512), 512)])
+    }),
+    ("GET_ID without data", |_| (VIRTIO_BLK_T_GET_ID, 0, vec![])),
+    ("a read into nowhere", |_| {
+        (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(NOWHERE, 4096)])
+    }),
+    ("a write from nowhere", |_| {
+        (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(NOWHERE, 4096)])
+    }),
+    ("a read over the end of a region", |s| {
+        let end = HIGH_GUEST_ADDR + s.memory.regions()[1].len;
+        (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(end - 512, 4096)])
+    }),
+    ("an address that wraps", |_| {
+        (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(u64::MAX - 511, 4096)])
+    }),
+    ("a length of 4 GiB", |_| {
+        (
+            VIRTIO_BLK_T_OUT,
+            0,
+            vec![Segment::readable(LOW_GUEST_ADDR, 0xffff_fe00)],
+        )
+    }),
+    ("a write of half a sector", |s| {
+        (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(room(s, 256), 256)])
+    }),
+    ("a read of a sector and a byte", |s| {
+        (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(room(s, 513), 513)])
+    }),
+    ("a write over the end of the disk", |s| {
+        (
+            VIRTIO_BLK_T_OUT,
+            s.capacity_sectors() - 1,
+            vec![Segment::readable(room(s, 1024), 1024)],
+        )
+    }),
+    ("a read past the end of the disk", |s| {
+        (
+            VIRTIO_BLK_T_IN,
+            s.capacity_sectors(),
+            vec![Segment::writable(room(s, 512), 512)],
+        )
+    }),
+    ("a sector number that overflows", |s| {
+        (
+            VIRTIO_BLK_T_OUT,
+            u64::MAX,
+            vec![Segment::readable(room(s, 1024), 1024)],
+        )
+    }),
+    ("a sector number whose byte overflows", |s| {
+        (
+            VIRTIO_BLK_T_OUT,
+            1 << 55,
+            vec![Segment::readable(room(s, 512), 512)],
+        )
+    }),
+    ("a discard of half a range", |s| {
+        (VIRTIO_BLK_T_DISCARD, 0, vec![Segment::readable(room(s, 8), 8)])
+    }),
+    ("a write-zeroes from nowhere", |_| {
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0, vec![Segment::readable(NOWHERE, 16)])
+    }),
+];
+
+/// A request that is wrong but leaves no doubt where its status goes: it completes, the status says no, and the
+/// disk is as it was (T11, T22).
+#[test]
+fn a_wrong_request_with_a_status_byte_gets_its_status() {
+    let mut daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let before = pattern(3, 0, 4096);
+    session.write(0, &before);
+    for (name, wrong) in WRONG {
+        let (kind, sector, data) = wrong(&mut session);
+        let (pending, classic) = session.place(kind, sector, Payload::Empty);
+        let head = session.rings[0].submit(&[&classic[..1], &data, &classic[1..]].concat());
+        session.rings[0].notify();
+        let used = session.rings[0]
+            .try_wait_used(PATIENCE)
+            .unwrap_or_else(|| panic!("{name}: the request never completes"));
+        assert_eq!(used.head, head, "{name}");
+        let status = session.memory.byte(pending.status);
+        assert_ne!(status, STATUS_UNTOUCHED, "{name}: the status was written");
+        assert_ne!(status, OK, "{name}: the request failed");
+        if kind == UNKNOWN_TYPE {
+            assert_eq!(u32::from(status), VIRTIO_BLK_S_UNSUPP, "{name}");
+        }
+        assert_eq!(
+            session.read(0, before.len()),
+            before,
+            "{name}: the disk is as it was"
+        );
+        daemon.assert_alive();
+    }
+}
+
+/// A hostile chain that `spoil` puts into the ring. Where it is a write at all, it is one of [`INTRUDER`] at sector 0.
+struct Hostile {
+    name: &'static str,
+    spoil: fn(&mut Session),
+}
+
+/// What hostile writes would leave on the disk.
+const INTRUDER: [u8; SECTOR_BYTES] = [0xee; SECTOR_BYTES];
+
+/// A sound write as a table of descriptors: header, data, status.
+fn sound_write(session: &Session) -> Vec<Descriptor> {
+    let (_, segments) = session.place(VIRTIO_BLK_T_OUT, 0, Payload::Send(&INTRUDER));
+    Ring::table_of(&segments)
+}
+
+/// Publishes a chain that starts with `descriptor` in slot 0.
+fn publish_first(session: &mut Session, descriptor: Descriptor) {
+    session.rings[0].write_descriptor(0, descriptor);
+    session.rings[0].publish(0);
+}
+
+/// Publishes an indirect chain whose length field claims `len` bytes of `table`.
+fn publish_table(session: &mut Session, table: &[Descriptor], len: u32) {
+    let addr = session.rings[0].write_table(table);
+    publish_first(
+        session,
+        Descriptor {
+            addr,
+            len,
+            flags: DESC_INDIRECT,
+            next: 0,
+        },
+    );
+}
+
+/// Publishes a sound write, as an indirect table, that `change` has made unsound.
+fn publish_changed(session: &mut Session, change: impl Fn(&mut [Descriptor])) {
+    let mut table = sound_write(session);
+    change(&mut table);
+    publish_table(session, &table, 48);
+}
+
+const HOSTILE: &[Hostile] = &[
+    Hostile {
+        name: "a chain that loops",
+        spoil: |session| {
+            let table = sound_write(session);
+            session.rings[0].write_descriptor(
+                1,
+                Descriptor {
+                    next: 0,
+                    flags: DESC_NEXT,
+                    ..table[1]
+                },
+            );
+            publish_first(session, Descriptor { next: 1, ..table[0] });
+        },
+    },
+    Hostile {
+        name: "a descriptor that is its own next",
+        spoil: |session| {
+            let table = sound_write(session);
+            publish_first(session, Descriptor { next: 0, ..table[0] });
+        },
+    },
+    Hostile {
+        name: "next outside the table",
+        spoil: |session| {
+            let table = sound_write(session);
+            publish_first(
+                session,
+                Descriptor {
+                    next: 0xfff0,
+                    ..table[0]
+                },
+            );
+        },
+    },
+    Hostile {
+        name: "head outside the table",
+        spoil: |session| session.rings[0].publish(0xfff0),
+    },
+    Hostile {
+        name: "avail.idx ahead by more than the ring",
+        spoil: |session| {
+            let ring = &session.rings[0];
+            ring.set_avail_idx(ring.next_avail().wrapping_add(ring.size() + 1));
+        },
+    },
+    Hostile {
+        name: "avail.idx going backwards",
+        spoil: |session| {
+            let ring = &session.rings[0];
+            ring.set_avail_idx(ring.next_avail().wrapping_sub(1));
+        },
+    },
+    Hostile {
+        name: "an indirect table of 17 bytes",
+        spoil: |session| {
+            let table = sound_write(session);
+            publish_table(session, &table, 17);
+        },
+    },
+    Hostile {
+        name: "an indirect table of no bytes",
+        spoil: |session| {
+            let table = sound_write(session);
+            publish_table(session, &table, 0);
+        },
+    },
+    Hostile {
+        name: "an indirect table nowhere",
+        spoil: |session| {
+            publish_first(
+                session,
+                Descriptor {
+                    addr: NOWHERE,
+                    len: 48,
+                    flags: DESC_INDIRECT,
+                    next: 0,
+                },
+            );
+        },
+    },
+    Hostile {
+        name: "an indirect table in an indirect table",
+        spoil: |session| {
+            let inner = sound_write(session);
+            let addr = session.rings[0].write_table(&inner);
+            publish_table(
+                session,
+                &[Descriptor {
+                    addr,
+                    len: 48,
+                    flags: DESC_INDIRECT,
+                    next: 0,
+                }],
+                16,
+            );
+        },
+    },
+    Hostile {
+        name: "an indirect descriptor with a next that loops",
+        spoil: |session| {
+            let table = sound_write(session);
+            // Half of the request: the rest would have to come from the descriptor that is its own next.
+            let addr = session.rings[0].write_table(&table[..1]);
+            let flags = DESC_INDIRECT | DESC_NEXT;
+            publish_first(
+                session,
+                Descriptor {
+                    addr,
+                    len: 16,
+                    flags,
+                    next: 0,
+                },
+            );
+        },
+    },
+    Hostile {
+        name: "an indirect table that loops",
+        spoil: |session| publish_changed(session, |table| table[1].next = 0),
+    },
+    Hostile {
+        name: "an indirect table whose next leaves it",
+        spoil: |session| publish_changed(session, |table| table[1].next = 7),
+    },
+    Hostile {
+        name: "a header that the device may only write",
+        spoil: |session| publish_changed(session, |table| table[0].flags |= DESC_WRITE),
+    },
+    Hostile {
+        name: "data for the device behind the room for the status",
+        spoil: |session| {
+            publish_changed(session, |table| {
+                let (data, status) = (table[1], table[2]);
+                table[1] = Descriptor {
+                    flags: DESC_WRITE | DESC_NEXT,
+                    next: 2,
+                    ..status
+                };
+                table[2] = Descriptor {
+                    flags: 0,
+                    next: 0,
+                    ..data
+                };
+            });
+        },
+    },
+    Hostile {
+        name: "no room for a status",
+        spoil: |session| publish_changed(session, |table| table[2].flags = 0),
+    },
+    Hostile {
+        name: "a status of no bytes",
+        spoil: |session| publish_changed(session, |table| table[2].len = 0),
+    },
+    Hostile {
+        name: "a status nowhere",
+        spoil: |session| publish_changed(session, |table| table[2].addr = NOWHERE),
+    },
+    Hostile {
+        name: "a header of 8 bytes and nothing else",
+        spoil: |session| {
+            let table = sound_write(session);
+            publish_first(
+                session,
+                Descriptor {
+                    len: 8,
+                    flags: 0,
+                    next: 0,
+                    ..table[0]
+                },
+            );
+        },
+    },
+    Hostile {
+        name: "a header nowhere",
+        spoil: |session| publish_changed(session, |table| table[0].addr = NOWHERE),
+    },
+    Hostile {
+        name: "descriptors of no bytes",
+        spoil: |session| {
+            session.rings[0].submit(&[Segment::readable(LOW_GUEST_ADDR, 0); 4]);
+        },
+    },
+];
+
+/// What makes no sense at all may go unanswered, but it changes nothing on the disk, and the next front-end is
+/// served as if nothing had been.
+#[test]
+fn hostile_chains_change_nothing_and_hurt_nobody() {
+    let mut daemon = start();
+    let before = pattern(5, 0, 4096);
+    Session::open(&daemon.socket(), &SessionOptions::default()).write(0, &before);
+    for Hostile { name, spoil } in HOSTILE {
+        println!("{name}");
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        let served = session.rings[0].used_idx();
+        spoil(&mut session);
+        session.rings[0].notify();
+        // Whether it completes is the device's choice: all that is waited for is that it had the time to choose.
+        try_poll(ABSENCE, || (session.rings[0].used_idx() != served).then_some(()));
+        daemon.assert_alive();
+        drop(session);
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        assert!(
+            session.read(0, before.len()) == before,
+            "{name}: the disk is as it was"
+        );
+        drop(session);
+        assert_serves(&daemon.socket(), SPARE_SECTOR);
+    }
+    daemon.assert_alive();
+    daemon.stop();
+}
+
+/// A sound request with descriptors of no bytes strewn in: a device may serve it or refuse it, but it says which, and
+/// it does what it says.
+#[test]
+fn descriptors_of_no_bytes_are_served_or_refused() {
+    let mut daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let (old, new) = (pattern(1, 0, 4096), pattern(2, 0, 4096));
+    for indirect in [false, true] {
+        session.write(0, &old);
+        let (pending, classic) = session.place(VIRTIO_BLK_T_OUT, 0, Payload::Send(&new));
+        let nothing = Segment::readable(LOW_GUEST_ADDR, 0);
+        let chain = [nothing, classic[0], nothing, classic[1], nothing, classic[2]];
+        let ring = &mut session.rings[0];
+        if indirect {
+            ring.submit_indirect(&chain);
+        } else {
+            ring.submit(&chain);
+        }
+        ring.notify();
+        ring.wait_used(PATIENCE);
+        let status = session.memory.byte(pending.status);
+        assert_ne!(status, STATUS_UNTOUCHED, "the status was written");
+        let expected = if status == OK { &new } else { &old };
+        assert!(
+            &session.read(0, old.len()) == expected,
+            "status {status} tells what happened"
+        );
+    }
+    daemon.assert_alive();
+}
+
+/// An indirect chain whose table claims 4 GiB, with a sound write at its beginning: a device may serve the write or
+/// refuse it, but it must neither read on nor allocate what the guest claims.
+#[test]
+fn a_table_that_claims_4_gib_is_survived() {
+    let mut daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let served = session.rings[0].used_idx();
+    let table = sound_write(&session);
+    publish_table(&mut session, &table, 0xffff_fff0);
+    session.rings[0].notify();
+    try_poll(ABSENCE, || (session.rings[0].used_idx() != served).then_some(()));
+    drop(session);
+    assert_serves(&daemon.socket(), SPARE_SECTOR);
+    daemon.assert_alive();
+}
+
+/// A ring that its guest has broken takes no other ring with it.
+#[test]
+fn a_broken_ring_leaves_the_others_running() {
+    let options = DaemonOptions {
+        num_queues: 2,
+        ..DaemonOptions::default()
+    };
+    let mut daemon = Daemon::start("chains", IMAGE_BYTES, &options);
+    let options = SessionOptions {
+        queues: 2,
+        ..SessionOptions::default()
+    };
+    let mut session = Session::open(&daemon.socket(), &options);
+    let broken = &session.rings[1];
+    broken.set_avail_idx(broken.next_avail().wrapping_add(broken.size() + 1));
+    broken.notify();
+    for round in 0..50 {
+        let bytes = pattern(round, 8 * round, 4096);
+        session.write(8 * round, &bytes);
+        assert_eq!(session.read(8 * round, 4096), bytes, "round {round}");
+    }
+    daemon.assert_alive();
+}

@@ -1,0 +1,320 @@
+//! Rings as a whole: starting, stopping, resuming, enabling, and one beside the other.
+
+use vhost::VhostBackend;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+
+use crate::common::SECTOR_BYTES;
+use crate::common::daemon::{Daemon, DaemonOptions};
+use crate::common::prng::{Prng, seed};
+use crate::common::raw_message::number;
+use crate::common::raw_ring::Ring;
+use crate::common::request::{OK, Payload, Pending, assert_serves, pattern};
+use crate::common::session::{Session, SessionOptions, ring_addresses};
+use crate::common::wait::{ABSENCE, PATIENCE, try_poll};
+use crate::{IMAGE_BYTES, SPARE_SECTOR};
+
+fn start(num_queues: usize) -> Daemon {
+    let options = DaemonOptions {
+        num_queues,
+        ..DaemonOptions::default()
+    };
+    Daemon::start("rings", IMAGE_BYTES, &options)
+}
+
+/// Lets a new driver reuse the data memory of the last one.
+fn reuse_data_memory(session: &Session) {
+    session.memory.free_all_in(1);
+}
+
+/// T15. When GET_VRING_BASE has been answered, what was taken has completed, nothing completes any more, and the
+/// base says where to go on.
+#[test]
+fn a_stopped_ring_owes_nothing_and_resumes() {
+    const REQUESTS: u64 = 40;
+    const REQUEST_BYTES: usize = 64 << 10;
+    let seed = seed(15);
+    let mut prng = Prng::new(seed);
+    let daemon = start(1);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    for round in 0..20 {
+        reuse_data_memory(&session);
+        let started = session.rings[0].next_avail();
+        let sector_of = |n: u64| (round * REQUESTS + n) * 128 % (IMAGE_BYTES / SECTOR_BYTES as u64);
+        let out: Vec<(u64, Pending)> = (0..REQUESTS)
+            .map(|n| {
+                let sector = sector_of(n);
+                let bytes = pattern(round + 1, sector, REQUEST_BYTES);
+                let pending = session.submit(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(&bytes));
+                (sector, pending)
+            })
+            .collect();
+        session.rings[0].notify();
+        // Stop at a random moment: with nothing, something or everything done.
+        let some = prng.below(REQUESTS) as u16;
+        try_poll(PATIENCE, || {
+            (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(())
+        });
+        let base = session.stop_ring(0);
+        let used = session.rings[0].used_idx();
+        assert_eq!(
+            used, base,
+            "seed {seed} round {round}: all that was taken has completed"
+        );
+        let late = try_poll(ABSENCE / 4, || {
+            (session.rings[0].used_idx() != used).then_some(())
+        });
+        assert!(
+            late.is_none(),
+            "seed {seed} round {round}: a completion after the ring was stopped"
+        );
+
+        session.set_up_ring(0, base);
+        session.enable_ring(0, true);
+        session.rings[0].notify();
+        session.wait_for(0, out.len());
+        for (sector, pending) in &out {
+            assert_eq!(
+                session.memory.byte(pending.status),
+                OK,
+                "seed {seed} round {round}: sector {sector}"
+            );
+        }
+        reuse_data_memory(&session);
+        for (sector, _) in out.iter().step_by(7) {
+            let found = session.read(*sector, REQUEST_BYTES);
+            assert!(
+                found == pattern(round + 1, *sector, REQUEST_BYTES),
+                "seed {seed} round {round}: {sector}"
+            );
+        }
+    }
+}
+
+/// A ring may go on at any index (a migrated guest's does), and 2^16 follows upon 2^16 - 1.
+#[test]
+fn a_ring_starts_at_any_base() {
+    let daemon = start(1);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    for base in [1, 127, 128, 0x7fff, 0xfff0, 0xffff] {
+        session.stop_ring(0);
+        session.rings[0] = Ring::new(&session.memory, 128, base, false);
+        session.start_ring(0);
+        for n in 0..40 {
+            let bytes = pattern(u64::from(base), 8 * n, 4096);
+            session.write(8 * n, &bytes);
+            assert!(session.read(8 * n, 4096) == bytes, "base {base}, request {n}");
+        }
+        assert_eq!(
+            session.stop_ring(0),
+            base.wrapping_add(80),
+            "80 requests on from {base}"
+        );
+        session.start_ring(0);
+    }
+}
+
+/// virtio's split rings have a power of two of entries. Another number is refused, or served as given; it must not
+/// be acknowledged and then taken for something else.
+#[test]
+fn a_ring_of_an_odd_size_is_refused_or_served_as_it_is() {
+    let mut daemon = start(1);
+    for size in [0_u16, 3, 100, 0x8001, u16::MAX] {
+        let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+        session.share_memory();
+        if session.frontend.set_vring_num(0, size).is_ok() && size == 100 {
+            session.add_ring(size);
+            session.start_ring(0);
+            let first = session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&pattern(1, 0, 512)));
+            session.rings[0].notify();
+            if session.rings[0].try_wait_used(ABSENCE).is_some() {
+                assert_eq!(session.memory.byte(first.status), OK);
+                for n in 0..150 {
+                    session.write(n, &pattern(2, n, 512));
+                }
+            }
+        }
+        drop(session);
+        daemon.assert_alive();
+        assert_serves(&daemon.socket(), SPARE_SECTOR);
+    }
+}
+
+/// T12.
+#[test]
+fn a_disabled_ring_waits_until_it_is_enabled() {
+    let daemon = start(1);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    for round in 0..20 {
+        let bytes = pattern(round + 1, 8 * round, 4096);
+        session.enable_ring(0, false);
+        let before = session.rings[0].used_idx();
+        let pending = session.submit(0, VIRTIO_BLK_T_OUT, 8 * round, Payload::Send(&bytes));
+        session.rings[0].notify();
+        let early = try_poll(ABSENCE / 4, || {
+            (session.rings[0].used_idx() != before).then_some(())
+        });
+        assert!(early.is_none(), "round {round}: a disabled ring was served");
+        session.enable_ring(0, true);
+        // No second kick: the first one must not be lost.
+        session.wait_for(0, 1);
+        assert_eq!(session.memory.byte(pending.status), OK, "round {round}");
+        assert!(
+            session.read(8 * round, 4096) == bytes,
+            "round {round}: what was written is read"
+        );
+    }
+}
+
+/// A driver may kick before the front-end has enabled its ring.
+#[test]
+fn a_kick_before_the_ring_is_enabled_is_not_lost() {
+    let daemon = start(1);
+    for round in 0..20 {
+        let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+        session.share_memory();
+        session.add_ring(64);
+        let bytes = pattern(round + 1, 8 * round, 4096);
+        let pending = session.submit(0, VIRTIO_BLK_T_OUT, 8 * round, Payload::Send(&bytes));
+        session.rings[0].notify();
+        session.set_up_ring(0, 0);
+        session.enable_ring(0, true);
+        session.wait_for(0, 1);
+        assert_eq!(session.memory.byte(pending.status), OK, "round {round}");
+    }
+}
+
+/// T2. A short request on one ring does not wait for all the work of another.
+#[test]
+fn a_busy_ring_does_not_hold_up_another() {
+    const LONG_BYTES: usize = 1 << 20;
+    const LONG_REQUESTS: u64 = 32;
+    const ROUNDS: u64 = 10;
+    /// On a machine with one idle core, the scheduler may well decide some rounds: a server of one ring at a time
+    /// wins none.
+    const ROUNDS_WON_MIN: u64 = 2;
+    let daemon = start(2);
+    let options = SessionOptions {
+        queues: 2,
+        region_bytes: 40 << 20,
+        ..SessionOptions::default()
+    };
+    let mut session = Session::open(&daemon.socket(), &options);
+    let mut won = 0;
+    for round in 0..ROUNDS {
+        reuse_data_memory(&session);
+        session.read(0, 512);
+        let before = session.rings[0].used_idx();
+        for n in 0..LONG_REQUESTS {
+            session.submit(
+                0,
+                VIRTIO_BLK_T_IN,
+                (round * 3 + n) * 2048,
+                Payload::Receive(LONG_BYTES),
+            );
+        }
+        session.rings[0].notify();
+        let short = session.run(1, VIRTIO_BLK_T_IN, 0, Payload::Receive(512));
+        assert_eq!(short.status, OK);
+        let done = session.rings[0].used_idx().wrapping_sub(before);
+        won += u64::from(u64::from(done) < LONG_REQUESTS);
+        session.wait_for(0, LONG_REQUESTS as usize);
+    }
+    assert!(
+        won >= ROUNDS_WON_MIN,
+        "the short request was first in {won} of {ROUNDS} rounds"
+    );
+}
+
+/// All rings of a device work at the same time, on data of their own.
+#[test]
+fn four_rings_work_side_by_side() {
+    const QUEUES: usize = 4;
+    const DEPTH: u64 = 16;
+    let daemon = start(QUEUES);
+    let options = SessionOptions {
+        queues: QUEUES,
+        ..SessionOptions::default()
+    };
+    let mut session = Session::open(&daemon.socket(), &options);
+    let sector_of = |queue: usize, n: u64| queue as u64 * 16_384 + n * 8;
+    for round in 1..=10 {
+        reuse_data_memory(&session);
+        for queue in 0..QUEUES {
+            for n in 0..DEPTH {
+                let sector = sector_of(queue, n);
+                session.submit(
+                    queue,
+                    VIRTIO_BLK_T_OUT,
+                    sector,
+                    Payload::Send(&pattern(round, sector, 4096)),
+                );
+            }
+            session.rings[queue].notify();
+        }
+        for queue in 0..QUEUES {
+            session.wait_for(queue, DEPTH as usize);
+        }
+        for queue in 0..QUEUES {
+            // Read through another ring than the one that wrote.
+            let reader = (queue + 1) % QUEUES;
+            for n in 0..DEPTH {
+                let sector = sector_of(queue, n);
+                let outcome = session.run(reader, VIRTIO_BLK_T_IN, sector, Payload::Receive(4096));
+                assert_eq!(outcome.status, OK);
+                assert!(
+                    outcome.data == pattern(round, sector, 4096),
+                    "round {round} ring {queue} request {n}"
+                );
+            }
+        }
+    }
+}
+
+/// Addresses that make no ring: past the end of memory, half in it, or nowhere (T19).
+#[test]
+fn a_ring_outside_memory_is_survived() {
+    let mut daemon = start(1);
+    for case in [
+        "past the end",
+        "over the end",
+        "nowhere",
+        "at the end of addresses",
+        "misaligned",
+    ] {
+        let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+        session.share_memory();
+        session.add_ring(128);
+        let mut addresses = ring_addresses(&session.rings[0]);
+        let end = addresses.desc_table_addr - session.rings[0].desc_addr()
+            + session.memory.regions()[1].guest_addr
+            + session.memory.regions()[1].len;
+        match case {
+            "past the end" => addresses.desc_table_addr = end,
+            "over the end" => {
+                addresses.desc_table_addr = end - 16;
+                addresses.avail_ring_addr = end - 2;
+                addresses.used_ring_addr = end - 4;
+            }
+            "nowhere" => addresses.avail_ring_addr = 0x10,
+            "at the end of addresses" => addresses.used_ring_addr = u64::MAX - 3,
+            _ => addresses.used_ring_addr += 1,
+        }
+        // Whether the address or its use is refused is the daemon's choice.
+        let accepted = session.frontend.set_vring_num(0, 128).is_ok()
+            && session.frontend.set_vring_addr(0, &addresses).is_ok()
+            && session.frontend.set_vring_call(0, &session.rings[0].call).is_ok()
+            && session.frontend.set_vring_kick(0, &session.rings[0].kick).is_ok();
+        if accepted {
+            let _ = session.raw(
+                number::SET_VRING_ENABLE,
+                &[0_u32.to_le_bytes(), 1_u32.to_le_bytes()].concat(),
+            );
+            session.rings[0].notify();
+            try_poll(ABSENCE, || (session.rings[0].used_idx() != 0).then_some(()));
+        }
+        println!("{case}: {}", if accepted { "accepted" } else { "refused" });
+        drop(session);
+        daemon.assert_alive();
+        assert_serves(&daemon.socket(), SPARE_SECTOR);
+    }
+}

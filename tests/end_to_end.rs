@@ -1,0 +1,370 @@
+//! The whole way, from a driver that nobody here wrote through the cache to the image file, and back.
+//!
+//! `GENBLK_E2E_REQUESTS` and `GENBLK_TEST_SEED` change how much random I/O is done, and which.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "sizes and indices here are chosen by the tests, and small"
+)]
+
+mod common;
+
+use std::time::Duration;
+
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+
+use common::SECTOR_BYTES;
+use common::daemon::{Daemon, DaemonOptions, TempDir};
+use common::prng::{Prng, seed};
+use common::request::{OK, Payload, pattern};
+use common::session::{Session, SessionOptions};
+use common::shadow::Shadow;
+use common::wait::{PATIENCE, try_poll};
+use common::workload::{Client, ClientOptions, Faults, Plan, random_io, read_everything, settle};
+
+/// Bytes of the image: many times the cache.
+const IMAGE_BYTES: usize = 128 << 20;
+const CACHE_SIZE: &str = "6M";
+
+/// How long a flush may take on a healthy store.
+const FLUSH_LIMIT: Duration = Duration::from_secs(10);
+
+fn requests(default: u64) -> u64 {
+    std::env::var("GENBLK_E2E_REQUESTS").map_or(default, |text| {
+        text.parse().expect("GENBLK_E2E_REQUESTS is a decimal number")
+    })
+}
+
+/// A daemon whose image holds `shadow`.
+fn serve(shadow: &Shadow, options: &DaemonOptions) -> Daemon {
+    let directory = TempDir::new("e2e");
+    shadow.write_image(&directory.path().join("image"));
+    Daemon::start_in(directory, options)
+}
+
+/// Random I/O on a healthy store, checked three times over: by reads while it runs, by reading everything back, and
+/// in the image, both after flushes and after the daemon has left.
+fn random_io_agrees_with_the_shadow(
+    daemon_options: &DaemonOptions,
+    client_options: &ClientOptions,
+    plan: &Plan,
+) {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, plan.seed);
+    let mut daemon = serve(&shadow, daemon_options);
+    let image = daemon.image();
+    let mut client = Client::connect(&daemon.socket(), client_options);
+    let mut check_image = |shadow: &Shadow| {
+        if let Err(mismatch) = shadow.check_image(&image) {
+            panic!("seed {}: the image after a flush: {mismatch:x?}", plan.seed);
+        }
+    };
+    let mut faults = Faults {
+        allowed: &|| false,
+        flushed: &mut check_image,
+    };
+    let report = random_io(&mut client, &mut shadow, plan, &mut faults);
+    assert_eq!(report.completed, plan.requests, "every request completed");
+    assert_eq!(report.failed, 0, "none failed");
+    settle(&mut client, FLUSH_LIMIT);
+    read_everything(&mut client, &shadow);
+    drop(client);
+    daemon.stop();
+    if let Err(mismatch) = shadow.check_image(&daemon.image()) {
+        panic!(
+            "seed {}: the image after the daemon has left: {mismatch:x?}",
+            plan.seed
+        );
+    }
+}
+
+fn small_cache(num_queues: usize) -> DaemonOptions {
+    DaemonOptions {
+        cache_size: CACHE_SIZE,
+        num_queues,
+        ..DaemonOptions::default()
+    }
+}
+
+fn write_back(queues: usize, poll: bool, default_seed: u64) {
+    let client = ClientOptions {
+        queues,
+        poll,
+        ..ClientOptions::default()
+    };
+    let plan = Plan {
+        requests: requests(100_000),
+        seed: seed(default_seed),
+        checkpoints: 8,
+        read_only: false,
+    };
+    random_io_agrees_with_the_shadow(&small_cache(queues), &client, &plan);
+}
+
+#[test]
+fn random_io_on_one_queue_with_interrupts() {
+    write_back(1, false, 101);
+}
+
+#[test]
+fn random_io_on_four_queues_with_interrupts() {
+    write_back(4, false, 102);
+}
+
+#[test]
+fn random_io_on_one_polled_queue() {
+    write_back(1, true, 103);
+}
+
+#[test]
+fn random_io_on_four_polled_queues() {
+    write_back(4, true, 104);
+}
+
+#[test]
+fn random_io_in_write_through_mode() {
+    let daemon = DaemonOptions {
+        cache_mode: "writethrough",
+        ..small_cache(2)
+    };
+    let client = ClientOptions {
+        queues: 2,
+        ..ClientOptions::default()
+    };
+    let plan = Plan {
+        requests: requests(20_000),
+        seed: seed(105),
+        checkpoints: 4,
+        read_only: false,
+    };
+    random_io_agrees_with_the_shadow(&daemon, &client, &plan);
+}
+
+#[test]
+fn random_io_without_a_cache() {
+    let daemon = DaemonOptions {
+        cache_mode: "none",
+        ..small_cache(2)
+    };
+    let client = ClientOptions {
+        queues: 2,
+        ..ClientOptions::default()
+    };
+    let plan = Plan {
+        requests: requests(20_000),
+        seed: seed(106),
+        checkpoints: 4,
+        read_only: false,
+    };
+    random_io_agrees_with_the_shadow(&daemon, &client, &plan);
+}
+
+#[test]
+fn random_reads_of_a_read_only_image() {
+    let daemon = DaemonOptions {
+        read_only: true,
+        ..small_cache(2)
+    };
+    let client = ClientOptions {
+        queues: 2,
+        read_only: true,
+        ..ClientOptions::default()
+    };
+    let plan = Plan {
+        requests: requests(20_000),
+        seed: seed(107),
+        checkpoints: 2,
+        read_only: true,
+    };
+    random_io_agrees_with_the_shadow(&daemon, &client, &plan);
+}
+
+/// A front-end goes away without a flush, and another comes: the cache, dirty pages and all, is still there.
+#[test]
+fn what_was_written_outlives_the_connection() {
+    let mut prng = Prng::new(seed(108));
+    let mut shadow = Shadow::zeros(IMAGE_BYTES);
+    let mut daemon = serve(&shadow, &small_cache(1));
+    for _ in 0..10 {
+        let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
+        for _ in 0..50 {
+            let first = prng.below(shadow.sectors() - 128);
+            let sectors = 1 + prng.below(128) as usize;
+            let bytes = prng.bytes(sectors * SECTOR_BYTES);
+            client.write(first, &bytes);
+            shadow.write(first, &bytes);
+        }
+        drop(client);
+        let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
+        // Twice: what the first pass brought in is what the second one finds.
+        read_everything(&mut client, &shadow);
+        for first in (0..8192).step_by(128) {
+            shadow
+                .check(first, &client.read(first, 64 << 10))
+                .expect("the hot range is as it was");
+        }
+    }
+    daemon.stop();
+    shadow
+        .check_image(&daemon.image())
+        .expect("the image holds everything");
+}
+
+/// SIGTERM is an orderly end: dirty pages reach the image though nobody flushed, and the next daemon finds them.
+#[test]
+fn sigterm_writes_everything_back() {
+    let mut prng = Prng::new(seed(109));
+    let mut shadow = Shadow::zeros(32 << 20);
+    let mut daemon = serve(&shadow, &small_cache(1));
+    for round in 0..5 {
+        let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
+        for _ in 0..40 {
+            let first = prng.below(shadow.sectors() - 64);
+            let sectors = 1 + prng.below(64) as usize;
+            let bytes = prng.bytes(sectors * SECTOR_BYTES);
+            client.write(first, &bytes);
+            shadow.write(first, &bytes);
+        }
+        if round % 2 == 0 {
+            drop(client);
+            daemon.stop();
+        } else {
+            // The front-end is still connected, idle.
+            daemon.stop();
+            drop(client);
+        }
+        shadow
+            .check_image(&daemon.image())
+            .expect("the image holds everything");
+        daemon.restart();
+        let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
+        read_everything(&mut client, &shadow);
+    }
+}
+
+/// SIGTERM with requests in flight: those that completed are in the image, those that did not are old or new.
+#[test]
+fn sigterm_under_load_keeps_every_completed_write() {
+    const REQUEST_BYTES: usize = 32 << 10;
+    const REQUESTS: u64 = 100;
+    let mut prng = Prng::new(seed(110));
+    for round in 1..=10 {
+        let mut shadow = Shadow::zeros(32 << 20);
+        let mut daemon = serve(&shadow, &small_cache(1));
+        let options = SessionOptions {
+            queue_size: 512,
+            ..SessionOptions::default()
+        };
+        let mut session = Session::open(&daemon.socket(), &options);
+        let started = session.rings[0].used_idx();
+        let mut out = Vec::new();
+        for n in 0..REQUESTS {
+            let sector = n * 600;
+            let bytes = pattern(round, sector, REQUEST_BYTES);
+            let pending = session.submit(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(&bytes));
+            out.push((sector, bytes, pending));
+        }
+        session.rings[0].notify();
+        let some = prng.below(REQUESTS) as u16;
+        try_poll(PATIENCE, || {
+            (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(())
+        });
+        daemon.stop();
+        let mut completed = 0;
+        while let Some(used) = session.rings[0].take_used() {
+            let (sector, bytes, pending) = out
+                .iter()
+                .find(|(_, _, pending)| pending.head == used.head)
+                .expect("a request of ours");
+            assert_eq!(
+                session.memory.byte(pending.status),
+                OK,
+                "round {round}: sector {sector}"
+            );
+            shadow.write(*sector, bytes);
+            completed += 1;
+        }
+        assert!(completed >= some, "round {round}: completions do not vanish");
+        for (sector, bytes, _) in &out {
+            if shadow.check(*sector, bytes).is_err() {
+                shadow.doubt_write(*sector, bytes);
+            }
+        }
+        shadow
+            .check_image(&daemon.image())
+            .expect("the image holds every completed write");
+    }
+}
+
+/// In write-through mode a completed write is in the image, without a flush.
+#[test]
+fn a_write_through_cache_keeps_nothing_back() {
+    let mut prng = Prng::new(seed(111));
+    let shadow = Shadow::patchwork(32 << 20, 111);
+    let daemon = serve(
+        &shadow,
+        &DaemonOptions {
+            cache_mode: "writethrough",
+            ..small_cache(1)
+        },
+    );
+    let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
+    for round in 0..300 {
+        let count = 1 + prng.below(if round % 20 == 0 { 2048 } else { 24 });
+        let first = prng.below(shadow.sectors() - count);
+        let bytes = prng.bytes(count as usize * SECTOR_BYTES);
+        client.write(first, &bytes);
+        let found = daemon.image_bytes(first * SECTOR_BYTES as u64, bytes.len());
+        assert!(
+            found == bytes,
+            "round {round}: a completed write of {count} sectors at {first} is in the image"
+        );
+        if round % 10 == 0 {
+            assert!(
+                client.read(first, bytes.len()) == bytes,
+                "round {round}: and it is read back"
+            );
+        }
+    }
+}
+
+/// The oracle itself: it must say no.
+#[test]
+fn the_shadow_tells_right_from_wrong() {
+    let (old, new, other) = (pattern(1, 8, 2048), pattern(2, 8, 2048), pattern(3, 8, 2048));
+    let mut shadow = Shadow::zeros(1 << 20);
+    assert!(shadow.check(8, &[0; 2048]).is_ok());
+    shadow.write(8, &old);
+    assert!(shadow.check(8, &old).is_ok());
+    assert_eq!(shadow.check(8, &new).expect_err("another version").sector, 8);
+    assert_eq!(
+        shadow.check(8, &[0; 2048]).expect_err("an older version").sector,
+        8
+    );
+
+    // A failed write: old or new, sector by sector, and nothing else.
+    shadow.doubt_write(8, &new);
+    let torn = [&new[..512], &old[512..1024], &new[1024..]].concat();
+    assert!(shadow.check(8, &old).is_ok() && shadow.check(8, &new).is_ok() && shadow.check(8, &torn).is_ok());
+    let wrong = [&new[..512], &other[512..1024], &new[1024..]].concat();
+    assert_eq!(shadow.check(8, &wrong).expect_err("a third version").sector, 9);
+    shadow.write(8, &other);
+    assert!(
+        shadow.check(8, &new).is_err(),
+        "a write that succeeds ends the doubt"
+    );
+
+    // A discard: anything, until it is written again.
+    shadow.discard(8, 2);
+    assert!(shadow.check(8, &[&new[..1024], &other[1024..]].concat()).is_ok());
+    assert_eq!(shadow.check(8, &new).expect_err("behind the discard").sector, 10);
+    shadow.write_zeroes(8, 1);
+    assert_eq!(
+        shadow
+            .check(8, &[&new[..1024], &other[1024..]].concat())
+            .expect_err("zeroed")
+            .sector,
+        8
+    );
+}

@@ -4,7 +4,8 @@
 #
 #   GENBLK_BIN=tests/guest/control.sh cargo test --test guest
 #
-# It has no cache to size and writes to the host's page cache, so --cache-size and --cache-mode are taken and ignored.
+# It has no cache to size and writes to the host's page cache, so --cache-size and --cache-mode are taken and ignored;
+# and a serial number of its own, so that the one test that looks at it fails.
 set -eu
 
 writable=on

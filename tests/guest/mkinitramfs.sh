@@ -1,0 +1,94 @@
+#!/bin/sh
+# Makes the initramfs of the guest tests and of the demo from what the host has installed: busybox, the modules of
+# the newest cloud (or virtual) kernel, e2fsprogs, and tests/guest/init.
+#
+#   mkinitramfs.sh OUT     writes the archive to OUT, and prints the path of the kernel that it belongs to
+#
+# GENBLK_KERNEL names another kernel image (/path/vmlinuz-VERSION); its modules are looked for in /lib/modules.
+# Nothing here needs root. "make setup" installs what is missing.
+set -eu
+
+PATH=$PATH:/usr/sbin:/sbin
+here=$(cd "$(dirname "$0")" && pwd)
+
+die() {
+    echo "mkinitramfs: $*; \"make setup\" installs what the guest tests need" >&2
+    exit 1
+}
+
+[ $# -eq 1 ] || die "usage: mkinitramfs.sh OUT"
+out=$1
+
+for tool in busybox cpio depmod modprobe ldd mke2fs e2fsck; do
+    command -v $tool >/dev/null || die "$tool is missing"
+done
+
+# The newest kernel that we may read. Ubuntu keeps the images in /boot for root: setup.sh leaves a copy in target/.
+find_kernel() {
+    for flavour in cloud-amd64 kvm virtual generic; do
+        for image in /boot/vmlinuz-*-"$flavour" "$here"/../../target/guest/vmlinuz-*-"$flavour"; do
+            version=${image##*/vmlinuz-}
+            if [ -r "$image" ] && [ -d "/lib/modules/$version" ]; then
+                echo "$version $image"
+            fi
+        done | sort -V | tail -n 1 | cut -d ' ' -f 2 | grep . && return
+    done
+    return 1
+}
+
+kernel=${GENBLK_KERNEL:-$(find_kernel)} || die "no kernel for the guest in /boot"
+version=${kernel##*/vmlinuz-}
+
+# Not in a directory that others may write to: a library of the host could have any name.
+root=$(mktemp -d)
+trap 'rm -rf "$root"' EXIT
+mkdir -p "$root/bin" "$root/dev" "$root/etc" "$root/host" "$root/mnt" "$root/modules" "$root/proc" "$root/sys" "$root/tmp"
+
+busybox=$(command -v busybox)
+if ldd "$busybox" 2>/dev/null | grep -q '=>'; then
+    die "busybox is not static (busybox-static is)"
+fi
+cp "$busybox" "$root/bin/busybox"
+"$busybox" --list | while read -r applet; do
+    [ "$applet" = busybox ] || ln -s busybox "$root/bin/$applet"
+done
+
+# A program with its shared libraries and its loader, each at the path where the loader looks for it. It goes to /host
+# and is called by that path, because busybox's shell prefers the applet of the same name wherever PATH points.
+add_program() {
+    cp -L "$1" "$root/host/"
+    ldd "$1" | grep -o '/[^ ]*' | while read -r library; do
+        mkdir -p "$root/${library%/*}"
+        cp -L "$library" "$root/$library"
+    done
+}
+for program in mke2fs e2fsck; do
+    add_program "$(command -v $program)"
+done
+[ -L "$root/bin/fstrim" ] || add_program "$(command -v fstrim || die "fstrim is missing")"
+[ ! -e /etc/mke2fs.conf ] || cp /etc/mke2fs.conf "$root/etc/"
+
+# The modules in the order in which they want to be loaded, which differs between kernels (virtio_ring comes before
+# virtio in 6.1): modprobe knows it. What is built into the kernel needs nothing.
+for module in virtio_pci virtio_blk ext4; do
+    modprobe --set-version "$version" --show-depends "$module" || die "no module $module for $version"
+done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' | while read -r path; do
+    name=${path##*/}
+    name=${name%%.ko*}.ko
+    case $path in
+        *.xz) xz -dc "$path" ;;
+        *.zst) zstd -dcq "$path" ;;
+        *.gz) gzip -dc "$path" ;;
+        *) cat "$path" ;;
+    esac >"$root/modules/$name"
+    echo "$name" >>"$root/modules/order"
+done
+touch "$root/modules/order"
+
+cp "$here/init" "$root/init"
+chmod 755 "$root/init"
+
+# Not compressed: unpacking costs an emulated processor more than reading the archive.
+(cd "$root" && find . | cpio --quiet -o -H newc -R 0:0) >"$out.$$"
+mv "$out.$$" "$out"
+echo "$kernel"

@@ -1,0 +1,104 @@
+//! The daemon under test as a process: started, watched, asked to stop, or killed.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::host::run;
+
+/// Start and stop take this long at most. A stop writes back everything that is dirty.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Server {
+    /// Starts the daemon on `image` and returns when it listens on `socket`. `GENBLK_BIN` may name another program with
+    /// the same options.
+    pub fn start(socket: &Path, image: &Path, options: &[&str]) -> Self {
+        let program = std::env::var_os("GENBLK_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_genblk").into());
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join(program);
+        let log = image.with_extension("log");
+        let out = File::options().create(true).append(true).open(&log).unwrap();
+        let child = Command::new(&program)
+            .arg("--socket-path")
+            .arg(socket)
+            .arg("--blk-file")
+            .arg(image)
+            .args(["--num-queues", "2"])
+            .args(options)
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().unwrap())
+            .stderr(out)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{}: {error}", program.display()));
+        let mut server = Self { child, log };
+        let deadline = Instant::now() + PATIENCE;
+        while !is_listening(socket) {
+            if let Some(status) = server.child.try_wait().unwrap() {
+                panic!("the daemon ended before it listened: {status}");
+            }
+            assert!(Instant::now() < deadline, "the daemon does not listen");
+            thread::sleep(Duration::from_millis(10));
+        }
+        server
+    }
+
+    /// SIGTERM: the daemon must write everything back and say so with its exit status.
+    pub fn stop(mut self) {
+        self.assert_alive();
+        let pid = self.child.id().to_string();
+        run(Command::new("kill").args(["-TERM", &pid]));
+        let deadline = Instant::now() + PATIENCE;
+        let status: ExitStatus = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the daemon does not stop");
+            thread::sleep(Duration::from_millis(10));
+        };
+        assert!(status.success(), "the daemon ended with {status}");
+    }
+
+    /// SIGKILL: what the daemon alone knew is gone.
+    pub fn kill(mut self) {
+        self.assert_alive();
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn assert_alive(&mut self) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("the daemon died: {status}");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Both fail on a process that has been waited for, which is what we want here.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if thread::panicking() {
+            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+            eprintln!("the daemon's log:\n{log}");
+        }
+    }
+}
+
+/// Asks the kernel rather than the socket: a connection would be a front-end that comes and goes, and the socket file
+/// alone may be left from a daemon that was killed, or not listen yet.
+fn is_listening(socket: &Path) -> bool {
+    const ACCEPTS: &str = "00010000";
+    let table = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let path = socket.to_str().unwrap();
+    table.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        words.nth(3) == Some(ACCEPTS) && words.last() == Some(path)
+    })
+}

@@ -1,0 +1,225 @@
+//! One virtual machine as a process. Its serial console arrives line by line; every wait has an end.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::host::{Boot, tool};
+
+/// Long enough for the slowest job on an emulated processor that has to share a busy core.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Every line of the guest that is meant for us begins with this.
+const MARK: &str = "GENBLK-GUEST: ";
+
+#[derive(Debug)]
+pub struct Vm {
+    job: String,
+    child: Child,
+    lines: Receiver<String>,
+    transcript: Vec<String>,
+    deadline: Instant,
+}
+
+impl Vm {
+    /// Boots QEMU with the disk behind `socket` and a job for the guest.
+    pub fn qemu(boot: &Boot, socket: &Path, job: &str, seed: &str) -> Self {
+        let mut command = qemu(boot, boot.kvm, job, seed);
+        command
+            .arg("-chardev")
+            .arg(format!("socket,id=blk,path={}", socket.display()))
+            .args(["-device", "vhost-user-blk-pci,chardev=blk,num-queues=2"]);
+        Self::spawn(command, job)
+    }
+
+    /// The same guest under cloud-hypervisor, which needs KVM.
+    pub fn cloud_hypervisor(boot: &Boot, socket: &Path, job: &str, seed: &str) -> Self {
+        let mut command = tool("cloud-hypervisor");
+        command
+            .arg("--kernel")
+            .arg(&boot.kernel)
+            .arg("--initramfs")
+            .arg(&boot.initramfs)
+            .args(["--cmdline", &command_line(job, seed)])
+            .args(["--cpus", "boot=2", "--memory", "size=256M,shared=on"])
+            .args(["--console", "off", "--serial", "tty"])
+            .arg("--disk")
+            .arg(format!(
+                "vhost_user=on,socket={},num_queues=2,queue_size=256",
+                socket.display()
+            ));
+        Self::spawn(command, job)
+    }
+
+    /// Does a kernel get as far as our init under KVM?
+    pub fn probe_kvm(boot: &Boot, patience: Duration) -> bool {
+        let mut vm = Self::spawn(qemu(boot, true, "probe", "0"), "probe");
+        vm.deadline = Instant::now() + patience;
+        loop {
+            match vm.next_line() {
+                Ok(line) if line.ends_with("GENBLK-GUEST: ok probe") => return true,
+                Ok(_) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+
+    fn spawn(mut command: Command, job: &str) -> Self {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{:?}: {error}; `make setup` installs it", command.get_program()));
+        // The machine's own complaints belong into the transcript as well. Each thread ends with its pipe.
+        let (sender, lines) = channel();
+        let (console, complaints) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let other_sender = sender.clone();
+        thread::spawn(move || forward(BufReader::new(console), &sender));
+        thread::spawn(move || forward(BufReader::new(complaints), &other_sender));
+        let deadline = Instant::now() + PATIENCE;
+        Self {
+            job: job.to_owned(),
+            child,
+            lines,
+            transcript: Vec::new(),
+            deadline,
+        }
+    }
+
+    fn next_line(&mut self) -> Result<String, RecvTimeoutError> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let line = self.lines.recv_timeout(left)?;
+        self.transcript.push(line.clone());
+        Ok(line)
+    }
+
+    /// Waits for a line that begins with `what`, and returns the rest of it.
+    pub fn wait_for(&mut self, what: &str) -> String {
+        loop {
+            let line = match self.next_line() {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("no \"{what}\" within {PATIENCE:?}\n{}", self.text())
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    panic!("the machine ended without \"{what}\"\n{}", self.text())
+                }
+            };
+            // A message of the kernel may stand before ours on the same line.
+            let Some((_, message)) = line.split_once(MARK) else {
+                continue;
+            };
+            assert!(
+                !message.starts_with("FAILED"),
+                "the guest failed\n{}",
+                self.text()
+            );
+            if let Some(rest) = message.strip_prefix(what) {
+                return rest.trim().to_owned();
+            }
+        }
+    }
+
+    /// Waits until the guest says that its job is done and has powered off; returns all that it said to us.
+    pub fn finish(mut self) -> Vec<String> {
+        let done = format!("ok {}", self.job);
+        self.wait_for(&done);
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(
+                Instant::now() < self.deadline,
+                "the guest does not power off\n{}",
+                self.text()
+            );
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.messages()
+    }
+
+    /// Pulls the plug; returns what the guest said until then.
+    pub fn kill(mut self) -> Vec<String> {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        // Lines that were on their way count: the guest had said them.
+        while let Ok(line) = self.lines.recv() {
+            self.transcript.push(line);
+        }
+        self.messages()
+    }
+
+    /// The complete lines that the guest addressed to us. Power may have gone in the middle of the last one.
+    fn messages(&self) -> Vec<String> {
+        let messages = self.transcript.iter().filter_map(|line| line.split_once(MARK));
+        messages.map(|(_, message)| message.to_owned()).collect()
+    }
+
+    fn text(&self) -> String {
+        self.transcript.join("\n")
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Both fail on a process that has been waited for, which is what we want here.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Passes on complete lines only: half a line says nothing that could be relied upon.
+fn forward(mut from: impl BufRead, to: &Sender<String>) {
+    let mut line = Vec::new();
+    while matches!(from.read_until(b'\n', &mut line), Ok(1..)) && line.ends_with(b"\n") {
+        if to
+            .send(String::from_utf8_lossy(&line).trim_end().to_owned())
+            .is_err()
+        {
+            return;
+        }
+        line.clear();
+    }
+}
+
+fn command_line(job: &str, seed: &str) -> String {
+    format!("console=ttyS0 quiet panic=-1 genblk.job={job} genblk.seed={seed}")
+}
+
+fn qemu(boot: &Boot, kvm: bool, job: &str, seed: &str) -> Command {
+    let mut command = tool("qemu-system-x86_64");
+    let (accelerator, processor) = if kvm {
+        ("kvm", "host")
+    } else {
+        ("tcg,thread=multi", "qemu64")
+    };
+    command
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+        ])
+        .args([
+            "-accel",
+            accelerator,
+            "-cpu",
+            processor,
+            "-smp",
+            "2",
+            "-m",
+            "256M",
+        ])
+        .args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on"])
+        .args(["-machine", "q35,memory-backend=ram"])
+        .arg("-kernel")
+        .arg(&boot.kernel)
+        .arg("-initrd")
+        .arg(&boot.initramfs)
+        .args(["-append", &command_line(job, seed)]);
+    command
+}

@@ -32,9 +32,8 @@ const CACHE_SIZE: &str = "6M";
 const FLUSH_LIMIT: Duration = Duration::from_secs(10);
 
 fn requests(default: u64) -> u64 {
-    std::env::var("GENBLK_E2E_REQUESTS").map_or(default, |text| {
-        text.parse().expect("GENBLK_E2E_REQUESTS is a decimal number")
-    })
+    std::env::var("GENBLK_E2E_REQUESTS")
+        .map_or(default, |text| text.parse().expect("GENBLK_E2E_REQUESTS is a decimal number"))
 }
 
 /// A daemon whose image holds `shadow`.
@@ -46,11 +45,7 @@ fn serve(shadow: &Shadow, options: &DaemonOptions) -> Daemon {
 
 /// Random I/O on a healthy store, checked three times over: by reads while it runs, by reading everything back, and
 /// in the image, both after flushes and after the daemon has left.
-fn random_io_agrees_with_the_shadow(
-    daemon_options: &DaemonOptions,
-    client_options: &ClientOptions,
-    plan: &Plan,
-) {
+fn random_io_agrees_with_the_shadow(daemon_options: &DaemonOptions, client_options: &ClientOptions, plan: &Plan) {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, plan.seed);
     let mut daemon = serve(&shadow, daemon_options);
     let image = daemon.image();
@@ -60,10 +55,7 @@ fn random_io_agrees_with_the_shadow(
             panic!("seed {}: the image after a flush: {mismatch:x?}", plan.seed);
         }
     };
-    let mut faults = Faults {
-        allowed: &|| false,
-        flushed: &mut check_image,
-    };
+    let mut faults = Faults { allowed: &|| false, flushed: &mut check_image };
     let report = random_io(&mut client, &mut shadow, plan, &mut faults);
     assert_eq!(report.completed, plan.requests, "every request completed");
     assert_eq!(report.failed, 0, "none failed");
@@ -72,33 +64,17 @@ fn random_io_agrees_with_the_shadow(
     drop(client);
     daemon.stop();
     if let Err(mismatch) = shadow.check_image(&daemon.image()) {
-        panic!(
-            "seed {}: the image after the daemon has left: {mismatch:x?}",
-            plan.seed
-        );
+        panic!("seed {}: the image after the daemon has left: {mismatch:x?}", plan.seed);
     }
 }
 
 fn small_cache(num_queues: usize) -> DaemonOptions {
-    DaemonOptions {
-        cache_size: CACHE_SIZE,
-        num_queues,
-        ..DaemonOptions::default()
-    }
+    DaemonOptions { cache_size: CACHE_SIZE, num_queues, ..DaemonOptions::default() }
 }
 
 fn write_back(queues: usize, poll: bool, default_seed: u64) {
-    let client = ClientOptions {
-        queues,
-        poll,
-        ..ClientOptions::default()
-    };
-    let plan = Plan {
-        requests: requests(100_000),
-        seed: seed(default_seed),
-        checkpoints: 8,
-        read_only: false,
-    };
+    let client = ClientOptions { queues, poll, ..ClientOptions::default() };
+    let plan = Plan { requests: requests(100_000), seed: seed(default_seed), checkpoints: 8, read_only: false };
     random_io_agrees_with_the_shadow(&small_cache(queues), &client, &plan);
 }
 
@@ -124,59 +100,25 @@ fn random_io_on_four_polled_queues() {
 
 #[test]
 fn random_io_in_write_through_mode() {
-    let daemon = DaemonOptions {
-        cache_mode: "writethrough",
-        ..small_cache(2)
-    };
-    let client = ClientOptions {
-        queues: 2,
-        ..ClientOptions::default()
-    };
-    let plan = Plan {
-        requests: requests(20_000),
-        seed: seed(105),
-        checkpoints: 4,
-        read_only: false,
-    };
+    let daemon = DaemonOptions { cache_mode: "writethrough", ..small_cache(2) };
+    let client = ClientOptions { queues: 2, ..ClientOptions::default() };
+    let plan = Plan { requests: requests(20_000), seed: seed(105), checkpoints: 4, read_only: false };
     random_io_agrees_with_the_shadow(&daemon, &client, &plan);
 }
 
 #[test]
 fn random_io_without_a_cache() {
-    let daemon = DaemonOptions {
-        cache_mode: "none",
-        ..small_cache(2)
-    };
-    let client = ClientOptions {
-        queues: 2,
-        ..ClientOptions::default()
-    };
-    let plan = Plan {
-        requests: requests(20_000),
-        seed: seed(106),
-        checkpoints: 4,
-        read_only: false,
-    };
+    let daemon = DaemonOptions { cache_mode: "none", ..small_cache(2) };
+    let client = ClientOptions { queues: 2, ..ClientOptions::default() };
+    let plan = Plan { requests: requests(20_000), seed: seed(106), checkpoints: 4, read_only: false };
     random_io_agrees_with_the_shadow(&daemon, &client, &plan);
 }
 
 #[test]
 fn random_reads_of_a_read_only_image() {
-    let daemon = DaemonOptions {
-        read_only: true,
-        ..small_cache(2)
-    };
-    let client = ClientOptions {
-        queues: 2,
-        read_only: true,
-        ..ClientOptions::default()
-    };
-    let plan = Plan {
-        requests: requests(20_000),
-        seed: seed(107),
-        checkpoints: 2,
-        read_only: true,
-    };
+    let daemon = DaemonOptions { read_only: true, ..small_cache(2) };
+    let client = ClientOptions { queues: 2, read_only: true, ..ClientOptions::default() };
+    let plan = Plan { requests: requests(20_000), seed: seed(107), checkpoints: 2, read_only: true };
     random_io_agrees_with_the_shadow(&daemon, &client, &plan);
 }
 
@@ -200,15 +142,11 @@ fn what_was_written_outlives_the_connection() {
         // Twice: what the first pass brought in is what the second one finds.
         read_everything(&mut client, &shadow);
         for first in (0..8192).step_by(128) {
-            shadow
-                .check(first, &client.read(first, 64 << 10))
-                .expect("the hot range is as it was");
+            shadow.check(first, &client.read(first, 64 << 10)).expect("the hot range is as it was");
         }
     }
     daemon.stop();
-    shadow
-        .check_image(&daemon.image())
-        .expect("the image holds everything");
+    shadow.check_image(&daemon.image()).expect("the image holds everything");
 }
 
 /// SIGTERM is an orderly end: dirty pages reach the image though nobody flushed, and the next daemon finds them.
@@ -234,9 +172,7 @@ fn sigterm_writes_everything_back() {
             daemon.stop();
             drop(client);
         }
-        shadow
-            .check_image(&daemon.image())
-            .expect("the image holds everything");
+        shadow.check_image(&daemon.image()).expect("the image holds everything");
         daemon.restart();
         let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
         read_everything(&mut client, &shadow);
@@ -252,10 +188,7 @@ fn sigterm_under_load_keeps_every_completed_write() {
     for round in 1..=10 {
         let mut shadow = Shadow::zeros(32 << 20);
         let mut daemon = serve(&shadow, &small_cache(1));
-        let options = SessionOptions {
-            queue_size: 512,
-            ..SessionOptions::default()
-        };
+        let options = SessionOptions { queue_size: 512, ..SessionOptions::default() };
         let mut session = Session::open(&daemon.socket(), &options);
         let started = session.rings[0].used_idx();
         let mut out = Vec::new();
@@ -267,21 +200,13 @@ fn sigterm_under_load_keeps_every_completed_write() {
         }
         session.rings[0].notify();
         let some = prng.below(REQUESTS) as u16;
-        try_poll(PATIENCE, || {
-            (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(())
-        });
+        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(()));
         daemon.stop();
         let mut completed = 0;
         while let Some(used) = session.rings[0].take_used() {
-            let (sector, bytes, pending) = out
-                .iter()
-                .find(|(_, _, pending)| pending.head == used.head)
-                .expect("a request of ours");
-            assert_eq!(
-                session.memory.byte(pending.status),
-                OK,
-                "round {round}: sector {sector}"
-            );
+            let (sector, bytes, pending) =
+                out.iter().find(|(_, _, pending)| pending.head == used.head).expect("a request of ours");
+            assert_eq!(session.memory.byte(pending.status), OK, "round {round}: sector {sector}");
             shadow.write(*sector, bytes);
             completed += 1;
         }
@@ -291,9 +216,7 @@ fn sigterm_under_load_keeps_every_completed_write() {
                 shadow.doubt_write(*sector, bytes);
             }
         }
-        shadow
-            .check_image(&daemon.image())
-            .expect("the image holds every completed write");
+        shadow.check_image(&daemon.image()).expect("the image holds every completed write");
     }
 }
 
@@ -302,13 +225,7 @@ fn sigterm_under_load_keeps_every_completed_write() {
 fn a_write_through_cache_keeps_nothing_back() {
     let mut prng = Prng::new(seed(111));
     let shadow = Shadow::patchwork(32 << 20, 111);
-    let daemon = serve(
-        &shadow,
-        &DaemonOptions {
-            cache_mode: "writethrough",
-            ..small_cache(1)
-        },
-    );
+    let daemon = serve(&shadow, &DaemonOptions { cache_mode: "writethrough", ..small_cache(1) });
     let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
     for round in 0..300 {
         let count = 1 + prng.below(if round % 20 == 0 { 2048 } else { 24 });
@@ -316,15 +233,9 @@ fn a_write_through_cache_keeps_nothing_back() {
         let bytes = prng.bytes(count as usize * SECTOR_BYTES);
         client.write(first, &bytes);
         let found = daemon.image_bytes(first * SECTOR_BYTES as u64, bytes.len());
-        assert!(
-            found == bytes,
-            "round {round}: a completed write of {count} sectors at {first} is in the image"
-        );
+        assert!(found == bytes, "round {round}: a completed write of {count} sectors at {first} is in the image");
         if round % 10 == 0 {
-            assert!(
-                client.read(first, bytes.len()) == bytes,
-                "round {round}: and it is read back"
-            );
+            assert!(client.read(first, bytes.len()) == bytes, "round {round}: and it is read back");
         }
     }
 }
@@ -338,10 +249,7 @@ fn the_shadow_tells_right_from_wrong() {
     shadow.write(8, &old);
     assert!(shadow.check(8, &old).is_ok());
     assert_eq!(shadow.check(8, &new).expect_err("another version").sector, 8);
-    assert_eq!(
-        shadow.check(8, &[0; 2048]).expect_err("an older version").sector,
-        8
-    );
+    assert_eq!(shadow.check(8, &[0; 2048]).expect_err("an older version").sector, 8);
 
     // A failed write: old or new, sector by sector, and nothing else.
     shadow.doubt_write(8, &new);
@@ -350,21 +258,12 @@ fn the_shadow_tells_right_from_wrong() {
     let wrong = [&new[..512], &other[512..1024], &new[1024..]].concat();
     assert_eq!(shadow.check(8, &wrong).expect_err("a third version").sector, 9);
     shadow.write(8, &other);
-    assert!(
-        shadow.check(8, &new).is_err(),
-        "a write that succeeds ends the doubt"
-    );
+    assert!(shadow.check(8, &new).is_err(), "a write that succeeds ends the doubt");
 
     // A discard: anything, until it is written again.
     shadow.discard(8, 2);
     assert!(shadow.check(8, &[&new[..1024], &other[1024..]].concat()).is_ok());
     assert_eq!(shadow.check(8, &new).expect_err("behind the discard").sector, 10);
     shadow.write_zeroes(8, 1);
-    assert_eq!(
-        shadow
-            .check(8, &[&new[..1024], &other[1024..]].concat())
-            .expect_err("zeroed")
-            .sector,
-        8
-    );
+    assert_eq!(shadow.check(8, &[&new[..1024], &other[1024..]].concat()).expect_err("zeroed").sector, 8);
 }

@@ -230,11 +230,7 @@ fn open_file(path: &Path, read_only: bool) -> Result<File> {
         }
         let kind = if busy { ErrorKind::Locked } else { ErrorKind::Image };
         let how = if read_only { "for reading" } else { "for writing" };
-        return Err(Error::io(
-            kind,
-            format!("cannot open image {} {how}", path.display()),
-            error,
-        ));
+        return Err(Error::io(kind, format!("cannot open image {} {how}", path.display()), error));
     }
 }
 

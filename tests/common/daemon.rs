@@ -26,8 +26,7 @@ impl TempDir {
     pub fn new(name: &str) -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.{}.{serial}", std::process::id()));
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.{}.{serial}", std::process::id()));
         fs::create_dir_all(&path).expect("a temporary directory can be made");
         Self(path)
     }
@@ -57,13 +56,7 @@ pub struct DaemonOptions {
 
 impl Default for DaemonOptions {
     fn default() -> Self {
-        Self {
-            read_only: false,
-            cache_size: "16M",
-            cache_mode: "writeback",
-            num_queues: 1,
-            serial: "genblk-test",
-        }
+        Self { read_only: false, cache_size: "16M", cache_mode: "writeback", num_queues: 1, serial: "genblk-test" }
     }
 }
 
@@ -80,9 +73,7 @@ fn server_command(socket: &Path, image: &Path, options: &DaemonOptions) -> Comma
         let writable = if options.read_only { "off" } else { "on" };
         command
             .arg("--blockdev")
-            .arg(format!(
-                "driver=file,node-name=disk,filename={image},discard=unmap"
-            ))
+            .arg(format!("driver=file,node-name=disk,filename={image},discard=unmap"))
             .arg("--export")
             .arg(format!(
                 "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},\
@@ -112,10 +103,7 @@ fn is_listening(socket: &Path) -> bool {
     let table = fs::read_to_string("/proc/net/unix").expect("/proc is mounted");
     let socket = socket.to_str().expect("test paths are UTF-8");
     table.lines().filter(|line| line.ends_with(socket)).any(|line| {
-        let flags = line
-            .split_whitespace()
-            .nth(3)
-            .and_then(|flags| u32::from_str_radix(flags, 16).ok());
+        let flags = line.split_whitespace().nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
         flags.is_some_and(|flags| flags & ACCEPTS_CONNECTIONS != 0)
     })
 }
@@ -140,11 +128,7 @@ impl Daemon {
     /// Starts a daemon on the file `image` that is in `directory` already.
     pub fn start_in(directory: TempDir, options: &DaemonOptions) -> Self {
         let child = Self::spawn(directory.path(), options);
-        Self {
-            child,
-            options: options.clone(),
-            directory,
-        }
+        Self { child, options: options.clone(), directory }
     }
 
     fn spawn(directory: &Path, options: &DaemonOptions) -> Child {
@@ -196,9 +180,7 @@ impl Daemon {
     pub fn image_bytes(&self, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         let image = File::open(self.image()).expect("the image is there");
-        image
-            .read_exact_at(&mut bytes, offset)
-            .expect("the image is that long");
+        image.read_exact_at(&mut bytes, offset).expect("the image is that long");
         bytes
     }
 
@@ -212,9 +194,7 @@ impl Daemon {
 
     /// How many file descriptors the process holds.
     pub fn open_descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id()))
-            .expect("the daemon lives")
-            .count()
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("the daemon lives").count()
     }
 
     /// Sends SIGTERM.
@@ -228,9 +208,7 @@ impl Daemon {
     /// Waits for the process to end.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
-        poll_until("the daemon to end", STOP_LIMIT, || {
-            self.child.try_wait().expect("the child can be waited for")
-        })
+        poll_until("the daemon to end", STOP_LIMIT, || self.child.try_wait().expect("the child can be waited for"))
     }
 
     /// Orderly stop: SIGTERM, then an exit status of 0.

@@ -45,11 +45,7 @@ unsafe impl Sync for GuestMemory {}
 impl GuestMemory {
     /// Memory of `regions`, whose offsets must not overlap.
     pub fn new(regions: Vec<Region>) -> Self {
-        let len = regions
-            .iter()
-            .map(|region| region.offset + region.len)
-            .max()
-            .expect("a guest has memory");
+        let len = regions.iter().map(|region| region.offset + region.len).max().expect("a guest has memory");
         let len = len as usize;
         // SAFETY: plain system call with a NUL-terminated name.
         let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
@@ -62,35 +58,16 @@ impl GuestMemory {
             let protection = libc::PROT_READ | libc::PROT_WRITE;
             libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, fd, 0)
         };
-        assert_ne!(
-            base,
-            libc::MAP_FAILED,
-            "mmap: {}",
-            std::io::Error::last_os_error()
-        );
+        assert_ne!(base, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
         let taken = Mutex::new(vec![0; regions.len()]);
-        Self {
-            file,
-            base: base.cast(),
-            len,
-            regions,
-            taken,
-        }
+        Self { file, base: base.cast(), len, regions, taken }
     }
 
     /// Two regions of `region_bytes` each with a hole between them.
     pub fn standard(region_bytes: u64) -> Self {
         Self::new(vec![
-            Region {
-                guest_addr: LOW_GUEST_ADDR,
-                offset: 0,
-                len: region_bytes,
-            },
-            Region {
-                guest_addr: HIGH_GUEST_ADDR,
-                offset: region_bytes,
-                len: region_bytes,
-            },
+            Region { guest_addr: LOW_GUEST_ADDR, offset: 0, len: region_bytes },
+            Region { guest_addr: HIGH_GUEST_ADDR, offset: region_bytes, len: region_bytes },
         ])
     }
 
@@ -112,10 +89,7 @@ impl GuestMemory {
 
     /// Every region as the vhost-user messages want it.
     pub fn region_infos(&self) -> Vec<VhostUserMemoryRegionInfo> {
-        self.regions
-            .iter()
-            .map(|&region| self.region_info(region))
-            .collect()
+        self.regions.iter().map(|&region| self.region_info(region)).collect()
     }
 
     /// The front-end's name for a guest address (ring addresses are given so).
@@ -133,10 +107,7 @@ impl GuestMemory {
         let mut taken = self.taken.lock().expect("no test panics while it allocates");
         let start = taken[region].next_multiple_of(align);
         let end = start + len as u64;
-        assert!(
-            end <= self.regions[region].len,
-            "the test wants more guest memory than it made"
-        );
+        assert!(end <= self.regions[region].len, "the test wants more guest memory than it made");
         taken[region] = end;
         self.regions[region].guest_addr + start
     }

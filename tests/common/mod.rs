@@ -1,9 +1,6 @@
 //! What the integration tests share: the daemon under test, a driver of our own for every chain that a guest can
 //! build, a random workload with an oracle, and waits that always end.
-#![allow(
-    dead_code,
-    reason = "each test binary compiles all of this and uses its own part"
-)]
+#![allow(dead_code, reason = "each test binary compiles all of this and uses its own part")]
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_possible_wrap,

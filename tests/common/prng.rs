@@ -9,9 +9,7 @@ pub struct Prng {
 impl Prng {
     /// A generator for `seed`; equal seeds give equal sequences.
     pub fn new(seed: u64) -> Self {
-        Self {
-            state: (seed ^ 0x9e37_79b9_7f4a_7c15).max(1),
-        }
+        Self { state: (seed ^ 0x9e37_79b9_7f4a_7c15).max(1) }
     }
 
     /// The next 64 random bits.

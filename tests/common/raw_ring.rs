@@ -37,20 +37,12 @@ pub struct Segment {
 impl Segment {
     /// The device reads this piece.
     pub fn readable(addr: u64, len: u32) -> Self {
-        Self {
-            addr,
-            len,
-            writable: false,
-        }
+        Self { addr, len, writable: false }
     }
 
     /// The device writes this piece.
     pub fn writable(addr: u64, len: u32) -> Self {
-        Self {
-            addr,
-            len,
-            writable: true,
-        }
+        Self { addr, len, writable: true }
     }
 
     fn flags(self) -> u16 {
@@ -164,18 +156,12 @@ impl Ring {
 
     /// Writes entry `slot` of the descriptor table.
     pub fn write_descriptor(&self, slot: u16, descriptor: Descriptor) {
-        self.memory.write(
-            self.desc + u64::from(slot) * DESCRIPTOR_BYTES as u64,
-            &descriptor.to_bytes(),
-        );
+        self.memory.write(self.desc + u64::from(slot) * DESCRIPTOR_BYTES as u64, &descriptor.to_bytes());
     }
 
     /// Writes a table of descriptors for DESC_INDIRECT to memory of its own and returns its guest address.
     pub fn write_table(&self, descriptors: &[Descriptor]) -> u64 {
-        let bytes: Vec<u8> = descriptors
-            .iter()
-            .flat_map(|descriptor| descriptor.to_bytes())
-            .collect();
+        let bytes: Vec<u8> = descriptors.iter().flat_map(|descriptor| descriptor.to_bytes()).collect();
         let table = self.memory.alloc(bytes.len(), 16);
         self.memory.write(table, &bytes);
         table
@@ -187,12 +173,7 @@ impl Ring {
         let describe = |(slot, segment): (usize, &Segment)| {
             let more = if slot < last { DESC_NEXT } else { 0 };
             let next = if slot < last { slot as u16 + 1 } else { 0 };
-            Descriptor {
-                addr: segment.addr,
-                len: segment.len,
-                flags: segment.flags() | more,
-                next,
-            }
+            Descriptor { addr: segment.addr, len: segment.len, flags: segment.flags() | more, next }
         };
         segments.iter().enumerate().map(describe).collect()
     }
@@ -200,9 +181,7 @@ impl Ring {
     /// Puts `head` into the available ring without telling the device (see [`Ring::publish`]).
     fn offer(&mut self, head: u16) {
         let slot = u64::from(self.next_avail % self.size);
-        self.memory
-            .word(self.avail + 4 + 2 * slot)
-            .store(head, Ordering::Relaxed);
+        self.memory.word(self.avail + 4 + 2 * slot).store(head, Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
     }
 
@@ -233,12 +212,7 @@ impl Ring {
         if !indirect.is_empty() {
             let descriptors = Self::table_of(indirect);
             let len = (descriptors.len() * DESCRIPTOR_BYTES) as u32;
-            entries.push(Descriptor {
-                addr: self.write_table(&descriptors),
-                len,
-                flags: DESC_INDIRECT,
-                next: 0,
-            });
+            entries.push(Descriptor { addr: self.write_table(&descriptors), len, flags: DESC_INDIRECT, next: 0 });
         }
         assert!(self.free.len() >= entries.len(), "the test overfills its ring");
         let slots = self.free.split_off(self.free.len() - entries.len());
@@ -284,17 +258,13 @@ impl Ring {
 
     /// Asks for an interrupt when `used.idx` passes `index` (VIRTIO_F_EVENT_IDX).
     pub fn set_used_event(&self, index: u16) {
-        self.memory
-            .word(self.avail + 4 + 2 * u64::from(self.size))
-            .store(index, Ordering::Release);
+        self.memory.word(self.avail + 4 + 2 * u64::from(self.size)).store(index, Ordering::Release);
         fence(Ordering::SeqCst);
     }
 
     /// Asks for no interrupts (without VIRTIO_F_EVENT_IDX).
     pub fn forbid_interrupts(&self) {
-        self.memory
-            .word(self.avail)
-            .store(AVAIL_NO_INTERRUPT, Ordering::Release);
+        self.memory.word(self.avail).store(AVAIL_NO_INTERRUPT, Ordering::Release);
     }
 
     /// The next completion, if there is one.
@@ -304,11 +274,7 @@ impl Ring {
             return None;
         }
         let owed = idx.wrapping_sub(self.last_used);
-        assert!(
-            owed <= self.size,
-            "the device completed {owed} requests of a ring of {}",
-            self.size
-        );
+        assert!(owed <= self.size, "the device completed {owed} requests of a ring of {}", self.size);
         let slot = u64::from(self.last_used % self.size);
         let bytes = self.memory.read(self.used + 4 + 8 * slot, 8);
         let id = u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"));
@@ -347,10 +313,7 @@ impl Ring {
             }
             let left = end.checked_duration_since(Instant::now())?;
             if !wait::readable(&[self.call.as_raw_fd()], left) {
-                assert!(
-                    self.take_used().is_none(),
-                    "a completion without the interrupt that the driver asked for"
-                );
+                assert!(self.take_used().is_none(), "a completion without the interrupt that the driver asked for");
                 return None;
             }
             self.drain_calls();

@@ -90,16 +90,7 @@ impl Session {
             }
         };
         segments.push(Segment::writable(status, 1));
-        (
-            Pending {
-                head: 0,
-                header: header_addr,
-                data,
-                data_len,
-                status,
-            },
-            segments,
-        )
+        (Pending { head: 0, header: header_addr, data, data_len, status }, segments)
     }
 
     /// Makes a request of the classic layout (header, data, status) available on ring `queue`, without a kick.
@@ -111,16 +102,8 @@ impl Session {
 
     /// What `pending` left behind, after `used` came back for it.
     pub fn outcome(&self, pending: &Pending, used: Used) -> Outcome {
-        let data = if pending.data_len == 0 {
-            Vec::new()
-        } else {
-            self.memory.read(pending.data, pending.data_len)
-        };
-        Outcome {
-            status: self.memory.byte(pending.status),
-            used_len: used.len,
-            data,
-        }
+        let data = if pending.data_len == 0 { Vec::new() } else { self.memory.read(pending.data, pending.data_len) };
+        Outcome { status: self.memory.byte(pending.status), used_len: used.len, data }
     }
 
     /// Runs one request on ring `queue`, which must be idle.
@@ -129,10 +112,7 @@ impl Session {
         let pending = self.submit(queue, kind, sector, payload);
         self.rings[queue].notify();
         let used = self.rings[queue].wait_used(PATIENCE);
-        assert_eq!(
-            used.head, pending.head,
-            "the request that was made is the one that completes"
-        );
+        assert_eq!(used.head, pending.head, "the request that was made is the one that completes");
         self.outcome(&pending, used)
     }
 
@@ -142,11 +122,7 @@ impl Session {
         let mut done = HashMap::new();
         for _ in 0..count {
             let used = self.rings[queue].wait_used(PATIENCE);
-            assert!(
-                done.insert(used.head, used).is_none(),
-                "request {} completed twice",
-                used.head
-            );
+            assert!(done.insert(used.head, used).is_none(), "request {} completed twice", used.head);
         }
         done
     }
@@ -155,12 +131,7 @@ impl Session {
     #[track_caller]
     pub fn write(&mut self, sector: u64, bytes: &[u8]) {
         let outcome = self.run(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(bytes));
-        assert_eq!(
-            outcome.status,
-            OK,
-            "a write of {} bytes at sector {sector}",
-            bytes.len()
-        );
+        assert_eq!(outcome.status, OK, "a write of {} bytes at sector {sector}", bytes.len());
     }
 
     /// Reads `len` bytes at `sector`, which must succeed.
@@ -174,25 +145,19 @@ impl Session {
     /// Makes all completed writes stable.
     #[track_caller]
     pub fn flush(&mut self) {
-        assert_eq!(
-            self.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status,
-            OK,
-            "a flush"
-        );
+        assert_eq!(self.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status, OK, "a flush");
     }
 
     /// Status of a discard of `ranges`.
     #[track_caller]
     pub fn discard(&mut self, ranges: &[[u8; 16]]) -> u8 {
-        self.run(0, VIRTIO_BLK_T_DISCARD, 0, Payload::Send(&ranges.concat()))
-            .status
+        self.run(0, VIRTIO_BLK_T_DISCARD, 0, Payload::Send(&ranges.concat())).status
     }
 
     /// Status of a write-zeroes of `ranges`.
     #[track_caller]
     pub fn write_zeroes(&mut self, ranges: &[[u8; 16]]) -> u8 {
-        self.run(0, VIRTIO_BLK_T_WRITE_ZEROES, 0, Payload::Send(&ranges.concat()))
-            .status
+        self.run(0, VIRTIO_BLK_T_WRITE_ZEROES, 0, Payload::Send(&ranges.concat())).status
     }
 }
 
@@ -218,9 +183,5 @@ pub fn assert_serves(socket: &Path, sector: u64) {
     let bytes = pattern(mark, sector, 8192);
     session.write(sector, &bytes);
     session.flush();
-    assert_eq!(
-        session.read(sector, bytes.len()),
-        bytes,
-        "what was written is read"
-    );
+    assert_eq!(session.read(sector, bytes.len()), bytes, "what was written is read");
 }

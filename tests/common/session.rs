@@ -63,20 +63,14 @@ impl Default for SessionOptions {
 impl SessionOptions {
     /// The default, with EVENT_IDX.
     pub fn with_event_idx() -> Self {
-        Self {
-            features: known_features(),
-            ..Self::default()
-        }
+        Self { features: known_features(), ..Self::default() }
     }
 
     /// The default, without the given features.
     pub fn without(features: &[u32]) -> Self {
         let refused = features.iter().fold(0, |mask, &number| mask | feature(number));
         let options = Self::default();
-        Self {
-            features: options.features & !refused,
-            ..options
-        }
+        Self { features: options.features & !refused, ..options }
     }
 }
 
@@ -120,8 +114,7 @@ impl Session {
     pub fn negotiate_with(socket: &Path, features: u64, memory: GuestMemory) -> Self {
         let stream = connect(socket);
         // The crate's own limit on ring numbers is out of the way: the daemon must have one itself.
-        let mut frontend =
-            Frontend::from_stream(stream.try_clone().expect("a socket can be duplicated"), 1 << 16);
+        let mut frontend = Frontend::from_stream(stream.try_clone().expect("a socket can be duplicated"), 1 << 16);
         frontend.set_owner().expect("SET_OWNER");
         let offered = frontend.get_features().expect("GET_FEATURES");
         assert_ne!(offered & PROTOCOL_FEATURES, 0, "protocol features are offered");
@@ -133,28 +126,16 @@ impl Session {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE;
-        frontend
-            .set_protocol_features(protocol & wanted)
-            .expect("SET_PROTOCOL_FEATURES");
+        frontend.set_protocol_features(protocol & wanted).expect("SET_PROTOCOL_FEATURES");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let memory = Arc::new(memory);
-        Self {
-            frontend,
-            socket: stream,
-            memory,
-            rings: Vec::new(),
-            offered,
-            features,
-            protocol,
-        }
+        Self { frontend, socket: stream, memory, rings: Vec::new(), offered, features, protocol }
     }
 
     /// Shares every region of the guest's memory.
     #[track_caller]
     pub fn share_memory(&mut self) {
-        self.frontend
-            .set_mem_table(&self.memory.region_infos())
-            .expect("SET_MEM_TABLE");
+        self.frontend.set_mem_table(&self.memory.region_infos()).expect("SET_MEM_TABLE");
     }
 
     /// Lays out one more ring in the guest's memory; the device does not know of it yet.
@@ -175,27 +156,17 @@ impl Session {
     #[track_caller]
     pub fn set_up_ring(&mut self, index: usize, base: u16) {
         let ring = &self.rings[index];
-        self.frontend
-            .set_vring_num(index, ring.size())
-            .expect("SET_VRING_NUM");
+        self.frontend.set_vring_num(index, ring.size()).expect("SET_VRING_NUM");
         self.frontend.set_vring_base(index, base).expect("SET_VRING_BASE");
-        self.frontend
-            .set_vring_addr(index, &ring_addresses(ring))
-            .expect("SET_VRING_ADDR");
-        self.frontend
-            .set_vring_call(index, &ring.call)
-            .expect("SET_VRING_CALL");
-        self.frontend
-            .set_vring_kick(index, &ring.kick)
-            .expect("SET_VRING_KICK");
+        self.frontend.set_vring_addr(index, &ring_addresses(ring)).expect("SET_VRING_ADDR");
+        self.frontend.set_vring_call(index, &ring.call).expect("SET_VRING_CALL");
+        self.frontend.set_vring_kick(index, &ring.kick).expect("SET_VRING_KICK");
     }
 
     /// SET_VRING_ENABLE.
     #[track_caller]
     pub fn enable_ring(&mut self, index: usize, enable: bool) {
-        self.frontend
-            .set_vring_enable(index, enable)
-            .expect("SET_VRING_ENABLE");
+        self.frontend.set_vring_enable(index, enable).expect("SET_VRING_ENABLE");
     }
 
     /// Stops ring `index` and returns the entry that the device would have taken next.
@@ -241,33 +212,17 @@ impl Session {
     /// Turns the device's write-back cache on or off.
     #[track_caller]
     pub fn set_writeback(&mut self, writeback: bool) {
-        assert!(
-            self.has(VIRTIO_BLK_F_CONFIG_WCE) && self.has(VIRTIO_BLK_F_FLUSH),
-            "WCE can be switched"
-        );
+        assert!(self.has(VIRTIO_BLK_F_CONFIG_WCE) && self.has(VIRTIO_BLK_F_FLUSH), "WCE can be switched");
         self.frontend
-            .set_config(
-                CONFIG_WRITEBACK,
-                VhostUserConfigFlags::WRITABLE,
-                &[u8::from(writeback)],
-            )
+            .set_config(CONFIG_WRITEBACK, VhostUserConfigFlags::WRITABLE, &[u8::from(writeback)])
             .expect("SET_CONFIG of writeback");
-        assert_eq!(
-            self.config(CONFIG_WRITEBACK, 1),
-            [u8::from(writeback)],
-            "writeback reads as it was set"
-        );
+        assert_eq!(self.config(CONFIG_WRITEBACK, 1), [u8::from(writeback)], "writeback reads as it was set");
     }
 
     /// The features that every test relies on are offered.
     #[track_caller]
     pub fn assert_modern(&self) {
-        for number in [
-            VIRTIO_F_VERSION_1,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VIRTIO_RING_F_EVENT_IDX,
-            VIRTIO_BLK_F_FLUSH,
-        ] {
+        for number in [VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_BLK_F_FLUSH] {
             assert_ne!(self.offered & feature(number), 0, "feature {number} is offered");
         }
     }
@@ -289,20 +244,12 @@ pub fn ring_addresses(ring: &Ring) -> VringConfigData {
 /// Connects to a daemon that may be between two front-ends; replies have a deadline.
 #[track_caller]
 pub fn connect(socket: &Path) -> UnixStream {
-    let stream = poll_until(
-        "the daemon to take a connection",
-        PATIENCE,
-        || match UnixStream::connect(socket) {
-            Ok(stream) => Some(stream),
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
-            Err(error) => panic!("connecting to {}: {error}", socket.display()),
-        },
-    );
-    stream
-        .set_read_timeout(Some(PATIENCE))
-        .expect("a socket's timeout can be set");
-    stream
-        .set_write_timeout(Some(PATIENCE))
-        .expect("a socket's timeout can be set");
+    let stream = poll_until("the daemon to take a connection", PATIENCE, || match UnixStream::connect(socket) {
+        Ok(stream) => Some(stream),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
+        Err(error) => panic!("connecting to {}: {error}", socket.display()),
+    });
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket's timeout can be set");
+    stream.set_write_timeout(Some(PATIENCE)).expect("a socket's timeout can be set");
     stream
 }

@@ -69,14 +69,10 @@ impl Shadow {
     /// Makes the file at `path` hold this disk, with holes where it is zero for 64 KiB or more.
     pub fn write_image(&self, path: &Path) {
         let image = File::create(path).expect("an image can be made");
-        image
-            .set_len(self.bytes.len() as u64)
-            .expect("an image can be sized");
+        image.set_len(self.bytes.len() as u64).expect("an image can be sized");
         for (at, piece) in self.bytes.chunks(64 << 10).enumerate() {
             if piece.iter().any(|&byte| byte != 0) {
-                image
-                    .write_all_at(piece, (at * (64 << 10)) as u64)
-                    .expect("an image can be written");
+                image.write_all_at(piece, (at * (64 << 10)) as u64).expect("an image can be written");
             }
         }
     }
@@ -146,12 +142,7 @@ impl Shadow {
             if !possible {
                 let start = |bytes: &[u8]| bytes[..16].try_into().expect("sixteen bytes");
                 let candidates = 1 + alternatives.len();
-                return Err(Mismatch {
-                    sector,
-                    found: start(found),
-                    expected: start(shadow),
-                    candidates,
-                });
+                return Err(Mismatch { sector, found: start(found), expected: start(shadow), candidates });
             }
         }
         Ok(())
@@ -166,9 +157,7 @@ impl Shadow {
         for first in (0..self.sectors()).step_by(piece.len() / SECTOR_BYTES) {
             let start = first as usize * SECTOR_BYTES;
             let len = piece.len().min(self.bytes.len() - start);
-            image
-                .read_exact_at(&mut piece[..len], start as u64)
-                .expect("the image can be read");
+            image.read_exact_at(&mut piece[..len], start as u64).expect("the image can be read");
             self.check(first, &piece[..len])?;
         }
         Ok(())

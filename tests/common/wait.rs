@@ -34,14 +34,8 @@ pub fn poll_until<T>(what: &str, limit: Duration, probe: impl FnMut() -> Option<
 
 /// Waits until one of `descriptors` is readable; false when `limit` passed first.
 pub fn readable(descriptors: &[RawFd], limit: Duration) -> bool {
-    let mut polled: Vec<libc::pollfd> = descriptors
-        .iter()
-        .map(|&fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        })
-        .collect();
+    let mut polled: Vec<libc::pollfd> =
+        descriptors.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
     let limit_ms = i32::try_from(limit.as_millis()).expect("a wait of days is not a wait");
     // SAFETY: `polled` is a live array of as many pollfd as the length says.
     let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, limit_ms) };

@@ -35,12 +35,7 @@ pub struct ClientOptions {
 
 impl Default for ClientOptions {
     fn default() -> Self {
-        Self {
-            queues: 1,
-            poll: false,
-            read_only: false,
-            depth: 64,
-        }
+        Self { queues: 1, poll: false, read_only: false, depth: 64 }
     }
 }
 
@@ -59,44 +54,24 @@ impl Client {
     pub fn connect(socket: &Path, options: &ClientOptions) -> Self {
         let mut blkio = poll_until("the daemon to take a connection", PATIENCE, || {
             let mut blkio = Blkio::new("virtio-blk-vhost-user").expect("the driver is compiled in");
-            blkio
-                .set_str("path", socket.to_str().expect("test paths are UTF-8"))
-                .expect("a path is a property");
-            blkio
-                .set_bool("read-only", options.read_only)
-                .expect("read-only is a property");
+            blkio.set_str("path", socket.to_str().expect("test paths are UTF-8")).expect("a path is a property");
+            blkio.set_bool("read-only", options.read_only).expect("read-only is a property");
             blkio.connect().ok().map(|()| blkio)
         });
         let number = i32::try_from(options.queues).expect("a few queues");
         let (interrupt, polled) = if options.poll { (0, number) } else { (number, 0) };
-        blkio
-            .set_i32("num-queues", interrupt)
-            .expect("a number of queues is a property");
-        blkio
-            .set_i32("num-poll-queues", polled)
-            .expect("a number of queues is a property");
+        blkio.set_i32("num-queues", interrupt).expect("a number of queues is a property");
+        blkio.set_i32("num-poll-queues", polled).expect("a number of queues is a property");
         let started = blkio.start().expect("the device starts");
-        let buffers = blkio
-            .alloc_mem_region(options.depth * REQUEST_BYTES_MAX)
-            .expect("memory for buffers");
+        let buffers = blkio.alloc_mem_region(options.depth * REQUEST_BYTES_MAX).expect("memory for buffers");
         blkio.map_mem_region(&buffers).expect("buffers can be shared");
-        let mut queues = if options.poll {
-            started.poll_queues
-        } else {
-            started.queues
-        };
+        let mut queues = if options.poll { started.poll_queues } else { started.queues };
         if !options.poll {
             for queue in &mut queues {
                 queue.set_completion_fd_enabled(true);
             }
         }
-        Self {
-            queues,
-            buffers,
-            depth: options.depth,
-            poll: options.poll,
-            blkio,
-        }
+        Self { queues, buffers, depth: options.depth, poll: options.poll, blkio }
     }
 
     /// The disk's size in sectors.
@@ -123,11 +98,7 @@ impl Client {
             Kind::Write => queue.write(start, buffer, bytes, slot, ReqFlags::empty()),
             Kind::Discard => queue.discard(start, bytes as u64, slot, ReqFlags::empty()),
             Kind::WriteZeroes { unmap } => {
-                let flags = if unmap {
-                    ReqFlags::empty()
-                } else {
-                    ReqFlags::NO_UNMAP
-                };
+                let flags = if unmap { ReqFlags::empty() } else { ReqFlags::NO_UNMAP };
                 queue.write_zeroes(start, bytes as u64, slot, flags);
             }
             Kind::Flush => queue.flush(slot, ReqFlags::empty()),
@@ -142,9 +113,7 @@ impl Client {
                 clear_eventfd(fd);
             }
             let mut completions = [const { MaybeUninit::<Completion>::uninit() }; 64];
-            let count = queue
-                .do_io(&mut completions, 0, None, None)
-                .expect("the queue works");
+            let count = queue.do_io(&mut completions, 0, None, None).expect("the queue works");
             for completion in &completions[..count] {
                 // SAFETY: do_io has written the first `count` elements.
                 let completion = unsafe { completion.assume_init_ref() };
@@ -189,41 +158,21 @@ impl Client {
     pub fn write(&mut self, first: u64, bytes: &[u8]) {
         let count = (bytes.len() / SECTOR_BYTES) as u64;
         self.buffer(0)[..bytes.len()].copy_from_slice(bytes);
-        assert_eq!(
-            self.run(Request {
-                kind: Kind::Write,
-                first,
-                count
-            }),
-            0,
-            "a write at sector {first}"
-        );
+        assert_eq!(self.run(Request { kind: Kind::Write, first, count }), 0, "a write at sector {first}");
     }
 
     /// Reads `len` bytes at sector `first`, which must succeed.
     #[track_caller]
     pub fn read(&mut self, first: u64, len: usize) -> Vec<u8> {
         let count = (len / SECTOR_BYTES) as u64;
-        assert_eq!(
-            self.run(Request {
-                kind: Kind::Read,
-                first,
-                count
-            }),
-            0,
-            "a read at sector {first}"
-        );
+        assert_eq!(self.run(Request { kind: Kind::Read, first, count }), 0, "a read at sector {first}");
         self.buffer(0)[..len].to_vec()
     }
 
     /// Flushes; true if the device said that all is well.
     #[track_caller]
     pub fn flush(&mut self) -> bool {
-        self.run(Request {
-            kind: Kind::Flush,
-            first: 0,
-            count: 0,
-        }) == 0
+        self.run(Request { kind: Kind::Flush, first: 0, count: 0 }) == 0
     }
 }
 
@@ -319,11 +268,7 @@ pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &Plan, faults: 
                     break;
                 }
                 let request = random_request(&mut prng, shadow.sectors(), &mut cursor, plan.read_only);
-                if slots
-                    .iter()
-                    .flatten()
-                    .any(|out| out.request.conflicts_with(request))
-                {
+                if slots.iter().flatten().any(|out| out.request.conflicts_with(request)) {
                     continue;
                 }
                 if request.kind == Kind::Write {
@@ -331,10 +276,7 @@ pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &Plan, faults: 
                 }
                 let queue = prng.below(client.queues.len() as u64) as usize;
                 client.submit(queue, slot, request);
-                slots[slot] = Some(InFlight {
-                    request,
-                    errors_allowed: (faults.allowed)(),
-                });
+                slots[slot] = Some(InFlight { request, errors_allowed: (faults.allowed)() });
                 submitted += 1;
             }
             if slots.iter().all(Option::is_none) {
@@ -349,21 +291,14 @@ pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &Plan, faults: 
             (faults.flushed)(shadow);
         } else {
             report.failed_flushes += 1;
-            assert!(
-                (faults.allowed)(),
-                "seed {}: checkpoint {checkpoint}: the flush failed",
-                plan.seed
-            );
+            assert!((faults.allowed)(), "seed {}: checkpoint {checkpoint}: the flush failed", plan.seed);
         }
     }
     report
 }
 
 /// Enters a completion into the shadow.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one call site, and a struct for it would say nothing more"
-)]
+#[expect(clippy::too_many_arguments, reason = "one call site, and a struct for it would say nothing more")]
 #[track_caller]
 fn complete(
     client: &mut Client,
@@ -382,10 +317,7 @@ fn complete(
         match kind {
             Kind::Read => {
                 if let Err(mismatch) = shadow.check(first, &client.buffer(slot)[..bytes]) {
-                    panic!(
-                        "seed {seed}: request {}: {:?}: {mismatch:x?}",
-                        report.completed, out.request
-                    );
+                    panic!("seed {seed}: request {}: {:?}: {mismatch:x?}", report.completed, out.request);
                 }
             }
             Kind::Write => shadow.write(first, &client.buffer(slot)[..bytes]),
@@ -396,11 +328,7 @@ fn complete(
         return;
     }
     let excused = out.errors_allowed || (faults.allowed)();
-    assert!(
-        excused,
-        "seed {seed}: request {}: {:?} failed with {result}",
-        report.completed, out.request
-    );
+    assert!(excused, "seed {seed}: request {}: {:?} failed with {result}", report.completed, out.request);
     report.failed += 1;
     match kind {
         Kind::Read => {}
@@ -421,11 +349,7 @@ fn random_request(prng: &mut Prng, sectors: u64, cursor: &mut u64, read_only: bo
     };
     let mut count = 1 + prng.below((most / SECTOR_BYTES) as u64);
     let hot_sectors = HOT_BYTES / SECTOR_BYTES as u64;
-    let reach = if prng.chance(50) {
-        hot_sectors.min(sectors)
-    } else {
-        sectors
-    };
+    let reach = if prng.chance(50) { hot_sectors.min(sectors) } else { sectors };
     let mut first = prng.below(reach - count);
     if prng.chance(50) {
         first &= !7;
@@ -441,11 +365,7 @@ fn random_request(prng: &mut Prng, sectors: u64, cursor: &mut u64, read_only: bo
         }
         // A flush covers no range.
         55..57 => {
-            return Request {
-                kind: Kind::Flush,
-                first: 0,
-                count: 0,
-            };
+            return Request { kind: Kind::Flush, first: 0, count: 0 };
         }
         _ if read_only => Kind::Read,
         57..87 => Kind::Write,
@@ -459,19 +379,13 @@ fn random_request(prng: &mut Prng, sectors: u64, cursor: &mut u64, read_only: bo
 /// Flushes until the device says that all is well; for a store that was healed a moment ago.
 #[track_caller]
 pub fn settle(client: &mut Client, limit: Duration) {
-    poll_until("a flush to succeed on a healthy store", limit, || {
-        client.flush().then_some(())
-    });
+    poll_until("a flush to succeed on a healthy store", limit, || client.flush().then_some(()));
 }
 
 /// Reads the whole disk through `client` and checks it against `shadow`.
 #[track_caller]
 pub fn read_everything(client: &mut Client, shadow: &Shadow) {
-    assert_eq!(
-        client.sectors(),
-        shadow.sectors(),
-        "the disk is as large as it was"
-    );
+    assert_eq!(client.sectors(), shadow.sectors(), "the disk is as large as it was");
     let step = (REQUEST_BYTES_MAX / SECTOR_BYTES) as u64;
     for first in (0..shadow.sectors()).step_by(step as usize) {
         let count = step.min(shadow.sectors() - first);

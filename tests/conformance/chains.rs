@@ -26,23 +26,14 @@ fn start() -> Daemon {
 
 /// Cuts a piece of memory after `at` bytes.
 fn split(segment: Segment, at: u32) -> [Segment; 2] {
-    let rest = Segment {
-        addr: segment.addr + u64::from(at),
-        len: segment.len - at,
-        ..segment
-    };
+    let rest = Segment { addr: segment.addr + u64::from(at), len: segment.len - at, ..segment };
     [Segment { len: at, ..segment }, rest]
 }
 
 /// Runs the chain that `submit` makes of a request's classic segments, first for a write and then for a read of the
 /// same sectors, and checks that the bytes arrived.
 #[track_caller]
-fn write_and_read_back(
-    session: &mut Session,
-    name: &str,
-    sector: u64,
-    submit: impl Fn(&mut Ring, &[Segment]) -> u16,
-) {
+fn write_and_read_back(session: &mut Session, name: &str, sector: u64, submit: impl Fn(&mut Ring, &[Segment]) -> u16) {
     let bytes = pattern(sector + 1, sector, 4096);
     let mut run = |kind, payload| {
         let (pending, segments) = session.place(kind, sector, payload);
@@ -80,13 +71,10 @@ fn every_legal_layout_is_served() {
     }
     for at in 1..16 {
         let cut = |segments: &[Segment]| [&split(segments[0], at)[..], &segments[1..]].concat();
-        check(&format!("header cut after {at} bytes"), &|ring, segments| {
-            ring.submit(&cut(segments))
+        check(&format!("header cut after {at} bytes"), &|ring, segments| ring.submit(&cut(segments)));
+        check(&format!("indirect, header cut after {at} bytes"), &|ring, segments| {
+            ring.submit_indirect(&cut(segments))
         });
-        check(
-            &format!("indirect, header cut after {at} bytes"),
-            &|ring, segments| ring.submit_indirect(&cut(segments)),
-        );
     }
     for at in [1, 511, 512, 513, 4095] {
         check(&format!("data cut after {at} bytes"), &|ring, segments| {
@@ -94,11 +82,7 @@ fn every_legal_layout_is_served() {
         });
     }
     check("data in 64 pieces", &|ring, segments| {
-        let piece = |at: u32| Segment {
-            addr: segments[1].addr + u64::from(at) * 64,
-            len: 64,
-            ..segments[1]
-        };
+        let piece = |at: u32| Segment { addr: segments[1].addr + u64::from(at) * 64, len: 64, ..segments[1] };
         let pieces: Vec<Segment> = (0..64).map(piece).collect();
         ring.submit(&[&segments[..1], &pieces, &segments[2..]].concat())
     });
@@ -115,46 +99,24 @@ fn descriptors_may_span_the_parts_of_a_request() {
     let bytes = pattern(1, 40, SECTOR_BYTES);
 
     let joined = session.memory.alloc(16 + SECTOR_BYTES, 16);
-    session
-        .memory
-        .write(joined, &[&header(VIRTIO_BLK_T_OUT, 40)[..], &bytes].concat());
+    session.memory.write(joined, &[&header(VIRTIO_BLK_T_OUT, 40)[..], &bytes].concat());
     let status = session.memory.alloc(1, 1);
     session.memory.write(status, &[STATUS_UNTOUCHED]);
-    session.rings[0].submit(&[
-        Segment::readable(joined, 16 + DATA_BYTES),
-        Segment::writable(status, 1),
-    ]);
+    session.rings[0].submit(&[Segment::readable(joined, 16 + DATA_BYTES), Segment::writable(status, 1)]);
     session.rings[0].notify();
     session.rings[0].wait_used(PATIENCE);
-    assert_eq!(
-        session.memory.byte(status),
-        OK,
-        "header and data in one descriptor"
-    );
+    assert_eq!(session.memory.byte(status), OK, "header and data in one descriptor");
 
     let head = session.memory.alloc(16, 16);
     session.memory.write(head, &header(VIRTIO_BLK_T_IN, 40));
     let joined = session.memory.alloc(SECTOR_BYTES + 1, 16);
-    session
-        .memory
-        .write(joined, &[STATUS_UNTOUCHED; SECTOR_BYTES + 1]);
-    session.rings[0].submit(&[
-        Segment::readable(head, 16),
-        Segment::writable(joined, DATA_BYTES + 1),
-    ]);
+    session.memory.write(joined, &[STATUS_UNTOUCHED; SECTOR_BYTES + 1]);
+    session.rings[0].submit(&[Segment::readable(head, 16), Segment::writable(joined, DATA_BYTES + 1)]);
     session.rings[0].notify();
     let used = session.rings[0].wait_used(PATIENCE);
     assert_eq!(used.len, DATA_BYTES + 1, "data and status were written");
-    assert_eq!(
-        session.memory.read(joined, SECTOR_BYTES),
-        bytes,
-        "data and status in one descriptor"
-    );
-    assert_eq!(
-        session.memory.byte(joined + u64::from(DATA_BYTES)),
-        OK,
-        "the status is the last byte"
-    );
+    assert_eq!(session.memory.read(joined, SECTOR_BYTES), bytes, "data and status in one descriptor");
+    assert_eq!(session.memory.byte(joined + u64::from(DATA_BYTES)), OK, "the status is the last byte");
     daemon.assert_alive();
 }
 
@@ -168,70 +130,30 @@ fn room(session: &Session, len: usize) -> u64 {
 
 const WRONG: &[(&str, Wrong)] = &[
     ("an unknown type", |_| (UNKNOWN_TYPE, 0, vec![])),
-    ("an unknown type with data", |s| {
-        (UNKNOWN_TYPE, 0, vec![Segment::writable(room(s, 512), 512)])
-    }),
+    ("an unknown type with data", |s| (UNKNOWN_TYPE, 0, vec![Segment::writable(room(s, 512), 512)])),
     ("GET_ID without data", |_| (VIRTIO_BLK_T_GET_ID, 0, vec![])),
-    ("a read into nowhere", |_| {
-        (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(NOWHERE, 4096)])
-    }),
-    ("a write from nowhere", |_| {
-        (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(NOWHERE, 4096)])
-    }),
+    ("a read into nowhere", |_| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(NOWHERE, 4096)])),
+    ("a write from nowhere", |_| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(NOWHERE, 4096)])),
     ("a read over the end of a region", |s| {
         let end = HIGH_GUEST_ADDR + s.memory.regions()[1].len;
         (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(end - 512, 4096)])
     }),
-    ("an address that wraps", |_| {
-        (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(u64::MAX - 511, 4096)])
-    }),
-    ("a length of 4 GiB", |_| {
-        (
-            VIRTIO_BLK_T_OUT,
-            0,
-            vec![Segment::readable(LOW_GUEST_ADDR, 0xffff_fe00)],
-        )
-    }),
-    ("a write of half a sector", |s| {
-        (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(room(s, 256), 256)])
-    }),
-    ("a read of a sector and a byte", |s| {
-        (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(room(s, 513), 513)])
-    }),
+    ("an address that wraps", |_| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(u64::MAX - 511, 4096)])),
+    ("a length of 4 GiB", |_| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(LOW_GUEST_ADDR, 0xffff_fe00)])),
+    ("a write of half a sector", |s| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(room(s, 256), 256)])),
+    ("a read of a sector and a byte", |s| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(room(s, 513), 513)])),
     ("a write over the end of the disk", |s| {
-        (
-            VIRTIO_BLK_T_OUT,
-            s.capacity_sectors() - 1,
-            vec![Segment::readable(room(s, 1024), 1024)],
-        )
+        (VIRTIO_BLK_T_OUT, s.capacity_sectors() - 1, vec![Segment::readable(room(s, 1024), 1024)])
     }),
     ("a read past the end of the disk", |s| {
-        (
-            VIRTIO_BLK_T_IN,
-            s.capacity_sectors(),
-            vec![Segment::writable(room(s, 512), 512)],
-        )
+        (VIRTIO_BLK_T_IN, s.capacity_sectors(), vec![Segment::writable(room(s, 512), 512)])
     }),
-    ("a sector number that overflows", |s| {
-        (
-            VIRTIO_BLK_T_OUT,
-            u64::MAX,
-            vec![Segment::readable(room(s, 1024), 1024)],
-        )
-    }),
+    ("a sector number that overflows", |s| (VIRTIO_BLK_T_OUT, u64::MAX, vec![Segment::readable(room(s, 1024), 1024)])),
     ("a sector number whose byte overflows", |s| {
-        (
-            VIRTIO_BLK_T_OUT,
-            1 << 55,
-            vec![Segment::readable(room(s, 512), 512)],
-        )
+        (VIRTIO_BLK_T_OUT, 1 << 55, vec![Segment::readable(room(s, 512), 512)])
     }),
-    ("a discard of half a range", |s| {
-        (VIRTIO_BLK_T_DISCARD, 0, vec![Segment::readable(room(s, 8), 8)])
-    }),
-    ("a write-zeroes from nowhere", |_| {
-        (VIRTIO_BLK_T_WRITE_ZEROES, 0, vec![Segment::readable(NOWHERE, 16)])
-    }),
+    ("a discard of half a range", |s| (VIRTIO_BLK_T_DISCARD, 0, vec![Segment::readable(room(s, 8), 8)])),
+    ("a write-zeroes from nowhere", |_| (VIRTIO_BLK_T_WRITE_ZEROES, 0, vec![Segment::readable(NOWHERE, 16)])),
 ];
 
 /// A request that is wrong but leaves no doubt where its status goes: it completes, the status says no, and the
@@ -247,9 +169,8 @@ fn a_wrong_request_with_a_status_byte_gets_its_status() {
         let (pending, classic) = session.place(kind, sector, Payload::Empty);
         let head = session.rings[0].submit(&[&classic[..1], &data, &classic[1..]].concat());
         session.rings[0].notify();
-        let used = session.rings[0]
-            .try_wait_used(PATIENCE)
-            .unwrap_or_else(|| panic!("{name}: the request never completes"));
+        let used =
+            session.rings[0].try_wait_used(PATIENCE).unwrap_or_else(|| panic!("{name}: the request never completes"));
         assert_eq!(used.head, head, "{name}");
         let status = session.memory.byte(pending.status);
         assert_ne!(status, STATUS_UNTOUCHED, "{name}: the status was written");
@@ -257,11 +178,7 @@ fn a_wrong_request_with_a_status_byte_gets_its_status() {
         if kind == UNKNOWN_TYPE {
             assert_eq!(u32::from(status), VIRTIO_BLK_S_UNSUPP, "{name}");
         }
-        assert_eq!(
-            session.read(0, before.len()),
-            before,
-            "{name}: the disk is as it was"
-        );
+        assert_eq!(session.read(0, before.len()), before, "{name}: the disk is as it was");
         daemon.assert_alive();
     }
 }
@@ -290,15 +207,7 @@ fn publish_first(session: &mut Session, descriptor: Descriptor) {
 /// Publishes an indirect chain whose length field claims `len` bytes of `table`.
 fn publish_table(session: &mut Session, table: &[Descriptor], len: u32) {
     let addr = session.rings[0].write_table(table);
-    publish_first(
-        session,
-        Descriptor {
-            addr,
-            len,
-            flags: DESC_INDIRECT,
-            next: 0,
-        },
-    );
+    publish_first(session, Descriptor { addr, len, flags: DESC_INDIRECT, next: 0 });
 }
 
 /// Publishes a sound write, as an indirect table, that `change` has made unsound.
@@ -313,14 +222,7 @@ const HOSTILE: &[Hostile] = &[
         name: "a chain that loops",
         spoil: |session| {
             let table = sound_write(session);
-            session.rings[0].write_descriptor(
-                1,
-                Descriptor {
-                    next: 0,
-                    flags: DESC_NEXT,
-                    ..table[1]
-                },
-            );
+            session.rings[0].write_descriptor(1, Descriptor { next: 0, flags: DESC_NEXT, ..table[1] });
             publish_first(session, Descriptor { next: 1, ..table[0] });
         },
     },
@@ -335,19 +237,10 @@ const HOSTILE: &[Hostile] = &[
         name: "next outside the table",
         spoil: |session| {
             let table = sound_write(session);
-            publish_first(
-                session,
-                Descriptor {
-                    next: 0xfff0,
-                    ..table[0]
-                },
-            );
+            publish_first(session, Descriptor { next: 0xfff0, ..table[0] });
         },
     },
-    Hostile {
-        name: "head outside the table",
-        spoil: |session| session.rings[0].publish(0xfff0),
-    },
+    Hostile { name: "head outside the table", spoil: |session| session.rings[0].publish(0xfff0) },
     Hostile {
         name: "avail.idx ahead by more than the ring",
         spoil: |session| {
@@ -379,15 +272,7 @@ const HOSTILE: &[Hostile] = &[
     Hostile {
         name: "an indirect table nowhere",
         spoil: |session| {
-            publish_first(
-                session,
-                Descriptor {
-                    addr: NOWHERE,
-                    len: 48,
-                    flags: DESC_INDIRECT,
-                    next: 0,
-                },
-            );
+            publish_first(session, Descriptor { addr: NOWHERE, len: 48, flags: DESC_INDIRECT, next: 0 });
         },
     },
     Hostile {
@@ -395,16 +280,7 @@ const HOSTILE: &[Hostile] = &[
         spoil: |session| {
             let inner = sound_write(session);
             let addr = session.rings[0].write_table(&inner);
-            publish_table(
-                session,
-                &[Descriptor {
-                    addr,
-                    len: 48,
-                    flags: DESC_INDIRECT,
-                    next: 0,
-                }],
-                16,
-            );
+            publish_table(session, &[Descriptor { addr, len: 48, flags: DESC_INDIRECT, next: 0 }], 16);
         },
     },
     Hostile {
@@ -414,15 +290,7 @@ const HOSTILE: &[Hostile] = &[
             // Half of the request: the rest would have to come from the descriptor that is its own next.
             let addr = session.rings[0].write_table(&table[..1]);
             let flags = DESC_INDIRECT | DESC_NEXT;
-            publish_first(
-                session,
-                Descriptor {
-                    addr,
-                    len: 16,
-                    flags,
-                    next: 0,
-                },
-            );
+            publish_first(session, Descriptor { addr, len: 16, flags, next: 0 });
         },
     },
     Hostile {
@@ -442,50 +310,22 @@ const HOSTILE: &[Hostile] = &[
         spoil: |session| {
             publish_changed(session, |table| {
                 let (data, status) = (table[1], table[2]);
-                table[1] = Descriptor {
-                    flags: DESC_WRITE | DESC_NEXT,
-                    next: 2,
-                    ..status
-                };
-                table[2] = Descriptor {
-                    flags: 0,
-                    next: 0,
-                    ..data
-                };
+                table[1] = Descriptor { flags: DESC_WRITE | DESC_NEXT, next: 2, ..status };
+                table[2] = Descriptor { flags: 0, next: 0, ..data };
             });
         },
     },
-    Hostile {
-        name: "no room for a status",
-        spoil: |session| publish_changed(session, |table| table[2].flags = 0),
-    },
-    Hostile {
-        name: "a status of no bytes",
-        spoil: |session| publish_changed(session, |table| table[2].len = 0),
-    },
-    Hostile {
-        name: "a status nowhere",
-        spoil: |session| publish_changed(session, |table| table[2].addr = NOWHERE),
-    },
+    Hostile { name: "no room for a status", spoil: |session| publish_changed(session, |table| table[2].flags = 0) },
+    Hostile { name: "a status of no bytes", spoil: |session| publish_changed(session, |table| table[2].len = 0) },
+    Hostile { name: "a status nowhere", spoil: |session| publish_changed(session, |table| table[2].addr = NOWHERE) },
     Hostile {
         name: "a header of 8 bytes and nothing else",
         spoil: |session| {
             let table = sound_write(session);
-            publish_first(
-                session,
-                Descriptor {
-                    len: 8,
-                    flags: 0,
-                    next: 0,
-                    ..table[0]
-                },
-            );
+            publish_first(session, Descriptor { len: 8, flags: 0, next: 0, ..table[0] });
         },
     },
-    Hostile {
-        name: "a header nowhere",
-        spoil: |session| publish_changed(session, |table| table[0].addr = NOWHERE),
-    },
+    Hostile { name: "a header nowhere", spoil: |session| publish_changed(session, |table| table[0].addr = NOWHERE) },
     Hostile {
         name: "descriptors of no bytes",
         spoil: |session| {
@@ -512,10 +352,7 @@ fn hostile_chains_change_nothing_and_hurt_nobody() {
         daemon.assert_alive();
         drop(session);
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-        assert!(
-            session.read(0, before.len()) == before,
-            "{name}: the disk is as it was"
-        );
+        assert!(session.read(0, before.len()) == before, "{name}: the disk is as it was");
         drop(session);
         assert_serves(&daemon.socket(), SPARE_SECTOR);
     }
@@ -546,10 +383,7 @@ fn descriptors_of_no_bytes_are_served_or_refused() {
         let status = session.memory.byte(pending.status);
         assert_ne!(status, STATUS_UNTOUCHED, "the status was written");
         let expected = if status == OK { &new } else { &old };
-        assert!(
-            &session.read(0, old.len()) == expected,
-            "status {status} tells what happened"
-        );
+        assert!(&session.read(0, old.len()) == expected, "status {status} tells what happened");
     }
     daemon.assert_alive();
 }
@@ -573,15 +407,9 @@ fn a_table_that_claims_4_gib_is_survived() {
 /// A ring that its guest has broken takes no other ring with it.
 #[test]
 fn a_broken_ring_leaves_the_others_running() {
-    let options = DaemonOptions {
-        num_queues: 2,
-        ..DaemonOptions::default()
-    };
+    let options = DaemonOptions { num_queues: 2, ..DaemonOptions::default() };
     let mut daemon = Daemon::start("chains", IMAGE_BYTES, &options);
-    let options = SessionOptions {
-        queues: 2,
-        ..SessionOptions::default()
-    };
+    let options = SessionOptions { queues: 2, ..SessionOptions::default() };
     let mut session = Session::open(&daemon.socket(), &options);
     let broken = &session.rings[1];
     broken.set_avail_idx(broken.next_avail().wrapping_add(broken.size() + 1));

@@ -20,13 +20,7 @@ fn start() -> Daemon {
 
 /// The body of a GET_CONFIG or SET_CONFIG message.
 fn config_body(offset: u32, size: u32, bytes: &[u8]) -> Vec<u8> {
-    [
-        &offset.to_le_bytes()[..],
-        &size.to_le_bytes(),
-        &0_u32.to_le_bytes(),
-        bytes,
-    ]
-    .concat()
+    [&offset.to_le_bytes()[..], &size.to_le_bytes(), &0_u32.to_le_bytes(), bytes].concat()
 }
 
 /// The configuration as a new front-end finds it.
@@ -39,15 +33,8 @@ fn every_offset_and_size_is_honoured() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let whole = session.config(0, CONFIG_BYTES);
-    assert_eq!(
-        session.capacity_sectors(),
-        IMAGE_BYTES / SECTOR_BYTES as u64,
-        "the capacity is the image's"
-    );
-    assert!(
-        whole[8..].iter().any(|&byte| byte != 0),
-        "there is more than a capacity to tell offsets apart by"
-    );
+    assert_eq!(session.capacity_sectors(), IMAGE_BYTES / SECTOR_BYTES as u64, "the capacity is the image's");
+    assert!(whole[8..].iter().any(|&byte| byte != 0), "there is more than a capacity to tell offsets apart by");
     for offset in 0..CONFIG_BYTES {
         for len in 1..=CONFIG_BYTES - offset {
             let found = session.config(offset as u32, len);
@@ -65,16 +52,9 @@ fn reads_behind_the_end_are_survived() {
     const LEGACY_WINDOW: u32 = 0x100;
     let mut daemon = start();
     let whole = fresh_config(&daemon);
-    for (offset, size) in [
-        (56, 8),
-        (60, 4),
-        (0, 256),
-        (64, 64),
-        (255, 1),
-        (LEGACY_WINDOW, 60),
-        (LEGACY_WINDOW, 8),
-        (u32::MAX, 8),
-    ] {
+    for (offset, size) in
+        [(56, 8), (60, 4), (0, 256), (64, 64), (255, 1), (LEGACY_WINDOW, 60), (LEGACY_WINDOW, 8), (u32::MAX, 8)]
+    {
         let session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
         let body = config_body(offset, size, &vec![0; size as usize]);
         match raw_message::exchange(&session.socket, number::GET_CONFIG, 0, &body, &[]) {
@@ -85,13 +65,10 @@ fn reads_behind_the_end_are_survived() {
                 let found = &reply[CONFIG_HEADER_BYTES..];
                 assert_eq!(found.len(), size as usize, "as much as was asked for at {offset}");
                 let legacy = offset == LEGACY_WINDOW && found == &whole[..size as usize];
-                let honest = found
-                    .iter()
-                    .zip(offset as usize..)
-                    .all(|(&byte, at)| match whole.get(at) {
-                        Some(&known) => byte == known,
-                        None => byte == 0 || at < CONFIG_BYTES_MAX,
-                    });
+                let honest = found.iter().zip(offset as usize..).all(|(&byte, at)| match whole.get(at) {
+                    Some(&known) => byte == known,
+                    None => byte == 0 || at < CONFIG_BYTES_MAX,
+                });
                 assert!(honest || legacy, "{size} bytes at {offset}: {found:?}");
             }
             Reply::Silent => panic!("GET_CONFIG of {size} bytes at {offset} got no answer"),
@@ -109,18 +86,10 @@ fn only_writeback_can_be_set() {
     let mut before = fresh_config(&daemon);
     before[CONFIG_WRITEBACK as usize] = 0;
     let capacity = (1_u64 << 40).to_le_bytes();
-    for (offset, bytes) in [
-        (0, &capacity[..]),
-        (8, &[0xff; 8]),
-        (20, &[0xff; 4]),
-        (28, &[0xff; 8]),
-        (56, &[1]),
-    ] {
+    for (offset, bytes) in [(0, &capacity[..]), (8, &[0xff; 8]), (20, &[0xff; 4]), (28, &[0xff; 8]), (56, &[1])] {
         let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
         // A refusal is an error here and an ignored write a success: either will do.
-        let _ = session
-            .frontend
-            .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes);
+        let _ = session.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes);
         drop(session);
         let mut after = fresh_config(&daemon);
         after[CONFIG_WRITEBACK as usize] = 0;
@@ -143,34 +112,17 @@ fn only_writeback_can_be_set() {
 fn a_driver_that_cannot_flush_gets_write_through() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    assert_ne!(
-        session.offered & feature(VIRTIO_BLK_F_FLUSH),
-        0,
-        "FLUSH is offered"
-    );
-    assert_ne!(
-        session.offered & feature(VIRTIO_BLK_F_CONFIG_WCE),
-        0,
-        "CONFIG_WCE is offered"
-    );
-    assert_eq!(
-        session.config(CONFIG_WRITEBACK, 1),
-        [1],
-        "with FLUSH the cache is a write-back cache"
-    );
+    assert_ne!(session.offered & feature(VIRTIO_BLK_F_FLUSH), 0, "FLUSH is offered");
+    assert_ne!(session.offered & feature(VIRTIO_BLK_F_CONFIG_WCE), 0, "CONFIG_WCE is offered");
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "with FLUSH the cache is a write-back cache");
     drop(session);
 
-    for (name, refused) in [
-        ("CONFIG_WCE alone", &[VIRTIO_BLK_F_FLUSH][..]),
-        ("neither", &[VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_CONFIG_WCE]),
-    ] {
+    for (name, refused) in
+        [("CONFIG_WCE alone", &[VIRTIO_BLK_F_FLUSH][..]), ("neither", &[VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_CONFIG_WCE])]
+    {
         let mut session = Session::open(&daemon.socket(), &SessionOptions::without(refused));
         if session.has(VIRTIO_BLK_F_CONFIG_WCE) {
-            assert_eq!(
-                session.config(CONFIG_WRITEBACK, 1),
-                [0],
-                "{name}: the cache is write-through"
-            );
+            assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0], "{name}: the cache is write-through");
         }
         assert_completed_writes_are_in_the_image(&daemon, &mut session, name);
     }
@@ -186,43 +138,26 @@ fn write_through_is_in_force_once_it_is_set() {
     session.set_writeback(false);
     assert_completed_writes_are_in_the_image(&daemon, &mut session, "writeback set to 0");
     session.flush();
-    assert!(
-        daemon.image_bytes(2048 * SECTOR_BYTES as u64, before.len()) == before,
-        "earlier writes flush as ever"
-    );
+    assert!(daemon.image_bytes(2048 * SECTOR_BYTES as u64, before.len()) == before, "earlier writes flush as ever");
     session.set_writeback(true);
     let bytes = pattern(2, 0, 4096);
     session.write(0, &bytes);
     session.flush();
-    assert_eq!(
-        daemon.image_bytes(0, bytes.len()),
-        bytes,
-        "back in write-back mode, FLUSH works"
-    );
+    assert_eq!(daemon.image_bytes(0, bytes.len()), bytes, "back in write-back mode, FLUSH works");
     // Write-through lasts no longer than the driver that asked for it.
     session.set_writeback(false);
     drop(session);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    assert_eq!(
-        session.config(CONFIG_WRITEBACK, 1),
-        [1],
-        "a new driver finds the default"
-    );
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "a new driver finds the default");
 }
 
 /// Writes of several shapes are in the image file as soon as they have completed.
 #[track_caller]
 fn assert_completed_writes_are_in_the_image(daemon: &Daemon, session: &mut Session, name: &str) {
-    for ((sector, sectors), mark) in [(0, 8), (3, 1), (15, 2), (64, 256), (1000, 9)]
-        .into_iter()
-        .zip(100..)
-    {
+    for ((sector, sectors), mark) in [(0, 8), (3, 1), (15, 2), (64, 256), (1000, 9)].into_iter().zip(100..) {
         let bytes = pattern(mark, sector, sectors * SECTOR_BYTES);
         session.write(sector, &bytes);
         let found = daemon.image_bytes(sector * SECTOR_BYTES as u64, bytes.len());
-        assert!(
-            found == bytes,
-            "{name}: a completed write of {sectors} sectors at {sector} is in the image"
-        );
+        assert!(found == bytes, "{name}: a completed write of {sectors} sectors at {sector} is in the image");
     }
 }

@@ -29,25 +29,14 @@ fn start() -> Daemon {
 fn three_regions() -> GuestMemory {
     let starts = [LOW_GUEST_ADDR, HIGH_GUEST_ADDR, HOTPLUG_GUEST_ADDR];
     let regions = starts.into_iter().zip((0..).step_by(REGION_BYTES as usize));
-    GuestMemory::new(
-        regions
-            .map(|(guest_addr, offset)| Region {
-                guest_addr,
-                offset,
-                len: REGION_BYTES,
-            })
-            .collect(),
-    )
+    GuestMemory::new(regions.map(|(guest_addr, offset)| Region { guest_addr, offset, len: REGION_BYTES }).collect())
 }
 
 /// A session on three regions of which only the first two are shared yet.
 fn open_with_two_of_three(daemon: &Daemon) -> Session {
     let features = SessionOptions::default().features;
     let mut session = Session::negotiate_with(&daemon.socket(), features, three_regions());
-    session
-        .frontend
-        .set_mem_table(&session.memory.region_infos()[..2])
-        .expect("SET_MEM_TABLE");
+    session.frontend.set_mem_table(&session.memory.region_infos()[..2]).expect("SET_MEM_TABLE");
     session.add_ring(128);
     session.start_ring(0);
     session
@@ -60,16 +49,10 @@ fn a_new_table_does_not_disturb_requests_in_flight() {
     const REQUEST_BYTES: usize = 64 << 10;
     let daemon = start();
     let mut session = open_with_two_of_three(&daemon);
-    let tables: [Vec<VhostUserMemoryRegionInfo>; 2] = [
-        session.memory.region_infos(),
-        session.memory.region_infos()[..2].to_vec(),
-    ];
+    let tables: [Vec<VhostUserMemoryRegionInfo>; 2] =
+        [session.memory.region_infos(), session.memory.region_infos()[..2].to_vec()];
     for round in 0..16 {
-        let kind = if round % 2 == 0 {
-            VIRTIO_BLK_T_OUT
-        } else {
-            VIRTIO_BLK_T_IN
-        };
+        let kind = if round % 2 == 0 { VIRTIO_BLK_T_OUT } else { VIRTIO_BLK_T_IN };
         // A read finds what the write before it left.
         let mark = round / 2 + 1;
         session.memory.free_all_in(1);
@@ -78,31 +61,17 @@ fn a_new_table_does_not_disturb_requests_in_flight() {
                 let sector = (mark * REQUESTS + n) * 128;
                 let bytes = pattern(mark, sector, REQUEST_BYTES);
                 let receive = Payload::Receive(REQUEST_BYTES);
-                let payload = if kind == VIRTIO_BLK_T_OUT {
-                    Payload::Send(&bytes)
-                } else {
-                    receive
-                };
+                let payload = if kind == VIRTIO_BLK_T_OUT { Payload::Send(&bytes) } else { receive };
                 (sector, session.submit(0, kind, sector, payload))
             })
             .collect();
         session.rings[0].notify();
-        session
-            .frontend
-            .set_mem_table(&tables[round as usize % 2])
-            .expect("SET_MEM_TABLE with rings running");
+        session.frontend.set_mem_table(&tables[round as usize % 2]).expect("SET_MEM_TABLE with rings running");
         session.wait_for(0, out.len());
         for (sector, pending) in out {
-            assert_eq!(
-                session.memory.byte(pending.status),
-                OK,
-                "round {round}: sector {sector}"
-            );
+            assert_eq!(session.memory.byte(pending.status), OK, "round {round}: sector {sector}");
             let found = session.memory.read(pending.data, REQUEST_BYTES);
-            assert!(
-                found == pattern(mark, sector, REQUEST_BYTES),
-                "round {round}: sector {sector}"
-            );
+            assert!(found == pattern(mark, sector, REQUEST_BYTES), "round {round}: sector {sector}");
         }
     }
 }
@@ -112,10 +81,7 @@ fn a_new_table_does_not_disturb_requests_in_flight() {
 fn regions_come_and_go() {
     let mut daemon = start();
     let mut session = open_with_two_of_three(&daemon);
-    assert!(
-        session.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS") >= 8,
-        "room for a VMM's regions"
-    );
+    assert!(session.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS") >= 8, "room for a VMM's regions");
     let third = session.memory.region_info(session.memory.regions()[2]);
     let bytes = pattern(7, 0, 4096);
     session.write(0, &bytes);
@@ -137,14 +103,8 @@ fn regions_come_and_go() {
                 assert!(found == bytes, "round {round}: what was written is read");
                 session.frontend.remove_mem_region(&third).expect("REM_MEM_REG");
             } else {
-                assert!(
-                    status != OK && status != STATUS_UNTOUCHED,
-                    "round {round}: a read into absent memory"
-                );
-                assert!(
-                    found.iter().all(|&byte| byte == 0),
-                    "round {round}: memory that was taken away is alone"
-                );
+                assert!(status != OK && status != STATUS_UNTOUCHED, "round {round}: a read into absent memory");
+                assert!(found.iter().all(|&byte| byte == 0), "round {round}: memory that was taken away is alone");
             }
         }
     }
@@ -172,22 +132,11 @@ fn a_table_need_not_be_sorted() {
     let daemon = start();
     let features = SessionOptions::default().features;
     let memory = GuestMemory::new(vec![
-        Region {
-            guest_addr: HIGH_GUEST_ADDR,
-            offset: REGION_BYTES,
-            len: REGION_BYTES,
-        },
-        Region {
-            guest_addr: LOW_GUEST_ADDR,
-            offset: 0,
-            len: REGION_BYTES,
-        },
+        Region { guest_addr: HIGH_GUEST_ADDR, offset: REGION_BYTES, len: REGION_BYTES },
+        Region { guest_addr: LOW_GUEST_ADDR, offset: 0, len: REGION_BYTES },
     ]);
     let mut session = Session::negotiate_with(&daemon.socket(), features, memory);
-    session
-        .frontend
-        .set_mem_table(&session.memory.region_infos())
-        .expect("a SET_MEM_TABLE that is not sorted");
+    session.frontend.set_mem_table(&session.memory.region_infos()).expect("a SET_MEM_TABLE that is not sorted");
     session.add_ring(128);
     session.start_ring(0);
     let bytes = pattern(9, 0, 64 << 10);
@@ -203,16 +152,8 @@ fn a_segment_may_span_neighbouring_regions() {
     // The offsets are the wrong way round: one mapping of both would not do.
     let seam = LOW_GUEST_ADDR + REGION_BYTES;
     let memory = GuestMemory::new(vec![
-        Region {
-            guest_addr: LOW_GUEST_ADDR,
-            offset: REGION_BYTES,
-            len: REGION_BYTES,
-        },
-        Region {
-            guest_addr: seam,
-            offset: 0,
-            len: REGION_BYTES,
-        },
+        Region { guest_addr: LOW_GUEST_ADDR, offset: REGION_BYTES, len: REGION_BYTES },
+        Region { guest_addr: seam, offset: 0, len: REGION_BYTES },
     ]);
     let mut session = Session::negotiate_with(&daemon.socket(), features, memory);
     session.share_memory();
@@ -223,11 +164,7 @@ fn a_segment_may_span_neighbouring_regions() {
     for kind in [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN] {
         let (pending, classic) = session.place(kind, 0, Payload::Empty);
         let start = seam - half as u64;
-        let segment = Segment {
-            addr: start,
-            len: bytes.len() as u32,
-            writable: kind == VIRTIO_BLK_T_IN,
-        };
+        let segment = Segment { addr: start, len: bytes.len() as u32, writable: kind == VIRTIO_BLK_T_IN };
         if kind == VIRTIO_BLK_T_OUT {
             session.memory.write(start, &bytes[..half]);
             session.memory.write(seam, &bytes[half..]);
@@ -239,11 +176,7 @@ fn a_segment_may_span_neighbouring_regions() {
         session.rings[0].notify();
         session.rings[0].wait_used(PATIENCE);
         assert_eq!(session.memory.byte(pending.status), OK, "request type {kind}");
-        let found = [
-            session.memory.read(start, half),
-            session.memory.read(seam, bytes.len() - half),
-        ]
-        .concat();
+        let found = [session.memory.read(start, half), session.memory.read(seam, bytes.len() - half)].concat();
         assert!(found == bytes, "request type {kind}");
     }
 }
@@ -252,12 +185,7 @@ fn a_segment_may_span_neighbouring_regions() {
 fn table_body(claimed: u32, regions: &[VhostUserMemoryRegionInfo]) -> Vec<u8> {
     let mut body = [claimed.to_le_bytes(), [0; 4]].concat();
     for region in regions {
-        for word in [
-            region.guest_phys_addr,
-            region.memory_size,
-            region.userspace_addr,
-            region.mmap_offset,
-        ] {
+        for word in [region.guest_phys_addr, region.memory_size, region.userspace_addr, region.mmap_offset] {
             body.extend_from_slice(&word.to_le_bytes());
         }
     }
@@ -273,84 +201,37 @@ fn region_body(region: &VhostUserMemoryRegionInfo) -> Vec<u8> {
 type Refused = fn(&Session) -> (u32, Vec<u8>, Vec<RawFd>);
 
 const REFUSED: &[(&str, Refused)] = &[
-    ("GET_VRING_BASE of ring 4000", |_| {
-        (number::GET_VRING_BASE, vring_state(4000, 0), vec![])
-    }),
-    ("SET_VRING_NUM of ring 4000", |_| {
-        (number::SET_VRING_NUM, vring_state(4000, 128), vec![])
-    }),
-    ("SET_VRING_BASE of ring 4000", |_| {
-        (number::SET_VRING_BASE, vring_state(4000, 0), vec![])
-    }),
-    ("SET_VRING_ENABLE of ring 4000", |_| {
-        (number::SET_VRING_ENABLE, vring_state(4000, 1), vec![])
-    }),
-    ("SET_VRING_NUM of a million entries", |_| {
-        (number::SET_VRING_NUM, vring_state(0, 1 << 20), vec![])
-    }),
+    ("GET_VRING_BASE of ring 4000", |_| (number::GET_VRING_BASE, vring_state(4000, 0), vec![])),
+    ("SET_VRING_NUM of ring 4000", |_| (number::SET_VRING_NUM, vring_state(4000, 128), vec![])),
+    ("SET_VRING_BASE of ring 4000", |_| (number::SET_VRING_BASE, vring_state(4000, 0), vec![])),
+    ("SET_VRING_ENABLE of ring 4000", |_| (number::SET_VRING_ENABLE, vring_state(4000, 1), vec![])),
+    ("SET_VRING_NUM of a million entries", |_| (number::SET_VRING_NUM, vring_state(0, 1 << 20), vec![])),
     ("SET_VRING_ADDR of ring 4000", |_| {
-        (
-            number::SET_VRING_ADDR,
-            [&vring_state(4000, 0)[..], &[0; 32]].concat(),
-            vec![],
-        )
+        (number::SET_VRING_ADDR, [&vring_state(4000, 0)[..], &[0; 32]].concat(), vec![])
     }),
     ("SET_MEM_TABLE that claims 1000 regions", |s| {
         let infos = s.memory.region_infos();
-        (
-            number::SET_MEM_TABLE,
-            table_body(1000, &infos),
-            infos.iter().map(|info| info.mmap_handle).collect(),
-        )
+        (number::SET_MEM_TABLE, table_body(1000, &infos), infos.iter().map(|info| info.mmap_handle).collect())
     }),
-    ("SET_MEM_TABLE without descriptors", |s| {
-        (
-            number::SET_MEM_TABLE,
-            table_body(2, &s.memory.region_infos()),
-            vec![],
-        )
-    }),
+    ("SET_MEM_TABLE without descriptors", |s| (number::SET_MEM_TABLE, table_body(2, &s.memory.region_infos()), vec![])),
     ("SET_MEM_TABLE of regions that overlap", |s| {
         let first = s.memory.region_infos()[0];
-        let second = VhostUserMemoryRegionInfo {
-            guest_phys_addr: first.guest_phys_addr + 4096,
-            ..first
-        };
-        (
-            number::SET_MEM_TABLE,
-            table_body(2, &[first, second]),
-            vec![first.mmap_handle; 2],
-        )
+        let second = VhostUserMemoryRegionInfo { guest_phys_addr: first.guest_phys_addr + 4096, ..first };
+        (number::SET_MEM_TABLE, table_body(2, &[first, second]), vec![first.mmap_handle; 2])
     }),
     ("SET_MEM_TABLE of a region that wraps", |s| {
-        let info = VhostUserMemoryRegionInfo {
-            guest_phys_addr: u64::MAX - 4095,
-            ..s.memory.region_infos()[0]
-        };
-        (
-            number::SET_MEM_TABLE,
-            table_body(1, &[info]),
-            vec![info.mmap_handle],
-        )
+        let info = VhostUserMemoryRegionInfo { guest_phys_addr: u64::MAX - 4095, ..s.memory.region_infos()[0] };
+        (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
     }),
     ("SET_MEM_TABLE of a region without bytes", |s| {
-        let info = VhostUserMemoryRegionInfo {
-            memory_size: 0,
-            ..s.memory.region_infos()[0]
-        };
-        (
-            number::SET_MEM_TABLE,
-            table_body(1, &[info]),
-            vec![info.mmap_handle],
-        )
+        let info = VhostUserMemoryRegionInfo { memory_size: 0, ..s.memory.region_infos()[0] };
+        (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
     }),
     ("ADD_MEM_REG of memory that is there", |s| {
         let info = s.memory.region_infos()[0];
         (number::ADD_MEM_REG, region_body(&info), vec![info.mmap_handle])
     }),
-    ("SET_FEATURES of every bit", |_| {
-        (number::SET_FEATURES, u64::MAX.to_le_bytes().to_vec(), vec![])
-    }),
+    ("SET_FEATURES of every bit", |_| (number::SET_FEATURES, u64::MAX.to_le_bytes().to_vec(), vec![])),
     ("a message that does not exist", |_| (200, vec![0; 8], vec![])),
 ];
 
@@ -364,10 +245,7 @@ fn refused_messages_are_not_acknowledged() {
         let (number, body, fds) = refused(&session);
         let reply = raw_message::exchange(&session.socket, number, FLAG_NEED_REPLY, &body, &fds);
         assert_ne!(reply, Reply::Silent, "{name}: an answer was asked for");
-        assert!(
-            !reply.is_acknowledged(),
-            "{name}: refused, and acknowledged as done"
-        );
+        assert!(!reply.is_acknowledged(), "{name}: refused, and acknowledged as done");
         drop(session);
         daemon.assert_alive();
         assert_serves(&daemon.socket(), SPARE_SECTOR);

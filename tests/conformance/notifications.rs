@@ -29,9 +29,7 @@ fn submit_batch(session: &mut Session) {
 #[track_caller]
 fn take_batch(session: &mut Session) {
     for n in 0..BATCH {
-        poll_until(&format!("request {n} of a batch"), PATIENCE, || {
-            session.rings[0].take_used()
-        });
+        poll_until(&format!("request {n} of a batch"), PATIENCE, || session.rings[0].take_used());
     }
 }
 
@@ -57,10 +55,7 @@ fn without_event_idx_there_are_no_more_interrupts_than_completions() {
         submit_batch(&mut session);
         take_batch(&mut session);
         let calls = calls_after(&session, u64::from(BATCH));
-        assert!(
-            (1..=u64::from(BATCH)).contains(&calls),
-            "round {round}: {calls} interrupts for {BATCH} requests"
-        );
+        assert!((1..=u64::from(BATCH)).contains(&calls), "round {round}: {calls} interrupts for {BATCH} requests");
     }
 }
 
@@ -75,10 +70,7 @@ fn a_driver_that_polls_gets_no_interrupts() {
         submit_batch(&mut session);
         take_batch(&mut session);
         let calls = calls_after(&session, 0);
-        assert_eq!(
-            calls, 0,
-            "round {round}: interrupts in spite of VIRTQ_AVAIL_F_NO_INTERRUPT"
-        );
+        assert_eq!(calls, 0, "round {round}: interrupts in spite of VIRTQ_AVAIL_F_NO_INTERRUPT");
     }
 }
 
@@ -94,11 +86,7 @@ fn event_idx_asks_for_one_interrupt_and_gets_one() {
         session.rings[0].set_used_event(start.wrapping_add(nth - 1));
         submit_batch(&mut session);
         take_batch(&mut session);
-        assert_eq!(
-            calls_after(&session, 1),
-            1,
-            "an interrupt for completion {nth} of {BATCH}"
-        );
+        assert_eq!(calls_after(&session, 1), 1, "an interrupt for completion {nth} of {BATCH}");
     }
 }
 
@@ -113,11 +101,7 @@ fn event_idx_that_is_not_reached_keeps_the_device_quiet() {
     for round in 0..5 {
         submit_batch(&mut session);
         take_batch(&mut session);
-        assert_eq!(
-            calls_after(&session, 0),
-            0,
-            "round {round}: interrupts long before used_event"
-        );
+        assert_eq!(calls_after(&session, 0), 0, "round {round}: interrupts long before used_event");
     }
 }
 
@@ -141,15 +125,8 @@ fn no_kick_and_no_interrupt_is_lost() {
                 session.rings[0].notify_if_wanted(before);
             }
             session.wait_for(0, depth);
-            assert_eq!(
-                session.memory.byte(pending.status),
-                OK,
-                "round {round}, EVENT_IDX {event_idx}"
-            );
+            assert_eq!(session.memory.byte(pending.status), OK, "round {round}, EVENT_IDX {event_idx}");
         }
-        assert!(
-            session.memory.read(pending.data, 4096) == bytes,
-            "what was written is read"
-        );
+        assert!(session.memory.read(pending.data, 4096) == bytes, "what was written is read");
     }
 }

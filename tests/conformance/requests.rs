@@ -1,9 +1,9 @@
 //! Requests that are well formed: what each type must do, and what it must leave in guest memory.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use crate::IMAGE_BYTES;
@@ -61,12 +61,7 @@ fn the_used_length_counts_what_was_written() {
         (VIRTIO_BLK_T_IN, 8, Payload::Receive(4096), 4097),
         (VIRTIO_BLK_T_IN, 8, Payload::Receive(512), 513),
         (VIRTIO_BLK_T_FLUSH, 0, Payload::Empty, 1),
-        (
-            VIRTIO_BLK_T_GET_ID,
-            0,
-            Payload::Receive(SERIAL_BYTES),
-            SERIAL_BYTES as u32 + 1,
-        ),
+        (VIRTIO_BLK_T_GET_ID, 0, Payload::Receive(SERIAL_BYTES), SERIAL_BYTES as u32 + 1),
         (77, 0, Payload::Empty, 1),
     ];
     for (kind, sector, payload, len) in expected {
@@ -81,10 +76,7 @@ fn the_used_length_counts_what_was_written() {
 fn a_serial_is_padded_and_never_overruns_its_buffer() {
     const OLD: u8 = 0xcc;
     for serial in ["short", "exactly-20-bytes-abc"] {
-        let options = DaemonOptions {
-            serial,
-            ..DaemonOptions::default()
-        };
+        let options = DaemonOptions { serial, ..DaemonOptions::default() };
         let mut daemon = Daemon::start("requests", IMAGE_BYTES, &options);
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
         let mut expected = serial.as_bytes().to_vec();
@@ -98,10 +90,7 @@ fn a_serial_is_padded_and_never_overruns_its_buffer() {
             let outcome = session.outcome(&pending, used);
             assert_eq!(outcome.status, OK, "GET_ID into {room} bytes");
             assert_eq!(outcome.data[..SERIAL_BYTES], expected, "GET_ID into {room} bytes");
-            assert!(
-                outcome.data[SERIAL_BYTES..].iter().all(|&byte| byte == OLD),
-                "nothing behind the serial"
-            );
+            assert!(outcome.data[SERIAL_BYTES..].iter().all(|&byte| byte == OLD), "nothing behind the serial");
         }
 
         // Less room than the specification demands: truncated or refused, but the bytes behind are not touched.
@@ -112,21 +101,11 @@ fn a_serial_is_padded_and_never_overruns_its_buffer() {
         let used = session.wait_for(0, 1)[&pending.head];
         let outcome = session.outcome(&pending, used);
         let truncated = outcome.status == OK && outcome.data == expected[..8];
-        assert!(
-            truncated || outcome.status == IOERR || outcome.status == UNSUPP,
-            "{outcome:?}"
-        );
-        assert_eq!(
-            session.memory.read(behind, 64),
-            [OLD; 64],
-            "nothing behind the driver's room"
-        );
+        assert!(truncated || outcome.status == IOERR || outcome.status == UNSUPP, "{outcome:?}");
+        assert_eq!(session.memory.read(behind, 64), [OLD; 64], "nothing behind the driver's room");
 
         let outcome = session.run(0, VIRTIO_BLK_T_GET_ID, 0, Payload::Empty);
-        assert!(
-            outcome.status == IOERR || outcome.status == UNSUPP,
-            "GET_ID without room: {outcome:?}"
-        );
+        assert!(outcome.status == IOERR || outcome.status == UNSUPP, "GET_ID without room: {outcome:?}");
         daemon.assert_alive();
     }
 }
@@ -136,10 +115,7 @@ fn a_read_only_disk_refuses_every_change() {
     let directory = TempDir::new("requests");
     let before = pattern(9, 0, 1 << 20);
     std::fs::write(directory.path().join("image"), &before).expect("an image can be written");
-    let options = DaemonOptions {
-        read_only: true,
-        ..DaemonOptions::default()
-    };
+    let options = DaemonOptions { read_only: true, ..DaemonOptions::default() };
     let mut daemon = Daemon::start_in(directory, &options);
     // The driver claims not to know RO: the device must not rely on its goodwill.
     let mut session = Session::open(&daemon.socket(), &SessionOptions::without(&[VIRTIO_BLK_F_RO]));
@@ -151,29 +127,15 @@ fn a_read_only_disk_refuses_every_change() {
         ("OUT", VIRTIO_BLK_T_OUT, Payload::Send(&bytes)),
         ("DISCARD", VIRTIO_BLK_T_DISCARD, Payload::Send(&whole)),
         ("WRITE_ZEROES", VIRTIO_BLK_T_WRITE_ZEROES, Payload::Send(&whole)),
-        (
-            "WRITE_ZEROES with unmap",
-            VIRTIO_BLK_T_WRITE_ZEROES,
-            Payload::Send(&unmapped),
-        ),
+        ("WRITE_ZEROES with unmap", VIRTIO_BLK_T_WRITE_ZEROES, Payload::Send(&unmapped)),
     ] {
         let outcome = session.run(0, kind, 0, payload);
-        assert!(
-            outcome.status == IOERR || outcome.status == UNSUPP,
-            "{name}: {outcome:?}"
-        );
-        assert_eq!(
-            session.read(0, 4096),
-            before[..4096],
-            "{name} changed nothing that a guest sees"
-        );
+        assert!(outcome.status == IOERR || outcome.status == UNSUPP, "{name}: {outcome:?}");
+        assert_eq!(session.read(0, 4096), before[..4096], "{name} changed nothing that a guest sees");
     }
     drop(session);
     daemon.stop();
-    assert!(
-        daemon.image_bytes(0, before.len()) == before,
-        "nothing changed in the image"
-    );
+    assert!(daemon.image_bytes(0, before.len()) == before, "nothing changed in the image");
 }
 
 #[test]
@@ -187,23 +149,13 @@ fn write_zeroes_gives_zeros_and_nothing_more() {
             let base = bases.next().expect("endless");
             let mut expected = pattern(base + 1, base, 256 * SECTOR_BYTES);
             session.write(base, &expected);
-            assert_eq!(
-                session.write_zeroes(&[range(base + first, count, flags)]),
-                OK,
-                "{first}+{count} {flags}"
-            );
+            assert_eq!(session.write_zeroes(&[range(base + first, count, flags)]), OK, "{first}+{count} {flags}");
             expected[bytes_of((first, count))].fill(0);
             let found = session.read(base, expected.len());
-            assert!(
-                found == expected,
-                "sectors {first}+{count} with flags {flags}, as read"
-            );
+            assert!(found == expected, "sectors {first}+{count} with flags {flags}, as read");
             session.flush();
             let found = daemon.image_bytes(base * SECTOR_BYTES as u64, expected.len());
-            assert!(
-                found == expected,
-                "sectors {first}+{count} with flags {flags}, in the image"
-            );
+            assert!(found == expected, "sectors {first}+{count} with flags {flags}, in the image");
         }
     }
 }
@@ -216,28 +168,15 @@ fn discard_leaves_its_neighbours_alone() {
     for ((first, count), base) in RANGES.into_iter().zip((0..).step_by(1024)) {
         let bytes = pattern(base + 1, base, 256 * SECTOR_BYTES);
         session.write(base, &bytes);
-        assert_eq!(
-            session.discard(&[range(base + first, count, 0)]),
-            OK,
-            "discard of {first}+{count}"
-        );
+        assert_eq!(session.discard(&[range(base + first, count, 0)]), OK, "discard of {first}+{count}");
         session.flush();
         let gone = bytes_of((first, count));
         let found = session.read(base, bytes.len());
-        assert!(
-            found[..gone.start] == bytes[..gone.start],
-            "before a discard of {first}+{count}"
-        );
-        assert!(
-            found[gone.end..] == bytes[gone.end..],
-            "behind a discard of {first}+{count}"
-        );
+        assert!(found[..gone.start] == bytes[..gone.start], "before a discard of {first}+{count}");
+        assert!(found[gone.end..] == bytes[gone.end..], "behind a discard of {first}+{count}");
         // What was discarded can be written again.
         session.write(base + first, &bytes[gone]);
-        assert!(
-            session.read(base, bytes.len()) == bytes,
-            "a rewrite of {first}+{count}"
-        );
+        assert!(session.read(base, bytes.len()) == bytes, "a rewrite of {first}+{count}");
     }
 }
 
@@ -250,21 +189,9 @@ fn ranges_that_are_wrong_are_refused_whole() {
     session.write(0, &bytes);
     let capacity = session.capacity_sectors();
 
-    assert_eq!(
-        session.discard(&[range(0, 8, UNMAP)]),
-        UNSUPP,
-        "discard with unmap"
-    );
-    assert_eq!(
-        session.discard(&[range(0, 8, 1 << 7)]),
-        UNSUPP,
-        "discard with an unknown flag"
-    );
-    assert_eq!(
-        session.write_zeroes(&[range(0, 8, 1 << 31)]),
-        UNSUPP,
-        "write-zeroes with an unknown flag"
-    );
+    assert_eq!(session.discard(&[range(0, 8, UNMAP)]), UNSUPP, "discard with unmap");
+    assert_eq!(session.discard(&[range(0, 8, 1 << 7)]), UNSUPP, "discard with an unknown flag");
+    assert_eq!(session.write_zeroes(&[range(0, 8, 1 << 31)]), UNSUPP, "write-zeroes with an unknown flag");
     for (name, bad) in [
         ("over the end", range(capacity - 4, 8, 0)),
         ("past the end", range(capacity + 1, 8, 0)),
@@ -286,21 +213,14 @@ fn ranges_that_are_wrong_are_refused_whole() {
 fn several_ranges_in_one_request_are_all_done() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    for (name, field) in [
-        ("discard", CONFIG_MAX_DISCARD_SEG),
-        ("write-zeroes", CONFIG_MAX_WRITE_ZEROES_SEG),
-    ] {
+    for (name, field) in [("discard", CONFIG_MAX_DISCARD_SEG), ("write-zeroes", CONFIG_MAX_WRITE_ZEROES_SEG)] {
         let most = session.config_u32(field);
         assert!(most >= 1, "{name} takes at least one range");
         let count = most.min(16);
         let ranges: Vec<[u8; 16]> = (0..u64::from(count)).map(|n| range(16 * n + 3, 5, 0)).collect();
         let mut expected = pattern(6, 0, 16 * count as usize * SECTOR_BYTES);
         session.write(0, &expected);
-        let status = if name == "discard" {
-            session.discard(&ranges)
-        } else {
-            session.write_zeroes(&ranges)
-        };
+        let status = if name == "discard" { session.discard(&ranges) } else { session.write_zeroes(&ranges) };
         assert_eq!(status, OK, "{name} of {count} ranges");
         let found = session.read(0, expected.len());
         for n in 0..u64::from(count) {
@@ -316,11 +236,7 @@ fn several_ranges_in_one_request_are_all_done() {
     // One wrong range among good ones fails the request.
     if session.config_u32(CONFIG_MAX_WRITE_ZEROES_SEG) >= 2 {
         let bad = range(session.capacity_sectors(), 1, 0);
-        assert_ne!(
-            session.write_zeroes(&[range(0, 1, 0), bad]),
-            OK,
-            "a wrong range among good ones"
-        );
+        assert_ne!(session.write_zeroes(&[range(0, 1, 0), bad]), OK, "a wrong range among good ones");
     }
 }
 
@@ -329,10 +245,7 @@ fn several_ranges_in_one_request_are_all_done() {
 fn a_ring_wraps_its_indices() {
     const BATCH: usize = 16;
     let daemon = start();
-    let options = SessionOptions {
-        queue_size: 64,
-        ..SessionOptions::default()
-    };
+    let options = SessionOptions { queue_size: 64, ..SessionOptions::default() };
     let mut session = Session::open(&daemon.socket(), &options);
     let bytes = pattern(4, 0, 4096);
     session.write(0, &bytes);
@@ -346,8 +259,5 @@ fn a_ring_wraps_its_indices() {
         session.wait_for(0, BATCH);
         assert_eq!(session.memory.byte(pending.status), OK);
     }
-    assert!(
-        session.memory.read(pending.data, 4096) == bytes,
-        "what was written is read"
-    );
+    assert!(session.memory.read(pending.data, 4096) == bytes, "what was written is read");
 }

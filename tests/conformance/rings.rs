@@ -14,10 +14,7 @@ use crate::common::wait::{ABSENCE, PATIENCE, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 fn start(num_queues: usize) -> Daemon {
-    let options = DaemonOptions {
-        num_queues,
-        ..DaemonOptions::default()
-    };
+    let options = DaemonOptions { num_queues, ..DaemonOptions::default() };
     Daemon::start("rings", IMAGE_BYTES, &options)
 }
 
@@ -51,41 +48,24 @@ fn a_stopped_ring_owes_nothing_and_resumes() {
         session.rings[0].notify();
         // Stop at a random moment: with nothing, something or everything done.
         let some = prng.below(REQUESTS) as u16;
-        try_poll(PATIENCE, || {
-            (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(())
-        });
+        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(()));
         let base = session.stop_ring(0);
         let used = session.rings[0].used_idx();
-        assert_eq!(
-            used, base,
-            "seed {seed} round {round}: all that was taken has completed"
-        );
-        let late = try_poll(ABSENCE / 4, || {
-            (session.rings[0].used_idx() != used).then_some(())
-        });
-        assert!(
-            late.is_none(),
-            "seed {seed} round {round}: a completion after the ring was stopped"
-        );
+        assert_eq!(used, base, "seed {seed} round {round}: all that was taken has completed");
+        let late = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != used).then_some(()));
+        assert!(late.is_none(), "seed {seed} round {round}: a completion after the ring was stopped");
 
         session.set_up_ring(0, base);
         session.enable_ring(0, true);
         session.rings[0].notify();
         session.wait_for(0, out.len());
         for (sector, pending) in &out {
-            assert_eq!(
-                session.memory.byte(pending.status),
-                OK,
-                "seed {seed} round {round}: sector {sector}"
-            );
+            assert_eq!(session.memory.byte(pending.status), OK, "seed {seed} round {round}: sector {sector}");
         }
         reuse_data_memory(&session);
         for (sector, _) in out.iter().step_by(7) {
             let found = session.read(*sector, REQUEST_BYTES);
-            assert!(
-                found == pattern(round + 1, *sector, REQUEST_BYTES),
-                "seed {seed} round {round}: {sector}"
-            );
+            assert!(found == pattern(round + 1, *sector, REQUEST_BYTES), "seed {seed} round {round}: {sector}");
         }
     }
 }
@@ -104,11 +84,7 @@ fn a_ring_starts_at_any_base() {
             session.write(8 * n, &bytes);
             assert!(session.read(8 * n, 4096) == bytes, "base {base}, request {n}");
         }
-        assert_eq!(
-            session.stop_ring(0),
-            base.wrapping_add(80),
-            "80 requests on from {base}"
-        );
+        assert_eq!(session.stop_ring(0), base.wrapping_add(80), "80 requests on from {base}");
         session.start_ring(0);
     }
 }
@@ -150,18 +126,13 @@ fn a_disabled_ring_waits_until_it_is_enabled() {
         let before = session.rings[0].used_idx();
         let pending = session.submit(0, VIRTIO_BLK_T_OUT, 8 * round, Payload::Send(&bytes));
         session.rings[0].notify();
-        let early = try_poll(ABSENCE / 4, || {
-            (session.rings[0].used_idx() != before).then_some(())
-        });
+        let early = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != before).then_some(()));
         assert!(early.is_none(), "round {round}: a disabled ring was served");
         session.enable_ring(0, true);
         // No second kick: the first one must not be lost.
         session.wait_for(0, 1);
         assert_eq!(session.memory.byte(pending.status), OK, "round {round}");
-        assert!(
-            session.read(8 * round, 4096) == bytes,
-            "round {round}: what was written is read"
-        );
+        assert!(session.read(8 * round, 4096) == bytes, "round {round}: what was written is read");
     }
 }
 
@@ -193,11 +164,7 @@ fn a_busy_ring_does_not_hold_up_another() {
     /// wins none.
     const ROUNDS_WON_MIN: u64 = 2;
     let daemon = start(2);
-    let options = SessionOptions {
-        queues: 2,
-        region_bytes: 40 << 20,
-        ..SessionOptions::default()
-    };
+    let options = SessionOptions { queues: 2, region_bytes: 40 << 20, ..SessionOptions::default() };
     let mut session = Session::open(&daemon.socket(), &options);
     let mut won = 0;
     for round in 0..ROUNDS {
@@ -205,12 +172,7 @@ fn a_busy_ring_does_not_hold_up_another() {
         session.read(0, 512);
         let before = session.rings[0].used_idx();
         for n in 0..LONG_REQUESTS {
-            session.submit(
-                0,
-                VIRTIO_BLK_T_IN,
-                (round * 3 + n) * 2048,
-                Payload::Receive(LONG_BYTES),
-            );
+            session.submit(0, VIRTIO_BLK_T_IN, (round * 3 + n) * 2048, Payload::Receive(LONG_BYTES));
         }
         session.rings[0].notify();
         let short = session.run(1, VIRTIO_BLK_T_IN, 0, Payload::Receive(512));
@@ -219,10 +181,7 @@ fn a_busy_ring_does_not_hold_up_another() {
         won += u64::from(u64::from(done) < LONG_REQUESTS);
         session.wait_for(0, LONG_REQUESTS as usize);
     }
-    assert!(
-        won >= ROUNDS_WON_MIN,
-        "the short request was first in {won} of {ROUNDS} rounds"
-    );
+    assert!(won >= ROUNDS_WON_MIN, "the short request was first in {won} of {ROUNDS} rounds");
 }
 
 /// All rings of a device work at the same time, on data of their own.
@@ -231,10 +190,7 @@ fn four_rings_work_side_by_side() {
     const QUEUES: usize = 4;
     const DEPTH: u64 = 16;
     let daemon = start(QUEUES);
-    let options = SessionOptions {
-        queues: QUEUES,
-        ..SessionOptions::default()
-    };
+    let options = SessionOptions { queues: QUEUES, ..SessionOptions::default() };
     let mut session = Session::open(&daemon.socket(), &options);
     let sector_of = |queue: usize, n: u64| queue as u64 * 16_384 + n * 8;
     for round in 1..=10 {
@@ -242,12 +198,7 @@ fn four_rings_work_side_by_side() {
         for queue in 0..QUEUES {
             for n in 0..DEPTH {
                 let sector = sector_of(queue, n);
-                session.submit(
-                    queue,
-                    VIRTIO_BLK_T_OUT,
-                    sector,
-                    Payload::Send(&pattern(round, sector, 4096)),
-                );
+                session.submit(queue, VIRTIO_BLK_T_OUT, sector, Payload::Send(&pattern(round, sector, 4096)));
             }
             session.rings[queue].notify();
         }
@@ -261,10 +212,7 @@ fn four_rings_work_side_by_side() {
                 let sector = sector_of(queue, n);
                 let outcome = session.run(reader, VIRTIO_BLK_T_IN, sector, Payload::Receive(4096));
                 assert_eq!(outcome.status, OK);
-                assert!(
-                    outcome.data == pattern(round, sector, 4096),
-                    "round {round} ring {queue} request {n}"
-                );
+                assert!(outcome.data == pattern(round, sector, 4096), "round {round} ring {queue} request {n}");
             }
         }
     }
@@ -274,13 +222,7 @@ fn four_rings_work_side_by_side() {
 #[test]
 fn a_ring_outside_memory_is_survived() {
     let mut daemon = start(1);
-    for case in [
-        "past the end",
-        "over the end",
-        "nowhere",
-        "at the end of addresses",
-        "misaligned",
-    ] {
+    for case in ["past the end", "over the end", "nowhere", "at the end of addresses", "misaligned"] {
         let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
         session.share_memory();
         session.add_ring(128);
@@ -305,10 +247,7 @@ fn a_ring_outside_memory_is_survived() {
             && session.frontend.set_vring_call(0, &session.rings[0].call).is_ok()
             && session.frontend.set_vring_kick(0, &session.rings[0].kick).is_ok();
         if accepted {
-            let _ = session.raw(
-                number::SET_VRING_ENABLE,
-                &[0_u32.to_le_bytes(), 1_u32.to_le_bytes()].concat(),
-            );
+            let _ = session.raw(number::SET_VRING_ENABLE, &[0_u32.to_le_bytes(), 1_u32.to_le_bytes()].concat());
             session.rings[0].notify();
             try_poll(ABSENCE, || (session.rings[0].used_idx() != 0).then_some(()));
         }

@@ -7,9 +7,9 @@ use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -31,10 +31,7 @@ fn start() -> Daemon {
 #[test]
 fn everything_promised_is_offered() {
     const CONFIG_NUM_QUEUES: u32 = 34;
-    let options = DaemonOptions {
-        num_queues: 4,
-        ..DaemonOptions::default()
-    };
+    let options = DaemonOptions { num_queues: 4, ..DaemonOptions::default() };
     let daemon = Daemon::start("sessions", IMAGE_BYTES, &options);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     for number in [
@@ -51,17 +48,9 @@ fn everything_promised_is_offered() {
         VIRTIO_BLK_F_DISCARD,
         VIRTIO_BLK_F_WRITE_ZEROES,
     ] {
-        assert_ne!(
-            session.offered & feature(number),
-            0,
-            "feature {number} is offered"
-        );
+        assert_ne!(session.offered & feature(number), 0, "feature {number} is offered");
     }
-    assert_eq!(
-        session.offered & feature(VIRTIO_BLK_F_RO),
-        0,
-        "a writable disk is not read-only"
-    );
+    assert_eq!(session.offered & feature(VIRTIO_BLK_F_RO), 0, "a writable disk is not read-only");
     let protocol = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
@@ -69,11 +58,7 @@ fn everything_promised_is_offered() {
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(session.protocol.contains(protocol), "{:?}", session.protocol);
     let config = session.config(CONFIG_NUM_QUEUES, 2);
-    assert_eq!(
-        u16::from_le_bytes([config[0], config[1]]),
-        4,
-        "as many queues as were configured"
-    );
+    assert_eq!(u16::from_le_bytes([config[0], config[1]]), 4, "as many queues as were configured");
     assert!(session.frontend.get_queue_num().expect("GET_QUEUE_NUM") >= 4);
 }
 
@@ -100,20 +85,13 @@ fn front_ends_that_vanish_leave_nothing_behind() {
             if prng.chance(50) {
                 session.submit(0, VIRTIO_BLK_T_IN, sector, Payload::Receive(64 << 10));
             } else {
-                session.submit(
-                    0,
-                    VIRTIO_BLK_T_OUT,
-                    sector,
-                    Payload::Send(&pattern(nth, sector, 64 << 10)),
-                );
+                session.submit(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(&pattern(nth, sector, 64 << 10)));
             }
         }
         session.rings[0].notify();
         // Die before, amid or after the work.
         let some = prng.below(32) as u16;
-        try_poll(PATIENCE, || {
-            (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(())
-        });
+        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(()));
         drop(session);
         daemon.assert_alive();
         if nth == WARM_UP {
@@ -121,19 +99,10 @@ fn front_ends_that_vanish_leave_nothing_behind() {
         }
     }
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    assert!(
-        session.read(0, kept.len()) == kept,
-        "seed {seed}: what was written is read"
-    );
+    assert!(session.read(0, kept.len()) == kept, "seed {seed}: what was written is read");
     drop(session);
-    let left = try_poll(PATIENCE, || {
-        (daemon.open_descriptors() <= descriptors).then_some(())
-    });
-    assert!(
-        left.is_some(),
-        "{} descriptors are open, {descriptors} were",
-        daemon.open_descriptors()
-    );
+    let left = try_poll(PATIENCE, || (daemon.open_descriptors() <= descriptors).then_some(()));
+    assert!(left.is_some(), "{} descriptors are open, {descriptors} were", daemon.open_descriptors());
     daemon.stop();
 }
 
@@ -177,15 +146,10 @@ fn a_reset_device_starts_anew() {
         let before = session.rings[0].used_idx();
         session.submit(0, VIRTIO_BLK_T_OUT, 8 * round, Payload::Send(&[0xee; 512]));
         session.rings[0].notify();
-        let late = try_poll(ABSENCE / 4, || {
-            (session.rings[0].used_idx() != before).then_some(())
-        });
+        let late = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != before).then_some(()));
         assert!(late.is_none(), "round {round}: a ring was served after the reset");
 
-        session
-            .frontend
-            .set_features(session.features)
-            .expect("SET_FEATURES after a reset");
+        session.frontend.set_features(session.features).expect("SET_FEATURES after a reset");
         // A front-end that sees a reset through, as a VMM does when its guest boots again, shares its memory anew.
         session.share_memory();
         session.rings[0] = Ring::new(&session.memory, 128, 0, false);
@@ -209,24 +173,9 @@ fn rubbish_on_the_socket_is_survived() {
             1 => send(&mut socket, &[1]),
             // Half a header, and a header whose body never comes.
             2 => send(&mut socket, &[1, 0, 0, 0, 1, 0]),
-            3 => send(
-                &mut socket,
-                &[
-                    &2_u32.to_le_bytes()[..],
-                    &1_u32.to_le_bytes(),
-                    &8_u32.to_le_bytes(),
-                ]
-                .concat(),
-            ),
+            3 => send(&mut socket, &[&2_u32.to_le_bytes()[..], &1_u32.to_le_bytes(), &8_u32.to_le_bytes()].concat()),
             4 => {
-                exchange_claiming(
-                    &socket,
-                    number::SET_MEM_TABLE,
-                    FLAG_NEED_REPLY,
-                    u32::MAX,
-                    &[0; 64],
-                    &[],
-                );
+                exchange_claiming(&socket, number::SET_MEM_TABLE, FLAG_NEED_REPLY, u32::MAX, &[0; 64], &[]);
             }
             _ => {
                 let noise = prng.bytes(8 << (case % 8));

@@ -13,9 +13,7 @@ use crate::vm::Vm;
 pub fn tool(program: impl AsRef<Path>) -> Command {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(program.as_ref());
-    command
-        .env("PATH", format!("{path}:/usr/sbin:/sbin"))
-        .env("LC_ALL", "C");
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin")).env("LC_ALL", "C");
     command
 }
 
@@ -109,17 +107,9 @@ impl Boot {
             let initramfs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest.cpio");
             let output = run(tool(script).arg(&initramfs));
             let kernel = String::from_utf8(output.stdout).unwrap();
-            let mut boot = Self {
-                kernel: PathBuf::from(kernel.trim()),
-                initramfs,
-                kvm: false,
-            };
+            let mut boot = Self { kernel: PathBuf::from(kernel.trim()), initramfs, kvm: false };
             boot.kvm = kvm_works(&boot);
-            eprintln!(
-                "guests run {} under {}",
-                boot.kernel.display(),
-                if boot.kvm { "KVM" } else { "TCG" }
-            );
+            eprintln!("guests run {} under {}", boot.kernel.display(), if boot.kvm { "KVM" } else { "TCG" });
             boot
         })
     }
@@ -127,10 +117,6 @@ impl Boot {
 
 /// A /dev/kvm that can be opened proves nothing (nested virtualization may be broken or hang), so boot something on it.
 fn kvm_works(boot: &Boot) -> bool {
-    let opens = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok();
+    let opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     opens && Vm::probe_kvm(boot, Duration::from_secs(8))
 }

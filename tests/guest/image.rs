@@ -45,28 +45,19 @@ impl Entry {
 
 /// The lines "file SUM GENERATION SIZE NAME" among what a guest said.
 pub fn manifest(messages: &[String]) -> Vec<Entry> {
-    let files = messages
-        .iter()
-        .filter_map(|message| message.strip_prefix("file "));
+    let files = messages.iter().filter_map(|message| message.strip_prefix("file "));
     files
         .map(|line| {
             let [sum, generation, size, name] = words(line);
             let size = size.parse().unwrap();
-            Entry {
-                sum: sum.into(),
-                generation: generation.into(),
-                size,
-                name: name.into(),
-            }
+            Entry { sum: sum.into(), generation: generation.into(), size, name: name.into() }
         })
         .collect()
 }
 
 /// The lines "VERB NAME SIZE SUM": name -> (size, sum).
 pub fn reported(messages: &[String], verb: &str) -> BTreeMap<String, (usize, String)> {
-    let lines = messages
-        .iter()
-        .filter_map(|message| message.strip_prefix(verb)?.strip_prefix(' '));
+    let lines = messages.iter().filter_map(|message| message.strip_prefix(verb)?.strip_prefix(' '));
     lines
         .map(|line| {
             let [name, size, sum] = words(line);
@@ -77,9 +68,7 @@ pub fn reported(messages: &[String], verb: &str) -> BTreeMap<String, (usize, Str
 
 fn words<const N: usize>(line: &str) -> [&str; N] {
     let words: Vec<&str> = line.split(' ').collect();
-    words
-        .try_into()
-        .unwrap_or_else(|_| panic!("the guest said \"{line}\", which is not {N} words"))
+    words.try_into().unwrap_or_else(|_| panic!("the guest said \"{line}\", which is not {N} words"))
 }
 
 /// Makes a sparse image.
@@ -90,28 +79,15 @@ pub fn create(path: &Path, size: u64) {
 /// Makes an ext4 image with the files of `tree` in it.
 pub fn create_ext4(path: &Path, size: u64, tree: &Path) {
     create(path, size);
-    run(tool("mke2fs")
-        .args(["-t", "ext4", "-q", "-F", "-b", "4096", "-d"])
-        .arg(tree)
-        .arg(path));
+    run(tool("mke2fs").args(["-t", "ext4", "-q", "-F", "-b", "4096", "-d"]).arg(tree).arg(path));
 }
 
 /// The file system must be in order, with nothing to replay.
 pub fn assert_clean(image: &Path) {
     let output = run(tool("e2fsck").arg("-fn").arg(image));
-    let said = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(
-        said.contains("Pass 5"),
-        "e2fsck did not check everything:\n{said}"
-    );
-    assert!(
-        !said.contains("skipping journal recovery"),
-        "the guest did not unmount:\n{said}"
-    );
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("Pass 5"), "e2fsck did not check everything:\n{said}");
+    assert!(!said.contains("skipping journal recovery"), "the guest did not unmount:\n{said}");
 }
 
 /// Reads the files of the image into `tree`.
@@ -139,10 +115,7 @@ pub fn assert_same(path: &Path, expected: &[u8]) {
     for (sector, (found, expected)) in sectors.enumerate() {
         if found != expected {
             let (found, expected) = (String::from_utf8_lossy(found), String::from_utf8_lossy(expected));
-            panic!(
-                "{} differs from sector {sector}: found {found:?}, expected {expected:?}",
-                path.display()
-            );
+            panic!("{} differs from sector {sector}: found {found:?}, expected {expected:?}", path.display());
         }
     }
 }

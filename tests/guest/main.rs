@@ -28,9 +28,7 @@ const SMALL_CACHE: [&str; 2] = ["--cache-size", "16M"];
 
 /// A seed that no other run has had, so that data left over from one can't pass for this one's.
 fn seed(test: &str) -> String {
-    let since = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap();
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     format!("{test}-{}", since.as_micros())
 }
 
@@ -39,10 +37,7 @@ fn assert_complete(files: &[Entry]) {
     let total: usize = files.iter().map(|file| file.size).sum();
     assert_eq!(files.len(), 38, "files in the manifest");
     assert!(total > 30 << 20, "the manifest names only {total} bytes");
-    assert!(
-        files.iter().any(|file| file.generation == "2/7+3"),
-        "no file was patched"
-    );
+    assert!(files.iter().any(|file| file.generation == "2/7+3"), "no file was patched");
 }
 
 #[test]
@@ -62,18 +57,12 @@ fn files_survive_reboots_and_a_restart_of_the_daemon() {
     assert_complete(&written);
 
     let again = image::manifest(&Vm::qemu(boot, &socket, "verify", &seed).finish());
-    assert_eq!(
-        again, written,
-        "the second boot sees other files, with the same daemon"
-    );
+    assert_eq!(again, written, "the second boot sees other files, with the same daemon");
     server.stop();
 
     let server = Server::start(&socket, &disk, &SMALL_CACHE);
     let again = image::manifest(&Vm::qemu(boot, &socket, "verify", &seed).finish());
-    assert_eq!(
-        again, written,
-        "the third boot sees other files, with a new daemon"
-    );
+    assert_eq!(again, written, "the third boot sees other files, with a new daemon");
     server.stop();
 
     image::assert_clean(&disk);
@@ -141,10 +130,7 @@ fn a_read_only_disk_can_be_read_and_not_written() {
     let tree = scratch.file("tree");
     std::fs::create_dir(&tree).unwrap();
     let (mut list, mut sums) = (String::new(), String::new());
-    for (number, size) in [0, 1, 4095, 4096, 65537, 1 << 20, (5 << 20) + 1]
-        .into_iter()
-        .enumerate()
-    {
+    for (number, size) in [0, 1, 4095, 4096, 65537, 1 << 20, (5 << 20) + 1].into_iter().enumerate() {
         let name = format!("f{number}");
         std::fs::write(tree.join(&name), image::contents(&seed, &name, "1", size)).unwrap();
         sums += &format!("{}  {name}\n", image::sum(&tree.join(&name)));
@@ -157,10 +143,7 @@ fn a_read_only_disk_can_be_read_and_not_written() {
 
     let server = Server::start(&socket, &disk, &["--read-only"]);
     let said = Vm::qemu(boot, &socket, "readonly", &seed).finish();
-    assert!(
-        said.contains(&"checked read-only: 7 files are intact".to_owned()),
-        "{said:#?}"
-    );
+    assert!(said.contains(&"checked read-only: 7 files are intact".to_owned()), "{said:#?}");
     server.stop();
     assert_eq!(image::sum(&disk), before, "the image has changed");
 }
@@ -175,11 +158,7 @@ fn a_completed_write_is_in_the_image_when_writing_through() {
 
     let server = Server::start(&socket, &disk, &["--cache-mode", "writethrough"]);
     let mut vm = Vm::qemu(boot, &socket, "raw", &seed);
-    assert_eq!(
-        vm.wait_for("write cache:"),
-        "write through",
-        "what the guest thinks of its disk"
-    );
+    assert_eq!(vm.wait_for("write cache:"), "write through", "what the guest thinks of its disk");
     assert_eq!(vm.wait_for("written raw"), "3145728");
     // The guest has not asked for a flush, and neither of the two gets a chance to tidy up.
     server.kill();
@@ -231,10 +210,7 @@ fn cloud_hypervisor_finds_the_same_disk() {
     assert_complete(&written);
     // The disk goes from one hypervisor to the other with the daemon's cache still warm.
     let again = image::manifest(&Vm::qemu(boot, &socket, "verify", &seed).finish());
-    assert_eq!(
-        again, written,
-        "QEMU's guest sees other files than cloud-hypervisor's"
-    );
+    assert_eq!(again, written, "QEMU's guest sees other files than cloud-hypervisor's");
     server.stop();
     image::assert_clean(&disk);
     image::assert_holds(&disk, &scratch.file("tree"), &written, &seed);

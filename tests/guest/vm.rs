@@ -47,10 +47,7 @@ impl Vm {
             .args(["--cpus", "boot=2", "--memory", "size=256M,shared=on"])
             .args(["--console", "off", "--serial", "tty"])
             .arg("--disk")
-            .arg(format!(
-                "vhost_user=on,socket={},num_queues=2,queue_size=256",
-                socket.display()
-            ));
+            .arg(format!("vhost_user=on,socket={},num_queues=2,queue_size=256", socket.display()));
         Self::spawn(command, job)
     }
 
@@ -81,13 +78,7 @@ impl Vm {
         thread::spawn(move || forward(BufReader::new(console), &sender));
         thread::spawn(move || forward(BufReader::new(complaints), &other_sender));
         let deadline = Instant::now() + PATIENCE;
-        Self {
-            job: job.to_owned(),
-            child,
-            lines,
-            transcript: Vec::new(),
-            deadline,
-        }
+        Self { job: job.to_owned(), child, lines, transcript: Vec::new(), deadline }
     }
 
     fn next_line(&mut self) -> Result<String, RecvTimeoutError> {
@@ -113,11 +104,7 @@ impl Vm {
             let Some((_, message)) = line.split_once(MARK) else {
                 continue;
             };
-            assert!(
-                !message.starts_with("FAILED"),
-                "the guest failed\n{}",
-                self.text()
-            );
+            assert!(!message.starts_with("FAILED"), "the guest failed\n{}", self.text());
             if let Some(rest) = message.strip_prefix(what) {
                 return rest.trim().to_owned();
             }
@@ -129,11 +116,7 @@ impl Vm {
         let done = format!("ok {}", self.job);
         self.wait_for(&done);
         while self.child.try_wait().unwrap().is_none() {
-            assert!(
-                Instant::now() < self.deadline,
-                "the guest does not power off\n{}",
-                self.text()
-            );
+            assert!(Instant::now() < self.deadline, "the guest does not power off\n{}", self.text());
             thread::sleep(Duration::from_millis(10));
         }
         self.messages()
@@ -173,10 +156,7 @@ impl Drop for Vm {
 fn forward(mut from: impl BufRead, to: &Sender<String>) {
     let mut line = Vec::new();
     while matches!(from.read_until(b'\n', &mut line), Ok(1..)) && line.ends_with(b"\n") {
-        if to
-            .send(String::from_utf8_lossy(&line).trim_end().to_owned())
-            .is_err()
-        {
+        if to.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
             return;
         }
         line.clear();
@@ -189,31 +169,10 @@ fn command_line(job: &str, seed: &str) -> String {
 
 fn qemu(boot: &Boot, kvm: bool, job: &str, seed: &str) -> Command {
     let mut command = tool("qemu-system-x86_64");
-    let (accelerator, processor) = if kvm {
-        ("kvm", "host")
-    } else {
-        ("tcg,thread=multi", "qemu64")
-    };
+    let (accelerator, processor) = if kvm { ("kvm", "host") } else { ("tcg,thread=multi", "qemu64") };
     command
-        .args([
-            "-nodefaults",
-            "-no-user-config",
-            "-no-reboot",
-            "-display",
-            "none",
-            "-serial",
-            "stdio",
-        ])
-        .args([
-            "-accel",
-            accelerator,
-            "-cpu",
-            processor,
-            "-smp",
-            "2",
-            "-m",
-            "256M",
-        ])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
+        .args(["-accel", accelerator, "-cpu", processor, "-smp", "2", "-m", "256M"])
         .args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on"])
         .args(["-machine", "q35,memory-backend=ram"])
         .arg("-kernel")

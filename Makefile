@@ -35,7 +35,8 @@ check: ## formatting, lints and the quick tests
 	$(CARGO) test --locked --lib --bins --test tidy
 
 sim: ## the simulator: make sim SEED=7 replays one run, make sim N=1000 tries that many
-	$(CARGO) run --release --locked --bin genblk-sim -- $(if $(SEED),--seed $(SEED),--count $(or $(N),100))
+	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100)) \
+		$(CARGO) test --release --locked --lib sim::seeds_from_the_environment -- --nocapture
 
 soak: setup ## simulator and guest tests over and over, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \

@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::sys;
 use crate::error::{Error, ErrorKind, Result};
@@ -16,6 +17,12 @@ use crate::error::{Error, ErrorKind, Result};
 const TAKEN_BASE: libc::off_t = 100;
 /// Byte of permission 0 not shared (RAW_LOCK_SHARED_BASE).
 const UNSHARED_BASE: libc::off_t = 200;
+
+/// How long a conflict is waited out. A daemon that was killed keeps its lock until the kernel has finished its
+/// operations in flight, and that is right: until then they can still reach the image. Its successor, started at once,
+/// is to be served and not refused.
+const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(20);
 
 // Permissions by bit number (BLK_PERM_* in QEMU's include/block/block-common.h).
 const CONSISTENT_READ: libc::off_t = 0;
@@ -34,6 +41,16 @@ const UNSHARED: [libc::off_t; 2] = [WRITE, RESIZE];
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is no error: a warning says so.
 pub(super) fn acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match try_acquire(file, path, read_only) {
+            Err(error) if error.kind() == ErrorKind::Locked && Instant::now() < until => std::thread::sleep(PAUSE),
+            result => return result,
+        }
+    }
+}
+
+fn try_acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
     let taken: &[libc::off_t] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
     if let Err(error) = sys::lock_byte(file, libc::F_OFD_GETLK, libc::F_WRLCK, TAKEN_BASE) {
         log::warn!("image {}: its file system has no locks ({error}); nothing guards it", path.display());

@@ -15,6 +15,9 @@ use super::ring::ControlRing;
 use crate::device::Device;
 use crate::device::control::Workers;
 
+/// Largest configuration space of the protocol (VHOST_USER_MAX_CONFIG_SIZE in QEMU).
+const CONFIG_BYTES_MAX: usize = 256;
+
 /// One connection's view of a device.
 #[derive(Clone, Debug)]
 pub(super) struct Backend(Arc<Session>);
@@ -83,8 +86,13 @@ impl VhostUserBackend for Backend {
         self.0.device.config_space().read(offset, size)
     }
 
-    /// => Only `writeback` can be set; anything else is ignored, because an error would end the connection.
+    /// => Only `writeback` can be set. A write to another field is ignored, as the hardware would; one beyond what the
+    ///    protocol lets a configuration space be is an error, which ends the connection.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(bytes.len()));
+        if end.is_none_or(|end| end > CONFIG_BYTES_MAX) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let device = &self.0.device;
         if let Some(writeback) = device.config_space().write(offset, bytes) {
             device.set_writeback(writeback);

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{FrameId, PAGE_SIZE, SECTOR_BYTES, SectorMask};
+use crate::units::{FrameId, PAGE_SIZE, SECTOR_SIZE, SectorMask};
 
 /// A mapping of `frames` times 4096 bytes.
 #[derive(Debug)]
@@ -129,7 +129,7 @@ impl Drop for Arena {
 
 /// Calls `f(offset, length)` in bytes for each run of sectors in `mask`.
 fn each_run(mut mask: SectorMask, mut f: impl FnMut(usize, usize)) {
-    let sector = SECTOR_BYTES as usize;
+    let sector = SECTOR_SIZE;
     while let Some((first, count)) = mask.first_run() {
         f(usize::from(first) * sector, usize::from(count) * sector);
         mask = mask.without(SectorMask::run(first, count));

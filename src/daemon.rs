@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::object::Object;
 use crate::store::file::{self, FileImage, OpenOptions};
 use crate::store::{Backing, Limits};
-use crate::units::{PAGE_BYTES, SECTOR_BYTES};
+use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
 use crate::vhost::{Server, bind};
 use crate::virtio::config_space::Geometry;
 use crate::virtio::request::{Disk, serial};
@@ -173,9 +173,9 @@ fn write_everything(name: &str, object: &Object, workers: &Workers) -> Result<()
 
 /// What the cache did, in a few lines.
 fn log_stats(name: &str, stats: &Stats) {
-    let mib = |pages: u64| pages * PAGE_BYTES >> 20;
+    let mib = |pages: u64| (pages * PAGE_BYTES) >> 20;
     let reads = stats.read_hit_pages + stats.read_miss_pages;
-    let percent = |part: u64, whole: u64| if whole == 0 { 0 } else { part * 100 / whole };
+    let percent = |part: u64, whole: u64| (part * 100).checked_div(whole).unwrap_or(0);
     info!(
         "{name}: reads: {reads} pages, {}% hits, {} from holes; {} store reads of {} MiB",
         percent(stats.read_hit_pages, reads),
@@ -241,7 +241,7 @@ fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
         },
         readahead_pages_max: if retain { pages(cache.readahead_max_bytes) } else { 0 },
         flush_target_us: u64::from(cache.flush_target_ms) * 1000,
-        dirty_pages_max: (u64::from(frames) * u64::from(cache.dirty_max_percent) / 100) as u32,
+        dirty_pages_max: low_u32(u64::from(frames) * u64::from(cache.dirty_max_percent) / 100),
         dirty_age_us: u64::from(cache.dirty_age_max_ms) * 1000,
     }
 }

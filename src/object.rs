@@ -18,7 +18,7 @@ use crate::arena::Arena;
 use crate::cache::{FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Stats, Ticket};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
-use crate::units::{FrameId, PAGE_SIZE, SECTOR_BYTES, SectorMask, Tick};
+use crate::units::{FrameId, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, Tick};
 
 /// Bits of a ticket that name the worker; the rest is the worker's own business.
 const WORKER_SHIFT: u32 = 48;
@@ -156,7 +156,7 @@ impl Port {
 
     /// First byte of a piece's memory; `None`: zeros.
     pub fn memory(&self, piece: &Piece) -> Option<*mut u8> {
-        let offset = usize::from(piece.first) * SECTOR_BYTES as usize;
+        let offset = usize::from(piece.first) * SECTOR_SIZE;
         // `wrapping_add` for a plain address: the offset stays within the frame.
         piece.frame.map(|frame| self.object.arena.frame(frame).wrapping_add(offset))
     }
@@ -174,7 +174,7 @@ impl Port {
         let mut cache = self.object.lock();
         for event in self.events.drain(..) {
             let (tag, outcome) = outcome_of(event);
-            cache.complete(tag, outcome, now);
+            cache.complete(tag, &outcome, now);
         }
         (cache, &mut self.notices)
     }
@@ -252,7 +252,7 @@ fn request_of(arena: &Arena, plan: &Plan<'_>) -> Request {
     let len = plan.span.count * SECTOR_BYTES;
     let mut segments: Vec<Segment> = Vec::new();
     let mut left = usize::try_from(len).expect("an operation is at most some megabytes");
-    let mut skip = usize::from(plan.first_sector) * SECTOR_BYTES as usize;
+    let mut skip = usize::from(plan.first_sector) * SECTOR_SIZE;
     for &frame in plan.frames {
         let base = arena.frame(frame).wrapping_add(skip);
         let len = left.min(PAGE_SIZE - skip);

@@ -8,6 +8,8 @@
 pub const SECTOR_BYTES: u64 = 512;
 /// Bytes of a page, the unit of caching.
 pub const PAGE_BYTES: u64 = 4096;
+/// [`SECTOR_BYTES`] for indexing memory.
+pub const SECTOR_SIZE: usize = 512;
 /// [`PAGE_BYTES`] for indexing memory.
 pub const PAGE_SIZE: usize = 4096;
 /// Sectors of a page: one bit each in a [`SectorMask`].
@@ -166,8 +168,8 @@ impl SectorMask {
         if self.0 == 0 {
             return None;
         }
-        let first = self.0.trailing_zeros() as u8;
-        let count = (self.0 >> first).trailing_ones() as u8;
+        let first = low_u8(u64::from(self.0.trailing_zeros()));
+        let count = low_u8(u64::from((self.0 >> first).trailing_ones()));
         Some((first, count))
     }
 
@@ -175,6 +177,24 @@ impl SectorMask {
     pub fn count(self) -> u32 {
         self.0.count_ones()
     }
+}
+
+/// The low 32 bits of a number.
+pub fn low_u32(number: u64) -> u32 {
+    let [a, b, c, d, ..] = number.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
+
+/// The low 16 bits of a number.
+pub fn low_u16(number: u64) -> u16 {
+    let [a, b, ..] = number.to_le_bytes();
+    u16::from_le_bytes([a, b])
+}
+
+/// The low 8 bits of a number.
+pub fn low_u8(number: u64) -> u8 {
+    let [low, ..] = number.to_le_bytes();
+    low
 }
 
 /// A flush epoch: FLUSH closes one and opens the next; a dirty page carries the epoch of its first un-flushed write.

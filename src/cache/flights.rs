@@ -150,16 +150,16 @@ impl PageCache {
     }
 
     /// Tells how an operation ended (where the kernel calls biodone).
-    pub fn complete(&mut self, tag: u32, outcome: Outcome, now: Tick) {
+    pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
         self.now = self.now.max(now);
         self.unblocked = true;
         let flight = self.flights.land(tag);
         match flight.kind {
-            PlanKind::Read => self.read_done(&flight, &outcome),
-            PlanKind::Write => self.write_done(&flight, &outcome),
-            PlanKind::Sync => self.sync_done(&outcome),
-            PlanKind::Zero { .. } | PlanKind::Discard => self.range_done(&flight, &outcome),
-            PlanKind::Map => self.map_done(&flight, &outcome),
+            PlanKind::Read => self.read_done(&flight, outcome),
+            PlanKind::Write => self.write_done(&flight, outcome),
+            PlanKind::Sync => self.sync_done(outcome),
+            PlanKind::Zero { .. } | PlanKind::Discard => self.range_done(&flight, outcome),
+            PlanKind::Map => self.map_done(&flight, outcome),
         }
         self.flights.recycle(flight);
     }

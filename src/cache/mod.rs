@@ -38,7 +38,7 @@ mod writeback;
 
 use std::collections::VecDeque;
 
-use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
+use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8};
 
 pub use flights::{Outcome, Plan, PlanKind};
 pub use stats::Stats;
@@ -347,7 +347,7 @@ impl PageCache {
         let start = no.0 * SECTORS_PER_PAGE;
         match self.settings.image_sectors.saturating_sub(start) {
             SECTORS_PER_PAGE.. => SectorMask::NONE,
-            inside => SectorMask::ALL.without(SectorMask::run(0, inside as u8)),
+            inside => SectorMask::ALL.without(SectorMask::run(0, low_u8(inside))),
         }
     }
 
@@ -386,8 +386,8 @@ impl Access {
     fn step(&self, at: u32) -> Option<Step> {
         let left = self.span.count.checked_sub(u64::from(at)).filter(|&left| left > 0)?;
         let sector = self.span.start + u64::from(at);
-        let first = (sector % SECTORS_PER_PAGE) as u8;
-        let count = left.min(SECTORS_PER_PAGE - u64::from(first)) as u8;
+        let first = low_u8(sector % SECTORS_PER_PAGE);
+        let count = low_u8(left.min(SECTORS_PER_PAGE - u64::from(first)));
         Some(Step { no: PageNo(sector / SECTORS_PER_PAGE), first, count, at })
     }
 }

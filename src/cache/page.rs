@@ -16,7 +16,7 @@
 
 use hashbrown::HashTable;
 
-use crate::units::{Epoch, FrameId, PageId, PageNo, SectorMask};
+use crate::units::{Epoch, FrameId, PageId, PageNo, SectorMask, low_u32};
 
 /// "No frame", "no waiter", "no page" in the packed fields.
 pub(super) const NONE: u32 = u32::MAX;
@@ -62,7 +62,7 @@ impl Page {
     fn new(no: PageNo) -> Self {
         let no_high = u16::try_from(no.0 >> 32).expect("an image has fewer than 2^48 pages");
         Self {
-            no_low: (no.0 & u64::from(u32::MAX)) as u32,
+            no_low: low_u32(no.0),
             no_high,
             writers: 0,
             pending: SectorMask::NONE,
@@ -120,7 +120,7 @@ impl Page {
     pub fn check(&self) {
         assert!(self.valid.contains(self.dirty), "{:?}: dirty sectors are valid: {self:?}", self.no());
         assert!(self.frame != NONE || self.valid.is_empty(), "{:?}: valid needs a frame: {self:?}", self.no());
-        assert!(!(self.is(READING) && !self.writing.is_empty()), "{:?}: Reading and Writing", self.no());
+        assert!(!self.is(READING) || self.writing.is_empty(), "{:?}: Reading and Writing", self.no());
         assert!(!self.is(FROZEN) || !self.writing.is_empty(), "{:?}: frozen only while writing", self.no());
         assert!(self.writers > 0 || self.pending.is_empty(), "{:?}: pending needs a writer", self.no());
         assert!(!(self.is(FROZEN) && self.writers > 0), "{:?}: a frozen frame is being written", self.no());
@@ -136,10 +136,10 @@ pub(super) struct PageTable {
     index: HashTable<u32>,
 }
 
-/// Multiplicative hash; the middle bits of the product are well mixed, so fold them down.
+/// Multiplicative hash; the upper bits of the product are well mixed, so fold them down.
 fn hash(no: PageNo) -> u64 {
-    let product = u128::from(no.0.wrapping_add(1)) * 0x9e37_79b9_7f4a_7c15;
-    (product >> 64) as u64 ^ product as u64
+    let product = (no.0 ^ no.0 >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    product ^ product >> 32
 }
 
 impl PageTable {

@@ -1,7 +1,7 @@
 //! How much may be dirty: as much as the store writes in the flush target, so that FLUSH latency is bounded by
 //! construction; and how writers are slowed before they meet that limit.
 
-use crate::units::{SECTORS_PER_PAGE, Tick};
+use crate::units::{SECTORS_PER_PAGE, Tick, low_u32};
 
 /// The limit is never below this (16 MiB), unless the cache itself is small.
 const LIMIT_PAGES_MIN: u32 = 4096;
@@ -50,7 +50,7 @@ impl Throttle {
     }
 
     fn percent(&self, percent: u32) -> u32 {
-        (u64::from(self.limit) * u64::from(percent) / 100) as u32
+        low_u32(u64::from(self.limit) * u64::from(percent) / 100)
     }
 
     /// A write was sent to the store.

@@ -7,7 +7,7 @@
 //! Age needs no timestamps: every half of the age limit the current epoch is closed, and what belongs to closed epochs
 //! is written. Nothing runs while all is clean.
 
-use crate::units::{Epoch, Fault, PageId, PageNo, Tick};
+use crate::units::{Epoch, Fault, PageId, PageNo, Tick, low_u32};
 
 use super::PageCache;
 use super::dirty::{DirtySet, GROUP_PAGES, Group};
@@ -69,7 +69,7 @@ impl Writeback {
         let last = no.0 % BEHIND_PAGES == BEHIND_PAGES - 1;
         if last && full {
             let first = PageNo(no.0 + 1 - BEHIND_PAGES);
-            if (0..BEHIND_PAGES).step_by(GROUP_PAGES as usize).all(|page| dirty.group_is_full(first.plus(page))) {
+            if (0..BEHIND_PAGES / GROUP_PAGES).all(|group| dirty.group_is_full(first.plus(group * GROUP_PAGES))) {
                 self.behind.push(no);
             }
         }
@@ -156,7 +156,7 @@ impl PageCache {
         } else if self.writeback.running {
             let over = u64::from(unclean.saturating_sub(start));
             let room = u64::from((self.throttle.limit_pages() - start).max(1));
-            let depth = 1 + (u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)) as u32;
+            let depth = 1 + low_u32((u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)));
             self.sweep(Scope::Cold, depth);
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::cache::{PageCache, Piece};
 use crate::object::Port;
-use crate::units::SECTOR_BYTES;
+use crate::units::{SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::STATUS_IOERR;
 use crate::virtio::request::Kind;
 use crate::virtio::segments::{BadAddress, GuestCursor};
@@ -47,7 +47,7 @@ impl Traffic {
 fn copy(port: &Port, ring: &Ring, pending: &Pending, piece: &Piece) -> Result<(), BadAddress> {
     let mut cursor = GuestCursor::new(&ring.memory, &pending.request.data);
     let offset = u64::from(piece.at) * SECTOR_BYTES;
-    let len = usize::from(piece.count) * SECTOR_BYTES as usize;
+    let len = usize::from(piece.count) * SECTOR_SIZE;
     match (port.memory(piece), pending.request.kind) {
         (None, _) => cursor.fill_zeros(offset, len),
         (Some(frame), Kind::Write) => {

@@ -2,6 +2,7 @@
 
 use crate::cache::Ticket;
 use crate::object::Port;
+use crate::units::low_u32;
 use crate::virtio::request::{RangeSegment, Request};
 
 /// What a request waits for.
@@ -108,7 +109,7 @@ impl PendingTable {
     /// # Panics
     /// If its request is not under way: the cache answered twice.
     pub fn slot_of(&self, ticket: Ticket) -> Slot {
-        let slot = (Port::own(ticket) & u64::from(u32::MAX)) as Slot;
+        let slot = low_u32(Port::own(ticket));
         assert_eq!(self.ticket(slot), ticket, "a notice is for a request that is under way");
         slot
     }

@@ -4,6 +4,8 @@
 //! unit tests. A seed decides everything: the cache's shape, the guest's requests, latencies, reordering, faults,
 //! torn writes and power cuts.
 
+#![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
+
 mod disk;
 mod oracle;
 mod rng;

@@ -397,7 +397,7 @@ impl World {
             PlanKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
             _ => Outcome::Done,
         };
-        self.cache.complete(tag, outcome, Tick(self.now_us));
+        self.cache.complete(tag, &outcome, Tick(self.now_us));
     }
 
     fn turn_ends(&mut self) {

@@ -10,7 +10,7 @@
 
 use super::list::{List, Node, nodes};
 use super::{Policy, Verdict};
-use crate::units::{PageId, PageNo};
+use crate::units::{PageId, PageNo, low_u16};
 
 const SMALL: u8 = 1;
 const MAIN: u8 = 2;
@@ -56,8 +56,7 @@ impl S3Fifo {
 
     /// A coarse clock of insertions into small; wraps, and is compared by distance.
     fn stamp(&self) -> u16 {
-        let ticks = self.inserted / (self.small_target / STAMPS_PER_SMALL).max(1);
-        (ticks & u32::from(u16::MAX)) as u16
+        low_u16(u64::from(self.inserted / (self.small_target / STAMPS_PER_SMALL).max(1)))
     }
 
     /// Small's oldest page: up to main if it was asked for again, out if it may go.
@@ -200,13 +199,13 @@ impl Ghost {
     /// Place in the table, and fingerprint (never 0: 0 marks an empty place).
     fn place(&self, no: PageNo) -> (usize, u16) {
         let mixed = (no.0 ^ no.0 >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let place = (u128::from(mixed) * self.entries.len() as u128) >> 64;
-        let mark = (mixed.wrapping_mul(0x94d0_49bb_1331_11eb) >> 48) as u16;
-        (place as usize, mark.max(1))
+        let place = ((mixed >> 32) * self.entries.len() as u64) >> 32;
+        let mark = low_u16(mixed.wrapping_mul(0x94d0_49bb_1331_11eb) >> 48);
+        (usize::try_from(place).expect("below the table's length"), mark.max(1))
     }
 
     fn now(&self) -> u16 {
-        ((self.left / self.tick_pages) & u32::from(u16::MAX)) as u16
+        low_u16(u64::from(self.left / self.tick_pages))
     }
 
     fn insert(&mut self, no: PageNo) {
@@ -219,7 +218,7 @@ impl Ghost {
     fn take(&mut self, no: PageNo) -> bool {
         let (place, mark) = self.place(no);
         let entry = self.entries[place];
-        let stamp = (entry & u32::from(u16::MAX)) as u16;
+        let stamp = low_u16(u64::from(entry));
         let alive = entry >> 16 == u32::from(mark) && u32::from(self.now().wrapping_sub(stamp)) <= GHOST_TICKS;
         if alive {
             self.entries[place] = 0;

@@ -28,6 +28,11 @@ use crate::virtio::request::{Disk, serial};
 /// How long the end waits for an image that fails to take what is dirty.
 const LAST_WRITES: Duration = Duration::from_secs(10);
 
+/// How long another opener's lock on an image is waited out. A daemon that was killed keeps its lock until the kernel has
+/// finished its operations in flight, and that is right: until then they can still reach the image. Its successor,
+/// started at once, is to be served and not refused.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Serves the devices of a configuration until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -82,7 +87,8 @@ impl Service {
             Engine::IoUring => file::Engine::Uring,
             Engine::Threads => file::Engine::Threads,
         };
-        let options = OpenOptions { read_only: config.read_only, engine, direct: config.direct };
+        let (read_only, direct) = (config.read_only, config.direct);
+        let options = OpenOptions { read_only, engine, direct, lock_patience: LOCK_PATIENCE };
         let image = FileImage::open(&config.image, &options)?;
         let identity = image.identity();
         let shared = images.get(&identity).filter(|_| config.read_only);

@@ -343,7 +343,7 @@ fn operations_outlive_the_thread_that_submitted_them() {
 fn a_read_only_image_refuses_every_change() {
     let image = Image::file("read_only", MIB);
     for engine in [Engine::Uring, Engine::Threads] {
-        let options = OpenOptions { read_only: true, engine, direct: true };
+        let options = OpenOptions { read_only: true, engine, direct: true, ..OpenOptions::default() };
         let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap();
         let limits = backing.limits();
         assert!(!limits.writable && !limits.can_zero && !limits.can_discard);
@@ -364,7 +364,7 @@ fn a_read_of_an_image_that_was_cut_short_fails_as_a_medium_would() {
     for engine in [Engine::Uring, Engine::Threads] {
         for direct in [false, true] {
             let image = Image::file("shrunk", MIB);
-            let options = OpenOptions { read_only: false, engine, direct };
+            let options = OpenOptions { read_only: false, engine, direct, ..OpenOptions::default() };
             let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap();
             let mut driver = Driver::new(&backing);
             let file = std::fs::OpenOptions::new().write(true).open(&image.path).unwrap();

@@ -16,8 +16,10 @@ use genblk::store::Backing;
 use genblk::store::file::{Engine, FileImage, OpenOptions};
 use store_kit::{Buffer, Driver, Image, MIB, pattern};
 
-const READ_ONLY: OpenOptions = OpenOptions { read_only: true, engine: Engine::Auto, direct: true };
-const WRITABLE: OpenOptions = OpenOptions { read_only: false, engine: Engine::Auto, direct: true };
+const READ_ONLY: OpenOptions =
+    OpenOptions { read_only: true, engine: Engine::Auto, direct: true, lock_patience: Duration::ZERO };
+const WRITABLE: OpenOptions =
+    OpenOptions { read_only: false, engine: Engine::Auto, direct: true, lock_patience: Duration::ZERO };
 
 /// The refusal's kind; its message must name the image.
 #[track_caller]

@@ -179,6 +179,11 @@ impl DirtySet {
         self.groups.range(from..).next().map(|(&number, &group)| (number, group))
     }
 
+    /// Number of groups with dirty pages.
+    pub fn groups(&self) -> usize {
+        self.groups.len()
+    }
+
     /// The dirty pages in order.
     pub fn iter(&self) -> impl Iterator<Item = PageNo> {
         self.groups.iter().flat_map(|(&number, &group)| group.pages(number))

@@ -175,7 +175,7 @@ impl PageCache {
     }
 
     /// What the page holds may not be on the store after all. It gets an epoch that every waiting flush includes.
-    fn make_dirty_again(&mut self, id: PageId) {
+    pub(super) fn make_dirty_again(&mut self, id: PageId) {
         let epoch = self.flushing.queue.front().map_or(self.dirty.current(), |flush| flush.upto);
         let beyond = self.beyond_image(self.pages[id].no());
         self.change(id, |page| {

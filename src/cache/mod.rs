@@ -156,9 +156,6 @@ pub struct Settings {
     pub dirty_age_us: u64,
 }
 
-/// The least number of frames a cache works with: 4 MiB, four times the longest store operation.
-pub const FRAMES_MIN: u32 = 1024;
-
 /// The page cache of one image.
 #[derive(Debug)]
 pub struct PageCache {
@@ -246,11 +243,8 @@ impl PageCache {
         self.advance_flushes();
         self.reclaim();
         if std::mem::take(&mut self.unblocked) {
-            // As many as there may be room for; what stalls again waits for the next change.
-            for _ in 0..self.stalled.len().min(RESUMED_PER_PUMP) {
-                let ticket = self.stalled.pop_front().expect("counted above");
-                self.notices.push(Notice::Resume(ticket));
-            }
+            // All of them, in order: what still finds no room stalls again, behind those that came before it.
+            self.notices.extend(self.stalled.drain(..).map(Notice::Resume));
         }
     }
 
@@ -358,9 +352,6 @@ impl PageCache {
         SectorSpan::new(start, end - start)
     }
 }
-
-/// Stalled requests that try again in one pump; the rest follow in the next, which comes at once.
-const RESUMED_PER_PUMP: usize = 64;
 
 /// One step of a request through its pages: the page, the sectors in it, and where they lie in the request.
 #[derive(Clone, Copy, Debug)]

@@ -7,6 +7,7 @@
 use crate::units::{PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::flights::{Flight, Outcome, PlanKind};
+use super::page::UNSYNCED;
 use super::{Notice, PageCache, Ticket};
 
 /// Pages of a region (1 MiB): no cluster crosses one, and hole maps are taken by it.
@@ -118,12 +119,10 @@ impl PageCache {
             return;
         };
         for id in self.resident(span.pages()) {
-            let inside = self.sectors_inside(id, span);
             if result.is_ok() {
-                self.zero_inside(id, inside);
-            } else if self.pages[id].dirty.is_empty() && inside == SectorMask::ALL {
-                // What the store holds now is not known: read it again when it is asked for.
-                self.drop_page(id, true);
+                self.zero_inside(id, self.sectors_inside(id, span));
+            } else {
+                self.distrust_store(id);
             }
         }
         self.notices.push(Notice::Done(ticket, result));
@@ -141,6 +140,16 @@ impl PageCache {
             page.dirty = page.dirty.without(inside);
             page.valid = page.valid.or(inside);
         });
+    }
+
+    /// What the store holds of the page is not known any more: what only we are sure to have is written again, the rest is
+    /// read again when it is asked for.
+    fn distrust_store(&mut self, id: PageId) {
+        if self.pages[id].any(UNSYNCED[0] | UNSYNCED[1]) || !self.pages[id].dirty.is_empty() {
+            self.make_dirty_again(id);
+        } else {
+            self.drop_page(id, true);
+        }
     }
 
     /// Which sectors of the page lie in the span; a page of which nothing lies outside is whole, even if the image

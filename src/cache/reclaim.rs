@@ -5,6 +5,7 @@ use crate::units::PageId;
 use super::PageCache;
 use super::page::{PREFETCHED, UNSYNCED};
 use super::policy::Verdict;
+use super::write::FILL_FRAMES;
 
 /// Pages looked at for one victim.
 const STEPS_MAX: u32 = 64;
@@ -13,7 +14,7 @@ impl PageCache {
     /// Frames that are kept free.
     pub(super) fn reserve(&self) -> u32 {
         let total = self.frames.total();
-        (total / 200).max(64).min(total / 8)
+        (total / 200).max(64).min(total / 8).max(FILL_FRAMES + 1)
     }
 
     /// Evicts clean pages until the reserve is full; says what is in the way if there are none.
@@ -36,9 +37,12 @@ impl PageCache {
             };
             let victim = policy.evict(STEPS_MAX, &mut judge, &|id| pages[id].no());
             let Some(id) = victim else {
-                self.writeback.pressure |= dirty && self.settings.retain;
-                if unsynced && self.settings.retain {
-                    self.flushing.want_sync();
+                // Without retention there is always something left; only a want of frames is a reason to hurry.
+                if self.frames.free() < self.reserve() {
+                    self.writeback.pressure |= dirty;
+                    if unsynced {
+                        self.flushing.want_sync();
+                    }
                 }
                 return;
             };

@@ -10,6 +10,10 @@ use crate::units::{PageId, PageNo, SectorMask};
 use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING};
 use super::{Access, Admitted, PageCache, Piece};
 
+/// Frames that writes leave alone: a page whose sectors do not fill the store's blocks has the rest read in before it can
+/// be written back, and if all frames were taken by such pages none could ever be cleaned.
+pub(super) const FILL_FRAMES: u32 = 1;
+
 impl PageCache {
     /// Admits a write: every admitted sector is in a piece, to be filled now.
     ///
@@ -63,11 +67,14 @@ impl PageCache {
                 id
             }
             Some(id) => {
+                if self.pages[id].frame().is_none() && self.frames.free() <= FILL_FRAMES {
+                    return None;
+                }
                 self.frame_of(id)?;
                 id
             }
             None => {
-                if self.frames.free() == 0 {
+                if self.frames.free() <= FILL_FRAMES {
                     return None;
                 }
                 let id = self.create_page(no)?;
@@ -89,6 +96,9 @@ impl PageCache {
 
     /// Copy-on-write: gives the page a new frame, and leaves the frozen one to its operation.
     fn thaw(&mut self, id: PageId, mask: SectorMask) -> Option<()> {
+        if self.frames.free() <= FILL_FRAMES {
+            return None;
+        }
         let new = self.frames.take()?;
         let old = self.pages[id].frame().expect("a frozen page has a frame");
         let page = &self.pages[id];

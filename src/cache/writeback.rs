@@ -19,8 +19,11 @@ const BEHIND_PAGES: u64 = 256;
 const DEPTH_MAX: u32 = 32;
 /// Without guest I/O for this long, write-back runs at full speed.
 const IDLE_US: u64 = 100_000;
-/// Groups looked at in one sweep.
+/// Groups looked at in one sweep that somebody waits for.
 const SWEEP_GROUPS: u32 = 512;
+/// Groups looked at in one sweep of the background. Few: each pump while guests write comes by here, and a group that is
+/// hot is only worth writing when the cursor has been away from it for a while.
+const SWEEP_GROUPS_COLD: u32 = 8;
 /// Pause after a failed write: from this, doubling ...
 const BACKOFF_US_MIN: u64 = 100_000;
 /// ... to this.
@@ -44,6 +47,8 @@ pub(super) struct Writeback {
     pub pressure: bool,
     /// A sweep ended at its bound.
     more: bool,
+    /// Groups looked at since one had something that could go.
+    barren: usize,
     guest_was_here: Tick,
     aged: Option<Epoch>,
     next_aging: Tick,
@@ -182,7 +187,8 @@ impl PageCache {
     fn sweep(&mut self, scope: Scope, depth: u32) {
         let mut wrapped = false;
         let start = self.writeback.cursor;
-        for _ in 0..SWEEP_GROUPS {
+        let cold = matches!(scope, Scope::Cold);
+        for _ in 0..if cold { SWEEP_GROUPS_COLD } else { SWEEP_GROUPS } {
             if self.flights.writes() >= depth {
                 return;
             }
@@ -198,13 +204,16 @@ impl PageCache {
                 return;
             }
             self.writeback.cursor = number + 1;
-            if matches!(scope, Scope::Cold) && group.recent {
+            self.writeback.barren += 1;
+            if cold && group.recent {
                 self.dirty.cool_group(number);
             } else {
                 self.sweep_group(number, group, scope, depth);
             }
         }
-        self.writeback.more = true;
+        // A sweep of the background goes on at the next request or when guests are idle; others go on at once, until they
+        // have been round without finding anything that can go.
+        self.writeback.more |= !cold && self.writeback.barren < self.dirty.groups();
     }
 
     /// Writes the pages of one group that are in scope; the cursor moves past a cluster that reaches further.
@@ -220,6 +229,7 @@ impl PageCache {
                 Scope::Cold | Scope::All => true,
             };
             if in_scope && let Some(end) = self.put_cluster(id) {
+                self.writeback.barren = 0;
                 self.writeback.cursor = self.writeback.cursor.max(end.0 / GROUP_PAGES);
             }
         }

@@ -186,7 +186,8 @@ impl World {
         while !self.requests.is_empty() {
             self.one_step(false);
             left -= 1;
-            assert!(left > 0, "liveness: {} requests never complete: {:?}", self.requests.len(), self.requests);
+            let waiting = self.requests.len();
+            assert!(left > 0, "liveness: {waiting} requests never complete: {:?}", self.cache.stats());
         }
     }
 

@@ -46,11 +46,13 @@ pub struct OpenOptions {
     pub engine: Engine,
     /// Bypass the host's page cache where the file system can.
     pub direct: bool,
+    /// How long to wait for another opener's lock to go.
+    pub lock_patience: Duration,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, engine: Engine::Auto, direct: true }
+        Self { read_only: false, engine: Engine::Auto, direct: true, lock_patience: Duration::ZERO }
     }
 }
 
@@ -143,7 +145,7 @@ impl OpenImage {
         let file = open_file(path, options.read_only)?;
         let metadata = file.metadata().map_err(unusable)?;
         check_type(path, &metadata)?;
-        lock::acquire(&file, path, options.read_only)?;
+        lock::acquire(&file, path, options)?;
 
         let geometry = Geometry::of(&file, &metadata).map_err(unusable)?;
         check_size(path, geometry.size_bytes)?;

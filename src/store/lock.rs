@@ -10,6 +10,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::file::OpenOptions;
 use super::sys;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -18,10 +19,7 @@ const TAKEN_BASE: libc::off_t = 100;
 /// Byte of permission 0 not shared (RAW_LOCK_SHARED_BASE).
 const UNSHARED_BASE: libc::off_t = 200;
 
-/// How long a conflict is waited out. A daemon that was killed keeps its lock until the kernel has finished its
-/// operations in flight, and that is right: until then they can still reach the image. Its successor, started at once,
-/// is to be served and not refused.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a conflict is looked at again.
 const PAUSE: Duration = Duration::from_millis(20);
 
 // Permissions by bit number (BLK_PERM_* in QEMU's include/block/block-common.h).
@@ -40,10 +38,10 @@ const UNSHARED: [libc::off_t; 2] = [WRITE, RESIZE];
 /// # Errors
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is no error: a warning says so.
-pub(super) fn acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
-    let until = Instant::now() + PATIENCE;
+pub(super) fn acquire(file: &File, path: &Path, options: &OpenOptions) -> Result<()> {
+    let until = Instant::now() + options.lock_patience;
     loop {
-        match try_acquire(file, path, read_only) {
+        match try_acquire(file, path, options.read_only) {
             Err(error) if error.kind() == ErrorKind::Locked && Instant::now() < until => std::thread::sleep(PAUSE),
             result => return result,
         }

@@ -7,7 +7,7 @@ use log::{info, warn};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 
 use super::Memory;
@@ -105,8 +105,17 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
+    /// => A region that its file does not fill would be SIGBUS at the first touch: it is refused here.
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        self.0.workers.set_memory(&memory.memory().into_inner());
+        let ram = memory.memory().into_inner();
+        for region in ram.iter() {
+            let Some(file) = region.file_offset() else { continue };
+            let end = file.start().checked_add(region.len());
+            if end.is_none_or(|end| file.file().metadata().is_ok_and(|metadata| metadata.len() < end)) {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory region reaches beyond its file"));
+            }
+        }
+        self.0.workers.set_memory(&ram);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
+use crate::IMAGE_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
 use crate::common::guest_memory::{GuestMemory, HIGH_GUEST_ADDR, LOW_GUEST_ADDR, Region};
 use crate::common::raw_message::{self, FLAG_NEED_REPLY, Reply, number, vring_state};
@@ -13,7 +14,6 @@ use crate::common::raw_ring::Segment;
 use crate::common::request::{OK, Payload, Pending, STATUS_UNTOUCHED, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions};
 use crate::common::wait::PATIENCE;
-use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 /// Bytes in each region of these tests.
 const REGION_BYTES: u64 = 8 << 20;

@@ -111,7 +111,7 @@ pub fn settings(name: &str, size: u64) -> Vec<Setting> {
                 images.extend(Image::loop_device(name, size, 4096).map(|image| ("loop of 4096", image)));
             }
             for (kind, image) in images {
-                let options = OpenOptions { read_only: false, engine, direct };
+                let options = OpenOptions { read_only: false, engine, direct, ..OpenOptions::default() };
                 let opened = FileImage::open(&image.path, &options).unwrap();
                 assert!(direct || !opened.direct());
                 let how = if opened.direct() { "direct" } else { "buffered" };

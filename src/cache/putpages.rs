@@ -134,7 +134,7 @@ impl PageCache {
         for (&id, &frame) in flight.ids.iter().zip(&flight.frames) {
             match fault {
                 None => self.page_written(id),
-                Some(_) => self.page_not_written(id, frame, flight.epoch),
+                Some(_) => self.page_not_written(id, flight.epoch),
             }
             self.frames.release(frame);
             if self.pages[id].waiters != NONE {
@@ -168,27 +168,17 @@ impl PageCache {
         self.mark_unsynced(id);
     }
 
-    /// The page stays dirty: we still hold the bytes. What a full overwrite had not kept comes back from the frame.
-    fn page_not_written(&mut self, id: PageId, frame: FrameId, epoch: Epoch) {
-        let page = &self.pages[id];
-        let own = page.frame().expect("a page being written has a frame");
-        let lost = page.writing.without(page.valid).without(page.pending);
-        let beyond = self.beyond_image(page.no());
-        if own != frame && !lost.is_empty() {
-            self.memory.copy_sectors(frame, own, lost);
-        }
+    /// The page stays dirty: we still hold the bytes.
+    fn page_not_written(&mut self, id: PageId, epoch: Epoch) {
+        let beyond = self.beyond_image(self.pages[id].no());
         self.change(id, |page| {
-            page.valid = page.valid.or(lost);
-            let again = page.writing.and(page.valid).without(beyond);
-            if !again.is_empty() {
-                if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
-                    page.epoch = epoch;
-                }
-                page.dirty = page.dirty.or(again);
-                page.set(FAILED);
+            if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
+                page.epoch = epoch;
             }
+            page.dirty = page.dirty.or(page.writing).without(beyond);
             page.writing = SectorMask::NONE;
             page.clear(FROZEN);
+            page.set(FAILED);
         });
     }
 

@@ -3,7 +3,7 @@
 //! A write pins its frames, its owner copies the bytes, and [`PageCache::finish_write`] makes them valid and dirty. In
 //! between the sectors are *pending*: a read-in must not touch them, and a page with writers is not written back.
 //! A page that is being written back has a frozen frame: the write takes a new frame and leaves the old one to the
-//! store (stable pages). Sectors that the write does not touch move over; nothing is read.
+//! store (stable pages). What the page holds moves over; nothing is read.
 
 use crate::units::{PageId, PageNo, SectorMask};
 
@@ -63,7 +63,7 @@ impl PageCache {
         let id = match found {
             Some(id) if self.pages[id].writers == u8::MAX => return None,
             Some(id) if self.pages[id].is(FROZEN) => {
-                self.thaw(id, mask)?;
+                self.thaw(id)?;
                 id
             }
             Some(id) => {
@@ -95,25 +95,19 @@ impl PageCache {
     }
 
     /// Copy-on-write: gives the page a new frame, and leaves the frozen one to its operation.
-    fn thaw(&mut self, id: PageId, mask: SectorMask) -> Option<()> {
+    fn thaw(&mut self, id: PageId) -> Option<()> {
         if self.frames.free() <= FILL_FRAMES {
             return None;
         }
         let new = self.frames.take()?;
         let old = self.pages[id].frame().expect("a frozen page has a frame");
-        let page = &self.pages[id];
-        // A page that is overwritten whole needs none of its old bytes; until the write is finished its sectors are
-        // not valid, and a read of them waits.
-        let overwritten = mask.contains(page.valid) && page.dirty.is_empty();
-        let beyond = self.beyond_image(page.no());
-        let kept = if overwritten { beyond } else { page.valid };
-        self.memory.copy_sectors(old, new, kept);
+        // Even what this write is about to cover: should the store fail, these bytes are all there is of earlier writes.
+        self.memory.copy_sectors(old, new, self.pages[id].valid);
         self.frames.release(old);
         self.stats.copied_on_write += 1;
         self.change(id, |page| {
             page.set_frame(new);
             page.clear(FROZEN);
-            page.valid = kept;
         });
         Some(())
     }

@@ -1,3 +1,5 @@
+//! Tests of chains: legal, broken and hostile.
+
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::Bytes;
 

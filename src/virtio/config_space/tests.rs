@@ -1,3 +1,5 @@
+//! Tests of the configuration space and the feature bits.
+
 use std::mem::offset_of;
 
 use virtio_bindings::virtio_blk::virtio_blk_config;

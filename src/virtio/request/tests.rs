@@ -1,3 +1,5 @@
+//! Tests of requests in every layout, and what is refused.
+
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_ZONE_REPORT};
 use vm_memory::Bytes;
 

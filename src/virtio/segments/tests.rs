@@ -1,3 +1,5 @@
+//! Tests of copies against a flat model of guest memory.
+
 use super::*;
 use crate::virtio::testing::{END, HIGH, HOLE, Random, SEAM, ram};
 

@@ -50,10 +50,10 @@ await() { # PID SECONDS WHAT
         left=$((left - 1))
         sleep 0.1
     done
-    wait "$1"
+    { wait "$1"; } 2>/dev/null
 }
 
-    { wait "$1"; } 2>/dev/null
+start_daemon() {
     # Without a configuration file for a program that is not genblk itself.
     if [ -n "${GENBLK_BIN:-}" ]; then
         set -- "$GENBLK_BIN" --socket-path "$work/demo.sock" --blk-file "$files/demo.img" --num-queues 2

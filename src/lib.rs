@@ -11,6 +11,8 @@ pub mod logging;
 
 /// The process: opens, starts, waits, ends in order.
 pub mod daemon;
+/// A device with all that serves it.
+pub mod service;
 /// The socket, and what front-ends say on it.
 pub mod vhost;
 /// The guest's side: its rings, its requests, its memory. Trusts nothing.

@@ -1,0 +1,295 @@
+//! A device with all that serves it: image, cache, socket and threads, put together from its configuration and taken apart
+//! in order.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::FromRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use log::{error, info};
+
+use crate::cache::{PolicyKind, Settings, Stats};
+use crate::config::{CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
+use crate::device::control::Workers;
+use crate::device::{self, Device};
+use crate::error::{Error, ErrorKind, Result};
+use crate::object::Object;
+use crate::store::file::{self, FileImage, OpenOptions};
+use crate::store::{Backing, Limits};
+use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
+use crate::vhost::{Server, bind};
+use crate::virtio::config_space::Geometry;
+use crate::virtio::request::{Disk, serial};
+
+/// How long the end waits for an image that fails to take what is dirty.
+const LAST_WRITES: Duration = Duration::from_secs(10);
+
+/// How long another opener's lock on an image is waited out. A daemon that was killed keeps its lock until the kernel has
+/// finished its operations in flight, and that is right: until then they can still reach the image. Its successor,
+/// started at once, is to be served and not refused.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A device that is open and not yet served.
+#[derive(Debug)]
+pub struct Service {
+    device: Arc<Device>,
+    object: Arc<Object>,
+    socket: Bound,
+    workers: u16,
+    queue_size: u16,
+    about: String,
+}
+
+/// A listening socket, and the path to take away at the end.
+#[derive(Debug)]
+struct Bound {
+    listener: UnixListener,
+    path: Option<PathBuf>,
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // Somebody may have taken it away already.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+impl Service {
+    /// Opens a device's image, memory and socket. Read-only devices on one image share one object, which `images` keeps.
+    ///
+    /// # Errors
+    /// What is wrong with the image or the socket, or a want of memory; nothing has been changed then.
+    pub fn open(config: &DeviceConfig, images: &mut HashMap<(u64, u64), Arc<Object>>) -> Result<Self> {
+        let engine = match config.engine {
+            Engine::Auto => file::Engine::Auto,
+            Engine::IoUring => file::Engine::Uring,
+            Engine::Threads => file::Engine::Threads,
+        };
+        let (read_only, direct) = (config.read_only, config.direct);
+        let options = OpenOptions { read_only, engine, direct, lock_patience: LOCK_PATIENCE };
+        let image = FileImage::open(&config.image, &options)?;
+        let identity = image.identity();
+        let io = if image.direct() { "O_DIRECT" } else { "buffered" };
+        let service = match images.get(&identity).filter(|_| read_only) {
+            Some(object) => Self::of(config, Arc::clone(object), io)?,
+            None => Self::of(config, object_of(config, image)?, io)?,
+        };
+        if read_only {
+            images.insert(identity, Arc::clone(&service.object));
+        }
+        Ok(service)
+    }
+
+    /// A device over an image that is open already, whatever it is.
+    ///
+    /// # Errors
+    /// As [`Service::open`].
+    pub fn over(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Self> {
+        Self::of(config, object_of(config, image)?, "as given")
+    }
+
+    fn of(config: &DeviceConfig, object: Arc<Object>, io: &str) -> Result<Self> {
+        let device = device_of(config, object.limits());
+        let about = format!(
+            "{}: {} on {}, {} bytes{}, {io}, cache {} bytes {}",
+            config.name,
+            config.image.display(),
+            config.socket,
+            object.limits().size_bytes,
+            if config.read_only { " read-only" } else { "" },
+            config.cache.size_bytes,
+            config.cache.mode,
+        );
+        let socket = open_socket(&config.socket)?;
+        Ok(Self { device, object, socket, workers: config.workers, queue_size: config.queue_size, about })
+    }
+
+    /// Starts the device's threads.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the host refuses a thread or a descriptor.
+    pub fn start(self) -> Result<Running> {
+        let Self { device, object, socket, workers, queue_size, about } = self;
+        let (controls, threads): (Vec<_>, Vec<_>) =
+            (0..workers).map(|_| device::spawn(&device, &object)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let workers = Arc::new(Workers::new(controls));
+        let listener = socket.listener.try_clone().map_err(|e| system("cannot copy a descriptor", e))?;
+        let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener));
+        let serving = Arc::clone(&server);
+        let acceptor = std::thread::Builder::new()
+            .name(format!("accept {}", device.name))
+            .spawn(move || serving.serve())
+            .map_err(|e| system("cannot start a thread", e))?;
+        info!("{about}");
+        Ok(Running { device, object, server, workers, threads, acceptor, _socket: socket })
+    }
+}
+
+/// A device that is served.
+#[derive(Debug)]
+pub struct Running {
+    device: Arc<Device>,
+    object: Arc<Object>,
+    server: Arc<Server>,
+    workers: Arc<Workers>,
+    threads: Vec<JoinHandle<()>>,
+    acceptor: JoinHandle<()>,
+    _socket: Bound,
+}
+
+impl Running {
+    /// What the device's cache did and holds.
+    pub fn stats(&self) -> Stats {
+        self.object.stats()
+    }
+
+    /// Ends the front-end's connection and takes no other; [`Running::end`] waits for that.
+    pub fn leave(&self) {
+        self.server.stop();
+    }
+
+    /// Ends the device: everything is written and its threads are gone.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Image`] when not everything could be written.
+    pub fn end(self) -> Result<()> {
+        self.leave();
+        let Self { device, object, workers, threads, acceptor, .. } = self;
+        let name = &device.name;
+        let panicked = |what: &str| Error::new(ErrorKind::System, format!("{name}: the {what} thread has panicked"));
+        let accepted = acceptor.join().map_err(|_| panicked("accept"));
+        let written = write_everything(name, &object, &workers);
+        workers.exit();
+        for thread in threads {
+            thread.join().map_err(|_| panicked("worker"))?;
+        }
+        log_stats(name, &object.stats());
+        info!("{name}: stopped");
+        accepted.and(written)
+    }
+}
+
+/// The last writes; an image that fails is asked again for a while.
+fn write_everything(name: &str, object: &Object, workers: &Workers) -> Result<()> {
+    let until = Instant::now() + LAST_WRITES;
+    loop {
+        let Err(fault) = workers.flush() else { return Ok(()) };
+        if Instant::now() >= until {
+            let pages = object.stats().dirty_pages;
+            return Err(Error::new(ErrorKind::Image, format!("{name}: {pages} pages could not be written: {fault:?}")));
+        }
+        error!("{name}: the image fails to take the last writes: {fault:?}; trying again");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+/// What the cache did, in a few lines.
+fn log_stats(name: &str, stats: &Stats) {
+    let mib = |pages: u64| (pages * PAGE_BYTES) >> 20;
+    let reads = stats.read_hit_pages + stats.read_miss_pages;
+    let percent = |part: u64, whole: u64| (part * 100).checked_div(whole).unwrap_or(0);
+    info!(
+        "{name}: reads: {reads} pages, {}% hits, {} from holes; {} store reads of {} MiB",
+        percent(stats.read_hit_pages, reads),
+        stats.read_hole_pages,
+        stats.store_reads,
+        stats.store_read_sectors >> 11,
+    );
+    info!(
+        "{name}: read-ahead: {} MiB, {}% of it used",
+        mib(stats.readahead_pages),
+        percent(stats.readahead_used_pages, stats.readahead_pages),
+    );
+    let kib_per_cluster = stats.store_written_sectors / 2 / stats.store_writes.max(1);
+    info!(
+        "{name}: write-back: {} pages written by the guest, {} MiB to the store in {} clusters of {kib_per_cluster} KiB, \
+         {} flushes, {} syncs, {} dirty pages left",
+        stats.write_pages,
+        stats.store_written_sectors >> 11,
+        stats.store_writes,
+        stats.flushes,
+        stats.syncs,
+        stats.dirty_pages,
+    );
+}
+
+fn system(context: &str, e: std::io::Error) -> Error {
+    Error::io(ErrorKind::System, context, e)
+}
+
+fn open_socket(socket: &Socket) -> Result<Bound> {
+    match socket {
+        Socket::Path(path) => Ok(Bound { listener: bind(path)?, path: Some(path.clone()) }),
+        Socket::Fd(fd) => {
+            let refused = |e| Error::io(ErrorKind::Socket, format!("descriptor {fd} is no listening socket"), e);
+            // SAFETY: fcntl(F_GETFD) is a plain system call that fails on a descriptor that is not open.
+            if unsafe { libc::fcntl(*fd, libc::F_GETFD) } < 0 {
+                return Err(refused(std::io::Error::last_os_error()));
+            }
+            // SAFETY: the descriptor is open; the operator passed it to us and nobody else in this process uses it.
+            let listener = unsafe { UnixListener::from_raw_fd(*fd) };
+            listener.local_addr().map_err(refused)?;
+            Ok(Bound { listener, path: None })
+        }
+    }
+}
+
+/// An image with a cache as configured.
+fn object_of(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Arc<Object>> {
+    Object::new(image, |limits| settings(&config.cache, limits))
+}
+
+/// The shape of a device's cache.
+fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
+    let pages = |bytes: u64| u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
+    let frames = pages(cache.size_bytes);
+    let retain = cache.mode != CacheMode::None;
+    let io_pages = (limits.io_max_bytes / 4096).min(u32::from(limits.segments_max)).clamp(1, 256);
+    Settings {
+        frames,
+        image_sectors: limits.size_bytes / SECTOR_BYTES,
+        block_sectors: u8::try_from(limits.block_bytes / 512).expect("a block is 512 to 4096 bytes"),
+        sparse: limits.sparse,
+        cluster_pages_max: io_pages,
+        retain,
+        policy: match cache.policy {
+            Policy::S3Fifo => PolicyKind::S3Fifo,
+            Policy::Lru => PolicyKind::Lru,
+        },
+        readahead_pages_max: if retain { pages(cache.readahead_max_bytes) } else { 0 },
+        flush_target_us: u64::from(cache.flush_target_ms) * 1000,
+        dirty_pages_max: low_u32(u64::from(frames) * u64::from(cache.dirty_max_percent) / 100),
+        dirty_age_us: u64::from(cache.dirty_age_max_ms) * 1000,
+    }
+}
+
+/// The virtio-blk device of a configuration.
+fn device_of(config: &DeviceConfig, limits: &Limits) -> Arc<Device> {
+    let geometry = Geometry {
+        capacity_sectors: limits.size_bytes / SECTOR_BYTES,
+        block_bytes: 512,
+        physical_block_bytes: limits.physical_block_bytes,
+        optimal_io_bytes: limits.optimal_io_bytes,
+        discard_granularity_bytes: limits.discard_granularity,
+        num_queues: config.num_queues,
+        read_only: config.read_only,
+        can_discard: limits.can_discard,
+        can_zero: limits.can_zero,
+        zero_may_unmap: limits.can_zero,
+    };
+    let disk = Disk {
+        capacity_sectors: geometry.capacity_sectors,
+        read_only: config.read_only,
+        can_discard: limits.can_discard,
+        can_zero: limits.can_zero,
+        serial: serial(&config.serial),
+    };
+    let writeback = config.cache.mode == CacheMode::Writeback;
+    Device::new(config.name.clone(), disk, geometry, writeback, config.poll_us)
+}

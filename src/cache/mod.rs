@@ -32,6 +32,8 @@ mod ranges;
 mod readahead;
 mod reclaim;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod throttle;
 mod write;
 mod writeback;

@@ -30,6 +30,8 @@ struct Stream {
     window: u64,
     /// Windows evicted unread in a row.
     wasted: u8,
+    /// A request has come near the stream, but not exactly where it was expected.
+    near: bool,
     /// When the stream was last matched, by count of look-ups; 0: never.
     used: u64,
 }
@@ -75,13 +77,16 @@ impl Streams {
         if let Some(at) = self.table.iter().position(near) {
             let stream = &mut self.table[at];
             stream.used = self.clock;
+            // Chance brings random readers near a stream once, but hardly ever twice.
+            let sequential = stream.window > 0 || first == stream.next || stream.near;
+            stream.near = true;
             stream.next = stream.next.max(end);
             // A reader that is past the window starts it anew from where it is.
             stream.ahead = if first >= stream.ahead { end } else { stream.ahead.max(end) };
-            return Some((at, stream.grow(span.count, window_max)));
+            return sequential.then(|| (at, stream.grow(span.count, window_max)));
         }
         let oldest = (0..STREAMS).min_by_key(|&at| self.table[at].used).expect("the table is not empty");
-        self.table[oldest] = Stream { next: end, ahead: end, window: 0, wasted: 0, used: self.clock };
+        self.table[oldest] = Stream { next: end, ahead: end, used: self.clock, ..Stream::default() };
         let long_enough = span.count >= WINDOW_PAGES_MIN;
         long_enough.then(|| (oldest, self.table[oldest].grow(span.count, window_max)))
     }

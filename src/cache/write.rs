@@ -122,6 +122,9 @@ impl PageCache {
         let mask = SectorMask::run(piece.first, piece.count);
         let epoch = self.dirty.current();
         let no = self.pages[id].no();
+        if self.dirty.dirty_pages() == 0 {
+            self.writeback.ages_from(self.now, self.settings.dirty_age_us);
+        }
         self.change(id, |page| {
             page.writers -= 1;
             if page.writers == 0 {

@@ -68,6 +68,11 @@ impl Writeback {
         self.failing.map(|failing| failing.fault)
     }
 
+    /// The first page becomes dirty: its age counts from now.
+    pub fn ages_from(&mut self, now: Tick, age_us: u64) {
+        self.next_aging = now.plus_us(age_us / 2);
+    }
+
     /// A page has been written by a guest: its group is recent, and a filled 1 MiB is written at once.
     pub fn wrote(&mut self, dirty: &mut DirtySet, no: PageNo) {
         let full = dirty.touch_group(no);

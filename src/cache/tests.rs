@@ -1,0 +1,195 @@
+//! The cache as its owner sees it: what is planned, what is handed out, what it costs.
+
+use super::*;
+
+/// Memory without bytes: these tests look at names only.
+#[derive(Debug)]
+struct NoBytes;
+
+impl FrameMemory for NoBytes {
+    fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
+    fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
+}
+
+fn cache_of(frames: u32, image_sectors: u64) -> PageCache {
+    let settings = Settings {
+        frames,
+        image_sectors,
+        block_sectors: 1,
+        sparse: false,
+        cluster_pages_max: 256,
+        retain: true,
+        policy: PolicyKind::S3Fifo,
+        readahead_pages_max: 512,
+        flush_target_us: 250_000,
+        dirty_pages_max: frames / 4,
+        dirty_age_us: 5_000_000,
+    };
+    PageCache::new(settings, Box::new(NoBytes))
+}
+
+fn access(start: u64, count: u64) -> Access {
+    Access { ticket: Ticket(1), span: SectorSpan::new(start, count), from: 0, resumed: false }
+}
+
+/// Pumps and ends every operation well; returns what they were.
+fn settle(cache: &mut PageCache, now: Tick) -> Vec<(PlanKind, SectorSpan)> {
+    let mut done = Vec::new();
+    loop {
+        cache.pump(now);
+        let mut tags = Vec::new();
+        cache.take_plans(|plan| {
+            tags.push(plan.tag);
+            done.push((plan.kind, plan.span));
+        });
+        if tags.is_empty() {
+            return done;
+        }
+        for tag in tags {
+            cache.complete(tag, &Outcome::Done, now);
+        }
+        give_back(cache);
+    }
+}
+
+/// Gives back what came in for reads; returns how many pieces that was.
+fn give_back(cache: &mut PageCache) -> usize {
+    let mut notices = Vec::new();
+    cache.take_notices(&mut notices);
+    let mut pieces = 0;
+    for notice in notices {
+        if let Notice::Ready(_, piece) = notice {
+            cache.finish_read(&piece);
+            pieces += 1;
+        }
+    }
+    pieces
+}
+
+fn write(cache: &mut PageCache, start: u64, count: u64) {
+    let mut pieces = Vec::new();
+    assert_eq!(cache.write(access(start, count), &mut pieces), Admitted::All);
+    for piece in pieces {
+        cache.finish_write(&piece, true);
+    }
+}
+
+/// Reads; returns whether all of it was in memory.
+fn read(cache: &mut PageCache, start: u64, count: u64) -> bool {
+    let mut pieces = Vec::new();
+    assert_eq!(cache.read(access(start, count), &mut pieces), Admitted::All);
+    let sectors: u64 = pieces.iter().map(|piece| u64::from(piece.count)).sum();
+    for piece in pieces {
+        cache.finish_read(&piece);
+    }
+    sectors == count
+}
+
+#[test]
+fn the_tables_take_at_most_1_5_percent() {
+    for frames in [16_384, 65_536, 100_000, 262_144] {
+        let mut cache = cache_of(frames, 1 << 34);
+        let budget = frames as usize * 4096 * 15 / 1000;
+        assert!(cache.metadata_bytes() <= budget, "{frames} frames: {} > {budget}", cache.metadata_bytes());
+        // The most that may be dirty, each page in a group of its own: the worst the dirty set can meet.
+        for n in 0..u64::from(frames / 4) {
+            write(&mut cache, n * 128, 8);
+        }
+        assert!(cache.metadata_bytes() <= budget, "{frames} dirty: {} > {budget}", cache.metadata_bytes());
+        let small_image = cache_of(frames, 1 << 20).metadata_bytes();
+        assert_eq!(small_image, cache_of(frames, 1 << 40).metadata_bytes(), "the image does not count");
+    }
+}
+
+#[test]
+fn whole_and_partial_writes_read_nothing() {
+    let mut cache = cache_of(1024, 1 << 20);
+    write(&mut cache, 0, 64);
+    write(&mut cache, 131, 3);
+    let plans = settle(&mut cache, Tick(1_000_000));
+    assert!(plans.iter().all(|(kind, _)| *kind != PlanKind::Read), "{plans:?}");
+    assert!(
+        plans.contains(&(PlanKind::Write, SectorSpan::new(131, 3))),
+        "only the sectors that were written: {plans:?}"
+    );
+    cache.check(&[]);
+}
+
+#[test]
+fn a_read_merges_what_is_missing_and_skips_what_is_there() {
+    let mut cache = cache_of(1024, 1 << 20);
+    write(&mut cache, 16, 8);
+    assert!(!read(&mut cache, 0, 48));
+    let reads: Vec<_> = settle(&mut cache, Tick(1)).into_iter().filter(|(kind, _)| *kind == PlanKind::Read).collect();
+    let demanded = [SectorSpan::new(0, 16), SectorSpan::new(24, 24)];
+    assert_eq!(reads.iter().map(|(_, span)| *span).take(2).collect::<Vec<_>>(), demanded);
+    assert!(read(&mut cache, 0, 48), "now all of it is there");
+}
+
+#[test]
+fn nothing_is_read_or_written_beyond_the_image() {
+    let mut cache = cache_of(1024, 8 * 4 + 3);
+    assert!(!read(&mut cache, 16, 19));
+    write(&mut cache, 30, 5);
+    let plans = settle(&mut cache, Tick(1_000_000));
+    assert!(plans.iter().all(|(_, span)| span.end() <= 35), "{plans:?}");
+    cache.check(&[]);
+}
+
+#[test]
+fn clusters_bridge_short_gaps_and_stay_in_their_region() {
+    let mut cache = cache_of(4096, 1 << 20);
+    for page in 250..262 {
+        read(&mut cache, page * 8, 8);
+    }
+    settle(&mut cache, Tick(1));
+    for page in [250, 253, 254, 255, 256, 257, 261] {
+        write(&mut cache, page * 8, 8);
+    }
+    let plans = settle(&mut cache, Tick(1_000_000));
+    let mut pages: Vec<_> = plans
+        .iter()
+        .filter(|(kind, _)| *kind == PlanKind::Write)
+        .map(|(_, span)| (span.start / 8, span.end() / 8))
+        .collect();
+    pages.sort_unstable();
+    assert_eq!(pages, [(250, 256), (256, 258), (261, 262)], "a gap of two is bridged, of three not; 256 is a border");
+}
+
+#[test]
+fn a_flush_does_not_wait_for_later_writes() {
+    let mut cache = cache_of(1024, 1 << 20);
+    write(&mut cache, 0, 8);
+    cache.flush(Ticket(7));
+    write(&mut cache, 800, 8);
+    cache.pump(Tick(1));
+    let mut plans = Vec::new();
+    cache.take_plans(|plan| plans.push((plan.tag, plan.span)));
+    assert_eq!(plans.len(), 1, "only the page of the closed epoch goes: {plans:?}");
+    assert_eq!(plans[0].1, SectorSpan::new(0, 8));
+}
+
+#[test]
+fn a_sequential_reader_finds_nearly_everything_read_ahead() {
+    let mut cache = cache_of(16_384, 1 << 20);
+    let hits = (0..8192u64)
+        .filter(|page| {
+            let hit = read(&mut cache, page * 8, 8);
+            settle(&mut cache, Tick(*page));
+            hit
+        })
+        .count();
+    assert!(hits > 8192 * 98 / 100, "{hits} of 8192 pages were there");
+}
+
+#[test]
+fn random_reads_read_almost_nothing_ahead() {
+    let mut cache = cache_of(16_384, 1 << 26);
+    let mut state = 1u64;
+    for step in 0..4000u64 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        read(&mut cache, (state >> 40) % (1 << 23) * 8, 8);
+        settle(&mut cache, Tick(step));
+    }
+    assert!(cache.stats().readahead_pages < 40, "{} pages of 4000", cache.stats().readahead_pages);
+}

@@ -1,0 +1,184 @@
+//! A device over an image that fails: served in this process, so that the faults can be told when to come and go.
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::daemon::TempDir;
+use common::shadow::Shadow;
+use common::workload::{self, Client, ClientOptions, Plan, random_io, read_everything, settle};
+use genblk::config::{DeviceConfig, Socket};
+use genblk::service::{Running, Service};
+use genblk::store::Backing;
+use genblk::store::faulty::{Faults, FaultyImage, OpKind};
+use genblk::store::file::{FileImage, OpenOptions};
+use genblk::units::Fault;
+
+const IMAGE_BYTES: usize = 32 << 20;
+const HEALING: Duration = Duration::from_secs(20);
+
+/// A device that is served, its image's faults, and where to find both.
+struct Bench {
+    running: Option<Running>,
+    faults: Faults,
+    socket: PathBuf,
+    image: PathBuf,
+    _directory: TempDir,
+}
+
+impl Bench {
+    /// Serves an image with what `shadow` says in it; `adjust` changes the configuration.
+    fn new(name: &str, shadow: &Shadow, adjust: impl FnOnce(&mut DeviceConfig)) -> Self {
+        let directory = TempDir::new(name);
+        let (image, socket) = (directory.path().join("disk.img"), directory.path().join("blk.sock"));
+        shadow.write_image(&image);
+        let file: Arc<dyn Backing> = FileImage::open(&image, &OpenOptions::default()).expect("the image opens");
+        let (faulty, faults) = FaultyImage::new(file);
+        let mut config = DeviceConfig::new("faulty", Socket::Path(socket.clone()), image.clone());
+        config.cache.size_bytes = 4 << 20;
+        adjust(&mut config);
+        let running = Service::over(&config, faulty).and_then(Service::start).expect("the device is served");
+        Self { running: Some(running), faults, socket, image, _directory: directory }
+    }
+
+    fn client(&self, queues: u16) -> Client {
+        let queues = queues.into();
+        Client::connect(&self.socket, &ClientOptions { queues, ..ClientOptions::default() })
+    }
+
+    fn running(&self) -> &Running {
+        self.running.as_ref().expect("it runs until end()")
+    }
+
+    /// Ends the device; the image must be what the shadow says.
+    fn end(mut self, shadow: &Shadow) {
+        self.running.take().expect("it runs until here").end().expect("everything can be written");
+        if let Err(mismatch) = shadow.check_image(&self.image) {
+            panic!("the image after the end: {mismatch:x?}");
+        }
+    }
+}
+
+/// Random requests while `inject` has the image fail; healed at each checkpoint and at the end.
+fn random_io_with(name: &str, seed: u64, workers: u16, inject: impl Fn(&Faults)) {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, seed);
+    let bench = Bench::new(name, &shadow, |config| config.workers = workers);
+    let mut client = bench.client(workers.max(2));
+    let failing = AtomicBool::new(true);
+    inject(&bench.faults);
+    for round in 0..4 {
+        let plan = Plan { requests: 3000, seed: seed + round, checkpoints: 1, read_only: false };
+        failing.store(true, Ordering::Relaxed);
+        inject(&bench.faults);
+        let mut flushed = |_: &Shadow| {
+            bench.faults.heal();
+            failing.store(false, Ordering::Relaxed);
+        };
+        let mut faults = workload::Faults { allowed: &|| failing.load(Ordering::Relaxed), flushed: &mut flushed };
+        let report = random_io(&mut client, &mut shadow, &plan, &mut faults);
+        assert_eq!(report.completed, 3000, "every request completes: {report:?}");
+        bench.faults.heal();
+        settle(&mut client, HEALING);
+        read_everything(&mut client, &shadow);
+    }
+    let failed: u64 = OpKind::ALL.iter().map(|&kind| bench.faults.failed(kind)).sum();
+    assert!(failed > 20, "the image did fail: {failed} times");
+    drop(client);
+    bench.end(&shadow);
+}
+
+#[test]
+fn reads_that_fail_are_told_and_nothing_else_is_lost() {
+    random_io_with("faulty-reads", 11, 1, |faults| faults.fail_randomly(OpKind::Read, 20_000, 1, Fault::Media));
+}
+
+#[test]
+fn writes_that_fail_are_tried_again() {
+    random_io_with("faulty-writes", 12, 1, |faults| faults.fail_randomly(OpKind::Write, 50_000, 2, Fault::Media));
+}
+
+#[test]
+fn a_full_disk_that_gets_room_again_loses_nothing() {
+    random_io_with("full-disk", 13, 1, |faults| faults.fail_randomly(OpKind::Write, 100_000, 3, Fault::NoSpace));
+}
+
+#[test]
+fn syncs_that_fail_make_their_writes_dirty_again() {
+    random_io_with("faulty-syncs", 14, 1, |faults| faults.fail_randomly(OpKind::Sync, 300_000, 4, Fault::Media));
+}
+
+#[test]
+fn everything_may_fail_at_once_with_two_workers() {
+    random_io_with("all-faulty", 15, 2, |faults| {
+        for (seed, kind) in (5..).zip(OpKind::ALL) {
+            faults.fail_randomly(kind, 30_000, seed, Fault::Media);
+        }
+    });
+}
+
+#[test]
+fn a_failing_image_fails_the_flush_and_not_the_write() {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 21);
+    let bench = Bench::new("flush-fails", &shadow, |_| {});
+    let mut client = bench.client(1);
+    bench.faults.fail_always(OpKind::Write, Fault::Media);
+    let bytes = vec![0x5a; 4096];
+    client.write(80, &bytes);
+    shadow.write(80, &bytes);
+    assert!(!client.flush(), "the image refuses the write, so the flush must fail");
+    assert_eq!(client.read(80, 4096), bytes, "a read that hits goes on");
+    assert!(!client.flush(), "and again, while it refuses");
+    bench.faults.heal();
+    assert!(client.flush(), "a flush asks the image at once");
+    drop(client);
+    bench.end(&shadow);
+}
+
+#[test]
+fn at_the_dirty_limit_of_a_failing_image_writes_fail_and_do_not_hang() {
+    let shadow = Shadow::patchwork(IMAGE_BYTES, 22);
+    let bench = Bench::new("limit", &shadow, |_| {});
+    let mut client = bench.client(1);
+    bench.faults.fail_always(OpKind::Write, Fault::NoSpace);
+    let plan = Plan { requests: 4000, seed: 23, checkpoints: 1, read_only: false };
+    let mut shadow = shadow;
+    let mut faults = workload::Faults { allowed: &|| true, flushed: &mut |_| {} };
+    let started = Instant::now();
+    let report = random_io(&mut client, &mut shadow, &plan, &mut faults);
+    assert!(report.failed > 0, "a quarter of 4 MiB is soon full: {report:?}");
+    assert!(started.elapsed() < Duration::from_secs(60), "nothing waits for an image that does not heal");
+    bench.faults.heal();
+    settle(&mut client, HEALING);
+    read_everything(&mut client, &shadow);
+    drop(client);
+    bench.end(&shadow);
+}
+
+/// T1: a FLUSH reaches the image as a sync.
+#[test]
+fn a_flush_is_a_sync_of_the_image() {
+    let shadow = Shadow::patchwork(IMAGE_BYTES, 24);
+    let bench = Bench::new("flush-syncs", &shadow, |_| {});
+    let mut client = bench.client(1);
+    let before = bench.faults.ops(OpKind::Sync);
+    client.write(0, &[1; 512]);
+    assert!(client.flush());
+    assert_eq!(bench.faults.ops(OpKind::Sync), before + 1);
+    assert!(client.flush());
+    assert_eq!(bench.faults.ops(OpKind::Sync), before + 1, "nothing was written since: no second sync");
+}
+
+#[test]
+fn the_next_front_end_finds_the_cache_warm() {
+    let shadow = Shadow::patchwork(IMAGE_BYTES, 25);
+    let bench = Bench::new("warm", &shadow, |config| config.cache.size_bytes = 64 << 20);
+    read_everything(&mut bench.client(1), &shadow);
+    let cold = bench.faults.bytes(OpKind::Read);
+    assert!(cold > 0, "the first pass reads the image");
+    read_everything(&mut bench.client(1), &shadow);
+    assert_eq!(bench.faults.bytes(OpKind::Read), cold, "the second does not");
+    assert!(bench.running().stats().read_hit_pages > 0);
+}

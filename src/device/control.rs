@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use log::error;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::inflight::RingTrack;
 use crate::units::Fault;
 use crate::virtio::GuestRam;
 
@@ -33,6 +34,8 @@ pub struct RingSetup {
     pub call: Option<File>,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
+    /// Where the ring notes what it owes, if the front-end wants that.
+    pub track: Option<RingTrack>,
 }
 
 /// Where a stopped ring stands.

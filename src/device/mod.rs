@@ -2,12 +2,13 @@
 //!
 //! Read `worker.rs` first: its [`worker`] loop is the life of every request. `ring.rs` takes requests from the guest's
 //! rings and gives them back, `pending.rs` keeps them meanwhile, `admit.rs` brings them before the cache, `copy.rs` moves
-//! their bytes, `complete.rs` answers them. `control.rs` is how the control plane speaks to a worker.
+//! their bytes, `complete.rs` answers them; `inflight.rs` notes for a successor what is still owed. `control.rs` is how the control plane speaks to a worker.
 
 mod admit;
 mod complete;
 pub mod control;
 mod copy;
+pub mod inflight;
 mod pending;
 mod ring;
 mod worker;

@@ -6,12 +6,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use log::{error, warn};
+use log::{error, info, warn};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::control::{RingPosition, RingSetup};
+use super::inflight::RingTrack;
 use crate::virtio::GuestRam;
 
 /// A ring that runs.
@@ -22,7 +23,11 @@ pub(super) struct Ring {
     kick: File,
     call: Option<File>,
     /// Requests taken and not yet answered.
-    pub in_flight: u16,
+    in_flight: u16,
+    /// Where they are noted for a successor.
+    track: Option<RingTrack>,
+    /// What a predecessor has taken and not answered, last one first: it is taken before anything else.
+    owed: Vec<u16>,
     /// Something was answered since the guest was last called.
     answered: bool,
     /// The guest broke the rules in a way that can't be answered: nothing more is taken.
@@ -57,8 +62,36 @@ impl Ring {
             error!("ring {index} does not lie in the guest's memory");
             broken = true;
         }
-        let RingSetup { kick, call, memory, .. } = setup;
-        Self { queue, memory, kick, call, in_flight: 0, answered: false, broken }
+        let RingSetup { kick, call, memory, track, .. } = setup;
+        let mut ring =
+            Self { queue, memory, kick, call, in_flight: 0, track, owed: Vec::new(), answered: false, broken };
+        ring.recover(index);
+        ring
+    }
+
+    /// Takes up what a predecessor has left: the used ring says what it has answered, the inflight region what it owes.
+    fn recover(&mut self, index: u16) {
+        let Some(track) = self.track.as_mut().filter(|_| !self.broken) else { return };
+        let Ok(used) = self.queue.used_idx(&*self.memory, Ordering::Acquire) else { return };
+        let owed = track.recover(used.0);
+        let Ok(count) = u16::try_from(owed.len()) else { return };
+        if count > 0 {
+            info!("ring {index}: {count} requests are taken up that were in flight");
+            self.queue.set_next_used(used.0);
+            self.queue.set_next_avail(used.0.wrapping_add(count));
+            self.owed = owed;
+            self.owed.reverse();
+        }
+    }
+
+    /// Whether every request that was taken, by us or by a predecessor, has been answered.
+    pub fn is_drained(&self) -> bool {
+        self.in_flight == 0 && (self.owed.is_empty() || self.broken)
+    }
+
+    /// Whether a predecessor has left requests that are not taken up yet.
+    pub fn owes(&self) -> bool {
+        !self.owed.is_empty() && !self.broken
     }
 
     /// Readable when the guest has made something available.
@@ -104,9 +137,16 @@ impl Ring {
         if self.broken || most == 0 {
             return;
         }
-        match self.queue.iter(&*self.memory) {
-            Ok(available) => heads.extend(available.take(most).map(|chain| chain.head_index())),
-            Err(error) => self.fail(&format!("its available index is wrong ({error})")),
+        if !self.owed.is_empty() {
+            heads.extend(self.owed.drain(self.owed.len().saturating_sub(most)..).rev());
+        } else {
+            match self.queue.iter(&*self.memory) {
+                Ok(available) => heads.extend(available.take(most).map(|chain| chain.head_index())),
+                Err(error) => self.fail(&format!("its available index is wrong ({error})")),
+            }
+        }
+        if let Some(track) = &mut self.track {
+            heads.iter().for_each(|&head| track.taken(head));
         }
         self.in_flight += u16::try_from(heads.len()).expect("no more than the ring's size");
     }
@@ -116,14 +156,19 @@ impl Ring {
         let has = |idx: std::num::Wrapping<u16>| idx.0 != self.queue.next_avail();
         !self.broken
             && self.in_flight < self.queue.size()
-            && self.queue.avail_idx(&*self.memory, Ordering::Acquire).is_ok_and(has)
+            && (self.owes() || self.queue.avail_idx(&*self.memory, Ordering::Acquire).is_ok_and(has))
     }
 
     /// Gives a chain back, with `len` bytes written.
     pub fn answer(&mut self, head: u16, len: u32) {
         self.in_flight -= 1;
+        if let Some(track) = &self.track {
+            track.answering(head);
+        }
         if let Err(error) = self.queue.add_used(&*self.memory, head, len) {
             self.fail(&format!("an answer can't be given ({error})"));
+        } else if let Some(track) = &self.track {
+            track.answered(head, self.queue.next_used());
         }
         self.answered = true;
     }

@@ -256,14 +256,12 @@ impl Worker {
     }
 
     fn take_requests(&mut self) -> bool {
-        if self.new_memory.is_some() {
-            return false;
-        }
         let mut taken = false;
+        let draining = self.new_memory.is_some();
         for (index, ring) in (0..).zip(&mut self.rings) {
             if let Some(ring) = ring
                 && ring.has_more()
-                && !self.stopping.iter().any(|(stopping, _)| *stopping == index)
+                && (ring.owes() || !(draining || self.stopping.iter().any(|(stopping, _)| *stopping == index)))
             {
                 taken |= self.traffic.take_from(index, ring);
             }
@@ -317,7 +315,7 @@ impl Worker {
                 let _ = answer.send(None);
                 return false;
             };
-            if ring.in_flight > 0 {
+            if !ring.is_drained() {
                 return true;
             }
             let position = ring.position();
@@ -327,7 +325,7 @@ impl Worker {
             let _ = answer.send(Some(position));
             false
         });
-        if self.rings.iter().flatten().all(|ring| ring.in_flight == 0)
+        if self.rings.iter().flatten().all(Ring::is_drained)
             && let Some((memory, answer)) = self.new_memory.take()
         {
             for ring in self.rings.iter_mut().flatten() {

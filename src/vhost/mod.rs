@@ -5,10 +5,17 @@
 //! seen with version 0.24: its worker threads end silently on any error while the control plane goes on answering, lose
 //! the kicks of a ring whose descriptor is replaced, leak a descriptor with each connection, and live only as long as
 //! one, so nothing would write back between two.
+//!
+//! Between socket and crate stands a relay (`relay.rs`) for what the crate can't carry: the inflight region, and memory
+//! tables in any order.
 
 mod backend;
+mod inflight;
+mod pair;
+mod relay;
 mod ring;
 mod server;
+mod wire;
 
 pub use server::{Server, bind};
 

@@ -15,20 +15,32 @@ use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::GuestAddressSpace;
 
 use super::Memory;
+use super::inflight::Inflight;
 use crate::device::control::Workers;
 use crate::device::{Command, RingSetup};
 
 thread_local! {
     /// The workers of the device whose rings are being made, and the rings made so far: the crate makes them in order,
     /// on the thread that makes the daemon, and tells them neither their number nor whose they are.
-    static BEING_MADE: RefCell<Option<(Arc<Workers>, Vec<ControlRing>)>> = const { RefCell::new(None) };
+    static BEING_MADE: RefCell<Option<BeingMade>> = const { RefCell::new(None) };
 }
 
-/// Runs `make`, in which the crate makes the rings of the device with these workers; returns the rings too.
-pub(super) fn making_rings_for<T>(workers: &Arc<Workers>, make: impl FnOnce() -> T) -> (T, Vec<ControlRing>) {
-    BEING_MADE.with_borrow_mut(|slot| *slot = Some((Arc::clone(workers), Vec::new())));
+struct BeingMade {
+    workers: Arc<Workers>,
+    inflight: Arc<Inflight>,
+    rings: Vec<ControlRing>,
+}
+
+/// Runs `make`, in which the crate makes the rings of a session with these workers; returns the rings too.
+pub(super) fn making_rings_for<T>(
+    workers: &Arc<Workers>,
+    inflight: &Arc<Inflight>,
+    make: impl FnOnce() -> T,
+) -> (T, Vec<ControlRing>) {
+    let (workers, inflight) = (Arc::clone(workers), Arc::clone(inflight));
+    BEING_MADE.set(Some(BeingMade { workers, inflight, rings: Vec::new() }));
     let made = make();
-    let (_, rings) = BEING_MADE.with_borrow_mut(Option::take).expect("put there above");
+    let BeingMade { rings, .. } = BEING_MADE.take().expect("put there above");
     (made, rings)
 }
 
@@ -43,6 +55,7 @@ struct Link {
     index: u16,
     workers: Arc<Workers>,
     memory: Memory,
+    inflight: Arc<Inflight>,
     facts: Mutex<Facts>,
 }
 
@@ -100,6 +113,7 @@ impl ControlRing {
             }
             (Ok(None), _) => return false,
         };
+        let index = self.link.index;
         let state = self.state.get_ref();
         let queue = state.get_queue();
         let setup = RingSetup {
@@ -113,8 +127,8 @@ impl ControlRing {
             kick,
             call,
             memory: self.link.memory.memory().into_inner(),
+            track: self.link.inflight.of_ring(index, queue.size()),
         };
-        let index = self.link.index;
         let worker = self.link.workers.of_ring(index);
         worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
     }
@@ -158,9 +172,10 @@ impl VringT<Memory> for ControlRing {
     fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
         let state = VringRwLock::new(memory.clone(), max_queue_size)?;
         BEING_MADE.with_borrow_mut(|slot| {
-            let (workers, rings) = slot.as_mut().expect("rings are made inside making_rings_for()");
+            let BeingMade { workers, inflight, rings } = slot.as_mut().expect("inside making_rings_for()");
             let index = u16::try_from(rings.len()).expect("64 rings at most");
-            let link = Link { index, workers: Arc::clone(workers), memory, facts: Mutex::default() };
+            let (workers, inflight) = (Arc::clone(workers), Arc::clone(inflight));
+            let link = Link { index, workers, memory, inflight, facts: Mutex::default() };
             let ring = Self { state, link: Arc::new(link) };
             rings.push(ring.clone());
             Ok(ring)

@@ -2,19 +2,23 @@
 
 use std::fs;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use log::{error, info, warn};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 
 use super::Memory;
 use super::backend::Backend;
+use super::inflight::Inflight;
+use super::pair;
+use super::relay::Relay;
 use super::ring::making_rings_for;
 use crate::device::Device;
 use crate::device::control::Workers;
@@ -55,24 +59,15 @@ pub struct Server {
     queue_size: u16,
     listener: UnixListener,
     stopped: AtomicBool,
-    connection: Mutex<Connection>,
-}
-
-/// The way to end the connection that is served now.
-#[derive(Default)]
-struct Connection(Option<ShutdownHandle>);
-
-impl std::fmt::Debug for Connection {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Connection").field(&self.0.is_some()).finish()
-    }
+    /// The front-end that is served now; shutting it down ends the session.
+    front_end: Mutex<Option<Arc<UnixStream>>>,
 }
 
 impl Server {
     /// A server that does not serve yet.
     pub fn new(device: Arc<Device>, workers: Arc<Workers>, queue_size: u16, listener: UnixListener) -> Self {
-        let (stopped, connection) = (AtomicBool::new(false), Mutex::default());
-        Self { device, workers, queue_size, listener, stopped, connection }
+        let (stopped, front_end) = (AtomicBool::new(false), Mutex::default());
+        Self { device, workers, queue_size, listener, stopped, front_end }
     }
 
     /// Serves front-ends until [`Server::stop`]; when it returns, no ring runs.
@@ -91,48 +86,76 @@ impl Server {
         self.stopped.store(true, Ordering::Release);
         // SAFETY: a plain system call on our own descriptor; a thread that waits in accept() returns with an error.
         unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
-        if let Some(connection) = &self.connection.lock().expect("nobody panics holding this").0 {
-            connection.shutdown();
+        if let Some(front_end) = &*self.front_end() {
+            // It may have hung up already.
+            let _ = front_end.shutdown(Shutdown::Both);
         }
     }
 
-    fn serve_one(&self) -> std::result::Result<(), DaemonError> {
-        let name = &self.device.name;
-        let copy = self.listener.try_clone().map_err(DaemonError::StartDaemon)?;
-        let backend = Backend::new(&self.device, &self.workers, self.queue_size);
-        let memory = Memory::new(GuestRam::new());
-        let (daemon, rings) =
-            making_rings_for(&self.workers, || VhostUserDaemon::new(format!("vhost {name}"), backend, memory));
-        let mut daemon = daemon?;
-        if let Err(e) = daemon.start(&mut Listener::from(copy)) {
-            return if self.stopped.load(Ordering::Acquire) { Ok(()) } else { Err(e) };
-        }
-        info!("{name}: a front-end is attached");
-        *self.connection.lock().expect("nobody panics holding this") = Connection(daemon.shutdown_handle());
-        if self.stopped.load(Ordering::Acquire) {
-            daemon.request_shutdown();
-        }
-        let ended = daemon.wait();
-        *self.connection.lock().expect("nobody panics holding this") = Connection(None);
-        for ring in &rings {
-            ring.close();
-        }
+    fn front_end(&self) -> MutexGuard<'_, Option<Arc<UnixStream>>> {
+        self.front_end.lock().expect("nobody panics holding this")
+    }
+
+    /// Waits for a front-end and serves it until it hangs up.
+    fn serve_one(&self) -> io::Result<()> {
+        let front_end = match self.listener.accept() {
+            Ok((stream, _)) => Arc::new(stream),
+            Err(_) if self.stopped.load(Ordering::Acquire) => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        info!("{}: a front-end is attached", self.device.name);
+        *self.front_end() = Some(Arc::clone(&front_end));
+        // Who stopped us before that has found nothing to shut down.
+        let ended = if self.stopped.load(Ordering::Acquire) { Ok(()) } else { self.session(&front_end) };
+        *self.front_end() = None;
         self.workers.set_memory(&Arc::new(GuestRam::new()));
         self.detached(ended);
         Ok(())
     }
 
+    /// A session: a daemon of the crate's, and the relay to it. When it returns, no ring runs.
+    fn session(&self, front_end: &UnixStream) -> io::Result<()> {
+        let (listener, crate_end) = pair::listener_and_stream()?;
+        let backend = Backend::new(&self.device, &self.workers, self.queue_size);
+        let inflight = Arc::new(Inflight::default());
+        let name = format!("vhost {}", self.device.name);
+        let memory = Memory::new(GuestRam::new());
+        let (daemon, rings) =
+            making_rings_for(&self.workers, &inflight, || VhostUserDaemon::new(name, backend, memory));
+        let mut daemon = daemon.map_err(|e| refused(&e))?;
+        daemon.start(&mut Listener::from(listener)).map_err(|e| refused(&e))?;
+        let relayed = Relay::new(front_end, crate_end, &inflight).run();
+        let served = daemon.wait();
+        for ring in &rings {
+            ring.close();
+        }
+        relayed?;
+        match served {
+            Err(DaemonError::HandleRequest(VhostUserError::Disconnected | VhostUserError::PartialMessage)) => Ok(()),
+            served => served.map_err(|e| refused(&e)),
+        }
+    }
+
     /// What the guest wrote goes to the image now: it may be gone for good.
-    fn detached(&self, ended: std::result::Result<(), DaemonError>) {
+    fn detached(&self, ended: io::Result<()>) {
         let name = &self.device.name;
         match ended {
-            Ok(()) | Err(DaemonError::HandleRequest(VhostUserError::Disconnected | VhostUserError::PartialMessage)) => {
-                info!("{name}: the front-end is detached");
-            }
-            Err(e) => warn!("{name}: the front-end is detached: {e}"),
+            Err(e) if !hung_up(&e) => warn!("{name}: the front-end is detached: {e}"),
+            _ => info!("{name}: the front-end is detached"),
         }
         if let Err(fault) = self.workers.flush() {
             error!("{name}: not everything could be written to the image: {fault:?}; it is tried again");
         }
     }
+}
+
+/// Whether a socket's error is no more than the other end's sudden death.
+fn hung_up(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
+/// What the crate has against going on.
+fn refused(error: &DaemonError) -> io::Error {
+    io::Error::other(error.to_string())
 }

@@ -40,6 +40,7 @@ mod common;
 
 mod chains;
 mod config_space;
+mod inflight;
 mod memory;
 mod notifications;
 mod requests;

@@ -1,0 +1,148 @@
+//! What a ring has taken and not yet answered, in memory that outlives the daemon (vhost-user specification, "Inflight
+//! I/O tracking", split virtqueues).
+//!
+//! A ring answers out of order, so its used index alone does not tell a successor which requests are still owed. For each
+//! descriptor there is a mark, set when the chain that begins there is taken and cleared when it has been answered, and
+//! a counter that keeps the order in which chains were taken. The index of the last answer closes the gap between the
+//! used ring and the marks: a daemon that dies between the two has answered that chain, mark or no mark.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use vm_memory::{AtomicInteger, MmapRegion, VolatileMemory};
+
+/// Offsets within a ring's part (QueueRegionSplit).
+const VERSION: usize = 8;
+const DESC_NUM: usize = 10;
+const LAST_BATCH_HEAD: usize = 12;
+const USED_IDX: usize = 14;
+const DESCRIPTORS: usize = 16;
+/// Offsets within a descriptor's state (DescStateSplit), and its length.
+const MARK: usize = 0;
+const COUNTER: usize = 8;
+const DESCRIPTOR_BYTES: usize = 16;
+/// The layout's version.
+const LAYOUT: u16 = 1;
+/// Parts are laid out at multiples of this, as the front-ends' own library does.
+const PART_ALIGNMENT: usize = 64;
+
+/// Bytes of the part of a ring with `size` descriptors.
+pub fn ring_bytes(size: u16) -> usize {
+    (DESCRIPTORS + usize::from(size) * DESCRIPTOR_BYTES).next_multiple_of(PART_ALIGNMENT)
+}
+
+/// One ring's part of the inflight region.
+#[derive(Clone, Debug)]
+pub struct RingTrack {
+    memory: Arc<MmapRegion>,
+    offset: usize,
+    size: u16,
+    counter: u64,
+}
+
+impl RingTrack {
+    /// The part at `offset` of the region, for a ring with `size` descriptors; the region is long enough.
+    pub fn new(memory: Arc<MmapRegion>, offset: usize, size: u16) -> Self {
+        Self { memory, offset, size, counter: 0 }
+    }
+
+    /// Makes the part right for a ring whose used index is `used`: what is still owed, in the order in which it was taken.
+    pub fn recover(&mut self, used: u16) -> Vec<u16> {
+        self.field::<AtomicU16>(VERSION).store(LAYOUT, Ordering::Relaxed);
+        self.field::<AtomicU16>(DESC_NUM).store(self.size, Ordering::Relaxed);
+        if self.field::<AtomicU16>(USED_IDX).load(Ordering::Acquire) != used {
+            let last = self.field::<AtomicU16>(LAST_BATCH_HEAD).load(Ordering::Relaxed);
+            if last < self.size {
+                self.mark(last).store(0, Ordering::Release);
+            }
+            self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Release);
+        }
+        let mut owed: Vec<(u64, u16)> = (0..self.size)
+            .filter(|&head| self.mark(head).load(Ordering::Acquire) != 0)
+            .map(|head| (self.taken_as(head).load(Ordering::Relaxed), head))
+            .collect();
+        owed.sort_unstable();
+        self.counter = owed.last().map_or(0, |&(counter, _)| counter.wrapping_add(1));
+        owed.into_iter().map(|(_, head)| head).collect()
+    }
+
+    /// The chain at `head` was taken: from now on it is owed.
+    pub fn taken(&mut self, head: u16) {
+        if head < self.size {
+            self.taken_as(head).store(self.counter, Ordering::Relaxed);
+            self.mark(head).store(1, Ordering::Release);
+            self.counter = self.counter.wrapping_add(1);
+        }
+    }
+
+    /// The chain at `head` is about to be put on the used ring.
+    pub fn answering(&self, head: u16) {
+        self.field::<AtomicU16>(LAST_BATCH_HEAD).store(head, Ordering::Release);
+    }
+
+    /// The chain at `head` is on the used ring, whose index is now `used`.
+    pub fn answered(&self, head: u16, used: u16) {
+        if head < self.size {
+            self.mark(head).store(0, Ordering::Release);
+        }
+        self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Release);
+    }
+
+    fn mark(&self, head: u16) -> &AtomicU8 {
+        self.field(DESCRIPTORS + usize::from(head) * DESCRIPTOR_BYTES + MARK)
+    }
+
+    fn taken_as(&self, head: u16) -> &AtomicU64 {
+        self.field(DESCRIPTORS + usize::from(head) * DESCRIPTOR_BYTES + COUNTER)
+    }
+
+    fn field<T: AtomicInteger>(&self, at: usize) -> &T {
+        self.memory.get_atomic_ref(self.offset + at).expect("a ring's part lies in its region, aligned")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn track(memory: &Arc<MmapRegion>) -> RingTrack {
+        RingTrack::new(Arc::clone(memory), ring_bytes(8), 8)
+    }
+
+    #[test]
+    fn what_is_owed_is_found_in_the_order_in_which_it_was_taken() {
+        let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
+        let mut first = track(&memory);
+        assert!(first.recover(40).is_empty());
+        [5, 1, 7, 2].into_iter().for_each(|head| first.taken(head));
+        first.answering(1);
+        first.answered(1, 41);
+        let mut second = track(&memory);
+        assert_eq!(second.recover(41), [5, 7, 2]);
+        second.taken(0);
+        assert_eq!(track(&memory).recover(41), [5, 7, 2, 0], "what is taken later comes later");
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_off_is_on_the_used_ring_or_it_is_owed() {
+        let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
+        let mut first = track(&memory);
+        first.recover(0);
+        first.taken(3);
+        first.taken(4);
+        first.answering(3);
+        assert_eq!(track(&memory).recover(0), [3, 4], "died before the used ring had it");
+        assert_eq!(track(&memory).recover(1), [4], "died after the used ring had it");
+        assert_eq!(track(&memory).recover(1), [4], "and that is known from now on");
+    }
+
+    #[test]
+    fn a_head_or_an_index_that_is_no_descriptor_harms_nothing() {
+        let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
+        let mut first = track(&memory);
+        first.recover(0);
+        first.taken(8);
+        first.answering(u16::MAX);
+        assert!(track(&memory).recover(9).is_empty());
+    }
+}

@@ -1,0 +1,90 @@
+//! vhost-user messages as they lie on the wire: a header of three words, a payload, and descriptors that travel with it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::message::MAX_MSG_SIZE;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// Bytes of a header: request, flags, size of the payload.
+const HEADER_BYTES: usize = 12;
+/// Descriptors that a message may carry: a memory table has one for each of at most 32 regions.
+const FILES_MAX: usize = vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
+/// Version 1 of the protocol, and the mark of a reply.
+const REPLY_FLAGS: u32 = 1 | 1 << 2;
+/// The sender wants an answer although the message has none of its own (REPLY_ACK).
+const NEED_REPLY: u32 = 1 << 3;
+
+/// A message, in either direction.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub request: u32,
+    pub flags: u32,
+    pub payload: Vec<u8>,
+    pub files: Vec<File>,
+}
+
+impl Message {
+    /// A reply to `request`.
+    pub fn reply(request: u32, payload: Vec<u8>, files: Vec<File>) -> Self {
+        Self { request, flags: REPLY_FLAGS, payload, files }
+    }
+
+    /// Whether the sender wants an acknowledgement.
+    pub fn needs_reply(&self) -> bool {
+        self.flags & NEED_REPLY != 0
+    }
+
+    /// The eight-byte field at `at` of the payload, if the payload is that long.
+    pub fn u64_at(&self, at: usize) -> Option<u64> {
+        Some(u64::from_le_bytes(self.payload.get(at..at + 8)?.try_into().expect("eight bytes")))
+    }
+
+    /// Receives a message. `None`: the other end hung up, and owes us nothing.
+    ///
+    /// # Errors
+    /// What the socket says; [`io::ErrorKind::InvalidData`] for a message longer than any of the protocol.
+    pub fn receive(mut socket: &UnixStream) -> io::Result<Option<Self>> {
+        let mut header = [0; HEADER_BYTES];
+        let (got, files) = receive_with_files(socket, &mut header)?;
+        if got == 0 {
+            return Ok(None);
+        }
+        socket.read_exact(&mut header[got..])?;
+        let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
+        let size = word(8) as usize;
+        if size > MAX_MSG_SIZE {
+            let why = format!("a message of {size} bytes is longer than the protocol knows");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        }
+        let mut payload = vec![0; size];
+        socket.read_exact(&mut payload)?;
+        Ok(Some(Self { request: word(0), flags: word(4), payload, files }))
+    }
+
+    /// Sends the message with its descriptors.
+    ///
+    /// # Errors
+    /// What the socket says.
+    pub fn send(&self, mut socket: &UnixStream) -> io::Result<()> {
+        let size = u32::try_from(self.payload.len()).expect("a payload is below 4 KiB");
+        let words = [self.request, self.flags, size];
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).chain(self.payload.clone()).collect();
+        let fds: Vec<RawFd> = self.files.iter().map(AsRawFd::as_raw_fd).collect();
+        let sent = socket.send_with_fds(&[&bytes[..]], &fds)?;
+        io::Write::write_all(&mut socket, &bytes[sent..])
+    }
+}
+
+/// Receives what there is, up to the length of `bytes`, and the descriptors that came with it.
+fn receive_with_files(socket: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<File>)> {
+    let mut fds = [-1; FILES_MAX];
+    let mut vectors = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+    // SAFETY: the vector covers `bytes`, which is plain memory that outlives the call.
+    let (got, count) = unsafe { socket.recv_with_fds(&mut vectors, &mut fds)? };
+    // SAFETY: the kernel made these descriptors for us, and nobody else knows them.
+    let files = fds[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) }).collect();
+    Ok((got, files))
+}

@@ -31,6 +31,38 @@ pub enum Action {
     Print(String),
     /// Serve these devices.
     Serve(Config),
+    /// List what dead daemons left below this directory.
+    ListLeft(PathBuf),
+    /// Write what a dead daemon left in this file to its image.
+    Recover(PathBuf),
+    /// Remove what a dead daemon left in this file.
+    Discard(PathBuf),
+}
+
+/// What can be done beside serving.
+#[derive(Clone, Debug, clap::Subcommand)]
+pub enum Side {
+    /// List the caches that dead daemons left in memory; with FILE, write one back to its image
+    Recover {
+        /// A cache of the list: its dirty pages are written to its image, and it is removed
+        file: Option<PathBuf>,
+        /// Remove it instead, with whatever it holds
+        #[arg(long, requires = "file")]
+        discard: bool,
+        /// Where to look
+        #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "file")]
+        memory_dir: PathBuf,
+    },
+}
+
+impl Side {
+    fn action(self) -> Action {
+        match self {
+            Self::Recover { file: None, memory_dir, .. } => Action::ListLeft(memory_dir),
+            Self::Recover { file: Some(file), discard: false, .. } => Action::Recover(file),
+            Self::Recover { file: Some(file), discard: true, .. } => Action::Discard(file),
+        }
+    }
 }
 
 const AFTER_HELP: &str = "\
@@ -59,7 +91,11 @@ Exit status:
 /// Serves disk images to virtual machines over vhost-user, with a page cache of its own.
 #[derive(Clone, Debug, Default, Parser)]
 #[command(name = "genblk", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Cli {
+    #[command(subcommand)]
+    side: Option<Side>,
+
     /// Serve the devices of this TOML file
     #[arg(long, value_name = "FILE", conflicts_with_all = DEVICE_OPTIONS)]
     pub config: Option<PathBuf>,
@@ -103,12 +139,16 @@ pub struct Cli {
     /// Serial that the guest reads, at most 20 characters [default: disk0]
     #[arg(long, value_name = "TEXT", help_heading = ONE_DEVICE)]
     pub serial: Option<String>,
+
+    /// Shared memory in which the cache outlives the daemon [default: /dev/shm]
+    #[arg(long, value_name = "DIR", help_heading = ONE_DEVICE)]
+    pub memory_dir: Option<PathBuf>,
 }
 
 const ONE_DEVICE: &str = "One device without a file";
 /// Every option of a single device, by the name of its field.
-const DEVICE_OPTIONS: [&str; 8] =
-    ["socket_path", "fd", "blk_file", "read_only", "cache_size", "cache_mode", "num_queues", "serial"];
+const DEVICE_OPTIONS: [&str; 9] =
+    ["socket_path", "fd", "blk_file", "read_only", "cache_size", "cache_mode", "num_queues", "serial", "memory_dir"];
 
 impl Cli {
     /// The configuration that the options name or spell out.
@@ -145,7 +185,7 @@ impl Cli {
     }
 
     /// Each option with its key in the file and its value, if it was given.
-    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 7] {
+    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 8] {
         let socket = match self.fd {
             Some(fd) => ("--fd", "socket", Some(Value::Descriptor(fd))),
             None => ("--socket-path", "socket", self.socket_path.as_deref().map(Value::Path)),
@@ -158,6 +198,7 @@ impl Cli {
             ("--cache-mode", "cache.mode", self.cache_mode.as_deref().map(Value::Text)),
             ("--num-queues", "num_queues", self.num_queues.map(|n| Value::Integer(n.into()))),
             ("--serial", "serial", self.serial.as_deref().map(Value::Text)),
+            ("--memory-dir", "cache.memory_dir", self.memory_dir.as_deref().map(Value::Path)),
         ]
     }
 }
@@ -183,6 +224,9 @@ pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
             return Err(Error::new(ErrorKind::Config, text));
         }
     };
+    if let Some(side) = cli.side {
+        return Ok(side.action());
+    }
     let config = cli.config()?;
     if !cli.check {
         return Ok(Action::Serve(config));
@@ -228,13 +272,15 @@ mod tests {
 
     #[test]
     fn every_option_reaches_its_field() {
-        let line = "--fd 3 --blk-file a --read-only --cache-size 4G --cache-mode none --num-queues 2 --serial s1";
+        let line = "--fd 3 --blk-file a --read-only --cache-size 4G --cache-mode none --num-queues 2 --serial s1 \
+                    --memory-dir /run/m";
         let mut expected = DeviceConfig::new("disk0", Socket::Fd(3), "a");
         expected.read_only = true;
         expected.cache.size_bytes = 4 << 30;
         expected.cache.mode = CacheMode::None;
         expected.num_queues = 2;
         expected.serial = "s1".to_string();
+        expected.cache.memory_dir = "/run/m".into();
         assert_eq!(run(line).unwrap(), Action::Serve(Config { devices: vec![expected] }));
     }
 
@@ -265,6 +311,7 @@ mod tests {
             "--cache-mode none",
             "--num-queues 1",
             "--serial s",
+            "--memory-dir d",
         ] {
             let text = failure(&format!("--config c.toml {option}"));
             assert!(text.contains("cannot be used with") && text.contains("--config"), "{text}");
@@ -318,6 +365,16 @@ mod tests {
         {
             assert!(flat.contains(&format!("[default: {shown}]")), "{shown}");
         }
+    }
+
+    #[test]
+    fn what_was_left_is_listed_recovered_or_discarded() {
+        assert_eq!(run("recover").unwrap(), Action::ListLeft("/dev/shm".into()));
+        assert_eq!(run("recover --memory-dir /m").unwrap(), Action::ListLeft("/m".into()));
+        assert_eq!(run("recover f").unwrap(), Action::Recover("f".into()));
+        assert_eq!(run("recover --discard f").unwrap(), Action::Discard("f".into()));
+        failure("recover --discard");
+        failure("recover f --memory-dir /m");
     }
 
     #[test]

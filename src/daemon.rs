@@ -1,5 +1,5 @@
-//! The process: opens everything, starts the threads, waits for a signal, and ends in order: rings stopped, everything
-//! written, one Sync.
+//! The process: opens everything, starts the threads, waits for a signal, and ends in order: rings stopped, and then
+//! either everything written and one Sync (SIGTERM, SIGINT), or the caches left for the daemon that comes next (SIGUSR1).
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::service::{Running, Service};
 
-/// Serves the devices of a configuration until SIGTERM or SIGINT.
+/// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1.
 ///
 /// # Errors
 /// What kept a device from being served (nothing is served then, and nothing has been changed), or the image's fault
@@ -21,9 +21,15 @@ pub fn run(config: &Config) -> Result<()> {
         config.devices.iter().map(|device| Service::open(device, &mut images)).collect::<Result<Vec<_>>>()?;
     let running = services.into_iter().map(Service::start).collect::<Result<Vec<_>>>()?;
     let signal = signals.wait()?;
-    info!("signal {signal}: stopping");
     running.iter().for_each(Running::leave);
-    running.into_iter().map(Running::end).fold(Ok(()), Result::and)
+    let end = if signal == libc::SIGUSR1 {
+        info!("signal {signal}: stopping, the caches stay for the next daemon");
+        Running::hand_over
+    } else {
+        info!("signal {signal}: stopping");
+        Running::end
+    };
+    running.into_iter().map(end).fold(Ok(()), Result::and)
 }
 
 /// The signals that end the daemon, blocked in every thread so that one can wait for them.
@@ -40,6 +46,7 @@ impl Signals {
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
             libc::sigaddset(&raw mut set, libc::SIGINT);
+            libc::sigaddset(&raw mut set, libc::SIGUSR1);
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
         };
         match failed {

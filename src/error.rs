@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Socket,
     /// Memory for the cache could not be had.
     Memory,
+    /// A ledger that a dead daemon left can't be read, or is not what it seems.
+    Ledger,
     /// An operating-system facility (eventfd, epoll, io_uring, thread) failed.
     System,
     /// The front-end broke the vhost-user protocol.

@@ -11,6 +11,8 @@ pub mod logging;
 
 /// The process: opens, starts, waits, ends in order.
 pub mod daemon;
+/// What a daemon that is gone has left in memory.
+pub mod recover;
 /// A device with all that serves it.
 pub mod service;
 /// The socket, and what front-ends say on it.

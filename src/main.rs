@@ -8,6 +8,7 @@ use genblk::cli::{self, Action};
 use genblk::daemon;
 use genblk::error::Result;
 use genblk::logging;
+use genblk::recover;
 
 fn main() -> ExitCode {
     logging::init();
@@ -22,11 +23,16 @@ fn main() -> ExitCode {
 
 fn run(action: Action) -> Result<()> {
     match action {
-        Action::Print(text) => {
-            // A reader that has gone away is no failure of ours.
-            let _ = io::stdout().write_all(text.as_bytes());
-            Ok(())
-        }
-        Action::Serve(config) => daemon::run(&config),
+        Action::Print(text) => print(&text),
+        Action::ListLeft(memory_dir) => print(&recover::list(&memory_dir)?),
+        Action::Recover(file) => print(&recover::recover(&file)?),
+        Action::Discard(file) => print(&recover::discard(&file)?),
+        Action::Serve(config) => return daemon::run(&config),
     }
+    Ok(())
+}
+
+fn print(text: &str) {
+    // A reader that has gone away is no failure of ours.
+    let _ = io::stdout().write_all(text.as_bytes());
 }

@@ -11,14 +11,16 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use log::warn;
+use log::{info, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::arena::Arena;
-use crate::cache::{FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Stats, Ticket};
+use crate::arena::{Arena, Entry};
+use crate::cache::{
+    FrameMemory, Left, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats, Ticket,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
-use crate::units::{FrameId, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, Tick};
+use crate::units::{FrameId, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, Tick};
 
 /// Bits of a ticket that name the worker; the rest is the worker's own business.
 const WORKER_SHIFT: u32 = 48;
@@ -30,6 +32,10 @@ impl FrameMemory for Arc<Arena> {
 
     fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
         Arena::zero_sectors(self, frame, mask);
+    }
+
+    fn publish(&self, frame: FrameId, no: PageNo, record: Record) {
+        Arena::publish(self, frame, Entry { no, valid: record.valid, dirty: record.dirty });
     }
 }
 
@@ -51,17 +57,24 @@ pub struct Object {
 }
 
 impl Object {
-    /// An object with an empty cache of the given shape.
-    ///
-    /// => `shape` sees the image's limits and says what the cache is to be.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Memory`] when the host has no memory for the cache.
-    pub fn new(image: Arc<dyn Backing>, shape: impl FnOnce(&Limits) -> Settings) -> Result<Arc<Self>> {
-        let settings = shape(image.limits());
-        let arena = Arc::new(Arena::new(settings.frames as usize)?);
-        let cache = Mutex::new(PageCache::new(settings, Box::new(Arc::clone(&arena))));
-        Ok(Arc::new(Self { cache, arena, image, mailboxes: Mutex::default(), epoch: Instant::now() }))
+    /// An image with a cache of the given shape in `arena`, which has as many frames; what a predecessor left there is
+    /// taken over.
+    pub fn new(image: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
+        let arena = Arc::new(arena);
+        let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
+        let (pages, dirty) = cache.adopt(arena.entries().map(|(frame, Entry { no, valid, dirty })| {
+            let record = Record { valid, dirty };
+            Left { frame, no, record }
+        }));
+        if pages > 0 {
+            info!("{pages} pages are taken over from a daemon that is gone, {dirty} of them not yet on the image");
+        }
+        Arc::new(Self { cache: Mutex::new(cache), arena, image, mailboxes: Mutex::default(), epoch: Instant::now() })
+    }
+
+    /// The memory of the cache.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
     }
 
     /// What the image can do.
@@ -71,7 +84,8 @@ impl Object {
 
     /// What the cache did and holds.
     pub fn stats(&self) -> Stats {
-        self.lock().stats()
+        let stats = self.lock().stats();
+        Stats { metadata_bytes: stats.metadata_bytes + self.arena.overhead_bytes() as u64, ..stats }
     }
 
     /// Microseconds since the object was made.
@@ -188,6 +202,9 @@ impl Port {
             let (arena, backlog) = (&self.object.arena, &mut self.backlog);
             cache.take_plans(|plan| backlog.push_back(request_of(arena, &plan)));
             cache.take_notices(&mut self.notices);
+            if cache.is_stable() {
+                arena.all_written();
+            }
             cache.next_deadline()
         };
         self.submit();

@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use log::{error, info};
 
+use crate::arena::{Arena, Identity};
 use crate::cache::{PolicyKind, Settings, Stats};
 use crate::config::{CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
 use crate::device::control::Workers;
 use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::object::Object;
+use crate::recover;
 use crate::store::file::{self, FileImage, OpenOptions};
 use crate::store::{Backing, Limits};
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
@@ -65,7 +67,7 @@ impl Service {
     ///
     /// # Errors
     /// What is wrong with the image or the socket, or a want of memory; nothing has been changed then.
-    pub fn open(config: &DeviceConfig, images: &mut HashMap<(u64, u64), Arc<Object>>) -> Result<Self> {
+    pub fn open(config: &DeviceConfig, images: &mut HashMap<Identity, Arc<Object>>) -> Result<Self> {
         let engine = match config.engine {
             Engine::Auto => file::Engine::Auto,
             Engine::IoUring => file::Engine::Uring,
@@ -78,7 +80,11 @@ impl Service {
         let io = if image.direct() { "O_DIRECT" } else { "buffered" };
         let service = match images.get(&identity).filter(|_| read_only) {
             Some(object) => Self::of(config, Arc::clone(object), io)?,
-            None => Self::of(config, object_of(config, image)?, io)?,
+            None => {
+                let settings = settings(&config.cache, image.limits());
+                let arena = recover::arena_for(config, &image, settings.frames as usize)?;
+                Self::of(config, Object::new(image, arena, settings), io)?
+            }
         };
         if read_only {
             images.insert(identity, Arc::clone(&service.object));
@@ -86,16 +92,18 @@ impl Service {
         Ok(service)
     }
 
-    /// A device over an image that is open already, whatever it is.
+    /// A device over an image that is open already, whatever it is; its cache goes with this process.
     ///
     /// # Errors
     /// As [`Service::open`].
     pub fn over(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Self> {
-        Self::of(config, object_of(config, image)?, "as given")
+        let settings = settings(&config.cache, image.limits());
+        let arena = Arena::private(settings.frames as usize)?;
+        Self::of(config, Object::new(image, arena, settings), "as given")
     }
 
     fn of(config: &DeviceConfig, object: Arc<Object>, io: &str) -> Result<Self> {
-        let device = device_of(config, object.limits());
+        let device = device_of(config, Arc::clone(&object));
         let about = format!(
             "{}: {} on {}, {} bytes{}, {io}, cache {} bytes {}",
             config.name,
@@ -117,7 +125,7 @@ impl Service {
     pub fn start(self) -> Result<Running> {
         let Self { device, object, socket, workers, queue_size, about } = self;
         let (controls, threads): (Vec<_>, Vec<_>) =
-            (0..workers).map(|_| device::spawn(&device, &object)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+            (0..workers).map(|_| device::spawn(&device)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Arc::new(Workers::new(controls));
         let listener = socket.listener.try_clone().map_err(|e| system("cannot copy a descriptor", e))?;
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener));
@@ -159,12 +167,27 @@ impl Running {
     /// # Errors
     /// [`ErrorKind::Image`] when not everything could be written.
     pub fn end(self) -> Result<()> {
+        self.finish(write_everything)
+    }
+
+    /// Ends the device for a successor, which takes the cache over as it is; where the cache can't outlive the daemon,
+    /// this is [`Running::end`].
+    ///
+    /// # Errors
+    /// As [`Running::end`].
+    pub fn hand_over(self) -> Result<()> {
+        let arena = self.object.arena();
+        arena.leave();
+        if arena.kept_in().is_some() { self.finish(|_, _, _| Ok(())) } else { self.end() }
+    }
+
+    fn finish(self, last_writes: impl FnOnce(&str, &Object, &Workers) -> Result<()>) -> Result<()> {
         self.leave();
         let Self { device, object, workers, threads, acceptor, .. } = self;
         let name = &device.name;
         let panicked = |what: &str| Error::new(ErrorKind::System, format!("{name}: the {what} thread has panicked"));
         let accepted = acceptor.join().map_err(|_| panicked("accept"));
-        let written = write_everything(name, &object, &workers);
+        let written = last_writes(name, &object, &workers);
         workers.exit();
         for thread in threads {
             thread.join().map_err(|_| panicked("worker"))?;
@@ -182,7 +205,12 @@ fn write_everything(name: &str, object: &Object, workers: &Workers) -> Result<()
         let Err(fault) = workers.flush() else { return Ok(()) };
         if Instant::now() >= until {
             let pages = object.stats().dirty_pages;
-            return Err(Error::new(ErrorKind::Image, format!("{name}: {pages} pages could not be written: {fault:?}")));
+            let rescue = object.arena().kept_in().map_or_else(String::new, |path| {
+                let path = path.display();
+                format!("; they are kept in {path} for the next start, or for \"genblk recover {path}\"")
+            });
+            let context = format!("{name}: {pages} pages could not be written: {fault:?}{rescue}");
+            return Err(Error::new(ErrorKind::Image, context));
         }
         error!("{name}: the image fails to take the last writes: {fault:?}; trying again");
         std::thread::sleep(Duration::from_millis(500));
@@ -240,11 +268,6 @@ fn open_socket(socket: &Socket) -> Result<Bound> {
     }
 }
 
-/// An image with a cache as configured.
-fn object_of(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Arc<Object>> {
-    Object::new(image, |limits| settings(&config.cache, limits))
-}
-
 /// The shape of a device's cache.
 fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
     let pages = |bytes: u64| u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
@@ -270,7 +293,8 @@ fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
 }
 
 /// The virtio-blk device of a configuration.
-fn device_of(config: &DeviceConfig, limits: &Limits) -> Arc<Device> {
+fn device_of(config: &DeviceConfig, object: Arc<Object>) -> Arc<Device> {
+    let limits = object.limits();
     let geometry = Geometry {
         capacity_sectors: limits.size_bytes / SECTOR_BYTES,
         block_bytes: 512,
@@ -291,5 +315,5 @@ fn device_of(config: &DeviceConfig, limits: &Limits) -> Arc<Device> {
         serial: serial(&config.serial),
     };
     let writeback = config.cache.mode == CacheMode::Writeback;
-    Device::new(config.name.clone(), disk, geometry, writeback, config.poll_us)
+    Device::new(config.name.clone(), object, disk, geometry, writeback, config.poll_us)
 }

@@ -10,13 +10,17 @@ use std::path::{Path, PathBuf};
 /// The arrows between modules: each may use itself and those in its row. What keeps the parts apart is what is absent:
 /// the cache knows no store, the store no guest, and neither a configuration.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("main", &["cli", "config", "daemon", "error", "logging"]),
+    ("main", &["cli", "config", "daemon", "error", "logging", "recover"]),
     ("lib", &[]),
     ("cli", &["config", "error", "units"]),
     ("config", &["error", "units"]),
     ("logging", &[]),
     ("daemon", &["service", "config", "error"]),
-    ("service", &["vhost", "device", "virtio", "object", "cache", "store", "config", "error", "units"]),
+    (
+        "service",
+        &["recover", "vhost", "device", "virtio", "object", "cache", "store", "arena", "config", "error", "units"],
+    ),
+    ("recover", &["arena", "store", "config", "error", "units"]),
     ("vhost", &["device", "object", "virtio", "config", "error", "units"]),
     ("device", &["virtio", "object", "cache", "error", "units"]),
     ("virtio", &["error", "units"]),
@@ -31,7 +35,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Where `unsafe` may stand: a file, or a directory with all that is in it. The rest needs no proof of memory safety.
 const UNSAFE_ALLOWED: &[&str] =
-    &["arena.rs", "store/", "virtio/segments.rs", "device/copy.rs", "vhost/", "service.rs", "daemon.rs"];
+    &["arena/", "store/", "virtio/segments.rs", "device/copy.rs", "vhost/", "service.rs", "daemon.rs"];
 
 /// Words that promise work instead of doing it. (Cut in two, so that this file may hold them.)
 const BANNED: &[&str] = &[

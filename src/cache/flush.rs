@@ -63,6 +63,11 @@ impl Flushing {
         self.wanted && self.written > self.stable
     }
 
+    /// Whether a good Sync covers everything that was written.
+    pub fn nothing_unsynced(&self) -> bool {
+        self.written == self.stable
+    }
+
     /// A write has ended well.
     pub fn write_landed(&mut self) {
         self.written += 1;
@@ -135,7 +140,10 @@ impl PageCache {
             None => {
                 self.flushing.stable = covered;
                 for id in pages {
-                    self.pages[id].clear(UNSYNCED[old]);
+                    // Its page may have gone since, and another come.
+                    if self.pages[id].is(UNSYNCED[old]) {
+                        self.change(id, |page| page.clear(UNSYNCED[old]));
+                    }
                 }
             }
             Some(fault) => {
@@ -149,8 +157,8 @@ impl PageCache {
     fn rewrite(&mut self, pages: &[PageId], bit: u8, zeroed: Vec<(SectorSpan, PlanKind)>) {
         for &id in pages {
             if self.pages[id].is(bit) {
-                self.pages[id].clear(bit);
                 self.make_dirty_again(id);
+                self.change(id, |page| page.clear(bit));
             }
         }
         for (span, kind) in zeroed {
@@ -202,7 +210,7 @@ impl PageCache {
     pub(super) fn mark_unsynced(&mut self, id: PageId) {
         let fresh = self.flushing.fresh;
         if !self.pages[id].is(UNSYNCED[fresh]) {
-            self.pages[id].set(UNSYNCED[fresh]);
+            self.change(id, |page| page.set(UNSYNCED[fresh]));
             let list = &mut self.flushing.unsynced[fresh];
             list.push(id);
             if list.len() >= self.frames.total() as usize / 8 {

@@ -24,6 +24,22 @@ impl Frames {
         Self { words, free_head: 0, free_count: count }
     }
 
+    /// Takes these frames, with one reference each, out of an allocator that has given out none.
+    pub fn claim(&mut self, claimed: impl IntoIterator<Item = FrameId>) {
+        assert_eq!(self.free_count, self.total(), "frames are claimed before any is taken");
+        self.words.fill(0);
+        for frame in claimed {
+            self.words[frame.index()] = 1;
+        }
+        self.free_head = END;
+        self.free_count = 0;
+        for frame in (0..self.total()).rev().filter(|&frame| self.words[frame as usize] == 0).collect::<Vec<_>>() {
+            self.words[frame as usize] = FREE | self.free_head;
+            self.free_head = frame;
+            self.free_count += 1;
+        }
+    }
+
     /// Takes a free frame, with one reference.
     pub fn take(&mut self) -> Option<FrameId> {
         if self.free_head == END {

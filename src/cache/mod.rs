@@ -18,6 +18,7 @@
 //! nothing of its epoch is dirty or being written and a Sync submitted after the last such write succeeded. I9 free +
 //! held frames = arena. I10 every request completes exactly once (the owner's part: see `sim/`).
 
+mod adopt;
 mod check;
 mod dirty;
 mod flights;
@@ -43,6 +44,7 @@ use std::collections::VecDeque;
 use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8};
 
 pub use flights::{Outcome, Plan, PlanKind};
+pub use page::Record;
 pub use stats::Stats;
 
 use dirty::{DirtySet, Tally};
@@ -120,6 +122,21 @@ pub trait FrameMemory: Send + std::fmt::Debug {
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask);
     /// Fills the sectors of `mask` with zeros.
     fn zero_sectors(&self, frame: FrameId, mask: SectorMask);
+    /// From now on the frame holds this of the page, in bytes that are in place; [`Record::NONE`]: nothing.
+    ///
+    /// => What was published last is what [`PageCache::adopt`] gets after the daemon's death.
+    fn publish(&self, frame: FrameId, no: PageNo, record: Record);
+}
+
+/// A page that a predecessor left in a frame.
+#[derive(Clone, Copy, Debug)]
+pub struct Left {
+    /// Where its bytes are.
+    pub frame: FrameId,
+    /// Which page it is.
+    pub no: PageNo,
+    /// What was last published of it.
+    pub record: Record,
 }
 
 /// Replacement policies to choose from.
@@ -256,6 +273,11 @@ impl PageCache {
         if self.unblocked && !self.stalled.is_empty() { Some(self.now) } else { writeback }
     }
 
+    /// Whether everything that completed is on the store, durably.
+    pub fn is_stable(&self) -> bool {
+        self.dirty.unclean_pages() == 0 && self.flushing.nothing_unsynced()
+    }
+
     /// Takes the notices that wait.
     pub fn take_notices(&mut self, into: &mut Vec<Notice>) {
         into.append(&mut self.notices);
@@ -284,20 +306,43 @@ impl PageCache {
             + self.flushing.metadata_bytes()
     }
 
-    /// The one place where a page's masks and flags change: keeps the dirty set and the counters in step (I2, I4).
+    /// The one place where a page's masks, frame and what counts for them change: keeps the dirty set and the counters in
+    /// step (I2, I4), and the memory told.
     fn change<R>(&mut self, id: PageId, mutate: impl FnOnce(&mut Page) -> R) -> R {
         let page = &mut self.pages[id];
         let before = Tally::of(page);
+        let published = (page.frame(), page.record());
         let result = mutate(page);
         if cfg!(debug_assertions) {
             page.check();
         }
         let after = Tally::of(page);
+        let no = page.no();
+        let now = (page.frame(), page.record());
         if before != after {
-            let no = page.no();
             self.dirty.note(no, before, after);
         }
+        if published != now {
+            self.publish(no, published, now);
+        }
         result
+    }
+
+    /// Tells the memory what a page's frame holds now.
+    ///
+    /// => A page that moved has two frames with the same bytes for a moment, never none.
+    fn publish(&self, no: PageNo, before: (Option<FrameId>, Record), now: (Option<FrameId>, Record)) {
+        #[cfg(test)]
+        let now = (now.0, self.planted_record(no, now.1));
+        if let (Some(frame), record) = now {
+            self.memory.publish(frame, no, record);
+        }
+        if let (Some(frame), record) = before
+            && Some(frame) != now.0
+            && record != Record::NONE
+        {
+            self.memory.publish(frame, no, Record::NONE);
+        }
     }
 
     /// Makes an absent page; `None` when there is no slot.
@@ -321,6 +366,7 @@ impl PageCache {
             page.clear(u8::MAX);
         });
         if let Some(frame) = self.pages[id].frame() {
+            self.memory.publish(frame, self.pages[id].no(), Record::NONE);
             self.frames.release(frame);
         }
         self.pages.remove(id);

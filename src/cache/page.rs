@@ -35,6 +35,20 @@ pub(super) const FAILED: u8 = 1 << 4;
 /// flight covers and one for those it does not; `flush.rs` says which is which.
 pub(super) const UNSYNCED: [u8; 2] = [1 << 5, 1 << 6];
 
+/// What is told of a frame to the memory behind it, so that a successor can take the page over if the daemon dies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Sectors whose bytes in the frame are right.
+    pub valid: SectorMask,
+    /// Sectors that the store may not have, or not durably; among the valid ones.
+    pub dirty: SectorMask,
+}
+
+impl Record {
+    /// Of a frame that holds nothing.
+    pub const NONE: Self = Self { valid: SectorMask::NONE, dirty: SectorMask::NONE };
+}
+
 /// A page of the image in memory: 24 bytes, so that the metadata of a cache stays below 1.5 % of it.
 #[derive(Clone, Debug)]
 pub(super) struct Page {
@@ -114,6 +128,19 @@ impl Page {
     /// Whether an operation or a writer holds the page: it may be neither evicted nor dropped.
     pub fn busy(&self) -> bool {
         self.is(READING) || !self.writing.is_empty() || self.writers > 0 || self.waiters != NONE
+    }
+
+    /// What a successor would have to know of the page.
+    ///
+    /// => Clean sectors that a writer is filling are not valid: if it never ends, the store has the bytes to go by. Dirty
+    ///    ones stay, for nobody else has anything.
+    pub fn record(&self) -> Record {
+        if self.frame == NONE {
+            return Record::NONE;
+        }
+        let unsynced = self.any(UNSYNCED[0] | UNSYNCED[1]);
+        let dirty = if unsynced { self.valid } else { self.dirty.or(self.writing) };
+        Record { valid: self.valid.without(self.pending).or(dirty), dirty }
     }
 
     /// Invariants of a single page (I5, and the combinations the state table forbids).

@@ -157,6 +157,8 @@ impl PageCache {
     fn page_written(&mut self, id: PageId) {
         let no = self.pages[id].no();
         self.holes.mark_data(no);
+        // First this: at no moment may the page pass for one that the store has for good.
+        self.mark_unsynced(id);
         self.change(id, |page| {
             page.writing = SectorMask::NONE;
             page.clear(FROZEN | FAILED);
@@ -165,7 +167,6 @@ impl PageCache {
         if self.planted == Some(crate::sim::PlantedBug::RewriteIsLost) {
             self.change(id, |page| page.dirty = SectorMask::NONE);
         }
-        self.mark_unsynced(id);
     }
 
     /// The page stays dirty: we still hold the bytes.

@@ -9,6 +9,7 @@ struct NoBytes;
 impl FrameMemory for NoBytes {
     fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
     fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
+    fn publish(&self, _: FrameId, _: PageNo, _: Record) {}
 }
 
 fn cache_of(frames: u32, image_sectors: u64) -> PageCache {

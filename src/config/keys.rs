@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::problem::nearest;
 use super::size::{format_size, parse_size};
-use super::{CacheMode, DeviceConfig, Engine, Policy, Socket};
+use super::{CacheMode, DeviceConfig, Engine, Policy, Socket, Survive};
 use crate::units::PAGE_BYTES;
 
 /// A value before it is checked, from a document, an option or this table.
@@ -66,7 +66,7 @@ pub(crate) enum Kind {
         fits: fn(&str) -> bool,
         set: fn(&mut DeviceConfig, &str),
     },
-    Image {
+    Path {
         set: fn(&mut DeviceConfig, &Path),
     },
     Socket {
@@ -120,7 +120,7 @@ pub(crate) const KEYS: &[Key] = &[
         },
     },
     Key { name: "socket", fallback: Required, kind: Kind::Socket { set: |device, socket| device.socket = socket } },
-    Key { name: "image", fallback: Required, kind: Kind::Image { set: |device, path| device.image = path.into() } },
+    Key { name: "image", fallback: Required, kind: Kind::Path { set: |device, path| device.image = path.into() } },
     Key { name: "read_only", fallback: Is(Flag(false)), kind: Kind::Flag { set: |device, on| device.read_only = on } },
     Key {
         name: "serial",
@@ -197,6 +197,16 @@ pub(crate) const KEYS: &[Key] = &[
         fallback: Is(Integer(5000)),
         kind: Kind::Count { min: 100, max: 600_000, set: |device, n| device.cache.dirty_age_max_ms = n },
     },
+    Key {
+        name: "cache.survive",
+        fallback: Is(Text("auto")),
+        kind: Kind::Choice { words: Survive::WORDS, set: |device, i| device.cache.survive = Survive::ALL[i] },
+    },
+    Key {
+        name: "cache.memory_dir",
+        fallback: Is(Text("/dev/shm")),
+        kind: Kind::Path { set: |device, path| device.cache.memory_dir = path.into() },
+    },
 ];
 
 /// The key called `name`.
@@ -248,7 +258,7 @@ impl Kind {
     fn accept(&self, device: &mut DeviceConfig, value: Value<'_>) -> Option<()> {
         match (self, value) {
             (Self::Text { fits, set, .. }, Text(text)) if fits(text) => set(device, text),
-            (Self::Image { set }, Text(_) | Value::Path(_)) => set(device, path(value, usize::MAX)?),
+            (Self::Path { set }, Text(_) | Value::Path(_)) => set(device, path(value, usize::MAX)?),
             (Self::Socket { set }, Text(_) | Value::Path(_)) => {
                 set(device, Socket::Path(path(value, SOCKET_PATH_BYTES_MAX)?.into()));
             }
@@ -282,7 +292,7 @@ impl Kind {
     fn wanted(&self) -> String {
         match self {
             Self::Text { wanted, .. } => (*wanted).to_string(),
-            Self::Image { .. } => "a path".to_string(),
+            Self::Path { .. } => "a path".to_string(),
             Self::Socket { .. } => format!("a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes"),
             Self::Flag { .. } => "true or false".to_string(),
             Self::Count { min, max, .. } => format!("an integer from {min} to {max}"),
@@ -356,6 +366,7 @@ mod tests {
             ("engine", (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String),
             ("cache.mode", |d| d.cache.mode.to_string()),
             ("cache.policy", |d| d.cache.policy.to_string()),
+            ("cache.survive", |d| d.cache.survive.to_string()),
         ] {
             let Some(Key { kind: kind @ Kind::Choice { words, .. }, .. }) = key(name) else {
                 panic!("{name} is no choice")

@@ -114,6 +114,8 @@ impl DeviceConfig {
                 flush_target_ms: 0,
                 dirty_max_percent: 0,
                 dirty_age_max_ms: 0,
+                survive: Survive::Auto,
+                memory_dir: PathBuf::new(),
             },
         }
     }
@@ -154,6 +156,10 @@ pub struct CacheConfig {
     pub dirty_max_percent: u8,
     /// Age at which a dirty page is written back even if nothing else asks for it.
     pub dirty_age_max_ms: u32,
+    /// Whether the cache outlives the daemon.
+    pub survive: Survive,
+    /// Shared memory in which it does.
+    pub memory_dir: PathBuf,
 }
 
 /// An enum whose values are words of the configuration.
@@ -199,6 +205,18 @@ words! {
         Writethrough = "writethrough",
         /// Nothing is cached: every request goes to the image.
         None = "none",
+    }
+}
+
+words! {
+    /// Whether the cache outlives the daemon.
+    Survive {
+        /// Where the memory for that can be had; the log says where it can't.
+        Auto = "auto",
+        /// Or the device is not served.
+        Always = "always",
+        /// It goes with the daemon, and a guest whose completed writes went with it gets I/O errors.
+        Never = "never",
     }
 }
 

@@ -46,7 +46,9 @@ impl Traffic {
         let pending = &mut self.pending[slot];
         let request = &pending.request;
         pending.through = !device.writeback();
-        let checked = request.check(&device.disk).and_then(|()| match request.kind {
+        // What this guest believes to be in the disk is gone: it is told with each request, until it begins anew.
+        let alive = if device.object.arena().is_lost() { Err(STATUS_IOERR) } else { Ok(()) };
+        let checked = alive.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
             Kind::Discard | Kind::WriteZeroes => {
                 request.range_segments(&ring.memory, &device.disk, &mut pending.ranges)
             }

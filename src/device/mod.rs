@@ -16,6 +16,7 @@ mod worker;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::object::Object;
 use crate::virtio::config_space::{ConfigSpace, Geometry, initial_writeback};
 use crate::virtio::request::Disk;
 
@@ -27,6 +28,8 @@ pub use worker::spawn;
 pub struct Device {
     /// Names the device in the log.
     pub name: String,
+    /// The image and its cache.
+    pub object: Arc<Object>,
     /// What requests are checked against.
     pub disk: Disk,
     /// What the guest is told of the disk.
@@ -41,10 +44,17 @@ pub struct Device {
 
 impl Device {
     /// A device that no guest has configured yet.
-    pub fn new(name: String, disk: Disk, geometry: Geometry, writeback: bool, poll_us: u32) -> Arc<Self> {
+    pub fn new(
+        name: String,
+        object: Arc<Object>,
+        disk: Disk,
+        geometry: Geometry,
+        writeback: bool,
+        poll_us: u32,
+    ) -> Arc<Self> {
         let configured = writeback;
         let writeback = AtomicBool::new(writeback);
-        Arc::new(Self { name, disk, geometry, writeback_configured: configured, writeback, poll_us })
+        Arc::new(Self { name, object, disk, geometry, writeback_configured: configured, writeback, poll_us })
     }
 
     /// Whether a write completes before it is stable.

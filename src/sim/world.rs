@@ -4,52 +4,15 @@
 //! done late, operations end in any order, fail, and are torn.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
 
-use crate::cache::{
-    Access, Admitted, FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket,
-};
-use crate::units::{Fault, FrameId, SectorMask, SectorSpan, Tick};
+use crate::cache::{Access, Admitted, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket};
+use crate::units::{Fault, FrameId, SectorSpan, Tick};
 
 use super::PlantedBug;
 use super::disk::Disk;
+use super::memory::{GARBAGE, Memory};
 use super::oracle::{Knowledge, Oracle};
 use super::rng::Rng;
-
-/// The bytes of frames: a version for each sector.
-#[derive(Clone, Debug)]
-struct Memory(Arc<Mutex<Vec<[u32; 8]>>>);
-
-/// What a frame holds before anything was put there: seen by a guest, it is a leak.
-const GARBAGE: u32 = u32::MAX;
-
-impl Memory {
-    fn get(&self, frame: FrameId, sector: usize) -> u32 {
-        self.0.lock().unwrap()[frame.index()][sector]
-    }
-
-    fn set(&self, frame: FrameId, sector: usize, version: u32) {
-        self.0.lock().unwrap()[frame.index()][sector] = version;
-    }
-}
-
-fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
-    (0..8).filter(move |bit| mask.0 >> bit & 1 == 1)
-}
-
-impl FrameMemory for Memory {
-    fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
-        for sector in sectors_of(mask) {
-            self.set(target, sector, self.get(source, sector));
-        }
-    }
-
-    fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
-        for sector in sectors_of(mask) {
-            self.set(frame, sector, 0);
-        }
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -110,6 +73,14 @@ struct Temper {
     latency_us_max: u64,
     requests_max: usize,
     overlap: bool,
+    /// Daemons die.
+    mortal: bool,
+    /// Steps between two deaths, on average.
+    steps_per_death: u64,
+    /// The front-end hands a successor what was in flight. Without that it is lost, and the guest never hears of it.
+    replays: bool,
+    /// The guest zeroes ranges.
+    zeroes: bool,
 }
 
 /// See the module.
@@ -117,6 +88,8 @@ struct Temper {
 pub(super) struct World {
     rng: Rng,
     temper: Temper,
+    settings: Settings,
+    planted: Option<PlantedBug>,
     cache: PageCache,
     memory: Memory,
     disk: Disk,
@@ -137,7 +110,7 @@ impl World {
     pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
         let mut rng = Rng::new(seed);
         let settings = settings(&mut rng);
-        let memory = Memory(Arc::new(Mutex::new(vec![[GARBAGE; 8]; settings.frames as usize])));
+        let memory = Memory::new(settings.frames as usize);
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         cache.planted = planted;
         let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };
@@ -148,11 +121,17 @@ impl World {
             latency_us_max: rng.pick(&[10, 1000, 100_000]),
             requests_max: rng.pick(&[1, 4, 32]),
             overlap: rng.percent(50),
+            mortal: rng.percent(50),
+            steps_per_death: rng.pick(&[30, 300]),
+            replays: rng.percent(70),
+            zeroes: rng.percent(70),
         };
         Self {
             oracle: Oracle::new(sectors),
             rng,
             temper,
+            settings,
+            planted,
             cache,
             memory,
             disk,
@@ -175,6 +154,7 @@ impl World {
             self.one_step(true);
         }
         self.temper.fault_percent = 0;
+        self.temper.mortal = false;
         self.settle();
         self.send(Kind::Flush, SectorSpan::new(0, 0));
         self.settle();
@@ -193,6 +173,14 @@ impl World {
 
     fn one_step(&mut self, guest_is_active: bool) {
         self.step += 1;
+        // More often while a Sync is out: then most is in doubt.
+        let syncing = self.operations.values().any(|op| op.kind == PlanKind::Sync);
+        let steps_per_death = if syncing { self.temper.steps_per_death / 10 } else { self.temper.steps_per_death };
+        let dies = self.temper.mortal && self.rng.below(steps_per_death) == 0;
+        if dies {
+            // Somewhere within the step, or else after it.
+            self.memory.light_fuse(self.rng.below(12));
+        }
         match self.rng.below(10) {
             0..=2 if guest_is_active && self.requests.len() < self.temper.requests_max => self.guest_acts(),
             3..=4 if !self.copies.is_empty() => self.copy_one(),
@@ -204,7 +192,12 @@ impl World {
             6 if self.rng.percent(3) => self.power_cut(),
             _ => self.time_passes(),
         }
-        self.turn_ends();
+        if !self.memory.is_dead() {
+            self.turn_ends();
+        }
+        if dies {
+            self.next_daemon();
+        }
         let pinned: Vec<_> = self.copies.iter().filter_map(|(_, piece)| piece.frame).collect();
         self.cache.check(&pinned);
     }
@@ -225,7 +218,7 @@ impl World {
                 self.version += 1;
                 Kind::Write { version: self.version }
             }
-            80..=84 => Kind::Zero { unmap: self.rng.percent(50) },
+            80..=84 if self.temper.zeroes => Kind::Zero { unmap: self.rng.percent(50) },
             85..=88 => Kind::Discard,
             _ => return self.send(Kind::Flush, SectorSpan::new(0, 0)),
         };
@@ -286,6 +279,9 @@ impl World {
             }
             Kind::Flush => return self.cache.flush(name),
         };
+        if self.memory.is_dead() {
+            return;
+        }
         self.copies.extend(pieces.into_iter().map(|piece| (ticket, piece)));
         match admitted {
             Admitted::All => request.admitted = request.span.count as u32,
@@ -328,7 +324,9 @@ impl World {
             Kind::Read => self.cache.finish_read(&piece),
             _ => self.cache.finish_write(&piece, true),
         }
-        self.finish_if_settled(ticket);
+        if !self.memory.is_dead() {
+            self.finish_if_settled(ticket);
+        }
     }
 
     fn finish_if_settled(&mut self, ticket: u64) {
@@ -347,7 +345,12 @@ impl World {
         match request.kind {
             Kind::Write { version } => self.oracle.write_ends(first, count, version, request.sent, self.step, good),
             Kind::Zero { .. } => self.oracle.write_ends(first, count, 0, request.sent, self.step, good),
-            Kind::Flush if good => self.oracle.flushed(&request.known),
+            Kind::Flush if good => {
+                self.oracle.flushed(&request.known);
+                if self.rng.percent(20) {
+                    self.power_cut();
+                }
+            }
             Kind::Flush | Kind::Read | Kind::Discard => {}
         }
     }
@@ -368,7 +371,33 @@ impl World {
 
     fn operation_ends(&mut self, tag: u32) {
         let op = self.operations.remove(&tag).expect("chosen above");
-        let failed = self.rng.percent(self.temper.fault_percent);
+        let failed = self.fails(&op);
+        self.reaches_disk(&op, failed);
+        let (first, count) = (op.span.start as usize, op.span.count as usize);
+        let outcome = match op.kind {
+            _ if failed => Outcome::Failed(self.rng.pick(&[Fault::Media, Fault::NoSpace])),
+            PlanKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
+            _ => Outcome::Done,
+        };
+        self.cache.complete(tag, &outcome, Tick(self.now_us));
+    }
+
+    /// Whether chance lets an operation fail.
+    ///
+    /// => Not a Sync where ranges are zeroed and daemons die: a successor knows nothing of a range that the Sync was to
+    ///    cover, for no frame holds it (ARCHITECTURE.md, "What is known to be missing").
+    fn fails(&mut self, op: &Operation) -> bool {
+        let spared = op.kind == PlanKind::Sync && self.temper.zeroes && self.temper.mortal;
+        let percent = match self.temper.fault_percent {
+            // Rare, and what hangs on it is most: often enough to be met.
+            1.. if op.kind == PlanKind::Sync => 30,
+            percent => percent,
+        };
+        !spared && self.rng.percent(percent)
+    }
+
+    /// What an operation does to disk and memory, whoever hears of it.
+    fn reaches_disk(&mut self, op: &Operation, failed: bool) {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             PlanKind::Read => {
@@ -393,16 +422,13 @@ impl World {
             PlanKind::Discard if !failed && self.rng.percent(50) => self.disk.zero(first, count, true),
             PlanKind::Zero { .. } | PlanKind::Discard | PlanKind::Map => {}
         }
-        let outcome = match op.kind {
-            _ if failed => Outcome::Failed(self.rng.pick(&[Fault::Media, Fault::NoSpace])),
-            PlanKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
-            _ => Outcome::Done,
-        };
-        self.cache.complete(tag, &outcome, Tick(self.now_us));
     }
 
     fn turn_ends(&mut self) {
         self.cache.pump(Tick(self.now_us));
+        if self.memory.is_dead() {
+            return;
+        }
         let mut plans = Vec::new();
         self.cache.take_plans(|plan: Plan<'_>| {
             let Plan { tag, kind, span, first_sector, frames } = plan;
@@ -445,6 +471,29 @@ impl World {
         }
         op.ends_at = self.now_us + self.rng.between(1, self.temper.latency_us_max);
         self.operations.insert(tag, op);
+    }
+
+    /// The daemon is dead. What it had sent to the disk ends there, and nobody hears of it; then the next one takes its
+    /// memory over, and the front-end hands it what was in flight.
+    fn next_daemon(&mut self) {
+        self.memory.rewind();
+        for op in std::mem::take(&mut self.operations).into_values() {
+            let failed = self.fails(&op);
+            self.reaches_disk(&op, failed);
+        }
+        self.copies.clear();
+        self.resumes.clear();
+        self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
+        self.cache.planted = self.planted;
+        self.cache.adopt(self.memory.left());
+        if !self.temper.replays {
+            self.requests.clear();
+        }
+        for ticket in self.requests.keys().copied().collect::<Vec<_>>() {
+            let request = self.requests.get_mut(&ticket).expect("collected above");
+            (request.admitted, request.settled, request.failed) = (0, 0, false);
+            self.admit(ticket, false);
+        }
     }
 
     /// Looks at what a power cut now would leave; the world goes on as if nothing had happened.

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::threads::ThreadsStore;
 use super::uring::UringStore;
 use super::{Backing, Limits, Store, blocking, lock, sys};
+use crate::arena::Identity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{PAGE_BYTES, SECTOR_BYTES};
 
@@ -76,8 +77,8 @@ impl FileImage {
         Ok(Arc::new(Self { image: Arc::new(image), engine: options.engine, fell_back: Once::new() }))
     }
 
-    /// (device, inode) of the file, or of the device node's target: equal for two names of one image.
-    pub fn identity(&self) -> (u64, u64) {
+    /// What the image is, whatever its name: equal for two names of one image.
+    pub fn identity(&self) -> Identity {
         self.image.identity
     }
 
@@ -131,7 +132,7 @@ pub(super) struct OpenImage {
     pub(super) file: File,
     pub(super) limits: Limits,
     path: PathBuf,
-    identity: (u64, u64),
+    identity: Identity,
     direct: bool,
     /// Logical block size of a block device; `None` for a regular file.
     device_block: Option<u32>,
@@ -169,11 +170,12 @@ impl OpenImage {
             sparse: geometry.device_block.is_none()
                 && sys::seek(&file, 0, libc::SEEK_HOLE).is_ok_and(|hole| hole < geometry.size_bytes),
         };
+        let identity = identity_of(&file, &metadata, geometry.size_bytes);
         Ok(Self {
             file,
             limits,
             path: path.to_path_buf(),
-            identity: identity_of(&metadata),
+            identity,
             direct: alignment.is_some(),
             device_block: geometry.device_block,
         })
@@ -257,8 +259,11 @@ fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
 }
 
 /// Two nodes of one block device have different inodes, but one device number.
-fn identity_of(metadata: &Metadata) -> (u64, u64) {
-    if metadata.file_type().is_block_device() { (metadata.rdev(), 0) } else { (metadata.dev(), metadata.ino()) }
+fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> Identity {
+    if metadata.file_type().is_block_device() {
+        return Identity { device: metadata.rdev(), inode: sys::disk_sequence(file), born_ns: 0, size_bytes };
+    }
+    Identity { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::birth_ns(file), size_bytes }
 }
 
 /// What the host says of the image.

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use super::Segment;
 
-// From <linux/fs.h>; libc does not carry these two.
+// From <linux/fs.h>; libc does not carry these.
+const BLKGETDISKSEQ: libc::Ioctl = 0x8008_1280;
 const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 
@@ -113,6 +114,30 @@ pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let answer = unsafe { answer.assume_init() };
     (result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0)
         .then_some((answer.stx_dio_mem_align, answer.stx_dio_offset_align))
+}
+
+/// When the file was born, in nanoseconds since 1970; 0 where the file system doesn't know.
+pub(super) fn birth_ns(file: &File) -> u64 {
+    let mut answer = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: as in direct_alignment().
+    let result = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_BTIME, answer.as_mut_ptr())
+    };
+    // SAFETY: as there.
+    let answer = unsafe { answer.assume_init() };
+    if result != 0 || answer.stx_mask & libc::STATX_BTIME == 0 {
+        return 0;
+    }
+    let seconds = u64::try_from(answer.stx_btime.tv_sec).unwrap_or(0);
+    seconds.wrapping_mul(1_000_000_000).wrapping_add(u64::from(answer.stx_btime.tv_nsec))
+}
+
+/// The kernel's number of the disk behind a block device, never used again; 0 before Linux 5.15.
+pub(super) fn disk_sequence(file: &File) -> u64 {
+    let mut number = 0u64;
+    // SAFETY: BLKGETDISKSEQ stores one u64 at the address given, which is ours.
+    let known = retried(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKGETDISKSEQ, &raw mut number) });
+    known.map_or(0, |_| number)
 }
 
 /// Switches O_DIRECT of an open file on or off.

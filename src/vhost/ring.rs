@@ -7,9 +7,10 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
-use log::error;
+use log::{error, info};
 use vhost_user_backend::{VringRwLock, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::GuestAddressSpace;
@@ -17,7 +18,7 @@ use vm_memory::GuestAddressSpace;
 use super::Memory;
 use super::inflight::Inflight;
 use crate::device::control::Workers;
-use crate::device::{Command, RingSetup};
+use crate::device::{Command, Device, RingSetup};
 
 thread_local! {
     /// The workers of the device whose rings are being made, and the rings made so far: the crate makes them in order,
@@ -26,19 +27,49 @@ thread_local! {
 }
 
 struct BeingMade {
-    workers: Arc<Workers>,
-    inflight: Arc<Inflight>,
+    session: Arc<Session>,
     rings: Vec<ControlRing>,
 }
 
-/// Runs `make`, in which the crate makes the rings of a session with these workers; returns the rings too.
-pub(super) fn making_rings_for<T>(
-    workers: &Arc<Workers>,
-    inflight: &Arc<Inflight>,
-    make: impl FnOnce() -> T,
-) -> (T, Vec<ControlRing>) {
-    let (workers, inflight) = (Arc::clone(workers), Arc::clone(inflight));
-    BEING_MADE.set(Some(BeingMade { workers, inflight, rings: Vec::new() }));
+/// What the rings of a session share.
+pub(super) struct Session {
+    device: Arc<Device>,
+    workers: Arc<Workers>,
+    pub inflight: Inflight,
+    /// A bit for each ring that goes on where it was, in the middle of a guest's life.
+    resumed: AtomicU64,
+}
+
+impl Session {
+    /// A session of a front-end that has said nothing yet.
+    pub fn new(device: &Arc<Device>, workers: &Arc<Workers>) -> Arc<Self> {
+        let (device, workers) = (Arc::clone(device), Arc::clone(workers));
+        Arc::new(Self { device, workers, inflight: Inflight::default(), resumed: AtomicU64::new(0) })
+    }
+
+    /// Ring `index` will start at `base`; or it is taken down, which leaves it at none.
+    fn begins_at(&self, index: u16, base: u16) {
+        let bit = 1 << index;
+        if base == 0 {
+            self.resumed.fetch_and(!bit, Ordering::AcqRel);
+        } else {
+            self.resumed.fetch_or(bit, Ordering::AcqRel);
+        }
+    }
+
+    /// A ring starts. If all rings begin at the beginning, so does the guest: it has nothing to lose.
+    fn ring_starts(&self) {
+        let arena = self.device.object.arena();
+        if arena.is_lost() && self.resumed.load(Ordering::Acquire) == 0 {
+            info!("{}: the guest begins anew, and is served again", self.device.name);
+            arena.begin_anew();
+        }
+    }
+}
+
+/// Runs `make`, in which the crate makes the rings of a session; returns the rings too.
+pub(super) fn making_rings_for<T>(session: &Arc<Session>, make: impl FnOnce() -> T) -> (T, Vec<ControlRing>) {
+    BEING_MADE.set(Some(BeingMade { session: Arc::clone(session), rings: Vec::new() }));
     let made = make();
     let BeingMade { rings, .. } = BEING_MADE.take().expect("put there above");
     (made, rings)
@@ -53,9 +84,8 @@ pub(super) struct ControlRing {
 
 struct Link {
     index: u16,
-    workers: Arc<Workers>,
+    session: Arc<Session>,
     memory: Memory,
-    inflight: Arc<Inflight>,
     facts: Mutex<Facts>,
 }
 
@@ -127,16 +157,17 @@ impl ControlRing {
             kick,
             call,
             memory: self.link.memory.memory().into_inner(),
-            track: self.link.inflight.of_ring(index, queue.size()),
+            track: self.link.session.inflight.of_ring(index, queue.size()),
         };
-        let worker = self.link.workers.of_ring(index);
+        self.link.session.ring_starts();
+        let worker = self.link.session.workers.of_ring(index);
         worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
     }
 
     /// Stops the ring; where it stands goes into the crate's state, which GET_VRING_BASE reads.
     fn stop(&self) {
         let index = self.link.index;
-        let stopped = self.link.workers.of_ring(index).ask(|answer| Command::Stop(index, answer));
+        let stopped = self.link.session.workers.of_ring(index).ask(|answer| Command::Stop(index, answer));
         if let Some(Some(position)) = stopped {
             self.state.set_queue_next_avail(position.next_avail);
             self.state.set_queue_next_used(position.next_used);
@@ -172,10 +203,9 @@ impl VringT<Memory> for ControlRing {
     fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
         let state = VringRwLock::new(memory.clone(), max_queue_size)?;
         BEING_MADE.with_borrow_mut(|slot| {
-            let BeingMade { workers, inflight, rings } = slot.as_mut().expect("inside making_rings_for()");
+            let BeingMade { session, rings } = slot.as_mut().expect("inside making_rings_for()");
             let index = u16::try_from(rings.len()).expect("64 rings at most");
-            let (workers, inflight) = (Arc::clone(workers), Arc::clone(inflight));
-            let link = Link { index, workers, memory, inflight, facts: Mutex::default() };
+            let link = Link { index, session: Arc::clone(session), memory, facts: Mutex::default() };
             let ring = Self { state, link: Arc::new(link) };
             rings.push(ring.clone());
             Ok(ring)
@@ -192,6 +222,9 @@ impl VringT<Memory> for ControlRing {
 
     fn set_queue_ready(&self, ready: bool) {
         self.state.set_queue_ready(ready);
+        if !ready {
+            self.link.session.begins_at(self.link.index, 0);
+        }
         self.change(|facts| facts.ready = ready);
     }
 
@@ -214,7 +247,7 @@ impl VringT<Memory> for ControlRing {
         if facts.running {
             let index = self.link.index;
             let copy = file.as_ref().and_then(|file| file.try_clone().ok());
-            self.link.workers.of_ring(index).ask(|answer| Command::Call(index, copy, answer));
+            self.link.session.workers.of_ring(index).ask(|answer| Command::Call(index, copy, answer));
         }
         facts.call = file;
     }
@@ -243,6 +276,7 @@ impl VringT<Memory> for ControlRing {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
+        self.link.session.begins_at(self.link.index, base);
         self.change_stopped(|_| self.state.set_queue_next_avail(base));
     }
 

@@ -16,10 +16,9 @@ use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 
 use super::Memory;
 use super::backend::Backend;
-use super::inflight::Inflight;
 use super::pair;
 use super::relay::Relay;
-use super::ring::making_rings_for;
+use super::ring::{Session, making_rings_for};
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
@@ -117,14 +116,13 @@ impl Server {
     fn session(&self, front_end: &UnixStream) -> io::Result<()> {
         let (listener, crate_end) = pair::listener_and_stream()?;
         let backend = Backend::new(&self.device, &self.workers, self.queue_size);
-        let inflight = Arc::new(Inflight::default());
+        let session = Session::new(&self.device, &self.workers);
         let name = format!("vhost {}", self.device.name);
         let memory = Memory::new(GuestRam::new());
-        let (daemon, rings) =
-            making_rings_for(&self.workers, &inflight, || VhostUserDaemon::new(name, backend, memory));
+        let (daemon, rings) = making_rings_for(&session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| refused(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| refused(&e))?;
-        let relayed = Relay::new(front_end, crate_end, &inflight).run();
+        let relayed = Relay::new(front_end, crate_end, &session.inflight).run();
         let served = daemon.wait();
         for ring in &rings {
             ring.close();

@@ -44,6 +44,38 @@ impl Drop for TempDir {
     }
 }
 
+/// A directory in shared memory, where a daemon that is killed leaves its cache; removed with the guard.
+#[derive(Debug)]
+pub struct MemoryDir(PathBuf);
+
+impl MemoryDir {
+    fn new() -> Self {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = PathBuf::from(format!("/dev/shm/genblk-test.{}.{serial}", std::process::id()));
+        fs::create_dir_all(&path).expect("there is shared memory");
+        Self(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The caches that dead daemons left.
+    pub fn left(&self) -> Vec<PathBuf> {
+        let folder = fs::read_dir(self.0.join("genblk")).into_iter().flatten();
+        folder.map(|entry| entry.expect("a folder can be listed").path()).collect()
+    }
+}
+
+impl Drop for MemoryDir {
+    fn drop(&mut self) {
+        // As above.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 /// The options that tests vary; the rest stays at the daemon's defaults.
 #[derive(Clone, Debug)]
 pub struct DaemonOptions {
@@ -65,7 +97,7 @@ impl Default for DaemonOptions {
 /// `GENBLK_BIN` names another binary. If that is a `qemu-storage-daemon`, it gets its own options: with a server
 /// that nobody here wrote, a failure tells whether the test or the daemon is at fault. (Some tests fail there by
 /// design: they are about its bugs.)
-fn server_command(socket: &Path, image: &Path, options: &DaemonOptions) -> Command {
+fn server_command(socket: &Path, image: &Path, memory: &Path, options: &DaemonOptions) -> Command {
     let binary = std::env::var("GENBLK_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_genblk").to_owned());
     let mut command = Command::new(&binary);
     let (socket, image) = (socket.display(), image.display());
@@ -90,7 +122,9 @@ fn server_command(socket: &Path, image: &Path, options: &DaemonOptions) -> Comma
         .args(["--cache-size", options.cache_size])
         .args(["--cache-mode", options.cache_mode])
         .args(["--num-queues", &options.num_queues.to_string()])
-        .args(["--serial", options.serial]);
+        .args(["--serial", options.serial])
+        .arg("--memory-dir")
+        .arg(memory);
     if options.read_only {
         command.arg("--read-only");
     }
@@ -114,6 +148,7 @@ pub struct Daemon {
     child: Child,
     options: DaemonOptions,
     directory: TempDir,
+    memory: MemoryDir,
 }
 
 impl Daemon {
@@ -127,11 +162,12 @@ impl Daemon {
 
     /// Starts a daemon on the file `image` that is in `directory` already.
     pub fn start_in(directory: TempDir, options: &DaemonOptions) -> Self {
-        let child = Self::spawn(directory.path(), options);
-        Self { child, options: options.clone(), directory }
+        let memory = MemoryDir::new();
+        let child = Self::spawn(directory.path(), memory.path(), options);
+        Self { child, options: options.clone(), directory, memory }
     }
 
-    fn spawn(directory: &Path, options: &DaemonOptions) -> Child {
+    fn spawn(directory: &Path, memory: &Path, options: &DaemonOptions) -> Child {
         let socket = directory.join("socket");
         assert!(
             socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX,
@@ -145,7 +181,7 @@ impl Daemon {
             .append(true)
             .open(directory.join("stderr.log"))
             .expect("a log file can be made");
-        let mut child = server_command(&socket, &directory.join("image"), options)
+        let mut child = server_command(&socket, &directory.join("image"), memory, options)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a descriptor can be duplicated"))
             .stderr(log)
@@ -159,6 +195,11 @@ impl Daemon {
             is_listening(&socket).then_some(())
         });
         child
+    }
+
+    /// Where the daemon's cache outlives it.
+    pub fn memory(&self) -> &MemoryDir {
+        &self.memory
     }
 
     /// Where front-ends connect.
@@ -199,10 +240,15 @@ impl Daemon {
 
     /// Sends SIGTERM.
     pub fn terminate(&self) {
+        self.signal(libc::SIGTERM);
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: i32) {
         let pid = libc::pid_t::try_from(self.child.id()).expect("process ids are small");
         // SAFETY: plain system call; the child has not been reaped, so the id is still its own.
-        let sent = unsafe { libc::kill(pid, libc::SIGTERM) };
-        assert_eq!(sent, 0, "SIGTERM: {}", io::Error::last_os_error());
+        let sent = unsafe { libc::kill(pid, signal) };
+        assert_eq!(sent, 0, "signal {signal}: {}", io::Error::last_os_error());
     }
 
     /// Waits for the process to end.
@@ -219,10 +265,16 @@ impl Daemon {
         assert!(status.success(), "the daemon left with {status}:\n{}", self.log());
     }
 
-    /// Starts the daemon again on the same image, after [`Daemon::stop`].
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("the daemon can be killed");
+        self.wait();
+    }
+
+    /// Starts the daemon again on the same image, after [`Daemon::stop`] or [`Daemon::kill`].
     #[track_caller]
     pub fn restart(&mut self) {
-        self.child = Self::spawn(self.directory.path(), &self.options);
+        self.child = Self::spawn(self.directory.path(), self.memory.path(), &self.options);
     }
 }
 

@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
         --blk-file) file=$2 && shift 2 ;;
         --num-queues) queues=$2 && shift 2 ;;
         --read-only) writable=off && shift ;;
-        --cache-size | --cache-mode | --serial) shift 2 ;;
+        --cache-size | --cache-mode | --serial | --memory-dir) shift 2 ;;
         *) echo "control.sh: what is $1?" >&2 && exit 2 ;;
     esac
 done

@@ -61,11 +61,16 @@ impl Scratch {
     pub fn socket(&self) -> PathBuf {
         self.sockets.join("blk.sock")
     }
+
+    fn memory(&self) -> PathBuf {
+        memory_of(&self.socket())
+    }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
         // Errors are of no interest here: the next `cargo clean` takes what stays.
+        let _ = std::fs::remove_dir_all(self.memory());
         let _ = std::fs::remove_dir_all(&self.sockets);
         if thread::panicking() {
             eprintln!("the files of the failed test are in {}", self.dir.display());
@@ -73,6 +78,12 @@ impl Drop for Scratch {
             let _ = std::fs::remove_dir_all(&self.dir);
         }
     }
+}
+
+/// Shared memory for the cache of the daemon that listens on `socket`; it outlives the daemon.
+pub fn memory_of(socket: &Path) -> PathBuf {
+    let test = socket.parent().and_then(Path::file_name).unwrap();
+    Path::new("/dev/shm").join(test)
 }
 
 /// One of two places for tests that run a guest: more at a time only make each other miss their deadlines.

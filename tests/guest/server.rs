@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::host::run;
+use crate::host::{memory_of, run};
 
 /// Start and stop take this long at most. A stop writes back everything that is dirty.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -31,6 +31,8 @@ impl Server {
             .arg("--blk-file")
             .arg(image)
             .args(["--num-queues", "2"])
+            .arg("--memory-dir")
+            .arg(memory_of(socket))
             .args(options)
             .stdin(Stdio::null())
             .stdout(out.try_clone().unwrap())

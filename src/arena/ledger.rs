@@ -1,0 +1,200 @@
+//! The layout of a named arena: a header that says whose memory it is, a ledger of what each frame holds, the frames.
+//!
+//! The daemon writes an entry after the bytes it speaks of, in one store, so that whatever kills the daemon leaves a
+//! ledger that is right. Everything here must be readable by the next version, or be refused by it: a change of the
+//! layout changes [`LAYOUT`].
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0 to 4095 | the header, see [`Header`]; its first word is written last |
+//! | 4096 on | 8 bytes for each frame: page number (40 bits), valid and dirty sectors (8 bits each), 0; padded to 4096 |
+//! | then | the frames |
+//!
+//! An arena whose cache is not to survive has a header alone, with a mark that says whether anything was lost.
+
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{PAGE_SIZE, PageNo, SectorMask};
+
+/// What the first eight bytes hold.
+const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
+/// Version of the layout. One that is older is read if this says how; one that is newer is refused.
+const LAYOUT: u64 = 1;
+/// Bytes of the header.
+pub(super) const HEADER_BYTES: usize = PAGE_SIZE;
+/// Bytes of an entry.
+pub(super) const ENTRY_BYTES: usize = 8;
+/// Bits of a page number in an entry.
+const PAGE_BITS: u32 = 40;
+
+/// What tells one image from every other, so that a new image at an old path never meets an old ledger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Device of the file system, or of the block device itself.
+    pub device: u64,
+    /// Inode; for a block device the kernel's sequence number of the disk behind it.
+    pub inode: u64,
+    /// Birth time in nanoseconds, 0 where the file system has none.
+    pub born_ns: u64,
+    /// Size of the image.
+    pub size_bytes: u64,
+}
+
+impl Identity {
+    /// A file name of its own for each image.
+    pub fn file_name(&self) -> String {
+        let Self { device, inode, born_ns, size_bytes } = self;
+        format!("{device:x}-{inode:x}-{born_ns:x}-{size_bytes:x}")
+    }
+}
+
+/// What stands at the beginning of a named arena.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The image.
+    pub identity: Identity,
+    /// Frames; 0 in an arena that only marks whether anything was lost.
+    pub frames: u64,
+    /// The host's boot: memory of another boot is not what it seems.
+    pub boot: [u8; 16],
+    /// Where the image was, for the operator.
+    pub image: PathBuf,
+    /// A daemon died, and what its cache held was lost with it.
+    pub lost: bool,
+}
+
+/// Where the header's other parts are: eight words come first.
+const BOOT: std::ops::Range<usize> = 64..80;
+const PATH_LEN: usize = 80;
+/// The word that is set while a volatile arena holds what the image has not.
+pub(super) const UNWRITTEN: usize = 88;
+const PATH: usize = 96;
+
+impl Header {
+    /// The header of a new arena.
+    pub(super) fn new(identity: Identity, frames: u64, image: &Path) -> Self {
+        let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
+        Self { identity, frames, boot: super::home::boot(), image, lost: false }
+    }
+
+    /// The header's bytes, and its first word, which is to be written when everything else is in place.
+    pub(super) fn encode(&self) -> ([u8; HEADER_BYTES], u64) {
+        let mut bytes = [0; HEADER_BYTES];
+        let Identity { device, inode, born_ns, size_bytes } = self.identity;
+        let words = [0, LAYOUT, PAGE_SIZE as u64, self.frames, device, inode, born_ns, size_bytes];
+        for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes[BOOT].copy_from_slice(&self.boot);
+        let path = self.image.as_os_str().as_bytes();
+        let path = &path[..path.len().min(HEADER_BYTES - PATH)];
+        bytes[PATH_LEN..PATH_LEN + 8].copy_from_slice(&(path.len() as u64).to_le_bytes());
+        bytes[PATH..PATH + path.len()].copy_from_slice(path);
+        (bytes, MAGIC)
+    }
+
+    /// Reads a header. `None`: its daemon died before it was written; there is nothing in the arena.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when it is of another layout, or none at all.
+    pub(super) fn decode(bytes: &[u8; HEADER_BYTES], file: &Path) -> Result<Option<Self>> {
+        let word = |at: usize| u64::from_le_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("eight bytes"));
+        let refused = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{}: {why}", file.display())));
+        match word(0) {
+            0 => return Ok(None),
+            MAGIC => {}
+            _ => return refused("it is no ledger of genblk's".to_owned()),
+        }
+        if word(1) != LAYOUT || word(2) != PAGE_SIZE as u64 {
+            return refused(format!("its layout is {}, and this genblk reads {LAYOUT}", word(1)));
+        }
+        let identity = Identity { device: word(4), inode: word(5), born_ns: word(6), size_bytes: word(7) };
+        let path_len = usize::try_from(word(PATH_LEN / 8)).unwrap_or(usize::MAX).min(HEADER_BYTES - PATH);
+        let image = std::ffi::OsString::from_vec(bytes[PATH..PATH + path_len].to_vec()).into();
+        Ok(Some(Self {
+            identity,
+            frames: word(3),
+            boot: bytes[BOOT].try_into().expect("16 bytes"),
+            image,
+            lost: word(UNWRITTEN / 8) != 0,
+        }))
+    }
+}
+
+/// What a frame holds of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Which page.
+    pub no: PageNo,
+    /// Sectors whose bytes are right.
+    pub valid: SectorMask,
+    /// Sectors that the image may not have.
+    pub dirty: SectorMask,
+}
+
+impl Entry {
+    /// The entry's word; 0 for a frame that holds nothing.
+    pub(super) fn encode(self) -> u64 {
+        debug_assert!(self.no.0 >> PAGE_BITS == 0, "an image has fewer than 2^40 pages: Arena::named() has looked");
+        if self.valid.is_empty() {
+            return 0;
+        }
+        self.no.0 | u64::from(self.valid.0) << PAGE_BITS | u64::from(self.dirty.0) << (PAGE_BITS + 8)
+    }
+
+    /// The entry in a word; `None` if the frame holds nothing.
+    pub(super) fn decode(word: u64) -> Option<Self> {
+        let [.., valid, dirty, _] = word.to_le_bytes();
+        let entry =
+            Self { no: PageNo(word & ((1 << PAGE_BITS) - 1)), valid: SectorMask(valid), dirty: SectorMask(dirty) };
+        (word != 0).then_some(entry)
+    }
+}
+
+/// Images with more pages than an entry can name (4 PiB).
+pub(super) fn too_large(identity: &Identity) -> bool {
+    identity.size_bytes.div_ceil(PAGE_SIZE as u64) >> PAGE_BITS != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> Header {
+        let identity = Identity { device: 0xfd00, inode: 12, born_ns: 7, size_bytes: 1 << 30 };
+        Header { identity, frames: 1024, boot: [3; 16], image: "/srv/a.img".into(), lost: false }
+    }
+
+    fn with_magic(header: &Header) -> [u8; HEADER_BYTES] {
+        let (mut bytes, magic) = header.encode();
+        bytes[..8].copy_from_slice(&magic.to_le_bytes());
+        bytes
+    }
+
+    #[test]
+    fn a_header_is_read_as_it_was_written() {
+        let file = Path::new("f");
+        assert_eq!(Header::decode(&with_magic(&header()), file).unwrap(), Some(header()));
+        assert_eq!(Header::decode(&header().encode().0, file).unwrap(), None, "not finished");
+    }
+
+    #[test]
+    fn another_layout_is_refused() {
+        let file = Path::new("f");
+        for at in [0, 8, 16] {
+            let mut bytes = with_magic(&header());
+            bytes[at] ^= 0x40;
+            assert_eq!(Header::decode(&bytes, file).unwrap_err().kind(), ErrorKind::Ledger, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn an_entry_is_one_word() {
+        let entry = Entry { no: PageNo((1 << 40) - 1), valid: SectorMask(0xf1), dirty: SectorMask(0x81) };
+        assert_eq!(Entry::decode(entry.encode()), Some(entry));
+        assert_eq!(Entry { valid: SectorMask::NONE, ..entry }.encode(), 0);
+        assert_eq!(Entry::decode(0), None);
+    }
+}

@@ -1,0 +1,103 @@
+//! Shared memory, mapped: the bytes and nothing about what they mean.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A mapping of the beginning of a file.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    base: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: a mapping is an address range that lives as long as the value; who touches which bytes is agreed elsewhere.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; no method reads or writes bytes but through atomics or in functions that say who owns them.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the first `bytes` bytes of a file that is at least that long.
+    pub fn new(file: &File, bytes: usize) -> io::Result<Self> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory of ours.
+        let base = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { base: base.cast(), bytes })
+    }
+
+    /// The address of byte `at`.
+    pub fn at(&self, at: usize) -> *mut u8 {
+        assert!(at < self.bytes, "byte {at} is outside a mapping of {}", self.bytes);
+        // SAFETY: the offset was checked, so the address lies within the mapping.
+        unsafe { self.base.add(at) }
+    }
+
+    /// The word at byte `at`, a multiple of eight.
+    pub fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= self.bytes, "byte {at} begins no word");
+        // SAFETY: eight aligned bytes of a mapping that outlives the reference; words are only touched as atomics, but
+        // by `read` and `write`, which run before anybody shares the mapping.
+        unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
+    }
+
+    /// Copies out the first `N` bytes of a mapping that nobody else uses yet.
+    pub fn read<const N: usize>(&self) -> [u8; N] {
+        assert!(N <= self.bytes);
+        let mut bytes = [0; N];
+        // SAFETY: the range lies within the mapping, and the target is ours.
+        unsafe { ptr::copy_nonoverlapping(self.base, bytes.as_mut_ptr(), N) };
+        bytes
+    }
+
+    /// Fills the first bytes of a mapping that nobody else uses yet; its first word comes last.
+    pub fn write(&self, bytes: &[u8], first_word: u64) {
+        assert!(bytes.len() <= self.bytes);
+        // SAFETY: the range lies within the mapping.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.base, bytes.len()) };
+        self.word(0).store(first_word, Ordering::Release);
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: base and length are those of the mapping made in new(); nothing uses it after the value is gone.
+        unsafe { libc::munmap(self.base.cast(), self.bytes) };
+    }
+}
+
+/// Memory without a name.
+pub(super) fn memfd() -> io::Result<File> {
+    // SAFETY: a plain system call with a constant NUL-terminated name.
+    let fd = unsafe { libc::memfd_create(c"genblk-cache".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Gives a file in shared memory `bytes` bytes, in whole blocks of its file system (which may be huge pages), and the
+/// memory for them: it is allocated at the first touch otherwise, and a shortage then is SIGBUS.
+pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
+    // SAFETY: an all-zero statfs is a valid value for the kernel to fill.
+    let mut about: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: a plain system call on our own descriptor that fills our own structure.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut about) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let block = usize::try_from(about.f_bsize).unwrap_or(1).max(1);
+    let too_long = || io::Error::from(io::ErrorKind::FileTooLarge);
+    let rounded = bytes.checked_next_multiple_of(block).ok_or_else(too_long)?;
+    let length = libc::off_t::try_from(rounded).map_err(|_| too_long())?;
+    file.set_len(rounded as u64)?;
+    // SAFETY: a plain system call on our own descriptor.
+    if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,368 @@
+//! The memory behind FrameIds: a mapping of shared memory, cut into 4 KiB frames.
+//!
+//! The arena hands out addresses; who may touch a frame's bytes is decided by the page cache's references (pins, store
+//! operations, residency), never here.
+//!
+//! A *kept* arena is a file with a ledger of what each frame holds (`ledger.rs`), so that the cache outlives the daemon
+//! that filled it. A *marked* one keeps no more than whether anything was lost. A *private* one keeps nothing. Dropping an
+//! arena removes its file, unless something in it is nowhere else or it was left for a successor.
+
+mod home;
+mod ledger;
+mod mapping;
+
+use std::io;
+use std::path::Path;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{FrameId, PAGE_SIZE, SECTOR_SIZE, SectorMask};
+
+pub use home::Home;
+pub use ledger::{Entry, Header, Identity};
+
+use ledger::{ENTRY_BYTES, HEADER_BYTES, UNWRITTEN};
+use mapping::Mapping;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Arena {
+    memory: Mapping,
+    frames: usize,
+    /// Where the frames begin.
+    offset: usize,
+    keeps: Keeps,
+    /// A predecessor's memory went with it, and with it what a guest believes to be in the image.
+    lost: AtomicBool,
+}
+
+/// What of an arena outlives the daemon.
+#[derive(Debug)]
+enum Keeps {
+    Nothing,
+    /// A word that is set while something is nowhere else.
+    Mark {
+        mark: Mapping,
+        home: Home,
+    },
+    /// Everything.
+    All {
+        home: Home,
+        left: AtomicBool,
+    },
+}
+
+impl Arena {
+    /// `frames` frames of zeroed memory that goes with the daemon.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the host refuses, or has less memory available than that; the memory is reserved now,
+    /// so that a guest's request never meets a shortage later.
+    pub fn private(frames: usize) -> Result<Self> {
+        Ok(Self::new(private_memory(frames)?, frames, 0, Keeps::Nothing))
+    }
+
+    /// As [`Arena::private`], with a mark in `home` of whether the daemon's death would lose anything.
+    ///
+    /// # Errors
+    /// As [`Arena::private`].
+    pub fn marked(frames: usize, home: Home, identity: Identity, image: &Path) -> Result<Self> {
+        let memory = private_memory(frames)?;
+        let mark = new_file(&home, HEADER_BYTES, &Header::new(identity, 0, image))?;
+        Ok(Self::new(memory, frames, 0, Keeps::Mark { mark, home }))
+    }
+
+    /// `frames` frames of zeroed memory that outlive the daemon in `home`.
+    ///
+    /// # Errors
+    /// As [`Arena::private`].
+    pub fn kept(frames: usize, home: Home, identity: Identity, image: &Path) -> Result<Self> {
+        let offset = ledger_bytes(frames);
+        let bytes = bytes_of(frames, offset)?;
+        if ledger::too_large(&identity) {
+            return Err(Error::new(ErrorKind::Memory, "an image above 4 PiB can't have a kept cache"));
+        }
+        available(bytes).map_err(|e| no_memory(bytes, Some(&home), e))?;
+        let memory = new_file(&home, bytes, &Header::new(identity, frames as u64, image))?;
+        Ok(Self::new(memory, frames, offset, Keeps::All { home, left: AtomicBool::new(false) }))
+    }
+
+    /// The arena that a predecessor left in `home`; `header` is what stands there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when the file is shorter than its header says; [`ErrorKind::Memory`] when it can't be mapped.
+    pub fn resumed(home: Home, header: &Header) -> Result<Self> {
+        let path = home.path().display();
+        let frames = usize::try_from(header.frames).unwrap_or(usize::MAX);
+        let offset = ledger_bytes(frames);
+        let bytes = bytes_of(frames, offset)?;
+        let length = home.file.metadata().map_or(0, |metadata| metadata.len());
+        if length < bytes as u64 {
+            let context = format!("{path}: its header speaks of {bytes} bytes, and it has {length}");
+            return Err(Error::new(ErrorKind::Ledger, context));
+        }
+        let memory = Mapping::new(&home.file, bytes)
+            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {path}"), e))?;
+        Ok(Self::new(memory, frames, offset, Keeps::All { home, left: AtomicBool::new(false) }))
+    }
+
+    fn new(memory: Mapping, frames: usize, offset: usize, keeps: Keeps) -> Self {
+        Self { memory, frames, offset, keeps, lost: AtomicBool::new(false) }
+    }
+
+    /// Number of frames.
+    pub fn frames(&self) -> usize {
+        self.frames
+    }
+
+    /// First byte of a frame.
+    ///
+    /// # Panics
+    /// If `frame` is not of this arena: the page cache's bookkeeping is broken.
+    pub fn frame(&self, frame: FrameId) -> *mut u8 {
+        assert!(frame.index() < self.frames, "{frame:?} is outside the arena");
+        self.memory.at(self.offset + frame.index() * PAGE_SIZE)
+    }
+
+    /// Notes what a frame holds, whose bytes are in place.
+    pub fn publish(&self, frame: FrameId, entry: Entry) {
+        match &self.keeps {
+            Keeps::Nothing => {}
+            Keeps::Mark { mark, .. } => {
+                if !entry.dirty.is_empty() && mark.word(UNWRITTEN).load(Ordering::Relaxed) == 0 {
+                    mark.word(UNWRITTEN).store(1, Ordering::Release);
+                }
+            }
+            Keeps::All { .. } => self.entry(frame.index()).store(entry.encode(), Ordering::Release),
+        }
+    }
+
+    /// A predecessor died and took what it held with it. This is remembered until [`Arena::begin_anew`], by whatever
+    /// daemon runs then.
+    pub fn remember_loss(&self) {
+        self.lost.store(true, Ordering::Release);
+        self.loss_word().inspect(|word| word.store(1, Ordering::Release));
+    }
+
+    /// Whether a guest may believe in data that is gone.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// The guest begins anew, and believes in nothing but the image.
+    pub fn begin_anew(&self) {
+        self.lost.store(false, Ordering::Release);
+        self.loss_word().inspect(|word| word.store(0, Ordering::Release));
+    }
+
+    fn loss_word(&self) -> Option<&AtomicU64> {
+        match &self.keeps {
+            Keeps::Nothing => None,
+            Keeps::Mark { mark, .. } => Some(mark.word(UNWRITTEN)),
+            Keeps::All { .. } => Some(self.memory.word(UNWRITTEN)),
+        }
+    }
+
+    /// What frames hold, as last noted.
+    pub fn entries(&self) -> impl Iterator<Item = (FrameId, Entry)> {
+        let noted = if matches!(self.keeps, Keeps::All { .. }) { self.frames } else { 0 };
+        (0..noted).filter_map(|index| {
+            let entry = Entry::decode(self.entry(index).load(Ordering::Acquire))?;
+            Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), entry))
+        })
+    }
+
+    /// Everything is on the image: the daemon's death would lose nothing.
+    pub fn all_written(&self) {
+        if let Keeps::Mark { mark, .. } = &self.keeps
+            && mark.word(UNWRITTEN).load(Ordering::Relaxed) != 0
+            && !self.is_lost()
+        {
+            mark.word(UNWRITTEN).store(0, Ordering::Release);
+        }
+    }
+
+    /// Leaves a kept arena as it is for a successor, when it is dropped.
+    pub fn leave(&self) {
+        if let Keeps::All { left, .. } = &self.keeps {
+            left.store(true, Ordering::Release);
+        }
+    }
+
+    /// Removes the file of an arena whose contents are on the image.
+    pub fn remove(self) {
+        if let Keeps::All { home, .. } = &self.keeps {
+            home.remove();
+        }
+        // Another arena may soon live at that path.
+        self.leave();
+    }
+
+    /// A copy of sectors of a frame that nobody else touches.
+    pub fn sectors(&self, frame: FrameId, first: u8, count: u8) -> Vec<u8> {
+        let mut bytes = vec![0; usize::from(count) * SECTOR_SIZE];
+        let base = self.frame(frame).wrapping_add(usize::from(first) * SECTOR_SIZE);
+        assert!(usize::from(first) + usize::from(count) <= PAGE_SIZE / SECTOR_SIZE, "sectors of one frame");
+        // SAFETY: the sectors lie in the frame, and the vector is as long as they are.
+        unsafe { ptr::copy_nonoverlapping(base, bytes.as_mut_ptr(), bytes.len()) };
+        bytes
+    }
+
+    /// The file in which the frames outlive the daemon.
+    pub fn kept_in(&self) -> Option<&Path> {
+        match &self.keeps {
+            Keeps::All { home, .. } => Some(home.path()),
+            _ => None,
+        }
+    }
+
+    /// Bytes of memory beside the frames.
+    pub fn overhead_bytes(&self) -> usize {
+        self.offset
+    }
+
+    fn entry(&self, index: usize) -> &AtomicU64 {
+        self.memory.word(HEADER_BYTES + index * ENTRY_BYTES)
+    }
+
+    /// Whether something in the arena is nowhere else.
+    fn holds_unwritten(&self) -> bool {
+        let marked = self.loss_word().is_some_and(|word| word.load(Ordering::Relaxed) != 0);
+        marked || self.entries().any(|(_, entry)| !entry.dirty.is_empty())
+    }
+
+    /// Copies the sectors of `mask` from one frame to the same places of another.
+    pub fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
+        let (source, target) = (self.frame(source), self.frame(target));
+        each_run(mask, |offset, len| {
+            // SAFETY: both frames lie in the arena and are distinct pages; the caller (the page cache, under its lock)
+            // owns the target's sectors.
+            unsafe { ptr::copy_nonoverlapping(source.add(offset), target.add(offset), len) };
+        });
+    }
+
+    /// Fills the sectors of `mask` with zeros.
+    pub fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
+        let target = self.frame(frame);
+        each_run(mask, |offset, len| {
+            // SAFETY: the frame lies in the arena; the caller owns those sectors.
+            unsafe { ptr::write_bytes(target.add(offset), 0, len) };
+        });
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        let unwritten = self.holds_unwritten();
+        match &self.keeps {
+            Keeps::All { home, left } if !unwritten && !left.load(Ordering::Acquire) => home.remove(),
+            Keeps::Mark { home, .. } if !unwritten => home.remove(),
+            _ => {}
+        }
+    }
+}
+
+/// Bytes before the first of `frames` frames of a kept arena.
+fn ledger_bytes(frames: usize) -> usize {
+    HEADER_BYTES + frames.saturating_mul(ENTRY_BYTES).next_multiple_of(PAGE_SIZE)
+}
+
+/// Bytes of `frames` frames behind `offset` bytes.
+fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
+    frames
+        .checked_mul(PAGE_SIZE)
+        .and_then(|bytes| bytes.checked_add(offset))
+        .ok_or_else(|| Error::new(ErrorKind::Memory, format!("a cache of {frames} pages overflows the address space")))
+}
+
+fn private_memory(frames: usize) -> Result<Mapping> {
+    let bytes = bytes_of(frames, 0)?;
+    let memory = available(bytes).and_then(|()| {
+        let file = mapping::memfd()?;
+        mapping::allocate(&file, bytes)?;
+        Mapping::new(&file, bytes)
+    });
+    memory.map_err(|e| no_memory(bytes, None, e))
+}
+
+/// Makes a file anew: memory first, then the header, whose first word says that the rest is right.
+fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
+    let make = || {
+        home.file.set_len(0)?;
+        mapping::allocate(&home.file, bytes)?;
+        Mapping::new(&home.file, bytes)
+    };
+    let memory = make().map_err(|e| {
+        // What could not be made whole takes no room.
+        let _ = home.file.set_len(0);
+        no_memory(bytes, Some(home), e)
+    })?;
+    let (encoded, magic) = header.encode();
+    memory.write(&encoded, magic);
+    Ok(memory)
+}
+
+fn no_memory(bytes: usize, home: Option<&Home>, e: io::Error) -> Error {
+    let place = home.map_or_else(String::new, |home| format!(" in {}", home.path().display()));
+    Error::io(ErrorKind::Memory, format!("no memory for a cache of {bytes} bytes{place}"), e)
+}
+
+/// Shared memory can be over-committed until the kernel starts to kill processes: ask before taking it.
+fn available(bytes: usize) -> io::Result<()> {
+    match available_bytes() {
+        Some(available) if bytes as u64 > available => {
+            Err(io::Error::other(format!("the host has {available} bytes available")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the host can give without swapping (MemAvailable of proc(5)); `None` where it doesn't say.
+fn available_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Calls `f(offset, length)` in bytes for each run of sectors in `mask`.
+fn each_run(mut mask: SectorMask, mut f: impl FnMut(usize, usize)) {
+    let sector = SECTOR_SIZE;
+    while let Some((first, count)) = mask.first_run() {
+        f(usize::from(first) * sector, usize::from(count) * sector);
+        mask = mask.without(SectorMask::run(first, count));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sectors_are_copied_and_zeroed_by_mask_only() {
+        let arena = Arena::private(2).unwrap();
+        let (a, b) = (FrameId(0), FrameId(1));
+        // SAFETY: both frames belong to this test alone.
+        unsafe {
+            ptr::write_bytes(arena.frame(a), 7, PAGE_SIZE);
+            ptr::write_bytes(arena.frame(b), 9, PAGE_SIZE);
+        }
+        arena.copy_sectors(a, b, SectorMask(0b0010_0110));
+        arena.zero_sectors(b, SectorMask(0b1000_0000));
+        let expected = [9, 7, 7, 9, 9, 7, 9, 0];
+        for (sector, want) in expected.into_iter().enumerate() {
+            for byte in 0..512 {
+                // SAFETY: within the frame.
+                assert_eq!(unsafe { *arena.frame(b).add(sector * 512 + byte) }, want);
+            }
+        }
+    }
+
+    #[test]
+    fn an_arena_beyond_memory_is_refused_with_a_clear_error() {
+        for frames in [1 << 40, usize::MAX / 2] {
+            assert_eq!(Arena::private(frames).unwrap_err().kind(), ErrorKind::Memory);
+        }
+    }
+}

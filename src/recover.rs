@@ -1,0 +1,185 @@
+//! What a daemon that is gone has left in memory: taken over by the next one, or written to its image by hand.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use log::{info, warn};
+
+use crate::arena::{Arena, Entry, Header, Home};
+use crate::config::{CacheConfig, DeviceConfig, Survive};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::file::{self, FileImage};
+use crate::units::{FrameId, SECTOR_BYTES, SectorMask};
+
+/// The memory for a device's cache: a predecessor's if it left one of this shape, else new.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when there is none; [`ErrorKind::Ledger`] when what a predecessor left can't be read, and
+/// [`ErrorKind::Image`] when it could not be written to the image.
+pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize) -> Result<Arena> {
+    let (cache, name) = (&config.cache, &config.name);
+    if config.read_only {
+        return Arena::private(frames);
+    }
+    let home = match Home::of(&cache.memory_dir, &image.identity()) {
+        Ok(home) => home,
+        Err(e) if e.kind() == ErrorKind::Memory && cache.survive != Survive::Always => {
+            warn!("{name}: {e}; the cache goes with the daemon, and nothing will tell if that loses anything");
+            return Arena::private(frames);
+        }
+        Err(e) => return Err(e),
+    };
+    let mut lost = false;
+    if let Some(header) = home.header()? {
+        lost = header.lost;
+        if header.frames == frames as u64 && cache.survive != Survive::Never {
+            let arena = Arena::resumed(home, &header)?;
+            return Ok(remember(arena, lost, name));
+        } else if header.frames > 0 {
+            let arena = Arena::resumed(home, &header)?;
+            let written = write_back(&arena, image.path())?;
+            info!("{name}: a cache of another size was left behind: its {written} dirty pages are on the image now");
+            arena.remove();
+            return arena_for(config, image, frames).map(|arena| remember(arena, lost, name));
+        }
+    }
+    fresh(cache, name, home, image, frames).map(|arena| remember(arena, lost, name))
+}
+
+/// New memory, as far as possible of the kind that the configuration asks for.
+fn fresh(cache: &CacheConfig, name: &str, home: Home, image: &FileImage, frames: usize) -> Result<Arena> {
+    let (identity, path) = (image.identity(), image.path());
+    if cache.survive == Survive::Never {
+        return Arena::marked(frames, home, identity, path);
+    }
+    let place = home.path().to_path_buf();
+    match Arena::kept(frames, home, identity, path) {
+        Err(e) if e.kind() == ErrorKind::Memory && cache.survive == Survive::Auto => {
+            warn!("{name}: {e}; the cache goes with the daemon");
+            Arena::marked(frames, Home::existing(&place)?, identity, path)
+        }
+        arena => arena,
+    }
+}
+
+fn remember(arena: Arena, lost: bool, name: &str) -> Arena {
+    if lost {
+        warn!(
+            "{name}: a daemon died with writes in its memory that had completed: every request of that guest fails until \
+             it resets the device"
+        );
+        arena.remember_loss();
+    }
+    arena
+}
+
+/// Writes everything dirty to the image, in the order of the image, and makes it durable; returns how many pages it was.
+///
+/// => The caller holds the image's lock.
+fn write_back(arena: &Arena, image: &Path) -> Result<usize> {
+    let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.display()), e);
+    let file = OpenOptions::new().write(true).open(image).map_err(failed)?;
+    let mut dirty: Vec<(FrameId, Entry)> = arena.entries().filter(|(_, entry)| !entry.dirty.is_empty()).collect();
+    dirty.sort_by_key(|(_, entry)| entry.no);
+    for &(frame, entry) in &dirty {
+        write_page(arena, frame, entry, &file).map_err(failed)?;
+    }
+    file.sync_all().map_err(failed)?;
+    Ok(dirty.len())
+}
+
+fn write_page(arena: &Arena, frame: FrameId, entry: Entry, file: &File) -> std::io::Result<()> {
+    let size = file.metadata()?.len();
+    let mut mask = entry.dirty;
+    while let Some((first, count)) = mask.first_run() {
+        let offset = entry.no.offset_bytes() + u64::from(first) * SECTOR_BYTES;
+        let bytes = arena.sectors(frame, first, count);
+        if size != 0 && offset + bytes.len() as u64 > size {
+            return Err(std::io::Error::other("the ledger speaks of pages beyond the image's end"));
+        }
+        file.write_all_at(&bytes, offset)?;
+        mask = mask.without(SectorMask::run(first, count));
+    }
+    Ok(())
+}
+
+/// The ledgers below `memory_dir` that no daemon holds, a line each.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when the folder can't be read.
+pub fn list(memory_dir: &Path) -> Result<String> {
+    let folder = Home::folder(memory_dir);
+    let entries = match fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok("nothing was left behind\n".to_owned()),
+        Err(e) => return Err(Error::io(ErrorKind::Memory, format!("cannot read {}", folder.display()), e)),
+    };
+    let mut lines: Vec<String> = entries.flatten().filter_map(|entry| describe(&entry.path())).collect();
+    lines.sort();
+    if lines.is_empty() {
+        lines.push("nothing was left behind\n".to_owned());
+    }
+    Ok(lines.concat())
+}
+
+/// A ledger's line; `None` if a daemon holds it.
+fn describe(path: &Path) -> Option<String> {
+    let home = Home::existing(path).ok()?;
+    let about = match home.header() {
+        Ok(None) => "empty".to_owned(),
+        Ok(Some(header)) => about(home, &header).unwrap_or_else(|e| e.to_string()),
+        Err(e) => e.to_string(),
+    };
+    Some(format!("{}: {about}\n", path.display()))
+}
+
+fn about(home: Home, header: &Header) -> Result<String> {
+    let image = header.image.display();
+    if header.frames == 0 {
+        let lost = if header.lost { "completed writes were lost with it" } else { "nothing was lost" };
+        return Ok(format!("of {image}: a cache that went with its daemon; {lost}"));
+    }
+    let arena = Arena::resumed(home, header)?;
+    arena.leave();
+    let pages = arena.entries().count();
+    let dirty = arena.entries().filter(|(_, entry)| !entry.dirty.is_empty()).count();
+    Ok(format!("of {image}: {pages} pages, {dirty} of them not on the image"))
+}
+
+/// Writes what was left in the file at `path` to its image, and removes it; says what it did.
+///
+/// # Errors
+/// [`ErrorKind::Ledger`] when the file is no ledger of this boot, or its image is another now; [`ErrorKind::Locked`] when a
+/// daemon serves the image; [`ErrorKind::Image`] when it can't be written.
+pub fn recover(path: &Path) -> Result<String> {
+    let home = Home::existing(path)?;
+    let Some(header) = home.header()? else {
+        home.remove();
+        return Ok(format!("{}: it was empty, and is removed\n", path.display()));
+    };
+    if header.frames == 0 {
+        let context = format!("{}: it holds no pages; --discard removes it", path.display());
+        return Err(Error::new(ErrorKind::Ledger, context));
+    }
+    let options = file::OpenOptions { lock_patience: Duration::from_secs(2), ..file::OpenOptions::default() };
+    let image = FileImage::open(&header.image, &options)?;
+    if image.identity() != header.identity {
+        let context = format!("{}: {} is another image now", path.display(), header.image.display());
+        return Err(Error::new(ErrorKind::Ledger, context));
+    }
+    let arena = Arena::resumed(home, &header)?;
+    let written = write_back(&arena, &header.image)?;
+    arena.remove();
+    Ok(format!("{written} pages are written to {}, and {} is removed\n", header.image.display(), path.display()))
+}
+
+/// Removes what was left in the file at `path`, whatever it is.
+///
+/// # Errors
+/// [`ErrorKind::Locked`] when a daemon holds it.
+pub fn discard(path: &Path) -> Result<String> {
+    Home::existing(path)?.remove();
+    Ok(format!("{} is removed\n", path.display()))
+}

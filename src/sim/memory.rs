@@ -1,0 +1,117 @@
+//! The memory of a simulated cache: a version for each sector, and what was last published of each frame. It can be stopped
+//! between any two steps that the cache takes in it, as a killed daemon's is.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::cache::{FrameMemory, Left, Record};
+use crate::units::{FrameId, PageNo, SectorMask};
+
+/// What a frame holds before anything was put there: seen by a guest, it is a leak.
+pub(super) const GARBAGE: u32 = u32::MAX;
+
+#[derive(Clone, Debug)]
+struct Contents {
+    versions: Vec<[u32; 8]>,
+    ledger: Vec<Option<(PageNo, Record)>>,
+}
+
+#[derive(Debug)]
+struct State {
+    now: Contents,
+    /// Steps until the daemon dies.
+    fuse: Option<u64>,
+    /// What was there when it died.
+    dead: Option<Contents>,
+}
+
+impl State {
+    /// The cache is about to take a step.
+    fn step(&mut self) {
+        match &mut self.fuse {
+            Some(0) if self.dead.is_none() => self.dead = Some(self.now.clone()),
+            Some(left) => *left = left.saturating_sub(1),
+            None => {}
+        }
+    }
+}
+
+/// See the module. Clones share the memory.
+#[derive(Clone, Debug)]
+pub(super) struct Memory(Arc<Mutex<State>>);
+
+impl Memory {
+    /// Frames of garbage.
+    pub fn new(frames: usize) -> Self {
+        let now = Contents { versions: vec![[GARBAGE; 8]; frames], ledger: vec![None; frames] };
+        Self(Arc::new(Mutex::new(State { now, fuse: None, dead: None })))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("a world has one thread")
+    }
+
+    /// The version in a sector of a frame.
+    pub fn get(&self, frame: FrameId, sector: usize) -> u32 {
+        self.state().now.versions[frame.index()][sector]
+    }
+
+    /// Puts a version into a sector of a frame.
+    pub fn set(&self, frame: FrameId, sector: usize, version: u32) {
+        self.state().now.versions[frame.index()][sector] = version;
+    }
+
+    /// The daemon dies before the step after `steps` more.
+    pub fn light_fuse(&self, steps: u64) {
+        self.state().fuse = Some(steps);
+    }
+
+    /// Whether the daemon has died: nothing that it did since has happened.
+    pub fn is_dead(&self) -> bool {
+        self.state().dead.is_some()
+    }
+
+    /// Makes the memory again what it was when the daemon died, or takes it as it is.
+    pub fn rewind(&self) {
+        let mut state = self.state();
+        state.fuse = None;
+        if let Some(dead) = state.dead.take() {
+            state.now = dead;
+        }
+    }
+
+    /// What a successor finds.
+    pub fn left(&self) -> Vec<Left> {
+        let state = self.state();
+        let noted = (0..).map(FrameId).zip(&state.now.ledger);
+        noted.filter_map(|(frame, noted)| noted.map(|(no, record)| Left { frame, no, record })).collect()
+    }
+}
+
+fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
+    (0..8).filter(move |bit| mask.0 >> bit & 1 == 1)
+}
+
+impl FrameMemory for Memory {
+    fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
+        let mut state = self.state();
+        for sector in sectors_of(mask) {
+            state.step();
+            let version = state.now.versions[source.index()][sector];
+            state.now.versions[target.index()][sector] = version;
+        }
+    }
+
+    fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
+        let mut state = self.state();
+        for sector in sectors_of(mask) {
+            state.step();
+            state.now.versions[frame.index()][sector] = 0;
+        }
+    }
+
+    fn publish(&self, frame: FrameId, no: PageNo, record: Record) {
+        let mut state = self.state();
+        state.step();
+        state.now.ledger[frame.index()] = (record != Record::NONE).then_some((no, record));
+    }
+}

@@ -4,52 +4,15 @@
 //! done late, operations end in any order, fail, and are torn.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
 
-use crate::cache::{
-    Access, Admitted, FrameMemory, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket,
-};
-use crate::units::{Fault, FrameId, SectorMask, SectorSpan, Tick};
+use crate::cache::{Access, Admitted, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket};
+use crate::units::{Fault, FrameId, SectorSpan, Tick};
 
 use super::PlantedBug;
 use super::disk::Disk;
+use super::memory::{GARBAGE, Memory};
 use super::oracle::{Knowledge, Oracle};
 use super::rng::Rng;
-
-/// The bytes of frames: a version for each sector.
-#[derive(Clone, Debug)]
-struct Memory(Arc<Mutex<Vec<[u32; 8]>>>);
-
-/// What a frame holds before anything was put there: seen by a guest, it is a leak.
-const GARBAGE: u32 = u32::MAX;
-
-impl Memory {
-    fn get(&self, frame: FrameId, sector: usize) -> u32 {
-        self.0.lock().unwrap()[frame.index()][sector]
-    }
-
-    fn set(&self, frame: FrameId, sector: usize, version: u32) {
-        self.0.lock().unwrap()[frame.index()][sector] = version;
-    }
-}
-
-fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
-    (0..8).filter(move |bit| mask.0 >> bit & 1 == 1)
-}
-
-impl FrameMemory for Memory {
-    fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
-        for sector in sectors_of(mask) {
-            self.set(target, sector, self.get(source, sector));
-        }
-    }
-
-    fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
-        for sector in sectors_of(mask) {
-            self.set(frame, sector, 0);
-        }
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -137,7 +100,7 @@ impl World {
     pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
         let mut rng = Rng::new(seed);
         let settings = settings(&mut rng);
-        let memory = Memory(Arc::new(Mutex::new(vec![[GARBAGE; 8]; settings.frames as usize])));
+        let memory = Memory::new(settings.frames);
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         cache.planted = planted;
         let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };

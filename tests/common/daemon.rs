@@ -60,13 +60,18 @@ impl Default for DaemonOptions {
     }
 }
 
-/// The command that serves `image` on `socket`. The one place that knows how the server is called.
+/// The binary under test, or the one that `GENBLK_BIN` names.
+fn server_binary() -> String {
+    std::env::var("GENBLK_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_genblk").to_owned())
+}
+
+/// The command that serves `image` on `socket`. With [`Daemon::start_configured`] the one place that knows how the server
+/// is called.
 ///
-/// `GENBLK_BIN` names another binary. If that is a `qemu-storage-daemon`, it gets its own options: with a server
-/// that nobody here wrote, a failure tells whether the test or the daemon is at fault. (Some tests fail there by
-/// design: they are about its bugs.)
+/// If `GENBLK_BIN` names a `qemu-storage-daemon`, it gets its own options: with a server that nobody here wrote, a failure
+/// tells whether the test or the daemon is at fault. (Some tests fail there by design: they are about its bugs.)
 fn server_command(socket: &Path, image: &Path, options: &DaemonOptions) -> Command {
-    let binary = std::env::var("GENBLK_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_genblk").to_owned());
+    let binary = server_binary();
     let mut command = Command::new(&binary);
     let (socket, image) = (socket.display(), image.display());
     if binary.ends_with("qemu-storage-daemon") {
@@ -112,7 +117,9 @@ fn is_listening(socket: &Path) -> bool {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    options: DaemonOptions,
+    command: Command,
+    /// Where its devices listen.
+    sockets: Vec<PathBuf>,
     directory: TempDir,
 }
 
@@ -127,43 +134,67 @@ impl Daemon {
 
     /// Starts a daemon on the file `image` that is in `directory` already.
     pub fn start_in(directory: TempDir, options: &DaemonOptions) -> Self {
-        let child = Self::spawn(directory.path(), options);
-        Self { child, options: options.clone(), directory }
+        let socket = directory.path().join("socket");
+        let command = server_command(&socket, &directory.path().join("image"), options);
+        Self::launch(directory, command, vec![socket])
     }
 
-    fn spawn(directory: &Path, options: &DaemonOptions) -> Child {
-        let socket = directory.join("socket");
-        assert!(
-            socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX,
-            "{} is too long for a socket: use a shorter CARGO_TARGET_DIR",
-            socket.display()
-        );
-        // A socket left by a killed predecessor would be taken for a ready daemon by a person, if not by this code.
-        let _ = fs::remove_file(&socket);
+    /// Starts a daemon on a configuration file: a device for each of `devices`, all on the file `image` that is in
+    /// `directory` already. Each of `devices` is what its table holds beside name (`disk0`, `disk1` ...), socket and image.
+    pub fn start_configured(directory: TempDir, devices: &[&str]) -> Self {
+        let path = directory.path();
+        let sockets: Vec<_> = (0..devices.len()).map(|n| path.join(format!("socket{n}"))).collect();
+        let image = path.join("image");
+        let tables = devices.iter().zip(&sockets).enumerate().map(|(n, (rest, socket))| {
+            format!("[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n{rest}\n")
+        });
+        let file = path.join("genblk.toml");
+        fs::write(&file, tables.collect::<String>()).expect("a configuration can be written");
+        let mut command = Command::new(server_binary());
+        command.arg("--config").arg(file);
+        Self::launch(directory, command, sockets)
+    }
+
+    fn launch(directory: TempDir, mut command: Command, sockets: Vec<PathBuf>) -> Self {
+        for socket in &sockets {
+            let shown = socket.display();
+            let fits = socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX;
+            assert!(fits, "{shown} is too long for a socket: use a shorter CARGO_TARGET_DIR");
+        }
         let log = File::options()
             .create(true)
             .append(true)
-            .open(directory.join("stderr.log"))
+            .open(directory.path().join("stderr.log"))
             .expect("a log file can be made");
-        let mut child = server_command(&socket, &directory.join("image"), options)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("a descriptor can be duplicated"))
-            .stderr(log)
-            .spawn()
-            .expect("the server's binary can be started");
-        poll_until("the daemon to listen on its socket", PATIENCE, || {
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor can be duplicated")).stderr(log);
+        let child = Self::spawn(&mut command, &sockets, directory.path());
+        Self { child, command, sockets, directory }
+    }
+
+    fn spawn(command: &mut Command, sockets: &[PathBuf], directory: &Path) -> Child {
+        for socket in sockets {
+            // A socket left by a killed predecessor would be taken for a ready daemon by a person, if not by this code.
+            let _ = fs::remove_file(socket);
+        }
+        let mut child = command.spawn().expect("the server's binary can be started");
+        poll_until("the daemon to listen on its sockets", PATIENCE, || {
             if let Some(status) = child.try_wait().expect("the child can be waited for") {
                 let log = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
                 panic!("the daemon left before it served ({status}):\n{log}");
             }
-            is_listening(&socket).then_some(())
+            sockets.iter().all(|socket| is_listening(socket)).then_some(())
         });
         child
     }
 
-    /// Where front-ends connect.
+    /// Where front-ends connect (to the first device).
     pub fn socket(&self) -> PathBuf {
-        self.directory.path().join("socket")
+        self.socket_of(0)
+    }
+
+    /// Where front-ends of device `device` connect.
+    pub fn socket_of(&self, device: usize) -> PathBuf {
+        self.sockets[device].clone()
     }
 
     /// The backing image.
@@ -194,7 +225,31 @@ impl Daemon {
 
     /// How many file descriptors the process holds.
     pub fn open_descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("the daemon lives").count()
+        self.proc_entries("fd").len()
+    }
+
+    /// How many io_uring instances the process holds.
+    pub fn rings(&self) -> usize {
+        let targets = self.proc_entries("fd").into_iter().filter_map(|entry| fs::read_link(entry).ok());
+        targets.filter(|target| target.ends_with("anon_inode:[io_uring]")).count()
+    }
+
+    /// How many threads called `name` (its first 15 bytes) the process has.
+    pub fn threads(&self, name: &str) -> usize {
+        let names = self.proc_entries("task").into_iter().filter_map(|task| fs::read_to_string(task.join("comm")).ok());
+        names.filter(|found| found.trim_end() == name).count()
+    }
+
+    /// The paths in a directory of the process's own in /proc.
+    fn proc_entries(&self, directory: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).expect("the daemon lives");
+        entries.map(|entry| entry.expect("the daemon lives").path()).collect()
+    }
+
+    /// How many caches the process holds memory for.
+    pub fn caches(&self) -> usize {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.child.id())).expect("the daemon lives");
+        maps.lines().filter(|line| line.contains("/memfd:genblk-cache")).count()
     }
 
     /// Sends SIGTERM.
@@ -222,7 +277,7 @@ impl Daemon {
     /// Starts the daemon again on the same image, after [`Daemon::stop`].
     #[track_caller]
     pub fn restart(&mut self) {
-        self.child = Self::spawn(self.directory.path(), &self.options);
+        self.child = Self::spawn(&mut self.command, &self.sockets, self.directory.path());
     }
 }
 

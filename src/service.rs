@@ -121,12 +121,13 @@ impl Service {
         let workers = Arc::new(Workers::new(controls));
         let listener = socket.listener.try_clone().map_err(|e| system("cannot copy a descriptor", e))?;
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener));
+        // Before anybody can attach, so that the log is in order.
+        info!("{about}");
         let serving = Arc::clone(&server);
         let acceptor = std::thread::Builder::new()
             .name(format!("accept {}", device.name))
             .spawn(move || serving.serve())
             .map_err(|e| system("cannot start a thread", e))?;
-        info!("{about}");
         Ok(Running { device, object, server, workers, threads, acceptor, _socket: socket })
     }
 }

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::wait::{PATIENCE, poll_until};
+use super::wait::{PATIENCE, poll_until, try_poll};
 
 /// How long a daemon may take to drain and leave after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -61,8 +61,31 @@ impl Default for DaemonOptions {
 }
 
 /// The binary under test, or the one that `GENBLK_BIN` names.
-fn server_binary() -> String {
+pub fn server_binary() -> String {
     std::env::var("GENBLK_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_genblk").to_owned())
+}
+
+/// What a server that does not serve has said.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs a server that is to end of itself; what it says must fit a pipe.
+#[track_caller]
+pub fn run_to_end(command: &mut Command) -> Ended {
+    let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn().expect("the server's binary can be started");
+    let ended = try_poll(PATIENCE, || child.try_wait().expect("the child can be waited for"));
+    if ended.is_none() {
+        child.kill().expect("the child can be killed");
+    }
+    let output = child.wait_with_output().expect("the child can be waited for");
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(ended.is_some(), "the server serves where it was to end:\n{stderr}");
+    Ended { status: output.status, stdout, stderr }
 }
 
 /// The command that serves `image` on `socket`. With [`Daemon::start_configured`] the one place that knows how the server
@@ -155,7 +178,8 @@ impl Daemon {
         Self::launch(directory, command, sockets)
     }
 
-    fn launch(directory: TempDir, mut command: Command, sockets: Vec<PathBuf>) -> Self {
+    /// Starts a daemon by any command; it serves the file `image` in `directory` on `sockets`.
+    pub fn launch(directory: TempDir, mut command: Command, sockets: Vec<PathBuf>) -> Self {
         for socket in &sockets {
             let shown = socket.display();
             let fits = socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX;
@@ -172,10 +196,6 @@ impl Daemon {
     }
 
     fn spawn(command: &mut Command, sockets: &[PathBuf], directory: &Path) -> Child {
-        for socket in sockets {
-            // A socket left by a killed predecessor would be taken for a ready daemon by a person, if not by this code.
-            let _ = fs::remove_file(socket);
-        }
         let mut child = command.spawn().expect("the server's binary can be started");
         poll_until("the daemon to listen on its sockets", PATIENCE, || {
             if let Some(status) = child.try_wait().expect("the child can be waited for") {
@@ -260,6 +280,12 @@ impl Daemon {
         assert_eq!(sent, 0, "SIGTERM: {}", io::Error::last_os_error());
     }
 
+    /// Kills the process, as a crash would; whatever it leaves behind stays.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("the daemon lives");
+        self.child.wait().expect("the child can be waited for");
+    }
+
     /// Waits for the process to end.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
@@ -274,7 +300,7 @@ impl Daemon {
         assert!(status.success(), "the daemon left with {status}:\n{}", self.log());
     }
 
-    /// Starts the daemon again on the same image, after [`Daemon::stop`].
+    /// Starts the daemon again on the same image, after [`Daemon::stop`] or [`Daemon::kill`].
     #[track_caller]
     pub fn restart(&mut self) {
         self.child = Self::spawn(&mut self.command, &self.sockets, self.directory.path());

@@ -54,13 +54,18 @@ fn fresh(cache: &CacheConfig, name: &str, home: Home, image: &FileImage, frames:
     if cache.survive == Survive::Never {
         return Arena::marked(frames, home, identity, path);
     }
-    let place = home.path().to_path_buf();
-    match Arena::kept(frames, home, identity, path) {
-        Err(e) if e.kind() == ErrorKind::Memory && cache.survive == Survive::Auto => {
+    let kept = Arena::kept(frames, home, identity, path);
+    let Err(e) = &kept else { return kept };
+    if e.kind() != ErrorKind::Memory || cache.survive == Survive::Always {
+        return kept;
+    }
+    match Home::of(&cache.memory_dir, &identity).and_then(|home| Arena::marked(frames, home, identity, path)) {
+        Ok(marked) => {
             warn!("{name}: {e}; the cache goes with the daemon");
-            Arena::marked(frames, Home::existing(&place)?, identity, path)
+            Ok(marked)
         }
-        arena => arena,
+        // There is no memory at all.
+        Err(_) => kept,
     }
 }
 

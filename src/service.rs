@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::os::fd::FromRawFd;
+use std::os::fd::{FromRawFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -129,12 +129,13 @@ impl Service {
         let workers = Arc::new(Workers::new(controls));
         let listener = socket.listener.try_clone().map_err(|e| system("cannot copy a descriptor", e))?;
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener));
+        // Before anybody can attach, so that the log is in order.
+        info!("{about}");
         let serving = Arc::clone(&server);
         let acceptor = std::thread::Builder::new()
             .name(format!("accept {}", device.name))
             .spawn(move || serving.serve())
             .map_err(|e| system("cannot start a thread", e))?;
-        info!("{about}");
         Ok(Running { device, object, server, workers, threads, acceptor, _socket: socket })
     }
 }
@@ -254,17 +255,28 @@ fn system(context: &str, e: std::io::Error) -> Error {
 fn open_socket(socket: &Socket) -> Result<Bound> {
     match socket {
         Socket::Path(path) => Ok(Bound { listener: bind(path)?, path: Some(path.clone()) }),
-        Socket::Fd(fd) => {
-            let refused = |e| Error::io(ErrorKind::Socket, format!("descriptor {fd} is no listening socket"), e);
-            // SAFETY: fcntl(F_GETFD) is a plain system call that fails on a descriptor that is not open.
-            if unsafe { libc::fcntl(*fd, libc::F_GETFD) } < 0 {
-                return Err(refused(std::io::Error::last_os_error()));
-            }
-            // SAFETY: the descriptor is open; the operator passed it to us and nobody else in this process uses it.
-            let listener = unsafe { UnixListener::from_raw_fd(*fd) };
-            listener.local_addr().map_err(refused)?;
-            Ok(Bound { listener, path: None })
-        }
+        Socket::Fd(fd) => Ok(Bound { listener: inherited(*fd)?, path: None }),
+    }
+}
+
+/// The listening socket that the operator passed to us.
+fn inherited(fd: RawFd) -> Result<UnixListener> {
+    let what = format!("descriptor {fd} is no listening socket");
+    let mut listens: libc::c_int = 0;
+    let mut len = libc::socklen_t::try_from(size_of_val(&listens)).expect("4 bytes");
+    let into = (&raw mut listens).cast();
+    // SAFETY: getsockopt writes at most `len` bytes to `listens`, and fails on a descriptor that is no open socket.
+    if unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, into, &raw mut len) } < 0 {
+        return Err(Error::io(ErrorKind::Socket, what, std::io::Error::last_os_error()));
+    }
+    if listens == 0 {
+        return Err(Error::new(ErrorKind::Socket, what + ": listen() was not called on it"));
+    }
+    // SAFETY: the descriptor is open; the operator passed it to us and nobody else in this process uses it.
+    let listener = unsafe { UnixListener::from_raw_fd(fd) };
+    match listener.local_addr() {
+        Ok(_) => Ok(listener),
+        Err(e) => Err(Error::io(ErrorKind::Socket, what, e)),
     }
 }
 

@@ -21,7 +21,7 @@ use common::prng::{Prng, seed};
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
-use common::wait::{PATIENCE, try_poll};
+use common::wait::{PATIENCE, poll_until, try_poll};
 use common::workload::{Client, ClientOptions, Faults, Plan, random_io, read_everything, settle};
 
 /// Bytes of the image: many times the cache.
@@ -36,18 +36,27 @@ fn requests(default: u64) -> u64 {
         .map_or(default, |text| text.parse().expect("GENBLK_E2E_REQUESTS is a decimal number"))
 }
 
-/// A daemon whose image holds `shadow`.
-fn serve(shadow: &Shadow, options: &DaemonOptions) -> Daemon {
+/// A directory with an image that holds `shadow`.
+fn image_of(shadow: &Shadow) -> TempDir {
     let directory = TempDir::new("e2e");
     shadow.write_image(&directory.path().join("image"));
-    Daemon::start_in(directory, options)
+    directory
+}
+
+/// A daemon whose image holds `shadow`.
+fn serve(shadow: &Shadow, options: &DaemonOptions) -> Daemon {
+    Daemon::start_in(image_of(shadow), options)
 }
 
 /// Random I/O on a healthy store, checked three times over: by reads while it runs, by reading everything back, and
 /// in the image, both after flushes and after the daemon has left.
-fn random_io_agrees_with_the_shadow(daemon_options: &DaemonOptions, client_options: &ClientOptions, plan: &Plan) {
+fn random_io_agrees_with_the_shadow(
+    start: impl FnOnce(TempDir) -> Daemon,
+    client_options: &ClientOptions,
+    plan: &Plan,
+) {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, plan.seed);
-    let mut daemon = serve(&shadow, daemon_options);
+    let mut daemon = start(image_of(&shadow));
     let image = daemon.image();
     let mut client = Client::connect(&daemon.socket(), client_options);
     let mut check_image = |shadow: &Shadow| {
@@ -72,10 +81,15 @@ fn small_cache(num_queues: usize) -> DaemonOptions {
     DaemonOptions { cache_size: CACHE_SIZE, num_queues, ..DaemonOptions::default() }
 }
 
+/// A start on the command line.
+fn with_options(options: DaemonOptions) -> impl FnOnce(TempDir) -> Daemon {
+    move |directory| Daemon::start_in(directory, &options)
+}
+
 fn write_back(queues: usize, poll: bool, default_seed: u64) {
     let client = ClientOptions { queues, poll, ..ClientOptions::default() };
     let plan = Plan { requests: requests(100_000), seed: seed(default_seed), checkpoints: 8, read_only: false };
-    random_io_agrees_with_the_shadow(&small_cache(queues), &client, &plan);
+    random_io_agrees_with_the_shadow(with_options(small_cache(queues)), &client, &plan);
 }
 
 #[test]
@@ -103,7 +117,7 @@ fn random_io_in_write_through_mode() {
     let daemon = DaemonOptions { cache_mode: "writethrough", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
     let plan = Plan { requests: requests(20_000), seed: seed(105), checkpoints: 4, read_only: false };
-    random_io_agrees_with_the_shadow(&daemon, &client, &plan);
+    random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
 }
 
 #[test]
@@ -111,7 +125,7 @@ fn random_io_without_a_cache() {
     let daemon = DaemonOptions { cache_mode: "none", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
     let plan = Plan { requests: requests(20_000), seed: seed(106), checkpoints: 4, read_only: false };
-    random_io_agrees_with_the_shadow(&daemon, &client, &plan);
+    random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
 }
 
 #[test]
@@ -119,7 +133,76 @@ fn random_reads_of_a_read_only_image() {
     let daemon = DaemonOptions { read_only: true, ..small_cache(2) };
     let client = ClientOptions { queues: 2, read_only: true, ..ClientOptions::default() };
     let plan = Plan { requests: requests(20_000), seed: seed(107), checkpoints: 2, read_only: true };
-    random_io_agrees_with_the_shadow(&daemon, &client, &plan);
+    random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
+}
+
+/// A device from a configuration file; `device` is what its table says.
+fn random_io_on_a_configured_device(device: &str, default_seed: u64) {
+    let client = ClientOptions { queues: 4, ..ClientOptions::default() };
+    let plan = Plan { requests: requests(20_000), seed: seed(default_seed), checkpoints: 4, read_only: false };
+    let start = |directory| Daemon::start_configured(directory, &[device]);
+    random_io_agrees_with_the_shadow(start, &client, &plan);
+}
+
+#[test]
+fn random_io_with_threads_for_the_image() {
+    random_io_on_a_configured_device("engine = \"threads\"\ncache.size = \"6M\"", 112);
+}
+
+#[test]
+fn random_io_with_two_workers_on_four_queues() {
+    random_io_on_a_configured_device("num_queues = 4\nworkers = 2\ncache.size = \"6M\"", 113);
+}
+
+#[test]
+fn random_io_with_two_workers_and_no_cache() {
+    random_io_on_a_configured_device("num_queues = 4\nworkers = 2\ncache.size = \"6M\"\ncache.mode = \"none\"", 114);
+}
+
+#[test]
+fn random_io_with_lru_through_the_hosts_cache() {
+    let device = "direct = false\npoll_us = 0\ncache.size = \"6M\"\ncache.policy = \"lru\"\ncache.readahead_max = 0";
+    random_io_on_a_configured_device(device, 115);
+}
+
+/// The tests above mean what they say: the daemon does as the file tells it.
+#[test]
+fn engine_and_workers_are_those_of_the_file() {
+    let shadow = Shadow::zeros(1 << 20);
+    let cases = [("engine = \"threads\"\nworkers = 3", 0, 3), ("engine = \"io_uring\"\nworkers = 2", 2, 2)];
+    for (device, rings, workers) in cases {
+        let mut daemon = Daemon::start_configured(image_of(&shadow), &[device]);
+        // It listens before its threads run.
+        poll_until(device, PATIENCE, || (daemon.threads("genblk disk0") == workers).then_some(()));
+        assert_eq!(daemon.rings(), rings, "{device}");
+        daemon.stop();
+    }
+}
+
+/// A golden image: what one guest has read is in memory for the other, once.
+#[test]
+fn readers_of_one_image_share_its_cache() {
+    const DATA_MIB: u64 = 16;
+    let shadow = Shadow::patchwork(32 << 20, 116);
+    let reader = "read_only = true\ncache.size = \"64M\"";
+    let mut daemon = Daemon::start_configured(image_of(&shadow), &[reader, reader]);
+    let options = ClientOptions { read_only: true, ..ClientOptions::default() };
+    let mut clients = [0, 1].map(|device| Client::connect(&daemon.socket_of(device), &options));
+    assert_eq!(daemon.caches(), 1, "there is memory for one cache");
+    // The first reads half of it, the second all, then the first the rest: each finds what the other has brought in.
+    for first in (0..shadow.sectors() / 2).step_by(256) {
+        shadow.check(first, &clients[0].read(first, 256 * SECTOR_BYTES)).expect("the first half");
+    }
+    read_everything(&mut clients[1], &shadow);
+    read_everything(&mut clients[0], &shadow);
+    drop(clients);
+    daemon.stop();
+    for device in ["disk0", "disk1"] {
+        let log = daemon.log();
+        let line = log.lines().find(|line| line.contains(&format!("{device}: reads: "))).expect("statistics");
+        assert!(line.ends_with(&format!(" of {DATA_MIB} MiB")), "the image's data was read once: {line}");
+    }
+    shadow.check_image(&daemon.image()).expect("nobody wrote");
 }
 
 /// A front-end goes away without a flush, and another comes: the cache, dirty pages and all, is still there.

@@ -55,9 +55,9 @@ impl Home {
                 return Err(Error::io(ErrorKind::Locked, context, e.into()));
             }
             // Who held it before may have taken it away while we came.
-            let ours = file.metadata().map_err(failed)?;
-            if fs::symlink_metadata(path).is_ok_and(|there| there.ino() == ours.ino() && there.dev() == ours.dev()) {
-                return Ok(Self { file, path: path.to_path_buf() });
+            let home = Self { file, path: path.to_path_buf() };
+            if home.is_at_its_path() {
+                return Ok(home);
             }
         }
     }
@@ -96,8 +96,24 @@ impl Home {
 
     /// Removes the file: nothing in it is needed.
     pub fn remove(&self) {
-        // Somebody may have taken it away already.
-        let _ = fs::remove_file(&self.path);
+        // If it is not ours, it has been removed before, and somebody else has made another.
+        if self.is_at_its_path() {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+
+    fn is_at_its_path(&self) -> bool {
+        let (ours, there) = (self.file.metadata(), fs::symlink_metadata(&self.path));
+        matches!((ours, there), (Ok(ours), Ok(there)) if ours.ino() == there.ino() && ours.dev() == there.dev())
+    }
+}
+
+impl Drop for Home {
+    /// A file that nothing was put into is removed.
+    fn drop(&mut self) {
+        if self.file.metadata().is_ok_and(|metadata| metadata.len() == 0) {
+            self.remove();
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{FrameId, PAGE_SIZE, SECTOR_SIZE, SectorMask};
+use crate::units::{FrameId, PAGE_BYTES, PAGE_SIZE, SECTOR_SIZE, SectorMask};
 
 pub use home::Home;
 pub use ledger::{Entry, Header, Identity};
@@ -83,7 +83,6 @@ impl Arena {
         if ledger::too_large(&identity) {
             return Err(Error::new(ErrorKind::Memory, "an image above 4 PiB can't have a kept cache"));
         }
-        available(bytes).map_err(|e| no_memory(bytes, Some(&home), e))?;
         let memory = new_file(&home, bytes, &Header::new(identity, frames as u64, image))?;
         Ok(Self::new(memory, frames, offset, Keeps::All { home, left: AtomicBool::new(false) }))
     }
@@ -195,8 +194,6 @@ impl Arena {
         if let Keeps::All { home, .. } = &self.keeps {
             home.remove();
         }
-        // Another arena may soon live at that path.
-        self.leave();
     }
 
     /// A copy of sectors of a frame that nobody else touches.
@@ -283,29 +280,27 @@ fn private_memory(frames: usize) -> Result<Mapping> {
         mapping::allocate(&file, bytes)?;
         Mapping::new(&file, bytes)
     });
-    memory.map_err(|e| no_memory(bytes, None, e))
+    memory.map_err(|e| Error::io(ErrorKind::Memory, format!("no memory for a cache of {bytes} bytes"), e))
 }
 
 /// Makes a file anew: memory first, then the header, whose first word says that the rest is right.
 fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
     let make = || {
+        available(bytes)?;
         home.file.set_len(0)?;
         mapping::allocate(&home.file, bytes)?;
         Mapping::new(&home.file, bytes)
     };
     let memory = make().map_err(|e| {
-        // What could not be made whole takes no room.
+        // What could not be made whole takes no room, and goes with its home.
         let _ = home.file.set_len(0);
-        no_memory(bytes, Some(home), e)
+        let cache = header.frames * PAGE_BYTES;
+        let place = home.path().display();
+        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {place}"), e)
     })?;
     let (encoded, magic) = header.encode();
     memory.write(&encoded, magic);
     Ok(memory)
-}
-
-fn no_memory(bytes: usize, home: Option<&Home>, e: io::Error) -> Error {
-    let place = home.map_or_else(String::new, |home| format!(" in {}", home.path().display()));
-    Error::io(ErrorKind::Memory, format!("no memory for a cache of {bytes} bytes{place}"), e)
 }
 
 /// Shared memory can be over-committed until the kernel starts to kill processes: ask before taking it.

@@ -76,7 +76,7 @@ impl PageCache {
                 match self.bring_in(step.no) {
                     Ok(id) => {
                         self.stats.read_miss_pages += 1;
-                        self.enqueue_waiter(id, step, access.ticket);
+                        self.enqueue_waiter(id, Waiter::new(access.ticket, step));
                         missed = true;
                     }
                     Err(Missing::Hole) => {
@@ -146,7 +146,7 @@ impl PageCache {
             return false;
         }
         self.stats.read_miss_pages += 1;
-        self.enqueue_waiter(id, step, ticket);
+        self.enqueue_waiter(id, Waiter::new(ticket, step));
         // A hole may have been filled on the spot.
         self.settle_waiters(id);
         true
@@ -311,25 +311,16 @@ impl PageCache {
     /// way that would bring them, reads them in.
     pub(super) fn settle_waiters(&mut self, id: PageId) {
         let mut chain = std::mem::replace(&mut self.pages[id].waiters, NONE);
-        let mut keep = Vec::new();
         while chain != NONE {
             let waiter = self.waiters.take(&mut chain);
-            let mask = SectorMask::run(waiter.first, waiter.count);
+            let Waiter { ticket, at, first, count, .. } = waiter;
             match self.pages[id].frame() {
-                Some(frame) if self.pages[id].valid.contains(mask) => {
+                Some(frame) if self.pages[id].valid.contains(SectorMask::run(first, count)) => {
                     self.frames.hold(frame);
-                    let Waiter { ticket, at, first, count, .. } = waiter;
                     self.notices.push(Notice::Ready(ticket, Piece { frame: Some(frame), page: id, first, count, at }));
                 }
-                _ => keep.push(waiter),
+                _ => self.enqueue_waiter(id, waiter),
             }
-        }
-        if keep.is_empty() {
-            return;
-        }
-        for waiter in keep {
-            let Waiter { ticket, at, first, count, .. } = waiter;
-            self.enqueue_waiter(id, Step { no: self.pages[id].no(), first, count, at }, ticket);
         }
         self.fill_for_waiters(id);
     }
@@ -352,10 +343,9 @@ impl PageCache {
         self.launch_run();
     }
 
-    fn enqueue_waiter(&mut self, id: PageId, step: Step, ticket: Ticket) {
-        let Step { first, count, at, .. } = step;
+    fn enqueue_waiter(&mut self, id: PageId, waiter: Waiter) {
         let next = self.pages[id].waiters;
-        self.pages[id].waiters = self.waiters.put(Waiter { ticket, at, first, count, next });
+        self.pages[id].waiters = self.waiters.put(Waiter { next, ..waiter });
     }
 
     /// Readahead: brings in the absent pages of `window` while there is room, and says where it stopped.
@@ -389,6 +379,14 @@ impl PageCache {
     /// Pages of the image, the cut one at its end included.
     fn image_pages(&self) -> u64 {
         self.settings.image_sectors.div_ceil(SECTORS_PER_PAGE)
+    }
+}
+
+impl Waiter {
+    /// In no chain yet.
+    fn new(ticket: Ticket, step: Step) -> Self {
+        let Step { first, count, at, .. } = step;
+        Self { ticket, at, first, count, next: NONE }
     }
 }
 

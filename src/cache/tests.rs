@@ -2,6 +2,8 @@
 
 use super::*;
 
+mod small_world;
+
 /// Memory without bytes: these tests look at names only.
 #[derive(Debug)]
 struct NoBytes;
@@ -12,8 +14,8 @@ impl FrameMemory for NoBytes {
     fn publish(&self, _: FrameId, _: PageNo, _: Record) {}
 }
 
-fn cache_of(frames: u32, image_sectors: u64) -> PageCache {
-    let settings = Settings {
+fn settings_of(frames: u32, image_sectors: u64) -> Settings {
+    Settings {
         frames,
         image_sectors,
         block_sectors: 1,
@@ -25,8 +27,11 @@ fn cache_of(frames: u32, image_sectors: u64) -> PageCache {
         flush_target_us: 250_000,
         dirty_pages_max: frames / 4,
         dirty_age_us: 5_000_000,
-    };
-    PageCache::new(settings, Box::new(NoBytes))
+    }
+}
+
+fn cache_of(frames: u32, image_sectors: u64) -> PageCache {
+    PageCache::new(settings_of(frames, image_sectors), Box::new(NoBytes))
 }
 
 fn access(start: u64, count: u64) -> Access {

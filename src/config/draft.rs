@@ -117,16 +117,16 @@ fn check_against(draft: &Draft, earlier: &[Draft], problems: &mut Vec<Problem>) 
         report("socket", format!("{} is the socket of {} too", draft.device.socket, twin.whole.label));
     }
 
-    let both_write = |a: &DeviceConfig, b: &DeviceConfig| a.image == b.image && !a.read_only && !b.read_only;
-    let image = draft.device.image.display();
-    if let Some(twin) = draft.twin(earlier, "image", both_write) {
-        let advice = "two guests writing one image destroy it: make one of them read_only";
-        report("image", format!("{image} is written by {} too, and {advice}", twin.whole.label));
-        return;
-    }
     let Some(twin) = draft.twin(earlier, "image", |a, b| a.image == b.image) else {
         return;
     };
+    let image = draft.device.image.display();
+    if !draft.device.read_only || !twin.device.read_only {
+        // A second writer would destroy the image, and a reader would see it change under its feet.
+        let advice = "a device that writes an image has it alone: make both of them read_only";
+        report("image", format!("{image} is the image of {} too, and {advice}", twin.whole.label));
+        return;
+    }
     // One copy of each page serves every device on an image, so there is one cache and one way to the image.
     let (this, that) = (&draft.device, &twin.device);
     let settings_good = |draft: &Draft| KEYS.iter().all(|key| !is_shared(key) || draft.good.contains_key(key.name));

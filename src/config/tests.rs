@@ -192,12 +192,14 @@ fn names_and_sockets_are_unique() {
 }
 
 #[test]
-fn an_image_has_one_writer() {
-    let both = device("a", "") + &device("b", "").replace("/b.img", "/a.img");
-    let advice = "and two guests writing one image destroy it: make one of them read_only";
-    assert_eq!(problems(&both), [format!("9: device[1].image: /a.img is written by device[0] too, {advice}")]);
-    let readers = device("a", "read_only = true") + &device("b", "read_only = true").replace("/b.img", "/a.img");
-    assert_eq!(Config::from_toml(&readers).unwrap().devices.len(), 2);
+fn a_writer_has_its_image_alone() {
+    let two = |first: &str, second: &str| device("a", first) + &device("b", second).replace("/b.img", "/a.img");
+    let advice = "and a device that writes an image has it alone: make both of them read_only";
+    for (first, second) in [("", ""), ("", "read_only = true"), ("read_only = true", "")] {
+        let expected = format!("9: device[1].image: /a.img is the image of device[0] too, {advice}");
+        assert_eq!(problems(&two(first, second)), [expected], "{first:?}, {second:?}");
+    }
+    assert_eq!(Config::from_toml(&two("read_only = true", "read_only = true")).unwrap().devices.len(), 2);
 }
 
 #[test]

@@ -15,7 +15,7 @@ struct Written {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Disk {
+pub(crate) struct Disk {
     now: Vec<u32>,
     platter: Vec<u32>,
     log: Vec<Vec<Written>>,

@@ -7,7 +7,7 @@ use crate::cache::{FrameMemory, Left, Record};
 use crate::units::{FrameId, PageNo, SectorMask};
 
 /// What a frame holds before anything was put there: seen by a guest, it is a leak.
-pub(super) const GARBAGE: u32 = u32::MAX;
+pub(crate) const GARBAGE: u32 = u32::MAX;
 
 #[derive(Clone, Debug)]
 struct Contents {
@@ -37,11 +37,12 @@ impl State {
 
 /// See the module. Clones share the memory.
 #[derive(Clone, Debug)]
-pub(super) struct Memory(Arc<Mutex<State>>);
+pub(crate) struct Memory(Arc<Mutex<State>>);
 
 impl Memory {
     /// Frames of garbage.
-    pub fn new(frames: usize) -> Self {
+    pub fn new(frames: u32) -> Self {
+        let frames = frames as usize;
         let now = Contents { versions: vec![[GARBAGE; 8]; frames], ledger: vec![None; frames] };
         Self(Arc::new(Mutex::new(State { now, fuse: None, dead: None })))
     }

@@ -6,8 +6,8 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
 
-mod disk;
-mod memory;
+pub(crate) mod disk;
+pub(crate) mod memory;
 mod oracle;
 mod rng;
 mod world;

@@ -2,7 +2,7 @@
 
 /// xorshift64* (Vigna, 2016): small, fast, and the same on every machine.
 #[derive(Clone, Debug)]
-pub(super) struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
     /// A stream of its own for each seed.

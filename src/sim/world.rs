@@ -110,7 +110,7 @@ impl World {
     pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
         let mut rng = Rng::new(seed);
         let settings = settings(&mut rng);
-        let memory = Memory::new(settings.frames as usize);
+        let memory = Memory::new(settings.frames);
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         cache.planted = planted;
         let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };

@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::wait::{PATIENCE, poll_until};
+use super::wait::{PATIENCE, poll_until, try_poll};
 
 /// How long a daemon may take to drain and leave after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -35,43 +35,23 @@ impl TempDir {
     pub fn path(&self) -> &Path {
         &self.0
     }
+
+    /// Shared memory that goes with it: where the caches of daemons outlive them.
+    pub fn memory(&self) -> PathBuf {
+        Path::new("/dev/shm").join(self.0.file_name().expect("it has a name"))
+    }
+
+    /// The caches that dead daemons left there.
+    pub fn left(&self) -> Vec<PathBuf> {
+        let folder = fs::read_dir(self.memory().join("genblk")).into_iter().flatten();
+        folder.map(|entry| entry.expect("a folder can be listed").path()).collect()
+    }
 }
 
 impl Drop for TempDir {
     fn drop(&mut self) {
         // A left-over directory is untidy, not wrong: a test must not fail over it.
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A directory in shared memory, where a daemon that is killed leaves its cache; removed with the guard.
-#[derive(Debug)]
-pub struct MemoryDir(PathBuf);
-
-impl MemoryDir {
-    fn new() -> Self {
-        static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let path = PathBuf::from(format!("/dev/shm/genblk-test.{}.{serial}", std::process::id()));
-        fs::create_dir_all(&path).expect("there is shared memory");
-        Self(path)
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
-    /// The caches that dead daemons left.
-    pub fn left(&self) -> Vec<PathBuf> {
-        let folder = fs::read_dir(self.0.join("genblk")).into_iter().flatten();
-        folder.map(|entry| entry.expect("a folder can be listed").path()).collect()
-    }
-}
-
-impl Drop for MemoryDir {
-    fn drop(&mut self) {
-        // As above.
+        let _ = fs::remove_dir_all(self.memory());
         let _ = fs::remove_dir_all(&self.0);
     }
 }
@@ -92,13 +72,42 @@ impl Default for DaemonOptions {
     }
 }
 
-/// The command that serves `image` on `socket`. The one place that knows how the server is called.
+/// The binary under test, or the one that `GENBLK_BIN` names.
+pub fn server_binary() -> String {
+    std::env::var("GENBLK_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_genblk").to_owned())
+}
+
+/// What a server that does not serve has said.
+#[derive(Debug)]
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs a server that is to end of itself; what it says must fit a pipe.
+#[track_caller]
+pub fn run_to_end(command: &mut Command) -> Ended {
+    let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn().expect("the server's binary can be started");
+    let ended = try_poll(PATIENCE, || child.try_wait().expect("the child can be waited for"));
+    if ended.is_none() {
+        child.kill().expect("the child can be killed");
+    }
+    let output = child.wait_with_output().expect("the child can be waited for");
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(ended.is_some(), "the server serves where it was to end:\n{stderr}");
+    Ended { status: output.status, stdout, stderr }
+}
+
+/// The command that serves `image` on `socket`. With [`Daemon::start_configured`] the one place that knows how the server
+/// is called.
 ///
-/// `GENBLK_BIN` names another binary. If that is a `qemu-storage-daemon`, it gets its own options: with a server
-/// that nobody here wrote, a failure tells whether the test or the daemon is at fault. (Some tests fail there by
-/// design: they are about its bugs.)
-fn server_command(socket: &Path, image: &Path, memory: &Path, options: &DaemonOptions) -> Command {
-    let binary = std::env::var("GENBLK_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_genblk").to_owned());
+/// If `GENBLK_BIN` names a `qemu-storage-daemon`, it gets its own options: with a server that nobody here wrote, a failure
+/// tells whether the test or the daemon is at fault. (Some tests fail there by design: they are about its bugs.)
+fn server_command(directory: &TempDir, options: &DaemonOptions) -> Command {
+    let (socket, image) = (directory.path().join("socket"), directory.path().join("image"));
+    let binary = server_binary();
     let mut command = Command::new(&binary);
     let (socket, image) = (socket.display(), image.display());
     if binary.ends_with("qemu-storage-daemon") {
@@ -124,7 +133,7 @@ fn server_command(socket: &Path, image: &Path, memory: &Path, options: &DaemonOp
         .args(["--num-queues", &options.num_queues.to_string()])
         .args(["--serial", options.serial])
         .arg("--memory-dir")
-        .arg(memory);
+        .arg(directory.memory());
     if options.read_only {
         command.arg("--read-only");
     }
@@ -146,9 +155,10 @@ fn is_listening(socket: &Path) -> bool {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    options: DaemonOptions,
+    command: Command,
+    /// Where its devices listen.
+    sockets: Vec<PathBuf>,
     directory: TempDir,
-    memory: MemoryDir,
 }
 
 impl Daemon {
@@ -162,49 +172,72 @@ impl Daemon {
 
     /// Starts a daemon on the file `image` that is in `directory` already.
     pub fn start_in(directory: TempDir, options: &DaemonOptions) -> Self {
-        let memory = MemoryDir::new();
-        let child = Self::spawn(directory.path(), memory.path(), options);
-        Self { child, options: options.clone(), directory, memory }
+        let socket = directory.path().join("socket");
+        let command = server_command(&directory, options);
+        Self::launch(directory, command, vec![socket])
     }
 
-    fn spawn(directory: &Path, memory: &Path, options: &DaemonOptions) -> Child {
-        let socket = directory.join("socket");
-        assert!(
-            socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX,
-            "{} is too long for a socket: use a shorter CARGO_TARGET_DIR",
-            socket.display()
-        );
-        // A socket left by a killed predecessor would be taken for a ready daemon by a person, if not by this code.
-        let _ = fs::remove_file(&socket);
+    /// Starts a daemon on a configuration file: a device for each of `devices`, all on the file `image` that is in
+    /// `directory` already. Each of `devices` is what its table holds beside name (`disk0`, `disk1` ...), socket and image.
+    pub fn start_configured(directory: TempDir, devices: &[&str]) -> Self {
+        let path = directory.path();
+        let sockets: Vec<_> = (0..devices.len()).map(|n| path.join(format!("socket{n}"))).collect();
+        let (image, memory) = (path.join("image"), directory.memory());
+        let tables = devices.iter().zip(&sockets).enumerate().map(|(n, (rest, socket))| {
+            format!(
+                "[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n\
+                 cache.memory_dir = {memory:?}\n{rest}\n"
+            )
+        });
+        let file = path.join("genblk.toml");
+        fs::write(&file, tables.collect::<String>()).expect("a configuration can be written");
+        let mut command = Command::new(server_binary());
+        command.arg("--config").arg(file);
+        Self::launch(directory, command, sockets)
+    }
+
+    /// Starts a daemon by any command; it serves the file `image` in `directory` on `sockets`.
+    pub fn launch(directory: TempDir, mut command: Command, sockets: Vec<PathBuf>) -> Self {
+        for socket in &sockets {
+            let shown = socket.display();
+            let fits = socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX;
+            assert!(fits, "{shown} is too long for a socket: use a shorter CARGO_TARGET_DIR");
+        }
         let log = File::options()
             .create(true)
             .append(true)
-            .open(directory.join("stderr.log"))
+            .open(directory.path().join("stderr.log"))
             .expect("a log file can be made");
-        let mut child = server_command(&socket, &directory.join("image"), memory, options)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("a descriptor can be duplicated"))
-            .stderr(log)
-            .spawn()
-            .expect("the server's binary can be started");
-        poll_until("the daemon to listen on its socket", PATIENCE, || {
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor can be duplicated")).stderr(log);
+        let child = Self::spawn(&mut command, &sockets, directory.path());
+        Self { child, command, sockets, directory }
+    }
+
+    fn spawn(command: &mut Command, sockets: &[PathBuf], directory: &Path) -> Child {
+        let mut child = command.spawn().expect("the server's binary can be started");
+        poll_until("the daemon to listen on its sockets", PATIENCE, || {
             if let Some(status) = child.try_wait().expect("the child can be waited for") {
                 let log = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
                 panic!("the daemon left before it served ({status}):\n{log}");
             }
-            is_listening(&socket).then_some(())
+            sockets.iter().all(|socket| is_listening(socket)).then_some(())
         });
         child
     }
 
-    /// Where the daemon's cache outlives it.
-    pub fn memory(&self) -> &MemoryDir {
-        &self.memory
+    /// Where the daemon's files are.
+    pub fn directory(&self) -> &TempDir {
+        &self.directory
     }
 
-    /// Where front-ends connect.
+    /// Where front-ends connect (to the first device).
     pub fn socket(&self) -> PathBuf {
-        self.directory.path().join("socket")
+        self.socket_of(0)
+    }
+
+    /// Where front-ends of device `device` connect.
+    pub fn socket_of(&self, device: usize) -> PathBuf {
+        self.sockets[device].clone()
     }
 
     /// The backing image.
@@ -235,7 +268,31 @@ impl Daemon {
 
     /// How many file descriptors the process holds.
     pub fn open_descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("the daemon lives").count()
+        self.proc_entries("fd").len()
+    }
+
+    /// How many io_uring instances the process holds.
+    pub fn rings(&self) -> usize {
+        let targets = self.proc_entries("fd").into_iter().filter_map(|entry| fs::read_link(entry).ok());
+        targets.filter(|target| target.ends_with("anon_inode:[io_uring]")).count()
+    }
+
+    /// How many threads called `name` (its first 15 bytes) the process has.
+    pub fn threads(&self, name: &str) -> usize {
+        let names = self.proc_entries("task").into_iter().filter_map(|task| fs::read_to_string(task.join("comm")).ok());
+        names.filter(|found| found.trim_end() == name).count()
+    }
+
+    /// The paths in a directory of the process's own in /proc.
+    fn proc_entries(&self, directory: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).expect("the daemon lives");
+        entries.map(|entry| entry.expect("the daemon lives").path()).collect()
+    }
+
+    /// How many caches the process holds memory for.
+    pub fn caches(&self) -> usize {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.child.id())).expect("the daemon lives");
+        maps.lines().filter(|line| line.contains("/memfd:genblk-cache")).count()
     }
 
     /// Sends SIGTERM.
@@ -249,6 +306,12 @@ impl Daemon {
         // SAFETY: plain system call; the child has not been reaped, so the id is still its own.
         let sent = unsafe { libc::kill(pid, signal) };
         assert_eq!(sent, 0, "signal {signal}: {}", io::Error::last_os_error());
+    }
+
+    /// Kills the process, as a crash would; whatever it leaves behind stays.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("the daemon lives");
+        self.child.wait().expect("the child can be waited for");
     }
 
     /// Waits for the process to end.
@@ -265,16 +328,10 @@ impl Daemon {
         assert!(status.success(), "the daemon left with {status}:\n{}", self.log());
     }
 
-    /// SIGKILL.
-    pub fn kill(&mut self) {
-        self.child.kill().expect("the daemon can be killed");
-        self.wait();
-    }
-
     /// Starts the daemon again on the same image, after [`Daemon::stop`] or [`Daemon::kill`].
     #[track_caller]
     pub fn restart(&mut self) {
-        self.child = Self::spawn(self.directory.path(), self.memory.path(), &self.options);
+        self.child = Self::spawn(&mut self.command, &self.sockets, self.directory.path());
     }
 }
 

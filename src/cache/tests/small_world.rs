@@ -1,0 +1,247 @@
+//! getpages, exhaustively: an image of four pages, each page in each state, and every request that can be made of them.
+//!
+//! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. In scenes of one, two
+//! and three pages every read and every write is made that begins in the run's first page and ends in its last. That is
+//! every way to meet a page (whole, from or up to any sector) beside every other page: where the run lies in the image
+//! makes no difference but at the image's end. Scenes of four pages have the requests that begin and end at the edges of
+//! a page or within [`PART`]: those of all four pages, and those of the middle ones, because what lies beside a request
+//! can't matter to getpages, but can to the write-back that follows.
+//!
+//! Each scene is played in two orders: operations end as they began and pieces are given back at once, or the other way
+//! round.
+//! Scenes of one and two pages are played in other shapes too: an image whose last page is cut, a store of large blocks,
+//! and a cache that does not know yet where the holes are. `world.rs` plays a scene, and says what must hold.
+
+#![allow(clippy::cast_possible_truncation, reason = "an image of 32 sectors indexes arrays all the time")]
+
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::cache::*;
+use crate::sim::PlantedBug;
+use world::{PAGES, World};
+
+/// What becomes of a page before the request comes; the table is that of `page.rs`, with the pages that are in two states
+/// at a time or only partly there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Data on the store, nothing in memory.
+    Absent,
+    /// Nothing on the store, nothing in memory.
+    Hole,
+    /// A read-in is in flight.
+    Reading,
+    /// As on the store.
+    Clean,
+    /// All of it was written.
+    Dirty,
+    /// The sectors of [`PART`] were written, the others lie on the store alone.
+    Partial,
+    /// All of it was written and is on its way to the store.
+    Writing,
+    /// As Partial, but the others are a hole.
+    PartialHole,
+    /// [`PART`] was written while a read-in is in flight.
+    ReadingDirty,
+    /// [`PART`] was written again while all of the page is on its way to the store.
+    WritingDirty,
+    /// [`PART`] was written and is on its way to the store; the others lie there alone.
+    WritingPart,
+}
+
+use State::{
+    Absent, Clean, Dirty, Hole, Partial, PartialHole, Reading, ReadingDirty, Writing, WritingDirty, WritingPart,
+};
+
+/// The states of a page as such.
+const PLAIN: [State; 7] = [Absent, Hole, Reading, Clean, Dirty, Partial, Writing];
+/// And those that are mixtures of them.
+const ALL: [State; 11] =
+    [Absent, Hole, Reading, Clean, Dirty, Partial, Writing, PartialHole, ReadingDirty, WritingDirty, WritingPart];
+
+/// The sectors of a page that is written in part; the cut last page of an image has them too.
+const PART: SectorMask = SectorMask(0b0001_1100);
+
+impl State {
+    /// Whether the store has a hole there.
+    fn is_hole(self) -> bool {
+        matches!(self, Hole | PartialHole)
+    }
+
+    /// Whether a read-in is in flight.
+    fn is_reading(self) -> bool {
+        matches!(self, Reading | ReadingDirty)
+    }
+
+    /// The sectors that a read finds in memory.
+    fn valid(self) -> SectorMask {
+        match self {
+            Absent | Hole | Reading => SectorMask::NONE,
+            Partial | PartialHole | ReadingDirty | WritingPart => PART,
+            Clean | Dirty | Writing | WritingDirty => SectorMask::ALL,
+        }
+    }
+
+    /// The sectors that a flush has to write.
+    fn dirty(self) -> SectorMask {
+        match self {
+            Dirty => SectorMask::ALL,
+            Partial | PartialHole | ReadingDirty | WritingDirty => PART,
+            _ => SectorMask::NONE,
+        }
+    }
+}
+
+/// What a world is like that a scene is played in.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    image_sectors: u64,
+    block_sectors: u8,
+    /// The cache knows where the holes are; else it has to ask first.
+    mapped: bool,
+}
+
+const WHOLE: Shape = Shape { image_sectors: 32, block_sectors: 1, mapped: true };
+const CUT: Shape = Shape { image_sectors: 29, ..WHOLE };
+const BLOCKS: Shape = Shape { block_sectors: 8, ..WHOLE };
+const UNMAPPED: Shape = Shape { mapped: false, ..WHOLE };
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Op {
+    Read,
+    Write,
+}
+
+/// The order in which things end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    /// Pieces are given back at once, and the oldest operation ends first.
+    Prompt,
+    /// The newest operation ends first, and pieces are given back when all have ended.
+    Late,
+}
+
+/// One case.
+#[derive(Clone, Copy, Debug)]
+struct Scene<'a> {
+    shape: Shape,
+    /// Of the image's last pages; those before them are Absent.
+    states: &'a [State],
+    op: Op,
+    span: SectorSpan,
+    order: Order,
+}
+
+impl Scene<'_> {
+    /// The state of a page.
+    fn state(&self, page: usize) -> State {
+        let before = PAGES - self.states.len();
+        page.checked_sub(before).map_or(Absent, |at| self.states[at])
+    }
+
+    /// The sectors of a page that the request is for.
+    fn wanted(&self, page: usize) -> SectorMask {
+        let sectors = (0..8).filter(|sector| {
+            let sector = (page * 8 + sector) as u64;
+            (self.span.start..self.span.end()).contains(&sector)
+        });
+        SectorMask(sectors.fold(0, |mask, sector| mask | 1 << sector))
+    }
+}
+
+/// The sectors of a page that requests begin or end at.
+const EVERY: [u64; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+/// The first and the last sector of a page, and one of [`PART`].
+const EDGES: [u64; 3] = [0, 3, 7];
+
+/// The spans from one of `sectors` of page `first` to one of page `last`.
+fn requests(first: u64, last: u64, sectors: &[u64]) -> Vec<SectorSpan> {
+    let ends = sectors.iter().flat_map(|from| sectors.iter().map(move |to| (first * 8 + from, last * 8 + to)));
+    ends.filter(|(from, to)| from <= to).map(|(from, to)| SectorSpan::new(from, to + 1 - from)).collect()
+}
+
+/// Visits every scene of `length` pages in `states`, for every request.
+fn each_scene(
+    shapes: &[Shape],
+    length: usize,
+    states: &[State],
+    requests: &[SectorSpan],
+    visit: &mut dyn FnMut(&Scene<'_>),
+) {
+    each_run(states, length, &mut |run| {
+        for &shape in shapes {
+            // A page that is written in part can't go to a store of larger blocks as it is.
+            if shape.block_sectors == 8 && run.contains(&WritingPart) {
+                continue;
+            }
+            for &span in requests.iter().filter(|span| span.end() <= shape.image_sectors) {
+                for op in [Op::Read, Op::Write] {
+                    for order in [Order::Prompt, Order::Late] {
+                        visit(&Scene { shape, states: run, op, span, order });
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Visits every run of `length` states.
+fn each_run(states: &[State], length: usize, visit: &mut dyn FnMut(&[State])) {
+    let mut run = vec![Absent; length];
+    for number in 0..(0..length).fold(1, |count, _| count * states.len()) {
+        let mut rest = number;
+        for state in &mut run {
+            *state = states[rest % states.len()];
+            rest /= states.len();
+        }
+        visit(&run);
+    }
+}
+
+/// Whether everything holds in the scene.
+fn holds(scene: &Scene<'_>, planted: Option<PlantedBug>) -> bool {
+    catch_unwind(AssertUnwindSafe(|| World::new(scene, planted).play())).is_ok()
+}
+
+/// Plays every scene; `least` is how many there are at the least.
+fn play_all(shapes: &[Shape], length: usize, states: &[State], requests: &[SectorSpan], least: u32) {
+    let mut played = 0;
+    each_scene(shapes, length, states, requests, &mut |scene| {
+        assert!(holds(scene, None), "see above what went wrong in {scene:?}");
+        played += 1;
+    });
+    assert!(played >= least, "only {played} scenes");
+}
+
+#[test]
+fn one_page_in_every_state_and_shape() {
+    play_all(&[WHOLE, CUT, BLOCKS, UNMAPPED], 1, &ALL, &requests(3, 3, &EVERY), 5_000);
+}
+
+#[test]
+fn two_pages_in_every_state_and_shape() {
+    play_all(&[WHOLE, CUT, BLOCKS, UNMAPPED], 2, &ALL, &requests(2, 3, &EVERY), 100_000);
+}
+
+#[test]
+fn three_pages_in_every_plain_state() {
+    play_all(&[WHOLE], 3, &PLAIN, &requests(1, 3, &EVERY), 80_000);
+}
+
+#[test]
+fn four_pages_in_every_plain_state() {
+    let middle = [requests(1, 1, &EDGES), requests(1, 2, &EDGES)].concat();
+    let all = [requests(0, 3, &EDGES), middle].concat();
+    play_all(&[WHOLE], 4, &PLAIN, &all, 200_000);
+}
+
+#[test]
+fn planted_bugs_are_found_in_a_single_page() {
+    for bug in [PlantedBug::RewriteIsLost, PlantedBug::ReadInOverwritesDirty] {
+        let mut found = 0;
+        let mut try_it = |scene: &Scene<'_>| found += u32::from(!holds(scene, Some(bug)));
+        each_scene(&[WHOLE], 1, &ALL, &requests(3, 3, &EDGES), &mut try_it);
+        assert!(found > 0, "{bug:?} was not found");
+    }
+}

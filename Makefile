@@ -38,10 +38,11 @@ sim: ## the simulator: make sim SEED=7 replays one run, make sim N=1000 tries th
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100)) \
 		$(CARGO) test --release --locked --lib sim::seeds_from_the_environment -- --nocapture
 
-soak: setup ## simulator and guest tests over and over, SOAK_MINUTES long
+soak: setup ## simulator, kills and guest tests over and over, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \
 	while [ $$(date +%s) -lt $$end ]; do \
 		round=$$((round + 1)); echo "soak: round $$round"; \
 		$(MAKE) --no-print-directory sim SEED= N=1000 && \
+		GENBLK_KILLS=200 $(CARGO) test --release --locked --test survival && \
 		$(CARGO) test --release --locked --test guest || exit 1; \
 	done; echo "soak: $$round rounds, no failure"

@@ -151,6 +151,21 @@ fn is_listening(socket: &Path) -> bool {
     })
 }
 
+/// Writes the configuration of devices; returns their sockets.
+fn configure(directory: &TempDir, devices: &[&str]) -> Vec<PathBuf> {
+    let path = directory.path();
+    let sockets: Vec<_> = (0..devices.len()).map(|n| path.join(format!("socket{n}"))).collect();
+    let (image, memory) = (path.join("image"), directory.memory());
+    let tables = devices.iter().zip(&sockets).enumerate().map(|(n, (rest, socket))| {
+        format!(
+            "[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n\
+             cache.memory_dir = {memory:?}\n{rest}\n"
+        )
+    });
+    fs::write(path.join("genblk.toml"), tables.collect::<String>()).expect("a configuration can be written");
+    sockets
+}
+
 /// A running daemon and its image. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Daemon {
@@ -180,20 +195,16 @@ impl Daemon {
     /// Starts a daemon on a configuration file: a device for each of `devices`, all on the file `image` that is in
     /// `directory` already. Each of `devices` is what its table holds beside name (`disk0`, `disk1` ...), socket and image.
     pub fn start_configured(directory: TempDir, devices: &[&str]) -> Self {
-        let path = directory.path();
-        let sockets: Vec<_> = (0..devices.len()).map(|n| path.join(format!("socket{n}"))).collect();
-        let (image, memory) = (path.join("image"), directory.memory());
-        let tables = devices.iter().zip(&sockets).enumerate().map(|(n, (rest, socket))| {
-            format!(
-                "[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n\
-                 cache.memory_dir = {memory:?}\n{rest}\n"
-            )
-        });
-        let file = path.join("genblk.toml");
-        fs::write(&file, tables.collect::<String>()).expect("a configuration can be written");
+        let sockets = configure(&directory, devices);
         let mut command = Command::new(server_binary());
-        command.arg("--config").arg(file);
+        command.arg("--config").arg(directory.path().join("genblk.toml"));
         Self::launch(directory, command, sockets)
+    }
+
+    /// Starts the daemon again with another device, after [`Daemon::stop`] or [`Daemon::kill`].
+    pub fn reconfigure(&mut self, device: &str) {
+        configure(&self.directory, &[device]);
+        self.restart();
     }
 
     /// Starts a daemon by any command; it serves the file `image` in `directory` on `sockets`.

@@ -112,6 +112,22 @@ impl Session {
     /// As [`Session::negotiate`], with memory of the caller's own layout.
     #[track_caller]
     pub fn negotiate_with(socket: &Path, features: u64, memory: GuestMemory) -> Self {
+        Self::negotiate_for(socket, features, Arc::new(memory), Vec::new())
+    }
+
+    /// A connection to another daemon for the same guest, which knows nothing of it: its memory is shared, its rings are
+    /// where they were, and none is started.
+    #[track_caller]
+    pub fn reconnect(self, socket: &Path) -> Self {
+        let Self { frontend, socket: old, memory, rings, features, .. } = self;
+        drop((frontend, old));
+        let mut session = Self::negotiate_for(socket, features, memory, rings);
+        session.share_memory();
+        session
+    }
+
+    #[track_caller]
+    fn negotiate_for(socket: &Path, features: u64, memory: Arc<GuestMemory>, rings: Vec<Ring>) -> Self {
         let stream = connect(socket);
         // The crate's own limit on ring numbers is out of the way: the daemon must have one itself.
         let mut frontend = Frontend::from_stream(stream.try_clone().expect("a socket can be duplicated"), 1 << 16);
@@ -129,8 +145,7 @@ impl Session {
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         frontend.set_protocol_features(protocol & wanted).expect("SET_PROTOCOL_FEATURES");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        let memory = Arc::new(memory);
-        Self { frontend, socket: stream, memory, rings: Vec::new(), offered, features, protocol }
+        Self { frontend, socket: stream, memory, rings, offered, features, protocol }
     }
 
     /// Shares every region of the guest's memory.

@@ -1,0 +1,255 @@
+//! A guest that outlives its disk's daemon: rings and memory stay when the daemon dies, and the front-end hands the next one
+//! the inflight region, as QEMU does. It keeps a copy of what it wrote, and looks at every answer.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::time::Instant;
+
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+
+use crate::common::SECTOR_BYTES;
+use crate::common::daemon::Daemon;
+use crate::common::prng::Prng;
+use crate::common::raw_ring::Segment;
+use crate::common::request::{OK, header, pattern, range};
+use crate::common::session::{Session, SessionOptions};
+use crate::common::wait::PATIENCE;
+
+/// Requests in flight over all rings.
+const DEPTH: usize = 64;
+const RINGS: usize = 4;
+const RING_SIZE: u16 = 128;
+/// Sectors of the longest request.
+const SECTORS_MAX: u64 = 64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write { mark: u64 },
+    Zero,
+    Discard,
+    Flush,
+}
+
+/// What a sector holds: the mark of its last write (0: zeros), or nothing that can be said.
+type Known = Option<u64>;
+
+/// A request under way, and the guest memory that it uses.
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    kind: Kind,
+    first: u64,
+    count: u64,
+    head: u16,
+}
+
+/// Guest memory for one request at a time.
+#[derive(Debug)]
+struct Slot {
+    header: u64,
+    data: u64,
+    status: u64,
+    request: Option<Request>,
+}
+
+/// See the module.
+pub struct Guest {
+    session: Option<Session>,
+    region: (VhostUserInflight, File),
+    slots: Vec<Slot>,
+    disk: Vec<Known>,
+    prng: Prng,
+    marks: u64,
+    pub completed: u64,
+}
+
+impl Guest {
+    /// Attaches to a disk of zeros.
+    pub fn attach(daemon: &Daemon, sectors: u64, seed: u64) -> Self {
+        let options = SessionOptions { queues: RINGS, ..SessionOptions::default() };
+        let mut session = Session::negotiate(&daemon.socket(), &options);
+        session.share_memory();
+        let wish =
+            VhostUserInflight { num_queues: RINGS as u16, queue_size: RING_SIZE, ..VhostUserInflight::default() };
+        let region = session.frontend.get_inflight_fd(&wish).expect("GET_INFLIGHT_FD");
+        session.frontend.set_inflight_fd(&region.0, region.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
+        let bytes = SECTORS_MAX as usize * SECTOR_BYTES;
+        let slot = |_| Slot {
+            header: session.memory.alloc(16, 16),
+            data: session.memory.alloc_in(1, bytes, 16),
+            status: session.memory.alloc(1, 1),
+            request: None,
+        };
+        let slots = (0..DEPTH).map(slot).collect();
+        for index in 0..RINGS {
+            session.add_ring(RING_SIZE);
+            session.start_ring(index);
+        }
+        let disk = vec![Some(0); sectors as usize];
+        let prng = Prng::new(seed);
+        Self { session: Some(session), region, slots, disk, prng, marks: 0, completed: 0 }
+    }
+
+    fn session(&mut self) -> &mut Session {
+        self.session.as_mut().expect("there is one but while it changes")
+    }
+
+    /// The daemon is another one: hands it memory, rings and the inflight region.
+    pub fn reconnect(&mut self, daemon: &Daemon) {
+        let old = self.session.take().expect("there is one");
+        let mut session = old.reconnect(&daemon.socket());
+        session.frontend.set_inflight_fd(&self.region.0, self.region.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
+        for index in 0..RINGS {
+            session.start_ring(index);
+            session.rings[index].notify();
+        }
+        self.session = Some(session);
+    }
+
+    /// Sends and receives until `until`.
+    pub fn run(&mut self, until: Instant) {
+        while Instant::now() < until {
+            for slot in 0..DEPTH {
+                if self.slots[slot].request.is_none() {
+                    self.send(slot);
+                }
+            }
+            self.collect();
+        }
+    }
+
+    /// Waits until nothing is in flight.
+    #[track_caller]
+    pub fn settle(&mut self) {
+        let end = Instant::now() + PATIENCE;
+        while self.slots.iter().any(|slot| slot.request.is_some()) {
+            self.collect();
+            assert!(Instant::now() < end, "requests that are never answered: {:?}", self.slots);
+        }
+    }
+
+    /// Reads the whole disk, and finds what it wrote.
+    pub fn check_everything(&mut self) {
+        self.settle();
+        for first in (0..self.disk.len() as u64).step_by(SECTORS_MAX as usize) {
+            let count = SECTORS_MAX.min(self.disk.len() as u64 - first);
+            self.put(0, Kind::Read, first, count);
+            self.settle();
+        }
+    }
+
+    /// Makes everything stable.
+    pub fn flush(&mut self) {
+        self.settle();
+        self.put(0, Kind::Flush, 0, 0);
+        self.settle();
+    }
+
+    /// Fails the test if `image` is not the disk as the guest knows it.
+    pub fn assert_image(&self, image: &[u8]) {
+        for (sector, known) in self.disk.iter().enumerate() {
+            let found = &image[sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES];
+            assert_holds(*known, sector as u64, found);
+        }
+    }
+
+    fn send(&mut self, slot: usize) {
+        let count = 1 + self.prng.below(SECTORS_MAX);
+        let first = self.prng.below(self.disk.len() as u64 - count);
+        let kind = match self.prng.below(100) {
+            0..30 => Kind::Read,
+            30..85 => {
+                self.marks = self.marks % 0xfff0 + 1;
+                Kind::Write { mark: self.marks }
+            }
+            85..90 => Kind::Zero,
+            90..94 => Kind::Discard,
+            _ => return self.put(slot, Kind::Flush, 0, 0),
+        };
+        // What two requests that overlap leave behind is not defined.
+        let overlaps = |other: &Request| first < other.first + other.count && other.first < first + count;
+        if !self.slots.iter().filter_map(|slot| slot.request.as_ref()).any(overlaps) {
+            self.put(slot, kind, first, count);
+        }
+    }
+
+    fn put(&mut self, slot: usize, kind: Kind, first: u64, count: u64) {
+        const UNANSWERED: u8 = 0xaa;
+        let Slot { header: header_at, data, status, .. } = self.slots[slot];
+        let session = self.session.as_mut().expect("there is one");
+        let memory = &session.memory;
+        let bytes = (count as usize * SECTOR_BYTES) as u32;
+        let (number, payload) = match kind {
+            Kind::Read => (VIRTIO_BLK_T_IN, Some(Segment::writable(data, bytes))),
+            Kind::Write { mark } => {
+                memory.write(data, &pattern(mark, first, bytes as usize));
+                (VIRTIO_BLK_T_OUT, Some(Segment::readable(data, bytes)))
+            }
+            Kind::Zero | Kind::Discard => {
+                memory.write(data, &range(first, count as u32, 0));
+                let number = if kind == Kind::Zero { VIRTIO_BLK_T_WRITE_ZEROES } else { VIRTIO_BLK_T_DISCARD };
+                (number, Some(Segment::readable(data, 16)))
+            }
+            Kind::Flush => (VIRTIO_BLK_T_FLUSH, None),
+        };
+        let sector = if matches!(kind, Kind::Read | Kind::Write { .. }) { first } else { 0 };
+        memory.write(header_at, &header(number, sector));
+        memory.write(status, &[UNANSWERED]);
+        let segments: Vec<Segment> =
+            [Some(Segment::readable(header_at, 16)), payload, Some(Segment::writable(status, 1))]
+                .into_iter()
+                .flatten()
+                .collect();
+        let ring = &mut session.rings[slot % RINGS];
+        let head = ring.submit(&segments);
+        ring.notify();
+        self.slots[slot].request = Some(Request { kind, first, count, head });
+    }
+
+    fn collect(&mut self) {
+        for ring in 0..RINGS {
+            while let Some(used) = self.session().rings[ring].take_used() {
+                let mine = |slot: &usize| {
+                    slot % RINGS == ring && self.slots[*slot].request.is_some_and(|request| request.head == used.head)
+                };
+                let slot = (0..DEPTH).find(mine);
+                self.complete(slot.unwrap_or_else(|| panic!("ring {ring}: {used:?} was answered before")));
+            }
+        }
+    }
+
+    fn complete(&mut self, slot: usize) {
+        let request = self.slots[slot].request.take().expect("the caller has looked");
+        let Slot { data, status, .. } = self.slots[slot];
+        let memory = &self.session.as_ref().expect("there is one").memory;
+        assert_eq!(memory.byte(status), OK, "{request:?}");
+        let sectors = request.first as usize..(request.first + request.count) as usize;
+        match request.kind {
+            Kind::Read => {
+                let bytes = memory.read(data, request.count as usize * SECTOR_BYTES);
+                for (sector, found) in sectors.zip(bytes.chunks_exact(SECTOR_BYTES)) {
+                    assert_holds(self.disk[sector], sector as u64, found);
+                }
+            }
+            Kind::Write { mark } => self.disk[sectors].fill(Some(mark)),
+            Kind::Zero => self.disk[sectors].fill(Some(0)),
+            Kind::Discard => self.disk[sectors].fill(None),
+            Kind::Flush => {}
+        }
+        self.completed += 1;
+    }
+}
+
+fn assert_holds(known: Known, sector: u64, found: &[u8]) {
+    let expected = match known {
+        None => return,
+        Some(0) => vec![0; SECTOR_BYTES],
+        Some(mark) => pattern(mark, sector, SECTOR_BYTES),
+    };
+    let word = u64::from_le_bytes(found[..8].try_into().expect("eight bytes"));
+    assert!(found == expected, "sector {sector}: expected mark {known:?}, found {:#x} (mark {})", word, word >> 48);
+}

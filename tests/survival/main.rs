@@ -1,0 +1,220 @@
+//! The daemon dies, or is exchanged, and the guest lives on: every write that completed is there, and every request is
+//! answered once.
+//!
+//! `GENBLK_KILLS` sets how often the daemon is killed (`make soak` kills it 200 times).
+
+#![allow(clippy::cast_possible_truncation, reason = "sizes here are chosen by the tests, and small")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod guest;
+
+use std::fs::File;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+
+use common::SECTOR_BYTES;
+use common::daemon::{Daemon, TempDir, run_to_end, server_binary};
+use common::prng::{Prng, seed};
+use common::request::{OK, Payload, pattern};
+use common::session::{Session, SessionOptions};
+use guest::Guest;
+
+const IMAGE_BYTES: u64 = 16 << 20;
+const IMAGE_SECTORS: u64 = IMAGE_BYTES / SECTOR_BYTES as u64;
+/// virtio-blk's status of a request that failed.
+const IOERR: u8 = 1;
+
+/// How often the daemon dies in a test.
+fn kills() -> u64 {
+    std::env::var("GENBLK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(10)
+}
+
+fn start(device: &str) -> Daemon {
+    let directory = TempDir::new("kill");
+    File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
+    Daemon::start_configured(directory, &[device])
+}
+
+/// A daemon on a new image is ended by `end` and started again, over and over, under load.
+fn survives(device: &str, times: u64, default_seed: u64, end: impl Fn(&mut Daemon)) -> Daemon {
+    let seed = seed(default_seed);
+    let mut prng = Prng::new(seed);
+    let mut daemon = start(device);
+    let mut guest = Guest::attach(&daemon, IMAGE_SECTORS, seed);
+    for round in 0..times {
+        guest.run(Instant::now() + Duration::from_micros(prng.below(120_000)));
+        end(&mut daemon);
+        daemon.restart();
+        guest.reconnect(&daemon);
+        guest.check_everything();
+        assert!(guest.completed > round, "the guest does something");
+    }
+    guest.run(Instant::now() + Duration::from_millis(50));
+    guest.flush();
+    stop_and_compare(&guest, &mut daemon);
+    daemon
+}
+
+/// At the end the image is the disk that the guest knows, and nothing is left in memory.
+fn stop_and_compare(guest: &Guest, daemon: &mut Daemon) {
+    daemon.stop();
+    guest.assert_image(&daemon.image_bytes(0, IMAGE_BYTES as usize));
+    assert!(daemon.directory().left().is_empty(), "an orderly end leaves nothing in memory");
+}
+
+#[test]
+fn completed_writes_survive_kills() {
+    survives("num_queues = 4\ncache.size = \"6M\"", kills(), 201, Daemon::kill);
+}
+
+#[test]
+fn completed_writes_survive_kills_of_two_workers() {
+    survives("num_queues = 4\nworkers = 2\ncache.size = \"6M\"", kills(), 202, Daemon::kill);
+}
+
+#[test]
+fn completed_writes_survive_kills_of_threads() {
+    survives("num_queues = 4\nengine = \"threads\"\ncache.size = \"32M\"", kills(), 203, Daemon::kill);
+}
+
+#[test]
+fn an_upgrade_keeps_the_cache_warm_and_the_guest_unharmed() {
+    let hand_over = |daemon: &mut Daemon| {
+        daemon.signal(libc::SIGUSR1);
+        assert!(daemon.wait().success(), "{}", daemon.log());
+        assert_eq!(daemon.directory().left().len(), 1, "the cache is left for the next daemon");
+    };
+    let daemon = survives("num_queues = 4\ncache.size = \"32M\"", 5, 204, hand_over);
+    let pages = |line: &str| {
+        line.split_once(" pages are taken over").and_then(|(_, _)| line.split_whitespace().nth(2)?.parse::<u64>().ok())
+    };
+    let taken: Vec<u64> = daemon.log().lines().filter_map(pages).collect();
+    assert_eq!(taken.len(), 5, "{}", daemon.log());
+    assert!(taken.iter().all(|&pages| pages > 1000), "{taken:?}");
+}
+
+/// A session with one ring, and a write on it that completed and was not flushed.
+fn write_and_die(daemon: &mut Daemon) -> (Session, Vec<u8>) {
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let bytes = pattern(7, 80, 16 << 10);
+    session.write(80, &bytes);
+    daemon.kill();
+    (session, bytes)
+}
+
+#[test]
+fn another_size_of_cache_finds_everything() {
+    let mut daemon = start("cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000");
+    let (session, bytes) = write_and_die(&mut daemon);
+    daemon.reconfigure("cache.size = \"16M\"");
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert!(session.read(80, bytes.len()) == bytes);
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "what had another shape was written to the image");
+}
+
+#[test]
+fn a_volatile_cache_fails_its_guest_until_the_guest_begins_anew() {
+    let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
+    let (session, _) = write_and_die(&mut daemon);
+    // Even a daemon that dies before the guest is back must not make it forgotten.
+    for _ in 0..2 {
+        daemon.restart();
+        daemon.kill();
+    }
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+        let payload = if kind == VIRTIO_BLK_T_IN { Payload::Receive(512) } else { Payload::Send(&[1; 512]) };
+        assert_eq!(session.run(0, kind, 0, payload).status, IOERR, "the guest believes in what is gone");
+    }
+    assert!(daemon.log().contains("every request of that guest fails until it resets the device"), "{}", daemon.log());
+    drop(session);
+    let mut anew = Session::open(&daemon.socket(), &SessionOptions::default());
+    anew.write(0, &pattern(8, 0, 512));
+    assert_eq!(anew.read(0, 512), pattern(8, 0, 512));
+}
+
+#[test]
+fn a_volatile_cache_that_lost_nothing_serves_its_guest_again() {
+    let mut daemon = start("cache.survive = \"never\"");
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(9, 80, 4096));
+    session.flush();
+    daemon.kill();
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert_eq!(session.read(80, 4096), pattern(9, 80, 4096));
+}
+
+#[test]
+fn what_was_left_is_listed_and_written_back_by_hand() {
+    let mut daemon = start("cache.dirty_age_max_ms = 600000");
+    let (session, bytes) = write_and_die(&mut daemon);
+    drop(session);
+    let [left] = &daemon.directory().left()[..] else { panic!("one cache is left") };
+    let genblk = |arguments: &[&str]| run_to_end(Command::new(server_binary()).arg("recover").args(arguments));
+
+    let memory = daemon.directory().memory();
+    let listed = genblk(&["--memory-dir", memory.to_str().expect("UTF-8")]);
+    let line = format!("{}: of {}: 4 pages, 4 of them not on the image\n", left.display(), daemon.image().display());
+    assert_eq!(listed.stdout, line, "{listed:?}");
+
+    let left = left.to_str().expect("UTF-8");
+    let recovered = genblk(&[left]);
+    assert!(recovered.status.success() && recovered.stdout.starts_with("4 pages are written to "), "{recovered:?}");
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "what completed is on the image");
+    assert!(daemon.directory().left().is_empty());
+    assert!(!genblk(&[left]).status.success(), "there is nothing more to recover");
+}
+
+#[test]
+fn a_ledger_that_a_daemon_holds_is_left_alone() {
+    let daemon = start("");
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(0, &pattern(1, 0, 512));
+    let left = daemon.directory().left();
+    for arguments in [vec!["recover"], vec!["recover", "--discard"]] {
+        let ended = run_to_end(Command::new(server_binary()).args(arguments).arg(&left[0]));
+        assert!(!ended.status.success() && ended.stderr.contains("is held by another genblk"), "{ended:?}");
+    }
+    assert_eq!(session.read(0, 512), pattern(1, 0, 512));
+}
+
+#[test]
+fn a_ledger_of_another_boot_or_layout_is_refused() {
+    // The first byte of the layout's number, and of the boot's.
+    for at in [8, 64] {
+        let mut daemon = start("cache.size = \"8M\"");
+        drop(write_and_die(&mut daemon));
+        let left = daemon.directory().left();
+        let file = File::options().read(true).write(true).open(&left[0]).expect("it can be opened");
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, at).expect("it can be read");
+        std::os::unix::fs::FileExt::write_all_at(&file, &[byte[0] ^ 1], at).expect("it can be written");
+        drop(file);
+        let config = daemon.directory().path().join("genblk.toml");
+        let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(config));
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        assert!(ended.stderr.contains(left[0].to_str().expect("UTF-8")), "{ended:?}");
+        assert_eq!(daemon.directory().left(), left, "and left where it is");
+    }
+}
+
+#[test]
+fn a_new_image_at_an_old_path_does_not_meet_an_old_ledger() {
+    let mut daemon = start("");
+    drop(write_and_die(&mut daemon));
+    std::fs::remove_file(daemon.image()).expect("the image can be removed");
+    File::create(daemon.image()).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
+    daemon.restart();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    assert_eq!(session.read(80, 512), [0; 512]);
+    assert_eq!(daemon.directory().left().len(), 2, "the old one is there for the operator");
+    assert_eq!(session.run(0, VIRTIO_BLK_T_OUT, 80, Payload::Send(&[1; 512])).status, OK);
+}

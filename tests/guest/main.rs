@@ -15,6 +15,8 @@ mod server;
 mod vm;
 
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use host::{Boot, Scratch, place};
 use image::Entry;
@@ -117,6 +119,47 @@ fn synced_files_survive_the_death_of_the_machine_and_of_the_daemon() {
         server.kill();
         Server::start(socket, disk, &SMALL_CACHE)
     });
+}
+
+/// The guest formats, writes and verifies while `end` takes its disk's daemon away from it, again and again.
+fn the_guest_lives_on(name: &str, end: fn(Server)) {
+    const TIMES: u32 = 5;
+    let _place = place();
+    let boot = Boot::get();
+    let scratch = Scratch::new(name);
+    let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed(name));
+    image::create(&disk, 256 * MIB);
+
+    let mut server = Server::start(&socket, &disk, &SMALL_CACHE);
+    let mut vm = Vm::qemu_that_reconnects(boot, &socket, "format", &seed);
+    vm.wait_for("disk:");
+    let (written, server) = thread::scope(|scope| {
+        let ending = scope.spawn(|| {
+            for _ in 0..TIMES {
+                thread::sleep(Duration::from_millis(1100));
+                end(server);
+                server = Server::start(&socket, &disk, &SMALL_CACHE);
+            }
+            server
+        });
+        let written = image::manifest(&vm.finish());
+        assert!(ending.is_finished(), "the guest was ready before the daemon had gone {TIMES} times");
+        (written, ending.join().unwrap())
+    });
+    assert_complete(&written);
+    server.stop();
+    image::assert_clean(&disk);
+    image::assert_holds(&disk, &scratch.file("tree"), &written, &seed);
+}
+
+#[test]
+fn a_guest_outlives_its_disks_daemon() {
+    the_guest_lives_on("outlives", Server::kill);
+}
+
+#[test]
+fn a_guest_does_not_notice_that_the_daemon_is_upgraded() {
+    the_guest_lives_on("upgrade", Server::hand_over);
 }
 
 #[test]

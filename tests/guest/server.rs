@@ -52,10 +52,19 @@ impl Server {
     }
 
     /// SIGTERM: the daemon must write everything back and say so with its exit status.
-    pub fn stop(mut self) {
+    pub fn stop(self) {
+        self.end("-TERM");
+    }
+
+    /// SIGUSR1: the daemon must leave its cache for the next one.
+    pub fn hand_over(self) {
+        self.end("-USR1");
+    }
+
+    fn end(mut self, signal: &str) {
         self.assert_alive();
         let pid = self.child.id().to_string();
-        run(Command::new("kill").args(["-TERM", &pid]));
+        run(Command::new("kill").args([signal, &pid]));
         let deadline = Instant::now() + PATIENCE;
         let status: ExitStatus = loop {
             if let Some(status) = self.child.try_wait().unwrap() {

@@ -27,10 +27,19 @@ pub struct Vm {
 impl Vm {
     /// Boots QEMU with the disk behind `socket` and a job for the guest.
     pub fn qemu(boot: &Boot, socket: &Path, job: &str, seed: &str) -> Self {
+        Self::qemu_on(boot, &format!("path={}", socket.display()), job, seed)
+    }
+
+    /// As [`Vm::qemu`]; when the daemon goes, the machine looks for another one every second.
+    pub fn qemu_that_reconnects(boot: &Boot, socket: &Path, job: &str, seed: &str) -> Self {
+        Self::qemu_on(boot, &format!("path={},reconnect=1", socket.display()), job, seed)
+    }
+
+    fn qemu_on(boot: &Boot, socket: &str, job: &str, seed: &str) -> Self {
         let mut command = qemu(boot, boot.kvm, job, seed);
         command
             .arg("-chardev")
-            .arg(format!("socket,id=blk,path={}", socket.display()))
+            .arg(format!("socket,id=blk,{socket}"))
             .args(["-device", "vhost-user-blk-pci,chardev=blk,num-queues=2"]);
         Self::spawn(command, job)
     }

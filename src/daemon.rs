@@ -9,7 +9,8 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::service::{Running, Service};
 
-/// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1.
+/// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes images that are left alone after
+/// an error.
 ///
 /// # Errors
 /// What kept a device from being served (nothing is served then, and nothing has been changed), or the image's fault
@@ -20,7 +21,12 @@ pub fn run(config: &Config) -> Result<()> {
     let services =
         config.devices.iter().map(|device| Service::open(device, &mut images)).collect::<Result<Vec<_>>>()?;
     let running = services.into_iter().map(Service::start).collect::<Result<Vec<_>>>()?;
-    let signal = signals.wait()?;
+    let signal = loop {
+        match signals.wait()? {
+            libc::SIGHUP => running.iter().for_each(Running::resume),
+            signal => break signal,
+        }
+    };
     running.iter().for_each(Running::leave);
     let end = if signal == libc::SIGUSR1 {
         info!("signal {signal}: stopping, the caches stay for the next daemon");
@@ -47,6 +53,7 @@ impl Signals {
             libc::sigaddset(&raw mut set, libc::SIGTERM);
             libc::sigaddset(&raw mut set, libc::SIGINT);
             libc::sigaddset(&raw mut set, libc::SIGUSR1);
+            libc::sigaddset(&raw mut set, libc::SIGHUP);
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut())
         };
         match failed {

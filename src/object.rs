@@ -11,12 +11,12 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use log::{info, warn};
+use log::{error, info, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arena::{Arena, Entry};
 use crate::cache::{
-    FrameMemory, Left, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats, Ticket,
+    Condition, FrameMemory, Left, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats, Ticket,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
@@ -205,6 +205,9 @@ impl Port {
             if cache.is_stable() {
                 arena.all_written();
             }
+            if let Some(condition) = cache.take_news() {
+                tell(condition, cache.stats().dirty_pages);
+            }
             cache.next_deadline()
         };
         self.submit();
@@ -247,6 +250,27 @@ impl Port {
             }
             false
         });
+    }
+}
+
+/// The operator hears of each change of an image's condition once, with what can be done.
+fn tell(condition: Condition, dirty_pages: u64) {
+    let kept = format!("{dirty_pages} dirty pages stay in memory");
+    match condition {
+        Condition::Well => info!("the image takes writes again"),
+        Condition::Reporting(fault) => {
+            error!(
+                "the image fails to take writes ({fault:?}): FLUSHes that include them fail; {kept}, and are tried again"
+            );
+        }
+        Condition::Holding(fault) => {
+            error!(
+                "the image fails to take writes ({fault:?}): requests that need it wait; {kept}, and are tried again"
+            );
+        }
+        Condition::Stopped(fault) => {
+            error!("the image failed to take writes ({fault:?}) and is left alone; {kept}; SIGHUP resumes");
+        }
     }
 }
 

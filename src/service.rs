@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use log::{error, info};
 
 use crate::arena::{Arena, Identity};
-use crate::cache::{PolicyKind, Settings, Stats};
-use crate::config::{CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
+use crate::cache::{OnError, PolicyKind, Settings, Stats};
+use crate::config::{self, CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
 use crate::device::control::Workers;
 use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
@@ -158,6 +158,11 @@ impl Running {
         self.object.stats()
     }
 
+    /// The operator says that the image is well again.
+    pub fn resume(&self) {
+        self.workers.resume();
+    }
+
     /// Ends the front-end's connection and takes no other; [`Running::end`] waits for that.
     pub fn leave(&self) {
         self.server.stop();
@@ -202,6 +207,8 @@ impl Running {
 /// The last writes; an image that fails is asked again for a while.
 fn write_everything(name: &str, object: &Object, workers: &Workers) -> Result<()> {
     let until = Instant::now() + LAST_WRITES;
+    // If the image was left alone after an error, this is the last chance.
+    workers.resume();
     loop {
         let Err(fault) = workers.flush() else { return Ok(()) };
         if Instant::now() >= until {
@@ -301,6 +308,17 @@ fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
         flush_target_us: u64::from(cache.flush_target_ms) * 1000,
         dirty_pages_max: low_u32(u64::from(frames) * u64::from(cache.dirty_max_percent) / 100),
         dirty_age_us: u64::from(cache.dirty_age_max_ms) * 1000,
+        on_error: on_error(cache.on_error),
+        on_full: on_error(cache.on_full),
+        hold_us: u64::from(cache.hold_max_ms) * 1000,
+    }
+}
+
+fn on_error(policy: config::OnError) -> OnError {
+    match policy {
+        config::OnError::Report => OnError::Report,
+        config::OnError::Hold => OnError::Hold,
+        config::OnError::Stop => OnError::Stop,
     }
 }
 

@@ -2,65 +2,17 @@
 
 mod common;
 
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::daemon::TempDir;
+use common::bench::Bench;
 use common::shadow::Shadow;
-use common::workload::{self, Client, ClientOptions, Plan, random_io, read_everything, settle};
-use genblk::config::{DeviceConfig, Socket};
-use genblk::service::{Running, Service};
-use genblk::store::Backing;
-use genblk::store::faulty::{Faults, FaultyImage, OpKind};
-use genblk::store::file::{FileImage, OpenOptions};
+use common::workload::{self, Plan, random_io, read_everything, settle};
+use genblk::store::faulty::{Faults, OpKind};
 use genblk::units::Fault;
 
 const IMAGE_BYTES: usize = 32 << 20;
 const HEALING: Duration = Duration::from_secs(20);
-
-/// A device that is served, its image's faults, and where to find both.
-struct Bench {
-    running: Option<Running>,
-    faults: Faults,
-    socket: PathBuf,
-    image: PathBuf,
-    _directory: TempDir,
-}
-
-impl Bench {
-    /// Serves an image with what `shadow` says in it; `adjust` changes the configuration.
-    fn new(name: &str, shadow: &Shadow, adjust: impl FnOnce(&mut DeviceConfig)) -> Self {
-        let directory = TempDir::new(name);
-        let (image, socket) = (directory.path().join("disk.img"), directory.path().join("blk.sock"));
-        shadow.write_image(&image);
-        let file: Arc<dyn Backing> = FileImage::open(&image, &OpenOptions::default()).expect("the image opens");
-        let (faulty, faults) = FaultyImage::new(file);
-        let mut config = DeviceConfig::new("faulty", Socket::Path(socket.clone()), image.clone());
-        config.cache.size_bytes = 4 << 20;
-        adjust(&mut config);
-        let running = Service::over(&config, faulty).and_then(Service::start).expect("the device is served");
-        Self { running: Some(running), faults, socket, image, _directory: directory }
-    }
-
-    fn client(&self, queues: u16) -> Client {
-        let queues = queues.into();
-        Client::connect(&self.socket, &ClientOptions { queues, ..ClientOptions::default() })
-    }
-
-    fn running(&self) -> &Running {
-        self.running.as_ref().expect("it runs until end()")
-    }
-
-    /// Ends the device; the image must be what the shadow says.
-    fn end(mut self, shadow: &Shadow) {
-        self.running.take().expect("it runs until here").end().expect("everything can be written");
-        if let Err(mismatch) = shadow.check_image(&self.image) {
-            panic!("the image after the end: {mismatch:x?}");
-        }
-    }
-}
 
 /// Random requests while `inject` has the image fail; healed at each checkpoint and at the end.
 fn random_io_with(name: &str, seed: u64, workers: u16, inject: impl Fn(&Faults)) {

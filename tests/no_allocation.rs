@@ -13,7 +13,9 @@ use common::daemon::TempDir;
 use common::shadow::Shadow;
 use common::workload::{Client, ClientOptions};
 use genblk::arena::Arena;
-use genblk::cache::{Access, Admitted, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket};
+use genblk::cache::{
+    Access, Admitted, Notice, OnError, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
+};
 use genblk::config::{DeviceConfig, Socket};
 use genblk::service::Service;
 use genblk::units::{SectorSpan, Tick};
@@ -127,6 +129,9 @@ impl Owner {
             flush_target_us: 250_000,
             dirty_pages_max: 1024,
             dirty_age_us: 5_000_000,
+            on_error: OnError::Report,
+            on_full: OnError::Report,
+            hold_us: 0,
         };
         let arena = Arena::private(1024).expect("4 MiB can be had");
         let cache = PageCache::new(settings, Box::new(Arc::new(arena)));

@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 
 use crate::units::{Epoch, Fault, PageId, PageNo, SectorSpan};
 
+use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
 use super::page::UNSYNCED;
 use super::{Notice, PageCache, Ticket};
@@ -91,7 +92,10 @@ impl PageCache {
     pub fn flush(&mut self, ticket: Ticket) {
         self.stats.flushes += 1;
         // A flush is a question to the store: what failed before is tried again now.
-        self.writeback.retry_now(self.now);
+        self.failing.retry_now(self.now);
+        if self.refuse_while_stopped(ticket) {
+            return;
+        }
         let upto = self.dirty.close_epoch();
         self.flushing.queue.push_back(Flush { ticket, upto, needs: None });
     }
@@ -114,8 +118,10 @@ impl PageCache {
             queue.pop_front();
         }
         let waited_for = queue.front().is_some_and(|flush| flush.needs.is_some());
-        let due = self.flushing.sync_is_due() && self.writeback.may_retry(self.now);
-        if self.flushing.syncing.is_none() && !redoing && (waited_for || due) {
+        // A flush that asks gets its answer now; one that is held waits for the pause to end, like everything else.
+        let asked = waited_for && !self.failing.holding();
+        let due = (waited_for || self.flushing.sync_is_due()) && self.failing.may_retry(self.now);
+        if self.flushing.syncing.is_none() && !redoing && (asked || due) {
             self.launch_sync();
         }
     }
@@ -139,6 +145,9 @@ impl PageCache {
         match outcome.fault() {
             None => {
                 self.flushing.stable = covered;
+                if self.dirty.failed_pages() == 0 {
+                    self.failing.heal();
+                }
                 for id in pages {
                     // Its page may have gone since, and another come.
                     if self.pages[id].is(UNSYNCED[old]) {
@@ -169,11 +178,12 @@ impl PageCache {
     /// The flushes that waited for the Sync fail; those that wait for a later one wait for the rewriting too.
     fn sync_failed(&mut self, fault: Fault, covered: u64) {
         self.stats.sync_errors += 1;
-        self.writeback.latch(fault, self.now);
+        self.store_failed(fault, Cause::Sync);
         self.flushing.wanted = true;
+        let reported = self.failing.reported().is_some();
         let notices = &mut self.notices;
         self.flushing.queue.retain_mut(|flush| {
-            let fails = flush.needs.is_some_and(|needs| needs <= covered);
+            let fails = reported && flush.needs.is_some_and(|needs| needs <= covered);
             if fails {
                 notices.push(Notice::Done(flush.ticket, Err(fault)));
             }
@@ -204,6 +214,12 @@ impl PageCache {
             }
             !fails
         });
+    }
+
+    /// Nothing that waits will come.
+    pub(super) fn fail_all_flushes(&mut self, fault: Fault) {
+        let failed = self.flushing.queue.drain(..).map(|flush| Notice::Done(flush.ticket, Err(fault)));
+        self.notices.extend(failed);
     }
 
     /// The page was written: it may not be evicted before a good Sync.

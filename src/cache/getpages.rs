@@ -57,6 +57,7 @@ impl PageCache {
     /// => Every piece is given back with [`PageCache::finish_read`].
     pub fn read(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
         self.writeback.guest_was_here(self.now);
+        let stopped = self.failing.stopped();
         let mut at = access.from;
         let mut missed = false;
         let mut marker = None;
@@ -64,16 +65,15 @@ impl PageCache {
             if self.ranges.block(step.no) {
                 break;
             }
-            if let Some(id) = self.pages.find(step.no) {
-                if self.pages[id].valid.contains(step.mask()) {
+            match self.pages.find(step.no) {
+                Some(id) if self.pages[id].valid.contains(step.mask()) => {
                     marker = marker.or(self.hit(id, step, pieces));
-                } else if !self.wait_for(id, step, access.ticket) {
-                    break;
-                } else {
-                    missed = true;
                 }
-            } else {
-                match self.bring_in(step.no) {
+                // What has been asked for is still read; nothing new is.
+                _ if stopped.is_some() => break,
+                Some(id) if self.wait_for(id, step, access.ticket) => missed = true,
+                Some(_) => break,
+                None => match self.bring_in(step.no) {
                     Ok(id) => {
                         self.stats.read_miss_pages += 1;
                         self.enqueue_waiter(id, Waiter::new(access.ticket, step));
@@ -84,7 +84,7 @@ impl PageCache {
                         pieces.push(step.piece(PageId(NONE), None));
                     }
                     Err(Missing::Wait) => break,
-                }
+                },
             }
             at += u32::from(step.count);
         }
@@ -96,6 +96,8 @@ impl PageCache {
         }
         if u64::from(at) == access.span.count {
             Admitted::All
+        } else if let Some(fault) = stopped {
+            Admitted::Refused(at, fault)
         } else {
             self.stalled.push_back(access.ticket);
             self.stats.stalls += 1;
@@ -355,7 +357,11 @@ impl PageCache {
         self.run.ahead = true;
         let mut marked = false;
         let mut next = window.first;
-        while next < window.end() && next.0 < self.image_pages() && !self.ranges.block(next) {
+        while self.failing.stopped().is_none()
+            && next < window.end()
+            && next.0 < self.image_pages()
+            && !self.ranges.block(next)
+        {
             if self.pages.find(next).is_none() {
                 let room = self.frames.free() > self.reserve() / 2 && self.streams.may_prefetch();
                 match if room { self.bring_in(next) } else { Err(Missing::Wait) } {

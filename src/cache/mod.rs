@@ -21,6 +21,7 @@
 mod adopt;
 mod check;
 mod dirty;
+mod failing;
 mod flights;
 mod flush;
 mod frames;
@@ -43,11 +44,13 @@ use std::collections::VecDeque;
 
 use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8};
 
+pub use failing::Condition;
 pub use flights::{Outcome, Plan, PlanKind};
 pub use page::Record;
 pub use stats::Stats;
 
 use dirty::{DirtySet, Tally};
+use failing::Failing;
 use flights::Flights;
 use flush::Flushing;
 use frames::Frames;
@@ -148,6 +151,17 @@ pub enum PolicyKind {
     Lru,
 }
 
+/// What becomes of requests that need the store while it fails to take writes. The pages stay dirty in every case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnError {
+    /// They fail: a FLUSH that includes the write, and writes that find no room.
+    Report,
+    /// They wait for the store.
+    Hold,
+    /// Everything fails that is not in memory, and the store is left alone, until [`PageCache::resume`].
+    Stop,
+}
+
 /// A cache's shape; fixed for its life.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -173,6 +187,12 @@ pub struct Settings {
     pub dirty_pages_max: u32,
     /// No page stays dirty for longer.
     pub dirty_age_us: u64,
+    /// What becomes of requests while the store fails to take writes.
+    pub on_error: OnError,
+    /// The same, where the store has no space.
+    pub on_full: OnError,
+    /// [`OnError::Hold`] becomes [`OnError::Report`] after this time.
+    pub hold_us: u64,
 }
 
 /// The page cache of one image.
@@ -191,6 +211,7 @@ pub struct PageCache {
     streams: Streams,
     dirty: DirtySet,
     writeback: Writeback,
+    failing: Failing,
     throttle: Throttle,
     flushing: Flushing,
     ranges: Ranges,
@@ -237,6 +258,7 @@ impl PageCache {
             streams: Streams::new(settings.readahead_pages_max, frames),
             dirty: DirtySet::default(),
             writeback: Writeback::default(),
+            failing: Failing::default(),
             throttle: Throttle::new(settings.flush_target_us, settings.dirty_pages_max),
             flushing: Flushing::default(),
             ranges: Ranges::default(),
@@ -256,6 +278,7 @@ impl PageCache {
     /// => Call it after the turn's completions and requests, before [`PageCache::take_plans`].
     pub fn pump(&mut self, now: Tick) {
         self.now = self.now.max(now);
+        self.end_hold();
         self.retry_unfilled();
         self.start_ranges();
         self.write_back();

@@ -7,6 +7,7 @@
 use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::PageCache;
+use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
 use super::page::{FAILED, FROZEN, NONE};
 use super::ranges::REGION_PAGES;
@@ -147,7 +148,7 @@ impl PageCache {
             None => {
                 self.flushing.write_landed();
                 if self.dirty.failed_pages() == 0 {
-                    self.writeback.heal();
+                    self.failing.heal_after_write();
                 }
             }
             Some(fault) => self.cluster_failed(flight.epoch, fault),
@@ -185,7 +186,9 @@ impl PageCache {
 
     fn cluster_failed(&mut self, epoch: Epoch, fault: Fault) {
         self.stats.write_errors += 1;
-        self.writeback.latch(fault, self.now);
-        self.fail_flushes(epoch, fault);
+        self.store_failed(fault, Cause::Write);
+        if self.failing.reported().is_some() {
+            self.fail_flushes(epoch, fault);
+        }
     }
 }

@@ -4,8 +4,9 @@
 //! wait until it ends. The pages stay as they are meanwhile, so that a failure loses nothing; at the end those inside
 //! the range go, and those that the range cuts have the part inside zeroed. A discard takes whole pages only.
 
-use crate::units::{PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+use crate::units::{Fault, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
+use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
 use super::page::UNSYNCED;
 use super::{Notice, PageCache, Ticket};
@@ -66,6 +67,9 @@ impl PageCache {
 
     fn start_or_stall(&mut self, ticket: Ticket, span: SectorSpan, kind: PlanKind) -> bool {
         self.writeback.guest_was_here(self.now);
+        if self.refuse_while_stopped(ticket) {
+            return true;
+        }
         if self.ranges.list.len() >= RANGES_MAX {
             self.stalled.push_back(ticket);
             return false;
@@ -81,6 +85,16 @@ impl PageCache {
         }
     }
 
+    /// The store is left alone: range operations that have not begun fail.
+    pub(super) fn fail_waiting_ranges(&mut self, fault: Fault) {
+        let notices = &mut self.notices;
+        self.ranges.list.retain(|range| {
+            let waiting = range.ticket.filter(|_| !range.started);
+            notices.extend(waiting.map(|ticket| Notice::Done(ticket, Err(fault))));
+            waiting.is_none()
+        });
+    }
+
     /// Starts the range operations whose pages nobody holds, in order where they overlap.
     pub(super) fn start_ranges(&mut self) {
         for index in 0..self.ranges.list.len() {
@@ -88,6 +102,7 @@ impl PageCache {
             let pages = span.pages();
             let earlier = &self.ranges.list[..index];
             if started
+                || ticket.is_none() && !self.failing.may_retry(self.now)
                 || earlier.iter().any(|other| other.span.pages().overlaps(pages))
                 || self.resident(pages).iter().any(|&id| self.pages[id].busy())
             {
@@ -113,7 +128,8 @@ impl PageCache {
             self.flushing.range_landed(span, flight.kind);
         }
         let Some(ticket) = range.ticket else {
-            if result.is_err() {
+            if let Err(fault) = result {
+                self.store_failed(fault, Cause::Sync);
                 self.ranges.list.push(Range { started: false, ..range });
             }
             return;

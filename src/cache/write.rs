@@ -22,6 +22,9 @@ impl PageCache {
     pub fn write(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
         self.writeback.guest_was_here(self.now);
         let mut at = access.from;
+        if let Some(fault) = self.failing.stopped() {
+            return Admitted::Refused(at, fault);
+        }
         let must_queue = !access.resumed && !self.stalled.is_empty();
         while let Some(step) = access.step(at) {
             if must_queue || self.ranges.block(step.no) {
@@ -30,7 +33,7 @@ impl PageCache {
             let found = self.pages.find(step.no);
             let adds_dirt = found.is_none_or(|id| !self.dirty.counts(&self.pages[id]));
             if adds_dirt && self.dirty.unclean_pages() >= self.throttle.limit_pages() {
-                if let Some(fault) = self.writeback.latched_fault() {
+                if let Some(fault) = self.failing.reported() {
                     return Admitted::Refused(at, fault);
                 }
                 self.stats.throttled += 1;

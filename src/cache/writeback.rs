@@ -7,7 +7,7 @@
 //! Age needs no timestamps: every half of the age limit the current epoch is closed, and what belongs to closed epochs
 //! is written. Nothing runs while all is clean.
 
-use crate::units::{Epoch, Fault, PageId, PageNo, Tick, low_u32};
+use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 
 use super::PageCache;
 use super::dirty::{DirtySet, GROUP_PAGES, Group};
@@ -24,18 +24,6 @@ const SWEEP_GROUPS: u32 = 512;
 /// Groups looked at in one sweep of the background. Few: each pump while guests write comes by here, and a group that is
 /// hot is only worth writing when the cursor has been away from it for a while.
 const SWEEP_GROUPS_COLD: u32 = 8;
-/// Pause after a failed write: from this, doubling ...
-const BACKOFF_US_MIN: u64 = 100_000;
-/// ... to this.
-const BACKOFF_US_MAX: u64 = 5_000_000;
-
-/// A failure that write-back met and that has not healed.
-#[derive(Clone, Copy, Debug)]
-struct Failing {
-    fault: Fault,
-    retry_at: Tick,
-    backoff_us: u64,
-}
 
 /// The state of the sweeps.
 #[derive(Debug, Default)]
@@ -54,18 +42,12 @@ pub(super) struct Writeback {
     next_aging: Tick,
     /// Pages round which a sequential writer has filled an aligned 1 MiB.
     behind: Vec<PageNo>,
-    failing: Option<Failing>,
 }
 
 impl Writeback {
     /// A guest asked for something.
     pub fn guest_was_here(&mut self, now: Tick) {
         self.guest_was_here = now;
-    }
-
-    /// The fault of a store that fails to take our writes.
-    pub fn latched_fault(&self) -> Option<Fault> {
-        self.failing.map(|failing| failing.fault)
     }
 
     /// The first page becomes dirty: its age counts from now.
@@ -84,34 +66,6 @@ impl Writeback {
             }
         }
     }
-
-    /// A write failed: wait before the next try.
-    pub fn latch(&mut self, fault: Fault, now: Tick) {
-        let backoff_us = match self.failing {
-            // Several writes of one try fail together: that is one failure.
-            Some(failing) if now < failing.retry_at => failing.backoff_us,
-            Some(failing) => (failing.backoff_us * 2).min(BACKOFF_US_MAX),
-            None => BACKOFF_US_MIN,
-        };
-        self.failing = Some(Failing { fault, retry_at: now.plus_us(backoff_us), backoff_us });
-    }
-
-    /// Everything that had failed is on the store.
-    pub fn heal(&mut self) {
-        self.failing = None;
-    }
-
-    /// A FLUSH asks again what the store says, whatever the pause.
-    pub fn retry_now(&mut self, now: Tick) {
-        if let Some(failing) = &mut self.failing {
-            failing.retry_at = now;
-        }
-    }
-
-    /// Whether what failed may be tried now.
-    pub fn may_retry(&self, now: Tick) -> bool {
-        self.failing.is_none_or(|failing| failing.retry_at <= now)
-    }
 }
 
 /// Which dirty pages a sweep takes.
@@ -129,6 +83,9 @@ impl PageCache {
     /// Starts the write-back that is due.
     pub(super) fn write_back(&mut self) {
         self.writeback.more = false;
+        if self.failing.stopped().is_some() {
+            return;
+        }
         self.age();
         if self.dirty.dirty_pages() == 0 {
             self.writeback.running = false;
@@ -247,7 +204,7 @@ impl PageCache {
             && page.writing.is_empty()
             && page.writers == 0
             && !page.is(READING)
-            && (!page.is(FAILED) || self.writeback.may_retry(self.now))
+            && (!page.is(FAILED) || self.failing.may_retry(self.now))
             && !self.ranges.block(page.no())
     }
 
@@ -256,12 +213,16 @@ impl PageCache {
         if self.writeback.more {
             return Some(self.now);
         }
-        let retry = self.writeback.failing.map(|failing| failing.retry_at).filter(|&at| at > self.now);
+        if self.failing.stopped().is_some() {
+            return None;
+        }
+        let retry = self.failing.retry_at().filter(|&at| at > self.now);
         if self.dirty.dirty_pages() == 0 {
-            return retry.filter(|_| self.flushing.sync_is_due());
+            let sync = retry.filter(|_| self.flushing.sync_is_due());
+            return [sync, self.hold_ends()].into_iter().flatten().min();
         }
         let idle_at = self.writeback.guest_was_here.plus_us(IDLE_US);
         let idle = (idle_at > self.now).then_some(idle_at);
-        [Some(self.writeback.next_aging), idle, retry].into_iter().flatten().min()
+        [Some(self.writeback.next_aging), idle, retry, self.hold_ends()].into_iter().flatten().min()
     }
 }

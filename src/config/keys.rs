@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::problem::nearest;
 use super::size::{format_size, parse_size};
-use super::{CacheMode, DeviceConfig, Engine, Policy, Socket, Survive};
+use super::{CacheMode, DeviceConfig, Engine, OnError, Policy, Socket, Survive};
 use crate::units::PAGE_BYTES;
 
 /// A value before it is checked, from a document, an option or this table.
@@ -198,6 +198,21 @@ pub(crate) const KEYS: &[Key] = &[
         kind: Kind::Count { min: 100, max: 600_000, set: |device, n| device.cache.dirty_age_max_ms = n },
     },
     Key {
+        name: "cache.on_error",
+        fallback: Is(Text("report")),
+        kind: Kind::Choice { words: OnError::WORDS, set: |device, i| device.cache.on_error = OnError::ALL[i] },
+    },
+    Key {
+        name: "cache.on_full",
+        fallback: Is(Text("report")),
+        kind: Kind::Choice { words: OnError::WORDS, set: |device, i| device.cache.on_full = OnError::ALL[i] },
+    },
+    Key {
+        name: "cache.hold_max_ms",
+        fallback: Is(Integer(20_000)),
+        kind: Kind::Count { min: 100, max: 600_000, set: |device, n| device.cache.hold_max_ms = n },
+    },
+    Key {
         name: "cache.survive",
         fallback: Is(Text("auto")),
         kind: Kind::Choice { words: Survive::WORDS, set: |device, i| device.cache.survive = Survive::ALL[i] },
@@ -367,6 +382,8 @@ mod tests {
             ("cache.mode", |d| d.cache.mode.to_string()),
             ("cache.policy", |d| d.cache.policy.to_string()),
             ("cache.survive", |d| d.cache.survive.to_string()),
+            ("cache.on_error", |d| d.cache.on_error.to_string()),
+            ("cache.on_full", |d| d.cache.on_full.to_string()),
         ] {
             let Some(Key { kind: kind @ Kind::Choice { words, .. }, .. }) = key(name) else {
                 panic!("{name} is no choice")

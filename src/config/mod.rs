@@ -114,6 +114,9 @@ impl DeviceConfig {
                 flush_target_ms: 0,
                 dirty_max_percent: 0,
                 dirty_age_max_ms: 0,
+                on_error: OnError::Report,
+                on_full: OnError::Report,
+                hold_max_ms: 0,
                 survive: Survive::Auto,
                 memory_dir: PathBuf::new(),
             },
@@ -156,6 +159,12 @@ pub struct CacheConfig {
     pub dirty_max_percent: u8,
     /// Age at which a dirty page is written back even if nothing else asks for it.
     pub dirty_age_max_ms: u32,
+    /// What becomes of requests while the image fails to take writes.
+    pub on_error: OnError,
+    /// The same, where the image has no space.
+    pub on_full: OnError,
+    /// Longest time that requests wait for an image, where they do.
+    pub hold_max_ms: u32,
     /// Whether the cache outlives the daemon.
     pub survive: Survive,
     /// Shared memory in which it does.
@@ -205,6 +214,18 @@ words! {
         Writethrough = "writethrough",
         /// Nothing is cached: every request goes to the image.
         None = "none",
+    }
+}
+
+words! {
+    /// What becomes of requests that need the image while it fails to take writes.
+    OnError {
+        /// They fail.
+        Report = "report",
+        /// They wait for it.
+        Hold = "hold",
+        /// They fail, and the image is left alone until the operator resumes.
+        Stop = "stop",
     }
 }
 

@@ -60,6 +60,8 @@ pub enum Command {
     Memory(Arc<GuestRam>, Sender<()>),
     /// Make everything written so far durable.
     Flush(Sender<Result<(), Fault>>),
+    /// The image is well again: what failed is tried at once.
+    Resume(Sender<()>),
     /// End the thread. Rings are stopped by then.
     Exit,
 }
@@ -128,6 +130,11 @@ impl Workers {
     /// The store's fault.
     pub fn flush(&self) -> Result<(), Fault> {
         self.controls[0].ask(Command::Flush).unwrap_or(Err(Fault::Gone))
+    }
+
+    /// The operator says that the image is well again.
+    pub fn resume(&self) {
+        self.controls[0].ask(Command::Resume);
     }
 
     /// Ends the threads.

@@ -292,6 +292,11 @@ impl Worker {
                     let ticket = self.traffic.drain_ticket(answer);
                     self.port.enter(now).0.flush(ticket);
                 }
+                Command::Resume(answer) => {
+                    let now = self.port.object().now();
+                    self.port.enter(now).0.resume();
+                    let _ = answer.send(());
+                }
                 Command::Exit => self.exits = true,
             }
         }

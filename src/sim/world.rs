@@ -5,7 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::cache::{Access, Admitted, Notice, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket};
+use crate::cache::{
+    Access, Admitted, Notice, OnError, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket,
+};
 use crate::units::{Fault, FrameId, SectorSpan, Tick};
 
 use super::PlantedBug;
@@ -155,6 +157,7 @@ impl World {
         }
         self.temper.fault_percent = 0;
         self.temper.mortal = false;
+        self.cache.resume();
         self.settle();
         self.send(Kind::Flush, SectorSpan::new(0, 0));
         self.settle();
@@ -190,6 +193,7 @@ impl World {
                 self.admit(ticket, true);
             }
             6 if self.rng.percent(3) => self.power_cut(),
+            7 if self.rng.percent(2) => self.cache.resume(),
             _ => self.time_passes(),
         }
         if !self.memory.is_dead() {
@@ -528,5 +532,8 @@ fn settings(rng: &mut Rng) -> Settings {
         flush_target_us: 250_000,
         dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
         dirty_age_us: rng.pick(&[10_000, 1_000_000]),
+        on_error: rng.pick(&[OnError::Report, OnError::Report, OnError::Hold, OnError::Stop]),
+        on_full: rng.pick(&[OnError::Report, OnError::Hold, OnError::Stop]),
+        hold_us: rng.pick(&[10_000, 10_000_000]),
     }
 }

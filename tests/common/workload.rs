@@ -156,17 +156,29 @@ impl Client {
     /// Writes `bytes` at sector `first`, which must succeed.
     #[track_caller]
     pub fn write(&mut self, first: u64, bytes: &[u8]) {
-        let count = (bytes.len() / SECTOR_BYTES) as u64;
-        self.buffer(0)[..bytes.len()].copy_from_slice(bytes);
-        assert_eq!(self.run(Request { kind: Kind::Write, first, count }), 0, "a write at sector {first}");
+        assert!(self.try_write(first, bytes), "a write at sector {first}");
     }
 
     /// Reads `len` bytes at sector `first`, which must succeed.
     #[track_caller]
     pub fn read(&mut self, first: u64, len: usize) -> Vec<u8> {
+        self.try_read(first, len).unwrap_or_else(|| panic!("a read at sector {first}"))
+    }
+
+    /// As [`Client::write`], but may fail; whether it did not.
+    #[track_caller]
+    pub fn try_write(&mut self, first: u64, bytes: &[u8]) -> bool {
+        let count = (bytes.len() / SECTOR_BYTES) as u64;
+        self.buffer(0)[..bytes.len()].copy_from_slice(bytes);
+        self.run(Request { kind: Kind::Write, first, count }) == 0
+    }
+
+    /// As [`Client::read`], but may fail.
+    #[track_caller]
+    pub fn try_read(&mut self, first: u64, len: usize) -> Option<Vec<u8>> {
         let count = (len / SECTOR_BYTES) as u64;
-        assert_eq!(self.run(Request { kind: Kind::Read, first, count }), 0, "a read at sector {first}");
-        self.buffer(0)[..len].to_vec()
+        let good = self.run(Request { kind: Kind::Read, first, count }) == 0;
+        good.then(|| self.buffer(0)[..len].to_vec())
     }
 
     /// Flushes; true if the device said that all is well.

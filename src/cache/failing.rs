@@ -1,0 +1,183 @@
+//! A store that fails to take writes: what waits, what fails, when it is tried again, and when it is well.
+//!
+//! The pages stay dirty, whatever the policy: we still hold the bytes. What differs is what becomes of the requests that
+//! need the store meanwhile. Reads of what is in memory go on in every case.
+
+use crate::units::{Fault, Tick};
+
+use super::{Notice, OnError, PageCache, Ticket};
+
+/// Pause after a failed write: from this, doubling ...
+const BACKOFF_US_MIN: u64 = 100_000;
+/// ... to this.
+const BACKOFF_US_MAX: u64 = 5_000_000;
+
+/// How the store takes our writes, for the operator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// As it should.
+    Well,
+    /// It fails, and requests that need it fail.
+    Reporting(Fault),
+    /// It fails, and requests that need it wait.
+    Holding(Fault),
+    /// It failed, and is left alone until somebody says [`PageCache::resume`].
+    Stopped(Fault),
+}
+
+/// What failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// A write: the next one that ends well heals it.
+    Write,
+    /// A Sync, or a zero that it was to make durable: only a good Sync heals it.
+    Sync,
+}
+
+/// A failure that has not healed.
+#[derive(Clone, Copy, Debug)]
+struct Failure {
+    cause: Cause,
+    since: Tick,
+    retry_at: Tick,
+    backoff_us: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Failing {
+    failure: Option<Failure>,
+    condition: Option<Condition>,
+    /// The condition that the operator was last told of.
+    told: Option<Condition>,
+}
+
+impl Failing {
+    fn condition(&self) -> Condition {
+        self.condition.unwrap_or(Condition::Well)
+    }
+
+    /// The fault by which requests that need the store fail now; none while it is well, or while they wait.
+    pub fn reported(&self) -> Option<Fault> {
+        match self.condition() {
+            Condition::Reporting(fault) | Condition::Stopped(fault) => Some(fault),
+            Condition::Well | Condition::Holding(_) => None,
+        }
+    }
+
+    /// Whether requests that need the store wait.
+    pub fn holding(&self) -> bool {
+        matches!(self.condition(), Condition::Holding(_))
+    }
+
+    /// The fault for which the store is left alone.
+    pub fn stopped(&self) -> Option<Fault> {
+        match self.condition() {
+            Condition::Stopped(fault) => Some(fault),
+            _ => None,
+        }
+    }
+
+    /// Everything that had failed is on the store.
+    pub fn heal(&mut self) {
+        if self.stopped().is_none() {
+            self.failure = None;
+            self.condition = None;
+        }
+    }
+
+    /// Every page that had failed is on the store.
+    pub fn heal_after_write(&mut self) {
+        if self.failure.is_some_and(|failure| failure.cause == Cause::Write) {
+            self.heal();
+        }
+    }
+
+    /// A FLUSH asks again what the store says, whatever the pause.
+    pub fn retry_now(&mut self, now: Tick) {
+        if let Some(failure) = &mut self.failure {
+            failure.retry_at = now;
+        }
+    }
+
+    /// Whether what failed may be tried now.
+    pub fn may_retry(&self, now: Tick) -> bool {
+        self.stopped().is_none() && self.failure.is_none_or(|failure| failure.retry_at <= now)
+    }
+
+    /// When what failed is tried again.
+    pub fn retry_at(&self) -> Option<Tick> {
+        self.failure.map(|failure| failure.retry_at).filter(|_| self.stopped().is_none())
+    }
+}
+
+impl PageCache {
+    /// A write of ours failed, or a Sync: wait before the next try, and decide what becomes of the requests that need it.
+    pub(super) fn store_failed(&mut self, fault: Fault, cause: Cause) {
+        let now = self.now;
+        let (since, backoff_us) = match self.failing.failure {
+            // Several writes of one try fail together: that is one failure.
+            Some(Failure { since, retry_at, backoff_us, .. }) if now < retry_at => (since, backoff_us),
+            Some(Failure { since, backoff_us, .. }) => (since, (backoff_us * 2).min(BACKOFF_US_MAX)),
+            None => (now, BACKOFF_US_MIN),
+        };
+        let synced = self.failing.failure.is_some_and(|failure| failure.cause == Cause::Sync);
+        let cause = if synced { Cause::Sync } else { cause };
+        self.failing.failure = Some(Failure { cause, since, retry_at: now.plus_us(backoff_us), backoff_us });
+        let policy = if fault == Fault::NoSpace { self.settings.on_full } else { self.settings.on_error };
+        let condition = match policy {
+            _ if self.failing.stopped().is_some() => return,
+            OnError::Hold if now.since_us(since) < self.settings.hold_us => Condition::Holding(fault),
+            OnError::Hold | OnError::Report => Condition::Reporting(fault),
+            OnError::Stop => Condition::Stopped(fault),
+        };
+        self.failing.condition = Some(condition);
+        if policy == OnError::Stop {
+            self.fail_all_flushes(fault);
+            self.fail_waiting_ranges(fault);
+            self.unblocked = true;
+        }
+    }
+
+    /// Requests have waited for the store long enough.
+    pub(super) fn end_hold(&mut self) {
+        if let Condition::Holding(fault) = self.failing.condition()
+            && self.hold_ends().is_some_and(|end| end <= self.now)
+        {
+            self.failing.condition = Some(Condition::Reporting(fault));
+            self.fail_all_flushes(fault);
+            // What has stalled finds out when it resumes.
+            self.unblocked = true;
+        }
+    }
+
+    /// When the requests that wait for the store are to fail.
+    pub(super) fn hold_ends(&self) -> Option<Tick> {
+        self.failing
+            .failure
+            .filter(|_| self.failing.holding())
+            .map(|failure| failure.since.plus_us(self.settings.hold_us))
+    }
+
+    /// The operator says that the store is well again: what failed is tried at once.
+    pub fn resume(&mut self) {
+        self.failing.condition = None;
+        self.failing.retry_now(self.now);
+        self.unblocked = true;
+    }
+
+    /// What the operator has not been told of the store's condition.
+    pub fn take_news(&mut self) -> Option<Condition> {
+        let condition = self.failing.condition();
+        let news = (self.failing.told.unwrap_or(Condition::Well) != condition).then_some(condition);
+        self.failing.told = Some(condition);
+        news
+    }
+
+    /// A request that would change the store is refused while it is left alone: says so, and returns true.
+    pub(super) fn refuse_while_stopped(&mut self, ticket: Ticket) -> bool {
+        let stopped = self.failing.stopped();
+        self.notices.extend(stopped.map(|fault| Notice::Done(ticket, Err(fault))));
+        stopped.is_some()
+    }
+}

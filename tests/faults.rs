@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -133,4 +134,29 @@ fn the_next_front_end_finds_the_cache_warm() {
     read_everything(&mut bench.client(1), &shadow);
     assert_eq!(bench.faults.bytes(OpKind::Read), cold, "the second does not");
     assert!(bench.running().stats().read_hit_pages > 0);
+}
+
+/// Somebody else shrinks the image, and later gives it its size back.
+#[test]
+fn an_image_that_shrinks_is_never_made_to_grow_again() {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 26);
+    let bench = Bench::new("shrinks", &shadow, |_| {});
+    let mut client = bench.client(1);
+    let file = File::options().write(true).open(bench.image()).expect("the image can be opened");
+    let (last, half) = (IMAGE_BYTES as u64 / 512 - 8, IMAGE_BYTES as u64 / 2);
+    file.set_len(half).expect("it can be shrunk");
+    for sector in [0, last] {
+        client.write(sector, &[7; 4096]);
+        shadow.write(sector, &[7; 4096]);
+    }
+    assert!(!client.flush(), "the last page has no place any more");
+    assert_eq!(file.metadata().expect("it is there").len(), half, "nothing was written beyond the end");
+    assert_eq!(client.read(last, 4096), [7; 4096], "it is in memory");
+    file.set_len(IMAGE_BYTES as u64).expect("it can be given its size back");
+    assert!(client.flush(), "and now it has a place");
+    assert_eq!(client.read(0, 4096), [7; 4096]);
+    shadow.discard(half / 512, half / 512);
+    shadow.write(last, &[7; 4096]);
+    drop(client);
+    bench.end(&shadow);
 }

@@ -94,6 +94,7 @@ impl Progress {
 pub(super) fn execute(image: &OpenImage, request: &mut Request) -> Event {
     let (tag, offset, len) = (request.tag, request.offset, request.len);
     let result = match request.op {
+        _ if !image.still_holds(request) => Err(io::Error::from_raw_os_error(libc::ENXIO)),
         Op::Read | Op::Write => transfer(image, request),
         Op::Sync => sync(image),
         Op::Zero { unmap } => zero(image, offset, len, unmap),

@@ -8,13 +8,14 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::threads::ThreadsStore;
 use super::uring::UringStore;
-use super::{Backing, Limits, Store, blocking, lock, sys};
+use super::{Backing, Limits, Op, Request, Store, blocking, lock, sys};
 use crate::arena::Identity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{PAGE_BYTES, SECTOR_BYTES};
@@ -136,6 +137,14 @@ pub(super) struct OpenImage {
     direct: bool,
     /// Logical block size of a block device; `None` for a regular file.
     device_block: Option<u32>,
+    seen: Seen,
+}
+
+/// What the operator was last told of a file that others can change.
+#[derive(Debug)]
+struct Seen {
+    size_bytes: AtomicU64,
+    deleted: AtomicBool,
 }
 
 impl OpenImage {
@@ -178,6 +187,7 @@ impl OpenImage {
             identity,
             direct: alignment.is_some(),
             device_block: geometry.device_block,
+            seen: Seen { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
         })
     }
 
@@ -187,6 +197,28 @@ impl OpenImage {
 
     pub(super) fn is_device(&self) -> bool {
         self.device_block.is_some()
+    }
+
+    /// Whether the file still reaches as far as an operation that changes it; a write beyond its end would make it grow
+    /// again. What has changed since the last look is logged.
+    pub(super) fn still_holds(&self, request: &Request) -> bool {
+        if self.is_device() || matches!(request.op, Op::Read | Op::Map) {
+            return true;
+        }
+        // A look that fails says nothing of the operation, which will say itself what is wrong.
+        let Ok(metadata) = self.file.metadata() else { return true };
+        let (path, now) = (self.path.display(), metadata.len());
+        let before = self.seen.size_bytes.swap(now, Ordering::Relaxed);
+        let opened = self.limits.size_bytes;
+        if now < before && now < opened {
+            log::error!("image {path} has shrunk from {before} to {now} bytes: what lies beyond can't be written");
+        } else if now != before {
+            log::warn!("image {path} has now {now} bytes; it is served with {opened}, as it was opened");
+        }
+        if metadata.nlink() == 0 && !self.seen.deleted.swap(true, Ordering::Relaxed) {
+            log::error!("image {path} was deleted: it is served, and will be gone when this daemon ends");
+        }
+        request.offset + request.len <= now
     }
 
     /// (first, end) of the whole blocks of a range that fallocate and BLKDISCARD take: all of it on a regular file,

@@ -79,9 +79,11 @@ impl UringStore {
         })
     }
 
-    /// Whether the ring has an opcode for the operation on this image.
+    /// Whether the ring has an opcode for the operation on this image, as it is now; the helper knows what to say to the
+    /// others.
     fn fits_ring(&self, request: &Request) -> bool {
         match request.op {
+            _ if !self.image.still_holds(request) => false,
             Op::Read | Op::Write | Op::Sync | Op::Allocate => true,
             Op::Map => false,
             Op::Discard => !self.image.is_device(),

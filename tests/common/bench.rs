@@ -1,6 +1,6 @@
 //! A device in this process over an image whose faults can be told when to come and go.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use genblk::config::{DeviceConfig, Socket};
@@ -36,6 +36,11 @@ impl Bench {
         adjust(&mut config);
         let running = Service::over(&config, faulty).and_then(Service::start).expect("the device is served");
         Self { running: Some(running), faults, socket, image, _directory: directory }
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Path {
+        &self.image
     }
 
     /// A client with so many queues.

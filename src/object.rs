@@ -289,6 +289,7 @@ fn request_of(arena: &Arena, plan: &Plan<'_>) -> Request {
         PlanKind::Zero { unmap } => Op::Zero { unmap },
         PlanKind::Discard => Op::Discard,
         PlanKind::Map => Op::Map,
+        PlanKind::Allocate => Op::Allocate,
     };
     let len = plan.span.count * SECTOR_BYTES;
     let mut segments: Vec<Segment> = Vec::new();

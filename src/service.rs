@@ -14,7 +14,7 @@ use log::{error, info};
 
 use crate::arena::{Arena, Identity};
 use crate::cache::{OnError, PolicyKind, Settings, Stats};
-use crate::config::{self, CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
+use crate::config::{self, Allocate, CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
 use crate::device::control::Workers;
 use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
@@ -308,6 +308,7 @@ fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
         flush_target_us: u64::from(cache.flush_target_ms) * 1000,
         dirty_pages_max: low_u32(u64::from(frames) * u64::from(cache.dirty_max_percent) / 100),
         dirty_age_us: u64::from(cache.dirty_age_max_ms) * 1000,
+        allocate: cache.allocate == Allocate::OnWrite,
         on_error: on_error(cache.on_error),
         on_full: on_error(cache.on_full),
         hold_us: u64::from(cache.hold_max_ms) * 1000,

@@ -216,3 +216,54 @@ fn a_slow_image_is_waited_for_under_every_policy() {
         bench.end(&shadow);
     }
 }
+
+/// A sparse image whose file system has no space left.
+fn full(policy: OnError) -> Bench {
+    let shadow = Shadow::zeros(IMAGE_BYTES);
+    let bench = Bench::new("full", &shadow, |config| {
+        config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("it is short");
+        config.cache.on_full = policy;
+    });
+    bench.faults.fail_always(OpKind::Allocate, Fault::NoSpace);
+    bench
+}
+
+#[test]
+fn a_write_that_finds_no_space_fails_and_no_flush_does() {
+    let bench = full(OnError::Report);
+    let mut client = bench.client(1);
+    assert!(!client.try_write(80, &[1; PAGE]), "there is no space");
+    assert!(client.flush(), "nothing that completed is without space");
+    bench.faults.heal();
+    assert!(client.try_write(80, &[2; PAGE]), "there is again");
+    bench.faults.fail_always(OpKind::Allocate, Fault::NoSpace);
+    assert!(client.try_write(88, &[3; PAGE]) && client.flush(), "space was reserved ahead of the writer");
+}
+
+#[test]
+fn a_write_waits_for_space_and_gives_up() {
+    let bench = full(OnError::Hold);
+    let mut client = bench.client(1);
+    let started = Instant::now();
+    assert!(!client.try_write(80, &[1; PAGE]) && started.elapsed() >= HOLD, "{:?}", started.elapsed());
+
+    let bench = full(OnError::Hold);
+    let mut client = bench.client(1);
+    let healed = thread::scope(|scope| {
+        scope.spawn(|| {
+            thread::sleep(HEALING);
+            bench.faults.heal();
+        });
+        client.try_write(80, &[2; PAGE])
+    });
+    assert!(healed && client.flush(), "space came while it waited");
+}
+
+#[test]
+fn an_image_that_cannot_reserve_space_is_written_all_the_same() {
+    let bench = full(OnError::Report);
+    bench.faults.fail_always(OpKind::Allocate, Fault::Unsupported);
+    let mut client = bench.client(1);
+    assert!(client.try_write(80, &[1; PAGE]) && client.flush());
+    assert_eq!(bench.faults.ops(OpKind::Allocate), 1, "it is asked once");
+}

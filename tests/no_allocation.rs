@@ -129,6 +129,7 @@ impl Owner {
             flush_target_us: 250_000,
             dirty_pages_max: 1024,
             dirty_age_us: 5_000_000,
+            allocate: false,
             on_error: OnError::Report,
             on_full: OnError::Report,
             hold_us: 0,

@@ -63,8 +63,10 @@ impl PageCache {
     }
 
     fn check_flights(&self) {
+        // They touch no byte.
+        let about_space = |flight: &Flight| matches!(flight.kind, PlanKind::Map | PlanKind::Allocate);
         let mut flights: Vec<&Flight> =
-            self.flights.iter().filter(|flight| flight.span.count > 0 && flight.kind != PlanKind::Map).collect();
+            self.flights.iter().filter(|flight| flight.span.count > 0 && !about_space(flight)).collect();
         flights.sort_by_key(|flight| flight.span.start);
         for pair in flights.windows(2) {
             let [one, next] = pair else { unreachable!("windows of two") };

@@ -32,6 +32,8 @@ pub(super) enum Cause {
     Write,
     /// A Sync, or a zero that it was to make durable: only a good Sync heals it.
     Sync,
+    /// Space for a write that has not completed: more space heals it, or a write that ends well.
+    Allocate,
 }
 
 /// A failure that has not healed.
@@ -88,9 +90,21 @@ impl Failing {
 
     /// Every page that had failed is on the store.
     pub fn heal_after_write(&mut self) {
-        if self.failure.is_some_and(|failure| failure.cause == Cause::Write) {
+        if self.failure.is_some_and(|failure| failure.cause != Cause::Sync) {
             self.heal();
         }
+    }
+
+    /// The store has space again.
+    pub fn heal_after_allocation(&mut self) {
+        if self.failure.is_some_and(|failure| failure.cause == Cause::Allocate) {
+            self.heal();
+        }
+    }
+
+    /// Whether writes are held for want of space.
+    pub fn waits_for_space(&self) -> bool {
+        self.holding() && self.failure.is_some_and(|failure| failure.cause == Cause::Allocate)
     }
 
     /// A FLUSH asks again what the store says, whatever the pause.
@@ -121,8 +135,10 @@ impl PageCache {
             Some(Failure { since, backoff_us, .. }) => (since, (backoff_us * 2).min(BACKOFF_US_MAX)),
             None => (now, BACKOFF_US_MIN),
         };
-        let synced = self.failing.failure.is_some_and(|failure| failure.cause == Cause::Sync);
-        let cause = if synced { Cause::Sync } else { cause };
+        // The gravest of several counts.
+        let earlier = self.failing.failure.map_or(cause, |failure| failure.cause);
+        let grave = [Cause::Sync, Cause::Write].into_iter().find(|&grave| cause == grave || earlier == grave);
+        let cause = grave.unwrap_or(Cause::Allocate);
         self.failing.failure = Some(Failure { cause, since, retry_at: now.plus_us(backoff_us), backoff_us });
         let policy = if fault == Fault::NoSpace { self.settings.on_full } else { self.settings.on_error };
         let condition = match policy {

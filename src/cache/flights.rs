@@ -22,6 +22,8 @@ pub enum PlanKind {
     Discard,
     /// Tell data from holes in the span.
     Map,
+    /// Reserve space for what of the span has none.
+    Allocate,
 }
 
 /// One operation for the store.
@@ -160,6 +162,7 @@ impl PageCache {
             PlanKind::Sync => self.sync_done(outcome),
             PlanKind::Zero { .. } | PlanKind::Discard => self.range_done(&flight, outcome),
             PlanKind::Map => self.map_done(&flight, outcome),
+            PlanKind::Allocate => self.allocate_done(&flight, outcome),
         }
         self.flights.recycle(flight);
     }

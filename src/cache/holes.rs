@@ -31,6 +31,8 @@ enum State {
         stale: bool,
     },
     Known,
+    /// The store could not say: taken for data.
+    Guessed,
 }
 
 #[derive(Clone, Debug)]
@@ -61,23 +63,37 @@ impl Holes {
         Self { sparse, regions: vec![empty; (frames / 64).max(16) as usize] }
     }
 
-    fn slot(&mut self, no: PageNo) -> (u64, &mut Region) {
+    fn index(&self, no: PageNo) -> (u64, usize) {
         let number = no.0 / REGION_PAGES;
-        let index = (number % self.regions.len() as u64) as usize;
+        (number, (number % self.regions.len() as u64) as usize)
+    }
+
+    fn slot(&mut self, no: PageNo) -> (u64, &mut Region) {
+        let (number, index) = self.index(no);
         (number, &mut self.regions[index])
     }
 
     /// What is known of a page.
-    pub fn backing(&mut self, no: PageNo) -> Backing {
+    pub fn backing(&self, no: PageNo) -> Backing {
         if !self.sparse {
             return Backing::Data;
         }
-        let (number, region) = self.slot(no);
-        if region.state != State::Known || region.number != number {
+        let (number, index) = self.index(no);
+        let region = &self.regions[index];
+        if !matches!(region.state, State::Known | State::Guessed) || region.number != number {
             return Backing::Unknown;
         }
         let (word, mask) = bit(no);
         if region.bits[word] & mask != 0 { Backing::Hole } else { Backing::Data }
+    }
+
+    /// Whether the page is known to have its space.
+    pub fn is_data(&self, no: PageNo) -> bool {
+        let (number, index) = self.index(no);
+        let region = &self.regions[index];
+        let (word, mask) = bit(no);
+        let known = region.state == State::Known && region.number == number;
+        !self.sparse || known && region.bits[word] & mask == 0
     }
 
     /// Whether the region of `no` may be asked for now; then it counts as being asked.
@@ -101,7 +117,7 @@ impl Holes {
         }
         let (word, mask) = bit(no);
         match region.state {
-            State::Known => region.bits[word] &= !mask,
+            State::Known | State::Guessed => region.bits[word] &= !mask,
             State::Mapping { .. } => region.bits[word] |= mask,
             State::Empty => {}
         }
@@ -135,7 +151,7 @@ impl Holes {
             return;
         }
         let became_data = std::mem::take(&mut region.bits);
-        region.state = State::Known;
+        region.state = if runs.is_empty() { State::Guessed } else { State::Known };
         let mut sector = 0;
         for &(sectors, hole) in runs {
             let end = sector + sectors;
@@ -185,6 +201,7 @@ impl PageCache {
 
     /// Space in `span` was given back or zeroed on the store.
     pub(super) fn forget_holes(&mut self, span: SectorSpan) {
+        self.allocating.forget(span);
         self.holes.forget(span.pages());
     }
 }

@@ -19,6 +19,7 @@
 //! held frames = arena. I10 every request completes exactly once (the owner's part: see `sim/`).
 
 mod adopt;
+mod allocate;
 mod check;
 mod dirty;
 mod failing;
@@ -49,6 +50,7 @@ pub use flights::{Outcome, Plan, PlanKind};
 pub use page::Record;
 pub use stats::Stats;
 
+use allocate::Allocating;
 use dirty::{DirtySet, Tally};
 use failing::Failing;
 use flights::Flights;
@@ -187,6 +189,8 @@ pub struct Settings {
     pub dirty_pages_max: u32,
     /// No page stays dirty for longer.
     pub dirty_age_us: u64,
+    /// Whether a hole gets its space before the write that fills it completes.
+    pub allocate: bool,
     /// What becomes of requests while the store fails to take writes.
     pub on_error: OnError,
     /// The same, where the store has no space.
@@ -212,6 +216,7 @@ pub struct PageCache {
     dirty: DirtySet,
     writeback: Writeback,
     failing: Failing,
+    allocating: Allocating,
     throttle: Throttle,
     flushing: Flushing,
     ranges: Ranges,
@@ -259,6 +264,7 @@ impl PageCache {
             dirty: DirtySet::default(),
             writeback: Writeback::default(),
             failing: Failing::default(),
+            allocating: Allocating::new(frames),
             throttle: Throttle::new(settings.flush_target_us, settings.dirty_pages_max),
             flushing: Flushing::default(),
             ranges: Ranges::default(),
@@ -279,6 +285,7 @@ impl PageCache {
     pub fn pump(&mut self, now: Tick) {
         self.now = self.now.max(now);
         self.end_hold();
+        self.retry_allocations();
         self.retry_unfilled();
         self.start_ranges();
         self.write_back();
@@ -325,6 +332,7 @@ impl PageCache {
             + self.frames.metadata_bytes()
             + self.policy.metadata_bytes()
             + self.holes.metadata_bytes()
+            + self.allocating.metadata_bytes()
             + self.dirty.metadata_bytes()
             + self.flushing.metadata_bytes()
     }

@@ -9,6 +9,7 @@ use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, Sect
 use super::PageCache;
 use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
+use super::holes::Backing;
 use super::page::{FAILED, FROZEN, NONE};
 use super::ranges::REGION_PAGES;
 
@@ -90,11 +91,14 @@ impl PageCache {
         (PageNo(first), PageNo(end))
     }
 
-    /// Whether a page can be part of a cluster at all: complete, in memory, and nobody's; dirty or clean.
+    /// Whether a page can be part of a cluster at all: complete, in memory, and nobody's; dirty, or clean and no hole, which
+    /// would be filled with zeros for nothing.
     fn goes_along(&self, no: u64) -> bool {
         self.pages.find(PageNo(no)).is_some_and(|id| {
             let page = &self.pages[id];
-            page.valid == SectorMask::ALL && !page.busy() && !page.is(FAILED) && !self.ranges.block(page.no())
+            let fills_no_hole = !page.dirty.is_empty() || self.holes.backing(page.no()) == Backing::Data;
+            let free = !page.busy() && !page.is(FAILED) && !self.ranges.block(page.no());
+            page.valid == SectorMask::ALL && fills_no_hole && free
         })
     }
 

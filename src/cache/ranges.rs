@@ -81,6 +81,8 @@ impl PageCache {
     /// A zero whose Sync failed is done again; a discard promised nothing.
     pub(super) fn redo_range(&mut self, span: SectorSpan, kind: PlanKind) {
         if matches!(kind, PlanKind::Zero { .. }) {
+            // Its space may have been reserved since for pages that wait to be written.
+            let kind = if self.settings.allocate { PlanKind::Zero { unmap: false } } else { kind };
             self.ranges.list.push(Range { ticket: None, span, kind, started: false });
         }
     }

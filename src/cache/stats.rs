@@ -23,6 +23,8 @@ pub struct Stats {
     pub store_written_sectors: u64,
     /// Syncs sent to the store.
     pub syncs: u64,
+    /// Times that the store was asked for space ahead of a write.
+    pub allocations: u64,
     /// Extent maps asked for.
     pub maps: u64,
     /// Flushes asked for.

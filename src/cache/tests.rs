@@ -27,6 +27,7 @@ fn settings_of(frames: u32, image_sectors: u64) -> Settings {
         flush_target_us: 250_000,
         dirty_pages_max: frames / 4,
         dirty_age_us: 5_000_000,
+        allocate: false,
         on_error: OnError::Report,
         on_full: OnError::Report,
         hold_us: 0,

@@ -7,6 +7,7 @@
 
 use crate::units::{PageId, PageNo, SectorMask};
 
+use super::allocate::Space;
 use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING};
 use super::{Access, Admitted, PageCache, Piece};
 
@@ -38,6 +39,11 @@ impl PageCache {
                 }
                 self.stats.throttled += 1;
                 break;
+            }
+            match if adds_dirt { self.space_for(step.no, access.resumed) } else { Space::There } {
+                Space::There => {}
+                Space::Wait => break,
+                Space::Refused(fault) => return Admitted::Refused(at, fault),
             }
             let Some(id) = self.take_for_writing(found, step.no, step.mask()) else {
                 break;

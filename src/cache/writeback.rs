@@ -219,7 +219,8 @@ impl PageCache {
         let retry = self.failing.retry_at().filter(|&at| at > self.now);
         if self.dirty.dirty_pages() == 0 {
             let sync = retry.filter(|_| self.flushing.sync_is_due());
-            return [sync, self.hold_ends()].into_iter().flatten().min();
+            let space = retry.filter(|_| self.failing.waits_for_space());
+            return [sync, space, self.hold_ends()].into_iter().flatten().min();
         }
         let idle_at = self.writeback.guest_was_here.plus_us(IDLE_US);
         let idle = (idle_at > self.now).then_some(idle_at);

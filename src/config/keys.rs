@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::problem::nearest;
 use super::size::{format_size, parse_size};
-use super::{CacheMode, DeviceConfig, Engine, OnError, Policy, Socket, Survive};
+use super::{Allocate, CacheMode, DeviceConfig, Engine, OnError, Policy, Socket, Survive};
 use crate::units::PAGE_BYTES;
 
 /// A value before it is checked, from a document, an option or this table.
@@ -198,6 +198,11 @@ pub(crate) const KEYS: &[Key] = &[
         kind: Kind::Count { min: 100, max: 600_000, set: |device, n| device.cache.dirty_age_max_ms = n },
     },
     Key {
+        name: "cache.allocate",
+        fallback: Is(Text("on-write")),
+        kind: Kind::Choice { words: Allocate::WORDS, set: |device, i| device.cache.allocate = Allocate::ALL[i] },
+    },
+    Key {
         name: "cache.on_error",
         fallback: Is(Text("report")),
         kind: Kind::Choice { words: OnError::WORDS, set: |device, i| device.cache.on_error = OnError::ALL[i] },
@@ -382,6 +387,7 @@ mod tests {
             ("cache.mode", |d| d.cache.mode.to_string()),
             ("cache.policy", |d| d.cache.policy.to_string()),
             ("cache.survive", |d| d.cache.survive.to_string()),
+            ("cache.allocate", |d| d.cache.allocate.to_string()),
             ("cache.on_error", |d| d.cache.on_error.to_string()),
             ("cache.on_full", |d| d.cache.on_full.to_string()),
         ] {

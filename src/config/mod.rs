@@ -114,6 +114,7 @@ impl DeviceConfig {
                 flush_target_ms: 0,
                 dirty_max_percent: 0,
                 dirty_age_max_ms: 0,
+                allocate: Allocate::OnWrite,
                 on_error: OnError::Report,
                 on_full: OnError::Report,
                 hold_max_ms: 0,
@@ -159,6 +160,8 @@ pub struct CacheConfig {
     pub dirty_max_percent: u8,
     /// Age at which a dirty page is written back even if nothing else asks for it.
     pub dirty_age_max_ms: u32,
+    /// When a hole of the image gets its space.
+    pub allocate: Allocate,
     /// What becomes of requests while the image fails to take writes.
     pub on_error: OnError,
     /// The same, where the image has no space.
@@ -214,6 +217,16 @@ words! {
         Writethrough = "writethrough",
         /// Nothing is cached: every request goes to the image.
         None = "none",
+    }
+}
+
+words! {
+    /// When a hole of the image gets its space.
+    Allocate {
+        /// Before the write that fills it completes.
+        OnWrite = "on-write",
+        /// When it is written back.
+        OnWriteback = "on-writeback",
     }
 }
 

@@ -21,6 +21,8 @@ pub(crate) struct Disk {
     log: Vec<Vec<Written>>,
     /// A page that was never written, or has been unmapped.
     hole: Vec<bool>,
+    /// Has space, although it may be a hole.
+    reserved: Vec<bool>,
     /// Counts Syncs, so that a Sync knows what came before it.
     clock: u64,
 }
@@ -35,8 +37,20 @@ impl Disk {
             platter: vec![0; sectors],
             log: vec![Vec::new(); sectors],
             hole: (0..sectors.div_ceil(SECTORS_PER_PAGE)).map(hole).collect(),
+            reserved: vec![false; sectors.div_ceil(SECTORS_PER_PAGE)],
             clock: 1,
         }
+    }
+
+    /// Reserves space for every page of a range.
+    pub fn allocate(&mut self, first: usize, count: usize) {
+        self.reserved[first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE)].fill(true);
+    }
+
+    /// Whether every page of a range has its space.
+    pub fn has_space(&self, first: usize, count: usize) -> bool {
+        let pages = first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE);
+        pages.into_iter().all(|page| self.reserved[page] || !self.hole[page])
     }
 
     /// Number of sectors.
@@ -69,6 +83,7 @@ impl Disk {
                     break;
                 }
                 self.hole[page] = true;
+                self.reserved[page] = false;
             }
         }
     }

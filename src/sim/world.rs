@@ -77,8 +77,8 @@ struct Temper {
     overlap: bool,
     /// Daemons die.
     mortal: bool,
-    /// Steps between two deaths, on average.
-    steps_per_death: u64,
+    /// Steps between two deaths, on average; none where daemons live, and in the end.
+    steps_per_death: Option<u64>,
     /// The front-end hands a successor what was in flight. Without that it is lost, and the guest never hears of it.
     replays: bool,
     /// The guest zeroes ranges.
@@ -118,13 +118,14 @@ impl World {
         let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };
         let sectors = settings.image_sectors as usize;
         let disk = Disk::new(sectors, |_| rng.percent(hole_percent));
+        let mortal = rng.percent(50);
         let temper = Temper {
             fault_percent: rng.pick(&[0, 0, 1, 5, 30]),
             latency_us_max: rng.pick(&[10, 1000, 100_000]),
             requests_max: rng.pick(&[1, 4, 32]),
             overlap: rng.percent(50),
-            mortal: rng.percent(50),
-            steps_per_death: rng.pick(&[30, 300]),
+            mortal,
+            steps_per_death: mortal.then_some(rng.pick(&[30, 300])),
             replays: rng.percent(70),
             zeroes: rng.percent(70),
         };
@@ -156,7 +157,7 @@ impl World {
             self.one_step(true);
         }
         self.temper.fault_percent = 0;
-        self.temper.mortal = false;
+        self.temper.steps_per_death = None;
         self.cache.resume();
         self.settle();
         self.send(Kind::Flush, SectorSpan::new(0, 0));
@@ -178,8 +179,8 @@ impl World {
         self.step += 1;
         // More often while a Sync is out: then most is in doubt.
         let syncing = self.operations.values().any(|op| op.kind == PlanKind::Sync);
-        let steps_per_death = if syncing { self.temper.steps_per_death / 10 } else { self.temper.steps_per_death };
-        let dies = self.temper.mortal && self.rng.below(steps_per_death) == 0;
+        let likelier = if syncing { 10 } else { 1 };
+        let dies = self.temper.steps_per_death.is_some_and(|steps| self.rng.below(steps / likelier) == 0);
         if dies {
             // Somewhere within the step, or else after it.
             self.memory.light_fuse(self.rng.below(12));
@@ -379,6 +380,7 @@ impl World {
         self.reaches_disk(&op, failed);
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         let outcome = match op.kind {
+            PlanKind::Write if failed && self.settings.allocate => Outcome::Failed(Fault::Media),
             _ if failed => Outcome::Failed(self.rng.pick(&[Fault::Media, Fault::NoSpace])),
             PlanKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
             _ => Outcome::Done,
@@ -424,7 +426,8 @@ impl World {
             PlanKind::Sync => self.disk.sync_ends(op.began, !failed),
             PlanKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
             PlanKind::Discard if !failed && self.rng.percent(50) => self.disk.zero(first, count, true),
-            PlanKind::Zero { .. } | PlanKind::Discard | PlanKind::Map => {}
+            PlanKind::Allocate if !failed => self.disk.allocate(first, count),
+            PlanKind::Zero { .. } | PlanKind::Discard | PlanKind::Map | PlanKind::Allocate => {}
         }
     }
 
@@ -467,6 +470,10 @@ impl World {
             PlanKind::Write => {
                 op.content = (0..count).map(|n| op.place(n)).map(|(frame, at)| self.memory.get(frame, at)).collect();
                 assert!(!op.content.contains(&GARBAGE), "garbage on its way to the disk");
+                // A discard that has happened and that no daemon lived to hear of has given back what was reserved.
+                let promised = self.settings.allocate && !self.temper.mortal;
+                let has_space = !promised || self.disk.has_space(first, count);
+                assert!(has_space, "a write that completed may fail for lack of space: {:?}", op.span);
             }
             PlanKind::Sync => op.began = self.disk.sync_begins(),
             // The map is taken now or when the operation ends: both are right answers.
@@ -532,6 +539,7 @@ fn settings(rng: &mut Rng) -> Settings {
         flush_target_us: 250_000,
         dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
         dirty_age_us: rng.pick(&[10_000, 1_000_000]),
+        allocate: rng.percent(50),
         on_error: rng.pick(&[OnError::Report, OnError::Report, OnError::Hold, OnError::Stop]),
         on_full: rng.pick(&[OnError::Report, OnError::Hold, OnError::Stop]),
         hold_us: rng.pick(&[10_000, 10_000_000]),

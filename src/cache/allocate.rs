@@ -1,0 +1,114 @@
+//! Space before the write: what a write is about to fill has its space on the store before the write completes (genfs'
+//! GOP_ALLOC), so that a completed write never fails later for lack of it.
+//!
+//! Space is asked for a region of 1 MiB at a time, ahead of the writer. Regions that have it are remembered in a table of
+//! bounded size; for one that was forgotten the store is asked again, which costs little.
+
+use crate::units::{Fault, PageNo, SectorSpan};
+
+use super::PageCache;
+use super::failing::Cause;
+use super::flights::{Flight, Outcome, PlanKind};
+use super::ranges::REGION_PAGES;
+
+/// Whether a page has its space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Space {
+    /// It has.
+    There,
+    /// The store is being asked.
+    Wait,
+    /// There is none.
+    Refused(Fault),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Allocating {
+    /// Regions with their space, each in the one place where it can be; none: nothing is there.
+    reserved: Vec<Option<u64>>,
+    /// Regions that the store is being asked for, and whether space was given back there meanwhile.
+    asked: Vec<(u64, bool)>,
+    /// The store can't.
+    unsupported: bool,
+}
+
+impl Allocating {
+    /// For a cache of `frames` frames: a region for every 16 frames.
+    pub fn new(frames: u32) -> Self {
+        let regions = (frames / 16).max(16) as usize;
+        Self { reserved: vec![None; regions], asked: Vec::new(), unsupported: false }
+    }
+
+    fn place(&mut self, region: u64) -> &mut Option<u64> {
+        let index = region % self.reserved.len() as u64;
+        &mut self.reserved[usize::try_from(index).expect("a place of the table")]
+    }
+
+    /// Space in the span was given back.
+    pub fn forget(&mut self, span: SectorSpan) {
+        let pages = span.pages();
+        let touched = pages.first.0 / REGION_PAGES..pages.end().0.div_ceil(REGION_PAGES);
+        for place in &mut self.reserved {
+            *place = place.filter(|region| !touched.contains(region));
+        }
+        for (region, stale) in &mut self.asked {
+            *stale |= touched.contains(region);
+        }
+    }
+
+    /// Bytes of memory the table takes.
+    pub fn metadata_bytes(&self) -> usize {
+        self.reserved.capacity() * size_of::<Option<u64>>()
+    }
+}
+
+impl PageCache {
+    /// Whether a page may be written, as far as its space goes. `resumed`: whoever asks has waited for the answer.
+    pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
+        if !self.settings.allocate || self.allocating.unsupported || self.holes.is_data(no) {
+            return Space::There;
+        }
+        let region = no.0 / REGION_PAGES;
+        if *self.allocating.place(region) == Some(region) {
+            return Space::There;
+        }
+        if self.allocating.asked.iter().any(|&(asked, _)| asked == region) {
+            return Space::Wait;
+        }
+        match self.failing.reported() {
+            Some(fault) if resumed => return Space::Refused(fault),
+            _ if self.failing.holding() && !self.failing.may_retry(self.now) => return Space::Wait,
+            _ => {}
+        }
+        self.allocating.asked.push((region, false));
+        self.stats.allocations += 1;
+        let span = self.span_of(PageNo(region * REGION_PAGES), REGION_PAGES);
+        self.flights.launch(Flight::without_pages(PlanKind::Allocate, span));
+        Space::Wait
+    }
+
+    /// The store has answered.
+    pub(super) fn allocate_done(&mut self, flight: &Flight, outcome: &Outcome) {
+        let region = flight.first_page().0 / REGION_PAGES;
+        let index = self.allocating.asked.iter().position(|&(asked, _)| asked == region);
+        let (_, stale) = self.allocating.asked.swap_remove(index.expect("an answer comes for a region asked for"));
+        match outcome.fault() {
+            Some(Fault::Unsupported) => self.allocating.unsupported = true,
+            Some(fault) => self.store_failed(fault, Cause::Allocate),
+            None => {
+                self.failing.heal_after_allocation();
+                if !stale {
+                    *self.allocating.place(region) = Some(region);
+                }
+            }
+        }
+    }
+
+    /// Writes that are held for want of space try again when the pause is over.
+    pub(super) fn retry_allocations(&mut self) {
+        if self.failing.waits_for_space() && self.failing.may_retry(self.now) {
+            self.unblocked = true;
+        }
+    }
+}

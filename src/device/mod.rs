@@ -10,7 +10,7 @@ pub mod control;
 mod copy;
 pub mod inflight;
 mod pending;
-mod ring;
+pub mod ring;
 mod worker;
 
 use std::sync::Arc;

@@ -2,15 +2,15 @@
 //! all of them alike.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::direct::DirectQueue;
-use crate::guest::Guest;
 use crate::job::{Job, Outcome};
 use crate::load;
 use crate::medium::{Media, Medium, Opened};
 use crate::rows::{Bound, Row, warming};
 use crate::servers::{Contestant, Kind, Server};
+use crate::session;
 
 /// Who is measured, and what for.
 #[derive(Clone, Debug)]
@@ -148,25 +148,10 @@ fn serve(
     Ok((idle, outcome?))
 }
 
-/// Runs a job on a connection of its own.
-///
-/// # Errors
-/// Why the server could not be used.
+/// Runs a job on a connection of its own, and looks at the device too.
 fn run_on(server: &Server, job: &Job, medium: &Opened) -> Result<Outcome, String> {
-    let mut guest = connect(server, job)?;
-    let (cpu_us, writes) = (server.cpu_us(), medium.writes());
-    let tallies = load::run(&mut guest.queues, job);
-    let (cpu_us, now) = (server.cpu_us() - cpu_us, medium.writes());
-    Ok(Outcome { tallies, server_cpu_us: cpu_us, device_writes: (now.0 - writes.0, now.1 - writes.1) })
-}
-
-/// A server takes one client at a time, and may be busy with the end of the last one.
-fn connect(server: &Server, job: &Job) -> Result<Guest, String> {
-    let until = Instant::now() + Duration::from_secs(20);
-    loop {
-        match Guest::connect(&server.socket(0), &[job]) {
-            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
-            result => return result,
-        }
-    }
+    let before = medium.writes();
+    let outcome = session::run(server, &[0], job)?;
+    let after = medium.writes();
+    Ok(Outcome { device_writes: (after.0 - before.0, after.1 - before.1), ..outcome })
 }

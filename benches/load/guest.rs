@@ -12,23 +12,22 @@ use crate::queue::{Op, Queue};
 /// A server that answers nothing for so long is given up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A connection with a queue for each actor.
+/// A connection and its queues.
 pub struct Guest {
     pub queues: Vec<GuestQueue>,
     /// Declared last: queues go before the device that they belong to.
-    _blkio: Blkio,
+    pub connection: Blkio,
 }
 
 impl Guest {
-    /// Connects for these jobs, which are run one after the other and wait in the same way.
+    /// Connects with so many queues, each good for any actor of the job.
     ///
     /// # Errors
     /// The driver's, as text.
-    pub fn connect(socket: &Path, jobs: &[&Job]) -> Result<Self, String> {
+    pub fn connect(socket: &Path, job: &Job, queues: usize) -> Result<Self, String> {
         let said = |e: blkio::Error| format!("blkio: {e}");
-        let wait = jobs[0].wait;
-        let queues = jobs.iter().map(|job| job.actors.len()).max().unwrap_or(1);
-        let buffer_bytes = jobs.iter().flat_map(|job| &job.actors).map(Actor::buffer_bytes).max().unwrap_or(0);
+        let wait = job.wait;
+        let buffer_bytes = job.actors.iter().map(Actor::buffer_bytes).max().unwrap_or(0);
         let buffer_bytes = buffer_bytes.next_multiple_of(1 << 16);
         let mut blkio = Blkio::new("virtio-blk-vhost-user").map_err(said)?;
         blkio.set_str("path", socket.to_str().expect("our paths are UTF-8")).map_err(said)?;
@@ -47,7 +46,7 @@ impl Guest {
         for queue in &mut queues {
             queue.queue.set_completion_fd_enabled(wait == Wait::Interrupt);
         }
-        Ok(Self { queues, _blkio: blkio })
+        Ok(Self { queues, connection: blkio })
     }
 }
 

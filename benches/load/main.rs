@@ -27,7 +27,9 @@ mod pattern;
 mod queue;
 mod report;
 mod rows;
+mod scale;
 mod servers;
+mod session;
 mod throttle;
 
 #[path = "../../tests/common/prng.rs"]
@@ -38,7 +40,7 @@ mod prng;
 mod wait;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -71,7 +73,8 @@ fn run(arguments: &Arguments) -> Result<(), String> {
         Some(What::ServeLimit { socket, disk_bytes, buffer_bytes }) => {
             limit::serve(socket, *disk_bytes, *buffer_bytes).map_err(|e| e.to_string())
         }
-        Some(What::Scale { .. }) | None => smoke(),
+        Some(What::Scale { parts }) => scale_all(parts),
+        None => smoke(),
     }
 }
 
@@ -94,11 +97,24 @@ fn compare_all(options: &Compare) -> Result<(), String> {
         println!("benches/RESULTS.md is left as it was: that takes every row, 5 rounds and the whole time");
         return Ok(());
     }
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches");
+    let folder = folder();
     let notes = fs::read_to_string(folder.join("bottlenecks.md")).unwrap_or_default();
     let write = |name: &str, text: String| fs::write(folder.join(name), text).map_err(|e| format!("{name}: {e}"));
     write("RESULTS.md", report::document(&measured, &machine, &notes))?;
     write("results.svg", chart::svg(&measured))
+}
+
+/// How the cost grows; the report is written only if nothing was left out.
+fn scale_all(parts: &[String]) -> Result<(), String> {
+    let machine = machine::describe();
+    let text = scale::run(parts)?;
+    println!("{text}");
+    if parts.is_empty() { scale::write(&folder(), &machine, &text).map_err(|e| e.to_string()) } else { Ok(()) }
+}
+
+/// Where reports go.
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("benches")
 }
 
 /// The rows of these names; all without any.

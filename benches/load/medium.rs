@@ -29,13 +29,48 @@ pub enum Medium {
 /// Where memory has a file system.
 const TMPFS: &str = "/dev/shm";
 
-/// The images of a run; all is taken away with the value.
+/// A file in memory without a name: a benchmark that is killed leaves no gigabytes behind.
+#[derive(Debug)]
+pub struct MemoryFile {
+    file: File,
+    filled_bytes: u64,
+}
+
+impl MemoryFile {
+    /// `bytes` of holes.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(bytes: u64) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(TMPFS)?;
+        file.set_len(bytes)?;
+        Ok(Self { file, filled_bytes: 0 })
+    }
+
+    /// As other processes can open it.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", process::id(), self.file.as_raw_fd()).into()
+    }
+
+    /// Puts data into the first `bytes`: holes would cost nothing to read.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn fill(&mut self, bytes: u64) -> io::Result<()> {
+        let noise = Prng::new(1).bytes(1 << 20);
+        for at in (self.filled_bytes..bytes).step_by(noise.len()) {
+            self.file.write_all_at(&noise, at)?;
+        }
+        self.filled_bytes = self.filled_bytes.max(bytes);
+        Ok(())
+    }
+}
+
+/// The media of a run; all is taken away with the value.
 #[derive(Debug)]
 pub struct Media {
-    /// A file without a name: a benchmark that is killed leaves no gigabytes behind.
-    image: File,
+    image: MemoryFile,
     folder: PathBuf,
-    filled_bytes: u64,
     // Taken down in this order: the upper one first.
     slow: Option<Loop>,
     fast: Option<Loop>,
@@ -47,16 +82,10 @@ impl Media {
     /// # Errors
     /// The system's.
     pub fn new(bytes: u64) -> io::Result<Self> {
-        let image = OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(TMPFS)?;
-        image.set_len(bytes)?;
+        let image = MemoryFile::new(bytes)?;
         let folder = std::env::temp_dir().join(format!("genblk-bench-{}", process::id()));
         fs::create_dir_all(&folder)?;
-        Ok(Self { image, folder, filled_bytes: 0, slow: None, fast: None })
-    }
-
-    /// The image as other processes can open it.
-    fn image(&self) -> PathBuf {
-        format!("/proc/{}/fd/{}", process::id(), self.image.as_raw_fd()).into()
+        Ok(Self { image, folder, slow: None, fast: None })
     }
 
     /// Where servers put their sockets.
@@ -64,20 +93,12 @@ impl Media {
         &self.folder
     }
 
-    /// Puts data into the first `bytes` of the image: holes would cost nothing to read.
+    /// As [`MemoryFile::fill`], of the image.
     ///
     /// # Errors
     /// The system's.
     pub fn fill(&mut self, bytes: u64) -> io::Result<()> {
-        if bytes <= self.filled_bytes {
-            return Ok(());
-        }
-        let noise = Prng::new(1).bytes(1 << 20);
-        for at in (self.filled_bytes..bytes).step_by(noise.len()) {
-            self.image.write_all_at(&noise, at)?;
-        }
-        self.filled_bytes = bytes;
-        Ok(())
+        self.image.fill(bytes)
     }
 
     /// The path to serve, cold: nothing of it is in the kernel's page cache.
@@ -86,10 +107,10 @@ impl Media {
     /// Why there is no such medium here.
     pub fn open(&mut self, medium: Medium) -> io::Result<Opened> {
         if medium == Medium::Memory {
-            return Ok(Opened { path: self.image(), throttle: None, counters: None });
+            return Ok(Opened { path: self.image.path(), throttle: None, counters: None });
         }
         if self.fast.is_none() {
-            self.fast = Some(Loop::over(&self.image())?);
+            self.fast = Some(Loop::over(&self.image.path())?);
         }
         let fast = self.fast.as_ref().expect("made above");
         fast.forget_pages()?;

@@ -211,7 +211,6 @@ impl Server {
     }
 
     /// A number from /proc/PID/status, in its own unit.
-    #[allow(dead_code)]
     pub fn status(&self, key: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
@@ -219,7 +218,6 @@ impl Server {
     }
 
     /// How often its threads went to sleep.
-    #[allow(dead_code)]
     pub fn sleeps(&self) -> u64 {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
         let of = |path: PathBuf| {

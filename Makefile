@@ -7,12 +7,13 @@ SOAK_MINUTES ?= 30
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim soak
+.PHONY: help setup build demo test test-guest check sim soak bench bench-scale
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
 	@echo
-	@echo "  variables: SEED=n (one simulator run), N=n (that many), SOAK_MINUTES=n"
+	@echo "  variables: SEED=n (one simulator run), N=n (that many), SOAK_MINUTES=n,"
+	@echo "             ROWS=name,name (of the benchmark), ARGS=\"--peer 'name=command with {sock} {img}'\""
 
 setup: ## install what is missing (Debian, Ubuntu); quick when nothing is
 	@scripts/setup.sh
@@ -46,3 +47,9 @@ soak: setup ## simulator, kills and guest tests over and over, SOAK_MINUTES long
 		GENBLK_KILLS=200 $(CARGO) test --release --locked --test survival && \
 		$(CARGO) test --release --locked --test guest || exit 1; \
 	done; echo "soak: $$round rounds, no failure"
+
+bench: setup ## measure against other servers and the limit (about 15 minutes; some rows need root, for their disks)
+	$(CARGO) bench --locked --bench load -- compare $(if $(ROWS),--rows $(ROWS)) $(ARGS)
+
+bench-scale: setup ## how the cost grows with sizes and numbers
+	$(CARGO) bench --locked --bench load -- scale $(ARGS)

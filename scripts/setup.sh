@@ -72,6 +72,8 @@ need kmod "knows the modules of the guest's kernel" has modprobe
 need xz-utils "unpacks them" has xz
 need zstd "unpacks them on Ubuntu" has zstd
 need bsdextrautils "column, for make help" has column
+need qemu-system-common "qemu-storage-daemon, which the benchmark compares with" has qemu-storage-daemon
+need mount "losetup, for the benchmark's disks" has losetup
 
 if [ -n "$missing" ]; then
     echo "setup: installing the above with apt"

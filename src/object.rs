@@ -73,7 +73,7 @@ impl Object {
     }
 
     /// The memory of the cache.
-    pub fn arena(&self) -> &Arena {
+    pub fn arena(&self) -> &Arc<Arena> {
         &self.arena
     }
 

@@ -103,7 +103,7 @@ impl Service {
     }
 
     fn of(config: &DeviceConfig, object: Arc<Object>, io: &str) -> Result<Self> {
-        let device = device_of(config, Arc::clone(&object));
+        let device = device_of(config, &object);
         let about = format!(
             "{}: {} on {}, {} bytes{}, {io}, cache {} bytes {}",
             config.name,
@@ -125,7 +125,7 @@ impl Service {
     pub fn start(self) -> Result<Running> {
         let Self { device, object, socket, workers, queue_size, about } = self;
         let (controls, threads): (Vec<_>, Vec<_>) =
-            (0..workers).map(|_| device::spawn(&device)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+            (0..workers).map(|_| device::spawn(&device, &object)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Arc::new(Workers::new(controls));
         let listener = socket.listener.try_clone().map_err(|e| system("cannot copy a descriptor", e))?;
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener));
@@ -324,7 +324,7 @@ fn on_error(policy: config::OnError) -> OnError {
 }
 
 /// The virtio-blk device of a configuration.
-fn device_of(config: &DeviceConfig, object: Arc<Object>) -> Arc<Device> {
+fn device_of(config: &DeviceConfig, object: &Object) -> Arc<Device> {
     let limits = object.limits();
     let geometry = Geometry {
         capacity_sectors: limits.size_bytes / SECTOR_BYTES,
@@ -346,5 +346,5 @@ fn device_of(config: &DeviceConfig, object: Arc<Object>) -> Arc<Device> {
         serial: serial(&config.serial),
     };
     let writeback = config.cache.mode == CacheMode::Writeback;
-    Device::new(config.name.clone(), object, disk, geometry, writeback, config.poll_us)
+    Device::new(config.name.clone(), Arc::clone(object.arena()), disk, geometry, writeback, config.poll_us)
 }

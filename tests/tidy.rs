@@ -22,7 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("recover", &["arena", "store", "config", "error", "units"]),
     ("vhost", &["device", "object", "virtio", "config", "error", "units"]),
-    ("device", &["virtio", "object", "cache", "error", "units"]),
+    ("device", &["virtio", "object", "cache", "arena", "error", "units"]),
     ("virtio", &["error", "units"]),
     ("object", &["cache", "store", "arena", "config", "error", "units"]),
     ("cache", &["units"]),

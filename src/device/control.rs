@@ -75,7 +75,7 @@ pub struct Control {
 
 impl Control {
     /// Both ends; `bell` wakes the worker.
-    pub(super) fn new(bell: Arc<EventFd>) -> (Self, Receiver<Command>) {
+    pub fn new(bell: Arc<EventFd>) -> (Self, Receiver<Command>) {
         let (commands, receiver) = channel();
         (Self { commands, bell }, receiver)
     }

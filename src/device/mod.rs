@@ -10,13 +10,13 @@ pub mod control;
 mod copy;
 pub mod inflight;
 mod pending;
-mod ring;
+pub mod ring;
 mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::object::Object;
+use crate::arena::Arena;
 use crate::virtio::config_space::{ConfigSpace, Geometry, initial_writeback};
 use crate::virtio::request::Disk;
 
@@ -28,8 +28,8 @@ pub use worker::spawn;
 pub struct Device {
     /// Names the device in the log.
     pub name: String,
-    /// The image and its cache.
-    pub object: Arc<Object>,
+    /// The cache's memory, which knows whether its guest has lost anything.
+    pub arena: Arc<Arena>,
     /// What requests are checked against.
     pub disk: Disk,
     /// What the guest is told of the disk.
@@ -46,7 +46,7 @@ impl Device {
     /// A device that no guest has configured yet.
     pub fn new(
         name: String,
-        object: Arc<Object>,
+        arena: Arc<Arena>,
         disk: Disk,
         geometry: Geometry,
         writeback: bool,
@@ -54,7 +54,7 @@ impl Device {
     ) -> Arc<Self> {
         let configured = writeback;
         let writeback = AtomicBool::new(writeback);
-        Arc::new(Self { name, object, disk, geometry, writeback_configured: configured, writeback, poll_us })
+        Arc::new(Self { name, arena, disk, geometry, writeback_configured: configured, writeback, poll_us })
     }
 
     /// Whether a write completes before it is stable.

@@ -24,7 +24,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::cache::{Piece, Ticket};
 use crate::error::{Error, ErrorKind, Result};
-use crate::object::Port;
+use crate::object::{Object, Port};
 use crate::units::{Fault, Tick};
 use crate::virtio::GuestRam;
 
@@ -44,9 +44,9 @@ const STORE: u64 = 1001;
 ///
 /// # Errors
 /// [`ErrorKind::System`] when the host refuses a descriptor, a ring or the thread.
-pub fn spawn(device: &Arc<Device>) -> Result<(Control, JoinHandle<()>)> {
+pub fn spawn(device: &Arc<Device>, object: &Arc<Object>) -> Result<(Control, JoinHandle<()>)> {
     let system = |e| Error::io(ErrorKind::System, "cannot start a worker thread", e);
-    let port = device.object.port()?;
+    let port = object.port()?;
     let (control, commands) = Control::new(Arc::clone(port.bell()));
     let epoll = Epoll::new().map_err(system)?;
     watch(&epoll, port.bell().as_raw_fd(), BELL).map_err(system)?;

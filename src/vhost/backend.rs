@@ -76,7 +76,7 @@ impl VhostUserBackend for Backend {
     fn reset_device(&self) {
         *self.0.cache_features.lock().expect("nobody panics holding this") = None;
         self.0.device.set_writeback(self.0.device.writeback_configured);
-        self.0.device.object.arena().begin_anew();
+        self.0.device.arena.begin_anew();
     }
 
     fn set_event_idx(&self, _enabled: bool) {

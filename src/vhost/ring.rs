@@ -59,7 +59,7 @@ impl Session {
 
     /// A ring starts. If all rings begin at the beginning, so does the guest: it has nothing to lose.
     fn ring_starts(&self) {
-        let arena = self.device.object.arena();
+        let arena = &self.device.arena;
         if arena.is_lost() && self.resumed.load(Ordering::Acquire) == 0 {
             info!("{}: the guest begins anew, and is served again", self.device.name);
             arena.begin_anew();

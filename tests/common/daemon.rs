@@ -9,7 +9,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::wait::{PATIENCE, poll_until, try_poll};
+use super::wait::{PATIENCE, is_listening, poll_until, try_poll};
 
 /// How long a daemon may take to drain and leave after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -138,17 +138,6 @@ fn server_command(directory: &TempDir, options: &DaemonOptions) -> Command {
         command.arg("--read-only");
     }
     command
-}
-
-/// True if a live process listens on `socket` (asked of the kernel, so that no connection is spent on the question).
-fn is_listening(socket: &Path) -> bool {
-    const ACCEPTS_CONNECTIONS: u32 = 1 << 16;
-    let table = fs::read_to_string("/proc/net/unix").expect("/proc is mounted");
-    let socket = socket.to_str().expect("test paths are UTF-8");
-    table.lines().filter(|line| line.ends_with(socket)).any(|line| {
-        let flags = line.split_whitespace().nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
-        flags.is_some_and(|flags| flags & ACCEPTS_CONNECTIONS != 0)
-    })
 }
 
 /// Writes the configuration of devices; returns their sockets.

@@ -1,6 +1,8 @@
 //! Waits with a deadline: nothing in the tests waits for ever, and nothing sleeps and hopes.
 
+use std::fs;
 use std::os::fd::RawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long a single reply or completion may take on a loaded machine before the test calls it lost.
@@ -40,4 +42,15 @@ pub fn readable(descriptors: &[RawFd], limit: Duration) -> bool {
     // SAFETY: `polled` is a live array of as many pollfd as the length says.
     let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, limit_ms) };
     ready > 0
+}
+
+/// True if a live process listens on `socket` (asked of the kernel, so that no connection is spent on the question).
+pub fn is_listening(socket: &Path) -> bool {
+    const ACCEPTS_CONNECTIONS: u32 = 1 << 16;
+    let table = fs::read_to_string("/proc/net/unix").expect("/proc is mounted");
+    let socket = socket.to_str().expect("test paths are UTF-8");
+    table.lines().filter(|line| line.ends_with(socket)).any(|line| {
+        let flags = line.split_whitespace().nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+        flags.is_some_and(|flags| flags & ACCEPTS_CONNECTIONS != 0)
+    })
 }

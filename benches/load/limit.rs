@@ -1,0 +1,190 @@
+//! The limit of cached rows: a server on genblk's own ring code and parser that copies from and to a large buffer, and has
+//! no cache, no lock and no store. What it costs is what the rings and the copying cost.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use genblk::arena::Arena;
+use genblk::device::control::Workers;
+use genblk::device::ring::Ring;
+use genblk::device::{Command, Control, Device};
+use genblk::units::SECTOR_BYTES;
+use genblk::vhost::{Server, bind};
+use genblk::virtio::config_space::Geometry;
+use genblk::virtio::request::{Disk, Kind, Malformed, Request, parse, serial};
+use genblk::virtio::segments::{GuestCursor, write_status};
+use genblk::virtio::{STATUS_IOERR, STATUS_OK};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// genblk's default, which is part of its ring code.
+const POLL: Duration = Duration::from_micros(50);
+/// Requests taken in one turn, as genblk's worker takes.
+const BATCH: usize = 64;
+const QUEUE_SIZE: u16 = 1024;
+const QUEUES: u16 = 64;
+
+/// Serves `disk_bytes` of which all lie in a buffer of `buffer_bytes`, over and over; until it is killed.
+///
+/// # Errors
+/// The system's.
+pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<()> {
+    let capacity_sectors = disk_bytes / SECTOR_BYTES;
+    let disk =
+        Disk { capacity_sectors, read_only: false, can_discard: false, can_zero: false, serial: serial("limit") };
+    let geometry = Geometry {
+        capacity_sectors,
+        block_bytes: 512,
+        physical_block_bytes: 4096,
+        optimal_io_bytes: 0,
+        discard_granularity_bytes: 0,
+        num_queues: QUEUES,
+        read_only: false,
+        can_discard: false,
+        can_zero: false,
+        zero_may_unmap: false,
+    };
+    // A device has some; nothing is in it.
+    let memory = Arena::private(1).map_err(io::Error::other)?;
+    let device = Device::new("limit".to_string(), Arc::new(memory), disk, geometry, true, 0);
+    let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let (control, commands) = Control::new(Arc::clone(&bell));
+    // Not zeros: the kernel would give one page for all of them, which any processor has at hand.
+    let buffer = vec![0x5a; buffer_bytes];
+    let worker = Copier { commands, bell, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
+    std::thread::spawn(move || worker.run());
+    let listener = bind(socket).map_err(io::Error::other)?;
+    Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener).serve();
+    Ok(())
+}
+
+struct Copier {
+    commands: Receiver<Command>,
+    bell: Arc<EventFd>,
+    rings: BTreeMap<u16, Ring>,
+    disk: Disk,
+    buffer: Vec<u8>,
+}
+
+impl Copier {
+    fn run(mut self) {
+        let (mut heads, mut request) = (Vec::new(), Request::default());
+        let mut idle_since = Instant::now();
+        loop {
+            self.obey();
+            let mut worked = false;
+            for ring in self.rings.values_mut().filter(|ring| ring.has_more()) {
+                worked = true;
+                heads.clear();
+                ring.take(BATCH, &mut heads);
+                for &head in &heads {
+                    serve_one(ring, head, &mut request, &self.disk, &mut self.buffer);
+                }
+                ring.call_guest();
+            }
+            if worked {
+                idle_since = Instant::now();
+            } else if self.rings.is_empty() || idle_since.elapsed() > POLL {
+                self.sleep();
+                idle_since = Instant::now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Every request is answered within the turn that takes it, so each command is done at once.
+    fn obey(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Start(index, setup, answer) => {
+                    self.rings.insert(index, Ring::new(index, *setup));
+                    let _ = answer.send(());
+                }
+                Command::Stop(index, answer) => {
+                    let _ = answer.send(self.rings.remove(&index).map(|ring| ring.position()));
+                }
+                Command::Call(index, call, answer) => {
+                    if let Some(ring) = self.rings.get_mut(&index) {
+                        ring.set_call(call);
+                    }
+                    let _ = answer.send(());
+                }
+                Command::Memory(memory, answer) => {
+                    self.rings.values_mut().for_each(|ring| ring.use_memory(&memory));
+                    let _ = answer.send(());
+                }
+                Command::Flush(answer) => {
+                    let _ = answer.send(Ok(()));
+                }
+                Command::Resume(answer) => {
+                    let _ = answer.send(());
+                }
+                Command::Exit => {}
+            }
+        }
+    }
+
+    fn sleep(&mut self) {
+        let mut came_meanwhile = false;
+        for ring in self.rings.values_mut() {
+            came_meanwhile |= ring.want_kicks();
+        }
+        if !came_meanwhile {
+            let fds: Vec<RawFd> = self.rings.values().map(Ring::kick_fd).chain([self.bell.as_raw_fd()]).collect();
+            let readable = readable(&fds);
+            // Finding nothing is normal: the bell may have rung for somebody else.
+            let _ = self.bell.read();
+            for (ring, _) in self.rings.values_mut().zip(readable).filter(|(_, readable)| *readable) {
+                ring.take_kick();
+            }
+        }
+        self.rings.values_mut().for_each(Ring::quiet_kicks);
+    }
+}
+
+/// Waits until one is readable; says which are.
+fn readable(fds: &[RawFd]) -> Vec<bool> {
+    let mut polled: Vec<libc::pollfd> =
+        fds.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
+    // SAFETY: `polled` is a live array of as many pollfd as the length says.
+    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+    polled.iter().map(|fd| fd.revents & libc::POLLIN != 0).collect()
+}
+
+fn serve_one(ring: &mut Ring, head: u16, request: &mut Request, disk: &Disk, buffer: &mut [u8]) {
+    let (table, size) = ring.descriptors();
+    match parse(&ring.memory, table, size, head, request) {
+        Ok(()) => {
+            let good = request.check(disk).is_ok() && copy(ring, request, buffer);
+            let _ = write_status(&ring.memory, request.status, if good { STATUS_OK } else { STATUS_IOERR });
+            ring.answer(head, request.used_len(good));
+        }
+        Err(Malformed::WithStatus { status }) => {
+            let _ = write_status(&ring.memory, status, STATUS_IOERR);
+            ring.answer(head, 1);
+        }
+        Err(Malformed::NoStatus) => ring.give_up(head),
+    }
+}
+
+fn copy(ring: &Ring, request: &Request, buffer: &mut [u8]) -> bool {
+    let len = usize::try_from(request.data_bytes).expect("a request is below 4 GiB");
+    if len > buffer.len() {
+        return false;
+    }
+    let place = (request.sector * SECTOR_BYTES) as usize % (buffer.len() - len + 1);
+    let part = &mut buffer[place..place + len];
+    let mut cursor = GuestCursor::new(&ring.memory, &request.data);
+    match request.kind {
+        // SAFETY: the slice is as long as the copy, and is not guest memory.
+        Kind::Read => unsafe { cursor.copy_to_guest(0, part.as_ptr(), len) }.is_ok(),
+        // SAFETY: as above, and nobody else uses the buffer.
+        Kind::Write => unsafe { cursor.copy_from_guest(0, part.as_mut_ptr(), len) }.is_ok(),
+        _ => true,
+    }
+}

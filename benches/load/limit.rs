@@ -92,7 +92,7 @@ impl Copier {
                 self.sleep();
                 idle_since = Instant::now();
             } else {
-                std::hint::spin_loop();
+                std::thread::yield_now();
             }
         }
     }

@@ -120,14 +120,21 @@ impl Contestant {
 
 /// A configuration with a device for each image; the first listens on `socket`, the others beside it.
 fn genblk_config(socket: &Path, images: &[PathBuf], device: &str, cache: &str) -> String {
+    let memory = memory_of(socket);
     let table = |(i, image): (usize, &PathBuf)| {
         let (socket, image) = (socket_of(socket, i), image.display());
         format!(
             "[[device]]\nname = \"disk{i}\"\nsocket = {socket:?}\nimage = \"{image}\"\n{device}\n\
-             [device.cache]\n{cache}\n"
+             [device.cache]\nmemory_dir = {memory:?}\n{cache}\n"
         )
     };
     images.iter().enumerate().map(table).collect()
+}
+
+/// Where the caches of a server lie. They outlive it, and must not: the next one is to start cold.
+fn memory_of(socket: &Path) -> PathBuf {
+    let folder = socket.parent().and_then(Path::file_name).unwrap_or_default();
+    Path::new("/dev/shm").join(folder)
 }
 
 /// Where device `index` of a server listens whose first listens on `socket`.
@@ -245,6 +252,7 @@ impl Drop for Server {
         // Both fail only if the process is gone already. What it holds back is of no use to anybody.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let _ = fs::remove_dir_all(memory_of(&self.socket));
     }
 }
 

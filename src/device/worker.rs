@@ -191,7 +191,8 @@ impl Worker {
             if self.turn() {
                 return true;
             }
-            std::hint::spin_loop();
+            // Whoever makes the next request may be waiting for this very processor.
+            std::thread::yield_now();
         }
         false
     }

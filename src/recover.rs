@@ -23,29 +23,38 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize) -> Res
     if config.read_only {
         return Arena::private(frames);
     }
-    let home = match Home::of(&cache.memory_dir, &image.identity()) {
-        Ok(home) => home,
+    let home = || Home::of(&cache.memory_dir, &image.identity());
+    let found = match home() {
+        Ok(found) => found,
         Err(e) if e.kind() == ErrorKind::Memory && cache.survive != Survive::Always => {
             warn!("{name}: {e}; the cache goes with the daemon, and nothing will tell if that loses anything");
             return Arena::private(frames);
         }
         Err(e) => return Err(e),
     };
-    let mut lost = false;
-    if let Some(header) = home.header()? {
-        lost = header.lost;
-        if header.frames == frames as u64 && cache.survive != Survive::Never {
-            let arena = Arena::resumed(home, &header)?;
-            return Ok(remember(arena, lost, name));
-        } else if header.frames > 0 {
-            let arena = Arena::resumed(home, &header)?;
-            let written = write_back(&arena, image.path())?;
-            info!("{name}: a cache of another size was left behind: its {written} dirty pages are on the image now");
-            arena.remove();
-            return arena_for(config, image, frames).map(|arena| remember(arena, lost, name));
+    let left = found.header()?;
+    let lost = left.as_ref().is_some_and(|header| header.lost);
+    let arena = match left {
+        Some(header) if header.frames == frames as u64 && cache.survive != Survive::Never => {
+            Arena::resumed(found, &header)?
         }
+        Some(header) if header.frames > 0 => {
+            let arena = Arena::resumed(found, &header)?;
+            let written = write_back(&arena, image.path())?;
+            info!("{name}: a cache of another shape was left behind: its {written} dirty pages are on the image now");
+            arena.remove();
+            fresh(cache, name, home()?, image, frames)?
+        }
+        _ => fresh(cache, name, found, image, frames)?,
+    };
+    if lost {
+        warn!(
+            "{name}: a daemon died with writes in its memory that had completed: every request of that guest fails until \
+             it resets the device"
+        );
+        arena.remember_loss();
     }
-    fresh(cache, name, home, image, frames).map(|arena| remember(arena, lost, name))
+    Ok(arena)
 }
 
 /// New memory, as far as possible of the kind that the configuration asks for.
@@ -67,17 +76,6 @@ fn fresh(cache: &CacheConfig, name: &str, home: Home, image: &FileImage, frames:
         // There is no memory at all.
         Err(_) => kept,
     }
-}
-
-fn remember(arena: Arena, lost: bool, name: &str) -> Arena {
-    if lost {
-        warn!(
-            "{name}: a daemon died with writes in its memory that had completed: every request of that guest fails until \
-             it resets the device"
-        );
-        arena.remember_loss();
-    }
-    arena
 }
 
 /// Writes everything dirty to the image, in the order of the image, and makes it durable; returns how many pages it was.

@@ -203,3 +203,21 @@ fn random_reads_read_almost_nothing_ahead() {
     }
     assert!(cache.stats().readahead_pages < 40, "{} pages of 4000", cache.stats().readahead_pages);
 }
+
+#[test]
+fn a_gibibyte_is_taken_over_in_less_than_a_second() {
+    const FRAMES: u32 = 1 << 18;
+    let mut cache = cache_of(FRAMES, 1 << 30);
+    let all = SectorMask::ALL;
+    let left = (0..FRAMES - 4096).map(|n| Left {
+        frame: FrameId(n),
+        no: PageNo(u64::from(n) * 7),
+        record: Record { valid: all, dirty: if n % 8 == 0 { all } else { SectorMask::NONE } },
+    });
+    let started = std::time::Instant::now();
+    let (pages, dirty) = cache.adopt(left);
+    let took = started.elapsed();
+    assert_eq!((pages, dirty), (FRAMES - 4096, (FRAMES - 4096) / 8));
+    assert!(took.as_millis() < 1000, "{took:?}");
+    cache.check(&[]);
+}

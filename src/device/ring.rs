@@ -89,7 +89,7 @@ impl Ring {
 
     /// Whether every request that was taken, by us or by a predecessor, has been answered.
     pub fn is_drained(&self) -> bool {
-        self.in_flight == 0 && (self.owed.is_empty() || self.broken)
+        self.in_flight == 0 && !self.owes()
     }
 
     /// Whether a predecessor has left requests that are not taken up yet.

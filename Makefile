@@ -45,7 +45,7 @@ soak: setup ## simulator, kills and guest tests over and over, SOAK_MINUTES long
 		round=$$((round + 1)); echo "soak: round $$round"; \
 		$(MAKE) --no-print-directory sim SEED= N=1000 && \
 		GENBLK_KILLS=200 $(CARGO) test --release --locked --test survival && \
-		$(CARGO) test --release --locked --test guest || exit 1; \
+		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest || exit 1; \
 	done; echo "soak: $$round rounds, no failure"
 
 bench: setup ## measure against other servers and the limit (about 15 minutes; some rows need root, for their disks)

@@ -62,7 +62,8 @@ impl Scratch {
         self.sockets.join("blk.sock")
     }
 
-    fn memory(&self) -> PathBuf {
+    /// A folder in shared memory.
+    pub fn memory(&self) -> PathBuf {
         memory_of(&self.socket())
     }
 }

@@ -11,6 +11,8 @@
 
 mod host;
 mod image;
+mod power_cut;
+mod recorder;
 mod server;
 mod vm;
 

@@ -92,7 +92,7 @@ impl Copier {
                 self.sleep();
                 idle_since = Instant::now();
             } else {
-                std::thread::yield_now();
+                std::hint::spin_loop();
             }
         }
     }

@@ -36,6 +36,10 @@ use super::{Device, RingSetup};
 
 /// Rings that a device can have (vhost-user-backend knows no more than 64).
 const RINGS_MAX: usize = 64;
+/// After so many polls in a row that found nothing ...
+const FRUITLESS_MAX: u32 = 4;
+/// ... one is tried when there was nothing to do for so many times.
+const SLEEPS_PER_TRY: u32 = 64;
 /// Epoll tokens beyond those of the rings.
 const BELL: u64 = 1000;
 const STORE: u64 = 1001;
@@ -61,6 +65,8 @@ pub fn spawn(device: &Arc<Device>, object: &Arc<Object>) -> Result<(Control, Joi
         stopping: Vec::new(),
         new_memory: None,
         deadline: None,
+        fruitless: 0,
+        sleeps: 0,
         exits: false,
     };
     let name = format!("genblk {}", device.name);
@@ -158,6 +164,10 @@ struct Worker {
     traffic: Traffic,
     /// When the cache wants to be pumped although nothing happens.
     deadline: Option<Tick>,
+    /// Polls in a row that found nothing.
+    fruitless: u32,
+    /// Times that there was nothing to do.
+    sleeps: u32,
     exits: bool,
 }
 
@@ -183,18 +193,27 @@ impl Worker {
     /// Looks for more work for a while: most often the next request is not far. True: there was some.
     fn poll(&mut self) -> bool {
         let idle_rings = self.rings.iter().all(Option::is_none);
-        if self.device.poll_us == 0 || idle_rings {
+        if self.device.poll_us == 0 || idle_rings || !self.poll_pays() {
             return false;
         }
         let until = Instant::now() + Duration::from_micros(u64::from(self.device.poll_us));
         while Instant::now() < until {
             if self.turn() {
+                self.fruitless = 0;
                 return true;
             }
-            // Whoever makes the next request may be waiting for this very processor.
-            std::thread::yield_now();
+            std::hint::spin_loop();
         }
+        self.fruitless = self.fruitless.saturating_add(1);
         false
+    }
+
+    /// Whether to poll now. After a few polls that found nothing only one in many is tried: the guest has little to do, or
+    /// waits for the very processor that we poll on.
+    fn poll_pays(&mut self) -> bool {
+        let pays = self.fruitless < FRUITLESS_MAX || self.sleeps.is_multiple_of(SLEEPS_PER_TRY);
+        self.sleeps = self.sleeps.wrapping_add(1);
+        pays
     }
 
     /// Sleeps until a kick, a store event, the bell, or the next deadline.

@@ -1,7 +1,8 @@
 //! Every kind of failure of the image, at every time, under every policy: what the guest must see.
 //!
-//! Short transfers are not among them: the store continues them below all this (`tests/store_faults.rs`). A request that
-//! takes too long is a delay, which must be waited for, or a fault of its own ([`Fault::TimedOut`]).
+//! Short transfers are not among them: the store continues them below all this, and its own tests cut them short
+//! (`src/store/tests.rs`). A request that takes too long is a delay, which must be waited for, or a fault of its own
+//! ([`Fault::TimedOut`]).
 
 mod common;
 

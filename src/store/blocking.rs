@@ -116,6 +116,10 @@ fn transfer(image: &OpenImage, request: &mut Request) -> io::Result<()> {
     let mut progress = Progress::default();
     loop {
         let (segments, offset) = (progress.rest(request), progress.offset(request));
+        #[cfg(test)]
+        let cut = cut_short(image, segments);
+        #[cfg(test)]
+        let segments = cut.as_ref().map_or(segments, std::slice::from_ref);
         // SAFETY: the request owns the memory of its segments until its event (the store's contract).
         match unsafe { sys::transfer(&image.file, request.op == Op::Write, segments, offset) } {
             Ok(moved) => {
@@ -127,6 +131,13 @@ fn transfer(image: &OpenImage, request: &mut Request) -> io::Result<()> {
             Err(error) => return Err(error),
         }
     }
+}
+
+/// The start of a transfer, where a test wants it cut short; what lies behind must move with a later call.
+#[cfg(test)]
+pub(super) fn cut_short(image: &OpenImage, rest: &[Segment]) -> Option<Segment> {
+    let max = image.moved_max.load(std::sync::atomic::Ordering::Relaxed);
+    (max > 0).then(|| Segment { base: rest[0].base, len: rest[0].len.min(max) })
 }
 
 fn sync(image: &OpenImage) -> io::Result<()> {

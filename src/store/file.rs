@@ -88,6 +88,12 @@ impl FileImage {
         self.image.direct
     }
 
+    /// From now on a system call moves no more than `bytes`, as one may that is cut short.
+    #[cfg(test)]
+    pub(super) fn cut_transfers(&self, bytes: usize) {
+        self.image.moved_max.store(bytes, Ordering::Relaxed);
+    }
+
     /// Where the image was opened.
     pub fn path(&self) -> &Path {
         &self.image.path
@@ -138,6 +144,9 @@ pub(super) struct OpenImage {
     /// Logical block size of a block device; `None` for a regular file.
     device_block: Option<u32>,
     seen: Seen,
+    /// How many bytes one system call moves at most; 0: as many as it can.
+    #[cfg(test)]
+    pub(super) moved_max: std::sync::atomic::AtomicUsize,
 }
 
 /// What the operator was last told of a file that others can change.
@@ -188,6 +197,8 @@ impl OpenImage {
             direct: alignment.is_some(),
             device_block: geometry.device_block,
             seen: Seen { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
+            #[cfg(test)]
+            moved_max: std::sync::atomic::AtomicUsize::new(0),
         })
     }
 

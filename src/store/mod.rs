@@ -20,6 +20,8 @@ pub mod file;
 mod lock;
 mod pool;
 mod sys;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod uring;
 

@@ -12,7 +12,7 @@
 //! | T5 a volatile cache without FLUSH | `config_space::a_driver_that_cannot_flush_gets_write_through` |
 //! | T6 CONFIG_WCE without effect | `config_space::write_through_is_in_force_once_it_is_set` |
 //! | T7 GET_CONFIG ignores the offset | `config_space::every_offset_and_size_is_honoured` |
-//! | T8 short reads and writes count as success | the stores' own tests, which inject them |
+//! | T8 short reads and writes count as success | `src/store/tests.rs`, which cuts them short |
 //! | T9 GET_ID without data kills the device | `requests::a_serial_is_padded_and_never_overruns_its_buffer` |
 //! | T10 the used length is always 0 | `requests::the_used_length_counts_what_was_written` |
 //! | T11 malformed requests are never completed | `chains::a_wrong_request_with_a_status_byte_gets_its_status` |

@@ -7,7 +7,7 @@ SOAK_MINUTES ?= 30
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim soak
+.PHONY: help setup build demo test test-guest check sim soak bench-policy
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -45,3 +45,6 @@ soak: setup ## simulator and guest tests over and over, SOAK_MINUTES long
 		$(MAKE) --no-print-directory sim SEED= N=1000 && \
 		$(CARGO) test --release --locked --test guest || exit 1; \
 	done; echo "soak: $$round rounds, no failure"
+
+bench-policy: ## miss ratios against LRU, CLOCK, ARC and OPT; fails where a demand is not met
+	$(CARGO) bench --locked --bench miss_ratio

@@ -7,7 +7,7 @@ SOAK_MINUTES ?= 30
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim soak bench bench-scale
+.PHONY: help setup build demo test test-guest check sim soak bench bench-scale bench-policy
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -53,3 +53,6 @@ bench: setup ## measure against other servers and the limit (about 15 minutes; s
 
 bench-scale: setup ## how the cost grows with sizes and numbers
 	$(CARGO) bench --locked --bench load -- scale $(ARGS)
+
+bench-policy: ## miss ratios against LRU, CLOCK, ARC and OPT; fails where a demand is not met
+	$(CARGO) bench --locked --bench miss_ratio

@@ -118,7 +118,7 @@ impl PageCache {
         let page = &self.pages[id];
         let frame = page.frame().expect("valid sectors lie in a frame");
         let marked = page.any(PREFETCHED | MARKER) && self.first_demand(id);
-        self.policy.touch(id);
+        self.policy.touch(id, step.no);
         self.frames.hold(frame);
         pieces.push(step.piece(id, Some(frame)));
         marked.then_some(step.no)

@@ -29,7 +29,7 @@ mod frames;
 mod getpages;
 mod holes;
 mod page;
-pub(crate) mod policy;
+pub mod policy;
 mod putpages;
 mod ranges;
 mod readahead;
@@ -246,16 +246,12 @@ impl PageCache {
             "clusters stay in a region"
         );
         let frames = settings.frames;
-        let policy: Box<dyn Policy> = match settings.policy {
-            PolicyKind::S3Fifo => Box::new(policy::s3fifo::S3Fifo::new(frames)),
-            PolicyKind::Lru => Box::new(policy::lru::Lru::new(frames)),
-        };
         Self {
             memory,
             now: Tick(0),
             pages: PageTable::new(frames),
             frames: Frames::new(frames),
-            policy,
+            policy: policy::new(settings.policy, frames),
             waiters: Waiters::default(),
             flights: Flights::default(),
             run: Run::default(),

@@ -94,7 +94,7 @@ impl PageCache {
         if self.pages[id].any(PREFETCHED | MARKER) {
             self.note_unread_prefetch(id);
         }
-        self.policy.touch(id);
+        self.policy.touch(id, no);
         self.stats.write_pages += 1;
         self.change(id, |page| {
             page.writers += 1;

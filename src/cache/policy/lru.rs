@@ -6,7 +6,7 @@ use crate::units::{PageId, PageNo};
 
 /// One list in order of last use.
 #[derive(Debug)]
-pub(crate) struct Lru {
+pub(super) struct Lru {
     nodes: Vec<Node>,
     list: List,
 }
@@ -23,7 +23,7 @@ impl Policy for Lru {
         self.list.push(&mut self.nodes, id);
     }
 
-    fn touch(&mut self, id: PageId) {
+    fn touch(&mut self, id: PageId, _no: PageNo) {
         self.list.renew(&mut self.nodes, id);
     }
 
@@ -74,7 +74,7 @@ mod tests {
         for id in 0..3 {
             lru.insert(PageId(id), PageNo(u64::from(id)));
         }
-        lru.touch(PageId(0));
+        lru.touch(PageId(0), PageNo(0));
         let evicted = lru.evict(8, &mut |_| Verdict::Evict { asked_for: true }, &|id| PageNo(u64::from(id.0)));
         assert_eq!(evicted, Some(PageId(1)));
         assert!(!lru.contains(PageId(1)) && lru.contains(PageId(0)));

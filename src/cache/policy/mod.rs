@@ -4,9 +4,16 @@
 
 use crate::units::{PageId, PageNo};
 
+use super::PolicyKind;
+
+mod adaptive;
+mod ghost;
 mod list;
-pub(crate) mod lru;
-pub(crate) mod s3fifo;
+mod lru;
+mod model;
+mod s3fifo;
+
+pub use model::Model;
 
 /// What the cache says of a page that the policy offers up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +32,7 @@ pub(crate) trait Policy: Send + std::fmt::Debug {
     /// The page came in.
     fn insert(&mut self, id: PageId, no: PageNo);
     /// A guest read or wrote the page.
-    fn touch(&mut self, id: PageId);
+    fn touch(&mut self, id: PageId, no: PageNo);
     /// The page went for another reason than eviction (discard, error).
     fn remove(&mut self, id: PageId);
     /// Finds a page to evict: offers candidates to `judge` until one is evicted or `steps_max` have been seen.
@@ -43,4 +50,12 @@ pub(crate) trait Policy: Send + std::fmt::Debug {
     fn len(&self) -> u32;
     /// Bytes of memory the policy takes.
     fn metadata_bytes(&self) -> usize;
+}
+
+/// A policy for a cache of `pages` pages.
+pub(super) fn new(kind: PolicyKind, pages: u32) -> Box<dyn Policy> {
+    match kind {
+        PolicyKind::S3Fifo => Box::new(adaptive::Adaptive::new(pages)),
+        PolicyKind::Lru => Box::new(lru::Lru::new(pages)),
+    }
 }

@@ -1,0 +1,90 @@
+//! The benchmark of replacement policies in small, with its demands, and what it stands on.
+
+#[path = "../benches/miss_ratio/mod.rs"]
+mod lab;
+#[path = "common/prng.rs"]
+#[allow(dead_code, reason = "shared with the other tests, which use more of it")]
+mod prng;
+
+use lab::rivals::Rival;
+use lab::workloads::{Access, Scale, WORKLOADS};
+use lab::{Cell, gates, measure, table, trace_file};
+
+fn reads(pages: &[u32]) -> Vec<Access> {
+    pages.iter().map(|&page| Access { page, write: false }).collect()
+}
+
+#[test]
+fn the_demands_on_replacement_are_met_in_small() {
+    let scale = Scale { pages: 8000, accesses: 80_000 };
+    let sizes = [10, 100];
+    let cells: Vec<Cell> =
+        WORKLOADS.iter().flat_map(|workload| measure(workload.name, &workload.trace(scale), &sizes)).collect();
+    for cell in &cells {
+        let best = Rival::ALL.map(|rival| cell.of(rival)).into_iter().fold(100.0, f64::min);
+        assert!(cell.of(Rival::Opt) <= best, "nobody is better than OPT: {cell:?}");
+    }
+    // A trial takes a larger share of a short trace.
+    let missed: Vec<String> =
+        gates::judge(&cells, 1.0).into_iter().filter(|gate| !gate.holds).map(|gate| gate.says).collect();
+    assert!(missed.is_empty(), "{missed:#?}\n{}", table::render(&cells, &sizes));
+}
+
+#[test]
+fn a_workload_makes_the_same_trace_each_time_and_stays_within_its_scale() {
+    let scale = Scale { pages: 3000, accesses: 20_000 };
+    for workload in WORKLOADS {
+        let trace = workload.trace(scale);
+        assert_eq!(trace.len(), scale.accesses, "{}", workload.name);
+        assert!(trace == workload.trace(scale), "{} is different each time", workload.name);
+    }
+}
+
+#[test]
+fn rivals_do_as_their_authors_say() {
+    // A loop of four over three places.
+    let trace = reads(&[0, 1, 2, 3, 0, 1, 2, 3]);
+    assert_eq!(Rival::Lru.misses(&trace, 4, 3), 8);
+    assert_eq!(Rival::Clock.misses(&trace, 4, 3), 8);
+    assert_eq!(Rival::Opt.misses(&trace, 4, 3), 5);
+    // ARC keeps pages that were seen twice through pages that are seen once.
+    let mut pages = vec![0, 1, 0, 1];
+    pages.extend(2..40);
+    pages.extend([0, 1]);
+    assert_eq!(Rival::Lru.misses(&reads(&pages), 40, 4), 42);
+    assert_eq!(Rival::Arc.misses(&reads(&pages), 40, 4), 40);
+    // CLOCK passes over a page that was asked for again.
+    assert_eq!(Rival::Clock.misses(&reads(&[0, 1, 0, 2, 0]), 3, 2), 3);
+}
+
+#[test]
+fn the_table_at_the_head_of_the_benchmark_has_every_workload() {
+    let source = include_str!("../benches/miss_ratio.rs");
+    for workload in WORKLOADS {
+        assert!(source.contains(&format!("//! {} ", workload.name)), "{} is missing: --table", workload.name);
+    }
+}
+
+#[test]
+fn a_trace_file_is_read_page_by_page() {
+    let text = "time,op,sector,count\n# two pages\n0.5, R, 1000, 9\n\n1,write,1000,1\n2,flush,0,0\n3,r,8,8\n";
+    let trace = trace_file::read(text.as_bytes()).unwrap();
+    let seen: Vec<(u32, bool)> = trace.iter().map(|access| (access.page, access.write)).collect();
+    assert_eq!(seen, [(0, false), (1, false), (0, true), (2, false)]);
+}
+
+#[test]
+fn a_bad_line_of_a_trace_file_is_named_with_what_is_wrong() {
+    let cases = [
+        ("1,r,0,8\n2,r,x,8\n", "line 2: the sector \"x\" is not a whole number"),
+        ("1,r,0\n", "line 1: 3 fields; there have to be 4: time, op, sector, count"),
+        ("now,r,0,8\n", "line 1: the time \"now\" is not a number"),
+        ("1,append,0,8\n", "line 1: the op \"append\" is not one of read, write, flush, discard"),
+        ("1,r,0,0\n", "line 1: the count 0 is not from 1 to 1048576"),
+        ("1,r,18446744073709551615,8\n", "line 1: the sector 18446744073709551615 is too large"),
+        ("# nothing\n", "no line reads or writes anything"),
+    ];
+    for (text, fault) in cases {
+        assert_eq!(trace_file::read(text.as_bytes()).unwrap_err(), fault, "{text}");
+    }
+}

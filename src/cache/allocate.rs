@@ -4,12 +4,15 @@
 //! Space is asked for a region of 1 MiB at a time, ahead of the writer. Regions that have it are remembered in a table of
 //! bounded size; for one that was forgotten the store is asked again, which costs little.
 
-use crate::units::{Fault, PageNo, SectorSpan};
+use crate::units::{Fault, PageNo, SectorSpan, low_u32};
 
 use super::PageCache;
 use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
 use super::ranges::REGION_PAGES;
+
+/// No region.
+const NONE: u32 = u32::MAX;
 
 /// Whether a page has its space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +28,8 @@ pub(super) enum Space {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Allocating {
-    /// Regions with their space, each in the one place where it can be; none: nothing is there.
-    reserved: Vec<Option<u64>>,
+    /// Regions with their space, each in the one place where it can be; [`NONE`]: nothing is there.
+    reserved: Vec<u32>,
     /// Regions that the store is being asked for, and whether space was given back there meanwhile.
     asked: Vec<(u64, bool)>,
     /// The store can't.
@@ -34,13 +37,13 @@ pub(super) struct Allocating {
 }
 
 impl Allocating {
-    /// For a cache of `frames` frames: a region for every 16 frames.
+    /// For a cache of `frames` frames: a region for every 64 frames, so a cache of 1 % of the image remembers all.
     pub fn new(frames: u32) -> Self {
-        let regions = (frames / 16).max(16) as usize;
-        Self { reserved: vec![None; regions], asked: Vec::new(), unsupported: false }
+        let regions = (frames / 64).max(16) as usize;
+        Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false }
     }
 
-    fn place(&mut self, region: u64) -> &mut Option<u64> {
+    fn place(&mut self, region: u64) -> &mut u32 {
         let index = region % self.reserved.len() as u64;
         &mut self.reserved[usize::try_from(index).expect("a place of the table")]
     }
@@ -50,7 +53,9 @@ impl Allocating {
         let pages = span.pages();
         let touched = pages.first.0 / REGION_PAGES..pages.end().0.div_ceil(REGION_PAGES);
         for place in &mut self.reserved {
-            *place = place.filter(|region| !touched.contains(region));
+            if touched.contains(&u64::from(*place)) {
+                *place = NONE;
+            }
         }
         for (region, stale) in &mut self.asked {
             *stale |= touched.contains(region);
@@ -59,7 +64,7 @@ impl Allocating {
 
     /// Bytes of memory the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.reserved.capacity() * size_of::<Option<u64>>()
+        self.reserved.capacity() * size_of::<u32>()
     }
 }
 
@@ -70,7 +75,7 @@ impl PageCache {
             return Space::There;
         }
         let region = no.0 / REGION_PAGES;
-        if *self.allocating.place(region) == Some(region) {
+        if u64::from(*self.allocating.place(region)) == region {
             return Space::There;
         }
         if self.allocating.asked.iter().any(|&(asked, _)| asked == region) {
@@ -99,7 +104,7 @@ impl PageCache {
             None => {
                 self.failing.heal_after_allocation();
                 if !stale {
-                    *self.allocating.place(region) = Some(region);
+                    *self.allocating.place(region) = low_u32(region);
                 }
             }
         }

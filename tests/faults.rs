@@ -2,8 +2,9 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::bench::Bench;
@@ -136,6 +137,43 @@ fn the_next_front_end_finds_the_cache_warm() {
     assert!(bench.running().stats().read_hit_pages > 0);
 }
 
+/// What no Sync has covered stays in memory: it may not take all of it, or a read would wait as long as the image fails.
+#[test]
+fn reads_go_on_while_no_sync_succeeds() {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 27);
+    let bench = Bench::new("no-sync", &shadow, |config| config.cache.dirty_age_max_ms = 100);
+    let mut client = bench.client(1);
+    bench.faults.fail_always(OpKind::Sync, Fault::Media);
+    let pages = IMAGE_BYTES as u64 / 4096;
+    let started = Instant::now();
+    let mut refused = 0;
+    // Twice as many pages as the cache has, slowly enough for write-back to make room for more.
+    for page in (0..pages).step_by(4) {
+        if client.try_write(page * 8, &[9; 4096]) {
+            shadow.write(page * 8, &[9; 4096]);
+        } else {
+            refused += 1;
+            shadow.doubt_write(page * 8, &[9; 4096]);
+            thread::sleep(Duration::from_millis(1));
+        }
+        if page % 64 == 0 {
+            assert!(!client.flush(), "nothing is durable");
+        }
+    }
+    assert!(refused > 0, "what is not durable has its bound");
+    for page in (1..pages).step_by(64) {
+        let found = client.read(page * 8, 4096);
+        assert_eq!(shadow.check(page * 8, &found), Ok(()));
+    }
+    // Seconds; minutes where each request waits for the next try.
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+    bench.faults.heal();
+    settle(&mut client, HEALING);
+    read_everything(&mut client, &shadow);
+    drop(client);
+    bench.end(&shadow);
+}
+
 /// Somebody else shrinks the image, and later gives it its size back.
 #[test]
 fn an_image_that_shrinks_is_never_made_to_grow_again() {
@@ -143,20 +181,54 @@ fn an_image_that_shrinks_is_never_made_to_grow_again() {
     let bench = Bench::new("shrinks", &shadow, |_| {});
     let mut client = bench.client(1);
     let file = File::options().write(true).open(bench.image()).expect("the image can be opened");
-    let (last, half) = (IMAGE_BYTES as u64 / 512 - 8, IMAGE_BYTES as u64 / 2);
+    let (half, hole) = (IMAGE_BYTES as u64 / 2, IMAGE_BYTES as u64 / 512 - 8);
+    // Beyond the middle, and in memory: known to be no hole.
+    let data = half / 512 + 8;
+    client.read(data, 4096);
     file.set_len(half).expect("it can be shrunk");
-    for sector in [0, last] {
+    for sector in [0, data] {
         client.write(sector, &[7; 4096]);
         shadow.write(sector, &[7; 4096]);
     }
-    assert!(!client.flush(), "the last page has no place any more");
+    assert!(!client.try_write(hole, &[7; 4096]), "a hole beyond the end can't have its space");
+    assert!(client.try_read(half / 512 + 2048, 4096).is_none(), "there is nothing to read");
+    assert!(!client.flush(), "the page beyond the end has no place any more");
     assert_eq!(file.metadata().expect("it is there").len(), half, "nothing was written beyond the end");
-    assert_eq!(client.read(last, 4096), [7; 4096], "it is in memory");
+    assert_eq!(client.read(data, 4096), [7; 4096], "it is in memory");
     file.set_len(IMAGE_BYTES as u64).expect("it can be given its size back");
     assert!(client.flush(), "and now it has a place");
     assert_eq!(client.read(0, 4096), [7; 4096]);
     shadow.discard(half / 512, half / 512);
-    shadow.write(last, &[7; 4096]);
+    shadow.write(data, &[7; 4096]);
     drop(client);
     bench.end(&shadow);
+}
+
+/// The guest's disk keeps the size that it was served with.
+#[test]
+fn an_image_that_grows_or_is_deleted_is_served_as_it_was() {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 28);
+    let bench = Bench::new("grows", &shadow, |_| {});
+    let mut client = bench.client(1);
+    let file = File::options().write(true).open(bench.image()).expect("the image can be opened");
+    let twice = 2 * IMAGE_BYTES as u64;
+    file.set_len(twice).expect("it can be made longer");
+    let kept = bench.image().with_extension("kept");
+    fs::hard_link(bench.image(), &kept).expect("the image can have a second name");
+    for sector in [0, IMAGE_BYTES as u64 / 512 - 8] {
+        client.write(sector, &[5; 4096]);
+        shadow.write(sector, &[5; 4096]);
+    }
+    assert!(client.flush());
+    assert_eq!(client.sectors(), IMAGE_BYTES as u64 / 512);
+    assert_eq!(file.metadata().expect("it is there").len(), twice, "nobody takes away what others have added");
+
+    file.set_len(IMAGE_BYTES as u64).expect("it can be shortened again");
+    fs::remove_file(&kept).and_then(|()| fs::remove_file(bench.image())).expect("both names can go");
+    client.write(80, &[6; 4096]);
+    assert!(client.flush(), "the file is there as long as it is open");
+    assert_eq!(client.read(80, 4096), [6; 4096]);
+    drop(client);
+    // Only the open file has the bytes now.
+    bench.end_without_image();
 }

@@ -34,7 +34,7 @@ impl PageCache {
 
     fn check_pages(&self) {
         let mut dirty: Vec<PageNo> = Vec::new();
-        let (mut unclean, mut failed, mut unread, mut waiters) = (0, 0, 0, 0);
+        let (mut unclean, mut unstable, mut failed, mut unread, mut waiters) = (0, 0, 0, 0, 0);
         for (id, page) in self.pages.iter() {
             page.check();
             let beyond = self.beyond_image(page.no());
@@ -45,6 +45,7 @@ impl PageCache {
                 dirty.push(page.no());
             }
             unclean += u32::from(self.dirty.counts(page));
+            unstable += u32::from(self.dirty.counts_unstable(page));
             failed += u32::from(page.is(FAILED));
             unread += u32::from(page.is(PREFETCHED));
             waiters += self.waiters.chain_len(page.waiters);
@@ -57,6 +58,7 @@ impl PageCache {
         assert!(self.dirty.iter().eq(dirty.iter().copied()), "I2: the dirty set is the dirty pages");
         assert_eq!(self.dirty.dirty_pages() as usize, dirty.len(), "I4: dirty pages");
         assert_eq!(self.dirty.unclean_pages(), unclean, "I4: unclean pages");
+        assert_eq!(self.dirty.unstable_pages(), unstable, "I4: unstable pages");
         assert_eq!(self.dirty.failed_pages(), failed, "I4: failed pages");
         assert_eq!(self.streams.unread_pages, unread, "I4: unread readahead");
         assert_eq!(self.waiters.in_use(), waiters, "I4: waiters");

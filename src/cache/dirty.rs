@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::units::{Epoch, PageNo};
 
-use super::page::{FAILED, Page};
+use super::page::{FAILED, Page, UNSYNCED};
 
 /// Pages of a group (64 KiB).
 pub(super) const GROUP_PAGES: u64 = 16;
@@ -14,14 +14,17 @@ pub(super) const GROUP_PAGES: u64 = 16;
 pub(super) struct Tally {
     dirty: Option<Epoch>,
     unclean: bool,
+    unstable: bool,
     failed: bool,
 }
 
 impl Tally {
     pub fn of(page: &Page) -> Self {
+        let unclean = !page.dirty.is_empty() || !page.writing.is_empty() || page.writers > 0;
         Self {
             dirty: (!page.dirty.is_empty()).then_some(page.epoch),
-            unclean: !page.dirty.is_empty() || !page.writing.is_empty() || page.writers > 0,
+            unclean,
+            unstable: unclean || page.any(UNSYNCED[0] | UNSYNCED[1]),
             failed: page.is(FAILED),
         }
     }
@@ -53,6 +56,7 @@ pub(super) struct DirtySet {
     current: Epoch,
     dirty_pages: u32,
     unclean_pages: u32,
+    unstable_pages: u32,
     failed_pages: u32,
 }
 
@@ -64,6 +68,7 @@ impl Default for DirtySet {
             current: Epoch(1),
             dirty_pages: 0,
             unclean_pages: 0,
+            unstable_pages: 0,
             failed_pages: 0,
         }
     }
@@ -85,9 +90,19 @@ impl DirtySet {
         self.unclean_pages
     }
 
+    /// Pages that no good Sync covers: the unclean, and those written since the last one. None can be evicted.
+    pub fn unstable_pages(&self) -> u32 {
+        self.unstable_pages
+    }
+
     /// Whether the page is among the unclean.
     pub fn counts(&self, page: &Page) -> bool {
         Tally::of(page).unclean
+    }
+
+    /// Whether the page is among the unstable.
+    pub fn counts_unstable(&self, page: &Page) -> bool {
+        Tally::of(page).unstable
     }
 
     /// Pages whose last write-back failed.
@@ -124,6 +139,7 @@ impl DirtySet {
             }
         }
         self.unclean_pages = self.unclean_pages + u32::from(after.unclean) - u32::from(before.unclean);
+        self.unstable_pages = self.unstable_pages + u32::from(after.unstable) - u32::from(before.unstable);
         self.failed_pages = self.failed_pages + u32::from(after.failed) - u32::from(before.failed);
     }
 
@@ -200,10 +216,10 @@ mod tests {
     use super::*;
 
     fn dirty(epoch: u32) -> Tally {
-        Tally { dirty: Some(Epoch(epoch)), unclean: true, failed: false }
+        Tally { dirty: Some(Epoch(epoch)), unclean: true, unstable: true, failed: false }
     }
 
-    const CLEAN: Tally = Tally { dirty: None, unclean: false, failed: false };
+    const CLEAN: Tally = Tally { dirty: None, unclean: false, unstable: false, failed: false };
 
     #[test]
     fn an_epoch_is_over_when_its_last_page_is_clean() {

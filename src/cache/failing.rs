@@ -138,21 +138,36 @@ impl PageCache {
         // The gravest of several counts.
         let earlier = self.failing.failure.map_or(cause, |failure| failure.cause);
         let grave = [Cause::Sync, Cause::Write].into_iter().find(|&grave| cause == grave || earlier == grave);
-        let cause = grave.unwrap_or(Cause::Allocate);
-        self.failing.failure = Some(Failure { cause, since, retry_at: now.plus_us(backoff_us), backoff_us });
+        let gravest = grave.unwrap_or(Cause::Allocate);
+        self.failing.failure = Some(Failure { cause: gravest, since, retry_at: now.plus_us(backoff_us), backoff_us });
         let policy = if fault == Fault::NoSpace { self.settings.on_full } else { self.settings.on_error };
         let condition = match policy {
             _ if self.failing.stopped().is_some() => return,
-            OnError::Hold if now.since_us(since) < self.settings.hold_us => Condition::Holding(fault),
+            OnError::Hold if now.since_us(since) < self.hold_us() => Condition::Holding(fault),
             OnError::Hold | OnError::Report => Condition::Reporting(fault),
             OnError::Stop => Condition::Stopped(fault),
         };
         self.failing.condition = Some(condition);
+        // A Sync covers what every FLUSH that waits has to see durable, or some of it.
+        if cause == Cause::Sync && matches!(condition, Condition::Reporting(_)) {
+            self.fail_all_flushes(fault);
+        }
         if policy == OnError::Stop {
             self.fail_all_flushes(fault);
             self.fail_waiting_ranges(fault);
             self.unblocked = true;
         }
+    }
+
+    /// How long requests wait for a store.
+    fn hold_us(&self) -> u64 {
+        #[cfg(test)]
+        match self.planted {
+            Some(crate::sim::PlantedBug::HoldNeverEnds) => return u64::MAX / 2,
+            Some(crate::sim::PlantedBug::HoldReports) => return 0,
+            _ => {}
+        }
+        self.settings.hold_us
     }
 
     /// Requests have waited for the store long enough.
@@ -169,10 +184,7 @@ impl PageCache {
 
     /// When the requests that wait for the store are to fail.
     pub(super) fn hold_ends(&self) -> Option<Tick> {
-        self.failing
-            .failure
-            .filter(|_| self.failing.holding())
-            .map(|failure| failure.since.plus_us(self.settings.hold_us))
+        self.failing.failure.filter(|_| self.failing.holding()).map(|failure| failure.since.plus_us(self.hold_us()))
     }
 
     /// The operator says that the store is well again: what failed is tried at once.

@@ -157,7 +157,7 @@ impl PageCache {
             }
             Some(fault) => {
                 self.rewrite(&pages, UNSYNCED[old], zeroed);
-                self.sync_failed(fault, covered);
+                self.sync_failed(fault);
             }
         }
     }
@@ -175,21 +175,14 @@ impl PageCache {
         }
     }
 
-    /// The flushes that waited for the Sync fail; those that wait for a later one wait for the rewriting too.
-    fn sync_failed(&mut self, fault: Fault, covered: u64) {
+    /// The flushes that still wait, wait for the rewriting and for another Sync.
+    fn sync_failed(&mut self, fault: Fault) {
         self.stats.sync_errors += 1;
         self.store_failed(fault, Cause::Sync);
         self.flushing.wanted = true;
-        let reported = self.failing.reported().is_some();
-        let notices = &mut self.notices;
-        self.flushing.queue.retain_mut(|flush| {
-            let fails = reported && flush.needs.is_some_and(|needs| needs <= covered);
-            if fails {
-                notices.push(Notice::Done(flush.ticket, Err(fault)));
-            }
+        for flush in &mut self.flushing.queue {
             flush.needs = None;
-            !fails
-        });
+        }
     }
 
     /// What the page holds may not be on the store after all. It gets an epoch that every waiting flush includes.

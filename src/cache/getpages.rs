@@ -62,7 +62,7 @@ impl PageCache {
         let mut missed = false;
         let mut marker = None;
         while let Some(step) = access.step(at) {
-            if self.ranges.block(step.no) {
+            if self.keeps_off(step.no) {
                 break;
             }
             match self.pages.find(step.no) {

@@ -135,7 +135,11 @@ impl PageCache {
         self.throttle.write_ended(flight.ids.len() as u64, self.flights.writes(), self.now);
         let fault = outcome.fault();
         #[cfg(test)]
-        let fault = fault.filter(|_| self.planted != Some(crate::sim::PlantedBug::ClusterIgnoresError));
+        let fault = fault.filter(|&fault| match self.planted {
+            Some(crate::sim::PlantedBug::ClusterIgnoresError) => false,
+            Some(crate::sim::PlantedBug::FullDiskDropsPages) => fault != Fault::NoSpace,
+            _ => true,
+        });
         for (&id, &frame) in flight.ids.iter().zip(&flight.frames) {
             match fault {
                 None => self.page_written(id),

@@ -13,7 +13,7 @@ use super::{Notice, PageCache, Ticket};
 
 /// Pages of a region (1 MiB): no cluster crosses one, and hole maps are taken by it.
 pub(super) const REGION_PAGES: u64 = 256;
-/// Range operations that are known at a time; more wait with the stalled requests.
+/// Range operations that guests may ask for at a time; more wait with the stalled requests.
 const RANGES_MAX: usize = 64;
 
 #[derive(Debug)]
@@ -32,9 +32,14 @@ pub(super) struct Ranges {
 }
 
 impl Ranges {
-    /// Whether a range operation keeps others off the page.
+    /// Whether a range operation keeps write-back off the page.
     pub fn block(&self, no: PageNo) -> bool {
         !self.list.is_empty() && self.list.iter().any(|range| range.span.pages().contains(no))
+    }
+
+    /// Range operations that guests wait for.
+    fn asked(&self) -> usize {
+        self.list.iter().filter(|range| range.ticket.is_some()).count()
     }
 
     /// Whether a zero has to be done again before a Sync means anything.
@@ -70,7 +75,7 @@ impl PageCache {
         if self.refuse_while_stopped(ticket) {
             return true;
         }
-        if self.ranges.list.len() >= RANGES_MAX {
+        if self.ranges.asked() >= RANGES_MAX {
             self.stalled.push_back(ticket);
             return false;
         }
@@ -102,10 +107,9 @@ impl PageCache {
         for index in 0..self.ranges.list.len() {
             let Range { ticket, span, kind, started } = self.ranges.list[index];
             let pages = span.pages();
-            let earlier = &self.ranges.list[..index];
             if started
-                || ticket.is_none() && !self.failing.may_retry(self.now)
-                || earlier.iter().any(|other| other.span.pages().overlaps(pages))
+                || self.waits_for_store(&self.ranges.list[index])
+                || self.has_to_follow(index)
                 || self.resident(pages).iter().any(|&id| self.pages[id].busy())
             {
                 continue;
@@ -117,6 +121,27 @@ impl PageCache {
             self.stats.range_operations += 1;
             self.flights.launch(Flight::without_pages(kind, span));
         }
+    }
+
+    /// A zero that is to be done again waits until the store may be tried.
+    fn waits_for_store(&self, range: &Range) -> bool {
+        range.ticket.is_none() && !range.started && !self.failing.may_retry(self.now)
+    }
+
+    /// Whether a range operation keeps a guest's request off the page. One that waits for the store does not: nobody knows
+    /// for how long, and what is written meanwhile is written again after it.
+    pub(super) fn keeps_off(&self, no: PageNo) -> bool {
+        let mut ranges = self.ranges.list.iter();
+        ranges.any(|range| range.span.pages().contains(no) && !self.waits_for_store(range))
+    }
+
+    /// Whether a range operation overlaps one that is under way, or an earlier one that can go first.
+    fn has_to_follow(&self, index: usize) -> bool {
+        let pages = self.ranges.list[index].span.pages();
+        self.ranges.list.iter().enumerate().any(|(at, other)| {
+            let first = other.started || at < index && !self.waits_for_store(other);
+            at != index && first && other.span.pages().overlaps(pages)
+        })
     }
 
     /// A range operation has ended.

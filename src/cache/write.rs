@@ -19,7 +19,7 @@ impl PageCache {
     /// Admits a write: every admitted sector is in a piece, to be filled now.
     ///
     /// => Every piece is given back with [`PageCache::finish_write`].
-    /// => A write stalls at the dirty limit, or when no frame is free; if the store fails, it is refused there.
+    /// => A write stalls at the dirty limit, or when no frame is free; if the store fails, it is refused at the limit.
     pub fn write(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
         self.writeback.guest_was_here(self.now);
         let mut at = access.from;
@@ -28,12 +28,12 @@ impl PageCache {
         }
         let must_queue = !access.resumed && !self.stalled.is_empty();
         while let Some(step) = access.step(at) {
-            if must_queue || self.ranges.block(step.no) {
+            if must_queue || self.keeps_off(step.no) {
                 break;
             }
             let found = self.pages.find(step.no);
             let adds_dirt = found.is_none_or(|id| !self.dirty.counts(&self.pages[id]));
-            if adds_dirt && self.dirty.unclean_pages() >= self.throttle.limit_pages() {
+            if adds_dirt && !self.has_room_for_dirt(found) {
                 if let Some(fault) = self.failing.reported() {
                     return Admitted::Refused(at, fault);
                 }
@@ -60,6 +60,16 @@ impl PageCache {
             self.stats.stalls += 1;
             Admitted::Until(at)
         }
+    }
+
+    /// Whether the page may become dirty: below the dirty limit, and while a quarter of the frames is left for what can be
+    /// evicted. A store that fails every Sync would else fill all of them with what it has not made durable, and a read
+    /// would wait for a frame as long as it fails.
+    fn has_room_for_dirt(&self, found: Option<PageId>) -> bool {
+        let adds_unstable = found.is_none_or(|id| !self.dirty.counts_unstable(&self.pages[id]));
+        let unstable_max = self.frames.total() - self.frames.total() / 4;
+        self.dirty.unclean_pages() < self.throttle.limit_pages()
+            && (!adds_unstable || self.dirty.unstable_pages() < unstable_max)
     }
 
     /// Microseconds by which the completion of a write is to be delayed, now that so much is dirty.

@@ -1,11 +1,12 @@
 //! The simulated world: the page cache run through millions of orderings, one seed each.
 //!
 //! `make sim SEED=n` replays one seed, `make sim N=1000` runs many; a fixed set and a few random seeds run with the
-//! unit tests. A seed decides everything: the cache's shape, the guest's requests, latencies, reordering, faults,
-//! torn writes and power cuts.
+//! unit tests. A seed decides everything: the cache's shape, the guest's requests, latencies, reordering, faults that
+//! pass and faults that stay, torn writes and power cuts.
 
 #![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
 
+mod blame;
 pub(crate) mod disk;
 pub(crate) mod memory;
 mod oracle;
@@ -31,17 +32,29 @@ pub(crate) enum PlantedBug {
     WrittenIsStable,
     /// A successor's FLUSH sends no Sync for what its predecessor wrote.
     PredecessorNeedsNoSync,
+    /// A write-back that finds the disk full is taken for success.
+    FullDiskDropsPages,
+    /// A write into a hole does not wait for its space.
+    SpaceIsTakenForGranted,
+    /// Requests that wait for a disk wait for ever.
+    HoldNeverEnds,
+    /// Requests fail at once although they were to wait for the disk.
+    HoldReports,
 }
 
 impl PlantedBug {
     #[cfg(test)]
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 10] = [
         Self::RewriteIsLost,
         Self::ReadInOverwritesDirty,
         Self::ClusterIgnoresError,
         Self::WritingIsClean,
         Self::WrittenIsStable,
         Self::PredecessorNeedsNoSync,
+        Self::FullDiskDropsPages,
+        Self::SpaceIsTakenForGranted,
+        Self::HoldNeverEnds,
+        Self::HoldReports,
     ];
 }
 

@@ -11,6 +11,7 @@ use crate::cache::{
 use crate::units::{Fault, FrameId, SectorSpan, Tick};
 
 use super::PlantedBug;
+use super::blame::{Asked, Blame};
 use super::disk::Disk;
 use super::memory::{GARBAGE, Memory};
 use super::oracle::{Knowledge, Oracle};
@@ -26,6 +27,15 @@ enum Kind {
 }
 
 impl Kind {
+    fn asked(self) -> Asked {
+        match self {
+            Kind::Read => Asked::Read,
+            Kind::Write { .. } => Asked::Write,
+            Kind::Zero { .. } | Kind::Discard => Asked::Range,
+            Kind::Flush => Asked::Flush,
+        }
+    }
+
     /// Its end is not defined if another write overlaps it.
     fn excludes_others(self) -> bool {
         matches!(self, Kind::Zero { .. } | Kind::Discard)
@@ -38,6 +48,7 @@ struct Request {
     kind: Kind,
     span: SectorSpan,
     sent: u64,
+    sent_at: Tick,
     admitted: u32,
     settled: u64,
     failed: bool,
@@ -83,7 +94,39 @@ struct Temper {
     replays: bool,
     /// The guest zeroes ranges.
     zeroes: bool,
+    /// Operations that fail each time, and do not heal before the end.
+    broken: &'static [OpClass],
 }
+
+/// Operations by what fails them together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OpClass {
+    Write,
+    Sync,
+    Allocate,
+    Range,
+}
+
+impl OpClass {
+    fn of(kind: PlanKind) -> Option<Self> {
+        match kind {
+            PlanKind::Write => Some(Self::Write),
+            PlanKind::Sync => Some(Self::Sync),
+            PlanKind::Allocate => Some(Self::Allocate),
+            PlanKind::Zero { .. } | PlanKind::Discard => Some(Self::Range),
+            PlanKind::Read | PlanKind::Map => None,
+        }
+    }
+}
+
+/// Ways in which a disk breaks for good.
+const BREAKAGES: [&[OpClass]; 5] = [
+    &[OpClass::Write],
+    &[OpClass::Sync],
+    &[OpClass::Allocate],
+    &[OpClass::Write, OpClass::Allocate],
+    &[OpClass::Write, OpClass::Sync, OpClass::Allocate, OpClass::Range],
+];
 
 /// See the module.
 #[derive(Debug)]
@@ -96,6 +139,7 @@ pub(super) struct World {
     memory: Memory,
     disk: Disk,
     oracle: Oracle,
+    blame: Blame,
     now_us: u64,
     step: u64,
     version: u32,
@@ -128,9 +172,11 @@ impl World {
             steps_per_death: mortal.then_some(rng.pick(&[30, 300])),
             replays: rng.percent(70),
             zeroes: rng.percent(70),
+            broken: &[],
         };
         Self {
             oracle: Oracle::new(sectors),
+            blame: Blame::default(),
             rng,
             temper,
             settings,
@@ -150,14 +196,23 @@ impl World {
         }
     }
 
-    /// Safety: chance rules for `steps` steps. Liveness: all faults heal, and every request must complete. Then what
-    /// the guest wrote must survive a power cut.
+    /// Safety: chance rules for `steps` steps. Liveness: in some worlds the disk breaks for good, and every request must
+    /// complete all the same; then all faults heal, and every request must complete again. Then what the guest wrote
+    /// must survive a power cut.
     pub fn run(&mut self, steps: u64) {
         for _ in 0..steps {
             self.one_step(true);
         }
-        self.temper.fault_percent = 0;
         self.temper.steps_per_death = None;
+        if self.rng.percent(30) {
+            self.temper.broken = self.rng.pick(&BREAKAGES);
+            for _ in 0..steps / 3 {
+                self.one_step(true);
+            }
+            self.settle();
+        }
+        self.temper.fault_percent = 0;
+        self.temper.broken = &[];
         self.cache.resume();
         self.settle();
         self.send(Kind::Flush, SectorSpan::new(0, 0));
@@ -253,7 +308,8 @@ impl World {
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        let request = Request { kind, span, sent: self.step, admitted: 0, settled: 0, failed: false, known };
+        let sent_at = Tick(self.now_us);
+        let request = Request { kind, span, sent: self.step, sent_at, admitted: 0, settled: 0, failed: false, known };
         self.requests.insert(ticket, request);
         self.admit(ticket, false);
     }
@@ -346,6 +402,9 @@ impl World {
     fn finish(&mut self, ticket: u64, good: bool) {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.completed += 1;
+        let (asked, now) = (request.kind.asked(), Tick(self.now_us));
+        let excused = good || self.blame.excuses(asked, request.sent_at, &self.settings, now);
+        assert!(excused, "{asked:?} of {:?} fails without a reason: {:?}", request.span, self.blame);
         let (first, count) = (request.span.start as usize, request.span.count as usize);
         match request.kind {
             Kind::Write { version } => self.oracle.write_ends(first, count, version, request.sent, self.step, good),
@@ -385,6 +444,9 @@ impl World {
             PlanKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
             _ => Outcome::Done,
         };
+        if let Outcome::Failed(fault) = outcome {
+            self.blame.failed(op.kind, fault, &self.settings, Tick(self.now_us));
+        }
         self.cache.complete(tag, &outcome, Tick(self.now_us));
     }
 
@@ -399,7 +461,8 @@ impl World {
             1.. if op.kind == PlanKind::Sync => 30,
             percent => percent,
         };
-        !spared && self.rng.percent(percent)
+        let broken = OpClass::of(op.kind).is_some_and(|class| self.temper.broken.contains(&class));
+        !spared && (broken || self.rng.percent(percent))
     }
 
     /// What an operation does to disk and memory, whoever hears of it.

@@ -56,9 +56,18 @@ impl Bench {
 
     /// Ends the device; the image must be what the shadow says.
     pub fn end(mut self, shadow: &Shadow) {
-        self.running.take().expect("it runs until here").end().expect("everything can be written");
+        self.stop();
         if let Err(mismatch) = shadow.check_image(&self.image) {
             panic!("the image after the end: {mismatch:x?}");
         }
+    }
+
+    /// Ends the device; its image has no name any more.
+    pub fn end_without_image(mut self) {
+        self.stop();
+    }
+
+    fn stop(&mut self) {
+        self.running.take().expect("it runs until here").end().expect("everything can be written");
     }
 }

@@ -11,16 +11,17 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use log::{error, info, warn};
+use log::{Level, error, info, log, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arena::{Arena, Entry};
 use crate::cache::{
-    Condition, FrameMemory, Left, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats, Ticket,
+    Condition, FrameMemory, Left, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats,
+    Ticket,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
-use crate::units::{FrameId, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, Tick};
+use crate::units::{Fault, FrameId, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, Tick};
 
 /// Bits of a ticket that name the worker; the rest is the worker's own business.
 const WORKER_SHIFT: u32 = 48;
@@ -49,6 +50,8 @@ struct Mailbox {
 /// An image, its page cache, and the memory of both.
 #[derive(Debug)]
 pub struct Object {
+    /// What the log calls it.
+    name: String,
     cache: Mutex<PageCache>,
     arena: Arc<Arena>,
     image: Arc<dyn Backing>,
@@ -58,8 +61,8 @@ pub struct Object {
 
 impl Object {
     /// An image with a cache of the given shape in `arena`, which has as many frames; what a predecessor left there is
-    /// taken over.
-    pub fn new(image: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
+    /// taken over. `name` is for the log.
+    pub fn new(name: &str, image: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
         let arena = Arc::new(arena);
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
         let (pages, dirty) = cache.adopt(arena.entries().map(|(frame, Entry { no, valid, dirty })| {
@@ -67,9 +70,18 @@ impl Object {
             Left { frame, no, record }
         }));
         if pages > 0 {
-            info!("{pages} pages are taken over from a daemon that is gone, {dirty} of them not yet on the image");
+            info!(
+                "{name}: {pages} pages are taken over from a daemon that is gone, {dirty} of them not yet on the image"
+            );
         }
-        Arc::new(Self { cache: Mutex::new(cache), arena, image, mailboxes: Mutex::default(), epoch: Instant::now() })
+        Arc::new(Self {
+            name: name.to_owned(),
+            cache: Mutex::new(cache),
+            arena,
+            image,
+            mailboxes: Mutex::default(),
+            epoch: Instant::now(),
+        })
     }
 
     /// The memory of the cache.
@@ -187,7 +199,9 @@ impl Port {
     pub fn enter(&mut self, now: Tick) -> (MutexGuard<'_, PageCache>, &mut Vec<Notice>) {
         let mut cache = self.object.lock();
         for event in self.events.drain(..) {
-            let (tag, outcome) = outcome_of(event);
+            // Of a store that is known to fail, each page that is tried again would be a line.
+            let level = if cache.condition() == Condition::Well { Level::Warn } else { Level::Debug };
+            let (tag, outcome) = outcome_of(&self.object.name, level, event);
             cache.complete(tag, &outcome, now);
         }
         (cache, &mut self.notices)
@@ -205,8 +219,8 @@ impl Port {
             if cache.is_stable() {
                 arena.all_written();
             }
-            if let Some(condition) = cache.take_news() {
-                tell(condition, cache.stats().dirty_pages);
+            while let Some(news) = cache.take_news() {
+                tell(&self.object.name, news, cache.stats().dirty_pages);
             }
             cache.next_deadline()
         };
@@ -254,23 +268,31 @@ impl Port {
 }
 
 /// The operator hears of each change of an image's condition once, with what can be done.
-fn tell(condition: Condition, dirty_pages: u64) {
+fn tell(name: &str, news: News, dirty_pages: u64) {
+    let remedy = |fault| match fault {
+        Fault::NoSpace => "make room on its file system",
+        _ => "see to its disk",
+    };
     let kept = format!("{dirty_pages} dirty pages stay in memory");
-    match condition {
-        Condition::Well => info!("the image takes writes again"),
-        Condition::Reporting(fault) => {
-            error!(
-                "the image fails to take writes ({fault:?}): FLUSHes that include them fail; {kept}, and are tried again"
-            );
-        }
-        Condition::Holding(fault) => {
-            error!(
-                "the image fails to take writes ({fault:?}): requests that need it wait; {kept}, and are tried again"
-            );
-        }
-        Condition::Stopped(fault) => {
-            error!("the image failed to take writes ({fault:?}) and is left alone; {kept}; SIGHUP resumes");
-        }
+    match news {
+        News::NoReservations => info!(
+            "{name}: the image's file system can't reserve space: if it is full, a FLUSH tells, and not the write"
+        ),
+        News::Condition(Condition::Well) => info!("{name}: the image takes writes again"),
+        News::Condition(Condition::Reporting(fault)) => error!(
+            "{name}: the image fails to take writes ({fault:?}), and FLUSHes that include them fail; {kept} and are \
+             tried again: {}",
+            remedy(fault)
+        ),
+        News::Condition(Condition::Holding(fault)) => error!(
+            "{name}: the image fails to take writes ({fault:?}), and requests that need it wait; {kept} and are tried \
+             again: {}",
+            remedy(fault)
+        ),
+        News::Condition(Condition::Stopped(fault)) => error!(
+            "{name}: the image failed to take writes ({fault:?}) and is left alone; {kept}: {}, then send SIGHUP",
+            remedy(fault)
+        ),
     }
 }
 
@@ -308,8 +330,8 @@ fn request_of(arena: &Arena, plan: &Plan<'_>) -> Request {
     Request { tag: u64::from(plan.tag), op, offset: plan.span.start * SECTOR_BYTES, len, segments }
 }
 
-/// A store's event as the cache's outcome.
-fn outcome_of(event: Event) -> (u32, Outcome) {
+/// A store's event as the cache's outcome; a failure is logged at `level`.
+fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
     let (tag, outcome) = match event {
         Event::Done { tag } => (tag, Outcome::Done),
         Event::Mapped { tag, extents } => {
@@ -319,7 +341,9 @@ fn outcome_of(event: Event) -> (u32, Outcome) {
         }
         Event::Failed { tag, fault, errno } => {
             let reason = std::io::Error::from_raw_os_error(errno);
-            warn!("the image failed an operation: {fault:?} ({reason})");
+            // Who asks for what the image can't do knows what to do without it.
+            let level = if fault == Fault::Unsupported { Level::Debug } else { level };
+            log!(level, "{name}: the image failed an operation: {fault:?} ({reason})");
             (tag, Outcome::Failed(fault))
         }
     };

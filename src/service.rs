@@ -83,7 +83,7 @@ impl Service {
             None => {
                 let settings = settings(&config.cache, image.limits());
                 let arena = recover::arena_for(config, &image, settings.frames as usize)?;
-                Self::of(config, Object::new(image, arena, settings), io)?
+                Self::of(config, Object::new(&config.name, image, arena, settings), io)?
             }
         };
         if read_only {
@@ -99,7 +99,7 @@ impl Service {
     pub fn over(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Self> {
         let settings = settings(&config.cache, image.limits());
         let arena = Arena::private(settings.frames as usize)?;
-        Self::of(config, Object::new(image, arena, settings), "as given")
+        Self::of(config, Object::new(&config.name, image, arena, settings), "as given")
     }
 
     fn of(config: &DeviceConfig, object: Arc<Object>, io: &str) -> Result<Self> {

@@ -11,6 +11,7 @@
 
 mod common;
 
+use std::fs::File;
 use std::time::Duration;
 
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
@@ -203,6 +204,51 @@ fn readers_of_one_image_share_its_cache() {
         assert!(line.ends_with(&format!(" of {DATA_MIB} MiB")), "the image's data was read once: {line}");
     }
     shadow.check_image(&daemon.image()).expect("nobody wrote");
+}
+
+/// Lines of a log that contain `what`.
+fn count(log: &str, what: &str) -> usize {
+    log.lines().filter(|line| line.contains(what)).count()
+}
+
+/// A real file that fails, for it has lost the place of what is to be written.
+#[test]
+fn a_device_that_was_stopped_is_resumed_by_sighup() {
+    const HALF: u64 = 2 << 20;
+    let mut shadow = Shadow::patchwork(2 * HALF as usize, 117);
+    let mut daemon = Daemon::start_configured(image_of(&shadow), &["cache.size = \"6M\"\ncache.on_error = \"stop\""]);
+    let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
+    let beyond = HALF / SECTOR_BYTES as u64 + 8;
+    client.read(beyond, 4096);
+    let file = File::options().write(true).open(daemon.image()).expect("the image can be opened");
+    file.set_len(HALF).expect("it can be shrunk");
+    client.write(beyond, &[7; 4096]);
+    shadow.write(beyond, &[7; 4096]);
+    assert!(!client.flush(), "the page has no place any more");
+    let stopped = "disk0: the image failed to take writes (Gone) and is left alone; 1 dirty pages stay in memory: \
+                   see to its disk, then send SIGHUP";
+    daemon.signal(libc::SIGHUP);
+    poll_until("it to be tried in vain", PATIENCE, || (count(&daemon.log(), stopped) == 2).then_some(()));
+    assert_eq!(count(&daemon.log(), "takes writes again"), 0, "it does not");
+    file.set_len(2 * HALF).expect("it can be given its size back");
+    shadow.discard(beyond + 8, HALF / SECTOR_BYTES as u64 - 16);
+    assert!(!client.flush() && !client.try_write(0, &[8; 4096]), "it is left alone, although it is well");
+    assert_eq!(client.read(beyond, 4096), [7; 4096], "what is in memory is read");
+
+    daemon.signal(libc::SIGHUP);
+    poll_until("the device to go on", PATIENCE, || client.flush().then_some(()));
+    client.write(0, &[8; 4096]);
+    shadow.write(0, &[8; 4096]);
+    drop(client);
+    daemon.stop();
+    let log = daemon.log();
+    for (what, times) in
+        [("has shrunk from 4194304 to 2097152 bytes", 1), (stopped, 2), ("disk0: the image takes writes again", 1)]
+    {
+        assert_eq!(count(&log, what), times, "{what}: {log}");
+    }
+    shadow.discard(HALF / SECTOR_BYTES as u64, 8);
+    shadow.check_image(&daemon.image()).expect("what was written is on the image");
 }
 
 /// A front-end goes away without a flush, and another comes: the cache, dirty pages and all, is still there.

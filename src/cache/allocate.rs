@@ -34,13 +34,15 @@ pub(super) struct Allocating {
     asked: Vec<(u64, bool)>,
     /// The store can't.
     unsupported: bool,
+    /// The operator has been told so.
+    told: bool,
 }
 
 impl Allocating {
     /// For a cache of `frames` frames: a region for every 64 frames, so a cache of 1 % of the image remembers all.
     pub fn new(frames: u32) -> Self {
         let regions = (frames / 64).max(16) as usize;
-        Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false }
+        Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false, told: false }
     }
 
     fn place(&mut self, region: u64) -> &mut u32 {
@@ -60,6 +62,11 @@ impl Allocating {
         for (region, stale) in &mut self.asked {
             *stale |= touched.contains(region);
         }
+    }
+
+    /// Whether the store can't reserve space, and nobody has been told.
+    pub fn take_refusal(&mut self) -> bool {
+        self.unsupported && !std::mem::replace(&mut self.told, true)
     }
 
     /// Bytes of memory the table takes.

@@ -25,6 +25,15 @@ pub enum Condition {
     Stopped(Fault),
 }
 
+/// What the operator is to hear of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News {
+    /// The store's condition has changed.
+    Condition(Condition),
+    /// The store can't reserve space: a full disk is met when pages are written back.
+    NoReservations,
+}
+
 /// What failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
@@ -52,6 +61,8 @@ pub(super) struct Failing {
     condition: Option<Condition>,
     /// The condition that the operator was last told of.
     told: Option<Condition>,
+    /// The operator resumed it, and what comes of that is to be told even if it is the same again.
+    resumed: bool,
 }
 
 impl Failing {
@@ -189,17 +200,32 @@ impl PageCache {
 
     /// The operator says that the store is well again: what failed is tried at once.
     pub fn resume(&mut self) {
+        self.failing.resumed = self.failing.condition() != Condition::Well;
         self.failing.condition = None;
         self.failing.retry_now(self.now);
         self.unblocked = true;
     }
 
-    /// What the operator has not been told of the store's condition.
-    pub fn take_news(&mut self) -> Option<Condition> {
+    /// How the store takes our writes.
+    pub fn condition(&self) -> Condition {
+        self.failing.condition()
+    }
+
+    /// What the operator has not been told yet.
+    pub fn take_news(&mut self) -> Option<News> {
+        if self.allocating.take_refusal() {
+            return Some(News::NoReservations);
+        }
         let condition = self.failing.condition();
-        let news = (self.failing.told.unwrap_or(Condition::Well) != condition).then_some(condition);
+        // Resumed, and not tried yet.
+        let undecided = condition == Condition::Well && self.failing.failure.is_some();
+        let changed = self.failing.told.unwrap_or(Condition::Well) != condition;
+        if undecided || !changed && !self.failing.resumed {
+            return None;
+        }
+        self.failing.resumed = false;
         self.failing.told = Some(condition);
-        news
+        Some(News::Condition(condition))
     }
 
     /// A request that would change the store is refused while it is left alone: says so, and returns true.

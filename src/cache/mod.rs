@@ -45,7 +45,7 @@ use std::collections::VecDeque;
 
 use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8};
 
-pub use failing::Condition;
+pub use failing::{Condition, News};
 pub use flights::{Outcome, Plan, PlanKind};
 pub use page::Record;
 pub use stats::Stats;

@@ -54,5 +54,6 @@ bench: setup ## measure against other servers and the limit (about 15 minutes; s
 bench-scale: setup ## how the cost grows with sizes and numbers
 	$(CARGO) bench --locked --bench load -- scale $(ARGS)
 
-bench-policy: ## miss ratios against LRU, CLOCK, ARC and OPT; fails where a demand is not met
+bench-policy: ## miss ratios against LRU, CLOCK, ARC and OPT; readahead on a model store; fails where a demand is not met
 	$(CARGO) bench --locked --bench miss_ratio
+	$(CARGO) bench --locked --bench readahead

@@ -91,11 +91,12 @@
 
 #[path = "miss_ratio/mod.rs"]
 mod lab;
+mod policy_report;
 #[path = "../tests/common/prng.rs"]
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
 mod prng;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::BufReader;
 use std::process::ExitCode;
 
@@ -111,21 +112,13 @@ const SIZES_PERMILLE: [u32; 5] = [1, 10, 50, 100, 200];
 const BEHIND_LRU_MAX: f64 = 0.5;
 
 fn main() -> ExitCode {
-    // Cargo adds --bench to whatever the user says.
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+    let arguments = policy_report::arguments();
+    policy_report::exit(match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => run(false),
         ["--table"] => run(true),
         ["--trace", path] => run_trace(path),
         _ => Err("usage: miss_ratio [--table | --trace FILE]".to_string()),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(fault) => {
-            eprintln!("{fault}");
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 /// Measures every workload and judges what comes out.
@@ -138,13 +131,9 @@ fn run(write_table: bool) -> Result<(), String> {
     let table = table::render(&cells, &SIZES_PERMILLE);
     println!("{table}");
     if write_table {
-        put_into_this_file(&table)?;
+        policy_report::put_at_head_of("miss_ratio.rs", &table)?;
     }
-    let gates = gates::judge(&cells, BEHIND_LRU_MAX);
-    for gate in &gates {
-        println!("{}  {}", if gate.holds { "holds" } else { "FAILS" }, gate.says);
-    }
-    if gates.iter().all(|gate| gate.holds) { Ok(()) } else { Err("a demand is not met".to_string()) }
+    policy_report::conclude(&gates::judge(&cells, BEHIND_LRU_MAX))
 }
 
 /// Measures a trace of the user's.
@@ -154,16 +143,4 @@ fn run_trace(path: &str) -> Result<(), String> {
     println!("{} accesses to pages", trace.len());
     println!("{}", table::render(&measure("trace", &trace, &SIZES_PERMILLE), &SIZES_PERMILLE));
     Ok(())
-}
-
-/// Replaces the table at the head of this file.
-fn put_into_this_file(table: &str) -> Result<(), String> {
-    const OPEN: &str = "//! ```text\n";
-    const CLOSE: &str = "//! ```\n";
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/miss_ratio.rs");
-    let text = fs::read_to_string(path).map_err(|e| format!("{path}: {e}"))?;
-    let (head, rest) = text.split_once(OPEN).ok_or("this file has no place for a table")?;
-    let (_, tail) = rest.split_once(CLOSE).ok_or("the place for the table has no end")?;
-    let lines: String = table.lines().map(|line| format!("//! {line}\n")).collect();
-    fs::write(path, format!("{head}{OPEN}{lines}{CLOSE}{tail}")).map_err(|e| format!("{path}: {e}"))
 }

@@ -1,17 +1,27 @@
-//! The benchmark of replacement policies in small, with its demands, and what it stands on.
+//! The benchmarks of replacement and readahead in small, with their demands, and what they stand on.
 
 #[path = "../benches/miss_ratio/mod.rs"]
-mod lab;
+mod miss_ratio;
+#[path = "../benches/policy_report/mod.rs"]
+#[allow(dead_code, reason = "what the benchmarks print is none of the tests' business")]
+mod policy_report;
 #[path = "common/prng.rs"]
 #[allow(dead_code, reason = "shared with the other tests, which use more of it")]
 mod prng;
+#[path = "../benches/readahead/mod.rs"]
+mod readahead;
 
-use lab::rivals::Rival;
-use lab::workloads::{Access, Scale, WORKLOADS};
-use lab::{Cell, gates, measure, table, trace_file};
+use miss_ratio::rivals::Rival;
+use miss_ratio::workloads::{Access, Scale, WORKLOADS};
+use miss_ratio::{Cell, gates, measure, table, trace_file};
+use policy_report::Gate;
 
 fn reads(pages: &[u32]) -> Vec<Access> {
     pages.iter().map(|&page| Access { page, write: false }).collect()
+}
+
+fn not_met(gates: Vec<Gate>) -> Vec<String> {
+    gates.into_iter().filter(|gate| !gate.holds).map(|gate| gate.says).collect()
 }
 
 #[test]
@@ -25,9 +35,17 @@ fn the_demands_on_replacement_are_met_in_small() {
         assert!(cell.of(Rival::Opt) <= best, "nobody is better than OPT: {cell:?}");
     }
     // A trial takes a larger share of a short trace.
-    let missed: Vec<String> =
-        gates::judge(&cells, 1.0).into_iter().filter(|gate| !gate.holds).map(|gate| gate.says).collect();
+    let missed = not_met(gates::judge(&cells, 1.0));
     assert!(missed.is_empty(), "{missed:#?}\n{}", table::render(&cells, &sizes));
+}
+
+#[test]
+fn the_demands_on_readahead_are_met_in_small() {
+    for store in readahead::STORES {
+        let rows = readahead::measure(store, 1 << 18);
+        let missed = not_met(readahead::judge(store, &rows));
+        assert!(missed.is_empty(), "{missed:#?}\n{}", readahead::table(store, &rows));
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use genblk::units::PageNo;
 use super::rivals::Rival;
 use super::workloads::Access;
 use super::{Cell, Level};
+use crate::policy_report::Gate;
 use crate::prng::Prng;
 
 /// This much behind ARC is as good as ARC.
@@ -17,15 +18,6 @@ const AS_GOOD_AS_ARC_PERCENT: usize = 80;
 const SCAN_COST_MAX: f64 = 2.0;
 /// Share of OPT's hits in a loop a fifth longer than the cache, where LRU has none.
 const LOOP_OF_OPT_MIN: f64 = 0.5;
-
-/// A demand, and whether it is met.
-#[derive(Clone, Debug)]
-pub struct Gate {
-    /// Whether it is met.
-    pub holds: bool,
-    /// What was demanded, and what was found.
-    pub says: String,
-}
 
 /// Judges the cells, which must not be empty; genblk may be `behind_lru_max` points behind LRU.
 pub fn judge(cells: &[Cell], behind_lru_max: f64) -> Vec<Gate> {

@@ -39,7 +39,7 @@ pub(super) struct Allocating {
 }
 
 impl Allocating {
-    /// For a cache of `frames` frames: a region for every 64 frames, so a cache of 1 % of the image remembers all.
+    /// For a cache of `frames` frames: a region for every 64 frames, so a cache of a quarter of the image remembers all.
     pub fn new(frames: u32) -> Self {
         let regions = (frames / 64).max(16) as usize;
         Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false, told: false }

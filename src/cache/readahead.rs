@@ -1,7 +1,7 @@
 //! Readahead: sequential streams, found with slack, and windows that grow while they pay.
 //!
-//! Guests read ahead themselves, in pieces of 128 KiB that their queues shuffle. So a stream matches by nearness, not by
-//! exact order. Streams are looked up on a miss, and when a reader reaches the marker on the first page of the newest
+//! Guests read ahead themselves, in pieces of 128 KiB that their queues shuffle. So a stream matches by nearness, and what
+//! tells it from chance is not the order of its requests but that they leave few gaps. Streams are looked up on a miss, and when a reader reaches the marker on the first page of the newest
 //! window: then the next window is read, and the store stays one window ahead (Linux' on-demand readahead; NetBSD's
 //! uvm_readahead; for the feedback AMP: Gill and Bathen, FAST 2007).
 
@@ -13,8 +13,11 @@ use super::PageCache;
 const STREAMS: usize = 64;
 /// A request matches a stream this far from where it is expected (256 KiB).
 const SLACK_PAGES: u64 = 64;
-/// The shortest window, and the request that starts a stream at once (128 KiB).
+/// The shortest window, and what a stream has to cover before its second request starts readahead (128 KiB).
 const WINDOW_PAGES_MIN: u64 = 32;
+/// With so many requests a stream has readahead, however small they are. Two 4 KiB reads side by side are no proof: of
+/// random reads in 1 GiB, one in two thousand adjoins one of the 64 before it, and each would cost a window.
+const REQUESTS_MIN: u8 = 3;
 /// Windows are rounded to this (64 KiB).
 const ROUND_PAGES: u64 = 16;
 /// A stream whose windows went unread this often in a row is given up.
@@ -22,16 +25,20 @@ const WASTED_MAX: u8 = 3;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Stream {
+    /// The first page that was asked for.
+    start: u64,
     /// The page after the furthest that was asked for.
     next: u64,
+    /// Pages between those two that were asked for; counted until readahead starts.
+    covered: u64,
+    /// Requests for those pages.
+    requests: u8,
     /// The page after the last that was read ahead.
     ahead: u64,
     /// Length of the newest window; 0: none yet.
     window: u64,
     /// Windows evicted unread in a row.
     wasted: u8,
-    /// A request has come near the stream, but not exactly where it was expected.
-    near: bool,
     /// When the stream was last matched, by count of look-ups; 0: never.
     used: u64,
 }
@@ -68,27 +75,15 @@ impl Streams {
         }
         self.clock += 1;
         let (first, end) = (span.first.0, span.end().0);
-        let near = |stream: &Stream| {
-            stream.used > 0
-                && first + SLACK_PAGES >= stream.next
-                && first <= stream.next.max(stream.ahead) + SLACK_PAGES
-        };
         let window_max = self.window_max_now();
-        if let Some(at) = self.table.iter().position(near) {
+        if let Some(at) = self.table.iter().position(|stream| stream.expects(first)) {
             let stream = &mut self.table[at];
             stream.used = self.clock;
-            // Chance brings random readers near a stream once, but hardly ever twice.
-            let sequential = stream.window > 0 || first == stream.next || stream.near;
-            stream.near = true;
-            stream.next = stream.next.max(end);
-            // A reader that is past the window starts it anew from where it is.
-            stream.ahead = if first >= stream.ahead { end } else { stream.ahead.max(end) };
-            return sequential.then(|| (at, stream.grow(span.count, window_max)));
+            return stream.follow(first, end).then(|| (at, stream.grow(window_max)));
         }
-        let oldest = (0..STREAMS).min_by_key(|&at| self.table[at].used).expect("the table is not empty");
-        self.table[oldest] = Stream { next: end, ahead: end, used: self.clock, ..Stream::default() };
-        let long_enough = span.count >= WINDOW_PAGES_MIN;
-        long_enough.then(|| (oldest, self.table[oldest].grow(span.count, window_max)))
+        let oldest = self.table.iter_mut().min_by_key(|stream| stream.used).expect("the table is not empty");
+        *oldest = Stream { used: self.clock, ..Stream::begin(first, end) };
+        None
     }
 
     /// A reader reached the marker at `no`.
@@ -100,7 +95,7 @@ impl Streams {
         stream.used = self.clock;
         stream.wasted = 0;
         stream.next = stream.next.max(no.0 + 1);
-        Some((at, stream.grow(0, window_max)))
+        Some((at, stream.grow(window_max)))
     }
 
     /// A page that was read ahead went unread: once for each 64 KiB, the stream's window is halved.
@@ -133,10 +128,50 @@ impl Streams {
 }
 
 impl Stream {
-    /// The next window: four times the request at first, then times four while small, then doubled.
-    fn grow(&mut self, request: u64, window_max: u64) -> PageSpan {
+    /// A stream of one request.
+    fn begin(first: u64, end: u64) -> Self {
+        Self { start: first, next: end, covered: end - first, requests: 1, ahead: end, ..Self::default() }
+    }
+
+    /// Whether a request at `first` belongs to the stream.
+    fn expects(&self, first: u64) -> bool {
+        // A long window means that much in flight, and so the more to be passed on the way.
+        let behind = SLACK_PAGES.max(self.window);
+        self.used > 0 && first + behind >= self.next && first <= self.next.max(self.ahead) + SLACK_PAGES
+    }
+
+    /// A request of the stream missed. Returns whether it is time to read ahead.
+    fn follow(&mut self, first: u64, end: u64) -> bool {
+        let adjoins = first == self.next;
+        if self.window == 0 && !self.cover(first, end) {
+            return false;
+        }
+        self.next = self.next.max(end);
+        // A reader that is past the window starts it anew from where it is.
+        self.ahead = if first >= self.ahead { end } else { self.ahead.max(end) };
+        self.window > 0 || self.requests >= REQUESTS_MIN || (adjoins && self.covered >= WINDOW_PAGES_MIN)
+    }
+
+    /// Takes a request into account before readahead starts. False: it tells nothing new, or leaves so much out that the
+    /// stream, if it is one, begins only here.
+    fn cover(&mut self, first: u64, end: u64) -> bool {
+        if first >= self.start && end <= self.next {
+            return false;
+        }
+        let (start, next) = (self.start.min(first), self.next.max(end));
+        let covered = self.covered + (end - first);
+        if covered * 2 < next - start {
+            *self = Self { used: self.used, ..Self::begin(first, end) };
+            return false;
+        }
+        (self.start, self.covered, self.requests) = (start, covered, self.requests + 1);
+        true
+    }
+
+    /// The next window: as much as has been read at first, then times four while small, then doubled.
+    fn grow(&mut self, window_max: u64) -> PageSpan {
         let wanted = match self.window {
-            0 => (request * 4).max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
+            0 => self.covered.max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
             window if window < window_max / 16 => window * 4,
             window => window * 2,
         };

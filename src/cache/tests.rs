@@ -221,3 +221,27 @@ fn a_gibibyte_is_taken_over_in_less_than_a_second() {
     assert!(took.as_millis() < 1000, "{took:?}");
     cache.check(&[]);
 }
+
+#[test]
+fn a_stream_that_is_read_ahead_does_not_push_out_what_is_in_use() {
+    let mut cache = cache_of(2048, 1 << 26);
+    let mut state = 1u64;
+    let mut hot_read_hits = |cache: &mut PageCache| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let hit = read(cache, (state >> 40) % 1500 * 8, 8);
+        settle(cache, Tick(1));
+        hit
+    };
+    (0..40_000).for_each(|_| {
+        hot_read_hits(&mut cache);
+    });
+    // Ten times the cache, a sector at a time; LRU would have lost four reads in ten.
+    let mut hits = 0;
+    for sector in 80_000..80_000 + 20_480 * 8 {
+        read(&mut cache, sector, 1);
+        if sector % 8 == 0 {
+            hits += u32::from(hot_read_hits(&mut cache));
+        }
+    }
+    assert!(hits > 20_480 * 9 / 10, "{hits} of 20480 reads of hot pages hit");
+}

@@ -106,9 +106,9 @@ fn seeds_from_the_environment() {
 }
 
 #[test]
-fn every_planted_bug_is_found_within_500_seeds() {
+fn every_planted_bug_is_found_within_2000_seeds() {
     for bug in PlantedBug::ALL {
-        let found = (0..500).find(|&seed| catch_unwind(AssertUnwindSafe(|| run(seed, Some(bug)))).is_err());
+        let found = (0..2000).find(|&seed| catch_unwind(AssertUnwindSafe(|| run(seed, Some(bug)))).is_err());
         let seed = found.unwrap_or_else(|| panic!("{bug:?} was not found"));
         println!("{bug:?} is found by seed {seed}");
     }

@@ -89,7 +89,8 @@ fn an_upgrade_keeps_the_cache_warm_and_the_guest_unharmed() {
     };
     let daemon = survives("num_queues = 4\ncache.size = \"32M\"", 5, 204, hand_over);
     let pages = |line: &str| {
-        line.split_once(" pages are taken over").and_then(|(_, _)| line.split_whitespace().nth(2)?.parse::<u64>().ok())
+        let (before, _) = line.split_once(" pages are taken over")?;
+        before.rsplit(' ').next()?.parse::<u64>().ok()
     };
     let taken: Vec<u64> = daemon.log().lines().filter_map(pages).collect();
     assert_eq!(taken.len(), 5, "{}", daemon.log());

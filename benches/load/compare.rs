@@ -7,6 +7,7 @@ use std::time::Instant;
 use crate::direct::DirectQueue;
 use crate::job::{Job, Outcome};
 use crate::load;
+use crate::machine;
 use crate::medium::{Media, Medium, Opened};
 use crate::rows::{Bound, Row, warming};
 use crate::servers::{Contestant, Kind, Server};
@@ -84,6 +85,8 @@ pub struct Column {
 pub struct Measured {
     pub row: Row,
     pub columns: Vec<Column>,
+    /// What others took of the processors before each round, in parts of all.
+    pub busy: Vec<f64>,
 }
 
 /// Measures a row.
@@ -92,7 +95,9 @@ pub fn measure(media: &mut Media, row: &Row, peers: &[Contestant], rounds: usize
     let row = Row { job: row.job.scaled(scale), ..row.clone() };
     let mut columns: Vec<Column> =
         entrants(&row, peers).into_iter().map(|entrant| Column { entrant, rounds: Vec::new() }).collect();
+    let mut busy = Vec::new();
     for round in 0..rounds {
+        busy.push(machine::busy());
         // Each round begins with another, so that nobody always comes after the same one.
         let count = columns.len();
         for at in 0..count {
@@ -105,7 +110,7 @@ pub fn measure(media: &mut Media, row: &Row, peers: &[Contestant], rounds: usize
         }
     }
     eprintln!("{}: {rounds} rounds in {:.0?}", row.name, begin.elapsed());
-    Measured { row, columns }
+    Measured { row, columns, busy }
 }
 
 fn sample(media: &mut Media, row: &Row, entrant: &Entrant) -> Result<Vec<f64>, String> {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 /// What matters of it, as lines of Markdown.
 pub fn describe() -> String {
@@ -17,18 +18,30 @@ pub fn describe() -> String {
     let kernel = kernel.trim().split('-').next().unwrap_or_default();
     let commit = first_line("git", &["rev-parse", "--short=12", "HEAD"]);
     let dirty = if first_line("git", &["status", "--porcelain"]).is_empty() { "" } else { ", changed" };
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load = load.split(' ').next().unwrap_or_default();
     format!(
         "- Processor: {model}, {cores} cores{guest}; memory {} GiB; Linux {kernel}\n\
          - genblk {} ({commit}{dirty}), {}\n\
-         - {}\n\
-         - Load average before the run: {load}\n",
+         - {}\n",
         memory_kib.div_ceil(1 << 20),
         env!("CARGO_PKG_VERSION"),
         first_line("rustc", &["--version"]),
         first_line("qemu-storage-daemon", &["--version"]),
     )
+}
+
+/// The part of the processors' time that others take, over a moment in which nothing of ours runs.
+pub fn busy() -> f64 {
+    let times = || {
+        let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+        let first = stat.lines().next().unwrap_or_default();
+        // user nice system idle iowait irq softirq steal; what follows is counted in these already.
+        let ticks: Vec<f64> = first.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
+        (ticks.iter().sum::<f64>(), ticks.iter().skip(3).take(2).sum::<f64>())
+    };
+    let before = times();
+    std::thread::sleep(Duration::from_millis(300));
+    let after = times();
+    1.0 - (after.1 - before.1) / (after.0 - before.0).max(1.0)
 }
 
 fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {

@@ -87,12 +87,9 @@ fn compare_all(options: &Compare) -> Result<(), String> {
     }
     let machine = machine::describe();
     let measured = measure(&chosen, &peers, options.rounds, options.scale)?;
-    println!(
-        "{machine}\n{}\n{}\n{}",
-        report::targets(&measured),
-        report::medians(&measured),
-        report::failures(&measured)
-    );
+    let disturbance = report::disturbance(&measured);
+    let (targets, medians) = (report::targets(&measured), report::medians(&measured));
+    println!("{machine}{disturbance}\n{targets}\n{medians}\n{}", report::failures(&measured));
     if chosen.len() < all.len() || options.rounds < 5 || options.scale < 1.0 {
         println!("benches/RESULTS.md is left as it was: that takes every row, 5 rounds and the whole time");
         return Ok(());

@@ -185,12 +185,26 @@ pub fn failures(rows: &[Measured]) -> String {
     reasons.into_iter().collect()
 }
 
+/// What others did on the machine meanwhile: a run that was disturbed says so itself.
+pub fn disturbance(rows: &[Measured]) -> String {
+    let rounds: Vec<f64> = rows.iter().flat_map(|measured| measured.busy.iter().copied()).collect();
+    let disturbed = rounds.iter().filter(|busy| **busy > 0.1).count();
+    let mean = 100.0 * rounds.iter().sum::<f64>() / rounds.len().max(1) as f64;
+    let verdict =
+        if disturbed * 10 > rounds.len() { " **This run was disturbed: rows that poll mean nothing.**" } else { "" };
+    format!(
+        "- Others took {mean:.0} % of the processors between the rounds, more than 10 % in {disturbed} of {}.{verdict}\n",
+        rounds.len()
+    )
+}
+
 /// The whole report. `notes` has a section for each row whose bottleneck is known; those that fall short are quoted.
 pub fn document(rows: &[Measured], machine: &str, notes: &str) -> String {
     let mut text = format!(
         "# genblk against its peers and the limit\n\n\
          Written by `make bench`; only ratios within one run mean anything, machines and their moods differ.\n\n\
-         {machine}\n![genblk against the best peer](results.svg)\n\n"
+         {machine}{}\n![genblk against the best peer](results.svg)\n\n",
+        disturbance(rows)
     );
     let _ = write!(text, "## What was to be reached\n\n{}\n", targets(rows));
     text += "The limit: a bare server on genblk's ring code that only copies (cached rows); the lower of genblk with\n\

@@ -279,8 +279,8 @@ fn slow() -> Vec<Row> {
     let zipf = Actor::new(Does::Mixed { write_percent: 30 }, Pattern::Zipf { theta: 0.99 }, 0..GIB, 8 * KIB);
     let zipf = zipf.depth(4).flush_after_writes(32).lasts_ms(1000, 2000);
     // Twice what the disk writes.
-    let overload = Actor::new(Does::Writes, Pattern::Random, 0..GIB, 64 * KIB).depth(8).lasts_ms(1000, 5000);
-    let flushes = Actor::new(Does::Flushes, Pattern::Random, 0..GIB, 4 * KIB).per_second(1.0).lasts_ms(1000, 5000);
+    let overload = Actor::new(Does::Writes, Pattern::Random, 0..GIB, 64 * KIB).depth(8).lasts_ms(1000, 4000);
+    let flushes = Actor::new(Does::Flushes, Pattern::Random, 0..GIB, 4 * KIB).per_second(1.0).lasts_ms(1000, 4000);
     let overload = vec![overload.per_second((200 * MIB / (64 * KIB as u64)) as f64), flushes];
     let reader = Actor::new(Does::Reads, Pattern::Random, HOT, 4 * KIB).lasts_ms(300, 1200);
     let writer = Actor::new(Does::Writes, Pattern::Random, GIB..IMAGE_BYTES, 64 * KIB).depth(4).lasts_ms(300, 1200);

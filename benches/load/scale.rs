@@ -46,11 +46,13 @@ struct Point {
 }
 
 impl Point {
-    /// genblk with these lines in its device's table, over one image with as much data as half the cache.
+    /// genblk with these lines in its device's table, over one image with as much data as half the cache, but no more
+    /// than 2 GiB: cache and image share the machine's memory.
     fn new(label: impl Into<String>, device: &str, cache_bytes: u64) -> Self {
         let cache = format!("size = {cache_bytes}");
         let who = Contestant::genblk_with("genblk", device, &cache);
-        let images = vec![(cache_bytes / 2, cache_bytes / 2)];
+        let image_bytes = (cache_bytes / 2).min(2 * GIB);
+        let images = vec![(image_bytes, image_bytes)];
         Self { label: label.into(), who, images, on_disk: false, cache_bytes, warm: None, jobs: Vec::new() }
     }
 
@@ -79,7 +81,7 @@ fn hits(region: Range<u64>, clients: usize, depth: usize) -> Job {
 fn parts() -> Vec<Part> {
     let part = |name, title, points| Part { name, title, points };
     vec![
-        part("cache", "Cache size; half of it is filled and read, everything is a hit", cache_sizes()),
+        part("cache", "Cache size; half of it is filled (2 GiB at most) and read, everything is a hit", cache_sizes()),
         part("image", "Image size, sparse; what is read lies at its end, and is cached", image_sizes()),
         part("devices", "Devices in one daemon, all at work, 32 requests in flight in all", devices()),
         part("queues", "Queues of one device, each with a client, 32 requests in flight in all", queues()),
@@ -90,10 +92,12 @@ fn parts() -> Vec<Part> {
 fn cache_sizes() -> Vec<Point> {
     let sizes = [(64 * MIB, "64 MiB"), (256 * MIB, "256 MiB"), (GIB, "1 GiB"), (4 * GIB, "4 GiB"), (8 * GIB, "8 GiB")];
     let point = |(bytes, label): (u64, &str)| {
-        Point::new(label, "", bytes)
-            .warm(Does::Reads, 0..bytes / 2)
+        let point = Point::new(label, "", bytes);
+        let all = 0..point.images[0].0;
+        point
+            .warm(Does::Reads, all.clone())
             .job("a hit within 32 MiB", hits(0..HOT_BYTES, 1, 32))
-            .job("a hit anywhere", hits(0..bytes / 2, 1, 32))
+            .job("a hit anywhere", hits(all, 1, 32))
     };
     sizes.into_iter().map(point).collect()
 }

@@ -186,7 +186,7 @@ impl Server {
         let log = File::create(&log_path).map_err(failed)?;
         let mut command = who.command(&socket, images, queues).map_err(failed)?;
         command.stdin(Stdio::null()).stdout(log.try_clone().map_err(failed)?).stderr(log);
-        die_with_us(&mut command);
+        die_with_us(&mut command, who);
         let child = command.spawn().map_err(failed)?;
         let mut server = Self { child, socket };
         let last = socket_of(&server.socket, images.len() - 1);
@@ -236,12 +236,14 @@ impl Server {
     }
 }
 
-/// A server must not outlive a benchmark that was interrupted.
-fn die_with_us(command: &mut Command) {
+/// A server must not outlive a benchmark that was interrupted. genblk is told in time to take away what it keeps in
+/// memory; others might wait for their client for ever.
+fn die_with_us(command: &mut Command, who: &Contestant) {
+    let signal = if matches!(who.kind, Kind::Genblk { .. }) { libc::SIGTERM } else { libc::SIGKILL };
     // SAFETY: prctl is async-signal-safe, and touches nothing but the new process.
     unsafe {
-        command.pre_exec(|| {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        command.pre_exec(move || {
+            libc::prctl(libc::PR_SET_PDEATHSIG, signal);
             Ok(())
         });
     }

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use genblk::error::Result;
 use genblk::store::{Backing, Event, Limits, Op, Refused, Request, Store};
 
-const SECTOR_BYTES: usize = 512;
+/// What a power cut leaves whole: ext4 writes the two sectors of its superblock in place, and counts on them. (Disks write
+/// at least this much at once: their physical blocks have 4096 bytes.)
+const UNTORN_BYTES: usize = 1024;
 
 /// What an operation did.
 #[derive(Debug)]
@@ -112,9 +114,10 @@ impl Store for RecordedStore {
     fn submit(&mut self, request: Request) -> std::result::Result<(), Refused> {
         let (tag, offset) = (request.tag, usize::try_from(request.offset).unwrap());
         let change = change_of(&request);
+        // Held meanwhile: what another worker's store sees complete comes before or after all of this.
+        let mut log = self.recorder.0.lock().unwrap();
         self.inner.submit(request)?;
         if let Some(change) = change {
-            let mut log = self.recorder.0.lock().unwrap();
             let number = log.operations.len();
             log.operations.push(Operation { offset, change });
             log.moments.push(Moment::Submitted(number));
@@ -192,39 +195,45 @@ impl<'a> Replay<'a> {
         volatile.retain(|&(number, completed)| {
             let covered = completed.is_some_and(|completed| completed < submitted);
             if covered {
-                apply(&log.operations[number], stable, |_| true);
+                apply(&log.operations[number], stable, || true);
             }
             !covered
         });
     }
 
-    /// What a power cut now may leave: `chance(percent)` decides about each operation and each of its sectors.
+    /// What a power cut now may leave: `chance(percent)` decides about each operation and each of its pieces.
     pub fn power_cut(&self, mut chance: impl FnMut(usize) -> bool) -> Vec<u8> {
         let mut image = self.stable.clone();
         for &(number, completed) in &self.volatile {
             if chance(50) {
                 // Torn if it was on its way, and sometimes if it lay in the disk's cache.
                 let torn = completed.is_none() || chance(20);
-                apply(&self.log.operations[number], &mut image, |_| !torn || chance(50));
+                apply(&self.log.operations[number], &mut image, || !torn || chance(50));
             }
         }
         image
     }
 }
 
-/// Does an operation to an image, as far as `reaches` says of its sectors.
-fn apply(operation: &Operation, image: &mut [u8], mut reaches: impl FnMut(usize) -> bool) {
+/// Does an operation to an image, as far as `reaches` says of each piece that is not torn.
+fn apply(operation: &Operation, image: &mut [u8], mut reaches: impl FnMut() -> bool) {
     let len = match &operation.change {
         Change::Write(bytes) => bytes.len(),
         Change::Zero(len) => *len,
         Change::Sync => 0,
     };
-    for at in (0..len).step_by(SECTOR_BYTES).filter(|&at| reaches(at)) {
-        let sector = &mut image[operation.offset + at..operation.offset + at + SECTOR_BYTES];
-        match &operation.change {
-            Change::Write(bytes) => sector.copy_from_slice(&bytes[at..at + SECTOR_BYTES]),
-            _ => sector.fill(0),
+    let (mut begin, end) = (operation.offset, operation.offset + len);
+    while begin < end {
+        let next = (begin + 1).next_multiple_of(UNTORN_BYTES).min(end);
+        if reaches() {
+            match &operation.change {
+                Change::Write(bytes) => {
+                    image[begin..next].copy_from_slice(&bytes[begin - operation.offset..next - operation.offset]);
+                }
+                _ => image[begin..next].fill(0),
+            }
         }
+        begin = next;
     }
 }
 

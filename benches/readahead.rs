@@ -12,34 +12,38 @@
 //!
 //! ```text
 //! local store, %               bandwidth  coverage  accuracy      late     extra
-//! 1 stream, 128 KiB                100.0     99.99     99.80     10.81      0.20
-//! 1 stream, 4 KiB                  100.0    100.00     99.81      0.60      0.19
-//! 8 streams, 128 KiB                99.8     99.95     99.77     10.57      0.23
-//! 64 streams, 128 KiB               99.3     98.17     99.32     40.21      0.67
-//! 1 stream, 3/4 speed               74.6     99.99     99.97      0.01      0.03
-//! 1 stream, shuffled               100.0     99.98     99.69     83.60      0.31
-//! strided                            9.1      0.00      0.00      0.00      0.00
-//! random 4 KiB in 64 GiB            19.8      0.00      0.00      0.00      0.00
-//! random 4 KiB in 4 GiB             21.0      0.00      0.00      0.00      0.00
+//! 1 stream, 128 KiB                100.0     99.99     99.69     42.21      0.31
+//! 1 stream, 4 KiB                  100.0    100.00     99.69     38.83      0.31
+//! 8 streams, 128 KiB                98.7     98.04     98.43     85.33      1.57
+//! 64 streams, 128 KiB               99.1     93.09     99.83     53.32      0.16
+//! files of 16 MiB                   43.0     18.64     76.60      9.51      5.69
+//! files of 1 MiB                    39.4      4.04     42.02      3.63      5.58
+//! 1 stream, 3/4 speed               74.6     99.99     99.95      0.01      0.05
+//! 1 stream, shuffled               100.0     99.98     99.69     84.02      0.31
+//! strided                            7.4      0.00      0.00      0.00      0.00
+//! random 4 KiB in 64 GiB            10.2      0.00      0.00      0.00      0.00
+//! random 4 KiB in 4 GiB             12.2      0.00      0.00      0.00      0.00
 //! random 4 KiB in 1 GiB             25.9      0.00     36.00      0.00      0.00
 //! random 128 KiB in 64 GiB         100.3      0.00      0.00      0.00      0.04
-//! random 128 KiB in 4 GiB          106.0      0.02      6.80      0.02      0.29
-//! 2 streams + random                72.1     89.99     99.82      9.85      0.16
+//! random 128 KiB in 4 GiB          106.0      0.02      7.62      0.02      0.30
+//! 2 streams + random                53.5     89.99     99.44     73.77      0.50
 //!
 //! remote store, %              bandwidth  coverage  accuracy      late     extra
-//! 1 stream, 128 KiB                100.0     99.99     99.80     10.81      0.20
-//! 1 stream, 4 KiB                   99.9    100.00     99.81      0.60      0.19
-//! 8 streams, 128 KiB                99.8     99.95     99.77     10.57      0.23
-//! 64 streams, 128 KiB               99.3     98.17     99.32     40.21      0.67
-//! 1 stream, 3/4 speed               64.8     99.99     99.97      4.30      0.03
-//! 1 stream, shuffled               100.0     99.98     99.69     83.60      0.31
-//! strided                            3.2      0.00      0.00      0.00      0.00
-//! random 4 KiB in 64 GiB             6.5      0.00      0.00      0.00      0.00
-//! random 4 KiB in 4 GiB              6.9      0.00      0.00      0.00      0.00
+//! 1 stream, 128 KiB                100.0     99.99     99.69     30.53      0.31
+//! 1 stream, 4 KiB                   99.9    100.00     99.69     18.55      0.31
+//! 8 streams, 128 KiB                98.8     98.51     98.59     84.87      1.41
+//! 64 streams, 128 KiB               96.5     92.67     99.81     53.05      0.18
+//! files of 16 MiB                   45.4     77.84     95.01     27.86      4.08
+//! files of 1 MiB                    18.9      4.07     42.17      3.87      5.58
+//! 1 stream, 3/4 speed               74.9     99.99     99.95      0.01      0.05
+//! 1 stream, shuffled               100.0     99.97     99.69     81.69      0.31
+//! strided                            2.6      0.00      0.00      0.00      0.00
+//! random 4 KiB in 64 GiB             3.3      0.00      0.00      0.00      0.00
+//! random 4 KiB in 4 GiB              4.0      0.00      0.00      0.00      0.00
 //! random 4 KiB in 1 GiB              8.5      0.00     36.00      0.00      0.00
-//! random 128 KiB in 64 GiB         100.3      0.00      0.00      0.00      0.04
-//! random 128 KiB in 4 GiB          106.0      0.02      6.80      0.02      0.29
-//! 2 streams + random                42.2     89.99     99.77      9.88      0.21
+//! random 128 KiB in 64 GiB          92.4      0.00      0.00      0.00      0.04
+//! random 128 KiB in 4 GiB          100.1      0.02      7.62      0.02      0.30
+//! 2 streams + random                25.8     89.99     99.44     68.84      0.51
 //! ```
 
 #[path = "readahead/mod.rs"]

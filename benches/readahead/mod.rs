@@ -31,6 +31,8 @@ pub const STORES: [StoreModel; 2] = [LOCAL, REMOTE];
 pub enum Pattern {
     /// So many streams far apart, in requests of so many pages.
     Streams(u64, u64),
+    /// One reader of files of so many MiB, which lie anywhere.
+    Files(u64),
     /// One stream whose reader uses three quarters of the store's bandwidth.
     Leisurely,
     /// One stream that a guest's queues have shuffled: eight requests under way, out of order by up to 32.
@@ -44,11 +46,13 @@ pub enum Pattern {
 }
 
 /// Every pattern that is measured, in the order of the table.
-const PATTERNS: [Pattern; 13] = [
+const PATTERNS: [Pattern; 15] = [
     Pattern::Streams(1, PIECE_PAGES),
     Pattern::Streams(1, 1),
     Pattern::Streams(8, PIECE_PAGES),
     Pattern::Streams(64, PIECE_PAGES),
+    Pattern::Files(16),
+    Pattern::Files(1),
     Pattern::Leisurely,
     Pattern::Shuffled,
     Pattern::Strided,
@@ -67,6 +71,7 @@ impl Pattern {
             Self::Streams(count, pages) => {
                 format!("{count} stream{}, {} KiB", if count == 1 { "" } else { "s" }, pages * 4)
             }
+            Self::Files(mib) => format!("files of {mib} MiB"),
             Self::Leisurely => "1 stream, 3/4 speed".to_string(),
             Self::Shuffled => "1 stream, shuffled".to_string(),
             Self::Strided => "strided".to_string(),
@@ -85,6 +90,7 @@ impl Pattern {
             Self::Streams(count, request_pages) => {
                 (0..count).map(|n| stream(n * (IMAGE_PAGES / count), pages / count, request_pages)).collect()
             }
+            Self::Files(mib) => vec![reader(files(pages, mib << 8), 1)],
             Self::Leisurely => {
                 let ns_per_page = world::PAGE_BYTES * 1000 / store.bytes_per_us * 4 / 3;
                 vec![Reader { ns_per_page, ..stream(0, pages, PIECE_PAGES) }]
@@ -120,6 +126,15 @@ fn random(image_pages: u64, pages: u64, request_pages: u64) -> Reader {
     let requests = (0..pages / request_pages)
         .map(move |_| (prng.below(image_pages / request_pages) * request_pages, request_pages));
     reader(requests, 8)
+}
+
+/// Files of so many pages at random places, each read from its start to its end.
+fn files(pages: u64, file_pages: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut prng = Prng::new(17);
+    (0..pages / file_pages).flat_map(move |_| {
+        let first = prng.below(IMAGE_PAGES / file_pages) * file_pages;
+        (0..file_pages / PIECE_PAGES).map(move |n| (first + n * PIECE_PAGES, PIECE_PAGES))
+    })
 }
 
 /// Pieces of a stream in the order in which eight queues hand them on: a piece may be passed by those within the next 32.

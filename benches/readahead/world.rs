@@ -65,8 +65,10 @@ impl FrameMemory for NoMemory {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
-    /// A store operation ends.
+    /// A read ends.
     Done(u32),
+    /// The store says of so many sectors that none are holes.
+    Mapped(u32, u64),
     /// A reader is ready for another request.
     Ready(usize),
 }
@@ -107,6 +109,9 @@ pub fn run(store: StoreModel, readers: Vec<Reader>) -> Measured {
         world.now_ns = at;
         match event {
             Event::Done(tag) => world.cache.complete(tag, &Outcome::Done, world.tick()),
+            Event::Mapped(tag, sectors) => {
+                world.cache.complete(tag, &Outcome::Mapped(vec![(sectors, false)]), world.tick());
+            }
             Event::Ready(reader) => {
                 last_request_ns = at;
                 world.next_request(reader);
@@ -130,7 +135,7 @@ impl World {
             frames: CACHE_PAGES,
             image_sectors: IMAGE_PAGES * SECTORS_PER_PAGE,
             block_sectors: 1,
-            sparse: false,
+            sparse: true,
             cluster_pages_max: 256,
             retain: true,
             policy: PolicyKind::S3Fifo,
@@ -219,10 +224,7 @@ impl World {
             let mut plans = Vec::new();
             self.cache.take_plans(|plan| plans.push((plan.tag, plan.kind, plan.span.count)));
             for (tag, kind, sectors) in plans {
-                assert_eq!(kind, PlanKind::Read, "nobody writes");
-                let first_byte = self.store_idle_ns.max(self.now_ns + self.store.latency_us * 1000);
-                self.store_idle_ns = first_byte + sectors * 512 * 1000 / self.store.bytes_per_us;
-                self.at(self.store_idle_ns, Event::Done(tag));
+                self.start(tag, kind, sectors);
             }
             let mut notices = Vec::new();
             self.cache.take_notices(&mut notices);
@@ -230,6 +232,19 @@ impl World {
                 return;
             }
             notices.into_iter().for_each(|notice| self.obey(notice));
+        }
+    }
+
+    /// The store begins an operation; it answers what it holds of an extent map after its latency.
+    fn start(&mut self, tag: u32, kind: PlanKind, sectors: u64) {
+        let answer_ns = self.now_ns + self.store.latency_us * 1000;
+        match kind {
+            PlanKind::Read => {
+                self.store_idle_ns = self.store_idle_ns.max(answer_ns) + sectors * 512 * 1000 / self.store.bytes_per_us;
+                self.at(self.store_idle_ns, Event::Done(tag));
+            }
+            PlanKind::Map => self.at(answer_ns, Event::Mapped(tag, sectors)),
+            _ => unreachable!("nobody writes"),
         }
     }
 

@@ -350,12 +350,12 @@ impl PageCache {
         self.pages[id].waiters = self.waiters.put(Waiter { next, ..waiter });
     }
 
-    /// Readahead: brings in the absent pages of `window` while there is room, and says where it stopped.
+    /// Readahead: brings in the absent pages of `window` while there is room, and says where it stopped. The first page
+    /// that it brings in bears the marker if that is due.
     ///
     /// => Never waits and never asks for a frame that a request might need more: half of the free reserve stays.
-    pub(super) fn prefetch(&mut self, window: PageSpan) -> PageNo {
+    pub(super) fn prefetch(&mut self, window: PageSpan, marker_due: &mut bool) -> PageNo {
         self.run.ahead = true;
-        let mut marked = false;
         let mut next = window.first;
         while self.failing.stopped().is_none()
             && next < window.end()
@@ -368,8 +368,7 @@ impl PageCache {
                     Ok(id) => {
                         self.streams.unread_pages += 1;
                         self.stats.readahead_pages += 1;
-                        self.pages[id].set(if marked { PREFETCHED } else { PREFETCHED | MARKER });
-                        marked = true;
+                        self.pages[id].set(if std::mem::take(marker_due) { PREFETCHED | MARKER } else { PREFETCHED });
                     }
                     Err(Missing::Hole) => {}
                     Err(Missing::Wait) => break,
@@ -383,7 +382,7 @@ impl PageCache {
     }
 
     /// Pages of the image, the cut one at its end included.
-    fn image_pages(&self) -> u64 {
+    pub(super) fn image_pages(&self) -> u64 {
         self.settings.image_sectors.div_ceil(SECTORS_PER_PAGE)
     }
 }

@@ -287,6 +287,7 @@ impl PageCache {
         self.write_back();
         self.advance_flushes();
         self.reclaim();
+        self.continue_windows();
         if std::mem::take(&mut self.unblocked) {
             // All of them, in order: what still finds no room stalls again, behind those that came before it.
             self.notices.extend(self.stalled.drain(..).map(Notice::Resume));

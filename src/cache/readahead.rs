@@ -1,9 +1,10 @@
 //! Readahead: sequential streams, found with slack, and windows that grow while they pay.
 //!
 //! Guests read ahead themselves, in pieces of 128 KiB that their queues shuffle. So a stream matches by nearness, and what
-//! tells it from chance is not the order of its requests but that they leave few gaps. Streams are looked up on a miss, and when a reader reaches the marker on the first page of the newest
-//! window: then the next window is read, and the store stays one window ahead (Linux' on-demand readahead; NetBSD's
-//! uvm_readahead; for the feedback AMP: Gill and Bathen, FAST 2007).
+//! tells it from chance is not the order of its requests but that they leave few gaps. Streams are looked up on a miss,
+//! and when a reader reaches the marker on the first page of the newest window: then the next window is read, and the
+//! store stays one window ahead (Linux' on-demand readahead; NetBSD's uvm_readahead; for the feedback AMP: Gill and
+//! Bathen, FAST 2007). A window that was cut short, for want of frames or of the map of holes, goes on when they are there.
 
 use crate::units::{PageNo, PageSpan};
 
@@ -35,6 +36,10 @@ struct Stream {
     requests: u8,
     /// The page after the last that was read ahead.
     ahead: u64,
+    /// The page after the newest window. Readahead stops short of it for want of a frame or a map, and goes on later.
+    wanted: u64,
+    /// The newest window has no marker yet.
+    marker_due: bool,
     /// Length of the newest window; 0: none yet.
     window: u64,
     /// Windows evicted unread in a row.
@@ -52,6 +57,8 @@ pub(super) struct Streams {
     unread_max: u32,
     /// Pages that readahead brought and nobody has asked for.
     pub unread_pages: u32,
+    /// Some window is not read to its end.
+    cut: bool,
     clock: u64,
 }
 
@@ -60,7 +67,14 @@ impl Streams {
     /// of the small queue, so they push out nothing that was asked for twice.
     pub fn new(window_max: u32, frames: u32) -> Self {
         let table = if window_max == 0 { Vec::new() } else { vec![Stream::default(); STREAMS] };
-        Self { table, window_max: u64::from(window_max), unread_max: (frames / 20).max(1), unread_pages: 0, clock: 0 }
+        Self {
+            table,
+            window_max: u64::from(window_max),
+            unread_max: (frames / 20).max(1),
+            unread_pages: 0,
+            cut: false,
+            clock: 0,
+        }
     }
 
     /// Whether one more page may be read ahead.
@@ -68,8 +82,8 @@ impl Streams {
         self.unread_pages < self.unread_max
     }
 
-    /// A request missed: the stream it belongs to and the window to read ahead, if any.
-    fn after_miss(&mut self, span: PageSpan) -> Option<(usize, PageSpan)> {
+    /// A request missed: the stream that has a window to read ahead now, if any.
+    fn after_miss(&mut self, span: PageSpan) -> Option<usize> {
         if self.table.is_empty() {
             return None;
         }
@@ -79,7 +93,11 @@ impl Streams {
         if let Some(at) = self.table.iter().position(|stream| stream.expects(first)) {
             let stream = &mut self.table[at];
             stream.used = self.clock;
-            return stream.follow(first, end).then(|| (at, stream.grow(window_max)));
+            let ready = stream.follow(first, end);
+            if ready {
+                stream.grow(window_max);
+            }
+            return ready.then_some(at);
         }
         let oldest = self.table.iter_mut().min_by_key(|stream| stream.used).expect("the table is not empty");
         *oldest = Stream { used: self.clock, ..Stream::begin(first, end) };
@@ -87,7 +105,7 @@ impl Streams {
     }
 
     /// A reader reached the marker at `no`.
-    fn after_marker(&mut self, no: PageNo) -> Option<(usize, PageSpan)> {
+    fn after_marker(&mut self, no: PageNo) -> Option<usize> {
         self.clock += 1;
         let window_max = self.window_max_now();
         let at = self.find_window(no)?;
@@ -95,7 +113,8 @@ impl Streams {
         stream.used = self.clock;
         stream.wasted = 0;
         stream.next = stream.next.max(no.0 + 1);
-        Some((at, stream.grow(window_max)))
+        stream.grow(window_max);
+        Some(at)
     }
 
     /// A page that was read ahead went unread: once for each 64 KiB, the stream's window is halved.
@@ -106,6 +125,7 @@ impl Streams {
         if let Some(at) = self.find_window(no) {
             let stream = &mut self.table[at];
             stream.window /= 2;
+            stream.wanted = stream.ahead;
             stream.wasted += 1;
             if stream.wasted >= WASTED_MAX {
                 *stream = Stream::default();
@@ -120,10 +140,11 @@ impl Streams {
         })
     }
 
-    /// The longest window now: what may lie unread is shared among the active streams (AMP's condition of no waste).
+    /// The longest window now: what may lie unread is shared among the active streams, and each has two windows, one that
+    /// is being read and one ahead of it (AMP's condition of no waste).
     fn window_max_now(&self) -> u64 {
         let active = self.table.iter().filter(|stream| stream.window > 0).count().max(1) as u64;
-        (u64::from(self.unread_max) / active).min(self.window_max)
+        (u64::from(self.unread_max) / (2 * active)).min(self.window_max)
     }
 }
 
@@ -168,36 +189,53 @@ impl Stream {
         true
     }
 
-    /// The next window: as much as has been read at first, then times four while small, then doubled.
-    fn grow(&mut self, window_max: u64) -> PageSpan {
+    /// Plans the next window: as much as has been read at first, then times four while small, then doubled.
+    fn grow(&mut self, window_max: u64) {
         let wanted = match self.window {
             0 => self.covered.max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
             window if window < window_max / 16 => window * 4,
             window => window * 2,
         };
         self.window = wanted.min(window_max);
-        PageSpan::new(PageNo(self.ahead), self.window)
+        self.wanted = self.ahead + self.window;
+        self.marker_due = true;
     }
 }
 
 impl PageCache {
     /// A read missed: follow its stream.
     pub(super) fn read_ahead_after_miss(&mut self, span: PageSpan) {
-        let found = self.streams.after_miss(span);
-        self.read_window(found);
+        if let Some(at) = self.streams.after_miss(span) {
+            self.read_window(at);
+        }
     }
 
     /// A read reached the marker of a window: read the next one.
     pub(super) fn read_ahead_after_marker(&mut self, no: PageNo) {
-        let found = self.streams.after_marker(no);
-        self.read_window(found);
+        if let Some(at) = self.streams.after_marker(no) {
+            self.read_window(at);
+        }
     }
 
-    fn read_window(&mut self, found: Option<(usize, PageSpan)>) {
-        if let Some((at, window)) = found {
-            let end = self.prefetch(window);
+    /// Goes on with windows that were cut short, now that there are frames again, or a map has come.
+    pub(super) fn continue_windows(&mut self) {
+        if std::mem::take(&mut self.streams.cut) {
+            for at in 0..STREAMS {
+                self.read_window(at);
+            }
+        }
+    }
+
+    /// Reads what is left of a stream's window, as far as it goes.
+    fn read_window(&mut self, at: usize) {
+        let Stream { ahead, wanted, mut marker_due, .. } = self.streams.table[at];
+        let wanted = wanted.min(self.image_pages());
+        if ahead < wanted {
+            let end = self.prefetch(PageSpan::new(PageNo(ahead), wanted - ahead), &mut marker_due);
             let stream = &mut self.streams.table[at];
+            stream.marker_due = marker_due;
             stream.ahead = stream.ahead.max(end.0);
+            self.streams.cut |= stream.ahead < wanted;
         }
     }
 }

@@ -45,6 +45,6 @@ pub fn put_at_head_of(source: &str, table: &str) -> Result<(), String> {
     let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
     let (head, rest) = text.split_once(OPEN).ok_or("the source has no place for a table")?;
     let (_, tail) = rest.split_once(CLOSE).ok_or("the place for the table has no end")?;
-    let lines: String = table.lines().map(|line| format!("//! {line}\n")).collect();
+    let lines: String = table.lines().map(|line| format!("{}\n", format!("//! {line}").trim_end())).collect();
     fs::write(&path, format!("{head}{OPEN}{lines}{CLOSE}{tail}")).map_err(|e| format!("{path}: {e}"))
 }

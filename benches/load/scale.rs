@@ -86,6 +86,11 @@ fn parts() -> Vec<Part> {
         part("devices", "Devices in one daemon, all at work, 32 requests in flight in all", devices()),
         part("queues", "Queues of one device, each with a client, 32 requests in flight in all", queues()),
         part("streams", "Sequential readers, cold, 128 KiB each, from a fast disk", streams()),
+        part(
+            "allocate",
+            "Space for holes, reserved before a write completes or when it is written back",
+            allocations(),
+        ),
     ]
 }
 
@@ -145,6 +150,27 @@ fn streams() -> Vec<Point> {
         point
     };
     [1, 4, 16, 64].map(point).into()
+}
+
+/// Writes into holes, more than the cache holds, and a FLUSH.
+fn allocations() -> Vec<Point> {
+    let point = |(when, pattern, label): (&str, Pattern, &'static str)| {
+        let writes = Actor::new(Does::Writes, pattern, 0..GIB, 4 * KIB).depth(32);
+        let job = Job::of(writes.bytes_max(256 * MIB).lasts_ms(0, 30_000), Wait::Interrupt);
+        let mut point = Point::new(format!("allocate = \"{when}\""), "", 64 * MIB);
+        point.who = Contestant::genblk_with("genblk", "", &format!("size = \"64M\"\nallocate = \"{when}\""));
+        point.images = vec![(GIB, 0)];
+        point.job(label, Job { ends_with_flush: true, ..job })
+    };
+    let (in_order, anywhere) = (Pattern::Sequential { streams: 1 }, Pattern::Random);
+    [
+        ("on-write", in_order, "a sequential write"),
+        ("on-writeback", in_order, "a sequential write"),
+        ("on-write", anywhere, "a random write"),
+        ("on-writeback", anywhere, "a random write"),
+    ]
+    .map(point)
+    .into()
 }
 
 /// What a point's round gave.

@@ -77,9 +77,7 @@ impl Home {
             return Ok(None);
         }
         // Mapped, because a file of huge pages can't be read.
-        let block = self.file.metadata().map_err(failed)?.blksize();
-        let bytes = usize::try_from(block).unwrap_or(HEADER_BYTES).max(HEADER_BYTES);
-        let mapping = Mapping::new(&self.file, bytes).map_err(failed)?;
+        let mapping = Mapping::new(&self.file, HEADER_BYTES).map_err(failed)?;
         let header = Header::decode(&mapping.read::<HEADER_BYTES>(), &self.path)?;
         match &header {
             Some(header) if header.boot != boot() => {

@@ -1,6 +1,6 @@
 //! Shared memory, mapped: the bytes and nothing about what they mean.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
@@ -19,8 +19,10 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `bytes` bytes of a file that is at least that long.
+    /// Maps the first `bytes` bytes of a file that is at least that long, in whole blocks of its file system: huge pages
+    /// are unmapped whole or not at all.
     pub fn new(file: &File, bytes: usize) -> io::Result<Self> {
+        let bytes = FileSystem::of(file)?.whole_blocks(bytes)?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory of ours.
         let base = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
@@ -81,23 +83,61 @@ pub(super) fn memfd() -> io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-/// Gives a file in shared memory `bytes` bytes, in whole blocks of its file system (which may be huge pages), and the
-/// memory for them: it is allocated at the first touch otherwise, and a shortage then is SIGBUS.
+/// Gives a file in shared memory `bytes` bytes and the memory for them: it is allocated at the first touch otherwise, and
+/// a shortage then is SIGBUS.
 pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
-    // SAFETY: an all-zero statfs is a valid value for the kernel to fill.
-    let mut about: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: a plain system call on our own descriptor that fills our own structure.
-    if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut about) } != 0 {
-        return Err(io::Error::last_os_error());
+    let on = FileSystem::of(file)?;
+    let rounded = on.whole_blocks(bytes)?;
+    if !on.reserves {
+        available(rounded)?;
     }
-    let block = usize::try_from(about.f_bsize).unwrap_or(1).max(1);
-    let too_long = || io::Error::from(io::ErrorKind::FileTooLarge);
-    let rounded = bytes.checked_next_multiple_of(block).ok_or_else(too_long)?;
-    let length = libc::off_t::try_from(rounded).map_err(|_| too_long())?;
+    let length = libc::off_t::try_from(rounded).map_err(|_| io::ErrorKind::FileTooLarge)?;
     file.set_len(rounded as u64)?;
     // SAFETY: a plain system call on our own descriptor.
     if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// What matters of the file system that a file is on.
+struct FileSystem {
+    block_bytes: usize,
+    /// Its memory was set aside when the host was set up (hugetlbfs), and is not taken from what is available.
+    reserves: bool,
+}
+
+impl FileSystem {
+    fn of(file: &File) -> io::Result<Self> {
+        // SAFETY: an all-zero statfs is a valid value for the kernel to fill.
+        let mut about: libc::statfs = unsafe { std::mem::zeroed() };
+        // SAFETY: a plain system call on our own descriptor that fills our own structure.
+        if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut about) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let block_bytes = usize::try_from(about.f_bsize).unwrap_or(1).max(1);
+        Ok(Self { block_bytes, reserves: about.f_type == libc::HUGETLBFS_MAGIC })
+    }
+
+    fn whole_blocks(&self, bytes: usize) -> io::Result<usize> {
+        bytes.checked_next_multiple_of(self.block_bytes).ok_or_else(|| io::ErrorKind::FileTooLarge.into())
+    }
+}
+
+/// Shared memory can be over-committed until the kernel starts to kill processes: ask before taking it.
+fn available(bytes: usize) -> io::Result<()> {
+    match available_bytes() {
+        Some(available) if bytes as u64 > available => {
+            Err(io::Error::other(format!("the host has {available} bytes available")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What the host can give without swapping (MemAvailable of proc(5)); `None` where it doesn't say.
+fn available_bytes() -> Option<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
 }

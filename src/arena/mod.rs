@@ -11,7 +11,6 @@ mod home;
 mod ledger;
 mod mapping;
 
-use std::io;
 use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -275,18 +274,17 @@ fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
 
 fn private_memory(frames: usize) -> Result<Mapping> {
     let bytes = bytes_of(frames, 0)?;
-    let memory = available(bytes).and_then(|()| {
+    let make = || {
         let file = mapping::memfd()?;
         mapping::allocate(&file, bytes)?;
         Mapping::new(&file, bytes)
-    });
-    memory.map_err(|e| Error::io(ErrorKind::Memory, format!("no memory for a cache of {bytes} bytes"), e))
+    };
+    make().map_err(|e| Error::io(ErrorKind::Memory, format!("no memory for a cache of {bytes} bytes"), e))
 }
 
 /// Makes a file anew: memory first, then the header, whose first word says that the rest is right.
 fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
     let make = || {
-        available(bytes)?;
         home.file.set_len(0)?;
         mapping::allocate(&home.file, bytes)?;
         Mapping::new(&home.file, bytes)
@@ -301,24 +299,6 @@ fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
     let (encoded, magic) = header.encode();
     memory.write(&encoded, magic);
     Ok(memory)
-}
-
-/// Shared memory can be over-committed until the kernel starts to kill processes: ask before taking it.
-fn available(bytes: usize) -> io::Result<()> {
-    match available_bytes() {
-        Some(available) if bytes as u64 > available => {
-            Err(io::Error::other(format!("the host has {available} bytes available")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// What the host can give without swapping (MemAvailable of proc(5)); `None` where it doesn't say.
-fn available_bytes() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }
 
 /// Calls `f(offset, length)` in bytes for each run of sectors in `mask`.

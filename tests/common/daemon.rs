@@ -151,8 +151,12 @@ fn configure(directory: &TempDir, devices: &[&str]) -> Vec<PathBuf> {
              cache.memory_dir = {memory:?}\n{rest}\n"
         )
     });
-    fs::write(path.join("genblk.toml"), tables.collect::<String>()).expect("a configuration can be written");
+    fs::write(config_of(directory), tables.collect::<String>()).expect("a configuration can be written");
     sockets
+}
+
+fn config_of(directory: &TempDir) -> PathBuf {
+    directory.path().join("genblk.toml")
 }
 
 /// A running daemon and its image. Dropping it kills the process.
@@ -186,13 +190,18 @@ impl Daemon {
     pub fn start_configured(directory: TempDir, devices: &[&str]) -> Self {
         let sockets = configure(&directory, devices);
         let mut command = Command::new(server_binary());
-        command.arg("--config").arg(directory.path().join("genblk.toml"));
+        command.arg("--config").arg(config_of(&directory));
         Self::launch(directory, command, sockets)
+    }
+
+    /// Gives the daemon another device, for its next start.
+    pub fn configure(&self, device: &str) {
+        configure(&self.directory, &[device]);
     }
 
     /// Starts the daemon again with another device, after [`Daemon::stop`] or [`Daemon::kill`].
     pub fn reconfigure(&mut self, device: &str) {
-        configure(&self.directory, &[device]);
+        self.configure(device);
         self.restart();
     }
 
@@ -243,6 +252,11 @@ impl Daemon {
     /// The backing image.
     pub fn image(&self) -> PathBuf {
         self.directory.path().join("image")
+    }
+
+    /// The configuration of a daemon that has one.
+    pub fn config(&self) -> PathBuf {
+        config_of(&self.directory)
     }
 
     /// What the daemon has said so far.

@@ -8,6 +8,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod guest;
+mod huge_pages;
 
 use std::fs::File;
 use std::process::Command;
@@ -33,16 +34,18 @@ fn kills() -> u64 {
 }
 
 fn start(device: &str) -> Daemon {
-    let directory = TempDir::new("kill");
+    start_in(TempDir::new("kill"), device)
+}
+
+fn start_in(directory: TempDir, device: &str) -> Daemon {
     File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
     Daemon::start_configured(directory, &[device])
 }
 
 /// A daemon on a new image is ended by `end` and started again, over and over, under load.
-fn survives(device: &str, times: u64, default_seed: u64, end: impl Fn(&mut Daemon)) -> Daemon {
+fn survives(mut daemon: Daemon, times: u64, default_seed: u64, end: impl Fn(&mut Daemon)) -> Daemon {
     let seed = seed(default_seed);
     let mut prng = Prng::new(seed);
-    let mut daemon = start(device);
     let mut guest = Guest::attach(&daemon, IMAGE_SECTORS, seed);
     for round in 0..times {
         guest.run(Instant::now() + Duration::from_micros(prng.below(120_000)));
@@ -67,17 +70,17 @@ fn stop_and_compare(guest: &Guest, daemon: &mut Daemon) {
 
 #[test]
 fn completed_writes_survive_kills() {
-    survives("num_queues = 4\ncache.size = \"6M\"", kills(), 201, Daemon::kill);
+    survives(start("num_queues = 4\ncache.size = \"6M\""), kills(), 201, Daemon::kill);
 }
 
 #[test]
 fn completed_writes_survive_kills_of_two_workers() {
-    survives("num_queues = 4\nworkers = 2\ncache.size = \"6M\"", kills(), 202, Daemon::kill);
+    survives(start("num_queues = 4\nworkers = 2\ncache.size = \"6M\""), kills(), 202, Daemon::kill);
 }
 
 #[test]
 fn completed_writes_survive_kills_of_threads() {
-    survives("num_queues = 4\nengine = \"threads\"\ncache.size = \"32M\"", kills(), 203, Daemon::kill);
+    survives(start("num_queues = 4\nengine = \"threads\"\ncache.size = \"32M\""), kills(), 203, Daemon::kill);
 }
 
 #[test]
@@ -87,7 +90,7 @@ fn an_upgrade_keeps_the_cache_warm_and_the_guest_unharmed() {
         assert!(daemon.wait().success(), "{}", daemon.log());
         assert_eq!(daemon.directory().left().len(), 1, "the cache is left for the next daemon");
     };
-    let daemon = survives("num_queues = 4\ncache.size = \"32M\"", 5, 204, hand_over);
+    let daemon = survives(start("num_queues = 4\ncache.size = \"32M\""), 5, 204, hand_over);
     let pages = |line: &str| {
         let (before, _) = line.split_once(" pages are taken over")?;
         before.rsplit(' ').next()?.parse::<u64>().ok()
@@ -199,8 +202,7 @@ fn a_ledger_of_another_boot_or_layout_is_refused() {
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, at).expect("it can be read");
         std::os::unix::fs::FileExt::write_all_at(&file, &[byte[0] ^ 1], at).expect("it can be written");
         drop(file);
-        let config = daemon.directory().path().join("genblk.toml");
-        let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(config));
+        let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
         assert_eq!(ended.status.code(), Some(1), "{ended:?}");
         assert!(ended.stderr.contains(left[0].to_str().expect("UTF-8")), "{ended:?}");
         assert_eq!(daemon.directory().left(), left, "and left where it is");

@@ -14,7 +14,7 @@ use std::time::Instant;
 use log::{Level, error, info, log, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::arena::{Arena, Entry};
+use crate::arena::{Arena, Entry, Populator};
 use crate::cache::{
     Condition, FrameMemory, Left, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats,
     Ticket,
@@ -53,6 +53,8 @@ pub struct Object {
     /// What the log calls it.
     name: String,
     cache: Mutex<PageCache>,
+    /// Declared before the arena, which it uses.
+    _populator: Populator,
     arena: Arc<Arena>,
     image: Arc<dyn Backing>,
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
@@ -77,6 +79,7 @@ impl Object {
         Arc::new(Self {
             name: name.to_owned(),
             cache: Mutex::new(cache),
+            _populator: Populator::start(name, &arena),
             arena,
             image,
             mailboxes: Mutex::default(),

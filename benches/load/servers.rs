@@ -15,6 +15,8 @@ use crate::wait::{is_listening, try_poll};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a lock on the image is waited out.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// A server that took no processor time for so long has come to rest.
+const SETTLED: Duration = Duration::from_millis(50);
 /// The limit server's buffer: as much as the cached rows use.
 pub const LIMIT_BUFFER_BYTES: usize = 128 << 20;
 
@@ -195,10 +197,20 @@ impl Server {
             _ => Some(false),
         });
         if listening == Some(true) {
+            server.settle();
             return Ok(server);
         }
         let said = fs::read_to_string(&log_path).unwrap_or_default();
         Err(format!("{} does not serve: {}", who.name, said.trim_end()))
+    }
+
+    /// Waits until the server has nothing to do: what it does for itself after its start is not what is measured.
+    fn settle(&self) {
+        let mut before = -1.0;
+        try_poll(PATIENCE, || {
+            std::thread::sleep(SETTLED);
+            (std::mem::replace(&mut before, self.cpu_us()) >= self.cpu_us()).then_some(())
+        });
     }
 
     /// Where device `index` listens.

@@ -47,6 +47,21 @@ impl Mapping {
         unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
     }
 
+    /// Length of the mapping.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Makes up to `bytes` bytes from byte `at` on, a multiple of the page size, ready for use, without changing them.
+    pub fn populate(&self, at: usize, bytes: usize) -> io::Result<()> {
+        let bytes = bytes.min(self.bytes - at);
+        // SAFETY: the range lies within the mapping; the call faults its pages in and touches no byte.
+        match unsafe { libc::madvise(self.at(at).cast(), bytes, libc::MADV_POPULATE_WRITE) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Copies out the first `N` bytes of a mapping that nobody else uses yet.
     pub fn read<const N: usize>(&self) -> [u8; N] {
         assert!(N <= self.bytes);

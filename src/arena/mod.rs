@@ -10,6 +10,7 @@
 mod home;
 mod ledger;
 mod mapping;
+mod populate;
 
 use std::path::Path;
 use std::ptr;
@@ -20,6 +21,7 @@ use crate::units::{FrameId, PAGE_BYTES, PAGE_SIZE, SECTOR_SIZE, SectorMask};
 
 pub use home::Home;
 pub use ledger::{Entry, Header, Identity};
+pub use populate::Populator;
 
 use ledger::{ENTRY_BYTES, HEADER_BYTES, UNWRITTEN};
 use mapping::Mapping;

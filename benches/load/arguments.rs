@@ -29,11 +29,14 @@ pub enum What {
     ServeLimit { socket: PathBuf, disk_bytes: u64, buffer_bytes: usize },
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct Compare {
     /// Rows to measure, by name; all without
     #[arg(long, value_delimiter = ',')]
     pub rows: Vec<String>,
+    /// Who is measured, by name ("genblk", "limit", "device" ...); all without
+    #[arg(long, value_delimiter = ',')]
+    pub who: Vec<String>,
     /// How often everybody is measured
     #[arg(long, default_value_t = 5)]
     pub rounds: usize,

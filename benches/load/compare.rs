@@ -89,12 +89,19 @@ pub struct Measured {
     pub busy: Vec<f64>,
 }
 
-/// Measures a row.
-pub fn measure(media: &mut Media, row: &Row, peers: &[Contestant], rounds: usize, scale: f64) -> Measured {
+/// Measures a row; `chosen` says for each entrant whether it takes part.
+pub fn measure(
+    media: &mut Media,
+    row: &Row,
+    peers: &[Contestant],
+    chosen: impl Fn(&Entrant) -> bool,
+    rounds: usize,
+    scale: f64,
+) -> Measured {
     let begin = Instant::now();
     let row = Row { job: row.job.scaled(scale), ..row.clone() };
-    let mut columns: Vec<Column> =
-        entrants(&row, peers).into_iter().map(|entrant| Column { entrant, rounds: Vec::new() }).collect();
+    let entrants = entrants(&row, peers).into_iter().filter(chosen);
+    let mut columns: Vec<Column> = entrants.map(|entrant| Column { entrant, rounds: Vec::new() }).collect();
     let mut busy = Vec::new();
     for round in 0..rounds {
         busy.push(machine::busy());

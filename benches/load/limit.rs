@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use genblk::arena::Arena;
+use genblk::arena::{Arena, Populator};
 use genblk::device::control::Workers;
 use genblk::device::ring::Ring;
 use genblk::device::{Command, Control, Device};
-use genblk::units::SECTOR_BYTES;
+use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
 use genblk::vhost::{Server, bind};
 use genblk::virtio::config_space::Geometry;
 use genblk::virtio::request::{Disk, Kind, Malformed, Request, parse, serial};
@@ -48,13 +48,13 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
         can_zero: false,
         zero_may_unmap: false,
     };
-    // A device has some; nothing is in it.
-    let memory = Arena::private(1).map_err(io::Error::other)?;
-    let device = Device::new("limit".to_string(), Arc::new(memory), disk, geometry, true, 0);
+    // Of the kind that genblk copies from and to, on page boundaries as its frames are: how two places lie to each other
+    // decides how fast they are copied.
+    let buffer = Arc::new(Arena::private(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
+    let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, geometry, true, 0);
     let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (control, commands) = Control::new(Arc::clone(&bell));
-    // Not zeros: the kernel would give one page for all of them, which any processor has at hand.
-    let buffer = vec![0x5a; buffer_bytes];
+    let _populator = Populator::start("limit", &buffer);
     let worker = Copier { commands, bell, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
     let listener = bind(socket).map_err(io::Error::other)?;
@@ -67,7 +67,7 @@ struct Copier {
     bell: Arc<EventFd>,
     rings: BTreeMap<u16, Ring>,
     disk: Disk,
-    buffer: Vec<u8>,
+    buffer: Arc<Arena>,
 }
 
 impl Copier {
@@ -82,7 +82,7 @@ impl Copier {
                 heads.clear();
                 ring.take(BATCH, &mut heads);
                 for &head in &heads {
-                    serve_one(ring, head, &mut request, &self.disk, &mut self.buffer);
+                    serve_one(ring, head, &mut request, &self.disk, &self.buffer);
                 }
                 ring.call_guest();
             }
@@ -156,7 +156,7 @@ fn readable(fds: &[RawFd]) -> Vec<bool> {
     polled.iter().map(|fd| fd.revents & libc::POLLIN != 0).collect()
 }
 
-fn serve_one(ring: &mut Ring, head: u16, request: &mut Request, disk: &Disk, buffer: &mut [u8]) {
+fn serve_one(ring: &mut Ring, head: u16, request: &mut Request, disk: &Disk, buffer: &Arena) {
     let (table, size) = ring.descriptors();
     match parse(&ring.memory, table, size, head, request) {
         Ok(()) => {
@@ -172,19 +172,20 @@ fn serve_one(ring: &mut Ring, head: u16, request: &mut Request, disk: &Disk, buf
     }
 }
 
-fn copy(ring: &Ring, request: &Request, buffer: &mut [u8]) -> bool {
+fn copy(ring: &Ring, request: &Request, buffer: &Arena) -> bool {
     let len = usize::try_from(request.data_bytes).expect("a request is below 4 GiB");
-    if len > buffer.len() {
+    let bytes = buffer.frames() * PAGE_SIZE;
+    if len > bytes {
         return false;
     }
-    let place = (request.sector * SECTOR_BYTES) as usize % (buffer.len() - len + 1);
-    let part = &mut buffer[place..place + len];
+    // Frames follow each other in memory.
+    let place = buffer.frame(FrameId(0)).wrapping_add((request.sector * SECTOR_BYTES) as usize % (bytes - len + 1));
     let mut cursor = GuestCursor::new(&ring.memory, &request.data);
     match request.kind {
-        // SAFETY: the slice is as long as the copy, and is not guest memory.
-        Kind::Read => unsafe { cursor.copy_to_guest(0, part.as_ptr(), len) }.is_ok(),
-        // SAFETY: as above, and nobody else uses the buffer.
-        Kind::Write => unsafe { cursor.copy_from_guest(0, part.as_mut_ptr(), len) }.is_ok(),
+        // SAFETY: so many bytes from there lie in the buffer, which is not guest memory; this thread alone uses it.
+        Kind::Read => unsafe { cursor.copy_to_guest(0, place, len) }.is_ok(),
+        // SAFETY: as above.
+        Kind::Write => unsafe { cursor.copy_from_guest(0, place, len) }.is_ok(),
         _ => true,
     }
 }

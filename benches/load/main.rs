@@ -46,7 +46,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use arguments::{Arguments, Compare, What};
-use compare::Measured;
+use compare::{Entrant, Measured};
 use medium::Media;
 use rows::Row;
 use servers::Contestant;
@@ -86,12 +86,12 @@ fn compare_all(options: &Compare) -> Result<(), String> {
         peers.push(Contestant::peer(peer)?);
     }
     let machine = machine::describe();
-    let measured = measure(&chosen, &peers, options.rounds, options.scale)?;
+    let measured = measure(&chosen, &peers, options)?;
     let disturbance = report::disturbance(&measured);
     let (targets, medians) = (report::targets(&measured), report::medians(&measured));
     println!("{machine}{disturbance}\n{targets}\n{medians}\n{}", report::failures(&measured));
-    if chosen.len() < all.len() || options.rounds < 5 || options.scale < 1.0 {
-        println!("benches/RESULTS.md is left as it was: that takes every row, 5 rounds and the whole time");
+    if chosen.len() < all.len() || !options.who.is_empty() || options.rounds < 5 || options.scale < 1.0 {
+        println!("benches/RESULTS.md is left as it was: that takes every row, everybody, 5 rounds and the whole time");
         return Ok(());
     }
     let folder = folder();
@@ -125,13 +125,15 @@ fn chosen(names: &[String]) -> Result<Vec<Row>, String> {
     Ok(all.into_iter().filter(wanted).collect())
 }
 
-fn measure(rows: &[Row], peers: &[Contestant], rounds: usize, scale: f64) -> Result<Vec<Measured>, String> {
+fn measure(rows: &[Row], peers: &[Contestant], options: &Compare) -> Result<Vec<Measured>, String> {
+    let Compare { who, rounds, scale, .. } = options;
+    let takes_part = |entrant: &Entrant| who.is_empty() || who.iter().any(|name| name == entrant.name());
     let image = |e: std::io::Error| format!("no image in memory: {e}");
     let mut media = Media::new(rows::IMAGE_BYTES).map_err(image)?;
     let mut measured = Vec::new();
     for row in rows {
         media.fill(row.reach()).map_err(image)?;
-        measured.push(compare::measure(&mut media, row, peers, rounds, scale));
+        measured.push(compare::measure(&mut media, row, peers, takes_part, *rounds, *scale));
     }
     Ok(measured)
 }
@@ -141,7 +143,8 @@ fn smoke() -> Result<(), String> {
     let rows = chosen(&["read-call".to_string(), "write-absorbed".to_string()])?;
     // A container may have no more memory for files than this.
     let rows: Vec<Row> = rows.into_iter().map(|row| row.within(SMOKE_BYTES)).collect();
-    let measured = measure(&rows, &[], 1, 0.1)?;
+    let options = Compare { rounds: 1, scale: 0.1, ..Compare::default() };
+    let measured = measure(&rows, &[], &options)?;
     let (failures, table) = (report::failures(&measured), report::targets(&measured));
     println!("{table}{failures}");
     let written = report::document(&measured, &machine::describe(), "");

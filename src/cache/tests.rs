@@ -167,6 +167,18 @@ fn clusters_bridge_short_gaps_and_stay_in_their_region() {
 }
 
 #[test]
+fn what_a_sequential_writer_leaves_behind_is_written_whole() {
+    // Of a store whose longest operation is shorter than the aligned 1 MiB that is written behind the writer.
+    let settings = Settings { cluster_pages_max: 96, ..settings_of(4096, 1 << 20) };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    for start in (0..2048).step_by(256) {
+        write(&mut cache, start, 256);
+    }
+    let written: u64 = settle(&mut cache, Tick(1)).iter().map(|(_, span)| span.count).sum();
+    assert_eq!(written, 2048);
+}
+
+#[test]
 fn a_flush_does_not_wait_for_later_writes() {
     let mut cache = cache_of(1024, 1 << 20);
     write(&mut cache, 0, 8);

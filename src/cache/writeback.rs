@@ -93,10 +93,8 @@ impl PageCache {
             self.writeback.behind.clear();
             return;
         }
-        for no in std::mem::take(&mut self.writeback.behind) {
-            if let Some(id) = self.pages.find(no) {
-                self.put_cluster(id);
-            }
+        for last in std::mem::take(&mut self.writeback.behind) {
+            self.write_behind(last);
         }
         if let Some(upto) = self.flushing.unwritten_upto() {
             self.sweep(Scope::UpTo(upto), DEPTH_MAX);
@@ -105,6 +103,15 @@ impl PageCache {
             self.sweep(Scope::UpTo(upto), DEPTH_MAX / 2);
         }
         self.write_back_in_background();
+    }
+
+    /// Writes the aligned 1 MiB that ends with page `last`, in as many clusters as the store's longest operation makes of it.
+    fn write_behind(&mut self, last: PageNo) {
+        let mut next = PageNo(last.0 + 1 - BEHIND_PAGES);
+        while next <= last {
+            let end = self.pages.find(next).and_then(|id| self.put_cluster(id));
+            next = end.unwrap_or(next.plus(1));
+        }
     }
 
     /// Write-back that nobody waits for: at full speed while guests are idle or frames run out, else in proportion to

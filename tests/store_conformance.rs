@@ -81,12 +81,19 @@ fn the_largest_transfer_of_the_most_segments_goes_through() {
         let want = pattern(len, 4);
         let mut buffer = Buffer::copy_of(&want);
         let mut driver = Driver::new(backing);
-        let pages = (0..usize::from(limits.segments_max)).map(|n| buffer.segment(n * 4096, 4096)).collect();
+        // Pages, as many as there may be; the last segment has what is left.
+        let most = usize::from(limits.segments_max).min(len / 4096);
+        let mut pages: Vec<_> = (0..most - 1).map(|n| buffer.segment(n * 4096, 4096)).collect();
+        pages.push(buffer.segment((most - 1) * 4096, len - (most - 1) * 4096));
         driver.run(Op::Write, 4096, len as u64, pages);
         assert!(driver.read(4096, len) == want);
-        let pages = (0..=usize::from(limits.segments_max)).map(|_| buffer.segment(0, 4096)).collect();
-        let request = driver.request(Op::Write, 0, len as u64 + 4096, pages);
-        assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))));
+        let (block, segments) = (limits.block_bytes as usize, usize::from(limits.segments_max) + 1);
+        let one_too_many = (0..segments).map(|_| buffer.segment(0, block)).collect();
+        let one_too_long = vec![buffer.segment(0, len), buffer.segment(0, 4096)];
+        for (len, segments) in [(segments * block, one_too_many), (len + 4096, one_too_long)] {
+            let request = driver.request(Op::Write, 0, len as u64, segments);
+            assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))));
+        }
     });
 }
 

@@ -116,7 +116,7 @@ fn the_limits_say_what_the_image_is() {
 }
 
 #[test]
-fn a_device_of_large_blocks_has_them_in_its_limits() {
+fn what_a_device_takes_is_in_its_limits() {
     let Some(image) = Image::loop_device("blocks", MIB, 4096) else {
         return;
     };
@@ -124,6 +124,10 @@ fn a_device_of_large_blocks_has_them_in_its_limits() {
     let limits = opened.limits();
     assert_eq!((limits.size_bytes, limits.block_bytes, limits.sparse), (MIB, 4096, false));
     assert!(limits.physical_block_bytes >= 4096);
+    let queue = Path::new("/sys/block").join(image.path.file_name().unwrap()).join("queue");
+    let number = |name| std::fs::read_to_string(queue.join(name)).unwrap().trim().parse::<u32>().unwrap();
+    assert!(limits.io_max_bytes <= number("max_sectors_kb") << 10, "a transfer goes in one piece");
+    assert!(u32::from(limits.segments_max) <= number("max_segments"));
     assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
     drop(opened);
     let opened = FileImage::open(&image.path, &OpenOptions { direct: false, ..WRITABLE }).unwrap();

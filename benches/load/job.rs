@@ -175,7 +175,7 @@ impl Tally {
 pub struct Outcome {
     /// One for each actor.
     pub tallies: Vec<Tally>,
-    /// Processor time that the server took.
+    /// Processor time that the server took; not a number where there is none.
     pub server_cpu_us: f64,
     /// What reached the device: operations and bytes.
     pub device_writes: (u64, u64),
@@ -184,6 +184,6 @@ pub struct Outcome {
 impl Outcome {
     /// A run without a server or a device to look at.
     pub fn bare(tallies: Vec<Tally>) -> Self {
-        Self { tallies, server_cpu_us: 0.0, device_writes: (0, 0) }
+        Self { tallies, server_cpu_us: f64::NAN, device_writes: (0, 0) }
     }
 }

@@ -24,6 +24,9 @@ use crate::units::{PAGE_BYTES, SECTOR_BYTES};
 const IO_MAX_BYTES: u32 = 4 << 20;
 /// The system's IOV_MAX: a transfer of [`IO_MAX_BYTES`] from scattered pages just fits.
 const SEGMENTS_MAX: u16 = 1024;
+/// No device asks for smaller transfers or fewer segments than this; what says otherwise is not believed.
+const IO_BYTES_MIN: u32 = 64 << 10;
+const SEGMENTS_MIN: u16 = 16;
 /// Enough to keep a fast disk busy from one worker, and little enough to bound what a flush can queue up behind.
 const DEPTH: u16 = 256;
 
@@ -175,8 +178,8 @@ impl OpenImage {
             size_bytes: geometry.size_bytes,
             block_bytes,
             memory_align,
-            io_max_bytes: IO_MAX_BYTES,
-            segments_max: SEGMENTS_MAX,
+            io_max_bytes: geometry.io_max_bytes,
+            segments_max: geometry.segments_max,
             depth: DEPTH,
             discard_granularity: geometry.discard_granularity,
             physical_block_bytes: geometry.physical_block.max(block_bytes),
@@ -317,11 +320,15 @@ struct Geometry {
     physical_block: u32,
     optimal_io: u32,
     discard_granularity: u32,
+    io_max_bytes: u32,
+    segments_max: u16,
 }
 
 impl Geometry {
     fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
-        if metadata.file_type().is_block_device() {
+        let is_device = metadata.file_type().is_block_device();
+        let (io_max_bytes, segments_max) = one_piece(if is_device { metadata.rdev() } else { metadata.dev() });
+        if is_device {
             let (logical, physical, optimal_io) = sys::device_geometry(file)?;
             return Ok(Self {
                 size_bytes: sys::device_size(file)?,
@@ -329,6 +336,8 @@ impl Geometry {
                 physical_block: physical,
                 optimal_io,
                 discard_granularity: queue_attribute(metadata.rdev(), "discard_granularity").unwrap_or(0),
+                io_max_bytes,
+                segments_max,
             });
         }
         Ok(Self {
@@ -338,8 +347,21 @@ impl Geometry {
             optimal_io: 0,
             // A file's space comes and goes in blocks of its file system.
             discard_granularity: u32::try_from(metadata.blksize()).unwrap_or(0),
+            io_max_bytes,
+            segments_max,
         })
     }
+}
+
+/// The largest transfer, in bytes and in segments, that the device under an image takes in one piece. The kernel would cut
+/// a larger one up, but not while it may not wait: io_uring then hands it to a thread that may, which costs more than the
+/// transfer does.
+fn one_piece(device: u64) -> (u32, u16) {
+    let bytes = queue_attribute(device, "max_sectors_kb").map_or(IO_MAX_BYTES, |kib| kib.saturating_mul(1024));
+    let segments =
+        queue_attribute(device, "max_segments").map_or(SEGMENTS_MAX, |n| u16::try_from(n).unwrap_or(u16::MAX));
+    let bytes = bytes.clamp(IO_BYTES_MIN, IO_MAX_BYTES);
+    (bytes - bytes % BLOCK_MAX, segments.clamp(SEGMENTS_MIN, SEGMENTS_MAX))
 }
 
 /// A number from a block device's queue directory in sysfs; a partition has its disk's. `None` for a file system

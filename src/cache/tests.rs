@@ -179,6 +179,26 @@ fn what_a_sequential_writer_leaves_behind_is_written_whole() {
 }
 
 #[test]
+fn write_back_in_the_background_keeps_the_store_busy() {
+    let mut cache =
+        PageCache::new(Settings { dirty_pages_max: 4000, ..settings_of(16_000, 1 << 24) }, Box::new(NoBytes));
+    // One page in each of 3600 groups: all have been written just now, and none will be again.
+    for page in 0..3600 {
+        write(&mut cache, page * 16 * 8, 8);
+    }
+    let mut pumps = 0;
+    while cache.stats().dirty_pages > 2800 {
+        pumps += 1;
+        cache.pump(Tick(1));
+        let mut tags = Vec::new();
+        cache.take_plans(|plan| tags.push(plan.tag));
+        tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick(1)));
+    }
+    // A round of the cursor, in which it lets each group be once, and 800 writes, up to 32 at a time.
+    assert!(pumps < 150, "{pumps} pumps");
+}
+
+#[test]
 fn a_flush_does_not_wait_for_later_writes() {
     let mut cache = cache_of(1024, 1 << 20);
     write(&mut cache, 0, 8);

@@ -49,6 +49,11 @@ impl Throttle {
         self.percent(STOP_PERCENT)
     }
 
+    /// Above this many pages the completions of writes are delayed: the middle between start and limit.
+    pub fn setpoint_pages(&self) -> u32 {
+        (self.start_pages() + self.limit) / 2
+    }
+
     fn percent(&self, percent: u32) -> u32 {
         low_u32(u64::from(self.limit) * u64::from(percent) / 100)
     }
@@ -77,9 +82,9 @@ impl Throttle {
     }
 
     /// How long the completion of a write of `sectors` is held back with `unclean` pages not clean: nothing below the
-    /// middle between start and limit, then rising with the third power to four times what the store needs.
+    /// setpoint, then rising with the third power to four times what the store needs.
     pub fn delay_us(&self, unclean: u32, sectors: u64) -> u64 {
-        let setpoint = (self.start_pages() + self.limit) / 2;
+        let setpoint = self.setpoint_pages();
         if unclean <= setpoint || self.bandwidth == 0 {
             return 0;
         }

@@ -20,10 +20,12 @@ const DEPTH_MAX: u32 = 32;
 /// Without guest I/O for this long, write-back runs at full speed.
 const IDLE_US: u64 = 100_000;
 /// Groups looked at in one sweep that somebody waits for.
-const SWEEP_GROUPS: u32 = 512;
-/// Groups looked at in one sweep of the background. Few: each pump while guests write comes by here, and a group that is
-/// hot is only worth writing when the cursor has been away from it for a while.
-const SWEEP_GROUPS_COLD: u32 = 8;
+const SWEEP_GROUPS: usize = 512;
+/// Groups looked at in one sweep of the background, and the sweeps that a round of the cursor takes at least. Each pump
+/// while guests write comes by here, and a group that is hot is only worth writing when the cursor has been away from it
+/// for a while; but where thousands of groups are dirty and each was written once, few at a time would starve the store.
+const SWEEP_GROUPS_COLD: usize = 8;
+const SWEEPS_PER_ROUND: usize = 64;
 
 /// The state of the sweeps.
 #[derive(Debug, Default)]
@@ -115,7 +117,7 @@ impl PageCache {
     }
 
     /// Write-back that nobody waits for: at full speed while guests are idle or frames run out, else in proportion to
-    /// how far the dirty limit is used up.
+    /// how far what may be dirty is used up, and at full speed again before the first write is held back.
     fn write_back_in_background(&mut self) {
         let idle = self.now.since_us(self.writeback.guest_was_here) >= IDLE_US;
         let unclean = self.dirty.unclean_pages();
@@ -129,7 +131,7 @@ impl PageCache {
             self.sweep(Scope::All, DEPTH_MAX);
         } else if self.writeback.running {
             let over = u64::from(unclean.saturating_sub(start));
-            let room = u64::from((self.throttle.limit_pages() - start).max(1));
+            let room = u64::from((self.throttle.setpoint_pages() - start).max(1));
             let depth = 1 + low_u32((u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)));
             self.sweep(Scope::Cold, depth);
         }
@@ -157,7 +159,11 @@ impl PageCache {
         let mut wrapped = false;
         let start = self.writeback.cursor;
         let cold = matches!(scope, Scope::Cold);
-        for _ in 0..if cold { SWEEP_GROUPS_COLD } else { SWEEP_GROUPS } {
+        let groups_max = match scope {
+            Scope::Cold => SWEEP_GROUPS_COLD.max(self.dirty.groups() / SWEEPS_PER_ROUND),
+            Scope::UpTo(_) | Scope::All => SWEEP_GROUPS,
+        };
+        for _ in 0..groups_max {
             if self.flights.writes() >= depth {
                 return;
             }

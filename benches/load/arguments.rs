@@ -43,7 +43,7 @@ pub struct Compare {
     /// How long, in parts of the usual time
     #[arg(long, default_value_t = 1.0)]
     pub scale: f64,
-    /// Another server: 'name=command with {sock} {img}'
+    /// Another server: 'name=command with {sock} {img} {queues}'
     #[arg(long)]
     pub peer: Vec<String>,
 }

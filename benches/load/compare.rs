@@ -148,20 +148,21 @@ fn serve(
     medium: &mut Opened,
 ) -> Result<(Option<Outcome>, Outcome), String> {
     let queues = row.job.actors.len();
-    let server = Server::start(who, folder, std::slice::from_ref(&medium.path), queues)?;
+    let mut server = Server::start(who, folder, std::slice::from_ref(&medium.path), queues)?;
     if let Some(warm) = warm {
-        run_on(&server, warm, medium)?;
+        run_on(&mut server, warm, medium)?;
     }
     let alone = || Job { actors: row.job.actors[..1].to_vec(), ..row.job.clone() };
-    let idle = if row.idle { Some(run_on(&server, &alone(), medium)?) } else { None };
-    let outcome = run_on(&server, &row.job, medium);
+    let idle = if row.idle { Some(run_on(&mut server, &alone(), medium)?) } else { None };
+    let outcome = run_on(&mut server, &row.job, medium);
     // What is still on its way to a slow disk need not be waited for.
     medium.unleash();
     Ok((idle, outcome?))
 }
 
 /// Runs a job on a connection of its own, and looks at the device too.
-fn run_on(server: &Server, job: &Job, medium: &Opened) -> Result<Outcome, String> {
+fn run_on(server: &mut Server, job: &Job, medium: &Opened) -> Result<Outcome, String> {
+    server.revive()?;
     let before = medium.writes();
     let outcome = session::run(server, &[0], job)?;
     let after = medium.writes();

@@ -15,6 +15,8 @@ use crate::wait::{is_listening, try_poll};
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a lock on the image is waited out.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a server may take to end with its client, if it does.
+const LEAVES: Duration = Duration::from_millis(200);
 /// A server that took no processor time for so long has come to rest.
 const SETTLED: Duration = Duration::from_millis(50);
 /// The limit server's buffer: as much as the cached rows use.
@@ -29,7 +31,7 @@ pub enum Kind {
     Qemu { aio: &'static str, direct: bool },
     /// The bare server of `limit.rs`.
     Limit,
-    /// A command line with {sock} and {img}.
+    /// A command line with {sock} and {img}, and {queues} where the server must be told how many there are.
     Other(String),
 }
 
@@ -111,6 +113,7 @@ impl Contestant {
             }
             Kind::Other(line) => {
                 let line = line.replace("{sock}", &sock.to_string()).replace("{img}", &image.display().to_string());
+                let line = line.replace("{queues}", &queues.to_string());
                 let mut words = line.split_whitespace();
                 let mut command = Command::new(words.next().unwrap_or_default());
                 command.args(words);
@@ -156,12 +159,17 @@ pub fn size_of(path: &Path) -> io::Result<u64> {
 /// A server that runs; killed with the value.
 #[derive(Debug)]
 pub struct Server {
+    who: Contestant,
+    command: Command,
     child: Child,
     socket: PathBuf,
+    /// Where the last of its devices listens.
+    last_socket: PathBuf,
+    log: PathBuf,
 }
 
 impl Server {
-    /// Starts a server on an image, or genblk on several; returns when it listens.
+    /// Starts a server on an image, or genblk on several; returns when it listens and has come to rest.
     ///
     /// => The image of a server that was killed stays locked until the kernel has ended its operations: a server that
     ///    leaves at once is started again, for a while.
@@ -190,18 +198,36 @@ impl Server {
         command.stdin(Stdio::null()).stdout(log.try_clone().map_err(failed)?).stderr(log);
         die_with_us(&mut command, who);
         let child = command.spawn().map_err(failed)?;
-        let mut server = Self { child, socket };
-        let last = socket_of(&server.socket, images.len() - 1);
-        let listening = try_poll(PATIENCE, || match server.child.try_wait() {
-            Ok(None) => is_listening(&last).then_some(true),
+        let last_socket = socket_of(&socket, images.len() - 1);
+        let mut server = Self { who: who.clone(), command, child, socket, last_socket, log: log_path };
+        server.await_listening()?;
+        Ok(server)
+    }
+
+    /// Starts a server again that has ended with its last client, as some do.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn revive(&mut self) -> Result<(), String> {
+        let may_leave = matches!(self.who.kind, Kind::Other(_));
+        if !may_leave || try_poll(LEAVES, || self.child.try_wait().ok().flatten()).is_none() {
+            return Ok(());
+        }
+        self.child = self.command.spawn().map_err(|e| format!("{}: {e}", self.who.name))?;
+        self.await_listening()
+    }
+
+    fn await_listening(&mut self) -> Result<(), String> {
+        let listening = try_poll(PATIENCE, || match self.child.try_wait() {
+            Ok(None) => is_listening(&self.last_socket).then_some(true),
             _ => Some(false),
         });
         if listening == Some(true) {
-            server.settle();
-            return Ok(server);
+            self.settle();
+            return Ok(());
         }
-        let said = fs::read_to_string(&log_path).unwrap_or_default();
-        Err(format!("{} does not serve: {}", who.name, said.trim_end()))
+        let said = fs::read_to_string(&self.log).unwrap_or_default();
+        Err(format!("{} does not serve: {}", self.who.name, said.trim_end()))
     }
 
     /// Waits until the server has nothing to do: what it does for itself after its start is not what is measured.

@@ -83,7 +83,7 @@ impl Arena {
             return Err(Error::new(ErrorKind::Memory, "an image above 4 PiB can't have a kept cache"));
         }
         let memory = new_file(&home, bytes, &Header::new(identity, frames as u64, image))?;
-        Ok(Self::new(memory, frames, offset, Keeps::All { home, left: AtomicBool::new(false) }))
+        Self::of_home(memory, frames, home)
     }
 
     /// The arena that a predecessor left in `home`; `header` is what stands there.
@@ -91,18 +91,23 @@ impl Arena {
     /// # Errors
     /// [`ErrorKind::Ledger`] when the file is shorter than its header says; [`ErrorKind::Memory`] when it can't be mapped.
     pub fn resumed(home: Home, header: &Header) -> Result<Self> {
-        let path = home.path().display();
         let frames = usize::try_from(header.frames).unwrap_or(usize::MAX);
         let offset = ledger_bytes(frames);
         let bytes = bytes_of(frames, offset)?;
         let length = home.file.metadata().map_or(0, |metadata| metadata.len());
         if length < bytes as u64 {
-            let context = format!("{path}: its header speaks of {bytes} bytes, and it has {length}");
+            let context = format!("{home}: its header speaks of {bytes} bytes, and it has {length}");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
         let memory = Mapping::new(&home.file, bytes)
-            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {path}"), e))?;
-        Ok(Self::new(memory, frames, offset, Keeps::All { home, left: AtomicBool::new(false) }))
+            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {home}"), e))?;
+        Self::of_home(memory, frames, home)
+    }
+
+    /// A kept arena whose file is whole.
+    fn of_home(memory: Mapping, frames: usize, home: Home) -> Result<Self> {
+        home.seal().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {home}"), e))?;
+        Ok(Self::new(memory, frames, ledger_bytes(frames), Keeps::All { home, left: AtomicBool::new(false) }))
     }
 
     fn new(memory: Mapping, frames: usize, offset: usize, keeps: Keeps) -> Self {
@@ -206,9 +211,9 @@ impl Arena {
     }
 
     /// The file in which the frames outlive the daemon.
-    pub fn kept_in(&self) -> Option<&Path> {
+    pub fn kept_in(&self) -> Option<&Home> {
         match &self.keeps {
-            Keeps::All { home, .. } => Some(home.path()),
+            Keeps::All { home, .. } => Some(home),
             _ => None,
         }
     }
@@ -293,8 +298,7 @@ fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
         // What could not be made whole takes no room, and goes with its home.
         let _ = home.file.set_len(0);
         let cache = header.frames * PAGE_BYTES;
-        let place = home.path().display();
-        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {place}"), e)
+        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {home}"), e)
     })?;
     let (encoded, magic) = header.encode();
     memory.write(&encoded, magic);

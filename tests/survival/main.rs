@@ -9,6 +9,7 @@
 mod common;
 mod guest;
 mod huge_pages;
+mod systemd;
 
 use std::fs::File;
 use std::process::Command;
@@ -38,8 +39,13 @@ fn start(device: &str) -> Daemon {
 }
 
 fn start_in(directory: TempDir, device: &str) -> Daemon {
-    File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
+    make_image(&directory);
     Daemon::start_configured(directory, &[device])
+}
+
+/// Makes a new image of zeros in a directory.
+fn make_image(directory: &TempDir) {
+    File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
 }
 
 /// A daemon on a new image is ended by `end` and started again, over and over, under load.
@@ -214,7 +220,7 @@ fn a_new_image_at_an_old_path_does_not_meet_an_old_ledger() {
     let mut daemon = start("");
     drop(write_and_die(&mut daemon));
     std::fs::remove_file(daemon.image()).expect("the image can be removed");
-    File::create(daemon.image()).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
+    make_image(daemon.directory());
     daemon.restart();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(session.read(80, 512), [0; 512]);

@@ -292,3 +292,22 @@ fn what_no_device_uses_is_named_and_left_in_the_store() {
     daemon.stop();
     assert_eq!(systemd.kept(), before);
 }
+
+/// systemd's own opinion of the unit, where it is installed; it need not run.
+#[test]
+fn the_unit_file_is_one_that_systemd_understands() {
+    let unit = include_str!("../../configs/genblk.service");
+    let directory = TempDir::new("unit");
+    let copy = directory.path().join("genblk.service");
+    let here = unit.replace("/usr/local/bin/genblk", &server_binary());
+    std::fs::write(&copy, here).expect("a file can be written");
+    let Ok(said) = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&copy).output() else {
+        println!("SKIPPED: this host has no systemd-analyze");
+        return;
+    };
+    let stderr = String::from_utf8_lossy(&said.stderr);
+    // Of a version before 254.
+    let unknown = "Unknown key 'FileDescriptorStorePreserve' in section [Service], ignoring.";
+    let complaints: Vec<&str> = stderr.lines().filter(|line| !line.ends_with(unknown)).collect();
+    assert!(said.status.success() && complaints.is_empty(), "{said:?}");
+}

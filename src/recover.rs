@@ -45,12 +45,12 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize, manage
     let lost = left.as_ref().is_some_and(|header| header.lost);
     let mut moved = None;
     let arena = match left {
-        Some(header) if stays && header.frames == frames as u64 && cache.survive != Survive::Never => {
+        Some(header) if stays && header.fits(frames) && cache.survive != Survive::Never => {
             Arena::resumed(found, &header)?
         }
         Some(header) if header.frames > 0 => {
             let arena = Arena::resumed(found, &header)?;
-            let written = write_back(&arena, image.path())?;
+            let written = write_back(&arena, image)?;
             info!("{name}: a cache of another shape or place was left: its {written} dirty pages are on the image now");
             arena.remove();
             fresh(config, home()?, image, frames, &home)?
@@ -100,12 +100,16 @@ fn fresh(
     }
 }
 
-/// Writes everything dirty to the image, in the order of the image, and makes it durable; returns how many pages it was.
+/// Zeroes what is to read as zeros, then writes everything dirty to the image, in the order of the image, and makes it
+/// durable; returns how many pages it was.
 ///
-/// => The caller holds the image's lock.
-fn write_back(arena: &Arena, image: &Path) -> Result<usize> {
-    let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.display()), e);
-    let file = OpenOptions::new().write(true).open(image).map_err(failed)?;
+/// => What is dirty was written after its range had been zeroed.
+fn write_back(arena: &Arena, image: &FileImage) -> Result<usize> {
+    let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
+    for (_, span) in arena.zeroed() {
+        image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
+    }
+    let file = OpenOptions::new().write(true).open(image.path()).map_err(failed)?;
     let mut dirty: Vec<(FrameId, Entry)> = arena.entries().filter(|(_, entry)| !entry.dirty.is_empty()).collect();
     dirty.sort_by_key(|(_, entry)| entry.no);
     for &(frame, entry) in &dirty {
@@ -185,7 +189,11 @@ fn about(home: Home) -> Result<String> {
     arena.leave();
     let pages = arena.entries().count();
     let dirty = arena.entries().filter(|(_, entry)| !entry.dirty.is_empty()).count();
-    Ok(format!("of {image}: {pages} pages, {dirty} of them not on the image"))
+    let zeroed = match arena.zeroed().count() {
+        0 => String::new(),
+        ranges => format!("; zeroed ranges: {ranges}"),
+    };
+    Ok(format!("of {image}: {pages} pages, {dirty} of them not on the image{zeroed}"))
 }
 
 /// Writes what was left in the file at `path` to its image, and removes it; says what it did.
@@ -210,7 +218,7 @@ pub fn recover(path: &Path) -> Result<String> {
         return Err(Error::new(ErrorKind::Ledger, context));
     }
     let arena = Arena::resumed(home, &header)?;
-    let written = write_back(&arena, &header.image)?;
+    let written = write_back(&arena, &image)?;
     arena.remove();
     Ok(format!("{written} pages are written to {}, and {} is removed\n", header.image.display(), path.display()))
 }

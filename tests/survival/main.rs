@@ -10,6 +10,7 @@ mod common;
 mod guest;
 mod huge_pages;
 mod systemd;
+mod zeroed;
 
 use std::fs::File;
 use std::process::Command;

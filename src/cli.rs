@@ -10,9 +10,10 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::error::ErrorKind as ClapKind;
 
-use crate::config::{Config, Draft, Entry, Place, Value, finish, key, report};
+use crate::config::{Config, Draft, Entry, Place, SYSTEMD, Value, finish, key, report};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a management program may rely on (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
@@ -51,8 +52,17 @@ pub enum Side {
         discard: bool,
         /// Where to look
         #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "file")]
+        #[arg(value_parser = directory())]
         memory_dir: PathBuf,
     },
+}
+
+/// A directory to look for caches in, which the service manager's memory is not.
+fn directory() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path == Path::new(SYSTEMD) {
+        true => Err("what systemd keeps only the unit can reach: start it, and it writes it back"),
+        false => Ok(path),
+    })
 }
 
 impl Side {
@@ -140,7 +150,7 @@ pub struct Cli {
     #[arg(long, value_name = "TEXT", help_heading = ONE_DEVICE)]
     pub serial: Option<String>,
 
-    /// Shared memory in which the cache outlives the daemon [default: /dev/shm]
+    /// Shared memory in which the cache outlives the daemon, or "systemd" [default: /dev/shm]
     #[arg(long, value_name = "DIR", help_heading = ONE_DEVICE)]
     pub memory_dir: Option<PathBuf>,
 }
@@ -244,7 +254,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
-    use crate::config::{CacheMode, DeviceConfig, Socket};
+    use crate::config::{CacheMode, DeviceConfig, MemoryDir, Socket};
 
     fn run(line: &str) -> Result<Action> {
         action(["genblk"].into_iter().chain(line.split_whitespace()).map(OsString::from))
@@ -280,7 +290,7 @@ mod tests {
         expected.cache.mode = CacheMode::None;
         expected.num_queues = 2;
         expected.serial = "s1".to_string();
-        expected.cache.memory_dir = "/run/m".into();
+        expected.cache.memory_dir = MemoryDir::Path("/run/m".into());
         assert_eq!(run(line).unwrap(), Action::Serve(Config { devices: vec![expected] }));
     }
 
@@ -375,6 +385,7 @@ mod tests {
         assert_eq!(run("recover --discard f").unwrap(), Action::Discard("f".into()));
         failure("recover --discard");
         failure("recover f --memory-dir /m");
+        assert!(failure("recover --memory-dir systemd").contains("what systemd keeps only the unit can reach"));
     }
 
     #[test]

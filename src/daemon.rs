@@ -2,12 +2,15 @@
 //! either everything written and one Sync (SIGTERM, SIGINT), or the caches left for the daemon that comes next (SIGUSR1).
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use log::info;
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
+use crate::recover;
 use crate::service::{Running, Service};
+use crate::systemd::Manager;
 
 /// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes images that are left alone after
 /// an error.
@@ -17,16 +20,20 @@ use crate::service::{Running, Service};
 /// when at the end not everything could be written.
 pub fn run(config: &Config) -> Result<()> {
     let signals = Signals::block()?;
+    let manager = Arc::new(Manager::from_environment()?);
     let mut images = HashMap::new();
-    let services =
-        config.devices.iter().map(|device| Service::open(device, &mut images)).collect::<Result<Vec<_>>>()?;
+    let open = |device| Service::open(device, &mut images, &manager);
+    let services = config.devices.iter().map(open).collect::<Result<Vec<_>>>()?;
+    recover::name_unclaimed(config, &manager);
     let running = services.into_iter().map(Service::start).collect::<Result<Vec<_>>>()?;
+    manager.tell("READY=1");
     let signal = loop {
         match signals.wait()? {
             libc::SIGHUP => running.iter().for_each(Running::resume),
             signal => break signal,
         }
     };
+    manager.tell("STOPPING=1");
     running.iter().for_each(Running::leave);
     let end = if signal == libc::SIGUSR1 {
         info!("signal {signal}: stopping, the caches stay for the next daemon");

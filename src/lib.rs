@@ -31,6 +31,9 @@ pub mod object;
 /// The backing image.
 pub mod store;
 
+/// The service manager that started the daemon.
+pub mod systemd;
+
 /// One error type.
 pub mod error;
 /// The words that every layer shares.

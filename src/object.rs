@@ -14,14 +14,14 @@ use std::time::Instant;
 use log::{Level, error, info, log, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::arena::{Arena, Entry, Populator};
+use crate::arena::{Arena, Entry, Populator, ZEROED_MAX};
 use crate::cache::{
     Condition, FrameMemory, Left, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats,
     Ticket,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
-use crate::units::{Fault, FrameId, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, Tick};
+use crate::units::{Fault, FrameId, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick};
 
 /// Bits of a ticket that name the worker; the rest is the worker's own business.
 const WORKER_SHIFT: u32 = 48;
@@ -37,6 +37,14 @@ impl FrameMemory for Arc<Arena> {
 
     fn publish(&self, frame: FrameId, no: PageNo, record: Record) {
         Arena::publish(self, frame, Entry { no, valid: record.valid, dirty: record.dirty });
+    }
+
+    fn zeroed_max(&self) -> usize {
+        ZEROED_MAX
+    }
+
+    fn note_zeroed(&self, place: usize, span: Option<SectorSpan>) {
+        Arena::note_zeroed(self, place, span);
     }
 }
 
@@ -67,10 +75,11 @@ impl Object {
     pub fn new(name: &str, image: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
         let arena = Arc::new(arena);
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
-        let (pages, dirty) = cache.adopt(arena.entries().map(|(frame, Entry { no, valid, dirty })| {
+        let left = arena.entries().map(|(frame, Entry { no, valid, dirty })| {
             let record = Record { valid, dirty };
             Left { frame, no, record }
-        }));
+        });
+        let (pages, dirty) = cache.adopt(left, arena.zeroed());
         if pages > 0 {
             info!(
                 "{name}: {pages} pages are taken over from a daemon that is gone, {dirty} of them not yet on the image"

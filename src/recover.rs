@@ -3,14 +3,16 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use log::{info, warn};
 
-use crate::arena::{Arena, Entry, Header, Home};
-use crate::config::{CacheConfig, DeviceConfig, Survive};
+use crate::arena::{Arena, Entry, Home};
+use crate::config::{Config, DeviceConfig, MemoryDir, Socket, Survive};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::{self, FileImage};
+use crate::systemd::Manager;
 use crate::units::{FrameId, SECTOR_BYTES, SectorMask};
 
 /// The memory for a device's cache: a predecessor's if it left one of this shape, else new.
@@ -18,13 +20,19 @@ use crate::units::{FrameId, SECTOR_BYTES, SectorMask};
 /// # Errors
 /// [`ErrorKind::Memory`] when there is none; [`ErrorKind::Ledger`] when what a predecessor left can't be read, and
 /// [`ErrorKind::Image`] when it could not be written to the image.
-pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize) -> Result<Arena> {
+pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize, manager: &Arc<Manager>) -> Result<Arena> {
     let (cache, name) = (&config.cache, &config.name);
     if config.read_only {
         return Arena::private(frames);
     }
-    let home = || Home::of(&cache.memory_dir, &image.identity());
-    let found = match home() {
+    let identity = image.identity();
+    let wants_store = cache.memory_dir == MemoryDir::Systemd;
+    let home = || match &cache.memory_dir {
+        MemoryDir::Path(directory) => Home::of(directory, &identity),
+        MemoryDir::Systemd => Home::in_store(manager, &identity),
+    };
+    // What the service manager hands over holds a predecessor's writes, wherever the next cache is to be.
+    let found = match Home::handed_over(manager, &identity)?.map_or_else(home, Ok) {
         Ok(found) => found,
         Err(e) if e.kind() == ErrorKind::Memory && cache.survive != Survive::Always => {
             warn!("{name}: {e}; the cache goes with the daemon, and nothing will tell if that loses anything");
@@ -32,20 +40,26 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize) -> Res
         }
         Err(e) => return Err(e),
     };
+    let stays = found.is_stored() == wants_store;
     let left = found.header()?;
     let lost = left.as_ref().is_some_and(|header| header.lost);
+    let mut moved = None;
     let arena = match left {
-        Some(header) if header.frames == frames as u64 && cache.survive != Survive::Never => {
+        Some(header) if stays && header.fits(frames) && cache.survive != Survive::Never => {
             Arena::resumed(found, &header)?
         }
         Some(header) if header.frames > 0 => {
             let arena = Arena::resumed(found, &header)?;
-            let written = write_back(&arena, image.path())?;
-            info!("{name}: a cache of another shape was left behind: its {written} dirty pages are on the image now");
+            let written = write_back(&arena, image)?;
+            info!("{name}: a cache of another shape or place was left: its {written} dirty pages are on the image now");
             arena.remove();
-            fresh(cache, name, home()?, image, frames)?
+            fresh(config, home()?, image, frames, &home)?
         }
-        _ => fresh(cache, name, found, image, frames)?,
+        _ if stays => fresh(config, found, image, frames, &home)?,
+        _ => {
+            moved = Some(found);
+            fresh(config, home()?, image, frames, &home)?
+        }
     };
     if lost {
         warn!(
@@ -54,23 +68,31 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize) -> Res
         );
         arena.remember_loss();
     }
+    // Not before another place remembers what it says.
+    moved.inspect(Home::remove);
     Ok(arena)
 }
 
-/// New memory, as far as possible of the kind that the configuration asks for.
-fn fresh(cache: &CacheConfig, name: &str, home: Home, image: &FileImage, frames: usize) -> Result<Arena> {
-    let (identity, path) = (image.identity(), image.path());
-    if cache.survive == Survive::Never {
+/// New memory in a home, as far as possible of the kind that the configuration asks for; `another` makes another home.
+fn fresh(
+    config: &DeviceConfig,
+    home: Home,
+    image: &FileImage,
+    frames: usize,
+    another: &dyn Fn() -> Result<Home>,
+) -> Result<Arena> {
+    let (identity, path, survive) = (image.identity(), image.path(), config.cache.survive);
+    if survive == Survive::Never {
         return Arena::marked(frames, home, identity, path);
     }
     let kept = Arena::kept(frames, home, identity, path);
     let Err(e) = &kept else { return kept };
-    if e.kind() != ErrorKind::Memory || cache.survive == Survive::Always {
+    if e.kind() != ErrorKind::Memory || survive == Survive::Always {
         return kept;
     }
-    match Home::of(&cache.memory_dir, &identity).and_then(|home| Arena::marked(frames, home, identity, path)) {
+    match another().and_then(|home| Arena::marked(frames, home, identity, path)) {
         Ok(marked) => {
-            warn!("{name}: {e}; the cache goes with the daemon");
+            warn!("{}: {e}; the cache goes with the daemon", config.name);
             Ok(marked)
         }
         // There is no memory at all.
@@ -78,12 +100,16 @@ fn fresh(cache: &CacheConfig, name: &str, home: Home, image: &FileImage, frames:
     }
 }
 
-/// Writes everything dirty to the image, in the order of the image, and makes it durable; returns how many pages it was.
+/// Zeroes what is to read as zeros, then writes everything dirty to the image, in the order of the image, and makes it
+/// durable; returns how many pages it was.
 ///
-/// => The caller holds the image's lock.
-fn write_back(arena: &Arena, image: &Path) -> Result<usize> {
-    let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.display()), e);
-    let file = OpenOptions::new().write(true).open(image).map_err(failed)?;
+/// => What is dirty was written after its range had been zeroed.
+fn write_back(arena: &Arena, image: &FileImage) -> Result<usize> {
+    let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
+    for (_, span) in arena.zeroed() {
+        image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
+    }
+    let file = OpenOptions::new().write(true).open(image.path()).map_err(failed)?;
     let mut dirty: Vec<(FrameId, Entry)> = arena.entries().filter(|(_, entry)| !entry.dirty.is_empty()).collect();
     dirty.sort_by_key(|(_, entry)| entry.no);
     for &(frame, entry) in &dirty {
@@ -108,6 +134,24 @@ fn write_page(arena: &Arena, frame: FrameId, entry: Entry, file: &File) -> std::
     Ok(())
 }
 
+/// Says what the service manager keeps that no device uses. It stays there: it may hold writes that are nowhere else.
+pub fn name_unclaimed(config: &Config, manager: &Arc<Manager>) {
+    let sockets = config.devices.iter().filter_map(|device| match device.socket {
+        Socket::Fd(fd) => Some(fd),
+        Socket::Path(_) => None,
+    });
+    let unclaimed = manager.unclaimed(&sockets.collect::<Vec<_>>());
+    let described = unclaimed.iter().map(|name| match Home::stored(manager, name) {
+        Ok(Some(home)) => format!("{name} ({})", about(home).unwrap_or_else(|e| e.to_string())),
+        Ok(None) => name.clone(),
+        Err(e) => format!("{name} ({e})"),
+    });
+    if !unclaimed.is_empty() {
+        let described = described.collect::<Vec<_>>().join(", ");
+        warn!("no device uses what the service manager has handed over, and it stays with it: {described}");
+    }
+}
+
 /// The ledgers below `memory_dir` that no daemon holds, a line each.
 ///
 /// # Errors
@@ -130,25 +174,26 @@ pub fn list(memory_dir: &Path) -> Result<String> {
 /// A ledger's line; `None` if a daemon holds it.
 fn describe(path: &Path) -> Option<String> {
     let home = Home::existing(path).ok()?;
-    let about = match home.header() {
-        Ok(None) => "empty".to_owned(),
-        Ok(Some(header)) => about(home, &header).unwrap_or_else(|e| e.to_string()),
-        Err(e) => e.to_string(),
-    };
+    let about = about(home).unwrap_or_else(|e| e.to_string());
     Some(format!("{}: {about}\n", path.display()))
 }
 
-fn about(home: Home, header: &Header) -> Result<String> {
+fn about(home: Home) -> Result<String> {
+    let Some(header) = home.header()? else { return Ok("empty".to_owned()) };
     let image = header.image.display();
     if header.frames == 0 {
         let lost = if header.lost { "completed writes were lost with it" } else { "nothing was lost" };
         return Ok(format!("of {image}: a cache that went with its daemon; {lost}"));
     }
-    let arena = Arena::resumed(home, header)?;
+    let arena = Arena::resumed(home, &header)?;
     arena.leave();
     let pages = arena.entries().count();
     let dirty = arena.entries().filter(|(_, entry)| !entry.dirty.is_empty()).count();
-    Ok(format!("of {image}: {pages} pages, {dirty} of them not on the image"))
+    let zeroed = match arena.zeroed().count() {
+        0 => String::new(),
+        ranges => format!("; zeroed ranges: {ranges}"),
+    };
+    Ok(format!("of {image}: {pages} pages, {dirty} of them not on the image{zeroed}"))
 }
 
 /// Writes what was left in the file at `path` to its image, and removes it; says what it did.
@@ -173,7 +218,7 @@ pub fn recover(path: &Path) -> Result<String> {
         return Err(Error::new(ErrorKind::Ledger, context));
     }
     let arena = Arena::resumed(home, &header)?;
-    let written = write_back(&arena, &header.image)?;
+    let written = write_back(&arena, &image)?;
     arena.remove();
     Ok(format!("{written} pages are written to {}, and {} is removed\n", header.image.display(), path.display()))
 }

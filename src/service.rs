@@ -22,6 +22,7 @@ use crate::object::Object;
 use crate::recover;
 use crate::store::file::{self, FileImage, OpenOptions};
 use crate::store::{Backing, Limits};
+use crate::systemd::Manager;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
 use crate::vhost::{Server, bind};
 use crate::virtio::config_space::Geometry;
@@ -64,10 +65,15 @@ impl Drop for Bound {
 
 impl Service {
     /// Opens a device's image, memory and socket. Read-only devices on one image share one object, which `images` keeps.
+    /// `manager` may have what a predecessor's cache held, and may be asked to keep this one.
     ///
     /// # Errors
     /// What is wrong with the image or the socket, or a want of memory; nothing has been changed then.
-    pub fn open(config: &DeviceConfig, images: &mut HashMap<Identity, Arc<Object>>) -> Result<Self> {
+    pub fn open(
+        config: &DeviceConfig,
+        images: &mut HashMap<Identity, Arc<Object>>,
+        manager: &Arc<Manager>,
+    ) -> Result<Self> {
         let engine = match config.engine {
             Engine::Auto => file::Engine::Auto,
             Engine::IoUring => file::Engine::Uring,
@@ -82,7 +88,7 @@ impl Service {
             Some(object) => Self::of(config, Arc::clone(object), io)?,
             None => {
                 let settings = settings(&config.cache, image.limits());
-                let arena = recover::arena_for(config, &image, settings.frames as usize)?;
+                let arena = recover::arena_for(config, &image, settings.frames as usize, manager)?;
                 Self::of(config, Object::new(&config.name, image, arena, settings), io)?
             }
         };
@@ -213,10 +219,10 @@ fn write_everything(name: &str, object: &Object, workers: &Workers) -> Result<()
         let Err(fault) = workers.flush() else { return Ok(()) };
         if Instant::now() >= until {
             let pages = object.stats().dirty_pages;
-            let rescue = object.arena().kept_in().map_or_else(String::new, |path| {
-                let path = path.display();
-                format!("; they are kept in {path} for the next start, or for \"genblk recover {path}\"")
-            });
+            let rescue = object
+                .arena()
+                .kept_in()
+                .map_or_else(String::new, |home| format!("; they are kept in {home} {}", home.rescue()));
             let context = format!("{name}: {pages} pages could not be written: {fault:?}{rescue}");
             return Err(Error::new(ErrorKind::Image, context));
         }

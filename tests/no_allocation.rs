@@ -205,7 +205,9 @@ fn a_worker_serves_what_is_cached_without_allocating() {
     Shadow::patchwork(8 << 20, 31).write_image(&image);
     let mut config = DeviceConfig::new("counted", Socket::Path(socket.clone()), image);
     config.cache.size_bytes = 16 << 20;
-    let running = Service::open(&config, &mut HashMap::new()).and_then(Service::start).expect("the device is served");
+    let running = Service::open(&config, &mut HashMap::new(), &Arc::default())
+        .and_then(Service::start)
+        .expect("the device is served");
     let mut client = Client::connect(&socket, &ClientOptions::default());
     let bytes = [0x5a; 8192];
     let mut undisturbed = 0;

@@ -61,6 +61,10 @@ impl FrameMemory for NoMemory {
     fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
     fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
     fn publish(&self, _: FrameId, _: PageNo, _: Record) {}
+    fn zeroed_max(&self) -> usize {
+        1
+    }
+    fn note_zeroed(&self, _: usize, _: Option<SectorSpan>) {}
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,19 +1,44 @@
 //! The file that a named arena lives in: where it is, whose it is, and that only one process holds it.
 
+use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::ledger::{HEADER_BYTES, Header, Identity};
-use super::mapping::Mapping;
+use super::mapping::{self, Mapping};
 use crate::error::{Error, ErrorKind, Result};
+use crate::systemd::Manager;
 
-/// An open and locked file for an image's arena.
+/// What the names of arenas in the service manager's store begin with.
+const STORED: &str = "genblk-cache-";
+
+/// An open file for an image's arena, that no other daemon has.
 #[derive(Debug)]
 pub struct Home {
     pub(super) file: File,
-    path: PathBuf,
+    place: Place,
+}
+
+/// Where a file outlives the daemon.
+#[derive(Debug)]
+enum Place {
+    /// At a path in shared memory, locked.
+    Path(PathBuf),
+    /// With the service manager, which hands it to nobody but the next daemon of the same unit.
+    Store { manager: Arc<Manager>, name: String },
+}
+
+impl fmt::Display for Home {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.place {
+            Place::Path(path) => write!(f, "{}", path.display()),
+            Place::Store { name, .. } => write!(f, "the service manager's descriptor {name}"),
+        }
+    }
 }
 
 impl Home {
@@ -55,16 +80,81 @@ impl Home {
                 return Err(Error::io(ErrorKind::Locked, context, e.into()));
             }
             // Who held it before may have taken it away while we came.
-            let home = Self { file, path: path.to_path_buf() };
-            if home.is_at_its_path() {
-                return Ok(home);
+            if is_at(&file, path) {
+                return Ok(Self { file, place: Place::Path(path.to_path_buf()) });
             }
         }
     }
 
-    /// Where the file is.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// A new one in the service manager's store, which has it before this returns, and so before anything is put there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the service manager does not keep it.
+    pub fn in_store(manager: &Arc<Manager>, identity: &Identity) -> Result<Self> {
+        let name = stored_name(identity);
+        let make = || {
+            let file = mapping::memfd()?;
+            manager.keep(&name, &file)?;
+            Ok(file)
+        };
+        let file = make().map_err(|e| Error::io(ErrorKind::Memory, "systemd can't keep the cache", e))?;
+        Ok(Self { file, place: Place::Store { manager: Arc::clone(manager), name } })
+    }
+
+    /// What a predecessor left in the service manager's store for an image; `None`: nothing.
+    ///
+    /// # Errors
+    /// As [`Home::header`].
+    pub fn handed_over(manager: &Arc<Manager>, identity: &Identity) -> Result<Option<Self>> {
+        Self::stored(manager, &stored_name(identity))
+    }
+
+    /// What is in the service manager's store under a name of ours; `None`: nothing, or no name of ours.
+    ///
+    /// # Errors
+    /// As [`Home::header`].
+    pub fn stored(manager: &Arc<Manager>, name: &str) -> Result<Option<Self>> {
+        let Some(file) = Some(name).filter(|name| name.starts_with(STORED)).and_then(|name| manager.take(name)) else {
+            return Ok(None);
+        };
+        let home = Self { file, place: Place::Store { manager: Arc::clone(manager), name: name.to_owned() } };
+        if home.header()?.is_none() {
+            // Its daemon died before there was anything in it, or when all of it was on the image.
+            home.remove();
+            return Ok(None);
+        }
+        Ok(Some(home))
+    }
+
+    /// Whether the service manager has it.
+    pub fn is_stored(&self) -> bool {
+        matches!(self.place, Place::Store { .. })
+    }
+
+    /// What the operator can do so that nothing in it is lost.
+    pub fn rescue(&self) -> String {
+        match &self.place {
+            Place::Path(path) => format!("for the next start, or for \"genblk recover {}\"", path.display()),
+            Place::Store { .. } => "for the unit's next start".to_owned(),
+        }
+    }
+
+    /// What the operator can do to be rid of it.
+    fn riddance(&self) -> String {
+        match &self.place {
+            Place::Path(path) => format!("\"genblk recover --discard {}\" removes it", path.display()),
+            Place::Store { .. } => "\"systemctl clean --what=fdstore\" removes it when the unit is stopped".to_owned(),
+        }
+    }
+
+    /// Sees to it that nobody can make the file of a stored arena shorter: that would be SIGBUS to whoever has it mapped.
+    pub(super) fn seal(&self) -> io::Result<()> {
+        // SAFETY: a plain system call on our own descriptor.
+        if self.is_stored() && unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) } < 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// What a predecessor has left. `None`: nothing.
@@ -72,19 +162,18 @@ impl Home {
     /// # Errors
     /// [`ErrorKind::Ledger`] for an arena of another layout, or of another boot of the host.
     pub fn header(&self) -> Result<Option<Header>> {
-        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", self.path.display()), e);
+        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {self}"), e);
         if self.file.metadata().map_err(failed)?.len() < HEADER_BYTES as u64 {
             return Ok(None);
         }
         // Mapped, because a file of huge pages can't be read.
         let mapping = Mapping::new(&self.file, HEADER_BYTES).map_err(failed)?;
-        let header = Header::decode(&mapping.read::<HEADER_BYTES>(), &self.path)?;
+        let header = Header::decode(&mapping.read::<HEADER_BYTES>(), self)?;
         match &header {
             Some(header) if header.boot != boot() => {
-                let path = self.path.display();
                 let context = format!(
-                    "{path} is from before the host's last start, and what it holds can't be trusted; \
-                     \"genblk recover --discard {path}\" removes it"
+                    "{self} is from before the host's last start, and what it holds can't be trusted; {}",
+                    self.riddance()
                 );
                 Err(Error::new(ErrorKind::Ledger, context))
             }
@@ -94,15 +183,17 @@ impl Home {
 
     /// Removes the file: nothing in it is needed.
     pub fn remove(&self) {
-        // If it is not ours, it has been removed before, and somebody else has made another.
-        if self.is_at_its_path() {
-            let _ = fs::remove_file(&self.path);
+        match &self.place {
+            // If it is not ours, it has been removed before, and somebody else has made another.
+            Place::Path(path) if is_at(&self.file, path) => drop(fs::remove_file(path)),
+            Place::Path(_) => {}
+            Place::Store { manager, name } => {
+                // Nobody says when the service manager has let go of it. A successor must not take pages for clean that
+                // the image may not have any more by then, so it is to find nothing.
+                let _ = self.file.write_all_at(&[0; 8], 0);
+                manager.drop_kept(name);
+            }
         }
-    }
-
-    fn is_at_its_path(&self) -> bool {
-        let (ours, there) = (self.file.metadata(), fs::symlink_metadata(&self.path));
-        matches!((ours, there), (Ok(ours), Ok(there)) if ours.ino() == there.ino() && ours.dev() == there.dev())
     }
 }
 
@@ -113,6 +204,17 @@ impl Drop for Home {
             self.remove();
         }
     }
+}
+
+/// Whether the file is what is at a path.
+fn is_at(file: &File, path: &Path) -> bool {
+    let (ours, there) = (file.metadata(), fs::symlink_metadata(path));
+    matches!((ours, there), (Ok(ours), Ok(there)) if ours.ino() == there.ino() && ours.dev() == there.dev())
+}
+
+/// A descriptor's name of its own for each image; at most 255 characters, and no colon (sd_notify(3)).
+fn stored_name(identity: &Identity) -> String {
+    format!("{STORED}{}", identity.file_name())
 }
 
 /// Makes a directory that nobody else can reach into, or sees that it is one.

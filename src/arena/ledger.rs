@@ -7,11 +7,13 @@
 //! | bytes | what |
 //! |---|---|
 //! | 0 to 4095 | the header, see [`Header`]; its first word is written last |
-//! | 4096 on | 8 bytes for each frame: page number (40 bits), valid and dirty sectors (8 bits each), 0; padded to 4096 |
+//! | then, but in layout 1 | 256 ranges that are to read as zeros: first sector, sectors (0: none), 8 bytes each |
+//! | then | 8 bytes for each frame: page number (40 bits), valid and dirty sectors (8 bits each), 0; padded to 4096 |
 //! | then | the frames |
 //!
 //! An arena whose cache is not to survive has a header alone, with a mark that says whether anything was lost.
 
+use std::fmt::Display;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -21,11 +23,15 @@ use crate::units::{PAGE_SIZE, PageNo, SectorMask};
 /// What the first eight bytes hold.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
 /// Version of the layout. One that is older is read if this says how; one that is newer is refused.
-const LAYOUT: u64 = 1;
+const LAYOUT: u64 = 2;
 /// Bytes of the header.
 pub(super) const HEADER_BYTES: usize = PAGE_SIZE;
 /// Bytes of an entry.
 pub(super) const ENTRY_BYTES: usize = 8;
+/// Zeroed ranges that an arena can note.
+pub const ZEROED_MAX: usize = PAGE_SIZE / ZEROED_BYTES;
+/// Bytes of one.
+pub(super) const ZEROED_BYTES: usize = 16;
 /// Bits of a page number in an entry.
 const PAGE_BITS: u32 = 40;
 
@@ -53,6 +59,8 @@ impl Identity {
 /// What stands at the beginning of a named arena.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// What follows the header.
+    layout: u64,
     /// The image.
     pub identity: Identity,
     /// Frames; 0 in an arena that only marks whether anything was lost.
@@ -76,14 +84,29 @@ impl Header {
     /// The header of a new arena.
     pub(super) fn new(identity: Identity, frames: u64, image: &Path) -> Self {
         let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
-        Self { identity, frames, boot: super::home::boot(), image, lost: false }
+        Self { layout: LAYOUT, identity, frames, boot: super::home::boot(), image, lost: false }
+    }
+
+    /// Whether a cache of `frames` frames can go on in the arena as it is.
+    pub fn fits(&self, frames: usize) -> bool {
+        self.layout == LAYOUT && self.frames == frames as u64
+    }
+
+    /// Where the table of zeroed ranges is; `None` in an arena that has none.
+    pub(super) fn zeroed_at(&self) -> Option<usize> {
+        (self.layout > 1).then_some(HEADER_BYTES)
+    }
+
+    /// Where the frames' entries begin.
+    pub(super) fn entries_at(&self) -> usize {
+        self.zeroed_at().map_or(HEADER_BYTES, |at| at + ZEROED_MAX * ZEROED_BYTES)
     }
 
     /// The header's bytes, and its first word, which is to be written when everything else is in place.
     pub(super) fn encode(&self) -> ([u8; HEADER_BYTES], u64) {
         let mut bytes = [0; HEADER_BYTES];
         let Identity { device, inode, born_ns, size_bytes } = self.identity;
-        let words = [0, LAYOUT, PAGE_SIZE as u64, self.frames, device, inode, born_ns, size_bytes];
+        let words = [0, self.layout, PAGE_SIZE as u64, self.frames, device, inode, born_ns, size_bytes];
         for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
@@ -99,21 +122,22 @@ impl Header {
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] when it is of another layout, or none at all.
-    pub(super) fn decode(bytes: &[u8; HEADER_BYTES], file: &Path) -> Result<Option<Self>> {
+    pub(super) fn decode(bytes: &[u8; HEADER_BYTES], home: &impl Display) -> Result<Option<Self>> {
         let word = |at: usize| u64::from_le_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("eight bytes"));
-        let refused = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{}: {why}", file.display())));
+        let refused = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{home}: {why}")));
         match word(0) {
             0 => return Ok(None),
             MAGIC => {}
             _ => return refused("it is no ledger of genblk's".to_owned()),
         }
-        if word(1) != LAYOUT || word(2) != PAGE_SIZE as u64 {
-            return refused(format!("its layout is {}, and this genblk reads {LAYOUT}", word(1)));
+        if !(1..=LAYOUT).contains(&word(1)) || word(2) != PAGE_SIZE as u64 {
+            return refused(format!("its layout is {}, and this genblk reads up to {LAYOUT}", word(1)));
         }
         let identity = Identity { device: word(4), inode: word(5), born_ns: word(6), size_bytes: word(7) };
         let path_len = usize::try_from(word(PATH_LEN / 8)).unwrap_or(usize::MAX).min(HEADER_BYTES - PATH);
         let image = std::ffi::OsString::from_vec(bytes[PATH..PATH + path_len].to_vec()).into();
         Ok(Some(Self {
+            layout: word(1),
             identity,
             frames: word(3),
             boot: bytes[BOOT].try_into().expect("16 bytes"),
@@ -164,7 +188,7 @@ mod tests {
 
     fn header() -> Header {
         let identity = Identity { device: 0xfd00, inode: 12, born_ns: 7, size_bytes: 1 << 30 };
-        Header { identity, frames: 1024, boot: [3; 16], image: "/srv/a.img".into(), lost: false }
+        Header { layout: LAYOUT, identity, frames: 1024, boot: [3; 16], image: "/srv/a.img".into(), lost: false }
     }
 
     fn with_magic(header: &Header) -> [u8; HEADER_BYTES] {
@@ -175,19 +199,25 @@ mod tests {
 
     #[test]
     fn a_header_is_read_as_it_was_written() {
-        let file = Path::new("f");
-        assert_eq!(Header::decode(&with_magic(&header()), file).unwrap(), Some(header()));
-        assert_eq!(Header::decode(&header().encode().0, file).unwrap(), None, "not finished");
+        assert_eq!(Header::decode(&with_magic(&header()), &"f").unwrap(), Some(header()));
+        assert_eq!(Header::decode(&header().encode().0, &"f").unwrap(), None, "not finished");
     }
 
     #[test]
     fn another_layout_is_refused() {
-        let file = Path::new("f");
         for at in [0, 8, 16] {
             let mut bytes = with_magic(&header());
             bytes[at] ^= 0x40;
-            assert_eq!(Header::decode(&bytes, file).unwrap_err().kind(), ErrorKind::Ledger, "byte {at}");
+            assert_eq!(Header::decode(&bytes, &"f").unwrap_err().kind(), ErrorKind::Ledger, "byte {at}");
         }
+    }
+
+    #[test]
+    fn an_older_layout_is_read_and_does_not_fit() {
+        let old = Header { layout: 1, ..header() };
+        assert_eq!(Header::decode(&with_magic(&old), &"f").unwrap(), Some(old.clone()));
+        assert!(header().fits(1024) && !header().fits(1023) && !old.fits(1024));
+        assert_eq!((old.entries_at(), header().entries_at()), (4096, 8192));
     }
 
     #[test]

@@ -87,10 +87,10 @@ impl Drop for Mapping {
     }
 }
 
-/// Memory without a name.
+/// Memory without a name, that can be sealed.
 pub(super) fn memfd() -> io::Result<File> {
     // SAFETY: a plain system call with a constant NUL-terminated name.
-    let fd = unsafe { libc::memfd_create(c"genblk-cache".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"genblk-cache".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -17,13 +17,13 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{FrameId, PAGE_BYTES, PAGE_SIZE, SECTOR_SIZE, SectorMask};
+use crate::units::{FrameId, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
 pub use home::Home;
-pub use ledger::{Entry, Header, Identity};
+pub use ledger::{Entry, Header, Identity, ZEROED_MAX};
 pub use populate::Populator;
 
-use ledger::{ENTRY_BYTES, HEADER_BYTES, UNWRITTEN};
+use ledger::{ENTRY_BYTES, HEADER_BYTES, UNWRITTEN, ZEROED_BYTES};
 use mapping::Mapping;
 
 /// See the module.
@@ -50,6 +50,10 @@ enum Keeps {
     /// Everything.
     All {
         home: Home,
+        /// Where the zeroed ranges are noted; none in the first layout.
+        zeroed: Option<usize>,
+        /// Where the frames' entries begin.
+        entries: usize,
         left: AtomicBool,
     },
 }
@@ -79,32 +83,45 @@ impl Arena {
     /// # Errors
     /// As [`Arena::private`].
     pub fn kept(frames: usize, home: Home, identity: Identity, image: &Path) -> Result<Self> {
-        let offset = ledger_bytes(frames);
-        let bytes = bytes_of(frames, offset)?;
+        let header = Header::new(identity, frames as u64, image);
+        let bytes = bytes_of(frames, offset_of(&header, frames))?;
         if ledger::too_large(&identity) {
             return Err(Error::new(ErrorKind::Memory, "an image above 4 PiB can't have a kept cache"));
         }
-        let memory = new_file(&home, bytes, &Header::new(identity, frames as u64, image))?;
-        Ok(Self::new(memory, frames, offset, Keeps::All { home, left: AtomicBool::new(false) }))
+        let memory = new_file(&home, bytes, &header)?;
+        Self::of_home(memory, frames, home, &header)
     }
 
     /// The arena that a predecessor left in `home`; `header` is what stands there.
     ///
     /// # Errors
-    /// [`ErrorKind::Ledger`] when the file is shorter than its header says; [`ErrorKind::Memory`] when it can't be mapped.
+    /// [`ErrorKind::Ledger`] when the file is not what its header says; [`ErrorKind::Memory`] when it can't be mapped.
     pub fn resumed(home: Home, header: &Header) -> Result<Self> {
-        let path = home.path().display();
         let frames = usize::try_from(header.frames).unwrap_or(usize::MAX);
-        let offset = ledger_bytes(frames);
-        let bytes = bytes_of(frames, offset)?;
+        let bytes = bytes_of(frames, offset_of(header, frames))?;
         let length = home.file.metadata().map_or(0, |metadata| metadata.len());
         if length < bytes as u64 {
-            let context = format!("{path}: its header speaks of {bytes} bytes, and it has {length}");
+            let context = format!("{home}: its header speaks of {bytes} bytes, and it has {length}");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
         let memory = Mapping::new(&home.file, bytes)
-            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {path}"), e))?;
-        Ok(Self::new(memory, frames, offset, Keeps::All { home, left: AtomicBool::new(false) }))
+            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {home}"), e))?;
+        let arena = Self::of_home(memory, frames, home, header)?;
+        let sectors = header.identity.size_bytes / SECTOR_BYTES;
+        let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
+        if arena.zeroed().all(|(_, span)| fits(span)) {
+            return Ok(arena);
+        }
+        let context = format!("a ledger of {} speaks of sectors that it does not have", header.image.display());
+        Err(Error::new(ErrorKind::Ledger, context))
+    }
+
+    /// A kept arena whose file is whole.
+    fn of_home(memory: Mapping, frames: usize, home: Home, header: &Header) -> Result<Self> {
+        home.seal().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {home}"), e))?;
+        let (zeroed, entries) = (header.zeroed_at(), header.entries_at());
+        let keeps = Keeps::All { home, zeroed, entries, left: AtomicBool::new(false) };
+        Ok(Self::new(memory, frames, offset_of(header, frames), keeps))
     }
 
     fn new(memory: Mapping, frames: usize, offset: usize, keeps: Keeps) -> Self {
@@ -129,13 +146,35 @@ impl Arena {
     pub fn publish(&self, frame: FrameId, entry: Entry) {
         match &self.keeps {
             Keeps::Nothing => {}
-            Keeps::Mark { mark, .. } => {
-                if !entry.dirty.is_empty() && mark.word(UNWRITTEN).load(Ordering::Relaxed) == 0 {
-                    mark.word(UNWRITTEN).store(1, Ordering::Release);
-                }
-            }
-            Keeps::All { .. } => self.entry(frame.index()).store(entry.encode(), Ordering::Release),
+            Keeps::Mark { mark, .. } => note_unwritten(mark, !entry.dirty.is_empty()),
+            Keeps::All { entries, .. } => self.entry(*entries, frame.index()).store(entry.encode(), Ordering::Release),
         }
+    }
+
+    /// Notes in a place that a range is to read as zeros; `None`: the place is empty.
+    pub fn note_zeroed(&self, place: usize, span: Option<SectorSpan>) {
+        match &self.keeps {
+            Keeps::Nothing => {}
+            Keeps::Mark { mark, .. } => note_unwritten(mark, span.is_some()),
+            Keeps::All { zeroed, .. } => {
+                let (start, count) = self.place(zeroed.expect("a cache goes on in a new layout only"), place);
+                if let Some(span) = span {
+                    // The place was empty, and is until there is a count.
+                    start.store(span.start, Ordering::Release);
+                }
+                count.store(span.map_or(0, |span| span.count), Ordering::Release);
+            }
+        }
+    }
+
+    /// The ranges that are to read as zeros by their places, as last noted.
+    pub fn zeroed(&self) -> impl Iterator<Item = (usize, SectorSpan)> {
+        let noted = if let Keeps::All { zeroed, .. } = &self.keeps { *zeroed } else { None };
+        noted.into_iter().flat_map(|at| (0..ZEROED_MAX).map(move |place| (at, place))).filter_map(|(at, place)| {
+            let (start, count) = self.place(at, place);
+            let span = SectorSpan::new(start.load(Ordering::Acquire), count.load(Ordering::Acquire));
+            (span.count > 0).then_some((place, span))
+        })
     }
 
     /// A predecessor died and took what it held with it. This is remembered until [`Arena::begin_anew`], by whatever
@@ -166,9 +205,9 @@ impl Arena {
 
     /// What frames hold, as last noted.
     pub fn entries(&self) -> impl Iterator<Item = (FrameId, Entry)> {
-        let noted = if matches!(self.keeps, Keeps::All { .. }) { self.frames } else { 0 };
-        (0..noted).filter_map(|index| {
-            let entry = Entry::decode(self.entry(index).load(Ordering::Acquire))?;
+        let (noted, at) = if let Keeps::All { entries, .. } = &self.keeps { (self.frames, *entries) } else { (0, 0) };
+        (0..noted).filter_map(move |index| {
+            let entry = Entry::decode(self.entry(at, index).load(Ordering::Acquire))?;
             Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), entry))
         })
     }
@@ -208,9 +247,9 @@ impl Arena {
     }
 
     /// The file in which the frames outlive the daemon.
-    pub fn kept_in(&self) -> Option<&Path> {
+    pub fn kept_in(&self) -> Option<&Home> {
         match &self.keeps {
-            Keeps::All { home, .. } => Some(home.path()),
+            Keeps::All { home, .. } => Some(home),
             _ => None,
         }
     }
@@ -220,14 +259,21 @@ impl Arena {
         self.offset
     }
 
-    fn entry(&self, index: usize) -> &AtomicU64 {
-        self.memory.word(HEADER_BYTES + index * ENTRY_BYTES)
+    /// The word of a frame among the entries that begin at byte `at`.
+    fn entry(&self, at: usize, index: usize) -> &AtomicU64 {
+        self.memory.word(at + index * ENTRY_BYTES)
+    }
+
+    /// First sector and number of sectors of a place in the table of zeroed ranges that begins at byte `at`.
+    fn place(&self, at: usize, place: usize) -> (&AtomicU64, &AtomicU64) {
+        assert!(place < ZEROED_MAX, "place {place} is outside the table");
+        (self.memory.word(at + place * ZEROED_BYTES), self.memory.word(at + place * ZEROED_BYTES + 8))
     }
 
     /// Whether something in the arena is nowhere else.
     fn holds_unwritten(&self) -> bool {
         let marked = self.loss_word().is_some_and(|word| word.load(Ordering::Relaxed) != 0);
-        marked || self.entries().any(|(_, entry)| !entry.dirty.is_empty())
+        marked || self.zeroed().next().is_some() || self.entries().any(|(_, entry)| !entry.dirty.is_empty())
     }
 
     /// Copies the sectors of `mask` from one frame to the same places of another.
@@ -254,7 +300,7 @@ impl Drop for Arena {
     fn drop(&mut self) {
         let unwritten = self.holds_unwritten();
         match &self.keeps {
-            Keeps::All { home, left } if !unwritten && !left.load(Ordering::Acquire) => home.remove(),
+            Keeps::All { home, left, .. } if !unwritten && !left.load(Ordering::Acquire) => home.remove(),
             Keeps::Mark { home, .. } if !unwritten => home.remove(),
             _ => {}
         }
@@ -262,8 +308,15 @@ impl Drop for Arena {
 }
 
 /// Bytes before the first of `frames` frames of a kept arena.
-fn ledger_bytes(frames: usize) -> usize {
-    HEADER_BYTES + frames.saturating_mul(ENTRY_BYTES).next_multiple_of(PAGE_SIZE)
+fn offset_of(header: &Header, frames: usize) -> usize {
+    frames.saturating_mul(ENTRY_BYTES).saturating_add(header.entries_at()).next_multiple_of(PAGE_SIZE)
+}
+
+/// The daemon's death would lose something from now on, if it would not have before.
+fn note_unwritten(mark: &Mapping, unwritten: bool) {
+    if unwritten && mark.word(UNWRITTEN).load(Ordering::Relaxed) == 0 {
+        mark.word(UNWRITTEN).store(1, Ordering::Release);
+    }
 }
 
 /// Bytes of `frames` frames behind `offset` bytes.
@@ -295,8 +348,7 @@ fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
         // What could not be made whole takes no room, and goes with its home.
         let _ = home.file.set_len(0);
         let cache = header.frames * PAGE_BYTES;
-        let place = home.path().display();
-        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {place}"), e)
+        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {home}"), e)
     })?;
     let (encoded, magic) = header.encode();
     memory.write(&encoded, magic);

@@ -17,6 +17,7 @@ impl PageCache {
         self.check_frames(pinned);
         self.check_pages();
         self.check_flights();
+        assert_eq!(self.zeroed.not_landed(), self.ranges.placed(), "I4: places of zeroed ranges");
     }
 
     fn check_frames(&self, pinned: &[FrameId]) {

@@ -17,9 +17,6 @@ use super::flights::{Flight, Outcome, PlanKind};
 use super::page::UNSYNCED;
 use super::{Notice, PageCache, Ticket};
 
-/// Zeroed ranges remembered before a Sync is sent of our own accord.
-const ZEROED_MAX: usize = 256;
-
 /// A flush that waits.
 #[derive(Clone, Copy, Debug)]
 struct Flush {
@@ -42,7 +39,6 @@ pub(super) struct Flushing {
     /// Pages written since the last good Sync. While a Sync is in flight, what it covers is in the one list and what
     /// came later in the other; `fresh` says which is the other.
     unsynced: [Vec<PageId>; 2],
-    zeroed: [Vec<(SectorSpan, PlanKind)>; 2],
     fresh: usize,
     /// A Sync is wanted although no flush waits.
     wanted: bool,
@@ -69,16 +65,14 @@ impl Flushing {
         self.written == self.stable
     }
 
-    /// A write has ended well.
+    /// A write, zero or discard has ended well.
     pub fn write_landed(&mut self) {
         self.written += 1;
     }
 
-    /// A zero or discard has ended well; a zero is done again if the next Sync fails.
-    pub fn range_landed(&mut self, span: SectorSpan, kind: PlanKind) {
-        self.written += 1;
-        self.zeroed[self.fresh].push((span, kind));
-        self.wanted |= self.zeroed[self.fresh].len() >= ZEROED_MAX;
+    /// The list for what lands now.
+    pub fn fresh(&self) -> usize {
+        self.fresh
     }
 
     /// Bytes of memory the lists take.
@@ -141,13 +135,15 @@ impl PageCache {
         let covered = self.flushing.syncing.take().expect("a Sync was in flight");
         let old = self.flushing.fresh ^ 1;
         let pages = std::mem::take(&mut self.flushing.unsynced[old]);
-        let zeroed = std::mem::take(&mut self.flushing.zeroed[old]);
         match outcome.fault() {
             None => {
                 self.flushing.stable = covered;
                 if self.dirty.failed_pages() == 0 {
                     self.failing.heal();
                 }
+                // Before the pages: one that was written after its range had been zeroed must not be clean while a
+                // successor would zero the range.
+                self.zeroed_are_stable(old);
                 for id in pages {
                     // Its page may have gone since, and another come.
                     if self.pages[id].is(UNSYNCED[old]) {
@@ -156,22 +152,20 @@ impl PageCache {
                 }
             }
             Some(fault) => {
-                self.rewrite(&pages, UNSYNCED[old], zeroed);
+                self.rewrite(&pages, UNSYNCED[old]);
+                self.zeroed_are_in_doubt(old);
                 self.sync_failed(fault);
             }
         }
     }
 
-    /// What a failed Sync was to make durable is in doubt: pages are dirty again, ranges are zeroed again.
-    fn rewrite(&mut self, pages: &[PageId], bit: u8, zeroed: Vec<(SectorSpan, PlanKind)>) {
+    /// The pages that a failed Sync was to make durable are in doubt: they are dirty again.
+    fn rewrite(&mut self, pages: &[PageId], bit: u8) {
         for &id in pages {
             if self.pages[id].is(bit) {
                 self.make_dirty_again(id);
                 self.change(id, |page| page.clear(bit));
             }
-        }
-        for (span, kind) in zeroed {
-            self.redo_range(span, kind);
         }
     }
 

@@ -40,6 +40,7 @@ mod tests;
 mod throttle;
 mod write;
 mod writeback;
+mod zeroed;
 
 use std::collections::VecDeque;
 
@@ -64,6 +65,7 @@ use ranges::Ranges;
 use readahead::Streams;
 use throttle::Throttle;
 use writeback::Writeback;
+use zeroed::Zeroed;
 
 /// A request, as its owner names it; the cache only hands the name back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -131,6 +133,11 @@ pub trait FrameMemory: Send + std::fmt::Debug {
     ///
     /// => What was published last is what [`PageCache::adopt`] gets after the daemon's death.
     fn publish(&self, frame: FrameId, no: PageNo, record: Record);
+    /// How many zeroed ranges can be noted at a time; at least one.
+    fn zeroed_max(&self) -> usize;
+    /// From now on the place, one of [`FrameMemory::zeroed_max`], holds a range that is to read as zeros and that the store
+    /// may not have so; `None`: nothing. [`PageCache::adopt`] gets it as it gets the frames.
+    fn note_zeroed(&self, place: usize, span: Option<SectorSpan>);
 }
 
 /// A page that a predecessor left in a frame.
@@ -220,6 +227,7 @@ pub struct PageCache {
     throttle: Throttle,
     flushing: Flushing,
     ranges: Ranges,
+    zeroed: Zeroed,
     /// Requests that could not be admitted whole, in the order in which they are told to resume.
     stalled: VecDeque<Ticket>,
     /// Something ended since the last pump: the stalled may try again.
@@ -247,6 +255,7 @@ impl PageCache {
         );
         let frames = settings.frames;
         Self {
+            zeroed: Zeroed::new(memory.zeroed_max()),
             memory,
             now: Tick(0),
             pages: PageTable::new(frames),

@@ -2,13 +2,15 @@
 //!
 //! A range operation locks its pages: it starts when nothing in the range is busy, and requests that touch the range
 //! wait until it ends. The pages stay as they are meanwhile, so that a failure loses nothing; at the end those inside
-//! the range go, and those that the range cuts have the part inside zeroed. A discard takes whole pages only.
+//! the range go, and those that the range cuts have the part inside zeroed. A discard takes whole pages only, and promises
+//! nothing; a zero is remembered until it is durable (`zeroed.rs`).
 
 use crate::units::{Fault, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
 use super::page::UNSYNCED;
+use super::zeroed::Place;
 use super::{Notice, PageCache, Ticket};
 
 /// Pages of a region (1 MiB): no cluster crosses one, and hole maps are taken by it.
@@ -23,6 +25,8 @@ struct Range {
     span: SectorSpan,
     kind: PlanKind,
     started: bool,
+    /// Where a zero is noted, or will be.
+    place: Option<Place>,
 }
 
 /// The range operations that are under way or wait for their pages.
@@ -45,6 +49,11 @@ impl Ranges {
     /// Whether a zero has to be done again before a Sync means anything.
     pub fn redoing(&self) -> bool {
         self.list.iter().any(|range| range.ticket.is_none())
+    }
+
+    /// How many have a place among the zeroed.
+    pub fn placed(&self) -> usize {
+        self.list.iter().filter(|range| range.place.is_some()).count()
     }
 }
 
@@ -79,24 +88,27 @@ impl PageCache {
             self.stalled.push_back(ticket);
             return false;
         }
-        self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false });
+        self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false, place: None });
         true
     }
 
-    /// A zero whose Sync failed is done again; a discard promised nothing.
-    pub(super) fn redo_range(&mut self, span: SectorSpan, kind: PlanKind) {
-        if matches!(kind, PlanKind::Zero { .. }) {
-            // Its space may have been reserved since for pages that wait to be written.
-            let kind = if self.settings.allocate { PlanKind::Zero { unmap: false } } else { kind };
-            self.ranges.list.push(Range { ticket: None, span, kind, started: false });
-        }
+    /// A zero of which no Sync is known to have been good is done again.
+    pub(super) fn zero_again(&mut self, span: SectorSpan, unmap: bool, place: Place) {
+        // Its space may have been reserved since for pages that wait to be written.
+        let kind = PlanKind::Zero { unmap: unmap && !self.settings.allocate };
+        self.ranges.list.push(Range { ticket: None, span, kind, started: false, place: Some(place) });
     }
 
     /// The store is left alone: range operations that have not begun fail.
     pub(super) fn fail_waiting_ranges(&mut self, fault: Fault) {
+        self.fail_ranges(fault, |_| true);
+    }
+
+    /// Fails those range operations of guests that have not begun, and of which `which` says so.
+    fn fail_ranges(&mut self, fault: Fault, which: impl Fn(PlanKind) -> bool) {
         let notices = &mut self.notices;
         self.ranges.list.retain(|range| {
-            let waiting = range.ticket.filter(|_| !range.started);
+            let waiting = range.ticket.filter(|_| !range.started && which(range.kind));
             notices.extend(waiting.map(|ticket| Notice::Done(ticket, Err(fault))));
             waiting.is_none()
         });
@@ -104,11 +116,17 @@ impl PageCache {
 
     /// Starts the range operations whose pages nobody holds, in order where they overlap.
     pub(super) fn start_ranges(&mut self) {
+        if self.zeroed.is_full()
+            && let Some(fault) = self.failing.reported()
+        {
+            // Nobody knows when a good Sync makes room.
+            self.fail_ranges(fault, |kind| matches!(kind, PlanKind::Zero { .. }));
+        }
         for index in 0..self.ranges.list.len() {
-            let Range { ticket, span, kind, started } = self.ranges.list[index];
+            let Range { ticket, span, kind, started, place } = self.ranges.list[index];
             let pages = span.pages();
             if started
-                || self.waits_for_store(&self.ranges.list[index])
+                || self.waits(&self.ranges.list[index])
                 || self.has_to_follow(index)
                 || self.resident(pages).iter().any(|&id| self.pages[id].busy())
             {
@@ -117,29 +135,40 @@ impl PageCache {
             if ticket.is_none() {
                 self.redirty_unsynced(pages.iter());
             }
+            if place.is_none() && matches!(kind, PlanKind::Zero { .. }) {
+                self.ranges.list[index].place = self.zeroed.take();
+            }
             self.ranges.list[index].started = true;
             self.stats.range_operations += 1;
             self.flights.launch(Flight::without_pages(kind, span));
         }
+        if self.zeroed.is_crowded() {
+            self.flushing.want_sync();
+        }
     }
 
-    /// A zero that is to be done again waits until the store may be tried.
-    fn waits_for_store(&self, range: &Range) -> bool {
-        range.ticket.is_none() && !range.started && !self.failing.may_retry(self.now)
+    /// Whether a range operation can't start for want of something that no range operation brings: a zero that is to be
+    /// done again waits until the store may be tried, and another until there is a place to note it.
+    fn waits(&self, range: &Range) -> bool {
+        let wants = match range.ticket {
+            None => !self.failing.may_retry(self.now),
+            Some(_) => matches!(range.kind, PlanKind::Zero { .. }) && self.zeroed.is_full(),
+        };
+        !range.started && wants
     }
 
-    /// Whether a range operation keeps a guest's request off the page. One that waits for the store does not: nobody knows
-    /// for how long, and what is written meanwhile is written again after it.
+    /// Whether a range operation keeps a guest's request off the page. One that waits for the store or for a Sync does not:
+    /// nobody knows for how long. What is written before a zero is done again is written again after it.
     pub(super) fn keeps_off(&self, no: PageNo) -> bool {
         let mut ranges = self.ranges.list.iter();
-        ranges.any(|range| range.span.pages().contains(no) && !self.waits_for_store(range))
+        ranges.any(|range| range.span.pages().contains(no) && !self.waits(range))
     }
 
     /// Whether a range operation overlaps one that is under way, or an earlier one that can go first.
     fn has_to_follow(&self, index: usize) -> bool {
         let pages = self.ranges.list[index].span.pages();
         self.ranges.list.iter().enumerate().any(|(at, other)| {
-            let first = other.started || at < index && !self.waits_for_store(other);
+            let first = other.started || at < index && !self.waits(other);
             at != index && first && other.span.pages().overlaps(pages)
         })
     }
@@ -152,7 +181,10 @@ impl PageCache {
         self.forget_holes(span);
         let result = outcome.fault().map_or(Ok(()), Err);
         if result.is_ok() {
-            self.flushing.range_landed(span, flight.kind);
+            self.flushing.write_landed();
+        }
+        if let (Ok(()), PlanKind::Zero { unmap }, Some(place)) = (result, flight.kind, range.place) {
+            self.zero_landed(span, unmap, place);
         }
         let Some(ticket) = range.ticket else {
             if let Err(fault) = result {
@@ -161,6 +193,9 @@ impl PageCache {
             }
             return;
         };
+        if let (Err(_), Some(place)) = (result, range.place) {
+            self.zeroed.give_back(place);
+        }
         for id in self.resident(span.pages()) {
             if result.is_ok() {
                 self.zero_inside(id, self.sectors_inside(id, span));

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::problem::nearest;
 use super::size::{format_size, parse_size};
-use super::{Allocate, CacheMode, DeviceConfig, Engine, OnError, Policy, Socket, Survive};
+use super::{Allocate, CacheMode, DeviceConfig, Engine, MemoryDir, OnError, Policy, Socket, Survive};
 use crate::units::PAGE_BYTES;
 
 /// A value before it is checked, from a document, an option or this table.
@@ -72,6 +72,9 @@ pub(crate) enum Kind {
     Socket {
         set: fn(&mut DeviceConfig, Socket),
     },
+    MemoryDir {
+        set: fn(&mut DeviceConfig, MemoryDir),
+    },
     Flag {
         set: fn(&mut DeviceConfig, bool),
     },
@@ -105,6 +108,8 @@ use Value::{Flag, Integer, Text};
 const SERIAL_BYTES_MAX: usize = 20;
 /// Bytes of a Unix socket's path: `sun_path` has 108, and one is the terminating zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// The word for memory that the service manager keeps.
+pub(crate) const SYSTEMD: &str = "systemd";
 
 /// Every key of a device.
 pub(crate) const KEYS: &[Key] = &[
@@ -225,7 +230,7 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         name: "cache.memory_dir",
         fallback: Is(Text("/dev/shm")),
-        kind: Kind::Path { set: |device, path| device.cache.memory_dir = path.into() },
+        kind: Kind::MemoryDir { set: |device, memory_dir| device.cache.memory_dir = memory_dir },
     },
 ];
 
@@ -283,6 +288,13 @@ impl Kind {
                 set(device, Socket::Path(path(value, SOCKET_PATH_BYTES_MAX)?.into()));
             }
             (Self::Socket { set }, Value::Descriptor(fd)) => set(device, Socket::Fd(fd)),
+            (Self::MemoryDir { set }, Text(_) | Value::Path(_)) => {
+                let path = path(value, usize::MAX)?;
+                let named = path == Path::new(SYSTEMD);
+                // From another working directory, a relative one would be another: the next daemon would find nothing.
+                let directory = || path.is_absolute().then(|| MemoryDir::Path(path.into()));
+                set(device, if named { MemoryDir::Systemd } else { directory()? });
+            }
             (Self::Flag { set }, Flag(on)) => set(device, on),
             (Self::Count { min, max, set }, Integer(number)) => {
                 set(device, u32::try_from(number).ok().filter(|n| (*min..=*max).contains(n))?);
@@ -313,6 +325,7 @@ impl Kind {
         match self {
             Self::Text { wanted, .. } => (*wanted).to_string(),
             Self::Path { .. } => "a path".to_string(),
+            Self::MemoryDir { .. } => format!("an absolute path or {SYSTEMD:?}"),
             Self::Socket { .. } => format!("a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes"),
             Self::Flag { .. } => "true or false".to_string(),
             Self::Count { min, max, .. } => format!("an integer from {min} to {max}"),

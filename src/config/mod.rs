@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 
 pub(crate) use draft::{Draft, Entry, Place, finish};
-pub(crate) use keys::{Value, key};
+pub(crate) use keys::{SYSTEMD, Value, key};
 pub use problem::Problem;
 pub(crate) use problem::report;
 
@@ -119,7 +119,7 @@ impl DeviceConfig {
                 on_full: OnError::Report,
                 hold_max_ms: 0,
                 survive: Survive::Auto,
-                memory_dir: PathBuf::new(),
+                memory_dir: MemoryDir::Systemd,
             },
         }
     }
@@ -171,7 +171,16 @@ pub struct CacheConfig {
     /// Whether the cache outlives the daemon.
     pub survive: Survive,
     /// Shared memory in which it does.
-    pub memory_dir: PathBuf,
+    pub memory_dir: MemoryDir,
+}
+
+/// Shared memory in which a cache outlives the daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemoryDir {
+    /// A file below this directory.
+    Path(PathBuf),
+    /// Memory without a name, kept by the service manager.
+    Systemd,
 }
 
 /// An enum whose values are words of the configuration.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
 use super::keys::KEYS;
-use super::{CacheMode, Config, DeviceConfig, Engine, Policy, Socket};
+use super::{CacheMode, Config, DeviceConfig, Engine, MemoryDir, Policy, Socket};
 use crate::error::ErrorKind;
 
 const MINIMAL: &str = "[[device]]\nname = \"a\"\nsocket = \"/run/a\"\nimage = \"/a.img\"\n";
@@ -36,6 +36,7 @@ fn the_defaults_are_those_of_the_design() {
     assert_eq!((cache.size_bytes, cache.readahead_max_bytes), (256 << 20, 2 << 20));
     assert_eq!((cache.mode, cache.policy), (CacheMode::Writeback, Policy::S3Fifo));
     assert_eq!((cache.flush_target_ms, cache.dirty_max_percent, cache.dirty_age_max_ms), (250, 25, 5000));
+    assert_eq!(cache.memory_dir, MemoryDir::Path("/dev/shm".into()));
 }
 
 #[test]
@@ -71,6 +72,18 @@ fn every_key_reaches_its_field() {
     (expected.cache.flush_target_ms, expected.cache.dirty_max_percent, expected.cache.dirty_age_max_ms) =
         (10, 50, 600_000);
     assert_eq!(Config::from_toml(text).unwrap().devices, [expected]);
+}
+
+#[test]
+fn memory_is_below_a_directory_or_with_systemd() {
+    let memory_dir = |value: &str| device("a", &format!("cache.memory_dir = \"{value}\""));
+    for (value, expected) in [("/dev/shm", MemoryDir::Path("/dev/shm".into())), ("systemd", MemoryDir::Systemd)] {
+        assert_eq!(Config::from_toml(&memory_dir(value)).unwrap().devices[0].cache.memory_dir, expected);
+    }
+    for wrong in ["shm", "Systemd", "./systemd", ""] {
+        let expected = format!("5: device[0].cache.memory_dir: takes an absolute path or \"systemd\", not {wrong:?}");
+        assert_eq!(problems(&memory_dir(wrong)), [expected]);
+    }
 }
 
 #[test]

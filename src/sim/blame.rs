@@ -56,7 +56,8 @@ impl Blame {
         self.stopped
             || match asked {
                 Asked::Read => since(self.reads),
-                Asked::Range => since(self.ranges),
+                // A zero that finds no place to be noted fails if the Sync that would free one does.
+                Asked::Range => since(self.ranges) || self.reported || waited_out,
                 Asked::Write | Asked::Flush => self.reported || waited_out,
             }
     }

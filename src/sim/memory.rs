@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::cache::{FrameMemory, Left, Record};
-use crate::units::{FrameId, PageNo, SectorMask};
+use crate::units::{FrameId, PageNo, SectorMask, SectorSpan};
 
 /// What a frame holds before anything was put there: seen by a guest, it is a leak.
 pub(crate) const GARBAGE: u32 = u32::MAX;
@@ -13,6 +13,7 @@ pub(crate) const GARBAGE: u32 = u32::MAX;
 struct Contents {
     versions: Vec<[u32; 8]>,
     ledger: Vec<Option<(PageNo, Record)>>,
+    zeroed: Vec<Option<SectorSpan>>,
 }
 
 #[derive(Debug)]
@@ -40,10 +41,11 @@ impl State {
 pub(crate) struct Memory(Arc<Mutex<State>>);
 
 impl Memory {
-    /// Frames of garbage.
-    pub fn new(frames: u32) -> Self {
+    /// Frames of garbage, and places for zeroed ranges.
+    pub fn new(frames: u32, places: usize) -> Self {
         let frames = frames as usize;
-        let now = Contents { versions: vec![[GARBAGE; 8]; frames], ledger: vec![None; frames] };
+        let (versions, ledger, zeroed) = (vec![[GARBAGE; 8]; frames], vec![None; frames], vec![None; places]);
+        let now = Contents { versions, ledger, zeroed };
         Self(Arc::new(Mutex::new(State { now, fuse: None, dead: None })))
     }
 
@@ -86,6 +88,12 @@ impl Memory {
         let noted = (0..).map(FrameId).zip(&state.now.ledger);
         noted.filter_map(|(frame, noted)| noted.map(|(no, record)| Left { frame, no, record })).collect()
     }
+
+    /// The zeroed ranges that a successor finds, by their places.
+    pub fn zeroed(&self) -> Vec<(usize, SectorSpan)> {
+        let state = self.state();
+        state.now.zeroed.iter().enumerate().filter_map(|(place, noted)| noted.map(|span| (place, span))).collect()
+    }
 }
 
 fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
@@ -114,5 +122,15 @@ impl FrameMemory for Memory {
         let mut state = self.state();
         state.step();
         state.now.ledger[frame.index()] = (record != Record::NONE).then_some((no, record));
+    }
+
+    fn zeroed_max(&self) -> usize {
+        self.state().now.zeroed.len()
+    }
+
+    fn note_zeroed(&self, place: usize, span: Option<SectorSpan>) {
+        let mut state = self.state();
+        state.step();
+        state.now.zeroed[place] = span;
     }
 }

@@ -30,8 +30,8 @@ pub(crate) enum PlantedBug {
     WritingIsClean,
     /// A page that no Sync has covered is noted as clean: a successor whose Sync fails does not write it again.
     WrittenIsStable,
-    /// A successor's FLUSH sends no Sync for what its predecessor wrote.
-    PredecessorNeedsNoSync,
+    /// A range that was zeroed is not noted: a successor whose Sync fails does not zero it again.
+    ZeroedIsForgotten,
     /// A write-back that finds the disk full is taken for success.
     FullDiskDropsPages,
     /// A write into a hole does not wait for its space.
@@ -50,7 +50,7 @@ impl PlantedBug {
         Self::ClusterIgnoresError,
         Self::WritingIsClean,
         Self::WrittenIsStable,
-        Self::PredecessorNeedsNoSync,
+        Self::ZeroedIsForgotten,
         Self::FullDiskDropsPages,
         Self::SpaceIsTakenForGranted,
         Self::HoldNeverEnds,

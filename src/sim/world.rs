@@ -92,8 +92,8 @@ struct Temper {
     steps_per_death: Option<u64>,
     /// The front-end hands a successor what was in flight. Without that it is lost, and the guest never hears of it.
     replays: bool,
-    /// The guest zeroes ranges.
-    zeroes: bool,
+    /// Of the guest's requests, those that zero a range.
+    zero_percent: u64,
     /// Operations that fail each time, and do not heal before the end.
     broken: &'static [OpClass],
 }
@@ -156,7 +156,7 @@ impl World {
     pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
         let mut rng = Rng::new(seed);
         let settings = settings(&mut rng);
-        let memory = Memory::new(settings.frames);
+        let memory = Memory::new(settings.frames, rng.pick(&[1, 4, 64]));
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         cache.planted = planted;
         let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };
@@ -171,7 +171,7 @@ impl World {
             mortal,
             steps_per_death: mortal.then_some(rng.pick(&[30, 300])),
             replays: rng.percent(70),
-            zeroes: rng.percent(70),
+            zero_percent: rng.pick(&[0, 5, 30]),
             broken: &[],
         };
         Self {
@@ -273,13 +273,13 @@ impl World {
         }
         let span = SectorSpan::new(start, count.min(sectors - start));
         let kind = match self.rng.below(100) {
+            _ if self.rng.percent(self.temper.zero_percent) => Kind::Zero { unmap: self.rng.percent(50) },
             0..=39 => Kind::Read,
             40..=79 => {
                 self.version += 1;
                 Kind::Write { version: self.version }
             }
-            80..=84 if self.temper.zeroes => Kind::Zero { unmap: self.rng.percent(50) },
-            85..=88 => Kind::Discard,
+            80..=83 => Kind::Discard,
             _ => return self.send(Kind::Flush, SectorSpan::new(0, 0)),
         };
         let clashes = |other: &Request| {
@@ -451,18 +451,14 @@ impl World {
     }
 
     /// Whether chance lets an operation fail.
-    ///
-    /// => Not a Sync where ranges are zeroed and daemons die: a successor knows nothing of a range that the Sync was to
-    ///    cover, for no frame holds it (ARCHITECTURE.md, "What is known to be missing").
     fn fails(&mut self, op: &Operation) -> bool {
-        let spared = op.kind == PlanKind::Sync && self.temper.zeroes && self.temper.mortal;
         let percent = match self.temper.fault_percent {
             // Rare, and what hangs on it is most: often enough to be met.
             1.. if op.kind == PlanKind::Sync => 30,
             percent => percent,
         };
         let broken = OpClass::of(op.kind).is_some_and(|class| self.temper.broken.contains(&class));
-        !spared && (broken || self.rng.percent(percent))
+        broken || self.rng.percent(percent)
     }
 
     /// What an operation does to disk and memory, whoever hears of it.
@@ -559,7 +555,7 @@ impl World {
         self.resumes.clear();
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
         self.cache.planted = self.planted;
-        self.cache.adopt(self.memory.left());
+        self.cache.adopt(self.memory.left(), self.memory.zeroed());
         if !self.temper.replays {
             self.requests.clear();
         }

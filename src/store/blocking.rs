@@ -160,7 +160,7 @@ pub(super) fn zero_modes(image: &OpenImage, unmap: bool) -> &'static [i32] {
     }
 }
 
-fn zero(image: &OpenImage, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+pub(super) fn zero(image: &OpenImage, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
     // The kernel takes only whole logical blocks of a device: the ends are written by hand.
     let Some((first, last)) = image.whole_blocks(offset, len) else {
         return write_zeros(image, offset, len);

@@ -97,6 +97,14 @@ impl FileImage {
         self.image.moved_max.store(bytes, Ordering::Relaxed);
     }
 
+    /// Makes a range read as zeros. Blocks, and nobody else may have an operation there.
+    ///
+    /// # Errors
+    /// The system's own.
+    pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        blocking::zero(&self.image, offset, len, false)
+    }
+
     /// Where the image was opened.
     pub fn path(&self) -> &Path {
         &self.image.path

@@ -146,10 +146,8 @@ fn configure(directory: &TempDir, devices: &[&str]) -> Vec<PathBuf> {
     let sockets: Vec<_> = (0..devices.len()).map(|n| path.join(format!("socket{n}"))).collect();
     let (image, memory) = (path.join("image"), directory.memory());
     let tables = devices.iter().zip(&sockets).enumerate().map(|(n, (rest, socket))| {
-        format!(
-            "[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n\
-             cache.memory_dir = {memory:?}\n{rest}\n"
-        )
+        let memory = if rest.contains("memory_dir") { String::new() } else { format!("cache.memory_dir = {memory:?}") };
+        format!("[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n{memory}\n{rest}\n")
     });
     fs::write(config_of(directory), tables.collect::<String>()).expect("a configuration can be written");
     sockets
@@ -188,10 +186,19 @@ impl Daemon {
     /// Starts a daemon on a configuration file: a device for each of `devices`, all on the file `image` that is in
     /// `directory` already. Each of `devices` is what its table holds beside name (`disk0`, `disk1` ...), socket and image.
     pub fn start_configured(directory: TempDir, devices: &[&str]) -> Self {
+        Self::start_by(directory, devices, Command::new(server_binary()))
+    }
+
+    /// As [`Daemon::start_configured`], by a command that gets the binary's arguments.
+    pub fn start_by(directory: TempDir, devices: &[&str], mut command: Command) -> Self {
         let sockets = configure(&directory, devices);
-        let mut command = Command::new(server_binary());
         command.arg("--config").arg(config_of(&directory));
         Self::launch(directory, command, sockets)
+    }
+
+    /// The command by which it is started again.
+    pub fn command(&mut self) -> &mut Command {
+        &mut self.command
     }
 
     /// Gives the daemon another device, for its next start.

@@ -9,6 +9,8 @@
 mod common;
 mod guest;
 mod huge_pages;
+mod systemd;
+mod zeroed;
 
 use std::fs::File;
 use std::process::Command;
@@ -38,8 +40,13 @@ fn start(device: &str) -> Daemon {
 }
 
 fn start_in(directory: TempDir, device: &str) -> Daemon {
-    File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
+    make_image(&directory);
     Daemon::start_configured(directory, &[device])
+}
+
+/// Makes a new image of zeros in a directory.
+fn make_image(directory: &TempDir) {
+    File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
 }
 
 /// A daemon on a new image is ended by `end` and started again, over and over, under load.
@@ -90,6 +97,7 @@ fn an_upgrade_keeps_the_cache_warm_and_the_guest_unharmed() {
         assert!(daemon.wait().success(), "{}", daemon.log());
         assert_eq!(daemon.directory().left().len(), 1, "the cache is left for the next daemon");
     };
+    // Large enough for the whole image.
     let daemon = survives(start("num_queues = 4\ncache.size = \"32M\""), 5, 204, hand_over);
     let pages = |line: &str| {
         let (before, _) = line.split_once(" pages are taken over")?;
@@ -97,7 +105,8 @@ fn an_upgrade_keeps_the_cache_warm_and_the_guest_unharmed() {
     };
     let taken: Vec<u64> = daemon.log().lines().filter_map(pages).collect();
     assert_eq!(taken.len(), 5, "{}", daemon.log());
-    assert!(taken.iter().all(|&pages| pages > 1000), "{taken:?}");
+    // How much there is depends on how long the guest was at work before.
+    assert!(taken[4] > 1000, "{taken:?}");
 }
 
 /// A session with one ring, and a write on it that completed and was not flushed.
@@ -214,7 +223,7 @@ fn a_new_image_at_an_old_path_does_not_meet_an_old_ledger() {
     let mut daemon = start("");
     drop(write_and_die(&mut daemon));
     std::fs::remove_file(daemon.image()).expect("the image can be removed");
-    File::create(daemon.image()).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
+    make_image(daemon.directory());
     daemon.restart();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(session.read(80, 512), [0; 512]);

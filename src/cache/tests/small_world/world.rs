@@ -96,7 +96,7 @@ impl<'a> World<'a> {
             dirty_pages_max: FRAMES,
             ..settings_of(FRAMES, 1)
         };
-        let memory = Memory::new(FRAMES);
+        let memory = Memory::new(FRAMES, 1);
         let mut cache = PageCache::new(settings, Box::new(memory.clone()));
         cache.planted = planted;
         let mut disk = Disk::new(scene.shape.image_sectors as usize, |page| scene.state(page).is_hole());

@@ -73,6 +73,10 @@ impl Traffic {
 
     /// Puts every request that is lined up to the cache.
     pub(super) fn admit_all(&mut self, cache: &mut PageCache) {
+        let Self { arrivals, pending, .. } = self;
+        if arrivals.len() > 1 {
+            cache.foresee(arrivals.iter().map(|&(slot, _)| pending[slot].request.span().pages().first));
+        }
         for at in 0..self.arrivals.len() {
             let (slot, resumed) = self.arrivals[at];
             self.admit(cache, slot, resumed);

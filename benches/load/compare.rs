@@ -163,6 +163,7 @@ fn serve(
 /// Runs a job on a connection of its own, and looks at the device too.
 fn run_on(server: &mut Server, job: &Job, medium: &Opened) -> Result<Outcome, String> {
     server.revive()?;
+    server.settle();
     let before = medium.writes();
     let outcome = session::run(server, &[0], job)?;
     let after = medium.writes();

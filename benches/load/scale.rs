@@ -251,6 +251,7 @@ fn sample(point: &Point) -> Result<Numbers, String> {
     let begin = Instant::now();
     let server = Server::start(&point.who, media.folder(), &images, 1)?;
     let start_ms = begin.elapsed().as_secs_f64() * 1000.0;
+    server.settle();
     let devices: Vec<usize> = (0..images.len()).collect();
     for device in &devices {
         if let Some(warm) = &point.warm {
@@ -278,6 +279,7 @@ fn idle() -> Result<String, String> {
     media.fill(HOT_BYTES).map_err(|e| format!("no image: {e}"))?;
     let medium = media.open(Medium::Memory).map_err(|e| format!("no image: {e}"))?;
     let server = Server::start(&Contestant::genblk(), media.folder(), std::slice::from_ref(&medium.path), 1)?;
+    server.settle();
     let mut lines = vec![watch("no front-end", &server)];
     let job = hits(0..HOT_BYTES, 1, 1);
     let guest = session::connect(&server, 0, &job, 1)?;

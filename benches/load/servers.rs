@@ -18,7 +18,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a server may take to end with its client, if it does.
 const LEAVES: Duration = Duration::from_millis(200);
 /// A server that took no processor time for so long has come to rest.
-const SETTLED: Duration = Duration::from_millis(50);
+const SETTLED: Duration = Duration::from_millis(30);
 /// The limit server's buffer: as much as the cached rows use.
 pub const LIMIT_BUFFER_BYTES: usize = 128 << 20;
 
@@ -169,7 +169,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server on an image, or genblk on several; returns when it listens and has come to rest.
+    /// Starts a server on an image, or genblk on several; returns when it listens.
     ///
     /// => The image of a server that was killed stays locked until the kernel has ended its operations: a server that
     ///    leaves at once is started again, for a while.
@@ -223,7 +223,6 @@ impl Server {
             _ => Some(false),
         });
         if listening == Some(true) {
-            self.settle();
             return Ok(());
         }
         let said = fs::read_to_string(&self.log).unwrap_or_default();
@@ -231,7 +230,7 @@ impl Server {
     }
 
     /// Waits until the server has nothing to do: what it does for itself after its start is not what is measured.
-    fn settle(&self) {
+    pub fn settle(&self) {
         let mut before = -1.0;
         try_poll(PATIENCE, || {
             std::thread::sleep(SETTLED);

@@ -139,6 +139,7 @@ impl Object {
             worker,
             mailbox,
             store,
+            rung: false,
             backlog: VecDeque::new(),
             events: Vec::new(),
             notices: Vec::new(),
@@ -153,6 +154,8 @@ pub struct Port {
     worker: u64,
     mailbox: Arc<Mailbox>,
     store: Box<dyn Store>,
+    /// The store's descriptor was readable.
+    rung: bool,
     /// Requests that the store had no room for.
     backlog: VecDeque<Request>,
     events: Vec<Event>,
@@ -174,6 +177,11 @@ impl Port {
     /// Readable while store events wait.
     pub fn store_fd(&self) -> RawFd {
         self.store.wake_fd()
+    }
+
+    /// The store's descriptor was found readable.
+    pub fn store_rang(&mut self) {
+        self.rung = true;
     }
 
     /// Rung when another thread has something for this worker.
@@ -201,7 +209,9 @@ impl Port {
 
     /// Collects what the store has finished and what other workers left. Whether there is anything.
     pub fn collect(&mut self) -> bool {
-        self.store.reap(&mut self.events);
+        if std::mem::take(&mut self.rung) || self.store.may_have_events() {
+            self.store.reap(&mut self.events);
+        }
         let mut mail = self.mailbox.notices.lock().expect("nobody panics holding a mailbox");
         self.notices.append(&mut mail);
         !self.events.is_empty() || !self.notices.is_empty()

@@ -4,6 +4,7 @@
 mod store_kit;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use genblk::store::file::{Engine, FileImage, OpenOptions};
 use genblk::store::{Backing, Event, ExtentKind, Op, Refused};
@@ -69,6 +70,32 @@ fn writes_of_many_segments_read_back_when_cut_elsewhere() {
             let (low, high) = buffer.bytes().split_at(4096);
             assert!(high == &want[number * 8192..][..4096], "read {number}, first half");
             assert!(low == &want[number * 8192 + 4096..][..4096], "read {number}, second half");
+        }
+    });
+}
+
+#[test]
+fn a_worker_that_only_looks_finds_every_event() {
+    on_each("looks", 8 * MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let mut buffer = Buffer::filled(8 * 4096, 7);
+        for (op, count) in [(Op::Write, 8), (Op::Read, 8), (Op::Sync, 1), (Op::Map, 1)] {
+            for n in 0..count {
+                match op {
+                    Op::Sync => driver.start(op, 0, 0, Vec::new()),
+                    Op::Map => driver.start(op, 0, MIB, Vec::new()),
+                    _ => driver.start(op, n as u64 * 4096, 4096, vec![buffer.segment(n * 4096, 4096)]),
+                };
+            }
+            driver.store.kick();
+            let (mut events, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(30));
+            while events.len() < count {
+                assert!(Instant::now() < deadline, "{op:?}: {} of {count} events", events.len());
+                if driver.store.may_have_events() {
+                    driver.store.reap(&mut events);
+                }
+            }
+            assert!(!driver.store.may_have_events(), "{op:?}: nothing is left");
         }
     });
 }

@@ -235,7 +235,7 @@ impl Worker {
                     // Finding nothing is normal: another wake-up has taken it.
                     let _ = self.port.bell().read();
                 }
-                STORE => {}
+                STORE => self.port.store_rang(),
                 ring => {
                     if let Some(Some(ring)) = self.rings.get_mut(usize::try_from(ring).unwrap_or(usize::MAX)) {
                         ring.take_kick();
@@ -250,10 +250,14 @@ impl Worker {
         let obeyed = self.obey();
         let collected = self.port.collect();
         let taken = self.take_requests();
-        let now = self.port.object().now();
-        let due = |tick: Option<Tick>| tick.is_some_and(|tick| tick <= now);
         let pump = std::mem::take(&mut self.traffic.pump_is_due);
-        if !(obeyed || collected || taken || pump || due(self.deadline) || due(self.traffic.next_answer())) {
+        let due = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
+        let busy = obeyed || collected || taken || pump;
+        if !busy && due.is_none() {
+            return false;
+        }
+        let now = self.port.object().now();
+        if !busy && due.is_some_and(|due| due > now) {
             return false;
         }
         let Self { port, traffic, rings, .. } = self;

@@ -228,6 +228,12 @@ pub trait Store: Send {
     fn kick(&mut self);
     /// Appends the events that wait and clears the wake fd; finding nothing is normal.
     fn reap(&mut self, events: &mut Vec<Event>);
+    /// Whether [`Store::reap`] could find something, told without a system call, for a worker that looks all the time.
+    ///
+    /// => A wake fd that is readable is reason enough to reap, whatever this says.
+    fn may_have_events(&mut self) -> bool {
+        self.in_flight() > 0
+    }
     /// Operations submitted and not yet reaped.
     fn in_flight(&self) -> usize;
 }

@@ -54,7 +54,7 @@ struct Slot {
 impl UringStore {
     pub(super) fn new(image: Arc<OpenImage>) -> io::Result<Self> {
         let depth = usize::from(image.limits.depth);
-        let ring = IoUring::new(u32::from(image.limits.depth))?;
+        let ring = new_ring(u32::from(image.limits.depth))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
         let needed =
@@ -162,6 +162,15 @@ impl UringStore {
     }
 }
 
+/// A ring whose completions wait for the worker's next system call, where the kernel can do that (Linux 5.19): it would else
+/// interrupt the worker's processor for each. A flag in the ring tells the worker that some wait.
+fn new_ring(entries: u32) -> io::Result<IoUring> {
+    match IoUring::builder().setup_coop_taskrun().setup_taskrun_flag().build(entries) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries),
+        result => result,
+    }
+}
+
 /// The submission entry for the rest of a slot's operation.
 fn entry(image: &OpenImage, slot: &Slot) -> Entry {
     let request = slot.request.as_ref().expect("a ready slot has an operation");
@@ -249,17 +258,34 @@ impl Store for UringStore {
     }
 
     fn reap(&mut self, events: &mut Vec<Event>) {
-        // First: what completes from here on pokes again.
+        // A system call, any one, lets the kernel post the completions that it held back, and with them a poke.
+        if self.ring.submission().taskrun() {
+            pool::clear(&self.wake);
+        }
+        // Before the look: what completes from here on pokes again.
         pool::clear(&self.wake);
         while let Some((user_data, result)) = self.next_completion() {
             let index = usize::try_from(user_data).expect("user data is a slot's index");
             self.complete(index, result, events);
         }
         self.in_flight -= self.helper.take(events);
-        // The rest of short transfers must not wait for a caller who has nothing more to submit.
-        if !self.ready.is_empty() {
+        // The rest of short transfers, and what the kernel did not take, must not wait for a caller who has nothing more to
+        // submit.
+        if !self.ready.is_empty() || !self.ring.submission().is_empty() {
             self.kick();
         }
+    }
+
+    fn may_have_events(&mut self) -> bool {
+        // The kernel leaves its flag set now and then.
+        if self.in_flight == 0 {
+            return false;
+        }
+        let helped = self.in_flight - (self.slots.len() - self.free.len());
+        let queue = self.ring.submission();
+        let (owes_submission, owes_completion) = (!queue.is_empty(), queue.taskrun());
+        drop(queue);
+        helped > 0 || owes_submission || owes_completion || !self.ring.completion().is_empty()
     }
 
     fn in_flight(&self) -> usize {

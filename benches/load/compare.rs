@@ -157,7 +157,26 @@ fn serve(
     let outcome = run_on(&mut server, &row.job, medium);
     // What is still on its way to a slow disk need not be waited for.
     medium.unleash();
-    Ok((idle, outcome?))
+    let outcome = outcome?;
+    if medium.counts_writes() && !flushes_are_kept(&row.job, &outcome) {
+        return Err(format!("{}: its FLUSH completes without the data being on the device", who.name));
+    }
+    Ok((idle, outcome))
+}
+
+/// Whether the device saw what FLUSHes that completed speak of: nearly all bytes at the end of a job of writes that ends with
+/// one, and a write at least for each between writes. (Half, because blocks are written over.) Who does not keep them is
+/// fast, and no peer.
+fn flushes_are_kept(job: &Job, outcome: &Outcome) -> bool {
+    let (operations, bytes) = outcome.device_writes;
+    let written: u64 = outcome.tallies.iter().map(|tally| tally.bytes).sum();
+    let between: u64 = job
+        .actors
+        .iter()
+        .zip(&outcome.tallies)
+        .filter_map(|(actor, tally)| actor.flush_after_writes.map(|_| tally.flushes.len()))
+        .sum();
+    (!job.ends_with_flush || bytes * 2 >= written) && operations * 2 >= between
 }
 
 /// Runs a job on a connection of its own, and looks at the device too.

@@ -145,6 +145,11 @@ pub struct Opened {
 }
 
 impl Opened {
+    /// Whether [`Opened::writes`] tells anything.
+    pub fn counts_writes(&self) -> bool {
+        self.counters.is_some()
+    }
+
     /// Operations and bytes written so far.
     pub fn writes(&self) -> (u64, u64) {
         let text = self.counters.as_ref().and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();

@@ -53,12 +53,12 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize, manage
             let written = write_back(&arena, image)?;
             info!("{name}: a cache of another shape or place was left: its {written} dirty pages are on the image now");
             arena.remove();
-            fresh(config, home()?, image, frames, &home)?
+            fresh(config, home()?, image, frames, lost, &home)?
         }
-        _ if stays => fresh(config, found, image, frames, &home)?,
+        _ if stays => fresh(config, found, image, frames, lost, &home)?,
         _ => {
             moved = Some(found);
-            fresh(config, home()?, image, frames, &home)?
+            fresh(config, home()?, image, frames, lost, &home)?
         }
     };
     if lost {
@@ -73,24 +73,26 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize, manage
     Ok(arena)
 }
 
-/// New memory in a home, as far as possible of the kind that the configuration asks for; `another` makes another home.
+/// New memory in a home, as far as possible of the kind that the configuration asks for, which knows from its beginning
+/// whether a predecessor has lost anything; `another` makes another home.
 fn fresh(
     config: &DeviceConfig,
     home: Home,
     image: &FileImage,
     frames: usize,
+    lost: bool,
     another: &dyn Fn() -> Result<Home>,
 ) -> Result<Arena> {
     let (identity, path, survive) = (image.identity(), image.path(), config.cache.survive);
     if survive == Survive::Never {
-        return Arena::marked(frames, home, identity, path);
+        return Arena::marked(frames, home, identity, path, lost);
     }
-    let kept = Arena::kept(frames, home, identity, path);
+    let kept = Arena::kept(frames, home, identity, path, lost);
     let Err(e) = &kept else { return kept };
     if e.kind() != ErrorKind::Memory || survive == Survive::Always {
         return kept;
     }
-    match another().and_then(|home| Arena::marked(frames, home, identity, path)) {
+    match another().and_then(|home| Arena::marked(frames, home, identity, path, lost)) {
         Ok(marked) => {
             warn!("{}: {e}; the cache goes with the daemon", config.name);
             Ok(marked)

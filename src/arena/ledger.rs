@@ -81,10 +81,10 @@ pub(super) const UNWRITTEN: usize = 88;
 const PATH: usize = 96;
 
 impl Header {
-    /// The header of a new arena.
-    pub(super) fn new(identity: Identity, frames: u64, image: &Path) -> Self {
+    /// The header of a new arena; `lost`: something that a predecessor's cache held is gone.
+    pub(super) fn new(identity: Identity, frames: u64, image: &Path, lost: bool) -> Self {
         let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
-        Self { layout: LAYOUT, identity, frames, boot: super::home::boot(), image, lost: false }
+        Self { layout: LAYOUT, identity, frames, boot: super::home::boot(), image, lost }
     }
 
     /// Whether a cache of `frames` frames can go on in the arena as it is.
@@ -111,6 +111,7 @@ impl Header {
             to.copy_from_slice(&word.to_le_bytes());
         }
         bytes[BOOT].copy_from_slice(&self.boot);
+        bytes[UNWRITTEN..UNWRITTEN + 8].copy_from_slice(&u64::from(self.lost).to_le_bytes());
         let path = self.image.as_os_str().as_bytes();
         let path = &path[..path.len().min(HEADER_BYTES - PATH)];
         bytes[PATH_LEN..PATH_LEN + 8].copy_from_slice(&(path.len() as u64).to_le_bytes());
@@ -199,7 +200,9 @@ mod tests {
 
     #[test]
     fn a_header_is_read_as_it_was_written() {
-        assert_eq!(Header::decode(&with_magic(&header()), &"f").unwrap(), Some(header()));
+        for header in [header(), Header { lost: true, ..header() }] {
+            assert_eq!(Header::decode(&with_magic(&header), &"f").unwrap(), Some(header));
+        }
         assert_eq!(Header::decode(&header().encode().0, &"f").unwrap(), None, "not finished");
     }
 

@@ -68,22 +68,23 @@ impl Arena {
         Ok(Self::new(private_memory(frames)?, frames, 0, Keeps::Nothing))
     }
 
-    /// As [`Arena::private`], with a mark in `home` of whether the daemon's death would lose anything.
+    /// As [`Arena::private`], with a mark in `home` of whether the daemon's death would lose anything, or `lost`: whether a
+    /// predecessor's did.
     ///
     /// # Errors
     /// As [`Arena::private`].
-    pub fn marked(frames: usize, home: Home, identity: Identity, image: &Path) -> Result<Self> {
+    pub fn marked(frames: usize, home: Home, identity: Identity, image: &Path, lost: bool) -> Result<Self> {
         let memory = private_memory(frames)?;
-        let mark = new_file(&home, HEADER_BYTES, &Header::new(identity, 0, image))?;
+        let mark = new_file(&home, HEADER_BYTES, &Header::new(identity, 0, image, lost))?;
         Ok(Self::new(memory, frames, 0, Keeps::Mark { mark, home }))
     }
 
-    /// `frames` frames of zeroed memory that outlive the daemon in `home`.
+    /// `frames` frames of zeroed memory that outlive the daemon in `home`; `lost` as for [`Arena::marked`].
     ///
     /// # Errors
     /// As [`Arena::private`].
-    pub fn kept(frames: usize, home: Home, identity: Identity, image: &Path) -> Result<Self> {
-        let header = Header::new(identity, frames as u64, image);
+    pub fn kept(frames: usize, home: Home, identity: Identity, image: &Path, lost: bool) -> Result<Self> {
+        let header = Header::new(identity, frames as u64, image, lost);
         let bytes = bytes_of(frames, offset_of(&header, frames))?;
         if ledger::too_large(&identity) {
             return Err(Error::new(ErrorKind::Memory, "an image above 4 PiB can't have a kept cache"));
@@ -338,15 +339,19 @@ fn private_memory(frames: usize) -> Result<Mapping> {
 }
 
 /// Makes a file anew: memory first, then the header, whose first word says that the rest is right.
+///
+/// => A mark that tells of a loss stands in the file until the header that tells of it too takes its place: the daemon may be
+///    killed meanwhile.
 fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
+    let stays = if header.lost { HEADER_BYTES as u64 } else { 0 };
     let make = || {
-        home.file.set_len(0)?;
+        home.file.set_len(stays)?;
         mapping::allocate(&home.file, bytes)?;
         Mapping::new(&home.file, bytes)
     };
     let memory = make().map_err(|e| {
         // What could not be made whole takes no room, and goes with its home.
-        let _ = home.file.set_len(0);
+        let _ = home.file.set_len(stays);
         let cache = header.frames * PAGE_BYTES;
         Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {home}"), e)
     })?;

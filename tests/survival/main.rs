@@ -170,14 +170,18 @@ fn another_size_of_cache_finds_everything() {
 
 #[test]
 fn a_volatile_cache_fails_its_guest_until_the_guest_begins_anew() {
-    let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
+    const VOLATILE: &str = "cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000";
+    let mut daemon = start(VOLATILE);
     let (session, _) = write_and_die(&mut daemon);
-    // Even a daemon that dies before the guest is back must not make it forgotten.
+    // Even a daemon that dies before the guest is back must not make it forgotten, and one that can't start at all.
     for _ in 0..2 {
         daemon.restart();
         daemon.kill();
     }
-    daemon.restart();
+    daemon.configure("cache.survive = \"always\"\ncache.size = \"900G\"");
+    let refused = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
+    assert!(refused.stderr.contains("no memory for a cache of "), "{refused:?}");
+    daemon.reconfigure(VOLATILE);
     let mut session = session.reconnect(&daemon.socket());
     session.start_ring(0);
     for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {

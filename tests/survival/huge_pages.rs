@@ -40,6 +40,8 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         run("umount", &["--lazy"], &self.mounted);
+        // Nobody could remove it while it was mounted.
+        let _ = fs::remove_dir(&self.mounted);
         let _ = fs::write(COUNT, self.before.to_string());
     }
 }

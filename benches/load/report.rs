@@ -151,6 +151,12 @@ pub fn targets(rows: &[Measured]) -> String {
     table(&words(&["row", "measure", "genblk", "against", "that", "genblk is", "to reach", "reached"]), &lines)
 }
 
+/// How many targets are reached, and how many were measured.
+fn score(rows: &[Measured]) -> (usize, usize) {
+    let targets = rows.iter().flat_map(|row| row.row.targets.iter().filter_map(|target| row.verdict(target)));
+    targets.fold((0, 0), |(reached, measured), (_, good)| (reached + usize::from(good), measured + 1))
+}
+
 /// The medians of everybody.
 pub fn medians(rows: &[Measured]) -> String {
     let mut seen = BTreeSet::new();
@@ -206,7 +212,12 @@ pub fn document(rows: &[Measured], machine: &str, notes: &str) -> String {
          {machine}{}\n![genblk against the best peer](results.svg)\n\n",
         disturbance(rows)
     );
-    let _ = write!(text, "## What was to be reached\n\n{}\n", targets(rows));
+    let (reached, measured) = score(rows);
+    let _ = write!(
+        text,
+        "## What was to be reached\n\n{reached} of {measured} targets that were measured are reached.\n\n{}\n",
+        targets(rows)
+    );
     text += "The limit: a bare server on genblk's ring code that only copies (cached rows); the lower of genblk with\n\
              everything cached and io_uring with O_DIRECT on the device (cold rows). A ratio is the median of the\n\
              rounds' ratios, each of numbers of one round; a best peer is the best of its round.\n\n";

@@ -134,7 +134,7 @@ impl Service {
             (0..workers).map(|_| device::spawn(&device, &object)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Arc::new(Workers::new(controls));
         let listener = socket.listener.try_clone().map_err(|e| system("cannot copy a descriptor", e))?;
-        let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener));
+        let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener)?);
         // Before anybody can attach, so that the log is in order.
         info!("{about}");
         let serving = Arc::clone(&server);

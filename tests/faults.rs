@@ -3,15 +3,20 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::bench::Bench;
+use common::request::{OK, Payload};
+use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
+use common::wait::{ABSENCE, PATIENCE, poll_until};
 use common::workload::{self, Plan, random_io, read_everything, settle};
 use genblk::store::faulty::{Faults, OpKind};
 use genblk::units::Fault;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 
 const IMAGE_BYTES: usize = 32 << 20;
 const HEALING: Duration = Duration::from_secs(20);
@@ -231,4 +236,39 @@ fn an_image_that_grows_or_is_deleted_is_served_as_it_was() {
     drop(client);
     // Only the open file has the bytes now.
     bench.end_without_image();
+}
+
+/// A front-end that loses its daemon looks at the used ring to see where the next one goes on: the daemon answers what it took,
+/// and only then hangs up.
+#[test]
+fn a_daemon_that_ends_answers_what_it_took_before_it_hangs_up() {
+    const SYNC: Duration = Duration::from_millis(300);
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 29);
+    let bench = Bench::new("hangs-up", &shadow, |_| {});
+    bench.faults.delay(OpKind::Sync, SYNC);
+    let mut session = Session::open(bench.socket(), &SessionOptions::default());
+    session.write(0, &[3; 512]);
+    shadow.write(0, &[3; 512]);
+    let flush = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
+    poll_until("the flush to reach the image", PATIENCE, || (bench.faults.ops(OpKind::Sync) > 0).then_some(()));
+    let before = session.rings[0].used_idx();
+    bench.running().leave();
+    poll_until("the daemon to hang up", PATIENCE, || session.has_hung_up().then_some(()));
+    assert_eq!(session.rings[0].used_idx(), before + 1, "nothing is on its way any more");
+    assert_eq!(session.memory.byte(flush.status), OK);
+    bench.end(&shadow);
+}
+
+/// A front-end that stalls in the middle of a message keeps nobody from ending the device.
+#[test]
+fn a_front_end_that_stalls_does_not_hold_up_the_end() {
+    let shadow = Shadow::patchwork(IMAGE_BYTES, 30);
+    let bench = Bench::new("stalls", &shadow, |_| {});
+    let session = Session::open(bench.socket(), &SessionOptions::default());
+    (&session.socket).write_all(&[1, 0, 0]).expect("the daemon listens");
+    // Time for the daemon to begin reading it.
+    thread::sleep(ABSENCE);
+    let started = Instant::now();
+    bench.end(&shadow);
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
 }

@@ -57,8 +57,8 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let _populator = Populator::start("limit", &buffer);
     let worker = Copier { commands, bell, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
-    let listener = bind(socket).map_err(io::Error::other)?;
-    Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener).serve();
+    let serve = |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener);
+    bind(socket).and_then(serve).map_err(io::Error::other)?.serve();
     Ok(())
 }
 

@@ -46,10 +46,21 @@ impl RingTrack {
         Self { memory, offset, size, counter: 0 }
     }
 
+    /// Whether a ring has kept its marks here before (version 0 "indicates an uninitialized region").
+    pub fn is_kept(&self) -> bool {
+        self.field::<AtomicU16>(VERSION).load(Ordering::Acquire) != 0
+    }
+
     /// Makes the part right for a ring whose used index is `used`: what is still owed, in the order in which it was taken.
-    pub fn recover(&mut self, used: u16) -> Vec<u16> {
-        self.field::<AtomicU16>(VERSION).store(LAYOUT, Ordering::Relaxed);
-        self.field::<AtomicU16>(DESC_NUM).store(self.size, Ordering::Relaxed);
+    /// `None`: no ring has kept its marks here before.
+    pub fn recover(&mut self, used: u16) -> Option<Vec<u16>> {
+        if !self.is_kept() {
+            (0..self.size).for_each(|head| self.mark(head).store(0, Ordering::Relaxed));
+            self.field::<AtomicU16>(DESC_NUM).store(self.size, Ordering::Relaxed);
+            self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Relaxed);
+            self.field::<AtomicU16>(VERSION).store(LAYOUT, Ordering::Release);
+            return None;
+        }
         if self.field::<AtomicU16>(USED_IDX).load(Ordering::Acquire) != used {
             let last = self.field::<AtomicU16>(LAST_BATCH_HEAD).load(Ordering::Relaxed);
             if last < self.size {
@@ -63,7 +74,7 @@ impl RingTrack {
             .collect();
         owed.sort_unstable();
         self.counter = owed.last().map_or(0, |&(counter, _)| counter.wrapping_add(1));
-        owed.into_iter().map(|(_, head)| head).collect()
+        Some(owed.into_iter().map(|(_, head)| head).collect())
     }
 
     /// The chain at `head` was taken: from now on it is owed.
@@ -113,14 +124,14 @@ mod tests {
     fn what_is_owed_is_found_in_the_order_in_which_it_was_taken() {
         let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
         let mut first = track(&memory);
-        assert!(first.recover(40).is_empty());
+        assert_eq!(first.recover(40), None);
         [5, 1, 7, 2].into_iter().for_each(|head| first.taken(head));
         first.answering(1);
         first.answered(1, 41);
         let mut second = track(&memory);
-        assert_eq!(second.recover(41), [5, 7, 2]);
+        assert_eq!(second.recover(41).unwrap(), [5, 7, 2]);
         second.taken(0);
-        assert_eq!(track(&memory).recover(41), [5, 7, 2, 0], "what is taken later comes later");
+        assert_eq!(track(&memory).recover(41).unwrap(), [5, 7, 2, 0], "what is taken later comes later");
     }
 
     #[test]
@@ -131,9 +142,9 @@ mod tests {
         first.taken(3);
         first.taken(4);
         first.answering(3);
-        assert_eq!(track(&memory).recover(0), [3, 4], "died before the used ring had it");
-        assert_eq!(track(&memory).recover(1), [4], "died after the used ring had it");
-        assert_eq!(track(&memory).recover(1), [4], "and that is known from now on");
+        assert_eq!(track(&memory).recover(0).unwrap(), [3, 4], "died before the used ring had it");
+        assert_eq!(track(&memory).recover(1).unwrap(), [4], "died after the used ring had it");
+        assert_eq!(track(&memory).recover(1).unwrap(), [4], "and that is known from now on");
     }
 
     #[test]
@@ -143,6 +154,6 @@ mod tests {
         first.recover(0);
         first.taken(8);
         first.answering(u16::MAX);
-        assert!(track(&memory).recover(9).is_empty());
+        assert!(track(&memory).recover(9).unwrap().is_empty());
     }
 }

@@ -73,15 +73,18 @@ impl Ring {
     }
 
     /// Takes up what a predecessor has left: the used ring says what it has answered, the inflight region what it owes.
+    ///
+    /// => Together they say where the ring goes on, whatever base the front-end gave: QEMU's may be older than the last
+    ///    answer, and cloud-hypervisor's is beyond what nobody has taken yet.
     fn recover(&mut self, index: u16) {
         let Some(track) = self.track.as_mut().filter(|_| !self.broken) else { return };
         let Ok(used) = self.queue.used_idx(&*self.memory, Ordering::Acquire) else { return };
-        let owed = track.recover(used.0);
+        let Some(owed) = track.recover(used.0) else { return };
         let Ok(count) = u16::try_from(owed.len()) else { return };
+        self.queue.set_next_used(used.0);
+        self.queue.set_next_avail(used.0.wrapping_add(count));
         if count > 0 {
             info!("ring {index}: {count} requests are taken up that were in flight");
-            self.queue.set_next_used(used.0);
-            self.queue.set_next_avail(used.0.wrapping_add(count));
             self.owed = owed;
             self.owed.reverse();
         }

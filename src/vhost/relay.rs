@@ -8,10 +8,12 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::inflight::Inflight;
 use super::wire::Message;
@@ -26,6 +28,9 @@ const SET_INFLIGHT_FD: u32 = FrontendReq::SET_INFLIGHT_FD as u32;
 /// The protocol feature that the crate lacks.
 const INFLIGHT_SHMFD: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
 
+/// How long the rest of a message may take, and the front-end to take one of ours.
+const MESSAGE_PATIENCE: Duration = Duration::from_secs(5);
+
 /// A memory table's header (number of regions, padding) and the length of one region's description.
 const TABLE_HEADER_BYTES: usize = 8;
 const REGION_BYTES: usize = 32;
@@ -35,6 +40,8 @@ const REGION_BYTES: usize = 32;
 pub(super) struct Relay<'a> {
     front_end: &'a UnixStream,
     crate_end: UnixStream,
+    /// Readable once the session is to end.
+    stop: &'a EventFd,
     inflight: &'a Inflight,
     /// For each GET_FEATURES that the crate has not answered: what the front-end is to get in place of the answer. `None`:
     /// the answer itself; `Some(None)`: nothing.
@@ -43,23 +50,29 @@ pub(super) struct Relay<'a> {
 
 impl<'a> Relay<'a> {
     /// A relay between a front-end and the crate.
-    pub fn new(front_end: &'a UnixStream, crate_end: UnixStream, inflight: &'a Inflight) -> Self {
-        Self { front_end, crate_end, inflight, exchanged: VecDeque::new() }
+    pub fn new(front_end: &'a UnixStream, crate_end: UnixStream, stop: &'a EventFd, inflight: &'a Inflight) -> Self {
+        Self { front_end, crate_end, stop, inflight, exchanged: VecDeque::new() }
     }
 
-    /// Carries messages until one end hangs up.
+    /// Carries messages until one end hangs up, or the session is to end.
     ///
     /// # Errors
-    /// What a socket says, or what is wrong with a message that is answered here.
+    /// What a socket says, or what is wrong with a message that is answered here. A front-end that stalls in the middle of a
+    /// message is one that is lost.
     pub fn run(mut self) -> io::Result<()> {
+        self.front_end.set_read_timeout(Some(MESSAGE_PATIENCE))?;
+        self.front_end.set_write_timeout(Some(MESSAGE_PATIENCE))?;
         loop {
-            let (from_crate, from_front_end) = readable(&self.crate_end, self.front_end)?;
+            let [stop, from_crate, from_front_end] = readable([self.stop, &self.crate_end, self.front_end])?;
+            if stop {
+                return Ok(());
+            }
             if from_crate {
                 let Some(message) = Message::receive(&self.crate_end)? else { return Ok(()) };
                 self.answer(message)?;
             }
             if from_front_end {
-                let Some(message) = Message::receive(self.front_end)? else { return Ok(()) };
+                let Some(message) = Message::receive(self.front_end).map_err(or_stalled)? else { return Ok(()) };
                 self.ask(message)?;
             }
         }
@@ -103,7 +116,15 @@ impl<'a> Relay<'a> {
             },
             _ => {}
         }
-        message.send(self.front_end)
+        message.send(self.front_end).map_err(or_stalled)
+    }
+}
+
+/// What a socket's error means where [`MESSAGE_PATIENCE`] is its limit.
+fn or_stalled(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::Error::new(io::ErrorKind::TimedOut, "it stalls in the middle of a message"),
+        _ => error,
     }
 }
 
@@ -132,17 +153,15 @@ fn sort_table(message: &mut Message) {
     }
 }
 
-/// Waits until one of the two has something to say, or has hung up.
-fn readable(one: &UnixStream, other: &UnixStream) -> io::Result<(bool, bool)> {
-    let interest =
-        |stream: &UnixStream| libc::pollfd { fd: stream.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let mut polled = [interest(one), interest(other)];
+/// Waits until one of them has something to say, or has hung up.
+fn readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
+    let mut polled = descriptors.map(|one| libc::pollfd { fd: one.as_raw_fd(), events: libc::POLLIN, revents: 0 });
     // SAFETY: the array is ours and its length is right.
-    while unsafe { libc::poll(polled.as_mut_ptr(), 2, -1) } < 0 {
+    while unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, -1) } < 0 {
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
     }
-    Ok((polled[0].revents != 0, polled[1].revents != 0))
+    Ok(polled.map(|one| one.revents != 0))
 }

@@ -18,6 +18,7 @@ use vm_memory::GuestAddressSpace;
 use super::Memory;
 use super::inflight::Inflight;
 use crate::device::control::Workers;
+use crate::device::inflight::RingTrack;
 use crate::device::{Command, Device, RingSetup};
 
 thread_local! {
@@ -57,8 +58,12 @@ impl Session {
         }
     }
 
-    /// A ring starts. If all rings begin at the beginning, so does the guest: it has nothing to lose.
-    fn ring_starts(&self) {
+    /// Ring `index` starts. If all rings begin at the beginning, so does the guest: it has nothing to lose.
+    fn ring_starts(&self, index: u16, setup: &RingSetup) {
+        // Indices wrap: a ring may be at 0 in the middle of a guest's life. The region tells, where there is one.
+        if setup.track.as_ref().is_some_and(RingTrack::is_kept) {
+            self.resumed.fetch_or(1 << index, Ordering::AcqRel);
+        }
         let arena = &self.device.arena;
         if arena.is_lost() && self.resumed.load(Ordering::Acquire) == 0 {
             info!("{}: the guest begins anew, and is served again", self.device.name);
@@ -159,7 +164,7 @@ impl ControlRing {
             memory: self.link.memory.memory().into_inner(),
             track: self.link.session.inflight.of_ring(index, queue.size()),
         };
-        self.link.session.ring_starts();
+        self.link.session.ring_starts(index, &setup);
         let worker = self.link.session.workers.of_ring(index);
         worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
     }

@@ -2,17 +2,17 @@
 
 use std::fs;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
 
 use log::{error, info, warn};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::Memory;
 use super::backend::Backend;
@@ -58,15 +58,18 @@ pub struct Server {
     queue_size: u16,
     listener: UnixListener,
     stopped: AtomicBool,
-    /// The front-end that is served now; shutting it down ends the session.
-    front_end: Mutex<Option<Arc<UnixStream>>>,
+    /// The same, for the session that is going on: readable once it is to end.
+    stop: EventFd,
 }
 
 impl Server {
     /// A server that does not serve yet.
-    pub fn new(device: Arc<Device>, workers: Arc<Workers>, queue_size: u16, listener: UnixListener) -> Self {
-        let (stopped, front_end) = (AtomicBool::new(false), Mutex::default());
-        Self { device, workers, queue_size, listener, stopped, front_end }
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the host refuses a descriptor.
+    pub fn new(device: Arc<Device>, workers: Arc<Workers>, queue_size: u16, listener: UnixListener) -> Result<Self> {
+        let stop = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd", e))?;
+        Ok(Self { device, workers, queue_size, listener, stopped: AtomicBool::new(false), stop })
     }
 
     /// Serves front-ends until [`Server::stop`]; when it returns, no ring runs.
@@ -81,32 +84,26 @@ impl Server {
     }
 
     /// Ends the connection, and [`Server::serve`].
+    ///
+    /// => The front-end is hung up on when every ring has answered what it took, not before: it looks at the used rings then,
+    ///    to tell the next daemon where to go on.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
+        // Nobody reads it, and it does not overflow.
+        let _ = self.stop.write(1);
         // SAFETY: a plain system call on our own descriptor; a thread that waits in accept() returns with an error.
         unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
-        if let Some(front_end) = &*self.front_end() {
-            // It may have hung up already.
-            let _ = front_end.shutdown(Shutdown::Both);
-        }
-    }
-
-    fn front_end(&self) -> MutexGuard<'_, Option<Arc<UnixStream>>> {
-        self.front_end.lock().expect("nobody panics holding this")
     }
 
     /// Waits for a front-end and serves it until it hangs up.
     fn serve_one(&self) -> io::Result<()> {
         let front_end = match self.listener.accept() {
-            Ok((stream, _)) => Arc::new(stream),
+            Ok((stream, _)) => stream,
             Err(_) if self.stopped.load(Ordering::Acquire) => return Ok(()),
             Err(e) => return Err(e),
         };
         info!("{}: a front-end is attached", self.device.name);
-        *self.front_end() = Some(Arc::clone(&front_end));
-        // Who stopped us before that has found nothing to shut down.
-        let ended = if self.stopped.load(Ordering::Acquire) { Ok(()) } else { self.session(&front_end) };
-        *self.front_end() = None;
+        let ended = self.session(&front_end);
         self.workers.set_memory(&Arc::new(GuestRam::new()));
         self.detached(ended);
         Ok(())
@@ -122,7 +119,7 @@ impl Server {
         let (daemon, rings) = making_rings_for(&session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| refused(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| refused(&e))?;
-        let relayed = Relay::new(front_end, crate_end, &session.inflight).run();
+        let relayed = Relay::new(front_end, crate_end, &self.stop, &session.inflight).run();
         let served = daemon.wait();
         for ring in &rings {
             ring.close();

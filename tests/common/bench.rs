@@ -43,6 +43,11 @@ impl Bench {
         &self.image
     }
 
+    /// Where front-ends connect.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// A client with so many queues.
     pub fn client(&self, queues: u16) -> Client {
         let queues = queues.into();

@@ -251,6 +251,11 @@ impl Ring {
         }
     }
 
+    /// The driver's `avail.idx`.
+    pub fn avail_idx(&self) -> u16 {
+        self.next_avail
+    }
+
     /// The device's `used.idx`.
     pub fn used_idx(&self) -> u16 {
         self.memory.word(self.used + 2).load(Ordering::Acquire)

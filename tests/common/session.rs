@@ -1,9 +1,11 @@
 //! A front-end's connection with rings of our own on it, built step by step so that a test can stop half way.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -15,7 +17,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use super::guest_memory::GuestMemory;
 use super::raw_message::{self, FLAG_NEED_REPLY, Reply};
 use super::raw_ring::Ring;
-use super::wait::{PATIENCE, poll_until};
+use super::wait::{PATIENCE, poll_until, readable};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -36,6 +38,16 @@ fn known_features() -> u64 {
     let block = feature(VIRTIO_BLK_F_WRITE_ZEROES + 1) - 1;
     let rings = feature(VIRTIO_RING_F_INDIRECT_DESC) | feature(VIRTIO_RING_F_EVENT_IDX);
     block | rings | feature(VIRTIO_F_VERSION_1) | PROTOCOL_FEATURES
+}
+
+/// The protocol features that this front-end uses.
+fn wanted() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// What a front-end asks for.
@@ -126,26 +138,42 @@ impl Session {
         session
     }
 
+    /// As [`Session::reconnect`], in the order of cloud-hypervisor: it does not ask for the protocol features again, and sets
+    /// them before the others.
+    #[track_caller]
+    pub fn reconnect_unasked(self, socket: &Path) -> Self {
+        let Self { frontend, socket: old, memory, rings, features, protocol, .. } = self;
+        drop((frontend, old));
+        let (stream, mut frontend, offered) = Self::greet(socket);
+        frontend.set_protocol_features(protocol & wanted()).expect("SET_PROTOCOL_FEATURES");
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        frontend.set_features(features).expect("SET_FEATURES");
+        let mut session = Self { frontend, socket: stream, memory, rings, offered, features, protocol };
+        session.share_memory();
+        session
+    }
+
     #[track_caller]
     fn negotiate_for(socket: &Path, features: u64, memory: Arc<GuestMemory>, rings: Vec<Ring>) -> Self {
-        let stream = connect(socket);
-        // The crate's own limit on ring numbers is out of the way: the daemon must have one itself.
-        let mut frontend = Frontend::from_stream(stream.try_clone().expect("a socket can be duplicated"), 1 << 16);
-        frontend.set_owner().expect("SET_OWNER");
-        let offered = frontend.get_features().expect("GET_FEATURES");
-        assert_ne!(offered & PROTOCOL_FEATURES, 0, "protocol features are offered");
+        let (stream, mut frontend, offered) = Self::greet(socket);
         let features = offered & features;
         frontend.set_features(features).expect("SET_FEATURES");
         let protocol = frontend.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
-        let wanted = VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
-        frontend.set_protocol_features(protocol & wanted).expect("SET_PROTOCOL_FEATURES");
+        frontend.set_protocol_features(protocol & wanted()).expect("SET_PROTOCOL_FEATURES");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         Self { frontend, socket: stream, memory, rings, offered, features, protocol }
+    }
+
+    /// A connection on which nothing is agreed yet, and the virtio features that are offered.
+    #[track_caller]
+    fn greet(socket: &Path) -> (UnixStream, Frontend, u64) {
+        let stream = connect(socket);
+        // The crate's own limit on ring numbers is out of the way: the daemon must have one itself.
+        let frontend = Frontend::from_stream(stream.try_clone().expect("a socket can be duplicated"), 1 << 16);
+        frontend.set_owner().expect("SET_OWNER");
+        let offered = frontend.get_features().expect("GET_FEATURES");
+        assert_ne!(offered & PROTOCOL_FEATURES, 0, "protocol features are offered");
+        (stream, frontend, offered)
     }
 
     /// Shares every region of the guest's memory.
@@ -190,6 +218,11 @@ impl Session {
     pub fn stop_ring(&mut self, index: usize) -> u16 {
         let base = self.frontend.get_vring_base(index).expect("GET_VRING_BASE");
         u16::try_from(base).expect("a split ring's base is 16 bits wide")
+    }
+
+    /// Whether the daemon has ended the connection; no reply may be on its way.
+    pub fn has_hung_up(&self) -> bool {
+        readable(&[self.socket.as_raw_fd()], Duration::ZERO)
     }
 
     /// True if feature `number` is in force.

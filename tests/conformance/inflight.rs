@@ -18,6 +18,7 @@ use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 const QUEUE_SIZE: u16 = 128;
 /// The specification's layout of a ring's part: where its fields are, and how long a descriptor's state is.
+const VERSION: u64 = 8;
 const LAST_BATCH_HEAD: u64 = 12;
 const USED_IDX: u64 = 14;
 const DESCRIPTORS: u64 = 16;
@@ -44,6 +45,7 @@ fn session_with_region(daemon: &Daemon) -> (Session, VhostUserInflight, File) {
 
 /// Notes in the region that a daemon took the chain at `head` as its `counter`th.
 fn mark(file: &File, head: u16, counter: u64) {
+    file.write_all_at(&1_u16.to_le_bytes(), VERSION).expect("the region can be written");
     let state = DESCRIPTORS + u64::from(head) * DESCRIPTOR_BYTES;
     file.write_all_at(&[1], state).expect("the region can be written");
     file.write_all_at(&counter.to_le_bytes(), state + COUNTER).expect("the region can be written");
@@ -106,6 +108,35 @@ fn what_a_predecessor_owes_is_answered_once_and_in_order() {
         assert!(late.is_none(), "nothing more is answered");
         assert_eq!(session.read(0, 512), pattern(3, 0, 512), "the one taken last was done last");
         assert!(marked(&file).is_empty(), "nothing is owed any more");
+    }
+}
+
+/// Where a ring goes on is decided by the used ring and the region, not by what the front-end says: QEMU says where the
+/// used ring was when the connection broke, cloud-hypervisor where the available ring is.
+#[test]
+fn a_ring_goes_on_after_what_was_answered_whatever_base_the_front_end_gives() {
+    for base in [0, 1, 4] {
+        let daemon = start();
+        let (mut session, region, file) = session_with_region(&daemon);
+        session.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
+        session.start_ring(0);
+        session.stop_ring(0);
+        let writes = four_writes(&mut session);
+        // The predecessor has answered two requests and owes none.
+        for (entry, write) in (0..).zip(&writes[..2]) {
+            answer_as_predecessor(&session, entry, write.head);
+        }
+        file.write_all_at(&2_u16.to_le_bytes(), USED_IDX).expect("the region can be written");
+        session.set_up_ring(0, base);
+        session.enable_ring(0, true);
+        assert_eq!(session.wait_for(0, 4).len(), 4, "base {base}: each once");
+        for (n, write) in writes.iter().enumerate() {
+            let done = session.memory.byte(write.status) == OK;
+            assert_eq!(done, n >= 2, "base {base}: write {n} is done by who has not yet answered it");
+        }
+        let late = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != 4).then_some(()));
+        assert!(late.is_none(), "base {base}: nothing is answered twice");
+        assert_eq!(session.stop_ring(0), 4);
     }
 }
 

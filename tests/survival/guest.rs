@@ -1,10 +1,11 @@
 //! A guest that outlives its disk's daemon: rings and memory stay when the daemon dies, and the front-end hands the next one
-//! the inflight region, as QEMU does. It keeps a copy of what it wrote, and looks at every answer.
+//! the inflight region. It keeps a copy of what it wrote, and looks at every answer.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
 use virtio_bindings::virtio_blk::{
@@ -14,9 +15,9 @@ use virtio_bindings::virtio_blk::{
 use crate::common::SECTOR_BYTES;
 use crate::common::daemon::Daemon;
 use crate::common::prng::Prng;
-use crate::common::raw_ring::Segment;
+use crate::common::raw_ring::{Ring, Segment};
 use crate::common::request::{OK, header, pattern, range};
-use crate::common::session::{Session, SessionOptions};
+use crate::common::session::{Session, SessionOptions, ring_addresses};
 use crate::common::wait::PATIENCE;
 
 /// Requests in flight over all rings.
@@ -25,6 +26,15 @@ const RINGS: usize = 4;
 const RING_SIZE: u16 = 128;
 /// Sectors of the longest request.
 const SECTORS_MAX: u64 = 64;
+
+/// Whose way it is to hand a guest's rings to the next daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrontEnd {
+    /// From where the used ring was when the connection broke, with a kick.
+    Qemu,
+    /// From where the available ring is, without one (`reinitialize_vhost_user`).
+    CloudHypervisor,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -58,6 +68,7 @@ struct Slot {
 
 /// See the module.
 pub struct Guest {
+    front_end: FrontEnd,
     session: Option<Session>,
     region: (VhostUserInflight, File),
     slots: Vec<Slot>,
@@ -69,7 +80,7 @@ pub struct Guest {
 
 impl Guest {
     /// Attaches to a disk of zeros.
-    pub fn attach(daemon: &Daemon, sectors: u64, seed: u64) -> Self {
+    pub fn attach(front_end: FrontEnd, daemon: &Daemon, sectors: u64, seed: u64) -> Self {
         let options = SessionOptions { queues: RINGS, ..SessionOptions::default() };
         let mut session = Session::negotiate(&daemon.socket(), &options);
         session.share_memory();
@@ -91,28 +102,66 @@ impl Guest {
         }
         let disk = vec![Some(0); sectors as usize];
         let prng = Prng::new(seed);
-        Self { session: Some(session), region, slots, disk, prng, marks: 0, completed: 0 }
+        Self { front_end, session: Some(session), region, slots, disk, prng, marks: 0, completed: 0 }
     }
 
     fn session(&mut self) -> &mut Session {
         self.session.as_mut().expect("there is one but while it changes")
     }
 
-    /// The daemon is another one: hands it memory, rings and the inflight region.
-    pub fn reconnect(&mut self, daemon: &Daemon) {
+    /// Goes on sending until the daemon hangs up; then it is another one, started by `restart`: hands it memory, rings and the
+    /// inflight region. Requests are sent in between, too.
+    pub fn reconnect(&mut self, daemon: &mut Daemon, restart: impl FnOnce(&mut Daemon)) {
+        self.run_until(|guest| guest.session().has_hung_up());
+        // Here QEMU looks at the used rings; nobody may add to them any more.
+        let used: Vec<u16> = self.session().rings.iter().map(Ring::used_idx).collect();
+        restart(daemon);
+        self.run(Instant::now() + Duration::from_millis(1));
         let old = self.session.take().expect("there is one");
+        self.session = Some(match self.front_end {
+            FrontEnd::Qemu => self.as_qemu(old, daemon, &used),
+            FrontEnd::CloudHypervisor => self.as_cloud_hypervisor(old, daemon),
+        });
+    }
+
+    fn as_qemu(&self, old: Session, daemon: &Daemon, used: &[u16]) -> Session {
         let mut session = old.reconnect(&daemon.socket());
         session.frontend.set_inflight_fd(&self.region.0, self.region.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
-        for index in 0..RINGS {
-            session.start_ring(index);
+        for (index, &base) in used.iter().enumerate() {
+            session.set_up_ring(index, base);
+            session.enable_ring(index, true);
             session.rings[index].notify();
         }
-        self.session = Some(session);
+        session
+    }
+
+    /// Message by message as its `setup_vhost_user` does.
+    fn as_cloud_hypervisor(&self, old: Session, daemon: &Daemon) -> Session {
+        let mut session = old.reconnect_unasked(&daemon.socket());
+        let Session { frontend, rings, .. } = &mut session;
+        for (index, ring) in rings.iter().enumerate() {
+            frontend.set_vring_num(index, ring.size()).expect("SET_VRING_NUM");
+        }
+        frontend.set_inflight_fd(&self.region.0, self.region.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
+        for (index, ring) in rings.iter().enumerate() {
+            frontend.set_vring_addr(index, &ring_addresses(ring)).expect("SET_VRING_ADDR");
+            frontend.set_vring_base(index, ring.avail_idx()).expect("SET_VRING_BASE");
+            frontend.set_vring_call(index, &ring.call).expect("SET_VRING_CALL");
+            frontend.set_vring_kick(index, &ring.kick).expect("SET_VRING_KICK");
+        }
+        for index in 0..RINGS {
+            frontend.set_vring_enable(index, true).expect("SET_VRING_ENABLE");
+        }
+        session
     }
 
     /// Sends and receives until `until`.
     pub fn run(&mut self, until: Instant) {
-        while Instant::now() < until {
+        self.run_until(|_| Instant::now() >= until);
+    }
+
+    fn run_until(&mut self, is_over: impl Fn(&mut Self) -> bool) {
+        while !is_over(self) {
             for slot in 0..DEPTH {
                 if self.slots[slot].request.is_none() {
                     self.send(slot);

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::common::daemon::{Daemon, TempDir, run_to_end, server_binary};
+use super::common::daemon::{TempDir, run_to_end, server_binary};
+use super::guest::FrontEnd;
 use super::{start_in, survives, write_and_die};
 
 /// The host's huge pages of 2 MiB, how many there are and how many of them nobody uses.
@@ -54,7 +55,7 @@ fn a_cache_in_huge_pages_survives_and_ends_as_any_other() {
         return;
     };
     let device = "num_queues = 4\ncache.size = \"6M\"\ncache.survive = \"always\"";
-    let mut daemon = survives(start_in(directory, device), 3, 205, Daemon::kill);
+    let mut daemon = survives(start_in(directory, device), FrontEnd::Qemu, (libc::SIGKILL, 3), 205, |_| {});
     assert_eq!(number(FREE), 8, "an orderly end gives the pages back");
 
     // Another shape needs the pages of the first: they must be free when its contents are on the image.

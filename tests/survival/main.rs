@@ -24,7 +24,7 @@ use common::prng::{Prng, seed};
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
 use common::wait::PATIENCE;
-use guest::Guest;
+use guest::{FrontEnd, Guest};
 
 const IMAGE_BYTES: u64 = 16 << 20;
 const IMAGE_SECTORS: u64 = IMAGE_BYTES / SECTOR_BYTES as u64;
@@ -50,16 +50,27 @@ fn make_image(directory: &TempDir) {
     File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
 }
 
-/// A daemon on a new image is ended by `end` and started again, over and over, under load.
-fn survives(mut daemon: Daemon, times: u64, default_seed: u64, end: impl Fn(&mut Daemon)) -> Daemon {
+/// A daemon on a new image is ended by `signal` and started again, over and over, under load. `ended` looks at what it has
+/// left.
+fn survives(
+    mut daemon: Daemon,
+    front_end: FrontEnd,
+    (signal, times): (i32, u64),
+    default_seed: u64,
+    ended: impl Fn(&mut Daemon),
+) -> Daemon {
     let seed = seed(default_seed);
     let mut prng = Prng::new(seed);
-    let mut guest = Guest::attach(&daemon, IMAGE_SECTORS, seed);
+    let mut guest = Guest::attach(front_end, &daemon, IMAGE_SECTORS, seed);
     for round in 0..times {
         guest.run(Instant::now() + Duration::from_micros(prng.below(120_000)));
-        end(&mut daemon);
-        daemon.restart();
-        guest.reconnect(&daemon);
+        daemon.signal(signal);
+        guest.reconnect(&mut daemon, |daemon| {
+            let status = daemon.wait();
+            assert_eq!(status.success(), signal != libc::SIGKILL, "{}", daemon.log());
+            ended(daemon);
+            daemon.restart();
+        });
         guest.check_everything();
         assert!(guest.completed > round, "the guest does something");
     }
@@ -76,30 +87,49 @@ fn stop_and_compare(guest: &Guest, daemon: &mut Daemon) {
     assert!(daemon.directory().left().is_empty(), "an orderly end leaves nothing in memory");
 }
 
+/// How often a test kills the daemon.
+fn killed() -> (i32, u64) {
+    (libc::SIGKILL, kills())
+}
+
+/// What an upgrade leaves.
+fn one_cache(daemon: &mut Daemon) {
+    assert_eq!(daemon.directory().left().len(), 1, "the cache is left for the next daemon");
+}
+
 #[test]
 fn completed_writes_survive_kills() {
-    survives(start("num_queues = 4\ncache.size = \"6M\""), kills(), 201, Daemon::kill);
+    survives(start("num_queues = 4\ncache.size = \"6M\""), FrontEnd::Qemu, killed(), 201, |_| {});
+}
+
+#[test]
+fn completed_writes_survive_kills_under_cloud_hypervisor() {
+    survives(start("num_queues = 4\ncache.size = \"6M\""), FrontEnd::CloudHypervisor, killed(), 208, |_| {});
 }
 
 #[test]
 fn completed_writes_survive_kills_of_two_workers() {
-    survives(start("num_queues = 4\nworkers = 2\ncache.size = \"6M\""), kills(), 202, Daemon::kill);
+    let daemon = start("num_queues = 4\nworkers = 2\ncache.size = \"6M\"");
+    survives(daemon, FrontEnd::Qemu, killed(), 202, |_| {});
 }
 
 #[test]
 fn completed_writes_survive_kills_of_threads() {
-    survives(start("num_queues = 4\nengine = \"threads\"\ncache.size = \"32M\""), kills(), 203, Daemon::kill);
+    let daemon = start("num_queues = 4\nengine = \"threads\"\ncache.size = \"32M\"");
+    survives(daemon, FrontEnd::Qemu, killed(), 203, |_| {});
+}
+
+#[test]
+fn upgrades_under_cloud_hypervisor_leave_the_guest_unharmed() {
+    let daemon = start("num_queues = 4\ncache.size = \"6M\"");
+    survives(daemon, FrontEnd::CloudHypervisor, (libc::SIGUSR1, 5), 209, one_cache);
 }
 
 #[test]
 fn an_upgrade_keeps_the_cache_warm_and_the_guest_unharmed() {
-    let hand_over = |daemon: &mut Daemon| {
-        daemon.signal(libc::SIGUSR1);
-        assert!(daemon.wait().success(), "{}", daemon.log());
-        assert_eq!(daemon.directory().left().len(), 1, "the cache is left for the next daemon");
-    };
     // Large enough for the whole image.
-    let daemon = survives(start("num_queues = 4\ncache.size = \"32M\""), 5, 204, hand_over);
+    let daemon = start("num_queues = 4\ncache.size = \"32M\"");
+    let daemon = survives(daemon, FrontEnd::Qemu, (libc::SIGUSR1, 5), 204, one_cache);
     let pages = |line: &str| {
         let (before, _) = line.split_once(" pages are taken over")?;
         before.rsplit(' ').next()?.parse::<u64>().ok()

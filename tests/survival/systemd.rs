@@ -18,7 +18,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use super::common::daemon::{Daemon, TempDir, run_to_end, server_binary};
 use super::common::request::{Payload, assert_serves, pattern};
 use super::common::session::{Session, SessionOptions};
-use super::{IOERR, kills, make_image, survives, write_and_die};
+use super::guest::FrontEnd;
+use super::{IOERR, killed, make_image, survives, write_and_die};
 
 /// Where the descriptors begin that a service manager hands over.
 const FIRST: i32 = 3;
@@ -170,12 +171,11 @@ const DEVICE: &str = "num_queues = 4\ncache.memory_dir = \"systemd\"\ncache.surv
 fn completed_writes_survive_kills_with_the_cache_in_the_store() {
     let systemd = Systemd::new(1);
     let daemon = systemd.start(&format!("{DEVICE}\ncache.size = \"6M\""));
-    let kill = |daemon: &mut Daemon| {
-        daemon.kill();
+    let ended = |daemon: &mut Daemon| {
         assert!(systemd.kept()[0].starts_with("genblk-cache-"), "{:?}", systemd.kept());
         systemd.hand_over(daemon);
     };
-    let daemon = survives(daemon, kills(), 206, kill);
+    let daemon = survives(daemon, FrontEnd::Qemu, killed(), 206, ended);
     assert!(systemd.kept().is_empty(), "an orderly end leaves nothing in the store");
     assert!(daemon.log().contains(" pages are taken over from a daemon that is gone"), "{}", daemon.log());
 }
@@ -184,13 +184,11 @@ fn completed_writes_survive_kills_with_the_cache_in_the_store() {
 fn an_upgrade_leaves_the_cache_in_the_store() {
     let systemd = Systemd::new(1);
     let daemon = systemd.start(&format!("{DEVICE}\ncache.size = \"32M\""));
-    let hand_over = |daemon: &mut Daemon| {
-        daemon.signal(libc::SIGUSR1);
-        assert!(daemon.wait().success(), "{}", daemon.log());
+    let ended = |daemon: &mut Daemon| {
         assert_eq!(systemd.kept().len(), 1, "the cache is left for the next daemon");
         systemd.hand_over(daemon);
     };
-    survives(daemon, 3, 207, hand_over);
+    survives(daemon, FrontEnd::Qemu, (libc::SIGUSR1, 3), 207, ended);
     assert_eq!(systemd.told(), ["READY=1", "STOPPING=1"].repeat(4), "each daemon says when it serves and when it ends");
 }
 

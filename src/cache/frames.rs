@@ -2,6 +2,9 @@
 //!
 //! A frame is held by residency (its page), by pins (copies to and from guests under way), and by store operations in
 //! flight. Whoever takes a reference gives it back; at none the frame is free.
+//!
+//! What became free first is taken first. So frames in a row, which left the cache together, come back in a row: a read
+//! into them is one segment for the store, and their bytes are copied in one piece.
 
 use crate::units::FrameId;
 
@@ -12,7 +15,9 @@ const END: u32 = FREE - 1;
 #[derive(Debug)]
 pub(super) struct Frames {
     words: Vec<u32>,
+    /// The next frame to be taken, and the last; [`END`] where none is free.
     free_head: u32,
+    free_tail: u32,
     free_count: u32,
 }
 
@@ -21,7 +26,7 @@ impl Frames {
     pub fn new(count: u32) -> Self {
         assert!(count > 0 && count < END, "a cache has 1 to 2^31 frames");
         let words = (1..=count).map(|next| FREE | if next == count { END } else { next }).collect();
-        Self { words, free_head: 0, free_count: count }
+        Self { words, free_head: 0, free_tail: count - 1, free_count: count }
     }
 
     /// Takes these frames, with one reference each, out of an allocator that has given out none.
@@ -31,13 +36,23 @@ impl Frames {
         for frame in claimed {
             self.words[frame.index()] = 1;
         }
-        self.free_head = END;
-        self.free_count = 0;
-        for frame in (0..self.total()).rev().filter(|&frame| self.words[frame as usize] == 0).collect::<Vec<_>>() {
-            self.words[frame as usize] = FREE | self.free_head;
-            self.free_head = frame;
-            self.free_count += 1;
+        (self.free_head, self.free_tail, self.free_count) = (END, END, 0);
+        for frame in 0..self.total() {
+            if self.words[frame as usize] == 0 {
+                self.put(frame);
+            }
         }
+    }
+
+    /// Puts a frame behind those that are free.
+    fn put(&mut self, frame: u32) {
+        self.words[frame as usize] = FREE | END;
+        match self.free_tail {
+            END => self.free_head = frame,
+            tail => self.words[tail as usize] = FREE | frame,
+        }
+        self.free_tail = frame;
+        self.free_count += 1;
     }
 
     /// Takes a free frame, with one reference.
@@ -47,6 +62,9 @@ impl Frames {
         }
         let frame = self.free_head;
         self.free_head = self.words[frame as usize] & !FREE;
+        if self.free_head == END {
+            self.free_tail = END;
+        }
         self.words[frame as usize] = 1;
         self.free_count -= 1;
         Some(FrameId(frame))
@@ -65,9 +83,7 @@ impl Frames {
         assert!(*word & FREE == 0 && *word > 0, "{frame:?} is released once too often");
         *word -= 1;
         if *word == 0 {
-            *word = FREE | self.free_head;
-            self.free_head = frame.0;
-            self.free_count += 1;
+            self.put(frame.0);
         }
     }
 
@@ -110,6 +126,20 @@ mod tests {
         frames.release(a);
         assert_eq!(frames.free(), 1);
         assert_eq!(frames.take(), Some(a));
+    }
+
+    #[test]
+    fn frames_come_back_in_the_order_in_which_they_went() {
+        let mut frames = Frames::new(8);
+        let held: Vec<FrameId> = std::iter::from_fn(|| frames.take()).collect();
+        assert_eq!(held, (0..8).map(FrameId).collect::<Vec<_>>());
+        for frame in [4, 5, 6, 0, 1].map(FrameId) {
+            frames.release(frame);
+        }
+        assert_eq!(std::iter::from_fn(|| frames.take()).collect::<Vec<_>>(), [4, 5, 6, 0, 1].map(FrameId));
+        let mut claimed = Frames::new(4);
+        claimed.claim([FrameId(1)]);
+        assert_eq!(std::iter::from_fn(|| claimed.take()).collect::<Vec<_>>(), [0, 2, 3].map(FrameId));
     }
 
     #[test]

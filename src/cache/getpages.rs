@@ -60,12 +60,13 @@ impl PageCache {
         let stopped = self.failing.stopped();
         let mut at = access.from;
         let mut missed = false;
-        let mut marker = None;
+        let (mut marker, mut previous) = (None, None);
         while let Some(step) = access.step(at) {
             if self.keeps_off(step.no) {
                 break;
             }
-            match self.pages.find(step.no) {
+            previous = self.pages.find_after(previous, step.no);
+            match previous {
                 Some(id) if self.pages[id].valid.contains(step.mask()) => {
                     marker = marker.or(self.hit(id, step, pieces));
                 }

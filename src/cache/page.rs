@@ -154,11 +154,19 @@ impl Page {
     }
 }
 
+/// The number of a slot's page while it has none.
+const NOWHERE: PageNo = PageNo((1 << 48) - 1);
+
 /// All pages in memory, found by number. Slots are as many as frames, so inserting never allocates.
+///
+/// => The slot that became free first is taken first: pages that follow each other came in, and go, together, and lie side
+///    by side as long as nothing comes between them.
 #[derive(Debug)]
 pub(super) struct PageTable {
     slots: Vec<Page>,
+    /// The next slot to be taken, and the last, chained by `waiters`; [`NONE`] where none is free.
     free: u32,
+    free_last: u32,
     resident: u32,
     index: HashTable<u32>,
 }
@@ -172,16 +180,25 @@ fn hash(no: PageNo) -> u64 {
 impl PageTable {
     /// A table for at most `pages` pages.
     pub fn new(pages: u32) -> Self {
-        let mut slots = vec![Page::new(PageNo(0)); pages as usize];
+        let mut slots = vec![Page::new(NOWHERE); pages as usize];
         for (next, slot) in (1..).zip(&mut slots) {
             slot.waiters = if next == pages { NONE } else { next };
         }
-        Self { slots, free: 0, resident: 0, index: HashTable::with_capacity(pages as usize) }
+        Self { slots, free: 0, free_last: pages - 1, resident: 0, index: HashTable::with_capacity(pages as usize) }
     }
 
     /// The page with this number, if it is in memory.
     pub fn find(&self, no: PageNo) -> Option<PageId> {
         self.index.find(hash(no), |&id| self.slots[id as usize].no() == no).map(|&id| PageId(id))
+    }
+
+    /// As [`PageTable::find`], where the page before it was found in `previous`: most often it lies in the next slot.
+    pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
+        let guess = previous.map(|previous| PageId(previous.0 + 1));
+        match guess.filter(|guess| self.slots.get(guess.index()).is_some_and(|page| page.no() == no)) {
+            None => self.find(no),
+            found => found,
+        }
     }
 
     /// Makes a slot for a page that is not in the table; `None` if every slot is taken.
@@ -193,6 +210,9 @@ impl PageTable {
         let id = self.free;
         let slot = &mut self.slots[id as usize];
         self.free = slot.waiters;
+        if self.free == NONE {
+            self.free_last = NONE;
+        }
         *slot = Page::new(no);
         let slots = &self.slots;
         self.index.insert_unique(hash(no), id, |&id| hash(slots[id as usize].no()));
@@ -205,11 +225,12 @@ impl PageTable {
         let no = self.slots[id.index()].no();
         let entry = self.index.find_entry(hash(no), |&other| other == id.0);
         entry.expect("a page that is removed is in the index").remove();
-        let slot = &mut self.slots[id.index()];
-        slot.waiters = self.free;
-        slot.frame = NONE;
-        slot.flags = 0;
-        self.free = id.0;
+        self.slots[id.index()] = Page::new(NOWHERE);
+        match self.free_last {
+            NONE => self.free = id.0,
+            last => self.slots[last as usize].waiters = id.0,
+        }
+        self.free_last = id.0;
         self.resident -= 1;
     }
 
@@ -265,5 +286,23 @@ mod tests {
         assert_eq!(table.find(PageNo(7)), None);
         assert_eq!(table.insert(PageNo(9)), Some(ids[1]));
         assert_eq!(table.len(), 3);
+    }
+
+    #[test]
+    fn a_page_is_found_from_the_one_before_it_wherever_it_lies() {
+        let mut table = PageTable::new(8);
+        let ids: Vec<PageId> = [4, 5, 6, 9].into_iter().map(|no| table.insert(PageNo(no)).unwrap()).collect();
+        assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), Some(ids[1]), "in the next slot");
+        assert_eq!(table.find_after(Some(ids[3]), PageNo(5)), Some(ids[1]), "elsewhere");
+        assert_eq!(table.find_after(None, PageNo(5)), Some(ids[1]));
+        assert_eq!(table.find_after(Some(ids[2]), PageNo(7)), None, "another page lies there");
+        table.remove(ids[1]);
+        assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), None, "it has gone");
+        assert_eq!(table.find_after(Some(PageId(7)), PageNo(4)), Some(ids[0]), "there is no next slot");
+        // Slots come back in the order in which they became free.
+        table.remove(ids[0]);
+        let taken: Vec<u32> = (20..26).map(|no| table.insert(PageNo(no)).unwrap().0).collect();
+        assert_eq!(taken, [4, 5, 6, 7, 1, 0]);
+        assert_eq!(table.insert(PageNo(30)), None);
     }
 }

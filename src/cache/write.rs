@@ -27,11 +27,12 @@ impl PageCache {
             return Admitted::Refused(at, fault);
         }
         let must_queue = !access.resumed && !self.stalled.is_empty();
+        let mut previous = None;
         while let Some(step) = access.step(at) {
             if must_queue || self.keeps_off(step.no) {
                 break;
             }
-            let found = self.pages.find(step.no);
+            let found = self.pages.find_after(previous, step.no);
             let adds_dirt = found.is_none_or(|id| !self.dirty.counts(&self.pages[id]));
             if adds_dirt && !self.has_room_for_dirt(found) {
                 if let Some(fault) = self.failing.reported() {
@@ -51,6 +52,7 @@ impl PageCache {
             let frame = self.pages[id].frame().expect("a page being written has a frame");
             self.frames.hold(frame);
             pieces.push(step.piece(id, Some(frame)));
+            previous = Some(id);
             at += u32::from(step.count);
         }
         if u64::from(at) == access.span.count {

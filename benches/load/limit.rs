@@ -183,7 +183,7 @@ fn copy(ring: &Ring, request: &Request, buffer: &Arena) -> bool {
     let mut cursor = GuestCursor::new(&ring.memory, &request.data);
     match request.kind {
         // SAFETY: so many bytes from there lie in the buffer, which is not guest memory; this thread alone uses it.
-        Kind::Read => unsafe { cursor.copy_to_guest(0, place, len) }.is_ok(),
+        Kind::Read => unsafe { cursor.copy_to_guest(0, place, len, None) }.is_ok(),
         // SAFETY: as above.
         Kind::Write => unsafe { cursor.copy_from_guest(0, place, len) }.is_ok(),
         _ => true,

@@ -5,16 +5,11 @@ use crate::object::Port;
 use crate::units::{SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::STATUS_IOERR;
 use crate::virtio::request::Kind;
-use crate::virtio::segments::{BadAddress, GuestCursor};
+use crate::virtio::segments::{BadAddress, GuestCursor, prefetch};
 
-use super::pending::{Pending, Slot};
+use super::pending::Slot;
 use super::ring::Ring;
 use super::worker::Traffic;
-
-/// Pieces ahead of the one being copied whose memory is called for already, where a request begins: a frame that was not
-/// used lately is in no cache of the processor's, and to wait for its first bytes takes longer than to copy the rest.
-/// Along a request the processor looks ahead by itself, and is hindered if it is told to.
-const AHEAD: usize = 4;
 
 /// A piece that was copied: its request, and whether all of it could be.
 pub(super) type Copied = (Slot, Piece, bool);
@@ -22,15 +17,21 @@ pub(super) type Copied = (Slot, Piece, bool);
 impl Traffic {
     /// Copies every piece that is ready.
     pub(super) fn copy_all(&mut self, port: &Port, rings: &[Option<Ring>]) {
-        for at in 0..self.copies.len() {
-            if let Some((_, ahead)) = self.copies.get(at + AHEAD).filter(|(_, ahead)| ahead.at == 0) {
-                port.memory(ahead).into_iter().for_each(prefetch);
-            }
-            let (slot, piece) = self.copies[at];
+        let mut rest = &self.copies[..];
+        while let [(slot, _), ..] = *rest {
             let pending = &self.pending[slot];
             let ring = rings[usize::from(pending.ring)].as_ref().expect("a ring with requests out is there");
-            let copied = copy(port, ring, pending, &piece).is_ok();
-            self.copied.push((slot, piece, copied));
+            let mut cursor = GuestCursor::new(&ring.memory, &pending.request.data);
+            while let [(other, piece), ..] = *rest
+                && other == slot
+            {
+                let run = Run::of(port, rest);
+                let (pieces, others) = rest.split_at(run.pieces);
+                let next = others.first().and_then(|(_, next)| port.memory(next));
+                let copied = copy(&mut cursor, pending.request.kind, &piece, &run, next).is_ok();
+                self.copied.extend(pieces.iter().map(|&(slot, piece)| (slot, piece, copied)));
+                rest = others;
+            }
         }
         self.copies.clear();
     }
@@ -54,32 +55,63 @@ impl Traffic {
     }
 }
 
-/// Calls for the first bytes of a frame; the processor sees the pattern and fetches the rest by itself.
-#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is no portable way to say it"))]
-fn prefetch(frame: *mut u8) {
-    #[cfg(target_arch = "x86_64")]
-    for line in 0..4 {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch is a hint: it reads nothing that the program could see, and no address makes it fail.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(frame.wrapping_add(line * 64).cast()) };
+/// Pieces of one request that follow each other in its data and in memory.
+struct Run {
+    pieces: usize,
+    /// Bytes in all of them.
+    len: usize,
+    /// Where they begin; none: they are zeros.
+    memory: Option<*mut u8>,
+}
+
+impl Run {
+    /// The longest run that `copies` begins with, of one piece at least.
+    fn of(port: &Port, copies: &[(Slot, Piece)]) -> Self {
+        let (slot, piece) = copies[0];
+        let bytes = |piece: &Piece| usize::from(piece.count) * SECTOR_SIZE;
+        let mut run = Self { pieces: 1, len: bytes(&piece), memory: port.memory(&piece) };
+        let mut at = piece.at + u32::from(piece.count);
+        for (other, piece) in &copies[1..] {
+            let memory = run.memory.map(|memory| memory.wrapping_add(run.len));
+            if *other != slot || piece.at != at || port.memory(piece) != memory {
+                break;
+            }
+            run.pieces += 1;
+            run.len += bytes(piece);
+            at += u32::from(piece.count);
+        }
+        run
     }
 }
 
-fn copy(port: &Port, ring: &Ring, pending: &Pending, piece: &Piece) -> Result<(), BadAddress> {
-    let mut cursor = GuestCursor::new(&ring.memory, &pending.request.data);
+/// Copies a run that begins with `piece`; `next` is where the next one lies.
+fn copy(
+    cursor: &mut GuestCursor,
+    kind: Kind,
+    piece: &Piece,
+    run: &Run,
+    next: Option<*mut u8>,
+) -> Result<(), BadAddress> {
     let offset = u64::from(piece.at) * SECTOR_BYTES;
-    let len = usize::from(piece.count) * SECTOR_SIZE;
-    match (port.memory(piece), pending.request.kind) {
-        (None, _) => cursor.fill_zeros(offset, len),
+    match (run.memory, kind) {
+        (None, _) => cursor.fill_zeros(offset, run.len),
         (Some(frame), Kind::Write) => {
-            // SAFETY: the piece pins the frame, of which these sectors are this request's to fill: the cache marks them
+            next.into_iter().for_each(prefetch_beginning);
+            // SAFETY: the pieces pin their frames, of which these sectors are this request's to fill: the cache marks them
             // pending, so no read-in and no write-back touches them. Guest memory and arena are different mappings.
-            unsafe { cursor.copy_from_guest(offset, frame, len) }
+            unsafe { cursor.copy_from_guest(offset, frame, run.len) }
         }
         (Some(frame), _) => {
-            // SAFETY: the piece pins the frame. A guest that writes these sectors in another request at the same time
+            // Along a run the processor looks ahead by itself, and is hindered if it is told to.
+            let next = next.filter(|_| run.pieces == 1).map(<*mut u8>::cast_const);
+            // SAFETY: the pieces pin their frames. A guest that writes these sectors in another request at the same time
             // may find old or new bytes in this one, as on any disk; whatever the bytes are, they are plain data.
-            unsafe { cursor.copy_to_guest(offset, frame, len) }
+            unsafe { cursor.copy_to_guest(offset, frame, run.len, next) }
         }
     }
+}
+
+/// Calls for the first bytes of a frame that is to be filled; the processor sees the pattern and fetches the rest by itself.
+fn prefetch_beginning(frame: *mut u8) {
+    (0..4).for_each(|line| prefetch(frame.wrapping_add(line * 64)));
 }

@@ -17,6 +17,9 @@ use crate::virtio::GuestRam;
 #[cfg(test)]
 mod tests;
 
+/// Bytes of a line of the processor's cache.
+const LINE_BYTES: usize = 64;
+
 /// A run of guest memory, as the guest describes it: nothing is known of it but its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
@@ -30,42 +33,21 @@ pub struct GuestRange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadAddress;
 
-/// A place in a request's data: what a cursor remembers, for keeping across turns (it holds no address).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Position {
-    /// Range in the list.
-    index: usize,
-    /// Offset in the data of that range's first byte.
-    start: u64,
-}
-
 /// Reads and writes the data of one request.
 #[derive(Debug)]
 pub struct GuestCursor<'a> {
     mem: &'a GuestRam,
     ranges: &'a [GuestRange],
-    // Invariant: `position.start` is the sum of the lengths of `ranges[..position.index]`, and index <= ranges.len().
-    position: Position,
+    /// Range in the list where the cursor stands; not beyond the last one's successor.
+    index: usize,
+    /// Offset in the data of that range's first byte: the sum of the lengths of `ranges[..index]`.
+    start: u64,
 }
 
 impl<'a> GuestCursor<'a> {
     /// A cursor at the start of the data.
     pub fn new(mem: &'a GuestRam, ranges: &'a [GuestRange]) -> Self {
-        Self { mem, ranges, position: Position::default() }
-    }
-
-    /// A cursor where an earlier one over the same ranges stood.
-    ///
-    /// => A position of other ranges is harmless: copies are checked all the same, only the offsets they count from are
-    ///    those of the other list.
-    pub fn resume(mem: &'a GuestRam, ranges: &'a [GuestRange], position: Position) -> Self {
-        let position = if position.index <= ranges.len() { position } else { Position::default() };
-        Self { mem, ranges, position }
-    }
-
-    /// Where the cursor stands.
-    pub fn position(&self) -> Position {
-        self.position
+        Self { mem, ranges, index: 0, start: 0 }
     }
 
     /// Copies `len` bytes at byte `offset` of the data from the guest to `target`.
@@ -84,17 +66,26 @@ impl<'a> GuestCursor<'a> {
         })
     }
 
-    /// Copies `len` bytes from `source` to byte `offset` of the data in the guest.
+    /// Copies `len` bytes from `source` to byte `offset` of the data in the guest. `next` is where the next such copy will
+    /// read, if that is somewhere else: see [`copy_looking_ahead`].
     ///
     /// # Safety
     /// `source` is valid for reads of `len` bytes, is not guest memory, and nobody writes to it meanwhile.
     ///
     /// # Errors
     /// [`BadAddress`] when the stretch is not wholly in the data and in guest memory.
-    pub unsafe fn copy_to_guest(&mut self, offset: u64, source: *const u8, len: usize) -> Result<(), BadAddress> {
-        self.each_piece(offset, len, |done, guest, count| {
+    pub unsafe fn copy_to_guest(
+        &mut self,
+        offset: u64,
+        source: *const u8,
+        len: usize,
+        next: Option<*const u8>,
+    ) -> Result<(), BadAddress> {
+        self.each_piece(offset, len, |done, guest, count| match next {
             // SAFETY: as in copy_from_guest, with the roles exchanged.
-            unsafe { ptr::copy_nonoverlapping(source.add(done), guest, count) };
+            None => unsafe { ptr::copy_nonoverlapping(source.add(done), guest, count) },
+            // SAFETY: the same.
+            Some(next) => unsafe { copy_looking_ahead(source.add(done), guest, count, next.wrapping_add(done)) },
         })
     }
 
@@ -104,7 +95,7 @@ impl<'a> GuestCursor<'a> {
     /// As [`Self::copy_to_guest`].
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), BadAddress> {
         // SAFETY: a shared slice is valid for reads of its length, and no Rust slice covers guest memory.
-        unsafe { self.copy_to_guest(offset, bytes.as_ptr(), bytes.len()) }
+        unsafe { self.copy_to_guest(offset, bytes.as_ptr(), bytes.len(), None) }
     }
 
     /// Fills `bytes` from byte `offset` of the data, each byte fetched once.
@@ -146,9 +137,9 @@ impl<'a> GuestCursor<'a> {
         }
         self.seek(offset)?;
         let mut done = 0;
-        let mut skip = offset - self.position.start;
+        let mut skip = offset - self.start;
         loop {
-            let range = self.ranges.get(self.position.index).ok_or(BadAddress)?;
+            let range = self.ranges.get(self.index).ok_or(BadAddress)?;
             let left = usize::try_from(u64::from(range.len) - skip).map_err(|_| BadAddress)?;
             let count = left.min(len - done);
             let addr = range.addr.checked_add(skip).ok_or(BadAddress)?;
@@ -168,15 +159,15 @@ impl<'a> GuestCursor<'a> {
 
     /// Stands on the range that holds byte `offset` of the data.
     fn seek(&mut self, offset: u64) -> Result<(), BadAddress> {
-        while offset < self.position.start {
+        while offset < self.start {
             // The sum of no ranges is 0 and no offset is below it, so there is a range to step back over.
-            self.position.index = self.position.index.checked_sub(1).ok_or(BadAddress)?;
-            let len = self.ranges.get(self.position.index).ok_or(BadAddress)?.len;
-            self.position.start = self.position.start.checked_sub(u64::from(len)).ok_or(BadAddress)?;
+            self.index = self.index.checked_sub(1).ok_or(BadAddress)?;
+            let len = self.ranges.get(self.index).ok_or(BadAddress)?.len;
+            self.start = self.start.checked_sub(u64::from(len)).ok_or(BadAddress)?;
         }
         loop {
-            let range = self.ranges.get(self.position.index).ok_or(BadAddress)?;
-            if offset - self.position.start < u64::from(range.len) {
+            let range = self.ranges.get(self.index).ok_or(BadAddress)?;
+            if offset - self.start < u64::from(range.len) {
                 return Ok(());
             }
             self.step();
@@ -187,8 +178,8 @@ impl<'a> GuestCursor<'a> {
     ///
     /// => There is a current range.
     fn step(&mut self) {
-        self.position.start += u64::from(self.ranges[self.position.index].len);
-        self.position.index += 1;
+        self.start += u64::from(self.ranges[self.index].len);
+        self.index += 1;
     }
 }
 
@@ -212,6 +203,37 @@ fn each_mapping(
         done += slice.len();
     }
     if done == len { Ok(()) } else { Err(BadAddress) }
+}
+
+/// Calls for the line of the processor's cache that holds the byte at `place`, which need not be a valid address.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is no portable way to say it"))]
+pub fn prefetch(place: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch is a hint: it reads nothing that the program could see, and no address makes it fail.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(place.cast());
+    };
+}
+
+/// Copies `len` bytes, and calls for as many at `next` meanwhile, line by line.
+///
+/// => A page that was not used lately is in no cache of the processor's, and its own prefetcher stops at the end of each
+///    page: without this, every copy of a page begins with a wait for memory. (Measured on an EPYC: 185 ns for a page from
+///    128 MiB, 245 ns with a hint for the next page's beginning alone, 270 ns with none; and no loss where all is in the
+///    cache.)
+///
+/// # Safety
+/// As for [`ptr::copy_nonoverlapping`]; `next` may be any address.
+unsafe fn copy_looking_ahead(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
+    let mut done = 0;
+    while len - done >= LINE_BYTES {
+        prefetch(next.wrapping_add(done));
+        // SAFETY: within `len` bytes of both (loop condition).
+        unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), LINE_BYTES) };
+        done += LINE_BYTES;
+    }
+    // SAFETY: the rest of both.
+    unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), len - done) };
 }
 
 /// Fills `target` from guest memory at `addr`, fetching each byte exactly once.

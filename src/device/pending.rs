@@ -92,6 +92,11 @@ impl PendingTable {
         slot
     }
 
+    /// Requests that are under way.
+    pub fn in_use(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
     /// The slot's request is answered.
     pub fn release(&mut self, slot: Slot) {
         self.slots[slot as usize].stage = Stage::Idle;

@@ -34,8 +34,9 @@ use super::pending::{PendingTable, Slot};
 use super::ring::Ring;
 use super::{Device, RingSetup};
 
-/// Rings that a device can have (vhost-user-backend knows no more than 64).
-const RINGS_MAX: usize = 64;
+/// With more requests than this on their way to the store, or held back, nothing is polled: the next event is near anyway,
+/// and events that come together are handled together, at two thirds of the cost.
+const POLL_PENDING_MAX: usize = 7;
 /// After so many polls in a row that found nothing ...
 const FRUITLESS_MAX: u32 = 4;
 /// ... one is tried when there was nothing to do for so many times.
@@ -61,7 +62,7 @@ pub fn spawn(device: &Arc<Device>, object: &Arc<Object>) -> Result<(Control, Joi
         port,
         commands,
         epoll,
-        rings: (0..RINGS_MAX).map(|_| None).collect(),
+        rings: Vec::new(),
         stopping: Vec::new(),
         new_memory: None,
         deadline: None,
@@ -155,7 +156,7 @@ struct Worker {
     port: Port,
     commands: Receiver<Command>,
     epoll: Epoll,
-    /// The rings that run, by number.
+    /// The rings that run, by number; no longer than it must be, for a turn looks at each place.
     rings: Vec<Option<Ring>>,
     /// Rings that take no more requests, and who waits for their last answer.
     stopping: Vec<(u16, Sender<Option<RingPosition>>)>,
@@ -193,7 +194,11 @@ impl Worker {
     /// Looks for more work for a while: most often the next request is not far. True: there was some.
     fn poll(&mut self) -> bool {
         let idle_rings = self.rings.iter().all(Option::is_none);
-        if self.device.poll_us == 0 || idle_rings || !self.poll_pays() {
+        if self.device.poll_us == 0
+            || idle_rings
+            || self.traffic.pending.in_use() > POLL_PENDING_MAX
+            || !self.poll_pays()
+        {
             return false;
         }
         let until = Instant::now() + Duration::from_micros(u64::from(self.device.poll_us));
@@ -331,14 +336,18 @@ impl Worker {
             // Without kicks the guest would hang in silence; with a log line at least somebody knows why.
             error!("{}: ring {index} has a kick descriptor that can't be watched: {e}", self.device.name);
         }
-        self.rings[usize::from(index)] = Some(ring);
+        let index = usize::from(index);
+        if self.rings.len() <= index {
+            self.rings.resize_with(index + 1, || None);
+        }
+        self.rings[index] = Some(ring);
     }
 
     /// Ends what the control plane waits for, as far as the rings have answered what they took.
     fn settle_control(&mut self) {
         let (rings, epoll) = (&mut self.rings, &self.epoll);
         self.stopping.retain(|(index, answer)| {
-            let Some(ring) = &rings[usize::from(*index)] else {
+            let Some(ring) = rings.get(usize::from(*index)).and_then(Option::as_ref) else {
                 let _ = answer.send(None);
                 return false;
             };
@@ -352,7 +361,8 @@ impl Worker {
             let _ = answer.send(Some(position));
             false
         });
-        if self.rings.iter().flatten().all(Ring::is_drained)
+        if self.new_memory.is_some()
+            && self.rings.iter().flatten().all(Ring::is_drained)
             && let Some((memory, answer)) = self.new_memory.take()
         {
             for ring in self.rings.iter_mut().flatten() {

@@ -127,7 +127,8 @@ impl Object {
     /// # Errors
     /// [`ErrorKind::System`] when the host refuses the store's ring or a descriptor.
     pub fn port(self: &Arc<Self>) -> Result<Port> {
-        let store = self.image.attach()?;
+        let mut store = self.image.attach()?;
+        store.expect_memory(self.arena.addresses());
         let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
         let mailbox = Arc::new(Mailbox { notices: Mutex::default(), bell: Arc::new(bell) });

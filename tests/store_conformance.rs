@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use genblk::store::file::{Engine, FileImage, OpenOptions};
-use genblk::store::{Backing, Event, ExtentKind, Op, Refused};
+use genblk::store::{Backing, Event, ExtentKind, Op, Refused, Segment};
 use genblk::units::Fault;
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
 
@@ -70,6 +70,46 @@ fn writes_of_many_segments_read_back_when_cut_elsewhere() {
             let (low, high) = buffer.bytes().split_at(4096);
             assert!(high == &want[number * 8192..][..4096], "read {number}, first half");
             assert!(low == &want[number * 8192 + 4096..][..4096], "read {number}, second half");
+        }
+    });
+}
+
+/// Memory that a store was told of may be pinned for it; what lies there, beside it, or across its end is transferred alike.
+#[test]
+fn memory_that_is_expected_is_transferred_like_any_other() {
+    const PAGE: usize = 4096;
+    const PAGES: usize = 64;
+    on_each("expected", MIB, |backing| {
+        let mut driver = Driver::new(backing);
+        let mut memory = Buffer::copy_of(&pattern(PAGES * PAGE, 3));
+        let want = memory.bytes().to_vec();
+        let first = memory.segment(0, 0).base.addr();
+        driver.store.expect_memory(first..first + PAGES / 2 * PAGE);
+        // Each page goes to the image by itself; then all of them in one piece; then backwards.
+        let one_by_one: Vec<Vec<_>> = (0..PAGES).map(|n| vec![memory.segment(n * PAGE, PAGE)]).collect();
+        let whole = vec![vec![memory.segment(0, PAGES * PAGE)]];
+        let backwards = vec![(0..PAGES).rev().map(|n| memory.segment(n * PAGE, PAGE)).collect()];
+        for (pieces, reversed) in [(one_by_one, false), (whole, false), (backwards, true)] {
+            let mut offset = 0;
+            for segments in pieces.clone() {
+                let len = segments.iter().map(|segment: &Segment| segment.len as u64).sum();
+                driver.start(Op::Write, offset, len, segments);
+                offset += len;
+            }
+            assert!(all_done(driver.finish().values()));
+            let found = driver.read(0, PAGES * PAGE);
+            let pages: Vec<&[u8]> = found.chunks_exact(PAGE).collect();
+            let found: Vec<u8> = if reversed { pages.into_iter().rev().flatten().copied().collect() } else { found };
+            assert!(found == want, "written");
+            memory.fill(0xee);
+            let mut offset = 0;
+            for segments in pieces {
+                let len = segments.iter().map(|segment| segment.len as u64).sum();
+                driver.start(Op::Read, offset, len, segments);
+                offset += len;
+            }
+            assert!(all_done(driver.finish().values()));
+            assert!(memory.bytes() == want, "read back");
         }
     });
 }

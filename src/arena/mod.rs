@@ -12,6 +12,7 @@ mod ledger;
 mod mapping;
 mod populate;
 
+use std::ops::Range;
 use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -141,6 +142,12 @@ impl Arena {
     pub fn frame(&self, frame: FrameId) -> *mut u8 {
         assert!(frame.index() < self.frames, "{frame:?} is outside the arena");
         self.memory.at(self.offset + frame.index() * PAGE_SIZE)
+    }
+
+    /// The addresses of all frames, which follow each other.
+    pub fn addresses(&self) -> Range<usize> {
+        let first = self.memory.at(self.offset).expose_provenance();
+        first..first + self.frames * PAGE_SIZE
     }
 
     /// Notes what a frame holds, whose bytes are in place.

@@ -23,6 +23,7 @@
 use std::fmt;
 use std::io;
 use std::mem;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -309,6 +310,10 @@ impl Store for FaultyStore {
 
     fn wake_fd(&self) -> RawFd {
         self.poll.as_raw_fd()
+    }
+
+    fn expect_memory(&mut self, memory: Range<usize>) {
+        self.inner.expect_memory(memory);
     }
 
     fn submit(&mut self, request: Request) -> std::result::Result<(), Refused> {

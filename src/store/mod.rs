@@ -17,6 +17,7 @@
 mod blocking;
 pub mod faulty;
 pub mod file;
+mod fixed;
 mod lock;
 mod pool;
 mod sys;
@@ -25,6 +26,7 @@ mod tests;
 mod threads;
 mod uring;
 
+use std::ops::Range;
 use std::os::fd::RawFd;
 
 use crate::units::{Fault, SECTOR_BYTES};
@@ -219,6 +221,9 @@ pub trait Store: Send {
     fn limits(&self) -> &Limits;
     /// A level-triggered file descriptor, readable while events wait; polled by the worker, never read by it.
     fn wake_fd(&self) -> RawFd;
+    /// Where the memory of most transfers will lie, addresses that stay mapped as long as operations are in flight: a store may
+    /// ready itself for it.
+    fn expect_memory(&mut self, _memory: Range<usize>) {}
     /// Queues a request; it starts at the next [`Store::kick`] at the latest.
     ///
     /// # Errors

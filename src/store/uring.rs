@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::mem;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::blocking::{self, Progress};
 use super::file::OpenImage;
+use super::fixed::FixedMemory;
 use super::pool::{self, DRAIN_MAX, Pool};
 use super::{Event, Limits, Op, Refused, Request, Store, sys};
 
@@ -31,6 +33,10 @@ pub(super) struct UringStore {
     image: Arc<OpenImage>,
     wake: Arc<EventFd>,
     helper: Pool,
+    /// The memory that the kernel has pinned for us.
+    fixed: FixedMemory,
+    /// The kernel knows transfers between pinned memory and several segments of it (Linux 6.15).
+    vectored: bool,
     /// One for each operation of the depth.
     slots: Vec<Slot>,
     /// Slots without an operation.
@@ -49,6 +55,8 @@ pub(super) struct UringStore {
 struct Slot {
     request: Option<Request>,
     progress: Progress,
+    /// The registered buffer that its memory lies in.
+    buffer: Option<u16>,
 }
 
 impl UringStore {
@@ -71,6 +79,10 @@ impl UringStore {
             image,
             wake,
             helper,
+            fixed: FixedMemory::default(),
+            vectored: [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE]
+                .iter()
+                .all(|&code| probe.is_supported(code)),
             slots: (0..depth).map(|_| Slot::default()).collect(),
             free: (0..depth).rev().collect(),
             ready: VecDeque::with_capacity(depth),
@@ -176,7 +188,7 @@ fn entry(image: &OpenImage, slot: &Slot) -> Entry {
     let request = slot.request.as_ref().expect("a ready slot has an operation");
     let (offset, len) = (request.offset, request.len);
     match request.op {
-        Op::Read | Op::Write => transfer_entry(image, request, &slot.progress),
+        Op::Read | Op::Write => transfer_entry(image, slot, request),
         Op::Sync => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
         Op::Zero { unmap } => {
             let mode = blocking::zero_modes(image, unmap)[0];
@@ -189,8 +201,8 @@ fn entry(image: &OpenImage, slot: &Slot) -> Entry {
 }
 
 #[cfg_attr(not(test), allow(unused_variables, reason = "tests cut transfers of an image short"))]
-fn transfer_entry(image: &OpenImage, request: &Request, progress: &Progress) -> Entry {
-    let (rest, offset) = (progress.rest(request), progress.offset(request));
+fn transfer_entry(image: &OpenImage, slot: &Slot, request: &Request) -> Entry {
+    let (rest, offset) = (slot.progress.rest(request), slot.progress.offset(request));
     #[cfg(test)]
     let cut = blocking::cut_short(image, rest);
     #[cfg(test)]
@@ -198,18 +210,20 @@ fn transfer_entry(image: &OpenImage, request: &Request, progress: &Progress) -> 
     let write = request.op == Op::Write;
     if let [only] = rest {
         let len = u32::try_from(only.len).expect("admissible() bounds a transfer");
-        return if write {
-            opcode::Write::new(IMAGE, only.base, len).offset(offset).build()
-        } else {
-            opcode::Read::new(IMAGE, only.base, len).offset(offset).build()
+        return match (write, slot.buffer) {
+            (false, None) => opcode::Read::new(IMAGE, only.base, len).offset(offset).build(),
+            (false, Some(buffer)) => opcode::ReadFixed::new(IMAGE, only.base, len, buffer).offset(offset).build(),
+            (true, None) => opcode::Write::new(IMAGE, only.base, len).offset(offset).build(),
+            (true, Some(buffer)) => opcode::WriteFixed::new(IMAGE, only.base, len, buffer).offset(offset).build(),
         };
     }
     let array = rest.as_ptr().cast::<libc::iovec>();
     let count = u32::try_from(rest.len()).expect("admissible() bounds the segments");
-    if write {
-        opcode::Writev::new(IMAGE, array, count).offset(offset).build()
-    } else {
-        opcode::Readv::new(IMAGE, array, count).offset(offset).build()
+    match (write, slot.buffer) {
+        (false, None) => opcode::Readv::new(IMAGE, array, count).offset(offset).build(),
+        (false, Some(buffer)) => opcode::ReadvFixed::new(IMAGE, array, count, buffer).offset(offset).build(),
+        (true, None) => opcode::Writev::new(IMAGE, array, count).offset(offset).build(),
+        (true, Some(buffer)) => opcode::WritevFixed::new(IMAGE, array, count, buffer).offset(offset).build(),
     }
 }
 
@@ -222,6 +236,10 @@ impl Store for UringStore {
         self.wake.as_raw_fd()
     }
 
+    fn expect_memory(&mut self, memory: Range<usize>) {
+        self.fixed = FixedMemory::new(&self.ring.submitter(), memory);
+    }
+
     fn submit(&mut self, request: Request) -> Result<(), Refused> {
         if !self.image.limits.admissible(&request) {
             return Err(Refused::Invalid(request));
@@ -232,7 +250,9 @@ impl Store for UringStore {
         self.in_flight += 1;
         if self.fits_ring(&request) {
             let index = self.free.pop().expect("fewer operations in flight than slots");
-            self.slots[index] = Slot { request: Some(request), progress: Progress::default() };
+            let fixable = self.vectored || request.segments.len() == 1;
+            let buffer = if fixable { self.fixed.buffer_of(&self.ring.submitter(), &request.segments) } else { None };
+            self.slots[index] = Slot { request: Some(request), progress: Progress::default(), buffer };
             self.ready.push_back(index);
         } else {
             self.helper.push(request);

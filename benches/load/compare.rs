@@ -9,7 +9,7 @@ use crate::job::{Job, Outcome};
 use crate::load;
 use crate::machine;
 use crate::medium::{Media, Medium, Opened};
-use crate::rows::{Bound, Row, warming};
+use crate::rows::{Against, Bound, Row, warming};
 use crate::servers::{Contestant, Kind, Server};
 use crate::session;
 
@@ -27,6 +27,8 @@ pub enum Role {
     Genblk,
     /// genblk in another configuration, for comparison.
     Variant,
+    /// genblk with a cache that goes with it.
+    Volatile,
     /// A server of somebody else's; whether it is qemu-storage-daemon.
     Peer { qemu: bool },
     /// What bounds the row.
@@ -57,6 +59,10 @@ pub fn entrants(row: &Row, peers: &[Contestant]) -> Vec<Entrant> {
     let mut all = vec![server(Role::Genblk, Contestant::genblk())];
     if !matches!(row.medium, Medium::SlowDisk(_)) {
         all.push(server(Role::Variant, Contestant::genblk_with("genblk poll_us=0", "poll_us = 0", "")));
+    }
+    if row.targets.iter().any(|target| target.against == Against::Volatile) {
+        let never = Contestant::genblk_with("genblk survive=never", "", "survive = \"never\"");
+        all.push(server(Role::Volatile, never));
     }
     all.extend(peers.iter().map(|peer| {
         let qemu = matches!(peer.kind, Kind::Qemu { .. });

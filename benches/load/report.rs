@@ -20,6 +20,7 @@ impl Measured {
     fn reference(&self, measure: usize, against: Against) -> Vec<f64> {
         let counts = |column: &&Column| match (against, column.entrant.role) {
             (Against::Limit, Role::Bound) | (Against::Peers, Role::Peer { .. }) => true,
+            (Against::Volatile, Role::Volatile) => true,
             (Against::Qemu, Role::Peer { qemu }) => qemu,
             (Against::Named(name), Role::Peer { .. }) => column.entrant.name().starts_with(name),
             _ => false,
@@ -126,6 +127,7 @@ pub fn targets(rows: &[Measured]) -> String {
                 Against::Peers => ("the best peer", reference),
                 Against::Qemu => ("the best of qsd", reference),
                 Against::Named(name) => (name, reference),
+                Against::Volatile => ("survive=never", reference),
                 Against::Itself => ("a constant", Some(target.factor)),
             };
             let sign = if measure.higher_is_better() { ">=" } else { "<=" };

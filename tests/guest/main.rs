@@ -124,7 +124,7 @@ fn synced_files_survive_the_death_of_the_machine_and_of_the_daemon() {
 }
 
 /// The guest formats, writes and verifies while `end` takes its disk's daemon away from it, again and again.
-fn the_guest_lives_on(name: &str, end: fn(Server)) {
+fn the_guest_lives_on(name: &str, start: fn(&Boot, &Path, &str, &str) -> Vm, end: fn(Server)) {
     const TIMES: u32 = 5;
     let _place = place();
     let boot = Boot::get();
@@ -133,7 +133,7 @@ fn the_guest_lives_on(name: &str, end: fn(Server)) {
     image::create(&disk, 256 * MIB);
 
     let mut server = Server::start(&socket, &disk, &SMALL_CACHE);
-    let mut vm = Vm::qemu_that_reconnects(boot, &socket, "format", &seed);
+    let mut vm = start(boot, &socket, "format", &seed);
     vm.wait_for("disk:");
     let (written, server) = thread::scope(|scope| {
         let ending = scope.spawn(|| {
@@ -156,12 +156,21 @@ fn the_guest_lives_on(name: &str, end: fn(Server)) {
 
 #[test]
 fn a_guest_outlives_its_disks_daemon() {
-    the_guest_lives_on("outlives", Server::kill);
+    the_guest_lives_on("outlives", Vm::qemu_that_reconnects, Server::kill);
 }
 
 #[test]
 fn a_guest_does_not_notice_that_the_daemon_is_upgraded() {
-    the_guest_lives_on("upgrade", Server::hand_over);
+    the_guest_lives_on("upgrade", Vm::qemu_that_reconnects, Server::hand_over);
+}
+
+/// (What it says to the daemon when it reconnects is tried on every machine, in `tests/survival`.)
+#[test]
+fn a_guest_of_cloud_hypervisor_outlives_its_disks_daemon() {
+    if cloud_hypervisor_runs() {
+        the_guest_lives_on("ch-outlives", Vm::cloud_hypervisor, Server::kill);
+        the_guest_lives_on("ch-upgrade", Vm::cloud_hypervisor, Server::hand_over);
+    }
 }
 
 #[test]
@@ -234,18 +243,26 @@ fn the_last_sectors_of_an_odd_disk_are_read() {
     assert!(geometry.contains("serial \"odd-disk\""), "{geometry}");
 }
 
+/// Whether this machine has cloud-hypervisor and what it needs.
+fn cloud_hypervisor_runs() -> bool {
+    if !Boot::get().kvm {
+        eprintln!("skipped: cloud-hypervisor needs KVM, which does not work here");
+        return false;
+    }
+    let found = host::tool("cloud-hypervisor").arg("--version").output().is_ok();
+    if !found {
+        eprintln!("skipped: cloud-hypervisor is not on PATH");
+    }
+    found
+}
+
 #[test]
 fn cloud_hypervisor_finds_the_same_disk() {
+    if !cloud_hypervisor_runs() {
+        return;
+    }
     let _place = place();
     let boot = Boot::get();
-    if !boot.kvm {
-        eprintln!("skipped: cloud-hypervisor needs KVM, which does not work here");
-        return;
-    }
-    if host::tool("cloud-hypervisor").arg("--version").output().is_err() {
-        eprintln!("skipped: cloud-hypervisor is not on PATH");
-        return;
-    }
     let scratch = Scratch::new("ch");
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed("ch"));
     image::create(&disk, 256 * MIB);

@@ -142,6 +142,7 @@ impl Object {
             store,
             rung: false,
             backlog: VecDeque::new(),
+            awaited: false,
             events: Vec::new(),
             notices: Vec::new(),
         })
@@ -157,8 +158,10 @@ pub struct Port {
     store: Box<dyn Store>,
     /// The store's descriptor was readable.
     rung: bool,
-    /// Requests that the store had no room for.
+    /// Requests that are to be submitted, or that the store had no room for.
     backlog: VecDeque<Request>,
+    /// One of them is of the kind that somebody waits for.
+    awaited: bool,
     events: Vec<Event>,
     notices: Vec<Notice>,
 }
@@ -230,14 +233,17 @@ impl Port {
         (cache, &mut self.notices)
     }
 
-    /// The end of a turn: the cache starts what is due, its plans go to the store, its notices to their workers.
-    /// Returns when the cache wants to be pumped although nothing happens.
+    /// The end of what a turn has for the cache, which starts what is due; its notices go to their workers, its plans wait for
+    /// [`Port::submit`]. Returns when the cache wants to be pumped although nothing happens.
     pub fn leave(&mut self, now: Tick) -> Option<Tick> {
         let deadline = {
             let mut cache = self.object.lock();
             cache.pump(now);
-            let (arena, backlog) = (&self.object.arena, &mut self.backlog);
-            cache.take_plans(|plan| backlog.push_back(request_of(arena, &plan)));
+            let (arena, backlog, awaited) = (&self.object.arena, &mut self.backlog, &mut self.awaited);
+            cache.take_plans(|plan| {
+                *awaited |= plan.demand;
+                backlog.push_back(request_of(arena, &plan));
+            });
             cache.take_notices(&mut self.notices);
             if cache.is_stable() {
                 arena.all_written();
@@ -247,12 +253,18 @@ impl Port {
             }
             cache.next_deadline()
         };
-        self.submit();
         self.deliver();
         if self.notices.is_empty() { deadline } else { Some(now) }
     }
 
-    fn submit(&mut self) {
+    /// Whether a request waits for something that is not submitted yet.
+    pub fn is_awaited(&self) -> bool {
+        self.awaited
+    }
+
+    /// Hands the cache's plans to the store, and starts them.
+    pub fn submit(&mut self) {
+        self.awaited = false;
         while let Some(request) = self.backlog.pop_front() {
             match self.store.submit(request) {
                 Ok(()) => {}

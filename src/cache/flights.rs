@@ -39,6 +39,8 @@ pub struct Plan<'a> {
     pub first_sector: u8,
     /// The memory, for Read and Write: held until the outcome.
     pub frames: &'a [FrameId],
+    /// A request waits for this very operation, or may: it is neither readahead nor write-back.
+    pub demand: bool,
 }
 
 /// How an operation ended.
@@ -62,7 +64,7 @@ pub(super) struct Flight {
     pub ids: Vec<PageId>,
     /// Write: the oldest epoch among its pages.
     pub epoch: Epoch,
-    /// Read: a guest waits for it (not readahead).
+    /// As in its plan.
     pub demand: bool,
 }
 
@@ -145,9 +147,9 @@ impl PageCache {
     pub fn take_plans(&mut self, mut start: impl FnMut(Plan<'_>)) {
         for tag in self.flights.queued.drain(..) {
             let flight = self.flights.slots[tag as usize].as_ref().expect("a queued operation is in flight");
-            let Flight { kind, span, ref frames, .. } = *flight;
+            let Flight { kind, span, ref frames, demand, .. } = *flight;
             let first_sector = (span.start % SECTORS_PER_PAGE) as u8;
-            start(Plan { tag, kind, span, first_sector, frames });
+            start(Plan { tag, kind, span, first_sector, frames, demand });
         }
     }
 

@@ -2,10 +2,11 @@
 //!
 //! 1. obey the control plane; collect what the store has finished and what the cache has to say
 //! 2. take new requests from the rings
-//! 3. under the cache's lock: hand in the store's events, admit the requests, start what is due
-//! 4. without it: copy the bytes of what is ready
+//! 3. under the cache's lock: hand in the store's events, admit the requests, find out what is due
+//! 4. without it: send the store what requests wait for, and copy the bytes of what is ready
 //! 5. under it again: give the pieces back
 //! 6. answer what is finished, and call the guest once for each ring
+//! 7. send the store what nobody waits for: readahead and write-back, which take long to send off
 //!
 //! The thread lives as long as the device, so write-back goes on while no front-end is there. It looks for more work for
 //! up to `poll_us` after the last, then asks the guest for kicks, looks again, and sleeps in epoll.
@@ -272,12 +273,16 @@ impl Worker {
             traffic.admit_all(&mut cache);
         }
         self.deadline = port.leave(now);
+        if port.is_awaited() {
+            port.submit();
+        }
         if !traffic.copies.is_empty() {
             traffic.copy_all(port, rings);
             let (mut cache, _) = port.enter(now);
             traffic.give_back_all(&mut cache);
         }
         traffic.answer_all(rings, now);
+        port.submit();
         self.settle_control();
         true
     }

@@ -497,7 +497,7 @@ impl World {
         }
         let mut plans = Vec::new();
         self.cache.take_plans(|plan: Plan<'_>| {
-            let Plan { tag, kind, span, first_sector, frames } = plan;
+            let Plan { tag, kind, span, first_sector, frames, .. } = plan;
             let frames = frames.to_vec();
             let op =
                 Operation { kind, span, first_sector, frames, content: Vec::new(), map: None, began: 0, ends_at: 0 };

@@ -122,6 +122,26 @@ impl Object {
         self.cache.lock().expect("no thread panics with the cache locked")
     }
 
+    /// Hands on the notices that are not for `worker`.
+    fn hand_on(&self, worker: u64, notices: &mut Vec<Notice>) {
+        if notices.iter().all(|notice| worker_of(notice) == worker) {
+            return;
+        }
+        let mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
+        notices.retain(|notice| {
+            let other = worker_of(notice);
+            if other == worker {
+                return true;
+            }
+            let mailbox = &mailboxes[usize::try_from(other).expect("16 bits")];
+            mailbox.notices.lock().expect("nobody panics holding a mailbox").push(*notice);
+            if let Err(error) = mailbox.bell.write(1) {
+                warn!("cannot wake worker {other}: {error}");
+            }
+            false
+        });
+    }
+
     /// A way in for one more worker thread.
     ///
     /// # Errors
@@ -142,7 +162,6 @@ impl Object {
             store,
             rung: false,
             backlog: VecDeque::new(),
-            awaited: false,
             events: Vec::new(),
             notices: Vec::new(),
         })
@@ -160,8 +179,6 @@ pub struct Port {
     rung: bool,
     /// Requests that are to be submitted, or that the store had no room for.
     backlog: VecDeque<Request>,
-    /// One of them is of the kind that somebody waits for.
-    awaited: bool,
     events: Vec<Event>,
     notices: Vec<Notice>,
 }
@@ -221,50 +238,51 @@ impl Port {
         !self.events.is_empty() || !self.notices.is_empty()
     }
 
-    /// Opens the cache for the worker; the events collected go in first.
-    pub fn enter(&mut self, now: Tick) -> (MutexGuard<'_, PageCache>, &mut Vec<Notice>) {
-        let mut cache = self.object.lock();
-        for event in self.events.drain(..) {
+    /// Opens the cache for the worker: the events collected go in, then `act` gets the cache and what it has to say to this
+    /// worker. If a request waits for the store after that, all plans are sent off.
+    pub fn enter<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
+        let Self { object, worker, events, notices, .. } = self;
+        let mut cache = object.lock();
+        for event in events.drain(..) {
             // Of a store that is known to fail, each page that is tried again would be a line.
             let level = if cache.condition() == Condition::Well { Level::Warn } else { Level::Debug };
-            let (tag, outcome) = outcome_of(&self.object.name, level, event);
+            let (tag, outcome) = outcome_of(&object.name, level, event);
             cache.complete(tag, &outcome, now);
         }
-        (cache, &mut self.notices)
+        cache.take_notices(notices);
+        object.hand_on(*worker, notices);
+        let result = act(&mut cache, notices);
+        let awaited = take_plans(&mut cache, &object.arena, &mut self.backlog);
+        drop(cache);
+        if awaited {
+            self.submit();
+        }
+        result
     }
 
-    /// The end of what a turn has for the cache, which starts what is due; its notices go to their workers, its plans wait for
-    /// [`Port::submit`]. Returns when the cache wants to be pumped although nothing happens.
+    /// The end of a turn: the cache starts what is due, all its plans go to the store, its notices to their workers. Returns
+    /// when the cache wants to be pumped although nothing happens.
     pub fn leave(&mut self, now: Tick) -> Option<Tick> {
-        let deadline = {
-            let mut cache = self.object.lock();
-            cache.pump(now);
-            let (arena, backlog, awaited) = (&self.object.arena, &mut self.backlog, &mut self.awaited);
-            cache.take_plans(|plan| {
-                *awaited |= plan.demand;
-                backlog.push_back(request_of(arena, &plan));
-            });
-            cache.take_notices(&mut self.notices);
-            if cache.is_stable() {
-                arena.all_written();
-            }
-            while let Some(news) = cache.take_news() {
-                tell(&self.object.name, news, cache.stats().dirty_pages);
-            }
-            cache.next_deadline()
-        };
-        self.deliver();
+        let Self { object, worker, notices, .. } = self;
+        let mut cache = object.lock();
+        cache.pump(now);
+        take_plans(&mut cache, &object.arena, &mut self.backlog);
+        cache.take_notices(notices);
+        if cache.is_stable() {
+            object.arena.all_written();
+        }
+        while let Some(news) = cache.take_news() {
+            tell(&object.name, news, cache.stats().dirty_pages);
+        }
+        let deadline = cache.next_deadline();
+        drop(cache);
+        object.hand_on(*worker, notices);
+        self.submit();
         if self.notices.is_empty() { deadline } else { Some(now) }
     }
 
-    /// Whether a request waits for something that is not submitted yet.
-    pub fn is_awaited(&self) -> bool {
-        self.awaited
-    }
-
     /// Hands the cache's plans to the store, and starts them.
-    pub fn submit(&mut self) {
-        self.awaited = false;
+    fn submit(&mut self) {
         while let Some(request) = self.backlog.pop_front() {
             match self.store.submit(request) {
                 Ok(()) => {}
@@ -279,27 +297,16 @@ impl Port {
         }
         self.store.kick();
     }
+}
 
-    /// Hands on the notices that are for other workers.
-    fn deliver(&mut self) {
-        let own = self.worker;
-        if self.notices.iter().all(|notice| worker_of(notice) == own) {
-            return;
-        }
-        let mailboxes = self.object.mailboxes.lock().expect("nobody panics holding the list");
-        self.notices.retain(|notice| {
-            let worker = worker_of(notice);
-            if worker == own {
-                return true;
-            }
-            let mailbox = &mailboxes[usize::try_from(worker).expect("16 bits")];
-            mailbox.notices.lock().expect("nobody panics holding a mailbox").push(*notice);
-            if let Err(error) = mailbox.bell.write(1) {
-                warn!("cannot wake worker {worker}: {error}");
-            }
-            false
-        });
-    }
+/// Takes what the cache wants the store to do. Whether a request waits for any of it.
+fn take_plans(cache: &mut PageCache, arena: &Arena, backlog: &mut VecDeque<Request>) -> bool {
+    let mut awaited = false;
+    cache.take_plans(|plan| {
+        awaited |= plan.demand;
+        backlog.push_back(request_of(arena, &plan));
+    });
+    awaited
 }
 
 /// The operator hears of each change of an image's condition once, with what can be done.

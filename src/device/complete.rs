@@ -25,9 +25,7 @@ impl Traffic {
         if changes_data && pending.through && pending.failure.is_none() {
             pending.stage = Stage::Flush;
             cache.flush(ticket);
-            self.pump_is_due = true;
         } else {
-            self.pump_is_due |= changes_data;
             self.finished.push(slot);
         }
     }

@@ -2,11 +2,11 @@
 //!
 //! 1. obey the control plane; collect what the store has finished and what the cache has to say
 //! 2. take new requests from the rings
-//! 3. under the cache's lock: hand in the store's events, admit the requests, find out what is due
-//! 4. without it: send the store what requests wait for, and copy the bytes of what is ready
+//! 3. under the cache's lock: hand in the store's events, admit the requests; send off what they wait for
+//! 4. without it: copy the bytes of what is ready
 //! 5. under it again: give the pieces back
 //! 6. answer what is finished, and call the guest once for each ring
-//! 7. send the store what nobody waits for: readahead and write-back, which take long to send off
+//! 7. under the lock: let the cache see to itself (write-back, readahead, eviction); send off what comes of it
 //!
 //! The thread lives as long as the device, so write-back goes on while no front-end is there. It looks for more work for
 //! up to `poll_us` after the last, then asks the guest for kicks, looks again, and sleeps in epoll.
@@ -99,8 +99,6 @@ pub(super) struct Traffic {
     pub finished: Vec<Slot>,
     /// Answers that wait for their time, because the cache is filling up.
     pub held_back: BinaryHeap<Reverse<(Tick, Slot)>>,
-    /// The cache has something to start before the worker sleeps.
-    pub pump_is_due: bool,
     /// The control plane's flushes.
     drains: Vec<(Ticket, Sender<std::result::Result<(), Fault>>)>,
     next_drain: u64,
@@ -122,7 +120,6 @@ impl Traffic {
             copied: Vec::new(),
             finished: Vec::new(),
             held_back: BinaryHeap::new(),
-            pump_is_due: false,
             drains: Vec::new(),
             next_drain: 0,
             base,
@@ -256,33 +253,26 @@ impl Worker {
         let obeyed = self.obey();
         let collected = self.port.collect();
         let taken = self.take_requests();
-        let pump = std::mem::take(&mut self.traffic.pump_is_due);
         let due = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
         // A worker that polls comes by here all the time: the clock is looked at only if that makes a difference.
         let nothing_is_due = || due.is_none_or(|due| due > self.port.object().now());
-        if !(obeyed || collected || taken || pump) && nothing_is_due() {
+        if !(obeyed || collected || taken) && nothing_is_due() {
             return false;
         }
         let now = self.port.object().now();
         let Self { port, traffic, rings, .. } = self;
-        {
-            let (mut cache, notices) = port.enter(now);
+        port.enter(now, |cache, notices| {
             for notice in notices.drain(..) {
-                traffic.hear(&mut cache, notice);
+                traffic.hear(cache, notice);
             }
-            traffic.admit_all(&mut cache);
-        }
-        self.deadline = port.leave(now);
-        if port.is_awaited() {
-            port.submit();
-        }
+            traffic.admit_all(cache);
+        });
         if !traffic.copies.is_empty() {
             traffic.copy_all(port, rings);
-            let (mut cache, _) = port.enter(now);
-            traffic.give_back_all(&mut cache);
+            port.enter(now, |cache, _| traffic.give_back_all(cache));
         }
         traffic.answer_all(rings, now);
-        port.submit();
+        self.deadline = port.leave(now);
         self.settle_control();
         true
     }
@@ -322,11 +312,11 @@ impl Worker {
                 Command::Flush(answer) => {
                     let now = self.port.object().now();
                     let ticket = self.traffic.drain_ticket(answer);
-                    self.port.enter(now).0.flush(ticket);
+                    self.port.enter(now, |cache, _| cache.flush(ticket));
                 }
                 Command::Resume(answer) => {
                     let now = self.port.object().now();
-                    self.port.enter(now).0.resume();
+                    self.port.enter(now, |cache, _| cache.resume());
                     let _ = answer.send(());
                 }
                 Command::Exit => self.exits = true,

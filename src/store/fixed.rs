@@ -8,6 +8,7 @@
 //! Pinned memory counts against the user's limit (RLIMIT_MEMLOCK) where the daemon has no CAP_IPC_LOCK: when the limit is
 //! reached, what is registered stays so, and the rest goes the usual way.
 
+use std::io;
 use std::ops::Range;
 
 use io_uring::Submitter;
@@ -57,6 +58,12 @@ impl FixedMemory {
         let last = first.checked_add(segment.len)?.checked_sub(1)?;
         let chunk = first.checked_div(self.chunk_bytes)?;
         (last < self.memory.len() && last / self.chunk_bytes == chunk).then_some(chunk)
+    }
+
+    /// Lets go of all of it; no operation is in flight.
+    pub fn release(&mut self, ring: &Submitter) -> io::Result<()> {
+        let any = !std::mem::take(self).registered.is_empty();
+        if any { ring.unregister_buffers() } else { Ok(()) }
     }
 
     fn register(&mut self, ring: &Submitter, chunk: usize) -> bool {

@@ -322,10 +322,14 @@ impl Drop for UringStore {
             self.kick();
             self.reap(&mut events);
             if self.in_flight == 0 {
-                // A ring is torn down later, by a kernel thread: its hold on the file (for a device, an exclusive one)
-                // should end now.
-                if let Err(error) = self.ring.submitter().unregister_files() {
-                    log::debug!("image {}: unregister_files: {error}", self.image.path().display());
+                // A ring is torn down later, by a kernel thread: its hold on the file (for a device, an exclusive one) and on
+                // the cache's memory (huge pages are few) should end now.
+                let ring = self.ring.submitter();
+                if let Err(error) = ring.unregister_files().and_then(|()| self.fixed.release(&ring)) {
+                    log::debug!(
+                        "image {}: what the ring holds is released later: {error}",
+                        self.image.path().display()
+                    );
                 }
                 return;
             }

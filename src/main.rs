@@ -11,8 +11,7 @@ use genblk::logging;
 use genblk::recover;
 
 fn main() -> ExitCode {
-    logging::init();
-    match cli::action(env::args_os()).and_then(run) {
+    match logging::init().and_then(|()| cli::action(env::args_os())).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("genblk: {error}");

@@ -311,6 +311,18 @@ fn an_inherited_descriptor_that_is_no_listening_socket_is_refused() {
     place.assert_undamaged();
 }
 
+#[test]
+fn a_log_level_that_is_none_is_refused() {
+    let place = Place::new();
+    for wish in ["verbose", "", "genblk::cache=debug"] {
+        let mut command = Command::new(server_binary());
+        command.arg("--socket-path").arg(place.path("socket")).arg("--blk-file").arg(place.path("image"));
+        command.env("GENBLK_LOG", wish);
+        run_to_end(&mut command).assert_refused(2, &["GENBLK_LOG: ", wish, "error, warn, info, debug and trace"]);
+    }
+    place.assert_undamaged();
+}
+
 /// What a daemon logs from its start to its end, with one front-end in between, at `level`.
 fn log_at(level: Option<&str>) -> Vec<String> {
     let place = Place::new();

@@ -14,7 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("lib", &[]),
     ("cli", &["config", "error", "units"]),
     ("config", &["error", "units"]),
-    ("logging", &[]),
+    ("logging", &["error"]),
     ("daemon", &["recover", "service", "systemd", "config", "error"]),
     (
         "service",

@@ -177,8 +177,8 @@ impl Worker {
                 continue;
             }
             let mut came_meanwhile = false;
-            for ring in self.rings.iter_mut().flatten() {
-                came_meanwhile |= ring.want_kicks();
+            for index in 0..self.rings.len() {
+                came_meanwhile |= self.served(index).is_some_and(Ring::want_kicks);
             }
             if !came_meanwhile {
                 self.sleep();
@@ -279,16 +279,20 @@ impl Worker {
 
     fn take_requests(&mut self) -> bool {
         let mut taken = false;
-        let draining = self.new_memory.is_some();
-        for (index, ring) in (0..).zip(&mut self.rings) {
-            if let Some(ring) = ring
-                && ring.has_more()
-                && (ring.owes() || !(draining || self.stopping.iter().any(|(stopping, _)| *stopping == index)))
-            {
-                taken |= self.traffic.take_from(index, ring);
+        for index in 0..self.rings.len() {
+            if self.served(index).is_some_and(|ring| ring.has_more()) {
+                let ring = self.rings[index].as_mut().expect("looked at just now");
+                taken |= self.traffic.take_from(u16::try_from(index).expect("64 rings at most"), ring);
             }
         }
         taken
+    }
+
+    /// The ring at `index`, if requests are taken from it: from one that drains, only what a predecessor has left there.
+    fn served(&mut self, index: usize) -> Option<&mut Ring> {
+        let drains =
+            self.new_memory.is_some() || self.stopping.iter().any(|(stopping, _)| usize::from(*stopping) == index);
+        self.rings[index].as_mut().filter(|ring| ring.owes() || !drains)
     }
 
     /// Does what the control plane asks.

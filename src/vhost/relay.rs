@@ -10,7 +10,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use vmm_sys_util::eventfd::EventFd;
@@ -27,9 +26,6 @@ const SET_INFLIGHT_FD: u32 = FrontendReq::SET_INFLIGHT_FD as u32;
 
 /// The protocol feature that the crate lacks.
 const INFLIGHT_SHMFD: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
-
-/// How long the rest of a message may take, and the front-end to take one of ours.
-const MESSAGE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A memory table's header (number of regions, padding) and the length of one region's description.
 const TABLE_HEADER_BYTES: usize = 8;
@@ -60,8 +56,6 @@ impl<'a> Relay<'a> {
     /// What a socket says, or what is wrong with a message that is answered here. A front-end that stalls in the middle of a
     /// message is one that is lost.
     pub fn run(mut self) -> io::Result<()> {
-        self.front_end.set_read_timeout(Some(MESSAGE_PATIENCE))?;
-        self.front_end.set_write_timeout(Some(MESSAGE_PATIENCE))?;
         loop {
             let [stop, from_crate, from_front_end] = readable([self.stop, &self.crate_end, self.front_end])?;
             if stop {
@@ -72,7 +66,7 @@ impl<'a> Relay<'a> {
                 self.answer(message)?;
             }
             if from_front_end {
-                let Some(message) = Message::receive(self.front_end).map_err(or_stalled)? else { return Ok(()) };
+                let Some(message) = Message::receive(self.front_end)? else { return Ok(()) };
                 self.ask(message)?;
             }
         }
@@ -116,15 +110,7 @@ impl<'a> Relay<'a> {
             },
             _ => {}
         }
-        message.send(self.front_end).map_err(or_stalled)
-    }
-}
-
-/// What a socket's error means where [`MESSAGE_PATIENCE`] is its limit.
-fn or_stalled(error: io::Error) -> io::Error {
-    match error.kind() {
-        io::ErrorKind::WouldBlock => io::Error::new(io::ErrorKind::TimedOut, "it stalls in the middle of a message"),
-        _ => error,
+        message.send(self.front_end)
     }
 }
 

@@ -104,6 +104,7 @@ impl Server {
         };
         info!("{}: a front-end is attached", self.device.name);
         let ended = self.session(&front_end);
+        drop(front_end);
         self.workers.set_memory(&Arc::new(GuestRam::new()));
         self.detached(ended);
         Ok(())
@@ -131,14 +132,16 @@ impl Server {
         }
     }
 
-    /// What the guest wrote goes to the image now: it may be gone for good.
+    /// What the guest wrote goes to the image now: it may be gone for good. Who stopped us sees to that himself.
     fn detached(&self, ended: io::Result<()>) {
         let name = &self.device.name;
         match ended {
             Err(e) if !hung_up(&e) => warn!("{name}: the front-end is detached: {e}"),
             _ => info!("{name}: the front-end is detached"),
         }
-        if let Err(fault) = self.workers.flush() {
+        if !self.stopped.load(Ordering::Acquire)
+            && let Err(fault) = self.workers.flush()
+        {
             error!("{name}: not everything could be written to the image: {fault:?}; it is tried again");
         }
     }

@@ -4,10 +4,13 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::MAX_MSG_SIZE;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+/// How long the rest of a message may take, and the other end to take one of ours.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a header: request, flags, size of the payload.
 const HEADER_BYTES: usize = 12;
 /// Descriptors that a message may carry: a memory table has one for each of at most 32 regions.
@@ -45,14 +48,16 @@ impl Message {
     /// Receives a message. `None`: the other end hung up, and owes us nothing.
     ///
     /// # Errors
-    /// What the socket says; [`io::ErrorKind::InvalidData`] for a message longer than any of the protocol.
-    pub fn receive(mut socket: &UnixStream) -> io::Result<Option<Self>> {
+    /// What the socket says; [`io::ErrorKind::InvalidData`] for a message longer than any of the protocol;
+    /// [`io::ErrorKind::TimedOut`] for one of which the rest does not come.
+    pub fn receive(socket: &UnixStream) -> io::Result<Option<Self>> {
         let mut header = [0; HEADER_BYTES];
         let (got, files) = receive_with_files(socket, &mut header)?;
         if got == 0 {
             return Ok(None);
         }
-        socket.read_exact(&mut header[got..])?;
+        let deadline = Instant::now() + PATIENCE;
+        receive_rest(socket, &mut header[got..], deadline)?;
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
         let size = word(8) as usize;
         if size > MAX_MSG_SIZE {
@@ -60,15 +65,16 @@ impl Message {
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         let mut payload = vec![0; size];
-        socket.read_exact(&mut payload)?;
+        receive_rest(socket, &mut payload, deadline)?;
         Ok(Some(Self { request: word(0), flags: word(4), payload, files }))
     }
 
     /// Sends the message with its descriptors.
     ///
     /// # Errors
-    /// What the socket says.
+    /// What the socket says, at the latest when nothing has been taken for [`PATIENCE`].
     pub fn send(&self, mut socket: &UnixStream) -> io::Result<()> {
+        socket.set_write_timeout(Some(PATIENCE))?;
         let size = u32::try_from(self.payload.len()).expect("a payload is below 4 KiB");
         let words = [self.request, self.flags, size];
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).chain(self.payload.clone()).collect();
@@ -76,6 +82,24 @@ impl Message {
         let sent = socket.send_with_fds(&[&bytes[..]], &fds)?;
         io::Write::write_all(&mut socket, &bytes[sent..])
     }
+}
+
+/// Fills `bytes` by the deadline.
+fn receive_rest(mut socket: &UnixStream, mut bytes: &mut [u8], deadline: Instant) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end stalls in the middle of a message"));
+        }
+        socket.set_read_timeout(Some(left))?;
+        match socket.read(bytes) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(got) => bytes = &mut bytes[got..],
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// Receives what there is, up to the length of `bytes`, and the descriptors that came with it.

@@ -122,10 +122,11 @@ impl Object {
         self.cache.lock().expect("no thread panics with the cache locked")
     }
 
-    /// Hands on the notices that are not for `worker`.
-    fn hand_on(&self, worker: u64, notices: &mut Vec<Notice>) {
+    /// Hands on the notices that are not for `worker`; returns who has got some, and is to be woken.
+    fn hand_on(&self, worker: u64, notices: &mut Vec<Notice>) -> Vec<Arc<Mailbox>> {
+        let mut recipients: Vec<Arc<Mailbox>> = Vec::new();
         if notices.iter().all(|notice| worker_of(notice) == worker) {
-            return;
+            return recipients;
         }
         let mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
         notices.retain(|notice| {
@@ -135,11 +136,12 @@ impl Object {
             }
             let mailbox = &mailboxes[usize::try_from(other).expect("16 bits")];
             mailbox.notices.lock().expect("nobody panics holding a mailbox").push(*notice);
-            if let Err(error) = mailbox.bell.write(1) {
-                warn!("cannot wake worker {other}: {error}");
+            if !recipients.iter().any(|known| Arc::ptr_eq(known, mailbox)) {
+                recipients.push(Arc::clone(mailbox));
             }
             false
         });
+        recipients
     }
 
     /// A way in for one more worker thread.
@@ -250,10 +252,11 @@ impl Port {
             cache.complete(tag, &outcome, now);
         }
         cache.take_notices(notices);
-        object.hand_on(*worker, notices);
+        let recipients = object.hand_on(*worker, notices);
         let result = act(&mut cache, notices);
         let awaited = take_plans(&mut cache, &object.arena, &mut self.backlog);
         drop(cache);
+        wake(&recipients);
         if awaited {
             self.submit();
         }
@@ -276,7 +279,7 @@ impl Port {
         }
         let deadline = cache.next_deadline();
         drop(cache);
-        object.hand_on(*worker, notices);
+        wake(&object.hand_on(*worker, notices));
         self.submit();
         if self.notices.is_empty() { deadline } else { Some(now) }
     }
@@ -296,6 +299,15 @@ impl Port {
             }
         }
         self.store.kick();
+    }
+}
+
+/// Rings the bells of workers that have got something.
+fn wake(recipients: &[Arc<Mailbox>]) {
+    for mailbox in recipients {
+        if let Err(error) = mailbox.bell.write(1) {
+            warn!("cannot wake a worker: {error}");
+        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! flight. Whoever takes a reference gives it back; at none the frame is free.
 //!
 //! What became free first is taken first. So frames in a row, which left the cache together, come back in a row: a read
-//! into them is one segment for the store, and their bytes are copied in one piece.
+//! into them is one segment for the store, and their bytes are copied in one piece. A cache that keeps nothing does it the
+//! other way round: few frames, which stay in the processor's caches, are used over and over.
 
 use crate::units::FrameId;
 
@@ -19,14 +20,16 @@ pub(super) struct Frames {
     free_head: u32,
     free_tail: u32,
     free_count: u32,
+    /// What became free last is taken first.
+    newest_first: bool,
 }
 
 impl Frames {
-    /// `count` free frames.
-    pub fn new(count: u32) -> Self {
+    /// `count` free frames. `newest_first`: what becomes free last is taken first.
+    pub fn new(count: u32, newest_first: bool) -> Self {
         assert!(count > 0 && count < END, "a cache has 1 to 2^31 frames");
         let words = (1..=count).map(|next| FREE | if next == count { END } else { next }).collect();
-        Self { words, free_head: 0, free_tail: count - 1, free_count: count }
+        Self { words, free_head: 0, free_tail: count - 1, free_count: count, newest_first }
     }
 
     /// Takes these frames, with one reference each, out of an allocator that has given out none.
@@ -82,7 +85,11 @@ impl Frames {
         let word = &mut self.words[frame.index()];
         assert!(*word & FREE == 0 && *word > 0, "{frame:?} is released once too often");
         *word -= 1;
-        if *word == 0 {
+        if *word == 0 && self.newest_first && self.free_head != END {
+            *word = FREE | self.free_head;
+            self.free_head = frame.0;
+            self.free_count += 1;
+        } else if *word == 0 {
             self.put(frame.0);
         }
     }
@@ -115,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_frame_is_free_again_when_its_last_reference_goes() {
-        let mut frames = Frames::new(2);
+        let mut frames = Frames::new(2, false);
         let a = frames.take().unwrap();
         let b = frames.take().unwrap();
         assert_ne!(a, b);
@@ -130,14 +137,18 @@ mod tests {
 
     #[test]
     fn frames_come_back_in_the_order_in_which_they_went() {
-        let mut frames = Frames::new(8);
+        let mut frames = Frames::new(8, false);
         let held: Vec<FrameId> = std::iter::from_fn(|| frames.take()).collect();
         assert_eq!(held, (0..8).map(FrameId).collect::<Vec<_>>());
         for frame in [4, 5, 6, 0, 1].map(FrameId) {
             frames.release(frame);
         }
         assert_eq!(std::iter::from_fn(|| frames.take()).collect::<Vec<_>>(), [4, 5, 6, 0, 1].map(FrameId));
-        let mut claimed = Frames::new(4);
+        let mut newest_first = Frames::new(3, true);
+        let held: Vec<FrameId> = std::iter::from_fn(|| newest_first.take()).collect();
+        held.into_iter().for_each(|frame| newest_first.release(frame));
+        assert_eq!(std::iter::from_fn(|| newest_first.take()).collect::<Vec<_>>(), [2, 1, 0].map(FrameId));
+        let mut claimed = Frames::new(4, false);
         claimed.claim([FrameId(1)]);
         assert_eq!(std::iter::from_fn(|| claimed.take()).collect::<Vec<_>>(), [0, 2, 3].map(FrameId));
     }
@@ -145,7 +156,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "released once too often")]
     fn releasing_a_free_frame_is_caught() {
-        let mut frames = Frames::new(1);
+        let mut frames = Frames::new(1, false);
         frames.release(FrameId(0));
     }
 }

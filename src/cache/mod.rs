@@ -7,8 +7,8 @@
 //! A turn, as seen from here: [`PageCache::complete`] for every operation that ended, [`PageCache::read`],
 //! [`PageCache::write`], [`PageCache::flush`], [`PageCache::zero`] and [`PageCache::discard`] for new requests, the
 //! owner copies the pieces and gives them back ([`PageCache::finish_read`], [`PageCache::finish_write`]), then
-//! [`PageCache::pump`], which writes back, syncs, reclaims and resumes; and last [`PageCache::take_plans`] and
-//! [`PageCache::take_notices`].
+//! [`PageCache::pump`], which writes back, syncs, reclaims and resumes. [`PageCache::take_plans`] and
+//! [`PageCache::take_notices`] come last at least, and wherever the owner has use for what there is already.
 //!
 //! Invariants, checked by [`PageCache::check`]:
 //! I1 a page is on exactly one replacement queue if and only if it is in the table. I2 the dirty set is the pages with
@@ -259,7 +259,7 @@ impl PageCache {
             memory,
             now: Tick(0),
             pages: PageTable::new(frames),
-            frames: Frames::new(frames),
+            frames: Frames::new(frames, !settings.retain),
             policy: policy::new(settings.policy, frames),
             waiters: Waiters::default(),
             flights: Flights::default(),

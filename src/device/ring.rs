@@ -144,15 +144,16 @@ impl Ring {
             return;
         }
         if !self.owed.is_empty() {
+            // They are noted already, in their order.
             heads.extend(self.owed.drain(self.owed.len().saturating_sub(most)..).rev());
         } else {
             match self.queue.iter(&*self.memory) {
                 Ok(available) => heads.extend(available.take(most).map(|chain| chain.head_index())),
                 Err(error) => self.fail(&format!("its available index is wrong ({error})")),
             }
-        }
-        if let Some(track) = &mut self.track {
-            heads.iter().for_each(|&head| track.taken(head));
+            if let Some(track) = &mut self.track {
+                heads.iter().for_each(|&head| track.taken(head));
+            }
         }
         self.in_flight += u16::try_from(heads.len()).expect("no more than the ring's size");
     }

@@ -219,3 +219,16 @@ fn readers_here_and_in_qemu_share_an_image() {
     drop(opened);
     FileImage::open(&image.path, &READ_ONLY).expect("we may read what QEMU reads");
 }
+
+/// tmpfs takes files of any length.
+#[test]
+fn an_image_larger_than_page_numbers_go_is_refused() {
+    let Some(image) = Image::tmpfs("beyond", 512) else { return };
+    let file = std::fs::File::options().write(true).open(&image.path).unwrap();
+    file.set_len((1 << 59) - 512).unwrap();
+    let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
+    assert_eq!(opened.limits().size_bytes, (1 << 59) - 512);
+    drop(opened);
+    file.set_len(1 << 59).unwrap();
+    assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Image);
+}

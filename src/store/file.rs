@@ -73,8 +73,8 @@ impl FileImage {
     /// Opens and locks the image at `path`. Blocks: not for a worker's thread.
     ///
     /// # Errors
-    /// [`ErrorKind::Image`] if it is missing, neither a regular file nor a block device, empty, not a multiple of 512
-    /// bytes long, or can't be opened; [`ErrorKind::Locked`] if another opener's lock excludes us. Every error names
+    /// [`ErrorKind::Image`] if it is missing, neither a regular file nor a block device, empty, too large, not a
+    /// multiple of 512 bytes long, or can't be opened; [`ErrorKind::Locked`] if another opener's lock excludes us. Every error names
     /// the image.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
         let image = OpenImage::open(path, options)?;
@@ -301,11 +301,16 @@ fn check_type(path: &Path, metadata: &Metadata) -> Result<()> {
     Err(Error::new(ErrorKind::Image, message))
 }
 
+/// 512 PiB: a page's number has 48 bits (`cache/page.rs`), and not all of them are pages.
+const SIZE_LIMIT: u64 = PAGE_BYTES << 47;
+
 fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
     let problem = if size_bytes == 0 {
         "is empty".to_owned()
     } else if !size_bytes.is_multiple_of(SECTOR_BYTES) {
         format!("has {size_bytes} bytes, which is not a multiple of {SECTOR_BYTES}")
+    } else if size_bytes >= SIZE_LIMIT {
+        format!("has {size_bytes} bytes; below {SIZE_LIMIT} are possible")
     } else {
         return Ok(());
     };

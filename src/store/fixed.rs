@@ -1,12 +1,12 @@
 //! Memory that the kernel keeps pinned for a ring (io_uring's registered buffers).
 //!
 //! For a transfer with O_DIRECT the kernel looks up and pins every page of its memory, marks it dirty and lets it go again:
-//! a fifth of a worker's time where a device is fast. The cache's memory is always the same, so it is pinned once, in
+//! a fifth of a worker's time where a device is fast. The cache's memory is always the same, so a ring keeps it pinned, in
 //! chunks, each when it is first used: nothing waits for the whole, and what is never used costs nothing. A transfer whose
 //! memory lies in one chunk names the chunk's buffer; any other goes the usual way.
 //!
-//! Pinned memory counts against the user's limit (RLIMIT_MEMLOCK) where the daemon has no CAP_IPC_LOCK: when the limit is
-//! reached, what is registered stays so, and the rest goes the usual way.
+//! Pinned memory counts against the user's limit (RLIMIT_MEMLOCK), once for each ring, where the daemon has no
+//! CAP_IPC_LOCK: when the limit is reached, what is registered stays so, and the rest goes the usual way.
 
 use std::io;
 use std::ops::Range;

@@ -287,11 +287,17 @@ fn an_inherited_socket_is_served_and_left_where_it_is() {
     let listener = UnixListener::bind(&socket).expect("a socket can be bound");
     let command = with_inherited(&listener, &image);
     let mut daemon = Daemon::launch(place.directory, command, vec![socket.clone()]);
-    drop(listener);
     assert_serves(&socket, 0);
     assert_serves(&socket, 64);
     daemon.stop();
     assert!(exists(&socket), "whoever made the socket takes it away");
+    // He may give it to another daemon, for front-ends that came meanwhile.
+    let waits = UnixStream::connect(&socket).expect("the socket is still listened on");
+    daemon.restart();
+    drop(waits);
+    assert_serves(&socket, 0);
+    drop(listener);
+    daemon.stop();
 }
 
 #[test]

@@ -140,7 +140,7 @@ fn sort_table(message: &mut Message) {
 }
 
 /// Waits until one of them has something to say, or has hung up.
-fn readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
+pub(super) fn readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
     let mut polled = descriptors.map(|one| libc::pollfd { fd: one.as_raw_fd(), events: libc::POLLIN, revents: 0 });
     // SAFETY: the array is ours and its length is right.
     while unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, -1) } < 0 {

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -17,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::Memory;
 use super::backend::Backend;
 use super::pair;
-use super::relay::Relay;
+use super::relay::{Relay, readable};
 use super::ring::{Session, making_rings_for};
 use crate::device::Device;
 use crate::device::control::Workers;
@@ -68,7 +67,10 @@ impl Server {
     /// # Errors
     /// [`ErrorKind::System`] when the host refuses a descriptor.
     pub fn new(device: Arc<Device>, workers: Arc<Workers>, queue_size: u16, listener: UnixListener) -> Result<Self> {
-        let stop = EventFd::new(EFD_CLOEXEC).map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd", e))?;
+        let system = |e| Error::io(ErrorKind::System, "cannot make a socket ready", e);
+        let stop = EventFd::new(EFD_CLOEXEC).map_err(system)?;
+        // Somebody else may listen on it too, and be faster.
+        listener.set_nonblocking(true).map_err(system)?;
         Ok(Self { device, workers, queue_size, listener, stopped: AtomicBool::new(false), stop })
     }
 
@@ -91,15 +93,18 @@ impl Server {
         self.stopped.store(true, Ordering::Release);
         // Nobody reads it, and it does not overflow.
         let _ = self.stop.write(1);
-        // SAFETY: a plain system call on our own descriptor; a thread that waits in accept() returns with an error.
-        unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
     }
 
     /// Waits for a front-end and serves it until it hangs up.
     fn serve_one(&self) -> io::Result<()> {
+        let [stop, _] = readable([&self.stop, &self.listener])?;
+        if stop {
+            // Whoever waits here is for the next daemon, if that gets the listener.
+            return Ok(());
+        }
         let front_end = match self.listener.accept() {
             Ok((stream, _)) => stream,
-            Err(_) if self.stopped.load(Ordering::Acquire) => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e),
         };
         info!("{}: a front-end is attached", self.device.name);

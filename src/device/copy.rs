@@ -5,7 +5,7 @@ use crate::object::Port;
 use crate::units::{SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::STATUS_IOERR;
 use crate::virtio::request::Kind;
-use crate::virtio::segments::{BadAddress, GuestCursor, prefetch};
+use crate::virtio::segments::{BadAddress, GuestCursor, LINE_BYTES, prefetch};
 
 use super::pending::Slot;
 use super::ring::Ring;
@@ -113,5 +113,5 @@ fn copy(
 
 /// Calls for the first bytes of a frame that is to be filled; the processor sees the pattern and fetches the rest by itself.
 fn prefetch_beginning(frame: *mut u8) {
-    (0..4).for_each(|line| prefetch(frame.wrapping_add(line * 64)));
+    (0..4).for_each(|line| prefetch(frame.wrapping_add(line * LINE_BYTES)));
 }

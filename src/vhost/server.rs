@@ -57,7 +57,7 @@ pub struct Server {
     queue_size: u16,
     listener: UnixListener,
     stopped: AtomicBool,
-    /// The same, for the session that is going on: readable once it is to end.
+    /// The same as a descriptor, readable once that is so, for who waits for a message or a front-end.
     stop: EventFd,
 }
 

@@ -18,7 +18,7 @@ use crate::virtio::GuestRam;
 mod tests;
 
 /// Bytes of a line of the processor's cache.
-const LINE_BYTES: usize = 64;
+pub const LINE_BYTES: usize = 64;
 
 /// A run of guest memory, as the guest describes it: nothing is known of it but its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -33,7 +33,7 @@ const IOERR: u8 = 1;
 
 /// How often the daemon dies in a test.
 fn kills() -> u64 {
-    std::env::var("GENBLK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(10)
+    std::env::var("GENBLK_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(20)
 }
 
 fn start(device: &str) -> Daemon {

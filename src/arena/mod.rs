@@ -381,6 +381,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_ledger_takes_0_2_percent_and_three_pages_at_most() {
+        for mib in [4, 6, 256, 8192] {
+            let frames = (mib << 20) / PAGE_SIZE;
+            let identity = Identity { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
+            let header = Header::new(identity, frames as u64, Path::new("/image"), false);
+            let bytes = offset_of(&header, frames);
+            assert!(bytes <= frames * PAGE_SIZE / 500 + 3 * PAGE_SIZE, "{bytes} for {mib} MiB");
+        }
+    }
+
+    #[test]
     fn sectors_are_copied_and_zeroed_by_mask_only() {
         let arena = Arena::private(2).unwrap();
         let (a, b) = (FrameId(0), FrameId(1));

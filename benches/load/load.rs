@@ -4,11 +4,13 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use crate::job::{Actor, Does, Job, Tally};
+use crate::machine;
 use crate::pattern::Offsets;
 use crate::prng::Prng;
 use crate::queue::{Op, Queue};
 
-/// Runs a job, each actor on a queue and a thread of its own. As many queues as actors, or more.
+/// Runs a job, each actor on a queue and a thread of its own, which keeps to a processor as long as one is left for the
+/// server. As many queues as actors, or more.
 pub fn run<Q: Queue>(queues: &mut [Q], job: &Job) -> Vec<Tally> {
     let begin = Barrier::new(job.actors.len());
     std::thread::scope(|scope| {
@@ -17,6 +19,7 @@ pub fn run<Q: Queue>(queues: &mut [Q], job: &Job) -> Vec<Tally> {
             .zip(job.actors.iter().zip(queues))
             .map(|(seed, (actor, queue))| {
                 scope.spawn(move || {
+                    machine::keep_to_processor(seed as usize);
                     let run = Run::new(actor, queue, seed);
                     begin.wait();
                     run.go(job.ends_with_flush)

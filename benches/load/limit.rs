@@ -15,6 +15,7 @@ use genblk::device::ring::Ring;
 use genblk::device::{Command, Control, Device};
 use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
 use genblk::vhost::{Server, bind};
+use genblk::virtio::chain::Table;
 use genblk::virtio::config_space::Geometry;
 use genblk::virtio::request::{Disk, Kind, Malformed, Request, parse, serial};
 use genblk::virtio::segments::{GuestCursor, write_status};
@@ -81,10 +82,13 @@ impl Copier {
                 worked = true;
                 heads.clear();
                 ring.take(BATCH, &mut heads);
+                let memory = Arc::clone(&ring.memory);
+                let table = ring.table(&memory);
+                table.foresee(&memory, &heads);
                 for &head in &heads {
-                    serve_one(ring, head, &mut request, &self.disk, &self.buffer);
+                    serve_one(ring, &table, head, &mut request, &self.disk, &self.buffer);
                 }
-                ring.call_guest();
+                ring.publish();
             }
             if worked {
                 idle_since = Instant::now();
@@ -106,7 +110,7 @@ impl Copier {
                     let _ = answer.send(());
                 }
                 Command::Stop(index, answer) => {
-                    let _ = answer.send(self.rings.remove(&index).map(|ring| ring.position()));
+                    let _ = answer.send(self.rings.remove(&index).and_then(|ring| ring.position()));
                 }
                 Command::Call(index, call, answer) => {
                     if let Some(ring) = self.rings.get_mut(&index) {
@@ -156,9 +160,8 @@ fn readable(fds: &[RawFd]) -> Vec<bool> {
     polled.iter().map(|fd| fd.revents & libc::POLLIN != 0).collect()
 }
 
-fn serve_one(ring: &mut Ring, head: u16, request: &mut Request, disk: &Disk, buffer: &Arena) {
-    let (table, size) = ring.descriptors();
-    match parse(&ring.memory, table, size, head, request) {
+fn serve_one(ring: &mut Ring, table: &Table<'_>, head: u16, request: &mut Request, disk: &Disk, buffer: &Arena) {
+    match parse(&ring.memory, table, head, request) {
         Ok(()) => {
             let good = request.check(disk).is_ok() && copy(ring, request, buffer);
             let _ = write_status(&ring.memory, request.status, if good { STATUS_OK } else { STATUS_IOERR });

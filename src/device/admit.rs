@@ -1,5 +1,7 @@
 //! Requests on their way into the cache: taken from a ring, parsed, checked, and put to the cache under its lock.
 
+use std::sync::Arc;
+
 use crate::cache::{Access, Admitted, Notice, PageCache};
 use crate::error::status_byte;
 use crate::virtio::request::{Kind, Malformed, parse};
@@ -18,16 +20,18 @@ impl Traffic {
     pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring) -> bool {
         self.heads.clear();
         ring.take(BATCH, &mut self.heads);
-        let (table, size) = ring.descriptors();
+        let memory = Arc::clone(&ring.memory);
+        let table = ring.table(&memory);
+        table.foresee(&memory, &self.heads);
         for at in 0..self.heads.len() {
             let head = self.heads[at];
             let slot = self.pending.take(index);
-            let parsed = parse(&ring.memory, table, size, head, &mut self.pending[slot].request);
+            let parsed = parse(&memory, &table, head, &mut self.pending[slot].request);
             match parsed {
                 Ok(()) => self.line_up(slot, ring),
                 Err(Malformed::WithStatus { status }) => {
                     // The address was checked by the parser; if the memory went since, nobody reads the status.
-                    let _ = write_status(&ring.memory, status, STATUS_IOERR);
+                    let _ = write_status(&memory, status, STATUS_IOERR);
                     ring.answer(head, 1);
                     self.pending.release(slot);
                 }

@@ -49,7 +49,7 @@ impl Traffic {
             self.answer(rings, slot);
         }
         for ring in rings.iter_mut().flatten() {
-            ring.call_guest();
+            ring.publish();
         }
     }
 

@@ -10,24 +10,15 @@ use vmm_sys_util::eventfd::EventFd;
 use super::inflight::RingTrack;
 use crate::units::Fault;
 use crate::virtio::GuestRam;
+use crate::virtio::split::{Layout, Position};
 
-/// Everything a ring needs to run; addresses are the guest's.
+/// Everything a ring needs to run.
 #[derive(Debug)]
 pub struct RingSetup {
-    /// Number of descriptors, a power of two.
-    pub size: u16,
-    /// Descriptor table.
-    pub desc_table: u64,
-    /// Available ring.
-    pub avail_ring: u64,
-    /// Used ring.
-    pub used_ring: u64,
-    /// Index of the next available entry to take.
-    pub next_avail: u16,
-    /// Index of the next used entry to fill.
-    pub next_used: u16,
-    /// VIRTIO_RING_F_EVENT_IDX was negotiated.
-    pub event_idx: bool,
+    /// Where the ring lies.
+    pub layout: Layout,
+    /// Where it goes on.
+    pub position: Position,
     /// Readable when the guest has made something available.
     pub kick: File,
     /// Written when something has been used; none: the guest polls.
@@ -38,22 +29,13 @@ pub struct RingSetup {
     pub track: Option<RingTrack>,
 }
 
-/// Where a stopped ring stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingPosition {
-    /// Index of the next available entry to take.
-    pub next_avail: u16,
-    /// Index of the next used entry to fill.
-    pub next_used: u16,
-}
-
 /// What a worker is told; each is answered when it is done.
 #[derive(Debug)]
 pub enum Command {
     /// Serve this ring from now on.
     Start(u16, Box<RingSetup>, Sender<()>),
     /// Finish what was taken from this ring and take no more. `None`: it did not run.
-    Stop(u16, Sender<Option<RingPosition>>),
+    Stop(u16, Sender<Option<Position>>),
     /// Use this to interrupt the guest.
     Call(u16, Option<File>, Sender<()>),
     /// Finish what was taken from every ring, then use this memory.

@@ -3,8 +3,8 @@
 //!
 //! A ring answers out of order, so its used index alone does not tell a successor which requests are still owed. For each
 //! descriptor there is a mark, set when the chain that begins there is taken and cleared when it has been answered, and
-//! a counter that keeps the order in which chains were taken. The index of the last answer closes the gap between the
-//! used ring and the marks: a daemon that dies between the two has answered that chain, mark or no mark.
+//! a counter that keeps the order in which chains were taken. A list of the last batch of answers closes the gap between
+//! the used ring and the marks: a daemon that dies between the two has answered those chains, mark or no mark.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -19,6 +19,7 @@ const USED_IDX: usize = 14;
 const DESCRIPTORS: usize = 16;
 /// Offsets within a descriptor's state (DescStateSplit), and its length.
 const MARK: usize = 0;
+const NEXT: usize = 6;
 const COUNTER: usize = 8;
 const DESCRIPTOR_BYTES: usize = 16;
 /// The layout's version.
@@ -38,12 +39,14 @@ pub struct RingTrack {
     offset: usize,
     size: u16,
     counter: u64,
+    /// Chains on the used ring that the guest was not shown yet.
+    batch: u16,
 }
 
 impl RingTrack {
     /// The part at `offset` of the region, for a ring with `size` descriptors; the region is long enough.
     pub fn new(memory: Arc<MmapRegion>, offset: usize, size: u16) -> Self {
-        Self { memory, offset, size, counter: 0 }
+        Self { memory, offset, size, counter: 0, batch: 0 }
     }
 
     /// Whether a ring has kept its marks here before (version 0 "indicates an uninitialized region").
@@ -61,13 +64,9 @@ impl RingTrack {
             self.field::<AtomicU16>(VERSION).store(LAYOUT, Ordering::Release);
             return None;
         }
-        if self.field::<AtomicU16>(USED_IDX).load(Ordering::Acquire) != used {
-            let last = self.field::<AtomicU16>(LAST_BATCH_HEAD).load(Ordering::Relaxed);
-            if last < self.size {
-                self.mark(last).store(0, Ordering::Release);
-            }
-            self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Release);
-        }
+        // What a predecessor put on the used ring last may still bear its marks.
+        let known = self.field::<AtomicU16>(USED_IDX).load(Ordering::Acquire);
+        self.settle_batch(used.wrapping_sub(known), used);
         let mut owed: Vec<(u64, u16)> = (0..self.size)
             .filter(|&head| self.mark(head).load(Ordering::Acquire) != 0)
             .map(|head| (self.taken_as(head).load(Ordering::Relaxed), head))
@@ -86,21 +85,44 @@ impl RingTrack {
         }
     }
 
-    /// The chain at `head` is about to be put on the used ring.
-    pub fn answering(&self, head: u16) {
-        self.field::<AtomicU16>(LAST_BATCH_HEAD).store(head, Ordering::Release);
+    /// The chain at `head` is on the used ring; the guest will see it with the next [`RingTrack::answered`].
+    pub fn answering(&mut self, head: u16) {
+        if head < self.size {
+            let last = self.field::<AtomicU16>(LAST_BATCH_HEAD);
+            self.next(head).store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+            last.store(head, Ordering::Release);
+            self.batch += 1;
+        }
     }
 
-    /// The chain at `head` is on the used ring, whose index is now `used`.
-    pub fn answered(&self, head: u16, used: u16) {
-        if head < self.size {
+    /// The guest has seen all of them: the used ring's index is now `used`.
+    pub fn answered(&mut self, used: u16) {
+        let batch = std::mem::take(&mut self.batch);
+        self.settle_batch(batch, used);
+    }
+
+    /// Takes the marks off the last `count` chains that were put on the used ring, whose index is `used`.
+    ///
+    /// => The front-end can write to the region: the list is followed no further than it can be long.
+    fn settle_batch(&self, count: u16, used: u16) {
+        let mut head = self.field::<AtomicU16>(LAST_BATCH_HEAD).load(Ordering::Acquire);
+        for _ in 0..count.min(self.size) {
+            if head >= self.size {
+                break;
+            }
             self.mark(head).store(0, Ordering::Release);
+            head = self.next(head).load(Ordering::Relaxed);
         }
         self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Release);
     }
 
     fn mark(&self, head: u16) -> &AtomicU8 {
         self.field(DESCRIPTORS + usize::from(head) * DESCRIPTOR_BYTES + MARK)
+    }
+
+    /// The chain that was put on the used ring before the one at `head`.
+    fn next(&self, head: u16) -> &AtomicU16 {
+        self.field(DESCRIPTORS + usize::from(head) * DESCRIPTOR_BYTES + NEXT)
     }
 
     fn taken_as(&self, head: u16) -> &AtomicU64 {
@@ -127,7 +149,7 @@ mod tests {
         assert_eq!(first.recover(40), None);
         [5, 1, 7, 2].into_iter().for_each(|head| first.taken(head));
         first.answering(1);
-        first.answered(1, 41);
+        first.answered(41);
         let mut second = track(&memory);
         assert_eq!(second.recover(41).unwrap(), [5, 7, 2]);
         second.taken(0);
@@ -135,16 +157,29 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_was_cut_off_is_on_the_used_ring_or_it_is_owed() {
+    fn answers_that_were_cut_off_are_on_the_used_ring_or_they_are_owed() {
         let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
         let mut first = track(&memory);
         first.recover(0);
-        first.taken(3);
-        first.taken(4);
+        [3, 4, 6, 1].into_iter().for_each(|head| first.taken(head));
+        first.answering(4);
+        first.answered(1);
+        first.answering(6);
         first.answering(3);
-        assert_eq!(track(&memory).recover(0).unwrap(), [3, 4], "died before the used ring had it");
-        assert_eq!(track(&memory).recover(1).unwrap(), [4], "died after the used ring had it");
-        assert_eq!(track(&memory).recover(1).unwrap(), [4], "and that is known from now on");
+        assert_eq!(track(&memory).recover(1).unwrap(), [3, 6, 1], "died before the used ring had them");
+        assert_eq!(track(&memory).recover(3).unwrap(), [1], "died after the used ring had them");
+        assert_eq!(track(&memory).recover(3).unwrap(), [1], "and that is known from now on");
+    }
+
+    #[test]
+    fn a_list_that_somebody_bent_into_a_loop_ends() {
+        let memory = Arc::new(MmapRegion::new(2 * ring_bytes(8)).unwrap());
+        let mut first = track(&memory);
+        first.recover(0);
+        first.taken(2);
+        first.answering(2);
+        first.next(2).store(2, Ordering::Relaxed);
+        assert!(track(&memory).recover(60_000).unwrap().is_empty());
     }
 
     #[test]

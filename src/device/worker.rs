@@ -28,8 +28,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::object::{Object, Port};
 use crate::units::{Fault, Tick};
 use crate::virtio::GuestRam;
+use crate::virtio::split::Position;
 
-use super::control::{Command, Control, RingPosition};
+use super::control::{Command, Control};
 use super::copy::Copied;
 use super::pending::{PendingTable, Slot};
 use super::ring::Ring;
@@ -157,7 +158,7 @@ struct Worker {
     /// The rings that run, by number; no longer than it must be, for a turn looks at each place.
     rings: Vec<Option<Ring>>,
     /// Rings that take no more requests, and who waits for their last answer.
-    stopping: Vec<(u16, Sender<Option<RingPosition>>)>,
+    stopping: Vec<(u16, Sender<Option<Position>>)>,
     /// Guest memory that comes into use when every ring has answered what it took.
     new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
     traffic: Traffic,
@@ -357,7 +358,7 @@ impl Worker {
             // The descriptor may not have been watched; then there is nothing to undo.
             let _ = epoll.ctl(ControlOperation::Delete, ring.kick_fd(), EpollEvent::default());
             rings[usize::from(*index)] = None;
-            let _ = answer.send(Some(position));
+            let _ = answer.send(position);
             false
         });
         if self.new_memory.is_some()

@@ -20,6 +20,7 @@ use super::inflight::Inflight;
 use crate::device::control::Workers;
 use crate::device::inflight::RingTrack;
 use crate::device::{Command, Device, RingSetup};
+use crate::virtio::split::{Layout, Position};
 
 thread_local! {
     /// The workers of the device whose rings are being made, and the rings made so far: the crate makes them in order,
@@ -152,13 +153,14 @@ impl ControlRing {
         let state = self.state.get_ref();
         let queue = state.get_queue();
         let setup = RingSetup {
-            size: queue.size(),
-            desc_table: queue.desc_table(),
-            avail_ring: queue.avail_ring(),
-            used_ring: queue.used_ring(),
-            next_avail: queue.next_avail(),
-            next_used: queue.next_used(),
-            event_idx: queue.event_idx_enabled(),
+            layout: Layout {
+                size: queue.size(),
+                desc_table: queue.desc_table(),
+                avail_ring: queue.avail_ring(),
+                used_ring: queue.used_ring(),
+                event_idx: queue.event_idx_enabled(),
+            },
+            position: Position { next_avail: queue.next_avail(), next_used: queue.next_used() },
             kick,
             call,
             memory: self.link.memory.memory().into_inner(),

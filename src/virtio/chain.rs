@@ -1,15 +1,15 @@
 //! A walk along a descriptor chain of the split ring (virtio 1.2, section 2.7).
 //!
 //! virtio-queue's own iterator reports a broken chain as its end, so a request cut short by a loop or a wild index looks
-//! like a complete one. This walk tells the two apart, reads each descriptor once, and looks the table's memory up once
-//! instead of once a descriptor.
+//! like a complete one. This walk tells the two apart, reads each descriptor once, and has the table looked up in guest
+//! memory once for many chains.
 
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
 use crate::virtio::GuestRam;
-use crate::virtio::segments::{GuestRange, read_once};
+use crate::virtio::segments::{GuestRange, prefetch, read_once};
 
 #[cfg(test)]
 mod tests;
@@ -56,9 +56,8 @@ pub struct Chain<'a> {
 }
 
 impl<'a> Chain<'a> {
-    /// The chain that starts at descriptor `head` of the ring's table at `desc_table` with `queue_size` entries.
-    pub fn new(mem: &'a GuestRam, desc_table: GuestAddress, queue_size: u16, head: u16) -> Self {
-        let table = Table::new(mem, desc_table, u32::from(queue_size));
+    /// The chain that starts at descriptor `head` of the ring's table.
+    pub fn new(mem: &'a GuestRam, table: Table<'a>, head: u16) -> Self {
         let (table_left, chain_left) = (table.entries, CHAIN_DESCRIPTORS_MAX);
         Self { mem, table, next: Some(head), table_left, chain_left, indirect: false }
     }
@@ -115,8 +114,8 @@ impl Iterator for Chain<'_> {
 }
 
 /// A descriptor table in guest memory.
-#[derive(Debug)]
-struct Table<'a> {
+#[derive(Clone, Debug)]
+pub struct Table<'a> {
     base: GuestAddress,
     entries: u32,
     /// The table's memory, where one region holds it all.
@@ -124,10 +123,24 @@ struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    fn new(mem: &'a GuestRam, base: GuestAddress, entries: u32) -> Self {
+    /// A table at `base`: a ring's, or an indirect one.
+    ///
+    /// => It need not lie in guest memory as a whole; a chain that leaves that memory is broken.
+    pub fn new(mem: &'a GuestRam, base: GuestAddress, entries: u32) -> Self {
         // 32768 entries of 16 bytes at most: far below a usize.
         let slice = mem.get_slice(base, (entries * DESCRIPTOR_BYTES) as usize).ok();
         Self { base, entries, slice }
+    }
+
+    /// Calls for what the chains at `heads` begin with: the first descriptor, and the header or indirect table that it points
+    /// to. The guest's processor has just written both. Of one chain after the other, each waits for its lines by itself;
+    /// here the processor waits for those of several at a time.
+    pub fn foresee(&self, mem: &GuestRam, heads: &[u16]) {
+        for descriptor in heads.iter().filter_map(|&head| self.read(mem, head)) {
+            if let Ok(first) = mem.get_slice(descriptor.addr(), 1) {
+                prefetch(first.ptr_guard().as_ptr());
+            }
+        }
     }
 
     /// The descriptor at `index`, read once; `None` when it is outside the table or guest memory.

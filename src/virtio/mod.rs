@@ -9,6 +9,7 @@ pub mod chain;
 pub mod config_space;
 pub mod request;
 pub mod segments;
+pub mod split;
 #[cfg(test)]
 mod testing;
 

@@ -13,7 +13,9 @@ const USED: u64 = 0x9000;
 /// The buffers of the chain up to its end or its break.
 fn walk(mem: &GuestRam, table: u64, size: u16, head: u16) -> (Vec<Buffer>, Result<(), BrokenChain>) {
     let mut buffers = Vec::new();
-    for buffer in Chain::new(mem, GuestAddress(table), size, head) {
+    let table = Table::new(mem, GuestAddress(table), u32::from(size));
+    table.foresee(mem, &[head, size, u16::MAX]);
+    for buffer in Chain::new(mem, table, head) {
         match buffer {
             Ok(buffer) => buffers.push(buffer),
             Err(broken) => return (buffers, Err(broken)),

@@ -1,0 +1,156 @@
+//! Tests of the queue: the same as virtio-queue's in all that the guest sees, and bounds.
+
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::Bytes;
+
+use super::*;
+use crate::virtio::testing::{END, HOLE, Random, SEAM, ram};
+
+const TABLE: u64 = 0x1000;
+const AVAIL: u64 = 0x8000;
+const USED: u64 = 0x9000;
+/// Longer than either ring of 64.
+const RING_BYTES: usize = 6 + 64 * 8;
+
+fn layout(size: u16, event_idx: bool) -> Layout {
+    Layout { size, desc_table: TABLE, avail_ring: AVAIL, used_ring: USED, event_idx }
+}
+
+fn oracle(layout: &Layout, position: Position) -> Queue {
+    let mut queue = Queue::new(1024).unwrap();
+    queue.set_size(layout.size);
+    queue.try_set_desc_table_address(GuestAddress(layout.desc_table)).unwrap();
+    queue.try_set_avail_ring_address(GuestAddress(layout.avail_ring)).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(layout.used_ring)).unwrap();
+    queue.set_next_avail(position.next_avail);
+    queue.set_next_used(position.next_used);
+    queue.set_event_idx(layout.event_idx);
+    queue.set_ready(true);
+    queue
+}
+
+fn ring_bytes(mem: &GuestRam, at: u64) -> [u8; RING_BYTES] {
+    let mut bytes = [0; RING_BYTES];
+    mem.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+    bytes
+}
+
+/// Whether the guest wants a call for what virtio-queue has put on the used ring since the last time.
+fn oracle_wants_call(queue: &mut Queue, mem: &GuestRam) -> bool {
+    if queue.event_idx_enabled() {
+        return queue.needs_notification(mem).unwrap();
+    }
+    mem.load::<u16>(GuestAddress(AVAIL), Ordering::Relaxed).unwrap() & 1 == 0
+}
+
+/// Two guests that do the same, one served by us and one by virtio-queue, see the same rings and are called alike.
+#[test]
+fn agrees_with_virtio_queue_whatever_the_guest_does() {
+    let (mut calls, mut silences) = (0, 0);
+    for seed in 0..2000 {
+        let mut random = Random::new(seed);
+        let layout = layout(random.pick(&[1, 2, 8, 64]), random.below(2) == 1);
+        let start = random.pick(&[0, 5, u16::MAX, u16::MAX - 3]);
+        let position = Position { next_avail: start, next_used: start };
+        let (ours, theirs) = (Arc::new(ram()), ram());
+        let mut queue = SplitQueue::new(&ours, layout, position).unwrap();
+        let mut oracle = oracle(&layout, position);
+        let (mut avail_idx, mut out) = (start, Vec::new());
+        let put = |at: u64, value: u16| {
+            ours.store(value, GuestAddress(at), Ordering::Relaxed).unwrap();
+            theirs.store(value, GuestAddress(at), Ordering::Relaxed).unwrap();
+        };
+        put(AVAIL + 2, start);
+        for _ in 0..100 {
+            let waiting = avail_idx.wrapping_sub(queue.position().next_avail);
+            match random.below(5) {
+                0 if usize::from(waiting) + out.len() < usize::from(layout.size) => {
+                    let place = u64::from(avail_idx % layout.size);
+                    put(AVAIL + 4 + place * 2, u16::try_from(random.below(u64::from(layout.size))).unwrap());
+                    avail_idx = avail_idx.wrapping_add(1);
+                    put(AVAIL + 2, avail_idx);
+                }
+                0 => put(AVAIL + 4 + u64::from(layout.size) * 2, u16::try_from(random.below(0x1_0000)).unwrap()),
+                1 => put(AVAIL, u16::try_from(random.below(2)).unwrap()),
+                2 => {
+                    let (most, mut heads) = (usize::try_from(random.below(9)).unwrap(), Vec::new());
+                    queue.take(most, &mut heads).unwrap();
+                    let chains = oracle.iter(&theirs).unwrap().take(most).map(|chain| chain.head_index());
+                    assert!(chains.eq(heads.iter().copied()), "seed {seed}");
+                    out.extend(heads);
+                }
+                3 if !out.is_empty() => {
+                    for _ in 0..=random.below(out.len() as u64) {
+                        let Some(head) = out.pop() else { break };
+                        let len = u32::try_from(random.below(1 << 32)).unwrap();
+                        queue.put_used(head, len);
+                        oracle.add_used(&theirs, head, len).unwrap();
+                    }
+                    let wanted = queue.publish();
+                    assert_eq!(wanted, oracle_wants_call(&mut oracle, &theirs), "seed {seed}");
+                    *if wanted { &mut calls } else { &mut silences } += 1;
+                }
+                3 => {
+                    queue.quiet_kicks();
+                    oracle.disable_notification(&theirs).unwrap();
+                }
+                _ => assert_eq!(queue.want_kicks(), oracle.enable_notification(&theirs).unwrap(), "seed {seed}"),
+            }
+            assert_eq!(ring_bytes(&ours, USED), ring_bytes(&theirs, USED), "seed {seed}");
+            assert_eq!(queue.position().next_avail, oracle.next_avail(), "seed {seed}");
+            assert_eq!(queue.position().next_used, oracle.next_used(), "seed {seed}");
+        }
+    }
+    assert!(calls > 1000 && silences > 1000, "{calls} calls, {silences} times none");
+}
+
+#[test]
+fn the_guest_sees_a_batch_at_once() {
+    let mem = Arc::new(ram());
+    let mut queue = SplitQueue::new(&mem, layout(8, false), Position { next_avail: 0, next_used: 0 }).unwrap();
+    queue.put_used(3, 1);
+    queue.put_used(4, 1);
+    assert!(queue.has_unpublished());
+    assert_eq!(queue.used_idx(), 0, "nothing before it is published");
+    queue.publish();
+    assert_eq!(queue.used_idx(), 2);
+    assert!(!queue.has_unpublished());
+}
+
+#[test]
+fn more_than_there_are_descriptors_is_refused() {
+    let mem = Arc::new(ram());
+    let mut queue = SplitQueue::new(&mem, layout(8, false), Position { next_avail: 65_530, next_used: 0 }).unwrap();
+    let mut heads = Vec::new();
+    let mut take = |idx: u16| {
+        mem.store(idx, GuestAddress(AVAIL + 2), Ordering::Relaxed).unwrap();
+        queue.take(64, &mut heads)
+    };
+    assert_eq!(take(3), Err(Overrun), "nine");
+    assert_eq!(take(2), Ok(()), "eight");
+    assert_eq!(heads.len(), 8);
+}
+
+#[test]
+fn a_queue_that_does_not_lie_in_guest_memory_is_none() {
+    let mem = Arc::new(ram());
+    let there = |change: &dyn Fn(&mut Layout)| {
+        let mut layout = layout(64, true);
+        change(&mut layout);
+        SplitQueue::new(&mem, layout, Position { next_avail: 0, next_used: 0 }).is_some()
+    };
+    assert!(there(&|_| {}));
+    assert!(there(&|l| l.used_ring = HOLE - 6 - 64 * 8 - 2), "up to the last byte");
+    assert!(!there(&|l| l.used_ring = HOLE - 6 - 64 * 8 + 2), "its last word is beyond");
+    assert!(!there(&|l| l.avail_ring = HOLE));
+    assert!(!there(&|l| l.desc_table = END - 16));
+    assert!(!there(&|l| l.desc_table = u64::MAX - 15), "addresses wrap");
+    assert!(!there(&|l| l.avail_ring = SEAM - 8), "in two regions");
+    assert!(!there(&|l| l.avail_ring += 1), "alignment");
+    assert!(!there(&|l| l.used_ring += 2), "alignment");
+    assert!(!there(&|l| l.desc_table += 8), "alignment");
+    assert!(!there(&|l| l.size = 48), "no power of two");
+    assert!(!there(&|l| l.size = 0));
+}

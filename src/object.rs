@@ -263,11 +263,12 @@ impl Port {
         result
     }
 
-    /// The end of a turn: the cache starts what is due, all its plans go to the store, its notices to their workers. Returns
-    /// when the cache wants to be pumped although nothing happens.
-    pub fn leave(&mut self, now: Tick) -> Option<Tick> {
+    /// The end of a turn: after `act` the cache starts what is due, all its plans go to the store, its notices to their
+    /// workers. Returns when the cache wants to be pumped although nothing happens.
+    pub fn leave(&mut self, now: Tick, act: impl FnOnce(&mut PageCache)) -> Option<Tick> {
         let Self { object, worker, notices, .. } = self;
         let mut cache = object.lock();
+        act(&mut cache);
         cache.pump(now);
         take_plans(&mut cache, &object.arena, &mut self.backlog);
         cache.take_notices(notices);

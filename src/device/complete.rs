@@ -18,7 +18,7 @@ impl Traffic {
     pub(super) fn finish_if_settled(&mut self, cache: &mut PageCache, slot: Slot) {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
-        if pending.settled < pending.total() {
+        if !pending.is_settled() {
             return;
         }
         let changes_data = matches!(pending.request.kind, Kind::Write | Kind::WriteZeroes);

@@ -7,51 +7,63 @@ use crate::virtio::STATUS_IOERR;
 use crate::virtio::request::Kind;
 use crate::virtio::segments::{BadAddress, GuestCursor, LINE_BYTES, prefetch};
 
-use super::pending::Slot;
+use super::pending::{Pending, Slot};
 use super::ring::Ring;
 use super::worker::Traffic;
 
-/// A piece that was copied: its request, and whether all of it could be.
-pub(super) type Copied = (Slot, Piece, bool);
+/// A piece of a write that was copied: its request, and whether all of it could be.
+pub(super) type Written = (Slot, Piece, bool);
 
 impl Traffic {
-    /// Copies every piece that is ready.
+    /// Copies every piece that is ready. With its last piece a read is finished: the cache need not know before the answer.
     pub(super) fn copy_all(&mut self, port: &Port, rings: &[Option<Ring>]) {
-        let mut rest = &self.copies[..];
+        let Self { copies, pending, finished, read, written, .. } = self;
+        let mut rest = &copies[..];
         while let [(slot, _), ..] = *rest {
-            let pending = &self.pending[slot];
-            let ring = rings[usize::from(pending.ring)].as_ref().expect("a ring with requests out is there");
-            let mut cursor = GuestCursor::new(&ring.memory, &pending.request.data);
+            let Pending { request, ring, settled, failure, .. } = &mut pending[slot];
+            let ring = rings[usize::from(*ring)].as_ref().expect("a ring with requests out is there");
+            let mut cursor = GuestCursor::new(&ring.memory, &request.data);
             while let [(other, piece), ..] = *rest
                 && other == slot
             {
                 let run = Run::of(port, rest);
                 let (pieces, others) = rest.split_at(run.pieces);
                 let next = others.first().and_then(|(_, next)| port.memory(next));
-                let copied = copy(&mut cursor, pending.request.kind, &piece, &run, next).is_ok();
-                self.copied.extend(pieces.iter().map(|&(slot, piece)| (slot, piece, copied)));
+                let good = copy(&mut cursor, request.kind, &piece, &run, next).is_ok();
+                if request.kind == Kind::Write {
+                    written.extend(pieces.iter().map(|&(slot, piece)| (slot, piece, good)));
+                } else {
+                    read.extend(pieces.iter().map(|&(_, piece)| piece));
+                    *settled += run.len as u64 / SECTOR_BYTES;
+                    *failure = failure.or((!good).then_some(STATUS_IOERR));
+                }
                 rest = others;
             }
+            if pending[slot].request.kind != Kind::Write && pending[slot].is_settled() {
+                finished.push(slot);
+            }
         }
-        self.copies.clear();
+        copies.clear();
     }
 
-    /// Gives the copied pieces back to the cache, under its lock.
-    pub(super) fn give_back_all(&mut self, cache: &mut PageCache) {
-        for at in 0..self.copied.len() {
-            let (slot, piece, good) = self.copied[at];
+    /// Gives what was written back to the cache, under its lock: only then may a write be answered.
+    pub(super) fn give_back_written(&mut self, cache: &mut PageCache) {
+        for at in 0..self.written.len() {
+            let (slot, piece, good) = self.written[at];
+            cache.finish_write(&piece, good);
             let pending = &mut self.pending[slot];
-            match pending.request.kind {
-                Kind::Write => cache.finish_write(&piece, good),
-                _ => cache.finish_read(&piece),
-            }
             pending.settled += u64::from(piece.count);
             if !good {
                 pending.failure = Some(STATUS_IOERR);
             }
             self.finish_if_settled(cache, slot);
         }
-        self.copied.clear();
+        self.written.clear();
+    }
+
+    /// Gives what was read back to the cache, under its lock.
+    pub(super) fn give_back_read(&mut self, cache: &mut PageCache) {
+        self.read.drain(..).for_each(|piece| cache.finish_read(&piece));
     }
 }
 

@@ -54,8 +54,13 @@ pub(super) type Slot = u32;
 
 impl Pending {
     /// How many sectors (or ranges) there are.
-    pub fn total(&self) -> u64 {
+    fn total(&self) -> u64 {
         if self.ranges.is_empty() { self.request.span().count } else { self.ranges.len() as u64 }
+    }
+
+    /// Whether every part is done or has failed.
+    pub fn is_settled(&self) -> bool {
+        self.settled >= self.total()
     }
 }
 

@@ -4,9 +4,10 @@
 //! 2. take new requests from the rings
 //! 3. under the cache's lock: hand in the store's events, admit the requests; send off what they wait for
 //! 4. without it: copy the bytes of what is ready
-//! 5. under it again: give the pieces back
+//! 5. under it again: give back what was written, if anything was
 //! 6. answer what is finished, and call the guest once for each ring
-//! 7. under the lock: let the cache see to itself (write-back, readahead, eviction); send off what comes of it
+//! 7. under the lock: give back what was read; let the cache see to itself (write-back, readahead, eviction); send off what
+//!    comes of it
 //!
 //! The thread lives as long as the device, so write-back goes on while no front-end is there. It looks for more work for
 //! up to `poll_us` after the last, then asks the guest for kicks, looks again, and sleeps in epoll.
@@ -18,7 +19,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use log::error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -31,7 +31,7 @@ use crate::virtio::GuestRam;
 use crate::virtio::split::Position;
 
 use super::control::{Command, Control};
-use super::copy::Copied;
+use super::copy::Written;
 use super::pending::{PendingTable, Slot};
 use super::ring::Ring;
 use super::{Device, RingSetup};
@@ -94,8 +94,10 @@ pub(super) struct Traffic {
     pub pieces: Vec<Piece>,
     /// Pieces to be copied.
     pub copies: Vec<(Slot, Piece)>,
-    /// Pieces to be given back to the cache.
-    pub copied: Vec<Copied>,
+    /// Pieces of writes to be given back to the cache.
+    pub written: Vec<Written>,
+    /// The same of reads.
+    pub read: Vec<Piece>,
     /// Requests to be answered.
     pub finished: Vec<Slot>,
     /// Answers that wait for their time, because the cache is filling up.
@@ -118,7 +120,8 @@ impl Traffic {
             arrivals: Vec::new(),
             pieces: Vec::new(),
             copies: Vec::new(),
-            copied: Vec::new(),
+            written: Vec::new(),
+            read: Vec::new(),
             finished: Vec::new(),
             held_back: BinaryHeap::new(),
             drains: Vec::new(),
@@ -174,7 +177,8 @@ struct Worker {
 impl Worker {
     fn run(mut self) {
         while !self.exits {
-            if self.turn() || self.poll() {
+            let now = self.port.object().now();
+            if self.turn(now) || self.poll(now) {
                 continue;
             }
             let mut came_meanwhile = false;
@@ -191,7 +195,7 @@ impl Worker {
     }
 
     /// Looks for more work for a while: most often the next request is not far. True: there was some.
-    fn poll(&mut self) -> bool {
+    fn poll(&mut self, mut now: Tick) -> bool {
         let idle_rings = self.rings.iter().all(Option::is_none);
         if self.device.poll_us == 0
             || idle_rings
@@ -200,13 +204,14 @@ impl Worker {
         {
             return false;
         }
-        let until = Instant::now() + Duration::from_micros(u64::from(self.device.poll_us));
-        while Instant::now() < until {
-            if self.turn() {
+        let until = now.plus_us(u64::from(self.device.poll_us));
+        while now < until {
+            if self.turn(now) {
                 self.fruitless = 0;
                 return true;
             }
             std::hint::spin_loop();
+            now = self.port.object().now();
         }
         self.fruitless = self.fruitless.saturating_add(1);
         false
@@ -250,17 +255,14 @@ impl Worker {
     }
 
     /// One turn; see the module. False: there was nothing to do.
-    fn turn(&mut self) -> bool {
-        let obeyed = self.obey();
+    fn turn(&mut self, now: Tick) -> bool {
+        let obeyed = self.obey(now);
         let collected = self.port.collect();
         let taken = self.take_requests();
         let due = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
-        // A worker that polls comes by here all the time: the clock is looked at only if that makes a difference.
-        let nothing_is_due = || due.is_none_or(|due| due > self.port.object().now());
-        if !(obeyed || collected || taken) && nothing_is_due() {
+        if !(obeyed || collected || taken) && due.is_none_or(|due| due > now) {
             return false;
         }
-        let now = self.port.object().now();
         let Self { port, traffic, rings, .. } = self;
         port.enter(now, |cache, notices| {
             for notice in notices.drain(..) {
@@ -268,12 +270,12 @@ impl Worker {
             }
             traffic.admit_all(cache);
         });
-        if !traffic.copies.is_empty() {
-            traffic.copy_all(port, rings);
-            port.enter(now, |cache, _| traffic.give_back_all(cache));
+        traffic.copy_all(port, rings);
+        if !traffic.written.is_empty() {
+            port.enter(now, |cache, _| traffic.give_back_written(cache));
         }
         traffic.answer_all(rings, now);
-        self.deadline = port.leave(now);
+        self.deadline = port.leave(now, |cache| traffic.give_back_read(cache));
         self.settle_control();
         true
     }
@@ -297,7 +299,7 @@ impl Worker {
     }
 
     /// Does what the control plane asks.
-    fn obey(&mut self) -> bool {
+    fn obey(&mut self, now: Tick) -> bool {
         let mut obeyed = false;
         while let Ok(command) = self.commands.try_recv() {
             obeyed = true;
@@ -315,12 +317,10 @@ impl Worker {
                 }
                 Command::Memory(memory, answer) => self.new_memory = Some((memory, answer)),
                 Command::Flush(answer) => {
-                    let now = self.port.object().now();
                     let ticket = self.traffic.drain_ticket(answer);
                     self.port.enter(now, |cache, _| cache.flush(ticket));
                 }
                 Command::Resume(answer) => {
-                    let now = self.port.object().now();
                     self.port.enter(now, |cache, _| cache.resume());
                     let _ = answer.send(());
                 }

@@ -2,9 +2,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A huge page of x86-64, and of others with small pages of 4 KiB.
+pub(super) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A mapping of the beginning of a file.
 #[derive(Debug)]
@@ -21,15 +24,30 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps the first `bytes` bytes of a file that is at least that long, in whole blocks of its file system: huge pages
     /// are unmapped whole or not at all.
+    ///
+    /// => Lies so that it can be mapped in huge pages ([`Mapping::collapse`]).
     pub fn new(file: &File, bytes: usize) -> io::Result<Self> {
-        let bytes = FileSystem::of(file)?.whole_blocks(bytes)?;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let on = FileSystem::of(file)?;
+        let bytes = on.whole_blocks(bytes)?;
+        let alignment = on.block_bytes.max(HUGE_PAGE_BYTES);
+        let reserved = bytes.checked_add(alignment).ok_or(io::ErrorKind::FileTooLarge)?;
+        // Addresses first: the kernel chooses them as if small pages were all there is.
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory of ours.
-        let base = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+        let start =
+            unsafe { map(ptr::null_mut(), reserved, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1) }?;
+        let before = start.align_offset(alignment);
+        let base = start.wrapping_add(before);
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        // SAFETY: it replaces a part of what was reserved above, which nobody knows of.
+        let mapped = unsafe { map(base, bytes, protection, flags, file.as_raw_fd()) };
+        let mapping = Self { base, bytes: if mapped.is_ok() { bytes } else { 0 } };
+        let end = mapping.base.wrapping_add(mapping.bytes);
+        // SAFETY: the rest of it, before and behind.
+        unsafe {
+            unmap(start, before);
+            unmap(end, reserved - before - mapping.bytes);
         }
-        Ok(Self { base: base.cast(), bytes })
+        mapped.map(|_| mapping)
     }
 
     /// The address of byte `at`.
@@ -62,6 +80,20 @@ impl Mapping {
         }
     }
 
+    /// Makes one huge page of those that hold the [`HUGE_PAGE_BYTES`] bytes from byte `at` on, a multiple of that, without
+    /// changing them: the processor looks up its addresses faster, and so does the kernel for a transfer.
+    ///
+    /// # Errors
+    /// The kernel's. Linux has had it since 6.1.
+    pub fn collapse(&self, at: usize) -> io::Result<()> {
+        assert!(at.is_multiple_of(HUGE_PAGE_BYTES) && at + HUGE_PAGE_BYTES <= self.bytes, "byte {at} begins no page");
+        // SAFETY: the range lies within the mapping; the call moves its bytes, and no address or byte changes.
+        match unsafe { libc::madvise(self.at(at).cast(), HUGE_PAGE_BYTES, libc::MADV_COLLAPSE) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Copies out the first `N` bytes of a mapping that nobody else uses yet.
     pub fn read<const N: usize>(&self) -> [u8; N] {
         assert!(N <= self.bytes);
@@ -83,7 +115,30 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: base and length are those of the mapping made in new(); nothing uses it after the value is gone.
-        unsafe { libc::munmap(self.base.cast(), self.bytes) };
+        unsafe { unmap(self.base, self.bytes) };
+    }
+}
+
+/// mmap(2), from the beginning of a file.
+///
+/// # Safety
+/// With MAP_FIXED: what is mapped there may go.
+unsafe fn map(at: *mut u8, bytes: usize, protection: i32, flags: i32, fd: RawFd) -> io::Result<*mut u8> {
+    // SAFETY: it is up to the caller.
+    match unsafe { libc::mmap(at.cast(), bytes, protection, flags, fd, 0) } {
+        libc::MAP_FAILED => Err(io::Error::last_os_error()),
+        base => Ok(base.cast()),
+    }
+}
+
+/// munmap(2); of no bytes, nothing.
+///
+/// # Safety
+/// Nobody uses the range any more.
+unsafe fn unmap(at: *mut u8, bytes: usize) {
+    if bytes > 0 {
+        // SAFETY: it is up to the caller. The call fails only for a range that can't be.
+        unsafe { libc::munmap(at.cast(), bytes) };
     }
 }
 

@@ -1,12 +1,10 @@
 //! Requests on their way into the cache: taken from a ring, parsed, checked, and put to the cache under its lock.
 
-use std::sync::Arc;
-
 use crate::cache::{Access, Admitted, Notice, PageCache};
 use crate::error::status_byte;
+use crate::virtio::chain::Table;
 use crate::virtio::request::{Kind, Malformed, parse};
-use crate::virtio::segments::write_status;
-use crate::virtio::{STATUS_IOERR, STATUS_OK};
+use crate::virtio::{GuestRam, STATUS_IOERR, STATUS_OK};
 
 use super::pending::{Slot, Stage};
 use super::ring::Ring;
@@ -16,36 +14,41 @@ use super::worker::Traffic;
 const BATCH: usize = 64;
 
 impl Traffic {
-    /// Takes what a ring has, answers what is wrong or needs no cache, and lines the rest up.
+    /// Takes what a ring has: what is wrong or needs no cache is finished, the rest is lined up. Whether there was anything.
     pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring) -> bool {
-        self.heads.clear();
-        ring.take(BATCH, &mut self.heads);
-        let memory = Arc::clone(&ring.memory);
-        let table = ring.table(&memory);
-        table.foresee(&memory, &self.heads);
-        for at in 0..self.heads.len() {
-            let head = self.heads[at];
-            let slot = self.pending.take(index);
-            let parsed = parse(&memory, &table, head, &mut self.pending[slot].request);
-            match parsed {
-                Ok(()) => self.line_up(slot, ring),
-                Err(Malformed::WithStatus { status }) => {
-                    // The address was checked by the parser; if the memory went since, nobody reads the status.
-                    let _ = write_status(&memory, status, STATUS_IOERR);
-                    ring.answer(head, 1);
-                    self.pending.release(slot);
-                }
-                Err(Malformed::NoStatus) => {
-                    ring.give_up(head);
-                    self.pending.release(slot);
-                }
+        let mut heads = std::mem::take(&mut self.heads);
+        ring.take(BATCH, &mut heads);
+        let taken = !heads.is_empty();
+        let table = ring.table(&ring.memory);
+        if heads.len() > 1 {
+            table.foresee(&ring.memory, &heads);
+        }
+        heads.retain(|&head| !self.take_on(index, &ring.memory, &table, head));
+        heads.drain(..).for_each(|head| ring.give_up(head));
+        self.heads = heads;
+        taken
+    }
+
+    /// Takes on the chain at `head`. False: it can't be answered.
+    fn take_on(&mut self, index: u16, memory: &GuestRam, table: &Table<'_>, head: u16) -> bool {
+        let slot = self.pending.take(index);
+        let pending = &mut self.pending[slot];
+        match parse(memory, table, head, &mut pending.request) {
+            Ok(()) => self.line_up(slot, memory),
+            Err(Malformed::WithStatus { status }) => {
+                (pending.request.status, pending.failure) = (status, Some(STATUS_IOERR));
+                self.finished.push(slot);
+            }
+            Err(Malformed::NoStatus) => {
+                self.pending.release(slot);
+                return false;
             }
         }
-        !self.heads.is_empty()
+        true
     }
 
     /// Checks a request against the disk; what the cache is not needed for is finished at once.
-    fn line_up(&mut self, slot: Slot, ring: &Ring) {
+    fn line_up(&mut self, slot: Slot, memory: &GuestRam) {
         let device = &self.device;
         let pending = &mut self.pending[slot];
         let request = &pending.request;
@@ -53,10 +56,8 @@ impl Traffic {
         // What this guest believes to be in the disk is gone: it is told with each request, until it begins anew.
         let alive = if device.arena.is_lost() { Err(STATUS_IOERR) } else { Ok(()) };
         let checked = alive.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
-            Kind::Discard | Kind::WriteZeroes => {
-                request.range_segments(&ring.memory, &device.disk, &mut pending.ranges)
-            }
-            Kind::GetId => request.write_id(&ring.memory, &device.disk).map_err(|_| STATUS_IOERR),
+            Kind::Discard | Kind::WriteZeroes => request.range_segments(memory, &device.disk, &mut pending.ranges),
+            Kind::GetId => request.write_id(memory, &device.disk).map_err(|_| STATUS_IOERR),
             _ => Ok(()),
         });
         let nothing_to_do = match request.kind {

@@ -142,7 +142,7 @@ impl Owner {
     /// Reads `pages` pages; returns whether all of them were there.
     fn read(&mut self, page: u64, pages: u64) -> bool {
         assert_eq!(self.cache.read(access(page, pages), &mut self.pieces), Admitted::All);
-        let there = self.pieces.len() as u64 == pages;
+        let there = self.pieces.iter().map(|piece| u64::from(piece.count)).sum::<u64>() == pages * 8;
         self.pieces.drain(..).for_each(|piece| self.cache.finish_read(&piece));
         self.end_turn();
         there

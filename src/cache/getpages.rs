@@ -61,7 +61,7 @@ impl PageCache {
         let mut at = access.from;
         let mut missed = false;
         let (mut marker, mut previous) = (None, None);
-        while let Some(step) = access.step(at) {
+        while let Some(step) = Step::of(access.span, at) {
             if self.keeps_off(step.no) {
                 break;
             }
@@ -82,7 +82,7 @@ impl PageCache {
                     }
                     Err(Missing::Hole) => {
                         self.stats.read_hole_pages += 1;
-                        pieces.push(step.piece(PageId(NONE), None));
+                        step.piece(PageId(NONE), None).join(pieces);
                     }
                     Err(Missing::Wait) => break,
                 },
@@ -117,9 +117,7 @@ impl PageCache {
 
     /// Gives back a piece of a read.
     pub fn finish_read(&mut self, piece: &Piece) {
-        if let Some(frame) = piece.frame {
-            self.frames.release(frame);
-        }
+        piece.frames().for_each(|frame| self.frames.release(frame));
     }
 
     /// The hit path: a pin and a touch, no allocation. Returns the page's number if it bears the readahead marker.
@@ -130,7 +128,7 @@ impl PageCache {
         let marked = page.any(PREFETCHED | MARKER) && self.first_demand(id);
         self.policy.touch(id, step.no);
         self.frames.hold(frame);
-        pieces.push(step.piece(id, Some(frame)));
+        step.piece(id, Some(frame)).join(pieces);
         marked.then_some(step.no)
     }
 
@@ -329,12 +327,23 @@ impl PageCache {
             match self.pages[id].frame() {
                 Some(frame) if self.pages[id].valid.contains(SectorMask::run(first, count)) => {
                     self.frames.hold(frame);
-                    self.notices.push(Notice::Ready(ticket, Piece { frame: Some(frame), page: id, first, count, at }));
+                    self.deliver(ticket, Piece { frame: Some(frame), page: id, first, count: u32::from(count), at });
                 }
                 _ => self.enqueue_waiter(id, waiter),
             }
         }
         self.fill_for_waiters(id);
+    }
+
+    /// Tells a read that a piece of it has come in; what comes in row by row is one piece.
+    fn deliver(&mut self, ticket: Ticket, piece: Piece) {
+        if let Some(Notice::Ready(other, last)) = self.notices.last_mut()
+            && *other == ticket
+            && last.absorb(&piece)
+        {
+            return;
+        }
+        self.notices.push(Notice::Ready(ticket, piece));
     }
 
     /// Reads in what the waiters of a page lack; tries again at the next pump if that can't be done now.

@@ -44,7 +44,7 @@ mod zeroed;
 
 use std::collections::VecDeque;
 
-use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8};
+use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8, low_u32};
 
 pub use failing::{Condition, News};
 pub use flights::{Outcome, Plan, PlanKind};
@@ -71,19 +71,46 @@ use zeroed::Zeroed;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
-/// Part of a request that can be copied now, pinned until it is given back.
+/// Part of a request that can be copied now, pinned until it is given back: sectors that lie in a row, in memory too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// The memory; `None` stands for zeros (a hole).
+    /// The memory: the first of so many frames in a row as the sectors take. `None` stands for zeros (a hole).
     pub frame: Option<FrameId>,
-    /// The page, for pieces of writes.
+    /// The first page, for pieces of writes.
     pub page: PageId,
-    /// First sector within the page.
+    /// First sector within the first page.
     pub first: u8,
     /// Number of sectors.
-    pub count: u8,
+    pub count: u32,
     /// Sector within the request.
     pub at: u32,
+}
+
+impl Piece {
+    /// The frames that the piece pins.
+    pub fn frames(&self) -> impl Iterator<Item = FrameId> + use<> {
+        let end = u64::from(self.first) + u64::from(self.count);
+        let count = usize::try_from(end.div_ceil(SECTORS_PER_PAGE)).expect("less than the frames");
+        self.frame.into_iter().flat_map(|frame| (frame.0..).map(FrameId)).take(count)
+    }
+
+    /// Makes `next` a part of this piece, if it goes on where this one ends.
+    fn absorb(&mut self, next: &Self) -> bool {
+        let pages = (u64::from(self.first) + u64::from(self.count)) / SECTORS_PER_PAGE;
+        let frame = self.frame.map(|frame| FrameId(frame.0 + low_u32(pages)));
+        let follows = next.at == self.at + self.count && next.frame == frame;
+        if follows {
+            self.count += next.count;
+        }
+        follows
+    }
+
+    /// Adds the piece to others of its request.
+    fn join(self, pieces: &mut Vec<Self>) {
+        if !pieces.last_mut().is_some_and(|last| last.absorb(&self)) {
+            pieces.push(self);
+        }
+    }
 }
 
 /// A request, or what is left of it: sectors from `from` on.
@@ -448,22 +475,20 @@ struct Step {
 }
 
 impl Step {
+    /// The step at sector `at` of a request for `span`; `None` past its end.
+    fn of(span: SectorSpan, at: u32) -> Option<Self> {
+        let left = span.count.checked_sub(u64::from(at)).filter(|&left| left > 0)?;
+        let sector = span.start + u64::from(at);
+        let first = low_u8(sector % SECTORS_PER_PAGE);
+        let count = low_u8(left.min(SECTORS_PER_PAGE - u64::from(first)));
+        Some(Self { no: PageNo(sector / SECTORS_PER_PAGE), first, count, at })
+    }
+
     fn mask(self) -> SectorMask {
         SectorMask::run(self.first, self.count)
     }
 
     fn piece(self, page: PageId, frame: Option<FrameId>) -> Piece {
-        Piece { frame, page, first: self.first, count: self.count, at: self.at }
-    }
-}
-
-impl Access {
-    /// The step at sector `at` of the request; `None` past its end.
-    fn step(&self, at: u32) -> Option<Step> {
-        let left = self.span.count.checked_sub(u64::from(at)).filter(|&left| left > 0)?;
-        let sector = self.span.start + u64::from(at);
-        let first = low_u8(sector % SECTORS_PER_PAGE);
-        let count = low_u8(left.min(SECTORS_PER_PAGE - u64::from(first)));
-        Some(Step { no: PageNo(sector / SECTORS_PER_PAGE), first, count, at })
+        Piece { frame, page, first: self.first, count: u32::from(self.count), at: self.at }
     }
 }

@@ -115,6 +115,41 @@ fn the_tables_take_at_most_1_5_percent() {
     }
 }
 
+/// The pieces of a request: sector within it, first sector in the frame, sectors, and frames.
+fn shapes(pieces: &[Piece]) -> Vec<(u32, u8, u32, usize)> {
+    pieces.iter().map(|piece| (piece.at, piece.first, piece.count, piece.frames().count())).collect()
+}
+
+#[test]
+fn what_lies_in_a_row_is_one_piece() {
+    let mut cache = cache_of(1024, 1 << 20);
+    write(&mut cache, 24, 8);
+    let mut pieces = Vec::new();
+    // Page 3 came before the others: its frame lies elsewhere.
+    cache.write(access(3, 42), &mut pieces);
+    assert_eq!(shapes(&pieces), [(0, 3, 21, 3), (21, 0, 8, 1), (29, 0, 13, 2)]);
+    let pinned: Vec<FrameId> = pieces.iter().flat_map(Piece::frames).collect();
+    cache.check(&pinned);
+    pieces.drain(..).for_each(|piece| cache.finish_write(&piece, true));
+    cache.check(&[]);
+    cache.read(access(3, 42), &mut pieces);
+    assert_eq!(shapes(&pieces), [(0, 3, 21, 3), (21, 0, 8, 1), (29, 0, 13, 2)]);
+    pieces.drain(..).for_each(|piece| cache.finish_read(&piece));
+    cache.check(&[]);
+    // What comes in later comes in a row, too.
+    assert!(!read(&mut cache, 800, 40));
+    let mut tags = Vec::new();
+    cache.take_plans(|plan| tags.push(plan.tag));
+    tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick(1)));
+    let mut notices = Vec::new();
+    cache.take_notices(&mut notices);
+    let piece_of = |notice| if let Notice::Ready(_, piece) = notice { Some(piece) } else { None };
+    let came: Vec<Piece> = notices.into_iter().filter_map(piece_of).collect();
+    assert_eq!(shapes(&came), [(0, 0, 40, 5)]);
+    came.iter().for_each(|piece| cache.finish_read(piece));
+    cache.check(&[]);
+}
+
 #[test]
 fn whole_and_partial_writes_read_nothing() {
     let mut cache = cache_of(1024, 1 << 20);

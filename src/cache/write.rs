@@ -5,11 +5,11 @@
 //! A page that is being written back has a frozen frame: the write takes a new frame and leaves the old one to the
 //! store (stable pages). What the page holds moves over; nothing is read.
 
-use crate::units::{PageId, PageNo, SectorMask};
+use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::allocate::Space;
 use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING};
-use super::{Access, Admitted, PageCache, Piece};
+use super::{Access, Admitted, PageCache, Piece, Step};
 
 /// Frames that writes leave alone: a page whose sectors do not fill the store's blocks has the rest read in before it can
 /// be written back, and if all frames were taken by such pages none could ever be cleaned.
@@ -28,7 +28,7 @@ impl PageCache {
         }
         let must_queue = !access.resumed && !self.stalled.is_empty();
         let mut previous = None;
-        while let Some(step) = access.step(at) {
+        while let Some(step) = Step::of(access.span, at) {
             if must_queue || self.keeps_off(step.no) {
                 break;
             }
@@ -51,7 +51,7 @@ impl PageCache {
             };
             let frame = self.pages[id].frame().expect("a page being written has a frame");
             self.frames.hold(frame);
-            pieces.push(step.piece(id, Some(frame)));
+            step.piece(id, Some(frame)).join(pieces);
             previous = Some(id);
             at += u32::from(step.count);
         }
@@ -137,10 +137,22 @@ impl PageCache {
     ///
     /// => A piece that was not filled leaves its sectors as a failed write does: old, new or a mixture.
     pub fn finish_write(&mut self, piece: &Piece, filled: bool) {
-        let id = piece.page;
-        let frame = piece.frame.expect("a write has memory");
-        self.frames.release(frame);
-        let mask = SectorMask::run(piece.first, piece.count);
+        piece.frames().for_each(|frame| self.frames.release(frame));
+        let mut id = piece.page;
+        let start = self.pages[id].no().0 * SECTORS_PER_PAGE + u64::from(piece.first);
+        let span = SectorSpan::new(start, u64::from(piece.count));
+        let mut at = 0;
+        while let Some(step) = Step::of(span, at) {
+            if at > 0 {
+                id = self.pages.find_after(Some(id), step.no).expect("a page with a writer stays in the table");
+            }
+            self.wrote(id, step.mask(), filled);
+            at += u32::from(step.count);
+        }
+    }
+
+    /// A writer of `mask` has left the page.
+    fn wrote(&mut self, id: PageId, mask: SectorMask, filled: bool) {
         let epoch = self.dirty.current();
         let no = self.pages[id].no();
         if self.dirty.dirty_pages() == 0 {

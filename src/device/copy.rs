@@ -2,7 +2,7 @@
 
 use crate::cache::{PageCache, Piece};
 use crate::object::Port;
-use crate::units::{SECTOR_BYTES, SECTOR_SIZE};
+use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::STATUS_IOERR;
 use crate::virtio::request::Kind;
 use crate::virtio::segments::{BadAddress, GuestCursor, LINE_BYTES, prefetch};
@@ -18,28 +18,24 @@ impl Traffic {
     /// Copies every piece that is ready. With its last piece a read is finished: the cache need not know before the answer.
     pub(super) fn copy_all(&mut self, port: &Port, rings: &[Option<Ring>]) {
         let Self { copies, pending, finished, read, written, .. } = self;
-        let mut rest = &copies[..];
-        while let [(slot, _), ..] = *rest {
+        let mut following = copies[..].iter().skip(1);
+        for of_one in copies.chunk_by(|(slot, _), (other, _)| slot == other) {
+            let slot = of_one[0].0;
             let Pending { request, ring, settled, failure, .. } = &mut pending[slot];
             let ring = rings[usize::from(*ring)].as_ref().expect("a ring with requests out is there");
             let mut cursor = GuestCursor::new(&ring.memory, &request.data);
-            while let [(other, piece), ..] = *rest
-                && other == slot
-            {
-                let run = Run::of(port, rest);
-                let (pieces, others) = rest.split_at(run.pieces);
-                let next = others.first().and_then(|(_, next)| port.memory(next));
-                let good = copy(&mut cursor, request.kind, &piece, &run, next).is_ok();
+            for &(_, piece) in of_one {
+                let next = following.next().and_then(|(_, next)| port.memory(next));
+                let good = copy(&mut cursor, request.kind, &piece, port.memory(&piece), next).is_ok();
                 if request.kind == Kind::Write {
-                    written.extend(pieces.iter().map(|&(slot, piece)| (slot, piece, good)));
+                    written.push((slot, piece, good));
                 } else {
-                    read.extend(pieces.iter().map(|&(_, piece)| piece));
-                    *settled += run.len as u64 / SECTOR_BYTES;
+                    read.push(piece);
+                    *settled += u64::from(piece.count);
                     *failure = failure.or((!good).then_some(STATUS_IOERR));
                 }
-                rest = others;
             }
-            if pending[slot].request.kind != Kind::Write && pending[slot].is_settled() {
+            if request.kind != Kind::Write && pending[slot].is_settled() {
                 finished.push(slot);
             }
         }
@@ -67,58 +63,30 @@ impl Traffic {
     }
 }
 
-/// Pieces of one request that follow each other in its data and in memory.
-struct Run {
-    pieces: usize,
-    /// Bytes in all of them.
-    len: usize,
-    /// Where they begin; none: they are zeros.
-    memory: Option<*mut u8>,
-}
-
-impl Run {
-    /// The longest run that `copies` begins with, of one piece at least.
-    fn of(port: &Port, copies: &[(Slot, Piece)]) -> Self {
-        let (slot, piece) = copies[0];
-        let bytes = |piece: &Piece| usize::from(piece.count) * SECTOR_SIZE;
-        let mut run = Self { pieces: 1, len: bytes(&piece), memory: port.memory(&piece) };
-        let mut at = piece.at + u32::from(piece.count);
-        for (other, piece) in &copies[1..] {
-            let memory = run.memory.map(|memory| memory.wrapping_add(run.len));
-            if *other != slot || piece.at != at || port.memory(piece) != memory {
-                break;
-            }
-            run.pieces += 1;
-            run.len += bytes(piece);
-            at += u32::from(piece.count);
-        }
-        run
-    }
-}
-
-/// Copies a run that begins with `piece`; `next` is where the next one lies.
+/// Copies a piece from or to `memory`, where it lies; none: it is zeros. `next` is where the next one lies.
 fn copy(
     cursor: &mut GuestCursor,
     kind: Kind,
     piece: &Piece,
-    run: &Run,
+    memory: Option<*mut u8>,
     next: Option<*mut u8>,
 ) -> Result<(), BadAddress> {
     let offset = u64::from(piece.at) * SECTOR_BYTES;
-    match (run.memory, kind) {
-        (None, _) => cursor.fill_zeros(offset, run.len),
+    let len = piece.count as usize * SECTOR_SIZE;
+    match (memory, kind) {
+        (None, _) => cursor.fill_zeros(offset, len),
         (Some(frame), Kind::Write) => {
             next.into_iter().for_each(prefetch_beginning);
-            // SAFETY: the pieces pin their frames, of which these sectors are this request's to fill: the cache marks them
+            // SAFETY: the piece pins its frames, of which these sectors are this request's to fill: the cache marks them
             // pending, so no read-in and no write-back touches them. Guest memory and arena are different mappings.
-            unsafe { cursor.copy_from_guest(offset, frame, run.len) }
+            unsafe { cursor.copy_from_guest(offset, frame, len) }
         }
         (Some(frame), _) => {
-            // Along a run the processor looks ahead by itself, and is hindered if it is told to.
-            let next = next.filter(|_| run.pieces == 1).map(<*mut u8>::cast_const);
-            // SAFETY: the pieces pin their frames. A guest that writes these sectors in another request at the same time
+            // Along several pages the processor looks ahead by itself, and is hindered if it is told to.
+            let next = next.filter(|_| len <= PAGE_SIZE).map(<*mut u8>::cast_const);
+            // SAFETY: the piece pins its frames. A guest that writes these sectors in another request at the same time
             // may find old or new bytes in this one, as on any disk; whatever the bytes are, they are plain data.
-            unsafe { cursor.copy_to_guest(offset, frame, run.len, next) }
+            unsafe { cursor.copy_to_guest(offset, frame, len, next) }
         }
     }
 }

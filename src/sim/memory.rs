@@ -53,14 +53,14 @@ impl Memory {
         self.0.lock().expect("a world has one thread")
     }
 
-    /// The version in a sector of a frame.
+    /// The version in a sector of a frame; beyond the frame's end, in one of those that follow.
     pub fn get(&self, frame: FrameId, sector: usize) -> u32 {
-        self.state().now.versions[frame.index()][sector]
+        self.state().now.versions[frame.index() + sector / 8][sector % 8]
     }
 
-    /// Puts a version into a sector of a frame.
+    /// Puts a version there.
     pub fn set(&self, frame: FrameId, sector: usize, version: u32) {
-        self.state().now.versions[frame.index()][sector] = version;
+        self.state().now.versions[frame.index() + sector / 8][sector % 8] = version;
     }
 
     /// The daemon dies before the step after `steps` more.

@@ -258,7 +258,7 @@ impl World {
         if dies {
             self.next_daemon();
         }
-        let pinned: Vec<_> = self.copies.iter().filter_map(|(_, piece)| piece.frame).collect();
+        let pinned: Vec<_> = self.copies.iter().flat_map(|(_, piece)| piece.frames()).collect();
         self.cache.check(&pinned);
     }
 
@@ -361,7 +361,7 @@ impl World {
         let at = self.rng.below(self.copies.len() as u64) as usize;
         let (ticket, piece) = self.copies.swap_remove(at);
         let request = self.requests.get_mut(&ticket).expect("a piece belongs to a request");
-        for n in 0..usize::from(piece.count) {
+        for n in 0..piece.count as usize {
             let place = usize::from(piece.first) + n;
             match request.kind {
                 Kind::Read => {

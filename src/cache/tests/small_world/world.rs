@@ -62,7 +62,7 @@ impl Request {
     /// Each sector of a piece: where it is on the image, and in its frame.
     fn places(&self, piece: &Piece) -> impl Iterator<Item = (usize, usize)> + use<> {
         let sector = self.span.start as usize + piece.at as usize;
-        (sector..).zip(usize::from(piece.first)..).take(usize::from(piece.count))
+        (sector..).zip(usize::from(piece.first)..).take(piece.count as usize)
     }
 }
 
@@ -234,8 +234,7 @@ impl<'a> World<'a> {
             let begun: Vec<_> = self.operations[begun_before..].iter().map(|operation| operation.span).collect();
             assert_eq!(begun, self.runs_to_read(), "what is missing is read, in one operation for each run of pages");
             let request = self.requests.len() - 1;
-            let waiting: u32 =
-                self.pieces.iter().filter(|(of, _)| *of == request).map(|(_, piece)| u32::from(piece.count)).sum();
+            let waiting: u32 = self.pieces.iter().filter(|(of, _)| *of == request).map(|(_, piece)| piece.count).sum();
             let at_once = self.requests[request].settled.count_ones() + waiting;
             assert_eq!(at_once, self.sectors_there(), "what is there is handed out at once");
         }
@@ -489,7 +488,7 @@ impl<'a> World<'a> {
     }
 
     fn check(&self) {
-        let pinned: Vec<_> = self.pieces.iter().filter_map(|(_, piece)| piece.frame).collect();
+        let pinned: Vec<_> = self.pieces.iter().flat_map(|(_, piece)| piece.frames()).collect();
         self.cache.check(&pinned);
     }
 }

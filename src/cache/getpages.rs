@@ -13,7 +13,7 @@ use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, PageSpan, SECTORS_PER_
 
 use super::flights::{Flight, Outcome, PlanKind};
 use super::holes::Backing;
-use super::page::{MARKER, NONE, PREFETCHED, Page, READING};
+use super::page::{MARKER, NONE, PREFETCHED, READING};
 use super::{Access, Admitted, Notice, PageCache, Piece, Step, Ticket};
 
 /// A read that waits for a page.
@@ -109,9 +109,9 @@ impl PageCache {
     /// Looks up pages that requests will ask for in a moment, and changes nothing. Of one request after the other, each
     /// waits for the memory of the tables by itself; here the processor waits for that of several at a time.
     pub fn foresee(&self, pages: impl Iterator<Item = PageNo>) {
-        for no in pages {
-            let page = self.pages.find(no).map(|id| &self.pages[id]);
-            std::hint::black_box(page.and_then(Page::frame).map(|frame| self.frames.references(frame)));
+        for id in pages.filter_map(|no| self.pages.find(no)) {
+            let frame = self.pages[id].frame();
+            std::hint::black_box((frame.map(|frame| self.frames.references(frame)), self.policy.contains(id)));
         }
     }
 

@@ -6,7 +6,7 @@
 //! has been partly written takes only the sectors it lacks. So a write never waits for a read-in (PGO_OVERWRITE), and
 //! a read-in can't undo a write.
 //!
-//! A request holds no pin while it waits: what has come in is delivered and given back, page by page. So requests that
+//! A request holds no pin while it waits: what has come in is delivered and given back, piece by piece. So requests that
 //! wait for each other's frames can't lock each other out, however small the cache.
 
 use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask};
@@ -349,8 +349,14 @@ impl PageCache {
     /// Reads in what the waiters of a page lack; tries again at the next pump if that can't be done now.
     fn fill_for_waiters(&mut self, id: PageId) {
         let page = &self.pages[id];
-        if page.waiters != NONE && !page.is(READING) && page.writers == 0 && !self.fill(id) {
+        if page.waiters == NONE || page.is(READING) || page.writers > 0 {
+            return;
+        }
+        if !self.fill(id) {
             self.unfilled.push(id);
+        } else if self.pages[id].valid == SectorMask::ALL {
+            // A hole was filled on the spot: nothing comes in that would deliver it.
+            self.settle_waiters(id);
         }
     }
 

@@ -151,6 +151,23 @@ fn what_lies_in_a_row_is_one_piece() {
 }
 
 #[test]
+fn a_read_behind_a_write_that_failed_finds_the_hole() {
+    let mut cache = PageCache::new(Settings { sparse: true, ..settings_of(64, 1 << 10) }, Box::new(NoBytes));
+    let (mut written, mut pieces) = (Vec::new(), Vec::new());
+    assert_eq!(cache.write(access(0, 8), &mut written), Admitted::All);
+    assert_eq!(cache.read(access(0, 8), &mut pieces), Admitted::All);
+    assert!(pieces.is_empty(), "it waits for the writer");
+    cache.finish_write(&written[0], false);
+    let mut maps = Vec::new();
+    cache.take_plans(|plan| maps.push((plan.tag, plan.kind, plan.span.count)));
+    let [(tag, PlanKind::Map, sectors)] = maps[..] else { panic!("where the holes are is not known yet: {maps:?}") };
+    cache.complete(tag, &Outcome::Mapped(vec![(sectors, true)]), Tick(1));
+    cache.pump(Tick(1));
+    assert_eq!(give_back(&mut cache), 1, "zeros");
+    cache.check(&[]);
+}
+
+#[test]
 fn whole_and_partial_writes_read_nothing() {
     let mut cache = cache_of(1024, 1 << 20);
     write(&mut cache, 0, 64);

@@ -52,6 +52,8 @@ struct Request {
     admitted: u32,
     settled: u64,
     failed: bool,
+    /// Bytes of a write could not be copied from the guest.
+    cut: bool,
     known: Knowledge,
 }
 
@@ -309,7 +311,8 @@ impl World {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         let sent_at = Tick(self.now_us);
-        let request = Request { kind, span, sent: self.step, sent_at, admitted: 0, settled: 0, failed: false, known };
+        let request =
+            Request { kind, span, sent: self.step, sent_at, admitted: 0, settled: 0, failed: false, cut: false, known };
         self.requests.insert(ticket, request);
         self.admit(ticket, false);
     }
@@ -361,7 +364,9 @@ impl World {
         let at = self.rng.below(self.copies.len() as u64) as usize;
         let (ticket, piece) = self.copies.swap_remove(at);
         let request = self.requests.get_mut(&ticket).expect("a piece belongs to a request");
-        for n in 0..piece.count as usize {
+        let cut = matches!(request.kind, Kind::Write { .. }) && self.rng.percent(2);
+        let count = if cut { self.rng.below(u64::from(piece.count)) as usize } else { piece.count as usize };
+        for n in 0..count {
             let place = usize::from(piece.first) + n;
             match request.kind {
                 Kind::Read => {
@@ -383,8 +388,9 @@ impl World {
         request.settled += u64::from(piece.count);
         match request.kind {
             Kind::Read => self.cache.finish_read(&piece),
-            _ => self.cache.finish_write(&piece, true),
+            _ => self.cache.finish_write(&piece, !cut),
         }
+        request.cut |= cut;
         if !self.memory.is_dead() {
             self.finish_if_settled(ticket);
         }
@@ -394,7 +400,7 @@ impl World {
         let request = &self.requests[&ticket];
         assert!(request.settled <= request.span.count, "I10: more came than was asked for");
         if request.settled == request.span.count {
-            let good = !request.failed;
+            let good = !request.failed && !request.cut;
             self.finish(ticket, good);
         }
     }
@@ -403,7 +409,7 @@ impl World {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.completed += 1;
         let (asked, now) = (request.kind.asked(), Tick(self.now_us));
-        let excused = good || self.blame.excuses(asked, request.sent_at, &self.settings, now);
+        let excused = good || request.cut || self.blame.excuses(asked, request.sent_at, &self.settings, now);
         assert!(excused, "{asked:?} of {:?} fails without a reason: {:?}", request.span, self.blame);
         let (first, count) = (request.span.start as usize, request.span.count as usize);
         match request.kind {

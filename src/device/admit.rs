@@ -80,7 +80,9 @@ impl Traffic {
     pub(super) fn admit_all(&mut self, cache: &mut PageCache) {
         let Self { arrivals, pending, .. } = self;
         if arrivals.len() > 1 {
-            cache.foresee(arrivals.iter().map(|&(slot, _)| pending[slot].request.span().pages().first));
+            let requests = arrivals.iter().map(|&(slot, _)| &pending[slot].request);
+            let of_data = requests.filter(|request| matches!(request.kind, Kind::Read | Kind::Write));
+            cache.foresee(of_data.map(|request| request.span().pages().first));
         }
         for at in 0..self.arrivals.len() {
             let (slot, resumed) = self.arrivals[at];

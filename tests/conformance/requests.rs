@@ -209,6 +209,22 @@ fn ranges_that_are_wrong_are_refused_whole() {
     assert!(session.read(0, bytes.len()) == bytes, "nothing was changed");
 }
 
+/// The sector in the header of a discard is reserved (section 5.2.6): it may be anything.
+#[test]
+fn the_header_of_a_discard_has_no_sector() {
+    let daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    // So many that they would be a sector, were they data.
+    let ranges: Vec<u8> = (0..32).flat_map(|n| range(16 * n, 8, 0)).collect();
+    let out: Vec<_> =
+        (0..4).map(|_| session.submit(0, VIRTIO_BLK_T_DISCARD, u64::MAX, Payload::Send(&ranges))).collect();
+    session.rings[0].notify();
+    session.wait_for(0, out.len());
+    for pending in out {
+        assert_eq!(session.memory.byte(pending.status), OK);
+    }
+}
+
 #[test]
 fn several_ranges_in_one_request_are_all_done() {
     let daemon = start();

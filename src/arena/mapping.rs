@@ -40,14 +40,13 @@ impl Mapping {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
         // SAFETY: it replaces a part of what was reserved above, which nobody knows of.
         let mapped = unsafe { map(base, bytes, protection, flags, file.as_raw_fd()) };
-        let mapping = Self { base, bytes: if mapped.is_ok() { bytes } else { 0 } };
-        let end = mapping.base.wrapping_add(mapping.bytes);
-        // SAFETY: the rest of it, before and behind.
+        // SAFETY: what lies before and behind is as it was reserved. (What lies between is left alone where it could not be
+        // mapped: that may have unmapped it all the same, and it may be somebody else's by now.)
         unsafe {
             unmap(start, before);
-            unmap(end, reserved - before - mapping.bytes);
+            unmap(base.wrapping_add(bytes), reserved - before - bytes);
         }
-        mapped.map(|_| mapping)
+        mapped.map(|_| Self { base, bytes })
     }
 
     /// The address of byte `at`.

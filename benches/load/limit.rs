@@ -110,7 +110,7 @@ impl Copier {
                     let _ = answer.send(());
                 }
                 Command::Stop(index, answer) => {
-                    let _ = answer.send(self.rings.remove(&index).and_then(|ring| ring.position()));
+                    let _ = answer.send(self.rings.remove(&index).map(|ring| ring.position()));
                 }
                 Command::Call(index, call, answer) => {
                     if let Some(ring) = self.rings.get_mut(&index) {

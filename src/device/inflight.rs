@@ -95,7 +95,7 @@ impl RingTrack {
         }
     }
 
-    /// The guest has seen all of them: the used ring's index is now `used`.
+    /// The guest was shown all of them: the used ring's index is now `used`.
     pub fn answered(&mut self, used: u16) {
         let batch = std::mem::take(&mut self.batch);
         self.settle_batch(batch, used);

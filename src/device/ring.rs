@@ -19,17 +19,24 @@ use crate::virtio::split::{Layout, Position, SplitQueue};
 /// Public for the benchmark's limit: a server on this very code that does nothing but copy.
 #[derive(Debug)]
 pub struct Ring {
+    index: u16,
     layout: Layout,
-    /// `None`: it does not lie in guest memory.
+    /// `None`: it does not lie in guest memory now, and is not served.
     queue: Option<SplitQueue>,
+    /// Where it stood when it was last looked up in guest memory.
+    looked_up_at: Position,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     kick: File,
     call: Option<File>,
+    /// The guest waits for a call that it has not got yet.
+    call_due: bool,
     /// Requests taken and not yet answered.
     in_flight: u16,
     /// Where they are noted for a successor.
     track: Option<RingTrack>,
+    /// What a predecessor has left is known.
+    recovered: bool,
     /// What a predecessor has taken and not answered, last one first: it is taken before anything else.
     owed: Vec<u16>,
     /// The guest broke the rules in a way that can't be answered: nothing more is taken.
@@ -39,32 +46,55 @@ pub struct Ring {
 impl Ring {
     /// A ring from its setup.
     ///
-    /// => A ring that does not lie in guest memory is broken from the start: it owes nobody an answer.
+    /// => The guest is called at once: a predecessor may have died between an answer and the call for it, and with EVENT_IDX
+    ///    no later answer would make up for that.
     pub fn new(index: u16, setup: RingSetup) -> Self {
         let RingSetup { layout, position, kick, call, memory, track } = setup;
-        let queue = SplitQueue::new(&memory, layout, position);
-        let broken = queue.is_none();
-        if broken {
-            error!("ring {index} does not lie in the guest's memory: {layout:x?}");
-        }
-        let owed = Vec::new();
-        let mut ring = Self { layout, queue, memory, kick, call, in_flight: 0, track, owed, broken };
-        ring.recover(index);
+        let mut ring = Self {
+            index,
+            layout,
+            queue: None,
+            looked_up_at: position,
+            memory,
+            kick,
+            call,
+            call_due: true,
+            in_flight: 0,
+            track,
+            recovered: false,
+            owed: Vec::new(),
+            broken: false,
+        };
+        ring.look_up();
+        ring.call_if_due();
         ring
+    }
+
+    /// Looks the ring up in guest memory; when it is found first, takes up what a predecessor has left.
+    fn look_up(&mut self) {
+        self.queue = SplitQueue::new(&self.memory, self.layout, self.looked_up_at);
+        if self.queue.is_none() {
+            error!(
+                "ring {} is not served: it does not lie in the guest's memory as it must: {:x?}",
+                self.index, self.layout
+            );
+        } else if !std::mem::replace(&mut self.recovered, true) {
+            self.recover();
+        }
     }
 
     /// Takes up what a predecessor has left: the used ring says what it has answered, the inflight region what it owes.
     ///
     /// => Together they say where the ring goes on, whatever base the front-end gave: QEMU's may be older than the last
     ///    answer, and cloud-hypervisor's is beyond what nobody has taken yet.
-    fn recover(&mut self, index: u16) {
+    fn recover(&mut self) {
         let (Some(queue), Some(track)) = (&mut self.queue, &mut self.track) else { return };
         let used = queue.used_idx();
         let Some(owed) = track.recover(used) else { return };
         let Ok(count) = u16::try_from(owed.len()) else { return };
         queue.go_on_at(Position { next_avail: used.wrapping_add(count), next_used: used });
         if count > 0 {
-            info!("ring {index}: {count} requests are taken up that were in flight");
+            info!("ring {}: {count} requests are taken up that were in flight", self.index);
             self.owed = owed;
             self.owed.reverse();
         }
@@ -77,7 +107,12 @@ impl Ring {
 
     /// Whether a predecessor has left requests that are not taken up yet.
     pub fn owes(&self) -> bool {
-        !self.owed.is_empty() && !self.broken
+        !self.owed.is_empty() && self.works()
+    }
+
+    /// Whether requests can be taken and answered.
+    fn works(&self) -> bool {
+        self.queue.is_some() && !self.broken
     }
 
     /// Readable when the guest has made something available.
@@ -95,22 +130,20 @@ impl Ring {
     /// Use this to call the guest from now on.
     pub fn set_call(&mut self, call: Option<File>) {
         self.call = call;
+        self.call_if_due();
     }
 
-    /// New guest memory: the ring must lie in it, or it is broken.
+    /// New guest memory. If the ring does not lie in it, it stands still until it does again: a front-end that changes a
+    /// region takes it away first.
     pub fn use_memory(&mut self, memory: &Arc<GuestRam>) {
+        self.looked_up_at = self.position();
         self.memory = Arc::clone(memory);
-        if let Some(position) = self.position() {
-            self.queue = SplitQueue::new(memory, self.layout, position);
-        }
-        if self.queue.is_none() {
-            self.fail("it does not lie in the guest's new memory");
-        }
+        self.look_up();
     }
 
     /// Where the ring stands.
-    pub fn position(&self) -> Option<Position> {
-        self.queue.as_ref().map(SplitQueue::position)
+    pub fn position(&self) -> Position {
+        self.queue.as_ref().map_or(self.looked_up_at, SplitQueue::position)
     }
 
     /// The descriptor table in `memory`, which is the ring's.
@@ -137,7 +170,7 @@ impl Ring {
 
     /// Whether the guest has made something available that could be taken.
     pub fn has_more(&self) -> bool {
-        !self.broken
+        self.works()
             && self.in_flight < self.layout.size
             && (self.owes() || self.queue.as_ref().is_some_and(SplitQueue::has_available))
     }
@@ -161,7 +194,7 @@ impl Ring {
 
     fn fail(&mut self, why: &str) {
         if !self.broken {
-            error!("a ring is out of service until it is set up again: {why}");
+            error!("ring {} is out of service until it is set up again: {why}", self.index);
         }
         self.broken = true;
     }
@@ -169,14 +202,20 @@ impl Ring {
     /// Shows the guest what was answered since the last time, and calls it if it wants that.
     pub fn publish(&mut self) {
         let Some(queue) = self.queue.as_mut().filter(|queue| queue.has_unpublished()) else { return };
-        if queue.publish()
-            && let Some(call) = &mut self.call
-            && let Err(error) = call.write(&1u64.to_ne_bytes())
-        {
-            warn!("cannot call the guest: {error}");
-        }
+        self.call_due |= queue.publish();
+        let used = queue.position().next_used;
+        self.call_if_due();
         if let Some(track) = &mut self.track {
-            track.answered(queue.position().next_used);
+            track.answered(used);
+        }
+    }
+
+    /// Calls the guest if that is due and it has said how.
+    fn call_if_due(&mut self) {
+        let Some(call) = self.call.as_mut().filter(|_| self.call_due) else { return };
+        self.call_due = false;
+        if let Err(error) = call.write(&1u64.to_ne_bytes()) {
+            warn!("cannot call the guest: {error}");
         }
     }
 

@@ -358,7 +358,7 @@ impl Worker {
             // The descriptor may not have been watched; then there is nothing to undo.
             let _ = epoll.ctl(ControlOperation::Delete, ring.kick_fd(), EpollEvent::default());
             rings[usize::from(*index)] = None;
-            let _ = answer.send(position);
+            let _ = answer.send(Some(position));
             false
         });
         if self.new_memory.is_some()

@@ -1,7 +1,7 @@
 //! A walk along a descriptor chain of the split ring (virtio 1.2, section 2.7).
 //!
 //! virtio-queue's own iterator reports a broken chain as its end, so a request cut short by a loop or a wild index looks
-//! like a complete one. This walk tells the two apart, reads each descriptor once, and has the table looked up in guest
+//! like a complete one. This walk tells the two apart, takes each descriptor once, and has the table looked up in guest
 //! memory once for many chains.
 
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;

@@ -24,7 +24,7 @@ const HEAD_BYTES: usize = 2;
 const ELEMENT_BYTES: usize = 8;
 const EVENT_BYTES: usize = 2;
 /// Alignment of the parts (section 2.7).
-const TABLE_ALIGNMENT: usize = 16;
+const TABLE_ALIGNMENT: u64 = 16;
 const AVAIL_ALIGNMENT: usize = 2;
 const USED_ALIGNMENT: usize = 4;
 const DESCRIPTOR_BYTES: usize = 16;
@@ -70,7 +70,8 @@ pub struct SplitQueue {
 impl SplitQueue {
     /// A queue that goes on there; `None` if it does not lie in guest memory as it must.
     ///
-    /// => Each part must lie in one region of guest memory, as in every device that looks it up once.
+    /// => Each ring must lie in one region of guest memory, as in every device that looks it up once. The descriptor table
+    ///    need not: see [`Table`](super::chain::Table).
     pub fn new(memory: &Arc<GuestRam>, layout: Layout, next: Position) -> Option<Self> {
         let rings = Rings::find(memory, &layout)?;
         Some(Self { layout, rings, next, published: next.next_used })
@@ -188,7 +189,11 @@ impl Rings {
             return None;
         }
         let part = |address, bytes, alignment| Part::find(memory, GuestAddress(address), bytes, alignment);
-        part(layout.desc_table, size * DESCRIPTOR_BYTES, TABLE_ALIGNMENT)?;
+        if !memory.check_range(GuestAddress(layout.desc_table), size * DESCRIPTOR_BYTES)
+            || !layout.desc_table.is_multiple_of(TABLE_ALIGNMENT)
+        {
+            return None;
+        }
         let avail = part(layout.avail_ring, RING + size * HEAD_BYTES + EVENT_BYTES, AVAIL_ALIGNMENT)?;
         let used = part(layout.used_ring, RING + size * ELEMENT_BYTES + EVENT_BYTES, USED_ALIGNMENT)?;
         Some(Self { avail, used, _memory: Arc::clone(memory) })

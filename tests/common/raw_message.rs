@@ -16,6 +16,7 @@ pub mod number {
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
     pub const GET_VRING_BASE: u32 = 11;
+    pub const SET_VRING_CALL: u32 = 13;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
     pub const GET_CONFIG: u32 = 24;

@@ -325,6 +325,13 @@ impl Ring {
         }
     }
 
+    /// Puts an answer to the chain at `head` on the used ring, as a device that has died since.
+    pub fn answer_as_device(&self, entry: u16, head: u16) {
+        let element = [u32::from(head).to_le_bytes(), 1_u32.to_le_bytes()].concat();
+        self.memory.write(self.used + 4 + 8 * u64::from(entry), &element);
+        self.memory.word(self.used + 2).store(entry + 1, Ordering::Release);
+    }
+
     /// How many interrupts have come since the last look.
     pub fn drain_calls(&self) -> u64 {
         // An empty eventfd answers EAGAIN.

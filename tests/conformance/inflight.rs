@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
 
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
@@ -63,14 +62,6 @@ fn marked(file: &File) -> Vec<u16> {
     (0..QUEUE_SIZE).filter(owed).collect()
 }
 
-/// Puts an answer on the used ring, as a daemon that has died since.
-fn answer_as_predecessor(session: &Session, entry: u16, head: u16) {
-    let used = session.rings[0].used_addr();
-    let element = [u32::from(head).to_le_bytes(), 1_u32.to_le_bytes()].concat();
-    session.memory.write(used + 4 + 8 * u64::from(entry), &element);
-    session.memory.word(used + 2).store(entry + 1, Ordering::Release);
-}
-
 /// Four writes to one sector, of which the predecessor took all, in another order than that of their descriptors, and
 /// answered the second one.
 fn four_writes(session: &mut Session) -> Vec<Pending> {
@@ -96,7 +87,7 @@ fn what_a_predecessor_owes_is_answered_once_and_in_order() {
         for (entry, &n) in (0..).zip(answered) {
             write_at(&u16::to_le_bytes(last), state(heads[n]) + NEXT);
             last = heads[n];
-            answer_as_predecessor(&session, entry, last);
+            session.rings[0].answer_as_device(entry, last);
         }
         write_at(&last.to_le_bytes(), LAST_BATCH_HEAD);
         if noted {
@@ -133,7 +124,7 @@ fn a_ring_goes_on_after_what_was_answered_whatever_base_the_front_end_gives() {
         let writes = four_writes(&mut session);
         // The predecessor has answered two requests and owes none.
         for (entry, write) in (0..).zip(&writes[..2]) {
-            answer_as_predecessor(&session, entry, write.head);
+            session.rings[0].answer_as_device(entry, write.head);
         }
         file.write_all_at(&2_u16.to_le_bytes(), USED_IDX).expect("the region can be written");
         session.set_up_ring(0, base);

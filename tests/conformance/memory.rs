@@ -111,6 +111,49 @@ fn regions_come_and_go() {
     daemon.assert_alive();
 }
 
+/// A region that changes is taken away and added again, and the rings may lie in it. Meanwhile they stand where they stood.
+#[test]
+fn a_ring_whose_memory_went_goes_on_when_it_is_back() {
+    let daemon = start();
+    let mut session = open_with_two_of_three(&daemon);
+    let of_rings = session.memory.region_info(session.memory.regions()[0]);
+    for round in 0..6 {
+        let bytes = pattern(round, round, 512);
+        session.write(round, &bytes);
+        session.frontend.remove_mem_region(&of_rings).expect("REM_MEM_REG");
+        let restarts = round % 2 == 1;
+        if restarts {
+            assert_eq!(
+                u64::from(session.stop_ring(0)),
+                round * 2 + 1,
+                "where a ring stands does not depend on its memory"
+            );
+        }
+        session.frontend.add_mem_region(&of_rings).expect("ADD_MEM_REG");
+        if restarts {
+            session.start_ring(0);
+        }
+        assert!(session.read(round, 512) == bytes, "round {round}");
+    }
+}
+
+/// A ring may lie where no memory is until it comes.
+#[test]
+fn a_ring_that_is_set_up_before_its_memory_is_served_when_that_comes() {
+    let daemon = start();
+    let features = SessionOptions::default().features;
+    let mut session = Session::negotiate_with(&daemon.socket(), features, three_regions());
+    let regions = session.memory.region_infos();
+    session.frontend.set_mem_table(&regions).expect("SET_MEM_TABLE");
+    session.add_ring(128);
+    session.set_up_ring(0, 0);
+    session.frontend.set_mem_table(&regions[1..]).expect("SET_MEM_TABLE");
+    session.enable_ring(0, true);
+    session.frontend.set_mem_table(&regions).expect("SET_MEM_TABLE");
+    session.write(0, &pattern(1, 0, 512));
+    assert!(session.read(0, 512) == pattern(1, 0, 512));
+}
+
 /// A front-end that shares every region with ADD_MEM_REG and never sends a table.
 #[test]
 fn memory_can_be_shared_region_by_region() {

@@ -1,13 +1,18 @@
 //! Kicks and interrupts: none lost, and none that nobody asked for (T21).
 
+use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::IMAGE_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
+use crate::common::raw_message::number;
 use crate::common::request::{OK, Payload, pattern};
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::{ABSENCE, PATIENCE, poll_until, try_poll};
+use crate::common::wait::{ABSENCE, PATIENCE, poll_until, readable, try_poll};
+
+/// In a SET_VRING_CALL of ring 0: no descriptor comes with it.
+const NO_DESCRIPTOR: u64 = 1 << 8;
 
 /// Requests made available with one kick.
 const BATCH: u16 = 32;
@@ -102,6 +107,40 @@ fn event_idx_that_is_not_reached_keeps_the_device_quiet() {
         submit_batch(&mut session);
         take_batch(&mut session);
         assert_eq!(calls_after(&session, 0), 0, "round {round}: interrupts long before used_event");
+    }
+}
+
+/// A daemon may die between the answer that it shows and the call that tells of it. The guest sleeps, and with EVENT_IDX
+/// no later answer would wake it: whoever takes over the ring calls.
+#[test]
+fn a_guest_that_sleeps_through_a_death_is_woken() {
+    let daemon = start();
+    for options in [SessionOptions::default(), SessionOptions::with_event_idx()] {
+        let mut session = Session::negotiate(&daemon.socket(), &options);
+        session.share_memory();
+        session.add_ring(128);
+        let pending = session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
+        session.rings[0].answer_as_device(0, pending.head);
+        session.start_ring(0);
+        assert!(readable(&[session.rings[0].call_fd()], PATIENCE), "a call for what nobody has told the guest of");
+    }
+}
+
+/// A call descriptor may come after the ring has begun to answer.
+#[test]
+fn a_call_descriptor_that_comes_late_is_told_of_what_it_missed() {
+    let daemon = start();
+    for options in [SessionOptions::default(), SessionOptions::with_event_idx()] {
+        let mut session = Session::open(&daemon.socket(), &options);
+        session.read(0, 4096);
+        session.raw(number::SET_VRING_CALL, &NO_DESCRIPTOR.to_le_bytes());
+        calls_after(&session, u64::MAX);
+        session.rings[0].set_used_event(1);
+        session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
+        session.rings[0].notify();
+        poll_until("an answer without a call", PATIENCE, || (session.rings[0].used_idx() == 2).then_some(()));
+        session.frontend.set_vring_call(0, &session.rings[0].call).expect("SET_VRING_CALL");
+        assert!(readable(&[session.rings[0].call_fd()], PATIENCE), "a call for what it has missed");
     }
 }
 

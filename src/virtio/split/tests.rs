@@ -144,6 +144,8 @@ fn a_queue_that_does_not_lie_in_guest_memory_is_none() {
     assert!(there(&|_| {}));
     assert!(there(&|l| l.used_ring = HOLE - 6 - 64 * 8 - 2), "up to the last byte");
     assert!(!there(&|l| l.used_ring = HOLE - 6 - 64 * 8 + 2), "its last word is beyond");
+    assert!(there(&|l| l.desc_table = SEAM - 64 * 8), "a table may lie in two regions");
+    assert!(!there(&|l| l.desc_table = HOLE - 64 * 8), "and half of it may not be nowhere");
     assert!(!there(&|l| l.avail_ring = HOLE));
     assert!(!there(&|l| l.desc_table = END - 16));
     assert!(!there(&|l| l.desc_table = u64::MAX - 15), "addresses wrap");

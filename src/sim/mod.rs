@@ -11,6 +11,7 @@ pub(crate) mod disk;
 pub(crate) mod memory;
 mod oracle;
 mod rng;
+mod temper;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

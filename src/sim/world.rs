@@ -5,9 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::cache::{
-    Access, Admitted, Notice, OnError, Outcome, PageCache, Piece, Plan, PlanKind, PolicyKind, Settings, Ticket,
-};
+use crate::cache::{Access, Admitted, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Ticket};
 use crate::units::{Fault, FrameId, SectorSpan, Tick};
 
 use super::PlantedBug;
@@ -16,6 +14,7 @@ use super::disk::Disk;
 use super::memory::{GARBAGE, Memory};
 use super::oracle::{Knowledge, Oracle};
 use super::rng::Rng;
+use super::temper::{BREAKAGES, OpClass, Temper, settings};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -81,55 +80,6 @@ impl Operation {
     }
 }
 
-/// What chance decided about a world as a whole.
-#[derive(Debug)]
-struct Temper {
-    fault_percent: u64,
-    latency_us_max: u64,
-    requests_max: usize,
-    overlap: bool,
-    /// Daemons die.
-    mortal: bool,
-    /// Steps between two deaths, on average; none where daemons live, and in the end.
-    steps_per_death: Option<u64>,
-    /// The front-end hands a successor what was in flight. Without that it is lost, and the guest never hears of it.
-    replays: bool,
-    /// Of the guest's requests, those that zero a range.
-    zero_percent: u64,
-    /// Operations that fail each time, and do not heal before the end.
-    broken: &'static [OpClass],
-}
-
-/// Operations by what fails them together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum OpClass {
-    Write,
-    Sync,
-    Allocate,
-    Range,
-}
-
-impl OpClass {
-    fn of(kind: PlanKind) -> Option<Self> {
-        match kind {
-            PlanKind::Write => Some(Self::Write),
-            PlanKind::Sync => Some(Self::Sync),
-            PlanKind::Allocate => Some(Self::Allocate),
-            PlanKind::Zero { .. } | PlanKind::Discard => Some(Self::Range),
-            PlanKind::Read | PlanKind::Map => None,
-        }
-    }
-}
-
-/// Ways in which a disk breaks for good.
-const BREAKAGES: [&[OpClass]; 5] = [
-    &[OpClass::Write],
-    &[OpClass::Sync],
-    &[OpClass::Allocate],
-    &[OpClass::Write, OpClass::Allocate],
-    &[OpClass::Write, OpClass::Sync, OpClass::Allocate, OpClass::Range],
-];
-
 /// See the module.
 #[derive(Debug)]
 pub(super) struct World {
@@ -164,18 +114,7 @@ impl World {
         let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };
         let sectors = settings.image_sectors as usize;
         let disk = Disk::new(sectors, |_| rng.percent(hole_percent));
-        let mortal = rng.percent(50);
-        let temper = Temper {
-            fault_percent: rng.pick(&[0, 0, 1, 5, 30]),
-            latency_us_max: rng.pick(&[10, 1000, 100_000]),
-            requests_max: rng.pick(&[1, 4, 32]),
-            overlap: rng.percent(50),
-            mortal,
-            steps_per_death: mortal.then_some(rng.pick(&[30, 300])),
-            replays: rng.percent(70),
-            zero_percent: rng.pick(&[0, 5, 30]),
-            broken: &[],
-        };
+        let temper = Temper::new(&mut rng);
         Self {
             oracle: Oracle::new(sectors),
             blame: Blame::default(),
@@ -583,30 +522,5 @@ impl World {
                 self.oracle.knowledge(sector, 1)
             );
         }
-    }
-}
-
-/// A cache's shape, by chance.
-fn settings(rng: &mut Rng) -> Settings {
-    let frames = rng.pick(&[12, 24, 48, 160]);
-    let block_sectors = rng.pick(&[1, 1, 2, 8]);
-    // A store never has a block that the image's end cuts.
-    let image_sectors = rng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
-    Settings {
-        frames,
-        image_sectors,
-        block_sectors,
-        sparse: rng.percent(60),
-        cluster_pages_max: rng.pick(&[1, 3, 8, 256]),
-        retain: rng.percent(90),
-        policy: rng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),
-        readahead_pages_max: rng.pick(&[0, 4, 64, 512]),
-        flush_target_us: 250_000,
-        dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
-        dirty_age_us: rng.pick(&[10_000, 1_000_000]),
-        allocate: rng.percent(50),
-        on_error: rng.pick(&[OnError::Report, OnError::Report, OnError::Hold, OnError::Stop]),
-        on_full: rng.pick(&[OnError::Report, OnError::Hold, OnError::Stop]),
-        hold_us: rng.pick(&[10_000, 10_000_000]),
     }
 }

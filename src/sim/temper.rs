@@ -1,0 +1,96 @@
+//! What chance decides about a world before it begins: the cache's shape, the guest's and the disk's ways.
+
+use crate::cache::{OnError, PlanKind, PolicyKind, Settings};
+
+use super::rng::Rng;
+
+/// What chance decided about a world as a whole.
+#[derive(Debug)]
+pub(super) struct Temper {
+    pub fault_percent: u64,
+    pub latency_us_max: u64,
+    pub requests_max: usize,
+    pub overlap: bool,
+    /// Daemons die.
+    pub mortal: bool,
+    /// Steps between two deaths, on average; none where daemons live, and in the end.
+    pub steps_per_death: Option<u64>,
+    /// The front-end hands a successor what was in flight. Without that it is lost, and the guest never hears of it.
+    pub replays: bool,
+    /// Of the guest's requests, those that zero a range.
+    pub zero_percent: u64,
+    /// Operations that fail each time, and do not heal before the end.
+    pub broken: &'static [OpClass],
+}
+
+impl Temper {
+    pub fn new(rng: &mut Rng) -> Self {
+        let mortal = rng.percent(50);
+        Self {
+            fault_percent: rng.pick(&[0, 0, 1, 5, 30]),
+            latency_us_max: rng.pick(&[10, 1000, 100_000]),
+            requests_max: rng.pick(&[1, 4, 32]),
+            overlap: rng.percent(50),
+            mortal,
+            steps_per_death: mortal.then_some(rng.pick(&[30, 300])),
+            replays: rng.percent(70),
+            zero_percent: rng.pick(&[0, 5, 30]),
+            broken: &[],
+        }
+    }
+}
+
+/// Operations by what fails them together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OpClass {
+    Write,
+    Sync,
+    Allocate,
+    Range,
+}
+
+impl OpClass {
+    pub fn of(kind: PlanKind) -> Option<Self> {
+        match kind {
+            PlanKind::Write => Some(Self::Write),
+            PlanKind::Sync => Some(Self::Sync),
+            PlanKind::Allocate => Some(Self::Allocate),
+            PlanKind::Zero { .. } | PlanKind::Discard => Some(Self::Range),
+            PlanKind::Read | PlanKind::Map => None,
+        }
+    }
+}
+
+/// Ways in which a disk breaks for good.
+pub(super) const BREAKAGES: [&[OpClass]; 5] = [
+    &[OpClass::Write],
+    &[OpClass::Sync],
+    &[OpClass::Allocate],
+    &[OpClass::Write, OpClass::Allocate],
+    &[OpClass::Write, OpClass::Sync, OpClass::Allocate, OpClass::Range],
+];
+
+/// A cache's shape, by chance.
+pub(super) fn settings(rng: &mut Rng) -> Settings {
+    let frames = rng.pick(&[12, 24, 48, 160]);
+    let block_sectors = rng.pick(&[1, 1, 2, 8]);
+    // A store never has a block that the image's end cuts.
+    let image_sectors = rng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
+    Settings {
+        frames,
+        image_sectors,
+        block_sectors,
+        sparse: rng.percent(60),
+        cluster_pages_max: rng.pick(&[1, 3, 8, 256]),
+        retain: rng.percent(90),
+        policy: rng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),
+        readahead_pages_max: rng.pick(&[0, 4, 64, 512]),
+        flush_target_us: 250_000,
+        dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
+        dirty_age_us: rng.pick(&[10_000, 1_000_000]),
+        allocate: rng.percent(50),
+        on_error: rng.pick(&[OnError::Report, OnError::Report, OnError::Hold, OnError::Stop]),
+        on_full: rng.pick(&[OnError::Report, OnError::Hold, OnError::Stop]),
+        hold_us: rng.pick(&[10_000, 10_000_000]),
+    }
+}

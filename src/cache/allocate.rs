@@ -124,7 +124,7 @@ impl PageCache {
     /// Writes that are held for want of space try again when the pause is over.
     pub(super) fn retry_allocations(&mut self) {
         if self.failing.waits_for_space() && self.failing.may_retry(self.now) {
-            self.unblocked = true;
+            self.stalled.unblock();
         }
     }
 }

@@ -28,6 +28,11 @@ impl Tally {
             failed: page.is(FAILED),
         }
     }
+
+    /// Whether the page was counted `before` where the number is limited, and is not any more.
+    pub fn makes_room(self, before: Self) -> bool {
+        before.unclean && !self.unclean || before.unstable && !self.unstable
+    }
 }
 
 /// 64 KiB of the image with dirty pages in it.

@@ -166,7 +166,7 @@ impl PageCache {
         if policy == OnError::Stop {
             self.fail_all_flushes(fault);
             self.fail_waiting_ranges(fault);
-            self.unblocked = true;
+            self.stalled.unblock();
         }
     }
 
@@ -189,7 +189,7 @@ impl PageCache {
             self.failing.condition = Some(Condition::Reporting(fault));
             self.fail_all_flushes(fault);
             // What has stalled finds out when it resumes.
-            self.unblocked = true;
+            self.stalled.unblock();
         }
     }
 
@@ -203,7 +203,7 @@ impl PageCache {
         self.failing.resumed = self.failing.condition() != Condition::Well;
         self.failing.condition = None;
         self.failing.retry_now(self.now);
-        self.unblocked = true;
+        self.stalled.unblock();
     }
 
     /// How the store takes our writes.

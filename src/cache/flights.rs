@@ -156,7 +156,7 @@ impl PageCache {
     /// Tells how an operation ended (where the kernel calls biodone).
     pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
         self.now = self.now.max(now);
-        self.unblocked = true;
+        self.stalled.unblock();
         let flight = self.flights.land(tag);
         match flight.kind {
             PlanKind::Read => self.read_done(&flight, outcome),

@@ -60,6 +60,11 @@ impl Flushing {
         self.wanted && self.written > self.stable
     }
 
+    /// Whether a Sync is to be sent, for a flush or for itself.
+    pub fn sync_is_awaited(&self) -> bool {
+        self.sync_is_due() || self.queue.front().is_some_and(|flush| flush.needs.is_some())
+    }
+
     /// Whether a good Sync covers everything that was written.
     pub fn nothing_unsynced(&self) -> bool {
         self.written == self.stable

@@ -80,8 +80,8 @@ impl Frames {
         *word += 1;
     }
 
-    /// Gives a reference back; the last one frees the frame.
-    pub fn release(&mut self, frame: FrameId) {
+    /// Gives a reference back; the last one frees the frame. Whether it did.
+    pub fn release(&mut self, frame: FrameId) -> bool {
         let word = &mut self.words[frame.index()];
         assert!(*word & FREE == 0 && *word > 0, "{frame:?} is released once too often");
         *word -= 1;
@@ -92,6 +92,7 @@ impl Frames {
         } else if *word == 0 {
             self.put(frame.0);
         }
+        self.words[frame.index()] & FREE != 0
     }
 
     /// References to a frame that is held.
@@ -146,7 +147,9 @@ mod tests {
         assert_eq!(std::iter::from_fn(|| frames.take()).collect::<Vec<_>>(), [4, 5, 6, 0, 1].map(FrameId));
         let mut newest_first = Frames::new(3, true);
         let held: Vec<FrameId> = std::iter::from_fn(|| newest_first.take()).collect();
-        held.into_iter().for_each(|frame| newest_first.release(frame));
+        for frame in held {
+            newest_first.release(frame);
+        }
         assert_eq!(std::iter::from_fn(|| newest_first.take()).collect::<Vec<_>>(), [2, 1, 0].map(FrameId));
         let mut claimed = Frames::new(4, false);
         claimed.claim([FrameId(1)]);

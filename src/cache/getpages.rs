@@ -14,6 +14,7 @@ use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, PageSpan, SECTORS_PER_
 use super::flights::{Flight, Outcome, PlanKind};
 use super::holes::Backing;
 use super::page::{MARKER, NONE, PREFETCHED, READING};
+use super::stalled::Want;
 use super::{Access, Admitted, Notice, PageCache, Piece, Step, Ticket};
 
 /// A read that waits for a page.
@@ -100,7 +101,8 @@ impl PageCache {
         } else if let Some(fault) = stopped {
             Admitted::Refused(at, fault)
         } else {
-            self.stalled.push_back(access.ticket);
+            let want = if self.frames.free() == 0 { Want::Room } else { Want::Answer };
+            self.stalled.push(access.ticket, want);
             self.stats.stalls += 1;
             Admitted::Until(at)
         }
@@ -117,7 +119,7 @@ impl PageCache {
 
     /// Gives back a piece of a read.
     pub fn finish_read(&mut self, piece: &Piece) {
-        piece.frames().for_each(|frame| self.frames.release(frame));
+        piece.frames().for_each(|frame| self.release(frame));
     }
 
     /// The hit path: a pin and a touch, no allocation. Returns the page's number if it bears the readahead marker.
@@ -282,7 +284,7 @@ impl PageCache {
                     missing = SectorMask::ALL;
                 }
                 self.memory.copy_sectors(frame, target, missing);
-                self.frames.release(frame);
+                self.release(frame);
                 missing = missing.or(self.pages[id].valid);
                 self.change(id, |page| {
                     page.clear(READING);
@@ -299,7 +301,7 @@ impl PageCache {
         self.change(id, |page| page.clear(READING));
         self.stats.read_errors += 1;
         if demand {
-            self.frames.release(frame);
+            self.release(frame);
             let mut chain = std::mem::replace(&mut self.pages[id].waiters, NONE);
             while chain != NONE {
                 let waiter = self.waiters.take(&mut chain);
@@ -310,7 +312,7 @@ impl PageCache {
             self.join_run(id, frame);
             return;
         } else {
-            self.frames.release(frame);
+            self.release(frame);
         }
         if self.pages[id].frame().is_none() && !self.pages[id].busy() {
             self.drop_page(id, true);

@@ -34,6 +34,7 @@ mod putpages;
 mod ranges;
 mod readahead;
 mod reclaim;
+mod stalled;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -41,8 +42,6 @@ mod throttle;
 mod write;
 mod writeback;
 mod zeroed;
-
-use std::collections::VecDeque;
 
 use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8, low_u32};
 
@@ -63,6 +62,7 @@ use page::{Page, PageTable};
 use policy::Policy;
 use ranges::Ranges;
 use readahead::Streams;
+use stalled::Stalled;
 use throttle::Throttle;
 use writeback::Writeback;
 use zeroed::Zeroed;
@@ -255,10 +255,7 @@ pub struct PageCache {
     flushing: Flushing,
     ranges: Ranges,
     zeroed: Zeroed,
-    /// Requests that could not be admitted whole, in the order in which they are told to resume.
-    stalled: VecDeque<Ticket>,
-    /// Something ended since the last pump: the stalled may try again.
-    unblocked: bool,
+    stalled: Stalled,
     /// Pages whose waiters could not be served yet for lack of a frame or a map.
     unfilled: Vec<PageId>,
     notices: Vec<Notice>,
@@ -300,8 +297,7 @@ impl PageCache {
             throttle: Throttle::new(settings.flush_target_us, settings.dirty_pages_max),
             flushing: Flushing::default(),
             ranges: Ranges::default(),
-            stalled: VecDeque::new(),
-            unblocked: false,
+            stalled: Stalled::default(),
             unfilled: Vec::new(),
             notices: Vec::new(),
             stats: Stats::default(),
@@ -318,22 +314,20 @@ impl PageCache {
         self.now = self.now.max(now);
         self.end_hold();
         self.retry_allocations();
-        self.retry_unfilled();
         self.start_ranges();
         self.write_back();
         self.advance_flushes();
         self.reclaim();
+        // With what the reclaim has freed: it may be all that comes of this turn.
+        self.retry_unfilled();
         self.continue_windows();
-        if std::mem::take(&mut self.unblocked) {
-            // All of them, in order: what still finds no room stalls again, behind those that came before it.
-            self.notices.extend(self.stalled.drain(..).map(Notice::Resume));
-        }
+        self.stalled.resume(&mut self.notices);
     }
 
     /// When [`PageCache::pump`] has something to do although nothing happens; `None` while all is clean.
     pub fn next_deadline(&self) -> Option<Tick> {
         let writeback = self.writeback_deadline();
-        if self.unblocked && !self.stalled.is_empty() { Some(self.now) } else { writeback }
+        if self.stalled.is_unblocked() { Some(self.now) } else { writeback }
     }
 
     /// Whether everything that completed is on the store, durably.
@@ -385,6 +379,9 @@ impl PageCache {
         let now = (page.frame(), page.record());
         if before != after {
             self.dirty.note(no, before, after);
+            if after.makes_room(before) {
+                self.stalled.unblock();
+            }
         }
         if published != now {
             self.publish(no, published, now);
@@ -406,6 +403,13 @@ impl PageCache {
             && record != Record::NONE
         {
             self.memory.publish(frame, no, Record::NONE);
+        }
+    }
+
+    /// Gives back a reference to a frame. One that is free then is what a stalled request may wait for.
+    fn release(&mut self, frame: FrameId) {
+        if self.frames.release(frame) {
+            self.stalled.unblock();
         }
     }
 
@@ -431,7 +435,7 @@ impl PageCache {
         });
         if let Some(frame) = self.pages[id].frame() {
             self.memory.publish(frame, self.pages[id].no(), Record::NONE);
-            self.frames.release(frame);
+            self.release(frame);
         }
         self.pages.remove(id);
     }

@@ -24,7 +24,15 @@ impl PageCache {
         }
         let no = self.pages[id].no();
         if self.pages[id].valid != SectorMask::ALL {
-            return self.put_partial(id);
+            if self.goes_in_blocks(id) {
+                return Some(self.put_run(id));
+            }
+            if self.fill(id) {
+                self.launch_run();
+            }
+            if self.pages[id].valid != SectorMask::ALL {
+                return None;
+            }
         }
         // A page that failed goes alone, so that one bad sector holds up nothing else.
         let (first, end) = if self.pages[id].is(FAILED) { (no, no.plus(1)) } else { self.cluster_round(no) };
@@ -44,26 +52,25 @@ impl PageCache {
         Some(end)
     }
 
-    /// A page of which only some sectors are known: writes its first dirty run, if the store's block allows; else the
-    /// missing sectors are read in first, and the page goes next time.
-    fn put_partial(&mut self, id: PageId) -> Option<PageNo> {
+    /// Whether the first dirty run of a page is whole blocks of the store. If it is not, the sectors that the page lacks are
+    /// read in before it can go.
+    pub(super) fn goes_in_blocks(&self, id: PageId) -> bool {
+        let block = self.settings.block_sectors;
+        self.pages[id].dirty.first_run().is_some_and(|(first, count)| first % block == 0 && count % block == 0)
+    }
+
+    /// Writes the first dirty run of a page of which only some sectors are known. Returns the page after it.
+    fn put_run(&mut self, id: PageId) -> PageNo {
         let page = &self.pages[id];
         let no = page.no();
         let (first, count) = page.dirty.first_run().expect("a page to be put is dirty");
-        let block = self.settings.block_sectors;
-        if first % block != 0 || count % block != 0 {
-            if self.fill(id) {
-                self.launch_run();
-            }
-            return None;
-        }
         let (mut frames, mut ids) = self.flights.vectors();
         ids.push(id);
         frames.push(page.frame().expect("a dirty page has a frame"));
         let epoch = page.epoch;
         let span = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), u64::from(count));
         self.launch_write(span, (frames, ids), epoch, SectorMask::run(first, count));
-        Some(no.plus(1))
+        no.plus(1)
     }
 
     /// The pages that can be written along with `no`: first, and the one after the last.
@@ -145,7 +152,7 @@ impl PageCache {
                 None => self.page_written(id),
                 Some(_) => self.page_not_written(id, flight.epoch),
             }
-            self.frames.release(frame);
+            self.release(frame);
             if self.pages[id].waiters != NONE {
                 self.settle_waiters(id);
             }

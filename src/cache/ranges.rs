@@ -10,6 +10,7 @@ use crate::units::{Fault, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask
 use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
 use super::page::UNSYNCED;
+use super::stalled::Want;
 use super::zeroed::Place;
 use super::{Notice, PageCache, Ticket};
 
@@ -85,7 +86,7 @@ impl PageCache {
             return true;
         }
         if self.ranges.asked() >= RANGES_MAX {
-            self.stalled.push_back(ticket);
+            self.stalled.push(ticket, Want::Answer);
             return false;
         }
         self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false, place: None });

@@ -48,7 +48,6 @@ impl PageCache {
             };
             self.drop_page(id, false);
             self.stats.evicted_pages += 1;
-            self.unblocked = true;
         }
     }
 

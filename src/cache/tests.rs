@@ -3,6 +3,7 @@
 use super::*;
 
 mod small_world;
+mod troubles;
 
 /// Memory without bytes: these tests look at names only.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::allocate::Space;
 use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING};
+use super::stalled::Want;
 use super::{Access, Admitted, PageCache, Piece, Step};
 
 /// Frames that writes leave alone: a page whose sectors do not fill the store's blocks has the rest read in before it can
@@ -26,7 +27,8 @@ impl PageCache {
         if let Some(fault) = self.failing.stopped() {
             return Admitted::Refused(at, fault);
         }
-        let must_queue = !access.resumed && !self.stalled.is_empty();
+        let must_queue = !access.resumed && self.stalled.for_room();
+        let mut want = if must_queue { Want::Room } else { Want::Answer };
         let mut previous = None;
         while let Some(step) = Step::of(access.span, at) {
             if must_queue || self.keeps_off(step.no) {
@@ -39,6 +41,7 @@ impl PageCache {
                     return Admitted::Refused(at, fault);
                 }
                 self.stats.throttled += 1;
+                want = Want::Room;
                 break;
             }
             match if adds_dirt { self.space_for(step.no, access.resumed) } else { Space::There } {
@@ -47,6 +50,7 @@ impl PageCache {
                 Space::Refused(fault) => return Admitted::Refused(at, fault),
             }
             let Some(id) = self.take_for_writing(found, step.no, step.mask()) else {
+                want = Want::Room;
                 break;
             };
             let frame = self.pages[id].frame().expect("a page being written has a frame");
@@ -58,7 +62,7 @@ impl PageCache {
         if u64::from(at) == access.span.count {
             Admitted::All
         } else {
-            self.stalled.push_back(access.ticket);
+            self.stalled.push(access.ticket, want);
             self.stats.stalls += 1;
             Admitted::Until(at)
         }
@@ -124,7 +128,7 @@ impl PageCache {
         let old = self.pages[id].frame().expect("a frozen page has a frame");
         // Even what this write is about to cover: should the store fail, these bytes are all there is of earlier writes.
         self.memory.copy_sectors(old, new, self.pages[id].valid);
-        self.frames.release(old);
+        self.release(old);
         self.stats.copied_on_write += 1;
         self.change(id, |page| {
             page.set_frame(new);
@@ -137,7 +141,7 @@ impl PageCache {
     ///
     /// => A piece that was not filled leaves its sectors as a failed write does: old, new or a mixture.
     pub fn finish_write(&mut self, piece: &Piece, filled: bool) {
-        piece.frames().for_each(|frame| self.frames.release(frame));
+        piece.frames().for_each(|frame| self.release(frame));
         let mut id = piece.page;
         let start = self.pages[id].no().0 * SECTORS_PER_PAGE + u64::from(piece.first);
         let span = SectorSpan::new(start, u64::from(piece.count));

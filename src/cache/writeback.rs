@@ -127,7 +127,9 @@ impl PageCache {
         } else if unclean < self.throttle.stop_pages() {
             self.writeback.running = false;
         }
-        if idle || std::mem::take(&mut self.writeback.pressure) {
+        // Nothing under way would bring the room that is waited for.
+        let starving = self.stalled.for_room() && self.flights.writes() == 0;
+        if idle || std::mem::take(&mut self.writeback.pressure) || starving {
             self.sweep(Scope::All, DEPTH_MAX);
         } else if self.writeback.running {
             let over = u64::from(unclean.saturating_sub(start));
@@ -231,7 +233,7 @@ impl PageCache {
         }
         let retry = self.failing.retry_at().filter(|&at| at > self.now);
         if self.dirty.dirty_pages() == 0 {
-            let sync = retry.filter(|_| self.flushing.sync_is_due());
+            let sync = retry.filter(|_| self.flushing.sync_is_awaited() || self.ranges.redoing());
             let space = retry.filter(|_| self.failing.waits_for_space());
             return [sync, space, self.hold_ends()].into_iter().flatten().min();
         }

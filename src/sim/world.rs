@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::cache::{Access, Admitted, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Ticket};
+use crate::cache::{Access, Admitted, Condition, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Ticket};
 use crate::units::{Fault, FrameId, SectorSpan, Tick};
 
 use super::PlantedBug;
@@ -80,6 +80,9 @@ impl Operation {
     }
 }
 
+/// A disk that fails is tried again after this time at the latest.
+const PAUSE_US_MAX: u64 = 5_000_000;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct World {
@@ -94,6 +97,8 @@ pub(super) struct World {
     blame: Blame,
     now_us: u64,
     step: u64,
+    /// Turns in a row, at one moment, after which nothing was under way.
+    turns_in_vain: u32,
     version: u32,
     next_ticket: u64,
     requests: BTreeMap<u64, Request>,
@@ -127,6 +132,7 @@ impl World {
             disk,
             now_us: 0,
             step: 0,
+            turns_in_vain: 0,
             version: 0,
             next_ticket: 0,
             requests: BTreeMap::new(),
@@ -181,6 +187,7 @@ impl World {
             // Somewhere within the step, or else after it.
             self.memory.light_fuse(self.rng.below(12));
         }
+        let mut happened = true;
         match self.rng.below(10) {
             0..=2 if guest_is_active && self.requests.len() < self.temper.requests_max => self.guest_acts(),
             3..=4 if !self.copies.is_empty() => self.copy_one(),
@@ -189,15 +196,21 @@ impl World {
                 let ticket = self.resumes.swap_remove(at);
                 self.admit(ticket, true);
             }
-            6 if self.rng.percent(3) => self.power_cut(),
+            6 if self.rng.percent(3) => {
+                self.power_cut();
+                happened = false;
+            }
             7 if self.rng.percent(2) => self.cache.resume(),
-            _ => self.time_passes(),
+            _ => happened = self.time_passes(),
         }
-        if !self.memory.is_dead() {
+        if happened && !self.memory.is_dead() {
             self.turn_ends();
         }
         if dies {
             self.next_daemon();
+        }
+        if happened && !dies {
+            self.somebody_will_act();
         }
         let pinned: Vec<_> = self.copies.iter().flat_map(|(_, piece)| piece.frames()).collect();
         self.cache.check(&pinned);
@@ -364,8 +377,23 @@ impl World {
         }
     }
 
-    /// The next operation ends, or the clock moves to the cache's next deadline.
-    fn time_passes(&mut self) {
+    /// A request that waits, waits for something: an operation, a copy, or a moment that the cache has named. That moment is
+    /// now if the disk is well, else the end of a pause. Turn after turn at one moment must bring something.
+    fn somebody_will_act(&mut self) {
+        let under_way = !self.operations.is_empty() || !self.copies.is_empty() || !self.resumes.is_empty();
+        let deadline = self.cache.next_deadline();
+        let due = deadline.is_some_and(|at| at.0 <= self.now_us);
+        self.turns_in_vain = if due && !under_way { self.turns_in_vain + 1 } else { 0 };
+        assert!(self.turns_in_vain < 1000, "liveness: turn after turn brings nothing for {:?}", self.requests);
+        let soon = self.now_us + PAUSE_US_MAX;
+        let named = due || self.cache.condition() != Condition::Well && deadline.is_some_and(|at| at.0 <= soon);
+        let somebody = under_way || named || self.requests.is_empty();
+        assert!(somebody, "liveness: nothing is under way, and nobody will act for {:?}", self.requests);
+    }
+
+    /// The next operation ends, or the clock moves to the cache's next deadline. False: there was neither, and a worker
+    /// would sleep on.
+    fn time_passes(&mut self) -> bool {
         let next = self.operations.iter().map(|(&tag, op)| (op.ends_at, tag)).min();
         let deadline = self.cache.next_deadline().map(|tick| tick.0);
         match (next, deadline) {
@@ -374,8 +402,12 @@ impl World {
                 self.operation_ends(tag);
             }
             (_, Some(at)) => self.now_us = self.now_us.max(at),
-            _ => self.now_us += 1,
+            _ => {
+                self.now_us += 1;
+                return false;
+            }
         }
+        true
     }
 
     fn operation_ends(&mut self, tag: u32) {

@@ -296,7 +296,7 @@ impl PageCache {
     }
 
     /// The page could not be read. Waiters of a demand read fail; those that had joined a readahead get a read of
-    /// their own; a page that nobody wrote and nobody waits for goes.
+    /// their own; a page that nobody wrote and nobody waits for goes, and one that can't be written without it has failed.
     fn page_failed(&mut self, id: PageId, frame: FrameId, fault: Fault, demand: bool) {
         self.change(id, |page| page.clear(READING));
         self.stats.read_errors += 1;
@@ -314,8 +314,11 @@ impl PageCache {
         } else {
             self.release(frame);
         }
-        if self.pages[id].frame().is_none() && !self.pages[id].busy() {
+        let page = &self.pages[id];
+        if page.frame().is_none() && !page.busy() {
             self.drop_page(id, true);
+        } else if !page.dirty.is_empty() && !self.goes_in_blocks(id) {
+            self.page_stays_dirty(id, fault);
         }
     }
 

@@ -199,6 +199,12 @@ impl PageCache {
         });
     }
 
+    /// A page can't be written, for what it lacks of the store's block can't be read.
+    pub(super) fn page_stays_dirty(&mut self, id: PageId, fault: Fault) {
+        self.change(id, |page| page.set(FAILED));
+        self.cluster_failed(self.pages[id].epoch, fault);
+    }
+
     fn cluster_failed(&mut self, epoch: Epoch, fault: Fault) {
         self.stats.write_errors += 1;
         self.store_failed(fault, Cause::Write);

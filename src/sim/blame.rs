@@ -39,7 +39,9 @@ impl Blame {
             PlanKind::Write | PlanKind::Sync | PlanKind::Allocate => {}
         }
         // A zero that is done again after a failed Sync answers to the policy, as the Sync does.
-        if matches!(kind, PlanKind::Read | PlanKind::Discard) {
+        // So does the read of what a page lacks that can't be written without it.
+        let fills = kind == PlanKind::Read && settings.block_sectors > 1;
+        if !fills && matches!(kind, PlanKind::Read | PlanKind::Discard) {
             return;
         }
         match if fault == Fault::NoSpace { settings.on_full } else { settings.on_error } {

@@ -43,6 +43,7 @@ impl Temper {
 /// Operations by what fails them together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum OpClass {
+    Read,
     Write,
     Sync,
     Allocate,
@@ -52,17 +53,20 @@ pub(super) enum OpClass {
 impl OpClass {
     pub fn of(kind: PlanKind) -> Option<Self> {
         match kind {
+            PlanKind::Read => Some(Self::Read),
             PlanKind::Write => Some(Self::Write),
             PlanKind::Sync => Some(Self::Sync),
             PlanKind::Allocate => Some(Self::Allocate),
             PlanKind::Zero { .. } | PlanKind::Discard => Some(Self::Range),
-            PlanKind::Read | PlanKind::Map => None,
+            PlanKind::Map => None,
         }
     }
 }
 
 /// Ways in which a disk breaks for good.
-pub(super) const BREAKAGES: [&[OpClass]; 5] = [
+pub(super) const BREAKAGES: [&[OpClass]; 7] = [
+    &[OpClass::Read],
+    &[OpClass::Read, OpClass::Write],
     &[OpClass::Write],
     &[OpClass::Sync],
     &[OpClass::Allocate],

@@ -20,3 +20,47 @@ fn a_write_elsewhere_does_not_wait_for_a_discard() {
     assert_eq!(cache.read(access(8, 8), &mut Vec::new()), Admitted::Until(0), "the range is locked");
     write(&mut cache, 8000, 8);
 }
+
+/// Ends every operation of one kind with a fault, all others well, until `until` or until nothing is due any more; returns
+/// how many have failed.
+fn run_failing(cache: &mut PageCache, broken: PlanKind, now: &mut Tick, until: Tick) -> usize {
+    let mut failed = 0;
+    while *now <= until {
+        for (tag, kind, _) in started(cache, *now) {
+            failed += usize::from(kind == broken);
+            let outcome = if kind == broken { Outcome::Failed(Fault::Media) } else { Outcome::Done };
+            cache.complete(tag, &outcome, *now);
+        }
+        *now = cache.next_deadline().map_or(Tick(until.0 + 1), |at| at.max(*now));
+    }
+    failed
+}
+
+/// What a flush has come to.
+fn flush_result(cache: &mut PageCache) -> Option<Result<(), Fault>> {
+    let mut notices = Vec::new();
+    cache.take_notices(&mut notices);
+    notices.into_iter().find_map(|notice| match notice {
+        Notice::Done(FLUSH, result) => Some(result),
+        _ => None,
+    })
+}
+
+const FLUSH: Ticket = Ticket(77);
+
+#[test]
+fn a_flush_fails_if_the_rest_of_a_block_cannot_be_read() {
+    let settings = Settings { block_sectors: 8, ..settings_of(1024, 1 << 20) };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    let mut now = NOW;
+    write(&mut cache, 3, 1);
+    cache.flush(FLUSH);
+    let reads = run_failing(&mut cache, PlanKind::Read, &mut now, NOW.plus_us(10_000_000));
+    assert!((2..20).contains(&reads), "it is read again now and then, and not at full speed: {reads} times");
+    assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)));
+    assert_eq!(cache.condition(), Condition::Reporting(Fault::Media));
+    cache.flush(FLUSH);
+    settle(&mut cache, now);
+    assert_eq!(flush_result(&mut cache), Some(Ok(())));
+    assert_eq!((cache.condition(), cache.stats().dirty_pages), (Condition::Well, 0));
+}

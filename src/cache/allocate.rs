@@ -92,7 +92,7 @@ impl PageCache {
         if self.allocating.asked.iter().any(|&(asked, _)| asked == region) {
             return Space::Wait;
         }
-        match self.failing.reported() {
+        match self.failing.space_refused() {
             Some(fault) if resumed => return Space::Refused(fault),
             _ if self.failing.holding() && !self.failing.may_retry(self.now) => return Space::Wait,
             _ => {}
@@ -113,7 +113,7 @@ impl PageCache {
             Some(Fault::Unsupported) => self.allocating.unsupported = true,
             Some(fault) => self.store_failed(fault, Cause::Allocate),
             None => {
-                self.failing.heal_after_allocation();
+                self.failing.heal_after(Cause::Allocate);
                 if !stale {
                     *self.allocating.place(region) = low_u32(region);
                 }

@@ -41,7 +41,7 @@ pub(super) enum Cause {
     Write,
     /// A Sync, or a zero that it was to make durable: only a good Sync heals it.
     Sync,
-    /// Space for a write that has not completed: more space heals it, or a write that ends well.
+    /// Space for a write that has not completed.
     Allocate,
 }
 
@@ -52,6 +52,12 @@ struct Failure {
     since: Tick,
     retry_at: Tick,
     backoff_us: u64,
+}
+
+impl Failure {
+    fn is_of_space(&self) -> bool {
+        self.cause == Cause::Allocate
+    }
 }
 
 /// See the module.
@@ -70,12 +76,22 @@ impl Failing {
         self.condition.unwrap_or(Condition::Well)
     }
 
-    /// The fault by which requests that need the store fail now; none while it is well, or while they wait.
-    pub fn reported(&self) -> Option<Fault> {
+    /// The fault by which requests fail now that need more space; none while it is well, or while they wait.
+    pub fn space_refused(&self) -> Option<Fault> {
         match self.condition() {
             Condition::Reporting(fault) | Condition::Stopped(fault) => Some(fault),
             Condition::Well | Condition::Holding(_) => None,
         }
+    }
+
+    /// The same of all that need the store. A full store takes what has its space.
+    pub fn reported(&self) -> Option<Fault> {
+        self.space_refused().filter(|_| self.stopped().is_some() || !self.wants_space())
+    }
+
+    /// Whether all that fails is to get more space.
+    fn wants_space(&self) -> bool {
+        self.failure.as_ref().is_some_and(Failure::is_of_space)
     }
 
     /// Whether requests that need the store wait.
@@ -91,31 +107,28 @@ impl Failing {
         }
     }
 
-    /// Everything that had failed is on the store.
-    pub fn heal(&mut self) {
-        if self.stopped().is_none() {
+    /// What fails for this cause has gone well, and nothing of it is left that had failed.
+    pub fn heal_after(&mut self, well: Cause) {
+        let heals = self.failure.is_some_and(|Failure { cause, .. }| match cause {
+            Cause::Sync => well == Cause::Sync,
+            Cause::Write => well != Cause::Allocate,
+            // That others are written gives no space to those who are held for it: their time goes on.
+            Cause::Allocate => well == Cause::Allocate,
+        });
+        if heals && self.stopped().is_none() {
             self.failure = None;
             self.condition = None;
         }
     }
 
-    /// Every page that had failed is on the store.
-    pub fn heal_after_write(&mut self) {
-        if self.failure.is_some_and(|failure| failure.cause != Cause::Sync) {
-            self.heal();
-        }
-    }
-
-    /// The store has space again.
-    pub fn heal_after_allocation(&mut self) {
-        if self.failure.is_some_and(|failure| failure.cause == Cause::Allocate) {
-            self.heal();
-        }
+    /// Whether a Sync waits for the end of the pause: who is held for want of space is nothing to it.
+    pub fn holds_syncs(&self) -> bool {
+        self.holding() && !self.wants_space()
     }
 
     /// Whether writes are held for want of space.
     pub fn waits_for_space(&self) -> bool {
-        self.holding() && self.failure.is_some_and(|failure| failure.cause == Cause::Allocate)
+        self.holding() && self.wants_space()
     }
 
     /// A FLUSH asks again what the store says, whatever the pause.
@@ -140,14 +153,17 @@ impl PageCache {
     /// A write of ours failed, or a Sync: wait before the next try, and decide what becomes of the requests that need it.
     pub(super) fn store_failed(&mut self, fault: Fault, cause: Cause) {
         let now = self.now;
-        let (since, backoff_us) = match self.failing.failure {
+        // If nobody has asked for space for so long, it may have been there meanwhile.
+        let goes_on = |failure: &Failure| !failure.is_of_space() || now.since_us(failure.retry_at) <= BACKOFF_US_MAX;
+        let earlier = self.failing.failure.filter(goes_on);
+        let (since, backoff_us) = match earlier {
             // Several writes of one try fail together: that is one failure.
             Some(Failure { since, retry_at, backoff_us, .. }) if now < retry_at => (since, backoff_us),
             Some(Failure { since, backoff_us, .. }) => (since, (backoff_us * 2).min(BACKOFF_US_MAX)),
             None => (now, BACKOFF_US_MIN),
         };
         // The gravest of several counts.
-        let earlier = self.failing.failure.map_or(cause, |failure| failure.cause);
+        let earlier = earlier.map_or(cause, |failure| failure.cause);
         let grave = [Cause::Sync, Cause::Write].into_iter().find(|&grave| cause == grave || earlier == grave);
         let gravest = grave.unwrap_or(Cause::Allocate);
         self.failing.failure = Some(Failure { cause: gravest, since, retry_at: now.plus_us(backoff_us), backoff_us });
@@ -170,6 +186,13 @@ impl PageCache {
         }
     }
 
+    /// The store has done what had failed for this cause; once no page is left that had, it is well.
+    pub(super) fn gone_well(&mut self, cause: Cause) {
+        if self.dirty.failed_pages() == 0 {
+            self.failing.heal_after(cause);
+        }
+    }
+
     /// How long requests wait for a store.
     fn hold_us(&self) -> u64 {
         #[cfg(test)]
@@ -187,7 +210,9 @@ impl PageCache {
             && self.hold_ends().is_some_and(|end| end <= self.now)
         {
             self.failing.condition = Some(Condition::Reporting(fault));
-            self.fail_all_flushes(fault);
+            if self.failing.reported().is_some() {
+                self.fail_all_flushes(fault);
+            }
             // What has stalled finds out when it resumes.
             self.stalled.unblock();
         }

@@ -118,7 +118,7 @@ impl PageCache {
         }
         let waited_for = queue.front().is_some_and(|flush| flush.needs.is_some());
         // A flush that asks gets its answer now; one that is held waits for the pause to end, like everything else.
-        let asked = waited_for && !self.failing.holding();
+        let asked = waited_for && !self.failing.holds_syncs();
         let due = (waited_for || self.flushing.sync_is_due()) && self.failing.may_retry(self.now);
         if self.flushing.syncing.is_none() && !redoing && (asked || due) {
             self.launch_sync();
@@ -143,9 +143,7 @@ impl PageCache {
         match outcome.fault() {
             None => {
                 self.flushing.stable = covered;
-                if self.dirty.failed_pages() == 0 {
-                    self.failing.heal();
-                }
+                self.gone_well(Cause::Sync);
                 // Before the pages: one that was written after its range had been zeroed must not be clean while a
                 // successor would zero the range.
                 self.zeroed_are_stable(old);

@@ -148,6 +148,8 @@ impl Page {
         assert!(self.valid.contains(self.dirty), "{:?}: dirty sectors are valid: {self:?}", self.no());
         assert!(self.frame != NONE || self.valid.is_empty(), "{:?}: valid needs a frame: {self:?}", self.no());
         assert!(!self.is(READING) || self.writing.is_empty(), "{:?}: Reading and Writing", self.no());
+        let has_something = !self.dirty.or(self.writing).is_empty();
+        assert!(!self.is(FAILED) || has_something, "{:?}: nothing is left to fail: {self:?}", self.no());
         assert!(!self.is(FROZEN) || !self.writing.is_empty(), "{:?}: frozen only while writing", self.no());
         assert!(self.writers > 0 || self.pending.is_empty(), "{:?}: pending needs a writer", self.no());
         assert!(!(self.is(FROZEN) && self.writers > 0), "{:?}: a frozen frame is being written", self.no());

@@ -162,9 +162,7 @@ impl PageCache {
         match fault {
             None => {
                 self.flushing.write_landed();
-                if self.dirty.failed_pages() == 0 {
-                    self.failing.heal_after_write();
-                }
+                self.gone_well(Cause::Write);
             }
             Some(fault) => self.cluster_failed(flight.epoch, fault),
         }

@@ -9,7 +9,7 @@ use crate::units::{Fault, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask
 
 use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
-use super::page::UNSYNCED;
+use super::page::{FAILED, UNSYNCED};
 use super::stalled::Want;
 use super::zeroed::Place;
 use super::{Notice, PageCache, Ticket};
@@ -204,6 +204,9 @@ impl PageCache {
                 self.distrust_store(id);
             }
         }
+        if result.is_ok() {
+            self.gone_well(Cause::Write);
+        }
         self.notices.push(Notice::Done(ticket, result));
     }
 
@@ -218,6 +221,9 @@ impl PageCache {
         self.change(id, |page| {
             page.dirty = page.dirty.without(inside);
             page.valid = page.valid.or(inside);
+            if page.dirty.is_empty() {
+                page.clear(FAILED);
+            }
         });
     }
 

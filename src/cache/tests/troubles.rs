@@ -64,3 +64,53 @@ fn a_flush_fails_if_the_rest_of_a_block_cannot_be_read() {
     assert_eq!(flush_result(&mut cache), Some(Ok(())));
     assert_eq!((cache.condition(), cache.stats().dirty_pages), (Condition::Well, 0));
 }
+
+#[test]
+fn a_page_whose_failed_sectors_are_zeroed_has_failed_no_more() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let mut now = NOW;
+    write(&mut cache, 0, 12);
+    cache.flush(FLUSH);
+    run_failing(&mut cache, PlanKind::Write, &mut now, NOW);
+    assert_eq!(cache.condition(), Condition::Reporting(Fault::Media));
+    assert!(cache.zero(Ticket(9), SectorSpan::new(0, 12), false));
+    settle(&mut cache, now);
+    assert_eq!(cache.condition(), Condition::Well, "nothing is left that failed");
+}
+
+#[test]
+fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
+    let hold_us = 1_000_000;
+    let settings =
+        Settings { sparse: true, allocate: true, on_full: OnError::Hold, hold_us, ..settings_of(1024, 1 << 20) };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    // A page that is known to have its space.
+    assert_eq!(cache.write(access(0, 8), &mut Vec::new()), Admitted::Until(0));
+    settle(&mut cache, NOW);
+    let mut access = access(100_000, 8);
+    let mut now = NOW;
+    let refused = loop {
+        match cache.write(access, &mut Vec::new()) {
+            Admitted::Refused(..) => break now,
+            admitted => assert_eq!(admitted, Admitted::Until(0)),
+        }
+        access.resumed = true;
+        for (tag, kind, _) in started(&mut cache, now) {
+            let full = Outcome::Failed(Fault::NoSpace);
+            cache.complete(tag, if kind == PlanKind::Allocate { &full } else { &Outcome::Done }, now);
+        }
+        write(&mut cache, 0, 8);
+        cache.flush(FLUSH);
+        for _ in 0..2 {
+            for (tag, kind, _) in started(&mut cache, now) {
+                assert!(matches!(kind, PlanKind::Write | PlanKind::Sync), "{kind:?}");
+                cache.complete(tag, &Outcome::Done, now);
+            }
+        }
+        cache.pump(now);
+        assert_eq!(flush_result(&mut cache), Some(Ok(())), "a flush does not wait for space");
+        now = now.plus_us(hold_us / 4);
+        assert!(now <= NOW.plus_us(3 * hold_us), "it is held for ever");
+    };
+    assert!(refused >= NOW.plus_us(hold_us), "it was to wait: {refused:?}");
+}

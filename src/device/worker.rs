@@ -67,7 +67,8 @@ pub fn spawn(device: &Arc<Device>, object: &Arc<Object>) -> Result<(Control, Joi
         rings: Vec::new(),
         stopping: Vec::new(),
         new_memory: None,
-        deadline: None,
+        // What a predecessor has left has its own.
+        deadline: Some(Tick(0)),
         fruitless: 0,
         sleeps: 0,
         exits: false,

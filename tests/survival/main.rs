@@ -23,7 +23,7 @@ use common::daemon::{Daemon, TempDir, run_to_end, server_binary};
 use common::prng::{Prng, seed};
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::PATIENCE;
+use common::wait::{PATIENCE, poll_until};
 use guest::{FrontEnd, Guest};
 
 const IMAGE_BYTES: u64 = 16 << 20;
@@ -236,6 +236,16 @@ fn a_volatile_cache_that_lost_nothing_serves_its_guest_again() {
     let mut session = session.reconnect(&daemon.socket());
     session.start_ring(0);
     assert_eq!(session.read(80, 4096), pattern(9, 80, 4096));
+}
+
+#[test]
+fn what_was_left_is_written_although_no_front_end_comes() {
+    let mut daemon = start("");
+    let (session, bytes) = write_and_die(&mut daemon);
+    drop(session);
+    daemon.restart();
+    let written = || (daemon.image_bytes(80 * 512, bytes.len()) == bytes).then_some(());
+    poll_until("what was left to be written", PATIENCE, written);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! Space is asked for a region of 1 MiB at a time, ahead of the writer. Regions that have it are remembered in a table of
 //! bounded size; for one that was forgotten the store is asked again, which costs little.
 
-use crate::units::{Fault, PageNo, SectorSpan, low_u32};
+use crate::units::{Fault, PageNo, SectorSpan};
 
 use super::PageCache;
 use super::failing::Cause;
@@ -12,7 +12,7 @@ use super::flights::{Flight, Outcome, PlanKind};
 use super::ranges::REGION_PAGES;
 
 /// No region.
-const NONE: u32 = u32::MAX;
+const NONE: u64 = u64::MAX;
 
 /// Whether a page has its space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub(super) enum Space {
 #[derive(Debug)]
 pub(super) struct Allocating {
     /// Regions with their space, each in the one place where it can be; [`NONE`]: nothing is there.
-    reserved: Vec<u32>,
+    reserved: Vec<u64>,
     /// Regions that the store is being asked for, and whether space was given back there meanwhile.
     asked: Vec<(u64, bool)>,
     /// The store can't.
@@ -39,13 +39,13 @@ pub(super) struct Allocating {
 }
 
 impl Allocating {
-    /// For a cache of `frames` frames: a region for every 64 frames, so a cache of a quarter of the image remembers all.
+    /// For a cache of `frames` frames: a region for every 128 frames, so a cache of half the image remembers all.
     pub fn new(frames: u32) -> Self {
-        let regions = (frames / 64).max(16) as usize;
+        let regions = (frames / 128).max(16) as usize;
         Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false, told: false }
     }
 
-    fn place(&mut self, region: u64) -> &mut u32 {
+    fn place(&mut self, region: u64) -> &mut u64 {
         let index = region % self.reserved.len() as u64;
         &mut self.reserved[usize::try_from(index).expect("a place of the table")]
     }
@@ -55,7 +55,7 @@ impl Allocating {
         let pages = span.pages();
         let touched = pages.first.0 / REGION_PAGES..pages.end().0.div_ceil(REGION_PAGES);
         for place in &mut self.reserved {
-            if touched.contains(&u64::from(*place)) {
+            if touched.contains(place) {
                 *place = NONE;
             }
         }
@@ -71,7 +71,7 @@ impl Allocating {
 
     /// Bytes of memory the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.reserved.capacity() * size_of::<u32>()
+        self.reserved.capacity() * size_of::<u64>()
     }
 }
 
@@ -86,7 +86,7 @@ impl PageCache {
             return Space::There;
         }
         let region = no.0 / REGION_PAGES;
-        if u64::from(*self.allocating.place(region)) == region {
+        if *self.allocating.place(region) == region {
             return Space::There;
         }
         if self.allocating.asked.iter().any(|&(asked, _)| asked == region) {
@@ -115,7 +115,7 @@ impl PageCache {
             None => {
                 self.failing.heal_after(Cause::Allocate);
                 if !stale {
-                    *self.allocating.place(region) = low_u32(region);
+                    *self.allocating.place(region) = region;
                 }
             }
         }

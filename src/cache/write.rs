@@ -159,6 +159,9 @@ impl PageCache {
     fn wrote(&mut self, id: PageId, mask: SectorMask, filled: bool) {
         let epoch = self.dirty.current();
         let no = self.pages[id].no();
+        if self.pages[id].writers == u8::MAX {
+            self.stalled.unblock();
+        }
         if self.dirty.dirty_pages() == 0 {
             self.writeback.ages_from(self.now, self.settings.dirty_age_us);
         }

@@ -114,3 +114,28 @@ fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
     };
     assert!(refused >= NOW.plus_us(hold_us), "it was to wait: {refused:?}");
 }
+
+#[test]
+fn a_write_that_finds_too_many_writers_goes_on_when_one_leaves() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let mut pieces = Vec::new();
+    while cache.write(access(0, 8), &mut pieces) == Admitted::All {}
+    assert_eq!(pieces.len(), 255);
+    started(&mut cache, NOW);
+    cache.finish_write(&pieces[0], true);
+    started(&mut cache, NOW);
+    let mut notices = Vec::new();
+    cache.take_notices(&mut notices);
+    assert_eq!(notices, [Notice::Resume(Ticket(1))]);
+}
+
+#[test]
+fn space_far_out_on_an_image_is_asked_for_once() {
+    let settings = Settings { sparse: true, allocate: true, ..settings_of(1024, 1 << 44) };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    for far in [1 << 43, (1 << 44) - 8] {
+        assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0));
+        settle(&mut cache, NOW);
+        write(&mut cache, far, 8);
+    }
+}

@@ -72,21 +72,24 @@ impl Traffic {
         } else if nothing_to_do {
             self.finished.push(slot);
         } else {
-            self.arrivals.push((slot, false));
+            self.arrivals.push(slot);
         }
     }
 
     /// Puts every request that is lined up to the cache.
     pub(super) fn admit_all(&mut self, cache: &mut PageCache) {
+        for at in 0..self.resumed.len() {
+            self.admit(cache, self.resumed[at], true);
+        }
+        self.resumed.clear();
         let Self { arrivals, pending, .. } = self;
         if arrivals.len() > 1 {
-            let requests = arrivals.iter().map(|&(slot, _)| &pending[slot].request);
+            let requests = arrivals.iter().map(|&slot| &pending[slot].request);
             let of_data = requests.filter(|request| matches!(request.kind, Kind::Read | Kind::Write));
             cache.foresee(of_data.map(|request| request.span().pages().first));
         }
         for at in 0..self.arrivals.len() {
-            let (slot, resumed) = self.arrivals[at];
-            self.admit(cache, slot, resumed);
+            self.admit(cache, self.arrivals[at], false);
         }
         self.arrivals.clear();
     }
@@ -150,7 +153,7 @@ impl Traffic {
                 self.pending[slot].failure = Some(status_byte(fault));
                 self.finish_if_settled(cache, slot);
             }
-            Notice::Resume(ticket) => self.arrivals.push((self.pending.slot_of(ticket), true)),
+            Notice::Resume(ticket) => self.resumed.push(self.pending.slot_of(ticket)),
             Notice::Done(ticket, result) if self.drain_of(ticket).is_some() => self.drained(ticket, result),
             Notice::Done(ticket, result) => {
                 let slot = self.pending.slot_of(ticket);

@@ -89,8 +89,10 @@ pub(super) struct Traffic {
     pub pending: PendingTable,
     /// Heads just taken from a ring.
     pub heads: Vec<u16>,
-    /// Requests to be put to the cache; and whether they were told to resume.
-    pub arrivals: Vec<(Slot, bool)>,
+    /// Requests to be put to the cache for the first time ...
+    pub arrivals: Vec<Slot>,
+    /// ... and those that were told to resume: they go first, or who came later would take what they have waited for.
+    pub resumed: Vec<Slot>,
     /// Pieces of one request, on their way to `copies`.
     pub pieces: Vec<Piece>,
     /// Pieces to be copied.
@@ -119,6 +121,7 @@ impl Traffic {
             pending: PendingTable::new(base),
             heads: Vec::new(),
             arrivals: Vec::new(),
+            resumed: Vec::new(),
             pieces: Vec::new(),
             copies: Vec::new(),
             written: Vec::new(),

@@ -225,10 +225,10 @@ pub fn recover(path: &Path) -> Result<String> {
     Ok(format!("{written} pages are written to {}, and {} is removed\n", header.image.display(), path.display()))
 }
 
-/// Removes what was left in the file at `path`, whatever it is.
+/// Removes what was left in the file at `path`, whatever is in it.
 ///
 /// # Errors
-/// [`ErrorKind::Locked`] when a daemon holds it.
+/// [`ErrorKind::Ledger`] when the file can't be a ledger; [`ErrorKind::Locked`] when a daemon holds it.
 pub fn discard(path: &Path) -> Result<String> {
     Home::existing(path)?.remove();
     Ok(format!("{} is removed\n", path.display()))

@@ -1,5 +1,6 @@
 //! The file that a named arena lives in: where it is, whose it is, and that only one process holds it.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -64,8 +65,17 @@ impl Home {
     /// A file that is there.
     ///
     /// # Errors
-    /// As [`Home::of`].
+    /// [`ErrorKind::Ledger`] for what can't be an arena, and is better not touched: a disk image, for one, may look like an
+    /// empty arena; otherwise as [`Home::of`].
     pub fn existing(path: &Path) -> Result<Self> {
+        let metadata = fs::symlink_metadata(path);
+        let metadata =
+            metadata.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {}", path.display()), e))?;
+        let is_named_so = path.file_name().and_then(OsStr::to_str).is_some_and(Identity::is_file_name);
+        if !metadata.is_file() || !is_named_so {
+            let context = format!("{} is not what a genblk has left behind", path.display());
+            return Err(Error::new(ErrorKind::Ledger, context));
+        }
         Self::open(path, false)
     }
 

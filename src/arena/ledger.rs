@@ -54,6 +54,12 @@ impl Identity {
         let Self { device, inode, born_ns, size_bytes } = self;
         format!("{device:x}-{inode:x}-{born_ns:x}-{size_bytes:x}")
     }
+
+    /// Whether a name is one that [`Identity::file_name`] gives.
+    pub fn is_file_name(name: &str) -> bool {
+        let is_number = |field: &str| !field.is_empty() && field.chars().all(|digit| digit.is_ascii_hexdigit());
+        name.split('-').count() == 4 && name.split('-').all(is_number)
+    }
 }
 
 /// What stands at the beginning of a named arena.

@@ -270,6 +270,24 @@ fn what_was_left_is_listed_and_written_back_by_hand() {
 }
 
 #[test]
+fn what_is_no_ledger_is_not_touched_by_recovery() {
+    let directory = TempDir::new("mistaken");
+    let image = directory.path().join("image");
+    // A disk image often begins with zeros, as an empty ledger does; and a short file is no longer than one.
+    for bytes in [vec![0; 1 << 20], b"ten bytes.".to_vec(), Vec::new()] {
+        std::fs::write(&image, &bytes).expect("it can be written");
+        for arguments in [vec!["recover"], vec!["recover", "--discard"]] {
+            let ended = run_to_end(Command::new(server_binary()).args(arguments).arg(&image));
+            assert!(
+                !ended.status.success() && ended.stderr.contains("image is not what a genblk has left"),
+                "{ended:?}"
+            );
+            assert_eq!(std::fs::read(&image).expect("it is still there"), bytes);
+        }
+    }
+}
+
+#[test]
 fn a_ledger_that_a_daemon_holds_is_left_alone() {
     let daemon = start("");
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());

@@ -9,7 +9,7 @@ use log::info;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::service::{Running, Service};
+use crate::service::{Running, Service, end_all};
 use crate::systemd::Manager;
 
 /// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes images that are left alone after
@@ -34,7 +34,6 @@ pub fn run(config: &Config) -> Result<()> {
         }
     };
     manager.tell("STOPPING=1");
-    running.iter().for_each(Running::leave);
     let end = if signal == libc::SIGUSR1 {
         info!("signal {signal}: stopping, the caches stay for the next daemon");
         Running::hand_over
@@ -42,7 +41,7 @@ pub fn run(config: &Config) -> Result<()> {
         info!("signal {signal}: stopping");
         Running::end
     };
-    running.into_iter().map(end).fold(Ok(()), Result::and)
+    end_all(running, end)
 }
 
 /// The signals that end the daemon, blocked in every thread so that one can wait for them.

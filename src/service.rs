@@ -108,6 +108,14 @@ impl Service {
         Self::of(config, Object::new(&config.name, image, arena, settings), "as given")
     }
 
+    /// One more read-only device on the same image, with the same cache.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Socket`] for its socket.
+    pub fn beside(&self, config: &DeviceConfig) -> Result<Self> {
+        Self::of(config, Arc::clone(&self.object), "as given")
+    }
+
     fn of(config: &DeviceConfig, object: Arc<Object>, io: &str) -> Result<Self> {
         let device = device_of(config, &object);
         let about = format!(
@@ -142,7 +150,7 @@ impl Service {
             .name(format!("accept {}", device.name))
             .spawn(move || serving.serve())
             .map_err(|e| system("cannot start a thread", e))?;
-        Ok(Running { device, object, server, workers, threads, acceptor, _socket: socket })
+        Ok(Running { device, object, server, workers, threads, acceptor: Some(acceptor), _socket: socket })
     }
 }
 
@@ -154,7 +162,8 @@ pub struct Running {
     server: Arc<Server>,
     workers: Arc<Workers>,
     threads: Vec<JoinHandle<()>>,
-    acceptor: JoinHandle<()>,
+    /// `None`: it has ended.
+    acceptor: Option<JoinHandle<()>>,
     _socket: Bound,
 }
 
@@ -169,9 +178,23 @@ impl Running {
         self.workers.resume();
     }
 
-    /// Ends the front-end's connection and takes no other; [`Running::end`] waits for that.
+    /// Ends the front-end's connection and takes no other; [`Running::rest`] waits for that.
     pub fn leave(&self) {
         self.server.stop();
+    }
+
+    /// As [`Running::leave`]; when it returns, every ring has answered what it took, and none runs.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the thread that should have seen to that has panicked.
+    pub fn rest(&mut self) -> Result<()> {
+        self.leave();
+        let accepted = self.acceptor.take().map_or(Ok(()), JoinHandle::join);
+        accepted.map_err(|_| self.panicked("accept"))
+    }
+
+    fn panicked(&self, what: &str) -> Error {
+        Error::new(ErrorKind::System, format!("{}: the {what} thread has panicked", self.device.name))
     }
 
     /// Ends the device: everything is written and its threads are gone.
@@ -193,21 +216,30 @@ impl Running {
         if arena.kept_in().is_some() { self.finish(|_, _, _| Ok(())) } else { self.end() }
     }
 
-    fn finish(self, last_writes: impl FnOnce(&str, &Object, &Workers) -> Result<()>) -> Result<()> {
-        self.leave();
-        let Self { device, object, workers, threads, acceptor, .. } = self;
-        let name = &device.name;
-        let panicked = |what: &str| Error::new(ErrorKind::System, format!("{name}: the {what} thread has panicked"));
-        let accepted = acceptor.join().map_err(|_| panicked("accept"));
-        let written = last_writes(name, &object, &workers);
-        workers.exit();
-        for thread in threads {
-            thread.join().map_err(|_| panicked("worker"))?;
+    fn finish(mut self, last_writes: impl FnOnce(&str, &Object, &Workers) -> Result<()>) -> Result<()> {
+        let rested = self.rest();
+        let name = &self.device.name;
+        let written = last_writes(name, &self.object, &self.workers);
+        self.workers.exit();
+        for thread in std::mem::take(&mut self.threads) {
+            thread.join().map_err(|_| self.panicked("worker"))?;
         }
-        log_stats(name, &object.stats());
+        log_stats(name, &self.object.stats());
         info!("{name}: stopped");
-        accepted.and(written)
+        rested.and(written)
     }
+}
+
+/// Ends devices as `end` does.
+///
+/// => All are at rest before the threads of the first go: a device may wait for what another on its image is reading.
+///
+/// # Errors
+/// The first of [`Running::rest`] and `end`; every device is ended all the same.
+pub fn end_all(mut devices: Vec<Running>, end: impl Fn(Running) -> Result<()>) -> Result<()> {
+    devices.iter().for_each(Running::leave);
+    let rested = devices.iter_mut().map(Running::rest).fold(Ok(()), Result::and);
+    devices.into_iter().map(end).fold(rested, Result::and)
 }
 
 /// The last writes; an image that fails is asked again for a while.

@@ -4,17 +4,23 @@ mod common;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::bench::Bench;
+use common::daemon::TempDir;
 use common::request::{OK, Payload};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
-use common::workload::{self, Plan, random_io, read_everything, settle};
-use genblk::store::faulty::{Faults, OpKind};
+use common::workload::{self, Client, ClientOptions, Plan, random_io, read_everything, settle};
+use genblk::config::{DeviceConfig, Socket};
+use genblk::service::{Running, Service, end_all};
+use genblk::store::Backing;
+use genblk::store::faulty::{Faults, FaultyImage, OpKind};
+use genblk::store::file::{FileImage, OpenOptions};
 use genblk::units::Fault;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 
@@ -76,6 +82,44 @@ fn everything_may_fail_at_once_with_two_workers() {
             faults.fail_randomly(kind, 30_000, seed, Fault::Media);
         }
     });
+}
+
+#[test]
+fn devices_on_one_image_end_although_one_waits_for_what_the_other_reads() {
+    const DELAY: Duration = Duration::from_secs(1);
+    let directory = TempDir::new("two-readers");
+    let image = directory.path().join("disk.img");
+    fs::write(&image, vec![7; IMAGE_BYTES]).expect("the image is written");
+    let file: Arc<dyn Backing> = FileImage::open(&image, &OpenOptions::default()).expect("the image opens");
+    let (faulty, faults) = FaultyImage::new(file);
+    let [config, other] = ["one", "other"].map(|name| {
+        let socket = Socket::Path(directory.path().join(name));
+        DeviceConfig { read_only: true, ..DeviceConfig::new(name, socket, image.clone()) }
+    });
+    let one = Service::over(&config, faulty).expect("the image is opened");
+    let services = [one.beside(&other).expect("it is shared"), one];
+    let [other, one] = services.map(|service| service.start().expect("the device is served"));
+    let options = ClientOptions { read_only: true, ..ClientOptions::default() };
+    let [mut reader, mut waiter] = ["one", "other"].map(|name| Client::connect(&directory.path().join(name), &options));
+    // The reader goes on until it finds in memory what it asks for, and more is read ahead for it meanwhile.
+    let mut sector = 0;
+    let mut go_on = || {
+        reader.read(sector, 4096);
+        sector += 8;
+    };
+    (0..64).for_each(|_| go_on());
+    faults.delay(OpKind::Read, DELAY);
+    let reads = faults.ops(OpKind::Read);
+    while faults.ops(OpKind::Read) == reads {
+        go_on();
+    }
+    let (missed, pages) = (one.stats().read_miss_pages, one.stats().resident_pages);
+    let waiting = thread::spawn(move || waiter.try_read((pages - 16) * 8, 64 << 10));
+    poll_until("the other to wait", PATIENCE, || (one.stats().read_miss_pages > missed).then_some(()));
+    let ended = thread::spawn(move || end_all(vec![one, other], Running::end));
+    poll_until("the end", PATIENCE, || ended.is_finished().then_some(()));
+    ended.join().expect("nothing panics").expect("the devices end well");
+    assert!(waiting.join().expect("nothing panics").is_some(), "what was taken is answered");
 }
 
 #[test]

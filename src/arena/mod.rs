@@ -198,9 +198,13 @@ impl Arena {
     }
 
     /// The guest begins anew, and believes in nothing but the image.
+    ///
+    /// => Only a loss is forgotten: the same word may say that something is unwritten now, which the guest still reads. While
+    ///    there is a loss every request fails, so nothing is.
     pub fn begin_anew(&self) {
-        self.lost.store(false, Ordering::Release);
-        self.loss_word().inspect(|word| word.store(0, Ordering::Release));
+        if self.lost.swap(false, Ordering::AcqRel) {
+            self.loss_word().inspect(|word| word.store(0, Ordering::Release));
+        }
     }
 
     fn loss_word(&self) -> Option<&AtomicU64> {

@@ -16,6 +16,8 @@ use std::fs::File;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::SECTOR_BYTES;
@@ -236,6 +238,26 @@ fn a_volatile_cache_that_lost_nothing_serves_its_guest_again() {
     let mut session = session.reconnect(&daemon.socket());
     session.start_ring(0);
     assert_eq!(session.read(80, 4096), pattern(9, 80, 4096));
+}
+
+#[test]
+fn a_reset_does_not_hide_what_a_volatile_cache_would_lose() {
+    let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(9, 80, 4096));
+    // The guest begins anew, and reads what only the cache has.
+    session.frontend.reset_device().expect("RESET_DEVICE");
+    session.frontend.set_features(session.features).expect("SET_FEATURES after a reset");
+    session.share_memory();
+    session.start_ring(0);
+    assert_eq!(session.read(80, 4096), pattern(9, 80, 4096));
+    daemon.kill();
+    let on_image = daemon.image_bytes(80 * 512, 4096) == pattern(9, 80, 4096);
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    let status = session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(4096)).status;
+    assert!(status == IOERR || on_image, "the guest has read what is gone, and is told nothing");
 }
 
 #[test]

@@ -5,10 +5,6 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Names tried before we give up: somebody else may have taken one.
-const NAMES: u64 = 16;
 
 /// A listener in whose queue there is one connection, and its other end.
 ///
@@ -18,19 +14,8 @@ const NAMES: u64 = 16;
 /// # Errors
 /// What the system says.
 pub(super) fn listener_and_stream() -> io::Result<(UnixListener, UnixStream)> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let mut refused = io::Error::from(io::ErrorKind::AddrInUse);
-    for _ in 0..NAMES {
-        let name = format!("genblk.{}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        match listen_and_connect(name.as_bytes()) {
-            Ok(pair) => return Ok(pair),
-            Err(e) => refused = e,
-        }
-    }
-    Err(refused)
-}
-
-fn listen_and_connect(name: &[u8]) -> io::Result<(UnixListener, UnixStream)> {
+    let name = unguessable_name()?;
+    let name = name.as_bytes();
     let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
     // SAFETY: a plain system call on our own descriptor; listening again sets the length of the queue.
     if unsafe { libc::listen(listener.as_raw_fd(), 0) } != 0 {
@@ -39,6 +24,17 @@ fn listen_and_connect(name: &[u8]) -> io::Result<(UnixListener, UnixStream)> {
     let stream = connect_at_once(name)?;
     stream.set_nonblocking(false)?;
     Ok((listener, stream))
+}
+
+/// A name that nobody can have taken before us: any process of the host could, to keep front-ends from attaching.
+fn unguessable_name() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    // SAFETY: the buffer is ours, and as long as we say.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    if got != bytes.len().cast_signed() {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(format!("genblk.{:032x}", u128::from_ne_bytes(bytes)))
 }
 
 /// Connects to an abstract name, or fails: never waits for room in the listener's queue.

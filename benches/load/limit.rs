@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -20,6 +20,7 @@ use genblk::virtio::config_space::Geometry;
 use genblk::virtio::request::{Disk, Kind, Malformed, Request, parse, serial};
 use genblk::virtio::segments::{GuestCursor, write_status};
 use genblk::virtio::{STATUS_IOERR, STATUS_OK};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// genblk's default, which is part of its ring code.
@@ -56,7 +57,9 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (control, commands) = Control::new(Arc::clone(&bell));
     let _populator = Populator::start("limit", &buffer);
-    let worker = Copier { commands, bell, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
+    let kicks = Epoll::new()?;
+    kicks.ctl(ControlOperation::Add, bell.as_raw_fd(), EpollEvent::new(EventSet::IN, u64::MAX))?;
+    let worker = Copier { commands, bell, kicks, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
     let serve = |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener);
     bind(socket).and_then(serve).map_err(io::Error::other)?.serve();
@@ -66,6 +69,8 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
 struct Copier {
     commands: Receiver<Command>,
     bell: Arc<EventFd>,
+    /// Readable when a guest kicks, or the bell rings.
+    kicks: Epoll,
     rings: BTreeMap<u16, Ring>,
     disk: Disk,
     buffer: Arc<Arena>,
@@ -106,11 +111,14 @@ impl Copier {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Start(index, setup, answer) => {
-                    self.rings.insert(index, Ring::new(index, *setup));
+                    let ring = Ring::new(index, *setup);
+                    ring.watch_kicks(&self.kicks, u64::from(index)).expect("an eventfd can be watched");
+                    self.rings.insert(index, ring);
                     let _ = answer.send(());
                 }
                 Command::Stop(index, answer) => {
-                    let _ = answer.send(self.rings.remove(&index).map(|ring| ring.position()));
+                    let ring = self.rings.remove(&index).inspect(|ring| ring.forget_kicks(&self.kicks));
+                    let _ = answer.send(ring.map(|ring| ring.position()));
                 }
                 Command::Call(index, call, answer) => {
                     if let Some(ring) = self.rings.get_mut(&index) {
@@ -139,25 +147,13 @@ impl Copier {
             came_meanwhile |= ring.want_kicks();
         }
         if !came_meanwhile {
-            let fds: Vec<RawFd> = self.rings.values().map(Ring::kick_fd).chain([self.bell.as_raw_fd()]).collect();
-            let readable = readable(&fds);
-            // Finding nothing is normal: the bell may have rung for somebody else.
+            // Whatever it is, the next turn finds it.
+            let _ = self.kicks.wait(-1, &mut [EpollEvent::default(); 8]);
+            // Finding nothing is normal: it may have been a kick.
             let _ = self.bell.read();
-            for (ring, _) in self.rings.values_mut().zip(readable).filter(|(_, readable)| *readable) {
-                ring.take_kick();
-            }
         }
         self.rings.values_mut().for_each(Ring::quiet_kicks);
     }
-}
-
-/// Waits until one is readable; says which are.
-fn readable(fds: &[RawFd]) -> Vec<bool> {
-    let mut polled: Vec<libc::pollfd> =
-        fds.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
-    // SAFETY: `polled` is a live array of as many pollfd as the length says.
-    unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
-    polled.iter().map(|fd| fd.revents & libc::POLLIN != 0).collect()
 }
 
 fn serve_one(ring: &mut Ring, table: &Table<'_>, head: u16, request: &mut Request, disk: &Disk, buffer: &Arena) {

@@ -1,12 +1,13 @@
 //! One virtqueue, as a worker runs it: heads come out, used entries go in, the guest is called when it wants to be.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use log::{error, info, warn};
 use vm_memory::GuestAddress;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::control::RingSetup;
 use super::inflight::RingTrack;
@@ -29,6 +30,8 @@ pub struct Ring {
     pub memory: Arc<GuestRam>,
     kick: File,
     call: Option<File>,
+    /// A write to it waits if it is full.
+    call_blocks: bool,
     /// The guest waits for a call that it has not got yet.
     call_due: bool,
     /// Requests taken and not yet answered.
@@ -57,6 +60,7 @@ impl Ring {
             looked_up_at: position,
             memory,
             kick,
+            call_blocks: call.as_ref().is_some_and(blocks),
             call,
             call_due: true,
             in_flight: 0,
@@ -115,20 +119,27 @@ impl Ring {
         self.queue.is_some() && !self.broken
     }
 
-    /// Readable when the guest has made something available.
-    pub fn kick_fd(&self) -> RawFd {
-        self.kick.as_raw_fd()
+    /// Has `epoll` tell of each kick, with this token.
+    ///
+    /// => A kick is an edge, and is not read: the descriptor is the front-end's, which may have made it blocking, given it to
+    ///    two rings, or read it itself. A read could wait for ever.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn watch_kicks(&self, epoll: &Epoll, token: u64) -> io::Result<()> {
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
+        epoll.ctl(ControlOperation::Add, self.kick.as_raw_fd(), event)
     }
 
-    /// Takes the kick, so that it is seen once. Nothing there is normal.
-    pub fn take_kick(&mut self) {
-        let mut count = [0; 8];
-        // The descriptor is the front-end's and may block: it is read only when epoll says that it is readable.
-        let _ = self.kick.read(&mut count);
+    /// Has `epoll` tell of kicks no longer.
+    pub fn forget_kicks(&self, epoll: &Epoll) {
+        // It may never have been watched; then there is nothing to undo.
+        let _ = epoll.ctl(ControlOperation::Delete, self.kick.as_raw_fd(), EpollEvent::default());
     }
 
     /// Use this to call the guest from now on.
     pub fn set_call(&mut self, call: Option<File>) {
+        self.call_blocks = call.as_ref().is_some_and(blocks);
         self.call = call;
         self.call_if_due();
     }
@@ -214,6 +225,10 @@ impl Ring {
     fn call_if_due(&mut self) {
         let Some(call) = self.call.as_mut().filter(|_| self.call_due) else { return };
         self.call_due = false;
+        if self.call_blocks && !has_room(call) {
+            // Then there are calls in it that nobody has taken.
+            return;
+        }
         if let Err(error) = call.write(&1u64.to_ne_bytes()) {
             warn!("cannot call the guest: {error}");
         }
@@ -230,4 +245,17 @@ impl Ring {
     pub fn want_kicks(&mut self) -> bool {
         !self.broken && self.queue.as_mut().is_some_and(SplitQueue::want_kicks) && self.has_more()
     }
+}
+
+/// Whether a write to the descriptor can wait. Most front-ends make theirs so that it can't.
+fn blocks(file: &File) -> bool {
+    // SAFETY: a plain system call on an open descriptor.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) & libc::O_NONBLOCK == 0 }
+}
+
+/// Whether a write to the descriptor would not wait now.
+fn has_room(file: &File) -> bool {
+    let mut polled = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one pollfd of ours; it does not wait.
+    unsafe { libc::poll(&raw mut polled, 1, 0) == 1 && polled.revents & libc::POLLOUT != 0 }
 }

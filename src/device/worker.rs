@@ -249,11 +249,8 @@ impl Worker {
                     let _ = self.port.bell().read();
                 }
                 STORE => self.port.store_rang(),
-                ring => {
-                    if let Some(Some(ring)) = self.rings.get_mut(usize::try_from(ring).unwrap_or(usize::MAX)) {
-                        ring.take_kick();
-                    }
-                }
+                // A kick: the next turn looks at all rings.
+                _ => {}
             }
         }
     }
@@ -336,7 +333,7 @@ impl Worker {
 
     fn start(&mut self, index: u16, setup: RingSetup) {
         let ring = Ring::new(index, setup);
-        if let Err(e) = watch(&self.epoll, ring.kick_fd(), u64::from(index)) {
+        if let Err(e) = ring.watch_kicks(&self.epoll, u64::from(index)) {
             // Without kicks the guest would hang in silence; with a log line at least somebody knows why.
             error!("{}: ring {index} has a kick descriptor that can't be watched: {e}", self.device.name);
         }
@@ -359,8 +356,7 @@ impl Worker {
                 return true;
             }
             let position = ring.position();
-            // The descriptor may not have been watched; then there is nothing to undo.
-            let _ = epoll.ctl(ControlOperation::Delete, ring.kick_fd(), EpollEvent::default());
+            ring.forget_kicks(epoll);
             rings[usize::from(*index)] = None;
             let _ = answer.send(Some(position));
             false

@@ -1,13 +1,16 @@
 //! Kicks and interrupts: none lost, and none that nobody asked for (T21).
 
+use std::time::Duration;
+
 use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::IMAGE_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
 use crate::common::raw_message::number;
-use crate::common::request::{OK, Payload, pattern};
+use crate::common::request::{OK, Payload, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions};
 use crate::common::wait::{ABSENCE, PATIENCE, poll_until, readable, try_poll};
 
@@ -168,4 +171,42 @@ fn no_kick_and_no_interrupt_is_lost() {
         }
         assert!(session.memory.read(pending.data, 4096) == bytes, "what was written is read");
     }
+}
+
+/// A descriptor of the front-end's that blocks must not hold up a worker, which serves other rings, or other guests.
+#[test]
+fn two_rings_may_share_a_kick_that_blocks() {
+    let options = DaemonOptions { num_queues: 2, ..DaemonOptions::default() };
+    let daemon = Daemon::start("shared-kick", IMAGE_BYTES, &options);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.add_ring(128);
+    session.start_ring(1);
+    let shared = EventFd::new(0).expect("an eventfd can be made");
+    for index in 0..2 {
+        session.frontend.set_vring_kick(index, &shared).expect("SET_VRING_KICK");
+        session.rings[index].kick = shared.try_clone().expect("it can be duplicated");
+    }
+    for round in 0..20 {
+        let read = session.run(round % 2, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
+        assert_eq!(read.status, OK, "round {round}");
+        // Now and then the worker is asleep when the kick comes.
+        std::thread::sleep(Duration::from_millis(u64::from(round % 5 == 0)));
+    }
+    drop(session);
+    assert_serves(&daemon.socket(), 0);
+}
+
+#[test]
+fn a_call_that_is_full_and_blocks_is_left_alone() {
+    let daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let full = EventFd::new(0).expect("an eventfd can be made");
+    full.write(u64::MAX - 1).expect("there is room");
+    session.frontend.set_vring_call(0, &full).expect("SET_VRING_CALL");
+    for _ in 0..3 {
+        submit_batch(&mut session);
+        take_batch(&mut session);
+    }
+    drop(session);
+    assert_serves(&daemon.socket(), 0);
 }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use log::info;
+use log::{info, warn};
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
@@ -20,6 +20,7 @@ use crate::systemd::Manager;
 /// when at the end not everything could be written.
 pub fn run(config: &Config) -> Result<()> {
     let signals = Signals::block()?;
+    raise_descriptor_limit();
     let manager = Arc::new(Manager::from_environment()?);
     let mut images = HashMap::new();
     let open = |device| Service::open(device, &mut images, &manager);
@@ -42,6 +43,22 @@ pub fn run(config: &Config) -> Result<()> {
         Running::end
     };
     end_all(running, end)
+}
+
+/// Lets the process open as many descriptors as it may: each ring takes five, and the usual soft limit of 1024, which is
+/// there for programs that call select(2), is soon reached.
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls read or write one rlimit of ours.
+    let raised = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) == 0
+        }
+    };
+    if !raised {
+        warn!("cannot raise the limit of open descriptors: {}", std::io::Error::last_os_error());
+    }
 }
 
 /// The signals that end the daemon, blocked in every thread so that one can wait for them.

@@ -171,6 +171,12 @@ impl ControlRing {
         worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
     }
 
+    /// A copy of a kick or call descriptor. Without one the ring does not run, or does not call; the log says why.
+    fn copy_of(&self, file: Option<&File>) -> Option<File> {
+        let copy = file?.try_clone();
+        copy.inspect_err(|e| error!("ring {} lacks a descriptor: {e}", self.link.index)).ok()
+    }
+
     /// Stops the ring; where it stands goes into the crate's state, which GET_VRING_BASE reads.
     fn stop(&self) {
         let index = self.link.index;
@@ -243,7 +249,7 @@ impl VringT<Memory> for ControlRing {
     fn set_kick(&self, file: Option<File>) {
         let file = eventfd_or_none(file);
         // The crate makes a ring ready when it has a kick descriptor.
-        let copy = file.as_ref().and_then(|file| file.try_clone().ok());
+        let copy = self.copy_of(file.as_ref());
         self.change_stopped(|facts| facts.kick = file);
         self.state.set_kick(copy);
     }
@@ -253,7 +259,7 @@ impl VringT<Memory> for ControlRing {
         let mut facts = self.facts();
         if facts.running {
             let index = self.link.index;
-            let copy = file.as_ref().and_then(|file| file.try_clone().ok());
+            let copy = self.copy_of(file.as_ref());
             self.link.session.workers.of_ring(index).ask(|answer| Command::Call(index, copy, answer));
         }
         facts.call = file;
@@ -287,8 +293,10 @@ impl VringT<Memory> for ControlRing {
         self.change_stopped(|_| self.state.set_queue_next_avail(base));
     }
 
+    /// => The crate has read `index` in guest memory, after it has said where that is: a ring that runs has gone on since.
+    ///    What counts is what is there when it stands still.
     fn set_queue_next_used(&self, index: u16) {
-        self.change_stopped(|_| self.state.set_queue_next_used(index));
+        self.change_stopped(|_| self.state.set_queue_next_used(self.state.queue_used_idx().unwrap_or(index)));
     }
 
     fn queue_next_avail(&self) -> u16 {

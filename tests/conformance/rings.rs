@@ -1,10 +1,13 @@
 //! Rings as a whole: starting, stopping, resuming, enabling, and one beside the other.
 
+use std::fs::File;
+use std::process::Command;
+
 use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use crate::common::SECTOR_BYTES;
-use crate::common::daemon::{Daemon, DaemonOptions};
+use crate::common::daemon::{Daemon, DaemonOptions, TempDir, server_binary};
 use crate::common::prng::{Prng, seed};
 use crate::common::raw_message::number;
 use crate::common::raw_ring::Ring;
@@ -255,5 +258,51 @@ fn a_ring_outside_memory_is_survived() {
         drop(session);
         daemon.assert_alive();
         assert_serves(&daemon.socket(), SPARE_SECTOR);
+    }
+}
+
+/// Each ring takes a handful of descriptors, more in all than many a host gives a process at first.
+#[test]
+fn there_are_descriptors_for_all_rings() {
+    const RINGS: usize = 24;
+    let directory = TempDir::new("descriptors");
+    File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
+    let mut few = Command::new("sh");
+    few.args(["-c", r#"ulimit -Sn 64; exec "$0" "$@""#]).arg(server_binary());
+    let daemon = Daemon::start_by(directory, &[&format!("num_queues = {RINGS}")], few);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    for index in 1..RINGS {
+        session.add_ring(64);
+        session.start_ring(index);
+    }
+    for index in 0..RINGS {
+        assert_eq!(session.run(index, VIRTIO_BLK_T_IN, 0, Payload::Receive(512)).status, OK, "ring {index}");
+    }
+}
+
+/// A front-end may say again where a ring lies while it runs: none of its answers comes twice.
+#[test]
+fn the_used_index_never_turns_back() {
+    const ROUNDS: u32 = 100;
+    let daemon = start(1);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.read(0, 256 << 10);
+    let addresses = ring_addresses(&session.rings[0]);
+    let mut used = session.rings[0].used_idx();
+    for round in 0..ROUNDS {
+        reuse_data_memory(&session);
+        for _ in 0..16 {
+            session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(256 << 10));
+        }
+        session.rings[0].notify();
+        session.frontend.set_vring_addr(0, &addresses).expect("SET_VRING_ADDR");
+        let end = used.wrapping_add(16);
+        while used != end {
+            let now = try_poll(PATIENCE, || Some(session.rings[0].used_idx()).filter(|&now| now != used));
+            let now = now.unwrap_or_else(|| panic!("round {round}: {used} of {end} are answered"));
+            assert!(end.wrapping_sub(now) < end.wrapping_sub(used), "round {round}: {used} is followed by {now}");
+            used = now;
+        }
+        while session.rings[0].take_used().is_some() {}
     }
 }

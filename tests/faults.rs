@@ -16,7 +16,7 @@ use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
 use common::workload::{self, Client, ClientOptions, Plan, random_io, read_everything, settle};
-use genblk::config::{DeviceConfig, Socket};
+use genblk::config::{DeviceConfig, OnError, Socket};
 use genblk::service::{Running, Service, end_all};
 use genblk::store::Backing;
 use genblk::store::faulty::{Faults, FaultyImage, OpKind};
@@ -120,6 +120,27 @@ fn devices_on_one_image_end_although_one_waits_for_what_the_other_reads() {
     poll_until("the end", PATIENCE, || ended.is_finished().then_some(()));
     ended.join().expect("nothing panics").expect("the devices end well");
     assert!(waiting.join().expect("nothing panics").is_some(), "what was taken is answered");
+}
+
+#[test]
+fn a_front_end_is_served_while_the_last_ones_writes_are_held() {
+    let mut shadow = Shadow::patchwork(IMAGE_BYTES, 32);
+    let bench = Bench::new("held", &shadow, |config| {
+        config.cache.on_error = OnError::Hold;
+        config.cache.hold_max_ms = 60_000;
+    });
+    let mut client = bench.client(1);
+    bench.faults.fail_always(OpKind::Write, Fault::Media);
+    client.write(80, &[0x5a; 4096]);
+    shadow.write(80, &[0x5a; 4096]);
+    drop(client);
+    let came = Instant::now();
+    let mut client = bench.client(1);
+    assert_eq!(client.read(80, 4096), [0x5a; 4096]);
+    assert!(came.elapsed() < PATIENCE, "it was served after {:?}", came.elapsed());
+    bench.faults.heal();
+    drop(client);
+    bench.end(&shadow);
 }
 
 #[test]

@@ -114,6 +114,11 @@ impl Workers {
         self.controls[0].ask(Command::Flush).unwrap_or(Err(Fault::Gone))
     }
 
+    /// As [`Workers::flush`], without waiting for the end. If it fails, the log tells of the image.
+    pub fn start_flush(&self) {
+        self.controls[0].send(Command::Flush(channel().0));
+    }
+
     /// The operator says that the image is well again.
     pub fn resume(&self) {
         self.controls[0].ask(Command::Resume);

@@ -137,17 +137,16 @@ impl Server {
         }
     }
 
-    /// What the guest wrote goes to the image now: it may be gone for good. Who stopped us sees to that himself.
+    /// What the guest wrote goes to the image now: it may be gone for good. Who stopped us sees to that himself; and the next
+    /// front-end need not wait for it, which could be for long if the image fails.
     fn detached(&self, ended: io::Result<()>) {
         let name = &self.device.name;
         match ended {
             Err(e) if !hung_up(&e) => warn!("{name}: the front-end is detached: {e}"),
             _ => info!("{name}: the front-end is detached"),
         }
-        if !self.stopped.load(Ordering::Acquire)
-            && let Err(fault) = self.workers.flush()
-        {
-            error!("{name}: not everything could be written to the image: {fault:?}; it is tried again");
+        if !self.stopped.load(Ordering::Acquire) {
+            self.workers.start_flush();
         }
     }
 }

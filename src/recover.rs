@@ -43,6 +43,7 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize, manage
     let stays = found.is_stored() == wants_store;
     let left = found.header()?;
     let lost = left.as_ref().is_some_and(|header| header.lost);
+    let through = left.as_ref().is_some_and(|header| header.through);
     let mut moved = None;
     let arena = match left {
         Some(header) if stays && header.fits(frames) && cache.survive != Survive::Never => {
@@ -67,6 +68,10 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize, manage
              it resets the device"
         );
         arena.remember_loss();
+    }
+    if through {
+        info!("{name}: its guest has chosen write-through, and keeps it");
+        arena.remember_through(true);
     }
     // Not before another place remembers what it says.
     moved.inspect(Home::remove);

@@ -191,6 +191,11 @@ impl Home {
         }
     }
 
+    /// Leaves nothing of the file but its header. False: that can't be.
+    pub(super) fn shrink_to_header(&self) -> bool {
+        !self.is_stored() && self.file.set_len(HEADER_BYTES as u64).is_ok()
+    }
+
     /// Removes the file: nothing in it is needed.
     pub fn remove(&self) {
         match &self.place {

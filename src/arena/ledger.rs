@@ -77,6 +77,8 @@ pub struct Header {
     pub image: PathBuf,
     /// A daemon died, and what its cache held was lost with it.
     pub lost: bool,
+    /// The guest has chosen write-through.
+    pub through: bool,
 }
 
 /// Where the header's other parts are: eight words come first.
@@ -85,12 +87,16 @@ const PATH_LEN: usize = 80;
 /// The word that is set while a volatile arena holds what the image has not.
 pub(super) const UNWRITTEN: usize = 88;
 const PATH: usize = 96;
+/// The word that is set once the guest has chosen write-through; the path ends before it.
+pub(super) const THROUGH: usize = HEADER_BYTES - 8;
+/// The word with the number of frames.
+pub(super) const FRAMES: usize = 24;
 
 impl Header {
     /// The header of a new arena; `lost`: something that a predecessor's cache held is gone.
     pub(super) fn new(identity: Identity, frames: u64, image: &Path, lost: bool) -> Self {
         let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
-        Self { layout: LAYOUT, identity, frames, boot: super::home::boot(), image, lost }
+        Self { layout: LAYOUT, identity, frames, boot: super::home::boot(), image, lost, through: false }
     }
 
     /// Whether a cache of `frames` frames can go on in the arena as it is.
@@ -119,9 +125,10 @@ impl Header {
         bytes[BOOT].copy_from_slice(&self.boot);
         bytes[UNWRITTEN..UNWRITTEN + 8].copy_from_slice(&u64::from(self.lost).to_le_bytes());
         let path = self.image.as_os_str().as_bytes();
-        let path = &path[..path.len().min(HEADER_BYTES - PATH)];
+        let path = &path[..path.len().min(THROUGH - PATH)];
         bytes[PATH_LEN..PATH_LEN + 8].copy_from_slice(&(path.len() as u64).to_le_bytes());
         bytes[PATH..PATH + path.len()].copy_from_slice(path);
+        bytes[THROUGH..].copy_from_slice(&u64::from(self.through).to_le_bytes());
         (bytes, MAGIC)
     }
 
@@ -141,7 +148,7 @@ impl Header {
             return refused(format!("its layout is {}, and this genblk reads up to {LAYOUT}", word(1)));
         }
         let identity = Identity { device: word(4), inode: word(5), born_ns: word(6), size_bytes: word(7) };
-        let path_len = usize::try_from(word(PATH_LEN / 8)).unwrap_or(usize::MAX).min(HEADER_BYTES - PATH);
+        let path_len = usize::try_from(word(PATH_LEN / 8)).unwrap_or(usize::MAX).min(THROUGH - PATH);
         let image = std::ffi::OsString::from_vec(bytes[PATH..PATH + path_len].to_vec()).into();
         Ok(Some(Self {
             layout: word(1),
@@ -150,6 +157,7 @@ impl Header {
             boot: bytes[BOOT].try_into().expect("16 bytes"),
             image,
             lost: word(UNWRITTEN / 8) != 0,
+            through: word(THROUGH / 8) != 0,
         }))
     }
 }
@@ -195,7 +203,15 @@ mod tests {
 
     fn header() -> Header {
         let identity = Identity { device: 0xfd00, inode: 12, born_ns: 7, size_bytes: 1 << 30 };
-        Header { layout: LAYOUT, identity, frames: 1024, boot: [3; 16], image: "/srv/a.img".into(), lost: false }
+        Header {
+            layout: LAYOUT,
+            identity,
+            frames: 1024,
+            boot: [3; 16],
+            image: "/srv/a.img".into(),
+            lost: false,
+            through: false,
+        }
     }
 
     fn with_magic(header: &Header) -> [u8; HEADER_BYTES] {
@@ -206,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_header_is_read_as_it_was_written() {
-        for header in [header(), Header { lost: true, ..header() }] {
+        for header in [header(), Header { lost: true, ..header() }, Header { through: true, ..header() }] {
             assert_eq!(Header::decode(&with_magic(&header), &"f").unwrap(), Some(header));
         }
         assert_eq!(Header::decode(&header().encode().0, &"f").unwrap(), None, "not finished");

@@ -24,7 +24,7 @@ pub use home::Home;
 pub use ledger::{Entry, Header, Identity, ZEROED_MAX};
 pub use populate::Populator;
 
-use ledger::{ENTRY_BYTES, HEADER_BYTES, UNWRITTEN, ZEROED_BYTES};
+use ledger::{ENTRY_BYTES, FRAMES, HEADER_BYTES, THROUGH, UNWRITTEN, ZEROED_BYTES};
 use mapping::Mapping;
 
 /// See the module.
@@ -37,6 +37,8 @@ pub struct Arena {
     keeps: Keeps,
     /// A predecessor's memory went with it, and with it what a guest believes to be in the image.
     lost: AtomicBool,
+    /// The guest has chosen write-through.
+    through: AtomicBool,
 }
 
 /// What of an arena outlives the daemon.
@@ -109,6 +111,7 @@ impl Arena {
         let memory = Mapping::new(&home.file, bytes)
             .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {home}"), e))?;
         let arena = Self::of_home(memory, frames, home, header)?;
+        arena.through.store(header.through, Ordering::Release);
         let sectors = header.identity.size_bytes / SECTOR_BYTES;
         let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
         if arena.zeroed().all(|(_, span)| fits(span)) {
@@ -127,7 +130,7 @@ impl Arena {
     }
 
     fn new(memory: Mapping, frames: usize, offset: usize, keeps: Keeps) -> Self {
-        Self { memory, frames, offset, keeps, lost: AtomicBool::new(false) }
+        Self { memory, frames, offset, keeps, lost: AtomicBool::new(false), through: AtomicBool::new(false) }
     }
 
     /// Number of frames.
@@ -207,11 +210,28 @@ impl Arena {
         }
     }
 
+    /// Remembers whether the guest has chosen write-through: for this daemon, and where the arena or its mark outlives it for
+    /// the next, whose front-end will not say it again.
+    pub fn remember_through(&self, through: bool) {
+        self.through.store(through, Ordering::Release);
+        self.header().inspect(|header| header.word(THROUGH).store(through.into(), Ordering::Release));
+    }
+
+    /// Whether the guest has chosen write-through.
+    pub fn is_through(&self) -> bool {
+        self.through.load(Ordering::Acquire)
+    }
+
     fn loss_word(&self) -> Option<&AtomicU64> {
+        self.header().map(|header| header.word(UNWRITTEN))
+    }
+
+    /// Where the header is, in an arena that has one.
+    fn header(&self) -> Option<&Mapping> {
         match &self.keeps {
             Keeps::Nothing => None,
-            Keeps::Mark { mark, .. } => Some(mark.word(UNWRITTEN)),
-            Keeps::All { .. } => Some(self.memory.word(UNWRITTEN)),
+            Keeps::Mark { mark, .. } => Some(mark),
+            Keeps::All { .. } => Some(&self.memory),
         }
     }
 
@@ -312,8 +332,14 @@ impl Drop for Arena {
     fn drop(&mut self) {
         let unwritten = self.holds_unwritten();
         match &self.keeps {
-            Keeps::All { home, left, .. } if !unwritten && !left.load(Ordering::Acquire) => home.remove(),
-            Keeps::Mark { home, .. } if !unwritten => home.remove(),
+            Keeps::All { home, left, .. } if !unwritten && !left.load(Ordering::Acquire) => {
+                // A header without frames is the mark of an arena that has gone.
+                self.memory.word(FRAMES).store(0, Ordering::Release);
+                if !(self.is_through() && home.shrink_to_header()) {
+                    home.remove();
+                }
+            }
+            Keeps::Mark { home, .. } if !unwritten && !self.is_through() => home.remove(),
             _ => {}
         }
     }

@@ -35,7 +35,7 @@ pub struct Device {
     /// What the guest is told of the disk.
     pub geometry: Geometry,
     /// Whether writes may stay volatile until a FLUSH, as configured.
-    pub writeback_configured: bool,
+    writeback_configured: bool,
     /// The same, as the guest has it now (CONFIG_WCE).
     writeback: AtomicBool,
     /// How long a worker looks for more work before it sleeps.
@@ -52,9 +52,9 @@ impl Device {
         writeback: bool,
         poll_us: u32,
     ) -> Arc<Self> {
-        let configured = writeback;
-        let writeback = AtomicBool::new(writeback);
-        Arc::new(Self { name, arena, disk, geometry, writeback_configured: configured, writeback, poll_us })
+        let writeback_configured = writeback;
+        let writeback = AtomicBool::new(writeback && !arena.is_through());
+        Arc::new(Self { name, arena, disk, geometry, writeback_configured, writeback, poll_us })
     }
 
     /// Whether a write completes before it is stable.
@@ -63,13 +63,21 @@ impl Device {
     }
 
     /// The guest chose the cache mode (CONFIG_WCE).
-    pub fn set_writeback(&self, writeback: bool) {
+    ///
+    /// => Write-through, once chosen, stays until it is taken back: the guest sends no FLUSH any more, and goes on so although
+    ///    its front-end comes back, to this daemon or the next, and says nothing of it. A front-end keeps its own copy of
+    ///    the mode even over a reset of the guest, after which it can be either (virtio 1.2, section 5.2.5).
+    pub fn choose_writeback(&self, writeback: bool) {
+        self.arena.remember_through(!writeback);
         self.writeback.store(writeback, Ordering::Release);
     }
 
-    /// The guest chose its features: the cache mode starts anew.
-    pub fn start_with_features(&self, features: u64) {
-        self.set_writeback(initial_writeback(features, self.writeback_configured));
+    /// A driver starts, with these features if it has chosen them: the cache mode starts anew, unless it is write-through by
+    /// choice.
+    pub fn start_with_features(&self, features: Option<u64>) {
+        let configured = self.writeback_configured;
+        let writeback = features.map_or(configured, |features| initial_writeback(features, configured));
+        self.writeback.store(writeback && !self.arena.is_through(), Ordering::Release);
     }
 
     /// The configuration space as it is now.

@@ -1,6 +1,7 @@
 //! A device as vhost-user-backend sees it: features, configuration space, memory, and the rings of `ring.rs`.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use log::{info, warn};
@@ -11,32 +12,28 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 
 use super::Memory;
-use super::ring::ControlRing;
-use crate::device::Device;
-use crate::device::control::Workers;
+use super::ring::{ControlRing, Session};
+use crate::virtio::config_space::tells_writeback;
 
 /// Largest configuration space of the protocol (VHOST_USER_MAX_CONFIG_SIZE in QEMU).
 const CONFIG_BYTES_MAX: usize = 256;
 
 /// One connection's view of a device.
-#[derive(Clone, Debug)]
-pub(super) struct Backend(Arc<Session>);
+#[derive(Clone)]
+pub(super) struct Backend(Arc<View>);
 
-#[derive(Debug)]
-struct Session {
-    device: Arc<Device>,
-    workers: Arc<Workers>,
+struct View {
+    session: Arc<Session>,
     queue_size: u16,
     /// The features that decide the cache mode, as last chosen in this session.
     cache_features: Mutex<Option<u64>>,
 }
 
 impl Backend {
-    /// A view for a new connection; the device's cache mode starts as configured.
-    pub fn new(device: &Arc<Device>, workers: &Arc<Workers>, queue_size: u16) -> Self {
-        device.set_writeback(device.writeback_configured);
-        let (device, workers) = (Arc::clone(device), Arc::clone(workers));
-        Self(Arc::new(Session { device, workers, queue_size, cache_features: Mutex::new(None) }))
+    /// A view for a new connection.
+    pub fn new(session: &Arc<Session>, queue_size: u16) -> Self {
+        session.device.start_with_features(None);
+        Self(Arc::new(View { session: Arc::clone(session), queue_size, cache_features: Mutex::new(None) }))
     }
 }
 
@@ -45,7 +42,7 @@ impl VhostUserBackend for Backend {
     type Vring = ControlRing;
 
     fn num_queues(&self) -> usize {
-        usize::from(self.0.device.geometry.num_queues)
+        usize::from(self.0.session.device.geometry.num_queues)
     }
 
     fn max_queue_size(&self) -> usize {
@@ -53,7 +50,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        self.0.device.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.0.session.device.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -69,22 +66,31 @@ impl VhostUserBackend for Backend {
         let chosen = features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE);
         let mut last = self.0.cache_features.lock().expect("nobody panics holding this");
         if last.replace(chosen) != Some(chosen) {
-            self.0.device.start_with_features(features);
+            self.0.session.device.start_with_features(Some(features));
         }
     }
 
     fn reset_device(&self) {
         *self.0.cache_features.lock().expect("nobody panics holding this") = None;
-        self.0.device.set_writeback(self.0.device.writeback_configured);
-        self.0.device.arena.begin_anew();
+        let Session { device, begun, .. } = &*self.0.session;
+        begun.store(false, Ordering::Release);
+        device.start_with_features(None);
+        device.arena.begin_anew();
     }
 
     fn set_event_idx(&self, _enabled: bool) {
         // Each ring is told by itself.
     }
 
+    /// => A front-end that asks for the cache mode before its guest begins believes what it is told, so it gets the default;
+    ///    one that comes back with a guest does not ask, and goes on with what that guest has chosen.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.0.device.config_space().read(offset, size)
+        let Session { device, begun, .. } = &*self.0.session;
+        if device.arena.is_through() && !begun.load(Ordering::Acquire) && tells_writeback(offset, size) {
+            device.arena.remember_through(false);
+            device.start_with_features(*self.0.cache_features.lock().expect("nobody panics holding this"));
+        }
+        device.config_space().read(offset, size)
     }
 
     /// => Only `writeback` can be set. A write to another field is ignored, as the hardware would; one beyond what the
@@ -94,12 +100,13 @@ impl VhostUserBackend for Backend {
         if end.is_none_or(|end| end > CONFIG_BYTES_MAX) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let device = &self.0.device;
+        let Session { device, workers, begun, .. } = &*self.0.session;
         if let Some(writeback) = device.config_space().write(offset, bytes) {
-            device.set_writeback(writeback);
+            begun.store(true, Ordering::Release);
+            device.choose_writeback(writeback);
             info!("{}: the guest chose {}", device.name, if writeback { "write-back" } else { "write-through" });
             // From now on a completed write is a stable one: those that were completed before must be so too.
-            if !writeback && let Err(fault) = self.0.workers.flush() {
+            if !writeback && let Err(fault) = workers.flush() {
                 warn!("{}: not everything could be written: {fault:?}", device.name);
             }
         }
@@ -116,7 +123,7 @@ impl VhostUserBackend for Backend {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory region reaches beyond its file"));
             }
         }
-        self.0.workers.set_memory(&ram);
+        self.0.session.workers.set_memory(&ram);
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
 use log::{error, info};
@@ -35,9 +35,11 @@ struct BeingMade {
 
 /// What the rings of a session share.
 pub(super) struct Session {
-    device: Arc<Device>,
-    workers: Arc<Workers>,
+    pub device: Arc<Device>,
+    pub workers: Arc<Workers>,
     pub inflight: Inflight,
+    /// The guest has begun, or what it has chosen is known: nobody is to be surprised any more.
+    pub begun: AtomicBool,
     /// A bit for each ring that goes on where it was, in the middle of a guest's life.
     resumed: AtomicU64,
 }
@@ -46,7 +48,13 @@ impl Session {
     /// A session of a front-end that has said nothing yet.
     pub fn new(device: &Arc<Device>, workers: &Arc<Workers>) -> Arc<Self> {
         let (device, workers) = (Arc::clone(device), Arc::clone(workers));
-        Arc::new(Self { device, workers, inflight: Inflight::default(), resumed: AtomicU64::new(0) })
+        Arc::new(Self {
+            device,
+            workers,
+            inflight: Inflight::default(),
+            begun: AtomicBool::new(false),
+            resumed: AtomicU64::new(0),
+        })
     }
 
     /// Ring `index` will start at `base`; or it is taken down, which leaves it at none.
@@ -61,6 +69,7 @@ impl Session {
 
     /// Ring `index` starts. If all rings begin at the beginning, so does the guest: it has nothing to lose.
     fn ring_starts(&self, index: u16, setup: &RingSetup) {
+        self.begun.store(true, Ordering::Release);
         // Indices wrap: a ring may be at 0 in the middle of a guest's life. The region tells, where there is one.
         if setup.track.as_ref().is_some_and(RingTrack::is_kept) {
             self.resumed.fetch_or(1 << index, Ordering::AcqRel);

@@ -118,8 +118,8 @@ impl Server {
     /// A session: a daemon of the crate's, and the relay to it. When it returns, no ring runs.
     fn session(&self, front_end: &UnixStream) -> io::Result<()> {
         let (listener, crate_end) = pair::listener_and_stream()?;
-        let backend = Backend::new(&self.device, &self.workers, self.queue_size);
         let session = Session::new(&self.device, &self.workers);
+        let backend = Backend::new(&session, self.queue_size);
         let name = format!("vhost {}", self.device.name);
         let memory = Memory::new(GuestRam::new());
         let (daemon, rings) = making_rings_for(&session, || VhostUserDaemon::new(name, backend, memory));

@@ -103,6 +103,12 @@ pub fn initial_writeback(acked_features: u64, configured: bool) -> bool {
     acked_features & (1 << VIRTIO_BLK_F_FLUSH) != 0 && configured
 }
 
+/// Whether a read of `size` bytes at `offset` tells of the cache mode.
+pub fn tells_writeback(offset: u32, size: u32) -> bool {
+    let read = u64::from(offset)..u64::from(offset) + u64::from(size);
+    read.contains(&(field::WRITEBACK as u64))
+}
+
 /// The configuration space of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigSpace {

@@ -182,6 +182,14 @@ impl Session {
         self.frontend.set_mem_table(&self.memory.region_infos()).expect("SET_MEM_TABLE");
     }
 
+    /// The guest boots again: the device is reset, and knows its features and its memory, but no ring.
+    #[track_caller]
+    pub fn reset(&mut self) {
+        self.frontend.reset_device().expect("RESET_DEVICE");
+        self.frontend.set_features(self.features).expect("SET_FEATURES after a reset");
+        self.share_memory();
+    }
+
     /// Lays out one more ring in the guest's memory; the device does not know of it yet.
     pub fn add_ring(&mut self, size: u16) {
         let ring = Ring::new(&self.memory, size, 0, self.has(VIRTIO_RING_F_EVENT_IDX));

@@ -144,11 +144,28 @@ fn write_through_is_in_force_once_it_is_set() {
     session.write(0, &bytes);
     session.flush();
     assert_eq!(daemon.image_bytes(0, bytes.len()), bytes, "back in write-back mode, FLUSH works");
-    // Write-through lasts no longer than the driver that asked for it.
-    session.set_writeback(false);
-    drop(session);
+}
+
+/// Who chose write-through sends no FLUSH any more, and a front-end that comes back does not say so again; a new one asks.
+#[test]
+fn write_through_lasts_as_long_as_the_guest_that_chose_it() {
+    let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "a new driver finds the default");
+    session.set_writeback(false);
+    for _ in 0..2 {
+        session = session.reconnect(&daemon.socket());
+        session.start_ring(0);
+        assert_completed_writes_are_in_the_image(&daemon, &mut session, "after a reconnection");
+        assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0], "a guest that runs is told nothing else");
+    }
+    // Front-ends keep their copy of the mode over a reset.
+    session.reset();
+    session.start_ring(0);
+    assert_completed_writes_are_in_the_image(&daemon, &mut session, "after a reset");
+    drop(session);
+    let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+    assert_eq!(session.config(0, 8).len(), 8, "the capacity says nothing of the mode");
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "a new front-end finds the default");
 }
 
 /// Writes of several shapes are in the image file as soon as they have completed.

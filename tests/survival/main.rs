@@ -16,8 +16,6 @@ use std::fs::File;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use vhost::VhostBackend;
-use vhost::vhost_user::VhostUserFrontend;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::SECTOR_BYTES;
@@ -246,9 +244,7 @@ fn a_reset_does_not_hide_what_a_volatile_cache_would_lose() {
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(80, &pattern(9, 80, 4096));
     // The guest begins anew, and reads what only the cache has.
-    session.frontend.reset_device().expect("RESET_DEVICE");
-    session.frontend.set_features(session.features).expect("SET_FEATURES after a reset");
-    session.share_memory();
+    session.reset();
     session.start_ring(0);
     assert_eq!(session.read(80, 4096), pattern(9, 80, 4096));
     daemon.kill();
@@ -258,6 +254,30 @@ fn a_reset_does_not_hide_what_a_volatile_cache_would_lose() {
     session.start_ring(0);
     let status = session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(4096)).status;
     assert!(status == IOERR || on_image, "the guest has read what is gone, and is told nothing");
+}
+
+#[test]
+fn write_through_outlives_the_daemon() {
+    for survive in ["auto", "never"] {
+        let mut daemon = start(&format!("cache.survive = {survive:?}\ncache.dirty_age_max_ms = 600000"));
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        session.set_writeback(false);
+        for (round, signal) in (1..).zip([libc::SIGKILL, libc::SIGTERM, libc::SIGUSR1, libc::SIGTERM]) {
+            daemon.signal(signal);
+            daemon.wait();
+            daemon.restart();
+            session = session.reconnect(&daemon.socket());
+            session.start_ring(0);
+            let bytes = pattern(round, 80, 4096);
+            session.write(80, &bytes);
+            let found = daemon.image_bytes(80 * 512, bytes.len());
+            assert!(found == bytes, "{survive}: after signal {signal} a completed write is in the image");
+        }
+        session.set_writeback(true);
+        drop(session);
+        daemon.stop();
+        assert!(daemon.directory().left().is_empty(), "nothing is left to remember");
+    }
 }
 
 #[test]

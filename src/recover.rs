@@ -193,7 +193,6 @@ fn about(home: Home) -> Result<String> {
         return Ok(format!("of {image}: a cache that went with its daemon; {lost}"));
     }
     let arena = Arena::resumed(home, &header)?;
-    arena.leave();
     let pages = arena.entries().count();
     let dirty = arena.entries().filter(|(_, entry)| !entry.dirty.is_empty()).count();
     let zeroed = match arena.zeroed().count() {

@@ -150,21 +150,24 @@ impl Service {
             .name(format!("accept {}", device.name))
             .spawn(move || serving.serve())
             .map_err(|e| system("cannot start a thread", e))?;
-        Ok(Running { device, object, server, workers, threads, acceptor: Some(acceptor), _socket: socket })
+        object.arena().take_up();
+        Ok(Running { _socket: socket, server, device, workers, threads, acceptor: Some(acceptor), object })
     }
 }
 
 /// A device that is served.
+///
+/// => Dropped in this order: who waits for the image's lock is to find the socket and the ledger free when it gets it.
 #[derive(Debug)]
 pub struct Running {
-    device: Arc<Device>,
-    object: Arc<Object>,
+    _socket: Bound,
     server: Arc<Server>,
+    device: Arc<Device>,
     workers: Arc<Workers>,
     threads: Vec<JoinHandle<()>>,
     /// `None`: it has ended.
     acceptor: Option<JoinHandle<()>>,
-    _socket: Bound,
+    object: Arc<Object>,
 }
 
 impl Running {

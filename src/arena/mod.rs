@@ -98,6 +98,8 @@ impl Arena {
 
     /// The arena that a predecessor left in `home`; `header` is what stands there.
     ///
+    /// => It stays as it is, though it be dropped, until [`Arena::take_up`]: who can't start may have started too early.
+    ///
     /// # Errors
     /// [`ErrorKind::Ledger`] when the file is not what its header says; [`ErrorKind::Memory`] when it can't be mapped.
     pub fn resumed(home: Home, header: &Header) -> Result<Self> {
@@ -114,6 +116,7 @@ impl Arena {
         arena.through.store(header.through, Ordering::Release);
         let sectors = header.identity.size_bytes / SECTOR_BYTES;
         let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
+        arena.leave();
         if arena.zeroed().all(|(_, span)| fits(span)) {
             return Ok(arena);
         }
@@ -256,8 +259,17 @@ impl Arena {
 
     /// Leaves a kept arena as it is for a successor, when it is dropped.
     pub fn leave(&self) {
+        self.set_left(true);
+    }
+
+    /// A kept arena goes when it is dropped, if all of it is on the image: whoever has resumed it serves it now.
+    pub fn take_up(&self) {
+        self.set_left(false);
+    }
+
+    fn set_left(&self, leave: bool) {
         if let Keeps::All { left, .. } = &self.keeps {
-            left.store(true, Ordering::Release);
+            left.store(leave, Ordering::Release);
         }
     }
 

@@ -40,6 +40,8 @@ pub fn bind(path: &Path) -> Result<UnixListener> {
                 warn!("{shown} was left behind by a daemon that is gone: it is taken over");
                 fs::remove_file(path).map_err(refused)?;
             }
+            // Its daemon has taken it away just now.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             _ => {
                 let context = format!("cannot listen on {shown}: a live daemon does already");
                 return Err(Error::new(ErrorKind::Socket, context));

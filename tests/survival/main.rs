@@ -13,6 +13,7 @@ mod systemd;
 mod zeroed;
 
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,7 @@ use common::daemon::{Daemon, TempDir, run_to_end, server_binary};
 use common::prng::{Prng, seed};
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{PATIENCE, poll_until, try_poll};
 use guest::{FrontEnd, Guest};
 
 const IMAGE_BYTES: u64 = 16 << 20;
@@ -254,6 +255,33 @@ fn a_reset_does_not_hide_what_a_volatile_cache_would_lose() {
     session.start_ring(0);
     let status = session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(4096)).status;
     assert!(status == IOERR || on_image, "the guest has read what is gone, and is told nothing");
+}
+
+/// It waits for the image, and then finds everything else free: socket and ledger go before the image does.
+#[test]
+fn a_successor_that_is_started_early_is_not_refused() {
+    let mut daemon = start("cache.size = \"512M\"");
+    for round in 0..8 {
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        session.write(80, &pattern(round, 80, 4096));
+        drop(session);
+        let log = File::create(daemon.directory().path().join("successor.log")).expect("a log file");
+        let mut successor = Command::new(server_binary());
+        successor.arg("--config").arg(daemon.config()).stderr(log);
+        let mut successor = successor.spawn().expect("the binary can be started");
+        // It is there, and waits, or nearly so.
+        std::thread::sleep(Duration::from_millis(20 * u64::from(round)));
+        daemon.signal(if round % 2 == 0 { libc::SIGUSR1 } else { libc::SIGTERM });
+        assert!(daemon.wait().success());
+        let serves = try_poll(PATIENCE, || UnixStream::connect(daemon.socket()).map(drop).ok());
+        let log = std::fs::read_to_string(daemon.directory().path().join("successor.log"));
+        assert!(serves.is_some(), "round {round}: {log:?}");
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        assert_eq!(session.read(80, 4096), pattern(round, 80, 4096));
+        drop(session);
+        successor.kill().and_then(|()| successor.wait()).expect("it can be killed");
+        daemon.restart();
+    }
 }
 
 #[test]

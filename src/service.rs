@@ -338,6 +338,7 @@ fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
         frames,
         image_sectors: limits.size_bytes / SECTOR_BYTES,
         block_sectors: u8::try_from(limits.block_bytes / 512).expect("a block is 512 to 4096 bytes"),
+        can_map: limits.can_map,
         sparse: limits.sparse,
         cluster_pages_max: io_pages,
         retain,

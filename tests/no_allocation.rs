@@ -122,6 +122,7 @@ impl Owner {
             image_sectors: 1 << 20,
             block_sectors: 1,
             sparse: false,
+            can_map: true,
             cluster_pages_max: 256,
             retain: true,
             policy,

@@ -140,6 +140,7 @@ impl World {
             image_sectors: IMAGE_PAGES * SECTORS_PER_PAGE,
             block_sectors: 1,
             sparse: true,
+            can_map: true,
             cluster_pages_max: 256,
             retain: true,
             policy: PolicyKind::S3Fifo,

@@ -48,6 +48,8 @@ struct Region {
 pub(super) struct Holes {
     /// Whether the image may have holes at all.
     sparse: bool,
+    /// Whether the store can tell.
+    can_map: bool,
     regions: Vec<Region>,
 }
 
@@ -58,9 +60,9 @@ fn bit(no: PageNo) -> (usize, u64) {
 
 impl Holes {
     /// For a cache of `frames` frames: one region for every 64 frames, so a cache of 1 % of the image knows it all.
-    pub fn new(sparse: bool, frames: u32) -> Self {
+    pub fn new(sparse: bool, can_map: bool, frames: u32) -> Self {
         let empty = Region { number: 0, state: State::Empty, bits: [0; WORDS] };
-        Self { sparse, regions: vec![empty; (frames / 64).max(16) as usize] }
+        Self { sparse: sparse && can_map, can_map, regions: vec![empty; (frames / 64).max(16) as usize] }
     }
 
     fn index(&self, no: PageNo) -> (u64, usize) {
@@ -123,9 +125,9 @@ impl Holes {
         }
     }
 
-    /// Holes have come or gone in the span: ask again. The image may have holes from now on.
+    /// Holes have come or gone in the span: ask again. The image may have holes from now on, if the store can tell of them.
     pub fn forget(&mut self, span: PageSpan) {
-        self.sparse = true;
+        self.sparse = self.can_map;
         let mut number = span.first.0 / REGION_PAGES;
         while number * REGION_PAGES < span.end().0 {
             let (_, region) = self.slot(PageNo(number * REGION_PAGES));
@@ -212,7 +214,7 @@ mod tests {
 
     #[test]
     fn only_whole_pages_of_a_hole_are_holes() {
-        let mut holes = Holes::new(true, 1024);
+        let mut holes = Holes::new(true, true, 1024);
         assert_eq!(holes.backing(PageNo(3)), Backing::Unknown);
         assert!(holes.begin_map(PageNo(3)));
         assert!(!holes.begin_map(PageNo(4)), "asked already");
@@ -224,7 +226,7 @@ mod tests {
 
     #[test]
     fn a_page_written_while_the_map_was_taken_is_data() {
-        let mut holes = Holes::new(true, 1024);
+        let mut holes = Holes::new(true, true, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.mark_data(PageNo(7));
         holes.learn(PageNo(0), &[(2048, true)]);
@@ -236,7 +238,7 @@ mod tests {
 
     #[test]
     fn a_map_that_a_discard_overtook_is_thrown_away() {
-        let mut holes = Holes::new(true, 1024);
+        let mut holes = Holes::new(true, true, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.forget(PageSpan::new(PageNo(10), 1));
         holes.learn(PageNo(0), &[(2048, false)]);
@@ -245,7 +247,7 @@ mod tests {
 
     #[test]
     fn the_cut_tail_page_of_an_image_can_be_a_hole() {
-        let mut holes = Holes::new(true, 1024);
+        let mut holes = Holes::new(true, true, 1024);
         assert!(holes.begin_map(PageNo(0)));
         // An image of 2 pages and 3 sectors, all a hole.
         holes.learn(PageNo(0), &[(19, true)]);

@@ -209,6 +209,9 @@ pub struct Settings {
     pub block_sectors: u8,
     /// Whether the image may have holes: then the cache asks before it reads.
     pub sparse: bool,
+    /// Whether the store can tell of holes, also of those that come later. One that can't is a device: it has no space to
+    /// reserve either.
+    pub can_map: bool,
     /// Longest store operation in pages, at most one region (256).
     pub cluster_pages_max: u32,
     /// Whether pages stay after use; without it the cache is a bounce buffer (cache mode none).
@@ -288,7 +291,7 @@ impl PageCache {
             waiters: Waiters::default(),
             flights: Flights::default(),
             run: Run::default(),
-            holes: Holes::new(settings.sparse, frames),
+            holes: Holes::new(settings.sparse, settings.can_map, frames),
             streams: Streams::new(settings.readahead_pages_max, frames),
             dirty: DirtySet::default(),
             writeback: Writeback::default(),

@@ -25,6 +25,7 @@ fn settings_of(frames: u32, image_sectors: u64) -> Settings {
         image_sectors,
         block_sectors: 1,
         sparse: false,
+        can_map: true,
         cluster_pages_max: 256,
         retain: true,
         policy: PolicyKind::S3Fifo,

@@ -77,6 +77,7 @@ pub(super) const BREAKAGES: [&[OpClass]; 7] = [
 /// A cache's shape, by chance.
 pub(super) fn settings(rng: &mut Rng) -> Settings {
     let frames = rng.pick(&[12, 24, 48, 160]);
+    let (sparse, allocate) = (rng.percent(60), rng.percent(50));
     let block_sectors = rng.pick(&[1, 1, 2, 8]);
     // A store never has a block that the image's end cuts.
     let image_sectors = rng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
@@ -84,7 +85,9 @@ pub(super) fn settings(rng: &mut Rng) -> Settings {
         frames,
         image_sectors,
         block_sectors,
-        sparse: rng.percent(60),
+        sparse,
+        // A device has none, and nothing to reserve.
+        can_map: sparse || allocate || rng.percent(50),
         cluster_pages_max: rng.pick(&[1, 3, 8, 256]),
         retain: rng.percent(90),
         policy: rng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),
@@ -92,7 +95,7 @@ pub(super) fn settings(rng: &mut Rng) -> Settings {
         flush_target_us: 250_000,
         dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
         dirty_age_us: rng.pick(&[10_000, 1_000_000]),
-        allocate: rng.percent(50),
+        allocate,
         on_error: rng.pick(&[OnError::Report, OnError::Report, OnError::Hold, OnError::Stop]),
         on_full: rng.pick(&[OnError::Report, OnError::Hold, OnError::Stop]),
         hold_us: rng.pick(&[10_000, 10_000_000]),

@@ -182,6 +182,8 @@ impl OpenImage {
         let alignment = if options.direct { try_direct(&file, path, &geometry) } else { None };
         let (block_bytes, memory_align) = alignment.unwrap_or((SECTOR, 1));
         let writable = !options.read_only;
+        let is_file = geometry.device_block.is_none();
+        let first_hole = is_file.then(|| sys::seek(&file, 0, libc::SEEK_HOLE).ok()).flatten();
         let limits = Limits {
             size_bytes: geometry.size_bytes,
             block_bytes,
@@ -196,8 +198,8 @@ impl OpenImage {
             // Always: where the host has no command for it, zeros are written.
             can_zero: writable,
             can_discard: writable && can_discard(&file, &geometry),
-            sparse: geometry.device_block.is_none()
-                && sys::seek(&file, 0, libc::SEEK_HOLE).is_ok_and(|hole| hole < geometry.size_bytes),
+            can_map: first_hole.is_some(),
+            sparse: first_hole.is_some_and(|hole| hole < geometry.size_bytes),
         };
         let identity = identity_of(&file, &metadata, geometry.size_bytes);
         Ok(Self {

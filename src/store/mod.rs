@@ -169,7 +169,9 @@ pub struct Limits {
     pub can_zero: bool,
     /// `Discard` works.
     pub can_discard: bool,
-    /// `Map` works and the image had holes when it was opened.
+    /// `Map` can tell of holes: not of a device's, nor on a file system that does not know them.
+    pub can_map: bool,
+    /// The image had holes when it was opened.
     pub sparse: bool,
 }
 

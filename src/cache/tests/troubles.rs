@@ -139,3 +139,14 @@ fn space_far_out_on_an_image_is_asked_for_once() {
         write(&mut cache, far, 8);
     }
 }
+
+#[test]
+fn a_store_without_holes_is_never_asked_for_them() {
+    for can_map in [false, true] {
+        let mut cache = PageCache::new(Settings { can_map, ..settings_of(1024, 1 << 20) }, Box::new(NoBytes));
+        assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));
+        settle(&mut cache, NOW);
+        let asks = cache.read(access(0, 8), &mut Vec::new()) == Admitted::Until(0);
+        assert_eq!(asks, can_map, "a read waits for a map only where one tells of what was discarded");
+    }
+}

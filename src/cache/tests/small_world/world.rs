@@ -92,6 +92,7 @@ impl<'a> World<'a> {
             image_sectors: scene.shape.image_sectors,
             block_sectors: scene.shape.block_sectors,
             sparse: true,
+            can_map: true,
             readahead_pages_max: 0,
             dirty_pages_max: FRAMES,
             ..settings_of(FRAMES, 1)

@@ -15,6 +15,12 @@ use crate::store::file::{self, FileImage};
 use crate::systemd::Manager;
 use crate::units::{FrameId, SECTOR_BYTES, SectorMask};
 
+/// How long another's lock on an image, or on what is kept for it, is waited out. A daemon that was killed keeps its locks
+/// until the kernel has finished its operations in flight, and that is right: until then they can still reach the image.
+/// One that ends in order gives its memory back before it lets go of the image. A successor of either, started at once,
+/// is to be served and not refused.
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
 /// The memory for a device's cache: a predecessor's if it left one of this shape, else new.
 ///
 /// # Errors
@@ -28,7 +34,7 @@ pub fn arena_for(config: &DeviceConfig, image: &FileImage, frames: usize, manage
     let identity = image.identity();
     let wants_store = cache.memory_dir == MemoryDir::Systemd;
     let home = || match &cache.memory_dir {
-        MemoryDir::Path(directory) => Home::of(directory, &identity),
+        MemoryDir::Path(directory) => Home::of(directory, &identity, LOCK_PATIENCE),
         MemoryDir::Systemd => Home::in_store(manager, &identity),
     };
     // What the service manager hands over holds a predecessor's writes, wherever the next cache is to be.
@@ -217,7 +223,7 @@ pub fn recover(path: &Path) -> Result<String> {
         let context = format!("{}: it holds no pages; --discard removes it", path.display());
         return Err(Error::new(ErrorKind::Ledger, context));
     }
-    let options = file::OpenOptions { lock_patience: Duration::from_secs(2), ..file::OpenOptions::default() };
+    let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
     let image = FileImage::open(&header.image, &options)?;
     if image.identity() != header.identity {
         let context = format!("{}: {} is another image now", path.display(), header.image.display());

@@ -31,11 +31,6 @@ use crate::virtio::request::{Disk, serial};
 /// How long the end waits for an image that fails to take what is dirty.
 const LAST_WRITES: Duration = Duration::from_secs(10);
 
-/// How long another opener's lock on an image is waited out. A daemon that was killed keeps its lock until the kernel has
-/// finished its operations in flight, and that is right: until then they can still reach the image. Its successor,
-/// started at once, is to be served and not refused.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-
 /// A device that is open and not yet served.
 #[derive(Debug)]
 pub struct Service {
@@ -80,7 +75,7 @@ impl Service {
             Engine::Threads => file::Engine::Threads,
         };
         let (read_only, direct) = (config.read_only, config.direct);
-        let options = OpenOptions { read_only, engine, direct, lock_patience: LOCK_PATIENCE };
+        let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
         let image = FileImage::open(&config.image, &options)?;
         let identity = image.identity();
         let io = if image.direct() { "O_DIRECT" } else { "buffered" };

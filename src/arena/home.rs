@@ -8,11 +8,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::ledger::{HEADER_BYTES, Header, Identity};
 use super::mapping::{self, Mapping};
 use crate::error::{Error, ErrorKind, Result};
 use crate::systemd::Manager;
+
+/// How often a file that another process holds is looked at again.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// What the names of arenas in the service manager's store begin with.
 const STORED: &str = "genblk-cache-";
@@ -55,18 +59,18 @@ impl Home {
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when there can be no such file, or others could touch it; [`ErrorKind::Locked`] when another
-    /// process holds it.
-    pub fn of(memory_dir: &Path, identity: &Identity) -> Result<Self> {
+    /// process holds it for longer than `patience`.
+    pub fn of(memory_dir: &Path, identity: &Identity, patience: Duration) -> Result<Self> {
         let directory = Self::folder(memory_dir);
         make_private(&directory)?;
-        Self::open(&directory.join(identity.file_name()), true)
+        Self::open(&directory.join(identity.file_name()), true, patience)
     }
 
     /// A file that is there.
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] for what can't be an arena, and is better not touched: a disk image, for one, may look like an
-    /// empty arena; otherwise as [`Home::of`].
+    /// empty arena; otherwise as [`Home::of`], without patience.
     pub fn existing(path: &Path) -> Result<Self> {
         let metadata = fs::symlink_metadata(path);
         let metadata =
@@ -76,16 +80,22 @@ impl Home {
             let context = format!("{} is not what a genblk has left behind", path.display());
             return Err(Error::new(ErrorKind::Ledger, context));
         }
-        Self::open(path, false)
+        Self::open(path, false, Duration::ZERO)
     }
 
-    fn open(path: &Path, create: bool) -> Result<Self> {
+    fn open(path: &Path, create: bool, patience: Duration) -> Result<Self> {
+        let until = Instant::now() + patience;
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {}", path.display()), e);
         loop {
             let mut options = OpenOptions::new();
             options.read(true).write(true).create(create).truncate(false).mode(0o600);
             let file = options.custom_flags(libc::O_NOFOLLOW).open(path).map_err(failed)?;
             if let Err(e) = file.try_lock() {
+                if Instant::now() < until {
+                    // It may be gone by then: it is opened anew.
+                    std::thread::sleep(PAUSE);
+                    continue;
+                }
                 let context = format!("{} is held by another genblk", path.display());
                 return Err(Error::io(ErrorKind::Locked, context, e.into()));
             }

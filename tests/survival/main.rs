@@ -270,7 +270,7 @@ fn a_successor_that_is_started_early_is_not_refused() {
         successor.arg("--config").arg(daemon.config()).stderr(log);
         let mut successor = successor.spawn().expect("the binary can be started");
         // It is there, and waits, or nearly so.
-        std::thread::sleep(Duration::from_millis(20 * u64::from(round)));
+        std::thread::sleep(Duration::from_millis(20 * round));
         daemon.signal(if round % 2 == 0 { libc::SIGUSR1 } else { libc::SIGTERM });
         assert!(daemon.wait().success());
         let serves = try_poll(PATIENCE, || UnixStream::connect(daemon.socket()).map(drop).ok());
@@ -282,6 +282,22 @@ fn a_successor_that_is_started_early_is_not_refused() {
         successor.kill().and_then(|()| successor.wait()).expect("it can be killed");
         daemon.restart();
     }
+}
+
+#[test]
+fn a_successor_that_cannot_start_leaves_the_cache_for_the_next() {
+    let mut daemon = start("");
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(6, 80, 16 << 10));
+    session.flush();
+    daemon.signal(libc::SIGUSR1);
+    assert!(daemon.wait().success(), "{}", daemon.log());
+    std::fs::write(daemon.socket(), "in the way").expect("a file can be written");
+    let refused = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
+    assert!(refused.stderr.contains("is no socket"), "{refused:?}");
+    std::fs::remove_file(daemon.socket()).expect("it can be removed");
+    daemon.restart();
+    assert!(daemon.log().contains(" 4 pages are taken over"), "{}", daemon.log());
 }
 
 #[test]

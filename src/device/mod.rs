@@ -2,9 +2,11 @@
 //!
 //! Read `worker.rs` first: its [`worker`] loop is the life of every request. `ring.rs` takes requests from the guest's
 //! rings and gives them back, `pending.rs` keeps them meanwhile, `admit.rs` brings them before the cache, `copy.rs` moves
-//! their bytes, `complete.rs` answers them; `inflight.rs` notes for a successor what is still owed. `control.rs` is how the control plane speaks to a worker.
+//! their bytes, `complete.rs` answers them, `call.rs` calls the guest; `inflight.rs` notes for a successor what is still owed.
+//! `control.rs` is how the control plane speaks to a worker.
 
 mod admit;
+mod call;
 mod complete;
 pub mod control;
 mod copy;

@@ -1,14 +1,15 @@
 //! One virtqueue, as a worker runs it: heads come out, used entries go in, the guest is called when it wants to be.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use log::{error, info, warn};
+use log::{error, info};
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::call::Call;
 use super::control::RingSetup;
 use super::inflight::RingTrack;
 use crate::virtio::GuestRam;
@@ -29,9 +30,7 @@ pub struct Ring {
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     kick: File,
-    call: Option<File>,
-    /// A write to it waits if it is full.
-    call_blocks: bool,
+    call: Option<Call>,
     /// The guest waits for a call that it has not got yet.
     call_due: bool,
     /// Requests taken and not yet answered.
@@ -60,8 +59,7 @@ impl Ring {
             looked_up_at: position,
             memory,
             kick,
-            call_blocks: call.as_ref().is_some_and(blocks),
-            call,
+            call: call.map(Call::new),
             call_due: true,
             in_flight: 0,
             track,
@@ -139,8 +137,7 @@ impl Ring {
 
     /// Use this to call the guest from now on.
     pub fn set_call(&mut self, call: Option<File>) {
-        self.call_blocks = call.as_ref().is_some_and(blocks);
-        self.call = call;
+        self.call = call.map(Call::new);
         self.call_if_due();
     }
 
@@ -225,13 +222,7 @@ impl Ring {
     fn call_if_due(&mut self) {
         let Some(call) = self.call.as_mut().filter(|_| self.call_due) else { return };
         self.call_due = false;
-        if self.call_blocks && !has_room(call) {
-            // Then there are calls in it that nobody has taken.
-            return;
-        }
-        if let Err(error) = call.write(&1u64.to_ne_bytes()) {
-            warn!("cannot call the guest: {error}");
-        }
+        call.ring();
     }
 
     /// The guest need not kick: we are looking.
@@ -245,17 +236,4 @@ impl Ring {
     pub fn want_kicks(&mut self) -> bool {
         !self.broken && self.queue.as_mut().is_some_and(SplitQueue::want_kicks) && self.has_more()
     }
-}
-
-/// Whether a write to the descriptor can wait. Most front-ends make theirs so that it can't.
-fn blocks(file: &File) -> bool {
-    // SAFETY: a plain system call on an open descriptor.
-    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) & libc::O_NONBLOCK == 0 }
-}
-
-/// Whether a write to the descriptor would not wait now.
-fn has_room(file: &File) -> bool {
-    let mut polled = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one pollfd of ours; it does not wait.
-    unsafe { libc::poll(&raw mut polled, 1, 0) == 1 && polled.revents & libc::POLLOUT != 0 }
 }

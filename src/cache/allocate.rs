@@ -4,7 +4,7 @@
 //! Space is asked for a region of 1 MiB at a time, ahead of the writer. Regions that have it are remembered in a table of
 //! bounded size; for one that was forgotten the store is asked again, which costs little.
 
-use crate::units::{Fault, PageNo, SectorSpan};
+use crate::units::{Fault, PageNo, SectorSpan, low_u32};
 
 use super::PageCache;
 use super::failing::Cause;
@@ -12,7 +12,9 @@ use super::flights::{Flight, Outcome, PlanKind};
 use super::ranges::REGION_PAGES;
 
 /// No region.
-const NONE: u64 = u64::MAX;
+const NONE: u32 = u32::MAX;
+/// Least number of regions that are remembered: so many that the quotient of the last one on any image fits 32 bits.
+const REGIONS_MIN: u32 = 256;
 
 /// Whether a page has its space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,8 +30,9 @@ pub(super) enum Space {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Allocating {
-    /// Regions with their space, each in the one place where it can be; [`NONE`]: nothing is there.
-    reserved: Vec<u64>,
+    /// Regions with their space, each in the one place where it can be: the remainder of its number. What stands there is
+    /// the quotient; [`NONE`]: nothing.
+    reserved: Vec<u32>,
     /// Regions that the store is being asked for, and whether space was given back there meanwhile.
     asked: Vec<(u64, bool)>,
     /// The store can't.
@@ -39,24 +42,38 @@ pub(super) struct Allocating {
 }
 
 impl Allocating {
-    /// For a cache of `frames` frames: a region for every 128 frames, so a cache of half the image remembers all.
+    /// For a cache of `frames` frames: a region for every 64 frames, so a cache of a quarter of the image remembers all.
     pub fn new(frames: u32) -> Self {
-        let regions = (frames / 128).max(16) as usize;
+        let regions = (frames / 64).max(REGIONS_MIN) as usize;
         Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false, told: false }
     }
 
-    fn place(&mut self, region: u64) -> &mut u64 {
-        let index = region % self.reserved.len() as u64;
-        &mut self.reserved[usize::try_from(index).expect("a place of the table")]
+    /// Where a region's place is, and what stands there if the region has its space.
+    fn place_of(&self, region: u64) -> (usize, u32) {
+        let places = self.reserved.len() as u64;
+        (low_u32(region % places) as usize, low_u32(region / places))
+    }
+
+    /// The region has its space.
+    fn remember(&mut self, region: u64) {
+        let (place, quotient) = self.place_of(region);
+        self.reserved[place] = quotient;
+    }
+
+    /// Whether the region is known to have its space.
+    fn knows(&self, region: u64) -> bool {
+        let (place, quotient) = self.place_of(region);
+        self.reserved[place] == quotient
     }
 
     /// Space in the span was given back.
     pub fn forget(&mut self, span: SectorSpan) {
         let pages = span.pages();
         let touched = pages.first.0 / REGION_PAGES..pages.end().0.div_ceil(REGION_PAGES);
-        for place in &mut self.reserved {
-            if touched.contains(place) {
-                *place = NONE;
+        let places = self.reserved.len() as u64;
+        for (place, quotient) in (0..).zip(&mut self.reserved) {
+            if *quotient != NONE && touched.contains(&(u64::from(*quotient) * places + place)) {
+                *quotient = NONE;
             }
         }
         for (region, stale) in &mut self.asked {
@@ -71,7 +88,7 @@ impl Allocating {
 
     /// Bytes of memory the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.reserved.capacity() * size_of::<u64>()
+        self.reserved.capacity() * size_of::<u32>()
     }
 }
 
@@ -86,7 +103,7 @@ impl PageCache {
             return Space::There;
         }
         let region = no.0 / REGION_PAGES;
-        if *self.allocating.place(region) == region {
+        if self.allocating.knows(region) {
             return Space::There;
         }
         if self.allocating.asked.iter().any(|&(asked, _)| asked == region) {
@@ -115,7 +132,7 @@ impl PageCache {
             None => {
                 self.failing.heal_after(Cause::Allocate);
                 if !stale {
-                    *self.allocating.place(region) = region;
+                    self.allocating.remember(region);
                 }
             }
         }

@@ -119,7 +119,7 @@ impl PageCache {
         let waited_for = queue.front().is_some_and(|flush| flush.needs.is_some());
         // A flush that asks gets its answer now; one that is held waits for the pause to end, like everything else.
         let asked = waited_for && !self.failing.holds_syncs();
-        let due = (waited_for || self.flushing.sync_is_due()) && self.failing.may_retry(self.now);
+        let due = self.flushing.sync_is_awaited() && self.failing.may_retry(self.now);
         if self.flushing.syncing.is_none() && !redoing && (asked || due) {
             self.launch_sync();
         }

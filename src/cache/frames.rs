@@ -85,14 +85,15 @@ impl Frames {
         let word = &mut self.words[frame.index()];
         assert!(*word & FREE == 0 && *word > 0, "{frame:?} is released once too often");
         *word -= 1;
-        if *word == 0 && self.newest_first && self.free_head != END {
+        let freed = *word == 0;
+        if freed && self.newest_first && self.free_head != END {
             *word = FREE | self.free_head;
             self.free_head = frame.0;
             self.free_count += 1;
-        } else if *word == 0 {
+        } else if freed {
             self.put(frame.0);
         }
-        self.words[frame.index()] & FREE != 0
+        freed
     }
 
     /// References to a frame that is held.

@@ -18,7 +18,9 @@ pub(super) enum Want {
 #[derive(Debug, Default)]
 pub(super) struct Stalled {
     queue: VecDeque<Ticket>,
+    /// One of them wants room.
     for_room: bool,
+    /// Something ended since they were last told.
     unblocked: bool,
 }
 

@@ -38,8 +38,8 @@ impl Blame {
             PlanKind::Zero { .. } | PlanKind::Discard => self.ranges = Some(now),
             PlanKind::Write | PlanKind::Sync | PlanKind::Allocate => {}
         }
-        // A zero that is done again after a failed Sync answers to the policy, as the Sync does.
-        // So does the read of what a page lacks that can't be written without it.
+        // A zero that is done again after a failed Sync answers to the policy, as the Sync does, and so does a read of what a
+        // page lacks that can't be written without it.
         let fills = kind == PlanKind::Read && settings.block_sectors > 1;
         if !fills && matches!(kind, PlanKind::Read | PlanKind::Discard) {
             return;

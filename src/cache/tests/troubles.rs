@@ -3,6 +3,7 @@
 use super::*;
 
 const NOW: Tick = Tick(1_000_000);
+const FLUSH: Ticket = Ticket(77);
 
 /// Pumps; returns the operations that this starts, which stay in flight.
 fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, PlanKind, SectorSpan)> {
@@ -10,15 +11,6 @@ fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, PlanKind, SectorSpan)>
     cache.pump(now);
     cache.take_plans(|plan| plans.push((plan.tag, plan.kind, plan.span)));
     plans
-}
-
-#[test]
-fn a_write_elsewhere_does_not_wait_for_a_discard() {
-    let mut cache = cache_of(1024, 1 << 20);
-    assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));
-    assert_eq!(started(&mut cache, NOW).len(), 1);
-    assert_eq!(cache.read(access(8, 8), &mut Vec::new()), Admitted::Until(0), "the range is locked");
-    write(&mut cache, 8000, 8);
 }
 
 /// Ends every operation of one kind with a fault, all others well, until `until` or until nothing is due any more; returns
@@ -46,7 +38,14 @@ fn flush_result(cache: &mut PageCache) -> Option<Result<(), Fault>> {
     })
 }
 
-const FLUSH: Ticket = Ticket(77);
+#[test]
+fn a_write_elsewhere_does_not_wait_for_a_discard() {
+    let mut cache = cache_of(1024, 1 << 20);
+    assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));
+    assert_eq!(started(&mut cache, NOW).len(), 1);
+    assert_eq!(cache.read(access(8, 8), &mut Vec::new()), Admitted::Until(0), "the range is locked");
+    write(&mut cache, 8000, 8);
+}
 
 #[test]
 fn a_flush_fails_if_the_rest_of_a_block_cannot_be_read() {
@@ -130,13 +129,18 @@ fn a_write_that_finds_too_many_writers_goes_on_when_one_leaves() {
 }
 
 #[test]
-fn space_far_out_on_an_image_is_asked_for_once() {
-    let settings = Settings { sparse: true, allocate: true, ..settings_of(1024, 1 << 44) };
+fn space_far_out_on_an_image_is_asked_for_once_until_it_is_given_back() {
+    let settings = Settings { sparse: true, allocate: true, ..settings_of(1024, 1 << 50) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
-    for far in [1 << 43, (1 << 44) - 8] {
+    for far in [1 << 43, (1 << 44) - 8, (1 << 50) - 8] {
         assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0));
         settle(&mut cache, NOW);
         write(&mut cache, far, 8);
+        settle(&mut cache, NOW);
+        assert!(cache.discard(Ticket(9), SectorSpan::new(far, 8)));
+        settle(&mut cache, NOW);
+        assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0), "it may have been given back");
+        settle(&mut cache, NOW);
     }
 }
 

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::Memory;
 use super::ring::{ControlRing, Session};
+use crate::virtio::GuestRam;
 use crate::virtio::config_space::tells_writeback;
 
 /// Largest configuration space of the protocol (VHOST_USER_MAX_CONFIG_SIZE in QEMU).
@@ -115,15 +116,15 @@ impl VhostUserBackend for Backend {
 
     /// => A region that its file does not fill would be SIGBUS at the first touch: it is refused here.
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        let ram = memory.memory().into_inner();
-        for region in ram.iter() {
+        let memory = memory.memory().into_inner();
+        for region in memory.iter() {
             let Some(file) = region.file_offset() else { continue };
             let end = file.start().checked_add(region.len());
             if end.is_none_or(|end| file.file().metadata().is_ok_and(|metadata| metadata.len() < end)) {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory region reaches beyond its file"));
             }
         }
-        self.0.session.workers.set_memory(&ram);
+        self.0.session.workers.set_memory(&Arc::new(GuestRam::new(memory)));
         Ok(())
     }
 

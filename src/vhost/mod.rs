@@ -20,4 +20,4 @@ mod wire;
 pub use server::{Server, bind};
 
 /// Guest memory as the crate keeps it.
-type Memory = vm_memory::GuestMemoryAtomic<crate::virtio::GuestRam>;
+type Memory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap<()>>;

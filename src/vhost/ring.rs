@@ -20,6 +20,7 @@ use super::inflight::Inflight;
 use crate::device::control::Workers;
 use crate::device::inflight::RingTrack;
 use crate::device::{Command, Device, RingSetup};
+use crate::virtio::GuestRam;
 use crate::virtio::split::{Layout, Position};
 
 thread_local! {
@@ -172,7 +173,7 @@ impl ControlRing {
             position: Position { next_avail: queue.next_avail(), next_used: queue.next_used() },
             kick,
             call,
-            memory: self.link.memory.memory().into_inner(),
+            memory: Arc::new(GuestRam::new(self.link.memory.memory().into_inner())),
             track: self.link.session.inflight.of_ring(index, queue.size()),
         };
         self.link.session.ring_starts(index, &setup);

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use log::{error, info, warn};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::Memory;
@@ -112,7 +113,7 @@ impl Server {
         info!("{}: a front-end is attached", self.device.name);
         let ended = self.session(&front_end);
         drop(front_end);
-        self.workers.set_memory(&Arc::new(GuestRam::new()));
+        self.workers.set_memory(&Arc::new(GuestRam::default()));
         self.detached(ended);
         Ok(())
     }
@@ -123,7 +124,7 @@ impl Server {
         let session = Session::new(&self.device, &self.workers);
         let backend = Backend::new(&session, self.queue_size);
         let name = format!("vhost {}", self.device.name);
-        let memory = Memory::new(GuestRam::new());
+        let memory = Memory::new(GuestMemoryMmap::new());
         let (daemon, rings) = making_rings_for(&session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| refused(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| refused(&e))?;

@@ -6,7 +6,7 @@
 
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
+use vm_memory::{Address, GuestAddress, VolatileMemory, VolatileSlice};
 
 use crate::virtio::GuestRam;
 use crate::virtio::segments::{GuestRange, prefetch, read_once};
@@ -128,7 +128,7 @@ impl<'a> Table<'a> {
     /// => It need not lie in guest memory as a whole; a chain that leaves that memory is broken.
     pub fn new(mem: &'a GuestRam, base: GuestAddress, entries: u32) -> Self {
         // 32768 entries of 16 bytes at most: far below a usize.
-        let slice = mem.get_slice(base, (entries * DESCRIPTOR_BYTES) as usize).ok();
+        let slice = mem.slice(base, (entries * DESCRIPTOR_BYTES) as usize);
         Self { base, entries, slice }
     }
 
@@ -137,7 +137,7 @@ impl<'a> Table<'a> {
     /// here the processor waits for those of several at a time.
     pub fn foresee(&self, mem: &GuestRam, heads: &[u16]) {
         for descriptor in heads.iter().filter_map(|&head| self.read(mem, head)) {
-            if let Ok(first) = mem.get_slice(descriptor.addr(), 1) {
+            if let Some(first) = mem.slice(descriptor.addr(), 1) {
                 prefetch(first.ptr_guard().as_ptr());
             }
         }

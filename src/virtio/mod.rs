@@ -7,6 +7,7 @@
 
 pub mod chain;
 pub mod config_space;
+mod ram;
 pub mod request;
 pub mod segments;
 pub mod split;
@@ -15,8 +16,7 @@ mod testing;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 
-/// Guest memory as the front-end maps it into this process.
-pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+pub use ram::GuestRam;
 
 /// Status byte: the request is done (virtio 1.2, section 5.2.6).
 pub const STATUS_OK: u8 = 0;

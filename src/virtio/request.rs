@@ -8,7 +8,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, GuestAddress};
 
 use crate::units::{SECTOR_BYTES, SectorSpan};
 use crate::virtio::chain::{Buffer, Chain, Table};
@@ -237,7 +237,7 @@ impl<'a> Gather<'a> {
     fn finish(self, mem: &GuestRam) -> Result<(), Malformed> {
         let last = self.last_writable.ok_or(Malformed::NoStatus)?;
         let status = last.addr.checked_add(u64::from(last.len) - 1).ok_or(Malformed::NoStatus)?;
-        if !mem.address_in_range(status) {
+        if mem.slice(status, 1).is_none() {
             return Err(Malformed::NoStatus);
         }
         let whole = self.header_len == HEADER_BYTES && self.chain_bytes <= u64::from(u32::MAX);

@@ -10,7 +10,7 @@
 
 use std::ptr;
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::virtio::GuestRam;
 
@@ -192,13 +192,13 @@ fn each_mapping(
     mut f: impl FnMut(usize, *mut u8, usize),
 ) -> Result<(), BadAddress> {
     // Nearly always one region holds it all. Without xen's on-demand mappings the pointer guard is a plain pointer.
-    if let Ok(slice) = mem.get_slice(addr, len) {
+    if let Some(slice) = mem.slice(addr, len) {
         f(0, slice.ptr_guard_mut().as_ptr(), len);
         return Ok(());
     }
     let mut done = 0;
-    for slice in GuestMemoryBackend::get_slices(mem, addr, len) {
-        let slice = slice.map_err(|_| BadAddress)?;
+    for slice in mem.slices(addr, len) {
+        let slice = slice.ok_or(BadAddress)?;
         f(done, slice.ptr_guard_mut().as_ptr(), slice.len());
         done += slice.len();
     }
@@ -254,7 +254,8 @@ pub fn read_once(mem: &GuestRam, addr: GuestAddress, target: &mut [u8]) -> Resul
 /// # Errors
 /// [`BadAddress`] when the address is not in guest memory (any more).
 pub fn write_status(mem: &GuestRam, addr: GuestAddress, status: u8) -> Result<(), BadAddress> {
-    mem.write_obj(status, addr).map_err(|_| BadAddress)
+    let place = mem.slice(addr, 1).ok_or(BadAddress)?;
+    place.write_obj(status, 0).map_err(|_| BadAddress)
 }
 
 /// Copies `len` bytes with volatile reads: eight at a time where the source allows.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestAddress;
 
 use crate::virtio::GuestRam;
 
@@ -189,7 +189,7 @@ impl Rings {
             return None;
         }
         let part = |address, bytes, alignment| Part::find(memory, GuestAddress(address), bytes, alignment);
-        if !memory.check_range(GuestAddress(layout.desc_table), size * DESCRIPTOR_BYTES)
+        if !memory.holds(GuestAddress(layout.desc_table), size * DESCRIPTOR_BYTES)
             || !layout.desc_table.is_multiple_of(TABLE_ALIGNMENT)
         {
             return None;
@@ -213,7 +213,7 @@ unsafe impl Send for Part {}
 impl Part {
     fn find(memory: &GuestRam, address: GuestAddress, bytes: usize, alignment: usize) -> Option<Self> {
         // Without xen's on-demand mappings the guard is a plain pointer, good as long as the memory.
-        let base = memory.get_slice(address, bytes).ok()?.ptr_guard_mut().as_ptr();
+        let base = memory.slice(address, bytes)?.ptr_guard_mut().as_ptr();
         base.addr().is_multiple_of(alignment).then_some(Self { base, bytes })
     }
 

@@ -1,7 +1,9 @@
 //! What the tests of the guest's side share: guest memory, descriptors in it, and numbers from a seed.
 
+use std::sync::Arc;
+
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::virtio::GuestRam;
 
@@ -22,7 +24,8 @@ pub(crate) const END: u64 = 0x5_0000;
 /// Two adjacent regions, a hole, a third region.
 pub(crate) fn ram() -> GuestRam {
     let at = |start: u64, len: usize| (GuestAddress(start), len);
-    GuestRam::from_ranges(&[at(0, 0x1_0000), at(SEAM, 0x1_0000), at(HIGH, 0x1_0000)]).unwrap()
+    let regions = [at(0, 0x1_0000), at(SEAM, 0x1_0000), at(HIGH, 0x1_0000)];
+    GuestRam::new(Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap()))
 }
 
 /// Writes descriptor `index` of the table at `table`.

@@ -1,7 +1,7 @@
 //! Tests of chains: legal, broken and hostile.
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::*;
 use crate::virtio::testing::{END, HIGH, HOLE, INDIRECT, NEXT, Random, SEAM, WRITE, put, put_chain, ram};
@@ -25,7 +25,7 @@ fn walk(mem: &GuestRam, table: u64, size: u16, head: u16) -> (Vec<Buffer>, Resul
 }
 
 /// What virtio-queue's iterator gives for the same chain.
-fn oracle(mem: &GuestRam, table: u64, size: u16, head: u16) -> Vec<Buffer> {
+fn oracle(mem: &GuestMemoryMmap, table: u64, size: u16, head: u16) -> Vec<Buffer> {
     let mut queue = Queue::new(1024).unwrap();
     queue.set_size(size);
     queue.try_set_desc_table_address(GuestAddress(table)).unwrap();

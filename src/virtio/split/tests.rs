@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::*;
 use crate::virtio::testing::{END, HOLE, Random, SEAM, ram};
@@ -31,14 +31,14 @@ fn oracle(layout: &Layout, position: Position) -> Queue {
     queue
 }
 
-fn ring_bytes(mem: &GuestRam, at: u64) -> [u8; RING_BYTES] {
+fn ring_bytes(mem: &GuestMemoryMmap, at: u64) -> [u8; RING_BYTES] {
     let mut bytes = [0; RING_BYTES];
     mem.read_slice(&mut bytes, GuestAddress(at)).unwrap();
     bytes
 }
 
 /// Whether the guest wants a call for what virtio-queue has put on the used ring since the last time.
-fn oracle_wants_call(queue: &mut Queue, mem: &GuestRam) -> bool {
+fn oracle_wants_call(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
     if queue.event_idx_enabled() {
         return queue.needs_notification(mem).unwrap();
     }
@@ -55,6 +55,7 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
         let start = random.pick(&[0, 5, u16::MAX, u16::MAX - 3]);
         let position = Position { next_avail: start, next_used: start };
         let (ours, theirs) = (Arc::new(ram()), ram());
+        let theirs: &GuestMemoryMmap = &theirs;
         let mut queue = SplitQueue::new(&ours, layout, position).unwrap();
         let mut oracle = oracle(&layout, position);
         let (mut avail_idx, mut out) = (start, Vec::new());
@@ -77,7 +78,7 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
                 2 => {
                     let (most, mut heads) = (usize::try_from(random.below(9)).unwrap(), Vec::new());
                     queue.take(most, &mut heads).unwrap();
-                    let chains = oracle.iter(&theirs).unwrap().take(most).map(|chain| chain.head_index());
+                    let chains = oracle.iter(theirs).unwrap().take(most).map(|chain| chain.head_index());
                     assert!(chains.eq(heads.iter().copied()), "seed {seed}");
                     out.extend(heads);
                 }
@@ -86,19 +87,19 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
                         let Some(head) = out.pop() else { break };
                         let len = u32::try_from(random.below(1 << 32)).unwrap();
                         queue.put_used(head, len);
-                        oracle.add_used(&theirs, head, len).unwrap();
+                        oracle.add_used(theirs, head, len).unwrap();
                     }
                     let wanted = queue.publish();
-                    assert_eq!(wanted, oracle_wants_call(&mut oracle, &theirs), "seed {seed}");
+                    assert_eq!(wanted, oracle_wants_call(&mut oracle, theirs), "seed {seed}");
                     *if wanted { &mut calls } else { &mut silences } += 1;
                 }
                 3 => {
                     queue.quiet_kicks();
-                    oracle.disable_notification(&theirs).unwrap();
+                    oracle.disable_notification(theirs).unwrap();
                 }
-                _ => assert_eq!(queue.want_kicks(), oracle.enable_notification(&theirs).unwrap(), "seed {seed}"),
+                _ => assert_eq!(queue.want_kicks(), oracle.enable_notification(theirs).unwrap(), "seed {seed}"),
             }
-            assert_eq!(ring_bytes(&ours, USED), ring_bytes(&theirs, USED), "seed {seed}");
+            assert_eq!(ring_bytes(&ours, USED), ring_bytes(theirs, USED), "seed {seed}");
             assert_eq!(queue.position().next_avail, oracle.next_avail(), "seed {seed}");
             assert_eq!(queue.position().next_used, oracle.next_used(), "seed {seed}");
         }

@@ -41,6 +41,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const UNSAFE_ALLOWED: &[&str] = &[
     "arena/",
     "store/",
+    "virtio/ram.rs",
     "virtio/segments.rs",
     "virtio/split.rs",
     "device/call.rs",

@@ -1,4 +1,4 @@
-//! Copies between the guest's memory and ours; the only unsafe code of the guest's side.
+//! Copies between the guest's memory and ours.
 //!
 //! A request's data is a list of guest ranges read as one stream of bytes. [`GuestCursor`] copies any stretch of that
 //! stream to or from host memory and remembers where it stopped, so that reading on costs nothing and jumping costs the

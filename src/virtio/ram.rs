@@ -1,7 +1,7 @@
 //! The guest's memory, as the front-end maps it into this process.
 //!
-//! vm-memory maps it and keeps each region behind a pointer of its own. A request asks for the place of its data, header and
-//! status, and of what the ring is called for ahead: what all of that needs to know of the regions lies side by side here.
+//! vm-memory maps it and keeps each region behind a pointer of its own. A request asks where its header, its data and its
+//! status lie, and what a look-up needs to know of the regions lies side by side here.
 
 use std::sync::Arc;
 

@@ -35,20 +35,16 @@ impl Tally {
     }
 }
 
-/// 64 KiB of the image with dirty pages in it.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Group {
-    dirty: u16,
-    /// Written since the write-back cursor last passed.
-    pub recent: bool,
-}
+/// The dirty pages of 64 KiB of the image, a bit for each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Group(u16);
 
 impl Group {
+    const FULL: Self = Self(u16::MAX);
+
     /// The dirty pages of group `number`.
     pub fn pages(self, number: u64) -> impl Iterator<Item = PageNo> {
-        (0..GROUP_PAGES)
-            .filter(move |bit| self.dirty >> bit & 1 == 1)
-            .map(move |bit| PageNo(number * GROUP_PAGES + bit))
+        (0..GROUP_PAGES).filter(move |bit| self.0 >> bit & 1 == 1).map(move |bit| PageNo(number * GROUP_PAGES + bit))
     }
 }
 
@@ -151,8 +147,8 @@ impl DirtySet {
     fn flip(&mut self, no: PageNo) {
         let number = no.0 / GROUP_PAGES;
         let group = self.groups.entry(number).or_default();
-        group.dirty ^= 1 << (no.0 % GROUP_PAGES);
-        if group.dirty == 0 {
+        group.0 ^= 1 << (no.0 % GROUP_PAGES);
+        if group.0 == 0 {
             self.groups.remove(&number);
         }
     }
@@ -175,24 +171,9 @@ impl DirtySet {
         }
     }
 
-    /// A guest wrote the page: its group is recent. Returns whether all of the group's pages are dirty.
-    pub fn touch_group(&mut self, no: PageNo) -> bool {
-        self.groups.get_mut(&(no.0 / GROUP_PAGES)).is_some_and(|group| {
-            group.recent = true;
-            group.dirty == u16::MAX
-        })
-    }
-
-    /// The cursor passed the group.
-    pub fn cool_group(&mut self, number: u64) {
-        if let Some(group) = self.groups.get_mut(&number) {
-            group.recent = false;
-        }
-    }
-
     /// Whether all pages of the group of `no` are dirty.
     pub fn group_is_full(&self, no: PageNo) -> bool {
-        self.groups.get(&(no.0 / GROUP_PAGES)).is_some_and(|group| group.dirty == u16::MAX)
+        self.groups.get(&(no.0 / GROUP_PAGES)).is_some_and(|&group| group == Group::FULL)
     }
 
     /// The first group with dirty pages from group `from` on.

@@ -34,6 +34,8 @@ pub(super) const FAILED: u8 = 1 << 4;
 /// Written to the store and not yet covered by a good Sync: not evictable. One bit for the writes that the Sync in
 /// flight covers and one for those it does not; `flush.rs` says which is which.
 pub(super) const UNSYNCED: [u8; 2] = [1 << 5, 1 << 6];
+/// Written by a guest since the cursor of write-back last passed; meaningful while dirty.
+pub(super) const RECENT: u8 = 1 << 7;
 
 /// What is told of a frame to the memory behind it, so that a successor can take the page over if the daemon dies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -257,6 +257,22 @@ fn write_back_in_the_background_keeps_the_store_busy() {
 }
 
 #[test]
+fn the_background_leaves_alone_what_is_written_again_and_again() {
+    let mut cache = cache_of(1024, 1 << 20);
+    for page in 0..120 {
+        write(&mut cache, page * 16 * 8, 8);
+    }
+    let mut written = Vec::new();
+    for _ in 0..100 {
+        write(&mut cache, 5 * 16 * 8, 8);
+        written.extend(settle(&mut cache, Tick(1)).iter().map(|(_, span)| span.start / 8 / 16));
+    }
+    written.sort_unstable();
+    assert!(written.len() > 60 && written.is_sorted_by(|a, b| a < b), "{written:?}");
+    assert!(!written.contains(&5), "{written:?}");
+}
+
+#[test]
 fn a_flush_does_not_wait_for_later_writes() {
     let mut cache = cache_of(1024, 1 << 20);
     write(&mut cache, 0, 8);

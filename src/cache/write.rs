@@ -8,7 +8,7 @@
 use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::allocate::Space;
-use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING};
+use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING, RECENT};
 use super::stalled::Want;
 use super::{Access, Admitted, PageCache, Piece, Step};
 
@@ -176,8 +176,9 @@ impl PageCache {
             }
             page.valid = page.valid.or(changed);
             page.dirty = page.dirty.or(changed);
+            page.set(RECENT);
         });
-        self.writeback.wrote(&mut self.dirty, no);
+        self.writeback.wrote(&self.dirty, no);
         self.after_writer(id);
     }
 

@@ -11,7 +11,7 @@ use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 
 use super::PageCache;
 use super::dirty::{DirtySet, GROUP_PAGES, Group};
-use super::page::{FAILED, READING};
+use super::page::{FAILED, READING, RECENT};
 
 /// Pages of an aligned piece that a sequential writer fills and that is then written at once (1 MiB).
 const BEHIND_PAGES: u64 = 256;
@@ -57,11 +57,9 @@ impl Writeback {
         self.next_aging = now.plus_us(age_us / 2);
     }
 
-    /// A page has been written by a guest: its group is recent, and a filled 1 MiB is written at once.
-    pub fn wrote(&mut self, dirty: &mut DirtySet, no: PageNo) {
-        let full = dirty.touch_group(no);
-        let last = no.0 % BEHIND_PAGES == BEHIND_PAGES - 1;
-        if last && full {
+    /// A page has been written by a guest: a filled 1 MiB is written at once.
+    pub fn wrote(&mut self, dirty: &DirtySet, no: PageNo) {
+        if no.0 % BEHIND_PAGES == BEHIND_PAGES - 1 {
             let first = PageNo(no.0 + 1 - BEHIND_PAGES);
             if (0..BEHIND_PAGES / GROUP_PAGES).all(|group| dirty.group_is_full(first.plus(group * GROUP_PAGES))) {
                 self.behind.push(no);
@@ -182,15 +180,27 @@ impl PageCache {
             }
             self.writeback.cursor = number + 1;
             self.writeback.barren += 1;
-            if cold && group.recent {
-                self.dirty.cool_group(number);
-            } else {
+            if !(cold && self.was_recent(number, group)) {
                 self.sweep_group(number, group, scope, depth);
             }
         }
         // A sweep of the background goes on at the next request or when guests are idle; others go on at once, until they
         // have been round without finding anything that can go.
         self.writeback.more |= !cold && self.writeback.barren < self.dirty.groups();
+    }
+
+    /// Whether a page of the group was written since the cursor last passed, which it does now.
+    fn was_recent(&mut self, number: u64, group: Group) -> bool {
+        let mut recent = false;
+        let mut previous = None;
+        for no in group.pages(number) {
+            previous = self.pages.find_after(previous, no);
+            if let Some(id) = previous {
+                recent |= self.pages[id].is(RECENT);
+                self.pages[id].clear(RECENT);
+            }
+        }
+        recent
     }
 
     /// Writes the pages of one group that are in scope; the cursor moves past a cluster that reaches further.

@@ -22,6 +22,8 @@ pub mod virtio;
 
 /// The memory behind frames.
 pub mod arena;
+/// What calls a worker thread.
+pub mod bell;
 /// The page cache, without I/O.
 pub mod cache;
 /// Where a request meets the cache.

@@ -12,9 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use log::{Level, error, info, log, warn};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arena::{Arena, Entry, Populator, ZEROED_MAX};
+use crate::bell::Bell;
 use crate::cache::{
     Condition, FrameMemory, Left, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats,
     Ticket,
@@ -52,7 +52,7 @@ impl FrameMemory for Arc<Arena> {
 #[derive(Debug)]
 struct Mailbox {
     notices: Mutex<Vec<Notice>>,
-    bell: Arc<EventFd>,
+    bell: Arc<Bell>,
 }
 
 /// An image, its page cache, and the memory of both.
@@ -151,8 +151,7 @@ impl Object {
     pub fn port(self: &Arc<Self>) -> Result<Port> {
         let mut store = self.image.attach()?;
         store.expect_memory(self.arena.addresses());
-        let bell = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
+        let bell = Bell::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
         let mailbox = Arc::new(Mailbox { notices: Mutex::default(), bell: Arc::new(bell) });
         let mut mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
         mailboxes.push(Arc::clone(&mailbox));
@@ -162,7 +161,7 @@ impl Object {
             worker,
             mailbox,
             store,
-            rung: false,
+            store_rang: false,
             backlog: VecDeque::new(),
             events: Vec::new(),
             notices: Vec::new(),
@@ -178,7 +177,7 @@ pub struct Port {
     mailbox: Arc<Mailbox>,
     store: Box<dyn Store>,
     /// The store's descriptor was readable.
-    rung: bool,
+    store_rang: bool,
     /// Requests that are to be submitted, or that the store had no room for.
     backlog: VecDeque<Request>,
     events: Vec<Event>,
@@ -204,11 +203,11 @@ impl Port {
 
     /// The store's descriptor was found readable.
     pub fn store_rang(&mut self) {
-        self.rung = true;
+        self.store_rang = true;
     }
 
     /// Rung when another thread has something for this worker.
-    pub fn bell(&self) -> &Arc<EventFd> {
+    pub fn bell(&self) -> &Arc<Bell> {
         &self.mailbox.bell
     }
 
@@ -230,13 +229,15 @@ impl Port {
         piece.frame.map(|frame| self.object.arena.frame(frame).wrapping_add(offset))
     }
 
-    /// Collects what the store has finished and what other workers left. Whether there is anything.
-    pub fn collect(&mut self) -> bool {
-        if std::mem::take(&mut self.rung) || self.store.may_have_events() {
+    /// Collects what the store has finished and, if the bell `was_rung`, what other workers left. Whether there is anything.
+    pub fn collect(&mut self, was_rung: bool) -> bool {
+        if std::mem::take(&mut self.store_rang) || self.store.may_have_events() {
             self.store.reap(&mut self.events);
         }
-        let mut mail = self.mailbox.notices.lock().expect("nobody panics holding a mailbox");
-        self.notices.append(&mut mail);
+        if was_rung {
+            let mut mail = self.mailbox.notices.lock().expect("nobody panics holding a mailbox");
+            self.notices.append(&mut mail);
+        }
         !self.events.is_empty() || !self.notices.is_empty()
     }
 
@@ -306,7 +307,7 @@ impl Port {
 /// Rings the bells of workers that have got something.
 fn wake(recipients: &[Arc<Mailbox>]) {
     for mailbox in recipients {
-        if let Err(error) = mailbox.bell.write(1) {
+        if let Err(error) = mailbox.bell.ring() {
             warn!("cannot wake a worker: {error}");
         }
     }

@@ -10,6 +10,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use genblk::arena::{Arena, Populator};
+use genblk::bell::Bell;
 use genblk::device::control::Workers;
 use genblk::device::ring::Ring;
 use genblk::device::{Command, Control, Device};
@@ -21,7 +22,6 @@ use genblk::virtio::request::{Disk, Kind, Malformed, Request, parse, serial};
 use genblk::virtio::segments::{GuestCursor, write_status};
 use genblk::virtio::{STATUS_IOERR, STATUS_OK};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// genblk's default, which is part of its ring code.
 const POLL: Duration = Duration::from_micros(50);
@@ -54,7 +54,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     // decides how fast they are copied.
     let buffer = Arc::new(Arena::private(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
     let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, geometry, true, 0);
-    let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let bell = Arc::new(Bell::new()?);
     let (control, commands) = Control::new(Arc::clone(&bell));
     let _populator = Populator::start("limit", &buffer);
     let kicks = Epoll::new()?;
@@ -68,7 +68,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
 
 struct Copier {
     commands: Receiver<Command>,
-    bell: Arc<EventFd>,
+    bell: Arc<Bell>,
     /// Readable when a guest kicks, or the bell rings.
     kicks: Epoll,
     rings: BTreeMap<u16, Ring>,
@@ -81,7 +81,9 @@ impl Copier {
         let (mut heads, mut request) = (Vec::new(), Request::default());
         let mut idle_since = Instant::now();
         loop {
-            self.obey();
+            if self.bell.was_rung() {
+                self.obey();
+            }
             let mut worked = false;
             for ring in self.rings.values_mut().filter(|ring| ring.has_more()) {
                 worked = true;
@@ -149,8 +151,7 @@ impl Copier {
         if !came_meanwhile {
             // Whatever it is, the next turn finds it.
             let _ = self.kicks.wait(-1, &mut [EpollEvent::default(); 8]);
-            // Finding nothing is normal: it may have been a kick.
-            let _ = self.bell.read();
+            self.bell.hush();
         }
         self.rings.values_mut().for_each(Ring::quiet_kicks);
     }

@@ -5,9 +5,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use log::error;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::inflight::RingTrack;
+use crate::bell::Bell;
 use crate::units::Fault;
 use crate::virtio::GuestRam;
 use crate::virtio::split::{Layout, Position};
@@ -52,12 +52,12 @@ pub enum Command {
 #[derive(Clone, Debug)]
 pub struct Control {
     commands: Sender<Command>,
-    bell: Arc<EventFd>,
+    bell: Arc<Bell>,
 }
 
 impl Control {
     /// Both ends; `bell` wakes the worker.
-    pub fn new(bell: Arc<EventFd>) -> (Self, Receiver<Command>) {
+    pub fn new(bell: Arc<Bell>) -> (Self, Receiver<Command>) {
         let (commands, receiver) = channel();
         (Self { commands, bell }, receiver)
     }
@@ -65,7 +65,7 @@ impl Control {
     /// Sends a command that needs no answer.
     pub fn send(&self, command: Command) {
         // A worker ends only when it is told to, or when an invariant broke; then nobody listens any more.
-        if self.commands.send(command).is_err() || self.bell.write(1).is_err() {
+        if self.commands.send(command).is_err() || self.bell.ring().is_err() {
             error!("a worker thread is gone");
         }
     }

@@ -244,10 +244,7 @@ impl Worker {
         };
         for event in &events[..count] {
             match event.data() {
-                BELL => {
-                    // Finding nothing is normal: another wake-up has taken it.
-                    let _ = self.port.bell().read();
-                }
+                BELL => self.port.bell().hush(),
                 STORE => self.port.store_rang(),
                 // A kick: the next turn looks at all rings.
                 _ => {}
@@ -257,8 +254,9 @@ impl Worker {
 
     /// One turn; see the module. False: there was nothing to do.
     fn turn(&mut self, now: Tick) -> bool {
-        let obeyed = self.obey(now);
-        let collected = self.port.collect();
+        let was_rung = self.port.bell().was_rung();
+        let obeyed = was_rung && self.obey(now);
+        let collected = self.port.collect(was_rung);
         let taken = self.take_requests();
         let due = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
         if !(obeyed || collected || taken) && due.is_none_or(|due| due > now) {

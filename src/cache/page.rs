@@ -175,10 +175,19 @@ pub(super) struct PageTable {
     index: HashTable<u32>,
 }
 
-/// Multiplicative hash; the upper bits of the product are well mixed, so fold them down.
+/// Pages in a row that have places in a row in the index, as a power of two.
+const ROW_BITS: u32 = 3;
+
+/// Multiplicative hash of a row of pages; the upper bits of the product are well mixed, so fold them down.
+///
+/// => The low bits say where the index looks first, the highest ones are the fingerprint that it compares there. Pages
+///    that follow each other come and go together: a row of them takes one line of the index, and no two have the same
+///    fingerprint.
 fn hash(no: PageNo) -> u64 {
-    let product = (no.0 ^ no.0 >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    product ^ product >> 32
+    let (row, place) = (no.0 >> ROW_BITS, no.0 & ((1 << ROW_BITS) - 1));
+    let product = (row ^ row >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mixed = product ^ product >> 32;
+    (mixed << ROW_BITS | place) ^ place << (u64::BITS - ROW_BITS)
 }
 
 impl PageTable {
@@ -276,6 +285,18 @@ mod tests {
     #[test]
     fn a_page_takes_24_bytes() {
         assert_eq!(size_of::<Page>(), 24);
+    }
+
+    #[test]
+    fn pages_in_a_row_lie_side_by_side_and_are_told_apart() {
+        for row in (0..1000).map(|n: u64| n * n * 8) {
+            let hashes: Vec<u64> = (row..row + 8).map(|no| hash(PageNo(no))).collect();
+            assert!(hashes.iter().all(|hash| hash & 0xffff == hashes[0] & 0xffff | hash & 7), "{hashes:x?}");
+            let mut fingerprints: Vec<u64> = hashes.iter().map(|hash| hash >> 57).collect();
+            fingerprints.sort_unstable();
+            fingerprints.dedup();
+            assert_eq!(fingerprints.len(), 8, "{hashes:x?}");
+        }
     }
 
     #[test]

@@ -42,8 +42,9 @@ fn the_demands_on_replacement_are_met_in_small() {
 #[test]
 fn the_demands_on_readahead_are_met_in_small() {
     for store in readahead::STORES {
-        let rows = readahead::measure(store, 1 << 18);
-        let missed = not_met(readahead::judge(store, &rows));
+        let pages = 1 << 18;
+        let rows = readahead::measure(store, pages);
+        let missed = not_met(readahead::judge(store, &rows, pages));
         assert!(missed.is_empty(), "{missed:#?}\n{}", readahead::table(store, &rows));
     }
 }

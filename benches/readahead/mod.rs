@@ -12,7 +12,7 @@ pub use world::{Measured, StoreModel};
 
 use crate::policy_report::Gate;
 use crate::prng::Prng;
-use world::{IMAGE_PAGES, Reader};
+use world::{CACHE_PAGES, IMAGE_PAGES, Reader};
 
 /// A reader in a hurry: 10 GB/s, which is what it takes to copy.
 const COPY_NS_PER_PAGE: u64 = 400;
@@ -23,6 +23,8 @@ const PIECE_PAGES: u64 = 32;
 const LOCAL: StoreModel = StoreModel { name: "local", latency_us: 80, bytes_per_us: 2000 };
 /// A volume on the network: 500 MB/s after 1 ms.
 const REMOTE: StoreModel = StoreModel { name: "remote", latency_us: 1000, bytes_per_us: 500 };
+/// What a scan may cost the hot set, in points of its hits.
+const SCAN_COST_MAX: f64 = 2.0;
 /// The stores on which is measured.
 pub const STORES: [StoreModel; 2] = [LOCAL, REMOTE];
 
@@ -111,7 +113,7 @@ impl Pattern {
 
 /// A reader in a hurry.
 fn reader(requests: impl Iterator<Item = (u64, u64)> + 'static, depth: usize) -> Reader {
-    Reader { requests: Box::new(requests), depth, ns_per_page: COPY_NS_PER_PAGE }
+    Reader { requests: Box::new(requests), depth, ns_per_page: COPY_NS_PER_PAGE, begins_ns: 0 }
 }
 
 /// A stream from `first`, one request after the other.
@@ -204,9 +206,42 @@ pub fn table(store: StoreModel, rows: &[(Pattern, Measured)]) -> String {
     text
 }
 
-/// What is demanded of the patterns.
-pub fn judge(store: StoreModel, rows: &[(Pattern, Measured)]) -> Vec<Gate> {
-    rows.iter().filter_map(|(pattern, measured)| judge_row(*pattern, store, measured)).collect()
+/// What streams that scan so many pages, several times the cache, cost a hot set of half the cache, which another reader
+/// reads at random beside them, in points of its hits. That a page comes in first and is asked for later, once, must not
+/// make it look hot.
+fn scan_cost(store: StoreModel, streams: u64, pages: u64) -> f64 {
+    const HOT_PAGES: u64 = CACHE_PAGES as u64 / 2;
+    /// One hot page for about four scanned ones.
+    const SCANNED_PER_HOT: u64 = 4;
+    /// How often each hot page is asked for before the scan, on the average.
+    const WARM: u64 = 8;
+    let mut prng = Prng::new(19);
+    let ns_per_page = SCANNED_PER_HOT * world::PAGE_BYTES * 1000 / store.bytes_per_us;
+    let begins_ns = HOT_PAGES * (store.latency_us * 1000 + WARM * ns_per_page);
+    let asked = HOT_PAGES * WARM + pages / SCANNED_PER_HOT;
+    let hot = (0..asked).map(move |_| (IMAGE_PAGES - HOT_PAGES + prng.below(HOT_PAGES), 1));
+    let scan = Pattern::Streams(streams, PIECE_PAGES).readers(store, pages);
+    let scan = scan.into_iter().map(|stream| Reader { begins_ns, ..stream });
+    let measured = world::run(store, scan.chain([Reader { ns_per_page, ..reader(hot, 1) }]).collect());
+    let in_vain = measured.stats.readahead_pages - measured.stats.readahead_used_pages;
+    // A hot page or two may be asked for by nobody.
+    let lost = (measured.fetched - in_vain - pages).saturating_sub(HOT_PAGES);
+    100.0 * lost as f64 / (pages / SCANNED_PER_HOT) as f64
+}
+
+fn judge_scan(store: StoreModel, streams: u64, pages: u64) -> Gate {
+    let cost = scan_cost(store, streams, pages);
+    let says = format!(
+        "a scan by {streams} with readahead on the {} store costs the hot set less than {SCAN_COST_MAX} points: {cost:.2}",
+        store.name
+    );
+    Gate { holds: cost < SCAN_COST_MAX, says }
+}
+
+/// What is demanded of the patterns, and of a scan of so many pages.
+pub fn judge(store: StoreModel, rows: &[(Pattern, Measured)], pages: u64) -> Vec<Gate> {
+    let of_rows = rows.iter().filter_map(|(pattern, measured)| judge_row(*pattern, store, measured));
+    of_rows.chain([1, 16, 64].map(|streams| judge_scan(store, streams, pages))).collect()
 }
 
 fn judge_row(pattern: Pattern, store: StoreModel, measured: &Measured) -> Option<Gate> {

@@ -15,7 +15,7 @@ pub const PAGE_BYTES: u64 = 4096;
 /// Pages of the image (64 GiB).
 pub const IMAGE_PAGES: u64 = 1 << 24;
 /// Pages of the cache (256 MiB).
-const CACHE_PAGES: u32 = 1 << 16;
+pub const CACHE_PAGES: u32 = 1 << 16;
 /// What a guest takes for a request besides waiting for it: the call alone, without what it does with each page.
 const REQUEST_NS: u64 = 500;
 
@@ -38,6 +38,8 @@ pub struct Reader {
     pub depth: usize,
     /// What it takes to use a page.
     pub ns_per_page: u64,
+    /// When it begins.
+    pub begins_ns: u64,
 }
 
 /// What a run came to.
@@ -105,7 +107,7 @@ pub fn run(store: StoreModel, readers: Vec<Reader>) -> Measured {
     let mut world = World::new(store, readers);
     for reader in 0..world.readers.len() {
         for _ in 0..world.readers[reader].depth {
-            world.at(0, Event::Ready(reader));
+            world.at(world.readers[reader].begins_ns, Event::Ready(reader));
         }
     }
     let mut last_request_ns = 0;

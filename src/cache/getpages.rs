@@ -77,6 +77,7 @@ impl PageCache {
                 Some(_) => break,
                 None => match self.bring_in(step.no) {
                     Ok(id) => {
+                        self.policy.first_touch(id, step.no);
                         self.stats.read_miss_pages += 1;
                         self.enqueue_waiter(id, Waiter::new(access.ticket, step));
                         missed = true;
@@ -127,30 +128,33 @@ impl PageCache {
         self.stats.read_hit_pages += 1;
         let page = &self.pages[id];
         let frame = page.frame().expect("valid sectors lie in a frame");
-        let marked = page.any(PREFETCHED | MARKER) && self.first_demand(id);
-        self.policy.touch(id, step.no);
+        let marked = page.is(MARKER);
+        if page.is(PREFETCHED) {
+            self.first_demand(id, step.no);
+        } else {
+            self.policy.touch(id, step.no);
+        }
+        if marked {
+            self.pages[id].clear(MARKER);
+        }
         self.frames.hold(frame);
         step.piece(id, Some(frame)).join(pieces);
         marked.then_some(step.no)
     }
 
-    /// The first demand of a page that readahead brought: it has paid, and counts as no second access. Returns whether
-    /// the page bore the marker.
-    fn first_demand(&mut self, id: PageId) -> bool {
-        let page = &mut self.pages[id];
-        let marked = page.is(MARKER);
-        if page.is(PREFETCHED) {
-            self.streams.unread_pages -= 1;
-            self.stats.readahead_used_pages += 1;
-        }
-        page.clear(PREFETCHED | MARKER);
-        marked
+    /// The first demand of a page that readahead brought: it has paid.
+    fn first_demand(&mut self, id: PageId, no: PageNo) {
+        self.pages[id].clear(PREFETCHED);
+        self.policy.first_touch(id, no);
+        self.streams.unread_pages -= 1;
+        self.stats.readahead_used_pages += 1;
     }
 
     /// Queues a read behind a page that is in the table with sectors missing. False: no frame to read into.
     fn wait_for(&mut self, id: PageId, step: Step, ticket: Ticket) -> bool {
-        if self.pages[id].any(PREFETCHED | MARKER) {
-            self.first_demand(id);
+        if self.pages[id].is(PREFETCHED) {
+            self.first_demand(id, step.no);
+            self.pages[id].clear(MARKER);
         }
         let page = &self.pages[id];
         let settled_by_writer = page.pending.or(page.valid).contains(step.mask());

@@ -8,7 +8,7 @@
 use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::allocate::Space;
-use super::page::{FROZEN, MARKER, NONE, PREFETCHED, READING, RECENT};
+use super::page::{FROZEN, NONE, PREFETCHED, READING, RECENT};
 use super::stalled::Want;
 use super::{Access, Admitted, PageCache, Piece, Step};
 
@@ -107,10 +107,12 @@ impl PageCache {
                 id
             }
         };
-        if self.pages[id].any(PREFETCHED | MARKER) {
+        if found.is_none() || self.pages[id].is(PREFETCHED) {
             self.note_unread_prefetch(id);
+            self.policy.first_touch(id, no);
+        } else {
+            self.policy.touch(id, no);
         }
-        self.policy.touch(id, no);
         self.stats.write_pages += 1;
         self.change(id, |page| {
             page.writers += 1;

@@ -80,6 +80,10 @@ impl Adaptive {
 impl Policy for Adaptive {
     fn insert(&mut self, id: PageId, no: PageNo) {
         self.queues.insert(id, no);
+    }
+
+    fn first_touch(&mut self, id: PageId, no: PageNo) {
+        self.queues.first_touch(id, no);
         self.try_out(no);
     }
 

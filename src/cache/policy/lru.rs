@@ -23,6 +23,10 @@ impl Policy for Lru {
         self.list.push(&mut self.nodes, id);
     }
 
+    fn first_touch(&mut self, id: PageId, no: PageNo) {
+        self.touch(id, no);
+    }
+
     fn touch(&mut self, id: PageId, _no: PageNo) {
         self.list.renew(&mut self.nodes, id);
     }

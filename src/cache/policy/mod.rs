@@ -29,9 +29,11 @@ pub(crate) enum Verdict {
 
 /// A replacement policy over the page table's slots.
 pub(crate) trait Policy: Send + std::fmt::Debug {
-    /// The page came in.
+    /// The page came in, and nobody has asked for it yet.
     fn insert(&mut self, id: PageId, no: PageNo);
-    /// A guest read or wrote the page.
+    /// A guest asked for the page for the first time: when it came in, or later if readahead brought it.
+    fn first_touch(&mut self, id: PageId, no: PageNo);
+    /// A guest asked for the page again.
     fn touch(&mut self, id: PageId, no: PageNo);
     /// The page went for another reason than eviction (discard, error).
     fn remove(&mut self, id: PageId);

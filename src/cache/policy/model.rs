@@ -41,6 +41,7 @@ impl Model {
         let page_in = &self.page_in;
         self.index.insert_unique(hash(no), id.0, |&slot| hash(page_in[slot as usize]));
         self.policy.insert(id, no);
+        self.policy.first_touch(id, no);
         false
     }
 

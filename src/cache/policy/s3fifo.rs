@@ -154,6 +154,11 @@ impl Policy for S3Fifo {
         }
     }
 
+    fn first_touch(&mut self, id: PageId, _no: PageNo) {
+        // Readahead may have brought it long ago, and then this would look like a second access after a while.
+        self.nodes[id.index()].stamp = self.stamp();
+    }
+
     fn touch(&mut self, id: PageId, _no: PageNo) {
         self.clock = self.clock.wrapping_add(1);
         let now = self.stamp();
@@ -275,6 +280,22 @@ mod tests {
         touch(&mut policy, 0);
         assert!(!policy.nodes[0].referenced);
         for id in 1..100 {
+            policy.insert(PageId(id), number(PageId(id)));
+        }
+        touch(&mut policy, 0);
+        assert!(policy.nodes[0].referenced);
+    }
+
+    #[test]
+    fn what_readahead_brought_is_not_hot_when_it_is_asked_for_at_last() {
+        let mut policy = S3Fifo::new(1000, 10);
+        for id in 0..100 {
+            policy.insert(PageId(id), number(PageId(id)));
+        }
+        policy.first_touch(PageId(0), PageNo(0));
+        touch(&mut policy, 0);
+        assert!(!policy.nodes[0].referenced, "its burst begins with the first touch");
+        for id in 100..200 {
             policy.insert(PageId(id), number(PageId(id)));
         }
         touch(&mut policy, 0);

@@ -185,7 +185,7 @@ impl Stream {
             *self = Self { used: self.used, ..Self::begin(first, end) };
             return false;
         }
-        (self.start, self.covered, self.requests) = (start, covered, self.requests + 1);
+        (self.start, self.covered, self.requests) = (start, covered, self.requests.saturating_add(1));
         true
     }
 

@@ -310,6 +310,20 @@ fn random_reads_read_almost_nothing_ahead() {
     assert!(cache.stats().readahead_pages < 40, "{} pages of 4000", cache.stats().readahead_pages);
 }
 
+#[test]
+fn streams_that_get_no_window_are_followed_as_long_as_they_go() {
+    // Three pages may lie unread, which is too little for eight streams.
+    let mut cache = cache_of(64, 1 << 20);
+    for page in 0..1000 {
+        for stream in 0..8 {
+            read(&mut cache, (stream << 16) + page * 8, 8);
+            settle(&mut cache, Tick(page));
+        }
+    }
+    let stats = cache.stats();
+    assert_eq!(stats.read_hit_pages + stats.read_miss_pages, 8000);
+}
+
 /// Memory that writes down what a successor would find, in words.
 #[derive(Clone, Debug, Default)]
 struct Diary(std::sync::Arc<std::sync::Mutex<Vec<&'static str>>>);

@@ -7,7 +7,7 @@ SOAK_MINUTES ?= 30
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim soak bench bench-scale bench-policy
+.PHONY: help setup build demo test test-guest check sim soak bench bench-scale bench-policy bench-page
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -57,3 +57,6 @@ bench-scale: setup ## how the cost grows with sizes and numbers
 bench-policy: ## miss ratios against LRU, CLOCK, ARC and OPT; readahead on a model store; fails where a demand is not met
 	$(CARGO) bench --locked --bench miss_ratio
 	$(CARGO) bench --locked --bench readahead
+
+bench-page: ## what the cache itself takes for a page, in nanoseconds: where the noise of a machine hides what a change did
+	$(CARGO) bench --locked --bench page_cost

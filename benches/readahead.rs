@@ -48,6 +48,8 @@
 //! 2 streams + random                25.8     89.99     99.65     69.19      0.31
 //! ```
 
+#[allow(dead_code, reason = "shared with page_cost.rs, which needs no store")]
+mod bare_cache;
 #[path = "readahead/mod.rs"]
 mod lab;
 mod policy_report;

@@ -1,5 +1,8 @@
 //! The benchmarks of replacement and readahead in small, with their demands, and what they stand on.
 
+#[path = "../benches/bare_cache/mod.rs"]
+#[allow(dead_code, reason = "shared with benchmarks, which write too")]
+mod bare_cache;
 #[path = "../benches/miss_ratio/mod.rs"]
 mod miss_ratio;
 #[path = "../benches/policy_report/mod.rs"]
@@ -11,6 +14,10 @@ mod prng;
 #[path = "../benches/readahead/mod.rs"]
 mod readahead;
 
+use bare_cache::{AtOnce, defaults};
+use genblk::cache::policy::Model;
+use genblk::cache::{PolicyKind, Settings};
+use genblk::units::PageNo;
 use miss_ratio::rivals::Rival;
 use miss_ratio::workloads::{Access, Scale, WORKLOADS};
 use miss_ratio::{Cell, gates, measure, table, trace_file};
@@ -46,6 +53,39 @@ fn the_demands_on_readahead_are_met_in_small() {
         let rows = readahead::measure(store, pages);
         let missed = not_met(readahead::judge(store, &rows, pages));
         assert!(missed.is_empty(), "{missed:#?}\n{}", readahead::table(store, &rows));
+    }
+}
+
+/// The demands on replacement are put to a model, for speed; this says that they hold for the page cache itself.
+#[test]
+fn the_cache_misses_what_its_model_misses() {
+    const PAGES: u32 = 16_000;
+    const FRAMES: u32 = 1600;
+    /// What a cache of this size keeps free.
+    const RESERVE: u32 = 64;
+    /// Whether a loop fits turns on the last frames.
+    const POINTS_MAX: f64 = 2.5;
+    let scale = Scale { pages: PAGES, accesses: 160_000 };
+    for workload in WORKLOADS {
+        let trace = workload.trace(scale);
+        let image_pages = 1 + trace.iter().map(|access| u64::from(access.page)).max().expect("a trace is not empty");
+        let mut model = Model::new(PolicyKind::S3Fifo, FRAMES - RESERVE);
+        let missed = trace.iter().filter(|access| !model.access(PageNo(access.page.into()))).count();
+        for readahead_pages_max in [0, 512] {
+            let mut cache = AtOnce::new(Settings { readahead_pages_max, ..defaults(FRAMES, image_pages) });
+            for access in &trace {
+                cache.read(PageNo(access.page.into()), 1);
+                cache.turn();
+            }
+            let stats = cache.stats();
+            let came_for_use = stats.read_miss_pages + stats.readahead_used_pages;
+            let points = 100.0 * (came_for_use as f64 - missed as f64) / trace.len() as f64;
+            assert!(
+                points.abs() < POINTS_MAX,
+                "{}, readahead up to {readahead_pages_max}: {points:.2} points more misses than the model",
+                workload.name
+            );
+        }
     }
 }
 

@@ -62,13 +62,7 @@ const NONE: u32 = u32::MAX;
 
 impl Contender for Model {
     fn access(&mut self, access: Access) -> bool {
-        let no = PageNo(u64::from(access.page));
-        let hit = Model::access(self, no);
-        // As the page cache does: a read that misses waits for its page, a write makes the page and touches it.
-        if access.write && !hit {
-            Model::access(self, no);
-        }
-        hit
+        Self::access(self, PageNo(u64::from(access.page)))
     }
 }
 

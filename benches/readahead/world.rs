@@ -4,11 +4,10 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use genblk::cache::{
-    Access, Admitted, FrameMemory, Notice, OnError, Outcome, PageCache, PlanKind, PolicyKind, Record, Settings, Stats,
-    Ticket,
-};
-use genblk::units::{FrameId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
+use genblk::cache::{Access, Admitted, Notice, Outcome, PageCache, PlanKind, Settings, Stats, Ticket};
+use genblk::units::{SECTORS_PER_PAGE, SectorSpan, Tick};
+
+use crate::bare_cache::{bare_cache, defaults};
 
 /// Bytes of a page.
 pub const PAGE_BYTES: u64 = 4096;
@@ -53,20 +52,6 @@ pub struct Measured {
     pub fetched: u64,
     /// The cache's own count at the end.
     pub stats: Stats,
-}
-
-/// Frames without bytes.
-#[derive(Debug)]
-struct NoMemory;
-
-impl FrameMemory for NoMemory {
-    fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
-    fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
-    fn publish(&self, _: FrameId, _: PageNo, _: Record) {}
-    fn zeroed_max(&self) -> usize {
-        1
-    }
-    fn note_zeroed(&self, _: usize, _: Option<SectorSpan>) {}
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,26 +122,8 @@ pub fn run(store: StoreModel, readers: Vec<Reader>) -> Measured {
 
 impl World {
     fn new(store: StoreModel, readers: Vec<Reader>) -> Self {
-        let settings = Settings {
-            frames: CACHE_PAGES,
-            image_sectors: IMAGE_PAGES * SECTORS_PER_PAGE,
-            block_sectors: 1,
-            sparse: true,
-            can_map: true,
-            cluster_pages_max: 256,
-            retain: true,
-            policy: PolicyKind::S3Fifo,
-            readahead_pages_max: 512,
-            flush_target_us: 250_000,
-            dirty_pages_max: CACHE_PAGES / 4,
-            dirty_age_us: 5_000_000,
-            allocate: false,
-            on_error: OnError::Report,
-            on_full: OnError::Report,
-            hold_us: 0,
-        };
         Self {
-            cache: PageCache::new(settings, Box::new(NoMemory)),
+            cache: bare_cache(Settings { sparse: true, ..defaults(CACHE_PAGES, IMAGE_PAGES) }),
             store,
             readers,
             pending: Vec::new(),

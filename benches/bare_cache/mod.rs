@@ -1,0 +1,119 @@
+//! A page cache without bytes, for benchmarks that look at what it does and what that costs.
+
+use genblk::cache::{
+    Access, Admitted, FrameMemory, Notice, OnError, Outcome, PageCache, Piece, PolicyKind, Record, Settings, Stats,
+    Ticket,
+};
+use genblk::units::{FrameId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
+
+/// Frames without bytes.
+#[derive(Debug)]
+struct NoMemory;
+
+impl FrameMemory for NoMemory {
+    fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
+    fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
+    fn publish(&self, _: FrameId, _: PageNo, _: Record) {}
+    fn zeroed_max(&self) -> usize {
+        1
+    }
+    fn note_zeroed(&self, _: usize, _: Option<SectorSpan>) {}
+}
+
+/// genblk's defaults for a cache of so many frames and an image of so many pages without holes.
+pub fn defaults(frames: u32, image_pages: u64) -> Settings {
+    Settings {
+        frames,
+        image_sectors: image_pages * SECTORS_PER_PAGE,
+        block_sectors: 1,
+        sparse: false,
+        can_map: true,
+        cluster_pages_max: 256,
+        retain: true,
+        policy: PolicyKind::S3Fifo,
+        readahead_pages_max: 512,
+        flush_target_us: 250_000,
+        dirty_pages_max: frames / 4,
+        dirty_age_us: 5_000_000,
+        allocate: false,
+        on_error: OnError::Report,
+        on_full: OnError::Report,
+        hold_us: 0,
+    }
+}
+
+/// The cache alone.
+pub fn bare_cache(settings: Settings) -> PageCache {
+    PageCache::new(settings, Box::new(NoMemory))
+}
+
+/// The cache with one guest, on a store whose operations all end well by the end of the turn.
+pub struct AtOnce {
+    cache: PageCache,
+    now: Tick,
+    pieces: Vec<Piece>,
+    notices: Vec<Notice>,
+    tags: Vec<u32>,
+}
+
+impl AtOnce {
+    /// What a turn takes, on the cache's clock.
+    const TURN_US: u64 = 20;
+
+    /// With an empty cache.
+    pub fn new(settings: Settings) -> Self {
+        let cache = bare_cache(settings);
+        Self { cache, now: Tick(0), pieces: Vec::new(), notices: Vec::new(), tags: Vec::new() }
+    }
+
+    pub fn stats(&self) -> Stats {
+        self.cache.stats()
+    }
+
+    /// Reads; what is not there comes with the next turn.
+    pub fn read(&mut self, first: PageNo, pages: u64) {
+        assert_eq!(self.cache.read(access(first, pages), &mut self.pieces), Admitted::All);
+        self.pieces.drain(..).for_each(|piece| self.cache.finish_read(&piece));
+    }
+
+    /// Writes; at the dirty limit it takes turns until write-back has made room.
+    pub fn write(&mut self, first: PageNo, pages: u64) {
+        let mut access = access(first, pages);
+        loop {
+            let admitted = self.cache.write(access, &mut self.pieces);
+            self.pieces.drain(..).for_each(|piece| self.cache.finish_write(&piece, true));
+            match admitted {
+                Admitted::All => return,
+                Admitted::Until(from) => access = Access { from, resumed: true, ..access },
+                Admitted::Refused(..) => unreachable!("nothing fails"),
+            }
+            self.turn();
+        }
+    }
+
+    /// Pumps, and has everything end well that the cache wants done, until it wants no more.
+    pub fn turn(&mut self) {
+        self.now = self.now.plus_us(Self::TURN_US);
+        loop {
+            self.cache.pump(self.now);
+            self.cache.take_plans(|plan| self.tags.push(plan.tag));
+            if self.tags.is_empty() {
+                return;
+            }
+            self.tags.drain(..).for_each(|tag| self.cache.complete(tag, &Outcome::Done, self.now));
+            self.cache.take_notices(&mut self.notices);
+            for notice in self.notices.drain(..) {
+                match notice {
+                    Notice::Ready(_, piece) => self.cache.finish_read(&piece),
+                    Notice::Resume(_) => {}
+                    Notice::Unreadable(..) | Notice::Done(..) => unreachable!("nothing fails, and nobody flushes"),
+                }
+            }
+        }
+    }
+}
+
+fn access(first: PageNo, pages: u64) -> Access {
+    let span = SectorSpan::new(first.0 * SECTORS_PER_PAGE, pages * SECTORS_PER_PAGE);
+    Access { ticket: Ticket(0), span, from: 0, resumed: false }
+}

@@ -249,6 +249,7 @@ fn judge_row(pattern: Pattern, store: StoreModel, measured: &Measured) -> Option
         |share: f64, min: f64, what: &str| (share >= min, format!("at least {} % {what}", min * 100.0), share);
     let (holds, demand, share) = match pattern {
         Pattern::Streams(1, _) => at_least(measured.of_store(store), 0.95, "of the store's bandwidth"),
+        Pattern::Files(16) => at_least(measured.of_store(store), 0.6, "of the store's bandwidth"),
         Pattern::Streams(64, _) => at_least(measured.accuracy(), 0.95, "of what is read ahead is used"),
         Pattern::Random(..) | Pattern::Strided => {
             (measured.extra() <= 0.01, "at most 1 % is read in vain".to_string(), measured.extra())

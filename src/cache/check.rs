@@ -7,6 +7,7 @@ use crate::units::{FrameId, PageNo};
 use super::PageCache;
 use super::flights::{Flight, PlanKind};
 use super::page::{FAILED, FROZEN, NONE, PREFETCHED, READING};
+use super::readahead::Period;
 
 impl PageCache {
     /// Checks every invariant; `pinned` are the frames of pieces handed out and not yet given back.
@@ -35,7 +36,8 @@ impl PageCache {
 
     fn check_pages(&self) {
         let mut dirty: Vec<PageNo> = Vec::new();
-        let (mut unclean, mut unstable, mut failed, mut unread, mut waiters) = (0, 0, 0, 0, 0);
+        let (mut unclean, mut unstable, mut failed, mut waiters) = (0, 0, 0, 0);
+        let mut unread: Vec<Period> = Vec::new();
         for (id, page) in self.pages.iter() {
             page.check();
             let beyond = self.beyond_image(page.no());
@@ -48,7 +50,9 @@ impl PageCache {
             unclean += u32::from(self.dirty.counts(page));
             unstable += u32::from(self.dirty.counts_unstable(page));
             failed += u32::from(page.is(FAILED));
-            unread += u32::from(page.is(PREFETCHED));
+            if page.is(PREFETCHED) {
+                unread.push(page.period());
+            }
             waiters += self.waiters.chain_len(page.waiters);
             if page.frame().is_none() {
                 assert!(page.is(READING) || page.waiters != NONE, "{:?}: no frame, and nobody brings one", page.no());
@@ -61,7 +65,7 @@ impl PageCache {
         assert_eq!(self.dirty.unclean_pages(), unclean, "I4: unclean pages");
         assert_eq!(self.dirty.unstable_pages(), unstable, "I4: unstable pages");
         assert_eq!(self.dirty.failed_pages(), failed, "I4: failed pages");
-        assert_eq!(self.streams.unread_pages, unread, "I4: unread readahead");
+        self.streams.check(&unread);
         assert_eq!(self.waiters.in_use(), waiters, "I4: waiters");
     }
 

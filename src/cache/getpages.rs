@@ -144,9 +144,10 @@ impl PageCache {
 
     /// The first demand of a page that readahead brought: it has paid.
     fn first_demand(&mut self, id: PageId, no: PageNo) {
-        self.pages[id].clear(PREFETCHED);
+        let page = &mut self.pages[id];
+        page.clear(PREFETCHED);
+        self.streams.page_not_unread(page.period());
         self.policy.first_touch(id, no);
-        self.streams.unread_pages -= 1;
         self.stats.readahead_used_pages += 1;
     }
 
@@ -400,9 +401,10 @@ impl PageCache {
                 let room = self.frames.free() > self.reserve() / 2 && self.streams.may_prefetch();
                 match if room { self.bring_in(next) } else { Err(Missing::Wait) } {
                     Ok(id) => {
-                        self.streams.unread_pages += 1;
                         self.stats.readahead_pages += 1;
-                        self.pages[id].set(if std::mem::take(marker_due) { PREFETCHED | MARKER } else { PREFETCHED });
+                        let page = &mut self.pages[id];
+                        page.set(if std::mem::take(marker_due) { PREFETCHED | MARKER } else { PREFETCHED });
+                        page.set_period(self.streams.page_unread());
                     }
                     Err(Missing::Hole) => {}
                     Err(Missing::Wait) => break,

@@ -16,6 +16,7 @@
 
 use hashbrown::HashTable;
 
+use super::readahead::Period;
 use crate::units::{Epoch, FrameId, PageId, PageNo, SectorMask, low_u32};
 
 /// "No frame", "no waiter", "no page" in the packed fields.
@@ -61,7 +62,7 @@ pub(super) struct Page {
     /// Sectors those writers are filling.
     pub pending: SectorMask,
     frame: u32,
-    /// Epoch of the first un-flushed write; meaningful while dirty.
+    /// Epoch of the first un-flushed write; meaningful while dirty. See [`Page::period`] for what else it holds.
     pub epoch: Epoch,
     /// First waiter for the page, or [`NONE`].
     pub waiters: u32,
@@ -105,6 +106,16 @@ impl Page {
     /// Gives the page its memory.
     pub fn set_frame(&mut self, frame: FrameId) {
         self.frame = frame.0;
+    }
+
+    /// Of a page that is [`PREFETCHED`], and so not dirty: when it was read ahead.
+    pub fn period(&self) -> Period {
+        Period(self.epoch.0)
+    }
+
+    /// The page is read ahead now.
+    pub fn set_period(&mut self, period: Period) {
+        self.epoch = Epoch(period.0);
     }
 
     /// Whether all the flags in `flags` are set.

@@ -6,7 +6,7 @@
 //! store stays one window ahead (Linux' on-demand readahead; NetBSD's uvm_readahead; for the feedback AMP: Gill and
 //! Bathen, FAST 2007). A window that was cut short, for want of frames or of the map of holes, goes on when they are there.
 
-use crate::units::{PageNo, PageSpan};
+use crate::units::{PageNo, PageSpan, Tick, low_u32};
 
 use super::PageCache;
 
@@ -23,6 +23,15 @@ const REQUESTS_MIN: u8 = 3;
 const ROUND_PAGES: u64 = 16;
 /// A stream whose windows went unread this often in a row is given up.
 const WASTED_MAX: u8 = 3;
+/// A window is at most such a part of what may still lie unread.
+const WINDOW_SHARE: u64 = 8;
+/// Readers stop without a word. What was read ahead before this period and the last one does not count as unread: else
+/// the files that were read by and by would end readahead for all, until the cache is full, which it may never be.
+const PERIOD_US: u64 = 1_000_000;
+
+/// A second or so, counted from the start; wraps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Period(pub u32);
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Stream {
@@ -55,8 +64,10 @@ pub(super) struct Streams {
     window_max: u64,
     /// Pages that readahead may hold unread.
     unread_max: u32,
-    /// Pages that readahead brought and nobody has asked for.
-    pub unread_pages: u32,
+    /// Pages that readahead brought in this period and in the one before, and nobody has asked for.
+    unread_pages: [u32; 2],
+    period: Period,
+    period_ends: Tick,
     /// Some window is not read to its end.
     cut: bool,
     clock: u64,
@@ -71,15 +82,58 @@ impl Streams {
             table,
             window_max: u64::from(window_max),
             unread_max: (frames / 20).max(1),
-            unread_pages: 0,
+            unread_pages: [0; 2],
+            period: Period(0),
+            period_ends: Tick(PERIOD_US),
             cut: false,
             clock: 0,
         }
     }
 
+    /// Begins another period when the last one is over.
+    fn keep_time(&mut self, now: Tick) {
+        if now >= self.period_ends {
+            // Nobody may have looked for longer than a period.
+            let periods = if now < self.period_ends.plus_us(PERIOD_US) { 1 } else { 2 };
+            self.unread_pages = [0, if periods == 1 { self.unread_pages[0] } else { 0 }];
+            self.period = Period(self.period.0.wrapping_add(periods));
+            self.period_ends = now.plus_us(PERIOD_US);
+        }
+    }
+
+    /// How many periods ago that was: 0, 1, or more than matters.
+    fn age(&self, period: Period) -> u32 {
+        self.period.0.wrapping_sub(period.0)
+    }
+
+    /// How many more pages may be read ahead.
+    fn room(&self) -> u32 {
+        self.unread_max.saturating_sub(self.unread_pages.iter().sum())
+    }
+
     /// Whether one more page may be read ahead.
     pub fn may_prefetch(&self) -> bool {
-        self.unread_pages < self.unread_max
+        self.room() > 0
+    }
+
+    /// One more page is read ahead; returns what is to be told of it when that ends.
+    pub fn page_unread(&mut self) -> Period {
+        self.unread_pages[0] += 1;
+        self.period
+    }
+
+    /// A page that was read ahead in `period` has been asked for, or goes.
+    pub fn page_not_unread(&mut self, period: Period) {
+        let age = self.age(period);
+        if let Some(pages) = self.unread_pages.get_mut(age as usize) {
+            *pages -= 1;
+        }
+    }
+
+    /// Recounts by the periods of all unread pages (I4).
+    pub fn check(&self, unread: &[Period]) {
+        let of_age = |age| low_u32(unread.iter().filter(|&&period| self.age(period) == age).count() as u64);
+        assert_eq!(self.unread_pages, [of_age(0), of_age(1)], "I4: unread readahead");
     }
 
     /// A request missed: the stream that has a window to read ahead now, if any.
@@ -140,11 +194,10 @@ impl Streams {
         })
     }
 
-    /// The longest window now: what may lie unread is shared among the active streams, and each has two windows, one that
-    /// is being read and one ahead of it (AMP's condition of no waste).
+    /// The longest window now: each takes a share of what may still lie unread, so that a few readers have long windows,
+    /// many have short ones, and those who come after others have left theirs unread still have some.
     fn window_max_now(&self) -> u64 {
-        let active = self.table.iter().filter(|stream| stream.window > 0).count().max(1) as u64;
-        (u64::from(self.unread_max) / (2 * active)).min(self.window_max)
+        (u64::from(self.room()) / WINDOW_SHARE).min(self.window_max)
     }
 }
 
@@ -205,6 +258,7 @@ impl Stream {
 impl PageCache {
     /// A read missed: follow its stream.
     pub(super) fn read_ahead_after_miss(&mut self, span: PageSpan) {
+        self.streams.keep_time(self.now);
         if let Some(at) = self.streams.after_miss(span) {
             self.read_window(at);
         }
@@ -212,6 +266,7 @@ impl PageCache {
 
     /// A read reached the marker of a window: read the next one.
     pub(super) fn read_ahead_after_marker(&mut self, no: PageNo) {
+        self.streams.keep_time(self.now);
         if let Some(at) = self.streams.after_marker(no) {
             self.read_window(at);
         }
@@ -235,7 +290,8 @@ impl PageCache {
             let stream = &mut self.streams.table[at];
             stream.marker_due = marker_due;
             stream.ahead = stream.ahead.max(end.0);
-            self.streams.cut |= stream.ahead < wanted;
+            // Who has no share left tries again with his next miss, if he is still there.
+            self.streams.cut |= stream.ahead < wanted && self.streams.may_prefetch();
         }
     }
 }

@@ -57,7 +57,7 @@ impl PageCache {
         if page.is(PREFETCHED) {
             let no = page.no();
             page.clear(PREFETCHED);
-            self.streams.unread_pages -= 1;
+            self.streams.page_not_unread(page.period());
             self.stats.readahead_wasted_pages += 1;
             self.streams.wasted(no);
         }

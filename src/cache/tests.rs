@@ -298,6 +298,32 @@ fn a_sequential_reader_finds_nearly_everything_read_ahead() {
     assert!(hits > 8192 * 98 / 100, "{hits} of 8192 pages were there");
 }
 
+/// Reads so many pages in a row, 128 KiB at a time; returns how many were there.
+fn read_in_a_row(cache: &mut PageCache, first: u64, pages: u64, now: Tick) -> u64 {
+    let there = (first..first + pages).step_by(32).filter(|page| {
+        let hit = read(cache, page * 8, 256);
+        settle(cache, now);
+        hit
+    });
+    there.count() as u64 * 32
+}
+
+/// Files end where their readers stop, and the window beyond stays unread in a cache that nothing has filled yet.
+#[test]
+fn what_earlier_readers_left_unread_does_not_end_readahead() {
+    let mut cache = cache_of(65_536, 1 << 30);
+    for file in 0..40 {
+        // Five files a second.
+        let hits = read_in_a_row(&mut cache, file * 65_536, 512, Tick(file * 200_000));
+        assert!(hits > 256, "{hits} of the 512 pages of file {file} were there");
+    }
+    let reads_before = cache.stats().store_reads;
+    let hits = read_in_a_row(&mut cache, 40 * 65_536, 8192, Tick(20_000_000));
+    assert!(hits > 8192 * 98 / 100, "{hits} of 8192 pages were there");
+    let reads = cache.stats().store_reads - reads_before;
+    assert!(reads < 8192 / 128, "{reads} reads, though all that may lie unread is this reader's");
+}
+
 #[test]
 fn random_reads_read_almost_nothing_ahead() {
     let mut cache = cache_of(16_384, 1 << 26);

@@ -7,8 +7,8 @@
 //!
 //! ```text
 //!                  cold read    hit in a row      random hit  write in a row    random write
-//!    256 MiB            65.9             7.8            25.6           127.2           464.0
-//!   4096 MiB           143.1            16.0           122.0           223.1          1465.3
+//!    256 MiB            59.7             7.3            19.4           120.4           537.1
+//!   4096 MiB           108.9            11.2            93.6           230.6          1488.4
 //! ```
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "small constants, and times")]

@@ -14,8 +14,6 @@
 //! while its frozen frame is on the way to the store). It is never Reading and Writing: two operations on one page
 //! would overlap on the store.
 
-use hashbrown::HashTable;
-
 use super::readahead::Period;
 use crate::units::{Epoch, FrameId, PageId, PageNo, SectorMask, low_u32};
 
@@ -52,7 +50,7 @@ impl Record {
     pub const NONE: Self = Self { valid: SectorMask::NONE, dirty: SectorMask::NONE };
 }
 
-/// A page of the image in memory: 24 bytes, so that the metadata of a cache stays below 1.5 % of it.
+/// A page of the image in memory: 28 bytes, so that the metadata of a cache stays below 1.5 % of it.
 #[derive(Clone, Debug)]
 pub(super) struct Page {
     no_low: u32,
@@ -66,6 +64,8 @@ pub(super) struct Page {
     pub epoch: Epoch,
     /// First waiter for the page, or [`NONE`].
     pub waiters: u32,
+    /// The next page with the same place in the index, or [`NONE`].
+    next: u32,
     /// Sectors whose bytes in the frame are right.
     pub valid: SectorMask,
     /// Sectors newer than the store.
@@ -86,6 +86,7 @@ impl Page {
             frame: NONE,
             epoch: Epoch(0),
             waiters: NONE,
+            next: NONE,
             valid: SectorMask::NONE,
             dirty: SectorMask::NONE,
             writing: SectorMask::NONE,
@@ -174,6 +175,10 @@ const NOWHERE: PageNo = PageNo((1 << 48) - 1);
 
 /// All pages in memory, found by number. Slots are as many as frames, so inserting never allocates.
 ///
+/// The index is a table of chains through the pages, as UVM's were: it takes what it takes, whatever comes and goes. A
+/// table with open addresses fills up with marks of what went, and is put in order all at once, with a pause of 50 ms
+/// for a cache of 4 GiB.
+///
 /// => The slot that became free first is taken first: pages that follow each other came in, and go, together, and lie side
 ///    by side as long as nothing comes between them.
 #[derive(Debug)]
@@ -183,23 +188,16 @@ pub(super) struct PageTable {
     free: u32,
     free_last: u32,
     resident: u32,
-    index: HashTable<u32>,
+    index: Vec<Row>,
 }
 
-/// Pages in a row that have places in a row in the index, as a power of two.
-const ROW_BITS: u32 = 3;
+/// Pages that follow each other come and go together: a row of them has places in a row.
+const ROW_PAGES: usize = 8;
 
-/// Multiplicative hash of a row of pages; the upper bits of the product are well mixed, so fold them down.
-///
-/// => The low bits say where the index looks first, the highest ones are the fingerprint that it compares there. Pages
-///    that follow each other come and go together: a row of them takes one line of the index, and no two have the same
-///    fingerprint.
-fn hash(no: PageNo) -> u64 {
-    let (row, place) = (no.0 >> ROW_BITS, no.0 & ((1 << ROW_BITS) - 1));
-    let product = (row ^ row >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let mixed = product ^ product >> 32;
-    (mixed << ROW_BITS | place) ^ place << (u64::BITS - ROW_BITS)
-}
+/// The first page of each of eight chains, or [`NONE`]; in one line of the processor's cache.
+#[derive(Clone, Debug)]
+#[repr(align(32))]
+struct Row([u32; ROW_PAGES]);
 
 impl PageTable {
     /// A table for at most `pages` pages.
@@ -208,12 +206,40 @@ impl PageTable {
         for (next, slot) in (1..).zip(&mut slots) {
             slot.waiters = if next == pages { NONE } else { next };
         }
-        Self { slots, free: 0, free_last: pages - 1, resident: 0, index: HashTable::with_capacity(pages as usize) }
+        let rows = (pages as usize * 3 / 2).div_ceil(ROW_PAGES);
+        Self { slots, free: 0, free_last: pages - 1, resident: 0, index: vec![Row([NONE; ROW_PAGES]); rows] }
+    }
+
+    /// Where the page's chain begins: the row by a multiplicative hash, whose upper bits are well mixed, and the place in
+    /// it by the page's among its neighbours.
+    fn place(&self, no: PageNo) -> (usize, usize) {
+        let row = no.0 / ROW_PAGES as u64;
+        let mixed = (row ^ row >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        // Of pages that are far from each other, all may be the first among their neighbours.
+        let in_row = (no.0 ^ mixed) % ROW_PAGES as u64;
+        (low_u32((mixed * self.index.len() as u64) >> 32) as usize, low_u32(in_row) as usize)
+    }
+
+    /// The first page of the chain at a place, or [`NONE`].
+    fn first(&self, (row, in_row): (usize, usize)) -> u32 {
+        self.index[row].0[in_row]
+    }
+
+    fn set_first(&mut self, (row, in_row): (usize, usize), id: u32) {
+        self.index[row].0[in_row] = id;
+    }
+
+    /// The pages from `id` on that have the same place.
+    fn chain(&self, mut id: u32) -> impl Iterator<Item = (PageId, &Page)> {
+        std::iter::from_fn(move || {
+            let page = self.slots.get(id as usize)?;
+            Some((PageId(std::mem::replace(&mut id, page.next)), page))
+        })
     }
 
     /// The page with this number, if it is in memory.
     pub fn find(&self, no: PageNo) -> Option<PageId> {
-        self.index.find(hash(no), |&id| self.slots[id as usize].no() == no).map(|&id| PageId(id))
+        self.chain(self.first(self.place(no))).find(|(_, page)| page.no() == no).map(|(id, _)| id)
     }
 
     /// As [`PageTable::find`], where the page before it was found in `previous`: most often it lies in the next slot.
@@ -238,18 +264,25 @@ impl PageTable {
             self.free_last = NONE;
         }
         *slot = Page::new(no);
-        let slots = &self.slots;
-        self.index.insert_unique(hash(no), id, |&id| hash(slots[id as usize].no()));
+        let place = self.place(no);
+        // At the chain's end, which has just been looked at in vain; so what goes, which is old, stands at its beginning.
+        match self.chain(self.first(place)).last() {
+            Some((last, _)) => self.slots[last.index()].next = id,
+            None => self.set_first(place, id),
+        }
         self.resident += 1;
         Some(PageId(id))
     }
 
     /// Takes a page out of the table.
     pub fn remove(&mut self, id: PageId) {
-        let no = self.slots[id.index()].no();
-        let entry = self.index.find_entry(hash(no), |&other| other == id.0);
-        entry.expect("a page that is removed is in the index").remove();
-        self.slots[id.index()] = Page::new(NOWHERE);
+        let place = self.place(self.slots[id.index()].no());
+        let next = std::mem::replace(&mut self.slots[id.index()], Page::new(NOWHERE)).next;
+        let before = self.chain(self.first(place)).find(|(_, page)| page.next == id.0).map(|(before, _)| before);
+        match before {
+            Some(before) => self.slots[before.index()].next = next,
+            None => self.set_first(place, next),
+        }
         match self.free_last {
             NONE => self.free = id.0,
             last => self.slots[last as usize].waiters = id.0,
@@ -265,14 +298,12 @@ impl PageTable {
 
     /// The pages in the table, in no order.
     pub fn iter(&self) -> impl Iterator<Item = (PageId, &Page)> {
-        self.index.iter().map(|&id| (PageId(id), &self.slots[id as usize]))
+        (0..).map(PageId).zip(&self.slots).filter(|(_, page)| page.no() != NOWHERE)
     }
 
     /// Bytes of memory the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        // hashbrown: a control byte and an entry for each bucket; buckets are a power of two at most 7/8 full.
-        let buckets = (self.slots.len() * 8 / 7).next_power_of_two();
-        self.slots.capacity() * size_of::<Page>() + buckets * (size_of::<u32>() + 1)
+        self.slots.capacity() * size_of::<Page>() + self.index.capacity() * size_of::<Row>()
     }
 }
 
@@ -294,19 +325,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_takes_24_bytes() {
-        assert_eq!(size_of::<Page>(), 24);
+    fn a_page_takes_28_bytes() {
+        assert_eq!(size_of::<Page>(), 28);
     }
 
     #[test]
-    fn pages_in_a_row_lie_side_by_side_and_are_told_apart() {
-        for row in (0..1000).map(|n: u64| n * n * 8) {
-            let hashes: Vec<u64> = (row..row + 8).map(|no| hash(PageNo(no))).collect();
-            assert!(hashes.iter().all(|hash| hash & 0xffff == hashes[0] & 0xffff | hash & 7), "{hashes:x?}");
-            let mut fingerprints: Vec<u64> = hashes.iter().map(|hash| hash >> 57).collect();
-            fingerprints.sort_unstable();
-            fingerprints.dedup();
-            assert_eq!(fingerprints.len(), 8, "{hashes:x?}");
+    fn pages_in_a_row_have_places_in_a_row() {
+        let table = PageTable::new(1000);
+        for first in (0..1000).map(|n: u64| n * n * 8) {
+            let (rows, mut places): (Vec<usize>, Vec<usize>) =
+                (first..first + 8).map(|no| table.place(PageNo(no))).unzip();
+            places.sort_unstable();
+            assert_eq!((rows, places), (vec![table.place(PageNo(first)).0; 8], (0..8).collect()));
+        }
+    }
+
+    #[test]
+    fn chains_stay_short_whatever_comes_and_goes() {
+        const PAGES: u64 = 10_000;
+        let spread: [fn(u64) -> u64; 4] =
+            [|n| n, |n| n * 8, |n| n << 18, |n| n.wrapping_mul(0x5851_f42d_4c95_7f2d) >> 24];
+        for number in spread {
+            let mut table = PageTable::new(low_u32(PAGES));
+            for n in 0..4 * PAGES {
+                if n >= PAGES {
+                    table.remove(table.find(PageNo(number(n - PAGES))).expect("it came in before"));
+                }
+                table.insert(PageNo(number(n))).expect("a slot is free");
+            }
+            let steps_to = |no: PageNo| {
+                let mut chain = table.chain(table.first(table.place(no)));
+                1 + chain.position(|(_, page)| page.no() == no).expect("it is there") as u64
+            };
+            let steps: u64 = (3 * PAGES..4 * PAGES).map(|n| steps_to(PageNo(number(n)))).sum();
+            assert!(steps < 2 * PAGES, "{steps} steps for {PAGES} pages");
+            assert_eq!(table.iter().count() as u64, PAGES);
         }
     }
 

@@ -100,16 +100,16 @@ use std::fs::File;
 use std::io::BufReader;
 use std::process::ExitCode;
 
+use lab::gates::BehindLru;
 use lab::workloads::{Scale, WORKLOADS};
 use lab::{Cell, gates, measure, table, trace_file};
 
 const SCALE: Scale = Scale { pages: 100_000, accesses: 1_000_000 };
 /// Cache sizes in thousandths of the footprint.
 const SIZES_PERMILLE: [u32; 5] = [1, 10, 50, 100, 200];
-/// genblk may miss so many points more often than LRU. The policy can't know beforehand which of its two shares is right,
-/// and pays for finding out: this is what that costs in a trace of ten footprints. (ARC, which has to find out as well,
-/// pays up to three times as much.)
-const BEHIND_LRU_MAX: f64 = 0.5;
+/// Over five seeds of the workloads 0.43 points was the worst: a log-structured tree whose compactions make now one share
+/// right, now the other. (ARC, which has to find out as well, pays up to 1.7.)
+const BEHIND_LRU: BehindLru = BehindLru { max: 0.5, by_chance: 0.1 };
 
 fn main() -> ExitCode {
     let arguments = policy_report::arguments();
@@ -133,7 +133,7 @@ fn run(write_table: bool) -> Result<(), String> {
     if write_table {
         policy_report::put_at_head_of("miss_ratio.rs", &table)?;
     }
-    policy_report::conclude(&gates::judge(&cells, BEHIND_LRU_MAX))
+    policy_report::conclude(&gates::judge(&cells, BEHIND_LRU))
 }
 
 /// Measures a trace of the user's.

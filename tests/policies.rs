@@ -17,6 +17,7 @@ use bare_cache::{AtOnce, defaults};
 use genblk::cache::policy::Model;
 use genblk::cache::{PolicyKind, Settings};
 use genblk::units::PageNo;
+use miss_ratio::gates::BehindLru;
 use miss_ratio::rivals::Rival;
 use miss_ratio::workloads::{Access, Scale, WORKLOADS};
 use miss_ratio::{Cell, gates, measure, table, trace_file};
@@ -40,8 +41,7 @@ fn the_demands_on_replacement_are_met_in_small() {
         let best = Rival::ALL.map(|rival| cell.of(rival)).into_iter().fold(100.0, f64::min);
         assert!(cell.of(Rival::Opt) <= best, "nobody is better than OPT: {cell:?}");
     }
-    // A trial takes a larger share of a short trace.
-    let missed = not_met(gates::judge(&cells, 1.0));
+    let missed = not_met(gates::judge(&cells, BehindLru { max: 1.0, by_chance: 0.35 }));
     assert!(missed.is_empty(), "{missed:#?}\n{}", table::render(&cells, &sizes));
 }
 

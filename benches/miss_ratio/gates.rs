@@ -10,6 +10,18 @@ use super::{Cell, Level};
 use crate::policy_report::Gate;
 use crate::prng::Prng;
 
+/// How many points behind LRU genblk may be. That is the price of finding out which share is right, and grows as traces get
+/// shorter; and of two policies that do equally well either may be ahead by chance.
+#[derive(Clone, Copy, Debug)]
+pub struct BehindLru {
+    /// In any cell.
+    pub max: f64,
+    /// In [`AS_GOOD_AS_LRU_PERCENT`] of the cells: no more than chance makes of it.
+    pub by_chance: f64,
+}
+
+/// So many cells in a hundred have to be as good as with LRU.
+const AS_GOOD_AS_LRU_PERCENT: usize = 95;
 /// This much behind ARC is as good as ARC.
 const BEHIND_ARC: f64 = 1.0;
 /// So many cells in a hundred have to be as good.
@@ -19,12 +31,18 @@ const SCAN_COST_MAX: f64 = 2.0;
 /// Share of OPT's hits in a loop a fifth longer than the cache, where LRU has none.
 const LOOP_OF_OPT_MIN: f64 = 0.5;
 
-/// Judges the cells, which must not be empty; genblk may be `behind_lru_max` points behind LRU.
-pub fn judge(cells: &[Cell], behind_lru_max: f64) -> Vec<Gate> {
-    vec![never_behind_lru(cells, behind_lru_max), mostly_as_good_as_arc(cells), scan_gate(), loop_gate()]
+/// Judges the cells, which must not be empty.
+pub fn judge(cells: &[Cell], behind_lru: BehindLru) -> Vec<Gate> {
+    vec![
+        never_far_behind_lru(cells, behind_lru.max),
+        mostly_as_good_as(Rival::Lru, behind_lru.by_chance, AS_GOOD_AS_LRU_PERCENT, cells),
+        mostly_as_good_as(Rival::Arc, BEHIND_ARC, AS_GOOD_AS_ARC_PERCENT, cells),
+        scan_gate(),
+        loop_gate(),
+    ]
 }
 
-fn never_behind_lru(cells: &[Cell], behind_max: f64) -> Gate {
+fn never_far_behind_lru(cells: &[Cell], behind_max: f64) -> Gate {
     let worst = worst_against(cells, Rival::Ours);
     let behind = worst.behind(Rival::Lru);
     let arc = worst_against(cells, Rival::Arc);
@@ -43,13 +61,12 @@ fn worst_against(cells: &[Cell], rival: Rival) -> &Cell {
     cells.iter().max_by(|a, b| behind(a).total_cmp(&behind(b))).expect("something was measured")
 }
 
-fn mostly_as_good_as_arc(cells: &[Cell]) -> Gate {
-    let good = cells.iter().filter(|cell| cell.behind(Rival::Arc) <= BEHIND_ARC).count();
-    let says = format!(
-        "within {BEHIND_ARC} point of ARC in {AS_GOOD_AS_ARC_PERCENT} % of the cells: in {good} of {}",
-        cells.len()
-    );
-    Gate { holds: good * 100 >= cells.len() * AS_GOOD_AS_ARC_PERCENT, says }
+/// Demands that genblk is within `points` of `rival`, or ahead, in `percent` of the cells.
+fn mostly_as_good_as(rival: Rival, points: f64, percent: usize, cells: &[Cell]) -> Gate {
+    let good = cells.iter().filter(|cell| cell.behind(rival) <= points).count();
+    let all = cells.len();
+    let says = format!("within {points} points of {} in {percent} % of the cells: in {good} of {all}", rival.name());
+    Gate { holds: good * 100 >= all * percent, says }
 }
 
 fn place(cell: &Cell) -> String {

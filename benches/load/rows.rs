@@ -256,7 +256,7 @@ fn cold() -> Vec<Row> {
         stream("cold-4k-1", "4 KiB sequential read, cold, depth 1", 1, small, 1, 256 * MIB, 0.9),
         stream("cold-128k-1", "128 KiB sequential read, cold, depth 1", 1, large, 1, GIB, 0.9),
         stream("cold-128k-8", "128 KiB sequential read, cold, depth 8", 1, large, 8, GIB, 0.9),
-        // The issue asks for less than the others here: 16 windows share the readahead's budget.
+        // Less than of the others is asked for: 16 windows share the readahead's budget.
         stream("cold-streams", "16 interleaved sequential readers of 128 KiB, cold", 16, large, 16, GIB, 0.85),
         Row::new("cold-random", "4 KiB random read, cold, depth 32", Medium::Disk, random.clone(), &[Iops, CpuUs])
             .bound(Bound::Device(random))

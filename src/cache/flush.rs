@@ -50,6 +50,11 @@ impl Flushing {
         self.queue.back().filter(|flush| flush.needs.is_none()).map(|flush| flush.upto)
     }
 
+    /// Whether no flush waits.
+    pub fn none_waits(&self) -> bool {
+        self.queue.is_empty()
+    }
+
     /// Pages can't be evicted for want of a Sync, or have been unstable for long.
     pub fn want_sync(&mut self) {
         self.wanted = true;
@@ -95,6 +100,7 @@ impl PageCache {
         if self.refuse_while_stopped(ticket) {
             return;
         }
+        self.eager.flushed();
         let upto = self.dirty.close_epoch();
         self.flushing.queue.push_back(Flush { ticket, upto, needs: None });
     }

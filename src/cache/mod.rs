@@ -22,6 +22,7 @@ mod adopt;
 mod allocate;
 mod check;
 mod dirty;
+mod eager;
 mod failing;
 mod flights;
 mod flush;
@@ -52,6 +53,7 @@ pub use stats::Stats;
 
 use allocate::Allocating;
 use dirty::{DirtySet, Tally};
+use eager::Eager;
 use failing::Failing;
 use flights::Flights;
 use flush::Flushing;
@@ -252,6 +254,7 @@ pub struct PageCache {
     streams: Streams,
     dirty: DirtySet,
     writeback: Writeback,
+    eager: Eager,
     failing: Failing,
     allocating: Allocating,
     throttle: Throttle,
@@ -295,6 +298,7 @@ impl PageCache {
             streams: Streams::new(settings.readahead_pages_max, frames),
             dirty: DirtySet::default(),
             writeback: Writeback::default(),
+            eager: Eager::default(),
             failing: Failing::default(),
             allocating: Allocating::new(frames),
             throttle: Throttle::new(settings.flush_target_us, settings.dirty_pages_max),

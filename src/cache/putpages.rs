@@ -133,7 +133,6 @@ impl PageCache {
         }
         self.stats.store_writes += 1;
         self.stats.store_written_sectors += span.count;
-        self.throttle.write_started(self.now);
         self.flights.launch(Flight { kind: PlanKind::Write, span, frames, ids, epoch, demand: false });
     }
 

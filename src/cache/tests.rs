@@ -2,6 +2,7 @@
 
 use super::*;
 
+mod eager;
 mod small_world;
 mod troubles;
 

@@ -58,15 +58,15 @@ impl Throttle {
         low_u32(u64::from(self.limit) * u64::from(percent) / 100)
     }
 
-    /// A write was sent to the store.
+    /// Writes are sent to the store as fast as it takes them, until none is in flight.
     pub fn write_started(&mut self, now: Tick) {
         self.busy_since.get_or_insert(now);
     }
 
     /// A write of `pages` pages ended, with `left` still in flight.
     pub fn write_ended(&mut self, pages: u64, left: u32, now: Tick) {
-        self.pages += pages;
         if let Some(since) = self.busy_since {
+            self.pages += pages;
             self.busy_us += now.since_us(since);
             self.busy_since = (left > 0).then_some(now);
         }

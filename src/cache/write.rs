@@ -27,6 +27,9 @@ impl PageCache {
         if let Some(fault) = self.failing.stopped() {
             return Admitted::Refused(at, fault);
         }
+        if !access.resumed {
+            self.weigh_write(access.span.pages());
+        }
         let must_queue = !access.resumed && self.stalled.for_room();
         let mut want = if must_queue { Want::Room } else { Want::Answer };
         let mut previous = None;

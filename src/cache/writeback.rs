@@ -2,7 +2,7 @@
 //!
 //! A cursor sweeps the dirty set upwards and starts again at the bottom (CSCAN); a 64 KiB group that was written since
 //! the cursor last passed is skipped once, so that what is hot is written less often. FLUSH, old age, a reclaim that
-//! finds no clean page, and idleness override the skip.
+//! finds no clean page, idleness, and what goes ahead of a FLUSH override the skip.
 //!
 //! Age needs no timestamps: every half of the age limit the current epoch is closed, and what belongs to closed epochs
 //! is written. Nothing runs while all is clean.
@@ -77,6 +77,8 @@ enum Scope {
     Cold,
     /// All.
     All,
+    /// All, as they come: how fast the store takes them says nothing of how fast it could.
+    Ahead,
 }
 
 impl PageCache {
@@ -110,12 +112,16 @@ impl PageCache {
         let mut next = PageNo(last.0 + 1 - BEHIND_PAGES);
         while next <= last {
             let end = self.pages.find(next).and_then(|id| self.put_cluster(id));
+            if end.is_some() {
+                self.throttle.write_started(self.now);
+            }
             next = end.unwrap_or(next.plus(1));
         }
     }
 
     /// Write-back that nobody waits for: at full speed while guests are idle or frames run out, else in proportion to
-    /// how far what may be dirty is used up, and at full speed again before the first write is held back.
+    /// how far what may be dirty is used up, and at full speed again before the first write is held back; else ahead of the
+    /// next FLUSH, where that pays, and not while one is under way, which has more use for the store.
     fn write_back_in_background(&mut self) {
         let idle = self.now.since_us(self.writeback.guest_was_here) >= IDLE_US;
         let unclean = self.dirty.unclean_pages();
@@ -134,6 +140,8 @@ impl PageCache {
             let room = u64::from((self.throttle.setpoint_pages() - start).max(1));
             let depth = 1 + low_u32((u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)));
             self.sweep(Scope::Cold, depth);
+        } else if self.eager.is_on() && self.flushing.none_waits() && self.failing.may_retry(self.now) {
+            self.sweep(Scope::Ahead, DEPTH_MAX / 2);
         }
     }
 
@@ -161,7 +169,7 @@ impl PageCache {
         let cold = matches!(scope, Scope::Cold);
         let groups_max = match scope {
             Scope::Cold => SWEEP_GROUPS_COLD.max(self.dirty.groups() / SWEEPS_PER_ROUND),
-            Scope::UpTo(_) | Scope::All => SWEEP_GROUPS,
+            Scope::UpTo(_) | Scope::All | Scope::Ahead => SWEEP_GROUPS,
         };
         for _ in 0..groups_max {
             if self.flights.writes() >= depth {
@@ -213,9 +221,12 @@ impl PageCache {
             let Some(id) = self.pages.find(no) else { continue };
             let in_scope = match scope {
                 Scope::UpTo(upto) => self.pages[id].epoch.at_or_before(upto),
-                Scope::Cold | Scope::All => true,
+                Scope::Cold | Scope::All | Scope::Ahead => true,
             };
             if in_scope && let Some(end) = self.put_cluster(id) {
+                if !matches!(scope, Scope::Ahead) {
+                    self.throttle.write_started(self.now);
+                }
                 self.writeback.barren = 0;
                 self.writeback.cursor = self.writeback.cursor.max(end.0 / GROUP_PAGES);
             }

@@ -180,7 +180,9 @@ impl Loop {
         let device = OpenOptions::new().read(true).write(true).open(&path)?;
         // While it is open this only marks it to be taken down at the last close: a benchmark that is killed leaves none.
         Command::new("losetup").arg("--detach").arg(&path).status()?;
-        Ok(Self { path, device })
+        let new = Self { path, device };
+        Throttle::lift_old(&new.number()?);
+        Ok(new)
     }
 
     /// Writes back and drops what the kernel's page cache holds of it.

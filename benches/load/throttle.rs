@@ -39,11 +39,18 @@ impl Throttle {
     /// # Errors
     /// The system's: it takes root, and a controller that is there.
     pub fn new(device: &str, rate: Rate) -> io::Result<Self> {
-        let v1 = Path::new(V1_ROOT).join("blkio.throttle.write_bps_device").exists();
-        let group = if v1 { Group::V1 } else { own_group()? };
+        let group = if v1_is_there() { Group::V1 } else { own_group()? };
         let throttle = Self { device: device.to_string(), group };
         throttle.set(Some(rate))?;
         Ok(throttle)
+    }
+
+    /// Lifts what a benchmark that was killed has left in force: version 1 keeps a limit by the device's number, also for the
+    /// next device that gets it.
+    pub fn lift_old(device: &str) {
+        if v1_is_there() {
+            drop(Self { device: device.to_string(), group: Group::V1 });
+        }
     }
 
     fn set(&self, rate: Option<Rate>) -> io::Result<()> {
@@ -70,6 +77,10 @@ impl Throttle {
             }
         }
     }
+}
+
+fn v1_is_there() -> bool {
+    Path::new(V1_ROOT).join("blkio.throttle.write_bps_device").exists()
 }
 
 /// A new group of version 2 with this process in it.

@@ -49,7 +49,7 @@ impl Eager {
 
     /// A FLUSH ends the interval. One without writes says nothing of those to come.
     pub fn flushed(&mut self) {
-        if self.writes > 0 {
+        if self.pages > 0 {
             *self = Self { paid: self.pays(), ..Self::default() };
         }
     }

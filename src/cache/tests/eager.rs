@@ -117,6 +117,21 @@ fn writes_that_come_together_count_as_one() {
 }
 
 #[test]
+fn a_bulk_that_comes_together_with_what_was_before_the_flush_ends_with_the_next() {
+    let mut cache = after_interval([0, APART]);
+    let mut pieces = Vec::new();
+    assert_eq!(cache.write(access(0, 8), &mut pieces), Admitted::All);
+    cache.flush(Ticket(7));
+    assert_eq!(cache.write(access(8, 300 * 8), &mut pieces), Admitted::All);
+    pieces.iter().for_each(|piece| cache.finish_write(piece, true));
+    settle(&mut cache, NOW);
+    flush(&mut cache);
+    assert_eq!(early(&mut cache, [APART]), NOTHING, "the last interval was a bulk");
+    flush(&mut cache);
+    assert_eq!(early(&mut cache, [APART]), [APART]);
+}
+
+#[test]
 fn what_is_written_again_on_its_way_to_the_store_would_have_gone_once() {
     let apart = || (0..8).map(|at| at * APART);
     let mut cache = after_interval(apart());

@@ -91,7 +91,7 @@ boot() { # ACCELERATOR SECONDS JOB [QEMU OPTION...]
         -accel "$accelerator" -smp 2 -m 256M -machine q35,memory-backend=ram \
         -object memory-backend-memfd,id=ram,size=256M,share=on \
         -kernel "$kernel" -initrd "$work/guest.cpio" \
-        -append "console=ttyS0 quiet panic=-1 genblk.job=$job genblk.seed=demo" \
+        -append "console=ttyS0 quiet panic=-1 cryptomgr.notests genblk.job=$job genblk.seed=demo" \
         "$@" >"$work/console.log" 2>&1 </dev/null &
     machine=$!
     await $machine "$seconds" "the guest" || return 1

@@ -22,8 +22,6 @@ pub mod virtio;
 
 /// The memory behind frames.
 pub mod arena;
-/// What calls a worker thread.
-pub mod bell;
 /// The page cache, without I/O.
 pub mod cache;
 /// Where a request meets the cache.
@@ -32,6 +30,8 @@ pub mod device;
 pub mod object;
 /// The backing image.
 pub mod store;
+/// Wakes a worker thread.
+pub mod waker;
 
 /// The service manager that started the daemon.
 pub mod systemd;

@@ -14,7 +14,6 @@ use std::time::Instant;
 use log::{Level, error, info, log, warn};
 
 use crate::arena::{Arena, Entry, Populator, ZEROED_MAX};
-use crate::bell::Bell;
 use crate::cache::{
     Condition, FrameMemory, Left, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats,
     Ticket,
@@ -22,6 +21,7 @@ use crate::cache::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
 use crate::units::{Fault, FrameId, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick};
+use crate::waker::Waker;
 
 /// Bits of a ticket that name the worker; the rest is the worker's own business.
 const WORKER_SHIFT: u32 = 48;
@@ -48,11 +48,11 @@ impl FrameMemory for Arc<Arena> {
     }
 }
 
-/// Notices for a worker from other workers, and the bell that wakes it.
+/// Notices for a worker from other workers, and the waker that wakes it.
 #[derive(Debug)]
 struct Mailbox {
     notices: Mutex<Vec<Notice>>,
-    bell: Arc<Bell>,
+    waker: Arc<Waker>,
 }
 
 /// An image, its page cache, and the memory of both.
@@ -151,8 +151,8 @@ impl Object {
     pub fn port(self: &Arc<Self>) -> Result<Port> {
         let mut store = self.image.attach()?;
         store.expect_memory(self.arena.addresses());
-        let bell = Bell::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
-        let mailbox = Arc::new(Mailbox { notices: Mutex::default(), bell: Arc::new(bell) });
+        let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
+        let mailbox = Arc::new(Mailbox { notices: Mutex::default(), waker: Arc::new(waker) });
         let mut mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
         mailboxes.push(Arc::clone(&mailbox));
         let worker = mailboxes.len() as u64 - 1;
@@ -207,8 +207,8 @@ impl Port {
     }
 
     /// Rung when another thread has something for this worker.
-    pub fn bell(&self) -> &Arc<Bell> {
-        &self.mailbox.bell
+    pub fn waker(&self) -> &Arc<Waker> {
+        &self.mailbox.waker
     }
 
     /// A ticket of this worker's.
@@ -229,12 +229,12 @@ impl Port {
         piece.frame.map(|frame| self.object.arena.frame(frame).wrapping_add(offset))
     }
 
-    /// Collects what the store has finished and, if the bell `was_rung`, what other workers left. Whether there is anything.
-    pub fn collect(&mut self, was_rung: bool) -> bool {
+    /// Collects what the store has finished and, if the waker `notified`, what other workers left. Whether there is anything.
+    pub fn collect(&mut self, notified: bool) -> bool {
         if std::mem::take(&mut self.store_rang) || self.store.may_have_events() {
             self.store.reap(&mut self.events);
         }
-        if was_rung {
+        if notified {
             let mut mail = self.mailbox.notices.lock().expect("nobody panics holding a mailbox");
             self.notices.append(&mut mail);
         }
@@ -307,7 +307,7 @@ impl Port {
 /// Rings the bells of workers that have got something.
 fn wake(recipients: &[Arc<Mailbox>]) {
     for mailbox in recipients {
-        if let Err(error) = mailbox.bell.ring() {
+        if let Err(error) = mailbox.waker.notify() {
             warn!("cannot wake a worker: {error}");
         }
     }

@@ -10,7 +10,6 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use genblk::arena::{Arena, Populator};
-use genblk::bell::Bell;
 use genblk::device::control::Workers;
 use genblk::device::ring::Ring;
 use genblk::device::{Command, Control, Device};
@@ -21,6 +20,7 @@ use genblk::virtio::config_space::Geometry;
 use genblk::virtio::request::{Disk, Kind, Malformed, Request, parse, serial};
 use genblk::virtio::segments::{GuestCursor, write_status};
 use genblk::virtio::{STATUS_IOERR, STATUS_OK};
+use genblk::waker::Waker;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// genblk's default, which is part of its ring code.
@@ -54,12 +54,12 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     // decides how fast they are copied.
     let buffer = Arc::new(Arena::private(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
     let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, geometry, true, 0);
-    let bell = Arc::new(Bell::new()?);
-    let (control, commands) = Control::new(Arc::clone(&bell));
+    let waker = Arc::new(Waker::new()?);
+    let (control, commands) = Control::new(Arc::clone(&waker));
     let _populator = Populator::start("limit", &buffer);
     let kicks = Epoll::new()?;
-    kicks.ctl(ControlOperation::Add, bell.as_raw_fd(), EpollEvent::new(EventSet::IN, u64::MAX))?;
-    let worker = Copier { commands, bell, kicks, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
+    kicks.ctl(ControlOperation::Add, waker.as_raw_fd(), EpollEvent::new(EventSet::IN, u64::MAX))?;
+    let worker = Copier { commands, waker, kicks, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
     let serve = |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener);
     bind(socket).and_then(serve).map_err(io::Error::other)?.serve();
@@ -68,8 +68,8 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
 
 struct Copier {
     commands: Receiver<Command>,
-    bell: Arc<Bell>,
-    /// Readable when a guest kicks, or the bell rings.
+    waker: Arc<Waker>,
+    /// Readable when a guest kicks, or the waker rings.
     kicks: Epoll,
     rings: BTreeMap<u16, Ring>,
     disk: Disk,
@@ -81,7 +81,7 @@ impl Copier {
         let (mut heads, mut request) = (Vec::new(), Request::default());
         let mut idle_since = Instant::now();
         loop {
-            if self.bell.was_rung() {
+            if self.waker.take_notified() {
                 self.obey();
             }
             let mut worked = false;
@@ -151,7 +151,7 @@ impl Copier {
         if !came_meanwhile {
             // Whatever it is, the next turn finds it.
             let _ = self.kicks.wait(-1, &mut [EpollEvent::default(); 8]);
-            self.bell.hush();
+            self.waker.clear();
         }
         self.rings.values_mut().for_each(Ring::quiet_kicks);
     }

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use log::error;
 
 use super::inflight::RingTrack;
-use crate::bell::Bell;
 use crate::units::Fault;
 use crate::virtio::GuestRam;
 use crate::virtio::split::{Layout, Position};
+use crate::waker::Waker;
 
 /// Everything a ring needs to run.
 #[derive(Debug)]
@@ -52,20 +52,20 @@ pub enum Command {
 #[derive(Clone, Debug)]
 pub struct Control {
     commands: Sender<Command>,
-    bell: Arc<Bell>,
+    waker: Arc<Waker>,
 }
 
 impl Control {
-    /// Both ends; `bell` wakes the worker.
-    pub fn new(bell: Arc<Bell>) -> (Self, Receiver<Command>) {
+    /// Both ends; `waker` wakes the worker.
+    pub fn new(waker: Arc<Waker>) -> (Self, Receiver<Command>) {
         let (commands, receiver) = channel();
-        (Self { commands, bell }, receiver)
+        (Self { commands, waker }, receiver)
     }
 
     /// Sends a command that needs no answer.
     pub fn send(&self, command: Command) {
         // A worker ends only when it is told to, or when an invariant broke; then nobody listens any more.
-        if self.commands.send(command).is_err() || self.bell.ring().is_err() {
+        if self.commands.send(command).is_err() || self.waker.notify().is_err() {
             error!("a worker thread is gone");
         }
     }

@@ -44,7 +44,7 @@ const FRUITLESS_MAX: u32 = 4;
 /// ... one is tried when there was nothing to do for so many times.
 const SLEEPS_PER_TRY: u32 = 64;
 /// Epoll tokens beyond those of the rings.
-const BELL: u64 = 1000;
+const WAKER: u64 = 1000;
 const STORE: u64 = 1001;
 
 /// Starts a worker thread for a device.
@@ -54,9 +54,9 @@ const STORE: u64 = 1001;
 pub fn spawn(device: &Arc<Device>, object: &Arc<Object>) -> Result<(Control, JoinHandle<()>)> {
     let system = |e| Error::io(ErrorKind::System, "cannot start a worker thread", e);
     let port = object.port()?;
-    let (control, commands) = Control::new(Arc::clone(port.bell()));
+    let (control, commands) = Control::new(Arc::clone(port.waker()));
     let epoll = Epoll::new().map_err(system)?;
-    watch(&epoll, port.bell().as_raw_fd(), BELL).map_err(system)?;
+    watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
     watch(&epoll, port.store_fd(), STORE).map_err(system)?;
     let worker = Worker {
         traffic: Traffic::new(Arc::clone(device), port.ticket(0)),
@@ -229,7 +229,7 @@ impl Worker {
         pays
     }
 
-    /// Sleeps until a kick, a store event, the bell, or the next deadline.
+    /// Sleeps until a kick, a store event, the waker, or the next deadline.
     fn sleep(&mut self) {
         let next = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
         let timeout_ms = next.map_or(-1, |due| {
@@ -244,7 +244,7 @@ impl Worker {
         };
         for event in &events[..count] {
             match event.data() {
-                BELL => self.port.bell().hush(),
+                WAKER => self.port.waker().clear(),
                 STORE => self.port.store_rang(),
                 // A kick: the next turn looks at all rings.
                 _ => {}
@@ -254,9 +254,9 @@ impl Worker {
 
     /// One turn; see the module. False: there was nothing to do.
     fn turn(&mut self, now: Tick) -> bool {
-        let was_rung = self.port.bell().was_rung();
-        let obeyed = was_rung && self.obey(now);
-        let collected = self.port.collect(was_rung);
+        let notified = self.port.waker().take_notified();
+        let obeyed = notified && self.obey(now);
+        let collected = self.port.collect(notified);
         let taken = self.take_requests();
         let due = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
         if !(obeyed || collected || taken) && due.is_none_or(|due| due > now) {

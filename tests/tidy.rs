@@ -45,7 +45,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "virtio/ram.rs",
     "virtio/segments.rs",
     "virtio/split.rs",
-    "device/call.rs",
+    "device/interrupt.rs",
     "device/copy.rs",
     "vhost/",
     "service.rs",

@@ -122,9 +122,9 @@ impl Copier {
                     let ring = self.rings.remove(&index).inspect(|ring| ring.forget_kicks(&self.kicks));
                     let _ = answer.send(ring.map(|ring| ring.position()));
                 }
-                Command::Call(index, call, answer) => {
+                Command::SetCallFd(index, call_fd, answer) => {
                     if let Some(ring) = self.rings.get_mut(&index) {
-                        ring.set_call(call);
+                        ring.set_call_fd(call_fd);
                     }
                     let _ = answer.send(());
                 }
@@ -146,14 +146,14 @@ impl Copier {
     fn sleep(&mut self) {
         let mut came_meanwhile = false;
         for ring in self.rings.values_mut() {
-            came_meanwhile |= ring.want_kicks();
+            came_meanwhile |= ring.enable_notification();
         }
         if !came_meanwhile {
             // Whatever it is, the next turn finds it.
             let _ = self.kicks.wait(-1, &mut [EpollEvent::default(); 8]);
             self.waker.clear();
         }
-        self.rings.values_mut().for_each(Ring::quiet_kicks);
+        self.rings.values_mut().for_each(Ring::disable_notification);
     }
 }
 

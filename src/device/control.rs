@@ -22,7 +22,7 @@ pub struct RingSetup {
     /// Readable when the guest has made something available.
     pub kick: File,
     /// Written when something has been used; none: the guest polls.
-    pub call: Option<File>,
+    pub call_fd: Option<File>,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     /// Where the ring notes what it owes, if the front-end wants that.
@@ -37,7 +37,7 @@ pub enum Command {
     /// Finish what was taken from this ring and take no more. `None`: it did not run.
     Stop(u16, Sender<Option<Position>>),
     /// Use this to interrupt the guest.
-    Call(u16, Option<File>, Sender<()>),
+    SetCallFd(u16, Option<File>, Sender<()>),
     /// Finish what was taken from every ring, then use this memory.
     Memory(Arc<GuestRam>, Sender<()>),
     /// Make everything written so far durable.

@@ -6,11 +6,11 @@
 //! `control.rs` is how the control plane speaks to a worker.
 
 mod admit;
-mod call;
 mod complete;
 pub mod control;
 mod copy;
 pub mod inflight;
+mod interrupt;
 mod pending;
 pub mod ring;
 mod worker;

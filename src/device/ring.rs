@@ -9,9 +9,9 @@ use log::{error, info};
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::call::Call;
 use super::control::RingSetup;
 use super::inflight::RingTrack;
+use super::interrupt::Interrupt;
 use crate::virtio::GuestRam;
 use crate::virtio::chain::Table;
 use crate::virtio::split::{Layout, Position, SplitQueue};
@@ -30,9 +30,9 @@ pub struct Ring {
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     kick: File,
-    call: Option<Call>,
+    interrupt: Option<Interrupt>,
     /// The guest waits for a call that it has not got yet.
-    call_due: bool,
+    interrupt_due: bool,
     /// Requests taken and not yet answered.
     in_flight: u16,
     /// Where they are noted for a successor.
@@ -51,7 +51,7 @@ impl Ring {
     /// => The guest is called at once: a predecessor may have died between an answer and the call for it, and with EVENT_IDX
     ///    no later answer would make up for that.
     pub fn new(index: u16, setup: RingSetup) -> Self {
-        let RingSetup { layout, position, kick, call, memory, track } = setup;
+        let RingSetup { layout, position, kick, call_fd, memory, track } = setup;
         let mut ring = Self {
             index,
             layout,
@@ -59,8 +59,8 @@ impl Ring {
             looked_up_at: position,
             memory,
             kick,
-            call: call.map(Call::new),
-            call_due: true,
+            interrupt: call_fd.map(Interrupt::new),
+            interrupt_due: true,
             in_flight: 0,
             track,
             recovered: false,
@@ -68,7 +68,7 @@ impl Ring {
             broken: false,
         };
         ring.look_up();
-        ring.call_if_due();
+        ring.trigger_if_due();
         ring
     }
 
@@ -136,9 +136,9 @@ impl Ring {
     }
 
     /// Use this to call the guest from now on.
-    pub fn set_call(&mut self, call: Option<File>) {
-        self.call = call.map(Call::new);
-        self.call_if_due();
+    pub fn set_call_fd(&mut self, call_fd: Option<File>) {
+        self.interrupt = call_fd.map(Interrupt::new);
+        self.trigger_if_due();
     }
 
     /// New guest memory. If the ring does not lie in it, it stands still until it does again: a front-end that changes a
@@ -210,30 +210,30 @@ impl Ring {
     /// Shows the guest what was answered since the last time, and calls it if it wants that.
     pub fn publish(&mut self) {
         let Some(queue) = self.queue.as_mut().filter(|queue| queue.has_unpublished()) else { return };
-        self.call_due |= queue.publish();
+        self.interrupt_due |= queue.publish();
         let used = queue.position().next_used;
-        self.call_if_due();
+        self.trigger_if_due();
         if let Some(track) = &mut self.track {
             track.answered(used);
         }
     }
 
     /// Calls the guest if that is due and it has said how.
-    fn call_if_due(&mut self) {
-        let Some(call) = self.call.as_mut().filter(|_| self.call_due) else { return };
-        self.call_due = false;
-        call.ring();
+    fn trigger_if_due(&mut self) {
+        let Some(interrupt) = self.interrupt.as_mut().filter(|_| self.interrupt_due) else { return };
+        self.interrupt_due = false;
+        interrupt.trigger();
     }
 
     /// The guest need not kick: we are looking.
-    pub fn quiet_kicks(&mut self) {
+    pub fn disable_notification(&mut self) {
         if let Some(queue) = &mut self.queue {
-            queue.quiet_kicks();
+            queue.disable_notification();
         }
     }
 
     /// The guest is to kick from now on. True: something came meanwhile, look again.
-    pub fn want_kicks(&mut self) -> bool {
-        !self.broken && self.queue.as_mut().is_some_and(SplitQueue::want_kicks) && self.has_more()
+    pub fn enable_notification(&mut self) -> bool {
+        !self.broken && self.queue.as_mut().is_some_and(SplitQueue::enable_notification) && self.has_more()
     }
 }

@@ -187,13 +187,13 @@ impl Worker {
             }
             let mut came_meanwhile = false;
             for index in 0..self.rings.len() {
-                came_meanwhile |= self.served(index).is_some_and(Ring::want_kicks);
+                came_meanwhile |= self.served(index).is_some_and(Ring::enable_notification);
             }
             if !came_meanwhile {
                 self.sleep();
             }
             for ring in self.rings.iter_mut().flatten() {
-                ring.quiet_kicks();
+                ring.disable_notification();
             }
         }
     }
@@ -308,9 +308,9 @@ impl Worker {
                     let _ = answer.send(());
                 }
                 Command::Stop(index, answer) => self.stopping.push((index, answer)),
-                Command::Call(index, call, answer) => {
+                Command::SetCallFd(index, call_fd, answer) => {
                     if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
-                        ring.set_call(call);
+                        ring.set_call_fd(call_fd);
                     }
                     let _ = answer.send(());
                 }

@@ -114,7 +114,7 @@ struct Facts {
     odd_size: bool,
     running: bool,
     kick: Option<File>,
-    call: Option<File>,
+    call_fd: Option<File>,
 }
 
 impl ControlRing {
@@ -151,8 +151,8 @@ impl ControlRing {
 
     fn start(&self, facts: &Facts) -> bool {
         let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
-        let (kick, call) = match (copy(&facts.kick), copy(&facts.call)) {
-            (Ok(Some(kick)), Ok(call)) => (kick, call),
+        let (kick, call_fd) = match (copy(&facts.kick), copy(&facts.call_fd)) {
+            (Ok(Some(kick)), Ok(call_fd)) => (kick, call_fd),
             (Err(e), _) | (_, Err(e)) => {
                 error!("ring {} can't be started: {e}", self.link.index);
                 return false;
@@ -172,7 +172,7 @@ impl ControlRing {
             },
             position: Position { next_avail: queue.next_avail(), next_used: queue.next_used() },
             kick,
-            call,
+            call_fd,
             memory: Arc::new(GuestRam::new(self.link.memory.memory().into_inner())),
             track: self.link.session.inflight.of_ring(index, queue.size()),
         };
@@ -270,9 +270,9 @@ impl VringT<Memory> for ControlRing {
         if facts.running {
             let index = self.link.index;
             let copy = self.copy_of(file.as_ref());
-            self.link.session.workers.of_ring(index).ask(|answer| Command::Call(index, copy, answer));
+            self.link.session.workers.of_ring(index).ask(|answer| Command::SetCallFd(index, copy, answer));
         }
-        facts.call = file;
+        facts.call_fd = file;
     }
 
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {

@@ -145,7 +145,7 @@ impl SplitQueue {
     }
 
     /// The guest need not kick: with EVENT_IDX that is so as long as the event index is behind, else by a flag.
-    pub fn quiet_kicks(&mut self) {
+    pub fn disable_notification(&mut self) {
         if !self.layout.event_idx {
             let flags = u16::try_from(VRING_USED_F_NO_NOTIFY).expect("it is 1");
             self.rings.used.le16(0).store(flags.to_le(), Ordering::Relaxed);
@@ -153,7 +153,7 @@ impl SplitQueue {
     }
 
     /// The guest is to kick from now on. True: something came meanwhile, for which it may not have kicked.
-    pub fn want_kicks(&mut self) -> bool {
+    pub fn enable_notification(&mut self) -> bool {
         if self.layout.event_idx {
             let avail_event = RING + usize::from(self.layout.size) * ELEMENT_BYTES;
             self.rings.used.le16(avail_event).store(self.next.next_avail.to_le(), Ordering::Relaxed);

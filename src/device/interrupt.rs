@@ -8,13 +8,13 @@ use log::warn;
 
 /// The descriptor by which a ring calls its guest.
 #[derive(Debug)]
-pub(super) struct Call {
+pub(super) struct Interrupt {
     file: File,
     /// A write waits while it is full. Most front-ends make theirs so that it fails.
     blocks: bool,
 }
 
-impl Call {
+impl Interrupt {
     /// Looks at what kind of descriptor it is.
     pub fn new(file: File) -> Self {
         // SAFETY: a plain system call on an open descriptor.
@@ -23,7 +23,7 @@ impl Call {
     }
 
     /// Calls the guest. If there is no room for another call, those that are there do as well.
-    pub fn ring(&mut self) {
+    pub fn trigger(&mut self) {
         if self.blocks && !self.has_room() {
             return;
         }

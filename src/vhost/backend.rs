@@ -12,7 +12,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 
 use super::Memory;
-use super::ring::{ControlRing, Session};
+use super::vring::{Session, VringControl};
 use crate::virtio::GuestRam;
 use crate::virtio::config_space::tells_writeback;
 
@@ -40,7 +40,7 @@ impl Backend {
 
 impl VhostUserBackend for Backend {
     type Bitmap = ();
-    type Vring = ControlRing;
+    type Vring = VringControl;
 
     fn num_queues(&self) -> usize {
         usize::from(self.0.session.device.geometry.num_queues)
@@ -73,8 +73,8 @@ impl VhostUserBackend for Backend {
 
     fn reset_device(&self) {
         *self.0.cache_features.lock().expect("nobody panics holding this") = None;
-        let Session { device, begun, .. } = &*self.0.session;
-        begun.store(false, Ordering::Release);
+        let Session { device, guest_started, .. } = &*self.0.session;
+        guest_started.store(false, Ordering::Release);
         device.start_with_features(None);
         device.arena.begin_anew();
     }
@@ -86,8 +86,8 @@ impl VhostUserBackend for Backend {
     /// => A front-end that asks for the cache mode before its guest begins believes what it is told, so it gets the default;
     ///    one that comes back with a guest does not ask, and goes on with what that guest has chosen.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let Session { device, begun, .. } = &*self.0.session;
-        if device.arena.is_through() && !begun.load(Ordering::Acquire) && tells_writeback(offset, size) {
+        let Session { device, guest_started, .. } = &*self.0.session;
+        if device.arena.is_through() && !guest_started.load(Ordering::Acquire) && tells_writeback(offset, size) {
             device.arena.remember_through(false);
             device.start_with_features(*self.0.cache_features.lock().expect("nobody panics holding this"));
         }
@@ -101,9 +101,9 @@ impl VhostUserBackend for Backend {
         if end.is_none_or(|end| end > CONFIG_BYTES_MAX) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let Session { device, workers, begun, .. } = &*self.0.session;
+        let Session { device, workers, guest_started, .. } = &*self.0.session;
         if let Some(writeback) = device.config_space().write(offset, bytes) {
-            begun.store(true, Ordering::Release);
+            guest_started.store(true, Ordering::Release);
             device.choose_writeback(writeback);
             info!("{}: the guest chose {}", device.name, if writeback { "write-back" } else { "write-through" });
             // From now on a completed write is a stable one: those that were completed before must be so too.
@@ -132,7 +132,7 @@ impl VhostUserBackend for Backend {
         Vec::new()
     }
 
-    fn handle_event(&self, _: u16, _: EventSet, _: &[ControlRing], _: usize) -> io::Result<()> {
+    fn handle_event(&self, _: u16, _: EventSet, _: &[VringControl], _: usize) -> io::Result<()> {
         unreachable!("the crate has no worker threads to call this from")
     }
 }

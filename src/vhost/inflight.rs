@@ -61,7 +61,7 @@ impl Inflight {
     /// GET_INFLIGHT_FD: makes a region of the shape that the message asks for; returns the reply.
     ///
     /// => It comes into use when the front-end sends it back.
-    pub fn make(&self, message: &Message) -> io::Result<Message> {
+    pub fn create_region(&self, message: &Message) -> io::Result<Message> {
         let shape = Shape::of(message)?;
         let file = sealed_memfd(shape.bytes())?;
         let mut payload = message.payload.clone();
@@ -71,7 +71,7 @@ impl Inflight {
     }
 
     /// SET_INFLIGHT_FD: from now on rings that start keep their marks in this region.
-    pub fn adopt(&self, mut message: Message) -> io::Result<()> {
+    pub fn set_region(&self, mut message: Message) -> io::Result<()> {
         let shape = Shape::of(&message)?;
         let (Some(size), Some(offset), Some(file)) = (message.u64_at(0), message.u64_at(8), message.files.pop()) else {
             return Err(invalid("an inflight region without a descriptor".to_owned()));

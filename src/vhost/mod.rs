@@ -11,10 +11,10 @@
 
 mod backend;
 mod inflight;
-mod pair;
 mod relay;
-mod ring;
 mod server;
+mod socketpair;
+mod vring;
 mod wire;
 
 pub use server::{Server, bind};

@@ -4,7 +4,7 @@
 //! - A memory table in another order than that of guest addresses, which the crate refuses: sorted.
 //!
 //! Answers of our own stand in the right place among the crate's, whatever the front-end sends ahead: a GET_FEATURES goes
-//! to the crate instead, and its reply is exchanged for ours.
+//! to the crate instead, and its reply is replies for ours.
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,23 +31,33 @@ const INFLIGHT_SHMFD: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
 const TABLE_HEADER_BYTES: usize = 8;
 const REGION_BYTES: usize = 32;
 
+/// What the front-end gets in place of a reply of vhost-user-backend to GET_FEATURES.
+#[derive(Debug)]
+enum Reply {
+    /// The reply itself: the front-end asked for the features.
+    PassThrough,
+    /// This message: the relay handled the front-end's request, and sent GET_FEATURES only to keep the order of replies.
+    Replace(Message),
+    /// Nothing: as `Replace`, for a request without a reply.
+    Swallow,
+}
+
 /// The two ends of a session, and what is between them.
 #[derive(Debug)]
 pub(super) struct Relay<'a> {
     front_end: &'a UnixStream,
-    crate_end: UnixStream,
+    backend_end: UnixStream,
     /// Readable once the session is to end.
     stop: &'a EventFd,
     inflight: &'a Inflight,
-    /// For each GET_FEATURES that the crate has not answered: what the front-end is to get in place of the answer. `None`:
-    /// the answer itself; `Some(None)`: nothing.
-    exchanged: VecDeque<Option<Option<Message>>>,
+    /// What the front-end gets for each GET_FEATURES that vhost-user-backend has yet to reply to.
+    replies: VecDeque<Reply>,
 }
 
 impl<'a> Relay<'a> {
     /// A relay between a front-end and the crate.
-    pub fn new(front_end: &'a UnixStream, crate_end: UnixStream, stop: &'a EventFd, inflight: &'a Inflight) -> Self {
-        Self { front_end, crate_end, stop, inflight, exchanged: VecDeque::new() }
+    pub fn new(front_end: &'a UnixStream, backend_end: UnixStream, stop: &'a EventFd, inflight: &'a Inflight) -> Self {
+        Self { front_end, backend_end, stop, inflight, replies: VecDeque::new() }
     }
 
     /// Carries messages until one end hangs up, or the session is to end.
@@ -57,56 +67,56 @@ impl<'a> Relay<'a> {
     /// message is one that is lost.
     pub fn run(mut self) -> io::Result<()> {
         loop {
-            let [stop, from_crate, from_front_end] = readable([self.stop, &self.crate_end, self.front_end])?;
+            let [stop, from_backend, from_front_end] = readable([self.stop, &self.backend_end, self.front_end])?;
             if stop {
                 return Ok(());
             }
-            if from_crate {
-                let Some(message) = Message::receive(&self.crate_end)? else { return Ok(()) };
-                self.answer(message)?;
+            if from_backend {
+                let Some(message) = Message::receive(&self.backend_end)? else { return Ok(()) };
+                self.forward_reply(message)?;
             }
             if from_front_end {
                 let Some(message) = Message::receive(self.front_end)? else { return Ok(()) };
-                self.ask(message)?;
+                self.forward_request(message)?;
             }
         }
     }
 
     /// A message from the front-end.
-    fn ask(&mut self, mut message: Message) -> io::Result<()> {
+    fn forward_request(&mut self, mut message: Message) -> io::Result<()> {
         match message.request {
-            GET_FEATURES => self.exchanged.push_back(None),
+            GET_FEATURES => self.replies.push_back(Reply::PassThrough),
             SET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits & !INFLIGHT_SHMFD),
             SET_MEM_TABLE => sort_table(&mut message),
             GET_INFLIGHT_FD => {
-                let reply = self.inflight.make(&message)?;
-                return self.ask_instead(Some(reply));
+                let reply = self.inflight.create_region(&message)?;
+                return self.reply_in_order(Reply::Replace(reply));
             }
             SET_INFLIGHT_FD => {
                 let done = message.needs_reply().then(|| Message::reply(SET_INFLIGHT_FD, vec![0; 8], Vec::new()));
-                self.inflight.adopt(message)?;
-                return self.ask_instead(done);
+                self.inflight.set_region(message)?;
+                return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
             }
             _ => {}
         }
-        message.send(&self.crate_end)
+        message.send(&self.backend_end)
     }
 
-    /// Asks the crate something else, for which the front-end gets `reply`.
-    fn ask_instead(&mut self, reply: Option<Message>) -> io::Result<()> {
-        self.exchanged.push_back(Some(reply));
+    /// Sends GET_FEATURES to vhost-user-backend; `reply` takes the place of what it returns, so that replies stay in order.
+    fn reply_in_order(&mut self, reply: Reply) -> io::Result<()> {
+        self.replies.push_back(reply);
         let question = Message { request: GET_FEATURES, flags: 1, payload: Vec::new(), files: Vec::new() };
-        question.send(&self.crate_end)
+        question.send(&self.backend_end)
     }
 
     /// A reply of the crate's.
-    fn answer(&mut self, mut message: Message) -> io::Result<()> {
+    fn forward_reply(&mut self, mut message: Message) -> io::Result<()> {
         match message.request {
             GET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits | INFLIGHT_SHMFD),
-            GET_FEATURES => match self.exchanged.pop_front() {
-                Some(Some(Some(reply))) => message = reply,
-                Some(Some(None)) => return Ok(()),
-                Some(None) | None => {}
+            GET_FEATURES => match self.replies.pop_front() {
+                Some(Reply::Replace(reply)) => message = reply,
+                Some(Reply::Swallow) => return Ok(()),
+                Some(Reply::PassThrough) | None => {}
             },
             _ => {}
         }

@@ -16,9 +16,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::Memory;
 use super::backend::Backend;
-use super::pair;
 use super::relay::{Relay, readable};
-use super::ring::{Session, making_rings_for};
+use super::socketpair;
+use super::vring::{Session, with_vring_factory};
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
@@ -120,15 +120,15 @@ impl Server {
 
     /// A session: a daemon of the crate's, and the relay to it. When it returns, no ring runs.
     fn session(&self, front_end: &UnixStream) -> io::Result<()> {
-        let (listener, crate_end) = pair::listener_and_stream()?;
+        let (listener, backend_end) = socketpair::private_listener()?;
         let session = Session::new(&self.device, &self.workers);
         let backend = Backend::new(&session, self.queue_size);
         let name = format!("vhost {}", self.device.name);
         let memory = Memory::new(GuestMemoryMmap::new());
-        let (daemon, rings) = making_rings_for(&session, || VhostUserDaemon::new(name, backend, memory));
+        let (daemon, rings) = with_vring_factory(&session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| refused(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| refused(&e))?;
-        let relayed = Relay::new(front_end, crate_end, &self.stop, &session.inflight).run();
+        let relayed = Relay::new(front_end, backend_end, &self.stop, &session.inflight).run();
         let served = daemon.wait();
         for ring in &rings {
             ring.close();

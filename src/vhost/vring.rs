@@ -26,12 +26,12 @@ use crate::virtio::split::{Layout, Position};
 thread_local! {
     /// The workers of the device whose rings are being made, and the rings made so far: the crate makes them in order,
     /// on the thread that makes the daemon, and tells them neither their number nor whose they are.
-    static BEING_MADE: RefCell<Option<BeingMade>> = const { RefCell::new(None) };
+    static VRING_FACTORY: RefCell<Option<VringFactory>> = const { RefCell::new(None) };
 }
 
-struct BeingMade {
+struct VringFactory {
     session: Arc<Session>,
-    rings: Vec<ControlRing>,
+    rings: Vec<VringControl>,
 }
 
 /// What the rings of a session share.
@@ -39,8 +39,8 @@ pub(super) struct Session {
     pub device: Arc<Device>,
     pub workers: Arc<Workers>,
     pub inflight: Inflight,
-    /// The guest has begun, or what it has chosen is known: nobody is to be surprised any more.
-    pub begun: AtomicBool,
+    /// The guest has guest_started, or what it has chosen is known: nobody is to be surprised any more.
+    pub guest_started: AtomicBool,
     /// A bit for each ring that goes on where it was, in the middle of a guest's life.
     resumed: AtomicU64,
 }
@@ -53,13 +53,13 @@ impl Session {
             device,
             workers,
             inflight: Inflight::default(),
-            begun: AtomicBool::new(false),
+            guest_started: AtomicBool::new(false),
             resumed: AtomicU64::new(0),
         })
     }
 
     /// Ring `index` will start at `base`; or it is taken down, which leaves it at none.
-    fn begins_at(&self, index: u16, base: u16) {
+    fn set_base(&self, index: u16, base: u16) {
         let bit = 1 << index;
         if base == 0 {
             self.resumed.fetch_and(!bit, Ordering::AcqRel);
@@ -69,8 +69,8 @@ impl Session {
     }
 
     /// Ring `index` starts. If all rings begin at the beginning, so does the guest: it has nothing to lose.
-    fn ring_starts(&self, index: u16, setup: &RingSetup) {
-        self.begun.store(true, Ordering::Release);
+    fn on_ring_start(&self, index: u16, setup: &RingSetup) {
+        self.guest_started.store(true, Ordering::Release);
         // Indices wrap: a ring may be at 0 in the middle of a guest's life. The region tells, where there is one.
         if setup.track.as_ref().is_some_and(RingTrack::is_kept) {
             self.resumed.fetch_or(1 << index, Ordering::AcqRel);
@@ -84,53 +84,53 @@ impl Session {
 }
 
 /// Runs `make`, in which the crate makes the rings of a session; returns the rings too.
-pub(super) fn making_rings_for<T>(session: &Arc<Session>, make: impl FnOnce() -> T) -> (T, Vec<ControlRing>) {
-    BEING_MADE.set(Some(BeingMade { session: Arc::clone(session), rings: Vec::new() }));
+pub(super) fn with_vring_factory<T>(session: &Arc<Session>, make: impl FnOnce() -> T) -> (T, Vec<VringControl>) {
+    VRING_FACTORY.set(Some(VringFactory { session: Arc::clone(session), rings: Vec::new() }));
     let made = make();
-    let BeingMade { rings, .. } = BEING_MADE.take().expect("put there above");
+    let VringFactory { rings, .. } = VRING_FACTORY.take().expect("put there above");
     (made, rings)
 }
 
 /// See the module.
 #[derive(Clone)]
-pub(super) struct ControlRing {
+pub(super) struct VringControl {
     state: VringRwLock<Memory>,
-    link: Arc<Link>,
+    shared: Arc<Shared>,
 }
 
-struct Link {
+struct Shared {
     index: u16,
     session: Arc<Session>,
     memory: Memory,
-    facts: Mutex<Facts>,
+    config: Mutex<VringConfig>,
 }
 
 /// What decides whether the ring runs.
 #[derive(Default)]
-struct Facts {
+struct VringConfig {
     ready: bool,
     enabled: bool,
     /// The front-end asked for a size that is no power of two, which the crate would ignore.
-    odd_size: bool,
+    invalid_size: bool,
     running: bool,
     kick: Option<File>,
     call_fd: Option<File>,
 }
 
-impl ControlRing {
-    fn facts(&self) -> MutexGuard<'_, Facts> {
-        self.link.facts.lock().expect("nobody panics holding this")
+impl VringControl {
+    fn config(&self) -> MutexGuard<'_, VringConfig> {
+        self.shared.config.lock().expect("nobody panics holding this")
     }
 
-    /// Changes the facts; starts or stops the ring as they then demand.
-    fn change(&self, change: impl FnOnce(&mut Facts)) {
-        let mut facts = self.facts();
-        change(&mut facts);
-        let runs = facts.ready && facts.enabled && !facts.odd_size && facts.kick.is_some();
-        match (facts.running, runs) {
-            (false, true) => facts.running = self.start(&facts),
+    /// Changes the config; starts or stops the ring as they then demand.
+    fn change(&self, change: impl FnOnce(&mut VringConfig)) {
+        let mut config = self.config();
+        change(&mut config);
+        let runs = config.ready && config.enabled && !config.invalid_size && config.kick.is_some();
+        match (config.running, runs) {
+            (false, true) => config.running = self.start(&config),
             (true, false) => {
-                facts.running = false;
+                config.running = false;
                 self.stop();
             }
             _ => {}
@@ -138,28 +138,28 @@ impl ControlRing {
     }
 
     /// Changes something that a running ring does not look at again: stops it for the time.
-    fn change_stopped(&self, change: impl FnOnce(&mut Facts)) {
-        let mut facts = self.facts();
-        let ran = std::mem::take(&mut facts.running);
+    fn change_stopped(&self, change: impl FnOnce(&mut VringConfig)) {
+        let mut config = self.config();
+        let ran = std::mem::take(&mut config.running);
         if ran {
             self.stop();
         }
-        change(&mut facts);
-        drop(facts);
+        change(&mut config);
+        drop(config);
         self.change(|_| {});
     }
 
-    fn start(&self, facts: &Facts) -> bool {
+    fn start(&self, config: &VringConfig) -> bool {
         let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
-        let (kick, call_fd) = match (copy(&facts.kick), copy(&facts.call_fd)) {
+        let (kick, call_fd) = match (copy(&config.kick), copy(&config.call_fd)) {
             (Ok(Some(kick)), Ok(call_fd)) => (kick, call_fd),
             (Err(e), _) | (_, Err(e)) => {
-                error!("ring {} can't be started: {e}", self.link.index);
+                error!("ring {} can't be started: {e}", self.shared.index);
                 return false;
             }
             (Ok(None), _) => return false,
         };
-        let index = self.link.index;
+        let index = self.shared.index;
         let state = self.state.get_ref();
         let queue = state.get_queue();
         let setup = RingSetup {
@@ -173,24 +173,24 @@ impl ControlRing {
             position: Position { next_avail: queue.next_avail(), next_used: queue.next_used() },
             kick,
             call_fd,
-            memory: Arc::new(GuestRam::new(self.link.memory.memory().into_inner())),
-            track: self.link.session.inflight.of_ring(index, queue.size()),
+            memory: Arc::new(GuestRam::new(self.shared.memory.memory().into_inner())),
+            track: self.shared.session.inflight.of_ring(index, queue.size()),
         };
-        self.link.session.ring_starts(index, &setup);
-        let worker = self.link.session.workers.of_ring(index);
+        self.shared.session.on_ring_start(index, &setup);
+        let worker = self.shared.session.workers.of_ring(index);
         worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
     }
 
     /// A copy of a kick or call descriptor. Without one the ring does not run, or does not call; the log says why.
     fn copy_of(&self, file: Option<&File>) -> Option<File> {
         let copy = file?.try_clone();
-        copy.inspect_err(|e| error!("ring {} lacks a descriptor: {e}", self.link.index)).ok()
+        copy.inspect_err(|e| error!("ring {} lacks a descriptor: {e}", self.shared.index)).ok()
     }
 
     /// Stops the ring; where it stands goes into the crate's state, which GET_VRING_BASE reads.
     fn stop(&self) {
-        let index = self.link.index;
-        let stopped = self.link.session.workers.of_ring(index).ask(|answer| Command::Stop(index, answer));
+        let index = self.shared.index;
+        let stopped = self.shared.session.workers.of_ring(index).ask(|answer| Command::Stop(index, answer));
         if let Some(Some(position)) = stopped {
             self.state.set_queue_next_avail(position.next_avail);
             self.state.set_queue_next_used(position.next_used);
@@ -199,7 +199,7 @@ impl ControlRing {
 
     /// The front-end is gone: nothing runs any more.
     pub fn close(&self) {
-        self.change(|facts| facts.ready = false);
+        self.change(|config| config.ready = false);
     }
 }
 
@@ -214,22 +214,22 @@ fn eventfd_or_none(file: Option<File>) -> Option<File> {
     is_eventfd.then_some(file)
 }
 
-impl<'a> VringStateGuard<'a, Memory> for ControlRing {
+impl<'a> VringStateGuard<'a, Memory> for VringControl {
     type G = RwLockReadGuard<'a, VringState<Memory>>;
 }
 
-impl<'a> VringStateMutGuard<'a, Memory> for ControlRing {
+impl<'a> VringStateMutGuard<'a, Memory> for VringControl {
     type G = RwLockWriteGuard<'a, VringState<Memory>>;
 }
 
-impl VringT<Memory> for ControlRing {
+impl VringT<Memory> for VringControl {
     fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
         let state = VringRwLock::new(memory.clone(), max_queue_size)?;
-        BEING_MADE.with_borrow_mut(|slot| {
-            let BeingMade { session, rings } = slot.as_mut().expect("inside making_rings_for()");
+        VRING_FACTORY.with_borrow_mut(|slot| {
+            let VringFactory { session, rings } = slot.as_mut().expect("inside with_vring_factory()");
             let index = u16::try_from(rings.len()).expect("64 rings at most");
-            let link = Link { index, session: Arc::clone(session), memory, facts: Mutex::default() };
-            let ring = Self { state, link: Arc::new(link) };
+            let shared = Shared { index, session: Arc::clone(session), memory, config: Mutex::default() };
+            let ring = Self { state, shared: Arc::new(shared) };
             rings.push(ring.clone());
             Ok(ring)
         })
@@ -246,33 +246,33 @@ impl VringT<Memory> for ControlRing {
     fn set_queue_ready(&self, ready: bool) {
         self.state.set_queue_ready(ready);
         if !ready {
-            self.link.session.begins_at(self.link.index, 0);
+            self.shared.session.set_base(self.shared.index, 0);
         }
-        self.change(|facts| facts.ready = ready);
+        self.change(|config| config.ready = ready);
     }
 
     fn set_enabled(&self, enabled: bool) {
         self.state.set_enabled(enabled);
-        self.change(|facts| facts.enabled = enabled);
+        self.change(|config| config.enabled = enabled);
     }
 
     fn set_kick(&self, file: Option<File>) {
         let file = eventfd_or_none(file);
         // The crate makes a ring ready when it has a kick descriptor.
         let copy = self.copy_of(file.as_ref());
-        self.change_stopped(|facts| facts.kick = file);
+        self.change_stopped(|config| config.kick = file);
         self.state.set_kick(copy);
     }
 
     fn set_call(&self, file: Option<File>) {
         let file = eventfd_or_none(file);
-        let mut facts = self.facts();
-        if facts.running {
-            let index = self.link.index;
+        let mut config = self.config();
+        if config.running {
+            let index = self.shared.index;
             let copy = self.copy_of(file.as_ref());
-            self.link.session.workers.of_ring(index).ask(|answer| Command::SetCallFd(index, copy, answer));
+            self.shared.session.workers.of_ring(index).ask(|answer| Command::SetCallFd(index, copy, answer));
         }
-        facts.call_fd = file;
+        config.call_fd = file;
     }
 
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {
@@ -282,10 +282,10 @@ impl VringT<Memory> for ControlRing {
     }
 
     fn set_queue_size(&self, size: u16) {
-        self.change_stopped(|facts| {
-            facts.odd_size = !size.is_power_of_two();
-            if facts.odd_size {
-                error!("ring {}: a size of {size} is no power of two: it is not served", self.link.index);
+        self.change_stopped(|config| {
+            config.invalid_size = !size.is_power_of_two();
+            if config.invalid_size {
+                error!("ring {}: a size of {size} is no power of two: it is not served", self.shared.index);
             } else {
                 self.state.set_queue_size(size);
             }
@@ -299,7 +299,7 @@ impl VringT<Memory> for ControlRing {
     }
 
     fn set_queue_next_avail(&self, base: u16) {
-        self.link.session.begins_at(self.link.index, base);
+        self.shared.session.set_base(self.shared.index, base);
         self.change_stopped(|_| self.state.set_queue_next_avail(base));
     }
 

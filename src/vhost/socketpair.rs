@@ -13,7 +13,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 ///
 /// # Errors
 /// What the system says.
-pub(super) fn listener_and_stream() -> io::Result<(UnixListener, UnixStream)> {
+pub(super) fn private_listener() -> io::Result<(UnixListener, UnixStream)> {
     let name = unguessable_name()?;
     let name = name.as_bytes();
     let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn who_comes_second_is_refused() {
-        let (listener, ours) = listener_and_stream().unwrap();
+        let (listener, ours) = private_listener().unwrap();
         let address = listener.local_addr().unwrap();
         let name = address.as_abstract_name().unwrap();
         assert_eq!(connect_at_once(name).unwrap_err().kind(), io::ErrorKind::WouldBlock);

@@ -9,8 +9,8 @@ use log::{info, warn};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::service::{Running, Service, end_all};
-use crate::systemd::Manager;
+use crate::service::{Running, Service, shutdown_all};
+use crate::systemd::ServiceManager;
 
 /// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes images that are left alone after
 /// an error.
@@ -21,28 +21,28 @@ use crate::systemd::Manager;
 pub fn run(config: &Config) -> Result<()> {
     let signals = Signals::block()?;
     raise_descriptor_limit();
-    let manager = Arc::new(Manager::from_environment()?);
+    let manager = Arc::new(ServiceManager::from_environment()?);
     let mut images = HashMap::new();
     let open = |device| Service::open(device, &mut images, &manager);
     let services = config.devices.iter().map(open).collect::<Result<Vec<_>>>()?;
-    recover::name_unclaimed(config, &manager);
+    recover::warn_unclaimed(config, &manager);
     let running = services.into_iter().map(Service::start).collect::<Result<Vec<_>>>()?;
-    manager.tell("READY=1");
+    manager.notify("READY=1");
     let signal = loop {
         match signals.wait()? {
             libc::SIGHUP => running.iter().for_each(Running::resume),
             signal => break signal,
         }
     };
-    manager.tell("STOPPING=1");
+    manager.notify("STOPPING=1");
     let end = if signal == libc::SIGUSR1 {
         info!("signal {signal}: stopping, the caches stay for the next daemon");
         Running::hand_over
     } else {
         info!("signal {signal}: stopping");
-        Running::end
+        Running::shutdown
     };
-    end_all(running, end)
+    shutdown_all(running, end)
 }
 
 /// Lets the process open as many descriptors as it may: each ring takes five, and the usual soft limit of 1024, which is

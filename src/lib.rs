@@ -24,10 +24,10 @@ pub mod virtio;
 pub mod arena;
 /// The page cache, without I/O.
 pub mod cache;
+/// An image with its cache.
+pub mod cached_image;
 /// Where a request meets the cache.
 pub mod device;
-/// An image with its cache.
-pub mod object;
 /// The backing image.
 pub mod store;
 /// Wakes a worker thread.
@@ -35,6 +35,9 @@ pub mod waker;
 
 /// The service manager that started the daemon.
 pub mod systemd;
+
+/// The identity of an image.
+pub mod image_id;
 
 /// One error type.
 pub mod error;

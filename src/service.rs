@@ -12,17 +12,18 @@ use std::time::{Duration, Instant};
 
 use log::{error, info};
 
-use crate::arena::{Arena, Identity};
+use crate::arena::Arena;
 use crate::cache::{OnError, PolicyKind, Settings, Stats};
+use crate::cached_image::CachedImage;
 use crate::config::{self, Allocate, CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
 use crate::device::control::Workers;
 use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
-use crate::object::Object;
+use crate::image_id::ImageId;
 use crate::recover;
 use crate::store::file::{self, FileImage, OpenOptions};
 use crate::store::{Backing, Limits};
-use crate::systemd::Manager;
+use crate::systemd::ServiceManager;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
 use crate::vhost::{Server, bind};
 use crate::virtio::config_space::Geometry;
@@ -35,7 +36,7 @@ const LAST_WRITES: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Service {
     device: Arc<Device>,
-    object: Arc<Object>,
+    image: Arc<CachedImage>,
     socket: Bound,
     workers: u16,
     queue_size: u16,
@@ -59,15 +60,15 @@ impl Drop for Bound {
 }
 
 impl Service {
-    /// Opens a device's image, memory and socket. Read-only devices on one image share one object, which `images` keeps.
+    /// Opens a device's image, memory and socket. Read-only devices on one image share one cached image, which `images` keeps.
     /// `manager` may have what a predecessor's cache held, and may be asked to keep this one.
     ///
     /// # Errors
     /// What is wrong with the image or the socket, or a want of memory; nothing has been changed then.
     pub fn open(
         config: &DeviceConfig,
-        images: &mut HashMap<Identity, Arc<Object>>,
-        manager: &Arc<Manager>,
+        images: &mut HashMap<ImageId, Arc<CachedImage>>,
+        manager: &Arc<ServiceManager>,
     ) -> Result<Self> {
         let engine = match config.engine {
             Engine::Auto => file::Engine::Auto,
@@ -80,15 +81,15 @@ impl Service {
         let identity = image.identity();
         let io = if image.direct() { "O_DIRECT" } else { "buffered" };
         let service = match images.get(&identity).filter(|_| read_only) {
-            Some(object) => Self::of(config, Arc::clone(object), io)?,
+            Some(cached) => Self::of(config, Arc::clone(cached), io)?,
             None => {
                 let settings = settings(&config.cache, image.limits());
                 let arena = recover::arena_for(config, &image, settings.frames as usize, manager)?;
-                Self::of(config, Object::new(&config.name, image, arena, settings), io)?
+                Self::of(config, CachedImage::new(&config.name, image, arena, settings), io)?
             }
         };
         if read_only {
-            images.insert(identity, Arc::clone(&service.object));
+            images.insert(identity, Arc::clone(&service.image));
         }
         Ok(service)
     }
@@ -97,34 +98,34 @@ impl Service {
     ///
     /// # Errors
     /// As [`Service::open`].
-    pub fn over(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Self> {
+    pub fn with_image(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Self> {
         let settings = settings(&config.cache, image.limits());
-        let arena = Arena::private(settings.frames as usize)?;
-        Self::of(config, Object::new(&config.name, image, arena, settings), "as given")
+        let arena = Arena::anonymous(settings.frames as usize)?;
+        Self::of(config, CachedImage::new(&config.name, image, arena, settings), "as given")
     }
 
     /// One more read-only device on the same image, with the same cache.
     ///
     /// # Errors
     /// [`ErrorKind::Socket`] for its socket.
-    pub fn beside(&self, config: &DeviceConfig) -> Result<Self> {
-        Self::of(config, Arc::clone(&self.object), "as given")
+    pub fn sharing_image_of(&self, config: &DeviceConfig) -> Result<Self> {
+        Self::of(config, Arc::clone(&self.image), "as given")
     }
 
-    fn of(config: &DeviceConfig, object: Arc<Object>, io: &str) -> Result<Self> {
-        let device = device_of(config, &object);
+    fn of(config: &DeviceConfig, image: Arc<CachedImage>, io: &str) -> Result<Self> {
+        let device = device_of(config, &image);
         let about = format!(
             "{}: {} on {}, {} bytes{}, {io}, cache {} bytes {}",
             config.name,
             config.image.display(),
             config.socket,
-            object.limits().size_bytes,
+            image.limits().size_bytes,
             if config.read_only { " read-only" } else { "" },
             config.cache.size_bytes,
             config.cache.mode,
         );
         let socket = open_socket(&config.socket)?;
-        Ok(Self { device, object, socket, workers: config.workers, queue_size: config.queue_size, about })
+        Ok(Self { device, image, socket, workers: config.workers, queue_size: config.queue_size, about })
     }
 
     /// Starts the device's threads.
@@ -132,9 +133,9 @@ impl Service {
     /// # Errors
     /// [`ErrorKind::System`] when the host refuses a thread or a descriptor.
     pub fn start(self) -> Result<Running> {
-        let Self { device, object, socket, workers, queue_size, about } = self;
+        let Self { device, image, socket, workers, queue_size, about } = self;
         let (controls, threads): (Vec<_>, Vec<_>) =
-            (0..workers).map(|_| device::spawn(&device, &object)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+            (0..workers).map(|_| device::spawn(&device, &image)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Arc::new(Workers::new(controls));
         let listener = socket.listener.try_clone().map_err(|e| system("cannot copy a descriptor", e))?;
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener)?);
@@ -145,8 +146,8 @@ impl Service {
             .name(format!("accept {}", device.name))
             .spawn(move || serving.serve())
             .map_err(|e| system("cannot start a thread", e))?;
-        object.arena().take_up();
-        Ok(Running { _socket: socket, server, device, workers, threads, acceptor: Some(acceptor), object })
+        image.arena().keep_on_drop(false);
+        Ok(Running { _socket: socket, server, device, workers, threads, acceptor: Some(acceptor), image })
     }
 }
 
@@ -162,13 +163,13 @@ pub struct Running {
     threads: Vec<JoinHandle<()>>,
     /// `None`: it has ended.
     acceptor: Option<JoinHandle<()>>,
-    object: Arc<Object>,
+    image: Arc<CachedImage>,
 }
 
 impl Running {
     /// What the device's cache did and holds.
     pub fn stats(&self) -> Stats {
-        self.object.stats()
+        self.image.stats()
     }
 
     /// The operator says that the image is well again.
@@ -176,17 +177,17 @@ impl Running {
         self.workers.resume();
     }
 
-    /// Ends the front-end's connection and takes no other; [`Running::rest`] waits for that.
-    pub fn leave(&self) {
+    /// Ends the front-end's connection and takes no other; [`Running::quiesce`] waits for that.
+    pub fn stop_accepting(&self) {
         self.server.stop();
     }
 
-    /// As [`Running::leave`]; when it returns, every ring has answered what it took, and none runs.
+    /// As [`Running::stop_accepting`]; when it returns, every ring has answered what it took, and none runs.
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the thread that should have seen to that has panicked.
-    pub fn rest(&mut self) -> Result<()> {
-        self.leave();
+    pub fn quiesce(&mut self) -> Result<()> {
+        self.stop_accepting();
         let accepted = self.acceptor.take().map_or(Ok(()), JoinHandle::join);
         accepted.map_err(|_| self.panicked("accept"))
     }
@@ -199,30 +200,30 @@ impl Running {
     ///
     /// # Errors
     /// [`ErrorKind::Image`] when not everything could be written.
-    pub fn end(self) -> Result<()> {
+    pub fn shutdown(self) -> Result<()> {
         self.finish(write_everything)
     }
 
     /// Ends the device for a successor, which takes the cache over as it is; where the cache can't outlive the daemon,
-    /// this is [`Running::end`].
+    /// this is [`Running::shutdown`].
     ///
     /// # Errors
-    /// As [`Running::end`].
+    /// As [`Running::shutdown`].
     pub fn hand_over(self) -> Result<()> {
-        let arena = self.object.arena();
-        arena.leave();
-        if arena.kept_in().is_some() { self.finish(|_, _, _| Ok(())) } else { self.end() }
+        let arena = self.image.arena();
+        arena.keep_on_drop(true);
+        if arena.file().is_some() { self.finish(|_, _, _| Ok(())) } else { self.shutdown() }
     }
 
-    fn finish(mut self, last_writes: impl FnOnce(&str, &Object, &Workers) -> Result<()>) -> Result<()> {
-        let rested = self.rest();
+    fn finish(mut self, last_writes: impl FnOnce(&str, &CachedImage, &Workers) -> Result<()>) -> Result<()> {
+        let rested = self.quiesce();
         let name = &self.device.name;
-        let written = last_writes(name, &self.object, &self.workers);
+        let written = last_writes(name, &self.image, &self.workers);
         self.workers.exit();
         for thread in std::mem::take(&mut self.threads) {
             thread.join().map_err(|_| self.panicked("worker"))?;
         }
-        log_stats(name, &self.object.stats());
+        log_stats(name, &self.image.stats());
         info!("{name}: stopped");
         rested.and(written)
     }
@@ -233,27 +234,27 @@ impl Running {
 /// => All are at rest before the threads of the first go: a device may wait for what another on its image is reading.
 ///
 /// # Errors
-/// The first of [`Running::rest`] and `end`; every device is ended all the same.
-pub fn end_all(mut devices: Vec<Running>, end: impl Fn(Running) -> Result<()>) -> Result<()> {
-    devices.iter().for_each(Running::leave);
-    let rested = devices.iter_mut().map(Running::rest).fold(Ok(()), Result::and);
+/// The first of [`Running::quiesce`] and `end`; every device is ended all the same.
+pub fn shutdown_all(mut devices: Vec<Running>, end: impl Fn(Running) -> Result<()>) -> Result<()> {
+    devices.iter().for_each(Running::stop_accepting);
+    let rested = devices.iter_mut().map(Running::quiesce).fold(Ok(()), Result::and);
     devices.into_iter().map(end).fold(rested, Result::and)
 }
 
 /// The last writes; an image that fails is asked again for a while.
-fn write_everything(name: &str, object: &Object, workers: &Workers) -> Result<()> {
+fn write_everything(name: &str, image: &CachedImage, workers: &Workers) -> Result<()> {
     let until = Instant::now() + LAST_WRITES;
     // If the image was left alone after an error, this is the last chance.
     workers.resume();
     loop {
         let Err(fault) = workers.flush() else { return Ok(()) };
         if Instant::now() >= until {
-            let pages = object.stats().dirty_pages;
-            let rescue = object
+            let pages = image.stats().dirty_pages;
+            let hint = image
                 .arena()
-                .kept_in()
-                .map_or_else(String::new, |home| format!("; they are kept in {home} {}", home.rescue()));
-            let context = format!("{name}: {pages} pages could not be written: {fault:?}{rescue}");
+                .file()
+                .map_or_else(String::new, |file| format!("; they are kept in {file} {}", file.recovery_hint()));
+            let context = format!("{name}: {pages} pages could not be written: {fault:?}{hint}");
             return Err(Error::new(ErrorKind::Image, context));
         }
         error!("{name}: the image fails to take the last writes: {fault:?}; trying again");
@@ -361,8 +362,8 @@ fn on_error(policy: config::OnError) -> OnError {
 }
 
 /// The virtio-blk device of a configuration.
-fn device_of(config: &DeviceConfig, object: &Object) -> Arc<Device> {
-    let limits = object.limits();
+fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Device> {
+    let limits = image.limits();
     let geometry = Geometry {
         capacity_sectors: limits.size_bytes / SECTOR_BYTES,
         block_bytes: 512,
@@ -383,5 +384,5 @@ fn device_of(config: &DeviceConfig, object: &Object) -> Arc<Device> {
         serial: serial(&config.serial),
     };
     let writeback = config.cache.mode == CacheMode::Writeback;
-    Device::new(config.name.clone(), Arc::clone(object.arena()), disk, geometry, writeback, config.poll_us)
+    Device::new(config.name.clone(), Arc::clone(image.arena()), disk, geometry, writeback, config.poll_us)
 }

@@ -29,14 +29,14 @@ const CLOSING: Duration = Duration::from_millis(50);
 
 /// See the module. The default is the one of a daemon that was started by hand: it hears nothing and keeps nothing.
 #[derive(Debug, Default)]
-pub struct Manager {
+pub struct ServiceManager {
     /// Where it listens.
     socket: Option<UnixDatagram>,
     /// What it handed over and nobody has taken, by name.
     handed_over: Mutex<Vec<(String, RawFd)>>,
 }
 
-impl Manager {
+impl ServiceManager {
     /// The one that the environment speaks of.
     ///
     /// # Errors
@@ -56,7 +56,7 @@ impl Manager {
     }
 
     /// Tells it a state, such as `READY=1`; whether anybody hears it makes no difference to us.
-    pub fn tell(&self, state: &str) {
+    pub fn notify(&self, state: &str) {
         if let Some(socket) = &self.socket
             && let Err(e) = socket.send(state.as_bytes())
         {
@@ -64,7 +64,7 @@ impl Manager {
         }
     }
 
-    /// Gives it a file to keep under a name until [`Manager::drop_kept`], or until its unit is stopped.
+    /// Gives it a file to keep under a name until [`ServiceManager::fdstore_remove`], or until its unit is stopped.
     ///
     /// => When this returns, it has the file: whatever becomes of the daemon then, the next one gets it.
     ///
@@ -73,7 +73,7 @@ impl Manager {
     ///
     /// # Errors
     /// Nobody listens, or nobody keeps it.
-    pub fn keep(&self, name: &str, file: &File) -> io::Result<()> {
+    pub fn fdstore_push(&self, name: &str, file: &File) -> io::Result<()> {
         let Some(socket) = &self.socket else {
             return Err(io::Error::other("no service manager has started the daemon ($NOTIFY_SOCKET)"));
         };
@@ -95,12 +95,12 @@ impl Manager {
     }
 
     /// It need not keep what has this name any more.
-    pub fn drop_kept(&self, name: &str) {
-        self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+    pub fn fdstore_remove(&self, name: &str) {
+        self.notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
     }
 
     /// What a daemon before this one had it keep under a name. It goes on keeping it.
-    pub fn take(&self, name: &str) -> Option<File> {
+    pub fn fdstore_take(&self, name: &str) -> Option<File> {
         let mut handed_over = self.handed_over();
         let at = handed_over.iter().position(|(found, _)| found == name)?;
         let (_, fd) = handed_over.swap_remove(at);
@@ -110,7 +110,7 @@ impl Manager {
     }
 
     /// The names of what it handed over and nobody has taken; `used` are descriptors that the configuration names.
-    pub fn unclaimed(&self, used: &[RawFd]) -> Vec<String> {
+    pub fn fdstore_unclaimed(&self, used: &[RawFd]) -> Vec<String> {
         let handed_over = self.handed_over();
         let unused = handed_over.iter().filter(|(_, fd)| !used.contains(fd));
         unused.map(|(name, _)| name.clone()).collect()

@@ -251,3 +251,26 @@ pub enum Fault {
     /// The request was malformed (range, alignment, segment sum).
     Invalid,
 }
+
+/// What a frame holds, as its memory records it for the daemon that may have to restore the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameRecord {
+    /// The page whose bytes the frame holds.
+    pub page: PageNo,
+    /// Sectors whose bytes in the frame are right; none: the frame holds nothing.
+    pub valid: SectorMask,
+    /// Sectors that the store may lack, or hold without a Sync; a subset of `valid`.
+    pub dirty: SectorMask,
+}
+
+impl FrameRecord {
+    /// The record of a frame that no longer holds anything of `page`.
+    pub fn empty(page: PageNo) -> Self {
+        Self { page, valid: SectorMask::NONE, dirty: SectorMask::NONE }
+    }
+
+    /// Whether the frame holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.valid.is_empty()
+    }
+}

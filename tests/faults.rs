@@ -17,7 +17,7 @@ use common::shadow::Shadow;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
 use common::workload::{self, Client, ClientOptions, Plan, random_io, read_everything, settle};
 use genblk::config::{DeviceConfig, OnError, Socket};
-use genblk::service::{Running, Service, end_all};
+use genblk::service::{Running, Service, shutdown_all};
 use genblk::store::Backing;
 use genblk::store::faulty::{Faults, FaultyImage, OpKind};
 use genblk::store::file::{FileImage, OpenOptions};
@@ -96,8 +96,8 @@ fn devices_on_one_image_end_although_one_waits_for_what_the_other_reads() {
         let socket = Socket::Path(directory.path().join(name));
         DeviceConfig { read_only: true, ..DeviceConfig::new(name, socket, image.clone()) }
     });
-    let one = Service::over(&config, faulty).expect("the image is opened");
-    let services = [one.beside(&other).expect("it is shared"), one];
+    let one = Service::with_image(&config, faulty).expect("the image is opened");
+    let services = [one.sharing_image_of(&other).expect("it is shared"), one];
     let [other, one] = services.map(|service| service.start().expect("the device is served"));
     let options = ClientOptions { read_only: true, ..ClientOptions::default() };
     let [mut reader, mut waiter] = ["one", "other"].map(|name| Client::connect(&directory.path().join(name), &options));
@@ -116,7 +116,7 @@ fn devices_on_one_image_end_although_one_waits_for_what_the_other_reads() {
     let (missed, pages) = (one.stats().read_miss_pages, one.stats().resident_pages);
     let waiting = thread::spawn(move || waiter.try_read((pages - 16) * 8, 64 << 10));
     poll_until("the other to wait", PATIENCE, || (one.stats().read_miss_pages > missed).then_some(()));
-    let ended = thread::spawn(move || end_all(vec![one, other], Running::end));
+    let ended = thread::spawn(move || shutdown_all(vec![one, other], Running::shutdown));
     poll_until("the end", PATIENCE, || ended.is_finished().then_some(()));
     ended.join().expect("nothing panics").expect("the devices end well");
     assert!(waiting.join().expect("nothing panics").is_some(), "what was taken is answered");
@@ -331,7 +331,7 @@ fn a_daemon_that_ends_answers_what_it_took_before_it_hangs_up() {
     poll_until("the flush to reach the image", PATIENCE, || (bench.faults.ops(OpKind::Sync) > 0).then_some(()));
     let before = session.rings[0].used_idx();
     let busy = worker_activity();
-    bench.running().leave();
+    bench.running().stop_accepting();
     // Time for the ring to be told; what comes now is for the next daemon.
     thread::sleep(ABSENCE);
     session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);

@@ -135,7 +135,7 @@ impl Owner {
             on_full: OnError::Report,
             hold_us: 0,
         };
-        let arena = Arena::private(1024).expect("4 MiB can be had");
+        let arena = Arena::anonymous(1024).expect("4 MiB can be had");
         let cache = PageCache::new(settings, Box::new(Arc::new(arena)));
         Self { cache, pieces: Vec::new(), notices: Vec::new(), tags: Vec::new() }
     }
@@ -234,5 +234,5 @@ fn a_worker_serves_what_is_cached_without_allocating() {
     }
     assert!(undisturbed >= 3, "only {undisturbed} of 30 rounds were undisturbed");
     drop(client);
-    running.end().expect("everything can be written");
+    running.shutdown().expect("everything can be written");
 }

@@ -1,10 +1,9 @@
 //! A page cache without bytes, for benchmarks that look at what it does and what that costs.
 
 use genblk::cache::{
-    Access, Admitted, FrameMemory, Notice, OnError, Outcome, PageCache, Piece, PolicyKind, Record, Settings, Stats,
-    Ticket,
+    Access, Admitted, FrameMemory, Notice, OnError, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
-use genblk::units::{FrameId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
+use genblk::units::{FrameId, FrameRecord, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
 
 /// Frames without bytes.
 #[derive(Debug)]
@@ -13,11 +12,11 @@ struct NoMemory;
 impl FrameMemory for NoMemory {
     fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
     fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
-    fn publish(&self, _: FrameId, _: PageNo, _: Record) {}
-    fn zeroed_max(&self) -> usize {
+    fn publish(&self, _: FrameId, _: FrameRecord) {}
+    fn zero_slots(&self) -> usize {
         1
     }
-    fn note_zeroed(&self, _: usize, _: Option<SectorSpan>) {}
+    fn note_zero(&self, _: usize, _: Option<SectorSpan>) {}
 }
 
 /// genblk's defaults for a cache of so many frames and an image of so many pages without holes.

@@ -52,7 +52,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     };
     // Of the kind that genblk copies from and to, on page boundaries as its frames are: how two places lie to each other
     // decides how fast they are copied.
-    let buffer = Arc::new(Arena::private(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
+    let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
     let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, geometry, true, 0);
     let waker = Arc::new(Waker::new()?);
     let (control, commands) = Control::new(Arc::clone(&waker));

@@ -18,7 +18,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{PAGE_SIZE, PageNo, SectorMask};
+use crate::image_id::ImageId;
+use crate::units::{FrameRecord, PAGE_SIZE, PageNo, SectorMask};
 
 /// What the first eight bytes hold.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
@@ -27,40 +28,13 @@ const LAYOUT: u64 = 2;
 /// Bytes of the header.
 pub(super) const HEADER_BYTES: usize = PAGE_SIZE;
 /// Bytes of an entry.
-pub(super) const ENTRY_BYTES: usize = 8;
+pub(super) const RECORD_BYTES: usize = 8;
 /// Zeroed ranges that an arena can note.
-pub const ZEROED_MAX: usize = PAGE_SIZE / ZEROED_BYTES;
+pub const ZERO_SLOTS: usize = PAGE_SIZE / ZERO_SLOT_BYTES;
 /// Bytes of one.
-pub(super) const ZEROED_BYTES: usize = 16;
+pub(super) const ZERO_SLOT_BYTES: usize = 16;
 /// Bits of a page number in an entry.
 const PAGE_BITS: u32 = 40;
-
-/// What tells one image from every other, so that a new image at an old path never meets an old ledger.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Identity {
-    /// Device of the file system, or of the block device itself.
-    pub device: u64,
-    /// Inode; for a block device the kernel's sequence number of the disk behind it.
-    pub inode: u64,
-    /// Birth time in nanoseconds, 0 where the file system has none.
-    pub born_ns: u64,
-    /// Size of the image.
-    pub size_bytes: u64,
-}
-
-impl Identity {
-    /// A file name of its own for each image.
-    pub fn file_name(&self) -> String {
-        let Self { device, inode, born_ns, size_bytes } = self;
-        format!("{device:x}-{inode:x}-{born_ns:x}-{size_bytes:x}")
-    }
-
-    /// Whether a name is one that [`Identity::file_name`] gives.
-    pub fn is_file_name(name: &str) -> bool {
-        let is_number = |field: &str| !field.is_empty() && field.chars().all(|digit| digit.is_ascii_hexdigit());
-        name.split('-').count() == 4 && name.split('-').all(is_number)
-    }
-}
 
 /// What stands at the beginning of a named arena.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +42,7 @@ pub struct Header {
     /// What follows the header.
     layout: u64,
     /// The image.
-    pub identity: Identity,
+    pub identity: ImageId,
     /// Frames; 0 in an arena that only marks whether anything was lost.
     pub frames: u64,
     /// The host's boot: memory of another boot is not what it seems.
@@ -78,7 +52,7 @@ pub struct Header {
     /// A daemon died, and what its cache held was lost with it.
     pub lost: bool,
     /// The guest has chosen write-through.
-    pub through: bool,
+    pub write_through: bool,
 }
 
 /// Where the header's other parts are: eight words come first.
@@ -88,15 +62,15 @@ const PATH_LEN: usize = 80;
 pub(super) const UNWRITTEN: usize = 88;
 const PATH: usize = 96;
 /// The word that is set once the guest has chosen write-through; the path ends before it.
-pub(super) const THROUGH: usize = HEADER_BYTES - 8;
+pub(super) const WRITE_THROUGH: usize = HEADER_BYTES - 8;
 /// The word with the number of frames.
 pub(super) const FRAMES: usize = 24;
 
 impl Header {
     /// The header of a new arena; `lost`: something that a predecessor's cache held is gone.
-    pub(super) fn new(identity: Identity, frames: u64, image: &Path, lost: bool) -> Self {
+    pub(super) fn new(identity: ImageId, frames: u64, image: &Path, lost: bool) -> Self {
         let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
-        Self { layout: LAYOUT, identity, frames, boot: super::home::boot(), image, lost, through: false }
+        Self { layout: LAYOUT, identity, frames, boot: boot_id(), image, lost, write_through: false }
     }
 
     /// Whether a cache of `frames` frames can go on in the arena as it is.
@@ -105,19 +79,19 @@ impl Header {
     }
 
     /// Where the table of zeroed ranges is; `None` in an arena that has none.
-    pub(super) fn zeroed_at(&self) -> Option<usize> {
+    pub(super) fn zero_slots_at(&self) -> Option<usize> {
         (self.layout > 1).then_some(HEADER_BYTES)
     }
 
     /// Where the frames' entries begin.
-    pub(super) fn entries_at(&self) -> usize {
-        self.zeroed_at().map_or(HEADER_BYTES, |at| at + ZEROED_MAX * ZEROED_BYTES)
+    pub(super) fn records_at(&self) -> usize {
+        self.zero_slots_at().map_or(HEADER_BYTES, |at| at + ZERO_SLOTS * ZERO_SLOT_BYTES)
     }
 
     /// The header's bytes, and its first word, which is to be written when everything else is in place.
     pub(super) fn encode(&self) -> ([u8; HEADER_BYTES], u64) {
         let mut bytes = [0; HEADER_BYTES];
-        let Identity { device, inode, born_ns, size_bytes } = self.identity;
+        let ImageId { device, inode, born_ns, size_bytes } = self.identity;
         let words = [0, self.layout, PAGE_SIZE as u64, self.frames, device, inode, born_ns, size_bytes];
         for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
@@ -125,10 +99,10 @@ impl Header {
         bytes[BOOT].copy_from_slice(&self.boot);
         bytes[UNWRITTEN..UNWRITTEN + 8].copy_from_slice(&u64::from(self.lost).to_le_bytes());
         let path = self.image.as_os_str().as_bytes();
-        let path = &path[..path.len().min(THROUGH - PATH)];
+        let path = &path[..path.len().min(WRITE_THROUGH - PATH)];
         bytes[PATH_LEN..PATH_LEN + 8].copy_from_slice(&(path.len() as u64).to_le_bytes());
         bytes[PATH..PATH + path.len()].copy_from_slice(path);
-        bytes[THROUGH..].copy_from_slice(&u64::from(self.through).to_le_bytes());
+        bytes[WRITE_THROUGH..].copy_from_slice(&u64::from(self.write_through).to_le_bytes());
         (bytes, MAGIC)
     }
 
@@ -136,9 +110,9 @@ impl Header {
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] when it is of another layout, or none at all.
-    pub(super) fn decode(bytes: &[u8; HEADER_BYTES], home: &impl Display) -> Result<Option<Self>> {
+    pub(super) fn decode(bytes: &[u8; HEADER_BYTES], file: &impl Display) -> Result<Option<Self>> {
         let word = |at: usize| u64::from_le_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("eight bytes"));
-        let refused = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{home}: {why}")));
+        let refused = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{file}: {why}")));
         match word(0) {
             0 => return Ok(None),
             MAGIC => {}
@@ -147,8 +121,8 @@ impl Header {
         if !(1..=LAYOUT).contains(&word(1)) || word(2) != PAGE_SIZE as u64 {
             return refused(format!("its layout is {}, and this genblk reads up to {LAYOUT}", word(1)));
         }
-        let identity = Identity { device: word(4), inode: word(5), born_ns: word(6), size_bytes: word(7) };
-        let path_len = usize::try_from(word(PATH_LEN / 8)).unwrap_or(usize::MAX).min(THROUGH - PATH);
+        let identity = ImageId { device: word(4), inode: word(5), born_ns: word(6), size_bytes: word(7) };
+        let path_len = usize::try_from(word(PATH_LEN / 8)).unwrap_or(usize::MAX).min(WRITE_THROUGH - PATH);
         let image = std::ffi::OsString::from_vec(bytes[PATH..PATH + path_len].to_vec()).into();
         Ok(Some(Self {
             layout: word(1),
@@ -157,43 +131,36 @@ impl Header {
             boot: bytes[BOOT].try_into().expect("16 bytes"),
             image,
             lost: word(UNWRITTEN / 8) != 0,
-            through: word(THROUGH / 8) != 0,
+            write_through: word(WRITE_THROUGH / 8) != 0,
         }))
     }
 }
 
-/// What a frame holds of a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// Which page.
-    pub no: PageNo,
-    /// Sectors whose bytes are right.
-    pub valid: SectorMask,
-    /// Sectors that the image may not have.
-    pub dirty: SectorMask,
+/// The host's boot, as 16 bytes; zeros where the kernel doesn't say.
+pub(super) fn boot_id() -> [u8; 16] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&digits, 16).unwrap_or(0).to_be_bytes()
 }
 
-impl Entry {
-    /// The entry's word; 0 for a frame that holds nothing.
-    pub(super) fn encode(self) -> u64 {
-        debug_assert!(self.no.0 >> PAGE_BITS == 0, "an image has fewer than 2^40 pages: Arena::named() has looked");
-        if self.valid.is_empty() {
-            return 0;
-        }
-        self.no.0 | u64::from(self.valid.0) << PAGE_BITS | u64::from(self.dirty.0) << (PAGE_BITS + 8)
+/// A record as a ledger word; 0 for a frame that holds nothing.
+pub(super) fn encode_record(record: FrameRecord) -> u64 {
+    debug_assert!(record.page.0 >> PAGE_BITS == 0, "Arena::persistent() refuses an image with more than 2^40 pages");
+    if record.is_empty() {
+        return 0;
     }
+    record.page.0 | u64::from(record.valid.0) << PAGE_BITS | u64::from(record.dirty.0) << (PAGE_BITS + 8)
+}
 
-    /// The entry in a word; `None` if the frame holds nothing.
-    pub(super) fn decode(word: u64) -> Option<Self> {
-        let [.., valid, dirty, _] = word.to_le_bytes();
-        let entry =
-            Self { no: PageNo(word & ((1 << PAGE_BITS) - 1)), valid: SectorMask(valid), dirty: SectorMask(dirty) };
-        (word != 0).then_some(entry)
-    }
+/// The record in a ledger word; `None` if the frame holds nothing.
+pub(super) fn decode_record(word: u64) -> Option<FrameRecord> {
+    let [.., valid, dirty, _] = word.to_le_bytes();
+    let page = PageNo(word & ((1 << PAGE_BITS) - 1));
+    (word != 0).then_some(FrameRecord { page, valid: SectorMask(valid), dirty: SectorMask(dirty) })
 }
 
 /// Images with more pages than an entry can name (4 PiB).
-pub(super) fn too_large(identity: &Identity) -> bool {
+pub(super) fn too_large(identity: &ImageId) -> bool {
     identity.size_bytes.div_ceil(PAGE_SIZE as u64) >> PAGE_BITS != 0
 }
 
@@ -202,7 +169,7 @@ mod tests {
     use super::*;
 
     fn header() -> Header {
-        let identity = Identity { device: 0xfd00, inode: 12, born_ns: 7, size_bytes: 1 << 30 };
+        let identity = ImageId { device: 0xfd00, inode: 12, born_ns: 7, size_bytes: 1 << 30 };
         Header {
             layout: LAYOUT,
             identity,
@@ -210,7 +177,7 @@ mod tests {
             boot: [3; 16],
             image: "/srv/a.img".into(),
             lost: false,
-            through: false,
+            write_through: false,
         }
     }
 
@@ -222,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_header_is_read_as_it_was_written() {
-        for header in [header(), Header { lost: true, ..header() }, Header { through: true, ..header() }] {
+        for header in [header(), Header { lost: true, ..header() }, Header { write_through: true, ..header() }] {
             assert_eq!(Header::decode(&with_magic(&header), &"f").unwrap(), Some(header));
         }
         assert_eq!(Header::decode(&header().encode().0, &"f").unwrap(), None, "not finished");
@@ -242,14 +209,14 @@ mod tests {
         let old = Header { layout: 1, ..header() };
         assert_eq!(Header::decode(&with_magic(&old), &"f").unwrap(), Some(old.clone()));
         assert!(header().fits(1024) && !header().fits(1023) && !old.fits(1024));
-        assert_eq!((old.entries_at(), header().entries_at()), (4096, 8192));
+        assert_eq!((old.records_at(), header().records_at()), (4096, 8192));
     }
 
     #[test]
     fn an_entry_is_one_word() {
-        let entry = Entry { no: PageNo((1 << 40) - 1), valid: SectorMask(0xf1), dirty: SectorMask(0x81) };
-        assert_eq!(Entry::decode(entry.encode()), Some(entry));
-        assert_eq!(Entry { valid: SectorMask::NONE, ..entry }.encode(), 0);
-        assert_eq!(Entry::decode(0), None);
+        let record = FrameRecord { page: PageNo((1 << 40) - 1), valid: SectorMask(0xf1), dirty: SectorMask(0x81) };
+        assert_eq!(decode_record(encode_record(record)), Some(record));
+        assert_eq!(encode_record(FrameRecord { valid: SectorMask::NONE, ..record }), 0);
+        assert_eq!(decode_record(0), None);
     }
 }

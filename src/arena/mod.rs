@@ -4,10 +4,10 @@
 //! operations, residency), never here.
 //!
 //! A *kept* arena is a file with a ledger of what each frame holds (`ledger.rs`), so that the cache outlives the daemon
-//! that filled it. A *marked* one keeps no more than whether anything was lost. A *private* one keeps nothing. Dropping an
+//! that filled it. A *marked* one persistence no more than whether anything was lost. A *private* one persistence nothing. Dropping an
 //! arena removes its file, unless something in it is nowhere else or it was left for a successor.
 
-mod home;
+mod file;
 mod ledger;
 mod mapping;
 mod populate;
@@ -18,13 +18,14 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{FrameId, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
+use crate::image_id::ImageId;
+use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
-pub use home::Home;
-pub use ledger::{Entry, Header, Identity, ZEROED_MAX};
+pub use file::ArenaFile;
+pub use ledger::{Header, ZERO_SLOTS};
 pub use populate::Populator;
 
-use ledger::{ENTRY_BYTES, FRAMES, HEADER_BYTES, THROUGH, UNWRITTEN, ZEROED_BYTES};
+use ledger::{FRAMES, HEADER_BYTES, RECORD_BYTES, UNWRITTEN, WRITE_THROUGH, ZERO_SLOT_BYTES};
 use mapping::Mapping;
 
 /// See the module.
@@ -34,30 +35,30 @@ pub struct Arena {
     frames: usize,
     /// Where the frames begin.
     offset: usize,
-    keeps: Keeps,
+    persistence: Persistence,
     /// A predecessor's memory went with it, and with it what a guest believes to be in the image.
     lost: AtomicBool,
     /// The guest has chosen write-through.
-    through: AtomicBool,
+    write_through: AtomicBool,
 }
 
 /// What of an arena outlives the daemon.
 #[derive(Debug)]
-enum Keeps {
-    Nothing,
+enum Persistence {
+    None,
     /// A word that is set while something is nowhere else.
-    Mark {
-        mark: Mapping,
-        home: Home,
+    LossMarker {
+        marker: Mapping,
+        file: ArenaFile,
     },
     /// Everything.
-    All {
-        home: Home,
+    Full {
+        file: ArenaFile,
         /// Where the zeroed ranges are noted; none in the first layout.
-        zeroed: Option<usize>,
+        zero_slots: Option<usize>,
         /// Where the frames' entries begin.
-        entries: usize,
-        left: AtomicBool,
+        records: usize,
+        keep_on_drop: AtomicBool,
     },
 }
 
@@ -67,57 +68,57 @@ impl Arena {
     /// # Errors
     /// [`ErrorKind::Memory`] when the host refuses, or has less memory available than that; the memory is reserved now,
     /// so that a guest's request never meets a shortage later.
-    pub fn private(frames: usize) -> Result<Self> {
-        Ok(Self::new(private_memory(frames)?, frames, 0, Keeps::Nothing))
+    pub fn anonymous(frames: usize) -> Result<Self> {
+        Ok(Self::new(anonymous_memory(frames)?, frames, 0, Persistence::None))
     }
 
-    /// As [`Arena::private`], with a mark in `home` of whether the daemon's death would lose anything, or `lost`: whether a
+    /// As [`Arena::anonymous`], with a marker in `file` of whether the daemon's death would lose anything, or `lost`: whether a
     /// predecessor's did.
     ///
     /// # Errors
-    /// As [`Arena::private`].
-    pub fn marked(frames: usize, home: Home, identity: Identity, image: &Path, lost: bool) -> Result<Self> {
-        let memory = private_memory(frames)?;
-        let mark = new_file(&home, HEADER_BYTES, &Header::new(identity, 0, image, lost))?;
-        Ok(Self::new(memory, frames, 0, Keeps::Mark { mark, home }))
+    /// As [`Arena::anonymous`].
+    pub fn loss_marker(frames: usize, file: ArenaFile, identity: ImageId, image: &Path, lost: bool) -> Result<Self> {
+        let memory = anonymous_memory(frames)?;
+        let marker = new_file(&file, HEADER_BYTES, &Header::new(identity, 0, image, lost))?;
+        Ok(Self::new(memory, frames, 0, Persistence::LossMarker { marker, file }))
     }
 
-    /// `frames` frames of zeroed memory that outlive the daemon in `home`; `lost` as for [`Arena::marked`].
+    /// `frames` frames of zeroed memory that outlive the daemon in `file`; `lost` as for [`Arena::loss_marker`].
     ///
     /// # Errors
-    /// As [`Arena::private`].
-    pub fn kept(frames: usize, home: Home, identity: Identity, image: &Path, lost: bool) -> Result<Self> {
+    /// As [`Arena::anonymous`].
+    pub fn persistent(frames: usize, file: ArenaFile, identity: ImageId, image: &Path, lost: bool) -> Result<Self> {
         let header = Header::new(identity, frames as u64, image, lost);
         let bytes = bytes_of(frames, offset_of(&header, frames))?;
         if ledger::too_large(&identity) {
             return Err(Error::new(ErrorKind::Memory, "an image above 4 PiB can't have a kept cache"));
         }
-        let memory = new_file(&home, bytes, &header)?;
-        Self::of_home(memory, frames, home, &header)
+        let memory = new_file(&file, bytes, &header)?;
+        Self::with_file(memory, frames, file, &header)
     }
 
-    /// The arena that a predecessor left in `home`; `header` is what stands there.
+    /// The arena that a predecessor left in `file`; `header` is what stands there.
     ///
-    /// => It stays as it is, though it be dropped, until [`Arena::take_up`]: who can't start may have started too early.
+    /// => It stays as it is, though it be dropped, until [`Arena::keep_on_drop`] says otherwise: who can't start may have started too early.
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] when the file is not what its header says; [`ErrorKind::Memory`] when it can't be mapped.
-    pub fn resumed(home: Home, header: &Header) -> Result<Self> {
+    pub fn attach(file: ArenaFile, header: &Header) -> Result<Self> {
         let frames = usize::try_from(header.frames).unwrap_or(usize::MAX);
         let bytes = bytes_of(frames, offset_of(header, frames))?;
-        let length = home.file.metadata().map_or(0, |metadata| metadata.len());
+        let length = file.file.metadata().map_or(0, |metadata| metadata.len());
         if length < bytes as u64 {
-            let context = format!("{home}: its header speaks of {bytes} bytes, and it has {length}");
+            let context = format!("{file}: its header speaks of {bytes} bytes, and it has {length}");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
-        let memory = Mapping::new(&home.file, bytes)
-            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {home}"), e))?;
-        let arena = Self::of_home(memory, frames, home, header)?;
-        arena.through.store(header.through, Ordering::Release);
+        let memory = Mapping::new(&file.file, bytes)
+            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {file}"), e))?;
+        let arena = Self::with_file(memory, frames, file, header)?;
+        arena.write_through.store(header.write_through, Ordering::Release);
         let sectors = header.identity.size_bytes / SECTOR_BYTES;
         let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
-        arena.leave();
-        if arena.zeroed().all(|(_, span)| fits(span)) {
+        arena.keep_on_drop(true);
+        if arena.pending_zeroes().all(|(_, span)| fits(span)) {
             return Ok(arena);
         }
         let context = format!("a ledger of {} speaks of sectors that it does not have", header.image.display());
@@ -125,15 +126,22 @@ impl Arena {
     }
 
     /// A kept arena whose file is whole.
-    fn of_home(memory: Mapping, frames: usize, home: Home, header: &Header) -> Result<Self> {
-        home.seal().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {home}"), e))?;
-        let (zeroed, entries) = (header.zeroed_at(), header.entries_at());
-        let keeps = Keeps::All { home, zeroed, entries, left: AtomicBool::new(false) };
-        Ok(Self::new(memory, frames, offset_of(header, frames), keeps))
+    fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Result<Self> {
+        file.seal().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {file}"), e))?;
+        let (zero_slots, records) = (header.zero_slots_at(), header.records_at());
+        let persistence = Persistence::Full { file, zero_slots, records, keep_on_drop: AtomicBool::new(false) };
+        Ok(Self::new(memory, frames, offset_of(header, frames), persistence))
     }
 
-    fn new(memory: Mapping, frames: usize, offset: usize, keeps: Keeps) -> Self {
-        Self { memory, frames, offset, keeps, lost: AtomicBool::new(false), through: AtomicBool::new(false) }
+    fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence) -> Self {
+        Self {
+            memory,
+            frames,
+            offset,
+            persistence,
+            lost: AtomicBool::new(false),
+            write_through: AtomicBool::new(false),
+        }
     }
 
     /// Number of frames.
@@ -157,21 +165,23 @@ impl Arena {
     }
 
     /// Notes what a frame holds, whose bytes are in place.
-    pub fn publish(&self, frame: FrameId, entry: Entry) {
-        match &self.keeps {
-            Keeps::Nothing => {}
-            Keeps::Mark { mark, .. } => note_unwritten(mark, !entry.dirty.is_empty()),
-            Keeps::All { entries, .. } => self.entry(*entries, frame.index()).store(entry.encode(), Ordering::Release),
+    pub fn publish(&self, frame: FrameId, record: FrameRecord) {
+        match &self.persistence {
+            Persistence::None => {}
+            Persistence::LossMarker { marker, .. } => note_unwritten(marker, !record.dirty.is_empty()),
+            Persistence::Full { records, .. } => {
+                self.record(*records, frame.index()).store(ledger::encode_record(record), Ordering::Release)
+            }
         }
     }
 
     /// Notes in a place that a range is to read as zeros; `None`: the place is empty.
-    pub fn note_zeroed(&self, place: usize, span: Option<SectorSpan>) {
-        match &self.keeps {
-            Keeps::Nothing => {}
-            Keeps::Mark { mark, .. } => note_unwritten(mark, span.is_some()),
-            Keeps::All { zeroed, .. } => {
-                let (start, count) = self.place(zeroed.expect("a cache goes on in a new layout only"), place);
+    pub fn note_zero(&self, place: usize, span: Option<SectorSpan>) {
+        match &self.persistence {
+            Persistence::None => {}
+            Persistence::LossMarker { marker, .. } => note_unwritten(marker, span.is_some()),
+            Persistence::Full { zero_slots, .. } => {
+                let (start, count) = self.zero_slot(zero_slots.expect("a cache goes on in a new layout only"), place);
                 if let Some(span) = span {
                     // The place was empty, and is until there is a count.
                     start.store(span.start, Ordering::Release);
@@ -182,24 +192,24 @@ impl Arena {
     }
 
     /// The ranges that are to read as zeros by their places, as last noted.
-    pub fn zeroed(&self) -> impl Iterator<Item = (usize, SectorSpan)> {
-        let noted = if let Keeps::All { zeroed, .. } = &self.keeps { *zeroed } else { None };
-        noted.into_iter().flat_map(|at| (0..ZEROED_MAX).map(move |place| (at, place))).filter_map(|(at, place)| {
-            let (start, count) = self.place(at, place);
+    pub fn pending_zeroes(&self) -> impl Iterator<Item = (usize, SectorSpan)> {
+        let noted = if let Persistence::Full { zero_slots, .. } = &self.persistence { *zero_slots } else { None };
+        noted.into_iter().flat_map(|at| (0..ZERO_SLOTS).map(move |place| (at, place))).filter_map(|(at, place)| {
+            let (start, count) = self.zero_slot(at, place);
             let span = SectorSpan::new(start.load(Ordering::Acquire), count.load(Ordering::Acquire));
             (span.count > 0).then_some((place, span))
         })
     }
 
-    /// A predecessor died and took what it held with it. This is remembered until [`Arena::begin_anew`], by whatever
+    /// A predecessor died and took what it held with it. This is remembered until [`Arena::clear_data_loss`], by whatever
     /// daemon runs then.
-    pub fn remember_loss(&self) {
+    pub fn set_data_loss(&self) {
         self.lost.store(true, Ordering::Release);
         self.loss_word().inspect(|word| word.store(1, Ordering::Release));
     }
 
     /// Whether a guest may believe in data that is gone.
-    pub fn is_lost(&self) -> bool {
+    pub fn has_data_loss(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
 
@@ -207,22 +217,22 @@ impl Arena {
     ///
     /// => Only a loss is forgotten: the same word may say that something is unwritten now, which the guest still reads. While
     ///    there is a loss every request fails, so nothing is.
-    pub fn begin_anew(&self) {
+    pub fn clear_data_loss(&self) {
         if self.lost.swap(false, Ordering::AcqRel) {
             self.loss_word().inspect(|word| word.store(0, Ordering::Release));
         }
     }
 
-    /// Remembers whether the guest has chosen write-through: for this daemon, and where the arena or its mark outlives it for
+    /// Remembers whether the guest has chosen write-through: for this daemon, and where the arena or its marker outlives it for
     /// the next, whose front-end will not say it again.
-    pub fn remember_through(&self, through: bool) {
-        self.through.store(through, Ordering::Release);
-        self.header().inspect(|header| header.word(THROUGH).store(through.into(), Ordering::Release));
+    pub fn set_write_through(&self, write_through: bool) {
+        self.write_through.store(write_through, Ordering::Release);
+        self.header().inspect(|header| header.word(WRITE_THROUGH).store(write_through.into(), Ordering::Release));
     }
 
     /// Whether the guest has chosen write-through.
-    pub fn is_through(&self) -> bool {
-        self.through.load(Ordering::Acquire)
+    pub fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::Acquire)
     }
 
     fn loss_word(&self) -> Option<&AtomicU64> {
@@ -231,52 +241,44 @@ impl Arena {
 
     /// Where the header is, in an arena that has one.
     fn header(&self) -> Option<&Mapping> {
-        match &self.keeps {
-            Keeps::Nothing => None,
-            Keeps::Mark { mark, .. } => Some(mark),
-            Keeps::All { .. } => Some(&self.memory),
+        match &self.persistence {
+            Persistence::None => None,
+            Persistence::LossMarker { marker, .. } => Some(marker),
+            Persistence::Full { .. } => Some(&self.memory),
         }
     }
 
     /// What frames hold, as last noted.
-    pub fn entries(&self) -> impl Iterator<Item = (FrameId, Entry)> {
-        let (noted, at) = if let Keeps::All { entries, .. } = &self.keeps { (self.frames, *entries) } else { (0, 0) };
+    pub fn records(&self) -> impl Iterator<Item = (FrameId, FrameRecord)> {
+        let (noted, at) =
+            if let Persistence::Full { records, .. } = &self.persistence { (self.frames, *records) } else { (0, 0) };
         (0..noted).filter_map(move |index| {
-            let entry = Entry::decode(self.entry(at, index).load(Ordering::Acquire))?;
-            Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), entry))
+            let record = ledger::decode_record(self.record(at, index).load(Ordering::Acquire))?;
+            Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), record))
         })
     }
 
     /// Everything is on the image: the daemon's death would lose nothing.
     pub fn all_written(&self) {
-        if let Keeps::Mark { mark, .. } = &self.keeps
-            && mark.word(UNWRITTEN).load(Ordering::Relaxed) != 0
-            && !self.is_lost()
+        if let Persistence::LossMarker { marker, .. } = &self.persistence
+            && marker.word(UNWRITTEN).load(Ordering::Relaxed) != 0
+            && !self.has_data_loss()
         {
-            mark.word(UNWRITTEN).store(0, Ordering::Release);
+            marker.word(UNWRITTEN).store(0, Ordering::Release);
         }
     }
 
-    /// Leaves a kept arena as it is for a successor, when it is dropped.
-    pub fn leave(&self) {
-        self.set_left(true);
-    }
-
-    /// A kept arena goes when it is dropped, if all of it is on the image: whoever has resumed it serves it now.
-    pub fn take_up(&self) {
-        self.set_left(false);
-    }
-
-    fn set_left(&self, leave: bool) {
-        if let Keeps::All { left, .. } = &self.keeps {
-            left.store(leave, Ordering::Release);
+    /// Whether dropping the arena leaves its file for the next daemon (`true`), or removes it once nothing in it is dirty.
+    pub fn keep_on_drop(&self, keep: bool) {
+        if let Persistence::Full { keep_on_drop, .. } = &self.persistence {
+            keep_on_drop.store(keep, Ordering::Release);
         }
     }
 
     /// Removes the file of an arena whose contents are on the image.
     pub fn remove(self) {
-        if let Keeps::All { home, .. } = &self.keeps {
-            home.remove();
+        if let Persistence::Full { file, .. } = &self.persistence {
+            file.remove();
         }
     }
 
@@ -291,9 +293,9 @@ impl Arena {
     }
 
     /// The file in which the frames outlive the daemon.
-    pub fn kept_in(&self) -> Option<&Home> {
-        match &self.keeps {
-            Keeps::All { home, .. } => Some(home),
+    pub fn file(&self) -> Option<&ArenaFile> {
+        match &self.persistence {
+            Persistence::Full { file, .. } => Some(file),
             _ => None,
         }
     }
@@ -304,20 +306,20 @@ impl Arena {
     }
 
     /// The word of a frame among the entries that begin at byte `at`.
-    fn entry(&self, at: usize, index: usize) -> &AtomicU64 {
-        self.memory.word(at + index * ENTRY_BYTES)
+    fn record(&self, at: usize, index: usize) -> &AtomicU64 {
+        self.memory.word(at + index * RECORD_BYTES)
     }
 
     /// First sector and number of sectors of a place in the table of zeroed ranges that begins at byte `at`.
-    fn place(&self, at: usize, place: usize) -> (&AtomicU64, &AtomicU64) {
-        assert!(place < ZEROED_MAX, "place {place} is outside the table");
-        (self.memory.word(at + place * ZEROED_BYTES), self.memory.word(at + place * ZEROED_BYTES + 8))
+    fn zero_slot(&self, at: usize, place: usize) -> (&AtomicU64, &AtomicU64) {
+        assert!(place < ZERO_SLOTS, "place {place} is outside the table");
+        (self.memory.word(at + place * ZERO_SLOT_BYTES), self.memory.word(at + place * ZERO_SLOT_BYTES + 8))
     }
 
     /// Whether something in the arena is nowhere else.
     fn holds_unwritten(&self) -> bool {
         let marked = self.loss_word().is_some_and(|word| word.load(Ordering::Relaxed) != 0);
-        marked || self.zeroed().next().is_some() || self.entries().any(|(_, entry)| !entry.dirty.is_empty())
+        marked || self.pending_zeroes().next().is_some() || self.records().any(|(_, record)| !record.dirty.is_empty())
     }
 
     /// Copies the sectors of `mask` from one frame to the same places of another.
@@ -343,15 +345,15 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         let unwritten = self.holds_unwritten();
-        match &self.keeps {
-            Keeps::All { home, left, .. } if !unwritten && !left.load(Ordering::Acquire) => {
-                // A header without frames is the mark of an arena that has gone.
+        match &self.persistence {
+            Persistence::Full { file, keep_on_drop, .. } if !unwritten && !keep_on_drop.load(Ordering::Acquire) => {
+                // A header without frames is the marker of an arena that has gone.
                 self.memory.word(FRAMES).store(0, Ordering::Release);
-                if !(self.is_through() && home.shrink_to_header()) {
-                    home.remove();
+                if !(self.is_write_through() && file.shrink_to_header()) {
+                    file.remove();
                 }
             }
-            Keeps::Mark { home, .. } if !unwritten && !self.is_through() => home.remove(),
+            Persistence::LossMarker { file, .. } if !unwritten && !self.is_write_through() => file.remove(),
             _ => {}
         }
     }
@@ -359,13 +361,13 @@ impl Drop for Arena {
 
 /// Bytes before the first of `frames` frames of a kept arena.
 fn offset_of(header: &Header, frames: usize) -> usize {
-    frames.saturating_mul(ENTRY_BYTES).saturating_add(header.entries_at()).next_multiple_of(PAGE_SIZE)
+    frames.saturating_mul(RECORD_BYTES).saturating_add(header.records_at()).next_multiple_of(PAGE_SIZE)
 }
 
 /// The daemon's death would lose something from now on, if it would not have before.
-fn note_unwritten(mark: &Mapping, unwritten: bool) {
-    if unwritten && mark.word(UNWRITTEN).load(Ordering::Relaxed) == 0 {
-        mark.word(UNWRITTEN).store(1, Ordering::Release);
+fn note_unwritten(marker: &Mapping, unwritten: bool) {
+    if unwritten && marker.word(UNWRITTEN).load(Ordering::Relaxed) == 0 {
+        marker.word(UNWRITTEN).store(1, Ordering::Release);
     }
 }
 
@@ -377,7 +379,7 @@ fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
         .ok_or_else(|| Error::new(ErrorKind::Memory, format!("a cache of {frames} pages overflows the address space")))
 }
 
-fn private_memory(frames: usize) -> Result<Mapping> {
+fn anonymous_memory(frames: usize) -> Result<Mapping> {
     let bytes = bytes_of(frames, 0)?;
     let make = || {
         let file = mapping::memfd()?;
@@ -389,20 +391,20 @@ fn private_memory(frames: usize) -> Result<Mapping> {
 
 /// Makes a file anew: memory first, then the header, whose first word says that the rest is right.
 ///
-/// => A mark that tells of a loss stands in the file until the header that tells of it too takes its place: the daemon may be
+/// => A marker that tells of a loss stands in the file until the header that tells of it too takes its place: the daemon may be
 ///    killed meanwhile.
-fn new_file(home: &Home, bytes: usize, header: &Header) -> Result<Mapping> {
+fn new_file(file: &ArenaFile, bytes: usize, header: &Header) -> Result<Mapping> {
     let stays = if header.lost { HEADER_BYTES as u64 } else { 0 };
     let make = || {
-        home.file.set_len(stays)?;
-        mapping::allocate(&home.file, bytes)?;
-        Mapping::new(&home.file, bytes)
+        file.file.set_len(stays)?;
+        mapping::allocate(&file.file, bytes)?;
+        Mapping::new(&file.file, bytes)
     };
     let memory = make().map_err(|e| {
-        // What could not be made whole takes no room, and goes with its home.
-        let _ = home.file.set_len(stays);
+        // What could not be made whole takes no room, and goes with its file.
+        let _ = file.file.set_len(stays);
         let cache = header.frames * PAGE_BYTES;
-        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {home}"), e)
+        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {file}"), e)
     })?;
     let (encoded, magic) = header.encode();
     memory.write(&encoded, magic);
@@ -426,7 +428,7 @@ mod tests {
     fn the_ledger_takes_0_2_percent_and_three_pages_at_most() {
         for mib in [4, 6, 256, 8192] {
             let frames = (mib << 20) / PAGE_SIZE;
-            let identity = Identity { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
+            let identity = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
             let header = Header::new(identity, frames as u64, Path::new("/image"), false);
             let bytes = offset_of(&header, frames);
             assert!(bytes <= frames * PAGE_SIZE / 500 + 3 * PAGE_SIZE, "{bytes} for {mib} MiB");
@@ -435,7 +437,7 @@ mod tests {
 
     #[test]
     fn sectors_are_copied_and_zeroed_by_mask_only() {
-        let arena = Arena::private(2).unwrap();
+        let arena = Arena::anonymous(2).unwrap();
         let (a, b) = (FrameId(0), FrameId(1));
         // SAFETY: both frames belong to this test alone.
         unsafe {
@@ -456,7 +458,7 @@ mod tests {
     #[test]
     fn an_arena_beyond_memory_is_refused_with_a_clear_error() {
         for frames in [1 << 40, usize::MAX / 2] {
-            assert_eq!(Arena::private(frames).unwrap_err().kind(), ErrorKind::Memory);
+            assert_eq!(Arena::anonymous(frames).unwrap_err().kind(), ErrorKind::Memory);
         }
     }
 }

@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn memory_in_use_is_put_into_huge_pages_and_keeps_its_bytes() {
         let frames = 7 * HUGE_PAGE_BYTES / 2 / PAGE_SIZE;
-        let arena = Arc::new(Arena::private(frames).unwrap());
+        let arena = Arc::new(Arena::anonymous(frames).unwrap());
         let ids = || (0..).map(FrameId).take(frames);
         // SAFETY: frames follow each other, and belong to this test alone.
         ids().for_each(|frame| unsafe { arena.frame(frame).cast::<u32>().write(frame.0 ^ 0x5a5a_5a5a) });

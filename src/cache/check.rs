@@ -18,7 +18,7 @@ impl PageCache {
         self.check_frames(pinned);
         self.check_pages();
         self.check_flights();
-        assert_eq!(self.zeroed.not_landed(), self.ranges.placed(), "I4: places of zeroed ranges");
+        assert_eq!(self.pending_zeroes.in_flight(), self.ranges.placed(), "I4: places of zeroed ranges");
     }
 
     fn check_frames(&self, pinned: &[FrameId]) {

@@ -152,7 +152,7 @@ impl PageCache {
                 self.gone_well(Cause::Sync);
                 // Before the pages: one that was written after its range had been zeroed must not be clean while a
                 // successor would zero the range.
-                self.zeroed_are_stable(old);
+                self.zeroes_synced(old);
                 for id in pages {
                     // Its page may have gone since, and another come.
                     if self.pages[id].is(UNSYNCED[old]) {
@@ -162,7 +162,7 @@ impl PageCache {
             }
             Some(fault) => {
                 self.rewrite(&pages, UNSYNCED[old]);
-                self.zeroed_are_in_doubt(old);
+                self.redo_zeroes(old);
                 self.sync_failed(fault);
             }
         }

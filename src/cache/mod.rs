@@ -18,7 +18,6 @@
 //! nothing of its epoch is dirty or being written and a Sync submitted after the last such write succeeded. I9 free +
 //! held frames = arena. I10 every request completes exactly once (the owner's part: see `sim/`).
 
-mod adopt;
 mod allocate;
 mod check;
 mod dirty;
@@ -30,11 +29,13 @@ mod frames;
 mod getpages;
 mod holes;
 mod page;
+mod pending_zeroes;
 pub mod policy;
 mod putpages;
 mod ranges;
 mod readahead;
 mod reclaim;
+mod restore;
 mod stalled;
 mod stats;
 #[cfg(test)]
@@ -42,13 +43,13 @@ mod tests;
 mod throttle;
 mod write;
 mod writeback;
-mod zeroed;
 
-use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8, low_u32};
+use crate::units::{
+    Fault, FrameId, FrameRecord, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8, low_u32,
+};
 
 pub use failing::{Condition, News};
 pub use flights::{Outcome, Plan, PlanKind};
-pub use page::Record;
 pub use stats::Stats;
 
 use allocate::Allocating;
@@ -61,13 +62,13 @@ use frames::Frames;
 use getpages::{Run, Waiters};
 use holes::Holes;
 use page::{Page, PageTable};
+use pending_zeroes::PendingZeroes;
 use policy::Policy;
 use ranges::Ranges;
 use readahead::Streams;
 use stalled::Stalled;
 use throttle::Throttle;
 use writeback::Writeback;
-use zeroed::Zeroed;
 
 /// A request, as its owner names it; the cache only hands the name back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -158,26 +159,15 @@ pub trait FrameMemory: Send + std::fmt::Debug {
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask);
     /// Fills the sectors of `mask` with zeros.
     fn zero_sectors(&self, frame: FrameId, mask: SectorMask);
-    /// From now on the frame holds this of the page, in bytes that are in place; [`Record::NONE`]: nothing.
+    /// From now on the frame holds this of the page, in bytes that are in place; an empty record: nothing.
     ///
-    /// => What was published last is what [`PageCache::adopt`] gets after the daemon's death.
-    fn publish(&self, frame: FrameId, no: PageNo, record: Record);
+    /// => What was published last is what [`PageCache::restore`] gets after the daemon's death.
+    fn publish(&self, frame: FrameId, record: FrameRecord);
     /// How many zeroed ranges can be noted at a time; at least one.
-    fn zeroed_max(&self) -> usize;
-    /// From now on the place, one of [`FrameMemory::zeroed_max`], holds a range that is to read as zeros and that the store
-    /// may not have so; `None`: nothing. [`PageCache::adopt`] gets it as it gets the frames.
-    fn note_zeroed(&self, place: usize, span: Option<SectorSpan>);
-}
-
-/// A page that a predecessor left in a frame.
-#[derive(Clone, Copy, Debug)]
-pub struct Left {
-    /// Where its bytes are.
-    pub frame: FrameId,
-    /// Which page it is.
-    pub no: PageNo,
-    /// What was last published of it.
-    pub record: Record,
+    fn zero_slots(&self) -> usize;
+    /// From now on the place, one of [`FrameMemory::zero_slots`], holds a range that is to read as zeros and that the store
+    /// may not have so; `None`: nothing. [`PageCache::restore`] gets it as it gets the frames.
+    fn note_zero(&self, place: usize, span: Option<SectorSpan>);
 }
 
 /// Replacement policies to choose from.
@@ -260,7 +250,7 @@ pub struct PageCache {
     throttle: Throttle,
     flushing: Flushing,
     ranges: Ranges,
-    zeroed: Zeroed,
+    pending_zeroes: PendingZeroes,
     stalled: Stalled,
     /// Pages whose waiters could not be served yet for lack of a frame or a map.
     unfilled: Vec<PageId>,
@@ -285,7 +275,7 @@ impl PageCache {
         );
         let frames = settings.frames;
         Self {
-            zeroed: Zeroed::new(memory.zeroed_max()),
+            pending_zeroes: PendingZeroes::new(memory.zero_slots()),
             memory,
             now: Tick(0),
             pages: PageTable::new(frames),
@@ -391,7 +381,7 @@ impl PageCache {
             }
         }
         if published != now {
-            self.publish(no, published, now);
+            self.publish(published, now);
         }
         result
     }
@@ -399,17 +389,17 @@ impl PageCache {
     /// Tells the memory what a page's frame holds now.
     ///
     /// => A page that moved has two frames with the same bytes for a moment, never none.
-    fn publish(&self, no: PageNo, before: (Option<FrameId>, Record), now: (Option<FrameId>, Record)) {
+    fn publish(&self, before: (Option<FrameId>, FrameRecord), now: (Option<FrameId>, FrameRecord)) {
         #[cfg(test)]
-        let now = (now.0, self.planted_record(no, now.1));
+        let now = (now.0, self.planted_record(now.1));
         if let (Some(frame), record) = now {
-            self.memory.publish(frame, no, record);
+            self.memory.publish(frame, record);
         }
         if let (Some(frame), record) = before
             && Some(frame) != now.0
-            && record != Record::NONE
+            && !record.is_empty()
         {
-            self.memory.publish(frame, no, Record::NONE);
+            self.memory.publish(frame, FrameRecord::empty(record.page));
         }
     }
 
@@ -441,7 +431,7 @@ impl PageCache {
             page.clear(u8::MAX);
         });
         if let Some(frame) = self.pages[id].frame() {
-            self.memory.publish(frame, self.pages[id].no(), Record::NONE);
+            self.memory.publish(frame, FrameRecord::empty(self.pages[id].no()));
             self.release(frame);
         }
         self.pages.remove(id);

@@ -15,7 +15,7 @@
 //! would overlap on the store.
 
 use super::readahead::Period;
-use crate::units::{Epoch, FrameId, PageId, PageNo, SectorMask, low_u32};
+use crate::units::{Epoch, FrameId, FrameRecord, PageId, PageNo, SectorMask, low_u32};
 
 /// "No frame", "no waiter", "no page" in the packed fields.
 pub(super) const NONE: u32 = u32::MAX;
@@ -35,20 +35,6 @@ pub(super) const FAILED: u8 = 1 << 4;
 pub(super) const UNSYNCED: [u8; 2] = [1 << 5, 1 << 6];
 /// Written by a guest since the cursor of write-back last passed; meaningful while dirty.
 pub(super) const RECENT: u8 = 1 << 7;
-
-/// What is told of a frame to the memory behind it, so that a successor can take the page over if the daemon dies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Record {
-    /// Sectors whose bytes in the frame are right.
-    pub valid: SectorMask,
-    /// Sectors that the store may not have, or not durably; among the valid ones.
-    pub dirty: SectorMask,
-}
-
-impl Record {
-    /// Of a frame that holds nothing.
-    pub const NONE: Self = Self { valid: SectorMask::NONE, dirty: SectorMask::NONE };
-}
 
 /// A page of the image in memory: 28 bytes, so that the metadata of a cache stays below 1.5 % of it.
 #[derive(Clone, Debug)]
@@ -148,13 +134,13 @@ impl Page {
     ///
     /// => Clean sectors that a writer is filling are not valid: if it never ends, the store has the bytes to go by. Dirty
     ///    ones stay, for nobody else has anything.
-    pub fn record(&self) -> Record {
+    pub fn record(&self) -> FrameRecord {
         if self.frame == NONE {
-            return Record::NONE;
+            return FrameRecord::empty(self.no());
         }
         let unsynced = self.any(UNSYNCED[0] | UNSYNCED[1]);
         let dirty = if unsynced { self.valid } else { self.dirty.or(self.writing) };
-        Record { valid: self.valid.without(self.pending).or(dirty), dirty }
+        FrameRecord { page: self.no(), valid: self.valid.without(self.pending).or(dirty), dirty }
     }
 
     /// Invariants of a single page (I5, and the combinations the state table forbids).

@@ -10,8 +10,8 @@ use crate::units::{Fault, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask
 use super::failing::Cause;
 use super::flights::{Flight, Outcome, PlanKind};
 use super::page::{FAILED, UNSYNCED};
+use super::pending_zeroes::ZeroSlot;
 use super::stalled::Want;
-use super::zeroed::Place;
 use super::{Notice, PageCache, Ticket};
 
 /// Pages of a region (1 MiB): no cluster crosses one, and hole maps are taken by it.
@@ -27,7 +27,7 @@ struct Range {
     kind: PlanKind,
     started: bool,
     /// Where a zero is noted, or will be.
-    place: Option<Place>,
+    zero_slot: Option<ZeroSlot>,
 }
 
 /// The range operations that are under way or wait for their pages.
@@ -52,9 +52,9 @@ impl Ranges {
         self.list.iter().any(|range| range.ticket.is_none())
     }
 
-    /// How many have a place among the zeroed.
+    /// How many have a zero_slot among the zeroed.
     pub fn placed(&self) -> usize {
-        self.list.iter().filter(|range| range.place.is_some()).count()
+        self.list.iter().filter(|range| range.zero_slot.is_some()).count()
     }
 }
 
@@ -89,15 +89,15 @@ impl PageCache {
             self.stalled.push(ticket, Want::Answer);
             return false;
         }
-        self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false, place: None });
+        self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false, zero_slot: None });
         true
     }
 
     /// A zero of which no Sync is known to have been good is done again.
-    pub(super) fn zero_again(&mut self, span: SectorSpan, unmap: bool, place: Place) {
+    pub(super) fn zero_again(&mut self, span: SectorSpan, unmap: bool, zero_slot: ZeroSlot) {
         // Its space may have been reserved since for pages that wait to be written.
         let kind = PlanKind::Zero { unmap: unmap && !self.settings.allocate };
-        self.ranges.list.push(Range { ticket: None, span, kind, started: false, place: Some(place) });
+        self.ranges.list.push(Range { ticket: None, span, kind, started: false, zero_slot: Some(zero_slot) });
     }
 
     /// The store is left alone: range operations that have not begun fail.
@@ -117,14 +117,14 @@ impl PageCache {
 
     /// Starts the range operations whose pages nobody holds, in order where they overlap.
     pub(super) fn start_ranges(&mut self) {
-        if self.zeroed.is_full()
+        if self.pending_zeroes.is_full()
             && let Some(fault) = self.failing.reported()
         {
             // Nobody knows when a good Sync makes room.
             self.fail_ranges(fault, |kind| matches!(kind, PlanKind::Zero { .. }));
         }
         for index in 0..self.ranges.list.len() {
-            let Range { ticket, span, kind, started, place } = self.ranges.list[index];
+            let Range { ticket, span, kind, started, zero_slot } = self.ranges.list[index];
             let pages = span.pages();
             if started
                 || self.waits(&self.ranges.list[index])
@@ -136,24 +136,24 @@ impl PageCache {
             if ticket.is_none() {
                 self.redirty_unsynced(pages.iter());
             }
-            if place.is_none() && matches!(kind, PlanKind::Zero { .. }) {
-                self.ranges.list[index].place = self.zeroed.take();
+            if zero_slot.is_none() && matches!(kind, PlanKind::Zero { .. }) {
+                self.ranges.list[index].zero_slot = self.pending_zeroes.take();
             }
             self.ranges.list[index].started = true;
             self.stats.range_operations += 1;
             self.flights.launch(Flight::without_pages(kind, span));
         }
-        if self.zeroed.is_crowded() {
+        if self.pending_zeroes.is_crowded() {
             self.flushing.want_sync();
         }
     }
 
     /// Whether a range operation can't start for want of something that no range operation brings: a zero that is to be
-    /// done again waits until the store may be tried, and another until there is a place to note it.
+    /// done again waits until the store may be tried, and another until there is a zero_slot to note it.
     fn waits(&self, range: &Range) -> bool {
         let wants = match range.ticket {
             None => !self.failing.may_retry(self.now),
-            Some(_) => matches!(range.kind, PlanKind::Zero { .. }) && self.zeroed.is_full(),
+            Some(_) => matches!(range.kind, PlanKind::Zero { .. }) && self.pending_zeroes.is_full(),
         };
         !range.started && wants
     }
@@ -184,8 +184,8 @@ impl PageCache {
         if result.is_ok() {
             self.flushing.write_landed();
         }
-        if let (Ok(()), PlanKind::Zero { unmap }, Some(place)) = (result, flight.kind, range.place) {
-            self.zero_landed(span, unmap, place);
+        if let (Ok(()), PlanKind::Zero { unmap }, Some(zero_slot)) = (result, flight.kind, range.zero_slot) {
+            self.zero_done(span, unmap, zero_slot);
         }
         let Some(ticket) = range.ticket else {
             if let Err(fault) = result {
@@ -194,8 +194,8 @@ impl PageCache {
             }
             return;
         };
-        if let (Err(_), Some(place)) = (result, range.place) {
-            self.zeroed.give_back(place);
+        if let (Err(_), Some(zero_slot)) = (result, range.zero_slot) {
+            self.pending_zeroes.give_back(zero_slot);
         }
         for id in self.resident(span.pages()) {
             if result.is_ok() {

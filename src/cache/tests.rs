@@ -13,11 +13,11 @@ struct NoBytes;
 impl FrameMemory for NoBytes {
     fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
     fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
-    fn publish(&self, _: FrameId, _: PageNo, _: Record) {}
-    fn zeroed_max(&self) -> usize {
+    fn publish(&self, _: FrameId, _: FrameRecord) {}
+    fn zero_slots(&self) -> usize {
         4
     }
-    fn note_zeroed(&self, _: usize, _: Option<SectorSpan>) {}
+    fn note_zero(&self, _: usize, _: Option<SectorSpan>) {}
 }
 
 fn settings_of(frames: u32, image_sectors: u64) -> Settings {
@@ -353,20 +353,20 @@ fn streams_that_get_no_window_are_followed_as_long_as_they_go() {
 
 /// Memory that writes down what a successor would find, in words.
 #[derive(Clone, Debug, Default)]
-struct Diary(std::sync::Arc<std::sync::Mutex<Vec<&'static str>>>);
+struct PublishLog(std::sync::Arc<std::sync::Mutex<Vec<&'static str>>>);
 
-impl FrameMemory for Diary {
+impl FrameMemory for PublishLog {
     fn copy_sectors(&self, _: FrameId, _: FrameId, _: SectorMask) {}
     fn zero_sectors(&self, _: FrameId, _: SectorMask) {}
-    fn publish(&self, _: FrameId, _: PageNo, record: Record) {
-        if record != Record::NONE {
+    fn publish(&self, _: FrameId, record: FrameRecord) {
+        if !record.is_empty() {
             self.0.lock().unwrap().push(if record.dirty.is_empty() { "clean" } else { "dirty" });
         }
     }
-    fn zeroed_max(&self) -> usize {
+    fn zero_slots(&self) -> usize {
         4
     }
-    fn note_zeroed(&self, _: usize, span: Option<SectorSpan>) {
+    fn note_zero(&self, _: usize, span: Option<SectorSpan>) {
         self.0.lock().unwrap().push(if span.is_some() { "zeroed" } else { "forgotten" });
     }
 }
@@ -375,14 +375,14 @@ impl FrameMemory for Diary {
 /// after the zero. Chance meets that too seldom for the simulator.
 #[test]
 fn a_sync_forgets_the_ranges_that_it_covers_before_pages_written_there_are_clean() {
-    let diary = Diary::default();
-    let mut cache = PageCache::new(settings_of(64, 1 << 20), Box::new(diary.clone()));
+    let log = PublishLog::default();
+    let mut cache = PageCache::new(settings_of(64, 1 << 20), Box::new(log.clone()));
     assert!(cache.zero(Ticket(1), SectorSpan::new(0, 64), false));
     settle(&mut cache, Tick(1));
     write(&mut cache, 8, 8);
     cache.flush(Ticket(2));
     settle(&mut cache, Tick(2));
-    assert_eq!(*diary.0.lock().unwrap(), ["zeroed", "dirty", "forgotten", "clean"]);
+    assert_eq!(*log.0.lock().unwrap(), ["zeroed", "dirty", "forgotten", "clean"]);
 }
 
 #[test]
@@ -390,13 +390,12 @@ fn a_gibibyte_is_taken_over_in_less_than_a_second() {
     const FRAMES: u32 = 1 << 18;
     let mut cache = cache_of(FRAMES, 1 << 30);
     let all = SectorMask::ALL;
-    let left = (0..FRAMES - 4096).map(|n| Left {
-        frame: FrameId(n),
-        no: PageNo(u64::from(n) * 7),
-        record: Record { valid: all, dirty: if n % 8 == 0 { all } else { SectorMask::NONE } },
+    let records = (0..FRAMES - 4096).map(|n| {
+        let dirty = if n % 8 == 0 { all } else { SectorMask::NONE };
+        (FrameId(n), FrameRecord { page: PageNo(u64::from(n) * 7), valid: all, dirty })
     });
     let started = std::time::Instant::now();
-    let (pages, dirty) = cache.adopt(left, []);
+    let (pages, dirty) = cache.restore(records, []);
     let took = started.elapsed();
     assert_eq!((pages, dirty), (FRAMES - 4096, (FRAMES - 4096) / 8));
     assert!(took.as_millis() < 1000, "{took:?}");

@@ -54,7 +54,7 @@ impl Traffic {
         let request = &pending.request;
         pending.through = !device.writeback();
         // What this guest believes to be in the disk is gone: it is told with each request, until it begins anew.
-        let alive = if device.arena.is_lost() { Err(STATUS_IOERR) } else { Ok(()) };
+        let alive = if device.arena.has_data_loss() { Err(STATUS_IOERR) } else { Ok(()) };
         let checked = alive.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
             Kind::Discard | Kind::WriteZeroes => request.range_segments(memory, &device.disk, &mut pending.ranges),
             Kind::GetId => request.write_id(memory, &device.disk).map_err(|_| STATUS_IOERR),

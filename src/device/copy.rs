@@ -1,7 +1,7 @@
 //! The bytes: copied between the guest's memory and pinned frames, without any lock.
 
 use crate::cache::{PageCache, Piece};
-use crate::object::Port;
+use crate::cached_image::WorkerPort;
 use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::STATUS_IOERR;
 use crate::virtio::request::Kind;
@@ -16,7 +16,7 @@ pub(super) type Written = (Slot, Piece, bool);
 
 impl Traffic {
     /// Copies every piece that is ready. With its last piece a read is finished: the cache need not know before the answer.
-    pub(super) fn copy_all(&mut self, port: &Port, rings: &[Option<Ring>]) {
+    pub(super) fn copy_all(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
         let Self { copies, pending, finished, read, written, .. } = self;
         let mut following = copies[..].iter().skip(1);
         for of_one in copies.chunk_by(|(slot, _), (other, _)| slot == other) {

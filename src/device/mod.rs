@@ -55,7 +55,7 @@ impl Device {
         poll_us: u32,
     ) -> Arc<Self> {
         let writeback_configured = writeback;
-        let writeback = AtomicBool::new(writeback && !arena.is_through());
+        let writeback = AtomicBool::new(writeback && !arena.is_write_through());
         Arc::new(Self { name, arena, disk, geometry, writeback_configured, writeback, poll_us })
     }
 
@@ -70,7 +70,7 @@ impl Device {
     ///    its front-end comes back, to this daemon or the next, and says nothing of it. A front-end keeps its own copy of
     ///    the mode even over a reset of the guest, after which it can be either (virtio 1.2, section 5.2.5).
     pub fn choose_writeback(&self, writeback: bool) {
-        self.arena.remember_through(!writeback);
+        self.arena.set_write_through(!writeback);
         self.writeback.store(writeback, Ordering::Release);
     }
 
@@ -79,7 +79,7 @@ impl Device {
     pub fn start_with_features(&self, features: Option<u64>) {
         let configured = self.writeback_configured;
         let writeback = features.map_or(configured, |features| initial_writeback(features, configured));
-        self.writeback.store(writeback && !self.arena.is_through(), Ordering::Release);
+        self.writeback.store(writeback && !self.arena.is_write_through(), Ordering::Release);
     }
 
     /// The configuration space as it is now.

@@ -1,7 +1,7 @@
 //! Requests between their ring and their answer.
 
 use crate::cache::Ticket;
-use crate::object::Port;
+use crate::cached_image::WorkerPort;
 use crate::units::low_u32;
 use crate::virtio::request::{RangeSegment, Request};
 
@@ -119,7 +119,7 @@ impl PendingTable {
     /// # Panics
     /// If its request is not under way: the cache answered twice.
     pub fn slot_of(&self, ticket: Ticket) -> Slot {
-        let slot = low_u32(Port::own(ticket));
+        let slot = low_u32(WorkerPort::local_part(ticket));
         assert_eq!(self.ticket(slot), ticket, "a notice is for a request that is under way");
         slot
     }

@@ -24,8 +24,8 @@ use log::error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::cache::{Piece, Ticket};
+use crate::cached_image::{CachedImage, WorkerPort};
 use crate::error::{Error, ErrorKind, Result};
-use crate::object::{Object, Port};
 use crate::units::{Fault, Tick};
 use crate::virtio::GuestRam;
 use crate::virtio::split::Position;
@@ -51,9 +51,9 @@ const STORE: u64 = 1001;
 ///
 /// # Errors
 /// [`ErrorKind::System`] when the host refuses a descriptor, a ring or the thread.
-pub fn spawn(device: &Arc<Device>, object: &Arc<Object>) -> Result<(Control, JoinHandle<()>)> {
+pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Control, JoinHandle<()>)> {
     let system = |e| Error::io(ErrorKind::System, "cannot start a worker thread", e);
-    let port = object.port()?;
+    let port = image.port()?;
     let (control, commands) = Control::new(Arc::clone(port.waker()));
     let epoll = Epoll::new().map_err(system)?;
     watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
@@ -159,7 +159,7 @@ impl Traffic {
 #[derive(Debug)]
 struct Worker {
     device: Arc<Device>,
-    port: Port,
+    port: WorkerPort,
     commands: Receiver<Command>,
     epoll: Epoll,
     /// The rings that run, by number; no longer than it must be, for a turn looks at each place.
@@ -181,7 +181,7 @@ struct Worker {
 impl Worker {
     fn run(mut self) {
         while !self.exits {
-            let now = self.port.object().now();
+            let now = self.port.image().now();
             if self.turn(now) || self.poll(now) {
                 continue;
             }
@@ -215,7 +215,7 @@ impl Worker {
                 return true;
             }
             std::hint::spin_loop();
-            now = self.port.object().now();
+            now = self.port.image().now();
         }
         self.fruitless = self.fruitless.saturating_add(1);
         false
@@ -233,7 +233,7 @@ impl Worker {
     fn sleep(&mut self) {
         let next = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
         let timeout_ms = next.map_or(-1, |due| {
-            let us = due.since_us(self.port.object().now());
+            let us = due.since_us(self.port.image().now());
             i32::try_from(us.div_ceil(1000)).unwrap_or(i32::MAX)
         });
         let mut events = [EpollEvent::default(); 16];
@@ -245,7 +245,7 @@ impl Worker {
         for event in &events[..count] {
             match event.data() {
                 WAKER => self.port.waker().clear(),
-                STORE => self.port.store_rang(),
+                STORE => self.port.set_store_ready(),
                 // A kick: the next turn looks at all rings.
                 _ => {}
             }
@@ -256,14 +256,14 @@ impl Worker {
     fn turn(&mut self, now: Tick) -> bool {
         let notified = self.port.waker().take_notified();
         let obeyed = notified && self.obey(now);
-        let collected = self.port.collect(notified);
+        let collected = self.port.reap(notified);
         let taken = self.take_requests();
         let due = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
         if !(obeyed || collected || taken) && due.is_none_or(|due| due > now) {
             return false;
         }
         let Self { port, traffic, rings, .. } = self;
-        port.enter(now, |cache, notices| {
+        port.with_cache(now, |cache, notices| {
             for notice in notices.drain(..) {
                 traffic.hear(cache, notice);
             }
@@ -271,10 +271,10 @@ impl Worker {
         });
         traffic.copy_all(port, rings);
         if !traffic.written.is_empty() {
-            port.enter(now, |cache, _| traffic.give_back_written(cache));
+            port.with_cache(now, |cache, _| traffic.give_back_written(cache));
         }
         traffic.answer_all(rings, now);
-        self.deadline = port.leave(now, |cache| traffic.give_back_read(cache));
+        self.deadline = port.end_turn(now, |cache| traffic.give_back_read(cache));
         self.settle_control();
         true
     }
@@ -317,10 +317,10 @@ impl Worker {
                 Command::Memory(memory, answer) => self.new_memory = Some((memory, answer)),
                 Command::Flush(answer) => {
                     let ticket = self.traffic.drain_ticket(answer);
-                    self.port.enter(now, |cache, _| cache.flush(ticket));
+                    self.port.with_cache(now, |cache, _| cache.flush(ticket));
                 }
                 Command::Resume(answer) => {
-                    self.port.enter(now, |cache, _| cache.resume());
+                    self.port.with_cache(now, |cache, _| cache.resume());
                     let _ = answer.send(());
                 }
                 Command::Exit => self.exits = true,

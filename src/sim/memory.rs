@@ -3,8 +3,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::cache::{FrameMemory, Left, Record};
-use crate::units::{FrameId, PageNo, SectorMask, SectorSpan};
+use crate::cache::FrameMemory;
+use crate::units::{FrameId, FrameRecord, SectorMask, SectorSpan};
 
 /// What a frame holds before anything was put there: seen by a guest, it is a leak.
 pub(crate) const GARBAGE: u32 = u32::MAX;
@@ -12,7 +12,7 @@ pub(crate) const GARBAGE: u32 = u32::MAX;
 #[derive(Clone, Debug)]
 struct Contents {
     versions: Vec<[u32; 8]>,
-    ledger: Vec<Option<(PageNo, Record)>>,
+    ledger: Vec<Option<FrameRecord>>,
     zeroed: Vec<Option<SectorSpan>>,
 }
 
@@ -83,14 +83,14 @@ impl Memory {
     }
 
     /// What a successor finds.
-    pub fn left(&self) -> Vec<Left> {
+    pub fn records(&self) -> Vec<(FrameId, FrameRecord)> {
         let state = self.state();
         let noted = (0..).map(FrameId).zip(&state.now.ledger);
-        noted.filter_map(|(frame, noted)| noted.map(|(no, record)| Left { frame, no, record })).collect()
+        noted.filter_map(|(frame, noted)| noted.map(|record| (frame, record))).collect()
     }
 
     /// The zeroed ranges that a successor finds, by their places.
-    pub fn zeroed(&self) -> Vec<(usize, SectorSpan)> {
+    pub fn pending_zeroes(&self) -> Vec<(usize, SectorSpan)> {
         let state = self.state();
         state.now.zeroed.iter().enumerate().filter_map(|(place, noted)| noted.map(|span| (place, span))).collect()
     }
@@ -118,17 +118,17 @@ impl FrameMemory for Memory {
         }
     }
 
-    fn publish(&self, frame: FrameId, no: PageNo, record: Record) {
+    fn publish(&self, frame: FrameId, record: FrameRecord) {
         let mut state = self.state();
         state.step();
-        state.now.ledger[frame.index()] = (record != Record::NONE).then_some((no, record));
+        state.now.ledger[frame.index()] = (!record.is_empty()).then_some(record);
     }
 
-    fn zeroed_max(&self) -> usize {
+    fn zero_slots(&self) -> usize {
         self.state().now.zeroed.len()
     }
 
-    fn note_zeroed(&self, place: usize, span: Option<SectorSpan>) {
+    fn note_zero(&self, place: usize, span: Option<SectorSpan>) {
         let mut state = self.state();
         state.step();
         state.now.zeroed[place] = span;

@@ -1,6 +1,6 @@
 //! One simulated world: a guest, the page cache, a disk, and a clock, all driven by one seed.
 //!
-//! The world does what `device/` and `object.rs` do with the real cache, in an order that chance decides: copies are
+//! The world does what `device/` and `cached_image.rs` do with the real cache, in an order that chance decides: copies are
 //! done late, operations end in any order, fail, and are torn.
 
 use std::collections::BTreeMap;
@@ -532,7 +532,7 @@ impl World {
         self.resumes.clear();
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
         self.cache.planted = self.planted;
-        self.cache.adopt(self.memory.left(), self.memory.zeroed());
+        self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
         if !self.temper.replays {
             self.requests.clear();
         }

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use super::threads::ThreadsStore;
 use super::uring::UringStore;
 use super::{Backing, Limits, Op, Request, Store, blocking, lock, sys};
-use crate::arena::Identity;
 use crate::error::{Error, ErrorKind, Result};
+use crate::image_id::ImageId;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES};
 
 /// Largest transfer: the longest readahead window, and then some.
@@ -82,7 +82,7 @@ impl FileImage {
     }
 
     /// What the image is, whatever its name: equal for two names of one image.
-    pub fn identity(&self) -> Identity {
+    pub fn identity(&self) -> ImageId {
         self.image.identity
     }
 
@@ -150,7 +150,7 @@ pub(super) struct OpenImage {
     pub(super) file: File,
     pub(super) limits: Limits,
     path: PathBuf,
-    identity: Identity,
+    identity: ImageId,
     direct: bool,
     /// Logical block size of a block device; `None` for a regular file.
     device_block: Option<u32>,
@@ -320,11 +320,11 @@ fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
 }
 
 /// Two nodes of one block device have different inodes, but one device number.
-fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> Identity {
+fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> ImageId {
     if metadata.file_type().is_block_device() {
-        return Identity { device: metadata.rdev(), inode: sys::disk_sequence(file), born_ns: 0, size_bytes };
+        return ImageId { device: metadata.rdev(), inode: sys::disk_sequence(file), born_ns: 0, size_bytes };
     }
-    Identity { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::birth_ns(file), size_bytes }
+    ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::birth_ns(file), size_bytes }
 }
 
 /// What the host says of the image.

@@ -76,7 +76,7 @@ impl VhostUserBackend for Backend {
         let Session { device, guest_started, .. } = &*self.0.session;
         guest_started.store(false, Ordering::Release);
         device.start_with_features(None);
-        device.arena.begin_anew();
+        device.arena.clear_data_loss();
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -87,8 +87,8 @@ impl VhostUserBackend for Backend {
     ///    one that comes back with a guest does not ask, and goes on with what that guest has chosen.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let Session { device, guest_started, .. } = &*self.0.session;
-        if device.arena.is_through() && !guest_started.load(Ordering::Acquire) && tells_writeback(offset, size) {
-            device.arena.remember_through(false);
+        if device.arena.is_write_through() && !guest_started.load(Ordering::Acquire) && tells_writeback(offset, size) {
+            device.arena.set_write_through(false);
             device.start_with_features(*self.0.cache_features.lock().expect("nobody panics holding this"));
         }
         device.config_space().read(offset, size)

@@ -76,9 +76,9 @@ impl Session {
             self.resumed.fetch_or(1 << index, Ordering::AcqRel);
         }
         let arena = &self.device.arena;
-        if arena.is_lost() && self.resumed.load(Ordering::Acquire) == 0 {
+        if arena.has_data_loss() && self.resumed.load(Ordering::Acquire) == 0 {
             info!("{}: the guest begins anew, and is served again", self.device.name);
-            arena.begin_anew();
+            arena.clear_data_loss();
         }
     }
 }

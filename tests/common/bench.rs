@@ -34,7 +34,7 @@ impl Bench {
         let mut config = DeviceConfig::new("faulty", Socket::Path(socket.clone()), image.clone());
         config.cache.size_bytes = 4 << 20;
         adjust(&mut config);
-        let running = Service::over(&config, faulty).and_then(Service::start).expect("the device is served");
+        let running = Service::with_image(&config, faulty).and_then(Service::start).expect("the device is served");
         Self { running: Some(running), faults, socket, image, _directory: directory }
     }
 
@@ -73,6 +73,6 @@ impl Bench {
     }
 
     fn stop(&mut self) {
-        self.running.take().expect("it runs until here").end().expect("everything can be written");
+        self.running.take().expect("it runs until here").shutdown().expect("everything can be written");
     }
 }

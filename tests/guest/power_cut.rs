@@ -58,7 +58,7 @@ fn record(scratch: &Scratch, name: &str, mode: CacheMode, files: usize) -> Story
     let mut config = DeviceConfig::new("recorded", Socket::Path(socket.clone()), disk);
     config.cache.size_bytes = 4 << 20;
     config.cache.mode = mode;
-    let running = Service::over(&config, recorder.image(file)).and_then(Service::start).unwrap();
+    let running = Service::with_image(&config, recorder.image(file)).and_then(Service::start).unwrap();
 
     let mut vm = Vm::qemu(Boot::get(), &socket, "crash", &seed);
     let mut synced = Vec::new();
@@ -69,7 +69,7 @@ fn record(scratch: &Scratch, name: &str, mode: CacheMode, files: usize) -> Story
         synced.push(Synced { name: name.to_owned(), size: size.parse().unwrap(), reported });
     }
     vm.kill();
-    running.end().unwrap();
+    running.shutdown().unwrap();
     Story { log: recorder.finish(), before, synced, seed }
 }
 

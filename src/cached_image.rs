@@ -1,8 +1,8 @@
 //! \[4\] An image with its cache (UVM's `uvm_object`): the place where the cache's plans become store requests, and the
 //! store's events cache calls.
 //!
-//! An object outlives every connection, so a guest that reboots or a front-end that comes back finds it warm. One
-//! writable device has it, or any number of read-only ones. Each worker thread reaches it through a [`Port`] of its
+//! A cached image outlives every connection, so a guest that reboots or a front-end that comes back finds it warm. One
+//! writable device has it, or any number of read-only ones. Each worker thread reaches it through a [`WorkerPort`] of its
 //! own, with its own store: what a port submits, it reaps. A notice for a request of another worker goes through that
 //! worker's mailbox.
 
@@ -13,14 +13,13 @@ use std::time::Instant;
 
 use log::{Level, error, info, log, warn};
 
-use crate::arena::{Arena, Entry, Populator, ZEROED_MAX};
+use crate::arena::{Arena, Populator, ZERO_SLOTS};
 use crate::cache::{
-    Condition, FrameMemory, Left, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Record, Settings, Stats,
-    Ticket,
+    Condition, FrameMemory, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Stats, Ticket,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
-use crate::units::{Fault, FrameId, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick};
+use crate::units::{Fault, FrameId, FrameRecord, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick};
 use crate::waker::Waker;
 
 /// Bits of a ticket that name the worker; the rest is the worker's own business.
@@ -35,16 +34,16 @@ impl FrameMemory for Arc<Arena> {
         Arena::zero_sectors(self, frame, mask);
     }
 
-    fn publish(&self, frame: FrameId, no: PageNo, record: Record) {
-        Arena::publish(self, frame, Entry { no, valid: record.valid, dirty: record.dirty });
+    fn publish(&self, frame: FrameId, record: FrameRecord) {
+        Arena::publish(self, frame, record);
     }
 
-    fn zeroed_max(&self) -> usize {
-        ZEROED_MAX
+    fn zero_slots(&self) -> usize {
+        ZERO_SLOTS
     }
 
-    fn note_zeroed(&self, place: usize, span: Option<SectorSpan>) {
-        Arena::note_zeroed(self, place, span);
+    fn note_zero(&self, place: usize, span: Option<SectorSpan>) {
+        Arena::note_zero(self, place, span);
     }
 }
 
@@ -57,29 +56,25 @@ struct Mailbox {
 
 /// An image, its page cache, and the memory of both.
 #[derive(Debug)]
-pub struct Object {
+pub struct CachedImage {
     /// What the log calls it.
     name: String,
     cache: Mutex<PageCache>,
     /// Declared before the arena, which it uses.
     _populator: Populator,
     arena: Arc<Arena>,
-    image: Arc<dyn Backing>,
+    backing: Arc<dyn Backing>,
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
     epoch: Instant,
 }
 
-impl Object {
+impl CachedImage {
     /// An image with a cache of the given shape in `arena`, which has as many frames; what a predecessor left there is
     /// taken over. `name` is for the log.
-    pub fn new(name: &str, image: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
+    pub fn new(name: &str, backing: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
         let arena = Arc::new(arena);
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
-        let left = arena.entries().map(|(frame, Entry { no, valid, dirty })| {
-            let record = Record { valid, dirty };
-            Left { frame, no, record }
-        });
-        let (pages, dirty) = cache.adopt(left, arena.zeroed());
+        let (pages, dirty) = cache.restore(arena.records(), arena.pending_zeroes());
         if pages > 0 {
             info!(
                 "{name}: {pages} pages are taken over from a daemon that is gone, {dirty} of them not yet on the image"
@@ -90,7 +85,7 @@ impl Object {
             cache: Mutex::new(cache),
             _populator: Populator::start(name, &arena),
             arena,
-            image,
+            backing,
             mailboxes: Mutex::default(),
             epoch: Instant::now(),
         })
@@ -103,7 +98,7 @@ impl Object {
 
     /// What the image can do.
     pub fn limits(&self) -> &Limits {
-        self.image.limits()
+        self.backing.limits()
     }
 
     /// What the cache did and holds.
@@ -112,7 +107,7 @@ impl Object {
         Stats { metadata_bytes: stats.metadata_bytes + self.arena.overhead_bytes() as u64, ..stats }
     }
 
-    /// Microseconds since the object was made.
+    /// Microseconds since the image was opened.
     pub fn now(&self) -> Tick {
         Tick(u64::try_from(self.epoch.elapsed().as_micros()).expect("584 000 years"))
     }
@@ -123,7 +118,7 @@ impl Object {
     }
 
     /// Hands on the notices that are not for `worker`; returns who has got some, and is to be woken.
-    fn hand_on(&self, worker: u64, notices: &mut Vec<Notice>) -> Vec<Arc<Mailbox>> {
+    fn route_notices(&self, worker: u64, notices: &mut Vec<Notice>) -> Vec<Arc<Mailbox>> {
         let mut recipients: Vec<Arc<Mailbox>> = Vec::new();
         if notices.iter().all(|notice| worker_of(notice) == worker) {
             return recipients;
@@ -148,20 +143,20 @@ impl Object {
     ///
     /// # Errors
     /// [`ErrorKind::System`] when the host refuses the store's ring or a descriptor.
-    pub fn port(self: &Arc<Self>) -> Result<Port> {
-        let mut store = self.image.attach()?;
+    pub fn port(self: &Arc<Self>) -> Result<WorkerPort> {
+        let mut store = self.backing.attach()?;
         store.expect_memory(self.arena.addresses());
         let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
         let mailbox = Arc::new(Mailbox { notices: Mutex::default(), waker: Arc::new(waker) });
         let mut mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
         mailboxes.push(Arc::clone(&mailbox));
         let worker = mailboxes.len() as u64 - 1;
-        Ok(Port {
-            object: Arc::clone(self),
+        Ok(WorkerPort {
+            image: Arc::clone(self),
             worker,
             mailbox,
             store,
-            store_rang: false,
+            store_ready: false,
             backlog: VecDeque::new(),
             events: Vec::new(),
             notices: Vec::new(),
@@ -169,15 +164,15 @@ impl Object {
     }
 }
 
-/// One worker's way into an object.
+/// One worker's way into an image.
 #[derive(Debug)]
-pub struct Port {
-    object: Arc<Object>,
+pub struct WorkerPort {
+    image: Arc<CachedImage>,
     worker: u64,
     mailbox: Arc<Mailbox>,
     store: Box<dyn Store>,
     /// The store's descriptor was readable.
-    store_rang: bool,
+    store_ready: bool,
     /// Requests that are to be submitted, or that the store had no room for.
     backlog: VecDeque<Request>,
     events: Vec<Event>,
@@ -190,10 +185,10 @@ impl std::fmt::Debug for dyn Store {
     }
 }
 
-impl Port {
-    /// The object behind the port.
-    pub fn object(&self) -> &Arc<Object> {
-        &self.object
+impl WorkerPort {
+    /// The image behind the port.
+    pub fn image(&self) -> &Arc<CachedImage> {
+        &self.image
     }
 
     /// Readable while store events wait.
@@ -202,8 +197,8 @@ impl Port {
     }
 
     /// The store's descriptor was found readable.
-    pub fn store_rang(&mut self) {
-        self.store_rang = true;
+    pub fn set_store_ready(&mut self) {
+        self.store_ready = true;
     }
 
     /// Rung when another thread has something for this worker.
@@ -218,7 +213,7 @@ impl Port {
     }
 
     /// The worker's own part of a ticket.
-    pub fn own(ticket: Ticket) -> u64 {
+    pub fn local_part(ticket: Ticket) -> u64 {
         ticket.0 & ((1 << WORKER_SHIFT) - 1)
     }
 
@@ -226,12 +221,12 @@ impl Port {
     pub fn memory(&self, piece: &Piece) -> Option<*mut u8> {
         let offset = usize::from(piece.first) * SECTOR_SIZE;
         // `wrapping_add` for a plain address: the offset stays within the frame.
-        piece.frame.map(|frame| self.object.arena.frame(frame).wrapping_add(offset))
+        piece.frame.map(|frame| self.image.arena.frame(frame).wrapping_add(offset))
     }
 
     /// Collects what the store has finished and, if the waker `notified`, what other workers left. Whether there is anything.
-    pub fn collect(&mut self, notified: bool) -> bool {
-        if std::mem::take(&mut self.store_rang) || self.store.may_have_events() {
+    pub fn reap(&mut self, notified: bool) -> bool {
+        if std::mem::take(&mut self.store_ready) || self.store.may_have_events() {
             self.store.reap(&mut self.events);
         }
         if notified {
@@ -243,19 +238,19 @@ impl Port {
 
     /// Opens the cache for the worker: the events collected go in, then `act` gets the cache and what it has to say to this
     /// worker. If a request waits for the store after that, all plans are sent off.
-    pub fn enter<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
-        let Self { object, worker, events, notices, .. } = self;
-        let mut cache = object.lock();
+    pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
+        let Self { image, worker, events, notices, .. } = self;
+        let mut cache = image.lock();
         for event in events.drain(..) {
             // Of a store that is known to fail, each page that is tried again would be a line.
             let level = if cache.condition() == Condition::Well { Level::Warn } else { Level::Debug };
-            let (tag, outcome) = outcome_of(&object.name, level, event);
+            let (tag, outcome) = outcome_of(&image.name, level, event);
             cache.complete(tag, &outcome, now);
         }
         cache.take_notices(notices);
-        let recipients = object.hand_on(*worker, notices);
+        let recipients = image.route_notices(*worker, notices);
         let result = act(&mut cache, notices);
-        let awaited = take_plans(&mut cache, &object.arena, &mut self.backlog);
+        let awaited = take_plans(&mut cache, &image.arena, &mut self.backlog);
         drop(cache);
         wake(&recipients);
         if awaited {
@@ -266,22 +261,22 @@ impl Port {
 
     /// The end of a turn: after `act` the cache starts what is due, all its plans go to the store, its notices to their
     /// workers. Returns when the cache wants to be pumped although nothing happens.
-    pub fn leave(&mut self, now: Tick, act: impl FnOnce(&mut PageCache)) -> Option<Tick> {
-        let Self { object, worker, notices, .. } = self;
-        let mut cache = object.lock();
+    pub fn end_turn(&mut self, now: Tick, act: impl FnOnce(&mut PageCache)) -> Option<Tick> {
+        let Self { image, worker, notices, .. } = self;
+        let mut cache = image.lock();
         act(&mut cache);
         cache.pump(now);
-        take_plans(&mut cache, &object.arena, &mut self.backlog);
+        take_plans(&mut cache, &image.arena, &mut self.backlog);
         cache.take_notices(notices);
         if cache.is_stable() {
-            object.arena.all_written();
+            image.arena.all_written();
         }
         while let Some(news) = cache.take_news() {
-            tell(&object.name, news, cache.stats().dirty_pages);
+            tell(&image.name, news, cache.stats().dirty_pages);
         }
         let deadline = cache.next_deadline();
         drop(cache);
-        wake(&object.hand_on(*worker, notices));
+        wake(&image.route_notices(*worker, notices));
         self.submit();
         if self.notices.is_empty() { deadline } else { Some(now) }
     }

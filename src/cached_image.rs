@@ -15,10 +15,10 @@ use log::{Level, error, info, log, warn};
 
 use crate::arena::{Arena, Populator, ZERO_SLOTS};
 use crate::cache::{
-    Condition, FrameMemory, News, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Stats, Ticket,
+    FrameMemory, Health, HealthEvent, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Backing, Event, ExtentKind, Limits, Op, Refused, Request, Segment, Store};
+use crate::store::{Backing, Event, ExtentKind, IoRequest, Limits, Refused, Segment, StoreQueue};
 use crate::units::{Fault, FrameId, FrameRecord, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick};
 use crate::waker::Waker;
 
@@ -145,7 +145,7 @@ impl CachedImage {
     /// [`ErrorKind::System`] when the host refuses the store's ring or a descriptor.
     pub fn port(self: &Arc<Self>) -> Result<WorkerPort> {
         let mut store = self.backing.attach()?;
-        store.expect_memory(self.arena.addresses());
+        store.hint_memory(self.arena.addresses());
         let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
         let mailbox = Arc::new(Mailbox { notices: Mutex::default(), waker: Arc::new(waker) });
         let mut mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
@@ -170,18 +170,18 @@ pub struct WorkerPort {
     image: Arc<CachedImage>,
     worker: u64,
     mailbox: Arc<Mailbox>,
-    store: Box<dyn Store>,
+    store: Box<dyn StoreQueue>,
     /// The store's descriptor was readable.
     store_ready: bool,
     /// Requests that are to be submitted, or that the store had no room for.
-    backlog: VecDeque<Request>,
+    backlog: VecDeque<IoRequest>,
     events: Vec<Event>,
     notices: Vec<Notice>,
 }
 
-impl std::fmt::Debug for dyn Store {
+impl std::fmt::Debug for dyn StoreQueue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Store").field("in_flight", &self.in_flight()).finish_non_exhaustive()
+        f.debug_struct("StoreQueue").field("in_flight", &self.in_flight()).finish_non_exhaustive()
     }
 }
 
@@ -243,14 +243,14 @@ impl WorkerPort {
         let mut cache = image.lock();
         for event in events.drain(..) {
             // Of a store that is known to fail, each page that is tried again would be a line.
-            let level = if cache.condition() == Condition::Well { Level::Warn } else { Level::Debug };
+            let level = if cache.health() == Health::Healthy { Level::Warn } else { Level::Debug };
             let (tag, outcome) = outcome_of(&image.name, level, event);
             cache.complete(tag, &outcome, now);
         }
         cache.take_notices(notices);
         let recipients = image.route_notices(*worker, notices);
         let result = act(&mut cache, notices);
-        let awaited = take_plans(&mut cache, &image.arena, &mut self.backlog);
+        let awaited = take_ops(&mut cache, &image.arena, &mut self.backlog);
         drop(cache);
         wake(&recipients);
         if awaited {
@@ -266,12 +266,12 @@ impl WorkerPort {
         let mut cache = image.lock();
         act(&mut cache);
         cache.pump(now);
-        take_plans(&mut cache, &image.arena, &mut self.backlog);
+        take_ops(&mut cache, &image.arena, &mut self.backlog);
         cache.take_notices(notices);
         if cache.is_stable() {
             image.arena.all_written();
         }
-        while let Some(news) = cache.take_news() {
+        while let Some(news) = cache.take_health_event() {
             tell(&image.name, news, cache.stats().dirty_pages);
         }
         let deadline = cache.next_deadline();
@@ -309,38 +309,38 @@ fn wake(recipients: &[Arc<Mailbox>]) {
 }
 
 /// Takes what the cache wants the store to do. Whether a request waits for any of it.
-fn take_plans(cache: &mut PageCache, arena: &Arena, backlog: &mut VecDeque<Request>) -> bool {
+fn take_ops(cache: &mut PageCache, arena: &Arena, backlog: &mut VecDeque<IoRequest>) -> bool {
     let mut awaited = false;
-    cache.take_plans(|plan| {
-        awaited |= plan.demand;
-        backlog.push_back(request_of(arena, &plan));
+    cache.take_ops(|op| {
+        awaited |= op.demand;
+        backlog.push_back(request_of(arena, &op));
     });
     awaited
 }
 
 /// The operator hears of each change of an image's condition once, with what can be done.
-fn tell(name: &str, news: News, dirty_pages: u64) {
+fn tell(name: &str, news: HealthEvent, dirty_pages: u64) {
     let remedy = |fault| match fault {
         Fault::NoSpace => "make room on its file system",
         _ => "see to its disk",
     };
     let kept = format!("{dirty_pages} dirty pages stay in memory");
     match news {
-        News::NoReservations => info!(
+        HealthEvent::NoReservations => info!(
             "{name}: the image's file system can't reserve space: if it is full, a FLUSH tells, and not the write"
         ),
-        News::Condition(Condition::Well) => info!("{name}: the image takes writes again"),
-        News::Condition(Condition::Reporting(fault)) => error!(
+        HealthEvent::Health(Health::Healthy) => info!("{name}: the image takes writes again"),
+        HealthEvent::Health(Health::Reporting(fault)) => error!(
             "{name}: the image fails to take writes ({fault:?}), and FLUSHes that include them fail; {kept} and are \
              tried again: {}",
             remedy(fault)
         ),
-        News::Condition(Condition::Holding(fault)) => error!(
+        HealthEvent::Health(Health::Holding(fault)) => error!(
             "{name}: the image fails to take writes ({fault:?}), and requests that need it wait; {kept} and are tried \
              again: {}",
             remedy(fault)
         ),
-        News::Condition(Condition::Stopped(fault)) => error!(
+        HealthEvent::Health(Health::Stopped(fault)) => error!(
             "{name}: the image failed to take writes ({fault:?}) and is left alone; {kept}: {}, then send SIGHUP",
             remedy(fault)
         ),
@@ -353,22 +353,13 @@ fn worker_of(notice: &Notice) -> u64 {
     ticket.0 >> WORKER_SHIFT
 }
 
-/// A cache's plan as a store's request: neighbouring frames become one segment.
-fn request_of(arena: &Arena, plan: &Plan<'_>) -> Request {
-    let op = match plan.kind {
-        PlanKind::Read => Op::Read,
-        PlanKind::Write => Op::Write,
-        PlanKind::Sync => Op::Sync,
-        PlanKind::Zero { unmap } => Op::Zero { unmap },
-        PlanKind::Discard => Op::Discard,
-        PlanKind::Map => Op::Map,
-        PlanKind::Allocate => Op::Allocate,
-    };
-    let len = plan.span.count * SECTOR_BYTES;
+/// A cache's op as a store's request: neighbouring frames become one segment.
+fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
+    let len = op.span.count * SECTOR_BYTES;
     let mut segments: Vec<Segment> = Vec::new();
     let mut left = usize::try_from(len).expect("an operation is at most some megabytes");
-    let mut skip = usize::from(plan.first_sector) * SECTOR_SIZE;
-    for &frame in plan.frames {
+    let mut skip = usize::from(op.first_sector) * SECTOR_SIZE;
+    for &frame in op.frames {
         let base = arena.frame(frame).wrapping_add(skip);
         let len = left.min(PAGE_SIZE - skip);
         match segments.last_mut() {
@@ -378,7 +369,7 @@ fn request_of(arena: &Arena, plan: &Plan<'_>) -> Request {
         left -= len;
         skip = 0;
     }
-    Request { tag: u64::from(plan.tag), op, offset: plan.span.start * SECTOR_BYTES, len, segments }
+    IoRequest { tag: u64::from(op.tag), op: op.kind, offset: op.span.start * SECTOR_BYTES, len, segments }
 }
 
 /// A store's event as the cache's outcome; a failure is logged at `level`.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use log::{error, info};
 
 use crate::arena::Arena;
-use crate::cache::{OnError, PolicyKind, Settings, Stats};
+use crate::cache::{ErrorPolicy, PolicyKind, Settings, Stats};
 use crate::cached_image::CachedImage;
 use crate::config::{self, Allocate, CacheConfig, CacheMode, DeviceConfig, Engine, Policy, Socket};
 use crate::device::control::Workers;
@@ -71,9 +71,9 @@ impl Service {
         manager: &Arc<ServiceManager>,
     ) -> Result<Self> {
         let engine = match config.engine {
-            Engine::Auto => file::Engine::Auto,
-            Engine::IoUring => file::Engine::Uring,
-            Engine::Threads => file::Engine::Threads,
+            Engine::Auto => file::IoEngine::Auto,
+            Engine::IoUring => file::IoEngine::Uring,
+            Engine::Threads => file::IoEngine::Threads,
         };
         let (read_only, direct) = (config.read_only, config.direct);
         let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
@@ -353,11 +353,11 @@ fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
     }
 }
 
-fn on_error(policy: config::OnError) -> OnError {
+fn on_error(policy: config::OnError) -> ErrorPolicy {
     match policy {
-        config::OnError::Report => OnError::Report,
-        config::OnError::Hold => OnError::Hold,
-        config::OnError::Stop => OnError::Stop,
+        config::OnError::Report => ErrorPolicy::Report,
+        config::OnError::Hold => ErrorPolicy::Hold,
+        config::OnError::Stop => ErrorPolicy::Stop,
     }
 }
 

@@ -252,6 +252,28 @@ pub enum Fault {
     Invalid,
 }
 
+/// What the store is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpKind {
+    /// Read the range into memory.
+    Read,
+    /// Write memory to the range.
+    Write,
+    /// Make every write durable whose completion was seen before this operation was submitted.
+    Sync,
+    /// Make the range read as zeros.
+    Zero {
+        /// The store may deallocate the range's space.
+        unmap: bool,
+    },
+    /// Drop the range's contents; what it reads as afterwards is undefined.
+    Discard,
+    /// Tell data from holes in the range.
+    Map,
+    /// Reserve space for the holes of the range.
+    Allocate,
+}
+
 /// What a frame holds, as its memory records it for the daemon that may have to restore the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameRecord {

@@ -23,7 +23,7 @@ use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{PATIENCE, poll_until, try_poll};
-use common::workload::{Client, ClientOptions, Faults, Plan, random_io, read_everything, settle};
+use common::workload::{Client, ClientOptions, Faults, IoPlan, random_io, read_everything, settle};
 
 /// Bytes of the image: many times the cache.
 const IMAGE_BYTES: usize = 128 << 20;
@@ -54,7 +54,7 @@ fn serve(shadow: &Shadow, options: &DaemonOptions) -> Daemon {
 fn random_io_agrees_with_the_shadow(
     start: impl FnOnce(TempDir) -> Daemon,
     client_options: &ClientOptions,
-    plan: &Plan,
+    plan: &IoPlan,
 ) {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, plan.seed);
     let mut daemon = start(image_of(&shadow));
@@ -89,7 +89,7 @@ fn with_options(options: DaemonOptions) -> impl FnOnce(TempDir) -> Daemon {
 
 fn write_back(queues: usize, poll: bool, default_seed: u64) {
     let client = ClientOptions { queues, poll, ..ClientOptions::default() };
-    let plan = Plan { requests: requests(100_000), seed: seed(default_seed), checkpoints: 8, read_only: false };
+    let plan = IoPlan { requests: requests(100_000), seed: seed(default_seed), checkpoints: 8, read_only: false };
     random_io_agrees_with_the_shadow(with_options(small_cache(queues)), &client, &plan);
 }
 
@@ -117,7 +117,7 @@ fn random_io_on_four_polled_queues() {
 fn random_io_in_write_through_mode() {
     let daemon = DaemonOptions { cache_mode: "writethrough", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
-    let plan = Plan { requests: requests(20_000), seed: seed(105), checkpoints: 4, read_only: false };
+    let plan = IoPlan { requests: requests(20_000), seed: seed(105), checkpoints: 4, read_only: false };
     random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
 }
 
@@ -125,7 +125,7 @@ fn random_io_in_write_through_mode() {
 fn random_io_without_a_cache() {
     let daemon = DaemonOptions { cache_mode: "none", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
-    let plan = Plan { requests: requests(20_000), seed: seed(106), checkpoints: 4, read_only: false };
+    let plan = IoPlan { requests: requests(20_000), seed: seed(106), checkpoints: 4, read_only: false };
     random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
 }
 
@@ -133,14 +133,14 @@ fn random_io_without_a_cache() {
 fn random_reads_of_a_read_only_image() {
     let daemon = DaemonOptions { read_only: true, ..small_cache(2) };
     let client = ClientOptions { queues: 2, read_only: true, ..ClientOptions::default() };
-    let plan = Plan { requests: requests(20_000), seed: seed(107), checkpoints: 2, read_only: true };
+    let plan = IoPlan { requests: requests(20_000), seed: seed(107), checkpoints: 2, read_only: true };
     random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
 }
 
 /// A device from a configuration file; `device` is what its table says.
 fn random_io_on_a_configured_device(device: &str, default_seed: u64) {
     let client = ClientOptions { queues: 4, ..ClientOptions::default() };
-    let plan = Plan { requests: requests(20_000), seed: seed(default_seed), checkpoints: 4, read_only: false };
+    let plan = IoPlan { requests: requests(20_000), seed: seed(default_seed), checkpoints: 4, read_only: false };
     let start = |directory| Daemon::start_configured(directory, &[device]);
     random_io_agrees_with_the_shadow(start, &client, &plan);
 }

@@ -13,7 +13,7 @@ use common::bench::Bench;
 use common::shadow::Shadow;
 use common::workload::Client;
 use genblk::config::OnError;
-use genblk::store::faulty::{Faults, OpKind};
+use genblk::store::faulty::{Faults, OpClass};
 use genblk::units::Fault;
 
 const IMAGE_BYTES: usize = 8 << 20;
@@ -42,7 +42,7 @@ enum When {
 #[derive(Clone, Copy, Debug)]
 struct Cell {
     policy: OnError,
-    op: OpKind,
+    op: OpClass,
     fault: Fault,
     when: When,
 }
@@ -63,7 +63,7 @@ enum Flush {
 impl Cell {
     /// Operations of the kind that fails which the four requests of a test make.
     fn ops(self) -> u32 {
-        if self.op == OpKind::Sync { 1 } else { 4 }
+        if self.op == OpClass::Sync { 1 } else { 4 }
     }
 
     /// Whether the failure comes at all: there is no third Sync.
@@ -73,16 +73,16 @@ impl Cell {
 
     /// Where the four writes go that meet the failure, or come before it.
     fn targets(self) -> [u64; 4] {
-        if self.op == OpKind::Allocate { HOLES } else { WRITTEN }
+        if self.op == OpClass::Allocate { HOLES } else { WRITTEN }
     }
 
     /// The table of what FLUSH says.
     fn flush(self) -> Flush {
         match (self.policy, self.when) {
-            _ if self.op == OpKind::Read || !self.comes() => Flush::Good,
+            _ if self.op == OpClass::Read || !self.comes() => Flush::Good,
             (OnError::Stop, _) => Flush::Fails,
             // The writes that found no space have not completed: a FLUSH owes them nothing.
-            _ if self.op == OpKind::Allocate => Flush::Good,
+            _ if self.op == OpClass::Allocate => Flush::Good,
             (OnError::Report, _) => Flush::Fails,
             (OnError::Hold, When::Always) => Flush::GivesUp,
             (OnError::Hold, When::First | When::Third | When::Healed) => Flush::Waits,
@@ -92,7 +92,7 @@ impl Cell {
     /// How many of four reads of what is not in memory fail.
     fn failing_reads(self) -> usize {
         match self.when {
-            _ if self.op != OpKind::Read => 0,
+            _ if self.op != OpClass::Read => 0,
             When::First | When::Third => 1,
             When::Always | When::Healed => 4,
         }
@@ -101,7 +101,7 @@ impl Cell {
     /// The table of how many of four writes fail.
     fn failing_writes(self) -> usize {
         match (self.policy, self.when) {
-            _ if self.op != OpKind::Allocate => 0,
+            _ if self.op != OpClass::Allocate => 0,
             (OnError::Report, When::First | When::Third) => 1,
             (OnError::Report, When::Always | When::Healed) => 4,
             (OnError::Hold, When::First | When::Third | When::Healed) => 0,
@@ -135,11 +135,11 @@ impl Cell {
         assert!(client.flush(), "{self:?}: the image is well");
 
         self.inject(&bench.faults);
-        let writes = bench.faults.ops(OpKind::Write);
+        let writes = bench.faults.ops(OpClass::Write);
         self.check_writes(&mut client, &mut shadow, &bench.faults);
         let failing = COLD.iter().filter(|&&sector| client.try_read(sector, PAGE).is_none()).count();
         // Under "stop" a read of what is not in memory fails with everything else.
-        let stopped = self.op == OpKind::Allocate && self.policy == OnError::Stop;
+        let stopped = self.op == OpClass::Allocate && self.policy == OnError::Stop;
         let expected = if stopped { COLD.len() } else { self.failing_reads() };
         assert_eq!(failing, expected, "{self:?}: reads from the image");
         self.check_flush(&mut client, &bench.faults);
@@ -152,8 +152,8 @@ impl Cell {
         bench.running().resume();
         assert_eq!(self.write(&mut client, &mut shadow, HOLES, 4), 0, "{self:?}: healed, and there is space");
         assert!(client.flush(), "{self:?}: healed, and everything is stable");
-        let rewritten = bench.faults.ops(OpKind::Write) - writes >= 2 * WRITTEN.len() as u64 + HOLES.len() as u64;
-        let in_doubt = self.op == OpKind::Sync && self.comes();
+        let rewritten = bench.faults.ops(OpClass::Write) - writes >= 2 * WRITTEN.len() as u64 + HOLES.len() as u64;
+        let in_doubt = self.op == OpClass::Sync && self.comes();
         assert!(rewritten || !in_doubt, "{self:?}: what a failed Sync was to cover is written again");
         drop(client);
         bench.end(&shadow);
@@ -166,7 +166,7 @@ impl Cell {
             if client.try_write(sector, &[mark; PAGE]) {
                 shadow.write(sector, &[mark; PAGE]);
             } else {
-                assert_eq!(self.op, OpKind::Allocate, "{self:?}: a write to memory waits for nothing");
+                assert_eq!(self.op, OpClass::Allocate, "{self:?}: a write to memory waits for nothing");
                 failed += 1;
             }
         }
@@ -175,7 +175,7 @@ impl Cell {
 
     fn check_writes(self, client: &mut Client, shadow: &mut Shadow, faults: &Faults) {
         // A write meets the failure itself only where it asks for space.
-        let heals = self.op == OpKind::Allocate && self.when == When::Healed && self.policy == OnError::Hold;
+        let heals = self.op == OpClass::Allocate && self.when == When::Healed && self.policy == OnError::Hold;
         let (failed, took) = timed(heals, faults, || self.write(client, shadow, self.targets(), 2));
         assert_eq!(failed, self.failing_writes(), "{self:?}: writes");
         if heals {
@@ -206,12 +206,12 @@ impl Cell {
     /// The image is left alone: what is in memory can be read, and nothing else goes, although the image may be well again.
     fn check_stopped(self, client: &mut Client, shadow: &Shadow, bench: &Bench) {
         bench.faults.heal();
-        let writes = bench.faults.ops(OpKind::Write);
+        let writes = bench.faults.ops(OpClass::Write);
         assert!(client.try_read(7680, PAGE).is_none(), "{self:?}: a read from the image while stopped");
         assert!(!client.try_write(80, &[3; PAGE]), "{self:?}: a write while stopped");
         assert!(!client.flush(), "{self:?}: a flush while stopped");
         check_kept(client, shadow, self);
-        assert_eq!(bench.faults.ops(OpKind::Write), writes, "{self:?}: nothing is tried while stopped");
+        assert_eq!(bench.faults.ops(OpClass::Write), writes, "{self:?}: nothing is tried while stopped");
     }
 }
 
@@ -242,7 +242,7 @@ fn every_cell(policy: OnError) {
     let whens = [When::First, When::Third, When::Always, When::Healed];
     // Each cell mostly waits: they wait together.
     thread::scope(|scope| {
-        for op in [OpKind::Read, OpKind::Write, OpKind::Sync, OpKind::Allocate] {
+        for op in [OpClass::Read, OpClass::Write, OpClass::Sync, OpClass::Allocate] {
             scope.spawn(move || {
                 for fault in [Fault::Media, Fault::NoSpace, Fault::TimedOut] {
                     whens.into_iter().for_each(|when| Cell { policy, op, fault, when }.run());
@@ -277,7 +277,7 @@ fn a_slow_image_is_waited_for_under_every_policy() {
             (config.cache.on_error, config.cache.on_full) = (policy, policy);
         });
         let mut client = bench.client(1);
-        for kind in OpKind::ALL {
+        for kind in OpClass::ALL {
             bench.faults.delay(kind, Duration::from_millis(200));
         }
         for sector in [WRITTEN[0], HOLES[0]] {
@@ -300,11 +300,11 @@ fn a_full_disk_has_a_policy_of_its_own() {
     let mut client = bench.client(1);
     client.write(80, &[1; PAGE]);
     shadow.write(80, &[1; PAGE]);
-    bench.faults.fail_always(OpKind::Write, Fault::NoSpace);
+    bench.faults.fail_always(OpClass::Write, Fault::NoSpace);
     let (good, took) = timed(true, &bench.faults, || client.flush());
     assert!(good && took >= HEALING, "a full disk is waited for: {good} after {took:?}");
 
-    bench.faults.fail_nth(OpKind::Write, 1, Fault::Media);
+    bench.faults.fail_nth(OpClass::Write, 1, Fault::Media);
     client.write(80, &[2; PAGE]);
     shadow.write(80, &[2; PAGE]);
     assert!(!client.flush() && !client.flush(), "any other error stops the device, although the image is well again");
@@ -321,7 +321,7 @@ fn full(policy: OnError) -> Bench {
         config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("it is short");
         config.cache.on_full = policy;
     });
-    bench.faults.fail_always(OpKind::Allocate, Fault::NoSpace);
+    bench.faults.fail_always(OpClass::Allocate, Fault::NoSpace);
     bench
 }
 
@@ -333,7 +333,7 @@ fn a_write_that_finds_no_space_fails_and_no_flush_does() {
     assert!(client.flush(), "nothing that completed is without space");
     bench.faults.heal();
     assert!(client.try_write(80, &[2; PAGE]), "there is again");
-    bench.faults.fail_always(OpKind::Allocate, Fault::NoSpace);
+    bench.faults.fail_always(OpClass::Allocate, Fault::NoSpace);
     assert!(client.try_write(88, &[3; PAGE]) && client.flush(), "space was reserved ahead of the writer");
 }
 
@@ -359,8 +359,8 @@ fn a_write_waits_for_space_and_gives_up() {
 #[test]
 fn an_image_that_cannot_reserve_space_is_written_all_the_same() {
     let bench = full(OnError::Report);
-    bench.faults.fail_always(OpKind::Allocate, Fault::Unsupported);
+    bench.faults.fail_always(OpClass::Allocate, Fault::Unsupported);
     let mut client = bench.client(1);
     assert!(client.try_write(80, &[1; PAGE]) && client.flush());
-    assert_eq!(bench.faults.ops(OpKind::Allocate), 1, "it is asked once");
+    assert_eq!(bench.faults.ops(OpClass::Allocate), 1, "it is asked once");
 }

@@ -15,11 +15,11 @@ use common::request::{OK, Payload};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
-use common::workload::{self, Client, ClientOptions, Plan, random_io, read_everything, settle};
+use common::workload::{self, Client, ClientOptions, IoPlan, random_io, read_everything, settle};
 use genblk::config::{DeviceConfig, OnError, Socket};
 use genblk::service::{Running, Service, shutdown_all};
 use genblk::store::Backing;
-use genblk::store::faulty::{Faults, FaultyImage, OpKind};
+use genblk::store::faulty::{Faults, FaultyImage, OpClass};
 use genblk::store::file::{FileImage, OpenOptions};
 use genblk::units::Fault;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
@@ -35,7 +35,7 @@ fn random_io_with(name: &str, seed: u64, workers: u16, inject: impl Fn(&Faults))
     let failing = AtomicBool::new(true);
     inject(&bench.faults);
     for round in 0..4 {
-        let plan = Plan { requests: 3000, seed: seed + round, checkpoints: 1, read_only: false };
+        let plan = IoPlan { requests: 3000, seed: seed + round, checkpoints: 1, read_only: false };
         failing.store(true, Ordering::Relaxed);
         inject(&bench.faults);
         let mut flushed = |_: &Shadow| {
@@ -49,7 +49,7 @@ fn random_io_with(name: &str, seed: u64, workers: u16, inject: impl Fn(&Faults))
         settle(&mut client, HEALING);
         read_everything(&mut client, &shadow);
     }
-    let failed: u64 = OpKind::ALL.iter().map(|&kind| bench.faults.failed(kind)).sum();
+    let failed: u64 = OpClass::ALL.iter().map(|&kind| bench.faults.failed(kind)).sum();
     assert!(failed > 20, "the image did fail: {failed} times");
     drop(client);
     bench.end(&shadow);
@@ -57,28 +57,28 @@ fn random_io_with(name: &str, seed: u64, workers: u16, inject: impl Fn(&Faults))
 
 #[test]
 fn reads_that_fail_are_told_and_nothing_else_is_lost() {
-    random_io_with("faulty-reads", 11, 1, |faults| faults.fail_randomly(OpKind::Read, 20_000, 1, Fault::Media));
+    random_io_with("faulty-reads", 11, 1, |faults| faults.fail_randomly(OpClass::Read, 20_000, 1, Fault::Media));
 }
 
 #[test]
 fn writes_that_fail_are_tried_again() {
-    random_io_with("faulty-writes", 12, 1, |faults| faults.fail_randomly(OpKind::Write, 50_000, 2, Fault::Media));
+    random_io_with("faulty-writes", 12, 1, |faults| faults.fail_randomly(OpClass::Write, 50_000, 2, Fault::Media));
 }
 
 #[test]
 fn a_full_disk_that_gets_room_again_loses_nothing() {
-    random_io_with("full-disk", 13, 1, |faults| faults.fail_randomly(OpKind::Write, 100_000, 3, Fault::NoSpace));
+    random_io_with("full-disk", 13, 1, |faults| faults.fail_randomly(OpClass::Write, 100_000, 3, Fault::NoSpace));
 }
 
 #[test]
 fn syncs_that_fail_make_their_writes_dirty_again() {
-    random_io_with("faulty-syncs", 14, 1, |faults| faults.fail_randomly(OpKind::Sync, 300_000, 4, Fault::Media));
+    random_io_with("faulty-syncs", 14, 1, |faults| faults.fail_randomly(OpClass::Sync, 300_000, 4, Fault::Media));
 }
 
 #[test]
 fn everything_may_fail_at_once_with_two_workers() {
     random_io_with("all-faulty", 15, 2, |faults| {
-        for (seed, kind) in (5..).zip(OpKind::ALL) {
+        for (seed, kind) in (5..).zip(OpClass::ALL) {
             faults.fail_randomly(kind, 30_000, seed, Fault::Media);
         }
     });
@@ -108,9 +108,9 @@ fn devices_on_one_image_end_although_one_waits_for_what_the_other_reads() {
         sector += 8;
     };
     (0..64).for_each(|_| go_on());
-    faults.delay(OpKind::Read, DELAY);
-    let reads = faults.ops(OpKind::Read);
-    while faults.ops(OpKind::Read) == reads {
+    faults.delay(OpClass::Read, DELAY);
+    let reads = faults.ops(OpClass::Read);
+    while faults.ops(OpClass::Read) == reads {
         go_on();
     }
     let (missed, pages) = (one.stats().read_miss_pages, one.stats().resident_pages);
@@ -130,7 +130,7 @@ fn a_front_end_is_served_while_the_last_ones_writes_are_held() {
         config.cache.hold_max_ms = 60_000;
     });
     let mut client = bench.client(1);
-    bench.faults.fail_always(OpKind::Write, Fault::Media);
+    bench.faults.fail_always(OpClass::Write, Fault::Media);
     client.write(80, &[0x5a; 4096]);
     shadow.write(80, &[0x5a; 4096]);
     drop(client);
@@ -148,7 +148,7 @@ fn a_failing_image_fails_the_flush_and_not_the_write() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 21);
     let bench = Bench::new("flush-fails", &shadow, |_| {});
     let mut client = bench.client(1);
-    bench.faults.fail_always(OpKind::Write, Fault::Media);
+    bench.faults.fail_always(OpClass::Write, Fault::Media);
     let bytes = vec![0x5a; 4096];
     client.write(80, &bytes);
     shadow.write(80, &bytes);
@@ -166,8 +166,8 @@ fn at_the_dirty_limit_of_a_failing_image_writes_fail_and_do_not_hang() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 22);
     let bench = Bench::new("limit", &shadow, |_| {});
     let mut client = bench.client(1);
-    bench.faults.fail_always(OpKind::Write, Fault::NoSpace);
-    let plan = Plan { requests: 4000, seed: 23, checkpoints: 1, read_only: false };
+    bench.faults.fail_always(OpClass::Write, Fault::NoSpace);
+    let plan = IoPlan { requests: 4000, seed: 23, checkpoints: 1, read_only: false };
     let mut shadow = shadow;
     let mut faults = workload::Faults { allowed: &|| true, flushed: &mut |_| {} };
     let started = Instant::now();
@@ -187,12 +187,12 @@ fn a_flush_is_a_sync_of_the_image() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 24);
     let bench = Bench::new("flush-syncs", &shadow, |_| {});
     let mut client = bench.client(1);
-    let before = bench.faults.ops(OpKind::Sync);
+    let before = bench.faults.ops(OpClass::Sync);
     client.write(0, &[1; 512]);
     assert!(client.flush());
-    assert_eq!(bench.faults.ops(OpKind::Sync), before + 1);
+    assert_eq!(bench.faults.ops(OpClass::Sync), before + 1);
     assert!(client.flush());
-    assert_eq!(bench.faults.ops(OpKind::Sync), before + 1, "nothing was written since: no second sync");
+    assert_eq!(bench.faults.ops(OpClass::Sync), before + 1, "nothing was written since: no second sync");
 }
 
 #[test]
@@ -200,10 +200,10 @@ fn the_next_front_end_finds_the_cache_warm() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 25);
     let bench = Bench::new("warm", &shadow, |config| config.cache.size_bytes = 64 << 20);
     read_everything(&mut bench.client(1), &shadow);
-    let cold = bench.faults.bytes(OpKind::Read);
+    let cold = bench.faults.bytes(OpClass::Read);
     assert!(cold > 0, "the first pass reads the image");
     read_everything(&mut bench.client(1), &shadow);
-    assert_eq!(bench.faults.bytes(OpKind::Read), cold, "the second does not");
+    assert_eq!(bench.faults.bytes(OpClass::Read), cold, "the second does not");
     assert!(bench.running().stats().read_hit_pages > 0);
 }
 
@@ -213,7 +213,7 @@ fn reads_go_on_while_no_sync_succeeds() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 27);
     let bench = Bench::new("no-sync", &shadow, |config| config.cache.dirty_age_max_ms = 100);
     let mut client = bench.client(1);
-    bench.faults.fail_always(OpKind::Sync, Fault::Media);
+    bench.faults.fail_always(OpClass::Sync, Fault::Media);
     let pages = IMAGE_BYTES as u64 / 4096;
     let started = Instant::now();
     let mut refused = 0;
@@ -323,12 +323,12 @@ fn a_daemon_that_ends_answers_what_it_took_before_it_hangs_up() {
     const SYNC: Duration = Duration::from_millis(600);
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 29);
     let bench = Bench::new("hangs-up", &shadow, |config| config.name = "drains".to_owned());
-    bench.faults.delay(OpKind::Sync, SYNC);
+    bench.faults.delay(OpClass::Sync, SYNC);
     let mut session = Session::open(bench.socket(), &SessionOptions::default());
     session.write(0, &[3; 512]);
     shadow.write(0, &[3; 512]);
     let flush = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-    poll_until("the flush to reach the image", PATIENCE, || (bench.faults.ops(OpKind::Sync) > 0).then_some(()));
+    poll_until("the flush to reach the image", PATIENCE, || (bench.faults.ops(OpClass::Sync) > 0).then_some(()));
     let before = session.rings[0].used_idx();
     let busy = worker_activity();
     bench.running().stop_accepting();

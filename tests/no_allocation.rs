@@ -157,7 +157,7 @@ impl Owner {
 
     fn end_turn(&mut self) {
         self.cache.pump(Tick(1));
-        self.cache.take_plans(|plan| self.tags.push(plan.tag));
+        self.cache.take_ops(|plan| self.tags.push(plan.tag));
         self.tags.drain(..).for_each(|tag| self.cache.complete(tag, &Outcome::Done, Tick(1)));
         self.cache.take_notices(&mut self.notices);
         for notice in self.notices.drain(..) {

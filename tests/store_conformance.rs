@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use genblk::store::file::{Engine, FileImage, OpenOptions};
-use genblk::store::{Backing, Event, ExtentKind, Op, Refused, Segment};
-use genblk::units::Fault;
+use genblk::store::{Backing, Event, ExtentKind, Refused, Segment};
+use genblk::units::{Fault, OpKind};
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
 
 /// Runs `case` on every combination of engine and image.
@@ -51,18 +51,18 @@ fn writes_of_many_segments_read_back_when_cut_elsewhere() {
         for (number, buffer) in buffers.iter_mut().enumerate() {
             let cuts = [(0, 4096), (4096, middle), (4096 + middle, PIECE - 4096 - middle)];
             let segments = cuts.into_iter().filter(|c| c.1 > 0).map(|(at, len)| buffer.segment(at, len)).collect();
-            driver.start(Op::Write, (number * PIECE) as u64, PIECE as u64, segments);
+            driver.start(OpKind::Write, (number * PIECE) as u64, PIECE as u64, segments);
         }
         let events = driver.finish();
         assert_eq!(events.len(), 64);
         assert!(all_done(events.values()), "{events:?}");
-        driver.run(Op::Sync, 0, 0, Vec::new());
+        driver.run(OpKind::Sync, 0, 0, Vec::new());
 
         // 96 reads of 8 KiB, each into two halves that lie the other way round in memory.
         let mut halves: Vec<Buffer> = (0..96).map(|_| Buffer::filled(8192, 0xee)).collect();
         for (number, buffer) in halves.iter_mut().enumerate() {
             let segments = vec![buffer.segment(4096, 4096), buffer.segment(0, 4096)];
-            driver.start(Op::Read, number as u64 * 8192, 8192, segments);
+            driver.start(OpKind::Read, number as u64 * 8192, 8192, segments);
         }
         let events = driver.finish();
         assert!(events.len() == 96 && all_done(events.values()), "{events:?}");
@@ -84,7 +84,7 @@ fn memory_that_is_expected_is_transferred_like_any_other() {
         let mut memory = Buffer::copy_of(&pattern(PAGES * PAGE, 3));
         let want = memory.bytes().to_vec();
         let first = memory.segment(0, 0).base.addr();
-        driver.store.expect_memory(first..first + PAGES / 2 * PAGE);
+        driver.store.hint_memory(first..first + PAGES / 2 * PAGE);
         // Each page goes to the image by itself; then all of them in one piece; then backwards.
         let one_by_one: Vec<Vec<_>> = (0..PAGES).map(|n| vec![memory.segment(n * PAGE, PAGE)]).collect();
         let whole = vec![vec![memory.segment(0, PAGES * PAGE)]];
@@ -93,7 +93,7 @@ fn memory_that_is_expected_is_transferred_like_any_other() {
             let mut offset = 0;
             for segments in pieces.clone() {
                 let len = segments.iter().map(|segment: &Segment| segment.len as u64).sum();
-                driver.start(Op::Write, offset, len, segments);
+                driver.start(OpKind::Write, offset, len, segments);
                 offset += len;
             }
             assert!(all_done(driver.finish().values()));
@@ -105,7 +105,7 @@ fn memory_that_is_expected_is_transferred_like_any_other() {
             let mut offset = 0;
             for segments in pieces {
                 let len = segments.iter().map(|segment| segment.len as u64).sum();
-                driver.start(Op::Read, offset, len, segments);
+                driver.start(OpKind::Read, offset, len, segments);
                 offset += len;
             }
             assert!(all_done(driver.finish().values()));
@@ -119,11 +119,11 @@ fn a_worker_that_only_looks_finds_every_event() {
     on_each("looks", 8 * MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(8 * 4096, 7);
-        for (op, count) in [(Op::Write, 8), (Op::Read, 8), (Op::Sync, 1), (Op::Map, 1)] {
+        for (op, count) in [(OpKind::Write, 8), (OpKind::Read, 8), (OpKind::Sync, 1), (OpKind::Map, 1)] {
             for n in 0..count {
                 match op {
-                    Op::Sync => driver.start(op, 0, 0, Vec::new()),
-                    Op::Map => driver.start(op, 0, MIB, Vec::new()),
+                    OpKind::Sync => driver.start(op, 0, 0, Vec::new()),
+                    OpKind::Map => driver.start(op, 0, MIB, Vec::new()),
                     _ => driver.start(op, n as u64 * 4096, 4096, vec![buffer.segment(n * 4096, 4096)]),
                 };
             }
@@ -152,13 +152,13 @@ fn the_largest_transfer_of_the_most_segments_goes_through() {
         let most = usize::from(limits.segments_max).min(len / 4096);
         let mut pages: Vec<_> = (0..most - 1).map(|n| buffer.segment(n * 4096, 4096)).collect();
         pages.push(buffer.segment((most - 1) * 4096, len - (most - 1) * 4096));
-        driver.run(Op::Write, 4096, len as u64, pages);
+        driver.run(OpKind::Write, 4096, len as u64, pages);
         assert!(driver.read(4096, len) == want);
         let (block, segments) = (limits.block_bytes as usize, usize::from(limits.segments_max) + 1);
         let one_too_many = (0..segments).map(|_| buffer.segment(0, block)).collect();
         let one_too_long = vec![buffer.segment(0, len), buffer.segment(0, 4096)];
         for (len, segments) in [(segments * block, one_too_many), (len + 4096, one_too_long)] {
-            let request = driver.request(Op::Write, 0, len as u64, segments);
+            let request = driver.request(OpKind::Write, 0, len as u64, segments);
             assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))));
         }
     });
@@ -171,25 +171,25 @@ fn a_bad_request_comes_back_as_invalid_and_nothing_is_in_flight() {
         let mut buffer = Buffer::filled(8192, 0);
         let mut one = |len| vec![buffer.segment(0, len)];
         let mut bad = vec![
-            (Op::Read, MIB, 4096, one(4096)),
-            (Op::Write, MIB - 4096, 8192, one(8192)),
-            (Op::Read, u64::MAX - 4095, 4096, one(4096)),
-            (Op::Zero { unmap: true }, u64::MAX - 511, 1024, Vec::new()),
-            (Op::Discard, 512, u64::MAX - 511, Vec::new()),
-            (Op::Map, 1, u64::MAX, Vec::new()),
-            (Op::Allocate, MIB, 512, Vec::new()),
-            (Op::Read, 100, 4096, one(4096)),
-            (Op::Write, 0, 100, one(100)),
-            (Op::Zero { unmap: false }, 0, 100, Vec::new()),
-            (Op::Read, 0, 4096, one(8192)),
-            (Op::Write, 0, 0, Vec::new()),
-            (Op::Map, 0, 0, Vec::new()),
-            (Op::Sync, 0, 512, Vec::new()),
-            (Op::Discard, 0, 512, one(512)),
+            (OpKind::Read, MIB, 4096, one(4096)),
+            (OpKind::Write, MIB - 4096, 8192, one(8192)),
+            (OpKind::Read, u64::MAX - 4095, 4096, one(4096)),
+            (OpKind::Zero { unmap: true }, u64::MAX - 511, 1024, Vec::new()),
+            (OpKind::Discard, 512, u64::MAX - 511, Vec::new()),
+            (OpKind::Map, 1, u64::MAX, Vec::new()),
+            (OpKind::Allocate, MIB, 512, Vec::new()),
+            (OpKind::Read, 100, 4096, one(4096)),
+            (OpKind::Write, 0, 100, one(100)),
+            (OpKind::Zero { unmap: false }, 0, 100, Vec::new()),
+            (OpKind::Read, 0, 4096, one(8192)),
+            (OpKind::Write, 0, 0, Vec::new()),
+            (OpKind::Map, 0, 0, Vec::new()),
+            (OpKind::Sync, 0, 512, Vec::new()),
+            (OpKind::Discard, 0, 512, one(512)),
         ];
         if backing.limits().memory_align > 1 {
-            bad.push((Op::Read, 0, 4096, vec![buffer.segment(1, 4096)]));
-            bad.push((Op::Read, 0, 4096, vec![buffer.segment(0, 100), buffer.segment(4096, 3996)]));
+            bad.push((OpKind::Read, 0, 4096, vec![buffer.segment(1, 4096)]));
+            bad.push((OpKind::Read, 0, 4096, vec![buffer.segment(0, 100), buffer.segment(4096, 3996)]));
         }
         for (op, offset, len, segments) in bad {
             let request = driver.request(op, offset, len, segments);
@@ -214,10 +214,10 @@ fn a_full_store_gives_the_request_back_and_takes_it_after_a_reap() {
         let mut buffers: Vec<Buffer> = (0..=depth).map(|_| Buffer::filled(4096, 0xee)).collect();
         let (last, first) = buffers.split_last_mut().unwrap();
         for (number, buffer) in first.iter_mut().enumerate() {
-            driver.start(Op::Read, number as u64 * 4096, 4096, vec![buffer.segment(0, 4096)]);
+            driver.start(OpKind::Read, number as u64 * 4096, 4096, vec![buffer.segment(0, 4096)]);
         }
         assert_eq!(driver.store.in_flight(), depth);
-        let request = driver.request(Op::Read, 0, 4096, vec![last.segment(0, 4096)]);
+        let request = driver.request(OpKind::Read, 0, 4096, vec![last.segment(0, 4096)]);
         let Err(Refused::Full(back)) = driver.store.submit(request) else { panic!("room beyond the depth") };
         assert_eq!((back.tag, back.segments.len()), (depth as u64 + 1, 1));
         let events = driver.finish();
@@ -238,7 +238,7 @@ fn zero_clears_its_range_and_keeps_its_neighbours_to_the_sector() {
             {
                 let mut want = pattern(512 * 1024, offset ^ len);
                 driver.write(0, &mut Buffer::copy_of(&want));
-                let event = driver.run(Op::Zero { unmap }, offset, len, Vec::new());
+                let event = driver.run(OpKind::Zero { unmap }, offset, len, Vec::new());
                 assert!(matches!(event, Event::Done { .. }));
                 want[usize::try_from(offset).unwrap()..usize::try_from(offset + len).unwrap()].fill(0);
                 assert!(driver.read(0, want.len()) == want, "unmap {unmap}, {offset}+{len}");
@@ -254,13 +254,13 @@ fn discard_and_allocate_leave_everything_outside_their_range_alone() {
         let want = pattern(256 * 1024, 5);
         driver.write(0, &mut Buffer::copy_of(&want));
         for (op, offset, len) in [
-            (Op::Discard, 64 * 1024, 64 * 1024),
-            (Op::Discard, 128 * 1024 + 512, 512),
-            (Op::Allocate, 512 * 1024, 64 * 1024),
+            (OpKind::Discard, 64 * 1024, 64 * 1024),
+            (OpKind::Discard, 128 * 1024 + 512, 512),
+            (OpKind::Allocate, 512 * 1024, 64 * 1024),
         ] {
             match driver.try_run(op, offset, len, Vec::new()) {
                 Event::Done { .. } => {}
-                Event::Failed { fault: Fault::Unsupported, .. } if op == Op::Allocate => {}
+                Event::Failed { fault: Fault::Unsupported, .. } if op == OpKind::Allocate => {}
                 Event::Failed { fault: Fault::Unsupported, .. } if !backing.limits().can_discard => {}
                 other => panic!("{op:?}: {other:?}"),
             }
@@ -284,7 +284,7 @@ fn a_map_covers_its_range_exactly_and_never_calls_data_a_hole() {
         }
         let mut holes = 0;
         for (offset, len) in [(0, 4 * MIB), (512, 4 * MIB - 512), (130 * 1024, 512), (1, 4 * MIB - 2), (MIB, MIB)] {
-            let Event::Mapped { extents, .. } = driver.run(Op::Map, offset, len, Vec::new()) else {
+            let Event::Mapped { extents, .. } = driver.run(OpKind::Map, offset, len, Vec::new()) else {
                 panic!("no map");
             };
             assert_eq!(extents.iter().map(|e| e.len).sum::<u64>(), len, "{extents:?}");
@@ -312,12 +312,12 @@ fn the_short_tail_of_an_odd_image_is_read_and_written_up_to_the_end() {
         assert_eq!(backing.limits().block_bytes, 512, "an odd image must not be opened with larger blocks");
         let mut tail = Buffer::copy_of(&pattern(1536, 9));
         driver.write(SIZE - 1536, &mut tail);
-        driver.run(Op::Zero { unmap: true }, SIZE - 512, 512, Vec::new());
+        driver.run(OpKind::Zero { unmap: true }, SIZE - 512, 512, Vec::new());
         let got = driver.read(SIZE - 2048, 2048);
         assert!(got[..512].iter().all(|&byte| byte == 0));
         assert!(got[512..1536] == tail.bytes()[..1024]);
         assert!(got[1536..].iter().all(|&byte| byte == 0));
-        let Event::Mapped { extents, .. } = driver.run(Op::Map, 0, SIZE, Vec::new()) else { panic!("no map") };
+        let Event::Mapped { extents, .. } = driver.run(OpKind::Map, 0, SIZE, Vec::new()) else { panic!("no map") };
         assert_eq!(extents.iter().map(|e| e.len).sum::<u64>(), SIZE);
     });
 }
@@ -327,10 +327,18 @@ fn the_wake_fd_is_readable_while_events_wait_and_quiet_after_reap() {
     on_each("wake", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(4096, 3);
-        for op in [Op::Write, Op::Read, Op::Sync, Op::Map, Op::Zero { unmap: true }, Op::Discard, Op::Allocate] {
-            let transfer = matches!(op, Op::Read | Op::Write);
+        for op in [
+            OpKind::Write,
+            OpKind::Read,
+            OpKind::Sync,
+            OpKind::Map,
+            OpKind::Zero { unmap: true },
+            OpKind::Discard,
+            OpKind::Allocate,
+        ] {
+            let transfer = matches!(op, OpKind::Read | OpKind::Write);
             let segments = if transfer { vec![buffer.segment(0, 4096)] } else { Vec::new() };
-            let tag = driver.start(op, 0, if op == Op::Sync { 0 } else { 4096 }, segments);
+            let tag = driver.start(op, 0, if op == OpKind::Sync { 0 } else { 4096 }, segments);
             driver.store.kick();
             assert!(readable(driver.store.wake_fd(), 30_000), "{op:?}: no wake-up");
             assert!(readable(driver.store.wake_fd(), 0), "{op:?}: the wake-up must stay until the reap");
@@ -356,12 +364,12 @@ fn a_dropped_store_has_finished_what_it_accepted() {
         let mut driver = Driver::new(backing);
         for (number, buffer) in buffers.iter_mut().enumerate() {
             let segment = buffer.segment(0, 64 * 1024);
-            driver.start(Op::Write, number as u64 * 65536, 65536, vec![segment]);
+            driver.start(OpKind::Write, number as u64 * 65536, 65536, vec![segment]);
             if number == 32 {
                 driver.store.kick();
             }
         }
-        driver.start(Op::Map, 0, 8 * MIB, Vec::new());
+        driver.start(OpKind::Map, 0, 8 * MIB, Vec::new());
         drop(driver);
         // Were a write still on its way, it would take these bytes to the image.
         for buffer in &mut buffers {
@@ -395,10 +403,10 @@ fn operations_outlive_the_thread_that_submitted_them() {
             let mut buffers: Vec<Buffer> = pieces.iter().map(|piece| Buffer::copy_of(piece)).collect();
             for (number, buffer) in buffers.iter_mut().enumerate() {
                 let segment = buffer.segment(0, 65536);
-                driver.start(Op::Write, number as u64 * 65536, 65536, vec![segment]);
+                driver.start(OpKind::Write, number as u64 * 65536, 65536, vec![segment]);
             }
             // On a ring this one needs a kernel worker, which ends with its thread.
-            driver.start(Op::Zero { unmap: true }, 6 * MIB, 65536, Vec::new());
+            driver.start(OpKind::Zero { unmap: true }, 6 * MIB, 65536, Vec::new());
             driver.store.kick();
             (driver, buffers)
         })
@@ -424,12 +432,12 @@ fn a_read_only_image_refuses_every_change() {
         let mut driver = Driver::new(&backing);
         assert!(driver.read(0, 4096).iter().all(|&byte| byte == 0));
         let mut buffer = Buffer::filled(4096, 1);
-        for op in [Op::Write, Op::Zero { unmap: true }, Op::Discard, Op::Allocate] {
-            let segments = if op == Op::Write { vec![buffer.segment(0, 4096)] } else { Vec::new() };
+        for op in [OpKind::Write, OpKind::Zero { unmap: true }, OpKind::Discard, OpKind::Allocate] {
+            let segments = if op == OpKind::Write { vec![buffer.segment(0, 4096)] } else { Vec::new() };
             let request = driver.request(op, 0, 4096, segments);
             assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))), "{op:?}");
         }
-        driver.run(Op::Sync, 0, 0, Vec::new());
+        driver.run(OpKind::Sync, 0, 0, Vec::new());
     }
 }
 
@@ -444,9 +452,9 @@ fn a_read_of_an_image_that_was_cut_short_fails_as_a_medium_would() {
             let file = std::fs::OpenOptions::new().write(true).open(&image.path).unwrap();
             file.set_len(MIB / 2 + 2048 + 100).unwrap();
             let mut buffer = Buffer::filled(8192, 0xee);
-            let event = driver.try_run(Op::Read, MIB / 2, 8192, vec![buffer.segment(0, 8192)]);
+            let event = driver.try_run(OpKind::Read, MIB / 2, 8192, vec![buffer.segment(0, 8192)]);
             assert!(matches!(event, Event::Failed { fault: Fault::Media, .. }), "{event:?}");
-            let event = driver.try_run(Op::Map, 0, MIB, Vec::new());
+            let event = driver.try_run(OpKind::Map, 0, MIB, Vec::new());
             assert!(matches!(event, Event::Failed { .. }), "what is gone is no hole: {event:?}");
         }
     }

@@ -7,10 +7,10 @@ mod store_kit;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use genblk::store::faulty::{Faults, FaultyImage, OpKind};
+use genblk::store::faulty::{Faults, FaultyImage, OpClass};
 use genblk::store::file::{FileImage, OpenOptions};
-use genblk::store::{Backing, Event, Op, Refused};
-use genblk::units::Fault;
+use genblk::store::{Backing, Event, Refused};
+use genblk::units::{Fault, OpKind};
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, tag_of};
 
 fn faulty(name: &str) -> (Image, Arc<dyn Backing>, Faults) {
@@ -22,7 +22,7 @@ fn faulty(name: &str) -> (Image, Arc<dyn Backing>, Faults) {
 
 fn write(driver: &mut Driver, offset: u64, buffer: &mut Buffer) -> Event {
     let len = buffer.len();
-    driver.try_run(Op::Write, offset, len as u64, vec![buffer.segment(0, len)])
+    driver.try_run(OpKind::Write, offset, len as u64, vec![buffer.segment(0, len)])
 }
 
 #[test]
@@ -30,10 +30,10 @@ fn the_nth_operation_of_its_kind_fails_and_leaves_the_image_alone() {
     let (_image, backing, faults) = faulty("nth");
     let mut driver = Driver::new(&backing);
     let mut buffer = Buffer::copy_of(&pattern(4096, 1));
-    faults.fail_nth(OpKind::Write, 3, Fault::NoSpace);
+    faults.fail_nth(OpClass::Write, 3, Fault::NoSpace);
     for number in 1..=5u64 {
         let event = write(&mut driver, number * 4096, &mut buffer);
-        driver.run(Op::Sync, 0, 0, Vec::new());
+        driver.run(OpKind::Sync, 0, 0, Vec::new());
         let stored = driver.read(number * 4096, 4096);
         if number == 3 {
             assert!(matches!(event, Event::Failed { fault: Fault::NoSpace, errno: libc::ENOSPC, .. }), "{event:?}");
@@ -43,26 +43,29 @@ fn the_nth_operation_of_its_kind_fails_and_leaves_the_image_alone() {
             assert!(stored == buffer.bytes());
         }
     }
-    assert_eq!((faults.ops(OpKind::Write), faults.bytes(OpKind::Write), faults.failed(OpKind::Write)), (5, 20480, 1));
-    assert_eq!((faults.ops(OpKind::Sync), faults.bytes(OpKind::Sync), faults.failed(OpKind::Sync)), (5, 0, 0));
-    assert_eq!(faults.ops(OpKind::Read), 5);
+    assert_eq!(
+        (faults.ops(OpClass::Write), faults.bytes(OpClass::Write), faults.failed(OpClass::Write)),
+        (5, 20480, 1)
+    );
+    assert_eq!((faults.ops(OpClass::Sync), faults.bytes(OpClass::Sync), faults.failed(OpClass::Sync)), (5, 0, 0));
+    assert_eq!(faults.ops(OpClass::Read), 5);
 }
 
 #[test]
 fn a_lasting_fault_hits_all_workers_until_it_is_healed() {
     let (_image, backing, faults) = faulty("always");
     let (mut a, mut b) = (Driver::new(&backing), Driver::new(&backing));
-    faults.clone().fail_always(OpKind::Sync, Fault::Media);
+    faults.clone().fail_always(OpClass::Sync, Fault::Media);
     for driver in [&mut a, &mut b] {
         for _ in 0..3 {
-            let event = driver.try_run(Op::Sync, 0, 0, Vec::new());
+            let event = driver.try_run(OpKind::Sync, 0, 0, Vec::new());
             assert!(matches!(event, Event::Failed { fault: Fault::Media, errno: libc::EIO, .. }), "{event:?}");
         }
         driver.read(0, 4096);
     }
     faults.heal();
-    a.run(Op::Sync, 0, 0, Vec::new());
-    assert_eq!((faults.ops(OpKind::Sync), faults.failed(OpKind::Sync)), (7, 6));
+    a.run(OpKind::Sync, 0, 0, Vec::new());
+    assert_eq!((faults.ops(OpClass::Sync), faults.failed(OpClass::Sync)), (7, 6));
 }
 
 #[test]
@@ -70,9 +73,9 @@ fn chance_failures_come_at_their_rate_and_repeat_with_their_seed() {
     let (_image, backing, faults) = faulty("chance");
     let mut driver = Driver::new(&backing);
     let mut outcome = |seed| {
-        faults.fail_randomly(OpKind::Zero, 250_000, seed, Fault::TimedOut);
+        faults.fail_randomly(OpClass::Zero, 250_000, seed, Fault::TimedOut);
         (0..400)
-            .map(|_| matches!(driver.try_run(Op::Zero { unmap: true }, 0, 4096, Vec::new()), Event::Failed { .. }))
+            .map(|_| matches!(driver.try_run(OpKind::Zero { unmap: true }, 0, 4096, Vec::new()), Event::Failed { .. }))
             .collect::<Vec<bool>>()
     };
     let first = outcome(7);
@@ -88,11 +91,11 @@ fn a_delayed_operation_is_overtaken_and_wakes_its_worker_when_it_is_done() {
     let mut driver = Driver::new(&backing);
     let mut buffer = Buffer::copy_of(&pattern(4096, 2));
     let delay = Duration::from_millis(200);
-    faults.delay(OpKind::Write, delay);
+    faults.delay(OpClass::Write, delay);
     let start = Instant::now();
-    let slow = driver.start(Op::Write, 0, 4096, vec![buffer.segment(0, 4096)]);
+    let slow = driver.start(OpKind::Write, 0, 4096, vec![buffer.segment(0, 4096)]);
     let mut other = Buffer::filled(4096, 0xee);
-    let fast = driver.start(Op::Read, 0, 4096, vec![other.segment(0, 4096)]);
+    let fast = driver.start(OpKind::Read, 0, 4096, vec![other.segment(0, 4096)]);
     driver.store.kick();
     let mut order = Vec::new();
     while driver.store.in_flight() > 0 {
@@ -115,17 +118,17 @@ fn a_delayed_operation_is_overtaken_and_wakes_its_worker_when_it_is_done() {
 fn waiting_operations_count_toward_the_depth_and_a_drop_finishes_them() {
     let (_image, backing, faults) = faulty("depth");
     let depth = u64::from(backing.limits().depth);
-    faults.delay(OpKind::Write, Duration::from_secs(3600));
+    faults.delay(OpClass::Write, Duration::from_secs(3600));
     let mut driver = Driver::new(&backing);
     let want = pattern(4096, 3);
     let mut buffer = Buffer::copy_of(&want);
     for number in 0..depth {
-        driver.start(Op::Write, number % 2 * 4096, 4096, vec![buffer.segment(0, 4096)]);
+        driver.start(OpKind::Write, number % 2 * 4096, 4096, vec![buffer.segment(0, 4096)]);
     }
-    let request = driver.request(Op::Read, 0, 4096, vec![buffer.segment(0, 4096)]);
+    let request = driver.request(OpKind::Read, 0, 4096, vec![buffer.segment(0, 4096)]);
     assert!(matches!(driver.store.submit(request), Err(Refused::Full(_))));
     drop(driver);
     buffer.fill(0);
     assert!(Driver::new(&backing).read(4096, 4096) == want);
-    assert_eq!(faults.ops(OpKind::Write), depth, "the refused one is not counted");
+    assert_eq!(faults.ops(OpClass::Write), depth, "the refused one is not counted");
 }

@@ -1,7 +1,7 @@
 //! A page cache without bytes, for benchmarks that look at what it does and what that costs.
 
 use genblk::cache::{
-    Access, Admitted, FrameMemory, Notice, OnError, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
+    Access, Admitted, ErrorPolicy, FrameMemory, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
 use genblk::units::{FrameId, FrameRecord, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
 
@@ -35,8 +35,8 @@ pub fn defaults(frames: u32, image_pages: u64) -> Settings {
         dirty_pages_max: frames / 4,
         dirty_age_us: 5_000_000,
         allocate: false,
-        on_error: OnError::Report,
-        on_full: OnError::Report,
+        on_error: ErrorPolicy::Report,
+        on_full: ErrorPolicy::Report,
         hold_us: 0,
     }
 }
@@ -95,7 +95,7 @@ impl AtOnce {
         self.now = self.now.plus_us(Self::TURN_US);
         loop {
             self.cache.pump(self.now);
-            self.cache.take_plans(|plan| self.tags.push(plan.tag));
+            self.cache.take_ops(|plan| self.tags.push(plan.tag));
             if self.tags.is_empty() {
                 return;
             }

@@ -91,7 +91,7 @@ impl Copier {
                 ring.take(BATCH, &mut heads);
                 let memory = Arc::clone(&ring.memory);
                 let table = ring.table(&memory);
-                table.foresee(&memory, &heads);
+                table.prefetch_heads(&memory, &heads);
                 for &head in &heads {
                     serve_one(ring, &table, head, &mut request, &self.disk, &self.buffer);
                 }

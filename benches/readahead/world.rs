@@ -4,8 +4,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use genblk::cache::{Access, Admitted, Notice, Outcome, PageCache, PlanKind, Settings, Stats, Ticket};
-use genblk::units::{SECTORS_PER_PAGE, SectorSpan, Tick};
+use genblk::cache::{Access, Admitted, Notice, Outcome, PageCache, Settings, Stats, Ticket};
+use genblk::units::{OpKind, SECTORS_PER_PAGE, SectorSpan, Tick};
 
 use crate::bare_cache::{bare_cache, defaults};
 
@@ -196,7 +196,7 @@ impl World {
         loop {
             self.cache.pump(self.tick());
             let mut plans = Vec::new();
-            self.cache.take_plans(|plan| plans.push((plan.tag, plan.kind, plan.span.count)));
+            self.cache.take_ops(|plan| plans.push((plan.tag, plan.kind, plan.span.count)));
             for (tag, kind, sectors) in plans {
                 self.start(tag, kind, sectors);
             }
@@ -210,14 +210,14 @@ impl World {
     }
 
     /// The store begins an operation; it answers what it holds of an extent map after its latency.
-    fn start(&mut self, tag: u32, kind: PlanKind, sectors: u64) {
+    fn start(&mut self, tag: u32, kind: OpKind, sectors: u64) {
         let answer_ns = self.now_ns + self.store.latency_us * 1000;
         match kind {
-            PlanKind::Read => {
+            OpKind::Read => {
                 self.store_idle_ns = self.store_idle_ns.max(answer_ns) + sectors * 512 * 1000 / self.store.bytes_per_us;
                 self.at(self.store_idle_ns, Event::Done(tag));
             }
-            PlanKind::Map => self.at(answer_ns, Event::Mapped(tag, sectors)),
+            OpKind::Map => self.at(answer_ns, Event::Mapped(tag, sectors)),
             _ => unreachable!("nobody writes"),
         }
     }

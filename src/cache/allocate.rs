@@ -4,12 +4,12 @@
 //! Space is asked for a region of 1 MiB at a time, ahead of the writer. Regions that have it are remembered in a table of
 //! bounded size; for one that was forgotten the store is asked again, which costs little.
 
-use crate::units::{Fault, PageNo, SectorSpan, low_u32};
+use crate::units::{Fault, OpKind, PageNo, SectorSpan, low_u32};
 
 use super::PageCache;
-use super::failing::Cause;
-use super::flights::{Flight, Outcome, PlanKind};
 use super::ranges::REGION_PAGES;
+use super::store_health::Cause;
+use super::store_ops::{Outcome, StoreOp};
 
 /// No region.
 const NONE: u32 = u32::MAX;
@@ -37,15 +37,15 @@ pub(super) struct Allocating {
     asked: Vec<(u64, bool)>,
     /// The store can't.
     unsupported: bool,
-    /// The operator has been told so.
-    told: bool,
+    /// The operator has been last_reported so.
+    last_reported: bool,
 }
 
 impl Allocating {
     /// For a cache of `frames` frames: a region for every 64 frames, so a cache of a quarter of the image remembers all.
     pub fn new(frames: u32) -> Self {
         let regions = (frames / 64).max(REGIONS_MIN) as usize;
-        Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false, told: false }
+        Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false, last_reported: false }
     }
 
     /// Where a region's place is, and what stands there if the region has its space.
@@ -81,9 +81,9 @@ impl Allocating {
         }
     }
 
-    /// Whether the store can't reserve space, and nobody has been told.
+    /// Whether the store can't reserve space, and nobody has been last_reported.
     pub fn take_refusal(&mut self) -> bool {
-        self.unsupported && !std::mem::replace(&mut self.told, true)
+        self.unsupported && !std::mem::replace(&mut self.last_reported, true)
     }
 
     /// Bytes of memory the table takes.
@@ -109,28 +109,28 @@ impl PageCache {
         if self.allocating.asked.iter().any(|&(asked, _)| asked == region) {
             return Space::Wait;
         }
-        match self.failing.space_refused() {
+        match self.health.space_refused() {
             Some(fault) if resumed => return Space::Refused(fault),
-            _ if self.failing.holding() && !self.failing.may_retry(self.now) => return Space::Wait,
+            _ if self.health.holding() && !self.health.may_retry(self.now) => return Space::Wait,
             _ => {}
         }
         self.allocating.asked.push((region, false));
         self.stats.allocations += 1;
         let span = self.span_of(PageNo(region * REGION_PAGES), REGION_PAGES);
-        self.flights.launch(Flight::without_pages(PlanKind::Allocate, span));
+        self.store_ops.submit(StoreOp::without_pages(OpKind::Allocate, span));
         Space::Wait
     }
 
     /// The store has answered.
-    pub(super) fn allocate_done(&mut self, flight: &Flight, outcome: &Outcome) {
-        let region = flight.first_page().0 / REGION_PAGES;
+    pub(super) fn allocate_done(&mut self, op: &StoreOp, outcome: &Outcome) {
+        let region = op.first_page().0 / REGION_PAGES;
         let index = self.allocating.asked.iter().position(|&(asked, _)| asked == region);
         let (_, stale) = self.allocating.asked.swap_remove(index.expect("an answer comes for a region asked for"));
         match outcome.fault() {
             Some(Fault::Unsupported) => self.allocating.unsupported = true,
             Some(fault) => self.store_failed(fault, Cause::Allocate),
             None => {
-                self.failing.heal_after(Cause::Allocate);
+                self.health.clear_failure(Cause::Allocate);
                 if !stale {
                     self.allocating.remember(region);
                 }
@@ -140,7 +140,7 @@ impl PageCache {
 
     /// Writes that are held for want of space try again when the pause is over.
     pub(super) fn retry_allocations(&mut self) {
-        if self.failing.waits_for_space() && self.failing.may_retry(self.now) {
+        if self.health.waits_for_space() && self.health.may_retry(self.now) {
             self.stalled.unblock();
         }
     }

@@ -13,25 +13,25 @@ pub(super) const GROUP_PAGES: u64 = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tally {
     dirty: Option<Epoch>,
-    unclean: bool,
+    dirty_or_writeback: bool,
     unstable: bool,
     failed: bool,
 }
 
 impl Tally {
     pub fn of(page: &Page) -> Self {
-        let unclean = !page.dirty.is_empty() || !page.writing.is_empty() || page.writers > 0;
+        let dirty_or_writeback = !page.dirty.is_empty() || !page.writing.is_empty() || page.writers > 0;
         Self {
             dirty: (!page.dirty.is_empty()).then_some(page.epoch),
-            unclean,
-            unstable: unclean || page.any(UNSYNCED[0] | UNSYNCED[1]),
+            dirty_or_writeback,
+            unstable: dirty_or_writeback || page.any(UNSYNCED[0] | UNSYNCED[1]),
             failed: page.is(FAILED),
         }
     }
 
     /// Whether the page was counted `before` where the number is limited, and is not any more.
     pub fn makes_room(self, before: Self) -> bool {
-        before.unclean && !self.unclean || before.unstable && !self.unstable
+        before.dirty_or_writeback && !self.dirty_or_writeback || before.unstable && !self.unstable
     }
 }
 
@@ -56,7 +56,7 @@ pub(super) struct DirtySet {
     epochs: VecDeque<(Epoch, u32)>,
     current: Epoch,
     dirty_pages: u32,
-    unclean_pages: u32,
+    dirty_or_writeback_pages: u32,
     unstable_pages: u32,
     failed_pages: u32,
 }
@@ -68,7 +68,7 @@ impl Default for DirtySet {
             epochs: VecDeque::new(),
             current: Epoch(1),
             dirty_pages: 0,
-            unclean_pages: 0,
+            dirty_or_writeback_pages: 0,
             unstable_pages: 0,
             failed_pages: 0,
         }
@@ -87,18 +87,18 @@ impl DirtySet {
     }
 
     /// Pages that are dirty, on their way to the store, or being filled by a writer.
-    pub fn unclean_pages(&self) -> u32 {
-        self.unclean_pages
+    pub fn dirty_or_writeback_pages(&self) -> u32 {
+        self.dirty_or_writeback_pages
     }
 
-    /// Pages that no good Sync covers: the unclean, and those written since the last one. None can be evicted.
+    /// Pages that no good Sync covers: the dirty_or_writeback, and those written since the last one. None can be evicted.
     pub fn unstable_pages(&self) -> u32 {
         self.unstable_pages
     }
 
-    /// Whether the page is among the unclean.
+    /// Whether the page is among the dirty_or_writeback.
     pub fn counts(&self, page: &Page) -> bool {
-        Tally::of(page).unclean
+        Tally::of(page).dirty_or_writeback
     }
 
     /// Whether the page is among the unstable.
@@ -139,7 +139,8 @@ impl DirtySet {
                 self.flip(no);
             }
         }
-        self.unclean_pages = self.unclean_pages + u32::from(after.unclean) - u32::from(before.unclean);
+        self.dirty_or_writeback_pages =
+            self.dirty_or_writeback_pages + u32::from(after.dirty_or_writeback) - u32::from(before.dirty_or_writeback);
         self.unstable_pages = self.unstable_pages + u32::from(after.unstable) - u32::from(before.unstable);
         self.failed_pages = self.failed_pages + u32::from(after.failed) - u32::from(before.failed);
     }
@@ -202,10 +203,10 @@ mod tests {
     use super::*;
 
     fn dirty(epoch: u32) -> Tally {
-        Tally { dirty: Some(Epoch(epoch)), unclean: true, unstable: true, failed: false }
+        Tally { dirty: Some(Epoch(epoch)), dirty_or_writeback: true, unstable: true, failed: false }
     }
 
-    const CLEAN: Tally = Tally { dirty: None, unclean: false, unstable: false, failed: false };
+    const CLEAN: Tally = Tally { dirty: None, dirty_or_writeback: false, unstable: false, failed: false };
 
     #[test]
     fn an_epoch_is_over_when_its_last_page_is_clean() {

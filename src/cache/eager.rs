@@ -28,14 +28,14 @@ pub(super) struct Eager {
     writes: u32,
     /// Those that would have gone along with an earlier one.
     merged: u32,
-    /// It would have paid to write at once, in the interval before.
-    paid: bool,
+    /// It would have was_worthwhile to write at once, in the interval before.
+    was_worthwhile: bool,
 }
 
 impl Eager {
     /// Whether what is dirty is to go to the store at once.
     pub fn is_on(&self) -> bool {
-        self.paid && self.pays()
+        self.was_worthwhile && self.is_worthwhile()
     }
 
     /// Whether the interval can still be one that pays.
@@ -43,21 +43,21 @@ impl Eager {
         self.pages <= PAGES_MAX
     }
 
-    fn pays(&self) -> bool {
+    fn is_worthwhile(&self) -> bool {
         self.is_short() && self.merged * MERGED_SHARE <= self.writes
     }
 
     /// A FLUSH ends the interval. One without writes says nothing of those to come.
     pub fn flushed(&mut self) {
         if self.pages > 0 {
-            *self = Self { paid: self.pays(), ..Self::default() };
+            *self = Self { was_worthwhile: self.is_worthwhile(), ..Self::default() };
         }
     }
 }
 
 impl PageCache {
     /// A guest writes these pages.
-    pub(super) fn weigh_write(&mut self, span: PageSpan) {
+    pub(super) fn account_write(&mut self, span: PageSpan) {
         if !self.eager.is_short() {
             return;
         }

@@ -1,7 +1,7 @@
-//! FLUSH: everything written before it is on the store, and the store has been told to make it durable.
+//! FLUSH: everything written before it is on the store, and the store has been last_reported to make it durable.
 //!
 //! A flush closes the current epoch, waits until nothing of that epoch or an older one is dirty or being written, and
-//! then for a Sync that was submitted after the last such write ended. One Sync is in flight at a time and serves all
+//! then for a Sync that was submitted after the last such write ended. One Sync is in op at a time and serves all
 //! flushes that wait (group commit). A flush with nothing written since the last good Sync completes at once.
 //!
 //! Failures: a write that fails fails the flushes of its epoch, and its pages stay dirty. A Sync that fails is never
@@ -10,11 +10,11 @@
 
 use std::collections::VecDeque;
 
-use crate::units::{Epoch, Fault, PageId, PageNo, SectorSpan};
+use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SectorSpan};
 
-use super::failing::Cause;
-use super::flights::{Flight, Outcome, PlanKind};
 use super::page::UNSYNCED;
+use super::store_health::Cause;
+use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
 /// A flush that waits.
@@ -34,9 +34,9 @@ pub(super) struct Flushing {
     written: u64,
     /// How many of those a good Sync covers.
     stable: u64,
-    /// The Sync in flight covers this many.
+    /// The Sync in op covers this many.
     syncing: Option<u64>,
-    /// Pages written since the last good Sync. While a Sync is in flight, what it covers is in the one list and what
+    /// Pages written since the last good Sync. While a Sync is in op, what it covers is in the one list and what
     /// came later in the other; `fresh` says which is the other.
     unsynced: [Vec<PageId>; 2],
     fresh: usize,
@@ -76,7 +76,7 @@ impl Flushing {
     }
 
     /// A write, zero or discard has ended well.
-    pub fn write_landed(&mut self) {
+    pub fn write_done_unsynced(&mut self) {
         self.written += 1;
     }
 
@@ -96,7 +96,7 @@ impl PageCache {
     pub fn flush(&mut self, ticket: Ticket) {
         self.stats.flushes += 1;
         // A flush is a question to the store: what failed before is tried again now.
-        self.failing.retry_now(self.now);
+        self.health.retry_now(self.now);
         if self.refuse_while_stopped(ticket) {
             return;
         }
@@ -124,32 +124,32 @@ impl PageCache {
         }
         let waited_for = queue.front().is_some_and(|flush| flush.needs.is_some());
         // A flush that asks gets its answer now; one that is held waits for the pause to end, like everything else.
-        let asked = waited_for && !self.failing.holds_syncs();
-        let due = self.flushing.sync_is_awaited() && self.failing.may_retry(self.now);
+        let asked = waited_for && !self.health.holds_syncs();
+        let due = self.flushing.sync_is_awaited() && self.health.may_retry(self.now);
         if self.flushing.syncing.is_none() && !redoing && (asked || due) {
-            self.launch_sync();
+            self.submit_sync();
         }
     }
 
-    fn launch_sync(&mut self) {
+    fn submit_sync(&mut self) {
         let flushing = &mut self.flushing;
         flushing.syncing = Some(flushing.written);
         flushing.fresh ^= 1;
         flushing.wanted = false;
         debug_assert!(flushing.unsynced[flushing.fresh].is_empty(), "the last Sync has taken its list");
         self.stats.syncs += 1;
-        self.flights.launch(Flight::without_pages(PlanKind::Sync, SectorSpan::new(0, 0)));
+        self.store_ops.submit(StoreOp::without_pages(OpKind::Sync, SectorSpan::new(0, 0)));
     }
 
-    /// The Sync in flight has ended.
+    /// The Sync in op has ended.
     pub(super) fn sync_done(&mut self, outcome: &Outcome) {
-        let covered = self.flushing.syncing.take().expect("a Sync was in flight");
+        let covered = self.flushing.syncing.take().expect("a Sync was in op");
         let old = self.flushing.fresh ^ 1;
         let pages = std::mem::take(&mut self.flushing.unsynced[old]);
         match outcome.fault() {
             None => {
                 self.flushing.stable = covered;
-                self.gone_well(Cause::Sync);
+                self.store_succeeded(Cause::Sync);
                 // Before the pages: one that was written after its range had been zeroed must not be clean while a
                 // successor would zero the range.
                 self.zeroes_synced(old);

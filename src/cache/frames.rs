@@ -1,7 +1,7 @@
 //! Which frames are free, and how many hold each of the others.
 //!
 //! A frame is held by residency (its page), by pins (copies to and from guests under way), and by store operations in
-//! flight. Whoever takes a reference gives it back; at none the frame is free.
+//! op. Whoever takes a reference gives it back; at none the frame is free.
 //!
 //! What became free first is taken first. So frames in a row, which left the cache together, come back in a row: a read
 //! into them is one segment for the store, and their bytes are copied in one piece. A cache that keeps nothing does it the

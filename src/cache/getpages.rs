@@ -9,13 +9,13 @@
 //! A request holds no pin while it waits: what has come in is delivered and given back, piece by piece. So requests that
 //! wait for each other's frames can't lock each other out, however small the cache.
 
-use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask};
+use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask};
 
-use super::flights::{Flight, Outcome, PlanKind};
-use super::holes::Backing;
+use super::holes::BlockStatus;
 use super::page::{MARKER, NONE, PREFETCHED, READING};
 use super::stalled::Want;
-use super::{Access, Admitted, Notice, PageCache, Piece, Step, Ticket};
+use super::store_ops::{Outcome, StoreOp};
+use super::{Access, Admitted, Notice, PageCache, PagePart, Piece, Ticket};
 
 /// A read that waits for a page.
 #[derive(Clone, Copy, Debug)]
@@ -57,41 +57,41 @@ impl PageCache {
     ///
     /// => Every piece is given back with [`PageCache::finish_read`].
     pub fn read(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
-        self.writeback.guest_was_here(self.now);
-        let stopped = self.failing.stopped();
+        self.writeback.note_guest_io(self.now);
+        let stopped = self.health.stopped();
         let mut at = access.from;
         let mut missed = false;
         let (mut marker, mut previous) = (None, None);
-        while let Some(step) = Step::of(access.span, at) {
-            if self.keeps_off(step.no) {
+        while let Some(part) = PagePart::of(access.span, at) {
+            if self.is_range_locked(part.no) {
                 break;
             }
-            previous = self.pages.find_after(previous, step.no);
+            previous = self.pages.find_after(previous, part.no);
             match previous {
-                Some(id) if self.pages[id].valid.contains(step.mask()) => {
-                    marker = marker.or(self.hit(id, step, pieces));
+                Some(id) if self.pages[id].valid.contains(part.mask()) => {
+                    marker = marker.or(self.hit(id, part, pieces));
                 }
                 // What has been asked for is still read; nothing new is.
                 _ if stopped.is_some() => break,
-                Some(id) if self.wait_for(id, step, access.ticket) => missed = true,
+                Some(id) if self.wait_for(id, part, access.ticket) => missed = true,
                 Some(_) => break,
-                None => match self.bring_in(step.no) {
+                None => match self.bring_in(part.no) {
                     Ok(id) => {
-                        self.policy.first_touch(id, step.no);
+                        self.policy.first_touch(id, part.no);
                         self.stats.read_miss_pages += 1;
-                        self.enqueue_waiter(id, Waiter::new(access.ticket, step));
+                        self.enqueue_waiter(id, Waiter::new(access.ticket, part));
                         missed = true;
                     }
                     Err(Missing::Hole) => {
                         self.stats.read_hole_pages += 1;
-                        step.piece(PageId(NONE), None).join(pieces);
+                        part.piece(PageId(NONE), None).join(pieces);
                     }
                     Err(Missing::Wait) => break,
                 },
             }
-            at += u32::from(step.count);
+            at += u32::from(part.count);
         }
-        self.launch_run();
+        self.submit_run();
         if missed {
             self.read_ahead_after_miss(access.span.pages());
         } else if let Some(no) = marker {
@@ -111,7 +111,7 @@ impl PageCache {
 
     /// Looks up pages that requests will ask for in a moment, and changes nothing. Of one request after the other, each
     /// waits for the memory of the tables by itself; here the processor waits for that of several at a time.
-    pub fn foresee(&self, pages: impl Iterator<Item = PageNo>) {
+    pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo>) {
         for id in pages.filter_map(|no| self.pages.find(no)) {
             let frame = self.pages[id].frame();
             std::hint::black_box((frame.map(|frame| self.frames.references(frame)), self.policy.contains(id)));
@@ -124,25 +124,25 @@ impl PageCache {
     }
 
     /// The hit path: a pin and a touch, no allocation. Returns the page's number if it bears the readahead marker.
-    fn hit(&mut self, id: PageId, step: Step, pieces: &mut Vec<Piece>) -> Option<PageNo> {
+    fn hit(&mut self, id: PageId, part: PagePart, pieces: &mut Vec<Piece>) -> Option<PageNo> {
         self.stats.read_hit_pages += 1;
         let page = &self.pages[id];
         let frame = page.frame().expect("valid sectors lie in a frame");
         let marked = page.is(MARKER);
         if page.is(PREFETCHED) {
-            self.first_demand(id, step.no);
+            self.first_demand(id, part.no);
         } else {
-            self.policy.touch(id, step.no);
+            self.policy.touch(id, part.no);
         }
         if marked {
             self.pages[id].clear(MARKER);
         }
         self.frames.hold(frame);
-        step.piece(id, Some(frame)).join(pieces);
-        marked.then_some(step.no)
+        part.piece(id, Some(frame)).join(pieces);
+        marked.then_some(part.no)
     }
 
-    /// The first demand of a page that readahead brought: it has paid.
+    /// The first demand of a page that readahead brought: it has was_worthwhile.
     fn first_demand(&mut self, id: PageId, no: PageNo) {
         let page = &mut self.pages[id];
         page.clear(PREFETCHED);
@@ -152,18 +152,18 @@ impl PageCache {
     }
 
     /// Queues a read behind a page that is in the table with sectors missing. False: no frame to read into.
-    fn wait_for(&mut self, id: PageId, step: Step, ticket: Ticket) -> bool {
+    fn wait_for(&mut self, id: PageId, part: PagePart, ticket: Ticket) -> bool {
         if self.pages[id].is(PREFETCHED) {
-            self.first_demand(id, step.no);
+            self.first_demand(id, part.no);
             self.pages[id].clear(MARKER);
         }
         let page = &self.pages[id];
-        let settled_by_writer = page.pending.or(page.valid).contains(step.mask());
+        let settled_by_writer = page.pending.or(page.valid).contains(part.mask());
         if !page.is(READING) && !settled_by_writer && !self.fill(id) {
             return false;
         }
         self.stats.read_miss_pages += 1;
-        self.enqueue_waiter(id, Waiter::new(ticket, step));
+        self.enqueue_waiter(id, Waiter::new(ticket, part));
         // A hole may have been filled on the spot.
         self.settle_waiters(id);
         true
@@ -171,13 +171,13 @@ impl PageCache {
 
     /// Starts the read-in of an absent page.
     fn bring_in(&mut self, no: PageNo) -> Result<PageId, Missing> {
-        match self.holes.backing(no) {
-            Backing::Hole => return Err(Missing::Hole),
-            Backing::Unknown => {
+        match self.holes.status(no) {
+            BlockStatus::Hole => return Err(Missing::Hole),
+            BlockStatus::Unknown => {
                 self.ask_for_map(no);
                 return Err(Missing::Wait);
             }
-            Backing::Data => {}
+            BlockStatus::Data => {}
         }
         if self.frames.free() == 0 {
             return Err(Missing::Wait);
@@ -196,12 +196,12 @@ impl PageCache {
             return true;
         }
         let no = self.pages[id].no();
-        match self.holes.backing(no) {
-            Backing::Unknown => {
+        match self.holes.status(no) {
+            BlockStatus::Unknown => {
                 self.ask_for_map(no);
                 false
             }
-            Backing::Hole => match self.frame_of(id) {
+            BlockStatus::Hole => match self.frame_of(id) {
                 Some(frame) => {
                     let page = &self.pages[id];
                     let missing = SectorMask::ALL.without(page.valid).without(page.pending);
@@ -211,7 +211,7 @@ impl PageCache {
                 }
                 None => false,
             },
-            Backing::Data => match self.frames.take() {
+            BlockStatus::Data => match self.frames.take() {
                 Some(frame) => {
                     self.join_run(id, frame);
                     true
@@ -237,7 +237,7 @@ impl PageCache {
         let length = self.run.ids.len() as u64;
         let adjoins = self.run.first.is_some_and(|first| first.plus(length) == no);
         if !adjoins || length == u64::from(self.settings.cluster_pages_max) {
-            self.launch_run();
+            self.submit_run();
             self.run.first = Some(no);
         }
         self.change(id, |page| page.set(READING));
@@ -246,29 +246,29 @@ impl PageCache {
     }
 
     /// Sends off the read that was put together, if there is one.
-    pub(super) fn launch_run(&mut self) {
+    pub(super) fn submit_run(&mut self) {
         let Some(first) = self.run.first.take() else {
             return;
         };
-        let (mut frames, mut ids) = self.flights.vectors();
+        let (mut frames, mut ids) = self.store_ops.vectors();
         frames.append(&mut self.run.frames);
         ids.append(&mut self.run.ids);
         let span = self.span_of(first, ids.len() as u64);
         self.stats.store_reads += 1;
         self.stats.store_read_sectors += span.count;
         let demand = !self.run.ahead;
-        self.flights.launch(Flight { kind: PlanKind::Read, span, frames, ids, epoch: Epoch(0), demand });
+        self.store_ops.submit(StoreOp { kind: OpKind::Read, span, frames, ids, epoch: Epoch(0), demand });
     }
 
     /// A read-in has ended.
-    pub(super) fn read_done(&mut self, flight: &Flight, outcome: &Outcome) {
-        for (&id, &frame) in flight.ids.iter().zip(&flight.frames) {
+    pub(super) fn read_done(&mut self, op: &StoreOp, outcome: &Outcome) {
+        for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             match outcome.fault() {
                 None => self.page_came_in(id, frame),
-                Some(fault) => self.page_failed(id, frame, fault, flight.demand),
+                Some(fault) => self.page_failed(id, frame, fault, op.demand),
             }
         }
-        self.launch_run();
+        self.submit_run();
     }
 
     /// The store has filled `frame` for the page: adopt it, or take from it what the page lacks.
@@ -313,7 +313,7 @@ impl PageCache {
                 self.notices.push(Notice::Unreadable(waiter.ticket, u32::from(waiter.count), fault));
             }
         } else if self.pages[id].waiters != NONE {
-            self.launch_run();
+            self.submit_run();
             self.join_run(id, frame);
             return;
         } else {
@@ -322,7 +322,7 @@ impl PageCache {
         let page = &self.pages[id];
         if page.frame().is_none() && !page.busy() {
             self.drop_page(id, true);
-        } else if !page.dirty.is_empty() && !self.goes_in_blocks(id) {
+        } else if !page.dirty.is_empty() && !self.is_block_aligned(id) {
             self.page_stays_dirty(id, fault);
         }
     }
@@ -377,7 +377,7 @@ impl PageCache {
                 self.settle_waiters(id);
             }
         }
-        self.launch_run();
+        self.submit_run();
     }
 
     fn enqueue_waiter(&mut self, id: PageId, waiter: Waiter) {
@@ -392,7 +392,7 @@ impl PageCache {
     pub(super) fn prefetch(&mut self, window: PageSpan, marker_due: &mut bool) -> PageNo {
         self.run.ahead = true;
         let mut next = window.first;
-        while self.failing.stopped().is_none()
+        while self.health.stopped().is_none()
             && next < window.end()
             && next.0 < self.image_pages()
             && !self.ranges.block(next)
@@ -412,7 +412,7 @@ impl PageCache {
             }
             next = next.plus(1);
         }
-        self.launch_run();
+        self.submit_run();
         self.run.ahead = false;
         next
     }
@@ -425,8 +425,8 @@ impl PageCache {
 
 impl Waiter {
     /// In no chain yet.
-    fn new(ticket: Ticket, step: Step) -> Self {
-        let Step { first, count, at, .. } = step;
+    fn new(ticket: Ticket, part: PagePart) -> Self {
+        let PagePart { first, count, at, .. } = part;
         Self { ticket, at, first, count, next: NONE }
     }
 }
@@ -438,7 +438,7 @@ impl Waiters {
             return slot;
         }
         self.pool.push(waiter);
-        u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests in flight")
+        u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests in op")
     }
 
     /// Takes the first waiter off `chain`.

@@ -4,17 +4,17 @@
 //! called a hole reads as zeros on the store. So a write-back that ends clears the bit of its pages, a map that was
 //! taken while such a write ended has those pages cleared, and a zero or discard makes the region unknown.
 
-use crate::units::{PageNo, PageSpan, SECTORS_PER_PAGE};
+use crate::units::{OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
 
-use super::flights::{Flight, Outcome, PlanKind};
 use super::ranges::REGION_PAGES;
+use super::store_ops::{Outcome, StoreOp};
 use super::{PageCache, SectorSpan};
 
 const WORDS: usize = (REGION_PAGES / 64) as usize;
 
 /// What is known of a page's place on the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Backing {
+pub(super) enum BlockStatus {
     /// Must be read.
     Data,
     /// Reads as zeros.
@@ -24,7 +24,7 @@ pub(super) enum Backing {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum MapState {
     Empty,
     /// The store is being asked; `stale`: the answer will be out of date.
     Mapping {
@@ -38,7 +38,7 @@ enum State {
 #[derive(Clone, Debug)]
 struct Region {
     number: u64,
-    state: State,
+    state: MapState,
     /// Known: pages that are holes. Mapping: pages that have become data meanwhile.
     bits: [u64; WORDS],
 }
@@ -61,7 +61,7 @@ fn bit(no: PageNo) -> (usize, u64) {
 impl Holes {
     /// For a cache of `frames` frames: one region for every 64 frames, so a cache of 1 % of the image knows it all.
     pub fn new(sparse: bool, can_map: bool, frames: u32) -> Self {
-        let empty = Region { number: 0, state: State::Empty, bits: [0; WORDS] };
+        let empty = Region { number: 0, state: MapState::Empty, bits: [0; WORDS] };
         Self { sparse: sparse && can_map, can_map, regions: vec![empty; (frames / 64).max(16) as usize] }
     }
 
@@ -76,17 +76,17 @@ impl Holes {
     }
 
     /// What is known of a page.
-    pub fn backing(&self, no: PageNo) -> Backing {
+    pub fn status(&self, no: PageNo) -> BlockStatus {
         if !self.sparse {
-            return Backing::Data;
+            return BlockStatus::Data;
         }
         let (number, index) = self.index(no);
         let region = &self.regions[index];
-        if !matches!(region.state, State::Known | State::Guessed) || region.number != number {
-            return Backing::Unknown;
+        if !matches!(region.state, MapState::Known | MapState::Guessed) || region.number != number {
+            return BlockStatus::Unknown;
         }
         let (word, mask) = bit(no);
-        if region.bits[word] & mask != 0 { Backing::Hole } else { Backing::Data }
+        if region.bits[word] & mask != 0 { BlockStatus::Hole } else { BlockStatus::Data }
     }
 
     /// Whether the page is known to have its space.
@@ -94,17 +94,17 @@ impl Holes {
         let (number, index) = self.index(no);
         let region = &self.regions[index];
         let (word, mask) = bit(no);
-        let known = region.state == State::Known && region.number == number;
+        let known = region.state == MapState::Known && region.number == number;
         !self.sparse || known && region.bits[word] & mask == 0
     }
 
     /// Whether the region of `no` may be asked for now; then it counts as being asked.
     fn begin_map(&mut self, no: PageNo) -> bool {
         let (number, region) = self.slot(no);
-        if matches!(region.state, State::Mapping { .. }) {
+        if matches!(region.state, MapState::Mapping { .. }) {
             return false;
         }
-        *region = Region { number, state: State::Mapping { stale: false }, bits: [0; WORDS] };
+        *region = Region { number, state: MapState::Mapping { stale: false }, bits: [0; WORDS] };
         true
     }
 
@@ -119,9 +119,9 @@ impl Holes {
         }
         let (word, mask) = bit(no);
         match region.state {
-            State::Known | State::Guessed => region.bits[word] &= !mask,
-            State::Mapping { .. } => region.bits[word] |= mask,
-            State::Empty => {}
+            MapState::Known | MapState::Guessed => region.bits[word] &= !mask,
+            MapState::Mapping { .. } => region.bits[word] |= mask,
+            MapState::Empty => {}
         }
     }
 
@@ -133,8 +133,8 @@ impl Holes {
             let (_, region) = self.slot(PageNo(number * REGION_PAGES));
             if region.number == number {
                 match &mut region.state {
-                    State::Mapping { stale } => *stale = true,
-                    state => *state = State::Empty,
+                    MapState::Mapping { stale } => *stale = true,
+                    state => *state = MapState::Empty,
                 }
             }
             number += 1;
@@ -144,16 +144,16 @@ impl Holes {
     /// The store's answer for a region: runs of (sectors, hole) from its first sector; an empty answer means all data.
     fn learn(&mut self, first: PageNo, runs: &[(u64, bool)]) {
         let (number, region) = self.slot(first);
-        let State::Mapping { stale } = region.state else {
+        let MapState::Mapping { stale } = region.state else {
             unreachable!("an answer comes for a region that was asked for");
         };
         assert_eq!(region.number, number, "a region that is being asked for keeps its slot");
         if stale {
-            region.state = State::Empty;
+            region.state = MapState::Empty;
             return;
         }
         let became_data = std::mem::take(&mut region.bits);
-        region.state = if runs.is_empty() { State::Guessed } else { State::Known };
+        region.state = if runs.is_empty() { MapState::Guessed } else { MapState::Known };
         let mut sector = 0;
         for &(sectors, hole) in runs {
             let end = sector + sectors;
@@ -188,17 +188,17 @@ impl PageCache {
         }
         let first = PageNo(no.0 / REGION_PAGES * REGION_PAGES);
         self.stats.maps += 1;
-        self.flights.launch(Flight::without_pages(PlanKind::Map, self.span_of(first, REGION_PAGES)));
+        self.store_ops.submit(StoreOp::without_pages(OpKind::Map, self.span_of(first, REGION_PAGES)));
     }
 
     /// The store has answered; a failed answer takes everything for data.
-    pub(super) fn map_done(&mut self, flight: &Flight, outcome: &Outcome) {
+    pub(super) fn map_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         let runs: &[(u64, bool)] = match outcome {
             Outcome::Mapped(runs) => runs,
             _ => &[],
         };
-        debug_assert!(runs.is_empty() || runs.iter().map(|run| run.0).sum::<u64>() == flight.span.count);
-        self.holes.learn(flight.first_page(), runs);
+        debug_assert!(runs.is_empty() || runs.iter().map(|run| run.0).sum::<u64>() == op.span.count);
+        self.holes.learn(op.first_page(), runs);
     }
 
     /// Space in `span` was given back or zeroed on the store.
@@ -215,13 +215,16 @@ mod tests {
     #[test]
     fn only_whole_pages_of_a_hole_are_holes() {
         let mut holes = Holes::new(true, true, 1024);
-        assert_eq!(holes.backing(PageNo(3)), Backing::Unknown);
+        assert_eq!(holes.status(PageNo(3)), BlockStatus::Unknown);
         assert!(holes.begin_map(PageNo(3)));
         assert!(!holes.begin_map(PageNo(4)), "asked already");
         // Data up to the middle of page 1, a hole to the middle of page 3, data to the end of the region.
         holes.learn(PageNo(0), &[(12, false), (16, true), (2048 - 28, false)]);
-        let seen: Vec<_> = (0..5).map(|no| holes.backing(PageNo(no))).collect();
-        assert_eq!(seen, [Backing::Data, Backing::Data, Backing::Hole, Backing::Data, Backing::Data]);
+        let seen: Vec<_> = (0..5).map(|no| holes.status(PageNo(no))).collect();
+        assert_eq!(
+            seen,
+            [BlockStatus::Data, BlockStatus::Data, BlockStatus::Hole, BlockStatus::Data, BlockStatus::Data]
+        );
     }
 
     #[test]
@@ -230,10 +233,10 @@ mod tests {
         assert!(holes.begin_map(PageNo(0)));
         holes.mark_data(PageNo(7));
         holes.learn(PageNo(0), &[(2048, true)]);
-        assert_eq!(holes.backing(PageNo(7)), Backing::Data);
-        assert_eq!(holes.backing(PageNo(8)), Backing::Hole);
+        assert_eq!(holes.status(PageNo(7)), BlockStatus::Data);
+        assert_eq!(holes.status(PageNo(8)), BlockStatus::Hole);
         holes.mark_data(PageNo(8));
-        assert_eq!(holes.backing(PageNo(8)), Backing::Data);
+        assert_eq!(holes.status(PageNo(8)), BlockStatus::Data);
     }
 
     #[test]
@@ -242,7 +245,7 @@ mod tests {
         assert!(holes.begin_map(PageNo(0)));
         holes.forget(PageSpan::new(PageNo(10), 1));
         holes.learn(PageNo(0), &[(2048, false)]);
-        assert_eq!(holes.backing(PageNo(0)), Backing::Unknown);
+        assert_eq!(holes.status(PageNo(0)), BlockStatus::Unknown);
     }
 
     #[test]
@@ -251,7 +254,7 @@ mod tests {
         assert!(holes.begin_map(PageNo(0)));
         // An image of 2 pages and 3 sectors, all a hole.
         holes.learn(PageNo(0), &[(19, true)]);
-        assert_eq!(holes.backing(PageNo(2)), Backing::Hole);
-        assert_eq!(holes.backing(PageNo(3)), Backing::Data);
+        assert_eq!(holes.status(PageNo(2)), BlockStatus::Hole);
+        assert_eq!(holes.status(PageNo(3)), BlockStatus::Data);
     }
 }

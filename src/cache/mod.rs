@@ -1,19 +1,19 @@
 //! \[5\] The page cache, sans I/O: what is to be read, written and synced, never how.
 //!
 //! The cache sees no file descriptor, clock, thread, random number, guest address or data byte. It moves the names of
-//! pages and frames; whoever owns it carries out its [`Plan`]s, tells it of their [`Outcome`]s, and delivers its
+//! pages and frames; whoever owns it carries out its [`StoreOpRef`]s, tells it of their [`Outcome`]s, and delivers its
 //! [`Notice`]s. That is what lets a simulator run it through millions of orderings from one seed.
 //!
 //! A turn, as seen from here: [`PageCache::complete`] for every operation that ended, [`PageCache::read`],
 //! [`PageCache::write`], [`PageCache::flush`], [`PageCache::zero`] and [`PageCache::discard`] for new requests, the
 //! owner copies the pieces and gives them back ([`PageCache::finish_read`], [`PageCache::finish_write`]), then
-//! [`PageCache::pump`], which writes back, syncs, reclaims and resumes. [`PageCache::take_plans`] and
+//! [`PageCache::pump`], which writes back, syncs, reclaims and resumes. [`PageCache::take_ops`] and
 //! [`PageCache::take_notices`] come last at least, and wherever the owner has use for what there is already.
 //!
 //! Invariants, checked by [`PageCache::check`]:
 //! I1 a page is on exactly one replacement queue if and only if it is in the table. I2 the dirty set is the pages with
 //! `dirty` not empty. I3 frame references = residency + pins + store operations. I4 counters equal a recount. I5 dirty
-//! is a subset of valid. I6 two operations in flight never overlap unless both are reads. I7 a store read never lands
+//! is a subset of valid. I6 two operations in op never overlap unless both are reads. I7 a store read never lands
 //! on a valid sector: it fills a frame of its own, and only missing sectors are taken from it. I8 a flush is done when
 //! nothing of its epoch is dirty or being written and a Sync submitted after the last such write succeeded. I9 free +
 //! held frames = arena. I10 every request completes exactly once (the owner's part: see `sim/`).
@@ -22,8 +22,6 @@ mod allocate;
 mod check;
 mod dirty;
 mod eager;
-mod failing;
-mod flights;
 mod flush;
 mod frames;
 mod getpages;
@@ -38,6 +36,8 @@ mod reclaim;
 mod restore;
 mod stalled;
 mod stats;
+mod store_health;
+mod store_ops;
 #[cfg(test)]
 mod tests;
 mod throttle;
@@ -48,15 +48,13 @@ use crate::units::{
     Fault, FrameId, FrameRecord, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, low_u8, low_u32,
 };
 
-pub use failing::{Condition, News};
-pub use flights::{Outcome, Plan, PlanKind};
 pub use stats::Stats;
+pub use store_health::{Health, HealthEvent};
+pub use store_ops::{Outcome, StoreOpRef};
 
 use allocate::Allocating;
 use dirty::{DirtySet, Tally};
 use eager::Eager;
-use failing::Failing;
-use flights::Flights;
 use flush::Flushing;
 use frames::Frames;
 use getpages::{Run, Waiters};
@@ -67,6 +65,8 @@ use policy::Policy;
 use ranges::Ranges;
 use readahead::Streams;
 use stalled::Stalled;
+use store_health::StoreHealth;
+use store_ops::StoreOps;
 use throttle::Throttle;
 use writeback::Writeback;
 
@@ -125,7 +125,7 @@ pub struct Access {
     pub span: SectorSpan,
     /// Sectors admitted before.
     pub from: u32,
-    /// It was told to resume: it goes before requests that have not waited.
+    /// It was last_reported to resume: it goes before requests that have not waited.
     pub resumed: bool,
 }
 
@@ -181,7 +181,7 @@ pub enum PolicyKind {
 
 /// What becomes of requests that need the store while it fails to take writes. The pages stay dirty in every case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnError {
+pub enum ErrorPolicy {
     /// They fail: a FLUSH that includes the write, and writes that find no room.
     Report,
     /// They wait for the store.
@@ -221,10 +221,10 @@ pub struct Settings {
     /// Whether a hole gets its space before the write that fills it completes.
     pub allocate: bool,
     /// What becomes of requests while the store fails to take writes.
-    pub on_error: OnError,
+    pub on_error: ErrorPolicy,
     /// The same, where the store has no space.
-    pub on_full: OnError,
-    /// [`OnError::Hold`] becomes [`OnError::Report`] after this time.
+    pub on_full: ErrorPolicy,
+    /// [`ErrorPolicy::Hold`] becomes [`ErrorPolicy::Report`] after this time.
     pub hold_us: u64,
 }
 
@@ -238,14 +238,14 @@ pub struct PageCache {
     frames: Frames,
     policy: Box<dyn Policy>,
     waiters: Waiters,
-    flights: Flights,
+    store_ops: StoreOps,
     run: Run,
     holes: Holes,
     streams: Streams,
     dirty: DirtySet,
     writeback: Writeback,
     eager: Eager,
-    failing: Failing,
+    health: StoreHealth,
     allocating: Allocating,
     throttle: Throttle,
     flushing: Flushing,
@@ -282,14 +282,14 @@ impl PageCache {
             frames: Frames::new(frames, !settings.retain),
             policy: policy::new(settings.policy, frames),
             waiters: Waiters::default(),
-            flights: Flights::default(),
+            store_ops: StoreOps::default(),
             run: Run::default(),
             holes: Holes::new(settings.sparse, settings.can_map, frames),
             streams: Streams::new(settings.readahead_pages_max, frames),
             dirty: DirtySet::default(),
             writeback: Writeback::default(),
             eager: Eager::default(),
-            failing: Failing::default(),
+            health: StoreHealth::default(),
             allocating: Allocating::new(frames),
             throttle: Throttle::new(settings.flush_target_us, settings.dirty_pages_max),
             flushing: Flushing::default(),
@@ -306,7 +306,7 @@ impl PageCache {
 
     /// The end of a turn: starts what is due, and lets the stalled try again.
     ///
-    /// => Call it after the turn's completions and requests, before [`PageCache::take_plans`].
+    /// => Call it after the turn's completions and requests, before [`PageCache::take_ops`].
     pub fn pump(&mut self, now: Tick) {
         self.now = self.now.max(now);
         self.end_hold();
@@ -329,7 +329,7 @@ impl PageCache {
 
     /// Whether everything that completed is on the store, durably.
     pub fn is_stable(&self) -> bool {
-        self.dirty.unclean_pages() == 0 && self.flushing.nothing_unsynced()
+        self.dirty.dirty_or_writeback_pages() == 0 && self.flushing.nothing_unsynced()
     }
 
     /// Takes the notices that wait.
@@ -362,7 +362,7 @@ impl PageCache {
     }
 
     /// The one place where a page's masks, frame and what counts for them change: keeps the dirty set and the counters in
-    /// step (I2, I4), and the memory told.
+    /// step (I2, I4), and the memory last_reported.
     fn change<R>(&mut self, id: PageId, mutate: impl FnOnce(&mut Page) -> R) -> R {
         let page = &mut self.pages[id];
         let before = Tally::of(page);
@@ -419,7 +419,7 @@ impl PageCache {
 
     /// Takes a page that nothing holds out of the cache, and frees its frame.
     ///
-    /// => The policy has forgotten it already, or is told here (`known_to_policy`).
+    /// => The policy has forgotten it already, or is last_reported here (`known_to_policy`).
     fn drop_page(&mut self, id: PageId, known_to_policy: bool) {
         debug_assert!(!self.pages[id].busy(), "a busy page is not dropped");
         if known_to_policy {
@@ -468,14 +468,14 @@ impl PageCache {
 
 /// One step of a request through its pages: the page, the sectors in it, and where they lie in the request.
 #[derive(Clone, Copy, Debug)]
-struct Step {
+struct PagePart {
     no: PageNo,
     first: u8,
     count: u8,
     at: u32,
 }
 
-impl Step {
+impl PagePart {
     /// The step at sector `at` of a request for `span`; `None` past its end.
     fn of(span: SectorSpan, at: u32) -> Option<Self> {
         let left = span.count.checked_sub(u64::from(at)).filter(|&left| left > 0)?;

@@ -1,11 +1,11 @@
 //! One page: its state bits, who may change them, and the table that finds a page by its number.
 //!
-//! A page's state is told by its masks (UVM's flags in parentheses):
+//! A page's state is last_reported by its masks (UVM's flags in parentheses):
 //!
 //! | state   | bits                                  | goes to                                       |
 //! |---------|---------------------------------------|-----------------------------------------------|
 //! | Absent  | not in the table                      | Reading, Dirty                                |
-//! | Reading | `READING`: a read-in is in flight     | Clean, Dirty, Absent (PG_BUSY, PG_FAKE)       |
+//! | Reading | `READING`: a read-in is in op     | Clean, Dirty, Absent (PG_BUSY, PG_FAKE)       |
 //! | Clean   | dirty and writing empty               | Dirty, Absent (PG_CLEAN)                      |
 //! | Dirty   | dirty not empty                       | Writing, Absent (!PG_CLEAN)                   |
 //! | Writing | writing not empty: frame frozen       | Clean, Dirty (PG_BUSY in pageout)             |
@@ -20,9 +20,9 @@ use crate::units::{Epoch, FrameId, FrameRecord, PageId, PageNo, SectorMask, low_
 /// "No frame", "no waiter", "no page" in the packed fields.
 pub(super) const NONE: u32 = u32::MAX;
 
-/// A read-in of the page is in flight.
+/// A read-in of the page is in op.
 pub(super) const READING: u8 = 1 << 0;
-/// The page's frame belongs to a write in flight: a write must take a new frame (stable pages).
+/// The page's frame belongs to a write in op: a write must take a new frame (stable pages).
 pub(super) const FROZEN: u8 = 1 << 1;
 /// Brought in by readahead and not asked for yet.
 pub(super) const PREFETCHED: u8 = 1 << 2;
@@ -31,7 +31,7 @@ pub(super) const MARKER: u8 = 1 << 3;
 /// The last write-back of the page failed: it is retried alone, after a pause.
 pub(super) const FAILED: u8 = 1 << 4;
 /// Written to the store and not yet covered by a good Sync: not evictable. One bit for the writes that the Sync in
-/// flight covers and one for those it does not; `flush.rs` says which is which.
+/// op covers and one for those it does not; `flush.rs` says which is which.
 pub(super) const UNSYNCED: [u8; 2] = [1 << 5, 1 << 6];
 /// Written by a guest since the cursor of write-back last passed; meaningful while dirty.
 pub(super) const RECENT: u8 = 1 << 7;
@@ -85,7 +85,7 @@ impl Page {
         PageNo(u64::from(self.no_high) << 32 | u64::from(self.no_low))
     }
 
-    /// The memory of the page; none while its first read-in is in flight.
+    /// The memory of the page; none while its first read-in is in op.
     pub fn frame(&self) -> Option<FrameId> {
         (self.frame != NONE).then_some(FrameId(self.frame))
     }

@@ -1,6 +1,6 @@
 //! Ranges that read as zeros although the store may not have them so: they were zeroed, and no good Sync covers them.
 //!
-//! No frame holds such zeros, so the memory is told of the ranges themselves (`FrameMemory::note_zero`), in slots of a
+//! No frame holds such zeros, so the memory is last_reported of the ranges themselves (`FrameMemory::note_zero`), in slots of a
 //! bounded table. A zero that a guest asks for takes its slot before it starts; the range is noted when the store has
 //! zeroed it, before the guest hears of it and before the pages in it go; and the slot is free again when a good Sync
 //! covers it. A Sync that fails, and a daemon's death, have the range zeroed again, from the same slot. When all slots
@@ -29,7 +29,7 @@ struct UnsyncedZero {
 pub(super) struct PendingZeroes {
     slots: usize,
     free: Vec<ZeroSlot>,
-    /// As with pages: while a Sync is in flight, what it covers is in the one list, and what came later in the other.
+    /// As with pages: while a Sync is in op, what it covers is in the one list, and what came later in the other.
     unsynced: [Vec<UnsyncedZero>; 2],
 }
 

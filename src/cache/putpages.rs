@@ -4,14 +4,14 @@
 //! pages in memory, up to the longest operation and never across a 1 MiB region. A cluster is one vectored write. Its
 //! frames are frozen until it ends: a guest that writes such a page gets a new frame.
 
-use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::PageCache;
-use super::failing::Cause;
-use super::flights::{Flight, Outcome, PlanKind};
-use super::holes::Backing;
+use super::holes::BlockStatus;
 use super::page::{FAILED, FROZEN, NONE};
 use super::ranges::REGION_PAGES;
+use super::store_health::Cause;
+use super::store_ops::{Outcome, StoreOp};
 
 /// Longest gap of clean pages that a cluster writes along.
 const BRIDGE_PAGES: u64 = 2;
@@ -24,11 +24,11 @@ impl PageCache {
         }
         let no = self.pages[id].no();
         if self.pages[id].valid != SectorMask::ALL {
-            if self.goes_in_blocks(id) {
+            if self.is_block_aligned(id) {
                 return Some(self.put_run(id));
             }
             if self.fill(id) {
-                self.launch_run();
+                self.submit_run();
             }
             if self.pages[id].valid != SectorMask::ALL {
                 return None;
@@ -36,7 +36,7 @@ impl PageCache {
         }
         // A page that failed goes alone, so that one bad sector holds up nothing else.
         let (first, end) = if self.pages[id].is(FAILED) { (no, no.plus(1)) } else { self.cluster_round(no) };
-        let (mut frames, mut ids) = self.flights.vectors();
+        let (mut frames, mut ids) = self.store_ops.vectors();
         let mut epoch = self.pages[id].epoch;
         for page_no in (first.0..end.0).map(PageNo) {
             let id = self.pages.find(page_no).expect("a cluster's pages are in memory");
@@ -48,13 +48,13 @@ impl PageCache {
             frames.push(page.frame().expect("a valid page has a frame"));
         }
         let span = self.span_of(first, end.0 - first.0);
-        self.launch_write(span, (frames, ids), epoch, SectorMask::ALL);
+        self.submit_write(span, (frames, ids), epoch, SectorMask::ALL);
         Some(end)
     }
 
     /// Whether the first dirty run of a page is whole blocks of the store. If it is not, the sectors that the page lacks are
     /// read in before it can go.
-    pub(super) fn goes_in_blocks(&self, id: PageId) -> bool {
+    pub(super) fn is_block_aligned(&self, id: PageId) -> bool {
         let block = self.settings.block_sectors;
         self.pages[id].dirty.first_run().is_some_and(|(first, count)| first % block == 0 && count % block == 0)
     }
@@ -64,12 +64,12 @@ impl PageCache {
         let page = &self.pages[id];
         let no = page.no();
         let (first, count) = page.dirty.first_run().expect("a page to be put is dirty");
-        let (mut frames, mut ids) = self.flights.vectors();
+        let (mut frames, mut ids) = self.store_ops.vectors();
         ids.push(id);
         frames.push(page.frame().expect("a dirty page has a frame"));
         let epoch = page.epoch;
         let span = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), u64::from(count));
-        self.launch_write(span, (frames, ids), epoch, SectorMask::run(first, count));
+        self.submit_write(span, (frames, ids), epoch, SectorMask::run(first, count));
         no.plus(1)
     }
 
@@ -80,18 +80,18 @@ impl PageCache {
         let lowest = region.max((no.0 + 1).saturating_sub(length_max));
         let mut first = no.0;
         let mut reach = first;
-        while reach > lowest && first - reach <= BRIDGE_PAGES && self.goes_along(reach - 1) {
+        while reach > lowest && first - reach <= BRIDGE_PAGES && self.can_bridge(reach - 1) {
             reach -= 1;
-            if self.joins(reach) {
+            if self.extends_cluster(reach) {
                 first = reach;
             }
         }
         let highest = (region + REGION_PAGES).min(first + length_max);
         let mut end = no.0 + 1;
         let mut reach = end;
-        while reach < highest && reach - end <= BRIDGE_PAGES && self.goes_along(reach) {
+        while reach < highest && reach - end <= BRIDGE_PAGES && self.can_bridge(reach) {
             reach += 1;
-            if self.joins(reach - 1) {
+            if self.extends_cluster(reach - 1) {
                 end = reach;
             }
         }
@@ -100,22 +100,22 @@ impl PageCache {
 
     /// Whether a page can be part of a cluster at all: complete, in memory, and nobody's; dirty, or clean and no hole, which
     /// would be filled with zeros for nothing.
-    fn goes_along(&self, no: u64) -> bool {
+    fn can_bridge(&self, no: u64) -> bool {
         self.pages.find(PageNo(no)).is_some_and(|id| {
             let page = &self.pages[id];
-            let fills_no_hole = !page.dirty.is_empty() || self.holes.backing(page.no()) == Backing::Data;
+            let fills_no_hole = !page.dirty.is_empty() || self.holes.status(page.no()) == BlockStatus::Data;
             let free = !page.busy() && !page.is(FAILED) && !self.ranges.block(page.no());
             page.valid == SectorMask::ALL && fills_no_hole && free
         })
     }
 
     /// Whether a page is worth extending a cluster to.
-    fn joins(&self, no: u64) -> bool {
+    fn extends_cluster(&self, no: u64) -> bool {
         self.pages.find(PageNo(no)).is_some_and(|id| self.can_be_put(id))
     }
 
     /// Freezes the pages and sends them off.
-    fn launch_write(
+    fn submit_write(
         &mut self,
         span: SectorSpan,
         (frames, ids): (Vec<FrameId>, Vec<PageId>),
@@ -133,12 +133,12 @@ impl PageCache {
         }
         self.stats.store_writes += 1;
         self.stats.store_written_sectors += span.count;
-        self.flights.launch(Flight { kind: PlanKind::Write, span, frames, ids, epoch, demand: false });
+        self.store_ops.submit(StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false });
     }
 
     /// A cluster has ended (genfs: uvm_aio_aiodone).
-    pub(super) fn write_done(&mut self, flight: &Flight, outcome: &Outcome) {
-        self.throttle.write_ended(flight.ids.len() as u64, self.flights.writes(), self.now);
+    pub(super) fn write_done(&mut self, op: &StoreOp, outcome: &Outcome) {
+        self.throttle.write_ended(op.ids.len() as u64, self.store_ops.writes(), self.now);
         let fault = outcome.fault();
         #[cfg(test)]
         let fault = fault.filter(|&fault| match self.planted {
@@ -146,24 +146,24 @@ impl PageCache {
             Some(crate::sim::PlantedBug::FullDiskDropsPages) => fault != Fault::NoSpace,
             _ => true,
         });
-        for (&id, &frame) in flight.ids.iter().zip(&flight.frames) {
+        for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             match fault {
                 None => self.page_written(id),
-                Some(_) => self.page_not_written(id, flight.epoch),
+                Some(_) => self.page_not_written(id, op.epoch),
             }
             self.release(frame);
             if self.pages[id].waiters != NONE {
                 self.settle_waiters(id);
             }
         }
-        self.launch_run();
-        self.dirty.release_epoch(flight.epoch);
+        self.submit_run();
+        self.dirty.release_epoch(op.epoch);
         match fault {
             None => {
-                self.flushing.write_landed();
-                self.gone_well(Cause::Write);
+                self.flushing.write_done_unsynced();
+                self.store_succeeded(Cause::Write);
             }
-            Some(fault) => self.cluster_failed(flight.epoch, fault),
+            Some(fault) => self.cluster_failed(op.epoch, fault),
         }
     }
 
@@ -205,7 +205,7 @@ impl PageCache {
     fn cluster_failed(&mut self, epoch: Epoch, fault: Fault) {
         self.stats.write_errors += 1;
         self.store_failed(fault, Cause::Write);
-        if self.failing.reported().is_some() {
+        if self.health.reported().is_some() {
             self.fail_flushes(epoch, fault);
         }
     }

@@ -5,13 +5,13 @@
 //! the range go, and those that the range cuts have the part inside zeroed. A discard takes whole pages only, and promises
 //! nothing; a zero is remembered until it is durable (`zeroed.rs`).
 
-use crate::units::{Fault, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
-use super::failing::Cause;
-use super::flights::{Flight, Outcome, PlanKind};
 use super::page::{FAILED, UNSYNCED};
 use super::pending_zeroes::ZeroSlot;
 use super::stalled::Want;
+use super::store_health::Cause;
+use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
 /// Pages of a region (1 MiB): no cluster crosses one, and hole maps are taken by it.
@@ -24,7 +24,7 @@ struct Range {
     /// Whose it is; `None`: a zero that is done again after a failed Sync.
     ticket: Option<Ticket>,
     span: SectorSpan,
-    kind: PlanKind,
+    kind: OpKind,
     started: bool,
     /// Where a zero is noted, or will be.
     zero_slot: Option<ZeroSlot>,
@@ -61,7 +61,7 @@ impl Ranges {
 impl PageCache {
     /// Makes the span read as zeros; [`Notice::Done`] tells the end. False: not admitted, [`Notice::Resume`] comes.
     pub fn zero(&mut self, ticket: Ticket, span: SectorSpan, unmap: bool) -> bool {
-        self.start_or_stall(ticket, span, PlanKind::Zero { unmap })
+        self.start_or_stall(ticket, span, OpKind::Zero { unmap })
     }
 
     /// Gives the span's contents up; otherwise as [`PageCache::zero`].
@@ -77,11 +77,11 @@ impl PageCache {
             self.notices.push(Notice::Done(ticket, Ok(())));
             return true;
         }
-        self.start_or_stall(ticket, SectorSpan::new(start, end - start), PlanKind::Discard)
+        self.start_or_stall(ticket, SectorSpan::new(start, end - start), OpKind::Discard)
     }
 
-    fn start_or_stall(&mut self, ticket: Ticket, span: SectorSpan, kind: PlanKind) -> bool {
-        self.writeback.guest_was_here(self.now);
+    fn start_or_stall(&mut self, ticket: Ticket, span: SectorSpan, kind: OpKind) -> bool {
+        self.writeback.note_guest_io(self.now);
         if self.refuse_while_stopped(ticket) {
             return true;
         }
@@ -96,7 +96,7 @@ impl PageCache {
     /// A zero of which no Sync is known to have been good is done again.
     pub(super) fn zero_again(&mut self, span: SectorSpan, unmap: bool, zero_slot: ZeroSlot) {
         // Its space may have been reserved since for pages that wait to be written.
-        let kind = PlanKind::Zero { unmap: unmap && !self.settings.allocate };
+        let kind = OpKind::Zero { unmap: unmap && !self.settings.allocate };
         self.ranges.list.push(Range { ticket: None, span, kind, started: false, zero_slot: Some(zero_slot) });
     }
 
@@ -106,7 +106,7 @@ impl PageCache {
     }
 
     /// Fails those range operations of guests that have not begun, and of which `which` says so.
-    fn fail_ranges(&mut self, fault: Fault, which: impl Fn(PlanKind) -> bool) {
+    fn fail_ranges(&mut self, fault: Fault, which: impl Fn(OpKind) -> bool) {
         let notices = &mut self.notices;
         self.ranges.list.retain(|range| {
             let waiting = range.ticket.filter(|_| !range.started && which(range.kind));
@@ -118,10 +118,10 @@ impl PageCache {
     /// Starts the range operations whose pages nobody holds, in order where they overlap.
     pub(super) fn start_ranges(&mut self) {
         if self.pending_zeroes.is_full()
-            && let Some(fault) = self.failing.reported()
+            && let Some(fault) = self.health.reported()
         {
             // Nobody knows when a good Sync makes room.
-            self.fail_ranges(fault, |kind| matches!(kind, PlanKind::Zero { .. }));
+            self.fail_ranges(fault, |kind| matches!(kind, OpKind::Zero { .. }));
         }
         for index in 0..self.ranges.list.len() {
             let Range { ticket, span, kind, started, zero_slot } = self.ranges.list[index];
@@ -136,12 +136,12 @@ impl PageCache {
             if ticket.is_none() {
                 self.redirty_unsynced(pages.iter());
             }
-            if zero_slot.is_none() && matches!(kind, PlanKind::Zero { .. }) {
+            if zero_slot.is_none() && matches!(kind, OpKind::Zero { .. }) {
                 self.ranges.list[index].zero_slot = self.pending_zeroes.take();
             }
             self.ranges.list[index].started = true;
             self.stats.range_operations += 1;
-            self.flights.launch(Flight::without_pages(kind, span));
+            self.store_ops.submit(StoreOp::without_pages(kind, span));
         }
         if self.pending_zeroes.is_crowded() {
             self.flushing.want_sync();
@@ -152,15 +152,15 @@ impl PageCache {
     /// done again waits until the store may be tried, and another until there is a zero_slot to note it.
     fn waits(&self, range: &Range) -> bool {
         let wants = match range.ticket {
-            None => !self.failing.may_retry(self.now),
-            Some(_) => matches!(range.kind, PlanKind::Zero { .. }) && self.pending_zeroes.is_full(),
+            None => !self.health.may_retry(self.now),
+            Some(_) => matches!(range.kind, OpKind::Zero { .. }) && self.pending_zeroes.is_full(),
         };
         !range.started && wants
     }
 
     /// Whether a range operation keeps a guest's request off the page. One that waits for the store or for a Sync does not:
     /// nobody knows for how long. What is written before a zero is done again is written again after it.
-    pub(super) fn keeps_off(&self, no: PageNo) -> bool {
+    pub(super) fn is_range_locked(&self, no: PageNo) -> bool {
         let mut ranges = self.ranges.list.iter();
         ranges.any(|range| range.span.pages().contains(no) && !self.waits(range))
     }
@@ -175,16 +175,16 @@ impl PageCache {
     }
 
     /// A range operation has ended.
-    pub(super) fn range_done(&mut self, flight: &Flight, outcome: &Outcome) {
-        let span = flight.span;
+    pub(super) fn range_done(&mut self, op: &StoreOp, outcome: &Outcome) {
+        let span = op.span;
         let index = self.ranges.list.iter().position(|range| range.started && range.span == span);
         let range = self.ranges.list.remove(index.expect("a range operation is known until it ends"));
         self.forget_holes(span);
         let result = outcome.fault().map_or(Ok(()), Err);
         if result.is_ok() {
-            self.flushing.write_landed();
+            self.flushing.write_done_unsynced();
         }
-        if let (Ok(()), PlanKind::Zero { unmap }, Some(zero_slot)) = (result, flight.kind, range.zero_slot) {
+        if let (Ok(()), OpKind::Zero { unmap }, Some(zero_slot)) = (result, op.kind, range.zero_slot) {
             self.zero_done(span, unmap, zero_slot);
         }
         let Some(ticket) = range.ticket else {
@@ -205,7 +205,7 @@ impl PageCache {
             }
         }
         if result.is_ok() {
-            self.gone_well(Cause::Write);
+            self.store_succeeded(Cause::Write);
         }
         self.notices.push(Notice::Done(ticket, result));
     }

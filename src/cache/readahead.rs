@@ -116,7 +116,7 @@ impl Streams {
         self.room() > 0
     }
 
-    /// One more page is read ahead; returns what is to be told of it when that ends.
+    /// One more page is read ahead; returns what is to be last_reported of it when that ends.
     pub fn page_unread(&mut self) -> Period {
         self.unread_pages[0] += 1;
         self.period
@@ -209,7 +209,7 @@ impl Stream {
 
     /// Whether a request at `first` belongs to the stream.
     fn expects(&self, first: u64) -> bool {
-        // A long window means that much in flight, and so the more to be passed on the way.
+        // A long window means that much in op, and so the more to be passed on the way.
         let behind = SLACK_PAGES.max(self.window);
         self.used > 0 && first + behind >= self.next && first <= self.next.max(self.ahead) + SLACK_PAGES
     }

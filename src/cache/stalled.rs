@@ -1,4 +1,4 @@
-//! Requests that could not be admitted whole. They are told to try again, all of them and in order, at the end of a turn in
+//! Requests that could not be admitted whole. They are last_reported to try again, all of them and in order, at the end of a turn in
 //! which something ended; what finds no room then stalls again, behind those that came before it.
 
 use std::collections::VecDeque;
@@ -20,7 +20,7 @@ pub(super) struct Stalled {
     queue: VecDeque<Ticket>,
     /// One of them wants room.
     for_room: bool,
-    /// Something ended since they were last told.
+    /// Something ended since they were last last_reported.
     unblocked: bool,
 }
 

@@ -1,10 +1,11 @@
 //! The cache as its owner sees it: what is planned, what is handed out, what it costs.
 
 use super::*;
+use crate::units::OpKind;
 
 mod eager;
+mod failures;
 mod small_world;
-mod troubles;
 
 /// Memory without bytes: these tests look at names only.
 #[derive(Debug)]
@@ -35,8 +36,8 @@ fn settings_of(frames: u32, image_sectors: u64) -> Settings {
         dirty_pages_max: frames / 4,
         dirty_age_us: 5_000_000,
         allocate: false,
-        on_error: OnError::Report,
-        on_full: OnError::Report,
+        on_error: ErrorPolicy::Report,
+        on_full: ErrorPolicy::Report,
         hold_us: 0,
     }
 }
@@ -50,12 +51,12 @@ fn access(start: u64, count: u64) -> Access {
 }
 
 /// Pumps and ends every operation well; returns what they were.
-fn settle(cache: &mut PageCache, now: Tick) -> Vec<(PlanKind, SectorSpan)> {
+fn settle(cache: &mut PageCache, now: Tick) -> Vec<(OpKind, SectorSpan)> {
     let mut done = Vec::new();
     loop {
         cache.pump(now);
         let mut tags = Vec::new();
-        cache.take_plans(|plan| {
+        cache.take_ops(|plan| {
             tags.push(plan.tag);
             done.push((plan.kind, plan.span));
         });
@@ -142,7 +143,7 @@ fn what_lies_in_a_row_is_one_piece() {
     // What comes in later comes in a row, too.
     assert!(!read(&mut cache, 800, 40));
     let mut tags = Vec::new();
-    cache.take_plans(|plan| tags.push(plan.tag));
+    cache.take_ops(|plan| tags.push(plan.tag));
     tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick(1)));
     let mut notices = Vec::new();
     cache.take_notices(&mut notices);
@@ -162,8 +163,8 @@ fn a_read_behind_a_write_that_failed_finds_the_hole() {
     assert!(pieces.is_empty(), "it waits for the writer");
     cache.finish_write(&written[0], false);
     let mut maps = Vec::new();
-    cache.take_plans(|plan| maps.push((plan.tag, plan.kind, plan.span.count)));
-    let [(tag, PlanKind::Map, sectors)] = maps[..] else { panic!("where the holes are is not known yet: {maps:?}") };
+    cache.take_ops(|plan| maps.push((plan.tag, plan.kind, plan.span.count)));
+    let [(tag, OpKind::Map, sectors)] = maps[..] else { panic!("where the holes are is not known yet: {maps:?}") };
     cache.complete(tag, &Outcome::Mapped(vec![(sectors, true)]), Tick(1));
     cache.pump(Tick(1));
     assert_eq!(give_back(&mut cache), 1, "zeros");
@@ -176,11 +177,8 @@ fn whole_and_partial_writes_read_nothing() {
     write(&mut cache, 0, 64);
     write(&mut cache, 131, 3);
     let plans = settle(&mut cache, Tick(1_000_000));
-    assert!(plans.iter().all(|(kind, _)| *kind != PlanKind::Read), "{plans:?}");
-    assert!(
-        plans.contains(&(PlanKind::Write, SectorSpan::new(131, 3))),
-        "only the sectors that were written: {plans:?}"
-    );
+    assert!(plans.iter().all(|(kind, _)| *kind != OpKind::Read), "{plans:?}");
+    assert!(plans.contains(&(OpKind::Write, SectorSpan::new(131, 3))), "only the sectors that were written: {plans:?}");
     cache.check(&[]);
 }
 
@@ -189,7 +187,7 @@ fn a_read_merges_what_is_missing_and_skips_what_is_there() {
     let mut cache = cache_of(1024, 1 << 20);
     write(&mut cache, 16, 8);
     assert!(!read(&mut cache, 0, 48));
-    let reads: Vec<_> = settle(&mut cache, Tick(1)).into_iter().filter(|(kind, _)| *kind == PlanKind::Read).collect();
+    let reads: Vec<_> = settle(&mut cache, Tick(1)).into_iter().filter(|(kind, _)| *kind == OpKind::Read).collect();
     let demanded = [SectorSpan::new(0, 16), SectorSpan::new(24, 24)];
     assert_eq!(reads.iter().map(|(_, span)| *span).take(2).collect::<Vec<_>>(), demanded);
     assert!(read(&mut cache, 0, 48), "now all of it is there");
@@ -218,7 +216,7 @@ fn clusters_bridge_short_gaps_and_stay_in_their_region() {
     let plans = settle(&mut cache, Tick(1_000_000));
     let mut pages: Vec<_> = plans
         .iter()
-        .filter(|(kind, _)| *kind == PlanKind::Write)
+        .filter(|(kind, _)| *kind == OpKind::Write)
         .map(|(_, span)| (span.start / 8, span.end() / 8))
         .collect();
     pages.sort_unstable();
@@ -250,7 +248,7 @@ fn write_back_in_the_background_keeps_the_store_busy() {
         pumps += 1;
         cache.pump(Tick(1));
         let mut tags = Vec::new();
-        cache.take_plans(|plan| tags.push(plan.tag));
+        cache.take_ops(|plan| tags.push(plan.tag));
         tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick(1)));
     }
     // A round of the cursor, in which it lets each group be once, and 800 writes, up to 32 at a time.
@@ -281,7 +279,7 @@ fn a_flush_does_not_wait_for_later_writes() {
     write(&mut cache, 800, 8);
     cache.pump(Tick(1));
     let mut plans = Vec::new();
-    cache.take_plans(|plan| plans.push((plan.tag, plan.span)));
+    cache.take_ops(|plan| plans.push((plan.tag, plan.span)));
     assert_eq!(plans.len(), 1, "only the page of the closed epoch goes: {plans:?}");
     assert_eq!(plans[0].1, SectorSpan::new(0, 8));
 }

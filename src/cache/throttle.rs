@@ -5,7 +5,7 @@ use crate::units::{SECTORS_PER_PAGE, Tick, low_u32};
 
 /// The limit is never below this (16 MiB), unless the cache itself is small.
 const LIMIT_PAGES_MIN: u32 = 4096;
-/// Length of a bandwidth sample, in time with writes in flight.
+/// Length of a bandwidth sample, in time with writes in op.
 const SAMPLE_US: u64 = 200_000;
 /// Background write-back starts at this share of the limit, in percent, and stops at [`STOP_PERCENT`].
 const START_PERCENT: u32 = 40;
@@ -22,7 +22,7 @@ pub(super) struct Throttle {
     limit: u32,
     /// Pages a second, smoothed; 0: not measured yet.
     bandwidth: u64,
-    /// Writes have been in flight since then.
+    /// Writes have been in op since then.
     busy_since: Option<Tick>,
     busy_us: u64,
     pages: u64,
@@ -58,12 +58,12 @@ impl Throttle {
         low_u32(u64::from(self.limit) * u64::from(percent) / 100)
     }
 
-    /// Writes are sent to the store as fast as it takes them, until none is in flight.
+    /// Writes are sent to the store as fast as it takes them, until none is in op.
     pub fn write_started(&mut self, now: Tick) {
         self.busy_since.get_or_insert(now);
     }
 
-    /// A write of `pages` pages ended, with `left` still in flight.
+    /// A write of `pages` pages ended, with `left` still in op.
     pub fn write_ended(&mut self, pages: u64, left: u32, now: Tick) {
         if let Some(since) = self.busy_since {
             self.pages += pages;
@@ -81,15 +81,15 @@ impl Throttle {
         }
     }
 
-    /// How long the completion of a write of `sectors` is held back with `unclean` pages not clean: nothing below the
+    /// How long the completion of a write of `sectors` is held back with `dirty_or_writeback` pages not clean: nothing below the
     /// setpoint, then rising with the third power to four times what the store needs.
-    pub fn delay_us(&self, unclean: u32, sectors: u64) -> u64 {
+    pub fn delay_us(&self, dirty_or_writeback: u32, sectors: u64) -> u64 {
         let setpoint = self.setpoint_pages();
-        if unclean <= setpoint || self.bandwidth == 0 {
+        if dirty_or_writeback <= setpoint || self.bandwidth == 0 {
             return 0;
         }
         // In 1/1024: a share of the way from the setpoint to the limit.
-        let over = u64::from(unclean - setpoint) * 1024 / u64::from((self.limit - setpoint).max(1));
+        let over = u64::from(dirty_or_writeback - setpoint) * 1024 / u64::from((self.limit - setpoint).max(1));
         let over = over.min(1024);
         let cube = over * over / 1024 * over / 1024;
         let service_us = sectors * 1_000_000 / (self.bandwidth * SECTORS_PER_PAGE);

@@ -10,7 +10,7 @@ use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 use super::allocate::Space;
 use super::page::{FROZEN, NONE, PREFETCHED, READING, RECENT};
 use super::stalled::Want;
-use super::{Access, Admitted, PageCache, Piece, Step};
+use super::{Access, Admitted, PageCache, PagePart, Piece};
 
 /// Frames that writes leave alone: a page whose sectors do not fill the store's blocks has the rest read in before it can
 /// be written back, and if all frames were taken by such pages none could ever be cleaned.
@@ -22,45 +22,45 @@ impl PageCache {
     /// => Every piece is given back with [`PageCache::finish_write`].
     /// => A write stalls at the dirty limit, or when no frame is free; if the store fails, it is refused at the limit.
     pub fn write(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
-        self.writeback.guest_was_here(self.now);
+        self.writeback.note_guest_io(self.now);
         let mut at = access.from;
-        if let Some(fault) = self.failing.stopped() {
+        if let Some(fault) = self.health.stopped() {
             return Admitted::Refused(at, fault);
         }
         if !access.resumed {
-            self.weigh_write(access.span.pages());
+            self.account_write(access.span.pages());
         }
         let must_queue = !access.resumed && self.stalled.for_room();
         let mut want = if must_queue { Want::Room } else { Want::Answer };
         let mut previous = None;
-        while let Some(step) = Step::of(access.span, at) {
-            if must_queue || self.keeps_off(step.no) {
+        while let Some(part) = PagePart::of(access.span, at) {
+            if must_queue || self.is_range_locked(part.no) {
                 break;
             }
-            let found = self.pages.find_after(previous, step.no);
+            let found = self.pages.find_after(previous, part.no);
             let adds_dirt = found.is_none_or(|id| !self.dirty.counts(&self.pages[id]));
             if adds_dirt && !self.has_room_for_dirt(found) {
-                if let Some(fault) = self.failing.reported() {
+                if let Some(fault) = self.health.reported() {
                     return Admitted::Refused(at, fault);
                 }
                 self.stats.throttled += 1;
                 want = Want::Room;
                 break;
             }
-            match if adds_dirt { self.space_for(step.no, access.resumed) } else { Space::There } {
+            match if adds_dirt { self.space_for(part.no, access.resumed) } else { Space::There } {
                 Space::There => {}
                 Space::Wait => break,
                 Space::Refused(fault) => return Admitted::Refused(at, fault),
             }
-            let Some(id) = self.take_for_writing(found, step.no, step.mask()) else {
+            let Some(id) = self.take_for_writing(found, part.no, part.mask()) else {
                 want = Want::Room;
                 break;
             };
             let frame = self.pages[id].frame().expect("a page being written has a frame");
             self.frames.hold(frame);
-            step.piece(id, Some(frame)).join(pieces);
+            part.piece(id, Some(frame)).join(pieces);
             previous = Some(id);
-            at += u32::from(step.count);
+            at += u32::from(part.count);
         }
         if u64::from(at) == access.span.count {
             Admitted::All
@@ -77,13 +77,13 @@ impl PageCache {
     fn has_room_for_dirt(&self, found: Option<PageId>) -> bool {
         let adds_unstable = found.is_none_or(|id| !self.dirty.counts_unstable(&self.pages[id]));
         let unstable_max = self.frames.total() - self.frames.total() / 4;
-        self.dirty.unclean_pages() < self.throttle.limit_pages()
+        self.dirty.dirty_or_writeback_pages() < self.throttle.limit_pages()
             && (!adds_unstable || self.dirty.unstable_pages() < unstable_max)
     }
 
     /// Microseconds by which the completion of a write is to be delayed, now that so much is dirty.
     pub fn write_delay_us(&self, sectors: u64) -> u64 {
-        self.throttle.delay_us(self.dirty.unclean_pages(), sectors)
+        self.throttle.delay_us(self.dirty.dirty_or_writeback_pages(), sectors)
     }
 
     /// Readies a page for a writer of `mask`: in the table, with a frame that is not frozen, and counted.
@@ -91,7 +91,7 @@ impl PageCache {
         let id = match found {
             Some(id) if self.pages[id].writers == u8::MAX => return None,
             Some(id) if self.pages[id].is(FROZEN) => {
-                self.thaw(id)?;
+                self.copy_on_write(id)?;
                 id
             }
             Some(id) => {
@@ -125,7 +125,7 @@ impl PageCache {
     }
 
     /// Copy-on-write: gives the page a new frame, and leaves the frozen one to its operation.
-    fn thaw(&mut self, id: PageId) -> Option<()> {
+    fn copy_on_write(&mut self, id: PageId) -> Option<()> {
         if self.frames.free() <= FILL_FRAMES {
             return None;
         }
@@ -151,17 +151,17 @@ impl PageCache {
         let start = self.pages[id].no().0 * SECTORS_PER_PAGE + u64::from(piece.first);
         let span = SectorSpan::new(start, u64::from(piece.count));
         let mut at = 0;
-        while let Some(step) = Step::of(span, at) {
+        while let Some(part) = PagePart::of(span, at) {
             if at > 0 {
-                id = self.pages.find_after(Some(id), step.no).expect("a page with a writer stays in the table");
+                id = self.pages.find_after(Some(id), part.no).expect("a page with a writer stays in the table");
             }
-            self.wrote(id, step.mask(), filled);
-            at += u32::from(step.count);
+            self.finish_page_write(id, part.mask(), filled);
+            at += u32::from(part.count);
         }
     }
 
     /// A writer of `mask` has left the page.
-    fn wrote(&mut self, id: PageId, mask: SectorMask, filled: bool) {
+    fn finish_page_write(&mut self, id: PageId, mask: SectorMask, filled: bool) {
         let epoch = self.dirty.current();
         let no = self.pages[id].no();
         if self.pages[id].writers == u8::MAX {
@@ -183,16 +183,16 @@ impl PageCache {
             page.dirty = page.dirty.or(changed);
             page.set(RECENT);
         });
-        self.writeback.wrote(&self.dirty, no);
-        self.after_writer(id);
+        self.writeback.note_write(&self.dirty, no);
+        self.writer_left(id);
     }
 
     /// A writer left the page: serve those that waited for it, and drop a page that has nothing.
-    fn after_writer(&mut self, id: PageId) {
+    fn writer_left(&mut self, id: PageId) {
         let page = &self.pages[id];
         if page.waiters != NONE {
             self.settle_waiters(id);
-            self.launch_run();
+            self.submit_run();
         } else if page.valid.is_empty() && page.writers == 0 && !page.is(READING) {
             self.drop_page(id, true);
         }

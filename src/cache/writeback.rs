@@ -15,7 +15,7 @@ use super::page::{FAILED, READING, RECENT};
 
 /// Pages of an aligned piece that a sequential writer fills and that is then written at once (1 MiB).
 const BEHIND_PAGES: u64 = 256;
-/// Writes in flight at full speed.
+/// Writes in op at full speed.
 const DEPTH_MAX: u32 = 32;
 /// Without guest I/O for this long, write-back runs at full speed.
 const IDLE_US: u64 = 100_000;
@@ -38,8 +38,8 @@ pub(super) struct Writeback {
     /// A sweep ended at its bound.
     more: bool,
     /// Groups looked at since one had something that could go.
-    barren: usize,
-    guest_was_here: Tick,
+    groups_without_progress: usize,
+    note_guest_io: Tick,
     aged: Option<Epoch>,
     next_aging: Tick,
     /// Pages round which a sequential writer has filled an aligned 1 MiB.
@@ -48,8 +48,8 @@ pub(super) struct Writeback {
 
 impl Writeback {
     /// A guest asked for something.
-    pub fn guest_was_here(&mut self, now: Tick) {
-        self.guest_was_here = now;
+    pub fn note_guest_io(&mut self, now: Tick) {
+        self.note_guest_io = now;
     }
 
     /// The first page becomes dirty: its age counts from now.
@@ -58,7 +58,7 @@ impl Writeback {
     }
 
     /// A page has been written by a guest: a filled 1 MiB is written at once.
-    pub fn wrote(&mut self, dirty: &DirtySet, no: PageNo) {
+    pub fn note_write(&mut self, dirty: &DirtySet, no: PageNo) {
         if no.0 % BEHIND_PAGES == BEHIND_PAGES - 1 {
             let first = PageNo(no.0 + 1 - BEHIND_PAGES);
             if (0..BEHIND_PAGES / GROUP_PAGES).all(|group| dirty.group_is_full(first.plus(group * GROUP_PAGES))) {
@@ -85,7 +85,7 @@ impl PageCache {
     /// Starts the write-back that is due.
     pub(super) fn write_back(&mut self) {
         self.writeback.more = false;
-        if self.failing.stopped().is_some() {
+        if self.health.stopped().is_some() {
             return;
         }
         self.age();
@@ -123,24 +123,24 @@ impl PageCache {
     /// how far what may be dirty is used up, and at full speed again before the first write is held back; else ahead of the
     /// next FLUSH, where that pays, and not while one is under way, which has more use for the store.
     fn write_back_in_background(&mut self) {
-        let idle = self.now.since_us(self.writeback.guest_was_here) >= IDLE_US;
-        let unclean = self.dirty.unclean_pages();
+        let idle = self.now.since_us(self.writeback.note_guest_io) >= IDLE_US;
+        let dirty_or_writeback = self.dirty.dirty_or_writeback_pages();
         let start = self.throttle.start_pages();
-        if unclean > start {
+        if dirty_or_writeback > start {
             self.writeback.running = true;
-        } else if unclean < self.throttle.stop_pages() {
+        } else if dirty_or_writeback < self.throttle.stop_pages() {
             self.writeback.running = false;
         }
         // Nothing under way would bring the room that is waited for.
-        let starving = self.stalled.for_room() && self.flights.writes() == 0;
+        let starving = self.stalled.for_room() && self.store_ops.writes() == 0;
         if idle || std::mem::take(&mut self.writeback.pressure) || starving {
             self.sweep(Scope::All, DEPTH_MAX);
         } else if self.writeback.running {
-            let over = u64::from(unclean.saturating_sub(start));
+            let over = u64::from(dirty_or_writeback.saturating_sub(start));
             let room = u64::from((self.throttle.setpoint_pages() - start).max(1));
             let depth = 1 + low_u32((u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)));
             self.sweep(Scope::Cold, depth);
-        } else if self.eager.is_on() && self.flushing.none_waits() && self.failing.may_retry(self.now) {
+        } else if self.eager.is_on() && self.flushing.none_waits() && self.health.may_retry(self.now) {
             self.sweep(Scope::Ahead, DEPTH_MAX / 2);
         }
     }
@@ -162,7 +162,7 @@ impl PageCache {
         }
     }
 
-    /// Sends dirty pages in scope to the store, upwards from the cursor, until `depth` writes are in flight.
+    /// Sends dirty pages in scope to the store, upwards from the cursor, until `depth` writes are in op.
     fn sweep(&mut self, scope: Scope, depth: u32) {
         let mut wrapped = false;
         let start = self.writeback.cursor;
@@ -172,7 +172,7 @@ impl PageCache {
             Scope::UpTo(_) | Scope::All | Scope::Ahead => SWEEP_GROUPS,
         };
         for _ in 0..groups_max {
-            if self.flights.writes() >= depth {
+            if self.store_ops.writes() >= depth {
                 return;
             }
             let Some((number, group)) = self.dirty.next_group(self.writeback.cursor) else {
@@ -187,14 +187,14 @@ impl PageCache {
                 return;
             }
             self.writeback.cursor = number + 1;
-            self.writeback.barren += 1;
+            self.writeback.groups_without_progress += 1;
             if !(cold && self.was_recent(number, group)) {
                 self.sweep_group(number, group, scope, depth);
             }
         }
         // A sweep of the background goes on at the next request or when guests are idle; others go on at once, until they
         // have been round without finding anything that can go.
-        self.writeback.more |= !cold && self.writeback.barren < self.dirty.groups();
+        self.writeback.more |= !cold && self.writeback.groups_without_progress < self.dirty.groups();
     }
 
     /// Whether a page of the group was written since the cursor last passed, which it does now.
@@ -214,7 +214,7 @@ impl PageCache {
     /// Writes the pages of one group that are in scope; the cursor moves past a cluster that reaches further.
     fn sweep_group(&mut self, number: u64, group: Group, scope: Scope, depth: u32) {
         for no in group.pages(number) {
-            if self.flights.writes() >= depth {
+            if self.store_ops.writes() >= depth {
                 self.writeback.cursor = number;
                 return;
             }
@@ -227,7 +227,7 @@ impl PageCache {
                 if !matches!(scope, Scope::Ahead) {
                     self.throttle.write_started(self.now);
                 }
-                self.writeback.barren = 0;
+                self.writeback.groups_without_progress = 0;
                 self.writeback.cursor = self.writeback.cursor.max(end.0 / GROUP_PAGES);
             }
         }
@@ -240,7 +240,7 @@ impl PageCache {
             && page.writing.is_empty()
             && page.writers == 0
             && !page.is(READING)
-            && (!page.is(FAILED) || self.failing.may_retry(self.now))
+            && (!page.is(FAILED) || self.health.may_retry(self.now))
             && !self.ranges.block(page.no())
     }
 
@@ -249,16 +249,16 @@ impl PageCache {
         if self.writeback.more {
             return Some(self.now);
         }
-        if self.failing.stopped().is_some() {
+        if self.health.stopped().is_some() {
             return None;
         }
-        let retry = self.failing.retry_at().filter(|&at| at > self.now);
+        let retry = self.health.retry_at().filter(|&at| at > self.now);
         if self.dirty.dirty_pages() == 0 {
             let sync = retry.filter(|_| self.flushing.sync_is_awaited() || self.ranges.redoing());
-            let space = retry.filter(|_| self.failing.waits_for_space());
+            let space = retry.filter(|_| self.health.waits_for_space());
             return [sync, space, self.hold_ends()].into_iter().flatten().min();
         }
-        let idle_at = self.writeback.guest_was_here.plus_us(IDLE_US);
+        let idle_at = self.writeback.note_guest_io.plus_us(IDLE_US);
         let idle = (idle_at > self.now).then_some(idle_at);
         [Some(self.writeback.next_aging), idle, retry, self.hold_ends()].into_iter().flatten().min()
     }

@@ -21,7 +21,7 @@ impl Traffic {
         let taken = !heads.is_empty();
         let table = ring.table(&ring.memory);
         if heads.len() > 1 {
-            table.foresee(&ring.memory, &heads);
+            table.prefetch_heads(&ring.memory, &heads);
         }
         heads.retain(|&head| !self.take_on(index, &ring.memory, &table, head));
         heads.drain(..).for_each(|head| ring.give_up(head));
@@ -86,7 +86,7 @@ impl Traffic {
         if arrivals.len() > 1 {
             let requests = arrivals.iter().map(|&slot| &pending[slot].request);
             let of_data = requests.filter(|request| matches!(request.kind, Kind::Read | Kind::Write));
-            cache.foresee(of_data.map(|request| request.span().pages().first));
+            cache.prefetch_lookups(of_data.map(|request| request.span().pages().first));
         }
         for at in 0..self.arrivals.len() {
             self.admit(cache, self.arrivals[at], false);

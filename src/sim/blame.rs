@@ -2,8 +2,8 @@
 //!
 //! It errs on the side of the cache: a failure stays a reason for all that fails later, although it may have healed.
 
-use crate::cache::{OnError, PlanKind, Settings};
-use crate::units::{Fault, Tick};
+use crate::cache::{ErrorPolicy, Settings};
+use crate::units::{Fault, OpKind, Tick};
 
 /// The disk's faults so far.
 #[derive(Debug, Default)]
@@ -30,24 +30,24 @@ pub(super) enum Asked {
 
 impl Blame {
     /// An operation has failed.
-    pub fn failed(&mut self, kind: PlanKind, fault: Fault, settings: &Settings, now: Tick) {
+    pub fn failed(&mut self, kind: OpKind, fault: Fault, settings: &Settings, now: Tick) {
         match kind {
-            PlanKind::Read => self.reads = Some(now),
+            OpKind::Read => self.reads = Some(now),
             // What is not mapped is read; that fails no request.
-            PlanKind::Map => return,
-            PlanKind::Zero { .. } | PlanKind::Discard => self.ranges = Some(now),
-            PlanKind::Write | PlanKind::Sync | PlanKind::Allocate => {}
+            OpKind::Map => return,
+            OpKind::Zero { .. } | OpKind::Discard => self.ranges = Some(now),
+            OpKind::Write | OpKind::Sync | OpKind::Allocate => {}
         }
         // A zero that is done again after a failed Sync answers to the policy, as the Sync does, and so does a read of what a
         // page lacks that can't be written without it.
-        let fills = kind == PlanKind::Read && settings.block_sectors > 1;
-        if !fills && matches!(kind, PlanKind::Read | PlanKind::Discard) {
+        let fills = kind == OpKind::Read && settings.block_sectors > 1;
+        if !fills && matches!(kind, OpKind::Read | OpKind::Discard) {
             return;
         }
         match if fault == Fault::NoSpace { settings.on_full } else { settings.on_error } {
-            OnError::Report => self.reported = true,
-            OnError::Hold => self.held = self.held.or(Some(now)),
-            OnError::Stop => self.stopped = true,
+            ErrorPolicy::Report => self.reported = true,
+            ErrorPolicy::Hold => self.held = self.held.or(Some(now)),
+            ErrorPolicy::Stop => self.stopped = true,
         }
     }
 

@@ -1,6 +1,7 @@
 //! What chance decides about a world before it begins: the cache's shape, the guest's and the disk's ways.
 
-use crate::cache::{OnError, PlanKind, PolicyKind, Settings};
+use crate::cache::{ErrorPolicy, PolicyKind, Settings};
+use crate::units::OpKind;
 
 use super::rng::Rng;
 
@@ -51,14 +52,14 @@ pub(super) enum OpClass {
 }
 
 impl OpClass {
-    pub fn of(kind: PlanKind) -> Option<Self> {
+    pub fn of(kind: OpKind) -> Option<Self> {
         match kind {
-            PlanKind::Read => Some(Self::Read),
-            PlanKind::Write => Some(Self::Write),
-            PlanKind::Sync => Some(Self::Sync),
-            PlanKind::Allocate => Some(Self::Allocate),
-            PlanKind::Zero { .. } | PlanKind::Discard => Some(Self::Range),
-            PlanKind::Map => None,
+            OpKind::Read => Some(Self::Read),
+            OpKind::Write => Some(Self::Write),
+            OpKind::Sync => Some(Self::Sync),
+            OpKind::Allocate => Some(Self::Allocate),
+            OpKind::Zero { .. } | OpKind::Discard => Some(Self::Range),
+            OpKind::Map => None,
         }
     }
 }
@@ -96,8 +97,8 @@ pub(super) fn settings(rng: &mut Rng) -> Settings {
         dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
         dirty_age_us: rng.pick(&[10_000, 1_000_000]),
         allocate,
-        on_error: rng.pick(&[OnError::Report, OnError::Report, OnError::Hold, OnError::Stop]),
-        on_full: rng.pick(&[OnError::Report, OnError::Hold, OnError::Stop]),
+        on_error: rng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
+        on_full: rng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         hold_us: rng.pick(&[10_000, 10_000_000]),
     }
 }

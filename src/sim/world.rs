@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::cache::{Access, Admitted, Condition, Notice, Outcome, PageCache, Piece, Plan, PlanKind, Settings, Ticket};
-use crate::units::{Fault, FrameId, SectorSpan, Tick};
+use crate::cache::{Access, Admitted, Health, Notice, Outcome, PageCache, Piece, Settings, StoreOpRef, Ticket};
+use crate::units::{Fault, FrameId, OpKind, SectorSpan, Tick};
 
 use super::PlantedBug;
 use super::blame::{Asked, Blame};
@@ -59,7 +59,7 @@ struct Request {
 /// A store operation under way.
 #[derive(Debug)]
 struct Operation {
-    kind: PlanKind,
+    kind: OpKind,
     span: SectorSpan,
     first_sector: u8,
     frames: Vec<FrameId>,
@@ -180,7 +180,7 @@ impl World {
     fn one_step(&mut self, guest_is_active: bool) {
         self.step += 1;
         // More often while a Sync is out: then most is in doubt.
-        let syncing = self.operations.values().any(|op| op.kind == PlanKind::Sync);
+        let syncing = self.operations.values().any(|op| op.kind == OpKind::Sync);
         let likelier = if syncing { 10 } else { 1 };
         let dies = self.temper.steps_per_death.is_some_and(|steps| self.rng.below(steps / likelier) == 0);
         if dies {
@@ -386,7 +386,7 @@ impl World {
         self.turns_in_vain = if due && !under_way { self.turns_in_vain + 1 } else { 0 };
         assert!(self.turns_in_vain < 1000, "liveness: turn after turn brings nothing for {:?}", self.requests);
         let soon = self.now_us + PAUSE_US_MAX;
-        let named = due || self.cache.condition() != Condition::Well && deadline.is_some_and(|at| at.0 <= soon);
+        let named = due || self.cache.health() != Health::Healthy && deadline.is_some_and(|at| at.0 <= soon);
         let somebody = under_way || named || self.requests.is_empty();
         assert!(somebody, "liveness: nothing is under way, and nobody will act for {:?}", self.requests);
     }
@@ -416,9 +416,9 @@ impl World {
         self.reaches_disk(&op, failed);
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         let outcome = match op.kind {
-            PlanKind::Write if failed && self.settings.allocate => Outcome::Failed(Fault::Media),
+            OpKind::Write if failed && self.settings.allocate => Outcome::Failed(Fault::Media),
             _ if failed => Outcome::Failed(self.rng.pick(&[Fault::Media, Fault::NoSpace])),
-            PlanKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
+            OpKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
             _ => Outcome::Done,
         };
         if let Outcome::Failed(fault) = outcome {
@@ -431,7 +431,7 @@ impl World {
     fn fails(&mut self, op: &Operation) -> bool {
         let percent = match self.temper.fault_percent {
             // Rare, and what hangs on it is most: often enough to be met.
-            1.. if op.kind == PlanKind::Sync => 30,
+            1.. if op.kind == OpKind::Sync => 30,
             percent => percent,
         };
         let broken = OpClass::of(op.kind).is_some_and(|class| self.temper.broken.contains(&class));
@@ -442,14 +442,14 @@ impl World {
     fn reaches_disk(&mut self, op: &Operation, failed: bool) {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
-            PlanKind::Read => {
+            OpKind::Read => {
                 for n in 0..count {
                     let (frame, at) = op.place(n);
                     // A failed read leaves anything behind.
                     self.memory.set(frame, at, if failed { GARBAGE } else { self.disk.read(first + n) });
                 }
             }
-            PlanKind::Write => {
+            OpKind::Write => {
                 for (n, &version) in op.content.iter().enumerate() {
                     let (frame, at) = op.place(n);
                     assert_eq!(self.memory.get(frame, at), version, "a frame changed on its way to the disk");
@@ -459,11 +459,11 @@ impl World {
                     }
                 }
             }
-            PlanKind::Sync => self.disk.sync_ends(op.began, !failed),
-            PlanKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
-            PlanKind::Discard if !failed && self.rng.percent(50) => self.disk.zero(first, count, true),
-            PlanKind::Allocate if !failed => self.disk.allocate(first, count),
-            PlanKind::Zero { .. } | PlanKind::Discard | PlanKind::Map | PlanKind::Allocate => {}
+            OpKind::Sync => self.disk.sync_ends(op.began, !failed),
+            OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
+            OpKind::Discard if !failed && self.rng.percent(50) => self.disk.zero(first, count, true),
+            OpKind::Allocate if !failed => self.disk.allocate(first, count),
+            OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
         }
     }
 
@@ -473,8 +473,8 @@ impl World {
             return;
         }
         let mut plans = Vec::new();
-        self.cache.take_plans(|plan: Plan<'_>| {
-            let Plan { tag, kind, span, first_sector, frames, .. } = plan;
+        self.cache.take_ops(|plan: StoreOpRef<'_>| {
+            let StoreOpRef { tag, kind, span, first_sector, frames, .. } = plan;
             let frames = frames.to_vec();
             let op =
                 Operation { kind, span, first_sector, frames, content: Vec::new(), map: None, began: 0, ends_at: 0 };
@@ -503,7 +503,7 @@ impl World {
     fn submit(&mut self, tag: u32, mut op: Operation) {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
-            PlanKind::Write => {
+            OpKind::Write => {
                 op.content = (0..count).map(|n| op.place(n)).map(|(frame, at)| self.memory.get(frame, at)).collect();
                 assert!(!op.content.contains(&GARBAGE), "garbage on its way to the disk");
                 // A discard that has happened and that no daemon lived to hear of has given back what was reserved.
@@ -511,9 +511,9 @@ impl World {
                 let has_space = !promised || self.disk.has_space(first, count);
                 assert!(has_space, "a write that completed may fail for lack of space: {:?}", op.span);
             }
-            PlanKind::Sync => op.began = self.disk.sync_begins(),
+            OpKind::Sync => op.began = self.disk.sync_begins(),
             // The map is taken now or when the operation ends: both are right answers.
-            PlanKind::Map if self.rng.percent(50) => op.map = Some(self.disk.map(first, count)),
+            OpKind::Map if self.rng.percent(50) => op.map = Some(self.disk.map(first, count)),
             _ => {}
         }
         op.ends_at = self.now_us + self.rng.between(1, self.temper.latency_us_max);

@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::file::OpenImage;
-use super::{Event, Extent, ExtentKind, Op, Request, Segment, sys};
-use crate::units::Fault;
+use super::{Event, Extent, ExtentKind, IoRequest, Segment, sys};
+use crate::units::{Fault, OpKind};
 
 /// Frees the range; it reads as zeros.
 pub(super) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -49,12 +49,12 @@ pub(super) struct Progress {
 
 impl Progress {
     /// Where the rest of the transfer starts on the image.
-    pub(super) fn offset(&self, request: &Request) -> u64 {
+    pub(super) fn offset(&self, request: &IoRequest) -> u64 {
         request.offset + self.done
     }
 
     /// The memory of the rest.
-    pub(super) fn rest<'a>(&self, request: &'a Request) -> &'a [Segment] {
+    pub(super) fn rest<'a>(&self, request: &'a IoRequest) -> &'a [Segment] {
         &request.segments[self.first..]
     }
 
@@ -65,7 +65,7 @@ impl Progress {
     ///
     /// # Errors
     /// EIO when nothing moved (the image ends early: somebody shrank it), so that no transfer goes round for ever.
-    pub(super) fn advance(&mut self, request: &mut Request, moved: u64, block: u64) -> io::Result<bool> {
+    pub(super) fn advance(&mut self, request: &mut IoRequest, moved: u64, block: u64) -> io::Result<bool> {
         let mut count = moved.min(request.len - self.done);
         if self.done + count == request.len {
             self.done = request.len;
@@ -91,16 +91,16 @@ impl Progress {
 }
 
 /// Runs one operation to its end.
-pub(super) fn execute(image: &OpenImage, request: &mut Request) -> Event {
+pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
     let (tag, offset, len) = (request.tag, request.offset, request.len);
     let result = match request.op {
         _ if !image.still_holds(request) => Err(io::Error::from_raw_os_error(libc::ENXIO)),
-        Op::Read | Op::Write => transfer(image, request),
-        Op::Sync => sync(image),
-        Op::Zero { unmap } => zero(image, offset, len, unmap),
-        Op::Discard => discard(image, offset, len),
-        Op::Allocate => sys::fallocate(&image.file, RESERVE, offset, len),
-        Op::Map => match map(image, offset, len) {
+        OpKind::Read | OpKind::Write => transfer(image, request),
+        OpKind::Sync => sync(image),
+        OpKind::Zero { unmap } => zero(image, offset, len, unmap),
+        OpKind::Discard => discard(image, offset, len),
+        OpKind::Allocate => sys::fallocate(&image.file, RESERVE, offset, len),
+        OpKind::Map => match map(image, offset, len) {
             Ok(extents) => return Event::Mapped { tag, extents },
             Err(error) => Err(error),
         },
@@ -111,7 +111,7 @@ pub(super) fn execute(image: &OpenImage, request: &mut Request) -> Event {
     }
 }
 
-fn transfer(image: &OpenImage, request: &mut Request) -> io::Result<()> {
+fn transfer(image: &OpenImage, request: &mut IoRequest) -> io::Result<()> {
     let block = u64::from(image.limits.block_bytes);
     let mut progress = Progress::default();
     loop {
@@ -121,7 +121,7 @@ fn transfer(image: &OpenImage, request: &mut Request) -> io::Result<()> {
         #[cfg(test)]
         let segments = cut.as_ref().map_or(segments, std::slice::from_ref);
         // SAFETY: the request owns the memory of its segments until its event (the store's contract).
-        match unsafe { sys::transfer(&image.file, request.op == Op::Write, segments, offset) } {
+        match unsafe { sys::transfer(&image.file, request.op == OpKind::Write, segments, offset) } {
             Ok(moved) => {
                 if progress.advance(request, moved, block)? {
                     return Ok(());
@@ -287,7 +287,7 @@ fn push(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {
 mod tests {
     use super::*;
 
-    fn request(lens: &[usize]) -> Request {
+    fn request(lens: &[usize]) -> IoRequest {
         let mut base = std::ptr::without_provenance_mut::<u8>(4096);
         let mut segments = Vec::new();
         for &len in lens {
@@ -295,7 +295,7 @@ mod tests {
             base = base.wrapping_add(len);
         }
         let len = lens.iter().map(|&n| n as u64).sum();
-        Request { tag: 1, op: Op::Read, offset: 8192, len, segments }
+        IoRequest { tag: 1, op: OpKind::Read, offset: 8192, len, segments }
     }
 
     #[test]

@@ -9,13 +9,13 @@
 //!
 //! ```
 //! # use std::{sync::Arc, time::Duration};
-//! # use genblk::{store::{Backing, faulty::{FaultyImage, OpKind}}, units::Fault};
+//! # use genblk::{store::{Backing, faulty::{FaultyImage, OpClass}}, units::Fault};
 //! # fn drill(disk: Arc<dyn Backing>) {
 //! let (image, faults) = FaultyImage::new(disk);
-//! faults.fail_nth(OpKind::Write, 3, Fault::NoSpace);
-//! faults.delay(OpKind::Sync, Duration::from_millis(50));
+//! faults.fail_nth(OpClass::Write, 3, Fault::NoSpace);
+//! faults.delay(OpClass::Sync, Duration::from_millis(50));
 //! // ... use image ...
-//! assert_eq!(faults.ops(OpKind::Sync), 0);
+//! assert_eq!(faults.ops(OpClass::Sync), 0);
 //! faults.heal();
 //! # }
 //! ```
@@ -32,52 +32,52 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Backing, Event, Limits, Op, Refused, Request, Store, pool};
+use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue, pool};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::Fault;
+use crate::units::{Fault, OpKind};
 
-/// [`Op`] without its details: what faults and counters go by.
+/// [`OpKind`] without its details: what faults and counters go by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OpKind {
-    /// [`Op::Read`]
+pub enum OpClass {
+    /// [`OpKind::Read`]
     Read,
-    /// [`Op::Write`]
+    /// [`OpKind::Write`]
     Write,
-    /// [`Op::Sync`]
+    /// [`OpKind::Sync`]
     Sync,
-    /// [`Op::Zero`], with or without unmap.
+    /// [`OpKind::Zero`], with or without unmap.
     Zero,
-    /// [`Op::Discard`]
+    /// [`OpKind::Discard`]
     Discard,
-    /// [`Op::Allocate`]
+    /// [`OpKind::Allocate`]
     Allocate,
-    /// [`Op::Map`]
+    /// [`OpKind::Map`]
     Map,
 }
 
-impl OpKind {
+impl OpClass {
     /// Every kind.
     pub const ALL: [Self; 7] =
         [Self::Read, Self::Write, Self::Sync, Self::Zero, Self::Discard, Self::Allocate, Self::Map];
 }
 
-impl From<Op> for OpKind {
-    fn from(op: Op) -> Self {
+impl From<OpKind> for OpClass {
+    fn from(op: OpKind) -> Self {
         match op {
-            Op::Read => Self::Read,
-            Op::Write => Self::Write,
-            Op::Sync => Self::Sync,
-            Op::Zero { .. } => Self::Zero,
-            Op::Discard => Self::Discard,
-            Op::Allocate => Self::Allocate,
-            Op::Map => Self::Map,
+            OpKind::Read => Self::Read,
+            OpKind::Write => Self::Write,
+            OpKind::Sync => Self::Sync,
+            OpKind::Zero { .. } => Self::Zero,
+            OpKind::Discard => Self::Discard,
+            OpKind::Allocate => Self::Allocate,
+            OpKind::Map => Self::Map,
         }
     }
 }
 
 /// What happens to the operations of one kind, and what has.
 #[derive(Clone, Debug, Default)]
-struct Plan {
+struct FaultPlan {
     /// Operations that still pass before one fails, and how it fails.
     nth: Option<(u64, Fault)>,
     always: Option<Fault>,
@@ -91,7 +91,7 @@ struct Plan {
 
 #[derive(Debug, Default)]
 struct Script {
-    plans: [Plan; OpKind::ALL.len()],
+    plans: [FaultPlan; OpClass::ALL.len()],
     random_state: u64,
 }
 
@@ -105,48 +105,48 @@ impl Faults {
     ///
     /// # Panics
     /// If `nth` is 0.
-    pub fn fail_nth(&self, kind: OpKind, nth: u64, fault: Fault) {
+    pub fn fail_nth(&self, kind: OpClass, nth: u64, fault: Fault) {
         assert!(nth > 0, "1 is the next operation");
         self.lock().plans[kind as usize].nth = Some((nth - 1, fault));
     }
 
     /// Fails every operation of a kind until [`Faults::heal`].
-    pub fn fail_always(&self, kind: OpKind, fault: Fault) {
+    pub fn fail_always(&self, kind: OpClass, fault: Fault) {
         self.lock().plans[kind as usize].always = Some(fault);
     }
 
     /// Fails `per_million` of a million operations of a kind, at random; `seed` restarts the random sequence, which
     /// all kinds share.
-    pub fn fail_randomly(&self, kind: OpKind, per_million: u32, seed: u64, fault: Fault) {
+    pub fn fail_randomly(&self, kind: OpClass, per_million: u32, seed: u64, fault: Fault) {
         let mut script = self.lock();
         script.random_state = seed;
         script.plans[kind as usize].random = Some((per_million, fault));
     }
 
     /// Delays every operation of a kind from now on.
-    pub fn delay(&self, kind: OpKind, delay: Duration) {
+    pub fn delay(&self, kind: OpClass, delay: Duration) {
         self.lock().plans[kind as usize].delay = delay;
     }
 
     /// Ends every fault and delay; the counters stay. Operations that wait already keep their fate.
     pub fn heal(&self) {
         for plan in &mut self.lock().plans {
-            *plan = Plan { ops: plan.ops, bytes: plan.bytes, failed: plan.failed, ..Plan::default() };
+            *plan = FaultPlan { ops: plan.ops, bytes: plan.bytes, failed: plan.failed, ..FaultPlan::default() };
         }
     }
 
     /// Operations of a kind that were accepted, failed ones included.
-    pub fn ops(&self, kind: OpKind) -> u64 {
+    pub fn ops(&self, kind: OpClass) -> u64 {
         self.lock().plans[kind as usize].ops
     }
 
     /// Bytes that those operations covered.
-    pub fn bytes(&self, kind: OpKind) -> u64 {
+    pub fn bytes(&self, kind: OpClass) -> u64 {
         self.lock().plans[kind as usize].bytes
     }
 
     /// Operations of a kind that were made to fail.
-    pub fn failed(&self, kind: OpKind) -> u64 {
+    pub fn failed(&self, kind: OpClass) -> u64 {
         self.lock().plans[kind as usize].failed
     }
 
@@ -155,10 +155,10 @@ impl Faults {
     }
 
     /// Counts an operation and decides its fate: its delay, and the fault it meets, if any.
-    fn judge(&self, request: &Request) -> (Duration, Option<Fault>) {
+    fn judge(&self, request: &IoRequest) -> (Duration, Option<Fault>) {
         let mut guard = self.lock();
         let script = &mut *guard;
-        let plan = &mut script.plans[OpKind::from(request.op) as usize];
+        let plan = &mut script.plans[OpClass::from(request.op) as usize];
         plan.ops += 1;
         plan.bytes += request.len;
         let nth = match plan.nth {
@@ -218,13 +218,13 @@ impl FaultyImage {
         (Arc::new(Self { inner, faults: faults.clone() }), faults)
     }
 
-    fn build(&self, inner: Box<dyn Store>) -> io::Result<FaultyStore> {
+    fn build(&self, inner: Box<dyn StoreQueue>) -> io::Result<FaultyQueue> {
         let (poll, timer, wake) = (Epoll::new()?, TimerFd::new()?, pool::new_wake()?);
         for fd in [inner.wake_fd(), timer.as_raw_fd(), wake.as_raw_fd()] {
             poll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
         }
         let faults = self.faults.clone();
-        Ok(FaultyStore { poll, timer, wake, faults, waiting: Vec::new(), failed: Vec::new(), inner })
+        Ok(FaultyQueue { poll, timer, wake, faults, waiting: Vec::new(), failed: Vec::new(), inner })
     }
 }
 
@@ -233,7 +233,7 @@ impl Backing for FaultyImage {
         self.inner.limits()
     }
 
-    fn attach(&self) -> Result<Box<dyn Store>> {
+    fn attach(&self) -> Result<Box<dyn StoreQueue>> {
         let store = self
             .build(self.inner.attach()?)
             .map_err(|error| Error::io(ErrorKind::System, "no descriptors for a faulty store", error))?;
@@ -245,11 +245,11 @@ impl Backing for FaultyImage {
 #[derive(Debug)]
 struct Waiting {
     due: Instant,
-    request: Request,
+    request: IoRequest,
     fault: Option<Fault>,
 }
 
-struct FaultyStore {
+struct FaultyQueue {
     /// The wake fd: readable while any of the other three is.
     poll: Epoll,
     timer: TimerFd,
@@ -258,12 +258,12 @@ struct FaultyStore {
     waiting: Vec<Waiting>,
     /// Events of operations that were made to fail.
     failed: Vec<Event>,
-    inner: Box<dyn Store>,
+    inner: Box<dyn StoreQueue>,
 }
 
-impl FaultyStore {
+impl FaultyQueue {
     /// Passes an operation on, or fails it.
-    fn release(&mut self, request: Request, fault: Option<Fault>) {
+    fn release(&mut self, request: IoRequest, fault: Option<Fault>) {
         let tag = request.tag;
         let event = match fault {
             Some(fault) => Event::Failed { tag, fault, errno: errno_for(fault) },
@@ -275,7 +275,7 @@ impl FaultyStore {
             },
         };
         self.failed.push(event);
-        pool::poke(&self.wake);
+        pool::notify(&self.wake);
     }
 
     /// Releases what is due, and sets the timer for the rest.
@@ -303,7 +303,7 @@ impl FaultyStore {
     }
 }
 
-impl Store for FaultyStore {
+impl StoreQueue for FaultyQueue {
     fn limits(&self) -> &Limits {
         self.inner.limits()
     }
@@ -312,11 +312,11 @@ impl Store for FaultyStore {
         self.poll.as_raw_fd()
     }
 
-    fn expect_memory(&mut self, memory: Range<usize>) {
-        self.inner.expect_memory(memory);
+    fn hint_memory(&mut self, memory: Range<usize>) {
+        self.inner.hint_memory(memory);
     }
 
-    fn submit(&mut self, request: Request) -> std::result::Result<(), Refused> {
+    fn submit(&mut self, request: IoRequest) -> std::result::Result<(), Refused> {
         if !self.limits().admissible(&request) {
             return Err(Refused::Invalid(request));
         }
@@ -350,7 +350,7 @@ impl Store for FaultyStore {
     }
 }
 
-impl Drop for FaultyStore {
+impl Drop for FaultyQueue {
     /// Passes on what still waits; the wrapped store finishes it when it is dropped.
     fn drop(&mut self) {
         for Waiting { request, fault, .. } in mem::take(&mut self.waiting) {
@@ -360,8 +360,8 @@ impl Drop for FaultyStore {
     }
 }
 
-impl fmt::Debug for FaultyStore {
+impl fmt::Debug for FaultyQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FaultyStore").field("waiting", &self.waiting).finish_non_exhaustive()
+        f.debug_struct("FaultyQueue").field("waiting", &self.waiting).finish_non_exhaustive()
     }
 }

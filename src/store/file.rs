@@ -13,12 +13,12 @@ use std::sync::{Arc, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::threads::ThreadsStore;
-use super::uring::UringStore;
-use super::{Backing, Limits, Op, Request, Store, blocking, lock, sys};
+use super::threads::ThreadQueue;
+use super::uring::UringQueue;
+use super::{Backing, IoRequest, Limits, StoreQueue, blocking, lock, sys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::units::{PAGE_BYTES, SECTOR_BYTES};
+use crate::units::{OpKind, PAGE_BYTES, SECTOR_BYTES};
 
 /// Largest transfer: the longest readahead window, and then some.
 const IO_MAX_BYTES: u32 = 4 << 20;
@@ -32,7 +32,7 @@ const DEPTH: u16 = 256;
 
 /// How operations reach the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Engine {
+pub enum IoEngine {
     /// io_uring, or threads where the host forbids it (a log line says so).
     #[default]
     Auto,
@@ -48,7 +48,7 @@ pub struct OpenOptions {
     /// Open for reading alone; any number of readers may share an image.
     pub read_only: bool,
     /// How operations reach the kernel.
-    pub engine: Engine,
+    pub engine: IoEngine,
     /// Bypass the host's page cache where the file system can.
     pub direct: bool,
     /// How long to wait for another opener's lock to go.
@@ -57,7 +57,7 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, engine: Engine::Auto, direct: true, lock_patience: Duration::ZERO }
+        Self { read_only: false, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO }
     }
 }
 
@@ -65,7 +65,7 @@ impl Default for OpenOptions {
 #[derive(Debug)]
 pub struct FileImage {
     image: Arc<OpenImage>,
-    engine: Engine,
+    engine: IoEngine,
     fell_back: Once,
 }
 
@@ -116,17 +116,17 @@ impl Backing for FileImage {
         &self.image.limits
     }
 
-    fn attach(&self) -> Result<Box<dyn Store>> {
+    fn attach(&self) -> Result<Box<dyn StoreQueue>> {
         let failed = |what: &str, error: io::Error| {
             Error::io(ErrorKind::System, format!("image {}: no {what}", self.image.path.display()), error)
         };
-        if self.engine != Engine::Threads {
-            match UringStore::new(Arc::clone(&self.image)) {
+        if self.engine != IoEngine::Threads {
+            match UringQueue::new(Arc::clone(&self.image)) {
                 Ok(store) => return Ok(Box::new(store)),
                 // ENOSYS: not in this kernel; EPERM: forbidden (seccomp, io_uring_disabled); EINVAL: too old to know
                 // what we ask of it.
                 Err(error)
-                    if self.engine == Engine::Auto
+                    if self.engine == IoEngine::Auto
                         && matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL)) =>
                 {
                     self.fell_back.call_once(|| {
@@ -137,7 +137,7 @@ impl Backing for FileImage {
                 Err(error) => return Err(failed("io_uring", error)),
             }
         }
-        match ThreadsStore::new(Arc::clone(&self.image)) {
+        match ThreadQueue::new(Arc::clone(&self.image)) {
             Ok(store) => Ok(Box::new(store)),
             Err(error) => Err(failed("thread pool", error)),
         }
@@ -177,7 +177,7 @@ impl OpenImage {
         check_type(path, &metadata)?;
         lock::acquire(&file, path, options)?;
 
-        let geometry = Geometry::of(&file, &metadata).map_err(unusable)?;
+        let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
         check_size(path, geometry.size_bytes)?;
         let alignment = if options.direct { try_direct(&file, path, &geometry) } else { None };
         let (block_bytes, memory_align) = alignment.unwrap_or((SECTOR, 1));
@@ -225,8 +225,8 @@ impl OpenImage {
 
     /// Whether the file still reaches as far as an operation that changes it; a write beyond its end would make it grow
     /// again. What has changed since the last look is logged.
-    pub(super) fn still_holds(&self, request: &Request) -> bool {
-        if self.is_device() || matches!(request.op, Op::Read | Op::Map) {
+    pub(super) fn still_holds(&self, request: &IoRequest) -> bool {
+        if self.is_device() || matches!(request.op, OpKind::Read | OpKind::Map) {
             return true;
         }
         // A look that fails says nothing of the operation, which will say itself what is wrong.
@@ -329,7 +329,7 @@ fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> ImageId {
 
 /// What the host says of the image.
 #[derive(Debug)]
-struct Geometry {
+struct BlockGeometry {
     size_bytes: u64,
     device_block: Option<u32>,
     physical_block: u32,
@@ -339,7 +339,7 @@ struct Geometry {
     segments_max: u16,
 }
 
-impl Geometry {
+impl BlockGeometry {
     fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
         let is_device = metadata.file_type().is_block_device();
         let (io_max_bytes, segments_max) = one_piece(if is_device { metadata.rdev() } else { metadata.dev() });
@@ -389,7 +389,7 @@ fn queue_attribute(device: u64, name: &str) -> Option<u32> {
     })
 }
 
-fn can_discard(file: &File, geometry: &Geometry) -> bool {
+fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
     if geometry.device_block.is_some() {
         return geometry.discard_granularity > 0;
     }
@@ -402,7 +402,7 @@ fn can_discard(file: &File, geometry: &Geometry) -> bool {
 }
 
 /// Switches direct I/O on; returns (block, memory) alignment, or `None` after saying why not.
-fn try_direct(file: &File, path: &Path, geometry: &Geometry) -> Option<(u32, u32)> {
+fn try_direct(file: &File, path: &Path, geometry: &BlockGeometry) -> Option<(u32, u32)> {
     match switch_direct(file, geometry) {
         Ok(alignment) => Some(alignment),
         Err(reason) => {
@@ -416,7 +416,7 @@ fn try_direct(file: &File, path: &Path, geometry: &Geometry) -> Option<(u32, u32
     }
 }
 
-fn switch_direct(file: &File, geometry: &Geometry) -> std::result::Result<(u32, u32), String> {
+fn switch_direct(file: &File, geometry: &BlockGeometry) -> std::result::Result<(u32, u32), String> {
     sys::set_direct(file, true).map_err(|e| format!("its file system refuses it: {e}"))?;
     let candidates = match sys::direct_alignment(file) {
         Some((_, 0)) => return Err("its file system has none for this file".to_owned()),

@@ -17,9 +17,9 @@
 mod blocking;
 pub mod faulty;
 pub mod file;
-mod fixed;
 mod lock;
 mod pool;
+mod registered_buffers;
 mod sys;
 #[cfg(test)]
 mod tests;
@@ -29,29 +29,7 @@ mod uring;
 use std::ops::Range;
 use std::os::fd::RawFd;
 
-use crate::units::{Fault, SECTOR_BYTES};
-
-/// What a store can be asked to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    /// Fill the segments from the image.
-    Read,
-    /// Write the segments to the image.
-    Write,
-    /// Make every write reaped so far durable.
-    Sync,
-    /// Make the range read as zeros; with `unmap`, free its space if the store can.
-    Zero {
-        /// Whether space may be given back.
-        unmap: bool,
-    },
-    /// The range's contents no longer matter.
-    Discard,
-    /// Reserve space for a range of known holes.
-    Allocate,
-    /// Tell data from holes in the range.
-    Map,
-}
+use crate::units::{Fault, OpKind, SECTOR_BYTES};
 
 /// A piece of memory for a `Read` or `Write`: `len` bytes from `base`. Laid out as the system's `iovec`, so that a
 /// request's segments are handed to the kernel as they are.
@@ -76,11 +54,11 @@ const _: () = assert!(
 
 /// One operation; owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
-pub struct Request {
+pub struct IoRequest {
     /// The caller's name for the operation; comes back in its event.
     pub tag: u64,
     /// What to do.
-    pub op: Op,
+    pub op: OpKind,
     /// First byte on the image; 0 for `Sync`.
     pub offset: u64,
     /// Length in bytes; 0 for `Sync`.
@@ -137,9 +115,9 @@ pub enum Event {
 #[derive(Debug)]
 pub enum Refused {
     /// `depth` operations are in flight: try again after the next event.
-    Full(Request),
+    Full(IoRequest),
     /// The request breaks the limits.
-    Invalid(Request),
+    Invalid(IoRequest),
 }
 
 /// What a store can do; fixed while it is open.
@@ -181,7 +159,7 @@ impl Limits {
     /// => A `Read` or `Write` is block-aligned, not empty, within the image and the largest transfer, and its segments
     ///    are aligned and sum to its length. The image's last block may end before a block boundary: then the transfer
     ///    ends there too.
-    pub fn admissible(&self, request: &Request) -> bool {
+    pub fn admissible(&self, request: &IoRequest) -> bool {
         let Some(end) = request.offset.checked_add(request.len) else {
             return false;
         };
@@ -190,12 +168,12 @@ impl Limits {
         }
         let block = u64::from(self.block_bytes);
         match request.op {
-            Op::Sync => request.len == 0 && request.segments.is_empty(),
-            Op::Read | Op::Write => {
+            OpKind::Sync => request.len == 0 && request.segments.is_empty(),
+            OpKind::Read | OpKind::Write => {
                 let sum: u64 = request.segments.iter().map(|s| s.len as u64).sum();
                 let aligned = |n: u64| n.is_multiple_of(block);
                 let memory_aligned = |n: usize| n.is_multiple_of(self.memory_align as usize);
-                (request.op == Op::Read || self.writable)
+                (request.op == OpKind::Read || self.writable)
                     && request.len > 0
                     && request.len <= u64::from(self.io_max_bytes)
                     && aligned(request.offset)
@@ -205,8 +183,8 @@ impl Limits {
                     && request.segments.iter().all(|s| memory_aligned(s.base.addr()))
                     && (request.segments.iter().all(|s| memory_aligned(s.len)) || end == self.size_bytes)
             }
-            Op::Map => request.len > 0 && request.segments.is_empty(),
-            Op::Zero { .. } | Op::Discard | Op::Allocate => {
+            OpKind::Map => request.len > 0 && request.segments.is_empty(),
+            OpKind::Zero { .. } | OpKind::Discard | OpKind::Allocate => {
                 self.writable
                     && request.len > 0
                     && request.offset.is_multiple_of(SECTOR_BYTES)
@@ -218,24 +196,24 @@ impl Limits {
 }
 
 /// An open image as one worker sees it. Every worker has its own; all share the file.
-pub trait Store: Send {
+pub trait StoreQueue: Send {
     /// What the store can do.
     fn limits(&self) -> &Limits;
     /// A level-triggered file descriptor, readable while events wait; polled by the worker, never read by it.
     fn wake_fd(&self) -> RawFd;
     /// Where the memory of most transfers will lie, addresses that stay mapped as long as operations are in flight: a store may
     /// ready itself for it.
-    fn expect_memory(&mut self, _memory: Range<usize>) {}
-    /// Queues a request; it starts at the next [`Store::kick`] at the latest.
+    fn hint_memory(&mut self, _memory: Range<usize>) {}
+    /// Queues a request; it starts at the next [`StoreQueue::kick`] at the latest.
     ///
     /// # Errors
     /// [`Refused`] gives the request back.
-    fn submit(&mut self, request: Request) -> Result<(), Refused>;
+    fn submit(&mut self, request: IoRequest) -> Result<(), Refused>;
     /// Starts what was queued. Once per turn, before sleeping.
     fn kick(&mut self);
     /// Appends the events that wait and clears the wake fd; finding nothing is normal.
     fn reap(&mut self, events: &mut Vec<Event>);
-    /// Whether [`Store::reap`] could find something, told without a system call, for a worker that looks all the time.
+    /// Whether [`StoreQueue::reap`] could find something, told without a system call, for a worker that looks all the time.
     ///
     /// => A wake fd that is readable is reason enough to reap, whatever this says.
     fn may_have_events(&mut self) -> bool {
@@ -245,7 +223,7 @@ pub trait Store: Send {
     fn in_flight(&self) -> usize;
 }
 
-/// What a store belongs to: an image that is open and locked once, with one [`Store`] per worker on it.
+/// What a store belongs to: an image that is open and locked once, with one [`StoreQueue`] per worker on it.
 pub trait Backing: Send + Sync + std::fmt::Debug {
     /// What the image can do; the same for each of its stores.
     fn limits(&self) -> &Limits;
@@ -254,5 +232,5 @@ pub trait Backing: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::System`] when the host refuses a ring, a thread or a descriptor.
-    fn attach(&self) -> crate::error::Result<Box<dyn Store>>;
+    fn attach(&self) -> crate::error::Result<Box<dyn StoreQueue>>;
 }

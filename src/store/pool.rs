@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::file::OpenImage;
-use super::{Event, Request, blocking};
+use super::{Event, IoRequest, blocking};
 
 /// How long a dropped store waits for its operations: as long as Linux gives a SCSI disk for a command.
 pub(super) const DRAIN_MAX: Duration = Duration::from_secs(30);
@@ -22,7 +22,7 @@ pub(super) fn new_wake() -> io::Result<Arc<EventFd>> {
 }
 
 /// Makes the descriptor readable.
-pub(super) fn poke(wake: &EventFd) {
+pub(super) fn notify(wake: &EventFd) {
     if let Err(error) = wake.write(1) {
         // EAGAIN: the counter is at its end, so the descriptor is readable already.
         debug_assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "eventfd {}", wake.as_raw_fd());
@@ -47,14 +47,14 @@ pub(super) struct Pool {
 struct Shared {
     image: Arc<OpenImage>,
     wake: Arc<EventFd>,
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
     work: Condvar,
     idle: Condvar,
 }
 
 #[derive(Debug)]
-struct State {
-    queue: VecDeque<Request>,
+struct PoolState {
+    queue: VecDeque<IoRequest>,
     events: Vec<Event>,
     running: usize,
     closing: bool,
@@ -63,7 +63,7 @@ struct State {
 impl Pool {
     /// Starts `threads` threads for at most `depth` operations at a time.
     pub(super) fn new(image: Arc<OpenImage>, wake: Arc<EventFd>, threads: usize, depth: usize) -> io::Result<Self> {
-        let state = State {
+        let state = PoolState {
             queue: VecDeque::with_capacity(depth),
             events: Vec::with_capacity(depth),
             running: 0,
@@ -81,7 +81,7 @@ impl Pool {
     }
 
     /// Queues an operation; a busy thread may take it at once, a sleeping one after [`Pool::start`].
-    pub(super) fn push(&self, request: Request) {
+    pub(super) fn push(&self, request: IoRequest) {
         self.shared.lock().queue.push_back(request);
     }
 
@@ -103,7 +103,7 @@ impl Pool {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock().expect("no thread panics while it holds a pool's state")
     }
 
@@ -120,7 +120,7 @@ impl Shared {
                 state.events.push(event);
                 // Poked under the lock: whoever sees the event in take() has cleared the poke, or gets it afterwards
                 // and finds nothing.
-                poke(&self.wake);
+                notify(&self.wake);
             } else if state.closing {
                 break;
             } else {

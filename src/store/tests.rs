@@ -1,14 +1,15 @@
 //! Transfers that the system cuts short, in both engines: nothing outside the store can make one, so they are cut here,
 //! before the system call, and what lies behind the cut is on neither side until the store goes on.
 
+use crate::units::OpKind;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::file::{Engine, FileImage, OpenOptions};
-use super::{Backing, Event, Op, Request, Segment, sys};
+use super::file::{FileImage, IoEngine, OpenOptions};
+use super::{Backing, Event, IoRequest, Segment, sys};
 
 const IMAGE_BYTES: usize = 64 * 1024;
 
@@ -61,9 +62,9 @@ impl Drop for Image {
 }
 
 /// Moves all of the memory in one operation.
-fn run(image: &FileImage, op: Op, memory: &mut Memory) -> Event {
+fn run(image: &FileImage, op: OpKind, memory: &mut Memory) -> Event {
     let mut store = image.attach().unwrap();
-    let request = Request { tag: 1, op, offset: 0, len: IMAGE_BYTES as u64, segments: memory.segments() };
+    let request = IoRequest { tag: 1, op, offset: 0, len: IMAGE_BYTES as u64, segments: memory.segments() };
     store.submit(request).unwrap();
     store.kick();
     let mut events = Vec::new();
@@ -76,7 +77,7 @@ fn run(image: &FileImage, op: Op, memory: &mut Memory) -> Event {
 
 /// Both engines, with and without direct I/O, and a cut that suits: direct I/O takes whole blocks only.
 fn each(name: &str, test: impl Fn(&Arc<FileImage>, &Image, &str)) {
-    for engine in [Engine::Uring, Engine::Threads] {
+    for engine in [IoEngine::Uring, IoEngine::Threads] {
         for direct in [true, false] {
             let file = Image::new(name);
             let image = FileImage::open(&file.0, &OpenOptions { engine, direct, ..OpenOptions::default() }).unwrap();
@@ -92,7 +93,7 @@ fn a_write_that_is_cut_short_goes_on_until_all_of_it_is_there() {
     each("write", |image, file, label| {
         let mut memory = Memory::pattern();
         let want = memory.0;
-        assert!(matches!(run(image, Op::Write, &mut memory), Event::Done { .. }), "{label}");
+        assert!(matches!(run(image, OpKind::Write, &mut memory), Event::Done { .. }), "{label}");
         let mut found = vec![0; IMAGE_BYTES];
         File::open(&file.0).unwrap().read_exact_at(&mut found, 0).unwrap();
         assert!(found == want, "{label}: the image holds all of it");
@@ -105,7 +106,7 @@ fn a_read_that_is_cut_short_goes_on_until_all_of_it_is_there() {
         let want = Memory::pattern();
         File::options().write(true).open(&file.0).unwrap().write_all_at(&want.0, 0).unwrap();
         let mut memory = Memory::filled(0xee);
-        assert!(matches!(run(image, Op::Read, &mut memory), Event::Done { .. }), "{label}");
+        assert!(matches!(run(image, OpKind::Read, &mut memory), Event::Done { .. }), "{label}");
         assert!(memory.0 == want.0, "{label}: the memory holds all of it");
     });
 }
@@ -115,7 +116,7 @@ fn a_transfer_that_never_gets_a_whole_block_fails() {
     each("never", |image, _, label| {
         if !image.direct() {
             image.cut_transfers(100);
-            let event = run(image, Op::Write, &mut Memory::filled(1));
+            let event = run(image, OpKind::Write, &mut Memory::filled(1));
             assert!(matches!(event, Event::Failed { errno: libc::EIO, .. }), "{label}: {event:?}");
         }
     });

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::file::OpenImage;
 use super::pool::{self, Pool};
-use super::{Event, Limits, Refused, Request, Store};
+use super::{Event, IoRequest, Limits, Refused, StoreQueue};
 
 /// Threads of each worker's pool. One alone would let a Sync hold up every read; four leave two for transfers beside a
 /// Sync and a long Zero, and enough overlap that a disk sees a queue. More would fight the guest's processors for what
@@ -17,14 +17,14 @@ const THREADS: usize = 4;
 
 /// One worker's store on a thread pool.
 #[derive(Debug)]
-pub(super) struct ThreadsStore {
+pub(super) struct ThreadQueue {
     image: Arc<OpenImage>,
     wake: Arc<EventFd>,
     pool: Pool,
     in_flight: usize,
 }
 
-impl ThreadsStore {
+impl ThreadQueue {
     pub(super) fn new(image: Arc<OpenImage>) -> io::Result<Self> {
         let wake = pool::new_wake()?;
         let depth = usize::from(image.limits.depth);
@@ -33,7 +33,7 @@ impl ThreadsStore {
     }
 }
 
-impl Store for ThreadsStore {
+impl StoreQueue for ThreadQueue {
     fn limits(&self) -> &Limits {
         &self.image.limits
     }
@@ -42,7 +42,7 @@ impl Store for ThreadsStore {
         self.wake.as_raw_fd()
     }
 
-    fn submit(&mut self, request: Request) -> Result<(), Refused> {
+    fn submit(&mut self, request: IoRequest) -> Result<(), Refused> {
         if !self.image.limits.admissible(&request) {
             return Err(Refused::Invalid(request));
         }

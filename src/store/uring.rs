@@ -5,6 +5,7 @@
 //! are the kernel's iovec array) and the memory behind them. What a ring can't do, or must not wait for (hole maps,
 //! device ioctls, the fallbacks of `blocking`), goes to a helper thread that pokes the same eventfd.
 
+use crate::units::OpKind;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
@@ -20,21 +21,21 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::blocking::{self, Progress};
 use super::file::OpenImage;
-use super::fixed::FixedMemory;
 use super::pool::{self, DRAIN_MAX, Pool};
-use super::{Event, Limits, Op, Refused, Request, Store, sys};
+use super::registered_buffers::RegisteredBuffers;
+use super::{Event, IoRequest, Limits, Refused, StoreQueue, sys};
 
 /// The image's place in the ring's table of registered files.
 const IMAGE: types::Fixed = types::Fixed(0);
 
 /// One worker's store on a ring.
-pub(super) struct UringStore {
+pub(super) struct UringQueue {
     ring: IoUring,
     image: Arc<OpenImage>,
     wake: Arc<EventFd>,
     helper: Pool,
     /// The memory that the kernel has pinned for us.
-    fixed: FixedMemory,
+    fixed: RegisteredBuffers,
     /// The kernel knows transfers between pinned memory and several segments of it (Linux 6.15).
     vectored: bool,
     /// One for each operation of the depth.
@@ -53,13 +54,13 @@ pub(super) struct UringStore {
 /// An operation on its way.
 #[derive(Debug, Default)]
 struct Slot {
-    request: Option<Request>,
+    request: Option<IoRequest>,
     progress: Progress,
     /// The registered buffer that its memory lies in.
     buffer: Option<u16>,
 }
 
-impl UringStore {
+impl UringQueue {
     pub(super) fn new(image: Arc<OpenImage>) -> io::Result<Self> {
         let depth = usize::from(image.limits.depth);
         let ring = new_ring(u32::from(image.limits.depth))?;
@@ -79,7 +80,7 @@ impl UringStore {
             image,
             wake,
             helper,
-            fixed: FixedMemory::default(),
+            fixed: RegisteredBuffers::default(),
             vectored: [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE]
                 .iter()
                 .all(|&code| probe.is_supported(code)),
@@ -93,13 +94,13 @@ impl UringStore {
 
     /// Whether the ring has an opcode for the operation on this image, as it is now; the helper knows what to say to the
     /// others.
-    fn fits_ring(&self, request: &Request) -> bool {
+    fn fits_ring(&self, request: &IoRequest) -> bool {
         match request.op {
             _ if !self.image.still_holds(request) => false,
-            Op::Read | Op::Write | Op::Sync | Op::Allocate => true,
-            Op::Map => false,
-            Op::Discard => !self.image.is_device(),
-            Op::Zero { .. } => {
+            OpKind::Read | OpKind::Write | OpKind::Sync | OpKind::Allocate => true,
+            OpKind::Map => false,
+            OpKind::Discard => !self.image.is_device(),
+            OpKind::Zero { .. } => {
                 let whole = (request.offset, request.offset + request.len);
                 self.image.whole_blocks(request.offset, request.len) == Some(whole)
             }
@@ -133,7 +134,7 @@ impl UringStore {
         let event = match u64::try_from(result) {
             // ECANCELED: the thread that submitted it has ended before it began. We never cancel.
             Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN | libc::ECANCELED) => None,
-            Err(_) if matches!(request.op, Op::Zero { .. }) && sys::is_unsupported(-result) => {
+            Err(_) if matches!(request.op, OpKind::Zero { .. }) && sys::is_unsupported(-result) => {
                 let request = slot.request.take().expect("looked at just now");
                 self.free.push(index);
                 self.helper.push(request);
@@ -141,7 +142,7 @@ impl UringStore {
                 return;
             }
             Err(_) => Some(blocking::failure(tag, -result)),
-            Ok(moved) if matches!(request.op, Op::Read | Op::Write) => {
+            Ok(moved) if matches!(request.op, OpKind::Read | OpKind::Write) => {
                 match slot.progress.advance(request, moved, block) {
                     Ok(true) => Some(Event::Done { tag }),
                     Ok(false) => None,
@@ -170,7 +171,7 @@ impl UringStore {
                 self.image.path().display()
             );
         }
-        pool::poke(&self.wake);
+        pool::notify(&self.wake);
     }
 }
 
@@ -188,26 +189,26 @@ fn entry(image: &OpenImage, slot: &Slot) -> Entry {
     let request = slot.request.as_ref().expect("a ready slot has an operation");
     let (offset, len) = (request.offset, request.len);
     match request.op {
-        Op::Read | Op::Write => transfer_entry(image, slot, request),
-        Op::Sync => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
-        Op::Zero { unmap } => {
+        OpKind::Read | OpKind::Write => transfer_entry(image, slot, request),
+        OpKind::Sync => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
+        OpKind::Zero { unmap } => {
             let mode = blocking::zero_modes(image, unmap)[0];
             opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode).build()
         }
-        Op::Discard => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::PUNCH).build(),
-        Op::Allocate => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::RESERVE).build(),
-        Op::Map => unreachable!("maps go to the helper"),
+        OpKind::Discard => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::PUNCH).build(),
+        OpKind::Allocate => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::RESERVE).build(),
+        OpKind::Map => unreachable!("maps go to the helper"),
     }
 }
 
 #[cfg_attr(not(test), allow(unused_variables, reason = "tests cut transfers of an image short"))]
-fn transfer_entry(image: &OpenImage, slot: &Slot, request: &Request) -> Entry {
+fn transfer_entry(image: &OpenImage, slot: &Slot, request: &IoRequest) -> Entry {
     let (rest, offset) = (slot.progress.rest(request), slot.progress.offset(request));
     #[cfg(test)]
     let cut = blocking::cut_short(image, rest);
     #[cfg(test)]
     let rest = cut.as_ref().map_or(rest, std::slice::from_ref);
-    let write = request.op == Op::Write;
+    let write = request.op == OpKind::Write;
     if let [only] = rest {
         let len = u32::try_from(only.len).expect("admissible() bounds a transfer");
         return match (write, slot.buffer) {
@@ -227,7 +228,7 @@ fn transfer_entry(image: &OpenImage, slot: &Slot, request: &Request) -> Entry {
     }
 }
 
-impl Store for UringStore {
+impl StoreQueue for UringQueue {
     fn limits(&self) -> &Limits {
         &self.image.limits
     }
@@ -236,11 +237,11 @@ impl Store for UringStore {
         self.wake.as_raw_fd()
     }
 
-    fn expect_memory(&mut self, memory: Range<usize>) {
-        self.fixed = FixedMemory::new(&self.ring.submitter(), memory);
+    fn hint_memory(&mut self, memory: Range<usize>) {
+        self.fixed = RegisteredBuffers::new(&self.ring.submitter(), memory);
     }
 
-    fn submit(&mut self, request: Request) -> Result<(), Refused> {
+    fn submit(&mut self, request: IoRequest) -> Result<(), Refused> {
         if !self.image.limits.admissible(&request) {
             return Err(Refused::Invalid(request));
         }
@@ -313,7 +314,7 @@ impl Store for UringStore {
     }
 }
 
-impl Drop for UringStore {
+impl Drop for UringQueue {
     /// Finishes what was accepted: the kernel may write to its memory until then.
     fn drop(&mut self) {
         let deadline = Instant::now() + DRAIN_MAX;
@@ -346,9 +347,9 @@ impl Drop for UringStore {
     }
 }
 
-impl fmt::Debug for UringStore {
+impl fmt::Debug for UringQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UringStore")
+        f.debug_struct("UringQueue")
             .field("image", &self.image)
             .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()

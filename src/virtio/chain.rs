@@ -135,7 +135,7 @@ impl<'a> Table<'a> {
     /// Calls for what the chains at `heads` begin with: the first descriptor, and the header or indirect table that it points
     /// to. The guest's processor has just written both. Of one chain after the other, each waits for its lines by itself;
     /// here the processor waits for those of several at a time.
-    pub fn foresee(&self, mem: &GuestRam, heads: &[u16]) {
+    pub fn prefetch_heads(&self, mem: &GuestRam, heads: &[u16]) {
         for descriptor in heads.iter().filter_map(|&head| self.read(mem, head)) {
             if let Some(first) = mem.slice(descriptor.addr(), 1) {
                 prefetch(first.ptr_guard().as_ptr());

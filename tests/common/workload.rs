@@ -234,7 +234,7 @@ pub struct Faults<'a> {
 
 /// How much of what to do.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan {
+pub struct IoPlan {
     pub requests: u64,
     pub seed: u64,
     /// Pauses in which everything is flushed and [`Faults::flushed`] is called.
@@ -265,7 +265,7 @@ struct InFlight {
 /// => a write that failed leaves each of its sectors old or new; a discard that failed leaves anything
 /// => requests whose outcome would depend on their order are never out together
 #[track_caller]
-pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &Plan, faults: &mut Faults<'_>) -> Report {
+pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &IoPlan, faults: &mut Faults<'_>) -> Report {
     let mut prng = Prng::new(plan.seed);
     let mut report = Report::default();
     let mut slots: Vec<Option<InFlight>> = (0..client.depth).map(|_| None).collect();

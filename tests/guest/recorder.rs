@@ -7,7 +7,8 @@ use std::slice;
 use std::sync::{Arc, Mutex};
 
 use genblk::error::Result;
-use genblk::store::{Backing, Event, Limits, Op, Refused, Request, Store};
+use genblk::store::{Backing, Event, IoRequest, Limits, Refused, StoreQueue};
+use genblk::units::OpKind;
 
 /// What a power cut leaves whole: ext4 writes the two sectors of its superblock in place, and counts on them. (Disks write
 /// at least this much at once: their physical blocks have 4096 bytes.)
@@ -74,35 +75,35 @@ impl Backing for RecordedImage {
         self.inner.limits()
     }
 
-    fn attach(&self) -> Result<Box<dyn Store>> {
+    fn attach(&self) -> Result<Box<dyn StoreQueue>> {
         let (inner, recorder) = (self.inner.attach()?, self.recorder.clone());
         Ok(Box::new(RecordedStore { inner, recorder, out: HashMap::new() }))
     }
 }
 
 struct RecordedStore {
-    inner: Box<dyn Store>,
+    inner: Box<dyn StoreQueue>,
     recorder: Recorder,
     /// Numbers of the operations under way, by their tags.
     out: HashMap<u64, usize>,
 }
 
 /// What a request changes; `None`: nothing.
-fn change_of(request: &Request) -> Option<Change> {
+fn change_of(request: &IoRequest) -> Option<Change> {
     let len = usize::try_from(request.len).unwrap();
     match request.op {
-        Op::Write => {
+        OpKind::Write => {
             // SAFETY: the request owns the memory of its segments until its event, and nobody writes to it.
             let piece = |segment: &genblk::store::Segment| unsafe { slice::from_raw_parts(segment.base, segment.len) };
             Some(Change::Write(request.segments.iter().map(piece).collect::<Vec<_>>().concat()))
         }
-        Op::Zero { .. } | Op::Discard => Some(Change::Zero(len)),
-        Op::Sync => Some(Change::Sync),
-        Op::Read | Op::Map | Op::Allocate => None,
+        OpKind::Zero { .. } | OpKind::Discard => Some(Change::Zero(len)),
+        OpKind::Sync => Some(Change::Sync),
+        OpKind::Read | OpKind::Map | OpKind::Allocate => None,
     }
 }
 
-impl Store for RecordedStore {
+impl StoreQueue for RecordedStore {
     fn limits(&self) -> &Limits {
         self.inner.limits()
     }
@@ -111,7 +112,7 @@ impl Store for RecordedStore {
         self.inner.wake_fd()
     }
 
-    fn submit(&mut self, request: Request) -> std::result::Result<(), Refused> {
+    fn submit(&mut self, request: IoRequest) -> std::result::Result<(), Refused> {
         let (tag, offset) = (request.tag, usize::try_from(request.offset).unwrap());
         let change = change_of(&request);
         // Held meanwhile: what another worker's store sees complete comes before or after all of this.

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use genblk::store::faulty::FaultyImage;
 use genblk::store::file::{Engine, FileImage, OpenOptions};
-use genblk::store::{Backing, Event, Op, Request, Segment, Store};
+use genblk::store::{Backing, Event, IoRequest, Segment, StoreQueue};
+use genblk::units::OpKind;
 
 pub const MIB: u64 = 1 << 20;
 
@@ -129,7 +130,7 @@ pub fn settings(name: &str, size: u64) -> Vec<Setting> {
 
 /// Submits, kicks, and waits for all events.
 pub struct Driver {
-    pub store: Box<dyn Store>,
+    pub store: Box<dyn StoreQueue>,
     tag: u64,
 }
 
@@ -138,12 +139,12 @@ impl Driver {
         Self { store: backing.attach().unwrap(), tag: 0 }
     }
 
-    pub fn request(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Request {
+    pub fn request(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> IoRequest {
         self.tag += 1;
-        Request { tag: self.tag, op, offset, len, segments }
+        IoRequest { tag: self.tag, op, offset, len, segments }
     }
 
-    pub fn start(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> u64 {
+    pub fn start(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> u64 {
         let request = self.request(op, offset, len, segments);
         self.store.submit(request).expect("admissible and not full");
         self.tag
@@ -167,25 +168,25 @@ impl Driver {
     }
 
     /// Runs one operation.
-    pub fn try_run(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Event {
+    pub fn try_run(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> Event {
         let tag = self.start(op, offset, len, segments);
         self.finish().remove(&tag).expect("an event for the operation")
     }
 
     /// Runs one operation that must succeed.
-    pub fn run(&mut self, op: Op, offset: u64, len: u64, segments: Vec<Segment>) -> Event {
+    pub fn run(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> Event {
         let event = self.try_run(op, offset, len, segments);
         assert!(!matches!(event, Event::Failed { .. }), "{op:?} at {offset}+{len}: {event:?}");
         event
     }
 
     pub fn write(&mut self, offset: u64, bytes: &mut Buffer) {
-        self.run(Op::Write, offset, bytes.len() as u64, vec![bytes.segment(0, bytes.len())]);
+        self.run(OpKind::Write, offset, bytes.len() as u64, vec![bytes.segment(0, bytes.len())]);
     }
 
     pub fn read(&mut self, offset: u64, len: usize) -> Vec<u8> {
         let mut buffer = Buffer::filled(len, 0xee);
-        self.run(Op::Read, offset, len as u64, vec![buffer.segment(0, len)]);
+        self.run(OpKind::Read, offset, len as u64, vec![buffer.segment(0, len)]);
         buffer.bytes().to_vec()
     }
 }

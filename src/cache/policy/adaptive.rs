@@ -12,11 +12,11 @@
 
 use crate::units::{PageId, PageNo, low_u32};
 
-use super::model::Model;
+use super::mini_simulation::MiniSimulation;
 use super::s3fifo::S3Fifo;
 use super::{Policy, Verdict};
 
-/// Small's share where pages are told apart by how often they are asked for.
+/// Small's share where pages are last_reported apart by how often they are asked for.
 const SHORT_PERCENT: u32 = 10;
 /// Small's share where what counts is how long ago that was: nearly LRU.
 const LONG_PERCENT: u32 = 90;
@@ -31,8 +31,8 @@ const LEAD_DECIDES: i32 = 8;
 #[derive(Debug)]
 pub(super) struct Adaptive {
     queues: S3Fifo,
-    short: Model,
-    long: Model,
+    short: MiniSimulation,
+    long: MiniSimulation,
     /// Misses of `short` less those of `long`, within bounds.
     lead_of_long: i32,
     /// Pages whose hash lies below this take part in the trials.
@@ -43,7 +43,7 @@ impl Adaptive {
     /// For a cache of `pages` pages.
     pub fn new(pages: u32) -> Self {
         let trial_pages = pages.min(TRIAL_PAGES);
-        let trial = |percent| Model::with(Box::new(S3Fifo::new(trial_pages, percent)), trial_pages);
+        let trial = |percent| MiniSimulation::with(Box::new(S3Fifo::new(trial_pages, percent)), trial_pages);
         Self {
             queues: S3Fifo::new(pages, SHORT_PERCENT),
             short: trial(SHORT_PERCENT),
@@ -126,7 +126,7 @@ mod tests {
     const PAGES: u32 = 2000;
 
     fn misses(policy: Box<dyn Policy>, accesses: impl Iterator<Item = u64>) -> usize {
-        let mut model = Model::with(policy, PAGES);
+        let mut model = MiniSimulation::with(policy, PAGES);
         accesses.filter(|page| !model.access(PageNo(*page))).count()
     }
 

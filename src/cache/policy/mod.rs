@@ -10,10 +10,10 @@ mod adaptive;
 mod ghost;
 mod list;
 mod lru;
-mod model;
+mod mini_simulation;
 mod s3fifo;
 
-pub use model::Model;
+pub use mini_simulation::MiniSimulation;
 
 /// What the cache says of a page that the policy offers up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,7 +28,7 @@ const BURST_TICKS_MIN: u32 = 8;
 const MAIN_TURN: u32 = 10;
 
 /// What became of one candidate.
-enum Step {
+enum QueueStep {
     Evicted(PageId),
     /// It had been asked for: it moved up, or round.
     Promoted,
@@ -100,13 +100,13 @@ impl S3Fifo {
         &mut self,
         judge: &mut dyn FnMut(PageId) -> (Verdict, u32),
         number: &dyn Fn(PageId) -> PageNo,
-    ) -> Step {
+    ) -> QueueStep {
         let id = self.small.oldest().expect("small is not empty");
         if self.nodes[id.index()].referenced {
             self.small.unlink(&mut self.nodes, id);
             self.nodes[id.index()].referenced = false;
             self.main.push(&mut self.nodes, id);
-            return Step::Promoted;
+            return QueueStep::Promoted;
         }
         match judge(id) {
             (Verdict::Evict { asked_for }, _) => {
@@ -114,27 +114,27 @@ impl S3Fifo {
                 if asked_for {
                     self.ghost.insert(number(id));
                 }
-                Step::Evicted(id)
+                QueueStep::Evicted(id)
             }
             (Verdict::Keep, kept) => {
                 self.small.renew(&mut self.nodes, id);
-                Step::Kept(kept)
+                QueueStep::Kept(kept)
             }
         }
     }
 
     /// Main's oldest page: round again if it was asked for, out if it may go.
-    fn step_main(&mut self, judge: &mut dyn FnMut(PageId) -> (Verdict, u32)) -> Step {
+    fn step_main(&mut self, judge: &mut dyn FnMut(PageId) -> (Verdict, u32)) -> QueueStep {
         let id = self.main.oldest().expect("main is not empty");
         let step = if std::mem::take(&mut self.nodes[id.index()].referenced) {
-            Step::Promoted
+            QueueStep::Promoted
         } else {
             match judge(id) {
                 (Verdict::Evict { .. }, _) => {
                     self.main.unlink(&mut self.nodes, id);
-                    return Step::Evicted(id);
+                    return QueueStep::Evicted(id);
                 }
-                (Verdict::Keep, kept) => Step::Kept(kept),
+                (Verdict::Keep, kept) => QueueStep::Kept(kept),
             }
         };
         self.main.renew(&mut self.nodes, id);
@@ -183,7 +183,7 @@ impl Policy for S3Fifo {
         judge: &mut dyn FnMut(PageId) -> Verdict,
         number: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId> {
-        // Only pages that must stay count against the bound: promoting a page and clearing its bit were paid for by
+        // Only pages that must stay count against the bound: promoting a page and clearing its bit were was_worthwhile for by
         // the access that set it.
         let mut kept = 0;
         let mut judge = |id: PageId| {
@@ -197,13 +197,13 @@ impl Policy for S3Fifo {
             let from_small = (self.prefers_small() != stuck || self.main.len() == 0) && self.small.len() > 0;
             let step = if from_small { self.step_small(&mut judge, number) } else { self.step_main(&mut judge) };
             match step {
-                Step::Evicted(id) => {
+                QueueStep::Evicted(id) => {
                     self.evicted = self.evicted.wrapping_add(1);
                     return Some(id);
                 }
-                Step::Kept(kept) if kept >= steps_max => return None,
-                Step::Kept(kept) => stuck = kept >= steps_max / 2,
-                Step::Promoted => {}
+                QueueStep::Kept(kept) if kept >= steps_max => return None,
+                QueueStep::Kept(kept) => stuck = kept >= steps_max / 2,
+                QueueStep::Promoted => {}
             }
         }
         None

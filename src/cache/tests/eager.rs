@@ -1,6 +1,7 @@
 //! Write-back ahead of the FLUSH: what goes at once, and what is better kept.
 
 use super::*;
+use crate::units::OpKind;
 
 const NOW: Tick = Tick(1);
 /// Pages that have nothing to do with each other.
@@ -22,11 +23,11 @@ fn flush(cache: &mut PageCache) {
     settle(cache, NOW);
 }
 
-/// Pumps; returns the operations that this starts, which stay in flight.
+/// Pumps; returns the operations that this starts, which stay in op.
 fn started(cache: &mut PageCache) -> Vec<u32> {
     let mut tags = Vec::new();
     cache.pump(NOW);
-    cache.take_plans(|plan| tags.push(plan.tag));
+    cache.take_ops(|plan| tags.push(plan.tag));
     tags
 }
 
@@ -96,7 +97,7 @@ fn a_write_of_many_pages_is_one_write() {
         flush(&mut cache);
     }
     write(&mut cache, 0, 16 * 8);
-    assert_eq!(settle(&mut cache, NOW), [(PlanKind::Write, SectorSpan::new(0, 16 * 8))]);
+    assert_eq!(settle(&mut cache, NOW), [(OpKind::Write, SectorSpan::new(0, 16 * 8))]);
 }
 
 #[test]
@@ -176,7 +177,7 @@ fn a_page_that_is_written_again_on_its_way_to_the_store_is_not_lost_to_the_flush
     cache.pump(NOW);
     write(&mut cache, 0, 8);
     cache.flush(Ticket(7));
-    let writes = settle(&mut cache, NOW).iter().filter(|(kind, _)| *kind == PlanKind::Write).count();
+    let writes = settle(&mut cache, NOW).iter().filter(|(kind, _)| *kind == OpKind::Write).count();
     assert_eq!((writes, cache.is_stable()), (2, true));
 }
 

@@ -30,7 +30,7 @@ enum State {
     Absent,
     /// Nothing on the store, nothing in memory.
     Hole,
-    /// A read-in is in flight.
+    /// A read-in is in op.
     Reading,
     /// As on the store.
     Clean,
@@ -42,7 +42,7 @@ enum State {
     Writing,
     /// As Partial, but the others are a hole.
     PartialHole,
-    /// [`PART`] was written while a read-in is in flight.
+    /// [`PART`] was written while a read-in is in op.
     ReadingDirty,
     /// [`PART`] was written again while all of the page is on its way to the store.
     WritingDirty,
@@ -69,7 +69,7 @@ impl State {
         matches!(self, Hole | PartialHole)
     }
 
-    /// Whether a read-in is in flight.
+    /// Whether a read-in is in op.
     fn is_reading(self) -> bool {
         matches!(self, Reading | ReadingDirty)
     }

@@ -14,7 +14,7 @@ const USED: u64 = 0x9000;
 fn walk(mem: &GuestRam, table: u64, size: u16, head: u16) -> (Vec<Buffer>, Result<(), BrokenChain>) {
     let mut buffers = Vec::new();
     let table = Table::new(mem, GuestAddress(table), u32::from(size));
-    table.foresee(mem, &[head, size, u16::MAX]);
+    table.prefetch_heads(mem, &[head, size, u16::MAX]);
     for buffer in Chain::new(mem, table, head) {
         match buffer {
             Ok(buffer) => buffers.push(buffer),

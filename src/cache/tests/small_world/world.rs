@@ -7,6 +7,7 @@ use crate::cache::*;
 use crate::sim::PlantedBug;
 use crate::sim::disk::Disk;
 use crate::sim::memory::{GARBAGE, Memory};
+use crate::units::OpKind;
 
 /// Pages of the image.
 pub(super) const PAGES: usize = 4;
@@ -28,7 +29,7 @@ const FLUSH: Ticket = Ticket(u64::MAX);
 #[derive(Debug)]
 struct Operation {
     tag: u32,
-    kind: PlanKind,
+    kind: OpKind,
     span: SectorSpan,
     frames: Vec<FrameId>,
     /// Write: what the frames held when it began.
@@ -341,7 +342,7 @@ impl<'a> World<'a> {
                 self.give_back_all();
             }
             let (mut plans, mut notices) = (Vec::new(), Vec::new());
-            self.cache.take_plans(|Plan { tag, kind, span, frames, .. }| {
+            self.cache.take_ops(|StoreOpRef { tag, kind, span, frames, .. }| {
                 plans.push(Operation { tag, kind, span, frames: frames.to_vec(), content: Vec::new() });
             });
             self.cache.take_notices(&mut notices);
@@ -361,13 +362,13 @@ impl<'a> World<'a> {
         let span = operation.span;
         assert!(span.end() <= self.scene.shape.image_sectors, "{:?} of {span:?} ends past the image", operation.kind);
         match operation.kind {
-            PlanKind::Read => {
+            OpKind::Read => {
                 for no in span.pages().iter() {
                     self.check_read(no);
                     self.pages_read.push(no.0 as usize);
                 }
             }
-            PlanKind::Write => {
+            OpKind::Write => {
                 operation.content = self.content(&operation);
                 assert!(!operation.content.contains(&GARBAGE), "garbage on its way to the disk");
             }
@@ -395,13 +396,13 @@ impl<'a> World<'a> {
     fn end(&mut self, index: usize) {
         let operation = self.operations.remove(index);
         match operation.kind {
-            PlanKind::Read => {
+            OpKind::Read => {
                 for sector in operation.sectors() {
                     let (frame, at) = operation.place(sector);
                     self.memory.set(frame, at, self.disk.read(sector));
                 }
             }
-            PlanKind::Write => {
+            OpKind::Write => {
                 assert_eq!(self.content(&operation), operation.content, "a frame changed on its way to the disk");
                 for (sector, &version) in operation.sectors().zip(&operation.content) {
                     self.disk.write(sector, version);
@@ -410,7 +411,7 @@ impl<'a> World<'a> {
             _ => {}
         }
         let outcome = match operation.kind {
-            PlanKind::Map => Outcome::Mapped(self.disk.map(0, self.disk.sectors())),
+            OpKind::Map => Outcome::Mapped(self.disk.map(0, self.disk.sectors())),
             _ => Outcome::Done,
         };
         self.cache.complete(operation.tag, &outcome, NOW);

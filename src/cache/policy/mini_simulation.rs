@@ -9,7 +9,7 @@ use super::{Policy, Verdict};
 
 /// What a cache of so many pages would hold.
 #[derive(Debug)]
-pub struct Model {
+pub struct MiniSimulation {
     policy: Box<dyn Policy>,
     /// Slots by the number of their page.
     index: HashTable<u32>,
@@ -17,7 +17,7 @@ pub struct Model {
     pages: u32,
 }
 
-impl Model {
+impl MiniSimulation {
     /// A cache of `pages` pages, empty.
     pub fn new(kind: PolicyKind, pages: u32) -> Self {
         Self::with(super::new(kind, pages), pages)

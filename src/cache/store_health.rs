@@ -5,7 +5,7 @@
 
 use crate::units::{Fault, Tick};
 
-use super::{Notice, OnError, PageCache, Ticket};
+use super::{ErrorPolicy, Notice, PageCache, Ticket};
 
 /// Pause after a failed write: from this, doubling ...
 const BACKOFF_US_MIN: u64 = 100_000;
@@ -14,9 +14,9 @@ const BACKOFF_US_MAX: u64 = 5_000_000;
 
 /// How the store takes our writes, for the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Condition {
+pub enum Health {
     /// As it should.
-    Well,
+    Healthy,
     /// It fails, and requests that need it fail.
     Reporting(Fault),
     /// It fails, and requests that need it wait.
@@ -27,9 +27,9 @@ pub enum Condition {
 
 /// What the operator is to hear of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum News {
+pub enum HealthEvent {
     /// The store's condition has changed.
-    Condition(Condition),
+    Health(Health),
     /// The store can't reserve space: a full disk is met when pages are written back.
     NoReservations,
 }
@@ -62,25 +62,25 @@ impl Failure {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Failing {
+pub(super) struct StoreHealth {
     failure: Option<Failure>,
-    condition: Option<Condition>,
-    /// The condition that the operator was last told of.
-    told: Option<Condition>,
-    /// The operator resumed it, and what comes of that is to be told even if it is the same again.
+    condition: Option<Health>,
+    /// The condition that the operator was last last_reported of.
+    last_reported: Option<Health>,
+    /// The operator resumed it, and what comes of that is to be last_reported even if it is the same again.
     resumed: bool,
 }
 
-impl Failing {
-    fn condition(&self) -> Condition {
-        self.condition.unwrap_or(Condition::Well)
+impl StoreHealth {
+    fn health(&self) -> Health {
+        self.condition.unwrap_or(Health::Healthy)
     }
 
     /// The fault by which requests fail now that need more space; none while it is well, or while they wait.
     pub fn space_refused(&self) -> Option<Fault> {
-        match self.condition() {
-            Condition::Reporting(fault) | Condition::Stopped(fault) => Some(fault),
-            Condition::Well | Condition::Holding(_) => None,
+        match self.health() {
+            Health::Reporting(fault) | Health::Stopped(fault) => Some(fault),
+            Health::Healthy | Health::Holding(_) => None,
         }
     }
 
@@ -96,19 +96,19 @@ impl Failing {
 
     /// Whether requests that need the store wait.
     pub fn holding(&self) -> bool {
-        matches!(self.condition(), Condition::Holding(_))
+        matches!(self.health(), Health::Holding(_))
     }
 
     /// The fault for which the store is left alone.
     pub fn stopped(&self) -> Option<Fault> {
-        match self.condition() {
-            Condition::Stopped(fault) => Some(fault),
+        match self.health() {
+            Health::Stopped(fault) => Some(fault),
             _ => None,
         }
     }
 
     /// What fails for this cause has gone well, and nothing of it is left that had failed.
-    pub fn heal_after(&mut self, well: Cause) {
+    pub fn clear_failure(&mut self, well: Cause) {
         let heals = self.failure.is_some_and(|Failure { cause, .. }| match cause {
             Cause::Sync => well == Cause::Sync,
             Cause::Write => well != Cause::Allocate,
@@ -155,7 +155,7 @@ impl PageCache {
         let now = self.now;
         // If nobody has asked for space for so long, it may have been there meanwhile.
         let goes_on = |failure: &Failure| !failure.is_of_space() || now.since_us(failure.retry_at) <= BACKOFF_US_MAX;
-        let earlier = self.failing.failure.filter(goes_on);
+        let earlier = self.health.failure.filter(goes_on);
         let (since, backoff_us) = match earlier {
             // Several writes of one try fail together: that is one failure.
             Some(Failure { since, retry_at, backoff_us, .. }) if now < retry_at => (since, backoff_us),
@@ -166,20 +166,20 @@ impl PageCache {
         let earlier = earlier.map_or(cause, |failure| failure.cause);
         let grave = [Cause::Sync, Cause::Write].into_iter().find(|&grave| cause == grave || earlier == grave);
         let gravest = grave.unwrap_or(Cause::Allocate);
-        self.failing.failure = Some(Failure { cause: gravest, since, retry_at: now.plus_us(backoff_us), backoff_us });
+        self.health.failure = Some(Failure { cause: gravest, since, retry_at: now.plus_us(backoff_us), backoff_us });
         let policy = if fault == Fault::NoSpace { self.settings.on_full } else { self.settings.on_error };
         let condition = match policy {
-            _ if self.failing.stopped().is_some() => return,
-            OnError::Hold if now.since_us(since) < self.hold_us() => Condition::Holding(fault),
-            OnError::Hold | OnError::Report => Condition::Reporting(fault),
-            OnError::Stop => Condition::Stopped(fault),
+            _ if self.health.stopped().is_some() => return,
+            ErrorPolicy::Hold if now.since_us(since) < self.hold_us() => Health::Holding(fault),
+            ErrorPolicy::Hold | ErrorPolicy::Report => Health::Reporting(fault),
+            ErrorPolicy::Stop => Health::Stopped(fault),
         };
-        self.failing.condition = Some(condition);
+        self.health.condition = Some(condition);
         // A Sync covers what every FLUSH that waits has to see durable, or some of it.
-        if cause == Cause::Sync && matches!(condition, Condition::Reporting(_)) {
+        if cause == Cause::Sync && matches!(condition, Health::Reporting(_)) {
             self.fail_all_flushes(fault);
         }
-        if policy == OnError::Stop {
+        if policy == ErrorPolicy::Stop {
             self.fail_all_flushes(fault);
             self.fail_waiting_ranges(fault);
             self.stalled.unblock();
@@ -187,9 +187,9 @@ impl PageCache {
     }
 
     /// The store has done what had failed for this cause; once no page is left that had, it is well.
-    pub(super) fn gone_well(&mut self, cause: Cause) {
+    pub(super) fn store_succeeded(&mut self, cause: Cause) {
         if self.dirty.failed_pages() == 0 {
-            self.failing.heal_after(cause);
+            self.health.clear_failure(cause);
         }
     }
 
@@ -206,11 +206,11 @@ impl PageCache {
 
     /// Requests have waited for the store long enough.
     pub(super) fn end_hold(&mut self) {
-        if let Condition::Holding(fault) = self.failing.condition()
+        if let Health::Holding(fault) = self.health.health()
             && self.hold_ends().is_some_and(|end| end <= self.now)
         {
-            self.failing.condition = Some(Condition::Reporting(fault));
-            if self.failing.reported().is_some() {
+            self.health.condition = Some(Health::Reporting(fault));
+            if self.health.reported().is_some() {
                 self.fail_all_flushes(fault);
             }
             // What has stalled finds out when it resumes.
@@ -220,42 +220,42 @@ impl PageCache {
 
     /// When the requests that wait for the store are to fail.
     pub(super) fn hold_ends(&self) -> Option<Tick> {
-        self.failing.failure.filter(|_| self.failing.holding()).map(|failure| failure.since.plus_us(self.hold_us()))
+        self.health.failure.filter(|_| self.health.holding()).map(|failure| failure.since.plus_us(self.hold_us()))
     }
 
     /// The operator says that the store is well again: what failed is tried at once.
     pub fn resume(&mut self) {
-        self.failing.resumed = self.failing.condition() != Condition::Well;
-        self.failing.condition = None;
-        self.failing.retry_now(self.now);
+        self.health.resumed = self.health.health() != Health::Healthy;
+        self.health.condition = None;
+        self.health.retry_now(self.now);
         self.stalled.unblock();
     }
 
     /// How the store takes our writes.
-    pub fn condition(&self) -> Condition {
-        self.failing.condition()
+    pub fn health(&self) -> Health {
+        self.health.health()
     }
 
-    /// What the operator has not been told yet.
-    pub fn take_news(&mut self) -> Option<News> {
+    /// What the operator has not been last_reported yet.
+    pub fn take_health_event(&mut self) -> Option<HealthEvent> {
         if self.allocating.take_refusal() {
-            return Some(News::NoReservations);
+            return Some(HealthEvent::NoReservations);
         }
-        let condition = self.failing.condition();
+        let condition = self.health.health();
         // Resumed, and not tried yet.
-        let undecided = condition == Condition::Well && self.failing.failure.is_some();
-        let changed = self.failing.told.unwrap_or(Condition::Well) != condition;
-        if undecided || !changed && !self.failing.resumed {
+        let undecided = condition == Health::Healthy && self.health.failure.is_some();
+        let changed = self.health.last_reported.unwrap_or(Health::Healthy) != condition;
+        if undecided || !changed && !self.health.resumed {
             return None;
         }
-        self.failing.resumed = false;
-        self.failing.told = Some(condition);
-        Some(News::Condition(condition))
+        self.health.resumed = false;
+        self.health.last_reported = Some(condition);
+        Some(HealthEvent::Health(condition))
     }
 
     /// A request that would change the store is refused while it is left alone: says so, and returns true.
     pub(super) fn refuse_while_stopped(&mut self, ticket: Ticket) -> bool {
-        let stopped = self.failing.stopped();
+        let stopped = self.health.stopped();
         self.notices.extend(stopped.map(|fault| Notice::Done(ticket, Err(fault))));
         stopped.is_some()
     }

@@ -23,7 +23,7 @@ const CHUNKS_MAX: usize = 1 << 14;
 
 /// The chunks of one ring.
 #[derive(Debug, Default)]
-pub(super) struct FixedMemory {
+pub(super) struct RegisteredBuffers {
     memory: Range<usize>,
     chunk_bytes: usize,
     /// Whether each chunk is registered; empty where the kernel has refused.
@@ -32,7 +32,7 @@ pub(super) struct FixedMemory {
     full: bool,
 }
 
-impl FixedMemory {
+impl RegisteredBuffers {
     /// None is registered yet. `memory` (addresses) stays mapped as long as the ring has operations in flight.
     pub fn new(ring: &Submitter, memory: Range<usize>) -> Self {
         let chunk_bytes = memory.len().div_ceil(CHUNKS_MAX).next_power_of_two().max(CHUNK_BYTES_MIN);
@@ -94,7 +94,7 @@ mod tests {
     fn a_chunk_holds_what_lies_wholly_in_it() {
         const MIB: usize = 1 << 20;
         let start = 7 * MIB;
-        let fixed = FixedMemory {
+        let fixed = RegisteredBuffers {
             memory: start..start + 100 * MIB,
             chunk_bytes: CHUNK_BYTES_MIN,
             registered: vec![false; 4],
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(chunk(96 * MIB, 4 * MIB + 1), None);
         assert_eq!(chunk(96 * MIB, usize::MAX), None);
         assert_eq!(fixed.chunk_of(&Segment { base: std::ptr::without_provenance_mut(start - 1), len: 2 }), None);
-        let none = FixedMemory::default();
+        let none = RegisteredBuffers::default();
         assert_eq!(none.chunk_of(&Segment { base: std::ptr::without_provenance_mut(start), len: 512 }), None);
     }
 }

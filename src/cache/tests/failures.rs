@@ -1,21 +1,22 @@
 //! Requests that wait and stores that fail: who has to wait for whom, and when all is well again.
 
 use super::*;
+use crate::units::OpKind;
 
 const NOW: Tick = Tick(1_000_000);
 const FLUSH: Ticket = Ticket(77);
 
-/// Pumps; returns the operations that this starts, which stay in flight.
-fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, PlanKind, SectorSpan)> {
+/// Pumps; returns the operations that this starts, which stay in op.
+fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, OpKind, SectorSpan)> {
     let mut plans = Vec::new();
     cache.pump(now);
-    cache.take_plans(|plan| plans.push((plan.tag, plan.kind, plan.span)));
+    cache.take_ops(|plan| plans.push((plan.tag, plan.kind, plan.span)));
     plans
 }
 
 /// Ends every operation of one kind with a fault, all others well, until `until` or until nothing is due any more; returns
 /// how many have failed.
-fn run_failing(cache: &mut PageCache, broken: PlanKind, now: &mut Tick, until: Tick) -> usize {
+fn run_failing(cache: &mut PageCache, broken: OpKind, now: &mut Tick, until: Tick) -> usize {
     let mut failed = 0;
     while *now <= until {
         for (tag, kind, _) in started(cache, *now) {
@@ -54,14 +55,14 @@ fn a_flush_fails_if_the_rest_of_a_block_cannot_be_read() {
     let mut now = NOW;
     write(&mut cache, 3, 1);
     cache.flush(FLUSH);
-    let reads = run_failing(&mut cache, PlanKind::Read, &mut now, NOW.plus_us(10_000_000));
+    let reads = run_failing(&mut cache, OpKind::Read, &mut now, NOW.plus_us(10_000_000));
     assert!((2..20).contains(&reads), "it is read again now and then, and not at full speed: {reads} times");
     assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)));
-    assert_eq!(cache.condition(), Condition::Reporting(Fault::Media));
+    assert_eq!(cache.health(), Health::Reporting(Fault::Media));
     cache.flush(FLUSH);
     settle(&mut cache, now);
     assert_eq!(flush_result(&mut cache), Some(Ok(())));
-    assert_eq!((cache.condition(), cache.stats().dirty_pages), (Condition::Well, 0));
+    assert_eq!((cache.health(), cache.stats().dirty_pages), (Health::Healthy, 0));
 }
 
 #[test]
@@ -70,18 +71,18 @@ fn a_page_whose_failed_sectors_are_zeroed_has_failed_no_more() {
     let mut now = NOW;
     write(&mut cache, 0, 12);
     cache.flush(FLUSH);
-    run_failing(&mut cache, PlanKind::Write, &mut now, NOW);
-    assert_eq!(cache.condition(), Condition::Reporting(Fault::Media));
+    run_failing(&mut cache, OpKind::Write, &mut now, NOW);
+    assert_eq!(cache.health(), Health::Reporting(Fault::Media));
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 12), false));
     settle(&mut cache, now);
-    assert_eq!(cache.condition(), Condition::Well, "nothing is left that failed");
+    assert_eq!(cache.health(), Health::Healthy, "nothing is left that failed");
 }
 
 #[test]
 fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
     let hold_us = 1_000_000;
     let settings =
-        Settings { sparse: true, allocate: true, on_full: OnError::Hold, hold_us, ..settings_of(1024, 1 << 20) };
+        Settings { sparse: true, allocate: true, on_full: ErrorPolicy::Hold, hold_us, ..settings_of(1024, 1 << 20) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     // A page that is known to have its space.
     assert_eq!(cache.write(access(0, 8), &mut Vec::new()), Admitted::Until(0));
@@ -96,13 +97,13 @@ fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
         access.resumed = true;
         for (tag, kind, _) in started(&mut cache, now) {
             let full = Outcome::Failed(Fault::NoSpace);
-            cache.complete(tag, if kind == PlanKind::Allocate { &full } else { &Outcome::Done }, now);
+            cache.complete(tag, if kind == OpKind::Allocate { &full } else { &Outcome::Done }, now);
         }
         write(&mut cache, 0, 8);
         cache.flush(FLUSH);
         for _ in 0..2 {
             for (tag, kind, _) in started(&mut cache, now) {
-                assert!(matches!(kind, PlanKind::Write | PlanKind::Sync), "{kind:?}");
+                assert!(matches!(kind, OpKind::Write | OpKind::Sync), "{kind:?}");
                 cache.complete(tag, &Outcome::Done, now);
             }
         }

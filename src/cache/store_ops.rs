@@ -1,38 +1,16 @@
-//! Store operations in flight: what the cache asked for, which pages and frames each holds, and how it ended.
+//! Store operations in op: what the cache asked for, which pages and frames each holds, and how it ended.
 
-use crate::units::{Epoch, Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick};
+use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick};
 
 use super::PageCache;
 
-/// What the owner is to do on the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PlanKind {
-    /// Read the span into the frames.
-    Read,
-    /// Write the frames to the span.
-    Write,
-    /// Make durable every write whose outcome was told before.
-    Sync,
-    /// Make the span read as zeros.
-    Zero {
-        /// Space may be given back.
-        unmap: bool,
-    },
-    /// The span's contents no longer matter.
-    Discard,
-    /// Tell data from holes in the span.
-    Map,
-    /// Reserve space for what of the span has none.
-    Allocate,
-}
-
 /// One operation for the store.
 #[derive(Clone, Copy, Debug)]
-pub struct Plan<'a> {
+pub struct StoreOpRef<'a> {
     /// Name to report the outcome under.
     pub tag: u32,
     /// What to do.
-    pub kind: PlanKind,
+    pub kind: OpKind,
     /// Where on the image; block-aligned but at the image's end. Empty for Sync.
     pub span: SectorSpan,
     /// First sector within the first frame; the other frames are used from their start.
@@ -56,8 +34,8 @@ pub enum Outcome {
 
 /// An operation that the cache waits for.
 #[derive(Debug)]
-pub(super) struct Flight {
-    pub kind: PlanKind,
+pub(super) struct StoreOp {
+    pub kind: OpKind,
     pub span: SectorSpan,
     pub frames: Vec<FrameId>,
     /// The page of each frame.
@@ -68,9 +46,9 @@ pub(super) struct Flight {
     pub demand: bool,
 }
 
-impl Flight {
+impl StoreOp {
     /// An operation that holds no pages.
-    pub fn without_pages(kind: PlanKind, span: SectorSpan) -> Self {
+    pub fn without_pages(kind: OpKind, span: SectorSpan) -> Self {
         Self { kind, span, frames: Vec::new(), ids: Vec::new(), epoch: Epoch(0), demand: true }
     }
 
@@ -82,36 +60,36 @@ impl Flight {
 
 /// Slots of operations; vectors are used again, so a steady state allocates nothing.
 #[derive(Debug, Default)]
-pub(super) struct Flights {
-    slots: Vec<Option<Flight>>,
+pub(super) struct StoreOps {
+    slots: Vec<Option<StoreOp>>,
     free: Vec<u32>,
     queued: Vec<u32>,
     spare: Vec<(Vec<FrameId>, Vec<PageId>)>,
     writes: u32,
 }
 
-impl Flights {
+impl StoreOps {
     /// Adds an operation; its plan waits to be taken.
-    pub fn launch(&mut self, flight: Flight) {
-        if flight.kind == PlanKind::Write {
+    pub fn submit(&mut self, op: StoreOp) {
+        if op.kind == OpKind::Write {
             self.writes += 1;
         }
         let tag = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
-            u32::try_from(self.slots.len() - 1).expect("operations in flight fit 32 bits")
+            u32::try_from(self.slots.len() - 1).expect("operations in op fit 32 bits")
         });
-        self.slots[tag as usize] = Some(flight);
+        self.slots[tag as usize] = Some(op);
         self.queued.push(tag);
     }
 
     /// Takes an operation that ended.
-    pub fn land(&mut self, tag: u32) -> Flight {
-        let flight = self.slots[tag as usize].take().expect("an outcome belongs to an operation in flight");
-        if flight.kind == PlanKind::Write {
+    pub fn complete(&mut self, tag: u32) -> StoreOp {
+        let op = self.slots[tag as usize].take().expect("an outcome belongs to an operation in op");
+        if op.kind == OpKind::Write {
             self.writes -= 1;
         }
         self.free.push(tag);
-        flight
+        op
     }
 
     /// Empty vectors for the frames and pages of an operation.
@@ -120,8 +98,8 @@ impl Flights {
     }
 
     /// Takes an operation's vectors back.
-    pub fn recycle(&mut self, flight: Flight) {
-        let Flight { mut frames, mut ids, .. } = flight;
+    pub fn recycle(&mut self, op: StoreOp) {
+        let StoreOp { mut frames, mut ids, .. } = op;
         if frames.capacity() > 0 && self.spare.len() < 64 {
             frames.clear();
             ids.clear();
@@ -129,13 +107,13 @@ impl Flights {
         }
     }
 
-    /// Writes in flight.
+    /// Writes in op.
     pub fn writes(&self) -> u32 {
         self.writes
     }
 
-    /// Every operation in flight.
-    pub fn iter(&self) -> impl Iterator<Item = &Flight> {
+    /// Every operation in op.
+    pub fn iter(&self) -> impl Iterator<Item = &StoreOp> {
         self.slots.iter().flatten()
     }
 }
@@ -143,13 +121,13 @@ impl Flights {
 impl PageCache {
     /// Hands out the operations that wait to be started.
     ///
-    /// => The frames of a plan stay held until [`PageCache::complete`] is told of its tag.
-    pub fn take_plans(&mut self, mut start: impl FnMut(Plan<'_>)) {
-        for tag in self.flights.queued.drain(..) {
-            let flight = self.flights.slots[tag as usize].as_ref().expect("a queued operation is in flight");
-            let Flight { kind, span, ref frames, demand, .. } = *flight;
+    /// => The frames of a plan stay held until [`PageCache::complete`] is last_reported of its tag.
+    pub fn take_ops(&mut self, mut start: impl FnMut(StoreOpRef<'_>)) {
+        for tag in self.store_ops.queued.drain(..) {
+            let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is in op");
+            let StoreOp { kind, span, ref frames, demand, .. } = *op;
             let first_sector = (span.start % SECTORS_PER_PAGE) as u8;
-            start(Plan { tag, kind, span, first_sector, frames, demand });
+            start(StoreOpRef { tag, kind, span, first_sector, frames, demand });
         }
     }
 
@@ -157,16 +135,16 @@ impl PageCache {
     pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
         self.now = self.now.max(now);
         self.stalled.unblock();
-        let flight = self.flights.land(tag);
-        match flight.kind {
-            PlanKind::Read => self.read_done(&flight, outcome),
-            PlanKind::Write => self.write_done(&flight, outcome),
-            PlanKind::Sync => self.sync_done(outcome),
-            PlanKind::Zero { .. } | PlanKind::Discard => self.range_done(&flight, outcome),
-            PlanKind::Map => self.map_done(&flight, outcome),
-            PlanKind::Allocate => self.allocate_done(&flight, outcome),
+        let op = self.store_ops.complete(tag);
+        match op.kind {
+            OpKind::Read => self.read_done(&op, outcome),
+            OpKind::Write => self.write_done(&op, outcome),
+            OpKind::Sync => self.sync_done(outcome),
+            OpKind::Zero { .. } | OpKind::Discard => self.range_done(&op, outcome),
+            OpKind::Map => self.map_done(&op, outcome),
+            OpKind::Allocate => self.allocate_done(&op, outcome),
         }
-        self.flights.recycle(flight);
+        self.store_ops.recycle(op);
     }
 }
 

@@ -13,7 +13,7 @@ use clap::Parser;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::error::ErrorKind as ClapKind;
 
-use crate::config::{Config, Draft, Entry, Place, SYSTEMD, Value, finish, key, report};
+use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, report};
 use crate::error::{Error, ErrorKind, Result};
 
 /// What a management program may rely on (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
@@ -42,7 +42,7 @@ pub enum Action {
 
 /// What can be done beside serving.
 #[derive(Clone, Debug, clap::Subcommand)]
-pub enum Side {
+pub enum ClientCommand {
     /// List the caches that dead daemons left in memory; with FILE, write one back to its image
     Recover {
         /// A cache of the list: its dirty pages are written to its image, and it is removed
@@ -65,7 +65,7 @@ fn directory() -> impl TypedValueParser<Value = PathBuf> {
     })
 }
 
-impl Side {
+impl ClientCommand {
     fn action(self) -> Action {
         match self {
             Self::Recover { file: None, memory_dir, .. } => Action::ListLeft(memory_dir),
@@ -104,7 +104,7 @@ Exit status:
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(subcommand)]
-    side: Option<Side>,
+    command: Option<ClientCommand>,
 
     /// Serve the devices of this TOML file
     #[arg(long, value_name = "FILE", conflicts_with_all = DEVICE_OPTIONS)]
@@ -178,19 +178,19 @@ impl Cli {
             let advice = "give --config FILE, or --socket-path (or --fd) and --blk-file; --help says more";
             return Err(Error::new(ErrorKind::Config, format!("nothing to serve: {advice}")));
         }
-        let place = |label: &str| Place { label: label.to_string(), line: None };
+        let origin = |label: &str| Origin { label: label.to_string(), line: None };
         let name = ("the device", "name", Some(Value::Text(DEVICE_NAME)));
         let mut entries = Vec::new();
         for (option, name, value) in options.into_iter().chain([name]) {
             let key = key(name).expect("a test gives every option");
-            entries.extend(value.map(|value| Entry { key, value, place: place(option) }));
+            entries.extend(value.map(|value| Setting { key, value, origin: origin(option) }));
         }
         let label = |name: &str| {
             options.iter().find(|(_, key, _)| *key == name).map_or(name, |(option, _, _)| *option).to_string()
         };
         let mut problems = Vec::new();
-        let draft = Draft::new(&entries, place("the device"), |key| label(key.name), &mut problems);
-        finish(vec![draft], problems)
+        let builder = DeviceBuilder::new(&entries, origin("the device"), |key| label(key.name), &mut problems);
+        finish(vec![builder], problems)
             .map_err(|problems| Error::new(ErrorKind::Config, report("the command line", &problems)))
     }
 
@@ -234,8 +234,8 @@ pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
             return Err(Error::new(ErrorKind::Config, text));
         }
     };
-    if let Some(side) = cli.side {
-        return Ok(side.action());
+    if let Some(command) = cli.command {
+        return Ok(command.action());
     }
     let config = cli.config()?;
     if !cli.check {

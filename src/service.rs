@@ -26,7 +26,7 @@ use crate::store::{Backing, Limits};
 use crate::systemd::ServiceManager;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
 use crate::vhost::{Server, bind};
-use crate::virtio::config_space::Geometry;
+use crate::virtio::config_space::DiskParameters;
 use crate::virtio::request::{Disk, serial};
 
 /// How long the end waits for an image that fails to take what is dirty.
@@ -364,7 +364,7 @@ fn on_error(policy: config::OnError) -> ErrorPolicy {
 /// The virtio-blk device of a configuration.
 fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Device> {
     let limits = image.limits();
-    let geometry = Geometry {
+    let parameters = DiskParameters {
         capacity_sectors: limits.size_bytes / SECTOR_BYTES,
         block_bytes: 512,
         physical_block_bytes: limits.physical_block_bytes,
@@ -377,12 +377,12 @@ fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Device> {
         zero_may_unmap: limits.can_zero,
     };
     let disk = Disk {
-        capacity_sectors: geometry.capacity_sectors,
+        capacity_sectors: parameters.capacity_sectors,
         read_only: config.read_only,
         can_discard: limits.can_discard,
         can_zero: limits.can_zero,
         serial: serial(&config.serial),
     };
     let writeback = config.cache.mode == CacheMode::Writeback;
-    Device::new(config.name.clone(), Arc::clone(image.arena()), disk, geometry, writeback, config.poll_us)
+    Device::new(config.name.clone(), Arc::clone(image.arena()), disk, parameters, writeback, config.poll_us)
 }

@@ -14,7 +14,7 @@ use common::shadow::Shadow;
 use common::workload::{Client, ClientOptions};
 use genblk::arena::Arena;
 use genblk::cache::{
-    Access, Admitted, Notice, OnError, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
+    Access, Admitted, ErrorPolicy, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
 use genblk::config::{DeviceConfig, Socket};
 use genblk::service::Service;
@@ -131,8 +131,8 @@ impl Owner {
             dirty_pages_max: 1024,
             dirty_age_us: 5_000_000,
             allocate: false,
-            on_error: OnError::Report,
-            on_full: OnError::Report,
+            on_error: ErrorPolicy::Report,
+            on_full: ErrorPolicy::Report,
             hold_us: 0,
         };
         let arena = Arena::anonymous(1024).expect("4 MiB can be had");

@@ -14,7 +14,7 @@ mod prng;
 mod readahead;
 
 use bare_cache::{AtOnce, defaults};
-use genblk::cache::policy::Model;
+use genblk::cache::policy::MiniSimulation;
 use genblk::cache::{PolicyKind, Settings};
 use genblk::units::PageNo;
 use miss_ratio::gates::BehindLru;
@@ -68,7 +68,7 @@ fn the_cache_misses_what_its_model_misses() {
     for workload in WORKLOADS {
         let trace = workload.trace(scale);
         let image_pages = 1 + trace.iter().map(|access| u64::from(access.page)).max().expect("a trace is not empty");
-        let mut model = Model::new(PolicyKind::S3Fifo, FRAMES - RESERVE);
+        let mut model = MiniSimulation::new(PolicyKind::S3Fifo, FRAMES - RESERVE);
         let missed = trace.iter().filter(|access| !model.access(PageNo(access.page.into()))).count();
         for readahead_pages_max in [0, 512] {
             let mut cache = AtOnce::new(Settings { readahead_pages_max, ..defaults(FRAMES, image_pages) });

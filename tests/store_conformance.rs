@@ -6,7 +6,7 @@ mod store_kit;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use genblk::store::file::{Engine, FileImage, OpenOptions};
+use genblk::store::file::{FileImage, IoEngine, OpenOptions};
 use genblk::store::{Backing, Event, ExtentKind, Refused, Segment};
 use genblk::units::{Fault, OpKind};
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
@@ -424,7 +424,7 @@ fn operations_outlive_the_thread_that_submitted_them() {
 #[test]
 fn a_read_only_image_refuses_every_change() {
     let image = Image::file("read_only", MIB);
-    for engine in [Engine::Uring, Engine::Threads] {
+    for engine in [IoEngine::Uring, IoEngine::Threads] {
         let options = OpenOptions { read_only: true, engine, direct: true, ..OpenOptions::default() };
         let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap();
         let limits = backing.limits();
@@ -443,7 +443,7 @@ fn a_read_only_image_refuses_every_change() {
 
 #[test]
 fn a_read_of_an_image_that_was_cut_short_fails_as_a_medium_would() {
-    for engine in [Engine::Uring, Engine::Threads] {
+    for engine in [IoEngine::Uring, IoEngine::Threads] {
         for direct in [false, true] {
             let image = Image::file("shrunk", MIB);
             let options = OpenOptions { read_only: false, engine, direct, ..OpenOptions::default() };

@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use genblk::error::ErrorKind;
 use genblk::store::Backing;
-use genblk::store::file::{Engine, FileImage, OpenOptions};
+use genblk::store::file::{FileImage, IoEngine, OpenOptions};
 use store_kit::{Buffer, Driver, Image, MIB, pattern};
 
 const READ_ONLY: OpenOptions =
-    OpenOptions { read_only: true, engine: Engine::Auto, direct: true, lock_patience: Duration::ZERO };
+    OpenOptions { read_only: true, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO };
 const WRITABLE: OpenOptions =
-    OpenOptions { read_only: false, engine: Engine::Auto, direct: true, lock_patience: Duration::ZERO };
+    OpenOptions { read_only: false, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO };
 
 /// The refusal's kind; its message must name the image.
 #[track_caller]
@@ -66,7 +66,7 @@ fn a_writer_excludes_everybody_and_readers_share() {
 
 #[test]
 fn the_lock_lasts_as_long_as_a_store_and_ends_with_the_last() {
-    for engine in [Engine::Uring, Engine::Threads] {
+    for engine in [IoEngine::Uring, IoEngine::Threads] {
         let image = Image::file("last", MIB);
         let options = OpenOptions { engine, ..WRITABLE };
         // Many rounds: what lets go of the file late (a ring's teardown, another test's child process) does so by chance.

@@ -55,7 +55,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "arena/",
     "store/",
     "virtio/ram.rs",
-    "virtio/segments.rs",
+    "virtio/guest_copy.rs",
     "virtio/split.rs",
     "device/interrupt.rs",
     "device/copy.rs",

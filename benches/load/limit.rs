@@ -16,9 +16,9 @@ use genblk::device::{Command, Control, Device};
 use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
 use genblk::vhost::{Server, bind};
 use genblk::virtio::chain::Table;
-use genblk::virtio::config_space::Geometry;
-use genblk::virtio::request::{Disk, Kind, Malformed, Request, parse, serial};
-use genblk::virtio::segments::{GuestCursor, write_status};
+use genblk::virtio::config_space::DiskParameters;
+use genblk::virtio::guest_copy::{GuestCursor, write_status};
+use genblk::virtio::request::{Disk, Malformed, Request, RequestKind, parse, serial};
 use genblk::virtio::{STATUS_IOERR, STATUS_OK};
 use genblk::waker::Waker;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -38,7 +38,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let capacity_sectors = disk_bytes / SECTOR_BYTES;
     let disk =
         Disk { capacity_sectors, read_only: false, can_discard: false, can_zero: false, serial: serial("limit") };
-    let geometry = Geometry {
+    let parameters = DiskParameters {
         capacity_sectors,
         block_bytes: 512,
         physical_block_bytes: 4096,
@@ -53,7 +53,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     // Of the kind that genblk copies from and to, on page boundaries as its frames are: how two places lie to each other
     // decides how fast they are copied.
     let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
-    let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, geometry, true, 0);
+    let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0);
     let waker = Arc::new(Waker::new()?);
     let (control, commands) = Control::new(Arc::clone(&waker));
     let _populator = Populator::start("limit", &buffer);
@@ -82,7 +82,7 @@ impl Copier {
         let mut idle_since = Instant::now();
         loop {
             if self.waker.take_notified() {
-                self.obey();
+                self.handle_commands();
             }
             let mut worked = false;
             for ring in self.rings.values_mut().filter(|ring| ring.has_more()) {
@@ -109,7 +109,7 @@ impl Copier {
     }
 
     /// Every request is answered within the turn that takes it, so each command is done at once.
-    fn obey(&mut self) {
+    fn handle_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Start(index, setup, answer) => {
@@ -162,13 +162,13 @@ fn serve_one(ring: &mut Ring, table: &Table<'_>, head: u16, request: &mut Reques
         Ok(()) => {
             let good = request.check(disk).is_ok() && copy(ring, request, buffer);
             let _ = write_status(&ring.memory, request.status, if good { STATUS_OK } else { STATUS_IOERR });
-            ring.answer(head, request.used_len(good));
+            ring.push_used(head, request.used_len(good));
         }
         Err(Malformed::WithStatus { status }) => {
             let _ = write_status(&ring.memory, status, STATUS_IOERR);
-            ring.answer(head, 1);
+            ring.push_used(head, 1);
         }
-        Err(Malformed::NoStatus) => ring.give_up(head),
+        Err(Malformed::NoStatus) => ring.break_on(head),
     }
 }
 
@@ -183,9 +183,9 @@ fn copy(ring: &Ring, request: &Request, buffer: &Arena) -> bool {
     let mut cursor = GuestCursor::new(&ring.memory, &request.data);
     match request.kind {
         // SAFETY: so many bytes from there lie in the buffer, which is not guest memory; this thread alone uses it.
-        Kind::Read => unsafe { cursor.copy_to_guest(0, place, len, None) }.is_ok(),
+        RequestKind::Read => unsafe { cursor.copy_to_guest(0, place, len, None) }.is_ok(),
         // SAFETY: as above.
-        Kind::Write => unsafe { cursor.copy_from_guest(0, place, len) }.is_ok(),
+        RequestKind::Write => unsafe { cursor.copy_from_guest(0, place, len) }.is_ok(),
         _ => true,
     }
 }

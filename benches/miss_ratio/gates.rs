@@ -1,7 +1,7 @@
 //! What is demanded of genblk's policy.
 
 use genblk::cache::PolicyKind;
-use genblk::cache::policy::Model;
+use genblk::cache::policy::MiniSimulation;
 use genblk::units::PageNo;
 
 use super::rivals::Rival;
@@ -95,7 +95,7 @@ fn scan_cost(kind: PolicyKind, hot_percent: u32, scanned_per_hot: u32) -> f64 {
     const CACHE_PAGES: u32 = 2000;
     let hot_pages = u64::from(CACHE_PAGES * hot_percent / 100);
     let mut prng = Prng::new(7);
-    let mut cache = Model::new(kind, CACHE_PAGES);
+    let mut cache = MiniSimulation::new(kind, CACHE_PAGES);
     let accesses = 10 * CACHE_PAGES / scanned_per_hot;
     let mut hot_hits = |scanned_per_hot: u32, accesses: u32| {
         let mut scanned = hot_pages..;

@@ -15,7 +15,7 @@ pub mod trace_file;
 pub mod workloads;
 
 use genblk::cache::PolicyKind;
-use genblk::cache::policy::Model;
+use genblk::cache::policy::MiniSimulation;
 
 use rivals::{Contender, Rival};
 use workloads::Access;
@@ -46,7 +46,7 @@ impl Level {
         let Self::BehindGuest(times) = self else {
             return trace.to_vec();
         };
-        let mut guest = Model::new(PolicyKind::Lru, cache_pages * times);
+        let mut guest = MiniSimulation::new(PolicyKind::Lru, cache_pages * times);
         let comes_through = |access: &Access| !Contender::access(&mut guest, *access) || access.write;
         trace.iter().copied().filter(comes_through).collect()
     }

@@ -4,7 +4,7 @@
 use std::collections::BinaryHeap;
 
 use genblk::cache::PolicyKind;
-use genblk::cache::policy::Model;
+use genblk::cache::policy::MiniSimulation;
 use genblk::units::PageNo;
 
 use super::workloads::Access;
@@ -48,8 +48,8 @@ impl Rival {
     /// How many accesses of `trace`, which names pages below `page_count`, miss in a cache of `cache_pages`.
     pub fn misses(self, trace: &[Access], page_count: u32, cache_pages: u32) -> usize {
         let mut contender: Box<dyn Contender> = match self {
-            Self::Ours => Box::new(Model::new(PolicyKind::S3Fifo, cache_pages)),
-            Self::Lru => Box::new(Model::new(PolicyKind::Lru, cache_pages)),
+            Self::Ours => Box::new(MiniSimulation::new(PolicyKind::S3Fifo, cache_pages)),
+            Self::Lru => Box::new(MiniSimulation::new(PolicyKind::Lru, cache_pages)),
             Self::Clock => Box::new(Clock::new(page_count, cache_pages)),
             Self::Arc => Box::new(Arc::new(page_count, cache_pages)),
             Self::Opt => return opt_misses(trace, page_count, cache_pages),
@@ -60,7 +60,7 @@ impl Rival {
 
 const NONE: u32 = u32::MAX;
 
-impl Contender for Model {
+impl Contender for MiniSimulation {
     fn access(&mut self, access: Access) -> bool {
         Self::access(self, PageNo(u64::from(access.page)))
     }

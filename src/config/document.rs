@@ -8,12 +8,12 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::draft::{Draft, Entry, Place};
+use super::device_builder::{DeviceBuilder, Origin, Setting};
 use super::keys::{Value, key, suggestion};
 use super::problem::Problem;
 
 /// The devices of `text`; what is wrong goes to `problems`.
-pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Vec<Draft> {
+pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Vec<DeviceBuilder> {
     let (root, errors) = DeTable::parse_recoverable(text);
     let mut walk = Walk { text, problems };
     if !errors.is_empty() {
@@ -31,17 +31,17 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn root(&mut self, root: &DeTable<'_>) -> Vec<Draft> {
-        let mut drafts = Vec::new();
+    fn root(&mut self, root: &DeTable<'_>) -> Vec<DeviceBuilder> {
+        let mut builders = Vec::new();
         for (name, value) in root {
-            let place = self.place(name.get_ref().to_string(), name);
+            let origin = self.origin(name.get_ref().to_string(), name);
             match (name.get_ref().as_ref(), value.get_ref()) {
                 ("device", DeValue::Array(devices)) => {
                     for (i, device) in devices.iter().enumerate() {
-                        drafts.extend(self.device(i, device));
+                        builders.extend(self.device(i, device));
                     }
                 }
-                ("device", _) => self.problems.push(place.problem("takes tables: write [[device]] above each")),
+                ("device", _) => self.problems.push(origin.problem("takes tables: write [[device]] above each")),
                 (unknown, _) => {
                     let below = |key| format!("unknown key; did you mean {key:?}, below [[device]]?");
                     let message = match suggestion(unknown) {
@@ -51,7 +51,7 @@ impl Walk<'_> {
                         Some(key) => below(key),
                         None => "unknown key: the file has [[device]] tables and nothing else".to_string(),
                     };
-                    self.problems.push(quoted(&place).problem(message));
+                    self.problems.push(quoted(&origin).problem(message));
                 }
             }
         }
@@ -61,47 +61,47 @@ impl Walk<'_> {
             Some(_) => false,
         };
         if none {
-            let place = Place { label: "device".to_string(), line: Some(1) };
-            self.problems.push(place.problem("is missing: nothing to serve; write a [[device]] table"));
+            let origin = Origin { label: "device".to_string(), line: Some(1) };
+            self.problems.push(origin.problem("is missing: nothing to serve; write a [[device]] table"));
         }
-        drafts
+        builders
     }
 
-    fn device(&mut self, i: usize, device: &Spanned<DeValue<'_>>) -> Option<Draft> {
+    fn device(&mut self, i: usize, device: &Spanned<DeValue<'_>>) -> Option<DeviceBuilder> {
         let label = format!("device[{i}]");
-        let whole = self.place(label.clone(), device);
+        let whole = self.origin(label.clone(), device);
         let Some(table) = device.get_ref().as_table() else {
             self.problems.push(whole.problem("takes a table: write [[device]] above it"));
             return None;
         };
         let mut entries = Vec::new();
         self.entries(table, &label, "", &mut entries);
-        Some(Draft::new(&entries, whole, |key| format!("{label}.{}", key.name), self.problems))
+        Some(DeviceBuilder::new(&entries, whole, |key| format!("{label}.{}", key.name), self.problems))
     }
 
     /// Collects the keys of `table`, which is the device's own table (`prefix` empty) or one inside it.
-    fn entries<'v>(&mut self, table: &'v DeTable<'_>, device: &str, prefix: &str, entries: &mut Vec<Entry<'v>>) {
+    fn entries<'v>(&mut self, table: &'v DeTable<'_>, device: &str, prefix: &str, entries: &mut Vec<Setting<'v>>) {
         for (name, value) in table {
             let path = format!("{prefix}{}", name.get_ref());
-            let place = self.place(format!("{device}.{path}"), name);
+            let origin = self.origin(format!("{device}.{path}"), name);
             match (key(&path), value.get_ref()) {
-                (Some(key), value) => entries.push(Entry { key, value: plain(value), place }),
+                (Some(key), value) => entries.push(Setting { key, value: plain(value), origin }),
                 (None, DeValue::Table(inner)) if path == "cache" => {
                     self.entries(inner, device, "cache.", entries);
                 }
                 (None, _) if path == "cache" => {
-                    self.problems.push(place.problem("takes a table: write [device.cache] above its keys"));
+                    self.problems.push(origin.problem("takes a table: write [device.cache] above its keys"));
                 }
                 (None, _) => {
                     let meant = suggestion(&path).map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
-                    self.problems.push(quoted(&place).problem(format!("unknown key{meant}")));
+                    self.problems.push(quoted(&origin).problem(format!("unknown key{meant}")));
                 }
             }
         }
     }
 
-    fn place<T>(&self, label: String, at: &Spanned<T>) -> Place {
-        Place { label, line: Some(self.line_column(at.span().start).0) }
+    fn origin<T>(&self, label: String, at: &Spanned<T>) -> Origin {
+        Origin { label, line: Some(self.line_column(at.span().start).0) }
     }
 
     fn syntax(&mut self, message: &str, span: Option<Range<usize>>) {
@@ -120,8 +120,8 @@ impl Walk<'_> {
 }
 
 /// A label whose control characters can't play tricks on a terminal.
-fn quoted(place: &Place) -> Place {
-    Place { label: place.label.escape_debug().to_string(), line: place.line }
+fn quoted(origin: &Origin) -> Origin {
+    Origin { label: origin.label.escape_debug().to_string(), line: origin.line }
 }
 
 /// A TOML value as the table of keys takes it.

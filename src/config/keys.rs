@@ -42,14 +42,14 @@ pub(crate) struct Key {
     /// Path from the device's table.
     pub name: &'static str,
     /// What happens when it is left out.
-    pub fallback: Fallback,
+    pub default: DefaultValue,
     /// What it takes and where that goes.
-    pub kind: Kind,
+    pub kind: ValueKind,
 }
 
 /// What happens when a key is left out.
 #[derive(Debug)]
-pub(crate) enum Fallback {
+pub(crate) enum DefaultValue {
     /// The device can't do without it.
     Required,
     /// It has this value.
@@ -60,7 +60,7 @@ pub(crate) enum Fallback {
 
 /// What a key takes and where that goes.
 #[derive(Debug)]
-pub(crate) enum Kind {
+pub(crate) enum ValueKind {
     Text {
         wanted: &'static str,
         fits: fn(&str) -> bool,
@@ -101,7 +101,7 @@ pub(crate) enum Kind {
     },
 }
 
-use Fallback::{FromName, Is, Required};
+use DefaultValue::{FromName, Is, Required};
 use Value::{Flag, Integer, Text};
 
 /// Bytes of a virtio-blk serial (virtio 1.2, section 5.2.6: GET_ID).
@@ -115,8 +115,8 @@ pub(crate) const SYSTEMD: &str = "systemd";
 pub(crate) const KEYS: &[Key] = &[
     Key {
         name: "name",
-        fallback: Required,
-        kind: Kind::Text {
+        default: Required,
+        kind: ValueKind::Text {
             wanted: "1 to 64 letters, digits, '.', '_' and '-'",
             fits: |text| {
                 (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
@@ -124,13 +124,17 @@ pub(crate) const KEYS: &[Key] = &[
             set: |device, text| device.name = text.to_string(),
         },
     },
-    Key { name: "socket", fallback: Required, kind: Kind::Socket { set: |device, socket| device.socket = socket } },
-    Key { name: "image", fallback: Required, kind: Kind::Path { set: |device, path| device.image = path.into() } },
-    Key { name: "read_only", fallback: Is(Flag(false)), kind: Kind::Flag { set: |device, on| device.read_only = on } },
+    Key { name: "socket", default: Required, kind: ValueKind::Socket { set: |device, socket| device.socket = socket } },
+    Key { name: "image", default: Required, kind: ValueKind::Path { set: |device, path| device.image = path.into() } },
+    Key {
+        name: "read_only",
+        default: Is(Flag(false)),
+        kind: ValueKind::Flag { set: |device, on| device.read_only = on },
+    },
     Key {
         name: "serial",
-        fallback: FromName(|device| device.serial = device.name.chars().take(SERIAL_BYTES_MAX).collect()),
-        kind: Kind::Text {
+        default: FromName(|device| device.serial = device.name.chars().take(SERIAL_BYTES_MAX).collect()),
+        kind: ValueKind::Text {
             wanted: "at most 20 printable ASCII characters",
             fits: |text| text.len() <= SERIAL_BYTES_MAX && text.bytes().all(|b| b.is_ascii_graphic() || b == b' '),
             set: |device, text| device.serial = text.to_string(),
@@ -140,97 +144,97 @@ pub(crate) const KEYS: &[Key] = &[
     // the default is the most that there can be (one bit each in a u64 of the vhost-user-backend crate).
     Key {
         name: "num_queues",
-        fallback: Is(Integer(64)),
-        kind: Kind::Count { min: 1, max: 64, set: |device, n| device.num_queues = narrow(n) },
+        default: Is(Integer(64)),
+        kind: ValueKind::Count { min: 1, max: 64, set: |device, n| device.num_queues = narrow(n) },
     },
     Key {
         name: "workers",
-        fallback: Is(Integer(1)),
-        kind: Kind::Count { min: 1, max: 8, set: |device, n| device.workers = narrow(n) },
+        default: Is(Integer(1)),
+        kind: ValueKind::Count { min: 1, max: 8, set: |device, n| device.workers = narrow(n) },
     },
     // The front-end chooses the ring's size; this only bounds it. 1024 is what QEMU allows at most (VIRTQUEUE_MAX_SIZE),
     // so nobody is refused, and it bounds what one ring can have in flight.
     Key {
         name: "queue_size",
-        fallback: Is(Integer(1024)),
-        kind: Kind::PowerOfTwo { min: 2, max: 1024, set: |device, n| device.queue_size = narrow(n) },
+        default: Is(Integer(1024)),
+        kind: ValueKind::PowerOfTwo { min: 2, max: 1024, set: |device, n| device.queue_size = narrow(n) },
     },
     Key {
         name: "poll_us",
-        fallback: Is(Integer(50)),
-        kind: Kind::Count { min: 0, max: 10_000, set: |device, n| device.poll_us = n },
+        default: Is(Integer(50)),
+        kind: ValueKind::Count { min: 0, max: 10_000, set: |device, n| device.poll_us = n },
     },
     Key {
         name: "engine",
-        fallback: Is(Text("auto")),
-        kind: Kind::Choice { words: Engine::WORDS, set: |device, i| device.engine = Engine::ALL[i] },
+        default: Is(Text("auto")),
+        kind: ValueKind::Choice { words: Engine::WORDS, set: |device, i| device.engine = Engine::ALL[i] },
     },
-    Key { name: "direct", fallback: Is(Flag(true)), kind: Kind::Flag { set: |device, on| device.direct = on } },
+    Key { name: "direct", default: Is(Flag(true)), kind: ValueKind::Flag { set: |device, on| device.direct = on } },
     // Below 4M one large request could hold every page. A frame's number is a u32, so 16T would be the end.
     Key {
         name: "cache.size",
-        fallback: Is(Text("256M")),
-        kind: Kind::Size { min: 4 << 20, max: 8 << 40, set: |device, bytes| device.cache.size_bytes = bytes },
+        default: Is(Text("256M")),
+        kind: ValueKind::Size { min: 4 << 20, max: 8 << 40, set: |device, bytes| device.cache.size_bytes = bytes },
     },
     Key {
         name: "cache.mode",
-        fallback: Is(Text("writeback")),
-        kind: Kind::Choice { words: CacheMode::WORDS, set: |device, i| device.cache.mode = CacheMode::ALL[i] },
+        default: Is(Text("writeback")),
+        kind: ValueKind::Choice { words: CacheMode::WORDS, set: |device, i| device.cache.mode = CacheMode::ALL[i] },
     },
     Key {
         name: "cache.policy",
-        fallback: Is(Text("s3fifo")),
-        kind: Kind::Choice { words: Policy::WORDS, set: |device, i| device.cache.policy = Policy::ALL[i] },
+        default: Is(Text("s3fifo")),
+        kind: ValueKind::Choice { words: Policy::WORDS, set: |device, i| device.cache.policy = Policy::ALL[i] },
     },
     Key {
         name: "cache.readahead_max",
-        fallback: Is(Text("2M")),
-        kind: Kind::Size { min: 0, max: 16 << 20, set: |device, bytes| device.cache.readahead_max_bytes = bytes },
+        default: Is(Text("2M")),
+        kind: ValueKind::Size { min: 0, max: 16 << 20, set: |device, bytes| device.cache.readahead_max_bytes = bytes },
     },
     Key {
         name: "cache.flush_target_ms",
-        fallback: Is(Integer(250)),
-        kind: Kind::Count { min: 10, max: 10_000, set: |device, n| device.cache.flush_target_ms = n },
+        default: Is(Integer(250)),
+        kind: ValueKind::Count { min: 10, max: 10_000, set: |device, n| device.cache.flush_target_ms = n },
     },
     Key {
         name: "cache.dirty_max_percent",
-        fallback: Is(Integer(25)),
-        kind: Kind::Count { min: 1, max: 50, set: |device, n| device.cache.dirty_max_percent = narrow(n) },
+        default: Is(Integer(25)),
+        kind: ValueKind::Count { min: 1, max: 50, set: |device, n| device.cache.dirty_max_percent = narrow(n) },
     },
     Key {
         name: "cache.dirty_age_max_ms",
-        fallback: Is(Integer(5000)),
-        kind: Kind::Count { min: 100, max: 600_000, set: |device, n| device.cache.dirty_age_max_ms = n },
+        default: Is(Integer(5000)),
+        kind: ValueKind::Count { min: 100, max: 600_000, set: |device, n| device.cache.dirty_age_max_ms = n },
     },
     Key {
         name: "cache.allocate",
-        fallback: Is(Text("on-write")),
-        kind: Kind::Choice { words: Allocate::WORDS, set: |device, i| device.cache.allocate = Allocate::ALL[i] },
+        default: Is(Text("on-write")),
+        kind: ValueKind::Choice { words: Allocate::WORDS, set: |device, i| device.cache.allocate = Allocate::ALL[i] },
     },
     Key {
         name: "cache.on_error",
-        fallback: Is(Text("report")),
-        kind: Kind::Choice { words: OnError::WORDS, set: |device, i| device.cache.on_error = OnError::ALL[i] },
+        default: Is(Text("report")),
+        kind: ValueKind::Choice { words: OnError::WORDS, set: |device, i| device.cache.on_error = OnError::ALL[i] },
     },
     Key {
         name: "cache.on_full",
-        fallback: Is(Text("report")),
-        kind: Kind::Choice { words: OnError::WORDS, set: |device, i| device.cache.on_full = OnError::ALL[i] },
+        default: Is(Text("report")),
+        kind: ValueKind::Choice { words: OnError::WORDS, set: |device, i| device.cache.on_full = OnError::ALL[i] },
     },
     Key {
         name: "cache.hold_max_ms",
-        fallback: Is(Integer(20_000)),
-        kind: Kind::Count { min: 100, max: 600_000, set: |device, n| device.cache.hold_max_ms = n },
+        default: Is(Integer(20_000)),
+        kind: ValueKind::Count { min: 100, max: 600_000, set: |device, n| device.cache.hold_max_ms = n },
     },
     Key {
         name: "cache.survive",
-        fallback: Is(Text("auto")),
-        kind: Kind::Choice { words: Survive::WORDS, set: |device, i| device.cache.survive = Survive::ALL[i] },
+        default: Is(Text("auto")),
+        kind: ValueKind::Choice { words: Survive::WORDS, set: |device, i| device.cache.survive = Survive::ALL[i] },
     },
     Key {
         name: "cache.memory_dir",
-        fallback: Is(Text("/dev/shm")),
-        kind: Kind::MemoryDir { set: |device, memory_dir| device.cache.memory_dir = memory_dir },
+        default: Is(Text("/dev/shm")),
+        kind: ValueKind::MemoryDir { set: |device, memory_dir| device.cache.memory_dir = memory_dir },
     },
 ];
 
@@ -263,7 +267,7 @@ fn split(path: &str) -> (&str, &str) {
 /// Gives every key that has a default its default.
 pub(super) fn set_defaults(device: &mut DeviceConfig) {
     for key in KEYS {
-        match key.fallback {
+        match key.default {
             Required => {}
             Is(value) => key.kind.set(device, value).expect("a test sets every default"),
             FromName(derive) => derive(device),
@@ -271,8 +275,8 @@ pub(super) fn set_defaults(device: &mut DeviceConfig) {
     }
 }
 
-impl Kind {
-    /// Puts `value` in its place, or says what it should have been.
+impl ValueKind {
+    /// Puts `value` in its origin, or says what it should have been.
     pub(super) fn set(&self, device: &mut DeviceConfig, value: Value<'_>) -> Result<(), String> {
         match self.accept(device, value) {
             Some(()) => Ok(()),
@@ -379,8 +383,10 @@ mod tests {
         set_defaults(&mut device);
         for key in KEYS {
             let ends = match key.kind {
-                Kind::Count { min, max, .. } | Kind::PowerOfTwo { min, max, .. } => [i128::from(min), i128::from(max)],
-                Kind::Size { min, max, .. } => [i128::from(min), i128::from(max)],
+                ValueKind::Count { min, max, .. } | ValueKind::PowerOfTwo { min, max, .. } => {
+                    [i128::from(min), i128::from(max)]
+                }
+                ValueKind::Size { min, max, .. } => [i128::from(min), i128::from(max)],
                 _ => continue,
             };
             for end in ends {
@@ -404,7 +410,7 @@ mod tests {
             ("cache.on_error", |d| d.cache.on_error.to_string()),
             ("cache.on_full", |d| d.cache.on_full.to_string()),
         ] {
-            let Some(Key { kind: kind @ Kind::Choice { words, .. }, .. }) = key(name) else {
+            let Some(Key { kind: kind @ ValueKind::Choice { words, .. }, .. }) = key(name) else {
                 panic!("{name} is no choice")
             };
             for word in *words {

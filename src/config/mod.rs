@@ -4,8 +4,8 @@
 //! which holds each key's default, its range and where its value goes. A wrong configuration is reported whole: every
 //! problem with its key and line, so that one attempt shows all there is to mend, and nothing has been started by then.
 
+mod device_builder;
 mod document;
-mod draft;
 mod keys;
 mod problem;
 mod size;
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 
-pub(crate) use draft::{Draft, Entry, Place, finish};
+pub(crate) use device_builder::{DeviceBuilder, Origin, Setting, finish};
 pub(crate) use keys::{SYSTEMD, Value, key};
 pub use problem::Problem;
 pub(crate) use problem::report;
@@ -50,8 +50,8 @@ impl Config {
     /// errors: what a half-understood document seems to say further on would mislead.
     pub fn from_toml(text: &str) -> std::result::Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
-        let drafts = document::parse(text, &mut problems);
-        finish(drafts, problems)
+        let builders = document::parse(text, &mut problems);
+        finish(builders, problems)
     }
 }
 

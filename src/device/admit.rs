@@ -3,17 +3,17 @@
 use crate::cache::{Access, Admitted, Notice, PageCache};
 use crate::error::status_byte;
 use crate::virtio::chain::Table;
-use crate::virtio::request::{Kind, Malformed, parse};
+use crate::virtio::request::{Malformed, RequestKind, parse};
 use crate::virtio::{GuestRam, STATUS_IOERR, STATUS_OK};
 
 use super::pending::{Slot, Stage};
+use super::requests::Requests;
 use super::ring::Ring;
-use super::worker::Traffic;
 
 /// Requests taken from one ring in one turn.
 const BATCH: usize = 64;
 
-impl Traffic {
+impl Requests {
     /// Takes what a ring has: what is wrong or needs no cache is finished, the rest is lined up. Whether there was anything.
     pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring) -> bool {
         let mut heads = std::mem::take(&mut self.heads);
@@ -23,18 +23,18 @@ impl Traffic {
         if heads.len() > 1 {
             table.prefetch_heads(&ring.memory, &heads);
         }
-        heads.retain(|&head| !self.take_on(index, &ring.memory, &table, head));
-        heads.drain(..).for_each(|head| ring.give_up(head));
+        heads.retain(|&head| !self.accept_chain(index, &ring.memory, &table, head));
+        heads.drain(..).for_each(|head| ring.break_on(head));
         self.heads = heads;
         taken
     }
 
     /// Takes on the chain at `head`. False: it can't be answered.
-    fn take_on(&mut self, index: u16, memory: &GuestRam, table: &Table<'_>, head: u16) -> bool {
+    fn accept_chain(&mut self, index: u16, memory: &GuestRam, table: &Table<'_>, head: u16) -> bool {
         let slot = self.pending.take(index);
         let pending = &mut self.pending[slot];
         match parse(memory, table, head, &mut pending.request) {
-            Ok(()) => self.line_up(slot, memory),
+            Ok(()) => self.enqueue(slot, memory),
             Err(Malformed::WithStatus { status }) => {
                 (pending.request.status, pending.failure) = (status, Some(STATUS_IOERR));
                 self.finished.push(slot);
@@ -48,23 +48,25 @@ impl Traffic {
     }
 
     /// Checks a request against the disk; what the cache is not needed for is finished at once.
-    fn line_up(&mut self, slot: Slot, memory: &GuestRam) {
+    fn enqueue(&mut self, slot: Slot, memory: &GuestRam) {
         let device = &self.device;
         let pending = &mut self.pending[slot];
         let request = &pending.request;
-        pending.through = !device.writeback();
+        pending.write_through = !device.writeback();
         // What this guest believes to be in the disk is gone: it is told with each request, until it begins anew.
         let alive = if device.arena.has_data_loss() { Err(STATUS_IOERR) } else { Ok(()) };
         let checked = alive.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
-            Kind::Discard | Kind::WriteZeroes => request.range_segments(memory, &device.disk, &mut pending.ranges),
-            Kind::GetId => request.write_id(memory, &device.disk).map_err(|_| STATUS_IOERR),
+            RequestKind::Discard | RequestKind::WriteZeroes => {
+                request.range_segments(memory, &device.disk, &mut pending.ranges)
+            }
+            RequestKind::GetId => request.write_id(memory, &device.disk).map_err(|_| STATUS_IOERR),
             _ => Ok(()),
         });
         let nothing_to_do = match request.kind {
-            Kind::Read | Kind::Write => request.data_bytes == 0,
-            Kind::Discard | Kind::WriteZeroes => pending.ranges.is_empty(),
-            Kind::GetId => true,
-            Kind::Flush | Kind::Unknown(_) => false,
+            RequestKind::Read | RequestKind::Write => request.data_bytes == 0,
+            RequestKind::Discard | RequestKind::WriteZeroes => pending.ranges.is_empty(),
+            RequestKind::GetId => true,
+            RequestKind::Flush | RequestKind::Unknown(_) => false,
         };
         if let Err(status) = checked {
             pending.failure = Some(status).filter(|&status| status != STATUS_OK);
@@ -72,7 +74,7 @@ impl Traffic {
         } else if nothing_to_do {
             self.finished.push(slot);
         } else {
-            self.arrivals.push(slot);
+            self.incoming.push(slot);
         }
     }
 
@@ -82,16 +84,16 @@ impl Traffic {
             self.admit(cache, self.resumed[at], true);
         }
         self.resumed.clear();
-        let Self { arrivals, pending, .. } = self;
-        if arrivals.len() > 1 {
-            let requests = arrivals.iter().map(|&slot| &pending[slot].request);
-            let of_data = requests.filter(|request| matches!(request.kind, Kind::Read | Kind::Write));
+        let Self { incoming, pending, .. } = self;
+        if incoming.len() > 1 {
+            let requests = incoming.iter().map(|&slot| &pending[slot].request);
+            let of_data = requests.filter(|request| matches!(request.kind, RequestKind::Read | RequestKind::Write));
             cache.prefetch_lookups(of_data.map(|request| request.span().pages().first));
         }
-        for at in 0..self.arrivals.len() {
-            self.admit(cache, self.arrivals[at], false);
+        for at in 0..self.incoming.len() {
+            self.admit(cache, self.incoming[at], false);
         }
-        self.arrivals.clear();
+        self.incoming.clear();
     }
 
     /// Puts a request, or what is left of it, to the cache.
@@ -101,14 +103,14 @@ impl Traffic {
         let access = Access { ticket, span: pending.request.span(), from: pending.admitted, resumed };
         self.pieces.clear();
         let admitted = match pending.request.kind {
-            Kind::Read => cache.read(access, &mut self.pieces),
-            Kind::Write => {
-                if !pending.through {
+            RequestKind::Read => cache.read(access, &mut self.pieces),
+            RequestKind::Write => {
+                if !pending.write_through {
                     pending.delay_us = cache.write_delay_us(access.span.count);
                 }
                 cache.write(access, &mut self.pieces)
             }
-            Kind::Flush => {
+            RequestKind::Flush => {
                 pending.stage = Stage::Flush;
                 return cache.flush(ticket);
             }
@@ -133,7 +135,7 @@ impl Traffic {
         let pending = &mut self.pending[slot];
         while let Some(range) = pending.ranges.get(pending.admitted as usize) {
             let taken_on = match pending.request.kind {
-                Kind::WriteZeroes => cache.zero(ticket, range.span, range.unmap),
+                RequestKind::WriteZeroes => cache.zero(ticket, range.span, range.unmap),
                 _ => cache.discard(ticket, range.span),
             };
             if !taken_on {
@@ -144,7 +146,7 @@ impl Traffic {
     }
 
     /// What the cache has to say of requests admitted earlier.
-    pub(super) fn hear(&mut self, cache: &mut PageCache, notice: Notice) {
+    pub(super) fn handle_notice(&mut self, cache: &mut PageCache, notice: Notice) {
         match notice {
             Notice::Ready(ticket, piece) => self.copies.push((self.pending.slot_of(ticket), piece)),
             Notice::Unreadable(ticket, sectors, fault) => {

@@ -4,17 +4,14 @@ use crate::cache::{PageCache, Piece};
 use crate::cached_image::WorkerPort;
 use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::STATUS_IOERR;
-use crate::virtio::request::Kind;
-use crate::virtio::segments::{BadAddress, GuestCursor, LINE_BYTES, prefetch};
+use crate::virtio::guest_copy::{BadAddress, GuestCursor, LINE_BYTES, prefetch};
+use crate::virtio::request::RequestKind;
 
-use super::pending::{Pending, Slot};
+use super::pending::Pending;
+use super::requests::Requests;
 use super::ring::Ring;
-use super::worker::Traffic;
 
-/// A piece of a write that was copied: its request, and whether all of it could be.
-pub(super) type Written = (Slot, Piece, bool);
-
-impl Traffic {
+impl Requests {
     /// Copies every piece that is ready. With its last piece a read is finished: the cache need not know before the answer.
     pub(super) fn copy_all(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
         let Self { copies, pending, finished, read, written, .. } = self;
@@ -27,7 +24,7 @@ impl Traffic {
             for &(_, piece) in of_one {
                 let next = following.next().and_then(|(_, next)| port.memory(next));
                 let good = copy(&mut cursor, request.kind, &piece, port.memory(&piece), next).is_ok();
-                if request.kind == Kind::Write {
+                if request.kind == RequestKind::Write {
                     written.push((slot, piece, good));
                 } else {
                     read.push(piece);
@@ -35,7 +32,7 @@ impl Traffic {
                     *failure = failure.or((!good).then_some(STATUS_IOERR));
                 }
             }
-            if request.kind != Kind::Write && pending[slot].is_settled() {
+            if request.kind != RequestKind::Write && pending[slot].is_settled() {
                 finished.push(slot);
             }
         }
@@ -66,7 +63,7 @@ impl Traffic {
 /// Copies a piece from or to `memory`, where it lies; none: it is zeros. `next` is where the next one lies.
 fn copy(
     cursor: &mut GuestCursor,
-    kind: Kind,
+    kind: RequestKind,
     piece: &Piece,
     memory: Option<*mut u8>,
     next: Option<*mut u8>,
@@ -75,7 +72,7 @@ fn copy(
     let len = piece.count as usize * SECTOR_SIZE;
     match (memory, kind) {
         (None, _) => cursor.fill_zeros(offset, len),
-        (Some(frame), Kind::Write) => {
+        (Some(frame), RequestKind::Write) => {
             next.into_iter().for_each(prefetch_beginning);
             // SAFETY: the piece pins its frames, of which these sectors are this request's to fill: the cache marks them
             // pending, so no read-in and no write-back touches them. Guest memory and arena are different mappings.

@@ -86,7 +86,7 @@ impl RingTrack {
     }
 
     /// The chain at `head` is on the used ring; the guest will see it with the next [`RingTrack::answered`].
-    pub fn answering(&mut self, head: u16) {
+    pub fn begin_completion(&mut self, head: u16) {
         if head < self.size {
             let last = self.field::<AtomicU16>(LAST_BATCH_HEAD);
             self.next(head).store(last.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -96,7 +96,7 @@ impl RingTrack {
     }
 
     /// The guest was shown all of them: the used ring's index is now `used`.
-    pub fn answered(&mut self, used: u16) {
+    pub fn end_completion(&mut self, used: u16) {
         let batch = std::mem::take(&mut self.batch);
         self.settle_batch(batch, used);
     }
@@ -148,8 +148,8 @@ mod tests {
         let mut first = track(&memory);
         assert_eq!(first.recover(40), None);
         [5, 1, 7, 2].into_iter().for_each(|head| first.taken(head));
-        first.answering(1);
-        first.answered(41);
+        first.begin_completion(1);
+        first.end_completion(41);
         let mut second = track(&memory);
         assert_eq!(second.recover(41).unwrap(), [5, 7, 2]);
         second.taken(0);
@@ -162,10 +162,10 @@ mod tests {
         let mut first = track(&memory);
         first.recover(0);
         [3, 4, 6, 1].into_iter().for_each(|head| first.taken(head));
-        first.answering(4);
-        first.answered(1);
-        first.answering(6);
-        first.answering(3);
+        first.begin_completion(4);
+        first.end_completion(1);
+        first.begin_completion(6);
+        first.begin_completion(3);
         assert_eq!(track(&memory).recover(1).unwrap(), [3, 6, 1], "died before the used ring had them");
         assert_eq!(track(&memory).recover(3).unwrap(), [1], "died after the used ring had them");
         assert_eq!(track(&memory).recover(3).unwrap(), [1], "and that is known from now on");
@@ -177,7 +177,7 @@ mod tests {
         let mut first = track(&memory);
         first.recover(0);
         first.taken(2);
-        first.answering(2);
+        first.begin_completion(2);
         first.next(2).store(2, Ordering::Relaxed);
         assert!(track(&memory).recover(60_000).unwrap().is_empty());
     }
@@ -188,7 +188,7 @@ mod tests {
         let mut first = track(&memory);
         first.recover(0);
         first.taken(8);
-        first.answering(u16::MAX);
+        first.begin_completion(u16::MAX);
         assert!(track(&memory).recover(9).unwrap().is_empty());
     }
 }

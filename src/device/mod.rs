@@ -12,6 +12,7 @@ mod copy;
 pub mod inflight;
 mod interrupt;
 mod pending;
+mod requests;
 pub mod ring;
 mod worker;
 
@@ -19,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::arena::Arena;
-use crate::virtio::config_space::{ConfigSpace, Geometry, initial_writeback};
+use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback};
 use crate::virtio::request::Disk;
 
 pub use control::{Command, Control, RingSetup};
@@ -35,7 +36,7 @@ pub struct Device {
     /// What requests are checked against.
     pub disk: Disk,
     /// What the guest is told of the disk.
-    pub geometry: Geometry,
+    pub parameters: DiskParameters,
     /// Whether writes may stay volatile until a FLUSH, as configured.
     writeback_configured: bool,
     /// The same, as the guest has it now (CONFIG_WCE).
@@ -50,13 +51,13 @@ impl Device {
         name: String,
         arena: Arc<Arena>,
         disk: Disk,
-        geometry: Geometry,
+        parameters: DiskParameters,
         writeback: bool,
         poll_us: u32,
     ) -> Arc<Self> {
         let writeback_configured = writeback;
         let writeback = AtomicBool::new(writeback && !arena.is_write_through());
-        Arc::new(Self { name, arena, disk, geometry, writeback_configured, writeback, poll_us })
+        Arc::new(Self { name, arena, disk, parameters, writeback_configured, writeback, poll_us })
     }
 
     /// Whether a write completes before it is stable.
@@ -84,6 +85,6 @@ impl Device {
 
     /// The configuration space as it is now.
     pub fn config_space(&self) -> ConfigSpace {
-        ConfigSpace::new(&self.geometry, self.writeback())
+        ConfigSpace::new(&self.parameters, self.writeback())
     }
 }

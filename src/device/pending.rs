@@ -33,7 +33,7 @@ pub(super) struct Pending {
     /// The status to answer with, once it is known not to be OK.
     pub failure: Option<u8>,
     /// Writes: whether the answer must wait until the data is stable.
-    pub through: bool,
+    pub write_through: bool,
     /// Writes: microseconds by which the answer is held back.
     pub delay_us: u64,
     /// Tells this request from earlier ones in the slot.
@@ -81,7 +81,7 @@ impl PendingTable {
                 admitted: 0,
                 settled: 0,
                 failure: None,
-                through: false,
+                write_through: false,
                 delay_us: 0,
                 generation: 0,
             });
@@ -92,7 +92,7 @@ impl PendingTable {
         pending.generation = (pending.generation + 1) & 0x7fff;
         (pending.ring, pending.stage) = (ring, Stage::Data);
         (pending.admitted, pending.settled, pending.failure) = (0, 0, None);
-        (pending.through, pending.delay_us) = (false, 0);
+        (pending.write_through, pending.delay_us) = (false, 0);
         pending.ranges.clear();
         slot
     }

@@ -40,7 +40,7 @@ pub struct Ring {
     /// What a predecessor has left is known.
     recovered: bool,
     /// What a predecessor has taken and not answered, last one first: it is taken before anything else.
-    owed: Vec<u16>,
+    resubmit: Vec<u16>,
     /// The guest broke the rules in a way that can't be answered: nothing more is taken.
     broken: bool,
 }
@@ -64,7 +64,7 @@ impl Ring {
             in_flight: 0,
             track,
             recovered: false,
-            owed: Vec::new(),
+            resubmit: Vec::new(),
             broken: false,
         };
         ring.look_up();
@@ -97,19 +97,19 @@ impl Ring {
         queue.go_on_at(Position { next_avail: used.wrapping_add(count), next_used: used });
         if count > 0 {
             info!("ring {}: {count} requests are taken up that were in flight", self.index);
-            self.owed = owed;
-            self.owed.reverse();
+            self.resubmit = owed;
+            self.resubmit.reverse();
         }
     }
 
     /// Whether every request that was taken, by us or by a predecessor, has been answered.
     pub fn is_drained(&self) -> bool {
-        self.in_flight == 0 && !self.owes()
+        self.in_flight == 0 && !self.has_resubmissions()
     }
 
     /// Whether a predecessor has left requests that are not taken up yet.
-    pub fn owes(&self) -> bool {
-        !self.owed.is_empty() && self.works()
+    pub fn has_resubmissions(&self) -> bool {
+        !self.resubmit.is_empty() && self.works()
     }
 
     /// Whether requests can be taken and answered.
@@ -165,9 +165,9 @@ impl Ring {
     pub fn take(&mut self, most: usize, heads: &mut Vec<u16>) {
         let most = most.min(usize::from(self.layout.size.saturating_sub(self.in_flight)));
         let Some(queue) = self.queue.as_mut().filter(|_| !self.broken && most > 0) else { return };
-        if !self.owed.is_empty() {
+        if !self.resubmit.is_empty() {
             // They are noted already, in their order.
-            heads.extend(self.owed.drain(self.owed.len().saturating_sub(most)..).rev());
+            heads.extend(self.resubmit.drain(self.resubmit.len().saturating_sub(most)..).rev());
         } else if queue.take(most, heads).is_err() {
             self.fail("more is available than it has descriptors");
         } else if let Some(track) = &mut self.track {
@@ -180,22 +180,22 @@ impl Ring {
     pub fn has_more(&self) -> bool {
         self.works()
             && self.in_flight < self.layout.size
-            && (self.owes() || self.queue.as_ref().is_some_and(SplitQueue::has_available))
+            && (self.has_resubmissions() || self.queue.as_ref().is_some_and(SplitQueue::has_available))
     }
 
     /// Gives a chain back, with `len` bytes written; [`Ring::publish`] shows it to the guest.
-    pub fn answer(&mut self, head: u16, len: u32) {
+    pub fn push_used(&mut self, head: u16, len: u32) {
         self.in_flight -= 1;
         if let Some(queue) = &mut self.queue {
             queue.put_used(head, len);
         }
         if let Some(track) = &mut self.track {
-            track.answering(head);
+            track.begin_completion(head);
         }
     }
 
     /// A chain that can't be answered: nothing more is taken from this ring.
-    pub fn give_up(&mut self, head: u16) {
+    pub fn break_on(&mut self, head: u16) {
         self.in_flight -= 1;
         self.fail(&format!("chain {head} has no byte for a status"));
     }
@@ -214,7 +214,7 @@ impl Ring {
         let used = queue.position().next_used;
         self.trigger_if_due();
         if let Some(track) = &mut self.track {
-            track.answered(used);
+            track.end_completion(used);
         }
     }
 

@@ -12,8 +12,6 @@
 //! The thread lives as long as the device, so write-back goes on while no front-end is there. It looks for more work for
 //! up to `poll_us` after the last, then asks the guest for kicks, looks again, and sleeps in epoll.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -23,16 +21,14 @@ use std::thread::JoinHandle;
 use log::error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::cache::{Piece, Ticket};
 use crate::cached_image::{CachedImage, WorkerPort};
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{Fault, Tick};
+use crate::units::Tick;
 use crate::virtio::GuestRam;
 use crate::virtio::split::Position;
 
 use super::control::{Command, Control};
-use super::copy::Written;
-use super::pending::{PendingTable, Slot};
+use super::requests::Requests;
 use super::ring::Ring;
 use super::{Device, RingSetup};
 
@@ -59,7 +55,7 @@ pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Control,
     watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
     watch(&epoll, port.store_fd(), STORE).map_err(system)?;
     let worker = Worker {
-        traffic: Traffic::new(Arc::clone(device), port.ticket(0)),
+        requests: Requests::new(Arc::clone(device), port.ticket(0)),
         device: Arc::clone(device),
         port,
         commands,
@@ -82,80 +78,6 @@ fn watch(epoll: &Epoll, fd: RawFd, token: u64) -> io::Result<()> {
     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
 }
 
-/// The requests of a worker and where they stand; `admit.rs`, `copy.rs` and `complete.rs` move them along.
-#[derive(Debug)]
-pub(super) struct Traffic {
-    pub device: Arc<Device>,
-    pub pending: PendingTable,
-    /// Heads just taken from a ring.
-    pub heads: Vec<u16>,
-    /// Requests to be put to the cache for the first time ...
-    pub arrivals: Vec<Slot>,
-    /// ... and those that were told to resume: they go first, or who came later would take what they have waited for.
-    pub resumed: Vec<Slot>,
-    /// Pieces of one request, on their way to `copies`.
-    pub pieces: Vec<Piece>,
-    /// Pieces to be copied.
-    pub copies: Vec<(Slot, Piece)>,
-    /// Pieces of writes to be given back to the cache.
-    pub written: Vec<Written>,
-    /// The same of reads.
-    pub read: Vec<Piece>,
-    /// Requests to be answered.
-    pub finished: Vec<Slot>,
-    /// Answers that wait for their time, because the cache is filling up.
-    pub held_back: BinaryHeap<Reverse<(Tick, Slot)>>,
-    /// The control plane's flushes.
-    drains: Vec<(Ticket, Sender<std::result::Result<(), Fault>>)>,
-    next_drain: u64,
-    base: Ticket,
-}
-
-/// Tickets of the control plane's flushes have this bit of the worker's own part set.
-const DRAIN: u64 = 1 << 47;
-
-impl Traffic {
-    fn new(device: Arc<Device>, base: Ticket) -> Self {
-        Self {
-            device,
-            pending: PendingTable::new(base),
-            heads: Vec::new(),
-            arrivals: Vec::new(),
-            resumed: Vec::new(),
-            pieces: Vec::new(),
-            copies: Vec::new(),
-            written: Vec::new(),
-            read: Vec::new(),
-            finished: Vec::new(),
-            held_back: BinaryHeap::new(),
-            drains: Vec::new(),
-            next_drain: 0,
-            base,
-        }
-    }
-
-    /// A ticket for a flush of the control plane's.
-    fn drain_ticket(&mut self, answer: Sender<std::result::Result<(), Fault>>) -> Ticket {
-        let ticket = Ticket(self.base.0 | DRAIN | self.next_drain);
-        self.next_drain = (self.next_drain + 1) % DRAIN;
-        self.drains.push((ticket, answer));
-        ticket
-    }
-
-    /// Where the control plane's flush with this ticket stands in the list.
-    pub fn drain_of(&self, ticket: Ticket) -> Option<usize> {
-        self.drains.iter().position(|(other, _)| *other == ticket)
-    }
-
-    /// A flush of the control plane's has ended.
-    pub fn drained(&mut self, ticket: Ticket, result: std::result::Result<(), Fault>) {
-        let at = self.drain_of(ticket).expect("the caller has looked");
-        let (_, answer) = self.drains.swap_remove(at);
-        // Who asked may have gone away.
-        let _ = answer.send(result);
-    }
-}
-
 #[derive(Debug)]
 struct Worker {
     device: Arc<Device>,
@@ -168,7 +90,7 @@ struct Worker {
     stopping: Vec<(u16, Sender<Option<Position>>)>,
     /// Guest memory that comes into use when every ring has answered what it took.
     new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
-    traffic: Traffic,
+    requests: Requests,
     /// When the cache wants to be pumped although nothing happens.
     deadline: Option<Tick>,
     /// Polls in a row that found nothing.
@@ -203,7 +125,7 @@ impl Worker {
         let idle_rings = self.rings.iter().all(Option::is_none);
         if self.device.poll_us == 0
             || idle_rings
-            || self.traffic.pending.in_use() > POLL_PENDING_MAX
+            || self.requests.pending.in_use() > POLL_PENDING_MAX
             || !self.poll_pays()
         {
             return false;
@@ -231,7 +153,7 @@ impl Worker {
 
     /// Sleeps until a kick, a store event, the waker, or the next deadline.
     fn sleep(&mut self) {
-        let next = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
+        let next = [self.deadline, self.requests.next_completion()].into_iter().flatten().min();
         let timeout_ms = next.map_or(-1, |due| {
             let us = due.since_us(self.port.image().now());
             i32::try_from(us.div_ceil(1000)).unwrap_or(i32::MAX)
@@ -255,26 +177,26 @@ impl Worker {
     /// One turn; see the module. False: there was nothing to do.
     fn turn(&mut self, now: Tick) -> bool {
         let notified = self.port.waker().take_notified();
-        let obeyed = notified && self.obey(now);
+        let handled = notified && self.handle_commands(now);
         let collected = self.port.reap(notified);
         let taken = self.take_requests();
-        let due = [self.deadline, self.traffic.next_answer()].into_iter().flatten().min();
-        if !(obeyed || collected || taken) && due.is_none_or(|due| due > now) {
+        let due = [self.deadline, self.requests.next_completion()].into_iter().flatten().min();
+        if !(handled || collected || taken) && due.is_none_or(|due| due > now) {
             return false;
         }
-        let Self { port, traffic, rings, .. } = self;
+        let Self { port, requests, rings, .. } = self;
         port.with_cache(now, |cache, notices| {
             for notice in notices.drain(..) {
-                traffic.hear(cache, notice);
+                requests.handle_notice(cache, notice);
             }
-            traffic.admit_all(cache);
+            requests.admit_all(cache);
         });
-        traffic.copy_all(port, rings);
-        if !traffic.written.is_empty() {
-            port.with_cache(now, |cache, _| traffic.give_back_written(cache));
+        requests.copy_all(port, rings);
+        if !requests.written.is_empty() {
+            port.with_cache(now, |cache, _| requests.give_back_written(cache));
         }
-        traffic.answer_all(rings, now);
-        self.deadline = port.end_turn(now, |cache| traffic.give_back_read(cache));
+        requests.complete_all(rings, now);
+        self.deadline = port.end_turn(now, |cache| requests.give_back_read(cache));
         self.settle_control();
         true
     }
@@ -284,7 +206,7 @@ impl Worker {
         for index in 0..self.rings.len() {
             if self.served(index).is_some_and(|ring| ring.has_more()) {
                 let ring = self.rings[index].as_mut().expect("looked at just now");
-                taken |= self.traffic.take_from(u16::try_from(index).expect("64 rings at most"), ring);
+                taken |= self.requests.take_from(u16::try_from(index).expect("64 rings at most"), ring);
             }
         }
         taken
@@ -294,14 +216,14 @@ impl Worker {
     fn served(&mut self, index: usize) -> Option<&mut Ring> {
         let drains =
             self.new_memory.is_some() || self.stopping.iter().any(|(stopping, _)| usize::from(*stopping) == index);
-        self.rings[index].as_mut().filter(|ring| ring.owes() || !drains)
+        self.rings[index].as_mut().filter(|ring| ring.has_resubmissions() || !drains)
     }
 
     /// Does what the control plane asks.
-    fn obey(&mut self, now: Tick) -> bool {
-        let mut obeyed = false;
+    fn handle_commands(&mut self, now: Tick) -> bool {
+        let mut handled = false;
         while let Ok(command) = self.commands.try_recv() {
-            obeyed = true;
+            handled = true;
             match command {
                 Command::Start(index, setup, answer) => {
                     self.start(index, *setup);
@@ -316,7 +238,7 @@ impl Worker {
                 }
                 Command::Memory(memory, answer) => self.new_memory = Some((memory, answer)),
                 Command::Flush(answer) => {
-                    let ticket = self.traffic.drain_ticket(answer);
+                    let ticket = self.requests.drain_ticket(answer);
                     self.port.with_cache(now, |cache, _| cache.flush(ticket));
                 }
                 Command::Resume(answer) => {
@@ -326,7 +248,7 @@ impl Worker {
                 Command::Exit => self.exits = true,
             }
         }
-        obeyed
+        handled
     }
 
     fn start(&mut self, index: u16, setup: RingSetup) {

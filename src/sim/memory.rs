@@ -17,18 +17,18 @@ struct Contents {
 }
 
 #[derive(Debug)]
-struct State {
+struct MemoryState {
     now: Contents,
     /// Steps until the daemon dies.
-    fuse: Option<u64>,
+    steps_to_crash: Option<u64>,
     /// What was there when it died.
     dead: Option<Contents>,
 }
 
-impl State {
+impl MemoryState {
     /// The cache is about to take a step.
     fn step(&mut self) {
-        match &mut self.fuse {
+        match &mut self.steps_to_crash {
             Some(0) if self.dead.is_none() => self.dead = Some(self.now.clone()),
             Some(left) => *left = left.saturating_sub(1),
             None => {}
@@ -38,7 +38,7 @@ impl State {
 
 /// See the module. Clones share the memory.
 #[derive(Clone, Debug)]
-pub(crate) struct Memory(Arc<Mutex<State>>);
+pub(crate) struct Memory(Arc<Mutex<MemoryState>>);
 
 impl Memory {
     /// Frames of garbage, and places for zeroed ranges.
@@ -46,10 +46,10 @@ impl Memory {
         let frames = frames as usize;
         let (versions, ledger, zeroed) = (vec![[GARBAGE; 8]; frames], vec![None; frames], vec![None; places]);
         let now = Contents { versions, ledger, zeroed };
-        Self(Arc::new(Mutex::new(State { now, fuse: None, dead: None })))
+        Self(Arc::new(Mutex::new(MemoryState { now, steps_to_crash: None, dead: None })))
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, MemoryState> {
         self.0.lock().expect("a world has one thread")
     }
 
@@ -64,8 +64,8 @@ impl Memory {
     }
 
     /// The daemon dies before the step after `steps` more.
-    pub fn light_fuse(&self, steps: u64) {
-        self.state().fuse = Some(steps);
+    pub fn crash_after(&self, steps: u64) {
+        self.state().steps_to_crash = Some(steps);
     }
 
     /// Whether the daemon has died: nothing that it did since has happened.
@@ -74,9 +74,9 @@ impl Memory {
     }
 
     /// Makes the memory again what it was when the daemon died, or takes it as it is.
-    pub fn rewind(&self) {
+    pub fn restore_crash_image(&self) {
         let mut state = self.state();
-        state.fuse = None;
+        state.steps_to_crash = None;
         if let Some(dead) = state.dead.take() {
             state.now = dead;
         }

@@ -6,12 +6,12 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
 
-mod blame;
 pub(crate) mod disk;
+mod failure_oracle;
 pub(crate) mod memory;
 mod oracle;
 mod rng;
-mod temper;
+mod scenario;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -95,7 +95,7 @@ impl Oracle {
 
 impl Knowledge {
     /// A write is sent while the request is under way: its version may be seen too.
-    pub fn widen(&mut self, first: usize, count: usize, version: u32) {
+    pub fn add_candidate(&mut self, first: usize, count: usize, version: u32) {
         self.each(first, count, |allowed| {
             if let Some(allowed) = allowed {
                 allowed.push(version);

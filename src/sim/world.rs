@@ -9,15 +9,15 @@ use crate::cache::{Access, Admitted, Health, Notice, Outcome, PageCache, Piece, 
 use crate::units::{Fault, FrameId, OpKind, SectorSpan, Tick};
 
 use super::PlantedBug;
-use super::blame::{Asked, Blame};
 use super::disk::Disk;
+use super::failure_oracle::{Asked, FailureOracle};
 use super::memory::{GARBAGE, Memory};
 use super::oracle::{Knowledge, Oracle};
 use super::rng::Rng;
-use super::temper::{BREAKAGES, OpClass, Temper, settings};
+use super::scenario::{BREAKAGES, FailureClass, Scenario, settings};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum GuestOp {
     Read,
     Write { version: u32 },
     Zero { unmap: bool },
@@ -25,26 +25,26 @@ enum Kind {
     Flush,
 }
 
-impl Kind {
+impl GuestOp {
     fn asked(self) -> Asked {
         match self {
-            Kind::Read => Asked::Read,
-            Kind::Write { .. } => Asked::Write,
-            Kind::Zero { .. } | Kind::Discard => Asked::Range,
-            Kind::Flush => Asked::Flush,
+            GuestOp::Read => Asked::Read,
+            GuestOp::Write { .. } => Asked::Write,
+            GuestOp::Zero { .. } | GuestOp::Discard => Asked::Range,
+            GuestOp::Flush => Asked::Flush,
         }
     }
 
     /// Its end is not defined if another write overlaps it.
     fn excludes_others(self) -> bool {
-        matches!(self, Kind::Zero { .. } | Kind::Discard)
+        matches!(self, GuestOp::Zero { .. } | GuestOp::Discard)
     }
 }
 
 /// A guest's request under way.
 #[derive(Debug)]
-struct Request {
-    kind: Kind,
+struct GuestRequest {
+    kind: GuestOp,
     span: SectorSpan,
     sent: u64,
     sent_at: Tick,
@@ -58,7 +58,7 @@ struct Request {
 
 /// A store operation under way.
 #[derive(Debug)]
-struct Operation {
+struct DiskOp {
     kind: OpKind,
     span: SectorSpan,
     first_sector: u8,
@@ -72,7 +72,7 @@ struct Operation {
     ends_at: u64,
 }
 
-impl Operation {
+impl DiskOp {
     /// Frame and sector within it of the operation's `n`th sector.
     fn place(&self, n: usize) -> (FrameId, usize) {
         let sector = usize::from(self.first_sector) + n;
@@ -87,22 +87,22 @@ const PAUSE_US_MAX: u64 = 5_000_000;
 #[derive(Debug)]
 pub(super) struct World {
     rng: Rng,
-    temper: Temper,
+    scenario: Scenario,
     settings: Settings,
     planted: Option<PlantedBug>,
     cache: PageCache,
     memory: Memory,
     disk: Disk,
     oracle: Oracle,
-    blame: Blame,
+    failures: FailureOracle,
     now_us: u64,
     step: u64,
     /// Turns in a row, at one moment, after which nothing was under way.
     turns_in_vain: u32,
     version: u32,
     next_ticket: u64,
-    requests: BTreeMap<u64, Request>,
-    operations: BTreeMap<u32, Operation>,
+    requests: BTreeMap<u64, GuestRequest>,
+    operations: BTreeMap<u32, DiskOp>,
     copies: Vec<(u64, Piece)>,
     resumes: Vec<u64>,
     pub completed: u64,
@@ -119,12 +119,12 @@ impl World {
         let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };
         let sectors = settings.image_sectors as usize;
         let disk = Disk::new(sectors, |_| rng.percent(hole_percent));
-        let temper = Temper::new(&mut rng);
+        let scenario = Scenario::new(&mut rng);
         Self {
             oracle: Oracle::new(sectors),
-            blame: Blame::default(),
+            failures: FailureOracle::default(),
             rng,
-            temper,
+            scenario,
             settings,
             planted,
             cache,
@@ -150,19 +150,19 @@ impl World {
         for _ in 0..steps {
             self.one_step(true);
         }
-        self.temper.steps_per_death = None;
+        self.scenario.steps_per_death = None;
         if self.rng.percent(30) {
-            self.temper.broken = self.rng.pick(&BREAKAGES);
+            self.scenario.broken = self.rng.pick(&BREAKAGES);
             for _ in 0..steps / 3 {
                 self.one_step(true);
             }
             self.settle();
         }
-        self.temper.fault_percent = 0;
-        self.temper.broken = &[];
+        self.scenario.fault_percent = 0;
+        self.scenario.broken = &[];
         self.cache.resume();
         self.settle();
-        self.send(Kind::Flush, SectorSpan::new(0, 0));
+        self.send(GuestOp::Flush, SectorSpan::new(0, 0));
         self.settle();
         self.power_cut();
     }
@@ -182,14 +182,14 @@ impl World {
         // More often while a Sync is out: then most is in doubt.
         let syncing = self.operations.values().any(|op| op.kind == OpKind::Sync);
         let likelier = if syncing { 10 } else { 1 };
-        let dies = self.temper.steps_per_death.is_some_and(|steps| self.rng.below(steps / likelier) == 0);
+        let dies = self.scenario.steps_per_death.is_some_and(|steps| self.rng.below(steps / likelier) == 0);
         if dies {
             // Somewhere within the step, or else after it.
-            self.memory.light_fuse(self.rng.below(12));
+            self.memory.crash_after(self.rng.below(12));
         }
         let mut happened = true;
         match self.rng.below(10) {
-            0..=2 if guest_is_active && self.requests.len() < self.temper.requests_max => self.guest_acts(),
+            0..=2 if guest_is_active && self.requests.len() < self.scenario.requests_max => self.guest_acts(),
             3..=4 if !self.copies.is_empty() => self.copy_one(),
             5 if !self.resumes.is_empty() => {
                 let at = self.rng.below(self.resumes.len() as u64) as usize;
@@ -210,7 +210,7 @@ impl World {
             self.next_daemon();
         }
         if happened && !dies {
-            self.somebody_will_act();
+            self.assert_progress_possible();
         }
         let pinned: Vec<_> = self.copies.iter().flat_map(|(_, piece)| piece.frames()).collect();
         self.cache.check(&pinned);
@@ -227,44 +227,53 @@ impl World {
         }
         let span = SectorSpan::new(start, count.min(sectors - start));
         let kind = match self.rng.below(100) {
-            _ if self.rng.percent(self.temper.zero_percent) => Kind::Zero { unmap: self.rng.percent(50) },
-            0..=39 => Kind::Read,
+            _ if self.rng.percent(self.scenario.zero_percent) => GuestOp::Zero { unmap: self.rng.percent(50) },
+            0..=39 => GuestOp::Read,
             40..=79 => {
                 self.version += 1;
-                Kind::Write { version: self.version }
+                GuestOp::Write { version: self.version }
             }
-            80..=83 => Kind::Discard,
-            _ => return self.send(Kind::Flush, SectorSpan::new(0, 0)),
+            80..=83 => GuestOp::Discard,
+            _ => return self.send(GuestOp::Flush, SectorSpan::new(0, 0)),
         };
-        let clashes = |other: &Request| {
+        let clashes = |other: &GuestRequest| {
             let meet = span.start < other.span.end() && other.span.start < span.end();
-            meet && (!self.temper.overlap || kind.excludes_others() || other.kind.excludes_others())
+            meet && (!self.scenario.overlap || kind.excludes_others() || other.kind.excludes_others())
         };
         if !self.requests.values().any(clashes) {
             self.send(kind, span);
         }
     }
 
-    fn send(&mut self, kind: Kind, span: SectorSpan) {
+    fn send(&mut self, kind: GuestOp, span: SectorSpan) {
         let (first, count) = (span.start as usize, span.count as usize);
-        let known_sectors = if kind == Kind::Flush { self.disk.sectors() } else { count };
+        let known_sectors = if kind == GuestOp::Flush { self.disk.sectors() } else { count };
         let known = self.oracle.knowledge(first, known_sectors);
         match kind {
-            Kind::Write { version } => self.write_starts(first, count, version),
-            Kind::Zero { .. } => self.write_starts(first, count, 0),
-            Kind::Discard => {
+            GuestOp::Write { version } => self.write_starts(first, count, version),
+            GuestOp::Zero { .. } => self.write_starts(first, count, 0),
+            GuestOp::Discard => {
                 self.oracle.discard_starts(first, count);
                 for request in self.requests.values_mut() {
                     request.known.forget(first, count);
                 }
             }
-            Kind::Read | Kind::Flush => {}
+            GuestOp::Read | GuestOp::Flush => {}
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         let sent_at = Tick(self.now_us);
-        let request =
-            Request { kind, span, sent: self.step, sent_at, admitted: 0, settled: 0, failed: false, cut: false, known };
+        let request = GuestRequest {
+            kind,
+            span,
+            sent: self.step,
+            sent_at,
+            admitted: 0,
+            settled: 0,
+            failed: false,
+            cut: false,
+            known,
+        };
         self.requests.insert(ticket, request);
         self.admit(ticket, false);
     }
@@ -272,7 +281,7 @@ impl World {
     fn write_starts(&mut self, first: usize, count: usize, version: u32) {
         self.oracle.write_starts(first, count, version);
         for request in self.requests.values_mut() {
-            request.known.widen(first, count, version);
+            request.known.add_candidate(first, count, version);
         }
     }
 
@@ -283,17 +292,17 @@ impl World {
         let access = Access { ticket: name, span: request.span, from: request.admitted, resumed };
         let mut pieces = Vec::new();
         let admitted = match request.kind {
-            Kind::Read => self.cache.read(access, &mut pieces),
-            Kind::Write { .. } => self.cache.write(access, &mut pieces),
-            Kind::Zero { unmap } => {
+            GuestOp::Read => self.cache.read(access, &mut pieces),
+            GuestOp::Write { .. } => self.cache.write(access, &mut pieces),
+            GuestOp::Zero { unmap } => {
                 self.cache.zero(name, request.span, unmap);
                 return;
             }
-            Kind::Discard => {
+            GuestOp::Discard => {
                 self.cache.discard(name, request.span);
                 return;
             }
-            Kind::Flush => return self.cache.flush(name),
+            GuestOp::Flush => return self.cache.flush(name),
         };
         if self.memory.is_dead() {
             return;
@@ -316,12 +325,12 @@ impl World {
         let at = self.rng.below(self.copies.len() as u64) as usize;
         let (ticket, piece) = self.copies.swap_remove(at);
         let request = self.requests.get_mut(&ticket).expect("a piece belongs to a request");
-        let cut = matches!(request.kind, Kind::Write { .. }) && self.rng.percent(2);
+        let cut = matches!(request.kind, GuestOp::Write { .. }) && self.rng.percent(2);
         let count = if cut { self.rng.below(u64::from(piece.count)) as usize } else { piece.count as usize };
         for n in 0..count {
             let place = usize::from(piece.first) + n;
             match request.kind {
-                Kind::Read => {
+                GuestOp::Read => {
                     let seen = piece.frame.map_or(0, |frame| self.memory.get(frame, place));
                     let sector = request.span.start + u64::from(piece.at) + n as u64;
                     assert!(
@@ -331,7 +340,7 @@ impl World {
                         request.known
                     );
                 }
-                Kind::Write { version } => {
+                GuestOp::Write { version } => {
                     self.memory.set(piece.frame.expect("a write has memory"), place, version);
                 }
                 _ => unreachable!("only reads and writes have pieces"),
@@ -339,7 +348,7 @@ impl World {
         }
         request.settled += u64::from(piece.count);
         match request.kind {
-            Kind::Read => self.cache.finish_read(&piece),
+            GuestOp::Read => self.cache.finish_read(&piece),
             _ => self.cache.finish_write(&piece, !cut),
         }
         request.cut |= cut;
@@ -361,25 +370,25 @@ impl World {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.completed += 1;
         let (asked, now) = (request.kind.asked(), Tick(self.now_us));
-        let excused = good || request.cut || self.blame.excuses(asked, request.sent_at, &self.settings, now);
-        assert!(excused, "{asked:?} of {:?} fails without a reason: {:?}", request.span, self.blame);
+        let excused = good || request.cut || self.failures.may_fail(asked, request.sent_at, &self.settings, now);
+        assert!(excused, "{asked:?} of {:?} fails without a reason: {:?}", request.span, self.failures);
         let (first, count) = (request.span.start as usize, request.span.count as usize);
         match request.kind {
-            Kind::Write { version } => self.oracle.write_ends(first, count, version, request.sent, self.step, good),
-            Kind::Zero { .. } => self.oracle.write_ends(first, count, 0, request.sent, self.step, good),
-            Kind::Flush if good => {
+            GuestOp::Write { version } => self.oracle.write_ends(first, count, version, request.sent, self.step, good),
+            GuestOp::Zero { .. } => self.oracle.write_ends(first, count, 0, request.sent, self.step, good),
+            GuestOp::Flush if good => {
                 self.oracle.flushed(&request.known);
                 if self.rng.percent(20) {
                     self.power_cut();
                 }
             }
-            Kind::Flush | Kind::Read | Kind::Discard => {}
+            GuestOp::Flush | GuestOp::Read | GuestOp::Discard => {}
         }
     }
 
     /// A request that waits, waits for something: an operation, a copy, or a moment that the cache has named. That moment is
     /// now if the disk is well, else the end of a pause. Turn after turn at one moment must bring something.
-    fn somebody_will_act(&mut self) {
+    fn assert_progress_possible(&mut self) {
         let under_way = !self.operations.is_empty() || !self.copies.is_empty() || !self.resumes.is_empty();
         let deadline = self.cache.next_deadline();
         let due = deadline.is_some_and(|at| at.0 <= self.now_us);
@@ -422,24 +431,24 @@ impl World {
             _ => Outcome::Done,
         };
         if let Outcome::Failed(fault) = outcome {
-            self.blame.failed(op.kind, fault, &self.settings, Tick(self.now_us));
+            self.failures.failed(op.kind, fault, &self.settings, Tick(self.now_us));
         }
         self.cache.complete(tag, &outcome, Tick(self.now_us));
     }
 
     /// Whether chance lets an operation fail.
-    fn fails(&mut self, op: &Operation) -> bool {
-        let percent = match self.temper.fault_percent {
+    fn fails(&mut self, op: &DiskOp) -> bool {
+        let percent = match self.scenario.fault_percent {
             // Rare, and what hangs on it is most: often enough to be met.
             1.. if op.kind == OpKind::Sync => 30,
             percent => percent,
         };
-        let broken = OpClass::of(op.kind).is_some_and(|class| self.temper.broken.contains(&class));
+        let broken = FailureClass::of(op.kind).is_some_and(|class| self.scenario.broken.contains(&class));
         broken || self.rng.percent(percent)
     }
 
     /// What an operation does to disk and memory, whoever hears of it.
-    fn reaches_disk(&mut self, op: &Operation, failed: bool) {
+    fn reaches_disk(&mut self, op: &DiskOp, failed: bool) {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             OpKind::Read => {
@@ -476,8 +485,7 @@ impl World {
         self.cache.take_ops(|plan: StoreOpRef<'_>| {
             let StoreOpRef { tag, kind, span, first_sector, frames, .. } = plan;
             let frames = frames.to_vec();
-            let op =
-                Operation { kind, span, first_sector, frames, content: Vec::new(), map: None, began: 0, ends_at: 0 };
+            let op = DiskOp { kind, span, first_sector, frames, content: Vec::new(), map: None, began: 0, ends_at: 0 };
             plans.push((tag, op));
         });
         for (tag, op) in plans {
@@ -500,14 +508,14 @@ impl World {
         }
     }
 
-    fn submit(&mut self, tag: u32, mut op: Operation) {
+    fn submit(&mut self, tag: u32, mut op: DiskOp) {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             OpKind::Write => {
                 op.content = (0..count).map(|n| op.place(n)).map(|(frame, at)| self.memory.get(frame, at)).collect();
                 assert!(!op.content.contains(&GARBAGE), "garbage on its way to the disk");
                 // A discard that has happened and that no daemon lived to hear of has given back what was reserved.
-                let promised = self.settings.allocate && !self.temper.mortal;
+                let promised = self.settings.allocate && !self.scenario.daemon_crashes;
                 let has_space = !promised || self.disk.has_space(first, count);
                 assert!(has_space, "a write that completed may fail for lack of space: {:?}", op.span);
             }
@@ -516,14 +524,14 @@ impl World {
             OpKind::Map if self.rng.percent(50) => op.map = Some(self.disk.map(first, count)),
             _ => {}
         }
-        op.ends_at = self.now_us + self.rng.between(1, self.temper.latency_us_max);
+        op.ends_at = self.now_us + self.rng.between(1, self.scenario.latency_us_max);
         self.operations.insert(tag, op);
     }
 
     /// The daemon is dead. What it had sent to the disk ends there, and nobody hears of it; then the next one takes its
     /// memory over, and the front-end hands it what was in flight.
     fn next_daemon(&mut self) {
-        self.memory.rewind();
+        self.memory.restore_crash_image();
         for op in std::mem::take(&mut self.operations).into_values() {
             let failed = self.fails(&op);
             self.reaches_disk(&op, failed);
@@ -533,7 +541,7 @@ impl World {
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
         self.cache.planted = self.planted;
         self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
-        if !self.temper.replays {
+        if !self.scenario.replays {
             self.requests.clear();
         }
         for ticket in self.requests.keys().copied().collect::<Vec<_>>() {

@@ -43,7 +43,7 @@ impl VhostUserBackend for Backend {
     type Vring = VringControl;
 
     fn num_queues(&self) -> usize {
-        usize::from(self.0.session.device.geometry.num_queues)
+        usize::from(self.0.session.device.parameters.num_queues)
     }
 
     fn max_queue_size(&self) -> usize {
@@ -51,7 +51,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        self.0.session.device.geometry.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        self.0.session.device.parameters.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {

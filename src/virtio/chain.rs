@@ -9,7 +9,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, GuestAddress, VolatileMemory, VolatileSlice};
 
 use crate::virtio::GuestRam;
-use crate::virtio::segments::{GuestRange, prefetch, read_once};
+use crate::virtio::guest_copy::{GuestRange, prefetch, read_once};
 
 #[cfg(test)]
 mod tests;

@@ -46,7 +46,7 @@ mod field {
 
 /// The disk as the guest is to see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Geometry {
+pub struct DiskParameters {
     /// Size in sectors.
     pub capacity_sectors: u64,
     /// Logical block in bytes: a power of two, 512 or more. The protocol counts in sectors all the same.
@@ -69,7 +69,7 @@ pub struct Geometry {
     pub zero_may_unmap: bool,
 }
 
-impl Geometry {
+impl DiskParameters {
     /// The features to offer; the vhost-user layer adds its own.
     ///
     /// => FLUSH always (a device SHOULD, and MUST with CONFIG_WCE: section 5.2.5.2). Mutating features never with RO.
@@ -117,38 +117,38 @@ pub struct ConfigSpace {
 
 impl ConfigSpace {
     /// The space for a disk.
-    pub fn new(geometry: &Geometry, writeback: bool) -> Self {
+    pub fn new(parameters: &DiskParameters, writeback: bool) -> Self {
         let mut space = Self { bytes: [0; CONFIG_BYTES] };
-        space.set_capacity(geometry.capacity_sectors);
+        space.set_capacity(parameters.capacity_sectors);
         space.put(field::SIZE_MAX, SIZE_MAX.to_le_bytes());
         space.put(field::SEG_MAX, SEG_MAX.to_le_bytes());
-        space.put(field::NUM_QUEUES, geometry.num_queues.to_le_bytes());
+        space.put(field::NUM_QUEUES, parameters.num_queues.to_le_bytes());
         space.set_writeback(writeback);
-        space.put_topology(geometry);
-        space.put_discard(geometry);
+        space.put_topology(parameters);
+        space.put_discard(parameters);
         space
     }
 
     /// Block sizes; the topology counts in logical blocks. `alignment_offset` stays 0.
-    fn put_topology(&mut self, geometry: &Geometry) {
+    fn put_topology(&mut self, parameters: &DiskParameters) {
         let sector = u32::try_from(SECTOR_BYTES).expect("512");
-        let block = geometry.block_bytes.max(sector);
-        let ratio = geometry.physical_block_bytes / block;
+        let block = parameters.block_bytes.max(sector);
+        let ratio = parameters.physical_block_bytes / block;
         let exponent = if ratio.is_power_of_two() { ratio.trailing_zeros() } else { 0 };
         self.put(field::BLK_SIZE, block.to_le_bytes());
         self.put(field::PHYSICAL_BLOCK_EXP, [u8::try_from(exponent).expect("below 32")]);
         let min_io = u16::try_from(1u32 << exponent).unwrap_or(u16::MAX);
         self.put(field::MIN_IO_SIZE, min_io.to_le_bytes());
-        self.put(field::OPT_IO_SIZE, (geometry.optimal_io_bytes / block).to_le_bytes());
+        self.put(field::OPT_IO_SIZE, (parameters.optimal_io_bytes / block).to_le_bytes());
     }
 
     /// Limits of DISCARD and WRITE ZEROES; 0 where the feature isn't offered.
-    fn put_discard(&mut self, geometry: &Geometry) {
-        let features = geometry.features();
+    fn put_discard(&mut self, parameters: &DiskParameters) {
+        let features = parameters.features();
         if features & (1 << VIRTIO_BLK_F_DISCARD) != 0 {
             // Below a page the cache itself would have to read and keep the rest of it.
             let page = u32::try_from(PAGE_SIZE).expect("4096");
-            let granularity = geometry.discard_granularity_bytes.max(page);
+            let granularity = parameters.discard_granularity_bytes.max(page);
             let sectors = u64::from(granularity) / SECTOR_BYTES;
             let sectors = u32::try_from(sectors).expect("smaller than the u32 it came from");
             self.put(field::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS.to_le_bytes());
@@ -158,7 +158,7 @@ impl ConfigSpace {
         if features & (1 << VIRTIO_BLK_F_WRITE_ZEROES) != 0 {
             self.put(field::MAX_WRITE_ZEROES_SECTORS, MAX_DISCARD_SECTORS.to_le_bytes());
             self.put(field::MAX_WRITE_ZEROES_SEG, MAX_DISCARD_SEGMENTS.to_le_bytes());
-            self.put(field::WRITE_ZEROES_MAY_UNMAP, [u8::from(geometry.zero_may_unmap)]);
+            self.put(field::WRITE_ZEROES_MAY_UNMAP, [u8::from(parameters.zero_may_unmap)]);
         }
     }
 

@@ -7,9 +7,9 @@
 
 pub mod chain;
 pub mod config_space;
+pub mod guest_copy;
 mod ram;
 pub mod request;
-pub mod segments;
 pub mod split;
 #[cfg(test)]
 mod testing;

@@ -12,7 +12,7 @@ use vm_memory::{Address, GuestAddress};
 
 use crate::units::{SECTOR_BYTES, SectorSpan};
 use crate::virtio::chain::{Buffer, Chain, Table};
-use crate::virtio::segments::{BadAddress, GuestCursor, GuestRange, read_once};
+use crate::virtio::guest_copy::{BadAddress, GuestCursor, GuestRange, read_once};
 use crate::virtio::{GuestRam, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, STATUS_IOERR, STATUS_UNSUPP};
 
 #[cfg(test)]
@@ -29,7 +29,7 @@ pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum RequestKind {
     /// IN: sectors to the guest.
     Read,
     /// OUT: sectors from the guest.
@@ -46,7 +46,7 @@ pub enum Kind {
     Unknown(u32),
 }
 
-impl Kind {
+impl RequestKind {
     fn from_wire(value: u32) -> Self {
         match value {
             VIRTIO_BLK_T_IN => Self::Read,
@@ -121,7 +121,7 @@ pub struct Request {
     /// Head of the chain: the used ring's id.
     pub head: u16,
     /// What to do.
-    pub kind: Kind,
+    pub kind: RequestKind,
     /// First sector of a read or write.
     pub sector: u64,
     /// The data: readable for OUT kinds, writable for IN kinds, empty for the others. No range is empty.
@@ -134,7 +134,7 @@ pub struct Request {
 
 impl Default for Request {
     fn default() -> Self {
-        let (kind, status) = (Kind::Unknown(u32::MAX), GuestAddress(0));
+        let (kind, status) = (RequestKind::Unknown(u32::MAX), GuestAddress(0));
         Self { head: 0, kind, sector: 0, data: Vec::new(), data_bytes: 0, status }
     }
 }
@@ -224,7 +224,7 @@ impl<'a> Gather<'a> {
     /// Takes the header apart; its reserved word (once the I/O priority) is ignored.
     fn read_header(&mut self) {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = self.header;
-        self.request.kind = Kind::from_wire(u32::from_le_bytes([t0, t1, t2, t3]));
+        self.request.kind = RequestKind::from_wire(u32::from_le_bytes([t0, t1, t2, t3]));
         self.request.sector = u64::from_le_bytes(sector);
     }
 
@@ -272,20 +272,20 @@ impl Request {
     pub fn check(&self, disk: &Disk) -> Result<(), u8> {
         let refuse_if = |wrong: bool, status: u8| if wrong { Err(status) } else { Ok(()) };
         match self.kind {
-            Kind::Read => self.check_range(disk),
-            Kind::Write => {
+            RequestKind::Read => self.check_range(disk),
+            RequestKind::Write => {
                 refuse_if(disk.read_only, STATUS_IOERR)?;
                 self.check_range(disk)
             }
-            Kind::Flush => Ok(()),
-            Kind::Discard | Kind::WriteZeroes => {
-                let offered = if self.kind == Kind::Discard { disk.can_discard } else { disk.can_zero };
+            RequestKind::Flush => Ok(()),
+            RequestKind::Discard | RequestKind::WriteZeroes => {
+                let offered = if self.kind == RequestKind::Discard { disk.can_discard } else { disk.can_zero };
                 refuse_if(disk.read_only, STATUS_IOERR)?;
                 refuse_if(!offered, STATUS_UNSUPP)?;
                 self.payload_bytes().map(|_| ())
             }
-            Kind::GetId => refuse_if(self.data_bytes == 0, STATUS_IOERR),
-            Kind::Unknown(_) => Err(STATUS_UNSUPP),
+            RequestKind::GetId => refuse_if(self.data_bytes == 0, STATUS_IOERR),
+            RequestKind::Unknown(_) => Err(STATUS_UNSUPP),
         }
     }
 
@@ -322,7 +322,7 @@ impl Request {
         let mut buffer = [0; PAYLOAD_BYTES_MAX];
         let payload = &mut buffer[..self.payload_bytes()?];
         GuestCursor::new(mem, &self.data).read(0, payload).map_err(|BadAddress| STATUS_IOERR)?;
-        let allowed = if self.kind == Kind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+        let allowed = if self.kind == RequestKind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         let (raw_segments, _) = payload.as_chunks::<SEGMENT_BYTES>();
         let mut wrong = false;
         for raw in raw_segments {
@@ -364,8 +364,8 @@ impl Request {
     /// => A failure counts its status byte alone, whatever was copied before: the driver may not look at the data.
     pub fn used_len(&self, ok: bool) -> u32 {
         let written = match self.kind {
-            Kind::Read if ok => u32::try_from(self.data_bytes).unwrap_or(u32::MAX),
-            Kind::GetId if ok => u32::try_from(self.id_len()).unwrap_or(u32::MAX),
+            RequestKind::Read if ok => u32::try_from(self.data_bytes).unwrap_or(u32::MAX),
+            RequestKind::GetId if ok => u32::try_from(self.id_len()).unwrap_or(u32::MAX),
             _ => 0,
         };
         written.saturating_add(1)

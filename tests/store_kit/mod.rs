@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use genblk::store::faulty::FaultyImage;
-use genblk::store::file::{Engine, FileImage, OpenOptions};
+use genblk::store::file::{FileImage, IoEngine, OpenOptions};
 use genblk::store::{Backing, Event, IoRequest, Segment, StoreQueue};
 use genblk::units::OpKind;
 
@@ -103,7 +103,7 @@ pub struct Setting {
 /// Every engine over every kind of image.
 pub fn settings(name: &str, size: u64) -> Vec<Setting> {
     let mut all = Vec::new();
-    for engine in [Engine::Uring, Engine::Threads] {
+    for engine in [IoEngine::Uring, IoEngine::Threads] {
         for direct in [true, false] {
             let mut images = vec![("file", Image::file(name, size))];
             images.extend(Image::tmpfs(name, size).map(|image| ("tmpfs", image)));

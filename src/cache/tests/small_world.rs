@@ -25,7 +25,7 @@ use world::{PAGES, World};
 /// What becomes of a page before the request comes; the table is that of `page.rs`, with the pages that are in two states
 /// at a time or only partly there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum PageState {
     /// Data on the store, nothing in memory.
     Absent,
     /// Nothing on the store, nothing in memory.
@@ -50,20 +50,20 @@ enum State {
     WritingPart,
 }
 
-use State::{
+use PageState::{
     Absent, Clean, Dirty, Hole, Partial, PartialHole, Reading, ReadingDirty, Writing, WritingDirty, WritingPart,
 };
 
 /// The states of a page as such.
-const PLAIN: [State; 7] = [Absent, Hole, Reading, Clean, Dirty, Partial, Writing];
+const PLAIN: [PageState; 7] = [Absent, Hole, Reading, Clean, Dirty, Partial, Writing];
 /// And those that are mixtures of them.
-const ALL: [State; 11] =
+const ALL: [PageState; 11] =
     [Absent, Hole, Reading, Clean, Dirty, Partial, Writing, PartialHole, ReadingDirty, WritingDirty, WritingPart];
 
 /// The sectors of a page that is written in part; the cut last page of an image has them too.
 const PART: SectorMask = SectorMask(0b0001_1100);
 
-impl State {
+impl PageState {
     /// Whether the store has a hole there.
     fn is_hole(self) -> bool {
         matches!(self, Hole | PartialHole)
@@ -108,7 +108,7 @@ const BLOCKS: Shape = Shape { block_sectors: 8, ..WHOLE };
 const UNMAPPED: Shape = Shape { mapped: false, ..WHOLE };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Op {
+enum Direction {
     Read,
     Write,
 }
@@ -127,15 +127,15 @@ enum Order {
 struct Scene<'a> {
     shape: Shape,
     /// Of the image's last pages; those before them are Absent.
-    states: &'a [State],
-    op: Op,
+    states: &'a [PageState],
+    op: Direction,
     span: SectorSpan,
     order: Order,
 }
 
 impl Scene<'_> {
     /// The state of a page.
-    fn state(&self, page: usize) -> State {
+    fn state(&self, page: usize) -> PageState {
         let before = PAGES - self.states.len();
         page.checked_sub(before).map_or(Absent, |at| self.states[at])
     }
@@ -165,7 +165,7 @@ fn requests(first: u64, last: u64, sectors: &[u64]) -> Vec<SectorSpan> {
 fn each_scene(
     shapes: &[Shape],
     length: usize,
-    states: &[State],
+    states: &[PageState],
     requests: &[SectorSpan],
     visit: &mut dyn FnMut(&Scene<'_>),
 ) {
@@ -176,7 +176,7 @@ fn each_scene(
                 continue;
             }
             for &span in requests.iter().filter(|span| span.end() <= shape.image_sectors) {
-                for op in [Op::Read, Op::Write] {
+                for op in [Direction::Read, Direction::Write] {
                     for order in [Order::Prompt, Order::Late] {
                         visit(&Scene { shape, states: run, op, span, order });
                     }
@@ -187,7 +187,7 @@ fn each_scene(
 }
 
 /// Visits every run of `length` states.
-fn each_run(states: &[State], length: usize, visit: &mut dyn FnMut(&[State])) {
+fn each_run(states: &[PageState], length: usize, visit: &mut dyn FnMut(&[PageState])) {
     let mut run = vec![Absent; length];
     for number in 0..(0..length).fold(1, |count, _| count * states.len()) {
         let mut rest = number;
@@ -205,7 +205,7 @@ fn holds(scene: &Scene<'_>, planted: Option<PlantedBug>) -> bool {
 }
 
 /// Plays every scene; `least` is how many there are at the least.
-fn play_all(shapes: &[Shape], length: usize, states: &[State], requests: &[SectorSpan], least: u32) {
+fn play_all(shapes: &[Shape], length: usize, states: &[PageState], requests: &[SectorSpan], least: u32) {
     let mut played = 0;
     each_scene(shapes, length, states, requests, &mut |scene| {
         assert!(holds(scene, None), "see above what went wrong in {scene:?}");

@@ -6,8 +6,8 @@ use virtio_bindings::virtio_blk::virtio_blk_config;
 
 use super::*;
 
-fn geometry() -> Geometry {
-    Geometry {
+fn parameters() -> DiskParameters {
+    DiskParameters {
         capacity_sectors: 0x0123_4567_89ab,
         block_bytes: 512,
         physical_block_bytes: 4096,
@@ -27,10 +27,10 @@ fn number(space: &ConfigSpace, offset: usize, size: u32) -> u64 {
     u64::from_le_bytes(bytes.try_into().unwrap())
 }
 
-/// The fields stand where the kernel's structure has them, with the values of the geometry.
+/// The fields stand where the kernel's structure has them, with the values of the parameters.
 #[test]
 fn fields_lie_where_linux_reads_them() {
-    let space = ConfigSpace::new(&geometry(), true);
+    let space = ConfigSpace::new(&parameters(), true);
     let expected = [
         (offset_of!(virtio_blk_config, capacity), 8, 0x0123_4567_89ab),
         (offset_of!(virtio_blk_config, size_max), 4, u64::from(SIZE_MAX)),
@@ -62,7 +62,7 @@ fn fields_lie_where_linux_reads_them() {
 /// T7 and T14: a read of any offset and size gives exactly those bytes.
 #[test]
 fn a_read_honours_its_offset_and_size() {
-    let space = ConfigSpace::new(&geometry(), true);
+    let space = ConfigSpace::new(&parameters(), true);
     let whole = space.read(0, 256);
     assert_eq!(&whole[..CONFIG_BYTES], &space.bytes);
     assert!(whole[CONFIG_BYTES..].iter().all(|&byte| byte == 0));
@@ -80,7 +80,7 @@ fn a_read_honours_its_offset_and_size() {
 /// T3: of all writes anywhere, only a 0 or 1 to `writeback` counts.
 #[test]
 fn only_the_cache_mode_can_be_written() {
-    let space = ConfigSpace::new(&geometry(), true);
+    let space = ConfigSpace::new(&parameters(), true);
     for offset in (0..300).chain([u32::MAX]) {
         let counts = offset == 32 || offset == 0x100 + 32;
         assert_eq!(space.write(offset, &[0]), counts.then_some(false));
@@ -93,7 +93,7 @@ fn only_the_cache_mode_can_be_written() {
 
 #[test]
 fn the_cache_mode_and_the_size_can_change() {
-    let mut space = ConfigSpace::new(&geometry(), false);
+    let mut space = ConfigSpace::new(&parameters(), false);
     assert!(!space.writeback());
     space.set_writeback(true);
     assert!(space.writeback());
@@ -116,8 +116,8 @@ fn the_cache_starts_write_through_unless_the_guest_can_flush() {
 
 #[test]
 fn features_follow_the_geometry() {
-    let has = |geometry: &Geometry, bit: u32| geometry.features() & (1 << bit) != 0;
-    let full = geometry();
+    let has = |parameters: &DiskParameters, bit: u32| parameters.features() & (1 << bit) != 0;
+    let full = parameters();
     let always = [
         VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX,
@@ -131,17 +131,17 @@ fn features_follow_the_geometry() {
     ];
     let cases = [
         (full.clone(), [true, true, true, false]),
-        (Geometry { read_only: true, ..full.clone() }, [false, false, true, true]),
-        (Geometry { can_discard: false, ..full.clone() }, [false, true, true, false]),
-        (Geometry { can_zero: false, num_queues: 1, ..full }, [true, false, false, false]),
+        (DiskParameters { read_only: true, ..full.clone() }, [false, false, true, true]),
+        (DiskParameters { can_discard: false, ..full.clone() }, [false, true, true, false]),
+        (DiskParameters { can_zero: false, num_queues: 1, ..full }, [true, false, false, false]),
     ];
-    for (geometry, [discard, zero, mq, read_only]) in cases {
-        assert!(always.iter().all(|&bit| has(&geometry, bit)));
-        assert_eq!(has(&geometry, VIRTIO_BLK_F_DISCARD), discard);
-        assert_eq!(has(&geometry, VIRTIO_BLK_F_WRITE_ZEROES), zero);
-        assert_eq!(has(&geometry, VIRTIO_BLK_F_MQ), mq);
-        assert_eq!(has(&geometry, VIRTIO_BLK_F_RO), read_only);
-        let space = ConfigSpace::new(&geometry, false);
+    for (parameters, [discard, zero, mq, read_only]) in cases {
+        assert!(always.iter().all(|&bit| has(&parameters, bit)));
+        assert_eq!(has(&parameters, VIRTIO_BLK_F_DISCARD), discard);
+        assert_eq!(has(&parameters, VIRTIO_BLK_F_WRITE_ZEROES), zero);
+        assert_eq!(has(&parameters, VIRTIO_BLK_F_MQ), mq);
+        assert_eq!(has(&parameters, VIRTIO_BLK_F_RO), read_only);
+        let space = ConfigSpace::new(&parameters, false);
         assert_eq!(number(&space, field::MAX_DISCARD_SEG, 4) != 0, discard);
         assert_eq!(number(&space, field::MAX_WRITE_ZEROES_SEG, 4) != 0, zero);
         assert_eq!(space.read(56, 1), [u8::from(zero)]);
@@ -153,7 +153,7 @@ fn features_follow_the_geometry() {
 fn any_block_size_gives_a_valid_topology() {
     for block_bytes in [0, 1, 512, 4096, u32::MAX] {
         for physical_block_bytes in [0, 511, 512, 1536, 4096, 1 << 31, u32::MAX] {
-            let odd = Geometry { block_bytes, physical_block_bytes, optimal_io_bytes: 0, ..geometry() };
+            let odd = DiskParameters { block_bytes, physical_block_bytes, optimal_io_bytes: 0, ..parameters() };
             let space = ConfigSpace::new(&odd, true);
             let exponent = number(&space, field::PHYSICAL_BLOCK_EXP, 1);
             assert_eq!(number(&space, field::MIN_IO_SIZE, 2), (1u64 << exponent).min(0xffff));

@@ -5,7 +5,7 @@ use vm_memory::Bytes;
 
 use super::*;
 use crate::virtio::STATUS_OK;
-use crate::virtio::segments::write_status;
+use crate::virtio::guest_copy::write_status;
 use crate::virtio::testing::{END, HIGH, HOLE, INDIRECT, NEXT, Random, SEAM, WRITE, put, put_chain, ram};
 
 mod discard;
@@ -42,7 +42,7 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 }
 
 fn is_out(kind: u32) -> bool {
-    Kind::from_wire(kind).has_readable_data()
+    RequestKind::from_wire(kind).has_readable_data()
 }
 
 /// The request made of `buffers`, with a header for `kind` at [`HEADER`].
@@ -55,7 +55,7 @@ fn request(mem: &GuestRam, kind: u32, sector: u64, buffers: &[Piece]) -> Result<
 /// Parses into a used request, so that nothing of an earlier one can shine through.
 fn parse_at(mem: &GuestRam, head: u16) -> Result<Request, Malformed> {
     let stale = GuestRange { addr: GuestAddress(0xdead), len: 77 };
-    let mut parsed = Request { kind: Kind::Read, data: vec![stale; 3], data_bytes: 231, ..Request::default() };
+    let mut parsed = Request { kind: RequestKind::Read, data: vec![stale; 3], data_bytes: 231, ..Request::default() };
     parse(mem, &Table::new(mem, GuestAddress(TABLE), u32::from(SIZE)), head, &mut parsed).map(|()| parsed)
 }
 
@@ -82,7 +82,7 @@ fn any_layout_gives_the_same_request() {
     for kind in ALL {
         mem.write_slice(&header(kind, sector), GuestAddress(readable)).unwrap();
         for (read_len, write_len) in [(16, 1), (16, 4), (19, 1), (19, 4)] {
-            let expected: Vec<u64> = match Kind::from_wire(kind) {
+            let expected: Vec<u64> = match RequestKind::from_wire(kind) {
                 k if k.has_readable_data() => (readable + 16..readable + read_len).collect(),
                 k if k.has_writable_data() => (writable..writable + write_len - 1).collect(),
                 _ => vec![],
@@ -95,7 +95,7 @@ fn any_layout_gives_the_same_request() {
                 for plain in [buffers.len(), 0, 1] {
                     put_layout(&mem, &buffers, plain);
                     let parsed = parse_at(&mem, 0).unwrap();
-                    assert_eq!((parsed.kind, parsed.sector), (Kind::from_wire(kind), sector));
+                    assert_eq!((parsed.kind, parsed.sector), (RequestKind::from_wire(kind), sector));
                     assert_eq!(addresses(&parsed), expected, "{buffers:?}");
                     assert_eq!(parsed.data_bytes, expected.len() as u64);
                     assert_eq!(parsed.status, GuestAddress(writable + write_len - 1));
@@ -242,7 +242,7 @@ fn what_the_disk_does_not_offer_is_unsupported() {
     let kinds = [VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_ZONE_REPORT, 5, u32::MAX];
     for kind in kinds {
         let parsed = plain(&mem, kind, 0, 512);
-        assert_eq!((parsed.kind, parsed.data.len()), (Kind::Unknown(kind), 0));
+        assert_eq!((parsed.kind, parsed.data.len()), (RequestKind::Unknown(kind), 0));
         assert_eq!(parsed.check(&disk()), Err(STATUS_UNSUPP));
         assert_eq!(parsed.used_len(false), 1);
     }
@@ -299,8 +299,8 @@ fn used_length_counts_what_was_written_to_the_guest() {
     for kind in ALL {
         let parsed = plain(&mem, kind, 0, 512);
         let expected = match parsed.kind {
-            Kind::Read => 513,
-            Kind::GetId => 21,
+            RequestKind::Read => 513,
+            RequestKind::GetId => 21,
             _ => 1,
         };
         assert_eq!(parsed.used_len(true), expected);
@@ -348,7 +348,7 @@ fn garbage_is_never_a_panic() {
         assert!(parsed.data.iter().all(|r| r.len > 0) && parsed.data_bytes < u64::from(u32::MAX));
         if parsed.check(&disk()).is_ok() {
             accepted += 1;
-            if matches!(parsed.kind, Kind::Discard | Kind::WriteZeroes) {
+            if matches!(parsed.kind, RequestKind::Discard | RequestKind::WriteZeroes) {
                 let _ = parsed.range_segments(&mem, &disk(), &mut segments);
                 assert!(segments.iter().all(|s| s.span.end() <= disk().capacity_sectors));
             }

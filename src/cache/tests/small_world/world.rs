@@ -1,7 +1,7 @@
 //! The world that one scene is played in: the cache, four pages of disk, and what must hold at every step.
 
 use super::super::settings_of;
-use super::{Op, Order, PART, Scene, State};
+use super::{Direction, Order, PART, PageState, Scene};
 use crate::cache::page::{FROZEN, READING};
 use crate::cache::*;
 use crate::sim::PlantedBug;
@@ -50,7 +50,7 @@ impl Operation {
 /// A guest's read or write.
 #[derive(Debug)]
 struct Request {
-    op: Op,
+    op: Direction,
     span: SectorSpan,
     admitted: u32,
     /// One bit for each sector whose piece has been given back.
@@ -132,7 +132,7 @@ impl<'a> World<'a> {
         self.flush();
         self.check_pages_read();
         self.each_page(|_| true, Self::drop_page);
-        self.ask(Op::Read, SectorSpan::new(0, self.scene.shape.image_sectors), 0);
+        self.ask(Direction::Read, SectorSpan::new(0, self.scene.shape.image_sectors), 0);
         self.settle();
     }
 
@@ -142,21 +142,21 @@ impl<'a> World<'a> {
         self.turn();
         self.end(0);
         // Written pages go to the store before anything else is in memory that a cluster could take along.
-        self.each_page(|state| matches!(state, State::Writing | State::WritingDirty), Self::write_page);
-        self.each_page(|state| state == State::WritingPart, |world, page| world.write_part(page, FIRST));
+        self.each_page(|state| matches!(state, PageState::Writing | PageState::WritingDirty), Self::write_page);
+        self.each_page(|state| state == PageState::WritingPart, |world, page| world.write_part(page, FIRST));
         self.each_page(|_| true, Self::put);
-        self.each_page(|state| state == State::WritingDirty, |world, page| world.write_part(page, SECOND));
-        self.each_page(State::is_reading, Self::read_page);
+        self.each_page(|state| state == PageState::WritingDirty, |world, page| world.write_part(page, SECOND));
+        self.each_page(PageState::is_reading, Self::read_page);
         self.each_page(
-            |state| state == State::Clean,
+            |state| state == PageState::Clean,
             |world, page| {
                 world.read_page(page);
                 world.end(world.operations.len() - 1);
             },
         );
-        let in_part = |state| matches!(state, State::Partial | State::PartialHole | State::ReadingDirty);
+        let in_part = |state| matches!(state, PageState::Partial | PageState::PartialHole | PageState::ReadingDirty);
         self.each_page(in_part, |world, page| world.write_part(page, FIRST));
-        self.each_page(|state| state == State::Dirty, Self::write_page);
+        self.each_page(|state| state == PageState::Dirty, Self::write_page);
         (0..PAGES).for_each(|page| self.check_state(page));
         if !self.scene.shape.mapped {
             self.cache.forget_holes(self.page_span(0));
@@ -167,7 +167,7 @@ impl<'a> World<'a> {
     fn check_state(&self, page: usize) {
         let state = self.scene.state(page);
         let Some(id) = self.find(page) else {
-            return assert!(matches!(state, State::Absent | State::Hole), "page {page} is to be {state:?}");
+            return assert!(matches!(state, PageState::Absent | PageState::Hole), "page {page} is to be {state:?}");
         };
         let held = &self.cache.pages[id];
         let inside = SectorMask::run(0, self.page_span(page).count as u8);
@@ -176,10 +176,14 @@ impl<'a> World<'a> {
         assert_eq!(held.valid, state.valid().or(beyond), "page {page} is to be {state:?}");
         assert_eq!(held.dirty, state.dirty().and(inside), "page {page} is to be {state:?}");
         assert_eq!(held.is(READING), state.is_reading(), "page {page} is to be {state:?}");
-        assert_eq!(held.is(FROZEN), matches!(state, State::Writing | State::WritingPart), "page {page}: {state:?}");
+        assert_eq!(
+            held.is(FROZEN),
+            matches!(state, PageState::Writing | PageState::WritingPart),
+            "page {page}: {state:?}"
+        );
     }
 
-    fn each_page(&mut self, wanted: impl Fn(State) -> bool, mut act: impl FnMut(&mut Self, usize)) {
+    fn each_page(&mut self, wanted: impl Fn(PageState) -> bool, mut act: impl FnMut(&mut Self, usize)) {
         for page in 0..PAGES {
             if wanted(self.scene.state(page)) {
                 act(self, page);
@@ -194,17 +198,17 @@ impl<'a> World<'a> {
     }
 
     fn read_page(&mut self, page: usize) {
-        self.ask(Op::Read, self.page_span(page), 0);
+        self.ask(Direction::Read, self.page_span(page), 0);
     }
 
     fn write_page(&mut self, page: usize) {
-        self.ask(Op::Write, self.page_span(page), FIRST);
+        self.ask(Direction::Write, self.page_span(page), FIRST);
     }
 
     fn write_part(&mut self, page: usize, version: u32) {
         let (first, count) = PART.first_run().expect("a part is not empty");
         let start = self.page_span(page).start + u64::from(first);
-        self.ask(Op::Write, SectorSpan::new(start, u64::from(count)), version);
+        self.ask(Direction::Write, SectorSpan::new(start, u64::from(count)), version);
     }
 
     /// Sends a dirty page, and what goes with it, to the store.
@@ -240,9 +244,9 @@ impl<'a> World<'a> {
             let at_once = self.requests[request].settled.count_ones() + waiting;
             assert_eq!(at_once, self.sectors_there(), "what is there is handed out at once");
         }
-        if self.scene.op == Op::Read {
+        if self.scene.op == Direction::Read {
             self.each_page(
-                |state| state == State::Hole,
+                |state| state == PageState::Hole,
                 |world, page| {
                     assert_eq!(world.find(page), None, "a hole takes no page");
                 },
@@ -253,7 +257,7 @@ impl<'a> World<'a> {
     /// Whether the request has to wait for sectors of a page.
     fn waits_for(&self, page: usize) -> bool {
         let state = self.scene.state(page);
-        self.scene.op == Op::Read && !state.is_hole() && !state.valid().contains(self.scene.wanted(page))
+        self.scene.op == Direction::Read && !state.is_hole() && !state.valid().contains(self.scene.wanted(page))
     }
 
     /// The runs of neighbouring pages that the request has to read, none of which is under way.
@@ -261,7 +265,7 @@ impl<'a> World<'a> {
         let mut runs: Vec<SectorSpan> = Vec::new();
         for page in 0..PAGES {
             let state = self.scene.state(page);
-            if !self.waits_for(page) || state.is_reading() || state == State::WritingPart {
+            if !self.waits_for(page) || state.is_reading() || state == PageState::WritingPart {
                 continue;
             }
             let span = self.page_span(page);
@@ -289,7 +293,7 @@ impl<'a> World<'a> {
     /// which only a part is known.
     fn has_to_be_read(&self, page: usize) -> bool {
         let state = self.scene.state(page);
-        let written = if self.scene.op == Op::Write { self.scene.wanted(page) } else { SectorMask::NONE };
+        let written = if self.scene.op == Direction::Write { self.scene.wanted(page) } else { SectorMask::NONE };
         let is_dirty = !state.dirty().or(written).is_empty();
         let for_flush = self.scene.shape.block_sectors == 8 && is_dirty && state.valid().or(written) != SectorMask::ALL;
         !state.is_hole() && !state.is_reading() && (self.waits_for(page) || for_flush)
@@ -306,8 +310,8 @@ impl<'a> World<'a> {
     }
 
     /// A guest's request, as far as the cache takes it now.
-    fn ask(&mut self, op: Op, span: SectorSpan, version: u32) {
-        if op == Op::Write {
+    fn ask(&mut self, op: Direction, span: SectorSpan, version: u32) {
+        if op == Direction::Write {
             for sector in span.start as usize..span.end() as usize {
                 self.guest[sector].rotate_right(1);
                 self.guest[sector][0] = version + sector as u32;
@@ -324,12 +328,12 @@ impl<'a> World<'a> {
         let access = Access { ticket: Ticket(index as u64), span: request.span, from: request.admitted, resumed };
         let mut pieces = Vec::new();
         let admitted = match request.op {
-            Op::Read => self.cache.read(access, &mut pieces),
-            Op::Write => self.cache.write(access, &mut pieces),
+            Direction::Read => self.cache.read(access, &mut pieces),
+            Direction::Write => self.cache.write(access, &mut pieces),
         };
         request.admitted = match admitted {
             Admitted::All => request.span.count as u32,
-            Admitted::Until(at) if request.op == Op::Read => at,
+            Admitted::Until(at) if request.op == Direction::Read => at,
             _ => panic!("a write waits for nothing here: {admitted:?}"),
         };
         pieces.into_iter().for_each(|piece| self.take(index, piece));
@@ -434,7 +438,7 @@ impl<'a> World<'a> {
 
     /// A piece is handed out: written bytes go into it at once.
     fn take(&mut self, index: usize, piece: Piece) {
-        if self.requests[index].op == Op::Write {
+        if self.requests[index].op == Direction::Write {
             let frame = piece.frame.expect("a write has memory");
             for (sector, place) in self.requests[index].places(&piece) {
                 self.memory.set(frame, place, self.guest[sector][0]);
@@ -452,7 +456,7 @@ impl<'a> World<'a> {
                 assert_eq!(request.settled >> sector & 1, 0, "I10: {came:?} of {request:?} came twice");
                 request.settled |= 1 << sector;
             }
-            if request.op == Op::Write {
+            if request.op == Direction::Write {
                 self.cache.finish_write(&piece, true);
             } else {
                 self.check_bytes(index, &piece);

@@ -7,13 +7,13 @@ use super::rng::Rng;
 
 /// What chance decided about a world as a whole.
 #[derive(Debug)]
-pub(super) struct Temper {
+pub(super) struct Scenario {
     pub fault_percent: u64,
     pub latency_us_max: u64,
     pub requests_max: usize,
     pub overlap: bool,
     /// Daemons die.
-    pub mortal: bool,
+    pub daemon_crashes: bool,
     /// Steps between two deaths, on average; none where daemons live, and in the end.
     pub steps_per_death: Option<u64>,
     /// The front-end hands a successor what was in flight. Without that it is lost, and the guest never hears of it.
@@ -21,19 +21,19 @@ pub(super) struct Temper {
     /// Of the guest's requests, those that zero a range.
     pub zero_percent: u64,
     /// Operations that fail each time, and do not heal before the end.
-    pub broken: &'static [OpClass],
+    pub broken: &'static [FailureClass],
 }
 
-impl Temper {
+impl Scenario {
     pub fn new(rng: &mut Rng) -> Self {
-        let mortal = rng.percent(50);
+        let daemon_crashes = rng.percent(50);
         Self {
             fault_percent: rng.pick(&[0, 0, 1, 5, 30]),
             latency_us_max: rng.pick(&[10, 1000, 100_000]),
             requests_max: rng.pick(&[1, 4, 32]),
             overlap: rng.percent(50),
-            mortal,
-            steps_per_death: mortal.then_some(rng.pick(&[30, 300])),
+            daemon_crashes,
+            steps_per_death: daemon_crashes.then_some(rng.pick(&[30, 300])),
             replays: rng.percent(70),
             zero_percent: rng.pick(&[0, 5, 30]),
             broken: &[],
@@ -43,7 +43,7 @@ impl Temper {
 
 /// Operations by what fails them together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum OpClass {
+pub(super) enum FailureClass {
     Read,
     Write,
     Sync,
@@ -51,7 +51,7 @@ pub(super) enum OpClass {
     Range,
 }
 
-impl OpClass {
+impl FailureClass {
     pub fn of(kind: OpKind) -> Option<Self> {
         match kind {
             OpKind::Read => Some(Self::Read),
@@ -65,14 +65,14 @@ impl OpClass {
 }
 
 /// Ways in which a disk breaks for good.
-pub(super) const BREAKAGES: [&[OpClass]; 7] = [
-    &[OpClass::Read],
-    &[OpClass::Read, OpClass::Write],
-    &[OpClass::Write],
-    &[OpClass::Sync],
-    &[OpClass::Allocate],
-    &[OpClass::Write, OpClass::Allocate],
-    &[OpClass::Write, OpClass::Sync, OpClass::Allocate, OpClass::Range],
+pub(super) const BREAKAGES: [&[FailureClass]; 7] = [
+    &[FailureClass::Read],
+    &[FailureClass::Read, FailureClass::Write],
+    &[FailureClass::Write],
+    &[FailureClass::Sync],
+    &[FailureClass::Allocate],
+    &[FailureClass::Write, FailureClass::Allocate],
+    &[FailureClass::Write, FailureClass::Sync, FailureClass::Allocate, FailureClass::Range],
 ];
 
 /// A cache's shape, by chance.

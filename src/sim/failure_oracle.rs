@@ -7,7 +7,7 @@ use crate::units::{Fault, OpKind, Tick};
 
 /// The disk's faults so far.
 #[derive(Debug, Default)]
-pub(super) struct Blame {
+pub(super) struct FailureOracle {
     /// When a read last failed ...
     reads: Option<Tick>,
     /// ... and a range operation.
@@ -28,7 +28,7 @@ pub(super) enum Asked {
     Flush,
 }
 
-impl Blame {
+impl FailureOracle {
     /// An operation has failed.
     pub fn failed(&mut self, kind: OpKind, fault: Fault, settings: &Settings, now: Tick) {
         match kind {
@@ -52,7 +52,7 @@ impl Blame {
     }
 
     /// Whether a request sent at `sent` may fail now.
-    pub fn excuses(&self, asked: Asked, sent: Tick, settings: &Settings, now: Tick) -> bool {
+    pub fn may_fail(&self, asked: Asked, sent: Tick, settings: &Settings, now: Tick) -> bool {
         let waited_out = self.held.is_some_and(|since| now.since_us(since) >= settings.hold_us);
         let since = |failed: Option<Tick>| failed.is_some_and(|at| at >= sent);
         self.stopped

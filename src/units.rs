@@ -4,6 +4,8 @@
 //! `PageNo` says where a page lies on the image, `PageId` which slot of the page table describes it, `FrameId` which
 //! piece of arena memory holds its bytes. They are three types so that none is taken for another.
 
+use std::fmt;
+
 /// Bytes of a sector, the unit of every virtio-blk request (virtio 1.2, section 5.2).
 pub const SECTOR_BYTES: u64 = 512;
 /// Bytes of a page, the unit of caching.
@@ -250,6 +252,25 @@ pub enum Fault {
     Unsupported,
     /// The request was malformed (range, alignment, segment sum).
     Invalid,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoSpace => "no space",
+            Self::Media => "I/O error",
+            Self::Fenced => "fenced",
+            Self::Gone => "gone",
+            Self::TimedOut => "timed out",
+            Self::Unsupported => "not supported",
+            Self::Invalid => "invalid request",
+        })
+    }
+}
+
+/// A number with its noun, for messages: "1 page", "2 pages". `noun` is the singular of one that takes an "s".
+pub fn counted(number: u64, noun: &str) -> String {
+    if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
 }
 
 /// What the store is asked to do.

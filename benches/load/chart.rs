@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use crate::compare::Measured;
+use crate::figures::RowResult;
 use crate::report::show;
 
 const WIDTH: f64 = 800.0;
@@ -42,8 +42,8 @@ fn x(ratio: f64) -> f64 {
 }
 
 /// The picture.
-pub fn svg(rows: &[Measured]) -> String {
-    let bars: Vec<&Measured> = rows.iter().filter(|row| row.advantage().is_some()).collect();
+pub fn svg(rows: &[RowResult<'_>]) -> String {
+    let bars: Vec<&RowResult<'_>> = rows.iter().filter(|row| row.advantage().is_some()).collect();
     let bottom = TOP + STEP * bars.len() as f64;
     let height = bottom + 34.0;
     let mut svg = format!(
@@ -69,11 +69,11 @@ pub fn svg(rows: &[Measured]) -> String {
     svg + "</svg>\n"
 }
 
-fn bar(svg: &mut String, row: &Measured, y: f64) {
+fn bar(svg: &mut String, row: &RowResult<'_>, y: f64) {
     let Some(ratio) = row.advantage() else { return };
     let (from, to) = (x(ratio).min(x(1.0)), x(ratio).max(x(1.0)));
     let class = if ratio >= 1.0 { "good" } else { "bad" };
-    let (name, unit) = (row.row.name, row.row.measures[0].unit());
+    let (name, unit) = (row.row.key, row.row.measures[0].name());
     let baseline = y + 17.0;
     let _ = writeln!(
         svg,
@@ -85,7 +85,7 @@ fn bar(svg: &mut String, row: &Measured, y: f64) {
         to + 6.0,
         show(Some(ratio))
     );
-    if let Some(limit) = row.headroom() {
+    if let Some(limit) = row.limit_advantage() {
         let at = x(limit);
         let _ = writeln!(
             svg,

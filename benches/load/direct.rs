@@ -1,4 +1,4 @@
-//! The limit of cold rows: io_uring with O_DIRECT straight on the device, with nothing between.
+//! The limit of cold rows: io_uring with O_DIRECT on the device, without a server.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fs::{File, OpenOptions};
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use io_uring::{IoUring, opcode, types};
 
-use crate::job::Actor;
+use crate::job::Client;
 use crate::queue::{Op, Queue};
 
 /// A queue on a file or a device.
@@ -23,10 +23,10 @@ pub struct DirectQueue {
 impl DirectQueue {
     /// # Errors
     /// The system's.
-    pub fn open(path: &Path, actor: &Actor) -> io::Result<Self> {
+    pub fn open(path: &Path, client: &Client) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path)?;
         let ring = IoUring::new(256)?;
-        Ok(Self { ring, file, buffers: Buffers::new(actor.buffer_bytes()), slot_bytes: actor.block_bytes })
+        Ok(Self { ring, file, buffers: Buffers::new(client.buffer_bytes()), slot_bytes: client.block_bytes })
     }
 }
 
@@ -45,18 +45,18 @@ impl Queue for DirectQueue {
             Op::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
         };
         let entry = entry.user_data(slot as u64);
-        // SAFETY: the slot's buffer is ours and stays until the queue is dropped, when nothing is in flight any more; no
-        // other request uses the slot meanwhile.
+        // SAFETY: the buffer of the slot lives until the queue is dropped, when no request is in flight. No other request
+        // uses the slot until this one has completed.
         unsafe { self.ring.submission().push(&entry).expect("the ring is larger than any depth") };
     }
 
     fn wait(&mut self, done: &mut Vec<(usize, i32)>) {
-        self.ring.submit_and_wait(1).expect("the ring works");
+        self.ring.submit_and_wait(1).expect("io_uring_enter succeeds");
         done.extend(self.ring.completion().map(|entry| (entry.user_data() as usize, entry.result())));
     }
 }
 
-/// Memory on page boundaries, as O_DIRECT wants it.
+/// Page-aligned memory, as O_DIRECT requires.
 struct Buffers {
     start: *mut u8,
     layout: Layout,
@@ -68,10 +68,10 @@ unsafe impl Send for Buffers {}
 impl Buffers {
     fn new(bytes: usize) -> Self {
         let layout = Layout::from_size_align(bytes, 4096).expect("a few MiB");
-        assert!(bytes > 0, "a buffer has bytes");
+        assert!(bytes > 0, "a buffer is not empty");
         // SAFETY: the layout is not empty.
         let start = unsafe { alloc_zeroed(layout) };
-        assert!(!start.is_null(), "a few MiB are there");
+        assert!(!start.is_null(), "a few MiB can be allocated");
         Self { start, layout }
     }
 }

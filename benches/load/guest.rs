@@ -1,4 +1,4 @@
-//! The guest's side of a vhost-user socket: queues of the `blkio` crate's virtio-blk driver, which nobody here wrote.
+//! The driver side of a vhost-user socket: the virtio-blk driver of libblkio, which is independent of genblk.
 
 use std::mem::MaybeUninit;
 use std::path::Path;
@@ -6,52 +6,52 @@ use std::time::Duration;
 
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 
-use crate::job::{Actor, Job, Wait};
+use crate::job::{Client, CompletionMode, Job};
 use crate::queue::{Op, Queue};
 
-/// A server that answers nothing for so long is given up.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Without a completion for this long the benchmark aborts.
+const COMPLETION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A connection and its queues.
 pub struct Guest {
     pub queues: Vec<GuestQueue>,
-    /// Declared last: queues go before the device that they belong to.
+    /// Declared last: the queues must be dropped before their device.
     pub connection: Blkio,
 }
 
 impl Guest {
-    /// Connects with so many queues, each good for any actor of the job.
+    /// Connects with this many queues, each large enough for any client of the job.
     ///
     /// # Errors
-    /// The driver's, as text.
+    /// libblkio's, as text.
     pub fn connect(socket: &Path, job: &Job, queues: usize) -> Result<Self, String> {
-        let said = |e: blkio::Error| format!("blkio: {e}");
-        let wait = job.wait;
-        let buffer_bytes = job.actors.iter().map(Actor::buffer_bytes).max().unwrap_or(0);
+        let failed = |e: blkio::Error| format!("blkio: {e}");
+        let mode = job.mode;
+        let buffer_bytes = job.clients.iter().map(Client::buffer_bytes).max().unwrap_or(0);
         let buffer_bytes = buffer_bytes.next_multiple_of(1 << 16);
-        let mut blkio = Blkio::new("virtio-blk-vhost-user").map_err(said)?;
-        blkio.set_str("path", socket.to_str().expect("our paths are UTF-8")).map_err(said)?;
-        blkio.connect().map_err(said)?;
+        let mut blkio = Blkio::new("virtio-blk-vhost-user").map_err(failed)?;
+        blkio.set_str("path", socket.to_str().expect("our paths are UTF-8")).map_err(failed)?;
+        blkio.connect().map_err(failed)?;
         let count = i32::try_from(queues).expect("a few queues");
-        let (called, polled) = if wait == Wait::Poll { (0, count) } else { (count, 0) };
-        blkio.set_i32("num-queues", called).map_err(said)?;
-        blkio.set_i32("num-poll-queues", polled).map_err(said)?;
-        let started = blkio.start().map_err(said)?;
-        let memory = blkio.alloc_mem_region(queues * buffer_bytes).map_err(said)?;
-        blkio.map_mem_region(&memory).map_err(said)?;
-        touch(&memory);
-        let made = if wait == Wait::Poll { started.poll_queues } else { started.queues };
+        let (interrupt_queues, poll_queues) = if mode == CompletionMode::Polling { (0, count) } else { (count, 0) };
+        blkio.set_i32("num-queues", interrupt_queues).map_err(failed)?;
+        blkio.set_i32("num-poll-queues", poll_queues).map_err(failed)?;
+        let started = blkio.start().map_err(failed)?;
+        let memory = blkio.alloc_mem_region(queues * buffer_bytes).map_err(failed)?;
+        blkio.map_mem_region(&memory).map_err(failed)?;
+        prefault(&memory);
+        let started = if mode == CompletionMode::Polling { started.poll_queues } else { started.queues };
         let mut queues: Vec<GuestQueue> =
-            (0..).zip(made).map(|(i, queue)| GuestQueue::new(queue, memory.addr + i * buffer_bytes)).collect();
+            (0..).zip(started).map(|(i, queue)| GuestQueue::new(queue, memory.addr + i * buffer_bytes)).collect();
         for queue in &mut queues {
-            queue.queue.set_completion_fd_enabled(wait == Wait::Interrupt);
+            queue.queue.set_completion_fd_enabled(mode == CompletionMode::Interrupt);
         }
         Ok(Self { queues, connection: blkio })
     }
 }
 
-/// A guest's memory is there: the first touch must not be part of what is measured.
-fn touch(memory: &MemoryRegion) {
+/// Page faults on first touch must not be part of the measurement.
+fn prefault(memory: &MemoryRegion) {
     // SAFETY: the region was mapped for us with this length, and no request is in flight yet.
     unsafe { std::ptr::write_bytes(memory.addr as *mut u8, 0x5a, memory.len) };
 }
@@ -85,10 +85,10 @@ impl Queue for GuestQueue {
 
     fn wait(&mut self, done: &mut Vec<(usize, i32)>) {
         let mut completions = [const { MaybeUninit::<Completion>::uninit() }; 64];
-        // With a limit the driver would read the clock each time: only a queue that sleeps can afford that.
-        let mut limit = PATIENCE;
-        let limit = self.queue.get_completion_fd().is_some().then_some(&mut limit);
-        let count = self.queue.do_io(&mut completions, 1, limit, None).expect("the server answers");
+        // With a timeout the driver reads the clock on each call, which a polling client cannot afford.
+        let mut timeout = COMPLETION_TIMEOUT;
+        let timeout = self.queue.get_completion_fd().is_some().then_some(&mut timeout);
+        let count = self.queue.do_io(&mut completions, 1, timeout, None).expect("the server completes requests");
         for completion in &completions[..count] {
             // SAFETY: do_io has written the first `count` elements.
             let completion = unsafe { completion.assume_init_ref() };

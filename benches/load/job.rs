@@ -1,71 +1,71 @@
-//! What a load is, and what came of it.
+//! The description of a load, and its result.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-/// Where the next request goes.
+/// How the offsets of requests are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pattern {
-    /// Anywhere in the region, evenly.
+    /// Uniformly random over the region.
     Random,
-    /// So many sequential streams, each from its own place in the region; a slot in flight stays with its stream.
+    /// This many sequential streams, which start at equal distances in the region. Requests take the streams in turn.
     Sequential { streams: u64 },
-    /// Few blocks often, most blocks seldom (Zipf's law with this exponent), scattered over the region.
+    /// Zipf-distributed with this exponent; the popular blocks are scattered over the region.
     Zipf { theta: f64 },
 }
 
-/// What an actor's requests do.
+/// The operations of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Does {
+pub enum Ops {
     Reads,
     Writes,
-    /// Reads, and so many writes in a hundred requests.
+    /// Reads, with this percentage of writes.
     Mixed {
         write_percent: u64,
     },
-    /// FLUSH and nothing else.
+    /// Only FLUSH requests.
     Flushes,
 }
 
-/// One thread of a client with a queue of its own.
+/// One client thread, which drives one queue.
 #[derive(Clone, Debug)]
-pub struct Actor {
-    pub does: Does,
+pub struct Client {
+    pub ops: Ops,
     pub pattern: Pattern,
-    /// Bytes of the image that are used.
+    /// The part of the image that it uses, in bytes.
     pub region: Range<u64>,
     pub block_bytes: usize,
-    /// Requests in flight.
+    /// Queue depth: requests in flight.
     pub depth: usize,
-    /// A FLUSH after so many writes, beside them in the queue.
+    /// Send a FLUSH after this many writes. The queue does not drain for it.
     pub flush_after_writes: Option<u32>,
-    /// No more than this; none: as fast as it goes.
+    /// Upper bound on the request rate; `None`: as fast as possible.
     pub requests_per_second: Option<f64>,
-    /// Ends then, at the latest.
-    pub lasts: Duration,
-    /// Ends when so much has been asked for, at the latest.
+    /// Stop after this time, the ramp included.
+    pub duration: Duration,
+    /// Stop after requests for this many bytes.
     pub bytes_max: u64,
-    /// The first part of the time, which is not counted.
+    /// The first part of the time, which the statistics exclude.
     pub ramp: Duration,
 }
 
-impl Actor {
-    /// Requests of one kind and size over a region, one at a time, for a second.
-    pub fn new(does: Does, pattern: Pattern, region: Range<u64>, block_bytes: usize) -> Self {
-        let (lasts, ramp) = (Duration::from_secs(1), Duration::ZERO);
+impl Client {
+    /// A client at queue depth 1 that runs for one second.
+    pub fn new(ops: Ops, pattern: Pattern, region: Range<u64>, block_bytes: usize) -> Self {
+        let (duration, ramp) = (Duration::from_secs(1), Duration::ZERO);
         let (flush_after_writes, requests_per_second, bytes_max) = (None, None, u64::MAX);
         let depth = 1;
         Self {
-            does,
+            ops,
             pattern,
             region,
             block_bytes,
             depth,
             flush_after_writes,
             requests_per_second,
-            lasts,
+            duration,
             bytes_max,
             ramp,
         }
@@ -75,8 +75,8 @@ impl Actor {
         Self { depth, ..self }
     }
 
-    pub fn lasts_ms(self, ramp: u64, counted: u64) -> Self {
-        Self { ramp: Duration::from_millis(ramp), lasts: Duration::from_millis(ramp + counted), ..self }
+    pub fn runs_ms(self, ramp: u64, measured: u64) -> Self {
+        Self { ramp: Duration::from_millis(ramp), duration: Duration::from_millis(ramp + measured), ..self }
     }
 
     pub fn bytes_max(self, bytes_max: u64) -> Self {
@@ -91,76 +91,76 @@ impl Actor {
         Self { flush_after_writes: Some(writes), ..self }
     }
 
-    /// Memory for the data in flight.
+    /// Memory for the data of all requests in flight.
     pub fn buffer_bytes(&self) -> usize {
         self.depth * self.block_bytes
     }
 }
 
-/// How a client learns of completions.
+/// How a client waits for completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// It looks at the ring all the time.
-    Poll,
-    /// It sleeps until it is called.
+pub enum CompletionMode {
+    /// It polls the used ring.
+    Polling,
+    /// It sleeps until the device notifies it.
     Interrupt,
 }
 
-/// Everything that one run of a client does.
+/// A load: clients that run at the same time.
 #[derive(Clone, Debug)]
 pub struct Job {
-    pub actors: Vec<Actor>,
-    pub wait: Wait,
-    /// The run ends with a FLUSH, which counts into its time.
+    pub clients: Vec<Client>,
+    pub mode: CompletionMode,
+    /// Each client ends with a FLUSH, which counts towards its time.
     pub ends_with_flush: bool,
 }
 
 impl Job {
-    pub fn of(actor: Actor, wait: Wait) -> Self {
-        Self { actors: vec![actor], wait, ends_with_flush: false }
+    pub fn of(client: Client, mode: CompletionMode) -> Self {
+        Self { clients: vec![client], mode, ends_with_flush: false }
     }
 
-    /// The same, `factor` times as long.
+    /// The same job for `factor` times the time and data.
     pub fn scaled(&self, factor: f64) -> Self {
         let mut job = self.clone();
-        for actor in &mut job.actors {
-            actor.lasts = actor.lasts.mul_f64(factor);
-            actor.ramp = actor.ramp.mul_f64(factor);
-            if actor.bytes_max != u64::MAX {
-                let blocks = (actor.bytes_max as f64 * factor) as u64 / actor.block_bytes as u64;
-                actor.bytes_max = blocks.max(1) * actor.block_bytes as u64;
+        for client in &mut job.clients {
+            client.duration = client.duration.mul_f64(factor);
+            client.ramp = client.ramp.mul_f64(factor);
+            if client.bytes_max != u64::MAX {
+                let blocks = (client.bytes_max as f64 * factor) as u64 / client.block_bytes as u64;
+                client.bytes_max = blocks.max(1) * client.block_bytes as u64;
             }
         }
         job
     }
 }
 
-/// What an actor has seen, the ramp left out; latencies in nanoseconds.
+/// What one client measured after its ramp. Latencies are in nanoseconds.
 #[derive(Clone, Debug)]
-pub struct Tally {
+pub struct ClientStats {
     pub reads: Histogram<u64>,
     pub writes: Histogram<u64>,
     pub flushes: Histogram<u64>,
     pub bytes: u64,
     pub elapsed: Duration,
-    /// Requests of the whole run, the ramp too: what the server's processor time is divided by.
+    /// Requests of the whole run, including the ramp: the divisor for the server's CPU time.
     pub requests: u64,
 }
 
-impl Tally {
+impl ClientStats {
     pub fn new() -> Self {
-        // Three digits are one part in a thousand: far below the noise.
+        // Three digits resolve one part in a thousand, far below the noise.
         let histogram = || Histogram::new(3).expect("3 digits are possible");
         let (reads, writes, flushes) = (histogram(), histogram(), histogram());
         Self { reads, writes, flushes, bytes: 0, elapsed: Duration::ZERO, requests: 0 }
     }
 
-    /// Requests that were counted.
-    pub fn counted(&self) -> u64 {
+    /// Requests after the ramp.
+    pub fn measured(&self) -> u64 {
         self.reads.len() + self.writes.len() + self.flushes.len()
     }
 
-    /// The latencies of all requests.
+    /// The latencies of all operations together.
     pub fn all(&self) -> Histogram<u64> {
         let mut all = self.reads.clone();
         for more in [&self.writes, &self.flushes] {
@@ -170,20 +170,20 @@ impl Tally {
     }
 }
 
-/// What came of a run.
+/// The result of a job.
 #[derive(Clone, Debug)]
-pub struct Outcome {
-    /// One for each actor.
-    pub tallies: Vec<Tally>,
-    /// Processor time that the server took; not a number where there is none.
+pub struct JobStats {
+    /// The statistics of each client.
+    pub clients: Vec<ClientStats>,
+    /// CPU time that the server used; NaN without a server.
     pub server_cpu_us: f64,
-    /// What reached the device: operations and bytes.
+    /// Writes that reached the device: operations and bytes.
     pub device_writes: (u64, u64),
 }
 
-impl Outcome {
-    /// A run without a server or a device to look at.
-    pub fn bare(tallies: Vec<Tally>) -> Self {
-        Self { tallies, server_cpu_us: f64::NAN, device_writes: (0, 0) }
+impl JobStats {
+    /// A result without figures of a server or a device.
+    pub fn clients_only(clients: Vec<ClientStats>) -> Self {
+        Self { clients, server_cpu_us: f64::NAN, device_writes: (0, 0) }
     }
 }

@@ -1,11 +1,11 @@
-//! The machine that a report comes from, without its name.
+//! The machine that a report describes, without its host name.
 
 use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
-/// What matters of it, as lines of Markdown.
-pub fn describe() -> String {
+/// Hardware, kernel and versions, one per line.
+pub fn describe() -> Vec<String> {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = value(&cpuinfo, "model name").unwrap_or("unknown processor").to_string();
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
@@ -14,26 +14,24 @@ pub fn describe() -> String {
         value(&meminfo, "MemTotal").and_then(|text| text.split_whitespace().next()?.parse().ok()).unwrap_or(0);
     let guest = if cpuinfo.contains(" hypervisor") { ", a virtual machine" } else { "" };
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    // Up to the first dash: what follows is the distribution's.
+    // Drop the distribution's suffix, which follows the first dash.
     let kernel = kernel.trim().split('-').next().unwrap_or_default();
     let commit = first_line("git", &["rev-parse", "--short=12", "HEAD"]);
-    let dirty = if first_line("git", &["status", "--porcelain"]).is_empty() { "" } else { ", changed" };
-    format!(
-        "- Processor: {model}, {cores} cores{guest}; memory {} GiB; Linux {kernel}\n\
-         - genblk {} ({commit}{dirty}), {}\n\
-         - {}\n",
-        memory_kib.div_ceil(1 << 20),
-        env!("CARGO_PKG_VERSION"),
-        first_line("rustc", &["--version"]),
+    let dirty = if first_line("git", &["status", "--porcelain"]).is_empty() { "" } else { ", modified" };
+    let memory_gib = memory_kib.div_ceil(1 << 20);
+    let (version, rustc) = (env!("CARGO_PKG_VERSION"), first_line("rustc", &["--version"]));
+    vec![
+        format!("Processor: {model}, {cores} cores{guest}; memory {memory_gib} GiB; Linux {kernel}"),
+        format!("genblk {version} ({commit}{dirty}), {rustc}"),
         first_line("qemu-storage-daemon", &["--version"]),
-    )
+    ]
 }
 
-/// Keeps the calling thread to the machine's `nth` last processor, 1 being the last; the first is left to everybody.
+/// Pins the calling thread to the `nth` CPU from the end; 1 is the last. CPU 0 is never used: it is left to the server.
 ///
-/// => As the virtual processors of a guest are that somebody cares for. Where the scheduler may move a client, luck decides
-///    whether it lands on the server's processor, and with it between 5 and 25 us for each wake-up.
-pub fn keep_to_processor(nth: usize) {
+/// => Well-run guests have pinned vCPUs, too. Without pinning the scheduler sometimes puts the client on the server's CPU,
+///    and a wake-up takes between 5 and 25 us, depending on that.
+pub fn pin_to_processor(nth: usize) {
     let count = std::thread::available_parallelism().map_or(1, usize::from);
     if nth >= count {
         return;
@@ -42,17 +40,17 @@ pub fn keep_to_processor(nth: usize) {
     unsafe {
         let mut processors: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(count - nth, &mut processors);
-        // A refusal leaves things as they are, and shows in how the rounds differ.
+        // An error changes nothing but the spread of the rounds.
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const processors);
     }
 }
 
-/// The part of the processors' time that others take, over a moment in which nothing of ours runs.
-pub fn busy() -> f64 {
+/// The share of CPU time that other processes use, sampled while the benchmark is idle.
+pub fn busy_fraction() -> f64 {
     let times = || {
         let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
         let first = stat.lines().next().unwrap_or_default();
-        // user nice system idle iowait irq softirq steal; what follows is counted in these already.
+        // user nice system idle iowait irq softirq steal; the fields that follow are included in these.
         let ticks: Vec<f64> = first.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
         (ticks.iter().sum::<f64>(), ticks.iter().skip(3).take(2).sum::<f64>())
     };

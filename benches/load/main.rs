@@ -1,22 +1,25 @@
-//! The benchmark against other servers, and against the machine's limit: `make bench`, `make bench-scale`.
+//! The benchmark against other servers and the limit of the machine: `make bench`, `make bench-scale`.
 //!
-//! `rows.rs` is the table of what is measured and what is to be reached; `compare.rs` runs it; `report.rs` and `chart.rs`
-//! say what came of it. `load.rs` is the one client, over the queues of `guest.rs` (a vhost-user socket) and `direct.rs`
-//! (the device itself). `servers.rs` starts who is compared, `limit.rs` is the bare server among them, and `medium.rs` and
-//! `throttle.rs` make the disks. `scale.rs` shows how the cost grows.
+//! - `rows.rs` is the table of rows with their targets. `compare.rs` measures them.
+//! - `figures.rs` computes the figures and keeps them in `results.toml`. `report.rs` and `chart.rs` render them.
+//! - `load.rs` is the load generator. Its queues are `guest.rs` (a vhost-user socket) and `direct.rs` (the device).
+//! - `servers.rs` starts the servers; one of them is the copy server of `limit.rs`. `medium.rs` and `throttle.rs` set up the
+//!   disks.
+//! - `scale.rs` measures how the cost grows.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::cast_possible_wrap,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
     missing_debug_implementations,
-    reason = "numbers here are measured and shown, and chosen by the rows"
+    reason = "the numbers are measured and displayed, or small constants of the rows"
 )]
 
 mod arguments;
 mod chart;
 mod compare;
 mod direct;
+mod figures;
 mod guest;
 mod job;
 mod limit;
@@ -45,19 +48,20 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use arguments::{Arguments, Compare, What};
-use compare::{Entrant, Measured};
+use arguments::{Arguments, BenchCommand, Compare};
+use compare::{Participant, RowSamples};
+use figures::{Figures, RowResult};
 use medium::Media;
 use rows::Row;
-use servers::Contestant;
+use servers::ServerSpec;
 
-/// The part of the image that the short run uses.
+/// The part of the image that the smoke test uses.
 const SMOKE_BYTES: u64 = 16 << 20;
 
 fn main() -> ExitCode {
-    // "cargo test" runs this too, without "--bench" and with filters of its own.
-    let by_test = !std::env::args().any(|arg| arg == "--bench" || arg == "serve-limit");
-    let done = if by_test { smoke() } else { run(&Arguments::parse()) };
+    // "cargo test" runs this, too: without "--bench", and with its own filters.
+    let smoke_test = !std::env::args().any(|arg| arg == "--bench" || arg == "serve-limit");
+    let done = if smoke_test { smoke() } else { run(&Arguments::parse()) };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
@@ -69,90 +73,107 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), String> {
     match &arguments.command {
-        Some(What::Compare(options)) => compare_all(options),
-        Some(What::ServeLimit { socket, disk_bytes, buffer_bytes }) => {
+        Some(BenchCommand::Compare(options)) => compare_all(options),
+        Some(BenchCommand::Render) => render(),
+        Some(BenchCommand::ServeLimit { socket, disk_bytes, buffer_bytes }) => {
             limit::serve(socket, *disk_bytes, *buffer_bytes).map_err(|e| e.to_string())
         }
-        Some(What::Scale { parts }) => scale_all(parts),
+        Some(BenchCommand::Scale { sweeps }) => scale_all(sweeps),
         None => smoke(),
     }
 }
 
-/// The comparison; the report is written only if nothing was left out.
+/// Runs the comparison. Writes the report only if nothing was left out.
 fn compare_all(options: &Compare) -> Result<(), String> {
     let (all, chosen) = (rows::all(), chosen(&options.rows)?);
-    let mut peers = Contestant::qemu();
+    let mut peers = ServerSpec::qemu();
     for peer in &options.peer {
-        peers.push(Contestant::peer(peer)?);
+        peers.push(ServerSpec::peer(peer)?);
     }
     let machine = machine::describe();
-    let measured = measure(&chosen, &peers, options)?;
-    let disturbance = report::disturbance(&measured);
-    let (targets, medians) = (report::targets(&measured), report::medians(&measured));
-    println!("{machine}{disturbance}\n{targets}\n{medians}\n{}", report::failures(&measured));
-    if chosen.len() < all.len() || !options.who.is_empty() || options.rounds < 5 || options.scale < 1.0 {
-        println!("benches/RESULTS.md is left as it was: that takes every row, everybody, 5 rounds and the whole time");
+    let figures = Figures::new(machine, &measure(&chosen, &peers, options)?);
+    let results = figures.results(&all)?;
+    let (targets, medians) = (report::targets(&results), report::medians(&figures.columns, &results));
+    let about = report::bullets(&figures.machine) + &report::bullets(&[figures.disturbance.describe()]);
+    println!("{about}\n{targets}\n{medians}\n{}", report::not_measured(&results));
+    if chosen.len() < all.len() || !options.only.is_empty() || options.rounds < 5 || options.scale < 1.0 {
+        println!(
+            "benches/RESULTS.md is unchanged: only a run of all rows and columns, 5 rounds and full length writes it"
+        );
         return Ok(());
     }
-    let folder = folder();
-    let notes = fs::read_to_string(folder.join("bottlenecks.md")).unwrap_or_default();
-    let write = |name: &str, text: String| fs::write(folder.join(name), text).map_err(|e| format!("{name}: {e}"));
-    write("RESULTS.md", report::document(&measured, &machine, &notes))?;
-    write("results.svg", chart::svg(&measured))
+    write("results.toml", &figures.to_text())?;
+    render()
 }
 
-/// How the cost grows; the report is written only if nothing was left out.
-fn scale_all(parts: &[String]) -> Result<(), String> {
+/// Renders RESULTS.md and results.svg from results.toml.
+fn render() -> Result<(), String> {
+    let figures = Figures::read(&directory().join("results.toml"))?;
+    let rows = rows::all();
+    let results = figures.results(&rows)?;
+    let notes = fs::read_to_string(directory().join("bottlenecks.md")).unwrap_or_default();
+    write("RESULTS.md", &report::document(&figures, &results, &notes))?;
+    write("results.svg", &chart::svg(&results))
+}
+
+/// Measures how the cost grows. Writes the report only if nothing was left out.
+fn scale_all(sweeps: &[String]) -> Result<(), String> {
     let machine = machine::describe();
-    let text = scale::run(parts)?;
+    let text = scale::run(sweeps)?;
     println!("{text}");
-    if parts.is_empty() { scale::write(&folder(), &machine, &text).map_err(|e| e.to_string()) } else { Ok(()) }
+    if sweeps.is_empty() { write("SCALE.md", &scale::document(&machine, &text)) } else { Ok(()) }
 }
 
-/// Where reports go.
-fn folder() -> PathBuf {
+fn write(name: &str, text: &str) -> Result<(), String> {
+    fs::write(directory().join(name), text).map_err(|e| format!("{name}: {e}"))
+}
+
+/// The directory of the reports.
+fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("benches")
 }
 
-/// The rows of these names; all without any.
-fn chosen(names: &[String]) -> Result<Vec<Row>, String> {
+/// The rows with these keys, or all without keys.
+fn chosen(keys: &[String]) -> Result<Vec<Row>, String> {
     let all = rows::all();
-    let known: Vec<&str> = all.iter().map(|row| row.name).collect();
-    if let Some(stray) = names.iter().find(|name| !known.contains(&name.as_str())) {
-        return Err(format!("there is no row {stray}; there are {}", known.join(", ")));
+    let known: Vec<&str> = all.iter().map(|row| row.key).collect();
+    if let Some(stray) = keys.iter().find(|key| !known.contains(&key.as_str())) {
+        return Err(format!("unknown row {stray}; the rows are {}", known.join(", ")));
     }
-    let wanted = |row: &Row| names.is_empty() || names.iter().any(|name| name == row.name);
+    let wanted = |row: &Row| keys.is_empty() || keys.iter().any(|key| key == row.key);
     Ok(all.into_iter().filter(wanted).collect())
 }
 
-fn measure(rows: &[Row], peers: &[Contestant], options: &Compare) -> Result<Vec<Measured>, String> {
-    let Compare { who, rounds, scale, .. } = options;
-    let takes_part = |entrant: &Entrant| who.is_empty() || who.iter().any(|name| name == entrant.name());
-    let image = |e: std::io::Error| format!("no image in memory: {e}");
-    let mut media = Media::new(rows::IMAGE_BYTES).map_err(image)?;
-    let mut measured = Vec::new();
+fn measure(rows: &[Row], peers: &[ServerSpec], options: &Compare) -> Result<Vec<RowSamples>, String> {
+    let Compare { only, rounds, scale, .. } = options;
+    let takes_part = |participant: &Participant| only.is_empty() || only.iter().any(|name| name == participant.name());
+    let failed = |e: std::io::Error| format!("cannot create the image in memory: {e}");
+    let mut media = Media::new(rows::IMAGE_BYTES).map_err(failed)?;
+    let mut samples = Vec::new();
     for row in rows {
-        media.fill(row.reach()).map_err(image)?;
-        measured.push(compare::measure(&mut media, row, peers, takes_part, *rounds, *scale));
+        media.fill(row.image_end()).map_err(failed)?;
+        samples.push(compare::measure(&mut media, row, peers, takes_part, *rounds, *scale));
     }
-    Ok(measured)
+    Ok(samples)
 }
 
-/// A moment of two rows, without a server of anybody else's: that the benchmark runs, not what it measures.
+/// Runs two rows for a moment, without peers. Shows that the benchmark works, from the servers to the rendered reports.
 fn smoke() -> Result<(), String> {
     let rows = chosen(&["read-call".to_string(), "write-absorbed".to_string()])?;
-    // A container may have no more memory for files than this.
-    let rows: Vec<Row> = rows.into_iter().map(|row| row.within(SMOKE_BYTES)).collect();
+    // A container may have no more shared memory than this.
+    let rows: Vec<Row> = rows.into_iter().map(|row| row.clipped_to(SMOKE_BYTES)).collect();
     let options = Compare { rounds: 1, scale: 0.1, ..Compare::default() };
-    let measured = measure(&rows, &[], &options)?;
-    let (failures, table) = (report::failures(&measured), report::targets(&measured));
-    println!("{table}{failures}");
-    let written = report::document(&measured, &machine::describe(), "");
-    let whole = rows.iter().all(|row| written.contains(row.title)) && chart::svg(&measured).ends_with("</svg>\n");
-    let judged = measured.iter().all(|row| row.verdict(&row.row.targets[0]).is_some_and(|(ratio, _)| ratio > 0.0));
-    if failures.is_empty() && whole && judged {
+    let figures = Figures::new(machine::describe(), &measure(&rows, &[], &options)?);
+    let figures = Figures::from_text(&figures.to_text())?;
+    let results = figures.results(&rows)?;
+    let not_measured = report::not_measured(&results);
+    println!("{}{not_measured}", report::targets(&results));
+    let (document, svg) = (report::document(&figures, &results, ""), chart::svg(&results));
+    let complete = rows.iter().all(|row| document.contains(row.title)) && svg.ends_with("</svg>\n");
+    let judged = |result: &RowResult<'_>| result.verdict(&result.row.targets[0]).is_some_and(|(ratio, _)| ratio > 0.0);
+    if not_measured.is_empty() && complete && results.iter().all(judged) {
         Ok(())
     } else {
-        Err("the benchmark does not work any more".to_string())
+        Err("the smoke test has no figures, or its report is incomplete".to_string())
     }
 }

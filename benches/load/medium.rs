@@ -1,9 +1,9 @@
-//! What the servers serve: one image in memory, as a file, as a fast device, and as a slow one.
+//! The media that servers export: one image in memory, as a file, as a fast disk, and as a slow disk.
 //!
-//! The disk of a small cloud machine is throttled after a burst, and would measure the cloud. So the image lies on tmpfs.
-//! Cached rows serve the file itself. Cold rows serve a loop device over it, with direct I/O, so that nothing below keeps a
-//! second copy. Rows about a slow disk serve a second loop device over the first one, while the first one is limited: the
-//! limit then counts operations as a disk would, after the kernel has merged what its page cache writes page by page.
+//! The image is on tmpfs: the disk of a small cloud instance is throttled after a burst, so the benchmark would measure the
+//! cloud provider. Cached rows export the file itself. Cold rows export a loop device over it with direct I/O, so that the
+//! kernel keeps no second copy. Slow-disk rows export a second loop device over the first one, which is throttled. The
+//! throttle then counts operations as a disk would: after the kernel has merged the pages that its page cache writes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -15,21 +15,21 @@ use std::process::{self, Command};
 use crate::prng::Prng;
 use crate::throttle::{Rate, Throttle};
 
-/// Where a row's image lies.
+/// What a row's servers export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Medium {
     /// A file on tmpfs.
     Memory,
     /// A loop device over it.
     Disk,
-    /// The same, limited.
+    /// A throttled loop device over it.
     SlowDisk(Rate),
 }
 
-/// Where memory has a file system.
+/// A tmpfs that every machine has.
 const TMPFS: &str = "/dev/shm";
 
-/// A file in memory without a name: a benchmark that is killed leaves no gigabytes behind.
+/// An unnamed file on tmpfs: a killed benchmark leaves no gigabytes behind.
 #[derive(Debug)]
 pub struct MemoryFile {
     file: File,
@@ -37,7 +37,7 @@ pub struct MemoryFile {
 }
 
 impl MemoryFile {
-    /// `bytes` of holes.
+    /// A sparse file of `bytes`.
     ///
     /// # Errors
     /// The system's.
@@ -47,12 +47,12 @@ impl MemoryFile {
         Ok(Self { file, filled_bytes: 0 })
     }
 
-    /// As other processes can open it.
+    /// A path under which other processes can open it.
     pub fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", process::id(), self.file.as_raw_fd()).into()
     }
 
-    /// Puts data into the first `bytes`: holes would cost nothing to read.
+    /// Fills the first `bytes` with data, because reading holes costs nothing.
     ///
     /// # Errors
     /// The system's.
@@ -66,31 +66,31 @@ impl MemoryFile {
     }
 }
 
-/// The media of a run; all is taken away with the value.
+/// The media of a run; dropping the value removes them.
 #[derive(Debug)]
 pub struct Media {
     image: MemoryFile,
-    folder: PathBuf,
-    // Taken down in this order: the upper one first.
+    directory: PathBuf,
+    // Removed in this order: the upper one first.
     slow: Option<Loop>,
     fast: Option<Loop>,
 }
 
 impl Media {
-    /// An empty image of `bytes`, and a folder.
+    /// An empty image of `bytes`, and a temporary directory.
     ///
     /// # Errors
     /// The system's.
     pub fn new(bytes: u64) -> io::Result<Self> {
         let image = MemoryFile::new(bytes)?;
-        let folder = std::env::temp_dir().join(format!("genblk-bench-{}", process::id()));
-        fs::create_dir_all(&folder)?;
-        Ok(Self { image, folder, slow: None, fast: None })
+        let directory = std::env::temp_dir().join(format!("genblk-bench-{}", process::id()));
+        fs::create_dir_all(&directory)?;
+        Ok(Self { image, directory, slow: None, fast: None })
     }
 
-    /// Where servers put their sockets.
-    pub fn folder(&self) -> &Path {
-        &self.folder
+    /// The directory for sockets, configurations and logs.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// As [`MemoryFile::fill`], of the image.
@@ -101,69 +101,69 @@ impl Media {
         self.image.fill(bytes)
     }
 
-    /// The path to serve, cold: nothing of it is in the kernel's page cache.
+    /// Prepares a medium with a cold page cache in the kernel.
     ///
     /// # Errors
-    /// Why there is no such medium here.
-    pub fn open(&mut self, medium: Medium) -> io::Result<Opened> {
+    /// The system's: a loop device or the throttle cannot be set up.
+    pub fn open(&mut self, medium: Medium) -> io::Result<OpenMedium> {
         if medium == Medium::Memory {
-            return Ok(Opened { path: self.image.path(), throttle: None, counters: None });
+            return Ok(OpenMedium { path: self.image.path(), throttle: None, counters: None });
         }
         if self.fast.is_none() {
             self.fast = Some(Loop::over(&self.image.path())?);
         }
         let fast = self.fast.as_ref().expect("made above");
-        fast.forget_pages()?;
+        fast.drop_page_cache()?;
         let Medium::SlowDisk(rate) = medium else {
-            return Ok(Opened { path: fast.path.clone(), throttle: None, counters: Some(fast.counters()) });
+            return Ok(OpenMedium { path: fast.path.clone(), throttle: None, counters: Some(fast.counters()) });
         };
         if self.slow.is_none() {
             self.slow = Some(Loop::over(&fast.path)?);
         }
         let slow = self.slow.as_ref().expect("made above");
-        slow.forget_pages()?;
+        slow.drop_page_cache()?;
         let throttle = Throttle::new(&fast.number()?, rate)?;
-        Ok(Opened { path: slow.path.clone(), throttle: Some(throttle), counters: Some(slow.counters()) })
+        Ok(OpenMedium { path: slow.path.clone(), throttle: Some(throttle), counters: Some(slow.counters()) })
     }
 }
 
 impl Drop for Media {
     fn drop(&mut self) {
         (self.slow, self.fast) = (None, None);
-        // What is left is untidy, not wrong.
-        let _ = fs::remove_dir_all(&self.folder);
+        // A leftover directory is harmless.
+        let _ = fs::remove_dir_all(&self.directory);
     }
 }
 
-/// A medium while it is served.
+/// A medium while a server exports it.
 #[derive(Debug)]
-pub struct Opened {
+pub struct OpenMedium {
     pub path: PathBuf,
     throttle: Option<Throttle>,
-    /// The kernel's counters of the device.
+    /// The device's `stat` file in sysfs.
     counters: Option<PathBuf>,
 }
 
-impl Opened {
-    /// Whether [`Opened::writes`] tells anything.
+impl OpenMedium {
+    /// Whether [`OpenMedium::writes`] counts anything.
     pub fn counts_writes(&self) -> bool {
         self.counters.is_some()
     }
 
-    /// Operations and bytes written so far.
+    /// Writes so far: operations and bytes.
     pub fn writes(&self) -> (u64, u64) {
         let text = self.counters.as_ref().and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
         let number = |at: usize| text.split_whitespace().nth(at).and_then(|word| word.parse().ok()).unwrap_or(0);
         (number(4), number(6) * 512)
     }
 
-    /// The device at its full speed again.
-    pub fn unleash(&mut self) {
+    /// Returns the device to full speed.
+    pub fn lift_throttle(&mut self) {
         self.throttle = None;
     }
 }
 
-/// A loop device; the kernel takes it down when this value (or the process) is gone.
+/// A loop device. The kernel detaches it when this value is dropped or the process dies.
 #[derive(Debug)]
 struct Loop {
     path: PathBuf,
@@ -178,18 +178,18 @@ impl Loop {
         }
         let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
         let device = OpenOptions::new().read(true).write(true).open(&path)?;
-        // While it is open this only marks it to be taken down at the last close: a benchmark that is killed leaves none.
+        // While the device is open, this only requests a detach at the last close, so a killed benchmark leaves none.
         Command::new("losetup").arg("--detach").arg(&path).status()?;
         let new = Self { path, device };
-        Throttle::lift_old(&new.number()?);
+        Throttle::remove_stale(&new.number()?);
         Ok(new)
     }
 
-    /// Writes back and drops what the kernel's page cache holds of it.
-    fn forget_pages(&self) -> io::Result<()> {
+    /// Writes back and drops its pages in the kernel's page cache.
+    fn drop_page_cache(&self) -> io::Result<()> {
         /// _IO(0x12, 97)
         const BLKFLSBUF: libc::Ioctl = 0x1261;
-        // SAFETY: the call takes no argument and works on our own descriptor.
+        // SAFETY: the ioctl takes no argument, and the descriptor is ours.
         match unsafe { libc::ioctl(self.device.as_raw_fd(), BLKFLSBUF, 0) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),

@@ -1,60 +1,60 @@
-//! Offsets, one after the other.
+//! Generators of request offsets.
 
-use crate::job::{Actor, Pattern};
+use crate::job::{Client, Pattern};
 use crate::prng::Prng;
 
-/// The places of an actor's requests.
+/// The offsets of a client's requests.
 #[derive(Clone, Debug)]
 pub struct Offsets {
     start: u64,
     blocks: u64,
     block_bytes: u64,
-    kind: Kind,
+    state: Generator,
 }
 
 #[derive(Clone, Debug)]
-enum Kind {
+enum Generator {
     Random,
     Streams { next: Vec<u64>, of_slot: Vec<usize>, depth: usize },
     Zipf(Zipf),
 }
 
 impl Offsets {
-    pub fn new(actor: &Actor) -> Self {
-        let block_bytes = actor.block_bytes as u64;
-        let blocks = (actor.region.end - actor.region.start) / block_bytes;
-        assert!(blocks > 0, "a region holds a block");
-        let kind = match actor.pattern {
-            Pattern::Random => Kind::Random,
-            Pattern::Sequential { streams } => Kind::Streams {
+    pub fn new(client: &Client) -> Self {
+        let block_bytes = client.block_bytes as u64;
+        let blocks = (client.region.end - client.region.start) / block_bytes;
+        assert!(blocks > 0, "the region holds at least one block");
+        let state = match client.pattern {
+            Pattern::Random => Generator::Random,
+            Pattern::Sequential { streams } => Generator::Streams {
                 next: (0..streams).map(|stream| blocks * stream / streams).collect(),
-                of_slot: (0..actor.depth).map(|slot| slot % streams as usize).collect(),
-                depth: actor.depth,
+                of_slot: (0..client.depth).map(|slot| slot % streams as usize).collect(),
+                depth: client.depth,
             },
-            Pattern::Zipf { theta } => Kind::Zipf(Zipf::new(blocks, theta)),
+            Pattern::Zipf { theta } => Generator::Zipf(Zipf::new(blocks, theta)),
         };
-        Self { start: actor.region.start, blocks, block_bytes, kind }
+        Self { start: client.region.start, blocks, block_bytes, state }
     }
 
-    /// The place of the next request in this slot.
+    /// The offset of the next request in this slot.
     pub fn next(&mut self, prng: &mut Prng, slot: usize) -> u64 {
-        let block = match &mut self.kind {
-            Kind::Random => prng.below(self.blocks),
-            Kind::Streams { next, of_slot, depth } => {
+        let block = match &mut self.state {
+            Generator::Random => prng.below(self.blocks),
+            Generator::Streams { next, of_slot, depth } => {
                 let stream = of_slot[slot];
                 of_slot[slot] = (stream + *depth) % next.len();
                 let block = next[stream];
                 next[stream] = (block + 1) % self.blocks;
                 block
             }
-            Kind::Zipf(zipf) => zipf.next(prng),
+            Generator::Zipf(zipf) => zipf.next(prng),
         };
         self.start + block * self.block_bytes
     }
 }
 
-/// Zipf's law by the method of Gray et al., "Quickly generating billion-record synthetic databases" (SIGMOD 1994), with
-/// the ranks scattered by a hash as YCSB does.
+/// A Zipf distribution after Gray et al., "Quickly generating billion-record synthetic databases" (SIGMOD 1994). A hash
+/// scatters the ranks, as in YCSB.
 #[derive(Clone, Debug)]
 struct Zipf {
     blocks: u64,
@@ -72,17 +72,17 @@ impl Zipf {
     }
 
     fn next(&self, prng: &mut Prng) -> u64 {
-        let even = (prng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
-        let scaled = even * self.zeta;
+        let uniform = (prng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
+        let scaled = uniform * self.zeta;
         let rank = if scaled < 1.0 {
             0
         } else if scaled < 1.0 + 0.5_f64.powf(self.theta) {
             1
         } else {
-            let reach = self.eta.mul_add(even - 1.0, 1.0).powf(1.0 / (1.0 - self.theta));
-            (self.blocks as f64 * reach) as u64
+            let share = self.eta.mul_add(uniform - 1.0, 1.0).powf(1.0 / (1.0 - self.theta));
+            (self.blocks as f64 * share) as u64
         };
-        // The upper half of the product: its lower bits hardly depend on the rank's upper ones.
+        // Use the upper bits of the product: its lower bits hardly depend on the upper bits of the rank.
         (rank.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20) % self.blocks
     }
 }

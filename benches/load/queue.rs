@@ -1,4 +1,4 @@
-//! A queue of requests, whatever it leads to: the load needs no more of it.
+//! The queue that the load generator drives: a virtqueue of a server, or io_uring on a device.
 
 /// One request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,14 +8,15 @@ pub enum Op {
     Flush,
 }
 
-/// Where requests go. Each slot has a buffer of its own.
+/// A queue of requests. Each slot has its own buffer.
 pub trait Queue: Send {
-    /// Requests will be of this size: the slots' buffers lie side by side, as a guest's do in a small pool.
+    /// Sets the size of all requests. The buffers of the slots are adjacent, like those of a small pool in a guest.
     fn prepare(&mut self, block_bytes: usize);
 
-    /// Takes a request; it may wait in the queue until [`Queue::wait`].
+    /// Queues a request. The queue may hold it back until [`Queue::wait`].
     fn submit(&mut self, slot: usize, op: Op);
 
-    /// Sends everything and waits for at least one completion: appends slots and results (0 or above: success).
+    /// Submits everything that is queued, waits for at least one completion, and appends each completed slot with its
+    /// result (a negative result is an errno).
     fn wait(&mut self, done: &mut Vec<(usize, i32)>);
 }

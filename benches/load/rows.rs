@@ -1,6 +1,8 @@
-//! The table: what is measured, on what, against whom, and what is to be reached.
+//! The rows of the comparison: what each measures, on which medium, and its targets.
 
-use crate::job::{Actor, Does, Job, Outcome, Pattern, Wait};
+use std::ops::Range;
+
+use crate::job::{Client, CompletionMode, Job, JobStats, Ops, Pattern};
 use crate::medium::Medium;
 use crate::throttle::Rate;
 
@@ -8,19 +10,19 @@ const KIB: usize = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// The whole image. Sixteen times genblk's default cache.
+/// Size of the image: sixteen times genblk's default cache.
 pub const IMAGE_BYTES: u64 = 4 * GIB;
-/// What cached rows use: half of genblk's default cache, and far more than a processor's own.
-const HOT: std::ops::Range<u64> = 0..128 * MIB;
-/// What absorbed writes use: a quarter of the smallest dirty limit, so that write-back has no need to begin.
-const ABSORBED: std::ops::Range<u64> = 0..4 * MIB;
-const ALL: std::ops::Range<u64> = 0..IMAGE_BYTES;
+/// The region of cached reads: half of genblk's default cache, and far more than the CPU caches hold.
+const HOT: Range<u64> = 0..128 * MIB;
+/// The region of absorbed writes: a quarter of the smallest dirty limit, so that write-back need not start.
+const ABSORBED: Range<u64> = 0..4 * MIB;
+const ALL: Range<u64> = 0..IMAGE_BYTES;
 /// genblk's default `flush_target_ms`.
 const FLUSH_TARGET_MS: f64 = 250.0;
 
 const SEQUENTIAL: Pattern = Pattern::Sequential { streams: 1 };
 
-/// A number of an outcome.
+/// What is computed from the result of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
     Iops,
@@ -29,12 +31,12 @@ pub enum Measure {
     P99Us,
     FlushP99Ms,
     Seconds,
-    /// The server's processor time for a request.
+    /// The server's CPU time per request.
     CpuUs,
     /// Mean size of the writes that reached the device.
     WriteKib,
-    /// The 99th percentile of the first actor's reads, over the same with that actor alone.
-    P99OverIdle,
+    /// The 99th percentile of the first client's reads, relative to that of the same client alone.
+    P99OverUnloaded,
 }
 
 impl Measure {
@@ -42,134 +44,144 @@ impl Measure {
         matches!(self, Self::Iops | Self::MibPerSecond | Self::WriteKib)
     }
 
-    pub fn unit(self) -> &'static str {
+    /// Its name in tables.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Iops => "requests/s",
             Self::MibPerSecond => "MiB/s",
             Self::MedianUs => "p50, us",
             Self::P99Us => "p99, us",
             Self::FlushP99Ms => "p99 of FLUSH, ms",
-            Self::Seconds => "s",
+            Self::Seconds => "seconds",
             Self::CpuUs => "CPU us/request",
             Self::WriteKib => "KiB/device write",
-            Self::P99OverIdle => "p99, x idle",
+            Self::P99OverUnloaded => "p99, x unloaded",
         }
     }
 
-    /// The number; `idle` is the outcome with the first actor alone, where the row asks for it.
-    pub fn of(self, outcome: &Outcome, idle: Option<&Outcome>) -> f64 {
-        let first = &outcome.tallies[0];
+    /// The number; `unloaded` is the result of the first client alone, for rows that measure it.
+    pub fn of(self, stats: &JobStats, unloaded: Option<&JobStats>) -> f64 {
+        let first = &stats.clients[0];
         let seconds = first.elapsed.as_secs_f64();
-        let us =
-            |outcome: &Outcome, quantile: f64| outcome.tallies[0].all().value_at_quantile(quantile) as f64 / 1000.0;
+        let us = |stats: &JobStats, quantile: f64| stats.clients[0].all().value_at_quantile(quantile) as f64 / 1000.0;
         match self {
-            Self::Iops => first.counted() as f64 / seconds,
+            Self::Iops => first.measured() as f64 / seconds,
             Self::MibPerSecond => first.bytes as f64 / MIB as f64 / seconds,
-            Self::MedianUs => us(outcome, 0.5),
-            Self::P99Us => us(outcome, 0.99),
+            Self::MedianUs => us(stats, 0.5),
+            Self::P99Us => us(stats, 0.99),
             Self::FlushP99Ms => {
                 let mut flushes = first.flushes.clone();
-                for tally in &outcome.tallies[1..] {
-                    flushes.add(&tally.flushes).expect("histograms that resize hold everything");
+                for client in &stats.clients[1..] {
+                    flushes.add(&client.flushes).expect("a resizable histogram takes any value");
                 }
                 flushes.value_at_quantile(0.99) as f64 / 1e6
             }
             Self::Seconds => seconds,
             Self::CpuUs => {
-                let requests: u64 = outcome.tallies.iter().map(|tally| tally.requests).sum();
-                outcome.server_cpu_us / requests as f64
+                let requests: u64 = stats.clients.iter().map(|client| client.requests).sum();
+                stats.server_cpu_us / requests as f64
             }
             Self::WriteKib => {
-                let (operations, bytes) = outcome.device_writes;
+                let (operations, bytes) = stats.device_writes;
                 bytes as f64 / 1024.0 / operations as f64
             }
-            Self::P99OverIdle => us(outcome, 0.99) / us(idle.expect("the row asks for it"), 0.99),
+            Self::P99OverUnloaded => us(stats, 0.99) / us(unloaded.expect("the row measures it"), 0.99),
         }
     }
 }
 
-/// What genblk is held against.
+/// What genblk is compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Against {
-    /// The lowest of the row's bounds.
+    /// The lowest of the row's limits.
     Limit,
-    /// The best of the peers.
+    /// The best peer.
     Peers,
     /// The best of qemu-storage-daemon's exports.
     Qemu,
-    /// The peer whose name begins so, if it was given.
+    /// The peer whose name starts with this, if there is one.
     Named(&'static str),
-    /// genblk with a cache that does not outlive it: what the ledger costs.
+    /// genblk with a cache that does not survive a crash: shows the cost of the ledger.
     Volatile,
-    /// No other: the number itself.
-    Itself,
+    /// Nothing: the target is a number.
+    Constant,
 }
 
-/// What is to be reached: at least `factor` times the other's number where higher is better, else at most that.
+/// A target: at least `factor` times the other number where higher is better, otherwise at most that.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Target {
-    /// Place in the row's measures.
+    /// Index into the row's measures.
     pub measure: usize,
     pub factor: f64,
     pub against: Against,
 }
 
-/// What bounds a row.
+/// How a limit of a row is measured.
 #[derive(Clone, Debug)]
-pub enum Bound {
-    /// The bare server.
+pub enum LimitKind {
+    /// The copy server of `limit.rs`.
     Copy,
     /// io_uring with O_DIRECT on the device.
     Device(Job),
-    /// genblk itself, with all that is read in its cache already: the part of the image that is read instead.
-    Cached(std::ops::Range<u64>),
+    /// genblk itself, reading this region, all of which is in its cache.
+    Cached(Range<u64>),
 }
 
-/// A line of the table.
+/// A row of the comparison.
 #[derive(Clone, Debug)]
 pub struct Row {
-    pub name: &'static str,
+    /// Its name on the command line and in tables.
+    pub key: &'static str,
+    /// What it does, for people.
     pub title: &'static str,
+    /// What else distinguishes it.
+    pub conditions: &'static str,
     pub medium: Medium,
-    /// Run before, on a connection of its own.
-    pub warm: Option<Job>,
+    /// Runs first, on its own connection.
+    pub warm_up: Option<Job>,
     pub job: Job,
-    /// Whether the first actor is measured alone before.
-    pub idle: bool,
+    /// Whether to measure the first client alone before the job.
+    pub unloaded: bool,
     pub measures: Vec<Measure>,
-    pub bounds: Vec<Bound>,
+    pub limits: Vec<LimitKind>,
     pub targets: Vec<Target>,
 }
 
 impl Row {
-    fn new(name: &'static str, title: &'static str, medium: Medium, job: Job, measures: &[Measure]) -> Self {
-        let measures = measures.to_vec();
-        let (warm, idle, bounds, targets) = (None, false, Vec::new(), Vec::new());
-        Self { name, title, medium, warm, job, idle, measures, bounds, targets }
+    fn new(key: &'static str, title: &'static str, medium: Medium, job: Job, measures: &[Measure]) -> Self {
+        let (warm_up, unloaded, conditions) = (None, false, "");
+        let (measures, limits, targets) = (measures.to_vec(), Vec::new(), Vec::new());
+        Self { key, title, conditions, medium, warm_up, job, unloaded, measures, limits, targets }
     }
 
-    /// The end of what the row uses of the image.
-    pub fn reach(&self) -> u64 {
-        let bounds =
-            self.bounds.iter().filter_map(|bound| if let Bound::Device(job) = bound { Some(job) } else { None });
-        let jobs = self.warm.iter().chain([&self.job]).chain(bounds);
-        jobs.flat_map(|job| &job.actors).map(|actor| actor.region.end).max().unwrap_or(0)
+    /// The end of the part of the image that the row uses.
+    pub fn image_end(&self) -> u64 {
+        let devices = self.limits.iter().filter_map(|limit| match limit {
+            LimitKind::Device(job) => Some(job),
+            LimitKind::Copy | LimitKind::Cached(_) => None,
+        });
+        let jobs = self.warm_up.iter().chain([&self.job]).chain(devices);
+        jobs.flat_map(|job| &job.clients).map(|client| client.region.end).max().unwrap_or(0)
     }
 
-    /// The same in the first `bytes` of the image.
-    pub fn within(mut self, bytes: u64) -> Self {
-        for actor in self.warm.iter_mut().chain([&mut self.job]).flat_map(|job| &mut job.actors) {
-            actor.region.end = actor.region.end.min(bytes);
+    /// The same row, limited to the first `bytes` of the image.
+    pub fn clipped_to(mut self, bytes: u64) -> Self {
+        for client in self.warm_up.iter_mut().chain([&mut self.job]).flat_map(|job| &mut job.clients) {
+            client.region.end = client.region.end.min(bytes);
         }
         self
     }
 
-    fn warmed(self, does: Does, region: std::ops::Range<u64>) -> Self {
-        Self { warm: Some(warming(does, region)), ..self }
+    fn with(self, conditions: &'static str) -> Self {
+        Self { conditions, ..self }
     }
 
-    fn bound(mut self, bound: Bound) -> Self {
-        self.bounds.push(bound);
+    fn warmed_up(self, ops: Ops, region: Range<u64>) -> Self {
+        Self { warm_up: Some(warm_up(ops, region)), ..self }
+    }
+
+    fn limit(mut self, limit: LimitKind) -> Self {
+        self.limits.push(limit);
         self
     }
 
@@ -180,154 +192,173 @@ impl Row {
 }
 
 /// One pass over a region.
-pub fn warming(does: Does, region: std::ops::Range<u64>) -> Job {
+pub fn warm_up(ops: Ops, region: Range<u64>) -> Job {
     let bytes = region.end - region.start;
-    let actor = Actor::new(does, SEQUENTIAL, region, 128 * KIB).depth(8).bytes_max(bytes).lasts_ms(0, 60_000);
-    Job::of(actor, Wait::Interrupt)
+    let client = Client::new(ops, SEQUENTIAL, region, 128 * KIB).depth(8).bytes_max(bytes).runs_ms(0, 60_000);
+    Job::of(client, CompletionMode::Interrupt)
 }
 
 /// Every row, in the order of the report.
 pub fn all() -> Vec<Row> {
     let mut rows = cached();
     rows.extend(cold());
-    rows.extend(slow());
+    rows.extend(throttled());
     rows
 }
 
-/// Everything is in memory: what the path of a request costs.
+/// All data is in memory: these rows measure the path of a request.
 fn cached() -> Vec<Row> {
     use Against::{Limit, Named, Peers, Qemu, Volatile};
+    use CompletionMode::{Interrupt, Polling};
     use Measure::{CpuUs, Iops, MedianUs, MibPerSecond};
-    let hypervisor = Named("cloud-hypervisor");
-    let reads = |depth| Actor::new(Does::Reads, Pattern::Random, HOT, 4 * KIB).depth(depth).lasts_ms(200, 800);
-    let row = |name, title, actor, wait, measures: &[Measure]| {
-        Row::new(name, title, Medium::Memory, Job::of(actor, wait), measures)
-            .warmed(Does::Reads, HOT)
-            .bound(Bound::Copy)
+    let cloud_hypervisor = Named("cloud-hypervisor");
+    let reads = |depth| Client::new(Ops::Reads, Pattern::Random, HOT, 4 * KIB).depth(depth).runs_ms(200, 800);
+    let row = |key, title, client, mode, measures: &[Measure]| {
+        Row::new(key, title, Medium::Memory, Job::of(client, mode), measures)
+            .warmed_up(Ops::Reads, HOT)
+            .limit(LimitKind::Copy)
     };
-    let writes = Actor::new(Does::Writes, Pattern::Random, ABSORBED, 4 * KIB).depth(32).lasts_ms(200, 800);
-    let stream = Actor::new(Does::Reads, SEQUENTIAL, HOT, 128 * KIB).depth(8).lasts_ms(200, 800);
+    let writes = Client::new(Ops::Writes, Pattern::Random, ABSORBED, 4 * KIB).depth(32).runs_ms(200, 800);
+    let stream = Client::new(Ops::Reads, SEQUENTIAL, HOT, 128 * KIB).depth(8).runs_ms(200, 800);
     vec![
-        row("read-poll", "4 KiB random read, cached, depth 32, polling", reads(32), Wait::Poll, &[Iops, CpuUs])
+        row("read-poll", "4 KiB random read, cached, queue depth 32, polling", reads(32), Polling, &[Iops, CpuUs])
             .target(0, 0.9, Limit)
             .target(0, 4.0, Qemu)
-            .target(0, 3.0, hypervisor)
+            .target(0, 3.0, cloud_hypervisor)
             .target(1, 1.2, Limit)
             .target(0, 0.95, Volatile),
-        row("read-call", "4 KiB random read, cached, depth 32, interrupts", reads(32), Wait::Interrupt, &[Iops])
+        row("read-call", "4 KiB random read, cached, queue depth 32, interrupts", reads(32), Interrupt, &[Iops])
             .target(0, 0.9, Limit)
             .target(0, 4.0, Qemu)
-            .target(0, 2.0, hypervisor),
-        row("latency-poll", "4 KiB random read, cached, depth 1, polling", reads(1), Wait::Poll, &[MedianUs])
+            .target(0, 2.0, cloud_hypervisor),
+        row("latency-poll", "4 KiB random read, cached, queue depth 1, polling", reads(1), Polling, &[MedianUs])
             .target(0, 1.5, Limit),
-        row("latency-call", "4 KiB random read, cached, depth 1, interrupts", reads(1), Wait::Interrupt, &[MedianUs])
+        row("latency-call", "4 KiB random read, cached, queue depth 1, interrupts", reads(1), Interrupt, &[MedianUs])
             .target(0, 1.0, Peers),
-        row("write-absorbed", "4 KiB random write, absorbed, depth 32, polling", writes, Wait::Poll, &[Iops])
-            .warmed(Does::Writes, ABSORBED)
+        row("write-absorbed", "4 KiB random write, absorbed, queue depth 32, polling", writes, Polling, &[Iops])
+            .with("over 4 MiB, so that write-back need not start")
+            .warmed_up(Ops::Writes, ABSORBED)
             .target(0, 0.8, Limit)
             .target(0, 4.0, Qemu)
-            .target(0, 3.2, hypervisor)
+            .target(0, 3.2, cloud_hypervisor)
             .target(0, 0.95, Volatile),
-        row("stream-cached", "128 KiB sequential read, cached, depth 8, polling", stream, Wait::Poll, &[MibPerSecond])
-            .target(0, 0.9, Limit)
-            .target(0, 2.2, Peers),
+        row(
+            "stream-cached",
+            "128 KiB sequential read, cached, queue depth 8, polling",
+            stream,
+            Polling,
+            &[MibPerSecond],
+        )
+        .target(0, 0.9, Limit)
+        .target(0, 2.2, Peers),
     ]
 }
 
-/// The image has to be read, from a device that is fast.
+/// The data is read from or written to a fast disk.
 fn cold() -> Vec<Row> {
     use Measure::{CpuUs, Iops, MibPerSecond};
-    let stream = |name, title, streams, block_bytes, depth, bytes, target| {
+    let stream = |key, title, streams, block_bytes, depth, bytes, target| {
         let pattern = Pattern::Sequential { streams };
-        let actor = Actor::new(Does::Reads, pattern, ALL, block_bytes).depth(depth);
-        let job = Job::of(actor.bytes_max(bytes).lasts_ms(0, 2000), Wait::Interrupt);
-        Row::new(name, title, Medium::Disk, job, &[MibPerSecond, CpuUs])
-            .bound(Bound::Cached(HOT))
-            .bound(Bound::Device(device_job(Does::Reads, GIB)))
+        let client = Client::new(Ops::Reads, pattern, ALL, block_bytes).depth(depth);
+        let job = Job::of(client.bytes_max(bytes).runs_ms(0, 2000), CompletionMode::Interrupt);
+        Row::new(key, title, Medium::Disk, job, &[MibPerSecond, CpuUs])
+            .limit(LimitKind::Cached(HOT))
+            .limit(LimitKind::Device(device_job(Ops::Reads, GIB)))
             .target(0, target, Against::Limit)
             .target(0, 1.5, Against::Peers)
     };
-    let random = Actor::new(Does::Reads, Pattern::Random, ALL, 4 * KIB).depth(32).lasts_ms(200, 800);
-    let random = Job::of(random, Wait::Interrupt);
-    let write = Actor::new(Does::Writes, SEQUENTIAL, ALL, 128 * KIB).depth(8).bytes_max(GIB).lasts_ms(0, 30_000);
-    let write = Job { ends_with_flush: true, ..Job::of(write, Wait::Interrupt) };
+    let random = Client::new(Ops::Reads, Pattern::Random, ALL, 4 * KIB).depth(32).runs_ms(200, 800);
+    let random = Job::of(random, CompletionMode::Interrupt);
+    let write = Client::new(Ops::Writes, SEQUENTIAL, ALL, 128 * KIB).depth(8).bytes_max(GIB).runs_ms(0, 30_000);
+    let write = Job { ends_with_flush: true, ..Job::of(write, CompletionMode::Interrupt) };
     let (small, large) = (4 * KIB, 128 * KIB);
     vec![
-        stream("cold-4k-1", "4 KiB sequential read, cold, depth 1", 1, small, 1, 256 * MIB, 0.9),
-        stream("cold-128k-1", "128 KiB sequential read, cold, depth 1", 1, large, 1, GIB, 0.9),
-        stream("cold-128k-8", "128 KiB sequential read, cold, depth 8", 1, large, 8, GIB, 0.9),
-        // Less than of the others is asked for: 16 windows share the readahead's budget.
-        stream("cold-streams", "16 interleaved sequential readers of 128 KiB, cold", 16, large, 16, GIB, 0.85),
-        Row::new("cold-random", "4 KiB random read, cold, depth 32", Medium::Disk, random.clone(), &[Iops, CpuUs])
-            .bound(Bound::Device(random))
-            .target(0, 0.95, Against::Limit),
+        stream("cold-4k-1", "4 KiB sequential read, cold, queue depth 1", 1, small, 1, 256 * MIB, 0.9),
+        stream("cold-128k-1", "128 KiB sequential read, cold, queue depth 1", 1, large, 1, GIB, 0.9),
+        stream("cold-128k-8", "128 KiB sequential read, cold, queue depth 8", 1, large, 8, GIB, 0.9),
+        // A lower target than the others: 16 windows share the budget of readahead.
+        stream("cold-streams", "16 sequential streams of 128 KiB reads, cold", 16, large, 16, GIB, 0.85)
+            .with("interleaved in one queue, queue depth 16"),
         Row::new(
-            "stream-write",
-            "128 KiB sequential write, depth 8, then FLUSH",
+            "cold-random",
+            "4 KiB random read, cold, queue depth 32",
             Medium::Disk,
-            write,
-            &[MibPerSecond, CpuUs],
+            random.clone(),
+            &[Iops, CpuUs],
         )
-        .bound(Bound::Device(device_job(Does::Writes, GIB)))
+        .limit(LimitKind::Device(random))
         .target(0, 0.95, Against::Limit),
+        Row::new("stream-write", "128 KiB sequential write, then FLUSH", Medium::Disk, write, &[MibPerSecond, CpuUs])
+            .with("1 GiB, queue depth 8")
+            .limit(LimitKind::Device(device_job(Ops::Writes, GIB)))
+            .target(0, 0.95, Against::Limit),
     ]
 }
 
-/// What the device does at most: large requests, many at a time.
-fn device_job(does: Does, bytes: u64) -> Job {
-    let actor = Actor::new(does, SEQUENTIAL, ALL, 1 << 20).depth(32).bytes_max(bytes).lasts_ms(0, 30_000);
-    Job { ends_with_flush: does == Does::Writes, ..Job::of(actor, Wait::Interrupt) }
+/// The device's highest throughput: large requests at a high queue depth.
+fn device_job(ops: Ops, bytes: u64) -> Job {
+    let client = Client::new(ops, SEQUENTIAL, ALL, 1 << 20).depth(32).bytes_max(bytes).runs_ms(0, 30_000);
+    Job { ends_with_flush: ops == Ops::Writes, ..Job::of(client, CompletionMode::Interrupt) }
 }
 
-/// The device is slow: what the cache keeps from it.
-fn slow() -> Vec<Row> {
-    use Against::{Itself, Peers};
-    use Measure::{FlushP99Ms, MedianUs, P99OverIdle, P99Us, Seconds, WriteKib};
+/// The disk is throttled: these rows measure how much of its slowness the cache hides.
+fn throttled() -> Vec<Row> {
+    use Against::{Constant, Peers};
+    use Measure::{FlushP99Ms, MedianUs, P99OverUnloaded, P99Us, Seconds, WriteKib};
     let disk = |mib: u64, operations| Medium::SlowDisk(Rate { bytes: mib * MIB, operations });
-    let over = Actor::new(Does::Writes, Pattern::Random, ALL, 4 * KIB).depth(32).bytes_max(GIB).lasts_ms(0, 60_000);
-    let over = Job { ends_with_flush: true, ..Job::of(over, Wait::Interrupt) };
-    let zipf = Actor::new(Does::Mixed { write_percent: 30 }, Pattern::Zipf { theta: 0.99 }, 0..GIB, 8 * KIB);
-    let zipf = zipf.depth(4).flush_after_writes(32).lasts_ms(1000, 2000);
-    // Twice what the disk writes.
-    let overload = Actor::new(Does::Writes, Pattern::Random, 0..GIB, 64 * KIB).depth(8).lasts_ms(1000, 4000);
-    let flushes = Actor::new(Does::Flushes, Pattern::Random, 0..GIB, 4 * KIB).per_second(1.0).lasts_ms(1000, 4000);
+    let over = Client::new(Ops::Writes, Pattern::Random, ALL, 4 * KIB).depth(32).bytes_max(GIB).runs_ms(0, 60_000);
+    let over = Job { ends_with_flush: true, ..Job::of(over, CompletionMode::Interrupt) };
+    let zipf = Client::new(Ops::Mixed { write_percent: 30 }, Pattern::Zipf { theta: 0.99 }, 0..GIB, 8 * KIB);
+    let zipf = zipf.depth(4).flush_after_writes(32).runs_ms(1000, 2000);
+    // Twice the write speed of the disk.
+    let overload = Client::new(Ops::Writes, Pattern::Random, 0..GIB, 64 * KIB).depth(8).runs_ms(1000, 4000);
+    let flushes = Client::new(Ops::Flushes, Pattern::Random, 0..GIB, 4 * KIB).per_second(1.0).runs_ms(1000, 4000);
     let overload = vec![overload.per_second((200 * MIB / (64 * KIB as u64)) as f64), flushes];
-    let reader = Actor::new(Does::Reads, Pattern::Random, HOT, 4 * KIB).lasts_ms(300, 1200);
-    let writer = Actor::new(Does::Writes, Pattern::Random, GIB..IMAGE_BYTES, 64 * KIB).depth(4).lasts_ms(300, 1200);
-    let job = |actors| Job { actors, wait: Wait::Interrupt, ends_with_flush: false };
-    let beside = Row::new(
+    let reader = Client::new(Ops::Reads, Pattern::Random, HOT, 4 * KIB).runs_ms(300, 1200);
+    let writer = Client::new(Ops::Writes, Pattern::Random, GIB..IMAGE_BYTES, 64 * KIB).depth(4).runs_ms(300, 1200);
+    let job = |clients| Job { clients, mode: CompletionMode::Interrupt, ends_with_flush: false };
+    let reads_beside = Row::new(
         "reads-beside",
-        "4 KiB cached read, depth 1, while write-back runs at full speed",
+        "4 KiB cached read during full-speed write-back",
         disk(200, 50_000),
         job(vec![reader, writer]),
-        &[P99OverIdle, P99Us],
+        &[P99OverUnloaded, P99Us],
     );
     vec![
-        Row::new(
-            "write-over",
-            "4 KiB random write of 1 GiB over 4 GiB, depth 32, then FLUSH",
-            disk(500, 60_000),
-            over,
-            &[Seconds, WriteKib],
-        )
-        .target(0, 0.6, Peers),
+        Row::new("write-over", "4 KiB random write, then FLUSH", disk(500, 60_000), over, &[Seconds, WriteKib])
+            .with("1 GiB of writes over 4 GiB, queue depth 32; disk limited to 500 MiB/s and 60 000 operations/s")
+            .target(0, 0.6, Peers),
         Row::new(
             "zipf-mix",
-            "8 KiB zipf 0.99, 30 % writes, over 4 x the cache, FLUSH every 32 writes, depth 4",
+            "8 KiB mixed I/O with FLUSHes, Zipf, 30 % writes",
             disk(200, 20_000),
-            Job::of(zipf, Wait::Interrupt),
+            Job::of(zipf, CompletionMode::Interrupt),
             &[MedianUs, P99Us],
+        )
+        .with(
+            "exponent 0.99, region 4 times the cache, a FLUSH every 32 writes, queue depth 4; disk limited to \
+             200 MiB/s and 20 000 operations/s",
         )
         .target(0, 1.0, Peers)
         .target(1, 1.0, Peers),
         Row::new(
             "flush-overload",
-            "FLUSH every second under twice the disk's write speed",
+            "FLUSH under writes at twice the disk's speed",
             disk(100, 50_000),
             job(overload),
             &[FlushP99Ms],
         )
-        .target(0, 1.5 * FLUSH_TARGET_MS, Itself),
-        Row { idle: true, ..beside }.warmed(Does::Reads, HOT).target(0, 1.3, Itself),
+        .with(
+            "a FLUSH each second, beside 64 KiB random writes at 200 MiB/s; disk limited to 100 MiB/s and 50 000 \
+             operations/s",
+        )
+        .target(0, 1.5 * FLUSH_TARGET_MS, Constant),
+        Row { unloaded: true, ..reads_beside }
+            .with(
+                "random, queue depth 1, beside 64 KiB random writes at queue depth 4; disk limited to 200 MiB/s and \
+                 50 000 operations/s",
+            )
+            .warmed_up(Ops::Reads, HOT)
+            .target(0, 1.3, Constant),
     ]
 }

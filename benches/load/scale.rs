@@ -1,15 +1,14 @@
-//! How the cost grows: one thing at a time is made larger, and the rest stays.
+//! How the cost grows: each sweep increases one quantity and keeps the others.
 
-use std::fs;
 use std::ops::Range;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::job::{Actor, Does, Job, Pattern, Wait};
+use crate::figures::median;
+use crate::job::{Client, ClientStats, CompletionMode, Job, JobStats, Ops, Pattern};
 use crate::medium::{Media, Medium, MemoryFile};
-use crate::report::{median, show, table};
-use crate::rows::warming;
-use crate::servers::{Contestant, Server};
+use crate::report::{bullets, show, table};
+use crate::rows::warm_up;
+use crate::servers::{Server, ServerSpec};
 use crate::session;
 
 const KIB: usize = 1 << 10;
@@ -18,49 +17,49 @@ const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
 const PAGE_BYTES: u64 = 4096;
 
-/// How often each point is measured.
+/// How often each point is measured; the report has the medians.
 const ROUNDS: usize = 3;
-/// What a hit is measured on, whatever the sizes are: more than a processor's own caches hold.
+/// The region of hits, whatever the sizes are: more than the CPU caches hold.
 const HOT_BYTES: u64 = 32 * MIB;
-/// How long a daemon is watched that has nothing to do.
+/// How long an idle daemon is observed.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// One thing that grows.
-struct Part {
+/// One quantity that grows.
+struct Sweep {
     name: &'static str,
     title: &'static str,
     points: Vec<Point>,
 }
 
-/// One size of it.
+/// One value of it.
 struct Point {
     label: String,
-    who: Contestant,
-    /// Size of each device's image, and how much of it is data.
+    spec: ServerSpec,
+    /// For each device: the size of its image, and how many bytes of it are data.
     images: Vec<(u64, u64)>,
     on_disk: bool,
     cache_bytes: u64,
-    warm: Option<Job>,
-    /// What is measured, one after the other, each on all devices.
+    warm_up: Option<Job>,
+    /// The jobs to measure, one after the other. Each runs on all devices.
     jobs: Vec<(&'static str, Job)>,
 }
 
 impl Point {
-    /// genblk with these lines in its device's table, over one image with as much data as half the cache, but no more
-    /// than 2 GiB: cache and image share the machine's memory.
+    /// genblk with these lines in the table of its device, over one image that is full of data and half as large as the
+    /// cache. At most 2 GiB, because cache and image share the machine's memory.
     fn new(label: impl Into<String>, device: &str, cache_bytes: u64) -> Self {
         let cache = format!("size = {cache_bytes}");
-        let who = Contestant::genblk_with("genblk", device, &cache);
+        let spec = ServerSpec::genblk_with("genblk", device, &cache);
         let image_bytes = (cache_bytes / 2).min(2 * GIB);
         let images = vec![(image_bytes, image_bytes)];
-        Self { label: label.into(), who, images, on_disk: false, cache_bytes, warm: None, jobs: Vec::new() }
+        Self { label: label.into(), spec, images, on_disk: false, cache_bytes, warm_up: None, jobs: Vec::new() }
     }
 
-    fn warm(self, does: Does, region: Range<u64>) -> Self {
-        Self { warm: Some(warming(does, region)), ..self }
+    fn warmed_up(self, ops: Ops, region: Range<u64>) -> Self {
+        Self { warm_up: Some(warm_up(ops, region)), ..self }
     }
 
-    /// Pages of all caches. Their tables and frames are made at the start, however many are in use.
+    /// Pages of all caches. genblk allocates their tables at the start, however many are in use.
     fn cache_pages(&self) -> f64 {
         (self.cache_bytes / PAGE_BYTES) as f64 * self.images.len() as f64
     }
@@ -71,26 +70,22 @@ impl Point {
     }
 }
 
-/// Random reads of what is cached: so many clients, `depth` in flight in all.
+/// Random reads of cached data by this many clients, with `depth` requests in flight in total.
 fn hits(region: Range<u64>, clients: usize, depth: usize) -> Job {
     let depth = (depth / clients).max(1);
-    let actor = Actor::new(Does::Reads, Pattern::Random, region, 4 * KIB).depth(depth).lasts_ms(200, 800);
-    Job { actors: vec![actor; clients], wait: Wait::Interrupt, ends_with_flush: false }
+    let client = Client::new(Ops::Reads, Pattern::Random, region, 4 * KIB).depth(depth).runs_ms(200, 800);
+    Job { clients: vec![client; clients], mode: CompletionMode::Interrupt, ends_with_flush: false }
 }
 
-fn parts() -> Vec<Part> {
-    let part = |name, title, points| Part { name, title, points };
+fn sweeps() -> Vec<Sweep> {
+    let sweep = |name, title, points| Sweep { name, title, points };
     vec![
-        part("cache", "Cache size; half of it is filled (2 GiB at most) and read, everything is a hit", cache_sizes()),
-        part("image", "Image size, sparse; what is read lies at its end, and is cached", image_sizes()),
-        part("devices", "Devices in one daemon, all at work, 32 requests in flight in all", devices()),
-        part("queues", "Queues of one device, each with a client, 32 requests in flight in all", queues()),
-        part("streams", "Sequential readers, cold, 128 KiB each, from a fast disk", streams()),
-        part(
-            "allocate",
-            "Space for holes, reserved before a write completes or when it is written back",
-            allocations(),
-        ),
+        sweep("cache", "Cache size (hits only; the image is half as large as the cache, at most 2 GiB)", cache_sizes()),
+        sweep("image", "Image size (sparse image; cached reads at its end)", image_sizes()),
+        sweep("devices", "Devices in one daemon (all active; 32 requests in flight in total)", devices()),
+        sweep("queues", "Queues of one device (a client for each; 32 requests in flight in total)", queues()),
+        sweep("streams", "Sequential streams (cold 128 KiB reads from a fast disk)", streams()),
+        sweep("allocate", "Allocation of holes, before a write completes or during write-back", allocations()),
     ]
 }
 
@@ -100,9 +95,9 @@ fn cache_sizes() -> Vec<Point> {
         let point = Point::new(label, "", bytes);
         let all = 0..point.images[0].0;
         point
-            .warm(Does::Reads, all.clone())
-            .job("a hit within 32 MiB", hits(0..HOT_BYTES, 1, 32))
-            .job("a hit anywhere", hits(all, 1, 32))
+            .warmed_up(Ops::Reads, all.clone())
+            .job("hit within 32 MiB", hits(0..HOT_BYTES, 1, 32))
+            .job("hit anywhere", hits(all, 1, 32))
     };
     sizes.into_iter().map(point).collect()
 }
@@ -111,7 +106,8 @@ fn image_sizes() -> Vec<Point> {
     let sizes = [(GIB, "1 GiB"), (64 * GIB, "64 GiB"), (TIB, "1 TiB"), (16 * TIB, "16 TiB")];
     let point = |(bytes, label): (u64, &str)| {
         let end = bytes - HOT_BYTES..bytes;
-        let mut point = Point::new(label, "", 256 * MIB).warm(Does::Writes, end.clone()).job("a hit", hits(end, 1, 32));
+        let mut point =
+            Point::new(label, "", 256 * MIB).warmed_up(Ops::Writes, end.clone()).job("hit", hits(end, 1, 32));
         point.images = vec![(bytes, 0)];
         point
     };
@@ -121,8 +117,8 @@ fn image_sizes() -> Vec<Point> {
 fn devices() -> Vec<Point> {
     let point = |count: usize| {
         let mut point = Point::new(count.to_string(), "", 64 * MIB)
-            .warm(Does::Reads, 0..HOT_BYTES)
-            .job("a hit", hits(0..HOT_BYTES, count, 32));
+            .warmed_up(Ops::Reads, 0..HOT_BYTES)
+            .job("hit", hits(0..HOT_BYTES, count, 32));
         point.images = vec![(HOT_BYTES, HOT_BYTES); count];
         point
     };
@@ -133,8 +129,8 @@ fn queues() -> Vec<Point> {
     let point = |(workers, queues): (usize, usize)| {
         let label = format!("{queues} with {workers} worker{}", if workers == 1 { "" } else { "s" });
         Point::new(label, &format!("workers = {workers}"), 256 * MIB)
-            .warm(Does::Reads, 0..HOT_BYTES)
-            .job("a hit", hits(0..HOT_BYTES, queues, 32))
+            .warmed_up(Ops::Reads, 0..HOT_BYTES)
+            .job("hit", hits(0..HOT_BYTES, queues, 32))
     };
     [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8)].map(point).into()
 }
@@ -142,9 +138,9 @@ fn queues() -> Vec<Point> {
 fn streams() -> Vec<Point> {
     let point = |streams: usize| {
         let pattern = Pattern::Sequential { streams: streams as u64 };
-        let actor = Actor::new(Does::Reads, pattern, 0..2 * GIB, 128 * KIB).depth(streams);
-        let job = Job::of(actor.bytes_max(GIB).lasts_ms(0, 3000), Wait::Interrupt);
-        let mut point = Point::new(streams.to_string(), "", 256 * MIB).job("a read", job);
+        let client = Client::new(Ops::Reads, pattern, 0..2 * GIB, 128 * KIB).depth(streams);
+        let job = Job::of(client.bytes_max(GIB).runs_ms(0, 3000), CompletionMode::Interrupt);
+        let mut point = Point::new(streams.to_string(), "", 256 * MIB).job("read", job);
         point.images = vec![(2 * GIB, 2 * GIB)];
         point.on_disk = true;
         point
@@ -152,60 +148,62 @@ fn streams() -> Vec<Point> {
     [1, 4, 16, 64].map(point).into()
 }
 
-/// Writes into holes, more than the cache holds, and a FLUSH.
+/// Writes into holes, of more data than the cache holds, and a FLUSH.
 fn allocations() -> Vec<Point> {
-    let point = |(when, pattern, label): (&str, Pattern, &'static str)| {
-        let writes = Actor::new(Does::Writes, pattern, 0..GIB, 4 * KIB).depth(32);
-        let job = Job::of(writes.bytes_max(256 * MIB).lasts_ms(0, 30_000), Wait::Interrupt);
+    let point = |(when, pattern, what): (&str, Pattern, &'static str)| {
+        let writes = Client::new(Ops::Writes, pattern, 0..GIB, 4 * KIB).depth(32);
+        let job = Job::of(writes.bytes_max(256 * MIB).runs_ms(0, 30_000), CompletionMode::Interrupt);
         let mut point = Point::new(format!("allocate = \"{when}\""), "", 64 * MIB);
-        point.who = Contestant::genblk_with("genblk", "", &format!("size = \"64M\"\nallocate = \"{when}\""));
+        point.spec = ServerSpec::genblk_with("genblk", "", &format!("size = \"64M\"\nallocate = \"{when}\""));
         point.images = vec![(GIB, 0)];
-        point.job(label, Job { ends_with_flush: true, ..job })
+        point.job(what, Job { ends_with_flush: true, ..job })
     };
-    let (in_order, anywhere) = (Pattern::Sequential { streams: 1 }, Pattern::Random);
+    let (sequential, random) = (Pattern::Sequential { streams: 1 }, Pattern::Random);
     [
-        ("on-write", in_order, "a sequential write"),
-        ("on-writeback", in_order, "a sequential write"),
-        ("on-write", anywhere, "a random write"),
-        ("on-writeback", anywhere, "a random write"),
+        ("on-write", sequential, "sequential write"),
+        ("on-writeback", sequential, "sequential write"),
+        ("on-write", random, "random write"),
+        ("on-writeback", random, "random write"),
     ]
     .map(point)
     .into()
 }
 
-/// What a point's round gave.
+/// The result of one round of a point.
 struct Numbers {
     start_ms: f64,
-    /// Memory of the daemon's own: the cache's tables and the process. Frames and guests' memory are shared memory.
+    /// Anonymous memory of the daemon: the tables of the cache, and the process itself. Frames and guest memory are
+    /// shared memory.
     anonymous_kib: f64,
-    /// For each job: requests a second, MiB a second, processor time for a request.
+    /// For each job: requests per second, MiB per second, CPU time per request in microseconds.
     jobs: Vec<(f64, f64, f64)>,
 }
 
-/// Measures the parts of these names, all without any; the text of the report.
+/// Measures the sweeps with these names, or all without names. Returns the text of the report.
 ///
 /// # Errors
-/// What kept it from being measured.
+/// A server or an image could not be set up.
 pub fn run(names: &[String]) -> Result<String, String> {
     let mut text = String::new();
-    for part in parts().iter().filter(|part| names.is_empty() || names.iter().any(|name| name == part.name)) {
-        text += &format!("## {}\n\n{}\n", part.title, measure(part)?);
+    let chosen = |name: &str| names.is_empty() || names.iter().any(|wanted| wanted == name);
+    for sweep in sweeps().iter().filter(|sweep| chosen(sweep.name)) {
+        text += &format!("## {}\n\n{}\n", sweep.title, measure(sweep)?);
     }
-    if names.is_empty() || names.iter().any(|name| name == "idle") {
-        text += &format!("## Nothing to do\n\n{}", idle()?);
+    if chosen("idle") {
+        text += &format!("## Idle daemon\n\n{}", idle()?);
     }
     Ok(text)
 }
 
-fn measure(part: &Part) -> Result<String, String> {
-    let mut rounds: Vec<Vec<Numbers>> = part.points.iter().map(|_| Vec::new()).collect();
+fn measure(sweep: &Sweep) -> Result<String, String> {
+    let mut rounds: Vec<Vec<Numbers>> = sweep.points.iter().map(|_| Vec::new()).collect();
     for _ in 0..ROUNDS {
-        for (point, numbers) in part.points.iter().zip(&mut rounds) {
+        for (point, numbers) in sweep.points.iter().zip(&mut rounds) {
             numbers.push(sample(point)?);
         }
     }
     let mut lines = Vec::new();
-    for (point, rounds) in part.points.iter().zip(&rounds) {
+    for (point, rounds) in sweep.points.iter().zip(&rounds) {
         let of = |pick: &dyn Fn(&Numbers) -> f64| show(median(&rounds.iter().map(pick).collect::<Vec<_>>()));
         for (at, (what, _)) in point.jobs.iter().enumerate() {
             lines.push(vec![
@@ -220,24 +218,15 @@ fn measure(part: &Part) -> Result<String, String> {
             ]);
         }
     }
-    eprintln!("{}: done", part.name);
-    let head = [
-        "",
-        "what",
-        "requests/s",
-        "MiB/s",
-        "CPU us/request",
-        "start-up ms",
-        "own memory MiB",
-        "bytes per page of cache",
-    ];
+    eprintln!("{}: done", sweep.name);
+    let head = ["", "what", "requests/s", "MiB/s", "CPU us/request", "start-up ms", "private MiB", "bytes/cache page"];
     Ok(table(&head.map(ToString::to_string), &lines))
 }
 
 fn sample(point: &Point) -> Result<Numbers, String> {
     let failed = |e: std::io::Error| format!("no image: {e}");
     let (first_bytes, first_data) = point.images[0];
-    // The first image may be served from a disk; the others only lie beside it.
+    // Only the first image may be on a loop device.
     let mut media = Media::new(first_bytes).map_err(failed)?;
     media.fill(first_data).map_err(failed)?;
     let medium = media.open(if point.on_disk { Medium::Disk } else { Medium::Memory }).map_err(failed)?;
@@ -249,13 +238,13 @@ fn sample(point: &Point) -> Result<Numbers, String> {
     }
     let images: Vec<_> = [medium.path.clone()].into_iter().chain(others.iter().map(MemoryFile::path)).collect();
     let begin = Instant::now();
-    let server = Server::start(&point.who, media.folder(), &images, 1)?;
+    let server = Server::start(&point.spec, media.directory(), &images, 1)?;
     let start_ms = begin.elapsed().as_secs_f64() * 1000.0;
-    server.settle();
+    server.wait_until_idle();
     let devices: Vec<usize> = (0..images.len()).collect();
     for device in &devices {
-        if let Some(warm) = &point.warm {
-            session::run(&server, &[*device], warm)?;
+        if let Some(warm_up) = &point.warm_up {
+            session::run(&server, &[*device], warm_up)?;
         }
     }
     let mut jobs = Vec::new();
@@ -266,36 +255,36 @@ fn sample(point: &Point) -> Result<Numbers, String> {
     Ok(Numbers { start_ms, anonymous_kib, jobs })
 }
 
-fn rates(outcome: &crate::job::Outcome) -> (f64, f64, f64) {
-    let sum = |of: &dyn Fn(&crate::job::Tally) -> f64| outcome.tallies.iter().map(of).sum::<f64>();
-    let requests = sum(&|tally| tally.counted() as f64 / tally.elapsed.as_secs_f64());
-    let mib = sum(&|tally| tally.bytes as f64 / MIB as f64 / tally.elapsed.as_secs_f64());
-    (requests, mib, outcome.server_cpu_us / sum(&|tally| tally.requests as f64))
+fn rates(stats: &JobStats) -> (f64, f64, f64) {
+    let sum = |of: &dyn Fn(&ClientStats) -> f64| stats.clients.iter().map(of).sum::<f64>();
+    let requests = sum(&|client| client.measured() as f64 / client.elapsed.as_secs_f64());
+    let mib = sum(&|client| client.bytes as f64 / MIB as f64 / client.elapsed.as_secs_f64());
+    (requests, mib, stats.server_cpu_us / sum(&|client| client.requests as f64))
 }
 
-/// A daemon without a front-end, and one whose front-end asks for nothing (any more).
+/// A daemon without a front-end, and one whose front-end sends no requests.
 fn idle() -> Result<String, String> {
     let mut media = Media::new(GIB).map_err(|e| format!("no image: {e}"))?;
     media.fill(HOT_BYTES).map_err(|e| format!("no image: {e}"))?;
     let medium = media.open(Medium::Memory).map_err(|e| format!("no image: {e}"))?;
-    let server = Server::start(&Contestant::genblk(), media.folder(), std::slice::from_ref(&medium.path), 1)?;
-    server.settle();
-    let mut lines = vec![watch("no front-end", &server)];
+    let server = Server::start(&ServerSpec::genblk(), media.directory(), std::slice::from_ref(&medium.path), 1)?;
+    server.wait_until_idle();
+    let mut lines = vec![observe("no front-end", &server)];
     let job = hits(0..HOT_BYTES, 1, 1);
     let guest = session::connect(&server, 0, &job, 1)?;
-    lines.push(watch("a front-end that asks for nothing", &server));
+    lines.push(observe("an idle front-end", &server));
     drop(guest);
-    session::run(&server, &[0], &warming(Does::Writes, 0..HOT_BYTES))?;
+    session::run(&server, &[0], &warm_up(Ops::Writes, 0..HOT_BYTES))?;
     let guest = session::connect(&server, 0, &job, 1)?;
-    // What was written leaves the cache by age: that is work, and it ends.
+    // Write-back by age has to finish first.
     std::thread::sleep(IDLE);
-    lines.push(watch("the same, 10 s after it has written 32 MiB", &server));
+    lines.push(observe("an idle front-end, 10 s after it wrote 32 MiB", &server));
     drop(guest);
-    let head = ["a daemon with", "CPU ms in 10 s", "times a thread went to sleep"].map(ToString::to_string);
+    let head = ["daemon with", "CPU ms in 10 s", "voluntary context switches"].map(ToString::to_string);
     Ok(table(&head, &lines))
 }
 
-fn watch(what: &str, server: &Server) -> Vec<String> {
+fn observe(what: &str, server: &Server) -> Vec<String> {
     std::thread::sleep(Duration::from_millis(200));
     let (cpu_us, sleeps) = (server.cpu_us(), server.sleeps());
     std::thread::sleep(IDLE);
@@ -303,14 +292,17 @@ fn watch(what: &str, server: &Server) -> Vec<String> {
     vec![what.to_string(), format!("{cpu_ms:.0}"), (server.sleeps() - sleeps).to_string()]
 }
 
-/// Writes the report.
-///
-/// # Errors
-/// The system's.
-pub fn write(folder: &Path, machine: &str, text: &str) -> std::io::Result<()> {
-    let head = format!(
-        "# How genblk's cost grows\n\nWritten by `make bench-scale`; medians of {ROUNDS} rounds. One worker, interrupts, \
-         4 KiB reads where nothing else is said.\n\n{machine}\n"
-    );
-    fs::write(folder.join("SCALE.md"), head + text)
+/// The whole report.
+pub fn document(machine: &[String], text: &str) -> String {
+    format!(
+        "# How genblk's cost grows\n\n`make bench-scale` writes this file, with the medians of {ROUNDS} rounds. One worker per \
+         device, interrupts,\nand 4 KiB random reads unless a section says otherwise.\n\n{}\n{LEGEND}\n{text}",
+        bullets(machine)
+    )
 }
+
+const LEGEND: &str = "\
+- start-up ms: the time until the daemon listens
+- private MiB: anonymous memory of the daemon; frames and guest memory are shared memory and not included
+- bytes/cache page: the same for each page that the cache can hold
+";

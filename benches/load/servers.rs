@@ -1,4 +1,4 @@
-//! The servers that are compared, each as a process of its own.
+//! The servers under comparison. Each runs as its own process.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -12,38 +12,38 @@ use std::time::{Duration, Instant};
 use crate::wait::{is_listening, try_poll};
 
 /// How long a server may take until it listens.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// How long a lock on the image is waited out.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a server may take to end with its client, if it does.
-const LEAVES: Duration = Duration::from_millis(200);
-/// A server that took no processor time for so long has come to rest.
-const SETTLED: Duration = Duration::from_millis(30);
-/// The limit server's buffer: as much as the cached rows use.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long to wait for the previous server's lock on the image.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a server that exits with its client may take to do so.
+const EXIT_GRACE: Duration = Duration::from_millis(200);
+/// A server that used no CPU time for this long is idle.
+const IDLE_WINDOW: Duration = Duration::from_millis(30);
+/// The copy server's buffer: as large as the region of the cached rows.
 pub const LIMIT_BUFFER_BYTES: usize = 128 << 20;
 
-/// Who is compared.
+/// How a server is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// genblk with its defaults, but for lines added to its device's table and to that of its cache.
+pub enum ServerKind {
+    /// genblk with its defaults, and with these lines in the tables of its device and its cache.
     Genblk { device: String, cache: String },
-    /// qemu-storage-daemon's export, with an I/O thread, as its manual advises.
+    /// qemu-storage-daemon with an I/O thread, as its manual recommends.
     Qemu { aio: &'static str, direct: bool },
-    /// The bare server of `limit.rs`.
+    /// The copy server of `limit.rs`.
     Limit,
-    /// A command line with {sock} and {img}, and {queues} where the server must be told how many there are.
+    /// A command line with {sock}, {img}, and {queues} for a server that must be told the number of queues.
     Other(String),
 }
 
-/// A server with a name.
+/// A named server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Contestant {
+pub struct ServerSpec {
     pub name: String,
-    pub kind: Kind,
+    pub kind: ServerKind,
 }
 
-impl Contestant {
-    fn new(name: &str, kind: Kind) -> Self {
+impl ServerSpec {
+    fn new(name: &str, kind: ServerKind) -> Self {
         Self { name: name.to_string(), kind }
     }
 
@@ -52,29 +52,29 @@ impl Contestant {
     }
 
     pub fn genblk_with(name: &str, device: &str, cache: &str) -> Self {
-        Self::new(name, Kind::Genblk { device: device.to_string(), cache: cache.to_string() })
+        Self::new(name, ServerKind::Genblk { device: device.to_string(), cache: cache.to_string() })
     }
 
     pub fn limit() -> Self {
-        Self::new("limit", Kind::Limit)
+        Self::new("limit", ServerKind::Limit)
     }
 
     pub fn qemu() -> Vec<Self> {
         vec![
-            Self::new("qsd io_uring", Kind::Qemu { aio: "io_uring", direct: false }),
-            Self::new("qsd threads", Kind::Qemu { aio: "threads", direct: false }),
-            Self::new("qsd direct", Kind::Qemu { aio: "io_uring", direct: true }),
+            Self::new("qsd io_uring", ServerKind::Qemu { aio: "io_uring", direct: false }),
+            Self::new("qsd threads", ServerKind::Qemu { aio: "threads", direct: false }),
+            Self::new("qsd direct", ServerKind::Qemu { aio: "io_uring", direct: true }),
         ]
     }
 
     /// From `name=command with {sock} {img}`.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The text has another form.
     pub fn peer(text: &str) -> Result<Self, String> {
         match text.split_once('=') {
             Some((name, command)) if command.contains("{sock}") && command.contains("{img}") => {
-                Ok(Self::new(name.trim(), Kind::Other(command.to_string())))
+                Ok(Self::new(name.trim(), ServerKind::Other(command.to_string())))
             }
             _ => Err(format!("a peer is 'name=command with {{sock}} {{img}}', not {text:?}")),
         }
@@ -83,14 +83,14 @@ impl Contestant {
     fn command(&self, socket: &Path, images: &[PathBuf], queues: usize) -> io::Result<Command> {
         let (sock, image) = (socket.display(), &images[0]);
         Ok(match &self.kind {
-            Kind::Genblk { device, cache } => {
+            ServerKind::Genblk { device, cache } => {
                 let config = socket.with_extension("toml");
                 fs::write(&config, genblk_config(socket, images, device, cache))?;
                 let mut command = Command::new(env!("CARGO_BIN_EXE_genblk"));
                 command.arg("--config").arg(config);
                 command
             }
-            Kind::Qemu { aio, direct } => {
+            ServerKind::Qemu { aio, direct } => {
                 let is_device = fs::metadata(image)?.file_type().is_block_device();
                 let driver = if is_device { "host_device" } else { "file" };
                 let direct = if *direct { "on" } else { "off" };
@@ -105,13 +105,13 @@ impl Contestant {
                 ));
                 command
             }
-            Kind::Limit => {
+            ServerKind::Limit => {
                 let bytes = size_of(image)?;
                 let mut command = Command::new(std::env::current_exe()?);
                 command.arg("serve-limit").arg(socket).arg(bytes.to_string()).arg(LIMIT_BUFFER_BYTES.to_string());
                 command
             }
-            Kind::Other(line) => {
+            ServerKind::Other(line) => {
                 let line = line.replace("{sock}", &sock.to_string()).replace("{img}", &image.display().to_string());
                 let line = line.replace("{queues}", &queues.to_string());
                 let mut words = line.split_whitespace();
@@ -123,9 +123,9 @@ impl Contestant {
     }
 }
 
-/// A configuration with a device for each image; the first listens on `socket`, the others beside it.
+/// A configuration with a device for each image. The first device listens on `socket`, the others next to it.
 fn genblk_config(socket: &Path, images: &[PathBuf], device: &str, cache: &str) -> String {
-    let memory = memory_of(socket);
+    let memory = memory_dir(socket);
     let table = |(i, image): (usize, &PathBuf)| {
         let (socket, image) = (socket_of(socket, i), image.display());
         format!(
@@ -136,13 +136,13 @@ fn genblk_config(socket: &Path, images: &[PathBuf], device: &str, cache: &str) -
     images.iter().enumerate().map(table).collect()
 }
 
-/// Where the caches of a server lie. They outlive it, and must not: the next one is to start cold.
-fn memory_of(socket: &Path) -> PathBuf {
-    let folder = socket.parent().and_then(Path::file_name).unwrap_or_default();
-    Path::new("/dev/shm").join(folder)
+/// The directory of a server's caches. They survive a killed server, so they are removed: the next one must start cold.
+fn memory_dir(socket: &Path) -> PathBuf {
+    let name = socket.parent().and_then(Path::file_name).unwrap_or_default();
+    Path::new("/dev/shm").join(name)
 }
 
-/// Where device `index` of a server listens whose first listens on `socket`.
+/// The socket of device `index`, if the first device listens on `socket`.
 fn socket_of(socket: &Path, index: usize) -> PathBuf {
     if index == 0 { socket.to_path_buf() } else { socket.with_extension(index.to_string()) }
 }
@@ -156,14 +156,14 @@ pub fn size_of(path: &Path) -> io::Result<u64> {
     File::open(path)?.seek(SeekFrom::End(0))
 }
 
-/// A server that runs; killed with the value.
+/// A running server; dropping the value kills it.
 #[derive(Debug)]
 pub struct Server {
-    who: Contestant,
+    spec: ServerSpec,
     command: Command,
     child: Child,
     socket: PathBuf,
-    /// Where the last of its devices listens.
+    /// The socket of its last device, which it opens last.
     last_socket: PathBuf,
     log: PathBuf,
 }
@@ -171,97 +171,97 @@ pub struct Server {
 impl Server {
     /// Starts a server on an image, or genblk on several; returns when it listens.
     ///
-    /// => The image of a server that was killed stays locked until the kernel has ended its operations: a server that
-    ///    leaves at once is started again, for a while.
+    /// => The image stays locked until the kernel has finished the I/O of the previous, killed server. So a server that
+    ///    exits is started again until the timeout.
     ///
     /// # Errors
-    /// Why there is none, with the end of what it said.
-    pub fn start(who: &Contestant, folder: &Path, images: &[PathBuf], queues: usize) -> Result<Self, String> {
-        let until = Instant::now() + LOCK_PATIENCE;
+    /// The server cannot be started or exits; with its log.
+    pub fn start(spec: &ServerSpec, directory: &Path, images: &[PathBuf], queues: usize) -> Result<Self, String> {
+        let deadline = Instant::now() + LOCK_TIMEOUT;
         loop {
-            match Self::start_once(who, folder, images, queues) {
-                Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(100)),
+            match Self::start_once(spec, directory, images, queues) {
+                Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(100)),
                 result => return result,
             }
         }
     }
 
-    fn start_once(who: &Contestant, folder: &Path, images: &[PathBuf], queues: usize) -> Result<Self, String> {
-        let failed = |e: io::Error| format!("{}: {e}", who.name);
-        let socket = folder.join("sock");
+    fn start_once(spec: &ServerSpec, directory: &Path, images: &[PathBuf], queues: usize) -> Result<Self, String> {
+        let failed = |e: io::Error| format!("{}: {e}", spec.name);
+        let socket = directory.join("sock");
         for index in 0..images.len() {
             let _ = fs::remove_file(socket_of(&socket, index));
         }
-        let log_path = folder.join("server.log");
+        let log_path = directory.join("server.log");
         let log = File::create(&log_path).map_err(failed)?;
-        let mut command = who.command(&socket, images, queues).map_err(failed)?;
+        let mut command = spec.command(&socket, images, queues).map_err(failed)?;
         command.stdin(Stdio::null()).stdout(log.try_clone().map_err(failed)?).stderr(log);
-        die_with_us(&mut command, who);
+        die_with_parent(&mut command, spec);
         let child = command.spawn().map_err(failed)?;
         let last_socket = socket_of(&socket, images.len() - 1);
-        let mut server = Self { who: who.clone(), command, child, socket, last_socket, log: log_path };
+        let mut server = Self { spec: spec.clone(), command, child, socket, last_socket, log: log_path };
         server.await_listening()?;
         Ok(server)
     }
 
-    /// Starts a server again that has ended with its last client, as some do.
+    /// Restarts a server that exited with its last client; some do.
     ///
     /// # Errors
     /// As [`Server::start`].
-    pub fn revive(&mut self) -> Result<(), String> {
-        let may_leave = matches!(self.who.kind, Kind::Other(_));
-        if !may_leave || try_poll(LEAVES, || self.child.try_wait().ok().flatten()).is_none() {
+    pub fn restart_if_exited(&mut self) -> Result<(), String> {
+        let may_exit = matches!(self.spec.kind, ServerKind::Other(_));
+        if !may_exit || try_poll(EXIT_GRACE, || self.child.try_wait().ok().flatten()).is_none() {
             return Ok(());
         }
-        self.child = self.command.spawn().map_err(|e| format!("{}: {e}", self.who.name))?;
+        self.child = self.command.spawn().map_err(|e| format!("{}: {e}", self.spec.name))?;
         self.await_listening()
     }
 
     fn await_listening(&mut self) -> Result<(), String> {
-        let listening = try_poll(PATIENCE, || match self.child.try_wait() {
+        let listening = try_poll(LISTEN_TIMEOUT, || match self.child.try_wait() {
             Ok(None) => is_listening(&self.last_socket).then_some(true),
             _ => Some(false),
         });
         if listening == Some(true) {
             return Ok(());
         }
-        let said = fs::read_to_string(&self.log).unwrap_or_default();
-        Err(format!("{} does not serve: {}", self.who.name, said.trim_end()))
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        Err(format!("{} does not listen: {}", self.spec.name, log.trim_end()))
     }
 
-    /// Waits until the server has nothing to do: what it does for itself after its start is not what is measured.
-    pub fn settle(&self) {
+    /// Waits until the server is idle, so that its start-up work is not measured.
+    pub fn wait_until_idle(&self) {
         let mut before = -1.0;
-        try_poll(PATIENCE, || {
-            std::thread::sleep(SETTLED);
+        try_poll(LISTEN_TIMEOUT, || {
+            std::thread::sleep(IDLE_WINDOW);
             (std::mem::replace(&mut before, self.cpu_us()) >= self.cpu_us()).then_some(())
         });
     }
 
-    /// Where device `index` listens.
+    /// The socket of device `index`.
     pub fn socket(&self, index: usize) -> PathBuf {
         socket_of(&self.socket, index)
     }
 
-    /// Processor time of all its threads so far.
+    /// CPU time of all its threads so far.
     pub fn cpu_us(&self) -> f64 {
-        // Clock ticks of 10 ms, whatever the kernel's own: an ABI of Linux.
+        // The ABI has ticks of 10 ms, whatever the kernel's own tick is.
         const TICK_US: f64 = 10_000.0;
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        // The second field is a name in parentheses, which may hold anything.
+        // The second field is a name in parentheses, which may contain anything.
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
         let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
         (ticks(11) + ticks(12)) * TICK_US
     }
 
-    /// A number from /proc/PID/status, in its own unit.
+    /// A number of /proc/PID/status, in the unit of that file.
     pub fn status(&self, key: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
         line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
     }
 
-    /// How often its threads went to sleep.
+    /// Voluntary context switches of all its threads.
     pub fn sleeps(&self) -> u64 {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
         let of = |path: PathBuf| {
@@ -273,11 +273,11 @@ impl Server {
     }
 }
 
-/// A server must not outlive a benchmark that was interrupted. genblk is told in time to take away what it keeps in
-/// memory; others might wait for their client for ever.
-fn die_with_us(command: &mut Command, who: &Contestant) {
-    let signal = if matches!(who.kind, Kind::Genblk { .. }) { libc::SIGTERM } else { libc::SIGKILL };
-    // SAFETY: prctl is async-signal-safe, and touches nothing but the new process.
+/// Makes the kernel kill the server when the benchmark dies. genblk gets a SIGTERM, so that it removes its cache from
+/// shared memory; others get a SIGKILL, because they might wait for their client for ever.
+fn die_with_parent(command: &mut Command, spec: &ServerSpec) {
+    let signal = if matches!(spec.kind, ServerKind::Genblk { .. }) { libc::SIGTERM } else { libc::SIGKILL };
+    // SAFETY: prctl is async-signal-safe and affects only the new process.
     unsafe {
         command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, signal);
@@ -288,14 +288,14 @@ fn die_with_us(command: &mut Command, who: &Contestant) {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Both fail only if the process is gone already. What it holds back is of no use to anybody.
+        // Both fail only if the process has exited.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = fs::remove_dir_all(memory_of(&self.socket));
+        let _ = fs::remove_dir_all(memory_dir(&self.socket));
     }
 }
 
-impl fmt::Display for Contestant {
+impl fmt::Display for ServerSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
     }

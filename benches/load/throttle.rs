@@ -1,7 +1,7 @@
-//! A device made slow for everybody, by the kernel's block throttling (cgroup blkio in version 1, io in version 2).
+//! Slows a device down with the kernel's block throttling (cgroup v1 `blkio`, cgroup v2 `io`).
 //!
-//! Version 1 can limit the root group, in which everything runs here, write-back of the kernel's page cache included. In
-//! version 2 the root can't be limited: the benchmark and its servers move into a group of their own.
+//! Version 1 can throttle the root cgroup, which contains the benchmark, the servers and the kernel's write-back threads.
+//! Version 2 cannot throttle the root: the benchmark and its servers move into their own cgroup.
 
 use std::fs;
 use std::io;
@@ -11,14 +11,14 @@ use std::process;
 const V1_ROOT: &str = "/sys/fs/cgroup/blkio";
 const V2_ROOT: &str = "/sys/fs/cgroup";
 
-/// What a device may do in a second, in each direction.
+/// Limits per second, for reads and for writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
     pub bytes: u64,
     pub operations: u64,
 }
 
-/// A limit in force; dropping it lifts it.
+/// A throttle in force; dropping it removes it.
 #[derive(Debug)]
 pub struct Throttle {
     /// "major:minor".
@@ -29,15 +29,15 @@ pub struct Throttle {
 #[derive(Debug)]
 enum Group {
     V1,
-    /// Our group, and the one we came from.
+    /// Our cgroup, and the one to return to.
     V2(PathBuf, PathBuf),
 }
 
 impl Throttle {
-    /// Limits `device` ("major:minor").
+    /// Throttles `device` ("major:minor").
     ///
     /// # Errors
-    /// The system's: it takes root, and a controller that is there.
+    /// The system's. Needs root and the controller.
     pub fn new(device: &str, rate: Rate) -> io::Result<Self> {
         let group = if v1_is_there() { Group::V1 } else { own_group()? };
         let throttle = Self { device: device.to_string(), group };
@@ -45,9 +45,9 @@ impl Throttle {
         Ok(throttle)
     }
 
-    /// Lifts what a benchmark that was killed has left in force: version 1 keeps a limit by the device's number, also for the
-    /// next device that gets it.
-    pub fn lift_old(device: &str) {
+    /// Removes a throttle that a killed benchmark left behind: version 1 keeps it under the device number, and applies it to
+    /// the next device with that number.
+    pub fn remove_stale(device: &str) {
         if v1_is_there() {
             drop(Self { device: device.to_string(), group: Group::V1 });
         }
@@ -57,7 +57,7 @@ impl Throttle {
         let device = &self.device;
         match &self.group {
             Group::V1 => {
-                // Zero lifts a limit.
+                // Zero removes a throttle.
                 let Rate { bytes, operations } = rate.unwrap_or(Rate { bytes: 0, operations: 0 });
                 for (what, value) in
                     [("read_bps", bytes), ("write_bps", bytes), ("read_iops", operations), ("write_iops", operations)]
@@ -83,7 +83,7 @@ fn v1_is_there() -> bool {
     Path::new(V1_ROOT).join("blkio.throttle.write_bps_device").exists()
 }
 
-/// A new group of version 2 with this process in it.
+/// Creates a v2 cgroup and moves this process into it.
 fn own_group() -> io::Result<Group> {
     let root = Path::new(V2_ROOT);
     let here = fs::read_to_string("/proc/self/cgroup")?;
@@ -98,7 +98,7 @@ fn own_group() -> io::Result<Group> {
 
 impl Drop for Throttle {
     fn drop(&mut self) {
-        // Nothing can be done about what the kernel refuses here; the loop device goes away soon anyway.
+        // Errors are harmless: the loop device is about to be removed.
         let _ = self.set(None);
         if let Group::V2(group, before) = &self.group {
             let _ = fs::write(before.join("cgroup.procs"), process::id().to_string());

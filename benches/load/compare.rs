@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::direct::DirectQueue;
-use crate::job::{Job, JobStats};
+use crate::job::{Client, CompletionMode, Job, JobStats, Ops, Pattern};
 use crate::load;
 use crate::machine;
 use crate::medium::{Media, Medium, OpenMedium};
@@ -127,6 +127,12 @@ pub fn measure(
 }
 
 fn sample(media: &mut Media, row: &Row, participant: &Participant) -> Result<Vec<f64>, String> {
+    if let Subject::Server(server) = &participant.subject
+        && row.job.flushes()
+        && !server.honors_flush
+    {
+        return Err(ignores_flush(server));
+    }
     let directory = media.directory().to_path_buf();
     let mut medium = media.open(row.medium).map_err(|e| format!("{:?}: {e}", row.medium))?;
     let (unloaded, stats) = match &participant.subject {
@@ -165,9 +171,35 @@ fn serve(
     medium.lift_throttle();
     let stats = stats?;
     if medium.counts_writes() && !flushes_are_honored(&row.job, &stats) {
-        return Err(format!("{}: its FLUSH completes before the data is on the device", spec.name));
+        return Err(ignores_flush(spec));
     }
     Ok((unloaded, stats))
+}
+
+/// Finds out which peers honor FLUSH, with a job of writes that ends with one. A peer that cannot be probed is trusted: the
+/// rows will fail with the reason.
+pub fn probe_flush(media: &mut Media, peers: &mut [ServerSpec]) {
+    for peer in peers {
+        match honors_flush(media, peer) {
+            Ok(honors) => peer.honors_flush = honors,
+            Err(reason) => eprintln!("cannot tell whether {} honors FLUSH: {reason}", peer.name),
+        }
+    }
+}
+
+fn honors_flush(media: &mut Media, peer: &ServerSpec) -> Result<bool, String> {
+    const BYTES: u64 = 64 << 20;
+    let client = Client::new(Ops::Writes, Pattern::Sequential { streams: 1 }, 0..BYTES, 128 << 10);
+    let client = client.depth(8).bytes_max(BYTES).runs_ms(0, 10_000);
+    let job = Job { ends_with_flush: true, ..Job::of(client, CompletionMode::Interrupt) };
+    let directory = media.directory().to_path_buf();
+    let medium = media.open(Medium::Disk).map_err(|e| e.to_string())?;
+    let mut server = Server::start(peer, &directory, std::slice::from_ref(&medium.path), 1)?;
+    Ok(flushes_are_honored(&job, &run_on(&mut server, &job, &medium)?))
+}
+
+fn ignores_flush(spec: &ServerSpec) -> String {
+    format!("{}: its FLUSH completes before the data is on the device", spec.name)
 }
 
 /// Whether the device saw the data that completed FLUSHes cover: nearly all bytes for a job that ends with a FLUSH, and at

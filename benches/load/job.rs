@@ -120,6 +120,12 @@ impl Job {
         Self { clients: vec![client], mode, ends_with_flush: false }
     }
 
+    /// Whether any client sends a FLUSH.
+    pub fn flushes(&self) -> bool {
+        let sends_flush = |client: &Client| client.ops == Ops::Flushes || client.flush_after_writes.is_some();
+        self.ends_with_flush || self.clients.iter().any(sends_flush)
+    }
+
     /// The same job for `factor` times the time and data.
     pub fn scaled(&self, factor: f64) -> Self {
         let mut job = self.clone();

@@ -91,7 +91,7 @@ fn compare_all(options: &Compare) -> Result<(), String> {
         peers.push(ServerSpec::peer(peer)?);
     }
     let machine = machine::describe();
-    let figures = Figures::new(machine, &measure(&chosen, &peers, options)?);
+    let figures = Figures::new(machine, &measure(&chosen, peers, options)?);
     let results = figures.results(&all)?;
     let (targets, medians) = (report::targets(&results), report::medians(&figures.columns, &results));
     let about = report::bullets(&figures.machine) + &report::bullets(&[figures.disturbance.describe()]);
@@ -144,15 +144,18 @@ fn chosen(keys: &[String]) -> Result<Vec<Row>, String> {
     Ok(all.into_iter().filter(wanted).collect())
 }
 
-fn measure(rows: &[Row], peers: &[ServerSpec], options: &Compare) -> Result<Vec<RowSamples>, String> {
+fn measure(rows: &[Row], mut peers: Vec<ServerSpec>, options: &Compare) -> Result<Vec<RowSamples>, String> {
     let Compare { only, rounds, scale, .. } = options;
     let takes_part = |participant: &Participant| only.is_empty() || only.iter().any(|name| name == participant.name());
     let failed = |e: std::io::Error| format!("cannot create the image in memory: {e}");
     let mut media = Media::new(rows::IMAGE_BYTES).map_err(failed)?;
+    if rows.iter().any(|row| row.job.flushes()) {
+        compare::probe_flush(&mut media, &mut peers);
+    }
     let mut samples = Vec::new();
     for row in rows {
         media.fill(row.image_end()).map_err(failed)?;
-        samples.push(compare::measure(&mut media, row, peers, takes_part, *rounds, *scale));
+        samples.push(compare::measure(&mut media, row, &peers, takes_part, *rounds, *scale));
     }
     Ok(samples)
 }
@@ -163,7 +166,7 @@ fn smoke() -> Result<(), String> {
     // A container may have no more shared memory than this.
     let rows: Vec<Row> = rows.into_iter().map(|row| row.clipped_to(SMOKE_BYTES)).collect();
     let options = Compare { rounds: 1, scale: 0.1, ..Compare::default() };
-    let figures = Figures::new(machine::describe(), &measure(&rows, &[], &options)?);
+    let figures = Figures::new(machine::describe(), &measure(&rows, Vec::new(), &options)?);
     let figures = Figures::from_text(&figures.to_text())?;
     let results = figures.results(&rows)?;
     let not_measured = report::not_measured(&results);

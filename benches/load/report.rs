@@ -126,7 +126,8 @@ const LEGEND: &str = "\
   only copies between the guest and a buffer. Cold rows: the lower of genblk with all data cached, and io_uring with
   O_DIRECT on the device.
 - A **peer** is another server: qemu-storage-daemon (qsd) in three configurations, and those given with `--peer`. The
-  best peer is chosen for each round.
+  best peer is chosen for each round. A server whose FLUSH completes before the data is on the device is left out of
+  every row with a FLUSH, because it does less work.
 - A **ratio** (\"genblk is\") is the median of the rounds' ratios, so it can differ from the ratio of the medians.
 ";
 

@@ -40,11 +40,14 @@ pub enum ServerKind {
 pub struct ServerSpec {
     pub name: String,
     pub kind: ServerKind,
+    /// Whether a completed FLUSH means that the data is on the device. A server that ignores FLUSH does less work in rows
+    /// with a FLUSH, and is no peer there.
+    pub honors_flush: bool,
 }
 
 impl ServerSpec {
     fn new(name: &str, kind: ServerKind) -> Self {
-        Self { name: name.to_string(), kind }
+        Self { name: name.to_string(), kind, honors_flush: true }
     }
 
     pub fn genblk() -> Self {

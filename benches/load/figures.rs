@@ -106,7 +106,7 @@ impl Figures {
         let join = |figures: &'a RowFigures| {
             let row = rows.iter().find(|row| row.key == figures.key);
             row.filter(|row| row.measures.iter().map(|measure| measure.name()).eq(&figures.measures))
-                .map(|row| RowResult { row, figures })
+                .map(|row| RowResult { row, figures, peers: &self.peers })
                 .ok_or_else(|| format!("row {} has changed since it was measured", figures.key))
         };
         self.rows.iter().map(join).collect()
@@ -206,6 +206,7 @@ fn rounded(value: f64) -> f64 {
 pub struct RowResult<'a> {
     pub row: &'a Row,
     pub figures: &'a RowFigures,
+    peers: &'a [String],
 }
 
 impl RowResult<'_> {
@@ -233,6 +234,14 @@ impl RowResult<'_> {
     /// How many times better the limit is than the best peer, by the first measure.
     pub fn limit_advantage(&self) -> Option<f64> {
         Some(self.advantage()? / self.times_better(self.ratio(0, Against::Limit)?)?)
+    }
+
+    /// The peer with the best median of the first measure.
+    pub fn best_peer(&self) -> Option<(&str, f64)> {
+        let more = self.row.measures[0].higher_is_better();
+        let medians = self.peers.iter().filter_map(|peer| Some((peer.as_str(), self.median(peer, 0)?)));
+        let better = |a: &f64, b: &f64| if more { a.total_cmp(b) } else { b.total_cmp(a) };
+        medians.max_by(|(_, a), (_, b)| better(a, b))
     }
 
     fn times_better(&self, ratio: f64) -> Option<f64> {

@@ -19,7 +19,9 @@ use crate::cache::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Backing, Event, ExtentKind, IoRequest, Limits, Refused, Segment, StoreQueue};
-use crate::units::{Fault, FrameId, FrameRecord, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick};
+use crate::units::{
+    Fault, FrameId, FrameRecord, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick, counted,
+};
 use crate::waker::Waker;
 
 /// Bits of a ticket that name the worker; the rest is the worker's own business.
@@ -76,9 +78,8 @@ impl CachedImage {
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
         let (pages, dirty) = cache.restore(arena.records(), arena.pending_zeroes());
         if pages > 0 {
-            info!(
-                "{name}: {pages} pages are taken over from a daemon that is gone, {dirty} of them not yet on the image"
-            );
+            let pages = counted(u64::from(pages), "cached page");
+            info!("{name}: restored {pages} ({dirty} dirty) left by the previous daemon");
         }
         Arc::new(Self {
             name: name.to_owned(),
@@ -271,8 +272,8 @@ impl WorkerPort {
         if cache.is_stable() {
             image.arena.all_written();
         }
-        while let Some(news) = cache.take_health_event() {
-            tell(&image.name, news, cache.stats().dirty_pages);
+        while let Some(event) = cache.take_health_event() {
+            report_health(&image.name, event, cache.stats().dirty_pages);
         }
         let deadline = cache.next_deadline();
         drop(cache);
@@ -318,30 +319,32 @@ fn take_ops(cache: &mut PageCache, arena: &Arena, backlog: &mut VecDeque<IoReque
     awaited
 }
 
-/// The operator hears of each change of an image's condition once, with what can be done.
-fn tell(name: &str, news: HealthEvent, dirty_pages: u64) {
-    let remedy = |fault| match fault {
-        Fault::NoSpace => "make room on its file system",
-        _ => "see to its disk",
+/// Reports a change of the image's health to the operator: which requests suffer, what is kept, what to do.
+fn report_health(name: &str, event: HealthEvent, dirty_pages: u64) {
+    let errors = |fault| match fault {
+        // Of a full image, what needs no new space still succeeds: FLUSHes, too.
+        Fault::NoSpace => "requests that need new space return errors",
+        _ => "FLUSH returns errors",
     };
-    let kept = format!("{dirty_pages} dirty pages stay in memory");
-    match news {
+    let remedy = |fault| match fault {
+        Fault::NoSpace => "free space on the image's file system",
+        _ => "check the disk",
+    };
+    let kept = format!("{} kept", counted(dirty_pages, "dirty page"));
+    match event {
         HealthEvent::NoReservations => info!(
-            "{name}: the image's file system can't reserve space: if it is full, a FLUSH tells, and not the write"
+            "{name}: the image's file system does not support fallocate; FLUSH, not the write, will report a full disk"
         ),
-        HealthEvent::Health(Health::Healthy) => info!("{name}: the image takes writes again"),
-        HealthEvent::Health(Health::Reporting(fault)) => error!(
-            "{name}: the image fails to take writes ({fault:?}), and FLUSHes that include them fail; {kept} and are \
-             tried again: {}",
-            remedy(fault)
-        ),
+        HealthEvent::Health(Health::Healthy) => info!("{name}: write-back recovered"),
+        HealthEvent::Health(Health::Reporting(fault)) => {
+            error!("{name}: write-back failing ({fault}); {}; {kept} and retried; {}", errors(fault), remedy(fault));
+        }
         HealthEvent::Health(Health::Holding(fault)) => error!(
-            "{name}: the image fails to take writes ({fault:?}), and requests that need it wait; {kept} and are tried \
-             again: {}",
+            "{name}: write-back failing ({fault}); requests that need the image wait; {kept} and retried; {}",
             remedy(fault)
         ),
         HealthEvent::Health(Health::Stopped(fault)) => error!(
-            "{name}: the image failed to take writes ({fault:?}) and is left alone; {kept}: {}, then send SIGHUP",
+            "{name}: write-back stopped ({fault}); only cached data can be read; {kept}; {}, then send SIGHUP",
             remedy(fault)
         ),
     }
@@ -383,9 +386,9 @@ fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
         }
         Event::Failed { tag, fault, errno } => {
             let reason = std::io::Error::from_raw_os_error(errno);
-            // Who asks for what the image can't do knows what to do without it.
+            // The cache falls back where an operation is not supported.
             let level = if fault == Fault::Unsupported { Level::Debug } else { level };
-            log!(level, "{name}: the image failed an operation: {fault:?} ({reason})");
+            log!(level, "{name}: an operation on the image failed: {fault} ({reason})");
             (tag, Outcome::Failed(fault))
         }
     };

@@ -24,7 +24,7 @@ use crate::recover;
 use crate::store::file::{self, FileImage, OpenOptions};
 use crate::store::{Backing, Limits};
 use crate::systemd::ServiceManager;
-use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
+use crate::units::{PAGE_BYTES, SECTOR_BYTES, counted, low_u32};
 use crate::vhost::{Server, bind};
 use crate::virtio::config_space::DiskParameters;
 use crate::virtio::request::{Disk, serial};
@@ -249,15 +249,15 @@ fn write_everything(name: &str, image: &CachedImage, workers: &Workers) -> Resul
     loop {
         let Err(fault) = workers.flush() else { return Ok(()) };
         if Instant::now() >= until {
-            let pages = image.stats().dirty_pages;
+            let pages = counted(image.stats().dirty_pages, "dirty page");
             let hint = image
                 .arena()
                 .file()
                 .map_or_else(String::new, |file| format!("; they are kept in {file} {}", file.recovery_hint()));
-            let context = format!("{name}: {pages} pages could not be written: {fault:?}{hint}");
+            let context = format!("{name}: {pages} could not be written: {fault}{hint}");
             return Err(Error::new(ErrorKind::Image, context));
         }
-        error!("{name}: the image fails to take the last writes: {fault:?}; trying again");
+        error!("{name}: the last write-back failed ({fault}); retrying");
         std::thread::sleep(Duration::from_millis(500));
     }
 }

@@ -1,9 +1,10 @@
-//! The words every layer shares: where (pages, sectors), which memory (frames), when (ticks, epochs), and what went
-//! wrong on a store.
+//! The vocabulary that every layer shares: positions on the image (pages, sectors), memory (frames), time (ticks, epochs),
+//! store operations and their faults.
 //!
-//! `PageNo` says where a page lies on the image, `PageId` which slot of the page table describes it, `FrameId` which
-//! piece of arena memory holds its bytes. They are three types so that none is taken for another.
+//! A [`PageNo`] is a position on the image, a [`PageId`] the slot of the page table that describes the page, a [`FrameId`]
+//! the arena memory that holds its bytes. Three types, so that the compiler rejects one where another is meant.
 
+use std::error::Error as StdError;
 use std::fmt;
 
 /// Bytes of a sector, the unit of every virtio-blk request (virtio 1.2, section 5.2).
@@ -14,10 +15,10 @@ pub const PAGE_BYTES: u64 = 4096;
 pub const SECTOR_SIZE: usize = 512;
 /// [`PAGE_BYTES`] for indexing memory.
 pub const PAGE_SIZE: usize = 4096;
-/// Sectors of a page: one bit each in a [`SectorMask`].
+/// Sectors per page: one bit each in a [`SectorMask`].
 pub const SECTORS_PER_PAGE: u64 = PAGE_BYTES / SECTOR_BYTES;
 
-/// A page's place on the image: byte offset / 4096.
+/// A page's position on the image: its byte offset / 4096.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageNo(pub u64);
 
@@ -27,7 +28,7 @@ impl PageNo {
         self.0 * PAGE_BYTES
     }
 
-    /// The page `count` further on.
+    /// The page `count` pages after this one.
     #[must_use]
     pub fn plus(self, count: u64) -> Self {
         Self(self.0 + count)
@@ -39,7 +40,7 @@ impl PageNo {
 pub struct PageId(pub u32);
 
 impl PageId {
-    /// Position of the slot in the table.
+    /// Index of the slot in the table.
     pub fn index(self) -> usize {
         self.0 as usize
     }
@@ -50,13 +51,13 @@ impl PageId {
 pub struct FrameId(pub u32);
 
 impl FrameId {
-    /// Position of the frame in the arena.
+    /// Index of the frame in the arena.
     pub fn index(self) -> usize {
         self.0 as usize
     }
 }
 
-/// A run of sectors on the image.
+/// A contiguous run of sectors on the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SectorSpan {
     /// First sector.
@@ -83,7 +84,7 @@ impl SectorSpan {
     }
 }
 
-/// A run of pages on the image.
+/// A contiguous run of pages on the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageSpan {
     /// First page.
@@ -119,7 +120,7 @@ impl PageSpan {
     }
 }
 
-/// Sectors of one page, bit `n` for its sector `n`.
+/// A set of sectors of one page: bit `n` is the page's sector `n`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SectorMask(pub u8);
 
@@ -147,13 +148,13 @@ impl SectorMask {
         self.0 & other.0 == other.0
     }
 
-    /// Sectors in both.
+    /// Sectors in both masks.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
-    /// Sectors in either.
+    /// Sectors in either mask.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
@@ -165,7 +166,7 @@ impl SectorMask {
         Self(self.0 & !other.0)
     }
 
-    /// The lowest run of neighbouring sectors, as (first, count); `None` for the empty mask.
+    /// The lowest run of adjacent sectors, as (first, count); `None` for the empty mask.
     pub fn first_run(self) -> Option<(u8, u8)> {
         if self.0 == 0 {
             return None;
@@ -199,9 +200,11 @@ pub fn low_u8(number: u64) -> u8 {
     low
 }
 
-/// A flush epoch: FLUSH closes one and opens the next; a dirty page carries the epoch of its first un-flushed write.
+/// A flush epoch: a FLUSH closes the current one and opens the next; a dirty page carries the epoch of its first write
+/// that no FLUSH has covered.
 ///
-/// Epochs wrap; those alive at one time lie within half the circle, so they are compared by distance.
+/// Epochs wrap. Those alive at the same time span less than half of the `u32` range, so [`Epoch::at_or_before`] compares
+/// by distance, like TCP sequence numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch(pub u32);
 
@@ -218,7 +221,7 @@ impl Epoch {
     }
 }
 
-/// Microseconds since the daemon (or the simulated world) started.
+/// A time: microseconds since the image was opened, or since the simulation began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tick(pub u64);
 
@@ -235,20 +238,20 @@ impl Tick {
     }
 }
 
-/// Why an operation on a store failed. `error.rs` maps it to a virtio status byte.
+/// Why an operation on a store failed. `virtio::Status` says what the guest sees of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fault {
-    /// ENOSPC, EDQUOT: no room for the write.
+    /// ENOSPC, EDQUOT: no space for the write.
     NoSpace,
-    /// EIO and the like: the medium failed.
+    /// EIO and similar: the medium failed.
     Media,
-    /// Another owner took the image; every later operation fails too.
+    /// Another owner has taken the image; every later operation fails too.
     Fenced,
-    /// The image or its server is gone for good.
+    /// The image or its server no longer exists; every later operation fails too.
     Gone,
-    /// The store gave up waiting.
+    /// The operation did not complete within the store's time limit.
     TimedOut,
-    /// The store can't do this operation.
+    /// The store does not support this operation.
     Unsupported,
     /// The request was malformed (range, alignment, segment sum).
     Invalid,
@@ -259,7 +262,7 @@ impl fmt::Display for Fault {
         f.write_str(match self {
             Self::NoSpace => "no space",
             Self::Media => "I/O error",
-            Self::Fenced => "fenced",
+            Self::Fenced => "fenced by another owner",
             Self::Gone => "gone",
             Self::TimedOut => "timed out",
             Self::Unsupported => "not supported",
@@ -268,41 +271,43 @@ impl fmt::Display for Fault {
     }
 }
 
+impl StdError for Fault {}
+
 /// A number with its noun, for messages: "1 page", "2 pages". `noun` is the singular of one that takes an "s".
 pub fn counted(number: u64, noun: &str) -> String {
     if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
 }
 
-/// What the store is asked to do.
+/// The operations of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpKind {
     /// Read the range into memory.
     Read,
     /// Write memory to the range.
     Write,
-    /// Make every write durable whose completion was seen before this operation was submitted.
+    /// Make durable every write whose completion was seen before this operation was submitted.
     Sync,
     /// Make the range read as zeros.
     Zero {
         /// The store may deallocate the range's space.
         unmap: bool,
     },
-    /// Drop the range's contents; what it reads as afterwards is undefined.
+    /// Drop the range's contents; reads of it return undefined data afterwards.
     Discard,
-    /// Tell data from holes in the range.
+    /// Report which parts of the range are data and which are holes.
     Map,
-    /// Reserve space for the holes of the range.
+    /// Allocate space for the holes of the range.
     Allocate,
 }
 
-/// What a frame holds, as its memory records it for the daemon that may have to restore the cache.
+/// What a frame holds, as recorded beside its memory for a later daemon that restores the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameRecord {
     /// The page whose bytes the frame holds.
     pub page: PageNo,
-    /// Sectors whose bytes in the frame are right; none: the frame holds nothing.
+    /// Sectors whose bytes in the frame are current; none: the frame holds nothing.
     pub valid: SectorMask,
-    /// Sectors that the store may lack, or hold without a Sync; a subset of `valid`.
+    /// Sectors that may not be durable on the store: not written, or written and not synced. A subset of `valid`.
     pub dirty: SectorMask,
 }
 
@@ -315,5 +320,22 @@ impl FrameRecord {
     /// Whether the frame holds nothing.
     pub fn is_empty(&self) -> bool {
         self.valid.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_count_of_one_takes_the_singular() {
+        let counts = [0, 1, 2].map(|count| counted(count, "dirty page"));
+        assert_eq!(counts, ["0 dirty pages", "1 dirty page", "2 dirty pages"]);
+    }
+
+    #[test]
+    fn epochs_compare_across_the_wrap() {
+        let last = Epoch(u32::MAX);
+        assert!(last.at_or_before(last.next()) && !last.next().at_or_before(last) && last.at_or_before(last));
     }
 }

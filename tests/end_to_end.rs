@@ -225,11 +225,11 @@ fn a_device_that_was_stopped_is_resumed_by_sighup() {
     client.write(beyond, &[7; 4096]);
     shadow.write(beyond, &[7; 4096]);
     assert!(!client.flush(), "the page has no place any more");
-    let stopped = "disk0: the image failed to take writes (Gone) and is left alone; 1 dirty pages stay in memory: \
-                   see to its disk, then send SIGHUP";
+    let stopped = "disk0: write-back stopped (gone); only cached data can be read; 1 dirty page kept; \
+                   check the disk, then send SIGHUP";
     daemon.signal(libc::SIGHUP);
     poll_until("it to be tried in vain", PATIENCE, || (count(&daemon.log(), stopped) == 2).then_some(()));
-    assert_eq!(count(&daemon.log(), "takes writes again"), 0, "it does not");
+    assert_eq!(count(&daemon.log(), "write-back recovered"), 0, "it does not");
     file.set_len(2 * HALF).expect("it can be given its size back");
     shadow.discard(beyond + 8, HALF / SECTOR_BYTES as u64 - 16);
     assert!(!client.flush() && !client.try_write(0, &[8; 4096]), "it is left alone, although it is well");
@@ -243,7 +243,7 @@ fn a_device_that_was_stopped_is_resumed_by_sighup() {
     daemon.stop();
     let log = daemon.log();
     for (what, times) in
-        [("has shrunk from 4194304 to 2097152 bytes", 1), (stopped, 2), ("disk0: the image takes writes again", 1)]
+        [("has shrunk from 4194304 to 2097152 bytes", 1), (stopped, 2), ("disk0: write-back recovered", 1)]
     {
         assert_eq!(count(&log, what), times, "{what}: {log}");
     }

@@ -108,7 +108,7 @@ impl VhostUserBackend for Backend {
             info!("{}: the guest chose {}", device.name, if writeback { "write-back" } else { "write-through" });
             // From now on a completed write is a stable one: those that were completed before must be so too.
             if !writeback && let Err(fault) = workers.flush() {
-                warn!("{}: not everything could be written: {fault:?}", device.name);
+                warn!("{}: some dirty pages could not be written: {fault}", device.name);
             }
         }
         Ok(())

@@ -132,7 +132,7 @@ fn an_upgrade_keeps_the_cache_warm_and_the_guest_unharmed() {
     let daemon = start("num_queues = 4\ncache.size = \"32M\"");
     let daemon = survives(daemon, FrontEnd::Qemu, (libc::SIGUSR1, 5), 204, one_cache);
     let pages = |line: &str| {
-        let (before, _) = line.split_once(" pages are taken over")?;
+        let (before, _) = line.split_once(" cached pages (")?;
         before.rsplit(' ').next()?.parse::<u64>().ok()
     };
     let taken: Vec<u64> = daemon.log().lines().filter_map(pages).collect();
@@ -175,7 +175,7 @@ fn an_upgrade_of_a_gibibyte_pauses_less_than_a_second() {
     };
     drop(session);
     let pauses: Vec<Duration> = (0..3).map(pause).collect();
-    assert!(daemon.log().contains("196608 pages are taken over"), "{}", daemon.log());
+    assert!(daemon.log().contains("restored 196608 cached pages"), "{}", daemon.log());
     assert!(pauses.iter().min().is_some_and(|pause| *pause < Duration::from_secs(1)), "{pauses:?}");
 }
 
@@ -297,7 +297,7 @@ fn a_successor_that_cannot_start_leaves_the_cache_for_the_next() {
     assert!(refused.stderr.contains("is no socket"), "{refused:?}");
     std::fs::remove_file(daemon.socket()).expect("it can be removed");
     daemon.restart();
-    assert!(daemon.log().contains(" 4 pages are taken over"), "{}", daemon.log());
+    assert!(daemon.log().contains("restored 4 cached pages"), "{}", daemon.log());
 }
 
 #[test]

@@ -177,7 +177,7 @@ fn completed_writes_survive_kills_with_the_cache_in_the_store() {
     };
     let daemon = survives(daemon, FrontEnd::Qemu, killed(), 206, ended);
     assert!(systemd.kept().is_empty(), "an orderly end leaves nothing in the store");
-    assert!(daemon.log().contains(" pages are taken over from a daemon that is gone"), "{}", daemon.log());
+    assert!(daemon.log().contains(" dirty) left by the previous daemon"), "{}", daemon.log());
 }
 
 #[test]

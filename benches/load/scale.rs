@@ -219,12 +219,13 @@ fn measure(sweep: &Sweep) -> Result<String, String> {
         }
     }
     eprintln!("{}: done", sweep.name);
-    let head = ["", "what", "requests/s", "MiB/s", "CPU us/request", "start-up ms", "private MiB", "bytes/cache page"];
+    let head =
+        [sweep.name, "what", "requests/s", "MiB/s", "CPU us/request", "start-up ms", "private MiB", "bytes/cache page"];
     Ok(table(&head.map(ToString::to_string), &lines))
 }
 
 fn sample(point: &Point) -> Result<Numbers, String> {
-    let failed = |e: std::io::Error| format!("no image: {e}");
+    let failed = |e: std::io::Error| format!("cannot create the image: {e}");
     let (first_bytes, first_data) = point.images[0];
     // Only the first image may be on a loop device.
     let mut media = Media::new(first_bytes).map_err(failed)?;
@@ -264,9 +265,9 @@ fn rates(stats: &JobStats) -> (f64, f64, f64) {
 
 /// A daemon without a front-end, and one whose front-end sends no requests.
 fn idle() -> Result<String, String> {
-    let mut media = Media::new(GIB).map_err(|e| format!("no image: {e}"))?;
-    media.fill(HOT_BYTES).map_err(|e| format!("no image: {e}"))?;
-    let medium = media.open(Medium::Memory).map_err(|e| format!("no image: {e}"))?;
+    let mut media = Media::new(GIB).map_err(|e| format!("cannot create the image: {e}"))?;
+    media.fill(HOT_BYTES).map_err(|e| format!("cannot create the image: {e}"))?;
+    let medium = media.open(Medium::Memory).map_err(|e| format!("cannot create the image: {e}"))?;
     let server = Server::start(&ServerSpec::genblk(), media.directory(), std::slice::from_ref(&medium.path), 1)?;
     server.wait_until_idle();
     let mut lines = vec![observe("no front-end", &server)];
@@ -292,6 +293,12 @@ fn observe(what: &str, server: &Server) -> Vec<String> {
     vec![what.to_string(), format!("{cpu_ms:.0}"), (server.sleeps() - sleeps).to_string()]
 }
 
+const LEGEND: &str = "\
+- start-up ms: the time until the daemon listens
+- private MiB: anonymous memory of the daemon; frames and guest memory are shared memory and not included
+- bytes/cache page: the same for each page that the cache can hold
+";
+
 /// The whole report.
 pub fn document(machine: &[String], text: &str) -> String {
     format!(
@@ -300,9 +307,3 @@ pub fn document(machine: &[String], text: &str) -> String {
         bullets(machine)
     )
 }
-
-const LEGEND: &str = "\
-- start-up ms: the time until the daemon listens
-- private MiB: anonymous memory of the daemon; frames and guest memory are shared memory and not included
-- bytes/cache page: the same for each page that the cache can hold
-";

@@ -33,6 +33,9 @@ pub mod store;
 /// Wakes a worker thread.
 pub mod waker;
 
+/// System calls that std does not wrap.
+pub(crate) mod sys;
+
 /// The service manager that started the daemon.
 pub mod systemd;
 

@@ -5,7 +5,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::file::OpenImage;
-use super::{Event, Extent, ExtentKind, IoRequest, Segment, sys};
+use super::{Event, Extent, ExtentKind, IoRequest, Segment};
+use crate::sys::file as sys;
 use crate::units::{Fault, OpKind};
 
 /// Frees the range; it reads as zeros.

@@ -15,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use super::threads::ThreadQueue;
 use super::uring::UringQueue;
-use super::{Backing, IoRequest, Limits, StoreQueue, blocking, lock, sys};
+use super::{Backing, IoRequest, Limits, StoreQueue, blocking, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
+use crate::sys::file as sys;
 use crate::units::{OpKind, PAGE_BYTES, SECTOR_BYTES};
 
 /// Largest transfer: the longest readahead window, and then some.

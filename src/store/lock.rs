@@ -11,8 +11,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::file::OpenOptions;
-use super::sys;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::file as sys;
 
 /// Byte of permission 0 taken (RAW_LOCK_PERM_BASE).
 const TAKEN_BASE: libc::off_t = 100;

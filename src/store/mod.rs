@@ -20,7 +20,6 @@ pub mod file;
 mod lock;
 mod pool;
 mod registered_buffers;
-mod sys;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -29,28 +28,8 @@ mod uring;
 use std::ops::Range;
 use std::os::fd::RawFd;
 
+pub use crate::sys::file::Segment;
 use crate::units::{Fault, OpKind, SECTOR_BYTES};
-
-/// A piece of memory for a `Read` or `Write`: `len` bytes from `base`. Laid out as the system's `iovec`, so that a
-/// request's segments are handed to the kernel as they are.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct Segment {
-    /// First byte.
-    pub base: *mut u8,
-    /// Length in bytes.
-    pub len: usize,
-}
-
-// SAFETY: a Segment is an address; who may touch the bytes is governed by the request that owns it (contract above).
-unsafe impl Send for Segment {}
-
-const _: () = assert!(
-    size_of::<Segment>() == size_of::<libc::iovec>()
-        && std::mem::offset_of!(Segment, base) == std::mem::offset_of!(libc::iovec, iov_base)
-        && std::mem::offset_of!(Segment, len) == std::mem::offset_of!(libc::iovec, iov_len),
-    "a Segment is an iovec"
-);
 
 /// One operation; owns the memory of its segments until its event is reaped.
 #[derive(Debug)]

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::file::{FileImage, IoEngine, OpenOptions};
-use super::{Backing, Event, IoRequest, Segment, sys};
+use super::{Backing, Event, IoRequest, Segment};
+use crate::sys::file as sys;
 
 const IMAGE_BYTES: usize = 64 * 1024;
 

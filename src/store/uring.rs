@@ -23,7 +23,8 @@ use super::blocking::{self, Progress};
 use super::file::OpenImage;
 use super::pool::{self, DRAIN_MAX, Pool};
 use super::registered_buffers::RegisteredBuffers;
-use super::{Event, IoRequest, Limits, Refused, StoreQueue, sys};
+use super::{Event, IoRequest, Limits, Refused, StoreQueue};
+use crate::sys::file as sys;
 
 /// The image's place in the ring's table of registered files.
 const IMAGE: types::Fixed = types::Fixed(0);

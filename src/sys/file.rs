@@ -6,7 +6,26 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-use super::Segment;
+/// A piece of memory for a `Read` or `Write`: `len` bytes from `base`. Laid out as the system's `iovec`, so that a
+/// request's segments are handed to the kernel as they are.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Segment {
+    /// First byte.
+    pub base: *mut u8,
+    /// Length in bytes.
+    pub len: usize,
+}
+
+// SAFETY: a Segment is an address; who may touch the bytes is governed by the request that owns it (contract above).
+unsafe impl Send for Segment {}
+
+const _: () = assert!(
+    size_of::<Segment>() == size_of::<libc::iovec>()
+        && std::mem::offset_of!(Segment, base) == std::mem::offset_of!(libc::iovec, iov_base)
+        && std::mem::offset_of!(Segment, len) == std::mem::offset_of!(libc::iovec, iov_len),
+    "a Segment is an iovec"
+);
 
 // From <linux/fs.h>; libc does not carry these.
 const BLKGETDISKSEQ: libc::Ioctl = 0x8008_1280;
@@ -14,12 +33,12 @@ const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 
 /// Whether an error number means that the host can't do this at all, as opposed to that it failed.
-pub(super) fn is_unsupported(errno: i32) -> bool {
+pub fn is_unsupported(errno: i32) -> bool {
     matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
 }
 
 /// The error number of `error`; EIO where the system gave none.
-pub(super) fn errno_of(error: &io::Error) -> i32 {
+pub fn errno_of(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
 }
 
@@ -46,7 +65,7 @@ fn off(bytes: u64) -> io::Result<libc::off_t> {
 ///
 /// # Safety
 /// The segments must name memory that this thread may write (for `write == false`) or read.
-pub(super) unsafe fn transfer(file: &File, write: bool, segments: &[Segment], offset: u64) -> io::Result<u64> {
+pub unsafe fn transfer(file: &File, write: bool, segments: &[Segment], offset: u64) -> io::Result<u64> {
     let (fd, offset) = (file.as_raw_fd(), off(offset)?);
     let array = segments.as_ptr().cast::<libc::iovec>();
     let count = libc::c_int::try_from(segments.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
@@ -63,14 +82,14 @@ pub(super) unsafe fn transfer(file: &File, write: bool, segments: &[Segment], of
 }
 
 /// fallocate(2).
-pub(super) fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+pub fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let (offset, len) = (off(offset)?, off(len)?);
     // SAFETY: a plain system call on an open descriptor; no memory is involved.
     retried(|| unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) }).map(drop)
 }
 
 /// lseek(2) with SEEK_DATA or SEEK_HOLE. It moves the file's position, which nothing here uses.
-pub(super) fn seek(file: &File, offset: u64, whence: i32) -> io::Result<u64> {
+pub fn seek(file: &File, offset: u64, whence: i32) -> io::Result<u64> {
     let offset = off(offset)?;
     // SAFETY: a plain system call on an open descriptor; no memory is involved.
     let found = retried(|| unsafe { libc::lseek(file.as_raw_fd(), offset, whence) })?;
@@ -78,7 +97,7 @@ pub(super) fn seek(file: &File, offset: u64, whence: i32) -> io::Result<u64> {
 }
 
 /// Size of a block device in bytes.
-pub(super) fn device_size(file: &File) -> io::Result<u64> {
+pub fn device_size(file: &File) -> io::Result<u64> {
     let mut size = 0u64;
     // SAFETY: BLKGETSIZE64 stores one u64 at the address given, which is ours.
     retried(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut size) })?;
@@ -86,7 +105,7 @@ pub(super) fn device_size(file: &File) -> io::Result<u64> {
 }
 
 /// (logical block, physical block, optimal I/O) of a block device in bytes.
-pub(super) fn device_geometry(file: &File) -> io::Result<(u32, u32, u32)> {
+pub fn device_geometry(file: &File) -> io::Result<(u32, u32, u32)> {
     let query = |request: libc::Ioctl| {
         let mut value: libc::c_uint = 0;
         // SAFETY: each of these requests stores one 32-bit integer at the address given, which is ours.
@@ -96,7 +115,7 @@ pub(super) fn device_geometry(file: &File) -> io::Result<(u32, u32, u32)> {
 }
 
 /// Discards a range of a block device.
-pub(super) fn device_discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
+pub fn device_discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let range = [offset, len];
     // SAFETY: BLKDISCARD reads two u64 from the address given, which is ours.
     retried(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) }).map(drop)
@@ -104,7 +123,7 @@ pub(super) fn device_discard(file: &File, offset: u64, len: u64) -> io::Result<(
 
 /// (memory, offset) alignment of direct I/O on the file; (0, 0) where there is none, `None` where the kernel or the
 /// file system does not say (before Linux 6.1).
-pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
+pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is a constant NUL-terminated string; statx fills at most the structure at the address given.
     let result = unsafe {
@@ -117,7 +136,7 @@ pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
 }
 
 /// When the file was born, in nanoseconds since 1970; 0 where the file system doesn't know.
-pub(super) fn birth_ns(file: &File) -> u64 {
+pub fn birth_ns(file: &File) -> u64 {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: as in direct_alignment().
     let result = unsafe {
@@ -133,7 +152,7 @@ pub(super) fn birth_ns(file: &File) -> u64 {
 }
 
 /// The kernel's number of the disk behind a block device, never used again; 0 before Linux 5.15.
-pub(super) fn disk_sequence(file: &File) -> u64 {
+pub fn disk_sequence(file: &File) -> u64 {
     let mut number = 0u64;
     // SAFETY: BLKGETDISKSEQ stores one u64 at the address given, which is ours.
     let known = retried(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKGETDISKSEQ, &raw mut number) });
@@ -141,7 +160,7 @@ pub(super) fn disk_sequence(file: &File) -> u64 {
 }
 
 /// Switches O_DIRECT of an open file on or off.
-pub(super) fn set_direct(file: &File, direct: bool) -> io::Result<()> {
+pub fn set_direct(file: &File, direct: bool) -> io::Result<()> {
     // SAFETY: a plain system call on an open descriptor.
     let flags = retried(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) })?;
     let flags = if direct { flags | libc::O_DIRECT } else { flags & !libc::O_DIRECT };
@@ -150,7 +169,7 @@ pub(super) fn set_direct(file: &File, direct: bool) -> io::Result<()> {
 }
 
 /// An open-file-description lock command (F_OFD_SETLK, F_OFD_GETLK) on one byte; returns the lock's type afterwards.
-pub(super) fn lock_byte(file: &File, command: i32, kind: i32, byte: libc::off_t) -> io::Result<i32> {
+pub fn lock_byte(file: &File, command: i32, kind: i32, byte: libc::off_t) -> io::Result<i32> {
     // SAFETY: all-zero bytes are a valid flock.
     let mut lock: libc::flock = unsafe { MaybeUninit::zeroed().assume_init() };
     let narrow = |n: i32| libc::c_short::try_from(n).expect("lock types and whences are small constants");
@@ -164,7 +183,7 @@ pub(super) fn lock_byte(file: &File, command: i32, kind: i32, byte: libc::off_t)
 }
 
 /// Sleeps until `fd` is readable or the time is over; returns whether it is readable.
-pub(super) fn wait_readable(fd: RawFd, timeout: Duration) -> bool {
+pub fn wait_readable(fd: RawFd, timeout: Duration) -> bool {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     let timeout_ms = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
     // SAFETY: poll reads and writes the one structure at the address given, which is ours. An EINTR reads as "not

@@ -1,0 +1,3 @@
+//! System calls that std does not wrap, each behind one small function.
+
+pub mod file;

@@ -6,15 +6,9 @@ use std::os::unix::fs::FileExt;
 
 use super::file::OpenImage;
 use super::{Event, Extent, ExtentKind, IoRequest, Segment};
-use crate::sys::file as sys;
+use crate::sys;
+use crate::sys::file::{Direction, FallocateMode};
 use crate::units::{Fault, OpKind};
-
-/// Frees the range; it reads as zeros.
-pub(super) const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-/// Makes the range read as zeros and keeps its space.
-pub(super) const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-/// Reserves space for the range; data in it stays.
-pub(super) const RESERVE: i32 = libc::FALLOC_FL_KEEP_SIZE;
 
 /// Zeros are written in pieces of this size where the host has no better way.
 const CHUNK_BYTES: usize = 128 * 1024;
@@ -100,7 +94,7 @@ pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
         OpKind::Sync => sync(image),
         OpKind::Zero { unmap } => zero(image, offset, len, unmap),
         OpKind::Discard => discard(image, offset, len),
-        OpKind::Allocate => sys::fallocate(&image.file, RESERVE, offset, len),
+        OpKind::Allocate => sys::file::fallocate(&image.file, FallocateMode::Reserve, offset, len),
         OpKind::Map => match map(image, offset, len) {
             Ok(extents) => return Event::Mapped { tag, extents },
             Err(error) => Err(error),
@@ -114,6 +108,7 @@ pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
 
 fn transfer(image: &OpenImage, request: &mut IoRequest) -> io::Result<()> {
     let block = u64::from(image.limits.block_bytes);
+    let direction = if request.op == OpKind::Write { Direction::Write } else { Direction::Read };
     let mut progress = Progress::default();
     loop {
         let (segments, offset) = (progress.rest(request), progress.offset(request));
@@ -122,7 +117,7 @@ fn transfer(image: &OpenImage, request: &mut IoRequest) -> io::Result<()> {
         #[cfg(test)]
         let segments = cut.as_ref().map_or(segments, std::slice::from_ref);
         // SAFETY: the request owns the memory of its segments until its event (the store's contract).
-        match unsafe { sys::transfer(&image.file, request.op == OpKind::Write, segments, offset) } {
+        match unsafe { sys::file::transfer(&image.file, direction, segments, offset) } {
             Ok(moved) => {
                 if progress.advance(request, moved, block)? {
                     return Ok(());
@@ -151,13 +146,13 @@ fn sync(image: &OpenImage) -> io::Result<()> {
 }
 
 /// The fallocate modes that make a range of this image read as zeros, best first.
-pub(super) fn zero_modes(image: &OpenImage, unmap: bool) -> &'static [i32] {
+pub(super) fn zero_modes(image: &OpenImage, unmap: bool) -> &'static [FallocateMode] {
     match (unmap, image.is_device()) {
-        (true, _) => &[PUNCH, ZERO],
+        (true, _) => &[FallocateMode::PunchHole, FallocateMode::ZeroRange],
         // The kernel writes zeros itself where a device has no command for it.
-        (false, true) => &[ZERO],
+        (false, true) => &[FallocateMode::ZeroRange],
         // tmpfs and others can punch but not zero; giving space back beats writing it all.
-        (false, false) => &[ZERO, PUNCH],
+        (false, false) => &[FallocateMode::ZeroRange, FallocateMode::PunchHole],
     }
 }
 
@@ -167,7 +162,7 @@ pub(super) fn zero(image: &OpenImage, offset: u64, len: u64, unmap: bool) -> io:
         return write_zeros(image, offset, len);
     };
     for &mode in zero_modes(image, unmap) {
-        match sys::fallocate(&image.file, mode, first, last - first) {
+        match sys::file::fallocate(&image.file, mode, first, last - first) {
             Ok(()) => {
                 write_zeros(image, offset, first - offset)?;
                 return write_zeros(image, last, offset + len - last);
@@ -220,10 +215,10 @@ fn index(bytes: u64) -> usize {
 
 fn discard(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
     if !image.is_device() {
-        return sys::fallocate(&image.file, PUNCH, offset, len);
+        return sys::file::fallocate(&image.file, FallocateMode::PunchHole, offset, len);
     }
     match image.whole_blocks(offset, len) {
-        Some((first, last)) => sys::device_discard(&image.file, first, last - first),
+        Some((first, last)) => sys::block::discard(&image.file, first, last - first),
         // Less than a block: to keep it is a discard too.
         None => Ok(()),
     }
@@ -254,7 +249,7 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
         }
         if at < end {
             let full = extents.len() >= EXTENTS_MAX;
-            let hole = if full { end } else { sys::seek(&image.file, at, libc::SEEK_HOLE)?.clamp(at, end) };
+            let hole = if full { end } else { sys::file::seek_hole(&image.file, at)?.clamp(at, end) };
             push(&mut extents, hole - at, ExtentKind::Data);
             at = hole;
         }
@@ -264,7 +259,7 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
 
 /// The first byte of data from `at`, or `end`.
 fn next_data(image: &OpenImage, at: u64, end: u64) -> io::Result<u64> {
-    match sys::seek(&image.file, at, libc::SEEK_DATA) {
+    match sys::file::seek_data(&image.file, at) {
         Ok(data) => Ok(data.clamp(at, end)),
         // ENXIO: no data up to the end of the file, which is a hole only if the file still reaches that far.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {

@@ -18,7 +18,8 @@ use super::uring::UringQueue;
 use super::{Backing, IoRequest, Limits, StoreQueue, blocking, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::sys::file as sys;
+use crate::sys;
+use crate::sys::file::FallocateMode;
 use crate::units::{OpKind, PAGE_BYTES, SECTOR_BYTES};
 
 /// Largest transfer: the longest readahead window, and then some.
@@ -184,7 +185,7 @@ impl OpenImage {
         let (block_bytes, memory_align) = alignment.unwrap_or((SECTOR, 1));
         let writable = !options.read_only;
         let is_file = geometry.device_block.is_none();
-        let first_hole = is_file.then(|| sys::seek(&file, 0, libc::SEEK_HOLE).ok()).flatten();
+        let first_hole = is_file.then(|| sys::file::seek_hole(&file, 0).ok()).flatten();
         let limits = Limits {
             size_bytes: geometry.size_bytes,
             block_bytes,
@@ -323,9 +324,9 @@ fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
 /// Two nodes of one block device have different inodes, but one device number.
 fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> ImageId {
     if metadata.file_type().is_block_device() {
-        return ImageId { device: metadata.rdev(), inode: sys::disk_sequence(file), born_ns: 0, size_bytes };
+        return ImageId { device: metadata.rdev(), inode: sys::block::disk_sequence(file), born_ns: 0, size_bytes };
     }
-    ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::birth_ns(file), size_bytes }
+    ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::file::birth_ns(file), size_bytes }
 }
 
 /// What the host says of the image.
@@ -345,12 +346,12 @@ impl BlockGeometry {
         let is_device = metadata.file_type().is_block_device();
         let (io_max_bytes, segments_max) = one_piece(if is_device { metadata.rdev() } else { metadata.dev() });
         if is_device {
-            let (logical, physical, optimal_io) = sys::device_geometry(file)?;
+            let sizes = sys::block::block_sizes(file)?;
             return Ok(Self {
-                size_bytes: sys::device_size(file)?,
-                device_block: Some(logical.max(SECTOR)),
-                physical_block: physical,
-                optimal_io,
+                size_bytes: sys::block::size_bytes(file)?,
+                device_block: Some(sizes.logical.max(SECTOR)),
+                physical_block: sizes.physical,
+                optimal_io: sizes.optimal_io,
                 discard_granularity: queue_attribute(metadata.rdev(), "discard_granularity").unwrap_or(0),
                 io_max_bytes,
                 segments_max,
@@ -396,7 +397,7 @@ fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
     }
     // Beyond the end there is nothing to lose.
     let beyond = geometry.size_bytes.next_multiple_of(PAGE_BYTES);
-    match sys::fallocate(file, blocking::PUNCH, beyond, PAGE_BYTES) {
+    match sys::file::fallocate(file, FallocateMode::PunchHole, beyond, PAGE_BYTES) {
         Ok(()) => true,
         Err(error) => !sys::is_unsupported(sys::errno_of(&error)),
     }
@@ -407,7 +408,7 @@ fn try_direct(file: &File, path: &Path, geometry: &BlockGeometry) -> Option<(u32
     match switch_direct(file, geometry) {
         Ok(alignment) => Some(alignment),
         Err(reason) => {
-            if let Err(error) = sys::set_direct(file, false) {
+            if let Err(error) = sys::file::set_direct(file, false) {
                 log::debug!("image {}: O_DIRECT was not on ({error})", path.display());
             }
             let path = path.display();
@@ -418,10 +419,10 @@ fn try_direct(file: &File, path: &Path, geometry: &BlockGeometry) -> Option<(u32
 }
 
 fn switch_direct(file: &File, geometry: &BlockGeometry) -> std::result::Result<(u32, u32), String> {
-    sys::set_direct(file, true).map_err(|e| format!("its file system refuses it: {e}"))?;
-    let candidates = match sys::direct_alignment(file) {
-        Some((_, 0)) => return Err("its file system has none for this file".to_owned()),
-        Some((memory, offset)) => vec![(offset.max(SECTOR), memory)],
+    sys::file::set_direct(file, true).map_err(|e| format!("its file system refuses it: {e}"))?;
+    let candidates = match sys::file::direct_alignment(file) {
+        Some(alignment) if alignment.offset == 0 => return Err("its file system has none for this file".to_owned()),
+        Some(alignment) => vec![(alignment.offset.max(SECTOR), alignment.memory)],
         // The kernel does not tell: try what devices use.
         None => vec![(geometry.device_block.unwrap_or(SECTOR), 1), (BLOCK_MAX, 1)],
     };

@@ -12,24 +12,24 @@ use std::time::{Duration, Instant};
 
 use super::file::OpenOptions;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::file as sys;
+use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
 
 /// Byte of permission 0 taken (RAW_LOCK_PERM_BASE).
-const TAKEN_BASE: libc::off_t = 100;
+const TAKEN_BASE: u64 = 100;
 /// Byte of permission 0 not shared (RAW_LOCK_SHARED_BASE).
-const UNSHARED_BASE: libc::off_t = 200;
+const UNSHARED_BASE: u64 = 200;
 
 /// How often a conflict is looked at again.
 const PAUSE: Duration = Duration::from_millis(20);
 
 // Permissions by bit number (BLK_PERM_* in QEMU's include/block/block-common.h).
-const CONSISTENT_READ: libc::off_t = 0;
-const WRITE: libc::off_t = 1;
-const RESIZE: libc::off_t = 3;
+const CONSISTENT_READ: u64 = 0;
+const WRITE: u64 = 1;
+const RESIZE: u64 = 3;
 
 /// Nobody else may change the image under us, be it open for writing or as one of many readers: a changed byte would
 /// make the cache wrong.
-const UNSHARED: [libc::off_t; 2] = [WRITE, RESIZE];
+const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 
 /// Locks an image until [`release`], or until its file is closed for good.
 ///
@@ -49,8 +49,8 @@ pub(super) fn acquire(file: &File, path: &Path, options: &OpenOptions) -> Result
 }
 
 fn try_acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
-    let taken: &[libc::off_t] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
-    if let Err(error) = sys::lock_byte(file, libc::F_OFD_GETLK, libc::F_WRLCK, TAKEN_BASE) {
+    let taken: &[u64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
+    if let Err(error) = is_byte_locked(file, TAKEN_BASE) {
         log::warn!("image {}: its file system has no locks ({error}); nothing guards it", path.display());
         return Ok(());
     }
@@ -59,7 +59,7 @@ fn try_acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
 }
 
 /// Takes everything first, then looks: of two that open at once at least one sees the other.
-fn take_and_check(file: &File, path: &Path, taken: &[libc::off_t]) -> Result<()> {
+fn take_and_check(file: &File, path: &Path, taken: &[u64]) -> Result<()> {
     for &bit in taken {
         take(file, path, TAKEN_BASE + bit)?;
     }
@@ -82,16 +82,16 @@ fn take_and_check(file: &File, path: &Path, taken: &[libc::off_t]) -> Result<()>
 ///    the descriptor, and a ring lets go of its registered file in the background.
 pub(super) fn release(file: &File, path: &Path) {
     for byte in (0..=RESIZE).flat_map(|bit| [TAKEN_BASE + bit, UNSHARED_BASE + bit]) {
-        if let Err(error) = sys::lock_byte(file, libc::F_OFD_SETLK, libc::F_UNLCK, byte) {
+        if let Err(error) = unlock_byte(file, byte) {
             log::debug!("image {}: cannot unlock byte {byte}: {error}", path.display());
         }
     }
 }
 
 /// Takes a shared lock on one byte.
-fn take(file: &File, path: &Path, byte: libc::off_t) -> Result<()> {
-    match sys::lock_byte(file, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
-        Ok(_) => Ok(()),
+fn take(file: &File, path: &Path, byte: u64) -> Result<()> {
+    match lock_byte(file, byte) {
+        Ok(()) => Ok(()),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
             Err(conflict(path, "holds an exclusive lock on it"))
         }
@@ -100,10 +100,10 @@ fn take(file: &File, path: &Path, byte: libc::off_t) -> Result<()> {
 }
 
 /// Fails if another opener holds `byte`.
-fn check(file: &File, path: &Path, byte: libc::off_t, held: &str) -> Result<()> {
-    match sys::lock_byte(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte) {
-        Ok(libc::F_UNLCK) => Ok(()),
-        Ok(_) => Err(conflict(path, held)),
+fn check(file: &File, path: &Path, byte: u64, held: &str) -> Result<()> {
+    match is_byte_locked(file, byte) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(conflict(path, held)),
         Err(error) => Err(failed(path, error)),
     }
 }

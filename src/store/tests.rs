@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::file::{FileImage, IoEngine, OpenOptions};
 use super::{Backing, Event, IoRequest, Segment};
-use crate::sys::file as sys;
+use crate::sys;
 
 const IMAGE_BYTES: usize = 64 * 1024;
 
@@ -70,7 +70,7 @@ fn run(image: &FileImage, op: OpKind, memory: &mut Memory) -> Event {
     store.kick();
     let mut events = Vec::new();
     while events.is_empty() {
-        assert!(sys::wait_readable(store.wake_fd(), Duration::from_secs(30)), "the operation hangs");
+        assert!(sys::poll::wait_readable(store.wake_fd(), Duration::from_secs(30)), "the operation hangs");
         store.reap(&mut events);
     }
     events.pop().unwrap()

@@ -24,7 +24,8 @@ use super::file::OpenImage;
 use super::pool::{self, DRAIN_MAX, Pool};
 use super::registered_buffers::RegisteredBuffers;
 use super::{Event, IoRequest, Limits, Refused, StoreQueue};
-use crate::sys::file as sys;
+use crate::sys;
+use crate::sys::file::FallocateMode;
 
 /// The image's place in the ring's table of registered files.
 const IMAGE: types::Fixed = types::Fixed(0);
@@ -188,18 +189,18 @@ fn new_ring(entries: u32) -> io::Result<IoUring> {
 /// The submission entry for the rest of a slot's operation.
 fn entry(image: &OpenImage, slot: &Slot) -> Entry {
     let request = slot.request.as_ref().expect("a ready slot has an operation");
-    let (offset, len) = (request.offset, request.len);
     match request.op {
         OpKind::Read | OpKind::Write => transfer_entry(image, slot, request),
         OpKind::Sync => opcode::Fsync::new(IMAGE).flags(types::FsyncFlags::DATASYNC).build(),
-        OpKind::Zero { unmap } => {
-            let mode = blocking::zero_modes(image, unmap)[0];
-            opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode).build()
-        }
-        OpKind::Discard => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::PUNCH).build(),
-        OpKind::Allocate => opcode::Fallocate::new(IMAGE, len).offset(offset).mode(blocking::RESERVE).build(),
+        OpKind::Zero { unmap } => fallocate_entry(blocking::zero_modes(image, unmap)[0], request),
+        OpKind::Discard => fallocate_entry(FallocateMode::PunchHole, request),
+        OpKind::Allocate => fallocate_entry(FallocateMode::Reserve, request),
         OpKind::Map => unreachable!("maps go to the helper"),
     }
+}
+
+fn fallocate_entry(mode: FallocateMode, request: &IoRequest) -> Entry {
+    opcode::Fallocate::new(IMAGE, request.len).offset(request.offset).mode(mode.flags()).build()
 }
 
 #[cfg_attr(not(test), allow(unused_variables, reason = "tests cut transfers of an image short"))]
@@ -339,7 +340,7 @@ impl Drop for UringQueue {
             if left.is_zero() {
                 break;
             }
-            sys::wait_readable(self.wake.as_raw_fd(), left);
+            sys::poll::wait_readable(self.wake.as_raw_fd(), left);
         }
         let path = self.image.path().display();
         log::error!("image {path}: {} operations hang; the kernel may still touch their memory", self.in_flight);

@@ -1,3 +1,33 @@
-//! System calls that std does not wrap, each behind one small function.
+//! System calls that std does not wrap, each behind one small function. Errors carry the system's errno.
+//!
+//! This module knows nothing of disks, caches or guests: any other module may use it, and it uses none.
 
+pub mod block;
 pub mod file;
+pub mod poll;
+
+use std::io;
+
+/// Whether an error number says that the host lacks the operation, as opposed to that the operation failed.
+pub fn is_unsupported(errno: i32) -> bool {
+    matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
+}
+
+/// The error number of `error`; EIO if it carries none.
+pub fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// Runs a system call that returns a negative number on failure; repeats it while it fails with EINTR.
+fn retry_eintr<T: PartialOrd + From<i8>>(mut call: impl FnMut() -> T) -> io::Result<T> {
+    loop {
+        let result = call();
+        if result >= T::from(0) {
+            return Ok(result);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::EINTR) {
+            return Err(error);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! ioctls of block devices.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::retry_eintr;
+
+// From <linux/fs.h>; libc lacks these.
+const BLKGETDISKSEQ: libc::Ioctl = 0x8008_1280;
+const BLKDISCARD: libc::Ioctl = 0x1277;
+const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
+
+/// Sizes that a block device reports, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockSizes {
+    /// Logical block: the unit of addressing (BLKSSZGET).
+    pub logical: u32,
+    /// Physical block: what the device writes without a read-modify-write (BLKPBSZGET).
+    pub physical: u32,
+    /// Preferred I/O size; 0 if the device reports none (BLKIOOPT).
+    pub optimal_io: u32,
+}
+
+/// Size of a block device in bytes.
+pub fn size_bytes(file: &File) -> io::Result<u64> {
+    let mut size = 0u64;
+    // SAFETY: BLKGETSIZE64 stores one u64 at the address given, and `size` is one.
+    retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut size) })?;
+    Ok(size)
+}
+
+/// Block and I/O sizes of a block device.
+pub fn block_sizes(file: &File) -> io::Result<BlockSizes> {
+    let query = |request: libc::Ioctl| {
+        let mut value: libc::c_uint = 0;
+        // SAFETY: each of these requests stores one 32-bit integer at the address given, and `value` is one.
+        retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut value) }).map(|_| value)
+    };
+    Ok(BlockSizes {
+        logical: query(libc::BLKSSZGET)?,
+        physical: query(libc::BLKPBSZGET)?,
+        optimal_io: query(libc::BLKIOOPT)?,
+    })
+}
+
+/// Discards a range of a block device (BLKDISCARD).
+pub fn discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: BLKDISCARD reads two u64 from the address given, and `range` holds two.
+    retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) }).map(drop)
+}
+
+/// The kernel's sequence number of the disk behind a block device, which it never reuses; 0 before Linux 5.15.
+pub fn disk_sequence(file: &File) -> u64 {
+    let mut number = 0u64;
+    // SAFETY: BLKGETDISKSEQ stores one u64 at the address given, and `number` is one.
+    let known = retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKGETDISKSEQ, &raw mut number) });
+    known.map_or(0, |_| number)
+}

@@ -1,36 +1,67 @@
 #!/bin/sh
-# Installs what building and testing need on Debian or Ubuntu, and only what is missing; says what and why. It may be
-# run as often as you like, and is quick when there is nothing to do. The Rust toolchain is left to you.
+# Prepares a Debian or Ubuntu machine for building and testing genblk. Run it as often as you like: it does only what
+# is missing, and is quick when nothing is.
+#
+# It leaves the host as it is. apt adds packages and removes none; the guest's kernel is unpacked under target/guest/
+# and never installed, so no boot loader learns of it; the list of package sources does not change. The Rust toolchain
+# is checked, not installed.
 set -eu
 
-PATH=$PATH:/usr/sbin:/sbin
+PATH=$PATH:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin
 root=$(cd "$(dirname "$0")/.." && pwd)
-missing=
+guest=$root/target/guest
 
-# need PACKAGE REASON COMMAND...: the package is wanted unless the command succeeds.
+say() {
+    echo "setup: $*"
+}
+
+die() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+has() {
+    command -v "$1" >/dev/null
+}
+
+# Temporary files, apt's lists for one installation among them.
+work=
+scratch() {
+    [ -n "$work" ] || work=$(mktemp -d)
+}
+trap '[ -z "$work" ] || rm -rf "$work"' EXIT
+
+# The toolchain.
+
+check_rust() {
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
+    if ! has cargo; then
+        die "there is no Rust toolchain, and genblk needs Rust $wanted or newer.
+       Your distribution's rustup will do:  apt-get install rustup && rustup default stable
+       Otherwise follow https://rustup.rs"
+    fi
+    # In the repository, because rust-toolchain.toml chooses the toolchain there.
+    found=$(cd "$root" && rustc --version) || die "rustc does not run; see above"
+    version=$(echo "$found" | sed 's/^rustc \([0-9.]*\).*/\1/')
+    if [ "$(printf '%s\n' "$wanted" "$version" | sort -V | head -n 1)" != "$wanted" ]; then
+        die "genblk needs Rust $wanted or newer, and this is $version.  With rustup:  rustup update stable"
+    fi
+}
+
+# What is missing.
+
+missing=
+reasons=
+
+# need PACKAGE REASON COMMAND...: the package is missing unless the command succeeds.
 need() {
     package=$1
     reason=$2
     shift 2
     if ! "$@" >/dev/null 2>&1; then
-        printf '  %-26s %s\n' "$package" "$reason"
         missing="$missing $package"
-    fi
-}
-
-has() {
-    command -v "$1"
-}
-
-# Root does things itself; everybody else needs sudo.
-as_root() {
-    if [ "$(id -u)" -eq 0 ]; then
-        "$@"
-    elif has sudo >/dev/null; then
-        sudo "$@"
-    else
-        echo "setup: this needs root, and there is no sudo: $*" >&2
-        exit 1
+        reasons="$reasons$(printf '  %-20s %s' "$package" "$reason")
+"
     fi
 }
 
@@ -38,70 +69,202 @@ static_busybox() {
     has busybox && ! ldd "$(command -v busybox)" 2>/dev/null | grep '=>'
 }
 
-# A kernel for the guest whose modules are there too.
 guest_kernel() {
-    for image in /boot/vmlinuz-*-cloud-amd64 /boot/vmlinuz-*-kvm /boot/vmlinuz-*-virtual /boot/vmlinuz-*-generic; do
-        [ -e "$image" ] && [ -d "/lib/modules/${image##*/vmlinuz-}" ] && echo "$image"
-    done | sort -V | tail -n 1 | grep .
+    "$root/tests/guest/mkinitramfs.sh" --kernel
 }
 
-id=unknown
-like=
-if [ -r /etc/os-release ]; then
-    id=$(sed -n 's/^ID=//p' /etc/os-release | tr -d '"')
-    like=$(sed -n 's/^ID_LIKE=//p' /etc/os-release | tr -d '"')
-fi
+# apt.
+
+# Root does things itself; everybody else needs sudo.
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif has sudo; then
+        sudo "$@"
+    else
+        die "this needs root, and there is no sudo: $*"
+    fi
+}
+
+quiet=-q
+[ ! -t 1 ] || quiet=
+
+updated=
+update_lists() {
+    if [ -z "$updated" ]; then
+        say "fetching the lists of packages"
+        as_root apt-get -qq -o DPkg::Lock::Timeout=300 update
+        updated=yes
+    fi
+}
+
+# The options that every installation has, tried or real.
+options="-y --no-install-recommends --no-remove"
+
+can_install() { # [OPTION...] PACKAGE...
+    # shellcheck disable=SC2086
+    apt-get -s $options install "$@" >/dev/null 2>&1
+}
+
+install() { # [OPTION...] PACKAGE...
+    # shellcheck disable=SC2086
+    as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get $quiet $options -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 install "$@"
+}
+
+# QEMU's packages fit together only within a release, and the newest one that apt would take may be older than those that
+# are installed: then apt would remove these. Where they came from backports, the rest comes from there too.
+install_qemu() { # PACKAGE...
+    if can_install "$@"; then
+        install "$@"
+        return
+    fi
+    newest=$(dpkg-query -W -f '${db:Status-Abbrev}${Version}\n' 'qemu-*' 2>/dev/null |
+        sed -n 's/^ii *//p' | sort -V | tail -n 1)
+    case $newest in
+        *~bpo*) ;;
+        *)
+            apt-get -s -y --no-install-recommends install "$@" >&2 || true
+            die "apt can install$(printf ' %s' "$@") only by removing other packages (above).
+       Install the virtual machine by hand, of the same version as QEMU's other packages${newest:+ ($newest)}."
+            ;;
+    esac
+    backports=$codename-backports
+    say "QEMU $newest is installed here, from backports: taking the missing packages from $backports"
+    if can_install -t "$backports" "$@"; then
+        install -t "$backports" "$@"
+        return
+    fi
+    # The host does not list backports (any more). A private copy of its lists does, for this installation only.
+    # shellcheck disable=SC2016
+    source=$(apt-get indextargets --format '$(CODENAME) $(COMPONENT) $(REPO_URI) $(SIGNED_BY)' 'Created-By: Packages' |
+        sed -n "s/^$codename main //p" | head -n 1)
+    address=${source%% *}
+    key=${source#"$address"}
+    key=${key# }
+    [ -n "$address" ] || die "apt has no source for $codename: install$(printf ' %s' "$@") by hand"
+    case $key in
+        /*) key="[signed-by=$key] " ;;
+        *) key= ;;
+    esac
+    scratch
+    chmod 755 "$work"
+    mkdir -p "$work/sources" "$work/lists/partial"
+    for file in /etc/apt/sources.list.d/*; do
+        [ ! -e "$file" ] || cp "$file" "$work/sources/"
+    done
+    echo "deb $key$address $backports main" >"$work/sources/genblk-backports.list"
+    say "fetching the lists of packages, with those of $backports, for this installation only"
+    set -- -o "Dir::Etc::SourceParts=$work/sources" -o "Dir::State::Lists=$work/lists" -t "$backports" "$@"
+    as_root apt-get -qq -o "Dir::Etc::SourceParts=$work/sources" -o "Dir::State::Lists=$work/lists" update
+    can_install "$@" || die "apt finds no QEMU for this machine that fits to the installed version $newest.
+       Install qemu-system-x86 of the same version by hand."
+    install "$@"
+}
+
+# The guest's kernel.
+
+# The package that the metapackage stands for now, and where Ubuntu keeps its modules.
+kernel_packages() {
+    image=$(apt-cache depends -i "$kernel_meta" 2>/dev/null |
+        sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+    [ -n "$image" ] || return 1
+    echo "$image"
+    apt-cache pkgnames "linux-modules-${image#linux-image-}" | grep -x "linux-modules-${image#linux-image-}" || true
+}
+
+download_kernel() {
+    packages=$(kernel_packages) || return 1
+    # shellcheck disable=SC2086
+    size=$(apt-cache show --no-all-versions $packages | awk '$1 == "Size:" { sum += $2 } END { print int(sum / 1000000) }')
+    say "downloading $(echo "$packages" | tr "\n" " ")($size MB)"
+    # Root needs no sandbox for a directory of its own.
+    # shellcheck disable=SC2086
+    (cd "$work" && apt-get $quiet -o APT::Sandbox::User="$(id -un)" download $packages)
+}
+
+unpack_kernel() {
+    scratch
+    mkdir -p "$guest"
+    download_kernel || {
+        # The lists may be missing, or older than the mirror.
+        update_lists
+        download_kernel || die "$kernel_meta cannot be downloaded"
+    }
+    version=$(kernel_packages | sed -n 's/^linux-image-//p')
+    say "unpacking the kernel to target/guest/$version"
+    fresh=$guest/new.$$
+    rm -rf "$fresh"
+    mkdir "$fresh"
+    for archive in "$work"/linux-*.deb; do
+        dpkg-deb -x "$archive" "$fresh"
+    done
+    # The modules' place with a merged /usr.
+    [ -e "$fresh/lib" ] || ln -s usr/lib "$fresh/lib"
+    rm -rf "${fresh:?}/usr/share"
+    depmod -b "$fresh" "$version"
+    rm -rf "${guest:?}/$version"
+    mv "$fresh" "$guest/$version"
+}
+
+check_rust
+
+[ -r /etc/os-release ] || die "this is neither Debian nor Ubuntu; the list of what to install is in $0"
+id=$(sed -n 's/^ID=//p' /etc/os-release | tr -d '"')
+like=$(sed -n 's/^ID_LIKE=//p' /etc/os-release | tr -d '"')
+codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release | tr -d '"')
 case " $id $like " in
-    *" ubuntu "*) kernel=linux-image-virtual ;;
-    *" debian "*) kernel=linux-image-cloud-amd64 ;;
-    *)
-        echo "setup: this is neither Debian nor Ubuntu; see the list in $0 for what to install" >&2
-        exit 1
-        ;;
+    *" ubuntu "*) kernel_meta=linux-image-virtual ;;
+    *" debian "*) kernel_meta=linux-image-cloud-amd64 ;;
+    *) die "this is neither Debian nor Ubuntu; the list of what to install is in $0" ;;
 esac
 
+need qemu-system-x86 "the virtual machine of the guest tests" has qemu-system-x86_64
+# (Before QEMU 8 it is in a package that the virtual machine depends on.)
+need qemu-utils "qemu-storage-daemon, which the benchmark compares with" has qemu-storage-daemon
+qemu=$missing
+missing=
 need build-essential "the linker that Rust uses" has cc
 need make "runs this" has make
-need qemu-system-x86 "the virtual machine of the guest tests" has qemu-system-x86_64
-need "$kernel" "the guest's kernel" guest_kernel
 need busybox-static "the guest's user space" static_busybox
 need e2fsprogs "makes and checks file systems, in the guest and on the host" has debugfs
 need util-linux "fstrim in the guest" has fstrim
 need cpio "packs the guest's initramfs" has cpio
-need kmod "knows the modules of the guest's kernel" has modprobe
-need xz-utils "unpacks them" has xz
-need zstd "unpacks them on Ubuntu" has zstd
+need kmod "reads the dependencies of the guest's kernel modules" has modprobe
+need xz-utils "unpacks kernel modules" has xz
+need zstd "unpacks kernel modules on Ubuntu" has zstd
 need bsdextrautils "column, for make help" has column
-need qemu-system-common "qemu-storage-daemon, which the benchmark compares with" has qemu-storage-daemon
 need mount "losetup, for the benchmark's disks" has losetup
+kernel=yes
+guest_kernel >/dev/null 2>&1 || kernel=
 
-if [ -n "$missing" ]; then
-    echo "setup: installing the above with apt"
-    as_root apt-get -q update
-    # The list is one of words.
-    # shellcheck disable=SC2086
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $missing
+if [ -z "$qemu$missing" ] && [ -n "$kernel" ]; then
+    say "nothing is missing"
+    exit 0
+fi
+if [ -n "$qemu$missing" ]; then
+    say "apt will install these packages and what they depend on, and remove none:"
+    printf '%s' "$reasons"
+fi
+if [ -z "$kernel" ]; then
+    say "the guest's kernel will be downloaded and unpacked under target/guest, not installed"
 fi
 
-# Ubuntu keeps kernels from everybody but root; the guest tests need a copy that they may read.
-image=$(guest_kernel) || {
-    echo "setup: still no kernel for the guest in /boot" >&2
-    exit 1
-}
-copy=$root/target/guest/${image##*/}
-if [ ! -r "$image" ] && [ ! -r "$copy" ]; then
-    echo "setup: copying $image, which only root may read, to $copy"
-    mkdir -p "${copy%/*}"
-    as_root install -m 0644 "$image" "$copy"
+# The lists are of words.
+# shellcheck disable=SC2086
+if [ -n "$qemu$missing" ]; then
+    update_lists
+    if can_install $missing $qemu; then
+        say "installing" $missing $qemu
+        install $missing $qemu
+    else
+        if [ -n "$missing" ]; then
+            say "installing" $missing
+            install $missing
+        fi
+        [ -z "$qemu" ] || install_qemu $qemu
+    fi
 fi
-
-# The Makefile looks in this place too, which a fresh shell does not.
-if ! has cargo >/dev/null && [ ! -x "${HOME:-/root}/.cargo/bin/cargo" ]; then
-    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
-    cat >&2 <<EOF
-setup: there is no Rust toolchain. genblk needs Rust $wanted or newer, which most distributions do not have yet.
-       With your distribution's rustup:  apt-get install rustup && rustup default stable
-       Otherwise follow https://rustup.rs
-EOF
-    exit 1
-fi
+[ -n "$kernel" ] || unpack_kernel
+guest_kernel >/dev/null
+say "done"

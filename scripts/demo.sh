@@ -1,11 +1,10 @@
 #!/bin/sh
 # "make demo": a virtual machine with a disk served by genblk, from an empty image to a checked file system.
 #
-# Builds the release binary, boots a small Linux that formats the disk and writes to it, restarts genblk so that its
-# cache is empty, boots again and reads the same data cold and warm. Shows what the cache did, checks the image with
-# e2fsck, and says how to attach a machine of your own. Under two minutes once built, without KVM too.
-#
-# GENBLK_BIN names another daemon with the same options (tests/guest/control.sh, to compare).
+# Builds the release binary and boots a small Linux three times. It formats the disk and writes to it; it reads the same
+# data from a cold and from a warm cache, after a restart of genblk; and it writes while genblk is killed and started
+# again. Then the script shows what the cache did, checks the file system with e2fsck, and says how to attach a machine
+# of your own. Takes less than two minutes once built, without KVM too.
 set -eu
 
 PATH=$PATH:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin
@@ -13,10 +12,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 daemon=
 machine=
 
-# Two places: the image where O_DIRECT works, the sockets where paths are short.
+# Three places: the image where O_DIRECT works, the sockets where paths are short, the cache in shared memory.
 mkdir -p "$root/target"
 files=$(mktemp -d "$root/target/demo.XXXXXX")
 work=$(mktemp -d)
+memory=$(mktemp -d /dev/shm/genblk-demo.XXXXXX)
 
 cleanup() {
     status=$?
@@ -25,49 +25,63 @@ cleanup() {
         kill -KILL "$process" 2>/dev/null || true
     done
     if [ $status -ne 0 ]; then
-        echo "The demo failed. What the daemon and the guest said last:" >&2
-        tail -n 15 "$work/daemon.log" "$work/console.log" 2>/dev/null >&2 || true
+        echo "The demo failed. The last lines of the daemon and of the guest:" >&2
+        tail -n 15 "$work"/daemon.*.log "$work/console.log" >&2 2>/dev/null || true
     fi
-    rm -rf "$work" "$files"
+    rm -rf "$work" "$files" "$memory"
     exit $status
 }
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+bold=
+green=
+plain=
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ] && [ "${TERM:-dumb}" != dumb ]; then
+    escape=$(printf '\033')
+    bold="${escape}[1m"
+    green="${escape}[32m"
+    plain="${escape}[0m"
+fi
+
 step() {
-    printf '\n\033[1m%s\033[0m\n' "$*"
-}
-[ -t 1 ] || step() {
-    printf '\n%s\n' "$*"
+    printf '\n%s%s%s\n' "$bold" "$*" "$plain"
 }
 
-# Runs a process to its end, for a number of seconds at most.
+show() {
+    printf '    %s\n' "$*"
+}
+
+die() {
+    echo "demo: $*" >&2
+    exit 1
+}
+
+# Waits until a process has ended, for a number of seconds at most.
 await() { # PID SECONDS WHAT
     left=$(($2 * 10))
     while kill -0 "$1" 2>/dev/null; do
-        [ $left -gt 0 ] || { echo "demo: $3 takes longer than $2 s" >&2 && return 1; }
+        [ $left -gt 0 ] || die "$3 takes longer than $2 s"
         left=$((left - 1))
         sleep 0.1
     done
     { wait "$1"; } 2>/dev/null
 }
 
+# The daemon. Each run has a log of its own.
+
+run=0
+
 start_daemon() {
-    # Without a configuration file for a program that is not genblk itself.
-    if [ -n "${GENBLK_BIN:-}" ]; then
-        set -- "$GENBLK_BIN" --socket-path "$work/demo.sock" --blk-file "$files/demo.img" --num-queues 2
-    else
-        set -- "$root/target/release/genblk" --config "$work/demo.toml"
-    fi
-    "$@" >>"$work/daemon.log" 2>&1 </dev/null &
+    run=$((run + 1))
+    "$root/target/release/genblk" --config "$work/demo.toml" >"$work/daemon.$run.log" 2>&1 </dev/null &
     daemon=$!
     left=100
-    # A listening socket has these flags.
+    # A listening socket has these flags. (A daemon that was killed leaves its socket's name, but nobody listens there.)
     until grep -q " 00010000 .* $work/demo.sock\$" /proc/net/unix; do
         if [ $left -eq 0 ] || ! kill -0 $daemon 2>/dev/null; then
-            echo "demo: genblk does not start" >&2
-            return 1
+            die "genblk does not start"
         fi
         left=$((left - 1))
         sleep 0.1
@@ -80,12 +94,78 @@ stop_daemon() {
     daemon=
 }
 
-# Boots a guest for one job; prints what it shows.
-boot() { # ACCELERATOR SECONDS JOB [QEMU OPTION...]
+kill_daemon() {
+    kill -KILL $daemon
+    { wait $daemon; } 2>/dev/null || true
+    daemon=
+}
+
+# The two places that know how the daemon's log words things: numbers beside a keyword.
+
+# MiB that a daemon has restored from its predecessor's cache, and how many of them were dirty.
+restored() { # LOG
+    awk 'tolower($0) ~ /pages/ && tolower($0) ~ /restored|taken over/ {
+        sub(/^.*(restored|: )/, "")
+        count = split($0, words, /[^0-9]+/)
+        for (i = 1; i <= count; i++) if (words[i] != "") print int(words[i] / 256 + 0.5)
+    }' "$1" | head -n 2
+}
+
+# What the cache did in each run whose log is named: an aligned table with a column for each.
+statistics() { # LOG...
+    awk '
+        # The number before a keyword or, failing that, the one after it, with nothing but words between.
+        function number(keyword) {
+            if (match(line, "[0-9]+%?[^0-9,;:]*" keyword)) return substr(line, RSTART) + 0
+            if (match(line, keyword "[^0-9,;]*[0-9]+")) {
+                found = substr(line, RSTART, RLENGTH)
+                sub(/.*[^0-9]/, "", found)
+                return found + 0
+            }
+            return "-"
+        }
+        function row(label, unit, values,    i) {
+            printf "    %-28s", label
+            for (i = 1; i <= runs; i++) printf "%18s", (i in values && values[i] != "-") ? values[i] unit : "-"
+            print ""
+        }
+        FNR == 1 { runs++ }
+        { line = tolower($0); sub(/^[^]]*\] */, "", line) }
+        line ~ /hit/ { hits[runs] = number("hit") }
+        line ~ /read-?ahead/ && line ~ /mib/ {
+            ahead[runs] = number("mib") " MiB"
+            if (ahead[runs] + 0 > 0) ahead[runs] = number("used") " % of " ahead[runs]
+        }
+        line ~ /cluster/ {
+            pages = number("pages")
+            if (pages != "-") guest[runs] = int(pages / 256 + 0.5)
+            image[runs] = number("mib")
+            cluster[runs] = number("kib")
+            flushes[runs] = number("flush")
+            syncs[runs] = number("sync")
+            # Nothing was written, so there is no size.
+            if (image[runs] == 0) cluster[runs] = "-"
+        }
+        END {
+            printf "    %-28s%18s%18s%18s\n", "", "format, write", "read twice", "after the kill"
+            row("reads that hit the cache", " %", hits)
+            row("read ahead, and used", "", ahead)
+            row("written by the guest", " MiB", guest)
+            row("written to the image", " MiB", image)
+            row("  average cluster", " KiB", cluster)
+            row("FLUSH requests", "", flushes)
+            row("syncs of the image", "", syncs)
+        }' "$@"
+}
+
+# The guest.
+
+# Boots a guest for one job, in the background.
+start_guest() { # ACCELERATOR JOB [QEMU OPTION...]
     accelerator=$1
-    seconds=$2
-    job=$3
-    shift 3
+    job=$2
+    shift 2
+    said=0
     : >"$work/console.log"
     qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none -serial stdio \
         -accel "$accelerator" -smp 2 -m 256M -machine q35,memory-backend=ram \
@@ -94,81 +174,118 @@ boot() { # ACCELERATOR SECONDS JOB [QEMU OPTION...]
         -append "console=ttyS0 quiet panic=-1 cryptomgr.notests genblk.job=$job genblk.seed=demo" \
         "$@" >"$work/console.log" 2>&1 </dev/null &
     machine=$!
-    await $machine "$seconds" "the guest" || return 1
-    machine=
-    sed -n 's/.*GENBLK-GUEST: show: /    /p; s/.*GENBLK-GUEST: checked .*/    its checksum is right/p' "$work/console.log"
-    grep -q "GENBLK-GUEST: ok $job" "$work/console.log"
 }
 
-boot_with_disk() { # JOB
-    boot "$accel" 60 "$1" -chardev "socket,id=blk,path=$work/demo.sock" \
+start_guest_with_disk() { # JOB
+    start_guest "$accel" "$1" -chardev "socket,id=blk,path=$work/demo.sock,reconnect=1" \
         -device vhost-user-blk-pci,chardev=blk,num-queues=2
 }
 
-if [ -z "${GENBLK_BIN:-}" ]; then
-    step "Building genblk"
-    (cd "$root" && cargo build --release --locked --quiet)
-else
-    GENBLK_BIN=$(realpath "$GENBLK_BIN")
-fi
+# Shows what the guest has reported since the last time, of its complete lines.
+report() {
+    head -n "$(wc -l <"$work/console.log")" "$work/console.log" | tr -d '\r' | sed -n "
+        s/.*GENBLK-GUEST: show: /    /p
+        s/.*GENBLK-GUEST: checked [^:]*: \([0-9]*\) files are intact/    \1 of \1 checksums are ${green}right${plain}/p
+    " >"$work/report"
+    tail -n +$((said + 1)) "$work/report"
+    said=$(wc -l <"$work/report")
+}
+
+# Waits until the guest says something, and shows what it reports meanwhile.
+until_said() { # WHAT SECONDS
+    deadline=$(($(date +%s) + $2))
+    until grep -q "GENBLK-GUEST: $1" "$work/console.log"; do
+        if ! kill -0 $machine 2>/dev/null && ! grep -q "GENBLK-GUEST: $1" "$work/console.log"; then
+            die "the guest ended early"
+        fi
+        [ "$(date +%s)" -lt $deadline ] || die "the guest takes longer than $2 s"
+        report
+        sleep 0.1
+    done
+    report
+}
+
+finish_guest() {
+    until_said "ok $job" 120
+    await $machine 20 "the guest's power-off"
+    machine=
+}
+
+# A /dev/kvm that can be opened may still not work, so boot something on it.
+kvm_works() {
+    [ -w /dev/kvm ] || return 1
+    start_guest kvm probe
+    left=80
+    until grep -q "GENBLK-GUEST: ok probe" "$work/console.log"; do
+        if [ $left -eq 0 ] || ! kill -0 $machine 2>/dev/null; then
+            break
+        fi
+        left=$((left - 1))
+        sleep 0.1
+    done
+    kill -KILL $machine 2>/dev/null || true
+    { wait $machine; } 2>/dev/null || true
+    machine=
+    grep -q "GENBLK-GUEST: ok probe" "$work/console.log"
+}
+
+echo "Building genblk (a first build takes some minutes)"
+(cd "$root" && cargo build --release --locked --quiet)
 
 kernel=$("$root/tests/guest/mkinitramfs.sh" "$work/guest.cpio")
 truncate -s 1G "$files/demo.img"
-sed -e "s|demo\.sock|$work/&|" -e "s|demo\.img|$files/&|" "$root/configs/demo.toml" >"$work/demo.toml"
+sed -e "s|demo\.sock|$work/&|" -e "s|demo\.img|$files/&|" -e "s|^memory_dir = .*|memory_dir = \"$memory\"|" \
+    "$root/configs/demo.toml" >"$work/demo.toml"
 
-# A /dev/kvm that can be opened may still not work, so try it.
 accel=tcg,thread=multi
-if [ -w /dev/kvm ] && boot kvm 8 probe >/dev/null 2>&1; then
+if kvm_works; then
     accel=kvm
 fi
-if [ -n "$machine" ]; then
-    kill -KILL "$machine" 2>/dev/null || true
-    machine=
+
+step "A guest formats an empty disk and writes to it (1 GiB, ${accel%%,*})"
+start_daemon
+start_guest_with_disk show-write
+finish_guest
+
+step "genblk stops, which writes everything back, and starts with an empty cache"
+stop_daemon
+show "the sparse image takes $(du -m "$files/demo.img" | cut -f 1) MiB of the host's disk"
+start_daemon
+start_guest_with_disk show-read
+finish_guest
+stop_daemon
+
+runs="$work/daemon.1.log $work/daemon.2.log"
+if [ "$(df -k /dev/shm | awk 'END { print $4 }')" -gt 163840 ]; then
+    step "genblk is killed (SIGKILL) while the guest writes, and starts again"
+    start_daemon
+    start_guest_with_disk show-kill
+    until_said "writing" 120
+    kill_daemon
+    start_daemon
+    # shellcheck disable=SC2046
+    set -- $(restored "$work/daemon.$run.log")
+    show "it restores ${1:-0} MiB of cache from the killed daemon, ${2:-0} MiB of it dirty"
+    finish_guest
+    stop_daemon
+    runs="$runs $work/daemon.$run.log"
+else
+    step "No kill: the cache of 128 MiB finds no room in /dev/shm, and would not outlive its daemon"
 fi
 
-step "A guest formats an empty disk and writes to it (1 GiB, ${accel%%,*}; a sparse image)"
-start_daemon
-boot_with_disk show-write
+step "What the cache did"
+# shellcheck disable=SC2086
+statistics $runs
 
-step "genblk is stopped, which writes back and syncs everything, and started again with an empty cache"
-stop_daemon
-echo "    the image now takes $(du -m "$files/demo.img" | cut -f 1) MiB on the host"
-start_daemon
-
-step "A new guest reads the same file twice past its own page cache (O_DIRECT)"
-boot_with_disk show-read
-stop_daemon
-
-step "What the cache did, in the daemon's words"
-grep -iE 'hit|read-?ahead|cluster|write-?back' "$work/daemon.log" >"$work/statistics" ||
-    echo "(this daemon keeps no statistics)" >"$work/statistics"
-sed 's/^/    /' "$work/statistics"
-
-step "The host checks the file system in the image"
 e2fsck -fn "$files/demo.img" >"$work/fsck.log" 2>&1 || { cat "$work/fsck.log" && exit 1; }
-sed -n '$s/^.*demo.img: /    clean: /p' "$work/fsck.log"
+step "e2fsck on the host finds the file system ${green}clean"
 
 step "Attach a machine of your own"
 cat <<'END'
-  Start the daemon on a raw image or a block device:
-
     genblk --socket-path /run/blk.sock --blk-file disk.img --cache-size 256M
-
-  QEMU (the guest's memory must be shared):
-
     qemu-system-x86_64 -accel kvm -m 2G \
         -object memory-backend-memfd,id=ram,size=2G,share=on -machine q35,memory-backend=ram \
-        -chardev socket,id=blk,path=/run/blk.sock \
+        -chardev socket,id=blk,path=/run/blk.sock,reconnect=1 \
         -device vhost-user-blk-pci,chardev=blk,num-queues=2 ...
-
-  cloud-hypervisor:
-
-    cloud-hypervisor --memory size=2G,shared=on \
-        --disk vhost_user=on,socket=/run/blk.sock,num_queues=2,queue_size=256 ...
-
-  Firecracker, before the machine is started (the daemon decides whether the disk is read-only):
-
-    curl --unix-socket firecracker.sock -X PUT http://localhost/drives/data \
-        -H 'Content-Type: application/json' \
-        -d '{"drive_id": "data", "is_root_device": false, "socket": "/run/blk.sock"}'
+    For cloud-hypervisor and Firecracker see README.md.
 END

@@ -48,4 +48,8 @@ pub mod error;
 pub mod units;
 
 #[cfg(test)]
+#[path = "../tests/common/prng.rs"]
+#[allow(dead_code, reason = "shared with the tests under tests/, which use more of it")]
+mod prng;
+#[cfg(test)]
 mod sim;

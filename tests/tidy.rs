@@ -46,7 +46,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("systemd", &["error"]),
     ("image_id", &[]),
     ("sys", &[]),
-    ("sim", &["cache", "units"]),
+    ("sim", &["cache", "prng", "units"]),
+    ("prng", &[]),
     ("error", &["units"]),
     ("units", &[]),
 ];
@@ -197,14 +198,21 @@ fn sources() -> Vec<Source> {
     found.into_values().collect()
 }
 
-/// Names of the modules that `code` keeps in files of their own.
+/// Names of the modules that `code` keeps in files of their own under src/.
 fn modules(code: &str) -> Vec<String> {
     let name_of = |at: usize| {
         let rest = code[at + 3..].trim_start();
         let name = word(rest);
-        rest[name.len()..].trim_start().starts_with(';').then_some(name)
+        let in_a_file = rest[name.len()..].trim_start().starts_with(';');
+        (in_a_file && !has_path_attribute(&code[..at])).then_some(name)
     };
     words(code, "mod").filter_map(name_of).collect()
+}
+
+/// Whether the item that begins behind `before` has a `#[path]`, which leads to a file outside src/.
+fn has_path_attribute(before: &str) -> bool {
+    let item = &before[before.rfind([';', '}']).map_or(0, |end| end + 1)..];
+    item.contains("#[path")
 }
 
 /// The file of module `name`, declared in `parent`; both from src/.
@@ -540,6 +548,7 @@ fn tests_are_left_out_and_nothing_else() {
     let code = "use a;\n#[cfg(test)]\n#[allow(b)]\nmod tests {\n    fn f() {}\n}\nfn g() {}\n#[cfg(test)]\nmod far;\nmod near;";
     assert_eq!(without_tests(code).split_whitespace().collect::<Vec<_>>().join(" "), "use a; fn g() {} mod near;");
     assert_eq!(modules(code), ["far", "near"]);
+    assert_eq!(modules("mod a;\n#[path = \"../b.rs\"]\n#[allow(x)]\nmod b;\nmod c;"), ["a", "c"]);
     let fields = "fn f() { A { #[cfg(test)] a: B::<C, D>::new(1, 2), c, #[cfg(test)] b: 2 } } fn g() {}";
     let left = without_tests(fields).split_whitespace().collect::<Vec<_>>().join(" ");
     assert_eq!(left, "fn f() { A { c, } } fn g() {}");

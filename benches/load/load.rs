@@ -111,7 +111,7 @@ impl<'a, Q: Queue> Run<'a, Q> {
             Ops::Flushes => return Op::Flush,
             Ops::Reads => false,
             Ops::Writes => true,
-            Ops::Mixed { write_percent } => self.prng.chance(write_percent),
+            Ops::Mixed { write_percent } => self.prng.percent(write_percent),
         };
         if self.client.flush_after_writes.is_some() && writes {
             if self.writes_to_flush == 0 {

@@ -200,7 +200,7 @@ fn scan_over_hot_set(trace: &mut Trace) {
     let hot = Zipf::new(hot_pages, 0.7);
     let mut scanned = 0;
     while !trace.is_full() {
-        if trace.prng.chance(60) {
+        if trace.prng.percent(60) {
             let page = hot.draw(trace);
             trace.read(page);
         } else {
@@ -220,13 +220,13 @@ fn oltp(trace: &mut Trace) {
         for _ in 0..4 {
             let row = journal_pages + 2 * rows.draw(trace);
             (row..row + 2).for_each(|page| trace.read(page));
-            if trace.prng.chance(30) {
+            if trace.prng.percent(30) {
                 (row..row + 2).for_each(|page| trace.write(page));
             }
         }
         trace.write(journal);
         // Two commits in three fit the journal's last page.
-        journal = (journal + u32::from(trace.prng.chance(33))) % journal_pages;
+        journal = (journal + u32::from(trace.prng.percent(33))) % journal_pages;
     }
 }
 
@@ -245,7 +245,7 @@ fn boot(trace: &mut Trace) {
     while !trace.is_full() {
         for n in 0..runs.len() {
             read_run(trace, runs[n]);
-            if trace.prng.chance(30) {
+            if trace.prng.percent(30) {
                 let library = trace.below(runs.len().min(200) as u32);
                 read_run(trace, runs[library as usize]);
             }
@@ -267,7 +267,7 @@ fn recency(trace: &mut Trace) {
     let mut fresh = 0;
     while !trace.is_full() {
         let longest = trace.accesses.len().min(trace.share(200) as usize);
-        if longest < 8 || trace.prng.chance(50) {
+        if longest < 8 || trace.prng.percent(50) {
             trace.read(fresh);
             fresh = (fresh + 1) % trace.scale.pages;
         } else {

@@ -1,6 +1,7 @@
 //! The cache as its owner sees it: what is planned, what is handed out, what it costs.
 
 use super::*;
+use crate::prng::Prng;
 use crate::units::OpKind;
 
 mod eager;
@@ -326,10 +327,9 @@ fn what_earlier_readers_left_unread_does_not_end_readahead() {
 #[test]
 fn random_reads_read_almost_nothing_ahead() {
     let mut cache = cache_of(16_384, 1 << 26);
-    let mut state = 1u64;
+    let mut prng = Prng::new(1);
     for step in 0..4000u64 {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        read(&mut cache, (state >> 40) % (1 << 23) * 8, 8);
+        read(&mut cache, prng.below(1 << 23) * 8, 8);
         settle(&mut cache, Tick(step));
     }
     assert!(cache.stats().readahead_pages < 40, "{} pages of 4000", cache.stats().readahead_pages);
@@ -403,10 +403,9 @@ fn a_gibibyte_is_taken_over_in_less_than_a_second() {
 #[test]
 fn a_stream_that_is_read_ahead_does_not_push_out_what_is_in_use() {
     let mut cache = cache_of(2048, 1 << 26);
-    let mut state = 1u64;
+    let mut prng = Prng::new(1);
     let mut hot_read_hits = |cache: &mut PageCache| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let hit = read(cache, (state >> 40) % 1500 * 8, 8);
+        let hit = read(cache, prng.below(1500) * 8, 8);
         settle(cache, Tick(1));
         hit
     };

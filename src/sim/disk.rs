@@ -4,7 +4,7 @@
 //! be on the platter. A Sync that fails drops what it was to make durable, as kernels do: the data can still be read,
 //! and a later Sync says nothing of it.
 
-use super::rng::Rng;
+use crate::prng::Prng;
 
 /// What was written to a sector since it was last durable.
 #[derive(Clone, Copy, Debug)]
@@ -120,9 +120,9 @@ impl Disk {
     }
 
     /// What a sector may hold if the power is cut now.
-    pub fn after_power_cut(&self, sector: usize, rng: &mut Rng) -> u32 {
+    pub fn after_power_cut(&self, sector: usize, prng: &mut Prng) -> u32 {
         let log = &self.log[sector];
-        match rng.below(log.len() as u64 + 1) as usize {
+        match prng.below(log.len() as u64 + 1) as usize {
             0 => self.platter[sector],
             n => log[n - 1].version,
         }

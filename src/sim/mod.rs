@@ -10,7 +10,6 @@ pub(crate) mod disk;
 mod failure_oracle;
 pub(crate) mod memory;
 mod oracle;
-mod rng;
 mod scenario;
 mod world;
 

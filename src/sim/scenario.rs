@@ -1,9 +1,8 @@
 //! What chance decides about a world before it begins: the cache's shape, the guest's and the disk's ways.
 
 use crate::cache::{ErrorPolicy, PolicyKind, Settings};
+use crate::prng::Prng;
 use crate::units::OpKind;
-
-use super::rng::Rng;
 
 /// What chance decided about a world as a whole.
 #[derive(Debug)]
@@ -25,17 +24,17 @@ pub(super) struct Scenario {
 }
 
 impl Scenario {
-    pub fn new(rng: &mut Rng) -> Self {
-        let daemon_crashes = rng.percent(50);
+    pub fn new(prng: &mut Prng) -> Self {
+        let daemon_crashes = prng.percent(50);
         Self {
-            fault_percent: rng.pick(&[0, 0, 1, 5, 30]),
-            latency_us_max: rng.pick(&[10, 1000, 100_000]),
-            requests_max: rng.pick(&[1, 4, 32]),
-            overlap: rng.percent(50),
+            fault_percent: prng.pick(&[0, 0, 1, 5, 30]),
+            latency_us_max: prng.pick(&[10, 1000, 100_000]),
+            requests_max: prng.pick(&[1, 4, 32]),
+            overlap: prng.percent(50),
             daemon_crashes,
-            steps_per_death: daemon_crashes.then_some(rng.pick(&[30, 300])),
-            replays: rng.percent(70),
-            zero_percent: rng.pick(&[0, 5, 30]),
+            steps_per_death: daemon_crashes.then_some(prng.pick(&[30, 300])),
+            replays: prng.percent(70),
+            zero_percent: prng.pick(&[0, 5, 30]),
             broken: &[],
         }
     }
@@ -76,29 +75,29 @@ pub(super) const BREAKAGES: [&[FailureClass]; 7] = [
 ];
 
 /// A cache's shape, by chance.
-pub(super) fn settings(rng: &mut Rng) -> Settings {
-    let frames = rng.pick(&[12, 24, 48, 160]);
-    let (sparse, allocate) = (rng.percent(60), rng.percent(50));
-    let block_sectors = rng.pick(&[1, 1, 2, 8]);
+pub(super) fn settings(prng: &mut Prng) -> Settings {
+    let frames = prng.pick(&[12, 24, 48, 160]);
+    let (sparse, allocate) = (prng.percent(60), prng.percent(50));
+    let block_sectors = prng.pick(&[1, 1, 2, 8]);
     // A store never has a block that the image's end cuts.
-    let image_sectors = rng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
+    let image_sectors = prng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
     Settings {
         frames,
         image_sectors,
         block_sectors,
         sparse,
         // A device has none, and nothing to reserve.
-        can_map: sparse || allocate || rng.percent(50),
-        cluster_pages_max: rng.pick(&[1, 3, 8, 256]),
-        retain: rng.percent(90),
-        policy: rng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),
-        readahead_pages_max: rng.pick(&[0, 4, 64, 512]),
+        can_map: sparse || allocate || prng.percent(50),
+        cluster_pages_max: prng.pick(&[1, 3, 8, 256]),
+        retain: prng.percent(90),
+        policy: prng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),
+        readahead_pages_max: prng.pick(&[0, 4, 64, 512]),
         flush_target_us: 250_000,
-        dirty_pages_max: rng.pick(&[frames / 4, frames / 2, frames]),
-        dirty_age_us: rng.pick(&[10_000, 1_000_000]),
+        dirty_pages_max: prng.pick(&[frames / 4, frames / 2, frames]),
+        dirty_age_us: prng.pick(&[10_000, 1_000_000]),
         allocate,
-        on_error: rng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
-        on_full: rng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
-        hold_us: rng.pick(&[10_000, 10_000_000]),
+        on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
+        on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
+        hold_us: prng.pick(&[10_000, 10_000_000]),
     }
 }

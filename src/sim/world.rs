@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use crate::cache::{Access, Admitted, Health, Notice, Outcome, PageCache, Piece, Settings, StoreOpRef, Ticket};
+use crate::prng::Prng;
 use crate::units::{Fault, FrameId, OpKind, SectorSpan, Tick};
 
 use super::PlantedBug;
@@ -13,7 +14,6 @@ use super::disk::Disk;
 use super::failure_oracle::{Asked, FailureOracle};
 use super::memory::{GARBAGE, Memory};
 use super::oracle::{Knowledge, Oracle};
-use super::rng::Rng;
 use super::scenario::{BREAKAGES, FailureClass, Scenario, settings};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +86,7 @@ const PAUSE_US_MAX: u64 = 5_000_000;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct World {
-    rng: Rng,
+    prng: Prng,
     scenario: Scenario,
     settings: Settings,
     planted: Option<PlantedBug>,
@@ -111,19 +111,19 @@ pub(super) struct World {
 impl World {
     /// A world from a seed.
     pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
-        let mut rng = Rng::new(seed);
-        let settings = settings(&mut rng);
-        let memory = Memory::new(settings.frames, rng.pick(&[1, 4, 64]));
+        let mut prng = Prng::new(seed);
+        let settings = settings(&mut prng);
+        let memory = Memory::new(settings.frames, prng.pick(&[1, 4, 64]));
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         cache.planted = planted;
-        let hole_percent = if settings.sparse { rng.pick(&[10, 50, 100]) } else { 0 };
+        let hole_percent = if settings.sparse { prng.pick(&[10, 50, 100]) } else { 0 };
         let sectors = settings.image_sectors as usize;
-        let disk = Disk::new(sectors, |_| rng.percent(hole_percent));
-        let scenario = Scenario::new(&mut rng);
+        let disk = Disk::new(sectors, |_| prng.percent(hole_percent));
+        let scenario = Scenario::new(&mut prng);
         Self {
             oracle: Oracle::new(sectors),
             failures: FailureOracle::default(),
-            rng,
+            prng,
             scenario,
             settings,
             planted,
@@ -151,8 +151,8 @@ impl World {
             self.one_step(true);
         }
         self.scenario.steps_per_death = None;
-        if self.rng.percent(30) {
-            self.scenario.broken = self.rng.pick(&BREAKAGES);
+        if self.prng.percent(30) {
+            self.scenario.broken = self.prng.pick(&BREAKAGES);
             for _ in 0..steps / 3 {
                 self.one_step(true);
             }
@@ -182,25 +182,25 @@ impl World {
         // More often while a Sync is out: then most is in doubt.
         let syncing = self.operations.values().any(|op| op.kind == OpKind::Sync);
         let likelier = if syncing { 10 } else { 1 };
-        let dies = self.scenario.steps_per_death.is_some_and(|steps| self.rng.below(steps / likelier) == 0);
+        let dies = self.scenario.steps_per_death.is_some_and(|steps| self.prng.below(steps / likelier) == 0);
         if dies {
             // Somewhere within the step, or else after it.
-            self.memory.crash_after(self.rng.below(12));
+            self.memory.crash_after(self.prng.below(12));
         }
         let mut happened = true;
-        match self.rng.below(10) {
+        match self.prng.below(10) {
             0..=2 if guest_is_active && self.requests.len() < self.scenario.requests_max => self.guest_acts(),
             3..=4 if !self.copies.is_empty() => self.copy_one(),
             5 if !self.resumes.is_empty() => {
-                let at = self.rng.below(self.resumes.len() as u64) as usize;
+                let at = self.prng.below(self.resumes.len() as u64) as usize;
                 let ticket = self.resumes.swap_remove(at);
                 self.admit(ticket, true);
             }
-            6 if self.rng.percent(3) => {
+            6 if self.prng.percent(3) => {
                 self.power_cut();
                 happened = false;
             }
-            7 if self.rng.percent(2) => self.cache.resume(),
+            7 if self.prng.percent(2) => self.cache.resume(),
             _ => happened = self.time_passes(),
         }
         if happened && !self.memory.is_dead() {
@@ -218,16 +218,16 @@ impl World {
 
     fn guest_acts(&mut self) {
         let sectors = self.disk.sectors() as u64;
-        let longest = self.rng.pick(&[1, 8, 24, 200]).min(sectors);
-        let count = self.rng.between(1, longest);
-        let mut start = self.rng.below(sectors - count + 1);
-        if self.rng.percent(50) {
+        let longest = self.prng.pick(&[1, 8, 24, 200]).min(sectors);
+        let count = self.prng.between(1, longest);
+        let mut start = self.prng.below(sectors - count + 1);
+        if self.prng.percent(50) {
             // A hot tenth, so that requests meet.
             start %= (sectors / 10).max(1);
         }
         let span = SectorSpan::new(start, count.min(sectors - start));
-        let kind = match self.rng.below(100) {
-            _ if self.rng.percent(self.scenario.zero_percent) => GuestOp::Zero { unmap: self.rng.percent(50) },
+        let kind = match self.prng.below(100) {
+            _ if self.prng.percent(self.scenario.zero_percent) => GuestOp::Zero { unmap: self.prng.percent(50) },
             0..=39 => GuestOp::Read,
             40..=79 => {
                 self.version += 1;
@@ -322,11 +322,11 @@ impl World {
 
     /// Copies one piece, at a time of chance's choice.
     fn copy_one(&mut self) {
-        let at = self.rng.below(self.copies.len() as u64) as usize;
+        let at = self.prng.below(self.copies.len() as u64) as usize;
         let (ticket, piece) = self.copies.swap_remove(at);
         let request = self.requests.get_mut(&ticket).expect("a piece belongs to a request");
-        let cut = matches!(request.kind, GuestOp::Write { .. }) && self.rng.percent(2);
-        let count = if cut { self.rng.below(u64::from(piece.count)) as usize } else { piece.count as usize };
+        let cut = matches!(request.kind, GuestOp::Write { .. }) && self.prng.percent(2);
+        let count = if cut { self.prng.below(u64::from(piece.count)) as usize } else { piece.count as usize };
         for n in 0..count {
             let place = usize::from(piece.first) + n;
             match request.kind {
@@ -378,7 +378,7 @@ impl World {
             GuestOp::Zero { .. } => self.oracle.write_ends(first, count, 0, request.sent, self.step, good),
             GuestOp::Flush if good => {
                 self.oracle.flushed(&request.known);
-                if self.rng.percent(20) {
+                if self.prng.percent(20) {
                     self.power_cut();
                 }
             }
@@ -426,7 +426,7 @@ impl World {
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         let outcome = match op.kind {
             OpKind::Write if failed && self.settings.allocate => Outcome::Failed(Fault::Media),
-            _ if failed => Outcome::Failed(self.rng.pick(&[Fault::Media, Fault::NoSpace])),
+            _ if failed => Outcome::Failed(self.prng.pick(&[Fault::Media, Fault::NoSpace])),
             OpKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
             _ => Outcome::Done,
         };
@@ -444,7 +444,7 @@ impl World {
             percent => percent,
         };
         let broken = FailureClass::of(op.kind).is_some_and(|class| self.scenario.broken.contains(&class));
-        broken || self.rng.percent(percent)
+        broken || self.prng.percent(percent)
     }
 
     /// What an operation does to disk and memory, whoever hears of it.
@@ -463,14 +463,14 @@ impl World {
                     let (frame, at) = op.place(n);
                     assert_eq!(self.memory.get(frame, at), version, "a frame changed on its way to the disk");
                     // A failed write is torn.
-                    if !failed || self.rng.percent(50) {
+                    if !failed || self.prng.percent(50) {
                         self.disk.write(first + n, version);
                     }
                 }
             }
             OpKind::Sync => self.disk.sync_ends(op.began, !failed),
             OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
-            OpKind::Discard if !failed && self.rng.percent(50) => self.disk.zero(first, count, true),
+            OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, true),
             OpKind::Allocate if !failed => self.disk.allocate(first, count),
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
         }
@@ -521,10 +521,10 @@ impl World {
             }
             OpKind::Sync => op.began = self.disk.sync_begins(),
             // The map is taken now or when the operation ends: both are right answers.
-            OpKind::Map if self.rng.percent(50) => op.map = Some(self.disk.map(first, count)),
+            OpKind::Map if self.prng.percent(50) => op.map = Some(self.disk.map(first, count)),
             _ => {}
         }
-        op.ends_at = self.now_us + self.rng.between(1, self.scenario.latency_us_max);
+        op.ends_at = self.now_us + self.prng.between(1, self.scenario.latency_us_max);
         self.operations.insert(tag, op);
     }
 
@@ -554,7 +554,7 @@ impl World {
     /// Looks at what a power cut now would leave; the world goes on as if nothing had happened.
     fn power_cut(&mut self) {
         for sector in 0..self.disk.sectors() {
-            let left = self.disk.after_power_cut(sector, &mut self.rng);
+            let left = self.disk.after_power_cut(sector, &mut self.prng);
             assert!(
                 self.oracle.may_survive(sector, left),
                 "after a power cut sector {sector} (page {}) holds version {left}: {:?}",

@@ -1,4 +1,4 @@
-//! What the tests of the guest's side share: guest memory, descriptors in it, and numbers from a seed.
+//! What the tests of the guest's side share: guest memory, and descriptors in it.
 
 use std::sync::Arc;
 
@@ -39,32 +39,5 @@ pub(crate) fn put_chain(mem: &GuestRam, table: u64, buffers: &[(u64, u32, u16)])
     for (index, &(addr, len, flags)) in (0u16..).zip(buffers) {
         let last = usize::from(index) + 1 == buffers.len();
         put(mem, table, index, (addr, len, flags | if last { 0 } else { NEXT }, index + 1));
-    }
-}
-
-/// xorshift64*: repeatable from its seed.
-#[derive(Debug)]
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    /// A number below `bound`.
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    /// One of `choices`.
-    pub(crate) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[usize::try_from(self.below(choices.len() as u64)).unwrap()]
     }
 }

@@ -1,6 +1,8 @@
-//! A small deterministic random number generator, so that a failing run can be repeated from the seed it printed.
+//! The pseudo-random generator of all tests and benchmarks. A run repeats from the seed that it printed.
+//!
+//! The unit tests under src/ and the benchmarks include this file as a module of their own.
 
-/// Xorshift64* (Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled").
+/// xorshift64* (Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled", 2016).
 #[derive(Clone, Debug)]
 pub struct Prng {
     state: u64,
@@ -8,8 +10,15 @@ pub struct Prng {
 
 impl Prng {
     /// A generator for `seed`; equal seeds give equal sequences.
+    ///
+    /// One step of splitmix64 (Steele, Lea, Flood 2014) mixes the seed: neighbouring seeds give unrelated sequences.
     pub fn new(seed: u64) -> Self {
-        Self { state: (seed ^ 0x9e37_79b9_7f4a_7c15).max(1) }
+        let mut state = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        state = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        state = (state ^ state >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        state ^= state >> 31;
+        // xorshift never leaves the state 0.
+        Self { state: state.max(1) }
     }
 
     /// The next 64 random bits.
@@ -22,21 +31,32 @@ impl Prng {
 
     /// A number in `0..bound`; `bound` must not be zero.
     pub fn below(&mut self, bound: u64) -> u64 {
-        assert!(bound > 0, "nothing is below zero");
-        self.next_u64() % bound
+        assert!(bound > 0, "no number is below zero");
+        // The high half of the product: the upper bits of xorshift64* are its best.
+        let scaled = (u128::from(self.next_u64()) * u128::from(bound)) >> 64;
+        u64::try_from(scaled).expect("the high half of a product is less than either factor")
     }
 
-    /// True `percent` times in a hundred.
-    pub fn chance(&mut self, percent: u64) -> bool {
+    /// A number in `low..=high`.
+    pub fn between(&mut self, low: u64, high: u64) -> u64 {
+        low + self.below(high - low + 1)
+    }
+
+    /// True with a probability of `percent` in a hundred.
+    pub fn percent(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    /// Fills `bytes` (a multiple of eight of them) with noise.
+    /// One of `choices`, each as likely as the others.
+    pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        let at = self.below(choices.len() as u64);
+        choices[usize::try_from(at).expect("an index of a slice")]
+    }
+
+    /// Fills `bytes` with noise.
     pub fn fill(&mut self, bytes: &mut [u8]) {
-        let (words, rest) = bytes.as_chunks_mut::<8>();
-        assert!(rest.is_empty(), "noise comes in words");
-        for word in words {
-            *word = self.next_u64().to_le_bytes();
+        for word in bytes.chunks_mut(8) {
+            word.copy_from_slice(&self.next_u64().to_le_bytes()[..word.len()]);
         }
     }
 
@@ -48,7 +68,7 @@ impl Prng {
     }
 }
 
-/// The seed of this run: `GENBLK_TEST_SEED` if it is set, otherwise `default`. Says so, for the log of a failure.
+/// The seed of this run: `GENBLK_TEST_SEED` if it is set, otherwise `default`. Prints it, for the log of a failure.
 pub fn seed(default: u64) -> u64 {
     let seed = match std::env::var("GENBLK_TEST_SEED") {
         Ok(text) => text.parse().expect("GENBLK_TEST_SEED is a decimal number"),

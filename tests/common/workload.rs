@@ -361,9 +361,9 @@ fn random_request(prng: &mut Prng, sectors: u64, cursor: &mut u64, read_only: bo
     };
     let mut count = 1 + prng.below((most / SECTOR_BYTES) as u64);
     let hot_sectors = HOT_BYTES / SECTOR_BYTES as u64;
-    let reach = if prng.chance(50) { hot_sectors.min(sectors) } else { sectors };
+    let reach = if prng.percent(50) { hot_sectors.min(sectors) } else { sectors };
     let mut first = prng.below(reach - count);
-    if prng.chance(50) {
+    if prng.percent(50) {
         first &= !7;
         count = count.next_multiple_of(8).min((most / SECTOR_BYTES) as u64);
     }

@@ -82,7 +82,7 @@ fn front_ends_that_vanish_leave_nothing_behind() {
         let started = session.rings[0].used_idx();
         for _ in 0..32 {
             let sector = 2048 + prng.below(IMAGE_BYTES / SECTOR_BYTES as u64 - 4096);
-            if prng.chance(50) {
+            if prng.percent(50) {
                 session.submit(0, VIRTIO_BLK_T_IN, sector, Payload::Receive(64 << 10));
             } else {
                 session.submit(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(&pattern(nth, sector, 64 << 10)));

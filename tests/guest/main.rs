@@ -12,6 +12,9 @@
 mod host;
 mod image;
 mod power_cut;
+#[path = "../common/prng.rs"]
+#[allow(dead_code, reason = "shared with the other tests, which use more of it")]
+mod prng;
 mod recorder;
 mod server;
 mod vm;

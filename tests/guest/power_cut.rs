@@ -13,6 +13,7 @@ use genblk::store::file::{FileImage, OpenOptions};
 
 use crate::host::{Boot, Scratch, place, tool};
 use crate::image;
+use crate::prng::{self, Prng};
 use crate::recorder::{Log, Recorder, Replay};
 use crate::vm::Vm;
 use crate::{MIB, seed};
@@ -22,12 +23,6 @@ const IMAGE_BYTES: u64 = 48 * MIB;
 /// How often the power is cut; `make soak` asks for more.
 fn points() -> usize {
     std::env::var("GENBLK_CRASH_POINTS").ok().and_then(|n| n.parse().ok()).unwrap_or(200)
-}
-
-/// Decides about the cuts. The story that a guest tells differs from run to run, so a seed repeats the cuts alone.
-fn chance_seed() -> u64 {
-    let given = std::env::var("GENBLK_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
-    given.unwrap_or_else(|| u64::from(std::process::id()))
 }
 
 /// A file whose sync the guest reported, and how far the log was when it did.
@@ -73,27 +68,13 @@ fn record(scratch: &Scratch, name: &str, mode: CacheMode, files: usize) -> Story
     Story { log: recorder.finish(), before, synced, seed }
 }
 
-/// A generator of its own, so that a seed says everything (SplitMix64; Steele, Lea, Flood 2014).
-struct Chance(u64);
-
-impl Chance {
-    /// A number in `0..bound`.
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % bound as u64).unwrap()
-    }
-}
-
 /// Cuts the power at `points` moments; says at which something was wrong, and what.
 fn cut_power(story: &Story, folder: &Path, points: usize, syncs_count: bool) -> Vec<String> {
     let Story { log, before, synced, seed } = story;
-    let seed_of_cuts = chance_seed();
-    eprintln!("power cuts: GENBLK_TEST_SEED={seed_of_cuts}");
-    let mut chance = Chance(seed_of_cuts);
-    let mut moments: Vec<usize> = (0..points).map(|_| 1 + chance.below(log.len())).collect();
+    // What a guest does differs from run to run: a seed repeats the choices of the cuts alone.
+    let mut prng = Prng::new(prng::seed(u64::from(std::process::id())));
+    let operations = u64::try_from(log.len()).unwrap();
+    let mut moments: Vec<usize> = (0..points).map(|_| usize::try_from(prng.between(1, operations)).unwrap()).collect();
     moments.sort_unstable();
     let expected: BTreeMap<&str, Vec<u8>> =
         synced.iter().map(|file| (&*file.name, image::contents(seed, &file.name, "1", file.size))).collect();
@@ -102,7 +83,7 @@ fn cut_power(story: &Story, folder: &Path, points: usize, syncs_count: bool) -> 
     for moment in moments {
         replay.advance(moment);
         let disk = folder.join("cut.img");
-        std::fs::write(&disk, replay.power_cut(|percent| chance.below(100) < percent)).unwrap();
+        std::fs::write(&disk, replay.power_cut(|percent| prng.percent(percent))).unwrap();
         let promised = synced.iter().filter(|file| file.reported <= moment).map(|file| &*file.name);
         if let Err(why) = check(&disk, folder, promised, &expected) {
             wrong.push(format!("moment {moment} of {}: {why}", log.len()));

@@ -203,7 +203,7 @@ impl<'a> Replay<'a> {
     }
 
     /// What a power cut now may leave: `chance(percent)` decides about each operation and each of its pieces.
-    pub fn power_cut(&self, mut chance: impl FnMut(usize) -> bool) -> Vec<u8> {
+    pub fn power_cut(&self, mut chance: impl FnMut(u64) -> bool) -> Vec<u8> {
         let mut image = self.stable.clone();
         for &(number, completed) in &self.volatile {
             if chance(50) {

@@ -3,6 +3,9 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
 
+#[path = "../common/prng.rs"]
+mod prng;
+
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::HashMap;
 use std::fs::File;
@@ -17,6 +20,7 @@ use genblk::store::faulty::FaultyImage;
 use genblk::store::file::{FileImage, IoEngine, OpenOptions};
 use genblk::store::{Backing, Event, IoRequest, Segment, StoreQueue};
 use genblk::units::OpKind;
+use prng::Prng;
 
 pub const MIB: u64 = 1 << 20;
 
@@ -258,13 +262,7 @@ impl Drop for Buffer {
 
 /// Bytes without a period, none of them zero.
 pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            state.to_be_bytes()[0] | 1
-        })
-        .collect()
+    Prng::new(seed).bytes(len).into_iter().map(|byte| byte | 1).collect()
 }
 
 /// Whether a descriptor is readable within a time.

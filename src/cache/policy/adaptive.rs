@@ -122,6 +122,7 @@ impl Policy for Adaptive {
 mod tests {
     use super::*;
     use crate::cache::policy::lru::Lru;
+    use crate::prng::Prng;
 
     const PAGES: u32 = 2000;
 
@@ -137,10 +138,9 @@ mod tests {
 
     /// Hot pages of half the cache, asked for at random and at first alone, then with a scan between them.
     fn hot_pages_and_a_scan(scan_from: u64, end: u64) -> impl Iterator<Item = u64> {
-        let mut state = 1u64;
+        let mut prng = Prng::new(1);
         (0..end).flat_map(move |n| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let hot = 100_000 + (state >> 40) % 1000;
+            let hot = 100_000 + prng.below(1000);
             [Some(hot), (n >= scan_from).then_some(1_000_000 + n)].into_iter().flatten()
         })
     }

@@ -4,7 +4,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::*;
-use crate::virtio::testing::{END, HIGH, HOLE, INDIRECT, NEXT, Random, SEAM, WRITE, put, put_chain, ram};
+use crate::prng::Prng;
+use crate::virtio::testing::{END, HIGH, HOLE, INDIRECT, NEXT, SEAM, WRITE, put, put_chain, ram};
 
 const TABLE: u64 = 0x1000;
 const AVAIL: u64 = 0x8000;
@@ -38,16 +39,16 @@ fn oracle(mem: &GuestMemoryMmap, table: u64, size: u16, head: u16) -> Vec<Buffer
     chain.map(|d| Buffer { range: GuestRange { addr: d.addr(), len: d.len() }, writable: d.is_write_only() }).collect()
 }
 
-fn random_descriptor(random: &mut Random, size: u64, indirect_table: u64) -> (u64, u32, u16, u16) {
-    let next = u16::try_from(random.below(size + size / 8)).unwrap();
-    if random.below(12) == 0 {
-        let addr = random.pick(&[indirect_table, indirect_table, indirect_table, HOLE, END - 16]);
-        let len = random.pick(&[16, 32, 64, 128, 256, 0, 15, 24, 1 << 20]);
-        let flags = INDIRECT | random.pick(&[0, 0, 0, WRITE, NEXT]);
+fn random_descriptor(prng: &mut Prng, size: u64, indirect_table: u64) -> (u64, u32, u16, u16) {
+    let next = u16::try_from(prng.below(size + size / 8)).unwrap();
+    if prng.below(12) == 0 {
+        let addr = prng.pick(&[indirect_table, indirect_table, indirect_table, HOLE, END - 16]);
+        let len = prng.pick(&[16, 32, 64, 128, 256, 0, 15, 24, 1 << 20]);
+        let flags = INDIRECT | prng.pick(&[0, 0, 0, WRITE, NEXT]);
         return (addr, len, flags, next);
     }
-    let flags = random.pick(&[0, NEXT, NEXT, NEXT]) | random.pick(&[0, WRITE]);
-    (random.next(), u32::try_from(random.below(0x2000)).unwrap(), flags, next)
+    let flags = prng.pick(&[0, NEXT, NEXT, NEXT]) | prng.pick(&[0, WRITE]);
+    (prng.next_u64(), u32::try_from(prng.below(0x2000)).unwrap(), flags, next)
 }
 
 /// Over random tables with indirect ones, loops, wild indexes and tables outside memory: a chain followed to its end has
@@ -57,17 +58,17 @@ fn agrees_with_virtio_queue_on_random_chains() {
     let mem = ram();
     let (mut whole, mut broken, mut long) = (0, 0, 0);
     for seed in 0..40_000 {
-        let mut random = Random::new(seed);
-        let size = random.pick(&[1u16, 2, 8, 16, 32]);
+        let mut prng = Prng::new(seed);
+        let size = prng.pick(&[1u16, 2, 8, 16, 32]);
         // The indirect table across a seam of regions, or at the very end of memory so that part of it is unmapped.
-        let indirect_table = random.pick(&[HIGH, SEAM - 24, END - 64]);
+        let indirect_table = prng.pick(&[HIGH, SEAM - 24, END - 64]);
         for index in 0..size {
-            put(&mem, TABLE, index, random_descriptor(&mut random, u64::from(size), indirect_table));
+            put(&mem, TABLE, index, random_descriptor(&mut prng, u64::from(size), indirect_table));
         }
         for index in 0..4 {
-            put(&mem, indirect_table, index, random_descriptor(&mut random, 4, indirect_table));
+            put(&mem, indirect_table, index, random_descriptor(&mut prng, 4, indirect_table));
         }
-        let head = u16::try_from(random.below(u64::from(size))).unwrap();
+        let head = u16::try_from(prng.below(u64::from(size))).unwrap();
         let (buffers, end) = walk(&mem, TABLE, size, head);
         let expected = oracle(&mem, TABLE, size, head);
         if end.is_ok() {

@@ -1,7 +1,8 @@
 //! Tests of copies against a flat model of guest memory.
 
 use super::*;
-use crate::virtio::testing::{END, HIGH, HOLE, Random, SEAM, ram};
+use crate::prng::Prng;
+use crate::virtio::testing::{END, HIGH, HOLE, SEAM, ram};
 
 fn range(addr: u64, len: u32) -> GuestRange {
     GuestRange { addr: GuestAddress(addr), len }
@@ -12,26 +13,26 @@ fn range(addr: u64, len: u32) -> GuestRange {
 #[test]
 fn copies_agree_with_a_flat_model() {
     for seed in 0..300 {
-        let mut random = Random::new(seed);
+        let mut prng = Prng::new(seed);
         let mem = ram();
         // Slots of 0x800 bytes, some across the seam of two regions; a range never leaves its slot.
         let mut slots: Vec<u64> = (0..31).map(|n| 0x400 + n * 0x800).chain([SEAM - 0x400]).collect();
         slots.retain(|&slot| slot + 0x800 <= SEAM - 0x400 || slot == SEAM - 0x400);
         let mut ranges = Vec::new();
         while ranges.len() < 12 {
-            let slot = slots.swap_remove(usize::try_from(random.below(slots.len() as u64)).unwrap());
-            let len = random.pick(&[1, 7, 16, 511, 512, 513, 0x800]);
+            let slot = slots.swap_remove(usize::try_from(prng.below(slots.len() as u64)).unwrap());
+            let len = prng.pick(&[1, 7, 16, 511, 512, 513, 0x800]);
             ranges.push(range(slot, len));
         }
         let total: usize = ranges.iter().map(|r| r.len as usize).sum();
         let mut model = vec![0u8; total];
         let mut kept = GuestCursor::new(&mem, &ranges);
         for step in 0..40u8 {
-            let offset = usize::try_from(random.below(total as u64 + 1)).unwrap();
-            let len = usize::try_from(random.below((total - offset) as u64 + 1)).unwrap();
+            let offset = usize::try_from(prng.below(total as u64 + 1)).unwrap();
+            let len = usize::try_from(prng.below((total - offset) as u64 + 1)).unwrap();
             let mut fresh = GuestCursor::new(&mem, &ranges);
             let cursor = if step % 2 == 0 { &mut kept } else { &mut fresh };
-            match random.below(5) {
+            match prng.below(5) {
                 0 => {
                     let bytes: Vec<u8> = (0..=u8::MAX).cycle().map(|n| n.wrapping_mul(31) ^ step).take(len).collect();
                     cursor.write(offset as u64, &bytes).unwrap();
@@ -48,7 +49,7 @@ fn copies_agree_with_a_flat_model() {
                 }
                 3 => {
                     let bytes: Vec<u8> = (0..=u8::MAX).cycle().map(|n| n.wrapping_mul(29) ^ step).take(len).collect();
-                    let next = ptr::without_provenance(usize::try_from(random.below(u64::MAX)).unwrap());
+                    let next = ptr::without_provenance(usize::try_from(prng.below(u64::MAX)).unwrap());
                     // SAFETY: the vector is this test's own and has `len` bytes.
                     unsafe { cursor.copy_to_guest(offset as u64, bytes.as_ptr(), len, Some(next)) }.unwrap();
                     model[offset..offset + len].copy_from_slice(&bytes);

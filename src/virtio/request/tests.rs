@@ -4,9 +4,10 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERA
 use vm_memory::Bytes;
 
 use super::*;
+use crate::prng::Prng;
 use crate::virtio::STATUS_OK;
 use crate::virtio::guest_copy::write_status;
-use crate::virtio::testing::{END, HIGH, HOLE, INDIRECT, NEXT, Random, SEAM, WRITE, put, put_chain, ram};
+use crate::virtio::testing::{END, HIGH, HOLE, INDIRECT, NEXT, SEAM, WRITE, put, put_chain, ram};
 
 mod discard;
 
@@ -316,13 +317,13 @@ fn garbage_is_never_a_panic() {
     let (mut parsed_count, mut answerable, mut accepted) = (0, 0, 0);
     let (mut parsed, mut segments) = (Request::default(), Vec::new());
     for seed in 0..100_000 {
-        let mut random = Random::new(seed);
+        let mut prng = Prng::new(seed);
         for index in 0..6 {
             let places = [HEADER, DATA, STATUS, HIGH, TABLE, HOLE - 3, SEAM - 5, END - 2, u64::MAX - 9];
-            let addr = random.pick(&places);
-            let len = random.pick(&[0, 1, 8, 16, 16, 17, 32, 48, 512, 4096, u32::MAX]);
-            let flags = random.pick(&[0, NEXT, NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, INDIRECT, u16::MAX]);
-            put(&mem, TABLE, index, (addr, len, flags, u16::try_from(random.below(7)).unwrap()));
+            let addr = prng.pick(&places);
+            let len = prng.pick(&[0, 1, 8, 16, 16, 17, 32, 48, 512, 4096, u32::MAX]);
+            let flags = prng.pick(&[0, NEXT, NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, INDIRECT, u16::MAX]);
+            put(&mem, TABLE, index, (addr, len, flags, u16::try_from(prng.below(7)).unwrap()));
         }
         if seed % 2 == 0 {
             // Every other chain starts like a request.
@@ -330,11 +331,11 @@ fn garbage_is_never_a_panic() {
             put(&mem, TABLE, 5, (STATUS, 1, WRITE, 0));
         }
         for word in 0..8 {
-            mem.write_obj(random.next() << 16 | random.next(), GuestAddress(HIGH + word * 8)).unwrap();
+            mem.write_obj(prng.next_u64() << 16 | prng.next_u64(), GuestAddress(HIGH + word * 8)).unwrap();
         }
-        let kind = random.pick(&[0, 1, 4, 8, 11, 13, 99]);
-        mem.write_slice(&header(kind, random.below(1100)), GuestAddress(HEADER)).unwrap();
-        let head = if seed % 2 == 0 { 0 } else { u16::try_from(random.below(7)).unwrap() };
+        let kind = prng.pick(&[0, 1, 4, 8, 11, 13, 99]);
+        mem.write_slice(&header(kind, prng.below(1100)), GuestAddress(HEADER)).unwrap();
+        let head = if seed % 2 == 0 { 0 } else { u16::try_from(prng.below(7)).unwrap() };
         match parse(&mem, &Table::new(&mem, GuestAddress(TABLE), 6), head, &mut parsed) {
             Err(Malformed::NoStatus) => continue,
             Err(Malformed::WithStatus { status }) => {

@@ -6,7 +6,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::*;
-use crate::virtio::testing::{END, HOLE, Random, SEAM, ram};
+use crate::prng::Prng;
+use crate::virtio::testing::{END, HOLE, SEAM, ram};
 
 const TABLE: u64 = 0x1000;
 const AVAIL: u64 = 0x8000;
@@ -50,9 +51,9 @@ fn oracle_wants_call(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
 fn agrees_with_virtio_queue_whatever_the_guest_does() {
     let (mut calls, mut silences) = (0, 0);
     for seed in 0..2000 {
-        let mut random = Random::new(seed);
-        let layout = layout(random.pick(&[1, 2, 8, 64]), random.below(2) == 1);
-        let start = random.pick(&[0, 5, u16::MAX, u16::MAX - 3]);
+        let mut prng = Prng::new(seed);
+        let layout = layout(prng.pick(&[1, 2, 8, 64]), prng.below(2) == 1);
+        let start = prng.pick(&[0, 5, u16::MAX, u16::MAX - 3]);
         let position = Position { next_avail: start, next_used: start };
         let (ours, theirs) = (Arc::new(ram()), ram());
         let theirs: &GuestMemoryMmap = &theirs;
@@ -66,26 +67,26 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
         put(AVAIL + 2, start);
         for _ in 0..100 {
             let waiting = avail_idx.wrapping_sub(queue.position().next_avail);
-            match random.below(5) {
+            match prng.below(5) {
                 0 if usize::from(waiting) + out.len() < usize::from(layout.size) => {
                     let place = u64::from(avail_idx % layout.size);
-                    put(AVAIL + 4 + place * 2, u16::try_from(random.below(u64::from(layout.size))).unwrap());
+                    put(AVAIL + 4 + place * 2, u16::try_from(prng.below(u64::from(layout.size))).unwrap());
                     avail_idx = avail_idx.wrapping_add(1);
                     put(AVAIL + 2, avail_idx);
                 }
-                0 => put(AVAIL + 4 + u64::from(layout.size) * 2, u16::try_from(random.below(0x1_0000)).unwrap()),
-                1 => put(AVAIL, u16::try_from(random.below(2)).unwrap()),
+                0 => put(AVAIL + 4 + u64::from(layout.size) * 2, u16::try_from(prng.below(0x1_0000)).unwrap()),
+                1 => put(AVAIL, u16::try_from(prng.below(2)).unwrap()),
                 2 => {
-                    let (most, mut heads) = (usize::try_from(random.below(9)).unwrap(), Vec::new());
+                    let (most, mut heads) = (usize::try_from(prng.below(9)).unwrap(), Vec::new());
                     queue.take(most, &mut heads).unwrap();
                     let chains = oracle.iter(theirs).unwrap().take(most).map(|chain| chain.head_index());
                     assert!(chains.eq(heads.iter().copied()), "seed {seed}");
                     out.extend(heads);
                 }
                 3 if !out.is_empty() => {
-                    for _ in 0..=random.below(out.len() as u64) {
+                    for _ in 0..=prng.below(out.len() as u64) {
                         let Some(head) = out.pop() else { break };
-                        let len = u32::try_from(random.below(1 << 32)).unwrap();
+                        let len = u32::try_from(prng.below(1 << 32)).unwrap();
                         queue.put_used(head, len);
                         oracle.add_used(theirs, head, len).unwrap();
                     }

@@ -1,55 +1,57 @@
-//! genblk: a vhost-user daemon that serves virtio-blk disks to virtual machines, with a page cache of its own.
+//! genblk: a vhost-user-blk server with a page cache of its own. ARCHITECTURE.md explains it; this is the map.
 //!
-//! Read the modules in this order and you follow a request from the socket to the disk and back.
+//! The modules in the order in which a request meets them, from the socket to the disk:
+//!
+//! 1. [`vhost`]: the socket and the control plane. Messages of the front-end become commands to the workers: start and
+//!    stop vrings, change guest memory.
+//! 2. [`virtio`]: the guest's side, which nothing here trusts. Virtqueues, descriptor chains parsed into requests, guest
+//!    memory, configuration space.
+//! 3. [`device`]: the workers. A turn takes requests from the vrings, admits them to the cache, copies their bytes and
+//!    completes them. Read `worker.rs` first.
+//! 4. [`cached_image`]: an image with its cache. Turns the cache's operations into store requests, and the store's events
+//!    into calls of the cache; carries notices between workers.
+//! 5. [`cache`]: the page cache, without I/O. Decides what is read, written, synced and evicted.
+//! 6. [`store`]: the image, a raw file or block device, through io_uring or threads.
+//!
+//! Under the path:
+//!
+//! - [`arena`]: the memory of the frames, with the ledger by which a cache survives the daemon.
+//! - [`waker`]: wakes a worker from another thread.
+//! - `sys`: system calls that std does not wrap.
+//!
+//! Around it, in the order in which a daemon starts:
+//!
+//! 1. [`logging`], [`cli`], [`config`]: what the operator asks for, checked as a whole before anything starts.
+//! 2. [`daemon`]: the process. Opens, starts, waits for a signal, and ends in order.
+//! 3. [`service`]: one device with everything that serves it.
+//! 4. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
+//! 5. [`systemd`]: notifies the service manager, and keeps memory with it.
+//!
+//! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart.
+//! `sim`, for tests, runs the cache in a simulated world.
 
-/// What the operator says: the command line, and what follows from it.
-pub mod cli;
-/// What the operator asks for, checked whole before anything starts.
-pub mod config;
-/// The log: one line a record on standard error.
-pub mod logging;
-
-/// The process: opens, starts, waits, ends in order.
-pub mod daemon;
-/// What a daemon that is gone has left in memory.
-pub mod recover;
-/// A device with all that serves it.
-pub mod service;
-/// The socket, and what front-ends say on it.
-pub mod vhost;
-/// The guest's side: its rings, its requests, its memory. Trusts nothing.
-pub mod virtio;
-
-/// The memory behind frames.
 pub mod arena;
-/// The page cache, without I/O.
 pub mod cache;
-/// An image with its cache.
 pub mod cached_image;
-/// Where a request meets the cache.
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod device;
-/// The backing image.
-pub mod store;
-/// Wakes a worker thread.
-pub mod waker;
-
-/// System calls that std does not wrap.
-pub(crate) mod sys;
-
-/// The service manager that started the daemon.
-pub mod systemd;
-
-/// The identity of an image.
-pub mod image_id;
-
-/// One error type.
 pub mod error;
-/// The words that every layer shares.
-pub mod units;
-
+pub mod image_id;
+pub mod logging;
+pub mod recover;
+pub mod service;
 #[cfg(test)]
 #[path = "../tests/common/prng.rs"]
 #[allow(dead_code, reason = "shared with the tests under tests/, which use more of it")]
 mod prng;
 #[cfg(test)]
 mod sim;
+pub mod store;
+pub(crate) mod sys;
+pub mod systemd;
+pub mod units;
+pub mod vhost;
+pub mod virtio;
+pub mod waker;

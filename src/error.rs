@@ -4,10 +4,6 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP};
-
-use crate::units::Fault;
-
 /// What went wrong, coarse enough to stay stable and fine enough to act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -78,15 +74,4 @@ impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.source.as_ref().map(|e| e as &(dyn StdError + 'static))
     }
-}
-
-/// The virtio-blk status byte a guest sees for a store's fault (virtio 1.2, section 5.2.6).
-pub fn status_byte(fault: Fault) -> u8 {
-    let status = match fault {
-        Fault::Unsupported => VIRTIO_BLK_S_UNSUPP,
-        Fault::NoSpace | Fault::Media | Fault::Fenced | Fault::Gone | Fault::TimedOut | Fault::Invalid => {
-            VIRTIO_BLK_S_IOERR
-        }
-    };
-    u8::try_from(status).expect("virtio status values fit a byte")
 }

@@ -15,11 +15,11 @@ use genblk::device::ring::Ring;
 use genblk::device::{Command, Control, Device};
 use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
 use genblk::vhost::{Server, bind};
+use genblk::virtio::Status;
 use genblk::virtio::chain::Table;
 use genblk::virtio::config_space::DiskParameters;
 use genblk::virtio::guest_copy::{GuestCursor, write_status};
 use genblk::virtio::request::{Disk, Malformed, Request, RequestKind, parse, serial};
-use genblk::virtio::{STATUS_IOERR, STATUS_OK};
 use genblk::waker::Waker;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -161,11 +161,12 @@ fn serve_one(ring: &mut Ring, table: &Table<'_>, head: u16, request: &mut Reques
     match parse(&ring.memory, table, head, request) {
         Ok(()) => {
             let good = request.check(disk).is_ok() && copy(ring, request, buffer);
-            let _ = write_status(&ring.memory, request.status, if good { STATUS_OK } else { STATUS_IOERR });
-            ring.push_used(head, request.used_len(good));
+            let status = if good { Status::Ok } else { Status::IoErr };
+            let _ = write_status(&ring.memory, request.status_addr, status);
+            ring.push_used(head, request.used_len(status));
         }
-        Err(Malformed::WithStatus { status }) => {
-            let _ = write_status(&ring.memory, status, STATUS_IOERR);
+        Err(Malformed::WithStatus { status_addr }) => {
+            let _ = write_status(&ring.memory, status_addr, Status::IoErr);
             ring.push_used(head, 1);
         }
         Err(Malformed::NoStatus) => ring.break_on(head),

@@ -1,10 +1,9 @@
 //! Requests on their way into the cache: taken from a ring, parsed, checked, and put to the cache under its lock.
 
 use crate::cache::{Access, Admitted, Notice, PageCache};
-use crate::error::status_byte;
 use crate::virtio::chain::Table;
 use crate::virtio::request::{Malformed, RequestKind, parse};
-use crate::virtio::{GuestRam, STATUS_IOERR, STATUS_OK};
+use crate::virtio::{GuestRam, Status};
 
 use super::pending::{Slot, Stage};
 use super::requests::Requests;
@@ -35,8 +34,8 @@ impl Requests {
         let pending = &mut self.pending[slot];
         match parse(memory, table, head, &mut pending.request) {
             Ok(()) => self.enqueue(slot, memory),
-            Err(Malformed::WithStatus { status }) => {
-                (pending.request.status, pending.failure) = (status, Some(STATUS_IOERR));
+            Err(Malformed::WithStatus { status_addr }) => {
+                (pending.request.status_addr, pending.status) = (status_addr, Status::IoErr);
                 self.finished.push(slot);
             }
             Err(Malformed::NoStatus) => {
@@ -54,12 +53,12 @@ impl Requests {
         let request = &pending.request;
         pending.write_through = !device.writeback();
         // What this guest believes to be in the disk is gone: it is told with each request, until it begins anew.
-        let alive = if device.arena.has_data_loss() { Err(STATUS_IOERR) } else { Ok(()) };
+        let alive = if device.arena.has_data_loss() { Err(Status::IoErr) } else { Ok(()) };
         let checked = alive.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
             RequestKind::Discard | RequestKind::WriteZeroes => {
                 request.range_segments(memory, &device.disk, &mut pending.ranges)
             }
-            RequestKind::GetId => request.write_id(memory, &device.disk).map_err(|_| STATUS_IOERR),
+            RequestKind::GetId => request.write_id(memory, &device.disk).map_err(|_| Status::IoErr),
             _ => Ok(()),
         });
         let nothing_to_do = match request.kind {
@@ -69,7 +68,7 @@ impl Requests {
             RequestKind::Flush | RequestKind::Unknown(_) => false,
         };
         if let Err(status) = checked {
-            pending.failure = Some(status).filter(|&status| status != STATUS_OK);
+            pending.status = status;
             self.finished.push(slot);
         } else if nothing_to_do {
             self.finished.push(slot);
@@ -124,7 +123,7 @@ impl Requests {
             Admitted::Refused(at, fault) => {
                 pending.admitted = count;
                 pending.settled += u64::from(count - at);
-                pending.failure = Some(status_byte(fault));
+                pending.status = Status::from(fault);
                 self.finish_if_settled(cache, slot);
             }
         }
@@ -152,7 +151,7 @@ impl Requests {
             Notice::Unreadable(ticket, sectors, fault) => {
                 let slot = self.pending.slot_of(ticket);
                 self.pending[slot].settled += u64::from(sectors);
-                self.pending[slot].failure = Some(status_byte(fault));
+                self.pending[slot].status = Status::from(fault);
                 self.finish_if_settled(cache, slot);
             }
             Notice::Resume(ticket) => self.resumed.push(self.pending.slot_of(ticket)),
@@ -161,7 +160,7 @@ impl Requests {
                 let slot = self.pending.slot_of(ticket);
                 let pending = &mut self.pending[slot];
                 if let Err(fault) = result {
-                    pending.failure = Some(status_byte(fault));
+                    pending.status = Status::from(fault);
                 }
                 if pending.stage == Stage::Flush {
                     self.finished.push(slot);

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 
 use crate::cache::PageCache;
 use crate::units::Tick;
-use crate::virtio::STATUS_OK;
+use crate::virtio::Status;
 use crate::virtio::guest_copy::write_status;
 use crate::virtio::request::RequestKind;
 
@@ -22,7 +22,7 @@ impl Requests {
             return;
         }
         let changes_data = matches!(pending.request.kind, RequestKind::Write | RequestKind::WriteZeroes);
-        if changes_data && pending.write_through && pending.failure.is_none() {
+        if changes_data && pending.write_through && pending.status == Status::Ok {
             pending.stage = Stage::Flush;
             cache.flush(ticket);
         } else {
@@ -56,10 +56,9 @@ impl Requests {
     fn complete(&mut self, rings: &mut [Option<Ring>], slot: Slot) {
         let pending = &self.pending[slot];
         let ring = rings[usize::from(pending.ring)].as_mut().expect("a ring with requests out is there");
-        let status = pending.failure.unwrap_or(STATUS_OK);
         // The address was checked when the request was parsed; if the memory went since, nobody reads the status.
-        let _ = write_status(&ring.memory, pending.request.status, status);
-        ring.push_used(pending.request.head, pending.request.used_len(status == STATUS_OK));
+        let _ = write_status(&ring.memory, pending.request.status_addr, pending.status);
+        ring.push_used(pending.request.head, pending.request.used_len(pending.status));
         self.pending.release(slot);
     }
 

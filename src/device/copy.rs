@@ -3,12 +3,12 @@
 use crate::cache::{PageCache, Piece};
 use crate::cached_image::WorkerPort;
 use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
-use crate::virtio::STATUS_IOERR;
+use crate::virtio::Status;
 use crate::virtio::guest_copy::{BadAddress, GuestCursor, LINE_BYTES, prefetch};
 use crate::virtio::request::RequestKind;
 
 use super::pending::Pending;
-use super::requests::Requests;
+use super::requests::{Requests, Written};
 use super::ring::Ring;
 
 impl Requests {
@@ -18,18 +18,20 @@ impl Requests {
         let mut following = copies[..].iter().skip(1);
         for of_one in copies.chunk_by(|(slot, _), (other, _)| slot == other) {
             let slot = of_one[0].0;
-            let Pending { request, ring, settled, failure, .. } = &mut pending[slot];
+            let Pending { request, ring, settled, status, .. } = &mut pending[slot];
             let ring = rings[usize::from(*ring)].as_ref().expect("a ring with requests out is there");
             let mut cursor = GuestCursor::new(&ring.memory, &request.data);
             for &(_, piece) in of_one {
                 let next = following.next().and_then(|(_, next)| port.memory(next));
-                let good = copy(&mut cursor, request.kind, &piece, port.memory(&piece), next).is_ok();
+                let copied = copy(&mut cursor, request.kind, &piece, port.memory(&piece), next);
                 if request.kind == RequestKind::Write {
-                    written.push((slot, piece, good));
+                    written.push(Written { slot, piece, copied });
                 } else {
                     read.push(piece);
                     *settled += u64::from(piece.count);
-                    *failure = failure.or((!good).then_some(STATUS_IOERR));
+                    if copied.is_err() && *status == Status::Ok {
+                        *status = Status::IoErr;
+                    }
                 }
             }
             if request.kind != RequestKind::Write && pending[slot].is_settled() {
@@ -42,12 +44,12 @@ impl Requests {
     /// Gives what was written back to the cache, under its lock: only then may a write be answered.
     pub(super) fn give_back_written(&mut self, cache: &mut PageCache) {
         for at in 0..self.written.len() {
-            let (slot, piece, good) = self.written[at];
-            cache.finish_write(&piece, good);
+            let Written { slot, piece, copied } = self.written[at];
+            cache.finish_write(&piece, copied.is_ok());
             let pending = &mut self.pending[slot];
             pending.settled += u64::from(piece.count);
-            if !good {
-                pending.failure = Some(STATUS_IOERR);
+            if copied.is_err() {
+                pending.status = Status::IoErr;
             }
             self.finish_if_settled(cache, slot);
         }

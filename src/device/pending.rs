@@ -3,6 +3,7 @@
 use crate::cache::Ticket;
 use crate::cached_image::WorkerPort;
 use crate::units::low_u32;
+use crate::virtio::Status;
 use crate::virtio::request::{RangeSegment, Request};
 
 /// What a request waits for.
@@ -30,8 +31,8 @@ pub(super) struct Pending {
     pub admitted: u32,
     /// Sectors (or ranges) that are done or have failed.
     pub settled: u64,
-    /// The status to answer with, once it is known not to be OK.
-    pub failure: Option<u8>,
+    /// How it ends; [`Status::Ok`] until something fails.
+    pub status: Status,
     /// Writes: whether the answer must wait until the data is stable.
     pub write_through: bool,
     /// Writes: microseconds by which the answer is held back.
@@ -80,7 +81,7 @@ impl PendingTable {
                 stage: Stage::Idle,
                 admitted: 0,
                 settled: 0,
-                failure: None,
+                status: Status::Ok,
                 write_through: false,
                 delay_us: 0,
                 generation: 0,
@@ -91,7 +92,7 @@ impl PendingTable {
         // 15 bits: the topmost of the worker's own part marks flushes of the control plane.
         pending.generation = (pending.generation + 1) & 0x7fff;
         (pending.ring, pending.stage) = (ring, Stage::Data);
-        (pending.admitted, pending.settled, pending.failure) = (0, 0, None);
+        (pending.admitted, pending.settled, pending.status) = (0, 0, Status::Ok);
         (pending.write_through, pending.delay_us) = (false, 0);
         pending.ranges.clear();
         slot

@@ -7,12 +7,18 @@ use std::sync::mpsc::Sender;
 
 use crate::cache::{Piece, Ticket};
 use crate::units::{Fault, Tick};
+use crate::virtio::guest_copy::BadAddress;
 
 use super::Device;
 use super::pending::{PendingTable, Slot};
 
-/// A piece of a write that was copied: its request, and whether all of it could be.
-pub(super) type Written = (Slot, Piece, bool);
+/// A piece of a write after its copy, which may have failed half-way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Written {
+    pub slot: Slot,
+    pub piece: Piece,
+    pub copied: Result<(), BadAddress>,
+}
 
 /// The requests of a worker and where they stand; `admit.rs`, `copy.rs` and `complete.rs` move them along.
 #[derive(Debug)]

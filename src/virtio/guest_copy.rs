@@ -12,7 +12,7 @@ use std::ptr;
 
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use crate::virtio::GuestRam;
+use crate::virtio::{GuestRam, Status};
 
 #[cfg(test)]
 mod tests;
@@ -253,9 +253,9 @@ pub fn read_once(mem: &GuestRam, addr: GuestAddress, target: &mut [u8]) -> Resul
 ///
 /// # Errors
 /// [`BadAddress`] when the address is not in guest memory (any more).
-pub fn write_status(mem: &GuestRam, addr: GuestAddress, status: u8) -> Result<(), BadAddress> {
+pub fn write_status(mem: &GuestRam, addr: GuestAddress, status: Status) -> Result<(), BadAddress> {
     let place = mem.slice(addr, 1).ok_or(BadAddress)?;
-    place.write_obj(status, 0).map_err(|_| BadAddress)
+    place.write_obj(status as u8, 0).map_err(|_| BadAddress)
 }
 
 /// Copies `len` bytes with volatile reads: eight at a time where the source allows.

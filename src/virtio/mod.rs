@@ -16,18 +16,36 @@ mod testing;
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
 
+use crate::units::Fault;
+
 pub use ram::GuestRam;
 
-/// Status byte: the request is done (virtio 1.2, section 5.2.6).
-pub const STATUS_OK: u8 = 0;
-/// Status byte: the device or the driver erred.
-pub const STATUS_IOERR: u8 = 1;
-/// Status byte: the device does not know this request.
-pub const STATUS_UNSUPP: u8 = 2;
+/// How a request ended, as its status byte tells the driver (virtio 1.2, section 5.2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// VIRTIO_BLK_S_OK: it succeeded.
+    Ok = 0,
+    /// VIRTIO_BLK_S_IOERR: it was invalid, or the device failed.
+    IoErr = 1,
+    /// VIRTIO_BLK_S_UNSUPP: the device does not offer it.
+    Unsupported = 2,
+}
 
-const _: () = assert!(STATUS_OK as u32 == VIRTIO_BLK_S_OK);
-const _: () = assert!(STATUS_IOERR as u32 == VIRTIO_BLK_S_IOERR);
-const _: () = assert!(STATUS_UNSUPP as u32 == VIRTIO_BLK_S_UNSUPP);
+const _: () = assert!(Status::Ok as u32 == VIRTIO_BLK_S_OK);
+const _: () = assert!(Status::IoErr as u32 == VIRTIO_BLK_S_IOERR);
+const _: () = assert!(Status::Unsupported as u32 == VIRTIO_BLK_S_UNSUPP);
+
+impl From<Fault> for Status {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Unsupported => Self::Unsupported,
+            Fault::NoSpace | Fault::Media | Fault::Fenced | Fault::Gone | Fault::TimedOut | Fault::Invalid => {
+                Self::IoErr
+            }
+        }
+    }
+}
 
 /// Most data segments of one request: a queue of 128 less the header's and the status byte's descriptor, what QEMU and
 /// cloud-hypervisor offer too. A hint for the driver; a chain may have up to [`chain::CHAIN_DESCRIPTORS_MAX`].

@@ -13,7 +13,7 @@ use vm_memory::{Address, GuestAddress};
 use crate::units::{SECTOR_BYTES, SectorSpan};
 use crate::virtio::chain::{Buffer, Chain, Table};
 use crate::virtio::guest_copy::{BadAddress, GuestCursor, GuestRange, read_once};
-use crate::virtio::{GuestRam, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, STATUS_IOERR, STATUS_UNSUPP};
+use crate::virtio::{GuestRam, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, Status};
 
 #[cfg(test)]
 mod tests;
@@ -109,7 +109,7 @@ pub enum Malformed {
     /// Answer IOERR there, with a used length of 1.
     WithStatus {
         /// The status byte, in guest memory.
-        status: GuestAddress,
+        status_addr: GuestAddress,
     },
     /// There is no byte to answer to: the ring is broken.
     NoStatus,
@@ -129,13 +129,13 @@ pub struct Request {
     /// Sum of the lengths in `data`; with the status byte at most `u32::MAX`.
     pub data_bytes: u64,
     /// Where the status byte goes.
-    pub status: GuestAddress,
+    pub status_addr: GuestAddress,
 }
 
 impl Default for Request {
     fn default() -> Self {
-        let (kind, status) = (RequestKind::Unknown(u32::MAX), GuestAddress(0));
-        Self { head: 0, kind, sector: 0, data: Vec::new(), data_bytes: 0, status }
+        let (kind, status_addr) = (RequestKind::Unknown(u32::MAX), GuestAddress(0));
+        Self { head: 0, kind, sector: 0, data: Vec::new(), data_bytes: 0, status_addr }
     }
 }
 
@@ -236,16 +236,16 @@ impl<'a> Gather<'a> {
     /// Finds the status byte and takes it off the data.
     fn finish(self, mem: &GuestRam) -> Result<(), Malformed> {
         let last = self.last_writable.ok_or(Malformed::NoStatus)?;
-        let status = last.addr.checked_add(u64::from(last.len) - 1).ok_or(Malformed::NoStatus)?;
-        if mem.slice(status, 1).is_none() {
+        let status_addr = last.addr.checked_add(u64::from(last.len) - 1).ok_or(Malformed::NoStatus)?;
+        if mem.slice(status_addr, 1).is_none() {
             return Err(Malformed::NoStatus);
         }
         let whole = self.header_len == HEADER_BYTES && self.chain_bytes <= u64::from(u32::MAX);
         if self.malformed || !whole {
-            return Err(Malformed::WithStatus { status });
+            return Err(Malformed::WithStatus { status_addr });
         }
         let request = self.request;
-        request.status = status;
+        request.status_addr = status_addr;
         if request.kind.has_writable_data()
             && let Some(range) = request.data.last_mut()
         {
@@ -269,29 +269,29 @@ impl Request {
     /// # Errors
     /// UNSUPP for what the disk doesn't offer, IOERR for what is wrong; a write to a read-only disk is IOERR as section
     /// 5.2.6.2 demands, of every mutating kind.
-    pub fn check(&self, disk: &Disk) -> Result<(), u8> {
-        let refuse_if = |wrong: bool, status: u8| if wrong { Err(status) } else { Ok(()) };
+    pub fn check(&self, disk: &Disk) -> Result<(), Status> {
+        let refuse_if = |wrong: bool, status: Status| if wrong { Err(status) } else { Ok(()) };
         match self.kind {
             RequestKind::Read => self.check_range(disk),
             RequestKind::Write => {
-                refuse_if(disk.read_only, STATUS_IOERR)?;
+                refuse_if(disk.read_only, Status::IoErr)?;
                 self.check_range(disk)
             }
             RequestKind::Flush => Ok(()),
             RequestKind::Discard | RequestKind::WriteZeroes => {
                 let offered = if self.kind == RequestKind::Discard { disk.can_discard } else { disk.can_zero };
-                refuse_if(disk.read_only, STATUS_IOERR)?;
-                refuse_if(!offered, STATUS_UNSUPP)?;
+                refuse_if(disk.read_only, Status::IoErr)?;
+                refuse_if(!offered, Status::Unsupported)?;
                 self.payload_bytes().map(|_| ())
             }
-            RequestKind::GetId => refuse_if(self.data_bytes == 0, STATUS_IOERR),
-            RequestKind::Unknown(_) => Err(STATUS_UNSUPP),
+            RequestKind::GetId => refuse_if(self.data_bytes == 0, Status::IoErr),
+            RequestKind::Unknown(_) => Err(Status::Unsupported),
         }
     }
 
-    fn check_range(&self, disk: &Disk) -> Result<(), u8> {
+    fn check_range(&self, disk: &Disk) -> Result<(), Status> {
         let whole = self.data_bytes.is_multiple_of(SECTOR_BYTES);
-        if whole && fits(disk, self.sector, self.data_bytes / SECTOR_BYTES) { Ok(()) } else { Err(STATUS_IOERR) }
+        if whole && fits(disk, self.sector, self.data_bytes / SECTOR_BYTES) { Ok(()) } else { Err(Status::IoErr) }
     }
 
     /// The sectors of a read or write that passed [`Self::check`].
@@ -300,10 +300,10 @@ impl Request {
     }
 
     /// Length of a DISCARD's or WRITE ZEROES' payload: one to [`MAX_DISCARD_SEGMENTS`] whole segments.
-    fn payload_bytes(&self) -> Result<usize, u8> {
+    fn payload_bytes(&self) -> Result<usize, Status> {
         match usize::try_from(self.data_bytes) {
             Ok(len) if len > 0 && len <= PAYLOAD_BYTES_MAX && len.is_multiple_of(SEGMENT_BYTES) => Ok(len),
-            _ => Err(STATUS_IOERR),
+            _ => Err(Status::IoErr),
         }
     }
 
@@ -317,11 +317,11 @@ impl Request {
     /// UNSUPP if any segment has an unknown flag, or UNMAP in a DISCARD (section 5.2.6.2, a MUST, so it goes before
     /// the other checks); IOERR for a payload of a wrong length or outside guest memory, a segment that leaves the disk or
     /// is longer than [`MAX_DISCARD_SECTORS`].
-    pub fn range_segments(&self, mem: &GuestRam, disk: &Disk, segments: &mut Vec<RangeSegment>) -> Result<(), u8> {
+    pub fn range_segments(&self, mem: &GuestRam, disk: &Disk, segments: &mut Vec<RangeSegment>) -> Result<(), Status> {
         segments.clear();
         let mut buffer = [0; PAYLOAD_BYTES_MAX];
         let payload = &mut buffer[..self.payload_bytes()?];
-        GuestCursor::new(mem, &self.data).read(0, payload).map_err(|BadAddress| STATUS_IOERR)?;
+        GuestCursor::new(mem, &self.data).read(0, payload).map_err(|BadAddress| Status::IoErr)?;
         let allowed = if self.kind == RequestKind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         let (raw_segments, _) = payload.as_chunks::<SEGMENT_BYTES>();
         let mut wrong = false;
@@ -332,7 +332,7 @@ impl Request {
             let flags = u32::from_le_bytes([f0, f1, f2, f3]);
             if flags & !allowed != 0 {
                 segments.clear();
-                return Err(STATUS_UNSUPP);
+                return Err(Status::Unsupported);
             }
             wrong |= count > MAX_DISCARD_SECTORS || !fits(disk, start, u64::from(count));
             if count > 0 {
@@ -342,7 +342,7 @@ impl Request {
         }
         if wrong {
             segments.clear();
-            return Err(STATUS_IOERR);
+            return Err(Status::IoErr);
         }
         Ok(())
     }
@@ -362,13 +362,14 @@ impl Request {
     /// The used ring's length: bytes written to the device-writable part, status included (section 2.7.8).
     ///
     /// => A failure counts its status byte alone, whatever was copied before: the driver may not look at the data.
-    pub fn used_len(&self, ok: bool) -> u32 {
-        let written = match self.kind {
-            RequestKind::Read if ok => u32::try_from(self.data_bytes).unwrap_or(u32::MAX),
-            RequestKind::GetId if ok => u32::try_from(self.id_len()).unwrap_or(u32::MAX),
+    pub fn used_len(&self, status: Status) -> u32 {
+        let data_written = match self.kind {
+            _ if status != Status::Ok => 0,
+            RequestKind::Read => u32::try_from(self.data_bytes).unwrap_or(u32::MAX),
+            RequestKind::GetId => u32::try_from(self.id_len()).unwrap_or(u32::MAX),
             _ => 0,
         };
-        written.saturating_add(1)
+        data_written.saturating_add(1)
     }
 }
 

@@ -5,7 +5,7 @@ use vm_memory::Bytes;
 
 use super::*;
 use crate::prng::Prng;
-use crate::virtio::STATUS_OK;
+use crate::virtio::Status;
 use crate::virtio::guest_copy::write_status;
 use crate::virtio::testing::{END, HIGH, HOLE, INDIRECT, NEXT, SEAM, WRITE, put, put_chain, ram};
 
@@ -99,7 +99,7 @@ fn any_layout_gives_the_same_request() {
                     assert_eq!((parsed.kind, parsed.sector), (RequestKind::from_wire(kind), sector));
                     assert_eq!(addresses(&parsed), expected, "{buffers:?}");
                     assert_eq!(parsed.data_bytes, expected.len() as u64);
-                    assert_eq!(parsed.status, GuestAddress(writable + write_len - 1));
+                    assert_eq!(parsed.status_addr, GuestAddress(writable + write_len - 1));
                 }
             }
         }
@@ -138,7 +138,7 @@ fn put_layout(mem: &GuestRam, buffers: &[Piece], plain: usize) {
 #[test]
 fn a_wrong_request_with_a_status_byte_can_be_answered() {
     let mem = ram();
-    let answerable = Err(Malformed::WithStatus { status: GuestAddress(STATUS) });
+    let answerable = Err(Malformed::WithStatus { status_addr: GuestAddress(STATUS) });
     let status = (STATUS, 1, WRITE);
     let cases: [&[Piece]; 10] = [
         &[status],
@@ -186,9 +186,9 @@ fn a_chain_longer_than_the_protocol_allows_is_answered_with_an_error() {
     let mem = ram();
     let status = (STATUS, 1, WRITE);
     let longest = request(&mem, 0, 0, &[(HEADER, 16, 0), (0, u32::MAX - 17, WRITE), status]).unwrap();
-    assert_eq!((longest.data_bytes, longest.used_len(true)), (u64::from(u32::MAX) - 17, u32::MAX - 16));
-    assert_eq!(longest.check(&disk()), Err(STATUS_IOERR));
-    let answerable = Err(Malformed::WithStatus { status: GuestAddress(STATUS) });
+    assert_eq!((longest.data_bytes, longest.used_len(Status::Ok)), (u64::from(u32::MAX) - 17, u32::MAX - 16));
+    assert_eq!(longest.check(&disk()), Err(Status::IoErr));
+    let answerable = Err(Malformed::WithStatus { status_addr: GuestAddress(STATUS) });
     assert_eq!(request(&mem, 0, 0, &[(HEADER, 16, 0), (0, u32::MAX - 16, WRITE), status]), answerable);
     let many = [[(HEADER, 16, 0)].as_slice(), &[(0, u32::MAX, WRITE); 40], &[status]].concat();
     assert_eq!(request(&mem, 0, 0, &many), answerable);
@@ -217,7 +217,7 @@ fn reads_and_writes_are_held_to_the_disk() {
     ];
     for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
         for (sector, len, fine) in cases {
-            let expected = if fine { Ok(()) } else { Err(STATUS_IOERR) };
+            let expected = if fine { Ok(()) } else { Err(Status::IoErr) };
             assert_eq!(plain(&mem, kind, sector, len).check(&disk()), expected, "{kind} {sector} {len}");
         }
     }
@@ -230,11 +230,11 @@ fn a_read_only_disk_refuses_every_mutating_kind() {
     let mem = ram();
     let read_only = Disk { read_only: true, ..disk() };
     for kind in ALL {
-        let expected = if is_out(kind) { Err(STATUS_IOERR) } else { Ok(()) };
+        let expected = if is_out(kind) { Err(Status::IoErr) } else { Ok(()) };
         assert_eq!(plain(&mem, kind, 0, 512).check(&read_only), expected, "{kind}");
         assert_eq!(plain(&mem, kind, 0, 512).check(&disk()), Ok(()), "{kind}");
     }
-    assert_eq!(plain(&mem, VIRTIO_BLK_T_OUT, 0, 0).check(&read_only), Err(STATUS_IOERR));
+    assert_eq!(plain(&mem, VIRTIO_BLK_T_OUT, 0, 0).check(&read_only), Err(Status::IoErr));
 }
 
 #[test]
@@ -244,12 +244,12 @@ fn what_the_disk_does_not_offer_is_unsupported() {
     for kind in kinds {
         let parsed = plain(&mem, kind, 0, 512);
         assert_eq!((parsed.kind, parsed.data.len()), (RequestKind::Unknown(kind), 0));
-        assert_eq!(parsed.check(&disk()), Err(STATUS_UNSUPP));
-        assert_eq!(parsed.used_len(false), 1);
+        assert_eq!(parsed.check(&disk()), Err(Status::Unsupported));
+        assert_eq!(parsed.used_len(Status::IoErr), 1);
     }
     let plain_disk = Disk { can_discard: false, can_zero: false, ..disk() };
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
-        assert_eq!(plain(&mem, kind, 0, 16).check(&plain_disk), Err(STATUS_UNSUPP));
+        assert_eq!(plain(&mem, kind, 0, 16).check(&plain_disk), Err(Status::Unsupported));
     }
 }
 
@@ -260,7 +260,7 @@ fn a_flush_is_fine_with_and_without_data() {
     let bare = request(&mem, VIRTIO_BLK_T_FLUSH, u64::MAX, &[(HEADER, 16, 0), (STATUS, 1, WRITE)]).unwrap();
     for parsed in [bare, plain(&mem, VIRTIO_BLK_T_FLUSH, u64::MAX, 4096)] {
         assert_eq!(parsed.check(&disk()), Ok(()));
-        assert_eq!((parsed.data.len(), parsed.data_bytes, parsed.used_len(true)), (0, 0, 1));
+        assert_eq!((parsed.data.len(), parsed.data_bytes, parsed.used_len(Status::Ok)), (0, 0, 1));
     }
 }
 
@@ -274,8 +274,8 @@ fn the_serial_is_written_whole_padded_and_never_past_its_room() {
         mem.write_slice(&[0xee; 600], GuestAddress(DATA)).unwrap();
         let parsed = plain(&mem, VIRTIO_BLK_T_GET_ID, 0, room);
         if room == 0 {
-            assert_eq!(parsed.check(&disk()), Err(STATUS_IOERR));
-            assert_eq!(parsed.used_len(false), 1);
+            assert_eq!(parsed.check(&disk()), Err(Status::IoErr));
+            assert_eq!(parsed.used_len(Status::IoErr), 1);
             continue;
         }
         assert_eq!(parsed.check(&disk()), Ok(()));
@@ -286,7 +286,7 @@ fn the_serial_is_written_whole_padded_and_never_past_its_room() {
         let mut seen = vec![0; 600];
         mem.read_slice(&mut seen, GuestAddress(DATA)).unwrap();
         assert_eq!(seen, expected);
-        assert_eq!(parsed.used_len(true), room.min(20) + 1);
+        assert_eq!(parsed.used_len(Status::Ok), room.min(20) + 1);
     }
     let outside = [(HEADER, 16, 0), (HOLE, 20, WRITE), (STATUS, 1, WRITE)];
     let parsed = request(&mem, VIRTIO_BLK_T_GET_ID, 0, &outside).unwrap();
@@ -304,8 +304,8 @@ fn used_length_counts_what_was_written_to_the_guest() {
             RequestKind::GetId => 21,
             _ => 1,
         };
-        assert_eq!(parsed.used_len(true), expected);
-        assert_eq!(parsed.used_len(false), 1);
+        assert_eq!(parsed.used_len(Status::Ok), expected);
+        assert_eq!(parsed.used_len(Status::IoErr), 1);
     }
 }
 
@@ -338,8 +338,8 @@ fn garbage_is_never_a_panic() {
         let head = if seed % 2 == 0 { 0 } else { u16::try_from(prng.below(7)).unwrap() };
         match parse(&mem, &Table::new(&mem, GuestAddress(TABLE), 6), head, &mut parsed) {
             Err(Malformed::NoStatus) => continue,
-            Err(Malformed::WithStatus { status }) => {
-                assert_eq!(write_status(&mem, status, STATUS_IOERR), Ok(()));
+            Err(Malformed::WithStatus { status_addr }) => {
+                assert_eq!(write_status(&mem, status_addr, Status::IoErr), Ok(()));
                 answerable += 1;
                 continue;
             }
@@ -355,7 +355,7 @@ fn garbage_is_never_a_panic() {
             }
             let _ = parsed.write_id(&mem, &disk());
         }
-        assert_eq!(write_status(&mem, parsed.status, STATUS_OK), Ok(()));
+        assert_eq!(write_status(&mem, parsed.status_addr, Status::Ok), Ok(()));
     }
     let enough = parsed_count > 3_000 && answerable > 3_000 && accepted > 1_000;
     assert!(enough, "{parsed_count} parsed, {answerable} answerable, {accepted} accepted");

@@ -7,7 +7,7 @@ fn raw_segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
 }
 
 /// What [`Request::range_segments`] makes of these segments, laid out in pieces of `cut` bytes across a seam of regions.
-fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<RangeSegment>, u8> {
+fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<RangeSegment>, Status> {
     let mem = ram();
     let bytes: Vec<u8> = raw.iter().flat_map(|&(sector, count, flags)| raw_segment(sector, count, flags)).collect();
     let mut buffers = vec![(HEADER, 16, 0)];
@@ -49,12 +49,12 @@ fn unknown_flags_are_unsupported_before_anything_else_is_wrong() {
     let (discard, zero) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
     let unmapped = RangeSegment { span: SectorSpan::new(1, 2), unmap: true };
     assert_eq!(segments_of(zero, &[(1, 2, 1)], 16), Ok(vec![unmapped]));
-    assert_eq!(segments_of(discard, &[(1, 2, 1)], 16), Err(STATUS_UNSUPP));
+    assert_eq!(segments_of(discard, &[(1, 2, 1)], 16), Err(Status::Unsupported));
     for flags in [2, 3, 1 << 31, u32::MAX] {
         for kind in [discard, zero] {
-            assert_eq!(segments_of(kind, &[(1, 2, flags)], 16), Err(STATUS_UNSUPP), "{flags}");
-            assert_eq!(segments_of(kind, &[(u64::MAX, 2, 0), (1, 2, flags)], 16), Err(STATUS_UNSUPP));
-            assert_eq!(segments_of(kind, &[(1, 2, 0), (1, 0, flags)], 16), Err(STATUS_UNSUPP));
+            assert_eq!(segments_of(kind, &[(1, 2, flags)], 16), Err(Status::Unsupported), "{flags}");
+            assert_eq!(segments_of(kind, &[(u64::MAX, 2, 0), (1, 2, flags)], 16), Err(Status::Unsupported));
+            assert_eq!(segments_of(kind, &[(1, 2, 0), (1, 0, flags)], 16), Err(Status::Unsupported));
         }
     }
 }
@@ -65,19 +65,19 @@ fn segments_outside_the_disk_or_the_limits_are_errors() {
     let bad = [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX, u32::MAX), (end + 1, 0), (0, 32769), (0, u32::MAX)];
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         for (sector, count) in bad {
-            assert_eq!(segments_of(kind, &[(sector, count, 0)], 16), Err(STATUS_IOERR), "{sector} {count}");
-            assert_eq!(segments_of(kind, &[(0, 1, 0), (sector, count, 0)], 16), Err(STATUS_IOERR));
+            assert_eq!(segments_of(kind, &[(sector, count, 0)], 16), Err(Status::IoErr), "{sector} {count}");
+            assert_eq!(segments_of(kind, &[(0, 1, 0), (sector, count, 0)], 16), Err(Status::IoErr));
         }
         assert_eq!(segments_of(kind, &[(0, 32768, 0), (end, 0, 0)], 16).unwrap().len(), 1);
         assert_eq!(segments_of(kind, &[(0, 1, 0); 32], 512).unwrap().len(), 32);
-        assert_eq!(segments_of(kind, &[(0, 1, 0); 33], 528), Err(STATUS_IOERR));
-        assert_eq!(segments_of(kind, &[], 16), Err(STATUS_IOERR));
+        assert_eq!(segments_of(kind, &[(0, 1, 0); 33], 528), Err(Status::IoErr));
+        assert_eq!(segments_of(kind, &[], 16), Err(Status::IoErr));
     }
     let mem = ram();
     for len in [15, 17, 31, 40_000] {
-        assert_eq!(plain(&mem, VIRTIO_BLK_T_DISCARD, 0, len).check(&disk()), Err(STATUS_IOERR));
+        assert_eq!(plain(&mem, VIRTIO_BLK_T_DISCARD, 0, len).check(&disk()), Err(Status::IoErr));
     }
     let unmapped = [(HEADER, 16, 0), (HOLE, 16, 0), (STATUS, 1, WRITE)];
     let parsed = request(&mem, VIRTIO_BLK_T_DISCARD, 0, &unmapped).unwrap();
-    assert_eq!(parsed.range_segments(&mem, &disk(), &mut vec![]), Err(STATUS_IOERR));
+    assert_eq!(parsed.range_segments(&mem, &disk(), &mut vec![]), Err(Status::IoErr));
 }

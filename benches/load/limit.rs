@@ -16,7 +16,7 @@ use genblk::device::{Command, Control, Device};
 use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
 use genblk::vhost::{Server, bind};
 use genblk::virtio::Status;
-use genblk::virtio::chain::Table;
+use genblk::virtio::chain::DescriptorTable;
 use genblk::virtio::config_space::DiskParameters;
 use genblk::virtio::guest_copy::{GuestCursor, write_status};
 use genblk::virtio::request::{Disk, Malformed, Request, RequestKind, parse, serial};
@@ -157,7 +157,14 @@ impl Copier {
     }
 }
 
-fn serve_one(ring: &mut Ring, table: &Table<'_>, head: u16, request: &mut Request, disk: &Disk, buffer: &Arena) {
+fn serve_one(
+    ring: &mut Ring,
+    table: &DescriptorTable<'_>,
+    head: u16,
+    request: &mut Request,
+    disk: &Disk,
+    buffer: &Arena,
+) {
     match parse(&ring.memory, table, head, request) {
         Ok(()) => {
             let good = request.check(disk).is_ok() && copy(ring, request, buffer);

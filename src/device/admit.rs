@@ -1,7 +1,7 @@
 //! Requests on their way into the cache: taken from a ring, parsed, checked, and put to the cache under its lock.
 
 use crate::cache::{Access, Admitted, Notice, PageCache};
-use crate::virtio::chain::Table;
+use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::{Malformed, RequestKind, parse};
 use crate::virtio::{GuestRam, Status};
 
@@ -29,7 +29,7 @@ impl Requests {
     }
 
     /// Takes on the chain at `head`. False: it can't be answered.
-    fn accept_chain(&mut self, index: u16, memory: &GuestRam, table: &Table<'_>, head: u16) -> bool {
+    fn accept_chain(&mut self, index: u16, memory: &GuestRam, table: &DescriptorTable<'_>, head: u16) -> bool {
         let slot = self.pending.take(index);
         let pending = &mut self.pending[slot];
         match parse(memory, table, head, &mut pending.request) {

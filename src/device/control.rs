@@ -6,19 +6,19 @@ use std::sync::{Arc, Mutex};
 
 use log::error;
 
-use super::inflight::RingTrack;
+use super::inflight::InflightTracker;
 use crate::units::Fault;
 use crate::virtio::GuestRam;
-use crate::virtio::split::{Layout, Position};
+use crate::virtio::split::{QueueLayout, QueuePosition};
 use crate::waker::Waker;
 
 /// Everything a ring needs to run.
 #[derive(Debug)]
 pub struct RingSetup {
     /// Where the ring lies.
-    pub layout: Layout,
+    pub layout: QueueLayout,
     /// Where it goes on.
-    pub position: Position,
+    pub position: QueuePosition,
     /// Readable when the guest has made something available.
     pub kick: File,
     /// Written when something has been used; none: the guest polls.
@@ -26,7 +26,7 @@ pub struct RingSetup {
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     /// Where the ring notes what it owes, if the front-end wants that.
-    pub track: Option<RingTrack>,
+    pub track: Option<InflightTracker>,
 }
 
 /// What a worker is told; each is answered when it is done.
@@ -35,7 +35,7 @@ pub enum Command {
     /// Serve this ring from now on.
     Start(u16, Box<RingSetup>, Sender<()>),
     /// Finish what was taken from this ring and take no more. `None`: it did not run.
-    Stop(u16, Sender<Option<Position>>),
+    Stop(u16, Sender<Option<QueuePosition>>),
     /// Use this to interrupt the guest.
     SetCallFd(u16, Option<File>, Sender<()>),
     /// Finish what was taken from every ring, then use this memory.

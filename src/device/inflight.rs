@@ -34,7 +34,7 @@ pub fn ring_bytes(size: u16) -> usize {
 
 /// One ring's part of the inflight region.
 #[derive(Clone, Debug)]
-pub struct RingTrack {
+pub struct InflightTracker {
     memory: Arc<MmapRegion>,
     offset: usize,
     size: u16,
@@ -43,7 +43,7 @@ pub struct RingTrack {
     batch: u16,
 }
 
-impl RingTrack {
+impl InflightTracker {
     /// The part at `offset` of the region, for a ring with `size` descriptors; the region is long enough.
     pub fn new(memory: Arc<MmapRegion>, offset: usize, size: u16) -> Self {
         Self { memory, offset, size, counter: 0, batch: 0 }
@@ -85,7 +85,7 @@ impl RingTrack {
         }
     }
 
-    /// The chain at `head` is on the used ring; the guest will see it with the next [`RingTrack::answered`].
+    /// The chain at `head` is on the used ring; the guest will see it with the next [`InflightTracker::answered`].
     pub fn begin_completion(&mut self, head: u16) {
         if head < self.size {
             let last = self.field::<AtomicU16>(LAST_BATCH_HEAD);
@@ -138,8 +138,8 @@ impl RingTrack {
 mod tests {
     use super::*;
 
-    fn track(memory: &Arc<MmapRegion>) -> RingTrack {
-        RingTrack::new(Arc::clone(memory), ring_bytes(8), 8)
+    fn track(memory: &Arc<MmapRegion>) -> InflightTracker {
+        InflightTracker::new(Arc::clone(memory), ring_bytes(8), 8)
     }
 
     #[test]

@@ -10,11 +10,11 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::control::RingSetup;
-use super::inflight::RingTrack;
+use super::inflight::InflightTracker;
 use super::interrupt::Interrupt;
 use crate::virtio::GuestRam;
-use crate::virtio::chain::Table;
-use crate::virtio::split::{Layout, Position, SplitQueue};
+use crate::virtio::chain::DescriptorTable;
+use crate::virtio::split::{QueueLayout, QueuePosition, SplitQueue};
 
 /// A ring that runs.
 ///
@@ -22,11 +22,11 @@ use crate::virtio::split::{Layout, Position, SplitQueue};
 #[derive(Debug)]
 pub struct Ring {
     index: u16,
-    layout: Layout,
+    layout: QueueLayout,
     /// `None`: it does not lie in guest memory now, and is not served.
     queue: Option<SplitQueue>,
     /// Where it stood when it was last looked up in guest memory.
-    looked_up_at: Position,
+    looked_up_at: QueuePosition,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     kick: File,
@@ -36,7 +36,7 @@ pub struct Ring {
     /// Requests taken and not yet answered.
     in_flight: u16,
     /// Where they are noted for a successor.
-    track: Option<RingTrack>,
+    track: Option<InflightTracker>,
     /// What a predecessor has left is known.
     recovered: bool,
     /// What a predecessor has taken and not answered, last one first: it is taken before anything else.
@@ -94,7 +94,7 @@ impl Ring {
         let used = queue.used_idx();
         let Some(owed) = track.recover(used) else { return };
         let Ok(count) = u16::try_from(owed.len()) else { return };
-        queue.go_on_at(Position { next_avail: used.wrapping_add(count), next_used: used });
+        queue.go_on_at(QueuePosition { next_avail: used.wrapping_add(count), next_used: used });
         if count > 0 {
             info!("ring {}: {count} requests are taken up that were in flight", self.index);
             self.resubmit = owed;
@@ -150,13 +150,13 @@ impl Ring {
     }
 
     /// Where the ring stands.
-    pub fn position(&self) -> Position {
+    pub fn position(&self) -> QueuePosition {
         self.queue.as_ref().map_or(self.looked_up_at, SplitQueue::position)
     }
 
     /// The descriptor table in `memory`, which is the ring's.
-    pub fn table<'a>(&self, memory: &'a GuestRam) -> Table<'a> {
-        Table::new(memory, GuestAddress(self.layout.desc_table), u32::from(self.layout.size))
+    pub fn table<'a>(&self, memory: &'a GuestRam) -> DescriptorTable<'a> {
+        DescriptorTable::new(memory, GuestAddress(self.layout.desc_table), u32::from(self.layout.size))
     }
 
     /// Takes up to `most` heads off the available ring.

@@ -25,7 +25,7 @@ use crate::cached_image::{CachedImage, WorkerPort};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::Tick;
 use crate::virtio::GuestRam;
-use crate::virtio::split::Position;
+use crate::virtio::split::QueuePosition;
 
 use super::control::{Command, Control};
 use super::requests::Requests;
@@ -87,7 +87,7 @@ struct Worker {
     /// The rings that run, by number; no longer than it must be, for a turn looks at each place.
     rings: Vec<Option<Ring>>,
     /// Rings that take no more requests, and who waits for their last answer.
-    stopping: Vec<(u16, Sender<Option<Position>>)>,
+    stopping: Vec<(u16, Sender<Option<QueuePosition>>)>,
     /// Guest memory that comes into use when every ring has answered what it took.
     new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
     requests: Requests,

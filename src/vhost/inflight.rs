@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::wire::Message;
-use crate::device::inflight::{RingTrack, ring_bytes};
+use crate::device::inflight::{InflightTracker, ring_bytes};
 
 /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: size and offset of the region, number of queues, queue size. Some
 /// front-ends send the four bytes of padding that C puts behind it.
@@ -87,12 +87,12 @@ impl Inflight {
     }
 
     /// The part of ring `index`; none if there is no region, or no room for such a ring in it.
-    pub fn of_ring(&self, index: u16, size: u16) -> Option<RingTrack> {
+    pub fn of_ring(&self, index: u16, size: u16) -> Option<InflightTracker> {
         let slot = self.0.lock().expect("nobody panics holding this");
         let Region { memory, shape } = slot.as_ref()?;
         (index < shape.queues && size <= shape.queue_size).then(|| {
             let offset = usize::from(index) * ring_bytes(shape.queue_size);
-            RingTrack::new(Arc::clone(memory), offset, size)
+            InflightTracker::new(Arc::clone(memory), offset, size)
         })
     }
 }

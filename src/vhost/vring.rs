@@ -18,10 +18,10 @@ use vm_memory::GuestAddressSpace;
 use super::Memory;
 use super::inflight::Inflight;
 use crate::device::control::Workers;
-use crate::device::inflight::RingTrack;
+use crate::device::inflight::InflightTracker;
 use crate::device::{Command, Device, RingSetup};
 use crate::virtio::GuestRam;
-use crate::virtio::split::{Layout, Position};
+use crate::virtio::split::{QueueLayout, QueuePosition};
 
 thread_local! {
     /// The workers of the device whose rings are being made, and the rings made so far: the crate makes them in order,
@@ -72,7 +72,7 @@ impl Session {
     fn on_ring_start(&self, index: u16, setup: &RingSetup) {
         self.guest_started.store(true, Ordering::Release);
         // Indices wrap: a ring may be at 0 in the middle of a guest's life. The region tells, where there is one.
-        if setup.track.as_ref().is_some_and(RingTrack::is_kept) {
+        if setup.track.as_ref().is_some_and(InflightTracker::is_kept) {
             self.resumed.fetch_or(1 << index, Ordering::AcqRel);
         }
         let arena = &self.device.arena;
@@ -163,14 +163,14 @@ impl VringControl {
         let state = self.state.get_ref();
         let queue = state.get_queue();
         let setup = RingSetup {
-            layout: Layout {
+            layout: QueueLayout {
                 size: queue.size(),
                 desc_table: queue.desc_table(),
                 avail_ring: queue.avail_ring(),
                 used_ring: queue.used_ring(),
                 event_idx: queue.event_idx_enabled(),
             },
-            position: Position { next_avail: queue.next_avail(), next_used: queue.next_used() },
+            position: QueuePosition { next_avail: queue.next_avail(), next_used: queue.next_used() },
             kick,
             call_fd,
             memory: Arc::new(GuestRam::new(self.shared.memory.memory().into_inner())),

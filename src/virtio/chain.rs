@@ -44,9 +44,9 @@ pub struct BrokenChain;
 ///
 /// => At most [`CHAIN_DESCRIPTORS_MAX`] buffers.
 #[derive(Debug)]
-pub struct Chain<'a> {
+pub struct DescriptorChain<'a> {
     mem: &'a GuestRam,
-    table: Table<'a>,
+    table: DescriptorTable<'a>,
     next: Option<u16>,
     /// Descriptors that the current table can still give without repeating one.
     table_left: u32,
@@ -55,9 +55,9 @@ pub struct Chain<'a> {
     indirect: bool,
 }
 
-impl<'a> Chain<'a> {
+impl<'a> DescriptorChain<'a> {
     /// The chain that starts at descriptor `head` of the ring's table.
-    pub fn new(mem: &'a GuestRam, table: Table<'a>, head: u16) -> Self {
+    pub fn new(mem: &'a GuestRam, table: DescriptorTable<'a>, head: u16) -> Self {
         let (table_left, chain_left) = (table.entries, CHAIN_DESCRIPTORS_MAX);
         Self { mem, table, next: Some(head), table_left, chain_left, indirect: false }
     }
@@ -96,14 +96,14 @@ impl<'a> Chain<'a> {
         }
         // The descriptor that names the table is no buffer of the chain.
         self.chain_left += 1;
-        self.table = Table::new(self.mem, descriptor.addr(), entries);
+        self.table = DescriptorTable::new(self.mem, descriptor.addr(), entries);
         self.table_left = entries;
         self.indirect = true;
         Ok(())
     }
 }
 
-impl Iterator for Chain<'_> {
+impl Iterator for DescriptorChain<'_> {
     type Item = Result<Buffer, BrokenChain>;
 
     #[inline]
@@ -115,14 +115,14 @@ impl Iterator for Chain<'_> {
 
 /// A descriptor table in guest memory.
 #[derive(Clone, Debug)]
-pub struct Table<'a> {
+pub struct DescriptorTable<'a> {
     base: GuestAddress,
     entries: u32,
     /// The table's memory, where one region holds it all.
     slice: Option<VolatileSlice<'a>>,
 }
 
-impl<'a> Table<'a> {
+impl<'a> DescriptorTable<'a> {
     /// A table at `base`: a ring's, or an indirect one.
     ///
     /// => It need not lie in guest memory as a whole; a chain that leaves that memory is broken.

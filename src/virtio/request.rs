@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Address, GuestAddress};
 
 use crate::units::{SECTOR_BYTES, SectorSpan};
-use crate::virtio::chain::{Buffer, Chain, Table};
+use crate::virtio::chain::{Buffer, DescriptorChain, DescriptorTable};
 use crate::virtio::guest_copy::{BadAddress, GuestCursor, GuestRange, read_once};
 use crate::virtio::{GuestRam, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, Status};
 
@@ -148,12 +148,12 @@ impl Default for Request {
 /// [`Malformed`] when the header is short or unreadable, a readable buffer follows a writable one (section 2.7.4.2), the
 /// chain is longer than `u32::MAX` bytes (section 2.7.5.2), it can't be followed to its end, or it has no status byte.
 /// `request` means nothing then.
-pub fn parse(mem: &GuestRam, table: &Table<'_>, head: u16, request: &mut Request) -> Result<(), Malformed> {
+pub fn parse(mem: &GuestRam, table: &DescriptorTable<'_>, head: u16, request: &mut Request) -> Result<(), Malformed> {
     request.head = head;
     request.data.clear();
     request.data_bytes = 0;
     let mut gather = Gather::new(request);
-    for buffer in Chain::new(mem, table.clone(), head) {
+    for buffer in DescriptorChain::new(mem, table.clone(), head) {
         gather.add(mem, buffer.map_err(|_| Malformed::NoStatus)?);
     }
     gather.finish(mem)

@@ -31,7 +31,7 @@ const DESCRIPTOR_BYTES: usize = 16;
 
 /// Where a queue lies and what was negotiated for it; addresses are the guest's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
+pub struct QueueLayout {
     /// Number of descriptors, a power of two.
     pub size: u16,
     /// Descriptor table.
@@ -46,7 +46,7 @@ pub struct Layout {
 
 /// Where the device stands in a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
+pub struct QueuePosition {
     /// Index of the next available entry to take.
     pub next_avail: u16,
     /// Index of the next used element to fill.
@@ -60,9 +60,9 @@ pub struct Overrun;
 /// A split virtqueue, from the device's side.
 #[derive(Debug)]
 pub struct SplitQueue {
-    layout: Layout,
+    layout: QueueLayout,
     rings: Rings,
-    next: Position,
+    next: QueuePosition,
     /// The used index that the guest sees.
     published: u16,
 }
@@ -71,19 +71,19 @@ impl SplitQueue {
     /// A queue that goes on there; `None` if it does not lie in guest memory as it must.
     ///
     /// => Each ring must lie in one region of guest memory, as in every device that looks it up once. The descriptor table
-    ///    need not: see [`Table`](super::chain::Table).
-    pub fn new(memory: &Arc<GuestRam>, layout: Layout, next: Position) -> Option<Self> {
+    ///    need not: see [`DescriptorTable`](super::chain::DescriptorTable).
+    pub fn new(memory: &Arc<GuestRam>, layout: QueueLayout, next: QueuePosition) -> Option<Self> {
         let rings = Rings::find(memory, &layout)?;
         Some(Self { layout, rings, next, published: next.next_used })
     }
 
     /// Where the device stands.
-    pub fn position(&self) -> Position {
+    pub fn position(&self) -> QueuePosition {
         self.next
     }
 
     /// Goes on there.
-    pub fn go_on_at(&mut self, next: Position) {
+    pub fn go_on_at(&mut self, next: QueuePosition) {
         (self.next, self.published) = (next, next.next_used);
     }
 
@@ -183,7 +183,7 @@ struct Rings {
 }
 
 impl Rings {
-    fn find(memory: &Arc<GuestRam>, layout: &Layout) -> Option<Self> {
+    fn find(memory: &Arc<GuestRam>, layout: &QueueLayout) -> Option<Self> {
         let size = usize::from(layout.size);
         if !layout.size.is_power_of_two() {
             return None;

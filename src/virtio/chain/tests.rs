@@ -14,9 +14,9 @@ const USED: u64 = 0x9000;
 /// The buffers of the chain up to its end or its break.
 fn walk(mem: &GuestRam, table: u64, size: u16, head: u16) -> (Vec<Buffer>, Result<(), BrokenChain>) {
     let mut buffers = Vec::new();
-    let table = Table::new(mem, GuestAddress(table), u32::from(size));
+    let table = DescriptorTable::new(mem, GuestAddress(table), u32::from(size));
     table.prefetch_heads(mem, &[head, size, u16::MAX]);
-    for buffer in Chain::new(mem, table, head) {
+    for buffer in DescriptorChain::new(mem, table, head) {
         match buffer {
             Ok(buffer) => buffers.push(buffer),
             Err(broken) => return (buffers, Err(broken)),

@@ -57,7 +57,7 @@ fn request(mem: &GuestRam, kind: u32, sector: u64, buffers: &[Piece]) -> Result<
 fn parse_at(mem: &GuestRam, head: u16) -> Result<Request, Malformed> {
     let stale = GuestRange { addr: GuestAddress(0xdead), len: 77 };
     let mut parsed = Request { kind: RequestKind::Read, data: vec![stale; 3], data_bytes: 231, ..Request::default() };
-    parse(mem, &Table::new(mem, GuestAddress(TABLE), u32::from(SIZE)), head, &mut parsed).map(|()| parsed)
+    parse(mem, &DescriptorTable::new(mem, GuestAddress(TABLE), u32::from(SIZE)), head, &mut parsed).map(|()| parsed)
 }
 
 /// A plain request: header, data of `len` bytes, status.
@@ -336,7 +336,7 @@ fn garbage_is_never_a_panic() {
         let kind = prng.pick(&[0, 1, 4, 8, 11, 13, 99]);
         mem.write_slice(&header(kind, prng.below(1100)), GuestAddress(HEADER)).unwrap();
         let head = if seed % 2 == 0 { 0 } else { u16::try_from(prng.below(7)).unwrap() };
-        match parse(&mem, &Table::new(&mem, GuestAddress(TABLE), 6), head, &mut parsed) {
+        match parse(&mem, &DescriptorTable::new(&mem, GuestAddress(TABLE), 6), head, &mut parsed) {
             Err(Malformed::NoStatus) => continue,
             Err(Malformed::WithStatus { status_addr }) => {
                 assert_eq!(write_status(&mem, status_addr, Status::IoErr), Ok(()));

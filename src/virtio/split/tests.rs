@@ -15,11 +15,11 @@ const USED: u64 = 0x9000;
 /// Longer than either ring of 64.
 const RING_BYTES: usize = 6 + 64 * 8;
 
-fn layout(size: u16, event_idx: bool) -> Layout {
-    Layout { size, desc_table: TABLE, avail_ring: AVAIL, used_ring: USED, event_idx }
+fn layout(size: u16, event_idx: bool) -> QueueLayout {
+    QueueLayout { size, desc_table: TABLE, avail_ring: AVAIL, used_ring: USED, event_idx }
 }
 
-fn oracle(layout: &Layout, position: Position) -> Queue {
+fn oracle(layout: &QueueLayout, position: QueuePosition) -> Queue {
     let mut queue = Queue::new(1024).unwrap();
     queue.set_size(layout.size);
     queue.try_set_desc_table_address(GuestAddress(layout.desc_table)).unwrap();
@@ -54,7 +54,7 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
         let mut prng = Prng::new(seed);
         let layout = layout(prng.pick(&[1, 2, 8, 64]), prng.below(2) == 1);
         let start = prng.pick(&[0, 5, u16::MAX, u16::MAX - 3]);
-        let position = Position { next_avail: start, next_used: start };
+        let position = QueuePosition { next_avail: start, next_used: start };
         let (ours, theirs) = (Arc::new(ram()), ram());
         let theirs: &GuestMemoryMmap = &theirs;
         let mut queue = SplitQueue::new(&ours, layout, position).unwrap();
@@ -113,7 +113,7 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
 #[test]
 fn the_guest_sees_a_batch_at_once() {
     let mem = Arc::new(ram());
-    let mut queue = SplitQueue::new(&mem, layout(8, false), Position { next_avail: 0, next_used: 0 }).unwrap();
+    let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
     queue.put_used(3, 1);
     queue.put_used(4, 1);
     assert!(queue.has_unpublished());
@@ -126,7 +126,8 @@ fn the_guest_sees_a_batch_at_once() {
 #[test]
 fn more_than_there_are_descriptors_is_refused() {
     let mem = Arc::new(ram());
-    let mut queue = SplitQueue::new(&mem, layout(8, false), Position { next_avail: 65_530, next_used: 0 }).unwrap();
+    let mut queue =
+        SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 65_530, next_used: 0 }).unwrap();
     let mut heads = Vec::new();
     let mut take = |idx: u16| {
         mem.store(idx, GuestAddress(AVAIL + 2), Ordering::Relaxed).unwrap();
@@ -140,10 +141,10 @@ fn more_than_there_are_descriptors_is_refused() {
 #[test]
 fn a_queue_that_does_not_lie_in_guest_memory_is_none() {
     let mem = Arc::new(ram());
-    let there = |change: &dyn Fn(&mut Layout)| {
+    let there = |change: &dyn Fn(&mut QueueLayout)| {
         let mut layout = layout(64, true);
         change(&mut layout);
-        SplitQueue::new(&mem, layout, Position { next_avail: 0, next_used: 0 }).is_some()
+        SplitQueue::new(&mem, layout, QueuePosition { next_avail: 0, next_used: 0 }).is_some()
     };
     assert!(there(&|_| {}));
     assert!(there(&|l| l.used_ring = HOLE - 6 - 64 * 8 - 2), "up to the last byte");

@@ -148,7 +148,7 @@ fn a_live_daemons_socket_is_left_to_it() {
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(8, &pattern(1, 8, 4096));
     let ended = place.serve("image", daemon.socket().to_str().expect("UTF-8"), &[]);
-    ended.assert_refused(1, &[daemon.socket().to_str().expect("UTF-8"), "a live daemon"]);
+    ended.assert_refused(1, &[daemon.socket().to_str().expect("UTF-8"), "another process already does"]);
     assert_eq!(session.read(8, 4096), pattern(1, 8, 4096), "its guest goes on");
     drop(session);
     assert_serves(&daemon.socket(), 0);
@@ -164,7 +164,7 @@ fn what_is_no_socket_is_left_alone() {
     symlink("nowhere", place.path("link")).expect("a link can be made");
     for name in ["file", "directory", "link"] {
         let ended = place.serve("image", name, &[]);
-        ended.assert_refused(1, &[place.path(name).to_str().expect("UTF-8"), "exists and is no socket"]);
+        ended.assert_refused(1, &[place.path(name).to_str().expect("UTF-8"), "exists and is not a socket"]);
     }
     assert_eq!(fs::read_to_string(place.path("file")).expect("it is there"), "precious");
     assert!(place.path("directory").is_dir());
@@ -180,7 +180,7 @@ fn the_socket_of_a_killed_daemon_is_taken_over() {
     daemon.kill();
     assert!(exists(&daemon.socket()), "a killed daemon leaves its socket behind");
     daemon.restart();
-    assert!(daemon.log().contains("was left behind by a daemon that is gone"), "{}", daemon.log());
+    assert!(daemon.log().contains("removed stale socket"), "{}", daemon.log());
     assert_serves(&daemon.socket(), 0);
     daemon.stop();
     assert!(!exists(&daemon.socket()), "an orderly end takes it away");
@@ -342,7 +342,9 @@ fn log_at(level: Option<&str>) -> Vec<String> {
     let mut daemon = Daemon::launch(place.directory, command, vec![socket.clone()]);
     assert_serves(&socket, 0);
     if level != Some("warn") {
-        poll_until("the front-end's end to be noticed", PATIENCE, || daemon.log().contains("detached").then_some(()));
+        poll_until("the front-end's end to be noticed", PATIENCE, || {
+            daemon.log().contains("disconnected").then_some(())
+        });
     }
     daemon.stop();
     daemon.log().lines().map(ToOwned::to_owned).collect()
@@ -357,8 +359,8 @@ fn the_log_has_one_line_for_each_event() {
         let lines = log_at(level);
         let events = [
             "disk0: /",
-            "disk0: a front-end is attached",
-            "disk0: the front-end is detached",
+            "disk0: front-end connected",
+            "disk0: front-end disconnected",
             "signal 15: stopping",
             "disk0: reads: ",
             "disk0: read-ahead: ",

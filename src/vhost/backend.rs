@@ -1,4 +1,4 @@
-//! A device as vhost-user-backend sees it: features, configuration space, memory, and the rings of `ring.rs`.
+//! A device as vhost-user-backend sees it: features, configuration space, guest memory, and the vrings of `vring.rs`.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -26,7 +26,7 @@ pub(super) struct Backend(Arc<View>);
 struct View {
     session: Arc<Session>,
     queue_size: u16,
-    /// The features that decide the cache mode, as last chosen in this session.
+    /// The acknowledged features that decide the cache mode (FLUSH, CONFIG_WCE), as last set in this session.
     cache_features: Mutex<Option<u64>>,
 }
 
@@ -62,17 +62,17 @@ impl VhostUserBackend for Backend {
             | VhostUserProtocolFeatures::RESET_DEVICE
     }
 
-    /// => A front-end may send SET_FEATURES again while the device runs: what the guest chose by CONFIG_WCE stands then.
+    /// => A front-end may repeat SET_FEATURES while the device runs. That does not change the mode the guest set by CONFIG_WCE.
     fn acked_features(&self, features: u64) {
         let chosen = features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE);
-        let mut last = self.0.cache_features.lock().expect("nobody panics holding this");
+        let mut last = self.0.cache_features.lock().expect("no thread panics with the features locked");
         if last.replace(chosen) != Some(chosen) {
             self.0.session.device.start_with_features(Some(features));
         }
     }
 
     fn reset_device(&self) {
-        *self.0.cache_features.lock().expect("nobody panics holding this") = None;
+        *self.0.cache_features.lock().expect("no thread panics with the features locked") = None;
         let Session { device, guest_started, .. } = &*self.0.session;
         guest_started.store(false, Ordering::Release);
         device.start_with_features(None);
@@ -80,22 +80,23 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_event_idx(&self, _enabled: bool) {
-        // Each ring is told by itself.
+        // Each vring gets it by `VringT::set_queue_event_idx`.
     }
 
-    /// => A front-end that asks for the cache mode before its guest begins believes what it is told, so it gets the default;
-    ///    one that comes back with a guest does not ask, and goes on with what that guest has chosen.
+    /// => A front-end that reads the cache mode before its guest starts adopts what it reads, so it gets the configured mode.
+    ///    A front-end that reconnects with a running guest does not read it, and the guest's choice stays.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let Session { device, guest_started, .. } = &*self.0.session;
         if device.arena.is_write_through() && !guest_started.load(Ordering::Acquire) && tells_writeback(offset, size) {
             device.arena.set_write_through(false);
-            device.start_with_features(*self.0.cache_features.lock().expect("nobody panics holding this"));
+            device
+                .start_with_features(*self.0.cache_features.lock().expect("no thread panics with the features locked"));
         }
         device.config_space().read(offset, size)
     }
 
-    /// => Only `writeback` can be set. A write to another field is ignored, as the hardware would; one beyond what the
-    ///    protocol lets a configuration space be is an error, which ends the connection.
+    /// => Only `writeback` can be set; a write to another field is ignored, as a device would do. A write past
+    ///    VHOST_USER_MAX_CONFIG_SIZE is an error, which ends the connection.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(bytes.len()));
         if end.is_none_or(|end| end > CONFIG_BYTES_MAX) {
@@ -105,23 +106,26 @@ impl VhostUserBackend for Backend {
         if let Some(writeback) = device.config_space().write(offset, bytes) {
             guest_started.store(true, Ordering::Release);
             device.choose_writeback(writeback);
-            info!("{}: the guest chose {}", device.name, if writeback { "write-back" } else { "write-through" });
-            // From now on a completed write is a stable one: those that were completed before must be so too.
+            info!("{}: the guest selected {}", device.name, if writeback { "write-back" } else { "write-through" });
+            // From now on a completed write must be stable, and so must those that completed before.
             if !writeback && let Err(fault) = workers.flush() {
-                warn!("{}: some dirty pages could not be written: {fault}", device.name);
+                warn!(
+                    "{}: flush for the switch to write-through failed ({fault}); dirty pages stay in memory",
+                    device.name
+                );
             }
         }
         Ok(())
     }
 
-    /// => A region that its file does not fill would be SIGBUS at the first touch: it is refused here.
+    /// => A region longer than its file is refused: the first access past the end would be SIGBUS.
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
         let memory = memory.memory().into_inner();
         for region in memory.iter() {
             let Some(file) = region.file_offset() else { continue };
             let end = file.start().checked_add(region.len());
             if end.is_none_or(|end| file.file().metadata().is_ok_and(|metadata| metadata.len() < end)) {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory region reaches beyond its file"));
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory region is longer than its file"));
             }
         }
         self.0.session.workers.set_memory(&Arc::new(GuestRam::new(memory)));
@@ -133,6 +137,6 @@ impl VhostUserBackend for Backend {
     }
 
     fn handle_event(&self, _: u16, _: EventSet, _: &[VringControl], _: usize) -> io::Result<()> {
-        unreachable!("the crate has no worker threads to call this from")
+        unreachable!("vhost-user-backend runs no worker threads")
     }
 }

@@ -1,9 +1,10 @@
-//! The inflight region as the control plane sees it: made for a front-end that asks, taken back from one that kept it.
+//! The inflight region in the control plane (vhost-user specification, "Inflight I/O tracking").
 //!
-//! (vhost-user specification, "Inflight I/O tracking".) The region is shared memory with a part for each ring, in which
-//! the ring's worker marks what it has taken and not yet answered (`device/inflight.rs`). The front-end holds it while
-//! no daemon lives.
+//! GET_INFLIGHT_FD creates the region: shared memory with one part for each ring, in which the ring's worker marks the
+//! requests that it has taken and not completed (`device/inflight.rs`). The front-end keeps the region while no daemon
+//! runs, and passes it to the next one by SET_INFLIGHT_FD.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -15,14 +16,14 @@ use super::wire::Message;
 use crate::device::inflight::{InflightTracker, ring_bytes};
 
 /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: size and offset of the region, number of queues, queue size. Some
-/// front-ends send the four bytes of padding that C puts behind it.
+/// front-ends append the four bytes of padding of the C structure.
 const PAYLOAD_BYTES: std::ops::RangeInclusive<usize> = 20..=24;
-/// More queues than any device of ours has.
+/// Bound on the number of queues; a device has 64 at most.
 const QUEUES_MAX: u16 = 1024;
-/// Longest ring there is (virtio 1.2, section 2.7).
+/// Largest queue size (virtio 1.2, section 2.7).
 const QUEUE_SIZE_MAX: u16 = 32768;
 
-/// The inflight region of a session, once there is one.
+/// The inflight region of a session, once the front-end has set one.
 #[derive(Debug, Default)]
 pub(super) struct Inflight(Mutex<Option<Region>>);
 
@@ -32,7 +33,7 @@ struct Region {
     shape: Shape,
 }
 
-/// How many rings a region has room for.
+/// Number and size of the queues that a region has room for.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     queues: u16,
@@ -40,7 +41,7 @@ struct Shape {
 }
 
 impl Shape {
-    /// From the fields of a message.
+    /// Reads the shape from a message.
     fn of(message: &Message) -> io::Result<Self> {
         let field = |at: usize| message.payload.get(at..at + 2).map_or(0, |two| u16::from_le_bytes([two[0], two[1]]));
         let shape = Self { queues: field(16), queue_size: field(18) };
@@ -48,7 +49,7 @@ impl Shape {
         if PAYLOAD_BYTES.contains(&message.payload.len()) && fits {
             Ok(shape)
         } else {
-            Err(invalid(format!("an inflight region can't be of {shape:?}")))
+            Err(invalid(format!("inflight region: invalid shape {shape}")))
         }
     }
 
@@ -57,10 +58,16 @@ impl Shape {
     }
 }
 
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} queues of size {}", self.queues, self.queue_size)
+    }
+}
+
 impl Inflight {
-    /// GET_INFLIGHT_FD: makes a region of the shape that the message asks for; returns the reply.
+    /// GET_INFLIGHT_FD: creates a region of the requested shape; returns the reply.
     ///
-    /// => It comes into use when the front-end sends it back.
+    /// => The region is used only after the front-end has sent it back by SET_INFLIGHT_FD.
     pub fn create_region(&self, message: &Message) -> io::Result<Message> {
         let shape = Shape::of(message)?;
         let file = sealed_memfd(shape.bytes())?;
@@ -70,25 +77,26 @@ impl Inflight {
         Ok(Message::reply(message.request, payload, vec![file]))
     }
 
-    /// SET_INFLIGHT_FD: from now on rings that start keep their marks in this region.
+    /// SET_INFLIGHT_FD: rings that start from now on keep their marks in this region.
     pub fn set_region(&self, mut message: Message) -> io::Result<()> {
         let shape = Shape::of(&message)?;
         let (Some(size), Some(offset), Some(file)) = (message.u64_at(0), message.u64_at(8), message.files.pop()) else {
-            return Err(invalid("an inflight region without a descriptor".to_owned()));
+            return Err(invalid("inflight region: no file descriptor".to_owned()));
         };
         let end = offset.checked_add(size).filter(|_| size >= shape.bytes() as u64);
         if end.is_none_or(|end| file.metadata().is_ok_and(|metadata| metadata.len() < end)) {
-            return Err(invalid(format!("an inflight region of {size} bytes at {offset} is too small for {shape:?}")));
+            return Err(invalid(format!("inflight region: {size} bytes at offset {offset} do not hold {shape}")));
         }
         let memory = MmapRegion::from_file(FileOffset::new(file, offset), shape.bytes())
-            .map_err(|e| invalid(format!("an inflight region can't be mapped: {e}")))?;
-        *self.0.lock().expect("nobody panics holding this") = Some(Region { memory: Arc::new(memory), shape });
+            .map_err(|e| invalid(format!("inflight region: cannot map it: {e}")))?;
+        *self.0.lock().expect("no thread panics with the region locked") =
+            Some(Region { memory: Arc::new(memory), shape });
         Ok(())
     }
 
-    /// The part of ring `index`; none if there is no region, or no room for such a ring in it.
+    /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring.
     pub fn of_ring(&self, index: u16, size: u16) -> Option<InflightTracker> {
-        let slot = self.0.lock().expect("nobody panics holding this");
+        let slot = self.0.lock().expect("no thread panics with the region locked");
         let Region { memory, shape } = slot.as_ref()?;
         (index < shape.queues && size <= shape.queue_size).then(|| {
             let offset = usize::from(index) * ring_bytes(shape.queue_size);

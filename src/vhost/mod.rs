@@ -1,13 +1,17 @@
-//! \[1\] The socket: front-ends come and go, their control messages become commands to the device's workers.
+//! \[1\] The socket: front-ends connect, and their vhost-user messages become commands to the device's workers.
 //!
-//! vhost-user-backend is used for the control plane alone. With no worker threads of its own (`queues_per_thread` is
-//! empty) and a ring type of ours, every message arrives in our hooks, and our workers run the rings. What that avoids,
-//! seen with version 0.24: its worker threads end silently on any error while the control plane goes on answering, lose
-//! the kicks of a ring whose descriptor is replaced, leak a descriptor with each connection, and live only as long as
-//! one, so nothing would write back between two.
+//! - `server.rs` accepts one front-end after another; `relay.rs` carries its messages, which `wire.rs` reads and writes;
+//! - `backend.rs` implements `VhostUserBackend`: features, configuration space, memory;
+//! - `vring.rs` implements `VringT`: it starts and stops each virtqueue on its worker;
+//! - `inflight.rs` keeps the inflight region, `socketpair.rs` makes the private connection to vhost-user-backend.
 //!
-//! Between socket and crate stands a relay (`relay.rs`) for what the crate can't carry: the inflight region, and memory
-//! tables in any order.
+//! vhost-user-backend runs the control plane only. It gets no worker threads (`queues_per_thread` is empty) and a vring
+//! type of ours, so every message ends in one of our hooks and our workers run the vrings. Its own worker threads have
+//! four faults, seen with version 0.24: an error ends a thread silently while the control plane goes on replying; a vring
+//! whose kick descriptor is replaced loses kicks; each connection leaks a descriptor; and the threads end with the
+//! connection, so nothing would write back between two front-ends.
+//!
+//! The relay adds what vhost-user-backend lacks: the inflight region, and memory tables in any order.
 
 mod backend;
 mod inflight;
@@ -19,5 +23,5 @@ mod wire;
 
 pub use server::{Server, bind};
 
-/// Guest memory as the crate keeps it.
+/// Guest memory as vhost-user-backend keeps it.
 type Memory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap<()>>;

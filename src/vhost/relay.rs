@@ -1,10 +1,11 @@
-//! What stands between a front-end and vhost-user-backend: it carries every message, and mends what the crate can't say.
+//! The relay between a front-end and vhost-user-backend. It forwards every message and adds what vhost-user-backend lacks:
 //!
-//! - INFLIGHT_SHMFD, which the crate refuses: offered and answered here.
-//! - A memory table in another order than that of guest addresses, which the crate refuses: sorted.
+//! - It offers INFLIGHT_SHMFD, and handles GET_INFLIGHT_FD and SET_INFLIGHT_FD itself.
+//! - It sorts a memory table by guest address: vhost-user-backend refuses any other order.
 //!
-//! Answers of our own stand in the right place among the crate's, whatever the front-end sends ahead: a GET_FEATURES goes
-//! to the crate instead, and its reply is replies for ours.
+//! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place among
+//! those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to vhost-user-backend and
+//! replaces that reply with its own.
 
 use std::collections::VecDeque;
 use std::io;
@@ -24,10 +25,10 @@ const SET_PROTOCOL_FEATURES: u32 = FrontendReq::SET_PROTOCOL_FEATURES as u32;
 const GET_INFLIGHT_FD: u32 = FrontendReq::GET_INFLIGHT_FD as u32;
 const SET_INFLIGHT_FD: u32 = FrontendReq::SET_INFLIGHT_FD as u32;
 
-/// The protocol feature that the crate lacks.
+/// The protocol feature that vhost-user-backend lacks.
 const INFLIGHT_SHMFD: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
 
-/// A memory table's header (number of regions, padding) and the length of one region's description.
+/// Bytes of a memory table's header (number of regions, padding), and of one region's description.
 const TABLE_HEADER_BYTES: usize = 8;
 const REGION_BYTES: usize = 32;
 
@@ -42,12 +43,12 @@ enum Reply {
     Swallow,
 }
 
-/// The two ends of a session, and what is between them.
+/// The two ends of a session, and the replies on their way between them.
 #[derive(Debug)]
 pub(super) struct Relay<'a> {
     front_end: &'a UnixStream,
     backend_end: UnixStream,
-    /// Readable once the session is to end.
+    /// Readable once the session must end.
     stop: &'a EventFd,
     inflight: &'a Inflight,
     /// What the front-end gets for each GET_FEATURES that vhost-user-backend has yet to reply to.
@@ -55,16 +56,16 @@ pub(super) struct Relay<'a> {
 }
 
 impl<'a> Relay<'a> {
-    /// A relay between a front-end and the crate.
+    /// A relay between a front-end and vhost-user-backend.
     pub fn new(front_end: &'a UnixStream, backend_end: UnixStream, stop: &'a EventFd, inflight: &'a Inflight) -> Self {
         Self { front_end, backend_end, stop, inflight, replies: VecDeque::new() }
     }
 
-    /// Carries messages until one end hangs up, or the session is to end.
+    /// Forwards messages until one end disconnects or the session must end.
     ///
     /// # Errors
-    /// What a socket says, or what is wrong with a message that is answered here. A front-end that stalls in the middle of a
-    /// message is one that is lost.
+    /// The error of a socket; [`io::ErrorKind::TimedOut`] for a front-end that stalls within a message;
+    /// [`io::ErrorKind::InvalidData`] for a malformed inflight message.
     pub fn run(mut self) -> io::Result<()> {
         loop {
             let [stop, from_backend, from_front_end] = readable([self.stop, &self.backend_end, self.front_end])?;
@@ -82,7 +83,7 @@ impl<'a> Relay<'a> {
         }
     }
 
-    /// A message from the front-end.
+    /// Forwards a message from the front-end, or handles it here.
     fn forward_request(&mut self, mut message: Message) -> io::Result<()> {
         match message.request {
             GET_FEATURES => self.replies.push_back(Reply::PassThrough),
@@ -109,7 +110,7 @@ impl<'a> Relay<'a> {
         question.send(&self.backend_end)
     }
 
-    /// A reply of the crate's.
+    /// Forwards a reply of vhost-user-backend, or what takes its place.
     fn forward_reply(&mut self, mut message: Message) -> io::Result<()> {
         match message.request {
             GET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits | INFLIGHT_SHMFD),
@@ -124,15 +125,15 @@ impl<'a> Relay<'a> {
     }
 }
 
-/// Changes the feature bits that are a message's payload.
+/// Changes the feature bits in a message's payload.
 fn change_bits(message: &mut Message, change: impl FnOnce(u64) -> u64) {
     if let Some(bits) = message.u64_at(0) {
         message.payload[..8].copy_from_slice(&change(bits).to_le_bytes());
     }
 }
 
-/// Sorts a memory table by guest address, each region with its descriptor. One that is malformed stays as it is: the
-/// crate refuses it.
+/// Sorts a memory table by guest address, each region with its descriptor. A malformed table stays as it is, and
+/// vhost-user-backend refuses it.
 fn sort_table(message: &mut Message) {
     let regions = message.payload.len().saturating_sub(TABLE_HEADER_BYTES) / REGION_BYTES;
     if message.payload.len() != TABLE_HEADER_BYTES + regions * REGION_BYTES || message.files.len() != regions {
@@ -149,10 +150,10 @@ fn sort_table(message: &mut Message) {
     }
 }
 
-/// Waits until one of them has something to say, or has hung up.
+/// Waits until at least one descriptor is readable or closed; says which.
 pub(super) fn readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
     let mut polled = descriptors.map(|one| libc::pollfd { fd: one.as_raw_fd(), events: libc::POLLIN, revents: 0 });
-    // SAFETY: the array is ours and its length is right.
+    // SAFETY: `polled` is an array of N pollfds that outlives the call.
     while unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, -1) } < 0 {
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {

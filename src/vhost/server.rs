@@ -1,4 +1,5 @@
-//! A device's socket: one front-end after the other, each with a fresh daemon of the crate's and fresh guest memory.
+//! A device's socket. It serves one front-end after another, each with a new `VhostUserDaemon` and new guest memory: neither
+//! can be used for a second connection.
 
 use std::fs;
 use std::io;
@@ -24,27 +25,29 @@ use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::virtio::GuestRam;
 
-/// Binds a socket at `path`. A socket that a dead daemon left behind is taken away first.
+/// Binds a listening socket at `path`, after removing a stale socket that no process listens on.
 ///
 /// # Errors
-/// [`ErrorKind::Socket`] when a live daemon listens there, when something other than a socket is there, or when the
-/// system refuses.
+/// [`ErrorKind::Socket`] if a process listens on the path, if it is not a socket, or if bind(2) or unlink(2) fails.
 pub fn bind(path: &Path) -> Result<UnixListener> {
     let shown = path.display();
     let refused = |e| Error::io(ErrorKind::Socket, format!("cannot listen on {shown}"), e);
     if let Ok(metadata) = fs::symlink_metadata(path) {
         if !metadata.file_type().is_socket() {
-            return Err(Error::new(ErrorKind::Socket, format!("cannot listen on {shown}: it exists and is no socket")));
+            return Err(Error::new(
+                ErrorKind::Socket,
+                format!("cannot listen on {shown}: it exists and is not a socket"),
+            ));
         }
         match UnixStream::connect(path) {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                warn!("{shown} was left behind by a daemon that is gone: it is taken over");
+                warn!("removed stale socket {shown}");
                 fs::remove_file(path).map_err(refused)?;
             }
-            // Its daemon has taken it away just now.
+            // Its daemon has just removed it.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             _ => {
-                let context = format!("cannot listen on {shown}: a live daemon does already");
+                let context = format!("cannot listen on {shown}: another process already does");
                 return Err(Error::new(ErrorKind::Socket, context));
             }
         }
@@ -52,7 +55,7 @@ pub fn bind(path: &Path) -> Result<UnixListener> {
     UnixListener::bind(path).map_err(refused)
 }
 
-/// Serves a device's socket until it is told to stop.
+/// Serves a device's socket until [`Server::stop`].
 #[derive(Debug)]
 pub struct Server {
     device: Arc<Device>,
@@ -60,19 +63,19 @@ pub struct Server {
     queue_size: u16,
     listener: UnixListener,
     stopped: AtomicBool,
-    /// The same as a descriptor, readable once that is so, for who waits for a message or a front-end.
+    /// Readable once `stopped` is set; ends the poll for a message or a front-end.
     stop: EventFd,
 }
 
 impl Server {
-    /// A server that does not serve yet.
+    /// A server on a listening socket; [`Server::serve`] runs it.
     ///
     /// # Errors
-    /// [`ErrorKind::System`] when the host refuses a descriptor.
+    /// [`ErrorKind::System`] if eventfd(2) or fcntl(2) fails.
     pub fn new(device: Arc<Device>, workers: Arc<Workers>, queue_size: u16, listener: UnixListener) -> Result<Self> {
-        let system = |e| Error::io(ErrorKind::System, "cannot make a socket ready", e);
+        let system = |e| Error::io(ErrorKind::System, "cannot prepare the socket", e);
         let stop = EventFd::new(EFD_CLOEXEC).map_err(system)?;
-        // Somebody else may listen on it too, and be faster.
+        // Another process may share the listener and accept the connection first.
         listener.set_nonblocking(true).map_err(system)?;
         Ok(Self { device, workers, queue_size, listener, stopped: AtomicBool::new(false), stop })
     }
@@ -82,7 +85,7 @@ impl Server {
         while !self.stopped.load(Ordering::Acquire) {
             if let Err(e) = self.serve_one() {
                 error!("{}: {e}", self.device.name);
-                // A listener that fails at once would fail for ever: give the host time.
+                // accept(2) may fail again at once, for example for lack of descriptors: do not spin.
                 std::thread::sleep(std::time::Duration::from_millis(100));
             }
         }
@@ -90,19 +93,19 @@ impl Server {
 
     /// Ends the connection, and [`Server::serve`].
     ///
-    /// => The front-end is hung up on when every ring has answered what it took, not before: it looks at the used rings then,
-    ///    to tell the next daemon where to go on.
+    /// => The connection closes only after every vring has completed the requests it took: the front-end reads the used
+    ///    index at that moment, and resumes there with the next daemon.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
-        // Nobody reads it, and it does not overflow.
+        // The counter is never read, and one write cannot overflow it.
         let _ = self.stop.write(1);
     }
 
-    /// Waits for a front-end and serves it until it hangs up.
+    /// Waits for a front-end and serves it until it disconnects.
     fn serve_one(&self) -> io::Result<()> {
         let [stop, _] = readable([&self.stop, &self.listener])?;
         if stop {
-            // Whoever waits here is for the next daemon, if that gets the listener.
+            // A front-end in the backlog waits for the next daemon, which may inherit the listener.
             return Ok(());
         }
         let front_end = match self.listener.accept() {
@@ -110,15 +113,15 @@ impl Server {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e),
         };
-        info!("{}: a front-end is attached", self.device.name);
+        info!("{}: front-end connected", self.device.name);
         let ended = self.session(&front_end);
         drop(front_end);
         self.workers.set_memory(&Arc::new(GuestRam::default()));
-        self.detached(ended);
+        self.on_disconnect(ended);
         Ok(())
     }
 
-    /// A session: a daemon of the crate's, and the relay to it. When it returns, no ring runs.
+    /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs.
     fn session(&self, front_end: &UnixStream) -> io::Result<()> {
         let (listener, backend_end) = socketpair::private_listener()?;
         let session = Session::new(&self.device, &self.workers);
@@ -126,8 +129,8 @@ impl Server {
         let name = format!("vhost {}", self.device.name);
         let memory = Memory::new(GuestMemoryMmap::new());
         let (daemon, rings) = with_vring_factory(&session, || VhostUserDaemon::new(name, backend, memory));
-        let mut daemon = daemon.map_err(|e| refused(&e))?;
-        daemon.start(&mut Listener::from(listener)).map_err(|e| refused(&e))?;
+        let mut daemon = daemon.map_err(|e| daemon_error(&e))?;
+        daemon.start(&mut Listener::from(listener)).map_err(|e| daemon_error(&e))?;
         let relayed = Relay::new(front_end, backend_end, &self.stop, &session.inflight).run();
         let served = daemon.wait();
         for ring in &rings {
@@ -136,17 +139,17 @@ impl Server {
         relayed?;
         match served {
             Err(DaemonError::HandleRequest(VhostUserError::Disconnected | VhostUserError::PartialMessage)) => Ok(()),
-            served => served.map_err(|e| refused(&e)),
+            served => served.map_err(|e| daemon_error(&e)),
         }
     }
 
-    /// What the guest wrote goes to the image now: it may be gone for good. Who stopped us sees to that himself; and the next
-    /// front-end need not wait for it, which could be for long if the image fails.
-    fn detached(&self, ended: io::Result<()>) {
+    /// Starts writing back what the guest wrote, since it may not return. [`Server::stop`]'s caller flushes by itself. The
+    /// next front-end does not wait for the flush, which takes long if the image fails.
+    fn on_disconnect(&self, ended: io::Result<()>) {
         let name = &self.device.name;
         match ended {
-            Err(e) if !hung_up(&e) => warn!("{name}: the front-end is detached: {e}"),
-            _ => info!("{name}: the front-end is detached"),
+            Err(e) if !is_disconnect(&e) => warn!("{name}: front-end disconnected: {e}"),
+            _ => info!("{name}: front-end disconnected"),
         }
         if !self.stopped.load(Ordering::Acquire) {
             self.workers.start_flush();
@@ -154,13 +157,13 @@ impl Server {
     }
 }
 
-/// Whether a socket's error is no more than the other end's sudden death.
-fn hung_up(error: &io::Error) -> bool {
+/// Whether a socket's error only says that the other end has closed or died.
+fn is_disconnect(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
-/// What the crate has against going on.
-fn refused(error: &DaemonError) -> io::Error {
+/// An error of vhost-user-backend as an I/O error.
+fn daemon_error(error: &DaemonError) -> io::Error {
     io::Error::other(error.to_string())
 }

@@ -1,9 +1,10 @@
-//! A ring as the control plane sees it: the crate's state of it, and the rule when a worker runs it.
+//! A vring in the control plane: vhost-user-backend's state of it, and the rule that decides when its worker runs it.
 //!
-//! A ring runs while it is ready (it has a kick descriptor), enabled, and of a legal size. Each change of that is a
-//! command to its worker, and is over when the call returns: a ring that was stopped has answered all it took.
+//! A vring runs while it is ready (it has a kick descriptor), enabled, and of a valid size. Each change becomes a command to
+//! its worker and is complete when the call returns: a stopped vring has completed every request it took.
 
 use std::cell::RefCell;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -24,8 +25,8 @@ use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 
 thread_local! {
-    /// The workers of the device whose rings are being made, and the rings made so far: the crate makes them in order,
-    /// on the thread that makes the daemon, and tells them neither their number nor whose they are.
+    /// The session whose vrings are under construction, and those constructed so far. `VhostUserDaemon::new` constructs them
+    /// in order on the calling thread, and tells them neither their index nor their device.
     static VRING_FACTORY: RefCell<Option<VringFactory>> = const { RefCell::new(None) };
 }
 
@@ -34,19 +35,19 @@ struct VringFactory {
     rings: Vec<VringControl>,
 }
 
-/// What the rings of a session share.
+/// What the vrings of a session share.
 pub(super) struct Session {
     pub device: Arc<Device>,
     pub workers: Arc<Workers>,
     pub inflight: Inflight,
-    /// The guest has guest_started, or what it has chosen is known: nobody is to be surprised any more.
+    /// A vring has started, or the guest has set its cache mode: the mode no longer changes when the front-end reads it.
     pub guest_started: AtomicBool,
-    /// A bit for each ring that goes on where it was, in the middle of a guest's life.
+    /// A bit for each vring that resumes at an index other than 0, so belongs to a guest that was running before.
     resumed: AtomicU64,
 }
 
 impl Session {
-    /// A session of a front-end that has said nothing yet.
+    /// The session of a front-end that has just connected.
     pub fn new(device: &Arc<Device>, workers: &Arc<Workers>) -> Arc<Self> {
         let (device, workers) = (Arc::clone(device), Arc::clone(workers));
         Arc::new(Self {
@@ -58,7 +59,7 @@ impl Session {
         })
     }
 
-    /// Ring `index` will start at `base`; or it is taken down, which leaves it at none.
+    /// Records the index at which vring `index` will start; 0 also when it is torn down.
     fn set_base(&self, index: u16, base: u16) {
         let bit = 1 << index;
         if base == 0 {
@@ -68,30 +69,30 @@ impl Session {
         }
     }
 
-    /// Ring `index` starts. If all rings begin at the beginning, so does the guest: it has nothing to lose.
+    /// Vring `index` starts. If every vring starts at 0, the guest has just booted, and a data loss no longer concerns it.
     fn on_ring_start(&self, index: u16, setup: &RingSetup) {
         self.guest_started.store(true, Ordering::Release);
-        // Indices wrap: a ring may be at 0 in the middle of a guest's life. The region tells, where there is one.
+        // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, tells.
         if setup.track.as_ref().is_some_and(InflightTracker::is_kept) {
             self.resumed.fetch_or(1 << index, Ordering::AcqRel);
         }
         let arena = &self.device.arena;
         if arena.has_data_loss() && self.resumed.load(Ordering::Acquire) == 0 {
-            info!("{}: the guest begins anew, and is served again", self.device.name);
+            info!("{}: the guest restarted after the data loss; I/O resumes", self.device.name);
             arena.clear_data_loss();
         }
     }
 }
 
-/// Runs `make`, in which the crate makes the rings of a session; returns the rings too.
+/// Runs `make`, which constructs a `VhostUserDaemon`; returns its result and the session's vrings.
 pub(super) fn with_vring_factory<T>(session: &Arc<Session>, make: impl FnOnce() -> T) -> (T, Vec<VringControl>) {
     VRING_FACTORY.set(Some(VringFactory { session: Arc::clone(session), rings: Vec::new() }));
     let made = make();
-    let VringFactory { rings, .. } = VRING_FACTORY.take().expect("put there above");
+    let VringFactory { rings, .. } = VRING_FACTORY.take().expect("set above");
     (made, rings)
 }
 
-/// See the module.
+/// One vring; clones share it. See the module.
 #[derive(Clone)]
 pub(super) struct VringControl {
     state: VringRwLock<Memory>,
@@ -105,12 +106,18 @@ struct Shared {
     config: Mutex<VringConfig>,
 }
 
-/// What decides whether the ring runs.
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: vring {}", self.session.device.name, self.index)
+    }
+}
+
+/// What decides whether the vring runs.
 #[derive(Default)]
 struct VringConfig {
     ready: bool,
     enabled: bool,
-    /// The front-end asked for a size that is no power of two, which the crate would ignore.
+    /// The front-end set a size that is not a power of two, which vhost-user-backend would ignore.
     invalid_size: bool,
     running: bool,
     kick: Option<File>,
@@ -119,10 +126,10 @@ struct VringConfig {
 
 impl VringControl {
     fn config(&self) -> MutexGuard<'_, VringConfig> {
-        self.shared.config.lock().expect("nobody panics holding this")
+        self.shared.config.lock().expect("no thread panics with the configuration locked")
     }
 
-    /// Changes the config; starts or stops the ring as they then demand.
+    /// Changes the configuration, then starts or stops the vring as it demands.
     fn change(&self, change: impl FnOnce(&mut VringConfig)) {
         let mut config = self.config();
         change(&mut config);
@@ -137,7 +144,7 @@ impl VringControl {
         }
     }
 
-    /// Changes something that a running ring does not look at again: stops it for the time.
+    /// Changes what a running vring reads only when it starts: stops it meanwhile.
     fn change_stopped(&self, change: impl FnOnce(&mut VringConfig)) {
         let mut config = self.config();
         let ran = std::mem::take(&mut config.running);
@@ -150,11 +157,11 @@ impl VringControl {
     }
 
     fn start(&self, config: &VringConfig) -> bool {
-        let copy = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
-        let (kick, call_fd) = match (copy(&config.kick), copy(&config.call_fd)) {
+        let duplicate = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
+        let (kick, call_fd) = match (duplicate(&config.kick), duplicate(&config.call_fd)) {
             (Ok(Some(kick)), Ok(call_fd)) => (kick, call_fd),
             (Err(e), _) | (_, Err(e)) => {
-                error!("ring {} can't be started: {e}", self.shared.index);
+                error!("{}: cannot start it: {e}", self.shared);
                 return false;
             }
             (Ok(None), _) => return false,
@@ -181,13 +188,13 @@ impl VringControl {
         worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
     }
 
-    /// A copy of a kick or call descriptor. Without one the ring does not run, or does not call; the log says why.
-    fn copy_of(&self, file: Option<&File>) -> Option<File> {
+    /// Duplicates a kick or call descriptor. On failure the vring does not run, or sends no interrupts; the log says why.
+    fn duplicate(&self, file: Option<&File>) -> Option<File> {
         let copy = file?.try_clone();
-        copy.inspect_err(|e| error!("ring {} lacks a descriptor: {e}", self.shared.index)).ok()
+        copy.inspect_err(|e| error!("{}: cannot duplicate its descriptor: {e}", self.shared)).ok()
     }
 
-    /// Stops the ring; where it stands goes into the crate's state, which GET_VRING_BASE reads.
+    /// Stops the vring, and stores its position in vhost-user-backend's state, which GET_VRING_BASE reads.
     fn stop(&self) {
         let index = self.shared.index;
         let stopped = self.shared.session.workers.of_ring(index).ask(|answer| Command::Stop(index, answer));
@@ -197,19 +204,19 @@ impl VringControl {
         }
     }
 
-    /// The front-end is gone: nothing runs any more.
+    /// Stops the vring because the front-end has disconnected.
     pub fn close(&self) {
         self.change(|config| config.ready = false);
     }
 }
 
-/// Kicks and calls must be eventfds: a write to a full pipe would block a worker.
-fn eventfd_or_none(file: Option<File>) -> Option<File> {
+/// Kick and call descriptors must be eventfds: a write to a full pipe would block a worker.
+fn eventfd_or_none(device: &str, file: Option<File>) -> Option<File> {
     let file = file?;
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     let is_eventfd = std::fs::read_link(link).is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]");
     if !is_eventfd {
-        error!("the front-end sent a descriptor for kicks or calls that is no eventfd");
+        error!("{device}: ignored a kick or call descriptor that is not an eventfd");
     }
     is_eventfd.then_some(file)
 }
@@ -257,19 +264,19 @@ impl VringT<Memory> for VringControl {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let file = eventfd_or_none(file);
-        // The crate makes a ring ready when it has a kick descriptor.
-        let copy = self.copy_of(file.as_ref());
+        let file = eventfd_or_none(&self.shared.session.device.name, file);
+        // vhost-user-backend marks a vring ready when it has a kick descriptor.
+        let copy = self.duplicate(file.as_ref());
         self.change_stopped(|config| config.kick = file);
         self.state.set_kick(copy);
     }
 
     fn set_call(&self, file: Option<File>) {
-        let file = eventfd_or_none(file);
+        let file = eventfd_or_none(&self.shared.session.device.name, file);
         let mut config = self.config();
         if config.running {
             let index = self.shared.index;
-            let copy = self.copy_of(file.as_ref());
+            let copy = self.duplicate(file.as_ref());
             self.shared.session.workers.of_ring(index).ask(|answer| Command::SetCallFd(index, copy, answer));
         }
         config.call_fd = file;
@@ -285,7 +292,7 @@ impl VringT<Memory> for VringControl {
         self.change_stopped(|config| {
             config.invalid_size = !size.is_power_of_two();
             if config.invalid_size {
-                error!("ring {}: a size of {size} is no power of two: it is not served", self.shared.index);
+                error!("{}: disabled: its size {size} is not a power of two", self.shared);
             } else {
                 self.state.set_queue_size(size);
             }
@@ -303,8 +310,8 @@ impl VringT<Memory> for VringControl {
         self.change_stopped(|_| self.state.set_queue_next_avail(base));
     }
 
-    /// => The crate has read `index` in guest memory, after it has said where that is: a ring that runs has gone on since.
-    ///    What counts is what is there when it stands still.
+    /// => vhost-user-backend read `index` from guest memory while the vring may have been running. The index that counts is
+    ///    the one there once it has stopped.
     fn set_queue_next_used(&self, index: u16) {
         self.change_stopped(|_| self.state.set_queue_next_used(self.state.queue_used_idx().unwrap_or(index)));
     }
@@ -321,7 +328,7 @@ impl VringT<Memory> for VringControl {
         self.state.set_err(file);
     }
 
-    // What follows is for the crate's own worker threads, of which there are none.
+    // The rest serves vhost-user-backend's own worker threads, of which there are none.
 
     fn add_used(&self, head: u16, len: u32) -> Result<(), QueueError> {
         self.state.add_used(head, len)

@@ -1,4 +1,4 @@
-//! vhost-user messages as they lie on the wire: a header of three words, a payload, and descriptors that travel with it.
+//! vhost-user messages on the wire: a header of three 32-bit words, a payload, and file descriptors beside them.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -9,15 +9,15 @@ use std::time::{Duration, Instant};
 use vhost::vhost_user::message::MAX_MSG_SIZE;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// How long the rest of a message may take, and the other end to take one of ours.
+/// Time limit for the rest of a message to arrive, and for the other end to take one of ours.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of a header: request, flags, size of the payload.
 const HEADER_BYTES: usize = 12;
-/// Descriptors that a message may carry: a memory table has one for each of at most 32 regions.
+/// Most descriptors with a message: a memory table has one for each of at most 32 regions.
 const FILES_MAX: usize = vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
-/// Version 1 of the protocol, and the mark of a reply.
+/// Protocol version 1 with the reply flag.
 const REPLY_FLAGS: u32 = 1 | 1 << 2;
-/// The sender wants an answer although the message has none of its own (REPLY_ACK).
+/// The sender wants a reply to a message that has none of its own (REPLY_ACK).
 const NEED_REPLY: u32 = 1 << 3;
 
 /// A message, in either direction.
@@ -40,16 +40,16 @@ impl Message {
         self.flags & NEED_REPLY != 0
     }
 
-    /// The eight-byte field at `at` of the payload, if the payload is that long.
+    /// The 64-bit field at byte `at` of the payload, if the payload is that long.
     pub fn u64_at(&self, at: usize) -> Option<u64> {
         Some(u64::from_le_bytes(self.payload.get(at..at + 8)?.try_into().expect("eight bytes")))
     }
 
-    /// Receives a message. `None`: the other end hung up, and owes us nothing.
+    /// Receives a message; `None` if the other end closed the connection between two messages.
     ///
     /// # Errors
-    /// What the socket says; [`io::ErrorKind::InvalidData`] for a message longer than any of the protocol;
-    /// [`io::ErrorKind::TimedOut`] for one of which the rest does not come.
+    /// The socket's error; [`io::ErrorKind::InvalidData`] for a message longer than the protocol allows;
+    /// [`io::ErrorKind::TimedOut`] if the rest of a message does not arrive in time.
     pub fn receive(socket: &UnixStream) -> io::Result<Option<Self>> {
         let mut header = [0; HEADER_BYTES];
         let (got, files) = receive_with_files(socket, &mut header)?;
@@ -61,7 +61,7 @@ impl Message {
         let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
         let size = word(8) as usize;
         if size > MAX_MSG_SIZE {
-            let why = format!("a message of {size} bytes is longer than the protocol knows");
+            let why = format!("a message of {size} bytes is longer than the protocol allows");
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         let mut payload = vec![0; size];
@@ -72,7 +72,7 @@ impl Message {
     /// Sends the message with its descriptors.
     ///
     /// # Errors
-    /// What the socket says, at the latest when nothing has been taken for [`PATIENCE`].
+    /// The socket's error, for example if the other end takes nothing for [`PATIENCE`].
     pub fn send(&self, mut socket: &UnixStream) -> io::Result<()> {
         socket.set_write_timeout(Some(PATIENCE))?;
         let size = u32::try_from(self.payload.len()).expect("a payload is below 4 KiB");
@@ -84,12 +84,12 @@ impl Message {
     }
 }
 
-/// Fills `bytes` by the deadline.
+/// Fills `bytes` before the deadline.
 fn receive_rest(mut socket: &UnixStream, mut bytes: &mut [u8], deadline: Instant) -> io::Result<()> {
     while !bytes.is_empty() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end stalls in the middle of a message"));
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the other end stalled within a message"));
         }
         socket.set_read_timeout(Some(left))?;
         match socket.read(bytes) {
@@ -102,13 +102,13 @@ fn receive_rest(mut socket: &UnixStream, mut bytes: &mut [u8], deadline: Instant
     Ok(())
 }
 
-/// Receives what there is, up to the length of `bytes`, and the descriptors that came with it.
+/// Receives up to `bytes.len()` bytes, and the descriptors that came with them.
 fn receive_with_files(socket: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<File>)> {
     let mut fds = [-1; FILES_MAX];
     let mut vectors = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
     // SAFETY: the vector covers `bytes`, which is plain memory that outlives the call.
     let (got, count) = unsafe { socket.recv_with_fds(&mut vectors, &mut fds)? };
-    // SAFETY: the kernel made these descriptors for us, and nobody else knows them.
+    // SAFETY: the kernel installed these descriptors for this call; nothing else in the process owns them.
     let files = fds[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) }).collect();
     Ok((got, files))
 }

@@ -294,7 +294,7 @@ fn a_successor_that_cannot_start_leaves_the_cache_for_the_next() {
     assert!(daemon.wait().success(), "{}", daemon.log());
     std::fs::write(daemon.socket(), "in the way").expect("a file can be written");
     let refused = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
-    assert!(refused.stderr.contains("is no socket"), "{refused:?}");
+    assert!(refused.stderr.contains("is not a socket"), "{refused:?}");
     std::fs::remove_file(daemon.socket()).expect("it can be removed");
     daemon.restart();
     assert!(daemon.log().contains("restored 4 cached pages"), "{}", daemon.log());

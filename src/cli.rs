@@ -1,7 +1,7 @@
-//! The command line of the daemon: a configuration file, or one device spelt out in options.
+//! The command line: a configuration file, or one device given by options.
 //!
-//! The options of a single device go through the same table of keys as the file's, so they have the same defaults and
-//! the same checks; only the names in the messages differ. The names `--socket-path`, `--fd`, `--print-capabilities`,
+//! The options of a single device go through the table of keys of the configuration file, so they have the same defaults
+//! and checks; only the names in the messages differ. The names `--socket-path`, `--fd`, `--print-capabilities`,
 //! `--blk-file` and `--read-only` are those of QEMU's "Backend program conventions" (docs/interop/vhost-user.rst), by
 //! which management programs find and start a back-end.
 
@@ -16,11 +16,11 @@ use clap::error::ErrorKind as ClapKind;
 use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, report};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What a management program may rely on (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
+/// What management programs may rely on (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
 pub const CAPABILITIES: &str =
     "{\n  \"type\": \"block\",\n  \"features\": [\n    \"read-only\",\n    \"blk-file\"\n  ]\n}\n";
 
-/// Name of a device that was given in options.
+/// Name of a device given by options.
 const DEVICE_NAME: &str = "disk0";
 
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
@@ -32,35 +32,35 @@ pub enum Action {
     Print(String),
     /// Serve these devices.
     Serve(Config),
-    /// List what dead daemons left below this directory.
+    /// List the caches below this directory that no daemon holds.
     ListLeft(PathBuf),
-    /// Write what a dead daemon left in this file to its image.
+    /// Write the dirty pages of this cache file to its image.
     Recover(PathBuf),
-    /// Remove what a dead daemon left in this file.
+    /// Remove this cache file.
     Discard(PathBuf),
 }
 
-/// What can be done beside serving.
+/// Commands other than serving.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum ClientCommand {
-    /// List the caches that dead daemons left in memory; with FILE, write one back to its image
+    /// List the caches that no daemon holds; with FILE, write one back to its image
     Recover {
-        /// A cache of the list: its dirty pages are written to its image, and it is removed
+        /// A cache file from the list: write its dirty pages to its image, then remove it
         file: Option<PathBuf>,
-        /// Remove it instead, with whatever it holds
+        /// Remove the file without writing anything back
         #[arg(long, requires = "file")]
         discard: bool,
-        /// Where to look
+        /// Directory to search
         #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "file")]
         #[arg(value_parser = directory())]
         memory_dir: PathBuf,
     },
 }
 
-/// A directory to look for caches in, which the service manager's memory is not.
+/// A directory with cache files; systemd's file descriptor store is not one.
 fn directory() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(|path| match path == Path::new(SYSTEMD) {
-        true => Err("what systemd keeps only the unit can reach: start it, and it writes it back"),
+        true => Err("a cache kept by systemd is reachable only from its unit; start the unit to write it back"),
         false => Ok(path),
     })
 }
@@ -82,21 +82,21 @@ Files:
   key with its default and its reason; the files beside it are worked examples.
 
 Cache modes:
-  writeback     a write is done when it is in the cache; a FLUSH makes it durable
-  writethrough  a write is done when it is durable on the image
+  writeback     a write completes once it is in the cache; a FLUSH makes it durable
+  writethrough  a write completes once it is durable on the image
   none          nothing is cached
 
 Limitations:
-  Images are raw files and block devices; qcow2 and other formats are not read.
+  Images are raw files and block devices; qcow2 and other formats are not supported.
   The front-end must share the guest's memory (QEMU: memory-backend-memfd,share=on).
-  Relative paths start at the daemon's working directory.
+  Relative paths are relative to the daemon's working directory.
 
 Environment:
   GENBLK_LOG  what is logged to standard error: error, warn, info (default), debug, trace
 
 Exit status:
-  0 after an orderly end, 2 when the command line or the configuration is wrong
-  (nothing has been started then), 1 for every other failure.";
+  0 after an orderly shutdown, 2 if the command line or the configuration is wrong
+  (nothing has started then), 1 for every other failure.";
 
 /// Serves disk images to virtual machines over vhost-user, with a page cache of its own.
 #[derive(Clone, Debug, Default, Parser)]
@@ -110,7 +110,7 @@ pub struct Cli {
     #[arg(long, value_name = "FILE", conflicts_with_all = DEVICE_OPTIONS)]
     pub config: Option<PathBuf>,
 
-    /// Check the configuration, say what is wrong with it, and exit
+    /// Check the configuration, report its problems, and exit
     #[arg(long)]
     pub check: bool,
 
@@ -130,7 +130,7 @@ pub struct Cli {
     #[arg(long, value_name = "PATH", help_heading = ONE_DEVICE)]
     pub blk_file: Option<PathBuf>,
 
-    /// Let the guest read only
+    /// Make the disk read-only
     #[arg(long, help_heading = ONE_DEVICE)]
     pub read_only: bool,
 
@@ -138,7 +138,7 @@ pub struct Cli {
     #[arg(long, value_name = "SIZE", help_heading = ONE_DEVICE)]
     pub cache_size: Option<String>,
 
-    /// When writes are done: writeback, writethrough, none (see below) [default: writeback]
+    /// When writes complete: writeback, writethrough, none (see below) [default: writeback]
     #[arg(long, value_name = "MODE", help_heading = ONE_DEVICE)]
     pub cache_mode: Option<String>,
 
@@ -150,7 +150,7 @@ pub struct Cli {
     #[arg(long, value_name = "TEXT", help_heading = ONE_DEVICE)]
     pub serial: Option<String>,
 
-    /// Shared memory in which the cache outlives the daemon, or "systemd" [default: /dev/shm]
+    /// Shared memory that keeps the cache when the daemon dies, or "systemd" [default: /dev/shm]
     #[arg(long, value_name = "DIR", help_heading = ONE_DEVICE)]
     pub memory_dir: Option<PathBuf>,
 }
@@ -161,7 +161,7 @@ const DEVICE_OPTIONS: [&str; 9] =
     ["socket_path", "fd", "blk_file", "read_only", "cache_size", "cache_mode", "num_queues", "serial", "memory_dir"];
 
 impl Cli {
-    /// The configuration that the options name or spell out.
+    /// The configuration from the file or from the options.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] with every problem, each with its key and line or with its option.
@@ -213,13 +213,13 @@ impl Cli {
     }
 }
 
-/// What the arguments (the program's name first) ask for.
+/// Parses the arguments, the program's name first.
 ///
 /// # Errors
-/// [`ErrorKind::Config`] when the usage or the configuration is wrong.
+/// [`ErrorKind::Config`] if the usage or the configuration is wrong.
 pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
     let args: Vec<OsString> = args.into_iter().collect();
-    // Before any parsing: the conventions say that everything else is ignored, which has to include what is wrong.
+    // Before any parsing: the conventions say that everything else is ignored, errors included.
     if args.iter().skip(1).any(|arg| arg == OsStr::new(PRINT_CAPABILITIES)) {
         return Ok(Action::Print(CAPABILITIES.to_string()));
     }
@@ -385,7 +385,7 @@ mod tests {
         assert_eq!(run("recover --discard f").unwrap(), Action::Discard("f".into()));
         failure("recover --discard");
         failure("recover f --memory-dir /m");
-        assert!(failure("recover --memory-dir systemd").contains("what systemd keeps only the unit can reach"));
+        assert!(failure("recover --memory-dir systemd").contains("reachable only from its unit"));
     }
 
     #[test]

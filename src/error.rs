@@ -1,4 +1,4 @@
-//! One error type for the daemon: a small stable kind to match on, the words of what was being done, and the cause.
+//! The daemon's error type: a small stable kind to match on, a context in words, and the cause.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -15,9 +15,9 @@ pub enum ErrorKind {
     Locked,
     /// The socket could not be bound, or a live daemon owns it.
     Socket,
-    /// Memory for the cache could not be had.
+    /// Memory for the cache is not available.
     Memory,
-    /// A ledger that a dead daemon left can't be read, or is not what it seems.
+    /// The cache file of a previous daemon cannot be read, or does not belong to the image.
     Ledger,
     /// An operating-system facility (eventfd, epoll, io_uring, thread) failed.
     System,
@@ -33,18 +33,18 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Error {
     kind: ErrorKind,
     context: String,
-    source: Option<io::Error>,
+    cause: Option<io::Error>,
 }
 
 impl Error {
-    /// An error of `kind`; `context` says what was being done, to what.
+    /// An error of `kind`; `context` says what failed, and names the object.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
+        Self { kind, context: context.into(), cause: None }
     }
 
-    /// An error with the operating system's reason.
-    pub fn io(kind: ErrorKind, context: impl Into<String>, source: io::Error) -> Self {
-        Self { kind, context: context.into(), source: Some(source) }
+    /// An error with the operating system's reason as its cause.
+    pub fn io(kind: ErrorKind, context: impl Into<String>, cause: io::Error) -> Self {
+        Self { kind, context: context.into(), cause: Some(cause) }
     }
 
     /// What went wrong.
@@ -63,15 +63,12 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.source {
-            Some(source) => write!(f, "{}: {source}", self.context),
+        match &self.cause {
+            Some(cause) => write!(f, "{}: {cause}", self.context),
             None => f.write_str(&self.context),
         }
     }
 }
 
-impl StdError for Error {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_ref().map(|e| e as &(dyn StdError + 'static))
-    }
-}
+/// The text ends with its cause, so [`StdError::source`] stays `None`: a reporter that walks the chain prints it once.
+impl StdError for Error {}

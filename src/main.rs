@@ -32,6 +32,6 @@ fn run(action: Action) -> Result<()> {
 }
 
 fn print(text: &str) {
-    // A reader that has gone away is no failure of ours.
+    // EPIPE is not a failure: the reader has closed the pipe.
     let _ = io::stdout().write_all(text.as_bytes());
 }

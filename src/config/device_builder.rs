@@ -1,12 +1,11 @@
-//! From checked values to devices, and the rules that no key can keep alone: between the keys of a device, and between
-//! devices.
+//! Builds devices from checked values, and checks the rules between the keys of a device and between devices.
 
 use std::collections::BTreeMap;
 
 use super::keys::{DefaultValue, KEYS, Key, Value};
 use super::{Config, DeviceConfig, Problem, Socket};
 
-/// Where something was said, for messages.
+/// Where a value comes from, for messages.
 #[derive(Clone, Debug)]
 pub(crate) struct Origin {
     /// Full path of the key, or the option.
@@ -30,18 +29,18 @@ pub(crate) struct Setting<'a> {
     pub origin: Origin,
 }
 
-/// A device whose own values have been looked at.
+/// A device whose own values have been checked.
 #[derive(Debug)]
 pub(crate) struct DeviceBuilder {
     device: DeviceConfig,
-    /// Where the device as a whole stands.
+    /// Where the device's table starts.
     whole: Origin,
-    /// The keys that hold a good value: rules between keys look at no others, or one mistake would be reported twice.
+    /// The keys with a valid value. Rules between keys look at these only, so that one mistake is reported once.
     good: BTreeMap<&'static str, Origin>,
 }
 
 impl DeviceBuilder {
-    /// A device of `entries` and, for the keys left out, defaults. `label` names a key that nobody gave.
+    /// A device from `entries`, with defaults for the other keys. `label` names a key that has no entry.
     pub(crate) fn new(
         entries: &[Setting<'_>],
         whole: Origin,
@@ -57,7 +56,7 @@ impl DeviceBuilder {
                 (Some(entry), _) => key.kind.set(&mut builder.device, entry.value),
                 (None, DefaultValue::Is(value)) => key.kind.set(&mut builder.device, *value),
                 (None, DefaultValue::Required) => Err("is missing".to_string()),
-                // The name comes first in the table, so it is there by now.
+                // The name is the first key of the table, so it is set by now.
                 (None, DefaultValue::FromName(derive)) => {
                     derive(&mut builder.device);
                     Ok(())
@@ -77,11 +76,12 @@ impl DeviceBuilder {
             && self.device.workers > self.device.num_queues
         {
             let (workers, queues) = (self.device.workers, self.device.num_queues);
-            problems.push(origin.problem(format!("{workers} workers have only {queues} queues to serve")));
+            problems
+                .push(origin.problem(format!("{workers} workers are more than the {queues} queues they would serve")));
         }
     }
 
-    /// The first of `others` that holds a good `name` and, by `same`, the same value as `self` does.
+    /// The first of `others` with a valid `name` and, by `same`, the same value as `self`.
     fn twin<'a>(
         &self,
         others: &'a [Self],
@@ -93,7 +93,7 @@ impl DeviceBuilder {
     }
 }
 
-/// The configuration, or every problem in the order of the lines.
+/// The configuration, or every problem, sorted by line.
 pub(crate) fn finish(builders: Vec<DeviceBuilder>, mut problems: Vec<Problem>) -> Result<Config, Vec<Problem>> {
     for (i, builder) in builders.iter().enumerate() {
         check_against(builder, &builders[..i], &mut problems);
@@ -105,16 +105,16 @@ pub(crate) fn finish(builders: Vec<DeviceBuilder>, mut problems: Vec<Problem>) -
     Err(problems)
 }
 
-/// What a device must not have in common with an earlier one, and what it must.
+/// Checks what a device must not share with an earlier one, and what it must.
 fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &mut Vec<Problem>) {
     let mut report = |name: &str, message: String| problems.push(builder.good[name].problem(message));
 
     if let Some(twin) = builder.twin(earlier, "name", |a, b| a.name == b.name) {
-        report("name", format!("{:?} is the name of {} too", builder.device.name, twin.whole.label));
+        report("name", format!("{:?} is also the name of {}", builder.device.name, twin.whole.label));
     }
     let same_socket = |a: &DeviceConfig, b: &DeviceConfig| matches!(a.socket, Socket::Path(_)) && a.socket == b.socket;
     if let Some(twin) = builder.twin(earlier, "socket", same_socket) {
-        report("socket", format!("{} is the socket of {} too", builder.device.socket, twin.whole.label));
+        report("socket", format!("{} is also the socket of {}", builder.device.socket, twin.whole.label));
     }
 
     let Some(twin) = builder.twin(earlier, "image", |a, b| a.image == b.image) else {
@@ -122,19 +122,19 @@ fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &
     };
     let image = builder.device.image.display();
     if !builder.device.read_only || !twin.device.read_only {
-        // A second writer would destroy the image, and a reader would see it change under its feet.
-        let advice = "a device that writes an image has it alone: make both of them read_only";
-        report("image", format!("{image} is the image of {} too, and {advice}", twin.whole.label));
+        // A second writer would destroy the image, and a reader would see it change.
+        let advice = "devices that share an image must all be read_only";
+        report("image", format!("{image} is also the image of {}; {advice}", twin.whole.label));
         return;
     }
-    // One copy of each page serves every device on an image, so there is one cache and one way to the image.
+    // Devices on one image share one cache, and so one way to the image.
     let (this, that) = (&builder.device, &twin.device);
     let settings_good =
         |builder: &DeviceBuilder| KEYS.iter().all(|key| !is_shared(key) || builder.good.contains_key(key.name));
     let differ = this.cache != that.cache || this.engine != that.engine || this.direct != that.direct;
     if settings_good(builder) && settings_good(twin) && differ {
-        let advice = "engine, direct and every key of the cache must be the same in both";
-        report("image", format!("{} serves {image} too, from one cache: {advice}", twin.whole.label));
+        let advice = "engine, direct and every cache key must be the same in both";
+        report("image", format!("{} serves {image} too, and they share its cache; {advice}", twin.whole.label));
     }
 }
 

@@ -1,6 +1,6 @@
-//! The walk over a TOML document: every key is met once, with its line, and none stops the walk.
+//! Walks a TOML document: visits every key once, with its line, and does not stop at a problem.
 //!
-//! serde's derive would be shorter, but it ends at the first unknown key or wrong type, and an operator would have to
+//! serde's derive would be shorter, but it stops at the first unknown key or wrong type, and the operator would have to
 //! start the daemon once for each mistake.
 
 use std::ops::Range;
@@ -12,7 +12,7 @@ use super::device_builder::{DeviceBuilder, Origin, Setting};
 use super::keys::{Value, key, suggestion};
 use super::problem::Problem;
 
-/// The devices of `text`; what is wrong goes to `problems`.
+/// Returns the devices of `text`; adds what is wrong to `problems`.
 pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Vec<DeviceBuilder> {
     let (root, errors) = DeTable::parse_recoverable(text);
     let mut walk = Walk { text, problems };
@@ -119,7 +119,7 @@ impl Walk<'_> {
     }
 }
 
-/// A label whose control characters can't play tricks on a terminal.
+/// A label with its control characters escaped, safe to print on a terminal.
 fn quoted(origin: &Origin) -> Origin {
     Origin { label: origin.label.escape_debug().to_string(), line: origin.line }
 }

@@ -1,6 +1,6 @@
-//! The table of keys: what each is called, what it may be, what it is when left out, and where it goes.
+//! The table of keys: each key's name, valid values, default, and the field it sets.
 //!
-//! Defaults, checks, messages, the did-you-mean and the test of configs/default.toml all read this one table.
+//! Defaults, checks, messages, suggestions for misspelt keys and the test of configs/default.toml all read this table.
 
 use std::os::fd::RawFd;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::size::{format_size, parse_size};
 use super::{Allocate, CacheMode, DeviceConfig, Engine, MemoryDir, OnError, Policy, Socket, Survive};
 use crate::units::PAGE_BYTES;
 
-/// A value before it is checked, from a document, an option or this table.
+/// A value before its check: from a document, an option or this table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Value<'a> {
     Text(&'a str),
@@ -18,7 +18,7 @@ pub(crate) enum Value<'a> {
     Descriptor(RawFd),
     Integer(i128),
     Flag(bool),
-    /// A value of a type that no key takes; what it is, with its article.
+    /// A value of a type that no key takes: the name of the type, with its article.
     Other(&'static str),
 }
 
@@ -41,24 +41,24 @@ impl Value<'_> {
 pub(crate) struct Key {
     /// Path from the device's table.
     pub name: &'static str,
-    /// What happens when it is left out.
+    /// Its value if it is left out.
     pub default: DefaultValue,
-    /// What it takes and where that goes.
+    /// Its valid values, and the field they set.
     pub kind: ValueKind,
 }
 
-/// What happens when a key is left out.
+/// The value of a key that is left out.
 #[derive(Debug)]
 pub(crate) enum DefaultValue {
-    /// The device can't do without it.
+    /// None: the key is required.
     Required,
-    /// It has this value.
+    /// This value.
     Is(Value<'static>),
-    /// It follows from the name.
+    /// Derived from the name of the device.
     FromName(fn(&mut DeviceConfig)),
 }
 
-/// What a key takes and where that goes.
+/// A key's valid values, and the field they set.
 #[derive(Debug)]
 pub(crate) enum ValueKind {
     Text {
@@ -94,7 +94,7 @@ pub(crate) enum ValueKind {
         max: u64,
         set: fn(&mut DeviceConfig, u64),
     },
-    /// One of `words`; `set` gets its position.
+    /// One of `words`; `set` gets its index.
     Choice {
         words: &'static [&'static str],
         set: fn(&mut DeviceConfig, usize),
@@ -108,7 +108,7 @@ use Value::{Flag, Integer, Text};
 const SERIAL_BYTES_MAX: usize = 20;
 /// Bytes of a Unix socket's path: `sun_path` has 108, and one is the terminating zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
-/// The word for memory that the service manager keeps.
+/// The value of `memory_dir` for memory in systemd's file descriptor store.
 pub(crate) const SYSTEMD: &str = "systemd";
 
 /// Every key of a device.
@@ -140,8 +140,8 @@ pub(crate) const KEYS: &[Key] = &[
             set: |device, text| device.serial = text.to_string(),
         },
     },
-    // QEMU asks for a queue for each vCPU and refuses a back-end that has fewer, and an unused queue costs little: so
-    // the default is the most that there can be (one bit each in a u64 of the vhost-user-backend crate).
+    // QEMU asks for one queue per vCPU and refuses a back-end with fewer, and an unused queue costs little. So the default
+    // is the maximum: vhost-user-backend has one bit for each in a u64.
     Key {
         name: "num_queues",
         default: Is(Integer(64)),
@@ -152,8 +152,8 @@ pub(crate) const KEYS: &[Key] = &[
         default: Is(Integer(1)),
         kind: ValueKind::Count { min: 1, max: 8, set: |device, n| device.workers = narrow(n) },
     },
-    // The front-end chooses the ring's size; this only bounds it. 1024 is what QEMU allows at most (VIRTQUEUE_MAX_SIZE),
-    // so nobody is refused, and it bounds what one ring can have in flight.
+    // The front-end chooses the queue size; this bounds it, and so the requests in flight of one queue. 1024 is QEMU's own
+    // maximum (VIRTQUEUE_MAX_SIZE), so no front-end is refused.
     Key {
         name: "queue_size",
         default: Is(Integer(1024)),
@@ -170,7 +170,7 @@ pub(crate) const KEYS: &[Key] = &[
         kind: ValueKind::Choice { words: Engine::WORDS, set: |device, i| device.engine = Engine::ALL[i] },
     },
     Key { name: "direct", default: Is(Flag(true)), kind: ValueKind::Flag { set: |device, on| device.direct = on } },
-    // Below 4M one large request could hold every page. A frame's number is a u32, so 16T would be the end.
+    // Below 4M one large request could pin every page. A frame number is a u32, so 16T would be the limit.
     Key {
         name: "cache.size",
         default: Is(Text("256M")),
@@ -249,8 +249,8 @@ pub(super) fn suggestion(name: &str) -> Option<&'static str> {
     let paths = || KEYS.iter().map(|key| key.name).chain(["cache"]);
     let called = |leaf: &str| paths().find(|path| split(path).1 == leaf);
     let joined = leaf.replacen(['_', '-'], ".", 1);
-    // The right word in the wrong table, then the table's name run into the word, then a slip: first in the table where
-    // the word stands, then anywhere.
+    // The right word in the wrong table, then the table's name joined to the word, then a typo: first in the table where
+    // the word is, then anywhere.
     called(leaf)
         .or_else(|| paths().find(|path| *path == joined))
         .or_else(|| {
@@ -264,7 +264,7 @@ fn split(path: &str) -> (&str, &str) {
     path.rsplit_once('.').unwrap_or(("", path))
 }
 
-/// Gives every key that has a default its default.
+/// Sets every key that has a default.
 pub(super) fn set_defaults(device: &mut DeviceConfig) {
     for key in KEYS {
         match key.default {
@@ -276,7 +276,7 @@ pub(super) fn set_defaults(device: &mut DeviceConfig) {
 }
 
 impl ValueKind {
-    /// Puts `value` in its origin, or says what it should have been.
+    /// Sets the field to `value`, or says which values are valid.
     pub(super) fn set(&self, device: &mut DeviceConfig, value: Value<'_>) -> Result<(), String> {
         match self.accept(device, value) {
             Some(()) => Ok(()),
@@ -295,7 +295,7 @@ impl ValueKind {
             (Self::MemoryDir { set }, Text(_) | Value::Path(_)) => {
                 let path = path(value, usize::MAX)?;
                 let named = path == Path::new(SYSTEMD);
-                // From another working directory, a relative one would be another: the next daemon would find nothing.
+                // A relative path would depend on the working directory: the next daemon might not find the cache.
                 let directory = || path.is_absolute().then(|| MemoryDir::Path(path.into()));
                 set(device, if named { MemoryDir::Systemd } else { directory()? });
             }
@@ -324,7 +324,7 @@ impl ValueKind {
         Some(())
     }
 
-    /// What the key takes, as a message says it.
+    /// The valid values, for a message.
     fn wanted(&self) -> String {
         match self {
             Self::Text { wanted, .. } => (*wanted).to_string(),
@@ -346,7 +346,7 @@ impl ValueKind {
         }
     }
 
-    /// What was probably meant, as the end of a message; mostly nothing.
+    /// The end of a message that suggests the value probably meant; mostly empty.
     fn hint(&self, value: Value<'_>) -> String {
         let near = match (self, value) {
             (Self::Choice { words, .. }, Text(text)) => nearest(&text.to_lowercase(), words.iter().copied()),
@@ -356,7 +356,7 @@ impl ValueKind {
     }
 }
 
-/// The path in `value`, if it is one that the system could open: not empty, not too long, no zero byte.
+/// The path in `value`, if the system could open it: not empty, not too long, no NUL byte.
 fn path(value: Value<'_>, bytes_max: usize) -> Option<&Path> {
     let path = match value {
         Text(text) => Path::new(text),

@@ -1,8 +1,8 @@
-//! What the operator asks for: devices, their images, their caches.
+//! The configuration: devices, their images, their caches.
 //!
-//! A TOML file (`Config::load`) and the command line (`cli.rs`) both end here and obey one table of keys (`keys.rs`),
-//! which holds each key's default, its range and where its value goes. A wrong configuration is reported whole: every
-//! problem with its key and line, so that one attempt shows all there is to mend, and nothing has been started by then.
+//! A TOML file (`Config::load`) and the command line (`cli.rs`) share one table of keys (`keys.rs`), which holds each key's
+//! default, its range and the field it sets. A wrong configuration is reported as a whole, every problem with its key and
+//! line, so that one attempt shows all of them. Nothing has started by then.
 
 mod device_builder;
 mod document;
@@ -33,8 +33,8 @@ impl Config {
     /// Reads and checks the TOML file at `path`.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] when the file can't be read, and when anything in it is wrong; the text then has one line
-    /// for every problem, in the form `FILE:LINE: KEY: MESSAGE`.
+    /// [`ErrorKind::Config`] if the file cannot be read or is wrong. The text has one line for each problem, in the form
+    /// `FILE:LINE: KEY: MESSAGE`.
     pub fn load(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|e| {
             Error::io(ErrorKind::Config, format!("cannot read the configuration {}", path.display()), e)
@@ -46,8 +46,8 @@ impl Config {
     /// Checks a TOML document.
     ///
     /// # Errors
-    /// Every problem in the document, in the order of its lines. Where the text isn't TOML at all, only its syntax
-    /// errors: what a half-understood document seems to say further on would mislead.
+    /// Every problem in the document, in the order of its lines. For a text that is not TOML only the syntax errors: further
+    /// problems of a half-parsed document would mislead.
     pub fn from_toml(text: &str) -> std::result::Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let builders = document::parse(text, &mut problems);
@@ -85,14 +85,14 @@ pub struct DeviceConfig {
 }
 
 impl DeviceConfig {
-    /// A device with every default of the table of keys, for callers that have checked the three values themselves.
+    /// A device with every default of the table of keys; the caller has checked the three values.
     pub fn new(name: impl Into<String>, socket: Socket, image: impl Into<PathBuf>) -> Self {
         let mut device = Self { name: name.into(), socket, image: image.into(), ..Self::unset() };
         keys::set_defaults(&mut device);
         device
     }
 
-    /// A device of empty and zero values, to be filled from the table of keys.
+    /// A device of empty and zero values, which the table of keys fills.
     fn unset() -> Self {
         Self {
             name: String::new(),
@@ -148,38 +148,38 @@ impl fmt::Display for Socket {
 pub struct CacheConfig {
     /// Memory for cached pages; a multiple of the page size.
     pub size_bytes: u64,
-    /// When a write counts as done.
+    /// When a write completes.
     pub mode: CacheMode,
-    /// Which page makes room for another.
+    /// Replacement policy.
     pub policy: Policy,
     /// Largest readahead window; 0 = no readahead.
     pub readahead_max_bytes: u64,
-    /// How long a FLUSH may take: the dirty limit is what the image can write in that time.
+    /// Target duration of a FLUSH: the dirty limit is what the image can write in that time.
     pub flush_target_ms: u32,
     /// Upper bound of the dirty limit, as a share of the cache.
     pub dirty_max_percent: u8,
     /// Age at which a dirty page is written back even if nothing else asks for it.
     pub dirty_age_max_ms: u32,
-    /// When a hole of the image gets its space.
+    /// When space is allocated for a hole of the image.
     pub allocate: Allocate,
-    /// What becomes of requests while the image fails to take writes.
+    /// What happens to requests while writes to the image fail.
     pub on_error: OnError,
-    /// The same, where the image has no space.
+    /// The same, while the image has no space.
     pub on_full: OnError,
-    /// Longest time that requests wait for an image, where they do.
+    /// Longest time that requests wait for the image (`hold`).
     pub hold_max_ms: u32,
-    /// Whether the cache outlives the daemon.
+    /// Whether the cache survives the daemon.
     pub survive: Survive,
-    /// Shared memory in which it does.
+    /// Shared memory that holds a surviving cache.
     pub memory_dir: MemoryDir,
 }
 
-/// Shared memory in which a cache outlives the daemon.
+/// Shared memory that holds a surviving cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryDir {
     /// A file below this directory.
     Path(PathBuf),
-    /// Memory without a name, kept by the service manager.
+    /// A memfd in systemd's file descriptor store.
     Systemd,
 }
 
@@ -208,9 +208,9 @@ macro_rules! words {
 words! {
     /// How the image is read and written.
     Engine {
-        /// io_uring, or threads where the host forbids it.
+        /// io_uring, or threads if io_uring is not available.
         Auto = "auto",
-        /// io_uring or nothing.
+        /// io_uring; the device does not start without it.
         IoUring = "io_uring",
         /// pread and pwrite on helper threads.
         Threads = "threads",
@@ -218,11 +218,11 @@ words! {
 }
 
 words! {
-    /// When a write counts as done.
+    /// When a write completes.
     CacheMode {
-        /// When its bytes are in the cache; a FLUSH makes them durable.
+        /// Once its data is in the cache; a FLUSH makes it durable.
         Writeback = "writeback",
-        /// When its bytes are durable on the image.
+        /// Once its data is durable on the image.
         Writethrough = "writethrough",
         /// Nothing is cached: every request goes to the image.
         None = "none",
@@ -230,7 +230,7 @@ words! {
 }
 
 words! {
-    /// When a hole of the image gets its space.
+    /// When space is allocated for a hole of the image.
     Allocate {
         /// Before the write that fills it completes.
         OnWrite = "on-write",
@@ -240,33 +240,33 @@ words! {
 }
 
 words! {
-    /// What becomes of requests that need the image while it fails to take writes.
+    /// What happens to requests that need the image while writes to it fail.
     OnError {
         /// They fail.
         Report = "report",
         /// They wait for it.
         Hold = "hold",
-        /// They fail, and the image is left alone until the operator resumes.
+        /// They fail, and genblk does no I/O to the image until the operator sends SIGHUP.
         Stop = "stop",
     }
 }
 
 words! {
-    /// Whether the cache outlives the daemon.
+    /// Whether the cache survives the daemon.
     Survive {
-        /// Where the memory for that can be had; the log says where it can't.
+        /// If the memory for that is available; if not, the log says so.
         Auto = "auto",
-        /// Or the device is not served.
+        /// Yes, or the device does not start.
         Always = "always",
-        /// It goes with the daemon, and a guest whose completed writes went with it gets I/O errors.
+        /// No. A guest whose completed writes were lost gets I/O errors.
         Never = "never",
     }
 }
 
 words! {
-    /// Which page makes room for another.
+    /// Replacement policy.
     Policy {
-        /// S3-FIFO: a page must be used twice to stay, so a scan passes through without pushing the rest out.
+        /// S3-FIFO: only a page that is used twice stays, so a scan does not evict the working set.
         S3Fifo = "s3fifo",
         /// Least recently used: for comparison.
         Lru = "lru",

@@ -1,8 +1,8 @@
-//! What is wrong with a configuration: where, which key, why; and the word that was probably meant.
+//! Problems of a configuration: line, key and reason, and the word that was probably meant.
 
 use std::fmt;
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Line of the file, from 1; `None` on the command line.
@@ -11,7 +11,7 @@ pub struct Problem {
     pub column: Option<usize>,
     /// The key with its full path (`device[1].cache.size`) or the option (`--cache-size`); empty for syntax errors.
     pub key: String,
-    /// What is wrong with it, and what would be right.
+    /// What is wrong, and what would be valid.
     pub message: String,
 }
 
@@ -47,13 +47,13 @@ pub(crate) fn report(source: &str, problems: &[Problem]) -> String {
 pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     candidates
         .map(|candidate| (distance(word, candidate), candidate))
-        // One slip in three letters still looks like the word; more is a guess.
+        // One typo in three letters still looks like the word; more would be a guess.
         .filter(|(distance, candidate)| *distance <= (candidate.len() / 3).max(1))
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
 }
 
-/// Slips between two words: letters added, left out, changed, or swapped with their neighbour (optimal string
+/// Edit distance between two words: letters inserted, deleted, substituted, or swapped with their neighbour (optimal string
 /// alignment).
 fn distance(left: &str, right: &str) -> usize {
     let left: Vec<char> = left.chars().collect();

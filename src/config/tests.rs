@@ -188,7 +188,7 @@ fn a_key_can_play_no_tricks_on_the_terminal() {
 #[test]
 fn workers_need_queues() {
     let text = device("a", "num_queues = 2\nworkers = 3");
-    assert_eq!(problems(&text), ["6: device[0].workers: 3 workers have only 2 queues to serve"]);
+    assert_eq!(problems(&text), ["6: device[0].workers: 3 workers are more than the 2 queues they would serve"]);
     // A wrong value is reported as such, and not once more by the rule.
     let text = device("a", "num_queues = 0\nworkers = 3");
     assert_eq!(problems(&text), ["5: device[0].num_queues: takes an integer from 1 to 64, not 0"]);
@@ -198,8 +198,8 @@ fn workers_need_queues() {
 fn names_and_sockets_are_unique() {
     let text = device("a", "") + &device("b", "").replace("\"b\"", "\"a\"").replace("/run/b", "/run//./a");
     let expected = [
-        "7: device[1].name: \"a\" is the name of device[0] too",
-        "8: device[1].socket: /run//./a is the socket of device[0] too",
+        "7: device[1].name: \"a\" is also the name of device[0]",
+        "8: device[1].socket: /run//./a is also the socket of device[0]",
     ];
     assert_eq!(problems(&text), expected);
 }
@@ -207,9 +207,9 @@ fn names_and_sockets_are_unique() {
 #[test]
 fn a_writer_has_its_image_alone() {
     let two = |first: &str, second: &str| device("a", first) + &device("b", second).replace("/b.img", "/a.img");
-    let advice = "and a device that writes an image has it alone: make both of them read_only";
+    let advice = "devices that share an image must all be read_only";
     for (first, second) in [("", ""), ("", "read_only = true"), ("read_only = true", "")] {
-        let expected = format!("9: device[1].image: /a.img is the image of device[0] too, {advice}");
+        let expected = format!("9: device[1].image: /a.img is also the image of device[0]; {advice}");
         assert_eq!(problems(&two(first, second)), [expected], "{first:?}, {second:?}");
     }
     assert_eq!(Config::from_toml(&two("read_only = true", "read_only = true")).unwrap().devices.len(), 2);
@@ -220,8 +220,8 @@ fn devices_on_one_image_agree_on_its_cache() {
     let other = |rest: &str| device("b", rest).replace("/b.img", "/a.img");
     for setting in ["direct = false", "engine = \"threads\"", "cache.size = \"8M\"", "cache.policy = \"lru\""] {
         let text = device("a", "read_only = true") + &other(&format!("read_only = true\n{setting}"));
-        let advice = "engine, direct and every key of the cache must be the same in both";
-        let expected = format!("9: device[1].image: device[0] serves /a.img too, from one cache: {advice}");
+        let advice = "engine, direct and every cache key must be the same in both";
+        let expected = format!("9: device[1].image: device[0] serves /a.img too, and they share its cache; {advice}");
         assert_eq!(problems(&text), [expected], "{setting}");
     }
     let free = device("a", "read_only = true") + &other("read_only = true\nnum_queues = 1\npoll_us = 0");

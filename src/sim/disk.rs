@@ -1,76 +1,81 @@
-//! The simulated disk: a volatile write cache over a platter, holes, faults, and power cuts.
+//! The simulated disk: a volatile write cache in front of a durable medium, with holes and power cuts.
 //!
-//! A sector holds a version number; 0 stands for zeros. What has been written since the last good Sync may or may not
-//! be on the platter. A Sync that fails drops what it was to make durable, as kernels do: the data can still be read,
-//! and a later Sync says nothing of it.
+//! Each sector holds a version number instead of bytes; version 0 stands for zeros. Until a Sync succeeds, a write may
+//! or may not have reached the medium. A Sync that fails drops the writes that it should have made durable, as kernels
+//! do with pages whose write-back fails: reads still return the data, and a later Sync that succeeds does not cover
+//! them.
 
 use crate::prng::Prng;
 
-/// What was written to a sector since it was last durable.
-#[derive(Clone, Copy, Debug)]
-struct Written {
+/// A write to a sector that is not known to be durable.
+# [derive(Clone, Copy, Debug)]
+struct UnsyncedWrite {
     version: u32,
+    /// The disk's clock at the time of the write.
     at: u64,
 }
 
 /// See the module.
-#[derive(Debug)]
+# [derive(Debug)]
 pub(crate) struct Disk {
-    now: Vec<u32>,
-    platter: Vec<u32>,
-    log: Vec<Vec<Written>>,
-    /// A page that was never written, or has been unmapped.
+    /// What a read returns, by sector.
+    current: Vec<u32>,
+    /// What the medium holds for certain, by sector.
+    durable: Vec<u32>,
+    /// By sector, oldest write first.
+    unsynced: Vec<Vec<UnsyncedWrite>>,
+    /// By page: never written, or unmapped since.
     hole: Vec<bool>,
-    /// Has space, although it may be a hole.
-    reserved: Vec<bool>,
-    /// Counts Syncs, so that a Sync knows what came before it.
+    /// By page: has space allocated, even if it is a hole.
+    allocated: Vec<bool>,
+    /// Counts Syncs, so that a Sync knows which writes precede it.
     clock: u64,
 }
 
 const SECTORS_PER_PAGE: usize = 8;
 
 impl Disk {
-    /// `sectors` sectors; the pages for which `hole` says so are holes, the others hold version 0 as data.
+    /// A disk of `sectors` sectors. Pages for which `hole` returns true are holes; the others hold version 0 as data.
     pub fn new(sectors: usize, hole: impl FnMut(usize) -> bool) -> Self {
         Self {
-            now: vec![0; sectors],
-            platter: vec![0; sectors],
-            log: vec![Vec::new(); sectors],
+            current: vec![0; sectors],
+            durable: vec![0; sectors],
+            unsynced: vec![Vec::new(); sectors],
             hole: (0..sectors.div_ceil(SECTORS_PER_PAGE)).map(hole).collect(),
-            reserved: vec![false; sectors.div_ceil(SECTORS_PER_PAGE)],
+            allocated: vec![false; sectors.div_ceil(SECTORS_PER_PAGE)],
             clock: 1,
         }
     }
 
-    /// Reserves space for every page of a range.
+    /// Allocates space for every page of a range.
     pub fn allocate(&mut self, first: usize, count: usize) {
-        self.reserved[first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE)].fill(true);
+        self.allocated[first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE)].fill(true);
     }
 
-    /// Whether every page of a range has its space.
+    /// Whether every page of a range has space.
     pub fn has_space(&self, first: usize, count: usize) -> bool {
         let pages = first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE);
-        pages.into_iter().all(|page| self.reserved[page] || !self.hole[page])
+        pages.into_iter().all(|page| self.allocated[page] || !self.hole[page])
     }
 
     /// Number of sectors.
     pub fn sectors(&self) -> usize {
-        self.now.len()
+        self.current.len()
     }
 
-    /// The version in a sector.
+    /// The version that a read of the sector returns.
     pub fn read(&self, sector: usize) -> u32 {
-        self.now[sector]
+        self.current[sector]
     }
 
     /// Writes a sector.
     pub fn write(&mut self, sector: usize, version: u32) {
-        self.now[sector] = version;
-        self.log[sector].push(Written { version, at: self.clock });
+        self.current[sector] = version;
+        self.unsynced[sector].push(UnsyncedWrite { version, at: self.clock });
         self.hole[sector / SECTORS_PER_PAGE] = false;
     }
 
-    /// Zeroes a range; whole pages become holes if `unmap`.
+    /// Zeroes a range; if `unmap`, its whole pages become holes.
     pub fn zero(&mut self, first: usize, count: usize, unmap: bool) {
         for sector in first..first + count {
             let was_hole = self.hole[sector / SECTORS_PER_PAGE];
@@ -83,12 +88,12 @@ impl Disk {
                     break;
                 }
                 self.hole[page] = true;
-                self.reserved[page] = false;
+                self.allocated[page] = false;
             }
         }
     }
 
-    /// Runs of (sectors, hole) over a range that starts on a page.
+    /// Runs of (sectors, is a hole) over a range that starts on a page boundary.
     pub fn map(&self, first: usize, count: usize) -> Vec<(u64, bool)> {
         let mut runs: Vec<(u64, bool)> = Vec::new();
         for sector in first..first + count {
@@ -101,30 +106,40 @@ impl Disk {
         runs
     }
 
-    /// A Sync is submitted: returns what [`Disk::sync_ends`] wants to know.
-    pub fn sync_begins(&mut self) -> u64 {
+    /// Starts a Sync; returns the time that [`Disk::complete_sync`] or [`Disk::fail_sync`] takes.
+    pub fn begin_sync(&mut self) -> u64 {
         self.clock += 1;
         self.clock
     }
 
-    /// The Sync that began at `began` ends.
-    pub fn sync_ends(&mut self, began: u64, good: bool) {
-        for (platter, log) in self.platter.iter_mut().zip(&mut self.log) {
-            if let Some(last) = log.iter().rposition(|written| written.at < began) {
-                if good {
-                    *platter = log[last].version;
-                }
-                log.drain(..=last);
+    /// The Sync that started at `began` succeeds: earlier writes are durable.
+    pub fn complete_sync(&mut self, began: u64) {
+        for (durable, unsynced) in self.durable.iter_mut().zip(&mut self.unsynced) {
+            if let Some(last) = drop_earlier(unsynced, began) {
+                *durable = last.version;
             }
         }
     }
 
-    /// What a sector may hold if the power is cut now.
-    pub fn after_power_cut(&self, sector: usize, prng: &mut Prng) -> u32 {
-        let log = &self.log[sector];
-        match prng.below(log.len() as u64 + 1) as usize {
-            0 => self.platter[sector],
-            n => log[n - 1].version,
+    /// The Sync that started at `began` fails: earlier writes never reach the medium.
+    pub fn fail_sync(&mut self, began: u64) {
+        for unsynced in &mut self.unsynced {
+            drop_earlier(unsynced, began);
         }
     }
+
+    /// A version that the sector may hold after a power cut now: the durable one, or that of an unsynced write.
+    pub fn after_power_cut(&self, sector: usize, prng: &mut Prng) -> u32 {
+        let unsynced = &self.unsynced[sector];
+        match prng.below(unsynced.len() as u64 + 1) as usize {
+            0 => self.durable[sector],
+            n => unsynced[n - 1].version,
+        }
+    }
+}
+
+/// Drops the writes before `time`; returns the last of them.
+fn drop_earlier(writes: &mut Vec<UnsyncedWrite>, time: u64) -> Option<UnsyncedWrite> {
+    let last = writes.iter().rposition(|write| write.at < time)?;
+    writes.drain(..=last).next_back()
 }

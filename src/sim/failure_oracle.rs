@@ -1,66 +1,70 @@
-//! What a request may fail of: without a fault of the disk nothing fails, and with one only what the policy gives up.
+//! Decides which guest requests may fail: without a disk fault none, and with one only those that the error policy
+//! allows.
 //!
-//! It errs on the side of the cache: a failure stays a reason for all that fails later, although it may have healed.
+//! The oracle is lenient: once a fault has excused failures, it excuses later ones too, although the disk may have
+//! recovered.
 
 use crate::cache::{ErrorPolicy, Settings};
 use crate::units::{Fault, OpKind, Tick};
 
-/// The disk's faults so far.
-#[derive(Debug, Default)]
+/// The disk faults so far.
+# [derive(Debug, Default)]
 pub(super) struct FailureOracle {
-    /// When a read last failed ...
-    reads: Option<Tick>,
-    /// ... and a range operation.
-    ranges: Option<Tick>,
-    /// When what is written could first not be stored, and the policy was to wait ...
-    held: Option<Tick>,
-    /// ... and whether it could not and the policy was another.
+    /// Time of the last read that failed.
+    read_failed: Option<Tick>,
+    /// Time of the last range operation that failed.
+    range_failed: Option<Tick>,
+    /// Time of the first failure to store data under the policy `hold`.
+    held_since: Option<Tick>,
+    /// Storing data has failed under the policy `report`.
     reported: bool,
+    /// Storing data has failed under the policy `stop`.
     stopped: bool,
 }
 
-/// What a request that fails had asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Asked {
+/// Guest requests by what makes them fail.
+# [derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RequestClass {
     Read,
     Write,
+    /// Zero and discard.
     Range,
     Flush,
 }
 
 impl FailureOracle {
-    /// An operation has failed.
-    pub fn failed(&mut self, kind: OpKind, fault: Fault, settings: &Settings, now: Tick) {
+    /// Notes that a store operation has failed.
+    pub fn note_failure(&mut self, kind: OpKind, fault: Fault, settings: &Settings, now: Tick) {
         match kind {
-            OpKind::Read => self.reads = Some(now),
-            // What is not mapped is read; that fails no request.
+            OpKind::Read => self.read_failed = Some(now),
+            // The cache reads what it cannot map: no request fails.
             OpKind::Map => return,
-            OpKind::Zero { .. } | OpKind::Discard => self.ranges = Some(now),
+            OpKind::Zero { .. } | OpKind::Discard => self.range_failed = Some(now),
             OpKind::Write | OpKind::Sync | OpKind::Allocate => {}
         }
-        // A zero that is done again after a failed Sync answers to the policy, as the Sync does, and so does a read of what a
-        // page lacks that can't be written without it.
-        let fills = kind == OpKind::Read && settings.block_sectors > 1;
-        if !fills && matches!(kind, OpKind::Read | OpKind::Discard) {
+        // With blocks larger than a sector, a write needs a read of the rest of its block: such a read falls under the
+        // error policy, as does a zero that is repeated after a failed Sync.
+        let completes_blocks = kind == OpKind::Read && settings.block_sectors > 1;
+        if !completes_blocks && matches!(kind, OpKind::Read | OpKind::Discard) {
             return;
         }
         match if fault == Fault::NoSpace { settings.on_full } else { settings.on_error } {
             ErrorPolicy::Report => self.reported = true,
-            ErrorPolicy::Hold => self.held = self.held.or(Some(now)),
+            ErrorPolicy::Hold => self.held_since = self.held_since.or(Some(now)),
             ErrorPolicy::Stop => self.stopped = true,
         }
     }
 
-    /// Whether a request sent at `sent` may fail now.
-    pub fn may_fail(&self, asked: Asked, sent: Tick, settings: &Settings, now: Tick) -> bool {
-        let waited_out = self.held.is_some_and(|since| now.since_us(since) >= settings.hold_us);
-        let since = |failed: Option<Tick>| failed.is_some_and(|at| at >= sent);
+    /// Whether a request sent at `sent` may fail at `now`.
+    pub fn may_fail(&self, class: RequestClass, sent: Tick, settings: &Settings, now: Tick) -> bool {
+        let hold_expired = self.held_since.is_some_and(|since| now.since_us(since) >= settings.hold_us);
+        let since_sent = |failed: Option<Tick>| failed.is_some_and(|at| at >= sent);
         self.stopped
-            || match asked {
-                Asked::Read => since(self.reads),
-                // A zero that finds no place to be noted fails if the Sync that would free one does.
-                Asked::Range => since(self.ranges) || self.reported || waited_out,
-                Asked::Write | Asked::Flush => self.reported || waited_out,
+            || match class {
+                RequestClass::Read => since_sent(self.read_failed),
+                // A zero that finds no free zero slot waits for the Sync that frees one, and fails with it.
+                RequestClass::Range => since_sent(self.range_failed) || self.reported || hold_expired,
+                RequestClass::Write | RequestClass::Flush => self.reported || hold_expired,
             }
     }
 }

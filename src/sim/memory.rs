@@ -1,35 +1,37 @@
-//! The memory of a simulated cache: a version for each sector, and what was last published of each frame. It can be stopped
-//! between any two steps that the cache takes in it, as a killed daemon's is.
+//! The frame memory of a simulated cache: a version number for each sector, and the records published of each frame.
+//!
+//! A daemon may crash between any two steps that the cache takes in this memory. From then on the cache works on memory
+//! that the next daemon does not get: [`Memory::restore_crash_image`] goes back to the moment of the crash.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::cache::FrameMemory;
 use crate::units::{FrameId, FrameRecord, SectorMask, SectorSpan};
 
-/// What a frame holds before anything was put there: seen by a guest, it is a leak.
+/// The version in memory that was never written. A guest that reads it sees a leak of foreign data.
 pub(crate) const GARBAGE: u32 = u32::MAX;
 
-#[derive(Clone, Debug)]
+/// All that survives a crash of the daemon.
+# [derive(Clone, Debug)]
 struct Contents {
     versions: Vec<[u32; 8]>,
-    ledger: Vec<Option<FrameRecord>>,
-    zeroed: Vec<Option<SectorSpan>>,
+    records: Vec<Option<FrameRecord>>,
+    zero_slots: Vec<Option<SectorSpan>>,
 }
 
-#[derive(Debug)]
+# [derive(Debug)]
 struct MemoryState {
-    now: Contents,
-    /// Steps until the daemon dies.
+    current: Contents,
     steps_to_crash: Option<u64>,
-    /// What was there when it died.
-    dead: Option<Contents>,
+    /// The contents at the moment of the crash.
+    crash_image: Option<Contents>,
 }
 
 impl MemoryState {
     /// The cache is about to take a step.
     fn step(&mut self) {
         match &mut self.steps_to_crash {
-            Some(0) if self.dead.is_none() => self.dead = Some(self.now.clone()),
+            Some(0) if self.crash_image.is_none() => self.crash_image = Some(self.current.clone()),
             Some(left) => *left = left.saturating_sub(1),
             None => {}
         }
@@ -37,62 +39,66 @@ impl MemoryState {
 }
 
 /// See the module. Clones share the memory.
-#[derive(Clone, Debug)]
+# [derive(Clone, Debug)]
 pub(crate) struct Memory(Arc<Mutex<MemoryState>>);
 
 impl Memory {
-    /// Frames of garbage, and places for zeroed ranges.
-    pub fn new(frames: u32, places: usize) -> Self {
+    /// Memory of `frames` frames of garbage, and `zero_slots` empty slots for zeroed ranges.
+    pub fn new(frames: u32, zero_slots: usize) -> Self {
         let frames = frames as usize;
-        let (versions, ledger, zeroed) = (vec![[GARBAGE; 8]; frames], vec![None; frames], vec![None; places]);
-        let now = Contents { versions, ledger, zeroed };
-        Self(Arc::new(Mutex::new(MemoryState { now, steps_to_crash: None, dead: None })))
+        let current = Contents {
+            versions: vec![[GARBAGE; 8]; frames],
+            records: vec![None; frames],
+            zero_slots: vec![None; zero_slots],
+        };
+        Self(Arc::new(Mutex::new(MemoryState { current, steps_to_crash: None, crash_image: None })))
     }
 
     fn state(&self) -> MutexGuard<'_, MemoryState> {
         self.0.lock().expect("a world has one thread")
     }
 
-    /// The version in a sector of a frame; beyond the frame's end, in one of those that follow.
+    /// The version in a sector, counted from the frame's first; 8 and more lie in the frames that follow.
     pub fn get(&self, frame: FrameId, sector: usize) -> u32 {
-        self.state().now.versions[frame.index() + sector / 8][sector % 8]
+        self.state().current.versions[frame.index() + sector / 8][sector % 8]
     }
 
-    /// Puts a version there.
+    /// Sets the version in a sector, counted as in [`Memory::get`].
     pub fn set(&self, frame: FrameId, sector: usize, version: u32) {
-        self.state().now.versions[frame.index() + sector / 8][sector % 8] = version;
+        self.state().current.versions[frame.index() + sector / 8][sector % 8] = version;
     }
 
-    /// The daemon dies before the step after `steps` more.
+    /// Makes the daemon crash after `steps` more steps.
     pub fn crash_after(&self, steps: u64) {
         self.state().steps_to_crash = Some(steps);
     }
 
-    /// Whether the daemon has died: nothing that it did since has happened.
-    pub fn is_dead(&self) -> bool {
-        self.state().dead.is_some()
+    /// Whether the daemon has crashed: all that the cache has done since is void.
+    pub fn has_crashed(&self) -> bool {
+        self.state().crash_image.is_some()
     }
 
-    /// Makes the memory again what it was when the daemon died, or takes it as it is.
+    /// Goes back to the moment of the crash; keeps the current contents if the daemon did not crash within its step.
     pub fn restore_crash_image(&self) {
         let mut state = self.state();
         state.steps_to_crash = None;
-        if let Some(dead) = state.dead.take() {
-            state.now = dead;
+        if let Some(crash_image) = state.crash_image.take() {
+            state.current = crash_image;
         }
     }
 
-    /// What a successor finds.
+    /// The published frame records, for [`PageCache::restore`](crate::cache::PageCache::restore).
     pub fn records(&self) -> Vec<(FrameId, FrameRecord)> {
         let state = self.state();
-        let noted = (0..).map(FrameId).zip(&state.now.ledger);
-        noted.filter_map(|(frame, noted)| noted.map(|record| (frame, record))).collect()
+        let records = (0..).map(FrameId).zip(&state.current.records);
+        records.filter_map(|(frame, record)| record.map(|record| (frame, record))).collect()
     }
 
-    /// The zeroed ranges that a successor finds, by their places.
+    /// The zeroed ranges with their slots, for [`PageCache::restore`](crate::cache::PageCache::restore).
     pub fn pending_zeroes(&self) -> Vec<(usize, SectorSpan)> {
         let state = self.state();
-        state.now.zeroed.iter().enumerate().filter_map(|(place, noted)| noted.map(|span| (place, span))).collect()
+        let slots = state.current.zero_slots.iter().enumerate();
+        slots.filter_map(|(slot, span)| span.map(|span| (slot, span))).collect()
     }
 }
 
@@ -105,8 +111,8 @@ impl FrameMemory for Memory {
         let mut state = self.state();
         for sector in sectors_of(mask) {
             state.step();
-            let version = state.now.versions[source.index()][sector];
-            state.now.versions[target.index()][sector] = version;
+            let version = state.current.versions[source.index()][sector];
+            state.current.versions[target.index()][sector] = version;
         }
     }
 
@@ -114,23 +120,23 @@ impl FrameMemory for Memory {
         let mut state = self.state();
         for sector in sectors_of(mask) {
             state.step();
-            state.now.versions[frame.index()][sector] = 0;
+            state.current.versions[frame.index()][sector] = 0;
         }
     }
 
     fn publish(&self, frame: FrameId, record: FrameRecord) {
         let mut state = self.state();
         state.step();
-        state.now.ledger[frame.index()] = (!record.is_empty()).then_some(record);
+        state.current.records[frame.index()] = (!record.is_empty()).then_some(record);
     }
 
     fn zero_slots(&self) -> usize {
-        self.state().now.zeroed.len()
+        self.state().current.zero_slots.len()
     }
 
-    fn note_zero(&self, place: usize, span: Option<SectorSpan>) {
+    fn note_zero(&self, slot: usize, span: Option<SectorSpan>) {
         let mut state = self.state();
         state.step();
-        state.now.zeroed[place] = span;
+        state.current.zero_slots[slot] = span;
     }
 }

@@ -1,14 +1,28 @@
-//! The simulated world: the page cache run through millions of orderings, one seed each.
+//! The simulator: runs the page cache through random orders of events, one world for each seed.
 //!
-//! `make sim SEED=n` replays one seed, `make sim N=1000` runs many; a fixed set and a few random seeds run with the
-//! unit tests. A seed decides everything: the cache's shape, the guest's requests, latencies, reordering, faults that
-//! pass and faults that stay, torn writes and power cuts.
+//! The seed decides everything: the cache's settings, the guest's requests, the latency and the order of store
+//! operations, transient and permanent faults, torn writes, crashes of the daemon and power cuts. A world has two
+//! phases:
+//!
+//! - Safety: the guest sends random requests while the disk fails at random and daemons crash. After each step the
+//!   cache's invariants must hold. The data oracle (`oracle.rs`) checks what each read returns and what a power cut
+//!   would leave; the failure oracle (`failure_oracle.rs`) checks that no request fails without a reason.
+//! - Liveness: daemons no longer crash. In some worlds the disk first breaks, and every request must complete even so,
+//!   with success or with an error. Then the disk is healed: every request must complete, a FLUSH must succeed, and
+//!   after it a power cut must leave all that the guest wrote. At no time may a request wait for an event that cannot
+//!   come.
+//!
+//! [`PlantedBug`]s prove that the oracles see: each is a bug in the cache, and the simulator must find it.
+//!
+//! `make sim SEED=n` replays one seed, `make sim N=1000` runs a thousand. The unit tests run a fixed set of seeds and a
+//! few random ones.
 
-#![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
+# ![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
 
 pub(crate) mod disk;
 mod failure_oracle;
 pub(crate) mod memory;
+mod operations;
 mod oracle;
 mod scenario;
 mod world;
@@ -17,33 +31,34 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use world::World;
 
-/// A deliberate bug in the cache that the simulator must find.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A bug in the cache, enabled by a test: the simulator must find it.
+# [derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PlantedBug {
-    /// A write-back that ends takes the page for clean although it was written again meanwhile.
+    /// Write-back that completes marks a page clean although the guest wrote it again meanwhile.
     RewriteIsLost,
-    /// A read-in lands on sectors that a guest has written.
+    /// A read-in overwrites sectors that the guest has written.
     ReadInOverwritesDirty,
-    /// A cluster's error is taken for success.
+    /// A failed write of a cluster counts as a success.
     ClusterIgnoresError,
-    /// A page that is on its way to the store is noted as clean: who dies meanwhile loses it.
+    /// A page under write-back is published as clean: a crash loses it.
     WritingIsClean,
-    /// A page that no Sync has covered is noted as clean: a successor whose Sync fails does not write it again.
+    /// A page that no Sync has covered is published as clean: the next daemon does not write it again if its Sync
+    /// fails.
     WrittenIsStable,
-    /// A range that was zeroed is not noted: a successor whose Sync fails does not zero it again.
+    /// A zeroed range is not published: the next daemon does not zero it again if its Sync fails.
     ZeroedIsForgotten,
-    /// A write-back that finds the disk full is taken for success.
+    /// Write-back that fails for lack of space counts as a success.
     FullDiskDropsPages,
-    /// A write into a hole does not wait for its space.
+    /// A write into a hole does not wait for the allocation of its space.
     SpaceIsTakenForGranted,
-    /// Requests that wait for a disk wait for ever.
+    /// Under the policy `hold`, requests wait for ever.
     HoldNeverEnds,
-    /// Requests fail at once although they were to wait for the disk.
+    /// Under the policy `hold`, requests fail at once.
     HoldReports,
 }
 
 impl PlantedBug {
-    #[cfg(test)]
+    # [cfg(test)]
     const ALL: [Self; 10] = [
         Self::RewriteIsLost,
         Self::ReadInOverwritesDirty,
@@ -58,58 +73,58 @@ impl PlantedBug {
     ];
 }
 
-/// Steps of chance in one world; the liveness phase comes on top.
+/// Steps of the safety phase.
 const STEPS: u64 = 1500;
 
-/// Runs one seed; returns how many requests completed.
+/// Runs one seed; returns the number of completed requests.
 fn run(seed: u64, planted: Option<PlantedBug>) -> u64 {
     let mut world = World::new(seed, planted);
     world.run(STEPS);
     world.completed
 }
 
-/// Runs a seed and says which one it was if it fails.
-fn run_and_name(seed: u64) -> u64 {
+/// Runs one seed; a failure names it.
+fn run_named(seed: u64) -> u64 {
     match catch_unwind(AssertUnwindSafe(|| run(seed, None))) {
         Ok(completed) => completed,
         Err(_) => panic!("seed {seed} failed: replay it with `make sim SEED={seed}`"),
     }
 }
 
-#[test]
-fn fixed_seeds_hold_every_promise() {
-    let completed: u64 = (0..300).map(run_and_name).sum();
-    assert!(completed > 25_000, "the worlds do something: {completed} requests");
+# [test]
+fn fixed_seeds_keep_every_guarantee() {
+    let completed: u64 = (0..300).map(run_named).sum();
+    assert!(completed > 25_000, "only {completed} requests completed in 300 worlds");
 }
 
-#[test]
-fn random_seeds_hold_every_promise() {
+# [test]
+fn random_seeds_keep_every_guarantee() {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the clock is set");
     let first = u64::from(clock.subsec_nanos()) << 32 | clock.as_secs() & 0xffff_ffff;
     for seed in first..first + 10 {
-        run_and_name(seed);
+        run_named(seed);
     }
 }
 
-/// `GENBLK_SIM_SEED` replays one seed, `GENBLK_SIM_COUNT` runs seeds from 1000 on; without either there is nothing to
-/// do. See the Makefile's target `sim`.
-#[test]
+/// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from 1000 on; without these variables, nothing. The
+/// Makefile's target `sim` sets them.
+# [test]
 fn seeds_from_the_environment() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     if let Some(seed) = number("GENBLK_SIM_SEED") {
         println!("seed {seed}: {} requests", run(seed, None));
     }
     if let Some(count) = number("GENBLK_SIM_COUNT") {
-        let completed: u64 = (1000..1000 + count).map(run_and_name).sum();
+        let completed: u64 = (1000..1000 + count).map(run_named).sum();
         println!("{count} seeds: {completed} requests");
     }
 }
 
-#[test]
-fn every_planted_bug_is_found_within_2000_seeds() {
+# [test]
+fn the_simulator_finds_every_planted_bug_within_2000_seeds() {
     for bug in PlantedBug::ALL {
         let found = (0..2000).find(|&seed| catch_unwind(AssertUnwindSafe(|| run(seed, Some(bug)))).is_err());
-        let seed = found.unwrap_or_else(|| panic!("{bug:?} was not found"));
-        println!("{bug:?} is found by seed {seed}");
+        let seed = found.unwrap_or_else(|| panic!("2000 seeds do not find {bug:?}"));
+        println!("seed {seed} finds {bug:?}");
     }
 }

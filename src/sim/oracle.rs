@@ -1,47 +1,56 @@
-//! What a guest may see: for each sector the versions that it may hold now, and those that may be found after a power
-//! cut (virtio 1.2, section 5.2.6.2: a write is stable when a FLUSH sent after its completion has completed).
+//! The data oracle: for each sector the versions that the guest may read now, and those that it may find after a power
+//! cut.
+//!
+//! virtio 1.2, section 5.2.6.2: a write is stable once a FLUSH that was sent after its completion has completed.
 
-/// One write to a sector, as the guest knows it. Times are steps of the world.
-#[derive(Clone, Copy, Debug)]
+use crate::units::SectorSpan;
+
+/// A write to a sector, as the guest knows it. Times are steps of the world.
+# [derive(Clone, Copy, Debug)]
 struct Candidate {
     version: u32,
     ended: Option<u64>,
 }
 
-#[derive(Clone, Debug)]
+# [derive(Clone, Debug)]
 struct Sector {
-    /// What it may hold now.
+    /// The writes whose version a read may return.
     current: Vec<Candidate>,
-    /// What it may hold after a power cut now; `None`: anything, for it was discarded and no later write is stable.
+    /// The versions that the sector may hold after a power cut; `None`: any, because it was discarded and no later
+    /// write is stable.
     durable: Option<Vec<u32>>,
-    /// Discarded, and not written since: it may hold anything.
-    wild: bool,
+    /// Discarded, and not written since: a read may return anything.
+    unconstrained: bool,
 }
 
-/// The guest's knowledge of the disk.
-#[derive(Debug)]
+/// What the guest knows of the disk.
+# [derive(Debug)]
 pub(super) struct Oracle {
     sectors: Vec<Sector>,
 }
 
-/// What the guest knew when it sent a request, for each of the request's sectors; `None`: anything.
-#[derive(Clone, Debug)]
+/// The versions that a request may find, by sector, as known when it was sent; `None`: any.
+# [derive(Clone, Debug)]
 pub(super) struct Knowledge {
     first: usize,
     allowed: Vec<Option<Vec<u32>>>,
 }
 
 impl Oracle {
-    /// `count` sectors of version 0.
+    /// A disk of `count` sectors that hold version 0.
     pub fn new(count: usize) -> Self {
-        let sector =
-            Sector { current: vec![Candidate { version: 0, ended: Some(0) }], durable: Some(vec![0]), wild: false };
+        let current = vec![Candidate { version: 0, ended: Some(0) }];
+        let sector = Sector { current, durable: Some(vec![0]), unconstrained: false };
         Self { sectors: vec![sector; count] }
     }
 
-    /// A write (or zero: version 0) of the range is sent.
-    pub fn write_starts(&mut self, first: usize, count: usize, version: u32) {
-        for sector in &mut self.sectors[first..first + count] {
+    fn sectors_of(&mut self, span: SectorSpan) -> &mut [Sector] {
+        &mut self.sectors[span.start as usize..span.end() as usize]
+    }
+
+    /// The guest sends a write, or a zero (version 0).
+    pub fn begin_write(&mut self, span: SectorSpan, version: u32) {
+        for sector in self.sectors_of(span) {
             sector.current.push(Candidate { version, ended: None });
             if let Some(durable) = &mut sector.durable {
                 durable.push(version);
@@ -49,38 +58,48 @@ impl Oracle {
         }
     }
 
-    /// A write sent at `started` has ended now. One that failed may have happened or not.
-    pub fn write_ends(&mut self, first: usize, count: usize, version: u32, started: u64, now: u64, good: bool) {
-        for sector in &mut self.sectors[first..first + count] {
-            let own = sector.current.iter_mut().find(|c| c.version == version && c.ended.is_none());
-            own.expect("a write that ends had started").ended = Some(now);
-            if good {
-                // What ended before this write was sent has been overwritten.
-                sector.current.retain(|c| c.ended.is_none_or(|ended| ended >= started));
-                sector.wild = false;
-            }
+    /// The write that was sent at `sent` succeeds at `now`.
+    pub fn complete_write(&mut self, span: SectorSpan, version: u32, sent: u64, now: u64) {
+        self.end_write(span, version, now);
+        for sector in self.sectors_of(span) {
+            // It overwrote every write that had ended before it was sent.
+            sector.current.retain(|c| c.ended.is_none_or(|ended| ended >= sent));
+            sector.unconstrained = false;
         }
     }
 
-    /// A discard of the range is sent: until it is written again it may hold anything.
-    pub fn discard_starts(&mut self, first: usize, count: usize) {
-        for sector in &mut self.sectors[first..first + count] {
-            sector.wild = true;
+    /// The write fails at `now`: any part of it may be on the disk.
+    pub fn fail_write(&mut self, span: SectorSpan, version: u32, now: u64) {
+        self.end_write(span, version, now);
+    }
+
+    fn end_write(&mut self, span: SectorSpan, version: u32, now: u64) {
+        for sector in self.sectors_of(span) {
+            let own = sector.current.iter_mut().find(|c| c.version == version && c.ended.is_none());
+            own.expect("a write begins before it ends").ended = Some(now);
+        }
+    }
+
+    /// The guest sends a discard: the range may hold anything until it is written again.
+    pub fn begin_discard(&mut self, span: SectorSpan) {
+        for sector in self.sectors_of(span) {
+            sector.unconstrained = true;
             sector.durable = None;
         }
     }
 
-    /// What a read or a flush that is sent now may find.
+    /// What a request that is sent now may find in `count` sectors from `first`.
     pub fn knowledge(&self, first: usize, count: usize) -> Knowledge {
         let allowed = |sector: &Sector| {
-            (!sector.wild).then(|| sector.current.iter().map(|candidate| candidate.version).collect())
+            (!sector.unconstrained).then(|| sector.current.iter().map(|candidate| candidate.version).collect())
         };
         Knowledge { first, allowed: self.sectors[first..first + count].iter().map(allowed).collect() }
     }
 
-    /// A flush has completed well: what it knew, and what was sent later, is all that a power cut may leave.
-    pub fn flushed(&mut self, then: &Knowledge) {
-        for (sector, allowed) in self.sectors.iter_mut().zip(&then.allowed) {
+    /// A FLUSH succeeds: after a power cut a sector may hold only what it held when the FLUSH was sent (`at_send`), or
+    /// a later write.
+    pub fn complete_flush(&mut self, at_send: &Knowledge) {
+        for (sector, allowed) in self.sectors.iter_mut().zip(&at_send.allowed) {
             if allowed.is_some() {
                 sector.durable.clone_from(allowed);
             }
@@ -94,29 +113,26 @@ impl Oracle {
 }
 
 impl Knowledge {
-    /// A write is sent while the request is under way: its version may be seen too.
-    pub fn add_candidate(&mut self, first: usize, count: usize, version: u32) {
-        self.each(first, count, |allowed| {
-            if let Some(allowed) = allowed {
-                allowed.push(version);
-            }
-        });
-    }
-
-    /// A discard is sent while the request is under way.
-    pub fn forget(&mut self, first: usize, count: usize) {
-        self.each(first, count, |allowed| *allowed = None);
-    }
-
-    fn each(&mut self, first: usize, count: usize, mut change: impl FnMut(&mut Option<Vec<u32>>)) {
-        for (at, allowed) in self.allowed.iter_mut().enumerate() {
-            if (first..first + count).contains(&(self.first + at)) {
-                change(allowed);
-            }
+    /// The guest sends a write while the request is in flight: the request may see the new version too.
+    pub fn add_candidate(&mut self, span: SectorSpan, version: u32) {
+        for allowed in self.overlap(span).iter_mut().flatten() {
+            allowed.push(version);
         }
     }
 
-    /// Whether the `at`th sector of the request may hold `version`.
+    /// The guest sends a discard while the request is in flight: the request may see anything there.
+    pub fn forget(&mut self, span: SectorSpan) {
+        self.overlap(span).fill(None);
+    }
+
+    /// The part of the request's sectors that lies in `span`.
+    fn overlap(&mut self, span: SectorSpan) -> &mut [Option<Vec<u32>>] {
+        let within = |sector: u64| (sector as usize).saturating_sub(self.first).min(self.allowed.len());
+        let (from, to) = (within(span.start), within(span.end()));
+        &mut self.allowed[from..to]
+    }
+
+    /// Whether sector `at` of the request may hold `version`.
     pub fn allows(&self, at: usize, version: u32) -> bool {
         self.allowed[at].as_ref().is_none_or(|allowed| allowed.contains(&version))
     }

@@ -1,25 +1,29 @@
-//! What chance decides about a world before it begins: the cache's shape, the guest's and the disk's ways.
+//! What the seed decides before a world starts: the cache's settings, and how guest, disk and daemon behave.
 
 use crate::cache::{ErrorPolicy, PolicyKind, Settings};
 use crate::prng::Prng;
 use crate::units::OpKind;
 
-/// What chance decided about a world as a whole.
-#[derive(Debug)]
+/// How guest, disk and daemon behave in one world.
+# [derive(Debug)]
 pub(super) struct Scenario {
+    /// Of 100 store operations, how many fail.
     pub fault_percent: u64,
+    /// The longest that a store operation takes.
     pub latency_us_max: u64,
+    /// How many requests the guest keeps in flight at most.
     pub requests_max: usize,
+    /// The guest sends reads and writes that overlap requests in flight.
     pub overlap: bool,
-    /// Daemons die.
+    /// Daemons crash.
     pub daemon_crashes: bool,
-    /// Steps between two deaths, on average; none where daemons live, and in the end.
-    pub steps_per_death: Option<u64>,
-    /// The front-end hands a successor what was in flight. Without that it is lost, and the guest never hears of it.
-    pub replays: bool,
-    /// Of the guest's requests, those that zero a range.
+    /// Steps between two crashes, on average; `None` where daemons do not crash, and in the liveness phase.
+    pub steps_per_crash: Option<u64>,
+    /// After a crash the front-end submits the requests in flight again. Otherwise they never complete.
+    pub resubmits: bool,
+    /// Of 100 requests, how many zero a range.
     pub zero_percent: u64,
-    /// Operations that fail each time, and do not heal before the end.
+    /// Operations that always fail, until the world heals the disk.
     pub broken: &'static [FailureClass],
 }
 
@@ -32,21 +36,22 @@ impl Scenario {
             requests_max: prng.pick(&[1, 4, 32]),
             overlap: prng.percent(50),
             daemon_crashes,
-            steps_per_death: daemon_crashes.then_some(prng.pick(&[30, 300])),
-            replays: prng.percent(70),
+            steps_per_crash: daemon_crashes.then_some(prng.pick(&[30, 300])),
+            resubmits: prng.percent(70),
             zero_percent: prng.pick(&[0, 5, 30]),
             broken: &[],
         }
     }
 }
 
-/// Operations by what fails them together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Store operations that fail together.
+# [derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FailureClass {
     Read,
     Write,
     Sync,
     Allocate,
+    /// Zero and Discard.
     Range,
 }
 
@@ -63,7 +68,7 @@ impl FailureClass {
     }
 }
 
-/// Ways in which a disk breaks for good.
+/// Ways in which a disk breaks until it is healed.
 pub(super) const BREAKAGES: [&[FailureClass]; 7] = [
     &[FailureClass::Read],
     &[FailureClass::Read, FailureClass::Write],
@@ -74,19 +79,19 @@ pub(super) const BREAKAGES: [&[FailureClass]; 7] = [
     &[FailureClass::Write, FailureClass::Sync, FailureClass::Allocate, FailureClass::Range],
 ];
 
-/// A cache's shape, by chance.
+/// Random settings of a cache.
 pub(super) fn settings(prng: &mut Prng) -> Settings {
     let frames = prng.pick(&[12, 24, 48, 160]);
     let (sparse, allocate) = (prng.percent(60), prng.percent(50));
     let block_sectors = prng.pick(&[1, 1, 2, 8]);
-    // A store never has a block that the image's end cuts.
+    // No store has a block that the image's end cuts.
     let image_sectors = prng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
     Settings {
         frames,
         image_sectors,
         block_sectors,
         sparse,
-        // A device has none, and nothing to reserve.
+        // A block device has no map: then it has no holes and no space to reserve either.
         can_map: sparse || allocate || prng.percent(50),
         cluster_pages_max: prng.pick(&[1, 3, 8, 256]),
         retain: prng.percent(90),

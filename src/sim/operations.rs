@@ -1,0 +1,99 @@
+//! What is in flight in a simulated world: the guest's requests and the cache's store operations.
+
+use crate::cache::StoreOpRef;
+use crate::units::{FrameId, OpKind, SectorSpan, Tick};
+
+use super::failure_oracle::RequestClass;
+use super::oracle::Knowledge;
+
+# [derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum GuestOp {
+    Read,
+    Write { version: u32 },
+    Zero { unmap: bool },
+    Discard,
+    Flush,
+}
+
+impl GuestOp {
+    pub fn class(self) -> RequestClass {
+        match self {
+            GuestOp::Read => RequestClass::Read,
+            GuestOp::Write { .. } => RequestClass::Write,
+            GuestOp::Zero { .. } | GuestOp::Discard => RequestClass::Range,
+            GuestOp::Flush => RequestClass::Flush,
+        }
+    }
+
+    /// Whether its result is undefined if another request overlaps it.
+    pub fn excludes_others(self) -> bool {
+        matches!(self, GuestOp::Zero { .. } | GuestOp::Discard)
+    }
+}
+
+/// A request in flight.
+# [derive(Debug)]
+pub(super) struct GuestRequest {
+    pub op: GuestOp,
+    pub span: SectorSpan,
+    /// The step at which the guest sent it.
+    pub sent_step: u64,
+    pub sent_at: Tick,
+    /// Sectors that the cache has admitted.
+    pub admitted: u32,
+    /// Sectors that are copied or have failed.
+    pub settled: u64,
+    /// The cache failed a part of it.
+    pub failed: bool,
+    /// The copy of a write's data from the guest stopped early.
+    pub copy_failed: bool,
+    /// What it may read (a read), or what it makes durable (a flush).
+    pub known: Knowledge,
+}
+
+impl GuestRequest {
+    /// A request that the guest sends now.
+    pub fn new(op: GuestOp, span: SectorSpan, sent_step: u64, sent_at: Tick, known: Knowledge) -> Self {
+        Self { op, span, sent_step, sent_at, admitted: 0, settled: 0, failed: false, copy_failed: false, known }
+    }
+}
+
+/// A store operation in flight.
+# [derive(Debug)]
+pub(super) struct DiskOp {
+    pub kind: OpKind,
+    pub span: SectorSpan,
+    first_sector: u8,
+    frames: Vec<FrameId>,
+    /// Write: the frames' contents at submission. They must not change until it completes.
+    pub content: Vec<u32>,
+    /// Map: its result, if it was taken at submission.
+    pub map: Option<Vec<(u64, bool)>>,
+    /// Sync: its start on the disk's clock.
+    pub began: u64,
+    /// When it completes.
+    pub ends_at: u64,
+}
+
+impl DiskOp {
+    /// An operation as the cache submits it.
+    pub fn new(op: &StoreOpRef<'_>) -> Self {
+        let frames = op.frames.to_vec();
+        Self {
+            kind: op.kind,
+            span: op.span,
+            first_sector: op.first_sector,
+            frames,
+            content: Vec::new(),
+            map: None,
+            began: 0,
+            ends_at: 0,
+        }
+    }
+
+    /// The frame of the operation's sector `n`, and that sector's index in the frame.
+    pub fn frame_sector(&self, n: usize) -> (FrameId, usize) {
+        let sector = usize::from(self.first_sector) + n;
+        (self.frames[sector / 8], sector % 8)
+    }
+}

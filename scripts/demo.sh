@@ -290,5 +290,5 @@ cat <<'END'
         -object memory-backend-memfd,id=ram,size=2G,share=on -machine q35,memory-backend=ram \
         -chardev socket,id=blk,path=/run/blk.sock,reconnect=1 \
         -device vhost-user-blk-pci,chardev=blk,num-queues=2 ...
-    For cloud-hypervisor and Firecracker see README.md.
+    docs/operating.md has the same for cloud-hypervisor and Firecracker.
 END

@@ -112,8 +112,8 @@ install() { # [OPTION...] PACKAGE...
         apt-get $quiet $options -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 install "$@"
 }
 
-# QEMU's packages fit together only within a release, and the newest one that apt would take may be older than those that
-# are installed: then apt would remove these. Where they came from backports, the rest comes from there too.
+# QEMU's packages fit together only within a release. If apt would take older ones than those that are installed, it
+# would remove these. If they came from backports, the rest comes from there too.
 install_qemu() { # PACKAGE...
     if can_install "$@"; then
         install "$@"
@@ -176,7 +176,8 @@ kernel_packages() {
 download_kernel() {
     packages=$(kernel_packages) || return 1
     # shellcheck disable=SC2086
-    size=$(apt-cache show --no-all-versions $packages | awk '$1 == "Size:" { sum += $2 } END { print int(sum / 1000000) }')
+    size=$(apt-cache show --no-all-versions $packages |
+        awk '$1 == "Size:" { sum += $2 } END { print int(sum / 1000000) }')
     say "downloading $(echo "$packages" | tr "\n" " ")($size MB)"
     # Root needs no sandbox for a directory of its own.
     # shellcheck disable=SC2086

@@ -58,7 +58,9 @@ done
 # Not in a directory that others may write to: a library of the host could have any name.
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-mkdir -p "$root/bin" "$root/dev" "$root/etc" "$root/host" "$root/mnt" "$root/modules" "$root/proc" "$root/sys" "$root/tmp"
+for directory in bin dev etc host mnt modules proc sys tmp; do
+    mkdir "$root/$directory"
+done
 
 busybox=$(command -v busybox)
 if ldd "$busybox" 2>/dev/null | grep -q '=>'; then

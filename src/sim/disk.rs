@@ -8,7 +8,7 @@
 use crate::prng::Prng;
 
 /// A write to a sector that is not known to be durable.
-# [derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug)]
 struct UnsyncedWrite {
     version: u32,
     /// The disk's clock at the time of the write.
@@ -16,7 +16,7 @@ struct UnsyncedWrite {
 }
 
 /// See the module.
-# [derive(Debug)]
+#[derive(Debug)]
 pub(crate) struct Disk {
     /// What a read returns, by sector.
     current: Vec<u32>,

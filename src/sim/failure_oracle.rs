@@ -8,7 +8,7 @@ use crate::cache::{ErrorPolicy, Settings};
 use crate::units::{Fault, OpKind, Tick};
 
 /// The disk faults so far.
-# [derive(Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct FailureOracle {
     /// Time of the last read that failed.
     read_failed: Option<Tick>,
@@ -23,7 +23,7 @@ pub(super) struct FailureOracle {
 }
 
 /// Guest requests by what makes them fail.
-# [derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RequestClass {
     Read,
     Write,

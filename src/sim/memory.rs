@@ -12,14 +12,14 @@ use crate::units::{FrameId, FrameRecord, SectorMask, SectorSpan};
 pub(crate) const GARBAGE: u32 = u32::MAX;
 
 /// All that survives a crash of the daemon.
-# [derive(Clone, Debug)]
+#[derive(Clone, Debug)]
 struct Contents {
     versions: Vec<[u32; 8]>,
     records: Vec<Option<FrameRecord>>,
     zero_slots: Vec<Option<SectorSpan>>,
 }
 
-# [derive(Debug)]
+#[derive(Debug)]
 struct MemoryState {
     current: Contents,
     steps_to_crash: Option<u64>,
@@ -39,7 +39,7 @@ impl MemoryState {
 }
 
 /// See the module. Clones share the memory.
-# [derive(Clone, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Memory(Arc<Mutex<MemoryState>>);
 
 impl Memory {

@@ -17,7 +17,7 @@
 //! `make sim SEED=n` replays one seed, `make sim N=1000` runs a thousand. The unit tests run a fixed set of seeds and a
 //! few random ones.
 
-# ![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
+#![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
 
 pub(crate) mod disk;
 mod failure_oracle;
@@ -32,7 +32,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use world::World;
 
 /// A bug in the cache, enabled by a test: the simulator must find it.
-# [derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PlantedBug {
     /// Write-back that completes marks a page clean although the guest wrote it again meanwhile.
     RewriteIsLost,
@@ -58,7 +58,7 @@ pub(crate) enum PlantedBug {
 }
 
 impl PlantedBug {
-    # [cfg(test)]
+    #[cfg(test)]
     const ALL: [Self; 10] = [
         Self::RewriteIsLost,
         Self::ReadInOverwritesDirty,
@@ -91,13 +91,13 @@ fn run_named(seed: u64) -> u64 {
     }
 }
 
-# [test]
+#[test]
 fn fixed_seeds_keep_every_guarantee() {
     let completed: u64 = (0..300).map(run_named).sum();
     assert!(completed > 25_000, "only {completed} requests completed in 300 worlds");
 }
 
-# [test]
+#[test]
 fn random_seeds_keep_every_guarantee() {
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the clock is set");
     let first = u64::from(clock.subsec_nanos()) << 32 | clock.as_secs() & 0xffff_ffff;
@@ -108,7 +108,7 @@ fn random_seeds_keep_every_guarantee() {
 
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from 1000 on; without these variables, nothing. The
 /// Makefile's target `sim` sets them.
-# [test]
+#[test]
 fn seeds_from_the_environment() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     if let Some(seed) = number("GENBLK_SIM_SEED") {
@@ -120,7 +120,7 @@ fn seeds_from_the_environment() {
     }
 }
 
-# [test]
+#[test]
 fn the_simulator_finds_every_planted_bug_within_2000_seeds() {
     for bug in PlantedBug::ALL {
         let found = (0..2000).find(|&seed| catch_unwind(AssertUnwindSafe(|| run(seed, Some(bug)))).is_err());

@@ -6,7 +6,7 @@ use crate::units::{FrameId, OpKind, SectorSpan, Tick};
 use super::failure_oracle::RequestClass;
 use super::oracle::Knowledge;
 
-# [derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GuestOp {
     Read,
     Write { version: u32 },
@@ -32,7 +32,7 @@ impl GuestOp {
 }
 
 /// A request in flight.
-# [derive(Debug)]
+#[derive(Debug)]
 pub(super) struct GuestRequest {
     pub op: GuestOp,
     pub span: SectorSpan,
@@ -59,7 +59,7 @@ impl GuestRequest {
 }
 
 /// A store operation in flight.
-# [derive(Debug)]
+#[derive(Debug)]
 pub(super) struct DiskOp {
     pub kind: OpKind,
     pub span: SectorSpan,

@@ -6,13 +6,13 @@
 use crate::units::SectorSpan;
 
 /// A write to a sector, as the guest knows it. Times are steps of the world.
-# [derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Candidate {
     version: u32,
     ended: Option<u64>,
 }
 
-# [derive(Clone, Debug)]
+#[derive(Clone, Debug)]
 struct Sector {
     /// The writes whose version a read may return.
     current: Vec<Candidate>,
@@ -24,13 +24,13 @@ struct Sector {
 }
 
 /// What the guest knows of the disk.
-# [derive(Debug)]
+#[derive(Debug)]
 pub(super) struct Oracle {
     sectors: Vec<Sector>,
 }
 
 /// The versions that a request may find, by sector, as known when it was sent; `None`: any.
-# [derive(Clone, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Knowledge {
     first: usize,
     allowed: Vec<Option<Vec<u32>>>,

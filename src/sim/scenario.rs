@@ -5,7 +5,7 @@ use crate::prng::Prng;
 use crate::units::OpKind;
 
 /// How guest, disk and daemon behave in one world.
-# [derive(Debug)]
+#[derive(Debug)]
 pub(super) struct Scenario {
     /// Of 100 store operations, how many fail.
     pub fault_percent: u64,
@@ -45,7 +45,7 @@ impl Scenario {
 }
 
 /// Store operations that fail together.
-# [derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FailureClass {
     Read,
     Write,

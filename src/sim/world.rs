@@ -25,7 +25,7 @@ const LIVENESS_STEPS_MAX: u64 = 200_000;
 const IDLE_TURNS_MAX: u32 = 1000;
 
 /// What the guest does meanwhile.
-# [derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guest {
     /// It submits new requests.
     Active,
@@ -34,7 +34,7 @@ enum Guest {
 }
 
 /// See the module.
-# [derive(Debug)]
+#[derive(Debug)]
 pub(super) struct World {
     prng: Prng,
     scenario: Scenario,

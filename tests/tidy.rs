@@ -160,6 +160,18 @@ fn every_relative_link_in_the_documentation_resolves() {
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
 
+#[test]
+fn every_test_named_in_the_guarantees_exists() {
+    let sources = |path: &str| match root().join(path) {
+        folder if folder.is_dir() => files(&folder, "rs").iter().map(|file| read(file)).collect(),
+        file => fs::read_to_string(file).unwrap_or_default(),
+    };
+    let proofs = proofs(&read(&root().join("docs/guarantees.md")));
+    assert!(proofs.len() > 40, "the tables name their proofs: {}", proofs.len());
+    let faults: Vec<_> = proofs.iter().filter(|(path, name)| !declares(&sources(path), name)).collect();
+    assert!(faults.is_empty(), "docs/guarantees.md names tests that are not there: {faults:#?}");
+}
+
 // The tree.
 
 /// A source under src/.
@@ -362,6 +374,30 @@ fn links(text: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// The tests that the last column of a Markdown text's tables names, each with the path that stands before it.
+fn proofs(text: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for row in text.lines().filter_map(|line| line.strip_suffix(" |")) {
+        let mut path = "";
+        for code in row.rsplit(" | ").next().unwrap_or_default().split('`').skip(1).step_by(2) {
+            if code.contains('/') {
+                path = code;
+            } else {
+                found.push((path.to_string(), code.to_string()));
+            }
+        }
+    }
+    found
+}
+
+/// Whether `text` has a function of this name; a `*` at the end stands for any letters.
+fn declares(text: &str, name: &str) -> bool {
+    match name.strip_suffix('*') {
+        Some(start) => text.contains(&format!("fn {start}")),
+        None => text.contains(&format!("fn {name}(")),
+    }
 }
 
 // As much Rust as the rules need.
@@ -578,4 +614,12 @@ fn faults_of_a_text_are_found() {
 fn relative_links_are_found() {
     let text = "[a](b.md#c) and [d](https://e) [f](#g)\n`[h](i)`\n```\n[j](k)\n```\n[l](../m/n.toml \"title\")";
     assert_eq!(links(text), ["b.md", "../m/n.toml"]);
+}
+
+#[test]
+fn proofs_are_found_in_tables() {
+    let text = "| a | `b` | c |\n| d | `e_*` of | `src/f`: `g`, `h_*`; `i/j.rs`: `k` |\n`src/l`: `m`";
+    let found = [("src/f", "g"), ("src/f", "h_*"), ("i/j.rs", "k")];
+    assert_eq!(proofs(text), found.map(|(path, name)| (path.to_string(), name.to_string())));
+    assert!(declares("fn h_1() {}", "h_*") && declares("fn g() {}", "g") && !declares("fn g2() {}", "g"));
 }

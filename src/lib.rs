@@ -40,12 +40,12 @@ pub mod device;
 pub mod error;
 pub mod image_id;
 pub mod logging;
-pub mod recover;
-pub mod service;
 #[cfg(test)]
 #[path = "../tests/common/prng.rs"]
 #[allow(dead_code, reason = "shared with the tests under tests/, which use more of it")]
 mod prng;
+pub mod recover;
+pub mod service;
 #[cfg(test)]
 mod sim;
 pub mod store;

@@ -1,9 +1,9 @@
-# Everything that is done with this project by hand or by a machine. "make help" lists it.
+# Every task of development and continuous integration. "make help" lists them.
 
 CARGO ?= cargo
 SOAK_MINUTES ?= 30
 
-# rustup keeps cargo in a place that a fresh shell does not look at.
+# rustup installs cargo in a directory that a fresh shell's PATH lacks.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
@@ -12,34 +12,34 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
 	@echo
-	@echo "  variables: SEED=n (one simulator run), N=n (that many), SOAK_MINUTES=n,"
-	@echo "             ROWS=name,name (of the benchmark), ARGS=\"--peer 'name=command with {sock} {img}'\""
+	@echo "  variables: SEED=n, N=n (simulator), SOAK_MINUTES=n, ROWS=name,name (of make bench),"
+	@echo "             ARGS=\"--peer 'name=command with {sock} {img}'\" (another server for make bench)"
 
-setup: ## install what is missing (Debian, Ubuntu); quick when nothing is
+setup: ## get what building and testing need (Debian, Ubuntu); quick when nothing is missing
 	@scripts/setup.sh
 
 build: ## build the release binary
 	$(CARGO) build --release --locked
 
-demo: setup ## format, write, restart and read a disk from a virtual machine; shows what the cache did
+demo: setup ## a guest writes, reads, and survives a kill of its disk's daemon (1 minute)
 	@scripts/demo.sh
 
-test: setup ## every test, the ones with a virtual machine included
+test: setup ## every test, those with a virtual machine included (6 minutes)
 	$(CARGO) test --locked --no-fail-fast
 
-test-guest: setup ## only the tests with a virtual machine
+test-guest: setup ## only the tests with a virtual machine (3 minutes)
 	$(CARGO) test --locked --test guest
 
-check: ## formatting, lints and the quick tests
+check: ## formatting, lints and unit tests (2 minutes)
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	$(CARGO) test --locked --lib --bins --test tidy
 
-sim: ## the simulator: make sim SEED=7 replays one run, make sim N=1000 tries that many
+sim: ## the simulator: SEED=n replays one run, N=n runs that many (100 unless given)
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100)) \
 		$(CARGO) test --release --locked --lib sim::seeds_from_the_environment -- --nocapture
 
-soak: setup ## simulator, kills and guest tests over and over, SOAK_MINUTES long
+soak: setup ## simulator, kills and guest tests in a loop, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \
 	while [ $$(date +%s) -lt $$end ]; do \
 		round=$$((round + 1)); echo "soak: round $$round"; \
@@ -48,15 +48,15 @@ soak: setup ## simulator, kills and guest tests over and over, SOAK_MINUTES long
 		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest || exit 1; \
 	done; echo "soak: $$round rounds, no failure"
 
-bench: setup ## measure against other servers and the limit (about 15 minutes; some rows need root, for their disks)
+bench: setup ## compare with other servers and the machine's limit (15 minutes; some rows need root)
 	$(CARGO) bench --locked --bench load -- compare $(if $(ROWS),--rows $(ROWS)) $(ARGS)
 
-bench-scale: setup ## how the cost grows with sizes and numbers
+bench-scale: setup ## how cost grows with sizes and numbers
 	$(CARGO) bench --locked --bench load -- scale $(ARGS)
 
-bench-policy: ## miss ratios against LRU, CLOCK, ARC and OPT; readahead on a model store; fails where a demand is not met
+bench-policy: ## replacement against LRU, CLOCK, ARC and OPT, and readahead; fails where a target is missed
 	$(CARGO) bench --locked --bench miss_ratio
 	$(CARGO) bench --locked --bench readahead
 
-bench-page: ## what the cache itself takes for a page, in nanoseconds: where the noise of a machine hides what a change did
+bench-page: ## CPU time of the cache itself for a page, in nanoseconds: sees changes that a whole machine hides
 	$(CARGO) bench --locked --bench page_cost

@@ -1,5 +1,5 @@
-//! The limit of cached rows: a server on genblk's own ring code and parser that copies from and to a large buffer, and has
-//! no cache, no lock and no store. What it costs is what the rings and the copying cost.
+//! The copy server, which is the limit of cached rows: it uses genblk's virtqueues and parser, and copies between the guest
+//! and a large buffer. It has no cache, no lock and no store, so its cost is that of the virtqueues and the copies.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,14 +23,14 @@ use genblk::virtio::request::{Disk, Malformed, Request, RequestKind, parse, seri
 use genblk::waker::Waker;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-/// genblk's default, which is part of its ring code.
+/// genblk's default `poll_us`.
 const POLL: Duration = Duration::from_micros(50);
-/// Requests taken in one turn, as genblk's worker takes.
+/// Requests per turn, as many as genblk's worker takes.
 const BATCH: usize = 64;
 const QUEUE_SIZE: u16 = 1024;
 const QUEUES: u16 = 64;
 
-/// Serves `disk_bytes` of which all lie in a buffer of `buffer_bytes`, over and over; until it is killed.
+/// Serves a disk of `disk_bytes` until it is killed. All offsets map into a buffer of `buffer_bytes`.
 ///
 /// # Errors
 /// The system's.
@@ -50,8 +50,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
         can_zero: false,
         zero_may_unmap: false,
     };
-    // Of the kind that genblk copies from and to, on page boundaries as its frames are: how two places lie to each other
-    // decides how fast they are copied.
+    // The same kind of memory as genblk's frames, with the same alignment: relative alignment affects the speed of copies.
     let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
     let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0);
     let waker = Arc::new(Waker::new()?);
@@ -69,7 +68,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
 struct Copier {
     commands: Receiver<Command>,
     waker: Arc<Waker>,
-    /// Readable when a guest kicks, or the waker rings.
+    /// Watches the kick eventfds and the waker.
     kicks: Epoll,
     rings: BTreeMap<u16, Ring>,
     disk: Disk,
@@ -108,7 +107,7 @@ impl Copier {
         }
     }
 
-    /// Every request is answered within the turn that takes it, so each command is done at once.
+    /// No request outlives its turn, so each command takes effect immediately.
     fn handle_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
@@ -144,12 +143,12 @@ impl Copier {
     }
 
     fn sleep(&mut self) {
-        let mut came_meanwhile = false;
+        let mut has_requests = false;
         for ring in self.rings.values_mut() {
-            came_meanwhile |= ring.enable_notification();
+            has_requests |= ring.enable_notification();
         }
-        if !came_meanwhile {
-            // Whatever it is, the next turn finds it.
+        if !has_requests {
+            // The next turn finds out what woke it.
             let _ = self.kicks.wait(-1, &mut [EpollEvent::default(); 8]);
             self.waker.clear();
         }
@@ -167,8 +166,8 @@ fn serve_one(
 ) {
     match parse(&ring.memory, table, head, request) {
         Ok(()) => {
-            let good = request.check(disk).is_ok() && copy(ring, request, buffer);
-            let status = if good { Status::Ok } else { Status::IoErr };
+            let ok = request.check(disk).is_ok() && copy(ring, request, buffer);
+            let status = if ok { Status::Ok } else { Status::IoErr };
             let _ = write_status(&ring.memory, request.status_addr, status);
             ring.push_used(head, request.used_len(status));
         }
@@ -186,14 +185,14 @@ fn copy(ring: &Ring, request: &Request, buffer: &Arena) -> bool {
     if len > bytes {
         return false;
     }
-    // Frames follow each other in memory.
-    let place = buffer.frame(FrameId(0)).wrapping_add((request.sector * SECTOR_BYTES) as usize % (bytes - len + 1));
+    // The frames are contiguous.
+    let data = buffer.frame(FrameId(0)).wrapping_add((request.sector * SECTOR_BYTES) as usize % (bytes - len + 1));
     let mut cursor = GuestCursor::new(&ring.memory, &request.data);
     match request.kind {
-        // SAFETY: so many bytes from there lie in the buffer, which is not guest memory; this thread alone uses it.
-        RequestKind::Read => unsafe { cursor.copy_to_guest(0, place, len, None) }.is_ok(),
+        // SAFETY: `len` bytes from `data` are within the buffer, which is not guest memory and is used only by this thread.
+        RequestKind::Read => unsafe { cursor.copy_to_guest(0, data, len, None) }.is_ok(),
         // SAFETY: as above.
-        RequestKind::Write => unsafe { cursor.copy_from_guest(0, place, len) }.is_ok(),
+        RequestKind::Write => unsafe { cursor.copy_from_guest(0, data, len) }.is_ok(),
         _ => true,
     }
 }

@@ -122,9 +122,9 @@ const ABOUT: &str = "\
 ";
 
 const LEGEND: &str = "\
-- The **limit** is the best that this machine can do. Cached rows: a copy server, which uses genblk's virtqueue code and
-  only copies between the guest and a buffer. Cold rows: the lower of genblk with all data cached, and io_uring with
-  O_DIRECT on the device.
+- The **limit** approximates the best that this machine can do. Cached rows: a copy server, which uses genblk's virtqueue
+  code and only copies between the guest and a buffer. Cold rows: the lower of genblk with all data cached, and io_uring
+  with O_DIRECT on the device. genblk can exceed it: [bottlenecks.md](bottlenecks.md) compares the two.
 - A **peer** is another server: qemu-storage-daemon (qsd) in three configurations, and those given with `--peer`. The
   best peer is chosen for each round. A server whose FLUSH completes before the data is on the device is left out of
   every row with a FLUSH, because it does less work.

@@ -1,14 +1,14 @@
-//! What the cache itself takes for a page: `make bench-page`.
+//! The CPU time of the page cache itself: `make bench-page`.
 //!
-//! One thread, no store, no bytes: every operation ends well at once. What is left is the look-up, the states, the policy,
-//! readahead, write-back and eviction. The median of the rounds is far steadier than a row of `make bench`, whose servers
-//! share two processors with their client; so this tells what a change to the cache did, if both are measured in turn. On
-//! the machine of RESULTS.md, in nanoseconds a page:
+//! One thread, no data, and a store whose operations succeed immediately. What remains is the look-up, the page states, the
+//! policy, readahead, write-back and eviction. The medians are far steadier than the rows of `make bench`, whose servers
+//! share two CPUs with their client, so they show the effect of a change to the cache: measure both versions alternately.
+//! On the machine of RESULTS.md, in nanoseconds per page:
 //!
 //! ```text
-//!                  cold read    hit in a row      random hit  write in a row    random write
-//!    256 MiB            59.7             7.3            19.4           120.4           537.1
-//!   4096 MiB           108.9            11.2            93.6           230.6          1488.4
+//!                    cold read    sequential hit        random hit  sequential write      random write
+//!    256 MiB              59.7               7.3              19.4             120.4             537.1
+//!   4096 MiB             108.9              11.2              93.6             230.6            1488.4
 //! ```
 
 #![allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "small constants, and times")]
@@ -20,29 +20,29 @@ mod prng;
 
 use std::time::Instant;
 
-use bare_cache::{AtOnce, defaults};
+use bare_cache::{InstantStoreCache, defaults};
 use genblk::units::PageNo;
 use prng::Prng;
 
 /// 256 MiB and 4 GiB.
 const FRAMES: [u32; 2] = [1 << 16, 1 << 20];
-/// How often the cache goes into the image.
+/// Size of the image in caches.
 const IMAGE_CACHES: u64 = 4;
-/// Pages of a request in a row (128 KiB).
-const ROW_PAGES: u64 = 32;
-/// Pages between two turns, in a row or not.
+/// Pages of a sequential request (128 KiB).
+const REQUEST_PAGES: u64 = 32;
+/// Pages between two turns.
 const TURN_PAGES: u64 = 32;
 const ROUNDS: usize = 5;
-const KINDS: [&str; 5] = ["cold read", "hit in a row", "random hit", "write in a row", "random write"];
+const KINDS: [&str; 5] = ["cold read", "sequential hit", "random hit", "sequential write", "random write"];
 
 fn main() {
-    // "cargo test" runs this too, without "--bench": then it is to work, not to measure.
-    let by_test = !std::env::args().any(|arg| arg == "--bench");
-    let (divisor, rounds) = if by_test { (8, 1) } else { (1, ROUNDS) };
-    println!("{:>10}{}", "", KINDS.map(|kind| format!("{kind:>16}")).concat());
+    // "cargo test" runs this, too, without "--bench": a smoke test.
+    let smoke_test = !std::env::args().any(|arg| arg == "--bench");
+    let (divisor, rounds) = if smoke_test { (8, 1) } else { (1, ROUNDS) };
+    println!("{:>10}{}", "", KINDS.map(|kind| format!("{kind:>18}")).concat());
     for frames in FRAMES.map(|frames| frames / divisor) {
         let measured: Vec<[f64; 5]> = (0..rounds).map(|_| measure(frames)).collect();
-        let medians: Vec<String> = (0..KINDS.len()).map(|kind| format!("{:>16.1}", median(&measured, kind))).collect();
+        let medians: Vec<String> = (0..KINDS.len()).map(|kind| format!("{:>18.1}", median(&measured, kind))).collect();
         println!("{:>10}{}", format!("{} MiB", frames >> 8), medians.concat());
     }
 }
@@ -53,34 +53,39 @@ fn median(rounds: &[[f64; 5]], kind: usize) -> f64 {
     values[values.len() / 2]
 }
 
-/// Nanoseconds for a page, of each of [`KINDS`], in a new cache.
+/// Nanoseconds per page, for each of [`KINDS`], in a new cache.
 fn measure(frames: u32) -> [f64; 5] {
     let image = u64::from(frames) * IMAGE_CACHES;
-    let mut cache = AtOnce::new(defaults(frames, image));
-    let in_a_row =
-        |first: u64, pages: u64| (first..first + pages).step_by(ROW_PAGES as usize).map(|page| (page, ROW_PAGES));
-    let at_random = |first: u64, pages: u64| {
+    let mut cache = InstantStoreCache::new(defaults(frames, image));
+    let sequential = |first: u64, pages: u64| {
+        (first..first + pages).step_by(REQUEST_PAGES as usize).map(|page| (page, REQUEST_PAGES))
+    };
+    let random = |first: u64, pages: u64| {
         let mut prng = Prng::new(1);
         (0..frames).map(move |_| (first + prng.below(pages), 1))
     };
-    // What the cold reader has left in the cache, without what it read first and last of that.
-    let (warm, warm_pages) = (image - u64::from(frames) / 2, u64::from(frames) / 4);
-    let cold_read = time(&mut cache, AtOnce::read, in_a_row(0, image));
+    // The middle of what the cold read has left in the cache.
+    let (cached, cached_pages) = (image - u64::from(frames) / 2, u64::from(frames) / 4);
+    let cold_read = time(&mut cache, InstantStoreCache::read, sequential(0, image));
     let misses = cache.stats().read_miss_pages;
-    let hit_in_a_row = time(&mut cache, AtOnce::read, in_a_row(warm, warm_pages));
-    let random_hit = time(&mut cache, AtOnce::read, at_random(warm, warm_pages));
-    assert_eq!(cache.stats().read_miss_pages, misses, "what is to be a hit is one");
-    let write_in_a_row = time(&mut cache, AtOnce::write, in_a_row(0, image));
-    let random_write = time(&mut cache, AtOnce::write, at_random(0, image));
-    [cold_read, hit_in_a_row, random_hit, write_in_a_row, random_write]
+    let sequential_hit = time(&mut cache, InstantStoreCache::read, sequential(cached, cached_pages));
+    let random_hit = time(&mut cache, InstantStoreCache::read, random(cached, cached_pages));
+    assert_eq!(cache.stats().read_miss_pages, misses, "the reads are hits");
+    let sequential_write = time(&mut cache, InstantStoreCache::write, sequential(0, image));
+    let random_write = time(&mut cache, InstantStoreCache::write, random(0, image));
+    [cold_read, sequential_hit, random_hit, sequential_write, random_write]
 }
 
-/// Nanoseconds for a page when all of these `(first page, pages)` are asked for, a turn for every [`TURN_PAGES`].
-fn time(cache: &mut AtOnce, ask: fn(&mut AtOnce, PageNo, u64), requests: impl Iterator<Item = (u64, u64)>) -> f64 {
+/// Nanoseconds per page for requests of `(first page, pages)`, with a turn after every [`TURN_PAGES`].
+fn time(
+    cache: &mut InstantStoreCache,
+    submit: fn(&mut InstantStoreCache, PageNo, u64),
+    requests: impl Iterator<Item = (u64, u64)>,
+) -> f64 {
     let (mut pages, mut since_turn) = (0, 0);
     let begin = Instant::now();
     for (first, count) in requests {
-        ask(cache, PageNo(first), count);
+        submit(cache, PageNo(first), count);
         pages += count;
         since_turn += count;
         if since_turn >= TURN_PAGES {

@@ -1,16 +1,16 @@
-//! What readahead is worth: `make bench-policy`.
+//! The benefit and cost of readahead: `make bench-policy`.
 //!
-//! The page cache itself, with readers of several kinds over stores of which only latency and bandwidth are known; time
-//! is simulated, so every run finds the same. Fails (exit status 1) if a demand is not met; `--table` writes the results
-//! into this file.
+//! Runs the page cache with several kinds of readers on simulated stores that have a latency and a bandwidth. Time is
+//! simulated, so every run has the same results. Fails (exit status 1) if a requirement is not met; `--table` writes the
+//! table into this file.
 //!
-//! - bandwidth: what the guests read, in percent of what the store can do;
-//! - coverage: of the pages that guests read, those that readahead had asked for;
-//! - accuracy: of the pages that readahead brought, those that guests read;
-//! - late: of the pages that guests read, those that readahead had asked for and that were not there yet;
-//! - extra: pages that were read ahead and never asked for, in percent of the pages that guests read.
+//! - bandwidth: the guests' throughput, in percent of the store's bandwidth;
+//! - coverage: the share of the guests' pages that readahead requested before the guests did;
+//! - accuracy: the share of readahead's pages that guests used;
+//! - late: the share of the guests' pages that readahead had requested, but that had not arrived yet;
+//! - extra: pages that were read ahead and never used, in percent of the guests' pages.
 //!
-//! And what a scan with readahead takes from a hot set, which benches/miss_ratio.rs measures without readahead.
+//! It also measures what a scan with readahead costs a hot set; benches/miss_ratio.rs does so without readahead.
 //!
 //! ```text
 //! local store, %               bandwidth  coverage  accuracy      late     extra
@@ -51,7 +51,7 @@
 #[allow(dead_code, reason = "shared with page_cost.rs, which needs no store")]
 mod bare_cache;
 #[path = "readahead/mod.rs"]
-mod lab;
+mod experiment;
 mod policy_report;
 #[path = "../tests/common/prng.rs"]
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
@@ -59,29 +59,29 @@ mod prng;
 
 use std::process::ExitCode;
 
-use lab::{STORES, judge, measure, table};
+use experiment::{STORES, judge, measure, table};
 
-/// Pages that the readers of a pattern read together (4 GiB).
+/// Pages that all readers of a pattern read together (4 GiB).
 const PAGES: u64 = 1 << 20;
 
 fn main() -> ExitCode {
     let arguments = policy_report::arguments();
-    policy_report::exit(match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+    policy_report::exit_code(match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => run(false),
         ["--table"] => run(true),
         _ => Err("usage: readahead [--table]".to_string()),
     })
 }
 
-/// Measures every pattern on every store and judges what comes out.
+/// Measures every pattern on every store and judges the results.
 fn run(write_table: bool) -> Result<(), String> {
     let measured = STORES.map(|store| (store, measure(store, PAGES)));
     let tables: Vec<String> = measured.iter().map(|(store, rows)| table(*store, rows)).collect();
     let tables = tables.join("\n");
     println!("{tables}");
     if write_table {
-        policy_report::put_at_head_of("readahead.rs", &tables)?;
+        policy_report::write_table_to("readahead.rs", &tables)?;
     }
     let gates: Vec<_> = measured.iter().flat_map(|(store, rows)| judge(*store, rows, PAGES)).collect();
-    policy_report::conclude(&gates)
+    policy_report::print_verdicts(&gates)
 }

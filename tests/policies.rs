@@ -13,13 +13,14 @@ mod prng;
 #[path = "../benches/readahead/mod.rs"]
 mod readahead;
 
-use bare_cache::{AtOnce, defaults};
+use bare_cache::{InstantStoreCache, defaults};
 use genblk::cache::policy::MiniSimulation;
 use genblk::cache::{PolicyKind, Settings};
 use genblk::units::PageNo;
-use miss_ratio::gates::BehindLru;
-use miss_ratio::rivals::Rival;
-use miss_ratio::workloads::{Access, Scale, WORKLOADS};
+use miss_ratio::algorithms::Algorithm;
+use miss_ratio::gates::LruTolerance;
+use miss_ratio::trace::{Access, Scale};
+use miss_ratio::workloads::WORKLOADS;
 use miss_ratio::{Cell, gates, measure, table, trace_file};
 use policy_report::Gate;
 
@@ -28,7 +29,7 @@ fn reads(pages: &[u32]) -> Vec<Access> {
 }
 
 fn not_met(gates: Vec<Gate>) -> Vec<String> {
-    gates.into_iter().filter(|gate| !gate.holds).map(|gate| gate.says).collect()
+    gates.into_iter().filter(|gate| !gate.passed).map(|gate| gate.message).collect()
 }
 
 #[test]
@@ -38,10 +39,10 @@ fn the_demands_on_replacement_are_met_in_small() {
     let cells: Vec<Cell> =
         WORKLOADS.iter().flat_map(|workload| measure(workload.name, &workload.trace(scale), &sizes)).collect();
     for cell in &cells {
-        let best = Rival::ALL.map(|rival| cell.of(rival)).into_iter().fold(100.0, f64::min);
-        assert!(cell.of(Rival::Opt) <= best, "nobody is better than OPT: {cell:?}");
+        let best = Algorithm::ALL.map(|algorithm| cell.of(algorithm)).into_iter().fold(100.0, f64::min);
+        assert!(cell.of(Algorithm::Opt) <= best, "nobody is better than OPT: {cell:?}");
     }
-    let missed = not_met(gates::judge(&cells, BehindLru { max: 1.0, by_chance: 0.35 }));
+    let missed = not_met(gates::judge(&cells, LruTolerance { max: 1.0, noise: 0.35 }));
     assert!(missed.is_empty(), "{missed:#?}\n{}", table::render(&cells, &sizes));
 }
 
@@ -71,9 +72,9 @@ fn the_cache_misses_what_its_model_misses() {
         let mut model = MiniSimulation::new(PolicyKind::S3Fifo, FRAMES - RESERVE);
         let missed = trace.iter().filter(|access| !model.access(PageNo(access.page.into()))).count();
         for readahead_pages_max in [0, 512] {
-            let mut cache = AtOnce::new(Settings { readahead_pages_max, ..defaults(FRAMES, image_pages) });
+            let mut cache = InstantStoreCache::new(Settings { readahead_pages_max, ..defaults(FRAMES, image_pages) });
             for access in &trace {
-                let ask = if access.write { AtOnce::write } else { AtOnce::read };
+                let ask = if access.write { InstantStoreCache::write } else { InstantStoreCache::read };
                 ask(&mut cache, PageNo(access.page.into()), 1);
                 cache.turn();
             }
@@ -101,20 +102,20 @@ fn a_workload_makes_the_same_trace_each_time_and_stays_within_its_scale() {
 }
 
 #[test]
-fn rivals_do_as_their_authors_say() {
+fn algorithms_do_as_their_authors_say() {
     // A loop of four over three places.
     let trace = reads(&[0, 1, 2, 3, 0, 1, 2, 3]);
-    assert_eq!(Rival::Lru.misses(&trace, 4, 3), 8);
-    assert_eq!(Rival::Clock.misses(&trace, 4, 3), 8);
-    assert_eq!(Rival::Opt.misses(&trace, 4, 3), 5);
+    assert_eq!(Algorithm::Lru.misses(&trace, 4, 3), 8);
+    assert_eq!(Algorithm::Clock.misses(&trace, 4, 3), 8);
+    assert_eq!(Algorithm::Opt.misses(&trace, 4, 3), 5);
     // ARC keeps pages that were seen twice through pages that are seen once.
     let mut pages = vec![0, 1, 0, 1];
     pages.extend(2..40);
     pages.extend([0, 1]);
-    assert_eq!(Rival::Lru.misses(&reads(&pages), 40, 4), 42);
-    assert_eq!(Rival::Arc.misses(&reads(&pages), 40, 4), 40);
+    assert_eq!(Algorithm::Lru.misses(&reads(&pages), 40, 4), 42);
+    assert_eq!(Algorithm::Arc.misses(&reads(&pages), 40, 4), 40);
     // CLOCK passes over a page that was asked for again.
-    assert_eq!(Rival::Clock.misses(&reads(&[0, 1, 0, 2, 0]), 3, 2), 3);
+    assert_eq!(Algorithm::Clock.misses(&reads(&[0, 1, 0, 2, 0]), 3, 2), 3);
 }
 
 #[test]

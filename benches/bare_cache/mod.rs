@@ -1,11 +1,11 @@
-//! A page cache without bytes, for benchmarks that look at what it does and what that costs.
+//! A page cache without data, for benchmarks of its decisions and its CPU time.
 
 use genblk::cache::{
     Access, Admitted, ErrorPolicy, FrameMemory, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
 use genblk::units::{FrameId, FrameRecord, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
 
-/// Frames without bytes.
+/// Frames without data.
 #[derive(Debug)]
 struct NoMemory;
 
@@ -19,7 +19,7 @@ impl FrameMemory for NoMemory {
     fn note_zero(&self, _: usize, _: Option<SectorSpan>) {}
 }
 
-/// genblk's defaults for a cache of so many frames and an image of so many pages without holes.
+/// genblk's defaults, for a cache of `frames` and an image of `image_pages` without holes.
 pub fn defaults(frames: u32, image_pages: u64) -> Settings {
     Settings {
         frames,
@@ -41,13 +41,13 @@ pub fn defaults(frames: u32, image_pages: u64) -> Settings {
     }
 }
 
-/// The cache alone.
+/// A page cache without data.
 pub fn bare_cache(settings: Settings) -> PageCache {
     PageCache::new(settings, Box::new(NoMemory))
 }
 
-/// The cache with one guest, on a store whose operations all end well by the end of the turn.
-pub struct AtOnce {
+/// A page cache with one guest, on a store whose operations succeed at the end of the turn.
+pub struct InstantStoreCache {
     cache: PageCache,
     now: Tick,
     pieces: Vec<Piece>,
@@ -55,11 +55,11 @@ pub struct AtOnce {
     tags: Vec<u32>,
 }
 
-impl AtOnce {
-    /// What a turn takes, on the cache's clock.
+impl InstantStoreCache {
+    /// The simulated duration of a turn.
     const TURN_US: u64 = 20;
 
-    /// With an empty cache.
+    /// An empty cache.
     pub fn new(settings: Settings) -> Self {
         let cache = bare_cache(settings);
         Self { cache, now: Tick(0), pieces: Vec::new(), notices: Vec::new(), tags: Vec::new() }
@@ -69,13 +69,13 @@ impl AtOnce {
         self.cache.stats()
     }
 
-    /// Reads; what is not there comes with the next turn.
+    /// Reads pages; misses complete with the next turn.
     pub fn read(&mut self, first: PageNo, pages: u64) {
         assert_eq!(self.cache.read(access(first, pages), &mut self.pieces), Admitted::All);
         self.pieces.drain(..).for_each(|piece| self.cache.finish_read(&piece));
     }
 
-    /// Writes; at the dirty limit it takes turns until write-back has made room.
+    /// Writes pages; at the dirty limit it takes turns until write-back has made room.
     pub fn write(&mut self, first: PageNo, pages: u64) {
         let mut access = access(first, pages);
         loop {
@@ -90,7 +90,7 @@ impl AtOnce {
         }
     }
 
-    /// Pumps, and has everything end well that the cache wants done, until it wants no more.
+    /// Pumps the cache and completes its store operations, until there are none left.
     pub fn turn(&mut self) {
         self.now = self.now.plus_us(Self::TURN_US);
         loop {
@@ -105,7 +105,9 @@ impl AtOnce {
                 match notice {
                     Notice::Ready(_, piece) => self.cache.finish_read(&piece),
                     Notice::Resume(_) => {}
-                    Notice::Unreadable(..) | Notice::Done(..) => unreachable!("nothing fails, and nobody flushes"),
+                    Notice::Unreadable(..) | Notice::Done(..) => {
+                        unreachable!("nothing fails, and the guest does not flush")
+                    }
                 }
             }
         }

@@ -1,5 +1,5 @@
-//! Who is measured: the policies of the daemon itself, driven as the page cache drives them; CLOCK; ARC; and OPT, which
-//! knows the future.
+//! The replacement algorithms under comparison: those of genblk, driven as the page cache drives them; CLOCK; ARC; and OPT,
+//! which knows the future.
 
 use std::collections::BinaryHeap;
 
@@ -7,37 +7,37 @@ use genblk::cache::PolicyKind;
 use genblk::cache::policy::MiniSimulation;
 use genblk::units::PageNo;
 
-use super::workloads::Access;
+use super::trace::Access;
 
-/// A cache of pages, as far as hits and misses go.
-pub trait Contender {
-    /// Asks for a page, and says whether it was there.
+/// A simulated cache that counts hits and misses.
+pub trait Simulation {
+    /// Accesses a page; returns whether it was a hit.
     fn access(&mut self, access: Access) -> bool;
 }
 
-/// Those who are compared, in the order of the table.
+/// The algorithms, in the order of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rival {
-    /// genblk's S3-FIFO.
-    Ours,
-    /// Least recently used, as genblk has it.
+pub enum Algorithm {
+    /// genblk's S3-FIFO with adaptive queue sizes.
+    Genblk,
+    /// Least recently used, in genblk's implementation.
     Lru,
-    /// One bit and a hand.
+    /// One reference bit per page and a hand.
     Clock,
     /// Adaptive replacement cache.
     Arc,
-    /// Belady's: gives up the page whose next use is furthest away.
+    /// Belady's algorithm: evicts the page whose next use is furthest away.
     Opt,
 }
 
-impl Rival {
-    /// Every rival.
-    pub const ALL: [Self; 5] = [Self::Ours, Self::Lru, Self::Clock, Self::Arc, Self::Opt];
+impl Algorithm {
+    /// Every algorithm.
+    pub const ALL: [Self; 5] = [Self::Genblk, Self::Lru, Self::Clock, Self::Arc, Self::Opt];
 
-    /// For tables.
+    /// Its name in tables.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Ours => "genblk",
+            Self::Genblk => "genblk",
             Self::Lru => "LRU",
             Self::Clock => "CLOCK",
             Self::Arc => "ARC",
@@ -45,28 +45,28 @@ impl Rival {
         }
     }
 
-    /// How many accesses of `trace`, which names pages below `page_count`, miss in a cache of `cache_pages`.
+    /// The misses of `trace`, whose pages are below `page_count`, in a cache of `cache_pages`.
     pub fn misses(self, trace: &[Access], page_count: u32, cache_pages: u32) -> usize {
-        let mut contender: Box<dyn Contender> = match self {
-            Self::Ours => Box::new(MiniSimulation::new(PolicyKind::S3Fifo, cache_pages)),
+        let mut simulation: Box<dyn Simulation> = match self {
+            Self::Genblk => Box::new(MiniSimulation::new(PolicyKind::S3Fifo, cache_pages)),
             Self::Lru => Box::new(MiniSimulation::new(PolicyKind::Lru, cache_pages)),
             Self::Clock => Box::new(Clock::new(page_count, cache_pages)),
             Self::Arc => Box::new(Arc::new(page_count, cache_pages)),
             Self::Opt => return opt_misses(trace, page_count, cache_pages),
         };
-        trace.iter().filter(|access| !contender.access(**access)).count()
+        trace.iter().filter(|access| !simulation.access(**access)).count()
     }
 }
 
 const NONE: u32 = u32::MAX;
 
-impl Contender for MiniSimulation {
+impl Simulation for MiniSimulation {
     fn access(&mut self, access: Access) -> bool {
         Self::access(self, PageNo(u64::from(access.page)))
     }
 }
 
-/// Pages in a ring, and a hand that clears bits until it finds one clear.
+/// CLOCK: the hand clears reference bits until it finds a page whose bit is clear.
 #[derive(Debug)]
 struct Clock {
     slot_of: Vec<u32>,
@@ -81,7 +81,7 @@ impl Clock {
     }
 }
 
-impl Contender for Clock {
+impl Simulation for Clock {
     fn access(&mut self, access: Access) -> bool {
         let slot = self.slot_of[access.page as usize];
         if slot != NONE {
@@ -104,12 +104,12 @@ impl Contender for Clock {
     }
 }
 
-/// ARC (Megiddo and Modha, FAST 2003): pages seen once and pages seen again on two LRU lists, whose shares follow the
-/// hits among the pages that each gave up last.
+/// ARC (Megiddo and Modha, FAST 2003): one LRU list of pages seen once, one of pages seen again. Hits among the pages that
+/// each list evicted last (its ghosts) adapt their shares.
 #[derive(Debug)]
 struct Arc {
     lists: Lists,
-    /// The share of [`ONCE`], in pages.
+    /// The target size of [`ONCE`], in pages.
     target: u32,
     cache_pages: u32,
 }
@@ -124,16 +124,16 @@ impl Arc {
         Self { lists: Lists::new(page_count), target: 0, cache_pages }
     }
 
-    /// Gives up a page of the list that is over its share, and keeps its ghost.
-    fn replace(&mut self, asked_for_ghost_of_again: bool) {
+    /// Evicts a page of the list that exceeds its share, and keeps its ghost.
+    fn replace(&mut self, ghost_of_again_was_hit: bool) {
         let once = self.lists.len[ONCE];
-        let over = once > self.target || (asked_for_ghost_of_again && once == self.target);
+        let over = once > self.target || (ghost_of_again_was_hit && once == self.target);
         let (from, to) = if once > 0 && over { (ONCE, ONCE_GHOSTS) } else { (AGAIN, AGAIN_GHOSTS) };
         let page = self.lists.pop_oldest(from);
         self.lists.push(to, page);
     }
 
-    /// A page that is neither in the cache nor a ghost: makes room, and bounds the ghosts.
+    /// Makes room for a page that is neither cached nor a ghost, and bounds the ghosts.
     fn make_room(&mut self) {
         let len = self.lists.len;
         if len[ONCE] + len[ONCE_GHOSTS] == self.cache_pages {
@@ -152,7 +152,7 @@ impl Arc {
     }
 }
 
-impl Contender for Arc {
+impl Simulation for Arc {
     fn access(&mut self, access: Access) -> bool {
         let (page, len) = (access.page, self.lists.len);
         let list = self.lists.list_of(page);
@@ -178,12 +178,12 @@ impl Contender for Arc {
     }
 }
 
-/// Four lists of pages, newest first; a page is on at most one. Kept in stamps: a list's oldest page is the first in its
-/// log whose stamp is still the page's own.
+/// Four LRU lists; a page is on at most one. Removal is lazy: each move gives the page a new stamp and appends to the log of
+/// the list. An entry of a log is valid if it has the current stamp of its page.
 #[derive(Debug)]
 struct Lists {
-    /// Stamp of each page's last move, and the list it is on (or [`NONE`]).
-    place: Vec<(u64, u32)>,
+    /// For each page the stamp of its last move, and its list (or [`NONE`]).
+    position: Vec<(u64, u32)>,
     logs: [std::collections::VecDeque<(u64, u32)>; 4],
     len: [u32; 4],
     clock: u64,
@@ -191,30 +191,30 @@ struct Lists {
 
 impl Lists {
     fn new(page_count: u32) -> Self {
-        Self { place: vec![(0, NONE); page_count as usize], logs: Default::default(), len: [0; 4], clock: 0 }
+        Self { position: vec![(0, NONE); page_count as usize], logs: Default::default(), len: [0; 4], clock: 0 }
     }
 
     fn list_of(&self, page: u32) -> Option<usize> {
-        let list = self.place[page as usize].1;
+        let list = self.position[page as usize].1;
         (list != NONE).then_some(list as usize)
     }
 
     fn push(&mut self, list: usize, page: u32) {
         self.clock += 1;
-        self.place[page as usize] = (self.clock, list as u32);
+        self.position[page as usize] = (self.clock, list as u32);
         self.logs[list].push_back((self.clock, page));
         self.len[list] += 1;
     }
 
     fn remove(&mut self, page: u32) {
-        let list = std::mem::replace(&mut self.place[page as usize].1, NONE);
+        let list = std::mem::replace(&mut self.position[page as usize].1, NONE);
         self.len[list as usize] -= 1;
     }
 
     fn pop_oldest(&mut self, list: usize) -> u32 {
         loop {
             let (stamp, page) = self.logs[list].pop_front().expect("the list is not empty");
-            if self.place[page as usize] == (stamp, list as u32) {
+            if self.position[page as usize] == (stamp, list as u32) {
                 self.remove(page);
                 return page;
             }
@@ -222,34 +222,33 @@ impl Lists {
     }
 }
 
-/// Misses of Belady's policy.
+/// Misses of Belady's algorithm.
 fn opt_misses(trace: &[Access], page_count: u32, cache_pages: u32) -> usize {
     let mut next_use = vec![NONE; trace.len()];
     let mut last_seen = vec![NONE; page_count as usize];
     for (at, access) in trace.iter().enumerate().rev() {
         next_use[at] = std::mem::replace(&mut last_seen[access.page as usize], at as u32);
     }
-    // When each page in the cache is used next; `u32::MAX` is also "never". Entries of the heap that say something
-    // else are out of date.
-    let mut due = vec![None; page_count as usize];
+    // The next use of each cached page; `u32::MAX` is "never". Entries of the heap that differ from it are stale.
+    let mut next_use_of = vec![None; page_count as usize];
     let mut furthest = BinaryHeap::new();
     let (mut misses, mut resident) = (0, 0);
     for (access, &next) in trace.iter().zip(&next_use) {
-        if due[access.page as usize].is_none() {
+        if next_use_of[access.page as usize].is_none() {
             misses += 1;
             resident += 1;
         }
         if resident > cache_pages {
             loop {
                 let (at, page) = furthest.pop().expect("a full cache has an entry for each page");
-                if due[page as usize] == Some(at) {
-                    due[page as usize] = None;
+                if next_use_of[page as usize] == Some(at) {
+                    next_use_of[page as usize] = None;
                     break;
                 }
             }
             resident -= 1;
         }
-        due[access.page as usize] = Some(next);
+        next_use_of[access.page as usize] = Some(next);
         furthest.push((next, access.page));
     }
     misses

@@ -1,75 +1,76 @@
-//! What is demanded of genblk's policy.
+//! The requirements on genblk's policy.
 
 use genblk::cache::PolicyKind;
 use genblk::cache::policy::MiniSimulation;
 use genblk::units::PageNo;
 
-use super::rivals::Rival;
-use super::workloads::Access;
+use super::algorithms::Algorithm;
+use super::trace::Access;
 use super::{Cell, Level};
 use crate::policy_report::Gate;
 use crate::prng::Prng;
 
-/// How many points behind LRU genblk may be. That is the price of finding out which share is right, and grows as traces get
-/// shorter; and of two policies that do equally well either may be ahead by chance.
+/// By how many points genblk's miss ratio may exceed that of LRU. Adapting has a price, which is higher on shorter traces;
+/// and of two equally good policies either may be ahead by chance.
 #[derive(Clone, Copy, Debug)]
-pub struct BehindLru {
+pub struct LruTolerance {
     /// In any cell.
     pub max: f64,
-    /// In [`AS_GOOD_AS_LRU_PERCENT`] of the cells: no more than chance makes of it.
-    pub by_chance: f64,
+    /// In [`AS_GOOD_AS_LRU_PERCENT`] of the cells: the effect of chance.
+    pub noise: f64,
 }
 
-/// So many cells in a hundred have to be as good as with LRU.
+/// The percentage of cells that must be as good as with LRU.
 const AS_GOOD_AS_LRU_PERCENT: usize = 95;
-/// This much behind ARC is as good as ARC.
-const BEHIND_ARC: f64 = 1.0;
-/// So many cells in a hundred have to be as good.
+/// So many points behind ARC count as good as ARC.
+const ARC_TOLERANCE: f64 = 1.0;
+/// The percentage of cells that must be as good as with ARC.
 const AS_GOOD_AS_ARC_PERCENT: usize = 80;
-/// What a scan may cost the hot set, in points of its hits.
+/// By how many points a scan may lower the hit ratio of the hot set.
 const SCAN_COST_MAX: f64 = 2.0;
-/// Share of OPT's hits in a loop a fifth longer than the cache, where LRU has none.
+/// The share of OPT's hits in a loop that is a fifth longer than the cache. LRU has no hits there.
 const LOOP_OF_OPT_MIN: f64 = 0.5;
 
-/// Judges the cells, which must not be empty.
-pub fn judge(cells: &[Cell], behind_lru: BehindLru) -> Vec<Gate> {
+/// Judges the cells; there must be at least one.
+pub fn judge(cells: &[Cell], lru: LruTolerance) -> Vec<Gate> {
     vec![
-        never_far_behind_lru(cells, behind_lru.max),
-        mostly_as_good_as(Rival::Lru, behind_lru.by_chance, AS_GOOD_AS_LRU_PERCENT, cells),
-        mostly_as_good_as(Rival::Arc, BEHIND_ARC, AS_GOOD_AS_ARC_PERCENT, cells),
+        never_far_behind_lru(cells, lru.max),
+        mostly_as_good_as(Algorithm::Lru, lru.noise, AS_GOOD_AS_LRU_PERCENT, cells),
+        mostly_as_good_as(Algorithm::Arc, ARC_TOLERANCE, AS_GOOD_AS_ARC_PERCENT, cells),
         scan_gate(),
         loop_gate(),
     ]
 }
 
-fn never_far_behind_lru(cells: &[Cell], behind_max: f64) -> Gate {
-    let worst = worst_against(cells, Rival::Ours);
-    let behind = worst.behind(Rival::Lru);
-    let arc = worst_against(cells, Rival::Arc);
-    let says = format!(
-        "never more than {behind_max} points behind LRU: at worst {behind:.2} ({}), ARC {:.2} ({})",
-        place(worst),
-        arc.of(Rival::Arc) - arc.of(Rival::Lru),
-        place(arc)
+fn never_far_behind_lru(cells: &[Cell], max: f64) -> Gate {
+    let worst = worst_against(cells, Algorithm::Genblk);
+    let behind = worst.points_behind(Algorithm::Lru);
+    let arc = worst_against(cells, Algorithm::Arc);
+    let message = format!(
+        "never more than {max} points behind LRU: at worst {behind:.2} ({}), ARC {:.2} ({})",
+        describe(worst),
+        arc.of(Algorithm::Arc) - arc.of(Algorithm::Lru),
+        describe(arc)
     );
-    Gate { holds: behind <= behind_max, says }
+    Gate { passed: behind <= max, message }
 }
 
-/// The cell where `rival` does worst against LRU.
-fn worst_against(cells: &[Cell], rival: Rival) -> &Cell {
-    let behind = |cell: &Cell| cell.of(rival) - cell.of(Rival::Lru);
-    cells.iter().max_by(|a, b| behind(a).total_cmp(&behind(b))).expect("something was measured")
+/// The cell where `algorithm` is worst relative to LRU.
+fn worst_against(cells: &[Cell], algorithm: Algorithm) -> &Cell {
+    let behind = |cell: &Cell| cell.of(algorithm) - cell.of(Algorithm::Lru);
+    cells.iter().max_by(|a, b| behind(a).total_cmp(&behind(b))).expect("there is a cell")
 }
 
-/// Demands that genblk is within `points` of `rival`, or ahead, in `percent` of the cells.
-fn mostly_as_good_as(rival: Rival, points: f64, percent: usize, cells: &[Cell]) -> Gate {
-    let good = cells.iter().filter(|cell| cell.behind(rival) <= points).count();
+/// Requires genblk to be ahead of `algorithm`, or at most `points` behind it, in `percent` of the cells.
+fn mostly_as_good_as(algorithm: Algorithm, points: f64, percent: usize, cells: &[Cell]) -> Gate {
+    let good = cells.iter().filter(|cell| cell.points_behind(algorithm) <= points).count();
     let all = cells.len();
-    let says = format!("within {points} points of {} in {percent} % of the cells: in {good} of {all}", rival.name());
-    Gate { holds: good * 100 >= all * percent, says }
+    let message =
+        format!("within {points} points of {} in {percent} % of the cells: in {good} of {all}", algorithm.name());
+    Gate { passed: good * 100 >= all * percent, message }
 }
 
-fn place(cell: &Cell) -> String {
+fn describe(cell: &Cell) -> String {
     let level = if cell.level == Level::Raw { String::new() } else { format!(", {}", cell.level.name()) };
     format!("{} at {} %{level}", cell.workload, f64::from(cell.permille) / 10.0)
 }
@@ -83,14 +84,14 @@ fn scan_gate() -> Gate {
             lru = lru.max(scan_cost(PolicyKind::Lru, hot_percent, scanned_per_hot));
         }
     }
-    let says = format!(
-        "a scan of ten times the cache costs the hot set less than {SCAN_COST_MAX} points: {worst:.2}, LRU {lru:.2}"
+    let message = format!(
+        "a scan of ten times the cache costs the hot set less than {SCAN_COST_MAX} points of hits: {worst:.2}, LRU {lru:.2}"
     );
-    Gate { holds: worst < SCAN_COST_MAX, says }
+    Gate { passed: worst < SCAN_COST_MAX, message }
 }
 
-/// What a scan of ten times the cache costs a hot set that fills `hot_percent` of it, in points of the hot set's hits.
-/// After each access to a hot page the scan reads `scanned_per_hot` pages.
+/// By how many points a scan of ten times the cache lowers the hit ratio of a hot set, which fills `hot_percent` of the
+/// cache. The scan reads `scanned_per_hot` pages after each access to a hot page.
 fn scan_cost(kind: PolicyKind, hot_percent: u32, scanned_per_hot: u32) -> f64 {
     const CACHE_PAGES: u32 = 2000;
     let hot_pages = u64::from(CACHE_PAGES * hot_percent / 100);
@@ -118,12 +119,11 @@ fn loop_gate() -> Gate {
     const CACHE_PAGES: u32 = 2000;
     let pages = CACHE_PAGES * 6 / 5;
     let trace: Vec<Access> = (0..20 * pages).map(|n| Access { page: n % pages, write: false }).collect();
-    let hits = |rival: Rival| (trace.len() - rival.misses(&trace, pages, CACHE_PAGES)) as f64;
-    let share = hits(Rival::Ours) / hits(Rival::Opt);
-    let says = format!(
-        "a loop a fifth longer than the cache has {} of OPT's hits: {share:.2}, LRU {:.2}",
-        LOOP_OF_OPT_MIN,
-        hits(Rival::Lru) / hits(Rival::Opt)
+    let hits = |algorithm: Algorithm| (trace.len() - algorithm.misses(&trace, pages, CACHE_PAGES)) as f64;
+    let share = hits(Algorithm::Genblk) / hits(Algorithm::Opt);
+    let message = format!(
+        "a loop a fifth longer than the cache has at least {LOOP_OF_OPT_MIN} of OPT's hits: {share:.2}, LRU {:.2}",
+        hits(Algorithm::Lru) / hits(Algorithm::Opt)
     );
-    Gate { holds: share >= LOOP_OF_OPT_MIN, says }
+    Gate { passed: share >= LOOP_OF_OPT_MIN, message }
 }

@@ -1,34 +1,34 @@
-//! A log-structured merge tree: flushes and compactions in long runs, under point reads that prefer what is new.
+//! A log-structured merge tree: flushes and compactions in long runs, beside point reads that prefer recent data.
 
-use super::workloads::{Trace, Zipf};
+use super::trace::{Trace, Zipf};
 
-/// A level is merged into the next when it holds this many runs.
+/// A level with this many runs is merged into the next level.
 const RUNS_PER_LEVEL: usize = 4;
-/// Levels; the last one's runs are merged into one of their size.
+/// Levels. The runs of the last level are merged into one run of the same size.
 const LEVELS: usize = 4;
-/// Point reads between two pages of a flush.
+/// Point reads per page of a flush.
 const READS_PER_PAGE: u32 = 3;
 
-/// A sorted run: a file that is written once and never changed.
+/// A sorted run: a file that is written once.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     start: u32,
     pages: u32,
 }
 
-/// Size-tiered compaction in an image that is written through from its start to its end, and again.
+/// Size-tiered compaction. Runs are allocated sequentially, and wrap around at the end of the image.
 #[derive(Debug)]
 struct Tree {
     levels: [Vec<Run>; LEVELS],
     /// Where the next run is written.
     next: u32,
-    /// Pages of a run that is flushed from memory.
+    /// Pages of a run when it is flushed from memory.
     flush_pages: u32,
     popularity: Zipf,
 }
 
-/// Fills the trace with the life of one tree.
-pub(super) fn lsm(trace: &mut Trace) {
+/// The accesses of one tree.
+pub fn lsm(trace: &mut Trace) {
     let flush_pages = trace.share(2).max(4);
     let mut tree = Tree {
         levels: Default::default(),
@@ -42,7 +42,7 @@ pub(super) fn lsm(trace: &mut Trace) {
 }
 
 impl Tree {
-    /// Memory is full: a new run on the first level, and the merges that it sets off.
+    /// Writes a full memory table as a new run of the first level, and merges the levels that are then full.
     fn flush(&mut self, trace: &mut Trace) {
         let run = self.allocate(self.flush_pages, trace.scale.pages);
         for page in run.start..run.start + run.pages {
@@ -59,11 +59,11 @@ impl Tree {
         }
     }
 
-    /// Reads the runs of a level side by side and writes them out as one.
+    /// Merges the runs of a level into one run: reads them side by side and writes the result.
     fn merge(&mut self, level: usize, trace: &mut Trace) {
         let sources = std::mem::take(&mut self.levels[level]);
         let total: u32 = sources.iter().map(|run| run.pages).sum();
-        // On the last level all versions but the newest go.
+        // The last level keeps only the newest versions.
         let into = if level + 1 < LEVELS { level + 1 } else { level };
         let pages = if into > level { total } else { total / RUNS_PER_LEVEL as u32 };
         let target = self.allocate(pages, trace.scale.pages);
@@ -80,14 +80,14 @@ impl Tree {
         self.levels[into].push(target);
     }
 
-    /// A key is looked for from the newest run to the oldest; filters keep most runs from being read in vain.
+    /// Reads a key from a random run: a Bloom filter usually excludes the runs without the key.
     fn point_read(&self, trace: &mut Trace) {
         let runs: Vec<Run> = self.levels.iter().flat_map(|level| level.iter().rev()).copied().collect();
         if runs.is_empty() {
             return;
         }
         let run = runs[trace.below(runs.len() as u32) as usize];
-        // The run's index comes first, and is asked for with every read.
+        // Each read starts with the run's index.
         let index = trace.below(run.pages.div_ceil(128));
         trace.read(run.start + index);
         let rank = self.popularity.draw(trace);

@@ -1,19 +1,19 @@
 //! The table of results.
 
-use super::rivals::Rival;
+use super::algorithms::Algorithm;
 use super::{Cell, Level};
 
-/// Miss ratios in percent: a block of rows for each workload, a column for each level and size. `cells` come as
-/// [`super::measure`] gives them, one workload after the other.
+/// Miss ratios in percent: a block of rows for each workload, a column for each level and size. `cells` are those of
+/// [`super::measure`], one workload after the other.
 pub fn render(cells: &[Cell], sizes_permille: &[u32]) -> String {
     let mut text = header(sizes_permille);
     for workload in cells.chunk_by(|a, b| a.workload == b.workload) {
-        for rival in Rival::ALL {
-            let name = if rival == Rival::Ours { workload[0].workload.as_str() } else { "" };
-            text += &format!("{name:<13}{:<7}", rival.name());
+        for algorithm in Algorithm::ALL {
+            let name = if algorithm == Algorithm::Genblk { workload[0].workload.as_str() } else { "" };
+            text += &format!("{name:<13}{:<7}", algorithm.name());
             for level in workload.chunk_by(|a, b| a.level == b.level) {
                 text += "|";
-                level.iter().for_each(|cell| text += &format!("{:>6.1}", cell.of(rival)));
+                level.iter().for_each(|cell| text += &format!("{:>6.1}", cell.of(algorithm)));
             }
             text += "\n";
         }

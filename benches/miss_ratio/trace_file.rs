@@ -1,22 +1,22 @@
-//! A user's own trace: a text of lines (time, op, sector, count), separated by commas.
+//! A user's trace: a text file with lines of four comma-separated fields: time, op, sector, count.
 //!
-//! Time is a number of any unit; the lines are taken in the order in which they stand. The op is r, read, w or write, or
-//! f, flush, d, discard or trim, which are passed over. Sectors are of 512 bytes. Blank lines, lines that begin with #
-//! and a first line of names are passed over.
+//! Time is a number in any unit and is not used: the order of the lines counts. The op is r, read, w or write; lines with f,
+//! flush, d, discard or trim are skipped. A sector has 512 bytes. Blank lines, lines that start with #, and a first line
+//! with column names are skipped.
 
 use std::collections::HashMap;
 use std::io::BufRead;
 
-use super::workloads::Access;
+use super::trace::Access;
 
 const SECTORS_PER_PAGE: u64 = 8;
-/// More than this in one request is taken for a mistake (512 MiB).
+/// A larger request (512 MiB) is considered a mistake.
 const COUNT_MAX: u64 = 1 << 20;
 
-/// Reads a whole trace; the pages are numbered in the order in which they appear.
+/// Reads a whole trace. The pages are numbered in the order of their first access.
 ///
 /// # Errors
-/// What is wrong with the first bad line, and its number.
+/// The first bad line: its number, and what is wrong.
 pub fn read(source: impl BufRead) -> Result<Vec<Access>, String> {
     let mut numbers = HashMap::new();
     let mut accesses = Vec::new();
@@ -46,13 +46,13 @@ struct Request {
     count: u64,
 }
 
-/// Whether a line holds names in place of numbers.
+/// Whether a line has column names.
 fn names_columns(line: &str) -> bool {
     let mut fields = line.split(',').map(str::trim);
     fields.clone().count() == 4 && fields.all(|field| field.starts_with(|c: char| c.is_ascii_alphabetic()))
 }
 
-/// The request of a line; `None` if the line asks for no page.
+/// The request of a line; `None` if the line reads or writes nothing.
 fn parse(line: &str) -> Result<Option<Request>, String> {
     let line = line.trim();
     if line.is_empty() || line.starts_with('#') {

@@ -1,29 +1,12 @@
-//! Traces of page accesses, made from a fixed seed: what guests do, and what is hard for one policy or another.
+//! Workloads: patterns of guests, and patterns that are hard for some policies. Each makes its trace from a fixed seed.
 
-use crate::prng::Prng;
+use super::lsm;
+use super::trace::{Access, Scale, Trace, Zipf};
 
-/// A page that is read or written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Access {
-    /// Which page, counted from 0 without gaps that matter.
-    pub page: u32,
-    /// A write; a page that is written need not be read in, but takes a place in the cache all the same.
-    pub write: bool,
-}
-
-/// How much a workload does, and on how much.
-#[derive(Clone, Copy, Debug)]
-pub struct Scale {
-    /// Pages of the image.
-    pub pages: u32,
-    /// Accesses, about.
-    pub accesses: usize,
-}
-
-/// A named way to make a trace.
+/// A named generator of traces.
 #[derive(Clone, Copy, Debug)]
 pub struct Workload {
-    /// For tables.
+    /// Its name in tables.
     pub name: &'static str,
     make: fn(&mut Trace),
 }
@@ -43,88 +26,20 @@ pub const WORKLOADS: &[Workload] = &[
     Workload { name: "scan+hot set", make: scan_over_hot_set },
     Workload { name: "oltp+journal", make: oltp },
     Workload { name: "boot", make: boot },
-    Workload { name: "lsm", make: super::lsm::lsm },
+    Workload { name: "lsm", make: lsm::lsm },
     Workload { name: "recency", make: recency },
 ];
 
 impl Workload {
-    /// The trace at a scale; the same each time.
+    /// The trace of this scale. It is the same each time.
     pub fn trace(&self, scale: Scale) -> Vec<Access> {
-        let mut trace = Trace { scale, prng: Prng::new(42), accesses: Vec::with_capacity(scale.accesses + 64) };
+        let mut trace = Trace::new(scale, 42);
         (self.make)(&mut trace);
-        trace.accesses.truncate(scale.accesses);
-        trace.accesses
+        trace.into_accesses()
     }
 }
 
-/// A trace in the making.
-#[derive(Debug)]
-pub(super) struct Trace {
-    pub scale: Scale,
-    pub prng: Prng,
-    accesses: Vec<Access>,
-}
-
-impl Trace {
-    /// Whether the trace is as long as it is to be.
-    pub fn is_full(&self) -> bool {
-        self.accesses.len() >= self.scale.accesses
-    }
-
-    pub fn read(&mut self, page: u32) {
-        self.accesses.push(Access { page, write: false });
-    }
-
-    pub fn write(&mut self, page: u32) {
-        self.accesses.push(Access { page, write: true });
-    }
-
-    /// A number below `bound`.
-    pub fn below(&mut self, bound: u32) -> u32 {
-        self.prng.below(u64::from(bound)) as u32
-    }
-
-    /// A number in 0..1.
-    fn fraction(&mut self) -> f64 {
-        (self.prng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// A number from `low` to `high` whose logarithm is evenly spread: every order of magnitude is as likely.
-    fn log_even(&mut self, low: f64, high: f64) -> u32 {
-        (low * (high / low).powf(self.fraction())) as u32
-    }
-
-    /// This share (in thousandths) of the image, in pages.
-    pub fn share(&self, permille: u32) -> u32 {
-        (u64::from(self.scale.pages) * u64::from(permille) / 1000).max(1) as u32
-    }
-}
-
-/// Numbers below `count`, the one of rank r with a chance in proportion to 1 / (r + 1)^exponent.
-#[derive(Debug)]
-pub(super) struct Zipf {
-    cumulative: Vec<f64>,
-}
-
-impl Zipf {
-    pub fn new(count: u32, exponent: f64) -> Self {
-        let mut sum = 0.0;
-        let next = |rank: u32| {
-            sum += f64::from(rank + 1).powf(-exponent);
-            sum
-        };
-        Self { cumulative: (0..count).map(next).collect() }
-    }
-
-    pub fn draw(&self, trace: &mut Trace) -> u32 {
-        let total = self.cumulative.last().expect("a distribution over nothing");
-        let wanted = trace.fraction() * total;
-        let rank = self.cumulative.partition_point(|&sum| sum < wanted);
-        rank.min(self.cumulative.len() - 1) as u32
-    }
-}
-
-/// Independent draws: nothing but popularity.
+/// Independent draws from a Zipf distribution: popularity without locality in time.
 fn zipf(trace: &mut Trace, exponent: f64) {
     let pages = Zipf::new(trace.scale.pages, exponent);
     while !trace.is_full() {
@@ -133,16 +48,16 @@ fn zipf(trace: &mut Trace, exponent: f64) {
     }
 }
 
-// The five patterns of the simulator that NetBSD keeps beside its page daemon (sys/uvm/pdsim).
+// The five patterns of NetBSD's page daemon simulator (sys/uvm/pdsim).
 
-/// All pages in order, over and over.
+/// All pages in order, repeatedly.
 fn pdsim_cycle(trace: &mut Trace) {
     for n in 0..trace.scale.accesses {
         trace.read((n % trace.scale.pages as usize) as u32);
     }
 }
 
-/// Every page as likely as any other.
+/// Uniformly random pages.
 fn pdsim_even(trace: &mut Trace) {
     while !trace.is_full() {
         let page = trace.below(trace.scale.pages);
@@ -150,7 +65,7 @@ fn pdsim_even(trace: &mut Trace) {
     }
 }
 
-/// The root of an even number: a page's chance rises in proportion to its number.
+/// The square root of a uniform number: the probability of a page is proportional to its number.
 fn pdsim_root(trace: &mut Trace) {
     while !trace.is_full() {
         let page = root(trace, trace.scale.pages);
@@ -158,7 +73,7 @@ fn pdsim_root(trace: &mut Trace) {
     }
 }
 
-/// The square of an even number: the chance falls with the root of the page's number.
+/// The square of a uniform number: the probability of a page falls with the square root of its number.
 fn pdsim_square(trace: &mut Trace) {
     let pages = u64::from(trace.scale.pages);
     while !trace.is_full() {
@@ -167,7 +82,7 @@ fn pdsim_square(trace: &mut Trace) {
     }
 }
 
-/// The root pattern, moved on by one page with each access: the hot pages are always about to grow cold.
+/// The root pattern, shifted by one page with each access: hot pages soon turn cold.
 fn pdsim_drift(trace: &mut Trace) {
     let window = (trace.scale.accesses / 20) as u32;
     for n in 0..trace.scale.accesses {
@@ -182,11 +97,11 @@ fn root(trace: &mut Trace, pages: u32) -> u32 {
 
 // What guests do.
 
-/// Regions of every size, each read through two to six times: nested-loop joins, compilers, test suites.
+/// Regions of every size, each read sequentially two to six times: nested-loop joins, compilers, test suites.
 fn loops(trace: &mut Trace) {
     while !trace.is_full() {
         let longest = f64::from(trace.share(300));
-        let length = trace.log_even(longest / 600.0, longest).max(1);
+        let length = trace.log_uniform(longest / 600.0, longest).max(1);
         let start = trace.below(trace.scale.pages - length);
         for _ in 0..2 + trace.below(5) {
             (start..start + length).for_each(|page| trace.read(page));
@@ -194,7 +109,7 @@ fn loops(trace: &mut Trace) {
     }
 }
 
-/// Six accesses in ten go to a hot twentieth of the image; the others are a backup that reads all of it in order.
+/// 60 % of the accesses go to a hot twentieth of the image. The others are a backup that reads the image sequentially.
 fn scan_over_hot_set(trace: &mut Trace) {
     let hot_pages = trace.share(50);
     let hot = Zipf::new(hot_pages, 0.7);
@@ -210,8 +125,8 @@ fn scan_over_hot_set(trace: &mut Trace) {
     }
 }
 
-/// A database: transactions read 8 KiB rows by popularity, change some of them, and end with a write to a journal that
-/// goes round a fiftieth of the image.
+/// A database: transactions read 8 KiB rows by popularity, change some of them, and end with a write to a journal, which
+/// cycles through a fiftieth of the image.
 fn oltp(trace: &mut Trace) {
     let journal_pages = trace.share(20);
     let rows = Zipf::new((trace.scale.pages - journal_pages) / 2, 0.99);
@@ -225,13 +140,13 @@ fn oltp(trace: &mut Trace) {
             }
         }
         trace.write(journal);
-        // Two commits in three fit the journal's last page.
+        // Two commits in three still fit into the last page of the journal.
         journal = (journal + u32::from(trace.prng.percent(33))) % journal_pages;
     }
 }
 
-/// A guest that is started again and again: short runs all over the image, most of them once in a start and in the
-/// same order each time, some (libraries) often; between two starts it works by popularity.
+/// A guest that boots repeatedly. Each boot reads short runs all over the image in the same order: most runs once, some of
+/// them (libraries) often. Between two boots it accesses pages by popularity.
 fn boot(trace: &mut Trace) {
     let mut runs = Vec::new();
     let mut left = i64::from(trace.share(80));
@@ -261,18 +176,18 @@ fn read_run(trace: &mut Trace, (start, length): (u32, u32)) {
     (start..start + length).for_each(|page| trace.read(page));
 }
 
-/// Every other access goes back to what was accessed a while ago, however long, and nothing is popular for its own
-/// sake: where LRU is right and whoever looks for frequency is wrong.
+/// Every other access repeats an earlier one from a log-uniform distance, and no page is popular in itself: LRU is the right
+/// policy, and policies that count frequency are wrong.
 fn recency(trace: &mut Trace) {
     let mut fresh = 0;
     while !trace.is_full() {
-        let longest = trace.accesses.len().min(trace.share(200) as usize);
+        let longest = trace.len().min(trace.share(200) as usize);
         if longest < 8 || trace.prng.percent(50) {
             trace.read(fresh);
             fresh = (fresh + 1) % trace.scale.pages;
         } else {
-            let ago = trace.log_even(2.0, longest as f64) as usize;
-            let page = trace.accesses[trace.accesses.len() - ago].page;
+            let ago = trace.log_uniform(2.0, longest as f64) as usize;
+            let page = trace.page_before(ago);
             trace.read(page);
         }
     }

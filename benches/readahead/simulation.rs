@@ -1,5 +1,5 @@
-//! The page cache with guests that read, over a store of which only latency and bandwidth are known; the clock is
-//! simulated, and no byte moves.
+//! A discrete-event simulation: the page cache with guests that read, on a store that has a latency and a bandwidth. Time is
+//! simulated, and no data is moved.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -15,56 +15,56 @@ pub const PAGE_BYTES: u64 = 4096;
 pub const IMAGE_PAGES: u64 = 1 << 24;
 /// Pages of the cache (256 MiB).
 pub const CACHE_PAGES: u32 = 1 << 16;
-/// What a guest takes for a request besides waiting for it: the call alone, without what it does with each page.
+/// The guest's overhead per request, without the time that it spends on each page.
 const REQUEST_NS: u64 = 500;
 
-/// What is known of a store. Latencies overlap; bytes come one after the other.
+/// A simulated store. The latencies of requests overlap, their transfers do not.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreModel {
-    /// For tables.
+    /// Its name in tables.
     pub name: &'static str,
-    /// From a read's start to its first byte.
+    /// From the start of a read to its first byte.
     pub latency_us: u64,
-    /// Bytes in a microsecond, which is megabytes in a second.
+    /// Bytes per microsecond, which is MB/s.
     pub bytes_per_us: u64,
 }
 
-/// Someone who reads: so many requests at a time, in this order.
+/// A reader: submits its requests in order.
 pub struct Reader {
     /// First page and number of pages of each request.
     pub requests: Box<dyn Iterator<Item = (u64, u64)>>,
-    /// Requests under way at a time.
+    /// Queue depth.
     pub depth: usize,
-    /// What it takes to use a page.
+    /// The time that it spends on each page.
     pub ns_per_page: u64,
-    /// When it begins.
-    pub begins_ns: u64,
+    /// When it starts.
+    pub starts_ns: u64,
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Measured {
-    /// Bytes that guests read, in a microsecond.
+    /// The guests' throughput.
     pub bytes_per_us: f64,
     /// Pages that guests read.
     pub demanded: u64,
-    /// Pages that came from the store.
+    /// Pages that the store read.
     pub fetched: u64,
-    /// The cache's own count at the end.
+    /// The statistics of the cache at the end.
     pub stats: Stats,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
-    /// A read ends.
+    /// A read of the store ends.
     Done(u32),
-    /// The store says of so many sectors that none are holes.
+    /// An extent query ends: this many sectors are data.
     Mapped(u32, u64),
-    /// A reader is ready for another request.
+    /// A reader submits its next request.
     Ready(usize),
 }
 
-/// A request under way.
+/// A request in flight.
 #[derive(Clone, Copy, Debug)]
 struct Pending {
     reader: usize,
@@ -73,7 +73,7 @@ struct Pending {
     admitted: u32,
 }
 
-struct World {
+struct Simulation {
     cache: PageCache,
     store: StoreModel,
     readers: Vec<Reader>,
@@ -82,45 +82,45 @@ struct World {
     events: BinaryHeap<Reverse<(u64, u64, Event)>>,
     event_count: u64,
     now_ns: u64,
-    /// When the store has sent all that it was asked for.
+    /// When the store will have finished all transfers.
     store_idle_ns: u64,
     demanded: u64,
 }
 
-/// Lets the readers read to their end.
+/// Runs the readers to their end.
 pub fn run(store: StoreModel, readers: Vec<Reader>) -> Measured {
-    let mut world = World::new(store, readers);
-    for reader in 0..world.readers.len() {
-        for _ in 0..world.readers[reader].depth {
-            world.at(world.readers[reader].begins_ns, Event::Ready(reader));
+    let mut simulation = Simulation::new(store, readers);
+    for reader in 0..simulation.readers.len() {
+        for _ in 0..simulation.readers[reader].depth {
+            simulation.schedule(simulation.readers[reader].starts_ns, Event::Ready(reader));
         }
     }
     let mut last_request_ns = 0;
-    while let Some(Reverse((at, _, event))) = world.events.pop() {
-        world.now_ns = at;
+    while let Some(Reverse((at, _, event))) = simulation.events.pop() {
+        simulation.now_ns = at;
         match event {
-            Event::Done(tag) => world.cache.complete(tag, &Outcome::Done, world.tick()),
+            Event::Done(tag) => simulation.cache.complete(tag, &Outcome::Done, simulation.tick()),
             Event::Mapped(tag, sectors) => {
-                world.cache.complete(tag, &Outcome::Mapped(vec![(sectors, false)]), world.tick());
+                simulation.cache.complete(tag, &Outcome::Mapped(vec![(sectors, false)]), simulation.tick());
             }
             Event::Ready(reader) => {
                 last_request_ns = at;
-                world.next_request(reader);
+                simulation.next_request(reader);
             }
         }
-        world.end_turn();
+        simulation.end_turn();
     }
-    assert!(world.pending.iter().all(Option::is_none), "every request was answered");
-    let stats = world.cache.stats();
+    assert!(simulation.pending.iter().all(Option::is_none), "every request completed");
+    let stats = simulation.cache.stats();
     Measured {
-        bytes_per_us: (world.demanded * PAGE_BYTES) as f64 * 1000.0 / last_request_ns as f64,
-        demanded: world.demanded,
+        bytes_per_us: (simulation.demanded * PAGE_BYTES) as f64 * 1000.0 / last_request_ns as f64,
+        demanded: simulation.demanded,
         fetched: stats.store_read_sectors / SECTORS_PER_PAGE,
         stats,
     }
 }
 
-impl World {
+impl Simulation {
     fn new(store: StoreModel, readers: Vec<Reader>) -> Self {
         Self {
             cache: bare_cache(Settings { sparse: true, ..defaults(CACHE_PAGES, IMAGE_PAGES) }),
@@ -140,13 +140,13 @@ impl World {
         Tick(self.now_ns / 1000)
     }
 
-    fn at(&mut self, ns: u64, event: Event) {
-        // Events of one time come in the order in which they were made.
+    fn schedule(&mut self, ns: u64, event: Event) {
+        // Events with equal times keep the order in which they were scheduled.
         self.event_count += 1;
         self.events.push(Reverse((ns, self.event_count, event)));
     }
 
-    /// A reader asks for more, if there is more that it wants.
+    /// Submits the next request of a reader, if there is one.
     fn next_request(&mut self, reader: usize) {
         let Some((first, count)) = self.readers[reader].requests.next() else {
             return;
@@ -163,13 +163,13 @@ impl World {
         self.admit(ticket, false);
     }
 
-    /// Asks the cache for what it has not admitted yet of a request.
+    /// Admits the rest of a request to the cache, as far as the cache allows.
     fn admit(&mut self, ticket: usize, resumed: bool) {
-        let Pending { span, admitted, .. } = self.pending[ticket].expect("a request under way");
+        let Pending { span, admitted, .. } = self.pending[ticket].expect("the request is in flight");
         let mut pieces = Vec::new();
         let access = Access { ticket: Ticket(ticket as u64), span, from: admitted, resumed };
         if let Admitted::Until(admitted) = self.cache.read(access, &mut pieces) {
-            self.pending[ticket].as_mut().expect("a request under way").admitted = admitted;
+            self.pending[ticket].as_mut().expect("the request is in flight").admitted = admitted;
         }
         for piece in pieces {
             self.cache.finish_read(&piece);
@@ -177,9 +177,9 @@ impl World {
         }
     }
 
-    /// Sectors of a request have come; with the last of them its reader goes on after a while.
+    /// Counts arrived sectors of a request. After the last one its reader is busy for a while, then submits the next request.
     fn deliver(&mut self, ticket: usize, sectors: u64) {
-        let pending = self.pending[ticket].as_mut().expect("a request under way");
+        let pending = self.pending[ticket].as_mut().expect("the request is in flight");
         pending.sectors_left -= sectors;
         if pending.sectors_left == 0 {
             let pages = pending.span.count / SECTORS_PER_PAGE;
@@ -187,17 +187,17 @@ impl World {
             self.pending[ticket] = None;
             self.free_tickets.push(ticket);
             let busy_ns = REQUEST_NS + pages * self.readers[reader].ns_per_page;
-            self.at(self.now_ns + busy_ns, Event::Ready(reader));
+            self.schedule(self.now_ns + busy_ns, Event::Ready(reader));
         }
     }
 
-    /// Pumps, hands the store what the cache wants, and the guests what has come; until nothing moves.
+    /// Pumps the cache, starts its store operations, and handles its notices, until nothing is left to do.
     fn end_turn(&mut self) {
         loop {
             self.cache.pump(self.tick());
-            let mut plans = Vec::new();
-            self.cache.take_ops(|plan| plans.push((plan.tag, plan.kind, plan.span.count)));
-            for (tag, kind, sectors) in plans {
+            let mut ops = Vec::new();
+            self.cache.take_ops(|op| ops.push((op.tag, op.kind, op.span.count)));
+            for (tag, kind, sectors) in ops {
                 self.start(tag, kind, sectors);
             }
             let mut notices = Vec::new();
@@ -205,24 +205,25 @@ impl World {
             if notices.is_empty() {
                 return;
             }
-            notices.into_iter().for_each(|notice| self.obey(notice));
+            notices.into_iter().for_each(|notice| self.handle_notice(notice));
         }
     }
 
-    /// The store begins an operation; it answers what it holds of an extent map after its latency.
+    /// Starts a store operation. An extent query takes the latency of the store.
     fn start(&mut self, tag: u32, kind: OpKind, sectors: u64) {
-        let answer_ns = self.now_ns + self.store.latency_us * 1000;
+        let first_byte_ns = self.now_ns + self.store.latency_us * 1000;
         match kind {
             OpKind::Read => {
-                self.store_idle_ns = self.store_idle_ns.max(answer_ns) + sectors * 512 * 1000 / self.store.bytes_per_us;
-                self.at(self.store_idle_ns, Event::Done(tag));
+                self.store_idle_ns =
+                    self.store_idle_ns.max(first_byte_ns) + sectors * 512 * 1000 / self.store.bytes_per_us;
+                self.schedule(self.store_idle_ns, Event::Done(tag));
             }
-            OpKind::Map => self.at(answer_ns, Event::Mapped(tag, sectors)),
-            _ => unreachable!("nobody writes"),
+            OpKind::Map => self.schedule(first_byte_ns, Event::Mapped(tag, sectors)),
+            _ => unreachable!("readers do not write"),
         }
     }
 
-    fn obey(&mut self, notice: Notice) {
+    fn handle_notice(&mut self, notice: Notice) {
         let number = |Ticket(number): Ticket| number as usize;
         match notice {
             Notice::Ready(ticket, piece) => {
@@ -230,7 +231,7 @@ impl World {
                 self.deliver(number(ticket), u64::from(piece.count));
             }
             Notice::Resume(ticket) => self.admit(number(ticket), true),
-            Notice::Unreadable(..) | Notice::Done(..) => unreachable!("nothing fails, and only reads are asked for"),
+            Notice::Unreadable(..) | Notice::Done(..) => unreachable!("nothing fails, and readers only read"),
         }
     }
 }

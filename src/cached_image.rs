@@ -180,12 +180,6 @@ pub struct WorkerPort {
     notices: Vec<Notice>,
 }
 
-impl std::fmt::Debug for dyn StoreQueue {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StoreQueue").field("in_flight", &self.in_flight()).finish_non_exhaustive()
-    }
-}
-
 impl WorkerPort {
     /// The image behind the port.
     pub fn image(&self) -> &Arc<CachedImage> {

@@ -1,26 +1,26 @@
-//! Each operation as plain blocking system calls, with the fallbacks for hosts that lack the better ones. The thread
-//! engine runs everything here; the io_uring engine what a ring can't do.
+//! Every operation as blocking system calls, with fallbacks for hosts that lack the best one. The thread engine runs
+//! all operations here, the io_uring engine those that a ring cannot do.
 
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::file::OpenImage;
+use super::image::OpenImage;
 use super::{Event, Extent, ExtentKind, IoRequest, Segment};
 use crate::sys;
 use crate::sys::file::{Direction, FallocateMode};
 use crate::units::{Fault, OpKind};
 
-/// Zeros are written in pieces of this size where the host has no better way.
+/// Length of one write of zeros, where the host has no better way.
 const CHUNK_BYTES: usize = 128 * 1024;
-/// A map stops telling holes apart after this many runs, and calls the rest data: its size stays bounded on an image
-/// shredded into holes.
+/// A map has at most this many runs and reports the rest of its range as data: its size stays bounded on an image with
+/// very many holes.
 const EXTENTS_MAX: usize = 64 * 1024;
 
-/// What an error number means to the layers above; the one place that decides it.
+/// What an error number means to the layers above. The only mapping from errno to [`Fault`].
 pub(super) fn fault_of(errno: i32) -> Fault {
     match errno {
         libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Fault::NoSpace,
-        // A reservation conflict on a shared disk (BLK_STS_RESV_CONFLICT): another initiator owns it now.
+        // A reservation conflict on a shared disk (BLK_STS_RESV_CONFLICT): another initiator has reserved it.
         libc::EBADE => Fault::Fenced,
         libc::ENODEV | libc::ENXIO | libc::ESTALE | libc::ENOMEDIUM | libc::ESHUTDOWN => Fault::Gone,
         libc::ETIMEDOUT => Fault::TimedOut,
@@ -35,31 +35,34 @@ pub(super) fn failure(tag: u64, errno: i32) -> Event {
     Event::Failed { tag, fault: fault_of(errno), errno }
 }
 
-/// How far a transfer has come.
+/// How much of a transfer is complete.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
+    /// The first segment with memory that has not been transferred.
     first: usize,
+    /// Bytes transferred.
     done: u64,
 }
 
 impl Progress {
-    /// Where the rest of the transfer starts on the image.
+    /// Where the rest of the transfer starts on the image, in bytes.
     pub(super) fn offset(&self, request: &IoRequest) -> u64 {
         request.offset + self.done
     }
 
-    /// The memory of the rest.
+    /// The memory of the rest of the transfer.
     pub(super) fn rest<'a>(&self, request: &'a IoRequest) -> &'a [Segment] {
         &request.segments[self.first..]
     }
 
-    /// Notes that the system moved `moved` bytes; returns whether the transfer is complete.
+    /// Records that a system call moved `moved` bytes; returns whether the transfer is complete. `block` is the block
+    /// size of the image in bytes.
     ///
-    /// => A rest that would not start on a block boundary is moved again from the boundary before: direct I/O could
-    ///    not go on from there. The same bytes move twice, to the same place.
+    /// => The rest starts on a block boundary, because direct I/O could not continue elsewhere. Bytes behind the last
+    ///    boundary are transferred again, to the same place.
     ///
     /// # Errors
-    /// EIO when nothing moved (the image ends early: somebody shrank it), so that no transfer goes round for ever.
+    /// EIO if not even one block moved (the image has been truncated), so that no transfer is retried without end.
     pub(super) fn advance(&mut self, request: &mut IoRequest, moved: u64, block: u64) -> io::Result<bool> {
         let mut count = moved.min(request.len - self.done);
         if self.done + count == request.len {
@@ -85,11 +88,11 @@ impl Progress {
     }
 }
 
-/// Runs one operation to its end.
+/// Runs one operation to completion.
 pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
     let (tag, offset, len) = (request.tag, request.offset, request.len);
     let result = match request.op {
-        _ if !image.still_holds(request) => Err(io::Error::from_raw_os_error(libc::ENXIO)),
+        _ if !image.still_covers(request) => Err(io::Error::from_raw_os_error(libc::ENXIO)),
         OpKind::Read | OpKind::Write => transfer(image, request),
         OpKind::Sync => sync(image),
         OpKind::Zero { unmap } => zero(image, offset, len, unmap),
@@ -112,11 +115,9 @@ fn transfer(image: &OpenImage, request: &mut IoRequest) -> io::Result<()> {
     let mut progress = Progress::default();
     loop {
         let (segments, offset) = (progress.rest(request), progress.offset(request));
-        #[cfg(test)]
-        let cut = cut_short(image, segments);
-        #[cfg(test)]
-        let segments = cut.as_ref().map_or(segments, std::slice::from_ref);
-        // SAFETY: the request owns the memory of its segments until its event (the store's contract).
+        let start = image.limited_start(segments);
+        let segments = start.as_ref().map_or(segments, std::slice::from_ref);
+        // SAFETY: the request owns the memory of its segments until its event is reaped (the contract in mod.rs).
         match unsafe { sys::file::transfer(&image.file, direction, segments, offset) } {
             Ok(moved) => {
                 if progress.advance(request, moved, block)? {
@@ -129,13 +130,6 @@ fn transfer(image: &OpenImage, request: &mut IoRequest) -> io::Result<()> {
     }
 }
 
-/// The start of a transfer, where a test wants it cut short; what lies behind must move with a later call.
-#[cfg(test)]
-pub(super) fn cut_short(image: &OpenImage, rest: &[Segment]) -> Option<Segment> {
-    let max = image.moved_max.load(std::sync::atomic::Ordering::Relaxed);
-    (max > 0).then(|| Segment { base: rest[0].base, len: rest[0].len.min(max) })
-}
-
 fn sync(image: &OpenImage) -> io::Result<()> {
     loop {
         match image.file.sync_data() {
@@ -145,19 +139,21 @@ fn sync(image: &OpenImage) -> io::Result<()> {
     }
 }
 
-/// The fallocate modes that make a range of this image read as zeros, best first.
+/// The fallocate modes that make a range of this image read as zeros, best first. With `unmap` the range's space may be
+/// freed.
 pub(super) fn zero_modes(image: &OpenImage, unmap: bool) -> &'static [FallocateMode] {
     match (unmap, image.is_device()) {
         (true, _) => &[FallocateMode::PunchHole, FallocateMode::ZeroRange],
-        // The kernel writes zeros itself where a device has no command for it.
+        // The kernel writes zeros itself if a device has no command for it.
         (false, true) => &[FallocateMode::ZeroRange],
-        // tmpfs and others can punch but not zero; giving space back beats writing it all.
+        // tmpfs and others can punch holes but not zero a range; freeing the space is cheaper than writing it all.
         (false, false) => &[FallocateMode::ZeroRange, FallocateMode::PunchHole],
     }
 }
 
+/// Makes a range (in bytes, of whole sectors) read as zeros. With `unmap` its space may be freed.
 pub(super) fn zero(image: &OpenImage, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-    // The kernel takes only whole logical blocks of a device: the ends are written by hand.
+    // On a device, fallocate takes only whole logical blocks: zeros are written to the partial ones at both ends.
     let Some((first, last)) = image.whole_blocks(offset, len) else {
         return write_zeros(image, offset, len);
     };
@@ -174,14 +170,14 @@ pub(super) fn zero(image: &OpenImage, offset: u64, len: u64, unmap: bool) -> io:
     write_zeros(image, offset, len)
 }
 
-/// Memory aligned for any direct I/O that we accept.
+/// Memory aligned for every direct I/O that an image may demand.
 #[repr(C, align(4096))]
 struct Chunk([u8; CHUNK_BYTES]);
 
 /// Writes zeros over a range at sector granularity.
 ///
-/// => Where the range does not fill the image's first or last block, the block is read and written back. Nobody else
-///    may have an operation on those blocks in flight; the cache's pages are at least a block, so nobody has.
+/// => A block that the range covers in part is read, changed and written back. No other operation on such a block may
+///    be in flight. The cache ensures it: a range operation locks its pages, and a page is at least one block.
 fn write_zeros(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
     if len == 0 {
         return Ok(());
@@ -208,7 +204,7 @@ fn write_zeros(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A position within a chunk.
+/// A position within a chunk, for indexing.
 fn index(bytes: u64) -> usize {
     usize::try_from(bytes).expect("a chunk is small")
 }
@@ -219,14 +215,14 @@ fn discard(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
     }
     match image.whole_blocks(offset, len) {
         Some((first, last)) => sys::block::discard(&image.file, first, last - first),
-        // Less than a block: to keep it is a discard too.
+        // Less than a block: a discard may keep the data.
         None => Ok(()),
     }
 }
 
-/// Data and holes of a range, covering it exactly.
+/// The runs of data and holes in a range, which they cover exactly.
 ///
-/// => What is called a hole reads as zeros; what is called data may as well.
+/// => A hole reads as zeros. Data may read as zeros, too.
 fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
     if image.is_device() {
         return Ok(vec![Extent { len, kind: ExtentKind::Data }]);
@@ -240,7 +236,7 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
                 push(&mut extents, data - at, ExtentKind::Hole);
                 at = data;
             }
-            // No way to ask: all of it may be data.
+            // The file system has no SEEK_DATA: all of it may be data.
             Err(error) if matches!(sys::errno_of(&error), libc::EINVAL | libc::EOPNOTSUPP) => {
                 push(&mut extents, end - at, ExtentKind::Data);
                 break;
@@ -261,7 +257,7 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
 fn next_data(image: &OpenImage, at: u64, end: u64) -> io::Result<u64> {
     match sys::file::seek_data(&image.file, at) {
         Ok(data) => Ok(data.clamp(at, end)),
-        // ENXIO: no data up to the end of the file, which is a hole only if the file still reaches that far.
+        // ENXIO: no data before the end of the file. That is a hole only if the file is still long enough.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
             let shrunk = image.file.metadata()?.len() < end;
             if shrunk { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(end) }
@@ -270,7 +266,7 @@ fn next_data(image: &OpenImage, at: u64, end: u64) -> io::Result<u64> {
     }
 }
 
-/// Appends a run; runs of a kind merge, empty ones vanish.
+/// Appends a run, unless it is empty; merges it with a last run of the same kind.
 fn push(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {
     match extents.last_mut() {
         _ if len == 0 => {}
@@ -295,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_transfer_goes_on_where_it_stopped_or_at_the_block_before() {
+    fn a_short_transfer_continues_where_it_stopped_or_at_the_block_boundary_before() {
         let mut request = request(&[512, 1024, 512]);
         let mut progress = Progress::default();
         assert!(!progress.advance(&mut request, 1000, 512).unwrap());
@@ -308,14 +304,14 @@ mod tests {
     }
 
     #[test]
-    fn a_transfer_that_moves_nothing_fails_instead_of_spinning() {
+    fn a_transfer_that_moves_no_whole_block_fails_instead_of_repeating() {
         let mut request = request(&[4096]);
         assert_eq!(Progress::default().advance(&mut request, 0, 512).unwrap_err().raw_os_error(), Some(libc::EIO));
         assert!(Progress::default().advance(&mut request, 511, 512).is_err());
     }
 
     #[test]
-    fn no_space_is_told_apart_from_a_broken_medium_and_from_a_missing_ability() {
+    fn error_numbers_map_to_the_fault_that_callers_act_on() {
         let expected = [
             (libc::ENOSPC, Fault::NoSpace),
             (libc::EDQUOT, Fault::NoSpace),

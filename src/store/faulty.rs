@@ -1,11 +1,11 @@
 //! An image that fails on demand: a wrapper around any other, for tests and for drills (what does the daemon do when
 //! the disk is slow, full, broken?). Not for production.
 //!
-//! [`Faults`] is the handle: clones share their state, and it may be used from any thread while the image is in use.
-//! It injects by kind of operation, and counts what reached the store, so that a test can assert that a FLUSH did.
+//! [`Faults`] is the handle: clones share their state, and any thread may use it while the image is in use. It injects
+//! faults by class of operation, and counts the operations, so that a test can assert that a FLUSH caused a Sync.
 //!
-//! An operation's fate is decided when it is submitted. One that is to fail never reaches the wrapped store. A delay
-//! passes before the operation starts (so it also reorders), and is waited for by a timer, not by a thread.
+//! An operation's outcome is decided when it is submitted. An operation that is to fail never reaches the wrapped
+//! image. A delay passes before the operation starts (so it also reorders); a timer waits for it, not a thread.
 //!
 //! ```
 //! # use std::{sync::Arc, time::Duration};
@@ -29,14 +29,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue, pool};
+use super::wake::WakeFd;
+use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{Fault, OpKind};
 
-/// [`OpKind`] without its details: what faults and counters go by.
+/// [`OpKind`] without its details. Faults and counters are kept by class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OpClass {
     /// [`OpKind::Read`]
@@ -56,7 +56,7 @@ pub enum OpClass {
 }
 
 impl OpClass {
-    /// Every kind.
+    /// Every class.
     pub const ALL: [Self; 7] =
         [Self::Read, Self::Write, Self::Sync, Self::Zero, Self::Discard, Self::Allocate, Self::Map];
 }
@@ -75,17 +75,20 @@ impl From<OpKind> for OpClass {
     }
 }
 
-/// What happens to the operations of one kind, and what has.
+/// Faults to inject into the operations of one class, and the class's counters.
 #[derive(Clone, Debug, Default)]
 struct FaultPlan {
-    /// Operations that still pass before one fails, and how it fails.
+    /// Operations that still succeed before one fails, and how that one fails.
     nth: Option<(u64, Fault)>,
     always: Option<Fault>,
-    /// Failures in a million operations, and how they fail.
+    /// Failures per million operations, and how they fail.
     random: Option<(u32, Fault)>,
     delay: Duration,
+    /// Operations accepted, failed ones included.
     ops: u64,
+    /// Bytes that those operations covered.
     bytes: u64,
+    /// Operations made to fail.
     failed: u64,
 }
 
@@ -95,67 +98,67 @@ struct Script {
     random_state: u64,
 }
 
-/// The handle on a [`FaultyImage`]'s faults and counters.
+/// Handle for the faults and counters of a [`FaultyImage`].
 #[derive(Clone, Debug, Default)]
 pub struct Faults(Arc<Mutex<Script>>);
 
 impl Faults {
-    /// Fails one operation: the `nth` of its kind from now on, 1 being the next. One such plan a kind; the last
-    /// counts.
+    /// Fails one operation: the `nth` of its class from now on, 1 being the next. A later call for the same class
+    /// replaces an earlier one.
     ///
     /// # Panics
     /// If `nth` is 0.
-    pub fn fail_nth(&self, kind: OpClass, nth: u64, fault: Fault) {
+    pub fn fail_nth(&self, class: OpClass, nth: u64, fault: Fault) {
         assert!(nth > 0, "1 is the next operation");
-        self.lock().plans[kind as usize].nth = Some((nth - 1, fault));
+        self.lock().plans[class as usize].nth = Some((nth - 1, fault));
     }
 
-    /// Fails every operation of a kind until [`Faults::heal`].
-    pub fn fail_always(&self, kind: OpClass, fault: Fault) {
-        self.lock().plans[kind as usize].always = Some(fault);
+    /// Fails every operation of a class until [`Faults::heal`].
+    pub fn fail_always(&self, class: OpClass, fault: Fault) {
+        self.lock().plans[class as usize].always = Some(fault);
     }
 
-    /// Fails `per_million` of a million operations of a kind, at random; `seed` restarts the random sequence, which
-    /// all kinds share.
-    pub fn fail_randomly(&self, kind: OpClass, per_million: u32, seed: u64, fault: Fault) {
+    /// Fails operations of a class at random, `per_million` of a million on average; `seed` restarts the random
+    /// sequence, which all classes share.
+    pub fn fail_randomly(&self, class: OpClass, per_million: u32, seed: u64, fault: Fault) {
         let mut script = self.lock();
         script.random_state = seed;
-        script.plans[kind as usize].random = Some((per_million, fault));
+        script.plans[class as usize].random = Some((per_million, fault));
     }
 
-    /// Delays every operation of a kind from now on.
-    pub fn delay(&self, kind: OpClass, delay: Duration) {
-        self.lock().plans[kind as usize].delay = delay;
+    /// Delays every operation of a class from now on.
+    pub fn delay(&self, class: OpClass, delay: Duration) {
+        self.lock().plans[class as usize].delay = delay;
     }
 
-    /// Ends every fault and delay; the counters stay. Operations that wait already keep their fate.
+    /// Removes every fault and delay; the counters stay. Operations already delayed keep their delay and outcome.
     pub fn heal(&self) {
         for plan in &mut self.lock().plans {
             *plan = FaultPlan { ops: plan.ops, bytes: plan.bytes, failed: plan.failed, ..FaultPlan::default() };
         }
     }
 
-    /// Operations of a kind that were accepted, failed ones included.
-    pub fn ops(&self, kind: OpClass) -> u64 {
-        self.lock().plans[kind as usize].ops
+    /// Operations of a class that were accepted, failed ones included.
+    pub fn ops(&self, class: OpClass) -> u64 {
+        self.lock().plans[class as usize].ops
     }
 
     /// Bytes that those operations covered.
-    pub fn bytes(&self, kind: OpClass) -> u64 {
-        self.lock().plans[kind as usize].bytes
+    pub fn bytes(&self, class: OpClass) -> u64 {
+        self.lock().plans[class as usize].bytes
     }
 
-    /// Operations of a kind that were made to fail.
-    pub fn failed(&self, kind: OpClass) -> u64 {
-        self.lock().plans[kind as usize].failed
+    /// Operations of a class that were made to fail.
+    pub fn failed(&self, class: OpClass) -> u64 {
+        self.lock().plans[class as usize].failed
     }
 
     fn lock(&self) -> MutexGuard<'_, Script> {
         self.0.lock().expect("no thread panics while it holds the faults")
     }
 
-    /// Counts an operation and decides its fate: its delay, and the fault it meets, if any.
-    fn judge(&self, request: &IoRequest) -> (Duration, Option<Fault>) {
+    /// Counts an operation and decides its outcome: its delay, and the fault that it fails with, if any.
+    fn decide(&self, request: &IoRequest) -> (Duration, Option<Fault>) {
         let mut guard = self.lock();
         let script = &mut *guard;
         let plan = &mut script.plans[OpClass::from(request.op) as usize];
@@ -182,7 +185,7 @@ impl Faults {
     }
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): any seed will do.
+/// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014). Any seed is good.
 fn next_random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
@@ -191,7 +194,7 @@ fn next_random(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The error number that goes with an injected fault.
+/// The error number that an injected fault reports.
 fn errno_for(fault: Fault) -> i32 {
     match fault {
         Fault::NoSpace => libc::ENOSPC,
@@ -204,7 +207,7 @@ fn errno_for(fault: Fault) -> i32 {
     }
 }
 
-/// An image whose operations can be made to fail or to wait.
+/// An image whose operations can be made to fail or to be delayed.
 #[derive(Debug)]
 pub struct FaultyImage {
     inner: Arc<dyn Backing>,
@@ -212,19 +215,19 @@ pub struct FaultyImage {
 }
 
 impl FaultyImage {
-    /// Wraps `inner`; without faults set, the image behaves as `inner` does.
+    /// Wraps `inner`; as long as no fault is set, the image behaves as `inner` does.
     pub fn new(inner: Arc<dyn Backing>) -> (Arc<Self>, Faults) {
         let faults = Faults::default();
         (Arc::new(Self { inner, faults: faults.clone() }), faults)
     }
 
-    fn build(&self, inner: Box<dyn StoreQueue>) -> io::Result<FaultyQueue> {
-        let (poll, timer, wake) = (Epoll::new()?, TimerFd::new()?, pool::new_wake()?);
+    fn wrap(&self, inner: Box<dyn StoreQueue>) -> io::Result<FaultyQueue> {
+        let (poll, timer, wake) = (Epoll::new()?, TimerFd::new()?, WakeFd::new()?);
         for fd in [inner.wake_fd(), timer.as_raw_fd(), wake.as_raw_fd()] {
             poll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
         }
         let faults = self.faults.clone();
-        Ok(FaultyQueue { poll, timer, wake, faults, waiting: Vec::new(), failed: Vec::new(), inner })
+        Ok(FaultyQueue { poll, timer, wake, faults, delayed: Vec::new(), failed: Vec::new(), inner })
     }
 }
 
@@ -234,59 +237,62 @@ impl Backing for FaultyImage {
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {
-        let store = self
-            .build(self.inner.attach()?)
-            .map_err(|error| Error::io(ErrorKind::System, "no descriptors for a faulty store", error))?;
-        Ok(Box::new(store))
+        let queue = self
+            .wrap(self.inner.attach()?)
+            .map_err(|error| Error::io(ErrorKind::System, "cannot create descriptors for a faulty image", error))?;
+        Ok(Box::new(queue))
     }
 }
 
-/// An operation that waits for its delay to pass.
+/// An operation that has not started because of its delay.
 #[derive(Debug)]
-struct Waiting {
+struct Delayed {
     due: Instant,
     request: IoRequest,
     fault: Option<Fault>,
 }
 
+/// One worker's queue; wraps a queue of the inner image.
 struct FaultyQueue {
-    /// The wake fd: readable while any of the other three is.
+    /// The wake fd, an epoll descriptor: readable while the timer, `wake` or the inner queue's wake fd is.
     poll: Epoll,
+    /// Expires when the first delayed operation is due.
     timer: TimerFd,
-    wake: Arc<EventFd>,
+    /// Readable while events of failed operations wait.
+    wake: WakeFd,
     faults: Faults,
-    waiting: Vec<Waiting>,
+    delayed: Vec<Delayed>,
     /// Events of operations that were made to fail.
     failed: Vec<Event>,
     inner: Box<dyn StoreQueue>,
 }
 
 impl FaultyQueue {
-    /// Passes an operation on, or fails it.
+    /// Submits an operation to the inner queue, or fails it.
     fn release(&mut self, request: IoRequest, fault: Option<Fault>) {
         let tag = request.tag;
         let event = match fault {
             Some(fault) => Event::Failed { tag, fault, errno: errno_for(fault) },
             None => match self.inner.submit(request) {
                 Ok(()) => return,
-                // We accept no more than the wrapped store does, so this is its mistake; an event must come all the
-                // same.
+                // A bug of the inner queue, as this one accepts no more than it does. The operation still needs an
+                // event.
                 Err(_) => Event::Failed { tag, fault: Fault::Invalid, errno: 0 },
             },
         };
         self.failed.push(event);
-        pool::notify(&self.wake);
+        self.wake.notify();
     }
 
-    /// Releases what is due, and sets the timer for the rest.
+    /// Releases the operations that are due, and sets the timer for the others.
     fn release_due(&mut self) {
-        if self.waiting.is_empty() {
+        if self.delayed.is_empty() {
             return;
         }
         let now = Instant::now();
-        let (due, rest) = mem::take(&mut self.waiting).into_iter().partition(|w: &Waiting| w.due <= now);
-        self.waiting = rest;
-        for Waiting { request, fault, .. } in due {
+        let (due, rest) = mem::take(&mut self.delayed).into_iter().partition(|op: &Delayed| op.due <= now);
+        self.delayed = rest;
+        for Delayed { request, fault, .. } in due {
             self.release(request, fault);
         }
         self.inner.kick();
@@ -294,12 +300,12 @@ impl FaultyQueue {
     }
 
     fn set_timer(&mut self, now: Instant) {
-        let result = match self.waiting.iter().map(|w| w.due).min() {
-            // A timer of 0 would never fire.
+        let result = match self.delayed.iter().map(|op| op.due).min() {
+            // A timer set to 0 would be disarmed.
             Some(due) => self.timer.reset(due.saturating_duration_since(now).max(Duration::from_nanos(1)), None),
             None => self.timer.clear(),
         };
-        result.expect("a timer of our own takes any time");
+        result.expect("timerfd_settime accepts any duration");
     }
 }
 
@@ -323,12 +329,12 @@ impl StoreQueue for FaultyQueue {
         if self.in_flight() >= usize::from(self.limits().depth) {
             return Err(Refused::Full(request));
         }
-        let (delay, fault) = self.faults.judge(&request);
+        let (delay, fault) = self.faults.decide(&request);
         if delay.is_zero() {
             self.release(request, fault);
         } else {
             let now = Instant::now();
-            self.waiting.push(Waiting { due: now + delay, request, fault });
+            self.delayed.push(Delayed { due: now + delay, request, fault });
             self.set_timer(now);
         }
         Ok(())
@@ -340,20 +346,20 @@ impl StoreQueue for FaultyQueue {
 
     fn reap(&mut self, events: &mut Vec<Event>) {
         self.release_due();
-        pool::clear(&self.wake);
+        self.wake.clear();
         events.append(&mut self.failed);
         self.inner.reap(events);
     }
 
     fn in_flight(&self) -> usize {
-        self.waiting.len() + self.failed.len() + self.inner.in_flight()
+        self.delayed.len() + self.failed.len() + self.inner.in_flight()
     }
 }
 
 impl Drop for FaultyQueue {
-    /// Passes on what still waits; the wrapped store finishes it when it is dropped.
+    /// Releases the delayed operations; the inner queue completes them when it is dropped.
     fn drop(&mut self) {
-        for Waiting { request, fault, .. } in mem::take(&mut self.waiting) {
+        for Delayed { request, fault, .. } in mem::take(&mut self.delayed) {
             self.release(request, fault);
         }
         self.inner.kick();
@@ -362,6 +368,6 @@ impl Drop for FaultyQueue {
 
 impl fmt::Debug for FaultyQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FaultyQueue").field("waiting", &self.waiting).finish_non_exhaustive()
+        f.debug_struct("FaultyQueue").field("delayed", &self.delayed).finish_non_exhaustive()
     }
 }

@@ -1,87 +1,105 @@
-//! The image lock: the same bytes that QEMU locks (block/file-posix.c), so that each refuses the other's images.
+//! The image lock: the bytes that QEMU locks (block/file-posix.c), so that genblk and QEMU each refuse an image that
+//! the other has open.
 //!
-//! QEMU describes an opener by the permissions it takes and those it does not share with others. Permission `n` taken
-//! is a shared lock on byte 100 + n; permission `n` not shared is one on byte 200 + n. All locks are shared ones, so
-//! that a read-only descriptor can hold them; a conflict is found by asking who holds the opposite byte. The locks
-//! belong to the open file description: they end with it, and a second opener in the same process conflicts too.
+//! QEMU describes an opener by the permissions that it takes and by those that it does not share with others. It marks
+//! a permission `n` that it takes by a lock on byte 100 + n, and a permission `n` that it does not share by a lock on
+//! byte 200 + n. All locks are shared locks, so that a read-only descriptor can hold them; an opener finds a conflict
+//! by asking whether another one holds the opposite byte. The locks belong to the open file description: they end with
+//! it, and a second opener in the same process conflicts too.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::file::OpenOptions;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
+
+/// What an opener does with an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Reads it; any number of readers may share an image.
+    ReadOnly,
+    /// Reads and writes it, as the only opener.
+    ReadWrite,
+}
 
 /// Byte of permission 0 taken (RAW_LOCK_PERM_BASE).
 const TAKEN_BASE: u64 = 100;
 /// Byte of permission 0 not shared (RAW_LOCK_SHARED_BASE).
 const UNSHARED_BASE: u64 = 200;
 
-/// How often a conflict is looked at again.
-const PAUSE: Duration = Duration::from_millis(20);
+/// How long to wait before checking for a conflict again.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 // Permissions by bit number (BLK_PERM_* in QEMU's include/block/block-common.h).
 const CONSISTENT_READ: u64 = 0;
 const WRITE: u64 = 1;
 const RESIZE: u64 = 3;
 
-/// Nobody else may change the image under us, be it open for writing or as one of many readers: a changed byte would
-/// make the cache wrong.
+/// No other opener may change the image, whether we have it open for writing or as one of many readers: a changed byte
+/// would make the cache wrong.
 const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 
-/// Locks an image until [`release`], or until its file is closed for good.
+/// Locks an image until [`release`], or until the last copy of its descriptor is closed. Waits for at most `patience`
+/// while another opener's locks conflict.
 ///
-/// => A writable opener excludes every other but one that shares writes on purpose; readers share with readers.
+/// => A writer excludes every other opener except one that shares writes on purpose. Readers share with readers.
 ///
 /// # Errors
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is no error: a warning says so.
-pub(super) fn acquire(file: &File, path: &Path, options: &OpenOptions) -> Result<()> {
-    let until = Instant::now() + options.lock_patience;
+pub(super) fn acquire(file: &File, path: &Path, access: Access, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
     loop {
-        match try_acquire(file, path, options.read_only) {
-            Err(error) if error.kind() == ErrorKind::Locked && Instant::now() < until => std::thread::sleep(PAUSE),
+        match try_acquire(file, path, access) {
+            Err(error) if error.kind() == ErrorKind::Locked && Instant::now() < deadline => {
+                std::thread::sleep(RETRY_PAUSE);
+            }
             result => return result,
         }
     }
 }
 
-fn try_acquire(file: &File, path: &Path, read_only: bool) -> Result<()> {
-    let taken: &[u64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
+fn try_acquire(file: &File, path: &Path, access: Access) -> Result<()> {
     if let Err(error) = is_byte_locked(file, TAKEN_BASE) {
-        log::warn!("image {}: its file system has no locks ({error}); nothing guards it", path.display());
+        let path = path.display();
+        log::warn!("image {path}: the file system has no locks ({error}); nothing keeps other writers out");
         return Ok(());
     }
-    // A refused opener must not stand in the way of the next.
+    let taken: &[u64] = match access {
+        Access::ReadOnly => &[CONSISTENT_READ],
+        Access::ReadWrite => &[CONSISTENT_READ, WRITE],
+    };
+    // After a conflict the locks taken so far must not keep the next opener out.
     take_and_check(file, path, taken).inspect_err(|_| release(file, path))
 }
 
-/// Takes everything first, then looks: of two that open at once at least one sees the other.
+/// Takes every lock first and checks for conflicts then: of two that open at once, at least one sees the other.
 fn take_and_check(file: &File, path: &Path, taken: &[u64]) -> Result<()> {
-    for &bit in taken {
-        take(file, path, TAKEN_BASE + bit)?;
+    for &permission in taken {
+        take(file, path, TAKEN_BASE + permission)?;
     }
-    for bit in UNSHARED {
-        take(file, path, UNSHARED_BASE + bit)?;
+    for permission in UNSHARED {
+        take(file, path, UNSHARED_BASE + permission)?;
     }
-    for &bit in taken {
-        let refusal = if bit == WRITE { "does not allow a writer" } else { "does not allow a reader" };
-        check(file, path, UNSHARED_BASE + bit, refusal)?;
+    for &permission in taken {
+        let conflict = if permission == WRITE { "does not allow a writer" } else { "does not allow a reader" };
+        check(file, path, UNSHARED_BASE + permission, conflict)?;
     }
-    for bit in UNSHARED {
-        check(file, path, TAKEN_BASE + bit, if bit == WRITE { "writes to it" } else { "may resize it" })?;
+    for permission in UNSHARED {
+        let conflict = if permission == WRITE { "writes to it" } else { "may resize it" };
+        check(file, path, TAKEN_BASE + permission, conflict)?;
     }
     Ok(())
 }
 
-/// Ends the lock before the file is closed.
+/// Releases the lock before the file is closed.
 ///
-/// => Closing alone would do it late: a child process that was forked and has not reached exec() still holds a copy of
-///    the descriptor, and a ring lets go of its registered file in the background.
+/// => Closing alone would release it late: a forked child process holds a copy of the descriptor until its exec(), and
+///    the kernel releases a ring's registered file in the background.
 pub(super) fn release(file: &File, path: &Path) {
-    for byte in (0..=RESIZE).flat_map(|bit| [TAKEN_BASE + bit, UNSHARED_BASE + bit]) {
+    for byte in (0..=RESIZE).flat_map(|permission| [TAKEN_BASE + permission, UNSHARED_BASE + permission]) {
         if let Err(error) = unlock_byte(file, byte) {
             log::debug!("image {}: cannot unlock byte {byte}: {error}", path.display());
         }
@@ -93,25 +111,25 @@ fn take(file: &File, path: &Path, byte: u64) -> Result<()> {
     match lock_byte(file, byte) {
         Ok(()) => Ok(()),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            Err(conflict(path, "holds an exclusive lock on it"))
+            Err(in_use(path, "holds an exclusive lock on it"))
         }
-        Err(error) => Err(failed(path, error)),
+        Err(error) => Err(cannot_lock(path, error)),
     }
 }
 
-/// Fails if another opener holds `byte`.
-fn check(file: &File, path: &Path, byte: u64, held: &str) -> Result<()> {
+/// Fails if another opener holds `byte`; `conflict` says what that byte means.
+fn check(file: &File, path: &Path, byte: u64, conflict: &str) -> Result<()> {
     match is_byte_locked(file, byte) {
         Ok(false) => Ok(()),
-        Ok(true) => Err(conflict(path, held)),
-        Err(error) => Err(failed(path, error)),
+        Ok(true) => Err(in_use(path, conflict)),
+        Err(error) => Err(cannot_lock(path, error)),
     }
 }
 
-fn conflict(path: &Path, held: &str) -> Error {
-    Error::new(ErrorKind::Locked, format!("image {} is in use: another opener {held}", path.display()))
+fn in_use(path: &Path, conflict: &str) -> Error {
+    Error::new(ErrorKind::Locked, format!("image {} is in use: another opener {conflict}", path.display()))
 }
 
-fn failed(path: &Path, error: io::Error) -> Error {
+fn cannot_lock(path: &Path, error: io::Error) -> Error {
     Error::io(ErrorKind::Image, format!("cannot lock image {}", path.display()), error)
 }

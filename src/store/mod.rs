@@ -1,55 +1,65 @@
-//! \[6\] The backing image: what any store (raw file, block device, later NBD and RBD) promises the cache.
+//! \[6\] The backing image: what every store (a raw file or block device, later NBD and RBD) promises the cache.
 //!
-//! Contract:
-//! => No method blocks. What must block (open, close, hole maps) runs on a helper thread and pokes the wake fd.
-//! => `submit` owns the request and the memory its segments name until the event with its tag; the bytes of a write do
-//!    not change meanwhile.
-//! => Ranges, alignment and segment sums are checked by [`Limits::admissible`] before any store sees them.
-//! => A finished `Write` is readable, not durable. `Sync` covers what was reaped before it was submitted.
-//! => A finished `Zero` reads as zeros. After `Discard` nothing is known of the range.
-//! => Short transfers are continued, never taken for success. Completion order is free.
+//! Contract of a [`StoreQueue`]:
+//! => No method blocks, except dropping the queue. Operations that must block (hole maps, device ioctls) run on a
+//!    helper thread, which notifies the wake fd.
+//! => `submit` takes the request and the memory that its segments name, until the event with its tag is reaped; the
+//!    bytes of a write do not change meanwhile.
+//! => [`Limits::admissible`] checks range, alignment and segment sums before any store sees a request.
+//! => A completed `Write` is readable, not durable. A `Sync` covers the operations whose events were reaped before it
+//!    was submitted.
+//! => A completed `Zero` reads as zeros. After a `Discard` the contents of the range are undefined.
+//! => A store continues short transfers and never reports one as success. Operations complete in any order.
 //! => `depth` is the only back-pressure.
-//! => Dropping a store first finishes what was accepted (for a bounded time): the kernel may still write to its memory.
+//! => Dropping a queue first completes the operations that it accepted (for a bounded time): until then the kernel may
+//!    write to their memory.
 //!
-//! Read [`file`] first (what an image is), then `uring` (the normal engine), `threads` (where io_uring is forbidden)
-//! and `blocking` (each operation as plain system calls, which both engines lean on).
+//! Read [`file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do not
+//! allow io_uring), and `blocking` (every operation as plain system calls, which both engines use). `image`, `probe`
+//! and `lock` open an image. A file of this module imports only files further down: file; uring, threads; pool;
+//! blocking; image; probe, lock. [`faulty`] wraps any image and makes its operations fail.
 
 mod blocking;
 pub mod faulty;
 pub mod file;
+mod image;
 mod lock;
+mod options;
 mod pool;
+mod probe;
 mod registered_buffers;
 #[cfg(test)]
 mod tests;
 mod threads;
 mod uring;
+mod wake;
 
+use std::fmt;
 use std::ops::Range;
 use std::os::fd::RawFd;
 
 pub use crate::sys::file::Segment;
 use crate::units::{Fault, OpKind, SECTOR_BYTES};
 
-/// One operation; owns the memory of its segments until its event is reaped.
+/// One operation. It owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
 pub struct IoRequest {
-    /// The caller's name for the operation; comes back in its event.
+    /// The caller's name for the operation; its event carries it.
     pub tag: u64,
     /// What to do.
     pub op: OpKind,
-    /// First byte on the image; 0 for `Sync`.
+    /// First byte of the range on the image; 0 for `Sync`.
     pub offset: u64,
-    /// Length in bytes; 0 for `Sync`.
+    /// Length of the range in bytes; 0 for `Sync`.
     pub len: u64,
-    /// Memory, in order; empty but for `Read` and `Write`.
+    /// Memory, in order; empty except for `Read` and `Write`.
     pub segments: Vec<Segment>,
 }
 
 /// Data or hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
-    /// May hold anything.
+    /// Any contents.
     Data,
     /// Reads as zeros without I/O.
     Hole,
@@ -64,42 +74,42 @@ pub struct Extent {
     pub kind: ExtentKind,
 }
 
-/// What a store reports.
+/// What a queue reports about an operation.
 #[derive(Debug)]
 pub enum Event {
-    /// The operation with this tag is done, in full.
+    /// The operation is complete.
     Done {
         /// From the request.
         tag: u64,
     },
-    /// A `Map` is done; the extents cover its range exactly, in order.
+    /// A `Map` is complete; the extents cover its range exactly, in order.
     Mapped {
         /// From the request.
         tag: u64,
-        /// Runs of data and holes.
+        /// Runs of data and holes; neighbours differ in kind.
         extents: Vec<Extent>,
     },
-    /// The operation failed; of a read's memory and a write's range nothing is known.
+    /// The operation failed. The contents of a read's memory and of a write's range are undefined.
     Failed {
         /// From the request.
         tag: u64,
         /// Why.
         fault: Fault,
-        /// The system's error number, for the log; 0 where there is none.
+        /// The system's error number, for the log; 0 if there is none.
         errno: i32,
     },
 }
 
-/// A refused request comes back to the caller.
+/// A request that a queue did not accept, returned to the caller.
 #[derive(Debug)]
 pub enum Refused {
-    /// `depth` operations are in flight: try again after the next event.
+    /// `depth` operations are in flight: submit again after the next event.
     Full(IoRequest),
-    /// The request breaks the limits.
+    /// The request violates the limits.
     Invalid(IoRequest),
 }
 
-/// What a store can do; fixed while it is open.
+/// What an image can do; fixed while it is open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Size of the image in bytes: a multiple of 512.
@@ -114,30 +124,30 @@ pub struct Limits {
     pub segments_max: u16,
     /// Most operations in flight.
     pub depth: u16,
-    /// Granularity below which `Discard` and `Zero { unmap }` free nothing, in bytes; 0: unknown.
+    /// Smallest unit that `Discard` and `Zero { unmap: true }` free, in bytes; 0 if unknown.
     pub discard_granularity: u32,
-    /// Physical block size of the image's device in bytes, where known, else `block_bytes`.
+    /// Physical block size of the image's device in bytes; `block_bytes` if unknown.
     pub physical_block_bytes: u32,
-    /// The device's preferred I/O size in bytes; 0: unknown.
+    /// The device's preferred I/O size in bytes; 0 if unknown.
     pub optimal_io_bytes: u32,
-    /// Writes, Zero, Discard and Allocate are allowed.
+    /// `Write`, `Zero`, `Discard` and `Allocate` are allowed.
     pub writable: bool,
     /// `Zero` works (else it fails with `Unsupported`).
     pub can_zero: bool,
     /// `Discard` works.
     pub can_discard: bool,
-    /// `Map` can tell of holes: not of a device's, nor on a file system that does not know them.
+    /// `Map` can report holes: not on a device, nor on a file system without SEEK_HOLE.
     pub can_map: bool,
     /// The image had holes when it was opened.
     pub sparse: bool,
 }
 
 impl Limits {
-    /// The one range check in front of every store.
+    /// Whether the request is valid for this image. Every queue checks it in `submit`.
     ///
-    /// => A `Read` or `Write` is block-aligned, not empty, within the image and the largest transfer, and its segments
-    ///    are aligned and sum to its length. The image's last block may end before a block boundary: then the transfer
-    ///    ends there too.
+    /// => An admissible `Read` or `Write` is block-aligned, not empty, within the image and no longer than the largest
+    ///    transfer; its segments are aligned and sum to its length. If the image ends within a block, a transfer may
+    ///    end there too.
     pub fn admissible(&self, request: &IoRequest) -> bool {
         let Some(end) = request.offset.checked_add(request.len) else {
             return false;
@@ -174,42 +184,48 @@ impl Limits {
     }
 }
 
-/// An open image as one worker sees it. Every worker has its own; all share the file.
+/// One worker's queue of operations on an open image. Every worker has its own; all share the file.
 pub trait StoreQueue: Send {
-    /// What the store can do.
+    /// What the image can do.
     fn limits(&self) -> &Limits;
-    /// A level-triggered file descriptor, readable while events wait; polled by the worker, never read by it.
+    /// A level-triggered file descriptor, readable while events wait. The worker polls it and never reads from it.
     fn wake_fd(&self) -> RawFd;
-    /// Where the memory of most transfers will lie, addresses that stay mapped as long as operations are in flight: a store may
-    /// ready itself for it.
+    /// Names the memory (addresses) that most transfers will use; it stays mapped while operations are in flight. A
+    /// store may prepare for it, for example keep it pinned.
     fn hint_memory(&mut self, _memory: Range<usize>) {}
     /// Queues a request; it starts at the next [`StoreQueue::kick`] at the latest.
     ///
     /// # Errors
-    /// [`Refused`] gives the request back.
+    /// [`Refused`] returns the request.
     fn submit(&mut self, request: IoRequest) -> Result<(), Refused>;
-    /// Starts what was queued. Once per turn, before sleeping.
+    /// Starts the queued requests. Called once per turn, before the worker sleeps.
     fn kick(&mut self);
-    /// Appends the events that wait and clears the wake fd; finding nothing is normal.
+    /// Clears the wake fd and appends the waiting events; there may be none.
     fn reap(&mut self, events: &mut Vec<Event>);
-    /// Whether [`StoreQueue::reap`] could find something, told without a system call, for a worker that looks all the time.
+    /// Whether [`StoreQueue::reap`] may find an event. Makes no system call; for a worker that polls.
     ///
-    /// => A wake fd that is readable is reason enough to reap, whatever this says.
+    /// => If the wake fd is readable, reap, whatever this returns.
     fn may_have_events(&mut self) -> bool {
         self.in_flight() > 0
     }
-    /// Operations submitted and not yet reaped.
+    /// Operations submitted whose events have not been reaped.
     fn in_flight(&self) -> usize;
 }
 
-/// What a store belongs to: an image that is open and locked once, with one [`StoreQueue`] per worker on it.
-pub trait Backing: Send + Sync + std::fmt::Debug {
-    /// What the image can do; the same for each of its stores.
+impl fmt::Debug for dyn StoreQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StoreQueue").field("in_flight", &self.in_flight()).finish_non_exhaustive()
+    }
+}
+
+/// An image that is opened and locked once, with one [`StoreQueue`] per worker.
+pub trait Backing: Send + Sync + fmt::Debug {
+    /// What the image can do; the same for each of its queues.
     fn limits(&self) -> &Limits;
 
-    /// A store for one more worker.
+    /// A queue for one more worker.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::System`] when the host refuses a ring, a thread or a descriptor.
+    /// [`crate::error::ErrorKind::System`] if an io_uring, a thread or a descriptor cannot be created.
     fn attach(&self) -> crate::error::Result<Box<dyn StoreQueue>>;
 }

@@ -1,40 +1,19 @@
-//! Threads that run blocking operations and poke a wake-up descriptor: the whole of the thread engine, and the
-//! io_uring engine's helper for what a ring can't do.
+//! Threads that run blocking operations and notify a wake fd: all of the thread engine, and the io_uring engine's
+//! helper for operations that a ring cannot do.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
-use super::file::OpenImage;
+use super::image::OpenImage;
+use super::wake::WakeFd;
 use super::{Event, IoRequest, blocking};
+use crate::units::counted;
 
-/// How long a dropped store waits for its operations: as long as Linux gives a SCSI disk for a command.
+/// How long a dropped queue waits for its operations: as long as Linux gives a SCSI disk for a command.
 pub(super) const DRAIN_MAX: Duration = Duration::from_secs(30);
-
-/// An eventfd that a store's worker polls.
-pub(super) fn new_wake() -> io::Result<Arc<EventFd>> {
-    Ok(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?))
-}
-
-/// Makes the descriptor readable.
-pub(super) fn notify(wake: &EventFd) {
-    if let Err(error) = wake.write(1) {
-        // EAGAIN: the counter is at its end, so the descriptor is readable already.
-        debug_assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "eventfd {}", wake.as_raw_fd());
-    }
-}
-
-/// Makes the descriptor unreadable, if it was readable.
-pub(super) fn clear(wake: &EventFd) {
-    if let Err(error) = wake.read() {
-        debug_assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "eventfd {}", wake.as_raw_fd());
-    }
-}
 
 /// Threads over one image.
 #[derive(Debug)]
@@ -46,23 +25,27 @@ pub(super) struct Pool {
 #[derive(Debug)]
 struct Shared {
     image: Arc<OpenImage>,
-    wake: Arc<EventFd>,
+    wake: WakeFd,
     state: Mutex<PoolState>,
+    /// Operations are queued, or the pool closes.
     work: Condvar,
+    /// A thread found the queue empty.
     idle: Condvar,
 }
 
 #[derive(Debug)]
 struct PoolState {
     queue: VecDeque<IoRequest>,
+    /// Events not yet taken.
     events: Vec<Event>,
+    /// Operations that threads run now.
     running: usize,
     closing: bool,
 }
 
 impl Pool {
-    /// Starts `threads` threads for at most `depth` operations at a time.
-    pub(super) fn new(image: Arc<OpenImage>, wake: Arc<EventFd>, threads: usize, depth: usize) -> io::Result<Self> {
+    /// Starts `threads` threads for at most `depth` operations at a time, which notify `wake`.
+    pub(super) fn new(image: Arc<OpenImage>, wake: WakeFd, threads: usize, depth: usize) -> io::Result<Self> {
         let state = PoolState {
             queue: VecDeque::with_capacity(depth),
             events: Vec::with_capacity(depth),
@@ -73,28 +56,28 @@ impl Pool {
         let mut pool = Self { shared: Arc::new(shared), threads: Vec::with_capacity(threads) };
         for number in 0..threads {
             let shared = Arc::clone(&pool.shared);
-            // On failure the pool is dropped, which stops those that did start.
+            // On failure the pool is dropped, which stops the threads already started.
             let thread = thread::Builder::new().name(format!("store-{number}")).spawn(move || shared.run())?;
             pool.threads.push(thread);
         }
         Ok(pool)
     }
 
-    /// Queues an operation; a busy thread may take it at once, a sleeping one after [`Pool::start`].
+    /// Queues an operation. A busy thread may take it at once, a sleeping one after [`Pool::wake_threads`].
     pub(super) fn push(&self, request: IoRequest) {
         self.shared.lock().queue.push_back(request);
     }
 
-    /// Wakes threads for what is queued.
-    pub(super) fn start(&self) {
+    /// Wakes threads for the queued operations.
+    pub(super) fn wake_threads(&self) {
         let queued = self.shared.lock().queue.len();
         for _ in 0..queued.min(self.threads.len()) {
             self.shared.work.notify_one();
         }
     }
 
-    /// Moves the finished operations' events to `events`; returns how many.
-    pub(super) fn take(&self, events: &mut Vec<Event>) -> usize {
+    /// Moves the events of completed operations to `events`; returns how many.
+    pub(super) fn take_events(&self, events: &mut Vec<Event>) -> usize {
         let mut state = self.shared.lock();
         let count = state.events.len();
         events.append(&mut state.events);
@@ -107,7 +90,7 @@ impl Shared {
         self.state.lock().expect("no thread panics while it holds a pool's state")
     }
 
-    /// A thread's life: runs operations until the pool closes and the queue is empty.
+    /// Body of a thread: runs operations until the pool closes and the queue is empty.
     fn run(&self) {
         let mut state = self.lock();
         loop {
@@ -118,9 +101,9 @@ impl Shared {
                 state = self.lock();
                 state.running -= 1;
                 state.events.push(event);
-                // Poked under the lock: whoever sees the event in take() has cleared the poke, or gets it afterwards
-                // and finds nothing.
-                notify(&self.wake);
+                // Notified under the lock: a worker that takes the event either clears this notification with it, or
+                // has cleared the wake fd just before, and finds it readable once more with no event.
+                self.wake.notify();
             } else if state.closing {
                 break;
             } else {
@@ -133,8 +116,8 @@ impl Shared {
 }
 
 impl Drop for Pool {
-    /// Finishes what was queued, then stops the threads. A thread that hangs in the kernel is left behind after
-    /// [`DRAIN_MAX`].
+    /// Completes the queued operations, then stops the threads. After [`DRAIN_MAX`] it abandons a thread that hangs in
+    /// the kernel.
     fn drop(&mut self) {
         let deadline = Instant::now() + DRAIN_MAX;
         let mut state = self.shared.lock();
@@ -143,9 +126,9 @@ impl Drop for Pool {
         while state.running > 0 || !state.queue.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let (running, path) = (state.running, self.shared.image.path().display());
-                log::error!("image {path}: {running} operations hang; their threads are left behind");
-                // What no thread has begun must not run after the caller took its memory back.
+                let (hanging, path) = (counted(state.running as u64, "operation"), self.shared.image.path().display());
+                log::error!("image {path}: {hanging} did not complete in {} s; abandoning", DRAIN_MAX.as_secs());
+                // No thread may start an operation whose memory the caller has freed by then.
                 state.queue.clear();
                 return;
             }
@@ -154,7 +137,7 @@ impl Drop for Pool {
         drop(state);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                log::error!("image {}: a store's thread panicked", self.shared.image.path().display());
+                log::error!("image {}: an I/O thread panicked", self.shared.image.path().display());
             }
         }
     }

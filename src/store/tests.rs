@@ -1,7 +1,6 @@
-//! Transfers that the system cuts short, in both engines: nothing outside the store can make one, so they are cut here,
-//! before the system call, and what lies behind the cut is on neither side until the store goes on.
+//! Short transfers, in both engines. Nothing outside the store can cause one, so the tests limit what a system call
+//! moves; the rest of a transfer then arrives only if the store continues it.
 
-use crate::units::OpKind;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -11,10 +10,11 @@ use std::time::Duration;
 use super::file::{FileImage, IoEngine, OpenOptions};
 use super::{Backing, Event, IoRequest, Segment};
 use crate::sys;
+use crate::units::OpKind;
 
 const IMAGE_BYTES: usize = 64 * 1024;
 
-/// Aligned for direct I/O.
+/// Memory for a whole image, aligned for direct I/O.
 #[repr(C, align(4096))]
 struct Memory([u8; IMAGE_BYTES]);
 
@@ -23,10 +23,10 @@ impl Memory {
         Box::new(Self([byte; IMAGE_BYTES]))
     }
 
-    /// Bytes whose period is no block's.
+    /// Bytes with a period of 251, which no block size is a multiple of.
     fn pattern() -> Box<Self> {
         let mut memory = Self::filled(0);
-        memory.0.iter_mut().zip((0..251).cycle()).for_each(|(place, byte)| *place = byte);
+        memory.0.iter_mut().zip((0..251).cycle()).for_each(|(target, byte)| *target = byte);
         memory
     }
 
@@ -35,17 +35,18 @@ impl Memory {
         let mut rest = &mut self.0[..];
         let mut segments = Vec::new();
         for len in [4096, 512, 8192 + 512, 16384].into_iter().cycle() {
-            let (piece, behind) = rest.split_at_mut(len.min(rest.len()));
-            segments.push(Segment { base: piece.as_mut_ptr(), len: piece.len() });
-            rest = behind;
+            let (segment, after) = rest.split_at_mut(len.min(rest.len()));
+            segments.push(Segment { base: segment.as_mut_ptr(), len: segment.len() });
+            rest = after;
             if rest.is_empty() {
                 return segments;
             }
         }
-        unreachable!("the lengths go round for ever")
+        unreachable!("the lengths repeat without end")
     }
 }
 
+/// A sparse image file; deleted with the value.
 struct Image(PathBuf);
 
 impl Image {
@@ -62,61 +63,62 @@ impl Drop for Image {
     }
 }
 
-/// Moves all of the memory in one operation.
+/// Transfers all of the memory in one operation.
 fn run(image: &FileImage, op: OpKind, memory: &mut Memory) -> Event {
-    let mut store = image.attach().unwrap();
+    let mut queue = image.attach().unwrap();
     let request = IoRequest { tag: 1, op, offset: 0, len: IMAGE_BYTES as u64, segments: memory.segments() };
-    store.submit(request).unwrap();
-    store.kick();
+    queue.submit(request).unwrap();
+    queue.kick();
     let mut events = Vec::new();
     while events.is_empty() {
-        assert!(sys::poll::wait_readable(store.wake_fd(), Duration::from_secs(30)), "the operation hangs");
-        store.reap(&mut events);
+        assert!(sys::poll::wait_readable(queue.wake_fd(), Duration::from_secs(30)), "the operation did not complete");
+        queue.reap(&mut events);
     }
     events.pop().unwrap()
 }
 
-/// Both engines, with and without direct I/O, and a cut that suits: direct I/O takes whole blocks only.
-fn each(name: &str, test: impl Fn(&Arc<FileImage>, &Image, &str)) {
+/// Runs `test` on both engines, with and without direct I/O. With direct I/O a system call moves one block, because it
+/// moves whole blocks only.
+fn on_each(name: &str, test: impl Fn(&Arc<FileImage>, &Image, &str)) {
     for engine in [IoEngine::Uring, IoEngine::Threads] {
         for direct in [true, false] {
             let file = Image::new(name);
             let image = FileImage::open(&file.0, &OpenOptions { engine, direct, ..OpenOptions::default() }).unwrap();
             let block = usize::try_from(image.limits().block_bytes).unwrap();
-            image.cut_transfers(if image.direct() { block } else { 1000 });
+            image.limit_transfers(if image.direct() { block } else { 1000 });
             test(&image, &file, &format!("{engine:?}, direct: {}", image.direct()));
         }
     }
 }
 
 #[test]
-fn a_write_that_is_cut_short_goes_on_until_all_of_it_is_there() {
-    each("write", |image, file, label| {
+fn a_short_write_is_continued_until_the_image_has_all_of_it() {
+    on_each("write", |image, file, label| {
         let mut memory = Memory::pattern();
         let want = memory.0;
         assert!(matches!(run(image, OpKind::Write, &mut memory), Event::Done { .. }), "{label}");
         let mut found = vec![0; IMAGE_BYTES];
         File::open(&file.0).unwrap().read_exact_at(&mut found, 0).unwrap();
-        assert!(found == want, "{label}: the image holds all of it");
+        assert!(found == want, "{label}: bytes are missing on the image");
     });
 }
 
 #[test]
-fn a_read_that_is_cut_short_goes_on_until_all_of_it_is_there() {
-    each("read", |image, file, label| {
+fn a_short_read_is_continued_until_the_memory_has_all_of_it() {
+    on_each("read", |image, file, label| {
         let want = Memory::pattern();
         File::options().write(true).open(&file.0).unwrap().write_all_at(&want.0, 0).unwrap();
         let mut memory = Memory::filled(0xee);
         assert!(matches!(run(image, OpKind::Read, &mut memory), Event::Done { .. }), "{label}");
-        assert!(memory.0 == want.0, "{label}: the memory holds all of it");
+        assert!(memory.0 == want.0, "{label}: bytes are missing in memory");
     });
 }
 
 #[test]
-fn a_transfer_that_never_gets_a_whole_block_fails() {
-    each("never", |image, _, label| {
+fn a_transfer_that_never_moves_a_whole_block_fails() {
+    on_each("never", |image, _, label| {
         if !image.direct() {
-            image.cut_transfers(100);
+            image.limit_transfers(100);
             let event = run(image, OpKind::Write, &mut Memory::filled(1));
             assert!(matches!(event, Event::Failed { errno: libc::EIO, .. }), "{label}: {event:?}");
         }

@@ -1,34 +1,42 @@
-//! The engine for hosts that forbid io_uring: a pool of threads with plain system calls.
+//! The engine for hosts that do not allow io_uring: a pool of threads with plain system calls.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
-
-use super::file::OpenImage;
-use super::pool::{self, Pool};
+use super::image::OpenImage;
+use super::pool::Pool;
+use super::wake::WakeFd;
 use super::{Event, IoRequest, Limits, Refused, StoreQueue};
 
-/// Threads of each worker's pool. One alone would let a Sync hold up every read; four leave two for transfers beside a
-/// Sync and a long Zero, and enough overlap that a disk sees a queue. More would fight the guest's processors for what
-/// the host's page cache serves at once: who needs depth has io_uring.
+/// Threads of each worker's pool. With one, a Sync would delay every read. With four, two remain for transfers beside a
+/// Sync and a long Zero, and operations overlap enough that a disk sees a queue. More would compete with the guest for
+/// processors, while the host's page cache completes most operations at once; a load that needs more depth needs
+/// io_uring.
 const THREADS: usize = 4;
 
-/// One worker's store on a thread pool.
+/// One worker's queue on an image: a pool of [`THREADS`] threads, each of which runs one operation at a time to
+/// completion.
+///
+/// => `submit` hands the request to the pool; a thread that is busy may take it before `kick`, which wakes sleeping
+///    ones.
+/// => A thread adds its event and notifies the wake fd; `reap` clears the wake fd before it takes events, so that an
+///    event added meanwhile makes it readable again.
 #[derive(Debug)]
 pub(super) struct ThreadQueue {
     image: Arc<OpenImage>,
-    wake: Arc<EventFd>,
+    wake: WakeFd,
     pool: Pool,
+    /// Operations submitted whose events have not been reaped.
     in_flight: usize,
 }
 
 impl ThreadQueue {
+    /// Starts the pool. Fails with the error of eventfd(2) or of pthread_create(3).
     pub(super) fn new(image: Arc<OpenImage>) -> io::Result<Self> {
-        let wake = pool::new_wake()?;
+        let wake = WakeFd::new()?;
         let depth = usize::from(image.limits.depth);
-        let pool = Pool::new(Arc::clone(&image), Arc::clone(&wake), THREADS, depth)?;
+        let pool = Pool::new(Arc::clone(&image), wake.clone(), THREADS, depth)?;
         Ok(Self { image, wake, pool, in_flight: 0 })
     }
 }
@@ -55,12 +63,12 @@ impl StoreQueue for ThreadQueue {
     }
 
     fn kick(&mut self) {
-        self.pool.start();
+        self.pool.wake_threads();
     }
 
     fn reap(&mut self, events: &mut Vec<Event>) {
-        pool::clear(&self.wake);
-        self.in_flight -= self.pool.take(events);
+        self.wake.clear();
+        self.in_flight -= self.pool.take_events(events);
     }
 
     fn in_flight(&self) -> usize {

@@ -1,11 +1,10 @@
 //! The normal engine: one io_uring per worker, with the image as its registered file and an eventfd that the worker
 //! polls.
 //!
-//! An operation lives in a slot from `submit` to its completion: the slot owns the request, hence the segments (which
-//! are the kernel's iovec array) and the memory behind them. What a ring can't do, or must not wait for (hole maps,
-//! device ioctls, the fallbacks of `blocking`), goes to a helper thread that pokes the same eventfd.
+//! An operation occupies a slot from `submit` to its completion: the slot owns the request, hence the segments (which
+//! are the kernel's iovec array) and the memory that they name. What a ring cannot do, or must not wait for (hole maps,
+//! device ioctls, the fallbacks of `blocking`), goes to a helper thread that notifies the same eventfd.
 
-use crate::units::OpKind;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
@@ -17,52 +16,61 @@ use std::time::Instant;
 
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, Probe, opcode, types};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::blocking::{self, Progress};
-use super::file::OpenImage;
-use super::pool::{self, DRAIN_MAX, Pool};
+use super::image::OpenImage;
+use super::pool::{DRAIN_MAX, Pool};
 use super::registered_buffers::RegisteredBuffers;
+use super::wake::WakeFd;
 use super::{Event, IoRequest, Limits, Refused, StoreQueue};
 use crate::sys;
 use crate::sys::file::FallocateMode;
+use crate::units::{OpKind, counted};
 
-/// The image's place in the ring's table of registered files.
+/// The image's index in the ring's table of registered files.
 const IMAGE: types::Fixed = types::Fixed(0);
 
-/// One worker's store on a ring.
+/// One worker's queue on an image: an io_uring with as many slots as the image's depth, and a helper thread.
+///
+/// => `submit` puts an operation into a slot and marks it ready; `kick` moves ready slots to the submission queue and
+///    enters the kernel once for all of them.
+/// => A short transfer, or one that the kernel wants repeated, makes its slot ready again; `reap` submits it.
+/// => Events come from the ring's completion queue and from the helper. Both notify the wake fd.
 pub(super) struct UringQueue {
     ring: IoUring,
     image: Arc<OpenImage>,
-    wake: Arc<EventFd>,
+    wake: WakeFd,
+    /// Runs the operations that the ring cannot do.
     helper: Pool,
-    /// The memory that the kernel has pinned for us.
-    fixed: RegisteredBuffers,
-    /// The kernel knows transfers between pinned memory and several segments of it (Linux 6.15).
-    vectored: bool,
-    /// One for each operation of the depth.
+    /// The memory that the kernel keeps pinned for this ring.
+    buffers: RegisteredBuffers,
+    /// Whether the kernel has transfers between a registered buffer and several segments of it (Linux 6.15).
+    has_vectored_fixed: bool,
+    /// As many as the image's depth.
     slots: Vec<Slot>,
     /// Slots without an operation.
     free: Vec<usize>,
-    /// Slots whose operation must (again) enter the submission queue, oldest first: neighbours that come in order are
-    /// merged by the block layer.
+    /// Slots whose operation must enter the submission queue, for the first time or again; oldest first, because the
+    /// block layer merges neighbours that arrive in order.
     ready: VecDeque<usize>,
-    /// Operations in slots and at the helper, and events of the helper's that were not reaped.
+    /// Operations in slots and at the helper, and the helper's events that have not been reaped.
     in_flight: usize,
-    /// Whether the kernel's refusal of a submission was logged.
-    refusal_logged: bool,
+    /// Whether the log has reported that the kernel did not accept a submission.
+    submit_failure_logged: bool,
 }
 
-/// An operation on its way.
+/// An operation and how much of it is complete; free without a request.
 #[derive(Debug, Default)]
 struct Slot {
     request: Option<IoRequest>,
     progress: Progress,
-    /// The registered buffer that its memory lies in.
+    /// The registered buffer that holds its memory, if one does.
     buffer: Option<u16>,
 }
 
 impl UringQueue {
+    /// Sets up a ring and starts its helper. Fails with ENOSYS if the kernel lacks an opcode that is needed, else with
+    /// the error of the system call that failed.
     pub(super) fn new(image: Arc<OpenImage>) -> io::Result<Self> {
         let depth = usize::from(image.limits.depth);
         let ring = new_ring(u32::from(image.limits.depth))?;
@@ -74,31 +82,30 @@ impl UringQueue {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
         ring.submitter().register_files(&[image.file.as_raw_fd()])?;
-        let wake = pool::new_wake()?;
+        let wake = WakeFd::new()?;
         ring.submitter().register_eventfd(wake.as_raw_fd())?;
-        let helper = Pool::new(Arc::clone(&image), Arc::clone(&wake), 1, depth)?;
+        let helper = Pool::new(Arc::clone(&image), wake.clone(), 1, depth)?;
         Ok(Self {
             ring,
             image,
             wake,
             helper,
-            fixed: RegisteredBuffers::default(),
-            vectored: [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE]
+            buffers: RegisteredBuffers::default(),
+            has_vectored_fixed: [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE]
                 .iter()
                 .all(|&code| probe.is_supported(code)),
             slots: (0..depth).map(|_| Slot::default()).collect(),
             free: (0..depth).rev().collect(),
             ready: VecDeque::with_capacity(depth),
             in_flight: 0,
-            refusal_logged: false,
+            submit_failure_logged: false,
         })
     }
 
-    /// Whether the ring has an opcode for the operation on this image, as it is now; the helper knows what to say to the
-    /// others.
-    fn fits_ring(&self, request: &IoRequest) -> bool {
+    /// Whether the ring can do the operation on the image as it is now. The helper completes or fails any other.
+    fn ring_supports(&self, request: &IoRequest) -> bool {
         match request.op {
-            _ if !self.image.still_holds(request) => false,
+            _ if !self.image.still_covers(request) => false,
             OpKind::Read | OpKind::Write | OpKind::Sync | OpKind::Allocate => true,
             OpKind::Map => false,
             OpKind::Discard => !self.image.is_device(),
@@ -109,13 +116,13 @@ impl UringQueue {
         }
     }
 
-    /// Moves ready slots to the submission queue, as many as it takes.
+    /// Moves ready slots to the submission queue until it is full.
     fn fill_queue(&mut self) {
         let mut queue = self.ring.submission();
         while let Some(&index) = self.ready.front() {
             let entry = entry(&self.image, &self.slots[index]).user_data(index as u64);
-            // SAFETY: the slot owns the request until its completion: the segment array and the memory it names stay
-            // where they are. Drop waits for completions.
+            // SAFETY: the slot owns the request until its completion, so the segment array and the memory that it names
+            // stay in place. Drop waits for completions.
             if unsafe { queue.push(&entry) }.is_err() {
                 return;
             }
@@ -127,20 +134,20 @@ impl UringQueue {
         self.ring.completion().next().map(|completion| (completion.user_data(), completion.result()))
     }
 
-    /// Digests one completion.
+    /// Handles one completion: makes it an event, or makes the slot ready again.
     fn complete(&mut self, index: usize, result: i32, events: &mut Vec<Event>) {
         let block = u64::from(self.image.limits.block_bytes);
         let slot = &mut self.slots[index];
         let request = slot.request.as_mut().expect("a completion is of a slot with an operation");
         let tag = request.tag;
         let event = match u64::try_from(result) {
-            // ECANCELED: the thread that submitted it has ended before it began. We never cancel.
+            // ECANCELED: the thread that submitted the operation ended before the operation began. We never cancel.
             Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN | libc::ECANCELED) => None,
             Err(_) if matches!(request.op, OpKind::Zero { .. }) && sys::is_unsupported(-result) => {
-                let request = slot.request.take().expect("looked at just now");
+                let request = slot.request.take().expect("the slot had a request above");
                 self.free.push(index);
                 self.helper.push(request);
-                self.helper.start();
+                self.helper.wake_threads();
                 return;
             }
             Err(_) => Some(blocking::failure(tag, -result)),
@@ -164,21 +171,33 @@ impl UringQueue {
         }
     }
 
-    /// The kernel did not take what is queued. It stays queued; with nothing in flight no completion would bring the
-    /// worker back to try again, so the wake-up descriptor does.
-    fn on_refusal(&mut self, error: &io::Error) {
-        if !mem::replace(&mut self.refusal_logged, true) {
-            log::warn!(
-                "image {}: io_uring did not take operations ({error}); trying again",
-                self.image.path().display()
-            );
+    /// The kernel did not accept the submission queue, which keeps its entries. With nothing in flight no completion
+    /// would make the worker try again, so notify it.
+    fn on_submit_failure(&mut self, error: &io::Error) {
+        if !mem::replace(&mut self.submit_failure_logged, true) {
+            let path = self.image.path().display();
+            log::warn!("image {path}: io_uring did not accept operations ({error}); retrying");
         }
-        pool::notify(&self.wake);
+        self.wake.notify();
+    }
+
+    /// The number of the registered buffer that holds all of the request's memory, if there is one.
+    fn registered_buffer(&mut self, request: &IoRequest) -> Option<u16> {
+        if request.segments.len() != 1 && !self.has_vectored_fixed {
+            return None;
+        }
+        self.buffers.buffer_of(&self.ring.submitter(), &request.segments).unwrap_or_else(|error| {
+            let path = self.image.path().display();
+            log::info!(
+                "image {path}: cannot register more io_uring buffers ({error}; RLIMIT_MEMLOCK?); transfers pin their pages"
+            );
+            None
+        })
     }
 }
 
-/// A ring whose completions wait for the worker's next system call, where the kernel can do that (Linux 5.19): it would else
-/// interrupt the worker's processor for each. A flag in the ring tells the worker that some wait.
+/// A ring that posts completions at the worker's next system call, if the kernel can do that (Linux 5.19); otherwise it
+/// interrupts the worker's processor for each. A flag in the ring (taskrun) tells the worker that completions wait.
 fn new_ring(entries: u32) -> io::Result<IoUring> {
     match IoUring::builder().setup_coop_taskrun().setup_taskrun_flag().build(entries) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries),
@@ -195,7 +214,7 @@ fn entry(image: &OpenImage, slot: &Slot) -> Entry {
         OpKind::Zero { unmap } => fallocate_entry(blocking::zero_modes(image, unmap)[0], request),
         OpKind::Discard => fallocate_entry(FallocateMode::PunchHole, request),
         OpKind::Allocate => fallocate_entry(FallocateMode::Reserve, request),
-        OpKind::Map => unreachable!("maps go to the helper"),
+        OpKind::Map => unreachable!("ring_supports() sends maps to the helper"),
     }
 }
 
@@ -203,13 +222,10 @@ fn fallocate_entry(mode: FallocateMode, request: &IoRequest) -> Entry {
     opcode::Fallocate::new(IMAGE, request.len).offset(request.offset).mode(mode.flags()).build()
 }
 
-#[cfg_attr(not(test), allow(unused_variables, reason = "tests cut transfers of an image short"))]
 fn transfer_entry(image: &OpenImage, slot: &Slot, request: &IoRequest) -> Entry {
     let (rest, offset) = (slot.progress.rest(request), slot.progress.offset(request));
-    #[cfg(test)]
-    let cut = blocking::cut_short(image, rest);
-    #[cfg(test)]
-    let rest = cut.as_ref().map_or(rest, std::slice::from_ref);
+    let start = image.limited_start(rest);
+    let rest = start.as_ref().map_or(rest, std::slice::from_ref);
     let write = request.op == OpKind::Write;
     if let [only] = rest {
         let len = u32::try_from(only.len).expect("admissible() bounds a transfer");
@@ -240,7 +256,7 @@ impl StoreQueue for UringQueue {
     }
 
     fn hint_memory(&mut self, memory: Range<usize>) {
-        self.fixed = RegisteredBuffers::new(&self.ring.submitter(), memory);
+        self.buffers = RegisteredBuffers::new(&self.ring.submitter(), memory);
     }
 
     fn submit(&mut self, request: IoRequest) -> Result<(), Refused> {
@@ -251,64 +267,63 @@ impl StoreQueue for UringQueue {
             return Err(Refused::Full(request));
         }
         self.in_flight += 1;
-        if self.fits_ring(&request) {
+        if self.ring_supports(&request) {
             let index = self.free.pop().expect("fewer operations in flight than slots");
-            let fixable = self.vectored || request.segments.len() == 1;
-            let buffer = if fixable { self.fixed.buffer_of(&self.ring.submitter(), &request.segments) } else { None };
+            let buffer = self.registered_buffer(&request);
             self.slots[index] = Slot { request: Some(request), progress: Progress::default(), buffer };
             self.ready.push_back(index);
         } else {
             self.helper.push(request);
-            self.helper.start();
+            self.helper.wake_threads();
         }
         Ok(())
     }
 
     fn kick(&mut self) {
-        // Normally one round: the queue has room for every slot, and the kernel takes all of it.
+        // Normally one round: the queue has room for every slot, and the kernel accepts all of it.
         loop {
             self.fill_queue();
             if self.ring.submission().is_empty() {
                 return;
             }
             match self.ring.submit() {
-                Ok(0) => return self.on_refusal(&io::Error::from_raw_os_error(libc::EAGAIN)),
+                Ok(0) => return self.on_submit_failure(&io::Error::from_raw_os_error(libc::EAGAIN)),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return self.on_refusal(&error),
+                Err(error) => return self.on_submit_failure(&error),
             }
         }
     }
 
     fn reap(&mut self, events: &mut Vec<Event>) {
-        // A system call, any one, lets the kernel post the completions that it held back, and with them a poke.
+        // Any system call makes the kernel post the completions that it held back, and notify the wake fd.
         if self.ring.submission().taskrun() {
-            pool::clear(&self.wake);
+            self.wake.clear();
         }
-        // Before the look: what completes from here on pokes again.
-        pool::clear(&self.wake);
+        // Cleared before the completion queue is read: a later completion notifies again.
+        self.wake.clear();
         while let Some((user_data, result)) = self.next_completion() {
             let index = usize::try_from(user_data).expect("user data is a slot's index");
             self.complete(index, result, events);
         }
-        self.in_flight -= self.helper.take(events);
-        // The rest of short transfers, and what the kernel did not take, must not wait for a caller who has nothing more to
-        // submit.
+        self.in_flight -= self.helper.take_events(events);
+        // The rest of a short transfer, and entries that the kernel did not accept, must not wait for the caller's next
+        // submission.
         if !self.ready.is_empty() || !self.ring.submission().is_empty() {
             self.kick();
         }
     }
 
     fn may_have_events(&mut self) -> bool {
-        // The kernel leaves its flag set now and then.
+        // Checked first, because the kernel sometimes leaves the taskrun flag set.
         if self.in_flight == 0 {
             return false;
         }
-        let helped = self.in_flight - (self.slots.len() - self.free.len());
+        let at_helper = self.in_flight - (self.slots.len() - self.free.len());
         let queue = self.ring.submission();
-        let (owes_submission, owes_completion) = (!queue.is_empty(), queue.taskrun());
+        let (has_submissions, holds_completions) = (!queue.is_empty(), queue.taskrun());
         drop(queue);
-        helped > 0 || owes_submission || owes_completion || !self.ring.completion().is_empty()
+        at_helper > 0 || has_submissions || holds_completions || !self.ring.completion().is_empty()
     }
 
     fn in_flight(&self) -> usize {
@@ -317,7 +332,7 @@ impl StoreQueue for UringQueue {
 }
 
 impl Drop for UringQueue {
-    /// Finishes what was accepted: the kernel may write to its memory until then.
+    /// Completes the accepted operations, because until then the kernel may write to their memory.
     fn drop(&mut self) {
         let deadline = Instant::now() + DRAIN_MAX;
         let mut events = Vec::new();
@@ -325,14 +340,12 @@ impl Drop for UringQueue {
             self.kick();
             self.reap(&mut events);
             if self.in_flight == 0 {
-                // A ring is torn down later, by a kernel thread: its hold on the file (for a device, an exclusive one) and on
-                // the cache's memory (huge pages are few) should end now.
+                // A kernel thread tears the ring down later. Its references to the file (to a device: an exclusive one)
+                // and to the cache's memory (huge pages are scarce) should end now.
                 let ring = self.ring.submitter();
-                if let Err(error) = ring.unregister_files().and_then(|()| self.fixed.release(&ring)) {
-                    log::debug!(
-                        "image {}: what the ring holds is released later: {error}",
-                        self.image.path().display()
-                    );
+                if let Err(error) = ring.unregister_files().and_then(|()| self.buffers.release(&ring)) {
+                    let path = self.image.path().display();
+                    log::debug!("image {path}: cannot unregister the ring's file and buffers at once: {error}");
                 }
                 return;
             }
@@ -342,9 +355,12 @@ impl Drop for UringQueue {
             }
             sys::poll::wait_readable(self.wake.as_raw_fd(), left);
         }
-        let path = self.image.path().display();
-        log::error!("image {path}: {} operations hang; the kernel may still touch their memory", self.in_flight);
-        // Their segment arrays at least must outlive them, and so must the image's lock.
+        let (path, hanging) = (self.image.path().display(), counted(self.in_flight as u64, "operation"));
+        log::error!(
+            "image {path}: {hanging} did not complete in {} s; the kernel may still access the memory",
+            DRAIN_MAX.as_secs()
+        );
+        // At least the segment arrays and the image's lock must outlive those operations.
         mem::forget((mem::take(&mut self.slots), Arc::clone(&self.image)));
     }
 }

@@ -7,8 +7,8 @@ use std::os::fd::AsRawFd;
 
 use super::retry_eintr;
 
-/// A piece of memory for a transfer: `len` bytes from `base`. Laid out as the system's `iovec`, so that an array of them
-/// goes to the kernel as it is.
+/// A piece of memory for a transfer: `len` bytes from `base`. Laid out as the system's `iovec`, so that an array of
+/// them goes to the kernel as it is.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
@@ -165,8 +165,8 @@ pub fn is_byte_locked(file: &File, byte: u64) -> io::Result<bool> {
     ofd_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, byte).map(|found| found != libc::F_UNLCK)
 }
 
-/// A command for an open-file-description lock (F_OFD_SETLK, F_OFD_GETLK) on one byte; returns the type of lock that the
-/// kernel left in the structure.
+/// A command for an open-file-description lock (F_OFD_SETLK, F_OFD_GETLK) on one byte; returns the type of lock that
+/// the kernel left in the structure.
 fn ofd_lock(file: &File, command: libc::c_int, kind: libc::c_int, byte: u64) -> io::Result<libc::c_int> {
     // SAFETY: all-zero bytes are a valid flock.
     let mut lock: libc::flock = unsafe { MaybeUninit::zeroed().assume_init() };

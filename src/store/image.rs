@@ -1,0 +1,241 @@
+//! An open image: the file, locked, with its limits. All queues of an image share one.
+//!
+//! Opening determines every field of [`Limits`]. The image is opened for direct I/O (O_DIRECT) if its file system has
+//! it, because a page that the host caches as well takes memory twice. If it has not, a warning says so and I/O goes
+//! through the host's page cache.
+
+use std::fs::{File, Metadata};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::lock::{self, Access};
+use super::options::OpenOptions;
+use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
+use super::{IoRequest, Limits, Segment};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image_id::ImageId;
+use crate::sys;
+use crate::units::{OpKind, PAGE_BYTES, SECTOR_BYTES};
+
+/// Operations in flight per queue: enough to keep a fast disk busy from one worker, and few enough to bound what a
+/// flush may wait behind.
+const DEPTH: u16 = 256;
+
+/// Images have fewer bytes than this (512 PiB): a page number has 48 bits (`cache/page.rs`), and not every value is a
+/// page.
+const SIZE_LIMIT: u64 = PAGE_BYTES << 47;
+
+/// How long to retry opening a device that is in use: a ring of a daemon that has just ended releases it in the
+/// background, and tools that scan devices hold them briefly.
+const BUSY_PATIENCE: Duration = Duration::from_millis(500);
+/// Pause between two such attempts.
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+
+/// An open, locked image. The lock ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct OpenImage {
+    pub(super) file: File,
+    pub(super) limits: Limits,
+    path: PathBuf,
+    identity: ImageId,
+    direct: bool,
+    /// Logical block size of a block device in bytes; `None` for a regular file.
+    device_block: Option<u32>,
+    reported: Reported,
+    /// Most bytes that one system call moves; 0: no limit. Set by tests only.
+    #[cfg(test)]
+    transfer_max: std::sync::atomic::AtomicUsize,
+}
+
+/// What the log last reported about a file that others can change.
+#[derive(Debug)]
+struct Reported {
+    size_bytes: AtomicU64,
+    deleted: AtomicBool,
+}
+
+impl OpenImage {
+    /// Opens and locks the image at `path`; see [`super::file::FileImage::open`].
+    pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
+        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        // Checked before the open: opening a FIFO would wait for its other end.
+        check_type(path, &std::fs::metadata(path).map_err(unusable)?)?;
+        let file = open_file(path, access)?;
+        let metadata = file.metadata().map_err(unusable)?;
+        check_type(path, &metadata)?;
+        lock::acquire(&file, path, access, options.lock_patience)?;
+
+        let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
+        check_size(path, geometry.size_bytes)?;
+        let direct = if options.direct { try_direct(&file, path, &geometry) } else { None };
+        let alignment = direct.unwrap_or(Alignment::BUFFERED);
+        let writable = access == Access::ReadWrite;
+        let is_file = geometry.device_block.is_none();
+        let first_hole = is_file.then(|| sys::file::seek_hole(&file, 0).ok()).flatten();
+        let limits = Limits {
+            size_bytes: geometry.size_bytes,
+            block_bytes: alignment.block,
+            memory_align: alignment.memory,
+            io_max_bytes: geometry.io_max_bytes,
+            segments_max: geometry.segments_max,
+            depth: DEPTH,
+            discard_granularity: geometry.discard_granularity,
+            physical_block_bytes: geometry.physical_block.max(alignment.block),
+            optimal_io_bytes: geometry.optimal_io,
+            writable,
+            // Always: if the host has no command for it, genblk writes zeros.
+            can_zero: writable,
+            can_discard: writable && can_discard(&file, &geometry),
+            can_map: first_hole.is_some(),
+            sparse: first_hole.is_some_and(|hole| hole < geometry.size_bytes),
+        };
+        let identity = identity_of(&file, &metadata, geometry.size_bytes);
+        Ok(Self {
+            file,
+            limits,
+            path: path.to_path_buf(),
+            identity,
+            direct: direct.is_some(),
+            device_block: geometry.device_block,
+            reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
+            #[cfg(test)]
+            transfer_max: std::sync::atomic::AtomicUsize::new(0),
+        })
+    }
+
+    /// Where the image was opened.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What tells the image from every other, whatever path leads to it.
+    pub(super) fn identity(&self) -> ImageId {
+        self.identity
+    }
+
+    /// Whether transfers bypass the host's page cache.
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Whether the image is a block device, as opposed to a regular file.
+    pub(super) fn is_device(&self) -> bool {
+        self.device_block.is_some()
+    }
+
+    /// Whether the file is still long enough for an operation that changes it; a write beyond its end would make it
+    /// grow again. Logs what has changed since the last check.
+    pub(super) fn still_covers(&self, request: &IoRequest) -> bool {
+        if self.is_device() || matches!(request.op, OpKind::Read | OpKind::Map) {
+            return true;
+        }
+        // If fstat fails, let the operation itself report what is wrong.
+        let Ok(metadata) = self.file.metadata() else { return true };
+        let (path, now) = (self.path.display(), metadata.len());
+        let before = self.reported.size_bytes.swap(now, Ordering::Relaxed);
+        let opened = self.limits.size_bytes;
+        if now < before && now < opened {
+            log::error!("image {path} has shrunk from {before} to {now} bytes: writes beyond its end fail");
+        } else if now != before {
+            log::warn!("image {path} now has {now} bytes; the guest's disk keeps the {opened} bytes of the start");
+        }
+        if metadata.nlink() == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
+            log::error!("image {path} was deleted: it is still served, but its data is lost when this daemon ends");
+        }
+        request.offset + request.len <= now
+    }
+
+    /// (first, end) of the whole blocks of a range that fallocate and BLKDISCARD take: all of it on a regular file,
+    /// whole logical blocks on a device; `None` if the range has no whole block.
+    pub(super) fn whole_blocks(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
+        let block = u64::from(self.device_block.unwrap_or(1));
+        let (first, end) = (offset.next_multiple_of(block), (offset + len) / block * block);
+        (first < end).then_some((first, end))
+    }
+
+    /// The start of a transfer if a test limits what one system call moves; the rest must follow with a later call.
+    #[cfg(test)]
+    pub(super) fn limited_start(&self, segments: &[Segment]) -> Option<Segment> {
+        let max = self.transfer_max.load(Ordering::Relaxed);
+        (max > 0).then(|| Segment { base: segments[0].base, len: segments[0].len.min(max) })
+    }
+
+    /// No system call is limited outside tests.
+    #[cfg(not(test))]
+    pub(super) fn limited_start(&self, _segments: &[Segment]) -> Option<Segment> {
+        None
+    }
+
+    /// Makes every system call move at most `bytes` from now on, as short transfers do.
+    #[cfg(test)]
+    pub(super) fn limit_transfers(&self, bytes: usize) {
+        self.transfer_max.store(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for OpenImage {
+    fn drop(&mut self) {
+        lock::release(&self.file, &self.path);
+    }
+}
+
+fn open_file(path: &Path, access: Access) -> Result<File> {
+    let writable = access == Access::ReadWrite;
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).write(writable);
+    let is_device = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+    if is_device && writable {
+        // O_EXCL without O_CREAT, on a block device: fail if it is mounted, or part of a RAID set or a volume group.
+        options.custom_flags(libc::O_EXCL);
+    }
+    let deadline = Instant::now() + BUSY_PATIENCE;
+    loop {
+        let error = match options.open(path) {
+            Ok(file) => return Ok(file),
+            Err(error) => error,
+        };
+        let busy = is_device && error.raw_os_error() == Some(libc::EBUSY);
+        if busy && Instant::now() < deadline {
+            thread::sleep(BUSY_PAUSE);
+            continue;
+        }
+        let kind = if busy { ErrorKind::Locked } else { ErrorKind::Image };
+        let purpose = if writable { "for writing" } else { "for reading" };
+        return Err(Error::io(kind, format!("cannot open image {} {purpose}", path.display()), error));
+    }
+}
+
+fn check_type(path: &Path, metadata: &Metadata) -> Result<()> {
+    let kind = metadata.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    }
+    let message = format!("image {} is neither a regular file nor a block device", path.display());
+    Err(Error::new(ErrorKind::Image, message))
+}
+
+fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
+    let problem = if size_bytes == 0 {
+        "is empty".to_owned()
+    } else if !size_bytes.is_multiple_of(SECTOR_BYTES) {
+        format!("has {size_bytes} bytes, which is not a multiple of {SECTOR_BYTES}")
+    } else if size_bytes >= SIZE_LIMIT {
+        format!("has {size_bytes} bytes; the size must be below {SIZE_LIMIT}")
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::Image, format!("image {} {problem}", path.display())))
+}
+
+/// Two nodes of one block device have different inodes, but one device number.
+fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> ImageId {
+    if metadata.file_type().is_block_device() {
+        let inode = sys::block::disk_sequence(file);
+        return ImageId { device: metadata.rdev(), inode, born_ns: 0, size_bytes };
+    }
+    ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::file::birth_ns(file), size_bytes }
+}

@@ -1,0 +1,171 @@
+//! What a file or block device can do, found out when an image is opened: sizes, limits of a transfer, discard, direct
+//! I/O.
+
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use crate::sys;
+use crate::sys::file::FallocateMode;
+use crate::units::PAGE_BYTES;
+
+/// Largest transfer: more than the longest readahead window.
+const IO_MAX_BYTES: u32 = 4 << 20;
+/// IOV_MAX of Linux: a transfer of [`IO_MAX_BYTES`] from scattered pages just fits.
+const SEGMENTS_MAX: u16 = 1024;
+/// No real device has smaller limits than these; a lower value in sysfs is not believed.
+const IO_BYTES_MIN: u32 = 64 << 10;
+const SEGMENTS_MIN: u16 = 16;
+
+/// [`crate::units::SECTOR_BYTES`] in the type of block sizes.
+const SECTOR: u32 = 512;
+/// The largest block that direct I/O may demand: a page, the unit of caching.
+const BLOCK_MAX: u32 = 4096;
+
+/// Sizes and transfer limits of an image, as the host reports them.
+#[derive(Debug)]
+pub(super) struct BlockGeometry {
+    /// Size of the image in bytes.
+    pub(super) size_bytes: u64,
+    /// Logical block size of a block device in bytes; `None` for a regular file.
+    pub(super) device_block: Option<u32>,
+    /// Physical block size in bytes, of the device itself or of the one below the file.
+    pub(super) physical_block: u32,
+    /// Preferred I/O size in bytes; 0 if unknown.
+    pub(super) optimal_io: u32,
+    /// Smallest unit that a discard frees, in bytes; 0 if unknown, or if a device has no discard.
+    pub(super) discard_granularity: u32,
+    /// Largest transfer in bytes.
+    pub(super) io_max_bytes: u32,
+    /// Most segments of a transfer.
+    pub(super) segments_max: u16,
+}
+
+impl BlockGeometry {
+    /// Asks the kernel.
+    pub(super) fn of(file: &File, metadata: &Metadata) -> io::Result<Self> {
+        let is_device = metadata.file_type().is_block_device();
+        let (io_max_bytes, segments_max) = transfer_limits(if is_device { metadata.rdev() } else { metadata.dev() });
+        if is_device {
+            let sizes = sys::block::block_sizes(file)?;
+            return Ok(Self {
+                size_bytes: sys::block::size_bytes(file)?,
+                device_block: Some(sizes.logical.max(SECTOR)),
+                physical_block: sizes.physical,
+                optimal_io: sizes.optimal_io,
+                discard_granularity: queue_attribute(metadata.rdev(), "discard_granularity").unwrap_or(0),
+                io_max_bytes,
+                segments_max,
+            });
+        }
+        Ok(Self {
+            size_bytes: metadata.len(),
+            device_block: None,
+            physical_block: queue_attribute(metadata.dev(), "physical_block_size").unwrap_or(SECTOR),
+            optimal_io: 0,
+            // A file system allocates and frees a file's space in its blocks.
+            discard_granularity: u32::try_from(metadata.blksize()).unwrap_or(0),
+            io_max_bytes,
+            segments_max,
+        })
+    }
+}
+
+/// The largest transfer, as (bytes, segments), that block device number `device` takes in one piece. The kernel would
+/// split a larger one, but not in a submission that must not block: io_uring then passes it to a kernel thread, which
+/// costs more than the transfer itself.
+fn transfer_limits(device: u64) -> (u32, u16) {
+    let bytes = queue_attribute(device, "max_sectors_kb").map_or(IO_MAX_BYTES, |kib| kib.saturating_mul(1024));
+    let segments =
+        queue_attribute(device, "max_segments").map_or(SEGMENTS_MAX, |n| u16::try_from(n).unwrap_or(u16::MAX));
+    let bytes = bytes.clamp(IO_BYTES_MIN, IO_MAX_BYTES);
+    (bytes - bytes % BLOCK_MAX, segments.clamp(SEGMENTS_MIN, SEGMENTS_MAX))
+}
+
+/// A number from a block device's queue directory in sysfs; for a partition, from its disk's. `None` if the file system
+/// has no block device of its own, or if the number does not fit.
+fn queue_attribute(device: u64, name: &str) -> Option<u32> {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    ["queue", "../queue"].iter().find_map(|queue| {
+        let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{queue}/{name}")).ok()?;
+        text.trim().parse().ok()
+    })
+}
+
+/// Whether a range of the image can be discarded.
+pub(super) fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
+    if geometry.device_block.is_some() {
+        return geometry.discard_granularity > 0;
+    }
+    // Punching a hole beyond the end of the file changes nothing.
+    let beyond = geometry.size_bytes.next_multiple_of(PAGE_BYTES);
+    match sys::file::fallocate(file, FallocateMode::PunchHole, beyond, PAGE_BYTES) {
+        Ok(()) => true,
+        Err(error) => !sys::is_unsupported(sys::errno_of(&error)),
+    }
+}
+
+/// Alignment of transfers in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alignment {
+    /// Of offsets and lengths on the image.
+    pub(super) block: u32,
+    /// Of memory addresses and segment lengths.
+    pub(super) memory: u32,
+}
+
+impl Alignment {
+    /// Through the host's page cache, which takes any memory. The block is a sector, the unit of requests.
+    pub(super) const BUFFERED: Self = Self { block: SECTOR, memory: 1 };
+}
+
+/// Switches direct I/O on; returns its alignment, or `None` after a warning that says why it is off.
+pub(super) fn try_direct(file: &File, path: &Path, geometry: &BlockGeometry) -> Option<Alignment> {
+    match enable_direct(file, geometry) {
+        Ok(alignment) => Some(alignment),
+        Err(reason) => {
+            let path = path.display();
+            if let Err(error) = sys::file::set_direct(file, false) {
+                log::debug!("image {path}: cannot clear O_DIRECT: {error}");
+            }
+            log::warn!("image {path}: no direct I/O ({reason}); the host's page cache keeps a second copy of its data");
+            None
+        }
+    }
+}
+
+/// Sets O_DIRECT and reads the first block with it. The error is the reason, for the log.
+fn enable_direct(file: &File, geometry: &BlockGeometry) -> Result<Alignment, String> {
+    sys::file::set_direct(file, true).map_err(|e| format!("cannot set O_DIRECT: {e}"))?;
+    let candidates = match sys::file::direct_alignment(file) {
+        Some(reported) if reported.offset == 0 => return Err("the file system has none for this file".to_owned()),
+        Some(reported) => vec![Alignment { block: reported.offset.max(SECTOR), memory: reported.memory }],
+        // The kernel does not report it: try what devices use.
+        None => {
+            [geometry.device_block.unwrap_or(SECTOR), BLOCK_MAX].map(|block| Alignment { block, memory: 1 }).to_vec()
+        }
+    };
+    let mut reason = String::new();
+    for Alignment { block, memory } in candidates {
+        let memory = memory.max(block);
+        if !block.is_power_of_two() || !memory.is_power_of_two() || memory > BLOCK_MAX {
+            reason = format!("it needs blocks of {block} bytes and memory aligned to {memory} bytes");
+        } else if !geometry.size_bytes.is_multiple_of(u64::from(block)) {
+            reason = format!("the image's size is not a multiple of the {block}-byte blocks that it needs");
+        } else if let Err(error) = probe_read(file, block) {
+            reason = format!("a read of {block} bytes failed: {error}");
+        } else {
+            return Ok(Alignment { block, memory });
+        }
+    }
+    Err(reason)
+}
+
+/// Reads the first block as a transfer would.
+fn probe_read(file: &File, block: u32) -> io::Result<()> {
+    #[repr(align(4096))]
+    struct Block([u8; BLOCK_MAX as usize]);
+    let mut memory = Block([0; BLOCK_MAX as usize]);
+    file.read_exact_at(&mut memory.0[..block as usize], 0)
+}

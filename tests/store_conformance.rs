@@ -1,5 +1,5 @@
-//! What every store promises (the contract in `store/mod.rs`), tried on every engine over every kind of image that
-//! this machine has: a regular file with and without direct I/O, tmpfs, loop devices with small and large blocks.
+//! The contract of a store (`store/mod.rs`), tested on every engine with every kind of image that this machine has: a
+//! regular file with and without direct I/O, tmpfs, loop devices with small and large blocks.
 
 mod store_kit;
 
@@ -14,7 +14,7 @@ use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
 /// Runs `case` on every combination of engine and image.
 fn on_each(name: &str, size: u64, case: impl Fn(&Arc<dyn Backing>)) {
     let all = settings(name, size);
-    assert!(all.len() >= 5, "io_uring and threads, direct and buffered, and the wrapper: {} found", all.len());
+    assert!(all.len() >= 5, "two engines, direct and buffered, and the faulty image: only {} settings", all.len());
     for setting in all {
         println!("{name}: {}", setting.label);
         case(&setting.backing);
@@ -26,27 +26,27 @@ fn all_done<'a>(events: impl IntoIterator<Item = &'a Event>) -> bool {
 }
 
 #[test]
-fn reaping_an_idle_store_finds_nothing_and_the_wake_fd_is_quiet() {
+fn reaping_an_idle_queue_finds_no_event_and_its_wake_fd_is_not_readable() {
     on_each("idle", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut events = Vec::new();
-        driver.store.reap(&mut events);
-        driver.store.kick();
-        driver.store.reap(&mut events);
+        driver.queue.reap(&mut events);
+        driver.queue.kick();
+        driver.queue.reap(&mut events);
         assert!(events.is_empty());
-        assert_eq!(driver.store.in_flight(), 0);
-        assert!(!readable(driver.store.wake_fd(), 0));
+        assert_eq!(driver.queue.in_flight(), 0);
+        assert!(!readable(driver.queue.wake_fd(), 0));
     });
 }
 
 #[test]
-fn writes_of_many_segments_read_back_when_cut_elsewhere() {
+fn written_data_reads_back_through_segments_cut_elsewhere() {
     const PIECE: usize = 12 * 1024;
     on_each("cut", 2 * MIB, |backing| {
         let mut driver = Driver::new(backing);
         let want = pattern(64 * PIECE, 1);
         let mut buffers: Vec<Buffer> = want.chunks(PIECE).map(Buffer::copy_of).collect();
-        // The shortest segment that the image takes lies in the middle.
+        // The middle segment is the shortest that the image takes.
         let middle = usize::try_from(backing.limits().memory_align.max(512)).unwrap();
         for (number, buffer) in buffers.iter_mut().enumerate() {
             let cuts = [(0, 4096), (4096, middle), (4096 + middle, PIECE - 4096 - middle)];
@@ -58,7 +58,7 @@ fn writes_of_many_segments_read_back_when_cut_elsewhere() {
         assert!(all_done(events.values()), "{events:?}");
         driver.run(OpKind::Sync, 0, 0, Vec::new());
 
-        // 96 reads of 8 KiB, each into two halves that lie the other way round in memory.
+        // 96 reads of 8 KiB, each into two halves that memory holds in the reverse order.
         let mut halves: Vec<Buffer> = (0..96).map(|_| Buffer::filled(8192, 0xee)).collect();
         for (number, buffer) in halves.iter_mut().enumerate() {
             let segments = vec![buffer.segment(4096, 4096), buffer.segment(0, 4096)];
@@ -74,24 +74,24 @@ fn writes_of_many_segments_read_back_when_cut_elsewhere() {
     });
 }
 
-/// Memory that a store was told of may be pinned for it; what lies there, beside it, or across its end is transferred alike.
+/// A store may pin memory that it got a hint of. Segments inside it, outside it and across its end must all work.
 #[test]
-fn memory_that_is_expected_is_transferred_like_any_other() {
+fn hinted_memory_transfers_like_any_other() {
     const PAGE: usize = 4096;
     const PAGES: usize = 64;
-    on_each("expected", MIB, |backing| {
+    on_each("hinted", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut memory = Buffer::copy_of(&pattern(PAGES * PAGE, 3));
         let want = memory.bytes().to_vec();
         let first = memory.segment(0, 0).base.addr();
-        driver.store.hint_memory(first..first + PAGES / 2 * PAGE);
-        // Each page goes to the image by itself; then all of them in one piece; then backwards.
+        driver.queue.hint_memory(first..first + PAGES / 2 * PAGE);
+        // One transfer a page, then one transfer with one segment, then one with the pages in reverse order.
         let one_by_one: Vec<Vec<_>> = (0..PAGES).map(|n| vec![memory.segment(n * PAGE, PAGE)]).collect();
         let whole = vec![vec![memory.segment(0, PAGES * PAGE)]];
         let backwards = vec![(0..PAGES).rev().map(|n| memory.segment(n * PAGE, PAGE)).collect()];
-        for (pieces, reversed) in [(one_by_one, false), (whole, false), (backwards, true)] {
+        for (transfers, reversed) in [(one_by_one, false), (whole, false), (backwards, true)] {
             let mut offset = 0;
-            for segments in pieces.clone() {
+            for segments in transfers.clone() {
                 let len = segments.iter().map(|segment: &Segment| segment.len as u64).sum();
                 driver.start(OpKind::Write, offset, len, segments);
                 offset += len;
@@ -100,23 +100,23 @@ fn memory_that_is_expected_is_transferred_like_any_other() {
             let found = driver.read(0, PAGES * PAGE);
             let pages: Vec<&[u8]> = found.chunks_exact(PAGE).collect();
             let found: Vec<u8> = if reversed { pages.into_iter().rev().flatten().copied().collect() } else { found };
-            assert!(found == want, "written");
+            assert!(found == want, "the image holds what was written");
             memory.fill(0xee);
             let mut offset = 0;
-            for segments in pieces {
+            for segments in transfers {
                 let len = segments.iter().map(|segment| segment.len as u64).sum();
                 driver.start(OpKind::Read, offset, len, segments);
                 offset += len;
             }
             assert!(all_done(driver.finish().values()));
-            assert!(memory.bytes() == want, "read back");
+            assert!(memory.bytes() == want, "the memory holds what was read");
         }
     });
 }
 
 #[test]
-fn a_worker_that_only_looks_finds_every_event() {
-    on_each("looks", 8 * MIB, |backing| {
+fn a_worker_that_polls_finds_every_event() {
+    on_each("polls", 8 * MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(8 * 4096, 7);
         for (op, count) in [(OpKind::Write, 8), (OpKind::Read, 8), (OpKind::Sync, 1), (OpKind::Map, 1)] {
@@ -127,28 +127,28 @@ fn a_worker_that_only_looks_finds_every_event() {
                     _ => driver.start(op, n as u64 * 4096, 4096, vec![buffer.segment(n * 4096, 4096)]),
                 };
             }
-            driver.store.kick();
+            driver.queue.kick();
             let (mut events, deadline) = (Vec::new(), Instant::now() + Duration::from_secs(30));
             while events.len() < count {
                 assert!(Instant::now() < deadline, "{op:?}: {} of {count} events", events.len());
-                if driver.store.may_have_events() {
-                    driver.store.reap(&mut events);
+                if driver.queue.may_have_events() {
+                    driver.queue.reap(&mut events);
                 }
             }
-            assert!(!driver.store.may_have_events(), "{op:?}: nothing is left");
+            assert!(!driver.queue.may_have_events(), "{op:?}: no event is left");
         }
     });
 }
 
 #[test]
-fn the_largest_transfer_of_the_most_segments_goes_through() {
+fn the_largest_transfer_with_the_most_segments_succeeds() {
     on_each("largest", 8 * MIB, |backing| {
         let limits = backing.limits();
         let len = usize::try_from(limits.io_max_bytes).unwrap();
         let want = pattern(len, 4);
         let mut buffer = Buffer::copy_of(&want);
         let mut driver = Driver::new(backing);
-        // Pages, as many as there may be; the last segment has what is left.
+        // As many segments of a page as the limits allow; the last one holds the rest.
         let most = usize::from(limits.segments_max).min(len / 4096);
         let mut pages: Vec<_> = (0..most - 1).map(|n| buffer.segment(n * 4096, 4096)).collect();
         pages.push(buffer.segment((most - 1) * 4096, len - (most - 1) * 4096));
@@ -159,13 +159,13 @@ fn the_largest_transfer_of_the_most_segments_goes_through() {
         let one_too_long = vec![buffer.segment(0, len), buffer.segment(0, 4096)];
         for (len, segments) in [(segments * block, one_too_many), (len + 4096, one_too_long)] {
             let request = driver.request(OpKind::Write, 0, len as u64, segments);
-            assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))));
+            assert!(matches!(driver.queue.submit(request), Err(Refused::Invalid(_))));
         }
     });
 }
 
 #[test]
-fn a_bad_request_comes_back_as_invalid_and_nothing_is_in_flight() {
+fn an_inadmissible_request_is_returned_as_invalid_and_nothing_is_in_flight() {
     on_each("invalid", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(8192, 0);
@@ -194,7 +194,7 @@ fn a_bad_request_comes_back_as_invalid_and_nothing_is_in_flight() {
         for (op, offset, len, segments) in bad {
             let request = driver.request(op, offset, len, segments);
             let (tag, count) = (request.tag, request.segments.len());
-            match driver.store.submit(request) {
+            match driver.queue.submit(request) {
                 Err(Refused::Invalid(back)) => {
                     assert_eq!((back.tag, back.op, back.offset, back.len), (tag, op, offset, len));
                     assert_eq!(back.segments.len(), count);
@@ -202,12 +202,12 @@ fn a_bad_request_comes_back_as_invalid_and_nothing_is_in_flight() {
                 other => panic!("{op:?} at {offset}+{len}: {other:?}"),
             }
         }
-        assert_eq!(driver.store.in_flight(), 0);
+        assert_eq!(driver.queue.in_flight(), 0);
     });
 }
 
 #[test]
-fn a_full_store_gives_the_request_back_and_takes_it_after_a_reap() {
+fn a_full_queue_returns_the_request_and_accepts_it_after_a_reap() {
     on_each("full", 4 * MIB, |backing| {
         let mut driver = Driver::new(backing);
         let depth = usize::from(backing.limits().depth);
@@ -216,20 +216,20 @@ fn a_full_store_gives_the_request_back_and_takes_it_after_a_reap() {
         for (number, buffer) in first.iter_mut().enumerate() {
             driver.start(OpKind::Read, number as u64 * 4096, 4096, vec![buffer.segment(0, 4096)]);
         }
-        assert_eq!(driver.store.in_flight(), depth);
+        assert_eq!(driver.queue.in_flight(), depth);
         let request = driver.request(OpKind::Read, 0, 4096, vec![last.segment(0, 4096)]);
-        let Err(Refused::Full(back)) = driver.store.submit(request) else { panic!("room beyond the depth") };
+        let Err(Refused::Full(back)) = driver.queue.submit(request) else { panic!("accepted more than the depth") };
         assert_eq!((back.tag, back.segments.len()), (depth as u64 + 1, 1));
         let events = driver.finish();
         assert!(events.len() == depth && all_done(events.values()), "{events:?}");
-        driver.store.submit(back).expect("room again");
+        driver.queue.submit(back).expect("the queue has room again");
         assert_eq!(driver.finish().len(), 1);
         assert!(buffers.iter().all(|b| b.bytes().iter().all(|&byte| byte == 0)), "a new image reads as zeros");
     });
 }
 
 #[test]
-fn zero_clears_its_range_and_keeps_its_neighbours_to_the_sector() {
+fn zero_clears_its_range_and_no_sector_beside_it() {
     on_each("zero", MIB, |backing| {
         let mut driver = Driver::new(backing);
         for unmap in [true, false] {
@@ -248,7 +248,7 @@ fn zero_clears_its_range_and_keeps_its_neighbours_to_the_sector() {
 }
 
 #[test]
-fn discard_and_allocate_leave_everything_outside_their_range_alone() {
+fn discard_and_allocate_change_nothing_outside_their_range() {
     on_each("discard", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let want = pattern(256 * 1024, 5);
@@ -269,12 +269,12 @@ fn discard_and_allocate_leave_everything_outside_their_range_alone() {
         assert!(got[..64 * 1024] == want[..64 * 1024]);
         assert!(got[128 * 1024..][..512] == want[128 * 1024..][..512]);
         assert!(got[129 * 1024..] == want[129 * 1024..]);
-        assert!(driver.read(512 * 1024, 64 * 1024).iter().all(|&byte| byte == 0), "an allocated hole is zero");
+        assert!(driver.read(512 * 1024, 64 * 1024).iter().all(|&byte| byte == 0), "an allocated hole reads as zeros");
     });
 }
 
 #[test]
-fn a_map_covers_its_range_exactly_and_never_calls_data_a_hole() {
+fn a_map_covers_its_range_exactly_and_never_reports_data_as_a_hole() {
     on_each("map", 4 * MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut data = Buffer::filled(4096, 0x5a);
@@ -299,17 +299,17 @@ fn a_map_covers_its_range_exactly_and_never_calls_data_a_hole() {
                 at = end;
             }
         }
-        assert_eq!(holes > 0, backing.limits().sparse, "a sparse image shows its holes, a device has none");
+        assert_eq!(holes > 0, backing.limits().sparse, "a map reports holes on a sparse image only");
     });
 }
 
 #[test]
-fn the_short_tail_of_an_odd_image_is_read_and_written_up_to_the_end() {
+fn an_image_that_ends_within_a_page_is_read_and_written_to_its_end() {
     const SIZE: u64 = 512 * 2049;
     on_each("tail", SIZE, |backing| {
         let mut driver = Driver::new(backing);
         assert_eq!(backing.limits().size_bytes, SIZE);
-        assert_eq!(backing.limits().block_bytes, 512, "an odd image must not be opened with larger blocks");
+        assert_eq!(backing.limits().block_bytes, 512, "a larger block does not divide the size");
         let mut tail = Buffer::copy_of(&pattern(1536, 9));
         driver.write(SIZE - 1536, &mut tail);
         driver.run(OpKind::Zero { unmap: true }, SIZE - 512, 512, Vec::new());
@@ -323,7 +323,7 @@ fn the_short_tail_of_an_odd_image_is_read_and_written_up_to_the_end() {
 }
 
 #[test]
-fn the_wake_fd_is_readable_while_events_wait_and_quiet_after_reap() {
+fn the_wake_fd_is_readable_while_events_wait_and_not_after_a_reap() {
     on_each("wake", MIB, |backing| {
         let mut driver = Driver::new(backing);
         let mut buffer = Buffer::filled(4096, 3);
@@ -339,25 +339,25 @@ fn the_wake_fd_is_readable_while_events_wait_and_quiet_after_reap() {
             let transfer = matches!(op, OpKind::Read | OpKind::Write);
             let segments = if transfer { vec![buffer.segment(0, 4096)] } else { Vec::new() };
             let tag = driver.start(op, 0, if op == OpKind::Sync { 0 } else { 4096 }, segments);
-            driver.store.kick();
-            assert!(readable(driver.store.wake_fd(), 30_000), "{op:?}: no wake-up");
-            assert!(readable(driver.store.wake_fd(), 0), "{op:?}: the wake-up must stay until the reap");
-            assert_eq!(driver.store.in_flight(), 1);
-            // On a ring, a fallback takes a second round through the helper: a reap may find nothing yet.
+            driver.queue.kick();
+            assert!(readable(driver.queue.wake_fd(), 30_000), "{op:?}: no wake-up");
+            assert!(readable(driver.queue.wake_fd(), 0), "{op:?}: the wake fd must stay readable until the reap");
+            assert_eq!(driver.queue.in_flight(), 1);
+            // With io_uring, a fallback runs on the helper after the ring has failed: the first reap may find no event.
             let mut events = Vec::new();
             while events.is_empty() {
-                assert!(readable(driver.store.wake_fd(), 30_000), "{op:?}: no wake-up");
-                driver.store.reap(&mut events);
+                assert!(readable(driver.queue.wake_fd(), 30_000), "{op:?}: no wake-up");
+                driver.queue.reap(&mut events);
             }
             assert_eq!(events.iter().map(store_kit::tag_of).collect::<Vec<_>>(), [tag], "{op:?}");
-            assert!(!readable(driver.store.wake_fd(), 0), "{op:?}: readable with nothing waiting");
-            assert_eq!(driver.store.in_flight(), 0);
+            assert!(!readable(driver.queue.wake_fd(), 0), "{op:?}: readable although no event waits");
+            assert_eq!(driver.queue.in_flight(), 0);
         }
     });
 }
 
 #[test]
-fn a_dropped_store_has_finished_what_it_accepted() {
+fn dropping_a_queue_completes_the_operations_that_it_accepted() {
     on_each("drop", 8 * MIB, |backing| {
         let want = pattern(4 * 1024 * 1024, 77);
         let mut buffers: Vec<Buffer> = want.chunks(64 * 1024).map(Buffer::copy_of).collect();
@@ -366,12 +366,12 @@ fn a_dropped_store_has_finished_what_it_accepted() {
             let segment = buffer.segment(0, 64 * 1024);
             driver.start(OpKind::Write, number as u64 * 65536, 65536, vec![segment]);
             if number == 32 {
-                driver.store.kick();
+                driver.queue.kick();
             }
         }
         driver.start(OpKind::Map, 0, 8 * MIB, Vec::new());
         drop(driver);
-        // Were a write still on its way, it would take these bytes to the image.
+        // A write that is still in flight would write these bytes to the image.
         for buffer in &mut buffers {
             buffer.fill(0);
         }
@@ -383,7 +383,7 @@ fn a_dropped_store_has_finished_what_it_accepted() {
 }
 
 #[test]
-fn two_stores_of_an_image_see_each_others_finished_writes() {
+fn two_queues_of_an_image_see_each_others_completed_writes() {
     on_each("share", MIB, |backing| {
         let (mut a, mut b) = (Driver::new(backing), Driver::new(backing));
         let mut bytes = Buffer::copy_of(&pattern(8192, 3));
@@ -405,9 +405,9 @@ fn operations_outlive_the_thread_that_submitted_them() {
                 let segment = buffer.segment(0, 65536);
                 driver.start(OpKind::Write, number as u64 * 65536, 65536, vec![segment]);
             }
-            // On a ring this one needs a kernel worker, which ends with its thread.
+            // With io_uring, this one needs a kernel worker, which ends with the thread that submitted it.
             driver.start(OpKind::Zero { unmap: true }, 6 * MIB, 65536, Vec::new());
-            driver.store.kick();
+            driver.queue.kick();
             (driver, buffers)
         })
         .join()
@@ -435,14 +435,14 @@ fn a_read_only_image_refuses_every_change() {
         for op in [OpKind::Write, OpKind::Zero { unmap: true }, OpKind::Discard, OpKind::Allocate] {
             let segments = if op == OpKind::Write { vec![buffer.segment(0, 4096)] } else { Vec::new() };
             let request = driver.request(op, 0, 4096, segments);
-            assert!(matches!(driver.store.submit(request), Err(Refused::Invalid(_))), "{op:?}");
+            assert!(matches!(driver.queue.submit(request), Err(Refused::Invalid(_))), "{op:?}");
         }
         driver.run(OpKind::Sync, 0, 0, Vec::new());
     }
 }
 
 #[test]
-fn a_read_of_an_image_that_was_cut_short_fails_as_a_medium_would() {
+fn a_read_beyond_the_end_of_a_truncated_image_fails_with_an_io_error() {
     for engine in [IoEngine::Uring, IoEngine::Threads] {
         for direct in [false, true] {
             let image = Image::file("shrunk", MIB);
@@ -455,7 +455,10 @@ fn a_read_of_an_image_that_was_cut_short_fails_as_a_medium_would() {
             let event = driver.try_run(OpKind::Read, MIB / 2, 8192, vec![buffer.segment(0, 8192)]);
             assert!(matches!(event, Event::Failed { fault: Fault::Media, .. }), "{event:?}");
             let event = driver.try_run(OpKind::Map, 0, MIB, Vec::new());
-            assert!(matches!(event, Event::Failed { .. }), "what is gone is no hole: {event:?}");
+            assert!(
+                matches!(event, Event::Failed { .. }),
+                "a map must not report the missing part as a hole: {event:?}"
+            );
         }
     }
 }

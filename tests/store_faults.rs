@@ -1,6 +1,6 @@
-//! The image that fails on demand: each fault hits what it was meant for, once or always, and the counters are true.
+//! The image that fails on demand: each fault hits the operations that it is set for, and the counters are right.
 
-#![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod store_kit;
 
@@ -26,7 +26,7 @@ fn write(driver: &mut Driver, offset: u64, buffer: &mut Buffer) -> Event {
 }
 
 #[test]
-fn the_nth_operation_of_its_kind_fails_and_leaves_the_image_alone() {
+fn the_nth_operation_of_a_class_fails_and_does_not_change_the_image() {
     let (_image, backing, faults) = faulty("nth");
     let mut driver = Driver::new(&backing);
     let mut buffer = Buffer::copy_of(&pattern(4096, 1));
@@ -52,7 +52,7 @@ fn the_nth_operation_of_its_kind_fails_and_leaves_the_image_alone() {
 }
 
 #[test]
-fn a_lasting_fault_hits_all_workers_until_it_is_healed() {
+fn a_permanent_fault_hits_all_workers_until_it_is_healed() {
     let (_image, backing, faults) = faulty("always");
     let (mut a, mut b) = (Driver::new(&backing), Driver::new(&backing));
     faults.clone().fail_always(OpClass::Sync, Fault::Media);
@@ -69,8 +69,8 @@ fn a_lasting_fault_hits_all_workers_until_it_is_healed() {
 }
 
 #[test]
-fn chance_failures_come_at_their_rate_and_repeat_with_their_seed() {
-    let (_image, backing, faults) = faulty("chance");
+fn random_failures_have_the_given_rate_and_repeat_with_their_seed() {
+    let (_image, backing, faults) = faulty("random");
     let mut driver = Driver::new(&backing);
     let mut outcome = |seed| {
         faults.fail_randomly(OpClass::Zero, 250_000, seed, Fault::TimedOut);
@@ -82,11 +82,11 @@ fn chance_failures_come_at_their_rate_and_repeat_with_their_seed() {
     assert_eq!(first, outcome(7));
     assert_ne!(first, outcome(8));
     let failures = first.iter().filter(|&&failed| failed).count();
-    assert!((60..=140).contains(&failures), "{failures} of 400 at one in four");
+    assert!((60..=140).contains(&failures), "{failures} of 400 failed, at a rate of one in four");
 }
 
 #[test]
-fn a_delayed_operation_is_overtaken_and_wakes_its_worker_when_it_is_done() {
+fn a_delayed_operation_completes_after_a_later_one_and_wakes_its_worker() {
     let (_image, backing, faults) = faulty("delay");
     let mut driver = Driver::new(&backing);
     let mut buffer = Buffer::copy_of(&pattern(4096, 2));
@@ -96,26 +96,29 @@ fn a_delayed_operation_is_overtaken_and_wakes_its_worker_when_it_is_done() {
     let slow = driver.start(OpKind::Write, 0, 4096, vec![buffer.segment(0, 4096)]);
     let mut other = Buffer::filled(4096, 0xee);
     let fast = driver.start(OpKind::Read, 0, 4096, vec![other.segment(0, 4096)]);
-    driver.store.kick();
+    driver.queue.kick();
     let mut order = Vec::new();
-    while driver.store.in_flight() > 0 {
-        assert!(readable(driver.store.wake_fd(), 30_000));
+    while driver.queue.in_flight() > 0 {
+        assert!(readable(driver.queue.wake_fd(), 30_000));
         let mut events = Vec::new();
-        driver.store.reap(&mut events);
+        driver.queue.reap(&mut events);
         order.extend(events.iter().map(tag_of));
         if order.len() == 1 {
-            // The reap may have been the timer's; the write itself is then under way.
-            assert!(start.elapsed() >= delay || !readable(driver.store.wake_fd(), 0), "quiet while it waits");
+            // If the reap was due to the timer, the write has started and may complete at any time.
+            assert!(
+                start.elapsed() >= delay || !readable(driver.queue.wake_fd(), 0),
+                "the wake fd is not readable during the delay"
+            );
         }
     }
     assert_eq!(order, [fast, slow]);
     assert!(start.elapsed() >= delay);
-    assert!(other.bytes().iter().all(|&byte| byte == 0), "the write had not begun");
+    assert!(other.bytes().iter().all(|&byte| byte == 0), "the read came before the write");
     assert!(driver.read(0, 4096) == buffer.bytes());
 }
 
 #[test]
-fn waiting_operations_count_toward_the_depth_and_a_drop_finishes_them() {
+fn delayed_operations_count_toward_the_depth_and_dropping_the_queue_completes_them() {
     let (_image, backing, faults) = faulty("depth");
     let depth = u64::from(backing.limits().depth);
     faults.delay(OpClass::Write, Duration::from_secs(3600));
@@ -126,9 +129,9 @@ fn waiting_operations_count_toward_the_depth_and_a_drop_finishes_them() {
         driver.start(OpKind::Write, number % 2 * 4096, 4096, vec![buffer.segment(0, 4096)]);
     }
     let request = driver.request(OpKind::Read, 0, 4096, vec![buffer.segment(0, 4096)]);
-    assert!(matches!(driver.store.submit(request), Err(Refused::Full(_))));
+    assert!(matches!(driver.queue.submit(request), Err(Refused::Full(_))));
     drop(driver);
     buffer.fill(0);
     assert!(Driver::new(&backing).read(4096, 4096) == want);
-    assert_eq!(faults.ops(OpClass::Write), depth, "the refused one is not counted");
+    assert_eq!(faults.ops(OpClass::Write), depth, "the refused operation is not counted");
 }

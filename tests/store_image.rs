@@ -1,7 +1,7 @@
-//! Opening images: what is refused and how it is said, the lock (against ourselves and against QEMU's tools), and what
-//! the limits say of each kind of image.
+//! Opening images: which are refused and with what message, the lock (against genblk itself and against QEMU), and the
+//! limits of each kind of image.
 
-#![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 mod store_kit;
 
@@ -21,18 +21,18 @@ const READ_ONLY: OpenOptions =
 const WRITABLE: OpenOptions =
     OpenOptions { read_only: false, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO };
 
-/// The refusal's kind; its message must name the image.
+/// Kind of the error with which an image is refused; its message must name the image.
 #[track_caller]
 fn refusal(path: &Path, options: &OpenOptions) -> ErrorKind {
-    let error = FileImage::open(path, options).expect_err("an image that must not open");
+    let error = FileImage::open(path, options).expect_err("this image must not open");
     let message = error.to_string();
     println!("{message}");
-    assert!(message.contains(path.to_str().unwrap()), "the image is not named: {message}");
+    assert!(message.contains(path.to_str().unwrap()), "the message does not name the image: {message}");
     error.kind()
 }
 
 #[test]
-fn what_is_no_image_is_refused_by_name() {
+fn anything_but_an_image_is_refused_and_named() {
     let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
     let fifo = Image::file("fifo", 512);
     std::fs::remove_file(&fifo.path).unwrap();
@@ -49,7 +49,7 @@ fn what_is_no_image_is_refused_by_name() {
 }
 
 #[test]
-fn a_writer_excludes_everybody_and_readers_share() {
+fn a_writer_excludes_every_other_opener_and_readers_share() {
     let image = Image::file("lock", MIB);
     let writer = FileImage::open(&image.path, &WRITABLE).unwrap();
     assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
@@ -65,11 +65,11 @@ fn a_writer_excludes_everybody_and_readers_share() {
 }
 
 #[test]
-fn the_lock_lasts_as_long_as_a_store_and_ends_with_the_last() {
+fn the_lock_lasts_until_the_last_queue_is_dropped() {
     for engine in [IoEngine::Uring, IoEngine::Threads] {
         let image = Image::file("last", MIB);
         let options = OpenOptions { engine, ..WRITABLE };
-        // Many rounds: what lets go of the file late (a ring's teardown, another test's child process) does so by chance.
+        // Many rounds, because a late release of the file (a ring's teardown, another test's child process) is a race.
         for round in 0u64..50 {
             let backing: Arc<dyn Backing> = FileImage::open(&image.path, &options).unwrap_or_else(|error| {
                 panic!("{engine:?}, round {round}: {error}");
@@ -91,18 +91,18 @@ fn two_names_of_an_image_have_one_identity() {
     let identity = |path: &Path| FileImage::open(path, &READ_ONLY).unwrap().identity();
     assert_eq!(identity(&image.path), identity(&link.path));
     assert_ne!(identity(&image.path), identity(&other.path));
-    // A writer under one name is seen under the other.
+    // A writer under one name conflicts with one under the other.
     let _writer = FileImage::open(&image.path, &WRITABLE).unwrap();
     assert_eq!(refusal(&link.path, &WRITABLE), ErrorKind::Locked);
 }
 
 #[test]
-fn the_limits_say_what_the_image_is() {
+fn the_limits_describe_the_image() {
     let image = Image::file("limits", MIB);
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
     let limits = opened.limits();
     assert_eq!(limits.size_bytes, MIB);
-    assert!(limits.sparse, "a new file is one hole");
+    assert!(limits.sparse, "a new file is a single hole");
     assert!(limits.writable && limits.can_zero);
     assert!(limits.block_bytes.is_power_of_two() && (512..=4096).contains(&limits.block_bytes));
     assert!(limits.physical_block_bytes >= limits.block_bytes);
@@ -116,7 +116,7 @@ fn the_limits_say_what_the_image_is() {
 }
 
 #[test]
-fn what_a_device_takes_is_in_its_limits() {
+fn the_limits_of_a_device_are_those_of_its_request_queue() {
     let Some(image) = Image::loop_device("blocks", MIB, 4096) else {
         return;
     };
@@ -126,15 +126,15 @@ fn what_a_device_takes_is_in_its_limits() {
     assert!(limits.physical_block_bytes >= 4096);
     let queue = Path::new("/sys/block").join(image.path.file_name().unwrap()).join("queue");
     let number = |name| std::fs::read_to_string(queue.join(name)).unwrap().trim().parse::<u32>().unwrap();
-    assert!(limits.io_max_bytes <= number("max_sectors_kb") << 10, "a transfer goes in one piece");
+    assert!(limits.io_max_bytes <= number("max_sectors_kb") << 10, "the device takes a transfer in one piece");
     assert!(u32::from(limits.segments_max) <= number("max_segments"));
     assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
     drop(opened);
     let opened = FileImage::open(&image.path, &OpenOptions { direct: false, ..WRITABLE }).unwrap();
-    assert_eq!(opened.limits().block_bytes, 512, "the host's page cache takes any sector");
+    assert_eq!(opened.limits().block_bytes, 512, "the host's page cache has no larger block");
 }
 
-/// A qemu-storage-daemon that exports an image over a socket nobody connects to; ends with the value.
+/// A qemu-storage-daemon that exports an image over a socket without clients; killed with the value.
 #[derive(Debug)]
 struct Qemu(Child);
 
@@ -145,7 +145,7 @@ impl Drop for Qemu {
     }
 }
 
-/// Starts QEMU's daemon on an image: `Ok` when it serves, else what it said. `None` without the daemon.
+/// Starts QEMU's daemon on an image: `Ok` when it serves, else its error output. `None` if QEMU is not installed.
 fn qemu(image: &Image, writable: bool) -> Option<Result<Qemu, String>> {
     let path = image.path.to_str().unwrap();
     let on = |yes| if yes { "on" } else { "off" };
@@ -167,7 +167,7 @@ fn qemu(image: &Image, writable: bool) -> Option<Result<Qemu, String>> {
         return None;
     };
     let mut daemon = Qemu(child);
-    // The PID file is written once everything is set up.
+    // QEMU writes the PID file when its set-up is complete.
     let deadline = Instant::now() + Duration::from_secs(30);
     let result = loop {
         if daemon.0.try_wait().unwrap().is_some() {
@@ -177,7 +177,7 @@ fn qemu(image: &Image, writable: bool) -> Option<Result<Qemu, String>> {
         if Path::new(&pid_file).exists() {
             break Ok(daemon);
         }
-        assert!(Instant::now() < deadline, "qemu-storage-daemon neither serves nor ends");
+        assert!(Instant::now() < deadline, "qemu-storage-daemon neither serves nor exits");
         std::thread::sleep(Duration::from_millis(10));
     };
     for file in [&socket, &pid_file] {
@@ -187,23 +187,23 @@ fn qemu(image: &Image, writable: bool) -> Option<Result<Qemu, String>> {
 }
 
 #[test]
-fn qemu_does_not_write_to_an_image_that_is_open_here() {
+fn qemu_refuses_to_write_to_an_image_that_genblk_has_open() {
     let image = Image::file("ours", MIB);
     for options in [WRITABLE, READ_ONLY] {
         let opened = FileImage::open(&image.path, &options).unwrap();
         let Some(result) = qemu(&image, true) else { return };
-        let refusal = result.expect_err("QEMU took an image that is in use");
-        assert!(refusal.contains("lock"), "refused, but not for the lock: {refusal}");
+        let refusal = result.expect_err("QEMU opened an image that is in use");
+        assert!(refusal.contains("lock"), "refused for another reason than the lock: {refusal}");
         drop(opened);
-        qemu(&image, true).unwrap().expect("the image is free again");
+        qemu(&image, true).unwrap().expect("the image is no longer in use");
     }
 }
 
 #[test]
-fn an_image_that_qemu_writes_to_is_refused_here() {
+fn genblk_refuses_an_image_that_qemu_writes_to() {
     let image = Image::file("theirs", MIB);
     let Some(result) = qemu(&image, true) else { return };
-    let daemon = result.expect("a free image");
+    let daemon = result.expect("the image is not in use");
     assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Locked);
     assert_eq!(refusal(&image.path, &READ_ONLY), ErrorKind::Locked);
     drop(daemon);
@@ -211,18 +211,18 @@ fn an_image_that_qemu_writes_to_is_refused_here() {
 }
 
 #[test]
-fn readers_here_and_in_qemu_share_an_image() {
+fn readers_in_genblk_and_in_qemu_share_an_image() {
     let image = Image::file("readers", MIB);
     let opened = FileImage::open(&image.path, &READ_ONLY).unwrap();
     let Some(result) = qemu(&image, false) else { return };
-    let _daemon = result.expect("QEMU may read what we read");
+    let _daemon = result.expect("QEMU may read an image that genblk reads");
     drop(opened);
-    FileImage::open(&image.path, &READ_ONLY).expect("we may read what QEMU reads");
+    FileImage::open(&image.path, &READ_ONLY).expect("genblk may read an image that QEMU reads");
 }
 
-/// tmpfs takes files of any length.
+/// On tmpfs, because it takes files of any length.
 #[test]
-fn an_image_larger_than_page_numbers_go_is_refused() {
+fn an_image_too_large_for_page_numbers_is_refused() {
     let Some(image) = Image::tmpfs("beyond", 512) else { return };
     let file = std::fs::File::options().write(true).open(&image.path).unwrap();
     file.set_len((1 << 59) - 512).unwrap();

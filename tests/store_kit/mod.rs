@@ -1,7 +1,8 @@
-//! What the store tests share: images of every kind with clean-up, aligned memory, a pattern, a driver.
+//! Shared by the store tests: images of every kind with clean-up, aligned memory, a test pattern, and a driver of a
+//! queue.
 
 #![allow(dead_code, reason = "each test file uses its part")]
-#![allow(clippy::unwrap_used, reason = "a test without what it needs has failed")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 #[path = "../common/prng.rs"]
 mod prng;
@@ -24,7 +25,7 @@ use prng::Prng;
 
 pub const MIB: u64 = 1 << 20;
 
-/// An image that goes away with the value, and the loop device on it, if any.
+/// An image that is deleted with the value, with its loop device, if any.
 #[derive(Debug)]
 pub struct Image {
     pub path: PathBuf,
@@ -33,12 +34,12 @@ pub struct Image {
 }
 
 impl Image {
-    /// A sparse regular file where cargo lets tests write.
+    /// A sparse regular file in cargo's directory for tests.
     pub fn file(name: &str, size: u64) -> Self {
         Self::create(Path::new(env!("CARGO_TARGET_TMPDIR")), name, size)
     }
 
-    /// A file on tmpfs.
+    /// A file on tmpfs; `None` without /dev/shm.
     pub fn tmpfs(name: &str, size: u64) -> Option<Self> {
         let directory = Path::new("/dev/shm");
         if !directory.is_dir() {
@@ -48,7 +49,7 @@ impl Image {
         Some(Self::create(directory, name, size))
     }
 
-    /// A loop device with logical blocks of `block` bytes.
+    /// A loop device with logical blocks of `block` bytes; `None` if the host does not allow it.
     pub fn loop_device(name: &str, size: u64, block: u32) -> Option<Self> {
         let mut image = Self::file(name, size);
         let block = block.to_string();
@@ -86,11 +87,11 @@ impl Drop for Image {
         if self.is_loop {
             let result = losetup().arg("--detach").arg(&self.path).status();
             if !result.as_ref().is_ok_and(std::process::ExitStatus::success) {
-                println!("{} stays: {result:?}", self.path.display());
+                println!("cannot detach {}: {result:?}", self.path.display());
             }
         }
         if let Err(error) = std::fs::remove_file(&self.file) {
-            println!("{} stays: {error}", self.file.display());
+            println!("cannot delete {}: {error}", self.file.display());
         }
     }
 }
@@ -104,7 +105,7 @@ pub struct Setting {
     _image: Image,
 }
 
-/// Every engine over every kind of image.
+/// Every engine on every kind of image that this machine has, and a faulty image without faults.
 pub fn settings(name: &str, size: u64) -> Vec<Setting> {
     let mut all = Vec::new();
     for engine in [IoEngine::Uring, IoEngine::Threads] {
@@ -119,8 +120,8 @@ pub fn settings(name: &str, size: u64) -> Vec<Setting> {
                 let options = OpenOptions { read_only: false, engine, direct, ..OpenOptions::default() };
                 let opened = FileImage::open(&image.path, &options).unwrap();
                 assert!(direct || !opened.direct());
-                let how = if opened.direct() { "direct" } else { "buffered" };
-                let label = format!("{engine:?}, {kind}, asked direct: {direct}, is {how}");
+                let mode = if opened.direct() { "direct" } else { "buffered" };
+                let label = format!("{engine:?}, {kind}, direct requested: {direct}, opened {mode}");
                 all.push(Setting { label, backing: opened, _image: image });
             }
         }
@@ -132,15 +133,15 @@ pub fn settings(name: &str, size: u64) -> Vec<Setting> {
     all
 }
 
-/// Submits, kicks, and waits for all events.
+/// Submits operations to a queue, kicks it, and waits for all events.
 pub struct Driver {
-    pub store: Box<dyn StoreQueue>,
+    pub queue: Box<dyn StoreQueue>,
     tag: u64,
 }
 
 impl Driver {
     pub fn new(backing: &Arc<dyn Backing>) -> Self {
-        Self { store: backing.attach().unwrap(), tag: 0 }
+        Self { queue: backing.attach().unwrap(), tag: 0 }
     }
 
     pub fn request(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> IoRequest {
@@ -150,22 +151,22 @@ impl Driver {
 
     pub fn start(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> u64 {
         let request = self.request(op, offset, len, segments);
-        self.store.submit(request).expect("admissible and not full");
+        self.queue.submit(request).expect("admissible and not full");
         self.tag
     }
 
     /// Kicks once and collects every event, by tag.
     pub fn finish(&mut self) -> HashMap<u64, Event> {
-        self.store.kick();
+        self.queue.kick();
         let mut found = HashMap::new();
         let deadline = Instant::now() + Duration::from_secs(60);
-        while self.store.in_flight() > 0 {
-            assert!(Instant::now() < deadline, "{} operations hang", self.store.in_flight());
-            assert!(readable(self.store.wake_fd(), 30_000), "{} in flight, no wake-up", self.store.in_flight());
+        while self.queue.in_flight() > 0 {
+            assert!(Instant::now() < deadline, "{} operations did not complete", self.queue.in_flight());
+            assert!(readable(self.queue.wake_fd(), 30_000), "{} in flight, but no wake-up", self.queue.in_flight());
             let mut events = Vec::new();
-            self.store.reap(&mut events);
+            self.queue.reap(&mut events);
             for event in events {
-                assert!(found.insert(tag_of(&event), event).is_none(), "two events for a tag");
+                assert!(found.insert(tag_of(&event), event).is_none(), "two events with one tag");
             }
         }
         found
@@ -201,7 +202,7 @@ pub fn tag_of(event: &Event) -> u64 {
     }
 }
 
-/// Memory aligned to 4096 bytes.
+/// Owned memory, aligned to 4096 bytes.
 #[derive(Debug)]
 pub struct Buffer {
     base: *mut u8,
@@ -224,13 +225,13 @@ impl Buffer {
 
     pub fn copy_of(bytes: &[u8]) -> Self {
         let buffer = Self::filled(bytes.len(), 0);
-        // SAFETY: both are that long, and a new allocation overlaps nothing.
+        // SAFETY: both have that length, and a new allocation overlaps nothing.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), buffer.base, bytes.len()) };
         buffer
     }
 
     pub fn fill(&mut self, byte: u8) {
-        // SAFETY: the memory is ours, and that long.
+        // SAFETY: the buffer owns `len` bytes from `base`.
         unsafe { std::ptr::write_bytes(self.base, byte, self.len) };
     }
 
@@ -239,11 +240,11 @@ impl Buffer {
     }
 
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the memory is ours, initialised, and that long.
+        // SAFETY: the buffer owns `len` initialised bytes from `base`.
         unsafe { std::slice::from_raw_parts(self.base, self.len) }
     }
 
-    /// A segment of the memory; the range is not checked, for tests of what is refused.
+    /// A segment of the memory. The range is not checked, for tests of inadmissible requests.
     pub fn segment(&mut self, offset: usize, len: usize) -> Segment {
         Segment { base: self.base.wrapping_add(offset), len }
     }
@@ -255,19 +256,19 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: allocated with the same layout.
+        // SAFETY: `base` was allocated with the same layout.
         unsafe { dealloc(self.base, Self::layout(self.len)) };
     }
 }
 
-/// Bytes without a period, none of them zero.
+/// Pseudo-random bytes, none of them zero.
 pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
     Prng::new(seed).bytes(len).into_iter().map(|byte| byte | 1).collect()
 }
 
-/// Whether a descriptor is readable within a time.
+/// Whether a descriptor is or becomes readable within `timeout_ms`.
 pub fn readable(fd: RawFd, timeout_ms: i32) -> bool {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: poll reads and writes one structure, ours.
+    // SAFETY: poll reads and writes one pollfd at the address given, and this one is a local.
     unsafe { libc::poll(&raw mut poll, 1, timeout_ms) == 1 }
 }

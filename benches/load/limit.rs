@@ -54,7 +54,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
     let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0);
     let waker = Arc::new(Waker::new()?);
-    let (control, commands) = Control::new(Arc::clone(&waker));
+    let (control, commands) = Control::new("limit", Arc::clone(&waker));
     let _populator = Populator::start("limit", &buffer);
     let kicks = Epoll::new()?;
     kicks.ctl(ControlOperation::Add, waker.as_raw_fd(), EpollEvent::new(EventSet::IN, u64::MAX))?;
@@ -112,13 +112,13 @@ impl Copier {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Start(index, setup, answer) => {
-                    let ring = Ring::new(index, *setup);
+                    let ring = Ring::new("limit", index, *setup);
                     ring.watch_kicks(&self.kicks, u64::from(index)).expect("an eventfd can be watched");
                     self.rings.insert(index, ring);
                     let _ = answer.send(());
                 }
                 Command::Stop(index, answer) => {
-                    let ring = self.rings.remove(&index).inspect(|ring| ring.forget_kicks(&self.kicks));
+                    let ring = self.rings.remove(&index).inspect(|ring| ring.unwatch_kicks(&self.kicks));
                     let _ = answer.send(ring.map(|ring| ring.position()));
                 }
                 Command::SetCallFd(index, call_fd, answer) => {
@@ -128,7 +128,7 @@ impl Copier {
                     let _ = answer.send(());
                 }
                 Command::Memory(memory, answer) => {
-                    self.rings.values_mut().for_each(|ring| ring.use_memory(&memory));
+                    self.rings.values_mut().for_each(|ring| ring.set_memory(&memory));
                     let _ = answer.send(());
                 }
                 Command::Flush(answer) => {

@@ -1,4 +1,4 @@
-//! Requests on their way into the cache: taken from a ring, parsed, checked, and put to the cache under its lock.
+//! Steps 2 and 3 of a turn: requests are taken from a ring, parsed and checked, and admitted to the cache under its lock.
 
 use crate::cache::{Access, Admitted, Notice, PageCache};
 use crate::virtio::chain::DescriptorTable;
@@ -9,14 +9,15 @@ use super::pending::{Slot, Stage};
 use super::requests::Requests;
 use super::ring::Ring;
 
-/// Requests taken from one ring in one turn.
-const BATCH: usize = 64;
+/// Most requests taken from one ring in one turn, so that a busy ring does not keep the others waiting.
+const BATCH_MAX: usize = 64;
 
 impl Requests {
-    /// Takes what a ring has: what is wrong or needs no cache is finished, the rest is lined up. Whether there was anything.
+    /// Takes requests from a ring. Those that need no cache are finished, the others are queued for admission. Returns
+    /// whether the ring had any.
     pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring) -> bool {
         let mut heads = std::mem::take(&mut self.heads);
-        ring.take(BATCH, &mut heads);
+        ring.take(BATCH_MAX, &mut heads);
         let taken = !heads.is_empty();
         let table = ring.table(&ring.memory);
         if heads.len() > 1 {
@@ -28,7 +29,7 @@ impl Requests {
         taken
     }
 
-    /// Takes on the chain at `head`. False: it can't be answered.
+    /// Makes a pending request of the chain at `head`. Returns false if the chain has no status byte to complete it with.
     fn accept_chain(&mut self, index: u16, memory: &GuestRam, table: &DescriptorTable<'_>, head: u16) -> bool {
         let slot = self.pending.take(index);
         let pending = &mut self.pending[slot];
@@ -46,15 +47,15 @@ impl Requests {
         true
     }
 
-    /// Checks a request against the disk; what the cache is not needed for is finished at once.
+    /// Checks a request against the disk, and queues it for admission; finishes it at once if it needs no cache.
     fn enqueue(&mut self, slot: Slot, memory: &GuestRam) {
         let device = &self.device;
         let pending = &mut self.pending[slot];
         let request = &pending.request;
         pending.write_through = !device.writeback();
-        // What this guest believes to be in the disk is gone: it is told with each request, until it begins anew.
-        let alive = if device.arena.has_data_loss() { Err(Status::IoErr) } else { Ok(()) };
-        let checked = alive.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
+        // Writes that this guest has seen complete are lost: every request fails until the guest resets the device.
+        let intact = if device.arena.has_data_loss() { Err(Status::IoErr) } else { Ok(()) };
+        let checked = intact.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
             RequestKind::Discard | RequestKind::WriteZeroes => {
                 request.range_segments(memory, &device.disk, &mut pending.ranges)
             }
@@ -77,7 +78,7 @@ impl Requests {
         }
     }
 
-    /// Puts every request that is lined up to the cache.
+    /// Admits every queued request to the cache.
     pub(super) fn admit_all(&mut self, cache: &mut PageCache) {
         for at in 0..self.resumed.len() {
             self.admit(cache, self.resumed[at], true);
@@ -86,8 +87,8 @@ impl Requests {
         let Self { incoming, pending, .. } = self;
         if incoming.len() > 1 {
             let requests = incoming.iter().map(|&slot| &pending[slot].request);
-            let of_data = requests.filter(|request| matches!(request.kind, RequestKind::Read | RequestKind::Write));
-            cache.prefetch_lookups(of_data.map(|request| request.span().pages().first));
+            let transfers = requests.filter(|request| matches!(request.kind, RequestKind::Read | RequestKind::Write));
+            cache.prefetch_lookups(transfers.map(|request| request.span().pages().first));
         }
         for at in 0..self.incoming.len() {
             self.admit(cache, self.incoming[at], false);
@@ -95,7 +96,7 @@ impl Requests {
         self.incoming.clear();
     }
 
-    /// Puts a request, or what is left of it, to the cache.
+    /// Admits a request, or what is left of it, to the cache.
     fn admit(&mut self, cache: &mut PageCache, slot: Slot, resumed: bool) {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
@@ -129,22 +130,23 @@ impl Requests {
         }
     }
 
+    /// Admits the segments of a DISCARD or WRITE ZEROES, up to one that has to wait.
     fn admit_ranges(&mut self, cache: &mut PageCache, slot: Slot) {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
         while let Some(range) = pending.ranges.get(pending.admitted as usize) {
-            let taken_on = match pending.request.kind {
+            let admitted = match pending.request.kind {
                 RequestKind::WriteZeroes => cache.zero(ticket, range.span, range.unmap),
                 _ => cache.discard(ticket, range.span),
             };
-            if !taken_on {
+            if !admitted {
                 return;
             }
             pending.admitted += 1;
         }
     }
 
-    /// What the cache has to say of requests admitted earlier.
+    /// Handles what the cache reports about a request that was admitted earlier.
     pub(super) fn handle_notice(&mut self, cache: &mut PageCache, notice: Notice) {
         match notice {
             Notice::Ready(ticket, piece) => self.copies.push((self.pending.slot_of(ticket), piece)),
@@ -155,8 +157,10 @@ impl Requests {
                 self.finish_if_settled(cache, slot);
             }
             Notice::Resume(ticket) => self.resumed.push(self.pending.slot_of(ticket)),
-            Notice::Done(ticket, result) if self.drain_of(ticket).is_some() => self.drained(ticket, result),
             Notice::Done(ticket, result) => {
+                if self.end_control_flush(ticket, result) {
+                    return;
+                }
                 let slot = self.pending.slot_of(ticket);
                 let pending = &mut self.pending[slot];
                 if let Err(fault) = result {

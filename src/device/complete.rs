@@ -1,5 +1,5 @@
-//! Answers: a request whose data has moved is made stable if it must be, held back if the cache is filling up, and then
-//! answered on its ring.
+//! Step 6 of a turn: finished requests complete on their rings. A write is made stable before that if it must be, and is
+//! delayed while the cache fills up.
 
 use std::cmp::Reverse;
 
@@ -14,7 +14,7 @@ use super::requests::Requests;
 use super::ring::Ring;
 
 impl Requests {
-    /// A request all of whose parts are settled is finished, or goes on to be made stable (write-write_through).
+    /// Finishes a request if all its parts are settled; in write-through mode, a change of data is made stable first.
     pub(super) fn finish_if_settled(&mut self, cache: &mut PageCache, slot: Slot) {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
@@ -30,22 +30,23 @@ impl Requests {
         }
     }
 
-    /// Answers what is finished; what is to be held back waits for its time.
+    /// Completes finished requests, or queues those to be delayed; completes delayed ones that are due. Publishes what was
+    /// completed.
     pub(super) fn complete_all(&mut self, rings: &mut [Option<Ring>], now: Tick) {
         for at in 0..self.finished.len() {
             let slot = self.finished[at];
             let delay_us = std::mem::take(&mut self.pending[slot].delay_us);
             if delay_us > 0 {
-                self.held_back.push(Reverse((now.plus_us(delay_us), slot)));
+                self.delayed.push(Reverse((now.plus_us(delay_us), slot)));
             } else {
                 self.complete(rings, slot);
             }
         }
         self.finished.clear();
-        while let Some(&Reverse((due, slot))) = self.held_back.peek()
+        while let Some(&Reverse((due, slot))) = self.delayed.peek()
             && due <= now
         {
-            self.held_back.pop();
+            self.delayed.pop();
             self.complete(rings, slot);
         }
         for ring in rings.iter_mut().flatten() {
@@ -55,15 +56,15 @@ impl Requests {
 
     fn complete(&mut self, rings: &mut [Option<Ring>], slot: Slot) {
         let pending = &self.pending[slot];
-        let ring = rings[usize::from(pending.ring)].as_mut().expect("a ring with requests out is there");
-        // The address was checked when the request was parsed; if the memory went since, nobody reads the status.
+        let ring = rings[usize::from(pending.ring)].as_mut().expect("a ring stops only when it has no requests");
+        // The address was in guest memory when the request was parsed. If it no longer is, no driver reads the status.
         let _ = write_status(&ring.memory, pending.request.status_addr, pending.status);
         ring.push_used(pending.request.head, pending.request.used_len(pending.status));
         self.pending.release(slot);
     }
 
-    /// When the first answer that is held back is due.
-    pub(super) fn next_completion(&self) -> Option<Tick> {
-        self.held_back.peek().map(|&Reverse((due, _))| due)
+    /// When the next delayed completion is due.
+    pub(super) fn next_delayed(&self) -> Option<Tick> {
+        self.delayed.peek().map(|&Reverse((due, _))| due)
     }
 }

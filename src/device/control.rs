@@ -1,4 +1,5 @@
-//! How the control plane speaks to a worker: commands with answers, so that a ring is stopped when it says so.
+//! The control plane's commands to the workers. A command with a reply has been executed when the reply arrives: the
+//! control plane can rely on a ring that it stopped to be stopped.
 
 use std::fs::File;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -12,84 +13,86 @@ use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 use crate::waker::Waker;
 
-/// Everything a ring needs to run.
+/// Everything that a ring needs to run.
 #[derive(Debug)]
 pub struct RingSetup {
-    /// Where the ring lies.
+    /// Where the queue is in guest memory.
     pub layout: QueueLayout,
-    /// Where it goes on.
+    /// The position at which the device continues.
     pub position: QueuePosition,
-    /// Readable when the guest has made something available.
+    /// The kick descriptor: readable after the driver has made heads available.
     pub kick: File,
-    /// Written when something has been used; none: the guest polls.
+    /// The call descriptor, which interrupts the driver; `None`: the driver polls.
     pub call_fd: Option<File>,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
-    /// Where the ring notes what it owes, if the front-end wants that.
-    pub track: Option<InflightTracker>,
+    /// The ring's part of the inflight region, if the front-end uses one.
+    pub tracker: Option<InflightTracker>,
 }
 
-/// What a worker is told; each is answered when it is done.
+/// A command to a worker. Each but the last has a reply, sent when the command has been executed.
 #[derive(Debug)]
 pub enum Command {
-    /// Serve this ring from now on.
+    /// Start the ring with this index.
     Start(u16, Box<RingSetup>, Sender<()>),
-    /// Finish what was taken from this ring and take no more. `None`: it did not run.
+    /// Stop the ring: take no more requests, and complete those that were taken. Replies with the ring's last position;
+    /// `None`: it was not running.
     Stop(u16, Sender<Option<QueuePosition>>),
-    /// Use this to interrupt the guest.
+    /// Use this call descriptor for the ring.
     SetCallFd(u16, Option<File>, Sender<()>),
-    /// Finish what was taken from every ring, then use this memory.
+    /// Complete what was taken from every ring, then use this memory.
     Memory(Arc<GuestRam>, Sender<()>),
-    /// Make everything written so far durable.
+    /// Make every completed write durable.
     Flush(Sender<Result<(), Fault>>),
-    /// The image is well again: what failed is tried at once.
+    /// The operator says that the image works again: retry at once what failed.
     Resume(Sender<()>),
-    /// End the thread. Rings are stopped by then.
+    /// End the thread. Its rings are stopped by then.
     Exit,
 }
 
-/// The control plane's end.
+/// The control plane's end of the commands to one worker.
 #[derive(Clone, Debug)]
 pub struct Control {
+    device: String,
     commands: Sender<Command>,
     waker: Arc<Waker>,
 }
 
 impl Control {
-    /// Both ends; `waker` wakes the worker.
-    pub fn new(waker: Arc<Waker>) -> (Self, Receiver<Command>) {
+    /// Both ends of the commands to a worker of `device`, which `waker` wakes.
+    pub fn new(device: &str, waker: Arc<Waker>) -> (Self, Receiver<Command>) {
         let (commands, receiver) = channel();
-        (Self { commands, waker }, receiver)
+        (Self { device: device.to_owned(), commands, waker }, receiver)
     }
 
-    /// Sends a command that needs no answer.
+    /// Sends a command without waiting for a reply.
     pub fn send(&self, command: Command) {
-        // A worker ends only when it is told to, or when an invariant broke; then nobody listens any more.
+        // A worker ends only by `Exit`, or by a panic, which ends the process.
         if self.commands.send(command).is_err() || self.waker.notify().is_err() {
-            error!("a worker thread is gone");
+            error!("{}: a worker thread has ended, or cannot be woken", self.device);
         }
     }
 
-    /// Sends a command and waits for its answer. `None`: the worker is gone.
+    /// Sends a command and waits for its reply. `None`: the worker has ended.
     pub fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
-        let (answer, wait) = channel();
-        self.send(command(answer));
-        wait.recv().ok()
+        let (reply, replied) = channel();
+        self.send(command(reply));
+        replied.recv().ok()
     }
 }
 
-/// The workers of a device, and which rings each serves: ring `i` belongs to worker `i` modulo their number.
+/// The workers of a device. Ring `i` belongs to worker `i` modulo their number.
 #[derive(Debug)]
 pub struct Workers {
     controls: Vec<Control>,
-    /// The last command that changes many rings at a time is over before the next begins.
+    /// Held during a command to all workers, so that two of them do not interleave.
     serial: Mutex<()>,
 }
 
 impl Workers {
-    /// At least one worker.
+    /// The workers behind `controls`, at least one.
     pub fn new(controls: Vec<Control>) -> Self {
-        assert!(!controls.is_empty(), "a device has a worker");
+        assert!(!controls.is_empty(), "a device has at least one worker");
         Self { controls, serial: Mutex::new(()) }
     }
 
@@ -98,15 +101,15 @@ impl Workers {
         &self.controls[usize::from(ring) % self.controls.len()]
     }
 
-    /// Hands new guest memory to every worker; each has finished with the old one when this returns.
+    /// Makes every worker use new guest memory. When this returns, none uses the old memory any more.
     pub fn set_memory(&self, memory: &Arc<GuestRam>) {
         let _serial = self.serial.lock();
         for control in &self.controls {
-            control.ask(|answer| Command::Memory(Arc::clone(memory), answer));
+            control.ask(|reply| Command::Memory(Arc::clone(memory), reply));
         }
     }
 
-    /// Makes everything written so far durable.
+    /// Makes every completed write durable.
     ///
     /// # Errors
     /// The store's fault.
@@ -114,12 +117,12 @@ impl Workers {
         self.controls[0].ask(Command::Flush).unwrap_or(Err(Fault::Gone))
     }
 
-    /// As [`Workers::flush`], without waiting for the end. If it fails, the log tells of the image.
+    /// As [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health.
     pub fn start_flush(&self) {
         self.controls[0].send(Command::Flush(channel().0));
     }
 
-    /// The operator says that the image is well again.
+    /// Retries at once what failed: the operator says that the image works again.
     pub fn resume(&self) {
         self.controls[0].ask(Command::Resume);
     }

@@ -1,35 +1,40 @@
-//! The bytes: copied between the guest's memory and pinned frames, without any lock.
+//! Steps 4 and 5 of a turn: bytes are copied between guest memory and pinned frames, without any lock; then the pieces
+//! return to the cache.
 
 use crate::cache::{PageCache, Piece};
 use crate::cached_image::WorkerPort;
 use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::Status;
-use crate::virtio::guest_copy::{BadAddress, GuestCursor, LINE_BYTES, prefetch};
+use crate::virtio::guest_copy::{BadAddress, CACHE_LINE_BYTES, GuestCursor, prefetch};
 use crate::virtio::request::RequestKind;
 
 use super::pending::Pending;
-use super::requests::{Requests, Written};
+use super::requests::{CopiedPiece, Requests};
 use super::ring::Ring;
 
+/// How much of a frame is prefetched before a write fills it: enough for the processor to see the pattern and to fetch
+/// the rest by itself.
+const WRITE_PREFETCH_LINES: usize = 4;
+
 impl Requests {
-    /// Copies every piece that is ready. With its last piece a read is finished: the cache need not know before the answer.
+    /// Copies every ready piece. With its last piece a read is finished: the cache need not know before the driver does.
     pub(super) fn copy_all(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
         let Self { copies, pending, finished, read, written, .. } = self;
         let mut following = copies[..].iter().skip(1);
         for of_one in copies.chunk_by(|(slot, _), (other, _)| slot == other) {
             let slot = of_one[0].0;
             let Pending { request, ring, settled, status, .. } = &mut pending[slot];
-            let ring = rings[usize::from(*ring)].as_ref().expect("a ring with requests out is there");
+            let ring = rings[usize::from(*ring)].as_ref().expect("a ring stops only when it has no requests");
             let mut cursor = GuestCursor::new(&ring.memory, &request.data);
             for &(_, piece) in of_one {
                 let next = following.next().and_then(|(_, next)| port.memory(next));
-                let copied = copy(&mut cursor, request.kind, &piece, port.memory(&piece), next);
+                let result = copy(&mut cursor, request.kind, &piece, port.memory(&piece), next);
                 if request.kind == RequestKind::Write {
-                    written.push(Written { slot, piece, copied });
+                    written.push(CopiedPiece { slot, piece, result });
                 } else {
                     read.push(piece);
                     *settled += u64::from(piece.count);
-                    if copied.is_err() && *status == Status::Ok {
+                    if result.is_err() && *status == Status::Ok {
                         *status = Status::IoErr;
                     }
                 }
@@ -41,14 +46,14 @@ impl Requests {
         copies.clear();
     }
 
-    /// Gives what was written back to the cache, under its lock: only then may a write be answered.
-    pub(super) fn give_back_written(&mut self, cache: &mut PageCache) {
+    /// Returns the pieces of writes to the cache, under its lock. Only then may a write complete.
+    pub(super) fn return_writes(&mut self, cache: &mut PageCache) {
         for at in 0..self.written.len() {
-            let Written { slot, piece, copied } = self.written[at];
-            cache.finish_write(&piece, copied.is_ok());
+            let CopiedPiece { slot, piece, result } = self.written[at];
+            cache.finish_write(&piece, result.is_ok());
             let pending = &mut self.pending[slot];
             pending.settled += u64::from(piece.count);
-            if copied.is_err() {
+            if result.is_err() {
                 pending.status = Status::IoErr;
             }
             self.finish_if_settled(cache, slot);
@@ -56,13 +61,14 @@ impl Requests {
         self.written.clear();
     }
 
-    /// Gives what was read back to the cache, under its lock.
-    pub(super) fn give_back_read(&mut self, cache: &mut PageCache) {
+    /// Returns the pieces of reads to the cache, under its lock.
+    pub(super) fn return_reads(&mut self, cache: &mut PageCache) {
         self.read.drain(..).for_each(|piece| cache.finish_read(&piece));
     }
 }
 
-/// Copies a piece from or to `memory`, where it lies; none: it is zeros. `next` is where the next one lies.
+/// Copies a piece between guest memory and `memory`, the first byte of its sectors in its frames; `None` stands for zeros,
+/// of a read. `next` is the memory of the piece to be copied after this one.
 fn copy(
     cursor: &mut GuestCursor,
     kind: RequestKind,
@@ -74,23 +80,25 @@ fn copy(
     let len = piece.count as usize * SECTOR_SIZE;
     match (memory, kind) {
         (None, _) => cursor.fill_zeros(offset, len),
-        (Some(frame), RequestKind::Write) => {
-            next.into_iter().for_each(prefetch_beginning);
-            // SAFETY: the piece pins its frames, of which these sectors are this request's to fill: the cache marks them
-            // pending, so no read-in and no write-back touches them. Guest memory and arena are different mappings.
-            unsafe { cursor.copy_from_guest(offset, frame, len) }
+        (Some(frames), RequestKind::Write) => {
+            next.into_iter().for_each(prefetch_start);
+            // SAFETY: the piece pins its frames, which hold these sectors: `len` bytes of the arena, which no reference
+            // covers and which is mapped apart from guest memory. The cache marks the sectors as pending, so no read-in
+            // and no write-back touches them. Other requests of the guest may read or write them at the same time, on
+            // other workers; the callee allows that.
+            unsafe { cursor.copy_from_guest(offset, frames, len) }
         }
-        (Some(frame), _) => {
-            // Along several pages the processor looks ahead by itself, and is hindered if it is told to.
+        (Some(frames), _) => {
+            // Within a copy of several pages the processor's own prefetcher is as good, and explicit hints slow it down.
             let next = next.filter(|_| len <= PAGE_SIZE).map(<*mut u8>::cast_const);
-            // SAFETY: the piece pins its frames. A guest that writes these sectors in another request at the same time
-            // may find old or new bytes in this one, as on any disk; whatever the bytes are, they are plain data.
-            unsafe { cursor.copy_to_guest(offset, frame, len, next) }
+            // SAFETY: as above. Writes of the guest to these sectors may be copied in at the same time; the callee allows
+            // that, and the guest reads old or new bytes, as on any disk.
+            unsafe { cursor.copy_to_guest(offset, frames, len, next) }
         }
     }
 }
 
-/// Calls for the first bytes of a frame that is to be filled; the processor sees the pattern and fetches the rest by itself.
-fn prefetch_beginning(frame: *mut u8) {
-    (0..4).for_each(|line| prefetch(frame.wrapping_add(line * LINE_BYTES)));
+/// Prefetches the start of a frame that is to be filled.
+fn prefetch_start(frame: *mut u8) {
+    (0..WRITE_PREFETCH_LINES).for_each(|line| prefetch(frame.wrapping_add(line * CACHE_LINE_BYTES)));
 }

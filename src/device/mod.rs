@@ -1,9 +1,18 @@
-//! \[3\] A virtio-blk device: where a request meets the cache.
+//! \[3\] A virtio-blk device: its worker threads take requests from the guest's rings, through the cache, and back.
 //!
-//! Read `worker.rs` first: its [`worker`] loop is the life of every request. `ring.rs` takes requests from the guest's
-//! rings and gives them back, `pending.rs` keeps them meanwhile, `admit.rs` brings them before the cache, `copy.rs` moves
-//! their bytes, `complete.rs` answers them, `call.rs` calls the guest; `inflight.rs` notes for a successor what is still owed.
-//! `control.rs` is how the control plane speaks to a worker.
+//! Start with `worker.rs`: its numbered list is the life of every request. The files in the order in which a request
+//! meets them:
+//!
+//! 1. [`ring`]: one virtqueue. Takes heads from the available ring.
+//! 2. `inflight.rs`: records each head that was taken, for a daemon that may have to complete it after this one died.
+//! 3. `pending.rs`: the table that holds a request until it completes. `requests.rs`: the lists through which a turn
+//!    moves it.
+//! 4. `admit.rs`: parses and checks it, and admits it to the cache.
+//! 5. `copy.rs`: copies its bytes between frames and guest memory.
+//! 6. `complete.rs`: writes its status, and pushes it onto the used ring.
+//! 7. `interrupt.rs`: notifies the driver.
+//!
+//! Beside the path lies [`control`]: the commands of the control plane to the workers.
 
 mod admit;
 mod complete;
@@ -26,27 +35,27 @@ use crate::virtio::request::Disk;
 pub use control::{Command, Control, RingSetup};
 pub use worker::spawn;
 
-/// What all of a device's workers and its control plane share.
+/// What a device's workers share with each other and with the control plane.
 #[derive(Debug)]
 pub struct Device {
-    /// Names the device in the log.
+    /// The device's name; its log lines begin with it.
     pub name: String,
-    /// The cache's memory, which knows whether its guest has lost anything.
+    /// The cache's memory, which records whether this guest has lost data.
     pub arena: Arc<Arena>,
-    /// What requests are checked against.
+    /// The properties against which requests are checked.
     pub disk: Disk,
-    /// What the guest is told of the disk.
+    /// The properties that the configuration space shows to the guest.
     pub parameters: DiskParameters,
-    /// Whether writes may stay volatile until a FLUSH, as configured.
+    /// The configured cache mode: whether a completed write may stay volatile until a FLUSH.
     writeback_configured: bool,
-    /// The same, as the guest has it now (CONFIG_WCE).
+    /// The cache mode at present, which the guest may have changed (CONFIG_WCE).
     writeback: AtomicBool,
-    /// How long a worker looks for more work before it sleeps.
+    /// How long an idle worker polls before it sleeps, in microseconds.
     pub poll_us: u32,
 }
 
 impl Device {
-    /// A device that no guest has configured yet.
+    /// A device that no driver has initialized yet.
     pub fn new(
         name: String,
         arena: Arc<Arena>,
@@ -65,25 +74,25 @@ impl Device {
         self.writeback.load(Ordering::Acquire)
     }
 
-    /// The guest chose the cache mode (CONFIG_WCE).
+    /// Sets the cache mode that the guest chose (CONFIG_WCE).
     ///
-    /// => Write-through, once chosen, stays until it is taken back: the guest sends no FLUSH any more, and goes on so although
-    ///    its front-end comes back, to this daemon or the next, and says nothing of it. A front-end keeps its own copy of
-    ///    the mode even over a reset of the guest, after which it can be either (virtio 1.2, section 5.2.5).
+    /// => Write-through stays until the guest chooses write-back again. A guest in write-through sends no FLUSH, and it
+    ///    repeats its choice neither when its front-end reconnects nor when the daemon is replaced. A front-end keeps its
+    ///    own copy of the mode even over a reset of the guest, after which it may be either (virtio 1.2, section 5.2.5).
     pub fn choose_writeback(&self, writeback: bool) {
         self.arena.set_write_through(!writeback);
         self.writeback.store(writeback, Ordering::Release);
     }
 
-    /// A driver starts, with these features if it has chosen them: the cache mode starts anew, unless it is write-through by
-    /// choice.
+    /// A driver initializes the device; `features` are those it acknowledged, if it has done so. Resets the cache mode,
+    /// unless the guest chose write-through.
     pub fn start_with_features(&self, features: Option<u64>) {
         let configured = self.writeback_configured;
         let writeback = features.map_or(configured, |features| initial_writeback(features, configured));
         self.writeback.store(writeback && !self.arena.is_write_through(), Ordering::Release);
     }
 
-    /// The configuration space as it is now.
+    /// The configuration space at present.
     pub fn config_space(&self) -> ConfigSpace {
         ConfigSpace::new(&self.parameters, self.writeback())
     }

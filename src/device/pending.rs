@@ -1,4 +1,4 @@
-//! Requests between their ring and their answer.
+//! The table of pending requests: those taken from a ring and not yet completed.
 
 use crate::cache::Ticket;
 use crate::cached_image::WorkerPort;
@@ -6,79 +6,79 @@ use crate::units::low_u32;
 use crate::virtio::Status;
 use crate::virtio::request::{RangeSegment, Request};
 
-/// What a request waits for.
+/// How far a request has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     /// The slot is free.
-    Idle,
-    /// Data moves between guest and cache, or ranges are zeroed or discarded.
+    Free,
+    /// Its data moves between guest and cache, or its ranges are zeroed or discarded.
     Data,
     /// The cache makes it stable.
     Flush,
 }
 
-/// A request that was taken from a ring.
+/// A pending request.
 #[derive(Debug)]
 pub(super) struct Pending {
-    /// As parsed; its vectors are used again.
+    /// As parsed. The slot's next request reuses the memory of its vectors, so that serving it allocates nothing.
     pub request: Request,
-    /// Pieces of a DISCARD or WRITE ZEROES.
+    /// The segments of a DISCARD or WRITE ZEROES; empty for other kinds. Its memory is reused, too.
     pub ranges: Vec<RangeSegment>,
-    /// Its ring.
+    /// The index of its ring.
     pub ring: u16,
     pub stage: Stage,
-    /// Sectors (or ranges) that the cache has taken on.
+    /// How many sectors (or ranges) the cache has admitted.
     pub admitted: u32,
-    /// Sectors (or ranges) that are done or have failed.
+    /// How many sectors (or ranges) are done or have failed.
     pub settled: u64,
     /// How it ends; [`Status::Ok`] until something fails.
     pub status: Status,
-    /// Writes: whether the answer must wait until the data is stable.
+    /// Of a write: it completes only when its data is stable.
     pub write_through: bool,
-    /// Writes: microseconds by which the answer is held back.
+    /// Of a write: by how many microseconds its completion is delayed.
     pub delay_us: u64,
-    /// Tells this request from earlier ones in the slot.
+    /// Distinguishes this request from earlier ones in the slot.
     generation: u16,
 }
 
-/// All requests of a worker, in slots that are used again.
+/// The pending requests of a worker, in slots that are reused.
 #[derive(Debug)]
 pub(super) struct PendingTable {
-    /// The ticket that the worker's own parts are added to.
+    /// The ticket of the worker with a local part of 0.
     base: Ticket,
     slots: Vec<Pending>,
     free: Vec<u32>,
 }
 
-/// A slot's name.
+/// The index of a slot.
 pub(super) type Slot = u32;
 
 impl Pending {
-    /// How many sectors (or ranges) there are.
+    /// How many sectors (or ranges) it has.
     fn total(&self) -> u64 {
         if self.ranges.is_empty() { self.request.span().count } else { self.ranges.len() as u64 }
     }
 
-    /// Whether every part is done or has failed.
+    /// Whether every sector (or range) is done or has failed.
     pub fn is_settled(&self) -> bool {
         self.settled >= self.total()
     }
 }
 
 impl PendingTable {
-    /// No requests yet; `base` names the worker.
+    /// An empty table; `base` is the ticket of the worker with a local part of 0.
     pub fn new(base: Ticket) -> Self {
         Self { base, slots: Vec::new(), free: Vec::new() }
     }
 
-    /// A free slot.
+    /// Takes a free slot for a request of `ring`.
     pub fn take(&mut self, ring: u16) -> Slot {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Pending {
                 request: Request::default(),
                 ranges: Vec::new(),
                 ring,
-                stage: Stage::Idle,
+                stage: Stage::Free,
                 admitted: 0,
                 settled: 0,
                 status: Status::Ok,
@@ -89,7 +89,7 @@ impl PendingTable {
             u32::try_from(self.slots.len() - 1).expect("bounded by the rings' sizes")
         });
         let pending = &mut self.slots[slot as usize];
-        // 15 bits: the topmost of the worker's own part marks flushes of the control plane.
+        // 15 bits: the highest bit of the local part marks flushes of the control plane.
         pending.generation = (pending.generation + 1) & 0x7fff;
         (pending.ring, pending.stage) = (ring, Stage::Data);
         (pending.admitted, pending.settled, pending.status) = (0, 0, Status::Ok);
@@ -98,30 +98,30 @@ impl PendingTable {
         slot
     }
 
-    /// Requests that are under way.
+    /// How many requests are pending.
     pub fn in_use(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// The slot's request is answered.
+    /// Frees the slot: its request has completed.
     pub fn release(&mut self, slot: Slot) {
-        self.slots[slot as usize].stage = Stage::Idle;
+        self.slots[slot as usize].stage = Stage::Free;
         self.free.push(slot);
     }
 
-    /// The name of the slot's request before the cache.
+    /// The ticket by which the cache knows the slot's request.
     pub fn ticket(&self, slot: Slot) -> Ticket {
         let generation = u64::from(self.slots[slot as usize].generation);
         Ticket(self.base.0 | generation << 32 | u64::from(slot))
     }
 
-    /// The slot of a ticket.
+    /// The slot of the request with this ticket.
     ///
     /// # Panics
-    /// If its request is not under way: the cache answered twice.
+    /// If the request is not pending: the cache reported its end twice.
     pub fn slot_of(&self, ticket: Ticket) -> Slot {
         let slot = low_u32(WorkerPort::local_part(ticket));
-        assert_eq!(self.ticket(slot), ticket, "a notice is for a request that is under way");
+        assert_eq!(self.ticket(slot), ticket, "a notice is about a pending request");
         slot
     }
 }

@@ -12,47 +12,52 @@ use crate::virtio::guest_copy::BadAddress;
 use super::Device;
 use super::pending::{PendingTable, Slot};
 
-/// A piece of a write after its copy, which may have failed half-way.
+/// A piece of a write whose copy has ended.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Written {
+pub(super) struct CopiedPiece {
     pub slot: Slot,
     pub piece: Piece,
-    pub copied: Result<(), BadAddress>,
+    /// An error leaves an unknown part of the piece copied.
+    pub result: Result<(), BadAddress>,
 }
 
-/// The requests of a worker and where they stand; `admit.rs`, `copy.rs` and `complete.rs` move them along.
+/// The requests of a worker. `admit.rs`, `copy.rs` and `complete.rs` move them from list to list.
+///
+/// => Between turns every list is empty, except `delayed` and the control plane's flushes.
 #[derive(Debug)]
 pub(super) struct Requests {
     pub device: Arc<Device>,
     pub pending: PendingTable,
     /// Heads just taken from a ring.
     pub heads: Vec<u16>,
-    /// Requests to be put to the cache for the first time ...
+    /// Requests to admit to the cache for the first time.
     pub incoming: Vec<Slot>,
-    /// ... and those that were told to resume: they go first, or who came later would take what they have waited for.
+    /// Requests that the cache told to resume. They go before `incoming`, or later requests would take what they waited
+    /// for.
     pub resumed: Vec<Slot>,
-    /// Pieces of one request, on their way to `copies`.
+    /// Pieces of the request being admitted, before they join `copies`.
     pub pieces: Vec<Piece>,
-    /// Pieces to be copied.
+    /// Pieces to copy.
     pub copies: Vec<(Slot, Piece)>,
-    /// Pieces of writes to be given back to the cache.
-    pub written: Vec<Written>,
-    /// The same of reads.
+    /// Copied pieces of writes, to return to the cache.
+    pub written: Vec<CopiedPiece>,
+    /// Copied pieces of reads, to return to the cache.
     pub read: Vec<Piece>,
-    /// Requests to be answered.
+    /// Requests to complete.
     pub finished: Vec<Slot>,
-    /// Answers that wait for their time, because the cache is filling up.
-    pub held_back: BinaryHeap<Reverse<(Tick, Slot)>>,
-    /// The control plane's flushes.
-    drains: Vec<(Ticket, Sender<Result<(), Fault>>)>,
-    next_drain: u64,
+    /// Finished writes whose completion is delayed because the cache is filling up, with the time of completion.
+    pub delayed: BinaryHeap<Reverse<(Tick, Slot)>>,
+    /// Flushes of the control plane in progress, and where to send their results.
+    control_flushes: Vec<(Ticket, Sender<Result<(), Fault>>)>,
+    next_control_flush: u64,
     base: Ticket,
 }
 
-/// Tickets of the control plane's flushes have this bit of the worker's own part set.
-const DRAIN: u64 = 1 << 47;
+/// This bit of a ticket's local part marks a flush of the control plane.
+const CONTROL_FLUSH: u64 = 1 << 47;
 
 impl Requests {
+    /// No requests; `base` is the ticket of the worker with a local part of 0.
     pub fn new(device: Arc<Device>, base: Ticket) -> Self {
         Self {
             device,
@@ -65,31 +70,27 @@ impl Requests {
             written: Vec::new(),
             read: Vec::new(),
             finished: Vec::new(),
-            held_back: BinaryHeap::new(),
-            drains: Vec::new(),
-            next_drain: 0,
+            delayed: BinaryHeap::new(),
+            control_flushes: Vec::new(),
+            next_control_flush: 0,
             base,
         }
     }
 
-    /// A ticket for a flush of the control plane's.
-    pub fn drain_ticket(&mut self, answer: Sender<Result<(), Fault>>) -> Ticket {
-        let ticket = Ticket(self.base.0 | DRAIN | self.next_drain);
-        self.next_drain = (self.next_drain + 1) % DRAIN;
-        self.drains.push((ticket, answer));
+    /// Returns a ticket for a flush of the control plane, whose result goes to `reply`.
+    pub fn start_control_flush(&mut self, reply: Sender<Result<(), Fault>>) -> Ticket {
+        let ticket = Ticket(self.base.0 | CONTROL_FLUSH | self.next_control_flush);
+        self.next_control_flush = (self.next_control_flush + 1) % CONTROL_FLUSH;
+        self.control_flushes.push((ticket, reply));
         ticket
     }
 
-    /// Where the control plane's flush with this ticket stands in the list.
-    pub fn drain_of(&self, ticket: Ticket) -> Option<usize> {
-        self.drains.iter().position(|(other, _)| *other == ticket)
-    }
-
-    /// A flush of the control plane's has ended.
-    pub fn drained(&mut self, ticket: Ticket, result: Result<(), Fault>) {
-        let at = self.drain_of(ticket).expect("the caller has looked");
-        let (_, answer) = self.drains.swap_remove(at);
-        // Who asked may have gone away.
-        let _ = answer.send(result);
+    /// Replies to a flush of the control plane. Returns false if `ticket` belongs to a request of the guest.
+    pub fn end_control_flush(&mut self, ticket: Ticket, result: Result<(), Fault>) -> bool {
+        let Some(at) = self.control_flushes.iter().position(|(other, _)| *other == ticket) else { return false };
+        let (_, reply) = self.control_flushes.swap_remove(at);
+        // The requester may not wait for the reply.
+        let _ = reply.send(result);
+        true
     }
 }

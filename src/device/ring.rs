@@ -1,238 +1,247 @@
-//! One virtqueue, as a worker runs it: heads come out, used entries go in, the guest is called when it wants to be.
+//! One virtqueue as its worker runs it: takes heads from the available ring, pushes used elements, interrupts the driver.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use log::{error, info};
+use log::{error, info, warn};
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::control::RingSetup;
 use super::inflight::InflightTracker;
 use super::interrupt::Interrupt;
+use crate::units::counted;
 use crate::virtio::GuestRam;
 use crate::virtio::chain::DescriptorTable;
 use crate::virtio::split::{QueueLayout, QueuePosition, SplitQueue};
 
-/// A ring that runs.
+/// A running virtqueue.
 ///
-/// Public for the benchmark's limit: a server on this very code that does nothing but copy.
+/// Public for the benchmark's limit: a server on this same code that does nothing but copy.
 #[derive(Debug)]
 pub struct Ring {
-    index: u16,
+    /// The device and the ring; its log lines begin with it.
+    label: String,
     layout: QueueLayout,
-    /// `None`: it does not lie in guest memory now, and is not served.
+    /// `None`: the queue is not in guest memory at present, and is not served.
     queue: Option<SplitQueue>,
-    /// Where it stood when it was last looked up in guest memory.
-    looked_up_at: QueuePosition,
+    /// The position at which the queue was last mapped.
+    mapped_at: QueuePosition,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     kick: File,
     interrupt: Option<Interrupt>,
-    /// The guest waits for a call that it has not got yet.
+    /// The driver is waiting for an interrupt that was not sent yet.
     interrupt_due: bool,
-    /// Requests taken and not yet answered.
+    /// How many requests were taken and not completed.
     in_flight: u16,
-    /// Where they are noted for a successor.
-    track: Option<InflightTracker>,
-    /// What a predecessor has left is known.
+    /// Records them for a later daemon.
+    tracker: Option<InflightTracker>,
+    /// The requests that the previous daemon left in flight have been looked up.
     recovered: bool,
-    /// What a predecessor has taken and not answered, last one first: it is taken before anything else.
-    resubmit: Vec<u16>,
-    /// The guest broke the rules in a way that can't be answered: nothing more is taken.
+    /// Heads that the previous daemon took and did not complete, in reverse order. They are taken before any other.
+    resubmissions: Vec<u16>,
+    /// The driver violated the protocol in a way that no status can report: nothing more is taken.
     broken: bool,
 }
 
 impl Ring {
-    /// A ring from its setup.
+    /// Starts vring `index` of `device`.
     ///
-    /// => The guest is called at once: a predecessor may have died between an answer and the call for it, and with EVENT_IDX
-    ///    no later answer would make up for that.
-    pub fn new(index: u16, setup: RingSetup) -> Self {
-        let RingSetup { layout, position, kick, call_fd, memory, track } = setup;
+    /// => Interrupts the driver at once. The previous daemon may have died between a completion and its interrupt, and with
+    ///    EVENT_IDX no later completion would make up for that.
+    pub fn new(device: &str, index: u16, setup: RingSetup) -> Self {
+        let RingSetup { layout, position, kick, call_fd, memory, tracker } = setup;
         let mut ring = Self {
-            index,
+            label: format!("{device}: vring {index}"),
             layout,
             queue: None,
-            looked_up_at: position,
+            mapped_at: position,
             memory,
             kick,
             interrupt: call_fd.map(Interrupt::new),
             interrupt_due: true,
             in_flight: 0,
-            track,
+            tracker,
             recovered: false,
-            resubmit: Vec::new(),
+            resubmissions: Vec::new(),
             broken: false,
         };
-        ring.look_up();
+        ring.map_queue();
         ring.trigger_if_due();
         ring
     }
 
-    /// Looks the ring up in guest memory; when it is found first, takes up what a predecessor has left.
-    fn look_up(&mut self) {
-        self.queue = SplitQueue::new(&self.memory, self.layout, self.looked_up_at);
+    /// Maps the queue in guest memory; recovers the requests of the previous daemon when this succeeds for the first time.
+    fn map_queue(&mut self) {
+        self.queue = SplitQueue::new(&self.memory, self.layout, self.mapped_at);
         if self.queue.is_none() {
+            let QueueLayout { size, desc_table, avail_ring, used_ring, .. } = self.layout;
             error!(
-                "ring {} is not served: it does not lie in the guest's memory as it must: {:x?}",
-                self.index, self.layout
+                "{}: not served: its rings are misaligned, outside guest memory, or across two regions of it (size {size}, \
+                 descriptor table {desc_table:#x}, available ring {avail_ring:#x}, used ring {used_ring:#x})",
+                self.label
             );
         } else if !std::mem::replace(&mut self.recovered, true) {
             self.recover();
         }
     }
 
-    /// Takes up what a predecessor has left: the used ring says what it has answered, the inflight region what it owes.
+    /// Finds the requests that the previous daemon took and did not complete. The used ring says which it completed, the
+    /// inflight region which it took.
     ///
-    /// => Together they say where the ring goes on, whatever base the front-end gave: QEMU's may be older than the last
-    ///    answer, and cloud-hypervisor's is beyond what nobody has taken yet.
+    /// => Together they give the ring's position, whatever base the front-end sent. QEMU's may be older than the last
+    ///    completion; cloud-hypervisor's may skip heads that no daemon has taken.
     fn recover(&mut self) {
-        let (Some(queue), Some(track)) = (&mut self.queue, &mut self.track) else { return };
+        let (Some(queue), Some(tracker)) = (&mut self.queue, &mut self.tracker) else { return };
         let used = queue.used_idx();
-        let Some(owed) = track.recover(used) else { return };
-        let Ok(count) = u16::try_from(owed.len()) else { return };
-        queue.go_on_at(QueuePosition { next_avail: used.wrapping_add(count), next_used: used });
+        let Some(heads) = tracker.recover(used) else { return };
+        let Ok(count) = u16::try_from(heads.len()) else { return };
+        queue.set_position(QueuePosition { next_avail: used.wrapping_add(count), next_used: used });
         if count > 0 {
-            info!("ring {}: {count} requests are taken up that were in flight", self.index);
-            self.resubmit = owed;
-            self.resubmit.reverse();
+            let requests = counted(u64::from(count), "request");
+            info!("{}: resubmitting {requests} that the previous daemon left in flight", self.label);
+            self.resubmissions = heads;
+            self.resubmissions.reverse();
         }
     }
 
-    /// Whether every request that was taken, by us or by a predecessor, has been answered.
+    /// Whether every request that was taken, by this daemon or the previous one, has completed.
     pub fn is_drained(&self) -> bool {
         self.in_flight == 0 && !self.has_resubmissions()
     }
 
-    /// Whether a predecessor has left requests that are not taken up yet.
+    /// Whether requests of the previous daemon are still to be taken.
     pub fn has_resubmissions(&self) -> bool {
-        !self.resubmit.is_empty() && self.works()
+        !self.resubmissions.is_empty() && self.is_usable()
     }
 
-    /// Whether requests can be taken and answered.
-    fn works(&self) -> bool {
+    /// Whether requests can be taken and completed.
+    fn is_usable(&self) -> bool {
         self.queue.is_some() && !self.broken
     }
 
-    /// Has `epoll` tell of each kick, with this token.
+    /// Makes `epoll` report each kick with `token`.
     ///
-    /// => A kick is an edge, and is not read: the descriptor is the front-end's, which may have made it blocking, given it to
-    ///    two rings, or read it itself. A read could wait for ever.
+    /// => A kick is an edge, and the descriptor is never read. It belongs to the front-end, which may have made it
+    ///    blocking, given it to two rings, or read it itself; a read could block forever.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of epoll_ctl(2).
     pub fn watch_kicks(&self, epoll: &Epoll, token: u64) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
         epoll.ctl(ControlOperation::Add, self.kick.as_raw_fd(), event)
     }
 
-    /// Has `epoll` tell of kicks no longer.
-    pub fn forget_kicks(&self, epoll: &Epoll) {
-        // It may never have been watched; then there is nothing to undo.
+    /// Makes `epoll` report kicks no longer.
+    pub fn unwatch_kicks(&self, epoll: &Epoll) {
+        // It fails if they were never watched.
         let _ = epoll.ctl(ControlOperation::Delete, self.kick.as_raw_fd(), EpollEvent::default());
     }
 
-    /// Use this to call the guest from now on.
+    /// Sets the descriptor that interrupts the driver; sends an interrupt that is due.
     pub fn set_call_fd(&mut self, call_fd: Option<File>) {
         self.interrupt = call_fd.map(Interrupt::new);
         self.trigger_if_due();
     }
 
-    /// New guest memory. If the ring does not lie in it, it stands still until it does again: a front-end that changes a
-    /// region takes it away first.
-    pub fn use_memory(&mut self, memory: &Arc<GuestRam>) {
-        self.looked_up_at = self.position();
+    /// Uses new guest memory. A ring that is not in it pauses until it is again: a front-end that changes a region removes it
+    /// first.
+    pub fn set_memory(&mut self, memory: &Arc<GuestRam>) {
+        self.mapped_at = self.position();
         self.memory = Arc::clone(memory);
-        self.look_up();
+        self.map_queue();
     }
 
-    /// Where the ring stands.
+    /// The device's position in the queue.
     pub fn position(&self) -> QueuePosition {
-        self.queue.as_ref().map_or(self.looked_up_at, SplitQueue::position)
+        self.queue.as_ref().map_or(self.mapped_at, SplitQueue::position)
     }
 
-    /// The descriptor table in `memory`, which is the ring's.
+    /// The descriptor table in `memory`, which is the ring's memory.
     pub fn table<'a>(&self, memory: &'a GuestRam) -> DescriptorTable<'a> {
         DescriptorTable::new(memory, GuestAddress(self.layout.desc_table), u32::from(self.layout.size))
     }
 
-    /// Takes up to `most` heads off the available ring.
+    /// Takes up to `max` heads from the available ring into `heads`, which is empty.
     ///
-    /// => No more are out at a time than the ring has descriptors, whatever the guest writes.
-    pub fn take(&mut self, most: usize, heads: &mut Vec<u16>) {
-        let most = most.min(usize::from(self.layout.size.saturating_sub(self.in_flight)));
-        let Some(queue) = self.queue.as_mut().filter(|_| !self.broken && most > 0) else { return };
-        if !self.resubmit.is_empty() {
-            // They are noted already, in their order.
-            heads.extend(self.resubmit.drain(self.resubmit.len().saturating_sub(most)..).rev());
-        } else if queue.take(most, heads).is_err() {
-            self.fail("more is available than it has descriptors");
-        } else if let Some(track) = &mut self.track {
-            heads.iter().for_each(|&head| track.taken(head));
+    /// => Whatever the guest writes, no more heads are in flight than the ring has descriptors.
+    pub fn take(&mut self, max: usize, heads: &mut Vec<u16>) {
+        let max = max.min(usize::from(self.layout.size.saturating_sub(self.in_flight)));
+        let Some(queue) = self.queue.as_mut().filter(|_| !self.broken && max > 0) else { return };
+        if !self.resubmissions.is_empty() {
+            // The inflight region has them already, in their order.
+            heads.extend(self.resubmissions.drain(self.resubmissions.len().saturating_sub(max)..).rev());
+        } else if queue.take(max, heads).is_err() {
+            self.mark_broken("more heads are available than it has descriptors");
+        } else if let Some(tracker) = &mut self.tracker {
+            heads.iter().for_each(|&head| tracker.take(head));
         }
         self.in_flight += u16::try_from(heads.len()).expect("no more than the ring's size");
     }
 
-    /// Whether the guest has made something available that could be taken.
+    /// Whether there are heads that could be taken.
     pub fn has_more(&self) -> bool {
-        self.works()
+        self.is_usable()
             && self.in_flight < self.layout.size
             && (self.has_resubmissions() || self.queue.as_ref().is_some_and(SplitQueue::has_available))
     }
 
-    /// Gives a chain back, with `len` bytes written; [`Ring::publish`] shows it to the guest.
+    /// Adds the chain at `head`, with `len` bytes written to it, to the used ring. [`Ring::publish`] shows it to the driver.
     pub fn push_used(&mut self, head: u16, len: u32) {
         self.in_flight -= 1;
         if let Some(queue) = &mut self.queue {
-            queue.put_used(head, len);
+            queue.push_used(head, len);
         }
-        if let Some(track) = &mut self.track {
-            track.begin_completion(head);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.begin_completion(head);
         }
     }
 
-    /// A chain that can't be answered: nothing more is taken from this ring.
+    /// Marks the ring broken because of the chain at `head`, which has no status byte to complete it with.
     pub fn break_on(&mut self, head: u16) {
         self.in_flight -= 1;
-        self.fail(&format!("chain {head} has no byte for a status"));
+        self.mark_broken(&format!("the chain at descriptor {head} has no status byte"));
     }
 
-    fn fail(&mut self, why: &str) {
+    fn mark_broken(&mut self, why: &str) {
         if !self.broken {
-            error!("ring {} is out of service until it is set up again: {why}", self.index);
+            error!("{}: broken, and not served until it is set up again: {why}", self.label);
         }
         self.broken = true;
     }
 
-    /// Shows the guest what was answered since the last time, and calls it if it wants that.
+    /// Shows the driver every chain pushed since the last call, and interrupts it if it asked for that.
     pub fn publish(&mut self) {
         let Some(queue) = self.queue.as_mut().filter(|queue| queue.has_unpublished()) else { return };
         self.interrupt_due |= queue.publish();
         let used = queue.position().next_used;
         self.trigger_if_due();
-        if let Some(track) = &mut self.track {
-            track.end_completion(used);
+        if let Some(tracker) = &mut self.tracker {
+            tracker.end_completion(used);
         }
     }
 
-    /// Calls the guest if that is due and it has said how.
+    /// Interrupts the driver if that is due and the front-end has sent a call descriptor.
     fn trigger_if_due(&mut self) {
         let Some(interrupt) = self.interrupt.as_mut().filter(|_| self.interrupt_due) else { return };
         self.interrupt_due = false;
-        interrupt.trigger();
+        if let Err(e) = interrupt.trigger() {
+            warn!("{}: cannot interrupt the guest: {e}", self.label);
+        }
     }
 
-    /// The guest need not kick: we are looking.
+    /// Tells the driver that it need not kick: the worker polls.
     pub fn disable_notification(&mut self) {
         if let Some(queue) = &mut self.queue {
             queue.disable_notification();
         }
     }
 
-    /// The guest is to kick from now on. True: something came meanwhile, look again.
+    /// Tells the driver to kick from now on. Returns whether heads became available meanwhile, for which it may not have
+    /// kicked.
     pub fn enable_notification(&mut self) -> bool {
         !self.broken && self.queue.as_mut().is_some_and(SplitQueue::enable_notification) && self.has_more()
     }

@@ -1,16 +1,29 @@
-//! The thread that runs a device's rings. One round of [`Worker::turn`] is the life of every request:
+//! The worker thread. It serves vrings of a device in turns; a turn ([`Worker::turn`]) moves every request as far as it
+//! can:
 //!
-//! 1. obey the control plane; collect what the store has finished and what the cache has to say
-//! 2. take new requests from the rings
-//! 3. under the cache's lock: hand in the store's events, admit the requests; send off what they wait for
-//! 4. without it: copy the bytes of what is ready
-//! 5. under it again: give back what was written, if anything was
-//! 6. answer what is finished, and call the guest once for each ring
-//! 7. under the lock: give back what was read; let the cache see to itself (write-back, readahead, eviction); send off what
-//!    comes of it
+//! 1. **Collect.** Execute the control plane's commands. Reap completed store operations and notices from other workers.
+//! 2. **Take.** Take new chains from the available rings, parse them and check them. A request that needs no cache (GET
+//!    ID, an invalid request) continues with step 6.
+//! 3. **Admit**, with the cache locked. Complete the reaped store operations in the cache; each may make pieces of waiting
+//!    requests ready. Admit requests: those that the cache told to resume, then the new ones. What is in memory is ready
+//!    at once, as pinned *pieces*. What is not (a miss, a FLUSH, a write at the dirty limit) waits, and returns to this
+//!    step in a later turn. Submit the store operations that requests wait for before any byte is copied.
+//! 4. **Copy**, without the lock. Copy ready pieces between frames and guest memory. With its last piece a read is
+//!    finished.
+//! 5. **Return writes**, with the cache locked, if any were copied. With its last piece a write is finished; in
+//!    write-through mode it continues as a FLUSH.
+//! 6. **Complete**, without the lock. Write status bytes and used elements of finished requests; some writes are delayed
+//!    while the cache fills. Publish each used ring once, and interrupt its driver at most once.
+//! 7. **End the turn**, with the cache locked. Return the pieces of reads: their pins do not delay the driver. Pump the
+//!    cache: write-back, syncs, eviction, readahead, stalled requests. Submit all store operations, deliver notices to
+//!    other workers, and reply to commands that waited for rings to drain.
 //!
-//! The thread lives as long as the device, so write-back goes on while no front-end is there. It looks for more work for
-//! up to `poll_us` after the last, then asks the guest for kicks, looks again, and sleeps in epoll.
+//! A cached read passes steps 2 to 6 in one turn; a missed one waits in step 3. The lock is taken two or three times a
+//! turn, however many requests it serves.
+//!
+//! A turn that finds nothing stops after step 2. The worker then polls: it repeats turns for up to `poll_us`. If they
+//! find nothing either, it enables the rings' notifications, looks at the rings once more, and sleeps in epoll. The
+//! thread lives as long as the device, so write-back continues while no front-end is connected.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -32,25 +45,24 @@ use super::requests::Requests;
 use super::ring::Ring;
 use super::{Device, RingSetup};
 
-/// With more requests than this on their way to the store, or held back, nothing is polled: the next event is near anyway,
-/// and events that come together are handled together, at two thirds of the cost.
-const POLL_PENDING_MAX: usize = 7;
-/// After so many polls in a row that found nothing ...
-const FRUITLESS_MAX: u32 = 4;
-/// ... one is tried when there was nothing to do for so many times.
-const SLEEPS_PER_TRY: u32 = 64;
-/// Epoll tokens beyond those of the rings.
+/// With more pending requests than this the worker sleeps instead of polling. The next event is near anyway, and events
+/// that are handled in one batch cost a third less.
+const PENDING_MAX_TO_POLL: usize = 7;
+/// After this many polls in a row that found nothing, the worker polls only once in [`IDLE_TIMES_PER_POLL`].
+const FRUITLESS_POLLS_MAX: u32 = 4;
+const IDLE_TIMES_PER_POLL: u32 = 64;
+/// Epoll tokens. A ring's token is its index, which is below 64.
 const WAKER: u64 = 1000;
 const STORE: u64 = 1001;
 
 /// Starts a worker thread for a device.
 ///
 /// # Errors
-/// [`ErrorKind::System`] when the host refuses a descriptor, a ring or the thread.
+/// [`ErrorKind::System`] if a descriptor, the store's queue or the thread cannot be created.
 pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Control, JoinHandle<()>)> {
     let system = |e| Error::io(ErrorKind::System, "cannot start a worker thread", e);
     let port = image.port()?;
-    let (control, commands) = Control::new(Arc::clone(port.waker()));
+    let (control, commands) = Control::new(&device.name, Arc::clone(port.waker()));
     let epoll = Epoll::new().map_err(system)?;
     watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
     watch(&epoll, port.store_fd(), STORE).map_err(system)?;
@@ -63,11 +75,11 @@ pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Control,
         rings: Vec::new(),
         stopping: Vec::new(),
         new_memory: None,
-        // What a predecessor has left has its own.
+        // The first turn pumps the cache: pages that were restored may be due for write-back.
         deadline: Some(Tick(0)),
-        fruitless: 0,
-        sleeps: 0,
-        exits: false,
+        fruitless_polls: 0,
+        idle_times: 0,
+        exiting: false,
     };
     let name = format!("genblk {}", device.name);
     let thread = std::thread::Builder::new().name(name).spawn(move || worker.run()).map_err(system)?;
@@ -84,34 +96,34 @@ struct Worker {
     port: WorkerPort,
     commands: Receiver<Command>,
     epoll: Epoll,
-    /// The rings that run, by number; no longer than it must be, for a turn looks at each place.
+    /// The running rings by index. As short as possible, since a turn looks at every element.
     rings: Vec<Option<Ring>>,
-    /// Rings that take no more requests, and who waits for their last answer.
+    /// Rings that drain before they stop, and where to send their last position.
     stopping: Vec<(u16, Sender<Option<QueuePosition>>)>,
-    /// Guest memory that comes into use when every ring has answered what it took.
+    /// Guest memory to use as soon as every ring has completed what it took.
     new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
     requests: Requests,
-    /// When the cache wants to be pumped although nothing happens.
+    /// When the cache must be pumped next, even if nothing else happens.
     deadline: Option<Tick>,
     /// Polls in a row that found nothing.
-    fruitless: u32,
-    /// Times that there was nothing to do.
-    sleeps: u32,
-    exits: bool,
+    fruitless_polls: u32,
+    /// How many times the worker ran out of work.
+    idle_times: u32,
+    exiting: bool,
 }
 
 impl Worker {
     fn run(mut self) {
-        while !self.exits {
+        while !self.exiting {
             let now = self.port.image().now();
             if self.turn(now) || self.poll(now) {
                 continue;
             }
-            let mut came_meanwhile = false;
+            let mut more_available = false;
             for index in 0..self.rings.len() {
-                came_meanwhile |= self.served(index).is_some_and(Ring::enable_notification);
+                more_available |= self.ring_to_serve(index).is_some_and(Ring::enable_notification);
             }
-            if !came_meanwhile {
+            if !more_available {
                 self.sleep();
             }
             for ring in self.rings.iter_mut().flatten() {
@@ -120,40 +132,41 @@ impl Worker {
         }
     }
 
-    /// Looks for more work for a while: most often the next request is not far. True: there was some.
+    /// Repeats turns for up to `poll_us`: most often the next request arrives soon. Returns whether one found work.
     fn poll(&mut self, mut now: Tick) -> bool {
         let idle_rings = self.rings.iter().all(Option::is_none);
         if self.device.poll_us == 0
             || idle_rings
-            || self.requests.pending.in_use() > POLL_PENDING_MAX
-            || !self.poll_pays()
+            || self.requests.pending.in_use() > PENDING_MAX_TO_POLL
+            || !self.is_poll_worthwhile()
         {
             return false;
         }
         let until = now.plus_us(u64::from(self.device.poll_us));
         while now < until {
             if self.turn(now) {
-                self.fruitless = 0;
+                self.fruitless_polls = 0;
                 return true;
             }
             std::hint::spin_loop();
             now = self.port.image().now();
         }
-        self.fruitless = self.fruitless.saturating_add(1);
+        self.fruitless_polls = self.fruitless_polls.saturating_add(1);
         false
     }
 
-    /// Whether to poll now. After a few polls that found nothing only one in many is tried: the guest has little to do, or
-    /// waits for the very processor that we poll on.
-    fn poll_pays(&mut self) -> bool {
-        let pays = self.fruitless < FRUITLESS_MAX || self.sleeps.is_multiple_of(SLEEPS_PER_TRY);
-        self.sleeps = self.sleeps.wrapping_add(1);
-        pays
+    /// Whether to poll this time. Polls that keep finding nothing become rare: the guest has little to do, or is waiting
+    /// for the processor that this thread polls on.
+    fn is_poll_worthwhile(&mut self) -> bool {
+        let worthwhile =
+            self.fruitless_polls < FRUITLESS_POLLS_MAX || self.idle_times.is_multiple_of(IDLE_TIMES_PER_POLL);
+        self.idle_times = self.idle_times.wrapping_add(1);
+        worthwhile
     }
 
-    /// Sleeps until a kick, a store event, the waker, or the next deadline.
+    /// Sleeps until a kick, a store event, a notification of the waker, or the next deadline.
     fn sleep(&mut self) {
-        let next = [self.deadline, self.requests.next_completion()].into_iter().flatten().min();
+        let next = [self.deadline, self.requests.next_delayed()].into_iter().flatten().min();
         let timeout_ms = next.map_or(-1, |due| {
             let us = due.since_us(self.port.image().now());
             i32::try_from(us.div_ceil(1000)).unwrap_or(i32::MAX)
@@ -162,28 +175,31 @@ impl Worker {
         let count = match self.epoll.wait(timeout_ms, &mut events) {
             Ok(count) => count,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
-            Err(e) => unreachable!("epoll on our own descriptors: {e}"),
+            Err(e) => unreachable!("epoll_wait on a valid descriptor fails only with EINTR: {e}"),
         };
         for event in &events[..count] {
             match event.data() {
                 WAKER => self.port.waker().clear(),
                 STORE => self.port.set_store_ready(),
-                // A kick: the next turn looks at all rings.
+                // A kick. The next turn looks at every ring.
                 _ => {}
             }
         }
     }
 
-    /// One turn; see the module. False: there was nothing to do.
+    /// One turn, in the steps that the module lists. Returns whether there was anything to do.
     fn turn(&mut self, now: Tick) -> bool {
+        // 1. Collect.
         let notified = self.port.waker().take_notified();
         let handled = notified && self.handle_commands(now);
-        let collected = self.port.reap(notified);
+        let reaped = self.port.reap(notified);
+        // 2. Take.
         let taken = self.take_requests();
-        let due = [self.deadline, self.requests.next_completion()].into_iter().flatten().min();
-        if !(handled || collected || taken) && due.is_none_or(|due| due > now) {
+        let due = [self.deadline, self.requests.next_delayed()].into_iter().flatten().min();
+        if !(handled || reaped || taken) && due.is_none_or(|due| due > now) {
             return false;
         }
+        // 3. Admit.
         let Self { port, requests, rings, .. } = self;
         port.with_cache(now, |cache, notices| {
             for notice in notices.drain(..) {
@@ -191,71 +207,76 @@ impl Worker {
             }
             requests.admit_all(cache);
         });
+        // 4. Copy.
         requests.copy_all(port, rings);
+        // 5. Return writes.
         if !requests.written.is_empty() {
-            port.with_cache(now, |cache, _| requests.give_back_written(cache));
+            port.with_cache(now, |cache, _| requests.return_writes(cache));
         }
+        // 6. Complete.
         requests.complete_all(rings, now);
-        self.deadline = port.end_turn(now, |cache| requests.give_back_read(cache));
-        self.settle_control();
+        // 7. End the turn.
+        self.deadline = port.end_turn(now, |cache| requests.return_reads(cache));
+        self.reply_if_drained();
         true
     }
 
+    /// Takes requests from every ring that has some. Returns whether one had.
     fn take_requests(&mut self) -> bool {
         let mut taken = false;
         for index in 0..self.rings.len() {
-            if self.served(index).is_some_and(|ring| ring.has_more()) {
-                let ring = self.rings[index].as_mut().expect("looked at just now");
+            if self.ring_to_serve(index).is_some_and(|ring| ring.has_more()) {
+                let ring = self.rings[index].as_mut().expect("it was found a line above");
                 taken |= self.requests.take_from(u16::try_from(index).expect("64 rings at most"), ring);
             }
         }
         taken
     }
 
-    /// The ring at `index`, if requests are taken from it: from one that drains, only what a predecessor has left there.
-    fn served(&mut self, index: usize) -> Option<&mut Ring> {
-        let drains =
+    /// The ring at `index`, if it may take requests. One that drains takes only the resubmissions of the previous daemon.
+    fn ring_to_serve(&mut self, index: usize) -> Option<&mut Ring> {
+        let draining =
             self.new_memory.is_some() || self.stopping.iter().any(|(stopping, _)| usize::from(*stopping) == index);
-        self.rings[index].as_mut().filter(|ring| ring.has_resubmissions() || !drains)
+        self.rings[index].as_mut().filter(|ring| ring.has_resubmissions() || !draining)
     }
 
-    /// Does what the control plane asks.
+    /// Executes the control plane's commands. Returns whether there were any.
     fn handle_commands(&mut self, now: Tick) -> bool {
         let mut handled = false;
         while let Ok(command) = self.commands.try_recv() {
             handled = true;
             match command {
-                Command::Start(index, setup, answer) => {
+                Command::Start(index, setup, reply) => {
                     self.start(index, *setup);
-                    let _ = answer.send(());
+                    let _ = reply.send(());
                 }
-                Command::Stop(index, answer) => self.stopping.push((index, answer)),
-                Command::SetCallFd(index, call_fd, answer) => {
+                Command::Stop(index, reply) => self.stopping.push((index, reply)),
+                Command::SetCallFd(index, call_fd, reply) => {
                     if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
                         ring.set_call_fd(call_fd);
                     }
-                    let _ = answer.send(());
+                    let _ = reply.send(());
                 }
-                Command::Memory(memory, answer) => self.new_memory = Some((memory, answer)),
-                Command::Flush(answer) => {
-                    let ticket = self.requests.drain_ticket(answer);
+                Command::Memory(memory, reply) => self.new_memory = Some((memory, reply)),
+                Command::Flush(reply) => {
+                    let ticket = self.requests.start_control_flush(reply);
                     self.port.with_cache(now, |cache, _| cache.flush(ticket));
                 }
-                Command::Resume(answer) => {
+                Command::Resume(reply) => {
                     self.port.with_cache(now, |cache, _| cache.resume());
-                    let _ = answer.send(());
+                    let _ = reply.send(());
                 }
-                Command::Exit => self.exits = true,
+                Command::Exit => self.exiting = true,
             }
         }
         handled
     }
 
     fn start(&mut self, index: u16, setup: RingSetup) {
-        let ring = Ring::new(index, setup);
+        let ring = Ring::new(&self.device.name, index, setup);
         if let Err(e) = ring.watch_kicks(&self.epoll, u64::from(index)) {
-            // Without kicks the guest would hang in silence; with a log line at least somebody knows why.
-            error!("{}: ring {index} has a kick descriptor that can't be watched: {e}", self.device.name);
+            // The ring is served only while the worker is awake for another reason, so the log must say why it is slow.
+            error!("{}: vring {index}: cannot watch its kick descriptor ({e}): requests may hang", self.device.name);
         }
         let index = usize::from(index);
         if self.rings.len() <= index {
@@ -264,31 +285,31 @@ impl Worker {
         self.rings[index] = Some(ring);
     }
 
-    /// Ends what the control plane waits for, as far as the rings have answered what they took.
-    fn settle_control(&mut self) {
+    /// Replies to the commands that waited for rings to complete what they took, as far as they have.
+    fn reply_if_drained(&mut self) {
         let (rings, epoll) = (&mut self.rings, &self.epoll);
-        self.stopping.retain(|(index, answer)| {
+        self.stopping.retain(|(index, reply)| {
             let Some(ring) = rings.get(usize::from(*index)).and_then(Option::as_ref) else {
-                let _ = answer.send(None);
+                let _ = reply.send(None);
                 return false;
             };
             if !ring.is_drained() {
                 return true;
             }
             let position = ring.position();
-            ring.forget_kicks(epoll);
+            ring.unwatch_kicks(epoll);
             rings[usize::from(*index)] = None;
-            let _ = answer.send(Some(position));
+            let _ = reply.send(Some(position));
             false
         });
         if self.new_memory.is_some()
             && self.rings.iter().flatten().all(Ring::is_drained)
-            && let Some((memory, answer)) = self.new_memory.take()
+            && let Some((memory, reply)) = self.new_memory.take()
         {
             for ring in self.rings.iter_mut().flatten() {
-                ring.use_memory(&memory);
+                ring.set_memory(&memory);
             }
-            let _ = answer.send(());
+            let _ = reply.send(());
         }
     }
 }

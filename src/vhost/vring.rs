@@ -73,7 +73,7 @@ impl Session {
     fn on_ring_start(&self, index: u16, setup: &RingSetup) {
         self.guest_started.store(true, Ordering::Release);
         // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, tells.
-        if setup.track.as_ref().is_some_and(InflightTracker::is_kept) {
+        if setup.tracker.as_ref().is_some_and(InflightTracker::is_initialized) {
             self.resumed.fetch_or(1 << index, Ordering::AcqRel);
         }
         let arena = &self.device.arena;
@@ -181,7 +181,7 @@ impl VringControl {
             kick,
             call_fd,
             memory: Arc::new(GuestRam::new(self.shared.memory.memory().into_inner())),
-            track: self.shared.session.inflight.of_ring(index, queue.size()),
+            tracker: self.shared.session.inflight.of_ring(index, queue.size()),
         };
         self.shared.session.on_ring_start(index, &setup);
         let worker = self.shared.session.workers.of_ring(index);

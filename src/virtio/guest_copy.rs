@@ -18,7 +18,7 @@ use crate::virtio::{GuestRam, Status};
 mod tests;
 
 /// Bytes of a line of the processor's cache.
-pub const LINE_BYTES: usize = 64;
+pub const CACHE_LINE_BYTES: usize = 64;
 
 /// A run of guest memory, as the guest describes it: nothing is known of it but its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -226,11 +226,11 @@ pub fn prefetch(place: *const u8) {
 /// As for [`ptr::copy_nonoverlapping`]; `next` may be any address.
 unsafe fn copy_looking_ahead(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
     let mut done = 0;
-    while len - done >= LINE_BYTES {
+    while len - done >= CACHE_LINE_BYTES {
         prefetch(next.wrapping_add(done));
         // SAFETY: within `len` bytes of both (loop condition).
-        unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), LINE_BYTES) };
-        done += LINE_BYTES;
+        unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), CACHE_LINE_BYTES) };
+        done += CACHE_LINE_BYTES;
     }
     // SAFETY: the rest of both.
     unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), len - done) };

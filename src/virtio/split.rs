@@ -83,7 +83,7 @@ impl SplitQueue {
     }
 
     /// Goes on there.
-    pub fn go_on_at(&mut self, next: QueuePosition) {
+    pub fn set_position(&mut self, next: QueuePosition) {
         (self.next, self.published) = (next, next.next_used);
     }
 
@@ -115,7 +115,7 @@ impl SplitQueue {
     }
 
     /// Fills the next used element: the chain at `head`, with `len` bytes written. The guest sees it when it is published.
-    pub fn put_used(&mut self, head: u16, len: u32) {
+    pub fn push_used(&mut self, head: u16, len: u32) {
         let element = RING + self.place(self.next.next_used) * ELEMENT_BYTES;
         self.rings.used.le32(element).store(u32::from(head).to_le(), Ordering::Relaxed);
         self.rings.used.le32(element + size_of::<u32>()).store(len.to_le(), Ordering::Relaxed);

@@ -87,7 +87,7 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
                     for _ in 0..=prng.below(out.len() as u64) {
                         let Some(head) = out.pop() else { break };
                         let len = u32::try_from(prng.below(1 << 32)).unwrap();
-                        queue.put_used(head, len);
+                        queue.push_used(head, len);
                         oracle.add_used(theirs, head, len).unwrap();
                     }
                     let wanted = queue.publish();
@@ -114,8 +114,8 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
 fn the_guest_sees_a_batch_at_once() {
     let mem = Arc::new(ram());
     let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
-    queue.put_used(3, 1);
-    queue.put_used(4, 1);
+    queue.push_used(3, 1);
+    queue.push_used(4, 1);
     assert!(queue.has_unpublished());
     assert_eq!(queue.used_idx(), 0, "nothing before it is published");
     queue.publish();

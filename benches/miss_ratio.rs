@@ -1,14 +1,15 @@
 //! Miss ratios of genblk's replacement policy, LRU, CLOCK, ARC and OPT: `make bench-policy`.
 //!
 //! The table shows misses in percent of the accesses that reach genblk. The workloads (`miss_ratio/workloads.rs`) have
-//! 100 000 pages and a million accesses. Each is measured without a cache in the guest (raw), and with an LRU cache in the
-//! guest that is as large as genblk's, or four times as large. All traces have fixed seeds, so every run has the same
-//! results.
+//! 100 000 pages and a million accesses. Each is measured without a cache in the guest (raw), and with an LRU cache in
+//! the guest that is as large as genblk's, or four times as large. All traces have fixed seeds, so every run has the
+//! same results.
 //!
-//! - Without arguments: measures, prints the table, and fails (exit status 1) if a requirement of `miss_ratio/gates.rs` is
-//!   not met.
+//! - Without arguments: measures, prints the table, and fails (exit status 1) if a requirement of `miss_ratio/gates.rs`
+//!   is not met.
 //! - `--table`: writes the table into this file, too.
-//! - `--trace FILE`: the same table for your own trace, with lines of time, op, sector, count (`miss_ratio/trace_file.rs`).
+//! - `--trace FILE`: the same table for your own trace, with lines of time, op, sector, count
+//!   (`miss_ratio/trace_file.rs`).
 //!
 //! ```text
 //!                     |                           raw|                      guest x1|                      guest x4
@@ -109,8 +110,8 @@ use experiment::{Cell, gates, measure, table, trace_file};
 const SCALE: Scale = Scale { pages: 100_000, accesses: 1_000_000 };
 /// Cache sizes in thousandths of the footprint.
 const SIZES_PERMILLE: [u32; 5] = [1, 10, 50, 100, 200];
-/// The worst cell over five seeds of the workloads was 0.43 points behind: the log-structured merge tree, whose compactions
-/// favour now one queue size, now another. (ARC, which adapts as well, is up to 1.7 points behind.)
+/// The worst cell over five seeds of the workloads was 0.43 points behind: the log-structured merge tree, whose
+/// compactions favour now one queue size, now another. (ARC, which adapts as well, is up to 1.7 points behind.)
 const LRU_TOLERANCE: LruTolerance = LruTolerance { max: 0.5, noise: 0.1 };
 
 fn main() -> ExitCode {

@@ -1,9 +1,9 @@
 //! The CPU time of the page cache itself: `make bench-page`.
 //!
-//! One thread, no data, and a store whose operations succeed immediately. What remains is the look-up, the page states, the
-//! policy, readahead, write-back and eviction. The medians are far steadier than the rows of `make bench`, whose servers
-//! share two CPUs with their client, so they show the effect of a change to the cache: measure both versions alternately.
-//! On the machine of RESULTS.md, in nanoseconds per page:
+//! One thread, no data, and a store whose operations succeed immediately. What remains is the look-up, the page states,
+//! the policy, readahead, write-back and eviction. The medians are far steadier than the rows of `make bench`, whose
+//! servers share two CPUs with their client, so they show the effect of a change to the cache: measure both versions
+//! alternately. On the machine of RESULTS.md, in nanoseconds per page:
 //!
 //! ```text
 //!                    cold read    sequential hit        random hit  sequential write      random write

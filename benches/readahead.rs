@@ -1,8 +1,8 @@
 //! The benefit and cost of readahead: `make bench-policy`.
 //!
 //! Runs the page cache with several kinds of readers on simulated stores that have a latency and a bandwidth. Time is
-//! simulated, so every run has the same results. Fails (exit status 1) if a requirement is not met; `--table` writes the
-//! table into this file.
+//! simulated, so every run has the same results. Fails (exit status 1) if a requirement is not met; `--table` writes
+//! the table into this file.
 //!
 //! - bandwidth: the guests' throughput, in percent of the store's bandwidth;
 //! - coverage: the share of the guests' pages that readahead requested before the guests did;

@@ -1,5 +1,6 @@
-//! results.svg: a bar for each row, to the right where genblk is better than the best peer, to the left where it is worse.
-//! Readable in light and dark mode, and without telling colours apart: bars of rows where genblk is worse are hatched.
+//! results.svg: a bar for each row, to the right where genblk is better than the best peer, to the left where it is
+//! worse. Readable in light and dark mode, and without telling colours apart: bars of rows where genblk is worse are
+//! hatched.
 
 use std::fmt::Write;
 
@@ -91,7 +92,8 @@ pub fn svg(results: &[RowResult<'_>]) -> String {
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
          aria-label=\"genblk compared with the best peer of each row\">\n<style>{STYLE}</style>\n\
-         <pattern id=\"hatch\" width=\"6\" height=\"6\" patternUnits=\"userSpaceOnUse\" patternTransform=\"rotate(45)\">\
+         <pattern id=\"hatch\" width=\"6\" height=\"6\" patternUnits=\"userSpaceOnUse\" \
+         patternTransform=\"rotate(45)\">\
          <line x1=\"1.5\" y1=\"0\" x2=\"1.5\" y2=\"6\" class=\"hatch\"/></pattern>\n"
     );
     legend(&mut svg);
@@ -120,7 +122,8 @@ fn legend(svg: &mut String) {
          <rect x=\"150\" y=\"50\" width=\"28\" height=\"12\" rx=\"2\" class=\"worse\"/>\
          <text x=\"184\" y=\"60\" class=\"small\">genblk is worse</text>\n\
          <path d=\"{}\" class=\"limit\"/>\
-         <text x=\"306\" y=\"60\" class=\"small\">limit of this machine: a server that only copies, or the bare disk</text>\n",
+         <text x=\"306\" y=\"60\" class=\"small\">\
+         limit of this machine: a server that only copies, or the bare disk</text>\n",
         mark(296.0, 48.0, 64.0)
     );
 }

@@ -129,7 +129,7 @@ pub fn measure(
 fn sample(media: &mut Media, row: &Row, participant: &Participant) -> Result<Vec<f64>, String> {
     if let Subject::Server(server) = &participant.subject
         && row.job.flushes()
-        && !server.honors_flush
+        && !server.honours_flush
     {
         return Err(ignores_flush(server));
     }
@@ -170,24 +170,24 @@ fn serve(
     // Do not wait for write-back to a slow disk.
     medium.lift_throttle();
     let stats = stats?;
-    if medium.counts_writes() && !flushes_are_honored(&row.job, &stats) {
+    if medium.counts_writes() && !flushes_are_honoured(&row.job, &stats) {
         return Err(ignores_flush(spec));
     }
     Ok((unloaded, stats))
 }
 
-/// Finds out which peers honor FLUSH, with a job of writes that ends with one. A peer that cannot be probed is trusted: the
-/// rows will fail with the reason.
+/// Finds out which peers honour FLUSH, with a job of writes that ends with one. A peer that cannot be probed is
+/// trusted: the rows will fail with the reason.
 pub fn probe_flush(media: &mut Media, peers: &mut [ServerSpec]) {
     for peer in peers {
-        match honors_flush(media, peer) {
-            Ok(honors) => peer.honors_flush = honors,
-            Err(reason) => eprintln!("cannot tell whether {} honors FLUSH: {reason}", peer.name),
+        match honours_flush(media, peer) {
+            Ok(honours) => peer.honours_flush = honours,
+            Err(reason) => eprintln!("cannot tell whether {} honours FLUSH: {reason}", peer.name),
         }
     }
 }
 
-fn honors_flush(media: &mut Media, peer: &ServerSpec) -> Result<bool, String> {
+fn honours_flush(media: &mut Media, peer: &ServerSpec) -> Result<bool, String> {
     const BYTES: u64 = 64 << 20;
     let client = Client::new(Ops::Writes, Pattern::Sequential { streams: 1 }, 0..BYTES, 128 << 10);
     let client = client.depth(8).bytes_max(BYTES).runs_ms(0, 10_000);
@@ -195,16 +195,16 @@ fn honors_flush(media: &mut Media, peer: &ServerSpec) -> Result<bool, String> {
     let directory = media.directory().to_path_buf();
     let medium = media.open(Medium::Disk).map_err(|e| e.to_string())?;
     let mut server = Server::start(peer, &directory, std::slice::from_ref(&medium.path), 1)?;
-    Ok(flushes_are_honored(&job, &run_on(&mut server, &job, &medium)?))
+    Ok(flushes_are_honoured(&job, &run_on(&mut server, &job, &medium)?))
 }
 
 fn ignores_flush(spec: &ServerSpec) -> String {
     format!("{}: its FLUSH completes before the data is on the device", spec.name)
 }
 
-/// Whether the device saw the data that completed FLUSHes cover: nearly all bytes for a job that ends with a FLUSH, and at
-/// least one write for each FLUSH between writes. Half is enough, because blocks are overwritten.
-fn flushes_are_honored(job: &Job, stats: &JobStats) -> bool {
+/// Whether the device saw the data that completed FLUSHes cover: nearly all bytes for a job that ends with a FLUSH, and
+/// at least one write for each FLUSH between writes. Half is enough, because blocks are overwritten.
+fn flushes_are_honoured(job: &Job, stats: &JobStats) -> bool {
     let (operations, bytes) = stats.device_writes;
     let written: u64 = stats.clients.iter().map(|client| client.bytes).sum();
     let between: u64 = job

@@ -45,8 +45,8 @@ impl Queue for DirectQueue {
             Op::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
         };
         let entry = entry.user_data(slot as u64);
-        // SAFETY: the buffer of the slot lives until the queue is dropped, when no request is in flight. No other request
-        // uses the slot until this one has completed.
+        // SAFETY: the buffer of the slot lives until the queue is dropped, when no request is in flight. No other
+        // request uses the slot until this one has completed.
         unsafe { self.ring.submission().push(&entry).expect("the ring is larger than any depth") };
     }
 

@@ -1,4 +1,5 @@
-//! The figures of a run. `results.toml` keeps them, so that RESULTS.md and results.svg can be rendered without measuring.
+//! The figures of a run. `results.toml` keeps them, so that RESULTS.md and results.svg can be rendered without
+//! measuring.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -49,7 +50,7 @@ pub struct Disturbance {
 pub struct RowFigures {
     pub key: String,
     pub measures: Vec<String>,
-    /// Who could not be measured, and why.
+    /// What could not be measured, and why.
     pub not_measured: Vec<String>,
     pub medians: BTreeMap<String, Vec<f64>>,
     pub comparisons: BTreeMap<String, Comparison>,

@@ -1,5 +1,6 @@
-//! The copy server, which is the limit of cached rows: it uses genblk's virtqueues and parser, and copies between the guest
-//! and a large buffer. It has no cache, no lock and no store, so its cost is that of the virtqueues and the copies.
+//! The copy server, which is the limit of cached rows: it uses genblk's virtqueues and parser, and copies between the
+//! guest and a large buffer. It has no cache, no lock and no store, so its cost is that of the virtqueues and the
+//! copies.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -50,7 +51,8 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
         can_zero: false,
         zero_may_unmap: false,
     };
-    // The same kind of memory as genblk's frames, with the same alignment: relative alignment affects the speed of copies.
+    // The same kind of memory as genblk's frames, with the same alignment: relative alignment affects the speed of
+    // copies.
     let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
     let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0);
     let waker = Arc::new(Waker::new()?);
@@ -111,31 +113,31 @@ impl Copier {
     fn handle_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Start(index, setup, answer) => {
+                Command::Start(index, setup, reply) => {
                     let ring = Ring::new("limit", index, *setup);
                     ring.watch_kicks(&self.kicks, u64::from(index)).expect("an eventfd can be watched");
                     self.rings.insert(index, ring);
-                    let _ = answer.send(());
+                    let _ = reply.send(());
                 }
-                Command::Stop(index, answer) => {
+                Command::Stop(index, reply) => {
                     let ring = self.rings.remove(&index).inspect(|ring| ring.unwatch_kicks(&self.kicks));
-                    let _ = answer.send(ring.map(|ring| ring.position()));
+                    let _ = reply.send(ring.map(|ring| ring.position()));
                 }
-                Command::SetCallFd(index, call_fd, answer) => {
+                Command::SetCallFd(index, call_fd, reply) => {
                     if let Some(ring) = self.rings.get_mut(&index) {
                         ring.set_call_fd(call_fd);
                     }
-                    let _ = answer.send(());
+                    let _ = reply.send(());
                 }
-                Command::Memory(memory, answer) => {
+                Command::Memory(memory, reply) => {
                     self.rings.values_mut().for_each(|ring| ring.set_memory(&memory));
-                    let _ = answer.send(());
+                    let _ = reply.send(());
                 }
-                Command::Flush(answer) => {
-                    let _ = answer.send(Ok(()));
+                Command::Flush(reply) => {
+                    let _ = reply.send(Ok(()));
                 }
-                Command::Resume(answer) => {
-                    let _ = answer.send(());
+                Command::Resume(reply) => {
+                    let _ = reply.send(());
                 }
                 Command::Exit => {}
             }
@@ -189,7 +191,8 @@ fn copy(ring: &Ring, request: &Request, buffer: &Arena) -> bool {
     let data = buffer.frame(FrameId(0)).wrapping_add((request.sector * SECTOR_BYTES) as usize % (bytes - len + 1));
     let mut cursor = GuestCursor::new(&ring.memory, &request.data);
     match request.kind {
-        // SAFETY: `len` bytes from `data` are within the buffer, which is not guest memory and is used only by this thread.
+        // SAFETY: `len` bytes from `data` are within the buffer, which is not guest memory and is used only by this
+        // thread.
         RequestKind::Read => unsafe { cursor.copy_to_guest(0, data, len, None) }.is_ok(),
         // SAFETY: as above.
         RequestKind::Write => unsafe { cursor.copy_from_guest(0, data, len) }.is_ok(),

@@ -9,8 +9,8 @@ use crate::pattern::Offsets;
 use crate::prng::Prng;
 use crate::queue::{Op, Queue};
 
-/// Runs a job: each client drives one queue from its own thread. The thread is pinned to a CPU as long as one is left for
-/// the server. There must be a queue for each client.
+/// Runs a job: each client drives one queue from its own thread. The thread is pinned to a CPU as long as one is left
+/// for the server. There must be a queue for each client.
 pub fn run<Q: Queue>(queues: &mut [Q], job: &Job) -> Vec<ClientStats> {
     let start = Barrier::new(job.clients.len());
     std::thread::scope(|scope| {

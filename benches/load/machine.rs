@@ -29,8 +29,8 @@ pub fn describe() -> Vec<String> {
 
 /// Pins the calling thread to the `nth` CPU from the end; 1 is the last. CPU 0 is never used: it is left to the server.
 ///
-/// => Well-run guests have pinned vCPUs, too. Without pinning the scheduler sometimes puts the client on the server's CPU,
-///    and a wake-up takes between 5 and 25 us, depending on that.
+/// => Well-run guests have pinned vCPUs, too. Without pinning the scheduler sometimes puts the client on the server's
+///    CPU, and a wake-up takes between 5 and 25 us, depending on that.
 pub fn pin_to_processor(nth: usize) {
     let count = std::thread::available_parallelism().map_or(1, usize::from);
     if nth >= count {

@@ -3,8 +3,8 @@
 //! - `rows.rs` is the table of rows with their targets. `compare.rs` measures them.
 //! - `figures.rs` computes the figures and keeps them in `results.toml`. `report.rs` and `chart.rs` render them.
 //! - `load.rs` is the load generator. Its queues are `guest.rs` (a vhost-user socket) and `direct.rs` (the device).
-//! - `servers.rs` starts the servers; one of them is the copy server of `limit.rs`. `medium.rs` and `throttle.rs` set up the
-//!   disks.
+//! - `servers.rs` starts the servers; one of them is the copy server of `limit.rs`. `medium.rs` and `throttle.rs` set
+//!   up the disks.
 //! - `scale.rs` measures how the cost grows.
 #![allow(
     clippy::cast_possible_truncation,

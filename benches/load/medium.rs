@@ -1,9 +1,10 @@
 //! The media that servers export: one image in memory, as a file, as a fast disk, and as a slow disk.
 //!
-//! The image is on tmpfs: the disk of a small cloud instance is throttled after a burst, so the benchmark would measure the
-//! cloud provider. Cached rows export the file itself. Cold rows export a loop device over it with direct I/O, so that the
-//! kernel keeps no second copy. Slow-disk rows export a second loop device over the first one, which is throttled. The
-//! throttle then counts operations as a disk would: after the kernel has merged the pages that its page cache writes.
+//! The image is on tmpfs: the disk of a small cloud instance is throttled after a burst, so the benchmark would measure
+//! the cloud provider. Cached rows export the file itself. Cold rows export a loop device over it with direct I/O, so
+//! that the kernel keeps no second copy. Slow-disk rows export a second loop device over the first one, which is
+//! throttled. The throttle then counts operations as a disk would: after the kernel has merged the pages that its page
+//! cache writes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

@@ -1,4 +1,4 @@
-//! RESULTS.md: the targets, and everybody's medians.
+//! RESULTS.md: the rows, their targets, and the medians of all columns.
 
 use std::fmt::Write;
 
@@ -77,7 +77,7 @@ fn score(results: &[RowResult<'_>]) -> (usize, usize) {
     verdicts.fold((0, 0), |(met, measured), (_, good)| (met + usize::from(good), measured + 1))
 }
 
-/// The medians of everybody.
+/// The medians of all columns.
 pub fn medians(columns: &[String], results: &[RowResult<'_>]) -> String {
     let mut lines = Vec::new();
     for result in results {
@@ -91,7 +91,7 @@ pub fn medians(columns: &[String], results: &[RowResult<'_>]) -> String {
     table(&head, &lines)
 }
 
-/// Who could not be measured, and why.
+/// What could not be measured, and why.
 pub fn not_measured(results: &[RowResult<'_>]) -> String {
     let lines = |result: &RowResult<'_>| -> String {
         result.figures.not_measured.iter().map(|reason| format!("- {}: {reason}\n", result.row.key)).collect()
@@ -122,17 +122,17 @@ const ABOUT: &str = "\
 ";
 
 const LEGEND: &str = "\
-- The **limit** approximates the best that this machine can do. Cached rows: a copy server, which uses genblk's virtqueue
-  code and only copies between the guest and a buffer. Cold rows: the lower of genblk with all data cached, and io_uring
-  with O_DIRECT on the device. genblk can exceed it: [bottlenecks.md](bottlenecks.md) compares the two.
+- The **limit** approximates the best that this machine can do. Cached rows: a copy server, which uses genblk's
+  virtqueue code and only copies between the guest and a buffer. Cold rows: the lower of genblk with all data cached,
+  and io_uring with O_DIRECT on the device. genblk can exceed it: [bottlenecks.md](bottlenecks.md) compares the two.
 - A **peer** is another server: qemu-storage-daemon (qsd) in three configurations, and those given with `--peer`. The
   best peer is chosen for each round. A server whose FLUSH completes before the data is on the device is left out of
   every row with a FLUSH, because it does less work.
 - A **ratio** (\"genblk is\") is the median of the rounds' ratios, so it can differ from the ratio of the medians.
 ";
 
-/// The whole report. `notes` has a section for each row whose bottleneck is known; the report quotes those of the rows that
-/// miss a target.
+/// The whole report. `notes` has a section for each row whose bottleneck is known; the report quotes those of the rows
+/// that miss a target.
 pub fn document(figures: &Figures, results: &[RowResult<'_>], notes: &str) -> String {
     let machine = bullets(&figures.machine) + &bullets(&[figures.disturbance.describe()]);
     let (met, measured) = score(results);

@@ -302,8 +302,9 @@ const LEGEND: &str = "\
 /// The whole report.
 pub fn document(machine: &[String], text: &str) -> String {
     format!(
-        "# How genblk's cost grows\n\n`make bench-scale` writes this file, with the medians of {ROUNDS} rounds. One worker per \
-         device, interrupts,\nand 4 KiB random reads unless a section says otherwise.\n\n{}\n{LEGEND}\n{text}",
+        "# How genblk's cost grows\n\n\
+         `make bench-scale` writes this file, with the medians of {ROUNDS} rounds. One worker per device, interrupts,\n\
+         and 4 KiB random reads unless a section says otherwise.\n\n{}\n{LEGEND}\n{text}",
         bullets(machine)
     )
 }

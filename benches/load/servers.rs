@@ -40,14 +40,14 @@ pub enum ServerKind {
 pub struct ServerSpec {
     pub name: String,
     pub kind: ServerKind,
-    /// Whether a completed FLUSH means that the data is on the device. A server that ignores FLUSH does less work in rows
-    /// with a FLUSH, and is no peer there.
-    pub honors_flush: bool,
+    /// Whether a completed FLUSH means that the data is on the device. A server that ignores FLUSH does less work in
+    /// rows with a FLUSH, and is no peer there.
+    pub honours_flush: bool,
 }
 
 impl ServerSpec {
     fn new(name: &str, kind: ServerKind) -> Self {
-        Self { name: name.to_string(), kind, honors_flush: true }
+        Self { name: name.to_string(), kind, honours_flush: true }
     }
 
     pub fn genblk() -> Self {

@@ -1,7 +1,7 @@
 //! Slows a device down with the kernel's block throttling (cgroup v1 `blkio`, cgroup v2 `io`).
 //!
-//! Version 1 can throttle the root cgroup, which contains the benchmark, the servers and the kernel's write-back threads.
-//! Version 2 cannot throttle the root: the benchmark and its servers move into their own cgroup.
+//! Version 1 can throttle the root cgroup, which contains the benchmark, the servers and the kernel's write-back
+//! threads. Version 2 cannot throttle the root: the benchmark and its servers move into their own cgroup.
 
 use std::fs;
 use std::io;
@@ -45,8 +45,8 @@ impl Throttle {
         Ok(throttle)
     }
 
-    /// Removes a throttle that a killed benchmark left behind: version 1 keeps it under the device number, and applies it to
-    /// the next device with that number.
+    /// Removes a throttle that a killed benchmark left behind: version 1 keeps it under the device number, and applies
+    /// it to the next device with that number.
     pub fn remove_stale(device: &str) {
         if v1_is_there() {
             drop(Self { device: device.to_string(), group: Group::V1 });

@@ -1,5 +1,5 @@
-//! The replacement algorithms under comparison: those of genblk, driven as the page cache drives them; CLOCK; ARC; and OPT,
-//! which knows the future.
+//! The replacement algorithms under comparison: those of genblk, driven as the page cache drives them; CLOCK; ARC; and
+//! OPT, which knows the future.
 
 use std::collections::BinaryHeap;
 
@@ -104,8 +104,8 @@ impl Simulation for Clock {
     }
 }
 
-/// ARC (Megiddo and Modha, FAST 2003): one LRU list of pages seen once, one of pages seen again. Hits among the pages that
-/// each list evicted last (its ghosts) adapt their shares.
+/// ARC (Megiddo and Modha, FAST 2003): one LRU list of pages seen once, one of pages seen again. Hits among the pages
+/// that each list evicted last (its ghosts) adapt their shares.
 #[derive(Debug)]
 struct Arc {
     lists: Lists,
@@ -178,8 +178,8 @@ impl Simulation for Arc {
     }
 }
 
-/// Four LRU lists; a page is on at most one. Removal is lazy: each move gives the page a new stamp and appends to the log of
-/// the list. An entry of a log is valid if it has the current stamp of its page.
+/// Four LRU lists; a page is on at most one. Removal is lazy: each move gives the page a new stamp and appends to the
+/// log of the list. An entry of a log is valid if it has the current stamp of its page.
 #[derive(Debug)]
 struct Lists {
     /// For each page the stamp of its last move, and its list (or [`NONE`]).

@@ -10,8 +10,8 @@ use super::{Cell, Level};
 use crate::policy_report::Gate;
 use crate::prng::Prng;
 
-/// By how many points genblk's miss ratio may exceed that of LRU. Adapting has a price, which is higher on shorter traces;
-/// and of two equally good policies either may be ahead by chance.
+/// By how many points genblk's miss ratio may exceed that of LRU. Adapting has a price, which is higher on shorter
+/// traces; and of two equally good policies either may be ahead by chance.
 #[derive(Clone, Copy, Debug)]
 pub struct LruTolerance {
     /// In any cell.
@@ -85,7 +85,8 @@ fn scan_gate() -> Gate {
         }
     }
     let message = format!(
-        "a scan of ten times the cache costs the hot set less than {SCAN_COST_MAX} points of hits: {worst:.2}, LRU {lru:.2}"
+        "a scan of ten times the cache costs the hot set less than {SCAN_COST_MAX} points of hits: {worst:.2}, \
+         LRU {lru:.2}"
     );
     Gate { passed: worst < SCAN_COST_MAX, message }
 }

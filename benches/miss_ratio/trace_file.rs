@@ -1,8 +1,8 @@
 //! A user's trace: a text file with lines of four comma-separated fields: time, op, sector, count.
 //!
-//! Time is a number in any unit and is not used: the order of the lines counts. The op is r, read, w or write; lines with f,
-//! flush, d, discard or trim are skipped. A sector has 512 bytes. Blank lines, lines that start with #, and a first line
-//! with column names are skipped.
+//! Time is a number in any unit and is not used: the order of the lines counts. The op is r, read, w or write; lines
+//! with f, flush, d, discard or trim are skipped. A sector has 512 bytes. Blank lines, lines that start with #, and a
+//! first line with column names are skipped.
 
 use std::collections::HashMap;
 use std::io::BufRead;

@@ -125,8 +125,8 @@ fn scan_over_hot_set(trace: &mut Trace) {
     }
 }
 
-/// A database: transactions read 8 KiB rows by popularity, change some of them, and end with a write to a journal, which
-/// cycles through a fiftieth of the image.
+/// A database: transactions read 8 KiB rows by popularity, change some of them, and end with a write to a journal,
+/// which cycles through a fiftieth of the image.
 fn oltp(trace: &mut Trace) {
     let journal_pages = trace.share(20);
     let rows = Zipf::new((trace.scale.pages - journal_pages) / 2, 0.99);
@@ -145,8 +145,8 @@ fn oltp(trace: &mut Trace) {
     }
 }
 
-/// A guest that boots repeatedly. Each boot reads short runs all over the image in the same order: most runs once, some of
-/// them (libraries) often. Between two boots it accesses pages by popularity.
+/// A guest that boots repeatedly. Each boot reads short runs all over the image in the same order: most runs once, some
+/// of them (libraries) often. Between two boots it accesses pages by popularity.
 fn boot(trace: &mut Trace) {
     let mut runs = Vec::new();
     let mut left = i64::from(trace.share(80));
@@ -176,8 +176,8 @@ fn read_run(trace: &mut Trace, (start, length): (u32, u32)) {
     (start..start + length).for_each(|page| trace.read(page));
 }
 
-/// Every other access repeats an earlier one from a log-uniform distance, and no page is popular in itself: LRU is the right
-/// policy, and policies that count frequency are wrong.
+/// Every other access repeats an earlier one from a log-uniform distance, and no page is popular in itself: LRU is the
+/// right policy, and policies that count frequency are wrong.
 fn recency(trace: &mut Trace) {
     let mut fresh = 0;
     while !trace.is_full() {

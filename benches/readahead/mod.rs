@@ -139,7 +139,8 @@ fn files(pages: u64, file_pages: u64) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-/// The chunks of a stream in the order in which eight queues submit them: each of the next 32 chunks may overtake a chunk.
+/// The chunks of a stream in the order in which eight queues submit them: each of the next 32 chunks may overtake a
+/// chunk.
 fn shuffled(pages: u64) -> impl Iterator<Item = (u64, u64)> {
     const REACH: u64 = 32;
     let mut prng = Prng::new(13);
@@ -206,9 +207,9 @@ pub fn table(store: StoreModel, rows: &[(Pattern, Measured)]) -> String {
     text
 }
 
-/// By how many points a scan lowers the hit ratio of a hot set. The streams of the scan read `pages` pages, several times
-/// the cache; another reader reads the hot set, half the cache, at random. A page that is read ahead and then used once must
-/// not look hot.
+/// By how many points a scan lowers the hit ratio of a hot set. The streams of the scan read `pages` pages, several
+/// times the cache; another reader reads the hot set, half the cache, at random. A page that is read ahead and then
+/// used once must not look hot.
 fn scan_cost(store: StoreModel, streams: u64, pages: u64) -> f64 {
     const HOT_PAGES: u64 = CACHE_PAGES as u64 / 2;
     /// About four scanned pages per hot page.
@@ -232,7 +233,8 @@ fn scan_cost(store: StoreModel, streams: u64, pages: u64) -> f64 {
 fn judge_scan(store: StoreModel, streams: u64, pages: u64) -> Gate {
     let cost = scan_cost(store, streams, pages);
     let message = format!(
-        "a scan by {streams} streams with readahead, {} store, costs the hot set less than {SCAN_COST_MAX} points of hits: {cost:.2}",
+        "a scan by {streams} streams with readahead, {} store, costs the hot set less than {SCAN_COST_MAX} points of \
+         hits: {cost:.2}",
         store.name
     );
     Gate { passed: cost < SCAN_COST_MAX, message }

@@ -1,5 +1,5 @@
-//! A discrete-event simulation: the page cache with guests that read, on a store that has a latency and a bandwidth. Time is
-//! simulated, and no data is moved.
+//! A discrete-event simulation: the page cache with guests that read, on a store that has a latency and a bandwidth.
+//! Time is simulated, and no data is moved.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -177,7 +177,8 @@ impl Simulation {
         }
     }
 
-    /// Counts arrived sectors of a request. After the last one its reader is busy for a while, then submits the next request.
+    /// Counts arrived sectors of a request. After the last one its reader is busy for a while, then submits the next
+    /// request.
     fn deliver(&mut self, ticket: usize, sectors: u64) {
         let pending = self.pending[ticket].as_mut().expect("the request is in flight");
         pending.sectors_left -= sectors;

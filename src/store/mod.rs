@@ -14,9 +14,9 @@
 //! => Dropping a queue first completes the operations that it accepted (for a bounded time): until then the kernel may
 //!    write to their memory.
 //!
-//! Read [`file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do not
-//! allow io_uring), and `blocking` (every operation as plain system calls, which both engines use). `image`, `probe`
-//! and `lock` open an image. A file of this module imports only files further down: file; uring, threads; pool;
+//! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
+//! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use). `image`,
+//! `probe` and `lock` open an image. A file of this module imports only files further down: file; uring, threads; pool;
 //! blocking; image; probe, lock. [`faulty`] wraps any image and makes its operations fail.
 
 mod blocking;

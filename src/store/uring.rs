@@ -189,7 +189,7 @@ impl UringQueue {
         self.buffers.buffer_of(&self.ring.submitter(), &request.segments).unwrap_or_else(|error| {
             let path = self.image.path().display();
             log::info!(
-                "image {path}: cannot register more io_uring buffers ({error}; RLIMIT_MEMLOCK?); transfers pin their pages"
+                "image {path}: cannot register more io_uring buffers ({error}; RLIMIT_MEMLOCK?); transfers pin pages"
             );
             None
         })

@@ -6,10 +6,9 @@
 
 use crate::units::{Fault, OpKind, PageNo, SectorSpan, low_u32};
 
-use super::PageCache;
-use super::ranges::REGION_PAGES;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
+use super::{PageCache, PlantedBug, REGION_PAGES};
 
 /// No region.
 const NONE: u32 = u32::MAX;
@@ -95,8 +94,7 @@ impl Allocating {
 impl PageCache {
     /// Whether a page may be written, as far as its space goes. `resumed`: whoever asks has waited for the answer.
     pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
-        #[cfg(test)]
-        if self.planted == Some(crate::sim::PlantedBug::SpaceIsTakenForGranted) {
+        if self.planted(PlantedBug::SpaceIsTakenForGranted) {
             return Space::There;
         }
         if !self.settings.allocate || self.allocating.unsupported || self.holes.is_data(no) {

@@ -1,72 +1,38 @@
-//! The invariants of `mod.rs`, recounted from scratch. The simulator calls this after every step.
+//! The invariants of [`PageCache`], recounted from scratch. The simulator calls this after every step.
 
-use std::collections::HashMap;
-
-use crate::units::{FrameId, OpKind, PageNo};
+use crate::units::{FrameId, OpKind};
 
 use super::PageCache;
-use super::page::{FAILED, FROZEN, NONE, PREFETCHED, READING};
-use super::readahead::Period;
+use super::pages::{FROZEN, NONE, Period, READING};
 use super::store_ops::StoreOp;
 
 impl PageCache {
-    /// Checks every invariant; `pinned` are the frames of pieces handed out and not yet given back.
+    /// Checks every invariant; `pinned` are the frames of pieces that the owner has not returned.
     ///
     /// # Panics
     /// If one does not hold.
     pub fn check(&self, pinned: &[FrameId]) {
-        self.check_frames(pinned);
-        self.check_pages();
+        let under_way = self.store_ops.iter().flat_map(|op| op.frames.iter().copied());
+        self.pages.check(under_way.chain(pinned.iter().copied()));
+        self.check_waiters();
+        self.check_readahead();
         self.check_store_ops();
-        assert_eq!(self.pending_zeroes.in_flight(), self.ranges.placed(), "I4: places of zeroed ranges");
+        assert_eq!(self.pending_zeroes.in_flight(), self.ranges.placed(), "I4: slots of zeroed ranges");
     }
 
-    fn check_frames(&self, pinned: &[FrameId]) {
-        let mut held: HashMap<FrameId, u32> = HashMap::new();
-        let resident = self.pages.iter().filter_map(|(_, page)| page.frame());
-        let flying = self.store_ops.iter().flat_map(|op| op.frames.iter().copied());
-        for frame in resident.chain(flying).chain(pinned.iter().copied()) {
-            *held.entry(frame).or_default() += 1;
+    fn check_waiters(&self) {
+        let mut waiters = 0;
+        for (_, page) in self.pages.iter() {
+            waiters += self.waiters.chain_len(page.waiters());
+            let awaited = page.is(READING) || page.waiters() != NONE;
+            assert!(page.frame().is_some() || awaited, "{:?} has no frame, and nothing brings one", page.no());
         }
-        for (&frame, &count) in &held {
-            assert_eq!(self.frames.references(frame), count, "I3: references of {frame:?}");
-        }
-        assert_eq!(held.len(), (self.frames.total() - self.frames.free()) as usize, "I9: free + held frames = arena");
-    }
-
-    fn check_pages(&self) {
-        let mut dirty: Vec<PageNo> = Vec::new();
-        let (mut dirty_or_writeback, mut unstable, mut failed, mut waiters) = (0, 0, 0, 0);
-        let mut unread: Vec<Period> = Vec::new();
-        for (id, page) in self.pages.iter() {
-            page.check();
-            let beyond = self.beyond_image(page.no());
-            assert!(page.dirty.and(beyond).is_empty(), "I5: {:?} is dirty beyond the image", page.no());
-            assert!(self.policy.contains(id), "I1: {:?} is on no queue", page.no());
-            assert_eq!(self.pages.find(page.no()), Some(id), "the index finds the page");
-            if !page.dirty.is_empty() {
-                dirty.push(page.no());
-            }
-            dirty_or_writeback += u32::from(self.dirty.counts(page));
-            unstable += u32::from(self.dirty.counts_unstable(page));
-            failed += u32::from(page.is(FAILED));
-            if page.is(PREFETCHED) {
-                unread.push(page.period());
-            }
-            waiters += self.waiters.chain_len(page.waiters);
-            if page.frame().is_none() {
-                assert!(page.is(READING) || page.waiters != NONE, "{:?}: no frame, and nobody brings one", page.no());
-            }
-        }
-        dirty.sort();
-        assert_eq!(self.policy.len(), self.pages.len(), "I1: queues hold the pages and nothing else");
-        assert!(self.dirty.iter().eq(dirty.iter().copied()), "I2: the dirty set is the dirty pages");
-        assert_eq!(self.dirty.dirty_pages() as usize, dirty.len(), "I4: dirty pages");
-        assert_eq!(self.dirty.dirty_or_writeback_pages(), dirty_or_writeback, "I4: dirty_or_writeback pages");
-        assert_eq!(self.dirty.unstable_pages(), unstable, "I4: unstable pages");
-        assert_eq!(self.dirty.failed_pages(), failed, "I4: failed pages");
-        self.streams.check(&unread);
         assert_eq!(self.waiters.in_use(), waiters, "I4: waiters");
+    }
+
+    fn check_readahead(&self) {
+        let unread: Vec<Period> = self.pages.iter().filter_map(|(_, page)| page.unread_since()).collect();
+        self.streams.check(&unread);
     }
 
     fn check_store_ops(&self) {

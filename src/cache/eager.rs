@@ -13,7 +13,7 @@
 use crate::units::{PageNo, PageSpan};
 
 use super::PageCache;
-use super::page::{Page, UNSYNCED};
+use super::pages::{Page, UNSYNCED};
 
 /// An interval with more pages (1 MiB) is a bulk of writes, for the cursor to put in order.
 const PAGES_MAX: u64 = 256;
@@ -79,6 +79,6 @@ impl PageCache {
     /// Whether the page was written in this interval. It may be on the store by now, but no Sync covers it then.
     fn written_since_flush(&self, page: &Page) -> bool {
         let unsynced = page.is(UNSYNCED[self.flushing.fresh()]);
-        page.epoch == self.dirty.current() && (!page.dirty.is_empty() || !page.writing.is_empty() || unsynced)
+        page.epoch == self.pages.dirty().current() && (!page.dirty.is_empty() || !page.writing.is_empty() || unsynced)
     }
 }

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SectorSpan};
 
-use super::page::UNSYNCED;
+use super::pages::{Flags, UNSYNCED};
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
@@ -101,14 +101,14 @@ impl PageCache {
             return;
         }
         self.eager.flushed();
-        let upto = self.dirty.close_epoch();
+        let upto = self.pages.close_epoch();
         self.flushing.queue.push_back(Flush { ticket, upto, needs: None });
     }
 
     /// Completes flushes whose turn has come, and sends the Sync they wait for.
     pub(super) fn advance_flushes(&mut self) {
         let redoing = self.ranges.redoing();
-        let oldest = self.dirty.oldest();
+        let oldest = self.pages.dirty().oldest();
         let Flushing { queue, written, stable, .. } = &mut self.flushing;
         for flush in queue.iter_mut().filter(|flush| flush.needs.is_none()) {
             if redoing || oldest.is_some_and(|oldest| oldest.at_or_before(flush.upto)) {
@@ -156,7 +156,7 @@ impl PageCache {
                 for id in pages {
                     // Its page may have gone since, and another come.
                     if self.pages[id].is(UNSYNCED[old]) {
-                        self.change(id, |page| page.clear(UNSYNCED[old]));
+                        self.pages.change(id, |page| page.clear(UNSYNCED[old]));
                     }
                 }
             }
@@ -169,11 +169,11 @@ impl PageCache {
     }
 
     /// The pages that a failed Sync was to make durable are in doubt: they are dirty again.
-    fn rewrite(&mut self, pages: &[PageId], bit: u8) {
+    fn rewrite(&mut self, pages: &[PageId], flag: Flags) {
         for &id in pages {
-            if self.pages[id].is(bit) {
+            if self.pages[id].is(flag) {
                 self.make_dirty_again(id);
-                self.change(id, |page| page.clear(bit));
+                self.pages.change(id, |page| page.clear(flag));
             }
         }
     }
@@ -190,9 +190,9 @@ impl PageCache {
 
     /// What the page holds may not be on the store after all. It gets an epoch that every waiting flush includes.
     pub(super) fn make_dirty_again(&mut self, id: PageId) {
-        let epoch = self.flushing.queue.front().map_or(self.dirty.current(), |flush| flush.upto);
-        let beyond = self.beyond_image(self.pages[id].no());
-        self.change(id, |page| {
+        let epoch = self.flushing.queue.front().map_or(self.pages.dirty().current(), |flush| flush.upto);
+        let beyond = self.pages.beyond_image(self.pages[id].no());
+        self.pages.change(id, |page| {
             if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
                 page.epoch = epoch;
             }
@@ -222,10 +222,10 @@ impl PageCache {
     pub(super) fn mark_unsynced(&mut self, id: PageId) {
         let fresh = self.flushing.fresh;
         if !self.pages[id].is(UNSYNCED[fresh]) {
-            self.change(id, |page| page.set(UNSYNCED[fresh]));
+            self.pages.change(id, |page| page.set(UNSYNCED[fresh]));
             let list = &mut self.flushing.unsynced[fresh];
             list.push(id);
-            if list.len() >= self.frames.total() as usize / 8 {
+            if list.len() >= self.pages.frames().total() as usize / 8 {
                 self.flushing.want_sync();
             }
         }
@@ -235,7 +235,7 @@ impl PageCache {
     pub(super) fn redirty_unsynced(&mut self, pages: impl Iterator<Item = PageNo>) {
         for no in pages {
             if let Some(id) = self.pages.find(no)
-                && self.pages[id].any(UNSYNCED[0] | UNSYNCED[1])
+                && self.pages[id].is_unsynced()
             {
                 self.make_dirty_again(id);
             }

@@ -9,13 +9,13 @@
 //! A request holds no pin while it waits: what has come in is delivered and given back, piece by piece. So requests that
 //! wait for each other's frames can't lock each other out, however small the cache.
 
-use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask};
+use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SectorMask};
 
 use super::holes::BlockStatus;
-use super::page::{MARKER, NONE, PREFETCHED, READING};
+use super::pages::{MARKER, NONE, Page, Period, READING};
 use super::stalled::Want;
 use super::store_ops::{Outcome, StoreOp};
-use super::{Access, Admitted, Notice, PageCache, PagePart, Piece, Ticket};
+use super::{Access, Admitted, Notice, PageCache, PagePart, Piece, PlantedBug, Ticket};
 
 /// A read that waits for a page.
 #[derive(Clone, Copy, Debug)]
@@ -77,7 +77,7 @@ impl PageCache {
                 Some(_) => break,
                 None => match self.bring_in(part.no) {
                     Ok(id) => {
-                        self.policy.first_touch(id, part.no);
+                        self.pages.first_touch(id, part.no);
                         self.stats.read_miss_pages += 1;
                         self.enqueue_waiter(id, Waiter::new(access.ticket, part));
                         missed = true;
@@ -102,7 +102,7 @@ impl PageCache {
         } else if let Some(fault) = stopped {
             Admitted::Refused(at, fault)
         } else {
-            let want = if self.frames.free() == 0 { Want::Room } else { Want::Answer };
+            let want = if self.pages.frames().free() == 0 { Want::Room } else { Want::Answer };
             self.stalled.push(access.ticket, want);
             self.stats.stalls += 1;
             Admitted::Until(at)
@@ -112,50 +112,40 @@ impl PageCache {
     /// Looks up pages that requests will ask for in a moment, and changes nothing. Of one request after the other, each
     /// waits for the memory of the tables by itself; here the processor waits for that of several at a time.
     pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo>) {
-        for id in pages.filter_map(|no| self.pages.find(no)) {
-            let frame = self.pages[id].frame();
-            std::hint::black_box((frame.map(|frame| self.frames.references(frame)), self.policy.contains(id)));
-        }
+        pages.for_each(|no| self.pages.prefetch_lookup(no));
     }
 
     /// Gives back a piece of a read.
     pub fn finish_read(&mut self, piece: &Piece) {
-        piece.frames().for_each(|frame| self.release(frame));
+        piece.frames().for_each(|frame| self.pages.release_frame(frame));
     }
 
     /// The hit path: a pin and a touch, no allocation. Returns the page's number if it bears the readahead marker.
     fn hit(&mut self, id: PageId, part: PagePart, pieces: &mut Vec<Piece>) -> Option<PageNo> {
         self.stats.read_hit_pages += 1;
-        let page = &self.pages[id];
-        let frame = page.frame().expect("valid sectors lie in a frame");
-        let marked = page.is(MARKER);
-        if page.is(PREFETCHED) {
-            self.first_demand(id, part.no);
-        } else {
-            self.policy.touch(id, part.no);
+        let frame = self.pages[id].frame().expect("valid sectors lie in a frame");
+        match self.pages.take_unread(id) {
+            Some(period) => self.first_demand(id, part.no, period),
+            None => self.pages.touch(id, part.no),
         }
-        if marked {
-            self.pages[id].clear(MARKER);
-        }
-        self.frames.hold(frame);
+        let marked = self.pages.take_mark(id, MARKER);
+        self.pages.hold_frame(frame);
         part.piece(id, Some(frame)).join(pieces);
         marked.then_some(part.no)
     }
 
     /// The first demand of a page that readahead brought: it has was_worthwhile.
-    fn first_demand(&mut self, id: PageId, no: PageNo) {
-        let page = &mut self.pages[id];
-        page.clear(PREFETCHED);
-        self.streams.page_not_unread(page.period());
-        self.policy.first_touch(id, no);
+    fn first_demand(&mut self, id: PageId, no: PageNo, period: Period) {
+        self.streams.page_not_unread(period);
+        self.pages.first_touch(id, no);
         self.stats.readahead_used_pages += 1;
     }
 
     /// Queues a read behind a page that is in the table with sectors missing. False: no frame to read into.
     fn wait_for(&mut self, id: PageId, part: PagePart, ticket: Ticket) -> bool {
-        if self.pages[id].is(PREFETCHED) {
-            self.first_demand(id, part.no);
-            self.pages[id].clear(MARKER);
+        if let Some(period) = self.pages.take_unread(id) {
+            self.first_demand(id, part.no, period);
+            self.pages.take_mark(id, MARKER);
         }
         let page = &self.pages[id];
         let settled_by_writer = page.pending.or(page.valid).contains(part.mask());
@@ -179,11 +169,11 @@ impl PageCache {
             }
             BlockStatus::Data => {}
         }
-        if self.frames.free() == 0 {
+        if self.pages.frames().free() == 0 {
             return Err(Missing::Wait);
         }
-        let id = self.create_page(no).ok_or(Missing::Wait)?;
-        let frame = self.frames.take().expect("a frame is free");
+        let id = self.pages.insert(no).ok_or(Missing::Wait)?;
+        let frame = self.pages.take_frame().expect("a frame is free");
         self.join_run(id, frame);
         Ok(id)
     }
@@ -201,17 +191,16 @@ impl PageCache {
                 self.ask_for_map(no);
                 false
             }
-            BlockStatus::Hole => match self.frame_of(id) {
-                Some(frame) => {
-                    let page = &self.pages[id];
-                    let missing = SectorMask::ALL.without(page.valid).without(page.pending);
-                    self.memory.zero_sectors(frame, missing);
-                    self.change(id, |page| page.valid = page.valid.or(missing));
+            BlockStatus::Hole => match self.pages.ensure_frame(id) {
+                Some(_) => {
+                    let missing = missing_sectors(&self.pages[id]);
+                    self.pages.zero_sectors(id, missing);
+                    self.pages.change(id, |page| page.valid = page.valid.or(missing));
                     true
                 }
                 None => false,
             },
-            BlockStatus::Data => match self.frames.take() {
+            BlockStatus::Data => match self.pages.take_frame() {
                 Some(frame) => {
                     self.join_run(id, frame);
                     true
@@ -219,16 +208,6 @@ impl PageCache {
                 None => false,
             },
         }
-    }
-
-    /// The page's frame, taking a free one for it if it has none.
-    pub(super) fn frame_of(&mut self, id: PageId) -> Option<FrameId> {
-        if let Some(frame) = self.pages[id].frame() {
-            return Some(frame);
-        }
-        let frame = self.frames.take()?;
-        self.adopt_frame(id, frame);
-        Some(frame)
     }
 
     /// Adds a page to the read that is being put together; `frame` is what the store will fill.
@@ -240,7 +219,7 @@ impl PageCache {
             self.submit_run();
             self.run.first = Some(no);
         }
-        self.change(id, |page| page.set(READING));
+        self.pages.change(id, |page| page.set(READING));
         self.run.ids.push(id);
         self.run.frames.push(frame);
     }
@@ -275,23 +254,21 @@ impl PageCache {
     fn page_came_in(&mut self, id: PageId, frame: FrameId) {
         match self.pages[id].frame() {
             None => {
-                self.adopt_frame(id, frame);
-                self.change(id, |page| {
+                self.pages.adopt_frame(id, frame);
+                self.pages.change(id, |page| {
                     page.clear(READING);
                     page.valid = SectorMask::ALL.without(page.pending);
                 });
             }
-            Some(target) => {
-                let page = &self.pages[id];
-                let mut missing = SectorMask::ALL.without(page.valid).without(page.pending);
-                #[cfg(test)]
-                if self.planted == Some(crate::sim::PlantedBug::ReadInOverwritesDirty) {
+            Some(_) => {
+                let mut missing = missing_sectors(&self.pages[id]);
+                if self.planted(PlantedBug::ReadInOverwritesDirty) {
                     missing = SectorMask::ALL;
                 }
-                self.memory.copy_sectors(frame, target, missing);
-                self.release(frame);
+                self.pages.copy_from(id, frame, missing);
+                self.pages.release_frame(frame);
                 missing = missing.or(self.pages[id].valid);
-                self.change(id, |page| {
+                self.pages.change(id, |page| {
                     page.clear(READING);
                     page.valid = missing;
                 });
@@ -303,25 +280,25 @@ impl PageCache {
     /// The page could not be read. Waiters of a demand read fail; those that had joined a readahead get a read of
     /// their own; a page that nobody wrote and nobody waits for goes, and one that can't be written without it has failed.
     fn page_failed(&mut self, id: PageId, frame: FrameId, fault: Fault, demand: bool) {
-        self.change(id, |page| page.clear(READING));
+        self.pages.change(id, |page| page.clear(READING));
         self.stats.read_errors += 1;
         if demand {
-            self.release(frame);
-            let mut chain = std::mem::replace(&mut self.pages[id].waiters, NONE);
+            self.pages.release_frame(frame);
+            let mut chain = self.pages.replace_waiters(id, NONE);
             while chain != NONE {
                 let waiter = self.waiters.take(&mut chain);
                 self.notices.push(Notice::Unreadable(waiter.ticket, u32::from(waiter.count), fault));
             }
-        } else if self.pages[id].waiters != NONE {
+        } else if self.pages[id].waiters() != NONE {
             self.submit_run();
             self.join_run(id, frame);
             return;
         } else {
-            self.release(frame);
+            self.pages.release_frame(frame);
         }
         let page = &self.pages[id];
         if page.frame().is_none() && !page.busy() {
-            self.drop_page(id, true);
+            self.remove_page(id);
         } else if !page.dirty.is_empty() && !self.is_block_aligned(id) {
             self.page_stays_dirty(id, fault);
         }
@@ -330,13 +307,13 @@ impl PageCache {
     /// Delivers a page to the reads that wait for sectors it has now; if some still lack theirs and nothing is under
     /// way that would bring them, reads them in.
     pub(super) fn settle_waiters(&mut self, id: PageId) {
-        let mut chain = std::mem::replace(&mut self.pages[id].waiters, NONE);
+        let mut chain = self.pages.replace_waiters(id, NONE);
         while chain != NONE {
             let waiter = self.waiters.take(&mut chain);
             let Waiter { ticket, at, first, count, .. } = waiter;
             match self.pages[id].frame() {
                 Some(frame) if self.pages[id].valid.contains(SectorMask::run(first, count)) => {
-                    self.frames.hold(frame);
+                    self.pages.hold_frame(frame);
                     self.deliver(ticket, Piece { frame: Some(frame), page: id, first, count: u32::from(count), at });
                 }
                 _ => self.enqueue_waiter(id, waiter),
@@ -359,7 +336,7 @@ impl PageCache {
     /// Reads in what the waiters of a page lack; tries again at the next pump if that can't be done now.
     fn fill_for_waiters(&mut self, id: PageId) {
         let page = &self.pages[id];
-        if page.waiters == NONE || page.is(READING) || page.writers > 0 {
+        if page.waiters() == NONE || page.is(READING) || page.writers > 0 {
             return;
         }
         if !self.fill(id) {
@@ -373,7 +350,7 @@ impl PageCache {
     /// Pages whose waiters could not be served for lack of a frame or a map.
     pub(super) fn retry_unfilled(&mut self) {
         for id in std::mem::take(&mut self.unfilled) {
-            if self.pages[id].waiters != NONE {
+            if self.pages[id].waiters() != NONE {
                 self.settle_waiters(id);
             }
         }
@@ -381,8 +358,8 @@ impl PageCache {
     }
 
     fn enqueue_waiter(&mut self, id: PageId, waiter: Waiter) {
-        let next = self.pages[id].waiters;
-        self.pages[id].waiters = self.waiters.put(Waiter { next, ..waiter });
+        let next = self.pages[id].waiters();
+        self.pages.replace_waiters(id, self.waiters.put(Waiter { next, ..waiter }));
     }
 
     /// Readahead: brings in the absent pages of `window` while there is room, and says where it stopped. The first page
@@ -398,13 +375,14 @@ impl PageCache {
             && !self.ranges.block(next)
         {
             if self.pages.find(next).is_none() {
-                let room = self.frames.free() > self.reserve() / 2 && self.streams.may_prefetch();
+                let room = self.pages.frames().free() > self.reserve() / 2 && self.streams.may_prefetch();
                 match if room { self.bring_in(next) } else { Err(Missing::Wait) } {
                     Ok(id) => {
                         self.stats.readahead_pages += 1;
-                        let page = &mut self.pages[id];
-                        page.set(if std::mem::take(marker_due) { PREFETCHED | MARKER } else { PREFETCHED });
-                        page.set_period(self.streams.page_unread());
+                        self.pages.mark_unread(id, self.streams.page_unread());
+                        if std::mem::take(marker_due) {
+                            self.pages.mark(id, MARKER);
+                        }
                     }
                     Err(Missing::Hole) => {}
                     Err(Missing::Wait) => break,
@@ -416,11 +394,11 @@ impl PageCache {
         self.run.ahead = false;
         next
     }
+}
 
-    /// Pages of the image, the cut one at its end included.
-    pub(super) fn image_pages(&self) -> u64 {
-        self.settings.image_sectors.div_ceil(SECTORS_PER_PAGE)
-    }
+/// The sectors that the page lacks and that no writer is filling.
+fn missing_sectors(page: &Page) -> SectorMask {
+    SectorMask::ALL.without(page.valid).without(page.pending)
 }
 
 impl Waiter {

@@ -6,9 +6,8 @@
 
 use crate::units::{OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
 
-use super::ranges::REGION_PAGES;
 use super::store_ops::{Outcome, StoreOp};
-use super::{PageCache, SectorSpan};
+use super::{PageCache, REGION_PAGES, SectorSpan};
 
 const WORDS: usize = (REGION_PAGES / 64) as usize;
 

@@ -11,7 +11,7 @@
 
 use crate::units::SectorSpan;
 
-use super::PageCache;
+use super::{PageCache, PlantedBug};
 
 /// A slot of the table.
 pub(super) type ZeroSlot = usize;
@@ -76,18 +76,17 @@ impl PageCache {
         self.pending_zeroes.unsynced[fresh].push(UnsyncedZero { span, unmap, slot });
     }
 
-    fn note_zero(&self, slot: ZeroSlot, span: SectorSpan) {
-        #[cfg(test)]
-        if self.planted == Some(crate::sim::PlantedBug::ZeroedIsForgotten) {
+    fn note_zero(&mut self, slot: ZeroSlot, span: SectorSpan) {
+        if self.planted(PlantedBug::ZeroedIsForgotten) {
             return;
         }
-        self.memory.note_zero(slot, Some(span));
+        self.pages.note_zero(slot, Some(span));
     }
 
     /// A good Sync covers the ranges of a list.
     pub(super) fn zeroes_synced(&mut self, list: usize) {
         for UnsyncedZero { slot, .. } in std::mem::take(&mut self.pending_zeroes.unsynced[list]) {
-            self.memory.note_zero(slot, None);
+            self.pages.note_zero(slot, None);
             self.pending_zeroes.give_back(slot);
         }
     }

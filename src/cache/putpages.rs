@@ -6,12 +6,11 @@
 
 use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
-use super::PageCache;
 use super::holes::BlockStatus;
-use super::page::{FAILED, FROZEN, NONE};
-use super::ranges::REGION_PAGES;
+use super::pages::{FAILED, FROZEN, NONE};
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
+use super::{PageCache, PlantedBug, REGION_PAGES};
 
 /// Longest gap of clean pages that a cluster writes along.
 const BRIDGE_PAGES: u64 = 2;
@@ -122,10 +121,10 @@ impl PageCache {
         epoch: Epoch,
         writing: SectorMask,
     ) {
-        self.dirty.hold_epoch(epoch);
+        self.pages.hold_epoch(epoch);
         for (&id, &frame) in ids.iter().zip(&frames) {
-            self.frames.hold(frame);
-            self.change(id, |page| {
+            self.pages.hold_frame(frame);
+            self.pages.change(id, |page| {
                 page.writing = writing;
                 page.dirty = page.dirty.without(writing);
                 page.set(FROZEN);
@@ -139,25 +138,23 @@ impl PageCache {
     /// A cluster has ended (genfs: uvm_aio_aiodone).
     pub(super) fn write_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         self.throttle.write_ended(op.ids.len() as u64, self.store_ops.writes(), self.now);
-        let fault = outcome.fault();
-        #[cfg(test)]
-        let fault = fault.filter(|&fault| match self.planted {
-            Some(crate::sim::PlantedBug::ClusterIgnoresError) => false,
-            Some(crate::sim::PlantedBug::FullDiskDropsPages) => fault != Fault::NoSpace,
-            _ => true,
-        });
+        let is_ignored = |fault: &Fault| {
+            self.planted(PlantedBug::ClusterIgnoresError)
+                || self.planted(PlantedBug::FullDiskDropsPages) && *fault == Fault::NoSpace
+        };
+        let fault = outcome.fault().filter(|fault| !is_ignored(fault));
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             match fault {
                 None => self.page_written(id),
                 Some(_) => self.page_not_written(id, op.epoch),
             }
-            self.release(frame);
-            if self.pages[id].waiters != NONE {
+            self.pages.release_frame(frame);
+            if self.pages[id].waiters() != NONE {
                 self.settle_waiters(id);
             }
         }
         self.submit_run();
-        self.dirty.release_epoch(op.epoch);
+        self.pages.release_epoch(op.epoch);
         match fault {
             None => {
                 self.flushing.write_done_unsynced();
@@ -172,20 +169,19 @@ impl PageCache {
         self.holes.mark_data(no);
         // First this: at no moment may the page pass for one that the store has for good.
         self.mark_unsynced(id);
-        self.change(id, |page| {
+        self.pages.change(id, |page| {
             page.writing = SectorMask::NONE;
             page.clear(FROZEN | FAILED);
         });
-        #[cfg(test)]
-        if self.planted == Some(crate::sim::PlantedBug::RewriteIsLost) {
-            self.change(id, |page| page.dirty = SectorMask::NONE);
+        if self.planted(PlantedBug::RewriteIsLost) {
+            self.pages.change(id, |page| page.dirty = SectorMask::NONE);
         }
     }
 
     /// The page stays dirty: we still hold the bytes.
     fn page_not_written(&mut self, id: PageId, epoch: Epoch) {
-        let beyond = self.beyond_image(self.pages[id].no());
-        self.change(id, |page| {
+        let beyond = self.pages.beyond_image(self.pages[id].no());
+        self.pages.change(id, |page| {
             if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
                 page.epoch = epoch;
             }
@@ -198,7 +194,7 @@ impl PageCache {
 
     /// A page can't be written, for what it lacks of the store's block can't be read.
     pub(super) fn page_stays_dirty(&mut self, id: PageId, fault: Fault) {
-        self.change(id, |page| page.set(FAILED));
+        self.pages.change(id, |page| page.set(FAILED));
         self.cluster_failed(self.pages[id].epoch, fault);
     }
 

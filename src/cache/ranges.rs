@@ -7,15 +7,13 @@
 
 use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
-use super::page::{FAILED, UNSYNCED};
+use super::pages::FAILED;
 use super::pending_zeroes::ZeroSlot;
 use super::stalled::Want;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
-/// Pages of a region (1 MiB): no cluster crosses one, and hole maps are taken by it.
-pub(super) const REGION_PAGES: u64 = 256;
 /// Range operations that guests may ask for at a time; more wait with the stalled requests.
 const RANGES_MAX: usize = 64;
 
@@ -213,12 +211,11 @@ impl PageCache {
     /// The part of a page inside the range is gone: the page goes, or that part of it becomes zeros, as on the store.
     fn zero_inside(&mut self, id: PageId, inside: SectorMask) {
         if inside == SectorMask::ALL {
-            self.drop_page(id, true);
+            self.remove_page(id);
             return;
         }
-        let frame = self.pages[id].frame().expect("a page that is not being read in has a frame");
-        self.memory.zero_sectors(frame, inside);
-        self.change(id, |page| {
+        self.pages.zero_sectors(id, inside);
+        self.pages.change(id, |page| {
             page.dirty = page.dirty.without(inside);
             page.valid = page.valid.or(inside);
             if page.dirty.is_empty() {
@@ -230,10 +227,10 @@ impl PageCache {
     /// What the store holds of the page is not known any more: what only we are sure to have is written again, the rest is
     /// read again when it is asked for.
     fn distrust_store(&mut self, id: PageId) {
-        if self.pages[id].any(UNSYNCED[0] | UNSYNCED[1]) || !self.pages[id].dirty.is_empty() {
+        if self.pages[id].is_unsynced() || !self.pages[id].dirty.is_empty() {
             self.make_dirty_again(id);
         } else {
-            self.drop_page(id, true);
+            self.remove_page(id);
         }
     }
 
@@ -245,7 +242,7 @@ impl PageCache {
         let first = span.start.saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
         let end = span.end().saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
         let inside = SectorMask::run(first, end.saturating_sub(first));
-        if inside.or(self.beyond_image(no)) == SectorMask::ALL { SectorMask::ALL } else { inside }
+        if inside.or(self.pages.beyond_image(no)) == SectorMask::ALL { SectorMask::ALL } else { inside }
     }
 
     /// The pages of a span that are in memory: by number or by table, whichever is the shorter walk.

@@ -9,6 +9,7 @@
 use crate::units::{PageNo, PageSpan, Tick, low_u32};
 
 use super::PageCache;
+use super::pages::Period;
 
 /// Streams that are followed at a time.
 const STREAMS: usize = 64;
@@ -28,10 +29,6 @@ const WINDOW_SHARE: u64 = 8;
 /// Readers stop without a word. What was read ahead before this period and the last one does not count as unread: else
 /// the files that were read by and by would end readahead for all, until the cache is full, which it may never be.
 const PERIOD_US: u64 = 1_000_000;
-
-/// A second or so, counted from the start; wraps.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Period(pub u32);
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Stream {

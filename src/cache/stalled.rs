@@ -41,9 +41,9 @@ impl Stalled {
         self.unblocked = true;
     }
 
-    /// Whether some wait that may try again.
-    pub fn is_unblocked(&self) -> bool {
-        self.unblocked && !self.queue.is_empty()
+    /// Whether requests wait that may try again, because something ended or there is `room`.
+    pub fn may_resume(&self, room: bool) -> bool {
+        (self.unblocked || room) && !self.queue.is_empty()
     }
 
     /// Tells all that wait to try again, if something ended.

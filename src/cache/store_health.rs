@@ -5,7 +5,7 @@
 
 use crate::units::{Fault, Tick};
 
-use super::{ErrorPolicy, Notice, PageCache, Ticket};
+use super::{ErrorPolicy, Notice, PageCache, PlantedBug, Ticket};
 
 /// Pause after a failed write: from this, doubling ...
 const BACKOFF_US_MIN: u64 = 100_000;
@@ -188,20 +188,20 @@ impl PageCache {
 
     /// The store has done what had failed for this cause; once no page is left that had, it is well.
     pub(super) fn store_succeeded(&mut self, cause: Cause) {
-        if self.dirty.failed_pages() == 0 {
+        if self.pages.dirty().failed_pages() == 0 {
             self.health.clear_failure(cause);
         }
     }
 
     /// How long requests wait for a store.
     fn hold_us(&self) -> u64 {
-        #[cfg(test)]
-        match self.planted {
-            Some(crate::sim::PlantedBug::HoldNeverEnds) => return u64::MAX / 2,
-            Some(crate::sim::PlantedBug::HoldReports) => return 0,
-            _ => {}
+        if self.planted(PlantedBug::HoldNeverEnds) {
+            u64::MAX / 2
+        } else if self.planted(PlantedBug::HoldReports) {
+            0
+        } else {
+            self.settings.hold_us
         }
-        self.settings.hold_us
     }
 
     /// Requests have waited for the store long enough.

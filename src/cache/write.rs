@@ -8,7 +8,7 @@
 use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::allocate::Space;
-use super::page::{FROZEN, NONE, PREFETCHED, READING, RECENT};
+use super::pages::{FROZEN, NONE, READING, RECENT};
 use super::stalled::Want;
 use super::{Access, Admitted, PageCache, PagePart, Piece};
 
@@ -38,7 +38,7 @@ impl PageCache {
                 break;
             }
             let found = self.pages.find_after(previous, part.no);
-            let adds_dirt = found.is_none_or(|id| !self.dirty.counts(&self.pages[id]));
+            let adds_dirt = found.is_none_or(|id| !self.pages[id].is_dirty_or_writeback());
             if adds_dirt && !self.has_room_for_dirt(found) {
                 if let Some(fault) = self.health.reported() {
                     return Admitted::Refused(at, fault);
@@ -57,7 +57,7 @@ impl PageCache {
                 break;
             };
             let frame = self.pages[id].frame().expect("a page being written has a frame");
-            self.frames.hold(frame);
+            self.pages.hold_frame(frame);
             part.piece(id, Some(frame)).join(pieces);
             previous = Some(id);
             at += u32::from(part.count);
@@ -75,15 +75,15 @@ impl PageCache {
     /// evicted. A store that fails every Sync would else fill all of them with what it has not made durable, and a read
     /// would wait for a frame as long as it fails.
     fn has_room_for_dirt(&self, found: Option<PageId>) -> bool {
-        let adds_unstable = found.is_none_or(|id| !self.dirty.counts_unstable(&self.pages[id]));
-        let unstable_max = self.frames.total() - self.frames.total() / 4;
-        self.dirty.dirty_or_writeback_pages() < self.throttle.limit_pages()
-            && (!adds_unstable || self.dirty.unstable_pages() < unstable_max)
+        let adds_unstable = found.is_none_or(|id| !self.pages[id].is_unstable());
+        let unstable_max = self.pages.frames().total() - self.pages.frames().total() / 4;
+        self.pages.dirty().dirty_or_writeback_pages() < self.throttle.limit_pages()
+            && (!adds_unstable || self.pages.dirty().unstable_pages() < unstable_max)
     }
 
     /// Microseconds by which the completion of a write is to be delayed, now that so much is dirty.
     pub fn write_delay_us(&self, sectors: u64) -> u64 {
-        self.throttle.delay_us(self.dirty.dirty_or_writeback_pages(), sectors)
+        self.throttle.delay_us(self.pages.dirty().dirty_or_writeback_pages(), sectors)
     }
 
     /// Readies a page for a writer of `mask`: in the table, with a frame that is not frozen, and counted.
@@ -95,29 +95,31 @@ impl PageCache {
                 id
             }
             Some(id) => {
-                if self.pages[id].frame().is_none() && self.frames.free() <= FILL_FRAMES {
+                if self.pages[id].frame().is_none() && self.pages.frames().free() <= FILL_FRAMES {
                     return None;
                 }
-                self.frame_of(id)?;
+                self.pages.ensure_frame(id)?;
                 id
             }
             None => {
-                if self.frames.free() <= FILL_FRAMES {
+                if self.pages.frames().free() <= FILL_FRAMES {
                     return None;
                 }
-                let id = self.create_page(no)?;
-                self.frame_of(id).expect("a frame is free");
+                let id = self.pages.insert(no)?;
+                self.pages.ensure_frame(id).expect("a frame is free");
                 id
             }
         };
-        if found.is_none() || self.pages[id].is(PREFETCHED) {
-            self.note_unread_prefetch(id);
-            self.policy.first_touch(id, no);
+        if let Some(period) = self.pages.take_unread(id) {
+            self.prefetch_was_wasted(no, period);
+            self.pages.first_touch(id, no);
+        } else if found.is_none() {
+            self.pages.first_touch(id, no);
         } else {
-            self.policy.touch(id, no);
+            self.pages.touch(id, no);
         }
         self.stats.write_pages += 1;
-        self.change(id, |page| {
+        self.pages.change(id, |page| {
             page.writers += 1;
             page.pending = page.pending.or(mask);
         });
@@ -126,19 +128,11 @@ impl PageCache {
 
     /// Copy-on-write: gives the page a new frame, and leaves the frozen one to its operation.
     fn copy_on_write(&mut self, id: PageId) -> Option<()> {
-        if self.frames.free() <= FILL_FRAMES {
+        if self.pages.frames().free() <= FILL_FRAMES {
             return None;
         }
-        let new = self.frames.take()?;
-        let old = self.pages[id].frame().expect("a frozen page has a frame");
-        // Even what this write is about to cover: should the store fail, these bytes are all there is of earlier writes.
-        self.memory.copy_sectors(old, new, self.pages[id].valid);
-        self.release(old);
+        self.pages.copy_on_write(id)?;
         self.stats.copied_on_write += 1;
-        self.change(id, |page| {
-            page.set_frame(new);
-            page.clear(FROZEN);
-        });
         Some(())
     }
 
@@ -146,7 +140,7 @@ impl PageCache {
     ///
     /// => A piece that was not filled leaves its sectors as a failed write does: old, new or a mixture.
     pub fn finish_write(&mut self, piece: &Piece, filled: bool) {
-        piece.frames().for_each(|frame| self.release(frame));
+        piece.frames().for_each(|frame| self.pages.release_frame(frame));
         let mut id = piece.page;
         let start = self.pages[id].no().0 * SECTORS_PER_PAGE + u64::from(piece.first);
         let span = SectorSpan::new(start, u64::from(piece.count));
@@ -162,15 +156,15 @@ impl PageCache {
 
     /// A writer of `mask` has left the page.
     fn finish_page_write(&mut self, id: PageId, mask: SectorMask, filled: bool) {
-        let epoch = self.dirty.current();
+        let epoch = self.pages.dirty().current();
         let no = self.pages[id].no();
         if self.pages[id].writers == u8::MAX {
             self.stalled.unblock();
         }
-        if self.dirty.dirty_pages() == 0 {
+        if self.pages.dirty().dirty_pages() == 0 {
             self.writeback.ages_from(self.now, self.settings.dirty_age_us);
         }
-        self.change(id, |page| {
+        self.pages.change(id, |page| {
             page.writers -= 1;
             if page.writers == 0 {
                 page.pending = SectorMask::NONE;
@@ -181,20 +175,20 @@ impl PageCache {
             }
             page.valid = page.valid.or(changed);
             page.dirty = page.dirty.or(changed);
-            page.set(RECENT);
+            page.mark(RECENT);
         });
-        self.writeback.note_write(&self.dirty, no);
+        self.writeback.note_write(self.pages.dirty(), no);
         self.writer_left(id);
     }
 
     /// A writer left the page: serve those that waited for it, and drop a page that has nothing.
     fn writer_left(&mut self, id: PageId) {
         let page = &self.pages[id];
-        if page.waiters != NONE {
+        if page.waiters() != NONE {
             self.settle_waiters(id);
             self.submit_run();
         } else if page.valid.is_empty() && page.writers == 0 && !page.is(READING) {
-            self.drop_page(id, true);
+            self.remove_page(id);
         }
     }
 }

@@ -10,8 +10,8 @@
 use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 
 use super::PageCache;
-use super::dirty::{DirtySet, GROUP_PAGES, Group};
-use super::page::{FAILED, READING, RECENT};
+use super::pages::{DirtySet, GROUP_PAGES, Group};
+use super::pages::{FAILED, READING, RECENT};
 
 /// Pages of an aligned piece that a sequential writer fills and that is then written at once (1 MiB).
 const BEHIND_PAGES: u64 = 256;
@@ -89,7 +89,7 @@ impl PageCache {
             return;
         }
         self.age();
-        if self.dirty.dirty_pages() == 0 {
+        if self.pages.dirty().dirty_pages() == 0 {
             self.writeback.running = false;
             self.writeback.pressure = false;
             self.writeback.behind.clear();
@@ -124,7 +124,7 @@ impl PageCache {
     /// next FLUSH, where that pays, and not while one is under way, which has more use for the store.
     fn write_back_in_background(&mut self) {
         let idle = self.now.since_us(self.writeback.note_guest_io) >= IDLE_US;
-        let dirty_or_writeback = self.dirty.dirty_or_writeback_pages();
+        let dirty_or_writeback = self.pages.dirty().dirty_or_writeback_pages();
         let start = self.throttle.start_pages();
         if dirty_or_writeback > start {
             self.writeback.running = true;
@@ -147,7 +147,7 @@ impl PageCache {
 
     /// Closes the current epoch every half of the age limit; when an aged epoch is written, asks for a Sync.
     fn age(&mut self) {
-        let oldest = self.dirty.oldest();
+        let oldest = self.pages.dirty().oldest();
         if let Some(aged) = self.writeback.aged
             && oldest.is_none_or(|oldest| !oldest.at_or_before(aged))
         {
@@ -155,8 +155,8 @@ impl PageCache {
             self.flushing.want_sync();
         }
         if self.now >= self.writeback.next_aging {
-            if self.dirty.dirty_pages() > 0 {
-                self.writeback.aged = Some(self.dirty.close_epoch());
+            if self.pages.dirty().dirty_pages() > 0 {
+                self.writeback.aged = Some(self.pages.close_epoch());
             }
             self.writeback.next_aging = self.now.plus_us(self.settings.dirty_age_us / 2);
         }
@@ -168,14 +168,14 @@ impl PageCache {
         let start = self.writeback.cursor;
         let cold = matches!(scope, Scope::Cold);
         let groups_max = match scope {
-            Scope::Cold => SWEEP_GROUPS_COLD.max(self.dirty.groups() / SWEEPS_PER_ROUND),
+            Scope::Cold => SWEEP_GROUPS_COLD.max(self.pages.dirty().groups() / SWEEPS_PER_ROUND),
             Scope::UpTo(_) | Scope::All | Scope::Ahead => SWEEP_GROUPS,
         };
         for _ in 0..groups_max {
             if self.store_ops.writes() >= depth {
                 return;
             }
-            let Some((number, group)) = self.dirty.next_group(self.writeback.cursor) else {
+            let Some((number, group)) = self.pages.dirty().next_group(self.writeback.cursor) else {
                 if wrapped {
                     return;
                 }
@@ -194,7 +194,7 @@ impl PageCache {
         }
         // A sweep of the background goes on at the next request or when guests are idle; others go on at once, until they
         // have been round without finding anything that can go.
-        self.writeback.more |= !cold && self.writeback.groups_without_progress < self.dirty.groups();
+        self.writeback.more |= !cold && self.writeback.groups_without_progress < self.pages.dirty().groups();
     }
 
     /// Whether a page of the group was written since the cursor last passed, which it does now.
@@ -204,8 +204,7 @@ impl PageCache {
         for no in group.pages(number) {
             previous = self.pages.find_after(previous, no);
             if let Some(id) = previous {
-                recent |= self.pages[id].is(RECENT);
-                self.pages[id].clear(RECENT);
+                recent |= self.pages.take_mark(id, RECENT);
             }
         }
         recent
@@ -253,7 +252,7 @@ impl PageCache {
             return None;
         }
         let retry = self.health.retry_at().filter(|&at| at > self.now);
-        if self.dirty.dirty_pages() == 0 {
+        if self.pages.dirty().dirty_pages() == 0 {
             let sync = retry.filter(|_| self.flushing.sync_is_awaited() || self.ranges.redoing());
             let space = retry.filter(|_| self.health.waits_for_space());
             return [sync, space, self.hold_ends()].into_iter().flatten().min();

@@ -29,49 +29,9 @@ mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use crate::cache::PlantedBug;
+
 use world::World;
-
-/// A bug in the cache, enabled by a test: the simulator must find it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PlantedBug {
-    /// Write-back that completes marks a page clean although the guest wrote it again meanwhile.
-    RewriteIsLost,
-    /// A read-in overwrites sectors that the guest has written.
-    ReadInOverwritesDirty,
-    /// A failed write of a cluster counts as a success.
-    ClusterIgnoresError,
-    /// A page under write-back is published as clean: a crash loses it.
-    WritingIsClean,
-    /// A page that no Sync has covered is published as clean: the next daemon does not write it again if its Sync
-    /// fails.
-    WrittenIsStable,
-    /// A zeroed range is not published: the next daemon does not zero it again if its Sync fails.
-    ZeroedIsForgotten,
-    /// Write-back that fails for lack of space counts as a success.
-    FullDiskDropsPages,
-    /// A write into a hole does not wait for the allocation of its space.
-    SpaceIsTakenForGranted,
-    /// Under the policy `hold`, requests wait for ever.
-    HoldNeverEnds,
-    /// Under the policy `hold`, requests fail at once.
-    HoldReports,
-}
-
-impl PlantedBug {
-    #[cfg(test)]
-    const ALL: [Self; 10] = [
-        Self::RewriteIsLost,
-        Self::ReadInOverwritesDirty,
-        Self::ClusterIgnoresError,
-        Self::WritingIsClean,
-        Self::WrittenIsStable,
-        Self::ZeroedIsForgotten,
-        Self::FullDiskDropsPages,
-        Self::SpaceIsTakenForGranted,
-        Self::HoldNeverEnds,
-        Self::HoldReports,
-    ];
-}
 
 /// Steps of the safety phase.
 const STEPS: u64 = 1500;

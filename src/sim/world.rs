@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::cache::{Access, Admitted, Health, Notice, Outcome, PageCache, Piece, Settings, StoreOpRef, Ticket};
+use crate::cache::{
+    Access, Admitted, Health, Notice, Outcome, PageCache, Piece, PlantedBug, Settings, StoreOpRef, Ticket,
+};
 use crate::prng::Prng;
 use crate::units::{Fault, OpKind, SectorSpan, Tick};
 
-use super::PlantedBug;
 use super::disk::Disk;
 use super::failure_oracle::FailureOracle;
 use super::memory::{GARBAGE, Memory};
@@ -69,8 +70,8 @@ impl World {
         let settings = settings(&mut prng);
         let memory = Memory::new(settings.frames, prng.pick(&[1, 4, 64]));
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
-        cache.planted = planted;
         let hole_percent = if settings.sparse { prng.pick(&[10, 50, 100]) } else { 0 };
+        cache.plant(planted);
         let sectors = settings.image_sectors as usize;
         let disk = Disk::new(sectors, |_| prng.percent(hole_percent));
         let scenario = Scenario::new(&mut prng);
@@ -488,7 +489,7 @@ impl World {
         self.copies.clear();
         self.resumable.clear();
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
-        self.cache.planted = self.planted;
+        self.cache.plant(self.planted);
         self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
         if !self.scenario.resubmits {
             self.requests.clear();

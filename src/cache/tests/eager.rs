@@ -1,7 +1,7 @@
 //! Write-back ahead of the FLUSH: what goes at once, and what is better kept.
 
 use super::*;
-use crate::units::OpKind;
+use crate::units::{Fault, OpKind};
 
 const NOW: Tick = Tick(1);
 /// Pages that have nothing to do with each other.

@@ -1,7 +1,7 @@
 //! Requests that wait and stores that fail: who has to wait for whom, and when all is well again.
 
 use super::*;
-use crate::units::OpKind;
+use crate::units::{Fault, OpKind};
 
 const NOW: Tick = Tick(1_000_000);
 const FLUSH: Ticket = Ticket(77);

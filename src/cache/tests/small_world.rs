@@ -19,7 +19,6 @@ mod world;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::cache::*;
-use crate::sim::PlantedBug;
 use world::{PAGES, World};
 
 /// What becomes of a page before the request comes; the table is that of `page.rs`, with the pages that are in two states

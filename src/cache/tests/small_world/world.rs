@@ -2,9 +2,8 @@
 
 use super::super::settings_of;
 use super::{Direction, Order, PART, PageState, Scene};
-use crate::cache::page::{FROZEN, READING};
+use crate::cache::pages::{FROZEN, READING};
 use crate::cache::*;
-use crate::sim::PlantedBug;
 use crate::sim::disk::Disk;
 use crate::sim::memory::{GARBAGE, Memory};
 use crate::units::OpKind;
@@ -100,7 +99,7 @@ impl<'a> World<'a> {
         };
         let memory = Memory::new(FRAMES, 1);
         let mut cache = PageCache::new(settings, Box::new(memory.clone()));
-        cache.planted = planted;
+        cache.plant(planted);
         let mut disk = Disk::new(scene.shape.image_sectors as usize, |page| scene.state(page).is_hole());
         let mut guest = [[0; 3]; SECTORS];
         for (sector, versions) in guest.iter_mut().enumerate().take(disk.sectors()) {
@@ -222,7 +221,7 @@ impl<'a> World<'a> {
     /// Takes a page out of the cache, as a reclaim does: nothing holds it, and the store has it.
     fn drop_page(&mut self, page: usize) {
         if let Some(id) = self.find(page) {
-            self.cache.drop_page(id, true);
+            self.cache.remove_page(id);
         }
     }
 

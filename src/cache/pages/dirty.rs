@@ -1,13 +1,13 @@
-//! The dirty pages in the order of the image, and the epochs that are not yet on the store.
+//! The dirty set: the dirty pages in the order of the image, and the epochs that are not yet on the store.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::units::{Epoch, PageNo};
 
-use super::page::{FAILED, Page, UNSYNCED};
+use super::page::{FAILED, Page};
 
-/// Pages of a group (64 KiB).
-pub(super) const GROUP_PAGES: u64 = 16;
+/// Pages of a group (64 KiB): one bit each in a `u16`.
+pub(in crate::cache) const GROUP_PAGES: u64 = 16;
 
 /// What the dirty set counts of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,17 +19,19 @@ pub(super) struct Tally {
 }
 
 impl Tally {
+    /// The tally of a page that is not in memory.
+    pub const ABSENT: Self = Self { dirty: None, dirty_or_writeback: false, unstable: false, failed: false };
+
     pub fn of(page: &Page) -> Self {
-        let dirty_or_writeback = !page.dirty.is_empty() || !page.writing.is_empty() || page.writers > 0;
         Self {
             dirty: (!page.dirty.is_empty()).then_some(page.epoch),
-            dirty_or_writeback,
-            unstable: dirty_or_writeback || page.any(UNSYNCED[0] | UNSYNCED[1]),
+            dirty_or_writeback: page.is_dirty_or_writeback(),
+            unstable: page.is_unstable(),
             failed: page.is(FAILED),
         }
     }
 
-    /// Whether the page was counted `before` where the number is limited, and is not any more.
+    /// Whether the page counted against a limit `before` and no longer does.
     pub fn makes_room(self, before: Self) -> bool {
         before.dirty_or_writeback && !self.dirty_or_writeback || before.unstable && !self.unstable
     }
@@ -37,7 +39,7 @@ impl Tally {
 
 /// The dirty pages of 64 KiB of the image, a bit for each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Group(u16);
+pub(in crate::cache) struct Group(u16);
 
 impl Group {
     const FULL: Self = Self(u16::MAX);
@@ -48,11 +50,12 @@ impl Group {
     }
 }
 
-/// The dirty pages, and how many pages and writes belong to each epoch.
+/// The dirty pages, and how many pages and writes belong to each epoch. `Pages` alone changes it.
 #[derive(Debug)]
-pub(super) struct DirtySet {
+pub(in crate::cache) struct DirtySet {
+    /// By the number of the group; none is empty.
     groups: BTreeMap<u64, Group>,
-    /// Oldest first; none with a count of zero.
+    /// Oldest first, with the number of its dirty pages and of its writes under way; none with a count of zero.
     epochs: VecDeque<(Epoch, u32)>,
     current: Epoch,
     dirty_pages: u32,
@@ -76,37 +79,27 @@ impl Default for DirtySet {
 }
 
 impl DirtySet {
-    /// The epoch that writes belong to now.
+    /// The epoch of the writes that guests make now.
     pub fn current(&self) -> Epoch {
         self.current
     }
 
-    /// Pages with dirty sectors.
+    /// Number of pages with dirty sectors.
     pub fn dirty_pages(&self) -> u32 {
         self.dirty_pages
     }
 
-    /// Pages that are dirty, on their way to the store, or being filled by a writer.
+    /// Number of pages that are dirty, under write-back or being filled by a writer.
     pub fn dirty_or_writeback_pages(&self) -> u32 {
         self.dirty_or_writeback_pages
     }
 
-    /// Pages that no good Sync covers: the dirty_or_writeback, and those written since the last one. None can be evicted.
+    /// Number of pages that are not durable: none of them can be evicted.
     pub fn unstable_pages(&self) -> u32 {
         self.unstable_pages
     }
 
-    /// Whether the page is among the dirty_or_writeback.
-    pub fn counts(&self, page: &Page) -> bool {
-        Tally::of(page).dirty_or_writeback
-    }
-
-    /// Whether the page is among the unstable.
-    pub fn counts_unstable(&self, page: &Page) -> bool {
-        Tally::of(page).unstable
-    }
-
-    /// Pages whose last write-back failed.
+    /// Number of pages whose last write-back failed.
     pub fn failed_pages(&self) -> u32 {
         self.failed_pages
     }
@@ -116,16 +109,16 @@ impl DirtySet {
         self.epochs.front().map(|&(epoch, _)| epoch)
     }
 
-    /// Ends the current epoch, if anything belongs to it; returns the last epoch that is closed.
-    pub fn close_epoch(&mut self) -> Epoch {
+    /// Closes the current epoch, if anything belongs to it; returns the last closed epoch.
+    pub(super) fn close_epoch(&mut self) -> Epoch {
         if self.epochs.back().is_some_and(|&(epoch, _)| epoch == self.current) {
             self.current = self.current.next();
         }
         Epoch(self.current.0.wrapping_sub(1))
     }
 
-    /// A page's tally changed.
-    pub fn note(&mut self, no: PageNo, before: Tally, after: Tally) {
+    /// The tally of page `no` changed.
+    pub(super) fn recount(&mut self, no: PageNo, before: Tally, after: Tally) {
         if before.dirty != after.dirty {
             if let Some(epoch) = before.dirty {
                 self.release_epoch(epoch);
@@ -155,7 +148,7 @@ impl DirtySet {
     }
 
     /// One more page or write belongs to `epoch`.
-    pub fn hold_epoch(&mut self, epoch: Epoch) {
+    pub(super) fn hold_epoch(&mut self, epoch: Epoch) {
         match self.epochs.iter().rposition(|&(other, _)| other.at_or_before(epoch)) {
             Some(at) if self.epochs[at].0 == epoch => self.epochs[at].1 += 1,
             Some(at) => self.epochs.insert(at + 1, (epoch, 1)),
@@ -164,7 +157,7 @@ impl DirtySet {
     }
 
     /// One page or write less belongs to `epoch`.
-    pub fn release_epoch(&mut self, epoch: Epoch) {
+    pub(super) fn release_epoch(&mut self, epoch: Epoch) {
         let at = self.epochs.iter().rposition(|&(other, _)| other == epoch).expect("the epoch is held");
         self.epochs[at].1 -= 1;
         if self.epochs[at].1 == 0 {
@@ -192,7 +185,7 @@ impl DirtySet {
         self.groups.iter().flat_map(|(&number, &group)| group.pages(number))
     }
 
-    /// Bytes of memory the groups take, at the usual fill of a B-tree's nodes.
+    /// Bytes of memory that the groups take, estimated: the nodes of a B-tree are two thirds full on average.
     pub fn metadata_bytes(&self) -> usize {
         self.groups.len() * (size_of::<u64>() + size_of::<Group>()) * 3 / 2
     }
@@ -206,23 +199,21 @@ mod tests {
         Tally { dirty: Some(Epoch(epoch)), dirty_or_writeback: true, unstable: true, failed: false }
     }
 
-    const CLEAN: Tally = Tally { dirty: None, dirty_or_writeback: false, unstable: false, failed: false };
-
     #[test]
-    fn an_epoch_is_over_when_its_last_page_is_clean() {
+    fn an_epoch_ends_when_its_last_page_is_clean() {
         let mut set = DirtySet::default();
-        set.note(PageNo(5), CLEAN, dirty(1));
+        set.recount(PageNo(5), Tally::ABSENT, dirty(1));
         assert_eq!(set.close_epoch(), Epoch(1));
         assert_eq!(set.close_epoch(), Epoch(1), "an empty epoch is not closed again");
-        set.note(PageNo(40), CLEAN, dirty(2));
+        set.recount(PageNo(40), Tally::ABSENT, dirty(2));
         assert_eq!(set.oldest(), Some(Epoch(1)));
-        set.note(PageNo(5), dirty(1), CLEAN);
+        set.recount(PageNo(5), dirty(1), Tally::ABSENT);
         assert_eq!(set.oldest(), Some(Epoch(2)));
         assert!(set.iter().eq([PageNo(40)]));
     }
 
     #[test]
-    fn an_old_epoch_comes_back_in_its_place() {
+    fn a_page_that_is_dirty_again_gets_its_old_epoch_before_the_newer_ones() {
         let mut set = DirtySet::default();
         set.hold_epoch(Epoch(3));
         set.hold_epoch(Epoch(u32::MAX));

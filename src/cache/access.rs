@@ -1,0 +1,117 @@
+//! Requests as the cache sees them: what its owner asks for, and what comes back.
+
+use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8, low_u32};
+
+/// A request's name. Its owner chooses it, and the cache uses it in its notices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket(pub u64);
+
+/// Part of a request that can be copied now: adjacent sectors of the request, also adjacent in memory. Its frames are
+/// pinned until the owner returns the piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The first of as many adjacent frames as the sectors take. `None` stands for zeros (a hole).
+    pub frame: Option<FrameId>,
+    /// The first page, in a piece of a write.
+    pub page: PageId,
+    /// First sector within the first page.
+    pub first: u8,
+    /// Number of sectors.
+    pub count: u32,
+    /// First sector within the request.
+    pub at: u32,
+}
+
+impl Piece {
+    /// The frames that the piece pins.
+    pub fn frames(&self) -> impl Iterator<Item = FrameId> + use<> {
+        let end = u64::from(self.first) + u64::from(self.count);
+        let count = usize::try_from(end.div_ceil(SECTORS_PER_PAGE)).expect("less than the frames");
+        self.frame.into_iter().flat_map(|frame| (frame.0..).map(FrameId)).take(count)
+    }
+
+    /// Appends `next` to this piece if it continues it, in the request and in memory. Returns whether it did.
+    pub(super) fn absorb(&mut self, next: &Self) -> bool {
+        let pages = (u64::from(self.first) + u64::from(self.count)) / SECTORS_PER_PAGE;
+        let frame = self.frame.map(|frame| FrameId(frame.0 + low_u32(pages)));
+        let follows = next.at == self.at + self.count && next.frame == frame;
+        if follows {
+            self.count += next.count;
+        }
+        follows
+    }
+
+    /// Adds the piece to those of the same request before it.
+    pub(super) fn join(self, pieces: &mut Vec<Self>) {
+        if !pieces.last_mut().is_some_and(|last| last.absorb(&self)) {
+            pieces.push(self);
+        }
+    }
+}
+
+/// A read or write request, or the rest of one.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// The request's name.
+    pub ticket: Ticket,
+    /// The whole request; within the image.
+    pub span: SectorSpan,
+    /// The first sector of the request that was not admitted before.
+    pub from: u32,
+    /// The request has stalled, and a [`Notice::Resume`] came: it goes before requests that have not waited.
+    pub resumed: bool,
+}
+
+/// How much of a request was admitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admitted {
+    /// All of it: every sector is in a piece, or will come in a notice.
+    All,
+    /// The sectors before this one of the request. The rest stalls until a [`Notice::Resume`].
+    Until(u32),
+    /// The sectors before this one of the request. The rest fails.
+    Refused(u32, Fault),
+}
+
+/// What the cache reports of a request after the call that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A piece of a read was read in.
+    Ready(Ticket, Piece),
+    /// This many sectors of a read can't be read.
+    Unreadable(Ticket, u32, Fault),
+    /// A request that stalled may try again.
+    Resume(Ticket),
+    /// A flush, zero or discard is complete.
+    Done(Ticket, Result<(), Fault>),
+}
+
+/// The part of a request that lies in one page.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PagePart {
+    pub no: PageNo,
+    /// First sector within the page.
+    pub first: u8,
+    pub count: u8,
+    /// First sector within the request.
+    pub at: u32,
+}
+
+impl PagePart {
+    /// The part from sector `at` of a request for `span` on; `None` past its end.
+    pub fn of(span: SectorSpan, at: u32) -> Option<Self> {
+        let left = span.count.checked_sub(u64::from(at)).filter(|&left| left > 0)?;
+        let sector = span.start + u64::from(at);
+        let first = low_u8(sector % SECTORS_PER_PAGE);
+        let count = low_u8(left.min(SECTORS_PER_PAGE - u64::from(first)));
+        Some(Self { no: PageNo(sector / SECTORS_PER_PAGE), first, count, at })
+    }
+
+    pub fn mask(self) -> SectorMask {
+        SectorMask::run(self.first, self.count)
+    }
+
+    pub fn piece(self, page: PageId, frame: Option<FrameId>) -> Piece {
+        Piece { frame, page, first: self.first, count: u32::from(self.count), at: self.at }
+    }
+}

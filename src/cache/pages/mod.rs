@@ -1,0 +1,437 @@
+//! The only way to a page's state: page table, dirty set, frames, their memory, and replacement queues.
+//!
+//! [`Pages`] keeps them consistent with each other. The rest of the cache reads all of it, and changes it through the
+//! functions here only, because nothing else can get a `&mut Page`:
+//!
+//! - [`Pages::change`] is for everything that is counted or published: masks, epoch, writers, state flags.
+//! - [`Pages::mark`] and its like are for hints and for the chain of waiters, which nothing counts.
+//! - [`Pages::adopt_frame`] and [`Pages::copy_on_write`] give a page its frame; [`Pages::take_frame`],
+//!   [`Pages::hold_frame`] and [`Pages::release_frame`] count references to frames.
+//! - [`Pages::insert`], [`Pages::remove`], [`Pages::evict`] and [`Pages::restore`] are how pages come and go.
+//!
+//! So these functions hold invariants I1 to I5 and I9 (see [`super::PageCache`]):
+//!
+//! - I1: `insert`, `remove` and `evict` change the table and the replacement queues together.
+//! - I2 and I4: `change` and `forget` pass every change of a page's `Tally` to the dirty set.
+//! - I3: a page's own reference comes with `adopt_frame`, `copy_on_write` and `restore`, and goes with `forget`. References
+//!   of pins and store operations are the business of those that take them.
+//! - I5: `change` checks it with debug assertions on, as all that concerns a single page.
+//! - I9: `Frames` has each frame in its free list or counts its references.
+
+mod check;
+mod dirty;
+mod frames;
+mod page;
+mod table;
+
+use std::ops::Index;
+
+use crate::units::{Epoch, FrameId, FrameRecord, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8};
+
+use super::planted::{Planted, PlantedBug};
+use super::policy::{self, Policy, Verdict};
+use super::{FrameMemory, Settings};
+
+pub(super) use dirty::{DirtySet, GROUP_PAGES, Group};
+pub(super) use frames::Frames;
+pub(super) use page::{FAILED, FROZEN, Flags, MARKER, NONE, Page, Period, READING, RECENT, UNSYNCED};
+
+use dirty::Tally;
+use frames::Reuse;
+use page::Mark;
+use table::PageTable;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Pages {
+    table: PageTable,
+    dirty: DirtySet,
+    frames: Frames,
+    memory: Box<dyn FrameMemory>,
+    policy: Box<dyn Policy>,
+    image_sectors: u64,
+    /// See [`Pages::has_made_room`].
+    made_room: bool,
+    planted: Planted,
+}
+
+impl Pages {
+    /// No pages yet, and frames that are `memory`.
+    pub fn new(settings: &Settings, memory: Box<dyn FrameMemory>) -> Self {
+        let count = settings.frames;
+        let reuse = if settings.retain { Reuse::OldestFirst } else { Reuse::NewestFirst };
+        Self {
+            table: PageTable::new(count),
+            dirty: DirtySet::default(),
+            frames: Frames::new(count, reuse),
+            memory,
+            policy: policy::new(settings.policy, count),
+            image_sectors: settings.image_sectors,
+            made_room: false,
+            planted: Planted::default(),
+        }
+    }
+
+    // What can be read.
+
+    /// The page with this number, if it is in memory.
+    pub fn find(&self, no: PageNo) -> Option<PageId> {
+        self.table.find(no)
+    }
+
+    /// As [`Pages::find`], where the page before it was found in `previous`: that is faster for adjacent pages.
+    pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
+        self.table.find_after(previous, no)
+    }
+
+    /// Number of pages in memory.
+    pub fn len(&self) -> u32 {
+        self.table.len()
+    }
+
+    /// The pages in memory, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (PageId, &Page)> {
+        self.table.iter()
+    }
+
+    /// The dirty pages and their epochs.
+    pub fn dirty(&self) -> &DirtySet {
+        &self.dirty
+    }
+
+    /// The frames' reference counts.
+    pub fn frames(&self) -> &Frames {
+        &self.frames
+    }
+
+    /// Loads what a look-up of the page will read into the CPU's cache.
+    pub fn prefetch_lookup(&self, no: PageNo) {
+        if let Some(id) = self.table.find(no) {
+            let frame = self.table[id].frame();
+            std::hint::black_box((frame.map(|frame| self.frames.references(frame)), self.policy.contains(id)));
+        }
+    }
+
+    /// Bytes of memory that all of this takes, without the frames' own.
+    pub fn metadata_bytes(&self) -> usize {
+        self.table.metadata_bytes()
+            + self.frames.metadata_bytes()
+            + self.policy.metadata_bytes()
+            + self.dirty.metadata_bytes()
+    }
+
+    /// The sectors of a page that lie beyond the end of the image (genfs: past diskeof).
+    pub fn beyond_image(&self, no: PageNo) -> SectorMask {
+        let start = no.0 * SECTORS_PER_PAGE;
+        match self.image_sectors.saturating_sub(start) {
+            SECTORS_PER_PAGE.. => SectorMask::NONE,
+            inside => SectorMask::ALL.without(SectorMask::run(0, low_u8(inside))),
+        }
+    }
+
+    /// Whether a frame became free, or a page no longer counts against a limit, since [`Pages::take_made_room`]: a stalled
+    /// request may find room now.
+    pub fn has_made_room(&self) -> bool {
+        self.made_room
+    }
+
+    /// As [`Pages::has_made_room`], and forgets it.
+    pub fn take_made_room(&mut self) -> bool {
+        std::mem::take(&mut self.made_room)
+    }
+
+    // A page's state.
+
+    /// Changes a page's masks, epoch, writers and state flags, and all that depends on them: dirty set and counters (I2, I4),
+    /// and what is published of the frame.
+    pub fn change<R>(&mut self, id: PageId, mutate: impl FnOnce(&mut Page) -> R) -> R {
+        let page = &mut self.table[id];
+        let before = Tally::of(page);
+        let published = (page.frame(), page.record());
+        let result = mutate(page);
+        if cfg!(debug_assertions) {
+            page.check();
+        }
+        let after = Tally::of(page);
+        let no = page.no();
+        let current = (page.frame(), page.record());
+        self.recount(no, before, after);
+        if published != current {
+            self.publish(id, published, current);
+        }
+        result
+    }
+
+    /// Sets a mark.
+    pub fn mark(&mut self, id: PageId, mark: Mark) {
+        self.table[id].mark(mark);
+    }
+
+    /// Clears a mark; returns whether it was set.
+    pub fn take_mark(&mut self, id: PageId, mark: Mark) -> bool {
+        let page = &mut self.table[id];
+        let was_set = page.is_marked(mark);
+        if was_set {
+            page.unmark(mark);
+        }
+        was_set
+    }
+
+    /// Marks a page as brought in by readahead in `period`; no guest has asked for it yet.
+    pub fn mark_unread(&mut self, id: PageId, period: Period) {
+        self.table[id].set_unread_since(Some(period));
+    }
+
+    /// A guest asks for the page: if it was read ahead and unread until now, returns when that was.
+    pub fn take_unread(&mut self, id: PageId) -> Option<Period> {
+        let page = &mut self.table[id];
+        let since = page.unread_since();
+        if since.is_some() {
+            page.set_unread_since(None);
+        }
+        since
+    }
+
+    /// Sets the head of a page's chain of waiters, and returns the former head; [`NONE`] is an empty chain.
+    pub fn replace_waiters(&mut self, id: PageId, head: u32) -> u32 {
+        debug_assert!(self.table.is_resident(id), "{id:?} is a free slot: it has no waiters");
+        self.table[id].replace_waiters(head)
+    }
+
+    fn recount(&mut self, no: PageNo, before: Tally, after: Tally) {
+        if before != after {
+            self.dirty.recount(no, before, after);
+            self.made_room |= after.makes_room(before);
+        }
+    }
+
+    /// Tells the memory what a page's frame holds now.
+    ///
+    /// => While a page moves, two frames have its bytes for a moment, and never none.
+    fn publish(
+        &self,
+        id: PageId,
+        (old_frame, old): (Option<FrameId>, FrameRecord),
+        (frame, record): (Option<FrameId>, FrameRecord),
+    ) {
+        if let Some(frame) = frame {
+            self.memory.publish(frame, self.with_planted_bug(&self.table[id], record));
+        }
+        if let Some(old_frame) = old_frame
+            && Some(old_frame) != frame
+            && !old.is_empty()
+        {
+            self.memory.publish(old_frame, FrameRecord::empty(old.page));
+        }
+    }
+
+    /// The record to publish of a page, with the planted bug if it is one of these.
+    fn with_planted_bug(&self, page: &Page, record: FrameRecord) -> FrameRecord {
+        if self.planted(PlantedBug::WrittenIsStable) {
+            FrameRecord { dirty: page.dirty.or(page.writing), ..record }
+        } else if self.planted(PlantedBug::WritingIsClean) && !page.is_unsynced() {
+            FrameRecord { dirty: page.dirty, ..record }
+        } else {
+            record
+        }
+    }
+
+    // How pages come and go.
+
+    /// Inserts an absent page, without a frame; `None` if no slot is free.
+    pub fn insert(&mut self, no: PageNo) -> Option<PageId> {
+        let id = self.table.insert(no)?;
+        self.policy.insert(id, no);
+        Some(id)
+    }
+
+    /// Takes a page that is not busy out of the cache; returns it as it was. What it had dirty is lost.
+    pub fn remove(&mut self, id: PageId) -> Page {
+        self.policy.remove(id);
+        self.forget(id)
+    }
+
+    /// Evicts the page that the policy chooses among the first `steps_max` that it proposes; returns it as it was. Calls
+    /// `on_kept` for each proposed page that may not be evicted.
+    pub fn evict(&mut self, steps_max: u32, mut on_kept: impl FnMut(&Page)) -> Option<Page> {
+        let Self { table, frames, policy, .. } = self;
+        let mut judge = |id: PageId| {
+            let page = &table[id];
+            if is_evictable(page, frames) {
+                Verdict::Evict { asked_for: page.unread_since().is_none() }
+            } else {
+                on_kept(page);
+                Verdict::Keep
+            }
+        };
+        let victim = policy.evict(steps_max, &mut judge, &|id| table[id].no())?;
+        Some(self.forget(victim))
+    }
+
+    /// Takes a page out of the table that is on no replacement queue any more.
+    fn forget(&mut self, id: PageId) -> Page {
+        debug_assert!(!self.table[id].busy(), "{:?} is removed while busy", self.table[id]);
+        let page = self.table.remove(id);
+        self.recount(page.no(), Tally::of(&page), Tally::ABSENT);
+        if let Some(frame) = page.frame() {
+            self.memory.publish(frame, FrameRecord::empty(page.no()));
+            self.release_frame(frame);
+        }
+        page
+    }
+
+    /// Fills an empty cache with what the frames hold, by the records that the last daemon published of them.
+    pub fn restore(&mut self, records: impl IntoIterator<Item = (FrameId, FrameRecord)>) {
+        assert_eq!(self.len(), 0, "only an empty cache can be restored");
+        let mut restored = Vec::new();
+        for (frame, record) in records {
+            let no = record.page;
+            let beyond = self.beyond_image(no);
+            let is_useful = !record.valid.without(beyond).is_empty();
+            match if is_useful && self.find(no).is_none() { self.insert(no) } else { None } {
+                Some(id) => restored.push((id, frame, record, beyond)),
+                None => self.memory.publish(frame, FrameRecord::empty(no)),
+            }
+        }
+        self.frames.claim(restored.iter().map(|&(_, frame, ..)| frame));
+        let epoch = self.dirty.current();
+        for &(id, frame, record, beyond) in &restored {
+            self.change(id, |page| {
+                page.set_frame(frame);
+                page.valid = record.valid.or(beyond);
+                page.dirty = record.dirty.without(beyond);
+                page.epoch = epoch;
+            });
+        }
+    }
+
+    /// A guest asks for a page for the first time since it was inserted.
+    pub fn first_touch(&mut self, id: PageId, no: PageNo) {
+        self.policy.first_touch(id, no);
+    }
+
+    /// A guest asks for a page again.
+    pub fn touch(&mut self, id: PageId, no: PageNo) {
+        self.policy.touch(id, no);
+    }
+
+    // Frames.
+
+    /// Takes a free frame, with one reference: for [`Pages::adopt_frame`], or for a store operation.
+    pub fn take_frame(&mut self) -> Option<FrameId> {
+        self.frames.take()
+    }
+
+    /// Adds a reference to a frame: a pin, or a store operation.
+    pub fn hold_frame(&mut self, frame: FrameId) {
+        self.frames.hold(frame);
+    }
+
+    /// Drops a reference to a frame.
+    pub fn release_frame(&mut self, frame: FrameId) {
+        self.made_room |= self.frames.release(frame);
+    }
+
+    /// The page's frame; takes a free one for it if it has none.
+    pub fn ensure_frame(&mut self, id: PageId) -> Option<FrameId> {
+        if let Some(frame) = self.table[id].frame() {
+            return Some(frame);
+        }
+        let frame = self.frames.take()?;
+        self.adopt_frame(id, frame);
+        Some(frame)
+    }
+
+    /// Gives a page without a frame this one, whose reference becomes the page's. Sectors that lie beyond the image become
+    /// zeros, and stay so; no other is valid yet.
+    pub fn adopt_frame(&mut self, id: PageId, frame: FrameId) {
+        debug_assert_eq!(self.table[id].frame(), None, "a second frame for {:?}", self.table[id]);
+        let beyond = self.beyond_image(self.table[id].no());
+        if !beyond.is_empty() {
+            self.memory.zero_sectors(frame, beyond);
+        }
+        self.change(id, |page| {
+            page.set_frame(frame);
+            page.valid = beyond;
+        });
+    }
+
+    /// Moves a page to a free frame, with all that is valid, and leaves the frozen frame to its store operation. `None`: no
+    /// frame is free.
+    pub fn copy_on_write(&mut self, id: PageId) -> Option<()> {
+        let new = self.frames.take()?;
+        let page = &self.table[id];
+        let old = page.frame().expect("a frozen page has a frame");
+        // Also the sectors that the guest is about to write: if the store fails, these are the only copy of earlier writes.
+        self.memory.copy_sectors(old, new, page.valid);
+        self.release_frame(old);
+        self.change(id, |page| {
+            page.set_frame(new);
+            page.clear(FROZEN);
+        });
+        Some(())
+    }
+
+    /// Copies sectors from a frame of a read-in to the page's own.
+    ///
+    /// => Only sectors that the page lacks, and that no writer is filling (I7).
+    pub fn copy_from(&mut self, id: PageId, source: FrameId, mask: SectorMask) {
+        let target = self.table[id].frame().expect("sectors are copied into a frame");
+        self.memory.copy_sectors(source, target, mask);
+    }
+
+    /// Fills sectors of the page's frame with zeros.
+    pub fn zero_sectors(&mut self, id: PageId, mask: SectorMask) {
+        let frame = self.table[id].frame().expect("sectors are zeroed in a frame");
+        self.memory.zero_sectors(frame, mask);
+    }
+
+    /// See [`FrameMemory::note_zero`].
+    pub fn note_zero(&mut self, slot: usize, span: Option<SectorSpan>) {
+        self.memory.note_zero(slot, span);
+    }
+
+    // Epochs.
+
+    /// Closes the current epoch, if anything belongs to it; returns the last closed epoch.
+    pub fn close_epoch(&mut self) -> Epoch {
+        self.dirty.close_epoch()
+    }
+
+    /// A write to the store with pages of `epoch` begins: the epoch is not on the store before it ends.
+    pub fn hold_epoch(&mut self, epoch: Epoch) {
+        self.dirty.hold_epoch(epoch);
+    }
+
+    /// A write to the store with pages of `epoch` has ended.
+    pub fn release_epoch(&mut self, epoch: Epoch) {
+        self.dirty.release_epoch(epoch);
+    }
+
+    // Planted bugs.
+
+    /// Whether the cache has this bug: never outside tests.
+    pub fn planted(&self, bug: PlantedBug) -> bool {
+        self.planted.is(bug)
+    }
+
+    /// Plants a bug, or none.
+    #[cfg(test)]
+    pub fn plant(&mut self, bug: Option<PlantedBug>) {
+        self.planted = Planted { bug };
+    }
+}
+
+/// Whether a page may be evicted: it has a frame that nothing else holds, it is not busy, and the store has all of it
+/// durably.
+fn is_evictable(page: &Page, frames: &Frames) -> bool {
+    let in_use = page.frame().is_none_or(|frame| frames.references(frame) > 1);
+    !in_use && !page.is_unsynced() && !page.busy() && page.dirty.is_empty()
+}
+
+impl Index<PageId> for Pages {
+    type Output = Page;
+    fn index(&self, id: PageId) -> &Page {
+        &self.table[id]
+    }
+}

@@ -1,0 +1,239 @@
+//! The page table: finds a page by its number, and hands out slots.
+//!
+//! The index is a table of chains through the pages, as UVM's was: its size never changes. A table with open addressing
+//! fills up with tombstones and is rehashed all at once, which takes 50 ms for a cache of 4 GiB.
+
+use std::ops::{Index, IndexMut};
+
+use crate::units::{PageId, PageNo, low_u32};
+
+use super::page::{NONE, Page};
+
+/// The number of a free slot's page: no image has it.
+const NOWHERE: PageNo = PageNo((1 << 48) - 1);
+/// Adjacent pages whose chains begin side by side, because adjacent pages are looked up, inserted and removed together.
+const ROW_PAGES: usize = 8;
+/// 2^64 divided by the golden ratio (Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, section 6.4).
+const FIBONACCI: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// All pages in memory, by number. It has as many slots as the cache has frames, so inserting never allocates.
+///
+/// => The slot that was freed first is taken first. Adjacent pages mostly come and go together, so their slots are adjacent
+///    too, as long as no other page comes between them.
+#[derive(Debug)]
+pub(super) struct PageTable {
+    slots: Vec<Page>,
+    /// The next free slot to be taken and the last one, chained by [`Page::waiters`]; [`NONE`] where no slot is free.
+    free_head: u32,
+    free_tail: u32,
+    resident: u32,
+    index: Vec<Row>,
+}
+
+/// The first page of each of eight chains, or [`NONE`]; within one cache line.
+#[derive(Clone, Debug)]
+#[repr(align(32))]
+struct Row([u32; ROW_PAGES]);
+
+impl PageTable {
+    /// A table for at most `pages` pages.
+    pub fn new(pages: u32) -> Self {
+        let mut slots = vec![Page::new(NOWHERE); pages as usize];
+        for (next, slot) in (1..).zip(&mut slots) {
+            slot.replace_waiters(if next == pages { NONE } else { next });
+        }
+        // Three chains for two pages keep them short.
+        let rows = (pages as usize * 3 / 2).div_ceil(ROW_PAGES);
+        Self { slots, free_head: 0, free_tail: pages - 1, resident: 0, index: vec![Row([NONE; ROW_PAGES]); rows] }
+    }
+
+    /// Where the page's chain begins, as (row, place in it): a multiplicative hash, whose upper bits are well mixed, gives
+    /// the row of eight adjacent pages, and the page's number its place.
+    fn place(&self, no: PageNo) -> (usize, usize) {
+        let row = no.0 / ROW_PAGES as u64;
+        let mixed = (row ^ row >> 32).wrapping_mul(FIBONACCI) >> 32;
+        // The hash shifts the place too: a guest that uses every eighth page would fill one place of each row only.
+        let in_row = (no.0 ^ mixed) % ROW_PAGES as u64;
+        (low_u32((mixed * self.index.len() as u64) >> 32) as usize, low_u32(in_row) as usize)
+    }
+
+    /// The first page of the chain at a place, or [`NONE`].
+    fn first(&self, (row, in_row): (usize, usize)) -> u32 {
+        self.index[row].0[in_row]
+    }
+
+    fn set_first(&mut self, (row, in_row): (usize, usize), id: u32) {
+        self.index[row].0[in_row] = id;
+    }
+
+    /// The rest of a chain, from page `id` on.
+    fn chain(&self, mut id: u32) -> impl Iterator<Item = (PageId, &Page)> {
+        std::iter::from_fn(move || {
+            let page = self.slots.get(id as usize)?;
+            Some((PageId(std::mem::replace(&mut id, page.next)), page))
+        })
+    }
+
+    /// The page with this number, if it is in memory.
+    pub fn find(&self, no: PageNo) -> Option<PageId> {
+        self.chain(self.first(self.place(no))).find(|(_, page)| page.no() == no).map(|(id, _)| id)
+    }
+
+    /// As [`PageTable::find`], where the page before it was found in `previous`: most often it is in the next slot.
+    pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
+        let guess = previous.map(|previous| PageId(previous.0 + 1));
+        match guess.filter(|guess| self.slots.get(guess.index()).is_some_and(|page| page.no() == no)) {
+            None => self.find(no),
+            found => found,
+        }
+    }
+
+    /// Whether the slot holds a page. In a free slot [`Page::waiters`] is not a waiter.
+    pub fn is_resident(&self, id: PageId) -> bool {
+        self.slots[id.index()].no() != NOWHERE
+    }
+
+    /// Takes a slot for a page that is not in the table; `None` if no slot is free.
+    pub fn insert(&mut self, no: PageNo) -> Option<PageId> {
+        debug_assert!(self.find(no).is_none(), "{no:?} is in the table already");
+        if self.free_head == NONE {
+            return None;
+        }
+        let id = self.free_head;
+        let slot = &mut self.slots[id as usize];
+        self.free_head = slot.waiters();
+        if self.free_head == NONE {
+            self.free_tail = NONE;
+        }
+        *slot = Page::new(no);
+        let place = self.place(no);
+        // At the end of the chain, which the look-up before has just walked. So old pages, which are the next to be evicted,
+        // are at its beginning.
+        match self.chain(self.first(place)).last() {
+            Some((last, _)) => self.slots[last.index()].next = id,
+            None => self.set_first(place, id),
+        }
+        self.resident += 1;
+        Some(PageId(id))
+    }
+
+    /// Takes a page out of the table; returns it as it was.
+    pub fn remove(&mut self, id: PageId) -> Page {
+        let page = std::mem::replace(&mut self.slots[id.index()], Page::new(NOWHERE));
+        let place = self.place(page.no());
+        let before = self.chain(self.first(place)).find(|(_, before)| before.next == id.0).map(|(before, _)| before);
+        match before {
+            Some(before) => self.slots[before.index()].next = page.next,
+            None => self.set_first(place, page.next),
+        }
+        match self.free_tail {
+            NONE => self.free_head = id.0,
+            tail => {
+                self.slots[tail as usize].replace_waiters(id.0);
+            }
+        }
+        self.free_tail = id.0;
+        self.resident -= 1;
+        page
+    }
+
+    /// Number of pages in the table.
+    pub fn len(&self) -> u32 {
+        self.resident
+    }
+
+    /// The pages in the table, in no order.
+    pub fn iter(&self) -> impl Iterator<Item = (PageId, &Page)> {
+        (0..).map(PageId).zip(&self.slots).filter(|(_, page)| page.no() != NOWHERE)
+    }
+
+    /// Bytes of memory that the table takes.
+    pub fn metadata_bytes(&self) -> usize {
+        self.slots.capacity() * size_of::<Page>() + self.index.capacity() * size_of::<Row>()
+    }
+}
+
+impl Index<PageId> for PageTable {
+    type Output = Page;
+    fn index(&self, id: PageId) -> &Page {
+        &self.slots[id.index()]
+    }
+}
+
+impl IndexMut<PageId> for PageTable {
+    fn index_mut(&mut self, id: PageId) -> &mut Page {
+        &mut self.slots[id.index()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chains_of_adjacent_pages_begin_side_by_side() {
+        let table = PageTable::new(1000);
+        for first in (0..1000).map(|n: u64| n * n * 8) {
+            let (rows, mut places): (Vec<usize>, Vec<usize>) =
+                (first..first + 8).map(|no| table.place(PageNo(no))).unzip();
+            places.sort_unstable();
+            assert_eq!((rows, places), (vec![table.place(PageNo(first)).0; 8], (0..8).collect()));
+        }
+    }
+
+    #[test]
+    fn chains_stay_short_after_many_inserts_and_removes() {
+        const PAGES: u64 = 10_000;
+        let spread: [fn(u64) -> u64; 4] =
+            [|n| n, |n| n * 8, |n| n << 18, |n| n.wrapping_mul(0x5851_f42d_4c95_7f2d) >> 24];
+        for number in spread {
+            let mut table = PageTable::new(low_u32(PAGES));
+            for n in 0..4 * PAGES {
+                if n >= PAGES {
+                    table.remove(table.find(PageNo(number(n - PAGES))).expect("it was inserted before"));
+                }
+                table.insert(PageNo(number(n))).expect("a slot is free");
+            }
+            let steps_to = |no: PageNo| {
+                let mut chain = table.chain(table.first(table.place(no)));
+                1 + chain.position(|(_, page)| page.no() == no).expect("the page is in the table") as u64
+            };
+            let steps: u64 = (3 * PAGES..4 * PAGES).map(|n| steps_to(PageNo(number(n)))).sum();
+            assert!(steps < 2 * PAGES, "{steps} steps for {PAGES} pages");
+            assert_eq!(table.iter().count() as u64, PAGES);
+        }
+    }
+
+    #[test]
+    fn pages_are_found_until_removed_and_slots_are_reused() {
+        let mut table = PageTable::new(3);
+        let far = PageNo(1 << 40);
+        let ids: Vec<_> = [PageNo(0), PageNo(7), far].into_iter().map(|no| table.insert(no).unwrap()).collect();
+        assert_eq!(table.insert(PageNo(9)), None, "no slot is free");
+        assert_eq!(table.find(far), Some(ids[2]));
+        assert_eq!(table[ids[2]].no(), far);
+        assert_eq!(table.remove(ids[1]).no(), PageNo(7));
+        assert_eq!(table.find(PageNo(7)), None);
+        assert!(!table.is_resident(ids[1]));
+        assert_eq!(table.insert(PageNo(9)), Some(ids[1]));
+        assert_eq!(table.len(), 3);
+    }
+
+    #[test]
+    fn the_page_after_another_is_found_in_the_next_slot_and_elsewhere() {
+        let mut table = PageTable::new(8);
+        let ids: Vec<PageId> = [4, 5, 6, 9].into_iter().map(|no| table.insert(PageNo(no)).unwrap()).collect();
+        assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), Some(ids[1]), "in the next slot");
+        assert_eq!(table.find_after(Some(ids[3]), PageNo(5)), Some(ids[1]), "elsewhere");
+        assert_eq!(table.find_after(None, PageNo(5)), Some(ids[1]));
+        assert_eq!(table.find_after(Some(ids[2]), PageNo(7)), None, "the next slot has another page");
+        table.remove(ids[1]);
+        assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), None, "removed");
+        assert_eq!(table.find_after(Some(PageId(7)), PageNo(4)), Some(ids[0]), "there is no next slot");
+        // Slots are taken in the order in which they became free.
+        table.remove(ids[0]);
+        let taken: Vec<u32> = (20..26).map(|no| table.insert(PageNo(no)).unwrap().0).collect();
+        assert_eq!(taken, [4, 5, 6, 7, 1, 0]);
+        assert_eq!(table.insert(PageNo(30)), None);
+    }
+}

@@ -1,0 +1,64 @@
+//! Deliberate bugs in the cache, each of which the simulator must find. Outside tests there are none.
+
+/// A bug to plant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PlantedBug {
+    /// Write-back that completes marks a page clean although the guest wrote it again meanwhile.
+    RewriteIsLost,
+    /// A read-in overwrites sectors that the guest has written.
+    ReadInOverwritesDirty,
+    /// A failed write of a cluster counts as a success.
+    ClusterIgnoresError,
+    /// A page under write-back is published as clean: a crash loses it.
+    WritingIsClean,
+    /// A page that no Sync has covered is published as clean: the next daemon does not write it again if its Sync
+    /// fails.
+    WrittenIsStable,
+    /// A zeroed range is not published: the next daemon does not zero it again if its Sync fails.
+    ZeroedIsForgotten,
+    /// Write-back that fails for lack of space counts as a success.
+    FullDiskDropsPages,
+    /// A write into a hole does not wait for the allocation of its space.
+    SpaceIsTakenForGranted,
+    /// Under the policy `hold`, requests wait for ever.
+    HoldNeverEnds,
+    /// Under the policy `hold`, requests fail at once.
+    HoldReports,
+}
+
+#[cfg(test)]
+impl PlantedBug {
+    pub(crate) const ALL: [Self; 10] = [
+        Self::RewriteIsLost,
+        Self::ReadInOverwritesDirty,
+        Self::ClusterIgnoresError,
+        Self::WritingIsClean,
+        Self::WrittenIsStable,
+        Self::ZeroedIsForgotten,
+        Self::FullDiskDropsPages,
+        Self::SpaceIsTakenForGranted,
+        Self::HoldNeverEnds,
+        Self::HoldReports,
+    ];
+}
+
+/// The bug that is planted in a cache, if there is one.
+#[derive(Debug, Default)]
+pub(super) struct Planted {
+    #[cfg(test)]
+    pub bug: Option<PlantedBug>,
+}
+
+impl Planted {
+    #[cfg(test)]
+    pub fn is(&self, bug: PlantedBug) -> bool {
+        self.bug == Some(bug)
+    }
+
+    /// Whether this bug is planted: never outside tests.
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, reason = "in tests it depends on the cache")]
+    pub const fn is(&self, _bug: PlantedBug) -> bool {
+        false
+    }
+}

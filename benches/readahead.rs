@@ -18,34 +18,34 @@
 //! 1 stream, 4 KiB                  100.0    100.00     99.74      1.56      0.26
 //! 8 streams, 128 KiB                99.4     99.95     99.36     51.17      0.64
 //! 64 streams, 128 KiB               99.7     96.61     99.70     55.22      0.29
-//! files of 16 MiB                   86.7     95.86     95.30     43.62      4.73
-//! files of 1 MiB                    43.4     22.23     80.00     15.48      5.56
+//! files of 16 MiB                   85.9     96.22     95.60     44.99      4.43
+//! files of 1 MiB                    43.3     22.69     80.61     16.19      5.46
 //! 1 stream, 3/4 speed               74.6     99.99     99.96      0.01      0.04
-//! 1 stream, shuffled               100.0     99.98     99.76     82.76      0.25
+//! 1 stream, shuffled               100.0     99.98     99.74     82.65      0.26
 //! strided                            7.4      0.00      0.00      0.00      0.00
 //! random 4 KiB in 64 GiB            10.2      0.00      0.00      0.00      0.00
 //! random 4 KiB in 4 GiB             12.2      0.00      0.00      0.00      0.00
-//! random 4 KiB in 1 GiB             25.9      0.00     36.00      0.00      0.00
-//! random 128 KiB in 64 GiB         100.3      0.00      0.00      0.00      0.04
-//! random 128 KiB in 4 GiB          106.0      0.02      7.62      0.02      0.30
-//! 2 streams + random                53.6     89.99     99.70     47.07      0.27
+//! random 4 KiB in 1 GiB             25.9      0.00     22.92      0.00      0.00
+//! random 128 KiB in 64 GiB         100.3      0.00      0.00      0.00      0.02
+//! random 128 KiB in 4 GiB          105.9      0.01      3.67      0.01      0.32
+//! 2 streams + random                53.6     89.99     99.68     47.32      0.29
 //!
 //! remote store, %              bandwidth  coverage  accuracy      late     extra
 //! 1 stream, 128 KiB                100.0     99.99     99.82     22.86      0.18
 //! 1 stream, 4 KiB                   99.9    100.00     99.86      0.77      0.14
 //! 8 streams, 128 KiB                99.1     99.78     99.08     40.46      0.93
 //! 64 streams, 128 KiB               97.6     96.04     99.66     51.74      0.33
-//! files of 16 MiB                   74.0     97.86     95.79     29.22      4.30
-//! files of 1 MiB                    19.9     10.82     61.21      6.08      6.86
+//! files of 16 MiB                   71.0     98.25     95.99     30.05      4.11
+//! files of 1 MiB                    19.9     12.28     64.18      7.65      6.85
 //! 1 stream, 3/4 speed               74.9     99.99     99.96      0.01      0.04
-//! 1 stream, shuffled               100.0     99.98     99.86     80.45      0.15
+//! 1 stream, shuffled               100.0     99.98     99.85     80.30      0.15
 //! strided                            2.6      0.00      0.00      0.00      0.00
 //! random 4 KiB in 64 GiB             3.3      0.00      0.00      0.00      0.00
 //! random 4 KiB in 4 GiB              4.0      0.00      0.00      0.00      0.00
-//! random 4 KiB in 1 GiB              8.5      0.00     36.00      0.00      0.00
-//! random 128 KiB in 64 GiB          92.4      0.00      0.00      0.00      0.04
-//! random 128 KiB in 4 GiB          100.1      0.02      7.62      0.02      0.30
-//! 2 streams + random                25.9     89.99     99.70     33.17      0.27
+//! random 4 KiB in 1 GiB              8.5      0.00     22.92      0.00      0.00
+//! random 128 KiB in 64 GiB          92.4      0.00      0.00      0.00      0.02
+//! random 128 KiB in 4 GiB          100.0      0.02      4.42      0.01      0.33
+//! 2 streams + random                25.9     89.99     99.71     32.70      0.26
 //! ```
 
 #[allow(dead_code, reason = "shared with page_cost.rs, which needs no store")]

@@ -104,7 +104,7 @@ kill_daemon() {
 
 # MiB that a daemon has restored from its predecessor's cache, and how many of them were dirty.
 restored() { # LOG
-    awk 'tolower($0) ~ /pages/ && tolower($0) ~ /restored|taken over/ {
+    awk 'tolower($0) ~ /page/ && tolower($0) ~ /restored|taken over/ {
         sub(/^.*(restored|: )/, "")
         count = split($0, words, /[^0-9]+/)
         for (i = 1; i <= count; i++) if (words[i] != "") print int(words[i] / 256 + 0.5)
@@ -137,7 +137,7 @@ statistics() { # LOG...
             if (ahead[runs] + 0 > 0) ahead[runs] = number("used") " % of " ahead[runs]
         }
         line ~ /cluster/ {
-            pages = number("pages")
+            pages = number("page")
             if (pages != "-") guest[runs] = int(pages / 256 + 0.5)
             image[runs] = number("mib")
             cluster[runs] = number("kib")
@@ -268,7 +268,7 @@ if [ "$(df -k /dev/shm | awk 'END { print $4 }')" -gt 163840 ]; then
     start_daemon
     # shellcheck disable=SC2046
     set -- $(restored "$work/daemon.$run.log")
-    show "it restores ${1:-0} MiB of cache from the killed daemon, ${2:-0} MiB of it dirty"
+    show "the new daemon restores ${1:-0} MiB of cache, ${2:-0} MiB of it dirty"
     finish_guest
     stop_daemon
     runs="$runs $work/daemon.$run.log"

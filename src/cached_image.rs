@@ -18,7 +18,7 @@ use crate::cache::{
     FrameMemory, Health, HealthEvent, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Backing, Event, ExtentKind, IoRequest, Limits, Refused, Segment, StoreQueue};
+use crate::store::{Backing, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
 use crate::units::{
     Fault, FrameId, FrameRecord, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick, counted,
 };
@@ -375,7 +375,7 @@ fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
         Event::Done { tag } => (tag, Outcome::Done),
         Event::Mapped { tag, extents } => {
             let sectors = |len: u64| len / SECTOR_BYTES;
-            let runs = extents.iter().map(|extent| (sectors(extent.len), extent.kind == ExtentKind::Hole));
+            let runs = extents.iter().map(|extent| (sectors(extent.len), extent.kind));
             (tag, Outcome::Mapped(runs.collect()))
         }
         Event::Failed { tag, fault, errno } => {

@@ -278,6 +278,24 @@ pub fn counted(number: u64, noun: &str) -> String {
     if number == 1 { format!("1 {noun}") } else { format!("{number} {noun}s") }
 }
 
+/// What may become of a range's space on the store when the range is zeroed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmap {
+    /// The store may free it (virtio: VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP).
+    Allowed,
+    /// It stays allocated (Linux: REQ_NOUNMAP).
+    Forbidden,
+}
+
+/// What a part of an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Any contents.
+    Data,
+    /// Reads as zeros without I/O.
+    Hole,
+}
+
 /// The operations of a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpKind {
@@ -289,8 +307,8 @@ pub enum OpKind {
     Sync,
     /// Make the range read as zeros.
     Zero {
-        /// The store may deallocate the range's space.
-        unmap: bool,
+        /// What may become of the range's space.
+        unmap: Unmap,
     },
     /// Drop the range's contents; reads of it return undefined data afterwards.
     Discard,

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use genblk::store::file::{FileImage, IoEngine, OpenOptions};
-use genblk::store::{Backing, Event, ExtentKind, Refused, Segment};
-use genblk::units::{Fault, OpKind};
+use genblk::store::{Backing, Event, Refused, Segment};
+use genblk::units::{ExtentKind, Fault, OpKind, Unmap};
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
 
 /// Runs `case` on every combination of engine and image.
@@ -174,13 +174,13 @@ fn an_inadmissible_request_is_returned_as_invalid_and_nothing_is_in_flight() {
             (OpKind::Read, MIB, 4096, one(4096)),
             (OpKind::Write, MIB - 4096, 8192, one(8192)),
             (OpKind::Read, u64::MAX - 4095, 4096, one(4096)),
-            (OpKind::Zero { unmap: true }, u64::MAX - 511, 1024, Vec::new()),
+            (OpKind::Zero { unmap: Unmap::Allowed }, u64::MAX - 511, 1024, Vec::new()),
             (OpKind::Discard, 512, u64::MAX - 511, Vec::new()),
             (OpKind::Map, 1, u64::MAX, Vec::new()),
             (OpKind::Allocate, MIB, 512, Vec::new()),
             (OpKind::Read, 100, 4096, one(4096)),
             (OpKind::Write, 0, 100, one(100)),
-            (OpKind::Zero { unmap: false }, 0, 100, Vec::new()),
+            (OpKind::Zero { unmap: Unmap::Forbidden }, 0, 100, Vec::new()),
             (OpKind::Read, 0, 4096, one(8192)),
             (OpKind::Write, 0, 0, Vec::new()),
             (OpKind::Map, 0, 0, Vec::new()),
@@ -232,7 +232,7 @@ fn a_full_queue_returns_the_request_and_accepts_it_after_a_reap() {
 fn zero_clears_its_range_and_no_sector_beside_it() {
     on_each("zero", MIB, |backing| {
         let mut driver = Driver::new(backing);
-        for unmap in [true, false] {
+        for unmap in [Unmap::Allowed, Unmap::Forbidden] {
             for (offset, len) in
                 [(65536, 65536), (512, 512), (4096 - 512, 1024), (8192 + 512, 300 * 1024 + 512), (512, 8192)]
             {
@@ -241,7 +241,7 @@ fn zero_clears_its_range_and_no_sector_beside_it() {
                 let event = driver.run(OpKind::Zero { unmap }, offset, len, Vec::new());
                 assert!(matches!(event, Event::Done { .. }));
                 want[usize::try_from(offset).unwrap()..usize::try_from(offset + len).unwrap()].fill(0);
-                assert!(driver.read(0, want.len()) == want, "unmap {unmap}, {offset}+{len}");
+                assert!(driver.read(0, want.len()) == want, "unmap {unmap:?}, {offset}+{len}");
             }
         }
     });
@@ -312,7 +312,7 @@ fn an_image_that_ends_within_a_page_is_read_and_written_to_its_end() {
         assert_eq!(backing.limits().block_bytes, 512, "a larger block does not divide the size");
         let mut tail = Buffer::copy_of(&pattern(1536, 9));
         driver.write(SIZE - 1536, &mut tail);
-        driver.run(OpKind::Zero { unmap: true }, SIZE - 512, 512, Vec::new());
+        driver.run(OpKind::Zero { unmap: Unmap::Allowed }, SIZE - 512, 512, Vec::new());
         let got = driver.read(SIZE - 2048, 2048);
         assert!(got[..512].iter().all(|&byte| byte == 0));
         assert!(got[512..1536] == tail.bytes()[..1024]);
@@ -332,7 +332,7 @@ fn the_wake_fd_is_readable_while_events_wait_and_not_after_a_reap() {
             OpKind::Read,
             OpKind::Sync,
             OpKind::Map,
-            OpKind::Zero { unmap: true },
+            OpKind::Zero { unmap: Unmap::Allowed },
             OpKind::Discard,
             OpKind::Allocate,
         ] {
@@ -406,7 +406,7 @@ fn operations_outlive_the_thread_that_submitted_them() {
                 driver.start(OpKind::Write, number as u64 * 65536, 65536, vec![segment]);
             }
             // With io_uring, this one needs a kernel worker, which ends with the thread that submitted it.
-            driver.start(OpKind::Zero { unmap: true }, 6 * MIB, 65536, Vec::new());
+            driver.start(OpKind::Zero { unmap: Unmap::Allowed }, 6 * MIB, 65536, Vec::new());
             driver.queue.kick();
             (driver, buffers)
         })
@@ -432,7 +432,7 @@ fn a_read_only_image_refuses_every_change() {
         let mut driver = Driver::new(&backing);
         assert!(driver.read(0, 4096).iter().all(|&byte| byte == 0));
         let mut buffer = Buffer::filled(4096, 1);
-        for op in [OpKind::Write, OpKind::Zero { unmap: true }, OpKind::Discard, OpKind::Allocate] {
+        for op in [OpKind::Write, OpKind::Zero { unmap: Unmap::Allowed }, OpKind::Discard, OpKind::Allocate] {
             let segments = if op == OpKind::Write { vec![buffer.segment(0, 4096)] } else { Vec::new() };
             let request = driver.request(op, 0, 4096, segments);
             assert!(matches!(driver.queue.submit(request), Err(Refused::Invalid(_))), "{op:?}");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use genblk::store::faulty::{Faults, FaultyImage, OpClass};
 use genblk::store::file::{FileImage, OpenOptions};
 use genblk::store::{Backing, Event, Refused};
-use genblk::units::{Fault, OpKind};
+use genblk::units::{Fault, OpKind, Unmap};
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, tag_of};
 
 fn faulty(name: &str) -> (Image, Arc<dyn Backing>, Faults) {
@@ -75,7 +75,12 @@ fn random_failures_have_the_given_rate_and_repeat_with_their_seed() {
     let mut outcome = |seed| {
         faults.fail_randomly(OpClass::Zero, 250_000, seed, Fault::TimedOut);
         (0..400)
-            .map(|_| matches!(driver.try_run(OpKind::Zero { unmap: true }, 0, 4096, Vec::new()), Event::Failed { .. }))
+            .map(|_| {
+                matches!(
+                    driver.try_run(OpKind::Zero { unmap: Unmap::Allowed }, 0, 4096, Vec::new()),
+                    Event::Failed { .. }
+                )
+            })
             .collect::<Vec<bool>>()
     };
     let first = outcome(7);

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use genblk::cache::{Access, Admitted, Notice, Outcome, PageCache, Settings, Stats, Ticket};
-use genblk::units::{OpKind, SECTORS_PER_PAGE, SectorSpan, Tick};
+use genblk::units::{ExtentKind, OpKind, SECTORS_PER_PAGE, SectorSpan, Tick};
 
 use crate::bare_cache::{bare_cache, defaults};
 
@@ -101,7 +101,7 @@ pub fn run(store: StoreModel, readers: Vec<Reader>) -> Measured {
         match event {
             Event::Done(tag) => simulation.cache.complete(tag, &Outcome::Done, simulation.tick()),
             Event::Mapped(tag, sectors) => {
-                simulation.cache.complete(tag, &Outcome::Mapped(vec![(sectors, false)]), simulation.tick());
+                simulation.cache.complete(tag, &Outcome::Mapped(vec![(sectors, ExtentKind::Data)]), simulation.tick());
             }
             Event::Ready(reader) => {
                 last_request_ns = at;

@@ -4,7 +4,7 @@
 //! called a hole reads as zeros on the store. So a write-back that ends clears the bit of its pages, a map that was
 //! taken while such a write ended has those pages cleared, and a zero or discard makes the region unknown.
 
-use crate::units::{OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
+use crate::units::{ExtentKind, OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
 
 use super::store_ops::{Outcome, StoreOp};
 use super::{PageCache, REGION_PAGES, SectorSpan};
@@ -141,7 +141,7 @@ impl Holes {
     }
 
     /// The store's answer for a region: runs of (sectors, hole) from its first sector; an empty answer means all data.
-    fn learn(&mut self, first: PageNo, runs: &[(u64, bool)]) {
+    fn learn(&mut self, first: PageNo, runs: &[(u64, ExtentKind)]) {
         let (number, region) = self.slot(first);
         let MapState::Mapping { stale } = region.state else {
             unreachable!("an answer comes for a region that was asked for");
@@ -154,9 +154,9 @@ impl Holes {
         let became_data = std::mem::take(&mut region.bits);
         region.state = if runs.is_empty() { MapState::Guessed } else { MapState::Known };
         let mut sector = 0;
-        for &(sectors, hole) in runs {
+        for &(sectors, kind) in runs {
             let end = sector + sectors;
-            if hole {
+            if kind == ExtentKind::Hole {
                 // Whole pages only; the image's last page may be cut short.
                 for page in sector.div_ceil(SECTORS_PER_PAGE)..end.div_ceil(SECTORS_PER_PAGE) {
                     let is_tail = end < (page + 1) * SECTORS_PER_PAGE;
@@ -192,7 +192,7 @@ impl PageCache {
 
     /// The store has answered; a failed answer takes everything for data.
     pub(super) fn map_done(&mut self, op: &StoreOp, outcome: &Outcome) {
-        let runs: &[(u64, bool)] = match outcome {
+        let runs: &[(u64, ExtentKind)] = match outcome {
             Outcome::Mapped(runs) => runs,
             _ => &[],
         };
@@ -218,7 +218,7 @@ mod tests {
         assert!(holes.begin_map(PageNo(3)));
         assert!(!holes.begin_map(PageNo(4)), "asked already");
         // Data up to the middle of page 1, a hole to the middle of page 3, data to the end of the region.
-        holes.learn(PageNo(0), &[(12, false), (16, true), (2048 - 28, false)]);
+        holes.learn(PageNo(0), &[(12, ExtentKind::Data), (16, ExtentKind::Hole), (2048 - 28, ExtentKind::Data)]);
         let seen: Vec<_> = (0..5).map(|no| holes.status(PageNo(no))).collect();
         assert_eq!(
             seen,
@@ -231,7 +231,7 @@ mod tests {
         let mut holes = Holes::new(true, true, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.mark_data(PageNo(7));
-        holes.learn(PageNo(0), &[(2048, true)]);
+        holes.learn(PageNo(0), &[(2048, ExtentKind::Hole)]);
         assert_eq!(holes.status(PageNo(7)), BlockStatus::Data);
         assert_eq!(holes.status(PageNo(8)), BlockStatus::Hole);
         holes.mark_data(PageNo(8));
@@ -243,7 +243,7 @@ mod tests {
         let mut holes = Holes::new(true, true, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.forget(PageSpan::new(PageNo(10), 1));
-        holes.learn(PageNo(0), &[(2048, false)]);
+        holes.learn(PageNo(0), &[(2048, ExtentKind::Data)]);
         assert_eq!(holes.status(PageNo(0)), BlockStatus::Unknown);
     }
 
@@ -252,7 +252,7 @@ mod tests {
         let mut holes = Holes::new(true, true, 1024);
         assert!(holes.begin_map(PageNo(0)));
         // An image of 2 pages and 3 sectors, all a hole.
-        holes.learn(PageNo(0), &[(19, true)]);
+        holes.learn(PageNo(0), &[(19, ExtentKind::Hole)]);
         assert_eq!(holes.status(PageNo(2)), BlockStatus::Hole);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Data);
     }

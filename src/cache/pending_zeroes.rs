@@ -9,7 +9,7 @@
 //! A successor zeroes what is noted before it writes what is dirty: what was written into a range later is dirty for as
 //! long as the range is noted, because the Sync that makes the one clean has forgotten the other before.
 
-use crate::units::SectorSpan;
+use crate::units::{SectorSpan, Unmap};
 
 use super::{PageCache, PlantedBug};
 
@@ -20,7 +20,7 @@ pub(super) type ZeroSlot = usize;
 #[derive(Clone, Copy, Debug)]
 struct UnsyncedZero {
     span: SectorSpan,
-    unmap: bool,
+    unmap: Unmap,
     slot: ZeroSlot,
 }
 
@@ -70,7 +70,7 @@ impl PageCache {
     /// The store has zeroed a range.
     ///
     /// => Before the pages in it go.
-    pub(super) fn zero_done(&mut self, span: SectorSpan, unmap: bool, slot: ZeroSlot) {
+    pub(super) fn zero_done(&mut self, span: SectorSpan, unmap: Unmap, slot: ZeroSlot) {
         self.note_zero(slot, span);
         let fresh = self.flushing.fresh();
         self.pending_zeroes.unsynced[fresh].push(UnsyncedZero { span, unmap, slot });
@@ -102,7 +102,7 @@ impl PageCache {
     pub(super) fn restore_zeroes(&mut self, noted: impl IntoIterator<Item = (usize, SectorSpan)>) {
         for (slot, span) in noted {
             self.pending_zeroes.free.retain(|&free| free != slot);
-            self.zero_again(span, false, slot);
+            self.zero_again(span, Unmap::Forbidden, slot);
             self.flushing.want_sync();
         }
     }

@@ -5,7 +5,7 @@
 //! the range go, and those that the range cuts have the part inside zeroed. A discard takes whole pages only, and promises
 //! nothing; a zero is remembered until it is durable (`zeroed.rs`).
 
-use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
 
 use super::pages::FAILED;
 use super::pending_zeroes::ZeroSlot;
@@ -58,7 +58,7 @@ impl Ranges {
 
 impl PageCache {
     /// Makes the span read as zeros; [`Notice::Done`] tells the end. False: not admitted, [`Notice::Resume`] comes.
-    pub fn zero(&mut self, ticket: Ticket, span: SectorSpan, unmap: bool) -> bool {
+    pub fn zero(&mut self, ticket: Ticket, span: SectorSpan, unmap: Unmap) -> bool {
         self.start_or_stall(ticket, span, OpKind::Zero { unmap })
     }
 
@@ -92,9 +92,10 @@ impl PageCache {
     }
 
     /// A zero of which no Sync is known to have been good is done again.
-    pub(super) fn zero_again(&mut self, span: SectorSpan, unmap: bool, zero_slot: ZeroSlot) {
+    pub(super) fn zero_again(&mut self, span: SectorSpan, unmap: Unmap, zero_slot: ZeroSlot) {
         // Its space may have been reserved since for pages that wait to be written.
-        let kind = OpKind::Zero { unmap: unmap && !self.settings.allocate };
+        let unmap = if self.settings.allocate { Unmap::Forbidden } else { unmap };
+        let kind = OpKind::Zero { unmap };
         self.ranges.list.push(Range { ticket: None, span, kind, started: false, zero_slot: Some(zero_slot) });
     }
 

@@ -1,6 +1,6 @@
 //! Store operations in op: what the cache asked for, which pages and frames each holds, and how it ended.
 
-use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick};
+use crate::units::{Epoch, ExtentKind, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick};
 
 use super::PageCache;
 
@@ -27,7 +27,7 @@ pub enum Outcome {
     /// In full.
     Done,
     /// A Map: runs of (sectors, is a hole) that cover the span.
-    Mapped(Vec<(u64, bool)>),
+    Mapped(Vec<(u64, ExtentKind)>),
     /// It failed; nothing is known of the memory of a read or the span of a write.
     Failed(Fault),
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::prng::Prng;
-use crate::units::OpKind;
+use crate::units::{ExtentKind, OpKind, Unmap};
 
 mod eager;
 mod failures;
@@ -166,7 +166,7 @@ fn a_read_behind_a_write_that_failed_finds_the_hole() {
     let mut maps = Vec::new();
     cache.take_ops(|plan| maps.push((plan.tag, plan.kind, plan.span.count)));
     let [(tag, OpKind::Map, sectors)] = maps[..] else { panic!("where the holes are is not known yet: {maps:?}") };
-    cache.complete(tag, &Outcome::Mapped(vec![(sectors, true)]), Tick(1));
+    cache.complete(tag, &Outcome::Mapped(vec![(sectors, ExtentKind::Hole)]), Tick(1));
     cache.pump(Tick(1));
     assert_eq!(give_back(&mut cache), 1, "zeros");
     cache.check(&[]);
@@ -375,7 +375,7 @@ impl FrameMemory for PublishLog {
 fn a_sync_forgets_the_ranges_that_it_covers_before_pages_written_there_are_clean() {
     let log = PublishLog::default();
     let mut cache = PageCache::new(settings_of(64, 1 << 20), Box::new(log.clone()));
-    assert!(cache.zero(Ticket(1), SectorSpan::new(0, 64), false));
+    assert!(cache.zero(Ticket(1), SectorSpan::new(0, 64), Unmap::Forbidden));
     settle(&mut cache, Tick(1));
     write(&mut cache, 8, 8);
     cache.flush(Ticket(2));

@@ -6,6 +6,7 @@
 //! them.
 
 use crate::prng::Prng;
+use crate::units::{ExtentKind, Unmap};
 
 /// A write to a sector that is not known to be durable.
 #[derive(Clone, Copy, Debug)]
@@ -75,14 +76,14 @@ impl Disk {
         self.hole[sector / SECTORS_PER_PAGE] = false;
     }
 
-    /// Zeroes a range; if `unmap`, its whole pages become holes.
-    pub fn zero(&mut self, first: usize, count: usize, unmap: bool) {
+    /// Zeroes a range; if unmap is allowed, its whole pages become holes.
+    pub fn zero(&mut self, first: usize, count: usize, unmap: Unmap) {
         for sector in first..first + count {
             let was_hole = self.hole[sector / SECTORS_PER_PAGE];
             self.write(sector, 0);
             self.hole[sector / SECTORS_PER_PAGE] = was_hole;
         }
-        if unmap {
+        if unmap == Unmap::Allowed {
             for page in first.div_ceil(SECTORS_PER_PAGE)..self.hole.len() {
                 if ((page + 1) * SECTORS_PER_PAGE).min(self.sectors()) > first + count {
                     break;
@@ -93,14 +94,14 @@ impl Disk {
         }
     }
 
-    /// Runs of (sectors, is a hole) over a range that starts on a page boundary.
-    pub fn map(&self, first: usize, count: usize) -> Vec<(u64, bool)> {
-        let mut runs: Vec<(u64, bool)> = Vec::new();
+    /// Runs of (sectors, kind) over a range that starts on a page boundary.
+    pub fn map(&self, first: usize, count: usize) -> Vec<(u64, ExtentKind)> {
+        let mut runs: Vec<(u64, ExtentKind)> = Vec::new();
         for sector in first..first + count {
-            let hole = self.hole[sector / SECTORS_PER_PAGE];
+            let kind = if self.hole[sector / SECTORS_PER_PAGE] { ExtentKind::Hole } else { ExtentKind::Data };
             match runs.last_mut() {
-                Some(run) if run.1 == hole => run.0 += 1,
-                _ => runs.push((1, hole)),
+                Some(run) if run.1 == kind => run.0 += 1,
+                _ => runs.push((1, kind)),
             }
         }
         runs

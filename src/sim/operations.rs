@@ -1,7 +1,7 @@
 //! What is in flight in a simulated world: the guest's requests and the cache's store operations.
 
 use crate::cache::StoreOpRef;
-use crate::units::{FrameId, OpKind, SectorSpan, Tick};
+use crate::units::{ExtentKind, FrameId, OpKind, SectorSpan, Tick, Unmap};
 
 use super::failure_oracle::RequestClass;
 use super::oracle::Knowledge;
@@ -10,7 +10,7 @@ use super::oracle::Knowledge;
 pub(super) enum GuestOp {
     Read,
     Write { version: u32 },
-    Zero { unmap: bool },
+    Zero { unmap: Unmap },
     Discard,
     Flush,
 }
@@ -68,7 +68,7 @@ pub(super) struct DiskOp {
     /// Write: the frames' contents at submission. They must not change until it completes.
     pub content: Vec<u32>,
     /// Map: its result, if it was taken at submission.
-    pub map: Option<Vec<(u64, bool)>>,
+    pub map: Option<Vec<(u64, ExtentKind)>>,
     /// Sync: its start on the disk's clock.
     pub began: u64,
     /// When it completes.

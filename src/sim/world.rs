@@ -9,7 +9,7 @@ use crate::cache::{
     Access, Admitted, Health, Notice, Outcome, PageCache, Piece, PlantedBug, Settings, StoreOpRef, Ticket,
 };
 use crate::prng::Prng;
-use crate::units::{Fault, OpKind, SectorSpan, Tick};
+use crate::units::{Fault, OpKind, SectorSpan, Tick, Unmap};
 
 use super::disk::Disk;
 use super::failure_oracle::FailureOracle;
@@ -183,7 +183,10 @@ impl World {
         }
         let span = SectorSpan::new(start, count.min(sectors - start));
         let op = match self.prng.below(100) {
-            _ if self.prng.percent(self.scenario.zero_percent) => GuestOp::Zero { unmap: self.prng.percent(50) },
+            _ if self.prng.percent(self.scenario.zero_percent) => {
+                let unmap = self.prng.pick(&[Unmap::Allowed, Unmap::Forbidden]);
+                GuestOp::Zero { unmap }
+            }
             0..=39 => GuestOp::Read,
             40..=79 => {
                 self.version += 1;
@@ -422,7 +425,7 @@ impl World {
             OpKind::Sync if failed => self.disk.fail_sync(op.began),
             OpKind::Sync => self.disk.complete_sync(op.began),
             OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
-            OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, true),
+            OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, Unmap::Allowed),
             OpKind::Allocate if !failed => self.disk.allocate(first, count),
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
         }

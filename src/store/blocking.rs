@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::image::OpenImage;
-use super::{Event, Extent, ExtentKind, IoRequest, Segment};
+use super::{Event, Extent, IoRequest, Segment};
 use crate::sys;
 use crate::sys::file::{Direction, FallocateMode};
-use crate::units::{Fault, OpKind};
+use crate::units::{ExtentKind, Fault, OpKind, Unmap};
 
 /// Length of one write of zeros, where the host has no better way.
 const CHUNK_BYTES: usize = 128 * 1024;
@@ -139,20 +139,19 @@ fn sync(image: &OpenImage) -> io::Result<()> {
     }
 }
 
-/// The fallocate modes that make a range of this image read as zeros, best first. With `unmap` the range's space may be
-/// freed.
-pub(super) fn zero_modes(image: &OpenImage, unmap: bool) -> &'static [FallocateMode] {
+/// The fallocate modes that make a range of this image read as zeros, best first.
+pub(super) fn zero_modes(image: &OpenImage, unmap: Unmap) -> &'static [FallocateMode] {
     match (unmap, image.is_device()) {
-        (true, _) => &[FallocateMode::PunchHole, FallocateMode::ZeroRange],
+        (Unmap::Allowed, _) => &[FallocateMode::PunchHole, FallocateMode::ZeroRange],
         // The kernel writes zeros itself if a device has no command for it.
-        (false, true) => &[FallocateMode::ZeroRange],
+        (Unmap::Forbidden, true) => &[FallocateMode::ZeroRange],
         // tmpfs and others can punch holes but not zero a range; freeing the space is cheaper than writing it all.
-        (false, false) => &[FallocateMode::ZeroRange, FallocateMode::PunchHole],
+        (Unmap::Forbidden, false) => &[FallocateMode::ZeroRange, FallocateMode::PunchHole],
     }
 }
 
-/// Makes a range (in bytes, of whole sectors) read as zeros. With `unmap` its space may be freed.
-pub(super) fn zero(image: &OpenImage, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+/// Makes a range (in bytes, of whole sectors) read as zeros.
+pub(super) fn zero(image: &OpenImage, offset: u64, len: u64, unmap: Unmap) -> io::Result<()> {
     // On a device, fallocate takes only whole logical blocks: zeros are written to the partial ones at both ends.
     let Some((first, last)) = image.whole_blocks(offset, len) else {
         return write_zeros(image, offset, len);

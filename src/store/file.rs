@@ -11,6 +11,7 @@ use super::uring::UringQueue;
 use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
+use crate::units::Unmap;
 
 /// A raw image, opened and locked. The lock lasts as long as this value and its queues.
 #[derive(Debug)]
@@ -56,8 +57,7 @@ impl FileImage {
     /// # Errors
     /// The error of fallocate(2), pread(2) or pwrite(2).
     pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        let unmap = false;
-        blocking::zero(&self.image, offset, len, unmap)
+        blocking::zero(&self.image, offset, len, Unmap::Forbidden)
     }
 
     /// Where the image was opened.

@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 
 pub use crate::sys::file::Segment;
-use crate::units::{Fault, OpKind, SECTOR_BYTES};
+use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES};
 
 /// One operation. It owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
@@ -54,15 +54,6 @@ pub struct IoRequest {
     pub len: u64,
     /// Memory, in order; empty except for `Read` and `Write`.
     pub segments: Vec<Segment>,
-}
-
-/// Data or hole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExtentKind {
-    /// Any contents.
-    Data,
-    /// Reads as zeros without I/O.
-    Hole,
 }
 
 /// A run of the image of one kind.
@@ -124,7 +115,7 @@ pub struct Limits {
     pub segments_max: u16,
     /// Most operations in flight.
     pub depth: u16,
-    /// Smallest unit that `Discard` and `Zero { unmap: true }` free, in bytes; 0 if unknown.
+    /// Smallest unit that `Discard` and `Zero` with [`Unmap::Allowed`](crate::units::Unmap) free, in bytes; 0 if unknown.
     pub discard_granularity: u32,
     /// Physical block size of the image's device in bytes; `block_bytes` if unknown.
     pub physical_block_bytes: u32,

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Address, GuestAddress};
 
-use crate::units::{SECTOR_BYTES, SectorSpan};
+use crate::units::{SECTOR_BYTES, SectorSpan, Unmap};
 use crate::virtio::chain::{Buffer, DescriptorChain, DescriptorTable};
 use crate::virtio::guest_copy::{BadAddress, GuestCursor, GuestRange, read_once};
 use crate::virtio::{GuestRam, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, Status};
@@ -100,7 +100,7 @@ pub struct RangeSegment {
     /// The sectors, within the disk and not empty.
     pub span: SectorSpan,
     /// Whether space may be given back; never set for DISCARD.
-    pub unmap: bool,
+    pub unmap: Unmap,
 }
 
 /// Why a chain is no request.
@@ -337,7 +337,8 @@ impl Request {
             wrong |= count > MAX_DISCARD_SECTORS || !fits(disk, start, u64::from(count));
             if count > 0 {
                 let span = SectorSpan::new(start, u64::from(count));
-                segments.push(RangeSegment { span, unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 });
+                let may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+                segments.push(RangeSegment { span, unmap: if may_unmap { Unmap::Allowed } else { Unmap::Forbidden } });
             }
         }
         if wrong {

@@ -1,7 +1,7 @@
 //! Requests that wait and stores that fail: who has to wait for whom, and when all is well again.
 
 use super::*;
-use crate::units::{Fault, OpKind};
+use crate::units::{Fault, OpKind, Unmap};
 
 const NOW: Tick = Tick(1_000_000);
 const FLUSH: Ticket = Ticket(77);
@@ -73,7 +73,7 @@ fn a_page_whose_failed_sectors_are_zeroed_has_failed_no_more() {
     cache.flush(FLUSH);
     run_failing(&mut cache, OpKind::Write, &mut now, NOW);
     assert_eq!(cache.health(), Health::Reporting(Fault::Media));
-    assert!(cache.zero(Ticket(9), SectorSpan::new(0, 12), false));
+    assert!(cache.zero(Ticket(9), SectorSpan::new(0, 12), Unmap::Forbidden));
     settle(&mut cache, now);
     assert_eq!(cache.health(), Health::Healthy, "nothing is left that failed");
 }

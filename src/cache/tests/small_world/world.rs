@@ -6,7 +6,7 @@ use crate::cache::pages::{FROZEN, READING};
 use crate::cache::*;
 use crate::sim::disk::Disk;
 use crate::sim::memory::{GARBAGE, Memory};
-use crate::units::OpKind;
+use crate::units::{ExtentKind, OpKind};
 
 /// Pages of the image.
 pub(super) const PAGES: usize = 4;
@@ -384,7 +384,11 @@ impl<'a> World<'a> {
     fn check_read(&self, no: PageNo) {
         let id = self.cache.pages.find(no).expect("a page that is read is in the table");
         assert_ne!(self.cache.pages[id].valid, SectorMask::ALL, "{no:?} is read although all of it is there");
-        assert_eq!(self.disk.map(no.0 as usize * 8, 1), [(1, false)], "{no:?} is read although it is a hole");
+        assert_eq!(
+            self.disk.map(no.0 as usize * 8, 1),
+            [(1, ExtentKind::Data)],
+            "{no:?} is read although it is a hole"
+        );
     }
 
     fn content(&self, operation: &Operation) -> Vec<u32> {

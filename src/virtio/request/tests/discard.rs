@@ -19,7 +19,7 @@ fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<Ran
     let parsed = request(&mem, kind, 0, &buffers).unwrap();
     let big = Disk { capacity_sectors: 1 << 20, ..disk() };
     parsed.check(&big)?;
-    let stale = RangeSegment { span: SectorSpan::new(9, 9), unmap: true };
+    let stale = RangeSegment { span: SectorSpan::new(9, 9), unmap: Unmap::Allowed };
     let mut segments = vec![stale];
     let result = parsed.range_segments(&mem, &big, &mut segments);
     assert!(result.is_ok() || segments.is_empty());
@@ -32,7 +32,10 @@ fn discard_and_write_zeroes_segments_are_gathered_whatever_the_cuts() {
     let expected: Vec<_> = raw
         .iter()
         .filter(|&&(_, count, _)| count > 0)
-        .map(|&(start, count, _)| RangeSegment { span: SectorSpan::new(start, u64::from(count)), unmap: false })
+        .map(|&(start, count, _)| RangeSegment {
+            span: SectorSpan::new(start, u64::from(count)),
+            unmap: Unmap::Forbidden,
+        })
         .collect();
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         for cut in [9, 16, 17, 24, 100, 512] {
@@ -47,7 +50,7 @@ fn discard_and_write_zeroes_segments_are_gathered_whatever_the_cuts() {
 #[test]
 fn unknown_flags_are_unsupported_before_anything_else_is_wrong() {
     let (discard, zero) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
-    let unmapped = RangeSegment { span: SectorSpan::new(1, 2), unmap: true };
+    let unmapped = RangeSegment { span: SectorSpan::new(1, 2), unmap: Unmap::Allowed };
     assert_eq!(segments_of(zero, &[(1, 2, 1)], 16), Ok(vec![unmapped]));
     assert_eq!(segments_of(discard, &[(1, 2, 1)], 16), Err(Status::Unsupported));
     for flags in [2, 3, 1 << 31, u32::MAX] {

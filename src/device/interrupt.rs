@@ -4,6 +4,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 
+use crate::sys::fd::is_nonblocking;
+use crate::sys::poll::is_writable;
+
 /// The call descriptor of a ring (VHOST_USER_SET_VRING_CALL).
 #[derive(Debug)]
 pub(super) struct Interrupt {
@@ -15,8 +18,7 @@ pub(super) struct Interrupt {
 impl Interrupt {
     /// Takes a call descriptor.
     pub fn new(file: File) -> Self {
-        // SAFETY: a plain system call on an open descriptor.
-        let blocks = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) & libc::O_NONBLOCK == 0 };
+        let blocks = is_nonblocking(&file).is_ok_and(|nonblocking| !nonblocking);
         Self { file, blocks }
     }
 
@@ -25,15 +27,9 @@ impl Interrupt {
     /// # Errors
     /// The error of write(2).
     pub fn trigger(&mut self) -> io::Result<()> {
-        if self.blocks && !self.is_writable() {
+        if self.blocks && !is_writable(self.file.as_raw_fd()) {
             return Ok(());
         }
         self.file.write(&1u64.to_ne_bytes()).map(|_| ())
-    }
-
-    fn is_writable(&self) -> bool {
-        let mut polled = libc::pollfd { fd: self.file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-        // SAFETY: poll reads and writes one pollfd at the address given, and this one is a local.
-        unsafe { libc::poll(&raw mut polled, 1, 0) == 1 && polled.revents & libc::POLLOUT != 0 }
     }
 }

@@ -3,8 +3,12 @@
 //! This module knows nothing of disks, caches or guests: any other module may use it, and it uses none.
 
 pub mod block;
+pub mod fd;
 pub mod file;
+pub mod memfd;
 pub mod poll;
+pub mod random;
+pub mod socket;
 
 use std::io;
 

@@ -1,7 +1,10 @@
-//! Waiting for a descriptor with poll(2).
+//! Waiting for descriptors with poll(2).
 
-use std::os::fd::RawFd;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
+
+use super::retry_eintr;
 
 /// Sleeps until `fd` is readable or `timeout` has passed; returns whether it is readable.
 ///
@@ -11,4 +14,19 @@ pub fn wait_readable(fd: RawFd, timeout: Duration) -> bool {
     let timeout_ms = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
     // SAFETY: poll reads and writes one pollfd at the address given, and this one is a local.
     unsafe { libc::poll(&raw mut poll, 1, timeout_ms) > 0 }
+}
+
+/// Waits until at least one descriptor is readable or hung up; returns which are.
+pub fn wait_any_readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
+    let mut polls = descriptors.map(|one| libc::pollfd { fd: one.as_raw_fd(), events: libc::POLLIN, revents: 0 });
+    // SAFETY: poll reads and writes N pollfds at the address given, and `polls` has N.
+    retry_eintr(|| unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, -1) })?;
+    Ok(polls.map(|one| one.revents != 0))
+}
+
+/// Whether a descriptor is writable now; does not wait.
+pub fn is_writable(fd: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: poll reads and writes one pollfd at the address given, and this one is a local.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLOUT != 0 }
 }

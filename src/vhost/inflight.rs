@@ -7,13 +7,13 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::wire::Message;
 use crate::device::inflight::{InflightTracker, ring_bytes};
+use crate::sys::memfd;
 
 /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: size and offset of the region, number of queues, queue size. Some
 /// front-ends append the four bytes of padding of the C structure.
@@ -105,21 +105,11 @@ impl Inflight {
     }
 }
 
-/// Shared memory that nobody can shrink: a region cut short would be SIGBUS at the next mark.
+/// Shared memory of a fixed size: access to a region that was cut short would raise SIGBUS.
 fn sealed_memfd(bytes: usize) -> io::Result<File> {
-    // SAFETY: a plain system call with a constant NUL-terminated name.
-    let fd = unsafe { libc::memfd_create(c"genblk-inflight".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = memfd::create(c"genblk-inflight")?;
     file.set_len(bytes as u64)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: a plain system call on our own descriptor.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    memfd::freeze_size(&file)?;
     Ok(file)
 }
 

@@ -9,7 +9,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
@@ -17,6 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::inflight::Inflight;
 use super::wire::Message;
+use crate::sys::poll::wait_any_readable;
 
 const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
 const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
@@ -68,7 +68,7 @@ impl<'a> Relay<'a> {
     /// [`io::ErrorKind::InvalidData`] for a malformed inflight message.
     pub fn run(mut self) -> io::Result<()> {
         loop {
-            let [stop, from_backend, from_front_end] = readable([self.stop, &self.backend_end, self.front_end])?;
+            let [stop, from_backend, from_front_end] = wait_any_readable([self.stop, &self.backend_end, self.front_end])?;
             if stop {
                 return Ok(());
             }
@@ -148,17 +148,4 @@ fn sort_table(message: &mut Message) {
         message.payload.extend(region);
         message.files.push(file);
     }
-}
-
-/// Waits until at least one descriptor is readable or closed; says which.
-pub(super) fn readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
-    let mut polled = descriptors.map(|one| libc::pollfd { fd: one.as_raw_fd(), events: libc::POLLIN, revents: 0 });
-    // SAFETY: `polled` is an array of N pollfds that outlives the call.
-    while unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, -1) } < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
-    Ok(polled.map(|one| one.revents != 0))
 }

@@ -17,12 +17,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::Memory;
 use super::backend::Backend;
-use super::relay::{Relay, readable};
+use super::relay::Relay;
 use super::socketpair;
 use super::vring::{Session, with_vring_factory};
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::poll::wait_any_readable;
 use crate::virtio::GuestRam;
 
 /// Binds a listening socket at `path`, after removing a stale socket that no process listens on.
@@ -103,7 +104,7 @@ impl Server {
 
     /// Waits for a front-end and serves it until it disconnects.
     fn serve_one(&self) -> io::Result<()> {
-        let [stop, _] = readable([&self.stop, &self.listener])?;
+        let [stop, _] = wait_any_readable([&self.stop, &self.listener])?;
         if stop {
             // A front-end in the backlog waits for the next daemon, which may inherit the listener.
             return Ok(());

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::MAX_MSG_SIZE;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::sys::socket::receive_with_files;
 
 /// Time limit for the rest of a message to arrive, and for the other end to take one of ours.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -52,7 +54,7 @@ impl Message {
     /// [`io::ErrorKind::TimedOut`] if the rest of a message does not arrive in time.
     pub fn receive(socket: &UnixStream) -> io::Result<Option<Self>> {
         let mut header = [0; HEADER_BYTES];
-        let (got, files) = receive_with_files(socket, &mut header)?;
+        let (got, files) = receive_with_files::<FILES_MAX>(socket, &mut header)?;
         if got == 0 {
             return Ok(None);
         }
@@ -100,15 +102,4 @@ fn receive_rest(mut socket: &UnixStream, mut bytes: &mut [u8], deadline: Instant
         }
     }
     Ok(())
-}
-
-/// Receives up to `bytes.len()` bytes, and the descriptors that came with them.
-fn receive_with_files(socket: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<File>)> {
-    let mut fds = [-1; FILES_MAX];
-    let mut vectors = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
-    // SAFETY: the vector covers `bytes`, which is plain memory that outlives the call.
-    let (got, count) = unsafe { socket.recv_with_fds(&mut vectors, &mut fds)? };
-    // SAFETY: the kernel installed these descriptors for this call; nothing else in the process owns them.
-    let files = fds[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) }).collect();
-    Ok((got, files))
 }

@@ -1,0 +1,53 @@
+//! Flags of descriptors (fcntl(2)), and descriptors that the process inherited.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use super::retry_eintr;
+
+/// Whether I/O on a descriptor fails with EAGAIN instead of waiting.
+pub fn is_nonblocking(fd: impl AsFd) -> io::Result<bool> {
+    // SAFETY: a plain system call on an open descriptor.
+    let flags = retry_eintr(|| unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL) })?;
+    Ok(flags & libc::O_NONBLOCK != 0)
+}
+
+/// Takes ownership of a descriptor that the process inherited, given by number.
+///
+/// => Call this before the process receives descriptors through a socket. Until then only inherited descriptors lack
+///    close-on-exec, because this process opens everything with that flag. Taking sets the flag, so a descriptor can be
+///    taken once.
+///
+/// # Errors
+/// EBADF if there is no such descriptor, or if it is not an inherited one that is still to be taken.
+pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: a plain system call; it fails on a number that is no descriptor's.
+    let flags = retry_eintr(|| unsafe { libc::fcntl(fd, libc::F_GETFD) })?;
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: a plain system call on a descriptor that is open.
+    retry_eintr(|| unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open, it came through exec(), and its flag shows that nothing took it before.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::IntoRawFd;
+
+    use super::*;
+
+    #[test]
+    fn only_an_inherited_descriptor_is_taken_and_only_once() {
+        let opened = File::open("/dev/null").unwrap();
+        assert_eq!(take_inherited(opened.as_raw_fd()).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        let fd = opened.into_raw_fd();
+        // SAFETY: a plain system call on an open descriptor; it then looks like an inherited one.
+        assert_eq!(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) }, 0);
+        let taken = take_inherited(fd).unwrap();
+        assert!(take_inherited(fd).is_err());
+        drop(taken);
+    }
+}

@@ -1,26 +1,26 @@
-//! The identity of an image: what tells it from every other image, whatever path leads to it.
+//! The identity of an image, whatever path leads to it.
 
-/// What tells one image from every other, so that a new image at an old path never meets an old ledger.
+/// Identifies an image, so that a new image at an old path never gets the cache of the old image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ImageId {
-    /// Device of the file system, or of the block device itself.
+    /// Device number of the file system, or of the block device itself.
     pub device: u64,
-    /// Inode; for a block device the kernel's sequence number of the disk behind it.
+    /// Inode number; for a block device the kernel's sequence number of the disk behind it.
     pub inode: u64,
-    /// Birth time in nanoseconds, 0 where the file system has none.
+    /// Creation time in nanoseconds since 1970; 0 if the file system does not record it.
     pub born_ns: u64,
-    /// Size of the image.
+    /// Size of the image in bytes.
     pub size_bytes: u64,
 }
 
 impl ImageId {
-    /// A file name of its own for each image.
+    /// A file name that is unique to the image.
     pub fn file_name(&self) -> String {
         let Self { device, inode, born_ns, size_bytes } = self;
         format!("{device:x}-{inode:x}-{born_ns:x}-{size_bytes:x}")
     }
 
-    /// Whether a name is one that [`ImageId::file_name`] gives.
+    /// Whether `name` has the form of [`ImageId::file_name`].
     pub fn is_file_name(name: &str) -> bool {
         let is_number = |field: &str| !field.is_empty() && field.chars().all(|digit| digit.is_ascii_hexdigit());
         name.split('-').count() == 4 && name.split('-').all(is_number)

@@ -1,6 +1,8 @@
-//! What a daemon that is gone has left in memory: taken over by the next one, or written to its image by hand.
+//! The cache that an earlier daemon left in memory: the next daemon restores it, or the operator writes it to its
+//! image.
 
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,121 +10,200 @@ use std::time::Duration;
 
 use log::{info, warn};
 
-use crate::arena::{Arena, ArenaFile};
+use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestData, Header};
 use crate::config::{Config, DeviceConfig, MemoryDir, Socket, Survive};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::{self, FileImage};
 use crate::systemd::ServiceManager;
-use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SectorMask};
+use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SectorMask, counted};
 
-/// How long another's lock on an image, or on what is kept for it, is waited out. A daemon that was killed keeps its locks
-/// until the kernel has finished its operations in flight, and that is right: until then they can still reach the image.
-/// One that ends in order gives its memory back before it lets go of the image. A successor of either, started at once,
-/// is to be served and not refused.
+/// How long to wait for the lock of an image or of a cache file. A killed daemon keeps its locks until the kernel has
+/// finished its I/O, and rightly so: until then that I/O can still change the image. A daemon that ends in order
+/// releases its cache before its image. A daemon that is started at once in place of either must wait, and not fail.
 pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
-/// The memory for a device's cache: a predecessor's if it left one of this shape, else new.
+const HAS_HEADER: &str = "a file with pages has a header";
+
+/// What the file that was found for an image holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Contents {
+    /// No pages: the file is new, or a loss marker.
+    NoPages,
+    /// A cache of the configured size in the newest layout.
+    FittingCache,
+    /// Another cache.
+    OtherCache,
+}
+
+/// Where the file was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FoundAt {
+    /// At the location that the configuration names.
+    Configured,
+    /// In the service manager's fd store, while the configuration names a directory.
+    Elsewhere,
+}
+
+/// What to do with the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Decision {
+    /// Restore the cache that it holds.
+    Attach,
+    /// Write its dirty pages to the image, remove it, and create a new cache.
+    WriteBack,
+    /// Create the new cache in it.
+    Reuse,
+    /// Create the new cache at the configured location, then remove this file.
+    Replace,
+}
+
+/// The decision table of recovery.
+fn decide(contents: Contents, found_at: FoundAt, survive: Survive) -> Decision {
+    match (contents, found_at, survive) {
+        (Contents::FittingCache, FoundAt::Configured, Survive::Auto | Survive::Always) => Decision::Attach,
+        (Contents::FittingCache | Contents::OtherCache, _, _) => Decision::WriteBack,
+        (Contents::NoPages, FoundAt::Configured, _) => Decision::Reuse,
+        (Contents::NoPages, FoundAt::Elsewhere, _) => Decision::Replace,
+    }
+}
+
+impl Contents {
+    fn of(header: Option<&Header>, frames: usize) -> Self {
+        match header {
+            None => Self::NoPages,
+            Some(header) if header.frames == 0 => Self::NoPages,
+            Some(header) if header.fits(frames) => Self::FittingCache,
+            Some(_) => Self::OtherCache,
+        }
+    }
+}
+
+/// The memory for a device's cache: the one that the previous daemon left if it fits the configuration, else a new one.
+/// `frames` is the configured size.
+///
+/// => No completed write is lost: dirty pages of a cache that does not fit are on the image when this returns. What the
+///    previous daemon knew of its guest (data loss, write-through) is recorded in the new arena as well.
 ///
 /// # Errors
-/// [`ErrorKind::Memory`] when there is none; [`ErrorKind::Ledger`] when what a predecessor left can't be read, and
-/// [`ErrorKind::Image`] when it could not be written to the image.
+/// [`ErrorKind::Memory`] when there is no memory for the cache; [`ErrorKind::Ledger`] when the file that the previous
+/// daemon left cannot be read; [`ErrorKind::Image`] when its pages cannot be written to the image.
 pub fn arena_for(
     config: &DeviceConfig,
     image: &FileImage,
     frames: usize,
     manager: &Arc<ServiceManager>,
 ) -> Result<Arena> {
-    let (cache, name) = (&config.cache, &config.name);
     if config.read_only {
         return Arena::anonymous(frames);
     }
-    let identity = image.identity();
-    let wants_store = cache.memory_dir == MemoryDir::Systemd;
-    let file = || match &cache.memory_dir {
-        MemoryDir::Path(directory) => ArenaFile::open_for(directory, &identity, LOCK_PATIENCE),
-        MemoryDir::Systemd => ArenaFile::create_in_fdstore(manager, &identity),
+    let name = &config.name;
+    let new = NewCache { config, image, frames, manager };
+    // The fd store may hold completed writes even if the configuration names another location now.
+    let found = match ArenaFile::take_from_fdstore(manager, &image.identity())? {
+        Some(file) => Ok(file),
+        None => new.open_file(),
     };
-    // What the service manager hands over holds a predecessor's writes, wherever the next cache is to be.
-    let found = match ArenaFile::take_from_fdstore(manager, &identity)?.map_or_else(file, Ok) {
-        Ok(found) => found,
-        Err(e) if e.kind() == ErrorKind::Memory && cache.survive != Survive::Always => {
-            warn!("{name}: {e}; the cache goes with the daemon, and nothing will tell if that loses anything");
+    let file = match found {
+        Ok(file) => file,
+        Err(e) if e.kind() == ErrorKind::Memory && config.cache.survive != Survive::Always => {
+            warn!("{name}: {e}; using a cache that does not survive a crash; data loss would go undetected");
             return Arena::anonymous(frames);
         }
         Err(e) => return Err(e),
     };
-    let stays = found.is_in_fdstore() == wants_store;
-    let left = found.header()?;
-    let lost = left.as_ref().is_some_and(|header| header.lost);
-    let through = left.as_ref().is_some_and(|header| header.write_through);
-    let mut moved = None;
-    let arena = match left {
-        Some(header) if stays && header.fits(frames) && cache.survive != Survive::Never => {
-            Arena::attach(found, &header)?
-        }
-        Some(header) if header.frames > 0 => {
-            let arena = Arena::attach(found, &header)?;
-            let written = write_back(&arena, image)?;
-            info!("{name}: a cache of another shape or place was left: its {written} dirty pages are on the image now");
+    let found_at = if file.is_in_fdstore() == new.is_for_fdstore() { FoundAt::Configured } else { FoundAt::Elsewhere };
+    let header = file.header()?;
+    let contents = Contents::of(header.as_ref(), frames);
+    let guest_data = header.as_ref().map_or(GuestData::Intact, |header| header.guest_data);
+    let write_through = header.as_ref().is_some_and(|header| header.write_through);
+    let mut replaced = None;
+    let arena = match decide(contents, found_at, config.cache.survive) {
+        Decision::Attach => Arena::attach(file, &header.expect(HAS_HEADER))?,
+        Decision::WriteBack => {
+            let arena = Arena::attach(file, &header.expect(HAS_HEADER))?;
+            let dirty = counted(write_back(&arena, image)?, "dirty page");
             arena.remove();
-            fresh(config, file()?, image, frames, lost, &file)?
+            info!(
+                "{name}: found a cache of a different size, layout or location; wrote its {dirty} to the image and \
+                 removed it"
+            );
+            new.create(new.open_file()?, guest_data)?
         }
-        _ if stays => fresh(config, found, image, frames, lost, &file)?,
-        _ => {
-            moved = Some(found);
-            fresh(config, file()?, image, frames, lost, &file)?
+        Decision::Reuse => new.create(file, guest_data)?,
+        Decision::Replace => {
+            replaced = Some(file);
+            new.create(new.open_file()?, guest_data)?
         }
     };
-    if lost {
+    if guest_data == GuestData::Lost {
         warn!(
-            "{name}: a daemon died with writes in its memory that had completed: every request of that guest fails until \
-             it resets the device"
+            "{name}: an earlier daemon died with completed writes that the image lacks; all requests of this guest \
+             fail until it resets the device"
         );
         arena.set_data_loss();
     }
-    if through {
-        info!("{name}: its guest has chosen write-through, and keeps it");
+    if write_through {
+        info!("{name}: the guest selected write-through earlier; it stays in effect");
         arena.set_write_through(true);
     }
-    // Not before another place remembers what it says.
-    moved.inspect(ArenaFile::remove);
+    // Only now: until here this file alone recorded what became of the guest's data.
+    replaced.inspect(ArenaFile::remove);
     Ok(arena)
 }
 
-/// New memory in a file, as far as possible of the kind that the configuration asks for, which knows from its beginning
-/// whether a predecessor has lost anything; `another` makes another file.
-fn fresh(
-    config: &DeviceConfig,
-    file: ArenaFile,
-    image: &FileImage,
+/// What a new cache for a device is made from.
+struct NewCache<'a> {
+    config: &'a DeviceConfig,
+    image: &'a FileImage,
     frames: usize,
-    lost: bool,
-    another: &dyn Fn() -> Result<ArenaFile>,
-) -> Result<Arena> {
-    let (identity, path, survive) = (image.identity(), image.path(), config.cache.survive);
-    if survive == Survive::Never {
-        return Arena::loss_marker(frames, file, identity, path, lost);
+    manager: &'a Arc<ServiceManager>,
+}
+
+impl NewCache<'_> {
+    /// Whether the configuration names the service manager's fd store.
+    fn is_for_fdstore(&self) -> bool {
+        self.config.cache.memory_dir == MemoryDir::Systemd
     }
-    let kept = Arena::persistent(frames, file, identity, path, lost);
-    let Err(e) = &kept else { return kept };
-    if e.kind() != ErrorKind::Memory || survive == Survive::Always {
-        return kept;
-    }
-    match another().and_then(|file| Arena::loss_marker(frames, file, identity, path, lost)) {
-        Ok(marked) => {
-            warn!("{}: {e}; the cache goes with the daemon", config.name);
-            Ok(marked)
+
+    /// The file at the configured location; a new one if there is none.
+    fn open_file(&self) -> Result<ArenaFile> {
+        let identity = self.image.identity();
+        match &self.config.cache.memory_dir {
+            MemoryDir::Path(directory) => ArenaFile::open_for(directory, &identity, LOCK_PATIENCE),
+            MemoryDir::Systemd => ArenaFile::create_in_fdstore(self.manager, &identity),
         }
-        // There is no memory at all.
-        Err(_) => kept,
+    }
+
+    /// A new arena in `file`, of the best kind that the configuration asks for and the host has memory for.
+    ///
+    /// => From the beginning its header records what became of the guest's data.
+    fn create(&self, file: ArenaFile, guest_data: GuestData) -> Result<Arena> {
+        let spec =
+            ArenaSpec { frames: self.frames, identity: self.image.identity(), image: self.image.path(), guest_data };
+        let survive = self.config.cache.survive;
+        if survive == Survive::Never {
+            return Arena::loss_marker(file, &spec);
+        }
+        let error = match Arena::persistent(file, &spec) {
+            Err(e) if e.kind() == ErrorKind::Memory && survive == Survive::Auto => e,
+            result => return result,
+        };
+        match self.open_file().and_then(|file| Arena::loss_marker(file, &spec)) {
+            Ok(arena) => {
+                warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
+                Ok(arena)
+            }
+            // The host has no memory at all; the first error says more.
+            Err(_) => Err(error),
+        }
     }
 }
 
-/// Zeroes what is to read as zeros, then writes everything dirty to the image, in the order of the image, and makes it
-/// durable; returns how many pages it was.
+/// Zeroes the ranges that must read as zeros, then writes the dirty pages to the image in the order of their offsets,
+/// and syncs it; returns the number of pages.
 ///
-/// => What is dirty was written after its range had been zeroed.
-fn write_back(arena: &Arena, image: &FileImage) -> Result<usize> {
+/// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
+fn write_back(arena: &Arena, image: &FileImage) -> Result<u64> {
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
     for (_, span) in arena.pending_zeroes() {
         image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
@@ -135,17 +216,18 @@ fn write_back(arena: &Arena, image: &FileImage) -> Result<usize> {
         write_page(arena, frame, record, &file).map_err(failed)?;
     }
     file.sync_all().map_err(failed)?;
-    Ok(dirty.len())
+    Ok(dirty.len() as u64)
 }
 
-fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -> std::io::Result<()> {
-    let size = file.metadata()?.len();
+fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -> io::Result<()> {
+    // 0 for a block device, which fails a write past its end.
+    let file_bytes = file.metadata()?.len();
     let mut mask = record.dirty;
     while let Some((first, count)) = mask.first_run() {
         let offset = record.page.offset_bytes() + u64::from(first) * SECTOR_BYTES;
         let bytes = arena.sectors(frame, first, count);
-        if size != 0 && offset + bytes.len() as u64 > size {
-            return Err(std::io::Error::other("the ledger speaks of pages beyond the image's end"));
+        if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
+            return Err(io::Error::other("the ledger refers to pages past the end of the image"));
         }
         file.write_all_at(&bytes, offset)?;
         mask = mask.without(SectorMask::run(first, count));
@@ -153,7 +235,8 @@ fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -
     Ok(())
 }
 
-/// Says what the service manager keeps that no device uses. It stays there: it may hold writes that are nowhere else.
+/// Logs the fd-store entries that no device uses. They stay in the fd store: they may hold the only copy of a guest's
+/// data.
 pub fn warn_unclaimed(config: &Config, manager: &Arc<ServiceManager>) {
     let sockets = config.devices.iter().filter_map(|device| match device.socket {
         Socket::Fd(fd) => Some(fd),
@@ -161,91 +244,125 @@ pub fn warn_unclaimed(config: &Config, manager: &Arc<ServiceManager>) {
     });
     let unclaimed = manager.fdstore_unclaimed(&sockets.collect::<Vec<_>>());
     let described = unclaimed.iter().map(|name| match ArenaFile::take_named_from_fdstore(manager, name) {
-        Ok(Some(file)) => format!("{name} ({})", about(file).unwrap_or_else(|e| e.to_string())),
+        Ok(Some(file)) => format!("{name} ({})", description(file).unwrap_or_else(|e| e.to_string())),
         Ok(None) => name.clone(),
         Err(e) => format!("{name} ({e})"),
     });
     if !unclaimed.is_empty() {
         let described = described.collect::<Vec<_>>().join(", ");
-        warn!("no device uses what the service manager has handed over, and it stays with it: {described}");
+        warn!("fd-store entries not used by any configured device (left in place): {described}");
     }
 }
 
-/// The ledgers below `memory_dir` that no daemon holds, a line each.
+/// The cache files below `memory_dir` that no daemon uses, a line each.
 ///
 /// # Errors
-/// [`ErrorKind::Memory`] when the folder can't be read.
+/// [`ErrorKind::Memory`] when the directory cannot be read.
 pub fn list(memory_dir: &Path) -> Result<String> {
-    let folder = ArenaFile::dir(memory_dir);
-    let entries = match fs::read_dir(&folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok("nothing was left behind\n".to_owned()),
-        Err(e) => return Err(Error::io(ErrorKind::Memory, format!("cannot read {}", folder.display()), e)),
+    let directory = ArenaFile::dir(memory_dir);
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", directory.display()), e);
+    let mut lines: Vec<String> = match fs::read_dir(&directory) {
+        Ok(entries) => entries.flatten().filter_map(|entry| list_line(&entry.path())).collect(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(e) => return Err(failed(e)),
     };
-    let mut lines: Vec<String> = entries.flatten().filter_map(|entry| describe(&entry.path())).collect();
     lines.sort();
     if lines.is_empty() {
-        lines.push("nothing was left behind\n".to_owned());
+        lines.push(format!("no unused cache in {}\n", directory.display()));
     }
     Ok(lines.concat())
 }
 
-/// A ledger's line; `None` if a daemon holds it.
-fn describe(path: &Path) -> Option<String> {
+/// The line of a cache file in the list; `None` if a daemon uses it.
+fn list_line(path: &Path) -> Option<String> {
     let file = ArenaFile::open_existing(path).ok()?;
-    let about = about(file).unwrap_or_else(|e| e.to_string());
-    Some(format!("{}: {about}\n", path.display()))
+    let description = description(file).unwrap_or_else(|e| e.to_string());
+    Some(format!("{}: {description}\n", path.display()))
 }
 
-fn about(file: ArenaFile) -> Result<String> {
+/// What a cache file holds, for the operator.
+fn description(file: ArenaFile) -> Result<String> {
     let Some(header) = file.header()? else { return Ok("empty".to_owned()) };
     let image = header.image.display();
     if header.frames == 0 {
-        let lost = if header.lost { "completed writes were lost with it" } else { "nothing was lost" };
-        return Ok(format!("of {image}: a cache that went with its daemon; {lost}"));
+        let outcome = match header.guest_data {
+            GuestData::Lost => "completed writes were lost",
+            GuestData::Intact => "no data was lost",
+        };
+        return Ok(format!("{image}: the cache died with its daemon; {outcome}"));
     }
     let arena = Arena::attach(file, &header)?;
-    let pages = arena.records().count();
+    let pages = counted(arena.records().count() as u64, "cached page");
     let dirty = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
-    let zeroed = match arena.pending_zeroes().count() {
+    let zeroes = match arena.pending_zeroes().count() {
         0 => String::new(),
-        ranges => format!("; zeroed ranges: {ranges}"),
+        ranges => format!(", {} to be zeroed", counted(ranges as u64, "range")),
     };
-    Ok(format!("of {image}: {pages} pages, {dirty} of them not on the image{zeroed}"))
+    Ok(format!("{image}: {pages} ({dirty} dirty){zeroes}"))
 }
 
-/// Writes what was left in the file at `path` to its image, and removes it; says what it did.
+/// Writes the cache in the file at `path` to its image and removes the file; returns a message for the operator.
 ///
 /// # Errors
-/// [`ErrorKind::Ledger`] when the file is no ledger of this boot, or its image is another now; [`ErrorKind::Locked`] when a
-/// daemon serves the image; [`ErrorKind::Image`] when it can't be written.
+/// [`ErrorKind::Ledger`] when the file is not a cache of this boot, or its image was replaced; [`ErrorKind::Locked`]
+/// when a daemon serves the image; [`ErrorKind::Image`] when the image cannot be written.
 pub fn recover(path: &Path) -> Result<String> {
+    let shown = path.display();
     let file = ArenaFile::open_existing(path)?;
     let Some(header) = file.header()? else {
         file.remove();
-        return Ok(format!("{}: it was empty, and is removed\n", path.display()));
+        return Ok(format!("removed {shown}, which was empty\n"));
     };
     if header.frames == 0 {
-        let context = format!("{}: it holds no pages; --discard removes it", path.display());
+        let context = format!("{shown} holds no pages; remove it with --discard");
         return Err(Error::new(ErrorKind::Ledger, context));
     }
+    let image_shown = header.image.display();
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
     let image = FileImage::open(&header.image, &options)?;
     if image.identity() != header.identity {
-        let context = format!("{}: {} is another image now", path.display(), header.image.display());
+        let context = format!("{shown} belongs to an image that {image_shown} has replaced");
         return Err(Error::new(ErrorKind::Ledger, context));
     }
     let arena = Arena::attach(file, &header)?;
-    let written = write_back(&arena, &image)?;
+    let written = counted(write_back(&arena, &image)?, "page");
     arena.remove();
-    Ok(format!("{written} pages are written to {}, and {} is removed\n", header.image.display(), path.display()))
+    Ok(format!("wrote {written} to {image_shown} and removed {shown}\n"))
 }
 
-/// Removes what was left in the file at `path`, whatever is in it.
+/// Removes the cache file at `path` with everything in it; returns a message for the operator.
 ///
 /// # Errors
-/// [`ErrorKind::Ledger`] when the file can't be a ledger; [`ErrorKind::Locked`] when a daemon holds it.
+/// [`ErrorKind::Ledger`] when the file is not a cache file; [`ErrorKind::Locked`] when a daemon uses it.
 pub fn discard(path: &Path) -> Result<String> {
     ArenaFile::open_existing(path)?.remove();
-    Ok(format!("{} is removed\n", path.display()))
+    Ok(format!("removed {}\n", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_is_restored_only_if_size_location_and_lifetime_are_as_configured() {
+        for survive in [Survive::Auto, Survive::Always, Survive::Never] {
+            for found_at in [FoundAt::Configured, FoundAt::Elsewhere] {
+                for contents in [Contents::FittingCache, Contents::OtherCache] {
+                    let fits = contents == Contents::FittingCache
+                        && found_at == FoundAt::Configured
+                        && survive != Survive::Never;
+                    let expected = if fits { Decision::Attach } else { Decision::WriteBack };
+                    assert_eq!(decide(contents, found_at, survive), expected, "{contents:?} {found_at:?} {survive:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_without_pages_is_never_attached_and_stays_at_the_configured_location() {
+        for survive in [Survive::Auto, Survive::Always, Survive::Never] {
+            assert_eq!(decide(Contents::NoPages, FoundAt::Configured, survive), Decision::Reuse);
+            assert_eq!(decide(Contents::NoPages, FoundAt::Elsewhere, survive), Decision::Replace);
+        }
+    }
 }

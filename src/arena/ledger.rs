@@ -1,18 +1,19 @@
-//! The layout of a named arena: a header that says whose memory it is, a ledger of what each frame holds, the frames.
+//! The layout of an arena's file: a header that names the image, a ledger of what each frame holds, the frames.
 //!
-//! The daemon writes an entry after the bytes it speaks of, in one store, so that whatever kills the daemon leaves a
-//! ledger that is right. Everything here must be readable by the next version, or be refused by it: a change of the
-//! layout changes [`LAYOUT`].
+//! The daemon changes a frame's record in one store, after the bytes that the record describes. So the ledger is
+//! correct whenever the daemon dies. The next version of genblk must either read this layout or refuse it: every change
+//! of the layout changes [`LAYOUT`].
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! |---|---|
 //! | 0 to 4095 | the header, see [`Header`]; its first word is written last |
-//! | then, but in layout 1 | 256 ranges that are to read as zeros: first sector, sectors (0: none), 8 bytes each |
-//! | then | 8 bytes for each frame: page number (40 bits), valid and dirty sectors (8 bits each), 0; padded to 4096 |
-//! | then | the frames |
+//! | next 4096, not in layout 1 | 256 slots for ranges that must read as zeros: first sector, sectors (0: unused) |
+//! | next, padded to 4096 | 8 bytes a frame: page number (40 bits), valid sectors (8), dirty sectors (8), 0 (8) |
+//! | next | the frames |
 //!
-//! An arena whose cache is not to survive has a header alone, with a mark that says whether anything was lost.
+//! A loss marker (of a cache that does not survive its daemon) is a header alone.
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -21,146 +22,205 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::units::{FrameRecord, PAGE_SIZE, PageNo, SectorMask};
 
-/// What the first eight bytes hold.
+/// The first eight bytes of a finished header.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
-/// Version of the layout. One that is older is read if this says how; one that is newer is refused.
+/// Version of the layout. This genblk reads this version and older ones; it refuses newer ones.
 const LAYOUT: u64 = 2;
 /// Bytes of the header.
 pub(super) const HEADER_BYTES: usize = PAGE_SIZE;
-/// Bytes of an entry.
+/// Bytes of a frame's record.
 pub(super) const RECORD_BYTES: usize = 8;
-/// Zeroed ranges that an arena can note.
+/// Slots of the table of ranges that must read as zeros.
 pub const ZERO_SLOTS: usize = PAGE_SIZE / ZERO_SLOT_BYTES;
-/// Bytes of one.
+/// Bytes of such a slot.
 pub(super) const ZERO_SLOT_BYTES: usize = 16;
-/// Bits of a page number in an entry.
+/// Bits of a page number in a record.
 const PAGE_BITS: u32 = 40;
 
-/// What stands at the beginning of a named arena.
+/// Offsets of the header's fields in bytes. A field is one little-endian word unless its comment says otherwise.
+pub(super) mod field {
+    pub const MAGIC: usize = 0;
+    pub const LAYOUT: usize = 8;
+    /// Bytes of a page.
+    pub const PAGE_SIZE: usize = 16;
+    /// Number of frames.
+    pub const FRAMES: usize = 24;
+    // The image's identity.
+    pub const DEVICE: usize = 32;
+    pub const INODE: usize = 40;
+    pub const BORN_NS: usize = 48;
+    pub const SIZE_BYTES: usize = 56;
+    /// The host's boot ID, 16 bytes.
+    pub const BOOT: usize = 64;
+    /// Length of the image's path in bytes.
+    pub const PATH_LEN: usize = 80;
+    /// Not 0 while a loss marker's cache holds data that the image lacks, and in any arena after such data was lost.
+    pub const UNWRITTEN: usize = 88;
+    /// The image's path: bytes up to `WRITE_THROUGH`, of which `PATH_LEN` are in use.
+    pub const PATH: usize = 96;
+    /// Not 0 once the guest has selected write-through: the last word of the header.
+    pub const WRITE_THROUGH: usize = super::HEADER_BYTES - 8;
+}
+
+/// Longest path that a header holds, in bytes; a longer one is cut off.
+const PATH_BYTES_MAX: usize = field::WRITE_THROUGH - field::PATH;
+
+/// What became of the completed writes of a guest that outlived the previous daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestData {
+    /// Each is in the arena or on the image.
+    Intact,
+    /// A daemon died with writes in its cache that were nowhere else. The guest does not know yet.
+    Lost,
+}
+
+/// What the header of a new arena records.
+#[derive(Clone, Copy, Debug)]
+pub struct ArenaSpec<'a> {
+    /// Number of frames of the cache.
+    pub frames: usize,
+    /// The image's identity.
+    pub identity: ImageId,
+    /// The image's path, for the operator.
+    pub image: &'a Path,
+    /// Whether a previous daemon lost data of the guest.
+    pub guest_data: GuestData,
+}
+
+/// The header of an arena's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// What follows the header.
+    /// Version of the layout.
     layout: u64,
-    /// The image.
+    /// The image's identity.
     pub identity: ImageId,
-    /// Frames; 0 in an arena that only marks whether anything was lost.
+    /// Number of frames; 0 in a loss marker.
     pub frames: u64,
-    /// The host's boot: memory of another boot is not what it seems.
+    /// The host's boot ID when the arena was created: memory does not survive a boot.
     pub boot: [u8; 16],
-    /// Where the image was, for the operator.
+    /// The image's path, for the operator.
     pub image: PathBuf,
-    /// A daemon died, and what its cache held was lost with it.
-    pub lost: bool,
-    /// The guest has chosen write-through.
+    /// Whether a daemon died and lost data of the guest.
+    pub guest_data: GuestData,
+    /// Whether the guest has selected write-through.
     pub write_through: bool,
 }
 
-/// Where the header's other parts are: eight words come first.
-const BOOT: std::ops::Range<usize> = 64..80;
-const PATH_LEN: usize = 80;
-/// The word that is set while a volatile arena holds what the image has not.
-pub(super) const UNWRITTEN: usize = 88;
-const PATH: usize = 96;
-/// The word that is set once the guest has chosen write-through; the path ends before it.
-pub(super) const WRITE_THROUGH: usize = HEADER_BYTES - 8;
-/// The word with the number of frames.
-pub(super) const FRAMES: usize = 24;
-
 impl Header {
-    /// The header of a new arena; `lost`: something that a predecessor's cache held is gone.
-    pub(super) fn new(identity: ImageId, frames: u64, image: &Path, lost: bool) -> Self {
+    /// The header of a new arena.
+    pub(super) fn new(spec: &ArenaSpec<'_>) -> Self {
+        let ArenaSpec { frames, identity, image, guest_data } = *spec;
         let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
-        Self { layout: LAYOUT, identity, frames, boot: boot_id(), image, lost, write_through: false }
+        let frames = frames as u64;
+        Self { layout: LAYOUT, identity, frames, boot: boot_id(), image, guest_data, write_through: false }
     }
 
-    /// Whether a cache of `frames` frames can go on in the arena as it is.
+    /// Whether a cache of `frames` frames can use the arena as it is.
     pub fn fits(&self, frames: usize) -> bool {
         self.layout == LAYOUT && self.frames == frames as u64
     }
 
-    /// Where the table of zeroed ranges is; `None` in an arena that has none.
+    /// Offset of the table of ranges that must read as zeros; `None` in a layout that has none.
     pub(super) fn zero_slots_at(&self) -> Option<usize> {
         (self.layout > 1).then_some(HEADER_BYTES)
     }
 
-    /// Where the frames' entries begin.
+    /// Offset of the frames' records.
     pub(super) fn records_at(&self) -> usize {
         self.zero_slots_at().map_or(HEADER_BYTES, |at| at + ZERO_SLOTS * ZERO_SLOT_BYTES)
     }
 
-    /// The header's bytes, and its first word, which is to be written when everything else is in place.
+    /// The header's bytes with a first word of 0, and that first word. It marks the file as complete, so write it last.
     pub(super) fn encode(&self) -> ([u8; HEADER_BYTES], u64) {
         let mut bytes = [0; HEADER_BYTES];
+        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
         let ImageId { device, inode, born_ns, size_bytes } = self.identity;
-        let words = [0, self.layout, PAGE_SIZE as u64, self.frames, device, inode, born_ns, size_bytes];
-        for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        bytes[BOOT].copy_from_slice(&self.boot);
-        bytes[UNWRITTEN..UNWRITTEN + 8].copy_from_slice(&u64::from(self.lost).to_le_bytes());
         let path = self.image.as_os_str().as_bytes();
-        let path = &path[..path.len().min(WRITE_THROUGH - PATH)];
-        bytes[PATH_LEN..PATH_LEN + 8].copy_from_slice(&(path.len() as u64).to_le_bytes());
-        bytes[PATH..PATH + path.len()].copy_from_slice(path);
-        bytes[WRITE_THROUGH..].copy_from_slice(&u64::from(self.write_through).to_le_bytes());
+        let path = &path[..path.len().min(PATH_BYTES_MAX)];
+        let words = [
+            (field::LAYOUT, self.layout),
+            (field::PAGE_SIZE, PAGE_SIZE as u64),
+            (field::FRAMES, self.frames),
+            (field::DEVICE, device),
+            (field::INODE, inode),
+            (field::BORN_NS, born_ns),
+            (field::SIZE_BYTES, size_bytes),
+            (field::PATH_LEN, path.len() as u64),
+            (field::UNWRITTEN, u64::from(self.guest_data == GuestData::Lost)),
+            (field::WRITE_THROUGH, u64::from(self.write_through)),
+        ];
+        for (at, word) in words {
+            put(at, &word.to_le_bytes());
+        }
+        put(field::BOOT, &self.boot);
+        put(field::PATH, path);
         (bytes, MAGIC)
     }
 
-    /// Reads a header. `None`: its daemon died before it was written; there is nothing in the arena.
+    /// Reads a header. `None`: the daemon died before it finished the header, so the arena holds nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Ledger`] when it is of another layout, or none at all.
+    /// [`ErrorKind::Ledger`] when the bytes are no header or of a layout that this genblk does not know; `file` names
+    /// the file in the message.
     pub(super) fn decode(bytes: &[u8; HEADER_BYTES], file: &impl Display) -> Result<Option<Self>> {
-        let word = |at: usize| u64::from_le_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("eight bytes"));
-        let refused = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{file}: {why}")));
-        match word(0) {
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        let error = |why: String| Err(Error::new(ErrorKind::Ledger, format!("{file}: {why}")));
+        match word(field::MAGIC) {
             0 => return Ok(None),
             MAGIC => {}
-            _ => return refused("it is no ledger of genblk's".to_owned()),
+            _ => return error("bad magic: not a genblk ledger".to_owned()),
         }
-        if !(1..=LAYOUT).contains(&word(1)) || word(2) != PAGE_SIZE as u64 {
-            return refused(format!("its layout is {}, and this genblk reads up to {LAYOUT}", word(1)));
+        let layout = word(field::LAYOUT);
+        if !(1..=LAYOUT).contains(&layout) {
+            return error(format!("unknown ledger layout {layout}: this genblk reads layouts 1 to {LAYOUT}"));
         }
-        let identity = ImageId { device: word(4), inode: word(5), born_ns: word(6), size_bytes: word(7) };
-        let path_len = usize::try_from(word(PATH_LEN / 8)).unwrap_or(usize::MAX).min(WRITE_THROUGH - PATH);
-        let image = std::ffi::OsString::from_vec(bytes[PATH..PATH + path_len].to_vec()).into();
+        let page_size = word(field::PAGE_SIZE);
+        if page_size != PAGE_SIZE as u64 {
+            return error(format!("the ledger's page size is {page_size}, not {PAGE_SIZE}"));
+        }
+        let path_len = usize::try_from(word(field::PATH_LEN)).unwrap_or(usize::MAX).min(PATH_BYTES_MAX);
         Ok(Some(Self {
-            layout: word(1),
-            identity,
-            frames: word(3),
-            boot: bytes[BOOT].try_into().expect("16 bytes"),
-            image,
-            lost: word(UNWRITTEN / 8) != 0,
-            write_through: word(WRITE_THROUGH / 8) != 0,
+            layout,
+            identity: ImageId {
+                device: word(field::DEVICE),
+                inode: word(field::INODE),
+                born_ns: word(field::BORN_NS),
+                size_bytes: word(field::SIZE_BYTES),
+            },
+            frames: word(field::FRAMES),
+            boot: bytes[field::BOOT..field::BOOT + 16].try_into().expect("16 bytes"),
+            image: OsString::from_vec(bytes[field::PATH..field::PATH + path_len].to_vec()).into(),
+            guest_data: if word(field::UNWRITTEN) == 0 { GuestData::Intact } else { GuestData::Lost },
+            write_through: word(field::WRITE_THROUGH) != 0,
         }))
     }
 }
 
-/// The host's boot, as 16 bytes; zeros where the kernel doesn't say.
+/// The host's boot ID (random(4)); zeros if the kernel does not report it.
 pub(super) fn boot_id() -> [u8; 16] {
     let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     u128::from_str_radix(&digits, 16).unwrap_or(0).to_be_bytes()
 }
 
-/// A record as a ledger word; 0 for a frame that holds nothing.
+/// A record as a word of the ledger; 0 for an empty record.
 pub(super) fn encode_record(record: FrameRecord) -> u64 {
-    debug_assert!(record.page.0 >> PAGE_BITS == 0, "Arena::persistent() refuses an image with more than 2^40 pages");
+    debug_assert!(record.page.0 >> PAGE_BITS == 0, "Arena::persistent() refuses images of more than 2^40 pages");
     if record.is_empty() {
         return 0;
     }
     record.page.0 | u64::from(record.valid.0) << PAGE_BITS | u64::from(record.dirty.0) << (PAGE_BITS + 8)
 }
 
-/// The record in a ledger word; `None` if the frame holds nothing.
+/// The record in a word of the ledger; `None` if it is empty.
 pub(super) fn decode_record(word: u64) -> Option<FrameRecord> {
     let [.., valid, dirty, _] = word.to_le_bytes();
     let page = PageNo(word & ((1 << PAGE_BITS) - 1));
     (word != 0).then_some(FrameRecord { page, valid: SectorMask(valid), dirty: SectorMask(dirty) })
 }
 
-/// Images with more pages than an entry can name (4 PiB).
-pub(super) fn too_large(identity: &ImageId) -> bool {
+/// Whether an image has more pages than a record can number (4 PiB).
+pub(super) fn is_too_large(identity: &ImageId) -> bool {
     identity.size_bytes.div_ceil(PAGE_SIZE as u64) >> PAGE_BITS != 0
 }
 
@@ -176,7 +236,7 @@ mod tests {
             frames: 1024,
             boot: [3; 16],
             image: "/srv/a.img".into(),
-            lost: false,
+            guest_data: GuestData::Intact,
             write_through: false,
         }
     }
@@ -188,15 +248,17 @@ mod tests {
     }
 
     #[test]
-    fn a_header_is_read_as_it_was_written() {
-        for header in [header(), Header { lost: true, ..header() }, Header { write_through: true, ..header() }] {
+    fn a_header_is_decoded_as_it_was_encoded() {
+        for header in
+            [header(), Header { guest_data: GuestData::Lost, ..header() }, Header { write_through: true, ..header() }]
+        {
             assert_eq!(Header::decode(&with_magic(&header), &"f").unwrap(), Some(header));
         }
-        assert_eq!(Header::decode(&header().encode().0, &"f").unwrap(), None, "not finished");
+        assert_eq!(Header::decode(&header().encode().0, &"f").unwrap(), None, "an unfinished header");
     }
 
     #[test]
-    fn another_layout_is_refused() {
+    fn a_foreign_header_is_refused() {
         for at in [0, 8, 16] {
             let mut bytes = with_magic(&header());
             bytes[at] ^= 0x40;
@@ -205,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_layout_is_read_and_does_not_fit() {
+    fn an_older_layout_is_read_but_does_not_fit() {
         let old = Header { layout: 1, ..header() };
         assert_eq!(Header::decode(&with_magic(&old), &"f").unwrap(), Some(old.clone()));
         assert!(header().fits(1024) && !header().fits(1023) && !old.fits(1024));
@@ -213,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_one_word() {
+    fn a_record_is_decoded_as_it_was_encoded() {
         let record = FrameRecord { page: PageNo((1 << 40) - 1), valid: SectorMask(0xf1), dirty: SectorMask(0x81) };
         assert_eq!(decode_record(encode_record(record)), Some(record));
         assert_eq!(encode_record(FrameRecord { valid: SectorMask::NONE, ..record }), 0);

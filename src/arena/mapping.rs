@@ -1,12 +1,19 @@
-//! Shared memory, mapped: the bytes and nothing about what they mean.
+//! Mapped shared memory: the bytes, not their meaning.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A huge page of x86-64, and of others with small pages of 4 KiB.
+use crate::sys::file::{FallocateMode, fallocate};
+use crate::sys::file_system::FileSystem;
+
+/// Name that /proc shows for the memory of an arena without a path.
+pub(super) const MEMFD_NAME: &CStr = c"genblk-cache";
+
+/// Size of a huge page on x86-64 and on every architecture with base pages of 4 KiB.
 pub(super) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A mapping of the beginning of a file.
@@ -16,32 +23,36 @@ pub(super) struct Mapping {
     bytes: usize,
 }
 
-// SAFETY: a mapping is an address range that lives as long as the value; who touches which bytes is agreed elsewhere.
+// SAFETY: a mapping is an address range that lives as long as the value; the page cache decides which thread may touch
+// which bytes.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; no method reads or writes bytes but through atomics or in functions that say who owns them.
+// SAFETY: as above; every method that touches bytes either uses atomics or requires the caller to own the bytes.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `bytes` bytes of a file that is at least that long, in whole blocks of its file system: huge pages
-    /// are unmapped whole or not at all.
+    /// Maps the first `bytes` bytes of a file that is at least that long. The length is rounded up to whole blocks of
+    /// the file system, because huge pages cannot be unmapped in part.
     ///
-    /// => Lies so that it can be mapped in huge pages ([`Mapping::collapse`]).
+    /// => The mapping is aligned for huge pages ([`Mapping::collapse`]).
+    ///
+    /// # Errors
+    /// Those of mmap(2) and fstatfs(2).
     pub fn new(file: &File, bytes: usize) -> io::Result<Self> {
-        let on = FileSystem::of(file)?;
-        let bytes = on.whole_blocks(bytes)?;
-        let alignment = on.block_bytes.max(HUGE_PAGE_BYTES);
+        let file_system = FileSystem::of(file)?;
+        let bytes = whole_blocks(&file_system, bytes)?;
+        let alignment = file_system.block_bytes.max(HUGE_PAGE_BYTES);
         let reserved = bytes.checked_add(alignment).ok_or(io::ErrorKind::FileTooLarge)?;
-        // Addresses first: the kernel chooses them as if small pages were all there is.
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches no memory of ours.
+        // Reserve addresses first: the kernel aligns a mapping for base pages only.
+        // SAFETY: a new mapping at an address that the kernel chooses replaces no other mapping.
         let start =
             unsafe { map(ptr::null_mut(), reserved, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1) }?;
         let before = start.align_offset(alignment);
         let base = start.wrapping_add(before);
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
-        // SAFETY: it replaces a part of what was reserved above, which nobody knows of.
+        // SAFETY: it replaces a part of the reservation above, which no one else knows.
         let mapped = unsafe { map(base, bytes, protection, flags, file.as_raw_fd()) };
-        // SAFETY: what lies before and behind is as it was reserved. (What lies between is left alone where it could not be
-        // mapped: that may have unmapped it all the same, and it may be somebody else's by now.)
+        // SAFETY: both ranges still belong to the reservation. (If map() failed, the range between them may be unmapped
+        // already and belong to another mapping by now, so it is left alone.)
         unsafe {
             unmap(start, before);
             unmap(base.wrapping_add(bytes), reserved - before - bytes);
@@ -51,17 +62,27 @@ impl Mapping {
 
     /// The address of byte `at`.
     pub fn at(&self, at: usize) -> *mut u8 {
-        assert!(at < self.bytes, "byte {at} is outside a mapping of {}", self.bytes);
+        assert!(at < self.bytes, "byte {at} is outside a mapping of {} bytes", self.bytes);
         // SAFETY: the offset was checked, so the address lies within the mapping.
         unsafe { self.base.add(at) }
     }
 
+    /// The address of byte `at`, the first of `len` bytes within the mapping.
+    fn range(&self, at: usize, len: usize) -> *mut u8 {
+        assert!(
+            len <= self.bytes && at <= self.bytes - len,
+            "{len} bytes at {at} exceed a mapping of {} bytes",
+            self.bytes
+        );
+        self.base.wrapping_add(at)
+    }
+
     /// The word at byte `at`, a multiple of eight.
     pub fn word(&self, at: usize) -> &AtomicU64 {
-        assert!(at.is_multiple_of(8) && at + 8 <= self.bytes, "byte {at} begins no word");
-        // SAFETY: eight aligned bytes of a mapping that outlives the reference; words are only touched as atomics, but
-        // by `read` and `write`, which run before anybody shares the mapping.
-        unsafe { AtomicU64::from_ptr(self.base.add(at).cast()) }
+        assert!(at.is_multiple_of(8), "byte {at} is not the first of a word");
+        // SAFETY: eight aligned bytes of a mapping that outlives the reference. Words are accessed as atomics only,
+        // except by `read` and `write_first`, which run before the mapping is shared.
+        unsafe { AtomicU64::from_ptr(self.range(at, 8).cast()) }
     }
 
     /// Length of the mapping.
@@ -69,45 +90,67 @@ impl Mapping {
         self.bytes
     }
 
-    /// Makes up to `bytes` bytes from byte `at` on, a multiple of the page size, ready for use, without changing them.
-    pub fn populate(&self, at: usize, bytes: usize) -> io::Result<()> {
-        let bytes = bytes.min(self.bytes - at);
-        // SAFETY: the range lies within the mapping; the call faults its pages in and touches no byte.
-        match unsafe { libc::madvise(self.at(at).cast(), bytes, libc::MADV_POPULATE_WRITE) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-
-    /// Makes one huge page of those that hold the [`HUGE_PAGE_BYTES`] bytes from byte `at` on, a multiple of that, without
-    /// changing them: the processor looks up its addresses faster, and so does the kernel for a transfer.
+    /// Faults in up to `bytes` bytes from byte `at` on, a multiple of the page size, without changing them.
     ///
     /// # Errors
-    /// The kernel's. Linux has had it since 6.1.
-    pub fn collapse(&self, at: usize) -> io::Result<()> {
-        assert!(at.is_multiple_of(HUGE_PAGE_BYTES) && at + HUGE_PAGE_BYTES <= self.bytes, "byte {at} begins no page");
-        // SAFETY: the range lies within the mapping; the call moves its bytes, and no address or byte changes.
-        match unsafe { libc::madvise(self.at(at).cast(), HUGE_PAGE_BYTES, libc::MADV_COLLAPSE) } {
+    /// Those of madvise(2); EINVAL before Linux 5.14.
+    pub fn populate(&self, at: usize, bytes: usize) -> io::Result<()> {
+        let bytes = bytes.min(self.bytes - at);
+        // SAFETY: the range lies within the mapping; the call faults its pages in and changes no byte.
+        match unsafe { libc::madvise(self.range(at, bytes).cast(), bytes, libc::MADV_POPULATE_WRITE) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Copies out the first `N` bytes of a mapping that nobody else uses yet.
-    pub fn read<const N: usize>(&self) -> [u8; N] {
-        assert!(N <= self.bytes);
-        let mut bytes = [0; N];
-        // SAFETY: the range lies within the mapping, and the target is ours.
-        unsafe { ptr::copy_nonoverlapping(self.base, bytes.as_mut_ptr(), N) };
-        bytes
+    /// Collapses the base pages of [`HUGE_PAGE_BYTES`] bytes from byte `at` on, a multiple of that, into one huge page.
+    /// Addresses and bytes stay as they are; address translation gets faster, for the CPU and for the kernel's
+    /// transfers.
+    ///
+    /// # Errors
+    /// Those of madvise(2); EINVAL before Linux 6.1.
+    pub fn collapse(&self, at: usize) -> io::Result<()> {
+        assert!(at.is_multiple_of(HUGE_PAGE_BYTES), "byte {at} is not the first of a huge page");
+        let first = self.range(at, HUGE_PAGE_BYTES);
+        // SAFETY: the range lies within the mapping; the call changes neither an address nor a byte.
+        match unsafe { libc::madvise(first.cast(), HUGE_PAGE_BYTES, libc::MADV_COLLAPSE) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
-    /// Fills the first bytes of a mapping that nobody else uses yet; its first word comes last.
-    pub fn write(&self, bytes: &[u8], first_word: u64) {
-        assert!(bytes.len() <= self.bytes);
-        // SAFETY: the range lies within the mapping.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.base, bytes.len()) };
+    /// Copies bytes from byte `at` on into `target`.
+    ///
+    /// => No other thread writes the bytes meanwhile.
+    pub fn read(&self, at: usize, target: &mut [u8]) {
+        let source = self.range(at, target.len());
+        // SAFETY: the source lies within the mapping, and the target is a slice of that length outside it.
+        unsafe { ptr::copy_nonoverlapping(source, target.as_mut_ptr(), target.len()) };
+    }
+
+    /// Writes `bytes` to the beginning of a mapping that no other thread uses yet, and then `first_word` over its first
+    /// word.
+    pub fn write_first(&self, bytes: &[u8], first_word: u64) {
+        let target = self.range(0, bytes.len());
+        // SAFETY: the target lies within the mapping, and the source is a slice of that length outside it.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
         self.word(0).store(first_word, Ordering::Release);
+    }
+
+    /// Copies `len` bytes from byte `source` on to byte `target` on; the two ranges may overlap.
+    ///
+    /// => The caller owns the target's bytes, and no other thread writes the source's meanwhile.
+    pub fn copy(&self, source: usize, target: usize, len: usize) {
+        // SAFETY: both ranges lie within the mapping.
+        unsafe { ptr::copy(self.range(source, len), self.range(target, len), len) };
+    }
+
+    /// Fills `len` bytes from byte `at` on with zeros.
+    ///
+    /// => The caller owns the bytes.
+    pub fn zero(&self, at: usize, len: usize) {
+        // SAFETY: the range lies within the mapping.
+        unsafe { ptr::write_bytes(self.range(at, len), 0, len) };
     }
 }
 
@@ -121,89 +164,58 @@ impl Drop for Mapping {
 /// mmap(2), from the beginning of a file.
 ///
 /// # Safety
-/// With MAP_FIXED: what is mapped there may go.
+/// With MAP_FIXED, the call replaces whatever is mapped there.
 unsafe fn map(at: *mut u8, bytes: usize, protection: i32, flags: i32, fd: RawFd) -> io::Result<*mut u8> {
-    // SAFETY: it is up to the caller.
+    // SAFETY: the caller vouches for the range.
     match unsafe { libc::mmap(at.cast(), bytes, protection, flags, fd, 0) } {
         libc::MAP_FAILED => Err(io::Error::last_os_error()),
         base => Ok(base.cast()),
     }
 }
 
-/// munmap(2); of no bytes, nothing.
+/// munmap(2); does nothing for an empty range.
 ///
 /// # Safety
-/// Nobody uses the range any more.
+/// Nothing uses the range any more.
 unsafe fn unmap(at: *mut u8, bytes: usize) {
     if bytes > 0 {
-        // SAFETY: it is up to the caller. The call fails only for a range that can't be.
+        // SAFETY: the caller vouches for the range. The call fails only for an invalid range.
         unsafe { libc::munmap(at.cast(), bytes) };
     }
 }
 
-/// Memory without a name, that can be sealed.
-pub(super) fn memfd() -> io::Result<File> {
-    // SAFETY: a plain system call with a constant NUL-terminated name.
-    let fd = unsafe { libc::memfd_create(c"genblk-cache".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: memfd_create returned a new descriptor that nobody else owns.
-    Ok(unsafe { File::from_raw_fd(fd) })
-}
-
-/// Gives a file in shared memory `bytes` bytes and the memory for them: it is allocated at the first touch otherwise, and
-/// a shortage then is SIGBUS.
+/// Extends a file in shared memory to at least `bytes` bytes and allocates the memory for them. Without that the kernel
+/// allocates at the first touch, and raises SIGBUS if there is no memory left.
+///
+/// # Errors
+/// Those of fallocate(2) and fstatfs(2), and an error with the host's available memory if that is less than `bytes`.
 pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
-    let on = FileSystem::of(file)?;
-    let rounded = on.whole_blocks(bytes)?;
-    if !on.reserves {
-        available(rounded)?;
+    let file_system = FileSystem::of(file)?;
+    let rounded = whole_blocks(&file_system, bytes)? as u64;
+    if !file_system.is_hugetlbfs {
+        check_available(rounded)?;
     }
-    let length = libc::off_t::try_from(rounded).map_err(|_| io::ErrorKind::FileTooLarge)?;
-    file.set_len(rounded as u64)?;
-    // SAFETY: a plain system call on our own descriptor.
-    if unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, length) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    file.set_len(rounded)?;
+    fallocate(file, FallocateMode::Reserve, 0, rounded)
 }
 
-/// What matters of the file system that a file is on.
-struct FileSystem {
-    block_bytes: usize,
-    /// Its memory was set aside when the host was set up (hugetlbfs), and is not taken from what is available.
-    reserves: bool,
+/// `bytes` rounded up to a multiple of the file system's block size.
+fn whole_blocks(file_system: &FileSystem, bytes: usize) -> io::Result<usize> {
+    bytes.checked_next_multiple_of(file_system.block_bytes).ok_or_else(|| io::ErrorKind::FileTooLarge.into())
 }
 
-impl FileSystem {
-    fn of(file: &File) -> io::Result<Self> {
-        // SAFETY: an all-zero statfs is a valid value for the kernel to fill.
-        let mut about: libc::statfs = unsafe { std::mem::zeroed() };
-        // SAFETY: a plain system call on our own descriptor that fills our own structure.
-        if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut about) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let block_bytes = usize::try_from(about.f_bsize).unwrap_or(1).max(1);
-        Ok(Self { block_bytes, reserves: about.f_type == libc::HUGETLBFS_MAGIC })
-    }
-
-    fn whole_blocks(&self, bytes: usize) -> io::Result<usize> {
-        bytes.checked_next_multiple_of(self.block_bytes).ok_or_else(|| io::ErrorKind::FileTooLarge.into())
-    }
-}
-
-/// Shared memory can be over-committed until the kernel starts to kill processes: ask before taking it.
-fn available(bytes: usize) -> io::Result<()> {
+/// Fails if the host has less than `bytes` bytes of memory available: the kernel hands out more shared memory than it
+/// has, and then kills processes.
+fn check_available(bytes: u64) -> io::Result<()> {
     match available_bytes() {
-        Some(available) if bytes as u64 > available => {
+        Some(available) if bytes > available => {
             Err(io::Error::other(format!("the host has {available} bytes available")))
         }
         _ => Ok(()),
     }
 }
 
-/// What the host can give without swapping (MemAvailable of proc(5)); `None` where it doesn't say.
+/// Memory that the host can provide without swapping (MemAvailable of proc(5)); `None` if it does not report it.
 fn available_bytes() -> Option<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

@@ -1,11 +1,16 @@
 //! The memory behind FrameIds: a mapping of shared memory, cut into 4 KiB frames.
 //!
-//! The arena hands out addresses; who may touch a frame's bytes is decided by the page cache's references (pins, store
-//! operations, residency), never here.
+//! The arena hands out addresses. It never decides who may touch a frame's bytes: the page cache does, by its
+//! references (pins, store operations, residency).
 //!
-//! A *kept* arena is a file with a ledger of what each frame holds (`ledger.rs`), so that the cache outlives the daemon
-//! that filled it. A *marked* one persistence no more than whether anything was lost. A *private* one persistence nothing. Dropping an
-//! arena removes its file, unless something in it is nowhere else or it was left for a successor.
+//! There are three kinds of arena:
+//!
+//! - *Persistent*: a file with a ledger of what each frame holds (`ledger.rs`). The cache outlives the daemon.
+//! - *Loss marker*: anonymous memory, and a small file that records whether the daemon's death loses data.
+//! - *Anonymous*: nothing outlives the daemon.
+//!
+//! Dropping an arena removes its file, unless the file holds data that is nowhere else, or is kept for the next daemon
+//! ([`Arena::keep_on_drop`]).
 
 mod file;
 mod ledger;
@@ -13,32 +18,30 @@ mod mapping;
 mod populate;
 
 use std::ops::Range;
-use std::path::Path;
-use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::image_id::ImageId;
+use crate::sys::memfd;
 use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
 pub use file::ArenaFile;
-pub use ledger::{Header, ZERO_SLOTS};
+pub use ledger::{ArenaSpec, GuestData, Header, ZERO_SLOTS};
 pub use populate::Populator;
 
-use ledger::{FRAMES, HEADER_BYTES, RECORD_BYTES, UNWRITTEN, WRITE_THROUGH, ZERO_SLOT_BYTES};
-use mapping::Mapping;
+use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
+use mapping::{MEMFD_NAME, Mapping};
 
-/// See the module.
+/// The memory of a cache; see the module.
 #[derive(Debug)]
 pub struct Arena {
     memory: Mapping,
     frames: usize,
-    /// Where the frames begin.
+    /// Offset of the first frame in `memory`.
     offset: usize,
     persistence: Persistence,
-    /// A predecessor's memory went with it, and with it what a guest believes to be in the image.
-    lost: AtomicBool,
-    /// The guest has chosen write-through.
+    /// A previous daemon lost completed writes of the guest, and the guest has not reset the device since.
+    data_loss: AtomicBool,
+    /// The guest has selected write-through.
     write_through: AtomicBool,
 }
 
@@ -46,7 +49,7 @@ pub struct Arena {
 #[derive(Debug)]
 enum Persistence {
     None,
-    /// A word that is set while something is nowhere else.
+    /// A header with a word that is set while the cache holds data that is nowhere else.
     LossMarker {
         marker: Mapping,
         file: ArenaFile,
@@ -54,94 +57,91 @@ enum Persistence {
     /// Everything.
     Full {
         file: ArenaFile,
-        /// Where the zeroed ranges are noted; none in the first layout.
+        /// Offset of the table of ranges that must read as zeros; `None` in layout 1.
         zero_slots: Option<usize>,
-        /// Where the frames' entries begin.
+        /// Offset of the frames' records.
         records: usize,
         keep_on_drop: AtomicBool,
     },
 }
 
 impl Arena {
-    /// `frames` frames of zeroed memory that goes with the daemon.
+    /// `frames` frames of zeroed memory that is freed with the daemon.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`] when the host refuses, or has less memory available than that; the memory is reserved now,
-    /// so that a guest's request never meets a shortage later.
+    /// [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no request of
+    /// a guest meets a shortage later.
     pub fn anonymous(frames: usize) -> Result<Self> {
         Ok(Self::new(anonymous_memory(frames)?, frames, 0, Persistence::None))
     }
 
-    /// As [`Arena::anonymous`], with a marker in `file` of whether the daemon's death would lose anything, or `lost`: whether a
-    /// predecessor's did.
+    /// As [`Arena::anonymous`], with a marker in `file` that tells the next daemon whether this one's death lost data.
     ///
     /// # Errors
     /// As [`Arena::anonymous`].
-    pub fn loss_marker(frames: usize, file: ArenaFile, identity: ImageId, image: &Path, lost: bool) -> Result<Self> {
-        let memory = anonymous_memory(frames)?;
-        let marker = new_file(&file, HEADER_BYTES, &Header::new(identity, 0, image, lost))?;
-        Ok(Self::new(memory, frames, 0, Persistence::LossMarker { marker, file }))
+    pub fn loss_marker(file: ArenaFile, spec: &ArenaSpec<'_>) -> Result<Self> {
+        let memory = anonymous_memory(spec.frames)?;
+        let header = Header::new(&ArenaSpec { frames: 0, ..*spec });
+        let marker = create_contents(&file, HEADER_BYTES, &header)?;
+        Ok(Self::new(memory, spec.frames, 0, Persistence::LossMarker { marker, file }))
     }
 
-    /// `frames` frames of zeroed memory that outlive the daemon in `file`; `lost` as for [`Arena::loss_marker`].
+    /// Frames of zeroed memory in `file`, where they outlive the daemon.
     ///
     /// # Errors
-    /// As [`Arena::anonymous`].
-    pub fn persistent(frames: usize, file: ArenaFile, identity: ImageId, image: &Path, lost: bool) -> Result<Self> {
-        let header = Header::new(identity, frames as u64, image, lost);
-        let bytes = bytes_of(frames, offset_of(&header, frames))?;
-        if ledger::too_large(&identity) {
-            return Err(Error::new(ErrorKind::Memory, "an image above 4 PiB can't have a kept cache"));
+    /// As [`Arena::anonymous`], and for an image of more than 4 PiB.
+    pub fn persistent(file: ArenaFile, spec: &ArenaSpec<'_>) -> Result<Self> {
+        let header = Header::new(spec);
+        let bytes = bytes_of(spec.frames, frames_at(&header, spec.frames))?;
+        if ledger::is_too_large(&spec.identity) {
+            return Err(Error::new(ErrorKind::Memory, "the cache of an image above 4 PiB cannot outlive the daemon"));
         }
-        let memory = new_file(&file, bytes, &header)?;
-        Self::with_file(memory, frames, file, &header)
+        let memory = create_contents(&file, bytes, &header)?;
+        Self::with_file(memory, spec.frames, file, &header)
     }
 
-    /// The arena that a predecessor left in `file`; `header` is what stands there.
+    /// The arena that the previous daemon left in `file`; `header` is the file's header.
     ///
-    /// => It stays as it is, though it be dropped, until [`Arena::keep_on_drop`] says otherwise: who can't start may have started too early.
+    /// => Dropping the arena keeps its file until [`Arena::keep_on_drop`] says otherwise: a daemon that fails to start
+    ///    must leave the cache to the next one.
     ///
     /// # Errors
-    /// [`ErrorKind::Ledger`] when the file is not what its header says; [`ErrorKind::Memory`] when it can't be mapped.
+    /// [`ErrorKind::Ledger`] when the file contradicts its header or the image's size; [`ErrorKind::Memory`] when it
+    /// cannot be mapped.
     pub fn attach(file: ArenaFile, header: &Header) -> Result<Self> {
         let frames = usize::try_from(header.frames).unwrap_or(usize::MAX);
-        let bytes = bytes_of(frames, offset_of(header, frames))?;
+        let bytes = bytes_of(frames, frames_at(header, frames))?;
         let length = file.file.metadata().map_or(0, |metadata| metadata.len());
         if length < bytes as u64 {
-            let context = format!("{file}: its header speaks of {bytes} bytes, and it has {length}");
+            let context = format!("{file} is truncated: it has {length} bytes, and its header asks for {bytes}");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
         let memory = Mapping::new(&file.file, bytes)
             .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {file}"), e))?;
         let arena = Self::with_file(memory, frames, file, header)?;
+        arena.keep_on_drop(true);
         arena.write_through.store(header.write_through, Ordering::Release);
         let sectors = header.identity.size_bytes / SECTOR_BYTES;
         let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
-        arena.keep_on_drop(true);
-        if arena.pending_zeroes().all(|(_, span)| fits(span)) {
-            return Ok(arena);
+        if !arena.pending_zeroes().all(|(_, span)| fits(span)) {
+            let image = header.image.display();
+            let context = format!("the ledger of {image} refers to sectors past the end of the image");
+            return Err(Error::new(ErrorKind::Ledger, context));
         }
-        let context = format!("a ledger of {} speaks of sectors that it does not have", header.image.display());
-        Err(Error::new(ErrorKind::Ledger, context))
+        Ok(arena)
     }
 
-    /// A kept arena whose file is whole.
+    /// A persistent arena in a file whose header and length are right.
     fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Result<Self> {
         file.seal().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {file}"), e))?;
         let (zero_slots, records) = (header.zero_slots_at(), header.records_at());
         let persistence = Persistence::Full { file, zero_slots, records, keep_on_drop: AtomicBool::new(false) };
-        Ok(Self::new(memory, frames, offset_of(header, frames), persistence))
+        Ok(Self::new(memory, frames, frames_at(header, frames), persistence))
     }
 
     fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence) -> Self {
-        Self {
-            memory,
-            frames,
-            offset,
-            persistence,
-            lost: AtomicBool::new(false),
-            write_through: AtomicBool::new(false),
-        }
+        let (data_loss, write_through) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { memory, frames, offset, persistence, data_loss, write_through }
     }
 
     /// Number of frames.
@@ -152,19 +152,26 @@ impl Arena {
     /// First byte of a frame.
     ///
     /// # Panics
-    /// If `frame` is not of this arena: the page cache's bookkeeping is broken.
+    /// If `frame` is not in this arena: the page cache's bookkeeping is broken.
     pub fn frame(&self, frame: FrameId) -> *mut u8 {
-        assert!(frame.index() < self.frames, "{frame:?} is outside the arena");
-        self.memory.at(self.offset + frame.index() * PAGE_SIZE)
+        self.memory.at(self.frame_at(frame))
     }
 
-    /// The addresses of all frames, which follow each other.
+    /// Offset of a frame in the mapping.
+    fn frame_at(&self, frame: FrameId) -> usize {
+        assert!(frame.index() < self.frames, "{frame:?} is outside the arena");
+        self.offset + frame.index() * PAGE_SIZE
+    }
+
+    /// The addresses of all frames, which are contiguous.
     pub fn addresses(&self) -> Range<usize> {
         let first = self.memory.at(self.offset).expose_provenance();
         first..first + self.frames * PAGE_SIZE
     }
 
-    /// Notes what a frame holds, whose bytes are in place.
+    /// Records what a frame holds.
+    ///
+    /// => The frame's bytes are in place.
     pub fn publish(&self, frame: FrameId, record: FrameRecord) {
         match &self.persistence {
             Persistence::None => {}
@@ -175,15 +182,17 @@ impl Arena {
         }
     }
 
-    /// Notes in a place that a range is to read as zeros; `None`: the place is empty.
-    pub fn note_zero(&self, place: usize, span: Option<SectorSpan>) {
+    /// Records in a slot that a range must read as zeros; `None` clears the slot.
+    ///
+    /// => A slot in use is cleared before it takes another range.
+    pub fn note_zero(&self, slot: usize, span: Option<SectorSpan>) {
         match &self.persistence {
             Persistence::None => {}
             Persistence::LossMarker { marker, .. } => note_unwritten(marker, span.is_some()),
             Persistence::Full { zero_slots, .. } => {
-                let (start, count) = self.zero_slot(zero_slots.expect("a cache goes on in a new layout only"), place);
+                let (start, count) = self.zero_slot(zero_slots.expect("a cache runs only in the newest layout"), slot);
                 if let Some(span) = span {
-                    // The place was empty, and is until there is a count.
+                    // The slot counts as empty until its count is stored.
                     start.store(span.start, Ordering::Release);
                 }
                 count.store(span.map_or(0, |span| span.count), Ordering::Release);
@@ -191,55 +200,56 @@ impl Arena {
         }
     }
 
-    /// The ranges that are to read as zeros by their places, as last noted.
+    /// The recorded ranges that must read as zeros, each with its slot.
     pub fn pending_zeroes(&self) -> impl Iterator<Item = (usize, SectorSpan)> {
-        let noted = if let Persistence::Full { zero_slots, .. } = &self.persistence { *zero_slots } else { None };
-        noted.into_iter().flat_map(|at| (0..ZERO_SLOTS).map(move |place| (at, place))).filter_map(|(at, place)| {
-            let (start, count) = self.zero_slot(at, place);
+        let table = if let Persistence::Full { zero_slots, .. } = &self.persistence { *zero_slots } else { None };
+        table.into_iter().flat_map(|at| (0..ZERO_SLOTS).map(move |slot| (at, slot))).filter_map(|(at, slot)| {
+            let (start, count) = self.zero_slot(at, slot);
             let span = SectorSpan::new(start.load(Ordering::Acquire), count.load(Ordering::Acquire));
-            (span.count > 0).then_some((place, span))
+            (span.count > 0).then_some((slot, span))
         })
     }
 
-    /// A predecessor died and took what it held with it. This is remembered until [`Arena::clear_data_loss`], by whatever
-    /// daemon runs then.
+    /// Records that a previous daemon lost completed writes of the guest, for this daemon and for the next ones, until
+    /// [`Arena::clear_data_loss`].
     pub fn set_data_loss(&self) {
-        self.lost.store(true, Ordering::Release);
-        self.loss_word().inspect(|word| word.store(1, Ordering::Release));
+        self.data_loss.store(true, Ordering::Release);
+        self.unwritten_word().inspect(|word| word.store(1, Ordering::Release));
     }
 
-    /// Whether a guest may believe in data that is gone.
+    /// Whether the guest may rely on data that is lost.
     pub fn has_data_loss(&self) -> bool {
-        self.lost.load(Ordering::Acquire)
+        self.data_loss.load(Ordering::Acquire)
     }
 
-    /// The guest begins anew, and believes in nothing but the image.
+    /// Forgets the data loss: the guest has reset the device, and relies on nothing but the image.
     ///
-    /// => Only a loss is forgotten: the same word may say that something is unwritten now, which the guest still reads. While
-    ///    there is a loss every request fails, so nothing is.
+    /// => Without a loss this changes nothing: the same word may say that the cache holds unwritten data, which the
+    ///    guest still reads. With a loss there is no such data, because every request fails.
     pub fn clear_data_loss(&self) {
-        if self.lost.swap(false, Ordering::AcqRel) {
-            self.loss_word().inspect(|word| word.store(0, Ordering::Release));
+        if self.data_loss.swap(false, Ordering::AcqRel) {
+            self.unwritten_word().inspect(|word| word.store(0, Ordering::Release));
         }
     }
 
-    /// Remembers whether the guest has chosen write-through: for this daemon, and where the arena or its marker outlives it for
-    /// the next, whose front-end will not say it again.
+    /// Records whether the guest has selected write-through, for this daemon and in the file for the next one: a
+    /// front-end that reconnects does not repeat it.
     pub fn set_write_through(&self, write_through: bool) {
         self.write_through.store(write_through, Ordering::Release);
-        self.header().inspect(|header| header.word(WRITE_THROUGH).store(write_through.into(), Ordering::Release));
+        self.header()
+            .inspect(|header| header.word(field::WRITE_THROUGH).store(write_through.into(), Ordering::Release));
     }
 
-    /// Whether the guest has chosen write-through.
+    /// Whether the guest has selected write-through.
     pub fn is_write_through(&self) -> bool {
         self.write_through.load(Ordering::Acquire)
     }
 
-    fn loss_word(&self) -> Option<&AtomicU64> {
-        self.header().map(|header| header.word(UNWRITTEN))
+    fn unwritten_word(&self) -> Option<&AtomicU64> {
+        self.header().map(|header| header.word(field::UNWRITTEN))
     }
 
-    /// Where the header is, in an arena that has one.
+    /// The mapping that begins with the header, in an arena that has one.
     fn header(&self) -> Option<&Mapping> {
         match &self.persistence {
             Persistence::None => None,
@@ -248,27 +258,28 @@ impl Arena {
         }
     }
 
-    /// What frames hold, as last noted.
+    /// The recorded contents of the frames, without those that hold nothing.
     pub fn records(&self) -> impl Iterator<Item = (FrameId, FrameRecord)> {
-        let (noted, at) =
+        let (count, at) =
             if let Persistence::Full { records, .. } = &self.persistence { (self.frames, *records) } else { (0, 0) };
-        (0..noted).filter_map(move |index| {
+        (0..count).filter_map(move |index| {
             let record = ledger::decode_record(self.record(at, index).load(Ordering::Acquire))?;
             Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), record))
         })
     }
 
-    /// Everything is on the image: the daemon's death would lose nothing.
+    /// Records that everything is on the image: the daemon's death would lose nothing.
     pub fn all_written(&self) {
         if let Persistence::LossMarker { marker, .. } = &self.persistence
-            && marker.word(UNWRITTEN).load(Ordering::Relaxed) != 0
+            && marker.word(field::UNWRITTEN).load(Ordering::Relaxed) != 0
             && !self.has_data_loss()
         {
-            marker.word(UNWRITTEN).store(0, Ordering::Release);
+            marker.word(field::UNWRITTEN).store(0, Ordering::Release);
         }
     }
 
-    /// Whether dropping the arena leaves its file for the next daemon (`true`), or removes it once nothing in it is dirty.
+    /// Whether dropping the arena leaves its file for the next daemon (`true`), or removes it if nothing in it is
+    /// dirty.
     pub fn keep_on_drop(&self, keep: bool) {
         if let Persistence::Full { keep_on_drop, .. } = &self.persistence {
             keep_on_drop.store(keep, Ordering::Release);
@@ -282,13 +293,13 @@ impl Arena {
         }
     }
 
-    /// A copy of sectors of a frame that nobody else touches.
+    /// A copy of `count` sectors of a frame from its sector `first` on.
+    ///
+    /// => No other thread writes them meanwhile.
     pub fn sectors(&self, frame: FrameId, first: u8, count: u8) -> Vec<u8> {
-        let mut bytes = vec![0; usize::from(count) * SECTOR_SIZE];
-        let base = self.frame(frame).wrapping_add(usize::from(first) * SECTOR_SIZE);
         assert!(usize::from(first) + usize::from(count) <= PAGE_SIZE / SECTOR_SIZE, "sectors of one frame");
-        // SAFETY: the sectors lie in the frame, and the vector is as long as they are.
-        unsafe { ptr::copy_nonoverlapping(base, bytes.as_mut_ptr(), bytes.len()) };
+        let mut bytes = vec![0; usize::from(count) * SECTOR_SIZE];
+        self.memory.read(self.frame_at(frame) + usize::from(first) * SECTOR_SIZE, &mut bytes);
         bytes
     }
 
@@ -300,149 +311,157 @@ impl Arena {
         }
     }
 
-    /// Bytes of memory beside the frames.
+    /// Bytes of memory besides the frames.
     pub fn overhead_bytes(&self) -> usize {
         self.offset
     }
 
-    /// The word of a frame among the entries that begin at byte `at`.
+    /// The word of a frame in the table of records at offset `at`.
     fn record(&self, at: usize, index: usize) -> &AtomicU64 {
         self.memory.word(at + index * RECORD_BYTES)
     }
 
-    /// First sector and number of sectors of a place in the table of zeroed ranges that begins at byte `at`.
-    fn zero_slot(&self, at: usize, place: usize) -> (&AtomicU64, &AtomicU64) {
-        assert!(place < ZERO_SLOTS, "place {place} is outside the table");
-        (self.memory.word(at + place * ZERO_SLOT_BYTES), self.memory.word(at + place * ZERO_SLOT_BYTES + 8))
+    /// First sector and number of sectors of a slot in the table of zero ranges at offset `at`.
+    fn zero_slot(&self, at: usize, slot: usize) -> (&AtomicU64, &AtomicU64) {
+        assert!(slot < ZERO_SLOTS, "slot {slot} is outside the table");
+        let at = at + slot * ZERO_SLOT_BYTES;
+        (self.memory.word(at), self.memory.word(at + 8))
     }
 
-    /// Whether something in the arena is nowhere else.
+    /// Whether the arena holds data that is nowhere else, or the guest does not know yet of such data that is lost.
     fn holds_unwritten(&self) -> bool {
-        let marked = self.loss_word().is_some_and(|word| word.load(Ordering::Relaxed) != 0);
-        marked || self.pending_zeroes().next().is_some() || self.records().any(|(_, record)| !record.dirty.is_empty())
+        let is_marked = self.unwritten_word().is_some_and(|word| word.load(Ordering::Relaxed) != 0);
+        is_marked
+            || self.pending_zeroes().next().is_some()
+            || self.records().any(|(_, record)| !record.dirty.is_empty())
     }
 
-    /// Copies the sectors of `mask` from one frame to the same places of another.
+    /// Copies the sectors of `mask` from one frame to the same sectors of another.
+    ///
+    /// => The caller (the page cache, under its lock) owns the target's sectors, and nothing writes the source's
+    ///    meanwhile.
     pub fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
-        let (source, target) = (self.frame(source), self.frame(target));
-        each_run(mask, |offset, len| {
-            // SAFETY: both frames lie in the arena and are distinct pages; the caller (the page cache, under its lock)
-            // owns the target's sectors.
-            unsafe { ptr::copy_nonoverlapping(source.add(offset), target.add(offset), len) };
-        });
+        let (source, target) = (self.frame_at(source), self.frame_at(target));
+        each_run(mask, |offset, len| self.memory.copy(source + offset, target + offset, len));
     }
 
     /// Fills the sectors of `mask` with zeros.
+    ///
+    /// => The caller owns those sectors.
     pub fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
-        let target = self.frame(frame);
-        each_run(mask, |offset, len| {
-            // SAFETY: the frame lies in the arena; the caller owns those sectors.
-            unsafe { ptr::write_bytes(target.add(offset), 0, len) };
-        });
+        let target = self.frame_at(frame);
+        each_run(mask, |offset, len| self.memory.zero(target + offset, len));
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        let unwritten = self.holds_unwritten();
+        let holds_unwritten = self.holds_unwritten();
         match &self.persistence {
-            Persistence::Full { file, keep_on_drop, .. } if !unwritten && !keep_on_drop.load(Ordering::Acquire) => {
-                // A header without frames is the marker of an arena that has gone.
-                self.memory.word(FRAMES).store(0, Ordering::Release);
+            Persistence::Full { file, keep_on_drop, .. }
+                if !holds_unwritten && !keep_on_drop.load(Ordering::Acquire) =>
+            {
+                // A header with no frames is a loss marker, which is small enough to remember write-through in.
+                self.memory.word(field::FRAMES).store(0, Ordering::Release);
                 if !(self.is_write_through() && file.shrink_to_header()) {
                     file.remove();
                 }
             }
-            Persistence::LossMarker { file, .. } if !unwritten && !self.is_write_through() => file.remove(),
+            Persistence::LossMarker { file, .. } if !holds_unwritten && !self.is_write_through() => file.remove(),
             _ => {}
         }
     }
 }
 
-/// Bytes before the first of `frames` frames of a kept arena.
-fn offset_of(header: &Header, frames: usize) -> usize {
+/// Offset of the first of `frames` frames of a persistent arena.
+fn frames_at(header: &Header, frames: usize) -> usize {
     frames.saturating_mul(RECORD_BYTES).saturating_add(header.records_at()).next_multiple_of(PAGE_SIZE)
 }
 
-/// The daemon's death would lose something from now on, if it would not have before.
+/// Sets the word of a loss marker once there is something `unwritten`, unless it is set already.
 fn note_unwritten(marker: &Mapping, unwritten: bool) {
-    if unwritten && marker.word(UNWRITTEN).load(Ordering::Relaxed) == 0 {
-        marker.word(UNWRITTEN).store(1, Ordering::Release);
+    if unwritten && marker.word(field::UNWRITTEN).load(Ordering::Relaxed) == 0 {
+        marker.word(field::UNWRITTEN).store(1, Ordering::Release);
     }
 }
 
-/// Bytes of `frames` frames behind `offset` bytes.
+/// Bytes of `frames` frames from offset `offset` on, with what precedes them.
 fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
     frames
         .checked_mul(PAGE_SIZE)
         .and_then(|bytes| bytes.checked_add(offset))
-        .ok_or_else(|| Error::new(ErrorKind::Memory, format!("a cache of {frames} pages overflows the address space")))
+        .ok_or_else(|| Error::new(ErrorKind::Memory, format!("a cache of {frames} pages exceeds the address space")))
 }
 
 fn anonymous_memory(frames: usize) -> Result<Mapping> {
     let bytes = bytes_of(frames, 0)?;
-    let make = || {
-        let file = mapping::memfd()?;
+    let create = || {
+        let file = memfd::create(MEMFD_NAME)?;
         mapping::allocate(&file, bytes)?;
         Mapping::new(&file, bytes)
     };
-    make().map_err(|e| Error::io(ErrorKind::Memory, format!("no memory for a cache of {bytes} bytes"), e))
+    create().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {bytes} bytes"), e))
 }
 
-/// Makes a file anew: memory first, then the header, whose first word says that the rest is right.
+/// Replaces a file's contents: first the memory, then the header, whose first word marks the file as complete.
 ///
-/// => A marker that tells of a loss stands in the file until the header that tells of it too takes its place: the daemon may be
-///    killed meanwhile.
-fn new_file(file: &ArenaFile, bytes: usize, header: &Header) -> Result<Mapping> {
-    let stays = if header.lost { HEADER_BYTES as u64 } else { 0 };
-    let make = || {
-        file.file.set_len(stays)?;
+/// => If the old header says that data of the guest was lost, it stays until the new one, which says so too, replaces
+///    it: the daemon may be killed at any point.
+fn create_contents(file: &ArenaFile, bytes: usize, header: &Header) -> Result<Mapping> {
+    let kept_bytes = match header.guest_data {
+        GuestData::Lost => HEADER_BYTES as u64,
+        GuestData::Intact => 0,
+    };
+    let create = || {
+        file.file.set_len(kept_bytes)?;
         mapping::allocate(&file.file, bytes)?;
         Mapping::new(&file.file, bytes)
     };
-    let memory = make().map_err(|e| {
-        // What could not be made whole takes no room, and goes with its file.
-        let _ = file.file.set_len(stays);
+    let memory = create().map_err(|e| {
+        // Free what was allocated. Dropping the file removes it if it is empty.
+        let _ = file.file.set_len(kept_bytes);
         let cache = header.frames * PAGE_BYTES;
-        Error::io(ErrorKind::Memory, format!("no memory for a cache of {cache} bytes in {file}"), e)
+        Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {cache} bytes in {file}"), e)
     })?;
     let (encoded, magic) = header.encode();
-    memory.write(&encoded, magic);
+    memory.write_first(&encoded, magic);
     Ok(memory)
 }
 
-/// Calls `f(offset, length)` in bytes for each run of sectors in `mask`.
+/// Calls `f(offset, length)`, both in bytes, for each run of sectors in `mask`.
 fn each_run(mut mask: SectorMask, mut f: impl FnMut(usize, usize)) {
-    let sector = SECTOR_SIZE;
     while let Some((first, count)) = mask.first_run() {
-        f(usize::from(first) * sector, usize::from(count) * sector);
+        f(usize::from(first) * SECTOR_SIZE, usize::from(count) * SECTOR_SIZE);
         mask = mask.without(SectorMask::run(first, count));
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::image_id::ImageId;
 
     #[test]
-    fn the_ledger_takes_0_2_percent_and_three_pages_at_most() {
+    fn the_ledger_takes_at_most_0_2_percent_and_three_pages() {
         for mib in [4, 6, 256, 8192] {
             let frames = (mib << 20) / PAGE_SIZE;
             let identity = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
-            let header = Header::new(identity, frames as u64, Path::new("/image"), false);
-            let bytes = offset_of(&header, frames);
+            let spec = ArenaSpec { frames, identity, image: Path::new("/image"), guest_data: GuestData::Intact };
+            let bytes = frames_at(&Header::new(&spec), frames);
             assert!(bytes <= frames * PAGE_SIZE / 500 + 3 * PAGE_SIZE, "{bytes} for {mib} MiB");
         }
     }
 
     #[test]
-    fn sectors_are_copied_and_zeroed_by_mask_only() {
+    fn only_the_sectors_of_the_mask_are_copied_and_zeroed() {
         let arena = Arena::anonymous(2).unwrap();
         let (a, b) = (FrameId(0), FrameId(1));
         // SAFETY: both frames belong to this test alone.
         unsafe {
-            ptr::write_bytes(arena.frame(a), 7, PAGE_SIZE);
-            ptr::write_bytes(arena.frame(b), 9, PAGE_SIZE);
+            arena.frame(a).write_bytes(7, PAGE_SIZE);
+            arena.frame(b).write_bytes(9, PAGE_SIZE);
         }
         arena.copy_sectors(a, b, SectorMask(0b0010_0110));
         arena.zero_sectors(b, SectorMask(0b1000_0000));
@@ -456,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn an_arena_beyond_memory_is_refused_with_a_clear_error() {
+    fn an_arena_larger_than_memory_is_refused() {
         for frames in [1 << 40, usize::MAX / 2] {
             assert_eq!(Arena::anonymous(frames).unwrap_err().kind(), ErrorKind::Memory);
         }

@@ -1,9 +1,9 @@
-//! The memory of an arena made ready before it is needed.
+//! Populates the memory of an arena ahead of its use.
 //!
-//! Memory that is reserved is cleared and mapped at its first touch, page by page, and the first read into a frame took
-//! twice as long for it. A thread of the lowest priority touches all of it ahead of use, and has the kernel put it into huge
-//! pages, whether or not the host's shared memory is set up for them. Nothing waits for that thread: what it has not come
-//! to yet is made ready at its first touch, as ever.
+//! The kernel zeroes and maps reserved memory at its first touch, page by page, which doubles the time of the first
+//! read into a frame. A thread of the lowest priority touches all memory ahead of that, and has the kernel collapse it
+//! into huge pages, whether or not the host enables them for shared memory. Nothing waits for the thread: memory that
+//! it has not reached yet is populated at its first touch, as it would be without the thread.
 
 use std::io;
 use std::sync::Arc;
@@ -14,69 +14,79 @@ use log::debug;
 
 use super::Arena;
 use super::mapping::{HUGE_PAGE_BYTES, Mapping};
+use crate::sys::process::set_lowest_thread_priority;
+use crate::units::counted;
 
-/// Bytes that are made ready at a time, a part of a huge page: the kernel holds up whoever maps memory meanwhile (a front-end that attaches).
+/// Bytes populated by one system call, a fraction of a huge page. Meanwhile the kernel blocks every thread of the
+/// process that maps memory, as a front-end's connection does.
 const STEP_BYTES: usize = 256 << 10;
-/// The lowest priority there is (setpriority(2)).
-const NICE: libc::c_int = 19;
 
-/// The thread; it ends with the value.
+/// The thread that populates an arena; dropping the value stops it.
 #[derive(Debug)]
 pub struct Populator {
-    stops: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Populator {
-    /// Begins with `arena`; `name` is for the thread.
+    /// Starts populating `arena`; the thread's name and the log contain `name`.
     ///
-    /// => A host that has no thread for this, or a kernel before Linux 5.14, does without.
+    /// => Does nothing if the host cannot start a thread, or has a kernel before Linux 5.14.
     pub fn start(name: &str, arena: &Arc<Arena>) -> Self {
-        let stops = Arc::new(AtomicBool::new(false));
-        let (arena, stopped) = (Arc::clone(arena), Arc::clone(&stops));
-        let thread = thread::Builder::new().name(format!("memory {name}")).spawn(move || populate(&arena, &stopped));
-        Self { stops, thread: thread.ok() }
+        let stop = Arc::new(AtomicBool::new(false));
+        let (arena, stop_requested) = (Arc::clone(arena), Arc::clone(&stop));
+        let thread_name = format!("memory {name}");
+        let name = name.to_owned();
+        let run = move || match populate(&arena, &stop_requested) {
+            Ok(huge_pages) => debug!("{name}: populated the cache's memory, {}", counted(huge_pages, "huge page")),
+            Err(e) => debug!("{name}: cannot populate the cache's memory ahead of its use: {e}"),
+        };
+        Self { stop, thread: thread::Builder::new().name(thread_name).spawn(run).ok() }
     }
 }
 
 impl Drop for Populator {
     fn drop(&mut self) {
-        self.stops.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // It has nothing to say, however it ended.
+            // Whether it panicked makes no difference: the memory is usable either way.
             let _ = thread.join();
         }
     }
 }
 
-fn populate(arena: &Arena, stopped: &AtomicBool) {
-    // SAFETY: a plain system call on the calling thread (in Linux each thread has a priority of its own).
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
+/// Populates the arena's memory, or a part of it if `stop_requested` gets set; returns the number of huge pages made.
+///
+/// # Errors
+/// As [`Mapping::populate`].
+fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
+    set_lowest_thread_priority();
     let memory = &arena.memory;
-    let mut huge_pages = Some(0);
+    let mut huge_pages = 0;
+    let mut has_room = true;
     for at in (0..memory.bytes()).step_by(STEP_BYTES) {
-        if stopped.load(Ordering::Relaxed) {
-            return;
+        if stop_requested.load(Ordering::Relaxed) {
+            break;
         }
-        if let Err(e) = memory.populate(at, STEP_BYTES) {
-            debug!("memory is made ready when it is first used: {e}");
-            return;
-        }
+        memory.populate(at, STEP_BYTES)?;
         let end = at + STEP_BYTES;
-        if end.is_multiple_of(HUGE_PAGE_BYTES) && end <= memory.bytes() {
-            huge_pages = huge_pages.and_then(|pages| collapse(memory, end - HUGE_PAGE_BYTES).map(|more| pages + more));
+        if has_room && end.is_multiple_of(HUGE_PAGE_BYTES) && end <= memory.bytes() {
+            let made = collapse(memory, end - HUGE_PAGE_BYTES);
+            huge_pages += made.unwrap_or(0);
+            has_room = made.is_some();
         }
     }
-    debug!("the memory is ready, with {} huge pages", huge_pages.unwrap_or(0));
+    Ok(huge_pages)
 }
 
-/// Makes a huge page; returns how many that makes. `None`: the host has no more memory for such, and is asked no more.
-fn collapse(memory: &Mapping, at: usize) -> Option<u32> {
+/// Collapses the memory at offset `at` into a huge page; returns how many huge pages that made. `None`: the host has no
+/// memory for more huge pages, so do not try again.
+fn collapse(memory: &Mapping, at: usize) -> Option<u64> {
     match memory.collapse(at) {
         Ok(()) => Some(1),
-        // From a cgroup at its limit it comes as EBUSY.
+        // EBUSY (ResourceBusy) comes from a cgroup at its limit.
         Err(e) if matches!(e.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::ResourceBusy) => None,
-        // Somebody uses the page just now, or the kernel or the file system does not do it.
+        // A page is in use at the moment, or the kernel or the file system does not support it.
         Err(_) => Some(0),
     }
 }
@@ -86,28 +96,28 @@ mod tests {
     use super::*;
     use crate::units::{FrameId, PAGE_SIZE};
 
-    /// KiB that are mapped in huge pages at `address` (proc(5), smaps).
+    /// KiB of the mapping at `address` that are mapped by huge pages (proc(5), smaps).
     fn huge_kib(address: usize) -> u64 {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        let (_, mapping) = smaps.split_once(&format!("{address:x}-")).expect("it is mapped");
+        let (_, mapping) = smaps.split_once(&format!("{address:x}-")).expect("the address is mapped");
         let line = mapping.lines().find_map(|line| line.strip_prefix("ShmemPmdMapped:")).unwrap_or("0 kB");
         line.trim().strip_suffix("kB").unwrap().trim().parse().unwrap()
     }
 
     #[test]
-    fn memory_in_use_is_put_into_huge_pages_and_keeps_its_bytes() {
+    fn memory_in_use_moves_into_huge_pages_and_keeps_its_bytes() {
         let frames = 7 * HUGE_PAGE_BYTES / 2 / PAGE_SIZE;
         let arena = Arc::new(Arena::anonymous(frames).unwrap());
         let ids = || (0..).map(FrameId).take(frames);
-        // SAFETY: frames follow each other, and belong to this test alone.
+        // SAFETY: a frame holds a u32, and the frames belong to this test alone.
         ids().for_each(|frame| unsafe { arena.frame(frame).cast::<u32>().write(frame.0 ^ 0x5a5a_5a5a) });
-        populate(&arena, &AtomicBool::new(false));
+        populate(&arena, &AtomicBool::new(false)).unwrap();
         // SAFETY: as above.
         assert!(ids().all(|frame| unsafe { arena.frame(frame).cast::<u32>().read() } == frame.0 ^ 0x5a5a_5a5a));
         match huge_kib(arena.frame(FrameId(0)).addr()) {
             0 => println!("SKIPPED: this host has no huge pages for shared memory"),
-            // Fewer where the kernel was busy with a page.
-            kib => assert!(kib <= 6 << 10, "{kib} KiB, where three and a half pages are"),
+            // Fewer than three huge pages if the kernel was using one of them.
+            kib => assert!(kib <= 6 << 10, "{kib} KiB of three and a half huge pages"),
         }
     }
 }

@@ -5,8 +5,10 @@
 pub mod block;
 pub mod fd;
 pub mod file;
+pub mod file_system;
 pub mod memfd;
 pub mod poll;
+pub mod process;
 pub mod random;
 pub mod socket;
 

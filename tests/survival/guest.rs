@@ -1,5 +1,5 @@
-//! A guest that outlives its disk's daemon: rings and memory stay when the daemon dies, and the front-end hands the next one
-//! the inflight region. It keeps a copy of what it wrote, and looks at every answer.
+//! A guest that outlives its disk's daemon: rings and memory stay when the daemon dies, and the front-end gives the
+//! inflight region to the next daemon. The guest remembers what it wrote, and checks every completion.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -27,12 +27,12 @@ const RING_SIZE: u16 = 128;
 /// Sectors of the longest request.
 const SECTORS_MAX: u64 = 64;
 
-/// Whose way it is to hand a guest's rings to the next daemon.
+/// The front-end whose reconnection the guest imitates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrontEnd {
-    /// From where the used ring was when the connection broke, with a kick.
+    /// Sets the ring base to the used index at the time of the disconnection, and kicks.
     Qemu,
-    /// From where the available ring is, without one (`reinitialize_vhost_user`).
+    /// Sets the ring base to the available index, and does not kick (`reinitialize_vhost_user`).
     CloudHypervisor,
 }
 
@@ -45,10 +45,10 @@ enum Kind {
     Flush,
 }
 
-/// What a sector holds: the mark of its last write (0: zeros), or nothing that can be said.
+/// What a sector holds: the mark of its last write (0: zeros); `None` if its contents are undefined.
 type Known = Option<u64>;
 
-/// A request under way, and the guest memory that it uses.
+/// A request in flight.
 #[derive(Clone, Copy, Debug)]
 struct Request {
     kind: Kind,
@@ -57,7 +57,7 @@ struct Request {
     head: u16,
 }
 
-/// Guest memory for one request at a time.
+/// Guest addresses for one request at a time.
 #[derive(Debug)]
 struct Slot {
     header: u64,
@@ -66,11 +66,11 @@ struct Slot {
     request: Option<Request>,
 }
 
-/// See the module.
+/// The guest; see the module.
 pub struct Guest {
     front_end: FrontEnd,
     session: Option<Session>,
-    region: (VhostUserInflight, File),
+    inflight: (VhostUserInflight, File),
     slots: Vec<Slot>,
     disk: Vec<Known>,
     prng: Prng,
@@ -86,8 +86,8 @@ impl Guest {
         session.share_memory();
         let wish =
             VhostUserInflight { num_queues: RINGS as u16, queue_size: RING_SIZE, ..VhostUserInflight::default() };
-        let region = session.frontend.get_inflight_fd(&wish).expect("GET_INFLIGHT_FD");
-        session.frontend.set_inflight_fd(&region.0, region.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
+        let inflight = session.frontend.get_inflight_fd(&wish).expect("GET_INFLIGHT_FD");
+        session.frontend.set_inflight_fd(&inflight.0, inflight.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
         let bytes = SECTORS_MAX as usize * SECTOR_BYTES;
         let slot = |_| Slot {
             header: session.memory.alloc(16, 16),
@@ -102,31 +102,31 @@ impl Guest {
         }
         let disk = vec![Some(0); sectors as usize];
         let prng = Prng::new(seed);
-        Self { front_end, session: Some(session), region, slots, disk, prng, marks: 0, completed: 0 }
+        Self { front_end, session: Some(session), inflight, slots, disk, prng, marks: 0, completed: 0 }
     }
 
     fn session(&mut self) -> &mut Session {
-        self.session.as_mut().expect("there is one but while it changes")
+        self.session.as_mut().expect("there is a session except during a reconnection")
     }
 
-    /// Goes on sending until the daemon hangs up; then it is another one, started by `restart`: hands it memory, rings and the
-    /// inflight region. Requests are sent in between, too.
+    /// Submits requests until the daemon hangs up. Then attaches to the daemon that `restart` starts, with the same
+    /// memory, rings and inflight region. Submits requests in between, too.
     pub fn reconnect(&mut self, daemon: &mut Daemon, restart: impl FnOnce(&mut Daemon)) {
         self.run_until(|guest| guest.session().has_hung_up());
-        // Here QEMU looks at the used rings; nobody may add to them any more.
+        // QEMU reads the used indices now; from here on they must not change.
         let used: Vec<u16> = self.session().rings.iter().map(Ring::used_idx).collect();
         restart(daemon);
         self.run(Instant::now() + Duration::from_millis(1));
-        let old = self.session.take().expect("there is one");
+        let old = self.session.take().expect("there is a session");
         self.session = Some(match self.front_end {
-            FrontEnd::Qemu => self.as_qemu(old, daemon, &used),
-            FrontEnd::CloudHypervisor => self.as_cloud_hypervisor(old, daemon),
+            FrontEnd::Qemu => self.reconnect_as_qemu(old, daemon, &used),
+            FrontEnd::CloudHypervisor => self.reconnect_as_cloud_hypervisor(old, daemon),
         });
     }
 
-    fn as_qemu(&self, old: Session, daemon: &Daemon, used: &[u16]) -> Session {
+    fn reconnect_as_qemu(&self, old: Session, daemon: &Daemon, used: &[u16]) -> Session {
         let mut session = old.reconnect(&daemon.socket());
-        session.frontend.set_inflight_fd(&self.region.0, self.region.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
+        session.frontend.set_inflight_fd(&self.inflight.0, self.inflight.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
         for (index, &base) in used.iter().enumerate() {
             session.set_up_ring(index, base);
             session.enable_ring(index, true);
@@ -135,14 +135,14 @@ impl Guest {
         session
     }
 
-    /// Message by message as its `setup_vhost_user` does.
-    fn as_cloud_hypervisor(&self, old: Session, daemon: &Daemon) -> Session {
+    /// Sends the messages of `setup_vhost_user`, in its order.
+    fn reconnect_as_cloud_hypervisor(&self, old: Session, daemon: &Daemon) -> Session {
         let mut session = old.reconnect_unasked(&daemon.socket());
         let Session { frontend, rings, .. } = &mut session;
         for (index, ring) in rings.iter().enumerate() {
             frontend.set_vring_num(index, ring.size()).expect("SET_VRING_NUM");
         }
-        frontend.set_inflight_fd(&self.region.0, self.region.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
+        frontend.set_inflight_fd(&self.inflight.0, self.inflight.1.as_raw_fd()).expect("SET_INFLIGHT_FD");
         for (index, ring) in rings.iter().enumerate() {
             frontend.set_vring_addr(index, &ring_addresses(ring)).expect("SET_VRING_ADDR");
             frontend.set_vring_base(index, ring.avail_idx()).expect("SET_VRING_BASE");
@@ -155,50 +155,50 @@ impl Guest {
         session
     }
 
-    /// Sends and receives until `until`.
+    /// Submits and completes requests until `until`.
     pub fn run(&mut self, until: Instant) {
         self.run_until(|_| Instant::now() >= until);
     }
 
-    fn run_until(&mut self, is_over: impl Fn(&mut Self) -> bool) {
-        while !is_over(self) {
+    fn run_until(&mut self, is_done: impl Fn(&mut Self) -> bool) {
+        while !is_done(self) {
             for slot in 0..DEPTH {
                 if self.slots[slot].request.is_none() {
-                    self.send(slot);
+                    self.submit_random(slot);
                 }
             }
-            self.collect();
+            self.reap();
         }
     }
 
-    /// Waits until nothing is in flight.
+    /// Waits until no request is in flight.
     #[track_caller]
-    pub fn settle(&mut self) {
+    pub fn drain(&mut self) {
         let end = Instant::now() + PATIENCE;
         while self.slots.iter().any(|slot| slot.request.is_some()) {
-            self.collect();
-            assert!(Instant::now() < end, "requests that are never answered: {:?}", self.slots);
+            self.reap();
+            assert!(Instant::now() < end, "requests that never complete: {:?}", self.slots);
         }
     }
 
-    /// Reads the whole disk, and finds what it wrote.
+    /// Reads the whole disk and checks it.
     pub fn check_everything(&mut self) {
-        self.settle();
+        self.drain();
         for first in (0..self.disk.len() as u64).step_by(SECTORS_MAX as usize) {
             let count = SECTORS_MAX.min(self.disk.len() as u64 - first);
-            self.put(0, Kind::Read, first, count);
-            self.settle();
+            self.submit(0, Kind::Read, first, count);
+            self.drain();
         }
     }
 
-    /// Makes everything stable.
+    /// Completes a FLUSH with no other request in flight.
     pub fn flush(&mut self) {
-        self.settle();
-        self.put(0, Kind::Flush, 0, 0);
-        self.settle();
+        self.drain();
+        self.submit(0, Kind::Flush, 0, 0);
+        self.drain();
     }
 
-    /// Fails the test if `image` is not the disk as the guest knows it.
+    /// Fails the test if `image` does not hold what the guest wrote.
     pub fn assert_image(&self, image: &[u8]) {
         for (sector, known) in self.disk.iter().enumerate() {
             let found = &image[sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES];
@@ -206,7 +206,7 @@ impl Guest {
         }
     }
 
-    fn send(&mut self, slot: usize) {
+    fn submit_random(&mut self, slot: usize) {
         let count = 1 + self.prng.below(SECTORS_MAX);
         let first = self.prng.below(self.disk.len() as u64 - count);
         let kind = match self.prng.below(100) {
@@ -217,19 +217,19 @@ impl Guest {
             }
             85..90 => Kind::Zero,
             90..94 => Kind::Discard,
-            _ => return self.put(slot, Kind::Flush, 0, 0),
+            _ => return self.submit(slot, Kind::Flush, 0, 0),
         };
-        // What two requests that overlap leave behind is not defined.
+        // Overlapping requests in flight leave undefined data.
         let overlaps = |other: &Request| first < other.first + other.count && other.first < first + count;
         if !self.slots.iter().filter_map(|slot| slot.request.as_ref()).any(overlaps) {
-            self.put(slot, kind, first, count);
+            self.submit(slot, kind, first, count);
         }
     }
 
-    fn put(&mut self, slot: usize, kind: Kind, first: u64, count: u64) {
-        const UNANSWERED: u8 = 0xaa;
+    fn submit(&mut self, slot: usize, kind: Kind, first: u64, count: u64) {
+        const NO_STATUS: u8 = 0xaa;
         let Slot { header: header_at, data, status, .. } = self.slots[slot];
-        let session = self.session.as_mut().expect("there is one");
+        let session = self.session.as_mut().expect("there is a session");
         let memory = &session.memory;
         let bytes = (count as usize * SECTOR_BYTES) as u32;
         let (number, payload) = match kind {
@@ -247,7 +247,7 @@ impl Guest {
         };
         let sector = if matches!(kind, Kind::Read | Kind::Write { .. }) { first } else { 0 };
         memory.write(header_at, &header(number, sector));
-        memory.write(status, &[UNANSWERED]);
+        memory.write(status, &[NO_STATUS]);
         let segments: Vec<Segment> =
             [Some(Segment::readable(header_at, 16)), payload, Some(Segment::writable(status, 1))]
                 .into_iter()
@@ -259,22 +259,22 @@ impl Guest {
         self.slots[slot].request = Some(Request { kind, first, count, head });
     }
 
-    fn collect(&mut self) {
+    fn reap(&mut self) {
         for ring in 0..RINGS {
             while let Some(used) = self.session().rings[ring].take_used() {
                 let mine = |slot: &usize| {
                     slot % RINGS == ring && self.slots[*slot].request.is_some_and(|request| request.head == used.head)
                 };
                 let slot = (0..DEPTH).find(mine);
-                self.complete(slot.unwrap_or_else(|| panic!("ring {ring}: {used:?} was answered before")));
+                self.complete(slot.unwrap_or_else(|| panic!("ring {ring}: {used:?} completes no request in flight")));
             }
         }
     }
 
     fn complete(&mut self, slot: usize) {
-        let request = self.slots[slot].request.take().expect("the caller has looked");
+        let request = self.slots[slot].request.take().expect("the slot has a request");
         let Slot { data, status, .. } = self.slots[slot];
-        let memory = &self.session.as_ref().expect("there is one").memory;
+        let memory = &self.session.as_ref().expect("there is a session").memory;
         assert_eq!(memory.byte(status), OK, "{request:?}");
         let sectors = request.first as usize..(request.first + request.count) as usize;
         match request.kind {

@@ -1,5 +1,5 @@
-//! A cache in the service manager's store outlives its daemon as any other does, and a want of a store is told before a
-//! guest is served. The service manager is one of our own, which does with a store's descriptors what systemd does.
+//! A cache in the service manager's fd store survives its daemon like any other, and a unit without an fd store is
+//! reported. A test double of the service manager treats the fd store's descriptors as systemd does.
 
 use std::fs::File;
 use std::io::Read;
@@ -19,62 +19,66 @@ use super::common::daemon::{Daemon, TempDir, run_to_end, server_binary};
 use super::common::request::{Payload, assert_serves, pattern};
 use super::common::session::{Session, SessionOptions};
 use super::guest::FrontEnd;
-use super::{IOERR, killed, make_image, survives, write_and_die};
+use super::{Ends, IOERR, assert_survives, make_image, write_and_kill};
 
-/// Where the descriptors begin that a service manager hands over.
-const FIRST: i32 = 3;
-/// Descriptors that are kept lie from here on, out of the way of those that are handed over.
-const KEPT: i32 = 100;
-/// More than a test keeps.
+/// Number of the first descriptor that a service manager passes to a daemon.
+const FIRST_FD: i32 = 3;
+/// Stored descriptors get numbers from here on, apart from those that a daemon is passed.
+const FIRST_STORED_FD: i32 = 100;
+/// More than a test stores.
 const SLOTS: usize = 8;
 
-/// What the thread that listens shares with the test.
+/// What the listening thread shares with the test.
 struct State {
+    /// Size of the fd store (FileDescriptorStoreMax=).
     max: usize,
-    kept: Mutex<Vec<(String, OwnedFd)>>,
-    told: Mutex<Vec<String>>,
-    /// What the next daemon gets; -1: nothing. A child that has not reached exec() can read no more than this.
+    /// The fd store: descriptors with their names.
+    stored: Mutex<Vec<(String, OwnedFd)>>,
+    /// The messages that do not concern the fd store.
+    states: Mutex<Vec<String>>,
+    /// The descriptors for the next daemon; -1: none. A child between fork() and exec() must not lock a mutex.
     slots: [AtomicI32; SLOTS],
 }
 
+/// A test double of systemd.
 struct Systemd {
     state: Arc<State>,
     listener: Option<JoinHandle<()>>,
-    /// Of its own, for it outlives its daemons.
+    /// Its own directory, because it outlives its daemons.
     directory: TempDir,
 }
 
 impl Systemd {
-    /// One that keeps up to `max` descriptors.
+    /// One whose fd store holds up to `max` descriptors.
     fn new(max: usize) -> Self {
         let directory = TempDir::new("systemd");
         let socket = UnixDatagram::bind(directory.path().join("notify")).expect("a socket can be bound");
         let slots = [const { AtomicI32::new(-1) }; SLOTS];
-        let state = Arc::new(State { max, kept: Mutex::default(), told: Mutex::default(), slots });
-        let listens = Arc::clone(&state);
+        let state = Arc::new(State { max, stored: Mutex::default(), states: Mutex::default(), slots });
+        let listening = Arc::clone(&state);
         let listener = std::thread::spawn(move || {
             let mut message = [0; 1024];
             loop {
                 let (length, file) = socket.recv_with_fd(&mut message).expect("a message");
                 match std::str::from_utf8(&message[..length]).expect("UTF-8") {
                     "" => return,
-                    text => listens.hear(text, file),
+                    text => listening.receive(text, file),
                 }
             }
         });
         Self { state, listener: Some(listener), directory }
     }
 
-    /// Where it listens.
+    /// The path of its socket.
     fn address(&self) -> PathBuf {
         self.directory.path().join("notify")
     }
 
-    /// Starts a daemon of a unit on a new image.
+    /// Starts a daemon on a new image.
     fn start(&self, device: &str) -> Daemon {
         let directory = TempDir::new("fdstore");
         make_image(&directory);
-        // The daemon must be the process that its environment speaks of.
+        // $LISTEN_PID must be the daemon's own process ID.
         let mut command = Command::new("sh");
         command.args(["-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"]).arg(server_binary());
         command.env("NOTIFY_SOCKET", self.address());
@@ -82,7 +86,7 @@ impl Systemd {
         // SAFETY: between fork and exec only atomics and dup2, which are async-signal-safe.
         unsafe {
             command.pre_exec(move || {
-                for (slot, target) in state.slots.iter().zip(FIRST..) {
+                for (slot, target) in state.slots.iter().zip(FIRST_FD..) {
                     let fd = slot.load(Ordering::Relaxed);
                     if fd >= 0 && libc::dup2(fd, target) < 0 {
                         return Err(std::io::Error::last_os_error());
@@ -94,14 +98,14 @@ impl Systemd {
         Daemon::start_by(directory, &[device], command)
     }
 
-    /// Makes the daemon's next start one that gets what is kept.
-    fn hand_over(&self, daemon: &mut Daemon) {
-        self.wait();
-        let kept = self.state.kept.lock().expect("nobody panics holding it");
+    /// Passes the contents of the fd store to the daemon at its next start.
+    fn pass_fdstore(&self, daemon: &mut Daemon) {
+        self.sync();
+        let stored = self.state.stored.lock().expect("no thread panics with the fd store locked");
         for (at, slot) in self.state.slots.iter().enumerate() {
-            slot.store(kept.get(at).map_or(-1, |(_, fd)| fd.as_raw_fd()), Ordering::Relaxed);
+            slot.store(stored.get(at).map_or(-1, |(_, fd)| fd.as_raw_fd()), Ordering::Relaxed);
         }
-        let names: Vec<&str> = kept.iter().map(|(name, _)| name.as_str()).collect();
+        let names: Vec<&str> = stored.iter().map(|(name, _)| name.as_str()).collect();
         let command = daemon.command();
         command.env_remove("LISTEN_FDS").env_remove("LISTEN_FDNAMES");
         if !names.is_empty() {
@@ -109,147 +113,153 @@ impl Systemd {
         }
     }
 
-    /// Waits until it has heard everything that was said.
-    fn wait(&self) {
-        let (mut ours, theirs) = UnixStream::pair().expect("sockets can be made");
-        let socket = UnixDatagram::unbound().expect("a socket can be made");
-        socket.connect(self.address()).expect("it listens");
-        socket.send_with_fd("BARRIER=1".as_bytes(), theirs.as_raw_fd()).expect("it listens");
+    /// Waits until it has processed all messages sent so far.
+    fn sync(&self) {
+        let (mut ours, theirs) = UnixStream::pair().expect("sockets can be created");
+        let socket = UnixDatagram::unbound().expect("a socket can be created");
+        socket.connect(self.address()).expect("the service manager listens");
+        socket.send_with_fd("BARRIER=1".as_bytes(), theirs.as_raw_fd()).expect("the service manager listens");
         drop(theirs);
-        assert_eq!(ours.read(&mut [0]).expect("it answers"), 0);
+        assert_eq!(ours.read(&mut [0]).expect("the barrier is closed"), 0);
     }
 
-    /// The names of what it keeps.
-    fn kept(&self) -> Vec<String> {
-        self.wait();
-        self.state.kept.lock().expect("nobody panics holding it").iter().map(|(name, _)| name.clone()).collect()
+    /// The names in the fd store.
+    fn stored_names(&self) -> Vec<String> {
+        self.sync();
+        let stored = self.state.stored.lock().expect("no thread panics with the fd store locked");
+        stored.iter().map(|(name, _)| name.clone()).collect()
     }
 
-    /// What daemons have told it beside that.
-    fn told(&self) -> Vec<String> {
-        self.wait();
-        self.state.told.lock().expect("nobody panics holding it").clone()
+    /// The states that daemons have reported.
+    fn states(&self) -> Vec<String> {
+        self.sync();
+        self.state.states.lock().expect("no thread panics with the states locked").clone()
     }
 }
 
 impl State {
-    fn hear(&self, message: &str, file: Option<File>) {
+    fn receive(&self, message: &str, file: Option<File>) {
         let name = message.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("stored");
-        let mut kept = self.kept.lock().expect("nobody panics holding it");
+        let mut stored = self.stored.lock().expect("no thread panics with the fd store locked");
         match (message.lines().next(), file) {
-            (Some("FDSTORE=1"), Some(file)) if kept.len() < self.max => kept.push((name.to_owned(), keep(&file))),
-            // What it does not keep, it closes.
+            (Some("FDSTORE=1"), Some(file)) if stored.len() < self.max => {
+                stored.push((name.to_owned(), duplicate(&file)));
+            }
+            // A descriptor that is not stored is closed.
             (Some("FDSTORE=1" | "BARRIER=1"), Some(_)) => {}
-            (Some("FDSTOREREMOVE=1"), None) => kept.retain(|(found, _)| found != name),
-            (_, None) => self.told.lock().expect("nobody panics holding it").push(message.to_owned()),
-            (_, Some(_)) => panic!("a descriptor in {message:?}"),
+            (Some("FDSTOREREMOVE=1"), None) => stored.retain(|(found, _)| found != name),
+            (_, None) => {
+                self.states.lock().expect("no thread panics with the states locked").push(message.to_owned());
+            }
+            (_, Some(_)) => panic!("an unexpected descriptor with {message:?}"),
         }
     }
 }
 
 impl Drop for Systemd {
     fn drop(&mut self) {
-        // Fails only if nobody listens any more.
+        // Fails only if the thread has ended.
         let _ = UnixDatagram::unbound().and_then(|socket| socket.send_to(&[], self.address()));
-        let heard = self.listener.take().is_none_or(|listener| listener.join().is_ok());
-        assert!(heard || std::thread::panicking(), "the daemon said what no service manager understands");
+        let understood = self.listener.take().is_none_or(|listener| listener.join().is_ok());
+        assert!(understood || std::thread::panicking(), "a daemon sent a message that systemd would not understand");
     }
 }
 
-/// A descriptor for the same open file, as systemd has it.
-fn keep(file: &File) -> OwnedFd {
-    // SAFETY: plain system call on a descriptor that is open.
-    let fd = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, KEPT) };
-    assert!(fd >= KEPT, "{}", std::io::Error::last_os_error());
-    // SAFETY: the call above has made it, and nobody else has it.
+/// Another descriptor for the same open file description.
+fn duplicate(file: &File) -> OwnedFd {
+    // SAFETY: a plain system call on an open descriptor.
+    let fd = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, FIRST_STORED_FD) };
+    assert!(fd >= FIRST_STORED_FD, "{}", std::io::Error::last_os_error());
+    // SAFETY: fcntl returned a new descriptor, which nothing else owns.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 const DEVICE: &str = "num_queues = 4\ncache.memory_dir = \"systemd\"\ncache.survive = \"always\"";
 
 #[test]
-fn completed_writes_survive_kills_with_the_cache_in_the_store() {
+fn completed_writes_survive_kills_with_the_cache_in_the_fd_store() {
     let systemd = Systemd::new(1);
     let daemon = systemd.start(&format!("{DEVICE}\ncache.size = \"6M\""));
-    let ended = |daemon: &mut Daemon| {
-        assert!(systemd.kept()[0].starts_with("genblk-cache-"), "{:?}", systemd.kept());
-        systemd.hand_over(daemon);
+    let check_ended = |daemon: &mut Daemon| {
+        assert!(systemd.stored_names()[0].starts_with("genblk-cache-"), "{:?}", systemd.stored_names());
+        systemd.pass_fdstore(daemon);
     };
-    let daemon = survives(daemon, FrontEnd::Qemu, killed(), 206, ended);
-    assert!(systemd.kept().is_empty(), "an orderly end leaves nothing in the store");
+    let daemon = assert_survives(daemon, FrontEnd::Qemu, Ends::kills(), 206, check_ended);
+    assert!(systemd.stored_names().is_empty(), "an orderly end leaves nothing in the fd store");
     assert!(daemon.log().contains(" dirty) left by the previous daemon"), "{}", daemon.log());
 }
 
 #[test]
-fn an_upgrade_leaves_the_cache_in_the_store() {
+fn upgrades_leave_the_cache_in_the_fd_store() {
     let systemd = Systemd::new(1);
     let daemon = systemd.start(&format!("{DEVICE}\ncache.size = \"32M\""));
-    let ended = |daemon: &mut Daemon| {
-        assert_eq!(systemd.kept().len(), 1, "the cache is left for the next daemon");
-        systemd.hand_over(daemon);
+    let check_ended = |daemon: &mut Daemon| {
+        assert_eq!(systemd.stored_names().len(), 1, "the cache stays for the next daemon");
+        systemd.pass_fdstore(daemon);
     };
-    survives(daemon, FrontEnd::Qemu, (libc::SIGUSR1, 3), 207, ended);
-    assert_eq!(systemd.told(), ["READY=1", "STOPPING=1"].repeat(4), "each daemon says when it serves and when it ends");
+    assert_survives(daemon, FrontEnd::Qemu, Ends::upgrades(3), 207, check_ended);
+    assert_eq!(systemd.states(), ["READY=1", "STOPPING=1"].repeat(4), "each daemon reports its start and its end");
 }
 
 #[test]
-fn a_cache_in_the_store_is_found_by_another_shape_and_from_another_place() {
+fn a_cache_in_the_fd_store_is_found_after_a_change_of_size_or_location() {
     let systemd = Systemd::new(1);
     let dirty = "\ncache.dirty_age_max_ms = 600000";
     let mut daemon = systemd.start(&format!("{DEVICE}{dirty}\ncache.size = \"8M\""));
     let next = |daemon: &mut Daemon, device: &str| {
-        let (session, bytes) = write_and_die(daemon);
+        let (session, bytes) = write_and_kill(daemon);
         daemon.configure(device);
-        systemd.hand_over(daemon);
+        systemd.pass_fdstore(daemon);
         daemon.restart();
         let mut session = session.reconnect(&daemon.socket());
         session.start_ring(0);
         assert!(session.read(80, bytes.len()) == bytes);
-        assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "it was written to the image");
+        assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "the dirty pages are on the image");
     };
     next(&mut daemon, &format!("{DEVICE}{dirty}\ncache.size = \"16M\""));
-    assert_eq!(systemd.kept().len(), 1, "the new cache is in the store");
-    let kept = systemd.state.kept.lock().expect("nobody panics holding it")[0].1.try_clone().expect("a descriptor");
-    assert!(File::from(kept).set_len(0).is_err(), "nobody can take the memory away");
+    assert_eq!(systemd.stored_names().len(), 1, "the new cache is in the fd store");
+    let stored = systemd.state.stored.lock().expect("no thread panics with the fd store locked")[0].1.try_clone();
+    let file = File::from(stored.expect("a descriptor can be duplicated"));
+    assert!(file.set_len(0).is_err(), "the memory is sealed against shrinking");
     next(&mut daemon, "cache.size = \"16M\"");
-    assert!(systemd.kept().is_empty(), "the new cache is in a file");
+    assert!(systemd.stored_names().is_empty(), "the new cache is in a file");
     assert_eq!(daemon.directory().left().len(), 1);
 }
 
 #[test]
-fn a_volatile_caches_mark_in_the_store_tells_of_a_loss() {
+fn a_loss_marker_in_the_fd_store_reports_a_data_loss() {
     let systemd = Systemd::new(1);
     let device = "cache.memory_dir = \"systemd\"\ncache.survive = \"never\"\ncache.dirty_age_max_ms = 600000";
     let mut daemon = systemd.start(device);
-    let (session, _) = write_and_die(&mut daemon);
-    // A daemon that dies before the guest is back must not make it forgotten, nor may another kind of cache.
+    let (session, _) = write_and_kill(&mut daemon);
+    // Neither a daemon that dies before the guest reconnects nor another kind of cache may forget the loss.
     for survive in ["never", "always"] {
         daemon.configure(&device.replace("never", survive));
-        systemd.hand_over(&mut daemon);
+        systemd.pass_fdstore(&mut daemon);
         daemon.restart();
         daemon.kill();
     }
-    systemd.hand_over(&mut daemon);
+    systemd.pass_fdstore(&mut daemon);
     daemon.restart();
     let mut session = session.reconnect(&daemon.socket());
     session.start_ring(0);
     let status = session.run(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(512)).status;
-    assert_eq!(status, IOERR, "the guest believes in what is gone");
+    assert_eq!(status, IOERR, "the guest must not read stale data");
     drop(session);
     Session::open(&daemon.socket(), &SessionOptions::default()).write(0, &pattern(8, 0, 512));
     daemon.stop();
-    assert!(systemd.kept().is_empty(), "an orderly end leaves nothing in the store");
+    assert!(systemd.stored_names().is_empty(), "an orderly end leaves nothing in the fd store");
 }
 
 #[test]
-fn a_want_of_a_store_is_told() {
+fn a_unit_without_an_fd_store_is_reported() {
     let systemd = Systemd::new(0);
     let mut daemon = systemd.start("cache.memory_dir = \"systemd\"");
     assert_serves(&daemon.socket(), 0);
     daemon.stop();
-    let told = "the service manager does not keep it (FileDescriptorStoreMax= of the unit is too small); the cache goes \
-                with the daemon";
-    assert!(daemon.log().contains(told), "{}", daemon.log());
+    let message = "the fd store is full or disabled (see FileDescriptorStoreMax= of the unit); using a cache that does \
+                   not survive a crash";
+    assert!(daemon.log().contains(message), "{}", daemon.log());
 
     daemon.configure(DEVICE);
     let refusal = |address: Option<&str>| {
@@ -260,52 +270,53 @@ fn a_want_of_a_store_is_told() {
         ended.stderr
     };
     let full = refusal(systemd.address().to_str());
-    assert!(full.contains("systemd can't keep the cache: the service manager does not keep it"), "{full}");
-    for nobody in [None, Some("/nonexistent")] {
-        let alone = refusal(nobody);
-        assert!(alone.contains("systemd can't keep the cache: no service manager has started the daemon"), "{alone}");
+    assert!(full.contains("cannot keep the cache in systemd's fd store: the fd store is full or disabled"), "{full}");
+    for address in [None, Some("/nonexistent")] {
+        let refusal = refusal(address);
+        let message = "cannot keep the cache in systemd's fd store: the daemon was not started by a service manager";
+        assert!(refusal.contains(message), "{refusal}");
     }
 }
 
 #[test]
-fn what_no_device_uses_is_named_and_left_in_the_store() {
+fn unused_fd_store_entries_are_reported_and_stay() {
     let systemd = Systemd::new(SLOTS);
     let mut daemon = systemd.start(&format!("{DEVICE}\ncache.dirty_age_max_ms = 600000"));
-    drop(write_and_die(&mut daemon));
-    let foreign = File::open("/dev/null").expect("it is there");
-    systemd.state.hear("FDSTORE=1\nFDNAME=foreign", Some(foreign));
-    let before = systemd.kept();
-    // Its cache is of the old image, and so of nobody here.
+    drop(write_and_kill(&mut daemon));
+    let foreign = File::open("/dev/null").expect("/dev/null exists");
+    systemd.state.receive("FDSTORE=1\nFDNAME=foreign", Some(foreign));
+    let before = systemd.stored_names();
+    // With a new image, no device uses the cache of the old one.
     std::fs::remove_file(daemon.image()).expect("the image can be removed");
     make_image(daemon.directory());
-    systemd.hand_over(&mut daemon);
+    systemd.pass_fdstore(&mut daemon);
     daemon.restart();
     assert_serves(&daemon.socket(), 0);
-    let told = format!(
-        "it stays with it: {} (of {}: 4 pages, 4 of them not on the image), foreign\n",
+    let message = format!(
+        "not used by any configured device (left in place): {} ({}: 4 cached pages (4 dirty)), foreign\n",
         before[0],
         daemon.image().display()
     );
-    assert!(daemon.log().contains(&told), "{}", daemon.log());
+    assert!(daemon.log().contains(&message), "{}", daemon.log());
     daemon.stop();
-    assert_eq!(systemd.kept(), before);
+    assert_eq!(systemd.stored_names(), before);
 }
 
-/// systemd's own opinion of the unit, where it is installed; it need not run.
+/// Checked by `systemd-analyze`, which does not need a running systemd.
 #[test]
-fn the_unit_file_is_one_that_systemd_understands() {
+fn systemd_accepts_the_unit_file() {
     let unit = include_str!("../../configs/genblk.service");
     let directory = TempDir::new("unit");
     let copy = directory.path().join("genblk.service");
-    let here = unit.replace("/usr/local/bin/genblk", &server_binary());
-    std::fs::write(&copy, here).expect("a file can be written");
-    let Ok(said) = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&copy).output() else {
+    let adapted = unit.replace("/usr/local/bin/genblk", &server_binary());
+    std::fs::write(&copy, adapted).expect("a file can be written");
+    let Ok(output) = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&copy).output() else {
         println!("SKIPPED: this host has no systemd-analyze");
         return;
     };
-    let stderr = String::from_utf8_lossy(&said.stderr);
-    // Of a version before 254.
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    // systemd before 254.
     let unknown = "Unknown key 'FileDescriptorStorePreserve' in section [Service], ignoring.";
     let complaints: Vec<&str> = stderr.lines().filter(|line| !line.ends_with(unknown)).collect();
-    assert!(said.status.success() && complaints.is_empty(), "{said:?}");
+    assert!(output.status.success() && complaints.is_empty(), "{output:?}");
 }

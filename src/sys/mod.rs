@@ -10,6 +10,7 @@ pub mod memfd;
 pub mod poll;
 pub mod process;
 pub mod random;
+pub mod signal;
 pub mod socket;
 
 use std::io;

@@ -1,0 +1,146 @@
+//! A device that is served, until it ends.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use log::{error, info};
+
+use super::socket::ListenSocket;
+use super::stats::log_stats;
+use crate::cache::Stats;
+use crate::cached_image::CachedImage;
+use crate::device::Device;
+use crate::device::control::Workers;
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::counted;
+use crate::vhost::Server;
+
+/// How long a device that ends retries its last flush on an image that fails.
+const LAST_FLUSH_PATIENCE: Duration = Duration::from_secs(10);
+/// The pause between two attempts.
+const LAST_FLUSH_RETRY: Duration = Duration::from_millis(500);
+
+/// A device that is served.
+///
+/// => Fields are dropped in this order, the image last: a daemon that waits for the image's lock must find the socket
+///    and the cache file free when it gets the lock.
+#[derive(Debug)]
+pub struct Running {
+    pub(super) _socket: ListenSocket,
+    pub(super) server: Arc<Server>,
+    pub(super) device: Arc<Device>,
+    pub(super) workers: Arc<Workers>,
+    pub(super) threads: Vec<JoinHandle<()>>,
+    /// The thread that accepts front-ends; `None` once it has ended.
+    pub(super) acceptor: Option<JoinHandle<()>>,
+    pub(super) image: Arc<CachedImage>,
+}
+
+impl Running {
+    /// What the device's cache did, and what it holds.
+    pub fn stats(&self) -> Stats {
+        self.image.stats()
+    }
+
+    /// Retries what failed: the operator says that the image works again.
+    pub fn resume(&self) {
+        self.workers.resume();
+    }
+
+    /// Ends the front-end's connection and accepts no other. Does not wait; [`Running::quiesce`] does.
+    pub fn stop_accepting(&self) {
+        self.server.stop();
+    }
+
+    /// As [`Running::stop_accepting`], and waits until every ring has completed its requests in flight and stopped.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when the accepting thread has panicked.
+    pub fn quiesce(&mut self) -> Result<()> {
+        self.stop_accepting();
+        let ended = self.acceptor.take().map_or(Ok(()), JoinHandle::join);
+        ended.map_err(|_| self.panicked("accept"))
+    }
+
+    fn panicked(&self, thread: &str) -> Error {
+        Error::new(ErrorKind::System, format!("{}: the {thread} thread has panicked", self.device.name))
+    }
+
+    /// Ends the device: flushes everything to the image and joins the threads.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Image`] when a dirty page could not be written; [`ErrorKind::System`] when a thread has panicked.
+    pub fn shutdown(self) -> Result<()> {
+        self.finish(LastFlush::Required)
+    }
+
+    /// Ends the device and leaves its cache as it is for the next daemon. A cache that cannot outlive the daemon is
+    /// flushed, as by [`Running::shutdown`].
+    ///
+    /// # Errors
+    /// As [`Running::shutdown`].
+    pub fn hand_over(self) -> Result<()> {
+        let arena = self.image.arena();
+        arena.keep_on_drop(true);
+        let outlives_daemon = arena.file().is_some();
+        self.finish(if outlives_daemon { LastFlush::Skipped } else { LastFlush::Required })
+    }
+
+    fn finish(mut self, last_flush: LastFlush) -> Result<()> {
+        let quiesced = self.quiesce();
+        let name = &self.device.name;
+        let flushed = match last_flush {
+            LastFlush::Required => flush_everything(name, &self.image, &self.workers),
+            LastFlush::Skipped => Ok(()),
+        };
+        self.workers.exit();
+        for thread in std::mem::take(&mut self.threads) {
+            thread.join().map_err(|_| self.panicked("worker"))?;
+        }
+        log_stats(name, &self.image.stats());
+        info!("{name}: stopped");
+        quiesced.and(flushed)
+    }
+}
+
+/// Whether a device that ends writes its dirty pages to the image.
+#[derive(Clone, Copy, Debug)]
+enum LastFlush {
+    Required,
+    Skipped,
+}
+
+/// Ends each of the devices by `end` ([`Running::shutdown`] or [`Running::hand_over`]).
+///
+/// => All devices are quiesced before the threads of the first end: a device may wait for a page that another device on
+///    the same image is reading.
+///
+/// # Errors
+/// The first error of [`Running::quiesce`] and `end`. Every device is ended even so.
+pub fn shutdown_all(mut devices: Vec<Running>, end: impl Fn(Running) -> Result<()>) -> Result<()> {
+    devices.iter().for_each(Running::stop_accepting);
+    let quiesced = devices.iter_mut().map(Running::quiesce).fold(Ok(()), Result::and);
+    devices.into_iter().map(end).fold(quiesced, Result::and)
+}
+
+/// Flushes all dirty pages to the image, and retries for a while if the image fails.
+fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Result<()> {
+    let until = Instant::now() + LAST_FLUSH_PATIENCE;
+    // Write-back may have been stopped after an error; this is its last chance.
+    workers.resume();
+    loop {
+        let Err(fault) = workers.flush() else { return Ok(()) };
+        if Instant::now() >= until {
+            let pages = counted(image.stats().dirty_pages, "dirty page");
+            let hint = image
+                .arena()
+                .file()
+                .map_or_else(String::new, |file| format!("; the cache stays in {file}: {}", file.recovery_hint()));
+            let context = format!("{name}: could not write {pages} to the image ({fault}){hint}");
+            return Err(Error::new(ErrorKind::Image, context));
+        }
+        error!("{name}: the last flush failed ({fault}); retrying");
+        std::thread::sleep(LAST_FLUSH_RETRY);
+    }
+}

@@ -1,0 +1,79 @@
+//! What a device's configuration means for its cache and for its virtio-blk device.
+
+use std::sync::Arc;
+
+use crate::cache::{ErrorPolicy, PolicyKind, Settings};
+use crate::cached_image::CachedImage;
+use crate::config::{Allocate, CacheConfig, CacheMode, DeviceConfig, OnError, Policy};
+use crate::device::Device;
+use crate::store::Limits;
+use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
+use crate::virtio::config_space::DiskParameters;
+use crate::virtio::request::{Disk, serial};
+
+/// Longest store operation in pages (1 MiB): the cache's clusters do not cross a region of that size.
+const CLUSTER_PAGES_MAX: u32 = 256;
+
+/// The settings of a device's cache.
+pub(super) fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
+    let pages = |bytes: u64| u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
+    let frames = pages(cache.size_bytes);
+    let retain = cache.mode != CacheMode::None;
+    let io_pages = pages(limits.io_max_bytes.into()).min(limits.segments_max.into());
+    Settings {
+        frames,
+        image_sectors: limits.size_bytes / SECTOR_BYTES,
+        block_sectors: u8::try_from(u64::from(limits.block_bytes) / SECTOR_BYTES)
+            .expect("a block is 512 to 4096 bytes"),
+        can_map: limits.can_map,
+        sparse: limits.sparse,
+        cluster_pages_max: io_pages.clamp(1, CLUSTER_PAGES_MAX),
+        retain,
+        policy: match cache.policy {
+            Policy::S3Fifo => PolicyKind::S3Fifo,
+            Policy::Lru => PolicyKind::Lru,
+        },
+        readahead_pages_max: if retain { pages(cache.readahead_max_bytes) } else { 0 },
+        flush_target_us: u64::from(cache.flush_target_ms) * 1000,
+        dirty_pages_max: low_u32(u64::from(frames) * u64::from(cache.dirty_max_percent) / 100),
+        dirty_age_us: u64::from(cache.dirty_age_max_ms) * 1000,
+        allocate: cache.allocate == Allocate::OnWrite,
+        on_error: error_policy(cache.on_error),
+        on_full: error_policy(cache.on_full),
+        hold_us: u64::from(cache.hold_max_ms) * 1000,
+    }
+}
+
+fn error_policy(configured: OnError) -> ErrorPolicy {
+    match configured {
+        OnError::Report => ErrorPolicy::Report,
+        OnError::Hold => ErrorPolicy::Hold,
+        OnError::Stop => ErrorPolicy::Stop,
+    }
+}
+
+/// The virtio-blk device of a configuration, on `image`.
+pub(super) fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Device> {
+    let limits = image.limits();
+    let parameters = DiskParameters {
+        capacity_sectors: limits.size_bytes / SECTOR_BYTES,
+        block_bytes: 512,
+        physical_block_bytes: limits.physical_block_bytes,
+        optimal_io_bytes: limits.optimal_io_bytes,
+        discard_granularity_bytes: limits.discard_granularity,
+        num_queues: config.num_queues,
+        read_only: config.read_only,
+        can_discard: limits.can_discard,
+        can_zero: limits.can_zero,
+        zero_may_unmap: limits.can_zero,
+    };
+    let disk = Disk {
+        capacity_sectors: parameters.capacity_sectors,
+        read_only: config.read_only,
+        can_discard: limits.can_discard,
+        can_zero: limits.can_zero,
+        serial: serial(&config.serial),
+    };
+    let writeback = config.cache.mode == CacheMode::Writeback;
+    Device::new(config.name.clone(), Arc::clone(image.arena()), disk, parameters, writeback, config.poll_us)
+}

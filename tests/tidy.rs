@@ -14,7 +14,7 @@ mod tree;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use circles::circles;
 use paths::named_paths;
@@ -194,14 +194,32 @@ fn every_relative_link_in_the_documentation_resolves() {
 
 #[test]
 fn every_test_named_in_the_guarantees_exists() {
-    let sources = |path: &str| match root().join(path) {
-        folder if folder.is_dir() => files(&folder, "rs").iter().map(|file| read(file)).collect(),
-        file => fs::read_to_string(file).unwrap_or_default(),
-    };
     let proofs = proofs(&read(&root().join("docs/guarantees.md")));
     assert!(proofs.len() > 40, "the tables name their proofs: {}", proofs.len());
-    let faults: Vec<_> = proofs.iter().filter(|(path, name)| !declares(&sources(path), name)).collect();
+    let faults: Vec<_> = proofs.iter().filter(|(path, name)| !declares(&texts(&root().join(path)), name)).collect();
     assert!(faults.is_empty(), "docs/guarantees.md names tests that are not there: {faults:#?}");
+}
+
+#[test]
+fn every_function_that_the_architecture_points_to_is_in_its_file() {
+    let mut places = proofs(&read(&root().join("ARCHITECTURE.md")));
+    places.retain(|(path, _)| path.ends_with(".rs"));
+    assert!(places.len() > 10, "the table says where questions are decided: {}", places.len());
+    let is_there = |path: &str, name: &str| {
+        let last = name.rsplit("::").next().expect("a name has a last part");
+        texts(&root().join("src").join(path)).contains(last)
+    };
+    let faults: Vec<_> = places.iter().filter(|(path, name)| !is_there(path, name)).collect();
+    assert!(faults.is_empty(), "ARCHITECTURE.md names what is not there: {faults:#?}");
+}
+
+/// The text of a file, or of all sources in a directory; empty if there is neither.
+fn texts(path: &Path) -> String {
+    if path.is_dir() {
+        files(path, "rs").iter().map(|file| read(file)).collect()
+    } else {
+        fs::read_to_string(path).unwrap_or_default()
+    }
 }
 
 /// Applies `rule` to every source that isn't for tests alone.

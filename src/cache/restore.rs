@@ -20,7 +20,7 @@ impl PageCache {
     ) -> (u32, u32) {
         self.pages.restore(records);
         self.restore_zeroes(zeroes);
-        self.writeback.ages_from(Tick(0), self.settings.dirty_age_us);
+        self.writeback.start_aging(Tick(0), self.settings.dirty_age_us);
         (self.pages.len(), self.pages.dirty().dirty_pages())
     }
 }

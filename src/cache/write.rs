@@ -162,7 +162,7 @@ impl PageCache {
             self.stalled.unblock();
         }
         if self.pages.dirty().dirty_pages() == 0 {
-            self.writeback.ages_from(self.now, self.settings.dirty_age_us);
+            self.writeback.start_aging(self.now, self.settings.dirty_age_us);
         }
         self.pages.change(id, |page| {
             page.writers -= 1;

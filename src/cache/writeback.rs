@@ -1,68 +1,73 @@
 //! When dirty pages are written back, and in which order (genfs' syncer, and WOW: Gill and Modha, FAST 2005).
 //!
-//! A cursor sweeps the dirty set upwards and starts again at the bottom (CSCAN); a 64 KiB group that was written since
-//! the cursor last passed is skipped once, so that what is hot is written less often. FLUSH, old age, a reclaim that
-//! finds no clean page, idleness, and what goes ahead of a FLUSH override the skip.
+//! A cursor sweeps the dirty set upwards and starts again at the bottom (CSCAN). It skips a 64 KiB group once if a guest
+//! wrote to it since the cursor last passed, so that hot pages are written less often. Sweeps for a FLUSH, for old pages,
+//! for a reclaim that finds no clean page, of an idle image, and ahead of a FLUSH do not skip.
 //!
-//! Age needs no timestamps: every half of the age limit the current epoch is closed, and what belongs to closed epochs
-//! is written. Nothing runs while all is clean.
+//! Ageing needs no timestamp per page: the current epoch is closed twice in an age limit, and the pages of closed epochs
+//! are written. Nothing runs while every page is clean.
 
 use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 
-use super::PageCache;
-use super::pages::{DirtySet, GROUP_PAGES, Group};
-use super::pages::{FAILED, READING, RECENT};
+use super::pages::{DirtySet, FAILED, GROUP_PAGES, Group, READING, RECENT};
+use super::{PageCache, REGION_PAGES};
 
-/// Pages of an aligned piece that a sequential writer fills and that is then written at once (1 MiB).
-const BEHIND_PAGES: u64 = 256;
-/// Writes in op at full speed.
+/// Most writes under way.
 const DEPTH_MAX: u32 = 32;
+/// Most writes under way for a sweep that no request waits for: half as many, to delay the operations of requests less.
+const DEPTH_UNAWAITED: u32 = DEPTH_MAX / 2;
+/// Epochs are closed this many times in an age limit: a page waits up to half of it for its epoch to end, and is written
+/// in the other half.
+const EPOCHS_PER_AGE: u64 = 2;
 /// Without guest I/O for this long, write-back runs at full speed.
 const IDLE_US: u64 = 100_000;
-/// Groups looked at in one sweep that somebody waits for.
+/// Most groups that a sweep examines, unless it is a background sweep: a bound on the time of one pump.
 const SWEEP_GROUPS: usize = 512;
-/// Groups looked at in one sweep of the background, and the sweeps that a round of the cursor takes at least. Each pump
-/// while guests write comes by here, and a group that is hot is only worth writing when the cursor has been away from it
-/// for a while; but where thousands of groups are dirty and each was written once, few at a time would starve the store.
+/// Fewest groups that a background sweep examines. Every pump while guests write runs one, and the cursor must return to a
+/// hot group late, or it is written too often.
 const SWEEP_GROUPS_COLD: usize = 8;
+/// A round of the cursor takes about this many background sweeps if thousands of groups are dirty: [`SWEEP_GROUPS_COLD`] at
+/// a time would starve the store where each group was written once.
 const SWEEPS_PER_ROUND: usize = 64;
 
 /// The state of the sweeps.
 #[derive(Debug, Default)]
 pub(super) struct Writeback {
+    /// The group that the next sweep begins with.
     cursor: u64,
-    /// Between the start and the stop threshold.
+    /// The background write-back has passed its start threshold, and not yet its stop threshold.
     running: bool,
     /// A reclaim found no clean page.
     pub pressure: bool,
     /// A sweep ended at its bound.
     more: bool,
-    /// Groups looked at since one had something that could go.
+    /// Groups examined since a write was last started.
     groups_without_progress: usize,
-    note_guest_io: Tick,
+    last_guest_io: Tick,
+    /// The last epoch that was closed for its age, until it is written.
     aged: Option<Epoch>,
     next_aging: Tick,
-    /// Pages round which a sequential writer has filled an aligned 1 MiB.
-    behind: Vec<PageNo>,
+    /// The last page of each region that a sequential writer has filled.
+    filled_regions: Vec<PageNo>,
 }
 
 impl Writeback {
-    /// A guest asked for something.
+    /// A guest sent a request: the image is not idle.
     pub fn note_guest_io(&mut self, now: Tick) {
-        self.note_guest_io = now;
+        self.last_guest_io = now;
     }
 
     /// The first page becomes dirty: its age counts from now.
-    pub fn ages_from(&mut self, now: Tick, age_us: u64) {
-        self.next_aging = now.plus_us(age_us / 2);
+    pub fn start_aging(&mut self, now: Tick, age_us: u64) {
+        self.next_aging = now.plus_us(age_us / EPOCHS_PER_AGE);
     }
 
-    /// A page has been written by a guest: a filled 1 MiB is written at once.
+    /// A guest wrote a page. If that fills a region, the next pump writes the region.
     pub fn note_write(&mut self, dirty: &DirtySet, no: PageNo) {
-        if no.0 % BEHIND_PAGES == BEHIND_PAGES - 1 {
-            let first = PageNo(no.0 + 1 - BEHIND_PAGES);
-            if (0..BEHIND_PAGES / GROUP_PAGES).all(|group| dirty.group_is_full(first.plus(group * GROUP_PAGES))) {
-                self.behind.push(no);
+        if no.0 % REGION_PAGES == REGION_PAGES - 1 {
+            let first = PageNo(no.0 + 1 - REGION_PAGES);
+            if (0..REGION_PAGES / GROUP_PAGES).all(|group| dirty.group_is_full(first.plus(group * GROUP_PAGES))) {
+                self.filled_regions.push(no);
             }
         }
     }
@@ -77,7 +82,7 @@ enum Scope {
     Cold,
     /// All.
     All,
-    /// All, as they come: how fast the store takes them says nothing of how fast it could.
+    /// All, ahead of a FLUSH, at the guest's rate: that is no measure of the store's bandwidth.
     Ahead,
 }
 
@@ -92,24 +97,24 @@ impl PageCache {
         if self.pages.dirty().dirty_pages() == 0 {
             self.writeback.running = false;
             self.writeback.pressure = false;
-            self.writeback.behind.clear();
+            self.writeback.filled_regions.clear();
             return;
         }
-        for last in std::mem::take(&mut self.writeback.behind) {
+        for last in std::mem::take(&mut self.writeback.filled_regions) {
             self.write_behind(last);
         }
         if let Some(upto) = self.flushing.unwritten_upto() {
             self.sweep(Scope::UpTo(upto), DEPTH_MAX);
         }
         if let Some(upto) = self.writeback.aged {
-            self.sweep(Scope::UpTo(upto), DEPTH_MAX / 2);
+            self.sweep(Scope::UpTo(upto), DEPTH_UNAWAITED);
         }
         self.write_back_in_background();
     }
 
-    /// Writes the aligned 1 MiB that ends with page `last`, in as many clusters as the store's longest operation makes of it.
+    /// Writes the region that ends with page `last`: in several clusters if the store's longest operation is shorter.
     fn write_behind(&mut self, last: PageNo) {
-        let mut next = PageNo(last.0 + 1 - BEHIND_PAGES);
+        let mut next = PageNo(last.0 + 1 - REGION_PAGES);
         while next <= last {
             let end = self.pages.find(next).and_then(|id| self.put_cluster(id));
             if end.is_some() {
@@ -119,11 +124,14 @@ impl PageCache {
         }
     }
 
-    /// Write-back that nobody waits for: at full speed while guests are idle or frames run out, else in proportion to
-    /// how far what may be dirty is used up, and at full speed again before the first write is held back; else ahead of the
-    /// next FLUSH, where that pays, and not while one is under way, which has more use for the store.
+    /// Write-back that no request waits for:
+    ///
+    /// - at full speed while guests are idle or frames run out;
+    /// - between the thresholds in proportion to the dirty pages: full speed is reached at the setpoint of the throttle, before
+    ///   it delays the first write;
+    /// - else ahead of the next FLUSH, if `eager.rs` finds it worthwhile, and not while a FLUSH needs the store itself.
     fn write_back_in_background(&mut self) {
-        let idle = self.now.since_us(self.writeback.note_guest_io) >= IDLE_US;
+        let idle = self.now.since_us(self.writeback.last_guest_io) >= IDLE_US;
         let dirty_or_writeback = self.pages.dirty().dirty_or_writeback_pages();
         let start = self.throttle.start_pages();
         if dirty_or_writeback > start {
@@ -131,7 +139,7 @@ impl PageCache {
         } else if dirty_or_writeback < self.throttle.stop_pages() {
             self.writeback.running = false;
         }
-        // Nothing under way would bring the room that is waited for.
+        // Stalled requests wait for room, and no write under way will make any.
         let starving = self.stalled.for_room() && self.store_ops.writes() == 0;
         if idle || std::mem::take(&mut self.writeback.pressure) || starving {
             self.sweep(Scope::All, DEPTH_MAX);
@@ -141,11 +149,11 @@ impl PageCache {
             let depth = 1 + low_u32((u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)));
             self.sweep(Scope::Cold, depth);
         } else if self.eager.is_on() && self.flushing.none_waits() && self.health.may_retry(self.now) {
-            self.sweep(Scope::Ahead, DEPTH_MAX / 2);
+            self.sweep(Scope::Ahead, DEPTH_UNAWAITED);
         }
     }
 
-    /// Closes the current epoch every half of the age limit; when an aged epoch is written, asks for a Sync.
+    /// Closes the current epoch [`EPOCHS_PER_AGE`] times in an age limit. Asks for a Sync when an aged epoch is written.
     fn age(&mut self) {
         let oldest = self.pages.dirty().oldest();
         if let Some(aged) = self.writeback.aged
@@ -158,11 +166,11 @@ impl PageCache {
             if self.pages.dirty().dirty_pages() > 0 {
                 self.writeback.aged = Some(self.pages.close_epoch());
             }
-            self.writeback.next_aging = self.now.plus_us(self.settings.dirty_age_us / 2);
+            self.writeback.next_aging = self.now.plus_us(self.settings.dirty_age_us / EPOCHS_PER_AGE);
         }
     }
 
-    /// Sends dirty pages in scope to the store, upwards from the cursor, until `depth` writes are in op.
+    /// Writes dirty pages in scope, upwards from the cursor, until `depth` writes are under way.
     fn sweep(&mut self, scope: Scope, depth: u32) {
         let mut wrapped = false;
         let start = self.writeback.cursor;
@@ -192,12 +200,12 @@ impl PageCache {
                 self.sweep_group(number, group, scope, depth);
             }
         }
-        // A sweep of the background goes on at the next request or when guests are idle; others go on at once, until they
-        // have been round without finding anything that can go.
+        // A background sweep continues at the next request or when guests are idle. Others continue at once, until a whole
+        // round of the cursor has started no write.
         self.writeback.more |= !cold && self.writeback.groups_without_progress < self.pages.dirty().groups();
     }
 
-    /// Whether a page of the group was written since the cursor last passed, which it does now.
+    /// Whether a guest wrote a page of the group since the cursor last passed. The cursor passes now: forgets it.
     fn was_recent(&mut self, number: u64, group: Group) -> bool {
         let mut recent = false;
         let mut previous = None;
@@ -210,7 +218,7 @@ impl PageCache {
         recent
     }
 
-    /// Writes the pages of one group that are in scope; the cursor moves past a cluster that reaches further.
+    /// Writes the pages of one group that are in scope. The cursor moves past a cluster that extends beyond the group.
     fn sweep_group(&mut self, number: u64, group: Group, scope: Scope, depth: u32) {
         for no in group.pages(number) {
             if self.store_ops.writes() >= depth {
@@ -232,7 +240,7 @@ impl PageCache {
         }
     }
 
-    /// Whether the page may go to the store now.
+    /// Whether the page has dirty sectors that may be written now (I6).
     pub(super) fn can_be_put(&self, id: PageId) -> bool {
         let page = &self.pages[id];
         !page.dirty.is_empty()
@@ -243,7 +251,7 @@ impl PageCache {
             && !self.ranges.block(page.no())
     }
 
-    /// When write-back has something to do although nothing happens.
+    /// When write-back next has something to do without a request or a completion.
     pub(super) fn writeback_deadline(&self) -> Option<Tick> {
         if self.writeback.more {
             return Some(self.now);
@@ -257,7 +265,7 @@ impl PageCache {
             let space = retry.filter(|_| self.health.waits_for_space());
             return [sync, space, self.hold_ends()].into_iter().flatten().min();
         }
-        let idle_at = self.writeback.note_guest_io.plus_us(IDLE_US);
+        let idle_at = self.writeback.last_guest_io.plus_us(IDLE_US);
         let idle = (idle_at > self.now).then_some(idle_at);
         [Some(self.writeback.next_aging), idle, retry, self.hold_ends()].into_iter().flatten().min()
     }

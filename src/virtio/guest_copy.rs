@@ -1,12 +1,21 @@
-//! Copies between the guest's memory and ours.
+//! Copies between guest memory and host memory.
 //!
-//! A request's data is a list of guest ranges read as one stream of bytes. [`GuestCursor`] copies any stretch of that
-//! stream to or from host memory and remembers where it stopped, so that reading on costs nothing and jumping costs the
-//! number of ranges jumped over.
+//! A request's data is a list of guest ranges, read as one stream of bytes. [`GuestCursor`] copies any section of that
+//! stream to or from host memory and remembers where it stopped: the next section costs nothing to find, another one
+//! costs a step for each range in between.
 //!
-//! The guest may write to its memory while we copy. No reference to guest memory is ever formed: all access is through
-//! raw pointers, and bytes whose values steer the daemon are fetched with volatile reads ([`read_once`]), so that the
-//! compiler can't fetch them a second time after they were checked.
+//! # Races
+//!
+//! The guest may write to its memory during a copy, and two requests for the same sectors may be copied to and from the
+//! same frame at the same time, by two workers. Both are allowed. The bytes are disk content: any value is valid, and a
+//! reader gets a mixture of old and new bytes, as from any disk under overlapping requests.
+//!
+//! No reference to guest memory or to a frame is ever formed; all access is through raw pointers. Bulk data is copied
+//! without looking at it. Bytes that steer the daemon are fetched with volatile reads ([`read_once`]), so that the
+//! compiler cannot fetch them again after they were checked. By the letter of Rust's memory model a plain copy that
+//! races is undefined behaviour all the same, and Rust has no stable byte-wise atomic copy. Like other users of
+//! rust-vmm, this module relies on `copy_nonoverlapping` of bytes being compiled to plain loads and stores, for which a
+//! race is harmless.
 
 use std::ptr;
 
@@ -17,10 +26,10 @@ use crate::virtio::{GuestRam, Status};
 #[cfg(test)]
 mod tests;
 
-/// Bytes of a line of the processor's cache.
+/// Bytes of a line of the processor's cache. Only prefetching depends on it.
 pub const CACHE_LINE_BYTES: usize = 64;
 
-/// A run of guest memory, as the guest describes it: nothing is known of it but its place.
+/// A range of guest memory as a descriptor gives it, unchecked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
     /// First byte.
@@ -29,18 +38,18 @@ pub struct GuestRange {
     pub len: u32,
 }
 
-/// A copy left the request's data or the guest's memory. Some bytes may have been copied.
+/// A copy would have left the request's data or guest memory. Some bytes may have been copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadAddress;
 
-/// Reads and writes the data of one request.
+/// Copies from and to the data of one request.
 #[derive(Debug)]
 pub struct GuestCursor<'a> {
     mem: &'a GuestRam,
     ranges: &'a [GuestRange],
-    /// Range in the list where the cursor stands; not beyond the last one's successor.
+    /// The current range; `ranges.len()` at the end of the data.
     index: usize,
-    /// Offset in the data of that range's first byte: the sum of the lengths of `ranges[..index]`.
+    /// Offset in the data of the current range's first byte: the sum of the lengths of `ranges[..index]`.
     start: u64,
 }
 
@@ -53,27 +62,31 @@ impl<'a> GuestCursor<'a> {
     /// Copies `len` bytes at byte `offset` of the data from the guest to `target`.
     ///
     /// # Safety
-    /// `target` is valid for writes of `len` bytes, is not guest memory, and nobody else uses it meanwhile.
+    /// `target` is valid for writes of `len` bytes, is not guest memory, and no reference covers it. Others may read or
+    /// write the same bytes through raw pointers at the same time; each of them must accept any mixture of old and new
+    /// bytes.
     ///
     /// # Errors
-    /// [`BadAddress`] when the stretch is not wholly in the data and in guest memory.
+    /// [`BadAddress`] if part of the section is outside the data or outside guest memory.
     pub unsafe fn copy_from_guest(&mut self, offset: u64, target: *mut u8, len: usize) -> Result<(), BadAddress> {
-        self.each_piece(offset, len, |done, guest, count| {
-            // SAFETY: `guest` is valid for `count` bytes of mapped guest memory (each_piece); `target` for `len` bytes,
-            // of which this piece is `done..done + count` (caller); the two do not overlap (caller). The guest may
-            // change the bytes meanwhile: they are disk content, any value will do.
+        self.for_each_chunk(offset, len, |done, guest, count| {
+            // SAFETY: `guest` is valid for `count` bytes of mapped guest memory (for_each_chunk), `target` for `len`
+            // bytes, of which this chunk is `done..done + count` (caller). They do not overlap (caller). Others may
+            // access both at the same time: see the module.
             unsafe { ptr::copy_nonoverlapping(guest, target.add(done), count) };
         })
     }
 
-    /// Copies `len` bytes from `source` to byte `offset` of the data in the guest. `next` is where the next such copy will
-    /// read, if that is somewhere else: see [`copy_looking_ahead`].
+    /// Copies `len` bytes from `source` to byte `offset` of the data in the guest. `next`, if given, is the source of
+    /// the next copy, which is prefetched meanwhile.
     ///
     /// # Safety
-    /// `source` is valid for reads of `len` bytes, is not guest memory, and nobody writes to it meanwhile.
+    /// `source` is valid for reads of `len` bytes, is not guest memory, and no mutable reference covers it. Others may
+    /// read or write the same bytes through raw pointers at the same time; the guest gets any mixture of old and new
+    /// bytes.
     ///
     /// # Errors
-    /// [`BadAddress`] when the stretch is not wholly in the data and in guest memory.
+    /// As [`Self::copy_from_guest`].
     pub unsafe fn copy_to_guest(
         &mut self,
         offset: u64,
@@ -81,11 +94,11 @@ impl<'a> GuestCursor<'a> {
         len: usize,
         next: Option<*const u8>,
     ) -> Result<(), BadAddress> {
-        self.each_piece(offset, len, |done, guest, count| match next {
-            // SAFETY: as in copy_from_guest, with the roles exchanged.
+        self.for_each_chunk(offset, len, |done, guest, count| match next {
+            // SAFETY: as in copy_from_guest, with source and target exchanged.
             None => unsafe { ptr::copy_nonoverlapping(source.add(done), guest, count) },
-            // SAFETY: the same.
-            Some(next) => unsafe { copy_looking_ahead(source.add(done), guest, count, next.wrapping_add(done)) },
+            // SAFETY: as above.
+            Some(next) => unsafe { copy_with_prefetch(source.add(done), guest, count, next.wrapping_add(done)) },
         })
     }
 
@@ -94,19 +107,19 @@ impl<'a> GuestCursor<'a> {
     /// # Errors
     /// As [`Self::copy_to_guest`].
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), BadAddress> {
-        // SAFETY: a shared slice is valid for reads of its length, and no Rust slice covers guest memory.
+        // SAFETY: a shared slice is valid for reads of its length, and is never guest memory.
         unsafe { self.copy_to_guest(offset, bytes.as_ptr(), bytes.len(), None) }
     }
 
-    /// Fills `bytes` from byte `offset` of the data, each byte fetched once.
+    /// Fills `bytes` from byte `offset` of the data, fetching each byte exactly once.
     ///
     /// # Errors
     /// As [`Self::copy_from_guest`].
     pub fn read(&mut self, offset: u64, bytes: &mut [u8]) -> Result<(), BadAddress> {
         let target = bytes.as_mut_ptr();
-        self.each_piece(offset, bytes.len(), |done, guest, count| {
-            // SAFETY: `guest` is valid for `count` bytes (each_piece), `target` for the slice's length, of which this
-            // piece is `done..done + count`; no Rust slice covers guest memory.
+        self.for_each_chunk(offset, bytes.len(), |done, guest, count| {
+            // SAFETY: `guest` is valid for `count` bytes (for_each_chunk), `target` for the slice's length, of which
+            // this chunk is `done..done + count`. A slice is never guest memory.
             unsafe { copy_volatile(guest, target.add(done), count) };
         })
     }
@@ -116,17 +129,18 @@ impl<'a> GuestCursor<'a> {
     /// # Errors
     /// As [`Self::copy_to_guest`].
     pub fn fill_zeros(&mut self, offset: u64, len: usize) -> Result<(), BadAddress> {
-        self.each_piece(offset, len, |_, guest, count| {
-            // SAFETY: `guest` is valid for writes of `count` bytes of mapped guest memory (each_piece).
+        self.for_each_chunk(offset, len, |_, guest, count| {
+            // SAFETY: `guest` is valid for writes of `count` bytes of mapped guest memory (for_each_chunk).
             unsafe { ptr::write_bytes(guest, 0, count) };
         })
     }
 
-    /// Calls `f(bytes done before, host address, length)` for each contiguous piece of the stretch, in order.
+    /// Calls `f(bytes before it, host address, length)` for each chunk of the section that is contiguous in the host,
+    /// in order.
     ///
-    /// => Each piece is mapped guest memory of that length, for the duration of the call.
+    /// => Each chunk is mapped guest memory of that length for the duration of the call.
     #[inline]
-    fn each_piece(
+    fn for_each_chunk(
         &mut self,
         offset: u64,
         len: usize,
@@ -143,7 +157,7 @@ impl<'a> GuestCursor<'a> {
             let left = usize::try_from(u64::from(range.len) - skip).map_err(|_| BadAddress)?;
             let count = left.min(len - done);
             let addr = range.addr.checked_add(skip).ok_or(BadAddress)?;
-            each_mapping(self.mem, addr, count, |inner, host, mapped| {
+            for_each_mapping(self.mem, addr, count, |inner, host, mapped| {
                 f(done + inner, host, mapped);
             })?;
             done += count;
@@ -157,10 +171,10 @@ impl<'a> GuestCursor<'a> {
         }
     }
 
-    /// Stands on the range that holds byte `offset` of the data.
+    /// Makes the range that holds byte `offset` of the data the current one.
     fn seek(&mut self, offset: u64) -> Result<(), BadAddress> {
         while offset < self.start {
-            // The sum of no ranges is 0 and no offset is below it, so there is a range to step back over.
+            // At the first range `start` is 0, and no offset is below that; so there is a range to step back to.
             self.index = self.index.checked_sub(1).ok_or(BadAddress)?;
             let len = self.ranges.get(self.index).ok_or(BadAddress)?.len;
             self.start = self.start.checked_sub(u64::from(len)).ok_or(BadAddress)?;
@@ -174,7 +188,7 @@ impl<'a> GuestCursor<'a> {
         }
     }
 
-    /// Steps to the next range.
+    /// Moves on to the next range.
     ///
     /// => There is a current range.
     fn step(&mut self) {
@@ -183,15 +197,15 @@ impl<'a> GuestCursor<'a> {
     }
 }
 
-/// Calls `f(bytes done before, host address, length)` for each mapping behind `len` bytes at `addr`.
+/// Calls `f(bytes before it, host address, length)` for each region's part of the `len` bytes at `addr`, in order.
 #[inline]
-fn each_mapping(
+fn for_each_mapping(
     mem: &GuestRam,
     addr: GuestAddress,
     len: usize,
     mut f: impl FnMut(usize, *mut u8, usize),
 ) -> Result<(), BadAddress> {
-    // Nearly always one region holds it all. Without xen's on-demand mappings the pointer guard is a plain pointer.
+    // One region nearly always holds all of it. The guard is a plain pointer, as vm-memory's Xen mappings are not used.
     if let Some(slice) = mem.slice(addr, len) {
         f(0, slice.ptr_guard_mut().as_ptr(), len);
         return Ok(());
@@ -205,26 +219,27 @@ fn each_mapping(
     if done == len { Ok(()) } else { Err(BadAddress) }
 }
 
-/// Calls for the line of the processor's cache that holds the byte at `place`, which need not be a valid address.
-#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is no portable way to say it"))]
-pub fn prefetch(place: *const u8) {
+/// Prefetches the cache line that holds the byte at `address`, which need not be valid. Does nothing except on x86-64.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is no portable prefetch"))]
+pub fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is a hint: it reads nothing that the program could see, and no address makes it fail.
+    // SAFETY: a prefetch is a hint. It reads nothing that the program could see, and no address makes it fault.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(place.cast());
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
     };
 }
 
-/// Copies `len` bytes, and calls for as many at `next` meanwhile, line by line.
+/// Copies `len` bytes, and prefetches as many at `next` meanwhile, line by line.
 ///
-/// => A page that was not used lately is in no cache of the processor's, and its own prefetcher stops at the end of each
-///    page: without this, every copy of a page begins with a wait for memory. (Measured on an EPYC: 185 ns for a page from
-///    128 MiB, 245 ns with a hint for the next page's beginning alone, 270 ns with none; and no loss where all is in the
-///    cache.)
+/// => A page that was not used recently is in none of the processor's caches, and the processor's prefetcher stops at
+///    page boundaries. Without this, every copy of a page begins with a wait for memory. (Measured on an EPYC: 185 ns
+///    for a page out of 128 MiB, 245 ns if only the start of the next page is prefetched, 270 ns without prefetching;
+///    and no loss where everything is in the processor's cache.)
 ///
 /// # Safety
-/// As for [`ptr::copy_nonoverlapping`]; `next` may be any address.
-unsafe fn copy_looking_ahead(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
+/// `source` is valid for reads and `target` for writes of `len` bytes, and they do not overlap. Others may access the
+/// bytes at the same time: see the module. `next` may be any address.
+unsafe fn copy_with_prefetch(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
     let mut done = 0;
     while len - done >= CACHE_LINE_BYTES {
         prefetch(next.wrapping_add(done));
@@ -232,33 +247,33 @@ unsafe fn copy_looking_ahead(source: *const u8, target: *mut u8, len: usize, nex
         unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), CACHE_LINE_BYTES) };
         done += CACHE_LINE_BYTES;
     }
-    // SAFETY: the rest of both.
+    // SAFETY: `done` is at most `len`, so this is the rest of both.
     unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), len - done) };
 }
 
 /// Fills `target` from guest memory at `addr`, fetching each byte exactly once.
 ///
 /// # Errors
-/// [`BadAddress`] when the range is not wholly in guest memory.
+/// [`BadAddress`] if part of the range is outside guest memory.
 pub fn read_once(mem: &GuestRam, addr: GuestAddress, target: &mut [u8]) -> Result<(), BadAddress> {
     let start = target.as_mut_ptr();
-    each_mapping(mem, addr, target.len(), |done, guest, count| {
-        // SAFETY: `guest` is valid for `count` bytes (each_mapping), `start` for the slice's length, of which this piece
-        // is `done..done + count`; no Rust slice covers guest memory.
+    for_each_mapping(mem, addr, target.len(), |done, guest, count| {
+        // SAFETY: `guest` is valid for `count` bytes (for_each_mapping), `start` for the slice's length, of which this
+        // chunk is `done..done + count`. A slice is never guest memory.
         unsafe { copy_volatile(guest, start.add(done), count) };
     })
 }
 
-/// Writes a request's status byte.
+/// Writes a request's status byte to `addr`.
 ///
 /// # Errors
-/// [`BadAddress`] when the address is not in guest memory (any more).
+/// [`BadAddress`] if the address is not, or no longer, in guest memory.
 pub fn write_status(mem: &GuestRam, addr: GuestAddress, status: Status) -> Result<(), BadAddress> {
-    let place = mem.slice(addr, 1).ok_or(BadAddress)?;
-    place.write_obj(status as u8, 0).map_err(|_| BadAddress)
+    let byte = mem.slice(addr, 1).ok_or(BadAddress)?;
+    byte.write_obj(status as u8, 0).map_err(|_| BadAddress)
 }
 
-/// Copies `len` bytes with volatile reads: eight at a time where the source allows.
+/// Copies `len` bytes with volatile reads, eight bytes at a time if the source is aligned.
 ///
 /// # Safety
 /// `source` is valid for reads and `target` for writes of `len` bytes, and they do not overlap.
@@ -266,8 +281,8 @@ unsafe fn copy_volatile(source: *const u8, target: *mut u8, len: usize) {
     let mut done = 0;
     if source.addr().is_multiple_of(8) {
         while len - done >= 8 {
-            // SAFETY: within `len` bytes of both (loop condition); the source is aligned for u64 (checked, and `done` is
-            // a multiple of 8), the target needs no alignment.
+            // SAFETY: within `len` bytes of both (loop condition). The source is aligned for u64 (checked above, and
+            // `done` is a multiple of 8); the target needs no alignment.
             unsafe {
                 let word = ptr::read_volatile(source.add(done).cast::<u64>());
                 ptr::write_unaligned(target.add(done).cast::<u64>(), word);
@@ -276,7 +291,7 @@ unsafe fn copy_volatile(source: *const u8, target: *mut u8, len: usize) {
         }
     }
     while done < len {
-        // SAFETY: within `len` bytes of both (loop condition); a byte needs no alignment.
+        // SAFETY: within `len` bytes of both (loop condition).
         unsafe { ptr::write(target.add(done), ptr::read_volatile(source.add(done))) };
         done += 1;
     }

@@ -1,21 +1,21 @@
 //! The guest's memory, as the front-end maps it into this process.
 //!
-//! vm-memory maps it and keeps each region behind a pointer of its own. A request asks where its header, its data and its
-//! status lie, and what a look-up needs to know of the regions lies side by side here.
+//! vm-memory maps it, and keeps each region behind a pointer of its own. Every request looks up its header, its data
+//! and its status; here, the fields that a lookup needs are adjacent in memory.
 
 use std::sync::Arc;
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
 
-/// Guest memory; mapped as long as this lives.
+/// Guest memory, mapped as long as this lives.
 #[derive(Debug, Default)]
 pub struct GuestRam {
     memory: Arc<GuestMemoryMmap<()>>,
-    /// In the order of their addresses.
+    /// In order of their addresses.
     regions: Box<[Region]>,
 }
 
-/// A region of guest memory, and where it is mapped.
+/// A region of guest memory and its mapping.
 #[derive(Debug)]
 struct Region {
     first: GuestAddress,
@@ -23,46 +23,47 @@ struct Region {
     host: *mut u8,
 }
 
-// SAFETY: the mapping belongs to no thread; what is done with its bytes is told by the slices of it.
+// SAFETY: the mapping belongs to no thread, and its bytes are only accessed through raw pointers and volatile slices.
 unsafe impl Send for Region {}
-// SAFETY: the same.
+// SAFETY: as above.
 unsafe impl Sync for Region {}
 
 impl GuestRam {
     /// The memory that vm-memory has mapped.
     pub fn new(memory: Arc<GuestMemoryMmap<()>>) -> Self {
         let whole = |region: &vm_memory::GuestRegionMmap<()>| {
-            let slice = region.as_volatile_slice().expect("a region that is mapped");
-            // Without xen's on-demand mappings the guard is a plain pointer, good as long as the memory.
+            let slice = region.as_volatile_slice().expect("a region is mapped");
+            // The guard is a plain pointer, valid as long as the memory, as vm-memory's Xen mappings are not used.
             Region { first: region.start_addr(), bytes: slice.len(), host: slice.ptr_guard_mut().as_ptr() }
         };
         let regions = memory.iter().map(whole).collect();
         Self { memory, regions }
     }
 
-    /// `len` bytes at `addr`, if one region holds them all: nearly always.
+    /// The `len` bytes at `addr`, if they are in one region, as nearly always.
     #[inline]
     pub fn slice(&self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'_>> {
         let after = self.regions.partition_point(|region| region.first <= addr);
         let region = self.regions[..after].last()?;
         let offset = usize::try_from(addr.unchecked_offset_from(region.first)).ok()?;
         let left = region.bytes.checked_sub(offset).filter(|&left| left > 0)?;
-        // SAFETY: the bytes lie in the region, whose mapping lives as long as `self.memory`, which the slice borrows.
+        // SAFETY: the bytes are in the region, which is mapped as long as `self.memory` lives, and the slice borrows
+        // `self`.
         (len <= left).then(|| unsafe { VolatileSlice::new(region.host.add(offset), len) })
     }
 
-    /// The slices that `len` bytes at `addr` lie in, in order; the last one is `None` where guest memory ends before.
+    /// The `len` bytes at `addr` as one slice a region, in order. The last is `None` if guest memory ends before them.
     pub fn slices(&self, addr: GuestAddress, len: usize) -> impl Iterator<Item = Option<VolatileSlice<'_>>> {
         GuestMemoryBackend::get_slices(&*self.memory, addr, len).map(Result::ok)
     }
 
-    /// Whether all of `len` bytes at `addr` are guest memory, in one region or several.
-    pub fn holds(&self, addr: GuestAddress, len: usize) -> bool {
+    /// Whether all of the `len` bytes at `addr` are in guest memory, in one region or several.
+    pub fn contains(&self, addr: GuestAddress, len: usize) -> bool {
         self.memory.check_range(addr, len)
     }
 }
 
-/// What the tests write to guest memory and read from it goes another way than the code they test.
+/// Tests write to guest memory and read it through vm-memory itself, not through the code that they test.
 #[cfg(test)]
 impl std::ops::Deref for GuestRam {
     type Target = GuestMemoryMmap<()>;
@@ -76,7 +77,7 @@ mod tests {
     use super::*;
     use crate::virtio::testing::{END, HIGH, HOLE, SEAM, ram};
 
-    /// Around every border, and of every length that matters there, a slice is what vm-memory finds.
+    /// Around every border of a region, for every length that matters there.
     #[test]
     fn a_slice_is_what_vm_memory_finds() {
         let mem = ram();

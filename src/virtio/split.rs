@@ -1,9 +1,9 @@
-//! The split virtqueue's own memory (virtio 1.2, section 2.7): available heads come out, used elements go in, and each side
-//! says when it wants to be told.
+//! The split virtqueue (virtio 1.2, section 2.7): heads are taken from the available ring, elements are pushed onto the
+//! used ring, and each side tells the other whether it wants to be notified.
 //!
-//! The rings are looked up among the guest's regions once, when the queue starts or the memory changes; then they are host
-//! addresses of a known length. virtio-queue looks up each word again, and publishes each used element by itself, which
-//! takes the line of the used index away from a guest that polls it once a request.
+//! The rings are looked up in the guest's regions once, when the queue starts or the memory changes; from then on they
+//! are host addresses with a known length. virtio-queue, by contrast, looks up every word each time, and publishes
+//! every used element by itself: a guest that polls the used index loses its cache line once a request.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
@@ -16,149 +16,157 @@ use crate::virtio::GuestRam;
 #[cfg(test)]
 mod tests;
 
-/// struct virtq_avail: le16 flags, le16 idx, le16 ring\[size\], le16 used_event. struct virtq_used: le16 flags, le16 idx,
-/// elements of le32 id and le32 len, le16 avail_event.
+// struct virtq_avail: le16 flags, le16 idx, le16 ring[size], le16 used_event. struct virtq_used: le16 flags, le16 idx,
+// ring[size] of { le32 id, le32 len }, le16 avail_event.
+/// Offsets in either ring.
+const FLAGS: usize = 0;
 const IDX: usize = 2;
 const RING: usize = 4;
+/// Length of an entry of the available ring, of one of the used ring, and of the event index after either.
 const HEAD_BYTES: usize = 2;
 const ELEMENT_BYTES: usize = 8;
 const EVENT_BYTES: usize = 2;
-/// Alignment of the parts (section 2.7).
+/// Alignment of the queue's parts (section 2.7).
 const TABLE_ALIGNMENT: u64 = 16;
 const AVAIL_ALIGNMENT: usize = 2;
 const USED_ALIGNMENT: usize = 4;
 const DESCRIPTOR_BYTES: usize = 16;
 
-/// Where a queue lies and what was negotiated for it; addresses are the guest's.
+/// Where a queue is in guest memory, and what was negotiated for it. Addresses are guest-physical.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueLayout {
     /// Number of descriptors, a power of two.
     pub size: u16,
-    /// Descriptor table.
+    /// Address of the descriptor table.
     pub desc_table: u64,
-    /// Available ring.
+    /// Address of the available ring.
     pub avail_ring: u64,
-    /// Used ring.
+    /// Address of the used ring.
     pub used_ring: u64,
-    /// VIRTIO_RING_F_EVENT_IDX was negotiated.
+    /// Whether VIRTIO_RING_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
 }
 
-/// Where the device stands in a queue.
+/// The device's position in a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueuePosition {
-    /// Index of the next available entry to take.
+    /// Index of the next available entry to take; wraps at 65536.
     pub next_avail: u16,
-    /// Index of the next used element to fill.
+    /// Index of the next used element to fill; wraps at 65536.
     pub next_used: u16,
 }
 
-/// The guest has made more available than there are descriptors.
+/// The driver has made more heads available than the queue has descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overrun;
 
-/// A split virtqueue, from the device's side.
+/// The device's side of a split virtqueue.
 #[derive(Debug)]
 pub struct SplitQueue {
     layout: QueueLayout,
     rings: Rings,
     next: QueuePosition,
-    /// The used index that the guest sees.
+    /// The used index that the driver sees.
     published: u16,
 }
 
 impl SplitQueue {
-    /// A queue that goes on there; `None` if it does not lie in guest memory as it must.
+    /// A queue that continues at `next`. `None` if its size is not a power of two, or a part is misaligned or not in
+    /// guest memory.
     ///
-    /// => Each ring must lie in one region of guest memory, as in every device that looks it up once. The descriptor table
-    ///    need not: see [`DescriptorTable`](super::chain::DescriptorTable).
+    /// => Each ring must be in one region of guest memory, as for every device that looks it up once. The descriptor
+    ///    table may cross regions: see [`DescriptorTable`](super::chain::DescriptorTable).
     pub fn new(memory: &Arc<GuestRam>, layout: QueueLayout, next: QueuePosition) -> Option<Self> {
         let rings = Rings::find(memory, &layout)?;
         Some(Self { layout, rings, next, published: next.next_used })
     }
 
-    /// Where the device stands.
+    /// The device's position.
     pub fn position(&self) -> QueuePosition {
         self.next
     }
 
-    /// Goes on there.
+    /// Continues at `next`, with everything before it published.
     pub fn set_position(&mut self, next: QueuePosition) {
         (self.next, self.published) = (next, next.next_used);
     }
 
-    /// The used index in guest memory: what a predecessor has published last.
+    /// The used index in guest memory, which the previous daemon may have published.
     pub fn used_idx(&self) -> u16 {
         u16::from_le(self.rings.used.le16(IDX).load(Ordering::Acquire))
     }
 
-    /// Whether the guest has made something available that was not taken.
+    /// Whether there are available heads that were not taken.
     pub fn has_available(&self) -> bool {
         self.avail_idx() != self.next.next_avail
     }
 
-    /// Takes up to `most` heads, in their order. They are what the guest wrote: any number.
+    /// Takes up to `max` heads, in order. They are as the guest wrote them: any number is possible.
     ///
     /// # Errors
-    /// [`Overrun`]: nothing is taken.
-    pub fn take(&mut self, most: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
+    /// [`Overrun`]; nothing is taken then.
+    pub fn take(&mut self, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
         let available = self.avail_idx().wrapping_sub(self.next.next_avail);
         if available > self.layout.size {
             return Err(Overrun);
         }
-        for _ in 0..most.min(usize::from(available)) {
-            let head = self.rings.avail.le16(RING + self.place(self.next.next_avail) * HEAD_BYTES);
+        for _ in 0..max.min(usize::from(available)) {
+            let head = self.rings.avail.le16(RING + self.entry(self.next.next_avail) * HEAD_BYTES);
             heads.push(u16::from_le(head.load(Ordering::Relaxed)));
             self.next.next_avail = self.next.next_avail.wrapping_add(1);
         }
         Ok(())
     }
 
-    /// Fills the next used element: the chain at `head`, with `len` bytes written. The guest sees it when it is published.
+    /// Fills the next used element: the chain at `head`, with `len` bytes written to it. [`SplitQueue::publish`] shows
+    /// it to the driver.
     pub fn push_used(&mut self, head: u16, len: u32) {
-        let element = RING + self.place(self.next.next_used) * ELEMENT_BYTES;
+        let element = RING + self.entry(self.next.next_used) * ELEMENT_BYTES;
         self.rings.used.le32(element).store(u32::from(head).to_le(), Ordering::Relaxed);
         self.rings.used.le32(element + size_of::<u32>()).store(len.to_le(), Ordering::Relaxed);
         self.next.next_used = self.next.next_used.wrapping_add(1);
     }
 
-    /// Whether there are used elements that the guest does not see.
+    /// Whether there are used elements that were not published.
     pub fn has_unpublished(&self) -> bool {
         self.next.next_used != self.published
     }
 
-    /// Shows the guest what has been used. Whether it wants a call for that (section 2.7.7.2).
+    /// Shows all used elements to the driver. Returns whether it wants to be interrupted for them (section 2.7.7.2).
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next.next_used);
         self.rings.used.le16(IDX).store(new.to_le(), Ordering::Release);
         self.published = new;
-        // The guest writes what it wants before it looks at the index for the last time: one of us sees the other's.
+        // The driver writes what it wants before it checks the index for the last time. With a fence on either side, at
+        // least one side sees what the other has written.
         fence(Ordering::SeqCst);
         if self.layout.event_idx {
             let used_event = RING + usize::from(self.layout.size) * HEAD_BYTES;
             let event = u16::from_le(self.rings.avail.le16(used_event).load(Ordering::Relaxed));
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            let flags = u16::from_le(self.rings.avail.le16(0).load(Ordering::Relaxed));
+            let flags = u16::from_le(self.rings.avail.le16(FLAGS).load(Ordering::Relaxed));
             u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
         }
     }
 
-    /// The guest need not kick: with EVENT_IDX that is so as long as the event index is behind, else by a flag.
+    /// Tells the driver that it need not kick. With EVENT_IDX it does not kick while avail_event stays behind, so there
+    /// is nothing to do; else a flag says so.
     pub fn disable_notification(&mut self) {
         if !self.layout.event_idx {
             let flags = u16::try_from(VRING_USED_F_NO_NOTIFY).expect("it is 1");
-            self.rings.used.le16(0).store(flags.to_le(), Ordering::Relaxed);
+            self.rings.used.le16(FLAGS).store(flags.to_le(), Ordering::Relaxed);
         }
     }
 
-    /// The guest is to kick from now on. True: something came meanwhile, for which it may not have kicked.
+    /// Tells the driver to kick from now on. Returns whether heads became available meanwhile, for which it may not
+    /// have kicked.
     pub fn enable_notification(&mut self) -> bool {
         if self.layout.event_idx {
             let avail_event = RING + usize::from(self.layout.size) * ELEMENT_BYTES;
             self.rings.used.le16(avail_event).store(self.next.next_avail.to_le(), Ordering::Relaxed);
         } else {
-            self.rings.used.le16(0).store(0, Ordering::Relaxed);
+            self.rings.used.le16(FLAGS).store(0, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
         self.has_available()
@@ -168,17 +176,17 @@ impl SplitQueue {
         u16::from_le(self.rings.avail.le16(IDX).load(Ordering::Acquire))
     }
 
-    /// The place of an index in its ring.
-    fn place(&self, index: u16) -> usize {
+    /// The entry of a ring that an index means.
+    fn entry(&self, index: u16) -> usize {
         usize::from(index & (self.layout.size - 1))
     }
 }
 
-/// The two rings in the guest's memory, which is held.
+/// The two rings in guest memory, which stays mapped as long as this lives.
 #[derive(Debug)]
 struct Rings {
-    avail: Part,
-    used: Part,
+    avail: RingMemory,
+    used: RingMemory,
     _memory: Arc<GuestRam>,
 }
 
@@ -188,55 +196,61 @@ impl Rings {
         if !layout.size.is_power_of_two() {
             return None;
         }
-        let part = |address, bytes, alignment| Part::find(memory, GuestAddress(address), bytes, alignment);
-        if !memory.holds(GuestAddress(layout.desc_table), size * DESCRIPTOR_BYTES)
+        let ring = |address, bytes, alignment| RingMemory::find(memory, GuestAddress(address), bytes, alignment);
+        if !memory.contains(GuestAddress(layout.desc_table), size * DESCRIPTOR_BYTES)
             || !layout.desc_table.is_multiple_of(TABLE_ALIGNMENT)
         {
             return None;
         }
-        let avail = part(layout.avail_ring, RING + size * HEAD_BYTES + EVENT_BYTES, AVAIL_ALIGNMENT)?;
-        let used = part(layout.used_ring, RING + size * ELEMENT_BYTES + EVENT_BYTES, USED_ALIGNMENT)?;
+        let avail = ring(layout.avail_ring, RING + size * HEAD_BYTES + EVENT_BYTES, AVAIL_ALIGNMENT)?;
+        let used = ring(layout.used_ring, RING + size * ELEMENT_BYTES + EVENT_BYTES, USED_ALIGNMENT)?;
         Some(Self { avail, used, _memory: Arc::clone(memory) })
     }
 }
 
-/// A piece of guest memory that is mapped as long as its [`Rings`] live.
+/// The memory of one ring, mapped as long as its [`Rings`] live.
 #[derive(Debug)]
-struct Part {
+struct RingMemory {
     base: *mut u8,
     bytes: usize,
 }
 
-// SAFETY: the memory belongs to no thread; it is only accessed as atomics.
-unsafe impl Send for Part {}
+// SAFETY: the memory belongs to no thread, and is only accessed as atomics.
+unsafe impl Send for RingMemory {}
 
-impl Part {
+impl RingMemory {
     fn find(memory: &GuestRam, address: GuestAddress, bytes: usize, alignment: usize) -> Option<Self> {
-        // Without xen's on-demand mappings the guard is a plain pointer, good as long as the memory.
+        // The guard is a plain pointer, valid as long as the memory, as vm-memory's Xen mappings are not used.
         let base = memory.slice(address, bytes)?.ptr_guard_mut().as_ptr();
         base.addr().is_multiple_of(alignment).then_some(Self { base, bytes })
     }
 
     #[inline]
     fn le16(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: the word lies in the part, which is mapped as long as `self` (see the type), and is aligned: parts are, and
-        // their words follow each other as the specification lays them out. We access it as an atomic only; what the guest
-        // does to it at the same time is done by another process.
-        unsafe { AtomicU16::from_ptr(self.place(offset)) }
+        // SAFETY: the word is in the ring, which is mapped as long as `self` (see the type). It is aligned: the ring
+        // is, and its words are at the offsets of the specification. Here it is only accessed as an atomic. Accesses of
+        // another kind can happen at the same time, all by the guest's doing:
+        // (1) The guest itself accesses the word. It is another process.
+        // (2) The guest names ring memory as the data buffer of a request: another worker may memcpy to or from the
+        // word.
+        // (3) The guest places the rings so that they overlap: the word may be accessed as a part of a u32 as well.
+        // By the letter (2) and (3) are races. All of these accesses are plain loads and stores on every target, so the
+        // word has some value, and no value of a word is trusted.
+        unsafe { AtomicU16::from_ptr(self.word(offset)) }
     }
 
     #[inline]
     fn le32(&self, offset: usize) -> &AtomicU32 {
         // SAFETY: as in le16().
-        unsafe { AtomicU32::from_ptr(self.place(offset)) }
+        unsafe { AtomicU32::from_ptr(self.word(offset)) }
     }
 
-    /// The address of a word of type `T`.
+    /// The address of the word of type `T` at `offset`.
     #[inline]
-    fn place<T>(&self, offset: usize) -> *mut T {
-        assert!(offset + size_of::<T>() <= self.bytes, "a word of the ring lies in it");
-        let place = self.base.wrapping_add(offset).cast::<T>();
-        debug_assert!(place.is_aligned());
-        place
+    fn word<T>(&self, offset: usize) -> *mut T {
+        assert!(offset + size_of::<T>() <= self.bytes, "a word is within its ring");
+        let word = self.base.wrapping_add(offset).cast::<T>();
+        debug_assert!(word.is_aligned());
+        word
     }
 }

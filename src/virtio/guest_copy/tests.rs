@@ -1,4 +1,4 @@
-//! Tests of copies against a flat model of guest memory.
+//! Tests of copies against a flat model of the data.
 
 use super::*;
 use crate::prng::Prng;
@@ -8,14 +8,14 @@ fn range(addr: u64, len: u32) -> GuestRange {
     GuestRange { addr: GuestAddress(addr), len }
 }
 
-/// Copies to and from disjoint ranges in shuffled memory order agree with one flat array, at any offset and length, with
-/// one cursor for all or a fresh one each.
+/// Copies to and from disjoint ranges in random order agree with one flat array, at any offset and length, both with
+/// one cursor for all copies and with a fresh cursor for each.
 #[test]
 fn copies_agree_with_a_flat_model() {
     for seed in 0..300 {
         let mut prng = Prng::new(seed);
         let mem = ram();
-        // Slots of 0x800 bytes, some across the seam of two regions; a range never leaves its slot.
+        // Slots of 0x800 bytes, one of them across the seam of two regions. A range never leaves its slot.
         let mut slots: Vec<u64> = (0..31).map(|n| 0x400 + n * 0x800).chain([SEAM - 0x400]).collect();
         slots.retain(|&slot| slot + 0x800 <= SEAM - 0x400 || slot == SEAM - 0x400);
         let mut ranges = Vec::new();
@@ -50,13 +50,13 @@ fn copies_agree_with_a_flat_model() {
                 3 => {
                     let bytes: Vec<u8> = (0..=u8::MAX).cycle().map(|n| n.wrapping_mul(29) ^ step).take(len).collect();
                     let next = ptr::without_provenance(usize::try_from(prng.below(u64::MAX)).unwrap());
-                    // SAFETY: the vector is this test's own and has `len` bytes.
+                    // SAFETY: the vector has `len` bytes, and only this test uses it.
                     unsafe { cursor.copy_to_guest(offset as u64, bytes.as_ptr(), len, Some(next)) }.unwrap();
                     model[offset..offset + len].copy_from_slice(&bytes);
                 }
                 _ => {
                     let mut bytes = vec![0xee; len];
-                    // SAFETY: the vector is this test's own and has `len` bytes.
+                    // SAFETY: the vector has `len` bytes, and only this test uses it.
                     unsafe { cursor.copy_from_guest(offset as u64, bytes.as_mut_ptr(), len) }.unwrap();
                     assert_eq!(bytes, model[offset..offset + len], "seed {seed} step {step}");
                 }
@@ -66,7 +66,7 @@ fn copies_agree_with_a_flat_model() {
 }
 
 #[test]
-fn a_copy_touches_no_byte_beside_its_ranges() {
+fn a_copy_changes_no_byte_outside_its_ranges() {
     let mem = ram();
     mem.write_slice(&[0xaa; 64], GuestAddress(0x100)).unwrap();
     let ranges = [range(0x110, 3), range(0x120, 5)];
@@ -80,7 +80,7 @@ fn a_copy_touches_no_byte_beside_its_ranges() {
 }
 
 #[test]
-fn sequential_copies_go_on_where_the_last_one_ended() {
+fn sequential_copies_continue_where_the_last_one_ended() {
     let mem = ram();
     let ranges: Vec<_> = (0..100).map(|n| range(n * 0x100, 10)).collect();
     let mut cursor = GuestCursor::new(&mem, &ranges);
@@ -101,7 +101,7 @@ fn an_address_outside_guest_memory_is_an_error() {
         assert_eq!(cursor.read(4, &mut byte), Err(BadAddress), "{addr:#x}");
         assert_eq!(cursor.write(4, &byte), Err(BadAddress), "{addr:#x}");
         assert_eq!(cursor.fill_zeros(4, 16), Err(BadAddress), "{addr:#x}");
-        assert_eq!(cursor.write(0, &byte[..4]), Ok(()), "the cursor lives on");
+        assert_eq!(cursor.write(0, &byte[..4]), Ok(()), "the cursor is usable after an error");
         assert_eq!(read_once(&mem, GuestAddress(addr), &mut byte), Err(BadAddress));
     }
     assert_eq!(write_status(&mem, GuestAddress(HOLE), Status::IoErr), Err(BadAddress));
@@ -109,7 +109,7 @@ fn an_address_outside_guest_memory_is_an_error() {
 }
 
 #[test]
-fn a_stretch_past_the_data_is_an_error_and_an_empty_one_is_not() {
+fn a_section_past_the_data_is_an_error_unless_it_is_empty() {
     let mem = ram();
     let ranges = [range(0, 8), range(0x100, 8)];
     let mut cursor = GuestCursor::new(&mem, &ranges);
@@ -123,7 +123,7 @@ fn a_stretch_past_the_data_is_an_error_and_an_empty_one_is_not() {
 }
 
 #[test]
-fn read_once_and_write_status_cross_a_seam() {
+fn read_once_and_write_status_work_across_a_seam() {
     let mem = ram();
     for start in SEAM - 20..SEAM + 4 {
         let bytes: Vec<u8> = (1..20).collect();

@@ -1,4 +1,4 @@
-//! Tests of the queue: the same as virtio-queue's in all that the guest sees, and bounds.
+//! Tests of the queue: everything that the guest sees of it equals virtio-queue's, and its bounds.
 
 use std::sync::atomic::Ordering;
 
@@ -12,7 +12,7 @@ use crate::virtio::testing::{END, HOLE, SEAM, ram};
 const TABLE: u64 = 0x1000;
 const AVAIL: u64 = 0x8000;
 const USED: u64 = 0x9000;
-/// Longer than either ring of 64.
+/// More than the length of either ring of a queue of 64.
 const RING_BYTES: usize = 6 + 64 * 8;
 
 fn layout(size: u16, event_idx: bool) -> QueueLayout {
@@ -38,18 +38,19 @@ fn ring_bytes(mem: &GuestMemoryMmap, at: u64) -> [u8; RING_BYTES] {
     bytes
 }
 
-/// Whether the guest wants a call for what virtio-queue has put on the used ring since the last time.
-fn oracle_wants_call(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
+/// Whether the driver wants an interrupt for what virtio-queue pushed onto the used ring since the last call.
+fn oracle_wants_interrupt(queue: &mut Queue, mem: &GuestMemoryMmap) -> bool {
     if queue.event_idx_enabled() {
         return queue.needs_notification(mem).unwrap();
     }
     mem.load::<u16>(GuestAddress(AVAIL), Ordering::Relaxed).unwrap() & 1 == 0
 }
 
-/// Two guests that do the same, one served by us and one by virtio-queue, see the same rings and are called alike.
+/// Two drivers that do the same, one served by this queue and one by virtio-queue, see the same rings and get the same
+/// interrupts.
 #[test]
 fn agrees_with_virtio_queue_whatever_the_guest_does() {
-    let (mut calls, mut silences) = (0, 0);
+    let (mut wanted_count, mut unwanted_count) = (0, 0);
     for seed in 0..2000 {
         let mut prng = Prng::new(seed);
         let layout = layout(prng.pick(&[1, 2, 8, 64]), prng.below(2) == 1);
@@ -69,17 +70,17 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
             let waiting = avail_idx.wrapping_sub(queue.position().next_avail);
             match prng.below(5) {
                 0 if usize::from(waiting) + out.len() < usize::from(layout.size) => {
-                    let place = u64::from(avail_idx % layout.size);
-                    put(AVAIL + 4 + place * 2, u16::try_from(prng.below(u64::from(layout.size))).unwrap());
+                    let entry = u64::from(avail_idx % layout.size);
+                    put(AVAIL + 4 + entry * 2, u16::try_from(prng.below(u64::from(layout.size))).unwrap());
                     avail_idx = avail_idx.wrapping_add(1);
                     put(AVAIL + 2, avail_idx);
                 }
                 0 => put(AVAIL + 4 + u64::from(layout.size) * 2, u16::try_from(prng.below(0x1_0000)).unwrap()),
                 1 => put(AVAIL, u16::try_from(prng.below(2)).unwrap()),
                 2 => {
-                    let (most, mut heads) = (usize::try_from(prng.below(9)).unwrap(), Vec::new());
-                    queue.take(most, &mut heads).unwrap();
-                    let chains = oracle.iter(theirs).unwrap().take(most).map(|chain| chain.head_index());
+                    let (max, mut heads) = (usize::try_from(prng.below(9)).unwrap(), Vec::new());
+                    queue.take(max, &mut heads).unwrap();
+                    let chains = oracle.iter(theirs).unwrap().take(max).map(|chain| chain.head_index());
                     assert!(chains.eq(heads.iter().copied()), "seed {seed}");
                     out.extend(heads);
                 }
@@ -91,8 +92,8 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
                         oracle.add_used(theirs, head, len).unwrap();
                     }
                     let wanted = queue.publish();
-                    assert_eq!(wanted, oracle_wants_call(&mut oracle, theirs), "seed {seed}");
-                    *if wanted { &mut calls } else { &mut silences } += 1;
+                    assert_eq!(wanted, oracle_wants_interrupt(&mut oracle, theirs), "seed {seed}");
+                    *if wanted { &mut wanted_count } else { &mut unwanted_count } += 1;
                 }
                 3 => {
                     queue.disable_notification();
@@ -107,24 +108,27 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
             assert_eq!(queue.position().next_used, oracle.next_used(), "seed {seed}");
         }
     }
-    assert!(calls > 1000 && silences > 1000, "{calls} calls, {silences} times none");
+    assert!(
+        wanted_count > 1000 && unwanted_count > 1000,
+        "interrupts wanted {wanted_count} times, not wanted {unwanted_count} times"
+    );
 }
 
 #[test]
-fn the_guest_sees_a_batch_at_once() {
+fn used_elements_become_visible_only_when_they_are_published() {
     let mem = Arc::new(ram());
     let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
     queue.push_used(3, 1);
     queue.push_used(4, 1);
     assert!(queue.has_unpublished());
-    assert_eq!(queue.used_idx(), 0, "nothing before it is published");
+    assert_eq!(queue.used_idx(), 0, "nothing is visible before it is published");
     queue.publish();
     assert_eq!(queue.used_idx(), 2);
     assert!(!queue.has_unpublished());
 }
 
 #[test]
-fn more_than_there_are_descriptors_is_refused() {
+fn more_heads_than_descriptors_are_an_overrun() {
     let mem = Arc::new(ram());
     let mut queue =
         SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 65_530, next_used: 0 }).unwrap();
@@ -133,31 +137,31 @@ fn more_than_there_are_descriptors_is_refused() {
         mem.store(idx, GuestAddress(AVAIL + 2), Ordering::Relaxed).unwrap();
         queue.take(64, &mut heads)
     };
-    assert_eq!(take(3), Err(Overrun), "nine");
-    assert_eq!(take(2), Ok(()), "eight");
+    assert_eq!(take(3), Err(Overrun), "nine heads");
+    assert_eq!(take(2), Ok(()), "eight heads");
     assert_eq!(heads.len(), 8);
 }
 
 #[test]
-fn a_queue_that_does_not_lie_in_guest_memory_is_none() {
+fn a_queue_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let mem = Arc::new(ram());
-    let there = |change: &dyn Fn(&mut QueueLayout)| {
+    let is_found = |change: &dyn Fn(&mut QueueLayout)| {
         let mut layout = layout(64, true);
         change(&mut layout);
         SplitQueue::new(&mem, layout, QueuePosition { next_avail: 0, next_used: 0 }).is_some()
     };
-    assert!(there(&|_| {}));
-    assert!(there(&|l| l.used_ring = HOLE - 6 - 64 * 8 - 2), "up to the last byte");
-    assert!(!there(&|l| l.used_ring = HOLE - 6 - 64 * 8 + 2), "its last word is beyond");
-    assert!(there(&|l| l.desc_table = SEAM - 64 * 8), "a table may lie in two regions");
-    assert!(!there(&|l| l.desc_table = HOLE - 64 * 8), "and half of it may not be nowhere");
-    assert!(!there(&|l| l.avail_ring = HOLE));
-    assert!(!there(&|l| l.desc_table = END - 16));
-    assert!(!there(&|l| l.desc_table = u64::MAX - 15), "addresses wrap");
-    assert!(!there(&|l| l.avail_ring = SEAM - 8), "in two regions");
-    assert!(!there(&|l| l.avail_ring += 1), "alignment");
-    assert!(!there(&|l| l.used_ring += 2), "alignment");
-    assert!(!there(&|l| l.desc_table += 8), "alignment");
-    assert!(!there(&|l| l.size = 48), "no power of two");
-    assert!(!there(&|l| l.size = 0));
+    assert!(is_found(&|_| {}));
+    assert!(is_found(&|l| l.used_ring = HOLE - 6 - 64 * 8 - 2), "its last byte is the last of the region");
+    assert!(!is_found(&|l| l.used_ring = HOLE - 6 - 64 * 8 + 2), "its last word is beyond the region");
+    assert!(is_found(&|l| l.desc_table = SEAM - 64 * 8), "a table may cross regions");
+    assert!(!is_found(&|l| l.desc_table = HOLE - 64 * 8), "half of the table is unmapped");
+    assert!(!is_found(&|l| l.avail_ring = HOLE));
+    assert!(!is_found(&|l| l.desc_table = END - 16));
+    assert!(!is_found(&|l| l.desc_table = u64::MAX - 15), "the addresses wrap");
+    assert!(!is_found(&|l| l.avail_ring = SEAM - 8), "a ring may not cross regions");
+    assert!(!is_found(&|l| l.avail_ring += 1), "alignment");
+    assert!(!is_found(&|l| l.used_ring += 2), "alignment");
+    assert!(!is_found(&|l| l.desc_table += 8), "alignment");
+    assert!(!is_found(&|l| l.size = 48), "not a power of two");
+    assert!(!is_found(&|l| l.size = 0));
 }

@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::Memory;
 use super::vring::{Session, VringControl};
 use crate::virtio::GuestRam;
-use crate::virtio::config_space::tells_writeback;
+use crate::virtio::config_space::includes_writeback;
 
 /// Largest configuration space of the protocol (VHOST_USER_MAX_CONFIG_SIZE in QEMU).
 const CONFIG_BYTES_MAX: usize = 256;
@@ -87,7 +87,8 @@ impl VhostUserBackend for Backend {
     ///    A front-end that reconnects with a running guest does not read it, and the guest's choice stays.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let Session { device, guest_started, .. } = &*self.0.session;
-        if device.arena.is_write_through() && !guest_started.load(Ordering::Acquire) && tells_writeback(offset, size) {
+        if device.arena.is_write_through() && !guest_started.load(Ordering::Acquire) && includes_writeback(offset, size)
+        {
             device.arena.set_write_through(false);
             device
                 .start_with_features(*self.0.cache_features.lock().expect("no thread panics with the features locked"));

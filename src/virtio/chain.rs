@@ -1,8 +1,8 @@
-//! A walk along a descriptor chain of the split ring (virtio 1.2, section 2.7).
+//! Walks the descriptor chains of a split virtqueue (virtio 1.2, section 2.7).
 //!
-//! virtio-queue's own iterator reports a broken chain as its end, so a request cut short by a loop or a wild index looks
-//! like a complete one. This walk tells the two apart, takes each descriptor once, and has the table looked up in guest
-//! memory once for many chains.
+//! virtio-queue's iterator reports a broken chain as its end, so a request truncated by a loop or an index out of range
+//! looks like a complete one. This iterator distinguishes the two, reads each descriptor once, and needs only one
+//! lookup of the table in guest memory for many chains.
 
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::desc::split::Descriptor;
@@ -14,15 +14,16 @@ use crate::virtio::guest_copy::{GuestRange, prefetch, read_once};
 #[cfg(test)]
 mod tests;
 
-/// Most descriptors of one chain, in the ring and in an indirect table together.
+/// Most descriptors of one chain, those in the ring and in an indirect table together.
 ///
-/// The device may set a reasonable limit (section 2.7.4.1). 1024 is what QEMU takes (and IOV_MAX), eight times what
-/// [`SEG_MAX`](crate::virtio::SEG_MAX) asks for; Linux sends chains longer than a small queue through an indirect table,
-/// so the queue's size alone would be too strict. It bounds a request's memory to 16 KiB whatever the guest says.
+/// A device may set a reasonable limit (section 2.7.4.1). 1024 is QEMU's limit (and IOV_MAX), and eight times
+/// [`SEG_MAX`](crate::virtio::SEG_MAX). The size of the queue would be too strict: Linux sends chains that are longer
+/// than a small queue through an indirect table. The limit bounds the memory of a request to 16 KiB, whatever the guest
+/// does.
 pub const CHAIN_DESCRIPTORS_MAX: u32 = 1024;
 
-/// Most entries of an indirect table: the largest queue size there is (section 2.7), and a chain must not be longer
-/// than the queue (section 2.7.5.3.1). The table is never copied, so this costs no memory; it refuses nonsense early.
+/// Most entries of an indirect table: the largest size of a queue (section 2.7), which a chain must not exceed (section
+/// 2.7.5.3.1). The table is never copied, so a large one costs no memory.
 const INDIRECT_ENTRIES_MAX: u32 = 32768;
 
 const DESCRIPTOR_BYTES: u32 = 16;
@@ -30,17 +31,17 @@ const DESCRIPTOR_BYTES: u32 = 16;
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Where it lies.
+    /// Its guest memory.
     pub range: GuestRange,
-    /// Whether it is for the device to write, else to read.
+    /// Whether the device writes it; otherwise the device reads it.
     pub writable: bool,
 }
 
-/// The chain can't be followed to its end: a loop, an index or a table out of range, a table in a table.
+/// The chain cannot be followed to its end: it has a loop, an index or a table out of range, or a table in a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BrokenChain;
 
-/// The walk. Ends after the last buffer or the first error.
+/// The buffers of one chain. The iterator ends after the last buffer or the first error.
 ///
 /// => At most [`CHAIN_DESCRIPTORS_MAX`] buffers.
 #[derive(Debug)]
@@ -48,18 +49,19 @@ pub struct DescriptorChain<'a> {
     mem: &'a GuestRam,
     table: DescriptorTable<'a>,
     next: Option<u16>,
-    /// Descriptors that the current table can still give without repeating one.
+    /// How many more descriptors the current table can have without a loop.
     table_left: u32,
-    /// Descriptors that the chain can still have.
+    /// How many more descriptors the chain may have.
     chain_left: u32,
-    indirect: bool,
+    /// The current table is an indirect one.
+    in_indirect: bool,
 }
 
 impl<'a> DescriptorChain<'a> {
     /// The chain that starts at descriptor `head` of the ring's table.
     pub fn new(mem: &'a GuestRam, table: DescriptorTable<'a>, head: u16) -> Self {
         let (table_left, chain_left) = (table.entries, CHAIN_DESCRIPTORS_MAX);
-        Self { mem, table, next: Some(head), table_left, chain_left, indirect: false }
+        Self { mem, table, next: Some(head), table_left, chain_left, in_indirect: false }
     }
 
     fn advance(&mut self, index: u16) -> Result<Buffer, BrokenChain> {
@@ -84,21 +86,21 @@ impl<'a> DescriptorChain<'a> {
         self.table.read(self.mem, index).ok_or(BrokenChain)
     }
 
-    /// Goes on in the indirect table that `descriptor` names (section 2.7.5.3).
+    /// Continues in the indirect table that `descriptor` refers to (section 2.7.5.3).
     ///
-    /// => Its WRITE flag is ignored, as the device must. NEXT beside INDIRECT is forbidden to the driver, and devices
-    ///    differ in what they make of it: refused.
+    /// => Its WRITE flag is ignored, as a device must. NEXT together with INDIRECT is forbidden to drivers, and devices
+    ///    interpret it differently: here the chain is broken.
     fn enter_indirect(&mut self, descriptor: &Descriptor) -> Result<(), BrokenChain> {
         let entries = descriptor.len() / DESCRIPTOR_BYTES;
         let whole = descriptor.len().is_multiple_of(DESCRIPTOR_BYTES);
-        if self.indirect || descriptor.has_next() || !whole || entries == 0 || entries > INDIRECT_ENTRIES_MAX {
+        if self.in_indirect || descriptor.has_next() || !whole || entries == 0 || entries > INDIRECT_ENTRIES_MAX {
             return Err(BrokenChain);
         }
-        // The descriptor that names the table is no buffer of the chain.
+        // The descriptor that refers to the table is not a buffer of the chain.
         self.chain_left += 1;
         self.table = DescriptorTable::new(self.mem, descriptor.addr(), entries);
         self.table_left = entries;
-        self.indirect = true;
+        self.in_indirect = true;
         Ok(())
     }
 }
@@ -118,23 +120,23 @@ impl Iterator for DescriptorChain<'_> {
 pub struct DescriptorTable<'a> {
     base: GuestAddress,
     entries: u32,
-    /// The table's memory, where one region holds it all.
+    /// The table's memory, if it is in one region.
     slice: Option<VolatileSlice<'a>>,
 }
 
 impl<'a> DescriptorTable<'a> {
-    /// A table at `base`: a ring's, or an indirect one.
+    /// The table at `base`: a ring's, or an indirect one.
     ///
-    /// => It need not lie in guest memory as a whole; a chain that leaves that memory is broken.
+    /// => It may be partly outside guest memory. A chain with a descriptor there is broken.
     pub fn new(mem: &'a GuestRam, base: GuestAddress, entries: u32) -> Self {
-        // 32768 entries of 16 bytes at most: far below a usize.
+        // At most 32768 entries of 16 bytes.
         let slice = mem.slice(base, (entries * DESCRIPTOR_BYTES) as usize);
         Self { base, entries, slice }
     }
 
-    /// Calls for what the chains at `heads` begin with: the first descriptor, and the header or indirect table that it points
-    /// to. The guest's processor has just written both. Of one chain after the other, each waits for its lines by itself;
-    /// here the processor waits for those of several at a time.
+    /// Prefetches the start of the chains at `heads`: the first descriptor, and the header or indirect table that it
+    /// refers to. The guest's processor has just written both. Parsed one after the other, each chain would wait for
+    /// these cache lines by itself; prefetched together, the waits overlap.
     pub fn prefetch_heads(&self, mem: &GuestRam, heads: &[u16]) {
         for descriptor in heads.iter().filter_map(|&head| self.read(mem, head)) {
             if let Some(first) = mem.slice(descriptor.addr(), 1) {
@@ -143,7 +145,7 @@ impl<'a> DescriptorTable<'a> {
         }
     }
 
-    /// The descriptor at `index`, read once; `None` when it is outside the table or guest memory.
+    /// The descriptor at `index`, read once; `None` if it is outside the table or guest memory.
     #[inline]
     fn read(&self, mem: &GuestRam, index: u16) -> Option<Descriptor> {
         if u32::from(index) >= self.entries {
@@ -153,7 +155,7 @@ impl<'a> DescriptorTable<'a> {
         if let Some(slice) = &self.slice {
             return Some(slice.get_ref::<Descriptor>(offset as usize).ok()?.load());
         }
-        // The table crosses a border between regions, or leaves guest memory past the entries in use.
+        // The table crosses regions, or is partly outside guest memory.
         let mut raw = [0; DESCRIPTOR_BYTES as usize];
         read_once(mem, self.base.checked_add(u64::from(offset))?, &mut raw).ok()?;
         let [a, b, c, d, e, f, g, h, len @ .., f0, f1, n0, n1] = raw;

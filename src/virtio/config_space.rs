@@ -1,6 +1,7 @@
-//! The configuration space: struct virtio_blk_config (virtio 1.2, section 5.2.4), and the features that go with it.
+//! The configuration space: struct virtio_blk_config (virtio 1.2, section 5.2.4), and the feature bits that belong to
+//! it.
 //!
-//! The space is what the front-end copies from and to; of what it writes, only the cache mode counts.
+//! The front-end reads and writes it for the guest. Of the fields, only the cache mode can be written.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -15,17 +16,17 @@ use crate::virtio::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, SEG_MAX, SIZE_MAX
 #[cfg(test)]
 mod tests;
 
-/// Length of the fields served, up to `unused1`. The fields after it belong to features never offered and read as 0.
+/// Length of the fields up to `unused1`. Those after it belong to features that are never offered, and read as 0.
 const CONFIG_BYTES: usize = 60;
 
-/// Largest read answered: the vhost crate refuses configuration messages that reach beyond this.
+/// Most bytes of one read: the vhost crate rejects configuration messages that reach further.
 const READ_BYTES_MAX: usize = 4096;
 
-/// Older cloud-hypervisor sends offsets as a virtio-mmio window counts them, from 0x100. The structure ends far below, so
-/// such an offset can't mean anything else.
+/// Older versions of cloud-hypervisor send offsets that count from the start of virtio-mmio registers, where the
+/// structure is at 0x100. The structure is shorter than that, so such an offset is unambiguous.
 const MMIO_CONFIG_OFFSET: u32 = 0x100;
 
-/// Places of the fields in the structure.
+/// Offsets of the fields.
 mod field {
     pub(super) const CAPACITY: usize = 0;
     pub(super) const SIZE_MAX: usize = 8;
@@ -44,35 +45,36 @@ mod field {
     pub(super) const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 }
 
-/// The disk as the guest is to see it.
+/// The properties of the disk that the guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskParameters {
     /// Size in sectors.
     pub capacity_sectors: u64,
-    /// Logical block in bytes: a power of two, 512 or more. The protocol counts in sectors all the same.
+    /// Logical block size in bytes: a power of two, at least 512. Requests count in sectors of 512 bytes all the same.
     pub block_bytes: u32,
-    /// Physical block in bytes: a power of two times `block_bytes`, else taken as `block_bytes`.
+    /// Physical block size in bytes: a power of two times `block_bytes`; otherwise `block_bytes` is shown.
     pub physical_block_bytes: u32,
     /// Preferred I/O size in bytes; 0: unknown.
     pub optimal_io_bytes: u32,
-    /// Granularity below which a discard frees nothing, in bytes; 0: unknown.
+    /// Smallest unit that a discard frees, in bytes; 0: unknown.
     pub discard_granularity_bytes: u32,
-    /// Request queues, one or more.
+    /// Number of request queues, at least 1.
     pub num_queues: u16,
-    /// The guest may only read.
+    /// Whether the guest may only read.
     pub read_only: bool,
-    /// DISCARD works.
+    /// Whether DISCARD is supported.
     pub can_discard: bool,
-    /// WRITE ZEROES works.
+    /// Whether WRITE ZEROES is supported.
     pub can_zero: bool,
-    /// WRITE ZEROES may free space.
+    /// Whether WRITE ZEROES may free space.
     pub zero_may_unmap: bool,
 }
 
 impl DiskParameters {
-    /// The features to offer; the vhost-user layer adds its own.
+    /// The feature bits to offer; the vhost-user layer adds its own.
     ///
-    /// => FLUSH always (a device SHOULD, and MUST with CONFIG_WCE: section 5.2.5.2). Mutating features never with RO.
+    /// => FLUSH is always offered (a device SHOULD, and with CONFIG_WCE it MUST: section 5.2.5.2), and no feature that
+    ///    changes data together with RO.
     pub fn features(&self) -> u64 {
         let writable = !self.read_only;
         let offers = [
@@ -94,17 +96,18 @@ impl DiskParameters {
     }
 }
 
-/// The cache mode when the guest has chosen its features: whether completed writes may stay volatile until a FLUSH.
+/// The cache mode after the driver has acknowledged features: whether completed writes may stay volatile until a FLUSH.
 ///
-/// => Without FLUSH the guest can't make a write stable, so each is on completion: with CONFIG_WCE the field MUST start
-///    as 0 (section 5.2.5.2), without it the driver may deduce write-through (section 5.2.5.1).
-/// => With FLUSH the device may start either way: as configured.
+/// => Without FLUSH the guest cannot make a write stable, so every write is stable when it completes. With CONFIG_WCE
+///    the field MUST start as 0 then (section 5.2.5.2); without it the driver may assume write-through (section
+///    5.2.5.1).
+/// => With FLUSH the device may start in either mode: it starts as configured.
 pub fn initial_writeback(acked_features: u64, configured: bool) -> bool {
     acked_features & (1 << VIRTIO_BLK_F_FLUSH) != 0 && configured
 }
 
-/// Whether a read of `size` bytes at `offset` tells of the cache mode.
-pub fn tells_writeback(offset: u32, size: u32) -> bool {
+/// Whether a read of `size` bytes at `offset` includes the cache mode.
+pub fn includes_writeback(offset: u32, size: u32) -> bool {
     let read = u64::from(offset)..u64::from(offset) + u64::from(size);
     read.contains(&(field::WRITEBACK as u64))
 }
@@ -116,7 +119,7 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// The space for a disk.
+    /// The configuration space of a disk, in this cache mode.
     pub fn new(parameters: &DiskParameters, writeback: bool) -> Self {
         let mut space = Self { bytes: [0; CONFIG_BYTES] };
         space.set_capacity(parameters.capacity_sectors);
@@ -129,7 +132,7 @@ impl ConfigSpace {
         space
     }
 
-    /// Block sizes; the topology counts in logical blocks. `alignment_offset` stays 0.
+    /// Fills in the block sizes. The topology counts in logical blocks; `alignment_offset` stays 0.
     fn put_topology(&mut self, parameters: &DiskParameters) {
         let sector = u32::try_from(SECTOR_BYTES).expect("512");
         let block = parameters.block_bytes.max(sector);
@@ -142,11 +145,11 @@ impl ConfigSpace {
         self.put(field::OPT_IO_SIZE, (parameters.optimal_io_bytes / block).to_le_bytes());
     }
 
-    /// Limits of DISCARD and WRITE ZEROES; 0 where the feature isn't offered.
+    /// Fills in the limits of DISCARD and WRITE ZEROES; they stay 0 if the feature is not offered.
     fn put_discard(&mut self, parameters: &DiskParameters) {
         let features = parameters.features();
         if features & (1 << VIRTIO_BLK_F_DISCARD) != 0 {
-            // Below a page the cache itself would have to read and keep the rest of it.
+            // To discard part of a page, the cache would have to read and keep the rest.
             let page = u32::try_from(PAGE_SIZE).expect("4096");
             let granularity = parameters.discard_granularity_bytes.max(page);
             let sectors = u64::from(granularity) / SECTOR_BYTES;
@@ -166,34 +169,34 @@ impl ConfigSpace {
         self.bytes[offset..offset + N].copy_from_slice(&value);
     }
 
-    /// Shows a new size; the caller tells the front-end of the change.
+    /// Sets a new size; the caller notifies the front-end of the change.
     pub fn set_capacity(&mut self, sectors: u64) {
         self.put(field::CAPACITY, sectors.to_le_bytes());
     }
 
-    /// Shows the cache mode: 1 write-back, 0 write-through.
+    /// Sets the cache mode: 1 is write-back, 0 is write-through.
     pub fn set_writeback(&mut self, writeback: bool) {
         self.put(field::WRITEBACK, [u8::from(writeback)]);
     }
 
-    /// The cache mode shown.
+    /// Whether the cache mode is write-back.
     pub fn writeback(&self) -> bool {
         self.bytes[field::WRITEBACK] != 0
     }
 
-    /// `size` bytes from `offset`, zeros where the structure has ended; never more than 4096.
+    /// Reads `size` bytes from `offset`, at most 4096; they are 0 past the end of the structure.
     pub fn read(&self, offset: u32, size: u32) -> Vec<u8> {
         let start = structure_offset(offset);
         let len = (size as usize).min(READ_BYTES_MAX);
-        let mut answer = self.bytes.get(start..).unwrap_or_default().to_vec();
-        answer.resize(len, 0);
-        answer
+        let mut bytes = self.bytes.get(start..).unwrap_or_default().to_vec();
+        bytes.resize(len, 0);
+        bytes
     }
 
-    /// Takes the front-end's write of `bytes` at `offset`: the new cache mode, if that is what it was.
+    /// Decodes a write of `bytes` at `offset`. Returns the new cache mode if it is one; anything else has no effect.
     ///
-    /// => Only a single byte, 0 or 1, to `writeback` counts (section 5.2.6.1); all else is for the device to say. The
-    ///    caller, who knows the negotiated features, decides whether to call [`Self::set_writeback`].
+    /// => The only valid write is a single byte, 0 or 1, to `writeback` (section 5.2.6.1). The caller, which knows the
+    ///    negotiated features, decides what to do.
     pub fn write(&self, offset: u32, bytes: &[u8]) -> Option<bool> {
         match (structure_offset(offset), bytes) {
             (field::WRITEBACK, [0]) => Some(false),
@@ -203,7 +206,7 @@ impl ConfigSpace {
     }
 }
 
-/// The place in the structure that a front-end's offset means.
+/// The offset in the structure that a front-end's offset means.
 fn structure_offset(offset: u32) -> usize {
     offset.checked_sub(MMIO_CONFIG_OFFSET).unwrap_or(offset) as usize
 }

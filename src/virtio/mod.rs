@@ -1,9 +1,9 @@
-//! \[2\] The guest's side: descriptor chains become typed requests, bytes move between guest and host memory, and the
-//! configuration space says what the disk is.
+//! \[2\] The guest's side: virtqueues, descriptor chains that become typed requests, copies between guest and host
+//! memory, and the configuration space.
 //!
-//! Nothing here trusts the guest. What is read from its memory is read once, checked, then used; every loop and every
-//! allocation is bounded by a constant of this module or by the size of the queue; a lie costs the liar an error
-//! status or its ring, never a panic.
+//! Nothing here trusts the guest. What is read from its memory is read once, checked, and then used. Every loop and
+//! every allocation is bounded by a constant of this module or by the size of the queue. A driver that violates the
+//! specification gets an error status, or its ring is marked broken; it never causes a panic.
 
 pub mod chain;
 pub mod config_space;
@@ -20,15 +20,15 @@ use crate::units::Fault;
 
 pub use ram::GuestRam;
 
-/// How a request ended, as its status byte tells the driver (virtio 1.2, section 5.2.6).
+/// The result of a request; its value is the status byte (virtio 1.2, section 5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
-    /// VIRTIO_BLK_S_OK: it succeeded.
+    /// VIRTIO_BLK_S_OK: the request succeeded.
     Ok = 0,
-    /// VIRTIO_BLK_S_IOERR: it was invalid, or the device failed.
+    /// VIRTIO_BLK_S_IOERR: the request was invalid, or the device failed.
     IoErr = 1,
-    /// VIRTIO_BLK_S_UNSUPP: the device does not offer it.
+    /// VIRTIO_BLK_S_UNSUPP: the device does not support the request.
     Unsupported = 2,
 }
 
@@ -47,19 +47,19 @@ impl From<Fault> for Status {
     }
 }
 
-/// Most data segments of one request: a queue of 128 less the header's and the status byte's descriptor, what QEMU and
-/// cloud-hypervisor offer too. A hint for the driver; a chain may have up to [`chain::CHAIN_DESCRIPTORS_MAX`].
+/// Most data segments of one request: a queue of 128 minus the descriptors of the header and the status byte. QEMU and
+/// cloud-hypervisor offer the same. A hint for the driver; a chain may have up to [`chain::CHAIN_DESCRIPTORS_MAX`].
 pub const SEG_MAX: u32 = 126;
 
-/// Most bytes of one data segment. With [`SEG_MAX`] a request is at most 15.75 MiB for a driver that heeds both: above
-/// the 1280 KiB that Linux sends by default, and small enough that one request can't fill a small cache. SPDK offers
-/// the same. UEFI firmware ignores it, so it is a hint, not a check.
+/// Most bytes of one data segment. With [`SEG_MAX`], a request of a driver that respects both is at most 15.75 MiB:
+/// more than the 1280 KiB that Linux sends by default, and small enough that one request does not fill a small cache.
+/// SPDK offers the same. UEFI firmware ignores it, so it is a hint and not checked.
 pub const SIZE_MAX: u32 = 128 << 10;
 
-/// Most sectors of one DISCARD or WRITE ZEROES segment: 16 MiB, as QEMU's vhost-user export offers, so that one segment
-/// can't keep the store busy for long while other requests wait.
+/// Most sectors of one DISCARD or WRITE ZEROES segment: 16 MiB, like QEMU's vhost-user export, so that one segment does
+/// not keep the store busy for long while other requests wait.
 pub const MAX_DISCARD_SECTORS: u32 = 32768;
 
-/// Most segments of one DISCARD or WRITE ZEROES request: 512 bytes of payload fit on the stack, and a request frees at
+/// Most segments of one DISCARD or WRITE ZEROES request. Their 512 bytes fit on the stack, and a request affects at
 /// most 512 MiB.
 pub const MAX_DISCARD_SEGMENTS: u32 = 32;

@@ -1,8 +1,8 @@
-//! From a descriptor chain to a typed request (virtio 1.2, section 5.2.6), checked against the disk.
+//! Parses a descriptor chain into a typed request (virtio 1.2, section 5.2.6), and checks it against the disk.
 //!
-//! VERSION_1 knows no layout rules (section 2.7.4): the header is the first 16 readable bytes, the status the last
-//! writable one, the data what lies between, however the driver cut them into descriptors. A wrong request is answered
-//! with an error status wherever there is a byte to write it to; only a chain without one breaks its ring.
+//! VERSION_1 has no rules for the layout (section 2.7.4): the header is the first 16 readable bytes, the status the
+//! last writable byte, and the data is between them, however the driver splits them into descriptors. An invalid
+//! request is completed with an error status if it has a status byte; only a chain without one breaks its ring.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -24,7 +24,7 @@ const HEADER_BYTES: usize = 16;
 const SEGMENT_BYTES: usize = 16;
 /// Largest payload of a DISCARD or WRITE ZEROES.
 const PAYLOAD_BYTES_MAX: usize = SEGMENT_BYTES * MAX_DISCARD_SEGMENTS as usize;
-/// Length of a device ID string: padded with NULs, without one at its end when it fills all 20 bytes.
+/// Length of a device ID string. It is padded with NULs, and has none if it is as long as this.
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// What a request asks for.
@@ -42,7 +42,7 @@ pub enum RequestKind {
     WriteZeroes,
     /// GET ID: the serial.
     GetId,
-    /// Anything else, among it the types of features never offered (zones, secure erase, lifetime).
+    /// Anything else, including the types of features that are never offered (zones, secure erase, lifetime).
     Unknown(u32),
 }
 
@@ -59,18 +59,18 @@ impl RequestKind {
         }
     }
 
-    /// Data flows from the guest: the readable bytes after the header.
+    /// Whether it has data from the guest: the readable bytes after the header.
     fn has_readable_data(self) -> bool {
         matches!(self, Self::Write | Self::Discard | Self::WriteZeroes)
     }
 
-    /// Data flows to the guest: the writable bytes before the status.
+    /// Whether it has data to the guest: the writable bytes before the status.
     fn has_writable_data(self) -> bool {
         matches!(self, Self::Read | Self::GetId)
     }
 }
 
-/// The disk, as far as requests are checked against it.
+/// The properties of the disk against which requests are checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
     /// Size in sectors.
@@ -94,41 +94,41 @@ pub fn serial(text: &str) -> [u8; ID_BYTES] {
     padded
 }
 
-/// A piece of a DISCARD or WRITE ZEROES request.
+/// A segment of a DISCARD or WRITE ZEROES request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RangeSegment {
-    /// The sectors, within the disk and not empty.
+    /// The sectors: at least one, all within the disk.
     pub span: SectorSpan,
-    /// Whether space may be given back; never set for DISCARD.
+    /// Whether the sectors' space may be deallocated; never [`Unmap::Allowed`] for DISCARD.
     pub unmap: Unmap,
 }
 
-/// Why a chain is no request.
+/// Why a chain is not a valid request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Malformed {
-    /// Answer IOERR there, with a used length of 1.
+    /// It can be completed: with IOERR in its status byte, and a used length of 1.
     WithStatus {
-        /// The status byte, in guest memory.
+        /// The address of the status byte, in guest memory.
         status_addr: GuestAddress,
     },
-    /// There is no byte to answer to: the ring is broken.
+    /// It has no status byte: the ring is broken.
     NoStatus,
 }
 
-/// A request. The value is meant to be parsed into again and again: it keeps its memory.
+/// A request. To save allocations, parse into the same value again and again: it keeps its memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// Head of the chain: the used ring's id.
+    /// The head of the chain, which is the `id` of its used element.
     pub head: u16,
-    /// What to do.
+    /// What the request asks for.
     pub kind: RequestKind,
     /// First sector of a read or write.
     pub sector: u64,
     /// The data: readable for OUT kinds, writable for IN kinds, empty for the others. No range is empty.
     pub data: Vec<GuestRange>,
-    /// Sum of the lengths in `data`; with the status byte at most `u32::MAX`.
+    /// Sum of the lengths in `data`. With the status byte it is at most `u32::MAX`.
     pub data_bytes: u64,
-    /// Where the status byte goes.
+    /// The address of the status byte.
     pub status_addr: GuestAddress,
 }
 
@@ -139,45 +139,46 @@ impl Default for Request {
     }
 }
 
-/// Reads the chain at `head` of a ring's descriptor table into `request`.
+/// Parses the chain at `head` of a ring's descriptor table into `request`.
 ///
-/// => One walk, each descriptor and the header read once; nothing is allocated once `request` has grown to its largest.
-/// => The status byte is in guest memory; the data need not be: a copy that leaves it fails then.
+/// => One pass that reads each descriptor and the header once. Nothing is allocated once `request` has grown to the
+///    largest request.
+/// => The status byte is in guest memory. The data may be outside; copying it fails then.
 ///
 /// # Errors
-/// [`Malformed`] when the header is short or unreadable, a readable buffer follows a writable one (section 2.7.4.2), the
-/// chain is longer than `u32::MAX` bytes (section 2.7.5.2), it can't be followed to its end, or it has no status byte.
-/// `request` means nothing then.
+/// [`Malformed`] if the header is short or unreadable, a readable buffer follows a writable one (section 2.7.4.2), the
+/// chain has more than `u32::MAX` bytes (section 2.7.5.2) or cannot be followed to its end, or it has no status byte.
+/// `request` has no meaning then.
 pub fn parse(mem: &GuestRam, table: &DescriptorTable<'_>, head: u16, request: &mut Request) -> Result<(), Malformed> {
     request.head = head;
     request.data.clear();
     request.data_bytes = 0;
-    let mut gather = Gather::new(request);
+    let mut parser = Parser::new(request);
     for buffer in DescriptorChain::new(mem, table.clone(), head) {
-        gather.add(mem, buffer.map_err(|_| Malformed::NoStatus)?);
+        parser.add(mem, buffer.map_err(|_| Malformed::NoStatus)?);
     }
-    gather.finish(mem)
+    parser.finish(mem)
 }
 
-/// The state of a parse.
+/// The state of [`parse`].
 #[derive(Debug)]
-struct Gather<'a> {
+struct Parser<'a> {
     request: &'a mut Request,
     header: [u8; HEADER_BYTES],
     header_len: usize,
-    /// The last writable buffer that isn't empty: the status is its last byte.
+    /// The last writable buffer that is not empty; its last byte is the status.
     last_writable: Option<GuestRange>,
     chain_bytes: u64,
     malformed: bool,
 }
 
-impl<'a> Gather<'a> {
+impl<'a> Parser<'a> {
     fn new(request: &'a mut Request) -> Self {
         let header = [0; HEADER_BYTES];
         Self { request, header, header_len: 0, last_writable: None, chain_bytes: 0, malformed: false }
     }
 
-    /// Takes the next buffer of the chain. Empty ones mean nothing, wherever they point.
+    /// Adds the next buffer of the chain. An empty one is ignored, whatever its address.
     #[inline]
     fn add(&mut self, mem: &GuestRam, buffer: Buffer) {
         let range = buffer.range;
@@ -208,7 +209,7 @@ impl<'a> Gather<'a> {
             }
             self.header_len += count;
             if self.header_len == HEADER_BYTES {
-                self.read_header();
+                self.decode_header();
             }
             let Some(addr) = range.addr.checked_add(count as u64) else {
                 self.malformed = true;
@@ -221,8 +222,8 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// Takes the header apart; its reserved word (once the I/O priority) is ignored.
-    fn read_header(&mut self) {
+    /// Decodes the header. Its reserved word (formerly the I/O priority) is ignored.
+    fn decode_header(&mut self) {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = self.header;
         self.request.kind = RequestKind::from_wire(u32::from_le_bytes([t0, t1, t2, t3]));
         self.request.sector = u64::from_le_bytes(sector);
@@ -233,7 +234,7 @@ impl<'a> Gather<'a> {
         self.request.data_bytes += u64::from(range.len);
     }
 
-    /// Finds the status byte and takes it off the data.
+    /// Finds the status byte, and removes it from the data.
     fn finish(self, mem: &GuestRam) -> Result<(), Malformed> {
         let last = self.last_writable.ok_or(Malformed::NoStatus)?;
         let status_addr = last.addr.checked_add(u64::from(last.len) - 1).ok_or(Malformed::NoStatus)?;
@@ -260,38 +261,39 @@ impl<'a> Gather<'a> {
 }
 
 impl Request {
-    /// Whether the disk can be asked for this; the status byte to answer with otherwise.
+    /// Checks the request against the disk.
     ///
-    /// => An empty read or write within the disk is fine and moves nothing: 0 is a multiple of 512 (section 5.2.6.1), and
-    ///    QEMU agrees. FLUSH is fine whatever its sector and data. GET ID needs room for at least one byte.
-    /// => DISCARD and WRITE ZEROES have a payload of the right length; [`Self::range_segments`] checks what it says.
+    /// => An empty read or write within the disk is valid and moves nothing: 0 is a multiple of 512 (section 5.2.6.1),
+    ///    and QEMU agrees. A FLUSH is valid whatever its sector and data. GET ID needs space for at least one byte.
+    /// => Of DISCARD and WRITE ZEROES only the length of the payload is checked here; [`Self::range_segments`] checks
+    ///    its content.
     ///
     /// # Errors
-    /// UNSUPP for what the disk doesn't offer, IOERR for what is wrong; a write to a read-only disk is IOERR as section
-    /// 5.2.6.2 demands, of every mutating kind.
+    /// [`Status::Unsupported`] for what the disk does not offer, [`Status::IoErr`] for what is invalid. On a read-only
+    /// disk every kind that changes data gets `IoErr`, as section 5.2.6.2 demands.
     pub fn check(&self, disk: &Disk) -> Result<(), Status> {
-        let refuse_if = |wrong: bool, status: Status| if wrong { Err(status) } else { Ok(()) };
+        let fail_if = |invalid: bool, status: Status| if invalid { Err(status) } else { Ok(()) };
         match self.kind {
             RequestKind::Read => self.check_range(disk),
             RequestKind::Write => {
-                refuse_if(disk.read_only, Status::IoErr)?;
+                fail_if(disk.read_only, Status::IoErr)?;
                 self.check_range(disk)
             }
             RequestKind::Flush => Ok(()),
             RequestKind::Discard | RequestKind::WriteZeroes => {
                 let offered = if self.kind == RequestKind::Discard { disk.can_discard } else { disk.can_zero };
-                refuse_if(disk.read_only, Status::IoErr)?;
-                refuse_if(!offered, Status::Unsupported)?;
+                fail_if(disk.read_only, Status::IoErr)?;
+                fail_if(!offered, Status::Unsupported)?;
                 self.payload_bytes().map(|_| ())
             }
-            RequestKind::GetId => refuse_if(self.data_bytes == 0, Status::IoErr),
+            RequestKind::GetId => fail_if(self.data_bytes == 0, Status::IoErr),
             RequestKind::Unknown(_) => Err(Status::Unsupported),
         }
     }
 
     fn check_range(&self, disk: &Disk) -> Result<(), Status> {
         let whole = self.data_bytes.is_multiple_of(SECTOR_BYTES);
-        if whole && fits(disk, self.sector, self.data_bytes / SECTOR_BYTES) { Ok(()) } else { Err(Status::IoErr) }
+        if whole && is_within(disk, self.sector, self.data_bytes / SECTOR_BYTES) { Ok(()) } else { Err(Status::IoErr) }
     }
 
     /// The sectors of a read or write that passed [`Self::check`].
@@ -299,7 +301,7 @@ impl Request {
         SectorSpan::new(self.sector, self.data_bytes / SECTOR_BYTES)
     }
 
-    /// Length of a DISCARD's or WRITE ZEROES' payload: one to [`MAX_DISCARD_SEGMENTS`] whole segments.
+    /// Length of the payload of a DISCARD or WRITE ZEROES: one to [`MAX_DISCARD_SEGMENTS`] whole segments.
     fn payload_bytes(&self) -> Result<usize, Status> {
         match usize::try_from(self.data_bytes) {
             Ok(len) if len > 0 && len <= PAYLOAD_BYTES_MAX && len.is_multiple_of(SEGMENT_BYTES) => Ok(len),
@@ -307,16 +309,16 @@ impl Request {
         }
     }
 
-    /// Reads a DISCARD's or WRITE ZEROES' payload into `segments`, in order, empty ones left out.
+    /// Reads the payload of a DISCARD or WRITE ZEROES into `segments`, in order and without empty segments.
     ///
-    /// => `segments` grows to [`MAX_DISCARD_SEGMENTS`] at most; it is empty after an error, so that no segment is done
-    ///    before another was found wrong.
-    /// => A segment of no sectors within the disk is fine and does nothing, as in QEMU; the specification is silent.
+    /// => `segments` has at most [`MAX_DISCARD_SEGMENTS`] elements. After an error it is empty: no segment is executed
+    ///    if another is invalid.
+    /// => A segment of no sectors within the disk is valid and does nothing, as in QEMU; the specification is silent.
     ///
     /// # Errors
-    /// UNSUPP if any segment has an unknown flag, or UNMAP in a DISCARD (section 5.2.6.2, a MUST, so it goes before
-    /// the other checks); IOERR for a payload of a wrong length or outside guest memory, a segment that leaves the disk or
-    /// is longer than [`MAX_DISCARD_SECTORS`].
+    /// [`Status::Unsupported`] if any segment has an unknown flag, or UNMAP in a DISCARD (a MUST of section 5.2.6.2, so
+    /// it precedes the other checks). [`Status::IoErr`] if the payload has a wrong length or is outside guest memory,
+    /// or a segment is outside the disk or longer than [`MAX_DISCARD_SECTORS`].
     pub fn range_segments(&self, mem: &GuestRam, disk: &Disk, segments: &mut Vec<RangeSegment>) -> Result<(), Status> {
         segments.clear();
         let mut buffer = [0; PAYLOAD_BYTES_MAX];
@@ -324,7 +326,7 @@ impl Request {
         GuestCursor::new(mem, &self.data).read(0, payload).map_err(|BadAddress| Status::IoErr)?;
         let allowed = if self.kind == RequestKind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
         let (raw_segments, _) = payload.as_chunks::<SEGMENT_BYTES>();
-        let mut wrong = false;
+        let mut invalid = false;
         for raw in raw_segments {
             let [sector @ .., c0, c1, c2, c3, f0, f1, f2, f3] = *raw;
             let start = u64::from_le_bytes(sector);
@@ -334,24 +336,24 @@ impl Request {
                 segments.clear();
                 return Err(Status::Unsupported);
             }
-            wrong |= count > MAX_DISCARD_SECTORS || !fits(disk, start, u64::from(count));
+            invalid |= count > MAX_DISCARD_SECTORS || !is_within(disk, start, u64::from(count));
             if count > 0 {
                 let span = SectorSpan::new(start, u64::from(count));
                 let may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
                 segments.push(RangeSegment { span, unmap: if may_unmap { Unmap::Allowed } else { Unmap::Forbidden } });
             }
         }
-        if wrong {
+        if invalid {
             segments.clear();
             return Err(Status::IoErr);
         }
         Ok(())
     }
 
-    /// Answers a GET ID that passed [`Self::check`]: as much of the 20 bytes as the guest gave room for.
+    /// Writes the serial for a GET ID that passed [`Self::check`]: as much of its 20 bytes as the data has space for.
     ///
     /// # Errors
-    /// [`BadAddress`] when the data lies outside guest memory.
+    /// [`BadAddress`] if the data is outside guest memory.
     pub fn write_id(&self, mem: &GuestRam, disk: &Disk) -> Result<(), BadAddress> {
         GuestCursor::new(mem, &self.data).write(0, &disk.serial[..self.id_len()])
     }
@@ -360,9 +362,9 @@ impl Request {
         usize::try_from(self.data_bytes).unwrap_or(ID_BYTES).min(ID_BYTES)
     }
 
-    /// The used ring's length: bytes written to the device-writable part, status included (section 2.7.8).
+    /// The length for the used element: how many bytes were written to the chain, including the status (section 2.7.8).
     ///
-    /// => A failure counts its status byte alone, whatever was copied before: the driver may not look at the data.
+    /// => After a failure only the status byte counts, whatever was copied before: the driver may not use the data.
     pub fn used_len(&self, status: Status) -> u32 {
         let data_written = match self.kind {
             _ if status != Status::Ok => 0,
@@ -374,7 +376,7 @@ impl Request {
     }
 }
 
-/// Whether `count` sectors from `start` lie within the disk, without computing an end that could overflow.
-fn fits(disk: &Disk, start: u64, count: u64) -> bool {
+/// Whether `count` sectors from `start` are within the disk. Computes no end, which could overflow.
+fn is_within(disk: &Disk, start: u64, count: u64) -> bool {
     start <= disk.capacity_sectors && count <= disk.capacity_sectors - start
 }

@@ -1,4 +1,4 @@
-//! What the tests of the guest's side share: guest memory, and descriptors in it.
+//! Guest memory, and descriptors in it, for the tests of this module.
 
 use std::sync::Arc;
 
@@ -12,16 +12,16 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
-/// Where the regions of [`ram`] meet without a gap.
+/// The border between the two adjacent regions of [`ram`].
 pub(crate) const SEAM: u64 = 0x1_0000;
-/// The first address after the lower two regions; nothing is mapped up to [`HIGH`].
+/// The end of the second region; nothing is mapped from here up to [`HIGH`].
 pub(crate) const HOLE: u64 = 0x2_0000;
-/// Start of the third region.
+/// The start of the third region.
 pub(crate) const HIGH: u64 = 0x4_0000;
-/// The first address after all memory.
+/// The end of the third region, and of guest memory.
 pub(crate) const END: u64 = 0x5_0000;
 
-/// Two adjacent regions, a hole, a third region.
+/// Guest memory of two adjacent regions, a hole, and a third region.
 pub(crate) fn ram() -> GuestRam {
     let at = |start: u64, len: usize| (GuestAddress(start), len);
     let regions = [at(0, 0x1_0000), at(SEAM, 0x1_0000), at(HIGH, 0x1_0000)];

@@ -1,4 +1,4 @@
-//! Tests of chains: legal, broken and hostile.
+//! Tests of chains: valid, broken and malicious ones.
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
@@ -11,7 +11,7 @@ const TABLE: u64 = 0x1000;
 const AVAIL: u64 = 0x8000;
 const USED: u64 = 0x9000;
 
-/// The buffers of the chain up to its end or its break.
+/// The buffers of the chain up to its end or first error, and how it ended.
 fn walk(mem: &GuestRam, table: u64, size: u16, head: u16) -> (Vec<Buffer>, Result<(), BrokenChain>) {
     let mut buffers = Vec::new();
     let table = DescriptorTable::new(mem, GuestAddress(table), u32::from(size));
@@ -25,7 +25,7 @@ fn walk(mem: &GuestRam, table: u64, size: u16, head: u16) -> (Vec<Buffer>, Resul
     (buffers, Ok(()))
 }
 
-/// What virtio-queue's iterator gives for the same chain.
+/// The buffers that virtio-queue's iterator finds in the same chain.
 fn oracle(mem: &GuestMemoryMmap, table: u64, size: u16, head: u16) -> Vec<Buffer> {
     let mut queue = Queue::new(1024).unwrap();
     queue.set_size(size);
@@ -51,8 +51,9 @@ fn random_descriptor(prng: &mut Prng, size: u64, indirect_table: u64) -> (u64, u
     (prng.next_u64(), u32::try_from(prng.below(0x2000)).unwrap(), flags, next)
 }
 
-/// Over random tables with indirect ones, loops, wild indexes and tables outside memory: a chain followed to its end has
-/// exactly virtio-queue's buffers, and a broken one is broken no later than where virtio-queue stopped.
+/// Over random tables with indirect ones, loops, indexes out of range and tables outside memory: a chain followed to
+/// its end has exactly virtio-queue's buffers, and a broken one is found broken no later than where virtio-queue
+/// stopped.
 #[test]
 fn agrees_with_virtio_queue_on_random_chains() {
     let mem = ram();
@@ -60,7 +61,7 @@ fn agrees_with_virtio_queue_on_random_chains() {
     for seed in 0..40_000 {
         let mut prng = Prng::new(seed);
         let size = prng.pick(&[1u16, 2, 8, 16, 32]);
-        // The indirect table across a seam of regions, or at the very end of memory so that part of it is unmapped.
+        // The indirect table is across the seam of two regions, or at the end of memory with a part unmapped.
         let indirect_table = prng.pick(&[HIGH, SEAM - 24, END - 64]);
         for index in 0..size {
             put(&mem, TABLE, index, random_descriptor(&mut prng, u64::from(size), indirect_table));
@@ -84,7 +85,7 @@ fn agrees_with_virtio_queue_on_random_chains() {
 }
 
 #[test]
-fn a_loop_is_broken_after_at_most_the_tables_entries() {
+fn a_loop_breaks_the_chain_after_as_many_buffers_as_the_table_has_entries() {
     let mem = ram();
     for size in [1u16, 2, 16] {
         for index in 0..size {
@@ -100,10 +101,10 @@ fn a_loop_is_broken_after_at_most_the_tables_entries() {
     assert_eq!((buffers.len(), end), (2, Err(BrokenChain)));
 }
 
-/// T18: zero or more plain descriptors followed by one indirect (a device MUST, section 2.7.5.3.2); its WRITE flag
-/// means nothing.
+/// T18: a chain may have zero or more plain descriptors before an indirect one (a device MUST handle that, section
+/// 2.7.5.3.2), whose WRITE flag is ignored.
 #[test]
-fn plain_descriptors_then_an_indirect_table() {
+fn an_indirect_table_may_follow_plain_descriptors() {
     let mem = ram();
     for plain in 0..4u16 {
         for flag in [0, WRITE] {
@@ -138,9 +139,9 @@ fn a_bad_indirect_table_breaks_the_chain() {
     assert_eq!(walk(&mem, TABLE, 16, 0), (vec![], Err(BrokenChain)), "a table in a table");
 }
 
-/// The largest table is fine while the entries in use are mapped, the rest need not be.
+/// Even of the largest table, only the entries in use need to be mapped.
 #[test]
-fn an_indirect_table_may_run_past_the_memory_in_use() {
+fn an_indirect_table_may_extend_past_guest_memory() {
     let mem = ram();
     put(&mem, TABLE, 0, (END - 32, 16 * 32768, INDIRECT, 0));
     put_chain(&mem, END - 32, &[(5, 16, 0), (6, 1, WRITE)]);
@@ -153,8 +154,8 @@ fn a_chain_has_at_most_1024_buffers() {
     let mem = ram();
     let max = usize::try_from(CHAIN_DESCRIPTORS_MAX).unwrap();
     for plain in [0, 1, 5u16] {
-        for over in [0, 1] {
-            let inner = max - usize::from(plain) + over;
+        for excess in [0, 1] {
+            let inner = max - usize::from(plain) + excess;
             for index in 0..plain {
                 put(&mem, TABLE, index, (0, 1, NEXT, index + 1));
             }
@@ -162,13 +163,13 @@ fn a_chain_has_at_most_1024_buffers() {
             put_chain(&mem, HIGH, &vec![(0, 1, 0); inner]);
             let (buffers, end) = walk(&mem, TABLE, 16, 0);
             assert_eq!(buffers.len(), max);
-            assert_eq!(end, if over == 0 { Ok(()) } else { Err(BrokenChain) });
+            assert_eq!(end, if excess == 0 { Ok(()) } else { Err(BrokenChain) });
         }
     }
 }
 
 #[test]
-fn a_ring_that_runs_out_of_memory_breaks_only_the_chains_that_go_there() {
+fn a_table_partly_outside_memory_breaks_only_the_chains_that_use_that_part() {
     let mem = ram();
     let table = END - 32;
     put_chain(&mem, table, &[(0, 16, 0), (0, 1, WRITE)]);

@@ -27,9 +27,9 @@ fn number(space: &ConfigSpace, offset: usize, size: u32) -> u64 {
     u64::from_le_bytes(bytes.try_into().unwrap())
 }
 
-/// The fields stand where the kernel's structure has them, with the values of the parameters.
+/// The fields are at the offsets of the kernel's structure, with the values of the parameters.
 #[test]
-fn fields_lie_where_linux_reads_them() {
+fn fields_are_where_linux_reads_them() {
     let space = ConfigSpace::new(&parameters(), true);
     let expected = [
         (offset_of!(virtio_blk_config, capacity), 8, 0x0123_4567_89ab),
@@ -59,9 +59,9 @@ fn fields_lie_where_linux_reads_them() {
     assert_eq!(CONFIG_BYTES, offset_of!(virtio_blk_config, max_secure_erase_sectors));
 }
 
-/// T7 and T14: a read of any offset and size gives exactly those bytes.
+/// T7 and T14: a read of any offset and size returns exactly those bytes.
 #[test]
-fn a_read_honours_its_offset_and_size() {
+fn a_read_returns_the_bytes_at_its_offset() {
     let space = ConfigSpace::new(&parameters(), true);
     let whole = space.read(0, 256);
     assert_eq!(&whole[..CONFIG_BYTES], &space.bytes);
@@ -70,21 +70,25 @@ fn a_read_honours_its_offset_and_size() {
         for size in 0..100u32 {
             let expected = &whole[offset as usize..(offset + size) as usize];
             assert_eq!(space.read(offset, size), expected);
-            assert_eq!(space.read(0x100 + offset, size), expected, "as cloud-hypervisor counts");
+            assert_eq!(
+                space.read(0x100 + offset, size),
+                expected,
+                "older versions of cloud-hypervisor count from 0x100"
+            );
         }
     }
     assert_eq!(space.read(u32::MAX, 4), [0; 4]);
     assert_eq!(space.read(0, u32::MAX).len(), READ_BYTES_MAX);
 }
 
-/// T3: of all writes anywhere, only a 0 or 1 to `writeback` counts.
+/// T3: of all writes at any offset, only a 0 or 1 to `writeback` has an effect.
 #[test]
 fn only_the_cache_mode_can_be_written() {
     let space = ConfigSpace::new(&parameters(), true);
     for offset in (0..300).chain([u32::MAX]) {
-        let counts = offset == 32 || offset == 0x100 + 32;
-        assert_eq!(space.write(offset, &[0]), counts.then_some(false));
-        assert_eq!(space.write(offset, &[1]), counts.then_some(true));
+        let is_writeback = offset == 32 || offset == 0x100 + 32;
+        assert_eq!(space.write(offset, &[0]), is_writeback.then_some(false));
+        assert_eq!(space.write(offset, &[1]), is_writeback.then_some(true));
         for bytes in [[].as_slice(), &[2], &[255], &[0, 0], &[1, 0, 0, 0], &[1; 60]] {
             assert_eq!(space.write(offset, bytes), None, "{offset} {bytes:?}");
         }
@@ -102,7 +106,7 @@ fn the_cache_mode_and_the_size_can_change() {
     assert_eq!(number(&space, 0, 8), 77);
 }
 
-/// T17: without FLUSH the cache is write-through, whatever was configured.
+/// T17: without FLUSH the cache is write-through, whatever is configured.
 #[test]
 fn the_cache_starts_write_through_unless_the_guest_can_flush() {
     let (flush, wce) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
@@ -115,7 +119,7 @@ fn the_cache_starts_write_through_unless_the_guest_can_flush() {
 }
 
 #[test]
-fn features_follow_the_geometry() {
+fn features_follow_the_disk_parameters() {
     let has = |parameters: &DiskParameters, bit: u32| parameters.features() & (1 << bit) != 0;
     let full = parameters();
     let always = [
@@ -148,7 +152,7 @@ fn features_follow_the_geometry() {
     }
 }
 
-/// Odd numbers from a store give a plain topology, not a panic.
+/// Even nonsensical sizes from a store cause no panic.
 #[test]
 fn any_block_size_gives_a_valid_topology() {
     for block_bytes in [0, 1, 512, 4096, u32::MAX] {

@@ -1,4 +1,4 @@
-//! Tests of requests in every layout, and what is refused.
+//! Tests of requests: every layout, and every check.
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_SCSI_CMD, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_ZONE_REPORT};
 use vm_memory::Bytes;
@@ -17,7 +17,7 @@ const DATA: u64 = 0x5000;
 const STATUS: u64 = 0x7000;
 const SIZE: u16 = 64;
 
-/// Every type of request there is a kind for.
+/// Every type of request that has a [`RequestKind`].
 const ALL: [u32; 6] = [
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
@@ -53,7 +53,7 @@ fn request(mem: &GuestRam, kind: u32, sector: u64, buffers: &[Piece]) -> Result<
     parse_at(mem, 0)
 }
 
-/// Parses into a used request, so that nothing of an earlier one can shine through.
+/// Parses into a request that was used before, so that a field that is not reset shows.
 fn parse_at(mem: &GuestRam, head: u16) -> Result<Request, Malformed> {
     let stale = GuestRange { addr: GuestAddress(0xdead), len: 77 };
     let mut parsed = Request { kind: RequestKind::Read, data: vec![stale; 3], data_bytes: 231, ..Request::default() };
@@ -66,19 +66,19 @@ fn plain(mem: &GuestRam, kind: u32, sector: u64, len: u32) -> Request {
     request(mem, kind, sector, &[(HEADER, 16, 0), (DATA, len, flag), (STATUS, 1, WRITE)]).unwrap()
 }
 
-/// The bytes of guest memory that the request's data names, one address each.
+/// The address of each byte of the request's data.
 fn addresses(request: &Request) -> Vec<u64> {
     assert!(request.data.iter().all(|r| r.len > 0));
     request.data.iter().flat_map(|r| r.addr.0..r.addr.0 + u64::from(r.len)).collect()
 }
 
-/// T20: header, data and status in every layout: the readable and the writable part each cut into up to three buffers
-/// at every pair of positions, empty buffers between and after them, as plain descriptors and in an indirect table. What
-/// comes out does not depend on the cuts.
+/// T20: header, data and status in every layout. The readable and the writable part are each cut into up to three
+/// buffers at every pair of positions, with empty buffers between and after them, as plain descriptors and in an
+/// indirect table. The request does not depend on the cuts.
 #[test]
 fn any_layout_gives_the_same_request() {
     let mem = ram();
-    // Readable and writable bytes are contiguous each, so a request's bytes can be told by their addresses.
+    // The readable and the writable bytes are contiguous each, so addresses identify a request's bytes.
     let (readable, writable, sector) = (HEADER, DATA, 0x0123_4567_89ab_cdef);
     for kind in ALL {
         mem.write_slice(&header(kind, sector), GuestAddress(readable)).unwrap();
@@ -195,7 +195,7 @@ fn a_chain_longer_than_the_protocol_allows_is_answered_with_an_error() {
 }
 
 #[test]
-fn reads_and_writes_are_held_to_the_disk() {
+fn reads_and_writes_must_be_whole_sectors_within_the_disk() {
     let mem = ram();
     let most = 1000u64;
     let cases = [
@@ -210,23 +210,23 @@ fn reads_and_writes_are_held_to_the_disk() {
         (0, 511, false),
         (0, 513, false),
         (0, 1, false),
-        // An empty one within the disk moves nothing and is fine.
+        // Empty ones within the disk are valid and move nothing.
         (0, 0, true),
         (most, 0, true),
         (most + 1, 0, false),
     ];
     for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
-        for (sector, len, fine) in cases {
-            let expected = if fine { Ok(()) } else { Err(Status::IoErr) };
+        for (sector, len, valid) in cases {
+            let expected = if valid { Ok(()) } else { Err(Status::IoErr) };
             assert_eq!(plain(&mem, kind, sector, len).check(&disk()), expected, "{kind} {sector} {len}");
         }
     }
     assert_eq!(plain(&mem, VIRTIO_BLK_T_IN, 8, 4096).span(), SectorSpan::new(8, 8));
 }
 
-/// T4: a read-only disk refuses everything that changes it, and nothing else.
+/// T4: a read-only disk fails every request that would change it, and no other.
 #[test]
-fn a_read_only_disk_refuses_every_mutating_kind() {
+fn a_read_only_disk_fails_every_kind_that_changes_data() {
     let mem = ram();
     let read_only = Disk { read_only: true, ..disk() };
     for kind in ALL {
@@ -253,9 +253,9 @@ fn what_the_disk_does_not_offer_is_unsupported() {
     }
 }
 
-/// T1's shape: a flush has no data, and neither data nor a sector outside the disk is a reason to refuse one.
+/// Part of T1: a FLUSH needs no data, and neither data nor a sector outside the disk makes it invalid.
 #[test]
-fn a_flush_is_fine_with_and_without_data() {
+fn a_flush_is_valid_with_and_without_data() {
     let mem = ram();
     let bare = request(&mem, VIRTIO_BLK_T_FLUSH, u64::MAX, &[(HEADER, 16, 0), (STATUS, 1, WRITE)]).unwrap();
     for parsed in [bare, plain(&mem, VIRTIO_BLK_T_FLUSH, u64::MAX, 4096)] {
@@ -264,36 +264,36 @@ fn a_flush_is_fine_with_and_without_data() {
     }
 }
 
-/// T9 and T14: the serial is padded with NULs, cut to the room there is, and refused when there is none.
+/// T9 and T14: the serial is padded with NULs, truncated to the space of the data, and an error if there is none.
 #[test]
-fn the_serial_is_written_whole_padded_and_never_past_its_room() {
+fn the_serial_is_padded_and_never_written_past_the_data() {
     let mem = ram();
     assert_eq!(&serial("genblk-1"), b"genblk-1\0\0\0\0\0\0\0\0\0\0\0\0");
     assert_eq!(&serial("a serial of more than twenty bytes"), b"a serial of more tha");
-    for room in [0u32, 1, 7, 19, 20, 21, 512] {
+    for space in [0u32, 1, 7, 19, 20, 21, 512] {
         mem.write_slice(&[0xee; 600], GuestAddress(DATA)).unwrap();
-        let parsed = plain(&mem, VIRTIO_BLK_T_GET_ID, 0, room);
-        if room == 0 {
+        let parsed = plain(&mem, VIRTIO_BLK_T_GET_ID, 0, space);
+        if space == 0 {
             assert_eq!(parsed.check(&disk()), Err(Status::IoErr));
             assert_eq!(parsed.used_len(Status::IoErr), 1);
             continue;
         }
         assert_eq!(parsed.check(&disk()), Ok(()));
         parsed.write_id(&mem, &disk()).unwrap();
-        let len = room.min(20) as usize;
+        let len = space.min(20) as usize;
         let mut expected = vec![0xee; 600];
         expected[..len].copy_from_slice(&disk().serial[..len]);
         let mut seen = vec![0; 600];
         mem.read_slice(&mut seen, GuestAddress(DATA)).unwrap();
         assert_eq!(seen, expected);
-        assert_eq!(parsed.used_len(Status::Ok), room.min(20) + 1);
+        assert_eq!(parsed.used_len(Status::Ok), space.min(20) + 1);
     }
     let outside = [(HEADER, 16, 0), (HOLE, 20, WRITE), (STATUS, 1, WRITE)];
     let parsed = request(&mem, VIRTIO_BLK_T_GET_ID, 0, &outside).unwrap();
     assert_eq!(parsed.write_id(&mem, &disk()), Err(BadAddress));
 }
 
-/// T10: the used length is what was written.
+/// T10: the used length counts the bytes written.
 #[test]
 fn used_length_counts_what_was_written_to_the_guest() {
     let mem = ram();
@@ -309,10 +309,10 @@ fn used_length_counts_what_was_written_to_the_guest() {
     }
 }
 
-/// Garbage for a table and for the memory it points to: no panic, no chain without an end, no range that breaks what
-/// [`Request`] promises; and whatever is accepted can be worked through.
+/// Random descriptors and random memory behind them: every parse ends, every range keeps the invariants of [`Request`],
+/// and every request that passes its checks can be executed.
 #[test]
-fn garbage_is_never_a_panic() {
+fn random_chains_never_cause_a_panic() {
     let mem = ram();
     let (mut parsed_count, mut answerable, mut accepted) = (0, 0, 0);
     let (mut parsed, mut segments) = (Request::default(), Vec::new());
@@ -326,7 +326,7 @@ fn garbage_is_never_a_panic() {
             put(&mem, TABLE, index, (addr, len, flags, u16::try_from(prng.below(7)).unwrap()));
         }
         if seed % 2 == 0 {
-            // Every other chain starts like a request.
+            // Half of the chains start like a request.
             put(&mem, TABLE, 0, (HEADER, 16, NEXT, 1));
             put(&mem, TABLE, 5, (STATUS, 1, WRITE, 0));
         }

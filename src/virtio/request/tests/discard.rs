@@ -1,4 +1,4 @@
-//! DISCARD and WRITE ZEROES: what their payload may say.
+//! Tests of the payload of DISCARD and WRITE ZEROES.
 
 use super::*;
 
@@ -6,7 +6,8 @@ fn raw_segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
     [sector.to_le_bytes().as_slice(), &count.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 
-/// What [`Request::range_segments`] makes of these segments, laid out in pieces of `cut` bytes across a seam of regions.
+/// The result of [`Request::range_segments`] for these segments, in buffers of `cut` bytes across the seam of two
+/// regions.
 fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<RangeSegment>, Status> {
     let mem = ram();
     let bytes: Vec<u8> = raw.iter().flat_map(|&(sector, count, flags)| raw_segment(sector, count, flags)).collect();
@@ -27,7 +28,7 @@ fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<Ran
 }
 
 #[test]
-fn discard_and_write_zeroes_segments_are_gathered_whatever_the_cuts() {
+fn segments_are_read_whatever_the_cuts_into_buffers() {
     let raw: Vec<_> = (0..32u32).map(|n| (u64::from(n) * 5000, n % 3 * 100, 0)).collect();
     let expected: Vec<_> = raw
         .iter()
@@ -48,7 +49,7 @@ fn discard_and_write_zeroes_segments_are_gathered_whatever_the_cuts() {
 }
 
 #[test]
-fn unknown_flags_are_unsupported_before_anything_else_is_wrong() {
+fn unknown_flags_are_reported_before_any_other_error() {
     let (discard, zero) = (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES);
     let unmapped = RangeSegment { span: SectorSpan::new(1, 2), unmap: Unmap::Allowed };
     assert_eq!(segments_of(zero, &[(1, 2, 1)], 16), Ok(vec![unmapped]));

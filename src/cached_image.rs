@@ -1,10 +1,10 @@
-//! \[4\] An image with its cache (UVM's `uvm_object`): the place where the cache's plans become store requests, and the
-//! store's events cache calls.
+//! \[4\] An image with its cache (NetBSD UVM's `uvm_object`). Here the cache's operations become requests to the store,
+//! and the store's events become calls of the cache.
 //!
-//! A cached image outlives every connection, so a guest that reboots or a front-end that comes back finds it warm. One
-//! writable device has it, or any number of read-only ones. Each worker thread reaches it through a [`WorkerPort`] of its
-//! own, with its own store: what a port submits, it reaps. A notice for a request of another worker goes through that
-//! worker's mailbox.
+//! A cached image outlives connections: the cache is warm for a guest that reboots and for a front-end that reconnects.
+//! It belongs to one writable device, or to any number of read-only ones. Each worker thread uses it through a
+//! [`WorkerPort`] with a store queue of its own; a port reaps what it submitted. A notice about another worker's
+//! request goes through that worker's mailbox.
 
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
@@ -24,7 +24,7 @@ use crate::units::{
 };
 use crate::waker::Waker;
 
-/// Bits of a ticket that name the worker; the rest is the worker's own business.
+/// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
 const WORKER_SHIFT: u32 = 48;
 
 impl FrameMemory for Arc<Arena> {
@@ -44,35 +44,36 @@ impl FrameMemory for Arc<Arena> {
         ZERO_SLOTS
     }
 
-    fn note_zero(&self, place: usize, span: Option<SectorSpan>) {
-        Arena::note_zero(self, place, span);
+    fn note_zero(&self, slot: usize, span: Option<SectorSpan>) {
+        Arena::note_zero(self, slot, span);
     }
 }
 
-/// Notices for a worker from other workers, and the waker that wakes it.
+/// Notices to a worker from other workers, and its waker.
 #[derive(Debug)]
 struct Mailbox {
     notices: Mutex<Vec<Notice>>,
     waker: Arc<Waker>,
 }
 
-/// An image, its page cache, and the memory of both.
+/// An image, its page cache, and the cache's memory.
 #[derive(Debug)]
 pub struct CachedImage {
-    /// What the log calls it.
+    /// The name of the device for which it was opened; its log lines begin with it.
     name: String,
     cache: Mutex<PageCache>,
-    /// Declared before the arena, which it uses.
+    /// Declared before the arena, which it uses until it is dropped.
     _populator: Populator,
     arena: Arc<Arena>,
     backing: Arc<dyn Backing>,
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
-    epoch: Instant,
+    /// When tick 0 was.
+    opened: Instant,
 }
 
 impl CachedImage {
-    /// An image with a cache of the given shape in `arena`, which has as many frames; what a predecessor left there is
-    /// taken over. `name` is for the log.
+    /// An image with a cache in `arena`, which has as many frames as `settings` says. Restores what the previous daemon
+    /// left in the arena. Log lines begin with `name`.
     pub fn new(name: &str, backing: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
         let arena = Arc::new(arena);
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
@@ -88,21 +89,21 @@ impl CachedImage {
             arena,
             backing,
             mailboxes: Mutex::default(),
-            epoch: Instant::now(),
+            opened: Instant::now(),
         })
     }
 
-    /// The memory of the cache.
+    /// The cache's memory.
     pub fn arena(&self) -> &Arc<Arena> {
         &self.arena
     }
 
-    /// What the image can do.
+    /// The image's properties and capabilities.
     pub fn limits(&self) -> &Limits {
         self.backing.limits()
     }
 
-    /// What the cache did and holds.
+    /// The cache's statistics.
     pub fn stats(&self) -> Stats {
         let stats = self.lock().stats();
         Stats { metadata_bytes: stats.metadata_bytes + self.arena.overhead_bytes() as u64, ..stats }
@@ -110,28 +111,29 @@ impl CachedImage {
 
     /// Microseconds since the image was opened.
     pub fn now(&self) -> Tick {
-        Tick(u64::try_from(self.epoch.elapsed().as_micros()).expect("584 000 years"))
+        Tick(u64::try_from(self.opened.elapsed().as_micros()).expect("584 000 years"))
     }
 
     fn lock(&self) -> MutexGuard<'_, PageCache> {
-        // A thread that panicked inside the cache has broken an invariant: nobody may go on with it.
+        // A thread that panicked in the cache found an invariant broken: the cache must not be used any more.
         self.cache.lock().expect("no thread panics with the cache locked")
     }
 
-    /// Hands on the notices that are not for `worker`; returns who has got some, and is to be woken.
+    /// Moves notices that are not for `worker` to the mailboxes of their workers. Returns those mailboxes, whose
+    /// workers the caller wakes.
     fn route_notices(&self, worker: u64, notices: &mut Vec<Notice>) -> Vec<Arc<Mailbox>> {
         let mut recipients: Vec<Arc<Mailbox>> = Vec::new();
         if notices.iter().all(|notice| worker_of(notice) == worker) {
             return recipients;
         }
-        let mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
+        let mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
         notices.retain(|notice| {
             let other = worker_of(notice);
             if other == worker {
                 return true;
             }
             let mailbox = &mailboxes[usize::try_from(other).expect("16 bits")];
-            mailbox.notices.lock().expect("nobody panics holding a mailbox").push(*notice);
+            mailbox.notices.lock().expect("no thread panics with a mailbox locked").push(*notice);
             if !recipients.iter().any(|known| Arc::ptr_eq(known, mailbox)) {
                 recipients.push(Arc::clone(mailbox));
             }
@@ -140,16 +142,16 @@ impl CachedImage {
         recipients
     }
 
-    /// A way in for one more worker thread.
+    /// The port of one more worker thread.
     ///
     /// # Errors
-    /// [`ErrorKind::System`] when the host refuses the store's ring or a descriptor.
+    /// [`ErrorKind::System`] if the store's queue or a descriptor cannot be created.
     pub fn port(self: &Arc<Self>) -> Result<WorkerPort> {
         let mut store = self.backing.attach()?;
         store.hint_memory(self.arena.addresses());
         let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
         let mailbox = Arc::new(Mailbox { notices: Mutex::default(), waker: Arc::new(waker) });
-        let mut mailboxes = self.mailboxes.lock().expect("nobody panics holding the list");
+        let mut mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
         mailboxes.push(Arc::clone(&mailbox));
         let worker = mailboxes.len() as u64 - 1;
         Ok(WorkerPort {
@@ -165,16 +167,16 @@ impl CachedImage {
     }
 }
 
-/// One worker's way into an image.
+/// One worker's access to a cached image.
 #[derive(Debug)]
 pub struct WorkerPort {
     image: Arc<CachedImage>,
     worker: u64,
     mailbox: Arc<Mailbox>,
     store: Box<dyn StoreQueue>,
-    /// The store's descriptor was readable.
+    /// The store's descriptor was readable; its events were not reaped since.
     store_ready: bool,
-    /// Requests that are to be submitted, or that the store had no room for.
+    /// Requests to submit, and those that the store's queue had no space for.
     backlog: VecDeque<IoRequest>,
     events: Vec<Event>,
     notices: Vec<Notice>,
@@ -186,58 +188,59 @@ impl WorkerPort {
         &self.image
     }
 
-    /// Readable while store events wait.
+    /// The descriptor that is readable while the store has events.
     pub fn store_fd(&self) -> RawFd {
         self.store.wake_fd()
     }
 
-    /// The store's descriptor was found readable.
+    /// Records that the store's descriptor was readable.
     pub fn set_store_ready(&mut self) {
         self.store_ready = true;
     }
 
-    /// Rung when another thread has something for this worker.
+    /// The waker by which other threads wake this worker.
     pub fn waker(&self) -> &Arc<Waker> {
         &self.mailbox.waker
     }
 
-    /// A ticket of this worker's.
-    pub fn ticket(&self, own: u64) -> Ticket {
-        debug_assert!(own >> WORKER_SHIFT == 0, "a worker's own part has 48 bits");
-        Ticket(self.worker << WORKER_SHIFT | own)
+    /// This worker's ticket with the local part `local`, which has at most 48 bits.
+    pub fn ticket(&self, local: u64) -> Ticket {
+        debug_assert!(local >> WORKER_SHIFT == 0, "the local part of a ticket has 48 bits");
+        Ticket(self.worker << WORKER_SHIFT | local)
     }
 
-    /// The worker's own part of a ticket.
+    /// The local part of a ticket.
     pub fn local_part(ticket: Ticket) -> u64 {
         ticket.0 & ((1 << WORKER_SHIFT) - 1)
     }
 
-    /// First byte of a piece's memory; `None`: zeros.
+    /// The address of a piece's first byte; `None`: the piece is zeros.
     pub fn memory(&self, piece: &Piece) -> Option<*mut u8> {
         let offset = usize::from(piece.first) * SECTOR_SIZE;
-        // `wrapping_add` for a plain address: the offset stays within the frame.
+        // The offset is within the frame. `wrapping_add` needs no proof of that.
         piece.frame.map(|frame| self.image.arena.frame(frame).wrapping_add(offset))
     }
 
-    /// Collects what the store has finished and, if the waker `notified`, what other workers left. Whether there is anything.
+    /// Reaps the store's events and, if the waker was `notified`, notices from other workers. Returns whether there are
+    /// any of either.
     pub fn reap(&mut self, notified: bool) -> bool {
         if std::mem::take(&mut self.store_ready) || self.store.may_have_events() {
             self.store.reap(&mut self.events);
         }
         if notified {
-            let mut mail = self.mailbox.notices.lock().expect("nobody panics holding a mailbox");
+            let mut mail = self.mailbox.notices.lock().expect("no thread panics with a mailbox locked");
             self.notices.append(&mut mail);
         }
         !self.events.is_empty() || !self.notices.is_empty()
     }
 
-    /// Opens the cache for the worker: the events collected go in, then `act` gets the cache and what it has to say to this
-    /// worker. If a request waits for the store after that, all plans are sent off.
+    /// Locks the cache: completes the reaped store operations, then calls `act` with the cache and its notices to this
+    /// worker. Afterwards submits all store operations, if a request waits for one of them.
     pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
         let Self { image, worker, events, notices, .. } = self;
         let mut cache = image.lock();
         for event in events.drain(..) {
-            // Of a store that is known to fail, each page that is tried again would be a line.
+            // While the store is known to fail, every retry of a page would otherwise be a log line.
             let level = if cache.health() == Health::Healthy { Level::Warn } else { Level::Debug };
             let (tag, outcome) = outcome_of(&image.name, level, event);
             cache.complete(tag, &outcome, now);
@@ -247,15 +250,15 @@ impl WorkerPort {
         let result = act(&mut cache, notices);
         let awaited = take_ops(&mut cache, &image.arena, &mut self.backlog);
         drop(cache);
-        wake(&recipients);
+        wake(&image.name, &recipients);
         if awaited {
             self.submit();
         }
         result
     }
 
-    /// The end of a turn: after `act` the cache starts what is due, all its plans go to the store, its notices to their
-    /// workers. Returns when the cache wants to be pumped although nothing happens.
+    /// Ends a turn, with the cache locked: calls `act`, then pumps the cache. Afterwards submits all store operations,
+    /// and delivers notices to other workers. Returns when the cache must be pumped next, even if nothing else happens.
     pub fn end_turn(&mut self, now: Tick, act: impl FnOnce(&mut PageCache)) -> Option<Tick> {
         let Self { image, worker, notices, .. } = self;
         let mut cache = image.lock();
@@ -271,12 +274,12 @@ impl WorkerPort {
         }
         let deadline = cache.next_deadline();
         drop(cache);
-        wake(&image.route_notices(*worker, notices));
+        wake(&image.name, &image.route_notices(*worker, notices));
         self.submit();
         if self.notices.is_empty() { deadline } else { Some(now) }
     }
 
-    /// Hands the cache's plans to the store, and starts them.
+    /// Submits the backlog to the store, as far as the store's queue has space.
     fn submit(&mut self) {
         while let Some(request) = self.backlog.pop_front() {
             match self.store.submit(request) {
@@ -294,16 +297,16 @@ impl WorkerPort {
     }
 }
 
-/// Rings the bells of workers that have got something.
-fn wake(recipients: &[Arc<Mailbox>]) {
+/// Wakes the workers that have new notices.
+fn wake(name: &str, recipients: &[Arc<Mailbox>]) {
     for mailbox in recipients {
-        if let Err(error) = mailbox.waker.notify() {
-            warn!("cannot wake a worker: {error}");
+        if let Err(e) = mailbox.waker.notify() {
+            warn!("{name}: cannot wake a worker thread: {e}");
         }
     }
 }
 
-/// Takes what the cache wants the store to do. Whether a request waits for any of it.
+/// Moves the cache's new store operations to the backlog. Returns whether a request waits for one of them.
 fn take_ops(cache: &mut PageCache, arena: &Arena, backlog: &mut VecDeque<IoRequest>) -> bool {
     let mut awaited = false;
     cache.take_ops(|op| {
@@ -350,11 +353,11 @@ fn worker_of(notice: &Notice) -> u64 {
     ticket.0 >> WORKER_SHIFT
 }
 
-/// A cache's op as a store's request: neighbouring frames become one segment.
+/// The request to the store for an operation of the cache. Adjacent frames become one segment.
 fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
     let len = op.span.count * SECTOR_BYTES;
     let mut segments: Vec<Segment> = Vec::new();
-    let mut left = usize::try_from(len).expect("an operation is at most some megabytes");
+    let mut left = usize::try_from(len).expect("an operation is far below 4 GiB");
     let mut skip = usize::from(op.first_sector) * SECTOR_SIZE;
     for &frame in op.frames {
         let base = arena.frame(frame).wrapping_add(skip);
@@ -369,7 +372,7 @@ fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
     IoRequest { tag: u64::from(op.tag), op: op.kind, offset: op.span.start * SECTOR_BYTES, len, segments }
 }
 
-/// A store's event as the cache's outcome; a failure is logged at `level`.
+/// The tag and the outcome, as the cache knows them, of an event of the store. Logs a failure at `level`.
 fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
     let (tag, outcome) = match event {
         Event::Done { tag } => (tag, Outcome::Done),
@@ -386,5 +389,5 @@ fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
             (tag, Outcome::Failed(fault))
         }
     };
-    (u32::try_from(tag).expect("tags are the cache's own"), outcome)
+    (u32::try_from(tag).expect("the tag is the cache's, a u32"), outcome)
 }

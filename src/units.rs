@@ -1,8 +1,9 @@
-//! The vocabulary that every layer shares: positions on the image (pages, sectors), memory (frames), time (ticks, epochs),
-//! store operations and their faults.
+//! The vocabulary that every layer shares: positions on the image (pages, sectors), memory (frames), time (ticks,
+//! epochs), store operations and their faults.
 //!
-//! A [`PageNo`] is a position on the image, a [`PageId`] the slot of the page table that describes the page, a [`FrameId`]
-//! the arena memory that holds its bytes. Three types, so that the compiler rejects one where another is meant.
+//! A [`PageNo`] is a position on the image, a [`PageId`] the slot of the page table that describes the page, a
+//! [`FrameId`] the arena memory that holds its bytes. Three types, so that the compiler rejects one where another is
+//! meant.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -203,8 +204,8 @@ pub fn low_u8(number: u64) -> u8 {
 /// A flush epoch: a FLUSH closes the current one and opens the next; a dirty page carries the epoch of its first write
 /// that no FLUSH has covered.
 ///
-/// Epochs wrap. Those alive at the same time span less than half of the `u32` range, so [`Epoch::at_or_before`] compares
-/// by distance, like TCP sequence numbers.
+/// Epochs wrap. Those alive at the same time span less than half of the `u32` range, so [`Epoch::at_or_before`]
+/// compares by distance, like TCP sequence numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch(pub u32);
 

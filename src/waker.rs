@@ -1,5 +1,5 @@
-//! Wakes a worker thread. A sleeping worker waits for the eventfd in epoll; a busy one loads a flag, which is cheaper than
-//! locking an empty mailbox each time it looks for work.
+//! Wakes a worker thread. A sleeping worker waits for the eventfd in epoll; a busy one loads a flag, which is cheaper
+//! than locking an empty mailbox each time it looks for work.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,7 +15,7 @@ pub struct Waker {
 }
 
 impl Waker {
-    /// A waker that nobody has notified.
+    /// A waker that was not notified.
     ///
     /// # Errors
     /// The error of eventfd(2), for example EMFILE.
@@ -34,8 +34,8 @@ impl Waker {
         self.fd.write(1)
     }
 
-    /// Returns whether anyone called [`Waker::notify`] since the last call, and resets the flag. Messages queued before that
-    /// notification are visible afterwards.
+    /// Returns whether anyone called [`Waker::notify`] since the last call, and resets the flag. Messages queued before
+    /// that notification are visible afterwards.
     pub fn take_notified(&self) -> bool {
         self.notified.load(Ordering::Relaxed) && self.notified.swap(false, Ordering::Acquire)
     }

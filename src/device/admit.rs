@@ -1,4 +1,5 @@
-//! Steps 2 and 3 of a turn: requests are taken from a ring, parsed and checked, and admitted to the cache under its lock.
+//! Steps 2 and 3 of a turn: requests are taken from a ring, parsed and checked, and admitted to the cache under its
+//! lock.
 
 use crate::cache::{Access, Admitted, Notice, PageCache};
 use crate::virtio::chain::DescriptorTable;
@@ -29,7 +30,8 @@ impl Requests {
         taken
     }
 
-    /// Makes a pending request of the chain at `head`. Returns false if the chain has no status byte to complete it with.
+    /// Makes a pending request of the chain at `head`. Returns false if the chain has no status byte to complete it
+    /// with.
     fn accept_chain(&mut self, index: u16, memory: &GuestRam, table: &DescriptorTable<'_>, head: u16) -> bool {
         let slot = self.pending.take(index);
         let pending = &mut self.pending[slot];

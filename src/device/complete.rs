@@ -1,5 +1,5 @@
-//! Step 6 of a turn: finished requests complete on their rings. A write is made stable before that if it must be, and is
-//! delayed while the cache fills up.
+//! Step 6 of a turn: finished requests complete on their rings. A write is made stable before that if it must be, and
+//! is delayed while the cache fills up.
 
 use std::cmp::Reverse;
 
@@ -30,8 +30,8 @@ impl Requests {
         }
     }
 
-    /// Completes finished requests, or queues those to be delayed; completes delayed ones that are due. Publishes what was
-    /// completed.
+    /// Completes finished requests, or queues those to be delayed; completes delayed ones that are due. Publishes what
+    /// was completed.
     pub(super) fn complete_all(&mut self, rings: &mut [Option<Ring>], now: Tick) {
         for at in 0..self.finished.len() {
             let slot = self.finished[at];

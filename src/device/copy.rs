@@ -17,7 +17,7 @@ use super::ring::Ring;
 const WRITE_PREFETCH_LINES: usize = 4;
 
 impl Requests {
-    /// Copies every ready piece. With its last piece a read is finished: the cache need not know before the driver does.
+    /// Copies every ready piece. With its last piece a read is finished: the driver need not wait for the cache.
     pub(super) fn copy_all(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
         let Self { copies, pending, finished, read, written, .. } = self;
         let mut following = copies[..].iter().skip(1);
@@ -67,8 +67,8 @@ impl Requests {
     }
 }
 
-/// Copies a piece between guest memory and `memory`, the first byte of its sectors in its frames; `None` stands for zeros,
-/// of a read. `next` is the memory of the piece to be copied after this one.
+/// Copies a piece between guest memory and `memory`, the first byte of its sectors in its frames; `None` stands for
+/// zeros, of a read. `next` is the memory of the piece to be copied after this one.
 fn copy(
     cursor: &mut GuestCursor,
     kind: RequestKind,
@@ -89,10 +89,10 @@ fn copy(
             unsafe { cursor.copy_from_guest(offset, frames, len) }
         }
         (Some(frames), _) => {
-            // Within a copy of several pages the processor's own prefetcher is as good, and explicit hints slow it down.
+            // Over several pages the processor's own prefetcher does as well, and explicit hints slow it down.
             let next = next.filter(|_| len <= PAGE_SIZE).map(<*mut u8>::cast_const);
-            // SAFETY: as above. Writes of the guest to these sectors may be copied in at the same time; the callee allows
-            // that, and the guest reads old or new bytes, as on any disk.
+            // SAFETY: as above. Writes of the guest to these sectors may be copied in at the same time; the callee
+            // allows that, and the guest reads old or new bytes, as on any disk.
             unsafe { cursor.copy_to_guest(offset, frames, len, next) }
         }
     }

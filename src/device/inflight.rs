@@ -1,8 +1,8 @@
 //! The inflight region: which requests a ring has taken and not completed, in memory that outlives the daemon
 //! (vhost-user specification, "Inflight I/O tracking", split virtqueues).
 //!
-//! A ring completes requests out of order, so its used index alone does not tell the next daemon which requests are still
-//! in flight. Each descriptor has a flag, set when the chain that begins there is taken and cleared when it has
+//! A ring completes requests out of order, so its used index alone does not tell the next daemon which requests are
+//! still in flight. Each descriptor has a flag, set when the chain that begins there is taken and cleared when it has
 //! completed, and a counter that records the order in which chains were taken.
 //!
 //! Publishing the used index and clearing the flags are two steps, between which a daemon can die. So the chains of the
@@ -58,8 +58,8 @@ impl InflightTracker {
         self.field::<AtomicU16>(VERSION).load(Ordering::Acquire) != 0
     }
 
-    /// Prepares the part for a ring whose used index is `used`. Returns the heads that are still in flight, in the order in
-    /// which they were taken; `None`: no ring has used this part before.
+    /// Prepares the part for a ring whose used index is `used`. Returns the heads that are still in flight, in the
+    /// order in which they were taken; `None`: no ring has used this part before.
     pub fn recover(&mut self, used: u16) -> Option<Vec<u16>> {
         if !self.is_initialized() {
             (0..self.size).for_each(|head| self.inflight(head).store(0, Ordering::Relaxed));

@@ -11,7 +11,7 @@ use crate::sys::poll::is_writable;
 #[derive(Debug)]
 pub(super) struct Interrupt {
     file: File,
-    /// Writes block while the eventfd's counter is full. Most front-ends send a non-blocking one, whose writes fail then.
+    /// Writes block while the eventfd's counter is full. (Most front-ends send a non-blocking eventfd.)
     blocks: bool,
 }
 

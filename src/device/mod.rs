@@ -77,8 +77,9 @@ impl Device {
     /// Sets the cache mode that the guest chose (CONFIG_WCE).
     ///
     /// => Write-through stays until the guest chooses write-back again. A guest in write-through sends no FLUSH, and it
-    ///    repeats its choice neither when its front-end reconnects nor when the daemon is replaced. A front-end keeps its
-    ///    own copy of the mode even over a reset of the guest, after which it may be either (virtio 1.2, section 5.2.5).
+    ///    repeats its choice neither when its front-end reconnects nor when the daemon is replaced. A front-end keeps
+    ///    its own copy of the mode even over a reset of the guest, after which it may be either (virtio 1.2, section
+    ///    5.2.5).
     pub fn choose_writeback(&self, writeback: bool) {
         self.arena.set_write_through(!writeback);
         self.writeback.store(writeback, Ordering::Release);

@@ -1,4 +1,4 @@
-//! One virtqueue as its worker runs it: takes heads from the available ring, pushes used elements, interrupts the driver.
+//! One virtqueue as its worker runs it: takes available heads, pushes used elements, interrupts the driver.
 
 use std::fs::File;
 use std::io;
@@ -50,8 +50,8 @@ pub struct Ring {
 impl Ring {
     /// Starts vring `index` of `device`.
     ///
-    /// => Interrupts the driver at once. The previous daemon may have died between a completion and its interrupt, and with
-    ///    EVENT_IDX no later completion would make up for that.
+    /// => Interrupts the driver at once. The previous daemon may have died between a completion and its interrupt, and
+    ///    with EVENT_IDX no later completion would make up for that.
     pub fn new(device: &str, index: u16, setup: RingSetup) -> Self {
         let RingSetup { layout, position, kick, call_fd, memory, tracker } = setup;
         let mut ring = Self {
@@ -74,14 +74,15 @@ impl Ring {
         ring
     }
 
-    /// Maps the queue in guest memory; recovers the requests of the previous daemon when this succeeds for the first time.
+    /// Maps the queue in guest memory. The first time that succeeds, recovers the requests of the previous daemon.
     fn map_queue(&mut self) {
         self.queue = SplitQueue::new(&self.memory, self.layout, self.mapped_at);
         if self.queue.is_none() {
             let QueueLayout { size, desc_table, avail_ring, used_ring, .. } = self.layout;
             error!(
-                "{}: not served: its rings are misaligned, outside guest memory, or across two regions of it (size {size}, \
-                 descriptor table {desc_table:#x}, available ring {avail_ring:#x}, used ring {used_ring:#x})",
+                "{}: not served: its rings are misaligned, outside guest memory, or across two regions of it \
+                 (size {size}, descriptor table {desc_table:#x}, available ring {avail_ring:#x}, used ring \
+                 {used_ring:#x})",
                 self.label
             );
         } else if !std::mem::replace(&mut self.recovered, true) {
@@ -89,8 +90,8 @@ impl Ring {
         }
     }
 
-    /// Finds the requests that the previous daemon took and did not complete. The used ring says which it completed, the
-    /// inflight region which it took.
+    /// Finds the requests that the previous daemon took and did not complete. The used ring says which it completed,
+    /// the inflight region which it took.
     ///
     /// => Together they give the ring's position, whatever base the front-end sent. QEMU's may be older than the last
     ///    completion; cloud-hypervisor's may skip heads that no daemon has taken.
@@ -147,8 +148,8 @@ impl Ring {
         self.trigger_if_due();
     }
 
-    /// Uses new guest memory. A ring that is not in it pauses until it is again: a front-end that changes a region removes it
-    /// first.
+    /// Uses new guest memory. A ring that is not in it pauses until it is again: a front-end that changes a region
+    /// removes it first.
     pub fn set_memory(&mut self, memory: &Arc<GuestRam>) {
         self.mapped_at = self.position();
         self.memory = Arc::clone(memory);
@@ -189,7 +190,8 @@ impl Ring {
             && (self.has_resubmissions() || self.queue.as_ref().is_some_and(SplitQueue::has_available))
     }
 
-    /// Adds the chain at `head`, with `len` bytes written to it, to the used ring. [`Ring::publish`] shows it to the driver.
+    /// Adds the chain at `head`, with `len` bytes written to it, to the used ring. [`Ring::publish`] shows it to the
+    /// driver.
     pub fn push_used(&mut self, head: u16, len: u32) {
         self.in_flight -= 1;
         if let Some(queue) = &mut self.queue {
@@ -240,8 +242,8 @@ impl Ring {
         }
     }
 
-    /// Tells the driver to kick from now on. Returns whether heads became available meanwhile, for which it may not have
-    /// kicked.
+    /// Tells the driver to kick from now on. Returns whether heads became available meanwhile, for which it may not
+    /// have kicked.
     pub fn enable_notification(&mut self) -> bool {
         !self.broken && self.queue.as_mut().is_some_and(SplitQueue::enable_notification) && self.has_more()
     }

@@ -1,19 +1,20 @@
 //! The worker thread. It serves vrings of a device in turns; a turn ([`Worker::turn`]) moves every request as far as it
 //! can:
 //!
-//! 1. **Collect.** Execute the control plane's commands. Reap completed store operations and notices from other workers.
+//! 1. **Collect.** Execute the control plane's commands. Reap store operations, and notices from other workers.
 //! 2. **Take.** Take new chains from the available rings, parse them and check them. A request that needs no cache (GET
 //!    ID, an invalid request) continues with step 6.
-//! 3. **Admit**, with the cache locked. Complete the reaped store operations in the cache; each may make pieces of waiting
-//!    requests ready. Admit requests: those that the cache told to resume, then the new ones. What is in memory is ready
-//!    at once, as pinned *pieces*. What is not (a miss, a FLUSH, a write at the dirty limit) waits, and returns to this
-//!    step in a later turn. Submit the store operations that requests wait for before any byte is copied.
+//! 3. **Admit**, with the cache locked. Complete the reaped store operations in the cache; each may make pieces of
+//!    waiting requests ready. Admit requests: those that the cache told to resume, then the new ones. What is in memory
+//!    is ready at once, as pinned *pieces*. What is not (a miss, a FLUSH, a write at the dirty limit) waits, and
+//!    returns to this step in a later turn. Submit the store operations that requests wait for before any byte is
+//!    copied.
 //! 4. **Copy**, without the lock. Copy ready pieces between frames and guest memory. With its last piece a read is
 //!    finished.
 //! 5. **Return writes**, with the cache locked, if any were copied. With its last piece a write is finished; in
 //!    write-through mode it continues as a FLUSH.
-//! 6. **Complete**, without the lock. Write status bytes and used elements of finished requests; some writes are delayed
-//!    while the cache fills. Publish each used ring once, and interrupt its driver at most once.
+//! 6. **Complete**, without the lock. Write status bytes and used elements of finished requests; some writes are
+//!    delayed while the cache fills. Publish each used ring once, and interrupt its driver at most once.
 //! 7. **End the turn**, with the cache locked. Return the pieces of reads: their pins do not delay the driver. Pump the
 //!    cache: write-back, syncs, eviction, readahead, stalled requests. Submit all store operations, deliver notices to
 //!    other workers, and reply to commands that waited for rings to drain.
@@ -155,8 +156,8 @@ impl Worker {
         false
     }
 
-    /// Whether to poll this time. Polls that keep finding nothing become rare: the guest has little to do, or is waiting
-    /// for the processor that this thread polls on.
+    /// Whether to poll this time. Polls that keep finding nothing become rare: the guest has little to do, or is
+    /// waiting for the processor that this thread polls on.
     fn is_poll_worthwhile(&mut self) -> bool {
         let worthwhile =
             self.fruitless_polls < FRUITLESS_POLLS_MAX || self.idle_times.is_multiple_of(IDLE_TIMES_PER_POLL);
@@ -233,7 +234,7 @@ impl Worker {
         taken
     }
 
-    /// The ring at `index`, if it may take requests. One that drains takes only the resubmissions of the previous daemon.
+    /// The ring at `index`, if it may take requests. One that drains takes only the previous daemon's requests.
     fn ring_to_serve(&mut self, index: usize) -> Option<&mut Ring> {
         let draining =
             self.new_memory.is_some() || self.stopping.iter().any(|(stopping, _)| usize::from(*stopping) == index);

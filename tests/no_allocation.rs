@@ -1,5 +1,6 @@
-//! What is in the cache is served without the heap: once the tables have their size, neither a read that hits nor a write
-//! to a dirty page allocates; not in the cache, and not in the worker that carries the request from its ring and back.
+//! Cached data is served without the heap: once the tables have grown to their size, neither a read that hits nor a
+//! write to a dirty page allocates, in the cache and in the worker that takes the request from its ring and completes
+//! it.
 
 mod common;
 
@@ -20,94 +21,96 @@ use genblk::config::{DeviceConfig, Socket};
 use genblk::service::Service;
 use genblk::units::{SectorSpan, Tick};
 
-/// The system's allocator, with a count for each thread and one for all worker threads.
+/// The system's allocator, with one counter for each thread and one for all worker threads.
 struct Counting;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
 thread_local! {
-    static OF_THIS_THREAD: Cell<u64> = const { Cell::new(0) };
+    static THREAD_ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
 }
-static WORKERS_ARE_WATCHED: AtomicBool = AtomicBool::new(false);
-static OF_WORKERS: AtomicU64 = AtomicU64::new(0);
+static COUNT_WORKERS: AtomicBool = AtomicBool::new(false);
+static WORKER_ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
-/// What a worker thread's name begins with.
-const WORKER: &[u8] = b"genblk ";
+/// The start of a worker thread's name.
+const WORKER_PREFIX: &[u8] = b"genblk ";
 
+/// Counts an allocation of the current thread.
+///
 /// => It must not allocate itself.
-fn note_allocation() {
-    // A thread that ends has no counter any more, and nobody looks at it.
-    let _ = OF_THIS_THREAD.try_with(|count| count.set(count.get() + 1));
-    if WORKERS_ARE_WATCHED.load(Ordering::Relaxed) && this_is_a_worker() {
-        OF_WORKERS.fetch_add(1, Ordering::Relaxed);
+fn count_allocation() {
+    // A thread that is ending has no counter any more, and its count is not read.
+    let _ = THREAD_ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
+    if COUNT_WORKERS.load(Ordering::Relaxed) && is_worker_thread() {
+        WORKER_ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-fn this_is_a_worker() -> bool {
+fn is_worker_thread() -> bool {
     let mut name = [0_u8; 16];
-    // SAFETY: PR_GET_NAME writes at most 16 bytes to the buffer, which has as many.
+    // SAFETY: PR_GET_NAME writes at most 16 bytes to the buffer, which has 16.
     unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
-    name.starts_with(WORKER)
+    name.starts_with(WORKER_PREFIX)
 }
 
-// SAFETY: every call goes to the system's allocator as it is.
+// SAFETY: every call is passed on to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        note_allocation();
-        // SAFETY: the caller keeps to alloc's contract.
+        count_allocation();
+        // SAFETY: the caller upholds the contract of alloc().
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps to dealloc's contract, and the block came from `System`.
+        // SAFETY: the caller upholds the contract of dealloc(), and the block came from `System`.
         unsafe { System.dealloc(block, layout) }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        note_allocation();
-        // SAFETY: the caller keeps to realloc's contract, and the block came from `System`.
+        count_allocation();
+        // SAFETY: the caller upholds the contract of realloc(), and the block came from `System`.
         unsafe { System.realloc(block, layout, size) }
     }
 }
 
-/// Allocations of this thread while `act` runs.
+/// How many times this thread allocates while `act` runs.
 fn allocations(act: impl FnOnce()) -> u64 {
-    let before = OF_THIS_THREAD.get();
+    let before = THREAD_ALLOCATIONS.get();
     act();
-    OF_THIS_THREAD.get() - before
+    THREAD_ALLOCATIONS.get() - before
 }
 
-/// Allocations of worker threads while `act` runs.
+/// How many times worker threads allocate while `act` runs.
 fn worker_allocations(act: impl FnOnce()) -> u64 {
-    // Tests run side by side: one at a time may have workers and watch them.
-    static WATCH: Mutex<()> = Mutex::new(());
-    let _watch = WATCH.lock().expect("no test fails while it watches");
-    let before = OF_WORKERS.load(Ordering::Relaxed);
-    WORKERS_ARE_WATCHED.store(true, Ordering::Relaxed);
+    // Tests run in parallel: only one at a time may count workers.
+    static COUNTING: Mutex<()> = Mutex::new(());
+    let _counting = COUNTING.lock().expect("no test fails while it counts");
+    let before = WORKER_ALLOCATIONS.load(Ordering::Relaxed);
+    COUNT_WORKERS.store(true, Ordering::Relaxed);
     act();
-    WORKERS_ARE_WATCHED.store(false, Ordering::Relaxed);
-    OF_WORKERS.load(Ordering::Relaxed) - before
+    COUNT_WORKERS.store(false, Ordering::Relaxed);
+    WORKER_ALLOCATIONS.load(Ordering::Relaxed) - before
 }
 
-/// The counters themselves: a count of nothing proves nothing.
+/// The counters count: otherwise a count of 0 would prove nothing.
 #[test]
 fn allocations_are_counted() {
     let mut grown = Vec::with_capacity(1);
     assert_eq!(allocations(|| grown.extend([1, 2])), 1, "growing a vector is one allocation");
-    assert_eq!(allocations(|| drop(grown)), 0, "giving memory back is none");
-    let as_a_worker = || {
+    assert_eq!(allocations(|| drop(grown)), 0, "freeing memory is none");
+    let allocate_in_worker = || {
         let worker = std::thread::Builder::new().name("genblk counted".to_owned());
         let thread = worker.spawn(|| drop(Box::new(7))).expect("a thread can be started");
-        thread.join().expect("it ends well");
+        thread.join().expect("the thread does not panic");
     };
-    assert!(worker_allocations(as_a_worker) > 0, "a worker's allocation is seen");
+    assert!(worker_allocations(allocate_in_worker) > 0, "a worker's allocation is counted");
 }
 
-/// Pages in use; fewer than make a whole MiB, which would be written back as soon as it is dirty from end to end.
+/// How many pages the tests use: fewer than 1 MiB of them, which would be written back as soon as all of it is dirty.
 const PAGES: u64 = 240;
 
-/// A cache and what its owner keeps from turn to turn.
+/// A cache and the lists that its owner reuses from turn to turn.
 struct Owner {
     cache: PageCache,
     pieces: Vec<Piece>,
@@ -135,18 +138,18 @@ impl Owner {
             on_full: ErrorPolicy::Report,
             hold_us: 0,
         };
-        let arena = Arena::anonymous(1024).expect("4 MiB can be had");
+        let arena = Arena::anonymous(1024).expect("4 MiB can be mapped");
         let cache = PageCache::new(settings, Box::new(Arc::new(arena)));
         Self { cache, pieces: Vec::new(), notices: Vec::new(), tags: Vec::new() }
     }
 
-    /// Reads `pages` pages; returns whether all of them were there.
+    /// Reads `pages` pages; returns whether all of them were cached.
     fn read(&mut self, page: u64, pages: u64) -> bool {
         assert_eq!(self.cache.read(access(page, pages), &mut self.pieces), Admitted::All);
-        let there = self.pieces.iter().map(|piece| u64::from(piece.count)).sum::<u64>() == pages * 8;
+        let cached = self.pieces.iter().map(|piece| u64::from(piece.count)).sum::<u64>() == pages * 8;
         self.pieces.drain(..).for_each(|piece| self.cache.finish_read(&piece));
         self.end_turn();
-        there
+        cached
     }
 
     fn write(&mut self, page: u64, pages: u64) {
@@ -157,7 +160,7 @@ impl Owner {
 
     fn end_turn(&mut self) {
         self.cache.pump(Tick(1));
-        self.cache.take_ops(|plan| self.tags.push(plan.tag));
+        self.cache.take_ops(|op| self.tags.push(op.tag));
         self.tags.drain(..).for_each(|tag| self.cache.complete(tag, &Outcome::Done, Tick(1)));
         self.cache.take_notices(&mut self.notices);
         for notice in self.notices.drain(..) {
@@ -194,11 +197,11 @@ fn a_write_to_a_dirty_page_allocates_nothing() {
     assert_eq!(count, 0, "writes to dirty pages");
 }
 
-/// Requests of a round: some hundredths of a second.
+/// Requests in a round, which takes some hundredths of a second.
 const ROUND: u64 = 500;
 
-/// The whole way: ring, parser, cache, copy, answer. Write-back allocates, and starts on its own account when the machine
-/// stalls, which looks like an idle guest: rounds in which pages were written back don't count.
+/// The whole path: ring, parser, cache, copy, completion. Write-back allocates, and it starts when the machine stalls,
+/// because that looks like an idle guest. So rounds in which pages were written back do not count.
 #[test]
 fn a_worker_serves_what_is_cached_without_allocating() {
     let directory = TempDir::new("no-allocation");
@@ -211,7 +214,7 @@ fn a_worker_serves_what_is_cached_without_allocating() {
         .expect("the device is served");
     let mut client = Client::connect(&socket, &ClientOptions::default());
     let bytes = [0x5a; 8192];
-    let mut undisturbed = 0;
+    let mut undisturbed_rounds = 0;
     for round in 0..30 {
         for page in (0..PAGES).step_by(2) {
             client.write(page * 8, &bytes);
@@ -225,14 +228,14 @@ fn a_worker_serves_what_is_cached_without_allocating() {
             }
         });
         let after = running.stats();
-        assert!(after.read_hit_pages >= before.read_hit_pages + ROUND * 2, "they were hits");
-        let touched = |stats: &Stats| (stats.store_writes, stats.syncs, stats.dirty_pages);
-        if touched(&after) == touched(&before) && after.dirty_pages >= PAGES {
-            assert_eq!(count, 0, "round {round}: a worker allocated to serve what is cached");
-            undisturbed += 1;
+        assert!(after.read_hit_pages >= before.read_hit_pages + ROUND * 2, "all reads were hits");
+        let writeback_state = |stats: &Stats| (stats.store_writes, stats.syncs, stats.dirty_pages);
+        if writeback_state(&after) == writeback_state(&before) && after.dirty_pages >= PAGES {
+            assert_eq!(count, 0, "round {round}: a worker allocated while it served cached data");
+            undisturbed_rounds += 1;
         }
     }
-    assert!(undisturbed >= 3, "only {undisturbed} of 30 rounds were undisturbed");
+    assert!(undisturbed_rounds >= 3, "only {undisturbed_rounds} of 30 rounds were undisturbed");
     drop(client);
-    running.shutdown().expect("everything can be written");
+    running.shutdown().expect("everything can be written back");
 }

@@ -288,6 +288,17 @@ pub enum Unmap {
     Forbidden,
 }
 
+/// Whether an image has holes, and whether its store can map them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageHoles {
+    /// The store can't tell holes from data, and has no space to reserve: a block device.
+    Unmappable,
+    /// The image has no holes, but a discard or zero may make some.
+    NoneYet,
+    /// The image may have holes.
+    Possible,
+}
+
 /// What a part of an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {

@@ -15,11 +15,11 @@ use common::shadow::Shadow;
 use common::workload::{Client, ClientOptions};
 use genblk::arena::Arena;
 use genblk::cache::{
-    Access, Admitted, ErrorPolicy, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
+    Access, Admitted, CopyResult, ErrorPolicy, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
 use genblk::config::{DeviceConfig, Socket};
 use genblk::service::Service;
-use genblk::units::{SectorSpan, Tick};
+use genblk::units::{ImageHoles, SectorSpan, Tick};
 
 /// The system's allocator, with one counter for each thread and one for all worker threads.
 struct Counting;
@@ -124,8 +124,7 @@ impl Owner {
             frames: 1024,
             image_sectors: 1 << 20,
             block_sectors: 1,
-            sparse: false,
-            can_map: true,
+            holes: ImageHoles::NoneYet,
             cluster_pages_max: 256,
             retain: true,
             policy,
@@ -154,7 +153,7 @@ impl Owner {
 
     fn write(&mut self, page: u64, pages: u64) {
         assert_eq!(self.cache.write(access(page, pages), &mut self.pieces), Admitted::All);
-        self.pieces.drain(..).for_each(|piece| self.cache.finish_write(&piece, true));
+        self.pieces.drain(..).for_each(|piece| self.cache.finish_write(&piece, CopyResult::Complete));
         self.end_turn();
     }
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use genblk::error::ErrorKind;
 use genblk::store::Backing;
 use genblk::store::file::{FileImage, IoEngine, OpenOptions};
+use genblk::units::ImageHoles;
 use store_kit::{Buffer, Driver, Image, MIB, pattern};
 
 const READ_ONLY: OpenOptions =
@@ -102,7 +103,7 @@ fn the_limits_describe_the_image() {
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
     let limits = opened.limits();
     assert_eq!(limits.size_bytes, MIB);
-    assert!(limits.sparse, "a new file is a single hole");
+    assert_eq!(limits.holes, ImageHoles::Possible, "a new file is a single hole");
     assert!(limits.writable && limits.can_zero);
     assert!(limits.block_bytes.is_power_of_two() && (512..=4096).contains(&limits.block_bytes));
     assert!(limits.physical_block_bytes >= limits.block_bytes);
@@ -111,7 +112,7 @@ fn the_limits_describe_the_image() {
     std::fs::write(&image.path, pattern(65536, 1)).unwrap();
     let options = OpenOptions { direct: false, ..WRITABLE };
     let opened = FileImage::open(&image.path, &options).unwrap();
-    assert!(!opened.limits().sparse, "a file without holes");
+    assert_eq!(opened.limits().holes, ImageHoles::NoneYet, "a file without holes");
     assert_eq!((opened.limits().block_bytes, opened.limits().memory_align, opened.direct()), (512, 1, false));
 }
 
@@ -122,7 +123,7 @@ fn the_limits_of_a_device_are_those_of_its_request_queue() {
     };
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
     let limits = opened.limits();
-    assert_eq!((limits.size_bytes, limits.block_bytes, limits.sparse), (MIB, 4096, false));
+    assert_eq!((limits.size_bytes, limits.block_bytes, limits.holes), (MIB, 4096, ImageHoles::Unmappable));
     assert!(limits.physical_block_bytes >= 4096);
     let queue = Path::new("/sys/block").join(image.path.file_name().unwrap()).join("queue");
     let number = |name| std::fs::read_to_string(queue.join(name)).unwrap().trim().parse::<u32>().unwrap();

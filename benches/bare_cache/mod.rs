@@ -1,9 +1,10 @@
 //! A page cache without data, for benchmarks of its decisions and its CPU time.
 
 use genblk::cache::{
-    Access, Admitted, ErrorPolicy, FrameMemory, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
+    Access, Admitted, CopyResult, ErrorPolicy, FrameMemory, Notice, Outcome, PageCache, Piece, PolicyKind, Settings,
+    Stats, Ticket,
 };
-use genblk::units::{FrameId, FrameRecord, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
+use genblk::units::{FrameId, FrameRecord, ImageHoles, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
 
 /// Frames without data.
 #[derive(Debug)]
@@ -25,8 +26,7 @@ pub fn defaults(frames: u32, image_pages: u64) -> Settings {
         frames,
         image_sectors: image_pages * SECTORS_PER_PAGE,
         block_sectors: 1,
-        sparse: false,
-        can_map: true,
+        holes: ImageHoles::NoneYet,
         cluster_pages_max: 256,
         retain: true,
         policy: PolicyKind::S3Fifo,
@@ -80,7 +80,7 @@ impl InstantStoreCache {
         let mut access = access(first, pages);
         loop {
             let admitted = self.cache.write(access, &mut self.pieces);
-            self.pieces.drain(..).for_each(|piece| self.cache.finish_write(&piece, true));
+            self.pieces.drain(..).for_each(|piece| self.cache.finish_write(&piece, CopyResult::Complete));
             match admitted {
                 Admitted::All => return,
                 Admitted::Until(from) => access = Access { from, resumed: true, ..access },

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use genblk::cache::{Access, Admitted, Notice, Outcome, PageCache, Settings, Stats, Ticket};
-use genblk::units::{ExtentKind, OpKind, SECTORS_PER_PAGE, SectorSpan, Tick};
+use genblk::units::{ExtentKind, ImageHoles, OpKind, SECTORS_PER_PAGE, SectorSpan, Tick};
 
 use crate::bare_cache::{bare_cache, defaults};
 
@@ -123,7 +123,7 @@ pub fn run(store: StoreModel, readers: Vec<Reader>) -> Measured {
 impl Simulation {
     fn new(store: StoreModel, readers: Vec<Reader>) -> Self {
         Self {
-            cache: bare_cache(Settings { sparse: true, ..defaults(CACHE_PAGES, IMAGE_PAGES) }),
+            cache: bare_cache(Settings { holes: ImageHoles::Possible, ..defaults(CACHE_PAGES, IMAGE_PAGES) }),
             store,
             readers,
             pending: Vec::new(),

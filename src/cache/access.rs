@@ -49,6 +49,15 @@ impl Piece {
     }
 }
 
+/// What became of the copy of a write's piece from guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CopyResult {
+    /// All bytes are in the frames.
+    Complete,
+    /// Some may be missing: the sectors hold old bytes, new ones or a mixture, as after a failed write.
+    Incomplete,
+}
+
 /// A read or write request, or the rest of one.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {

@@ -4,7 +4,7 @@
 //! called a hole reads as zeros on the store. So a write-back that ends clears the bit of its pages, a map that was
 //! taken while such a write ended has those pages cleared, and a zero or discard makes the region unknown.
 
-use crate::units::{ExtentKind, OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
+use crate::units::{ExtentKind, ImageHoles, OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
 
 use super::store_ops::{Outcome, StoreOp};
 use super::{PageCache, REGION_PAGES, SectorSpan};
@@ -45,10 +45,7 @@ struct Region {
 /// A direct-mapped table of regions.
 #[derive(Debug)]
 pub(super) struct Holes {
-    /// Whether the image may have holes at all.
-    sparse: bool,
-    /// Whether the store can tell.
-    can_map: bool,
+    image: ImageHoles,
     regions: Vec<Region>,
 }
 
@@ -59,9 +56,9 @@ fn bit(no: PageNo) -> (usize, u64) {
 
 impl Holes {
     /// For a cache of `frames` frames: one region for every 64 frames, so a cache of 1 % of the image knows it all.
-    pub fn new(sparse: bool, can_map: bool, frames: u32) -> Self {
+    pub fn new(image: ImageHoles, frames: u32) -> Self {
         let empty = Region { number: 0, state: MapState::Empty, bits: [0; WORDS] };
-        Self { sparse: sparse && can_map, can_map, regions: vec![empty; (frames / 64).max(16) as usize] }
+        Self { image, regions: vec![empty; (frames / 64).max(16) as usize] }
     }
 
     fn index(&self, no: PageNo) -> (u64, usize) {
@@ -76,7 +73,7 @@ impl Holes {
 
     /// What is known of a page.
     pub fn status(&self, no: PageNo) -> BlockStatus {
-        if !self.sparse {
+        if self.image != ImageHoles::Possible {
             return BlockStatus::Data;
         }
         let (number, index) = self.index(no);
@@ -94,7 +91,7 @@ impl Holes {
         let region = &self.regions[index];
         let (word, mask) = bit(no);
         let known = region.state == MapState::Known && region.number == number;
-        !self.sparse || known && region.bits[word] & mask == 0
+        self.image != ImageHoles::Possible || known && region.bits[word] & mask == 0
     }
 
     /// Whether the region of `no` may be asked for now; then it counts as being asked.
@@ -109,7 +106,7 @@ impl Holes {
 
     /// The page has been written on the store.
     pub fn mark_data(&mut self, no: PageNo) {
-        if !self.sparse {
+        if self.image != ImageHoles::Possible {
             return;
         }
         let (number, region) = self.slot(no);
@@ -126,7 +123,9 @@ impl Holes {
 
     /// Holes have come or gone in the span: ask again. The image may have holes from now on, if the store can tell of them.
     pub fn forget(&mut self, span: PageSpan) {
-        self.sparse = self.can_map;
+        if self.image == ImageHoles::NoneYet {
+            self.image = ImageHoles::Possible;
+        }
         let mut number = span.first.0 / REGION_PAGES;
         while number * REGION_PAGES < span.end().0 {
             let (_, region) = self.slot(PageNo(number * REGION_PAGES));
@@ -213,7 +212,7 @@ mod tests {
 
     #[test]
     fn only_whole_pages_of_a_hole_are_holes() {
-        let mut holes = Holes::new(true, true, 1024);
+        let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Unknown);
         assert!(holes.begin_map(PageNo(3)));
         assert!(!holes.begin_map(PageNo(4)), "asked already");
@@ -228,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_page_written_while_the_map_was_taken_is_data() {
-        let mut holes = Holes::new(true, true, 1024);
+        let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.mark_data(PageNo(7));
         holes.learn(PageNo(0), &[(2048, ExtentKind::Hole)]);
@@ -240,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_map_that_a_discard_overtook_is_thrown_away() {
-        let mut holes = Holes::new(true, true, 1024);
+        let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.forget(PageSpan::new(PageNo(10), 1));
         holes.learn(PageNo(0), &[(2048, ExtentKind::Data)]);
@@ -249,7 +248,7 @@ mod tests {
 
     #[test]
     fn the_cut_tail_page_of_an_image_can_be_a_hole() {
-        let mut holes = Holes::new(true, true, 1024);
+        let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert!(holes.begin_map(PageNo(0)));
         // An image of 2 pages and 3 sectors, all a hole.
         holes.learn(PageNo(0), &[(19, ExtentKind::Hole)]);

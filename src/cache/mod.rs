@@ -44,7 +44,7 @@ mod writeback;
 
 use crate::units::{FrameId, FrameRecord, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
 
-pub use access::{Access, Admitted, Notice, Piece, Ticket};
+pub use access::{Access, Admitted, CopyResult, Notice, Piece, Ticket};
 pub use settings::{ErrorPolicy, PolicyKind, Settings};
 pub use stats::Stats;
 pub use store_health::{Health, HealthEvent};
@@ -164,7 +164,7 @@ impl PageCache {
             waiters: Waiters::default(),
             store_ops: StoreOps::default(),
             run: Run::default(),
-            holes: Holes::new(settings.sparse, settings.can_map, frames),
+            holes: Holes::new(settings.holes, frames),
             streams: Streams::new(settings.readahead_pages_max, frames),
             writeback: Writeback::default(),
             eager: Eager::default(),

@@ -1,5 +1,7 @@
 //! A cache's settings, fixed for its life.
 
+use crate::units::ImageHoles;
+
 /// Replacement policies to choose from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PolicyKind {
@@ -30,11 +32,8 @@ pub struct Settings {
     pub image_sectors: u64,
     /// The store's block in sectors (1 to 8): offsets and lengths of store operations are multiples of it.
     pub block_sectors: u8,
-    /// Whether the image may have holes: then the cache asks before it reads.
-    pub sparse: bool,
-    /// Whether the store can tell of holes, also of those that come later. One that can't is a device: it has no space to
-    /// reserve either.
-    pub can_map: bool,
+    /// Whether the image may have holes: then the cache asks for a map before it reads.
+    pub holes: ImageHoles,
     /// Longest store operation in pages, at most one region ([`super::REGION_PAGES`]).
     pub cluster_pages_max: u32,
     /// Whether pages stay in memory after use; without it the cache is a bounce buffer (cache mode none).

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::prng::Prng;
-use crate::units::{ExtentKind, OpKind, Unmap};
+use crate::units::{ExtentKind, ImageHoles, OpKind, Unmap};
 
 mod eager;
 mod failures;
@@ -27,8 +27,7 @@ fn settings_of(frames: u32, image_sectors: u64) -> Settings {
         frames,
         image_sectors,
         block_sectors: 1,
-        sparse: false,
-        can_map: true,
+        holes: ImageHoles::NoneYet,
         cluster_pages_max: 256,
         retain: true,
         policy: PolicyKind::S3Fifo,
@@ -89,7 +88,7 @@ fn write(cache: &mut PageCache, start: u64, count: u64) {
     let mut pieces = Vec::new();
     assert_eq!(cache.write(access(start, count), &mut pieces), Admitted::All);
     for piece in pieces {
-        cache.finish_write(&piece, true);
+        cache.finish_write(&piece, CopyResult::Complete);
     }
 }
 
@@ -135,7 +134,7 @@ fn what_lies_in_a_row_is_one_piece() {
     assert_eq!(shapes(&pieces), [(0, 3, 21, 3), (21, 0, 8, 1), (29, 0, 13, 2)]);
     let pinned: Vec<FrameId> = pieces.iter().flat_map(Piece::frames).collect();
     cache.check(&pinned);
-    pieces.drain(..).for_each(|piece| cache.finish_write(&piece, true));
+    pieces.drain(..).for_each(|piece| cache.finish_write(&piece, CopyResult::Complete));
     cache.check(&[]);
     cache.read(access(3, 42), &mut pieces);
     assert_eq!(shapes(&pieces), [(0, 3, 21, 3), (21, 0, 8, 1), (29, 0, 13, 2)]);
@@ -157,12 +156,13 @@ fn what_lies_in_a_row_is_one_piece() {
 
 #[test]
 fn a_read_behind_a_write_that_failed_finds_the_hole() {
-    let mut cache = PageCache::new(Settings { sparse: true, ..settings_of(64, 1 << 10) }, Box::new(NoBytes));
+    let mut cache =
+        PageCache::new(Settings { holes: ImageHoles::Possible, ..settings_of(64, 1 << 10) }, Box::new(NoBytes));
     let (mut written, mut pieces) = (Vec::new(), Vec::new());
     assert_eq!(cache.write(access(0, 8), &mut written), Admitted::All);
     assert_eq!(cache.read(access(0, 8), &mut pieces), Admitted::All);
     assert!(pieces.is_empty(), "it waits for the writer");
-    cache.finish_write(&written[0], false);
+    cache.finish_write(&written[0], CopyResult::Incomplete);
     let mut maps = Vec::new();
     cache.take_ops(|plan| maps.push((plan.tag, plan.kind, plan.span.count)));
     let [(tag, OpKind::Map, sectors)] = maps[..] else { panic!("where the holes are is not known yet: {maps:?}") };

@@ -10,7 +10,7 @@ use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 use super::allocate::Space;
 use super::pages::{FROZEN, NONE, READING, RECENT};
 use super::stalled::Want;
-use super::{Access, Admitted, PageCache, PagePart, Piece};
+use super::{Access, Admitted, CopyResult, PageCache, PagePart, Piece};
 
 /// Frames that writes leave alone: a page whose sectors do not fill the store's blocks has the rest read in before it can
 /// be written back, and if all frames were taken by such pages none could ever be cleaned.
@@ -139,7 +139,7 @@ impl PageCache {
     /// Gives back a piece of a write. `filled`: all its bytes were copied in.
     ///
     /// => A piece that was not filled leaves its sectors as a failed write does: old, new or a mixture.
-    pub fn finish_write(&mut self, piece: &Piece, filled: bool) {
+    pub fn finish_write(&mut self, piece: &Piece, result: CopyResult) {
         piece.frames().for_each(|frame| self.pages.release_frame(frame));
         let mut id = piece.page;
         let start = self.pages[id].no().0 * SECTORS_PER_PAGE + u64::from(piece.first);
@@ -149,13 +149,13 @@ impl PageCache {
             if at > 0 {
                 id = self.pages.find_after(Some(id), part.no).expect("a page with a writer stays in the table");
             }
-            self.finish_page_write(id, part.mask(), filled);
+            self.finish_page_write(id, part.mask(), result);
             at += u32::from(part.count);
         }
     }
 
     /// A writer of `mask` has left the page.
-    fn finish_page_write(&mut self, id: PageId, mask: SectorMask, filled: bool) {
+    fn finish_page_write(&mut self, id: PageId, mask: SectorMask, result: CopyResult) {
         let epoch = self.pages.dirty().current();
         let no = self.pages[id].no();
         if self.pages[id].writers == u8::MAX {
@@ -169,7 +169,10 @@ impl PageCache {
             if page.writers == 0 {
                 page.pending = SectorMask::NONE;
             }
-            let changed = if filled { mask } else { mask.and(page.valid) };
+            let changed = match result {
+                CopyResult::Complete => mask,
+                CopyResult::Incomplete => mask.and(page.valid),
+            };
             if page.dirty.is_empty() {
                 page.epoch = epoch;
             }

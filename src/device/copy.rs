@@ -1,7 +1,7 @@
 //! Steps 4 and 5 of a turn: bytes are copied between guest memory and pinned frames, without any lock; then the pieces
 //! return to the cache.
 
-use crate::cache::{PageCache, Piece};
+use crate::cache::{CopyResult, PageCache, Piece};
 use crate::cached_image::WorkerPort;
 use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::Status;
@@ -50,7 +50,7 @@ impl Requests {
     pub(super) fn return_writes(&mut self, cache: &mut PageCache) {
         for at in 0..self.written.len() {
             let CopiedPiece { slot, piece, result } = self.written[at];
-            cache.finish_write(&piece, result.is_ok());
+            cache.finish_write(&piece, if result.is_ok() { CopyResult::Complete } else { CopyResult::Incomplete });
             let pending = &mut self.pending[slot];
             pending.settled += u64::from(piece.count);
             if result.is_err() {

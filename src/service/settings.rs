@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::cache::{ErrorPolicy, PolicyKind, Settings};
+use crate::cache::{ErrorPolicy, PolicyKind, REGION_PAGES, Settings};
 use crate::cached_image::CachedImage;
 use crate::config::{Allocate, CacheConfig, CacheMode, DeviceConfig, OnError, Policy};
 use crate::device::Device;
@@ -10,9 +10,6 @@ use crate::store::Limits;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
 use crate::virtio::config_space::DiskParameters;
 use crate::virtio::request::{Disk, serial};
-
-/// Longest store operation in pages (1 MiB): the cache's clusters do not cross a region of that size.
-const CLUSTER_PAGES_MAX: u32 = 256;
 
 /// The settings of a device's cache.
 pub(super) fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
@@ -25,9 +22,8 @@ pub(super) fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
         image_sectors: limits.size_bytes / SECTOR_BYTES,
         block_sectors: u8::try_from(u64::from(limits.block_bytes) / SECTOR_BYTES)
             .expect("a block is 512 to 4096 bytes"),
-        can_map: limits.can_map,
-        sparse: limits.sparse,
-        cluster_pages_max: io_pages.clamp(1, CLUSTER_PAGES_MAX),
+        holes: limits.holes,
+        cluster_pages_max: io_pages.clamp(1, low_u32(REGION_PAGES)),
         retain,
         policy: match cache.policy {
             Policy::S3Fifo => PolicyKind::S3Fifo,

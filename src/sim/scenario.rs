@@ -2,7 +2,7 @@
 
 use crate::cache::{ErrorPolicy, PolicyKind, Settings};
 use crate::prng::Prng;
-use crate::units::OpKind;
+use crate::units::{ImageHoles, OpKind};
 
 /// How guest, disk and daemon behave in one world.
 #[derive(Debug)]
@@ -83,6 +83,8 @@ pub(super) const BREAKAGES: [&[FailureClass]; 7] = [
 pub(super) fn settings(prng: &mut Prng) -> Settings {
     let frames = prng.pick(&[12, 24, 48, 160]);
     let (sparse, allocate) = (prng.percent(60), prng.percent(50));
+    // A device can neither map holes nor reserve space.
+    let can_map = sparse || allocate || prng.percent(50);
     let block_sectors = prng.pick(&[1, 1, 2, 8]);
     // No store has a block that the image's end cuts.
     let image_sectors = prng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
@@ -90,9 +92,11 @@ pub(super) fn settings(prng: &mut Prng) -> Settings {
         frames,
         image_sectors,
         block_sectors,
-        sparse,
-        // A block device has no map: then it has no holes and no space to reserve either.
-        can_map: sparse || allocate || prng.percent(50),
+        holes: match (sparse, can_map) {
+            (true, _) => ImageHoles::Possible,
+            (false, true) => ImageHoles::NoneYet,
+            (false, false) => ImageHoles::Unmappable,
+        },
         cluster_pages_max: prng.pick(&[1, 3, 8, 256]),
         retain: prng.percent(90),
         policy: prng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),

@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 
 use crate::cache::{
-    Access, Admitted, Health, Notice, Outcome, PageCache, Piece, PlantedBug, Settings, StoreOpRef, Ticket,
+    Access, Admitted, CopyResult, Health, Notice, Outcome, PageCache, Piece, PlantedBug, Settings, StoreOpRef, Ticket,
 };
 use crate::prng::Prng;
-use crate::units::{Fault, OpKind, SectorSpan, Tick, Unmap};
+use crate::units::{Fault, ImageHoles, OpKind, SectorSpan, Tick, Unmap};
 
 use super::disk::Disk;
 use super::failure_oracle::FailureOracle;
@@ -70,7 +70,7 @@ impl World {
         let settings = settings(&mut prng);
         let memory = Memory::new(settings.frames, prng.pick(&[1, 4, 64]));
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
-        let hole_percent = if settings.sparse { prng.pick(&[10, 50, 100]) } else { 0 };
+        let hole_percent = if settings.holes == ImageHoles::Possible { prng.pick(&[10, 50, 100]) } else { 0 };
         cache.plant(planted);
         let sectors = settings.image_sectors as usize;
         let disk = Disk::new(sectors, |_| prng.percent(hole_percent));
@@ -295,7 +295,8 @@ impl World {
         request.settled += u64::from(piece.count);
         match request.op {
             GuestOp::Read => self.cache.finish_read(&piece),
-            _ => self.cache.finish_write(&piece, !copy_fails),
+            _ if copy_fails => self.cache.finish_write(&piece, CopyResult::Incomplete),
+            _ => self.cache.finish_write(&piece, CopyResult::Complete),
         }
         request.copy_failed |= copy_fails;
         if !self.memory.has_crashed() {

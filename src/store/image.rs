@@ -18,7 +18,7 @@ use super::{IoRequest, Limits, Segment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
-use crate::units::{OpKind, PAGE_BYTES, SECTOR_BYTES};
+use crate::units::{ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES};
 
 /// Operations in flight per queue: enough to keep a fast disk busy from one worker, and few enough to bound what a
 /// flush may wait behind.
@@ -90,8 +90,11 @@ impl OpenImage {
             // Always: if the host has no command for it, genblk writes zeros.
             can_zero: writable,
             can_discard: writable && can_discard(&file, &geometry),
-            can_map: first_hole.is_some(),
-            sparse: first_hole.is_some_and(|hole| hole < geometry.size_bytes),
+            holes: match first_hole {
+                None => ImageHoles::Unmappable,
+                Some(hole) if hole < geometry.size_bytes => ImageHoles::Possible,
+                Some(_) => ImageHoles::NoneYet,
+            },
         };
         let identity = identity_of(&file, &metadata, geometry.size_bytes);
         Ok(Self {

@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 
 pub use crate::sys::file::Segment;
-use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES};
+use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, SECTOR_BYTES};
 
 /// One operation. It owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
@@ -127,10 +127,8 @@ pub struct Limits {
     pub can_zero: bool,
     /// `Discard` works.
     pub can_discard: bool,
-    /// `Map` can report holes: not on a device, nor on a file system without SEEK_HOLE.
-    pub can_map: bool,
-    /// The image had holes when it was opened.
-    pub sparse: bool,
+    /// Holes at the time of opening. `Map` reports none on a device, nor on a file system without SEEK_HOLE.
+    pub holes: ImageHoles,
 }
 
 impl Limits {

@@ -68,7 +68,8 @@ impl<'a> Relay<'a> {
     /// [`io::ErrorKind::InvalidData`] for a malformed inflight message.
     pub fn run(mut self) -> io::Result<()> {
         loop {
-            let [stop, from_backend, from_front_end] = wait_any_readable([self.stop, &self.backend_end, self.front_end])?;
+            let [stop, from_backend, from_front_end] =
+                wait_any_readable([self.stop, &self.backend_end, self.front_end])?;
             if stop {
                 return Ok(());
             }

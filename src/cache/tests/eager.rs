@@ -108,7 +108,7 @@ fn writes_that_come_together_count_as_one() {
         for page in first..first + 8 {
             assert_eq!(cache.write(access(page * 8, 8), &mut pieces), Admitted::All);
         }
-        pieces.iter().for_each(|piece| cache.finish_write(piece, true));
+        pieces.iter().for_each(|piece| cache.finish_write(piece, CopyResult::Complete));
     };
     // A run that grows by eight pages at a time: seven of eight times it would have gone along.
     (0..8).for_each(|at| batch(&mut cache, at * 8));
@@ -124,7 +124,7 @@ fn a_bulk_that_comes_together_with_what_was_before_the_flush_ends_with_the_next(
     assert_eq!(cache.write(access(0, 8), &mut pieces), Admitted::All);
     cache.flush(Ticket(7));
     assert_eq!(cache.write(access(8, 300 * 8), &mut pieces), Admitted::All);
-    pieces.iter().for_each(|piece| cache.finish_write(piece, true));
+    pieces.iter().for_each(|piece| cache.finish_write(piece, CopyResult::Complete));
     settle(&mut cache, NOW);
     flush(&mut cache);
     assert_eq!(early(&mut cache, [APART]), NOTHING, "the last interval was a bulk");

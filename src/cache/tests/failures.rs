@@ -1,7 +1,7 @@
 //! Requests that wait and stores that fail: who has to wait for whom, and when all is well again.
 
 use super::*;
-use crate::units::{Fault, OpKind, Unmap};
+use crate::units::{Fault, ImageHoles, OpKind, Unmap};
 
 const NOW: Tick = Tick(1_000_000);
 const FLUSH: Ticket = Ticket(77);
@@ -81,8 +81,13 @@ fn a_page_whose_failed_sectors_are_zeroed_has_failed_no_more() {
 #[test]
 fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
     let hold_us = 1_000_000;
-    let settings =
-        Settings { sparse: true, allocate: true, on_full: ErrorPolicy::Hold, hold_us, ..settings_of(1024, 1 << 20) };
+    let settings = Settings {
+        holes: ImageHoles::Possible,
+        allocate: true,
+        on_full: ErrorPolicy::Hold,
+        hold_us,
+        ..settings_of(1024, 1 << 20)
+    };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     // A page that is known to have its space.
     assert_eq!(cache.write(access(0, 8), &mut Vec::new()), Admitted::Until(0));
@@ -122,7 +127,7 @@ fn a_write_that_finds_too_many_writers_goes_on_when_one_leaves() {
     while cache.write(access(0, 8), &mut pieces) == Admitted::All {}
     assert_eq!(pieces.len(), 255);
     started(&mut cache, NOW);
-    cache.finish_write(&pieces[0], true);
+    cache.finish_write(&pieces[0], CopyResult::Complete);
     started(&mut cache, NOW);
     let mut notices = Vec::new();
     cache.take_notices(&mut notices);
@@ -131,7 +136,7 @@ fn a_write_that_finds_too_many_writers_goes_on_when_one_leaves() {
 
 #[test]
 fn space_far_out_on_an_image_is_asked_for_once_until_it_is_given_back() {
-    let settings = Settings { sparse: true, allocate: true, ..settings_of(1024, 1 << 50) };
+    let settings = Settings { holes: ImageHoles::Possible, allocate: true, ..settings_of(1024, 1 << 50) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     for far in [1 << 43, (1 << 44) - 8, (1 << 50) - 8] {
         assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0));
@@ -147,8 +152,8 @@ fn space_far_out_on_an_image_is_asked_for_once_until_it_is_given_back() {
 
 #[test]
 fn a_store_without_holes_is_never_asked_for_them() {
-    for can_map in [false, true] {
-        let mut cache = PageCache::new(Settings { can_map, ..settings_of(1024, 1 << 20) }, Box::new(NoBytes));
+    for (holes, can_map) in [(ImageHoles::Unmappable, false), (ImageHoles::NoneYet, true)] {
+        let mut cache = PageCache::new(Settings { holes, ..settings_of(1024, 1 << 20) }, Box::new(NoBytes));
         assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));
         settle(&mut cache, NOW);
         let asks = cache.read(access(0, 8), &mut Vec::new()) == Admitted::Until(0);

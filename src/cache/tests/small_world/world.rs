@@ -6,7 +6,7 @@ use crate::cache::pages::{FROZEN, READING};
 use crate::cache::*;
 use crate::sim::disk::Disk;
 use crate::sim::memory::{GARBAGE, Memory};
-use crate::units::{ExtentKind, OpKind};
+use crate::units::{ExtentKind, ImageHoles, OpKind};
 
 /// Pages of the image.
 pub(super) const PAGES: usize = 4;
@@ -91,8 +91,7 @@ impl<'a> World<'a> {
             frames: FRAMES,
             image_sectors: scene.shape.image_sectors,
             block_sectors: scene.shape.block_sectors,
-            sparse: true,
-            can_map: true,
+            holes: ImageHoles::Possible,
             readahead_pages_max: 0,
             dirty_pages_max: FRAMES,
             ..settings_of(FRAMES, 1)
@@ -460,7 +459,7 @@ impl<'a> World<'a> {
                 request.settled |= 1 << sector;
             }
             if request.op == Direction::Write {
-                self.cache.finish_write(&piece, true);
+                self.cache.finish_write(&piece, CopyResult::Complete);
             } else {
                 self.check_bytes(index, &piece);
                 self.cache.finish_read(&piece);

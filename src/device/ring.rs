@@ -19,7 +19,7 @@ use crate::virtio::split::{QueueLayout, QueuePosition, SplitQueue};
 
 /// A running virtqueue.
 ///
-/// Public for the benchmark's limit: a server on this same code that does nothing but copy.
+/// Public for the copy server in `benches/load/limit.rs`, which runs on this same code and does nothing but copy.
 #[derive(Debug)]
 pub struct Ring {
     /// The device and the ring; its log lines begin with it.

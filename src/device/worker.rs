@@ -1,23 +1,22 @@
-//! The worker thread. It serves vrings of a device in turns; a turn ([`Worker::turn`]) moves every request as far as it
-//! can:
+//! The worker thread. It serves vrings of a device in turns. A turn ([`Worker::turn`]) moves every request as far as it
+//! can, in these steps:
 //!
 //! 1. **Collect.** Execute the control plane's commands. Reap store operations, and notices from other workers.
 //! 2. **Take.** Take new chains from the available rings, parse them and check them. A request that needs no cache (GET
 //!    ID, an invalid request) continues with step 6.
 //! 3. **Admit**, with the cache locked. Complete the reaped store operations in the cache; each may make pieces of
 //!    waiting requests ready. Admit requests: those that the cache told to resume, then the new ones. What is in memory
-//!    is ready at once, as pinned *pieces*. What is not (a miss, a FLUSH, a write at the dirty limit) waits, and
-//!    returns to this step in a later turn. Submit the store operations that requests wait for before any byte is
-//!    copied.
+//!    is ready at once, as *pieces* of pinned frames. The rest (a miss, a FLUSH, a write at the dirty limit) waits for
+//!    this step of a later turn. Submit the store operations that requests wait for before any byte is copied.
 //! 4. **Copy**, without the lock. Copy ready pieces between frames and guest memory. With its last piece a read is
 //!    finished.
 //! 5. **Return writes**, with the cache locked, if any were copied. With its last piece a write is finished; in
 //!    write-through mode it continues as a FLUSH.
 //! 6. **Complete**, without the lock. Write status bytes and used elements of finished requests; some writes are
 //!    delayed while the cache fills. Publish each used ring once, and interrupt its driver at most once.
-//! 7. **End the turn**, with the cache locked. Return the pieces of reads: their pins do not delay the driver. Pump the
-//!    cache: write-back, syncs, eviction, readahead, stalled requests. Submit all store operations, deliver notices to
-//!    other workers, and reply to commands that waited for rings to drain.
+//! 7. **End the turn**, with the cache locked. Return the pieces of reads, which have completed by now. Pump the cache:
+//!    write-back, syncs, eviction, readahead, stalled requests. Submit all store operations, deliver notices to other
+//!    workers, and reply to commands that waited for rings to drain.
 //!
 //! A cached read passes steps 2 to 6 in one turn; a missed one waits in step 3. The lock is taken two or three times a
 //! turn, however many requests it serves.
@@ -135,9 +134,9 @@ impl Worker {
 
     /// Repeats turns for up to `poll_us`: most often the next request arrives soon. Returns whether one found work.
     fn poll(&mut self, mut now: Tick) -> bool {
-        let idle_rings = self.rings.iter().all(Option::is_none);
+        let no_rings = self.rings.iter().all(Option::is_none);
         if self.device.poll_us == 0
-            || idle_rings
+            || no_rings
             || self.requests.pending.in_use() > PENDING_MAX_TO_POLL
             || !self.is_poll_worthwhile()
         {

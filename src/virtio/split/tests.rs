@@ -100,7 +100,8 @@ fn agrees_with_virtio_queue_whatever_the_guest_does() {
                     oracle.disable_notification(theirs).unwrap();
                 }
                 _ => {
-                    assert_eq!(queue.enable_notification(), oracle.enable_notification(theirs).unwrap(), "seed {seed}")
+                    let expected = oracle.enable_notification(theirs).unwrap();
+                    assert_eq!(queue.enable_notification(), expected, "seed {seed}");
                 }
             }
             assert_eq!(ring_bytes(&ours, USED), ring_bytes(theirs, USED), "seed {seed}");

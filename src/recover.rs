@@ -111,7 +111,7 @@ pub fn arena_for(
         }
         Err(e) => return Err(e),
     };
-    let found_at = if file.is_in_fdstore() == new.is_for_fdstore() { FoundAt::Configured } else { FoundAt::Elsewhere };
+    let found_at = new.location_of(&file);
     let header = file.header()?;
     let contents = Contents::of(header.as_ref(), frames);
     let guest_data = header.as_ref().map_or(GuestData::Intact, |header| header.guest_data);
@@ -123,10 +123,7 @@ pub fn arena_for(
             let arena = Arena::attach(file, &header.expect(HAS_HEADER))?;
             let dirty = counted(write_back(&arena, image)?, "dirty page");
             arena.remove();
-            info!(
-                "{name}: found a cache of a different size, layout or location; wrote its {dirty} to the image and \
-                 removed it"
-            );
+            info!("{name}: found a cache that does not fit the configuration; wrote its {dirty} to the image");
             new.create(new.open_file()?, guest_data)?
         }
         Decision::Reuse => new.create(file, guest_data)?,
@@ -160,9 +157,10 @@ struct NewCache<'a> {
 }
 
 impl NewCache<'_> {
-    /// Whether the configuration names the service manager's fd store.
-    fn is_for_fdstore(&self) -> bool {
-        self.config.cache.memory_dir == MemoryDir::Systemd
+    /// Whether a file is at the configured location.
+    fn location_of(&self, file: &ArenaFile) -> FoundAt {
+        let wants_fdstore = self.config.cache.memory_dir == MemoryDir::Systemd;
+        if file.is_in_fdstore() == wants_fdstore { FoundAt::Configured } else { FoundAt::Elsewhere }
     }
 
     /// The file at the configured location; a new one if there is none.

@@ -109,6 +109,6 @@ fn a_cache_of_layout_1_is_written_to_the_image() {
     std::fs::write(left, ledger).expect("the file can be written");
     daemon.restart();
     assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes);
-    let message = "found a cache of a different size, layout or location; wrote its 4 dirty pages to the image";
+    let message = "found a cache that does not fit the configuration; wrote its 4 dirty pages to the image";
     assert!(daemon.log().contains(message), "{}", daemon.log());
 }

@@ -113,7 +113,7 @@ impl ServiceManager {
     /// keeps it as well.
     ///
     /// # Errors
-    /// Those of [`take_inherited`].
+    /// EBADF if the descriptor that the environment names is not an inherited one.
     pub fn fdstore_take(&self, name: &str) -> io::Result<Option<File>> {
         let mut passed = self.passed();
         let Some(at) = passed.iter().position(|(found, _)| found == name) else { return Ok(None) };

@@ -1,6 +1,7 @@
-//! The whole way, from a driver that nobody here wrote through the cache to the image file, and back.
+//! End-to-end tests: from an independent virtio-blk driver through the daemon and its cache to the image file, and
+//! back.
 //!
-//! `GENBLK_E2E_REQUESTS` and `GENBLK_TEST_SEED` change how much random I/O is done, and which.
+//! `GENBLK_E2E_REQUESTS` sets the number of random requests, `GENBLK_TEST_SEED` their seed.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -23,9 +24,9 @@ use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{PATIENCE, poll_until, try_poll};
-use common::workload::{Client, ClientOptions, Faults, IoPlan, random_io, read_everything, settle};
+use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, read_everything, settle};
 
-/// Bytes of the image: many times the cache.
+/// Size of the image: many times the cache.
 const IMAGE_BYTES: usize = 128 << 20;
 const CACHE_SIZE: &str = "6M";
 
@@ -49,32 +50,28 @@ fn serve(shadow: &Shadow, options: &DaemonOptions) -> Daemon {
     Daemon::start_in(image_of(shadow), options)
 }
 
-/// Random I/O on a healthy store, checked three times over: by reads while it runs, by reading everything back, and
-/// in the image, both after flushes and after the daemon has left.
-fn random_io_agrees_with_the_shadow(
-    start: impl FnOnce(TempDir) -> Daemon,
-    client_options: &ClientOptions,
-    plan: &IoPlan,
-) {
+/// Runs random I/O on a healthy store and checks it against the shadow: each read, the whole disk at the end, and the
+/// image file, both after flushes and after the daemon has exited.
+fn check_random_io(start: impl FnOnce(TempDir) -> Daemon, client_options: &ClientOptions, plan: &IoPlan) {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, plan.seed);
     let mut daemon = start(image_of(&shadow));
     let image = daemon.image();
     let mut client = Client::connect(&daemon.socket(), client_options);
     let mut check_image = |shadow: &Shadow| {
         if let Err(mismatch) = shadow.check_image(&image) {
-            panic!("seed {}: the image after a flush: {mismatch:x?}", plan.seed);
+            panic!("seed {}: the image after a FLUSH: {mismatch:x?}", plan.seed);
         }
     };
-    let mut faults = Faults { allowed: &|| false, flushed: &mut check_image };
+    let mut faults = FaultRules { may_fail: &|| false, after_flush: &mut check_image };
     let report = random_io(&mut client, &mut shadow, plan, &mut faults);
-    assert_eq!(report.completed, plan.requests, "every request completed");
-    assert_eq!(report.failed, 0, "none failed");
+    assert_eq!(report.completed, plan.requests, "every request completes");
+    assert_eq!(report.failed, 0, "no request fails");
     settle(&mut client, FLUSH_LIMIT);
     read_everything(&mut client, &shadow);
     drop(client);
     daemon.stop();
     if let Err(mismatch) = shadow.check_image(&daemon.image()) {
-        panic!("seed {}: the image after the daemon has left: {mismatch:x?}", plan.seed);
+        panic!("seed {}: the image after the daemon has exited: {mismatch:x?}", plan.seed);
     }
 }
 
@@ -82,7 +79,7 @@ fn small_cache(num_queues: usize) -> DaemonOptions {
     DaemonOptions { cache_size: CACHE_SIZE, num_queues, ..DaemonOptions::default() }
 }
 
-/// A start on the command line.
+/// Starts a daemon by command-line options.
 fn with_options(options: DaemonOptions) -> impl FnOnce(TempDir) -> Daemon {
     move |directory| Daemon::start_in(directory, &options)
 }
@@ -90,7 +87,7 @@ fn with_options(options: DaemonOptions) -> impl FnOnce(TempDir) -> Daemon {
 fn write_back(queues: usize, poll: bool, default_seed: u64) {
     let client = ClientOptions { queues, poll, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(100_000), seed: seed(default_seed), checkpoints: 8, read_only: false };
-    random_io_agrees_with_the_shadow(with_options(small_cache(queues)), &client, &plan);
+    check_random_io(with_options(small_cache(queues)), &client, &plan);
 }
 
 #[test]
@@ -118,7 +115,7 @@ fn random_io_in_write_through_mode() {
     let daemon = DaemonOptions { cache_mode: "writethrough", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(20_000), seed: seed(105), checkpoints: 4, read_only: false };
-    random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
+    check_random_io(with_options(daemon), &client, &plan);
 }
 
 #[test]
@@ -126,7 +123,7 @@ fn random_io_without_a_cache() {
     let daemon = DaemonOptions { cache_mode: "none", ..small_cache(2) };
     let client = ClientOptions { queues: 2, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(20_000), seed: seed(106), checkpoints: 4, read_only: false };
-    random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
+    check_random_io(with_options(daemon), &client, &plan);
 }
 
 #[test]
@@ -134,63 +131,67 @@ fn random_reads_of_a_read_only_image() {
     let daemon = DaemonOptions { read_only: true, ..small_cache(2) };
     let client = ClientOptions { queues: 2, read_only: true, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(20_000), seed: seed(107), checkpoints: 2, read_only: true };
-    random_io_agrees_with_the_shadow(with_options(daemon), &client, &plan);
+    check_random_io(with_options(daemon), &client, &plan);
 }
 
-/// A device from a configuration file; `device` is what its table says.
-fn random_io_on_a_configured_device(device: &str, default_seed: u64) {
+/// As [`check_random_io`], on a device from a configuration file; `device` is the TOML of its table.
+fn check_random_io_on_a_configured_device(device: &str, default_seed: u64) {
     let client = ClientOptions { queues: 4, ..ClientOptions::default() };
     let plan = IoPlan { requests: requests(20_000), seed: seed(default_seed), checkpoints: 4, read_only: false };
     let start = |directory| Daemon::start_configured(directory, &[device]);
-    random_io_agrees_with_the_shadow(start, &client, &plan);
+    check_random_io(start, &client, &plan);
 }
 
 #[test]
-fn random_io_with_threads_for_the_image() {
-    random_io_on_a_configured_device("engine = \"threads\"\ncache.size = \"6M\"", 112);
+fn random_io_with_the_threads_engine() {
+    check_random_io_on_a_configured_device("engine = \"threads\"\ncache.size = \"6M\"", 112);
 }
 
 #[test]
 fn random_io_with_two_workers_on_four_queues() {
-    random_io_on_a_configured_device("num_queues = 4\nworkers = 2\ncache.size = \"6M\"", 113);
+    check_random_io_on_a_configured_device("num_queues = 4\nworkers = 2\ncache.size = \"6M\"", 113);
 }
 
 #[test]
 fn random_io_with_two_workers_and_no_cache() {
-    random_io_on_a_configured_device("num_queues = 4\nworkers = 2\ncache.size = \"6M\"\ncache.mode = \"none\"", 114);
+    check_random_io_on_a_configured_device(
+        "num_queues = 4\nworkers = 2\ncache.size = \"6M\"\ncache.mode = \"none\"",
+        114,
+    );
 }
 
 #[test]
-fn random_io_with_lru_through_the_hosts_cache() {
+fn random_io_with_lru_and_buffered_io() {
     let device = "direct = false\npoll_us = 0\ncache.size = \"6M\"\ncache.policy = \"lru\"\ncache.readahead_max = 0";
-    random_io_on_a_configured_device(device, 115);
+    check_random_io_on_a_configured_device(device, 115);
 }
 
-/// The tests above mean what they say: the daemon does as the file tells it.
+/// The tests above rely on it.
 #[test]
-fn engine_and_workers_are_those_of_the_file() {
+fn the_daemon_uses_the_configured_engine_and_workers() {
     let shadow = Shadow::zeros(1 << 20);
     let cases = [("engine = \"threads\"\nworkers = 3", 0, 3), ("engine = \"io_uring\"\nworkers = 2", 2, 2)];
     for (device, rings, workers) in cases {
         let mut daemon = Daemon::start_configured(image_of(&shadow), &[device]);
-        // It listens before its threads run.
+        // The daemon listens before its threads run.
         poll_until(device, PATIENCE, || (daemon.threads("genblk disk0") == workers).then_some(()));
-        assert_eq!(daemon.rings(), rings, "{device}");
+        assert_eq!(daemon.io_urings(), rings, "{device}");
         daemon.stop();
     }
 }
 
-/// A golden image: what one guest has read is in memory for the other, once.
+/// A golden image: the cache holds it once, and what one guest has read is a hit for the other.
 #[test]
-fn readers_of_one_image_share_its_cache() {
+fn read_only_devices_of_one_image_share_its_cache() {
     const DATA_MIB: u64 = 16;
     let shadow = Shadow::patchwork(32 << 20, 116);
     let reader = "read_only = true\ncache.size = \"64M\"";
     let mut daemon = Daemon::start_configured(image_of(&shadow), &[reader, reader]);
     let options = ClientOptions { read_only: true, ..ClientOptions::default() };
     let mut clients = [0, 1].map(|device| Client::connect(&daemon.socket_of(device), &options));
-    assert_eq!(daemon.caches(), 1, "there is memory for one cache");
-    // The first reads half of it, the second all, then the first the rest: each finds what the other has brought in.
+    assert_eq!(daemon.mapped_caches(), 1, "the devices share one cache");
+    // The first client reads half of the image, the second all of it, then the first the rest: each hits pages that the
+    // other has read in.
     for first in (0..shadow.sectors() / 2).step_by(256) {
         shadow.check(first, &clients[0].read(first, 256 * SECTOR_BYTES)).expect("the first half");
     }
@@ -201,19 +202,19 @@ fn readers_of_one_image_share_its_cache() {
     for device in ["disk0", "disk1"] {
         let log = daemon.log();
         let line = log.lines().find(|line| line.contains(&format!("{device}: reads: "))).expect("statistics");
-        assert!(line.ends_with(&format!(" of {DATA_MIB} MiB")), "the image's data was read once: {line}");
+        assert!(line.ends_with(&format!(" of {DATA_MIB} MiB")), "the image's data is read once: {line}");
     }
-    shadow.check_image(&daemon.image()).expect("nobody wrote");
+    shadow.check_image(&daemon.image()).expect("no test wrote to the image");
 }
 
-/// Lines of a log that contain `what`.
+/// Number of log lines that contain `what`.
 fn count(log: &str, what: &str) -> usize {
     log.lines().filter(|line| line.contains(what)).count()
 }
 
-/// A real file that fails, for it has lost the place of what is to be written.
+/// The image is a real file that shrinks: the dirty page's place no longer exists.
 #[test]
-fn a_device_that_was_stopped_is_resumed_by_sighup() {
+fn sighup_resumes_a_stopped_device() {
     const HALF: u64 = 2 << 20;
     let mut shadow = Shadow::patchwork(2 * HALF as usize, 117);
     let mut daemon = Daemon::start_configured(image_of(&shadow), &["cache.size = \"6M\"\ncache.on_error = \"stop\""]);
@@ -221,22 +222,22 @@ fn a_device_that_was_stopped_is_resumed_by_sighup() {
     let beyond = HALF / SECTOR_BYTES as u64 + 8;
     client.read(beyond, 4096);
     let file = File::options().write(true).open(daemon.image()).expect("the image can be opened");
-    file.set_len(HALF).expect("it can be shrunk");
+    file.set_len(HALF).expect("the image can be shrunk");
     client.write(beyond, &[7; 4096]);
     shadow.write(beyond, &[7; 4096]);
-    assert!(!client.flush(), "the page has no place any more");
+    assert!(!client.flush(), "the page lies beyond the end of the image");
     let stopped = "disk0: write-back stopped (gone); only cached data can be read; 1 dirty page kept; \
                    check the disk, then send SIGHUP";
     daemon.signal(libc::SIGHUP);
-    poll_until("it to be tried in vain", PATIENCE, || (count(&daemon.log(), stopped) == 2).then_some(()));
-    assert_eq!(count(&daemon.log(), "write-back recovered"), 0, "it does not");
-    file.set_len(2 * HALF).expect("it can be given its size back");
+    poll_until("a retry to fail", PATIENCE, || (count(&daemon.log(), stopped) == 2).then_some(()));
+    assert_eq!(count(&daemon.log(), "write-back recovered"), 0, "the image is still too short");
+    file.set_len(2 * HALF).expect("the image can get its size back");
     shadow.discard(beyond + 8, HALF / SECTOR_BYTES as u64 - 16);
-    assert!(!client.flush() && !client.try_write(0, &[8; 4096]), "it is left alone, although it is well");
-    assert_eq!(client.read(beyond, 4096), [7; 4096], "what is in memory is read");
+    assert!(!client.flush() && !client.try_write(0, &[8; 4096]), "a stopped device stays stopped until SIGHUP");
+    assert_eq!(client.read(beyond, 4096), [7; 4096], "cached data can be read");
 
     daemon.signal(libc::SIGHUP);
-    poll_until("the device to go on", PATIENCE, || client.flush().then_some(()));
+    poll_until("the device to resume", PATIENCE, || client.flush().then_some(()));
     client.write(0, &[8; 4096]);
     shadow.write(0, &[8; 4096]);
     drop(client);
@@ -248,12 +249,12 @@ fn a_device_that_was_stopped_is_resumed_by_sighup() {
         assert_eq!(count(&log, what), times, "{what}: {log}");
     }
     shadow.discard(HALF / SECTOR_BYTES as u64, 8);
-    shadow.check_image(&daemon.image()).expect("what was written is on the image");
+    shadow.check_image(&daemon.image()).expect("the image holds every write");
 }
 
-/// A front-end goes away without a flush, and another comes: the cache, dirty pages and all, is still there.
+/// A front-end disconnects without a FLUSH, and another one connects: it finds all of the cache, with its dirty pages.
 #[test]
-fn what_was_written_outlives_the_connection() {
+fn written_data_outlives_the_connection() {
     let mut prng = Prng::new(seed(108));
     let mut shadow = Shadow::zeros(IMAGE_BYTES);
     let mut daemon = serve(&shadow, &small_cache(1));
@@ -268,19 +269,19 @@ fn what_was_written_outlives_the_connection() {
         }
         drop(client);
         let mut client = Client::connect(&daemon.socket(), &ClientOptions::default());
-        // Twice: what the first pass brought in is what the second one finds.
+        // Twice: the second pass hits pages that the first one read in.
         read_everything(&mut client, &shadow);
         for first in (0..8192).step_by(128) {
-            shadow.check(first, &client.read(first, 64 << 10)).expect("the hot range is as it was");
+            shadow.check(first, &client.read(first, 64 << 10)).expect("the hot range keeps its data");
         }
     }
     daemon.stop();
     shadow.check_image(&daemon.image()).expect("the image holds everything");
 }
 
-/// SIGTERM is an orderly end: dirty pages reach the image though nobody flushed, and the next daemon finds them.
+/// Without a FLUSH, too: the image holds every write, and the next daemon serves it.
 #[test]
-fn sigterm_writes_everything_back() {
+fn sigterm_writes_all_dirty_pages_back() {
     let mut prng = Prng::new(seed(109));
     let mut shadow = Shadow::zeros(32 << 20);
     let mut daemon = serve(&shadow, &small_cache(1));
@@ -297,7 +298,7 @@ fn sigterm_writes_everything_back() {
             drop(client);
             daemon.stop();
         } else {
-            // The front-end is still connected, idle.
+            // The front-end is still connected and idle.
             daemon.stop();
             drop(client);
         }
@@ -308,7 +309,8 @@ fn sigterm_writes_everything_back() {
     }
 }
 
-/// SIGTERM with requests in flight: those that completed are in the image, those that did not are old or new.
+/// SIGTERM with requests in flight: the image holds the writes that completed; the others are old or new, sector by
+/// sector.
 #[test]
 fn sigterm_under_load_keeps_every_completed_write() {
     const REQUEST_BYTES: usize = 32 << 10;
@@ -320,27 +322,27 @@ fn sigterm_under_load_keeps_every_completed_write() {
         let options = SessionOptions { queue_size: 512, ..SessionOptions::default() };
         let mut session = Session::open(&daemon.socket(), &options);
         let started = session.rings[0].used_idx();
-        let mut out = Vec::new();
+        let mut in_flight = Vec::new();
         for n in 0..REQUESTS {
             let sector = n * 600;
             let bytes = pattern(round, sector, REQUEST_BYTES);
             let pending = session.submit(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(&bytes));
-            out.push((sector, bytes, pending));
+            in_flight.push((sector, bytes, pending));
         }
         session.rings[0].notify();
-        let some = prng.below(REQUESTS) as u16;
-        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(()));
+        let awaited = prng.below(REQUESTS) as u16;
+        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
         daemon.stop();
         let mut completed = 0;
         while let Some(used) = session.rings[0].take_used() {
             let (sector, bytes, pending) =
-                out.iter().find(|(_, _, pending)| pending.head == used.head).expect("a request of ours");
+                in_flight.iter().find(|(_, _, pending)| pending.head == used.head).expect("a request of this test");
             assert_eq!(session.memory.byte(pending.status), OK, "round {round}: sector {sector}");
             shadow.write(*sector, bytes);
             completed += 1;
         }
-        assert!(completed >= some, "round {round}: completions do not vanish");
-        for (sector, bytes, _) in &out {
+        assert!(completed >= awaited, "round {round}: no completion is lost");
+        for (sector, bytes, _) in &in_flight {
             if shadow.check(*sector, bytes).is_err() {
                 shadow.doubt_write(*sector, bytes);
             }
@@ -349,9 +351,8 @@ fn sigterm_under_load_keeps_every_completed_write() {
     }
 }
 
-/// In write-through mode a completed write is in the image, without a flush.
 #[test]
-fn a_write_through_cache_keeps_nothing_back() {
+fn a_completed_write_is_on_the_image_in_write_through_mode() {
     let mut prng = Prng::new(seed(111));
     let shadow = Shadow::patchwork(32 << 20, 111);
     let daemon = serve(&shadow, &DaemonOptions { cache_mode: "writethrough", ..small_cache(1) });
@@ -362,16 +363,15 @@ fn a_write_through_cache_keeps_nothing_back() {
         let bytes = prng.bytes(count as usize * SECTOR_BYTES);
         client.write(first, &bytes);
         let found = daemon.image_bytes(first * SECTOR_BYTES as u64, bytes.len());
-        assert!(found == bytes, "round {round}: a completed write of {count} sectors at {first} is in the image");
+        assert!(found == bytes, "round {round}: a completed write of {count} sectors at {first} is on the image");
         if round % 10 == 0 {
-            assert!(client.read(first, bytes.len()) == bytes, "round {round}: and it is read back");
+            assert!(client.read(first, bytes.len()) == bytes, "round {round}: a read returns the written data");
         }
     }
 }
 
-/// The oracle itself: it must say no.
 #[test]
-fn the_shadow_tells_right_from_wrong() {
+fn the_shadow_detects_wrong_data() {
     let (old, new, other) = (pattern(1, 8, 2048), pattern(2, 8, 2048), pattern(3, 8, 2048));
     let mut shadow = Shadow::zeros(1 << 20);
     assert!(shadow.check(8, &[0; 2048]).is_ok());
@@ -380,16 +380,16 @@ fn the_shadow_tells_right_from_wrong() {
     assert_eq!(shadow.check(8, &new).expect_err("another version").sector, 8);
     assert_eq!(shadow.check(8, &[0; 2048]).expect_err("an older version").sector, 8);
 
-    // A failed write: old or new, sector by sector, and nothing else.
+    // After a failed write each sector is old or new.
     shadow.doubt_write(8, &new);
     let torn = [&new[..512], &old[512..1024], &new[1024..]].concat();
     assert!(shadow.check(8, &old).is_ok() && shadow.check(8, &new).is_ok() && shadow.check(8, &torn).is_ok());
     let wrong = [&new[..512], &other[512..1024], &new[1024..]].concat();
     assert_eq!(shadow.check(8, &wrong).expect_err("a third version").sector, 9);
     shadow.write(8, &other);
-    assert!(shadow.check(8, &new).is_err(), "a write that succeeds ends the doubt");
+    assert!(shadow.check(8, &new).is_err(), "a write that succeeds leaves one possible value");
 
-    // A discard: anything, until it is written again.
+    // After a discard a sector may hold anything, until it is written again.
     shadow.discard(8, 2);
     assert!(shadow.check(8, &[&new[..1024], &other[1024..]].concat()).is_ok());
     assert_eq!(shadow.check(8, &new).expect_err("behind the discard").sector, 10);

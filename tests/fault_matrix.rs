@@ -1,15 +1,14 @@
-//! Every kind of failure of the image, at every time, under every policy: what the guest must see.
+//! Every kind of image failure, at every time, under every policy: what the guest must see.
 //!
-//! Short transfers are not among them: the store continues them below all this, and its own tests cut them short
-//! (`src/store/tests.rs`). A request that takes too long is a delay, which must be waited for, or a fault of its own
-//! ([`Fault::TimedOut`]).
+//! Short transfers are not covered here: the store continues them, and its own tests check that (`src/store/tests.rs`).
+//! An operation that takes too long is either a delay, for which every policy waits, or a [`Fault::TimedOut`].
 
 mod common;
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::bench::Bench;
+use common::faulty_device::FaultyDevice;
 use common::shadow::Shadow;
 use common::workload::Client;
 use genblk::config::OnError;
@@ -17,28 +16,31 @@ use genblk::store::faulty::{Faults, OpClass};
 use genblk::units::Fault;
 
 const IMAGE_BYTES: usize = 8 << 20;
-/// Requests wait for so long under [`OnError::Hold`].
+/// The longest time that requests wait under [`OnError::Hold`].
 const HOLD: Duration = Duration::from_millis(1500);
-/// When the image heals, where it does.
+/// Time after which the image heals, in [`When::Healed`].
 const HEALING: Duration = Duration::from_millis(400);
-/// Sectors of pages that lie apart, so that each is an operation of its own: these are written ...
+/// First sectors of pages that the test writes. They lie apart, so that each page is a store operation of its own.
 const WRITTEN: [u64; 4] = [80, 2080, 4080, 6080];
-/// ... and these are read: data of the image, and in memory only if somebody has asked for them.
+/// First sectors of pages that the test reads: data, and not cached before.
 const COLD: [u64; 4] = [1080, 3080, 5200, 7200];
-/// Sectors in holes, each in a MiB of its own, so that each needs a reservation of its own.
+/// Sectors in holes, each in a MiB of its own, so that each needs an Allocate of its own.
 const HOLES: [u64; 4] = [8800, 10848, 12896, 14944];
 const PAGE: usize = 4096;
 
 /// When the image fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum When {
+    /// At the first operation of the class.
     First,
+    /// At the third operation of the class.
     Third,
     Always,
     /// Always, until [`HEALING`] has passed.
     Healed,
 }
 
+/// One case of the matrix.
 #[derive(Clone, Copy, Debug)]
 struct Cell {
     policy: OnError,
@@ -47,49 +49,49 @@ struct Cell {
     when: When,
 }
 
-/// What becomes of the first FLUSH after the image has begun to fail.
+/// The result of the first FLUSH after the image has started to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Flush {
-    /// It succeeds.
-    Good,
+enum FlushResult {
+    /// It succeeds at once.
+    Succeeds,
     /// It fails at once.
     Fails,
-    /// It waits until the image is well, and succeeds.
+    /// It waits until the image recovers, and succeeds.
     Waits,
-    /// It waits as long as it may, and fails.
-    GivesUp,
+    /// It waits for [`HOLD`], and fails.
+    TimesOut,
 }
 
 impl Cell {
-    /// Operations of the kind that fails which the four requests of a test make.
+    /// Number of operations of the failing class that four requests need.
     fn ops(self) -> u32 {
         if self.op == OpClass::Sync { 1 } else { 4 }
     }
 
-    /// Whether the failure comes at all: there is no third Sync.
-    fn comes(self) -> bool {
+    /// Whether the failure happens: there is no third Sync.
+    fn happens(self) -> bool {
         self.when != When::Third || self.ops() >= 3
     }
 
-    /// Where the four writes go that meet the failure, or come before it.
+    /// First sectors of the four writes while the image fails.
     fn targets(self) -> [u64; 4] {
         if self.op == OpClass::Allocate { HOLES } else { WRITTEN }
     }
 
-    /// The table of what FLUSH says.
-    fn flush(self) -> Flush {
+    /// The expected result of FLUSH.
+    fn flush_result(self) -> FlushResult {
         match (self.policy, self.when) {
-            _ if self.op == OpClass::Read || !self.comes() => Flush::Good,
-            (OnError::Stop, _) => Flush::Fails,
-            // The writes that found no space have not completed: a FLUSH owes them nothing.
-            _ if self.op == OpClass::Allocate => Flush::Good,
-            (OnError::Report, _) => Flush::Fails,
-            (OnError::Hold, When::Always) => Flush::GivesUp,
-            (OnError::Hold, When::First | When::Third | When::Healed) => Flush::Waits,
+            _ if self.op == OpClass::Read || !self.happens() => FlushResult::Succeeds,
+            (OnError::Stop, _) => FlushResult::Fails,
+            // The writes that found no space have failed: a FLUSH does not cover them.
+            _ if self.op == OpClass::Allocate => FlushResult::Succeeds,
+            (OnError::Report, _) => FlushResult::Fails,
+            (OnError::Hold, When::Always) => FlushResult::TimesOut,
+            (OnError::Hold, When::First | When::Third | When::Healed) => FlushResult::Waits,
         }
     }
 
-    /// How many of four reads of what is not in memory fail.
+    /// How many of four reads that miss fail.
     fn failing_reads(self) -> usize {
         match self.when {
             _ if self.op != OpClass::Read => 0,
@@ -98,14 +100,14 @@ impl Cell {
         }
     }
 
-    /// The table of how many of four writes fail.
+    /// How many of four writes fail.
     fn failing_writes(self) -> usize {
         match (self.policy, self.when) {
             _ if self.op != OpClass::Allocate => 0,
             (OnError::Report, When::First | When::Third) => 1,
             (OnError::Report, When::Always | When::Healed) => 4,
             (OnError::Hold, When::First | When::Third | When::Healed) => 0,
-            // The first of them waits for all of them.
+            // The first one waits for HOLD; then the device fails all of them.
             (OnError::Hold, When::Always) => 4,
             (OnError::Stop, When::Third) => 2,
             (OnError::Stop, When::First | When::Always | When::Healed) => 4,
@@ -122,51 +124,55 @@ impl Cell {
 
     fn run(self) {
         let mut shadow = Shadow::patchwork(IMAGE_BYTES, 31);
-        let bench = Bench::new("matrix", &shadow, |config| {
+        let device = FaultyDevice::new("matrix", &shadow, |config| {
             config.cache.readahead_max_bytes = 0;
-            config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("it is short");
-            // Nothing is written back of its own accord while the test looks.
+            config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("a short time");
+            // No page is written back because of its age during the test.
             config.cache.dirty_age_max_ms = 600_000;
             (config.cache.on_error, config.cache.on_full) = (self.policy, self.policy);
         });
-        let mut client = bench.client(1);
-        // Twice before the FLUSH: for such a guest nothing is written ahead of the next one either.
+        let mut client = device.client(1);
+        // Two writes of each page before the FLUSH: then write-back does not start ahead of the next FLUSH either.
         (0..2).for_each(|_| assert_eq!(self.write(&mut client, &mut shadow, WRITTEN, 1), 0));
-        assert!(client.flush(), "{self:?}: the image is well");
+        assert!(client.flush(), "{self:?}: the image is healthy");
 
-        self.inject(&bench.faults);
-        let writes = bench.faults.ops(OpClass::Write);
-        self.check_writes(&mut client, &mut shadow, &bench.faults);
+        self.inject(&device.faults);
+        let writes = device.faults.ops(OpClass::Write);
+        self.check_writes(&mut client, &mut shadow, &device.faults);
         let failing = COLD.iter().filter(|&&sector| client.try_read(sector, PAGE).is_none()).count();
-        // Under "stop" a read of what is not in memory fails with everything else.
+        // Under `stop`, a read that misses fails too.
         let stopped = self.op == OpClass::Allocate && self.policy == OnError::Stop;
         let expected = if stopped { COLD.len() } else { self.failing_reads() };
         assert_eq!(failing, expected, "{self:?}: reads from the image");
-        self.check_flush(&mut client, &bench.faults);
-        check_kept(&mut client, &shadow, self);
-        if self.policy == OnError::Stop && self.flush() == Flush::Fails {
-            self.check_stopped(&mut client, &shadow, &bench);
+        self.check_flush(&mut client, &device.faults);
+        check_cached(&mut client, &shadow, self);
+        if self.policy == OnError::Stop && self.flush_result() == FlushResult::Fails {
+            self.check_stopped(&mut client, &shadow, &device);
         }
 
-        bench.faults.heal();
-        bench.running().resume();
-        assert_eq!(self.write(&mut client, &mut shadow, HOLES, 4), 0, "{self:?}: healed, and there is space");
-        assert!(client.flush(), "{self:?}: healed, and everything is stable");
-        let rewritten = bench.faults.ops(OpClass::Write) - writes >= 2 * WRITTEN.len() as u64 + HOLES.len() as u64;
-        let in_doubt = self.op == OpClass::Sync && self.comes();
-        assert!(rewritten || !in_doubt, "{self:?}: what a failed Sync was to cover is written again");
+        device.faults.heal();
+        device.running().resume();
+        assert_eq!(
+            self.write(&mut client, &mut shadow, HOLES, 4),
+            0,
+            "{self:?}: the image is healed, and there is space"
+        );
+        assert!(client.flush(), "{self:?}: the image is healed, and a FLUSH succeeds");
+        let rewritten = device.faults.ops(OpClass::Write) - writes >= 2 * WRITTEN.len() as u64 + HOLES.len() as u64;
+        let sync_failed = self.op == OpClass::Sync && self.happens();
+        assert!(rewritten || !sync_failed, "{self:?}: pages of a failed Sync are written again");
         drop(client);
-        bench.end(&shadow);
+        device.shutdown(&shadow);
     }
 
-    /// Writes a page to each sector; returns how many of them failed.
+    /// Writes a page at each sector; returns the number of failed writes.
     fn write(self, client: &mut Client, shadow: &mut Shadow, sectors: [u64; 4], mark: u8) -> usize {
         let mut failed = 0;
         for sector in sectors {
             if client.try_write(sector, &[mark; PAGE]) {
                 shadow.write(sector, &[mark; PAGE]);
             } else {
-                assert_eq!(self.op, OpClass::Allocate, "{self:?}: a write to memory waits for nothing");
+                assert_eq!(self.op, OpClass::Allocate, "{self:?}: a write fails only if it needs space");
                 failed += 1;
             }
         }
@@ -174,56 +180,56 @@ impl Cell {
     }
 
     fn check_writes(self, client: &mut Client, shadow: &mut Shadow, faults: &Faults) {
-        // A write meets the failure itself only where it asks for space.
+        // A write waits for the image only if it needs space.
         let heals = self.op == OpClass::Allocate && self.when == When::Healed && self.policy == OnError::Hold;
         let (failed, took) = timed(heals, faults, || self.write(client, shadow, self.targets(), 2));
         assert_eq!(failed, self.failing_writes(), "{self:?}: writes");
         if heals {
-            assert!(took >= HEALING, "{self:?}: before it healed: {took:?}");
+            assert!(took >= HEALING, "{self:?}: completed before the image healed: {took:?}");
         } else if failed > 0 && self.policy == OnError::Hold {
-            assert!(took >= HOLD && took < 3 * HOLD, "{self:?}: gave up after {took:?}");
+            assert!(took >= HOLD && took < 3 * HOLD, "{self:?}: failed after {took:?}");
         } else {
-            assert!(took < HOLD, "{self:?}: told after {took:?}");
+            assert!(took < HOLD, "{self:?}: completed after {took:?}");
         }
     }
 
     fn check_flush(self, client: &mut Client, faults: &Faults) {
-        let (good, took) = timed(self.when == When::Healed, faults, || client.flush());
-        let expected = self.flush();
-        assert_eq!(good, matches!(expected, Flush::Good | Flush::Waits), "{self:?}: the flush");
+        let (succeeded, took) = timed(self.when == When::Healed, faults, || client.flush());
+        let expected = self.flush_result();
+        assert_eq!(succeeded, matches!(expected, FlushResult::Succeeds | FlushResult::Waits), "{self:?}: the FLUSH");
         match expected {
-            Flush::Good => {}
-            // The thread that heals is waited for in every case.
-            Flush::Fails => assert!(took < HOLD, "{self:?}: told after {took:?}"),
-            Flush::Waits if self.when == When::Healed => {
-                assert!(took >= HEALING, "{self:?}: before it healed: {took:?}");
+            FlushResult::Succeeds => {}
+            // With `Healed`, `took` includes the time until the healing thread ends.
+            FlushResult::Fails => assert!(took < HOLD, "{self:?}: completed after {took:?}"),
+            FlushResult::Waits if self.when == When::Healed => {
+                assert!(took >= HEALING, "{self:?}: completed before the image healed: {took:?}");
             }
-            Flush::Waits => assert!(took < HOLD, "{self:?}: tried again after {took:?}"),
-            Flush::GivesUp => assert!(took >= HOLD && took < 3 * HOLD, "{self:?}: gave up after {took:?}"),
+            FlushResult::Waits => assert!(took < HOLD, "{self:?}: retried after {took:?}"),
+            FlushResult::TimesOut => assert!(took >= HOLD && took < 3 * HOLD, "{self:?}: failed after {took:?}"),
         }
     }
 
-    /// The image is left alone: what is in memory can be read, and nothing else goes, although the image may be well again.
-    fn check_stopped(self, client: &mut Client, shadow: &Shadow, bench: &Bench) {
-        bench.faults.heal();
-        let writes = bench.faults.ops(OpClass::Write);
+    /// The device does not use the image although it is healed: cached data can be read, and all other requests fail.
+    fn check_stopped(self, client: &mut Client, shadow: &Shadow, device: &FaultyDevice) {
+        device.faults.heal();
+        let writes = device.faults.ops(OpClass::Write);
         assert!(client.try_read(7680, PAGE).is_none(), "{self:?}: a read from the image while stopped");
         assert!(!client.try_write(80, &[3; PAGE]), "{self:?}: a write while stopped");
-        assert!(!client.flush(), "{self:?}: a flush while stopped");
-        check_kept(client, shadow, self);
-        assert_eq!(bench.faults.ops(OpClass::Write), writes, "{self:?}: nothing is tried while stopped");
+        assert!(!client.flush(), "{self:?}: a FLUSH while stopped");
+        check_cached(client, shadow, self);
+        assert_eq!(device.faults.ops(OpClass::Write), writes, "{self:?}: no write-back while stopped");
     }
 }
 
-/// What was written is in memory, and is read in every case.
-fn check_kept(client: &mut Client, shadow: &Shadow, cell: Cell) {
+/// The written pages are cached, and can be read in every case.
+fn check_cached(client: &mut Client, shadow: &Shadow, cell: Cell) {
     for sector in WRITTEN {
-        let found = client.try_read(sector, PAGE).unwrap_or_else(|| panic!("{cell:?}: {sector} is in memory"));
-        assert_eq!(shadow.check(sector, &found), Ok(()), "{cell:?}: what is in memory");
+        let found = client.try_read(sector, PAGE).unwrap_or_else(|| panic!("{cell:?}: sector {sector} is cached"));
+        assert_eq!(shadow.check(sector, &found), Ok(()), "{cell:?}: the cached data");
     }
 }
 
-/// Does something, while the image heals if it is to; and says how long it took.
+/// Runs `act`, and returns how long it took. If `heals`, the image heals meanwhile.
 fn timed<T>(heals: bool, faults: &Faults, act: impl FnOnce() -> T) -> (T, Duration) {
     let started = Instant::now();
     let result = thread::scope(|scope| {
@@ -240,7 +246,7 @@ fn timed<T>(heals: bool, faults: &Faults, act: impl FnOnce() -> T) -> (T, Durati
 
 fn every_cell(policy: OnError) {
     let whens = [When::First, When::Third, When::Always, When::Healed];
-    // Each cell mostly waits: they wait together.
+    // The cells mostly wait: run them in parallel.
     thread::scope(|scope| {
         for op in [OpClass::Read, OpClass::Write, OpClass::Sync, OpClass::Allocate] {
             scope.spawn(move || {
@@ -253,32 +259,32 @@ fn every_cell(policy: OnError) {
 }
 
 #[test]
-fn failures_are_reported() {
+fn policy_report_fails_requests_at_once() {
     every_cell(OnError::Report);
 }
 
 #[test]
-fn failures_are_waited_out() {
+fn policy_hold_waits_for_the_image() {
     every_cell(OnError::Hold);
 }
 
 #[test]
-fn failures_stop_the_device_until_it_is_resumed() {
+fn policy_stop_stops_the_device_until_it_resumes() {
     every_cell(OnError::Stop);
 }
 
-/// A store that is slow has not failed: however long it takes, no policy has a say.
+/// A delay is not a failure, however long it is.
 #[test]
-fn a_slow_image_is_waited_for_under_every_policy() {
+fn every_policy_waits_for_a_slow_image() {
     for policy in [OnError::Report, OnError::Hold, OnError::Stop] {
         let mut shadow = Shadow::patchwork(IMAGE_BYTES, 32);
-        let bench = Bench::new("slow", &shadow, |config| {
+        let device = FaultyDevice::new("slow", &shadow, |config| {
             config.cache.hold_max_ms = 100;
             (config.cache.on_error, config.cache.on_full) = (policy, policy);
         });
-        let mut client = bench.client(1);
+        let mut client = device.client(1);
         for kind in OpClass::ALL {
-            bench.faults.delay(kind, Duration::from_millis(200));
+            device.faults.delay(kind, Duration::from_millis(200));
         }
         for sector in [WRITTEN[0], HOLES[0]] {
             client.write(sector, &[1; PAGE]);
@@ -286,81 +292,81 @@ fn a_slow_image_is_waited_for_under_every_policy() {
         }
         assert!(client.try_read(COLD[0], PAGE).is_some() && client.flush(), "{policy:?}");
         drop(client);
-        bench.end(&shadow);
+        device.shutdown(&shadow);
     }
 }
 
 #[test]
-fn a_full_disk_has_a_policy_of_its_own() {
+fn on_full_applies_to_a_full_disk_and_on_error_to_other_failures() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 33);
-    let bench = Bench::new("own-policy", &shadow, |config| {
-        config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("it is short");
+    let device = FaultyDevice::new("own-policy", &shadow, |config| {
+        config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("a short time");
         (config.cache.on_error, config.cache.on_full) = (OnError::Stop, OnError::Hold);
     });
-    let mut client = bench.client(1);
+    let mut client = device.client(1);
     client.write(80, &[1; PAGE]);
     shadow.write(80, &[1; PAGE]);
-    bench.faults.fail_always(OpClass::Write, Fault::NoSpace);
-    let (good, took) = timed(true, &bench.faults, || client.flush());
-    assert!(good && took >= HEALING, "a full disk is waited for: {good} after {took:?}");
+    device.faults.fail_always(OpClass::Write, Fault::NoSpace);
+    let (succeeded, took) = timed(true, &device.faults, || client.flush());
+    assert!(succeeded && took >= HEALING, "the FLUSH waits for space: {succeeded} after {took:?}");
 
-    bench.faults.fail_nth(OpClass::Write, 1, Fault::Media);
+    device.faults.fail_nth(OpClass::Write, 1, Fault::Media);
     client.write(80, &[2; PAGE]);
     shadow.write(80, &[2; PAGE]);
-    assert!(!client.flush() && !client.flush(), "any other error stops the device, although the image is well again");
-    bench.running().resume();
+    assert!(!client.flush() && !client.flush(), "another error stops the device, although the image is healthy again");
+    device.running().resume();
     assert!(client.flush());
     drop(client);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
-/// A sparse image whose file system has no space left.
-fn full(policy: OnError) -> Bench {
+/// A device on a sparse image whose file system has no space left.
+fn device_on_a_full_disk(policy: OnError) -> FaultyDevice {
     let shadow = Shadow::zeros(IMAGE_BYTES);
-    let bench = Bench::new("full", &shadow, |config| {
-        config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("it is short");
+    let device = FaultyDevice::new("full", &shadow, |config| {
+        config.cache.hold_max_ms = u32::try_from(HOLD.as_millis()).expect("a short time");
         config.cache.on_full = policy;
     });
-    bench.faults.fail_always(OpClass::Allocate, Fault::NoSpace);
-    bench
+    device.faults.fail_always(OpClass::Allocate, Fault::NoSpace);
+    device
 }
 
 #[test]
-fn a_write_that_finds_no_space_fails_and_no_flush_does() {
-    let bench = full(OnError::Report);
-    let mut client = bench.client(1);
+fn a_write_without_space_fails_and_the_flush_succeeds() {
+    let device = device_on_a_full_disk(OnError::Report);
+    let mut client = device.client(1);
     assert!(!client.try_write(80, &[1; PAGE]), "there is no space");
-    assert!(client.flush(), "nothing that completed is without space");
-    bench.faults.heal();
-    assert!(client.try_write(80, &[2; PAGE]), "there is again");
-    bench.faults.fail_always(OpClass::Allocate, Fault::NoSpace);
-    assert!(client.try_write(88, &[3; PAGE]) && client.flush(), "space was reserved ahead of the writer");
+    assert!(client.flush(), "no completed write lacks space");
+    device.faults.heal();
+    assert!(client.try_write(80, &[2; PAGE]), "there is space again");
+    device.faults.fail_always(OpClass::Allocate, Fault::NoSpace);
+    assert!(client.try_write(88, &[3; PAGE]) && client.flush(), "space was allocated ahead of the writer");
 }
 
 #[test]
-fn a_write_waits_for_space_and_gives_up() {
-    let bench = full(OnError::Hold);
-    let mut client = bench.client(1);
+fn under_hold_a_write_waits_for_space_up_to_the_limit() {
+    let device = device_on_a_full_disk(OnError::Hold);
+    let mut client = device.client(1);
     let started = Instant::now();
     assert!(!client.try_write(80, &[1; PAGE]) && started.elapsed() >= HOLD, "{:?}", started.elapsed());
 
-    let bench = full(OnError::Hold);
-    let mut client = bench.client(1);
+    let device = device_on_a_full_disk(OnError::Hold);
+    let mut client = device.client(1);
     let healed = thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(HEALING);
-            bench.faults.heal();
+            device.faults.heal();
         });
         client.try_write(80, &[2; PAGE])
     });
-    assert!(healed && client.flush(), "space came while it waited");
+    assert!(healed && client.flush(), "the write waits for the space");
 }
 
 #[test]
-fn an_image_that_cannot_reserve_space_is_written_all_the_same() {
-    let bench = full(OnError::Report);
-    bench.faults.fail_always(OpClass::Allocate, Fault::Unsupported);
-    let mut client = bench.client(1);
+fn an_image_that_cannot_reserve_space_still_takes_writes() {
+    let device = device_on_a_full_disk(OnError::Report);
+    device.faults.fail_always(OpClass::Allocate, Fault::Unsupported);
+    let mut client = device.client(1);
     assert!(client.try_write(80, &[1; PAGE]) && client.flush());
-    assert_eq!(bench.faults.ops(OpClass::Allocate), 1, "it is asked once");
+    assert_eq!(device.faults.ops(OpClass::Allocate), 1, "Allocate is tried once");
 }

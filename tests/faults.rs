@@ -1,4 +1,4 @@
-//! A device over an image that fails: served in this process, so that the faults can be told when to come and go.
+//! A device on a failing image, served in this process: the tests control when faults come and go.
 
 mod common;
 
@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::bench::Bench;
 use common::daemon::TempDir;
+use common::faulty_device::FaultyDevice;
 use common::request::{OK, Payload};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
-use common::workload::{self, Client, ClientOptions, IoPlan, random_io, read_everything, settle};
+use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, read_everything, settle};
 use genblk::config::{DeviceConfig, OnError, Socket};
 use genblk::service::{Running, Service, shutdown_all};
 use genblk::store::Backing;
@@ -27,57 +27,59 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 const IMAGE_BYTES: usize = 32 << 20;
 const HEALING: Duration = Duration::from_secs(20);
 
-/// Random requests while `inject` has the image fail; healed at each checkpoint and at the end.
-fn random_io_with(name: &str, seed: u64, workers: u16, inject: impl Fn(&Faults)) {
+/// Runs random I/O while `inject` makes the image fail; heals the image at each checkpoint and at the end.
+fn check_random_io_with(name: &str, seed: u64, workers: u16, inject: impl Fn(&Faults)) {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, seed);
-    let bench = Bench::new(name, &shadow, |config| config.workers = workers);
-    let mut client = bench.client(workers.max(2));
+    let device = FaultyDevice::new(name, &shadow, |config| config.workers = workers);
+    let mut client = device.client(workers.max(2));
     let failing = AtomicBool::new(true);
-    inject(&bench.faults);
+    inject(&device.faults);
     for round in 0..4 {
         let plan = IoPlan { requests: 3000, seed: seed + round, checkpoints: 1, read_only: false };
         failing.store(true, Ordering::Relaxed);
-        inject(&bench.faults);
-        let mut flushed = |_: &Shadow| {
-            bench.faults.heal();
+        inject(&device.faults);
+        let mut heal = |_: &Shadow| {
+            device.faults.heal();
             failing.store(false, Ordering::Relaxed);
         };
-        let mut faults = workload::Faults { allowed: &|| failing.load(Ordering::Relaxed), flushed: &mut flushed };
+        let mut faults = FaultRules { may_fail: &|| failing.load(Ordering::Relaxed), after_flush: &mut heal };
         let report = random_io(&mut client, &mut shadow, &plan, &mut faults);
         assert_eq!(report.completed, 3000, "every request completes: {report:?}");
-        bench.faults.heal();
+        device.faults.heal();
         settle(&mut client, HEALING);
         read_everything(&mut client, &shadow);
     }
-    let failed: u64 = OpClass::ALL.iter().map(|&kind| bench.faults.failed(kind)).sum();
-    assert!(failed > 20, "the image did fail: {failed} times");
+    let failed: u64 = OpClass::ALL.iter().map(|&kind| device.faults.failed(kind)).sum();
+    assert!(failed > 20, "only {failed} operations failed");
     drop(client);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
 #[test]
-fn reads_that_fail_are_told_and_nothing_else_is_lost() {
-    random_io_with("faulty-reads", 11, 1, |faults| faults.fail_randomly(OpClass::Read, 20_000, 1, Fault::Media));
+fn failed_reads_are_reported_and_lose_no_data() {
+    check_random_io_with("faulty-reads", 11, 1, |faults| faults.fail_randomly(OpClass::Read, 20_000, 1, Fault::Media));
 }
 
 #[test]
-fn writes_that_fail_are_tried_again() {
-    random_io_with("faulty-writes", 12, 1, |faults| faults.fail_randomly(OpClass::Write, 50_000, 2, Fault::Media));
+fn failed_writes_are_retried() {
+    check_random_io_with("faulty-writes", 12, 1, |faults| {
+        faults.fail_randomly(OpClass::Write, 50_000, 2, Fault::Media)
+    });
 }
 
 #[test]
-fn a_full_disk_that_gets_room_again_loses_nothing() {
-    random_io_with("full-disk", 13, 1, |faults| faults.fail_randomly(OpClass::Write, 100_000, 3, Fault::NoSpace));
+fn a_full_disk_that_gets_space_again_loses_no_data() {
+    check_random_io_with("full-disk", 13, 1, |faults| faults.fail_randomly(OpClass::Write, 100_000, 3, Fault::NoSpace));
 }
 
 #[test]
-fn syncs_that_fail_make_their_writes_dirty_again() {
-    random_io_with("faulty-syncs", 14, 1, |faults| faults.fail_randomly(OpClass::Sync, 300_000, 4, Fault::Media));
+fn failed_syncs_make_their_pages_dirty_again() {
+    check_random_io_with("faulty-syncs", 14, 1, |faults| faults.fail_randomly(OpClass::Sync, 300_000, 4, Fault::Media));
 }
 
 #[test]
-fn everything_may_fail_at_once_with_two_workers() {
-    random_io_with("all-faulty", 15, 2, |faults| {
+fn all_operations_may_fail_with_two_workers() {
+    check_random_io_with("all-faulty", 15, 2, |faults| {
         for (seed, kind) in (5..).zip(OpClass::ALL) {
             faults.fail_randomly(kind, 30_000, seed, Fault::Media);
         }
@@ -85,7 +87,7 @@ fn everything_may_fail_at_once_with_two_workers() {
 }
 
 #[test]
-fn devices_on_one_image_end_although_one_waits_for_what_the_other_reads() {
+fn devices_of_one_image_shut_down_while_one_waits_for_the_others_read() {
     const DELAY: Duration = Duration::from_secs(1);
     let directory = TempDir::new("two-readers");
     let image = directory.path().join("disk.img");
@@ -96,218 +98,217 @@ fn devices_on_one_image_end_although_one_waits_for_what_the_other_reads() {
         let socket = Socket::Path(directory.path().join(name));
         DeviceConfig { read_only: true, ..DeviceConfig::new(name, socket, image.clone()) }
     });
-    let one = Service::with_image(&config, faulty).expect("the image is opened");
-    let services = [one.sharing_image_of(&other).expect("it is shared"), one];
+    let one = Service::with_image(&config, faulty).expect("the image opens");
+    let services = [one.sharing_image_of(&other).expect("the devices share it"), one];
     let [other, one] = services.map(|service| service.start().expect("the device is served"));
     let options = ClientOptions { read_only: true, ..ClientOptions::default() };
     let [mut reader, mut waiter] = ["one", "other"].map(|name| Client::connect(&directory.path().join(name), &options));
-    // The reader goes on until it finds in memory what it asks for, and more is read ahead for it meanwhile.
+    // The reader reads on until readahead runs while its reads hit.
     let mut sector = 0;
-    let mut go_on = || {
+    let mut read_next = || {
         reader.read(sector, 4096);
         sector += 8;
     };
-    (0..64).for_each(|_| go_on());
+    (0..64).for_each(|_| read_next());
     faults.delay(OpClass::Read, DELAY);
     let reads = faults.ops(OpClass::Read);
     while faults.ops(OpClass::Read) == reads {
-        go_on();
+        read_next();
     }
     let (missed, pages) = (one.stats().read_miss_pages, one.stats().resident_pages);
     let waiting = thread::spawn(move || waiter.try_read((pages - 16) * 8, 64 << 10));
-    poll_until("the other to wait", PATIENCE, || (one.stats().read_miss_pages > missed).then_some(()));
-    let ended = thread::spawn(move || shutdown_all(vec![one, other], Running::shutdown));
-    poll_until("the end", PATIENCE, || ended.is_finished().then_some(()));
-    ended.join().expect("nothing panics").expect("the devices end well");
-    assert!(waiting.join().expect("nothing panics").is_some(), "what was taken is answered");
+    poll_until("the other device to wait", PATIENCE, || (one.stats().read_miss_pages > missed).then_some(()));
+    let shutdown = thread::spawn(move || shutdown_all(vec![one, other], Running::shutdown));
+    poll_until("the shutdown", PATIENCE, || shutdown.is_finished().then_some(()));
+    shutdown.join().expect("no thread panics").expect("the devices shut down without an error");
+    assert!(waiting.join().expect("no thread panics").is_some(), "a request that was taken completes");
 }
 
 #[test]
-fn a_front_end_is_served_while_the_last_ones_writes_are_held() {
+fn a_new_front_end_is_served_while_earlier_writes_are_held() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 32);
-    let bench = Bench::new("held", &shadow, |config| {
+    let device = FaultyDevice::new("held", &shadow, |config| {
         config.cache.on_error = OnError::Hold;
         config.cache.hold_max_ms = 60_000;
     });
-    let mut client = bench.client(1);
-    bench.faults.fail_always(OpClass::Write, Fault::Media);
+    let mut client = device.client(1);
+    device.faults.fail_always(OpClass::Write, Fault::Media);
     client.write(80, &[0x5a; 4096]);
     shadow.write(80, &[0x5a; 4096]);
     drop(client);
-    let came = Instant::now();
-    let mut client = bench.client(1);
+    let connected = Instant::now();
+    let mut client = device.client(1);
     assert_eq!(client.read(80, 4096), [0x5a; 4096]);
-    assert!(came.elapsed() < PATIENCE, "it was served after {:?}", came.elapsed());
-    bench.faults.heal();
+    assert!(connected.elapsed() < PATIENCE, "served after {:?}", connected.elapsed());
+    device.faults.heal();
     drop(client);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
 #[test]
 fn a_failing_image_fails_the_flush_and_not_the_write() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 21);
-    let bench = Bench::new("flush-fails", &shadow, |_| {});
-    let mut client = bench.client(1);
-    bench.faults.fail_always(OpClass::Write, Fault::Media);
+    let device = FaultyDevice::new("flush-fails", &shadow, |_| {});
+    let mut client = device.client(1);
+    device.faults.fail_always(OpClass::Write, Fault::Media);
     let bytes = vec![0x5a; 4096];
     client.write(80, &bytes);
     shadow.write(80, &bytes);
-    assert!(!client.flush(), "the image refuses the write, so the flush must fail");
-    assert_eq!(client.read(80, 4096), bytes, "a read that hits goes on");
-    assert!(!client.flush(), "and again, while it refuses");
-    bench.faults.heal();
-    assert!(client.flush(), "a flush asks the image at once");
+    assert!(!client.flush(), "the image fails the write, so the FLUSH must fail");
+    assert_eq!(client.read(80, 4096), bytes, "a read that hits succeeds");
+    assert!(!client.flush(), "the FLUSH fails as long as the image does");
+    device.faults.heal();
+    assert!(client.flush(), "a FLUSH retries at once");
     drop(client);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
 #[test]
-fn at_the_dirty_limit_of_a_failing_image_writes_fail_and_do_not_hang() {
+fn writes_at_the_dirty_limit_of_a_failing_image_fail_and_do_not_hang() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 22);
-    let bench = Bench::new("limit", &shadow, |_| {});
-    let mut client = bench.client(1);
-    bench.faults.fail_always(OpClass::Write, Fault::NoSpace);
+    let device = FaultyDevice::new("limit", &shadow, |_| {});
+    let mut client = device.client(1);
+    device.faults.fail_always(OpClass::Write, Fault::NoSpace);
     let plan = IoPlan { requests: 4000, seed: 23, checkpoints: 1, read_only: false };
     let mut shadow = shadow;
-    let mut faults = workload::Faults { allowed: &|| true, flushed: &mut |_| {} };
+    let mut faults = FaultRules { may_fail: &|| true, after_flush: &mut |_| {} };
     let started = Instant::now();
     let report = random_io(&mut client, &mut shadow, &plan, &mut faults);
-    assert!(report.failed > 0, "a quarter of 4 MiB is soon full: {report:?}");
-    assert!(started.elapsed() < Duration::from_secs(60), "nothing waits for an image that does not heal");
-    bench.faults.heal();
+    assert!(report.failed > 0, "the dirty limit, a quarter of 4 MiB, is reached: {report:?}");
+    assert!(started.elapsed() < Duration::from_secs(60), "no request waits for the image to recover");
+    device.faults.heal();
     settle(&mut client, HEALING);
     read_everything(&mut client, &shadow);
     drop(client);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
-/// T1: a FLUSH reaches the image as a sync.
+/// T1.
 #[test]
-fn a_flush_is_a_sync_of_the_image() {
+fn a_flush_syncs_the_image() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 24);
-    let bench = Bench::new("flush-syncs", &shadow, |_| {});
-    let mut client = bench.client(1);
-    let before = bench.faults.ops(OpClass::Sync);
+    let device = FaultyDevice::new("flush-syncs", &shadow, |_| {});
+    let mut client = device.client(1);
+    let before = device.faults.ops(OpClass::Sync);
     client.write(0, &[1; 512]);
     assert!(client.flush());
-    assert_eq!(bench.faults.ops(OpClass::Sync), before + 1);
+    assert_eq!(device.faults.ops(OpClass::Sync), before + 1);
     assert!(client.flush());
-    assert_eq!(bench.faults.ops(OpClass::Sync), before + 1, "nothing was written since: no second sync");
+    assert_eq!(device.faults.ops(OpClass::Sync), before + 1, "no write since: no second Sync");
 }
 
 #[test]
 fn the_next_front_end_finds_the_cache_warm() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 25);
-    let bench = Bench::new("warm", &shadow, |config| config.cache.size_bytes = 64 << 20);
-    read_everything(&mut bench.client(1), &shadow);
-    let cold = bench.faults.bytes(OpClass::Read);
-    assert!(cold > 0, "the first pass reads the image");
-    read_everything(&mut bench.client(1), &shadow);
-    assert_eq!(bench.faults.bytes(OpClass::Read), cold, "the second does not");
-    assert!(bench.running().stats().read_hit_pages > 0);
+    let device = FaultyDevice::new("warm", &shadow, |config| config.cache.size_bytes = 64 << 20);
+    read_everything(&mut device.client(1), &shadow);
+    let cold = device.faults.bytes(OpClass::Read);
+    assert!(cold > 0, "the first pass reads from the image");
+    read_everything(&mut device.client(1), &shadow);
+    assert_eq!(device.faults.bytes(OpClass::Read), cold, "the second pass does not");
+    assert!(device.running().stats().read_hit_pages > 0);
 }
 
-/// What no Sync has covered stays in memory: it may not take all of it, or a read would wait as long as the image fails.
+/// Pages that no Sync has covered stay in memory. They must not take all of it: reads need frames too.
 #[test]
-fn reads_go_on_while_no_sync_succeeds() {
+fn reads_continue_while_every_sync_fails() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 27);
-    let bench = Bench::new("no-sync", &shadow, |config| config.cache.dirty_age_max_ms = 100);
-    let mut client = bench.client(1);
-    bench.faults.fail_always(OpClass::Sync, Fault::Media);
+    let device = FaultyDevice::new("no-sync", &shadow, |config| config.cache.dirty_age_max_ms = 100);
+    let mut client = device.client(1);
+    device.faults.fail_always(OpClass::Sync, Fault::Media);
     let pages = IMAGE_BYTES as u64 / 4096;
     let started = Instant::now();
-    let mut refused = 0;
-    // Twice as many pages as the cache has, slowly enough for write-back to make room for more.
+    let mut failed = 0;
+    // Twice as many pages as the cache has, slowly enough for write-back to clean some.
     for page in (0..pages).step_by(4) {
         if client.try_write(page * 8, &[9; 4096]) {
             shadow.write(page * 8, &[9; 4096]);
         } else {
-            refused += 1;
+            failed += 1;
             shadow.doubt_write(page * 8, &[9; 4096]);
             thread::sleep(Duration::from_millis(1));
         }
         if page % 64 == 0 {
-            assert!(!client.flush(), "nothing is durable");
+            assert!(!client.flush(), "no Sync succeeds");
         }
     }
-    assert!(refused > 0, "what is not durable has its bound");
+    assert!(failed > 0, "the number of unstable pages has a limit");
     for page in (1..pages).step_by(64) {
         let found = client.read(page * 8, 4096);
         assert_eq!(shadow.check(page * 8, &found), Ok(()));
     }
-    // Seconds; minutes where each request waits for the next try.
+    // It takes seconds. If each request waited for a retry, it would take minutes.
     assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
-    bench.faults.heal();
+    device.faults.heal();
     settle(&mut client, HEALING);
     read_everything(&mut client, &shadow);
     drop(client);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
-/// Somebody else shrinks the image, and later gives it its size back.
+/// Another process shrinks the image, and later restores its size.
 #[test]
-fn an_image_that_shrinks_is_never_made_to_grow_again() {
+fn a_shrunk_image_is_never_extended() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 26);
-    let bench = Bench::new("shrinks", &shadow, |_| {});
-    let mut client = bench.client(1);
-    let file = File::options().write(true).open(bench.image()).expect("the image can be opened");
+    let device = FaultyDevice::new("shrinks", &shadow, |_| {});
+    let mut client = device.client(1);
+    let file = File::options().write(true).open(device.image()).expect("the image can be opened");
     let (half, hole) = (IMAGE_BYTES as u64 / 2, IMAGE_BYTES as u64 / 512 - 8);
-    // Beyond the middle, and in memory: known to be no hole.
+    // Beyond the middle, and cached: known to be data.
     let data = half / 512 + 8;
     client.read(data, 4096);
-    file.set_len(half).expect("it can be shrunk");
+    file.set_len(half).expect("the image can be shrunk");
     for sector in [0, data] {
         client.write(sector, &[7; 4096]);
         shadow.write(sector, &[7; 4096]);
     }
-    assert!(!client.try_write(hole, &[7; 4096]), "a hole beyond the end can't have its space");
-    assert!(client.try_read(half / 512 + 2048, 4096).is_none(), "there is nothing to read");
-    assert!(!client.flush(), "the page beyond the end has no place any more");
-    assert_eq!(file.metadata().expect("it is there").len(), half, "nothing was written beyond the end");
-    assert_eq!(client.read(data, 4096), [7; 4096], "it is in memory");
-    file.set_len(IMAGE_BYTES as u64).expect("it can be given its size back");
-    assert!(client.flush(), "and now it has a place");
+    assert!(!client.try_write(hole, &[7; 4096]), "a hole beyond the end cannot be allocated");
+    assert!(client.try_read(half / 512 + 2048, 4096).is_none(), "a read beyond the end fails");
+    assert!(!client.flush(), "the dirty page lies beyond the end of the image");
+    assert_eq!(file.metadata().expect("the image exists").len(), half, "no write extended the image");
+    assert_eq!(client.read(data, 4096), [7; 4096], "the page is cached");
+    file.set_len(IMAGE_BYTES as u64).expect("the image can get its size back");
+    assert!(client.flush(), "the dirty page is inside the image again");
     assert_eq!(client.read(0, 4096), [7; 4096]);
     shadow.discard(half / 512, half / 512);
     shadow.write(data, &[7; 4096]);
     drop(client);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
-/// The guest's disk keeps the size that it was served with.
 #[test]
-fn an_image_that_grows_or_is_deleted_is_served_as_it_was() {
+fn a_grown_or_deleted_image_is_served_at_its_old_size() {
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 28);
-    let bench = Bench::new("grows", &shadow, |_| {});
-    let mut client = bench.client(1);
-    let file = File::options().write(true).open(bench.image()).expect("the image can be opened");
+    let device = FaultyDevice::new("grows", &shadow, |_| {});
+    let mut client = device.client(1);
+    let file = File::options().write(true).open(device.image()).expect("the image can be opened");
     let twice = 2 * IMAGE_BYTES as u64;
-    file.set_len(twice).expect("it can be made longer");
-    let kept = bench.image().with_extension("kept");
-    fs::hard_link(bench.image(), &kept).expect("the image can have a second name");
+    file.set_len(twice).expect("the image can be extended");
+    let kept = device.image().with_extension("kept");
+    fs::hard_link(device.image(), &kept).expect("the image can get a second link");
     for sector in [0, IMAGE_BYTES as u64 / 512 - 8] {
         client.write(sector, &[5; 4096]);
         shadow.write(sector, &[5; 4096]);
     }
     assert!(client.flush());
     assert_eq!(client.sectors(), IMAGE_BYTES as u64 / 512);
-    assert_eq!(file.metadata().expect("it is there").len(), twice, "nobody takes away what others have added");
+    assert_eq!(file.metadata().expect("the image exists").len(), twice, "the device does not truncate the image");
 
-    file.set_len(IMAGE_BYTES as u64).expect("it can be shortened again");
-    fs::remove_file(&kept).and_then(|()| fs::remove_file(bench.image())).expect("both names can go");
+    file.set_len(IMAGE_BYTES as u64).expect("the image can be shrunk again");
+    fs::remove_file(&kept).and_then(|()| fs::remove_file(device.image())).expect("both links can be removed");
     client.write(80, &[6; 4096]);
-    assert!(client.flush(), "the file is there as long as it is open");
+    assert!(client.flush(), "the open file still takes writes");
     assert_eq!(client.read(80, 4096), [6; 4096]);
     drop(client);
-    // Only the open file has the bytes now.
-    bench.end_without_image();
+    // The image is no longer linked: there is no file to check.
+    device.shutdown_without_image();
 }
 
-/// Nanoseconds for which the worker of the device "drains" had a processor.
+/// Nanoseconds of processor time of the worker of the device "drains".
 fn worker_activity() -> u64 {
     let tasks = fs::read_dir("/proc/self/task").expect("/proc is mounted");
     let worker = tasks
-        .map(|task| task.expect("we live").path())
+        .map(|task| task.expect("this process exists").path())
         .filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == "genblk drains"));
     let ns_on_processor = worker.filter_map(|task| {
         let schedstat = fs::read_to_string(task.join("schedstat")).ok()?;
@@ -316,43 +317,43 @@ fn worker_activity() -> u64 {
     ns_on_processor.sum()
 }
 
-/// A front-end that loses its daemon looks at the used ring to see where the next one goes on: the daemon answers what it took,
-/// and only then hangs up.
+/// A front-end that loses its daemon takes the base for the next one from the used ring. So the daemon must complete
+/// every request that it took before it closes the connection.
 #[test]
-fn a_daemon_that_ends_answers_what_it_took_before_it_hangs_up() {
+fn shutdown_completes_taken_requests_before_closing_the_connection() {
     const SYNC: Duration = Duration::from_millis(600);
     let mut shadow = Shadow::patchwork(IMAGE_BYTES, 29);
-    let bench = Bench::new("hangs-up", &shadow, |config| config.name = "drains".to_owned());
-    bench.faults.delay(OpClass::Sync, SYNC);
-    let mut session = Session::open(bench.socket(), &SessionOptions::default());
+    let device = FaultyDevice::new("hangs-up", &shadow, |config| config.name = "drains".to_owned());
+    device.faults.delay(OpClass::Sync, SYNC);
+    let mut session = Session::open(device.socket(), &SessionOptions::default());
     session.write(0, &[3; 512]);
     shadow.write(0, &[3; 512]);
     let flush = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-    poll_until("the flush to reach the image", PATIENCE, || (bench.faults.ops(OpClass::Sync) > 0).then_some(()));
+    poll_until("the FLUSH to reach the image", PATIENCE, || (device.faults.ops(OpClass::Sync) > 0).then_some(()));
     let before = session.rings[0].used_idx();
     let busy = worker_activity();
-    bench.running().stop_accepting();
-    // Time for the ring to be told; what comes now is for the next daemon.
+    device.running().stop_accepting();
+    // Time for the worker to stop its ring. A request that comes now is left to the next daemon.
     thread::sleep(ABSENCE);
     session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-    poll_until("the daemon to hang up", PATIENCE, || session.has_hung_up().then_some(()));
+    poll_until("the daemon to close the connection", PATIENCE, || session.has_hung_up().then_some(()));
     let busy = Duration::from_nanos(worker_activity() - busy);
-    assert!(busy < SYNC / 120, "a worker that drains a ring sleeps, and was busy for {busy:?}");
-    assert_eq!(session.rings[0].used_idx(), before + 1, "nothing is on its way any more");
+    assert!(busy < SYNC / 120, "the worker should sleep while it drains; it was busy for {busy:?}");
+    assert_eq!(session.rings[0].used_idx(), before + 1, "the first FLUSH is complete, the second one not taken");
     assert_eq!(session.memory.byte(flush.status), OK);
-    bench.end(&shadow);
+    device.shutdown(&shadow);
 }
 
-/// A front-end that stalls in the middle of a message keeps nobody from ending the device.
+/// The front-end has sent a part of a message.
 #[test]
-fn a_front_end_that_stalls_does_not_hold_up_the_end() {
+fn a_stalled_front_end_does_not_delay_shutdown() {
     let shadow = Shadow::patchwork(IMAGE_BYTES, 30);
-    let bench = Bench::new("stalls", &shadow, |_| {});
-    let session = Session::open(bench.socket(), &SessionOptions::default());
-    (&session.socket).write_all(&[1, 0, 0]).expect("the daemon listens");
-    // Time for the daemon to begin reading it.
+    let device = FaultyDevice::new("stalls", &shadow, |_| {});
+    let session = Session::open(device.socket(), &SessionOptions::default());
+    (&session.socket).write_all(&[1, 0, 0]).expect("the daemon reads the socket");
+    // Time for the daemon to start reading the message.
     thread::sleep(ABSENCE);
     let started = Instant::now();
-    bench.end(&shadow);
+    device.shutdown(&shadow);
     assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
 }

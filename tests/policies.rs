@@ -1,11 +1,11 @@
-//! The benchmarks of replacement and readahead in small, with their demands, and what they stand on.
+//! The benchmarks of replacement and readahead at a small scale, with their demands, and tests of their tools.
 
 #[path = "../benches/bare_cache/mod.rs"]
 mod bare_cache;
 #[path = "../benches/miss_ratio/mod.rs"]
 mod miss_ratio;
 #[path = "../benches/policy_report/mod.rs"]
-#[allow(dead_code, reason = "what the benchmarks print is none of the tests' business")]
+#[allow(dead_code, reason = "the tests do not print the benchmarks' reports")]
 mod policy_report;
 #[path = "common/prng.rs"]
 #[allow(dead_code, reason = "shared with the other tests, which use more of it")]
@@ -33,21 +33,21 @@ fn not_met(gates: Vec<Gate>) -> Vec<String> {
 }
 
 #[test]
-fn the_demands_on_replacement_are_met_in_small() {
+fn replacement_meets_its_demands_at_a_small_scale() {
     let scale = Scale { pages: 8000, accesses: 80_000 };
     let sizes = [10, 100];
     let cells: Vec<Cell> =
         WORKLOADS.iter().flat_map(|workload| measure(workload.name, &workload.trace(scale), &sizes)).collect();
     for cell in &cells {
         let best = Algorithm::ALL.map(|algorithm| cell.of(algorithm)).into_iter().fold(100.0, f64::min);
-        assert!(cell.of(Algorithm::Opt) <= best, "nobody is better than OPT: {cell:?}");
+        assert!(cell.of(Algorithm::Opt) <= best, "no algorithm beats OPT: {cell:?}");
     }
     let missed = not_met(gates::judge(&cells, LruTolerance { max: 1.0, noise: 0.35 }));
     assert!(missed.is_empty(), "{missed:#?}\n{}", table::render(&cells, &sizes));
 }
 
 #[test]
-fn the_demands_on_readahead_are_met_in_small() {
+fn readahead_meets_its_demands_at_a_small_scale() {
     for store in readahead::STORES {
         let pages = 1 << 18;
         let rows = readahead::measure(store, pages);
@@ -56,35 +56,36 @@ fn the_demands_on_readahead_are_met_in_small() {
     }
 }
 
-/// The demands on replacement are put to a model, for speed; this says that they hold for the page cache itself.
+/// For speed, the demands on replacement are measured with a simulation of the policy alone. This test transfers them
+/// to the page cache.
 #[test]
-fn the_cache_misses_what_its_model_misses() {
+fn the_page_cache_misses_as_often_as_the_mini_simulation() {
     const PAGES: u32 = 16_000;
     const FRAMES: u32 = 1600;
-    /// What a cache of this size keeps free.
+    /// Number of frames that a cache of this size keeps free.
     const RESERVE: u32 = 64;
-    /// Whether a loop fits turns on the last frames.
+    /// Tolerance in percentage points: the last few frames decide whether a loop fits into the cache.
     const POINTS_MAX: f64 = 2.5;
     let scale = Scale { pages: PAGES, accesses: 160_000 };
     for workload in WORKLOADS {
         let trace = workload.trace(scale);
         let image_pages = 1 + trace.iter().map(|access| u64::from(access.page)).max().expect("a trace is not empty");
-        let mut model = MiniSimulation::new(PolicyKind::S3Fifo, FRAMES - RESERVE);
-        let missed = trace.iter().filter(|access| !model.access(PageNo(access.page.into()))).count();
+        let mut simulation = MiniSimulation::new(PolicyKind::S3Fifo, FRAMES - RESERVE);
+        let misses = trace.iter().filter(|access| !simulation.access(PageNo(access.page.into()))).count();
         for readahead_pages_max in [0, 512] {
             let mut cache = InstantStoreCache::new(Settings { readahead_pages_max, ..defaults(FRAMES, image_pages) });
             for access in &trace {
-                let ask = if access.write { InstantStoreCache::write } else { InstantStoreCache::read };
-                ask(&mut cache, PageNo(access.page.into()), 1);
+                let access_page = if access.write { InstantStoreCache::write } else { InstantStoreCache::read };
+                access_page(&mut cache, PageNo(access.page.into()), 1);
                 cache.turn();
             }
             let stats = cache.stats();
-            // What came in went again or is there; what was read ahead in vain, nobody had asked for.
-            let came_in = stats.evicted_pages + u64::from(FRAMES - RESERVE) - stats.readahead_wasted_pages;
-            let points = 100.0 * (came_in as f64 - missed as f64) / trace.len() as f64;
+            // A page that was read in was evicted, or is resident. Unread readahead is not a miss.
+            let read_in = stats.evicted_pages + u64::from(FRAMES - RESERVE) - stats.readahead_wasted_pages;
+            let points = 100.0 * (read_in as f64 - misses as f64) / trace.len() as f64;
             assert!(
                 points.abs() < POINTS_MAX,
-                "{}, readahead up to {readahead_pages_max}: {points:.2} points more misses than the model",
+                "{}, readahead up to {readahead_pages_max}: {points:.2} points more misses than the simulation",
                 workload.name
             );
         }
@@ -92,7 +93,7 @@ fn the_cache_misses_what_its_model_misses() {
 }
 
 #[test]
-fn a_workload_makes_the_same_trace_each_time_and_stays_within_its_scale() {
+fn a_workload_gives_the_same_trace_each_time_within_its_scale() {
     let scale = Scale { pages: 3000, accesses: 20_000 };
     for workload in WORKLOADS {
         let trace = workload.trace(scale);
@@ -102,24 +103,24 @@ fn a_workload_makes_the_same_trace_each_time_and_stays_within_its_scale() {
 }
 
 #[test]
-fn algorithms_do_as_their_authors_say() {
-    // A loop of four over three places.
+fn each_algorithm_matches_its_paper_on_small_traces() {
+    // A loop over four pages, with a cache of three.
     let trace = reads(&[0, 1, 2, 3, 0, 1, 2, 3]);
     assert_eq!(Algorithm::Lru.misses(&trace, 4, 3), 8);
     assert_eq!(Algorithm::Clock.misses(&trace, 4, 3), 8);
     assert_eq!(Algorithm::Opt.misses(&trace, 4, 3), 5);
-    // ARC keeps pages that were seen twice through pages that are seen once.
+    // ARC keeps pages that were accessed twice during a scan of pages that are accessed once.
     let mut pages = vec![0, 1, 0, 1];
     pages.extend(2..40);
     pages.extend([0, 1]);
     assert_eq!(Algorithm::Lru.misses(&reads(&pages), 40, 4), 42);
     assert_eq!(Algorithm::Arc.misses(&reads(&pages), 40, 4), 40);
-    // CLOCK passes over a page that was asked for again.
+    // CLOCK does not evict a page that was accessed again.
     assert_eq!(Algorithm::Clock.misses(&reads(&[0, 1, 0, 2, 0]), 3, 2), 3);
 }
 
 #[test]
-fn the_table_at_the_head_of_the_benchmark_has_every_workload() {
+fn the_table_in_the_benchmarks_doc_has_every_workload() {
     let source = include_str!("../benches/miss_ratio.rs");
     for workload in WORKLOADS {
         assert!(source.contains(&format!("//! {} ", workload.name)), "{} is missing: --table", workload.name);
@@ -135,7 +136,7 @@ fn a_trace_file_is_read_page_by_page() {
 }
 
 #[test]
-fn a_bad_line_of_a_trace_file_is_named_with_what_is_wrong() {
+fn an_error_in_a_trace_file_names_the_line_and_the_cause() {
     let cases = [
         ("1,r,0,8\n2,r,x,8\n", "line 2: the sector \"x\" is not a whole number"),
         ("1,r,0\n", "line 1: 3 fields; there have to be 4: time, op, sector, count"),

@@ -1,5 +1,5 @@
-//! The daemon under test, as a process: started on a fresh image, stopped or killed by its own process id, never
-//! left behind.
+//! The daemon under test, as a process. It starts on a new image, is stopped or killed by its process ID, and never
+//! outlives its test.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,52 +11,52 @@ use std::time::Duration;
 
 use super::wait::{PATIENCE, is_listening, poll_until, try_poll};
 
-/// How long a daemon may take to drain and leave after SIGTERM.
+/// How long a daemon may take to drain and exit after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
-/// A Unix socket's path must fit `sun_path` with its final NUL.
+/// A Unix socket's path must fit into `sun_path` with its final NUL.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
-/// A directory of this test's own, removed with the guard.
+/// A directory of one test, removed on drop.
 #[derive(Debug)]
 pub struct TempDir(PathBuf);
 
 impl TempDir {
-    /// A new, empty directory whose name starts with `name`.
+    /// Creates an empty directory whose name starts with `name`.
     pub fn new(name: &str) -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.{}.{serial}", std::process::id()));
-        fs::create_dir_all(&path).expect("a temporary directory can be made");
+        fs::create_dir_all(&path).expect("a temporary directory can be created");
         Self(path)
     }
 
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Shared memory that goes with it: where the caches of daemons outlive them.
+    /// The directory in shared memory that holds the caches of this test's daemons; it is removed too.
     pub fn memory(&self) -> PathBuf {
-        Path::new("/dev/shm").join(self.0.file_name().expect("it has a name"))
+        Path::new("/dev/shm").join(self.0.file_name().expect("the directory has a name"))
     }
 
-    /// The caches that dead daemons left there.
+    /// The cache files that daemons left in [`TempDir::memory`].
     pub fn left(&self) -> Vec<PathBuf> {
         let folder = fs::read_dir(self.memory().join("genblk")).into_iter().flatten();
-        folder.map(|entry| entry.expect("a folder can be listed").path()).collect()
+        folder.map(|entry| entry.expect("a directory can be listed").path()).collect()
     }
 }
 
 impl Drop for TempDir {
     fn drop(&mut self) {
-        // A left-over directory is untidy, not wrong: a test must not fail over it.
+        // A test must not fail because its directory cannot be removed.
         let _ = fs::remove_dir_all(self.memory());
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
-/// The options that tests vary; the rest stays at the daemon's defaults.
+/// The options that tests change; the others keep the daemon's defaults.
 #[derive(Clone, Debug)]
 pub struct DaemonOptions {
     pub read_only: bool,
@@ -77,7 +77,7 @@ pub fn server_binary() -> String {
     std::env::var("GENBLK_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_genblk").to_owned())
 }
 
-/// What a server that does not serve has said.
+/// The exit status and output of a server that did not serve.
 #[derive(Debug)]
 pub struct Ended {
     pub status: ExitStatus,
@@ -85,7 +85,7 @@ pub struct Ended {
     pub stderr: String,
 }
 
-/// Runs a server that is to end of itself; what it says must fit a pipe.
+/// Runs a server that must exit without a signal. Its output must fit into a pipe's buffer.
 #[track_caller]
 pub fn run_to_end(command: &mut Command) -> Ended {
     let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -96,15 +96,15 @@ pub fn run_to_end(command: &mut Command) -> Ended {
     }
     let output = child.wait_with_output().expect("the child can be waited for");
     let [stdout, stderr] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    assert!(ended.is_some(), "the server serves where it was to end:\n{stderr}");
+    assert!(ended.is_some(), "the server serves, but should exit:\n{stderr}");
     Ended { status: output.status, stdout, stderr }
 }
 
-/// The command that serves `image` on `socket`. With [`Daemon::start_configured`] the one place that knows how the server
-/// is called.
+/// The command that serves `image` on `socket`. Only this function and [`Daemon::start_configured`] know the server's
+/// command line.
 ///
-/// If `GENBLK_BIN` names a `qemu-storage-daemon`, it gets its own options: with a server that nobody here wrote, a failure
-/// tells whether the test or the daemon is at fault. (Some tests fail there by design: they are about its bugs.)
+/// If `GENBLK_BIN` names a `qemu-storage-daemon`, it gets its own options. A run against this independent server tells
+/// whether the test or the daemon is at fault. Some tests fail there because they test for its bugs.
 fn server_command(directory: &TempDir, options: &DaemonOptions) -> Command {
     let (socket, image) = (directory.path().join("socket"), directory.path().join("image"));
     let binary = server_binary();
@@ -140,7 +140,7 @@ fn server_command(directory: &TempDir, options: &DaemonOptions) -> Command {
     command
 }
 
-/// Writes the configuration of devices; returns their sockets.
+/// Writes a configuration file for `devices`; returns their sockets.
 fn configure(directory: &TempDir, devices: &[&str]) -> Vec<PathBuf> {
     let path = directory.path();
     let sockets: Vec<_> = (0..devices.len()).map(|n| path.join(format!("socket{n}"))).collect();
@@ -149,7 +149,7 @@ fn configure(directory: &TempDir, devices: &[&str]) -> Vec<PathBuf> {
         let memory = if rest.contains("memory_dir") { String::new() } else { format!("cache.memory_dir = {memory:?}") };
         format!("[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n{memory}\n{rest}\n")
     });
-    fs::write(config_of(directory), tables.collect::<String>()).expect("a configuration can be written");
+    fs::write(config_of(directory), tables.collect::<String>()).expect("the configuration can be written");
     sockets
 }
 
@@ -162,68 +162,69 @@ fn config_of(directory: &TempDir) -> PathBuf {
 pub struct Daemon {
     child: Child,
     command: Command,
-    /// Where its devices listen.
+    /// The sockets on which its devices listen.
     sockets: Vec<PathBuf>,
     directory: TempDir,
 }
 
 impl Daemon {
-    /// Starts a daemon on a new image of `image_bytes` zeros; `name` names its directory.
+    /// Starts a daemon on a new image of `image_bytes` zeros, in a directory whose name starts with `name`.
     pub fn start(name: &str, image_bytes: u64, options: &DaemonOptions) -> Self {
         let directory = TempDir::new(name);
-        let image = File::create(directory.path().join("image")).expect("an image can be made");
+        let image = File::create(directory.path().join("image")).expect("an image can be created");
         image.set_len(image_bytes).expect("an image can be sized");
         Self::start_in(directory, options)
     }
 
-    /// Starts a daemon on the file `image` that is in `directory` already.
+    /// Starts a daemon on the existing file `image` in `directory`.
     pub fn start_in(directory: TempDir, options: &DaemonOptions) -> Self {
         let socket = directory.path().join("socket");
         let command = server_command(&directory, options);
         Self::launch(directory, command, vec![socket])
     }
 
-    /// Starts a daemon on a configuration file: a device for each of `devices`, all on the file `image` that is in
-    /// `directory` already. Each of `devices` is what its table holds beside name (`disk0`, `disk1` ...), socket and image.
+    /// Starts a daemon with a configuration file: a device for each of `devices`, all on the existing file `image` in
+    /// `directory`. Each of `devices` is the TOML of its table except name (`disk0`, `disk1` ...), socket and image.
     pub fn start_configured(directory: TempDir, devices: &[&str]) -> Self {
         Self::start_by(directory, devices, Command::new(server_binary()))
     }
 
-    /// As [`Daemon::start_configured`], by a command that gets the binary's arguments.
+    /// As [`Daemon::start_configured`], with `command` in place of the binary; the binary's arguments are appended to
+    /// it.
     pub fn start_by(directory: TempDir, devices: &[&str], mut command: Command) -> Self {
         let sockets = configure(&directory, devices);
         command.arg("--config").arg(config_of(&directory));
         Self::launch(directory, command, sockets)
     }
 
-    /// The command by which it is started again.
+    /// The command that [`Daemon::restart`] runs.
     pub fn command(&mut self) -> &mut Command {
         &mut self.command
     }
 
-    /// Gives the daemon another device, for its next start.
+    /// Replaces the configuration by one with `device` as its only device; it takes effect at the next start.
     pub fn configure(&self, device: &str) {
         configure(&self.directory, &[device]);
     }
 
-    /// Starts the daemon again with another device, after [`Daemon::stop`] or [`Daemon::kill`].
+    /// Restarts the daemon with another device, after [`Daemon::stop`] or [`Daemon::kill`].
     pub fn reconfigure(&mut self, device: &str) {
         self.configure(device);
         self.restart();
     }
 
-    /// Starts a daemon by any command; it serves the file `image` in `directory` on `sockets`.
+    /// Starts a daemon with any command that serves the file `image` in `directory` on `sockets`.
     pub fn launch(directory: TempDir, mut command: Command, sockets: Vec<PathBuf>) -> Self {
         for socket in &sockets {
             let shown = socket.display();
             let fits = socket.as_os_str().len() <= SOCKET_PATH_BYTES_MAX;
-            assert!(fits, "{shown} is too long for a socket: use a shorter CARGO_TARGET_DIR");
+            assert!(fits, "the socket path {shown} is too long: use a shorter CARGO_TARGET_DIR");
         }
         let log = File::options()
             .create(true)
             .append(true)
             .open(directory.path().join("stderr.log"))
-            .expect("a log file can be made");
+            .expect("a log file can be created");
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor can be duplicated")).stderr(log);
         let child = Self::spawn(&mut command, &sockets, directory.path());
         Self { child, command, sockets, directory }
@@ -234,39 +235,39 @@ impl Daemon {
         poll_until("the daemon to listen on its sockets", PATIENCE, || {
             if let Some(status) = child.try_wait().expect("the child can be waited for") {
                 let log = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
-                panic!("the daemon left before it served ({status}):\n{log}");
+                panic!("the daemon exited before it served ({status}):\n{log}");
             }
             sockets.iter().all(|socket| is_listening(socket)).then_some(())
         });
         child
     }
 
-    /// Where the daemon's files are.
+    /// The directory of the daemon's files.
     pub fn directory(&self) -> &TempDir {
         &self.directory
     }
 
-    /// Where front-ends connect (to the first device).
+    /// The socket of the first device.
     pub fn socket(&self) -> PathBuf {
         self.socket_of(0)
     }
 
-    /// Where front-ends of device `device` connect.
+    /// The socket of device `device`.
     pub fn socket_of(&self, device: usize) -> PathBuf {
         self.sockets[device].clone()
     }
 
-    /// The backing image.
+    /// The image's path.
     pub fn image(&self) -> PathBuf {
         self.directory.path().join("image")
     }
 
-    /// The configuration of a daemon that has one.
+    /// The path of the configuration file, for a daemon that has one.
     pub fn config(&self) -> PathBuf {
         config_of(&self.directory)
     }
 
-    /// What the daemon has said so far.
+    /// The daemon's log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.directory.path().join("stderr.log")).unwrap_or_default()
     }
@@ -274,45 +275,45 @@ impl Daemon {
     /// `len` bytes of the image at `offset`, as another process sees them.
     pub fn image_bytes(&self, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        let image = File::open(self.image()).expect("the image is there");
+        let image = File::open(self.image()).expect("the image exists");
         image.read_exact_at(&mut bytes, offset).expect("the image is that long");
         bytes
     }
 
-    /// Fails the test if the process is gone: no guest and no front-end may bring it down.
+    /// Fails the test if the process has exited: no guest and no front-end may crash it.
     #[track_caller]
     pub fn assert_alive(&mut self) {
         if let Some(status) = self.child.try_wait().expect("the child can be waited for") {
-            panic!("the daemon died ({status}):\n{}", self.log());
+            panic!("the daemon exited ({status}):\n{}", self.log());
         }
     }
 
-    /// How many file descriptors the process holds.
+    /// Number of open file descriptors of the process.
     pub fn open_descriptors(&self) -> usize {
         self.proc_entries("fd").len()
     }
 
-    /// How many io_uring instances the process holds.
-    pub fn rings(&self) -> usize {
+    /// Number of io_uring instances of the process.
+    pub fn io_urings(&self) -> usize {
         let targets = self.proc_entries("fd").into_iter().filter_map(|entry| fs::read_link(entry).ok());
         targets.filter(|target| target.ends_with("anon_inode:[io_uring]")).count()
     }
 
-    /// How many threads called `name` (its first 15 bytes) the process has.
+    /// Number of threads of the process with the name `name` (at most 15 bytes).
     pub fn threads(&self, name: &str) -> usize {
         let names = self.proc_entries("task").into_iter().filter_map(|task| fs::read_to_string(task.join("comm")).ok());
         names.filter(|found| found.trim_end() == name).count()
     }
 
-    /// The paths in a directory of the process's own in /proc.
+    /// The paths in `directory` of the process's directory in /proc.
     fn proc_entries(&self, directory: &str) -> Vec<PathBuf> {
-        let entries = fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).expect("the daemon lives");
-        entries.map(|entry| entry.expect("the daemon lives").path()).collect()
+        let entries = fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).expect("the daemon runs");
+        entries.map(|entry| entry.expect("the daemon runs").path()).collect()
     }
 
-    /// How many caches the process holds memory for.
-    pub fn caches(&self) -> usize {
-        let maps = fs::read_to_string(format!("/proc/{}/maps", self.child.id())).expect("the daemon lives");
+    /// Number of cache arenas that the process has mapped.
+    pub fn mapped_caches(&self) -> usize {
+        let maps = fs::read_to_string(format!("/proc/{}/maps", self.child.id())).expect("the daemon runs");
         maps.lines().filter(|line| line.contains("/memfd:genblk-cache")).count()
     }
 
@@ -329,27 +330,27 @@ impl Daemon {
         assert_eq!(sent, 0, "signal {signal}: {}", io::Error::last_os_error());
     }
 
-    /// Kills the process, as a crash would; whatever it leaves behind stays.
+    /// Kills the process with SIGKILL; files and memory that it leaves stay.
     pub fn kill(&mut self) {
-        self.child.kill().expect("the daemon lives");
+        self.child.kill().expect("the daemon runs");
         self.child.wait().expect("the child can be waited for");
     }
 
-    /// Waits for the process to end.
+    /// Waits for the process to exit.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
-        poll_until("the daemon to end", STOP_LIMIT, || self.child.try_wait().expect("the child can be waited for"))
+        poll_until("the daemon to exit", STOP_LIMIT, || self.child.try_wait().expect("the child can be waited for"))
     }
 
-    /// Orderly stop: SIGTERM, then an exit status of 0.
+    /// Stops the daemon with SIGTERM; it must exit with status 0.
     #[track_caller]
     pub fn stop(&mut self) {
         self.terminate();
         let status = self.wait();
-        assert!(status.success(), "the daemon left with {status}:\n{}", self.log());
+        assert!(status.success(), "the daemon exited with {status}:\n{}", self.log());
     }
 
-    /// Starts the daemon again on the same image, after [`Daemon::stop`] or [`Daemon::kill`].
+    /// Restarts the daemon on the same image, after [`Daemon::stop`] or [`Daemon::kill`].
     #[track_caller]
     pub fn restart(&mut self) {
         self.child = Self::spawn(&mut self.command, &self.sockets, self.directory.path());
@@ -361,7 +362,7 @@ impl Drop for Daemon {
         if std::thread::panicking() {
             eprintln!("--- the daemon's log:\n{}", self.log());
         }
-        // Both fail only if the process is gone already.
+        // Both fail only if the process has already exited.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

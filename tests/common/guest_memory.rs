@@ -1,7 +1,7 @@
-//! Guest memory for the tests: one memfd, shared with the daemon in as many regions as a test likes.
+//! Guest memory for the tests: one memfd, shared with the daemon in any number of regions.
 //!
-//! The three addresses of a byte (in the memfd, in the guest, in the front-end's own mapping) are all different, so
-//! that a daemon that takes one for another finds nothing there.
+//! The three addresses of a byte (offset in the memfd, guest address, front-end address) always differ. A daemon that
+//! confuses them finds no memory there.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -10,11 +10,11 @@ use std::sync::atomic::AtomicU16;
 
 use vhost::VhostUserMemoryRegionInfo;
 
-/// Where the first region of [`GuestMemory::standard`] starts in the guest.
+/// Guest address of the first region of [`GuestMemory::standard`].
 pub const LOW_GUEST_ADDR: u64 = 0x1000_0000;
-/// Where the second region of [`GuestMemory::standard`] starts in the guest: there is a hole between them.
+/// Guest address of the second region of [`GuestMemory::standard`]. There is a hole between the regions.
 pub const HIGH_GUEST_ADDR: u64 = 0x9000_0000;
-/// Front-end addresses are guest addresses plus this. The vhost-user protocol treats them as opaque names.
+/// Added to a guest address, it gives the front-end address, which the vhost-user protocol treats as opaque.
 const USER_ADDR_BIAS: u64 = 0x7000_0000_0000;
 
 /// One range of guest-physical addresses backed by a range of the memfd.
@@ -25,19 +25,19 @@ pub struct Region {
     pub len: u64,
 }
 
-/// A guest's memory, and a bump allocator over it.
+/// A guest's memory with a bump allocator.
 #[derive(Debug)]
 pub struct GuestMemory {
     file: File,
     base: *mut u8,
     len: usize,
     regions: Vec<Region>,
-    /// For each region, how many bytes have been handed out.
-    taken: Mutex<Vec<u64>>,
+    /// Number of allocated bytes, by region.
+    allocated: Mutex<Vec<u64>>,
 }
 
-// SAFETY: the mapping is shared memory that belongs to the value and lives as long as it does; ring indices go
-// through atomics, and everything else is handed over to the daemon and back through those indices.
+// SAFETY: the value owns the mapping, which lives as long as the value. Ring indices are accessed atomically; they
+// order all other accesses of test and daemon.
 unsafe impl Send for GuestMemory {}
 // SAFETY: as above.
 unsafe impl Sync for GuestMemory {}
@@ -50,7 +50,7 @@ impl GuestMemory {
         // SAFETY: plain system call with a NUL-terminated name.
         let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
         assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
-        // SAFETY: the descriptor is new and belongs to nobody else.
+        // SAFETY: the descriptor is new and has no other owner.
         let file = unsafe { File::from_raw_fd(fd) };
         file.set_len(len as u64).expect("guest memory can be sized");
         // SAFETY: a new shared mapping of a file that is `len` long; the kernel chooses the place.
@@ -59,8 +59,8 @@ impl GuestMemory {
             libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, fd, 0)
         };
         assert_ne!(base, libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
-        let taken = Mutex::new(vec![0; regions.len()]);
-        Self { file, base: base.cast(), len, regions, taken }
+        let allocated = Mutex::new(vec![0; regions.len()]);
+        Self { file, base: base.cast(), len, regions, allocated }
     }
 
     /// Two regions of `region_bytes` each with a hole between them.
@@ -76,7 +76,7 @@ impl GuestMemory {
         &self.regions
     }
 
-    /// A region as the vhost-user messages want it.
+    /// A region in the form that vhost-user messages need.
     pub fn region_info(&self, region: Region) -> VhostUserMemoryRegionInfo {
         VhostUserMemoryRegionInfo {
             guest_phys_addr: region.guest_addr,
@@ -87,34 +87,34 @@ impl GuestMemory {
         }
     }
 
-    /// Every region as the vhost-user messages want it.
+    /// All regions in the form that vhost-user messages need.
     pub fn region_infos(&self) -> Vec<VhostUserMemoryRegionInfo> {
         self.regions.iter().map(|&region| self.region_info(region)).collect()
     }
 
-    /// The front-end's name for a guest address (ring addresses are given so).
+    /// The front-end address of a guest address; messages give ring addresses in this form.
     pub fn user_addr(guest_addr: u64) -> u64 {
         guest_addr + USER_ADDR_BIAS
     }
 
-    /// Takes `len` bytes at a multiple of `align` from the first region.
+    /// Allocates `len` bytes at a multiple of `align` in the first region; returns their guest address.
     pub fn alloc(&self, len: usize, align: u64) -> u64 {
         self.alloc_in(0, len, align)
     }
 
-    /// Takes `len` bytes at a multiple of `align` from region `region`.
+    /// Allocates `len` bytes at a multiple of `align` in region `region`; returns their guest address.
     pub fn alloc_in(&self, region: usize, len: usize, align: u64) -> u64 {
-        let mut taken = self.taken.lock().expect("no test panics while it allocates");
-        let start = taken[region].next_multiple_of(align);
+        let mut allocated = self.allocated.lock().expect("no test panics while it allocates");
+        let start = allocated[region].next_multiple_of(align);
         let end = start + len as u64;
-        assert!(end <= self.regions[region].len, "the test wants more guest memory than it made");
-        taken[region] = end;
+        assert!(end <= self.regions[region].len, "the region is large enough for the test");
+        allocated[region] = end;
         self.regions[region].guest_addr + start
     }
 
-    /// Gives back everything taken from region `region`.
+    /// Frees all allocations of region `region`.
     pub fn free_all_in(&self, region: usize) {
-        self.taken.lock().expect("no test panics while it allocates")[region] = 0;
+        self.allocated.lock().expect("no test panics while it allocates")[region] = 0;
     }
 
     /// The host's pointer to `len` bytes at a guest address, all in one region.
@@ -123,21 +123,21 @@ impl GuestMemory {
             .regions
             .iter()
             .find(|region| guest_addr >= region.guest_addr && guest_addr - region.guest_addr < region.len)
-            .expect("the test touches only memory that it made");
+            .expect("the address is in guest memory");
         let within = guest_addr - region.guest_addr;
         assert!(within + len as u64 <= region.len, "an access stays in its region");
         // SAFETY: offset and length are inside the region, and the region is inside the mapping.
         unsafe { self.base.add((region.offset + within) as usize) }
     }
 
-    /// Copies `bytes` into the guest.
+    /// Copies `bytes` to guest memory.
     pub fn write(&self, guest_addr: u64, bytes: &[u8]) {
         let target = self.pointer(guest_addr, bytes.len());
         // SAFETY: `pointer` checked the range; the source is a live slice elsewhere.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) }
     }
 
-    /// Copies `len` bytes out of the guest.
+    /// Copies `len` bytes from guest memory.
     pub fn read(&self, guest_addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         let source = self.pointer(guest_addr, len);
@@ -146,7 +146,7 @@ impl GuestMemory {
         bytes
     }
 
-    /// One byte of the guest.
+    /// Reads one byte of guest memory.
     pub fn byte(&self, guest_addr: u64) -> u8 {
         self.read(guest_addr, 1)[0]
     }
@@ -162,7 +162,7 @@ impl GuestMemory {
 
 impl Drop for GuestMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this length, and no reference into it outlives `self`.
+        // SAFETY: `new` created the mapping with this length, and no reference into it outlives `self`.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
 }

@@ -1,5 +1,5 @@
-//! What the integration tests share: the daemon under test, a driver of our own for every chain that a guest can
-//! build, a random workload with an oracle, and waits that always end.
+//! Shared by the integration tests: the daemon under test, a driver that can build any descriptor chain, a random
+//! workload with an oracle, and waits with a deadline.
 #![allow(dead_code, reason = "each test binary compiles all of this and uses its own part")]
 #![allow(
     clippy::cast_possible_truncation,
@@ -8,8 +8,8 @@
     reason = "sizes and indices here are chosen by the tests, small, and wrap on purpose in ring indices"
 )]
 
-pub mod bench;
 pub mod daemon;
+pub mod faulty_device;
 pub mod guest_memory;
 pub mod prng;
 pub mod raw_message;
@@ -20,5 +20,5 @@ pub mod shadow;
 pub mod wait;
 pub mod workload;
 
-/// Bytes in a virtio-blk sector, whatever the device's block size.
+/// Bytes in a virtio-blk sector; the device's block size does not change it.
 pub const SECTOR_BYTES: usize = 512;

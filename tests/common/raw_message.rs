@@ -1,4 +1,4 @@
-//! vhost-user messages by hand: what the `vhost` crate's front-end refuses to send, because it is wrong.
+//! Hand-made vhost-user messages, which may be invalid: the `vhost` crate's front-end would not send them.
 
 use std::io::{self, Read};
 use std::os::fd::RawFd;
@@ -28,46 +28,46 @@ pub mod number {
 
 const VERSION: u32 = 1;
 const FLAG_REPLY: u32 = 1 << 2;
-/// Asks for an answer to a message that has none of its own.
+/// Requests a reply to a message that has none of its own.
 pub const FLAG_NEED_REPLY: u32 = 1 << 3;
 
-/// How the daemon met a message.
+/// The daemon's reaction to a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    /// It answered, with this payload.
+    /// A reply with this payload.
     Payload(Vec<u8>),
-    /// It ended the session.
+    /// It closed the connection.
     Closed,
-    /// It said nothing for as long as the socket's read timeout.
+    /// No reply within the socket's read timeout.
     Silent,
 }
 
 impl Reply {
-    /// True if the daemon claims to have done what was asked (an acknowledgement of zero).
+    /// Whether the daemon acknowledged the message as done (a payload of zero).
     pub fn is_acknowledged(&self) -> bool {
         matches!(self, Self::Payload(payload) if payload.as_slice() == [0; 8])
     }
 }
 
-/// Sends one message and returns what came back.
+/// Sends one message; returns the reaction.
 pub fn exchange(socket: &UnixStream, number: u32, flags: u32, body: &[u8], fds: &[RawFd]) -> Reply {
     let len = u32::try_from(body.len()).expect("messages are small");
-    exchange_claiming(socket, number, flags, len, body, fds)
+    exchange_with_length(socket, number, flags, len, body, fds)
 }
 
-/// Sends one message whose header claims a body of `claimed` bytes, whatever follows it, and returns what came back.
-pub fn exchange_claiming(
+/// Sends one message whose header declares a body of `declared` bytes, whatever follows; returns the reaction.
+pub fn exchange_with_length(
     socket: &UnixStream,
     number: u32,
     flags: u32,
-    claimed: u32,
+    declared: u32,
     body: &[u8],
     fds: &[RawFd],
 ) -> Reply {
     let mut message = Vec::new();
     message.extend_from_slice(&number.to_le_bytes());
     message.extend_from_slice(&(flags | VERSION).to_le_bytes());
-    message.extend_from_slice(&claimed.to_le_bytes());
+    message.extend_from_slice(&declared.to_le_bytes());
     message.extend_from_slice(body);
     let sent = if fds.is_empty() {
         socket.send_with_fds(&[&message[..]], &[])
@@ -89,7 +89,7 @@ pub fn receive(socket: &UnixStream) -> Reply {
         Err(_) => return Reply::Closed,
     }
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
-    assert_ne!(word(4) & FLAG_REPLY, 0, "what comes back is a reply");
+    assert_ne!(word(4) & FLAG_REPLY, 0, "the message is a reply");
     let mut payload = vec![0; word(8) as usize];
     match read_all(socket, &mut payload) {
         Ok(()) => Reply::Payload(payload),
@@ -101,7 +101,7 @@ fn read_all(mut socket: &UnixStream, bytes: &mut [u8]) -> io::Result<()> {
     socket.read_exact(bytes)
 }
 
-/// The payload of the ring messages: an index and a number.
+/// The payload of a vring message: the ring's index and a number.
 pub fn vring_state(index: u32, num: u32) -> Vec<u8> {
     [index.to_le_bytes(), num.to_le_bytes()].concat()
 }

@@ -1,6 +1,6 @@
-//! A split virtqueue from the driver's side that does exactly as it is told, right or wrong.
+//! The driver's side of a split virtqueue, without any checks: a test can also do what the specification forbids.
 //!
-//! Layouts and field names are those of virtio 1.2, section 2.7.
+//! Layouts and field names follow virtio 1.2, section 2.7.
 
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,29 +18,29 @@ pub const DESC_NEXT: u16 = 1;
 pub const DESC_WRITE: u16 = 2;
 pub const DESC_INDIRECT: u16 = 4;
 
-/// `avail.flags`: the driver wants no interrupts.
+/// VIRTQ_AVAIL_F_NO_INTERRUPT in `avail.flags`: the driver wants no interrupts.
 const AVAIL_NO_INTERRUPT: u16 = 1;
-/// `used.flags`: the device wants no kicks.
+/// VIRTQ_USED_F_NO_NOTIFY in `used.flags`: the device wants no notifications.
 const USED_NO_NOTIFY: u16 = 1;
 
 const DESCRIPTOR_BYTES: usize = 16;
 
-/// A piece of guest memory that a request names.
+/// A buffer of a request in guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment {
     pub addr: u64,
     pub len: u32,
-    /// The device writes to it (otherwise it reads from it).
+    /// The device writes to it; otherwise the device reads it.
     pub writable: bool,
 }
 
 impl Segment {
-    /// The device reads this piece.
+    /// A buffer that the device reads.
     pub fn readable(addr: u64, len: u32) -> Self {
         Self { addr, len, writable: false }
     }
 
-    /// The device writes this piece.
+    /// A buffer that the device writes.
     pub fn writable(addr: u64, len: u32) -> Self {
         Self { addr, len, writable: true }
     }
@@ -50,7 +50,7 @@ impl Segment {
     }
 }
 
-/// An entry of the descriptor table, as it lies in memory.
+/// An entry of the descriptor table.
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptor {
     pub addr: u64,
@@ -74,11 +74,11 @@ impl Descriptor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {
     pub head: u16,
-    /// Bytes that the device says it wrote.
+    /// Number of bytes that the device wrote, according to the device.
     pub len: u32,
 }
 
-/// One ring.
+/// A ring, with all of the driver's state.
 #[derive(Debug)]
 pub struct Ring {
     memory: Arc<GuestMemory>,
@@ -89,7 +89,7 @@ pub struct Ring {
     next_avail: u16,
     last_used: u16,
     free: Vec<u16>,
-    /// Descriptors of each chain that is out, by its head.
+    /// The descriptors of each chain in flight, by its head.
     chains: HashMap<u16, Vec<u16>>,
     event_idx: bool,
     pub kick: EventFd,
@@ -97,7 +97,7 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// A ring of `size` entries in `memory` whose indices start at `start`.
+    /// Creates a ring of `size` entries in `memory`. Its indices start at `start`.
     pub fn new(memory: &Arc<GuestMemory>, size: u16, start: u16, event_idx: bool) -> Self {
         let entries = usize::from(size);
         let desc = memory.alloc(entries * DESCRIPTOR_BYTES, 16);
@@ -114,8 +114,8 @@ impl Ring {
             free: (0..size).rev().collect(),
             chains: HashMap::new(),
             event_idx,
-            kick: EventFd::new(EFD_NONBLOCK).expect("an eventfd can be made"),
-            call: EventFd::new(EFD_NONBLOCK).expect("an eventfd can be made"),
+            kick: EventFd::new(EFD_NONBLOCK).expect("an eventfd can be created"),
+            call: EventFd::new(EFD_NONBLOCK).expect("an eventfd can be created"),
         };
         memory.word(avail).store(0, Ordering::Relaxed);
         memory.word(used).store(0, Ordering::Relaxed);
@@ -144,12 +144,12 @@ impl Ring {
         self.used
     }
 
-    /// How many requests have ever been made available, modulo 2^16.
+    /// Number of requests made available so far, modulo 2^16.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
     }
 
-    /// How many chains are out.
+    /// Number of chains in flight.
     pub fn in_flight(&self) -> usize {
         self.chains.len()
     }
@@ -159,7 +159,7 @@ impl Ring {
         self.memory.write(self.desc + u64::from(slot) * DESCRIPTOR_BYTES as u64, &descriptor.to_bytes());
     }
 
-    /// Writes a table of descriptors for DESC_INDIRECT to memory of its own and returns its guest address.
+    /// Writes an indirect descriptor table to newly allocated memory; returns its guest address.
     pub fn write_table(&self, descriptors: &[Descriptor]) -> u64 {
         let bytes: Vec<u8> = descriptors.iter().flat_map(|descriptor| descriptor.to_bytes()).collect();
         let table = self.memory.alloc(bytes.len(), 16);
@@ -167,7 +167,7 @@ impl Ring {
         table
     }
 
-    /// The descriptors of an indirect table that names `segments` in order.
+    /// The descriptors of an indirect table for `segments`, in order.
     pub fn table_of(segments: &[Segment]) -> Vec<Descriptor> {
         let last = segments.len().saturating_sub(1);
         let describe = |(slot, segment): (usize, &Segment)| {
@@ -178,8 +178,8 @@ impl Ring {
         segments.iter().enumerate().map(describe).collect()
     }
 
-    /// Puts `head` into the available ring without telling the device (see [`Ring::publish`]).
-    fn offer(&mut self, head: u16) {
+    /// Writes `head` to the available ring. The device sees it once the index moves: see [`Ring::publish`].
+    fn add_available(&mut self, head: u16) {
         let slot = u64::from(self.next_avail % self.size);
         self.memory.word(self.avail + 4 + 2 * slot).store(head, Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -187,7 +187,7 @@ impl Ring {
 
     /// Makes chain `head` available.
     pub fn publish(&mut self, head: u16) {
-        self.offer(head);
+        self.add_available(head);
         self.set_avail_idx(self.next_avail);
     }
 
@@ -196,7 +196,7 @@ impl Ring {
         self.memory.word(self.avail + 2).store(idx, Ordering::Release);
     }
 
-    /// Makes a chain of plain descriptors available; returns its head.
+    /// Makes a chain of direct descriptors available; returns its head.
     pub fn submit(&mut self, segments: &[Segment]) -> u16 {
         self.submit_mixed(segments, &[])
     }
@@ -206,15 +206,15 @@ impl Ring {
         self.submit_mixed(&[], segments)
     }
 
-    /// Makes a chain available that is plain at first and ends in one indirect descriptor; returns its head.
-    pub fn submit_mixed(&mut self, plain: &[Segment], indirect: &[Segment]) -> u16 {
-        let mut entries = Self::table_of(plain);
+    /// Makes a chain of direct descriptors and one indirect descriptor at the end available; returns its head.
+    pub fn submit_mixed(&mut self, direct: &[Segment], indirect: &[Segment]) -> u16 {
+        let mut entries = Self::table_of(direct);
         if !indirect.is_empty() {
             let descriptors = Self::table_of(indirect);
             let len = (descriptors.len() * DESCRIPTOR_BYTES) as u32;
             entries.push(Descriptor { addr: self.write_table(&descriptors), len, flags: DESC_INDIRECT, next: 0 });
         }
-        assert!(self.free.len() >= entries.len(), "the test overfills its ring");
+        assert!(self.free.len() >= entries.len(), "the ring has room for the test's requests");
         let slots = self.free.split_off(self.free.len() - entries.len());
         for (at, mut entry) in entries.iter().copied().enumerate() {
             if let Some(&next) = slots.get(at + 1) {
@@ -229,16 +229,16 @@ impl Ring {
         head
     }
 
-    /// Tells the device to look.
+    /// Notifies the device.
     pub fn notify(&self) {
-        self.kick.write(1).expect("a kick is never refused");
+        self.kick.write(1).expect("an eventfd can be written");
     }
 
-    /// Tells the device to look only if it asked to be told, as a real driver does. `old_avail` is the index before
-    /// the new requests.
-    pub fn notify_if_wanted(&self, old_avail: u16) {
+    /// Notifies the device if it has enabled notifications, as a real driver does. `old_avail` is the index before the
+    /// new requests.
+    pub fn notify_if_enabled(&self, old_avail: u16) {
         fence(Ordering::SeqCst);
-        let wanted = if self.event_idx {
+        let enabled = if self.event_idx {
             let avail_event_addr = self.used + 4 + 8 * u64::from(self.size);
             let avail_event = self.memory.word(avail_event_addr).load(Ordering::Acquire);
             let new = self.next_avail;
@@ -246,7 +246,7 @@ impl Ring {
         } else {
             self.memory.word(self.used).load(Ordering::Acquire) & USED_NO_NOTIFY == 0
         };
-        if wanted {
+        if enabled {
             self.notify();
         }
     }
@@ -261,14 +261,14 @@ impl Ring {
         self.memory.word(self.used + 2).load(Ordering::Acquire)
     }
 
-    /// Asks for an interrupt when `used.idx` passes `index` (VIRTIO_F_EVENT_IDX).
+    /// Requests an interrupt when `used.idx` passes `index` (VIRTIO_F_EVENT_IDX).
     pub fn set_used_event(&self, index: u16) {
         self.memory.word(self.avail + 4 + 2 * u64::from(self.size)).store(index, Ordering::Release);
         fence(Ordering::SeqCst);
     }
 
-    /// Asks for no interrupts (without VIRTIO_F_EVENT_IDX).
-    pub fn forbid_interrupts(&self) {
+    /// Disables interrupts (without VIRTIO_F_EVENT_IDX).
+    pub fn disable_interrupts(&self) {
         self.memory.word(self.avail).store(AVAIL_NO_INTERRUPT, Ordering::Release);
     }
 
@@ -278,8 +278,8 @@ impl Ring {
         if idx == self.last_used {
             return None;
         }
-        let owed = idx.wrapping_sub(self.last_used);
-        assert!(owed <= self.size, "the device completed {owed} requests of a ring of {}", self.size);
+        let completed = idx.wrapping_sub(self.last_used);
+        assert!(completed <= self.size, "the device completed {completed} requests of a ring of {}", self.size);
         let slot = u64::from(self.last_used % self.size);
         let bytes = self.memory.read(self.used + 4 + 8 * slot, 8);
         let id = u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"));
@@ -292,12 +292,12 @@ impl Ring {
         Some(Used { head, len })
     }
 
-    /// Waits for the next completion and for the interrupt that tells of it.
+    /// Waits for the next completion and its interrupt.
     #[track_caller]
     pub fn wait_used(&mut self, limit: Duration) -> Used {
         self.try_wait_used(limit).unwrap_or_else(|| {
             panic!(
-                "no completion within {limit:?}: avail.idx {}, used.idx {}, {} chains out",
+                "no completion within {limit:?}: avail.idx {}, used.idx {}, {} chains in flight",
                 self.next_avail,
                 self.used_idx(),
                 self.chains.len()
@@ -305,7 +305,7 @@ impl Ring {
         })
     }
 
-    /// As [`Ring::wait_used`], giving up quietly.
+    /// As [`Ring::wait_used`], but returns `None` after `limit`.
     #[track_caller]
     pub fn try_wait_used(&mut self, limit: Duration) -> Option<Used> {
         let end = Instant::now() + limit;
@@ -318,27 +318,27 @@ impl Ring {
             }
             let left = end.checked_duration_since(Instant::now())?;
             if !wait::readable(&[self.call.as_raw_fd()], left) {
-                assert!(self.take_used().is_none(), "a completion without the interrupt that the driver asked for");
+                assert!(self.take_used().is_none(), "a completion came without its interrupt");
                 return None;
             }
-            self.drain_calls();
+            self.take_interrupts();
         }
     }
 
-    /// Puts an answer to the chain at `head` on the used ring, as a device that has died since.
-    pub fn answer_as_device(&self, entry: u16, head: u16) {
+    /// Adds the chain at `head` to the used ring as entry `entry`, like a device that crashed afterwards.
+    pub fn push_used_as_device(&self, entry: u16, head: u16) {
         let element = [u32::from(head).to_le_bytes(), 1_u32.to_le_bytes()].concat();
         self.memory.write(self.used + 4 + 8 * u64::from(entry), &element);
         self.memory.word(self.used + 2).store(entry + 1, Ordering::Release);
     }
 
-    /// How many interrupts have come since the last look.
-    pub fn drain_calls(&self) -> u64 {
-        // An empty eventfd answers EAGAIN.
+    /// Number of interrupts since the last call.
+    pub fn take_interrupts(&self) -> u64 {
+        // Reading an empty eventfd fails with EAGAIN.
         self.call.read().unwrap_or(0)
     }
 
-    /// The descriptors to poll for completions.
+    /// The descriptor that signals interrupts.
     pub fn call_fd(&self) -> RawFd {
         self.call.as_raw_fd()
     }

@@ -14,13 +14,13 @@ use super::raw_ring::{Segment, Used};
 use super::session::{Session, SessionOptions};
 use super::wait::PATIENCE;
 
-/// The status byte before the device has written it: no virtio status has this value.
+/// The status byte before the device writes it. No virtio status has this value.
 pub const STATUS_UNTOUCHED: u8 = 0xa5;
 
-/// The status of success as a byte.
+/// VIRTIO_BLK_S_OK as a byte.
 pub const OK: u8 = VIRTIO_BLK_S_OK as u8;
 
-/// A request's header.
+/// The header of a request.
 pub fn header(kind: u32, sector: u64) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..4].copy_from_slice(&kind.to_le_bytes());
@@ -37,18 +37,18 @@ pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     bytes
 }
 
-/// What a request carries between its header and its status.
+/// The part of a request between header and status.
 #[derive(Clone, Copy, Debug)]
 pub enum Payload<'a> {
     /// Nothing.
     Empty,
-    /// Bytes for the device.
+    /// Data for the device.
     Send(&'a [u8]),
-    /// Room for this many bytes from the device.
+    /// A buffer of this many bytes for data from the device.
     Receive(usize),
 }
 
-/// Guest memory of a request that is out.
+/// The guest memory of a request in flight.
 #[derive(Clone, Copy, Debug)]
 pub struct Pending {
     pub head: u16,
@@ -58,7 +58,7 @@ pub struct Pending {
     pub status: u64,
 }
 
-/// What a completed request left behind.
+/// The result of a completed request.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub status: u8,
@@ -67,8 +67,9 @@ pub struct Outcome {
 }
 
 impl Session {
-    /// Guest memory for a request: header and status in the low region, data in the high one.
-    pub fn place(&self, kind: u32, sector: u64, payload: Payload<'_>) -> (Pending, Vec<Segment>) {
+    /// Writes a request to guest memory: header and status to the low region, data to the high one. It is not available
+    /// yet.
+    pub fn prepare(&self, kind: u32, sector: u64, payload: Payload<'_>) -> (Pending, Vec<Segment>) {
         let memory = &self.memory;
         let header_addr = memory.alloc(16, 16);
         memory.write(header_addr, &header(kind, sector));
@@ -93,30 +94,31 @@ impl Session {
         (Pending { head: 0, header: header_addr, data, data_len, status }, segments)
     }
 
-    /// Makes a request of the classic layout (header, data, status) available on ring `queue`, without a kick.
+    /// Makes a request of the classic layout (header, data, status) available on ring `queue`; does not notify the
+    /// device.
     pub fn submit(&mut self, queue: usize, kind: u32, sector: u64, payload: Payload<'_>) -> Pending {
-        let (pending, segments) = self.place(kind, sector, payload);
+        let (pending, segments) = self.prepare(kind, sector, payload);
         let head = self.rings[queue].submit(&segments);
         Pending { head, ..pending }
     }
 
-    /// What `pending` left behind, after `used` came back for it.
+    /// The result of `pending`, whose used element is `used`.
     pub fn outcome(&self, pending: &Pending, used: Used) -> Outcome {
         let data = if pending.data_len == 0 { Vec::new() } else { self.memory.read(pending.data, pending.data_len) };
         Outcome { status: self.memory.byte(pending.status), used_len: used.len, data }
     }
 
-    /// Runs one request on ring `queue`, which must be idle.
+    /// Runs one request on ring `queue`, with nothing else in flight there.
     #[track_caller]
     pub fn run(&mut self, queue: usize, kind: u32, sector: u64, payload: Payload<'_>) -> Outcome {
         let pending = self.submit(queue, kind, sector, payload);
         self.rings[queue].notify();
         let used = self.rings[queue].wait_used(PATIENCE);
-        assert_eq!(used.head, pending.head, "the request that was made is the one that completes");
+        assert_eq!(used.head, pending.head, "the submitted request completes");
         self.outcome(&pending, used)
     }
 
-    /// Waits for `count` completions on ring `queue`; returns each by its head.
+    /// Waits for `count` completions on ring `queue`; returns them by their heads.
     #[track_caller]
     pub fn wait_for(&mut self, queue: usize, count: usize) -> HashMap<u16, Used> {
         let mut done = HashMap::new();
@@ -127,14 +129,14 @@ impl Session {
         done
     }
 
-    /// Writes `bytes` at `sector`, which must succeed.
+    /// Writes `bytes` at `sector`. The write must succeed.
     #[track_caller]
     pub fn write(&mut self, sector: u64, bytes: &[u8]) {
         let outcome = self.run(0, VIRTIO_BLK_T_OUT, sector, Payload::Send(bytes));
         assert_eq!(outcome.status, OK, "a write of {} bytes at sector {sector}", bytes.len());
     }
 
-    /// Reads `len` bytes at `sector`, which must succeed.
+    /// Reads `len` bytes at `sector`. The read must succeed.
     #[track_caller]
     pub fn read(&mut self, sector: u64, len: usize) -> Vec<u8> {
         let outcome = self.run(0, VIRTIO_BLK_T_IN, sector, Payload::Receive(len));
@@ -142,26 +144,26 @@ impl Session {
         outcome.data
     }
 
-    /// Makes all completed writes stable.
+    /// Flushes. The FLUSH must succeed.
     #[track_caller]
     pub fn flush(&mut self) {
         assert_eq!(self.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status, OK, "a flush");
     }
 
-    /// Status of a discard of `ranges`.
+    /// Discards `ranges`; returns the status.
     #[track_caller]
     pub fn discard(&mut self, ranges: &[[u8; 16]]) -> u8 {
         self.run(0, VIRTIO_BLK_T_DISCARD, 0, Payload::Send(&ranges.concat())).status
     }
 
-    /// Status of a write-zeroes of `ranges`.
+    /// Zeroes `ranges`; returns the status.
     #[track_caller]
     pub fn write_zeroes(&mut self, ranges: &[[u8; 16]]) -> u8 {
         self.run(0, VIRTIO_BLK_T_WRITE_ZEROES, 0, Payload::Send(&ranges.concat())).status
     }
 }
 
-/// Distinguishable bytes for `len` bytes at `sector`: no two sectors and no two marks below 2^16 give the same.
+/// `len` bytes of test data for `sector`. Two sectors, or two marks below 2^16, never have equal data.
 pub fn pattern(mark: u64, sector: u64, len: usize) -> Vec<u8> {
     const WORDS_PER_SECTOR: u64 = SECTOR_BYTES as u64 / 8;
     let mut bytes = vec![0; len];
@@ -171,17 +173,17 @@ pub fn pattern(mark: u64, sector: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// A fresh front-end finds a device that keeps what is written to it. The check after every hostile case.
+/// Checks that a new front-end can write, flush and read. Tests call it after each hostile case.
 ///
-/// Writes to the 8 KiB at `sector`, which must be the caller's to spare.
+/// Overwrites the 8 KiB at `sector`.
 #[track_caller]
 pub fn assert_serves(socket: &Path, sector: u64) {
-    // A new mark each time, so that what an earlier check wrote cannot pass for what this one did.
+    // A new mark each time, so that data of an earlier check cannot pass for this one's.
     static MARK: AtomicU64 = AtomicU64::new(0x1000);
     let mut session = Session::open(socket, &SessionOptions::default());
     let mark = MARK.fetch_add(1, Ordering::Relaxed);
     let bytes = pattern(mark, sector, 8192);
     session.write(sector, &bytes);
     session.flush();
-    assert_eq!(session.read(sector, bytes.len()), bytes, "what was written is read");
+    assert_eq!(session.read(sector, bytes.len()), bytes, "a read returns the written data");
 }

@@ -1,4 +1,4 @@
-//! A front-end's connection with rings of our own on it, built step by step so that a test can stop half way.
+//! A front-end's connection with hand-made rings, set up step by step: a test can stop after any step.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -32,8 +32,8 @@ pub fn feature(number: u32) -> u64 {
     1 << number
 }
 
-/// Every feature that this driver knows how to live with. Not among them: legacy bits that change when interrupts
-/// come, dirty logging, and an IOMMU.
+/// All features that this driver supports. Not supported: legacy bits that change when interrupts come, dirty logging,
+/// and an IOMMU.
 fn known_features() -> u64 {
     let block = feature(VIRTIO_BLK_F_WRITE_ZEROES + 1) - 1;
     let rings = feature(VIRTIO_RING_F_INDIRECT_DESC) | feature(VIRTIO_RING_F_EVENT_IDX);
@@ -41,7 +41,7 @@ fn known_features() -> u64 {
 }
 
 /// The protocol features that this front-end uses.
-fn wanted() -> VhostUserProtocolFeatures {
+fn used_protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::REPLY_ACK
@@ -50,10 +50,10 @@ fn wanted() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
-/// What a front-end asks for.
+/// The options of a front-end.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
-    /// Virtio features to accept, as far as they are offered.
+    /// Virtio features to accept if they are offered.
     pub features: u64,
     pub queues: usize,
     pub queue_size: u16,
@@ -86,23 +86,23 @@ impl SessionOptions {
     }
 }
 
-/// A connection. Dropping it is what a front-end's sudden death looks like to the daemon.
+/// A connection. For the daemon, dropping it looks like a crash of the front-end.
 pub struct Session {
     pub frontend: Frontend,
-    /// The same connection, for messages by hand.
+    /// The same connection, for hand-made messages.
     pub socket: UnixStream,
     pub memory: Arc<GuestMemory>,
     pub rings: Vec<Ring>,
     /// Virtio features that the device offered.
     pub offered: u64,
-    /// Virtio features that are in force.
+    /// Virtio features that are negotiated.
     pub features: u64,
     /// Protocol features that the daemon offered.
     pub protocol: VhostUserProtocolFeatures,
 }
 
 impl Session {
-    /// A connection with all rings running.
+    /// Connects and starts all rings.
     #[track_caller]
     pub fn open(socket: &Path, options: &SessionOptions) -> Self {
         let mut session = Self::negotiate(socket, options);
@@ -114,21 +114,20 @@ impl Session {
         session
     }
 
-    /// A connection that has agreed on features: no memory and no rings yet.
+    /// Connects and negotiates features; no memory is shared and no ring is set up.
     #[track_caller]
     pub fn negotiate(socket: &Path, options: &SessionOptions) -> Self {
         let memory = GuestMemory::standard(options.region_bytes);
         Self::negotiate_with(socket, options.features, memory)
     }
 
-    /// As [`Session::negotiate`], with memory of the caller's own layout.
+    /// As [`Session::negotiate`], with guest memory of the caller's layout.
     #[track_caller]
     pub fn negotiate_with(socket: &Path, features: u64, memory: GuestMemory) -> Self {
         Self::negotiate_for(socket, features, Arc::new(memory), Vec::new())
     }
 
-    /// A connection to another daemon for the same guest, which knows nothing of it: its memory is shared, its rings are
-    /// where they were, and none is started.
+    /// Connects to another daemon for the same guest: shares the same memory, with the rings in it, and starts no ring.
     #[track_caller]
     pub fn reconnect(self, socket: &Path) -> Self {
         let Self { frontend, socket: old, memory, rings, features, .. } = self;
@@ -138,14 +137,14 @@ impl Session {
         session
     }
 
-    /// As [`Session::reconnect`], in the order of cloud-hypervisor: it does not ask for the protocol features again, and sets
-    /// them before the others.
+    /// As [`Session::reconnect`], with the messages of cloud-hypervisor: it sends no second GET_PROTOCOL_FEATURES, and
+    /// sets the protocol features before the virtio features.
     #[track_caller]
     pub fn reconnect_unasked(self, socket: &Path) -> Self {
         let Self { frontend, socket: old, memory, rings, features, protocol, .. } = self;
         drop((frontend, old));
-        let (stream, mut frontend, offered) = Self::greet(socket);
-        frontend.set_protocol_features(protocol & wanted()).expect("SET_PROTOCOL_FEATURES");
+        let (stream, mut frontend, offered) = Self::connect_and_get_features(socket);
+        frontend.set_protocol_features(protocol & used_protocol_features()).expect("SET_PROTOCOL_FEATURES");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_features(features).expect("SET_FEATURES");
         let mut session = Self { frontend, socket: stream, memory, rings, offered, features, protocol };
@@ -155,20 +154,20 @@ impl Session {
 
     #[track_caller]
     fn negotiate_for(socket: &Path, features: u64, memory: Arc<GuestMemory>, rings: Vec<Ring>) -> Self {
-        let (stream, mut frontend, offered) = Self::greet(socket);
+        let (stream, mut frontend, offered) = Self::connect_and_get_features(socket);
         let features = offered & features;
         frontend.set_features(features).expect("SET_FEATURES");
         let protocol = frontend.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
-        frontend.set_protocol_features(protocol & wanted()).expect("SET_PROTOCOL_FEATURES");
+        frontend.set_protocol_features(protocol & used_protocol_features()).expect("SET_PROTOCOL_FEATURES");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         Self { frontend, socket: stream, memory, rings, offered, features, protocol }
     }
 
-    /// A connection on which nothing is agreed yet, and the virtio features that are offered.
+    /// Connects and negotiates nothing yet; also returns the offered virtio features.
     #[track_caller]
-    fn greet(socket: &Path) -> (UnixStream, Frontend, u64) {
+    fn connect_and_get_features(socket: &Path) -> (UnixStream, Frontend, u64) {
         let stream = connect(socket);
-        // The crate's own limit on ring numbers is out of the way: the daemon must have one itself.
+        // The `vhost` crate's own limit on ring numbers must not hide a missing limit of the daemon.
         let frontend = Frontend::from_stream(stream.try_clone().expect("a socket can be duplicated"), 1 << 16);
         frontend.set_owner().expect("SET_OWNER");
         let offered = frontend.get_features().expect("GET_FEATURES");
@@ -176,13 +175,13 @@ impl Session {
         (stream, frontend, offered)
     }
 
-    /// Shares every region of the guest's memory.
+    /// Shares all regions of the guest's memory.
     #[track_caller]
     pub fn share_memory(&mut self) {
         self.frontend.set_mem_table(&self.memory.region_infos()).expect("SET_MEM_TABLE");
     }
 
-    /// The guest boots again: the device is reset, and knows its features and its memory, but no ring.
+    /// Resets the device as for a reboot of the guest, and sets features and memory again; no ring is set up.
     #[track_caller]
     pub fn reset(&mut self) {
         self.frontend.reset_device().expect("RESET_DEVICE");
@@ -190,13 +189,13 @@ impl Session {
         self.share_memory();
     }
 
-    /// Lays out one more ring in the guest's memory; the device does not know of it yet.
+    /// Creates one more ring in the guest's memory; the device does not know it yet.
     pub fn add_ring(&mut self, size: u16) {
         let ring = Ring::new(&self.memory, size, 0, self.has(VIRTIO_RING_F_EVENT_IDX));
         self.rings.push(ring);
     }
 
-    /// Tells the device of ring `index` and enables it, to begin at the ring's own next entry to be taken.
+    /// Sets up ring `index` in the device, with `used.idx` as its base, and enables it.
     #[track_caller]
     pub fn start_ring(&mut self, index: usize) {
         let base = self.rings[index].used_idx();
@@ -204,7 +203,7 @@ impl Session {
         self.enable_ring(index, true);
     }
 
-    /// Everything about ring `index` but enabling it; the device is to take entry `base` next.
+    /// Sets up ring `index` in the device without enabling it; `base` is the entry that the device takes next.
     #[track_caller]
     pub fn set_up_ring(&mut self, index: usize, base: u16) {
         let ring = &self.rings[index];
@@ -221,24 +220,24 @@ impl Session {
         self.frontend.set_vring_enable(index, enable).expect("SET_VRING_ENABLE");
     }
 
-    /// Stops ring `index` and returns the entry that the device would have taken next.
+    /// Stops ring `index`; returns the entry that the device would take next.
     #[track_caller]
     pub fn stop_ring(&mut self, index: usize) -> u16 {
         let base = self.frontend.get_vring_base(index).expect("GET_VRING_BASE");
         u16::try_from(base).expect("a split ring's base is 16 bits wide")
     }
 
-    /// Whether the daemon has ended the connection; no reply may be on its way.
+    /// Whether the daemon has closed the connection. The caller must not expect a reply.
     pub fn has_hung_up(&self) -> bool {
         readable(&[self.socket.as_raw_fd()], Duration::ZERO)
     }
 
-    /// True if feature `number` is in force.
+    /// Whether feature `number` is negotiated.
     pub fn has(&self, number: u32) -> bool {
         self.features & feature(number) != 0
     }
 
-    /// Sends a message by hand, asking for an acknowledgement.
+    /// Sends a hand-made message and requests an acknowledgement.
     pub fn raw(&self, number: u32, body: &[u8]) -> Reply {
         raw_message::exchange(&self.socket, number, FLAG_NEED_REPLY, body, &[])
     }
@@ -266,26 +265,26 @@ impl Session {
         u64::from_le_bytes(self.config(0, 8).try_into().expect("eight bytes"))
     }
 
-    /// Turns the device's write-back cache on or off.
+    /// Sets `writeback` in the configuration space: 1 for write-back, 0 for write-through.
     #[track_caller]
     pub fn set_writeback(&mut self, writeback: bool) {
-        assert!(self.has(VIRTIO_BLK_F_CONFIG_WCE) && self.has(VIRTIO_BLK_F_FLUSH), "WCE can be switched");
+        assert!(self.has(VIRTIO_BLK_F_CONFIG_WCE) && self.has(VIRTIO_BLK_F_FLUSH), "the driver can set writeback");
         self.frontend
             .set_config(CONFIG_WRITEBACK, VhostUserConfigFlags::WRITABLE, &[u8::from(writeback)])
             .expect("SET_CONFIG of writeback");
-        assert_eq!(self.config(CONFIG_WRITEBACK, 1), [u8::from(writeback)], "writeback reads as it was set");
+        assert_eq!(self.config(CONFIG_WRITEBACK, 1), [u8::from(writeback)], "writeback has the value that was set");
     }
 
-    /// The features that every test relies on are offered.
+    /// Checks that the device offers the features that every test needs.
     #[track_caller]
-    pub fn assert_modern(&self) {
+    pub fn assert_offers_modern_features(&self) {
         for number in [VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_BLK_F_FLUSH] {
             assert_ne!(self.offered & feature(number), 0, "feature {number} is offered");
         }
     }
 }
 
-/// A ring's addresses as the vhost-user messages want them.
+/// A ring's addresses in the form that vhost-user messages need.
 pub fn ring_addresses(ring: &Ring) -> VringConfigData {
     VringConfigData {
         queue_max_size: ring.size(),
@@ -298,10 +297,10 @@ pub fn ring_addresses(ring: &Ring) -> VringConfigData {
     }
 }
 
-/// Connects to a daemon that may be between two front-ends; replies have a deadline.
+/// Connects to a daemon, which may be between two front-ends. Reads and writes have a timeout.
 #[track_caller]
 pub fn connect(socket: &Path) -> UnixStream {
-    let stream = poll_until("the daemon to take a connection", PATIENCE, || match UnixStream::connect(socket) {
+    let stream = poll_until("the daemon to accept a connection", PATIENCE, || match UnixStream::connect(socket) {
         Ok(stream) => Some(stream),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
         Err(error) => panic!("connecting to {}: {error}", socket.display()),

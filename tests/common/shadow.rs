@@ -1,4 +1,4 @@
-//! The oracle: a copy of the disk that knows, sector by sector, what a read may return.
+//! The oracle: a copy of the disk that knows what a read of each sector may return.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,28 +11,28 @@ use super::prng::Prng;
 /// One sector's bytes.
 type Sector = [u8; SECTOR_BYTES];
 
-/// What is known of a sector.
+/// What the oracle knows of a sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Knowledge {
     /// It holds exactly the shadow's bytes.
     Known,
-    /// It may hold anything: it was discarded and not written since.
+    /// It may hold any data: it was discarded, and not written since.
     Anything,
-    /// It holds the shadow's bytes or one of its alternatives: a write to it failed.
+    /// It holds the shadow's bytes or one of the alternatives: a write to it failed.
     InDoubt,
 }
 
-/// A sector that holds what it cannot hold.
+/// A sector with data that it must not hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mismatch {
     pub sector: u64,
     pub found: [u8; 16],
     pub expected: [u8; 16],
-    /// How many values it could have had.
+    /// Number of values that it may hold.
     pub candidates: usize,
 }
 
-/// The disk as it should be.
+/// The expected contents of the disk.
 #[derive(Clone, Debug)]
 pub struct Shadow {
     bytes: Vec<u8>,
@@ -40,15 +40,15 @@ pub struct Shadow {
     alternatives: HashMap<u64, Vec<Sector>>,
 }
 
-/// The bytes of `count` sectors from `first` in a buffer.
+/// The byte range of `count` sectors from `first`.
 fn byte_range(first: u64, count: u64) -> std::ops::Range<usize> {
     first as usize * SECTOR_BYTES..(first + count) as usize * SECTOR_BYTES
 }
 
 impl Shadow {
-    /// A disk of `len` zeros.
+    /// A disk of `len` zero bytes.
     pub fn zeros(len: usize) -> Self {
-        assert_eq!(len % SECTOR_BYTES, 0, "disks come in sectors");
+        assert_eq!(len % SECTOR_BYTES, 0, "a disk has whole sectors");
         Self {
             bytes: vec![0; len],
             knowledge: vec![Knowledge::Known; len / SECTOR_BYTES],
@@ -56,7 +56,7 @@ impl Shadow {
         }
     }
 
-    /// A disk of `len` bytes, every other 256 KiB of it noise: data and holes side by side.
+    /// A disk of `len` bytes that alternates between 256 KiB of noise and 256 KiB of zeros, which become holes.
     pub fn patchwork(len: usize, seed: u64) -> Self {
         let mut shadow = Self::zeros(len);
         let mut prng = Prng::new(seed);
@@ -66,9 +66,9 @@ impl Shadow {
         shadow
     }
 
-    /// Makes the file at `path` hold this disk, with holes where it is zero for 64 KiB or more.
+    /// Writes the disk to a new file at `path`, with a hole for each aligned 64 KiB of zeros.
     pub fn write_image(&self, path: &Path) {
-        let image = File::create(path).expect("an image can be made");
+        let image = File::create(path).expect("an image can be created");
         image.set_len(self.bytes.len() as u64).expect("an image can be sized");
         for (at, piece) in self.bytes.chunks(64 << 10).enumerate() {
             if piece.iter().any(|&byte| byte != 0) {
@@ -82,25 +82,25 @@ impl Shadow {
         self.knowledge.len() as u64
     }
 
-    /// A write of `bytes` at `first` has succeeded.
+    /// Notes that a write of `bytes` at `first` has succeeded.
     pub fn write(&mut self, first: u64, bytes: &[u8]) {
         let count = (bytes.len() / SECTOR_BYTES) as u64;
         self.bytes[byte_range(first, count)].copy_from_slice(bytes);
-        self.know(first, count, Knowledge::Known);
+        self.set_knowledge(first, count, Knowledge::Known);
     }
 
-    /// A write-zeroes has succeeded.
+    /// Notes that a write-zeroes has succeeded.
     pub fn write_zeroes(&mut self, first: u64, count: u64) {
         self.bytes[byte_range(first, count)].fill(0);
-        self.know(first, count, Knowledge::Known);
+        self.set_knowledge(first, count, Knowledge::Known);
     }
 
-    /// A discard has succeeded, or failed half way.
+    /// Notes that a discard has succeeded, or has failed after a part of its range.
     pub fn discard(&mut self, first: u64, count: u64) {
-        self.know(first, count, Knowledge::Anything);
+        self.set_knowledge(first, count, Knowledge::Anything);
     }
 
-    fn know(&mut self, first: u64, count: u64, knowledge: Knowledge) {
+    fn set_knowledge(&mut self, first: u64, count: u64, knowledge: Knowledge) {
         self.knowledge[first as usize..(first + count) as usize].fill(knowledge);
         if !self.alternatives.is_empty() {
             for sector in first..first + count {
@@ -109,7 +109,7 @@ impl Shadow {
         }
     }
 
-    /// A write of `bytes` at `first` has failed: each sector holds what it held or what was written.
+    /// Notes that a write of `bytes` at `first` has failed: each sector holds its old or its new data.
     pub fn doubt_write(&mut self, first: u64, bytes: &[u8]) {
         for (sector, new) in (first..).zip(bytes.as_chunks::<SECTOR_BYTES>().0) {
             let knowledge = &mut self.knowledge[sector as usize];
@@ -120,12 +120,12 @@ impl Shadow {
         }
     }
 
-    /// A write-zeroes has failed.
+    /// Notes that a write-zeroes has failed.
     pub fn doubt_write_zeroes(&mut self, first: u64, count: u64) {
         self.doubt_write(first, &vec![0; count as usize * SECTOR_BYTES]);
     }
 
-    /// Compares `found`, read at `first`, with what it may be.
+    /// Checks `found`, which was read at `first`, against the shadow.
     pub fn check(&self, first: u64, found: &[u8]) -> Result<(), Mismatch> {
         let count = (found.len() / SECTOR_BYTES) as u64;
         if found == &self.bytes[byte_range(first, count)] {
@@ -148,11 +148,11 @@ impl Shadow {
         Ok(())
     }
 
-    /// Compares a whole image file with what it may be.
+    /// Checks a whole image file against the shadow.
     pub fn check_image(&self, path: &Path) -> Result<(), Mismatch> {
-        let image = File::open(path).expect("the image is there");
+        let image = File::open(path).expect("the image exists");
         let len = image.metadata().expect("the image has a size").len();
-        assert_eq!(len, self.bytes.len() as u64, "the image is as long as it was");
+        assert_eq!(len, self.bytes.len() as u64, "the image keeps its size");
         let mut piece = vec![0; 1 << 20];
         for first in (0..self.sectors()).step_by(piece.len() / SECTOR_BYTES) {
             let start = first as usize * SECTOR_BYTES;

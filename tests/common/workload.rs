@@ -1,8 +1,8 @@
-//! Random I/O through the `blkio` crate's virtio-blk driver, which nobody here wrote, checked against a [`Shadow`].
+//! Random I/O through the `blkio` crate's virtio-blk driver, an independent implementation, checked against a
+//! [`Shadow`].
 //!
-//! To run it on a store that injects errors, serve that store on a socket and call [`random_io`] with an
-//! [`Faults::allowed`] that says when errors may come; then heal the store and call [`settle`] and
-//! [`read_everything`]. What holds in between is [`random_io`]'s contract.
+//! To test a store that injects errors, serve it on a socket and call [`random_io`] with a [`FaultRules::may_fail`]
+//! that tells when requests may fail. Then heal the store, and call [`settle`] and [`read_everything`].
 
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
@@ -19,17 +19,17 @@ use super::wait::{self, PATIENCE, poll_until};
 /// Bytes in the largest request.
 const REQUEST_BYTES_MAX: usize = 1 << 20;
 
-/// Image bytes that half of all requests go to, so that some pages are hot.
+/// Half of all requests go to this many bytes at the start of the image, so that some pages are hot.
 const HOT_BYTES: u64 = 4 << 20;
 
 /// How a client connects.
 #[derive(Clone, Copy, Debug)]
 pub struct ClientOptions {
     pub queues: usize,
-    /// Look for completions instead of waiting for interrupts.
+    /// Poll for completions instead of waiting for interrupts.
     pub poll: bool,
     pub read_only: bool,
-    /// Requests in flight at most, over all queues.
+    /// Maximum number of requests in flight, over all queues.
     pub depth: usize,
 }
 
@@ -45,20 +45,20 @@ pub struct Client {
     buffers: MemoryRegion,
     depth: usize,
     poll: bool,
-    /// Declared last: queues go before the device that they belong to.
+    /// The last field: the queues must be dropped before their device.
     blkio: Blkio,
 }
 
 impl Client {
     /// Connects to the daemon at `socket`.
     pub fn connect(socket: &Path, options: &ClientOptions) -> Self {
-        let mut blkio = poll_until("the daemon to take a connection", PATIENCE, || {
+        let mut blkio = poll_until("the daemon to accept a connection", PATIENCE, || {
             let mut blkio = Blkio::new("virtio-blk-vhost-user").expect("the driver is compiled in");
             blkio.set_str("path", socket.to_str().expect("test paths are UTF-8")).expect("a path is a property");
             blkio.set_bool("read-only", options.read_only).expect("read-only is a property");
             blkio.connect().ok().map(|()| blkio)
         });
-        let number = i32::try_from(options.queues).expect("a few queues");
+        let number = i32::try_from(options.queues).expect("a small number");
         let (interrupt, polled) = if options.poll { (0, number) } else { (number, 0) };
         blkio.set_i32("num-queues", interrupt).expect("a number of queues is a property");
         blkio.set_i32("num-poll-queues", polled).expect("a number of queues is a property");
@@ -79,34 +79,34 @@ impl Client {
         self.blkio.get_u64("capacity").expect("capacity is a property") / SECTOR_BYTES as u64
     }
 
-    /// The buffer of slot `slot`.
+    /// The buffer of a slot.
     fn buffer(&mut self, slot: usize) -> &mut [u8] {
         assert!(slot < self.depth, "there is a buffer for each request");
         let start = (self.buffers.addr + slot * REQUEST_BYTES_MAX) as *mut u8;
-        // SAFETY: inside the region that blkio mapped for us, which lives as long as `self.blkio`. The device is
-        // done with a slot's buffer whenever this is called: the slot is free, or its request has completed.
+        // SAFETY: the range is inside the region that blkio mapped for us, which lives as long as `self.blkio`. The
+        // device does not use the buffer now: the slot is free, or its request has completed.
         unsafe { std::slice::from_raw_parts_mut(start, REQUEST_BYTES_MAX) }
     }
 
-    fn submit(&mut self, queue: usize, slot: usize, request: Request) {
+    fn submit(&mut self, queue: usize, slot: usize, request: WorkloadRequest) {
         let start = request.first * SECTOR_BYTES as u64;
         let bytes = request.bytes();
         let buffer = self.buffer(slot).as_mut_ptr();
         let queue = &mut self.queues[queue];
-        match request.kind {
-            Kind::Read => queue.read(start, buffer, bytes, slot, ReqFlags::empty()),
-            Kind::Write => queue.write(start, buffer, bytes, slot, ReqFlags::empty()),
-            Kind::Discard => queue.discard(start, bytes as u64, slot, ReqFlags::empty()),
-            Kind::WriteZeroes { unmap } => {
+        match request.op {
+            WorkloadOp::Read => queue.read(start, buffer, bytes, slot, ReqFlags::empty()),
+            WorkloadOp::Write => queue.write(start, buffer, bytes, slot, ReqFlags::empty()),
+            WorkloadOp::Discard => queue.discard(start, bytes as u64, slot, ReqFlags::empty()),
+            WorkloadOp::WriteZeroes { unmap } => {
                 let flags = if unmap { ReqFlags::empty() } else { ReqFlags::NO_UNMAP };
                 queue.write_zeroes(start, bytes as u64, slot, flags);
             }
-            Kind::Flush => queue.flush(slot, ReqFlags::empty()),
+            WorkloadOp::Flush => queue.flush(slot, ReqFlags::empty()),
         }
     }
 
-    /// Sends what has been submitted and returns the slots that have completed, each with its result (0 or -errno).
-    fn collect(&mut self) -> Vec<(usize, i32)> {
+    /// Notifies the device of submitted requests; returns the completed slots, each with its result (0 or -errno).
+    fn reap(&mut self) -> Vec<(usize, i32)> {
         let mut done = Vec::new();
         for queue in &mut self.queues {
             if let Some(fd) = queue.get_completion_fd() {
@@ -123,18 +123,18 @@ impl Client {
         done
     }
 
-    /// As [`Client::collect`], but waits for at least one completion.
+    /// As [`Client::reap`], but waits for at least one completion.
     #[track_caller]
     fn wait(&mut self) -> Vec<(usize, i32)> {
         let end = Instant::now() + 3 * PATIENCE;
         loop {
-            let done = self.collect();
+            let done = self.reap();
             if !done.is_empty() {
                 return done;
             }
             assert!(Instant::now() < end, "no completion for {:?}", 3 * PATIENCE);
             if self.poll {
-                // The daemon shares the machine's few cores with us.
+                // The daemon needs a core too.
                 std::thread::yield_now();
             } else {
                 let fds: Vec<RawFd> = self.queues.iter().filter_map(Blkioq::get_completion_fd).collect();
@@ -144,47 +144,47 @@ impl Client {
         }
     }
 
-    /// Runs one request alone; returns its result.
+    /// Runs one request with nothing else in flight; returns its result.
     #[track_caller]
-    fn run(&mut self, request: Request) -> i32 {
+    fn run(&mut self, request: WorkloadRequest) -> i32 {
         self.submit(0, 0, request);
         let done = self.wait();
         assert_eq!(done.len(), 1, "nothing else is in flight");
         done[0].1
     }
 
-    /// Writes `bytes` at sector `first`, which must succeed.
+    /// Writes `bytes` at sector `first`. The write must succeed.
     #[track_caller]
     pub fn write(&mut self, first: u64, bytes: &[u8]) {
-        assert!(self.try_write(first, bytes), "a write at sector {first}");
+        assert!(self.try_write(first, bytes), "the write at sector {first} failed");
     }
 
-    /// Reads `len` bytes at sector `first`, which must succeed.
+    /// Reads `len` bytes at sector `first`. The read must succeed.
     #[track_caller]
     pub fn read(&mut self, first: u64, len: usize) -> Vec<u8> {
-        self.try_read(first, len).unwrap_or_else(|| panic!("a read at sector {first}"))
+        self.try_read(first, len).unwrap_or_else(|| panic!("the read at sector {first} failed"))
     }
 
-    /// As [`Client::write`], but may fail; whether it did not.
+    /// As [`Client::write`], but the write may fail; returns whether it succeeded.
     #[track_caller]
     pub fn try_write(&mut self, first: u64, bytes: &[u8]) -> bool {
         let count = (bytes.len() / SECTOR_BYTES) as u64;
         self.buffer(0)[..bytes.len()].copy_from_slice(bytes);
-        self.run(Request { kind: Kind::Write, first, count }) == 0
+        self.run(WorkloadRequest { op: WorkloadOp::Write, first, count }) == 0
     }
 
-    /// As [`Client::read`], but may fail.
+    /// As [`Client::read`], but the read may fail; then returns `None`.
     #[track_caller]
     pub fn try_read(&mut self, first: u64, len: usize) -> Option<Vec<u8>> {
         let count = (len / SECTOR_BYTES) as u64;
-        let good = self.run(Request { kind: Kind::Read, first, count }) == 0;
-        good.then(|| self.buffer(0)[..len].to_vec())
+        let succeeded = self.run(WorkloadRequest { op: WorkloadOp::Read, first, count }) == 0;
+        succeeded.then(|| self.buffer(0)[..len].to_vec())
     }
 
-    /// Flushes; true if the device said that all is well.
+    /// Flushes; returns whether the FLUSH succeeded.
     #[track_caller]
     pub fn flush(&mut self) -> bool {
-        self.run(Request { kind: Kind::Flush, first: 0, count: 0 }) == 0
+        self.run(WorkloadRequest { op: WorkloadOp::Flush, first: 0, count: 0 }) == 0
     }
 }
 
@@ -195,7 +195,7 @@ fn clear_eventfd(fd: RawFd) {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum WorkloadOp {
     Read,
     Write,
     Discard,
@@ -204,45 +204,45 @@ enum Kind {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Request {
-    kind: Kind,
+struct WorkloadRequest {
+    op: WorkloadOp,
     first: u64,
     count: u64,
 }
 
-impl Request {
+impl WorkloadRequest {
     fn bytes(self) -> usize {
         self.count as usize * SECTOR_BYTES
     }
 
-    /// True if the outcome of the two would depend on which the device does first.
+    /// Whether the result depends on which of the two the device processes first.
     fn conflicts_with(self, other: Self) -> bool {
-        let both_read = self.kind == Kind::Read && other.kind == Kind::Read;
+        let both_read = self.op == WorkloadOp::Read && other.op == WorkloadOp::Read;
         let overlap = self.first < other.first + other.count && other.first < self.first + self.count;
         overlap && !both_read
     }
 }
 
-/// When requests may fail, and when the disk can be looked at.
-pub struct Faults<'a> {
-    /// True while the store may fail requests. Asked when a request is submitted and when it completes.
-    pub allowed: &'a dyn Fn() -> bool,
-    /// Called with nothing in flight after a FLUSH that succeeded: whatever the shadow knows is stable now, so a
-    /// look at the store itself (even after a simulated power cut) must agree with it. The place to inject and heal.
-    pub flushed: &'a mut dyn FnMut(&Shadow),
+/// When requests may fail, and when the image can be checked.
+pub struct FaultRules<'a> {
+    /// Whether the store may fail requests now. Called when a request is submitted and when it completes.
+    pub may_fail: &'a dyn Fn() -> bool,
+    /// Called after each FLUSH that succeeded, with nothing in flight: the image (even after a simulated power cut)
+    /// must match the shadow. Tests inject faults and heal the store here.
+    pub after_flush: &'a mut dyn FnMut(&Shadow),
 }
 
-/// How much of what to do.
+/// The amount and kind of I/O.
 #[derive(Clone, Copy, Debug)]
 pub struct IoPlan {
     pub requests: u64,
     pub seed: u64,
-    /// Pauses in which everything is flushed and [`Faults::flushed`] is called.
+    /// Number of pauses in which the client flushes and [`FaultRules::after_flush`] is called.
     pub checkpoints: u64,
     pub read_only: bool,
 }
 
-/// What came of it.
+/// The number of requests by result.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Report {
     pub completed: u64,
@@ -250,22 +250,22 @@ pub struct Report {
     pub failed_flushes: u64,
 }
 
-/// A request that is out.
+/// A request in flight.
 struct InFlight {
-    request: Request,
-    /// Errors were allowed when it was submitted.
-    errors_allowed: bool,
+    request: WorkloadRequest,
+    /// It was submitted while requests could fail.
+    could_fail: bool,
 }
 
 /// Runs random reads, writes, flushes, discards and write-zeroes, as many at a time as the client has buffers, and
 /// checks every read against `shadow`.
 ///
-/// => every request completes, once, within a deadline, with success or, where `faults` allows it, with an error
-/// => a read that succeeded returns what `shadow` allows
-/// => a write that failed leaves each of its sectors old or new; a discard that failed leaves anything
-/// => requests whose outcome would depend on their order are never out together
+/// => every request completes once, within a deadline; it fails only where `faults` allows it
+/// => a read that succeeds returns data that `shadow` allows
+/// => a write that fails leaves each of its sectors old or new; a discard that fails leaves any data
+/// => requests whose result depends on their order are never in flight together
 #[track_caller]
-pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &IoPlan, faults: &mut Faults<'_>) -> Report {
+pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &IoPlan, faults: &mut FaultRules<'_>) -> Report {
     let mut prng = Prng::new(plan.seed);
     let mut report = Report::default();
     let mut slots: Vec<Option<InFlight>> = (0..client.depth).map(|_| None).collect();
@@ -280,80 +280,80 @@ pub fn random_io(client: &mut Client, shadow: &mut Shadow, plan: &IoPlan, faults
                     break;
                 }
                 let request = random_request(&mut prng, shadow.sectors(), &mut cursor, plan.read_only);
-                if slots.iter().flatten().any(|out| out.request.conflicts_with(request)) {
+                if slots.iter().flatten().any(|other| other.request.conflicts_with(request)) {
                     continue;
                 }
-                if request.kind == Kind::Write {
+                if request.op == WorkloadOp::Write {
                     prng.fill(&mut client.buffer(slot)[..request.bytes()]);
                 }
                 let queue = prng.below(client.queues.len() as u64) as usize;
                 client.submit(queue, slot, request);
-                slots[slot] = Some(InFlight { request, errors_allowed: (faults.allowed)() });
+                slots[slot] = Some(InFlight { request, could_fail: (faults.may_fail)() });
                 submitted += 1;
             }
             if slots.iter().all(Option::is_none) {
                 continue;
             }
             for (slot, result) in client.wait() {
-                let out = slots[slot].take().expect("a request completes once");
-                complete(client, shadow, slot, &out, result, faults, &mut report, plan.seed);
+                let done = slots[slot].take().expect("a request completes once");
+                complete(client, shadow, slot, &done, result, faults, &mut report, plan.seed);
             }
         }
         if client.flush() {
-            (faults.flushed)(shadow);
+            (faults.after_flush)(shadow);
         } else {
             report.failed_flushes += 1;
-            assert!((faults.allowed)(), "seed {}: checkpoint {checkpoint}: the flush failed", plan.seed);
+            assert!((faults.may_fail)(), "seed {}: checkpoint {checkpoint}: the FLUSH failed", plan.seed);
         }
     }
     report
 }
 
-/// Enters a completion into the shadow.
-#[expect(clippy::too_many_arguments, reason = "one call site, and a struct for it would say nothing more")]
+/// Updates the shadow for a completed request, and checks a read.
+#[expect(clippy::too_many_arguments, reason = "one call site: a struct would add nothing")]
 #[track_caller]
 fn complete(
     client: &mut Client,
     shadow: &mut Shadow,
     slot: usize,
-    out: &InFlight,
+    done: &InFlight,
     result: i32,
-    faults: &Faults<'_>,
+    faults: &FaultRules<'_>,
     report: &mut Report,
     seed: u64,
 ) {
-    let Request { kind, first, count } = out.request;
-    let bytes = out.request.bytes();
+    let WorkloadRequest { op, first, count } = done.request;
+    let bytes = done.request.bytes();
     report.completed += 1;
     if result == 0 {
-        match kind {
-            Kind::Read => {
+        match op {
+            WorkloadOp::Read => {
                 if let Err(mismatch) = shadow.check(first, &client.buffer(slot)[..bytes]) {
-                    panic!("seed {seed}: request {}: {:?}: {mismatch:x?}", report.completed, out.request);
+                    panic!("seed {seed}: request {}: {:?}: {mismatch:x?}", report.completed, done.request);
                 }
             }
-            Kind::Write => shadow.write(first, &client.buffer(slot)[..bytes]),
-            Kind::WriteZeroes { .. } => shadow.write_zeroes(first, count),
-            Kind::Discard => shadow.discard(first, count),
-            Kind::Flush => {}
+            WorkloadOp::Write => shadow.write(first, &client.buffer(slot)[..bytes]),
+            WorkloadOp::WriteZeroes { .. } => shadow.write_zeroes(first, count),
+            WorkloadOp::Discard => shadow.discard(first, count),
+            WorkloadOp::Flush => {}
         }
         return;
     }
-    let excused = out.errors_allowed || (faults.allowed)();
-    assert!(excused, "seed {seed}: request {}: {:?} failed with {result}", report.completed, out.request);
+    let may_fail = done.could_fail || (faults.may_fail)();
+    assert!(may_fail, "seed {seed}: request {}: {:?} failed with {result}", report.completed, done.request);
     report.failed += 1;
-    match kind {
-        Kind::Read => {}
-        Kind::Write => shadow.doubt_write(first, &client.buffer(slot)[..bytes]),
-        Kind::WriteZeroes { .. } => shadow.doubt_write_zeroes(first, count),
-        Kind::Discard => shadow.discard(first, count),
-        Kind::Flush => report.failed_flushes += 1,
+    match op {
+        WorkloadOp::Read => {}
+        WorkloadOp::Write => shadow.doubt_write(first, &client.buffer(slot)[..bytes]),
+        WorkloadOp::WriteZeroes { .. } => shadow.doubt_write_zeroes(first, count),
+        WorkloadOp::Discard => shadow.discard(first, count),
+        WorkloadOp::Flush => report.failed_flushes += 1,
     }
 }
 
-/// A request anywhere on a disk of `sectors`: mostly small, half of them in the hot part, half of them on pages'
-/// edges. `cursor` is where the one sequential reader has got to.
-fn random_request(prng: &mut Prng, sectors: u64, cursor: &mut u64, read_only: bool) -> Request {
+/// A random request on a disk of `sectors`: mostly small, half of them in the hot part, half of them page-aligned.
+/// `cursor` is the position of one sequential reader.
+fn random_request(prng: &mut Prng, sectors: u64, cursor: &mut u64, read_only: bool) -> WorkloadRequest {
     let most = match prng.below(100) {
         0 => REQUEST_BYTES_MAX,
         1..10 => 64 << 10,
@@ -367,43 +367,43 @@ fn random_request(prng: &mut Prng, sectors: u64, cursor: &mut u64, read_only: bo
         first &= !7;
         count = count.next_multiple_of(8).min((most / SECTOR_BYTES) as u64);
     }
-    let kind = match prng.below(100) {
-        0..45 => Kind::Read,
+    let op = match prng.below(100) {
+        0..45 => WorkloadOp::Read,
         45..55 => {
             count = 128.min(sectors);
             first = if *cursor + count > sectors { 0 } else { *cursor };
             *cursor = first + count;
-            Kind::Read
+            WorkloadOp::Read
         }
-        // A flush covers no range.
+        // A flush has no range.
         55..57 => {
-            return Request { kind: Kind::Flush, first: 0, count: 0 };
+            return WorkloadRequest { op: WorkloadOp::Flush, first: 0, count: 0 };
         }
-        _ if read_only => Kind::Read,
-        57..87 => Kind::Write,
-        87..91 => Kind::Discard,
-        91..96 => Kind::WriteZeroes { unmap: true },
-        _ => Kind::WriteZeroes { unmap: false },
+        _ if read_only => WorkloadOp::Read,
+        57..87 => WorkloadOp::Write,
+        87..91 => WorkloadOp::Discard,
+        91..96 => WorkloadOp::WriteZeroes { unmap: true },
+        _ => WorkloadOp::WriteZeroes { unmap: false },
     };
-    Request { kind, first, count }
+    WorkloadRequest { op, first, count }
 }
 
-/// Flushes until the device says that all is well; for a store that was healed a moment ago.
+/// Flushes until a FLUSH succeeds, for a store that was just healed.
 #[track_caller]
 pub fn settle(client: &mut Client, limit: Duration) {
-    poll_until("a flush to succeed on a healthy store", limit, || client.flush().then_some(()));
+    poll_until("a FLUSH to succeed on a healthy store", limit, || client.flush().then_some(()));
 }
 
 /// Reads the whole disk through `client` and checks it against `shadow`.
 #[track_caller]
 pub fn read_everything(client: &mut Client, shadow: &Shadow) {
-    assert_eq!(client.sectors(), shadow.sectors(), "the disk is as large as it was");
+    assert_eq!(client.sectors(), shadow.sectors(), "the disk keeps its size");
     let step = (REQUEST_BYTES_MAX / SECTOR_BYTES) as u64;
     for first in (0..shadow.sectors()).step_by(step as usize) {
         let count = step.min(shadow.sectors() - first);
         let found = client.read(first, count as usize * SECTOR_BYTES);
         if let Err(mismatch) = shadow.check(first, &found) {
-            panic!("reading everything back: {mismatch:x?}");
+            panic!("the whole disk: {mismatch:x?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Descriptor chains: every legal shape is served, every wrong one is survived.
+//! Descriptor chains: the device serves every legal layout and survives every invalid one.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -14,29 +14,29 @@ use crate::common::session::{Session, SessionOptions};
 use crate::common::wait::{ABSENCE, PATIENCE, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
-/// An address in no region of the tests' memory.
-const NOWHERE: u64 = 0x4000_0000_0000;
+/// A guest address in no region.
+const UNMAPPED: u64 = 0x4000_0000_0000;
 
-/// A request type that no version of virtio knows.
+/// A request type that virtio does not define.
 const UNKNOWN_TYPE: u32 = 99;
 
 fn start() -> Daemon {
     Daemon::start("chains", IMAGE_BYTES, &DaemonOptions::default())
 }
 
-/// Cuts a piece of memory after `at` bytes.
+/// Splits a buffer after `at` bytes.
 fn split(segment: Segment, at: u32) -> [Segment; 2] {
     let rest = Segment { addr: segment.addr + u64::from(at), len: segment.len - at, ..segment };
     [Segment { len: at, ..segment }, rest]
 }
 
-/// Runs the chain that `submit` makes of a request's classic segments, first for a write and then for a read of the
-/// same sectors, and checks that the bytes arrived.
+/// Writes and reads the same sectors with chains that `submit` builds from a request's classic segments (header, data,
+/// status), and checks the data.
 #[track_caller]
 fn write_and_read_back(session: &mut Session, name: &str, sector: u64, submit: impl Fn(&mut Ring, &[Segment]) -> u16) {
     let bytes = pattern(sector + 1, sector, 4096);
     let mut run = |kind, payload| {
-        let (pending, segments) = session.place(kind, sector, payload);
+        let (pending, segments) = session.prepare(kind, sector, payload);
         let head = submit(&mut session.rings[0], &segments);
         session.rings[0].notify();
         let used = session.rings[0]
@@ -49,14 +49,14 @@ fn write_and_read_back(session: &mut Session, name: &str, sector: u64, submit: i
     };
     run(VIRTIO_BLK_T_OUT, Payload::Send(&bytes));
     let found = run(VIRTIO_BLK_T_IN, Payload::Receive(bytes.len()));
-    assert!(found == bytes, "{name}: what was written is read");
+    assert!(found == bytes, "{name}: a read returns the written data");
 }
 
 #[test]
 fn every_legal_layout_is_served() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    session.assert_modern();
+    session.assert_offers_modern_features();
     let mut sectors = (0..).step_by(8);
     let mut check = |name: &str, submit: &dyn Fn(&mut Ring, &[Segment]) -> u16| {
         write_and_read_back(&mut session, name, sectors.next().expect("endless"), submit);
@@ -64,9 +64,9 @@ fn every_legal_layout_is_served() {
 
     check("direct", &|ring, segments| ring.submit(segments));
     check("indirect", &|ring, segments| ring.submit_indirect(segments));
-    for plain in 1..3 {
-        check(&format!("{plain} plain, then indirect"), &|ring, segments| {
-            ring.submit_mixed(&segments[..plain], &segments[plain..])
+    for direct in 1..3 {
+        check(&format!("{direct} direct, then indirect"), &|ring, segments| {
+            ring.submit_mixed(&segments[..direct], &segments[direct..])
         });
     }
     for at in 1..16 {
@@ -89,8 +89,8 @@ fn every_legal_layout_is_served() {
     daemon.assert_alive();
 }
 
-/// Header and data (of a write) or data and status (of a read) may share one descriptor: the device must not assume
-/// anything about message framing (virtio 1.2, section 2.7.4).
+/// Header and data of a write, or data and status of a read, may share a descriptor: the device must not make
+/// assumptions about message framing (virtio 1.2, section 2.7.4).
 #[test]
 fn descriptors_may_span_the_parts_of_a_request() {
     const DATA_BYTES: u32 = SECTOR_BYTES as u32;
@@ -114,59 +114,62 @@ fn descriptors_may_span_the_parts_of_a_request() {
     session.rings[0].submit(&[Segment::readable(head, 16), Segment::writable(joined, DATA_BYTES + 1)]);
     session.rings[0].notify();
     let used = session.rings[0].wait_used(PATIENCE);
-    assert_eq!(used.len, DATA_BYTES + 1, "data and status were written");
+    assert_eq!(used.len, DATA_BYTES + 1, "the used length covers data and status");
     assert_eq!(session.memory.read(joined, SECTOR_BYTES), bytes, "data and status in one descriptor");
     assert_eq!(session.memory.byte(joined + u64::from(DATA_BYTES)), OK, "the status is the last byte");
     daemon.assert_alive();
 }
 
-/// What a wrong request asks for: type, sector, and the segments between header and status.
-type Wrong = fn(&mut Session) -> (u32, u64, Vec<Segment>);
+/// An invalid request: type, sector, and the segments between header and status.
+type Invalid = fn(&mut Session) -> (u32, u64, Vec<Segment>);
 
-/// Room for data that is not at fault itself.
-fn room(session: &Session, len: usize) -> u64 {
+/// Allocates a valid data buffer.
+fn buffer(session: &Session, len: usize) -> u64 {
     session.memory.alloc_in(1, len, 16)
 }
 
-const WRONG: &[(&str, Wrong)] = &[
+const INVALID: &[(&str, Invalid)] = &[
     ("an unknown type", |_| (UNKNOWN_TYPE, 0, vec![])),
-    ("an unknown type with data", |s| (UNKNOWN_TYPE, 0, vec![Segment::writable(room(s, 512), 512)])),
+    ("an unknown type with data", |s| (UNKNOWN_TYPE, 0, vec![Segment::writable(buffer(s, 512), 512)])),
     ("GET_ID without data", |_| (VIRTIO_BLK_T_GET_ID, 0, vec![])),
-    ("a read into nowhere", |_| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(NOWHERE, 4096)])),
-    ("a write from nowhere", |_| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(NOWHERE, 4096)])),
-    ("a read over the end of a region", |s| {
+    ("a read into unmapped memory", |_| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(UNMAPPED, 4096)])),
+    ("a write from unmapped memory", |_| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(UNMAPPED, 4096)])),
+    ("a read across the end of a region", |s| {
         let end = HIGH_GUEST_ADDR + s.memory.regions()[1].len;
         (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(end - 512, 4096)])
     }),
     ("an address that wraps", |_| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(u64::MAX - 511, 4096)])),
     ("a length of 4 GiB", |_| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(LOW_GUEST_ADDR, 0xffff_fe00)])),
-    ("a write of half a sector", |s| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(room(s, 256), 256)])),
-    ("a read of a sector and a byte", |s| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(room(s, 513), 513)])),
-    ("a write over the end of the disk", |s| {
-        (VIRTIO_BLK_T_OUT, s.capacity_sectors() - 1, vec![Segment::readable(room(s, 1024), 1024)])
+    ("a write of half a sector", |s| (VIRTIO_BLK_T_OUT, 0, vec![Segment::readable(buffer(s, 256), 256)])),
+    ("a read of a sector and a byte", |s| (VIRTIO_BLK_T_IN, 0, vec![Segment::writable(buffer(s, 513), 513)])),
+    ("a write across the end of the disk", |s| {
+        (VIRTIO_BLK_T_OUT, s.capacity_sectors() - 1, vec![Segment::readable(buffer(s, 1024), 1024)])
     }),
     ("a read past the end of the disk", |s| {
-        (VIRTIO_BLK_T_IN, s.capacity_sectors(), vec![Segment::writable(room(s, 512), 512)])
+        (VIRTIO_BLK_T_IN, s.capacity_sectors(), vec![Segment::writable(buffer(s, 512), 512)])
     }),
-    ("a sector number that overflows", |s| (VIRTIO_BLK_T_OUT, u64::MAX, vec![Segment::readable(room(s, 1024), 1024)])),
-    ("a sector number whose byte overflows", |s| {
-        (VIRTIO_BLK_T_OUT, 1 << 55, vec![Segment::readable(room(s, 512), 512)])
+    ("a sector number that overflows", |s| {
+        (VIRTIO_BLK_T_OUT, u64::MAX, vec![Segment::readable(buffer(s, 1024), 1024)])
     }),
-    ("a discard of half a range", |s| (VIRTIO_BLK_T_DISCARD, 0, vec![Segment::readable(room(s, 8), 8)])),
-    ("a write-zeroes from nowhere", |_| (VIRTIO_BLK_T_WRITE_ZEROES, 0, vec![Segment::readable(NOWHERE, 16)])),
+    ("a sector number whose byte offset overflows", |s| {
+        (VIRTIO_BLK_T_OUT, 1 << 55, vec![Segment::readable(buffer(s, 512), 512)])
+    }),
+    ("a discard of half a range", |s| (VIRTIO_BLK_T_DISCARD, 0, vec![Segment::readable(buffer(s, 8), 8)])),
+    ("a write-zeroes with an unmapped range", |_| {
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0, vec![Segment::readable(UNMAPPED, 16)])
+    }),
 ];
 
-/// A request that is wrong but leaves no doubt where its status goes: it completes, the status says no, and the
-/// disk is as it was (T11, T22).
+/// The request completes with an error status, and the disk is unchanged (T11, T22).
 #[test]
-fn a_wrong_request_with_a_status_byte_gets_its_status() {
+fn an_invalid_request_gets_an_error_status() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let before = pattern(3, 0, 4096);
     session.write(0, &before);
-    for (name, wrong) in WRONG {
-        let (kind, sector, data) = wrong(&mut session);
-        let (pending, classic) = session.place(kind, sector, Payload::Empty);
+    for (name, invalid) in INVALID {
+        let (kind, sector, data) = invalid(&mut session);
+        let (pending, classic) = session.prepare(kind, sector, Payload::Empty);
         let head = session.rings[0].submit(&[&classic[..1], &data, &classic[1..]].concat());
         session.rings[0].notify();
         let used =
@@ -178,41 +181,42 @@ fn a_wrong_request_with_a_status_byte_gets_its_status() {
         if kind == UNKNOWN_TYPE {
             assert_eq!(u32::from(status), VIRTIO_BLK_S_UNSUPP, "{name}");
         }
-        assert_eq!(session.read(0, before.len()), before, "{name}: the disk is as it was");
+        assert_eq!(session.read(0, before.len()), before, "{name}: the disk is unchanged");
         daemon.assert_alive();
     }
 }
 
-/// A hostile chain that `spoil` puts into the ring. Where it is a write at all, it is one of [`INTRUDER`] at sector 0.
+/// A hostile chain that `submit` puts into the ring. If the device takes it for a write, it writes [`HOSTILE_DATA`] at
+/// sector 0.
 struct Hostile {
     name: &'static str,
-    spoil: fn(&mut Session),
+    submit: fn(&mut Session),
 }
 
-/// What hostile writes would leave on the disk.
-const INTRUDER: [u8; SECTOR_BYTES] = [0xee; SECTOR_BYTES];
+/// The data of hostile writes.
+const HOSTILE_DATA: [u8; SECTOR_BYTES] = [0xee; SECTOR_BYTES];
 
-/// A sound write as a table of descriptors: header, data, status.
-fn sound_write(session: &Session) -> Vec<Descriptor> {
-    let (_, segments) = session.place(VIRTIO_BLK_T_OUT, 0, Payload::Send(&INTRUDER));
+/// The descriptors of a valid write: header, data, status.
+fn valid_write(session: &Session) -> Vec<Descriptor> {
+    let (_, segments) = session.prepare(VIRTIO_BLK_T_OUT, 0, Payload::Send(&HOSTILE_DATA));
     Ring::table_of(&segments)
 }
 
-/// Publishes a chain that starts with `descriptor` in slot 0.
+/// Makes a chain available that starts with `descriptor` in slot 0.
 fn publish_first(session: &mut Session, descriptor: Descriptor) {
     session.rings[0].write_descriptor(0, descriptor);
     session.rings[0].publish(0);
 }
 
-/// Publishes an indirect chain whose length field claims `len` bytes of `table`.
+/// Makes an indirect chain available whose descriptor gives `len` as the table's length.
 fn publish_table(session: &mut Session, table: &[Descriptor], len: u32) {
     let addr = session.rings[0].write_table(table);
     publish_first(session, Descriptor { addr, len, flags: DESC_INDIRECT, next: 0 });
 }
 
-/// Publishes a sound write, as an indirect table, that `change` has made unsound.
+/// Makes a write available, as an indirect table, that `change` has made invalid.
 fn publish_changed(session: &mut Session, change: impl Fn(&mut [Descriptor])) {
-    let mut table = sound_write(session);
+    let mut table = valid_write(session);
     change(&mut table);
     publish_table(session, &table, 48);
 }
@@ -220,74 +224,74 @@ fn publish_changed(session: &mut Session, change: impl Fn(&mut [Descriptor])) {
 const HOSTILE: &[Hostile] = &[
     Hostile {
         name: "a chain that loops",
-        spoil: |session| {
-            let table = sound_write(session);
+        submit: |session| {
+            let table = valid_write(session);
             session.rings[0].write_descriptor(1, Descriptor { next: 0, flags: DESC_NEXT, ..table[1] });
             publish_first(session, Descriptor { next: 1, ..table[0] });
         },
     },
     Hostile {
         name: "a descriptor that is its own next",
-        spoil: |session| {
-            let table = sound_write(session);
+        submit: |session| {
+            let table = valid_write(session);
             publish_first(session, Descriptor { next: 0, ..table[0] });
         },
     },
     Hostile {
         name: "next outside the table",
-        spoil: |session| {
-            let table = sound_write(session);
+        submit: |session| {
+            let table = valid_write(session);
             publish_first(session, Descriptor { next: 0xfff0, ..table[0] });
         },
     },
-    Hostile { name: "head outside the table", spoil: |session| session.rings[0].publish(0xfff0) },
+    Hostile { name: "head outside the table", submit: |session| session.rings[0].publish(0xfff0) },
     Hostile {
         name: "avail.idx ahead by more than the ring",
-        spoil: |session| {
+        submit: |session| {
             let ring = &session.rings[0];
             ring.set_avail_idx(ring.next_avail().wrapping_add(ring.size() + 1));
         },
     },
     Hostile {
         name: "avail.idx going backwards",
-        spoil: |session| {
+        submit: |session| {
             let ring = &session.rings[0];
             ring.set_avail_idx(ring.next_avail().wrapping_sub(1));
         },
     },
     Hostile {
         name: "an indirect table of 17 bytes",
-        spoil: |session| {
-            let table = sound_write(session);
+        submit: |session| {
+            let table = valid_write(session);
             publish_table(session, &table, 17);
         },
     },
     Hostile {
-        name: "an indirect table of no bytes",
-        spoil: |session| {
-            let table = sound_write(session);
+        name: "an empty indirect table",
+        submit: |session| {
+            let table = valid_write(session);
             publish_table(session, &table, 0);
         },
     },
     Hostile {
-        name: "an indirect table nowhere",
-        spoil: |session| {
-            publish_first(session, Descriptor { addr: NOWHERE, len: 48, flags: DESC_INDIRECT, next: 0 });
+        name: "an unmapped indirect table",
+        submit: |session| {
+            publish_first(session, Descriptor { addr: UNMAPPED, len: 48, flags: DESC_INDIRECT, next: 0 });
         },
     },
     Hostile {
         name: "an indirect table in an indirect table",
-        spoil: |session| {
-            let inner = sound_write(session);
+        submit: |session| {
+            let inner = valid_write(session);
             let addr = session.rings[0].write_table(&inner);
             publish_table(session, &[Descriptor { addr, len: 48, flags: DESC_INDIRECT, next: 0 }], 16);
         },
     },
     Hostile {
         name: "an indirect descriptor with a next that loops",
-        spoil: |session| {
-            let table = sound_write(session);
-            // Half of the request: the rest would have to come from the descriptor that is its own next.
+        submit: |session| {
+            let table = valid_write(session);
+            // Only the header: the rest of the request would have to follow the descriptor that is its own next.
             let addr = session.rings[0].write_table(&table[..1]);
             let flags = DESC_INDIRECT | DESC_NEXT;
             publish_first(session, Descriptor { addr, len: 16, flags, next: 0 });
@@ -295,19 +299,19 @@ const HOSTILE: &[Hostile] = &[
     },
     Hostile {
         name: "an indirect table that loops",
-        spoil: |session| publish_changed(session, |table| table[1].next = 0),
+        submit: |session| publish_changed(session, |table| table[1].next = 0),
     },
     Hostile {
         name: "an indirect table whose next leaves it",
-        spoil: |session| publish_changed(session, |table| table[1].next = 7),
+        submit: |session| publish_changed(session, |table| table[1].next = 7),
     },
     Hostile {
-        name: "a header that the device may only write",
-        spoil: |session| publish_changed(session, |table| table[0].flags |= DESC_WRITE),
+        name: "a write-only header",
+        submit: |session| publish_changed(session, |table| table[0].flags |= DESC_WRITE),
     },
     Hostile {
-        name: "data for the device behind the room for the status",
-        spoil: |session| {
+        name: "readable data after the status",
+        submit: |session| {
             publish_changed(session, |table| {
                 let (data, status) = (table[1], table[2]);
                 table[1] = Descriptor { flags: DESC_WRITE | DESC_NEXT, next: 2, ..status };
@@ -315,44 +319,49 @@ const HOSTILE: &[Hostile] = &[
             });
         },
     },
-    Hostile { name: "no room for a status", spoil: |session| publish_changed(session, |table| table[2].flags = 0) },
-    Hostile { name: "a status of no bytes", spoil: |session| publish_changed(session, |table| table[2].len = 0) },
-    Hostile { name: "a status nowhere", spoil: |session| publish_changed(session, |table| table[2].addr = NOWHERE) },
+    Hostile { name: "a read-only status", submit: |session| publish_changed(session, |table| table[2].flags = 0) },
+    Hostile { name: "an empty status", submit: |session| publish_changed(session, |table| table[2].len = 0) },
+    Hostile {
+        name: "an unmapped status",
+        submit: |session| publish_changed(session, |table| table[2].addr = UNMAPPED),
+    },
     Hostile {
         name: "a header of 8 bytes and nothing else",
-        spoil: |session| {
-            let table = sound_write(session);
+        submit: |session| {
+            let table = valid_write(session);
             publish_first(session, Descriptor { len: 8, flags: 0, next: 0, ..table[0] });
         },
     },
-    Hostile { name: "a header nowhere", spoil: |session| publish_changed(session, |table| table[0].addr = NOWHERE) },
     Hostile {
-        name: "descriptors of no bytes",
-        spoil: |session| {
+        name: "an unmapped header",
+        submit: |session| publish_changed(session, |table| table[0].addr = UNMAPPED),
+    },
+    Hostile {
+        name: "only empty descriptors",
+        submit: |session| {
             session.rings[0].submit(&[Segment::readable(LOW_GUEST_ADDR, 0); 4]);
         },
     },
 ];
 
-/// What makes no sense at all may go unanswered, but it changes nothing on the disk, and the next front-end is
-/// served as if nothing had been.
+/// A hostile chain may never complete, but the disk is unchanged, and the next front-end is served.
 #[test]
-fn hostile_chains_change_nothing_and_hurt_nobody() {
+fn hostile_chains_change_no_data_and_disturb_no_other_front_end() {
     let mut daemon = start();
     let before = pattern(5, 0, 4096);
     Session::open(&daemon.socket(), &SessionOptions::default()).write(0, &before);
-    for Hostile { name, spoil } in HOSTILE {
+    for Hostile { name, submit } in HOSTILE {
         println!("{name}");
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
         let served = session.rings[0].used_idx();
-        spoil(&mut session);
+        submit(&mut session);
         session.rings[0].notify();
-        // Whether it completes is the device's choice: all that is waited for is that it had the time to choose.
+        // The chain may complete or not: only give the device the time to process it.
         try_poll(ABSENCE, || (session.rings[0].used_idx() != served).then_some(()));
         daemon.assert_alive();
         drop(session);
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-        assert!(session.read(0, before.len()) == before, "{name}: the disk is as it was");
+        assert!(session.read(0, before.len()) == before, "{name}: the disk is unchanged");
         drop(session);
         assert_serves(&daemon.socket(), SPARE_SECTOR);
     }
@@ -360,18 +369,17 @@ fn hostile_chains_change_nothing_and_hurt_nobody() {
     daemon.stop();
 }
 
-/// A sound request with descriptors of no bytes strewn in: a device may serve it or refuse it, but it says which, and
-/// it does what it says.
+/// A valid request with empty descriptors between its parts. The device may serve or fail it; the status must be true.
 #[test]
-fn descriptors_of_no_bytes_are_served_or_refused() {
+fn empty_descriptors_are_served_or_rejected() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let (old, new) = (pattern(1, 0, 4096), pattern(2, 0, 4096));
     for indirect in [false, true] {
         session.write(0, &old);
-        let (pending, classic) = session.place(VIRTIO_BLK_T_OUT, 0, Payload::Send(&new));
-        let nothing = Segment::readable(LOW_GUEST_ADDR, 0);
-        let chain = [nothing, classic[0], nothing, classic[1], nothing, classic[2]];
+        let (pending, classic) = session.prepare(VIRTIO_BLK_T_OUT, 0, Payload::Send(&new));
+        let empty = Segment::readable(LOW_GUEST_ADDR, 0);
+        let chain = [empty, classic[0], empty, classic[1], empty, classic[2]];
         let ring = &mut session.rings[0];
         if indirect {
             ring.submit_indirect(&chain);
@@ -383,19 +391,19 @@ fn descriptors_of_no_bytes_are_served_or_refused() {
         let status = session.memory.byte(pending.status);
         assert_ne!(status, STATUS_UNTOUCHED, "the status was written");
         let expected = if status == OK { &new } else { &old };
-        assert!(&session.read(0, old.len()) == expected, "status {status} tells what happened");
+        assert!(&session.read(0, old.len()) == expected, "status {status} matches the disk");
     }
     daemon.assert_alive();
 }
 
-/// An indirect chain whose table claims 4 GiB, with a sound write at its beginning: a device may serve the write or
-/// refuse it, but it must neither read on nor allocate what the guest claims.
+/// An indirect table with a length of 4 GiB that starts with a valid write. The device may serve or fail the write, but
+/// must not read or allocate 4 GiB.
 #[test]
-fn a_table_that_claims_4_gib_is_survived() {
+fn the_daemon_survives_an_indirect_table_of_4_gib() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let served = session.rings[0].used_idx();
-    let table = sound_write(&session);
+    let table = valid_write(&session);
     publish_table(&mut session, &table, 0xffff_fff0);
     session.rings[0].notify();
     try_poll(ABSENCE, || (session.rings[0].used_idx() != served).then_some(()));
@@ -404,9 +412,8 @@ fn a_table_that_claims_4_gib_is_survived() {
     daemon.assert_alive();
 }
 
-/// A ring that its guest has broken takes no other ring with it.
 #[test]
-fn a_broken_ring_leaves_the_others_running() {
+fn a_broken_ring_does_not_stop_the_others() {
     let options = DaemonOptions { num_queues: 2, ..DaemonOptions::default() };
     let mut daemon = Daemon::start("chains", IMAGE_BYTES, &options);
     let options = SessionOptions { queues: 2, ..SessionOptions::default() };

@@ -1,4 +1,4 @@
-//! The configuration space over the vhost-user socket, and the cache mode that a driver sets through it.
+//! The configuration space: GET_CONFIG, SET_CONFIG, and the cache mode that a driver sets there.
 
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
@@ -11,7 +11,7 @@ use crate::common::request::{assert_serves, pattern};
 use crate::common::session::{CONFIG_BYTES, CONFIG_WRITEBACK, Session, SessionOptions, feature};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
-/// Bytes of the header of GET_CONFIG and SET_CONFIG before the configuration itself.
+/// Size of the header of a GET_CONFIG or SET_CONFIG payload.
 const CONFIG_HEADER_BYTES: usize = 12;
 
 fn start() -> Daemon {
@@ -23,7 +23,7 @@ fn config_body(offset: u32, size: u32, bytes: &[u8]) -> Vec<u8> {
     [&offset.to_le_bytes()[..], &size.to_le_bytes(), &0_u32.to_le_bytes(), bytes].concat()
 }
 
-/// The configuration as a new front-end finds it.
+/// The configuration that a new front-end reads.
 fn fresh_config(daemon: &Daemon) -> Vec<u8> {
     Session::open(&daemon.socket(), &SessionOptions::default()).config(0, CONFIG_BYTES)
 }
@@ -33,8 +33,8 @@ fn every_offset_and_size_is_honoured() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let whole = session.config(0, CONFIG_BYTES);
-    assert_eq!(session.capacity_sectors(), IMAGE_BYTES / SECTOR_BYTES as u64, "the capacity is the image's");
-    assert!(whole[8..].iter().any(|&byte| byte != 0), "there is more than a capacity to tell offsets apart by");
+    assert_eq!(session.capacity_sectors(), IMAGE_BYTES / SECTOR_BYTES as u64, "the capacity is the image's size");
+    assert!(whole[8..].iter().any(|&byte| byte != 0), "the fields after the capacity distinguish offsets");
     for offset in 0..CONFIG_BYTES {
         for len in 1..=CONFIG_BYTES - offset {
             let found = session.config(offset as u32, len);
@@ -43,11 +43,11 @@ fn every_offset_and_size_is_honoured() {
     }
 }
 
-/// Reads that begin inside the configuration and end behind it, begin behind it, or use the offset of the PCI
-/// configuration window as old versions of Cloud Hypervisor do (T7, T14).
+/// Reads that start inside the configuration and end after it, that start after it, or that use the offset of the PCI
+/// configuration window as old versions of cloud-hypervisor do (T7, T14).
 #[test]
-fn reads_behind_the_end_are_survived() {
-    /// End of the largest configuration that virtio 1.2 defines; between ours and this, any value will do.
+fn the_daemon_survives_reads_past_the_end() {
+    /// Size of the largest configuration that virtio 1.2 defines. Bytes between ours and this may have any value.
     const CONFIG_BYTES_MAX: usize = 96;
     const LEGACY_WINDOW: u32 = 0x100;
     let mut daemon = start();
@@ -58,20 +58,20 @@ fn reads_behind_the_end_are_survived() {
         let session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
         let body = config_body(offset, size, &vec![0; size as usize]);
         match raw_message::exchange(&session.socket, number::GET_CONFIG, 0, &body, &[]) {
-            // A refusal is a reply without the configuration, or the end of the session.
+            // The daemon may reject the read: with a reply without data, or by closing the connection.
             Reply::Closed => {}
             Reply::Payload(reply) if reply.len() <= CONFIG_HEADER_BYTES => {}
             Reply::Payload(reply) => {
                 let found = &reply[CONFIG_HEADER_BYTES..];
-                assert_eq!(found.len(), size as usize, "as much as was asked for at {offset}");
+                assert_eq!(found.len(), size as usize, "the reply to a read at {offset} has the requested size");
                 let legacy = offset == LEGACY_WINDOW && found == &whole[..size as usize];
-                let honest = found.iter().zip(offset as usize..).all(|(&byte, at)| match whole.get(at) {
+                let plausible = found.iter().zip(offset as usize..).all(|(&byte, at)| match whole.get(at) {
                     Some(&known) => byte == known,
                     None => byte == 0 || at < CONFIG_BYTES_MAX,
                 });
-                assert!(honest || legacy, "{size} bytes at {offset}: {found:?}");
+                assert!(plausible || legacy, "{size} bytes at {offset}: {found:?}");
             }
-            Reply::Silent => panic!("GET_CONFIG of {size} bytes at {offset} got no answer"),
+            Reply::Silent => panic!("GET_CONFIG of {size} bytes at {offset} got no reply"),
         }
         daemon.assert_alive();
         drop(session);
@@ -79,7 +79,7 @@ fn reads_behind_the_end_are_survived() {
     }
 }
 
-/// T3. Refusing and ignoring are both fine; obeying is not.
+/// T3. The device may reject or ignore the other writes.
 #[test]
 fn only_writeback_can_be_set() {
     let mut daemon = start();
@@ -88,7 +88,7 @@ fn only_writeback_can_be_set() {
     let capacity = (1_u64 << 40).to_le_bytes();
     for (offset, bytes) in [(0, &capacity[..]), (8, &[0xff; 8]), (20, &[0xff; 4]), (28, &[0xff; 8]), (56, &[1])] {
         let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
-        // A refusal is an error here and an ignored write a success: either will do.
+        // An error if the device rejects the write, success if it ignores it: both are correct.
         let _ = session.frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, bytes);
         drop(session);
         let mut after = fresh_config(&daemon);
@@ -114,7 +114,7 @@ fn a_driver_that_cannot_flush_gets_write_through() {
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_ne!(session.offered & feature(VIRTIO_BLK_F_FLUSH), 0, "FLUSH is offered");
     assert_ne!(session.offered & feature(VIRTIO_BLK_F_CONFIG_WCE), 0, "CONFIG_WCE is offered");
-    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "with FLUSH the cache is a write-back cache");
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "with FLUSH the cache is in write-back mode");
     drop(session);
 
     for (name, refused) in
@@ -122,59 +122,63 @@ fn a_driver_that_cannot_flush_gets_write_through() {
     {
         let mut session = Session::open(&daemon.socket(), &SessionOptions::without(refused));
         if session.has(VIRTIO_BLK_F_CONFIG_WCE) {
-            assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0], "{name}: the cache is write-through");
+            assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0], "{name}: the cache is in write-through mode");
         }
-        assert_completed_writes_are_in_the_image(&daemon, &mut session, name);
+        assert_completed_writes_are_on_the_image(&daemon, &mut session, name);
     }
 }
 
 /// T6.
 #[test]
-fn write_through_is_in_force_once_it_is_set() {
+fn write_through_takes_effect_as_soon_as_it_is_set() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let before = pattern(1, 2048, 1 << 20);
     session.write(2048, &before);
     session.set_writeback(false);
-    assert_completed_writes_are_in_the_image(&daemon, &mut session, "writeback set to 0");
+    assert_completed_writes_are_on_the_image(&daemon, &mut session, "writeback set to 0");
     session.flush();
-    assert!(daemon.image_bytes(2048 * SECTOR_BYTES as u64, before.len()) == before, "earlier writes flush as ever");
+    assert!(
+        daemon.image_bytes(2048 * SECTOR_BYTES as u64, before.len()) == before,
+        "a FLUSH still covers earlier writes"
+    );
     session.set_writeback(true);
     let bytes = pattern(2, 0, 4096);
     session.write(0, &bytes);
     session.flush();
-    assert_eq!(daemon.image_bytes(0, bytes.len()), bytes, "back in write-back mode, FLUSH works");
+    assert_eq!(daemon.image_bytes(0, bytes.len()), bytes, "a FLUSH works after the return to write-back mode");
 }
 
-/// Who chose write-through sends no FLUSH any more, and a front-end that comes back does not say so again; a new one asks.
+/// A guest that chose write-through sends no FLUSH, and its front-end does not set `writeback` again when it
+/// reconnects. A new front-end gets the default.
 #[test]
-fn write_through_lasts_as_long_as_the_guest_that_chose_it() {
+fn a_guest_keeps_write_through_across_reconnections() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.set_writeback(false);
     for _ in 0..2 {
         session = session.reconnect(&daemon.socket());
         session.start_ring(0);
-        assert_completed_writes_are_in_the_image(&daemon, &mut session, "after a reconnection");
-        assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0], "a guest that runs is told nothing else");
+        assert_completed_writes_are_on_the_image(&daemon, &mut session, "after a reconnection");
+        assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0], "a running guest keeps its mode");
     }
-    // Front-ends keep their copy of the mode over a reset.
+    // Front-ends keep their copy of the mode across a reset.
     session.reset();
     session.start_ring(0);
-    assert_completed_writes_are_in_the_image(&daemon, &mut session, "after a reset");
+    assert_completed_writes_are_on_the_image(&daemon, &mut session, "after a reset");
     drop(session);
     let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
-    assert_eq!(session.config(0, 8).len(), 8, "the capacity says nothing of the mode");
-    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "a new front-end finds the default");
+    assert_eq!(session.config(0, 8).len(), 8, "the capacity can be read");
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "a new front-end gets the default");
 }
 
-/// Writes of several shapes are in the image file as soon as they have completed.
+/// Checks that writes of several sizes and alignments are on the image as soon as they complete.
 #[track_caller]
-fn assert_completed_writes_are_in_the_image(daemon: &Daemon, session: &mut Session, name: &str) {
+fn assert_completed_writes_are_on_the_image(daemon: &Daemon, session: &mut Session, name: &str) {
     for ((sector, sectors), mark) in [(0, 8), (3, 1), (15, 2), (64, 256), (1000, 9)].into_iter().zip(100..) {
         let bytes = pattern(mark, sector, sectors * SECTOR_BYTES);
         session.write(sector, &bytes);
         let found = daemon.image_bytes(sector * SECTOR_BYTES as u64, bytes.len());
-        assert!(found == bytes, "{name}: a completed write of {sectors} sectors at {sector} is in the image");
+        assert!(found == bytes, "{name}: a completed write of {sectors} sectors at {sector} is on the image");
     }
 }

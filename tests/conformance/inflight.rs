@@ -1,4 +1,4 @@
-//! Requests that were in flight when a daemon died (vhost-user specification, "Inflight I/O tracking").
+//! Requests that were in flight when a daemon crashed (vhost-user specification, "Inflight I/O tracking").
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -16,7 +16,7 @@ use crate::common::wait::{ABSENCE, PATIENCE, poll_until, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 const QUEUE_SIZE: u16 = 128;
-/// The specification's layout of a ring's part: where its fields are, and how long a descriptor's state is.
+/// Offsets in a ring's part of the region (QueueRegionSplit), and the size of a descriptor's state.
 const VERSION: u64 = 8;
 const LAST_BATCH_HEAD: u64 = 12;
 const USED_IDX: u64 = 14;
@@ -29,41 +29,40 @@ fn start() -> Daemon {
     Daemon::start("inflight", IMAGE_BYTES, &DaemonOptions::default())
 }
 
-fn wish() -> VhostUserInflight {
+fn requested_region() -> VhostUserInflight {
     VhostUserInflight { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: QUEUE_SIZE }
 }
 
-/// A session whose ring is laid out and not started, and the region for it.
+/// A session with a ring that is not started, and its inflight region.
 fn session_with_region(daemon: &Daemon) -> (Session, VhostUserInflight, File) {
     let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
     session.share_memory();
     session.add_ring(QUEUE_SIZE);
-    let (region, file) = session.frontend.get_inflight_fd(&wish()).expect("GET_INFLIGHT_FD");
+    let (region, file) = session.frontend.get_inflight_fd(&requested_region()).expect("GET_INFLIGHT_FD");
     assert!(region.mmap_size >= DESCRIPTORS + u64::from(QUEUE_SIZE) * DESCRIPTOR_BYTES, "{}", region.mmap_size);
     (session, region, file)
 }
 
-/// Notes in the region that a daemon took the chain at `head` as its `counter`th.
-fn mark(file: &File, head: u16, counter: u64) {
+/// Marks the chain at `head` as in flight, taken by a daemon as its request number `counter`.
+fn mark_in_flight(file: &File, head: u16, counter: u64) {
     file.write_all_at(&1_u16.to_le_bytes(), VERSION).expect("the region can be written");
     let state = DESCRIPTORS + u64::from(head) * DESCRIPTOR_BYTES;
     file.write_all_at(&[1], state).expect("the region can be written");
     file.write_all_at(&counter.to_le_bytes(), state + COUNTER).expect("the region can be written");
 }
 
-/// The heads that the region says are owed.
-fn marked(file: &File) -> Vec<u16> {
-    let owed = |head: &u16| {
+/// The heads that the region marks as in flight.
+fn heads_in_flight(file: &File) -> Vec<u16> {
+    let is_in_flight = |head: &u16| {
         let mut mark = [0];
         file.read_exact_at(&mut mark, DESCRIPTORS + u64::from(*head) * DESCRIPTOR_BYTES)
             .expect("the region can be read");
         mark != [0]
     };
-    (0..QUEUE_SIZE).filter(owed).collect()
+    (0..QUEUE_SIZE).filter(is_in_flight).collect()
 }
 
-/// Four writes to one sector, of which the predecessor took all, in another order than that of their descriptors, and
-/// answered the second one.
+/// Submits four writes to one sector.
 fn four_writes(session: &mut Session) -> Vec<Pending> {
     let write =
         |session: &mut Session, mark| session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&pattern(mark, 0, 512)));
@@ -71,9 +70,9 @@ fn four_writes(session: &mut Session) -> Vec<Pending> {
 }
 
 #[test]
-fn what_a_predecessor_owes_is_answered_once_and_in_order() {
-    // The predecessor answered these together, and may have died before or after it noted that the used ring shows them.
-    for (answered, noted) in [(&[1][..], false), (&[1], true), (&[1, 0], false), (&[1, 0], true)] {
+fn resubmitted_requests_complete_once_and_in_order() {
+    // The previous daemon completed these in one batch. It crashed before or after it cleared their marks.
+    for (completed, cleared) in [(&[1][..], false), (&[1], true), (&[1, 0], false), (&[1, 0], true)] {
         let daemon = start();
         let (mut session, region, file) = session_with_region(&daemon);
         let write_at = |bytes: &[u8], at| file.write_all_at(bytes, at).expect("the region can be written");
@@ -81,40 +80,40 @@ fn what_a_predecessor_owes_is_answered_once_and_in_order() {
         let writes = four_writes(&mut session);
         let heads: Vec<u16> = writes.iter().map(|pending| pending.head).collect();
         for (counter, &n) in (10..).zip(&[3, 1, 0, 2]) {
-            mark(&file, heads[n], counter);
+            mark_in_flight(&file, heads[n], counter);
         }
         let mut last = 0;
-        for (entry, &n) in (0..).zip(answered) {
+        for (entry, &n) in (0..).zip(completed) {
             write_at(&u16::to_le_bytes(last), state(heads[n]) + NEXT);
             last = heads[n];
-            session.rings[0].answer_as_device(entry, last);
+            session.rings[0].push_used_as_device(entry, last);
         }
         write_at(&last.to_le_bytes(), LAST_BATCH_HEAD);
-        if noted {
-            answered.iter().for_each(|&n| write_at(&[0], state(heads[n])));
-            write_at(&u16::try_from(answered.len()).expect("four at most").to_le_bytes(), USED_IDX);
+        if cleared {
+            completed.iter().for_each(|&n| write_at(&[0], state(heads[n])));
+            write_at(&u16::try_from(completed.len()).expect("four at most").to_le_bytes(), USED_IDX);
         }
         session.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
-        // As QEMU does after a daemon's death: on from the used index.
+        // Like QEMU after a crash of the daemon: the base is the used index.
         session.start_ring(0);
         let used = session.wait_for(0, 4);
-        assert_eq!(used.len(), 4, "each once");
+        assert_eq!(used.len(), 4, "each write completes once");
         for (n, write) in writes.iter().enumerate() {
             let is_done = session.memory.byte(write.status) == OK;
-            assert_eq!(is_done, !answered.contains(&n), "write {n}: what had been answered is not done again");
+            assert_eq!(is_done, !completed.contains(&n), "write {n}: only writes that had not completed are repeated");
         }
         let late = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != 4).then_some(()));
-        assert!(late.is_none(), "nothing more is answered");
-        assert_eq!(session.read(0, 512), pattern(3, 0, 512), "the one taken last was done last");
-        // The guest is called first, then the marks go.
-        poll_until("the marks to go", PATIENCE, || marked(&file).is_empty().then_some(()));
+        assert!(late.is_none(), "no write completes twice");
+        assert_eq!(session.read(0, 512), pattern(3, 0, 512), "the write that was taken last is repeated last");
+        // The device notifies the driver first, then clears the marks.
+        poll_until("the marks to be cleared", PATIENCE, || heads_in_flight(&file).is_empty().then_some(()));
     }
 }
 
-/// Where a ring goes on is decided by the used ring and the region, not by what the front-end says: QEMU says where the
-/// used ring was when the connection broke, cloud-hypervisor where the available ring is.
+/// The used ring and the region decide where a ring resumes, not the front-end's base: QEMU sends the used index of the
+/// moment when the connection broke, cloud-hypervisor the available index.
 #[test]
-fn a_ring_goes_on_after_what_was_answered_whatever_base_the_front_end_gives() {
+fn a_ring_resumes_after_the_completed_requests_whatever_base_is_set() {
     for base in [0, 1, 4] {
         let daemon = start();
         let (mut session, region, file) = session_with_region(&daemon);
@@ -122,26 +121,26 @@ fn a_ring_goes_on_after_what_was_answered_whatever_base_the_front_end_gives() {
         session.start_ring(0);
         session.stop_ring(0);
         let writes = four_writes(&mut session);
-        // The predecessor has answered two requests and owes none.
+        // The previous daemon completed two requests and had no others in flight.
         for (entry, write) in (0..).zip(&writes[..2]) {
-            session.rings[0].answer_as_device(entry, write.head);
+            session.rings[0].push_used_as_device(entry, write.head);
         }
         file.write_all_at(&2_u16.to_le_bytes(), USED_IDX).expect("the region can be written");
         session.set_up_ring(0, base);
         session.enable_ring(0, true);
-        assert_eq!(session.wait_for(0, 4).len(), 4, "base {base}: each once");
+        assert_eq!(session.wait_for(0, 4).len(), 4, "base {base}: each write completes once");
         for (n, write) in writes.iter().enumerate() {
             let done = session.memory.byte(write.status) == OK;
-            assert_eq!(done, n >= 2, "base {base}: write {n} is done by who has not yet answered it");
+            assert_eq!(done, n >= 2, "base {base}: write {n}: only writes that had not completed are done");
         }
         let late = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != 4).then_some(()));
-        assert!(late.is_none(), "base {base}: nothing is answered twice");
+        assert!(late.is_none(), "base {base}: no write completes twice");
         assert_eq!(session.stop_ring(0), 4);
     }
 }
 
 #[test]
-fn a_ring_with_a_region_stops_and_goes_on_like_any_other() {
+fn a_ring_with_an_inflight_region_stops_and_resumes() {
     let daemon = start();
     let (mut session, region, file) = session_with_region(&daemon);
     session.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
@@ -151,30 +150,30 @@ fn a_ring_with_a_region_stops_and_goes_on_like_any_other() {
         assert!(session.read(round, 512) == pattern(round, round, 512));
     }
     assert_eq!(session.stop_ring(0), 100);
-    assert!(marked(&file).is_empty(), "a stopped ring owes nothing");
+    assert!(heads_in_flight(&file).is_empty(), "a stopped ring has no requests in flight");
     session.start_ring(0);
     assert!(session.read(7, 512) == pattern(7, 7, 512));
 }
 
-/// Replies come in the order of the questions, whoever in the daemon gives them.
+/// Replies come in the order of the messages, although different parts of the daemon send them.
 #[test]
-fn a_region_is_given_in_its_turn() {
+fn the_reply_with_the_inflight_region_keeps_its_order() {
     let daemon = start();
     let session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
-    let question = |number: u32, body: &[u8]| {
+    let message = |number: u32, body: &[u8]| {
         [&number.to_le_bytes()[..], &1_u32.to_le_bytes(), &(body.len() as u32).to_le_bytes(), body].concat()
     };
     let mut shape = [0; 20];
     shape[16..18].copy_from_slice(&1_u16.to_le_bytes());
     shape[18..20].copy_from_slice(&QUEUE_SIZE.to_le_bytes());
-    let questions = [
-        question(number::GET_FEATURES, &[]),
-        question(number::GET_INFLIGHT_FD, &shape),
-        question(number::GET_FEATURES, &[]),
-        question(number::GET_QUEUE_NUM, &[]),
+    let messages = [
+        message(number::GET_FEATURES, &[]),
+        message(number::GET_INFLIGHT_FD, &shape),
+        message(number::GET_FEATURES, &[]),
+        message(number::GET_QUEUE_NUM, &[]),
     ];
-    std::io::Write::write_all(&mut &session.socket, &questions.concat()).expect("the daemon listens");
-    let lengths: Vec<usize> = (0..questions.len())
+    std::io::Write::write_all(&mut &session.socket, &messages.concat()).expect("the daemon reads the socket");
+    let lengths: Vec<usize> = (0..messages.len())
         .map(|_| match raw_message::receive(&session.socket) {
             Reply::Payload(payload) => payload.len(),
             other => panic!("{other:?}"),
@@ -184,7 +183,7 @@ fn a_region_is_given_in_its_turn() {
 }
 
 #[test]
-fn a_region_that_is_none_ends_the_session_and_nothing_else() {
+fn an_invalid_inflight_region_ends_only_its_session() {
     let mut daemon = start();
     let shape = |size: u64, offset: u64, queues: u16, queue_size: u16| {
         let halves = [queues.to_le_bytes(), queue_size.to_le_bytes()].concat();

@@ -1,4 +1,4 @@
-//! Guest memory that changes under running rings, and tables of it that are wrong.
+//! Guest memory that changes while rings run, and invalid memory tables.
 
 use std::os::fd::RawFd;
 
@@ -15,25 +15,25 @@ use crate::common::request::{OK, Payload, Pending, STATUS_UNTOUCHED, assert_serv
 use crate::common::session::{Session, SessionOptions};
 use crate::common::wait::PATIENCE;
 
-/// Bytes in each region of these tests.
+/// Size of each region in these tests.
 const REGION_BYTES: u64 = 8 << 20;
 
-/// Where a third region comes and goes.
+/// Guest address of the region that is plugged and unplugged.
 const HOTPLUG_GUEST_ADDR: u64 = 0x2_0000_0000;
 
 fn start() -> Daemon {
     Daemon::start("memory", IMAGE_BYTES, &DaemonOptions::default())
 }
 
-/// Low memory, high memory, and a third region for plugging in and out.
+/// Low memory, high memory, and a third region to plug and unplug.
 fn three_regions() -> GuestMemory {
     let starts = [LOW_GUEST_ADDR, HIGH_GUEST_ADDR, HOTPLUG_GUEST_ADDR];
     let regions = starts.into_iter().zip((0..).step_by(REGION_BYTES as usize));
     GuestMemory::new(regions.map(|(guest_addr, offset)| Region { guest_addr, offset, len: REGION_BYTES }).collect())
 }
 
-/// A session on three regions of which only the first two are shared yet.
-fn open_with_two_of_three(daemon: &Daemon) -> Session {
+/// A session with three regions, of which it shares only the first two.
+fn open_with_two_of_three_regions(daemon: &Daemon) -> Session {
     let features = SessionOptions::default().features;
     let mut session = Session::negotiate_with(&daemon.socket(), features, three_regions());
     session.frontend.set_mem_table(&session.memory.region_infos()[..2]).expect("SET_MEM_TABLE");
@@ -42,21 +42,21 @@ fn open_with_two_of_three(daemon: &Daemon) -> Session {
     session
 }
 
-/// T13, T16: QEMU sends a new table whenever memory is plugged or a device's window moves, with rings running.
+/// T13, T16: QEMU sends a new table when memory is plugged or a BAR moves, while rings run.
 #[test]
-fn a_new_table_does_not_disturb_requests_in_flight() {
+fn a_new_memory_table_does_not_disturb_requests_in_flight() {
     const REQUESTS: u64 = 32;
     const REQUEST_BYTES: usize = 64 << 10;
     let daemon = start();
-    let mut session = open_with_two_of_three(&daemon);
+    let mut session = open_with_two_of_three_regions(&daemon);
     let tables: [Vec<VhostUserMemoryRegionInfo>; 2] =
         [session.memory.region_infos(), session.memory.region_infos()[..2].to_vec()];
     for round in 0..16 {
         let kind = if round % 2 == 0 { VIRTIO_BLK_T_OUT } else { VIRTIO_BLK_T_IN };
-        // A read finds what the write before it left.
+        // A read round returns the data of the write round before it.
         let mark = round / 2 + 1;
         session.memory.free_all_in(1);
-        let out: Vec<(u64, Pending)> = (0..REQUESTS)
+        let in_flight: Vec<(u64, Pending)> = (0..REQUESTS)
             .map(|n| {
                 let sector = (mark * REQUESTS + n) * 128;
                 let bytes = pattern(mark, sector, REQUEST_BYTES);
@@ -67,8 +67,8 @@ fn a_new_table_does_not_disturb_requests_in_flight() {
             .collect();
         session.rings[0].notify();
         session.frontend.set_mem_table(&tables[round as usize % 2]).expect("SET_MEM_TABLE with rings running");
-        session.wait_for(0, out.len());
-        for (sector, pending) in out {
+        session.wait_for(0, in_flight.len());
+        for (sector, pending) in in_flight {
             assert_eq!(session.memory.byte(pending.status), OK, "round {round}: sector {sector}");
             let found = session.memory.read(pending.data, REQUEST_BYTES);
             assert!(found == pattern(mark, sector, REQUEST_BYTES), "round {round}: sector {sector}");
@@ -76,12 +76,12 @@ fn a_new_table_does_not_disturb_requests_in_flight() {
     }
 }
 
-/// ADD_MEM_REG and REM_MEM_REG: memory that is there is used; memory that is gone is not, whatever the guest says.
+/// ADD_MEM_REG and REM_MEM_REG: the device uses a region that is added, and does not touch one that is removed.
 #[test]
-fn regions_come_and_go() {
+fn memory_regions_can_be_added_and_removed() {
     let mut daemon = start();
-    let mut session = open_with_two_of_three(&daemon);
-    assert!(session.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS") >= 8, "room for a VMM's regions");
+    let mut session = open_with_two_of_three_regions(&daemon);
+    assert!(session.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS") >= 8, "enough slots for a VMM");
     let third = session.memory.region_info(session.memory.regions()[2]);
     let bytes = pattern(7, 0, 4096);
     session.write(0, &bytes);
@@ -91,7 +91,7 @@ fn regions_come_and_go() {
                 session.frontend.add_mem_region(&third).expect("ADD_MEM_REG");
             }
             session.memory.write(HOTPLUG_GUEST_ADDR, &[0; 4096]);
-            let (pending, classic) = session.place(VIRTIO_BLK_T_IN, 0, Payload::Empty);
+            let (pending, classic) = session.prepare(VIRTIO_BLK_T_IN, 0, Payload::Empty);
             let data = Segment::writable(HOTPLUG_GUEST_ADDR, 4096);
             session.rings[0].submit(&[classic[0], data, classic[1]]);
             session.rings[0].notify();
@@ -100,22 +100,23 @@ fn regions_come_and_go() {
             let found = session.memory.read(HOTPLUG_GUEST_ADDR, 4096);
             if plugged {
                 assert_eq!(status, OK, "round {round}: a read into new memory");
-                assert!(found == bytes, "round {round}: what was written is read");
+                assert!(found == bytes, "round {round}: a read returns the written data");
                 session.frontend.remove_mem_region(&third).expect("REM_MEM_REG");
             } else {
-                assert!(status != OK && status != STATUS_UNTOUCHED, "round {round}: a read into absent memory");
-                assert!(found.iter().all(|&byte| byte == 0), "round {round}: memory that was taken away is alone");
+                assert!(status != OK && status != STATUS_UNTOUCHED, "round {round}: a read into removed memory");
+                assert!(found.iter().all(|&byte| byte == 0), "round {round}: removed memory is unchanged");
             }
         }
     }
     daemon.assert_alive();
 }
 
-/// A region that changes is taken away and added again, and the rings may lie in it. Meanwhile they stand where they stood.
+/// A front-end changes a region by removing and adding it, and rings may lie in it. They keep their positions
+/// meanwhile.
 #[test]
-fn a_ring_whose_memory_went_goes_on_when_it_is_back() {
+fn a_ring_resumes_when_its_memory_is_added_again() {
     let daemon = start();
-    let mut session = open_with_two_of_three(&daemon);
+    let mut session = open_with_two_of_three_regions(&daemon);
     let of_rings = session.memory.region_info(session.memory.regions()[0]);
     for round in 0..6 {
         let bytes = pattern(round, round, 512);
@@ -123,11 +124,7 @@ fn a_ring_whose_memory_went_goes_on_when_it_is_back() {
         session.frontend.remove_mem_region(&of_rings).expect("REM_MEM_REG");
         let restarts = round % 2 == 1;
         if restarts {
-            assert_eq!(
-                u64::from(session.stop_ring(0)),
-                round * 2 + 1,
-                "where a ring stands does not depend on its memory"
-            );
+            assert_eq!(u64::from(session.stop_ring(0)), round * 2 + 1, "a ring keeps its position without its memory");
         }
         session.frontend.add_mem_region(&of_rings).expect("ADD_MEM_REG");
         if restarts {
@@ -137,9 +134,8 @@ fn a_ring_whose_memory_went_goes_on_when_it_is_back() {
     }
 }
 
-/// A ring may lie where no memory is until it comes.
 #[test]
-fn a_ring_that_is_set_up_before_its_memory_is_served_when_that_comes() {
+fn a_ring_set_up_before_its_memory_runs_once_the_memory_is_shared() {
     let daemon = start();
     let features = SessionOptions::default().features;
     let mut session = Session::negotiate_with(&daemon.socket(), features, three_regions());
@@ -154,7 +150,7 @@ fn a_ring_that_is_set_up_before_its_memory_is_served_when_that_comes() {
     assert!(session.read(0, 512) == pattern(1, 0, 512));
 }
 
-/// A front-end that shares every region with ADD_MEM_REG and never sends a table.
+/// A front-end may share every region with ADD_MEM_REG, without SET_MEM_TABLE.
 #[test]
 fn memory_can_be_shared_region_by_region() {
     let daemon = start();
@@ -166,12 +162,12 @@ fn memory_can_be_shared_region_by_region() {
     session.start_ring(0);
     let bytes = pattern(8, 0, 1 << 20);
     session.write(0, &bytes);
-    assert!(session.read(0, bytes.len()) == bytes, "what was written is read");
+    assert!(session.read(0, bytes.len()) == bytes, "a read returns the written data");
 }
 
-/// The protocol does not say that a table is sorted by guest address.
+/// The protocol does not require a table sorted by guest address.
 #[test]
-fn a_table_in_any_order_is_served() {
+fn an_unsorted_memory_table_is_accepted() {
     let daemon = start();
     let features = SessionOptions::default().features;
     let memory = GuestMemory::new(vec![
@@ -184,15 +180,15 @@ fn a_table_in_any_order_is_served() {
     session.start_ring(0);
     let bytes = pattern(9, 0, 1 << 20);
     session.write(0, &bytes);
-    assert!(session.read(0, bytes.len()) == bytes, "what was written is read");
+    assert!(session.read(0, bytes.len()) == bytes, "a read returns the written data");
 }
 
-/// Data may lie over the seam of two regions that are neighbours in the guest and strangers in the host.
+/// A buffer may span two regions that are adjacent in guest memory and not in the daemon's address space.
 #[test]
-fn a_segment_may_span_neighbouring_regions() {
+fn a_buffer_may_span_adjacent_regions() {
     let daemon = start();
     let features = SessionOptions::default().features;
-    // The offsets are the wrong way round: one mapping of both would not do.
+    // The offsets are in reverse order: one mapping cannot cover both regions.
     let seam = LOW_GUEST_ADDR + REGION_BYTES;
     let memory = GuestMemory::new(vec![
         Region { guest_addr: LOW_GUEST_ADDR, offset: REGION_BYTES, len: REGION_BYTES },
@@ -205,7 +201,7 @@ fn a_segment_may_span_neighbouring_regions() {
     let bytes = pattern(10, 0, 8192);
     let half = bytes.len() / 2 - 100;
     for kind in [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN] {
-        let (pending, classic) = session.place(kind, 0, Payload::Empty);
+        let (pending, classic) = session.prepare(kind, 0, Payload::Empty);
         let start = seam - half as u64;
         let segment = Segment { addr: start, len: bytes.len() as u32, writable: kind == VIRTIO_BLK_T_IN };
         if kind == VIRTIO_BLK_T_OUT {
@@ -224,9 +220,9 @@ fn a_segment_may_span_neighbouring_regions() {
     }
 }
 
-/// The body of a SET_MEM_TABLE that claims `claimed` regions.
-fn table_body(claimed: u32, regions: &[VhostUserMemoryRegionInfo]) -> Vec<u8> {
-    let mut body = [claimed.to_le_bytes(), [0; 4]].concat();
+/// The body of a SET_MEM_TABLE that declares `declared` regions.
+fn table_body(declared: u32, regions: &[VhostUserMemoryRegionInfo]) -> Vec<u8> {
+    let mut body = [declared.to_le_bytes(), [0; 4]].concat();
     for region in regions {
         for word in [region.guest_phys_addr, region.memory_size, region.userspace_addr, region.mmap_offset] {
             body.extend_from_slice(&word.to_le_bytes());
@@ -240,10 +236,10 @@ fn region_body(region: &VhostUserMemoryRegionInfo) -> Vec<u8> {
     [&[0; 8][..], &table_body(0, std::slice::from_ref(region))[8..]].concat()
 }
 
-/// A message that no daemon can do as asked, and the descriptors that come with it.
-type Refused = fn(&Session) -> (u32, Vec<u8>, Vec<RawFd>);
+/// A message that the daemon must reject, with its descriptors.
+type Rejected = fn(&Session) -> (u32, Vec<u8>, Vec<RawFd>);
 
-const REFUSED: &[(&str, Refused)] = &[
+const REJECTED: &[(&str, Rejected)] = &[
     ("GET_VRING_BASE of ring 4000", |_| (number::GET_VRING_BASE, vring_state(4000, 0), vec![])),
     ("SET_VRING_NUM of ring 4000", |_| (number::SET_VRING_NUM, vring_state(4000, 128), vec![])),
     ("SET_VRING_BASE of ring 4000", |_| (number::SET_VRING_BASE, vring_state(4000, 0), vec![])),
@@ -252,7 +248,7 @@ const REFUSED: &[(&str, Refused)] = &[
     ("SET_VRING_ADDR of ring 4000", |_| {
         (number::SET_VRING_ADDR, [&vring_state(4000, 0)[..], &[0; 32]].concat(), vec![])
     }),
-    ("SET_MEM_TABLE that claims 1000 regions", |s| {
+    ("SET_MEM_TABLE that declares 1000 regions", |s| {
         let infos = s.memory.region_infos();
         (number::SET_MEM_TABLE, table_body(1000, &infos), infos.iter().map(|info| info.mmap_handle).collect())
     }),
@@ -266,11 +262,11 @@ const REFUSED: &[(&str, Refused)] = &[
         let info = VhostUserMemoryRegionInfo { guest_phys_addr: u64::MAX - 4095, ..s.memory.region_infos()[0] };
         (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
     }),
-    ("SET_MEM_TABLE of a region without bytes", |s| {
+    ("SET_MEM_TABLE of an empty region", |s| {
         let info = VhostUserMemoryRegionInfo { memory_size: 0, ..s.memory.region_infos()[0] };
         (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
     }),
-    ("ADD_MEM_REG of memory that is there", |s| {
+    ("ADD_MEM_REG of an existing region", |s| {
         let info = s.memory.region_infos()[0];
         (number::ADD_MEM_REG, region_body(&info), vec![info.mmap_handle])
     }),
@@ -278,17 +274,17 @@ const REFUSED: &[(&str, Refused)] = &[
     ("a message that does not exist", |_| (200, vec![0; 8], vec![])),
 ];
 
-/// T19. With REPLY_ACK, zero means done: a message that was refused is answered with something else, or with the end
-/// of the session, and never costs the daemon its life.
+/// T19. With REPLY_ACK, zero means success. To reject a message, the daemon replies with another value, or closes the
+/// connection; it must not crash.
 #[test]
-fn refused_messages_are_not_acknowledged() {
+fn rejected_messages_are_not_acknowledged() {
     let mut daemon = start();
-    for (name, refused) in REFUSED {
+    for (name, message) in REJECTED {
         let session = Session::open(&daemon.socket(), &SessionOptions::default());
-        let (number, body, fds) = refused(&session);
+        let (number, body, fds) = message(&session);
         let reply = raw_message::exchange(&session.socket, number, FLAG_NEED_REPLY, &body, &fds);
-        assert_ne!(reply, Reply::Silent, "{name}: an answer was asked for");
-        assert!(!reply.is_acknowledged(), "{name}: refused, and acknowledged as done");
+        assert_ne!(reply, Reply::Silent, "{name}: a reply was requested");
+        assert!(!reply.is_acknowledged(), "{name}: acknowledged as done");
         drop(session);
         daemon.assert_alive();
         assert_serves(&daemon.socket(), 0);

@@ -1,4 +1,4 @@
-//! Requests that are well formed: what each type must do, and what it must leave in guest memory.
+//! Well-formed requests: what each type must do, and what it must write to guest memory.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP,
@@ -16,27 +16,26 @@ const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNMAP: u32 = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
-/// Length of a serial number on the wire.
+/// VIRTIO_BLK_ID_BYTES: the length of a serial in guest memory.
 const SERIAL_BYTES: usize = 20;
 
 /// Offsets in `struct virtio_blk_config`.
 const CONFIG_MAX_DISCARD_SEG: u32 = 40;
 const CONFIG_MAX_WRITE_ZEROES_SEG: u32 = 52;
 
-/// First sector and count of ranges that begin and end within pages, within one page, and on pages' edges.
+/// First sector and count of ranges that start and end inside pages, inside one page, and at page boundaries.
 const RANGES: [(u64, u32); 5] = [(3, 1), (8, 8), (5, 20), (16, 64), (7, 121)];
 
 fn start() -> Daemon {
     Daemon::start("requests", IMAGE_BYTES, &DaemonOptions::default())
 }
 
-/// The bytes that `count` sectors from sector `first` take in a buffer.
+/// The byte range of `count` sectors from sector `first` in a buffer.
 fn bytes_of((first, count): (u64, u32)) -> std::ops::Range<usize> {
     first as usize * SECTOR_BYTES..(first as usize + count as usize) * SECTOR_BYTES
 }
 
-/// A Linux guest's FLUSH has a header and a status and nothing between them. A server that does its work in a loop
-/// over the data descriptors does none (T1).
+/// A Linux guest's FLUSH has only a header and a status. A server that loops over data descriptors does nothing (T1).
 #[test]
 fn a_flush_of_two_descriptors_reaches_the_image() {
     let daemon = start();
@@ -47,7 +46,7 @@ fn a_flush_of_two_descriptors_reaches_the_image() {
         session.write(sector, &bytes);
         session.flush();
         let found = daemon.image_bytes(sector * SECTOR_BYTES as u64, bytes.len());
-        assert!(found == bytes, "round {round}: what was flushed is in the image");
+        assert!(found == bytes, "round {round}: the image holds the flushed data");
     }
 }
 
@@ -70,8 +69,8 @@ fn the_used_length_counts_what_was_written() {
     }
 }
 
-/// GET_ID pads the serial with NULs to twenty bytes, writes nothing behind them, and writes none where the driver
-/// gave it no room (T9, T14).
+/// GET_ID pads the serial with NULs to 20 bytes, writes nothing after them, and does not write past a shorter buffer
+/// (T9, T14).
 #[test]
 fn a_serial_is_padded_and_never_overruns_its_buffer() {
     const OLD: u8 = 0xcc;
@@ -90,34 +89,38 @@ fn a_serial_is_padded_and_never_overruns_its_buffer() {
             let outcome = session.outcome(&pending, used);
             assert_eq!(outcome.status, OK, "GET_ID into {room} bytes");
             assert_eq!(outcome.data[..SERIAL_BYTES], expected, "GET_ID into {room} bytes");
-            assert!(outcome.data[SERIAL_BYTES..].iter().all(|&byte| byte == OLD), "nothing behind the serial");
+            assert!(
+                outcome.data[SERIAL_BYTES..].iter().all(|&byte| byte == OLD),
+                "bytes after the serial are unchanged"
+            );
         }
 
-        // Less room than the specification demands: truncated or refused, but the bytes behind are not touched.
+        // A buffer shorter than the specification requires: the device may truncate or fail, but must not write past
+        // it.
         let pending = session.submit(0, VIRTIO_BLK_T_GET_ID, 0, Payload::Receive(8));
-        let behind = session.memory.alloc_in(1, 64, 1);
-        session.memory.write(behind, &[OLD; 64]);
+        let after = session.memory.alloc_in(1, 64, 1);
+        session.memory.write(after, &[OLD; 64]);
         session.rings[0].notify();
         let used = session.wait_for(0, 1)[&pending.head];
         let outcome = session.outcome(&pending, used);
         let truncated = outcome.status == OK && outcome.data == expected[..8];
         assert!(truncated || outcome.status == IOERR || outcome.status == UNSUPP, "{outcome:?}");
-        assert_eq!(session.memory.read(behind, 64), [OLD; 64], "nothing behind the driver's room");
+        assert_eq!(session.memory.read(after, 64), [OLD; 64], "bytes after the buffer are unchanged");
 
         let outcome = session.run(0, VIRTIO_BLK_T_GET_ID, 0, Payload::Empty);
-        assert!(outcome.status == IOERR || outcome.status == UNSUPP, "GET_ID without room: {outcome:?}");
+        assert!(outcome.status == IOERR || outcome.status == UNSUPP, "GET_ID without a buffer: {outcome:?}");
         daemon.assert_alive();
     }
 }
 
 #[test]
-fn a_read_only_disk_refuses_every_change() {
+fn a_read_only_disk_rejects_every_write() {
     let directory = TempDir::new("requests");
     let before = pattern(9, 0, 1 << 20);
     std::fs::write(directory.path().join("image"), &before).expect("an image can be written");
     let options = DaemonOptions { read_only: true, ..DaemonOptions::default() };
     let mut daemon = Daemon::start_in(directory, &options);
-    // The driver claims not to know RO: the device must not rely on its goodwill.
+    // The driver does not accept RO: the device must reject writes all the same.
     let mut session = Session::open(&daemon.socket(), &SessionOptions::without(&[VIRTIO_BLK_F_RO]));
     assert_ne!(session.offered & feature(VIRTIO_BLK_F_RO), 0, "RO is offered");
 
@@ -131,15 +134,15 @@ fn a_read_only_disk_refuses_every_change() {
     ] {
         let outcome = session.run(0, kind, 0, payload);
         assert!(outcome.status == IOERR || outcome.status == UNSUPP, "{name}: {outcome:?}");
-        assert_eq!(session.read(0, 4096), before[..4096], "{name} changed nothing that a guest sees");
+        assert_eq!(session.read(0, 4096), before[..4096], "{name} changed the disk");
     }
     drop(session);
     daemon.stop();
-    assert!(daemon.image_bytes(0, before.len()) == before, "nothing changed in the image");
+    assert!(daemon.image_bytes(0, before.len()) == before, "the image is unchanged");
 }
 
 #[test]
-fn write_zeroes_gives_zeros_and_nothing_more() {
+fn write_zeroes_zeroes_exactly_its_range() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert!(session.has(VIRTIO_BLK_F_WRITE_ZEROES), "WRITE_ZEROES is offered");
@@ -152,16 +155,16 @@ fn write_zeroes_gives_zeros_and_nothing_more() {
             assert_eq!(session.write_zeroes(&[range(base + first, count, flags)]), OK, "{first}+{count} {flags}");
             expected[bytes_of((first, count))].fill(0);
             let found = session.read(base, expected.len());
-            assert!(found == expected, "sectors {first}+{count} with flags {flags}, as read");
+            assert!(found == expected, "sectors {first}+{count} with flags {flags}, read by the guest");
             session.flush();
             let found = daemon.image_bytes(base * SECTOR_BYTES as u64, expected.len());
-            assert!(found == expected, "sectors {first}+{count} with flags {flags}, in the image");
+            assert!(found == expected, "sectors {first}+{count} with flags {flags}, on the image");
         }
     }
 }
 
 #[test]
-fn discard_leaves_its_neighbours_alone() {
+fn a_discard_changes_nothing_outside_its_range() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert!(session.has(VIRTIO_BLK_F_DISCARD), "DISCARD is offered");
@@ -170,19 +173,20 @@ fn discard_leaves_its_neighbours_alone() {
         session.write(base, &bytes);
         assert_eq!(session.discard(&[range(base + first, count, 0)]), OK, "discard of {first}+{count}");
         session.flush();
-        let gone = bytes_of((first, count));
+        let discarded = bytes_of((first, count));
         let found = session.read(base, bytes.len());
-        assert!(found[..gone.start] == bytes[..gone.start], "before a discard of {first}+{count}");
-        assert!(found[gone.end..] == bytes[gone.end..], "behind a discard of {first}+{count}");
-        // What was discarded can be written again.
-        session.write(base + first, &bytes[gone]);
+        assert!(found[..discarded.start] == bytes[..discarded.start], "before a discard of {first}+{count}");
+        assert!(found[discarded.end..] == bytes[discarded.end..], "after a discard of {first}+{count}");
+        // A discarded range can be written again.
+        session.write(base + first, &bytes[discarded]);
         assert!(session.read(base, bytes.len()) == bytes, "a rewrite of {first}+{count}");
     }
 }
 
-/// virtio 1.2, section 5.2.6.2: unknown flags, and unmap in a discard, are UNSUPP; a range outside the disk fails.
+/// virtio 1.2, section 5.2.6.2: unknown flags, and unmap in a discard, give UNSUPP; a range outside the disk gives
+/// IOERR.
 #[test]
-fn ranges_that_are_wrong_are_refused_whole() {
+fn a_request_with_an_invalid_range_changes_nothing() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     let bytes = pattern(2, 0, 64 * SECTOR_BYTES);
@@ -193,7 +197,7 @@ fn ranges_that_are_wrong_are_refused_whole() {
     assert_eq!(session.discard(&[range(0, 8, 1 << 7)]), UNSUPP, "discard with an unknown flag");
     assert_eq!(session.write_zeroes(&[range(0, 8, 1 << 31)]), UNSUPP, "write-zeroes with an unknown flag");
     for (name, bad) in [
-        ("over the end", range(capacity - 4, 8, 0)),
+        ("across the end", range(capacity - 4, 8, 0)),
         ("past the end", range(capacity + 1, 8, 0)),
         ("overflowing", range(u64::MAX - 3, 8, 0)),
         ("overflowing in bytes", range(1 << 55, 8, 0)),
@@ -206,32 +210,32 @@ fn ranges_that_are_wrong_are_refused_whole() {
         let outcome = session.run(0, kind, 0, Payload::Empty);
         assert_ne!(outcome.status, OK, "request type {kind} without a range");
     }
-    assert!(session.read(0, bytes.len()) == bytes, "nothing was changed");
+    assert!(session.read(0, bytes.len()) == bytes, "the disk is unchanged");
 }
 
-/// The sector in the header of a discard is reserved (section 5.2.6): it may be anything.
+/// The sector in the header of a discard is reserved (section 5.2.6): it may have any value.
 #[test]
-fn the_header_of_a_discard_has_no_sector() {
+fn a_discard_ignores_the_sector_in_its_header() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    // So many that they would be a sector, were they data.
+    // 32 ranges take 512 bytes, as one sector of data would.
     let ranges: Vec<u8> = (0..32).flat_map(|n| range(16 * n, 8, 0)).collect();
-    let out: Vec<_> =
+    let in_flight: Vec<_> =
         (0..4).map(|_| session.submit(0, VIRTIO_BLK_T_DISCARD, u64::MAX, Payload::Send(&ranges))).collect();
     session.rings[0].notify();
-    session.wait_for(0, out.len());
-    for pending in out {
+    session.wait_for(0, in_flight.len());
+    for pending in in_flight {
         assert_eq!(session.memory.byte(pending.status), OK);
     }
 }
 
 #[test]
-fn several_ranges_in_one_request_are_all_done() {
+fn every_range_of_a_request_is_processed() {
     let daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     for (name, field) in [("discard", CONFIG_MAX_DISCARD_SEG), ("write-zeroes", CONFIG_MAX_WRITE_ZEROES_SEG)] {
         let most = session.config_u32(field);
-        assert!(most >= 1, "{name} takes at least one range");
+        assert!(most >= 1, "{name} allows at least one range");
         let count = most.min(16);
         let ranges: Vec<[u8; 16]> = (0..u64::from(count)).map(|n| range(16 * n + 3, 5, 0)).collect();
         let mut expected = pattern(6, 0, 16 * count as usize * SECTOR_BYTES);
@@ -249,14 +253,14 @@ fn several_ranges_in_one_request_are_all_done() {
         }
         assert!(found == expected, "{name} of {count} ranges");
     }
-    // One wrong range among good ones fails the request.
+    // One invalid range among valid ones fails the request.
     if session.config_u32(CONFIG_MAX_WRITE_ZEROES_SEG) >= 2 {
         let bad = range(session.capacity_sectors(), 1, 0);
-        assert_ne!(session.write_zeroes(&[range(0, 1, 0), bad]), OK, "a wrong range among good ones");
+        assert_ne!(session.write_zeroes(&[range(0, 1, 0), bad]), OK, "an invalid range among valid ones");
     }
 }
 
-/// More requests than a 16-bit index can count.
+/// The test sends more than 2^16 requests.
 #[test]
 fn a_ring_wraps_its_indices() {
     const BATCH: usize = 16;
@@ -265,9 +269,9 @@ fn a_ring_wraps_its_indices() {
     let mut session = Session::open(&daemon.socket(), &options);
     let bytes = pattern(4, 0, 4096);
     session.write(0, &bytes);
-    let (pending, segments) = session.place(VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
+    let (pending, segments) = session.prepare(VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
     for _ in 0..(1 << 16) / BATCH + 8 {
-        // The same memory for all of a batch: they read the same bytes.
+        // All requests of a batch use the same memory: they read the same data.
         for _ in 0..BATCH {
             session.rings[0].submit(&segments);
         }
@@ -275,5 +279,5 @@ fn a_ring_wraps_its_indices() {
         session.wait_for(0, BATCH);
         assert_eq!(session.memory.byte(pending.status), OK);
     }
-    assert!(session.memory.read(pending.data, 4096) == bytes, "what was written is read");
+    assert!(session.memory.read(pending.data, 4096) == bytes, "a read returns the written data");
 }

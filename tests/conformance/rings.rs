@@ -1,4 +1,4 @@
-//! Rings as a whole: starting, stopping, resuming, enabling, and one beside the other.
+//! Rings as a whole: they start, stop, resume, are enabled and disabled, and run side by side.
 
 use std::fs::File;
 use std::process::Command;
@@ -21,15 +21,15 @@ fn start(num_queues: usize) -> Daemon {
     Daemon::start("rings", IMAGE_BYTES, &options)
 }
 
-/// Lets a new driver reuse the data memory of the last one.
+/// Frees the data memory of earlier requests.
 fn reuse_data_memory(session: &Session) {
     session.memory.free_all_in(1);
 }
 
-/// T15. When GET_VRING_BASE has been answered, what was taken has completed, nothing completes any more, and the
-/// base says where to go on.
+/// T15. After the reply to GET_VRING_BASE all requests that were taken have completed, none completes later, and the
+/// base is the next entry to take.
 #[test]
-fn a_stopped_ring_owes_nothing_and_resumes() {
+fn a_stopped_ring_has_nothing_in_flight_and_resumes() {
     const REQUESTS: u64 = 40;
     const REQUEST_BYTES: usize = 64 << 10;
     let seed = seed(15);
@@ -40,7 +40,7 @@ fn a_stopped_ring_owes_nothing_and_resumes() {
         reuse_data_memory(&session);
         let started = session.rings[0].next_avail();
         let sector_of = |n: u64| (round * REQUESTS + n) * 128 % (IMAGE_BYTES / SECTOR_BYTES as u64);
-        let out: Vec<(u64, Pending)> = (0..REQUESTS)
+        let in_flight: Vec<(u64, Pending)> = (0..REQUESTS)
             .map(|n| {
                 let sector = sector_of(n);
                 let bytes = pattern(round + 1, sector, REQUEST_BYTES);
@@ -49,31 +49,31 @@ fn a_stopped_ring_owes_nothing_and_resumes() {
             })
             .collect();
         session.rings[0].notify();
-        // Stop at a random moment: with nothing, something or everything done.
-        let some = prng.below(REQUESTS) as u16;
-        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(()));
+        // Stop at a random moment: none, some or all requests have completed.
+        let awaited = prng.below(REQUESTS) as u16;
+        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
         let base = session.stop_ring(0);
         let used = session.rings[0].used_idx();
-        assert_eq!(used, base, "seed {seed} round {round}: all that was taken has completed");
+        assert_eq!(used, base, "seed {seed} round {round}: all requests that were taken have completed");
         let late = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != used).then_some(()));
         assert!(late.is_none(), "seed {seed} round {round}: a completion after the ring was stopped");
 
         session.set_up_ring(0, base);
         session.enable_ring(0, true);
         session.rings[0].notify();
-        session.wait_for(0, out.len());
-        for (sector, pending) in &out {
+        session.wait_for(0, in_flight.len());
+        for (sector, pending) in &in_flight {
             assert_eq!(session.memory.byte(pending.status), OK, "seed {seed} round {round}: sector {sector}");
         }
         reuse_data_memory(&session);
-        for (sector, _) in out.iter().step_by(7) {
+        for (sector, _) in in_flight.iter().step_by(7) {
             let found = session.read(*sector, REQUEST_BYTES);
             assert!(found == pattern(round + 1, *sector, REQUEST_BYTES), "seed {seed} round {round}: {sector}");
         }
     }
 }
 
-/// A ring may go on at any index (a migrated guest's does), and 2^16 follows upon 2^16 - 1.
+/// A ring may start at any index, as after a migration, and its indices wrap at 2^16.
 #[test]
 fn a_ring_starts_at_any_base() {
     let daemon = start(1);
@@ -87,15 +87,15 @@ fn a_ring_starts_at_any_base() {
             session.write(8 * n, &bytes);
             assert!(session.read(8 * n, 4096) == bytes, "base {base}, request {n}");
         }
-        assert_eq!(session.stop_ring(0), base.wrapping_add(80), "80 requests on from {base}");
+        assert_eq!(session.stop_ring(0), base.wrapping_add(80), "80 requests after {base}");
         session.start_ring(0);
     }
 }
 
-/// virtio's split rings have a power of two of entries. Another number is refused, or served as given; it must not
-/// be acknowledged and then taken for something else.
+/// The size of a split ring must be a power of two. The device may reject another size or serve it as given; it must
+/// not acknowledge it and use a different one.
 #[test]
-fn a_ring_of_an_odd_size_is_refused_or_served_as_it_is() {
+fn a_ring_of_an_invalid_size_is_rejected_or_served_as_it_is() {
     let mut daemon = start(1);
     for size in [0_u16, 3, 100, 0x8001, u16::MAX] {
         let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
@@ -132,14 +132,14 @@ fn a_disabled_ring_waits_until_it_is_enabled() {
         let early = try_poll(ABSENCE / 4, || (session.rings[0].used_idx() != before).then_some(()));
         assert!(early.is_none(), "round {round}: a disabled ring was served");
         session.enable_ring(0, true);
-        // No second kick: the first one must not be lost.
+        // No second notification: the first one must not be lost.
         session.wait_for(0, 1);
         assert_eq!(session.memory.byte(pending.status), OK, "round {round}");
-        assert!(session.read(8 * round, 4096) == bytes, "round {round}: what was written is read");
+        assert!(session.read(8 * round, 4096) == bytes, "round {round}: a read returns the written data");
     }
 }
 
-/// A driver may kick before the front-end has enabled its ring.
+/// A driver may notify the device before the front-end has enabled its ring.
 #[test]
 fn a_kick_before_the_ring_is_enabled_is_not_lost() {
     let daemon = start(1);
@@ -157,14 +157,13 @@ fn a_kick_before_the_ring_is_enabled_is_not_lost() {
     }
 }
 
-/// T2. A short request on one ring does not wait for all the work of another.
+/// T2. A short request on one ring does not wait for all requests of another.
 #[test]
-fn a_busy_ring_does_not_hold_up_another() {
+fn a_busy_ring_does_not_delay_another() {
     const LONG_BYTES: usize = 1 << 20;
     const LONG_REQUESTS: u64 = 32;
     const ROUNDS: u64 = 10;
-    /// On a machine with one idle core, the scheduler may well decide some rounds: a server of one ring at a time
-    /// wins none.
+    /// With one idle core the scheduler decides some rounds. A server that serves one ring at a time wins none.
     const ROUNDS_WON_MIN: u64 = 2;
     let daemon = start(2);
     let options = SessionOptions { queues: 2, region_bytes: 40 << 20, ..SessionOptions::default() };
@@ -187,7 +186,7 @@ fn a_busy_ring_does_not_hold_up_another() {
     assert!(won >= ROUNDS_WON_MIN, "the short request was first in {won} of {ROUNDS} rounds");
 }
 
-/// All rings of a device work at the same time, on data of their own.
+/// Each ring works on its own data.
 #[test]
 fn four_rings_work_side_by_side() {
     const QUEUES: usize = 4;
@@ -209,7 +208,7 @@ fn four_rings_work_side_by_side() {
             session.wait_for(queue, DEPTH as usize);
         }
         for queue in 0..QUEUES {
-            // Read through another ring than the one that wrote.
+            // Read on another ring than the one that wrote.
             let reader = (queue + 1) % QUEUES;
             for n in 0..DEPTH {
                 let sector = sector_of(queue, n);
@@ -221,11 +220,11 @@ fn four_rings_work_side_by_side() {
     }
 }
 
-/// Addresses that make no ring: past the end of memory, half in it, or nowhere (T19).
+/// Invalid ring addresses: past the end of memory, across it, unmapped, or misaligned (T19).
 #[test]
-fn a_ring_outside_memory_is_survived() {
+fn the_daemon_survives_a_ring_outside_memory() {
     let mut daemon = start(1);
-    for case in ["past the end", "over the end", "nowhere", "at the end of addresses", "misaligned"] {
+    for case in ["past the end", "across the end", "unmapped", "at the end of addresses", "misaligned"] {
         let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
         session.share_memory();
         session.add_ring(128);
@@ -235,16 +234,16 @@ fn a_ring_outside_memory_is_survived() {
             + session.memory.regions()[1].len;
         match case {
             "past the end" => addresses.desc_table_addr = end,
-            "over the end" => {
+            "across the end" => {
                 addresses.desc_table_addr = end - 16;
                 addresses.avail_ring_addr = end - 2;
                 addresses.used_ring_addr = end - 4;
             }
-            "nowhere" => addresses.avail_ring_addr = 0x10,
+            "unmapped" => addresses.avail_ring_addr = 0x10,
             "at the end of addresses" => addresses.used_ring_addr = u64::MAX - 3,
             _ => addresses.used_ring_addr += 1,
         }
-        // Whether the address or its use is refused is the daemon's choice.
+        // The daemon may reject the address, or fail to use it.
         let accepted = session.frontend.set_vring_num(0, 128).is_ok()
             && session.frontend.set_vring_addr(0, &addresses).is_ok()
             && session.frontend.set_vring_call(0, &session.rings[0].call).is_ok()
@@ -254,16 +253,16 @@ fn a_ring_outside_memory_is_survived() {
             session.rings[0].notify();
             try_poll(ABSENCE, || (session.rings[0].used_idx() != 0).then_some(()));
         }
-        println!("{case}: {}", if accepted { "accepted" } else { "refused" });
+        println!("{case}: {}", if accepted { "accepted" } else { "rejected" });
         drop(session);
         daemon.assert_alive();
         assert_serves(&daemon.socket(), SPARE_SECTOR);
     }
 }
 
-/// Each ring takes a handful of descriptors, more in all than many a host gives a process at first.
+/// Each ring needs several descriptors: together more than the default soft limit of many hosts.
 #[test]
-fn there_are_descriptors_for_all_rings() {
+fn the_daemon_raises_its_descriptor_limit_for_all_rings() {
     const RINGS: usize = 24;
     let directory = TempDir::new("descriptors");
     File::create(directory.path().join("image")).and_then(|image| image.set_len(IMAGE_BYTES)).expect("an image");
@@ -280,9 +279,9 @@ fn there_are_descriptors_for_all_rings() {
     }
 }
 
-/// A front-end may say again where a ring lies while it runs: none of its answers comes twice.
+/// A front-end may send a ring's address again while the ring runs. No completion may come twice.
 #[test]
-fn the_used_index_never_turns_back() {
+fn the_used_index_never_goes_backwards() {
     const ROUNDS: u32 = 100;
     let daemon = start(1);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
@@ -299,8 +298,11 @@ fn the_used_index_never_turns_back() {
         let end = used.wrapping_add(16);
         while used != end {
             let now = try_poll(PATIENCE, || Some(session.rings[0].used_idx()).filter(|&now| now != used));
-            let now = now.unwrap_or_else(|| panic!("round {round}: {used} of {end} are answered"));
-            assert!(end.wrapping_sub(now) < end.wrapping_sub(used), "round {round}: {used} is followed by {now}");
+            let now = now.unwrap_or_else(|| panic!("round {round}: used.idx stays at {used}, expected {end}"));
+            assert!(
+                end.wrapping_sub(now) < end.wrapping_sub(used),
+                "round {round}: used.idx goes from {used} to {now}"
+            );
             used = now;
         }
         while session.rings[0].take_used().is_some() {}

@@ -1,4 +1,4 @@
-//! Front-ends that come, go, die, reset their device, or were never front-ends at all.
+//! Front-ends that connect, disconnect, crash or reset their device, and clients that do not speak vhost-user.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -17,7 +17,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::common::SECTOR_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
 use crate::common::prng::{Prng, seed};
-use crate::common::raw_message::{FLAG_NEED_REPLY, exchange_claiming, number};
+use crate::common::raw_message::{FLAG_NEED_REPLY, exchange_with_length, number};
 use crate::common::raw_ring::Ring;
 use crate::common::request::{OK, Payload, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions, connect, feature};
@@ -29,7 +29,7 @@ fn start() -> Daemon {
 }
 
 #[test]
-fn everything_promised_is_offered() {
+fn the_documented_features_are_offered() {
     const CONFIG_NUM_QUEUES: u32 = 34;
     let options = DaemonOptions { num_queues: 4, ..DaemonOptions::default() };
     let daemon = Daemon::start("sessions", IMAGE_BYTES, &options);
@@ -58,16 +58,16 @@ fn everything_promised_is_offered() {
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(session.protocol.contains(protocol), "{:?}", session.protocol);
     let config = session.config(CONFIG_NUM_QUEUES, 2);
-    assert_eq!(u16::from_le_bytes([config[0], config[1]]), 4, "as many queues as were configured");
+    assert_eq!(u16::from_le_bytes([config[0], config[1]]), 4, "the configured number of queues");
     assert!(session.frontend.get_queue_num().expect("GET_QUEUE_NUM") >= 4);
 }
 
-/// T16. Fifty front-ends die with requests in flight; the fifty-first finds the daemon as the first did, and no
-/// file descriptor was lost on the way.
+/// T16. Fifty front-ends crash with requests in flight. The next one is served like the first, and the daemon leaks no
+/// file descriptor.
 #[test]
-fn front_ends_that_vanish_leave_nothing_behind() {
+fn front_ends_that_crash_leak_nothing() {
     const FRONT_ENDS: u64 = 50;
-    /// By then the daemon has opened what it opens once and keeps.
+    /// By then the daemon has opened all descriptors that it keeps.
     const WARM_UP: u64 = 5;
     let seed = seed(16);
     let mut prng = Prng::new(seed);
@@ -89,9 +89,9 @@ fn front_ends_that_vanish_leave_nothing_behind() {
             }
         }
         session.rings[0].notify();
-        // Die before, amid or after the work.
-        let some = prng.below(32) as u16;
-        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= some).then_some(()));
+        // Crash before, during or after the requests.
+        let awaited = prng.below(32) as u16;
+        try_poll(PATIENCE, || (session.rings[0].used_idx().wrapping_sub(started) >= awaited).then_some(()));
         drop(session);
         daemon.assert_alive();
         if nth == WARM_UP {
@@ -99,14 +99,14 @@ fn front_ends_that_vanish_leave_nothing_behind() {
         }
     }
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    assert!(session.read(0, kept.len()) == kept, "seed {seed}: what was written is read");
+    assert!(session.read(0, kept.len()) == kept, "seed {seed}: a read returns the written data");
     drop(session);
-    let left = try_poll(PATIENCE, || (daemon.open_descriptors() <= descriptors).then_some(()));
-    assert!(left.is_some(), "{} descriptors are open, {descriptors} were", daemon.open_descriptors());
+    let closed = try_poll(PATIENCE, || (daemon.open_descriptors() <= descriptors).then_some(()));
+    assert!(closed.is_some(), "{} descriptors are open, expected at most {descriptors}", daemon.open_descriptors());
     daemon.stop();
 }
 
-/// How many descriptors the daemon holds once it has let go of its last front-end: the least that is seen.
+/// Number of descriptors of the daemon without a front-end: the minimum over some time.
 fn idle_descriptors(daemon: &Daemon) -> usize {
     let mut least = daemon.open_descriptors();
     try_poll(4 * ABSENCE, || {
@@ -116,9 +116,8 @@ fn idle_descriptors(daemon: &Daemon) -> usize {
     least
 }
 
-/// A front-end that comes while another is served waits for its turn, and gets it.
 #[test]
-fn the_next_front_end_is_served_after_this_one() {
+fn a_second_front_end_is_served_after_the_first() {
     let daemon = start();
     let mut first = Session::open(&daemon.socket(), &SessionOptions::default());
     let bytes = pattern(3, 0, 4096);
@@ -131,12 +130,12 @@ fn the_next_front_end_is_served_after_this_one() {
     }
     drop(first);
     let found = second.join().expect("the second front-end is served");
-    assert!(found == bytes, "and finds what the first one wrote");
+    assert!(found == bytes, "the second front-end reads the first one's data");
 }
 
-/// RESET_DEVICE stops the rings; set up anew, the device is as good as new, and the disk as it was.
+/// RESET_DEVICE stops the rings. Set up again, the device works, and the disk keeps its data.
 #[test]
-fn a_reset_device_starts_anew() {
+fn a_reset_device_can_be_set_up_again() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     for round in 1..=10 {
@@ -150,20 +149,20 @@ fn a_reset_device_starts_anew() {
         assert!(late.is_none(), "round {round}: a ring was served after the reset");
 
         session.frontend.set_features(session.features).expect("SET_FEATURES after a reset");
-        // A front-end that sees a reset through, as a VMM does when its guest boots again, shares its memory anew.
+        // Like a VMM whose guest reboots, the front-end shares its memory again after the reset.
         session.share_memory();
         session.rings[0] = Ring::new(&session.memory, 128, 0, false);
         session.start_ring(0);
         let found = session.run(0, VIRTIO_BLK_T_IN, 8 * round, Payload::Receive(4096));
         assert_eq!(found.status, OK, "round {round}");
-        assert!(found.data == bytes, "round {round}: the disk is as it was");
+        assert!(found.data == bytes, "round {round}: the disk keeps its data");
     }
     daemon.assert_alive();
 }
 
-/// What is not a vhost-user message at all, or only half of one.
+/// Random bytes, or only a part of a message.
 #[test]
-fn rubbish_on_the_socket_is_survived() {
+fn the_daemon_survives_garbage_on_the_socket() {
     let mut daemon = start();
     let mut prng = Prng::new(seed(17));
     for case in 0..20 {
@@ -171,11 +170,11 @@ fn rubbish_on_the_socket_is_survived() {
         match case {
             0 => {}
             1 => send(&mut socket, &[1]),
-            // Half a header, and a header whose body never comes.
+            // A part of a header, and a header without its body.
             2 => send(&mut socket, &[1, 0, 0, 0, 1, 0]),
             3 => send(&mut socket, &[&2_u32.to_le_bytes()[..], &1_u32.to_le_bytes(), &8_u32.to_le_bytes()].concat()),
             4 => {
-                exchange_claiming(&socket, number::SET_MEM_TABLE, FLAG_NEED_REPLY, u32::MAX, &[0; 64], &[]);
+                exchange_with_length(&socket, number::SET_MEM_TABLE, FLAG_NEED_REPLY, u32::MAX, &[0; 64], &[]);
             }
             _ => {
                 let noise = prng.bytes(8 << (case % 8));
@@ -189,6 +188,6 @@ fn rubbish_on_the_socket_is_survived() {
 }
 
 fn send(socket: &mut UnixStream, bytes: &[u8]) {
-    // The daemon may hang up before it has all of it.
+    // The daemon may close the connection before it has read everything.
     let _ = socket.write_all(bytes);
 }

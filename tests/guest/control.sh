@@ -1,11 +1,11 @@
 #!/bin/sh
-# A control for the guest tests: QEMU's own vhost-user-blk server behind genblk's options. When a test fails, this
-# tells a fault of genblk from one of the guest, of QEMU, or of the test:
+# A control for the guest tests: QEMU's vhost-user-blk server with genblk's options. When a test fails, the control tells
+# a bug of genblk from one of the guest, of QEMU, or of the test:
 #
 #   GENBLK_BIN=tests/guest/control.sh cargo test --test guest
 #
-# It has no cache to size and writes to the host's page cache, so --cache-size and --cache-mode are taken and ignored;
-# and a serial number of its own, so that the one test that looks at it fails.
+# It writes through the host's page cache, so it ignores --cache-size and --cache-mode. It has its own serial, so the test
+# of the serial fails.
 set -eu
 
 writable=on
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
         --num-queues) queues=$2 && shift 2 ;;
         --read-only) writable=off && shift ;;
         --cache-size | --cache-mode | --serial | --memory-dir) shift 2 ;;
-        *) echo "control.sh: what is $1?" >&2 && exit 2 ;;
+        *) echo "control.sh: unknown option $1" >&2 && exit 2 ;;
     esac
 done
 read_only=off

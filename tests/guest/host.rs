@@ -1,5 +1,4 @@
-//! What the host does around a guest: scratch directories, command-line tools, the initramfs, and the question whether
-//! KVM really works here.
+//! The host's side of a guest test: scratch directories, command-line tools, the initramfs, and a probe for KVM.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -9,7 +8,7 @@ use std::time::Duration;
 
 use crate::vm::Vm;
 
-/// A command that is also looked for where distributions keep e2fsprogs from ordinary users.
+/// A command. It is also searched in the sbin directories, where some distributions have e2fsprogs.
 pub fn tool(program: impl AsRef<Path>) -> Command {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut command = Command::new(program.as_ref());
@@ -17,7 +16,7 @@ pub fn tool(program: impl AsRef<Path>) -> Command {
     command
 }
 
-/// Runs a command to its end and shows everything it said if it fails.
+/// Runs a command; panics with its output if it fails.
 pub fn run(command: &mut Command) -> Output {
     let output = command
         .output()
@@ -32,7 +31,7 @@ pub fn run(command: &mut Command) -> Output {
     output
 }
 
-/// The files of one test, removed at its end unless it failed.
+/// The files of one test; removed on drop, unless the test failed.
 #[derive(Debug)]
 pub struct Scratch {
     dir: PathBuf,
@@ -43,9 +42,9 @@ impl Scratch {
     pub fn new(name: &str) -> Self {
         let unique = format!("genblk-{name}-{}", std::process::id());
         let scratch = Self {
-            // Images go under target/: /tmp may be a tmpfs, where O_DIRECT is refused.
+            // Images are under target/: /tmp may be a tmpfs, where O_DIRECT fails.
             dir: Path::new(env!("CARGO_TARGET_TMPDIR")).join(&unique),
-            // A socket's path has room for 107 bytes, so sockets can't.
+            // Sockets are not: their paths have at most 107 bytes.
             sockets: std::env::temp_dir().join(&unique),
         };
         for dir in [&scratch.dir, &scratch.sockets] {
@@ -62,7 +61,7 @@ impl Scratch {
         self.sockets.join("blk.sock")
     }
 
-    /// A folder in shared memory.
+    /// A directory in shared memory.
     pub fn memory(&self) -> PathBuf {
         memory_of(&self.socket())
     }
@@ -70,7 +69,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // Errors are of no interest here: the next `cargo clean` takes what stays.
+        // Errors do not matter: `cargo clean` removes the rest.
         let _ = std::fs::remove_dir_all(self.memory());
         let _ = std::fs::remove_dir_all(&self.sockets);
         if thread::panicking() {
@@ -81,20 +80,20 @@ impl Drop for Scratch {
     }
 }
 
-/// Shared memory for the cache of the daemon that listens on `socket`; it outlives the daemon.
+/// The directory in shared memory for the cache of the daemon that listens on `socket`.
 pub fn memory_of(socket: &Path) -> PathBuf {
     let test = socket.parent().and_then(Path::file_name).unwrap();
     Path::new("/dev/shm").join(test)
 }
 
-/// One of two places for tests that run a guest: more at a time only make each other miss their deadlines.
-pub fn place() -> MutexGuard<'static, ()> {
-    static PLACES: [Mutex<()>; 2] = [Mutex::new(()), Mutex::new(())];
+/// Waits for one of two slots for tests that run a guest. More guests at a time would miss their deadlines.
+pub fn guest_slot() -> MutexGuard<'static, ()> {
+    static SLOTS: [Mutex<()>; 2] = [Mutex::new(()), Mutex::new(())];
     loop {
-        for place in &PLACES {
-            match place.try_lock() {
+        for slot in &SLOTS {
+            match slot.try_lock() {
                 Ok(guard) => return guard,
-                // A test that failed left nothing behind that this lock protects.
+                // The lock protects no data that a failed test could have broken.
                 Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => {}
             }
@@ -127,7 +126,7 @@ impl Boot {
     }
 }
 
-/// A /dev/kvm that can be opened proves nothing (nested virtualization may be broken or hang), so boot something on it.
+/// Boots a guest to find out: with broken nested virtualization /dev/kvm can be opened, but guests hang.
 fn kvm_works(boot: &Boot) -> bool {
     let opens = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     opens && Vm::probe_kvm(boot, Duration::from_secs(8))

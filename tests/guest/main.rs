@@ -1,12 +1,11 @@
-//! A real kernel on genblk's disk: Linux in a virtual machine formats, writes, trims, reboots, loses power, and the
-//! host looks at the image afterwards with tools that know nothing of genblk.
+//! A Linux guest on genblk's disk: it formats, writes, trims, reboots and loses power. Then the host checks the image
+//! with independent tools.
 //!
-//! The guest is made by mkinitramfs.sh and does what `init` says; both are in this directory. Under TCG a boot takes
-//! about four seconds on two cores. Without QEMU or a kernel these tests fail rather than pass unseen; `make setup`
-//! installs both. To tell a fault of genblk from one of the guest, run the control:
-//! `GENBLK_BIN=tests/guest/control.sh cargo test --test guest`.
+//! mkinitramfs.sh builds the guest, and its `init` runs the jobs; both are in this directory. Under TCG a boot takes
+//! about four seconds on two cores. Without QEMU or a kernel these tests fail; `make setup` installs both. To tell a
+//! bug of genblk from one of the guest, run the control: `GENBLK_BIN=tests/guest/control.sh cargo test --test guest`.
 
-// All of this is a test; clippy.toml's exception reaches only the functions marked so.
+// All of this is test code, but clippy.toml's exception covers only functions with #[test].
 #![allow(clippy::unwrap_used)]
 
 mod host;
@@ -23,33 +22,33 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use host::{Boot, Scratch, place};
-use image::Entry;
+use host::{Boot, Scratch, guest_slot};
+use image::GuestFile;
 use server::Server;
 use vm::Vm;
 
 const MIB: u64 = 1 << 20;
 
-/// Small enough that the guest's files do not fit: the cache has to evict and to write back all the time.
+/// Less than the guest's files: the cache must evict and write back all the time.
 const SMALL_CACHE: [&str; 2] = ["--cache-size", "16M"];
 
-/// A seed that no other run has had, so that data left over from one can't pass for this one's.
+/// A seed that is unique to this run, so that data of an earlier run cannot pass for this one's.
 fn seed(test: &str) -> String {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     format!("{test}-{}", since.as_micros())
 }
 
-/// What the job `format` leaves behind, so that an empty manifest can't pass.
-fn assert_complete(files: &[Entry]) {
+/// Checks that the job `format` has created all its files: an empty manifest must not pass.
+fn assert_complete(files: &[GuestFile]) {
     let total: usize = files.iter().map(|file| file.size).sum();
     assert_eq!(files.len(), 38, "files in the manifest");
     assert!(total > 30 << 20, "the manifest names only {total} bytes");
-    assert!(files.iter().any(|file| file.generation == "2/7+3"), "no file was patched");
+    assert!(files.iter().any(|file| file.generation == "2/7+3"), "no file has a patch of generation 2");
 }
 
 #[test]
 fn files_survive_reboots_and_a_restart_of_the_daemon() {
-    let _place = place();
+    let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("reboot");
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed("reboot"));
@@ -64,21 +63,21 @@ fn files_survive_reboots_and_a_restart_of_the_daemon() {
     assert_complete(&written);
 
     let again = image::manifest(&Vm::qemu(boot, &socket, "verify", &seed).finish());
-    assert_eq!(again, written, "the second boot sees other files, with the same daemon");
+    assert_eq!(again, written, "the second boot, with the same daemon");
     server.stop();
 
     let server = Server::start(&socket, &disk, &SMALL_CACHE);
     let again = image::manifest(&Vm::qemu(boot, &socket, "verify", &seed).finish());
-    assert_eq!(again, written, "the third boot sees other files, with a new daemon");
+    assert_eq!(again, written, "the third boot, with a new daemon");
     server.stop();
 
     image::assert_clean(&disk);
     image::assert_holds(&disk, &scratch.file("tree"), &written, &seed);
 }
 
-/// The plug is pulled while the guest writes and syncs. `then` decides the daemon's fate and returns the one that the
-/// guest finds when it comes up again.
-fn pull_the_plug(name: &str, then: impl FnOnce(Server, &Path, &Path) -> Server) {
+/// Kills the machine while the guest writes and syncs. `then` may kill the daemon too; it returns the daemon for the
+/// next boot.
+fn check_synced_files_after_a_kill(name: &str, then: impl FnOnce(Server, &Path, &Path) -> Server) {
     let boot = Boot::get();
     let scratch = Scratch::new(name);
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed(name));
@@ -109,27 +108,27 @@ fn pull_the_plug(name: &str, then: impl FnOnce(Server, &Path, &Path) -> Server) 
 }
 
 #[test]
-fn synced_files_survive_the_death_of_the_machine() {
-    let _place = place();
-    pull_the_plug("vm-dies", |mut server, _, _| {
+fn synced_files_survive_a_kill_of_the_machine() {
+    let _slot = guest_slot();
+    check_synced_files_after_a_kill("vm-dies", |mut server, _, _| {
         server.assert_alive();
         server
     });
 }
 
 #[test]
-fn synced_files_survive_the_death_of_the_machine_and_of_the_daemon() {
-    let _place = place();
-    pull_the_plug("both-die", |server, socket, disk| {
+fn synced_files_survive_a_kill_of_machine_and_daemon() {
+    let _slot = guest_slot();
+    check_synced_files_after_a_kill("both-die", |server, socket, disk| {
         server.kill();
         Server::start(socket, disk, &SMALL_CACHE)
     });
 }
 
-/// The guest formats, writes and verifies while `end` takes its disk's daemon away from it, again and again.
-fn the_guest_lives_on(name: &str, start: fn(&Boot, &Path, &str, &str) -> Vm, end: fn(Server)) {
-    const TIMES: u32 = 5;
-    let _place = place();
+/// The guest formats, writes and verifies while its daemon is ended with `end` and restarted, several times.
+fn check_guest_across_restarts(name: &str, start: fn(&Boot, &Path, &str, &str) -> Vm, end: fn(Server)) {
+    const RESTARTS: u32 = 5;
+    let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new(name);
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed(name));
@@ -139,8 +138,8 @@ fn the_guest_lives_on(name: &str, start: fn(&Boot, &Path, &str, &str) -> Vm, end
     let mut vm = start(boot, &socket, "format", &seed);
     vm.wait_for("disk:");
     let (written, server) = thread::scope(|scope| {
-        let ending = scope.spawn(|| {
-            for _ in 0..TIMES {
+        let restarts = scope.spawn(|| {
+            for _ in 0..RESTARTS {
                 thread::sleep(Duration::from_millis(1100));
                 end(server);
                 server = Server::start(&socket, &disk, &SMALL_CACHE);
@@ -148,8 +147,8 @@ fn the_guest_lives_on(name: &str, start: fn(&Boot, &Path, &str, &str) -> Vm, end
             server
         });
         let written = image::manifest(&vm.finish());
-        assert!(ending.is_finished(), "the guest was ready before the daemon had gone {TIMES} times");
-        (written, ending.join().unwrap())
+        assert!(restarts.is_finished(), "the guest finished before {RESTARTS} restarts");
+        (written, restarts.join().unwrap())
     });
     assert_complete(&written);
     server.stop();
@@ -158,32 +157,32 @@ fn the_guest_lives_on(name: &str, start: fn(&Boot, &Path, &str, &str) -> Vm, end
 }
 
 #[test]
-fn a_guest_outlives_its_disks_daemon() {
-    the_guest_lives_on("outlives", Vm::qemu_that_reconnects, Server::kill);
+fn a_guest_survives_kills_of_its_daemon() {
+    check_guest_across_restarts("outlives", Vm::qemu_that_reconnects, Server::kill);
 }
 
 #[test]
-fn a_guest_does_not_notice_that_the_daemon_is_upgraded() {
-    the_guest_lives_on("upgrade", Vm::qemu_that_reconnects, Server::hand_over);
+fn a_guest_survives_upgrades_of_its_daemon() {
+    check_guest_across_restarts("upgrade", Vm::qemu_that_reconnects, Server::hand_over);
 }
 
-/// (What it says to the daemon when it reconnects is tried on every machine, in `tests/survival`.)
+/// Needs KVM. `tests/survival` sends the messages of cloud-hypervisor's reconnection on every machine.
 #[test]
-fn a_guest_of_cloud_hypervisor_outlives_its_disks_daemon() {
+fn a_cloud_hypervisor_guest_survives_kills_of_its_daemon() {
     if cloud_hypervisor_runs() {
-        the_guest_lives_on("ch-outlives", Vm::cloud_hypervisor, Server::kill);
-        the_guest_lives_on("ch-upgrade", Vm::cloud_hypervisor, Server::hand_over);
+        check_guest_across_restarts("ch-outlives", Vm::cloud_hypervisor, Server::kill);
+        check_guest_across_restarts("ch-upgrade", Vm::cloud_hypervisor, Server::hand_over);
     }
 }
 
 #[test]
 fn a_read_only_disk_can_be_read_and_not_written() {
-    let _place = place();
+    let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("readonly");
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed("readonly"));
 
-    // This disk is made by the host, so the guest reads what no genblk has written.
+    // The host makes this disk: the guest reads data that genblk has not written.
     let tree = scratch.file("tree");
     std::fs::create_dir(&tree).unwrap();
     let (mut list, mut sums) = (String::new(), String::new());
@@ -206,8 +205,8 @@ fn a_read_only_disk_can_be_read_and_not_written() {
 }
 
 #[test]
-fn a_completed_write_is_in_the_image_when_writing_through() {
-    let _place = place();
+fn a_completed_write_is_on_the_image_of_a_writethrough_disk() {
+    let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("through");
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed("through"));
@@ -215,9 +214,9 @@ fn a_completed_write_is_in_the_image_when_writing_through() {
 
     let server = Server::start(&socket, &disk, &["--cache-mode", "writethrough"]);
     let mut vm = Vm::qemu(boot, &socket, "raw", &seed);
-    assert_eq!(vm.wait_for("write cache:"), "write through", "what the guest thinks of its disk");
+    assert_eq!(vm.wait_for("write cache:"), "write through", "the cache mode that the guest sees");
     assert_eq!(vm.wait_for("written raw"), "3145728");
-    // The guest has not asked for a flush, and neither of the two gets a chance to tidy up.
+    // The guest has not flushed, and neither daemon nor guest can write anything back.
     server.kill();
     vm.kill();
 
@@ -227,8 +226,8 @@ fn a_completed_write_is_in_the_image_when_writing_through() {
 }
 
 #[test]
-fn the_last_sectors_of_an_odd_disk_are_read() {
-    let _place = place();
+fn the_last_sectors_of_an_unaligned_disk_can_be_read() {
+    let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("tail");
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed("tail"));
@@ -242,11 +241,11 @@ fn the_last_sectors_of_an_odd_disk_are_read() {
     assert_eq!(vm.wait_for("sum "), image::sum(&disk));
     vm.finish();
     server.stop();
-    // Last, because the control has a serial number of its own and fails here, rightly.
+    // Last, because the control has another serial: it fails here.
     assert!(geometry.contains("serial \"odd-disk\""), "{geometry}");
 }
 
-/// Whether this machine has cloud-hypervisor and what it needs.
+/// Whether cloud-hypervisor runs on this machine.
 fn cloud_hypervisor_runs() -> bool {
     if !Boot::get().kvm {
         eprintln!("skipped: cloud-hypervisor needs KVM, which does not work here");
@@ -260,11 +259,11 @@ fn cloud_hypervisor_runs() -> bool {
 }
 
 #[test]
-fn cloud_hypervisor_finds_the_same_disk() {
+fn cloud_hypervisor_and_qemu_read_the_same_disk() {
     if !cloud_hypervisor_runs() {
         return;
     }
-    let _place = place();
+    let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("ch");
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed("ch"));
@@ -273,9 +272,9 @@ fn cloud_hypervisor_finds_the_same_disk() {
     let server = Server::start(&socket, &disk, &SMALL_CACHE);
     let written = image::manifest(&Vm::cloud_hypervisor(boot, &socket, "format", &seed).finish());
     assert_complete(&written);
-    // The disk goes from one hypervisor to the other with the daemon's cache still warm.
+    // The daemon runs on: QEMU's guest finds its cache warm.
     let again = image::manifest(&Vm::qemu(boot, &socket, "verify", &seed).finish());
-    assert_eq!(again, written, "QEMU's guest sees other files than cloud-hypervisor's");
+    assert_eq!(again, written, "the files that QEMU's guest sees");
     server.stop();
     image::assert_clean(&disk);
     image::assert_holds(&disk, &scratch.file("tree"), &written, &seed);

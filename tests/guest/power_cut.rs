@@ -1,6 +1,6 @@
-//! The power goes while a guest writes and syncs files: at hundreds of moments, each with another choice of what the disk
-//! had not yet made durable. The file system's journal is replayed, the file system must be in order, and every file
-//! whose sync the guest had reported must have its bytes.
+//! Power cuts while a guest writes and syncs files, at hundreds of events, each with a random choice of the operations
+//! that the disk had not made durable. The test replays the file system's journal; then the file system must be
+//! consistent, and every file that the guest had reported as synced must have its bytes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,21 +11,21 @@ use genblk::service::Service;
 use genblk::store::Backing;
 use genblk::store::file::{FileImage, OpenOptions};
 
-use crate::host::{Boot, Scratch, place, tool};
+use crate::host::{Boot, Scratch, guest_slot, tool};
 use crate::image;
 use crate::prng::{self, Prng};
-use crate::recorder::{Log, Recorder, Replay};
+use crate::recorder::{Log, Recorder, Replay, Syncs};
 use crate::vm::Vm;
 use crate::{MIB, seed};
 
 const IMAGE_BYTES: u64 = 48 * MIB;
 
-/// How often the power is cut; `make soak` asks for more.
-fn points() -> usize {
+/// Number of power cuts; `make soak` sets a larger one.
+fn power_cuts() -> usize {
     std::env::var("GENBLK_CRASH_POINTS").ok().and_then(|n| n.parse().ok()).unwrap_or(200)
 }
 
-/// A file whose sync the guest reported, and how far the log was when it did.
+/// A file that the guest reported as synced, and the number of log events at that time.
 #[derive(Debug)]
 struct Synced {
     name: String,
@@ -34,15 +34,16 @@ struct Synced {
 }
 
 /// What a guest did to a disk.
-struct Story {
+struct Recording {
     log: Log,
+    /// The image before.
     before: Vec<u8>,
     synced: Vec<Synced>,
     seed: String,
 }
 
-/// Lets a guest sync `files` files on a disk of genblk's in this process.
-fn record(scratch: &Scratch, name: &str, mode: CacheMode, files: usize) -> Story {
+/// Records a guest that syncs `files` files on a device served in this process.
+fn record(scratch: &Scratch, name: &str, mode: CacheMode, files: usize) -> Recording {
     let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed(name));
     std::fs::create_dir(scratch.file("empty")).unwrap();
     image::create_ext4(&disk, IMAGE_BYTES, &scratch.file("empty"));
@@ -59,78 +60,82 @@ fn record(scratch: &Scratch, name: &str, mode: CacheMode, files: usize) -> Story
     let mut synced = Vec::new();
     while synced.len() < files {
         let line = vm.wait_for("synced ");
-        let reported = recorder.now();
+        let reported = recorder.events();
         let [name, size, _] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
         synced.push(Synced { name: name.to_owned(), size: size.parse().unwrap(), reported });
     }
     vm.kill();
     running.shutdown().unwrap();
-    Story { log: recorder.finish(), before, synced, seed }
+    Recording { log: recorder.finish(), before, synced, seed }
 }
 
-/// Cuts the power at `points` moments; says at which something was wrong, and what.
-fn cut_power(story: &Story, folder: &Path, points: usize, syncs_count: bool) -> Vec<String> {
-    let Story { log, before, synced, seed } = story;
-    // What a guest does differs from run to run: a seed repeats the choices of the cuts alone.
+/// Checks `cuts` power cuts at random events; returns a description of each that broke a guarantee.
+fn check_power_cuts(recording: &Recording, folder: &Path, cuts: usize, syncs: Syncs) -> Vec<String> {
+    let Recording { log, before, synced, seed } = recording;
+    // The guest differs from run to run: a seed repeats only the choices of the power cuts.
     let mut prng = Prng::new(prng::seed(u64::from(std::process::id())));
-    let operations = u64::try_from(log.len()).unwrap();
-    let mut moments: Vec<usize> = (0..points).map(|_| usize::try_from(prng.between(1, operations)).unwrap()).collect();
-    moments.sort_unstable();
+    let events = u64::try_from(log.len()).unwrap();
+    let mut positions: Vec<usize> = (0..cuts).map(|_| usize::try_from(prng.between(1, events)).unwrap()).collect();
+    positions.sort_unstable();
     let expected: BTreeMap<&str, Vec<u8>> =
         synced.iter().map(|file| (&*file.name, image::contents(seed, &file.name, "1", file.size))).collect();
-    let mut replay = Replay::new(log, before.clone(), syncs_count);
-    let mut wrong = Vec::new();
-    for moment in moments {
-        replay.advance(moment);
+    let mut replay = Replay::new(log, before.clone(), syncs);
+    let mut faults = Vec::new();
+    for position in positions {
+        replay.advance(position);
         let disk = folder.join("cut.img");
         std::fs::write(&disk, replay.power_cut(|percent| prng.percent(percent))).unwrap();
-        let promised = synced.iter().filter(|file| file.reported <= moment).map(|file| &*file.name);
-        if let Err(why) = check(&disk, folder, promised, &expected) {
-            wrong.push(format!("moment {moment} of {}: {why}", log.len()));
+        let synced_by_then = synced.iter().filter(|file| file.reported <= position).map(|file| &*file.name);
+        if let Err(fault) = check(&disk, folder, synced_by_then, &expected) {
+            faults.push(format!("event {position} of {}: {fault}", log.len()));
         }
     }
-    wrong
+    faults
 }
 
-/// How many of the files that were promised are not on the disk as it was at first.
-fn lost_files(story: &Story, folder: &Path) -> usize {
+/// How many of the first three synced files the checks find lost on the image as it was before the guest ran.
+fn lost_files(recording: &Recording, folder: &Path) -> usize {
     let disk = folder.join("cut.img");
-    std::fs::write(&disk, &story.before).unwrap();
-    let expected: BTreeMap<&str, Vec<u8>> = story
+    std::fs::write(&disk, &recording.before).unwrap();
+    let expected: BTreeMap<&str, Vec<u8>> = recording
         .synced
         .iter()
-        .map(|file| (&*file.name, image::contents(&story.seed, &file.name, "1", file.size)))
+        .map(|file| (&*file.name, image::contents(&recording.seed, &file.name, "1", file.size)))
         .collect();
     let lost = |file: &&Synced| {
-        let why = check(&disk, folder, std::iter::once(&*file.name), &expected);
-        why.is_err_and(|why| why.contains("was synced"))
+        let result = check(&disk, folder, std::iter::once(&*file.name), &expected);
+        result.is_err_and(|fault| fault.contains("was synced"))
     };
-    story.synced.iter().take(3).filter(lost).count()
+    recording.synced.iter().take(3).filter(lost).count()
 }
 
-/// Replays the journal, looks at the file system, and compares the files that were promised.
+/// Replays the journal, checks the file system, and compares the files in `synced`.
 fn check<'a>(
     disk: &Path,
     folder: &Path,
-    promised: impl Iterator<Item = &'a str>,
+    synced: impl Iterator<Item = &'a str>,
     expected: &BTreeMap<&str, Vec<u8>>,
 ) -> Result<(), String> {
     let e2fsck = |options: &[&str]| {
         let output = tool("e2fsck").args(options).arg(disk).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        if output.status.success() { Ok(()) } else { Err(format!("e2fsck {options:?}: {}\n{said}", output.status)) }
+        let output_text = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(format!("e2fsck {options:?}: {}\n{output_text}", output.status))
+        }
     };
     e2fsck(&["-y", "-E", "journal_only"])?;
     e2fsck(&["-fn"])?;
     let tree: PathBuf = folder.join("tree");
-    // The last point's files must not pass for this one's.
+    // Files of an earlier power cut must not pass for this one's.
     let _ = std::fs::remove_dir_all(&tree);
     image::extract(disk, &tree);
-    for name in promised {
+    for name in synced {
         match std::fs::read(tree.join(name)) {
             Ok(found) if found == expected[name] => {}
-            Ok(_) => return Err(format!("{name} was synced, and has other bytes")),
-            Err(error) => return Err(format!("{name} was synced, and is not there: {error}")),
+            Ok(_) => return Err(format!("{name} was synced, but has other bytes")),
+            Err(error) => return Err(format!("{name} was synced, but cannot be read: {error}")),
         }
     }
     Ok(())
@@ -138,28 +143,28 @@ fn check<'a>(
 
 #[test]
 fn synced_files_survive_a_power_cut_at_any_moment() {
-    let _place = place();
+    let _slot = guest_slot();
     let scratch = Scratch::new("cut");
-    let story = record(&scratch, "cut", CacheMode::Writeback, 40);
+    let recording = record(&scratch, "cut", CacheMode::Writeback, 40);
     let folder = scratch.memory();
     std::fs::create_dir_all(&folder).unwrap();
-    let wrong = cut_power(&story, &folder, points(), true);
-    assert!(wrong.is_empty(), "{} of {} points: {}", wrong.len(), points(), wrong.join("\n"));
-    // The same story told of a disk on which a Sync does nothing: whoever believes that has not looked.
-    let wrong = cut_power(&story, &folder, 20, false);
-    assert!(wrong.len() > 10, "a file system breaks where Syncs lie: {wrong:?}");
-    // Without a journal to replay the file system would show it first: the files themselves must be looked at, too.
-    let lost = lost_files(&story, &folder);
-    assert!(lost > 0, "files are lost where the disk is as it was before");
+    let faults = check_power_cuts(&recording, &folder, power_cuts(), Syncs::MakeDurable);
+    assert!(faults.is_empty(), "{} of {} power cuts: {}", faults.len(), power_cuts(), faults.join("\n"));
+    // The checks must fail on a disk whose Syncs do nothing.
+    let faults = check_power_cuts(&recording, &folder, 20, Syncs::DoNothing);
+    assert!(faults.len() > 10, "the checks miss Syncs that do nothing: {faults:?}");
+    // Such a disk already breaks the file system. The check of the files must work, too.
+    let lost = lost_files(&recording, &folder);
+    assert!(lost > 0, "the checks miss files that are not on the disk");
 }
 
 #[test]
-fn written_files_survive_a_power_cut_when_writing_through() {
-    let _place = place();
+fn written_files_survive_a_power_cut_in_writethrough_mode() {
+    let _slot = guest_slot();
     let scratch = Scratch::new("cut-through");
-    let story = record(&scratch, "cut-through", CacheMode::Writethrough, 20);
+    let recording = record(&scratch, "cut-through", CacheMode::Writethrough, 20);
     let folder = scratch.memory();
     std::fs::create_dir_all(&folder).unwrap();
-    let wrong = cut_power(&story, &folder, points() / 4, true);
-    assert!(wrong.is_empty(), "{} points: {}", wrong.len(), wrong.join("\n"));
+    let faults = check_power_cuts(&recording, &folder, power_cuts() / 4, Syncs::MakeDurable);
+    assert!(faults.is_empty(), "{} power cuts: {}", faults.len(), faults.join("\n"));
 }

@@ -1,5 +1,5 @@
-//! An image that remembers everything that was done to it, as dm-log-writes does, and what a power cut at any moment could
-//! have left.
+//! An image that records every operation, as dm-log-writes does, and a replay that gives the image after a power cut at
+//! any moment.
 
 use std::collections::HashMap;
 use std::os::fd::RawFd;
@@ -10,15 +10,15 @@ use genblk::error::Result;
 use genblk::store::{Backing, Event, IoRequest, Limits, Refused, StoreQueue};
 use genblk::units::OpKind;
 
-/// What a power cut leaves whole: ext4 writes the two sectors of its superblock in place, and counts on them. (Disks write
-/// at least this much at once: their physical blocks have 4096 bytes.)
+/// The unit that a power cut does not tear. ext4 writes the two sectors of its superblock in place and relies on this;
+/// disks with physical blocks of 4096 bytes provide it.
 const UNTORN_BYTES: usize = 1024;
 
-/// What an operation did.
+/// The effect of an operation.
 #[derive(Debug)]
 enum Change {
     Write(Vec<u8>),
-    /// Zeros, or a discard, which leaves zeros in a file.
+    /// A zero, or a discard, which leaves zeros in a file.
     Zero(usize),
     Sync,
 }
@@ -29,18 +29,18 @@ struct Operation {
     change: Change,
 }
 
-/// A moment in the life of an operation, by its number.
+/// An event in the log: an operation, by its number, is submitted or completes.
 #[derive(Clone, Copy, Debug)]
-enum Moment {
+enum LogEvent {
     Submitted(usize),
     Completed(usize),
 }
 
-/// Everything that was done, in order.
+/// All operations and their events, in order.
 #[derive(Debug, Default)]
 pub struct Log {
     operations: Vec<Operation>,
-    moments: Vec<Moment>,
+    events: Vec<LogEvent>,
 }
 
 /// The log of an image in use.
@@ -53,12 +53,12 @@ impl Recorder {
         Arc::new(RecordedImage { inner, recorder: self.clone() })
     }
 
-    /// How many moments there have been.
-    pub fn now(&self) -> usize {
-        self.0.lock().unwrap().moments.len()
+    /// Number of events so far.
+    pub fn events(&self) -> usize {
+        self.0.lock().unwrap().events.len()
     }
 
-    /// The log, when the image is not in use any more.
+    /// Takes the log, once the image is no longer in use.
     pub fn finish(self) -> Log {
         std::mem::take(&mut self.0.lock().unwrap())
     }
@@ -77,23 +77,23 @@ impl Backing for RecordedImage {
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {
         let (inner, recorder) = (self.inner.attach()?, self.recorder.clone());
-        Ok(Box::new(RecordedStore { inner, recorder, out: HashMap::new() }))
+        Ok(Box::new(RecordedStore { inner, recorder, in_flight: HashMap::new() }))
     }
 }
 
 struct RecordedStore {
     inner: Box<dyn StoreQueue>,
     recorder: Recorder,
-    /// Numbers of the operations under way, by their tags.
-    out: HashMap<u64, usize>,
+    /// The numbers of the operations in flight, by their tags.
+    in_flight: HashMap<u64, usize>,
 }
 
-/// What a request changes; `None`: nothing.
+/// The change that a request makes; `None` if it makes none.
 fn change_of(request: &IoRequest) -> Option<Change> {
     let len = usize::try_from(request.len).unwrap();
     match request.op {
         OpKind::Write => {
-            // SAFETY: the request owns the memory of its segments until its event, and nobody writes to it.
+            // SAFETY: the request owns the memory of its segments until its event, and no thread writes to it.
             let piece = |segment: &genblk::store::Segment| unsafe { slice::from_raw_parts(segment.base, segment.len) };
             Some(Change::Write(request.segments.iter().map(piece).collect::<Vec<_>>().concat()))
         }
@@ -115,14 +115,14 @@ impl StoreQueue for RecordedStore {
     fn submit(&mut self, request: IoRequest) -> std::result::Result<(), Refused> {
         let (tag, offset) = (request.tag, usize::try_from(request.offset).unwrap());
         let change = change_of(&request);
-        // Held meanwhile: what another worker's store sees complete comes before or after all of this.
+        // The lock is held during the submission, so that completions of other workers are logged before or after it.
         let mut log = self.recorder.0.lock().unwrap();
         self.inner.submit(request)?;
         if let Some(change) = change {
             let number = log.operations.len();
             log.operations.push(Operation { offset, change });
-            log.moments.push(Moment::Submitted(number));
-            self.out.insert(tag, number);
+            log.events.push(LogEvent::Submitted(number));
+            self.in_flight.insert(tag, number);
         }
         Ok(())
     }
@@ -136,8 +136,8 @@ impl StoreQueue for RecordedStore {
         self.inner.reap(events);
         for event in &events[before..] {
             let Event::Done { tag } = event else { continue };
-            if let Some(number) = self.out.remove(tag) {
-                self.recorder.0.lock().unwrap().moments.push(Moment::Completed(number));
+            if let Some(number) = self.in_flight.remove(tag) {
+                self.recorder.0.lock().unwrap().events.push(LogEvent::Completed(number));
             }
         }
     }
@@ -147,67 +147,77 @@ impl StoreQueue for RecordedStore {
     }
 }
 
-/// What is known of the image at a moment: what no power cut can take, and what one may.
+/// What a completed Sync does in a replay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Syncs {
+    /// It makes earlier operations durable, as on any disk.
+    MakeDurable,
+    /// It does nothing: proves that the checks notice this.
+    DoNothing,
+}
+
+/// The state of the image at an event: the data that is durable, and the operations that a power cut may undo.
 #[derive(Debug)]
 pub struct Replay<'a> {
     log: &'a Log,
-    /// Whether a Sync makes anything durable. (It does; a checker that does not notice when it doesn't is none.)
-    syncs_count: bool,
-    stable: Vec<u8>,
-    /// Operations that a power cut may undo, in the order in which they were submitted, each with the moment of its end.
+    syncs: Syncs,
+    durable: Vec<u8>,
+    /// Operations that a power cut may undo, in order of submission, each with the event of its completion.
     volatile: Vec<(usize, Option<usize>)>,
-    /// When each Sync under way was submitted.
-    syncs: HashMap<usize, usize>,
-    now: usize,
+    /// By number of each Sync in flight: the event of its submission.
+    syncs_in_flight: HashMap<usize, usize>,
+    /// Number of replayed events.
+    position: usize,
 }
 
 impl<'a> Replay<'a> {
-    /// Before the first operation: the image is `stable`.
-    pub fn new(log: &'a Log, stable: Vec<u8>, syncs_count: bool) -> Self {
-        Self { log, syncs_count, stable, volatile: Vec::new(), syncs: HashMap::new(), now: 0 }
+    /// Starts before the first operation, with the image's contents at that time.
+    pub fn new(log: &'a Log, durable: Vec<u8>, syncs: Syncs) -> Self {
+        Self { log, syncs, durable, volatile: Vec::new(), syncs_in_flight: HashMap::new(), position: 0 }
     }
 
-    /// Goes on to a moment.
+    /// Replays up to event `to`.
     pub fn advance(&mut self, to: usize) {
-        while self.now < to {
-            match self.log.moments[self.now] {
-                Moment::Submitted(number) if matches!(self.log.operations[number].change, Change::Sync) => {
-                    self.syncs.insert(number, self.now);
+        while self.position < to {
+            match self.log.events[self.position] {
+                LogEvent::Submitted(number) if matches!(self.log.operations[number].change, Change::Sync) => {
+                    self.syncs_in_flight.insert(number, self.position);
                 }
-                Moment::Submitted(number) => self.volatile.push((number, None)),
-                Moment::Completed(number) => match self.syncs.remove(&number) {
-                    Some(submitted) => self.synced(submitted),
+                LogEvent::Submitted(number) => self.volatile.push((number, None)),
+                LogEvent::Completed(number) => match self.syncs_in_flight.remove(&number) {
+                    Some(submitted) => self.complete_sync(submitted),
                     None => {
                         let entry = self.volatile.iter_mut().find(|(other, _)| *other == number);
-                        entry.expect("what completes was submitted").1 = Some(self.now);
+                        entry.expect("an operation is submitted before it completes").1 = Some(self.position);
                     }
                 },
             }
-            self.now += 1;
+            self.position += 1;
         }
     }
 
-    /// A Sync submitted at that moment is done: what had completed by then is stable.
-    fn synced(&mut self, submitted: usize) {
-        if !self.syncs_count {
+    /// A Sync submitted at event `submitted` completes: operations that had completed by then are durable.
+    fn complete_sync(&mut self, submitted: usize) {
+        if self.syncs == Syncs::DoNothing {
             return;
         }
-        let Self { log, stable, volatile, .. } = self;
+        let Self { log, durable, volatile, .. } = self;
         volatile.retain(|&(number, completed)| {
             let covered = completed.is_some_and(|completed| completed < submitted);
             if covered {
-                apply(&log.operations[number], stable, || true);
+                apply(&log.operations[number], durable, || true);
             }
             !covered
         });
     }
 
-    /// What a power cut now may leave: `chance(percent)` decides about each operation and each of its pieces.
+    /// An image that a power cut at this event may leave. `chance(percent)` decides for each operation, and for each
+    /// piece of a torn one, whether it is on the image.
     pub fn power_cut(&self, mut chance: impl FnMut(u64) -> bool) -> Vec<u8> {
-        let mut image = self.stable.clone();
+        let mut image = self.durable.clone();
         for &(number, completed) in &self.volatile {
             if chance(50) {
-                // Torn if it was on its way, and sometimes if it lay in the disk's cache.
+                // An operation in flight is torn, and sometimes one in the disk's write cache.
                 let torn = completed.is_none() || chance(20);
                 apply(&self.log.operations[number], &mut image, || !torn || chance(50));
             }
@@ -216,8 +226,8 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// Does an operation to an image, as far as `reaches` says of each piece that is not torn.
-fn apply(operation: &Operation, image: &mut [u8], mut reaches: impl FnMut() -> bool) {
+/// Applies the pieces of an operation for which `is_written` returns true.
+fn apply(operation: &Operation, image: &mut [u8], mut is_written: impl FnMut() -> bool) {
     let len = match &operation.change {
         Change::Write(bytes) => bytes.len(),
         Change::Zero(len) => *len,
@@ -226,7 +236,7 @@ fn apply(operation: &Operation, image: &mut [u8], mut reaches: impl FnMut() -> b
     let (mut begin, end) = (operation.offset, operation.offset + len);
     while begin < end {
         let next = (begin + 1).next_multiple_of(UNTORN_BYTES).min(end);
-        if reaches() {
+        if is_written() {
             match &operation.change {
                 Change::Write(bytes) => {
                     image[begin..next].copy_from_slice(&bytes[begin - operation.offset..next - operation.offset]);
@@ -239,8 +249,8 @@ fn apply(operation: &Operation, image: &mut [u8], mut reaches: impl FnMut() -> b
 }
 
 impl Log {
-    /// How many moments it has.
+    /// Number of events.
     pub fn len(&self) -> usize {
-        self.moments.len()
+        self.events.len()
     }
 }

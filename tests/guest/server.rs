@@ -1,4 +1,4 @@
-//! The daemon under test as a process: started, watched, asked to stop, or killed.
+//! The daemon under test as a process.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::host::{memory_of, run};
 
-/// Start and stop take this long at most. A stop writes back everything that is dirty.
+/// The limit for a start or a stop. A stop writes back all dirty pages.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
@@ -43,7 +43,7 @@ impl Server {
         let deadline = Instant::now() + PATIENCE;
         while !is_listening(socket) {
             if let Some(status) = server.child.try_wait().unwrap() {
-                panic!("the daemon ended before it listened: {status}");
+                panic!("the daemon exited before it listened: {status}");
             }
             assert!(Instant::now() < deadline, "the daemon does not listen");
             thread::sleep(Duration::from_millis(10));
@@ -51,12 +51,12 @@ impl Server {
         server
     }
 
-    /// SIGTERM: the daemon must write everything back and say so with its exit status.
+    /// Sends SIGTERM: the daemon must write everything back and exit with status 0.
     pub fn stop(self) {
         self.end("-TERM");
     }
 
-    /// SIGUSR1: the daemon must leave its cache for the next one.
+    /// Sends SIGUSR1: the daemon must exit with status 0 and leave its cache for the next one.
     pub fn hand_over(self) {
         self.end("-USR1");
     }
@@ -73,10 +73,10 @@ impl Server {
             assert!(Instant::now() < deadline, "the daemon does not stop");
             thread::sleep(Duration::from_millis(10));
         };
-        assert!(status.success(), "the daemon ended with {status}");
+        assert!(status.success(), "the daemon exited with {status}");
     }
 
-    /// SIGKILL: what the daemon alone knew is gone.
+    /// Sends SIGKILL.
     pub fn kill(mut self) {
         self.assert_alive();
         self.child.kill().unwrap();
@@ -85,14 +85,14 @@ impl Server {
 
     pub fn assert_alive(&mut self) {
         if let Some(status) = self.child.try_wait().unwrap() {
-            panic!("the daemon died: {status}");
+            panic!("the daemon exited: {status}");
         }
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Both fail on a process that has been waited for, which is what we want here.
+        // Both fail if the process has been waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() {
@@ -102,8 +102,8 @@ impl Drop for Server {
     }
 }
 
-/// Asks the kernel rather than the socket: a connection would be a front-end that comes and goes, and the socket file
-/// alone may be left from a daemon that was killed, or not listen yet.
+/// Whether a process listens on `socket`. Asks the kernel: a test connection would count as a front-end, and the
+/// socket's file may be left from a killed daemon, or not listen yet.
 fn is_listening(socket: &Path) -> bool {
     const ACCEPTS: &str = "00010000";
     let table = std::fs::read_to_string("/proc/net/unix").unwrap();

@@ -1,4 +1,4 @@
-//! One virtual machine as a process. Its serial console arrives line by line; every wait has an end.
+//! A virtual machine as a process. It reads the serial console line by line; every wait has a deadline.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -12,7 +12,7 @@ use crate::host::{Boot, tool};
 /// Long enough for the slowest job on an emulated processor that has to share a busy core.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Every line of the guest that is meant for us begins with this.
+/// The guest's messages to the test start with this.
 const MARK: &str = "GENBLK-GUEST: ";
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Vm {
         Self::qemu_on(boot, &format!("path={}", socket.display()), job, seed)
     }
 
-    /// As [`Vm::qemu`]; when the daemon goes, the machine looks for another one every second.
+    /// As [`Vm::qemu`]; when the daemon disconnects, QEMU tries to reconnect every second.
     pub fn qemu_that_reconnects(boot: &Boot, socket: &Path, job: &str, seed: &str) -> Self {
         Self::qemu_on(boot, &format!("path={},reconnect=1", socket.display()), job, seed)
     }
@@ -60,7 +60,7 @@ impl Vm {
         Self::spawn(command, job)
     }
 
-    /// Does a kernel get as far as our init under KVM?
+    /// Whether a kernel starts our init under KVM within `patience`.
     pub fn probe_kvm(boot: &Boot, patience: Duration) -> bool {
         let mut vm = Self::spawn(qemu(boot, true, "probe", "0"), "probe");
         vm.deadline = Instant::now() + patience;
@@ -80,12 +80,12 @@ impl Vm {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("{:?}: {error}; `make setup` installs it", command.get_program()));
-        // The machine's own complaints belong into the transcript as well. Each thread ends with its pipe.
+        // The transcript holds stderr too. Each thread ends when its pipe closes.
         let (sender, lines) = channel();
-        let (console, complaints) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let (console, stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         let other_sender = sender.clone();
         thread::spawn(move || forward(BufReader::new(console), &sender));
-        thread::spawn(move || forward(BufReader::new(complaints), &other_sender));
+        thread::spawn(move || forward(BufReader::new(stderr), &other_sender));
         let deadline = Instant::now() + PATIENCE;
         Self { job: job.to_owned(), child, lines, transcript: Vec::new(), deadline }
     }
@@ -97,7 +97,7 @@ impl Vm {
         Ok(line)
     }
 
-    /// Waits for a line that begins with `what`, and returns the rest of it.
+    /// Waits for a message that starts with `what`; returns its rest.
     pub fn wait_for(&mut self, what: &str) -> String {
         loop {
             let line = match self.next_line() {
@@ -106,10 +106,10 @@ impl Vm {
                     panic!("no \"{what}\" within {PATIENCE:?}\n{}", self.text())
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    panic!("the machine ended without \"{what}\"\n{}", self.text())
+                    panic!("the machine exited without \"{what}\"\n{}", self.text())
                 }
             };
-            // A message of the kernel may stand before ours on the same line.
+            // A kernel message may precede ours on the same line.
             let Some((_, message)) = line.split_once(MARK) else {
                 continue;
             };
@@ -120,7 +120,7 @@ impl Vm {
         }
     }
 
-    /// Waits until the guest says that its job is done and has powered off; returns all that it said to us.
+    /// Waits until the guest reports that its job is done, and powers off; returns all its messages.
     pub fn finish(mut self) -> Vec<String> {
         let done = format!("ok {}", self.job);
         self.wait_for(&done);
@@ -131,18 +131,18 @@ impl Vm {
         self.messages()
     }
 
-    /// Pulls the plug; returns what the guest said until then.
+    /// Kills the machine; returns the guest's messages so far.
     pub fn kill(mut self) -> Vec<String> {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        // Lines that were on their way count: the guest had said them.
+        // Lines that are still in the pipe count: the guest has sent them.
         while let Ok(line) = self.lines.recv() {
             self.transcript.push(line);
         }
         self.messages()
     }
 
-    /// The complete lines that the guest addressed to us. Power may have gone in the middle of the last one.
+    /// The guest's complete messages. A kill may have cut the last one.
     fn messages(&self) -> Vec<String> {
         let messages = self.transcript.iter().filter_map(|line| line.split_once(MARK));
         messages.map(|(_, message)| message.to_owned()).collect()
@@ -155,13 +155,13 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        // Both fail on a process that has been waited for, which is what we want here.
+        // Both fail if the process has been waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Passes on complete lines only: half a line says nothing that could be relied upon.
+/// Forwards complete lines only.
 fn forward(mut from: impl BufRead, to: &Sender<String>) {
     let mut line = Vec::new();
     while matches!(from.read_until(b'\n', &mut line), Ok(1..)) && line.ends_with(b"\n") {

@@ -173,7 +173,7 @@ fn an_upgrade_with_a_cache_of_one_gib_pauses_for_less_than_a_second() {
     let mut session = Session::open(&daemon.socket(), &options);
     for at in (0..FILLED).step_by(64 << 20) {
         // Sixteen segments with the same guest memory.
-        let (pending, segments) = session.place(VIRTIO_BLK_T_IN, at / 512, Payload::Receive(4 << 20));
+        let (pending, segments) = session.prepare(VIRTIO_BLK_T_IN, at / 512, Payload::Receive(4 << 20));
         let data = std::iter::repeat_n(segments[1], 16);
         let chain: Vec<_> = [segments[0]].into_iter().chain(data).chain([segments[2]]).collect();
         session.rings[0].submit(&chain);

@@ -1,4 +1,4 @@
-//! A device in this process over an image whose faults can be told when to come and go.
+//! A device served in this process, on an image that fails on demand.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,9 +13,9 @@ use super::daemon::TempDir;
 use super::shadow::Shadow;
 use super::workload::{Client, ClientOptions};
 
-/// A device that is served, its image's faults, and where to find both.
+/// A running device, and control of its image's faults.
 #[derive(Debug)]
-pub struct Bench {
+pub struct FaultyDevice {
     running: Option<Running>,
     pub faults: Faults,
     socket: PathBuf,
@@ -23,8 +23,8 @@ pub struct Bench {
     _directory: TempDir,
 }
 
-impl Bench {
-    /// Serves an image with what `shadow` says in it; `adjust` changes the configuration.
+impl FaultyDevice {
+    /// Serves an image with the contents of `shadow`; `adjust` changes the configuration.
     pub fn new(name: &str, shadow: &Shadow, adjust: impl FnOnce(&mut DeviceConfig)) -> Self {
         let directory = TempDir::new(name);
         let (image, socket) = (directory.path().join("disk.img"), directory.path().join("blk.sock"));
@@ -38,41 +38,41 @@ impl Bench {
         Self { running: Some(running), faults, socket, image, _directory: directory }
     }
 
-    /// The image.
+    /// The image's path.
     pub fn image(&self) -> &Path {
         &self.image
     }
 
-    /// Where front-ends connect.
+    /// The socket to which front-ends connect.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// A client with so many queues.
+    /// A client with this number of queues.
     pub fn client(&self, queues: u16) -> Client {
         let queues = queues.into();
         Client::connect(&self.socket, &ClientOptions { queues, ..ClientOptions::default() })
     }
 
-    /// The device.
+    /// The running device.
     pub fn running(&self) -> &Running {
-        self.running.as_ref().expect("it runs until end()")
+        self.running.as_ref().expect("the device runs until shutdown")
     }
 
-    /// Ends the device; the image must be what the shadow says.
-    pub fn end(mut self, shadow: &Shadow) {
+    /// Shuts the device down; the image must then match the shadow.
+    pub fn shutdown(mut self, shadow: &Shadow) {
         self.stop();
         if let Err(mismatch) = shadow.check_image(&self.image) {
-            panic!("the image after the end: {mismatch:x?}");
+            panic!("the image after shutdown: {mismatch:x?}");
         }
     }
 
-    /// Ends the device; its image has no name any more.
-    pub fn end_without_image(mut self) {
+    /// Shuts the device down; its image has been unlinked and is not checked.
+    pub fn shutdown_without_image(mut self) {
         self.stop();
     }
 
     fn stop(&mut self) {
-        self.running.take().expect("it runs until here").shutdown().expect("everything can be written");
+        self.running.take().expect("the device runs").shutdown().expect("every dirty page is written");
     }
 }

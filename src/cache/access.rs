@@ -1,18 +1,18 @@
-//! Requests as the cache sees them: what its owner asks for, and what comes back.
+//! The cache's interface for guest requests: accesses, the pieces to copy, and notices.
 
 use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8, low_u32};
 
-/// A request's name. Its owner chooses it, and the cache uses it in its notices.
+/// Identifies a request in the cache's notices. The cache's owner chooses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
-/// Part of a request that can be copied now: adjacent sectors of the request, also adjacent in memory. Its frames are
-/// pinned until the owner returns the piece.
+/// Part of a request that can be copied now: a run of sectors that is contiguous in the request and in memory. Its frames
+/// stay pinned until the owner returns the piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// The first of as many adjacent frames as the sectors take. `None` stands for zeros (a hole).
+    /// The first frame; the following ones are adjacent. `None`: a hole, which reads as zeros.
     pub frame: Option<FrameId>,
-    /// The first page, in a piece of a write.
+    /// The first page, if the piece belongs to a write.
     pub page: PageId,
     /// First sector within the first page.
     pub first: u8,
@@ -26,11 +26,11 @@ impl Piece {
     /// The frames that the piece pins.
     pub fn frames(&self) -> impl Iterator<Item = FrameId> + use<> {
         let end = u64::from(self.first) + u64::from(self.count);
-        let count = usize::try_from(end.div_ceil(SECTORS_PER_PAGE)).expect("less than the frames");
+        let count = usize::try_from(end.div_ceil(SECTORS_PER_PAGE)).expect("a piece has no more frames than the cache");
         self.frame.into_iter().flat_map(|frame| (frame.0..).map(FrameId)).take(count)
     }
 
-    /// Appends `next` to this piece if it continues it, in the request and in memory. Returns whether it did.
+    /// Extends this piece by `next` if that follows it in the request and in memory. Returns whether it did.
     pub(super) fn absorb(&mut self, next: &Self) -> bool {
         let pages = (u64::from(self.first) + u64::from(self.count)) / SECTORS_PER_PAGE;
         let frame = self.frame.map(|frame| FrameId(frame.0 + low_u32(pages)));
@@ -41,7 +41,7 @@ impl Piece {
         follows
     }
 
-    /// Adds the piece to those of the same request before it.
+    /// Appends the piece to the earlier ones of its request, or extends the last of them by it.
     pub(super) fn join(self, pieces: &mut Vec<Self>) {
         if !pieces.last_mut().is_some_and(|last| last.absorb(&self)) {
             pieces.push(self);
@@ -58,38 +58,38 @@ pub enum CopyResult {
     Incomplete,
 }
 
-/// A read or write request, or the rest of one.
+/// A read or write request, or the part of one that is left after a stall.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
-    /// The request's name.
+    /// Identifies the request.
     pub ticket: Ticket,
     /// The whole request; within the image.
     pub span: SectorSpan,
-    /// The first sector of the request that was not admitted before.
+    /// The first sector of the request that is not admitted yet.
     pub from: u32,
-    /// The request has stalled, and a [`Notice::Resume`] came: it goes before requests that have not waited.
+    /// The request had stalled, and this is the retry after its [`Notice::Resume`]: it does not queue behind others.
     pub resumed: bool,
 }
 
 /// How much of a request was admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admitted {
-    /// All of it: every sector is in a piece, or will come in a notice.
+    /// All of it: every sector is in a piece, or a notice will report it.
     All,
-    /// The sectors before this one of the request. The rest stalls until a [`Notice::Resume`].
+    /// The sectors before this one of the request. The rest is stalled until a [`Notice::Resume`].
     Until(u32),
-    /// The sectors before this one of the request. The rest fails.
+    /// The sectors before this one of the request. The rest has failed.
     Refused(u32, Fault),
 }
 
-/// What the cache reports of a request after the call that made it.
+/// What the cache reports of a request after the call that submitted it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// A piece of a read was read in.
     Ready(Ticket, Piece),
-    /// This many sectors of a read can't be read.
+    /// This many sectors of a read could not be read in.
     Unreadable(Ticket, u32, Fault),
-    /// A request that stalled may try again.
+    /// A stalled request is to be retried.
     Resume(Ticket),
     /// A flush, zero or discard is complete.
     Done(Ticket, Result<(), Fault>),
@@ -107,7 +107,7 @@ pub(super) struct PagePart {
 }
 
 impl PagePart {
-    /// The part from sector `at` of a request for `span` on; `None` past its end.
+    /// The part that begins at sector `at` of a request for `span`; `None` past its end.
     pub fn of(span: SectorSpan, at: u32) -> Option<Self> {
         let left = span.count.checked_sub(u64::from(at)).filter(|&left| left > 0)?;
         let sector = span.start + u64::from(at);

@@ -1,129 +1,136 @@
-//! Space before the write: what a write is about to fill has its space on the store before the write completes (genfs'
-//! GOP_ALLOC), so that a completed write never fails later for lack of it.
+//! Space before the write: a write into a hole completes only after the store has allocated the space (genfs: GOP_ALLOC),
+//! so that its write-back never fails for lack of space.
 //!
-//! Space is asked for a region of 1 MiB at a time, ahead of the writer. Regions that have it are remembered in a table of
-//! bounded size; for one that was forgotten the store is asked again, which costs little.
+//! The store allocates a region of 1 MiB at a time, ahead of the writer. A bounded table remembers the regions that have
+//! their space. If it forgets one, the cache asks the store again, which costs little.
 
 use crate::units::{Fault, OpKind, PageNo, SectorSpan, low_u32};
 
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{PageCache, PlantedBug, REGION_PAGES};
+use super::{FRAMES_PER_REGION, PageCache, PlantedBug, REGION_PAGES};
 
-/// No region.
+/// An empty slot of the table.
 const NONE: u32 = u32::MAX;
-/// Least number of regions that are remembered: so many that the quotient of the last one on any image fits 32 bits.
-const REGIONS_MIN: u32 = 256;
+/// Fewest slots of the table: with so many, the quotient of any image's last region fits 32 bits.
+const SLOTS_MIN: u32 = 256;
 
-/// Whether a page has its space.
+/// Whether a page has its space on the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Space {
-    /// It has.
-    There,
-    /// The store is being asked.
-    Wait,
-    /// There is none.
+    Allocated,
+    /// The store has been asked, or will be when the pause after a failure is over.
+    Pending,
     Refused(Fault),
+}
+
+/// An allocation under way.
+#[derive(Debug)]
+struct PendingAllocation {
+    region: u64,
+    /// Space of the region was freed meanwhile: when the allocation ends, the region may have holes again.
+    stale: bool,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Allocating {
-    /// Regions with their space, each in the one place where it can be: the remainder of its number. What stands there is
-    /// the quotient; [`NONE`]: nothing.
-    reserved: Vec<u32>,
-    /// Regions that the store is being asked for, and whether space was given back there meanwhile.
-    asked: Vec<(u64, bool)>,
-    /// The store can't.
+    /// Regions that have their space, in a direct-mapped table: the slot is the remainder of the region's number, and
+    /// holds the quotient, or [`NONE`].
+    allocated: Vec<u32>,
+    pending: Vec<PendingAllocation>,
+    /// The store cannot allocate ahead of a write.
     unsupported: bool,
-    /// The operator has been last_reported so.
-    last_reported: bool,
+    /// The operator has been told of that.
+    reported: bool,
 }
 
 impl Allocating {
-    /// For a cache of `frames` frames: a region for every 64 frames, so a cache of a quarter of the image remembers all.
+    /// For a cache of `frames` frames.
     pub fn new(frames: u32) -> Self {
-        let regions = (frames / 64).max(REGIONS_MIN) as usize;
-        Self { reserved: vec![NONE; regions], asked: Vec::new(), unsupported: false, last_reported: false }
+        let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;
+        Self { allocated: vec![NONE; slots], pending: Vec::new(), unsupported: false, reported: false }
     }
 
-    /// Where a region's place is, and what stands there if the region has its space.
-    fn place_of(&self, region: u64) -> (usize, u32) {
-        let places = self.reserved.len() as u64;
-        (low_u32(region % places) as usize, low_u32(region / places))
+    /// The slot of a region, and what it holds if the region has its space.
+    fn slot_of(&self, region: u64) -> (usize, u32) {
+        let slots = self.allocated.len() as u64;
+        (low_u32(region % slots) as usize, low_u32(region / slots))
     }
 
-    /// The region has its space.
+    /// Remembers that the region has its space.
     fn remember(&mut self, region: u64) {
-        let (place, quotient) = self.place_of(region);
-        self.reserved[place] = quotient;
+        let (slot, quotient) = self.slot_of(region);
+        self.allocated[slot] = quotient;
     }
 
     /// Whether the region is known to have its space.
-    fn knows(&self, region: u64) -> bool {
-        let (place, quotient) = self.place_of(region);
-        self.reserved[place] == quotient
+    fn is_allocated(&self, region: u64) -> bool {
+        let (slot, quotient) = self.slot_of(region);
+        self.allocated[slot] == quotient
     }
 
-    /// Space in the span was given back.
+    /// Space in the span was freed.
     pub fn forget(&mut self, span: SectorSpan) {
         let pages = span.pages();
         let touched = pages.first.0 / REGION_PAGES..pages.end().0.div_ceil(REGION_PAGES);
-        let places = self.reserved.len() as u64;
-        for (place, quotient) in (0..).zip(&mut self.reserved) {
-            if *quotient != NONE && touched.contains(&(u64::from(*quotient) * places + place)) {
+        let slots = self.allocated.len() as u64;
+        for (slot, quotient) in (0..).zip(&mut self.allocated) {
+            if *quotient != NONE && touched.contains(&(u64::from(*quotient) * slots + slot)) {
                 *quotient = NONE;
             }
         }
-        for (region, stale) in &mut self.asked {
-            *stale |= touched.contains(region);
+        for allocation in &mut self.pending {
+            allocation.stale |= touched.contains(&allocation.region);
         }
     }
 
-    /// Whether the store can't reserve space, and nobody has been last_reported.
-    pub fn take_refusal(&mut self) -> bool {
-        self.unsupported && !std::mem::replace(&mut self.last_reported, true)
+    /// Whether the operator is to be told now, once, that the store cannot allocate ahead of a write.
+    pub fn take_unsupported(&mut self) -> bool {
+        self.unsupported && !std::mem::replace(&mut self.reported, true)
     }
 
-    /// Bytes of memory the table takes.
+    /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.reserved.capacity() * size_of::<u32>()
+        self.allocated.capacity() * size_of::<u32>()
     }
 }
 
 impl PageCache {
-    /// Whether a page may be written, as far as its space goes. `resumed`: whoever asks has waited for the answer.
+    /// Whether a page that is to be written has its space; if that is not known, asks the store for it. A refusal is final
+    /// only for a request that `resumed`: another one has the store asked again.
     pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
         if self.planted(PlantedBug::SpaceIsTakenForGranted) {
-            return Space::There;
+            return Space::Allocated;
         }
         if !self.settings.allocate || self.allocating.unsupported || self.holes.is_data(no) {
-            return Space::There;
+            return Space::Allocated;
         }
         let region = no.0 / REGION_PAGES;
-        if self.allocating.knows(region) {
-            return Space::There;
+        if self.allocating.is_allocated(region) {
+            return Space::Allocated;
         }
-        if self.allocating.asked.iter().any(|&(asked, _)| asked == region) {
-            return Space::Wait;
+        if self.allocating.pending.iter().any(|allocation| allocation.region == region) {
+            return Space::Pending;
         }
         match self.health.space_refused() {
             Some(fault) if resumed => return Space::Refused(fault),
-            _ if self.health.holding() && !self.health.may_retry(self.now) => return Space::Wait,
+            _ if self.health.holding() && !self.health.may_retry(self.now) => return Space::Pending,
             _ => {}
         }
-        self.allocating.asked.push((region, false));
+        self.allocating.pending.push(PendingAllocation { region, stale: false });
         self.stats.allocations += 1;
         let span = self.span_of(PageNo(region * REGION_PAGES), REGION_PAGES);
         self.store_ops.submit(StoreOp::without_pages(OpKind::Allocate, span));
-        Space::Wait
+        Space::Pending
     }
 
-    /// The store has answered.
+    /// An allocation has ended.
     pub(super) fn allocate_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         let region = op.first_page().0 / REGION_PAGES;
-        let index = self.allocating.asked.iter().position(|&(asked, _)| asked == region);
-        let (_, stale) = self.allocating.asked.swap_remove(index.expect("an answer comes for a region asked for"));
+        let index = self.allocating.pending.iter().position(|allocation| allocation.region == region);
+        let index = index.expect("an allocation that ends is pending");
+        let PendingAllocation { stale, .. } = self.allocating.pending.swap_remove(index);
         match outcome.fault() {
             Some(Fault::Unsupported) => self.allocating.unsupported = true,
             Some(fault) => self.store_failed(fault, Cause::Allocate),
@@ -136,7 +143,7 @@ impl PageCache {
         }
     }
 
-    /// Writes that are held for want of space try again when the pause is over.
+    /// Writes that wait for space are retried when the pause after the failure is over.
     pub(super) fn retry_allocations(&mut self) {
         if self.health.waits_for_space() && self.health.may_retry(self.now) {
             self.stalled.unblock();

@@ -1,53 +1,52 @@
-//! Write-back ahead of the FLUSH (eager writeback: Lee, Tyson and Farrens, MICRO 2000, there for lines of a processor's
-//! cache).
+//! Write-back ahead of a FLUSH (eager writeback: Lee, Tyson and Farrens, MICRO 2000, for lines of a CPU's cache).
 //!
-//! A guest that syncs often, and little at a time, as a database does, waits in each FLUSH for what it wrote just before.
-//! What the store is to have in a moment can go at once: the store works while the guest does, and the FLUSH finds
-//! little left.
+//! A guest that flushes often and little at a time, as a database does, waits in each FLUSH for the pages that it has just
+//! written. If they are written back at once, the store works while the guest does, and little is left for the FLUSH.
 //!
-//! That costs where patience would have spared the store an operation: a page that is written again before the FLUSH,
-//! and a run that grows, go twice instead of once (and a FLUSH right after waits for one after the other). So the writes
-//! between two FLUSHes are counted, and those among them that would have gone along with an earlier one; what held of
-//! the last interval is expected of the next.
+//! That costs an operation wherever waiting would have saved one: a page that is written again before the FLUSH, or a run
+//! of pages that grows, goes to the store twice instead of once, and a FLUSH right after waits for one after the other. So
+//! the cache counts the writes between two FLUSHes, and how many of them write-back at the FLUSH would have merged with an
+//! earlier one. The counts of one interval predict the next.
 
 use crate::units::{PageNo, PageSpan};
 
-use super::PageCache;
 use super::pages::{Page, UNSYNCED};
+use super::{PageCache, REGION_PAGES};
 
-/// An interval with more pages (1 MiB) is a bulk of writes, for the cursor to put in order.
-const PAGES_MAX: u64 = 256;
-/// At most one of so many writes would have gone along with another: a third more operations, but for what would have been
-/// bridged.
-const MERGED_SHARE: u32 = 4;
+/// Most pages of an interval (1 MiB). More is bulk writing: there the order of the cursor is worth more.
+const PAGES_MAX: u64 = REGION_PAGES;
+/// Eager write-back is worthwhile if at most one in so many writes would have been merged: then it costs at most a third
+/// more operations, not counting bridged gaps.
+const WRITES_PER_MERGED: u32 = 4;
 
 /// What guests have written since the last FLUSH.
 #[derive(Debug, Default)]
 pub(super) struct Eager {
     pages: u64,
     writes: u32,
-    /// Those that would have gone along with an earlier one.
+    /// Writes that write-back at the FLUSH would have merged with an earlier one.
     merged: u32,
-    /// It would have was_worthwhile to write at once, in the interval before.
+    /// Eager write-back would have been worthwhile in the interval before.
     was_worthwhile: bool,
 }
 
 impl Eager {
-    /// Whether what is dirty is to go to the store at once.
+    /// Whether to write dirty pages back at once.
     pub fn is_on(&self) -> bool {
         self.was_worthwhile && self.is_worthwhile()
     }
 
-    /// Whether the interval can still be one that pays.
+    /// Whether the interval is no bulk writing yet.
     fn is_short(&self) -> bool {
         self.pages <= PAGES_MAX
     }
 
+    /// Whether eager write-back is worthwhile, by the interval so far.
     fn is_worthwhile(&self) -> bool {
-        self.is_short() && self.merged * MERGED_SHARE <= self.writes
+        self.is_short() && self.merged * WRITES_PER_MERGED <= self.writes
     }
 
-    /// A FLUSH ends the interval. One without writes says nothing of those to come.
+    /// A FLUSH ends the interval. An interval without writes predicts nothing and is ignored.
     pub fn flushed(&mut self) {
         if self.pages > 0 {
             *self = Self { was_worthwhile: self.is_worthwhile(), ..Self::default() };
@@ -56,27 +55,27 @@ impl Eager {
 }
 
 impl PageCache {
-    /// A guest writes these pages.
+    /// Counts a guest's write to these pages.
     pub(super) fn account_write(&mut self, span: PageSpan) {
         if !self.eager.is_short() {
             return;
         }
         self.eager.pages += span.count;
         let before = span.first.0.checked_sub(1).map(PageNo);
-        let touched = [before, Some(span.first), Some(span.first.plus(span.count))];
-        let mut merges = false;
-        for id in touched.into_iter().flatten().filter_map(|no| self.pages.find(no)) {
+        let neighbours = [before, Some(span.first), Some(span.first.plus(span.count))];
+        let mut would_merge = false;
+        for id in neighbours.into_iter().flatten().filter_map(|no| self.pages.find(no)) {
             if self.pages[id].writers > 0 {
-                // They come together and go together.
+                // Writes that are under way together will be written back together: they count as one.
                 return;
             }
-            merges |= self.written_since_flush(&self.pages[id]);
+            would_merge |= self.written_since_flush(&self.pages[id]);
         }
         self.eager.writes += 1;
-        self.eager.merged += u32::from(merges);
+        self.eager.merged += u32::from(would_merge);
     }
 
-    /// Whether the page was written in this interval. It may be on the store by now, but no Sync covers it then.
+    /// Whether the page was written since the last FLUSH. It may be on the store by now, but then no Sync covers it.
     fn written_since_flush(&self, page: &Page) -> bool {
         let unsynced = page.is(UNSYNCED[self.flushing.fresh()]);
         page.epoch == self.pages.dirty().current() && (!page.dirty.is_empty() || !page.writing.is_empty() || unsynced)

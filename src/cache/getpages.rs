@@ -13,7 +13,7 @@ use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, Sect
 
 use super::holes::BlockStatus;
 use super::pages::{MARKER, NONE, Page, Period, READING};
-use super::stalled::Want;
+use super::stalled::StallReason;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Access, Admitted, Notice, PageCache, PagePart, Piece, PlantedBug, Ticket};
 
@@ -102,8 +102,9 @@ impl PageCache {
         } else if let Some(fault) = stopped {
             Admitted::Refused(at, fault)
         } else {
-            let want = if self.pages.frames().free() == 0 { Want::Room } else { Want::Answer };
-            self.stalled.push(access.ticket, want);
+            let no_frame = self.pages.frames().free() == 0;
+            let reason = if no_frame { StallReason::Room } else { StallReason::StoreOp };
+            self.stalled.push(access.ticket, reason);
             self.stats.stalls += 1;
             Admitted::Until(at)
         }
@@ -136,7 +137,7 @@ impl PageCache {
 
     /// The first demand of a page that readahead brought: it has was_worthwhile.
     fn first_demand(&mut self, id: PageId, no: PageNo, period: Period) {
-        self.streams.page_not_unread(period);
+        self.streams.remove_unread(period);
         self.pages.first_touch(id, no);
         self.stats.readahead_used_pages += 1;
     }
@@ -379,7 +380,7 @@ impl PageCache {
                 match if room { self.bring_in(next) } else { Err(Missing::Wait) } {
                     Ok(id) => {
                         self.stats.readahead_pages += 1;
-                        self.pages.mark_unread(id, self.streams.page_unread());
+                        self.pages.mark_unread(id, self.streams.add_unread());
                         if std::mem::take(marker_due) {
                             self.pages.mark(id, MARKER);
                         }

@@ -1,64 +1,72 @@
-//! Which pages of the image are known to be holes: a bounded memory of the store's extent maps.
+//! Which pages of the image are known to be holes: a bounded cache of the store's extent maps, by region of 1 MiB.
 //!
-//! The image is looked at in regions of 1 MiB. What is remembered of a region is a hint with one hard rule: a page
-//! called a hole reads as zeros on the store. So a write-back that ends clears the bit of its pages, a map that was
-//! taken while such a write ended has those pages cleared, and a zero or discard makes the region unknown.
+//! The maps are hints with one hard rule: a page that they call a hole reads as zeros on the store. So the end of a
+//! write-back clears the bits of its pages, also in a map that was requested before; and a zero or a discard makes its
+//! regions unknown.
 
 use crate::units::{ExtentKind, ImageHoles, OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
 
 use super::store_ops::{Outcome, StoreOp};
-use super::{PageCache, REGION_PAGES, SectorSpan};
+use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES, SectorSpan};
 
-const WORDS: usize = (REGION_PAGES / 64) as usize;
+/// Words of a region's bitmap.
+const WORDS: usize = REGION_PAGES as usize / u64::BITS as usize;
+/// Fewest slots of the table: a tiny cache still knows the holes of the last 16 MiB or more that its guest used.
+const SLOTS_MIN: u32 = 16;
 
-/// What is known of a page's place on the store.
+/// What is known of a page on the store (NBD, QEMU: block status).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BlockStatus {
-    /// Must be read.
+    /// Has to be read.
     Data,
     /// Reads as zeros.
     Hole,
-    /// The store has to be asked.
+    /// The store has to be asked for a map.
     Unknown,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum MapState {
     Empty,
-    /// The store is being asked; `stale`: the answer will be out of date.
+    /// A Map is under way.
     Mapping {
+        /// Holes of the region changed since it was requested: its result is of no use.
         stale: bool,
     },
     Known,
-    /// The store could not say: taken for data.
-    Guessed,
+    /// The Map failed: all pages pass for data, and their space for not allocated.
+    Failed,
 }
 
 #[derive(Clone, Debug)]
 struct Region {
     number: u64,
     state: MapState,
-    /// Known: pages that are holes. Mapping: pages that have become data meanwhile.
+    /// Known: pages that are holes. Mapping: pages that were written since it was requested.
     bits: [u64; WORDS],
 }
 
 /// A direct-mapped table of regions.
 #[derive(Debug)]
 pub(super) struct Holes {
+    /// Whether the image may have holes, and whether the store can report them.
     image: ImageHoles,
     regions: Vec<Region>,
 }
 
+/// A page's bit in the bitmap of its region: the word, and the mask within it.
 fn bit(no: PageNo) -> (usize, u64) {
     let index = no.0 % REGION_PAGES;
-    ((index / 64) as usize, 1 << (index % 64))
+    let bits = u64::from(u64::BITS);
+    ((index / bits) as usize, 1 << (index % bits))
 }
 
 impl Holes {
-    /// For a cache of `frames` frames: one region for every 64 frames, so a cache of 1 % of the image knows it all.
+    /// For a cache of `frames` frames.
     pub fn new(image: ImageHoles, frames: u32) -> Self {
         let empty = Region { number: 0, state: MapState::Empty, bits: [0; WORDS] };
-        Self { image, regions: vec![empty; (frames / 64).max(16) as usize] }
+        let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;
+        Self { image, regions: vec![empty; slots] }
     }
 
     fn index(&self, no: PageNo) -> (u64, usize) {
@@ -78,14 +86,14 @@ impl Holes {
         }
         let (number, index) = self.index(no);
         let region = &self.regions[index];
-        if !matches!(region.state, MapState::Known | MapState::Guessed) || region.number != number {
+        if !matches!(region.state, MapState::Known | MapState::Failed) || region.number != number {
             return BlockStatus::Unknown;
         }
         let (word, mask) = bit(no);
         if region.bits[word] & mask != 0 { BlockStatus::Hole } else { BlockStatus::Data }
     }
 
-    /// Whether the page is known to have its space.
+    /// Whether the page is known to have its space on the store.
     pub fn is_data(&self, no: PageNo) -> bool {
         let (number, index) = self.index(no);
         let region = &self.regions[index];
@@ -94,7 +102,7 @@ impl Holes {
         self.image != ImageHoles::Possible || known && region.bits[word] & mask == 0
     }
 
-    /// Whether the region of `no` may be asked for now; then it counts as being asked.
+    /// Begins a Map of the region of `no`. False: the region's slot has one under way.
     fn begin_map(&mut self, no: PageNo) -> bool {
         let (number, region) = self.slot(no);
         if matches!(region.state, MapState::Mapping { .. }) {
@@ -104,7 +112,7 @@ impl Holes {
         true
     }
 
-    /// The page has been written on the store.
+    /// The page was written to the store.
     pub fn mark_data(&mut self, no: PageNo) {
         if self.image != ImageHoles::Possible {
             return;
@@ -115,13 +123,14 @@ impl Holes {
         }
         let (word, mask) = bit(no);
         match region.state {
-            MapState::Known | MapState::Guessed => region.bits[word] &= !mask,
+            MapState::Known | MapState::Failed => region.bits[word] &= !mask,
             MapState::Mapping { .. } => region.bits[word] |= mask,
             MapState::Empty => {}
         }
     }
 
-    /// Holes have come or gone in the span: ask again. The image may have holes from now on, if the store can tell of them.
+    /// The holes in the span have changed: makes its regions unknown. From now on the image may have holes, if the store can
+    /// report them.
     pub fn forget(&mut self, span: PageSpan) {
         if self.image == ImageHoles::NoneYet {
             self.image = ImageHoles::Possible;
@@ -139,24 +148,24 @@ impl Holes {
         }
     }
 
-    /// The store's answer for a region: runs of (sectors, hole) from its first sector; an empty answer means all data.
-    fn learn(&mut self, first: PageNo, runs: &[(u64, ExtentKind)]) {
+    /// The Map of a region has ended, with runs of (sectors, kind) from its first sector on; no runs: it failed.
+    fn end_map(&mut self, first: PageNo, runs: &[(u64, ExtentKind)]) {
         let (number, region) = self.slot(first);
         let MapState::Mapping { stale } = region.state else {
-            unreachable!("an answer comes for a region that was asked for");
+            unreachable!("a Map that ends was begun");
         };
-        assert_eq!(region.number, number, "a region that is being asked for keeps its slot");
+        assert_eq!(region.number, number, "a region keeps its slot during a Map");
         if stale {
             region.state = MapState::Empty;
             return;
         }
-        let became_data = std::mem::take(&mut region.bits);
-        region.state = if runs.is_empty() { MapState::Guessed } else { MapState::Known };
+        let written = std::mem::take(&mut region.bits);
+        region.state = if runs.is_empty() { MapState::Failed } else { MapState::Known };
         let mut sector = 0;
         for &(sectors, kind) in runs {
             let end = sector + sectors;
             if kind == ExtentKind::Hole {
-                // Whole pages only; the image's last page may be cut short.
+                // Only whole pages, but for the image's last one, which the end of the image may cut.
                 for page in sector.div_ceil(SECTORS_PER_PAGE)..end.div_ceil(SECTORS_PER_PAGE) {
                     let is_tail = end < (page + 1) * SECTORS_PER_PAGE;
                     if !is_tail || end == runs.iter().map(|run| run.0).sum::<u64>() {
@@ -167,19 +176,19 @@ impl Holes {
             }
             sector = end;
         }
-        for (holes, data) in region.bits.iter_mut().zip(became_data) {
-            *holes &= !data;
+        for (holes, written) in region.bits.iter_mut().zip(written) {
+            *holes &= !written;
         }
     }
 
-    /// Bytes of memory the table takes.
+    /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
         self.regions.capacity() * size_of::<Region>()
     }
 }
 
 impl PageCache {
-    /// Asks the store for the extents round `no`, unless it is being asked already.
+    /// Asks the store for a map of the region of `no`, unless one is under way.
     pub(super) fn ask_for_map(&mut self, no: PageNo) {
         if !self.holes.begin_map(no) {
             return;
@@ -189,17 +198,17 @@ impl PageCache {
         self.store_ops.submit(StoreOp::without_pages(OpKind::Map, self.span_of(first, REGION_PAGES)));
     }
 
-    /// The store has answered; a failed answer takes everything for data.
+    /// A Map has ended. If it failed, the pages of its region pass for data.
     pub(super) fn map_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         let runs: &[(u64, ExtentKind)] = match outcome {
             Outcome::Mapped(runs) => runs,
             _ => &[],
         };
         debug_assert!(runs.is_empty() || runs.iter().map(|run| run.0).sum::<u64>() == op.span.count);
-        self.holes.learn(op.first_page(), runs);
+        self.holes.end_map(op.first_page(), runs);
     }
 
-    /// Space in `span` was given back or zeroed on the store.
+    /// Space in `span` was freed or zeroed on the store.
     pub(super) fn forget_holes(&mut self, span: SectorSpan) {
         self.allocating.forget(span);
         self.holes.forget(span.pages());
@@ -210,14 +219,17 @@ impl PageCache {
 mod tests {
     use super::*;
 
+    const REGION_SECTORS: u64 = REGION_PAGES * SECTORS_PER_PAGE;
+
     #[test]
-    fn only_whole_pages_of_a_hole_are_holes() {
+    fn a_page_that_is_partly_a_hole_is_data() {
         let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Unknown);
         assert!(holes.begin_map(PageNo(3)));
-        assert!(!holes.begin_map(PageNo(4)), "asked already");
+        assert!(!holes.begin_map(PageNo(4)), "a Map of the same region is under way");
         // Data up to the middle of page 1, a hole to the middle of page 3, data to the end of the region.
-        holes.learn(PageNo(0), &[(12, ExtentKind::Data), (16, ExtentKind::Hole), (2048 - 28, ExtentKind::Data)]);
+        let rest = REGION_SECTORS - 28;
+        holes.end_map(PageNo(0), &[(12, ExtentKind::Data), (16, ExtentKind::Hole), (rest, ExtentKind::Data)]);
         let seen: Vec<_> = (0..5).map(|no| holes.status(PageNo(no))).collect();
         assert_eq!(
             seen,
@@ -226,11 +238,11 @@ mod tests {
     }
 
     #[test]
-    fn a_page_written_while_the_map_was_taken_is_data() {
+    fn a_page_written_during_a_map_is_data() {
         let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.mark_data(PageNo(7));
-        holes.learn(PageNo(0), &[(2048, ExtentKind::Hole)]);
+        holes.end_map(PageNo(0), &[(REGION_SECTORS, ExtentKind::Hole)]);
         assert_eq!(holes.status(PageNo(7)), BlockStatus::Data);
         assert_eq!(holes.status(PageNo(8)), BlockStatus::Hole);
         holes.mark_data(PageNo(8));
@@ -238,20 +250,20 @@ mod tests {
     }
 
     #[test]
-    fn a_map_that_a_discard_overtook_is_thrown_away() {
+    fn a_map_that_was_under_way_during_a_discard_is_ignored() {
         let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert!(holes.begin_map(PageNo(0)));
         holes.forget(PageSpan::new(PageNo(10), 1));
-        holes.learn(PageNo(0), &[(2048, ExtentKind::Data)]);
+        holes.end_map(PageNo(0), &[(REGION_SECTORS, ExtentKind::Data)]);
         assert_eq!(holes.status(PageNo(0)), BlockStatus::Unknown);
     }
 
     #[test]
-    fn the_cut_tail_page_of_an_image_can_be_a_hole() {
+    fn the_partial_last_page_of_an_image_can_be_a_hole() {
         let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert!(holes.begin_map(PageNo(0)));
         // An image of 2 pages and 3 sectors, all a hole.
-        holes.learn(PageNo(0), &[(19, ExtentKind::Hole)]);
+        holes.end_map(PageNo(0), &[(19, ExtentKind::Hole)]);
         assert_eq!(holes.status(PageNo(2)), BlockStatus::Hole);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Data);
     }

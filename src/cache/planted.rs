@@ -1,13 +1,13 @@
-//! Deliberate bugs in the cache, each of which the simulator must find. Outside tests there are none.
+//! Deliberate bugs in the cache, for tests to plant: the simulator must find each. Outside tests there are none.
 
 /// A bug to plant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PlantedBug {
-    /// Write-back that completes marks a page clean although the guest wrote it again meanwhile.
+    /// The end of write-back marks a page clean although a guest wrote it again meanwhile.
     RewriteIsLost,
     /// A read-in overwrites sectors that the guest has written.
     ReadInOverwritesDirty,
-    /// A failed write of a cluster counts as a success.
+    /// A failed write to the store counts as a success.
     ClusterIgnoresError,
     /// A page under write-back is published as clean: a crash loses it.
     WritingIsClean,
@@ -20,9 +20,9 @@ pub(crate) enum PlantedBug {
     FullDiskDropsPages,
     /// A write into a hole does not wait for the allocation of its space.
     SpaceIsTakenForGranted,
-    /// Under the policy `hold`, requests wait for ever.
+    /// Under the error policy `hold`, requests wait for ever.
     HoldNeverEnds,
-    /// Under the policy `hold`, requests fail at once.
+    /// Under the error policy `hold`, requests fail at once.
     HoldReports,
 }
 
@@ -57,7 +57,7 @@ impl Planted {
 
     /// Whether this bug is planted: never outside tests.
     #[cfg(not(test))]
-    #[allow(clippy::unused_self, reason = "in tests it depends on the cache")]
+    #[allow(clippy::unused_self, reason = "in tests the result depends on it")]
     pub const fn is(&self, _bug: PlantedBug) -> bool {
         false
     }

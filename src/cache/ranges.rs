@@ -9,7 +9,7 @@ use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, Se
 
 use super::pages::FAILED;
 use super::pending_zeroes::ZeroSlot;
-use super::stalled::Want;
+use super::stalled::StallReason;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
@@ -84,7 +84,7 @@ impl PageCache {
             return true;
         }
         if self.ranges.asked() >= RANGES_MAX {
-            self.stalled.push(ticket, Want::Answer);
+            self.stalled.push(ticket, StallReason::StoreOp);
             return false;
         }
         self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false, zero_slot: None });

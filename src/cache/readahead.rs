@@ -1,84 +1,103 @@
-//! Readahead: sequential streams, found with slack, and windows that grow while they pay.
+//! Readahead: detects sequential streams although their requests are reordered, and reads ahead in windows that grow while
+//! their pages are used.
 //!
-//! Guests read ahead themselves, in pieces of 128 KiB that their queues shuffle. So a stream matches by nearness, and what
-//! tells it from chance is not the order of its requests but that they leave few gaps. Streams are looked up on a miss,
-//! and when a reader reaches the marker on the first page of the newest window: then the next window is read, and the
-//! store stays one window ahead (Linux' on-demand readahead; NetBSD's uvm_readahead; for the feedback AMP: Gill and
-//! Bathen, FAST 2007). A window that was cut short, for want of frames or of the map of holes, goes on when they are there.
+//! Guests read ahead themselves, in requests of 128 KiB that their queues reorder. So a request belongs to a stream if it is
+//! near enough, and a stream differs from random reads not by the order of its requests but by how few gaps they leave.
+//!
+//! A stream is looked up on a miss, and when a reader reaches the marker on the first page of the newest window. Then the
+//! next window is read, so that the store stays one window ahead. Sources: Linux's on-demand readahead and NetBSD's
+//! uvm_readahead; for the feedback from unused pages AMP (Gill and Bathen, FAST 2007).
+//!
+//! A window that is cut short for lack of frames or of an extent map continues when they are available.
 
 use crate::units::{PageNo, PageSpan, Tick, low_u32};
 
 use super::PageCache;
 use super::pages::Period;
 
-/// Streams that are followed at a time.
+/// Streams in the table.
 const STREAMS: usize = 64;
-/// A request matches a stream this far from where it is expected (256 KiB).
+/// A request belongs to a stream if it is no further than this from where it is expected (256 KiB).
 const SLACK_PAGES: u64 = 64;
-/// The shortest window, and what a stream has to cover before its second request starts readahead (128 KiB).
+/// The shortest window, and what the first two requests of a stream must cover to start readahead (128 KiB).
 const WINDOW_PAGES_MIN: u64 = 32;
-/// With so many requests a stream has readahead, however small they are. Two 4 KiB reads side by side are no proof: of
-/// random reads in 1 GiB, one in two thousand adjoins one of the 64 before it, and each would cost a window.
+/// So many requests start readahead, however small they are. Two adjacent 4 KiB reads would be too few: of random reads in
+/// 1 GiB, one in two thousand is adjacent to one of the 64 before it, and each such pair would cost a window.
 const REQUESTS_MIN: u8 = 3;
-/// Windows are rounded to this (64 KiB).
+/// A stream's requests must cover one page in so many of those that they span. Fewer: they are random reads near each
+/// other, or the stream begins later.
+const SPAN_PER_COVERED: u64 = 2;
+/// Window lengths are rounded up to a multiple of this (64 KiB).
 const ROUND_PAGES: u64 = 16;
-/// A stream whose windows went unread this often in a row is given up.
+/// A window shorter than such a part of the longest one grows fast, as in Linux (get_next_ra_size) ...
+const FAST_GROWTH_PART: u64 = 16;
+/// ... by this factor ...
+const FAST_GROWTH: u64 = 4;
+/// ... and a longer one by this.
+const GROWTH: u64 = 2;
+/// A stream ends when so many of its windows in a row went unread.
 const WASTED_MAX: u8 = 3;
-/// A window is at most such a part of what may still lie unread.
-const WINDOW_SHARE: u64 = 8;
-/// Readers stop without a word. What was read ahead before this period and the last one does not count as unread: else
-/// the files that were read by and by would end readahead for all, until the cache is full, which it may never be.
+/// Readahead fills at most such a part of the cache with unread pages: half of the policy's small queue while that is short
+/// (10 %), so that they evict no page that was used twice.
+const UNREAD_PART: u32 = 20;
+/// A window is at most such a part of the pages that may still be read ahead. So a few streams get long windows, many get
+/// short ones, and some is left for new streams while the windows of ended ones lie unread.
+const WINDOW_PART: u64 = 8;
+/// Length of a [`Period`]. A stream ends without notice, and the pages of its last window stay unread. They count for this
+/// period and the next one only: else the ends of files that were read one by one would stop all readahead until the cache
+/// is full, which may never happen.
 const PERIOD_US: u64 = 1_000_000;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Stream {
-    /// The first page that was asked for.
+    /// The first page that was requested.
     start: u64,
-    /// The page after the furthest that was asked for.
+    /// The page after the last one that was requested.
     next: u64,
-    /// Pages between those two that were asked for; counted until readahead starts.
+    /// How many pages between those two were requested; counted until readahead starts.
     covered: u64,
     /// Requests for those pages.
     requests: u8,
-    /// The page after the last that was read ahead.
+    /// The page after the last one that was read ahead.
     ahead: u64,
-    /// The page after the newest window. Readahead stops short of it for want of a frame or a map, and goes on later.
+    /// The page after the newest window. `ahead` is below it if readahead stopped for lack of a frame or a map.
     wanted: u64,
     /// The newest window has no marker yet.
     marker_due: bool,
     /// Length of the newest window; 0: none yet.
     window: u64,
-    /// Windows evicted unread in a row.
+    /// Windows in a row that went unread.
     wasted: u8,
-    /// When the stream was last matched, by count of look-ups; 0: never.
+    /// When the stream was last found, on the clock of [`Streams`]; 0: the slot is free.
     used: u64,
 }
 
 /// The table of streams.
 #[derive(Debug)]
 pub(super) struct Streams {
+    /// Empty if readahead is off.
     table: Vec<Stream>,
     window_max: u64,
-    /// Pages that readahead may hold unread.
+    /// Most unread pages.
     unread_max: u32,
-    /// Pages that readahead brought in this period and in the one before, and nobody has asked for.
+    /// Pages that readahead brought in during this period and during the one before, and that no guest has read.
     unread_pages: [u32; 2],
     period: Period,
     period_ends: Tick,
-    /// Some window is not read to its end.
+    /// Some window was cut short.
     cut: bool,
+    /// Counts look-ups.
     clock: u64,
 }
 
 impl Streams {
-    /// Windows of at most `window_max` pages (0: no readahead) for a cache of `frames`; unread pages fill at most half
-    /// of the small queue, so they push out nothing that was asked for twice.
+    /// Windows of at most `window_max` pages (0: no readahead) in a cache of `frames` frames.
     pub fn new(window_max: u32, frames: u32) -> Self {
         let table = if window_max == 0 { Vec::new() } else { vec![Stream::default(); STREAMS] };
         Self {
             table,
             window_max: u64::from(window_max),
-            unread_max: (frames / 20).max(1),
+            unread_max: (frames / UNREAD_PART).max(1),
             unread_pages: [0; 2],
             period: Period(0),
             period_ends: Tick(PERIOD_US),
@@ -87,10 +106,10 @@ impl Streams {
         }
     }
 
-    /// Begins another period when the last one is over.
-    fn keep_time(&mut self, now: Tick) {
+    /// Begins another period if the current one is over.
+    fn advance_period(&mut self, now: Tick) {
         if now >= self.period_ends {
-            // Nobody may have looked for longer than a period.
+            // This may not have been called for several periods.
             let periods = if now < self.period_ends.plus_us(PERIOD_US) { 1 } else { 2 };
             self.unread_pages = [0, if periods == 1 { self.unread_pages[0] } else { 0 }];
             self.period = Period(self.period.0.wrapping_add(periods));
@@ -98,7 +117,7 @@ impl Streams {
         }
     }
 
-    /// How many periods ago that was: 0, 1, or more than matters.
+    /// How many periods ago `period` was; from 2 on its pages no longer count.
     fn age(&self, period: Period) -> u32 {
         self.period.0.wrapping_sub(period.0)
     }
@@ -113,27 +132,27 @@ impl Streams {
         self.room() > 0
     }
 
-    /// One more page is read ahead; returns what is to be last_reported of it when that ends.
-    pub fn page_unread(&mut self) -> Period {
+    /// Counts a page that is read ahead. Returns the period to pass to [`Streams::remove_unread`].
+    pub fn add_unread(&mut self) -> Period {
         self.unread_pages[0] += 1;
         self.period
     }
 
-    /// A page that was read ahead in `period` has been asked for, or goes.
-    pub fn page_not_unread(&mut self, period: Period) {
+    /// A page that was read ahead in `period` was read by a guest, overwritten, evicted or removed.
+    pub fn remove_unread(&mut self, period: Period) {
         let age = self.age(period);
         if let Some(pages) = self.unread_pages.get_mut(age as usize) {
             *pages -= 1;
         }
     }
 
-    /// Recounts by the periods of all unread pages (I4).
+    /// Checks the counts against the periods of all unread pages (I4).
     pub fn check(&self, unread: &[Period]) {
         let of_age = |age| low_u32(unread.iter().filter(|&&period| self.age(period) == age).count() as u64);
         assert_eq!(self.unread_pages, [of_age(0), of_age(1)], "I4: unread readahead");
     }
 
-    /// A request missed: the stream that has a window to read ahead now, if any.
+    /// A request missed. Returns the stream that has a window to read ahead now, if any.
     fn after_miss(&mut self, span: PageSpan) -> Option<usize> {
         if self.table.is_empty() {
             return None;
@@ -155,7 +174,7 @@ impl Streams {
         None
     }
 
-    /// A reader reached the marker at `no`.
+    /// A reader reached the marker at `no`. Returns the stream that has a window to read ahead now, if any.
     fn after_marker(&mut self, no: PageNo) -> Option<usize> {
         self.clock += 1;
         let window_max = self.window_max_now();
@@ -168,8 +187,8 @@ impl Streams {
         Some(at)
     }
 
-    /// A page that was read ahead went unread: once for each 64 KiB, the stream's window is halved.
-    pub fn wasted(&mut self, no: PageNo) {
+    /// A page that was read ahead went unread. Halves the stream's window, once for each 64 KiB of unread pages.
+    pub fn note_wasted(&mut self, no: PageNo) {
         if !no.0.is_multiple_of(ROUND_PAGES) {
             return;
         }
@@ -184,17 +203,16 @@ impl Streams {
         }
     }
 
-    /// The stream that has read `no` ahead.
+    /// The stream that has read `no` ahead: the page is in its newest window or in the one before.
     fn find_window(&self, no: PageNo) -> Option<usize> {
         self.table.iter().position(|stream| {
             stream.window > 0 && no.0 < stream.ahead && no.0 + 2 * stream.window.max(WINDOW_PAGES_MIN) >= stream.ahead
         })
     }
 
-    /// The longest window now: each takes a share of what may still lie unread, so that a few readers have long windows,
-    /// many have short ones, and those who come after others have left theirs unread still have some.
+    /// The longest window at the moment.
     fn window_max_now(&self) -> u64 {
-        (u64::from(self.room()) / WINDOW_SHARE).min(self.window_max)
+        (u64::from(self.room()) / WINDOW_PART).min(self.window_max)
     }
 }
 
@@ -206,32 +224,32 @@ impl Stream {
 
     /// Whether a request at `first` belongs to the stream.
     fn expects(&self, first: u64) -> bool {
-        // A long window means that much in op, and so the more to be passed on the way.
+        // The longer the window, the more is under way, and the more can a request be overtaken.
         let behind = SLACK_PAGES.max(self.window);
         self.used > 0 && first + behind >= self.next && first <= self.next.max(self.ahead) + SLACK_PAGES
     }
 
-    /// A request of the stream missed. Returns whether it is time to read ahead.
+    /// Adds a request that missed to the stream. Returns whether to read ahead now.
     fn follow(&mut self, first: u64, end: u64) -> bool {
-        let adjoins = first == self.next;
+        let is_adjacent = first == self.next;
         if self.window == 0 && !self.cover(first, end) {
             return false;
         }
         self.next = self.next.max(end);
-        // A reader that is past the window starts it anew from where it is.
+        // If the reader has passed the window, the next one starts at the reader.
         self.ahead = if first >= self.ahead { end } else { self.ahead.max(end) };
-        self.window > 0 || self.requests >= REQUESTS_MIN || (adjoins && self.covered >= WINDOW_PAGES_MIN)
+        self.window > 0 || self.requests >= REQUESTS_MIN || (is_adjacent && self.covered >= WINDOW_PAGES_MIN)
     }
 
-    /// Takes a request into account before readahead starts. False: it tells nothing new, or leaves so much out that the
-    /// stream, if it is one, begins only here.
+    /// Adds a request before readahead starts. False: it covers no new pages, or leaves such a gap that the stream begins
+    /// again with this request.
     fn cover(&mut self, first: u64, end: u64) -> bool {
         if first >= self.start && end <= self.next {
             return false;
         }
         let (start, next) = (self.start.min(first), self.next.max(end));
         let covered = self.covered + (end - first);
-        if covered * 2 < next - start {
+        if covered * SPAN_PER_COVERED < next - start {
             *self = Self { used: self.used, ..Self::begin(first, end) };
             return false;
         }
@@ -239,12 +257,12 @@ impl Stream {
         true
     }
 
-    /// Plans the next window: as much as has been read at first, then times four while small, then doubled.
+    /// Sets the next window: the first one is as long as what was read, the others grow.
     fn grow(&mut self, window_max: u64) {
         let wanted = match self.window {
             0 => self.covered.max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
-            window if window < window_max / 16 => window * 4,
-            window => window * 2,
+            window if window < window_max / FAST_GROWTH_PART => window * FAST_GROWTH,
+            window => window * GROWTH,
         };
         self.window = wanted.min(window_max);
         self.wanted = self.ahead + self.window;
@@ -253,23 +271,23 @@ impl Stream {
 }
 
 impl PageCache {
-    /// A read missed: follow its stream.
+    /// A read missed: adds it to its stream, and reads ahead if that is due.
     pub(super) fn read_ahead_after_miss(&mut self, span: PageSpan) {
-        self.streams.keep_time(self.now);
+        self.streams.advance_period(self.now);
         if let Some(at) = self.streams.after_miss(span) {
             self.read_window(at);
         }
     }
 
-    /// A read reached the marker of a window: read the next one.
+    /// A read reached the marker of a window: reads the next one.
     pub(super) fn read_ahead_after_marker(&mut self, no: PageNo) {
-        self.streams.keep_time(self.now);
+        self.streams.advance_period(self.now);
         if let Some(at) = self.streams.after_marker(no) {
             self.read_window(at);
         }
     }
 
-    /// Goes on with windows that were cut short, now that there are frames again, or a map has come.
+    /// Continues windows that were cut short: there may be frames again, or a map.
     pub(super) fn continue_windows(&mut self) {
         if std::mem::take(&mut self.streams.cut) {
             for at in 0..STREAMS {
@@ -278,7 +296,7 @@ impl PageCache {
         }
     }
 
-    /// Reads what is left of a stream's window, as far as it goes.
+    /// Reads the rest of a stream's window, as far as frames and maps allow.
     fn read_window(&mut self, at: usize) {
         let Stream { ahead, wanted, mut marker_due, .. } = self.streams.table[at];
         let wanted = wanted.min(self.image_pages());
@@ -287,7 +305,7 @@ impl PageCache {
             let stream = &mut self.streams.table[at];
             stream.marker_due = marker_due;
             stream.ahead = stream.ahead.max(end.0);
-            // Who has no share left tries again with his next miss, if he is still there.
+            // If too many pages are unread, the stream tries again at its reader's next miss.
             self.streams.cut |= stream.ahead < wanted && self.streams.may_prefetch();
         }
     }

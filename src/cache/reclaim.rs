@@ -1,4 +1,4 @@
-//! Keeping frames free: a reserve is filled at the end of each turn, so that a request normally finds a frame at once.
+//! The reserve of free frames. The end of each turn refills it, so that a request normally finds a frame at once.
 
 use crate::units::{PageId, PageNo};
 
@@ -6,27 +6,33 @@ use super::PageCache;
 use super::pages::Period;
 use super::write::FILL_FRAMES;
 
-/// Pages looked at for one victim.
-const STEPS_MAX: u32 = 64;
+/// Pages that may not be evicted that one search for a victim passes: a bound on its time.
+const KEPT_PAGES_MAX: u32 = 64;
+/// The reserve is such a part of the cache (0.5 %): enough for a turn's requests, too little to cost hits ...
+const RESERVE_PART: u32 = 200;
+/// ... but at least this many frames (256 KiB), because a turn's requests do not shrink with the cache ...
+const RESERVE_FRAMES_MIN: u32 = 64;
+/// ... and at most such a part of a tiny cache.
+const RESERVE_PART_MAX: u32 = 8;
 
 impl PageCache {
-    /// Frames that are kept free.
+    /// Number of frames to keep free.
     pub(super) fn reserve(&self) -> u32 {
         let total = self.pages.frames().total();
-        (total / 200).max(64).min(total / 8).max(FILL_FRAMES + 1)
+        (total / RESERVE_PART).max(RESERVE_FRAMES_MIN).min(total / RESERVE_PART_MAX).max(FILL_FRAMES + 1)
     }
 
-    /// Evicts clean pages until the reserve is full; says what is in the way if there are none.
+    /// Evicts clean pages until the reserve is full. If it finds none, starts what makes pages clean: write-back, or a Sync.
     pub(super) fn reclaim(&mut self) {
         let target = if self.settings.retain { self.reserve() } else { self.pages.frames().total() };
         while self.pages.frames().free() < target && self.pages.len() > 0 {
             let (mut dirty, mut unsynced) = (false, false);
-            let evicted = self.pages.evict(STEPS_MAX, |kept| {
+            let evicted = self.pages.evict(KEPT_PAGES_MAX, |kept| {
                 dirty |= !kept.dirty.is_empty();
                 unsynced |= kept.is_unsynced();
             });
             let Some(page) = evicted else {
-                // Without retention there is always something left; only a want of frames is a reason to hurry.
+                // Without retention some pages are always left. Only a shortage of frames justifies urgency.
                 if self.pages.frames().free() < self.reserve() {
                     self.writeback.pressure |= dirty;
                     if unsynced {
@@ -36,24 +42,24 @@ impl PageCache {
                 return;
             };
             if let Some(period) = page.unread_since() {
-                self.prefetch_was_wasted(page.no(), period);
+                self.count_wasted_prefetch(page.no(), period);
             }
             self.stats.evicted_pages += 1;
         }
     }
 
-    /// Takes a page that is not busy out of the cache for another reason than a lack of frames. What it had dirty is lost.
+    /// Removes a page that is not busy, for another reason than a shortage of frames. Its dirty sectors are dropped.
     pub(super) fn remove_page(&mut self, id: PageId) {
         let page = self.pages.remove(id);
         if let Some(period) = page.unread_since() {
-            self.prefetch_was_wasted(page.no(), period);
+            self.count_wasted_prefetch(page.no(), period);
         }
     }
 
-    /// A page that was read ahead in `period` is removed or overwritten before a guest has read it.
-    pub(super) fn prefetch_was_wasted(&mut self, no: PageNo, period: Period) {
-        self.streams.page_not_unread(period);
+    /// A page that was read ahead in `period` is evicted, removed or overwritten before a guest has read it.
+    pub(super) fn count_wasted_prefetch(&mut self, no: PageNo, period: Period) {
+        self.streams.remove_unread(period);
         self.stats.readahead_wasted_pages += 1;
-        self.streams.wasted(no);
+        self.streams.note_wasted(no);
     }
 }

@@ -1,5 +1,5 @@
-//! Requests that could not be admitted whole. They are last_reported to try again, all of them and in order, at the end of a turn in
-//! which something ended; what finds no room then stalls again, behind those that came before it.
+//! Requests that could not be admitted whole. At the end of a turn in which something ended, the owner is told to retry all
+//! of them, oldest first. Those that still find no room stall again, in the same order.
 
 use std::collections::VecDeque;
 
@@ -7,46 +7,46 @@ use super::{Notice, Ticket};
 
 /// What a stalled request waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Want {
-    /// A frame, or that fewer pages are dirty. There is less of it than is asked for: a write that comes later queues.
+pub(super) enum StallReason {
+    /// A free frame, or fewer dirty pages. Requests compete for these, so later writes queue behind this one.
     Room,
-    /// A range operation, a map, or space on the store: nothing to others.
-    Answer,
+    /// The end of a range operation, a map or an allocation. Requests for other pages need not wait.
+    StoreOp,
 }
 
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Stalled {
     queue: VecDeque<Ticket>,
-    /// One of them wants room.
+    /// One of them waits for room.
     for_room: bool,
-    /// Something ended since they were last last_reported.
+    /// Something ended since they were last resumed.
     unblocked: bool,
 }
 
 impl Stalled {
-    /// A request waits.
-    pub fn push(&mut self, ticket: Ticket, want: Want) {
+    /// Adds a request.
+    pub fn push(&mut self, ticket: Ticket, reason: StallReason) {
         self.queue.push_back(ticket);
-        self.for_room |= want == Want::Room;
+        self.for_room |= reason == StallReason::Room;
     }
 
-    /// Whether some wait for room.
+    /// Whether a request waits for room.
     pub fn for_room(&self) -> bool {
         self.for_room
     }
 
-    /// Something ended: those that wait may find now what they want.
+    /// Something ended that a stalled request may wait for.
     pub fn unblock(&mut self) {
         self.unblocked = true;
     }
 
-    /// Whether requests wait that may try again, because something ended or there is `room`.
+    /// Whether stalled requests are to be resumed, because something ended or there is `room`.
     pub fn may_resume(&self, room: bool) -> bool {
         (self.unblocked || room) && !self.queue.is_empty()
     }
 
-    /// Tells all that wait to try again, if something ended.
+    /// Resumes all stalled requests, if something ended.
     pub fn resume(&mut self, notices: &mut Vec<Notice>) {
         if std::mem::take(&mut self.unblocked) {
             self.for_room = false;

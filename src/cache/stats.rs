@@ -1,64 +1,64 @@
-//! What the cache did and holds, for logs and tests.
+//! Statistics of a cache, for logs and tests.
 
-/// Counters since the cache was made, and (in [`super::PageCache::stats`]) its present state.
+/// Counters since the cache was created, and, as returned by [`super::PageCache::stats`], its current state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Pages read that were in memory.
     pub read_hit_pages: u64,
-    /// Pages read that had to be waited for.
+    /// Pages read that had to be read in first.
     pub read_miss_pages: u64,
     /// Pages read that are holes.
     pub read_hole_pages: u64,
     /// Pages written by guests.
     pub write_pages: u64,
-    /// Writes that found the page's frame on its way to the store.
+    /// Times that a guest wrote a page under write-back, and the page was copied to another frame.
     pub copied_on_write: u64,
-    /// Reads sent to the store.
+    /// Reads submitted to the store.
     pub store_reads: u64,
-    /// Sectors of those.
+    /// Sectors of those reads.
     pub store_read_sectors: u64,
-    /// Clusters sent to the store.
+    /// Writes submitted to the store: clusters of pages.
     pub store_writes: u64,
-    /// Sectors of those.
+    /// Sectors of those writes.
     pub store_written_sectors: u64,
-    /// Syncs sent to the store.
+    /// Syncs submitted to the store.
     pub syncs: u64,
-    /// Times that the store was asked for space ahead of a write.
+    /// Allocations of space ahead of a write submitted to the store.
     pub allocations: u64,
-    /// Extent maps asked for.
+    /// Extent maps requested from the store.
     pub maps: u64,
-    /// Flushes asked for.
+    /// FLUSH requests of guests.
     pub flushes: u64,
-    /// Zero and discard operations sent to the store.
+    /// Zeroes and discards submitted to the store.
     pub range_operations: u64,
-    /// Pages brought in by readahead.
+    /// Pages read in by readahead.
     pub readahead_pages: u64,
-    /// Of those, pages that were then asked for.
+    /// Of those, pages that a guest then read.
     pub readahead_used_pages: u64,
-    /// Of those, pages that went unread.
+    /// Of those, pages that were dropped or overwritten unread.
     pub readahead_wasted_pages: u64,
     /// Pages evicted.
     pub evicted_pages: u64,
-    /// Times a request could not be admitted whole.
+    /// Times that a request could not be admitted whole.
     pub stalls: u64,
-    /// Times a write met the dirty limit.
+    /// Times that a write stalled at the dirty limit.
     pub throttled: u64,
     /// Pages that could not be read in.
     pub read_errors: u64,
-    /// Clusters that could not be written.
+    /// Writes to the store that failed.
     pub write_errors: u64,
     /// Syncs that failed.
     pub sync_errors: u64,
     /// Frames of the cache.
     pub frames: u64,
-    /// Frames that hold nothing.
+    /// Frames that are free.
     pub frames_free: u64,
     /// Pages in memory.
     pub resident_pages: u64,
     /// Pages newer than the store.
     pub dirty_pages: u64,
-    /// The present limit of dirty pages.
+    /// The current limit of dirty pages.
     pub dirty_limit_pages: u64,
-    /// Bytes of memory beside the frames.
+    /// Bytes of memory that the cache takes beside its frames.
     pub metadata_bytes: u64,
 }

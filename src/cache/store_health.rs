@@ -238,7 +238,7 @@ impl PageCache {
 
     /// What the operator has not been last_reported yet.
     pub fn take_health_event(&mut self) -> Option<HealthEvent> {
-        if self.allocating.take_refusal() {
+        if self.allocating.take_unsupported() {
             return Some(HealthEvent::NoReservations);
         }
         let condition = self.health.health();

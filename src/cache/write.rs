@@ -9,7 +9,7 @@ use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::allocate::Space;
 use super::pages::{FROZEN, NONE, READING, RECENT};
-use super::stalled::Want;
+use super::stalled::StallReason;
 use super::{Access, Admitted, CopyResult, PageCache, PagePart, Piece};
 
 /// Frames that writes leave alone: a page whose sectors do not fill the store's blocks has the rest read in before it can
@@ -31,7 +31,7 @@ impl PageCache {
             self.account_write(access.span.pages());
         }
         let must_queue = !access.resumed && self.stalled.for_room();
-        let mut want = if must_queue { Want::Room } else { Want::Answer };
+        let mut reason = if must_queue { StallReason::Room } else { StallReason::StoreOp };
         let mut previous = None;
         while let Some(part) = PagePart::of(access.span, at) {
             if must_queue || self.is_range_locked(part.no) {
@@ -44,16 +44,16 @@ impl PageCache {
                     return Admitted::Refused(at, fault);
                 }
                 self.stats.throttled += 1;
-                want = Want::Room;
+                reason = StallReason::Room;
                 break;
             }
-            match if adds_dirt { self.space_for(part.no, access.resumed) } else { Space::There } {
-                Space::There => {}
-                Space::Wait => break,
+            match if adds_dirt { self.space_for(part.no, access.resumed) } else { Space::Allocated } {
+                Space::Allocated => {}
+                Space::Pending => break,
                 Space::Refused(fault) => return Admitted::Refused(at, fault),
             }
             let Some(id) = self.take_for_writing(found, part.no, part.mask()) else {
-                want = Want::Room;
+                reason = StallReason::Room;
                 break;
             };
             let frame = self.pages[id].frame().expect("a page being written has a frame");
@@ -65,7 +65,7 @@ impl PageCache {
         if u64::from(at) == access.span.count {
             Admitted::All
         } else {
-            self.stalled.push(access.ticket, want);
+            self.stalled.push(access.ticket, reason);
             self.stats.stalls += 1;
             Admitted::Until(at)
         }
@@ -111,7 +111,7 @@ impl PageCache {
             }
         };
         if let Some(period) = self.pages.take_unread(id) {
-            self.prefetch_was_wasted(no, period);
+            self.count_wasted_prefetch(no, period);
             self.pages.first_touch(id, no);
         } else if found.is_none() {
             self.pages.first_touch(id, no);

@@ -177,7 +177,7 @@ impl Arena {
             Persistence::None => {}
             Persistence::LossMarker { marker, .. } => note_unwritten(marker, !record.dirty.is_empty()),
             Persistence::Full { records, .. } => {
-                self.record(*records, frame.index()).store(ledger::encode_record(record), Ordering::Release)
+                self.record(*records, frame.index()).store(ledger::encode_record(record), Ordering::Release);
             }
         }
     }

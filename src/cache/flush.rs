@@ -1,12 +1,14 @@
-//! FLUSH: everything written before it is on the store, and the store has been last_reported to make it durable.
+//! FLUSH: writes everything that was written before it to the store, and has the store make it durable.
 //!
-//! A flush closes the current epoch, waits until nothing of that epoch or an older one is dirty or being written, and
-//! then for a Sync that was submitted after the last such write ended. One Sync is in op at a time and serves all
-//! flushes that wait (group commit). A flush with nothing written since the last good Sync completes at once.
+//! A flush closes the current epoch. It waits until nothing of that epoch or an older one is dirty or under write-back,
+//! and then for a Sync that was submitted after the last such write had ended (I8). There is one Sync at a time, and it
+//! serves all flushes that wait (group commit). A flush with nothing written since the last successful Sync completes
+//! at once.
 //!
-//! Failures: a write that fails fails the flushes of its epoch, and its pages stay dirty. A Sync that fails is never
-//! taken for retryable: everything written since the last good Sync is in doubt, becomes dirty again, and is written
-//! again (we still hold the bytes, because such pages are not evicted).
+//! Failures: a failed write fails the flushes of its epoch, and its pages stay dirty. After a failed Sync a second one
+//! may succeed although the store has lost the data. So everything that was written since the last successful Sync
+//! becomes dirty again and is written again. Its frames still have the bytes, because pages that no Sync covers are not
+//! evicted.
 
 use std::collections::VecDeque;
 
@@ -17,37 +19,41 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
+/// A Sync is due when no Sync covers this share of all frames, an eighth: such pages can't be evicted.
+const UNSYNCED_SHARE: usize = 8;
+
 /// A flush that waits.
 #[derive(Clone, Copy, Debug)]
 struct Flush {
     ticket: Ticket,
-    upto: Epoch,
-    /// Once everything up to `upto` is written: how many writes a Sync must cover.
+    /// The last epoch that it includes.
+    up_to: Epoch,
+    /// Once everything up to that epoch is written: the value that [`Flushing::stable`] must reach.
     needs: Option<u64>,
 }
 
-/// The flushes that wait, and what is written but not yet durable.
+/// The flushes that wait, and what is written and not yet durable.
 #[derive(Debug, Default)]
 pub(super) struct Flushing {
     queue: VecDeque<Flush>,
-    /// Writes (and zeros, and discards) that have ended well.
+    /// Number of writes, zeros and discards that have succeeded.
     written: u64,
-    /// How many of those a good Sync covers.
+    /// How many of them a successful Sync covers.
     stable: u64,
-    /// The Sync in op covers this many.
+    /// How many of them the Sync under way covers.
     syncing: Option<u64>,
-    /// Pages written since the last good Sync. While a Sync is in op, what it covers is in the one list and what
-    /// came later in the other; `fresh` says which is the other.
+    /// Pages written since the last successful Sync. While a Sync is under way, one list has the pages that it covers,
+    /// and the other, list `fresh`, those that were written later.
     unsynced: [Vec<PageId>; 2],
     fresh: usize,
-    /// A Sync is wanted although no flush waits.
+    /// A Sync should be submitted although no flush waits for it.
     wanted: bool,
 }
 
 impl Flushing {
-    /// The last epoch that a flush waits to see written.
-    pub fn unwritten_upto(&self) -> Option<Epoch> {
-        self.queue.back().filter(|flush| flush.needs.is_none()).map(|flush| flush.upto)
+    /// The last epoch whose write-back a flush waits for.
+    pub fn unwritten_up_to(&self) -> Option<Epoch> {
+        self.queue.back().filter(|flush| flush.needs.is_none()).map(|flush| flush.up_to)
     }
 
     /// Whether no flush waits.
@@ -55,63 +61,63 @@ impl Flushing {
         self.queue.is_empty()
     }
 
-    /// Pages can't be evicted for want of a Sync, or have been unstable for long.
+    /// Asks for a Sync: because pages can't be evicted before one, or have been unsynced for long.
     pub fn want_sync(&mut self) {
         self.wanted = true;
     }
 
-    /// Whether a Sync is to be sent although no flush waits.
+    /// Whether a Sync is to be submitted although no flush waits.
     pub fn sync_is_due(&self) -> bool {
         self.wanted && self.written > self.stable
     }
 
-    /// Whether a Sync is to be sent, for a flush or for itself.
-    pub fn sync_is_awaited(&self) -> bool {
+    /// Whether a Sync is to be submitted, for a flush or without one.
+    pub fn needs_sync(&self) -> bool {
         self.sync_is_due() || self.queue.front().is_some_and(|flush| flush.needs.is_some())
     }
 
-    /// Whether a good Sync covers everything that was written.
+    /// Whether a successful Sync covers everything that was written.
     pub fn nothing_unsynced(&self) -> bool {
         self.written == self.stable
     }
 
-    /// A write, zero or discard has ended well.
-    pub fn write_done_unsynced(&mut self) {
+    /// Counts a write, zero or discard that has succeeded.
+    pub fn note_unsynced_write(&mut self) {
         self.written += 1;
     }
 
-    /// The list for what lands now.
+    /// The list for pages whose write ends now.
     pub fn fresh(&self) -> usize {
         self.fresh
     }
 
-    /// Bytes of memory the lists take.
+    /// Bytes of memory that the lists take.
     pub fn metadata_bytes(&self) -> usize {
         (self.unsynced[0].capacity() + self.unsynced[1].capacity()) * size_of::<PageId>()
     }
 }
 
 impl PageCache {
-    /// Asks for everything written so far to be made durable; [`Notice::Done`] tells the end.
+    /// Makes everything durable that was written before; a [`Notice::Done`] reports the end.
     pub fn flush(&mut self, ticket: Ticket) {
         self.stats.flushes += 1;
-        // A flush is a question to the store: what failed before is tried again now.
+        // The guest wants to know now whether the store takes its data: what failed before is tried again.
         self.health.retry_now(self.now);
         if self.refuse_while_stopped(ticket) {
             return;
         }
         self.eager.flushed();
-        let upto = self.pages.close_epoch();
-        self.flushing.queue.push_back(Flush { ticket, upto, needs: None });
+        let up_to = self.pages.close_epoch();
+        self.flushing.queue.push_back(Flush { ticket, up_to, needs: None });
     }
 
-    /// Completes flushes whose turn has come, and sends the Sync they wait for.
+    /// Completes the flushes that have all they need, and submits the Sync that others wait for.
     pub(super) fn advance_flushes(&mut self) {
-        let redoing = self.ranges.redoing();
+        let redoing = self.ranges.is_redoing_zeroes();
         let oldest = self.pages.dirty().oldest();
         let Flushing { queue, written, stable, .. } = &mut self.flushing;
         for flush in queue.iter_mut().filter(|flush| flush.needs.is_none()) {
-            if redoing || oldest.is_some_and(|oldest| oldest.at_or_before(flush.upto)) {
+            if redoing || oldest.is_some_and(|oldest| oldest.at_or_before(flush.up_to)) {
                 break;
             }
             flush.needs = Some(*written);
@@ -122,10 +128,10 @@ impl PageCache {
             self.notices.push(Notice::Done(flush.ticket, Ok(())));
             queue.pop_front();
         }
-        let waited_for = queue.front().is_some_and(|flush| flush.needs.is_some());
-        // A flush that asks gets its answer now; one that is held waits for the pause to end, like everything else.
-        let asked = waited_for && !self.health.holds_syncs();
-        let due = self.flushing.sync_is_awaited() && self.health.may_retry(self.now);
+        let a_flush_waits = queue.front().is_some_and(|flush| flush.needs.is_some());
+        // A flush does not wait for the end of the pause after a failure, unless it is held as all other requests are.
+        let asked = a_flush_waits && !self.health.holds_syncs();
+        let due = self.flushing.needs_sync() && self.health.may_retry(self.now);
         if self.flushing.syncing.is_none() && !redoing && (asked || due) {
             self.submit_sync();
         }
@@ -136,40 +142,40 @@ impl PageCache {
         flushing.syncing = Some(flushing.written);
         flushing.fresh ^= 1;
         flushing.wanted = false;
-        debug_assert!(flushing.unsynced[flushing.fresh].is_empty(), "the last Sync has taken its list");
+        debug_assert!(flushing.unsynced[flushing.fresh].is_empty(), "the end of the last Sync takes its list");
         self.stats.syncs += 1;
         self.store_ops.submit(StoreOp::without_pages(OpKind::Sync, SectorSpan::new(0, 0)));
     }
 
-    /// The Sync in op has ended.
+    /// The Sync has ended.
     pub(super) fn sync_done(&mut self, outcome: &Outcome) {
-        let covered = self.flushing.syncing.take().expect("a Sync was in op");
+        let covered = self.flushing.syncing.take().expect("a Sync was under way");
         let old = self.flushing.fresh ^ 1;
         let pages = std::mem::take(&mut self.flushing.unsynced[old]);
         match outcome.fault() {
             None => {
                 self.flushing.stable = covered;
                 self.store_succeeded(Cause::Sync);
-                // Before the pages: one that was written after its range had been zeroed must not be clean while a
-                // successor would zero the range.
+                // Before the pages: a page that was written after its range had been zeroed must not be clean while the
+                // range is noted, or the next daemon would zero it.
                 self.zeroes_synced(old);
                 for id in pages {
-                    // Its page may have gone since, and another come.
+                    // The slot may be free by now, or have another page.
                     if self.pages[id].is(UNSYNCED[old]) {
                         self.pages.change(id, |page| page.clear(UNSYNCED[old]));
                     }
                 }
             }
             Some(fault) => {
-                self.rewrite(&pages, UNSYNCED[old]);
+                self.redirty(&pages, UNSYNCED[old]);
                 self.redo_zeroes(old);
                 self.sync_failed(fault);
             }
         }
     }
 
-    /// The pages that a failed Sync was to make durable are in doubt: they are dirty again.
-    fn rewrite(&mut self, pages: &[PageId], flag: Flags) {
+    /// Makes the pages dirty again that a failed Sync should have made durable.
+    fn redirty(&mut self, pages: &[PageId], flag: Flags) {
         for &id in pages {
             if self.pages[id].is(flag) {
                 self.make_dirty_again(id);
@@ -178,7 +184,7 @@ impl PageCache {
         }
     }
 
-    /// The flushes that still wait, wait for the rewriting and for another Sync.
+    /// Makes the flushes that still wait, wait for the pages to be written again and for another Sync.
     fn sync_failed(&mut self, fault: Fault) {
         self.stats.sync_errors += 1;
         self.store_failed(fault, Cause::Sync);
@@ -188,9 +194,10 @@ impl PageCache {
         }
     }
 
-    /// What the page holds may not be on the store after all. It gets an epoch that every waiting flush includes.
+    /// Makes all of a page dirty again, because the store may lack it. It gets an epoch that every waiting flush
+    /// includes.
     pub(super) fn make_dirty_again(&mut self, id: PageId) {
-        let epoch = self.flushing.queue.front().map_or(self.pages.dirty().current(), |flush| flush.upto);
+        let epoch = self.flushing.queue.front().map_or(self.pages.dirty().current(), |flush| flush.up_to);
         let beyond = self.pages.beyond_image(self.pages[id].no());
         self.pages.change(id, |page| {
             if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
@@ -200,11 +207,11 @@ impl PageCache {
         });
     }
 
-    /// A write of `epoch` failed: so do the flushes that include it.
+    /// Fails the flushes that include a write of `epoch`.
     pub(super) fn fail_flushes(&mut self, epoch: Epoch, fault: Fault) {
         let notices = &mut self.notices;
         self.flushing.queue.retain(|flush| {
-            let fails = epoch.at_or_before(flush.upto);
+            let fails = epoch.at_or_before(flush.up_to);
             if fails {
                 notices.push(Notice::Done(flush.ticket, Err(fault)));
             }
@@ -212,26 +219,26 @@ impl PageCache {
         });
     }
 
-    /// Nothing that waits will come.
+    /// Fails all flushes that wait.
     pub(super) fn fail_all_flushes(&mut self, fault: Fault) {
         let failed = self.flushing.queue.drain(..).map(|flush| Notice::Done(flush.ticket, Err(fault)));
         self.notices.extend(failed);
     }
 
-    /// The page was written: it may not be evicted before a good Sync.
+    /// The page was written to the store: it may not be evicted before a successful Sync.
     pub(super) fn mark_unsynced(&mut self, id: PageId) {
         let fresh = self.flushing.fresh;
         if !self.pages[id].is(UNSYNCED[fresh]) {
             self.pages.change(id, |page| page.set(UNSYNCED[fresh]));
             let list = &mut self.flushing.unsynced[fresh];
             list.push(id);
-            if list.len() >= self.pages.frames().total() as usize / 8 {
+            if list.len() >= self.pages.frames().total() as usize / UNSYNCED_SHARE {
                 self.flushing.want_sync();
             }
         }
     }
 
-    /// Pages in a range that is zeroed again, and that were written after it had been zeroed, are written again.
+    /// Makes pages dirty again that were written into a range after it had been zeroed, because it is zeroed again.
     pub(super) fn redirty_unsynced(&mut self, pages: impl Iterator<Item = PageNo>) {
         for no in pages {
             if let Some(id) = self.pages.find(no)

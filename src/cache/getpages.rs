@@ -1,13 +1,15 @@
 //! getpages: guest reads, and the read-in of what is missing (genfs_getpages).
 //!
-//! A read walks its pages once. What is valid is pinned and handed out at once, holes are handed out as zeros, and what
-//! is missing is read in: neighbours are merged into one operation, valid pages are skipped, nothing beyond the image
-//! is read. A read-in always fills a frame of its own; when it ends, an absent page adopts that frame, and a page that
-//! has been partly written takes only the sectors it lacks. So a write never waits for a read-in (PGO_OVERWRITE), and
-//! a read-in can't undo a write.
+//! A read walks its pages once. It gets valid sectors at once, as pinned pieces, and holes as zeros. What is missing is
+//! read in: adjacent pages are merged into one operation, valid pages are skipped, and nothing beyond the image is
+//! read.
 //!
-//! A request holds no pin while it waits: what has come in is delivered and given back, piece by piece. So requests that
-//! wait for each other's frames can't lock each other out, however small the cache.
+//! A read-in always fills a frame of its own. When it ends, a page without a frame adopts that frame, and a page that
+//! was partly written takes only the sectors that it lacks. So a write never waits for a read-in (PGO_OVERWRITE), and a
+//! read-in can't undo a write.
+//!
+//! A request holds no pin while it waits: each piece is delivered as soon as it is read in, and its owner returns it.
+//! So requests that wait for each other's frames can't deadlock, however small the cache.
 
 use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SectorMask};
 
@@ -17,45 +19,48 @@ use super::stalled::StallReason;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Access, Admitted, Notice, PageCache, PagePart, Piece, PlantedBug, Ticket};
 
-/// A read that waits for a page.
+/// The part of a read that waits for a page.
 #[derive(Clone, Copy, Debug)]
 struct Waiter {
     ticket: Ticket,
+    /// First sector within the request.
     at: u32,
+    /// First sector within the page.
     first: u8,
     count: u8,
+    /// The next waiter for the same page, or [`NONE`].
     next: u32,
 }
 
-/// The waiters of all pages, in one pool: each page has a chain of them.
+/// The waiters for all pages, in one pool: each page has a chain of them.
 #[derive(Debug, Default)]
 pub(super) struct Waiters {
     pool: Vec<Waiter>,
     free: Vec<u32>,
 }
 
-/// Missing pages in a row that become one read.
+/// Adjacent missing pages that are being collected into one read.
 #[derive(Debug, Default)]
 pub(super) struct Run {
-    /// Put together by readahead: nobody waits for it yet.
-    ahead: bool,
+    /// Readahead collects it: no request waits for it yet.
+    is_readahead: bool,
     first: Option<PageNo>,
     ids: Vec<PageId>,
     frames: Vec<FrameId>,
 }
 
-/// Why a page can't be had now.
-enum Missing {
-    /// No frame or slot is free, or the store is being asked where the holes are.
+/// Why an absent page is not read in now.
+enum NoReadIn {
+    /// No frame is free, or the map of holes is being asked for.
     Wait,
     /// It reads as zeros and needs no frame.
     Hole,
 }
 
 impl PageCache {
-    /// Admits a read: pieces that can be copied now go to `pieces`, the rest comes by notices.
+    /// Admits a read: pieces that can be copied now go to `pieces`, the rest comes in notices.
     ///
-    /// => Every piece is given back with [`PageCache::finish_read`].
+    /// => The owner returns every piece with [`PageCache::finish_read`].
     pub fn read(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
         self.writeback.note_guest_io(self.now);
         let stopped = self.health.stopped();
@@ -71,22 +76,22 @@ impl PageCache {
                 Some(id) if self.pages[id].valid.contains(part.mask()) => {
                     marker = marker.or(self.hit(id, part, pieces));
                 }
-                // What has been asked for is still read; nothing new is.
+                // A stopped store gets no new read; reads under way go on.
                 _ if stopped.is_some() => break,
                 Some(id) if self.wait_for(id, part, access.ticket) => missed = true,
                 Some(_) => break,
-                None => match self.bring_in(part.no) {
+                None => match self.begin_read_in(part.no) {
                     Ok(id) => {
                         self.pages.first_touch(id, part.no);
                         self.stats.read_miss_pages += 1;
                         self.enqueue_waiter(id, Waiter::new(access.ticket, part));
                         missed = true;
                     }
-                    Err(Missing::Hole) => {
+                    Err(NoReadIn::Hole) => {
                         self.stats.read_hole_pages += 1;
                         part.piece(PageId(NONE), None).join(pieces);
                     }
-                    Err(Missing::Wait) => break,
+                    Err(NoReadIn::Wait) => break,
                 },
             }
             at += u32::from(part.count);
@@ -110,18 +115,18 @@ impl PageCache {
         }
     }
 
-    /// Looks up pages that requests will ask for in a moment, and changes nothing. Of one request after the other, each
-    /// waits for the memory of the tables by itself; here the processor waits for that of several at a time.
+    /// Looks up pages that requests will ask for in a moment, and changes nothing. The look-ups of one request after
+    /// another each miss the CPU's cache in turn; here those misses overlap.
     pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo>) {
         pages.for_each(|no| self.pages.prefetch_lookup(no));
     }
 
-    /// Gives back a piece of a read.
+    /// Takes back a piece of a read.
     pub fn finish_read(&mut self, piece: &Piece) {
         piece.frames().for_each(|frame| self.pages.release_frame(frame));
     }
 
-    /// The hit path: a pin and a touch, no allocation. Returns the page's number if it bears the readahead marker.
+    /// The hit path: a pin and a touch, no allocation. Returns the page's number if it has the readahead marker.
     fn hit(&mut self, id: PageId, part: PagePart, pieces: &mut Vec<Piece>) -> Option<PageNo> {
         self.stats.read_hit_pages += 1;
         let frame = self.pages[id].frame().expect("valid sectors lie in a frame");
@@ -135,45 +140,45 @@ impl PageCache {
         marked.then_some(part.no)
     }
 
-    /// The first demand of a page that readahead brought: it has was_worthwhile.
+    /// A guest asks for a page that was read ahead in `period` for the first time.
     fn first_demand(&mut self, id: PageId, no: PageNo, period: Period) {
         self.streams.remove_unread(period);
         self.pages.first_touch(id, no);
         self.stats.readahead_used_pages += 1;
     }
 
-    /// Queues a read behind a page that is in the table with sectors missing. False: no frame to read into.
+    /// Makes a read wait for a page that is in the table and lacks sectors. False: they can't be read in now.
     fn wait_for(&mut self, id: PageId, part: PagePart, ticket: Ticket) -> bool {
         if let Some(period) = self.pages.take_unread(id) {
             self.first_demand(id, part.no, period);
             self.pages.take_mark(id, MARKER);
         }
         let page = &self.pages[id];
-        let settled_by_writer = page.pending.or(page.valid).contains(part.mask());
-        if !page.is(READING) && !settled_by_writer && !self.fill(id) {
+        let writers_bring_all = page.pending.or(page.valid).contains(part.mask());
+        if !page.is(READING) && !writers_bring_all && !self.fill(id) {
             return false;
         }
         self.stats.read_miss_pages += 1;
         self.enqueue_waiter(id, Waiter::new(ticket, part));
-        // A hole may have been filled on the spot.
+        // A hole is filled with zeros at once.
         self.settle_waiters(id);
         true
     }
 
     /// Starts the read-in of an absent page.
-    fn bring_in(&mut self, no: PageNo) -> Result<PageId, Missing> {
+    fn begin_read_in(&mut self, no: PageNo) -> Result<PageId, NoReadIn> {
         match self.holes.status(no) {
-            BlockStatus::Hole => return Err(Missing::Hole),
+            BlockStatus::Hole => return Err(NoReadIn::Hole),
             BlockStatus::Unknown => {
                 self.ask_for_map(no);
-                return Err(Missing::Wait);
+                return Err(NoReadIn::Wait);
             }
             BlockStatus::Data => {}
         }
         if self.pages.frames().free() == 0 {
-            return Err(Missing::Wait);
+            return Err(NoReadIn::Wait);
         }
-        let id = self.pages.insert(no).ok_or(Missing::Wait)?;
+        let id = self.pages.insert(no).ok_or(NoReadIn::Wait)?;
         let frame = self.pages.take_frame().expect("a frame is free");
         self.join_run(id, frame);
         Ok(id)
@@ -181,7 +186,7 @@ impl PageCache {
 
     /// Starts the read-in of what a page in the table lacks. False: no frame is free, or the map is being asked for.
     ///
-    /// => A page on its way to the store is not read (I6): the end of its write looks at its waiters again.
+    /// => A page under write-back is not read (I6): the end of its write looks at its waiters again.
     pub(super) fn fill(&mut self, id: PageId) -> bool {
         if !self.pages[id].writing.is_empty() {
             return true;
@@ -211,7 +216,7 @@ impl PageCache {
         }
     }
 
-    /// Adds a page to the read that is being put together; `frame` is what the store will fill.
+    /// Adds a page to the read that is being collected; the store will fill `frame`.
     fn join_run(&mut self, id: PageId, frame: FrameId) {
         let no = self.pages[id].no();
         let length = self.run.ids.len() as u64;
@@ -225,7 +230,7 @@ impl PageCache {
         self.run.frames.push(frame);
     }
 
-    /// Sends off the read that was put together, if there is one.
+    /// Submits the read that was collected, if there is one.
     pub(super) fn submit_run(&mut self) {
         let Some(first) = self.run.first.take() else {
             return;
@@ -236,7 +241,7 @@ impl PageCache {
         let span = self.span_of(first, ids.len() as u64);
         self.stats.store_reads += 1;
         self.stats.store_read_sectors += span.count;
-        let demand = !self.run.ahead;
+        let demand = !self.run.is_readahead;
         self.store_ops.submit(StoreOp { kind: OpKind::Read, span, frames, ids, epoch: Epoch(0), demand });
     }
 
@@ -244,15 +249,15 @@ impl PageCache {
     pub(super) fn read_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             match outcome.fault() {
-                None => self.page_came_in(id, frame),
-                Some(fault) => self.page_failed(id, frame, fault, op.demand),
+                None => self.page_read_in(id, frame),
+                Some(fault) => self.page_not_read(id, frame, fault, op.demand),
             }
         }
         self.submit_run();
     }
 
-    /// The store has filled `frame` for the page: adopt it, or take from it what the page lacks.
-    fn page_came_in(&mut self, id: PageId, frame: FrameId) {
+    /// The store has filled `frame` for the page, which adopts it, or takes from it what it lacks (I7).
+    fn page_read_in(&mut self, id: PageId, frame: FrameId) {
         match self.pages[id].frame() {
             None => {
                 self.pages.adopt_frame(id, frame);
@@ -278,9 +283,10 @@ impl PageCache {
         self.settle_waiters(id);
     }
 
-    /// The page could not be read. Waiters of a demand read fail; those that had joined a readahead get a read of
-    /// their own; a page that nobody wrote and nobody waits for goes, and one that can't be written without it has failed.
-    fn page_failed(&mut self, id: PageId, frame: FrameId, fault: Fault, demand: bool) {
+    /// The page could not be read. If the read was on demand, its waiters fail; if readahead made it, they get a read
+    /// of their own. A page with nothing in it is removed. A dirty page that needed the read-in before its write-back
+    /// has failed.
+    fn page_not_read(&mut self, id: PageId, frame: FrameId, fault: Fault, demand: bool) {
         self.pages.change(id, |page| page.clear(READING));
         self.stats.read_errors += 1;
         if demand {
@@ -301,12 +307,12 @@ impl PageCache {
         if page.frame().is_none() && !page.busy() {
             self.remove_page(id);
         } else if !page.dirty.is_empty() && !self.is_block_aligned(id) {
-            self.page_stays_dirty(id, fault);
+            self.page_cannot_be_written(id, fault);
         }
     }
 
-    /// Delivers a page to the reads that wait for sectors it has now; if some still lack theirs and nothing is under
-    /// way that would bring them, reads them in.
+    /// Delivers a page to the reads that wait for sectors that it has now. If others still wait and neither a read-in
+    /// nor a writer will bring their sectors, reads them in.
     pub(super) fn settle_waiters(&mut self, id: PageId) {
         let mut chain = self.pages.replace_waiters(id, NONE);
         while chain != NONE {
@@ -323,7 +329,7 @@ impl PageCache {
         self.fill_for_waiters(id);
     }
 
-    /// Tells a read that a piece of it has come in; what comes in row by row is one piece.
+    /// Reports that a piece of a read is there; adjacent pieces become one.
     fn deliver(&mut self, ticket: Ticket, piece: Piece) {
         if let Some(Notice::Ready(other, last)) = self.notices.last_mut()
             && *other == ticket
@@ -334,7 +340,7 @@ impl PageCache {
         self.notices.push(Notice::Ready(ticket, piece));
     }
 
-    /// Reads in what the waiters of a page lack; tries again at the next pump if that can't be done now.
+    /// Reads in what the waiters of a page lack; the next pump tries again if that can't be done now.
     fn fill_for_waiters(&mut self, id: PageId) {
         let page = &self.pages[id];
         if page.waiters() == NONE || page.is(READING) || page.writers > 0 {
@@ -343,12 +349,12 @@ impl PageCache {
         if !self.fill(id) {
             self.unfilled.push(id);
         } else if self.pages[id].valid == SectorMask::ALL {
-            // A hole was filled on the spot: nothing comes in that would deliver it.
+            // A hole was filled at once: there is no read-in whose end would deliver it.
             self.settle_waiters(id);
         }
     }
 
-    /// Pages whose waiters could not be served for lack of a frame or a map.
+    /// Tries again to serve the waiters of pages that lacked a frame or a map.
     pub(super) fn retry_unfilled(&mut self) {
         for id in std::mem::take(&mut self.unfilled) {
             if self.pages[id].waiters() != NONE {
@@ -363,21 +369,21 @@ impl PageCache {
         self.pages.replace_waiters(id, self.waiters.put(Waiter { next, ..waiter }));
     }
 
-    /// Readahead: brings in the absent pages of `window` while there is room, and says where it stopped. The first page
-    /// that it brings in bears the marker if that is due.
+    /// Readahead: reads in the absent pages of `window` while there is room, and returns where it stopped. The first
+    /// page that it reads in gets the marker, if that is due.
     ///
-    /// => Never waits and never asks for a frame that a request might need more: half of the free reserve stays.
+    /// => It never waits, and leaves half of the free reserve to requests.
     pub(super) fn prefetch(&mut self, window: PageSpan, marker_due: &mut bool) -> PageNo {
-        self.run.ahead = true;
+        self.run.is_readahead = true;
         let mut next = window.first;
         while self.health.stopped().is_none()
             && next < window.end()
             && next.0 < self.image_pages()
-            && !self.ranges.block(next)
+            && !self.ranges.contain(next)
         {
             if self.pages.find(next).is_none() {
                 let room = self.pages.frames().free() > self.reserve() / 2 && self.streams.may_prefetch();
-                match if room { self.bring_in(next) } else { Err(Missing::Wait) } {
+                match if room { self.begin_read_in(next) } else { Err(NoReadIn::Wait) } {
                     Ok(id) => {
                         self.stats.readahead_pages += 1;
                         self.pages.mark_unread(id, self.streams.add_unread());
@@ -385,14 +391,14 @@ impl PageCache {
                             self.pages.mark(id, MARKER);
                         }
                     }
-                    Err(Missing::Hole) => {}
-                    Err(Missing::Wait) => break,
+                    Err(NoReadIn::Hole) => {}
+                    Err(NoReadIn::Wait) => break,
                 }
             }
             next = next.plus(1);
         }
         self.submit_run();
-        self.run.ahead = false;
+        self.run.is_readahead = false;
         next
     }
 }
@@ -403,7 +409,7 @@ fn missing_sectors(page: &Page) -> SectorMask {
 }
 
 impl Waiter {
-    /// In no chain yet.
+    /// A waiter in no chain yet.
     fn new(ticket: Ticket, part: PagePart) -> Self {
         let PagePart { first, count, at, .. } = part;
         Self { ticket, at, first, count, next: NONE }
@@ -417,7 +423,7 @@ impl Waiters {
             return slot;
         }
         self.pool.push(waiter);
-        u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests in op")
+        u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests under way")
     }
 
     /// Takes the first waiter off `chain`.
@@ -428,7 +434,7 @@ impl Waiters {
         waiter
     }
 
-    /// Waiters in the pool's chains (for the invariant check).
+    /// Number of waiters in all chains, for the check of the invariants.
     pub fn in_use(&self) -> usize {
         self.pool.len() - self.free.len()
     }

@@ -7,8 +7,8 @@
 //! A turn of the owner:
 //!
 //! 1. [`PageCache::complete`] for every store operation that ended.
-//! 2. [`PageCache::read`], [`PageCache::write`], [`PageCache::flush`], [`PageCache::zero`] and [`PageCache::discard`] for new
-//!    requests.
+//! 2. [`PageCache::read`], [`PageCache::write`], [`PageCache::flush`], [`PageCache::zero`] and [`PageCache::discard`]
+//!    for new requests.
 //! 3. The owner copies the pieces and returns them with [`PageCache::finish_read`] and [`PageCache::finish_write`].
 //! 4. [`PageCache::pump`] writes back, syncs, reclaims and resumes.
 //! 5. [`PageCache::take_ops`] and [`PageCache::take_notices`]. The owner may call them earlier too.
@@ -68,8 +68,9 @@ use store_ops::StoreOps;
 use throttle::Throttle;
 use writeback::Writeback;
 
-/// Pages of a region (1 MiB), the unit of all that the cache does in bulk: no cluster crosses the border of a region, maps
-/// of holes and space are asked for by region, and a region that a sequential writer fills is written back at once.
+/// Pages of a region (1 MiB), the unit of all that the cache does in bulk: no cluster crosses the border of a region,
+/// maps of holes and space are asked for by region, and a region that a sequential writer fills is written back at
+/// once.
 pub const REGION_PAGES: u64 = 256;
 /// Frames of the cache for each slot of a table of regions: so a table covers an image of four times the cache, and all of
 /// them take about 0.02 % of the cache.
@@ -87,8 +88,8 @@ pub trait FrameMemory: Send + std::fmt::Debug {
     fn publish(&self, frame: FrameId, record: FrameRecord);
     /// How many zeroed ranges can be noted at a time; at least one.
     fn zero_slots(&self) -> usize;
-    /// Notes in a slot, one of [`FrameMemory::zero_slots`], a range that must read as zeros although the store may not have
-    /// it so; `None` clears the slot. [`PageCache::restore`] gets the slots as it gets the frames.
+    /// Notes in a slot, one of [`FrameMemory::zero_slots`], a range that must read as zeros although the store may not
+    /// have it so; `None` clears the slot. [`PageCache::restore`] gets the slots as it gets the frames.
     fn note_zero(&self, slot: usize, span: Option<SectorSpan>);
 }
 
@@ -96,25 +97,25 @@ pub trait FrameMemory: Send + std::fmt::Debug {
 ///
 /// # Invariants
 ///
-/// [`PageCache::check`] recounts I1 to I7 and I9 from scratch; the simulator calls it after every step and tests I8 and I10.
+/// - I1: A page is on exactly one replacement queue if and only if it is in the table. Upheld by `Pages::insert`,
+///   `remove` and `evict`.
+/// - I2: The dirty set is the pages whose `dirty` mask is not empty. Upheld by `Pages::change` and `forget`.
+/// - I3: References to a frame = residency + pins + store operations. `Pages` upholds residency; each copy and each
+///   operation takes and drops its own.
+/// - I4: Counters equal a recount. For pages upheld by `Pages::change` and `forget`.
+/// - I5: Dirty sectors are valid. Checked by `Pages::change`.
+/// - I6: Two store operations under way overlap only if both are reads. Upheld by `fill`, `can_be_put` and
+///   `start_ranges`, which start none on a page that has one.
+/// - I7: A store read never overwrites a valid sector. It fills a frame of its own, and the page takes only the sectors
+///   that it lacks. Upheld by `page_read_in`.
+/// - I8: A flush is complete when nothing of its epoch is dirty or under write-back, and a Sync submitted after the
+///   last such write has succeeded. Upheld by `advance_flushes`.
+/// - I9: Free frames + held frames = arena. Upheld by `Frames`, which `Pages` owns.
+/// - I10: Every request completes exactly once. Upheld by the queues of waiters, stalled requests, flushes and ranges,
+///   which remove an entry when they report it, and by the owner.
 ///
-/// - I1: A page is on exactly one replacement queue if and only if it is in the table.
-/// - I2: The dirty set is the pages whose `dirty` mask is not empty.
-/// - I3: References to a frame = residency + pins + store operations.
-/// - I4: Counters equal a recount.
-/// - I5: Dirty sectors are valid.
-/// - I6: Two store operations under way overlap only if both are reads.
-/// - I7: A store read never overwrites a valid sector. It fills a frame of its own, and the page takes only the sectors that
-///   it lacks.
-/// - I8: A flush is complete when nothing of its epoch is dirty or being written, and a Sync submitted after the last such
-///   write has succeeded.
-/// - I9: Free frames + held frames = arena.
-/// - I10: Every request completes exactly once. The owner has a part in it.
-///
-/// Who upholds them: I1 to I5 and I9 the `pages` module, because only its functions change a page's state. I6 `fill`,
-/// `can_be_put` and `start_ranges`, which start no operation on a page that has one. I7 `page_came_in`. I8
-/// `advance_flushes`. I10 the queues of waiters, stalled requests, flushes and ranges, each of which removes an entry when it
-/// reports it.
+/// [`PageCache::check`] recounts I1 to I7 and I9 from scratch. The simulator calls it after every step, and its oracle
+/// checks I8 and I10.
 #[derive(Debug)]
 pub struct PageCache {
     settings: Settings,

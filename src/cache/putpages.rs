@@ -1,10 +1,11 @@
 //! putpages: write-back in clusters (genfs_putpages).
 //!
-//! From a dirty page we look backward, then forward, over pages that may go too, bridging gaps of one or two clean
-//! pages in memory, up to the longest operation and never across a 1 MiB region. A cluster is one vectored write. Its
-//! frames are frozen until it ends: a guest that writes such a page gets a new frame.
+//! A cluster extends from a dirty page backward, then forward, over other dirty pages, and bridges gaps of one or two
+//! clean pages in memory. It is at most as long as the store's longest operation, and never crosses the border of a 1
+//! MiB region. A cluster is one vectored write. Its frames are frozen until it ends: a guest that writes such a page
+//! gets a new frame.
 
-use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::holes::BlockStatus;
 use super::pages::{FAILED, FROZEN, NONE};
@@ -12,11 +13,11 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{PageCache, PlantedBug, REGION_PAGES};
 
-/// Longest gap of clean pages that a cluster writes along.
+/// Longest gap of clean pages that a cluster bridges, by writing them too.
 const BRIDGE_PAGES: u64 = 2;
 
 impl PageCache {
-    /// Writes the page and what can go with it. Returns the page after the cluster; `None`: the page can't go now.
+    /// Writes the page in a cluster. Returns the page after the cluster; `None`: the page can't be written now.
     pub(super) fn put_cluster(&mut self, id: PageId) -> Option<PageNo> {
         if !self.can_be_put(id) {
             return None;
@@ -33,8 +34,8 @@ impl PageCache {
                 return None;
             }
         }
-        // A page that failed goes alone, so that one bad sector holds up nothing else.
-        let (first, end) = if self.pages[id].is(FAILED) { (no, no.plus(1)) } else { self.cluster_round(no) };
+        // A page that failed is written alone, so that one bad sector holds up no other page.
+        let (first, end) = if self.pages[id].is(FAILED) { (no, no.plus(1)) } else { self.cluster_around(no) };
         let (mut frames, mut ids) = self.store_ops.vectors();
         let mut epoch = self.pages[id].epoch;
         for page_no in (first.0..end.0).map(PageNo) {
@@ -47,33 +48,34 @@ impl PageCache {
             frames.push(page.frame().expect("a valid page has a frame"));
         }
         let span = self.span_of(first, end.0 - first.0);
-        self.submit_write(span, (frames, ids), epoch, SectorMask::ALL);
+        self.submit_write(StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false }, SectorMask::ALL);
         Some(end)
     }
 
-    /// Whether the first dirty run of a page is whole blocks of the store. If it is not, the sectors that the page lacks are
-    /// read in before it can go.
+    /// Whether the first dirty run of a page consists of whole blocks of the store. If not, the sectors that the page
+    /// lacks are read in before its write-back.
     pub(super) fn is_block_aligned(&self, id: PageId) -> bool {
         let block = self.settings.block_sectors;
         self.pages[id].dirty.first_run().is_some_and(|(first, count)| first % block == 0 && count % block == 0)
     }
 
-    /// Writes the first dirty run of a page of which only some sectors are known. Returns the page after it.
+    /// Writes the first dirty run of a page of which only some sectors are valid. Returns the page after it.
     fn put_run(&mut self, id: PageId) -> PageNo {
         let page = &self.pages[id];
         let no = page.no();
-        let (first, count) = page.dirty.first_run().expect("a page to be put is dirty");
+        let (first, count) = page.dirty.first_run().expect("a page to be written is dirty");
         let (mut frames, mut ids) = self.store_ops.vectors();
         ids.push(id);
         frames.push(page.frame().expect("a dirty page has a frame"));
         let epoch = page.epoch;
         let span = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), u64::from(count));
-        self.submit_write(span, (frames, ids), epoch, SectorMask::run(first, count));
+        let op = StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false };
+        self.submit_write(op, SectorMask::run(first, count));
         no.plus(1)
     }
 
-    /// The pages that can be written along with `no`: first, and the one after the last.
-    fn cluster_round(&self, no: PageNo) -> (PageNo, PageNo) {
+    /// The cluster around `no`: its first page, and the page after its last.
+    fn cluster_around(&self, no: PageNo) -> (PageNo, PageNo) {
         let region = no.0 / REGION_PAGES * REGION_PAGES;
         let length_max = u64::from(self.settings.cluster_pages_max);
         let lowest = region.max((no.0 + 1).saturating_sub(length_max));
@@ -97,14 +99,14 @@ impl PageCache {
         (PageNo(first), PageNo(end))
     }
 
-    /// Whether a page can be part of a cluster at all: complete, in memory, and nobody's; dirty, or clean and no hole, which
-    /// would be filled with zeros for nothing.
+    /// Whether a page can be part of a cluster: all of it is valid, and no operation, writer or range holds it. It is
+    /// dirty, or clean and not a hole, whose space would be wasted on zeros.
     fn can_bridge(&self, no: u64) -> bool {
         self.pages.find(PageNo(no)).is_some_and(|id| {
             let page = &self.pages[id];
             let fills_no_hole = !page.dirty.is_empty() || self.holes.status(page.no()) == BlockStatus::Data;
-            let free = !page.busy() && !page.is(FAILED) && !self.ranges.block(page.no());
-            page.valid == SectorMask::ALL && fills_no_hole && free
+            let is_free = !page.busy() && !page.is(FAILED) && !self.ranges.contain(page.no());
+            page.valid == SectorMask::ALL && fills_no_hole && is_free
         })
     }
 
@@ -113,16 +115,10 @@ impl PageCache {
         self.pages.find(PageNo(no)).is_some_and(|id| self.can_be_put(id))
     }
 
-    /// Freezes the pages and sends them off.
-    fn submit_write(
-        &mut self,
-        span: SectorSpan,
-        (frames, ids): (Vec<FrameId>, Vec<PageId>),
-        epoch: Epoch,
-        writing: SectorMask,
-    ) {
-        self.pages.hold_epoch(epoch);
-        for (&id, &frame) in ids.iter().zip(&frames) {
+    /// Submits a write of the sectors `writing` of its pages, whose frames are frozen until it ends.
+    fn submit_write(&mut self, op: StoreOp, writing: SectorMask) {
+        self.pages.hold_epoch(op.epoch);
+        for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             self.pages.hold_frame(frame);
             self.pages.change(id, |page| {
                 page.writing = writing;
@@ -131,8 +127,8 @@ impl PageCache {
             });
         }
         self.stats.store_writes += 1;
-        self.stats.store_written_sectors += span.count;
-        self.store_ops.submit(StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false });
+        self.stats.store_written_sectors += op.span.count;
+        self.store_ops.submit(op);
     }
 
     /// A cluster has ended (genfs: uvm_aio_aiodone).
@@ -157,7 +153,7 @@ impl PageCache {
         self.pages.release_epoch(op.epoch);
         match fault {
             None => {
-                self.flushing.write_done_unsynced();
+                self.flushing.note_unsynced_write();
                 self.store_succeeded(Cause::Write);
             }
             Some(fault) => self.cluster_failed(op.epoch, fault),
@@ -167,7 +163,7 @@ impl PageCache {
     fn page_written(&mut self, id: PageId) {
         let no = self.pages[id].no();
         self.holes.mark_data(no);
-        // First this: at no moment may the page pass for one that the store has for good.
+        // First this: the page must not be clean and durable for a moment.
         self.mark_unsynced(id);
         self.pages.change(id, |page| {
             page.writing = SectorMask::NONE;
@@ -178,7 +174,7 @@ impl PageCache {
         }
     }
 
-    /// The page stays dirty: we still hold the bytes.
+    /// The page stays dirty: its frame has the bytes.
     fn page_not_written(&mut self, id: PageId, epoch: Epoch) {
         let beyond = self.pages.beyond_image(self.pages[id].no());
         self.pages.change(id, |page| {
@@ -192,8 +188,8 @@ impl PageCache {
         });
     }
 
-    /// A page can't be written, for what it lacks of the store's block can't be read.
-    pub(super) fn page_stays_dirty(&mut self, id: PageId, fault: Fault) {
+    /// A page can't be written, because the sectors that it lacks of the store's block can't be read.
+    pub(super) fn page_cannot_be_written(&mut self, id: PageId, fault: Fault) {
         self.pages.change(id, |page| page.set(FAILED));
         self.cluster_failed(self.pages[id].epoch, fault);
     }
@@ -201,7 +197,7 @@ impl PageCache {
     fn cluster_failed(&mut self, epoch: Epoch, fault: Fault) {
         self.stats.write_errors += 1;
         self.store_failed(fault, Cause::Write);
-        if self.health.reported().is_some() {
+        if self.health.refused().is_some() {
             self.fail_flushes(epoch, fault);
         }
     }

@@ -1,9 +1,10 @@
-//! WRITE_ZEROES and DISCARD: operations on a range, without moving data.
+//! WRITE_ZEROES and DISCARD: operations on a range, without data.
 //!
-//! A range operation locks its pages: it starts when nothing in the range is busy, and requests that touch the range
-//! wait until it ends. The pages stay as they are meanwhile, so that a failure loses nothing; at the end those inside
-//! the range go, and those that the range cuts have the part inside zeroed. A discard takes whole pages only, and promises
-//! nothing; a zero is remembered until it is durable (`zeroed.rs`).
+//! A range operation locks its pages: it starts when no page in the range is busy, and requests that touch the range
+//! wait until it ends. The pages stay as they are meanwhile, so that a failure loses nothing. At the end the pages
+//! inside the range are removed, and those that its borders cut have the part inside zeroed. A discard takes whole
+//! pages only, and what they read as afterwards is undefined; a zero is noted until it is durable
+//! (`pending_zeroes.rs`).
 
 use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
 
@@ -14,55 +15,55 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
-/// Range operations that guests may ask for at a time; more wait with the stalled requests.
+/// Range operations of guests at a time; more of them stall.
 const RANGES_MAX: usize = 64;
 
 #[derive(Debug)]
 struct Range {
-    /// Whose it is; `None`: a zero that is done again after a failed Sync.
+    /// The guest's request; `None`: a zero that is done again after a failed Sync or by the next daemon.
     ticket: Option<Ticket>,
     span: SectorSpan,
     kind: OpKind,
     started: bool,
-    /// Where a zero is noted, or will be.
+    /// Where a zero is noted, or will be once the store has done it.
     zero_slot: Option<ZeroSlot>,
 }
 
-/// The range operations that are under way or wait for their pages.
+/// The range operations under way, and those that wait for their pages.
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
     list: Vec<Range>,
 }
 
 impl Ranges {
-    /// Whether a range operation keeps write-back off the page.
-    pub fn block(&self, no: PageNo) -> bool {
+    /// Whether a range operation includes the page: then write-back and readahead leave it alone.
+    pub fn contain(&self, no: PageNo) -> bool {
         !self.list.is_empty() && self.list.iter().any(|range| range.span.pages().contains(no))
     }
 
-    /// Range operations that guests wait for.
-    fn asked(&self) -> usize {
+    /// Number of range operations that guests wait for.
+    fn of_guests(&self) -> usize {
         self.list.iter().filter(|range| range.ticket.is_some()).count()
     }
 
-    /// Whether a zero has to be done again before a Sync means anything.
-    pub fn redoing(&self) -> bool {
+    /// Whether a zero is to be done again: until then a Sync makes nothing durable.
+    pub fn is_redoing_zeroes(&self) -> bool {
         self.list.iter().any(|range| range.ticket.is_none())
     }
 
-    /// How many have a zero_slot among the zeroed.
-    pub fn placed(&self) -> usize {
+    /// Number of range operations that hold a slot for their zero, for the check of the invariants.
+    pub fn with_zero_slot(&self) -> usize {
         self.list.iter().filter(|range| range.zero_slot.is_some()).count()
     }
 }
 
 impl PageCache {
-    /// Makes the span read as zeros; [`Notice::Done`] tells the end. False: not admitted, [`Notice::Resume`] comes.
+    /// Makes the span read as zeros; a [`Notice::Done`] reports the end. False: it stalls until a [`Notice::Resume`].
     pub fn zero(&mut self, ticket: Ticket, span: SectorSpan, unmap: Unmap) -> bool {
         self.start_or_stall(ticket, span, OpKind::Zero { unmap })
     }
 
-    /// Gives the span's contents up; otherwise as [`PageCache::zero`].
+    /// Drops the contents of the span; otherwise as [`PageCache::zero`].
     pub fn discard(&mut self, ticket: Ticket, span: SectorSpan) -> bool {
         // Whole pages only: the image's cut last page counts as whole.
         let start = span.start.next_multiple_of(SECTORS_PER_PAGE);
@@ -83,7 +84,7 @@ impl PageCache {
         if self.refuse_while_stopped(ticket) {
             return true;
         }
-        if self.ranges.asked() >= RANGES_MAX {
+        if self.ranges.of_guests() >= RANGES_MAX {
             self.stalled.push(ticket, StallReason::StoreOp);
             return false;
         }
@@ -91,20 +92,20 @@ impl PageCache {
         true
     }
 
-    /// A zero of which no Sync is known to have been good is done again.
-    pub(super) fn zero_again(&mut self, span: SectorSpan, unmap: Unmap, zero_slot: ZeroSlot) {
-        // Its space may have been reserved since for pages that wait to be written.
+    /// Does a zero again that may not be durable.
+    pub(super) fn redo_zero(&mut self, span: SectorSpan, unmap: Unmap, zero_slot: ZeroSlot) {
+        // Its space may have been reserved since, for pages that are dirty now.
         let unmap = if self.settings.allocate { Unmap::Forbidden } else { unmap };
         let kind = OpKind::Zero { unmap };
         self.ranges.list.push(Range { ticket: None, span, kind, started: false, zero_slot: Some(zero_slot) });
     }
 
-    /// The store is left alone: range operations that have not begun fail.
+    /// The store is stopped: range operations that have not started fail.
     pub(super) fn fail_waiting_ranges(&mut self, fault: Fault) {
         self.fail_ranges(fault, |_| true);
     }
 
-    /// Fails those range operations of guests that have not begun, and of which `which` says so.
+    /// Fails the range operations of guests that have not started and whose kind `which` selects.
     fn fail_ranges(&mut self, fault: Fault, which: impl Fn(OpKind) -> bool) {
         let notices = &mut self.notices;
         self.ranges.list.retain(|range| {
@@ -114,21 +115,21 @@ impl PageCache {
         });
     }
 
-    /// Starts the range operations whose pages nobody holds, in order where they overlap.
+    /// Starts the range operations that have no busy page, in order where they overlap.
     pub(super) fn start_ranges(&mut self) {
         if self.pending_zeroes.is_full()
-            && let Some(fault) = self.health.reported()
+            && let Some(fault) = self.health.refused()
         {
-            // Nobody knows when a good Sync makes room.
+            // Only a successful Sync frees a slot, and there may be none for long.
             self.fail_ranges(fault, |kind| matches!(kind, OpKind::Zero { .. }));
         }
         for index in 0..self.ranges.list.len() {
             let Range { ticket, span, kind, started, zero_slot } = self.ranges.list[index];
             let pages = span.pages();
             if started
-                || self.waits(&self.ranges.list[index])
-                || self.has_to_follow(index)
-                || self.resident(pages).iter().any(|&id| self.pages[id].busy())
+                || self.must_wait(&self.ranges.list[index])
+                || self.must_follow(index)
+                || self.resident_pages(pages).iter().any(|&id| self.pages[id].busy())
             {
                 continue;
             }
@@ -136,7 +137,7 @@ impl PageCache {
                 self.redirty_unsynced(pages.iter());
             }
             if zero_slot.is_none() && matches!(kind, OpKind::Zero { .. }) {
-                self.ranges.list[index].zero_slot = self.pending_zeroes.take();
+                self.ranges.list[index].zero_slot = self.pending_zeroes.take_slot();
             }
             self.ranges.list[index].started = true;
             self.stats.range_operations += 1;
@@ -147,28 +148,29 @@ impl PageCache {
         }
     }
 
-    /// Whether a range operation can't start for want of something that no range operation brings: a zero that is to be
-    /// done again waits until the store may be tried, and another until there is a zero_slot to note it.
-    fn waits(&self, range: &Range) -> bool {
-        let wants = match range.ticket {
+    /// Whether a range operation waits for something else than its pages and other range operations: a zero that is
+    /// done again, for the end of the pause after the failure; a zero of a guest, for a free slot.
+    fn must_wait(&self, range: &Range) -> bool {
+        let lacks = match range.ticket {
             None => !self.health.may_retry(self.now),
             Some(_) => matches!(range.kind, OpKind::Zero { .. }) && self.pending_zeroes.is_full(),
         };
-        !range.started && wants
+        !range.started && lacks
     }
 
-    /// Whether a range operation keeps a guest's request off the page. One that waits for the store or for a Sync does not:
-    /// nobody knows for how long. What is written before a zero is done again is written again after it.
+    /// Whether guests' requests must wait for a range operation on the page. They do not wait for one that itself waits
+    /// for the store or for a Sync, which may take long. What is written before a zero is done again is written again
+    /// after it.
     pub(super) fn is_range_locked(&self, no: PageNo) -> bool {
         let mut ranges = self.ranges.list.iter();
-        ranges.any(|range| range.span.pages().contains(no) && !self.waits(range))
+        ranges.any(|range| range.span.pages().contains(no) && !self.must_wait(range))
     }
 
-    /// Whether a range operation overlaps one that is under way, or an earlier one that can go first.
-    fn has_to_follow(&self, index: usize) -> bool {
+    /// Whether a range operation overlaps one that is under way, or an earlier one that can start first.
+    fn must_follow(&self, index: usize) -> bool {
         let pages = self.ranges.list[index].span.pages();
         self.ranges.list.iter().enumerate().any(|(at, other)| {
-            let first = other.started || at < index && !self.waits(other);
+            let first = other.started || at < index && !self.must_wait(other);
             at != index && first && other.span.pages().overlaps(pages)
         })
     }
@@ -177,11 +179,11 @@ impl PageCache {
     pub(super) fn range_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         let span = op.span;
         let index = self.ranges.list.iter().position(|range| range.started && range.span == span);
-        let range = self.ranges.list.remove(index.expect("a range operation is known until it ends"));
+        let range = self.ranges.list.remove(index.expect("a range operation is listed until it ends"));
         self.forget_holes(span);
         let result = outcome.fault().map_or(Ok(()), Err);
         if result.is_ok() {
-            self.flushing.write_done_unsynced();
+            self.flushing.note_unsynced_write();
         }
         if let (Ok(()), OpKind::Zero { unmap }, Some(zero_slot)) = (result, op.kind, range.zero_slot) {
             self.zero_done(span, unmap, zero_slot);
@@ -194,13 +196,13 @@ impl PageCache {
             return;
         };
         if let (Err(_), Some(zero_slot)) = (result, range.zero_slot) {
-            self.pending_zeroes.give_back(zero_slot);
+            self.pending_zeroes.free_slot(zero_slot);
         }
-        for id in self.resident(span.pages()) {
+        for id in self.resident_pages(span.pages()) {
             if result.is_ok() {
                 self.zero_inside(id, self.sectors_inside(id, span));
             } else {
-                self.distrust_store(id);
+                self.redirty_or_remove(id);
             }
         }
         if result.is_ok() {
@@ -209,7 +211,7 @@ impl PageCache {
         self.notices.push(Notice::Done(ticket, result));
     }
 
-    /// The part of a page inside the range is gone: the page goes, or that part of it becomes zeros, as on the store.
+    /// Removes a page inside the range; zeroes the part inside of a page that the range cuts, as the store did.
     fn zero_inside(&mut self, id: PageId, inside: SectorMask) {
         if inside == SectorMask::ALL {
             self.remove_page(id);
@@ -225,9 +227,9 @@ impl PageCache {
         });
     }
 
-    /// What the store holds of the page is not known any more: what only we are sure to have is written again, the rest is
-    /// read again when it is asked for.
-    fn distrust_store(&mut self, id: PageId) {
+    /// After a failed range operation the store's contents of the page are unknown: a page that is not durable is
+    /// written again, any other is read again when a guest asks for it.
+    fn redirty_or_remove(&mut self, id: PageId) {
         if self.pages[id].is_unsynced() || !self.pages[id].dirty.is_empty() {
             self.make_dirty_again(id);
         } else {
@@ -235,8 +237,8 @@ impl PageCache {
         }
     }
 
-    /// Which sectors of the page lie in the span; a page of which nothing lies outside is whole, even if the image
-    /// ends in it.
+    /// The sectors of the page that lie in the span; all of them if none lies outside, even where the image ends in the
+    /// page.
     fn sectors_inside(&self, id: PageId, span: SectorSpan) -> SectorMask {
         let no = self.pages[id].no();
         let page_start = no.0 * SECTORS_PER_PAGE;
@@ -246,8 +248,8 @@ impl PageCache {
         if inside.or(self.pages.beyond_image(no)) == SectorMask::ALL { SectorMask::ALL } else { inside }
     }
 
-    /// The pages of a span that are in memory: by number or by table, whichever is the shorter walk.
-    fn resident(&self, span: PageSpan) -> Vec<PageId> {
+    /// The pages of a span that are in memory. Looks up each page or walks the table, whichever is shorter.
+    fn resident_pages(&self, span: PageSpan) -> Vec<PageId> {
         if span.count <= u64::from(self.pages.len()) {
             span.iter().filter_map(|no| self.pages.find(no)).collect()
         } else {

@@ -1,18 +1,20 @@
-//! Taking over what a daemon that died has left in its frames.
+//! Restores the cache that the last daemon left in its frames when it died.
 //!
-//! The memory was last_reported of every frame what it holds (`FrameMemory::publish`), each time in one step and after the bytes
-//! were in place. So at whatever step the daemon died, what was last published is a cache that it could have had: what
-//! was dirty or on its way to the store is dirty, and so is what no Sync has covered, for the end of a Sync in op is
-//! not known. A page that was moving to another frame stands in both, with the same bytes. So a Sync that the predecessor
-//! has not lived to hear of makes no difference: everything that it was to cover is written, or zeroed, again.
+//! The last daemon recorded what each frame holds (`FrameMemory::publish`), each time in one step and after the bytes
+//! were in place. So the records describe a cache that it could have had, at whatever step it died:
+//!
+//! - Pages that were dirty or under write-back are dirty.
+//! - So are pages that no Sync had covered. The result of a Sync under way is unknown, so everything that it would have
+//!   covered is written, or zeroed, again.
+//! - A page that was moving to another frame is recorded for both, with the same bytes; one of them is used.
 
 use crate::units::{FrameId, FrameRecord, SectorSpan, Tick};
 
 use super::PageCache;
 
 impl PageCache {
-    /// Fills an empty cache with what a predecessor left, in frames and as zeroed ranges by their places; returns how many
-    /// pages that were, and how many are dirty.
+    /// Fills an empty cache from the records of the frames, and from the noted zeroes by their slots. Returns the
+    /// number of pages in the cache, and how many of them are dirty.
     pub fn restore(
         &mut self,
         records: impl IntoIterator<Item = (FrameId, FrameRecord)>,

@@ -1,51 +1,53 @@
-//! A store that fails to take writes: what waits, what fails, when it is tried again, and when it is well.
+//! A store whose writes fail: which requests wait, which fail, when writes are tried again, and when the store is
+//! healthy.
 //!
-//! The pages stay dirty, whatever the policy: we still hold the bytes. What differs is what becomes of the requests that
-//! need the store meanwhile. Reads of what is in memory go on in every case.
+//! The pages stay dirty under every policy, and their frames have the bytes. The policy decides about requests that
+//! need the store meanwhile. Reads of pages in memory go on in every case.
 
 use crate::units::{Fault, Tick};
 
 use super::{ErrorPolicy, Notice, PageCache, PlantedBug, Ticket};
 
-/// Pause after a failed write: from this, doubling ...
+/// Pause after the first failed write; it doubles with every further failure.
 const BACKOFF_US_MIN: u64 = 100_000;
-/// ... to this.
+/// Longest pause after a failed write.
 const BACKOFF_US_MAX: u64 = 5_000_000;
 
-/// How the store takes our writes, for the operator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Whether the store's writes succeed, for the operator.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Health {
-    /// As it should.
+    /// They succeed.
+    #[default]
     Healthy,
-    /// It fails, and requests that need it fail.
+    /// They fail, and requests that need the store fail.
     Reporting(Fault),
-    /// It fails, and requests that need it wait.
+    /// They fail, and requests that need the store wait.
     Holding(Fault),
-    /// It failed, and is left alone until somebody says [`PageCache::resume`].
+    /// They failed, and the store gets no more operations until [`PageCache::resume`].
     Stopped(Fault),
 }
 
-/// What the operator is to hear of.
+/// What the operator should know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HealthEvent {
-    /// The store's condition has changed.
+    /// The store's health has changed.
     Health(Health),
-    /// The store can't reserve space: a full disk is met when pages are written back.
+    /// The store can't reserve space: a full disk makes write-back fail, not the guest's write.
     NoReservations,
 }
 
-/// What failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What failed, by how it recovers; of several failures the last in this list counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Cause {
-    /// A write: the next one that ends well heals it.
-    Write,
-    /// A Sync, or a zero that it was to make durable: only a good Sync heals it.
-    Sync,
-    /// Space for a write that has not completed.
+    /// The allocation of space for a write that has not completed: only a successful allocation clears it.
     Allocate,
+    /// A write: the next successful write clears it, or a Sync.
+    Write,
+    /// A Sync, or a zero that it should have made durable: only a successful Sync clears it.
+    Sync,
 }
 
-/// A failure that has not healed.
+/// A failure that has not been cleared.
 #[derive(Clone, Copy, Debug)]
 struct Failure {
     cause: Cause,
@@ -55,83 +57,83 @@ struct Failure {
 }
 
 impl Failure {
-    fn is_of_space(&self) -> bool {
+    fn lacks_space(&self) -> bool {
         self.cause == Cause::Allocate
     }
 }
 
-/// See the module.
+/// The health of a store, and the failure behind it.
 #[derive(Debug, Default)]
 pub(super) struct StoreHealth {
     failure: Option<Failure>,
-    condition: Option<Health>,
-    /// The condition that the operator was last last_reported of.
-    last_reported: Option<Health>,
-    /// The operator resumed it, and what comes of that is to be last_reported even if it is the same again.
+    /// Also healthy after the operator resumed the store, until a write is tried.
+    current: Health,
+    /// The health that the operator was last told.
+    last_reported: Health,
+    /// The operator resumed the store: the result is to be reported even if it is the same as before.
     resumed: bool,
 }
 
 impl StoreHealth {
-    fn health(&self) -> Health {
-        self.condition.unwrap_or(Health::Healthy)
-    }
-
-    /// The fault by which requests fail now that need more space; none while it is well, or while they wait.
+    /// The fault with which requests that need more space fail now; none while the store is healthy, or while they
+    /// wait.
     pub fn space_refused(&self) -> Option<Fault> {
-        match self.health() {
+        match self.current {
             Health::Reporting(fault) | Health::Stopped(fault) => Some(fault),
             Health::Healthy | Health::Holding(_) => None,
         }
     }
 
-    /// The same of all that need the store. A full store takes what has its space.
-    pub fn reported(&self) -> Option<Fault> {
-        self.space_refused().filter(|_| self.stopped().is_some() || !self.wants_space())
+    /// The fault with which all requests that need the store fail now. A full store still takes writes that have their
+    /// space.
+    pub fn refused(&self) -> Option<Fault> {
+        self.space_refused().filter(|_| self.stopped().is_some() || !self.lacks_space())
     }
 
-    /// Whether all that fails is to get more space.
-    fn wants_space(&self) -> bool {
-        self.failure.as_ref().is_some_and(Failure::is_of_space)
+    /// Whether nothing fails but the allocation of space.
+    fn lacks_space(&self) -> bool {
+        self.failure.as_ref().is_some_and(Failure::lacks_space)
     }
 
     /// Whether requests that need the store wait.
     pub fn holding(&self) -> bool {
-        matches!(self.health(), Health::Holding(_))
+        matches!(self.current, Health::Holding(_))
     }
 
-    /// The fault for which the store is left alone.
+    /// The fault for which the store gets no more operations.
     pub fn stopped(&self) -> Option<Fault> {
-        match self.health() {
+        match self.current {
             Health::Stopped(fault) => Some(fault),
             _ => None,
         }
     }
 
-    /// What fails for this cause has gone well, and nothing of it is left that had failed.
-    pub fn clear_failure(&mut self, well: Cause) {
-        let heals = self.failure.is_some_and(|Failure { cause, .. }| match cause {
-            Cause::Sync => well == Cause::Sync,
-            Cause::Write => well != Cause::Allocate,
-            // That others are written gives no space to those who are held for it: their time goes on.
-            Cause::Allocate => well == Cause::Allocate,
+    /// An operation of this kind has succeeded, and no page is left whose write failed.
+    pub fn clear_failure(&mut self, succeeded: Cause) {
+        let clears = self.failure.is_some_and(|Failure { cause, .. }| match cause {
+            Cause::Sync => succeeded == Cause::Sync,
+            Cause::Write => succeeded != Cause::Allocate,
+            // A successful write of other pages gives no space to the requests that are held for it: their hold goes
+            // on.
+            Cause::Allocate => succeeded == Cause::Allocate,
         });
-        if heals && self.stopped().is_none() {
+        if clears && self.stopped().is_none() {
             self.failure = None;
-            self.condition = None;
+            self.current = Health::Healthy;
         }
     }
 
-    /// Whether a Sync waits for the end of the pause: who is held for want of space is nothing to it.
+    /// Whether a Sync waits for the end of the pause. It does not if requests are held for lack of space only.
     pub fn holds_syncs(&self) -> bool {
-        self.holding() && !self.wants_space()
+        self.holding() && !self.lacks_space()
     }
 
-    /// Whether writes are held for want of space.
+    /// Whether writes are held for lack of space.
     pub fn waits_for_space(&self) -> bool {
-        self.holding() && self.wants_space()
+        self.holding() && self.lacks_space()
     }
 
-    /// A FLUSH asks again what the store says, whatever the pause.
+    /// Ends the pause: what failed may be tried now.
     pub fn retry_now(&mut self, now: Tick) {
         if let Some(failure) = &mut self.failure {
             failure.retry_at = now;
@@ -150,33 +152,30 @@ impl StoreHealth {
 }
 
 impl PageCache {
-    /// A write of ours failed, or a Sync: wait before the next try, and decide what becomes of the requests that need it.
+    /// A write, a Sync or an allocation failed: sets the pause before the next try, and the health by the policy.
     pub(super) fn store_failed(&mut self, fault: Fault, cause: Cause) {
         let now = self.now;
-        // If nobody has asked for space for so long, it may have been there meanwhile.
-        let goes_on = |failure: &Failure| !failure.is_of_space() || now.since_us(failure.retry_at) <= BACKOFF_US_MAX;
-        let earlier = self.health.failure.filter(goes_on);
+        // A lack of space that is older than the longest pause is another failure: space may have been free meanwhile.
+        let is_recent = |failure: &Failure| !failure.lacks_space() || now.since_us(failure.retry_at) <= BACKOFF_US_MAX;
+        let earlier = self.health.failure.filter(is_recent);
         let (since, backoff_us) = match earlier {
-            // Several writes of one try fail together: that is one failure.
+            // Several writes of one try fail together, which is one failure.
             Some(Failure { since, retry_at, backoff_us, .. }) if now < retry_at => (since, backoff_us),
             Some(Failure { since, backoff_us, .. }) => (since, (backoff_us * 2).min(BACKOFF_US_MAX)),
             None => (now, BACKOFF_US_MIN),
         };
-        // The gravest of several counts.
-        let earlier = earlier.map_or(cause, |failure| failure.cause);
-        let grave = [Cause::Sync, Cause::Write].into_iter().find(|&grave| cause == grave || earlier == grave);
-        let gravest = grave.unwrap_or(Cause::Allocate);
-        self.health.failure = Some(Failure { cause: gravest, since, retry_at: now.plus_us(backoff_us), backoff_us });
+        let worst = earlier.map_or(cause, |failure| failure.cause.max(cause));
+        self.health.failure = Some(Failure { cause: worst, since, retry_at: now.plus_us(backoff_us), backoff_us });
         let policy = if fault == Fault::NoSpace { self.settings.on_full } else { self.settings.on_error };
-        let condition = match policy {
+        let health = match policy {
             _ if self.health.stopped().is_some() => return,
             ErrorPolicy::Hold if now.since_us(since) < self.hold_us() => Health::Holding(fault),
             ErrorPolicy::Hold | ErrorPolicy::Report => Health::Reporting(fault),
             ErrorPolicy::Stop => Health::Stopped(fault),
         };
-        self.health.condition = Some(condition);
-        // A Sync covers what every FLUSH that waits has to see durable, or some of it.
-        if cause == Cause::Sync && matches!(condition, Health::Reporting(_)) {
+        self.health.current = health;
+        // The Sync should have made durable what every waiting FLUSH includes, or part of it.
+        if cause == Cause::Sync && matches!(health, Health::Reporting(_)) {
             self.fail_all_flushes(fault);
         }
         if policy == ErrorPolicy::Stop {
@@ -186,14 +185,14 @@ impl PageCache {
         }
     }
 
-    /// The store has done what had failed for this cause; once no page is left that had, it is well.
+    /// A write or Sync has succeeded: the store is healthy if no page is left whose write failed.
     pub(super) fn store_succeeded(&mut self, cause: Cause) {
         if self.pages.dirty().failed_pages() == 0 {
             self.health.clear_failure(cause);
         }
     }
 
-    /// How long requests wait for a store.
+    /// How long requests wait for a store that fails.
     fn hold_us(&self) -> u64 {
         if self.planted(PlantedBug::HoldNeverEnds) {
             u64::MAX / 2
@@ -204,56 +203,56 @@ impl PageCache {
         }
     }
 
-    /// Requests have waited for the store long enough.
+    /// Ends the hold if it has lasted long enough: requests that wait for the store fail from now on.
     pub(super) fn end_hold(&mut self) {
-        if let Health::Holding(fault) = self.health.health()
+        if let Health::Holding(fault) = self.health.current
             && self.hold_ends().is_some_and(|end| end <= self.now)
         {
-            self.health.condition = Some(Health::Reporting(fault));
-            if self.health.reported().is_some() {
+            self.health.current = Health::Reporting(fault);
+            if self.health.refused().is_some() {
                 self.fail_all_flushes(fault);
             }
-            // What has stalled finds out when it resumes.
+            // Stalled requests fail when they try again.
             self.stalled.unblock();
         }
     }
 
-    /// When the requests that wait for the store are to fail.
+    /// When the requests that wait for the store will fail.
     pub(super) fn hold_ends(&self) -> Option<Tick> {
         self.health.failure.filter(|_| self.health.holding()).map(|failure| failure.since.plus_us(self.hold_us()))
     }
 
-    /// The operator says that the store is well again: what failed is tried at once.
+    /// The operator says that the store works again: what failed is tried at once.
     pub fn resume(&mut self) {
-        self.health.resumed = self.health.health() != Health::Healthy;
-        self.health.condition = None;
+        self.health.resumed = self.health.current != Health::Healthy;
+        self.health.current = Health::Healthy;
         self.health.retry_now(self.now);
         self.stalled.unblock();
     }
 
-    /// How the store takes our writes.
+    /// Whether the store's writes succeed.
     pub fn health(&self) -> Health {
-        self.health.health()
+        self.health.current
     }
 
-    /// What the operator has not been last_reported yet.
+    /// Takes the next event that the operator has not been told.
     pub fn take_health_event(&mut self) -> Option<HealthEvent> {
         if self.allocating.take_unsupported() {
             return Some(HealthEvent::NoReservations);
         }
-        let condition = self.health.health();
+        let health = self.health.current;
         // Resumed, and not tried yet.
-        let undecided = condition == Health::Healthy && self.health.failure.is_some();
-        let changed = self.health.last_reported.unwrap_or(Health::Healthy) != condition;
+        let undecided = health == Health::Healthy && self.health.failure.is_some();
+        let changed = self.health.last_reported != health;
         if undecided || !changed && !self.health.resumed {
             return None;
         }
         self.health.resumed = false;
-        self.health.last_reported = Some(condition);
-        Some(HealthEvent::Health(condition))
+        self.health.last_reported = health;
+        Some(HealthEvent::Health(health))
     }
 
-    /// A request that would change the store is refused while it is left alone: says so, and returns true.
+    /// Fails a request that would change the store while the store is stopped; returns whether it did.
     pub(super) fn refuse_while_stopped(&mut self, ticket: Ticket) -> bool {
         let stopped = self.health.stopped();
         self.notices.extend(stopped.map(|fault| Notice::Done(ticket, Err(fault))));

@@ -1,4 +1,4 @@
-//! Store operations in op: what the cache asked for, which pages and frames each holds, and how it ended.
+//! Store operations: what the cache asks for, which pages and frames each operation holds, and how it ended.
 
 use crate::units::{Epoch, ExtentKind, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick};
 
@@ -7,32 +7,32 @@ use super::PageCache;
 /// One operation for the store.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreOpRef<'a> {
-    /// Name to report the outcome under.
+    /// The operation's name in [`PageCache::complete`].
     pub tag: u32,
     /// What to do.
     pub kind: OpKind,
-    /// Where on the image; block-aligned but at the image's end. Empty for Sync.
+    /// Where on the image: block-aligned, except at the image's end. Empty for a Sync.
     pub span: SectorSpan,
     /// First sector within the first frame; the other frames are used from their start.
     pub first_sector: u8,
-    /// The memory, for Read and Write: held until the outcome.
+    /// The memory of a Read or Write: held until the operation ends.
     pub frames: &'a [FrameId],
-    /// A request waits for this very operation, or may: it is neither readahead nor write-back.
+    /// A request may wait for this operation: it is neither readahead nor write-back.
     pub demand: bool,
 }
 
 /// How an operation ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// In full.
+    /// It succeeded in full.
     Done,
-    /// A Map: runs of (sectors, is a hole) that cover the span.
+    /// A Map succeeded: runs of (sectors, kind) that cover the span.
     Mapped(Vec<(u64, ExtentKind)>),
-    /// It failed; nothing is known of the memory of a read or the span of a write.
+    /// It failed. The contents of a read's memory and of a write's span are undefined.
     Failed(Fault),
 }
 
-/// An operation that the cache waits for.
+/// An operation under way.
 #[derive(Debug)]
 pub(super) struct StoreOp {
     pub kind: OpKind,
@@ -42,7 +42,7 @@ pub(super) struct StoreOp {
     pub ids: Vec<PageId>,
     /// Write: the oldest epoch among its pages.
     pub epoch: Epoch,
-    /// As in its plan.
+    /// See [`StoreOpRef::demand`].
     pub demand: bool,
 }
 
@@ -52,39 +52,46 @@ impl StoreOp {
         Self { kind, span, frames: Vec::new(), ids: Vec::new(), epoch: Epoch(0), demand: true }
     }
 
-    /// The pages on the image that the operation touches.
+    /// The first page that the operation touches.
     pub fn first_page(&self) -> PageNo {
         self.span.pages().first
     }
 }
 
-/// Slots of operations; vectors are used again, so a steady state allocates nothing.
+/// Most pairs of vectors that are kept for later operations: twice the writes under way at full speed (see
+/// `writeback.rs`).
+const SPARE_MAX: usize = 64;
+
+/// The operations under way, by tag. Their vectors are reused, so a steady state allocates nothing.
 #[derive(Debug, Default)]
 pub(super) struct StoreOps {
     slots: Vec<Option<StoreOp>>,
+    /// Free tags.
     free: Vec<u32>,
+    /// Tags of operations that the owner has not taken yet.
     queued: Vec<u32>,
+    /// Empty vectors.
     spare: Vec<(Vec<FrameId>, Vec<PageId>)>,
     writes: u32,
 }
 
 impl StoreOps {
-    /// Adds an operation; its plan waits to be taken.
+    /// Adds an operation, for [`PageCache::take_ops`].
     pub fn submit(&mut self, op: StoreOp) {
         if op.kind == OpKind::Write {
             self.writes += 1;
         }
         let tag = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
-            u32::try_from(self.slots.len() - 1).expect("operations in op fit 32 bits")
+            u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 operations are under way")
         });
         self.slots[tag as usize] = Some(op);
         self.queued.push(tag);
     }
 
-    /// Takes an operation that ended.
+    /// Removes an operation that ended.
     pub fn complete(&mut self, tag: u32) -> StoreOp {
-        let op = self.slots[tag as usize].take().expect("an outcome belongs to an operation in op");
+        let op = self.slots[tag as usize].take().expect("an outcome belongs to an operation under way");
         if op.kind == OpKind::Write {
             self.writes -= 1;
         }
@@ -97,41 +104,41 @@ impl StoreOps {
         self.spare.pop().unwrap_or_default()
     }
 
-    /// Takes an operation's vectors back.
+    /// Keeps an operation's vectors for later ones.
     pub fn recycle(&mut self, op: StoreOp) {
         let StoreOp { mut frames, mut ids, .. } = op;
-        if frames.capacity() > 0 && self.spare.len() < 64 {
+        if frames.capacity() > 0 && self.spare.len() < SPARE_MAX {
             frames.clear();
             ids.clear();
             self.spare.push((frames, ids));
         }
     }
 
-    /// Writes in op.
+    /// Number of writes under way.
     pub fn writes(&self) -> u32 {
         self.writes
     }
 
-    /// Every operation in op.
+    /// The operations under way.
     pub fn iter(&self) -> impl Iterator<Item = &StoreOp> {
         self.slots.iter().flatten()
     }
 }
 
 impl PageCache {
-    /// Hands out the operations that wait to be started.
+    /// Hands out the operations that the owner has not started yet, in order.
     ///
-    /// => The frames of a plan stay held until [`PageCache::complete`] is last_reported of its tag.
+    /// => The frames of an operation stay held until [`PageCache::complete`] gets its tag.
     pub fn take_ops(&mut self, mut start: impl FnMut(StoreOpRef<'_>)) {
         for tag in self.store_ops.queued.drain(..) {
-            let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is in op");
+            let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is under way");
             let StoreOp { kind, span, ref frames, demand, .. } = *op;
             let first_sector = (span.start % SECTORS_PER_PAGE) as u8;
             start(StoreOpRef { tag, kind, span, first_sector, frames, demand });
         }
     }
 
-    /// Tells how an operation ended (where the kernel calls biodone).
+    /// The operation with this tag has ended (in the kernel: biodone).
     pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
         self.now = self.now.max(now);
         self.stalled.unblock();

@@ -1,9 +1,10 @@
-//! Guest writes: into frames at once, never waiting for the store.
+//! Guest writes: into frames at once, without waiting for the store.
 //!
 //! A write pins its frames, its owner copies the bytes, and [`PageCache::finish_write`] makes them valid and dirty. In
 //! between the sectors are *pending*: a read-in must not touch them, and a page with writers is not written back.
-//! A page that is being written back has a frozen frame: the write takes a new frame and leaves the old one to the
-//! store (stable pages). What the page holds moves over; nothing is read.
+//!
+//! A page under write-back has a frozen frame. A write to it takes a new frame, copies what the page holds, and leaves
+//! the old frame to the store (Linux: stable pages); nothing is read.
 
 use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
@@ -12,15 +13,15 @@ use super::pages::{FROZEN, NONE, READING, RECENT};
 use super::stalled::StallReason;
 use super::{Access, Admitted, CopyResult, PageCache, PagePart, Piece};
 
-/// Frames that writes leave alone: a page whose sectors do not fill the store's blocks has the rest read in before it can
-/// be written back, and if all frames were taken by such pages none could ever be cleaned.
+/// Frames that writes leave free. A page whose dirty sectors do not fill the store's blocks has the rest read in before
+/// its write-back; if such pages took all frames, none of them could ever be cleaned.
 pub(super) const FILL_FRAMES: u32 = 1;
 
 impl PageCache {
     /// Admits a write: every admitted sector is in a piece, to be filled now.
     ///
-    /// => Every piece is given back with [`PageCache::finish_write`].
-    /// => A write stalls at the dirty limit, or when no frame is free; if the store fails, it is refused at the limit.
+    /// => The owner returns every piece with [`PageCache::finish_write`].
+    /// => A write stalls at the dirty limit, or when no frame is free. If the store fails, it is refused at the limit.
     pub fn write(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
         self.writeback.note_guest_io(self.now);
         let mut at = access.from;
@@ -38,16 +39,16 @@ impl PageCache {
                 break;
             }
             let found = self.pages.find_after(previous, part.no);
-            let adds_dirt = found.is_none_or(|id| !self.pages[id].is_dirty_or_writeback());
-            if adds_dirt && !self.has_room_for_dirt(found) {
-                if let Some(fault) = self.health.reported() {
+            let makes_dirty = found.is_none_or(|id| !self.pages[id].is_dirty_or_writeback());
+            if makes_dirty && !self.has_room_for_dirty(found) {
+                if let Some(fault) = self.health.refused() {
                     return Admitted::Refused(at, fault);
                 }
                 self.stats.throttled += 1;
                 reason = StallReason::Room;
                 break;
             }
-            match if adds_dirt { self.space_for(part.no, access.resumed) } else { Space::Allocated } {
+            match if makes_dirty { self.space_for(part.no, access.resumed) } else { Space::Allocated } {
                 Space::Allocated => {}
                 Space::Pending => break,
                 Space::Refused(fault) => return Admitted::Refused(at, fault),
@@ -71,22 +72,25 @@ impl PageCache {
         }
     }
 
-    /// Whether the page may become dirty: below the dirty limit, and while a quarter of the frames is left for what can be
-    /// evicted. A store that fails every Sync would else fill all of them with what it has not made durable, and a read
-    /// would wait for a frame as long as it fails.
-    fn has_room_for_dirt(&self, found: Option<PageId>) -> bool {
-        let adds_unstable = found.is_none_or(|id| !self.pages[id].is_unstable());
-        let unstable_max = self.pages.frames().total() - self.pages.frames().total() / 4;
+    /// Whether the page may become dirty: below the dirty limit, and while a quarter of the frames can still be
+    /// evicted. Otherwise, with a store that fails every Sync, pages that are not durable would take all frames, and
+    /// reads would wait for a frame until the store recovers.
+    fn has_room_for_dirty(&self, found: Option<PageId>) -> bool {
+        let makes_unstable = found.is_none_or(|id| !self.pages[id].is_unstable());
+        let frames = self.pages.frames().total();
+        let unstable_max = frames - frames / 4;
         self.pages.dirty().dirty_or_writeback_pages() < self.throttle.limit_pages()
-            && (!adds_unstable || self.pages.dirty().unstable_pages() < unstable_max)
+            && (!makes_unstable || self.pages.dirty().unstable_pages() < unstable_max)
     }
 
-    /// Microseconds by which the completion of a write is to be delayed, now that so much is dirty.
+    /// Microseconds by which the owner must delay the completion of a write of this many sectors: the more pages are
+    /// dirty, the longer.
     pub fn write_delay_us(&self, sectors: u64) -> u64 {
         self.throttle.delay_us(self.pages.dirty().dirty_or_writeback_pages(), sectors)
     }
 
-    /// Readies a page for a writer of `mask`: in the table, with a frame that is not frozen, and counted.
+    /// Prepares a page for a writer of `mask`: in the table, with a frame that is not frozen. `None`: no frame or slot
+    /// is free, or the page has as many writers as it can count.
     fn take_for_writing(&mut self, found: Option<PageId>, no: PageNo, mask: SectorMask) -> Option<PageId> {
         let id = match found {
             Some(id) if self.pages[id].writers == u8::MAX => return None,
@@ -126,7 +130,7 @@ impl PageCache {
         Some(id)
     }
 
-    /// Copy-on-write: gives the page a new frame, and leaves the frozen one to its operation.
+    /// Gives the page a new frame, and leaves the frozen one to its store operation.
     fn copy_on_write(&mut self, id: PageId) -> Option<()> {
         if self.pages.frames().free() <= FILL_FRAMES {
             return None;
@@ -136,9 +140,10 @@ impl PageCache {
         Some(())
     }
 
-    /// Gives back a piece of a write. `filled`: all its bytes were copied in.
+    /// Takes back a piece of a write.
     ///
-    /// => A piece that was not filled leaves its sectors as a failed write does: old, new or a mixture.
+    /// => After an incomplete copy only sectors that were valid before are dirty: they hold old bytes, new ones or a
+    ///    mixture.
     pub fn finish_write(&mut self, piece: &Piece, result: CopyResult) {
         piece.frames().for_each(|frame| self.pages.release_frame(frame));
         let mut id = piece.page;
@@ -184,7 +189,7 @@ impl PageCache {
         self.writer_left(id);
     }
 
-    /// A writer left the page: serve those that waited for it, and drop a page that has nothing.
+    /// After a writer left the page: serves its waiters, or removes a page that holds nothing.
     fn writer_left(&mut self, id: PageId) {
         let page = &self.pages[id];
         if page.waiters() != NONE {

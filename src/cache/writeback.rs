@@ -103,7 +103,7 @@ impl PageCache {
         for last in std::mem::take(&mut self.writeback.filled_regions) {
             self.write_behind(last);
         }
-        if let Some(upto) = self.flushing.unwritten_upto() {
+        if let Some(upto) = self.flushing.unwritten_up_to() {
             self.sweep(Scope::UpTo(upto), DEPTH_MAX);
         }
         if let Some(upto) = self.writeback.aged {
@@ -248,7 +248,7 @@ impl PageCache {
             && page.writers == 0
             && !page.is(READING)
             && (!page.is(FAILED) || self.health.may_retry(self.now))
-            && !self.ranges.block(page.no())
+            && !self.ranges.contain(page.no())
     }
 
     /// When write-back next has something to do without a request or a completion.
@@ -261,7 +261,7 @@ impl PageCache {
         }
         let retry = self.health.retry_at().filter(|&at| at > self.now);
         if self.pages.dirty().dirty_pages() == 0 {
-            let sync = retry.filter(|_| self.flushing.sync_is_awaited() || self.ranges.redoing());
+            let sync = retry.filter(|_| self.flushing.needs_sync() || self.ranges.is_redoing_zeroes());
             let space = retry.filter(|_| self.health.waits_for_space());
             return [sync, space, self.hold_ends()].into_iter().flatten().min();
         }

@@ -23,8 +23,8 @@ pub(super) enum Reuse {
     NewestFirst,
 }
 
-/// Reference counts and the free list, in one word for each frame: a count, or [`FREE`] and the next free frame. `Pages`
-/// alone changes them.
+/// Reference counts and the free list, in one word for each frame: a count, or [`FREE`] and the next free frame.
+/// `Pages` alone changes them.
 ///
 /// => Every frame is free or held (I9): it has a count, or is in the list.
 #[derive(Debug)]

@@ -13,8 +13,8 @@
 //!
 //! - I1: `insert`, `remove` and `evict` change the table and the replacement queues together.
 //! - I2 and I4: `change` and `forget` pass every change of a page's `Tally` to the dirty set.
-//! - I3: a page's own reference comes with `adopt_frame`, `copy_on_write` and `restore`, and goes with `forget`. References
-//!   of pins and store operations are the business of those that take them.
+//! - I3: `adopt_frame`, `copy_on_write` and `restore` take a page's own reference to its frame, and `forget` drops it.
+//!   Each pin and store operation takes and drops its own.
 //! - I5: `change` checks it with debug assertions on, as all that concerns a single page.
 //! - I9: `Frames` has each frame in its free list or counts its references.
 
@@ -129,8 +129,8 @@ impl Pages {
         }
     }
 
-    /// Whether a frame became free, or a page no longer counts against a limit, since [`Pages::take_made_room`]: a stalled
-    /// request may find room now.
+    /// Whether a frame became free, or a page no longer counts against a limit, since [`Pages::take_made_room`]: a
+    /// stalled request may find room now.
     pub fn has_made_room(&self) -> bool {
         self.made_room
     }
@@ -142,8 +142,8 @@ impl Pages {
 
     // A page's state.
 
-    /// Changes a page's masks, epoch, writers and state flags, and all that depends on them: dirty set and counters (I2, I4),
-    /// and what is published of the frame.
+    /// Changes a page's masks, epoch, writers and state flags, and all that depends on them: dirty set and counters
+    /// (I2, I4), and what is published of the frame.
     pub fn change<R>(&mut self, id: PageId, mutate: impl FnOnce(&mut Page) -> R) -> R {
         let page = &mut self.table[id];
         let before = Tally::of(page);
@@ -251,8 +251,8 @@ impl Pages {
         self.forget(id)
     }
 
-    /// Evicts the page that the policy chooses among the first `steps_max` that it proposes; returns it as it was. Calls
-    /// `on_kept` for each proposed page that may not be evicted.
+    /// Evicts the page that the policy chooses among the first `steps_max` that it proposes; returns it as it was.
+    /// Calls `on_kept` for each proposed page that may not be evicted.
     pub fn evict(&mut self, steps_max: u32, mut on_kept: impl FnMut(&Page)) -> Option<Page> {
         let Self { table, frames, policy, .. } = self;
         let mut judge = |id: PageId| {
@@ -342,8 +342,8 @@ impl Pages {
         Some(frame)
     }
 
-    /// Gives a page without a frame this one, whose reference becomes the page's. Sectors that lie beyond the image become
-    /// zeros, and stay so; no other is valid yet.
+    /// Gives a page without a frame this one, whose reference becomes the page's. Sectors that lie beyond the image
+    /// become zeros, and stay so; no other is valid yet.
     pub fn adopt_frame(&mut self, id: PageId, frame: FrameId) {
         debug_assert_eq!(self.table[id].frame(), None, "a second frame for {:?}", self.table[id]);
         let beyond = self.beyond_image(self.table[id].no());
@@ -356,13 +356,14 @@ impl Pages {
         });
     }
 
-    /// Moves a page to a free frame, with all that is valid, and leaves the frozen frame to its store operation. `None`: no
-    /// frame is free.
+    /// Moves a page to a free frame, with all that is valid, and leaves the frozen frame to its store operation.
+    /// `None`: no frame is free.
     pub fn copy_on_write(&mut self, id: PageId) -> Option<()> {
         let new = self.frames.take()?;
         let page = &self.table[id];
         let old = page.frame().expect("a frozen page has a frame");
-        // Also the sectors that the guest is about to write: if the store fails, these are the only copy of earlier writes.
+        // Also the sectors that the guest is about to write: if the store fails, these are the only copy of earlier
+        // writes.
         self.memory.copy_sectors(old, new, page.valid);
         self.release_frame(old);
         self.change(id, |page| {

@@ -11,8 +11,8 @@
 //! | Writing | `writing` not empty: frame frozen  | Clean, Dirty (PG_BUSY in pageout)         |
 //!
 //! A page can be Reading and Dirty: it was written while its other sectors were being read in. It can be Writing and
-//! Dirty: it was written again while its frozen frame was under write-back. It is never Reading and Writing: two operations
-//! on one page would overlap on the store.
+//! Dirty: it was written again while its frozen frame was under write-back. It is never Reading and Writing: two
+//! operations on one page would overlap on the store.
 
 use std::ops::BitOr;
 
@@ -69,8 +69,8 @@ pub(in crate::cache) struct Page {
     /// Sectors that those writers are filling.
     pub pending: SectorMask,
     frame: u32,
-    /// Epoch of the first write that no flush covers; meaningful while dirty. A prefetched page is not dirty and keeps its
-    /// [`Period`] here.
+    /// Epoch of the first write that no flush covers; meaningful while dirty. A prefetched page is not dirty and keeps
+    /// its [`Period`] here.
     pub epoch: Epoch,
     /// First waiter for the page, or [`NONE`]. In a free slot: the next free slot.
     waiters: u32,
@@ -196,8 +196,8 @@ impl Page {
 
     /// What the next daemon would have to know of the page's frame.
     ///
-    /// => Clean sectors that a writer is filling are not valid: if the write never ends, the store has their bytes. Dirty
-    ///    ones stay valid, for the frame has the only copy.
+    /// => Clean sectors that a writer is filling are not valid: if the write never ends, the store has their bytes.
+    ///    Dirty ones stay valid, for the frame has the only copy.
     pub(super) fn record(&self) -> FrameRecord {
         if self.frame == NONE {
             return FrameRecord::empty(self.no());

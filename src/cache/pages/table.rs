@@ -18,8 +18,8 @@ const FIBONACCI: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// All pages in memory, by number. It has as many slots as the cache has frames, so inserting never allocates.
 ///
-/// => The slot that was freed first is taken first. Adjacent pages mostly come and go together, so their slots are adjacent
-///    too, as long as no other page comes between them.
+/// => The slot that was freed first is taken first. Adjacent pages mostly come and go together, so their slots are
+///    adjacent too, as long as no other page comes between them.
 #[derive(Debug)]
 pub(super) struct PageTable {
     slots: Vec<Page>,
@@ -47,8 +47,8 @@ impl PageTable {
         Self { slots, free_head: 0, free_tail: pages - 1, resident: 0, index: vec![Row([NONE; ROW_PAGES]); rows] }
     }
 
-    /// Where the page's chain begins, as (row, place in it): a multiplicative hash, whose upper bits are well mixed, gives
-    /// the row of eight adjacent pages, and the page's number its place.
+    /// Where the page's chain begins, as (row, place in it): a multiplicative hash, whose upper bits are well mixed,
+    /// gives the row of eight adjacent pages, and the page's number its place.
     fn place(&self, no: PageNo) -> (usize, usize) {
         let row = no.0 / ROW_PAGES as u64;
         let mixed = (row ^ row >> 32).wrapping_mul(FIBONACCI) >> 32;
@@ -107,8 +107,8 @@ impl PageTable {
         }
         *slot = Page::new(no);
         let place = self.place(no);
-        // At the end of the chain, which the look-up before has just walked. So old pages, which are the next to be evicted,
-        // are at its beginning.
+        // At the end of the chain, which the look-up before has just walked. So old pages, which are the next to be
+        // evicted, are at its beginning.
         match self.chain(self.first(place)).last() {
             Some((last, _)) => self.slots[last.index()].next = id,
             None => self.set_first(place, id),

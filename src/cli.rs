@@ -1,9 +1,9 @@
 //! The command line: a configuration file, or one device given by options.
 //!
-//! The options of a single device go through the table of keys of the configuration file, so they have the same defaults
-//! and checks; only the names in the messages differ. The names `--socket-path`, `--fd`, `--print-capabilities`,
-//! `--blk-file` and `--read-only` are those of QEMU's "Backend program conventions" (docs/interop/vhost-user.rst), by
-//! which management programs find and start a back-end.
+//! The options of a single device go through the table of keys of the configuration file, so they have the same
+//! defaults and checks; only the names in the messages differ. The names `--socket-path`, `--fd`,
+//! `--print-capabilities`, `--blk-file` and `--read-only` are those of QEMU's "Backend program conventions"
+//! (docs/interop/vhost-user.rst), by which management programs find and start a back-end.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
@@ -123,7 +123,13 @@ pub struct Cli {
     pub socket_path: Option<PathBuf>,
 
     /// Listen on this inherited descriptor (a Unix domain socket) instead
-    #[arg(long, value_name = "FDNUM", allow_negative_numbers = true, help_heading = ONE_DEVICE, value_parser = clap::value_parser!(RawFd).range(3..))]
+    #[arg(
+        long,
+        value_name = "FDNUM",
+        allow_negative_numbers = true,
+        help_heading = ONE_DEVICE,
+        value_parser = clap::value_parser!(RawFd).range(3..)
+    )]
     pub fd: Option<RawFd>,
 
     /// Serve this raw image file or block device
@@ -305,7 +311,8 @@ mod tests {
             "--serial: takes at most 20 printable ASCII characters, not \"123456789012345678901\"",
             "--num-queues: takes an integer from 1 to 64, not -1",
             "--cache-size: takes a size from 4M to 8T (in steps of 4K), not \"4095\"",
-            "--cache-mode: takes \"writeback\", \"writethrough\" or \"none\", not \"writebak\"; did you mean \"writeback\"?",
+            "--cache-mode: takes \"writeback\", \"writethrough\" or \"none\", not \"writebak\"; \
+             did you mean \"writeback\"?",
         ];
         assert_eq!(text.lines().collect::<Vec<_>>(), expected);
     }

@@ -4,12 +4,12 @@
 //!
 //! 1. [`vhost`]: the socket and the control plane. Messages of the front-end become commands to the workers: start and
 //!    stop vrings, change guest memory.
-//! 2. [`virtio`]: the guest's side, which nothing here trusts. Virtqueues, descriptor chains parsed into requests, guest
-//!    memory, configuration space.
+//! 2. [`virtio`]: the guest's side, which nothing here trusts. Virtqueues, descriptor chains parsed into requests,
+//!    guest memory, configuration space.
 //! 3. [`device`]: the workers. A turn takes requests from the vrings, admits them to the cache, copies their bytes and
 //!    completes them. Read `worker.rs` first.
-//! 4. [`cached_image`]: an image with its cache. Turns the cache's operations into store requests, and the store's events
-//!    into calls of the cache; carries notices between workers.
+//! 4. [`cached_image`]: an image with its cache. Turns the cache's operations into store requests, and the store's
+//!    events into calls of the cache; carries notices between workers.
 //! 5. [`cache`]: the page cache, without I/O. Decides what is read, written, synced and evicted.
 //! 6. [`store`]: the image, a raw file or block device, through io_uring or threads.
 //!

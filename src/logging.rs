@@ -24,8 +24,8 @@ pub fn init() -> Result<()> {
     Builder::new()
         .filter_level(level)
         .format(|out, record| {
-            // A message may contain a path or an error with line breaks. A record stays on one line, so that a reader of
-            // the log never takes part of one record for another.
+            // A message may contain a path or an error with line breaks. A record stays on one line, so that a reader
+            // of the log never takes part of one record for another.
             let message = record.args().to_string().replace('\n', "; ");
             writeln!(out, "{} {:5} {message}", out.timestamp_millis(), record.level())
         })

@@ -140,8 +140,8 @@ pub(crate) const KEYS: &[Key] = &[
             set: |device, text| device.serial = text.to_string(),
         },
     },
-    // QEMU asks for one queue per vCPU and refuses a back-end with fewer, and an unused queue costs little. So the default
-    // is the maximum: vhost-user-backend has one bit for each in a u64.
+    // QEMU asks for one queue per vCPU and refuses a back-end with fewer, and an unused queue costs little. So the
+    // default is the maximum: vhost-user-backend has one bit for each in a u64.
     Key {
         name: "num_queues",
         default: Is(Integer(64)),
@@ -152,8 +152,8 @@ pub(crate) const KEYS: &[Key] = &[
         default: Is(Integer(1)),
         kind: ValueKind::Count { min: 1, max: 8, set: |device, n| device.workers = narrow(n) },
     },
-    // The front-end chooses the queue size; this bounds it, and so the requests in flight of one queue. 1024 is QEMU's own
-    // maximum (VIRTQUEUE_MAX_SIZE), so no front-end is refused.
+    // The front-end chooses the queue size; this bounds it, and so the requests in flight of one queue. 1024 is QEMU's
+    // own maximum (VIRTQUEUE_MAX_SIZE), so no front-end is refused.
     Key {
         name: "queue_size",
         default: Is(Integer(1024)),
@@ -249,8 +249,8 @@ pub(super) fn suggestion(name: &str) -> Option<&'static str> {
     let paths = || KEYS.iter().map(|key| key.name).chain(["cache"]);
     let called = |leaf: &str| paths().find(|path| split(path).1 == leaf);
     let joined = leaf.replacen(['_', '-'], ".", 1);
-    // The right word in the wrong table, then the table's name joined to the word, then a typo: first in the table where
-    // the word is, then anywhere.
+    // The right word in the wrong table, then the table's name joined to the word, then a typo: first in the table
+    // where the word is, then anywhere.
     called(leaf)
         .or_else(|| paths().find(|path| *path == joined))
         .or_else(|| {

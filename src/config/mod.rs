@@ -1,8 +1,8 @@
 //! The configuration: devices, their images, their caches.
 //!
-//! A TOML file (`Config::load`) and the command line (`cli.rs`) share one table of keys (`keys.rs`), which holds each key's
-//! default, its range and the field it sets. A wrong configuration is reported as a whole, every problem with its key and
-//! line, so that one attempt shows all of them. Nothing has started by then.
+//! A TOML file (`Config::load`) and the command line (`cli.rs`) share one table of keys (`keys.rs`), which holds each
+//! key's default, its range and the field it sets. A wrong configuration is reported as a whole, every problem with its
+//! key and line, so that one attempt shows all of them. Nothing has started by then.
 
 mod device_builder;
 mod document;
@@ -33,8 +33,8 @@ impl Config {
     /// Reads and checks the TOML file at `path`.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] if the file cannot be read or is wrong. The text has one line for each problem, in the form
-    /// `FILE:LINE: KEY: MESSAGE`.
+    /// [`ErrorKind::Config`] if the file cannot be read or is wrong. The text has one line for each problem, in the
+    /// form `FILE:LINE: KEY: MESSAGE`.
     pub fn load(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|e| {
             Error::io(ErrorKind::Config, format!("cannot read the configuration {}", path.display()), e)
@@ -46,8 +46,8 @@ impl Config {
     /// Checks a TOML document.
     ///
     /// # Errors
-    /// Every problem in the document, in the order of its lines. For a text that is not TOML only the syntax errors: further
-    /// problems of a half-parsed document would mislead.
+    /// Every problem in the document, in the order of its lines. For a text that is not TOML only the syntax errors:
+    /// further problems of a half-parsed document would mislead.
     pub fn from_toml(text: &str) -> std::result::Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
         let builders = document::parse(text, &mut problems);

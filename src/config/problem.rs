@@ -53,8 +53,8 @@ pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>)
         .map(|(_, candidate)| candidate)
 }
 
-/// Edit distance between two words: letters inserted, deleted, substituted, or swapped with their neighbour (optimal string
-/// alignment).
+/// Edit distance between two words: letters inserted, deleted, substituted, or swapped with their neighbour (optimal
+/// string alignment).
 fn distance(left: &str, right: &str) -> usize {
     let left: Vec<char> = left.chars().collect();
     let right: Vec<char> = right.chars().collect();

@@ -142,7 +142,8 @@ name = "b"
         "10: device[0].workers: takes an integer from 1 to 8, not 0",
         "11: device[0].queue_size: takes a power of two from 2 to 1024, not 96",
         "12: device[0].poll_us: takes an integer from 0 to 10000, not -1",
-        "13: device[0].engine: takes \"auto\", \"io_uring\" or \"threads\", not \"IO_uring\"; did you mean \"io_uring\"?",
+        "13: device[0].engine: takes \"auto\", \"io_uring\" or \"threads\", not \"IO_uring\"; \
+         did you mean \"io_uring\"?",
         "14: device[0].direct: takes true or false, not 1",
         "15: device[0].colour: unknown key",
         "17: device[1].image: is missing",

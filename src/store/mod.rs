@@ -115,7 +115,8 @@ pub struct Limits {
     pub segments_max: u16,
     /// Most operations in flight.
     pub depth: u16,
-    /// Smallest unit that `Discard` and `Zero` with [`Unmap::Allowed`](crate::units::Unmap) free, in bytes; 0 if unknown.
+    /// Smallest unit that `Discard` and `Zero` with [`Unmap::Allowed`](crate::units::Unmap) free, in bytes; 0 if
+    /// unknown.
     pub discard_granularity: u32,
     /// Physical block size of the image's device in bytes; `block_bytes` if unknown.
     pub physical_block_bytes: u32,

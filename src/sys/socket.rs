@@ -56,8 +56,8 @@ pub fn connect_without_waiting(abstract_name: &[u8]) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Receives up to `bytes.len()` bytes, and up to `FILES_MAX` descriptors that came with them; returns the number of bytes
-/// and the descriptors.
+/// Receives up to `bytes.len()` bytes, and up to `FILES_MAX` descriptors that came with them; returns the number of
+/// bytes and the descriptors.
 ///
 /// # Errors
 /// Those of recvmsg(2), and an error if there are more descriptors.

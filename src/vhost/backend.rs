@@ -62,7 +62,8 @@ impl VhostUserBackend for Backend {
             | VhostUserProtocolFeatures::RESET_DEVICE
     }
 
-    /// => A front-end may repeat SET_FEATURES while the device runs. That does not change the mode the guest set by CONFIG_WCE.
+    /// => A front-end may repeat SET_FEATURES while the device runs. That does not change the mode the guest set by
+    ///    CONFIG_WCE.
     fn acked_features(&self, features: u64) {
         let chosen = features & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE);
         let mut last = self.0.cache_features.lock().expect("no thread panics with the features locked");
@@ -83,8 +84,8 @@ impl VhostUserBackend for Backend {
         // Each vring gets it by `VringT::set_queue_event_idx`.
     }
 
-    /// => A front-end that reads the cache mode before its guest starts adopts what it reads, so it gets the configured mode.
-    ///    A front-end that reconnects with a running guest does not read it, and the guest's choice stays.
+    /// => A front-end that reads the cache mode before its guest starts adopts what it reads, so it gets the configured
+    ///    mode. A front-end that reconnects with a running guest does not read it, and the guest's choice stays.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let Session { device, guest_started, .. } = &*self.0.session;
         if device.arena.is_write_through() && !guest_started.load(Ordering::Acquire) && includes_writeback(offset, size)

@@ -1,15 +1,16 @@
 //! \[1\] The socket: front-ends connect, and their vhost-user messages become commands to the device's workers.
 //!
-//! - `server.rs` accepts one front-end after another; `relay.rs` carries its messages, which `wire.rs` reads and writes;
+//! - `server.rs` accepts one front-end after another; `relay.rs` carries its messages, which `wire.rs` reads and
+//!   writes;
 //! - `backend.rs` implements `VhostUserBackend`: features, configuration space, memory;
 //! - `vring.rs` implements `VringT`: it starts and stops each virtqueue on its worker;
 //! - `inflight.rs` keeps the inflight region, `socketpair.rs` makes the private connection to vhost-user-backend.
 //!
 //! vhost-user-backend runs the control plane only. It gets no worker threads (`queues_per_thread` is empty) and a vring
 //! type of ours, so every message ends in one of our hooks and our workers run the vrings. Its own worker threads have
-//! four faults, seen with version 0.24: an error ends a thread silently while the control plane goes on replying; a vring
-//! whose kick descriptor is replaced loses kicks; each connection leaks a descriptor; and the threads end with the
-//! connection, so nothing would write back between two front-ends.
+//! four faults, seen with version 0.24: an error ends a thread silently while the control plane goes on replying; a
+//! vring whose kick descriptor is replaced loses kicks; each connection leaks a descriptor; and the threads end with
+//! the connection, so nothing would write back between two front-ends.
 //!
 //! The relay adds what vhost-user-backend lacks: the inflight region, and memory tables in any order.
 

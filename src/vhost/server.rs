@@ -1,5 +1,5 @@
-//! A device's socket. It serves one front-end after another, each with a new `VhostUserDaemon` and new guest memory: neither
-//! can be used for a second connection.
+//! A device's socket. It serves one front-end after another, each with a new `VhostUserDaemon` and new guest memory:
+//! neither can be used for a second connection.
 
 use std::fs;
 use std::io;
@@ -144,8 +144,8 @@ impl Server {
         }
     }
 
-    /// Starts writing back what the guest wrote, since it may not return. [`Server::stop`]'s caller flushes by itself. The
-    /// next front-end does not wait for the flush, which takes long if the image fails.
+    /// Starts writing back what the guest wrote, since it may not return. [`Server::stop`]'s caller flushes by itself.
+    /// The next front-end does not wait for the flush, which takes long if the image fails.
     fn on_disconnect(&self, ended: io::Result<()>) {
         let name = &self.device.name;
         match ended {

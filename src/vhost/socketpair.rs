@@ -9,8 +9,8 @@ use crate::sys::socket::{connect_without_waiting, set_backlog};
 
 /// A listener with one connection in its backlog, and the other end of that connection.
 ///
-/// => The accepted connection is ours, although every process on the host can see the abstract name: the backlog has room
-///    for one connection, and ours was made without waiting, so it fails if another came first.
+/// => The accepted connection is ours, although every process on the host can see the abstract name: the backlog has
+///    room for one connection, and ours was made without waiting, so it fails if another came first.
 ///
 /// # Errors
 /// The error of a system call; [`io::ErrorKind::WouldBlock`] if another process connected first.

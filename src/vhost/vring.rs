@@ -1,7 +1,7 @@
 //! A vring in the control plane: vhost-user-backend's state of it, and the rule that decides when its worker runs it.
 //!
-//! A vring runs while it is ready (it has a kick descriptor), enabled, and of a valid size. Each change becomes a command to
-//! its worker and is complete when the call returns: a stopped vring has completed every request it took.
+//! A vring runs while it is ready (it has a kick descriptor), enabled, and of a valid size. Each change becomes a
+//! command to its worker and is complete when the call returns: a stopped vring has completed every request it took.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -25,8 +25,8 @@ use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 
 thread_local! {
-    /// The session whose vrings are under construction, and those constructed so far. `VhostUserDaemon::new` constructs them
-    /// in order on the calling thread, and tells them neither their index nor their device.
+    /// The session whose vrings are under construction, and those constructed so far. `VhostUserDaemon::new` constructs
+    /// them in order on the calling thread, and tells them neither their index nor their device.
     static VRING_FACTORY: RefCell<Option<VringFactory>> = const { RefCell::new(None) };
 }
 
@@ -40,7 +40,8 @@ pub(super) struct Session {
     pub device: Arc<Device>,
     pub workers: Arc<Workers>,
     pub inflight: Inflight,
-    /// A vring has started, or the guest has set its cache mode: the mode no longer changes when the front-end reads it.
+    /// A vring has started, or the guest has set its cache mode: the mode no longer changes when the front-end reads
+    /// it.
     pub guest_started: AtomicBool,
     /// A bit for each vring that resumes at an index other than 0, so belongs to a guest that was running before.
     resumed: AtomicU64,
@@ -69,7 +70,8 @@ impl Session {
         }
     }
 
-    /// Vring `index` starts. If every vring starts at 0, the guest has just booted, and a data loss no longer concerns it.
+    /// Vring `index` starts. If every vring starts at 0, the guest has just booted, and a data loss no longer concerns
+    /// it.
     fn on_ring_start(&self, index: u16, setup: &RingSetup) {
         self.guest_started.store(true, Ordering::Release);
         // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, tells.
@@ -188,7 +190,8 @@ impl VringControl {
         worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
     }
 
-    /// Duplicates a kick or call descriptor. On failure the vring does not run, or sends no interrupts; the log says why.
+    /// Duplicates a kick or call descriptor. On failure the vring does not run, or sends no interrupts; the log says
+    /// why.
     fn duplicate(&self, file: Option<&File>) -> Option<File> {
         let copy = file?.try_clone();
         copy.inspect_err(|e| error!("{}: cannot duplicate its descriptor: {e}", self.shared)).ok()
@@ -310,8 +313,8 @@ impl VringT<Memory> for VringControl {
         self.change_stopped(|_| self.state.set_queue_next_avail(base));
     }
 
-    /// => vhost-user-backend read `index` from guest memory while the vring may have been running. The index that counts is
-    ///    the one there once it has stopped.
+    /// => vhost-user-backend read `index` from guest memory while the vring may have been running. The index that
+    ///    counts is the one there once it has stopped.
     fn set_queue_next_used(&self, index: u16) {
         self.change_stopped(|_| self.state.set_queue_next_used(self.state.queue_used_idx().unwrap_or(index)));
     }

@@ -165,7 +165,8 @@ fn masking_leaves_only_code() {
 
 #[test]
 fn tests_are_left_out_and_nothing_else() {
-    let code = "use a;\n#[cfg(test)]\n#[allow(b)]\nmod tests {\n    fn f() {}\n}\nfn g() {}\n#[cfg(test)]\nmod far;\nmod near;";
+    let code = "use a;\n#[cfg(test)]\n#[allow(b)]\nmod tests {\n    fn f() {}\n}\nfn g() {}\n\
+                #[cfg(test)]\nmod far;\nmod near;";
     assert_eq!(without_tests(code).split_whitespace().collect::<Vec<_>>().join(" "), "use a; fn g() {} mod near;");
     let fields = "fn f() { A { #[cfg(test)] a: B::<C, D>::new(1, 2), c, #[cfg(test)] b: 2 } } fn g() {}";
     let left = without_tests(fields).split_whitespace().collect::<Vec<_>>().join(" ");

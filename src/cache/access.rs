@@ -6,8 +6,8 @@ use crate::units::{Fault, FrameId, PageId, PageNo, SECTORS_PER_PAGE, SectorMask,
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
-/// Part of a request that can be copied now: a run of sectors that is contiguous in the request and in memory. Its frames
-/// stay pinned until the owner returns the piece.
+/// Part of a request that can be copied now: a run of sectors that is contiguous in the request and in memory. Its
+/// frames stay pinned until the owner returns the piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// The first frame; the following ones are adjacent. `None`: a hole, which reads as zeros.

@@ -1,12 +1,13 @@
 //! Write-back ahead of a FLUSH (eager writeback: Lee, Tyson and Farrens, MICRO 2000, for lines of a CPU's cache).
 //!
-//! A guest that flushes often and little at a time, as a database does, waits in each FLUSH for the pages that it has just
-//! written. If they are written back at once, the store works while the guest does, and little is left for the FLUSH.
+//! A guest that flushes often and little at a time, as a database does, waits in each FLUSH for the pages that it has
+//! just written. If they are written back at once, the store works while the guest does, and little is left for the
+//! FLUSH.
 //!
-//! That costs an operation wherever waiting would have saved one: a page that is written again before the FLUSH, or a run
-//! of pages that grows, goes to the store twice instead of once, and a FLUSH right after waits for one after the other. So
-//! the cache counts the writes between two FLUSHes, and how many of them write-back at the FLUSH would have merged with an
-//! earlier one. The counts of one interval predict the next.
+//! That costs an operation wherever waiting would have saved one: a page that is written again before the FLUSH, or a
+//! run of pages that grows, goes to the store twice instead of once, and a FLUSH right after waits for one after the
+//! other. So the cache counts the writes between two FLUSHes, and how many of them write-back at the FLUSH would have
+//! merged with an earlier one. The counts of one interval predict the next.
 
 use crate::units::{PageNo, PageSpan};
 
@@ -15,8 +16,8 @@ use super::{PageCache, REGION_PAGES};
 
 /// Most pages of an interval (1 MiB). More is bulk writing: there the order of the cursor is worth more.
 const PAGES_MAX: u64 = REGION_PAGES;
-/// Eager write-back is worthwhile if at most one in so many writes would have been merged: then it costs at most a third
-/// more operations, not counting bridged gaps.
+/// Eager write-back is worthwhile if at most one in so many writes would have been merged: then it costs at most a
+/// third more operations, not counting bridged gaps.
 const WRITES_PER_MERGED: u32 = 4;
 
 /// What guests have written since the last FLUSH.

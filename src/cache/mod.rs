@@ -72,8 +72,8 @@ use writeback::Writeback;
 /// maps of holes and space are asked for by region, and a region that a sequential writer fills is written back at
 /// once.
 pub const REGION_PAGES: u64 = 256;
-/// Frames of the cache for each slot of a table of regions: so a table covers an image of four times the cache, and all of
-/// them take about 0.02 % of the cache.
+/// Frames of the cache for each slot of a table of regions: so a table covers an image of four times the cache, and all
+/// of them take about 0.02 % of the cache.
 const FRAMES_PER_REGION: u32 = 64;
 
 /// The bytes behind frames, as far as the cache must have them moved.

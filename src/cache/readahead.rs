@@ -1,11 +1,12 @@
-//! Readahead: detects sequential streams although their requests are reordered, and reads ahead in windows that grow while
-//! their pages are used.
+//! Readahead: detects sequential streams although their requests are reordered, and reads ahead in windows that grow
+//! while their pages are used.
 //!
-//! Guests read ahead themselves, in requests of 128 KiB that their queues reorder. So a request belongs to a stream if it is
-//! near enough, and a stream differs from random reads not by the order of its requests but by how few gaps they leave.
+//! Guests read ahead themselves, in requests of 128 KiB that their queues reorder. So a request belongs to a stream if
+//! it is near enough, and a stream differs from random reads not by the order of its requests but by how few gaps they
+//! leave.
 //!
-//! A stream is looked up on a miss, and when a reader reaches the marker on the first page of the newest window. Then the
-//! next window is read, so that the store stays one window ahead. Sources: Linux's on-demand readahead and NetBSD's
+//! A stream is looked up on a miss, and when a reader reaches the marker on the first page of the newest window. Then
+//! the next window is read, so that the store stays one window ahead. Sources: Linux's on-demand readahead and NetBSD's
 //! uvm_readahead; for the feedback from unused pages AMP (Gill and Bathen, FAST 2007).
 //!
 //! A window that is cut short for lack of frames or of an extent map continues when they are available.
@@ -21,8 +22,8 @@ const STREAMS: usize = 64;
 const SLACK_PAGES: u64 = 64;
 /// The shortest window, and what the first two requests of a stream must cover to start readahead (128 KiB).
 const WINDOW_PAGES_MIN: u64 = 32;
-/// So many requests start readahead, however small they are. Two adjacent 4 KiB reads would be too few: of random reads in
-/// 1 GiB, one in two thousand is adjacent to one of the 64 before it, and each such pair would cost a window.
+/// So many requests start readahead, however small they are. Two adjacent 4 KiB reads would be too few: of random reads
+/// in 1 GiB, one in two thousand is adjacent to one of the 64 before it, and each such pair would cost a window.
 const REQUESTS_MIN: u8 = 3;
 /// A stream's requests must cover one page in so many of those that they span. Fewer: they are random reads near each
 /// other, or the stream begins later.
@@ -37,15 +38,15 @@ const FAST_GROWTH: u64 = 4;
 const GROWTH: u64 = 2;
 /// A stream ends when so many of its windows in a row went unread.
 const WASTED_MAX: u8 = 3;
-/// Readahead fills at most such a part of the cache with unread pages: half of the policy's small queue while that is short
-/// (10 %), so that they evict no page that was used twice.
+/// Readahead fills at most such a part of the cache with unread pages: half of the policy's small queue while that is
+/// short (10 %), so that they evict no page that was used twice.
 const UNREAD_PART: u32 = 20;
-/// A window is at most such a part of the pages that may still be read ahead. So a few streams get long windows, many get
-/// short ones, and some is left for new streams while the windows of ended ones lie unread.
+/// A window is at most such a part of the pages that may still be read ahead. So a few streams get long windows, many
+/// get short ones, and some is left for new streams while the windows of ended ones lie unread.
 const WINDOW_PART: u64 = 8;
-/// Length of a [`Period`]. A stream ends without notice, and the pages of its last window stay unread. They count for this
-/// period and the next one only: else the ends of files that were read one by one would stop all readahead until the cache
-/// is full, which may never happen.
+/// Length of a [`Period`]. A stream ends without notice, and the pages of its last window stay unread. They count for
+/// this period and the next one only: else the ends of files that were read one by one would stop all readahead until
+/// the cache is full, which may never happen.
 const PERIOD_US: u64 = 1_000_000;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -241,8 +242,8 @@ impl Stream {
         self.window > 0 || self.requests >= REQUESTS_MIN || (is_adjacent && self.covered >= WINDOW_PAGES_MIN)
     }
 
-    /// Adds a request before readahead starts. False: it covers no new pages, or leaves such a gap that the stream begins
-    /// again with this request.
+    /// Adds a request before readahead starts. False: it covers no new pages, or leaves such a gap that the stream
+    /// begins again with this request.
     fn cover(&mut self, first: u64, end: u64) -> bool {
         if first >= self.start && end <= self.next {
             return false;

@@ -1,11 +1,12 @@
 //! The dirty limit, and the delay of writers that approach it.
 //!
-//! At most so much may be dirty as the store writes in the flush target: that bounds the latency of a FLUSH. Writers are
-//! slowed smoothly before they reach the limit (Linux: balance_dirty_pages).
+//! At most so much may be dirty as the store writes in the flush target: that bounds the latency of a FLUSH. Writers
+//! are slowed smoothly before they reach the limit (Linux: balance_dirty_pages).
 
 use crate::units::{SECTORS_PER_PAGE, Tick, low_u32};
 
-/// The limit is never below this (16 MiB), unless the cache itself is small: a slow store must not make every write wait.
+/// The limit is never below this (16 MiB), unless the cache itself is small: a slow store must not make every write
+/// wait.
 const LIMIT_PAGES_MIN: u32 = 4096;
 /// Length of a bandwidth sample, counting only time with writes under way.
 const SAMPLE_US: u64 = 200_000;
@@ -13,8 +14,8 @@ const SAMPLE_US: u64 = 200_000;
 const START_PERCENT: u32 = 40;
 /// See [`START_PERCENT`].
 const STOP_PERCENT: u32 = 20;
-/// At the limit, the delay of a write is so many times what the store needs for it: so many writers at once are then still
-/// slower than the store.
+/// At the limit, the delay of a write is so many times what the store needs for it: so many writers at once are then
+/// still slower than the store.
 const DELAY_FACTOR_MAX: u64 = 4;
 /// Longest delay of a write's completion.
 const DELAY_US_MAX: u64 = 100_000;
@@ -58,8 +59,8 @@ impl Throttle {
         self.percent(STOP_PERCENT)
     }
 
-    /// Above this many pages the completions of writes are delayed: halfway from start to limit, as Linux's freerun ceiling,
-    /// so that background write-back reaches full speed first.
+    /// Above this many pages the completions of writes are delayed: halfway from start to limit, as Linux's freerun
+    /// ceiling, so that background write-back reaches full speed first.
     pub fn setpoint_pages(&self) -> u32 {
         (self.start_pages() + self.limit) / 2
     }
@@ -92,8 +93,8 @@ impl Throttle {
         }
     }
 
-    /// Microseconds by which to delay the completion of a write of `sectors` while `dirty_or_writeback` pages are dirty or
-    /// under write-back. 0 up to the setpoint; from there to the limit it rises with the third power to
+    /// Microseconds by which to delay the completion of a write of `sectors` while `dirty_or_writeback` pages are dirty
+    /// or under write-back. 0 up to the setpoint; from there to the limit it rises with the third power to
     /// [`DELAY_FACTOR_MAX`] times what the store needs for the write.
     pub fn delay_us(&self, dirty_or_writeback: u32, sectors: u64) -> u64 {
         let setpoint = self.setpoint_pages();

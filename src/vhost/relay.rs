@@ -1,11 +1,12 @@
-//! The relay between a front-end and vhost-user-backend. It forwards every message and adds what vhost-user-backend lacks:
+//! The relay between a front-end and vhost-user-backend. It forwards every message and adds what vhost-user-backend
+//! lacks:
 //!
 //! - It offers INFLIGHT_SHMFD, and handles GET_INFLIGHT_FD and SET_INFLIGHT_FD itself.
 //! - It sorts a memory table by guest address: vhost-user-backend refuses any other order.
 //!
-//! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place among
-//! those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to vhost-user-backend and
-//! replaces that reply with its own.
+//! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place
+//! among those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to
+//! vhost-user-backend and replaces that reply with its own.
 
 use std::collections::VecDeque;
 use std::io;
@@ -37,7 +38,8 @@ const REGION_BYTES: usize = 32;
 enum Reply {
     /// The reply itself: the front-end asked for the features.
     PassThrough,
-    /// This message: the relay handled the front-end's request, and sent GET_FEATURES only to keep the order of replies.
+    /// This message: the relay handled the front-end's request, and sent GET_FEATURES only to keep the order of
+    /// replies.
     Replace(Message),
     /// Nothing: as `Replace`, for a request without a reply.
     Swallow,
@@ -104,7 +106,8 @@ impl<'a> Relay<'a> {
         message.send(&self.backend_end)
     }
 
-    /// Sends GET_FEATURES to vhost-user-backend; `reply` takes the place of what it returns, so that replies stay in order.
+    /// Sends GET_FEATURES to vhost-user-backend; `reply` takes the place of what it returns, so that replies stay in
+    /// order.
     fn reply_in_order(&mut self, reply: Reply) -> io::Result<()> {
         self.replies.push_back(reply);
         let question = Message { request: GET_FEATURES, flags: 1, payload: Vec::new(), files: Vec::new() };

@@ -14,8 +14,8 @@ fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, OpKind, SectorSpan)> {
     plans
 }
 
-/// Ends every operation of one kind with a fault, all others well, until `until` or until nothing is due any more; returns
-/// how many have failed.
+/// Ends every operation of one kind with a fault, all others well, until `until` or until nothing is due any more;
+/// returns how many have failed.
 fn run_failing(cache: &mut PageCache, broken: OpKind, now: &mut Tick, until: Tick) -> usize {
     let mut failed = 0;
     while *now <= until {

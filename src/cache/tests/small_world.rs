@@ -1,16 +1,15 @@
 //! getpages, exhaustively: an image of four pages, each page in each state, and every request that can be made of them.
 //!
-//! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. In scenes of one, two
-//! and three pages every read and every write is made that begins in the run's first page and ends in its last. That is
-//! every way to meet a page (whole, from or up to any sector) beside every other page: where the run lies in the image
-//! makes no difference but at the image's end. Scenes of four pages have the requests that begin and end at the edges of
-//! a page or within [`PART`]: those of all four pages, and those of the middle ones, because what lies beside a request
-//! can't matter to getpages, but can to the write-back that follows.
+//! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. In scenes of one,
+//! two and three pages every read and every write is made that begins in the run's first page and ends in its last.
+//! That is every way to meet a page (whole, from or up to any sector) beside every other page: where the run lies in
+//! the image makes no difference but at the image's end. Scenes of four pages have the requests that begin and end at
+//! the edges of a page or within [`PART`]: those of all four pages, and those of the middle ones, because what lies
+//! beside a request can't matter to getpages, but can to the write-back that follows.
 //!
 //! Each scene is played in two orders: operations end as they began and pieces are given back at once, or the other way
-//! round.
-//! Scenes of one and two pages are played in other shapes too: an image whose last page is cut, a store of large blocks,
-//! and a cache that does not know yet where the holes are. `world.rs` plays a scene, and says what must hold.
+//! round. Scenes of one and two pages are played in other shapes too: an image whose last page is cut, a store of large
+//! blocks, and a cache that does not know yet where the holes are. `world.rs` plays a scene, and says what must hold.
 
 #![allow(clippy::cast_possible_truncation, reason = "an image of 32 sectors indexes arrays all the time")]
 
@@ -21,8 +20,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::cache::*;
 use world::{PAGES, World};
 
-/// What becomes of a page before the request comes; the table is that of `page.rs`, with the pages that are in two states
-/// at a time or only partly there.
+/// What becomes of a page before the request comes; the table is that of `page.rs`, with the pages that are in two
+/// states at a time or only partly there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PageState {
     /// Data on the store, nothing in memory.

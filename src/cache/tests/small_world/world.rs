@@ -287,8 +287,8 @@ impl<'a> World<'a> {
         assert_eq!(self.pages_read, expected, "pages read since the request came");
     }
 
-    /// Whether a page has to be read for the request, or for the flush after it: a store of whole blocks takes no page of
-    /// which only a part is known.
+    /// Whether a page has to be read for the request, or for the flush after it: a store of whole blocks takes no page
+    /// of which only a part is known.
     fn has_to_be_read(&self, page: usize) -> bool {
         let state = self.scene.state(page);
         let written = if self.scene.op == Direction::Write { self.scene.wanted(page) } else { SectorMask::NONE };

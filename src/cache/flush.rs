@@ -19,8 +19,8 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
-/// A Sync is due when no Sync covers this share of all frames, an eighth: such pages can't be evicted.
-const UNSYNCED_SHARE: usize = 8;
+/// A Sync is due when one in so many frames has a page that no Sync covers, because such pages can't be evicted.
+const UNSYNCED_PART: u32 = 8;
 
 /// A flush that waits.
 #[derive(Clone, Copy, Debug)]
@@ -232,7 +232,7 @@ impl PageCache {
             self.pages.change(id, |page| page.set(UNSYNCED[fresh]));
             let list = &mut self.flushing.unsynced[fresh];
             list.push(id);
-            if list.len() >= self.pages.frames().total() as usize / UNSYNCED_SHARE {
+            if list.len() >= (self.pages.frames().total() / UNSYNCED_PART) as usize {
                 self.flushing.want_sync();
             }
         }

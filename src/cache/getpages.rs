@@ -186,7 +186,7 @@ impl PageCache {
 
     /// Starts the read-in of what a page in the table lacks. False: no frame is free, or the map is being asked for.
     ///
-    /// => A page under write-back is not read (I6): the end of its write looks at its waiters again.
+    /// => A page under write-back is not read (I6): the end of the write serves its waiters again.
     pub(super) fn fill(&mut self, id: PageId) -> bool {
         if !self.pages[id].writing.is_empty() {
             return true;

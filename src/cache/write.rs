@@ -16,6 +16,9 @@ use super::{Access, Admitted, CopyResult, PageCache, PagePart, Piece};
 /// Frames that writes leave free. A page whose dirty sectors do not fill the store's blocks has the rest read in before
 /// its write-back; if such pages took all frames, none of them could ever be cleaned.
 pub(super) const FILL_FRAMES: u32 = 1;
+/// One in so many frames stays evictable. Otherwise, with a store that fails every Sync, pages that are not durable
+/// would take all frames, and reads would wait for a frame until the store recovers.
+const EVICTABLE_PART: u32 = 4;
 
 impl PageCache {
     /// Admits a write: every admitted sector is in a piece, to be filled now.
@@ -72,13 +75,12 @@ impl PageCache {
         }
     }
 
-    /// Whether the page may become dirty: below the dirty limit, and while a quarter of the frames can still be
-    /// evicted. Otherwise, with a store that fails every Sync, pages that are not durable would take all frames, and
-    /// reads would wait for a frame until the store recovers.
+    /// Whether the page may become dirty: below the dirty limit, and while one in
+    /// [`EVICTABLE_PART`] frames holds a durable page or is free.
     fn has_room_for_dirty(&self, found: Option<PageId>) -> bool {
         let makes_unstable = found.is_none_or(|id| !self.pages[id].is_unstable());
         let frames = self.pages.frames().total();
-        let unstable_max = frames - frames / 4;
+        let unstable_max = frames - frames / EVICTABLE_PART;
         self.pages.dirty().dirty_or_writeback_pages() < self.throttle.limit_pages()
             && (!makes_unstable || self.pages.dirty().unstable_pages() < unstable_max)
     }

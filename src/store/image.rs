@@ -24,8 +24,8 @@ use crate::units::{ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES};
 /// flush may wait behind.
 const DEPTH: u16 = 256;
 
-/// Images have fewer bytes than this (512 PiB): a page number has 48 bits (`cache/page.rs`), and not every value is a
-/// page.
+/// Images have fewer bytes than this (512 PiB): a page number has 48 bits (`cache/pages/page.rs`), and not every value
+/// is a page.
 const SIZE_LIMIT: u64 = PAGE_BYTES << 47;
 
 /// How long to retry opening a device that is in use: a ring of a daemon that has just ended releases it in the

@@ -1,7 +1,8 @@
-//! Tests about the code itself: who may use whom, how long things are, what no source may hold.
+//! Rules for the code itself: which module may import which, where `unsafe` is allowed, how long files and functions
+//! may be, and what names in the documentation must exist.
 //!
-//! The rules read the text, with comments and literals blanked out; they know as much Rust as they need and no more. To
-//! change a rule, change its table and say why in the commit.
+//! The rules search the text, with comments and literals blanked out, and parse only as much Rust as they need. To
+//! change a rule, change its table and give the reason in the commit.
 
 #[path = "tidy/circles.rs"]
 mod circles;
@@ -21,9 +22,9 @@ use paths::named_paths;
 use rust::{code_lines, item_end, line, word, words};
 use tree::{Source, files, read, root, sources, sources_of_src};
 
-/// The arrows between modules: each may use itself and those in its row. What keeps the parts apart is what is absent:
-/// the cache knows no store, the store no guest, and neither a configuration.
-const ARROWS: &[(&str, &[&str])] = &[
+/// The allowed imports: each top-level module may use itself and the modules in its row. The absent ones keep the
+/// layers apart: the cache imports no store, the store no virtio, and neither the configuration.
+const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("main", &["cli", "config", "daemon", "error", "logging", "recover"]),
     ("lib", &[]),
     ("cli", &["config", "error", "units"]),
@@ -85,7 +86,7 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "device/copy.rs",
 ];
 
-/// Words that promise work instead of doing it. (Cut in two, so that this file may hold them.)
+/// Markers of unfinished work. They are split here, so that this file passes too.
 const BANNED: &[&str] = &[
     concat!("TO", "DO"),
     concat!("FIX", "ME"),
@@ -96,16 +97,16 @@ const BANNED: &[&str] = &[
     concat!("dbg", "!"),
 ];
 
-/// Lines of code of a file, without comments, blank lines and tests.
+/// Maximum lines of code in a file, without comments, blank lines and tests.
 const FILE_LINES_MAX: usize = 500;
-/// Lines of code of a function, from `fn` to its closing brace.
+/// Maximum lines of code in a function, from `fn` to its closing brace.
 const FUNCTION_LINES_MAX: usize = 70;
 
-// The rules on the tree.
+// The rules.
 
 #[test]
-fn modules_use_only_what_their_row_allows() {
-    check(|source| arrow_faults(&source.path, &source.module, &source.code));
+fn modules_import_only_what_the_table_allows() {
+    check(|source| import_faults(&source.path, &source.module, &source.code));
 }
 
 #[test]
@@ -115,7 +116,7 @@ fn no_modules_import_each_other_in_a_circle() {
         .filter_map(|file| file.strip_prefix(root().join("benches")).ok()?.to_str().map(str::to_string))
         .filter(|file| !file.contains('/') || file.ends_with("/main.rs"))
         .collect();
-    assert!(bench_roots.len() > 2, "the benchmarks are found: {bench_roots:?}");
+    assert!(bench_roots.len() > 2, "only these benchmarks are found: {bench_roots:?}");
     let crates = bench_roots.iter().map(|root| ("benches", root.as_str())).chain([("src", "lib.rs")]);
     let mut faults = Vec::new();
     for (folder, crate_root) in crates {
@@ -126,20 +127,20 @@ fn no_modules_import_each_other_in_a_circle() {
 }
 
 #[test]
-fn every_module_has_a_row_and_every_row_names_modules_with_rows() {
-    let modules: Vec<&str> = ARROWS.iter().map(|(module, _)| *module).collect();
-    for (module, used) in ARROWS {
+fn the_table_of_imports_has_a_row_for_every_module() {
+    let modules: Vec<&str> = ALLOWED_IMPORTS.iter().map(|(module, _)| *module).collect();
+    for (module, used) in ALLOWED_IMPORTS {
         for name in *used {
-            assert!(modules.contains(name), "{module} may use {name}, which has no row");
+            assert!(modules.contains(name), "{module} may import {name}, which has no row");
         }
     }
     for source in sources_of_src() {
-        assert!(modules.contains(&top(&source.path, &source.module)), "{} has no row in ARROWS", source.path);
+        assert!(modules.contains(&top(&source.path, &source.module)), "{} has no row in ALLOWED_IMPORTS", source.path);
     }
 }
 
 #[test]
-fn files_are_short() {
+fn no_file_is_too_long() {
     check(|source| {
         let lines = code_lines(&source.code);
         let fault = format!("{lines} lines of code; at most {FILE_LINES_MAX}");
@@ -148,16 +149,16 @@ fn files_are_short() {
 }
 
 #[test]
-fn functions_are_short() {
+fn no_function_is_too_long() {
     check(|source| long_functions(&source.code));
 }
 
 #[test]
-fn unsafe_stands_only_where_it_is_allowed() {
+fn unsafe_is_used_only_in_the_listed_files() {
     check(|source| {
         let path = source.path.as_str();
-        let holds = |place: &str| path == place || place.ends_with('/') && path.starts_with(place);
-        if UNSAFE_ALLOWED.iter().any(|place| holds(place)) {
+        let covers = |place: &str| path == place || place.ends_with('/') && path.starts_with(place);
+        if UNSAFE_ALLOWED.iter().any(|place| covers(place)) {
             return Vec::new();
         }
         words(&source.code, "unsafe").map(|at| format!("line {}: unsafe", line(&source.code, at))).collect()
@@ -165,7 +166,7 @@ fn unsafe_stands_only_where_it_is_allowed() {
 }
 
 #[test]
-fn every_source_is_reached_by_a_mod() {
+fn every_source_file_is_part_of_the_crate() {
     let folder = root().join("src");
     let reached: Vec<PathBuf> = sources_of_src().into_iter().map(|source| folder.join(source.path)).collect();
     let dead: Vec<PathBuf> = files(&folder, "rs").into_iter().filter(|file| !reached.contains(file)).collect();
@@ -173,7 +174,7 @@ fn every_source_is_reached_by_a_mod() {
 }
 
 #[test]
-fn every_source_begins_with_its_doc_is_ascii_and_holds_no_banned_word() {
+fn every_source_file_has_a_doc_and_holds_only_ascii_and_no_banned_word() {
     let mut faults = Vec::new();
     for file in ["src", "tests", "benches", "fuzz"].iter().flat_map(|folder| files(&root().join(folder), "rs")) {
         faults.extend(text_faults(&read(&file)).into_iter().map(|fault| format!("{}: {fault}", file.display())));
@@ -195,22 +196,22 @@ fn every_relative_link_in_the_documentation_resolves() {
 #[test]
 fn every_test_named_in_the_guarantees_exists() {
     let proofs = proofs(&read(&root().join("docs/guarantees.md")));
-    assert!(proofs.len() > 40, "the tables name their proofs: {}", proofs.len());
+    assert!(proofs.len() > 40, "only {} proofs are found", proofs.len());
     let faults: Vec<_> = proofs.iter().filter(|(path, name)| !declares(&texts(&root().join(path)), name)).collect();
-    assert!(faults.is_empty(), "docs/guarantees.md names tests that are not there: {faults:#?}");
+    assert!(faults.is_empty(), "docs/guarantees.md names tests that do not exist: {faults:#?}");
 }
 
 #[test]
-fn every_function_that_the_architecture_points_to_is_in_its_file() {
+fn every_function_named_in_the_architecture_is_in_its_file() {
     let mut places = proofs(&read(&root().join("ARCHITECTURE.md")));
     places.retain(|(path, _)| path.ends_with(".rs"));
-    assert!(places.len() > 10, "the table says where questions are decided: {}", places.len());
-    let is_there = |path: &str, name: &str| {
+    assert!(places.len() > 10, "only {} places are found", places.len());
+    let exists = |path: &str, name: &str| {
         let last = name.rsplit("::").next().expect("a name has a last part");
         texts(&root().join("src").join(path)).contains(last)
     };
-    let faults: Vec<_> = places.iter().filter(|(path, name)| !is_there(path, name)).collect();
-    assert!(faults.is_empty(), "ARCHITECTURE.md names what is not there: {faults:#?}");
+    let faults: Vec<_> = places.iter().filter(|(path, name)| !exists(path, name)).collect();
+    assert!(faults.is_empty(), "ARCHITECTURE.md names functions that do not exist: {faults:#?}");
 }
 
 /// The text of a file, or of all sources in a directory; empty if there is neither.
@@ -222,7 +223,7 @@ fn texts(path: &Path) -> String {
     }
 }
 
-/// Applies `rule` to every source that isn't for tests alone.
+/// Applies `rule` to every source file under src/ that is not test code; panics with all faults.
 fn check(rule: impl Fn(&Source) -> Vec<String>) {
     let mut faults = Vec::new();
     for source in sources_of_src().iter().filter(|source| !source.is_test) {
@@ -231,16 +232,16 @@ fn check(rule: impl Fn(&Source) -> Vec<String>) {
     assert!(faults.is_empty(), "\n{}", faults.join("\n"));
 }
 
-// The rules on one text.
+// The rules for one file.
 
-/// The row of ARROWS for the file at `path` with `module` in it.
+/// The row of ALLOWED_IMPORTS for the file at `path` with `module` in it.
 fn top<'a>(path: &'a str, module: &'a [String]) -> &'a str {
     module.first().map_or(path.trim_end_matches(".rs"), String::as_str)
 }
 
-fn arrow_faults(path: &str, module: &[String], code: &str) -> Vec<String> {
+fn import_faults(path: &str, module: &[String], code: &str) -> Vec<String> {
     let top = top(path, module);
-    let allowed = ARROWS.iter().find(|(name, _)| *name == top).map_or(&[][..], |(_, used)| used);
+    let allowed = ALLOWED_IMPORTS.iter().find(|(name, _)| *name == top).map_or(&[][..], |(_, used)| used);
     // main.rs is a crate of its own, which sees the library by its name.
     let roots = if path == "main.rs" { &["crate", "genblk"][..] } else { &["crate"] };
     let used: BTreeSet<(usize, String)> = named_paths(module, code, roots)
@@ -249,14 +250,14 @@ fn arrow_faults(path: &str, module: &[String], code: &str) -> Vec<String> {
         .collect();
     used.into_iter()
         .filter(|(_, used)| used != top && !allowed.contains(&used.as_str()))
-        .map(|(line, used)| format!("line {line}: {top} must not use {used}"))
+        .map(|(line, used)| format!("line {line}: {top} must not import {used}"))
         .collect()
 }
 
 fn long_functions(code: &str) -> Vec<String> {
     let mut faults = Vec::new();
     for at in words(code, "fn") {
-        // No name: the type of a function pointer. No brace at the end: the declaration in a trait.
+        // Without a name it is the type of a function pointer, without a brace at the end a declaration in a trait.
         let name = word(code[at + 2..].trim_start());
         let end = item_end(code, at).filter(|end| !name.is_empty() && code[..*end].ends_with('}'));
         let lines = end.map_or(0, |end| code_lines(&code[at..end]));
@@ -283,7 +284,7 @@ fn text_faults(text: &str) -> Vec<String> {
     faults
 }
 
-/// Relative targets of a Markdown text's links, without their anchors; code holds no links.
+/// The relative targets of a Markdown text's links, without anchors. Code blocks and code spans hold no links.
 fn links(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut in_block = false;
@@ -305,7 +306,7 @@ fn links(text: &str) -> Vec<String> {
     found
 }
 
-/// The tests that the last column of a Markdown text's tables names, each with the path that stands before it.
+/// The names in code spans of the last column of a Markdown text's tables, each with the path before it.
 fn proofs(text: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for row in text.lines().filter_map(|line| line.strip_suffix(" |")) {
@@ -321,7 +322,7 @@ fn proofs(text: &str) -> Vec<(String, String)> {
     found
 }
 
-/// Whether `text` has a function of this name; a `*` at the end stands for any letters.
+/// Whether `text` declares a function of this name; a `*` at its end matches any suffix.
 fn declares(text: &str, name: &str) -> bool {
     match name.strip_suffix('*') {
         Some(start) => text.contains(&format!("fn {start}")),
@@ -329,14 +330,14 @@ fn declares(text: &str, name: &str) -> bool {
     }
 }
 
-// The rules find what they are for.
+// Tests of the rules.
 
 #[test]
-fn a_forbidden_arrow_is_found_in_every_spelling() {
+fn a_forbidden_import_is_found_in_every_spelling() {
     let code =
         "use crate::units::X;\nuse crate::{\n    store::{Op, Store},\n    cache,\n};\nfn f() { crate::device::g(); }";
-    let faults = ["line 2: cache must not use store", "line 6: cache must not use device"];
-    let faults_of = |path: &str, code: &str| arrow_faults(path, &paths::module_of(path), code);
+    let faults = ["line 2: cache must not import store", "line 6: cache must not import device"];
+    let faults_of = |path: &str, code: &str| import_faults(path, &paths::module_of(path), code);
     assert_eq!(faults_of("cache/page.rs", code), faults);
     assert_eq!(faults_of("cache/page.rs", "use super::super::arena::A;").len(), 1);
     assert_eq!(faults_of("cache/mod.rs", "use super::arena::A;").len(), 1);
@@ -345,7 +346,7 @@ fn a_forbidden_arrow_is_found_in_every_spelling() {
 }
 
 #[test]
-fn a_long_function_is_found_wherever_it_is() {
+fn a_long_function_is_found() {
     let body = |lines: usize| format!("impl A {{\n    fn long(a: [u8; 4]) {{\n{}    }}\n}}\n", "x();\n".repeat(lines));
     assert_eq!(long_functions(&body(68)), [""; 0]);
     assert_eq!(long_functions(&body(69)), ["line 2: long has 71 lines; at most 70"]);

@@ -80,9 +80,9 @@ impl SessionOptions {
 
     /// The default, without the given features.
     pub fn without(features: &[u32]) -> Self {
-        let refused = features.iter().fold(0, |mask, &number| mask | feature(number));
+        let excluded = features.iter().fold(0, |mask, &number| mask | feature(number));
         let options = Self::default();
-        Self { features: options.features & !refused, ..options }
+        Self { features: options.features & !excluded, ..options }
     }
 }
 

@@ -117,10 +117,10 @@ fn a_driver_that_cannot_flush_gets_write_through() {
     assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "with FLUSH the cache is in write-back mode");
     drop(session);
 
-    for (name, refused) in
+    for (name, excluded) in
         [("CONFIG_WCE alone", &[VIRTIO_BLK_F_FLUSH][..]), ("neither", &[VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_CONFIG_WCE])]
     {
-        let mut session = Session::open(&daemon.socket(), &SessionOptions::without(refused));
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::without(excluded));
         if session.has(VIRTIO_BLK_F_CONFIG_WCE) {
             assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0], "{name}: the cache is in write-through mode");
         }

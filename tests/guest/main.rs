@@ -110,7 +110,7 @@ fn check_synced_files_after_a_kill(name: &str, then: impl FnOnce(Server, &Path, 
 #[test]
 fn synced_files_survive_a_kill_of_the_machine() {
     let _slot = guest_slot();
-    check_synced_files_after_a_kill("vm-dies", |mut server, _, _| {
+    check_synced_files_after_a_kill("vm-killed", |mut server, _, _| {
         server.assert_alive();
         server
     });
@@ -119,7 +119,7 @@ fn synced_files_survive_a_kill_of_the_machine() {
 #[test]
 fn synced_files_survive_a_kill_of_machine_and_daemon() {
     let _slot = guest_slot();
-    check_synced_files_after_a_kill("both-die", |server, socket, disk| {
+    check_synced_files_after_a_kill("both-killed", |server, socket, disk| {
         server.kill();
         Server::start(socket, disk, &SMALL_CACHE)
     });

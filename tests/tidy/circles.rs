@@ -35,10 +35,10 @@ pub fn circles(sources: &[Source]) -> Vec<String> {
     folders.values().flat_map(circles_of_siblings).collect()
 }
 
-/// By importing sibling and imported sibling: one place where that is done.
+/// By importing and imported sibling: one place of the import.
 type Imports = BTreeMap<String, BTreeMap<String, String>>;
 
-/// What the names in a crate's modules stand for.
+/// The imported names of a crate's modules.
 struct Names {
     by_module: BTreeMap<ModulePath, BTreeMap<String, ModulePath>>,
 }
@@ -56,9 +56,9 @@ impl Names {
         Self { by_module: sources.iter().map(|source| (source.module.clone(), names_in(source))).collect() }
     }
 
-    /// The module that defines what `path` names.
+    /// The module that defines the item that `path` names.
     fn defining_module(&self, path: &[String]) -> ModulePath {
-        // Imports may lead in a circle themselves; no honest chain of them is this long.
+        // Guards against a circle of re-exports; a real chain is shorter.
         const IMPORTS_MAX: u32 = 16;
         let mut path = path.to_vec();
         for _ in 0..IMPORTS_MAX {
@@ -76,7 +76,7 @@ impl Names {
     }
 }
 
-/// One text for each set of siblings that reach each other.
+/// A description of each set of siblings that import each other, directly or not.
 fn circles_of_siblings(imports: &Imports) -> Vec<String> {
     let reached: BTreeMap<&String, BTreeSet<&String>> =
         imports.keys().map(|name| (name, reach(imports, name))).collect();
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
     use crate::paths::module_of;
 
-    /// The circles in a crate of such files.
+    /// The circles in a crate with these files.
     fn found(files: &[(&str, &str)]) -> Vec<String> {
         let source = |&(path, code): &(&str, &str)| Source {
             path: path.to_string(),

@@ -1,4 +1,4 @@
-//! Modules of a source tree, and the paths by which their code names each other.
+//! The paths by which modules name each other: in imports and elsewhere in the code.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ pub type ModulePath = Vec<String>;
 pub struct Named {
     /// The line, from 1.
     pub line: usize,
-    /// From the crate's root. `*` stands for all names of a module.
+    /// From the crate's root. A last part `*` means all names of a module.
     pub path: ModulePath,
 }
 
@@ -32,8 +32,8 @@ pub fn named_paths(module: &[String], code: &str, roots: &[&str]) -> Vec<Named> 
     found
 }
 
-/// The names that `code` imports, each with the path from the crate's root that it stands for. `children` are the
-/// modules right under `module`, which its imports may name without `self::`.
+/// The names that `code` imports from its crate, each with its path from the crate's root. `children` are the modules
+/// directly under `module`: imports may name them without `self::`.
 pub fn imports(module: &[String], code: &str, children: &[String], roots: &[&str]) -> BTreeMap<String, ModulePath> {
     let mut found = BTreeMap::new();
     for at in words(code, "use") {
@@ -51,7 +51,7 @@ pub fn imports(module: &[String], code: &str, children: &[String], roots: &[&str
     found
 }
 
-/// `path`, as `module` writes it, from the crate's root; `None` if it leads out of the crate.
+/// Converts a path as written in `module` to one from the crate's root; `None` if it leads out of the crate.
 fn absolute(module: &[String], path: &[String], roots: &[&str]) -> Option<ModulePath> {
     let (first, rest) = path.split_first()?;
     let mut from_root = match first.as_str() {
@@ -72,12 +72,12 @@ fn absolute(module: &[String], path: &[String], roots: &[&str]) -> Option<Module
     Some(from_root)
 }
 
-/// The paths of the use tree (or the one path) that `text` begins with.
+/// The paths of the use tree, or the single path, at the start of `text`.
 fn expand(text: &str) -> Vec<ModulePath> {
     expand_with_names(text).into_iter().map(|(path, _)| path).collect()
 }
 
-/// The paths of a use tree, each with the name that it gets: `a::{b, c as d}` is `a::b` as `b` and `a::c` as `d`.
+/// The paths of a use tree, each with the name that it imports: `a::{b, c as d}` gives `a::b` as `b` and `a::c` as `d`.
 fn expand_with_names(text: &str) -> Vec<(ModulePath, String)> {
     let mut path = Vec::new();
     let mut rest = text.trim_start();
@@ -106,7 +106,7 @@ fn expand_with_names(text: &str) -> Vec<(ModulePath, String)> {
     }
 }
 
-/// The parts of a group, from behind its opening brace to its closing one.
+/// The parts of a group, from after its opening brace to its closing one.
 fn branches(group: &str) -> Vec<&str> {
     let (mut depth, mut from) = (0usize, 0);
     let mut found = Vec::new();

@@ -1,15 +1,15 @@
-//! As much Rust as the rules need: what is code, and where words and items begin and end.
+//! A minimal parser for Rust: separates code from comments and literals, and finds words and the ends of items.
 
 pub fn is_word(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_'
 }
 
-/// The word that `text` begins with.
+/// The word at the start of `text`; empty if there is none.
 pub fn word(text: &str) -> String {
     text.chars().take_while(|c| is_word(*c)).collect()
 }
 
-/// Where `word` stands in `text` with no letter, digit or underscore beside it.
+/// The positions of `word` in `text` as a whole word.
 pub fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
     text.match_indices(word).map(|(at, _)| at).filter(move |at| {
         let ends = word.ends_with('!') || !text[at + word.len()..].starts_with(is_word);
@@ -17,7 +17,7 @@ pub fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 
     })
 }
 
-/// The line, from 1, of the byte at `at`.
+/// The number of the line (from 1) that contains the byte at `at`.
 pub fn line(text: &str, at: usize) -> usize {
     text[..at].matches('\n').count() + 1
 }
@@ -26,7 +26,7 @@ pub fn code_lines(code: &str) -> usize {
     code.lines().filter(|line| !line.trim().is_empty()).count()
 }
 
-/// The end of the item that begins at `from`: behind its closing brace, or behind its semicolon.
+/// The end of the item that starts at `from`: after its closing brace or its semicolon.
 pub fn item_end(code: &str, from: usize) -> Option<usize> {
     let mut braces = 0usize;
     let mut others = 0usize;
@@ -44,7 +44,7 @@ pub fn item_end(code: &str, from: usize) -> Option<usize> {
     None
 }
 
-/// `code` with everything under a `#[cfg(test)]` blanked.
+/// `code` with all items under `#[cfg(test)]` blanked.
 pub fn without_tests(code: &str) -> String {
     let marker = "#[cfg(test)]";
     let mut rest = code.to_string();
@@ -56,8 +56,8 @@ pub fn without_tests(code: &str) -> String {
     rest
 }
 
-/// The end of what an attribute that ends at `from` stands on: an item, a statement, or one field among others, which
-/// ends with its comma or before the brace that closes them all.
+/// The end of the syntax that an attribute ending at `from` applies to: an item, a statement, or a field, which ends
+/// with its comma or before the closing brace of all fields.
 fn marked_end(code: &str, from: usize) -> usize {
     let end = item_end(code, from).unwrap_or(code.len());
     let mut open = 0usize;
@@ -76,7 +76,7 @@ fn marked_end(code: &str, from: usize) -> usize {
     end
 }
 
-/// `text` with comments and literals blanked, so that what is left is code, each byte in its place.
+/// `text` with comments and literals blanked. The code keeps its byte positions.
 pub fn mask(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut masked = String::with_capacity(bytes.len());
@@ -93,7 +93,7 @@ pub fn mask(text: &str) -> String {
     masked
 }
 
-/// Length of the comment or literal that begins at `at`; 0 if none does.
+/// The length of the comment or literal at `at`; 0 if there is none.
 fn skipped_bytes(bytes: &[u8], at: usize) -> usize {
     let rest = &bytes[at..];
     match rest {
@@ -105,7 +105,7 @@ fn skipped_bytes(bytes: &[u8], at: usize) -> usize {
         }
         [b'"', ..] => quoted(rest, b'"'),
         [b'\'', b'\\', ..] => quoted(rest, b'\''),
-        // Otherwise a quote begins a lifetime, unless one character (of `width` bytes in UTF-8) and a quote follow.
+        // A quote starts a lifetime, unless one character (of `width` bytes in UTF-8) and a quote follow.
         [b'\'', first, ..] => {
             let width = match first.leading_ones() {
                 0 => 1,
@@ -129,7 +129,7 @@ fn quoted(rest: &[u8], quote: u8) -> usize {
 
 fn raw_string(rest: &[u8]) -> usize {
     let hashes = rest[1..].iter().take_while(|b| **b == b'#').count();
-    // `r#name` is a name.
+    // `r#name` is a raw identifier.
     if rest.get(1 + hashes) != Some(&b'"') {
         return 0;
     }

@@ -1,4 +1,4 @@
-//! The files of this repository, and the modules of its crates.
+//! The files of this repository and the modules of its crates.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 use crate::paths::ModulePath;
 use crate::rust::{mask, without_tests, word, words};
 
-/// A file of a crate.
+/// A source file of a crate.
 #[derive(Debug)]
 pub struct Source {
-    /// Path from the crate's folder, with forward slashes.
+    /// Path relative to the crate's directory, with forward slashes.
     pub path: String,
-    /// The module in it; empty for the crate's root.
+    /// The module that the file holds; empty for the crate's root.
     pub module: ModulePath,
-    /// The text without comments, literals and tests; each line is where it was.
+    /// The text with comments, literals and tests blanked; line numbers are unchanged.
     pub code: String,
-    /// Whether it is compiled for tests only.
+    /// Whether it is compiled only for tests.
     pub is_test: bool,
 }
 
@@ -29,13 +29,13 @@ pub fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Files with `extension` under `folder`, except what is built, fetched or hidden.
+/// The files with `extension` under `folder`, without build output, fuzzing data and hidden directories.
 pub fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut open = vec![folder.to_path_buf()];
     while let Some(folder) = open.pop() {
         for entry in fs::read_dir(folder).into_iter().flatten() {
-            let path = entry.expect("a folder can be listed").path();
+            let path = entry.expect("a directory can be listed").path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or(".");
             if path.is_dir() && !name.starts_with('.') && !["target", "corpus", "artifacts"].contains(&name) {
                 open.push(path);
@@ -48,8 +48,7 @@ pub fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
     found
 }
 
-/// The files of a crate: `crate_root` and every file that a `mod` leads to from there. Both are paths from the
-/// repository's root.
+/// The source files of a crate: `crate_root`, a path in the directory `folder`, and all modules from there.
 pub fn sources(folder: &str, crate_root: &str) -> Vec<Source> {
     let folder = root().join(folder);
     let mut found = BTreeMap::new();
@@ -65,13 +64,13 @@ pub fn sources(folder: &str, crate_root: &str) -> Vec<Source> {
             let child_module = [module.clone(), vec![child.name]].concat();
             open.push((child_path, child_module, child_is_test));
         }
-        let name = path.to_str().expect("sources have plain names").to_string();
+        let name = path.to_str().expect("paths of source files are UTF-8").to_string();
         found.insert(name.clone(), Source { path: name, module, code, is_test });
     }
     found.into_values().collect()
 }
 
-/// The files of the library and of the program.
+/// The source files of the library and of the program.
 pub fn sources_of_src() -> Vec<Source> {
     [sources("src", "lib.rs"), sources("src", "main.rs")].into_iter().flatten().collect()
 }
@@ -80,11 +79,11 @@ pub fn sources_of_src() -> Vec<Source> {
 #[derive(Debug, PartialEq, Eq)]
 pub struct ChildModule {
     pub name: String,
-    /// Its file, from the folder of the declaring file, if a `#[path]` names it.
+    /// Its file relative to the directory of the declaring file, if a `#[path]` gives it.
     pub path: Option<String>,
 }
 
-/// The modules that `text` keeps in files of their own; `code` is `text`, masked.
+/// The modules that `text` declares in files of their own; `code` is the masked `text`.
 pub fn child_modules(text: &str, code: &str) -> Vec<ChildModule> {
     let declared = |at: usize| {
         let rest = code[at + "mod".len()..].trim_start();
@@ -95,14 +94,14 @@ pub fn child_modules(text: &str, code: &str) -> Vec<ChildModule> {
     words(code, "mod").filter_map(declared).collect()
 }
 
-/// The value of the `#[path]` of the item whose keyword is at `at`.
+/// The value of `#[path]` on the item with its keyword at `at`.
 fn path_attribute(text: &str, code: &str, at: usize) -> Option<String> {
     let item = code[..at].rfind([';', '}']).map_or(0, |end| end + 1);
     let attribute = item + code[item..at].find("#[path")?;
     text[attribute..at].split('"').nth(1).map(str::to_string)
 }
 
-/// The file of a module that `parent` declares; both from `folder`.
+/// The file of a module that `parent` declares; both paths are relative to `folder`.
 fn file_of(folder: &Path, parent: &Path, parent_is_root: bool, child: &ChildModule) -> PathBuf {
     if let Some(path) = &child.path {
         return parent.with_file_name(path);

@@ -63,7 +63,7 @@ fn failed_reads_are_reported_and_lose_no_data() {
 #[test]
 fn failed_writes_are_retried() {
     check_random_io_with("faulty-writes", 12, 1, |faults| {
-        faults.fail_randomly(OpClass::Write, 50_000, 2, Fault::Media)
+        faults.fail_randomly(OpClass::Write, 50_000, 2, Fault::Media);
     });
 }
 

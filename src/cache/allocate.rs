@@ -100,7 +100,7 @@ impl PageCache {
     /// Whether a page that is to be written has its space; if that is not known, asks the store for it. A refusal is final
     /// only for a request that `resumed`: another one has the store asked again.
     pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
-        if self.planted(PlantedBug::SpaceIsTakenForGranted) {
+        if self.planted(PlantedBug::WriteSkipsAllocation) {
             return Space::Allocated;
         }
         if !self.settings.allocate || self.allocating.unsupported || self.holes.is_data(no) {

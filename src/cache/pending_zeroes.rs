@@ -82,7 +82,7 @@ impl PageCache {
     }
 
     fn note_zero(&mut self, slot: ZeroSlot, span: SectorSpan) {
-        if self.planted(PlantedBug::ZeroedIsForgotten) {
+        if self.planted(PlantedBug::ZeroNotPublished) {
             return;
         }
         self.pages.note_zero(slot, Some(span));

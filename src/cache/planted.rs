@@ -8,22 +8,22 @@ pub(crate) enum PlantedBug {
     /// A read-in overwrites sectors that the guest has written.
     ReadInOverwritesDirty,
     /// A failed write to the store counts as a success.
-    ClusterIgnoresError,
+    WriteErrorIgnored,
     /// A page under write-back is published as clean: a crash loses it.
-    WritingIsClean,
+    WritebackPublishedAsClean,
     /// A page that no Sync has covered is published as clean: the next daemon does not write it again if its Sync
     /// fails.
-    WrittenIsStable,
+    UnsyncedPublishedAsClean,
     /// A zeroed range is not published: the next daemon does not zero it again if its Sync fails.
-    ZeroedIsForgotten,
+    ZeroNotPublished,
     /// Write-back that fails for lack of space counts as a success.
-    FullDiskDropsPages,
+    NoSpaceIgnored,
     /// A write into a hole does not wait for the allocation of its space.
-    SpaceIsTakenForGranted,
+    WriteSkipsAllocation,
     /// Under the error policy `hold`, requests wait for ever.
     HoldNeverEnds,
     /// Under the error policy `hold`, requests fail at once.
-    HoldReports,
+    HoldFailsAtOnce,
 }
 
 #[cfg(test)]
@@ -31,14 +31,14 @@ impl PlantedBug {
     pub(crate) const ALL: [Self; 10] = [
         Self::RewriteIsLost,
         Self::ReadInOverwritesDirty,
-        Self::ClusterIgnoresError,
-        Self::WritingIsClean,
-        Self::WrittenIsStable,
-        Self::ZeroedIsForgotten,
-        Self::FullDiskDropsPages,
-        Self::SpaceIsTakenForGranted,
+        Self::WriteErrorIgnored,
+        Self::WritebackPublishedAsClean,
+        Self::UnsyncedPublishedAsClean,
+        Self::ZeroNotPublished,
+        Self::NoSpaceIgnored,
+        Self::WriteSkipsAllocation,
         Self::HoldNeverEnds,
-        Self::HoldReports,
+        Self::HoldFailsAtOnce,
     ];
 }
 

@@ -135,8 +135,8 @@ impl PageCache {
     pub(super) fn write_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         self.throttle.write_ended(op.ids.len() as u64, self.store_ops.writes(), self.now);
         let is_ignored = |fault: &Fault| {
-            self.planted(PlantedBug::ClusterIgnoresError)
-                || self.planted(PlantedBug::FullDiskDropsPages) && *fault == Fault::NoSpace
+            self.planted(PlantedBug::WriteErrorIgnored)
+                || self.planted(PlantedBug::NoSpaceIgnored) && *fault == Fault::NoSpace
         };
         let fault = outcome.fault().filter(|fault| !is_ignored(fault));
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {

@@ -196,7 +196,7 @@ impl PageCache {
     fn hold_us(&self) -> u64 {
         if self.planted(PlantedBug::HoldNeverEnds) {
             u64::MAX / 2
-        } else if self.planted(PlantedBug::HoldReports) {
+        } else if self.planted(PlantedBug::HoldFailsAtOnce) {
             0
         } else {
             self.settings.hold_us

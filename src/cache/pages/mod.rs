@@ -227,9 +227,9 @@ impl Pages {
 
     /// The record to publish of a page, with the planted bug if it is one of these.
     fn with_planted_bug(&self, page: &Page, record: FrameRecord) -> FrameRecord {
-        if self.planted(PlantedBug::WrittenIsStable) {
+        if self.planted(PlantedBug::UnsyncedPublishedAsClean) {
             FrameRecord { dirty: page.dirty.or(page.writing), ..record }
-        } else if self.planted(PlantedBug::WritingIsClean) && !page.is_unsynced() {
+        } else if self.planted(PlantedBug::WritebackPublishedAsClean) && !page.is_unsynced() {
             FrameRecord { dirty: page.dirty, ..record }
         } else {
             record

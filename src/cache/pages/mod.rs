@@ -258,7 +258,7 @@ impl Pages {
         let mut judge = |id: PageId| {
             let page = &table[id];
             if is_evictable(page, frames) {
-                Verdict::Evict { asked_for: page.unread_since().is_none() }
+                Verdict::Evict { used: page.unread_since().is_none() }
             } else {
                 on_kept(page);
                 Verdict::Keep

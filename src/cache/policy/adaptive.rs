@@ -1,14 +1,14 @@
-//! S3-FIFO that finds out how long its small queue should be.
+//! S3-FIFO that adapts the length of its small queue.
 //!
-//! A short small queue (10 % of the cache) is right for most of what guests do: it keeps pages that are popular, and a
-//! scan passes through without harm. But a page that comes back after a while, once or twice and then never more (a log
-//! that is compacted, a working set that drifts), has left the short queue by then, where LRU would still have it. No
-//! fixed share serves both: benches/miss_ratio.rs has cases in which either loses ten points and more.
+//! A short small queue (10 % of the cache) suits most guests: it keeps popular pages, and a scan does no harm. But a page
+//! that is used again after a while, once or twice and then never more (a log that is compacted, a working set that
+//! drifts), has left the short queue by then, while LRU would still have it. No fixed share serves both: in
+//! benches/miss_ratio.rs each loses ten points or more in some workload.
 //!
-//! So the policy tries both on a sample of the pages, in two caches without memory, and takes the share of the one that
-//! misses less. Sources: Waldspurger et al., "Cache modeling and optimization using miniature simulations" (ATC 2017);
-//! for the counter that says who is ahead, Qureshi et al., "Adaptive insertion policies" (ISCA 2007). ARC's rule, which
-//! moves the border by hits among ghosts, was tried in its place and did worse: it drifts where nothing is to be gained.
+//! So the policy simulates both on a sample of the pages, and takes the share that misses less. Sources: Waldspurger et
+//! al., "Cache modeling and optimization using miniature simulations" (ATC 2017); for the counter that selects (PSEL),
+//! Qureshi et al., "Adaptive insertion policies for high performance caching" (ISCA 2007). ARC's rule, which moves the
+//! border by hits among ghosts, did worse: it drifts where there is nothing to gain.
 
 use crate::units::{PageId, PageNo, low_u32};
 
@@ -16,62 +16,64 @@ use super::mini_simulation::MiniSimulation;
 use super::s3fifo::S3Fifo;
 use super::{Policy, Verdict};
 
-/// Small's share where pages are last_reported apart by how often they are asked for.
+/// Small's share of the cache if frequency of use tells which pages to keep.
 const SHORT_PERCENT: u32 = 10;
-/// Small's share where what counts is how long ago that was: nearly LRU.
+/// Small's share of the cache if recency of use does: nearly LRU.
 const LONG_PERCENT: u32 = 90;
-/// Pages of each trial; fewer are too much at the mercy of chance.
-const TRIAL_PAGES: u32 = 512;
-/// The lead counts up to this, so that what was long ago is outweighed soon.
-const LEAD_MAX: i32 = 32;
-/// A lead of so many misses decides.
-const LEAD_DECIDES: i32 = 8;
+/// Pages of each simulated cache. With fewer, chance decides too often.
+const SIMULATED_PAGES: u32 = 512;
+/// The selector saturates here, so that it soon follows a change of the guest's behaviour.
+const SELECTOR_MAX: i32 = 32;
+/// The selector must lead by so many misses to change the share: a smaller lead may be chance.
+const SELECTOR_LEAD: i32 = 8;
+/// Multiplier of the hash that selects the sample. It is not the ghost queue's hash: the sample would fall into a few of
+/// the ghost queue's sets.
+const SAMPLE_HASH: u64 = 0xd6e8_feb8_6659_fd93;
 
-/// The queues, and the trials that say how to set them.
+/// The queues, and the simulations that choose the share of the small one.
 #[derive(Debug)]
 pub(super) struct Adaptive {
     queues: S3Fifo,
     short: MiniSimulation,
     long: MiniSimulation,
-    /// Misses of `short` less those of `long`, within bounds.
-    lead_of_long: i32,
-    /// Pages whose hash lies below this take part in the trials.
+    /// Misses of `short` minus misses of `long`, saturating.
+    selector: i32,
+    /// A page is in the sample if its hash, of 32 bits, is below this.
     sample_below: u64,
 }
 
 impl Adaptive {
     /// For a cache of `pages` pages.
     pub fn new(pages: u32) -> Self {
-        let trial_pages = pages.min(TRIAL_PAGES);
-        let trial = |percent| MiniSimulation::with(Box::new(S3Fifo::new(trial_pages, percent)), trial_pages);
+        let simulated = pages.min(SIMULATED_PAGES);
+        let simulation = |percent| MiniSimulation::with_policy(Box::new(S3Fifo::new(simulated, percent)), simulated);
         Self {
             queues: S3Fifo::new(pages, SHORT_PERCENT),
-            short: trial(SHORT_PERCENT),
-            long: trial(LONG_PERCENT),
-            lead_of_long: 0,
-            sample_below: (u64::from(trial_pages) << 32) / u64::from(pages.max(1)),
+            short: simulation(SHORT_PERCENT),
+            long: simulation(LONG_PERCENT),
+            selector: 0,
+            sample_below: (u64::from(simulated) << 32) / u64::from(pages.max(1)),
         }
     }
 
-    /// Tells the trials of an access, if the page is in the sample.
-    fn try_out(&mut self, no: PageNo) {
-        // Not the hash that places ghosts: the sample would fall into a few of their sets.
-        let hash = low_u32(no.0.wrapping_mul(0xd6e8_feb8_6659_fd93) >> 32);
+    /// Simulates an access, if the page is in the sample.
+    fn sample(&mut self, no: PageNo) {
+        let hash = low_u32(no.0.wrapping_mul(SAMPLE_HASH) >> 32);
         if u64::from(hash) < self.sample_below {
-            self.compare(no);
+            self.simulate(no);
         }
     }
 
     #[cold]
-    fn compare(&mut self, no: PageNo) {
-        let (short, long) = (self.short.access(no), self.long.access(no));
-        if short == long {
+    fn simulate(&mut self, no: PageNo) {
+        let (short_hit, long_hit) = (self.short.access(no), self.long.access(no));
+        if short_hit == long_hit {
             return;
         }
-        self.lead_of_long = (self.lead_of_long + if long { 1 } else { -1 }).clamp(-LEAD_MAX, LEAD_MAX);
-        if self.lead_of_long >= LEAD_DECIDES {
+        self.selector = (self.selector + if long_hit { 1 } else { -1 }).clamp(-SELECTOR_MAX, SELECTOR_MAX);
+        if self.selector >= SELECTOR_LEAD {
             self.queues.set_small_share(LONG_PERCENT);
-        } else if self.lead_of_long <= -LEAD_DECIDES {
+        } else if self.selector <= -SELECTOR_LEAD {
             self.queues.set_small_share(SHORT_PERCENT);
         }
     }
@@ -84,12 +86,12 @@ impl Policy for Adaptive {
 
     fn first_touch(&mut self, id: PageId, no: PageNo) {
         self.queues.first_touch(id, no);
-        self.try_out(no);
+        self.sample(no);
     }
 
     fn touch(&mut self, id: PageId, no: PageNo) {
         self.queues.touch(id, no);
-        self.try_out(no);
+        self.sample(no);
     }
 
     fn remove(&mut self, id: PageId) {
@@ -98,11 +100,11 @@ impl Policy for Adaptive {
 
     fn evict(
         &mut self,
-        steps_max: u32,
+        kept_max: u32,
         judge: &mut dyn FnMut(PageId) -> Verdict,
-        number: &dyn Fn(PageId) -> PageNo,
+        page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId> {
-        self.queues.evict(steps_max, judge, number)
+        self.queues.evict(kept_max, judge, page_no)
     }
 
     fn contains(&self, id: PageId) -> bool {
@@ -127,16 +129,16 @@ mod tests {
     const PAGES: u32 = 2000;
 
     fn misses(policy: Box<dyn Policy>, accesses: impl Iterator<Item = u64>) -> usize {
-        let mut model = MiniSimulation::with(policy, PAGES);
-        accesses.filter(|page| !model.access(PageNo(*page))).count()
+        let mut cache = MiniSimulation::with_policy(policy, PAGES);
+        accesses.filter(|page| !cache.access(PageNo(*page))).count()
     }
 
-    /// Every page comes back once, when most of a cache of others has been asked for.
-    fn once_again() -> impl Iterator<Item = u64> {
+    /// Each page is used twice. In between, other pages are used, 80 % of a cache of them.
+    fn pages_used_twice() -> impl Iterator<Item = u64> {
         (800..50_000u64).flat_map(|n| [n, n - 800])
     }
 
-    /// Hot pages of half the cache, asked for at random and at first alone, then with a scan between them.
+    /// Hot pages of half the cache, used at random; from access `scan_from` on interleaved with a scan.
     fn hot_pages_and_a_scan(scan_from: u64, end: u64) -> impl Iterator<Item = u64> {
         let mut prng = Prng::new(1);
         (0..end).flat_map(move |n| {
@@ -146,21 +148,21 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_back_once_after_a_while_is_kept_as_by_lru() {
-        let lru = misses(Box::new(Lru::new(PAGES)), once_again());
-        let fixed = misses(Box::new(S3Fifo::new(PAGES, SHORT_PERCENT)), once_again());
-        let adaptive = misses(Box::new(Adaptive::new(PAGES)), once_again());
-        assert!(fixed > lru * 3 / 2, "the case is hard for a short queue: {fixed} misses, LRU {lru}");
-        assert!(adaptive < lru * 21 / 20, "{adaptive} misses, LRU {lru}");
+    fn pages_used_twice_after_a_while_hit_as_often_as_with_lru() {
+        let lru = misses(Box::new(Lru::new(PAGES)), pages_used_twice());
+        let fixed = misses(Box::new(S3Fifo::new(PAGES, SHORT_PERCENT)), pages_used_twice());
+        let adaptive = misses(Box::new(Adaptive::new(PAGES)), pages_used_twice());
+        assert!(fixed > lru * 3 / 2, "a short queue does badly: {fixed} misses, LRU {lru}");
+        assert!(adaptive < lru * 21 / 20, "the adaptive one does well: {adaptive} misses, LRU {lru}");
     }
 
     #[test]
-    fn a_scan_that_comes_while_the_long_queue_is_right_turns_it_short() {
+    fn a_scan_makes_the_small_queue_short_again() {
         let misses_before_scan =
-            misses(Box::new(Adaptive::new(PAGES)), once_again().chain(hot_pages_and_a_scan(20_000, 20_000)));
+            misses(Box::new(Adaptive::new(PAGES)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 20_000)));
         let misses_in_all =
-            misses(Box::new(Adaptive::new(PAGES)), once_again().chain(hot_pages_and_a_scan(20_000, 40_000)));
+            misses(Box::new(Adaptive::new(PAGES)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 40_000)));
         let hot_misses = misses_in_all - misses_before_scan - 20_000;
-        assert!(hot_misses < 20_000 / 10, "{hot_misses} of 20000 accesses to hot pages missed");
+        assert!(hot_misses < 20_000 / 10, "{hot_misses} of 20000 accesses to hot pages missed during the scan");
     }
 }

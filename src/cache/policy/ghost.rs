@@ -1,77 +1,79 @@
-//! Ghosts: the names of pages that left the cache not long ago, in four bytes each.
+//! The ghost queue: which pages were evicted not long ago, in four bytes each.
 
 use crate::units::{PageNo, low_u16, low_u32};
 
-/// An entry can lie in this many places; a new one takes that of the oldest. So nearly all live out their time, and a
-/// look-up stays in one cache line.
+/// Entries of a set; a new entry replaces the oldest one of its set. With so many nearly all ghosts live out their
+/// lifetime, and a look-up stays in one cache line.
 const WAYS: usize = 8;
-/// Ticks of the clock while as many pages leave as the table has entries.
+/// Ticks of the clock while as many pages are evicted as the table has entries: the resolution of a lifetime.
 const TICKS: u32 = 256;
 
-/// A table of entries with 16 bits of hash and 16 bits of time.
+/// A set-associative table of entries with 16 bits of fingerprint and 16 bits of time; 0 is an empty entry.
+///
+/// Time is measured in evictions, so that a lifetime is a number of pages.
 #[derive(Debug)]
 pub(super) struct Ghost {
     sets: Vec<[u32; WAYS]>,
-    /// Pages that left.
-    left: u32,
-    /// Of those, one tick of the clock.
+    /// Number of pages inserted.
+    inserted: u32,
+    /// Insertions in a tick of the clock.
     tick_pages: u32,
-    /// Ticks that a ghost lives.
-    life: u32,
+    life_ticks: u32,
 }
 
 impl Ghost {
     /// Room for the ghosts of `pages` pages.
     pub fn new(pages: u32) -> Self {
         let sets = vec![[0; WAYS]; (pages as usize).div_ceil(WAYS).max(1)];
-        Self { sets, left: 0, tick_pages: (pages / TICKS).max(1), life: TICKS }
+        Self { sets, inserted: 0, tick_pages: (pages / TICKS).max(1), life_ticks: TICKS }
     }
 
-    /// A ghost lives until so many pages have left after it.
+    /// Sets the lifetime of a ghost: until `pages` more pages are inserted.
     pub fn set_life(&mut self, pages: u32) {
-        self.life = pages / self.tick_pages;
+        self.life_ticks = pages / self.tick_pages;
     }
 
-    /// Bytes of memory the table takes.
+    /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
         self.sets.capacity() * size_of::<[u32; WAYS]>()
     }
 
-    /// A page left.
+    /// Inserts a page that is being evicted.
     pub fn insert(&mut self, no: PageNo) {
-        let (at, mark) = self.place(no);
+        let (set, fingerprint) = self.place(no);
         let now = self.now();
-        let age = |entry: u32| if entry == 0 { u32::MAX } else { age(now, entry) };
-        let oldest = self.sets[at].iter_mut().max_by_key(|entry| age(**entry)).expect("a set has places");
-        *oldest = u32::from(mark) << 16 | u32::from(now);
-        self.left = self.left.wrapping_add(1);
+        let age = |entry: u32| if entry == 0 { u32::MAX } else { age_ticks(now, entry) };
+        let oldest = self.sets[set].iter_mut().max_by_key(|entry| age(**entry)).expect("a set has entries");
+        *oldest = u32::from(fingerprint) << 16 | u32::from(now);
+        self.inserted = self.inserted.wrapping_add(1);
     }
 
-    /// Whether the page's ghost lives; it is gone afterwards.
+    /// Removes the page's ghost. Returns whether there was one within its lifetime.
     pub fn take(&mut self, no: PageNo) -> bool {
-        let (at, mark) = self.place(no);
-        let (now, life) = (self.now(), self.life);
-        let Some(entry) = self.sets[at].iter_mut().find(|entry| **entry >> 16 == u32::from(mark)) else {
+        let (set, fingerprint) = self.place(no);
+        let (now, life) = (self.now(), self.life_ticks);
+        let Some(entry) = self.sets[set].iter_mut().find(|entry| **entry >> 16 == u32::from(fingerprint)) else {
             return false;
         };
-        age(now, std::mem::take(entry)) <= life
+        age_ticks(now, std::mem::take(entry)) <= life
     }
 
-    /// The set of a page, and its fingerprint (never 0: 0 marks an empty place).
+    /// The set of a page, and its fingerprint, which is never 0. The hash is like the finalizer of SplitMix64 (Steele et al.,
+    /// OOPSLA 2014), with its multipliers.
     fn place(&self, no: PageNo) -> (usize, u16) {
         let mixed = (no.0 ^ no.0 >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let at = (u64::from(low_u32(mixed >> 32)) * self.sets.len() as u64) >> 32;
-        let mark = low_u16(mixed.wrapping_mul(0x94d0_49bb_1331_11eb) >> 48);
-        (usize::try_from(at).expect("below the table's length"), mark.max(1))
+        let set = (u64::from(low_u32(mixed >> 32)) * self.sets.len() as u64) >> 32;
+        let fingerprint = low_u16(mixed.wrapping_mul(0x94d0_49bb_1331_11eb) >> 48);
+        (usize::try_from(set).expect("below the table's length"), fingerprint.max(1))
     }
 
     fn now(&self) -> u16 {
-        low_u16(u64::from(self.left / self.tick_pages))
+        low_u16(u64::from(self.inserted / self.tick_pages))
     }
 }
 
 /// Ticks since an entry was made.
-fn age(now: u16, entry: u32) -> u32 {
+fn age_ticks(now: u16, entry: u32) -> u32 {
     u32::from(now.wrapping_sub(low_u16(u64::from(entry))))
 }
 
@@ -80,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nearly_all_ghosts_live_out_their_time_and_no_longer() {
+    fn nearly_all_ghosts_live_out_their_lifetime_and_no_longer() {
         let mut ghost = Ghost::new(10_000);
         ghost.set_life(9000);
         (0..20_000).for_each(|page| ghost.insert(PageNo(page)));

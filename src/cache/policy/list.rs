@@ -1,26 +1,36 @@
-//! Doubly linked lists of slots in one array: a slot is on at most one list, and all operations take constant time.
+//! Doubly linked lists of slots in one array of nodes. A slot is on at most one list. All operations take constant time.
 
 use crate::units::PageId;
 
+/// No neighbour.
 const NONE: u32 = u32::MAX;
 
-/// A slot's place on a list, and what a policy remembers of it.
+/// Identifies a list of a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ListId(pub u8);
+
+impl ListId {
+    /// On no list.
+    pub const NONE: Self = Self(0);
+}
+
+/// A slot's neighbours on its list, and what a policy keeps for each slot.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     newer: u32,
     older: u32,
-    /// When the slot came on its list, on the policy's own coarse clock.
+    /// When the slot was put on its list, on the policy's own coarse clock.
     pub stamp: u16,
-    /// Which list holds the slot; 0: none.
-    pub list: u8,
-    /// Asked for again since the policy last looked.
+    /// The list that the slot is on.
+    pub list: ListId,
+    /// Reference bit: the page was used since the policy last cleared it.
     pub referenced: bool,
 }
 
-/// One list: newest and oldest end, and the list's name in [`Node::list`].
+/// One list. Slots enter at the newest end.
 #[derive(Clone, Debug)]
 pub(super) struct List {
-    name: u8,
+    id: ListId,
     newest: u32,
     oldest: u32,
     len: u32,
@@ -28,13 +38,14 @@ pub(super) struct List {
 
 /// Nodes for `slots` slots, all on no list.
 pub(super) fn nodes(slots: u32) -> Vec<Node> {
-    vec![Node { newer: NONE, older: NONE, stamp: 0, list: 0, referenced: false }; slots as usize]
+    vec![Node { newer: NONE, older: NONE, stamp: 0, list: ListId::NONE, referenced: false }; slots as usize]
 }
 
 impl List {
-    /// An empty list; `name` is not 0.
-    pub fn new(name: u8) -> Self {
-        Self { name, newest: NONE, oldest: NONE, len: 0 }
+    /// An empty list.
+    pub fn new(id: ListId) -> Self {
+        debug_assert_ne!(id, ListId::NONE);
+        Self { id, newest: NONE, oldest: NONE, len: 0 }
     }
 
     /// Number of slots on the list.
@@ -42,32 +53,32 @@ impl List {
         self.len
     }
 
-    /// The slot that came first.
+    /// The slot at the oldest end.
     pub fn oldest(&self) -> Option<PageId> {
         (self.oldest != NONE).then_some(PageId(self.oldest))
     }
 
-    /// Puts a slot that is on no list at the new end.
-    pub fn push(&mut self, nodes: &mut [Node], id: PageId) {
-        let node = &mut nodes[id.index()];
-        assert_eq!(node.list, 0, "{id:?} is on a list already");
-        node.list = self.name;
+    /// Puts a slot that is on no list at the newest end.
+    pub fn push(&mut self, nodes: &mut [Node], slot: PageId) {
+        let node = &mut nodes[slot.index()];
+        assert_eq!(node.list, ListId::NONE, "{slot:?} is on a list already");
+        node.list = self.id;
         node.newer = NONE;
         node.older = self.newest;
         if self.newest == NONE {
-            self.oldest = id.0;
+            self.oldest = slot.0;
         } else {
-            nodes[self.newest as usize].newer = id.0;
+            nodes[self.newest as usize].newer = slot.0;
         }
-        self.newest = id.0;
+        self.newest = slot.0;
         self.len += 1;
     }
 
     /// Takes a slot off this list.
-    pub fn unlink(&mut self, nodes: &mut [Node], id: PageId) {
-        let node = &mut nodes[id.index()];
-        assert_eq!(node.list, self.name, "{id:?} is on another list");
-        node.list = 0;
+    pub fn unlink(&mut self, nodes: &mut [Node], slot: PageId) {
+        let node = &mut nodes[slot.index()];
+        assert_eq!(node.list, self.id, "{slot:?} is not on this list");
+        node.list = ListId::NONE;
         let (newer, older) = (node.newer, node.older);
         match newer {
             NONE => self.newest = older,
@@ -80,11 +91,11 @@ impl List {
         self.len -= 1;
     }
 
-    /// Moves a slot of this list to its new end.
-    pub fn renew(&mut self, nodes: &mut [Node], id: PageId) {
-        if self.newest != id.0 {
-            self.unlink(nodes, id);
-            self.push(nodes, id);
+    /// Moves a slot of this list to its newest end.
+    pub fn renew(&mut self, nodes: &mut [Node], slot: PageId) {
+        if self.newest != slot.0 {
+            self.unlink(nodes, slot);
+            self.push(nodes, slot);
         }
     }
 }

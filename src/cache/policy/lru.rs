@@ -1,10 +1,12 @@
-//! Least recently used: the yardstick every other policy is measured against.
+//! Least recently used: the baseline that other policies are measured against.
 
-use super::list::{List, Node, nodes};
+use super::list::{List, ListId, Node, nodes};
 use super::{Policy, Verdict};
 use crate::units::{PageId, PageNo};
 
-/// One list in order of last use.
+const LRU: ListId = ListId(1);
+
+/// One list, in order of last use.
 #[derive(Debug)]
 pub(super) struct Lru {
     nodes: Vec<Node>,
@@ -14,7 +16,7 @@ pub(super) struct Lru {
 impl Lru {
     /// For a cache of `pages` pages.
     pub fn new(pages: u32) -> Self {
-        Self { nodes: nodes(pages), list: List::new(1) }
+        Self { nodes: nodes(pages), list: List::new(LRU) }
     }
 }
 
@@ -37,18 +39,18 @@ impl Policy for Lru {
 
     fn evict(
         &mut self,
-        steps_max: u32,
+        kept_max: u32,
         judge: &mut dyn FnMut(PageId) -> Verdict,
-        _number: &dyn Fn(PageId) -> PageNo,
+        _page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId> {
-        for _ in 0..steps_max.min(self.list.len()) {
+        for _ in 0..kept_max.min(self.list.len()) {
             let id = self.list.oldest()?;
             match judge(id) {
                 Verdict::Evict { .. } => {
                     self.list.unlink(&mut self.nodes, id);
                     return Some(id);
                 }
-                // It stays for now; look at it again after the others.
+                // Propose it again after the others.
                 Verdict::Keep => self.list.renew(&mut self.nodes, id),
             }
         }
@@ -56,7 +58,7 @@ impl Policy for Lru {
     }
 
     fn contains(&self, id: PageId) -> bool {
-        self.nodes[id.index()].list != 0
+        self.nodes[id.index()].list != ListId::NONE
     }
 
     fn len(&self) -> u32 {
@@ -73,32 +75,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_untouched_for_longest_goes_first() {
+    fn the_least_recently_used_page_is_evicted_first() {
         let mut lru = Lru::new(3);
         for id in 0..3 {
             lru.insert(PageId(id), PageNo(u64::from(id)));
         }
         lru.touch(PageId(0), PageNo(0));
-        let evicted = lru.evict(8, &mut |_| Verdict::Evict { asked_for: true }, &|id| PageNo(u64::from(id.0)));
+        let evicted = lru.evict(8, &mut |_| Verdict::Evict { used: true }, &|id| PageNo(u64::from(id.0)));
         assert_eq!(evicted, Some(PageId(1)));
         assert!(!lru.contains(PageId(1)) && lru.contains(PageId(0)));
     }
 
     #[test]
-    fn pages_that_must_stay_are_passed_over_within_the_bound() {
+    fn a_search_ends_when_it_has_kept_as_many_pages_as_it_may() {
         let mut lru = Lru::new(4);
         for id in 0..4 {
             lru.insert(PageId(id), PageNo(u64::from(id)));
         }
-        let mut seen = 0;
+        let mut proposed = 0;
         let evicted = lru.evict(
             3,
             &mut |_| {
-                seen += 1;
+                proposed += 1;
                 Verdict::Keep
             },
             &|_| PageNo(0),
         );
-        assert_eq!((evicted, seen, lru.len()), (None, 3, 4));
+        assert_eq!((evicted, proposed, lru.len()), (None, 3, 4));
     }
 }

@@ -1,6 +1,7 @@
-//! Which page to give up: a small trait, so that policies are measured against each other and not argued about.
+//! Replacement: which page to evict. The policies implement one small trait, so that they can be measured against each other.
 //!
-//! A policy sees slots only ([`PageId`]) and the page's number where it needs a name that outlives the slot (ghosts).
+//! A policy works on slots of the page table ([`PageId`]). It gets a page's number too, to recognize a page that returns
+//! after its eviction, in another slot.
 
 use crate::units::{PageId, PageNo};
 
@@ -15,42 +16,42 @@ mod s3fifo;
 
 pub use mini_simulation::MiniSimulation;
 
-/// What the cache says of a page that the policy offers up.
+/// What the cache decides about a page that the policy proposes to evict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The page goes now: the policy forgets it. `asked_for` is false for readahead that nobody read.
+    /// The page is evicted: the policy forgets it.
     Evict {
-        /// Whether a guest has asked for the page.
-        asked_for: bool,
+        /// Whether a guest has used the page. False for a page that was read ahead and went unread.
+        used: bool,
     },
-    /// The page is busy, dirty or not yet synced: leave it and try another.
+    /// The page is busy, dirty or not yet synced: the policy proposes another one.
     Keep,
 }
 
 /// A replacement policy over the page table's slots.
 pub(crate) trait Policy: Send + std::fmt::Debug {
-    /// The page came in, and nobody has asked for it yet.
+    /// The page was inserted into the table. No guest has used it yet.
     fn insert(&mut self, id: PageId, no: PageNo);
-    /// A guest asked for the page for the first time: when it came in, or later if readahead brought it.
+    /// A guest uses the page for the first time: at once, or later if the page was read ahead.
     fn first_touch(&mut self, id: PageId, no: PageNo);
-    /// A guest asked for the page again.
+    /// A guest uses the page again.
     fn touch(&mut self, id: PageId, no: PageNo);
-    /// The page went for another reason than eviction (discard, error).
+    /// The page was removed for another reason than eviction (discard, error).
     fn remove(&mut self, id: PageId);
-    /// Finds a page to evict: offers candidates to `judge` until one is evicted or `steps_max` have been seen.
+    /// Proposes pages to `judge` until it evicts one, or has kept `kept_max`. `page_no` gives the number of a page.
     ///
     /// => An evicted page is on no queue any more when this returns.
     fn evict(
         &mut self,
-        steps_max: u32,
+        kept_max: u32,
         judge: &mut dyn FnMut(PageId) -> Verdict,
-        number: &dyn Fn(PageId) -> PageNo,
+        page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId>;
     /// Whether the page is on a queue.
     fn contains(&self, id: PageId) -> bool;
     /// Number of pages on the queues.
     fn len(&self) -> u32;
-    /// Bytes of memory the policy takes.
+    /// Bytes of memory that the policy takes.
     fn metadata_bytes(&self) -> usize;
 }
 

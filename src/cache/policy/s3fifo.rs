@@ -1,39 +1,40 @@
 //! S3-FIFO with one reference bit and a correlation window.
 //!
 //! Sources: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP 2023); the author's later advice that
-//! for block I/O one bit beats two; and Clock2Q+ (Zhai et al., VLDB 2026): accesses to blocks come in bursts, so a
-//! second access soon after the first says little, and hits on the newest pages of the small queue set no bit.
+//! for block I/O one bit is better than two; and Clock2Q+ (Zhai et al., VLDB 2026): accesses to blocks are correlated, so
+//! a second access soon after the first says little, and hits on the newest pages of the small queue set no bit.
 //!
-//! New pages enter *small*. A page that was asked for again before it reaches small's end moves to *main*, a CLOCK with
-//! one bit; the others leave, and their numbers are remembered in *ghost*: a page that comes back while its ghost lives
-//! goes straight to main. Small's share of the cache can change at any time: see `adaptive.rs`.
+//! New pages enter *small*. A page that is used again before it reaches the end of small moves to *main*, a CLOCK with one
+//! bit. The others are evicted, and *ghost* remembers their numbers: a page that returns while its ghost lives enters main.
+//! Small's share of the cache can change at any time: see `adaptive.rs`.
 
 use super::ghost::Ghost;
-use super::list::{List, Node, nodes};
+use super::list::{List, ListId, Node, nodes};
 use super::{Policy, Verdict};
 use crate::units::{PageId, PageNo, low_u16, low_u32};
 
-const SMALL: u8 = 1;
-const MAIN: u8 = 2;
+const SMALL: ListId = ListId(1);
+const MAIN: ListId = ListId(2);
 
-/// A burst lasts until this share of the cache has come in behind the page.
+/// Length of the correlation window: accesses to a page belong to one burst until so much of the cache has been inserted
+/// after it.
 const BURST_PERCENT: u32 = 5;
-/// So many hits pass as much time as one page that comes in. When all that is in use fits, nothing comes in, and without
-/// this no hit would ever count: the next scan would find nothing marked as used.
+/// Hits that advance the clock as much as one insertion. If the working set fits, nothing is inserted: then no hit would
+/// ever be outside a burst, and the next scan would find no page with its bit set.
 const HITS_PER_INSERTION: u32 = 16;
-/// The clock of [`Node::stamp`] ticks at least this often during a burst.
+/// Fewest ticks of the clock of [`Node::stamp`] in a burst: the resolution of its length.
 const BURST_TICKS_MIN: u32 = 8;
-/// While small has most of the cache, main gives up one page in so many, or those that once were hot would stay for
-/// ever.
-const MAIN_TURN: u32 = 10;
+/// While small has most of the cache, one eviction in so many is from main: else pages that were hot once would stay there
+/// for ever.
+const EVICTIONS_PER_MAIN: u32 = 10;
 
-/// What became of one candidate.
+/// What happened to a candidate for eviction.
 enum QueueStep {
     Evicted(PageId),
-    /// It had been asked for: it moved up, or round.
+    /// Its bit was set: it moved to main's newest end.
     Promoted,
-    /// It must stay, as so many before it in this search.
-    Kept(u32),
+    /// It may not be evicted.
+    Kept,
 }
 
 /// The three queues.
@@ -43,20 +44,20 @@ pub(super) struct S3Fifo {
     small: List,
     main: List,
     ghost: Ghost,
-    /// Small gives up its pages while it is longer than this.
+    /// Pages are evicted from small while it is longer than this.
     small_target: u32,
-    /// Time, in hits; a page that comes in counts for several.
+    /// Time, in hits; an insertion counts as [`HITS_PER_INSERTION`].
     clock: u32,
-    /// The clock of [`Node::stamp`] is this one without so many of its bits.
+    /// The clock of [`Node::stamp`] is `clock` without this many of its low bits.
     stamp_shift: u32,
-    /// A burst's length on that clock.
+    /// Length of a burst on that clock.
     burst_ticks: u16,
     /// Pages evicted.
     evicted: u32,
 }
 
 impl S3Fifo {
-    /// For a cache of `pages` pages, of which small takes `small_percent`.
+    /// For a cache of `pages` pages, of which small has `small_percent`.
     pub fn new(pages: u32, small_percent: u32) -> Self {
         let burst = (percent(pages, BURST_PERCENT) * HITS_PER_INSERTION).max(1);
         let stamp_shift = (burst / BURST_TICKS_MIN).max(1).ilog2();
@@ -75,31 +76,31 @@ impl S3Fifo {
         queues
     }
 
-    /// Gives small another share; pages move as they come and go. Ghosts are as many as main has pages: so a loop that
-    /// is longer than the cache does not push itself out of main.
+    /// Changes small's share; the queues reach it by later insertions and evictions. There are as many ghosts as pages in
+    /// main, so that a loop longer than the cache does not evict itself from main.
     pub fn set_small_share(&mut self, small_percent: u32) {
         let pages = low_u32(self.nodes.len() as u64);
         self.small_target = percent(pages, small_percent).max(1);
         self.ghost.set_life(pages - self.small_target);
     }
 
-    /// A coarse clock; wraps, and is compared by distance.
+    /// The coarse clock. It wraps, and stamps are compared by distance.
     fn stamp(&self) -> u16 {
         low_u16(u64::from(self.clock >> self.stamp_shift))
     }
 
-    /// Whether the next page to go should be one of small's.
+    /// Whether the next page should be evicted from small.
     fn prefers_small(&self) -> bool {
-        let mains_turn =
-            self.small_target > low_u32(self.nodes.len() as u64) / 2 && self.evicted.is_multiple_of(MAIN_TURN);
-        self.main.len() == 0 || (self.small.len() > self.small_target && !mains_turn)
+        let small_has_most = self.small_target > low_u32(self.nodes.len() as u64) / 2;
+        let main_is_due = small_has_most && self.evicted.is_multiple_of(EVICTIONS_PER_MAIN);
+        self.main.len() == 0 || (self.small.len() > self.small_target && !main_is_due)
     }
 
-    /// Small's oldest page: up to main if it was asked for again, out if it may go.
+    /// Handles small's oldest page: promotes it to main if it was used again, else evicts it if it may go.
     fn step_small(
         &mut self,
-        judge: &mut dyn FnMut(PageId) -> (Verdict, u32),
-        number: &dyn Fn(PageId) -> PageNo,
+        judge: &mut dyn FnMut(PageId) -> Verdict,
+        page_no: &dyn Fn(PageId) -> PageNo,
     ) -> QueueStep {
         let id = self.small.oldest().expect("small is not empty");
         if self.nodes[id.index()].referenced {
@@ -109,32 +110,32 @@ impl S3Fifo {
             return QueueStep::Promoted;
         }
         match judge(id) {
-            (Verdict::Evict { asked_for }, _) => {
+            Verdict::Evict { used } => {
                 self.small.unlink(&mut self.nodes, id);
-                if asked_for {
-                    self.ghost.insert(number(id));
+                if used {
+                    self.ghost.insert(page_no(id));
                 }
                 QueueStep::Evicted(id)
             }
-            (Verdict::Keep, kept) => {
+            Verdict::Keep => {
                 self.small.renew(&mut self.nodes, id);
-                QueueStep::Kept(kept)
+                QueueStep::Kept
             }
         }
     }
 
-    /// Main's oldest page: round again if it was asked for, out if it may go.
-    fn step_main(&mut self, judge: &mut dyn FnMut(PageId) -> (Verdict, u32)) -> QueueStep {
+    /// Handles main's oldest page: gives it another round if it was used, else evicts it if it may go.
+    fn step_main(&mut self, judge: &mut dyn FnMut(PageId) -> Verdict) -> QueueStep {
         let id = self.main.oldest().expect("main is not empty");
         let step = if std::mem::take(&mut self.nodes[id.index()].referenced) {
             QueueStep::Promoted
         } else {
             match judge(id) {
-                (Verdict::Evict { .. }, _) => {
+                Verdict::Evict { .. } => {
                     self.main.unlink(&mut self.nodes, id);
                     return QueueStep::Evicted(id);
                 }
-                (Verdict::Keep, kept) => QueueStep::Kept(kept),
+                Verdict::Keep => QueueStep::Kept,
             }
         };
         self.main.renew(&mut self.nodes, id);
@@ -155,7 +156,8 @@ impl Policy for S3Fifo {
     }
 
     fn first_touch(&mut self, id: PageId, _no: PageNo) {
-        // Readahead may have brought it long ago, and then this would look like a second access after a while.
+        // The burst begins now. Counted from the insertion, which readahead may have done long ago, the next hit would pass
+        // for one after the burst.
         self.nodes[id.index()].stamp = self.stamp();
     }
 
@@ -173,36 +175,34 @@ impl Policy for S3Fifo {
         match self.nodes[id.index()].list {
             SMALL => self.small.unlink(&mut self.nodes, id),
             MAIN => self.main.unlink(&mut self.nodes, id),
-            _ => unreachable!("a page that goes is on a queue"),
+            _ => unreachable!("a page that is removed is on a queue"),
         }
     }
 
     fn evict(
         &mut self,
-        steps_max: u32,
+        kept_max: u32,
         judge: &mut dyn FnMut(PageId) -> Verdict,
-        number: &dyn Fn(PageId) -> PageNo,
+        page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId> {
-        // Only pages that must stay count against the bound: promoting a page and clearing its bit were was_worthwhile for by
-        // the access that set it.
+        // Only pages that are kept count against the bound. Each promotion is paid for by the hit that set the bit.
         let mut kept = 0;
-        let mut judge = |id: PageId| {
-            let verdict = judge(id);
-            kept += u32::from(verdict == Verdict::Keep);
-            (verdict, kept)
-        };
-        let mut stuck = false;
         while self.len() > 0 {
-            // While every page of one queue must stay, look at the other one too.
-            let from_small = (self.prefers_small() != stuck || self.main.len() == 0) && self.small.len() > 0;
-            let step = if from_small { self.step_small(&mut judge, number) } else { self.step_main(&mut judge) };
+            // When half of the bound has found no victim in one queue, search the other.
+            let is_stuck = kept > 0 && kept >= kept_max / 2;
+            let from_small = (self.prefers_small() != is_stuck || self.main.len() == 0) && self.small.len() > 0;
+            let step = if from_small { self.step_small(judge, page_no) } else { self.step_main(judge) };
             match step {
                 QueueStep::Evicted(id) => {
                     self.evicted = self.evicted.wrapping_add(1);
                     return Some(id);
                 }
-                QueueStep::Kept(kept) if kept >= steps_max => return None,
-                QueueStep::Kept(kept) => stuck = kept >= steps_max / 2,
+                QueueStep::Kept => {
+                    kept += 1;
+                    if kept >= kept_max {
+                        return None;
+                    }
+                }
                 QueueStep::Promoted => {}
             }
         }
@@ -210,7 +210,7 @@ impl Policy for S3Fifo {
     }
 
     fn contains(&self, id: PageId) -> bool {
-        self.nodes[id.index()].list != 0
+        self.nodes[id.index()].list != ListId::NONE
     }
 
     fn len(&self) -> u32 {
@@ -230,23 +230,23 @@ fn percent(pages: u32, percent: u32) -> u32 {
 mod tests {
     use super::*;
 
-    fn number(id: PageId) -> PageNo {
+    fn page_no(id: PageId) -> PageNo {
         PageNo(u64::from(id.0))
     }
 
     fn touch(policy: &mut S3Fifo, id: u32) {
-        policy.touch(PageId(id), number(PageId(id)));
+        policy.touch(PageId(id), page_no(PageId(id)));
     }
 
     fn evict(policy: &mut S3Fifo) -> PageId {
-        policy.evict(64, &mut |_| Verdict::Evict { asked_for: true }, &number).expect("something can go")
+        policy.evict(64, &mut |_| Verdict::Evict { used: true }, &page_no).expect("a page may be evicted")
     }
 
     #[test]
-    fn a_page_that_comes_back_from_the_ghost_goes_to_main() {
+    fn a_page_that_returns_while_its_ghost_lives_enters_main() {
         let mut policy = S3Fifo::new(100, 10);
         for id in 0..20 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
         assert_eq!(evict(&mut policy), PageId(0));
         policy.insert(PageId(0), PageNo(0));
@@ -255,16 +255,16 @@ mod tests {
     }
 
     #[test]
-    fn a_scan_does_not_push_out_what_is_in_use() {
+    fn a_scan_does_not_evict_hot_pages() {
         let mut policy = S3Fifo::new(1000, 10);
         for id in 0..1000 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
-        // The first 200 are asked for long after they came: that is no burst.
+        // The first 200 are used long after their insertion: that is no burst.
         for id in 0..200 {
             touch(&mut policy, id);
         }
-        // A scan of ten times the cache; hot pages are asked for now and then.
+        // A scan of ten times the cache; each hot page is used now and then.
         for scan in 0..10_000u64 {
             let id = evict(&mut policy);
             assert!(id.0 >= 200, "hot page {id:?} was evicted by scan step {scan}");
@@ -274,39 +274,39 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_just_after_the_page_came_sets_no_bit() {
+    fn hits_in_a_burst_set_no_bit() {
         let mut policy = S3Fifo::new(1000, 10);
         policy.insert(PageId(0), PageNo(0));
         touch(&mut policy, 0);
         assert!(!policy.nodes[0].referenced);
         for id in 1..100 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
         touch(&mut policy, 0);
         assert!(policy.nodes[0].referenced);
     }
 
     #[test]
-    fn what_readahead_brought_is_not_hot_when_it_is_asked_for_at_last() {
+    fn a_prefetched_page_begins_its_burst_with_the_first_use() {
         let mut policy = S3Fifo::new(1000, 10);
         for id in 0..100 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
         policy.first_touch(PageId(0), PageNo(0));
         touch(&mut policy, 0);
-        assert!(!policy.nodes[0].referenced, "its burst begins with the first touch");
+        assert!(!policy.nodes[0].referenced, "still in the burst");
         for id in 100..200 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
         touch(&mut policy, 0);
         assert!(policy.nodes[0].referenced);
     }
 
     #[test]
-    fn hits_count_although_nothing_comes_in() {
+    fn hits_set_bits_although_nothing_is_inserted() {
         let mut policy = S3Fifo::new(1000, 10);
         for id in 0..100 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
         for hit in 0..2000 {
             touch(&mut policy, hit % 100);
@@ -315,10 +315,10 @@ mod tests {
     }
 
     #[test]
-    fn main_gives_up_what_was_hot_once_when_small_has_most_of_the_cache() {
+    fn main_evicts_pages_that_were_hot_once_while_small_has_most_of_the_cache() {
         let mut policy = S3Fifo::new(1000, 10);
         for id in 0..1000 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
         for id in 0..500 {
             touch(&mut policy, id);
@@ -326,7 +326,7 @@ mod tests {
         let next = evict(&mut policy);
         assert_eq!((next, policy.main.len()), (PageId(500), 500));
         policy.set_small_share(90);
-        // Nobody asks for the 500 pages of main again.
+        // The 500 pages of main are not used again.
         let mut free = next;
         for new in 0..6000u64 {
             policy.insert(free, PageNo(10_000 + new));
@@ -336,18 +336,18 @@ mod tests {
     }
 
     #[test]
-    fn a_victim_is_found_behind_a_queue_of_pages_that_must_stay() {
+    fn a_victim_is_found_in_main_if_no_page_of_small_may_be_evicted() {
         let mut policy = S3Fifo::new(100, 10);
         for id in 0..100 {
-            policy.insert(PageId(id), number(PageId(id)));
+            policy.insert(PageId(id), page_no(PageId(id)));
         }
         for id in 0..30 {
             touch(&mut policy, id);
         }
-        // Small's first 30 go up to main; then all of small must stay, and main gives the victim.
+        // The first 30 of small are promoted to main. All others of small are kept, and the victim comes from main.
         let mut judge = |id: PageId| {
-            if id.0 < 30 { Verdict::Evict { asked_for: true } } else { Verdict::Keep }
+            if id.0 < 30 { Verdict::Evict { used: true } } else { Verdict::Keep }
         };
-        assert!(policy.evict(200, &mut judge, &number).is_some());
+        assert!(policy.evict(200, &mut judge, &page_no).is_some());
     }
 }

@@ -336,7 +336,7 @@ fn shutdown_completes_taken_requests_before_closing_the_connection() {
     // Time for the worker to stop its ring. A request that comes now is left to the next daemon.
     thread::sleep(ABSENCE);
     session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
-    poll_until("the daemon to close the connection", PATIENCE, || session.has_hung_up().then_some(()));
+    poll_until("the daemon to close the connection", PATIENCE, || session.is_closed().then_some(()));
     let busy = Duration::from_nanos(worker_activity() - busy);
     assert!(busy < SYNC / 120, "the worker should sleep while it drains; it was busy for {busy:?}");
     assert_eq!(session.rings[0].used_idx(), before + 1, "the first FLUSH is complete, the second one not taken");

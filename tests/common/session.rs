@@ -228,7 +228,7 @@ impl Session {
     }
 
     /// Whether the daemon has closed the connection. The caller must not expect a reply.
-    pub fn has_hung_up(&self) -> bool {
+    pub fn is_closed(&self) -> bool {
         readable(&[self.socket.as_raw_fd()], Duration::ZERO)
     }
 

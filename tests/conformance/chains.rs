@@ -369,7 +369,8 @@ fn hostile_chains_change_no_data_and_disturb_no_other_front_end() {
     daemon.stop();
 }
 
-/// A valid request with empty descriptors between its parts. The device may serve or fail it; the status must be true.
+/// A valid request with empty descriptors between its parts. The device may serve or fail it, but the
+/// status must tell which.
 #[test]
 fn empty_descriptors_are_served_or_rejected() {
     let mut daemon = start();

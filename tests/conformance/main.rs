@@ -20,8 +20,7 @@
 //! | T13 a memory change breaks running rings | `memory::a_new_memory_table_does_not_disturb_requests_in_flight` |
 //! | T14 GET_ID and GET_CONFIG leave old bytes | the tests of T9 and T7 |
 //! | T15 GET_VRING_BASE replies before requests complete | `rings::a_stopped_ring_has_nothing_in_flight_and_resumes` |
-//! | T16 a front-end that crashes with requests in flight leaks resources |
-//! `sessions::front_ends_that_crash_leak_nothing` |
+//! | T16 a crash of the front-end leaks resources | `sessions::front_ends_that_crash_leak_nothing` |
 //! | T17 writeback reads 0 while writes are volatile | `config_space::a_driver_that_cannot_flush_gets_write_through` |
 //! | T18 direct descriptors before an indirect one fail | `chains::every_legal_layout_is_served` |
 //! | T19 rejected messages are acknowledged | `memory::rejected_messages_are_not_acknowledged` |

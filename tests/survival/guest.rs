@@ -112,7 +112,7 @@ impl Guest {
     /// Submits requests until the daemon hangs up. Then attaches to the daemon that `restart` starts, with the same
     /// memory, rings and inflight region. Submits requests in between, too.
     pub fn reconnect(&mut self, daemon: &mut Daemon, restart: impl FnOnce(&mut Daemon)) {
-        self.run_until(|guest| guest.session().has_hung_up());
+        self.run_until(|guest| guest.session().is_closed());
         // QEMU reads the used indices now; from here on they must not change.
         let used: Vec<u16> = self.session().rings.iter().map(Ring::used_idx).collect();
         restart(daemon);

@@ -1,4 +1,4 @@
-//! Requests that wait and stores that fail: who has to wait for whom, and when all is well again.
+//! Requests that wait, and stores that fail: what waits for what, and when the store is healthy again.
 
 use super::*;
 use crate::units::{Fault, ImageHoles, OpKind, Unmap};
@@ -6,16 +6,16 @@ use crate::units::{Fault, ImageHoles, OpKind, Unmap};
 const NOW: Tick = Tick(1_000_000);
 const FLUSH: Ticket = Ticket(77);
 
-/// Pumps; returns the operations that this starts, which stay in op.
+/// Pumps. Returns the operations that this starts; they stay under way.
 fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, OpKind, SectorSpan)> {
-    let mut plans = Vec::new();
+    let mut ops = Vec::new();
     cache.pump(now);
-    cache.take_ops(|plan| plans.push((plan.tag, plan.kind, plan.span)));
-    plans
+    cache.take_ops(|op| ops.push((op.tag, op.kind, op.span)));
+    ops
 }
 
-/// Ends every operation of one kind with a fault, all others well, until `until` or until nothing is due any more;
-/// returns how many have failed.
+/// Runs the cache until `until`, or until nothing is due. Operations of the kind `broken` fail, all others succeed. Returns
+/// the number of those that failed.
 fn run_failing(cache: &mut PageCache, broken: OpKind, now: &mut Tick, until: Tick) -> usize {
     let mut failed = 0;
     while *now <= until {
@@ -29,7 +29,7 @@ fn run_failing(cache: &mut PageCache, broken: OpKind, now: &mut Tick, until: Tic
     failed
 }
 
-/// What a flush has come to.
+/// The result of the FLUSH, if it has ended.
 fn flush_result(cache: &mut PageCache) -> Option<Result<(), Fault>> {
     let mut notices = Vec::new();
     cache.take_notices(&mut notices);
@@ -56,17 +56,17 @@ fn a_flush_fails_if_the_rest_of_a_block_cannot_be_read() {
     write(&mut cache, 3, 1);
     cache.flush(FLUSH);
     let reads = run_failing(&mut cache, OpKind::Read, &mut now, NOW.plus_us(10_000_000));
-    assert!((2..20).contains(&reads), "it is read again now and then, and not at full speed: {reads} times");
+    assert!((2..20).contains(&reads), "the read is retried after pauses: {reads} reads");
     assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)));
     assert_eq!(cache.health(), Health::Reporting(Fault::Media));
     cache.flush(FLUSH);
-    settle(&mut cache, now);
+    complete_all(&mut cache, now);
     assert_eq!(flush_result(&mut cache), Some(Ok(())));
     assert_eq!((cache.health(), cache.stats().dirty_pages), (Health::Healthy, 0));
 }
 
 #[test]
-fn a_page_whose_failed_sectors_are_zeroed_has_failed_no_more() {
+fn zeroing_the_sectors_that_failed_makes_the_store_healthy() {
     let mut cache = cache_of(1024, 1 << 20);
     let mut now = NOW;
     write(&mut cache, 0, 12);
@@ -74,12 +74,12 @@ fn a_page_whose_failed_sectors_are_zeroed_has_failed_no_more() {
     run_failing(&mut cache, OpKind::Write, &mut now, NOW);
     assert_eq!(cache.health(), Health::Reporting(Fault::Media));
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 12), Unmap::Forbidden));
-    settle(&mut cache, now);
-    assert_eq!(cache.health(), Health::Healthy, "nothing is left that failed");
+    complete_all(&mut cache, now);
+    assert_eq!(cache.health(), Health::Healthy, "no failed page is left");
 }
 
 #[test]
-fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
+fn writes_that_succeed_do_not_extend_the_hold_of_one_that_waits_for_space() {
     let hold_us = 1_000_000;
     let settings = Settings {
         holes: ImageHoles::Possible,
@@ -91,7 +91,7 @@ fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     // A page that is known to have its space.
     assert_eq!(cache.write(access(0, 8), &mut Vec::new()), Admitted::Until(0));
-    settle(&mut cache, NOW);
+    complete_all(&mut cache, NOW);
     let mut access = access(100_000, 8);
     let mut now = NOW;
     let refused = loop {
@@ -115,13 +115,13 @@ fn a_write_held_for_space_is_not_held_for_longer_because_others_succeed() {
         cache.pump(now);
         assert_eq!(flush_result(&mut cache), Some(Ok(())), "a flush does not wait for space");
         now = now.plus_us(hold_us / 4);
-        assert!(now <= NOW.plus_us(3 * hold_us), "it is held for ever");
+        assert!(now <= NOW.plus_us(3 * hold_us), "the hold does not end");
     };
-    assert!(refused >= NOW.plus_us(hold_us), "it was to wait: {refused:?}");
+    assert!(refused >= NOW.plus_us(hold_us), "the hold ended too early: {refused:?}");
 }
 
 #[test]
-fn a_write_that_finds_too_many_writers_goes_on_when_one_leaves() {
+fn a_write_to_a_page_with_255_writers_resumes_when_one_finishes() {
     let mut cache = cache_of(1024, 1 << 20);
     let mut pieces = Vec::new();
     while cache.write(access(0, 8), &mut pieces) == Admitted::All {}
@@ -135,28 +135,28 @@ fn a_write_that_finds_too_many_writers_goes_on_when_one_leaves() {
 }
 
 #[test]
-fn space_far_out_on_an_image_is_asked_for_once_until_it_is_given_back() {
+fn space_at_the_end_of_a_huge_image_is_allocated_once_until_it_is_freed() {
     let settings = Settings { holes: ImageHoles::Possible, allocate: true, ..settings_of(1024, 1 << 50) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     for far in [1 << 43, (1 << 44) - 8, (1 << 50) - 8] {
         assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0));
-        settle(&mut cache, NOW);
+        complete_all(&mut cache, NOW);
         write(&mut cache, far, 8);
-        settle(&mut cache, NOW);
+        complete_all(&mut cache, NOW);
         assert!(cache.discard(Ticket(9), SectorSpan::new(far, 8)));
-        settle(&mut cache, NOW);
-        assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0), "it may have been given back");
-        settle(&mut cache, NOW);
+        complete_all(&mut cache, NOW);
+        assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0), "the discard may have freed it");
+        complete_all(&mut cache, NOW);
     }
 }
 
 #[test]
-fn a_store_without_holes_is_never_asked_for_them() {
+fn a_store_that_cannot_map_holes_is_never_asked_for_a_map() {
     for (holes, can_map) in [(ImageHoles::Unmappable, false), (ImageHoles::NoneYet, true)] {
         let mut cache = PageCache::new(Settings { holes, ..settings_of(1024, 1 << 20) }, Box::new(NoBytes));
         assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));
-        settle(&mut cache, NOW);
-        let asks = cache.read(access(0, 8), &mut Vec::new()) == Admitted::Until(0);
-        assert_eq!(asks, can_map, "a read waits for a map only where one tells of what was discarded");
+        complete_all(&mut cache, NOW);
+        let waits_for_map = cache.read(access(0, 8), &mut Vec::new()) == Admitted::Until(0);
+        assert_eq!(waits_for_map, can_map, "after a discard, a read waits for a Map if the store can map");
     }
 }

@@ -1,17 +1,19 @@
-//! getpages, exhaustively: an image of four pages, each page in each state, and every request that can be made of them.
+//! Exhaustive test of getpages: an image of four pages, each page in each state, and every request to them.
 //!
-//! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. In scenes of one,
-//! two and three pages every read and every write is made that begins in the run's first page and ends in its last.
-//! That is every way to meet a page (whole, from or up to any sector) beside every other page: where the run lies in
-//! the image makes no difference but at the image's end. Scenes of four pages have the requests that begin and end at
-//! the edges of a page or within [`PART`]: those of all four pages, and those of the middle ones, because what lies
-//! beside a request can't matter to getpages, but can to the write-back that follows.
+//! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. Scenes of one, two and
+//! three pages have every read and every write that begins in the run's first page and ends in its last. So each page is
+//! requested in every way, whole or from or up to any sector, beside every other page. Where the run lies in the image
+//! matters only at the image's end.
 //!
-//! Each scene is played in two orders: operations end as they began and pieces are given back at once, or the other way
-//! round. Scenes of one and two pages are played in other shapes too: an image whose last page is cut, a store of large
-//! blocks, and a cache that does not know yet where the holes are. `world.rs` plays a scene, and says what must hold.
+//! Scenes of four pages have the requests that begin and end at the edges of a page or within [`PART`]: those of all four
+//! pages, and those of the middle ones. Pages beside a request do not matter to getpages, but may to the write-back that
+//! follows.
+//!
+//! Each scene is played in two orders: operations complete in the order of their submission and pieces are returned at once,
+//! or in reverse order and late. Scenes of one and two pages are played in other shapes too: an image whose last page is cut,
+//! a store of large blocks, and a cache that does not know the holes yet. `world.rs` plays a scene and checks it.
 
-#![allow(clippy::cast_possible_truncation, reason = "an image of 32 sectors indexes arrays all the time")]
+#![allow(clippy::cast_possible_truncation, reason = "positions on an image of 32 sectors index arrays")]
 
 mod world;
 
@@ -20,31 +22,31 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::cache::*;
 use world::{PAGES, World};
 
-/// What becomes of a page before the request comes; the table is that of `page.rs`, with the pages that are in two
-/// states at a time or only partly there.
+/// The state of a page before the request: the states of `pages/page.rs`, their combinations, and pages that are valid in
+/// part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PageState {
     /// Data on the store, nothing in memory.
     Absent,
     /// Nothing on the store, nothing in memory.
     Hole,
-    /// A read-in is in op.
+    /// A read-in is under way.
     Reading,
     /// As on the store.
     Clean,
     /// All of it was written.
     Dirty,
-    /// The sectors of [`PART`] were written, the others lie on the store alone.
+    /// The sectors of [`PART`] were written. The others are on the store only.
     Partial,
-    /// All of it was written and is on its way to the store.
+    /// All of it was written and is under write-back.
     Writing,
-    /// As Partial, but the others are a hole.
+    /// As Partial, but the other sectors are a hole.
     PartialHole,
-    /// [`PART`] was written while a read-in is in op.
+    /// [`PART`] was written while a read-in is under way.
     ReadingDirty,
-    /// [`PART`] was written again while all of the page is on its way to the store.
+    /// [`PART`] was written again while all of the page is under write-back.
     WritingDirty,
-    /// [`PART`] was written and is on its way to the store; the others lie there alone.
+    /// [`PART`] was written and is under write-back. The other sectors are on the store only.
     WritingPart,
 }
 
@@ -52,22 +54,22 @@ use PageState::{
     Absent, Clean, Dirty, Hole, Partial, PartialHole, Reading, ReadingDirty, Writing, WritingDirty, WritingPart,
 };
 
-/// The states of a page as such.
-const PLAIN: [PageState; 7] = [Absent, Hole, Reading, Clean, Dirty, Partial, Writing];
-/// And those that are mixtures of them.
+/// The simple states of a page.
+const SIMPLE: [PageState; 7] = [Absent, Hole, Reading, Clean, Dirty, Partial, Writing];
+/// The simple states and their combinations.
 const ALL: [PageState; 11] =
     [Absent, Hole, Reading, Clean, Dirty, Partial, Writing, PartialHole, ReadingDirty, WritingDirty, WritingPart];
 
-/// The sectors of a page that is written in part; the cut last page of an image has them too.
+/// The sectors that are written of a page that is written in part. The cut last page of an image has them too.
 const PART: SectorMask = SectorMask(0b0001_1100);
 
 impl PageState {
-    /// Whether the store has a hole there.
+    /// Whether the page is a hole on the store.
     fn is_hole(self) -> bool {
         matches!(self, Hole | PartialHole)
     }
 
-    /// Whether a read-in is in op.
+    /// Whether a read-in is under way.
     fn is_reading(self) -> bool {
         matches!(self, Reading | ReadingDirty)
     }
@@ -91,12 +93,12 @@ impl PageState {
     }
 }
 
-/// What a world is like that a scene is played in.
+/// The image and the store of a scene.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     image_sectors: u64,
     block_sectors: u8,
-    /// The cache knows where the holes are; else it has to ask first.
+    /// The cache knows the holes. If not, it has to ask for a map first.
     mapped: bool,
 }
 
@@ -111,22 +113,22 @@ enum Direction {
     Write,
 }
 
-/// The order in which things end.
+/// The order in which operations complete and pieces are returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
-    /// Pieces are given back at once, and the oldest operation ends first.
+    /// Pieces are returned at once, and the oldest operation completes first.
     Prompt,
-    /// The newest operation ends first, and pieces are given back when all have ended.
+    /// The newest operation completes first, and pieces are returned when all have completed.
     Late,
 }
 
-/// One case.
+/// One test case.
 #[derive(Clone, Copy, Debug)]
 struct Scene<'a> {
     shape: Shape,
-    /// Of the image's last pages; those before them are Absent.
+    /// The states of the image's last pages; those before them are Absent.
     states: &'a [PageState],
-    op: Direction,
+    direction: Direction,
     span: SectorSpan,
     order: Order,
 }
@@ -138,7 +140,7 @@ impl Scene<'_> {
         page.checked_sub(before).map_or(Absent, |at| self.states[at])
     }
 
-    /// The sectors of a page that the request is for.
+    /// The sectors of a page that are requested.
     fn wanted(&self, page: usize) -> SectorMask {
         let sectors = (0..8).filter(|sector| {
             let sector = (page * 8 + sector) as u64;
@@ -148,9 +150,9 @@ impl Scene<'_> {
     }
 }
 
-/// The sectors of a page that requests begin or end at.
+/// Sectors of a page at which requests begin and end: all of them.
 const EVERY: [u64; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
-/// The first and the last sector of a page, and one of [`PART`].
+/// The first and the last one, and one of [`PART`].
 const EDGES: [u64; 3] = [0, 3, 7];
 
 /// The spans from one of `sectors` of page `first` to one of page `last`.
@@ -169,14 +171,14 @@ fn each_scene(
 ) {
     each_run(states, length, &mut |run| {
         for &shape in shapes {
-            // A page that is written in part can't go to a store of larger blocks as it is.
+            // No part of a page can be written to a store whose block is a page.
             if shape.block_sectors == 8 && run.contains(&WritingPart) {
                 continue;
             }
             for &span in requests.iter().filter(|span| span.end() <= shape.image_sectors) {
-                for op in [Direction::Read, Direction::Write] {
+                for direction in [Direction::Read, Direction::Write] {
                     for order in [Order::Prompt, Order::Late] {
-                        visit(&Scene { shape, states: run, op, span, order });
+                        visit(&Scene { shape, states: run, direction, span, order });
                     }
                 }
             }
@@ -197,19 +199,19 @@ fn each_run(states: &[PageState], length: usize, visit: &mut dyn FnMut(&[PageSta
     }
 }
 
-/// Whether everything holds in the scene.
-fn holds(scene: &Scene<'_>, planted: Option<PlantedBug>) -> bool {
+/// Whether the scene passes all checks.
+fn passes(scene: &Scene<'_>, planted: Option<PlantedBug>) -> bool {
     catch_unwind(AssertUnwindSafe(|| World::new(scene, planted).play())).is_ok()
 }
 
-/// Plays every scene; `least` is how many there are at the least.
-fn play_all(shapes: &[Shape], length: usize, states: &[PageState], requests: &[SectorSpan], least: u32) {
+/// Plays every scene. There must be at least `scenes_min` of them.
+fn play_all(shapes: &[Shape], length: usize, states: &[PageState], requests: &[SectorSpan], scenes_min: u32) {
     let mut played = 0;
     each_scene(shapes, length, states, requests, &mut |scene| {
-        assert!(holds(scene, None), "see above what went wrong in {scene:?}");
+        assert!(passes(scene, None), "the panic above is of {scene:?}");
         played += 1;
     });
-    assert!(played >= least, "only {played} scenes");
+    assert!(played >= scenes_min, "only {played} scenes");
 }
 
 #[test]
@@ -223,22 +225,22 @@ fn two_pages_in_every_state_and_shape() {
 }
 
 #[test]
-fn three_pages_in_every_plain_state() {
-    play_all(&[WHOLE], 3, &PLAIN, &requests(1, 3, &EVERY), 80_000);
+fn three_pages_in_every_simple_state() {
+    play_all(&[WHOLE], 3, &SIMPLE, &requests(1, 3, &EVERY), 80_000);
 }
 
 #[test]
-fn four_pages_in_every_plain_state() {
+fn four_pages_in_every_simple_state() {
     let middle = [requests(1, 1, &EDGES), requests(1, 2, &EDGES)].concat();
     let all = [requests(0, 3, &EDGES), middle].concat();
-    play_all(&[WHOLE], 4, &PLAIN, &all, 200_000);
+    play_all(&[WHOLE], 4, &SIMPLE, &all, 200_000);
 }
 
 #[test]
 fn planted_bugs_are_found_in_a_single_page() {
     for bug in [PlantedBug::RewriteIsLost, PlantedBug::ReadInOverwritesDirty] {
         let mut found = 0;
-        let mut try_it = |scene: &Scene<'_>| found += u32::from(!holds(scene, Some(bug)));
+        let mut try_it = |scene: &Scene<'_>| found += u32::from(!passes(scene, Some(bug)));
         each_scene(&[WHOLE], 1, &ALL, &requests(3, 3, &EDGES), &mut try_it);
         assert!(found > 0, "{bug:?} was not found");
     }

@@ -1,4 +1,4 @@
-//! The world that one scene is played in: the cache, four pages of disk, and what must hold at every step.
+//! Plays one scene: the cache, a disk of four pages, and the checks at every step.
 
 use super::super::settings_of;
 use super::{Direction, Order, PART, PageState, Scene};
@@ -11,12 +11,12 @@ use crate::units::{ExtentKind, ImageHoles, OpKind};
 /// Pages of the image.
 pub(super) const PAGES: usize = 4;
 const SECTORS: usize = PAGES * 8;
-/// Enough that nothing waits for a frame.
+/// So many that nothing waits for a frame.
 const FRAMES: u32 = 48;
-/// The clock stands, so that nothing is written back but what a test or a flush asks for.
+/// Time stands still, so that pages are written back only for a test or a FLUSH.
 const NOW: Tick = Tick(0);
 
-/// Versions of a sector: as it was on the disk, as the scene's pages were written, and rewritten, and by the request.
+/// Versions of a sector: the first contents of the disk, the first and the second write of the scene, the request.
 const OLD: u32 = 1000;
 const FIRST: u32 = 2000;
 const SECOND: u32 = 3000;
@@ -31,7 +31,7 @@ struct Operation {
     kind: OpKind,
     span: SectorSpan,
     frames: Vec<FrameId>,
-    /// Write: what the frames held when it began.
+    /// Write: the contents of the frames at its submission.
     content: Vec<u32>,
 }
 
@@ -40,7 +40,7 @@ impl Operation {
         self.span.start as usize..self.span.end() as usize
     }
 
-    /// Frame and sector within it of a sector of the image.
+    /// Where a sector of the image lies in memory: the frame, and the sector within it.
     fn place(&self, sector: usize) -> (FrameId, usize) {
         (self.frames[sector / 8 - self.span.start as usize / 8], sector % 8)
     }
@@ -49,17 +49,17 @@ impl Operation {
 /// A guest's read or write.
 #[derive(Debug)]
 struct Request {
-    op: Direction,
+    direction: Direction,
     span: SectorSpan,
     admitted: u32,
-    /// One bit for each sector whose piece has been given back.
-    settled: u32,
-    /// What the guest knew of each sector when it asked.
-    known: [u32; SECTORS],
+    /// One bit for each sector whose piece has been returned.
+    done: u32,
+    /// The guest's version of each sector at the submission.
+    version_before: [u32; SECTORS],
 }
 
 impl Request {
-    /// Each sector of a piece: where it is on the image, and in its frame.
+    /// The position of each sector of a piece on the image and in its frame.
     fn places(&self, piece: &Piece) -> impl Iterator<Item = (usize, usize)> + use<> {
         let sector = self.span.start as usize + piece.at as usize;
         (sector..).zip(usize::from(piece.first)..).take(piece.count as usize)
@@ -73,13 +73,13 @@ pub(super) struct World<'a> {
     cache: PageCache,
     memory: Memory,
     disk: Disk,
-    /// What each sector holds for a guest, and what it held before and before that.
+    /// The guest's version of each sector, and the two before it.
     guest: [[u32; 3]; SECTORS],
     operations: Vec<Operation>,
     requests: Vec<Request>,
-    /// Pieces that were handed out and not yet given back, each with its request.
+    /// Pieces that are not returned yet, each with the index of its request.
     pieces: Vec<(usize, Piece)>,
-    /// Pages of the reads that were begun since the request came.
+    /// Pages of the reads that were submitted since the scene's request.
     pages_read: Vec<usize>,
     order: Order,
     flushed: bool,
@@ -122,24 +122,24 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Sets the scene, makes the request, lets everything end, flushes, and reads everything back from the store.
+    /// Sets the scene, makes the request, completes everything, flushes, and reads everything back from the store.
     pub fn play(mut self) {
         self.set_scene();
         self.make_request();
-        self.settle();
+        self.complete_all();
         self.flush();
         self.check_pages_read();
         self.each_page(|_| true, Self::drop_page);
-        self.ask(Direction::Read, SectorSpan::new(0, self.scene.shape.image_sectors), 0);
-        self.settle();
+        self.submit(Direction::Read, SectorSpan::new(0, self.scene.shape.image_sectors), 0);
+        self.complete_all();
     }
 
     /// Brings each page into its state.
     fn set_scene(&mut self) {
         self.cache.ask_for_map(PageNo(0));
         self.turn();
-        self.end(0);
-        // Written pages go to the store before anything else is in memory that a cluster could take along.
+        self.complete(0);
+        // Pages are put under write-back first, while a cluster finds no other pages to include.
         self.each_page(|state| matches!(state, PageState::Writing | PageState::WritingDirty), Self::write_page);
         self.each_page(|state| state == PageState::WritingPart, |world, page| world.write_part(page, FIRST));
         self.each_page(|_| true, Self::put);
@@ -149,7 +149,7 @@ impl<'a> World<'a> {
             |state| state == PageState::Clean,
             |world, page| {
                 world.read_page(page);
-                world.end(world.operations.len() - 1);
+                world.complete(world.operations.len() - 1);
             },
         );
         let in_part = |state| matches!(state, PageState::Partial | PageState::PartialHole | PageState::ReadingDirty);
@@ -161,23 +161,23 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The page is in the state that the scene wants.
+    /// Checks that the page is in the state that the scene wants.
     fn check_state(&self, page: usize) {
         let state = self.scene.state(page);
         let Some(id) = self.find(page) else {
-            return assert!(matches!(state, PageState::Absent | PageState::Hole), "page {page} is to be {state:?}");
+            return assert!(matches!(state, PageState::Absent | PageState::Hole), "page {page} should be {state:?}");
         };
         let held = &self.cache.pages[id];
         let inside = SectorMask::run(0, self.page_span(page).count as u8);
-        // What lies beyond the image is known as soon as there is memory for it.
+        // Sectors beyond the image are valid as soon as the page has a frame.
         let beyond = if held.frame().is_some() { SectorMask::ALL.without(inside) } else { SectorMask::NONE };
-        assert_eq!(held.valid, state.valid().or(beyond), "page {page} is to be {state:?}");
-        assert_eq!(held.dirty, state.dirty().and(inside), "page {page} is to be {state:?}");
-        assert_eq!(held.is(READING), state.is_reading(), "page {page} is to be {state:?}");
+        assert_eq!(held.valid, state.valid().or(beyond), "page {page} should be {state:?}");
+        assert_eq!(held.dirty, state.dirty().and(inside), "page {page} should be {state:?}");
+        assert_eq!(held.is(READING), state.is_reading(), "page {page} should be {state:?}");
         assert_eq!(
             held.is(FROZEN),
             matches!(state, PageState::Writing | PageState::WritingPart),
-            "page {page}: {state:?}"
+            "page {page} should be {state:?}"
         );
     }
 
@@ -196,20 +196,20 @@ impl<'a> World<'a> {
     }
 
     fn read_page(&mut self, page: usize) {
-        self.ask(Direction::Read, self.page_span(page), 0);
+        self.submit(Direction::Read, self.page_span(page), 0);
     }
 
     fn write_page(&mut self, page: usize) {
-        self.ask(Direction::Write, self.page_span(page), FIRST);
+        self.submit(Direction::Write, self.page_span(page), FIRST);
     }
 
     fn write_part(&mut self, page: usize, version: u32) {
         let (first, count) = PART.first_run().expect("a part is not empty");
         let start = self.page_span(page).start + u64::from(first);
-        self.ask(Direction::Write, SectorSpan::new(start, u64::from(count)), version);
+        self.submit(Direction::Write, SectorSpan::new(start, u64::from(count)), version);
     }
 
-    /// Sends a dirty page, and what goes with it, to the store.
+    /// Writes back a dirty page and its cluster.
     fn put(&mut self, page: usize) {
         if let Some(id) = self.find(page) {
             self.cache.put_cluster(id);
@@ -217,7 +217,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Takes a page out of the cache, as a reclaim does: nothing holds it, and the store has it.
+    /// Removes a page from the cache, as a reclaim does: nothing holds it, and the store has its contents.
     fn drop_page(&mut self, page: usize) {
         if let Some(id) = self.find(page) {
             self.cache.remove_page(id);
@@ -228,25 +228,26 @@ impl<'a> World<'a> {
         self.cache.pages.find(PageNo(page as u64))
     }
 
-    /// The scene's request: what it reads, and what it gets at once, is known to the sector.
+    /// Makes the scene's request. Checks which sectors it reads from the store, and how many it gets at once.
     fn make_request(&mut self) {
         self.pages_read.clear();
         self.order = self.scene.order;
-        let begun_before = self.operations.len();
-        self.ask(self.scene.op, self.scene.span, REQUEST);
+        let submitted_before = self.operations.len();
+        self.submit(self.scene.direction, self.scene.span, REQUEST);
         if self.scene.shape.mapped {
-            let begun: Vec<_> = self.operations[begun_before..].iter().map(|operation| operation.span).collect();
-            assert_eq!(begun, self.runs_to_read(), "what is missing is read, in one operation for each run of pages");
+            let submitted: Vec<_> =
+                self.operations[submitted_before..].iter().map(|operation| operation.span).collect();
+            assert_eq!(submitted, self.runs_to_read(), "each run of missing pages is read by one operation");
             let request = self.requests.len() - 1;
-            let waiting: u32 = self.pieces.iter().filter(|(of, _)| *of == request).map(|(_, piece)| piece.count).sum();
-            let at_once = self.requests[request].settled.count_ones() + waiting;
-            assert_eq!(at_once, self.sectors_there(), "what is there is handed out at once");
+            let held: u32 = self.pieces.iter().filter(|(of, _)| *of == request).map(|(_, piece)| piece.count).sum();
+            let at_once = self.requests[request].done.count_ones() + held;
+            assert_eq!(at_once, self.sectors_at_once(), "sectors that need not wait are ready at once");
         }
-        if self.scene.op == Direction::Read {
+        if self.scene.direction == Direction::Read {
             self.each_page(
                 |state| state == PageState::Hole,
                 |world, page| {
-                    assert_eq!(world.find(page), None, "a hole takes no page");
+                    assert_eq!(world.find(page), None, "a read of a hole inserts no page");
                 },
             );
         }
@@ -255,10 +256,10 @@ impl<'a> World<'a> {
     /// Whether the request has to wait for sectors of a page.
     fn waits_for(&self, page: usize) -> bool {
         let state = self.scene.state(page);
-        self.scene.op == Direction::Read && !state.is_hole() && !state.valid().contains(self.scene.wanted(page))
+        self.scene.direction == Direction::Read && !state.is_hole() && !state.valid().contains(self.scene.wanted(page))
     }
 
-    /// The runs of neighbouring pages that the request has to read, none of which is under way.
+    /// The runs of adjacent pages that the request has to read in. Pages whose read-in is under way are not among them.
     fn runs_to_read(&self) -> Vec<SectorSpan> {
         let mut runs: Vec<SectorSpan> = Vec::new();
         for page in 0..PAGES {
@@ -276,47 +277,47 @@ impl<'a> World<'a> {
     }
 
     /// How many of the request's sectors need not wait.
-    fn sectors_there(&self) -> u32 {
+    fn sectors_at_once(&self) -> u32 {
         (0..PAGES).filter(|&page| !self.waits_for(page)).map(|page| self.scene.wanted(page).count()).sum()
     }
 
-    /// Since the request came each page was read once if it had to be, and else not at all.
+    /// Checks that each page was read once since the request if it had to be, and else not at all.
     fn check_pages_read(&mut self) {
         self.pages_read.sort_unstable();
         let expected: Vec<usize> = (0..PAGES).filter(|&page| self.has_to_be_read(page)).collect();
-        assert_eq!(self.pages_read, expected, "pages read since the request came");
+        assert_eq!(self.pages_read, expected, "pages read since the request");
     }
 
-    /// Whether a page has to be read for the request, or for the flush after it: a store of whole blocks takes no page
-    /// of which only a part is known.
+    /// Whether a page has to be read for the request, or for the flush after it: a store whose block is a page needs all of its
+    /// sectors to write it.
     fn has_to_be_read(&self, page: usize) -> bool {
         let state = self.scene.state(page);
-        let written = if self.scene.op == Direction::Write { self.scene.wanted(page) } else { SectorMask::NONE };
+        let written = if self.scene.direction == Direction::Write { self.scene.wanted(page) } else { SectorMask::NONE };
         let is_dirty = !state.dirty().or(written).is_empty();
         let for_flush = self.scene.shape.block_sectors == 8 && is_dirty && state.valid().or(written) != SectorMask::ALL;
         !state.is_hole() && !state.is_reading() && (self.waits_for(page) || for_flush)
     }
 
-    /// Everything is on the store.
+    /// Flushes, and checks that the store has everything.
     fn flush(&mut self) {
         self.cache.flush(FLUSH);
-        self.settle();
-        assert!(self.flushed, "a flush ends");
+        self.complete_all();
+        assert!(self.flushed, "the flush does not end");
         for sector in 0..self.disk.sectors() {
             assert_eq!(self.disk.read(sector), self.guest[sector][0], "sector {sector} of the store after a flush");
         }
     }
 
-    /// A guest's request, as far as the cache takes it now.
-    fn ask(&mut self, op: Direction, span: SectorSpan, version: u32) {
-        if op == Direction::Write {
+    /// Submits a guest's request.
+    fn submit(&mut self, direction: Direction, span: SectorSpan, version: u32) {
+        if direction == Direction::Write {
             for sector in span.start as usize..span.end() as usize {
                 self.guest[sector].rotate_right(1);
                 self.guest[sector][0] = version + sector as u32;
             }
         }
-        let known = self.guest.map(|versions| versions[0]);
-        self.requests.push(Request { op, span, admitted: 0, settled: 0, known });
+        let version_before = self.guest.map(|versions| versions[0]);
+        self.requests.push(Request { direction, span, admitted: 0, done: 0, version_before });
         self.admit(self.requests.len() - 1, false);
         self.collect();
     }
@@ -325,37 +326,37 @@ impl<'a> World<'a> {
         let request = &mut self.requests[index];
         let access = Access { ticket: Ticket(index as u64), span: request.span, from: request.admitted, resumed };
         let mut pieces = Vec::new();
-        let admitted = match request.op {
+        let admitted = match request.direction {
             Direction::Read => self.cache.read(access, &mut pieces),
             Direction::Write => self.cache.write(access, &mut pieces),
         };
         request.admitted = match admitted {
             Admitted::All => request.span.count as u32,
-            Admitted::Until(at) if request.op == Direction::Read => at,
-            _ => panic!("a write waits for nothing here: {admitted:?}"),
+            Admitted::Until(at) if request.direction == Direction::Read => at,
+            _ => panic!("no write should stall here: {admitted:?}"),
         };
         pieces.into_iter().for_each(|piece| self.take(index, piece));
     }
 
-    /// Takes the cache's plans and notices until there are no more, and gives back what is ready.
+    /// Takes operations and notices from the cache until there are no more. In the prompt order, returns pieces at once.
     fn collect(&mut self) {
         loop {
             if self.order == Order::Prompt {
-                self.give_back_all();
+                self.return_pieces();
             }
-            let (mut plans, mut notices) = (Vec::new(), Vec::new());
+            let (mut operations, mut notices) = (Vec::new(), Vec::new());
             self.cache.take_ops(|StoreOpRef { tag, kind, span, frames, .. }| {
-                plans.push(Operation { tag, kind, span, frames: frames.to_vec(), content: Vec::new() });
+                operations.push(Operation { tag, kind, span, frames: frames.to_vec(), content: Vec::new() });
             });
             self.cache.take_notices(&mut notices);
-            if plans.is_empty() && notices.is_empty() {
+            if operations.is_empty() && notices.is_empty() {
                 return self.check();
             }
-            for operation in plans {
+            for operation in operations {
                 self.begin(operation);
             }
             for notice in notices {
-                self.hear(notice);
+                self.handle_notice(notice);
             }
         }
     }
@@ -372,17 +373,18 @@ impl<'a> World<'a> {
             }
             OpKind::Write => {
                 operation.content = self.content(&operation);
-                assert!(!operation.content.contains(&GARBAGE), "garbage on its way to the disk");
+                assert!(!operation.content.contains(&GARBAGE), "garbage is written to the disk");
             }
             _ => {}
         }
         self.operations.push(operation);
     }
 
-    /// A read brings something that is not there, and that is not a hole (I7; `check` sees that it has its own frame).
+    /// Checks that a page that is read in lacks sectors and is no hole. (That it gets a frame of its own, I7, is checked by
+    /// `PageCache::check`.)
     fn check_read(&self, no: PageNo) {
         let id = self.cache.pages.find(no).expect("a page that is read is in the table");
-        assert_ne!(self.cache.pages[id].valid, SectorMask::ALL, "{no:?} is read although all of it is there");
+        assert_ne!(self.cache.pages[id].valid, SectorMask::ALL, "{no:?} is read although all of it is valid");
         assert_eq!(
             self.disk.map(no.0 as usize * 8, 1),
             [(1, ExtentKind::Data)],
@@ -398,8 +400,8 @@ impl<'a> World<'a> {
             .collect()
     }
 
-    /// An operation ends well, and so does the turn.
-    fn end(&mut self, index: usize) {
+    /// Completes an operation with success, and ends the turn.
+    fn complete(&mut self, index: usize) {
         let operation = self.operations.remove(index);
         match operation.kind {
             OpKind::Read => {
@@ -409,7 +411,7 @@ impl<'a> World<'a> {
                 }
             }
             OpKind::Write => {
-                assert_eq!(self.content(&operation), operation.content, "a frame changed on its way to the disk");
+                assert_eq!(self.content(&operation), operation.content, "a frame changed during its write");
                 for (sector, &version) in operation.sectors().zip(&operation.content) {
                     self.disk.write(sector, version);
                 }
@@ -429,19 +431,19 @@ impl<'a> World<'a> {
         self.collect();
     }
 
-    fn hear(&mut self, notice: Notice) {
+    fn handle_notice(&mut self, notice: Notice) {
         match notice {
             Notice::Ready(ticket, piece) => self.take(ticket.0 as usize, piece),
             Notice::Resume(ticket) => self.admit(ticket.0 as usize, true),
             Notice::Done(FLUSH, Ok(())) => self.flushed = true,
-            Notice::Done(..) | Notice::Unreadable(..) => panic!("nothing fails here: {notice:?}"),
+            Notice::Done(..) | Notice::Unreadable(..) => panic!("nothing should fail here: {notice:?}"),
         }
     }
 
-    /// A piece is handed out: written bytes go into it at once.
+    /// Takes a piece. That of a write is filled at once.
     fn take(&mut self, index: usize, piece: Piece) {
-        if self.requests[index].op == Direction::Write {
-            let frame = piece.frame.expect("a write has memory");
+        if self.requests[index].direction == Direction::Write {
+            let frame = piece.frame.expect("a piece of a write has frames");
             for (sector, place) in self.requests[index].places(&piece) {
                 self.memory.set(frame, place, self.guest[sector][0]);
             }
@@ -449,16 +451,16 @@ impl<'a> World<'a> {
         self.pieces.push((index, piece));
     }
 
-    /// Gives every piece back; bytes that are read are looked at now.
-    fn give_back_all(&mut self) {
+    /// Returns every piece. Checks the bytes of reads.
+    fn return_pieces(&mut self) {
         for (index, piece) in std::mem::take(&mut self.pieces) {
             let request = &mut self.requests[index];
-            let came = SectorSpan::new(u64::from(piece.at), u64::from(piece.count));
-            for sector in came.start..came.end() {
-                assert_eq!(request.settled >> sector & 1, 0, "I10: {came:?} of {request:?} came twice");
-                request.settled |= 1 << sector;
+            let returned = SectorSpan::new(u64::from(piece.at), u64::from(piece.count));
+            for sector in returned.start..returned.end() {
+                assert_eq!(request.done >> sector & 1, 0, "I10: {returned:?} of {request:?} was ready twice");
+                request.done |= 1 << sector;
             }
-            if request.op == Direction::Write {
+            if request.direction == Direction::Write {
                 self.cache.finish_write(&piece, CopyResult::Complete);
             } else {
                 self.check_bytes(index, &piece);
@@ -467,31 +469,35 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A read finds what the guest knew when it asked, or anything newer.
+    /// Checks that a read returns the version of its submission, or a newer one.
     fn check_bytes(&self, index: usize, piece: &Piece) {
         let request = &self.requests[index];
         for (sector, place) in request.places(piece) {
             let seen = piece.frame.map_or(0, |frame| self.memory.get(frame, place));
             let versions = self.guest[sector];
-            let known = versions.iter().position(|&version| version == request.known[sector]);
-            let allowed = &versions[..=known.expect("few writes come meanwhile")];
-            assert!(allowed.contains(&seen), "sector {sector} was read as {seen}, and not one of {allowed:?}");
+            let before = versions.iter().position(|&version| version == request.version_before[sector]);
+            let allowed = &versions[..=before.expect("a sector is written at most twice meanwhile")];
+            assert!(allowed.contains(&seen), "sector {sector} was read as {seen}, which is none of {allowed:?}");
         }
     }
 
-    /// Lets everything end that is under way.
-    fn settle(&mut self) {
+    /// Completes everything that is under way.
+    fn complete_all(&mut self) {
         loop {
             self.turn();
             match (self.order, self.operations.len()) {
                 (_, 0) if self.pieces.is_empty() => break,
-                (_, 0) => self.give_back_all(),
-                (Order::Prompt, _) => self.end(0),
-                (Order::Late, count) => self.end(count - 1),
+                (_, 0) => self.return_pieces(),
+                (Order::Prompt, _) => self.complete(0),
+                (Order::Late, count) => self.complete(count - 1),
             }
         }
         for request in &self.requests {
-            assert_eq!(u64::from(request.settled.count_ones()), request.span.count, "every sector comes: {request:?}");
+            assert_eq!(
+                u64::from(request.done.count_ones()),
+                request.span.count,
+                "I10: a sector of {request:?} was never ready"
+            );
         }
     }
 

@@ -1,8 +1,8 @@
-//! Space before the write: a write into a hole completes only after the store has allocated the space (genfs: GOP_ALLOC),
-//! so that its write-back never fails for lack of space.
+//! Space before the write: a write into a hole completes only after the store has allocated the space (genfs:
+//! GOP_ALLOC), so that its write-back never fails for lack of space.
 //!
-//! The store allocates a region of 1 MiB at a time, ahead of the writer. A bounded table remembers the regions that have
-//! their space. If it forgets one, the cache asks the store again, which costs little.
+//! The store allocates a region of 1 MiB at a time, ahead of the writer. A bounded table remembers the regions that
+//! have their space. If it forgets one, the cache asks the store again, which costs little.
 
 use crate::units::{Fault, OpKind, PageNo, SectorSpan, low_u32};
 
@@ -97,8 +97,8 @@ impl Allocating {
 }
 
 impl PageCache {
-    /// Whether a page that is to be written has its space; if that is not known, asks the store for it. A refusal is final
-    /// only for a request that `resumed`: another one has the store asked again.
+    /// Whether a page that is to be written has its space; if that is not known, asks the store for it. A refusal is
+    /// final only for a request that `resumed`: another one has the store asked again.
     pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
         if self.planted(PlantedBug::WriteSkipsAllocation) {
             return Space::Allocated;

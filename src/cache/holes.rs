@@ -129,8 +129,8 @@ impl Holes {
         }
     }
 
-    /// The holes in the span have changed: makes its regions unknown. From now on the image may have holes, if the store can
-    /// report them.
+    /// The holes in the span have changed: makes its regions unknown. From now on the image may have holes, if the
+    /// store can report them.
     pub fn forget(&mut self, span: PageSpan) {
         if self.image == ImageHoles::NoneYet {
             self.image = ImageHoles::Possible;

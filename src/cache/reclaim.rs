@@ -22,7 +22,7 @@ impl PageCache {
         (total / RESERVE_PART).max(RESERVE_FRAMES_MIN).min(total / RESERVE_PART_MAX).max(FILL_FRAMES + 1)
     }
 
-    /// Evicts clean pages until the reserve is full. If it finds none, starts what makes pages clean: write-back, or a Sync.
+    /// Evicts clean pages until the reserve is full. If it finds none, starts write-back or a Sync, to make pages clean.
     pub(super) fn reclaim(&mut self) {
         let target = if self.settings.retain { self.reserve() } else { self.pages.frames().total() };
         while self.pages.frames().free() < target && self.pages.len() > 0 {

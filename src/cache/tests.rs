@@ -119,7 +119,7 @@ fn metadata_takes_at_most_1_5_percent_of_the_cache() {
     }
 }
 
-/// The pieces of a request: first sector in the request, first sector in the frame, number of sectors, number of frames.
+/// The pieces of a request: first sector in the request and in the frame, number of sectors and of frames.
 fn shapes(pieces: &[Piece]) -> Vec<(u32, u8, u32, usize)> {
     pieces.iter().map(|piece| (piece.at, piece.first, piece.count, piece.frames().count())).collect()
 }
@@ -309,7 +309,7 @@ fn read_sequentially(cache: &mut PageCache, first: u64, pages: u64, now: Tick) -
     hits.count() as u64 * 32
 }
 
-/// A reader stops at the end of its file, and the window beyond stays unread: here for ever, because the cache is not full.
+/// A reader stops at the end of its file, and the window beyond stays unread: for ever, while the cache is not full.
 #[test]
 fn windows_that_stay_unread_do_not_stop_the_readahead_of_later_readers() {
     let mut cache = cache_of(65_536, 1 << 30);
@@ -370,8 +370,8 @@ impl FrameMemory for PublishLog {
     }
 }
 
-/// The next daemon zeroes the ranges that are noted, and takes clean pages for durable. In the opposite order it would zero a
-/// page that was written after the zero. The simulator meets that too rarely.
+/// The next daemon zeroes the ranges that are noted, and takes clean pages for durable. In the opposite order it would
+/// zero a page that was written after the zero. The simulator meets that too rarely.
 #[test]
 fn a_sync_clears_noted_zeroes_before_it_publishes_pages_as_clean() {
     let log = PublishLog::default();

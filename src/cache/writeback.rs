@@ -1,11 +1,11 @@
 //! When dirty pages are written back, and in which order (genfs' syncer, and WOW: Gill and Modha, FAST 2005).
 //!
-//! A cursor sweeps the dirty set upwards and starts again at the bottom (CSCAN). It skips a 64 KiB group once if a guest
-//! wrote to it since the cursor last passed, so that hot pages are written less often. Sweeps for a FLUSH, for old pages,
-//! for a reclaim that finds no clean page, of an idle image, and ahead of a FLUSH do not skip.
+//! A cursor sweeps the dirty set upwards and starts again at the bottom (CSCAN). It skips a 64 KiB group once if a
+//! guest wrote to it since the cursor last passed, so that hot pages are written less often. Sweeps for a FLUSH, for
+//! old pages, for a reclaim that finds no clean page, of an idle image, and ahead of a FLUSH do not skip.
 //!
-//! Ageing needs no timestamp per page: the current epoch is closed twice in an age limit, and the pages of closed epochs
-//! are written. Nothing runs while every page is clean.
+//! Ageing needs no timestamp per page: the current epoch is closed twice in an age limit, and the pages of closed
+//! epochs are written. Nothing runs while every page is clean.
 
 use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 
@@ -16,18 +16,18 @@ use super::{PageCache, REGION_PAGES};
 const DEPTH_MAX: u32 = 32;
 /// Most writes under way for a sweep that no request waits for: half as many, to delay the operations of requests less.
 const DEPTH_UNAWAITED: u32 = DEPTH_MAX / 2;
-/// Epochs are closed this many times in an age limit: a page waits up to half of it for its epoch to end, and is written
-/// in the other half.
+/// Epochs are closed this many times in an age limit: a page waits up to half of it for its epoch to end, and is
+/// written in the other half.
 const EPOCHS_PER_AGE: u64 = 2;
 /// Without guest I/O for this long, write-back runs at full speed.
 const IDLE_US: u64 = 100_000;
 /// Most groups that a sweep examines, unless it is a background sweep: a bound on the time of one pump.
 const SWEEP_GROUPS: usize = 512;
-/// Fewest groups that a background sweep examines. Every pump while guests write runs one, and the cursor must return to a
-/// hot group late, or it is written too often.
+/// Fewest groups that a background sweep examines. Every pump while guests write runs one, and the cursor must return
+/// to a hot group late, or it is written too often.
 const SWEEP_GROUPS_COLD: usize = 8;
-/// A round of the cursor takes about this many background sweeps if thousands of groups are dirty: [`SWEEP_GROUPS_COLD`] at
-/// a time would starve the store where each group was written once.
+/// A round of the cursor takes about this many background sweeps if thousands of groups are dirty:
+/// [`SWEEP_GROUPS_COLD`] at a time would starve the store where each group was written once.
 const SWEEPS_PER_ROUND: usize = 64;
 
 /// The state of the sweeps.
@@ -127,8 +127,8 @@ impl PageCache {
     /// Write-back that no request waits for:
     ///
     /// - at full speed while guests are idle or frames run out;
-    /// - between the thresholds in proportion to the dirty pages: full speed is reached at the setpoint of the throttle, before
-    ///   it delays the first write;
+    /// - between the thresholds in proportion to the dirty pages: full speed is reached at the setpoint of the
+    ///   throttle, before it delays the first write;
     /// - else ahead of the next FLUSH, if `eager.rs` finds it worthwhile, and not while a FLUSH needs the store itself.
     fn write_back_in_background(&mut self) {
         let idle = self.now.since_us(self.writeback.last_guest_io) >= IDLE_US;
@@ -153,7 +153,7 @@ impl PageCache {
         }
     }
 
-    /// Closes the current epoch [`EPOCHS_PER_AGE`] times in an age limit. Asks for a Sync when an aged epoch is written.
+    /// Closes the epoch [`EPOCHS_PER_AGE`] times in an age limit. Asks for a Sync when an aged epoch is written.
     fn age(&mut self) {
         let oldest = self.pages.dirty().oldest();
         if let Some(aged) = self.writeback.aged
@@ -200,8 +200,8 @@ impl PageCache {
                 self.sweep_group(number, group, scope, depth);
             }
         }
-        // A background sweep continues at the next request or when guests are idle. Others continue at once, until a whole
-        // round of the cursor has started no write.
+        // A background sweep continues at the next request or when guests are idle. Others continue at once, until a
+        // whole round of the cursor has started no write.
         self.writeback.more |= !cold && self.writeback.groups_without_progress < self.pages.dirty().groups();
     }
 

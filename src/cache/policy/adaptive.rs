@@ -1,8 +1,8 @@
 //! S3-FIFO that adapts the length of its small queue.
 //!
-//! A short small queue (10 % of the cache) suits most guests: it keeps popular pages, and a scan does no harm. But a page
-//! that is used again after a while, once or twice and then never more (a log that is compacted, a working set that
-//! drifts), has left the short queue by then, while LRU would still have it. No fixed share serves both: in
+//! A short small queue (10 % of the cache) suits most guests: it keeps popular pages, and a scan does no harm. But a
+//! page that is used again after a while, once or twice and then never more (a log that is compacted, a working set
+//! that drifts), has left the short queue by then, while LRU would still have it. No fixed share serves both: in
 //! benches/miss_ratio.rs each loses ten points or more in some workload.
 //!
 //! So the policy simulates both on a sample of the pages, and takes the share that misses less. Sources: Waldspurger et
@@ -26,8 +26,8 @@ const SIMULATED_PAGES: u32 = 512;
 const SELECTOR_MAX: i32 = 32;
 /// The selector must lead by so many misses to change the share: a smaller lead may be chance.
 const SELECTOR_LEAD: i32 = 8;
-/// Multiplier of the hash that selects the sample. It is not the ghost queue's hash: the sample would fall into a few of
-/// the ghost queue's sets.
+/// Multiplier of the hash that selects the sample. It is not the ghost queue's hash: the sample would fall into a few
+/// of the ghost queue's sets.
 const SAMPLE_HASH: u64 = 0xd6e8_feb8_6659_fd93;
 
 /// The queues, and the simulations that choose the share of the small one.

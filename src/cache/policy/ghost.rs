@@ -58,8 +58,8 @@ impl Ghost {
         age_ticks(now, std::mem::take(entry)) <= life
     }
 
-    /// The set of a page, and its fingerprint, which is never 0. The hash is like the finalizer of SplitMix64 (Steele et al.,
-    /// OOPSLA 2014), with its multipliers.
+    /// The set of a page, and its fingerprint, which is never 0. The hash is like the finalizer of SplitMix64 (Steele
+    /// et al., OOPSLA 2014), with its multipliers.
     fn place(&self, no: PageNo) -> (usize, u16) {
         let mixed = (no.0 ^ no.0 >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let set = (u64::from(low_u32(mixed >> 32)) * self.sets.len() as u64) >> 32;

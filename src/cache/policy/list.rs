@@ -1,4 +1,4 @@
-//! Doubly linked lists of slots in one array of nodes. A slot is on at most one list. All operations take constant time.
+//! Doubly linked lists of slots in one array. A slot is on at most one list. All operations take constant time.
 
 use crate::units::PageId;
 

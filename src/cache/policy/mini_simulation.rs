@@ -1,5 +1,6 @@
-//! Simulation of a cache without its memory: a policy and the index that it needs. Benchmarks use it, and the adaptive policy
-//! to try its settings (Waldspurger et al., "Cache modeling and optimization using miniature simulations", ATC 2017).
+//! Simulation of a cache without its memory: a policy and the index that it needs. Benchmarks use it, and the adaptive
+//! policy to try its settings (Waldspurger et al., "Cache modeling and optimization using miniature simulations", ATC
+//! 2017).
 
 use hashbrown::HashTable;
 

@@ -1,7 +1,7 @@
-//! Replacement: which page to evict. The policies implement one small trait, so that they can be measured against each other.
+//! Replacement: which page to evict. The policies implement one small trait, so that benchmarks can compare them.
 //!
-//! A policy works on slots of the page table ([`PageId`]). It gets a page's number too, to recognize a page that returns
-//! after its eviction, in another slot.
+//! A policy works on slots of the page table ([`PageId`]). It gets a page's number too, to recognize a page that
+//! returns after its eviction, in another slot.
 
 use crate::units::{PageId, PageNo};
 

@@ -1,12 +1,12 @@
 //! S3-FIFO with one reference bit and a correlation window.
 //!
 //! Sources: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP 2023); the author's later advice that
-//! for block I/O one bit is better than two; and Clock2Q+ (Zhai et al., VLDB 2026): accesses to blocks are correlated, so
-//! a second access soon after the first says little, and hits on the newest pages of the small queue set no bit.
+//! for block I/O one bit is better than two; and Clock2Q+ (Zhai et al., VLDB 2026): accesses to blocks are correlated,
+//! so a second access soon after the first says little, and hits on the newest pages of the small queue set no bit.
 //!
-//! New pages enter *small*. A page that is used again before it reaches the end of small moves to *main*, a CLOCK with one
-//! bit. The others are evicted, and *ghost* remembers their numbers: a page that returns while its ghost lives enters main.
-//! Small's share of the cache can change at any time: see `adaptive.rs`.
+//! New pages enter *small*. A page that is used again before it reaches the end of small moves to *main*, a CLOCK with
+//! one bit. The others are evicted, and *ghost* remembers their numbers: a page that returns while its ghost lives
+//! enters main. Small's share of the cache can change at any time: see `adaptive.rs`.
 
 use super::ghost::Ghost;
 use super::list::{List, ListId, Node, nodes};
@@ -16,16 +16,16 @@ use crate::units::{PageId, PageNo, low_u16, low_u32};
 const SMALL: ListId = ListId(1);
 const MAIN: ListId = ListId(2);
 
-/// Length of the correlation window: accesses to a page belong to one burst until so much of the cache has been inserted
-/// after it.
+/// Length of the correlation window: accesses to a page belong to one burst until so much of the cache has been
+/// inserted after it.
 const BURST_PERCENT: u32 = 5;
-/// Hits that advance the clock as much as one insertion. If the working set fits, nothing is inserted: then no hit would
-/// ever be outside a burst, and the next scan would find no page with its bit set.
+/// Hits that advance the clock as much as one insertion. If the working set fits, nothing is inserted: then no hit
+/// would ever be outside a burst, and the next scan would find no page with its bit set.
 const HITS_PER_INSERTION: u32 = 16;
 /// Fewest ticks of the clock of [`Node::stamp`] in a burst: the resolution of its length.
 const BURST_TICKS_MIN: u32 = 8;
-/// While small has most of the cache, one eviction in so many is from main: else pages that were hot once would stay there
-/// for ever.
+/// While small has most of the cache, one eviction in so many is from main: else pages that were hot once would stay
+/// there for ever.
 const EVICTIONS_PER_MAIN: u32 = 10;
 
 /// What happened to a candidate for eviction.
@@ -76,8 +76,8 @@ impl S3Fifo {
         queues
     }
 
-    /// Changes small's share; the queues reach it by later insertions and evictions. There are as many ghosts as pages in
-    /// main, so that a loop longer than the cache does not evict itself from main.
+    /// Changes small's share; the queues reach it by later insertions and evictions. There are as many ghosts as pages
+    /// in main, so that a loop longer than the cache does not evict itself from main.
     pub fn set_small_share(&mut self, small_percent: u32) {
         let pages = low_u32(self.nodes.len() as u64);
         self.small_target = percent(pages, small_percent).max(1);
@@ -156,8 +156,8 @@ impl Policy for S3Fifo {
     }
 
     fn first_touch(&mut self, id: PageId, _no: PageNo) {
-        // The burst begins now. Counted from the insertion, which readahead may have done long ago, the next hit would pass
-        // for one after the burst.
+        // The burst begins now. Counted from the insertion, which readahead may have done long ago, the next hit would
+        // pass for one after the burst.
         self.nodes[id.index()].stamp = self.stamp();
     }
 
@@ -188,7 +188,7 @@ impl Policy for S3Fifo {
         // Only pages that are kept count against the bound. Each promotion is paid for by the hit that set the bit.
         let mut kept = 0;
         while self.len() > 0 {
-            // When half of the bound has found no victim in one queue, search the other.
+            // Half of the bound for each queue: if one gives no victim, search the other.
             let is_stuck = kept > 0 && kept >= kept_max / 2;
             let from_small = (self.prefers_small() != is_stuck || self.main.len() == 0) && self.small.len() > 0;
             let step = if from_small { self.step_small(judge, page_no) } else { self.step_main(judge) };

@@ -14,8 +14,8 @@ fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, OpKind, SectorSpan)> {
     ops
 }
 
-/// Runs the cache until `until`, or until nothing is due. Operations of the kind `broken` fail, all others succeed. Returns
-/// the number of those that failed.
+/// Runs the cache until `until`, or until nothing is due. Operations of the kind `broken` fail, all others succeed.
+/// Returns the number of those that failed.
 fn run_failing(cache: &mut PageCache, broken: OpKind, now: &mut Tick, until: Tick) -> usize {
     let mut failed = 0;
     while *now <= until {

@@ -1,17 +1,18 @@
 //! Exhaustive test of getpages: an image of four pages, each page in each state, and every request to them.
 //!
-//! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. Scenes of one, two and
-//! three pages have every read and every write that begins in the run's first page and ends in its last. So each page is
-//! requested in every way, whole or from or up to any sector, beside every other page. Where the run lies in the image
-//! matters only at the image's end.
+//! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. Scenes of one, two
+//! and three pages have every read and every write that begins in the run's first page and ends in its last. So each
+//! page is requested in every way, whole or from or up to any sector, beside every other page. Where the run lies in
+//! the image matters only at the image's end.
 //!
-//! Scenes of four pages have the requests that begin and end at the edges of a page or within [`PART`]: those of all four
-//! pages, and those of the middle ones. Pages beside a request do not matter to getpages, but may to the write-back that
-//! follows.
+//! Scenes of four pages have the requests that begin and end at the edges of a page or within [`PART`]: those of all
+//! four pages, and those of the middle ones. Pages beside a request do not matter to getpages, but may to the
+//! write-back that follows.
 //!
-//! Each scene is played in two orders: operations complete in the order of their submission and pieces are returned at once,
-//! or in reverse order and late. Scenes of one and two pages are played in other shapes too: an image whose last page is cut,
-//! a store of large blocks, and a cache that does not know the holes yet. `world.rs` plays a scene and checks it.
+//! Each scene is played in two orders: operations complete in the order of their submission and pieces are returned at
+//! once, or in reverse order and late. Scenes of one and two pages are played in other shapes too: an image whose last
+//! page is cut, a store of large blocks, and a cache that does not know the holes yet. `world.rs` plays a scene and
+//! checks it.
 
 #![allow(clippy::cast_possible_truncation, reason = "positions on an image of 32 sectors index arrays")]
 
@@ -22,8 +23,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use crate::cache::*;
 use world::{PAGES, World};
 
-/// The state of a page before the request: the states of `pages/page.rs`, their combinations, and pages that are valid in
-/// part.
+/// The state of a page before the request: the states of `pages/page.rs`, their combinations, and pages that are valid
+/// in part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PageState {
     /// Data on the store, nothing in memory.

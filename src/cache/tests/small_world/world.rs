@@ -288,8 +288,8 @@ impl<'a> World<'a> {
         assert_eq!(self.pages_read, expected, "pages read since the request");
     }
 
-    /// Whether a page has to be read for the request, or for the flush after it: a store whose block is a page needs all of its
-    /// sectors to write it.
+    /// Whether a page has to be read for the request, or for the flush after it: a store whose block is a page needs
+    /// all of its sectors to write it.
     fn has_to_be_read(&self, page: usize) -> bool {
         let state = self.scene.state(page);
         let written = if self.scene.direction == Direction::Write { self.scene.wanted(page) } else { SectorMask::NONE };
@@ -338,7 +338,7 @@ impl<'a> World<'a> {
         pieces.into_iter().for_each(|piece| self.take(index, piece));
     }
 
-    /// Takes operations and notices from the cache until there are no more. In the prompt order, returns pieces at once.
+    /// Takes operations and notices until there are no more. In the prompt order, returns pieces at once.
     fn collect(&mut self) {
         loop {
             if self.order == Order::Prompt {
@@ -380,8 +380,8 @@ impl<'a> World<'a> {
         self.operations.push(operation);
     }
 
-    /// Checks that a page that is read in lacks sectors and is no hole. (That it gets a frame of its own, I7, is checked by
-    /// `PageCache::check`.)
+    /// Checks that a page that is read in lacks sectors and is no hole. (That it gets a frame of its own, I7, is
+    /// checked by `PageCache::check`.)
     fn check_read(&self, no: PageNo) {
         let id = self.cache.pages.find(no).expect("a page that is read is in the table");
         assert_ne!(self.cache.pages[id].valid, SectorMask::ALL, "{no:?} is read although all of it is valid");

@@ -12,14 +12,14 @@ use super::{FRAMES_PER_REGION, PageCache, PlantedBug, REGION_PAGES};
 
 /// An empty slot of the table.
 const NONE: u32 = u32::MAX;
-/// Fewest slots of the table: with so many, the quotient of any image's last region fits 32 bits.
+/// Fewest slots of the table. Region numbers are below 2^40, so their quotients by this fit 32 bits.
 const SLOTS_MIN: u32 = 256;
 
 /// Whether a page has its space on the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Space {
     Allocated,
-    /// The store has been asked, or will be when the pause after a failure is over.
+    /// The allocation is under way, or is retried when the pause after a failure is over.
     Pending,
     Refused(Fault),
 }

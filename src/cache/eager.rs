@@ -16,8 +16,8 @@ use super::{PageCache, REGION_PAGES};
 
 /// Most pages of an interval (1 MiB). More is bulk writing: there the order of the cursor is worth more.
 const PAGES_MAX: u64 = REGION_PAGES;
-/// Eager write-back is worthwhile if at most one in so many writes would have been merged: then it costs at most a
-/// third more operations, not counting bridged gaps.
+/// Eager write-back is worthwhile if at most one write in four would have been merged: then it costs at most a third
+/// more operations, not counting bridged gaps.
 const WRITES_PER_MERGED: u32 = 4;
 
 /// What guests have written since the last FLUSH.

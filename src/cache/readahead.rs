@@ -22,28 +22,28 @@ const STREAMS: usize = 64;
 const SLACK_PAGES: u64 = 64;
 /// The shortest window, and what the first two requests of a stream must cover to start readahead (128 KiB).
 const WINDOW_PAGES_MIN: u64 = 32;
-/// So many requests start readahead, however small they are. Two adjacent 4 KiB reads would be too few: of random reads
-/// in 1 GiB, one in two thousand is adjacent to one of the 64 before it, and each such pair would cost a window.
+/// This many requests start readahead, however small they are. Two adjacent 4 KiB reads would be too few: of random
+/// reads in 1 GiB, one in two thousand is adjacent to one of the 64 before it, and each such pair would cost a window.
 const REQUESTS_MIN: u8 = 3;
-/// A stream's requests must cover one page in so many of those that they span. Fewer: they are random reads near each
-/// other, or the stream begins later.
-const SPAN_PER_COVERED: u64 = 2;
+/// A stream's requests must cover at least half of the pages that they span. If they cover less, they are random reads
+/// near each other, or the stream begins later.
+const SPAN_PER_COVERED_MAX: u64 = 2;
 /// Window lengths are rounded up to a multiple of this (64 KiB).
 const ROUND_PAGES: u64 = 16;
-/// A window shorter than such a part of the longest one grows fast, as in Linux (get_next_ra_size) ...
-const FAST_GROWTH_PART: u64 = 16;
+/// A window below 1/16 of the longest one grows fast (Linux: get_next_ra_size) ...
+const FAST_GROWTH_DIVISOR: u64 = 16;
 /// ... by this factor ...
 const FAST_GROWTH: u64 = 4;
 /// ... and a longer one by this.
 const GROWTH: u64 = 2;
-/// A stream ends when so many of its windows in a row went unread.
+/// A stream ends when this many pieces of [`ROUND_PAGES`] in a row went unread.
 const WASTED_MAX: u8 = 3;
-/// Readahead fills at most such a part of the cache with unread pages: half of the policy's small queue while that is
-/// short (10 %), so that they evict no page that was used twice.
-const UNREAD_PART: u32 = 20;
-/// A window is at most such a part of the pages that may still be read ahead. So a few streams get long windows, many
-/// get short ones, and some is left for new streams while the windows of ended ones lie unread.
-const WINDOW_PART: u64 = 8;
+/// Unread pages fill at most 1/20 of the cache. That is half of the policy's small queue while the queue is short, so
+/// readahead evicts no page that was used twice.
+const UNREAD_DIVISOR: u32 = 20;
+/// A window takes at most 1/8 of the pages that may still be read ahead. So a few streams get long windows, many get
+/// short ones, and new streams get some although the windows of ended ones lie unread.
+const WINDOW_DIVISOR: u64 = 8;
 /// Length of a [`Period`]. A stream ends without notice, and the pages of its last window stay unread. They count for
 /// this period and the next one only: else the ends of files that were read one by one would stop all readahead until
 /// the cache is full, which may never happen.
@@ -67,7 +67,7 @@ struct Stream {
     marker_due: bool,
     /// Length of the newest window; 0: none yet.
     window: u64,
-    /// Windows in a row that went unread.
+    /// Pieces of [`ROUND_PAGES`] that went unread since a reader last reached a marker.
     wasted: u8,
     /// When the stream was last found, on the clock of [`Streams`]; 0: the slot is free.
     used: u64,
@@ -98,7 +98,7 @@ impl Streams {
         Self {
             table,
             window_max: u64::from(window_max),
-            unread_max: (frames / UNREAD_PART).max(1),
+            unread_max: (frames / UNREAD_DIVISOR).max(1),
             unread_pages: [0; 2],
             period: Period(0),
             period_ends: Tick(PERIOD_US),
@@ -213,7 +213,7 @@ impl Streams {
 
     /// The longest window at the moment.
     fn window_max_now(&self) -> u64 {
-        (u64::from(self.room()) / WINDOW_PART).min(self.window_max)
+        (u64::from(self.room()) / WINDOW_DIVISOR).min(self.window_max)
     }
 }
 
@@ -225,7 +225,7 @@ impl Stream {
 
     /// Whether a request at `first` belongs to the stream.
     fn expects(&self, first: u64) -> bool {
-        // The longer the window, the more is under way, and the more can a request be overtaken.
+        // With a long window more requests are under way, and one of them can be overtaken by more pages.
         let behind = SLACK_PAGES.max(self.window);
         self.used > 0 && first + behind >= self.next && first <= self.next.max(self.ahead) + SLACK_PAGES
     }
@@ -242,15 +242,15 @@ impl Stream {
         self.window > 0 || self.requests >= REQUESTS_MIN || (is_adjacent && self.covered >= WINDOW_PAGES_MIN)
     }
 
-    /// Adds a request before readahead starts. False: it covers no new pages, or leaves such a gap that the stream
-    /// begins again with this request.
+    /// Adds a request before readahead starts. False: it covers no new pages, or leaves so wide a gap that the
+    /// stream begins again with this request.
     fn cover(&mut self, first: u64, end: u64) -> bool {
         if first >= self.start && end <= self.next {
             return false;
         }
         let (start, next) = (self.start.min(first), self.next.max(end));
         let covered = self.covered + (end - first);
-        if covered * SPAN_PER_COVERED < next - start {
+        if covered * SPAN_PER_COVERED_MAX < next - start {
             *self = Self { used: self.used, ..Self::begin(first, end) };
             return false;
         }
@@ -262,7 +262,7 @@ impl Stream {
     fn grow(&mut self, window_max: u64) {
         let wanted = match self.window {
             0 => self.covered.max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
-            window if window < window_max / FAST_GROWTH_PART => window * FAST_GROWTH,
+            window if window < window_max / FAST_GROWTH_DIVISOR => window * FAST_GROWTH,
             window => window * GROWTH,
         };
         self.window = wanted.min(window_max);

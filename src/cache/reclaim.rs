@@ -8,21 +8,21 @@ use super::write::FILL_FRAMES;
 
 /// Pages that may not be evicted that one search for a victim passes: a bound on its time.
 const KEPT_PAGES_MAX: u32 = 64;
-/// The reserve is such a part of the cache (0.5 %): enough for a turn's requests, too little to cost hits ...
-const RESERVE_PART: u32 = 200;
-/// ... but at least this many frames (256 KiB), because a turn's requests do not shrink with the cache ...
+/// The reserve is 1/200 of the cache: enough for a turn's requests, too little to cost hits ...
+const RESERVE_DIVISOR: u32 = 200;
+/// ... but at least this many frames (256 KiB), because a small cache has as many requests in a turn as a large one ...
 const RESERVE_FRAMES_MIN: u32 = 64;
-/// ... and at most such a part of a tiny cache.
-const RESERVE_PART_MAX: u32 = 8;
+/// ... and at most 1/8 of a tiny cache.
+const RESERVE_DIVISOR_MIN: u32 = 8;
 
 impl PageCache {
     /// Number of frames to keep free.
     pub(super) fn reserve(&self) -> u32 {
         let total = self.pages.frames().total();
-        (total / RESERVE_PART).max(RESERVE_FRAMES_MIN).min(total / RESERVE_PART_MAX).max(FILL_FRAMES + 1)
+        (total / RESERVE_DIVISOR).max(RESERVE_FRAMES_MIN).min(total / RESERVE_DIVISOR_MIN).max(FILL_FRAMES + 1)
     }
 
-    /// Evicts clean pages until the reserve is full. If it finds none, starts write-back or a Sync, to make pages clean.
+    /// Evicts clean pages until the reserve is full. If there are none, starts write-back or a Sync.
     pub(super) fn reclaim(&mut self) {
         let target = if self.settings.retain { self.reserve() } else { self.pages.frames().total() };
         while self.pages.frames().free() < target && self.pages.len() > 0 {

@@ -1,7 +1,7 @@
 //! The dirty limit, and the delay of writers that approach it.
 //!
-//! At most so much may be dirty as the store writes in the flush target: that bounds the latency of a FLUSH. Writers
-//! are slowed smoothly before they reach the limit (Linux: balance_dirty_pages).
+//! The limit is what the store writes in the flush target: that bounds the latency of a FLUSH. Writers are slowed
+//! smoothly before they reach the limit (Linux: balance_dirty_pages).
 
 use crate::units::{SECTORS_PER_PAGE, Tick, low_u32};
 
@@ -14,8 +14,8 @@ const SAMPLE_US: u64 = 200_000;
 const START_PERCENT: u32 = 40;
 /// See [`START_PERCENT`].
 const STOP_PERCENT: u32 = 20;
-/// At the limit, the delay of a write is so many times what the store needs for it: so many writers at once are then
-/// still slower than the store.
+/// At the limit, a write is delayed by this factor of the time that the store needs for it: four writers at once are
+/// then no faster than the store.
 const DELAY_FACTOR_MAX: u64 = 4;
 /// Longest delay of a write's completion.
 const DELAY_US_MAX: u64 = 100_000;

@@ -24,7 +24,7 @@ const LONG_PERCENT: u32 = 90;
 const SIMULATED_PAGES: u32 = 512;
 /// The selector saturates here, so that it soon follows a change of the guest's behaviour.
 const SELECTOR_MAX: i32 = 32;
-/// The selector must lead by so many misses to change the share: a smaller lead may be chance.
+/// The selector changes the share when it leads by this many misses: a smaller lead may be chance.
 const SELECTOR_LEAD: i32 = 8;
 /// Multiplier of the hash that selects the sample. It is not the ghost queue's hash: the sample would fall into a few
 /// of the ghost queue's sets.

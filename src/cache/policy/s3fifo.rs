@@ -16,16 +16,16 @@ use crate::units::{PageId, PageNo, low_u16, low_u32};
 const SMALL: ListId = ListId(1);
 const MAIN: ListId = ListId(2);
 
-/// Length of the correlation window: accesses to a page belong to one burst until so much of the cache has been
-/// inserted after it.
+/// Length of the correlation window, in percent of the cache: the accesses to a page belong to one burst until that
+/// many pages have been inserted after it.
 const BURST_PERCENT: u32 = 5;
 /// Hits that advance the clock as much as one insertion. If the working set fits, nothing is inserted: then no hit
 /// would ever be outside a burst, and the next scan would find no page with its bit set.
 const HITS_PER_INSERTION: u32 = 16;
 /// Fewest ticks of the clock of [`Node::stamp`] in a burst: the resolution of its length.
 const BURST_TICKS_MIN: u32 = 8;
-/// While small has most of the cache, one eviction in so many is from main: else pages that were hot once would stay
-/// there for ever.
+/// While small has most of the cache, one eviction in ten is from main: else pages that were hot once would stay there
+/// for ever.
 const EVICTIONS_PER_MAIN: u32 = 10;
 
 /// What happened to a candidate for eviction.

@@ -10,6 +10,7 @@ use super::store_ops::{Outcome, StoreOp};
 use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES, SectorSpan};
 
 /// Words of a region's bitmap.
+#[expect(clippy::cast_possible_truncation, reason = "a region has 256 pages")]
 const WORDS: usize = REGION_PAGES as usize / u64::BITS as usize;
 /// Fewest slots of the table: a tiny cache still knows the holes of the last 16 MiB or more that its guest used.
 const SLOTS_MIN: u32 = 16;

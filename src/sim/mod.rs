@@ -12,8 +12,8 @@
 //!   after it a power cut must leave all that the guest wrote. At no time may a request wait for an event that cannot
 //!   come.
 //!
-//! [`PlantedBug`]s prove that the oracles detect bugs: each is a bug in the cache that a test enables, and the simulator
-//! must find it.
+//! [`PlantedBug`]s prove that the oracles detect bugs: each is a bug in the cache that a test enables, and the
+//! simulator must find it.
 //!
 //! `make sim SEED=n` replays one seed, `make sim N=1000` runs a thousand. The unit tests run a fixed set of seeds and a
 //! few random ones.

@@ -101,6 +101,8 @@ const BANNED: &[&str] = &[
 const FILE_LINES_MAX: usize = 500;
 /// Maximum lines of code in a function, from `fn` to its closing brace.
 const FUNCTION_LINES_MAX: usize = 70;
+/// Maximum columns of a line. rustfmt wraps code; stable versions wrap neither comments nor strings.
+const COLUMNS_MAX: usize = 120;
 
 // The rules.
 
@@ -277,6 +279,10 @@ fn text_faults(text: &str) -> Vec<String> {
         if !content.is_ascii() {
             faults.push(format!("line {}: not ASCII", i + 1));
         }
+        let columns = content.chars().count();
+        if columns > COLUMNS_MAX {
+            faults.push(format!("line {}: {columns} columns; at most {COLUMNS_MAX}", i + 1));
+        }
         for banned in BANNED {
             faults.extend(words(content, banned).map(|_| format!("line {}: {banned}", i + 1)));
         }
@@ -361,6 +367,8 @@ fn faults_of_a_text_are_found() {
         ["does not begin with its //! doc".to_string(), format!("line 1: {word}"), "line 2: not ASCII".to_string()];
     assert_eq!(text_faults(&text), faults);
     assert_eq!(text_faults(&format!("//! A.\n{}(x);\n", BANNED[6])), [format!("line 2: {}", BANNED[6])]);
+    assert_eq!(text_faults(&format!("//! {}\n", "a".repeat(116))), [""; 0]);
+    assert_eq!(text_faults(&format!("//! {}\n", "a".repeat(117))), ["line 1: 121 columns; at most 120"]);
 }
 
 #[test]

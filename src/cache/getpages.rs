@@ -129,12 +129,16 @@ impl PageCache {
     /// The hit path: a pin and a touch, no allocation. Returns the page's number if it has the readahead marker.
     fn hit(&mut self, id: PageId, part: PagePart, pieces: &mut Vec<Piece>) -> Option<PageNo> {
         self.stats.read_hit_pages += 1;
-        let frame = self.pages[id].frame().expect("valid sectors lie in a frame");
-        match self.pages.take_unread(id) {
+        let page = &self.pages[id];
+        let frame = page.frame().expect("valid sectors lie in a frame");
+        let marked = page.is_marked(MARKER);
+        match page.unread_since() {
             Some(period) => self.first_demand(id, part.no, period),
             None => self.pages.touch(id, part.no),
         }
-        let marked = self.pages.take_mark(id, MARKER);
+        if marked {
+            self.pages.take_mark(id, MARKER);
+        }
         self.pages.hold_frame(frame);
         part.piece(id, Some(frame)).join(pieces);
         marked.then_some(part.no)
@@ -142,6 +146,7 @@ impl PageCache {
 
     /// A guest asks for a page that was read ahead in `period` for the first time.
     fn first_demand(&mut self, id: PageId, no: PageNo, period: Period) {
+        self.pages.take_unread(id);
         self.streams.remove_unread(period);
         self.pages.first_touch(id, no);
         self.stats.readahead_used_pages += 1;
@@ -149,7 +154,7 @@ impl PageCache {
 
     /// Makes a read wait for a page that is in the table and lacks sectors. False: they can't be read in now.
     fn wait_for(&mut self, id: PageId, part: PagePart, ticket: Ticket) -> bool {
-        if let Some(period) = self.pages.take_unread(id) {
+        if let Some(period) = self.pages[id].unread_since() {
             self.first_demand(id, part.no, period);
             self.pages.take_mark(id, MARKER);
         }

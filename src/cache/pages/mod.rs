@@ -155,7 +155,10 @@ impl Pages {
         let after = Tally::of(page);
         let no = page.no();
         let current = (page.frame(), page.record());
-        self.recount(no, before, after);
+        // Here, and not in a function of its own: most changes leave the tally as it is.
+        if before != after {
+            self.recount(no, before, after);
+        }
         if published != current {
             self.publish(id, published, current);
         }
@@ -198,11 +201,10 @@ impl Pages {
         self.table[id].replace_waiters(head)
     }
 
+    /// The tally of page `no` changed.
     fn recount(&mut self, no: PageNo, before: Tally, after: Tally) {
-        if before != after {
-            self.dirty.recount(no, before, after);
-            self.made_room |= after.makes_room(before);
-        }
+        self.dirty.recount(no, before, after);
+        self.made_room |= after.makes_room(before);
     }
 
     /// Tells the memory what a page's frame holds now.
@@ -272,7 +274,10 @@ impl Pages {
     fn forget(&mut self, id: PageId) -> Page {
         debug_assert!(!self.table[id].busy(), "{:?} is removed while busy", self.table[id]);
         let page = self.table.remove(id);
-        self.recount(page.no(), Tally::of(&page), Tally::ABSENT);
+        let tally = Tally::of(&page);
+        if tally != Tally::ABSENT {
+            self.recount(page.no(), tally, Tally::ABSENT);
+        }
         if let Some(frame) = page.frame() {
             self.memory.publish(frame, FrameRecord::empty(page.no()));
             self.release_frame(frame);

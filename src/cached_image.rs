@@ -18,6 +18,7 @@ use crate::cache::{
     FrameMemory, Health, HealthEvent, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket,
 };
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Backing, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
 use crate::units::{
     Fault, FrameId, FrameRecord, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick, counted,
@@ -131,6 +132,9 @@ impl CachedImage {
             let other = worker_of(notice);
             if other == worker {
                 return true;
+            }
+            if planted(PlantedBug::NoticeDropped) {
+                return false;
             }
             let mailbox = &mailboxes[usize::try_from(other).expect("16 bits")];
             mailbox.notices.lock().expect("no thread panics with a mailbox locked").push(*notice);

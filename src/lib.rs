@@ -28,7 +28,7 @@
 //! 5. [`systemd`]: notifies the service manager, and keeps memory with it.
 //!
 //! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart.
-//! `sim`, for tests, runs the cache in a simulated world.
+//! `sim`, for tests, runs the cache, and the whole daemon, in a simulated world; `fault_injection` lets it interfere.
 
 pub mod arena;
 pub mod cache;
@@ -38,6 +38,7 @@ pub mod config;
 pub mod daemon;
 pub mod device;
 pub mod error;
+pub(crate) mod fault_injection;
 pub mod image_id;
 pub mod logging;
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::fault_injection::crash_point;
 use crate::sys::file::{FallocateMode, fallocate};
 use crate::sys::file_system::FileSystem;
 
@@ -134,6 +135,7 @@ impl Mapping {
         let target = self.range(0, bytes.len());
         // SAFETY: the target lies within the mapping, and the source is a slice of that length outside it.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+        crash_point();
         self.word(0).store(first_word, Ordering::Release);
     }
 

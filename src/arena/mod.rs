@@ -21,6 +21,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault_injection::crash_point;
 use crate::sys::memfd;
 use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
@@ -177,6 +178,7 @@ impl Arena {
             Persistence::None => {}
             Persistence::LossMarker { marker, .. } => note_unwritten(marker, !record.dirty.is_empty()),
             Persistence::Full { records, .. } => {
+                crash_point();
                 self.record(*records, frame.index()).store(ledger::encode_record(record), Ordering::Release);
             }
         }
@@ -193,8 +195,10 @@ impl Arena {
                 let (start, count) = self.zero_slot(zero_slots.expect("a cache runs only in the newest layout"), slot);
                 if let Some(span) = span {
                     // The slot counts as empty until its count is stored.
+                    crash_point();
                     start.store(span.start, Ordering::Release);
                 }
+                crash_point();
                 count.store(span.map_or(0, |span| span.count), Ordering::Release);
             }
         }
@@ -236,6 +240,7 @@ impl Arena {
     /// front-end that reconnects does not repeat it.
     pub fn set_write_through(&self, write_through: bool) {
         self.write_through.store(write_through, Ordering::Release);
+        crash_point();
         self.header()
             .inspect(|header| header.word(field::WRITE_THROUGH).store(write_through.into(), Ordering::Release));
     }
@@ -342,7 +347,10 @@ impl Arena {
     ///    meanwhile.
     pub fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
         let (source, target) = (self.frame_at(source), self.frame_at(target));
-        each_run(mask, |offset, len| self.memory.copy(source + offset, target + offset, len));
+        each_run(mask, |offset, len| {
+            crash_point();
+            self.memory.copy(source + offset, target + offset, len);
+        });
     }
 
     /// Fills the sectors of `mask` with zeros.
@@ -350,7 +358,10 @@ impl Arena {
     /// => The caller owns those sectors.
     pub fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
         let target = self.frame_at(frame);
-        each_run(mask, |offset, len| self.memory.zero(target + offset, len));
+        each_run(mask, |offset, len| {
+            crash_point();
+            self.memory.zero(target + offset, len);
+        });
     }
 }
 
@@ -362,7 +373,9 @@ impl Drop for Arena {
                 if !holds_unwritten && !keep_on_drop.load(Ordering::Acquire) =>
             {
                 // A header with no frames is a loss marker, which is small enough to remember write-through in.
+                crash_point();
                 self.memory.word(field::FRAMES).store(0, Ordering::Release);
+                crash_point();
                 if !(self.is_write_through() && file.shrink_to_header()) {
                     file.remove();
                 }
@@ -413,7 +426,9 @@ fn create_contents(file: &ArenaFile, bytes: usize, header: &Header) -> Result<Ma
         GuestData::Intact => 0,
     };
     let create = || {
+        crash_point();
         file.file.set_len(kept_bytes)?;
+        crash_point();
         mapping::allocate(&file.file, bytes)?;
         Mapping::new(&file.file, bytes)
     };
@@ -424,6 +439,7 @@ fn create_contents(file: &ArenaFile, bytes: usize, header: &Header) -> Result<Ma
         Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {cache} bytes in {file}"), e)
     })?;
     let (encoded, magic) = header.encode();
+    crash_point();
     memory.write_first(&encoded, magic);
     Ok(memory)
 }

@@ -4,6 +4,7 @@
 use std::cmp::Reverse;
 
 use crate::cache::PageCache;
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::Tick;
 use crate::virtio::Status;
 use crate::virtio::guest_copy::write_status;
@@ -21,7 +22,11 @@ impl Requests {
         if !pending.is_settled() {
             return;
         }
-        let changes_data = matches!(pending.request.kind, RequestKind::Write | RequestKind::WriteZeroes);
+        let changes_data = match pending.request.kind {
+            RequestKind::Write => true,
+            RequestKind::WriteZeroes => !planted(PlantedBug::ZeroesNotFlushed),
+            _ => false,
+        };
         if changes_data && pending.write_through && pending.status == Status::Ok {
             pending.stage = Stage::Flush;
             cache.flush(ticket);

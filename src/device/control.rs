@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use log::error;
 
+use super::Device;
 use super::inflight::InflightTracker;
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::Fault;
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
@@ -73,11 +75,16 @@ impl Control {
         }
     }
 
-    /// Sends a command and waits for its reply. `None`: the worker has ended.
-    pub fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
+    /// Sends a command whose reply arrives at the returned receiver, unless the worker ends before that.
+    pub fn request<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Receiver<T> {
         let (reply, replied) = channel();
         self.send(command(reply));
-        replied.recv().ok()
+        replied
+    }
+
+    /// Sends a command and waits for its reply. `None`: the worker has ended.
+    pub fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
+        self.request(command).recv().ok()
     }
 }
 
@@ -120,6 +127,16 @@ impl Workers {
     /// As [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health.
     pub fn start_flush(&self) {
         self.controls[0].send(Command::Flush(channel().0));
+    }
+
+    /// The guest chooses the cache mode. A switch to write-through makes every completed write durable; the receiver
+    /// gets the result.
+    ///
+    /// => Writes that are taken from now on are stable when they complete.
+    pub fn choose_writeback(&self, device: &Device, writeback: bool) -> Option<Receiver<Result<(), Fault>>> {
+        device.choose_writeback(writeback);
+        let must_flush = !writeback && !planted(PlantedBug::SwitchNotFlushed);
+        must_flush.then(|| self.controls[0].request(Command::Flush))
     }
 
     /// Retries at once what failed: the operator says that the image works again.

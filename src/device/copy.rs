@@ -3,6 +3,7 @@
 
 use crate::cache::{CopyResult, PageCache, Piece};
 use crate::cached_image::WorkerPort;
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::Status;
 use crate::virtio::guest_copy::{BadAddress, CACHE_LINE_BYTES, GuestCursor, prefetch};
@@ -26,9 +27,16 @@ impl Requests {
             let Pending { request, ring, settled, status, .. } = &mut pending[slot];
             let ring = rings[usize::from(*ring)].as_ref().expect("a ring stops only when it has no requests");
             let mut cursor = GuestCursor::new(&ring.memory, &request.data);
-            for &(_, piece) in of_one {
+            for &(slot, piece) in of_one {
                 let next = following.next().and_then(|(_, next)| port.memory(next));
-                let result = copy(&mut cursor, request.kind, &piece, port.memory(&piece), next);
+                let memory = port.memory(&piece);
+                let result = if is_postponed(request.kind) {
+                    #[cfg(test)]
+                    self.postponed.push((slot, piece));
+                    Ok(())
+                } else {
+                    copy(&mut cursor, request.kind, &piece, memory, next)
+                };
                 if request.kind == RequestKind::Write {
                     written.push(CopiedPiece { slot, piece, result });
                 } else {
@@ -44,6 +52,17 @@ impl Requests {
             }
         }
         copies.clear();
+    }
+
+    /// Copies the pieces that a planted bug has postponed until their requests have completed.
+    #[cfg(test)]
+    pub(super) fn copy_postponed(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
+        for (slot, piece) in self.postponed.drain(..) {
+            let Pending { request, ring, .. } = &self.pending[slot];
+            let ring = rings[usize::from(*ring)].as_ref().expect("a ring stops only at the end of a turn");
+            let mut cursor = GuestCursor::new(&ring.memory, &request.data);
+            copy(&mut cursor, request.kind, &piece, port.memory(&piece), None).expect("the driver's buffers are valid");
+        }
     }
 
     /// Returns the pieces of writes to the cache, under its lock. Only then may a write complete.
@@ -64,6 +83,14 @@ impl Requests {
     /// Returns the pieces of reads to the cache, under its lock.
     pub(super) fn return_reads(&mut self, cache: &mut PageCache) {
         self.read.drain(..).for_each(|piece| cache.finish_read(&piece));
+    }
+}
+
+/// Whether a planted bug postpones the copies of requests of this kind.
+fn is_postponed(kind: RequestKind) -> bool {
+    match kind {
+        RequestKind::Write => planted(PlantedBug::LedgerBeforeCopy),
+        _ => planted(PlantedBug::ReadCompletesBeforeCopy),
     }
 }
 

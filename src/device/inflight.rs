@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use vm_memory::{AtomicInteger, MmapRegion, VolatileMemory};
 
+use crate::fault_injection::crash_point;
+
 /// Offsets in a ring's part of the region (QueueRegionSplit).
 const VERSION: usize = 8;
 const DESC_NUM: usize = 10;
@@ -65,6 +67,7 @@ impl InflightTracker {
             (0..self.size).for_each(|head| self.inflight(head).store(0, Ordering::Relaxed));
             self.field::<AtomicU16>(DESC_NUM).store(self.size, Ordering::Relaxed);
             self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Relaxed);
+            crash_point();
             self.field::<AtomicU16>(VERSION).store(LAYOUT_VERSION, Ordering::Release);
             return None;
         }
@@ -83,7 +86,9 @@ impl InflightTracker {
     /// Records that the chain at `head` was taken.
     pub fn take(&mut self, head: u16) {
         if head < self.size {
+            crash_point();
             self.counter_of(head).store(self.counter, Ordering::Relaxed);
+            crash_point();
             self.inflight(head).store(1, Ordering::Release);
             self.counter = self.counter.wrapping_add(1);
         }
@@ -95,7 +100,9 @@ impl InflightTracker {
     pub fn begin_completion(&mut self, head: u16) {
         if head < self.size {
             let last = self.field::<AtomicU16>(LAST_BATCH_HEAD);
+            crash_point();
             self.next(head).store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+            crash_point();
             last.store(head, Ordering::Release);
             self.batch += 1;
         }
@@ -116,9 +123,11 @@ impl InflightTracker {
             if head >= self.size {
                 break;
             }
+            crash_point();
             self.inflight(head).store(0, Ordering::Release);
             head = self.next(head).load(Ordering::Relaxed);
         }
+        crash_point();
         self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Release);
     }
 

@@ -23,7 +23,7 @@ mod interrupt;
 mod pending;
 mod requests;
 pub mod ring;
-mod worker;
+pub mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -43,6 +43,9 @@ pub(super) struct Requests {
     pub written: Vec<CopiedPiece>,
     /// Copied pieces of reads, to return to the cache.
     pub read: Vec<Piece>,
+    /// Pieces that a planted bug copies too late.
+    #[cfg(test)]
+    pub postponed: Vec<(Slot, Piece)>,
     /// Requests to complete.
     pub finished: Vec<Slot>,
     /// Finished writes whose completion is delayed because the cache is filling up, with the time of completion.
@@ -69,6 +72,8 @@ impl Requests {
             copies: Vec::new(),
             written: Vec::new(),
             read: Vec::new(),
+            #[cfg(test)]
+            postponed: Vec::new(),
             finished: Vec::new(),
             delayed: BinaryHeap::new(),
             control_flushes: Vec::new(),

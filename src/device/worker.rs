@@ -60,38 +60,23 @@ const STORE: u64 = 1001;
 /// # Errors
 /// [`ErrorKind::System`] if a descriptor, the store's queue or the thread cannot be created.
 pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Control, JoinHandle<()>)> {
-    let system = |e| Error::io(ErrorKind::System, "cannot start a worker thread", e);
-    let port = image.port()?;
-    let (control, commands) = Control::new(&device.name, Arc::clone(port.waker()));
-    let epoll = Epoll::new().map_err(system)?;
-    watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
-    watch(&epoll, port.store_fd(), STORE).map_err(system)?;
-    let worker = Worker {
-        requests: Requests::new(Arc::clone(device), port.ticket(0)),
-        device: Arc::clone(device),
-        port,
-        commands,
-        epoll,
-        rings: Vec::new(),
-        stopping: Vec::new(),
-        new_memory: None,
-        // The first turn pumps the cache: pages that were restored may be due for write-back.
-        deadline: Some(Tick(0)),
-        fruitless_polls: 0,
-        idle_times: 0,
-        exiting: false,
-    };
+    let (worker, control) = Worker::new(device, image)?;
     let name = format!("genblk {}", device.name);
     let thread = std::thread::Builder::new().name(name).spawn(move || worker.run()).map_err(system)?;
     Ok((control, thread))
+}
+
+fn system(error: io::Error) -> Error {
+    Error::io(ErrorKind::System, "cannot start a worker thread", error)
 }
 
 fn watch(epoll: &Epoll, fd: RawFd, token: u64) -> io::Result<()> {
     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
 }
 
+/// A worker without its thread; see the module.
 #[derive(Debug)]
-struct Worker {
+pub struct Worker {
     device: Arc<Device>,
     port: WorkerPort,
     commands: Receiver<Command>,
@@ -113,23 +98,60 @@ struct Worker {
 }
 
 impl Worker {
+    /// A worker that has not begun its first turn, and the control plane's end of the commands to it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] if a descriptor or the store's queue cannot be created.
+    pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Self, Control)> {
+        let port = image.port()?;
+        let (control, commands) = Control::new(&device.name, Arc::clone(port.waker()));
+        let epoll = Epoll::new().map_err(system)?;
+        watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
+        watch(&epoll, port.store_fd(), STORE).map_err(system)?;
+        let worker = Self {
+            requests: Requests::new(Arc::clone(device), port.ticket(0)),
+            device: Arc::clone(device),
+            port,
+            commands,
+            epoll,
+            rings: Vec::new(),
+            stopping: Vec::new(),
+            new_memory: None,
+            // The first turn pumps the cache: pages that were restored may be due for write-back.
+            deadline: Some(Tick(0)),
+            fruitless_polls: 0,
+            idle_times: 0,
+            exiting: false,
+        };
+        Ok((worker, control))
+    }
+
     fn run(mut self) {
-        while !self.exiting {
+        while !self.is_exiting() {
             let now = self.port.image().now();
             if self.turn(now) || self.poll(now) {
                 continue;
             }
-            let mut more_available = false;
-            for index in 0..self.rings.len() {
-                more_available |= self.ring_to_serve(index).is_some_and(Ring::enable_notification);
+            if !self.enable_notifications() {
+                self.sleep(self.timeout_ms());
             }
-            if !more_available {
-                self.sleep();
-            }
-            for ring in self.rings.iter_mut().flatten() {
-                ring.disable_notification();
-            }
+            self.disable_notifications();
         }
+    }
+
+    /// Tells the drivers to kick from now on. Returns whether heads became available meanwhile, for which they may not
+    /// have kicked.
+    pub fn enable_notifications(&mut self) -> bool {
+        let mut more_available = false;
+        for index in 0..self.rings.len() {
+            more_available |= self.ring_to_serve(index).is_some_and(Ring::enable_notification);
+        }
+        more_available
+    }
+
+    /// Tells the drivers that they need not kick: the worker is awake.
+    pub fn disable_notifications(&mut self) {
+        self.rings.iter_mut().flatten().for_each(Ring::disable_notification);
     }
 
     /// Repeats turns for up to `poll_us`: most often the next request arrives soon. Returns whether one found work.
@@ -164,13 +186,22 @@ impl Worker {
         worthwhile
     }
 
-    /// Sleeps until a kick, a store event, a notification of the waker, or the next deadline.
-    fn sleep(&mut self) {
-        let next = [self.deadline, self.requests.next_delayed()].into_iter().flatten().min();
-        let timeout_ms = next.map_or(-1, |due| {
+    /// When the next turn is due, even if nothing else happens.
+    pub fn next_due(&self) -> Option<Tick> {
+        [self.deadline, self.requests.next_delayed()].into_iter().flatten().min()
+    }
+
+    /// The time until the next turn is due, as epoll_wait(2) takes it: in milliseconds, -1 for ever.
+    fn timeout_ms(&self) -> i32 {
+        self.next_due().map_or(-1, |due| {
             let us = due.since_us(self.port.image().now());
             i32::try_from(us.div_ceil(1000)).unwrap_or(i32::MAX)
-        });
+        })
+    }
+
+    /// Sleeps until a kick, a store event, or a notification of the waker, but no longer than `timeout_ms` (-1: for
+    /// ever). Returns whether there was any of them.
+    pub fn sleep(&mut self, timeout_ms: i32) -> bool {
         let mut events = [EpollEvent::default(); 16];
         let count = match self.epoll.wait(timeout_ms, &mut events) {
             Ok(count) => count,
@@ -185,18 +216,23 @@ impl Worker {
                 _ => {}
             }
         }
+        count > 0
+    }
+
+    /// Whether the control plane has ended the worker: it takes no more turns.
+    pub fn is_exiting(&self) -> bool {
+        self.exiting
     }
 
     /// One turn, in the steps that the module lists. Returns whether there was anything to do.
-    fn turn(&mut self, now: Tick) -> bool {
+    pub fn turn(&mut self, now: Tick) -> bool {
         // 1. Collect.
         let notified = self.port.waker().take_notified();
         let handled = notified && self.handle_commands(now);
         let reaped = self.port.reap(notified);
         // 2. Take.
         let taken = self.take_requests();
-        let due = [self.deadline, self.requests.next_delayed()].into_iter().flatten().min();
-        if !(handled || reaped || taken) && due.is_none_or(|due| due > now) {
+        if !(handled || reaped || taken) && self.next_due().is_none_or(|due| due > now) {
             return false;
         }
         // 3. Admit.
@@ -215,6 +251,8 @@ impl Worker {
         }
         // 6. Complete.
         requests.complete_all(rings, now);
+        #[cfg(test)]
+        requests.copy_postponed(port, rings);
         // 7. End the turn.
         self.deadline = port.end_turn(now, |cache| requests.return_reads(cache));
         self.reply_if_drained();

@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::Memory;
 use super::vring::{Session, VringControl};
+use crate::units::Fault;
 use crate::virtio::GuestRam;
 use crate::virtio::config_space::includes_writeback;
 
@@ -107,10 +108,12 @@ impl VhostUserBackend for Backend {
         let Session { device, workers, guest_started, .. } = &*self.0.session;
         if let Some(writeback) = device.config_space().write(offset, bytes) {
             guest_started.store(true, Ordering::Release);
-            device.choose_writeback(writeback);
+            let flushed = workers.choose_writeback(device, writeback);
             info!("{}: the guest selected {}", device.name, if writeback { "write-back" } else { "write-through" });
             // From now on a completed write must be stable, and so must those that completed before.
-            if !writeback && let Err(fault) = workers.flush() {
+            if let Some(flushed) = flushed
+                && let Err(fault) = flushed.recv().unwrap_or(Err(Fault::Gone))
+            {
                 warn!(
                     "{}: flush for the switch to write-through failed ({fault}); dirty pages stay in memory",
                     device.name

@@ -21,6 +21,7 @@ use std::ptr;
 
 use vm_memory::{Address, Bytes, GuestAddress};
 
+use crate::fault_injection::crash_point;
 use crate::virtio::{GuestRam, Status};
 
 #[cfg(test)]
@@ -70,6 +71,7 @@ impl<'a> GuestCursor<'a> {
     /// [`BadAddress`] if part of the section is outside the data or outside guest memory.
     pub unsafe fn copy_from_guest(&mut self, offset: u64, target: *mut u8, len: usize) -> Result<(), BadAddress> {
         self.for_each_chunk(offset, len, |done, guest, count| {
+            crash_point();
             // SAFETY: `guest` is valid for `count` bytes of mapped guest memory (for_each_chunk), `target` for `len`
             // bytes, of which this chunk is `done..done + count` (caller). They do not overlap (caller). Others may
             // access both at the same time: see the module.
@@ -270,6 +272,7 @@ pub fn read_once(mem: &GuestRam, addr: GuestAddress, target: &mut [u8]) -> Resul
 /// [`BadAddress`] if the address is not, or no longer, in guest memory.
 pub fn write_status(mem: &GuestRam, addr: GuestAddress, status: Status) -> Result<(), BadAddress> {
     let byte = mem.slice(addr, 1).ok_or(BadAddress)?;
+    crash_point();
     byte.write_obj(status as u8, 0).map_err(|_| BadAddress)
 }
 

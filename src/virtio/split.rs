@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use vm_memory::GuestAddress;
 
+use crate::fault_injection::crash_point;
 use crate::virtio::GuestRam;
 
 #[cfg(test)]
@@ -122,7 +123,9 @@ impl SplitQueue {
     /// it to the driver.
     pub fn push_used(&mut self, head: u16, len: u32) {
         let element = RING + self.entry(self.next.next_used) * ELEMENT_BYTES;
+        crash_point();
         self.rings.used.le32(element).store(u32::from(head).to_le(), Ordering::Relaxed);
+        crash_point();
         self.rings.used.le32(element + size_of::<u32>()).store(len.to_le(), Ordering::Relaxed);
         self.next.next_used = self.next.next_used.wrapping_add(1);
     }
@@ -135,6 +138,7 @@ impl SplitQueue {
     /// Shows all used elements to the driver. Returns whether it wants to be interrupted for them (section 2.7.7.2).
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next.next_used);
+        crash_point();
         self.rings.used.le16(IDX).store(new.to_le(), Ordering::Release);
         self.published = new;
         // The driver writes what it wants before it checks the index for the last time. With a fence on either side, at

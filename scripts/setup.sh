@@ -236,6 +236,8 @@ need xz-utils "unpacks kernel modules" has xz
 need zstd "unpacks kernel modules on Ubuntu" has zstd
 need bsdextrautils "column, for make help" has column
 need mount "losetup, for the benchmark's disks" has losetup
+# Root needs no helper to mount.
+[ "$(id -u)" -eq 0 ] || need fuse3 "mounts the tests' volatile disk" has fusermount3
 kernel=yes
 guest_kernel >/dev/null 2>&1 || kernel=
 

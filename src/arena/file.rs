@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ledger::{HEADER_BYTES, Header, boot_id};
-use super::mapping::{MEMFD_NAME, Mapping};
+use super::mapping::{self, MEMFD_NAME, Mapping};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys::memfd;
@@ -207,9 +207,10 @@ impl ArenaFile {
         Ok(header)
     }
 
-    /// Truncates the file to its header. Returns whether that worked: a file in the fd store cannot shrink.
+    /// Truncates the file to the blocks of its header. Returns whether that worked: a file in the fd store cannot
+    /// shrink.
     pub(super) fn shrink_to_header(&self) -> bool {
-        !self.is_in_fdstore() && self.file.set_len(HEADER_BYTES as u64).is_ok()
+        !self.is_in_fdstore() && mapping::set_length(&self.file, HEADER_BYTES).is_ok()
     }
 
     /// Removes the file.

@@ -201,6 +201,15 @@ pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
     fallocate(file, FallocateMode::Reserve, 0, rounded)
 }
 
+/// Truncates or extends a file in shared memory to `bytes` bytes, rounded up to whole blocks: hugetlbfs refuses a length
+/// that is not a multiple of its page size.
+///
+/// # Errors
+/// Those of ftruncate(2) and fstatfs(2).
+pub(super) fn set_length(file: &File, bytes: usize) -> io::Result<()> {
+    file.set_len(whole_blocks(&FileSystem::of(file)?, bytes)? as u64)
+}
+
 /// `bytes` rounded up to a multiple of the file system's block size.
 fn whole_blocks(file_system: &FileSystem, bytes: usize) -> io::Result<usize> {
     bytes.checked_next_multiple_of(file_system.block_bytes).ok_or_else(|| io::ErrorKind::FileTooLarge.into())

@@ -422,19 +422,19 @@ fn anonymous_memory(frames: usize) -> Result<Mapping> {
 ///    it: the daemon may be killed at any point.
 fn create_contents(file: &ArenaFile, bytes: usize, header: &Header) -> Result<Mapping> {
     let kept_bytes = match header.guest_data {
-        GuestData::Lost => HEADER_BYTES as u64,
+        GuestData::Lost => HEADER_BYTES,
         GuestData::Intact => 0,
     };
     let create = || {
         crash_point();
-        file.file.set_len(kept_bytes)?;
+        mapping::set_length(&file.file, kept_bytes)?;
         crash_point();
         mapping::allocate(&file.file, bytes)?;
         Mapping::new(&file.file, bytes)
     };
     let memory = create().map_err(|e| {
         // Free what was allocated. Dropping the file removes it if it is empty.
-        let _ = file.file.set_len(kept_bytes);
+        let _ = mapping::set_length(&file.file, kept_bytes);
         let cache = header.frames * PAGE_BYTES;
         Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {cache} bytes in {file}"), e)
     })?;

@@ -16,6 +16,7 @@
 //! Under the path:
 //!
 //! - [`arena`]: the memory of the frames, with the ledger by which a cache survives the daemon.
+//! - `shared_memory`: stores to memory that outlives the process, so that tests can stop the daemon between any two.
 //! - [`waker`]: wakes a worker from another thread.
 //! - `sys`: system calls that std does not wrap.
 //!
@@ -47,6 +48,7 @@ pub mod logging;
 mod prng;
 pub mod recover;
 pub mod service;
+pub(crate) mod shared_memory;
 #[cfg(test)]
 mod sim;
 pub mod store;

@@ -1,6 +1,7 @@
 //! The cache that an earlier daemon left in memory: the next daemon restores it, or the operator writes it to its
 //! image.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use log::{info, warn};
 
-use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestData, Header};
+use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, NotCreated};
 use crate::config::{Config, DeviceConfig, MemoryDir, Socket, Survive};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::{self, FileImage};
@@ -23,6 +24,7 @@ use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SectorMask, counted};
 pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 const HAS_HEADER: &str = "a file with pages has a header";
+const HAS_FILE: &str = "the arena was attached to a file";
 
 /// What the file that was found for an image holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,12 +51,10 @@ enum FoundAt {
 enum Decision {
     /// Restore the cache that it holds.
     Attach,
-    /// Write its dirty pages to the image, remove it, and create a new cache.
+    /// Write its dirty pages to the image, and create a new cache.
     WriteBack,
-    /// Create the new cache in it.
-    Reuse,
-    /// Create the new cache at the configured location, then remove this file.
-    Replace,
+    /// Create a new cache.
+    Create,
 }
 
 /// The decision table of recovery.
@@ -62,8 +62,7 @@ fn decide(contents: Contents, found_at: FoundAt, survive: Survive) -> Decision {
     match (contents, found_at, survive) {
         (Contents::FittingCache, FoundAt::Configured, Survive::Auto | Survive::Always) => Decision::Attach,
         (Contents::FittingCache | Contents::OtherCache, _, _) => Decision::WriteBack,
-        (Contents::NoPages, FoundAt::Configured, _) => Decision::Reuse,
-        (Contents::NoPages, FoundAt::Elsewhere, _) => Decision::Replace,
+        (Contents::NoPages, _, _) => Decision::Create,
     }
 }
 
@@ -113,38 +112,29 @@ pub fn arena_for(
     };
     let found_at = new.location_of(&file);
     let header = file.header()?;
-    let contents = Contents::of(header.as_ref(), frames);
-    let guest_data = header.as_ref().map_or(GuestData::Intact, |header| header.guest_data);
-    let write_through = header.as_ref().is_some_and(|header| header.write_through);
-    let mut replaced = None;
-    let arena = match decide(contents, found_at, config.cache.survive) {
+    let arena = match decide(Contents::of(header.as_ref(), frames), found_at, config.cache.survive) {
         Decision::Attach => Arena::attach(file, &header.expect(HAS_HEADER))?,
         Decision::WriteBack => {
+            let target = new.prepare_target(found_at, &file)?;
             let arena = Arena::attach(file, &header.expect(HAS_HEADER))?;
             let dirty = counted(write_back(&arena, image)?, "dirty page");
-            arena.remove();
             info!("{name}: found a cache that does not fit the configuration; wrote its {dirty} to the image");
-            new.create(new.open_file()?, guest_data)?
+            new.replace(arena.into_file().expect(HAS_FILE), target)?
         }
-        Decision::Reuse => new.create(file, guest_data)?,
-        Decision::Replace => {
-            replaced = Some(file);
-            new.create(new.open_file()?, guest_data)?
+        Decision::Create => {
+            let target = new.prepare_target(found_at, &file)?;
+            new.replace(file, target)?
         }
     };
-    if guest_data == GuestData::Lost {
+    if arena.has_data_loss() {
         warn!(
             "{name}: an earlier daemon died with completed writes that the image lacks; all requests of this guest \
              fail until it resets the device"
         );
-        arena.set_data_loss();
     }
-    if write_through {
+    if arena.is_write_through() {
         info!("{name}: the guest selected write-through earlier; it stays in effect");
-        arena.set_write_through(true);
     }
-    // Only now: until here this file alone recorded what became of the guest's data.
-    replaced.inspect(ArenaFile::remove);
     Ok(arena)
 }
 
@@ -172,27 +162,92 @@ impl NewCache<'_> {
         }
     }
 
+    /// The file at the configured location, if the one that was `found` is elsewhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when it holds writes that the image lacks, as a daemon with another configuration may have
+    /// left them: nothing tells which of the two files has the newer ones.
+    fn prepare_target(&self, found_at: FoundAt, found: &ArenaFile) -> Result<Option<ArenaFile>> {
+        if found_at == FoundAt::Configured {
+            return Ok(None);
+        }
+        let file = self.open_file()?;
+        let Some(header) = file.header()?.filter(|header| header.frames > 0) else { return Ok(Some(file)) };
+        let arena = Arena::attach(file, &header)?;
+        let file = arena.file().expect(HAS_FILE);
+        match Unwritten::of(&arena) {
+            Unwritten { pages: 0, ranges: 0 } => Ok(arena.into_file()),
+            unwritten => {
+                let context = format!("found two caches of image {}, {found} and {file}", self.image.path().display());
+                let hint = format!("write them first with \"genblk recover {file}\", or remove them with --discard");
+                Err(Error::new(ErrorKind::Ledger, format!("{context}; the second holds {unwritten}; {hint}")))
+            }
+        }
+    }
+
+    /// A new arena in the file `target`, or in the file `found` without one. What `found` holds is on the image.
+    ///
+    /// => What `found` records of the guest is recorded at any time: it stays until the new arena has it.
+    fn replace(&self, found: ArenaFile, target: Option<ArenaFile>) -> Result<Arena> {
+        // The new cache may need the old one's memory.
+        found.shrink_to_header()?;
+        match target {
+            None => self.create(found, GuestState::FRESH),
+            Some(target) => {
+                let guest = found.header()?.map_or(GuestState::FRESH, |header| header.guest);
+                let arena = self.create(target, guest)?;
+                found.remove();
+                Ok(arena)
+            }
+        }
+    }
+
     /// A new arena in `file`, of the best kind that the configuration asks for and the host has memory for.
     ///
-    /// => From the beginning its header records what became of the guest's data.
-    fn create(&self, file: ArenaFile, guest_data: GuestData) -> Result<Arena> {
-        let spec =
-            ArenaSpec { frames: self.frames, identity: self.image.identity(), image: self.image.path(), guest_data };
+    /// => From the beginning its header records what became of the `guest`, and what the file records of it already.
+    fn create(&self, file: ArenaFile, guest: GuestState) -> Result<Arena> {
+        let spec = ArenaSpec { frames: self.frames, identity: self.image.identity(), image: self.image.path(), guest };
         let survive = self.config.cache.survive;
         if survive == Survive::Never {
-            return Arena::loss_marker(file, &spec);
+            return Arena::loss_marker(file, &spec).map_err(|NotCreated { error, .. }| error);
         }
-        let error = match Arena::persistent(file, &spec) {
-            Err(e) if e.kind() == ErrorKind::Memory && survive == Survive::Auto => e,
-            result => return result,
+        let NotCreated { error, file } = match Arena::persistent(file, &spec) {
+            Err(failed) if failed.error.kind() == ErrorKind::Memory && survive == Survive::Auto => failed,
+            result => return result.map_err(|NotCreated { error, .. }| error),
         };
-        match self.open_file().and_then(|file| Arena::loss_marker(file, &spec)) {
+        match Arena::loss_marker(file, &spec) {
             Ok(arena) => {
                 warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
                 Ok(arena)
             }
             // The host has no memory at all; the first error says more.
             Err(_) => Err(error),
+        }
+    }
+}
+
+/// What a cache holds and its image lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Unwritten {
+    /// Number of dirty pages.
+    pages: usize,
+    /// Number of ranges that must read as zeros.
+    ranges: usize,
+}
+
+impl Unwritten {
+    fn of(arena: &Arena) -> Self {
+        let pages = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
+        Self { pages, ranges: arena.pending_zeroes().count() }
+    }
+}
+
+impl fmt::Display for Unwritten {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", counted(self.pages as u64, "dirty page"))?;
+        match self.ranges {
+            0 => Ok(()),
+            ranges => write!(f, " and {} to be zeroed", counted(ranges as u64, "range")),
         }
     }
 }
@@ -283,23 +338,30 @@ fn description(file: ArenaFile) -> Result<String> {
     let Some(header) = file.header()? else { return Ok("empty".to_owned()) };
     let image = header.image.display();
     if header.frames == 0 {
-        let outcome = match header.guest_data {
-            GuestData::Lost => "completed writes were lost",
-            GuestData::Intact => "no data was lost",
-        };
-        return Ok(format!("{image}: the cache died with its daemon; {outcome}"));
+        return Ok(format!("{image}: no pages; {}", remembered(header.guest)));
     }
     let arena = Arena::attach(file, &header)?;
     let pages = counted(arena.records().count() as u64, "cached page");
-    let dirty = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
-    let zeroes = match arena.pending_zeroes().count() {
+    let Unwritten { pages: dirty, ranges } = Unwritten::of(&arena);
+    let zeroes = match ranges {
         0 => String::new(),
         ranges => format!(", {} to be zeroed", counted(ranges as u64, "range")),
     };
     Ok(format!("{image}: {pages} ({dirty} dirty){zeroes}"))
 }
 
+/// What a file records of its guest, for the operator.
+fn remembered(guest: GuestState) -> &'static str {
+    match (guest.data, guest.write_through) {
+        (GuestData::Lost, _) => "completed writes were lost",
+        (GuestData::Intact, true) => "the guest selected write-through",
+        (GuestData::Intact, false) => "no data was lost",
+    }
+}
+
 /// Writes the cache in the file at `path` to its image and removes the file; returns a message for the operator.
+///
+/// => A file that records something of its guest stays, without its pages: the next daemon must know it.
 ///
 /// # Errors
 /// [`ErrorKind::Ledger`] when the file is not a cache of this boot, or its image was replaced; [`ErrorKind::Locked`]
@@ -324,8 +386,14 @@ pub fn recover(path: &Path) -> Result<String> {
     }
     let arena = Arena::attach(file, &header)?;
     let written = counted(write_back(&arena, &image)?, "page");
-    arena.remove();
-    Ok(format!("wrote {written} to {image_shown} and removed {shown}\n"))
+    let file = arena.into_file().expect(HAS_FILE);
+    if header.guest == GuestState::FRESH {
+        file.remove();
+        return Ok(format!("wrote {written} to {image_shown} and removed {shown}\n"));
+    }
+    file.shrink_to_header()?;
+    let why = remembered(header.guest);
+    Ok(format!("wrote {written} to {image_shown}; {shown} stays without its pages, because {why}\n"))
 }
 
 /// Removes the cache file at `path` with everything in it; returns a message for the operator.
@@ -357,10 +425,10 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_pages_is_never_attached_and_stays_at_the_configured_location() {
+    fn a_file_without_pages_is_never_attached() {
         for survive in [Survive::Auto, Survive::Always, Survive::Never] {
-            assert_eq!(decide(Contents::NoPages, FoundAt::Configured, survive), Decision::Reuse);
-            assert_eq!(decide(Contents::NoPages, FoundAt::Elsewhere, survive), Decision::Replace);
+            assert_eq!(decide(Contents::NoPages, FoundAt::Configured, survive), Decision::Create);
+            assert_eq!(decide(Contents::NoPages, FoundAt::Elsewhere, survive), Decision::Create);
         }
     }
 }

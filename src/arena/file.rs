@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::ledger::{HEADER_BYTES, Header, boot_id};
+use super::ledger::{HEADER_BYTES, Header, boot_id, field};
 use super::mapping::{self, MEMFD_NAME, Mapping};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -181,8 +181,12 @@ impl ArenaFile {
     }
 
     /// Makes it impossible to shrink a file in the fd store, which would raise SIGBUS in every process that maps it.
-    pub(super) fn seal(&self) -> io::Result<()> {
-        if self.is_in_fdstore() { memfd::forbid_shrinking(&self.file) } else { Ok(()) }
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] for those of fcntl(2).
+    pub(super) fn seal(&self) -> Result<()> {
+        let sealed = if self.is_in_fdstore() { memfd::forbid_shrinking(&self.file) } else { Ok(()) };
+        sealed.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {self}"), e))
     }
 
     /// The header that the previous daemon left; `None` if it left none.
@@ -207,10 +211,26 @@ impl ArenaFile {
         Ok(header)
     }
 
-    /// Truncates the file to the blocks of its header. Returns whether that worked: a file in the fd store cannot
-    /// shrink.
-    pub(super) fn shrink_to_header(&self) -> bool {
-        !self.is_in_fdstore() && mapping::set_length(&self.file, HEADER_BYTES).is_ok()
+    /// Frees the file's memory except its header, which then says that there are no frames: a loss marker. A file
+    /// without a header becomes empty.
+    ///
+    /// => The daemon may be killed at any point: what the header records of the guest stays.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the file cannot be changed; [`ErrorKind::Ledger`] as [`ArenaFile::header`].
+    pub fn shrink_to_header(&self) -> Result<()> {
+        let kept = if self.header()?.is_some() { HEADER_BYTES } else { 0 };
+        let shrink = || {
+            if kept > 0 {
+                Mapping::new(&self.file, HEADER_BYTES)?.store(field::FRAMES, 0);
+            }
+            match mapping::set_length(&self.file, kept) {
+                // It is sealed.
+                Err(_) if self.is_in_fdstore() => mapping::free_behind(&self.file, kept),
+                result => result,
+            }
+        };
+        shrink().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot free the memory of {self}"), e))
     }
 
     /// Removes the file.

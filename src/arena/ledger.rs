@@ -74,6 +74,27 @@ pub enum GuestData {
     Lost,
 }
 
+/// What the file of an arena records of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestState {
+    /// Whether a daemon died and lost data of the guest.
+    pub data: GuestData,
+    /// Whether the guest has selected write-through.
+    pub write_through: bool,
+}
+
+impl GuestState {
+    /// Nothing to remember: the state of a guest that no file records.
+    pub const FRESH: Self = Self { data: GuestData::Intact, write_through: false };
+
+    /// What either of two files records.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        let data = if self.data == GuestData::Lost { GuestData::Lost } else { other.data };
+        Self { data, write_through: self.write_through || other.write_through }
+    }
+}
+
 /// What the header of a new arena records.
 #[derive(Clone, Copy, Debug)]
 pub struct ArenaSpec<'a> {
@@ -83,8 +104,8 @@ pub struct ArenaSpec<'a> {
     pub identity: ImageId,
     /// The image's path, for the operator.
     pub image: &'a Path,
-    /// Whether a previous daemon lost data of the guest.
-    pub guest_data: GuestData,
+    /// What earlier files record of the guest.
+    pub guest: GuestState,
 }
 
 /// The header of an arena's file.
@@ -100,19 +121,17 @@ pub struct Header {
     pub boot: [u8; 16],
     /// The image's path, for the operator.
     pub image: PathBuf,
-    /// Whether a daemon died and lost data of the guest.
-    pub guest_data: GuestData,
-    /// Whether the guest has selected write-through.
-    pub write_through: bool,
+    /// What it records of the guest.
+    pub guest: GuestState,
 }
 
 impl Header {
     /// The header of a new arena.
     pub(super) fn new(spec: &ArenaSpec<'_>) -> Self {
-        let ArenaSpec { frames, identity, image, guest_data } = *spec;
+        let ArenaSpec { frames, identity, image, guest } = *spec;
         let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
         let frames = frames as u64;
-        Self { layout: LAYOUT, identity, frames, boot: boot_id(), image, guest_data, write_through: false }
+        Self { layout: LAYOUT, identity, frames, boot: boot_id(), image, guest }
     }
 
     /// Whether a cache of `frames` frames can use the arena as it is.
@@ -130,31 +149,36 @@ impl Header {
         self.zero_slots_at().map_or(HEADER_BYTES, |at| at + ZERO_SLOTS * ZERO_SLOT_BYTES)
     }
 
-    /// The header's bytes with a first word of 0, and that first word. It marks the file as complete, so write it last.
-    pub(super) fn encode(&self) -> ([u8; HEADER_BYTES], u64) {
-        let mut bytes = [0; HEADER_BYTES];
-        let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
+    /// The header's words, each with its offset, in the order in which they are to be stored.
+    ///
+    /// => Only the last two complete it: with a frame count of 0 it is a loss marker, and without the first word it is
+    ///    no header. So a new header may replace one that has no frames, which is then valid all the time.
+    pub(super) fn words(&self) -> Vec<(usize, u64)> {
         let ImageId { device, inode, born_ns, size_bytes } = self.identity;
         let path = self.image.as_os_str().as_bytes();
         let path = &path[..path.len().min(PATH_BYTES_MAX)];
-        let words = [
+        let mut words = vec![
             (field::LAYOUT, self.layout),
             (field::PAGE_SIZE, PAGE_SIZE as u64),
-            (field::FRAMES, self.frames),
             (field::DEVICE, device),
             (field::INODE, inode),
             (field::BORN_NS, born_ns),
             (field::SIZE_BYTES, size_bytes),
             (field::PATH_LEN, path.len() as u64),
-            (field::UNWRITTEN, u64::from(self.guest_data == GuestData::Lost)),
-            (field::WRITE_THROUGH, u64::from(self.write_through)),
+            (field::UNWRITTEN, u64::from(self.guest.data == GuestData::Lost)),
+            (field::WRITE_THROUGH, u64::from(self.guest.write_through)),
         ];
-        for (at, word) in words {
-            put(at, &word.to_le_bytes());
-        }
+        let mut put = |at: usize, bytes: &[u8]| {
+            for (offset, chunk) in (at..).step_by(8).zip(bytes.chunks(8)) {
+                let mut word = [0; 8];
+                word[..chunk.len()].copy_from_slice(chunk);
+                words.push((offset, u64::from_le_bytes(word)));
+            }
+        };
         put(field::BOOT, &self.boot);
         put(field::PATH, path);
-        (bytes, MAGIC)
+        words.extend([(field::FRAMES, self.frames), (field::MAGIC, MAGIC)]);
+        words
     }
 
     /// Reads a header. `None`: the daemon died before it finished the header, so the arena holds nothing.
@@ -190,8 +214,10 @@ impl Header {
             frames: word(field::FRAMES),
             boot: bytes[field::BOOT..field::BOOT + 16].try_into().expect("16 bytes"),
             image: OsString::from_vec(bytes[field::PATH..field::PATH + path_len].to_vec()).into(),
-            guest_data: if word(field::UNWRITTEN) == 0 { GuestData::Intact } else { GuestData::Lost },
-            write_through: word(field::WRITE_THROUGH) != 0,
+            guest: GuestState {
+                data: if word(field::UNWRITTEN) == 0 { GuestData::Intact } else { GuestData::Lost },
+                write_through: word(field::WRITE_THROUGH) != 0,
+            },
         }))
     }
 }
@@ -236,31 +262,36 @@ mod tests {
             frames: 1024,
             boot: [3; 16],
             image: "/srv/a.img".into(),
-            guest_data: GuestData::Intact,
-            write_through: false,
+            guest: GuestState::FRESH,
         }
     }
 
-    fn with_magic(header: &Header) -> [u8; HEADER_BYTES] {
-        let (mut bytes, magic) = header.encode();
-        bytes[..8].copy_from_slice(&magic.to_le_bytes());
+    fn encode(header: &Header) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        for (at, word) in header.words() {
+            bytes[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        }
         bytes
     }
 
     #[test]
     fn a_header_is_decoded_as_it_was_encoded() {
-        for header in
-            [header(), Header { guest_data: GuestData::Lost, ..header() }, Header { write_through: true, ..header() }]
-        {
-            assert_eq!(Header::decode(&with_magic(&header), &"f").unwrap(), Some(header));
+        let lost = GuestState { data: GuestData::Lost, ..GuestState::FRESH };
+        let write_through = GuestState { write_through: true, ..GuestState::FRESH };
+        let long = "/".repeat(PATH_BYTES_MAX + 1);
+        for guest in [GuestState::FRESH, lost, write_through] {
+            let header = Header { guest, ..header() };
+            assert_eq!(Header::decode(&encode(&header), &"f").unwrap(), Some(header));
         }
-        assert_eq!(Header::decode(&header().encode().0, &"f").unwrap(), None, "an unfinished header");
+        let cut = Header { image: long[1..].into(), guest: write_through, ..header() };
+        let long = Header { image: long.into(), ..cut.clone() };
+        assert_eq!(Header::decode(&encode(&long), &"f").unwrap(), Some(cut), "a path that is too long is cut off");
     }
 
     #[test]
     fn a_foreign_header_is_refused() {
         for at in [0, 8, 16] {
-            let mut bytes = with_magic(&header());
+            let mut bytes = encode(&header());
             bytes[at] ^= 0x40;
             assert_eq!(Header::decode(&bytes, &"f").unwrap_err().kind(), ErrorKind::Ledger, "byte {at}");
         }
@@ -269,7 +300,7 @@ mod tests {
     #[test]
     fn an_older_layout_is_read_but_does_not_fit() {
         let old = Header { layout: 1, ..header() };
-        assert_eq!(Header::decode(&with_magic(&old), &"f").unwrap(), Some(old.clone()));
+        assert_eq!(Header::decode(&encode(&old), &"f").unwrap(), Some(old.clone()));
         assert!(header().fits(1024) && !header().fits(1023) && !old.fits(1024));
         assert_eq!((old.records_at(), header().records_at()), (4096, 8192));
     }

@@ -8,6 +8,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::fault_injection::crash_point;
+use crate::shared_memory::{self, FileChange};
 use crate::sys::file::{FallocateMode, fallocate};
 use crate::sys::file_system::FileSystem;
 
@@ -58,7 +59,9 @@ impl Mapping {
             unmap(start, before);
             unmap(base.wrapping_add(bytes), reserved - before - bytes);
         }
-        mapped.map(|_| Self { base, bytes })
+        mapped?;
+        shared_memory::changed(file, FileChange::Mapped(base.addr(), bytes));
+        Ok(Self { base, bytes })
     }
 
     /// The address of byte `at`.
@@ -79,11 +82,21 @@ impl Mapping {
     }
 
     /// The word at byte `at`, a multiple of eight.
-    pub fn word(&self, at: usize) -> &AtomicU64 {
+    fn word(&self, at: usize) -> &AtomicU64 {
         assert!(at.is_multiple_of(8), "byte {at} is not the first of a word");
         // SAFETY: eight aligned bytes of a mapping that outlives the reference. Words are accessed as atomics only,
-        // except by `read` and `write_first`, which run before the mapping is shared.
+        // except by `read`, which runs before the mapping is shared.
         unsafe { AtomicU64::from_ptr(self.range(at, 8).cast()) }
+    }
+
+    /// Loads the word at byte `at`, a multiple of eight.
+    pub fn load(&self, at: usize) -> u64 {
+        self.word(at).load(Ordering::Acquire)
+    }
+
+    /// Stores the word at byte `at`, a multiple of eight, after all stores before.
+    pub fn store(&self, at: usize, value: u64) {
+        shared_memory::store(self.word(at), value, Ordering::Release);
     }
 
     /// Length of the mapping.
@@ -129,30 +142,32 @@ impl Mapping {
         unsafe { ptr::copy_nonoverlapping(source, target.as_mut_ptr(), target.len()) };
     }
 
-    /// Writes `bytes` to the beginning of a mapping that no other thread uses yet, and then `first_word` over its first
-    /// word.
-    pub fn write_first(&self, bytes: &[u8], first_word: u64) {
-        let target = self.range(0, bytes.len());
-        // SAFETY: the target lies within the mapping, and the source is a slice of that length outside it.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
-        crash_point();
-        self.word(0).store(first_word, Ordering::Release);
-    }
-
     /// Copies `len` bytes from byte `source` on to byte `target` on; the two ranges may overlap.
     ///
     /// => The caller owns the target's bytes, and no other thread writes the source's meanwhile.
     pub fn copy(&self, source: usize, target: usize, len: usize) {
+        crash_point();
         // SAFETY: both ranges lie within the mapping.
         unsafe { ptr::copy(self.range(source, len), self.range(target, len), len) };
+        self.note_copied(target, len);
     }
 
     /// Fills `len` bytes from byte `at` on with zeros.
     ///
     /// => The caller owns the bytes.
     pub fn zero(&self, at: usize, len: usize) {
+        crash_point();
         // SAFETY: the range lies within the mapping.
         unsafe { ptr::write_bytes(self.range(at, len), 0, len) };
+        self.note_copied(at, len);
+    }
+
+    fn note_copied(&self, at: usize, len: usize) {
+        shared_memory::copied(self.range(at, len), || {
+            let mut bytes = vec![0; len];
+            self.read(at, &mut bytes);
+            bytes
+        });
     }
 }
 
@@ -186,8 +201,8 @@ unsafe fn unmap(at: *mut u8, bytes: usize) {
     }
 }
 
-/// Extends a file in shared memory to at least `bytes` bytes and allocates the memory for them. Without that the kernel
-/// allocates at the first touch, and raises SIGBUS if there is no memory left.
+/// Extends a file in shared memory to at least `bytes` bytes, unless it is that long already, and allocates the memory
+/// for them. Without that the kernel allocates at the first touch, and raises SIGBUS if there is no memory left.
 ///
 /// # Errors
 /// Those of fallocate(2) and fstatfs(2), and an error with the host's available memory if that is less than `bytes`.
@@ -197,17 +212,39 @@ pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
     if !file_system.is_hugetlbfs {
         check_available(rounded)?;
     }
-    file.set_len(rounded)?;
+    // A sealed file must not shrink.
+    if file.metadata()?.len() < rounded {
+        set_length(file, bytes)?;
+    }
     fallocate(file, FallocateMode::Reserve, 0, rounded)
 }
 
-/// Truncates or extends a file in shared memory to `bytes` bytes, rounded up to whole blocks: hugetlbfs refuses a length
-/// that is not a multiple of its page size.
+/// Truncates or extends a file in shared memory to `bytes` bytes, rounded up to whole blocks: hugetlbfs refuses a
+/// length that is not a multiple of its page size.
 ///
 /// # Errors
 /// Those of ftruncate(2) and fstatfs(2).
 pub(super) fn set_length(file: &File, bytes: usize) -> io::Result<()> {
-    file.set_len(whole_blocks(&FileSystem::of(file)?, bytes)? as u64)
+    let rounded = whole_blocks(&FileSystem::of(file)?, bytes)? as u64;
+    crash_point();
+    file.set_len(rounded)?;
+    shared_memory::changed(file, FileChange::Length(rounded));
+    Ok(())
+}
+
+/// Frees the memory behind the first `bytes` bytes of a file of base pages, which keeps its length and reads as zeros
+/// there.
+///
+/// # Errors
+/// Those of fallocate(2) and fstat(2).
+pub(super) fn free_behind(file: &File, bytes: usize) -> io::Result<()> {
+    let (first, end) = (bytes as u64, file.metadata()?.len());
+    if first < end {
+        crash_point();
+        fallocate(file, FallocateMode::PunchHole, first, end - first)?;
+        shared_memory::changed(file, FileChange::ZerosFrom(first));
+    }
+    Ok(())
 }
 
 /// `bytes` rounded up to a multiple of the file system's block size.

@@ -12,21 +12,22 @@
 //! Dropping an arena removes its file, unless the file holds data that is nowhere else, or is kept for the next daemon
 //! ([`Arena::keep_on_drop`]).
 
+#[cfg(test)]
+mod crash_tests;
 mod file;
 mod ledger;
 mod mapping;
 mod populate;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::fault_injection::crash_point;
 use crate::sys::memfd;
 use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
 pub use file::ArenaFile;
-pub use ledger::{ArenaSpec, GuestData, Header, ZERO_SLOTS};
+pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ZERO_SLOTS};
 pub use populate::Populator;
 
 use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
@@ -44,6 +45,15 @@ pub struct Arena {
     data_loss: AtomicBool,
     /// The guest has selected write-through.
     write_through: AtomicBool,
+}
+
+/// The file in which no arena could be created, returned to the caller.
+#[derive(Debug)]
+pub struct NotCreated {
+    /// Why.
+    pub error: Error,
+    /// The file.
+    pub file: ArenaFile,
 }
 
 /// What of an arena outlives the daemon.
@@ -73,32 +83,47 @@ impl Arena {
     /// [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no request of
     /// a guest meets a shortage later.
     pub fn anonymous(frames: usize) -> Result<Self> {
-        Ok(Self::new(anonymous_memory(frames)?, frames, 0, Persistence::None))
+        Ok(Self::new(anonymous_memory(frames)?, frames, 0, Persistence::None, GuestState::FRESH))
     }
 
     /// As [`Arena::anonymous`], with a marker in `file` that tells the next daemon whether this one's death lost data.
     ///
+    /// => What the file holds is on the image. What it records of the guest stays.
+    ///
     /// # Errors
     /// As [`Arena::anonymous`].
-    pub fn loss_marker(file: ArenaFile, spec: &ArenaSpec<'_>) -> Result<Self> {
-        let memory = anonymous_memory(spec.frames)?;
-        let header = Header::new(&ArenaSpec { frames: 0, ..*spec });
-        let marker = create_contents(&file, HEADER_BYTES, &header)?;
-        Ok(Self::new(memory, spec.frames, 0, Persistence::LossMarker { marker, file }))
+    pub fn loss_marker(file: ArenaFile, spec: &ArenaSpec<'_>) -> std::result::Result<Self, NotCreated> {
+        let create = || {
+            let memory = anonymous_memory(spec.frames)?;
+            let (marker, header) = create_contents(&file, HEADER_BYTES, &ArenaSpec { frames: 0, ..*spec })?;
+            Ok((memory, marker, header.guest))
+        };
+        match create() {
+            Ok((memory, marker, guest)) => {
+                Ok(Self::new(memory, spec.frames, 0, Persistence::LossMarker { marker, file }, guest))
+            }
+            Err(error) => Err(NotCreated { error, file }),
+        }
     }
 
     /// Frames of zeroed memory in `file`, where they outlive the daemon.
     ///
+    /// => What the file holds is on the image. What it records of the guest stays.
+    ///
     /// # Errors
     /// As [`Arena::anonymous`], and for an image of more than 4 PiB.
-    pub fn persistent(file: ArenaFile, spec: &ArenaSpec<'_>) -> Result<Self> {
-        let header = Header::new(spec);
-        let bytes = bytes_of(spec.frames, frames_at(&header, spec.frames))?;
-        if ledger::is_too_large(&spec.identity) {
-            return Err(Error::new(ErrorKind::Memory, "the cache of an image above 4 PiB cannot outlive the daemon"));
+    pub fn persistent(file: ArenaFile, spec: &ArenaSpec<'_>) -> std::result::Result<Self, NotCreated> {
+        let create = || {
+            if ledger::is_too_large(&spec.identity) {
+                let context = "the cache of an image above 4 PiB cannot outlive the daemon";
+                return Err(Error::new(ErrorKind::Memory, context));
+            }
+            create_contents(&file, bytes_of(spec.frames, frames_at(&Header::new(spec), spec.frames))?, spec)
+        };
+        match create() {
+            Ok((memory, header)) => Ok(Self::with_file(memory, spec.frames, file, &header)),
+            Err(error) => Err(NotCreated { error, file }),
         }
-        let memory = create_contents(&file, bytes, &header)?;
-        Self::with_file(memory, spec.frames, file, &header)
     }
 
     /// The arena that the previous daemon left in `file`; `header` is the file's header.
@@ -117,11 +142,11 @@ impl Arena {
             let context = format!("{file} is truncated: it has {length} bytes, and its header asks for {bytes}");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
+        file.seal()?;
         let memory = Mapping::new(&file.file, bytes)
             .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {file}"), e))?;
-        let arena = Self::with_file(memory, frames, file, header)?;
+        let arena = Self::with_file(memory, frames, file, header);
         arena.keep_on_drop(true);
-        arena.write_through.store(header.write_through, Ordering::Release);
         let sectors = header.identity.size_bytes / SECTOR_BYTES;
         let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
         if !arena.pending_zeroes().all(|(_, span)| fits(span)) {
@@ -133,15 +158,15 @@ impl Arena {
     }
 
     /// A persistent arena in a file whose header and length are right.
-    fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Result<Self> {
-        file.seal().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot seal {file}"), e))?;
+    fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Self {
         let (zero_slots, records) = (header.zero_slots_at(), header.records_at());
         let persistence = Persistence::Full { file, zero_slots, records, keep_on_drop: AtomicBool::new(false) };
-        Ok(Self::new(memory, frames, frames_at(header, frames), persistence))
+        Self::new(memory, frames, frames_at(header, frames), persistence, header.guest)
     }
 
-    fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence) -> Self {
-        let (data_loss, write_through) = (AtomicBool::new(false), AtomicBool::new(false));
+    fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence, guest: GuestState) -> Self {
+        let data_loss = AtomicBool::new(guest.data == GuestData::Lost);
+        let write_through = AtomicBool::new(guest.write_through);
         Self { memory, frames, offset, persistence, data_loss, write_through }
     }
 
@@ -178,8 +203,7 @@ impl Arena {
             Persistence::None => {}
             Persistence::LossMarker { marker, .. } => note_unwritten(marker, !record.dirty.is_empty()),
             Persistence::Full { records, .. } => {
-                crash_point();
-                self.record(*records, frame.index()).store(ledger::encode_record(record), Ordering::Release);
+                self.memory.store(record_at(*records, frame.index()), ledger::encode_record(record));
             }
         }
     }
@@ -192,14 +216,12 @@ impl Arena {
             Persistence::None => {}
             Persistence::LossMarker { marker, .. } => note_unwritten(marker, span.is_some()),
             Persistence::Full { zero_slots, .. } => {
-                let (start, count) = self.zero_slot(zero_slots.expect("a cache runs only in the newest layout"), slot);
+                let (start, count) = zero_slot(zero_slots.expect("a cache runs only in the newest layout"), slot);
                 if let Some(span) = span {
                     // The slot counts as empty until its count is stored.
-                    crash_point();
-                    start.store(span.start, Ordering::Release);
+                    self.memory.store(start, span.start);
                 }
-                crash_point();
-                count.store(span.map_or(0, |span| span.count), Ordering::Release);
+                self.memory.store(count, span.map_or(0, |span| span.count));
             }
         }
     }
@@ -208,8 +230,8 @@ impl Arena {
     pub fn pending_zeroes(&self) -> impl Iterator<Item = (usize, SectorSpan)> {
         let table = if let Persistence::Full { zero_slots, .. } = &self.persistence { *zero_slots } else { None };
         table.into_iter().flat_map(|at| (0..ZERO_SLOTS).map(move |slot| (at, slot))).filter_map(|(at, slot)| {
-            let (start, count) = self.zero_slot(at, slot);
-            let span = SectorSpan::new(start.load(Ordering::Acquire), count.load(Ordering::Acquire));
+            let (start, count) = zero_slot(at, slot);
+            let span = SectorSpan::new(self.memory.load(start), self.memory.load(count));
             (span.count > 0).then_some((slot, span))
         })
     }
@@ -218,7 +240,7 @@ impl Arena {
     /// [`Arena::clear_data_loss`].
     pub fn set_data_loss(&self) {
         self.data_loss.store(true, Ordering::Release);
-        self.unwritten_word().inspect(|word| word.store(1, Ordering::Release));
+        self.store_in_header(field::UNWRITTEN, 1);
     }
 
     /// Whether the guest may rely on data that is lost.
@@ -232,7 +254,7 @@ impl Arena {
     ///    guest still reads. With a loss there is no such data, because every request fails.
     pub fn clear_data_loss(&self) {
         if self.data_loss.swap(false, Ordering::AcqRel) {
-            self.unwritten_word().inspect(|word| word.store(0, Ordering::Release));
+            self.store_in_header(field::UNWRITTEN, 0);
         }
     }
 
@@ -240,9 +262,7 @@ impl Arena {
     /// front-end that reconnects does not repeat it.
     pub fn set_write_through(&self, write_through: bool) {
         self.write_through.store(write_through, Ordering::Release);
-        crash_point();
-        self.header()
-            .inspect(|header| header.word(field::WRITE_THROUGH).store(write_through.into(), Ordering::Release));
+        self.store_in_header(field::WRITE_THROUGH, write_through.into());
     }
 
     /// Whether the guest has selected write-through.
@@ -250,8 +270,8 @@ impl Arena {
         self.write_through.load(Ordering::Acquire)
     }
 
-    fn unwritten_word(&self) -> Option<&AtomicU64> {
-        self.header().map(|header| header.word(field::UNWRITTEN))
+    fn store_in_header(&self, at: usize, value: u64) {
+        self.header().inspect(|header| header.store(at, value));
     }
 
     /// The mapping that begins with the header, in an arena that has one.
@@ -268,7 +288,7 @@ impl Arena {
         let (count, at) =
             if let Persistence::Full { records, .. } = &self.persistence { (self.frames, *records) } else { (0, 0) };
         (0..count).filter_map(move |index| {
-            let record = ledger::decode_record(self.record(at, index).load(Ordering::Acquire))?;
+            let record = ledger::decode_record(self.memory.load(record_at(at, index)))?;
             Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), record))
         })
     }
@@ -276,10 +296,10 @@ impl Arena {
     /// Records that everything is on the image: the daemon's death would lose nothing.
     pub fn all_written(&self) {
         if let Persistence::LossMarker { marker, .. } = &self.persistence
-            && marker.word(field::UNWRITTEN).load(Ordering::Relaxed) != 0
+            && marker.load(field::UNWRITTEN) != 0
             && !self.has_data_loss()
         {
-            marker.word(field::UNWRITTEN).store(0, Ordering::Release);
+            marker.store(field::UNWRITTEN, 0);
         }
     }
 
@@ -291,10 +311,12 @@ impl Arena {
         }
     }
 
-    /// Removes the file of an arena whose contents are on the image.
-    pub fn remove(self) {
-        if let Persistence::Full { file, .. } = &self.persistence {
-            file.remove();
+    /// The file of a persistent arena. Its contents stay, so that it can be kept, replaced or removed; `None` for
+    /// another kind of arena.
+    pub fn into_file(mut self) -> Option<ArenaFile> {
+        match std::mem::replace(&mut self.persistence, Persistence::None) {
+            Persistence::Full { file, .. } => Some(file),
+            _ => None,
         }
     }
 
@@ -321,21 +343,9 @@ impl Arena {
         self.offset
     }
 
-    /// The word of a frame in the table of records at offset `at`.
-    fn record(&self, at: usize, index: usize) -> &AtomicU64 {
-        self.memory.word(at + index * RECORD_BYTES)
-    }
-
-    /// First sector and number of sectors of a slot in the table of zero ranges at offset `at`.
-    fn zero_slot(&self, at: usize, slot: usize) -> (&AtomicU64, &AtomicU64) {
-        assert!(slot < ZERO_SLOTS, "slot {slot} is outside the table");
-        let at = at + slot * ZERO_SLOT_BYTES;
-        (self.memory.word(at), self.memory.word(at + 8))
-    }
-
     /// Whether the arena holds data that is nowhere else, or the guest does not know yet of such data that is lost.
     fn holds_unwritten(&self) -> bool {
-        let is_marked = self.unwritten_word().is_some_and(|word| word.load(Ordering::Relaxed) != 0);
+        let is_marked = self.header().is_some_and(|header| header.load(field::UNWRITTEN) != 0);
         is_marked
             || self.pending_zeroes().next().is_some()
             || self.records().any(|(_, record)| !record.dirty.is_empty())
@@ -347,10 +357,7 @@ impl Arena {
     ///    meanwhile.
     pub fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
         let (source, target) = (self.frame_at(source), self.frame_at(target));
-        each_run(mask, |offset, len| {
-            crash_point();
-            self.memory.copy(source + offset, target + offset, len);
-        });
+        each_run(mask, |offset, len| self.memory.copy(source + offset, target + offset, len));
     }
 
     /// Fills the sectors of `mask` with zeros.
@@ -358,10 +365,7 @@ impl Arena {
     /// => The caller owns those sectors.
     pub fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
         let target = self.frame_at(frame);
-        each_run(mask, |offset, len| {
-            crash_point();
-            self.memory.zero(target + offset, len);
-        });
+        each_run(mask, |offset, len| self.memory.zero(target + offset, len));
     }
 }
 
@@ -372,11 +376,9 @@ impl Drop for Arena {
             Persistence::Full { file, keep_on_drop, .. }
                 if !holds_unwritten && !keep_on_drop.load(Ordering::Acquire) =>
             {
-                // A header with no frames is a loss marker, which is small enough to remember write-through in.
-                crash_point();
-                self.memory.word(field::FRAMES).store(0, Ordering::Release);
-                crash_point();
-                if !(self.is_write_through() && file.shrink_to_header()) {
+                // A loss marker is small enough to remember write-through in.
+                let is_kept = self.is_write_through() && file.shrink_to_header().is_ok();
+                if !is_kept {
                     file.remove();
                 }
             }
@@ -393,8 +395,8 @@ fn frames_at(header: &Header, frames: usize) -> usize {
 
 /// Sets the word of a loss marker once there is something `unwritten`, unless it is set already.
 fn note_unwritten(marker: &Mapping, unwritten: bool) {
-    if unwritten && marker.word(field::UNWRITTEN).load(Ordering::Relaxed) == 0 {
-        marker.word(field::UNWRITTEN).store(1, Ordering::Release);
+    if unwritten && marker.load(field::UNWRITTEN) == 0 {
+        marker.store(field::UNWRITTEN, 1);
     }
 }
 
@@ -416,32 +418,41 @@ fn anonymous_memory(frames: usize) -> Result<Mapping> {
     create().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {bytes} bytes"), e))
 }
 
-/// Replaces a file's contents: first the memory, then the header, whose first word marks the file as complete.
+/// Replaces a file's contents by a new arena without pages; returns the file's mapping and its header.
 ///
-/// => If the old header says that data of the guest was lost, it stays until the new one, which says so too, replaces
-///    it: the daemon may be killed at any point.
-fn create_contents(file: &ArenaFile, bytes: usize, header: &Header) -> Result<Mapping> {
-    let kept_bytes = match header.guest_data {
-        GuestData::Lost => HEADER_BYTES,
-        GuestData::Intact => 0,
-    };
+/// => The daemon may be killed at any point. What the file records of the guest never leaves its header: a former arena
+///    becomes a loss marker first, which then gets its frames in one store.
+fn create_contents(file: &ArenaFile, bytes: usize, spec: &ArenaSpec<'_>) -> Result<(Mapping, Header)> {
+    let recorded = file.header()?.map_or(GuestState::FRESH, |header| header.guest);
+    let guest = recorded.or(spec.guest);
+    let header = Header::new(&ArenaSpec { guest, ..*spec });
+    file.shrink_to_header()?;
     let create = || {
-        crash_point();
-        mapping::set_length(&file.file, kept_bytes)?;
-        crash_point();
         mapping::allocate(&file.file, bytes)?;
         Mapping::new(&file.file, bytes)
     };
     let memory = create().map_err(|e| {
         // Free what was allocated. Dropping the file removes it if it is empty.
-        let _ = mapping::set_length(&file.file, kept_bytes);
+        let _ = if guest == GuestState::FRESH { mapping::set_length(&file.file, 0) } else { Ok(()) };
+        let _ = file.shrink_to_header();
         let cache = header.frames * PAGE_BYTES;
         Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {cache} bytes in {file}"), e)
     })?;
-    let (encoded, magic) = header.encode();
-    crash_point();
-    memory.write_first(&encoded, magic);
-    Ok(memory)
+    file.seal()?;
+    header.words().into_iter().for_each(|(at, word)| memory.store(at, word));
+    Ok((memory, header))
+}
+
+/// Offset of a frame's record in a table of records at offset `at`.
+fn record_at(at: usize, index: usize) -> usize {
+    at + index * RECORD_BYTES
+}
+
+/// Offsets of a slot's first sector and number of sectors, in a table of zero ranges at offset `at`.
+fn zero_slot(at: usize, slot: usize) -> (usize, usize) {
+    assert!(slot < ZERO_SLOTS, "slot {slot} is outside the table");
+    let at = at + slot * ZERO_SLOT_BYTES;
+    (at, at + 8)
 }
 
 /// Calls `f(offset, length)`, both in bytes, for each run of sectors in `mask`.
@@ -464,7 +475,7 @@ mod tests {
         for mib in [4, 6, 256, 8192] {
             let frames = (mib << 20) / PAGE_SIZE;
             let identity = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
-            let spec = ArenaSpec { frames, identity, image: Path::new("/image"), guest_data: GuestData::Intact };
+            let spec = ArenaSpec { frames, identity, image: Path::new("/image"), guest: GuestState::FRESH };
             let bytes = frames_at(&Header::new(&spec), frames);
             assert!(bytes <= frames * PAGE_SIZE / 500 + 3 * PAGE_SIZE, "{bytes} for {mib} MiB");
         }

@@ -227,10 +227,7 @@ fn after_data_loss_every_request_fails_until_the_guest_resets_the_device() {
         daemon.restart();
         daemon.kill();
     }
-    daemon.configure("cache.survive = \"always\"\ncache.size = \"900G\"");
-    let refused = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
-    assert!(refused.stderr.contains("cannot allocate a cache of "), "{refused:?}");
-    daemon.reconfigure(VOLATILE);
+    fail_to_start(&mut daemon, VOLATILE);
     let mut session = session.reconnect(&daemon.socket());
     session.start_ring(0);
     for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
@@ -342,6 +339,49 @@ fn the_choice_of_write_through_outlives_the_daemon() {
     }
 }
 
+/// A configuration for which no host has the memory.
+const TOO_LARGE: &str = "cache.survive = \"always\"\ncache.size = \"900G\"";
+
+/// Starts the daemon with a cache for which the host has no memory; it must fail. Then restarts it with `device`.
+fn fail_to_start(daemon: &mut Daemon, device: &str) {
+    daemon.configure(TOO_LARGE);
+    let refused = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
+    assert!(refused.stderr.contains("cannot allocate a cache of "), "{refused:?}");
+    daemon.reconfigure(device);
+}
+
+#[test]
+fn the_choice_of_write_through_outlives_a_daemon_that_cannot_start() {
+    const DEVICE: &str = "cache.dirty_age_max_ms = 600000";
+    for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGUSR1] {
+        let mut daemon = start(DEVICE);
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        session.set_writeback(false);
+        daemon.signal(signal);
+        daemon.wait();
+        fail_to_start(&mut daemon, DEVICE);
+        let mut session = session.reconnect(&daemon.socket());
+        session.start_ring(0);
+        let bytes = pattern(1, 80, 4096);
+        session.write(80, &bytes);
+        let found = daemon.image_bytes(80 * 512, bytes.len());
+        assert!(found == bytes, "after signal {signal} a completed write is on the image");
+    }
+}
+
+#[test]
+fn a_data_loss_outlives_the_replacement_of_the_cache_that_records_it() {
+    let mut daemon = start("cache.survive = \"never\"\ncache.dirty_age_max_ms = 600000");
+    let (session, _) = write_and_kill(&mut daemon);
+    daemon.reconfigure("cache.size = \"8M\"");
+    daemon.kill();
+    fail_to_start(&mut daemon, "cache.size = \"16M\"");
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    let status = session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status;
+    assert_eq!(status, IOERR, "the guest must not read stale data");
+}
+
 #[test]
 fn restored_dirty_pages_are_written_back_without_a_front_end() {
     let mut daemon = start("");
@@ -371,6 +411,25 @@ fn genblk_recover_lists_a_cache_and_writes_it_back() {
     assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "the completed write is on the image");
     assert!(daemon.directory().left().is_empty());
     assert!(!genblk(&[left]).status.success(), "there is no cache any more");
+}
+
+#[test]
+fn genblk_recover_keeps_the_choice_of_write_through() {
+    const DEVICE: &str = "cache.dirty_age_max_ms = 600000";
+    let mut daemon = start(DEVICE);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.set_writeback(false);
+    daemon.kill();
+    let [left] = &daemon.directory().left()[..] else { panic!("there must be one cache") };
+    let recovered = run_to_end(Command::new(server_binary()).arg("recover").arg(left));
+    assert!(recovered.stdout.contains(" stays without its pages, because the guest selected "), "{recovered:?}");
+    assert_eq!(std::fs::metadata(left).expect("the file stays").len(), 4096);
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    let bytes = pattern(1, 80, 4096);
+    session.write(80, &bytes);
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "a completed write is on the image");
 }
 
 #[test]

@@ -227,6 +227,23 @@ fn a_cache_in_the_fd_store_is_found_after_a_change_of_size_or_location() {
 }
 
 #[test]
+fn two_caches_with_writes_of_their_own_are_refused_and_stay() {
+    let systemd = Systemd::new(1);
+    const IN_FILE: &str = "cache.dirty_age_max_ms = 600000";
+    let mut daemon = systemd.start(IN_FILE);
+    drop(write_and_kill(&mut daemon));
+    let left = daemon.directory().left();
+    daemon.reconfigure(&format!("{DEVICE}\n{IN_FILE}"));
+    drop(write_and_kill(&mut daemon));
+    daemon.configure(IN_FILE);
+    systemd.pass_fdstore(&mut daemon);
+    let refused = run_to_end(daemon.command());
+    let message = format!("{}; the second holds 4 dirty pages; write them first with ", left[0].display());
+    assert!(refused.stderr.contains(&message), "{refused:?}");
+    assert_eq!((daemon.directory().left(), systemd.stored_names().len()), (left, 1));
+}
+
+#[test]
 fn a_loss_marker_in_the_fd_store_reports_a_data_loss() {
     let systemd = Systemd::new(1);
     let device = "cache.memory_dir = \"systemd\"\ncache.survive = \"never\"\ncache.dirty_age_max_ms = 600000";
@@ -249,6 +266,37 @@ fn a_loss_marker_in_the_fd_store_reports_a_data_loss() {
     Session::open(&daemon.socket(), &SessionOptions::default()).write(0, &pattern(8, 0, 512));
     daemon.stop();
     assert!(systemd.stored_names().is_empty(), "an orderly end leaves nothing in the fd store");
+}
+
+#[test]
+fn the_choice_of_write_through_is_kept_in_the_fd_store() {
+    let systemd = Systemd::new(1);
+    let device = format!("{DEVICE}\ncache.dirty_age_max_ms = 600000");
+    let mut daemon = systemd.start(&device);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.set_writeback(false);
+    // The last time the cache is one of another size.
+    let sizes = ["8M", "8M", "8M", "16M"];
+    for (round, (signal, size)) in
+        (1..).zip([libc::SIGKILL, libc::SIGTERM, libc::SIGUSR1, libc::SIGKILL].iter().zip(sizes))
+    {
+        daemon.signal(*signal);
+        daemon.wait();
+        daemon.configure(&format!("{device}\ncache.size = {size:?}"));
+        systemd.pass_fdstore(&mut daemon);
+        daemon.restart();
+        session = session.reconnect(&daemon.socket());
+        session.start_ring(0);
+        let bytes = pattern(round, 80, 4096);
+        session.write(80, &bytes);
+        let found = daemon.image_bytes(80 * 512, bytes.len());
+        assert!(found == bytes, "after signal {signal} a completed write is on the image");
+        assert_eq!(systemd.stored_names().len(), 1);
+    }
+    session.set_writeback(true);
+    drop(session);
+    daemon.stop();
+    assert!(systemd.stored_names().is_empty(), "nothing is left in the fd store");
 }
 
 #[test]

@@ -1,0 +1,344 @@
+//! A daemon is killed between any two stores to an arena's file: whatever it leaves, the next daemon gets each frame's
+//! record and each range to be zeroed as it was before the step or after it, and what the file records of the guest.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::*;
+use crate::image_id::ImageId;
+use crate::shared_memory::FileChange;
+use crate::shared_memory::trace::{Event, FileId, crash_states, file_id, record};
+use crate::units::PageNo;
+
+const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
+const LOST: GuestState = GuestState { data: GuestData::Lost, write_through: false };
+const WRITE_THROUGH: GuestState = GuestState { data: GuestData::Intact, write_through: true };
+const BOTH: GuestState = GuestState { data: GuestData::Lost, write_through: true };
+const GUESTS: [GuestState; 4] = [GuestState::FRESH, LOST, WRITE_THROUGH, BOTH];
+
+const FRAMES: usize = 2;
+const DIRTY: FrameRecord = FrameRecord { page: PageNo(7), valid: SectorMask(0xf0), dirty: SectorMask(0x30) };
+const ZEROES: SectorSpan = SectorSpan { start: 64, count: 8 };
+
+/// A directory with an arena's file; removed with the value.
+struct Directory(PathBuf);
+
+impl Directory {
+    /// With these bytes in the file; without them there is no file.
+    fn new(bytes: &[u8]) -> Self {
+        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let directory = Self(std::env::temp_dir().join(format!("genblk-arena-{}-{serial}", std::process::id())));
+        let file = directory.file();
+        file.file.write_all_at(bytes, 0).unwrap();
+        directory
+    }
+
+    fn file(&self) -> ArenaFile {
+        ArenaFile::open_for(&self.0, &IDENTITY, Duration::ZERO).unwrap()
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        fs::read(ArenaFile::dir(&self.0).join(IDENTITY.file_name())).unwrap_or_default()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn spec(frames: usize, guest: GuestState) -> ArenaSpec<'static> {
+    ArenaSpec { frames, identity: IDENTITY, image: Path::new("/image"), guest }
+}
+
+/// What a daemon finds in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    Marker(GuestState),
+    Cache { guest: GuestState, frames: usize, records: Vec<(FrameId, FrameRecord)>, zeroes: Vec<(usize, SectorSpan)> },
+}
+
+impl Found {
+    fn guest(&self) -> GuestState {
+        match self {
+            Self::Nothing => GuestState::FRESH,
+            Self::Marker(guest) | Self::Cache { guest, .. } => *guest,
+        }
+    }
+
+    /// What the next daemon finds in a file with these bytes.
+    fn in_bytes(bytes: &[u8]) -> Result<Self> {
+        let file = Directory::new(bytes).file();
+        let Some(header) = file.header()? else { return Ok(Self::Nothing) };
+        assert_eq!((header.identity, header.boot), (IDENTITY, ledger::boot_id()));
+        if header.frames == 0 {
+            return Ok(Self::Marker(header.guest));
+        }
+        let arena = Arena::attach(file, &header)?;
+        let (records, zeroes) = (arena.records().collect(), arena.pending_zeroes().collect());
+        Ok(Self::Cache { guest: header.guest, frames: arena.frames(), records, zeroes })
+    }
+}
+
+/// Applies events to a copy of the bytes that a file had before them.
+fn apply<'a>(id: FileId, before: &[u8], events: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
+    let mut bytes = before.to_vec();
+    let mut mappings = Vec::new();
+    for event in events {
+        match event {
+            Event::File(owner, FileChange::Mapped(base, len)) => mappings.push((*owner, *base..*base + *len)),
+            Event::File(owner, _) if *owner != id => {}
+            Event::File(_, FileChange::Length(length)) => bytes.resize(usize::try_from(*length).unwrap(), 0),
+            Event::File(_, FileChange::ZerosFrom(first)) => bytes[usize::try_from(*first).unwrap()..].fill(0),
+            Event::Store(store) => {
+                // A later mapping may have the addresses of one that is no more.
+                let mapping = mappings.iter().rev().find(|(_, mapping)| mapping.contains(&store.address));
+                let (owner, mapping) = mapping.expect("a store is to a mapping");
+                if *owner == id {
+                    let at = store.address - mapping.start;
+                    bytes[at..at + store.bytes.len()].copy_from_slice(&store.bytes);
+                }
+            }
+        }
+    }
+    bytes
+}
+
+/// A step on an arena's file.
+struct Step {
+    file: FileId,
+    /// The file's bytes before it.
+    before: Vec<u8>,
+    events: Vec<Event>,
+}
+
+impl Step {
+    /// Runs a step on a file with the bytes `before`. Its result is dropped afterwards.
+    fn run<R>(before: &[u8], step: impl FnOnce(ArenaFile) -> R) -> Self {
+        let directory = Directory::new(before);
+        let file = directory.file();
+        let id = file_id(&file.file);
+        let (result, events) = record(|| step(file));
+        let (step, after) = (Self { file: id, before: before.to_vec(), events }, directory.bytes());
+        assert!(after.is_empty() || step.after() == after, "every change of the file is recorded");
+        drop(result);
+        step
+    }
+
+    /// Runs a step on an arena that `prepare` has filled.
+    fn on_arena(prepare: impl FnOnce(&Arena), step: impl FnOnce(&Arena)) -> Self {
+        let directory = Directory::new(&[]);
+        let file = directory.file();
+        let id = file_id(&file.file);
+        let arena = Arena::persistent(file, &spec(FRAMES, GuestState::FRESH)).unwrap();
+        prepare(&arena);
+        let before = directory.bytes();
+        let ((), mut events) = record(|| step(&arena));
+        events.insert(0, Event::File(id, FileChange::Mapped(arena.memory.at(0).addr(), arena.memory.bytes())));
+        Self { file: id, before, events }
+    }
+
+    /// The file's bytes after some of the events.
+    fn in_state<'a>(&self, state: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
+        apply(self.file, &self.before, state)
+    }
+
+    fn after(&self) -> Vec<u8> {
+        self.in_state(&self.events)
+    }
+
+    /// What a daemon finds that must not be, in whatever state the step was cut short.
+    fn faults(&self, is_allowed: impl Fn(&Found) -> bool) -> Vec<String> {
+        let fault = |state: Vec<&Event>| match Found::in_bytes(&self.in_state(state)) {
+            Ok(found) => (!is_allowed(&found)).then(|| format!("{found:?}")),
+            Err(e) => Some(e.to_string()),
+        };
+        crash_states(&self.events).into_iter().filter_map(fault).collect()
+    }
+}
+
+/// Every kind of file that a daemon may find: its bytes, and what it holds.
+fn earlier_files() -> Vec<(Vec<u8>, Found)> {
+    let mut files = vec![(Vec::new(), Found::Nothing)];
+    for guest in GUESTS {
+        let marker = Step::run(&[], |file| Arena::loss_marker(file, &spec(FRAMES, guest)).unwrap());
+        files.push((marker.after(), Found::Marker(guest)));
+        let fill = |file| {
+            let arena = Arena::persistent(file, &spec(FRAMES, guest)).unwrap();
+            arena.publish(FrameId(1), DIRTY);
+            arena.note_zero(5, Some(ZEROES));
+            arena
+        };
+        let (records, zeroes) = (vec![(FrameId(1), DIRTY)], vec![(5, ZEROES)]);
+        files.push((Step::run(&[], fill).after(), Found::Cache { guest, frames: FRAMES, records, zeroes }));
+    }
+    files
+}
+
+/// Whether a new arena for `guest` may leave `state` on its way from `old` to `new`.
+fn is_on_the_way(state: &Found, old: &Found, new: &Found, guest: GuestState) -> bool {
+    match state {
+        Found::Nothing => *old == Found::Nothing,
+        // The header may record the guest's new state already.
+        Found::Marker(recorded) => {
+            let data_only = GuestState { write_through: false, ..guest };
+            [GuestState::FRESH, data_only, guest].map(|guest| old.guest().or(guest)).contains(recorded)
+        }
+        cache => cache == old || cache == new,
+    }
+}
+
+#[test]
+fn what_a_file_records_of_the_guest_outlives_the_creation_of_a_new_arena() {
+    for (bytes, old) in earlier_files() {
+        for guest in GUESTS {
+            for frames in [0, 1, 5] {
+                let merged = old.guest().or(guest);
+                let new = match frames {
+                    0 => Found::Marker(merged),
+                    frames => Found::Cache { guest: merged, frames, records: Vec::new(), zeroes: Vec::new() },
+                };
+                let step = Step::run(&bytes, |file| match frames {
+                    0 => Arena::loss_marker(file, &spec(FRAMES, guest)).unwrap(),
+                    frames => Arena::persistent(file, &spec(frames, guest)).unwrap(),
+                });
+                let faults = step.faults(|state| is_on_the_way(state, &old, &new, guest));
+                assert!(faults.is_empty(), "from {old:?} to {new:?}: {faults:#?}");
+                assert_eq!(Found::in_bytes(&step.after()).unwrap(), new);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_choice_of_write_through_outlives_an_orderly_end() {
+    for (bytes, found) in earlier_files() {
+        let Found::Cache { guest, .. } = found else { continue };
+        let step = Step::run(&bytes, |file| {
+            let header = file.header().unwrap().unwrap();
+            let arena = Arena::attach(file, &header).unwrap();
+            arena.publish(FrameId(1), FrameRecord { dirty: SectorMask::NONE, ..DIRTY });
+            arena.note_zero(5, None);
+            arena.keep_on_drop(false);
+        });
+        let faults = step.faults(|state| state.guest() == guest);
+        assert!(faults.is_empty(), "{guest:?}: {faults:#?}");
+        if guest == WRITE_THROUGH {
+            assert_eq!(Found::in_bytes(&step.after()).unwrap(), Found::Marker(guest));
+        }
+    }
+}
+
+#[test]
+fn a_frame_is_recorded_as_it_was_or_as_it_is() {
+    let other = FrameRecord { page: PageNo(1 << 39), valid: SectorMask::ALL, dirty: SectorMask::NONE };
+    let records = [FrameRecord::empty(PageNo(7)), DIRTY, FrameRecord { dirty: SectorMask::ALL, ..other }, other];
+    for old in records {
+        for new in records {
+            let step = Step::on_arena(|arena| arena.publish(FrameId(1), old), |arena| arena.publish(FrameId(1), new));
+            let allowed = [old, new].map(|record| match record.is_empty() {
+                true => Vec::new(),
+                false => vec![(FrameId(1), record)],
+            });
+            let faults =
+                step.faults(|found| matches!(found, Found::Cache { records, .. } if allowed.contains(records)));
+            assert!(faults.is_empty(), "from {old:?} to {new:?}: {faults:#?}");
+        }
+    }
+}
+
+/// While a page moves to another frame, at least one of them has its bytes and is recorded with them.
+#[test]
+fn the_bytes_of_a_page_that_moves_are_in_a_frame_that_is_recorded_for_it() {
+    let (old, new) = (FrameId(0), FrameId(1));
+    let record = FrameRecord { page: PageNo(7), valid: SectorMask::ALL, dirty: SectorMask::ALL };
+    let fill = |arena: &Arena| {
+        arena.memory.zero(arena.frame_at(old), PAGE_SIZE);
+        arena.memory.store(arena.frame_at(old), 77);
+        arena.publish(old, record);
+    };
+    let step = Step::on_arena(fill, |arena| {
+        arena.copy_sectors(old, new, SectorMask::ALL);
+        arena.publish(new, record);
+        arena.publish(old, FrameRecord::empty(record.page));
+    });
+    let states = crash_states(&step.events);
+    assert!(states.len() > 3);
+    for state in states {
+        let file = Directory::new(&step.in_state(state)).file();
+        let header = file.header().unwrap().unwrap();
+        let arena = Arena::attach(file, &header).unwrap();
+        let recorded: Vec<_> = arena.records().collect();
+        assert!(!recorded.is_empty(), "the page is lost");
+        for (frame, found) in recorded {
+            assert_eq!((found, arena.memory.load(arena.frame_at(frame))), (record, 77), "{frame:?}");
+        }
+    }
+}
+
+#[test]
+fn a_range_to_be_zeroed_is_recorded_as_it_was_or_not_at_all() {
+    let later = SectorSpan { start: 8, count: 800 };
+    let step = Step::on_arena(
+        |arena| arena.note_zero(5, Some(ZEROES)),
+        |arena| {
+            arena.note_zero(6, Some(later));
+            arena.note_zero(5, None);
+            arena.note_zero(5, Some(later));
+        },
+    );
+    let allowed = [vec![(5, ZEROES)], vec![(5, ZEROES), (6, later)], vec![(6, later)], vec![(5, later), (6, later)]];
+    let is_allowed = |found: &Found| matches!(found, Found::Cache { zeroes, .. } if allowed.contains(zeroes));
+    assert_eq!(step.faults(is_allowed), [""; 0]);
+}
+
+// The checks find what they are for: the same steps with their stores in a wrong order.
+
+/// Moves the event at `from` before the one at `to`.
+fn reordered(mut step: Step, from: usize, to: usize) -> Step {
+    let event = step.events.remove(from);
+    step.events.insert(to, event);
+    step
+}
+
+/// Positions of the stores among the events.
+fn stores(step: &Step) -> Vec<usize> {
+    (0..step.events.len()).filter(|&at| matches!(step.events[at], Event::Store(_))).collect()
+}
+
+#[test]
+fn a_header_that_is_marked_complete_first_is_found() {
+    let create = || Step::run(&[], |file| Arena::persistent(file, &spec(FRAMES, WRITE_THROUGH)).unwrap());
+    let is_allowed = |found: &Found| *found == Found::Nothing || found.guest() == WRITE_THROUGH;
+    assert_eq!(create().faults(is_allowed), [""; 0]);
+    let stores = stores(&create());
+    let magic_first = reordered(create(), stores[stores.len() - 1], stores[0]);
+    assert!(!magic_first.faults(is_allowed).is_empty());
+}
+
+#[test]
+fn frames_that_are_counted_before_their_guest_is_recorded_are_found() {
+    let (marker, _) = earlier_files().remove(1);
+    let create = || Step::run(&marker, |file| Arena::persistent(file, &spec(FRAMES, LOST)).unwrap());
+    let is_allowed = |found: &Found| !matches!(found, Found::Cache { guest, .. } if *guest != LOST);
+    assert_eq!(create().faults(is_allowed), [""; 0]);
+    let stores = stores(&create());
+    let frames_first = reordered(create(), stores[stores.len() - 2], stores[1]);
+    assert!(!frames_first.faults(is_allowed).is_empty());
+}
+
+#[test]
+fn a_range_whose_length_is_stored_before_its_start_is_found() {
+    let note = || Step::on_arena(|_| {}, |arena| arena.note_zero(5, Some(ZEROES)));
+    let is_allowed =
+        |found: &Found| matches!(found, Found::Cache { zeroes, .. } if zeroes.is_empty() || *zeroes == [(5, ZEROES)]);
+    assert_eq!(note().faults(is_allowed), [""; 0]);
+    let stores = stores(&note());
+    assert!(!reordered(note(), stores[1], stores[0]).faults(is_allowed).is_empty());
+}

@@ -68,6 +68,14 @@ pub struct SectorSpan {
 }
 
 impl SectorSpan {
+    /// The sectors of page `no` that lie in the span.
+    pub fn sectors_in(self, no: PageNo) -> SectorMask {
+        let start = no.0 * SECTORS_PER_PAGE;
+        let first = low_u8(self.start.saturating_sub(start).min(SECTORS_PER_PAGE));
+        let end = low_u8(self.end().saturating_sub(start).min(SECTORS_PER_PAGE));
+        if first < end { SectorMask::run(first, end - first) } else { SectorMask::NONE }
+    }
+
     /// `count` sectors from `start`.
     pub fn new(start: u64, count: u64) -> Self {
         Self { start, count }
@@ -210,6 +218,11 @@ pub fn low_u8(number: u64) -> u8 {
 pub struct Epoch(pub u32);
 
 impl Epoch {
+    /// Whether [`Epoch::at_or_before`] would soon take this epoch for one after `current`.
+    pub fn is_about_to_wrap(self, current: Self) -> bool {
+        current.0.wrapping_sub(self.0) > u32::MAX / 4
+    }
+
     /// Whether `self` was opened no later than `other`.
     pub fn at_or_before(self, other: Self) -> bool {
         other.0.wrapping_sub(self.0) < 1 << 31
@@ -273,6 +286,14 @@ impl fmt::Display for Fault {
 }
 
 impl StdError for Fault {}
+
+impl Fault {
+    /// Whether the device may have been reset, and with it have lost what it had not made durable. The other faults say
+    /// that the operation could not start.
+    pub fn may_be_a_reset(self) -> bool {
+        matches!(self, Self::Media | Self::Fenced | Self::Gone | Self::TimedOut)
+    }
+}
 
 /// A number with its noun, for messages: "1 page", "2 pages". `noun` is the singular of one that takes an "s".
 pub fn counted(number: u64, noun: &str) -> String {

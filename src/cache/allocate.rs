@@ -121,7 +121,7 @@ impl PageCache {
         self.allocating.pending.push(PendingAllocation { region, stale: false });
         self.stats.allocations += 1;
         let span = self.span_of(PageNo(region * REGION_PAGES), REGION_PAGES);
-        self.store_ops.submit(StoreOp::without_pages(OpKind::Allocate, span));
+        self.submit_op(StoreOp::without_pages(OpKind::Allocate, span));
         Space::Pending
     }
 

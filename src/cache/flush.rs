@@ -5,19 +5,21 @@
 //! serves all flushes that wait (group commit). A flush with nothing written since the last successful Sync completes
 //! at once.
 //!
-//! Failures: a failed write fails the flushes of its epoch, and its pages stay dirty. After a failed Sync a second one
-//! may succeed although the store has lost the data. So everything that was written since the last successful Sync
-//! becomes dirty again and is written again. Its frames still have the bytes, because pages that no Sync covers are not
-//! evicted.
+//! A failed write fails the flushes of its epoch, and its pages stay dirty. A failed Sync is not retried as if nothing
+//! had happened. The device may have been reset, or the kernel may have dropped the pages, so every write since the
+//! last successful Sync is in doubt: those that the Sync was to cover, those that completed later, and those in flight.
+//! All of them become dirty again and are written again (pages that no Sync covers are not evicted). A failed write may
+//! be the sign of a reset as well, and puts the same writes in doubt. Before it is tried again, a Sync makes the others
+//! durable: otherwise a page that fails for ever would put them in doubt for ever.
 
 use std::collections::VecDeque;
 
 use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SectorSpan};
 
-use super::pages::{Flags, UNSYNCED};
+use super::pages::UNSYNCED;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{Notice, PageCache, Ticket};
+use super::{Notice, PageCache, PlantedBug, Ticket};
 
 /// A Sync is due when one in so many frames has a page that no Sync covers, because such pages can't be evicted.
 const UNSYNCED_PART: u32 = 8;
@@ -32,11 +34,11 @@ struct Flush {
     needs: Option<u64>,
 }
 
-/// The flushes that wait, and what is written and not yet durable.
-#[derive(Debug, Default)]
+/// The flushes that wait, and what is written but not yet durable.
+#[derive(Debug)]
 pub(super) struct Flushing {
     queue: VecDeque<Flush>,
-    /// Number of writes, zeros and discards that have succeeded.
+    /// Writes, zeros and discards that have succeeded.
     written: u64,
     /// How many of them a successful Sync covers.
     stable: u64,
@@ -48,6 +50,29 @@ pub(super) struct Flushing {
     fresh: usize,
     /// A Sync should be submitted although no flush waits for it.
     wanted: bool,
+    /// A write has failed, and no Sync has succeeded since.
+    must_sync_before_retry: bool,
+    /// How often everything unsynced was put in doubt. An operation that was submitted before the last time is in doubt
+    /// too.
+    doubts: u32,
+}
+
+impl Default for Flushing {
+    /// => The first flush of a cache's life sends a Sync: the image may hold writes of the last daemon, or of another
+    ///    process, that no Sync covers and that the guest can read.
+    fn default() -> Self {
+        Self {
+            queue: VecDeque::new(),
+            written: 1,
+            stable: 0,
+            syncing: None,
+            unsynced: Default::default(),
+            fresh: 0,
+            wanted: false,
+            must_sync_before_retry: false,
+            doubts: 0,
+        }
+    }
 }
 
 impl Flushing {
@@ -89,6 +114,27 @@ impl Flushing {
     /// The list for pages whose write ends now.
     pub fn fresh(&self) -> usize {
         self.fresh
+    }
+
+    /// A write has failed: before it is tried again, a Sync covers what has succeeded.
+    pub fn sync_before_retry(&mut self) {
+        self.must_sync_before_retry = true;
+    }
+
+    /// Whether a failed write may be tried again: it puts little in doubt if it fails again.
+    pub fn may_retry(&self) -> bool {
+        !self.must_sync_before_retry || self.nothing_unsynced()
+    }
+
+    /// Whether something that this cache has written is not durable.
+    pub fn has_unsynced(&self) -> bool {
+        // The first of `written` stands for what was on the image before.
+        self.written > self.stable.max(1)
+    }
+
+    /// See [`PageCache::is_in_doubt`].
+    pub fn doubts(&self) -> u32 {
+        self.doubts
     }
 
     /// Bytes of memory that the lists take.
@@ -144,7 +190,7 @@ impl PageCache {
         flushing.wanted = false;
         debug_assert!(flushing.unsynced[flushing.fresh].is_empty(), "the end of the last Sync takes its list");
         self.stats.syncs += 1;
-        self.store_ops.submit(StoreOp::without_pages(OpKind::Sync, SectorSpan::new(0, 0)));
+        self.submit_op(StoreOp::without_pages(OpKind::Sync, SectorSpan::new(0, 0)));
     }
 
     /// The Sync has ended.
@@ -155,6 +201,7 @@ impl PageCache {
         match outcome.fault() {
             None => {
                 self.flushing.stable = covered;
+                self.flushing.must_sync_before_retry = false;
                 self.store_succeeded(Cause::Sync);
                 // Before the pages: a page that was written after its range had been zeroed must not be clean while the
                 // range is noted, or the next daemon would zero it.
@@ -167,21 +214,39 @@ impl PageCache {
                 }
             }
             Some(fault) => {
-                self.redirty(&pages, UNSYNCED[old]);
-                self.redo_zeroes(old);
+                self.flushing.unsynced[old] = pages;
+                self.doubt_unsynced();
                 self.sync_failed(fault);
             }
         }
     }
 
-    /// Makes the pages dirty again that a failed Sync should have made durable.
-    fn redirty(&mut self, pages: &[PageId], flag: Flags) {
-        for &id in pages {
-            if self.pages[id].is(flag) {
-                self.make_dirty_again(id);
-                self.pages.change(id, |page| page.clear(flag));
+    /// Everything that no successful Sync covers may be lost: it is written, or zeroed, again. Operations in flight are
+    /// in doubt when they complete ([`PageCache::is_in_doubt`]).
+    pub(super) fn doubt_unsynced(&mut self) {
+        self.flushing.doubts = self.flushing.doubts.wrapping_add(1);
+        let lists =
+            if self.planted(PlantedBug::SyncDoubtsTooLittle) { [self.flushing.fresh ^ 1].to_vec() } else { vec![0, 1] };
+        for list in lists {
+            let flag = UNSYNCED[list];
+            for id in std::mem::take(&mut self.flushing.unsynced[list]) {
+                // The page may have been removed, and another have taken its slot.
+                if self.pages[id].is(flag) {
+                    self.make_dirty_again(id);
+                    self.pages.change(id, |page| page.clear(flag));
+                }
             }
+            self.redo_zeroes(list);
         }
+        // Waiting flushes wait for the rewrite and for another Sync.
+        for flush in &mut self.flushing.queue {
+            flush.needs = None;
+        }
+    }
+
+    /// Whether an operation that has succeeded was in flight when what is unsynced was put in doubt.
+    pub(super) fn is_in_doubt(&self, op: &StoreOp) -> bool {
+        op.doubts != self.flushing.doubts && !self.planted(PlantedBug::InFlightIsTrusted)
     }
 
     /// Makes the flushes that still wait, wait for the pages to be written again and for another Sync.
@@ -189,15 +254,13 @@ impl PageCache {
         self.stats.sync_errors += 1;
         self.store_failed(fault, Cause::Sync);
         self.flushing.wanted = true;
-        for flush in &mut self.flushing.queue {
-            flush.needs = None;
-        }
     }
 
     /// Makes all of a page dirty again, because the store may lack it. It gets an epoch that every waiting flush
     /// includes.
     pub(super) fn make_dirty_again(&mut self, id: PageId) {
-        let epoch = self.flushing.queue.front().map_or(self.pages.dirty().current(), |flush| flush.up_to);
+        let epoch = self.epoch_for_rewriting();
+        self.forget_unread(id);
         let beyond = self.pages.beyond_image(self.pages[id].no());
         self.pages.change(id, |page| {
             if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
@@ -205,6 +268,17 @@ impl PageCache {
             }
             page.dirty = page.valid.without(beyond);
         });
+    }
+
+    /// An epoch that every waiting flush includes.
+    pub(super) fn epoch_for_rewriting(&self) -> Epoch {
+        self.flushing.queue.front().map_or(self.pages.dirty().current(), |flush| flush.up_to)
+    }
+
+    /// The epoch of a page whose write-back failed: its own. One that has failed for so long that the comparison of
+    /// epochs would soon wrap moves up instead, so that later flushes still include it.
+    pub(super) fn epoch_after_failure(&self, epoch: Epoch) -> Epoch {
+        if epoch.is_about_to_wrap(self.pages.dirty().current()) { self.epoch_for_rewriting() } else { epoch }
     }
 
     /// Fails the flushes that include a write of `epoch`.

@@ -172,6 +172,9 @@ impl PageCache {
 
     /// Starts the read-in of an absent page.
     fn begin_read_in(&mut self, no: PageNo) -> Result<PageId, NoReadIn> {
+        if self.zeroed_sectors(no).or(self.pages.beyond_image(no)) == SectorMask::ALL {
+            return Err(NoReadIn::Hole);
+        }
         match self.holes.status(no) {
             BlockStatus::Hole => return Err(NoReadIn::Hole),
             BlockStatus::Unknown => {
@@ -197,13 +200,16 @@ impl PageCache {
             return true;
         }
         let no = self.pages[id].no();
-        match self.holes.status(no) {
+        let missing = missing_sectors(&self.pages[id]);
+        let status = if self.zeroed_sectors(no).contains(missing) { BlockStatus::Hole } else { self.holes.status(no) };
+        match status {
             BlockStatus::Unknown => {
                 self.ask_for_map(no);
                 false
             }
             BlockStatus::Hole => match self.pages.ensure_frame(id) {
                 Some(_) => {
+                    // Again: sectors beyond the end of the image are valid as soon as there is a frame.
                     let missing = missing_sectors(&self.pages[id]);
                     self.pages.zero_sectors(id, missing);
                     self.pages.change(id, |page| page.valid = page.valid.or(missing));
@@ -247,7 +253,7 @@ impl PageCache {
         self.stats.store_reads += 1;
         self.stats.store_read_sectors += span.count;
         let demand = !self.run.is_readahead;
-        self.store_ops.submit(StoreOp { kind: OpKind::Read, span, frames, ids, epoch: Epoch(0), demand });
+        self.submit_op(StoreOp { kind: OpKind::Read, span, frames, ids, epoch: Epoch(0), demand, doubts: 0 });
     }
 
     /// A read-in has ended.
@@ -261,11 +267,16 @@ impl PageCache {
         self.submit_run();
     }
 
-    /// The store has filled `frame` for the page, which adopts it, or takes from it what it lacks (I7).
+    /// The store has filled `frame` for the page, which adopts it, or takes from it what it lacks (I7). What a zero has
+    /// zeroed meanwhile is zeros, whatever the store returned.
     fn page_read_in(&mut self, id: PageId, frame: FrameId) {
+        let zeroed = self.zeroed_sectors(self.pages[id].no());
         match self.pages[id].frame() {
             None => {
                 self.pages.adopt_frame(id, frame);
+                if !zeroed.is_empty() {
+                    self.pages.zero_sectors(id, zeroed);
+                }
                 self.pages.change(id, |page| {
                     page.clear(READING);
                     page.valid = SectorMask::ALL.without(page.pending);
@@ -276,7 +287,10 @@ impl PageCache {
                 if self.planted(PlantedBug::ReadInOverwritesDirty) {
                     missing = SectorMask::ALL;
                 }
-                self.pages.copy_from(id, frame, missing);
+                self.pages.copy_from(id, frame, missing.without(zeroed));
+                if !zeroed.is_empty() {
+                    self.pages.zero_sectors(id, missing.and(zeroed));
+                }
                 self.pages.release_frame(frame);
                 missing = missing.or(self.pages[id].valid);
                 self.pages.change(id, |page| {

@@ -196,7 +196,7 @@ impl PageCache {
         }
         let first = PageNo(no.0 / REGION_PAGES * REGION_PAGES);
         self.stats.maps += 1;
-        self.store_ops.submit(StoreOp::without_pages(OpKind::Map, self.span_of(first, REGION_PAGES)));
+        self.submit_op(StoreOp::without_pages(OpKind::Map, self.span_of(first, REGION_PAGES)));
     }
 
     /// A Map has ended. If it failed, the pages of its region pass for data.

@@ -170,7 +170,7 @@ impl PageCache {
             run: Run::default(),
             holes: Holes::new(settings.holes, frames),
             streams: Streams::new(settings.readahead_pages_max, frames),
-            writeback: Writeback::default(),
+            writeback: Writeback::new(settings.dirty_age_us),
             eager: Eager::default(),
             health: StoreHealth::default(),
             allocating: Allocating::new(frames),

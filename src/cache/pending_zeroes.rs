@@ -1,48 +1,51 @@
-//! Ranges that were zeroed on the store and that no successful Sync covers yet: they must read as zeros even if the
-//! store loses the operation.
+//! Ranges that a WRITE_ZEROES has zeroed and that no successful Sync covers: they read as zeros, whatever the store
+//! has.
 //!
-//! No frame holds such zeros, so the ranges themselves are noted in memory that outlives the daemon
-//! (`FrameMemory::note_zero`), in the slots of a bounded table:
+//! No frame holds such zeros. So the cache remembers the ranges, in a bounded number of slots, and notes each in the
+//! memory that outlives the daemon (`FrameMemory::note_zero`):
 //!
-//! 1. A zero of a guest takes its slot before it starts. If all slots are taken, it waits for the next Sync.
-//! 2. When the store has zeroed the range, it is noted: before the guest's request completes, and before the pages in
-//!    it are removed.
-//! 3. When a successful Sync covers it, the slot is cleared and free. If the Sync fails or the daemon dies, the range
-//!    is zeroed again and keeps its slot.
+//! - A zero takes a slot, and is noted, before it starts: should the daemon die, nobody knows whether the store carried
+//!   it out. The next daemon zeroes the range again.
+//! - Once it has succeeded, sectors of the range that are not in memory read as zeros without the store
+//!   (`getpages.rs`): the store may lose the zeros until a Sync covers them.
+//! - A successful Sync frees the slot. After a failed one, the range is zeroed again from the same slot.
+//! - If all slots are taken, a zero waits for the next Sync.
 //!
-//! The next daemon zeroes the noted ranges before it writes dirty pages. That is the right order: a page that was
-//! written into a noted range is dirty as long as the range is noted, because a Sync clears the slot before it marks
-//! the page clean.
+//! The next daemon zeroes the noted ranges before it writes dirty pages. That order is right: a page in a noted range
+//! that was written after the zero is dirty for as long as the range is noted, because a Sync frees the slot before it
+//! makes the page clean.
 
-use crate::units::{SectorSpan, Unmap};
+use crate::units::{PageNo, SectorMask, SectorSpan, Unmap};
 
 use super::{PageCache, PlantedBug};
 
-/// A slot of the table.
+/// Index of a slot.
 pub(super) type ZeroSlot = usize;
 
-/// A range that the store has zeroed and no successful Sync covers.
+/// A zero that has succeeded.
 #[derive(Clone, Copy, Debug)]
-struct UnsyncedZero {
-    span: SectorSpan,
-    unmap: Unmap,
-    slot: ZeroSlot,
+pub(super) struct Zero {
+    pub span: SectorSpan,
+    pub unmap: Unmap,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct PendingZeroes {
-    slots: usize,
+    /// By slot: the zeros that read as such.
+    zeroes: Vec<Option<Zero>>,
     free: Vec<ZeroSlot>,
-    /// As for pages: while a Sync is under way, one list has the ranges that it covers and the other the later ones.
-    unsynced: [Vec<UnsyncedZero>; 2],
+    /// As with pages (`flush.rs`): the slots that the Sync in flight covers, and those of zeros that completed later.
+    unsynced: [Vec<ZeroSlot>; 2],
+    /// How many there are in `zeroes`.
+    count: usize,
 }
 
 impl PendingZeroes {
-    /// A table of free slots.
+    /// A number of free slots.
     pub fn new(slots: usize) -> Self {
         assert!(slots > 0, "a zero needs a slot");
-        Self { slots, free: (0..slots).rev().collect(), unsynced: Default::default() }
+        Self { zeroes: vec![None; slots], free: (0..slots).rev().collect(), unsynced: Default::default(), count: 0 }
     }
 
     /// Whether a zero has to wait for a slot.
@@ -55,58 +58,92 @@ impl PendingZeroes {
         self.free.pop()
     }
 
-    /// Whether half of the slots are taken: then a Sync should free some.
+    /// Whether so many slots are taken that a Sync should free some.
     pub fn is_crowded(&self) -> bool {
-        self.free.len() <= self.slots / 2
+        self.free.len() <= self.zeroes.len() / 2
     }
 
-    /// Frees a slot in which nothing is noted.
-    pub fn free_slot(&mut self, slot: ZeroSlot) {
-        self.free.push(slot);
-    }
-
-    /// Number of slots taken for ranges that the store has not zeroed yet, or is to zero again.
+    /// Number of slots taken for zeros that are in flight, or wait to be done again.
     pub fn reserved(&self) -> usize {
-        self.slots - self.free.len() - self.unsynced[0].len() - self.unsynced[1].len()
+        self.zeroes.len() - self.free.len() - self.unsynced[0].len() - self.unsynced[1].len()
+    }
+
+    /// The sectors of a page that read as zeros.
+    fn sectors(&self, no: PageNo) -> SectorMask {
+        let zeroes = self.zeroes.iter().flatten();
+        zeroes.map(|zero| zero.span.sectors_in(no)).fold(SectorMask::NONE, SectorMask::or)
+    }
+
+    fn set(&mut self, slot: ZeroSlot, zero: Zero) {
+        self.count += usize::from(self.zeroes[slot].replace(zero).is_none());
+    }
+
+    fn release(&mut self, slot: ZeroSlot) {
+        self.count -= usize::from(self.zeroes[slot].take().is_some());
+        self.free.push(slot);
     }
 }
 
 impl PageCache {
-    /// The store has zeroed a range: notes it.
+    /// The sectors of a page that read as zeros unless they are in memory.
+    pub(super) fn zeroed_sectors(&self, no: PageNo) -> SectorMask {
+        if self.pending_zeroes.count == 0 || self.planted(PlantedBug::ZeroesAreReadFromStore) {
+            return SectorMask::NONE;
+        }
+        self.pending_zeroes.sectors(no)
+    }
+
+    /// A zero has succeeded on the store, and no Sync covers it.
     ///
-    /// => Call it before the pages in the range are removed.
-    pub(super) fn zero_done(&mut self, span: SectorSpan, unmap: Unmap, slot: ZeroSlot) {
-        self.note_zero(slot, span);
-        let fresh = self.flushing.fresh();
-        self.pending_zeroes.unsynced[fresh].push(UnsyncedZero { span, unmap, slot });
-    }
-
-    fn note_zero(&mut self, slot: ZeroSlot, span: SectorSpan) {
-        if self.planted(PlantedBug::ZeroNotPublished) {
-            return;
+    /// => Called before the pages in the range are dropped.
+    pub(super) fn zero_done(&mut self, slot: ZeroSlot, zero: Zero) {
+        if self.planted(PlantedBug::ZeroIsNotedLate) {
+            self.note_zero(slot, zero.span);
         }
-        self.pages.note_zero(slot, Some(span));
+        self.pending_zeroes.set(slot, zero);
+        self.pending_zeroes.unsynced[self.flushing.fresh()].push(slot);
     }
 
-    /// A successful Sync covers the ranges of a list.
+    /// As [`PageCache::zero_done`], but what was in flight with the zero is in doubt: it is done again.
+    pub(super) fn zero_in_doubt(&mut self, slot: ZeroSlot, zero: Zero) {
+        self.pending_zeroes.set(slot, zero);
+        self.redo_zero(zero.span, zero.unmap, slot);
+    }
+
+    /// Notes a zero in the memory that outlives the daemon.
+    pub(super) fn note_zero(&mut self, slot: ZeroSlot, span: SectorSpan) {
+        if !self.planted(PlantedBug::ZeroNotPublished) {
+            self.pages.note_zero(slot, Some(span));
+        }
+    }
+
+    /// A zero has failed, or is durable.
+    pub(super) fn forget_zero(&mut self, slot: ZeroSlot) {
+        self.pages.note_zero(slot, None);
+        self.pending_zeroes.release(slot);
+    }
+
+    /// A successful Sync covers the zeros of a list.
     pub(super) fn zeroes_synced(&mut self, list: usize) {
-        for UnsyncedZero { slot, .. } in std::mem::take(&mut self.pending_zeroes.unsynced[list]) {
-            self.pages.note_zero(slot, None);
-            self.pending_zeroes.free_slot(slot);
+        for slot in std::mem::take(&mut self.pending_zeroes.unsynced[list]) {
+            self.forget_zero(slot);
         }
     }
 
-    /// The Sync that should have covered the ranges of a list failed: zeroes them again.
+    /// The store may have lost the zeros of a list.
     pub(super) fn redo_zeroes(&mut self, list: usize) {
-        for UnsyncedZero { span, unmap, slot } in std::mem::take(&mut self.pending_zeroes.unsynced[list]) {
+        for slot in std::mem::take(&mut self.pending_zeroes.unsynced[list]) {
+            let Zero { span, unmap } = self.pending_zeroes.zeroes[slot].expect("an unsynced zero has a range");
             self.redo_zero(span, unmap, slot);
         }
     }
 
-    /// Zeroes again the ranges that the last daemon noted, by their slots.
-    pub(super) fn restore_zeroes(&mut self, noted: impl IntoIterator<Item = (usize, SectorSpan)>) {
+    /// The last daemon noted these zeros. What is clean in them may be older than the zero.
+    pub(super) fn restore_zeroes(&mut self, noted: impl IntoIterator<Item = (ZeroSlot, SectorSpan)>) {
         for (slot, span) in noted {
             self.pending_zeroes.free.retain(|&free| free != slot);
+            self.pending_zeroes.set(slot, Zero { span, unmap: Unmap::Forbidden });
+            self.forget_clean(span);
             self.redo_zero(span, Unmap::Forbidden, slot);
             self.flushing.want_sync();
         }

@@ -24,22 +24,20 @@ pub(crate) enum PlantedBug {
     HoldNeverEnds,
     /// Under the error policy `hold`, requests fail at once.
     HoldFailsAtOnce,
-}
-
-#[cfg(test)]
-impl PlantedBug {
-    pub(crate) const ALL: [Self; 10] = [
-        Self::RewriteIsLost,
-        Self::ReadInOverwritesDirty,
-        Self::WriteErrorIgnored,
-        Self::WritebackPublishedAsClean,
-        Self::UnsyncedPublishedAsClean,
-        Self::ZeroNotPublished,
-        Self::NoSpaceIgnored,
-        Self::WriteSkipsAllocation,
-        Self::HoldNeverEnds,
-        Self::HoldFailsAtOnce,
-    ];
+    /// A failed Sync puts in doubt only what completed before it was sent.
+    SyncDoubtsTooLittle,
+    /// A failed write, which may be the sign of a reset, puts nothing else in doubt.
+    FailedWriteDoubtsNothing,
+    /// A write that was in flight when a Sync failed counts as stored.
+    InFlightIsTrusted,
+    /// A zero is published when it completes, and not before it starts.
+    ZeroIsNotedLate,
+    /// What a zero that no Sync covers has zeroed is read from the store.
+    ZeroesAreReadFromStore,
+    /// The age limit does not apply to what is written and not synced.
+    AgeForgetsUnsynced,
+    /// Sectors beyond the end of the image are published as dirty.
+    TailIsPublished,
 }
 
 /// The bug that is planted in a cache, if there is one.

@@ -48,7 +48,10 @@ impl PageCache {
             frames.push(page.frame().expect("a valid page has a frame"));
         }
         let span = self.span_of(first, end.0 - first.0);
-        self.submit_write(StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false }, SectorMask::ALL);
+        self.submit_write(
+            StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false, doubts: 0 },
+            SectorMask::ALL,
+        );
         Some(end)
     }
 
@@ -69,7 +72,7 @@ impl PageCache {
         frames.push(page.frame().expect("a dirty page has a frame"));
         let epoch = page.epoch;
         let span = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), u64::from(count));
-        let op = StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false };
+        let op = StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false, doubts: 0 };
         self.submit_write(op, SectorMask::run(first, count));
         no.plus(1)
     }
@@ -128,7 +131,7 @@ impl PageCache {
         }
         self.stats.store_writes += 1;
         self.stats.store_written_sectors += op.span.count;
-        self.store_ops.submit(op);
+        self.submit_op(op);
     }
 
     /// A cluster has ended (genfs: uvm_aio_aiodone).
@@ -141,8 +144,12 @@ impl PageCache {
         let fault = outcome.fault().filter(|fault| !is_ignored(fault));
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             match fault {
+                None if self.is_in_doubt(op) => self.page_not_written(id, op.epoch),
                 None => self.page_written(id),
-                Some(_) => self.page_not_written(id, op.epoch),
+                Some(_) => {
+                    self.page_not_written(id, op.epoch);
+                    self.pages.change(id, |page| page.set(FAILED));
+                }
             }
             self.pages.release_frame(frame);
             if self.pages[id].waiters() != NONE {
@@ -156,7 +163,13 @@ impl PageCache {
                 self.flushing.note_unsynced_write();
                 self.store_succeeded(Cause::Write);
             }
-            Some(fault) => self.cluster_failed(op.epoch, fault),
+            Some(fault) => {
+                if fault.may_be_a_reset() && !self.planted(PlantedBug::FailedWriteDoubtsNothing) {
+                    self.doubt_unsynced();
+                }
+                self.flushing.sync_before_retry();
+                self.cluster_failed(op.epoch, fault);
+            }
         }
     }
 
@@ -174,8 +187,10 @@ impl PageCache {
         }
     }
 
-    /// The page stays dirty: its frame has the bytes.
+    /// Makes the page dirty again, with what was clean beside it in a cluster: the range on the store is unknown.
     fn page_not_written(&mut self, id: PageId, epoch: Epoch) {
+        let epoch = self.epoch_after_failure(epoch);
+        self.forget_unread(id);
         let beyond = self.pages.beyond_image(self.pages[id].no());
         self.pages.change(id, |page| {
             if page.dirty.is_empty() || epoch.at_or_before(page.epoch) {
@@ -184,7 +199,6 @@ impl PageCache {
             page.dirty = page.dirty.or(page.writing).without(beyond);
             page.writing = SectorMask::NONE;
             page.clear(FROZEN);
-            page.set(FAILED);
         });
     }
 

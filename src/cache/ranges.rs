@@ -9,11 +9,11 @@
 use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
 
 use super::pages::FAILED;
-use super::pending_zeroes::ZeroSlot;
+use super::pending_zeroes::{Zero, ZeroSlot};
 use super::stalled::StallReason;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{Notice, PageCache, Ticket};
+use super::{Notice, PageCache, PlantedBug, Ticket};
 
 /// Range operations of guests at a time; more of them stall.
 const RANGES_MAX: usize = 64;
@@ -25,8 +25,18 @@ struct Range {
     span: SectorSpan,
     kind: OpKind,
     started: bool,
-    /// Where a zero is noted, or will be once the store has done it.
+    /// Where a zero is noted, or will be.
     zero_slot: Option<ZeroSlot>,
+}
+
+impl Range {
+    /// The zero, if it is one, with the slot that it has once it has started.
+    fn zero(&self) -> Option<(ZeroSlot, Zero)> {
+        match self.kind {
+            OpKind::Zero { unmap } => self.zero_slot.map(|slot| (slot, Zero { span: self.span, unmap })),
+            _ => None,
+        }
+    }
 }
 
 /// The range operations under way, and those that wait for their pages.
@@ -137,11 +147,18 @@ impl PageCache {
                 self.redirty_unsynced(pages.iter());
             }
             if zero_slot.is_none() && matches!(kind, OpKind::Zero { .. }) {
-                self.ranges.list[index].zero_slot = self.pending_zeroes.take_slot();
+                let slot = self.pending_zeroes.take_slot().expect("a zero without a slot waits");
+                self.ranges.list[index].zero_slot = Some(slot);
+                if !self.planted(PlantedBug::ZeroIsNotedLate) {
+                    self.note_zero(slot, span);
+                }
+            }
+            if ticket.is_some() && !self.planted(PlantedBug::ZeroIsNotedLate) {
+                self.forget_clean(span);
             }
             self.ranges.list[index].started = true;
             self.stats.range_operations += 1;
-            self.store_ops.submit(StoreOp::without_pages(kind, span));
+            self.submit_op(StoreOp::without_pages(kind, span));
         }
         if self.pending_zeroes.is_crowded() {
             self.flushing.want_sync();
@@ -185,18 +202,29 @@ impl PageCache {
         if result.is_ok() {
             self.flushing.note_unsynced_write();
         }
-        if let (Ok(()), OpKind::Zero { unmap }, Some(zero_slot)) = (result, op.kind, range.zero_slot) {
-            self.zero_done(span, unmap, zero_slot);
+        if let Err(fault) = result
+            && fault.may_be_a_reset()
+            && !self.planted(PlantedBug::FailedWriteDoubtsNothing)
+        {
+            self.doubt_unsynced();
         }
         let Some(ticket) = range.ticket else {
-            if let Err(fault) = result {
-                self.store_failed(fault, Cause::Sync);
-                self.ranges.list.push(Range { started: false, ..range });
+            // A zero that is done again.
+            match result {
+                Ok(()) if !self.is_in_doubt(op) => {
+                    let (slot, zero) = range.zero().expect("only zeros are done again");
+                    self.zero_done(slot, zero);
+                }
+                Ok(()) => self.ranges.list.push(Range { started: false, ..range }),
+                Err(fault) => {
+                    self.store_failed(fault, Cause::Sync);
+                    self.ranges.list.push(Range { started: false, ..range });
+                }
             }
             return;
         };
-        if let (Err(_), Some(zero_slot)) = (result, range.zero_slot) {
-            self.pending_zeroes.free_slot(zero_slot);
+        if let (Ok(()), Some((slot, zero))) = (result, range.zero()) {
+            if self.is_in_doubt(op) { self.zero_in_doubt(slot, zero) } else { self.zero_done(slot, zero) }
         }
         for id in self.resident_pages(span.pages()) {
             if result.is_ok() {
@@ -205,10 +233,32 @@ impl PageCache {
                 self.redirty_or_remove(id);
             }
         }
+        if let (Err(_), Some(slot)) = (result, range.zero_slot) {
+            // Only now, when no clean sector of the range is left that the store may not have.
+            self.forget_zero(slot);
+        }
         if result.is_ok() {
             self.store_succeeded(Cause::Write);
         }
         self.notices.push(Notice::Done(ticket, result));
+    }
+
+    /// Drops the clean sectors of a range that is about to change on the store: should the daemon die meanwhile, the
+    /// next one must not take them for what the store has.
+    pub(super) fn forget_clean(&mut self, span: SectorSpan) {
+        for id in self.resident_pages(span.pages()) {
+            let page = &self.pages[id];
+            if page.busy() || page.is_unsynced() {
+                continue;
+            }
+            let clean = self.sectors_inside(id, span).without(page.dirty).without(self.pages.beyond_image(page.no()));
+            if page.dirty.is_empty() && page.valid.without(clean).without(self.pages.beyond_image(page.no())).is_empty()
+            {
+                self.remove_page(id);
+            } else {
+                self.pages.change(id, |page| page.valid = page.valid.without(clean));
+            }
+        }
     }
 
     /// Removes a page inside the range; zeroes the part inside of a page that the range cuts, as the store did.
@@ -241,10 +291,7 @@ impl PageCache {
     /// page.
     fn sectors_inside(&self, id: PageId, span: SectorSpan) -> SectorMask {
         let no = self.pages[id].no();
-        let page_start = no.0 * SECTORS_PER_PAGE;
-        let first = span.start.saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
-        let end = span.end().saturating_sub(page_start).min(SECTORS_PER_PAGE) as u8;
-        let inside = SectorMask::run(first, end.saturating_sub(first));
+        let inside = span.sectors_in(no);
         if inside.or(self.pages.beyond_image(no)) == SectorMask::ALL { SectorMask::ALL } else { inside }
     }
 

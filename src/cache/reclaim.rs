@@ -56,6 +56,14 @@ impl PageCache {
         }
     }
 
+    /// A clean page becomes dirty without a guest's write. If it was read ahead and not read yet, it stops counting as
+    /// unread: the field that holds its period is needed for its epoch.
+    pub(super) fn forget_unread(&mut self, id: PageId) {
+        if let Some(period) = self.pages.take_unread(id) {
+            self.streams.remove_unread(period);
+        }
+    }
+
     /// A page that was read ahead in `period` is evicted, removed or overwritten before a guest has read it.
     pub(super) fn count_wasted_prefetch(&mut self, no: PageNo, period: Period) {
         self.streams.remove_unread(period);

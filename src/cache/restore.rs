@@ -8,7 +8,7 @@
 //!   covered is written, or zeroed, again.
 //! - A page that was moving to another frame is recorded for both, with the same bytes; one of them is used.
 
-use crate::units::{FrameId, FrameRecord, SectorSpan, Tick};
+use crate::units::{FrameId, FrameRecord, SectorSpan};
 
 use super::PageCache;
 
@@ -22,7 +22,6 @@ impl PageCache {
     ) -> (u32, u32) {
         self.pages.restore(records);
         self.restore_zeroes(zeroes);
-        self.writeback.start_aging(Tick(0), self.settings.dirty_age_us);
         (self.pages.len(), self.pages.dirty().dirty_pages())
     }
 }

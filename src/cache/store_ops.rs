@@ -44,12 +44,14 @@ pub(super) struct StoreOp {
     pub epoch: Epoch,
     /// See [`StoreOpRef::demand`].
     pub demand: bool,
+    /// See [`PageCache::is_in_doubt`].
+    pub doubts: u32,
 }
 
 impl StoreOp {
     /// An operation that holds no pages.
     pub fn without_pages(kind: OpKind, span: SectorSpan) -> Self {
-        Self { kind, span, frames: Vec::new(), ids: Vec::new(), epoch: Epoch(0), demand: true }
+        Self { kind, span, frames: Vec::new(), ids: Vec::new(), epoch: Epoch(0), demand: true, doubts: 0 }
     }
 
     /// The first page that the operation touches.
@@ -126,6 +128,11 @@ impl StoreOps {
 }
 
 impl PageCache {
+    /// Queues an operation for the store.
+    pub(super) fn submit_op(&mut self, op: StoreOp) {
+        self.store_ops.submit(StoreOp { doubts: self.flushing.doubts(), ..op });
+    }
+
     /// Hands out the operations that the owner has not started yet, in order.
     ///
     /// => The frames of an operation stay held until [`PageCache::complete`] gets its tag.
@@ -142,6 +149,8 @@ impl PageCache {
     pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
         self.now = self.now.max(now);
         self.stalled.unblock();
+        // A page that could not go may be able to go now.
+        self.writeback.look_again();
         let op = self.store_ops.complete(tag);
         match op.kind {
             OpKind::Read => self.read_done(&op, outcome),

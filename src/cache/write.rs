@@ -168,7 +168,7 @@ impl PageCache {
         if self.pages[id].writers == u8::MAX {
             self.stalled.unblock();
         }
-        if self.pages.dirty().dirty_pages() == 0 {
+        if self.pages.dirty().dirty_pages() == 0 && !self.flushing.has_unsynced() {
             self.writeback.start_aging(self.now, self.settings.dirty_age_us);
         }
         self.pages.change(id, |page| {
@@ -188,6 +188,7 @@ impl PageCache {
             page.mark(RECENT);
         });
         self.writeback.note_write(self.pages.dirty(), no);
+        self.writeback.look_again();
         self.writer_left(id);
     }
 

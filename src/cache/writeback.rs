@@ -10,7 +10,7 @@
 use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 
 use super::pages::{DirtySet, FAILED, GROUP_PAGES, Group, READING, RECENT};
-use super::{PageCache, REGION_PAGES};
+use super::{PageCache, PlantedBug, REGION_PAGES};
 
 /// Most writes under way.
 const DEPTH_MAX: u32 = 32;
@@ -52,6 +52,18 @@ pub(super) struct Writeback {
 }
 
 impl Writeback {
+    /// Nothing is dirty; what the image holds already ages from now on.
+    pub fn new(age_us: u64) -> Self {
+        let mut writeback = Self::default();
+        writeback.start_aging(Tick(0), age_us);
+        writeback
+    }
+
+    /// A page that could not be written back may be able to go now.
+    pub fn look_again(&mut self) {
+        self.groups_without_progress = 0;
+    }
+
     /// A guest sent a request: the image is not idle.
     pub fn note_guest_io(&mut self, now: Tick) {
         self.last_guest_io = now;
@@ -94,6 +106,9 @@ impl PageCache {
             return;
         }
         self.age();
+        if self.health.may_retry(self.now) && !self.flushing.may_retry() {
+            self.flushing.want_sync();
+        }
         if self.pages.dirty().dirty_pages() == 0 {
             self.writeback.running = false;
             self.writeback.pressure = false;
@@ -163,8 +178,14 @@ impl PageCache {
             self.flushing.want_sync();
         }
         if self.now >= self.writeback.next_aging {
+            let was_slow = self.writeback.aged.is_some();
             if self.pages.dirty().dirty_pages() > 0 {
                 self.writeback.aged = Some(self.pages.close_epoch());
+            }
+            // What write-back for another reason has stored ages too, until a Sync covers it. One comes anyway once the
+            // aged epoch is written, unless that takes long.
+            if self.unsynced_ages() && (self.writeback.aged.is_none() || was_slow) {
+                self.flushing.want_sync();
             }
             self.writeback.next_aging = self.now.plus_us(self.settings.dirty_age_us / EPOCHS_PER_AGE);
         }
@@ -247,8 +268,13 @@ impl PageCache {
             && page.writing.is_empty()
             && page.writers == 0
             && !page.is(READING)
-            && (!page.is(FAILED) || self.health.may_retry(self.now))
+            && (!page.is(FAILED) || self.health.may_retry(self.now) && self.flushing.may_retry())
             && !self.ranges.contain(page.no())
+    }
+
+    /// Whether something is on the store that no Sync covers.
+    fn unsynced_ages(&self) -> bool {
+        self.flushing.has_unsynced() && !self.planted(PlantedBug::AgeForgetsUnsynced)
     }
 
     /// When write-back next has something to do without a request or a completion.
@@ -260,10 +286,12 @@ impl PageCache {
             return None;
         }
         let retry = self.health.retry_at().filter(|&at| at > self.now);
+        let aging = Some(self.writeback.next_aging).filter(|&at| at > self.now);
         if self.pages.dirty().dirty_pages() == 0 {
+            let aging = aging.filter(|_| self.unsynced_ages());
             let sync = retry.filter(|_| self.flushing.needs_sync() || self.ranges.is_redoing_zeroes());
             let space = retry.filter(|_| self.health.waits_for_space());
-            return [sync, space, self.hold_ends()].into_iter().flatten().min();
+            return [sync, space, aging, self.hold_ends()].into_iter().flatten().min();
         }
         let idle_at = self.writeback.last_guest_io.plus_us(IDLE_US);
         let idle = (idle_at > self.now).then_some(idle_at);

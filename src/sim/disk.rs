@@ -1,9 +1,8 @@
 //! The simulated disk: a volatile write cache in front of a durable medium, with holes and power cuts.
 //!
 //! Each sector holds a version number instead of bytes; version 0 stands for zeros. Until a Sync succeeds, a write may
-//! or may not have reached the medium. A Sync that fails drops the writes that it should have made durable, as kernels
-//! do with pages whose write-back fails: reads still return the data, and a later Sync that succeeds does not cover
-//! them.
+//! or may not have reached the medium. What a failed Sync loses depends on the disk ([`SyncFailure`]). In any case a
+//! later Sync that succeeds does not bring it back.
 
 use crate::prng::Prng;
 use crate::units::{ExtentKind, Unmap};
@@ -34,6 +33,18 @@ pub(crate) struct Disk {
 }
 
 const SECTORS_PER_PAGE: usize = 8;
+
+/// What a failed Sync does to writes that are not durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SyncFailure {
+    /// Those that it should have made durable never reach the medium, but reads still return them: a kernel that drops
+    /// its dirty pages after a failed write-back does so.
+    DropsEarlier,
+    /// The same, for later ones too.
+    DropsAll,
+    /// The disk was reset and its write cache is lost: reads return what the medium holds.
+    Resets,
+}
 
 impl Disk {
     /// A disk of `sectors` sectors. Pages for which `hole` returns true are holes; the others hold version 0 as data.
@@ -122,10 +133,29 @@ impl Disk {
         }
     }
 
-    /// The Sync that started at `began` fails: earlier writes never reach the medium.
-    pub fn fail_sync(&mut self, began: u64) {
-        for unsynced in &mut self.unsynced {
-            drop_earlier(unsynced, began);
+    /// The Sync that started at `began` fails.
+    pub fn fail_sync(&mut self, began: u64, failure: SyncFailure) {
+        match failure {
+            SyncFailure::DropsEarlier => {
+                for unsynced in &mut self.unsynced {
+                    drop_earlier(unsynced, began);
+                }
+            }
+            SyncFailure::DropsAll => self.unsynced.iter_mut().for_each(Vec::clear),
+            SyncFailure::Resets => self.reset(),
+        }
+    }
+
+    /// The disk loses its write cache: every sector is what it was when it last was durable.
+    pub fn reset(&mut self) {
+        for (sector, unsynced) in self.unsynced.iter_mut().enumerate() {
+            if !unsynced.is_empty() {
+                unsynced.clear();
+                self.current[sector] = self.durable[sector];
+                if self.current[sector] != 0 {
+                    self.hole[sector / SECTORS_PER_PAGE] = false;
+                }
+            }
         }
     }
 

@@ -55,6 +55,12 @@ impl FailureOracle {
         }
     }
 
+    /// Whether the disk has failed an operation that stores data, or that a request waits for.
+    pub fn has_failed(&self) -> bool {
+        let stored = self.held_since.is_some() || self.reported || self.stopped;
+        stored || self.read_failed.is_some() || self.range_failed.is_some()
+    }
+
     /// Whether a request sent at `sent` may fail at `now`.
     pub fn may_fail(&self, class: RequestClass, sent: Tick, settings: &Settings, now: Tick) -> bool {
         let hold_expired = self.held_since.is_some_and(|since| now.since_us(since) >= settings.hold_us);

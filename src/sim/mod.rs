@@ -81,11 +81,34 @@ fn seeds_from_the_environment() {
     }
 }
 
+/// Each planted bug with the first seed that finds it. A change of the cache or of the simulator may change the seed:
+/// the test then searches for another, and prints it.
+const FOUND_BY: [(PlantedBug, u64); 17] = [
+    (PlantedBug::RewriteIsLost, 8),
+    (PlantedBug::ReadInOverwritesDirty, 1),
+    (PlantedBug::WriteErrorIgnored, 0),
+    (PlantedBug::WritebackPublishedAsClean, 10),
+    (PlantedBug::UnsyncedPublishedAsClean, 20),
+    (PlantedBug::ZeroNotPublished, 47),
+    (PlantedBug::NoSpaceIgnored, 16),
+    (PlantedBug::WriteSkipsAllocation, 1),
+    (PlantedBug::HoldNeverEnds, 118),
+    (PlantedBug::HoldFailsAtOnce, 11),
+    (PlantedBug::SyncDoubtsTooLittle, 2),
+    (PlantedBug::FailedWriteDoubtsNothing, 10),
+    (PlantedBug::InFlightIsTrusted, 2),
+    (PlantedBug::ZeroIsNotedLate, 84),
+    (PlantedBug::ZeroesAreReadFromStore, 24),
+    (PlantedBug::AgeForgetsUnsynced, 1),
+    (PlantedBug::TailIsPublished, 341),
+];
+
 #[test]
 fn the_simulator_finds_every_planted_bug_within_2000_seeds() {
-    for bug in PlantedBug::ALL {
-        let found = (0..2000).find(|&seed| catch_unwind(AssertUnwindSafe(|| run(seed, Some(bug)))).is_err());
-        let seed = found.unwrap_or_else(|| panic!("2000 seeds do not find {bug:?}"));
+    for (bug, known) in FOUND_BY {
+        let finds = |seed: &u64| catch_unwind(AssertUnwindSafe(|| run(*seed, Some(bug)))).is_err();
+        let seed = Some(known).filter(finds).or_else(|| (0..2000).find(finds));
+        let seed = seed.unwrap_or_else(|| panic!("2000 seeds do not find {bug:?}"));
         println!("seed {seed} finds {bug:?}");
     }
 }

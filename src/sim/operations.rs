@@ -27,7 +27,7 @@ impl GuestOp {
 
     /// Whether its result is undefined if another request overlaps it.
     pub fn excludes_others(self) -> bool {
-        matches!(self, GuestOp::Zero { .. } | GuestOp::Discard)
+        matches!(self, GuestOp::Discard)
     }
 }
 
@@ -49,12 +49,21 @@ pub(super) struct GuestRequest {
     pub copy_failed: bool,
     /// What it may read (a read), or what it makes durable (a flush).
     pub known: Knowledge,
+    /// A read: what it has read so far, by sector.
+    pub seen: Vec<Option<u32>>,
 }
 
 impl GuestRequest {
     /// A request that the guest sends now.
     pub fn new(op: GuestOp, span: SectorSpan, sent_step: u64, sent_at: Tick, known: Knowledge) -> Self {
-        Self { op, span, sent_step, sent_at, admitted: 0, settled: 0, failed: false, copy_failed: false, known }
+        let seen = if op == GuestOp::Read { vec![None; span.count as usize] } else { Vec::new() };
+        Self { op, span, sent_step, sent_at, admitted: 0, settled: 0, failed: false, copy_failed: false, known, seen }
+    }
+
+    /// The next daemon gets the request anew.
+    pub fn restart(&mut self) {
+        (self.admitted, self.settled, self.failed) = (0, 0, false);
+        self.seen.fill(None);
     }
 }
 
@@ -71,22 +80,28 @@ pub(super) struct DiskOp {
     pub map: Option<Vec<(u64, ExtentKind)>>,
     /// Sync: its start on the disk's clock.
     pub began: u64,
-    /// When it completes.
+    /// When it takes effect on disk and memory.
+    pub effect_at: u64,
+    /// Whether it has failed; `None` until it takes effect.
+    pub failed: Option<bool>,
+    /// When the cache hears that it has completed.
     pub ends_at: u64,
 }
 
 impl DiskOp {
-    /// An operation as the cache submits it.
-    pub fn new(op: &StoreOpRef<'_>) -> Self {
+    /// An operation as the cache submits it; the disk's first sector is sector `base` of the image.
+    pub fn new(op: &StoreOpRef<'_>, base: u64) -> Self {
         let frames = op.frames.to_vec();
         Self {
             kind: op.kind,
-            span: op.span,
+            span: SectorSpan::new(op.span.start.saturating_sub(base), op.span.count),
             first_sector: op.first_sector,
             frames,
             content: Vec::new(),
             map: None,
             began: 0,
+            effect_at: 0,
+            failed: None,
             ends_at: 0,
         }
     }

@@ -80,6 +80,30 @@ impl Oracle {
         }
     }
 
+    /// A read that was sent at `sent` has returned `seen`. If no write ended or was in flight since, the guest knows
+    /// now which of several versions the sector holds.
+    pub fn narrow(&mut self, span: SectorSpan, seen: &[Option<u32>], sent: u64) {
+        for (sector, seen) in self.sectors_of(span).iter_mut().zip(seen) {
+            let quiet = sector.current.iter().all(|c| c.ended.is_some_and(|ended| ended < sent));
+            if let Some(seen) = seen
+                && quiet
+                && !sector.unconstrained
+            {
+                sector.current.retain(|c| c.version == *seen);
+            }
+        }
+    }
+
+    /// Every write that ended before `step` is durable by now: the age limit says so.
+    pub fn complete_age(&mut self, step: u64) {
+        for sector in &mut self.sectors {
+            let quiet = sector.current.iter().all(|c| c.ended.is_some_and(|ended| ended < step));
+            if quiet && !sector.unconstrained {
+                sector.durable = Some(sector.current.iter().map(|c| c.version).collect());
+            }
+        }
+    }
+
     /// The guest sends a discard: the range may hold anything until it is written again.
     pub fn begin_discard(&mut self, span: SectorSpan) {
         for sector in self.sectors_of(span) {

@@ -4,6 +4,8 @@ use crate::cache::{ErrorPolicy, PolicyKind, Settings};
 use crate::prng::Prng;
 use crate::units::{ImageHoles, OpKind};
 
+use super::disk::SyncFailure;
+
 /// How guest, disk and daemon behave in one world.
 #[derive(Debug)]
 pub(super) struct Scenario {
@@ -25,6 +27,14 @@ pub(super) struct Scenario {
     pub zero_percent: u64,
     /// Operations that always fail, until the world heals the disk.
     pub broken: &'static [FailureClass],
+    /// What a failed Sync loses.
+    pub sync_failure: SyncFailure,
+    /// A write or zero that fails with an I/O error is the sign of a reset: the disk has lost its write cache.
+    pub failed_write_resets: bool,
+    /// The guest learns of some completions later than the cache has reported them.
+    pub late_answers: bool,
+    /// The next daemon has other settings than the one that crashed.
+    pub settings_change: bool,
 }
 
 impl Scenario {
@@ -33,13 +43,17 @@ impl Scenario {
         Self {
             fault_percent: prng.pick(&[0, 0, 1, 5, 30]),
             latency_us_max: prng.pick(&[10, 1000, 100_000]),
-            requests_max: prng.pick(&[1, 4, 32]),
+            requests_max: prng.pick(&[1, 4, 32, 200]),
             overlap: prng.percent(50),
             daemon_crashes,
             steps_per_crash: daemon_crashes.then_some(prng.pick(&[30, 300])),
             resubmits: prng.percent(70),
             zero_percent: prng.pick(&[0, 5, 30]),
             broken: &[],
+            sync_failure: prng.pick(&[SyncFailure::DropsEarlier, SyncFailure::DropsAll, SyncFailure::Resets]),
+            failed_write_resets: prng.percent(30),
+            late_answers: prng.percent(50),
+            settings_change: prng.percent(50),
         }
     }
 }
@@ -79,15 +93,37 @@ pub(super) const BREAKAGES: [&[FailureClass]; 7] = [
     &[FailureClass::Write, FailureClass::Sync, FailureClass::Allocate, FailureClass::Range],
 ];
 
+/// Changes the settings that the next daemon may change while it keeps the memory of the last one.
+pub(super) fn change_settings(settings: &mut Settings, prng: &mut Prng) {
+    settings.cluster_pages_max = prng.pick(&[1, 3, 8, 256]);
+    settings.policy = prng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]);
+    settings.readahead_pages_max = prng.pick(&[0, 4, 64, 512]);
+    settings.retain = prng.percent(90);
+    settings.dirty_age_us = prng.pick(&[10_000, 1_000_000]);
+    // With every frame dirty, a block that is larger than before could not be completed.
+    if settings.dirty_pages_max <= settings.frames / 2 {
+        let divides = |block: &u8| settings.image_sectors.is_multiple_of(u64::from(*block));
+        let blocks: Vec<u8> = [1, 2, 8].into_iter().filter(divides).collect();
+        settings.block_sectors = prng.pick(&blocks);
+        settings.dirty_pages_max = prng.pick(&[settings.frames / 4, settings.frames / 2]);
+    }
+}
+
 /// Random settings of a cache.
 pub(super) fn settings(prng: &mut Prng) -> Settings {
-    let frames = prng.pick(&[12, 24, 48, 160]);
+    let many_groups = prng.percent(2);
+    let frames = if many_groups { 2000 } else { prng.pick(&[12, 24, 48, 160]) };
     let (sparse, allocate) = (prng.percent(60), prng.percent(50));
     // A device can neither map holes nor reserve space.
     let can_map = sparse || allocate || prng.percent(50);
     let block_sectors = prng.pick(&[1, 1, 2, 8]);
     // No store has a block that the image's end cuts.
-    let image_sectors = prng.between(40, 3000).next_multiple_of(u64::from(block_sectors));
+    let (least, most) = match prng.below(20) {
+        _ if many_groups => (130_000, 200_000),
+        0 => (20_000, 60_000),
+        _ => (40, 3000),
+    };
+    let image_sectors = prng.between(least, most).next_multiple_of(u64::from(block_sectors));
     Settings {
         frames,
         image_sectors,

@@ -16,7 +16,7 @@ use super::failure_oracle::FailureOracle;
 use super::memory::{GARBAGE, Memory};
 use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
-use super::scenario::{BREAKAGES, FailureClass, Scenario, settings};
+use super::scenario::{BREAKAGES, FailureClass, Scenario, change_settings, settings};
 
 /// The longest pause before the cache tries a disk again that has failed.
 const RETRY_PAUSE_US_MAX: u64 = 5_000_000;
@@ -24,6 +24,12 @@ const RETRY_PAUSE_US_MAX: u64 = 5_000_000;
 const LIVENESS_STEPS_MAX: u64 = 200_000;
 /// Worker turns at one moment, with no operation in flight, after which the cache counts as spinning.
 const IDLE_TURNS_MAX: u32 = 1000;
+
+/// Write-back of all that is dirty at the age limit, and the Sync after it, take no longer than so many operations.
+const AGE_SLACK: u64 = 100;
+
+/// In some worlds page numbers exceed 32 bits. (A multiple of the regions in which the cache asks for holes and space.)
+const HIGH_SECTOR: u64 = 1 << 37;
 
 /// What the guest does meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +50,8 @@ pub(super) struct World {
     cache: PageCache,
     memory: Memory,
     disk: Disk,
+    /// The guest uses the end of the image, from this sector on; disk and oracle know no other.
+    base: u64,
     oracle: Oracle,
     failures: FailureOracle,
     now_us: u64,
@@ -59,6 +67,10 @@ pub(super) struct World {
     copies: Vec<(u64, Piece)>,
     /// Requests that the cache has told to resume.
     resumable: Vec<u64>,
+    /// Requests that the cache has completed and the guest does not know of yet, and whether they succeeded.
+    answers: Vec<(u64, bool)>,
+    /// Prints what happens to this sector: `GENBLK_SIM_TRACE`.
+    traced: Option<u64>,
     /// Number of completed requests.
     pub completed: u64,
 }
@@ -67,12 +79,14 @@ impl World {
     /// The world of a seed.
     pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
         let mut prng = Prng::new(seed);
-        let settings = settings(&mut prng);
+        let mut settings = settings(&mut prng);
+        let sectors = settings.image_sectors as usize;
+        let base = prng.pick(&[0, 0, 0, HIGH_SECTOR]);
+        settings.image_sectors += base;
         let memory = Memory::new(settings.frames, prng.pick(&[1, 4, 64]));
         let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         let hole_percent = if settings.holes == ImageHoles::Possible { prng.pick(&[10, 50, 100]) } else { 0 };
         cache.plant(planted);
-        let sectors = settings.image_sectors as usize;
         let disk = Disk::new(sectors, |_| prng.percent(hole_percent));
         let scenario = Scenario::new(&mut prng);
         Self {
@@ -85,6 +99,7 @@ impl World {
             cache,
             memory,
             disk,
+            base,
             now_us: 0,
             step: 0,
             idle_turns: 0,
@@ -94,6 +109,8 @@ impl World {
             operations: BTreeMap::new(),
             copies: Vec::new(),
             resumable: Vec::new(),
+            answers: Vec::new(),
+            traced: std::env::var("GENBLK_SIM_TRACE").ok().and_then(|sector| sector.parse().ok()),
             completed: 0,
         }
     }
@@ -104,6 +121,7 @@ impl World {
             self.run_step(Guest::Active);
         }
         self.scenario.steps_per_crash = None;
+        self.check_age_limit();
         if self.prng.percent(30) {
             self.scenario.broken = self.prng.pick(&BREAKAGES);
             for _ in 0..steps / 3 {
@@ -118,6 +136,38 @@ impl World {
         self.submit_request(GuestOp::Flush, SectorSpan::new(0, 0));
         self.complete_all_requests();
         self.check_power_cut();
+    }
+
+    /// The guest stops for longer than the age limit: then all that it has written is durable, without a FLUSH. Says
+    /// nothing of worlds whose disk fails, or whose daemon crashed: there it may take longer.
+    fn check_age_limit(&mut self) {
+        if self.failures.has_failed() || self.scenario.daemon_crashes || self.prng.percent(50) {
+            return;
+        }
+        self.complete_all_requests();
+        let (stopped, limit_us) =
+            (self.step + 1, self.settings.dirty_age_us + AGE_SLACK * self.scenario.latency_us_max);
+        let end_us = self.now_us + limit_us;
+        while self.now_us < end_us && self.has_work_before(end_us) {
+            self.run_step(Guest::Waiting);
+        }
+        self.now_us = self.now_us.max(end_us);
+        if !self.failures.has_failed() {
+            self.oracle.complete_age(stopped);
+            self.check_power_cut();
+        }
+    }
+
+    /// Whether an operation or a deadline of the cache comes before `end_us`.
+    fn has_work_before(&self, end_us: u64) -> bool {
+        !self.operations.is_empty() || self.cache.next_deadline().is_some_and(|at| at.0 < end_us)
+    }
+
+    /// Prints an event if it touches the traced sector.
+    fn trace(&self, span: SectorSpan, event: impl FnOnce() -> String) {
+        if self.traced.is_some_and(|sector| span.count == 0 || (span.start..span.end()).contains(&sector)) {
+            println!("step {} at {} us: {}", self.step, self.now_us, event());
+        }
     }
 
     fn complete_all_requests(&mut self) {
@@ -157,6 +207,11 @@ impl World {
                 worker_runs = false;
             }
             7 if self.prng.percent(2) => self.cache.resume(),
+            8 if !self.answers.is_empty() => {
+                let at = self.prng.below(self.answers.len() as u64) as usize;
+                let (ticket, succeeded) = self.answers.swap_remove(at);
+                self.answer(ticket, succeeded);
+            }
             _ => worker_runs = self.advance_time(),
         }
         if worker_runs && !self.memory.has_crashed() {
@@ -180,6 +235,10 @@ impl World {
         if self.prng.percent(50) {
             // A hot tenth of the disk, so that requests overlap.
             start %= (sectors / 10).max(1);
+        }
+        if self.prng.percent(5) {
+            // The last page may be cut by the end of the image.
+            start = sectors - count;
         }
         let span = SectorSpan::new(start, count.min(sectors - start));
         let op = match self.prng.below(100) {
@@ -220,6 +279,7 @@ impl World {
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
+        self.trace(span, || format!("guest sends {ticket}: {op:?} {span:?}"));
         self.requests.insert(ticket, GuestRequest::new(op, span, self.step, Tick(self.now_us), known));
         self.admit(ticket, false);
     }
@@ -235,17 +295,18 @@ impl World {
     fn admit(&mut self, ticket: u64, resumed: bool) {
         let request = self.requests.get_mut(&ticket).expect("a request that is admitted is in flight");
         let name = Ticket(ticket);
-        let access = Access { ticket: name, span: request.span, from: request.admitted, resumed };
+        let span = SectorSpan::new(self.base + request.span.start, request.span.count);
+        let access = Access { ticket: name, span, from: request.admitted, resumed };
         let mut pieces = Vec::new();
         let admitted = match request.op {
             GuestOp::Read => self.cache.read(access, &mut pieces),
             GuestOp::Write { .. } => self.cache.write(access, &mut pieces),
             GuestOp::Zero { unmap } => {
-                self.cache.zero(name, request.span, unmap);
+                self.cache.zero(name, span, unmap);
                 return;
             }
             GuestOp::Discard => {
-                self.cache.discard(name, request.span);
+                self.cache.discard(name, span);
                 return;
             }
             GuestOp::Flush => return self.cache.flush(name),
@@ -285,6 +346,7 @@ impl World {
                         sector / 8,
                         request.known
                     );
+                    request.seen[piece.at as usize + n] = Some(seen);
                 }
                 GuestOp::Write { version } => {
                     self.memory.set(piece.frame.expect("a write has memory"), in_frame, version);
@@ -314,8 +376,18 @@ impl World {
     }
 
     fn complete_request(&mut self, ticket: u64, succeeded: bool) {
+        if self.scenario.late_answers && self.prng.percent(50) {
+            self.answers.push((ticket, succeeded));
+        } else {
+            self.answer(ticket, succeeded);
+        }
+    }
+
+    /// The guest learns that a request has completed.
+    fn answer(&mut self, ticket: u64, succeeded: bool) {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.completed += 1;
+        self.trace(request.span, || format!("answer to {ticket}: {:?}, succeeded: {succeeded}", request.op));
         let (class, now) = (request.op.class(), Tick(self.now_us));
         let may_fail = request.copy_failed || self.failures.may_fail(class, request.sent_at, &self.settings, now);
         assert!(succeeded || may_fail, "{class:?} of {:?} failed without a reason: {:?}", request.span, self.failures);
@@ -328,6 +400,7 @@ impl World {
                     self.check_power_cut();
                 }
             }
+            GuestOp::Read if succeeded => self.oracle.narrow(request.span, &request.seen, request.sent_step),
             GuestOp::Flush | GuestOp::Read | GuestOp::Discard => {}
         }
     }
@@ -344,7 +417,8 @@ impl World {
     /// it is due, or if the disk is failing and the deadline ends the pause before the next try. A due deadline must
     /// lead to an operation within [`IDLE_TURNS_MAX`] turns.
     fn assert_progress_possible(&mut self) {
-        let is_active = !self.operations.is_empty() || !self.copies.is_empty() || !self.resumable.is_empty();
+        let by_guest = !self.copies.is_empty() || !self.resumable.is_empty() || !self.answers.is_empty();
+        let is_active = !self.operations.is_empty() || by_guest;
         let deadline = self.cache.next_deadline();
         let due = deadline.is_some_and(|at| at.0 <= self.now_us);
         self.idle_turns = if due && !is_active { self.idle_turns + 1 } else { 0 };
@@ -353,16 +427,26 @@ impl World {
         let retries = self.cache.health() != Health::Healthy && deadline.is_some_and(|at| at.0 <= latest_retry);
         let progresses = is_active || due || retries || self.requests.is_empty();
         assert!(progresses, "liveness: no operation and no deadline will serve {:?}", self.requests);
+        // Timers are for pauses after a failure, and for writes that wait in memory. A FLUSH on a healthy disk waits
+        // for none.
+        let flushes = self.requests.values().any(|request| request.op == GuestOp::Flush);
+        let waits_for_timer = flushes && !is_active && !due && !self.failures.has_failed();
+        assert!(!waits_for_timer, "a FLUSH waits until {deadline:?}, now {}: {:?}", self.now_us, self.requests);
     }
 
-    /// Completes the next operation, or moves the clock to the cache's next deadline. Returns false if there is
-    /// neither: a worker would sleep on.
+    /// Lets the next operation take effect or complete, or moves the clock to the cache's next deadline. Returns false
+    /// if the cache learns nothing: a worker would sleep on.
     fn advance_time(&mut self) -> bool {
-        let next = self.operations.iter().map(|(&tag, op)| (op.ends_at, tag)).min();
+        let next_event = |op: &DiskOp| if op.failed.is_none() { op.effect_at } else { op.ends_at };
+        let next = self.operations.iter().map(|(&tag, op)| (next_event(op), tag)).min();
         let deadline = self.cache.next_deadline().map(|tick| tick.0);
         match (next, deadline) {
-            (Some((ends_at, tag)), deadline) if deadline.is_none_or(|at| ends_at <= at) => {
-                self.now_us = self.now_us.max(ends_at);
+            (Some((at, tag)), deadline) if deadline.is_none_or(|due| at <= due) => {
+                self.now_us = self.now_us.max(at);
+                // A failed write that resets the disk is reported before anything that the disk does later.
+                if self.operations[&tag].failed.is_none() && !self.take_effect(tag) {
+                    return false;
+                }
                 self.complete_operation(tag);
             }
             (_, Some(at)) => self.now_us = self.now_us.max(at),
@@ -374,12 +458,28 @@ impl World {
         true
     }
 
-    fn complete_operation(&mut self, tag: u32) {
-        let op = self.operations.remove(&tag).expect("an operation in flight");
+    /// An operation in flight takes effect; the cache hears of it later. Returns whether the operation reset the disk.
+    fn take_effect(&mut self, tag: u32) -> bool {
+        let mut op = self.operations.remove(&tag).expect("an operation in flight");
         let failed = self.draw_failure(&op);
         self.apply_to_disk(&op, failed);
+        op.failed = Some(failed);
+        self.trace(op.span, || format!("operation {tag} takes effect: {:?} {:?}, failed: {failed}", op.kind, op.span));
+        let is_reset = failed && self.scenario.failed_write_resets;
+        let resets = is_reset && matches!(op.kind, OpKind::Write | OpKind::Zero { .. });
+        self.operations.insert(tag, op);
+        resets
+    }
+
+    fn complete_operation(&mut self, tag: u32) {
+        let op = self.operations.remove(&tag).expect("an operation in flight");
+        let failed = op.failed.expect("it has taken effect");
+        self.trace(op.span, || format!("operation {tag} completes: {:?}", op.kind));
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         let outcome = match op.kind {
+            OpKind::Write | OpKind::Zero { .. } if failed && self.scenario.failed_write_resets => {
+                Outcome::Failed(Fault::Media)
+            }
             OpKind::Write if failed && self.settings.allocate => Outcome::Failed(Fault::Media),
             _ if failed => Outcome::Failed(self.prng.pick(&[Fault::Media, Fault::NoSpace])),
             OpKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
@@ -422,12 +522,16 @@ impl World {
                         self.disk.write(first + n, version);
                     }
                 }
+                if failed && self.scenario.failed_write_resets {
+                    self.disk.reset();
+                }
             }
-            OpKind::Sync if failed => self.disk.fail_sync(op.began),
+            OpKind::Sync if failed => self.disk.fail_sync(op.began, self.scenario.sync_failure),
             OpKind::Sync => self.disk.complete_sync(op.began),
             OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
             OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, Unmap::Allowed),
             OpKind::Allocate if !failed => self.disk.allocate(first, count),
+            OpKind::Zero { .. } if self.scenario.failed_write_resets => self.disk.reset(),
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
         }
     }
@@ -439,7 +543,8 @@ impl World {
             return;
         }
         let mut ops = Vec::new();
-        self.cache.take_ops(|op: StoreOpRef<'_>| ops.push((op.tag, DiskOp::new(&op))));
+        let base = self.base;
+        self.cache.take_ops(|op: StoreOpRef<'_>| ops.push((op.tag, DiskOp::new(&op, base))));
         for (tag, op) in ops {
             self.submit_operation(tag, op);
         }
@@ -478,7 +583,12 @@ impl World {
             OpKind::Map if self.prng.percent(50) => op.map = Some(self.disk.map(first, count)),
             _ => {}
         }
-        op.ends_at = self.now_us + self.prng.between(1, self.scenario.latency_us_max);
+        self.trace(op.span, || {
+            let at = self.traced.and_then(|sector| sector.checked_sub(op.span.start)).unwrap_or(0) as usize;
+            format!("cache submits {tag}: {:?} {:?}, content {:?}", op.kind, op.span, op.content.get(at))
+        });
+        op.effect_at = self.now_us + self.prng.between(1, self.scenario.latency_us_max);
+        op.ends_at = op.effect_at + self.prng.below(self.scenario.latency_us_max);
         self.operations.insert(tag, op);
     }
 
@@ -486,22 +596,51 @@ impl World {
     /// next daemon restores its memory, and the front-end submits the requests in flight again.
     fn start_next_daemon(&mut self) {
         self.memory.restore_crash_image();
-        for op in std::mem::take(&mut self.operations).into_values() {
+        self.trace(SectorSpan::new(0, 0), || {
+            let records = self.memory.records();
+            let page = self.traced.map(|sector| (self.base + sector) / 8);
+            let of_page: Vec<_> = records.iter().filter(|(_, record)| Some(record.page.0) == page).collect();
+            format!("crash: {of_page:?}, zeroes {:?}", self.memory.pending_zeroes())
+        });
+        for op in std::mem::take(&mut self.operations).into_values().filter(|op| op.failed.is_none()) {
             let failed = self.draw_failure(&op);
             self.apply_to_disk(&op, failed);
         }
+        let end = self.settings.image_sectors;
+        for (_, record) in self.memory.records() {
+            let dirty_end = record.page.0 * 8 + u64::from(8 - record.dirty.0.leading_zeros().min(8) as u8);
+            assert!(
+                record.dirty.is_empty() || dirty_end <= end,
+                "{record:?} is dirty beyond the image's {end} sectors"
+            );
+        }
         self.copies.clear();
         self.resumable.clear();
+        self.answers.clear();
+        if self.scenario.settings_change {
+            change_settings(&mut self.settings, &mut self.prng);
+        }
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
         self.cache.plant(self.planted);
         self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
         if !self.scenario.resubmits {
-            self.requests.clear();
+            self.lose_requests();
         }
         for ticket in self.requests.keys().copied().collect::<Vec<_>>() {
-            let request = self.requests.get_mut(&ticket).expect("a request in flight");
-            (request.admitted, request.settled, request.failed) = (0, 0, false);
+            self.requests.get_mut(&ticket).expect("a request in flight").restart();
             self.admit(ticket, false);
+        }
+    }
+
+    /// The requests in flight never complete. Their writes may have reached cache and disk in part, and do not any
+    /// more.
+    fn lose_requests(&mut self) {
+        for request in std::mem::take(&mut self.requests).into_values() {
+            match request.op {
+                GuestOp::Write { version } => self.end_write(&request, version, false),
+                GuestOp::Zero { .. } => self.end_write(&request, 0, false),
+                GuestOp::Read | GuestOp::Discard | GuestOp::Flush => {}
+            }
         }
     }
 

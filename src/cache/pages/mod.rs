@@ -34,7 +34,7 @@ use super::{FrameMemory, Settings};
 
 pub(super) use dirty::{DirtySet, GROUP_PAGES, Group};
 pub(super) use frames::Frames;
-pub(super) use page::{FAILED, FROZEN, Flags, MARKER, NONE, Page, Period, READING, RECENT, UNSYNCED};
+pub(super) use page::{FAILED, FROZEN, MARKER, NONE, Page, Period, READING, RECENT, UNSYNCED};
 
 use dirty::Tally;
 use frames::Reuse;
@@ -145,16 +145,17 @@ impl Pages {
     /// Changes a page's masks, epoch, writers and state flags, and all that depends on them: dirty set and counters
     /// (I2, I4), and what is published of the frame.
     pub fn change<R>(&mut self, id: PageId, mutate: impl FnOnce(&mut Page) -> R) -> R {
+        let beyond = self.beyond_image(self.table[id].no());
         let page = &mut self.table[id];
         let before = Tally::of(page);
-        let published = (page.frame(), page.record());
+        let published = (page.frame(), page.record(beyond));
         let result = mutate(page);
         if cfg!(debug_assertions) {
             page.check();
         }
         let after = Tally::of(page);
         let no = page.no();
-        let current = (page.frame(), page.record());
+        let current = (page.frame(), page.record(beyond));
         // Here, and not in a function of its own: most changes leave the tally as it is.
         if before != after {
             self.recount(no, before, after);
@@ -229,6 +230,9 @@ impl Pages {
 
     /// The record to publish of a page, with the planted bug if it is one of these.
     fn with_planted_bug(&self, page: &Page, record: FrameRecord) -> FrameRecord {
+        if self.planted(PlantedBug::TailIsPublished) && page.is_unsynced() {
+            return FrameRecord { dirty: page.valid, ..record };
+        }
         if self.planted(PlantedBug::UnsyncedPublishedAsClean) {
             FrameRecord { dirty: page.dirty.or(page.writing), ..record }
         } else if self.planted(PlantedBug::WritebackPublishedAsClean) && !page.is_unsynced() {

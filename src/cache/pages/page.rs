@@ -196,13 +196,15 @@ impl Page {
 
     /// What the next daemon would have to know of the page's frame.
     ///
+    /// => Sectors `beyond` the end of the image are never dirty: the image has no place for them.
     /// => Clean sectors that a writer is filling are not valid: if the write never ends, the store has their bytes.
     ///    Dirty ones stay valid, for the frame has the only copy.
-    pub(super) fn record(&self) -> FrameRecord {
+    pub(super) fn record(&self, beyond: SectorMask) -> FrameRecord {
         if self.frame == NONE {
             return FrameRecord::empty(self.no());
         }
         let dirty = if self.is_unsynced() { self.valid } else { self.dirty.or(self.writing) };
+        let dirty = dirty.without(beyond);
         FrameRecord { page: self.no(), valid: self.valid.without(self.pending).or(dirty), dirty }
     }
 

@@ -1,0 +1,143 @@
+//! When data becomes durable without failures getting in the way, and what is in doubt after one.
+
+use crate::units::{Fault, OpKind};
+
+use super::*;
+
+const FLUSH: Ticket = Ticket(77);
+const SECOND_US: u64 = 1_000_000;
+
+/// Pumps at each deadline until `until`; every operation succeeds. Returns the number of Syncs.
+fn run_until(cache: &mut PageCache, now: &mut Tick, until: Tick) -> usize {
+    let is_sync = |(kind, _): &&(OpKind, SectorSpan)| *kind == OpKind::Sync;
+    let mut syncs = 0;
+    loop {
+        syncs += complete_all(cache, *now).iter().filter(is_sync).count();
+        match cache.next_deadline() {
+            Some(at) if at <= until => *now = at.max(now.plus_us(1)),
+            _ => break,
+        }
+    }
+    *now = until;
+    syncs + complete_all(cache, *now).iter().filter(is_sync).count()
+}
+
+/// Pumps once; completes the operations, those of kind `broken` with a failure. Returns all of them.
+fn pump_once(cache: &mut PageCache, now: Tick, broken: Option<OpKind>) -> Vec<(OpKind, SectorSpan)> {
+    cache.pump(now);
+    let mut ops = Vec::new();
+    cache.take_ops(|op| ops.push((op.tag, op.kind, op.span)));
+    for &(tag, kind, _) in &ops {
+        let outcome = if Some(kind) == broken { Outcome::Failed(Fault::TimedOut) } else { Outcome::Done };
+        cache.complete(tag, &outcome, now);
+    }
+    ops.into_iter().map(|(_, kind, span)| (kind, span)).collect()
+}
+
+#[test]
+fn the_first_flush_of_a_cache_sends_a_sync() {
+    let mut cache = cache_of(1024, 1 << 20);
+    cache.flush(FLUSH);
+    assert_eq!(complete_all(&mut cache, Tick(1)), [(OpKind::Sync, SectorSpan::new(0, 0))]);
+    cache.flush(FLUSH);
+    assert_eq!(complete_all(&mut cache, Tick(2)), [], "nothing was written since");
+}
+
+#[test]
+fn a_write_is_durable_within_the_age_limit_although_idle_write_back_came_first() {
+    let mut cache = cache_of(4096, 1 << 20);
+    let mut now = Tick(1);
+    write(&mut cache, 0, 8);
+    run_until(&mut cache, &mut now, Tick(5 * SECOND_US));
+    assert!(cache.is_stable(), "{:?}", cache.stats());
+    assert_eq!(cache.next_deadline(), None, "nothing is left to do");
+}
+
+#[test]
+fn a_trickle_of_writes_is_synced_within_the_age_limit_and_no_more_often_than_needed() {
+    let mut cache = cache_of(65_536, 1 << 24);
+    let mut now = Tick(1);
+    let mut syncs = 0;
+    // Five pages a second among a hundred, for ten minutes; the age limit is 5 s.
+    for n in 0..3000 {
+        write(&mut cache, n % 100 * 160, 8);
+        let until = now.plus_us(SECOND_US / 5);
+        syncs += run_until(&mut cache, &mut now, until);
+    }
+    assert!((120..=300).contains(&syncs), "{syncs} Syncs in 600 s");
+}
+
+#[test]
+fn a_flush_goes_on_at_once_when_its_last_page_becomes_writable() {
+    for pumps in 0..8 {
+        let settings = Settings { block_sectors: 8, dirty_pages_max: 8000, ..settings_of(16_000, 1 << 24) };
+        let mut cache = PageCache::new(settings, Box::new(NoBytes));
+        let now = Tick(SECOND_US);
+        cache.pump(now);
+        // One sector of a block: the rest must be read before the page can be written back.
+        write(&mut cache, 100_000 * 8, 1);
+        cache.flush(FLUSH);
+        cache.pump(now);
+        let mut read = Vec::new();
+        cache.take_ops(|op| read.push(op.tag));
+        // Many groups are dirty for later flushes.
+        (0..1500).for_each(|group| write(&mut cache, group * 16 * 8, 8));
+        (0..pumps).for_each(|_| cache.pump(now));
+        cache.complete(read[0], &Outcome::Done, now);
+        let mut written = Vec::new();
+        for _ in 0..100 {
+            cache.pump(now);
+            cache.take_ops(|op| written.push(op.span));
+            if cache.next_deadline() != Some(now) {
+                break;
+            }
+        }
+        let goes_on = written.iter().any(|span: &SectorSpan| span.start == 100_000 * 8);
+        assert!(goes_on, "{pumps} turns before: {written:?}");
+    }
+}
+
+/// A page that readahead brought in becomes dirty when a cluster that bridges it fails: it no longer counts as unread.
+#[test]
+fn a_failed_cluster_keeps_the_count_of_unread_pages() {
+    for broken in [OpKind::Write, OpKind::Sync] {
+        let mut cache = cache_of(16_384, 1 << 20);
+        for (pages, now) in [(0..64, Tick(1)), (64..80, Tick(30 * SECOND_US))] {
+            for page in pages {
+                read(&mut cache, page * 8, 8);
+                complete_all(&mut cache, now);
+            }
+        }
+        let is_unread =
+            |no: &u64| cache.pages.find(PageNo(*no)).is_some_and(|id| cache.pages[id].unread_since().is_some());
+        let unread: Vec<u64> = (80..400).filter(is_unread).collect();
+        let between = unread[2..].iter().copied().find(|no| unread.contains(&(no - 1)) && unread.contains(&(no + 1)));
+        let between = between.expect("three unread pages in a row");
+        write(&mut cache, (between - 1) * 8, 8);
+        write(&mut cache, (between + 1) * 8, 8);
+        cache.flush(FLUSH);
+        for _ in 0..3 {
+            pump_once(&mut cache, Tick(30 * SECOND_US), Some(broken));
+        }
+        cache.check(&[]);
+    }
+}
+
+/// A device: it cannot be asked for holes.
+#[test]
+fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick(SECOND_US);
+    assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
+    complete_all(&mut cache, now);
+    cache.flush(FLUSH);
+    let ops = pump_once(&mut cache, now, Some(OpKind::Sync));
+    assert_eq!(ops, [(OpKind::Sync, SectorSpan::new(0, 0))]);
+    // In the pause before the zero is done again.
+    assert!(read(&mut cache, 0, 64), "zeros need no store");
+    let ops = pump_once(&mut cache, now.plus_us(1000), None);
+    assert!(ops.iter().all(|(kind, _)| *kind != OpKind::Read), "{ops:?}");
+    let later = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
+    assert!(later.iter().any(|(kind, _)| matches!(kind, OpKind::Zero { .. })), "{later:?}");
+    assert!(cache.is_stable());
+}

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::TempDir;
 use common::faulty_device::FaultyDevice;
-use common::request::{OK, Payload};
+use common::request::{OK, Payload, range};
 use common::session::{Session, SessionOptions};
 use common::shadow::Shadow;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
@@ -195,6 +195,49 @@ fn a_flush_syncs_the_image() {
     assert_eq!(device.faults.ops(OpClass::Sync), before + 1);
     assert!(client.flush());
     assert_eq!(device.faults.ops(OpClass::Sync), before + 1, "no write since: no second Sync");
+}
+
+/// An earlier daemon may have changed the image and died before it saw the changes end.
+#[test]
+fn the_first_flush_of_a_daemons_life_syncs_the_image() {
+    let shadow = Shadow::patchwork(IMAGE_BYTES, 33);
+    let device = FaultyDevice::new("first-flush", &shadow, |_| {});
+    let mut client = device.client(1);
+    assert!(client.flush());
+    assert_eq!(device.faults.ops(OpClass::Sync), 1, "the first FLUSH syncs, although nothing was written");
+    assert!(client.flush());
+    assert_eq!(device.faults.ops(OpClass::Sync), 1, "the second one has nothing to sync");
+}
+
+#[test]
+fn dirty_age_max_ms_bounds_how_long_a_write_stays_volatile_even_if_it_was_written_back_early() {
+    const AGE_MS: u32 = 1000;
+    const AGE: Duration = Duration::from_millis(AGE_MS as u64);
+    let shadow = Shadow::patchwork(IMAGE_BYTES, 34);
+    let device = FaultyDevice::new("age", &shadow, |config| config.cache.dirty_age_max_ms = AGE_MS);
+    let ops = |class| device.faults.ops(class);
+    let mut session = Session::open(device.socket(), &SessionOptions::default());
+    // Three times the limit, because the machine may be loaded.
+    let await_sync = |syncs: u64| {
+        poll_until("a Sync without a FLUSH", 3 * AGE, || (ops(OpClass::Sync) > syncs).then_some(()));
+    };
+    let write_and_await_sync = |session: &mut Session, byte: u8| {
+        let (writes, syncs) = (ops(OpClass::Write), ops(OpClass::Sync));
+        session.write(80, &[byte; 4096]);
+        poll_until("early write-back", AGE, || (ops(OpClass::Write) > writes).then_some(()));
+        await_sync(syncs);
+    };
+    // Written back because the guest is idle.
+    write_and_await_sync(&mut session, 1);
+    let syncs = ops(OpClass::Sync);
+    assert_eq!(session.write_zeroes(&[range(80, 8, 0)]), OK);
+    await_sync(syncs);
+    // Written back because the guest flushes often.
+    for byte in 2..4 {
+        session.write(80, &[byte; 4096]);
+        session.flush();
+    }
+    write_and_await_sync(&mut session, 4);
 }
 
 #[test]

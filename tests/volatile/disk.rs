@@ -83,6 +83,8 @@ struct State {
     /// The percentage of operations that fail, by class.
     failing: HashMap<OpClass, u64>,
     next_id: u64,
+    /// Failed operations.
+    resets: u64,
     prng: Prng,
 }
 
@@ -96,6 +98,7 @@ impl State {
         for sync in self.in_flight.iter_mut().filter(|op| op.class == OpClass::Sync) {
             sync.error = Some(libc::EIO);
         }
+        self.resets += 1;
     }
 
     /// Makes the given writes stable.
@@ -174,6 +177,7 @@ impl Disk {
             delay_max: Duration::ZERO,
             failing: HashMap::new(),
             next_id: 0,
+            resets: 0,
             prng: Prng::new(seed),
         };
         let state = Arc::new((Mutex::new(state), Condvar::new()));
@@ -244,6 +248,16 @@ impl Disk {
     /// Fails this percentage of the operations of a class. Each failure resets the disk.
     pub fn fail(&self, class: OpClass, percent: u64) {
         self.change(|state| state.failing.insert(class, percent));
+    }
+
+    /// Number of completed writes that no sync has made stable.
+    pub fn unsynced(&self) -> usize {
+        self.lock().unsynced.iter().filter(|write| write.is_complete).count()
+    }
+
+    /// How often the disk has been reset.
+    pub fn resets(&self) -> u64 {
+        self.lock().resets
     }
 
     /// Holds the operations of a class that arrive from now on: they do not complete.

@@ -63,6 +63,8 @@ pub struct Guest {
     prng: Prng,
     marks: u64,
     is_write_through: bool,
+    /// Whether requests may fail. Reads never may.
+    pub may_fail: bool,
     pub completed: u64,
     pub flushes: u64,
 }
@@ -92,6 +94,7 @@ impl Guest {
             prng: Prng::new(seed),
             marks: 1,
             is_write_through: false,
+            may_fail: false,
             completed: 0,
             flushes: 0,
         }
@@ -116,20 +119,20 @@ impl Guest {
 
     /// The guest boots after a power cut that left the bytes `platter`.
     pub fn reboot(self, daemon: &Daemon, platter: &[u8]) -> Self {
-        let Self { session, mut oracle, mut prng, marks, completed, flushes, .. } = self;
+        let Self { session, mut oracle, mut prng, marks, may_fail, completed, flushes, .. } = self;
         drop(session);
         oracle.power_cut(platter);
-        Self { marks, completed, flushes, ..Self::start(daemon, oracle, prng.next_u64()) }
+        Self { marks, may_fail, completed, flushes, ..Self::start(daemon, oracle, prng.next_u64()) }
     }
 
     /// Turns write-through on or off.
     ///
     /// => No request is in flight.
-    /// => When it is turned on, all completed requests become stable.
+    /// => When it is turned on, all completed requests become stable, unless the disk fails.
     pub fn set_write_through(&mut self, on: bool) {
         self.session().set_writeback(!on);
         self.is_write_through = on;
-        if on {
+        if on && !self.may_fail {
             self.oracle.flush(self.oracle.now());
         }
     }
@@ -169,13 +172,15 @@ impl Guest {
         }
     }
 
-    /// Drains the guest, then completes a FLUSH.
+    /// Drains the guest, then completes a FLUSH. Returns whether it succeeded.
     #[track_caller]
-    pub fn flush(&mut self) {
+    pub fn flush(&mut self) -> bool {
         self.drain();
+        let before = self.flushes;
         let then = self.oracle.now();
         self.submit(0, Kind::Flush { then }, 0, 0);
         self.drain();
+        self.flushes > before
     }
 
     fn submit_random(&mut self, slot: usize) {
@@ -244,18 +249,20 @@ impl Guest {
         let request = self.slots[slot].request.take().expect("the slot has a request");
         let Slot { data, status, .. } = self.slots[slot];
         let memory = &self.session.as_ref().expect("there is a session").memory;
-        assert_eq!(memory.byte(status), OK, "{request:?}");
+        let is_ok = memory.byte(status) == OK;
+        assert!(is_ok || self.may_fail && request.kind != Kind::Read, "{request:?} failed");
         self.completed += 1;
         match request.kind {
             Kind::Read => {
                 let bytes = memory.read(data, request.count as usize * SECTOR_BYTES);
                 self.oracle.check_read(request.first, &bytes).unwrap_or_else(|wrong| panic!("{request:?}: {wrong}"));
             }
-            Kind::Change(_) => self.oracle.complete(request.first, request.count, self.is_write_through),
-            Kind::Flush { then } => {
+            Kind::Change(_) if is_ok => self.oracle.complete(request.first, request.count, self.is_write_through),
+            Kind::Flush { then } if is_ok => {
                 self.flushes += 1;
                 self.oracle.flush(then);
             }
+            Kind::Change(_) | Kind::Flush { .. } => {}
         }
     }
 }

@@ -1,5 +1,5 @@
 //! The daemon on a disk with a volatile write cache: after a power cut the platter holds what FLUSH and write-through
-//! promise, with both I/O engines.
+//! promise, with both I/O engines, also after the disk has failed syncs and lost its unsynced writes.
 //!
 //! The disk is a file on a FUSE file system that this process serves. No other test notices a store that ignores a
 //! Sync: the host's page cache keeps the data. A host that cannot mount FUSE file systems skips these tests.
@@ -21,6 +21,10 @@
 //! | a write-through WRITE ZEROES is not flushed | `a_write_through_request_is_stable_when_it_completes_with_*` |
 //! | no flush when the guest turns write-through on | `turning_write_through_on_flushes_with_*` |
 //! | a Sync covers writes that complete after its submission | `a_flush_covers_a_write_that_completed_during_a_sync` |
+//! | only the writes of a failed Sync are repeated | `a_flush_covers_a_write_that_completed_during_a_failed_sync` |
+//! | writes in flight at a failed Sync are not repeated | `a_flush_covers_a_write_that_completed_after_a_failed_sync` |
+//! | after a failed Sync, zeroes are read from the disk | `a_flush_after_a_failed_sync_covers_what_was_lost_with_*` |
+//! | after a failed write, unsynced ones are not repeated | `a_flush_after_a_failed_write_covers_what_was_lost` |
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -46,7 +50,7 @@ use common::SECTOR_BYTES;
 use common::prng::{Prng, seed};
 use common::request::{OK, Payload, Pending, pattern, range};
 use common::session::Session;
-use common::wait::{ABSENCE, PATIENCE};
+use common::wait::{ABSENCE, PATIENCE, poll_until};
 use disk::{Loss, OpClass};
 use guest::Guest;
 use machine::{Engine, Machine, PATCH_BYTES};
@@ -54,6 +58,8 @@ use oracle::Oracle;
 
 /// How long a test with random requests runs.
 const RANDOM_TIME: Duration = Duration::from_secs(6);
+/// VIRTIO_BLK_S_IOERR, the status of a request that failed.
+const IOERR: u8 = 1;
 
 /// Waits for the next completion, which must be that of `pending`. Returns its status.
 #[track_caller]
@@ -190,6 +196,52 @@ fn turning_write_through_on_flushes_with_threads() {
     turning_write_through_on_flushes(Engine::Threads);
 }
 
+// Syncs that fail.
+
+fn a_flush_after_a_failed_sync_covers_what_was_lost(engine: Engine) {
+    let Some(machine) = Machine::start(engine, 5) else { return };
+    let mut session = machine.session();
+    let changed = change_disk(&mut session, 2);
+    machine.disk.fail(OpClass::Sync, 100);
+    assert_eq!(session.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status, IOERR);
+    machine.disk.fail(OpClass::Sync, 0);
+    for (first, bytes) in &changed {
+        assert!(session.read(*first, bytes.len()) == *bytes, "sector {first} after the reset");
+    }
+    session.flush();
+    changed.iter().for_each(|(first, bytes)| machine.assert_stable(*first, bytes));
+}
+
+#[test]
+fn a_flush_after_a_failed_sync_covers_what_was_lost_with_io_uring() {
+    a_flush_after_a_failed_sync_covers_what_was_lost(Engine::IoUring);
+}
+
+#[test]
+fn a_flush_after_a_failed_sync_covers_what_was_lost_with_threads() {
+    a_flush_after_a_failed_sync_covers_what_was_lost(Engine::Threads);
+}
+
+/// A failed write resets the disk, which loses an earlier write. The next Sync succeeds.
+#[test]
+fn a_flush_after_a_failed_write_covers_what_was_lost() {
+    for engine in [Engine::IoUring, Engine::Threads] {
+        let Some(machine) = Machine::start(engine, 7) else { return };
+        let mut session = machine.session();
+        let (earlier, later) = ((0, pattern(2, 0, 4096)), (4096, pattern(3, 4096, 4096)));
+        session.write(earlier.0, &earlier.1);
+        poll_until("write-back while the guest is idle", PATIENCE, || (machine.disk.unsynced() == 1).then_some(()));
+        machine.disk.fail(OpClass::Write, 100);
+        session.write(later.0, &later.1);
+        assert_eq!(session.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty).status, IOERR);
+        machine.disk.fail(OpClass::Write, 0);
+        session.flush();
+        for (first, bytes) in [earlier, later] {
+            machine.assert_stable(first, &bytes);
+        }
+    }
+}
+
 /// When a write completes that is in flight together with a Sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WriteCompletes {
@@ -197,9 +249,17 @@ enum WriteCompletes {
     AfterTheSync,
 }
 
+/// How the Sync of a test ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SyncEnds {
+    Well,
+    /// It fails, and the disk loses all unsynced writes.
+    InAReset,
+}
+
 /// A Sync is in flight, and with it a write that it does not cover. (With io_uring only: the kernel locks a file on
 /// FUSE during the write and sync system calls of the thread pool.)
-fn a_flush_covers_a_write_in_flight_with_a_sync(write_completes: WriteCompletes) {
+fn a_flush_covers_a_write_in_flight_with_a_sync(write_completes: WriteCompletes, sync_ends: SyncEnds) {
     let Some(machine) = Machine::start(Engine::IoUring, 6) else { return };
     let mut session = machine.session();
     // Far apart: two store operations.
@@ -222,8 +282,11 @@ fn a_flush_covers_a_write_in_flight_with_a_sync(write_completes: WriteCompletes)
         // Time for the daemon to reap the completion.
         thread::sleep(ABSENCE);
     }
+    let (failing, status) = if sync_ends == SyncEnds::Well { (0, OK) } else { (100, IOERR) };
+    machine.disk.fail(OpClass::Sync, failing);
     machine.disk.release(OpClass::Sync);
-    assert_eq!(status_of(&mut session, &flush), OK);
+    assert_eq!(status_of(&mut session, &flush), status);
+    machine.disk.fail(OpClass::Sync, 0);
     machine.disk.release(OpClass::Write);
     session.flush();
     for (first, bytes) in [covered, other] {
@@ -233,24 +296,44 @@ fn a_flush_covers_a_write_in_flight_with_a_sync(write_completes: WriteCompletes)
 
 #[test]
 fn a_flush_covers_a_write_that_completed_during_a_sync() {
-    a_flush_covers_a_write_in_flight_with_a_sync(WriteCompletes::DuringTheSync);
+    a_flush_covers_a_write_in_flight_with_a_sync(WriteCompletes::DuringTheSync, SyncEnds::Well);
+}
+
+#[test]
+fn a_flush_covers_a_write_that_completed_during_a_failed_sync() {
+    a_flush_covers_a_write_in_flight_with_a_sync(WriteCompletes::DuringTheSync, SyncEnds::InAReset);
 }
 
 #[test]
 fn a_flush_covers_a_write_that_completed_after_a_sync() {
-    a_flush_covers_a_write_in_flight_with_a_sync(WriteCompletes::AfterTheSync);
+    a_flush_covers_a_write_in_flight_with_a_sync(WriteCompletes::AfterTheSync, SyncEnds::Well);
+}
+
+#[test]
+fn a_flush_covers_a_write_that_completed_after_a_failed_sync() {
+    a_flush_covers_a_write_in_flight_with_a_sync(WriteCompletes::AfterTheSync, SyncEnds::InAReset);
 }
 
 // Random requests.
 
+/// How the disk of a test with random requests behaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failures {
+    None,
+    /// One Sync in four fails, and the disk loses all unsynced writes.
+    Resets,
+}
+
 /// Runs random requests in rounds. A round ends with or without a power cut or a kill, and then with a FLUSH.
-fn random_requests_survive(engine: Engine, default_seed: u64) {
+fn random_requests_survive(engine: Engine, failures: Failures, default_seed: u64) {
     let seed = seed(default_seed);
     let Some(mut machine) = Machine::start(engine, seed) else { return };
     let mut prng = Prng::new(seed);
     let mut guest = Guest::start(&machine.daemon, Oracle::new(&machine.platter()), seed);
     let end = Instant::now() + RANDOM_TIME;
     while Instant::now() < end {
+        guest.may_fail = failures == Failures::Resets;
+        machine.disk.fail(OpClass::Sync, if guest.may_fail { 25 } else { 0 });
         machine.disk.delay(Duration::from_micros(prng.pick(&[0, 300, 3000])));
         guest.set_write_through(prng.percent(25));
         guest.run(Instant::now() + Duration::from_millis(20 + prng.below(150)));
@@ -268,20 +351,34 @@ fn random_requests_survive(engine: Engine, default_seed: u64) {
             }
             _ => {}
         }
-        guest.flush();
+        guest.drain();
+        machine.disk.fail(OpClass::Sync, 0);
+        poll_until("a FLUSH to succeed", PATIENCE, || guest.flush().then_some(()));
+        guest.may_fail = false;
         guest.oracle.check_platter(&machine.platter()).unwrap_or_else(|wrong| panic!("after a FLUSH: {wrong}"));
         guest.check_everything();
     }
-    println!("{} requests, {} FLUSHes", guest.completed, guest.flushes);
+    println!("{} requests, {} FLUSHes, {} resets", guest.completed, guest.flushes, machine.disk.resets());
     assert!(guest.flushes > 10, "only {} FLUSHes succeeded", guest.flushes);
+    assert_eq!(machine.disk.resets() > 0, failures == Failures::Resets, "whether the disk failed");
 }
 
 #[test]
 fn random_requests_survive_power_cuts_and_kills_with_io_uring() {
-    random_requests_survive(Engine::IoUring, 101);
+    random_requests_survive(Engine::IoUring, Failures::None, 101);
 }
 
 #[test]
 fn random_requests_survive_power_cuts_and_kills_with_threads() {
-    random_requests_survive(Engine::Threads, 102);
+    random_requests_survive(Engine::Threads, Failures::None, 102);
+}
+
+#[test]
+fn random_requests_survive_resets_of_the_disk_with_io_uring() {
+    random_requests_survive(Engine::IoUring, Failures::Resets, 103);
+}
+
+#[test]
+fn random_requests_survive_resets_of_the_disk_with_threads() {
+    random_requests_survive(Engine::Threads, Failures::Resets, 104);
 }

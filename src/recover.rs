@@ -14,9 +14,10 @@ use log::{info, warn};
 use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, NotCreated};
 use crate::config::{Config, DeviceConfig, MemoryDir, Socket, Survive};
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::Backing;
 use crate::store::file::{self, FileImage};
 use crate::systemd::ServiceManager;
-use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SectorMask, counted};
+use crate::units::{FrameId, FrameRecord, PageNo, SECTOR_BYTES, SECTORS_PER_PAGE, SectorMask, counted, low_u8};
 
 /// How long to wait for the lock of an image or of a cache file. A killed daemon keeps its locks until the kernel has
 /// finished its I/O, and rightly so: until then that I/O can still change the image. A daemon that ends in order
@@ -256,20 +257,39 @@ impl fmt::Display for Unwritten {
 /// and syncs it; returns the number of pages.
 ///
 /// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
+/// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
+///    genblk recorded its other sectors as dirty too.
 fn write_back(arena: &Arena, image: &FileImage) -> Result<u64> {
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
+    let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
+    let mut dirty: Vec<(FrameId, FrameRecord)> =
+        arena.records().filter(|(_, record)| !record.dirty.is_empty()).collect();
+    dirty.sort_by_key(|(_, record)| record.page);
+    for (_, record) in &mut dirty {
+        let within = sectors_within(image_sectors, record.page);
+        if within.is_empty() {
+            return Err(failed(io::Error::other("the ledger refers to pages past the end of the image")));
+        }
+        record.dirty = record.dirty.and(within);
+    }
+    dirty.retain(|(_, record)| !record.dirty.is_empty());
     for (_, span) in arena.pending_zeroes() {
         image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
     }
     let file = OpenOptions::new().write(true).open(image.path()).map_err(failed)?;
-    let mut dirty: Vec<(FrameId, FrameRecord)> =
-        arena.records().filter(|(_, record)| !record.dirty.is_empty()).collect();
-    dirty.sort_by_key(|(_, record)| record.page);
     for &(frame, record) in &dirty {
         write_page(arena, frame, record, &file).map_err(failed)?;
     }
     file.sync_all().map_err(failed)?;
     Ok(dirty.len() as u64)
+}
+
+/// The sectors of a page that are within an image of `image_sectors` sectors.
+fn sectors_within(image_sectors: u64, page: PageNo) -> SectorMask {
+    match image_sectors.saturating_sub(page.0 * SECTORS_PER_PAGE) {
+        SECTORS_PER_PAGE.. => SectorMask::ALL,
+        within => SectorMask::run(0, low_u8(within)),
+    }
 }
 
 fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -> io::Result<()> {
@@ -280,7 +300,7 @@ fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -
         let offset = record.page.offset_bytes() + u64::from(first) * SECTOR_BYTES;
         let bytes = arena.sectors(frame, first, count);
         if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
-            return Err(io::Error::other("the ledger refers to pages past the end of the image"));
+            return Err(io::Error::other("it has shrunk"));
         }
         file.write_all_at(&bytes, offset)?;
         mask = mask.without(SectorMask::run(first, count));
@@ -422,6 +442,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_page_that_the_image_cuts_has_only_its_first_sectors_within_it() {
+        let within = |image_sectors| [0, 1, 2].map(|page| sectors_within(image_sectors, PageNo(page)).0);
+        assert_eq!(within(1), [0b0000_0001, 0, 0]);
+        assert_eq!(within(8), [0xff, 0, 0]);
+        assert_eq!(within(13), [0xff, 0b0001_1111, 0]);
+        assert_eq!(within(16), [0xff, 0xff, 0]);
+        assert_eq!(within(23), [0xff, 0xff, 0b0111_1111]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod cut_page;
 mod guest;
 mod huge_pages;
 mod systemd;

@@ -94,7 +94,7 @@ pub fn arena_for(
     manager: &Arc<ServiceManager>,
 ) -> Result<Arena> {
     if config.read_only {
-        return Arena::anonymous(frames);
+        return arena_for_reading(config, image, frames, manager);
     }
     let name = &config.name;
     let new = NewCache { config, image, frames, manager };
@@ -128,13 +128,60 @@ pub fn arena_for(
         }
     };
     if arena.has_data_loss() {
-        warn!(
-            "{name}: an earlier daemon died with completed writes that the image lacks; all requests of this guest \
-             fail until it resets the device"
-        );
+        warn_of_data_loss(name);
     }
     if arena.is_write_through() {
         info!("{name}: the guest selected write-through earlier; it stays in effect");
+    }
+    Ok(arena)
+}
+
+fn warn_of_data_loss(name: &str) {
+    warn!(
+        "{name}: an earlier daemon died with completed writes that the image lacks; all requests of this guest fail \
+         until it resets the device"
+    );
+}
+
+/// The memory for the cache of a read-only device, which does not outlive the daemon.
+///
+/// => The caches of earlier daemons are only looked at: a device that cannot write to the image serves it beside them.
+///
+/// # Errors
+/// As [`arena_for`], and [`ErrorKind::Ledger`] when an earlier daemon's cache holds writes that the image lacks: the
+/// device would serve older data.
+fn arena_for_reading(
+    config: &DeviceConfig,
+    image: &FileImage,
+    frames: usize,
+    manager: &Arc<ServiceManager>,
+) -> Result<Arena> {
+    let (name, identity) = (&config.name, image.identity());
+    let in_directory = match &config.cache.memory_dir {
+        MemoryDir::Path(directory) => ArenaFile::find_for(directory, &identity, LOCK_PATIENCE)?,
+        MemoryDir::Systemd => None,
+    };
+    let mut guest = GuestState::FRESH;
+    for file in [ArenaFile::take_from_fdstore(manager, &identity)?, in_directory].into_iter().flatten() {
+        let Some(header) = file.header()? else { continue };
+        guest = guest.or(header.guest);
+        if header.frames == 0 {
+            continue;
+        }
+        let arena = Arena::attach(file, &header)?;
+        let (unwritten, file) = (Unwritten::of(&arena), arena.file().expect(HAS_FILE));
+        if unwritten != Unwritten::NOTHING {
+            let context = format!("{name}: cannot serve image {} read-only", image.path().display());
+            let why = format!("{file} holds {unwritten}, which the image lacks");
+            let keep = format!("to keep the data, remove read_only and {}", file.recovery_hint());
+            let hint = format!("{keep}; otherwise {}", file.removal_hint());
+            return Err(Error::new(ErrorKind::Ledger, format!("{context}: {why}; {hint}")));
+        }
+    }
+    let arena = Arena::anonymous(frames)?;
+    if guest.data == GuestData::Lost {
+        warn_of_data_loss(name);
+        arena.set_data_loss();
     }
     Ok(arena)
 }
@@ -177,7 +224,7 @@ impl NewCache<'_> {
         let arena = Arena::attach(file, &header)?;
         let file = arena.file().expect(HAS_FILE);
         match Unwritten::of(&arena) {
-            Unwritten { pages: 0, ranges: 0 } => Ok(arena.into_file()),
+            Unwritten::NOTHING => Ok(arena.into_file()),
             unwritten => {
                 let context = format!("found two caches of image {}, {found} and {file}", self.image.path().display());
                 let hint = format!("write them first with \"genblk recover {file}\", or remove them with --discard");
@@ -237,6 +284,8 @@ struct Unwritten {
 }
 
 impl Unwritten {
+    const NOTHING: Self = Self { pages: 0, ranges: 0 };
+
     fn of(arena: &Arena) -> Self {
         let pages = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
         Self { pages, ranges: arena.pending_zeroes().count() }

@@ -69,6 +69,25 @@ impl ArenaFile {
         Self::open(options.create(true).truncate(false), &directory.join(identity.file_name()), patience)
     }
 
+    /// As [`ArenaFile::open_for`], but creates nothing: `None` if there is no file.
+    ///
+    /// => A directory that another user can write to counts as one without a file: no daemon keeps a cache there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the file cannot be opened, or it is unknown whether there is one;
+    /// [`ErrorKind::Locked`] as [`ArenaFile::open_for`].
+    pub fn find_for(memory_dir: &Path, identity: &ImageId, patience: Duration) -> Result<Option<Self>> {
+        let directory = Self::dir(memory_dir);
+        let path = directory.join(identity.file_name());
+        let found = is_private_dir(&directory).and_then(|is_private| Ok((is_private, fs::symlink_metadata(&path)?)));
+        match found {
+            Ok((false, _)) => Ok(None),
+            Ok((true, _)) => Self::open(&mut OpenOptions::new(), &path, patience).map(Some),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(Error::io(ErrorKind::Memory, format!("cannot open {}", path.display()), e)),
+        }
+    }
+
     /// Opens and locks an existing file.
     ///
     /// # Errors
@@ -171,7 +190,7 @@ impl ArenaFile {
     }
 
     /// How the operator removes the file.
-    fn removal_hint(&self) -> String {
+    pub fn removal_hint(&self) -> String {
         match &self.location {
             Location::Path(path) => format!("remove it with \"genblk recover --discard {}\"", path.display()),
             Location::FdStore { .. } => {
@@ -277,11 +296,16 @@ fn make_private_dir(directory: &Path) -> Result<()> {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(e)),
         _ => {}
     }
-    let metadata = fs::metadata(directory).map_err(failed)?;
-    let is_writable_by_others = metadata.mode() & 0o022 != 0;
-    if !metadata.is_dir() || metadata.uid() != effective_uid() || is_writable_by_others {
+    if !is_private_dir(directory).map_err(failed)? {
         let why = "it is not a directory that only this user can write to";
         return Err(Error::new(ErrorKind::Memory, format!("{context}: {why}")));
     }
     Ok(())
+}
+
+/// Whether a path leads to a directory that only this user can write to.
+fn is_private_dir(directory: &Path) -> io::Result<bool> {
+    let metadata = fs::metadata(directory)?;
+    let is_writable_by_others = metadata.mode() & 0o022 != 0;
+    Ok(metadata.is_dir() && metadata.uid() == effective_uid() && !is_writable_by_others)
 }

@@ -10,6 +10,7 @@ mod common;
 mod cut_page;
 mod guest;
 mod huge_pages;
+mod read_only;
 mod systemd;
 mod zeroes;
 

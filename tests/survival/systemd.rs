@@ -244,6 +244,32 @@ fn two_caches_with_writes_of_their_own_are_refused_and_stay() {
 }
 
 #[test]
+fn a_reader_is_refused_while_the_fd_store_holds_dirty_pages() {
+    let systemd = Systemd::new(1);
+    let dirty = "cache.dirty_age_max_ms = 600000";
+    let mut daemon = systemd.start(&format!("{DEVICE}\n{dirty}"));
+    let (_guest, bytes) = write_and_kill(&mut daemon);
+    let before = systemd.stored_names();
+    // Wherever the reader's own cache would be.
+    for device in ["read_only = true\ncache.memory_dir = \"systemd\"", "read_only = true"] {
+        daemon.configure(device);
+        systemd.pass_fdstore(&mut daemon);
+        let refused = run_to_end(daemon.command());
+        let message = format!(
+            ": fd-store entry {} holds 4 dirty pages, which the image lacks; to keep the data, remove read_only and \
+             start the unit again; otherwise stop the unit and remove it with \"systemctl clean --what=fdstore UNIT\"",
+            before[0]
+        );
+        assert!(refused.status.code() == Some(1) && refused.stderr.contains(&message), "{refused:?}");
+        assert_eq!(systemd.stored_names(), before, "the cache stays");
+    }
+    daemon.configure(DEVICE);
+    daemon.restart();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    assert!(session.read(80, bytes.len()) == bytes);
+}
+
+#[test]
 fn a_loss_marker_in_the_fd_store_reports_a_data_loss() {
     let systemd = Systemd::new(1);
     let device = "cache.memory_dir = \"systemd\"\ncache.survive = \"never\"\ncache.dirty_age_max_ms = 600000";

@@ -40,7 +40,7 @@ enum MapState {
 }
 
 #[derive(Clone, Debug)]
-struct Region {
+struct MappedRegion {
     number: u64,
     state: MapState,
     /// Known: pages that are holes. Mapping: pages that were written since it was requested.
@@ -52,7 +52,7 @@ struct Region {
 pub(super) struct Holes {
     /// Whether the image may have holes, and whether the store can report them.
     image: ImageHoles,
-    regions: Vec<Region>,
+    regions: Vec<MappedRegion>,
 }
 
 /// A page's bit in the bitmap of its region: the word, and the mask within it.
@@ -65,7 +65,7 @@ fn bit(no: PageNo) -> (usize, u64) {
 impl Holes {
     /// For a cache of `frames` frames.
     pub fn new(image: ImageHoles, frames: u32) -> Self {
-        let empty = Region { number: 0, state: MapState::Empty, bits: [0; WORDS] };
+        let empty = MappedRegion { number: 0, state: MapState::Empty, bits: [0; WORDS] };
         let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;
         Self { image, regions: vec![empty; slots] }
     }
@@ -75,7 +75,7 @@ impl Holes {
         (number, (number % self.regions.len() as u64) as usize)
     }
 
-    fn slot(&mut self, no: PageNo) -> (u64, &mut Region) {
+    fn slot(&mut self, no: PageNo) -> (u64, &mut MappedRegion) {
         let (number, index) = self.index(no);
         (number, &mut self.regions[index])
     }
@@ -109,7 +109,7 @@ impl Holes {
         if matches!(region.state, MapState::Mapping { .. }) {
             return false;
         }
-        *region = Region { number, state: MapState::Mapping { stale: false }, bits: [0; WORDS] };
+        *region = MappedRegion { number, state: MapState::Mapping { stale: false }, bits: [0; WORDS] };
         true
     }
 
@@ -184,7 +184,7 @@ impl Holes {
 
     /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.regions.capacity() * size_of::<Region>()
+        self.regions.capacity() * size_of::<MappedRegion>()
     }
 }
 

@@ -3,10 +3,12 @@
 //! The world calls the cache as `device/` and `cached_image.rs` do, but the seed decides the order: copies are late,
 //! store operations complete in any order, fail, and tear their writes.
 
+mod checks;
+
 use std::collections::BTreeMap;
 
 use crate::cache::{
-    Access, Admitted, CopyResult, Health, Notice, Outcome, PageCache, Piece, PlantedBug, Settings, StoreOpRef, Ticket,
+    Access, Admitted, CopyResult, Notice, Outcome, PageCache, Piece, PlantedBug, Settings, StoreOpRef, Ticket,
 };
 use crate::prng::Prng;
 use crate::units::{Fault, ImageHoles, OpKind, SectorSpan, Tick, Unmap};
@@ -17,16 +19,6 @@ use super::memory::{GARBAGE, Memory};
 use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
 use super::scenario::{BREAKAGES, FailureClass, Scenario, change_settings, settings};
-
-/// The longest pause before the cache tries a disk again that has failed.
-const RETRY_PAUSE_US_MAX: u64 = 5_000_000;
-/// Steps of the liveness phase after which a request that is still in flight counts as stuck.
-const LIVENESS_STEPS_MAX: u64 = 200_000;
-/// Worker turns at one moment, with no operation in flight, after which the cache counts as spinning.
-const IDLE_TURNS_MAX: u32 = 1000;
-
-/// Write-back of all that is dirty at the age limit, and the Sync after it, take no longer than so many operations.
-const AGE_SLACK: u64 = 100;
 
 /// In some worlds page numbers exceed 32 bits. (A multiple of the regions in which the cache asks for holes and space.)
 const HIGH_SECTOR: u64 = 1 << 37;
@@ -136,48 +128,6 @@ impl World {
         self.submit_request(GuestOp::Flush, SectorSpan::new(0, 0));
         self.complete_all_requests();
         self.check_power_cut();
-    }
-
-    /// The guest stops for longer than the age limit: then all that it has written is durable, without a FLUSH. Says
-    /// nothing of worlds whose disk fails, or whose daemon crashed: there it may take longer.
-    fn check_age_limit(&mut self) {
-        if self.failures.has_failed() || self.scenario.daemon_crashes || self.prng.percent(50) {
-            return;
-        }
-        self.complete_all_requests();
-        let (stopped, limit_us) =
-            (self.step + 1, self.settings.dirty_age_us + AGE_SLACK * self.scenario.latency_us_max);
-        let end_us = self.now_us + limit_us;
-        while self.now_us < end_us && self.has_work_before(end_us) {
-            self.run_step(Guest::Waiting);
-        }
-        self.now_us = self.now_us.max(end_us);
-        if !self.failures.has_failed() {
-            self.oracle.complete_age(stopped);
-            self.check_power_cut();
-        }
-    }
-
-    /// Whether an operation or a deadline of the cache comes before `end_us`.
-    fn has_work_before(&self, end_us: u64) -> bool {
-        !self.operations.is_empty() || self.cache.next_deadline().is_some_and(|at| at.0 < end_us)
-    }
-
-    /// Prints an event if it touches the traced sector.
-    fn trace(&self, span: SectorSpan, event: impl FnOnce() -> String) {
-        if self.traced.is_some_and(|sector| span.count == 0 || (span.start..span.end()).contains(&sector)) {
-            println!("step {} at {} us: {}", self.step, self.now_us, event());
-        }
-    }
-
-    fn complete_all_requests(&mut self) {
-        let mut steps_left = LIVENESS_STEPS_MAX;
-        while !self.requests.is_empty() {
-            self.run_step(Guest::Waiting);
-            steps_left -= 1;
-            let stuck = self.requests.len();
-            assert!(steps_left > 0, "liveness: {stuck} requests never complete: {:?}", self.cache.stats());
-        }
     }
 
     /// One random event, then a worker's turn; in some steps the daemon crashes.
@@ -413,27 +363,6 @@ impl World {
         }
     }
 
-    /// A request in flight waits for an operation, for a copy, or for the cache's next deadline. A deadline counts if
-    /// it is due, or if the disk is failing and the deadline ends the pause before the next try. A due deadline must
-    /// lead to an operation within [`IDLE_TURNS_MAX`] turns.
-    fn assert_progress_possible(&mut self) {
-        let by_guest = !self.copies.is_empty() || !self.resumable.is_empty() || !self.answers.is_empty();
-        let is_active = !self.operations.is_empty() || by_guest;
-        let deadline = self.cache.next_deadline();
-        let due = deadline.is_some_and(|at| at.0 <= self.now_us);
-        self.idle_turns = if due && !is_active { self.idle_turns + 1 } else { 0 };
-        assert!(self.idle_turns < IDLE_TURNS_MAX, "liveness: the cache spins without serving {:?}", self.requests);
-        let latest_retry = self.now_us + RETRY_PAUSE_US_MAX;
-        let retries = self.cache.health() != Health::Healthy && deadline.is_some_and(|at| at.0 <= latest_retry);
-        let progresses = is_active || due || retries || self.requests.is_empty();
-        assert!(progresses, "liveness: no operation and no deadline will serve {:?}", self.requests);
-        // Timers are for pauses after a failure, and for writes that wait in memory. A FLUSH on a healthy disk waits
-        // for none.
-        let flushes = self.requests.values().any(|request| request.op == GuestOp::Flush);
-        let waits_for_timer = flushes && !is_active && !due && !self.failures.has_failed();
-        assert!(!waits_for_timer, "a FLUSH waits until {deadline:?}, now {}: {:?}", self.now_us, self.requests);
-    }
-
     /// Lets the next operation take effect or complete, or moves the clock to the cache's next deadline. Returns false
     /// if the cache learns nothing: a worker would sleep on.
     fn advance_time(&mut self) -> bool {
@@ -641,19 +570,6 @@ impl World {
                 GuestOp::Zero { .. } => self.end_write(&request, 0, false),
                 GuestOp::Read | GuestOp::Discard | GuestOp::Flush => {}
             }
-        }
-    }
-
-    /// Checks what a power cut at this moment may leave on the disk. The world itself goes on unchanged.
-    fn check_power_cut(&mut self) {
-        for sector in 0..self.disk.sectors() {
-            let left = self.disk.after_power_cut(sector, &mut self.prng);
-            assert!(
-                self.oracle.may_survive(sector, left),
-                "after a power cut sector {sector} (page {}) holds version {left}: {:?}",
-                sector / 8,
-                self.oracle.knowledge(sector, 1)
-            );
         }
     }
 }

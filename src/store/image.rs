@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::lock::{self, Access};
+use super::lock::{self, LockMode};
 use super::options::OpenOptions;
 use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
 use super::{IoRequest, Limits, Segment};
@@ -61,7 +61,7 @@ impl OpenImage {
     /// Opens and locks the image at `path`; see [`super::file::FileImage::open`].
     pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
-        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let access = if options.read_only { LockMode::ReadOnly } else { LockMode::ReadWrite };
         // Checked before the open: opening a FIFO would wait for its other end.
         check_type(path, &std::fs::metadata(path).map_err(unusable)?)?;
         let file = open_file(path, access)?;
@@ -73,7 +73,7 @@ impl OpenImage {
         check_size(path, geometry.size_bytes)?;
         let direct = if options.direct { try_direct(&file, path, &geometry) } else { None };
         let alignment = direct.unwrap_or(Alignment::BUFFERED);
-        let writable = access == Access::ReadWrite;
+        let writable = access == LockMode::ReadWrite;
         let is_file = geometry.device_block.is_none();
         let first_hole = is_file.then(|| sys::file::seek_hole(&file, 0).ok()).flatten();
         let limits = Limits {
@@ -186,8 +186,8 @@ impl Drop for OpenImage {
     }
 }
 
-fn open_file(path: &Path, access: Access) -> Result<File> {
-    let writable = access == Access::ReadWrite;
+fn open_file(path: &Path, access: LockMode) -> Result<File> {
+    let writable = access == LockMode::ReadWrite;
     let mut options = std::fs::OpenOptions::new();
     options.read(true).write(writable);
     let is_device = std::fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());

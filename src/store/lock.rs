@@ -17,7 +17,7 @@ use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
 
 /// What an opener does with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Access {
+pub(super) enum LockMode {
     /// Reads it; any number of readers may share an image.
     ReadOnly,
     /// Reads and writes it, as the only opener.
@@ -49,7 +49,7 @@ const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 /// # Errors
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is no error: a warning says so.
-pub(super) fn acquire(file: &File, path: &Path, access: Access, patience: Duration) -> Result<()> {
+pub(super) fn acquire(file: &File, path: &Path, access: LockMode, patience: Duration) -> Result<()> {
     let deadline = Instant::now() + patience;
     loop {
         match try_acquire(file, path, access) {
@@ -61,15 +61,15 @@ pub(super) fn acquire(file: &File, path: &Path, access: Access, patience: Durati
     }
 }
 
-fn try_acquire(file: &File, path: &Path, access: Access) -> Result<()> {
+fn try_acquire(file: &File, path: &Path, access: LockMode) -> Result<()> {
     if let Err(error) = is_byte_locked(file, TAKEN_BASE) {
         let path = path.display();
         log::warn!("image {path}: the file system has no locks ({error}); nothing keeps other writers out");
         return Ok(());
     }
     let taken: &[u64] = match access {
-        Access::ReadOnly => &[CONSISTENT_READ],
-        Access::ReadWrite => &[CONSISTENT_READ, WRITE],
+        LockMode::ReadOnly => &[CONSISTENT_READ],
+        LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
     };
     // After a conflict the locks taken so far must not keep the next opener out.
     take_and_check(file, path, taken).inspect_err(|_| release(file, path))

@@ -18,12 +18,12 @@ pub(super) const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// Threads over one image.
 #[derive(Debug)]
 pub(super) struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<PoolShared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct PoolShared {
     image: Arc<OpenImage>,
     wake: WakeFd,
     state: Mutex<PoolState>,
@@ -52,7 +52,7 @@ impl Pool {
             running: 0,
             closing: false,
         };
-        let shared = Shared { image, wake, state: Mutex::new(state), work: Condvar::new(), idle: Condvar::new() };
+        let shared = PoolShared { image, wake, state: Mutex::new(state), work: Condvar::new(), idle: Condvar::new() };
         let mut pool = Self { shared: Arc::new(shared), threads: Vec::with_capacity(threads) };
         for number in 0..threads {
             let shared = Arc::clone(&pool.shared);
@@ -85,7 +85,7 @@ impl Pool {
     }
 }
 
-impl Shared {
+impl PoolShared {
     fn lock(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock().expect("no thread panics while it holds a pool's state")
     }

@@ -47,7 +47,7 @@ pub(super) struct UringQueue {
     /// Whether the kernel has transfers between a registered buffer and several segments of it (Linux 6.15).
     has_vectored_fixed: bool,
     /// As many as the image's depth.
-    slots: Vec<Slot>,
+    slots: Vec<UringSlot>,
     /// Slots without an operation.
     free: Vec<usize>,
     /// Slots whose operation must enter the submission queue, for the first time or again; oldest first, because the
@@ -61,7 +61,7 @@ pub(super) struct UringQueue {
 
 /// An operation and how much of it is complete; free without a request.
 #[derive(Debug, Default)]
-struct Slot {
+struct UringSlot {
     request: Option<IoRequest>,
     progress: Progress,
     /// The registered buffer that holds its memory, if one does.
@@ -94,7 +94,7 @@ impl UringQueue {
             has_vectored_fixed: [opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE]
                 .iter()
                 .all(|&code| probe.is_supported(code)),
-            slots: (0..depth).map(|_| Slot::default()).collect(),
+            slots: (0..depth).map(|_| UringSlot::default()).collect(),
             free: (0..depth).rev().collect(),
             ready: VecDeque::with_capacity(depth),
             in_flight: 0,
@@ -206,7 +206,7 @@ fn new_ring(entries: u32) -> io::Result<IoUring> {
 }
 
 /// The submission entry for the rest of a slot's operation.
-fn entry(image: &OpenImage, slot: &Slot) -> Entry {
+fn entry(image: &OpenImage, slot: &UringSlot) -> Entry {
     let request = slot.request.as_ref().expect("a ready slot has an operation");
     match request.op {
         OpKind::Read | OpKind::Write => transfer_entry(image, slot, request),
@@ -222,7 +222,7 @@ fn fallocate_entry(mode: FallocateMode, request: &IoRequest) -> Entry {
     opcode::Fallocate::new(IMAGE, request.len).offset(request.offset).mode(mode.flags()).build()
 }
 
-fn transfer_entry(image: &OpenImage, slot: &Slot, request: &IoRequest) -> Entry {
+fn transfer_entry(image: &OpenImage, slot: &UringSlot, request: &IoRequest) -> Entry {
     let (rest, offset) = (slot.progress.rest(request), slot.progress.offset(request));
     let start = image.limited_start(rest);
     let rest = start.as_ref().map_or(rest, std::slice::from_ref);
@@ -270,7 +270,7 @@ impl StoreQueue for UringQueue {
         if self.ring_supports(&request) {
             let index = self.free.pop().expect("fewer operations in flight than slots");
             let buffer = self.registered_buffer(&request);
-            self.slots[index] = Slot { request: Some(request), progress: Progress::default(), buffer };
+            self.slots[index] = UringSlot { request: Some(request), progress: Progress::default(), buffer };
             self.ready.push_back(index);
         } else {
             self.helper.push(request);

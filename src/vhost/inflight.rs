@@ -25,22 +25,22 @@ const QUEUE_SIZE_MAX: u16 = 32768;
 
 /// The inflight region of a session, once the front-end has set one.
 #[derive(Debug, Default)]
-pub(super) struct Inflight(Mutex<Option<Region>>);
+pub(super) struct Inflight(Mutex<Option<InflightRegion>>);
 
 #[derive(Debug)]
-struct Region {
+struct InflightRegion {
     memory: Arc<MmapRegion>,
-    shape: Shape,
+    shape: InflightShape,
 }
 
 /// Number and size of the queues that a region has room for.
 #[derive(Clone, Copy, Debug)]
-struct Shape {
+struct InflightShape {
     queues: u16,
     queue_size: u16,
 }
 
-impl Shape {
+impl InflightShape {
     /// Reads the shape from a message.
     fn of(message: &Message) -> io::Result<Self> {
         let field = |at: usize| message.payload.get(at..at + 2).map_or(0, |two| u16::from_le_bytes([two[0], two[1]]));
@@ -58,7 +58,7 @@ impl Shape {
     }
 }
 
-impl fmt::Display for Shape {
+impl fmt::Display for InflightShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} queues of size {}", self.queues, self.queue_size)
     }
@@ -69,7 +69,7 @@ impl Inflight {
     ///
     /// => The region is used only after the front-end has sent it back by SET_INFLIGHT_FD.
     pub fn create_region(&self, message: &Message) -> io::Result<Message> {
-        let shape = Shape::of(message)?;
+        let shape = InflightShape::of(message)?;
         let file = sealed_memfd(shape.bytes())?;
         let mut payload = message.payload.clone();
         payload[..8].copy_from_slice(&(shape.bytes() as u64).to_le_bytes());
@@ -79,7 +79,7 @@ impl Inflight {
 
     /// SET_INFLIGHT_FD: rings that start from now on keep their marks in this region.
     pub fn set_region(&self, mut message: Message) -> io::Result<()> {
-        let shape = Shape::of(&message)?;
+        let shape = InflightShape::of(&message)?;
         let (Some(size), Some(offset), Some(file)) = (message.u64_at(0), message.u64_at(8), message.files.pop()) else {
             return Err(invalid("inflight region: no file descriptor".to_owned()));
         };
@@ -90,14 +90,14 @@ impl Inflight {
         let memory = MmapRegion::from_file(FileOffset::new(file, offset), shape.bytes())
             .map_err(|e| invalid(format!("inflight region: cannot map it: {e}")))?;
         *self.0.lock().expect("no thread panics with the region locked") =
-            Some(Region { memory: Arc::new(memory), shape });
+            Some(InflightRegion { memory: Arc::new(memory), shape });
         Ok(())
     }
 
     /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring.
     pub fn of_ring(&self, index: u16, size: u16) -> Option<InflightTracker> {
         let slot = self.0.lock().expect("no thread panics with the region locked");
-        let Region { memory, shape } = slot.as_ref()?;
+        let InflightRegion { memory, shape } = slot.as_ref()?;
         (index < shape.queues && size <= shape.queue_size).then(|| {
             let offset = usize::from(index) * ring_bytes(shape.queue_size);
             InflightTracker::new(Arc::clone(memory), offset, size)

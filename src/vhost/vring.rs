@@ -98,17 +98,17 @@ pub(super) fn with_vring_factory<T>(session: &Arc<Session>, make: impl FnOnce() 
 #[derive(Clone)]
 pub(super) struct VringControl {
     state: VringRwLock<Memory>,
-    shared: Arc<Shared>,
+    shared: Arc<VringShared>,
 }
 
-struct Shared {
+struct VringShared {
     index: u16,
     session: Arc<Session>,
     memory: Memory,
     config: Mutex<VringConfig>,
 }
 
-impl fmt::Display for Shared {
+impl fmt::Display for VringShared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: vring {}", self.session.device.name, self.index)
     }
@@ -238,7 +238,7 @@ impl VringT<Memory> for VringControl {
         VRING_FACTORY.with_borrow_mut(|slot| {
             let VringFactory { session, rings } = slot.as_mut().expect("inside with_vring_factory()");
             let index = u16::try_from(rings.len()).expect("64 rings at most");
-            let shared = Shared { index, session: Arc::clone(session), memory, config: Mutex::default() };
+            let shared = VringShared { index, session: Arc::clone(session), memory, config: Mutex::default() };
             let ring = Self { state, shared: Arc::new(shared) };
             rings.push(ring.clone());
             Ok(ring)

@@ -12,21 +12,21 @@ use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Gues
 pub struct GuestRam {
     memory: Arc<GuestMemoryMmap<()>>,
     /// In order of their addresses.
-    regions: Box<[Region]>,
+    regions: Box<[GuestRegion]>,
 }
 
 /// A region of guest memory and its mapping.
 #[derive(Debug)]
-struct Region {
+struct GuestRegion {
     first: GuestAddress,
     bytes: usize,
     host: *mut u8,
 }
 
 // SAFETY: the mapping belongs to no thread, and its bytes are only accessed through raw pointers and volatile slices.
-unsafe impl Send for Region {}
+unsafe impl Send for GuestRegion {}
 // SAFETY: as above.
-unsafe impl Sync for Region {}
+unsafe impl Sync for GuestRegion {}
 
 impl GuestRam {
     /// The memory that vm-memory has mapped.
@@ -34,7 +34,7 @@ impl GuestRam {
         let whole = |region: &vm_memory::GuestRegionMmap<()>| {
             let slice = region.as_volatile_slice().expect("a region is mapped");
             // The guard is a plain pointer, valid as long as the memory, as vm-memory's Xen mappings are not used.
-            Region { first: region.start_addr(), bytes: slice.len(), host: slice.ptr_guard_mut().as_ptr() }
+            GuestRegion { first: region.start_addr(), bytes: slice.len(), host: slice.ptr_guard_mut().as_ptr() }
         };
         let regions = memory.iter().map(whole).collect();
         Self { memory, regions }

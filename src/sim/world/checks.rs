@@ -1,0 +1,93 @@
+//! What must hold in a simulated world: progress, the age limit, and what a power cut leaves.
+
+use crate::cache::Health;
+use crate::units::SectorSpan;
+
+use super::{Guest, GuestOp, World};
+
+/// The longest pause before the cache tries a disk again that has failed.
+const RETRY_PAUSE_US_MAX: u64 = 5_000_000;
+/// Steps of the liveness phase after which a request that is still in flight counts as stuck.
+const LIVENESS_STEPS_MAX: u64 = 200_000;
+/// Worker turns at one moment, with no operation in flight, after which the cache counts as spinning.
+const IDLE_TURNS_MAX: u32 = 1000;
+/// Write-back of all that is dirty at the age limit, and the Sync after it, take no longer than so many operations.
+const AGE_SLACK: u64 = 100;
+
+impl World {
+    pub(super) fn complete_all_requests(&mut self) {
+        let mut steps_left = LIVENESS_STEPS_MAX;
+        while !self.requests.is_empty() {
+            self.run_step(Guest::Waiting);
+            steps_left -= 1;
+            let stuck = self.requests.len();
+            assert!(steps_left > 0, "liveness: {stuck} requests never complete: {:?}", self.cache.stats());
+        }
+    }
+
+    /// The guest stops for longer than the age limit: then all that it has written is durable, without a FLUSH. Says
+    /// nothing of worlds whose disk fails, or whose daemon crashed: there it may take longer.
+    pub(super) fn check_age_limit(&mut self) {
+        if self.failures.has_failed() || self.scenario.daemon_crashes || self.prng.percent(50) {
+            return;
+        }
+        self.complete_all_requests();
+        let (stopped, limit_us) =
+            (self.step + 1, self.settings.dirty_age_us + AGE_SLACK * self.scenario.latency_us_max);
+        let end_us = self.now_us + limit_us;
+        while self.now_us < end_us && self.has_work_before(end_us) {
+            self.run_step(Guest::Waiting);
+        }
+        self.now_us = self.now_us.max(end_us);
+        if !self.failures.has_failed() {
+            self.oracle.complete_age(stopped);
+            self.check_power_cut();
+        }
+    }
+
+    /// Whether an operation or a deadline of the cache comes before `end_us`.
+    pub(super) fn has_work_before(&self, end_us: u64) -> bool {
+        !self.operations.is_empty() || self.cache.next_deadline().is_some_and(|at| at.0 < end_us)
+    }
+
+    /// A request in flight waits for an operation, for a copy, or for the cache's next deadline. A deadline counts if
+    /// it is due, or if the disk is failing and the deadline ends the pause before the next try. A due deadline must
+    /// lead to an operation within [`IDLE_TURNS_MAX`] turns.
+    pub(super) fn assert_progress_possible(&mut self) {
+        let by_guest = !self.copies.is_empty() || !self.resumable.is_empty() || !self.answers.is_empty();
+        let is_active = !self.operations.is_empty() || by_guest;
+        let deadline = self.cache.next_deadline();
+        let due = deadline.is_some_and(|at| at.0 <= self.now_us);
+        self.idle_turns = if due && !is_active { self.idle_turns + 1 } else { 0 };
+        assert!(self.idle_turns < IDLE_TURNS_MAX, "liveness: the cache spins without serving {:?}", self.requests);
+        let latest_retry = self.now_us + RETRY_PAUSE_US_MAX;
+        let retries = self.cache.health() != Health::Healthy && deadline.is_some_and(|at| at.0 <= latest_retry);
+        let progresses = is_active || due || retries || self.requests.is_empty();
+        assert!(progresses, "liveness: no operation and no deadline will serve {:?}", self.requests);
+        // Timers are for pauses after a failure, and for writes that wait in memory. A FLUSH on a healthy disk waits
+        // for none.
+        let flushes = self.requests.values().any(|request| request.op == GuestOp::Flush);
+        let waits_for_timer = flushes && !is_active && !due && !self.failures.has_failed();
+        assert!(!waits_for_timer, "a FLUSH waits until {deadline:?}, now {}: {:?}", self.now_us, self.requests);
+    }
+
+    /// Checks what a power cut at this moment may leave on the disk. The world itself goes on unchanged.
+    pub(super) fn check_power_cut(&mut self) {
+        for sector in 0..self.disk.sectors() {
+            let left = self.disk.after_power_cut(sector, &mut self.prng);
+            assert!(
+                self.oracle.may_survive(sector, left),
+                "after a power cut sector {sector} (page {}) holds version {left}: {:?}",
+                sector / 8,
+                self.oracle.knowledge(sector, 1)
+            );
+        }
+    }
+
+    /// Prints an event if it touches the traced sector.
+    pub(super) fn trace(&self, span: SectorSpan, event: impl FnOnce() -> String) {
+        if self.traced.is_some_and(|sector| span.count == 0 || (span.start..span.end()).contains(&sector)) {
+            println!("step {} at {} us: {}", self.step, self.now_us, event());
+        }
+    }
+}

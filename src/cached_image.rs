@@ -293,7 +293,7 @@ impl WorkerPort {
                     break;
                 }
                 Err(Refused::Invalid(request)) => {
-                    unreachable!("the cache keeps to the store's limits: {request:?} {:?}", self.store.limits())
+                    unreachable!("the cache keeps to limits that were checked: {request:?} {:?}", self.store.limits())
                 }
             }
         }

@@ -70,7 +70,7 @@ impl Service {
         let service = match images.get(&identity).filter(|_| read_only) {
             Some(shared) => Self::new(config, Arc::clone(shared), io_mode)?,
             None => {
-                let settings = settings(&config.cache, image.limits());
+                let settings = settings(config, image.limits())?;
                 let arena = recover::arena_for(config, &image, settings.frames as usize, manager)?;
                 Self::new(config, CachedImage::new(&config.name, image, arena, settings), io_mode)?
             }
@@ -84,9 +84,10 @@ impl Service {
     /// A device on an image that the caller has opened. Its cache does not outlive the process.
     ///
     /// # Errors
-    /// As [`Service::open`], for the cache and the socket.
+    /// As [`Service::open`], for the cache and the socket, and [`ErrorKind::Image`] if its limits are too narrow for a
+    /// cache.
     pub fn with_image(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Self> {
-        let settings = settings(&config.cache, image.limits());
+        let settings = settings(config, image.limits())?;
         let arena = Arena::anonymous(settings.frames as usize)?;
         Self::new(config, CachedImage::new(&config.name, image, arena, settings), "given image")
     }

@@ -4,24 +4,32 @@ use std::sync::Arc;
 
 use crate::cache::{ErrorPolicy, PolicyKind, REGION_PAGES, Settings};
 use crate::cached_image::CachedImage;
-use crate::config::{Allocate, CacheConfig, CacheMode, DeviceConfig, OnError, Policy};
+use crate::config::{Allocate, CacheMode, DeviceConfig, OnError, Policy};
 use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
 use crate::store::Limits;
-use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u32};
+use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u8, low_u32};
 use crate::virtio::config_space::DiskParameters;
 use crate::virtio::request::{Disk, serial};
 
 /// The settings of a device's cache.
-pub(super) fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
+///
+/// => The cache keeps to the limits with these settings.
+///
+/// # Errors
+/// [`ErrorKind::Image`] for limits to which no cache could keep.
+pub(super) fn settings(config: &DeviceConfig, limits: &Limits) -> Result<Settings> {
+    let refused = |obstacle| Error::new(ErrorKind::Image, format!("image {}: {obstacle}", config.image.display()));
+    limits.check().map_err(refused)?;
+    let cache = &config.cache;
     let pages = |bytes: u64| u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
     let frames = pages(cache.size_bytes);
     let retain = cache.mode != CacheMode::None;
     let io_pages = pages(limits.io_max_bytes.into()).min(limits.segments_max.into());
-    Settings {
+    Ok(Settings {
         frames,
         image_sectors: limits.size_bytes / SECTOR_BYTES,
-        block_sectors: u8::try_from(u64::from(limits.block_bytes) / SECTOR_BYTES)
-            .expect("a block is 512 to 4096 bytes"),
+        block_sectors: low_u8(u64::from(limits.transfer_block_bytes()) / SECTOR_BYTES),
         holes: limits.holes,
         cluster_pages_max: io_pages.clamp(1, low_u32(REGION_PAGES)),
         retain,
@@ -37,7 +45,7 @@ pub(super) fn settings(cache: &CacheConfig, limits: &Limits) -> Settings {
         on_error: error_policy(cache.on_error),
         on_full: error_policy(cache.on_full),
         hold_us: u64::from(cache.hold_max_ms) * 1000,
-    }
+    })
 }
 
 fn error_policy(configured: OnError) -> ErrorPolicy {

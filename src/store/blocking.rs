@@ -55,8 +55,8 @@ impl Progress {
         &request.segments[self.first..]
     }
 
-    /// Records that a system call moved `moved` bytes; returns whether the transfer is complete. `block` is the block
-    /// size of the image in bytes.
+    /// Records that a system call moved `moved` bytes; returns whether the transfer is complete. `block` is what
+    /// transfers are aligned to, in bytes.
     ///
     /// => The rest starts on a block boundary, because direct I/O could not continue elsewhere. Bytes behind the last
     ///    boundary are transferred again, to the same place.
@@ -110,7 +110,7 @@ pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
 }
 
 fn transfer(image: &OpenImage, request: &mut IoRequest) -> io::Result<()> {
-    let block = u64::from(image.limits.block_bytes);
+    let block = u64::from(image.limits.transfer_block_bytes());
     let direction = if request.op == OpKind::Write { Direction::Write } else { Direction::Read };
     let mut progress = Progress::default();
     loop {

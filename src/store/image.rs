@@ -84,7 +84,7 @@ impl OpenImage {
             segments_max: geometry.segments_max,
             depth: DEPTH,
             discard_granularity: geometry.discard_granularity,
-            physical_block_bytes: geometry.physical_block.max(alignment.block),
+            physical_block_bytes: geometry.physical_block.max(alignment.block).max(alignment.memory),
             optimal_io_bytes: geometry.optimal_io,
             writable,
             // Always: if the host has no command for it, genblk writes zeros.

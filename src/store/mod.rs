@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 
 pub use crate::sys::file::Segment;
-use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, SECTOR_BYTES};
+use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, counted, low_u32};
 
 /// One operation. It owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
@@ -133,6 +133,39 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// What offsets, lengths and segments of the cache's transfers are multiples of, in bytes: `block_bytes`, or
+    /// `memory_align` if that is larger. The cache places each sector at the same offset in a frame as in its page, so
+    /// a transfer is aligned in memory only if it is aligned on the image.
+    pub fn transfer_block_bytes(&self) -> u32 {
+        self.block_bytes.max(self.memory_align)
+    }
+
+    /// Checks that a cache can keep to these limits, however small its pages and however large its operations.
+    ///
+    /// # Errors
+    /// Which limit is the obstacle.
+    pub fn check(&self) -> Result<(), String> {
+        let page = low_u32(PAGE_BYTES);
+        let size = self.size_bytes;
+        let obstacle = if size == 0 || !size.is_multiple_of(SECTOR_BYTES) {
+            format!("a size of {size} bytes is not a multiple of {SECTOR_BYTES}")
+        } else if !self.block_bytes.is_power_of_two() || u64::from(self.block_bytes) < SECTOR_BYTES {
+            format!("blocks of {} bytes are not supported", self.block_bytes)
+        } else if !self.memory_align.is_power_of_two() || self.transfer_block_bytes() > page {
+            format!("transfers aligned to {} bytes are not supported", self.transfer_block_bytes())
+        } else if self.io_max_bytes < page || self.segments_max == 0 || self.depth == 0 {
+            format!(
+                "{} at a time of {} bytes in {} is less than a page needs",
+                counted(self.depth.into(), "operation"),
+                self.io_max_bytes,
+                counted(self.segments_max.into(), "segment"),
+            )
+        } else {
+            return Ok(());
+        };
+        Err(obstacle)
+    }
+
     /// Whether the request is valid for this image. Every queue checks it in `submit`.
     ///
     /// => An admissible `Read` or `Write` is block-aligned, not empty, within the image and no longer than the largest

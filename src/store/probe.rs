@@ -107,7 +107,7 @@ pub(super) fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
 }
 
 /// Alignment of transfers in bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Alignment {
     /// Of offsets and lengths on the image.
     pub(super) block: u32,
@@ -147,19 +147,29 @@ fn enable_direct(file: &File, geometry: &BlockGeometry) -> Result<Alignment, Str
         }
     };
     let mut reason = String::new();
-    for Alignment { block, memory } in candidates {
-        let memory = memory.max(block);
-        if !block.is_power_of_two() || !memory.is_power_of_two() || memory > BLOCK_MAX {
-            reason = format!("it needs blocks of {block} bytes and memory aligned to {memory} bytes");
-        } else if !geometry.size_bytes.is_multiple_of(u64::from(block)) {
-            reason = format!("the image's size is not a multiple of the {block}-byte blocks that it needs");
-        } else if let Err(error) = probe_read(file, block) {
-            reason = format!("a read of {block} bytes failed: {error}");
-        } else {
-            return Ok(Alignment { block, memory });
+    for candidate in candidates {
+        match supported(candidate, geometry.size_bytes) {
+            Err(obstacle) => reason = obstacle,
+            Ok(alignment) => match probe_read(file, alignment.block) {
+                Ok(()) => return Ok(alignment),
+                Err(error) => reason = format!("a read of {} bytes failed: {error}", alignment.block),
+            },
         }
     }
     Err(reason)
+}
+
+/// The alignment with which genblk makes transfers to an image of `size_bytes` bytes that demands `reported`. The error
+/// says what genblk cannot provide.
+fn supported(reported: Alignment, size_bytes: u64) -> Result<Alignment, String> {
+    let Alignment { block, memory } = Alignment { memory: reported.memory.max(reported.block), ..reported };
+    if !block.is_power_of_two() || !memory.is_power_of_two() || memory > BLOCK_MAX {
+        return Err(format!("it needs blocks of {block} bytes and memory aligned to {memory} bytes"));
+    }
+    if !size_bytes.is_multiple_of(u64::from(block)) {
+        return Err(format!("the image's size is not a multiple of the {block}-byte blocks that it needs"));
+    }
+    Ok(Alignment { block, memory })
 }
 
 /// Reads the first block as a transfer would.
@@ -168,4 +178,20 @@ fn probe_read(file: &File, block: u32) -> io::Result<()> {
     struct Block([u8; BLOCK_MAX as usize]);
     let mut memory = Block([0; BLOCK_MAX as usize]);
     file.read_exact_at(&mut memory.0[..block as usize], 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_may_need_a_larger_alignment_than_blocks_but_no_larger_one_than_a_page() {
+        let supported = |block, memory| supported(Alignment { block, memory }, 8192 + 512);
+        assert_eq!(supported(512, 4), Ok(Alignment { block: 512, memory: 512 }));
+        assert_eq!(supported(512, 4096), Ok(Alignment { block: 512, memory: 4096 }));
+        let obstacle = supported(512, 8192).unwrap_err();
+        assert_eq!(obstacle, "it needs blocks of 512 bytes and memory aligned to 8192 bytes");
+        assert!(supported(8192, 8192).is_err() && supported(513, 4096).is_err() && supported(512, 1000).is_err());
+        assert!(supported(4096, 4096).is_err(), "the last block would be cut off");
+    }
 }

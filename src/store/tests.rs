@@ -84,7 +84,7 @@ fn on_each(name: &str, test: impl Fn(&Arc<FileImage>, &Image, &str)) {
         for direct in [true, false] {
             let file = Image::new(name);
             let image = FileImage::open(&file.0, &OpenOptions { engine, direct, ..OpenOptions::default() }).unwrap();
-            let block = usize::try_from(image.limits().block_bytes).unwrap();
+            let block = usize::try_from(image.limits().transfer_block_bytes()).unwrap();
             image.limit_transfers(if image.direct() { block } else { 1000 });
             test(&image, &file, &format!("{engine:?}, direct: {}", image.direct()));
         }

@@ -136,7 +136,7 @@ impl UringQueue {
 
     /// Handles one completion: makes it an event, or makes the slot ready again.
     fn complete(&mut self, index: usize, result: i32, events: &mut Vec<Event>) {
-        let block = u64::from(self.image.limits.block_bytes);
+        let block = u64::from(self.image.limits.transfer_block_bytes());
         let slot = &mut self.slots[index];
         let request = slot.request.as_mut().expect("a completion is of a slot with an operation");
         let tag = request.tag;

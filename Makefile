@@ -36,9 +36,9 @@ check: ## formatting, lints, documentation and unit tests (2 minutes)
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	$(CARGO) test --locked --lib --bins --test tidy
 
-sim: ## the simulator: SEED=n replays one run, N=n runs that many (100 unless given)
+sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that many (100 unless given)
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100)) \
-		$(CARGO) test --release --locked --lib sim::seeds_from_the_environment -- --nocapture
+		$(CARGO) test --release --locked --lib seeds_from_the_environment -- --nocapture
 
 soak: setup ## simulator, kills and guest tests in a loop, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \

@@ -20,6 +20,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
 
+mod daemon;
 pub(crate) mod disk;
 mod failure_oracle;
 pub(crate) mod memory;

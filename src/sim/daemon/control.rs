@@ -1,0 +1,334 @@
+//! The front-end and the operator: connections, vrings that start and stop, the cache mode, guest memory; orderly ends
+//! and upgrades of the daemon, and power cuts.
+//!
+//! Commands go to the workers as `vhost/` sends them, and are polled instead of waited for.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use vm_memory::MmapRegion;
+
+use super::life::in_daemon;
+use super::oracle::Snapshot;
+use super::world::World;
+use crate::device::inflight::{InflightTracker, ring_bytes};
+use crate::device::{Command, RingSetup};
+use crate::fault_injection::crash_after;
+use crate::units::Fault;
+use crate::virtio::GuestRam;
+use crate::virtio::split::QueuePosition;
+
+/// How often the last flush of a daemon is tried on an image that fails.
+const LAST_FLUSHES_MAX: u32 = 4;
+
+/// What follows when vrings have stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// This one starts again.
+    Restart(usize),
+    /// The front-end connects again, with new descriptors.
+    Reconnect,
+    /// The daemon ends, with everything on the image.
+    Shutdown,
+    /// The daemon ends and leaves its cache to the next one.
+    HandOver,
+}
+
+/// An action under way.
+#[derive(Debug)]
+enum Task {
+    Starting(Vec<Receiver<()>>),
+    Stopping(Vec<(usize, Receiver<Option<QueuePosition>>)>, Next),
+    SettingMemory(Vec<Receiver<()>>),
+    /// A switch to write-through.
+    Switching(Receiver<Result<(), Fault>>, Snapshot),
+    Resuming(Receiver<()>),
+    LastFlush(Receiver<Result<(), Fault>>, Snapshot, u32),
+    Exiting,
+}
+
+/// The front-end's connection.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    connected: bool,
+    task: Option<Task>,
+    inflight: Option<Arc<MmapRegion>>,
+}
+
+impl Session {
+    pub fn has_inflight_region(&self) -> bool {
+        self.inflight.is_some()
+    }
+
+    pub fn forget_inflight_region(&mut self) {
+        self.inflight = None;
+    }
+
+    pub fn disconnect(&mut self) {
+        (self.connected, self.task) = (false, None);
+    }
+
+    /// Whether every vring runs, and no action is under way.
+    pub fn is_serving(&self) -> bool {
+        self.connected && self.task.is_none()
+    }
+}
+
+/// The reply, if it has come. A worker that drops its end without a reply has died.
+fn reply<T>(receiver: &Receiver<T>) -> Option<T> {
+    match receiver.try_recv() {
+        Ok(value) => Some(value),
+        Err(TryRecvError::Empty) => None,
+        Err(TryRecvError::Disconnected) => panic!("a command is dropped without a reply"),
+    }
+}
+
+/// The replies, once all have come.
+fn replies<T, K: Copy>(receivers: &mut Vec<(K, Receiver<T>)>, taken: &mut Vec<(K, T)>) -> bool {
+    receivers.retain(|(key, receiver)| match reply(receiver) {
+        Some(value) => {
+            taken.push((*key, value));
+            false
+        }
+        None => true,
+    });
+    receivers.is_empty()
+}
+
+impl World {
+    /// The front-end connects to the daemon, which has just started, and starts every vring.
+    pub fn connect(&mut self) {
+        self.session.connected = true;
+        if let Some(life) = &self.life {
+            life.connect();
+        }
+        // With requests in flight the region is the old one.
+        if self.session.inflight.is_none() && self.prng.percent(self.scenario.inflight_percent) {
+            let bytes = self.rings.len() * ring_bytes(self.scenario.queue_size);
+            self.session.inflight = Some(Arc::new(MmapRegion::new(bytes).expect("memory for an inflight region")));
+        }
+        self.start_rings(&(0..self.rings.len()).collect::<Vec<_>>());
+    }
+
+    fn start_rings(&mut self, indices: &[usize]) {
+        let mut receivers = Vec::new();
+        for &index in indices {
+            let ring = &mut self.rings[index];
+            let size = self.scenario.queue_size;
+            let tracker = self
+                .session
+                .inflight
+                .as_ref()
+                .map(|region| InflightTracker::new(Arc::clone(region), index * ring_bytes(size), size));
+            let mut next_avail = ring.stopped_at;
+            if tracker.as_ref().is_some_and(InflightTracker::is_initialized) {
+                // Front-ends send different bases; the region and the used ring tell the right one.
+                next_avail = self.prng.pick(&[next_avail, ring.used_idx(), ring.avail_idx()]);
+            }
+            let position = QueuePosition { next_avail, next_used: ring.used_idx() };
+            let (kick, call_fd) = ring.connect();
+            let memory = Arc::new(GuestRam::new(Arc::clone(&self.memory)));
+            let layout = ring.layout();
+            let setup = RingSetup { layout, position, kick, call_fd: Some(call_fd), memory, tracker };
+            let life = self.life.as_ref().expect("the front-end is connected");
+            let index = index as u16;
+            let control = life.workers.of_ring(index);
+            receivers.push(control.request(|reply| Command::Start(index, Box::new(setup), reply)));
+        }
+        self.session.task = Some(Task::Starting(receivers));
+    }
+
+    fn stop_rings(&mut self, indices: std::ops::Range<usize>, next: Next) {
+        let life = self.life.as_ref().expect("the front-end is connected");
+        let stop = |index: usize| {
+            let ring = index as u16;
+            (index, life.workers.of_ring(ring).request(|reply| Command::Stop(ring, reply)))
+        };
+        self.session.task = Some(Task::Stopping(indices.map(stop).collect(), next));
+    }
+
+    /// A random action of the front-end or the operator, unless one is under way.
+    pub fn start_control_action(&mut self) {
+        if self.scenario.power_cuts && self.prng.percent(5) {
+            crash_after(None);
+            return self.cut_power();
+        }
+        if self.life.is_none() || !self.session.is_serving() {
+            return;
+        }
+        let all = 0..self.rings.len();
+        match self.prng.below(100) {
+            0..35 => self.choose_mode(),
+            35..55 => {
+                let ring = self.prng.below(self.rings.len() as u64) as usize;
+                self.stop_rings(ring..ring + 1, Next::Restart(ring));
+            }
+            55..65 => self.set_memory(),
+            65..80 => self.stop_rings(all, Next::Reconnect),
+            80..90 => self.stop_rings(all, Next::Shutdown),
+            _ => {
+                let life = self.life.as_ref().expect("checked above");
+                life.cached.arena().keep_on_drop(true);
+                self.stop_rings(all, Next::HandOver);
+            }
+        }
+    }
+
+    /// The guest switches to the other cache mode.
+    fn choose_mode(&mut self) {
+        let to_write_through = self.write_through.is_none();
+        self.write_through = None;
+        self.periods += 1;
+        let snapshot = self.oracle.snapshot();
+        let life = self.life.as_ref().expect("the front-end is connected");
+        match in_daemon(|| life.workers.choose_writeback(&life.device, !to_write_through)) {
+            Err(_) => self.daemon_died(),
+            Ok(Some(flushed)) => self.session.task = Some(Task::Switching(flushed, snapshot)),
+            Ok(None) if to_write_through => self.switched(&snapshot, Ok(())),
+            Ok(None) => {}
+        }
+    }
+
+    /// The device is in write-through mode.
+    fn switched(&mut self, snapshot: &Snapshot, flushed: Result<(), Fault>) {
+        self.write_through = Some(self.periods);
+        if flushed.is_ok() {
+            self.oracle.complete_flush(snapshot);
+            let left = self.image.after_power_cut();
+            left.iter().enumerate().for_each(|(sector, &value)| self.oracle.check_survivor(sector, value));
+        }
+    }
+
+    /// The front-end sends its memory table again.
+    fn set_memory(&mut self) {
+        let life = self.life.as_ref().expect("the front-end is connected");
+        let memory = Arc::new(GuestRam::new(Arc::clone(&self.memory)));
+        let send = |worker| {
+            let control = life.workers.of_ring(worker as u16);
+            control.request(|reply| Command::Memory(Arc::clone(&memory), reply))
+        };
+        self.session.task = Some(Task::SettingMemory((0..self.scenario.workers).map(send).collect()));
+    }
+
+    /// The operator says that the image works again.
+    pub fn resume(&mut self) {
+        let life = self.life.as_ref().expect("a daemon serves");
+        self.session.task = Some(Task::Resuming(life.workers.of_ring(0).request(Command::Resume)));
+    }
+
+    /// Goes on with the action under way. Returns whether it went on.
+    pub fn poll_control(&mut self) -> bool {
+        let Some(task) = self.session.task.take() else { return false };
+        let mut taken = Vec::new();
+        match task {
+            Task::Starting(receivers) => self.await_all(receivers, Task::Starting),
+            Task::SettingMemory(receivers) => self.await_all(receivers, Task::SettingMemory),
+            Task::Resuming(receiver) => {
+                if reply(&receiver).is_some() {
+                    return true;
+                }
+                self.session.task = Some(Task::Resuming(receiver));
+                false
+            }
+            Task::Stopping(mut receivers, next) => {
+                let stopped = replies(&mut receivers, &mut taken);
+                taken.iter().for_each(|&(index, position)| self.check_stopped(index, position));
+                self.session.task = Some(Task::Stopping(receivers, next));
+                if stopped {
+                    self.rings_stopped(next);
+                }
+                stopped || !taken.is_empty()
+            }
+            Task::Switching(receiver, snapshot) => match reply(&receiver) {
+                Some(flushed) => {
+                    assert!(flushed.is_ok() || self.image.has_failed(), "a switch to write-through fails");
+                    self.switched(&snapshot, flushed);
+                    true
+                }
+                None => {
+                    self.session.task = Some(Task::Switching(receiver, snapshot));
+                    false
+                }
+            },
+            Task::LastFlush(receiver, snapshot, tries) => match reply(&receiver) {
+                Some(flushed) => {
+                    self.last_flush_ended(flushed, &snapshot, tries);
+                    true
+                }
+                None => {
+                    self.session.task = Some(Task::LastFlush(receiver, snapshot, tries));
+                    false
+                }
+            },
+            Task::Exiting => self.end_daemon(),
+        }
+    }
+
+    fn await_all(&mut self, receivers: Vec<Receiver<()>>, task: impl Fn(Vec<Receiver<()>>) -> Task) -> bool {
+        let waiting: Vec<_> = receivers.into_iter().filter(|receiver| reply(receiver).is_none()).collect();
+        let ended = waiting.is_empty();
+        self.session.task = (!ended).then(|| task(waiting));
+        ended
+    }
+
+    /// A vring has stopped: it has completed every request that it took.
+    fn check_stopped(&mut self, index: usize, position: Option<QueuePosition>) {
+        let ring = &mut self.rings[index];
+        let position = position.expect("the vring was running");
+        assert_eq!(position.next_avail, position.next_used, "vring {index} stops with requests in flight");
+        assert_eq!(ring.used_idx(), position.next_used, "vring {index} stops with unpublished elements");
+        ring.stopped_at = position.next_avail;
+    }
+
+    fn rings_stopped(&mut self, next: Next) {
+        self.session.task = None;
+        match next {
+            Next::Restart(ring) => self.start_rings(&[ring]),
+            Next::Reconnect => {
+                self.session.inflight = None;
+                self.connect();
+            }
+            Next::Shutdown => self.start_last_flush(0),
+            Next::HandOver => self.exit(),
+        }
+    }
+
+    fn start_last_flush(&mut self, tries: u32) {
+        let snapshot = self.oracle.snapshot();
+        let life = self.life.as_ref().expect("a daemon ends");
+        let control = life.workers.of_ring(0);
+        drop(control.request(Command::Resume));
+        self.session.task = Some(Task::LastFlush(control.request(Command::Flush), snapshot, tries));
+    }
+
+    fn last_flush_ended(&mut self, flushed: Result<(), Fault>, snapshot: &Snapshot, tries: u32) {
+        if flushed.is_ok() {
+            self.oracle.complete_flush(snapshot);
+        } else if tries < LAST_FLUSHES_MAX {
+            assert!(self.image.has_failed(), "the last flush fails for no reason");
+            return self.start_last_flush(tries + 1);
+        }
+        self.exit();
+    }
+
+    fn exit(&mut self) {
+        self.life.as_ref().expect("a daemon ends").workers.exit();
+        self.session.task = Some(Task::Exiting);
+    }
+
+    /// Ends the daemon, once its workers have ended.
+    fn end_daemon(&mut self) -> bool {
+        if !self.life.as_ref().expect("a daemon ends").has_ended() {
+            self.session.task = Some(Task::Exiting);
+            return false;
+        }
+        self.session.disconnect();
+        self.session.inflight = None;
+        let life = self.life.take().expect("seen above");
+        if life.end(&self.image).is_err() {
+            self.deaths += 1;
+        }
+        crash_after(None);
+        true
+    }
+}

@@ -1,0 +1,227 @@
+//! One life of the simulated daemon: real workers, a real cached image and a real arena in a file, on a simulated image.
+//! It ends in order, or by a panic of [`DaemonDied`].
+
+use std::fs::{self, File};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::store::{SimulatedImage, sector_of, value_of};
+use crate::arena::ArenaFile;
+use crate::cache::Settings;
+use crate::cached_image::CachedImage;
+use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
+use crate::device::Device;
+use crate::device::control::Workers;
+use crate::device::worker::Worker;
+use crate::fault_injection::{DaemonDied, crash_after};
+use crate::recover::arena_for;
+use crate::store::Limits;
+use crate::store::file::{FileImage, OpenOptions};
+use crate::systemd::ServiceManager;
+use crate::units::{PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, Tick};
+use crate::virtio::config_space::DiskParameters;
+use crate::virtio::request::{Disk, serial};
+
+/// VIRTIO_BLK_F_FLUSH and VIRTIO_BLK_F_CONFIG_WCE.
+const CACHE_FEATURES: u64 = 1 << 9 | 1 << 11;
+
+/// A directory in memory for the files of one world.
+#[derive(Debug)]
+pub(super) struct Directory(PathBuf);
+
+impl Directory {
+    /// With a file `image` of this length in it: the arena belongs to that file.
+    pub fn new(image_bytes: u64) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = PathBuf::from(format!("/dev/shm/genblk-sim-{}-{number}", std::process::id()));
+        fs::create_dir(&path).expect("a directory in shared memory");
+        let directory = Self(path);
+        File::create(directory.image()).and_then(|file| file.set_len(image_bytes)).expect("an image");
+        directory
+    }
+
+    fn image(&self) -> PathBuf {
+        self.0.join("image")
+    }
+
+    /// Removes the arena, as a power cut does.
+    pub fn remove_arena(&self) {
+        let files = fs::read_dir(&self.0).expect("the directory");
+        let arenas = files.flatten().map(|entry| entry.path()).filter(|path| path.is_dir());
+        arenas.for_each(|path| fs::remove_dir_all(path).expect("a directory of the world"));
+    }
+
+    /// The number of frames of the arena that an earlier daemon has left; 0 of one without pages.
+    fn arena_frames(&self) -> Option<u64> {
+        let files = fs::read_dir(&self.0).expect("the directory");
+        let directory = files.flatten().map(|entry| entry.path()).find(|path| path.is_dir())?;
+        let path = fs::read_dir(directory).expect("the directory").flatten().next()?.path();
+        let header = ArenaFile::open_existing(&path).and_then(|file| file.header()).expect("a file of the world");
+        Some(header?.frames)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // What cannot be removed stays.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs code of the daemon. An error: the daemon has died in it.
+pub(super) fn in_daemon<R>(act: impl FnOnce() -> R) -> Result<R, DaemonDied> {
+    catch_unwind(AssertUnwindSafe(act)).map_err(|panic| match panic.downcast::<DaemonDied>() {
+        Ok(_) => DaemonDied,
+        Err(other) => resume_unwind(other),
+    })
+}
+
+/// A worker, awake or asleep in epoll.
+#[derive(Debug)]
+struct Thread {
+    worker: Worker,
+    asleep: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Life {
+    // Dropped in this order, as in service::Running.
+    threads: Vec<Thread>,
+    pub device: Arc<Device>,
+    pub workers: Workers,
+    pub cached: Arc<CachedImage>,
+}
+
+/// What a daemon is started with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Configuration<'a> {
+    pub directory: &'a Directory,
+    pub settings: &'a Settings,
+    pub workers: usize,
+    pub writeback: bool,
+}
+
+impl Life {
+    /// Starts a daemon: recovers the cache that the previous one left.
+    pub fn start(configuration: &Configuration, image: &SimulatedImage) -> Result<Self, DaemonDied> {
+        let Configuration { directory, settings, workers, writeback } = configuration;
+        let mut config = DeviceConfig::new("sim", Socket::Path(PathBuf::new()), directory.image());
+        config.cache.size_bytes = u64::from(settings.frames) * PAGE_BYTES;
+        config.cache.survive = Survive::Always;
+        config.cache.memory_dir = MemoryDir::Path(directory.0.clone());
+        let options = OpenOptions { direct: false, ..OpenOptions::default() };
+        let file = FileImage::open(&config.image, &options).expect("the image's file");
+        // Dirty pages of a cache that does not fit are written to the file, so the image is there meanwhile.
+        let frames = directory.arena_frames().unwrap_or(0);
+        let through_file = frames != 0 && frames != u64::from(settings.frames);
+        if through_file {
+            let bytes: Vec<u8> = image.reopened().into_iter().flat_map(sector_of).collect();
+            fs::write(&config.image, bytes).expect("the image's file");
+        }
+        let manager = Arc::new(ServiceManager::default());
+        let arena = in_daemon(|| arena_for(&config, &file, settings.frames as usize, &manager));
+        if through_file {
+            let bytes = fs::read(&config.image).expect("the image's file");
+            let values = bytes.chunks(SECTOR_SIZE).map(|sector| value_of(sector).expect("whole sectors"));
+            // The old arena is replaced only when its pages are durable.
+            let synced = arena.is_ok() || directory.arena_frames() != Some(frames);
+            image.replace(&values.collect::<Vec<_>>(), synced);
+        }
+        let arena = arena?.expect("the cache is recovered");
+        in_daemon(|| {
+            let cached = CachedImage::new("sim", Arc::new(image.clone()), arena, (*settings).clone());
+            let device = device_of(&cached, *writeback);
+            let start = |_| Worker::new(&device, &cached).expect("descriptors for a worker");
+            let (started, controls): (Vec<_>, Vec<_>) = (0..*workers).map(start).unzip();
+            cached.arena().keep_on_drop(false);
+            let threads = started.into_iter().map(|worker| Thread { worker, asleep: false }).collect();
+            Self { threads, device, workers: Workers::new(controls), cached }
+        })
+    }
+
+    /// A front-end connects, and its driver acknowledges the features.
+    pub fn connect(&self) {
+        self.device.start_with_features(None);
+        self.device.start_with_features(Some(CACHE_FEATURES));
+    }
+
+    /// A turn of a worker, or its sleep. Returns whether it did anything.
+    pub fn step(&mut self, worker: usize, now: Tick) -> Result<bool, DaemonDied> {
+        let Thread { worker, asleep } = &mut self.threads[worker];
+        in_daemon(|| {
+            if worker.is_exiting() {
+                return false;
+            }
+            if *asleep {
+                let is_due = worker.next_due().is_some_and(|due| due <= now);
+                if !worker.sleep(0) && !is_due {
+                    return false;
+                }
+                worker.disable_notifications();
+                *asleep = false;
+            }
+            if worker.turn(now) {
+                return true;
+            }
+            if worker.enable_notifications() {
+                worker.disable_notifications();
+            } else {
+                *asleep = true;
+            }
+            true
+        })
+    }
+
+    /// When a worker that sleeps wakes up by itself.
+    pub fn next_due(&self) -> Option<Tick> {
+        self.threads.iter().filter(|thread| thread.asleep).filter_map(|thread| thread.worker.next_due()).min()
+    }
+
+    /// The state of the workers and the cache, for the message of a failure.
+    pub fn describe(&self) -> String {
+        let due: Vec<_> = self.threads.iter().map(|thread| (thread.asleep, thread.worker.next_due())).collect();
+        format!("workers {due:?}, {:?}", self.cached.stats())
+    }
+
+    /// Whether every worker has ended.
+    pub fn has_ended(&self) -> bool {
+        self.threads.iter().all(|thread| thread.worker.is_exiting())
+    }
+
+    /// Ends in order: what a drop of the daemon does.
+    pub fn end(self, image: &SimulatedImage) -> Result<(), DaemonDied> {
+        image.end_operations(true);
+        in_daemon(|| drop(self))
+    }
+
+    /// The daemon has died: its memory and descriptors are freed, and nothing else happens.
+    pub fn bury(self, image: &SimulatedImage) {
+        crash_after(None);
+        image.end_operations(false);
+        self.cached.arena().keep_on_drop(true);
+    }
+}
+
+fn device_of(cached: &CachedImage, writeback: bool) -> Arc<Device> {
+    let limits: &Limits = cached.limits();
+    let capacity_sectors = limits.size_bytes / SECTOR_BYTES;
+    let parameters = DiskParameters {
+        capacity_sectors,
+        block_bytes: 512,
+        physical_block_bytes: limits.physical_block_bytes,
+        optimal_io_bytes: 0,
+        discard_granularity_bytes: 0,
+        num_queues: 4,
+        read_only: false,
+        can_discard: true,
+        can_zero: true,
+        zero_may_unmap: true,
+    };
+    let disk =
+        Disk { capacity_sectors, read_only: false, can_discard: true, can_zero: true, serial: serial("simulated") };
+    Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0)
+}

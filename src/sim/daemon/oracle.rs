@@ -1,0 +1,316 @@
+//! Judges what a guest sees, sector by sector.
+//!
+//! Reads and writes of a sector must be linearizable: each takes effect at one moment between its submission and its
+//! completion, and a read returns the last effect before it. The oracle keeps every order of effects that explains what
+//! was seen so far ([`History`]), and fails when none is left (Wing and Gong, "Testing and verifying concurrent
+//! objects", 1993; here online, and for one register at a time).
+//!
+//! Besides, each sector has the set of values that a power cut may leave (virtio 1.2, section 5.2.6.2): it grows with
+//! every write, and shrinks to what a FLUSH, or a write in write-through mode, has made durable.
+
+use crate::units::SectorSpan;
+
+/// The value of a sector. A write gives each of its sectors a value of its own; zeros are 0.
+pub(super) type Value = u64;
+/// Any value: the sector was discarded.
+pub(super) const ANY: Value = u64::MAX;
+/// More failed writes than this to a sector, with no success after them, and nothing is known of it any more.
+const FAILED_MAX: usize = 2;
+
+/// Names a request of the guest.
+pub(super) type RequestId = u64;
+
+/// A write, zero or discard that may take effect.
+#[derive(Clone, Copy, Debug)]
+struct Effect {
+    id: RequestId,
+    value: Value,
+    submitted: u64,
+    /// When it failed: it may have an effect until a later write succeeds.
+    failed: Option<u64>,
+}
+
+/// An order of effects that explains what was seen.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct History {
+    /// The values since the oldest read in flight was submitted, the present one last.
+    values: Vec<Value>,
+    /// For each read in flight the first of `values` that it may return.
+    visible_from: Vec<usize>,
+    /// Effects in flight that have taken place.
+    applied: Vec<RequestId>,
+}
+
+impl History {
+    fn current(&self) -> Value {
+        *self.values.last().expect("a sector always has a value")
+    }
+
+    /// The continuations in which effects in flight take place, the last of them one that `is_last` accepts.
+    fn continuations(&self, effects: &[Effect], is_last: &dyn Fn(&Effect) -> bool, found: &mut Vec<Self>) {
+        for effect in effects {
+            if self.applied.contains(&effect.id) {
+                continue;
+            }
+            let mut next = self.clone();
+            next.values.push(effect.value);
+            next.applied.push(effect.id);
+            if is_last(effect) {
+                found.push(next);
+            } else {
+                next.continuations(effects, is_last, found);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Sector {
+    histories: Vec<History>,
+    effects: Vec<Effect>,
+    reads: Vec<RequestId>,
+    /// The values that a power cut may leave, with the time of their submission.
+    durable: Vec<(Value, u64)>,
+}
+
+fn is(value: Value, seen: Value) -> bool {
+    value == seen || value == ANY
+}
+
+impl Sector {
+    fn holding(value: Value) -> Self {
+        let history = History { values: vec![value], visible_from: Vec::new(), applied: Vec::new() };
+        Self { histories: vec![history], effects: Vec::new(), reads: Vec::new(), durable: vec![(value, 0)] }
+    }
+
+    /// The values that the sector may have now, or get from effects in flight.
+    fn possible(&self) -> Vec<Value> {
+        let current = self.histories.iter().map(History::current);
+        current.chain(self.effects.iter().map(|effect| effect.value)).collect()
+    }
+
+    fn begin_read(&mut self, id: RequestId) {
+        self.reads.push(id);
+        for history in &mut self.histories {
+            history.visible_from.push(history.values.len() - 1);
+        }
+    }
+
+    /// Ends a read; `seen` is what it returned, if it succeeded. Returns whether some history explains that.
+    fn end_read(&mut self, id: RequestId, seen: Option<Value>) -> bool {
+        let at = self.reads.iter().position(|&read| read == id).expect("a read begins before it ends");
+        if let Some(seen) = seen {
+            let mut explained = Vec::new();
+            for history in &self.histories {
+                if history.values[history.visible_from[at]..].iter().any(|&value| is(value, seen)) {
+                    explained.push(history.clone());
+                } else {
+                    history.continuations(&self.effects, &|effect| is(effect.value, seen), &mut explained);
+                }
+            }
+            self.histories = explained;
+        }
+        self.reads.remove(at);
+        for history in &mut self.histories {
+            history.visible_from.remove(at);
+        }
+        self.shorten();
+        !self.histories.is_empty()
+    }
+
+    fn begin_effect(&mut self, effect: Effect) {
+        self.effects.push(effect);
+        self.durable.push((effect.value, effect.submitted));
+    }
+
+    fn complete_effect(&mut self, id: RequestId) {
+        let done = *self.effects.iter().find(|effect| effect.id == id).expect("a write begins before it ends");
+        let mut explained = Vec::new();
+        for history in &self.histories {
+            if history.applied.contains(&id) {
+                explained.push(history.clone());
+            } else {
+                history.continuations(&self.effects, &|effect| effect.id == id, &mut explained);
+            }
+        }
+        self.histories = explained;
+        self.retain_effects(|effect| effect.id != id && effect.failed.is_none_or(|at| at >= done.submitted));
+        self.shorten();
+    }
+
+    fn fail_effect(&mut self, id: RequestId, now: u64) {
+        let effect = self.effects.iter_mut().find(|effect| effect.id == id).expect("a write begins before it ends");
+        effect.failed = Some(now);
+        if self.effects.iter().filter(|effect| effect.failed.is_some()).count() > FAILED_MAX {
+            self.retain_effects(|effect| effect.failed.is_none());
+            self.histories.iter_mut().for_each(|history| history.values.push(ANY));
+            self.durable.push((ANY, now));
+            self.shorten();
+        }
+    }
+
+    /// From now on the effects of `lost` have taken place or never will.
+    fn settle(&mut self, lost: &[RequestId]) {
+        let open: Vec<Effect> = self.effects.iter().filter(|effect| lost.contains(&effect.id)).copied().collect();
+        if open.is_empty() {
+            return;
+        }
+        let mut histories = std::mem::take(&mut self.histories);
+        let mut at = 0;
+        while at < histories.len() {
+            let mut next = Vec::new();
+            histories[at].continuations(&open, &|_| true, &mut next);
+            histories.append(&mut next);
+            at += 1;
+        }
+        self.histories = histories;
+        self.retain_effects(|effect| !lost.contains(&effect.id));
+        self.shorten();
+    }
+
+    fn retain_effects(&mut self, keep: impl Fn(&Effect) -> bool) {
+        self.effects.retain(keep);
+        let effects = &self.effects;
+        for history in &mut self.histories {
+            history.applied.retain(|id| effects.iter().any(|effect| effect.id == *id));
+        }
+    }
+
+    /// Drops what no read in flight can return, and histories that do not differ any more.
+    fn shorten(&mut self) {
+        for history in &mut self.histories {
+            let first = history.visible_from.iter().copied().min().unwrap_or(history.values.len() - 1);
+            history.values.drain(..first);
+            history.visible_from.iter_mut().for_each(|from| *from -= first);
+            history.applied.sort_unstable();
+        }
+        if self.histories.len() > 1 {
+            self.histories.sort_unstable();
+            self.histories.dedup();
+        }
+    }
+}
+
+/// What the guest knew of the disk when it sent a FLUSH.
+#[derive(Clone, Debug)]
+pub(super) struct Snapshot {
+    at: u64,
+    possible: Vec<Vec<Value>>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Oracle {
+    sectors: Vec<Sector>,
+    /// Counts what happens.
+    clock: u64,
+}
+
+impl Oracle {
+    /// A disk that holds these values, which are durable.
+    pub fn new(values: impl Iterator<Item = Value>) -> Self {
+        Self { sectors: values.map(Sector::holding).collect(), clock: 1 }
+    }
+
+    fn over(&mut self, span: SectorSpan) -> &mut [Sector] {
+        self.clock += 1;
+        &mut self.sectors[span.start as usize..span.end() as usize]
+    }
+
+    /// The most effects in flight that any sector of `span` has.
+    pub fn contention(&self, span: SectorSpan) -> usize {
+        let sectors = &self.sectors[span.start as usize..span.end() as usize];
+        sectors.iter().map(|sector| sector.effects.len() + sector.reads.len()).max().unwrap_or(0)
+    }
+
+    pub fn begin_read(&mut self, id: RequestId, span: SectorSpan) {
+        self.over(span).iter_mut().for_each(|sector| sector.begin_read(id));
+    }
+
+    /// A read ends with the values that it returned; `None`: it failed or is lost.
+    pub fn end_read(&mut self, id: RequestId, span: SectorSpan, seen: Option<&[Value]>) {
+        for (n, sector) in self.over(span).iter_mut().enumerate() {
+            let value = seen.map(|values| values[n]);
+            let before = sector.clone();
+            let at = span.start + n as u64;
+            assert!(
+                sector.end_read(id, value),
+                "request {id} read {:#x} in sector {at} (page {}), which no order of effects explains: {before:#x?}",
+                value.unwrap_or(ANY),
+                at / 8
+            );
+        }
+    }
+
+    /// A write is sent; `value` gives the value of each sector.
+    pub fn begin_write(&mut self, id: RequestId, span: SectorSpan, value: impl Fn(u64) -> Value) {
+        self.clock += 1;
+        let submitted = self.clock;
+        for (n, sector) in (span.start..).zip(self.over(span)) {
+            sector.begin_effect(Effect { id, value: value(n), submitted, failed: None });
+        }
+    }
+
+    /// A write succeeds. If it is `durable`, a power cut leaves it, or a write that it did not follow.
+    pub fn complete_write(&mut self, id: RequestId, span: SectorSpan, durable: bool) {
+        for sector in self.over(span) {
+            let own = sector.effects.iter().find(|effect| effect.id == id).map(|effect| effect.value);
+            sector.complete_effect(id);
+            if durable {
+                let possible = sector.possible();
+                sector.durable.retain(|(value, _)| Some(*value) == own || possible.contains(value));
+            }
+        }
+    }
+
+    pub fn fail_write(&mut self, id: RequestId, span: SectorSpan) {
+        self.clock += 1;
+        let now = self.clock;
+        self.over(span).iter_mut().for_each(|sector| sector.fail_effect(id, now));
+    }
+
+    /// The requests are lost: what they have not done by now they never do.
+    pub fn lose_writes(&mut self, lost: &[RequestId]) {
+        self.clock += 1;
+        self.sectors.iter_mut().for_each(|sector| sector.settle(lost));
+    }
+
+    /// The next daemon executes the requests again, whatever they have done already.
+    pub fn repeat_writes(&mut self, repeated: &[RequestId]) {
+        for sector in &mut self.sectors {
+            for history in &mut sector.histories {
+                history.applied.retain(|id| !repeated.contains(id));
+            }
+        }
+    }
+
+    /// What a FLUSH that is sent now must make durable.
+    pub fn snapshot(&mut self) -> Snapshot {
+        self.clock += 1;
+        Snapshot { at: self.clock, possible: self.sectors.iter().map(Sector::possible).collect() }
+    }
+
+    /// The FLUSH of this snapshot succeeds.
+    pub fn complete_flush(&mut self, snapshot: &Snapshot) {
+        self.clock += 1;
+        for (sector, possible) in self.sectors.iter_mut().zip(&snapshot.possible) {
+            if sector.durable.len() > 1 {
+                sector.durable.retain(|(value, submitted)| *submitted > snapshot.at || possible.contains(value));
+            }
+        }
+    }
+
+    /// Checks that a power cut may leave `value` in a sector.
+    pub fn check_survivor(&self, at: usize, value: Value) {
+        let sector = &self.sectors[at];
+        let allowed = sector.durable.iter().any(|&(durable, _)| is(durable, value));
+        assert!(allowed, "a power cut leaves {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
+    }
+
+    /// Checks that a quiet disk, whose cache is written, holds what the guest would read.
+    pub fn check_quiet(&self, at: usize, value: Value) {
+        let sector = &self.sectors[at];
+        let allowed = sector.histories.iter().any(|history| is(history.current(), value)) || !sector.effects.is_empty();
+        assert!(allowed, "the image holds {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
+    }
+}

@@ -1,0 +1,116 @@
+//! What the seed decides before a world starts.
+
+use super::store::Behaviour;
+use crate::cache::{ErrorPolicy, PolicyKind, Settings};
+use crate::prng::Prng;
+use crate::store::Limits;
+use crate::units::{ImageHoles, PAGE_BYTES, SECTOR_BYTES};
+
+/// How guest, front-end, disk and daemon behave in one world.
+#[derive(Debug)]
+pub(super) struct Scenario {
+    pub workers: usize,
+    pub rings: usize,
+    pub queue_size: u16,
+    pub event_idx: bool,
+    /// How many requests the guest keeps in flight at most.
+    pub requests_max: usize,
+    /// The guest sends requests that overlap others in flight.
+    pub overlap: bool,
+    /// Requests begin in this many sectors of the image.
+    pub hot_sectors: u64,
+    /// Crash points that a daemon passes before it dies, at most; `None`: daemons do not die.
+    pub crash_points_max: Option<u64>,
+    /// How often the front-end keeps an inflight region, of 100 connections.
+    pub inflight_percent: u64,
+    /// Of 1000 steps, how many are one of the front-end's or operator's actions.
+    pub control_permille: u64,
+    /// The power is cut.
+    pub power_cuts: bool,
+    /// Of 100 requests, how many are reads, writes, zeros and discards; the rest are FLUSHes.
+    pub mix: [u64; 4],
+    /// The configured cache mode is write-back.
+    pub writeback: bool,
+    /// Successors have caches of another size.
+    pub resizes: bool,
+    pub behaviour: Behaviour,
+    pub hole_percent: u64,
+}
+
+impl Scenario {
+    pub fn new(prng: &mut Prng, image_sectors: u64, holes: ImageHoles) -> Self {
+        let workers = prng.pick(&[1, 1, 2, 4]);
+        Self {
+            workers,
+            rings: workers * if workers < 4 { prng.pick(&[1, 2]) } else { 1 },
+            queue_size: prng.pick(&[4, 16, 32]),
+            event_idx: prng.percent(70),
+            requests_max: prng.pick(&[1, 4, 16, 64]),
+            overlap: prng.percent(60),
+            hot_sectors: prng.pick(&[16, 64, image_sectors]).min(image_sectors),
+            crash_points_max: prng.pick(&[None, Some(100), Some(1000), Some(4000)]),
+            inflight_percent: prng.pick(&[0, 50, 100, 100]),
+            control_permille: prng.pick(&[0, 2, 10, 30]),
+            power_cuts: prng.percent(20),
+            mix: prng.pick(&[[40, 40, 5, 3], [70, 20, 2, 2], [20, 50, 20, 2], [30, 60, 0, 0], [30, 40, 10, 10]]),
+            writeback: prng.percent(85),
+            resizes: prng.percent(20),
+            behaviour: Behaviour {
+                latency_us_max: prng.pick(&[10, 1000, 100_000]),
+                fault_percent: prng.pick(&[0, 0, 0, 2, 15]),
+                resets: DISK_RESETS && prng.percent(50),
+            },
+            hole_percent: if holes == ImageHoles::Possible { prng.pick(&[10, 50, 100]) } else { 0 },
+        }
+    }
+}
+
+/// Whether disks lose what was not synced when a Sync fails.
+const DISK_RESETS: bool = true;
+
+/// Random settings of a cache, with the limits of the image that it caches.
+pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
+    let frames = prng.pick(&[32, 48, 96, 128]);
+    let (sparse, allocate) = (prng.percent(50), prng.percent(50));
+    let can_map = sparse || allocate || prng.percent(50);
+    let block_sectors = prng.pick(&[1, 1, 1, 8]);
+    let image_sectors = prng.between(64, 1000).next_multiple_of(u64::from(block_sectors));
+    let cluster_pages_max = prng.pick(&[1, 3, 8, 64]);
+    let settings = Settings {
+        frames,
+        image_sectors,
+        block_sectors,
+        holes: match (sparse, can_map) {
+            (true, _) => ImageHoles::Possible,
+            (false, true) => ImageHoles::NoneYet,
+            (false, false) => ImageHoles::Unmappable,
+        },
+        cluster_pages_max,
+        retain: prng.percent(90),
+        policy: prng.pick(&[PolicyKind::S3Fifo, PolicyKind::Lru]),
+        readahead_pages_max: prng.pick(&[0, 4, 64]),
+        flush_target_us: 250_000,
+        dirty_pages_max: prng.pick(&[frames / 4, frames / 2, frames]),
+        dirty_age_us: prng.pick(&[10_000, 1_000_000]),
+        allocate,
+        on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold]),
+        on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold]),
+        hold_us: prng.pick(&[10_000, 10_000_000]),
+    };
+    let limits = Limits {
+        size_bytes: image_sectors * SECTOR_BYTES,
+        block_bytes: u32::from(block_sectors) * SECTOR_BYTES as u32,
+        memory_align: SECTOR_BYTES as u32,
+        io_max_bytes: cluster_pages_max * PAGE_BYTES as u32,
+        segments_max: cluster_pages_max as u16,
+        depth: prng.pick(&[1, 2, 8, 64]),
+        discard_granularity: 0,
+        physical_block_bytes: u32::from(block_sectors) * SECTOR_BYTES as u32,
+        optimal_io_bytes: 0,
+        writable: true,
+        can_zero: true,
+        can_discard: true,
+        holes: settings.holes,
+    };
+    (settings, limits)
+}

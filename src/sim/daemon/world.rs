@@ -1,0 +1,382 @@
+//! One simulated world: a guest, a front-end, daemons one after the other, and a disk, all driven by one seed on one
+//! thread.
+
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+
+use super::control::Session;
+use super::guest::{Action, Completed, Request, Ring, SECTORS_MAX, guest_memory, written};
+use super::life::{Configuration, Directory, Life};
+use super::oracle::{ANY, Oracle, RequestId};
+use super::scenario::{Scenario, settings};
+use super::store::SimulatedImage;
+use crate::cache::Settings;
+use crate::fault_injection::crash_after;
+use crate::prng::Prng;
+use crate::units::{SectorSpan, Tick};
+
+/// Rounds of the last phase after which a request in flight counts as stuck.
+const ROUNDS_MAX: u32 = 100_000;
+/// Effects and reads in flight that a sector has at most: the oracle tries all their orders.
+const CONTENTION_MAX: usize = 3;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct World {
+    pub prng: Prng,
+    pub scenario: Scenario,
+    pub settings: Settings,
+    pub directory: Directory,
+    pub image: SimulatedImage,
+    pub memory: Arc<GuestMemoryMmap<()>>,
+    pub rings: Vec<Ring>,
+    pub oracle: Oracle,
+    /// The daemon, while one lives.
+    pub life: Option<Life>,
+    pub session: Session,
+    pub now_us: u64,
+    /// The present period in write-through mode.
+    pub write_through: Option<u64>,
+    pub periods: u64,
+    /// Writes that died with their daemon.
+    lost: Vec<RequestId>,
+    next_id: RequestId,
+    /// Number of completed requests.
+    pub completed: u64,
+    /// Number of daemons that have died.
+    pub deaths: u64,
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        let mut prng = Prng::new(seed);
+        let (settings, limits) = settings(&mut prng);
+        let scenario = Scenario::new(&mut prng, settings.image_sectors, settings.holes);
+        let memory = guest_memory(scenario.rings);
+        let ring = |index| Ring::new(&memory, index, scenario.queue_size, scenario.event_idx);
+        let rings = (0..scenario.rings).map(ring).collect();
+        let disk_prng = Prng::new(prng.next_u64());
+        Self {
+            directory: Directory::new(limits.size_bytes),
+            image: SimulatedImage::new(limits, scenario.behaviour, disk_prng, scenario.hole_percent),
+            oracle: Oracle::new((0..settings.image_sectors).map(|_| 0)),
+            write_through: (!scenario.writeback).then_some(0),
+            prng,
+            scenario,
+            settings,
+            memory,
+            rings,
+            life: None,
+            session: Session::default(),
+            now_us: 0,
+            periods: 0,
+            lost: Vec::new(),
+            next_id: 1,
+            completed: 0,
+            deaths: 0,
+        }
+    }
+
+    /// Runs `steps` random steps; then nothing fails any more, and all must end well.
+    pub fn run(&mut self, steps: u64) {
+        for _ in 0..steps {
+            self.step();
+        }
+        self.scenario.crash_points_max = None;
+        crash_after(None);
+        self.image.heal();
+        self.complete_all_requests();
+        self.resume();
+        self.complete_all_requests();
+        self.read_everything();
+        // The first may still report a failure of before.
+        assert!(self.flush() || self.flush(), "a FLUSH fails on a healthy image");
+        self.check_power_cut();
+        for (sector, value) in self.image.values().into_iter().enumerate() {
+            self.oracle.check_quiet(sector, value);
+        }
+        // A successor finds the same.
+        self.daemon_died();
+        self.complete_all_requests();
+        self.read_everything();
+    }
+
+    fn step(&mut self) {
+        self.image.advance(self.now_us);
+        self.poll_control();
+        if self.prng.below(1000) < self.scenario.control_permille {
+            self.start_control_action();
+        }
+        match self.prng.below(100) {
+            0..40 => {
+                let worker = self.prng.below(self.scenario.workers as u64) as usize;
+                self.step_worker(worker);
+            }
+            40..65 => self.submit_random_request(),
+            65..85 => {
+                let ring = self.prng.below(self.scenario.rings as u64) as usize;
+                self.handle_interrupt(ring);
+            }
+            85..95 => self.now_us += self.prng.below(100),
+            _ => {
+                if let Some(at) = self.next_event() {
+                    self.now_us = self.now_us.max(at);
+                }
+            }
+        }
+    }
+
+    /// When something happens without anyone's doing.
+    fn next_event(&self) -> Option<u64> {
+        let due = self.life.as_ref().and_then(Life::next_due).map(|due| due.0);
+        [self.image.next_event(), due].into_iter().flatten().min()
+    }
+
+    fn step_worker(&mut self, worker: usize) -> bool {
+        if self.life.is_none() {
+            self.start_daemon();
+            return true;
+        }
+        let now = Tick(self.now_us);
+        let stepped = self.life.as_mut().map(|life| life.step(worker, now));
+        stepped.expect("the daemon lives").unwrap_or_else(|_| {
+            self.daemon_died();
+            true
+        })
+    }
+
+    /// Starts the next daemon; it may die before it serves anything.
+    fn start_daemon(&mut self) {
+        if self.scenario.resizes && self.prng.percent(30) {
+            self.settings.frames = self.prng.pick(&[32, 48, 96, 128]);
+            self.settings.dirty_pages_max = self.settings.dirty_pages_max.min(self.settings.frames);
+        }
+        crash_after(self.scenario.crash_points_max.map(|max| self.prng.below(max)));
+        let configuration = Configuration {
+            directory: &self.directory,
+            settings: &self.settings,
+            workers: self.scenario.workers,
+            writeback: self.scenario.writeback,
+        };
+        match Life::start(&configuration, &self.image) {
+            Ok(life) => {
+                self.life = Some(life);
+                let lost = std::mem::take(&mut self.lost);
+                self.oracle.lose_writes(&lost);
+                self.connect();
+            }
+            Err(_) => {
+                crash_after(None);
+                self.image.end_operations(false);
+                self.deaths += 1;
+            }
+        }
+    }
+
+    /// The daemon has died, between two stores to memory that outlives it.
+    pub fn daemon_died(&mut self) {
+        self.deaths += 1;
+        if let Some(life) = self.life.take() {
+            life.bury(&self.image);
+        }
+        let keeps_requests = self.session.has_inflight_region();
+        self.session.disconnect();
+        if keeps_requests {
+            // What completed in this life is judged before its writes are executed again.
+            for ring in 0..self.rings.len() {
+                let completed = self.rings[ring].reap();
+                self.rings[ring].awaits_interrupt |= !completed.is_empty();
+                completed.into_iter().for_each(|completed| self.complete(completed));
+            }
+            let repeated: Vec<RequestId> = self.rings.iter().flat_map(Ring::not_completed).collect();
+            self.oracle.repeat_writes(&repeated);
+        } else {
+            self.reset_guest();
+        }
+    }
+
+    /// The guest resets the device. Its requests in flight are lost.
+    fn reset_guest(&mut self) {
+        for request in self.rings.iter_mut().flat_map(Ring::reset).collect::<Vec<_>>() {
+            match request.action {
+                Action::Read => self.oracle.end_read(request.id, request.span, None),
+                Action::Flush(_) => {}
+                Action::Write(_) | Action::Zero { .. } | Action::Discard => self.lost.push(request.id),
+            }
+        }
+    }
+
+    /// The power is cut: only the disk is left.
+    pub fn cut_power(&mut self) {
+        let left = self.check_power_cut();
+        if let Some(life) = self.life.take() {
+            life.bury(&self.image);
+        }
+        self.session.disconnect();
+        self.session.forget_inflight_region();
+        self.image.cut_power(&left);
+        self.directory.remove_arena();
+        self.rings.iter_mut().for_each(|ring| drop(ring.reset()));
+        self.lost.clear();
+        self.oracle = Oracle::new(left.into_iter());
+        self.periods += 1;
+        self.write_through = (!self.scenario.writeback).then_some(self.periods);
+    }
+
+    /// Checks what a power cut at this moment may leave; returns it.
+    fn check_power_cut(&self) -> Vec<u64> {
+        let left = self.image.after_power_cut();
+        left.iter().enumerate().for_each(|(sector, &value)| self.oracle.check_survivor(sector, value));
+        left
+    }
+
+    fn submit_random_request(&mut self) {
+        let in_flight: usize = self.rings.iter().map(Ring::in_flight).sum();
+        if in_flight >= self.scenario.requests_max {
+            return;
+        }
+        let start = self.prng.below(self.scenario.hot_sectors);
+        let longest = self.prng.pick(&[1, 8, SECTORS_MAX]).min(self.settings.image_sectors - start);
+        let span = SectorSpan::new(start, self.prng.between(1, longest));
+        let contention_max = if self.scenario.overlap { CONTENTION_MAX } else { 1 };
+        if self.oracle.contention(span) >= contention_max {
+            return;
+        }
+        let [reads, writes, zeros, discards] = self.scenario.mix;
+        let action = match self.prng.below(100) {
+            n if n < reads => Action::Read,
+            n if n < reads + writes => Action::Write(self.next_id),
+            n if n < reads + writes + zeros => Action::Zero { unmap: self.prng.percent(50) },
+            n if n < reads + writes + zeros + discards => Action::Discard,
+            _ => Action::Flush(self.oracle.snapshot()),
+        };
+        let ring = self.prng.below(self.scenario.rings as u64) as usize;
+        self.submit(ring, action, span);
+    }
+
+    /// Submits a request if its ring has space.
+    fn submit(&mut self, ring: usize, action: Action, span: SectorSpan) -> bool {
+        if !self.rings[ring].has_space() {
+            return false;
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        match action {
+            Action::Read => self.oracle.begin_read(id, span),
+            Action::Write(number) => self.oracle.begin_write(id, span, |sector| written(number, sector)),
+            Action::Zero { .. } => self.oracle.begin_write(id, span, |_| 0),
+            Action::Discard => self.oracle.begin_write(id, span, |_| ANY),
+            Action::Flush(_) => {}
+        }
+        let request = Request { id, action, span, write_through: self.write_through };
+        self.rings[ring].submit(request, &mut self.prng);
+        true
+    }
+
+    /// The driver looks at a ring, if it was interrupted.
+    fn handle_interrupt(&mut self, ring: usize) -> bool {
+        if !self.rings[ring].take_interrupt() {
+            return false;
+        }
+        for completed in self.rings[ring].reap() {
+            self.complete(completed);
+        }
+        true
+    }
+
+    fn complete(&mut self, completed: Completed) {
+        let Completed { request, succeeded, values } = completed;
+        let Request { id, action, span, write_through } = request;
+        self.completed += 1;
+        assert!(succeeded || self.image.has_failed(), "request {id} ({action:?}) fails for no reason");
+        match action {
+            Action::Read => self.oracle.end_read(id, span, succeeded.then_some(&values[..])),
+            Action::Flush(snapshot) if succeeded => {
+                self.oracle.complete_flush(&snapshot);
+                if self.prng.percent(30) {
+                    self.check_power_cut();
+                }
+            }
+            Action::Flush(_) => {}
+            Action::Write(_) | Action::Zero { .. } | Action::Discard if succeeded => {
+                let is_discard = matches!(action, Action::Discard);
+                let durable = !is_discard && write_through.is_some() && write_through == self.write_through;
+                self.oracle.complete_write(id, span, durable);
+                if durable && self.prng.percent(30) {
+                    self.check_power_cut();
+                }
+            }
+            Action::Write(_) | Action::Zero { .. } | Action::Discard => self.oracle.fail_write(id, span),
+        }
+    }
+
+    /// Runs until no request is in flight and no action of the front-end under way.
+    pub fn complete_all_requests(&mut self) {
+        for _ in 0..ROUNDS_MAX {
+            self.image.advance(self.now_us);
+            let mut progress = self.poll_control();
+            for worker in 0..self.scenario.workers {
+                progress |= self.step_worker(worker);
+            }
+            for ring in 0..self.scenario.rings {
+                progress |= self.handle_interrupt(ring);
+            }
+            let in_flight: usize = self.rings.iter().map(Ring::in_flight).sum();
+            let all_interrupted = self.rings.iter().all(|ring| !ring.awaits_interrupt);
+            if in_flight == 0 && all_interrupted && self.session.is_serving() {
+                return;
+            }
+            if !progress {
+                let next = self.next_event();
+                let at = next.unwrap_or_else(|| panic!("liveness: nothing will complete {in_flight} requests"));
+                self.now_us = self.now_us.max(at);
+            }
+        }
+        let (now, next, stats) = (self.now_us, self.image.next_event(), self.life.as_ref().map(Life::describe));
+        panic!("liveness: requests do not complete: now {now}, the disk's next event {next:?}, {stats:?}");
+    }
+
+    /// The guest reads the whole image.
+    fn read_everything(&mut self) {
+        let sectors = self.settings.image_sectors;
+        let mut start = 0;
+        while start < sectors {
+            let span = SectorSpan::new(start, SECTORS_MAX.min(sectors - start));
+            let ring = self.prng.below(self.scenario.rings as u64) as usize;
+            if self.submit(ring, Action::Read, span) {
+                start = span.end();
+            } else {
+                self.complete_all_requests();
+            }
+        }
+        self.complete_all_requests();
+    }
+
+    /// The guest sends a FLUSH. Returns whether it succeeds.
+    fn flush(&mut self) -> bool {
+        let snapshot = self.oracle.snapshot();
+        let span = SectorSpan::new(0, 0);
+        let id = self.next_id;
+        self.next_id += 1;
+        let request = Request { id, action: Action::Flush(snapshot), span, write_through: None };
+        self.rings[0].submit(request, &mut self.prng);
+        loop {
+            self.image.advance(self.now_us);
+            let mut progress = false;
+            for worker in 0..self.scenario.workers {
+                progress |= self.step_worker(worker);
+            }
+            if self.rings[0].take_interrupt() {
+                if let Some(completed) = self.rings[0].reap().pop() {
+                    let succeeded = completed.succeeded;
+                    self.complete(completed);
+                    return succeeded;
+                }
+            } else if !progress {
+                let at = self.next_event().expect("liveness: nothing will complete a FLUSH");
+                self.now_us = self.now_us.max(at);
+            }
+        }
+    }
+}

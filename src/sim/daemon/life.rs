@@ -1,5 +1,5 @@
-//! One life of the simulated daemon: real workers, a real cached image and a real arena in a file, on a simulated image.
-//! It ends in order, or by a panic of [`DaemonDied`].
+//! One life of the simulated daemon: real workers, a real cached image and a real arena in a file, on a simulated
+//! image. It ends in order, or by a panic of [`DaemonDied`].
 
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

@@ -5,8 +5,8 @@
 //! was seen so far ([`History`]), and fails when none is left (Wing and Gong, "Testing and verifying concurrent
 //! objects", 1993; here online, and for one register at a time).
 //!
-//! Besides, each sector has the set of values that a power cut may leave (virtio 1.2, section 5.2.6.2): it grows with
-//! every write, and shrinks to what a FLUSH, or a write in write-through mode, has made durable.
+//! Besides, each sector has the set of values that a power cut may leave (virtio 1.2, section 5.2.6.2). It grows with
+//! every write. A write that a FLUSH, or write-through mode, has made durable removes those that ended before it began.
 
 use crate::units::SectorSpan;
 
@@ -64,13 +64,22 @@ impl History {
     }
 }
 
+/// A value that a power cut may leave.
+#[derive(Clone, Copy, Debug)]
+struct Survivor {
+    id: RequestId,
+    value: Value,
+    submitted: u64,
+    ended: Option<u64>,
+    succeeded: bool,
+}
+
 #[derive(Clone, Debug)]
 struct Sector {
     histories: Vec<History>,
     effects: Vec<Effect>,
     reads: Vec<RequestId>,
-    /// The values that a power cut may leave, with the time of their submission.
-    durable: Vec<(Value, u64)>,
+    survivors: Vec<Survivor>,
 }
 
 fn is(value: Value, seen: Value) -> bool {
@@ -80,13 +89,13 @@ fn is(value: Value, seen: Value) -> bool {
 impl Sector {
     fn holding(value: Value) -> Self {
         let history = History { values: vec![value], visible_from: Vec::new(), applied: Vec::new() };
-        Self { histories: vec![history], effects: Vec::new(), reads: Vec::new(), durable: vec![(value, 0)] }
+        let survivor = Survivor { id: 0, value, submitted: 0, ended: Some(0), succeeded: true };
+        Self { histories: vec![history], effects: Vec::new(), reads: Vec::new(), survivors: vec![survivor] }
     }
 
-    /// The values that the sector may have now, or get from effects in flight.
-    fn possible(&self) -> Vec<Value> {
-        let current = self.histories.iter().map(History::current);
-        current.chain(self.effects.iter().map(|effect| effect.value)).collect()
+    /// The values that the sector may have now; `None` while more effects are in flight.
+    fn possible(&self) -> Option<Vec<Value>> {
+        self.effects.is_empty().then(|| self.histories.iter().map(History::current).collect())
     }
 
     fn begin_read(&mut self, id: RequestId) {
@@ -120,7 +129,32 @@ impl Sector {
 
     fn begin_effect(&mut self, effect: Effect) {
         self.effects.push(effect);
-        self.durable.push((effect.value, effect.submitted));
+        let Effect { id, value, submitted, .. } = effect;
+        self.survivors.push(Survivor { id, value, submitted, ended: None, succeeded: false });
+    }
+
+    /// The effect of a request is over, in one way or another.
+    fn end_survivor(&mut self, id: RequestId, now: u64, succeeded: bool) {
+        for survivor in self.survivors.iter_mut().filter(|survivor| survivor.id == id) {
+            (survivor.ended, survivor.succeeded) = (Some(now), succeeded);
+        }
+    }
+
+    /// A write that was submitted at `submitted` is durable.
+    fn make_durable(&mut self, submitted: u64) {
+        self.survivors.retain(|survivor| survivor.ended.is_none_or(|ended| ended >= submitted));
+    }
+
+    /// A FLUSH is complete that was sent at `at`, when the sector had one of the values `possible`.
+    fn flush(&mut self, at: u64, possible: Option<&[Value]>) {
+        let ended_before = |survivor: &Survivor| survivor.ended.is_some_and(|ended| ended <= at);
+        let covered = self.survivors.iter().filter(|survivor| survivor.succeeded && ended_before(survivor));
+        if let Some(last) = covered.map(|survivor| survivor.submitted).max() {
+            self.make_durable(last);
+        }
+        if let Some(possible) = possible {
+            self.survivors.retain(|survivor| !ended_before(survivor) || possible.contains(&survivor.value));
+        }
     }
 
     fn complete_effect(&mut self, id: RequestId) {
@@ -141,20 +175,22 @@ impl Sector {
     fn fail_effect(&mut self, id: RequestId, now: u64) {
         let effect = self.effects.iter_mut().find(|effect| effect.id == id).expect("a write begins before it ends");
         effect.failed = Some(now);
+        self.end_survivor(id, now, false);
         if self.effects.iter().filter(|effect| effect.failed.is_some()).count() > FAILED_MAX {
             self.retain_effects(|effect| effect.failed.is_none());
             self.histories.iter_mut().for_each(|history| history.values.push(ANY));
-            self.durable.push((ANY, now));
+            self.survivors.push(Survivor { id: 0, value: ANY, submitted: now, ended: Some(now), succeeded: false });
             self.shorten();
         }
     }
 
     /// From now on the effects of `lost` have taken place or never will.
-    fn settle(&mut self, lost: &[RequestId]) {
+    fn settle(&mut self, lost: &[RequestId], now: u64) {
         let open: Vec<Effect> = self.effects.iter().filter(|effect| lost.contains(&effect.id)).copied().collect();
         if open.is_empty() {
             return;
         }
+        open.iter().for_each(|effect| self.end_survivor(effect.id, now, false));
         let mut histories = std::mem::take(&mut self.histories);
         let mut at = 0;
         while at < histories.len() {
@@ -195,7 +231,7 @@ impl Sector {
 #[derive(Clone, Debug)]
 pub(super) struct Snapshot {
     at: u64,
-    possible: Vec<Vec<Value>>,
+    possible: Vec<Option<Vec<Value>>>,
 }
 
 /// See the module.
@@ -253,12 +289,14 @@ impl Oracle {
 
     /// A write succeeds. If it is `durable`, a power cut leaves it, or a write that it did not follow.
     pub fn complete_write(&mut self, id: RequestId, span: SectorSpan, durable: bool) {
+        self.clock += 1;
+        let now = self.clock;
         for sector in self.over(span) {
-            let own = sector.effects.iter().find(|effect| effect.id == id).map(|effect| effect.value);
+            let submitted = sector.effects.iter().find(|effect| effect.id == id).map(|effect| effect.submitted);
             sector.complete_effect(id);
+            sector.end_survivor(id, now, true);
             if durable {
-                let possible = sector.possible();
-                sector.durable.retain(|(value, _)| Some(*value) == own || possible.contains(value));
+                sector.make_durable(submitted.expect("a write begins before it ends"));
             }
         }
     }
@@ -272,7 +310,8 @@ impl Oracle {
     /// The requests are lost: what they have not done by now they never do.
     pub fn lose_writes(&mut self, lost: &[RequestId]) {
         self.clock += 1;
-        self.sectors.iter_mut().for_each(|sector| sector.settle(lost));
+        let now = self.clock;
+        self.sectors.iter_mut().for_each(|sector| sector.settle(lost, now));
     }
 
     /// The next daemon executes the requests again, whatever they have done already.
@@ -294,8 +333,8 @@ impl Oracle {
     pub fn complete_flush(&mut self, snapshot: &Snapshot) {
         self.clock += 1;
         for (sector, possible) in self.sectors.iter_mut().zip(&snapshot.possible) {
-            if sector.durable.len() > 1 {
-                sector.durable.retain(|(value, submitted)| *submitted > snapshot.at || possible.contains(value));
+            if sector.survivors.len() > 1 {
+                sector.flush(snapshot.at, possible.as_deref());
             }
         }
     }
@@ -303,7 +342,7 @@ impl Oracle {
     /// Checks that a power cut may leave `value` in a sector.
     pub fn check_survivor(&self, at: usize, value: Value) {
         let sector = &self.sectors[at];
-        let allowed = sector.durable.iter().any(|&(durable, _)| is(durable, value));
+        let allowed = sector.survivors.iter().any(|survivor| is(survivor.value, value));
         assert!(allowed, "a power cut leaves {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }
 

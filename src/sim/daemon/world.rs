@@ -18,6 +18,8 @@ use crate::units::{SectorSpan, Tick};
 
 /// Rounds of the last phase after which a request in flight counts as stuck.
 const ROUNDS_MAX: u32 = 100_000;
+/// Rounds in which workers are busy until the next operation ends.
+const ROUNDS_PER_EVENT: u32 = 100;
 /// Effects and reads in flight that a sector has at most: the oracle tries all their orders.
 const CONTENTION_MAX: usize = 3;
 
@@ -313,7 +315,7 @@ impl World {
 
     /// Runs until no request is in flight and no action of the front-end under way.
     pub fn complete_all_requests(&mut self) {
-        for _ in 0..ROUNDS_MAX {
+        for round in 1..=ROUNDS_MAX {
             self.image.advance(self.now_us);
             let mut progress = self.poll_control();
             for worker in 0..self.scenario.workers {
@@ -331,6 +333,9 @@ impl World {
                 let next = self.next_event();
                 let at = next.unwrap_or_else(|| panic!("liveness: nothing will complete {in_flight} requests"));
                 self.now_us = self.now_us.max(at);
+            } else if round.is_multiple_of(ROUNDS_PER_EVENT) {
+                // A worker can be busy as long as an operation takes.
+                self.now_us = self.now_us.max(self.image.next_event().unwrap_or(0));
             }
         }
         let (now, next, stats) = (self.now_us, self.image.next_event(), self.life.as_ref().map(Life::describe));

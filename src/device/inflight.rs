@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use vm_memory::{AtomicInteger, MmapRegion, VolatileMemory};
 
-use crate::fault_injection::crash_point;
+use crate::shared_memory::store;
 
 /// Offsets in a ring's part of the region (QueueRegionSplit).
 const VERSION: usize = 8;
@@ -64,11 +64,10 @@ impl InflightTracker {
     /// order in which they were taken; `None`: no ring has used this part before.
     pub fn recover(&mut self, used: u16) -> Option<Vec<u16>> {
         if !self.is_initialized() {
-            (0..self.size).for_each(|head| self.inflight(head).store(0, Ordering::Relaxed));
-            self.field::<AtomicU16>(DESC_NUM).store(self.size, Ordering::Relaxed);
-            self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Relaxed);
-            crash_point();
-            self.field::<AtomicU16>(VERSION).store(LAYOUT_VERSION, Ordering::Release);
+            (0..self.size).for_each(|head| store(self.inflight(head), 0, Ordering::Relaxed));
+            store(self.field::<AtomicU16>(DESC_NUM), self.size, Ordering::Relaxed);
+            store(self.field::<AtomicU16>(USED_IDX), used, Ordering::Relaxed);
+            store(self.field::<AtomicU16>(VERSION), LAYOUT_VERSION, Ordering::Release);
             return None;
         }
         // The previous daemon may have died after publishing its last batch and before clearing the batch's flags.
@@ -86,10 +85,8 @@ impl InflightTracker {
     /// Records that the chain at `head` was taken.
     pub fn take(&mut self, head: u16) {
         if head < self.size {
-            crash_point();
-            self.counter_of(head).store(self.counter, Ordering::Relaxed);
-            crash_point();
-            self.inflight(head).store(1, Ordering::Release);
+            store(self.counter_of(head), self.counter, Ordering::Relaxed);
+            store(self.inflight(head), 1, Ordering::Release);
             self.counter = self.counter.wrapping_add(1);
         }
     }
@@ -100,10 +97,8 @@ impl InflightTracker {
     pub fn begin_completion(&mut self, head: u16) {
         if head < self.size {
             let last = self.field::<AtomicU16>(LAST_BATCH_HEAD);
-            crash_point();
-            self.next(head).store(last.load(Ordering::Relaxed), Ordering::Relaxed);
-            crash_point();
-            last.store(head, Ordering::Release);
+            store(self.next(head), last.load(Ordering::Relaxed), Ordering::Relaxed);
+            store(last, head, Ordering::Release);
             self.batch += 1;
         }
     }
@@ -123,12 +118,10 @@ impl InflightTracker {
             if head >= self.size {
                 break;
             }
-            crash_point();
-            self.inflight(head).store(0, Ordering::Release);
+            store(self.inflight(head), 0, Ordering::Release);
             head = self.next(head).load(Ordering::Relaxed);
         }
-        crash_point();
-        self.field::<AtomicU16>(USED_IDX).store(used, Ordering::Release);
+        store(self.field::<AtomicU16>(USED_IDX), used, Ordering::Release);
     }
 
     /// Whether the chain at `head` is in flight: 1 or 0.

@@ -18,6 +18,8 @@ mod admit;
 mod complete;
 pub mod control;
 mod copy;
+#[cfg(test)]
+mod crash_tests;
 pub mod inflight;
 mod interrupt;
 mod pending;

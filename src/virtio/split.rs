@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use vm_memory::GuestAddress;
 
-use crate::fault_injection::crash_point;
+use crate::shared_memory::store;
 use crate::virtio::GuestRam;
 
 #[cfg(test)]
@@ -123,10 +123,8 @@ impl SplitQueue {
     /// it to the driver.
     pub fn push_used(&mut self, head: u16, len: u32) {
         let element = RING + self.entry(self.next.next_used) * ELEMENT_BYTES;
-        crash_point();
-        self.rings.used.le32(element).store(u32::from(head).to_le(), Ordering::Relaxed);
-        crash_point();
-        self.rings.used.le32(element + size_of::<u32>()).store(len.to_le(), Ordering::Relaxed);
+        store(self.rings.used.le32(element), u32::from(head).to_le(), Ordering::Relaxed);
+        store(self.rings.used.le32(element + size_of::<u32>()), len.to_le(), Ordering::Relaxed);
         self.next.next_used = self.next.next_used.wrapping_add(1);
     }
 
@@ -138,8 +136,7 @@ impl SplitQueue {
     /// Shows all used elements to the driver. Returns whether it wants to be interrupted for them (section 2.7.7.2).
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next.next_used);
-        crash_point();
-        self.rings.used.le16(IDX).store(new.to_le(), Ordering::Release);
+        store(self.rings.used.le16(IDX), new.to_le(), Ordering::Release);
         self.published = new;
         // The driver writes what it wants before it checks the index for the last time. With a fence on either side, at
         // least one side sees what the other has written.
@@ -159,7 +156,7 @@ impl SplitQueue {
     pub fn disable_notification(&mut self) {
         if !self.layout.event_idx {
             let flags = u16::try_from(VRING_USED_F_NO_NOTIFY).expect("it is 1");
-            self.rings.used.le16(FLAGS).store(flags.to_le(), Ordering::Relaxed);
+            store(self.rings.used.le16(FLAGS), flags.to_le(), Ordering::Relaxed);
         }
     }
 
@@ -168,9 +165,9 @@ impl SplitQueue {
     pub fn enable_notification(&mut self) -> bool {
         if self.layout.event_idx {
             let avail_event = RING + usize::from(self.layout.size) * ELEMENT_BYTES;
-            self.rings.used.le16(avail_event).store(self.next.next_avail.to_le(), Ordering::Relaxed);
+            store(self.rings.used.le16(avail_event), self.next.next_avail.to_le(), Ordering::Relaxed);
         } else {
-            self.rings.used.le16(FLAGS).store(0, Ordering::Relaxed);
+            store(self.rings.used.le16(FLAGS), 0, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
         self.has_available()

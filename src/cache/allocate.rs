@@ -19,12 +19,12 @@ const SLOTS_MIN: u32 = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Space {
     Allocated,
-    /// The allocation is under way, or is retried when the pause after a failure is over.
+    /// The allocation is in flight, or is retried when the pause after a failure is over.
     Pending,
     Refused(Fault),
 }
 
-/// An allocation under way.
+/// An allocation in flight.
 #[derive(Debug)]
 struct PendingAllocation {
     region: u64,
@@ -41,7 +41,7 @@ pub(super) struct Allocating {
     pending: Vec<PendingAllocation>,
     /// The store cannot allocate ahead of a write.
     unsupported: bool,
-    /// The operator has been told of that.
+    /// That was reported to the operator.
     reported: bool,
 }
 
@@ -85,7 +85,7 @@ impl Allocating {
         }
     }
 
-    /// Whether the operator is to be told now, once, that the store cannot allocate ahead of a write.
+    /// Whether to report to the operator now, once, that the store cannot allocate ahead of a write.
     pub fn take_unsupported(&mut self) -> bool {
         self.unsupported && !std::mem::replace(&mut self.reported, true)
     }
@@ -97,8 +97,8 @@ impl Allocating {
 }
 
 impl PageCache {
-    /// Whether a page that is to be written has its space; if that is not known, asks the store for it. A refusal is
-    /// final only for a request that `resumed`: another one has the store asked again.
+    /// Whether a page that is to be written has its space; if that is not known, asks the store for it. If the
+    /// allocation failed, only a request that `resumed` is refused; for any other, the store is asked again.
     pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
         if self.planted(PlantedBug::WriteSkipsAllocation) {
             return Space::Allocated;

@@ -14,7 +14,7 @@ use crate::units::{PageNo, PageSpan};
 use super::pages::{Page, UNSYNCED};
 use super::{PageCache, REGION_PAGES};
 
-/// Most pages of an interval (1 MiB). More is bulk writing: there the order of the cursor is worth more.
+/// Most pages of an interval (1 MiB). More is bulk writing: there write-back in the order of the cursor saves more.
 const PAGES_MAX: u64 = REGION_PAGES;
 /// Eager write-back is worthwhile if at most one write in four would have been merged: then it costs at most a third
 /// more operations, not counting bridged gaps.
@@ -67,7 +67,7 @@ impl PageCache {
         let mut would_merge = false;
         for id in neighbours.into_iter().flatten().filter_map(|no| self.pages.find(no)) {
             if self.pages[id].writers > 0 {
-                // Writes that are under way together will be written back together: they count as one.
+                // Writes that are in flight together will be written back together: they count as one.
                 return;
             }
             would_merge |= self.written_since_flush(&self.pages[id]);

@@ -21,7 +21,7 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, PlantedBug, Ticket};
 
-/// A Sync is due when one in so many frames has a page that no Sync covers, because such pages can't be evicted.
+/// A Sync is due when one in this many frames has a page that no Sync covers, because such pages can't be evicted.
 const UNSYNCED_PART: u32 = 8;
 
 /// A flush that waits.
@@ -42,9 +42,9 @@ pub(super) struct Flushing {
     written: u64,
     /// How many of them a successful Sync covers.
     stable: u64,
-    /// How many of them the Sync under way covers.
+    /// How many of them the Sync in flight covers.
     syncing: Option<u64>,
-    /// Pages written since the last successful Sync. While a Sync is under way, one list has the pages that it covers,
+    /// Pages written since the last successful Sync. While a Sync is in flight, one list has the pages that it covers,
     /// and the other, list `fresh`, those that were written later.
     unsynced: [Vec<PageId>; 2],
     fresh: usize,
@@ -58,8 +58,8 @@ pub(super) struct Flushing {
 }
 
 impl Default for Flushing {
-    /// => The first flush of a cache's life sends a Sync: the image may hold writes of the last daemon, or of another
-    ///    process, that no Sync covers and that the guest can read.
+    /// => The first flush of a cache's life sends a Sync: the image may hold writes of the previous daemon, or of
+    ///    another process, that no Sync covers and that the guest can read.
     fn default() -> Self {
         Self {
             queue: VecDeque::new(),
@@ -128,7 +128,7 @@ impl Flushing {
 
     /// Whether something that this cache has written is not durable.
     pub fn has_unsynced(&self) -> bool {
-        // The first of `written` stands for what was on the image before.
+        // The initial 1 in `written` counts what was on the image before.
         self.written > self.stable.max(1)
     }
 
@@ -147,7 +147,7 @@ impl PageCache {
     /// Makes everything durable that was written before; a [`Notice::Done`] reports the end.
     pub fn flush(&mut self, ticket: Ticket) {
         self.stats.flushes += 1;
-        // The guest wants to know now whether the store takes its data: what failed before is tried again.
+        // The guest needs to know now whether its data reaches the store: retry what failed before.
         self.health.retry_now(self.now);
         if self.refuse_while_stopped(ticket) {
             return;
@@ -195,7 +195,7 @@ impl PageCache {
 
     /// The Sync has ended.
     pub(super) fn sync_done(&mut self, outcome: &Outcome) {
-        let covered = self.flushing.syncing.take().expect("a Sync was under way");
+        let covered = self.flushing.syncing.take().expect("a Sync was in flight");
         let old = self.flushing.fresh ^ 1;
         let pages = std::mem::take(&mut self.flushing.unsynced[old]);
         match outcome.fault() {
@@ -244,7 +244,7 @@ impl PageCache {
         }
     }
 
-    /// Whether an operation that has succeeded was in flight when what is unsynced was put in doubt.
+    /// Whether an operation that has succeeded was in flight when everything unsynced was last put in doubt.
     pub(super) fn is_in_doubt(&self, op: &StoreOp) -> bool {
         op.doubts != self.flushing.doubts && !self.planted(PlantedBug::InFlightIsTrusted)
     }

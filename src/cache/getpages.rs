@@ -76,7 +76,7 @@ impl PageCache {
                 Some(id) if self.pages[id].valid.contains(part.mask()) => {
                     marker = marker.or(self.hit(id, part, pieces));
                 }
-                // A stopped store gets no new read; reads under way go on.
+                // A stopped store gets no new read; reads in flight continue.
                 _ if stopped.is_some() => break,
                 Some(id) if self.wait_for(id, part, access.ticket) => missed = true,
                 Some(_) => break,
@@ -115,7 +115,7 @@ impl PageCache {
         }
     }
 
-    /// Looks up pages that requests will ask for in a moment, and changes nothing. The look-ups of one request after
+    /// Looks up pages that requests will ask for in a moment, and changes nothing. The lookups of one request after
     /// another each miss the CPU's cache in turn; here those misses overlap.
     pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo>) {
         pages.for_each(|no| self.pages.prefetch_lookup(no));
@@ -348,7 +348,7 @@ impl PageCache {
         self.fill_for_waiters(id);
     }
 
-    /// Reports that a piece of a read is there; adjacent pieces become one.
+    /// Reports that a piece of a read is ready; adjacent pieces are merged.
     fn deliver(&mut self, ticket: Ticket, piece: Piece) {
         if let Some(Notice::Ready(other, last)) = self.notices.last_mut()
             && *other == ticket
@@ -442,7 +442,7 @@ impl Waiters {
             return slot;
         }
         self.pool.push(waiter);
-        u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests under way")
+        u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests in flight")
     }
 
     /// Takes the first waiter off `chain`.

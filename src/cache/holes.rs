@@ -29,13 +29,13 @@ pub(super) enum BlockStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum MapState {
     Empty,
-    /// A Map is under way.
+    /// A Map is in flight.
     Mapping {
         /// Holes of the region changed since it was requested: its result is of no use.
         stale: bool,
     },
     Known,
-    /// The Map failed: all pages pass for data, and their space for not allocated.
+    /// The Map failed: all pages count as data, and their space as not allocated.
     Failed,
 }
 
@@ -103,7 +103,7 @@ impl Holes {
         self.image != ImageHoles::Possible || known && region.bits[word] & mask == 0
     }
 
-    /// Begins a Map of the region of `no`. False: the region's slot has one under way.
+    /// Begins a Map of the region of `no`. False: the region's slot has one in flight.
     fn begin_map(&mut self, no: PageNo) -> bool {
         let (number, region) = self.slot(no);
         if matches!(region.state, MapState::Mapping { .. }) {
@@ -189,7 +189,7 @@ impl Holes {
 }
 
 impl PageCache {
-    /// Asks the store for a map of the region of `no`, unless one is under way.
+    /// Asks the store for a map of the region of `no`, unless one is in flight.
     pub(super) fn ask_for_map(&mut self, no: PageNo) {
         if !self.holes.begin_map(no) {
             return;
@@ -199,7 +199,7 @@ impl PageCache {
         self.submit_op(StoreOp::without_pages(OpKind::Map, self.span_of(first, REGION_PAGES)));
     }
 
-    /// A Map has ended. If it failed, the pages of its region pass for data.
+    /// A Map has ended. If it failed, the pages of its region count as data.
     pub(super) fn map_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         let runs: &[(u64, ExtentKind)] = match outcome {
             Outcome::Mapped(runs) => runs,
@@ -227,7 +227,7 @@ mod tests {
         let mut holes = Holes::new(ImageHoles::Possible, 1024);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Unknown);
         assert!(holes.begin_map(PageNo(3)));
-        assert!(!holes.begin_map(PageNo(4)), "a Map of the same region is under way");
+        assert!(!holes.begin_map(PageNo(4)), "a Map of the same region is in flight");
         // Data up to the middle of page 1, a hole to the middle of page 3, data to the end of the region.
         let rest = REGION_SECTORS - 28;
         holes.end_map(PageNo(0), &[(12, ExtentKind::Data), (16, ExtentKind::Hole), (rest, ExtentKind::Data)]);

@@ -1,7 +1,7 @@
 //! \[5\] The page cache, sans I/O: it decides what to read, write and sync, and does no I/O of its own.
 //!
-//! The cache has no file descriptor, clock, thread, random number, guest address or data byte. It moves the names of
-//! pages and frames. Its owner carries out its [`StoreOpRef`]s, reports their [`Outcome`]s, and delivers its
+//! The cache has no file descriptor, clock, thread, random number, guest address or data byte. It handles only the
+//! numbers of pages and frames. Its owner carries out its [`StoreOpRef`]s, reports their [`Outcome`]s, and delivers its
 //! [`Notice`]s. So a simulator can run it through millions of orderings, each from one seed.
 //!
 //! A turn of the owner:
@@ -104,7 +104,7 @@ pub trait FrameMemory: Send + std::fmt::Debug {
 ///   operation takes and drops its own.
 /// - I4: Counters equal a recount. For pages upheld by `Pages::change` and `forget`.
 /// - I5: Dirty sectors are valid. Checked by `Pages::change`.
-/// - I6: Two store operations under way overlap only if both are reads. Upheld by `fill`, `can_be_put` and
+/// - I6: Two store operations in flight overlap only if both are reads. Upheld by `fill`, `can_be_put` and
 ///   `start_ranges`, which start none on a page that has one.
 /// - I7: A store read never overwrites a valid sector. It fills a frame of its own, and the page takes only the sectors
 ///   that it lacks. Upheld by `page_read_in`.

@@ -4,8 +4,8 @@
 //! No frame holds such zeros. So the cache remembers the ranges, in a bounded number of slots, and notes each in the
 //! memory that outlives the daemon (`FrameMemory::note_zero`):
 //!
-//! - A zero takes a slot, and is noted, before it starts: should the daemon die, nobody knows whether the store carried
-//!   it out. The next daemon zeroes the range again.
+//! - A zero takes a slot, and is noted, before it starts: if the daemon dies, it is unknown whether the store
+//!   executed it. The next daemon zeroes the range again.
 //! - Once it has succeeded, sectors of the range that are not in memory read as zeros without the store
 //!   (`getpages.rs`): the store may lose the zeros until a Sync covers them.
 //! - A successful Sync frees the slot. After a failed one, the range is zeroed again from the same slot.
@@ -58,7 +58,7 @@ impl PendingZeroes {
         self.free.pop()
     }
 
-    /// Whether so many slots are taken that a Sync should free some.
+    /// Whether enough slots are taken that a Sync should free some.
     pub fn is_crowded(&self) -> bool {
         self.free.len() <= self.zeroes.len() / 2
     }
@@ -138,7 +138,7 @@ impl PageCache {
         }
     }
 
-    /// The last daemon noted these zeros. What is clean in them may be older than the zero.
+    /// The previous daemon noted these zeros. Clean pages in them may be older than the zero.
     pub(super) fn restore_zeroes(&mut self, noted: impl IntoIterator<Item = (ZeroSlot, SectorSpan)>) {
         for (slot, span) in noted {
             self.pending_zeroes.free.retain(|&free| free != slot);

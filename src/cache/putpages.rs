@@ -176,7 +176,7 @@ impl PageCache {
     fn page_written(&mut self, id: PageId) {
         let no = self.pages[id].no();
         self.holes.mark_data(no);
-        // First this: the page must not be clean and durable for a moment.
+        // Before the change below: the page must not count as clean and durable even for a moment.
         self.mark_unsynced(id);
         self.pages.change(id, |page| {
             page.writing = SectorMask::NONE;

@@ -3,7 +3,7 @@
 //! A range operation locks its pages: it starts when no page in the range is busy, and requests that touch the range
 //! wait until it ends. The pages stay as they are meanwhile, so that a failure loses nothing. At the end the pages
 //! inside the range are removed, and those that its borders cut have the part inside zeroed. A discard takes whole
-//! pages only, and what they read as afterwards is undefined; a zero is noted until it is durable
+//! pages only, whose contents are undefined afterwards; a zero is noted until it is durable
 //! (`pending_zeroes.rs`).
 
 use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
@@ -39,7 +39,7 @@ impl Range {
     }
 }
 
-/// The range operations under way, and those that wait for their pages.
+/// The range operations in flight, and those that wait for their pages.
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
     list: Vec<Range>,
@@ -102,7 +102,7 @@ impl PageCache {
         true
     }
 
-    /// Does a zero again that may not be durable.
+    /// Repeats a zero that may not be durable.
     pub(super) fn redo_zero(&mut self, span: SectorSpan, unmap: Unmap, zero_slot: ZeroSlot) {
         // Its space may have been reserved since, for pages that are dirty now.
         let unmap = if self.settings.allocate { Unmap::Forbidden } else { unmap };
@@ -183,7 +183,7 @@ impl PageCache {
         ranges.any(|range| range.span.pages().contains(no) && !self.must_wait(range))
     }
 
-    /// Whether a range operation overlaps one that is under way, or an earlier one that can start first.
+    /// Whether a range operation overlaps one that is in flight, or an earlier one that can start first.
     fn must_follow(&self, index: usize) -> bool {
         let pages = self.ranges.list[index].span.pages();
         self.ranges.list.iter().enumerate().any(|(at, other)| {
@@ -243,8 +243,8 @@ impl PageCache {
         self.notices.push(Notice::Done(ticket, result));
     }
 
-    /// Drops the clean sectors of a range that is about to change on the store: should the daemon die meanwhile, the
-    /// next one must not take them for what the store has.
+    /// Drops the clean sectors of a range that is about to change on the store: if the daemon dies meanwhile, the
+    /// next one must not take them for the store's contents.
     pub(super) fn forget_clean(&mut self, span: SectorSpan) {
         for id in self.resident_pages(span.pages()) {
             let page = &self.pages[id];

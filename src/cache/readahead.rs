@@ -36,7 +36,7 @@ const FAST_GROWTH_DIVISOR: u64 = 16;
 const FAST_GROWTH: u64 = 4;
 /// ... and a longer one by this.
 const GROWTH: u64 = 2;
-/// A stream ends when this many pieces of [`ROUND_PAGES`] in a row went unread.
+/// A stream ends when this many runs of [`ROUND_PAGES`] in a row went unread.
 const WASTED_MAX: u8 = 3;
 /// Unread pages fill at most 1/20 of the cache. That is half of the policy's small queue while the queue is short, so
 /// readahead evicts no page that was used twice.
@@ -67,7 +67,7 @@ struct Stream {
     marker_due: bool,
     /// Length of the newest window; 0: none yet.
     window: u64,
-    /// Pieces of [`ROUND_PAGES`] that went unread since a reader last reached a marker.
+    /// Runs of [`ROUND_PAGES`] that went unread since a reader last reached a marker.
     wasted: u8,
     /// When the stream was last found, on the clock of [`Streams`]; 0: the slot is free.
     used: u64,
@@ -87,7 +87,7 @@ pub(super) struct Streams {
     period_ends: Tick,
     /// Some window was cut short.
     cut: bool,
-    /// Counts look-ups.
+    /// Counts lookups.
     clock: u64,
 }
 
@@ -225,7 +225,7 @@ impl Stream {
 
     /// Whether a request at `first` belongs to the stream.
     fn expects(&self, first: u64) -> bool {
-        // With a long window more requests are under way, and one of them can be overtaken by more pages.
+        // With a long window more requests are in flight, and one of them can be overtaken by more pages.
         let behind = SLACK_PAGES.max(self.window);
         self.used > 0 && first + behind >= self.next && first <= self.next.max(self.ahead) + SLACK_PAGES
     }

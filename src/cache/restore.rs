@@ -1,10 +1,10 @@
-//! Restores the cache that the last daemon left in its frames when it died.
+//! Restores the cache that the previous daemon left in its frames when it died.
 //!
-//! The last daemon recorded what each frame holds (`FrameMemory::publish`), each time in one step and after the bytes
-//! were in place. So the records describe a cache that it could have had, at whatever step it died:
+//! The previous daemon recorded what each frame holds (`FrameMemory::publish`), in one step and after the bytes were in
+//! place. So the records describe a cache that it could have had, at whatever step it died:
 //!
 //! - Pages that were dirty or under write-back are dirty.
-//! - So are pages that no Sync had covered. The result of a Sync under way is unknown, so everything that it would have
+//! - So are pages that no Sync had covered. The result of a Sync in flight is unknown, so everything that it would have
 //!   covered is written, or zeroed, again.
 //! - A page that was moving to another frame is recorded for both, with the same bytes; one of them is used.
 

@@ -1,5 +1,5 @@
-//! Requests that could not be admitted whole. At the end of a turn in which something ended, the owner is told to retry
-//! all of them, oldest first. Those that still find no room stall again, in the same order.
+//! Requests that could not be admitted whole. At the end of a turn in which something ended, a notice makes the owner
+//! retry each of them, oldest first. Those that still find no room stall again, in the same order.
 
 use std::collections::VecDeque;
 

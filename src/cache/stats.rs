@@ -29,7 +29,7 @@ pub struct Stats {
     pub maps: u64,
     /// FLUSH requests of guests.
     pub flushes: u64,
-    /// Zeroes and discards submitted to the store.
+    /// Zeros and discards submitted to the store.
     pub range_operations: u64,
     /// Pages read in by readahead.
     pub readahead_pages: u64,

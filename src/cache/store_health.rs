@@ -2,7 +2,7 @@
 //! healthy.
 //!
 //! The pages stay dirty under every policy, and their frames have the bytes. The policy decides about requests that
-//! need the store meanwhile. Reads of pages in memory go on in every case.
+//! need the store meanwhile. Reads of pages in memory continue in every case.
 
 use crate::units::{Fault, Tick};
 
@@ -27,7 +27,7 @@ pub enum Health {
     Stopped(Fault),
 }
 
-/// What the operator should know.
+/// An event to report to the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HealthEvent {
     /// The store's health has changed.
@@ -68,7 +68,7 @@ pub(super) struct StoreHealth {
     failure: Option<Failure>,
     /// Also healthy after the operator resumed the store, until a write is tried.
     current: Health,
-    /// The health that the operator was last told.
+    /// The health that was last reported to the operator.
     last_reported: Health,
     /// The operator resumed the store: the result is to be reported even if it is the same as before.
     resumed: bool,
@@ -113,8 +113,8 @@ impl StoreHealth {
         let clears = self.failure.is_some_and(|Failure { cause, .. }| match cause {
             Cause::Sync => succeeded == Cause::Sync,
             Cause::Write => succeeded != Cause::Allocate,
-            // A successful write of other pages gives no space to the requests that are held for it: their hold goes
-            // on.
+            // A successful write of other pages gives no space to the requests that are held for it: they stay
+            // held.
             Cause::Allocate => succeeded == Cause::Allocate,
         });
         if clears && self.stopped().is_none() {
@@ -222,7 +222,7 @@ impl PageCache {
         self.health.failure.filter(|_| self.health.holding()).map(|failure| failure.since.plus_us(self.hold_us()))
     }
 
-    /// The operator says that the store works again: what failed is tried at once.
+    /// The operator resumed the store: retries at once what failed.
     pub fn resume(&mut self) {
         self.health.resumed = self.health.current != Health::Healthy;
         self.health.current = Health::Healthy;
@@ -235,7 +235,7 @@ impl PageCache {
         self.health.current
     }
 
-    /// Takes the next event that the operator has not been told.
+    /// Takes the next event that was not reported to the operator yet.
     pub fn take_health_event(&mut self) -> Option<HealthEvent> {
         if self.allocating.take_unsupported() {
             return Some(HealthEvent::NoReservations);

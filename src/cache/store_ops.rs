@@ -32,7 +32,7 @@ pub enum Outcome {
     Failed(Fault),
 }
 
-/// An operation under way.
+/// An operation in flight.
 #[derive(Debug)]
 pub(super) struct StoreOp {
     pub kind: OpKind,
@@ -60,11 +60,11 @@ impl StoreOp {
     }
 }
 
-/// Most pairs of vectors that are kept for later operations: twice the writes under way at full speed (see
+/// Most pairs of vectors that are kept for later operations: twice the writes in flight at full speed (see
 /// `writeback.rs`).
 const SPARE_MAX: usize = 64;
 
-/// The operations under way, by tag. Their vectors are reused, so a steady state allocates nothing.
+/// The operations in flight, by tag. Their vectors are reused, so a steady state allocates nothing.
 #[derive(Debug, Default)]
 pub(super) struct StoreOps {
     slots: Vec<Option<StoreOp>>,
@@ -85,7 +85,7 @@ impl StoreOps {
         }
         let tag = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
-            u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 operations are under way")
+            u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 operations are in flight")
         });
         self.slots[tag as usize] = Some(op);
         self.queued.push(tag);
@@ -93,7 +93,7 @@ impl StoreOps {
 
     /// Removes an operation that ended.
     pub fn complete(&mut self, tag: u32) -> StoreOp {
-        let op = self.slots[tag as usize].take().expect("an outcome belongs to an operation under way");
+        let op = self.slots[tag as usize].take().expect("an outcome belongs to an operation in flight");
         if op.kind == OpKind::Write {
             self.writes -= 1;
         }
@@ -116,12 +116,12 @@ impl StoreOps {
         }
     }
 
-    /// Number of writes under way.
+    /// Number of writes in flight.
     pub fn writes(&self) -> u32 {
         self.writes
     }
 
-    /// The operations under way.
+    /// The operations in flight.
     pub fn iter(&self) -> impl Iterator<Item = &StoreOp> {
         self.slots.iter().flatten()
     }
@@ -138,7 +138,7 @@ impl PageCache {
     /// => The frames of an operation stay held until [`PageCache::complete`] gets its tag.
     pub fn take_ops(&mut self, mut start: impl FnMut(StoreOpRef<'_>)) {
         for tag in self.store_ops.queued.drain(..) {
-            let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is under way");
+            let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is in flight");
             let StoreOp { kind, span, ref frames, demand, .. } = *op;
             let first_sector = (span.start % SECTORS_PER_PAGE) as u8;
             start(StoreOpRef { tag, kind, span, first_sector, frames, demand });

@@ -8,7 +8,7 @@ use crate::units::{SECTORS_PER_PAGE, Tick, low_u32};
 /// The limit is never below this (16 MiB), unless the cache itself is small: a slow store must not make every write
 /// wait.
 const LIMIT_PAGES_MIN: u32 = 4096;
-/// Length of a bandwidth sample, counting only time with writes under way.
+/// Length of a bandwidth sample, counting only time with writes in flight.
 const SAMPLE_US: u64 = 200_000;
 /// Background write-back starts at this share of the limit, in percent, and stops at [`STOP_PERCENT`].
 const START_PERCENT: u32 = 40;
@@ -31,9 +31,9 @@ pub(super) struct Throttle {
     limit: u32,
     /// Pages per second, smoothed; 0: not measured yet.
     bandwidth: u64,
-    /// When writes were last seen to be under way, if they still are.
+    /// When writes were last seen to be in flight, if they still are.
     busy_since: Option<Tick>,
-    /// The current sample: time with writes under way, and the pages that they wrote.
+    /// The current sample: time with writes in flight, and the pages that they wrote.
     sample_us: u64,
     sample_pages: u64,
 }
@@ -69,13 +69,13 @@ impl Throttle {
         low_u32(u64::from(self.limit) * u64::from(percent) / 100)
     }
 
-    /// A write is submitted, as one of as many as the store takes: from now on, until none is under way, its rate is a
-    /// measure of the store's bandwidth.
+    /// A write is submitted at the store's full depth: from now on, until no write is in flight, the rate of writes
+    /// measures the store's bandwidth.
     pub fn write_started(&mut self, now: Tick) {
         self.busy_since.get_or_insert(now);
     }
 
-    /// A write of `pages` pages ended, with `left` writes still under way.
+    /// A write of `pages` pages ended, with `left` writes still in flight.
     pub fn write_ended(&mut self, pages: u64, left: u32, now: Tick) {
         if let Some(since) = self.busy_since {
             self.sample_pages += pages;

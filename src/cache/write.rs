@@ -16,7 +16,7 @@ use super::{Access, Admitted, CopyResult, PageCache, PagePart, Piece};
 /// Frames that writes leave free. A page whose dirty sectors do not fill the store's blocks has the rest read in before
 /// its write-back; if such pages took all frames, none of them could ever be cleaned.
 pub(super) const FILL_FRAMES: u32 = 1;
-/// One in so many frames stays evictable. Otherwise, with a store that fails every Sync, pages that are not durable
+/// One in this many frames stays evictable. Otherwise, with a store that fails every Sync, pages that are not durable
 /// would take all frames, and reads would wait for a frame until the store recovers.
 const EVICTABLE_PART: u32 = 4;
 

@@ -12,9 +12,9 @@ use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 use super::pages::{DirtySet, FAILED, GROUP_PAGES, Group, READING, RECENT};
 use super::{PageCache, PlantedBug, REGION_PAGES};
 
-/// Most writes under way.
+/// Most writes in flight.
 const DEPTH_MAX: u32 = 32;
-/// Most writes under way for a sweep that no request waits for: half as many, to delay the operations of requests less.
+/// Most writes in flight for a sweep that no request waits for: half as many, to delay the operations of requests less.
 const DEPTH_UNAWAITED: u32 = DEPTH_MAX / 2;
 /// Epochs are closed this many times in an age limit: a page waits up to half of it for its epoch to end, and is
 /// written in the other half.
@@ -154,7 +154,7 @@ impl PageCache {
         } else if dirty_or_writeback < self.throttle.stop_pages() {
             self.writeback.running = false;
         }
-        // Stalled requests wait for room, and no write under way will make any.
+        // Stalled requests wait for room, and no write in flight will make any.
         let starving = self.stalled.for_room() && self.store_ops.writes() == 0;
         if idle || std::mem::take(&mut self.writeback.pressure) || starving {
             self.sweep(Scope::All, DEPTH_MAX);
@@ -182,8 +182,8 @@ impl PageCache {
             if self.pages.dirty().dirty_pages() > 0 {
                 self.writeback.aged = Some(self.pages.close_epoch());
             }
-            // What write-back for another reason has stored ages too, until a Sync covers it. One comes anyway once the
-            // aged epoch is written, unless that takes long.
+            // Pages written back for another reason age too, until a Sync covers them. That Sync follows anyway once
+            // the aged epoch is written, unless that takes long.
             if self.unsynced_ages() && (self.writeback.aged.is_none() || was_slow) {
                 self.flushing.want_sync();
             }
@@ -191,7 +191,7 @@ impl PageCache {
         }
     }
 
-    /// Writes dirty pages in scope, upwards from the cursor, until `depth` writes are under way.
+    /// Writes dirty pages in scope, upwards from the cursor, until `depth` writes are in flight.
     fn sweep(&mut self, scope: Scope, depth: u32) {
         let mut wrapped = false;
         let start = self.writeback.cursor;

@@ -55,7 +55,7 @@ impl Group {
 pub(in crate::cache) struct DirtySet {
     /// By the number of the group; none is empty.
     groups: BTreeMap<u64, Group>,
-    /// Oldest first, with the number of its dirty pages and of its writes under way; none with a count of zero.
+    /// Oldest first, with the number of its dirty pages and of its writes in flight; none with a count of zero.
     epochs: VecDeque<(Epoch, u32)>,
     current: Epoch,
     dirty_pages: u32,

@@ -1,6 +1,6 @@
 //! Reference counts of the frames, and the list of the free ones.
 //!
-//! A page in memory, each pin (a copy to or from guest memory under way) and each store operation hold one reference to
+//! A page in memory, each pin (a copy to or from guest memory in flight) and each store operation hold one reference to
 //! their frame. A frame with no reference is free.
 //!
 //! The list is a queue in most caches: the frame that was freed first is taken first. Adjacent frames are mostly freed

@@ -7,7 +7,7 @@
 //! - [`Pages::mark`] and its like are for hints and for the chain of waiters, which nothing counts.
 //! - [`Pages::adopt_frame`] and [`Pages::copy_on_write`] give a page its frame; [`Pages::take_frame`],
 //!   [`Pages::hold_frame`] and [`Pages::release_frame`] count references to frames.
-//! - [`Pages::insert`], [`Pages::remove`], [`Pages::evict`] and [`Pages::restore`] are how pages come and go.
+//! - [`Pages::insert`], [`Pages::remove`], [`Pages::evict`] and [`Pages::restore`] add and remove pages.
 //!
 //! So these functions hold invariants I1 to I5 and I9 (see [`super::PageCache`]):
 //!
@@ -104,7 +104,7 @@ impl Pages {
         &self.frames
     }
 
-    /// Loads what a look-up of the page will read into the CPU's cache.
+    /// Loads what a lookup of the page will read into the CPU's cache.
     pub fn prefetch_lookup(&self, no: PageNo) {
         if let Some(id) = self.table.find(no) {
             let frame = self.table[id].frame();
@@ -242,7 +242,7 @@ impl Pages {
         }
     }
 
-    // How pages come and go.
+    // Adding and removing pages.
 
     /// Inserts an absent page, without a frame; `None` if no slot is free.
     pub fn insert(&mut self, no: PageNo) -> Option<PageId> {
@@ -289,7 +289,7 @@ impl Pages {
         page
     }
 
-    /// Fills an empty cache with what the frames hold, by the records that the last daemon published of them.
+    /// Fills an empty cache with what the frames hold, by the records that the previous daemon published of them.
     pub fn restore(&mut self, records: impl IntoIterator<Item = (FrameId, FrameRecord)>) {
         assert_eq!(self.len(), 0, "only an empty cache can be restored");
         let mut restored = Vec::new();

@@ -5,7 +5,7 @@
 //! | state   | bits                               | next state                                |
 //! |---------|------------------------------------|-------------------------------------------|
 //! | Absent  | not in the table                   | Reading, Dirty                            |
-//! | Reading | `READING`: a read-in is under way  | Clean, Dirty, Absent (PG_BUSY, PG_FAKE)   |
+//! | Reading | `READING`: a read-in is in flight  | Clean, Dirty, Absent (PG_BUSY, PG_FAKE)   |
 //! | Clean   | `dirty` and `writing` empty        | Dirty, Absent (PG_CLEAN)                  |
 //! | Dirty   | `dirty` not empty                  | Writing, Absent (!PG_CLEAN)               |
 //! | Writing | `writing` not empty: frame frozen  | Clean, Dirty (PG_BUSY in pageout)         |
@@ -25,14 +25,14 @@ pub(in crate::cache) const NONE: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cache) struct Flags(u8);
 
-/// A read-in of the page is under way.
+/// A read-in of the page is in flight.
 pub(in crate::cache) const READING: Flags = Flags(1 << 0);
-/// The page's frame belongs to a write under way: a guest's write takes a new frame (Linux: stable pages).
+/// The page's frame belongs to a write in flight: a guest's write takes a new frame (Linux: stable pages).
 pub(in crate::cache) const FROZEN: Flags = Flags(1 << 1);
 /// The last write-back of the page failed: it is tried again alone, after a pause.
 pub(in crate::cache) const FAILED: Flags = Flags(1 << 4);
 /// Written to the store, and no successful Sync covers it yet: not evictable. One flag is for the writes that the Sync
-/// under way covers, the other for those that it does not; `flush.rs` says which is which.
+/// in flight covers, the other for those that it does not; `flush.rs` says which is which.
 pub(in crate::cache) const UNSYNCED: [Flags; 2] = [Flags(1 << 5), Flags(1 << 6)];
 
 /// Hints on a page, which no counter and no invariant depends on.
@@ -109,7 +109,7 @@ impl Page {
         PageNo(u64::from(self.no_high) << 32 | u64::from(self.no_low))
     }
 
-    /// The page's memory; none while its first read-in is under way.
+    /// The page's memory; none while its first read-in is in flight.
     pub fn frame(&self) -> Option<FrameId> {
         (self.frame != NONE).then_some(FrameId(self.frame))
     }

@@ -107,7 +107,7 @@ impl PageTable {
         }
         *slot = Page::new(no);
         let place = self.place(no);
-        // At the end of the chain, which the look-up before has just walked. So old pages, which are the next to be
+        // At the end of the chain, which the lookup before has just walked. So old pages, which are the next to be
         // evicted, are at its beginning.
         match self.chain(self.first(place)).last() {
             Some((last, _)) => self.slots[last.index()].next = id,

@@ -3,7 +3,7 @@
 use crate::units::{PageNo, low_u16, low_u32};
 
 /// Entries of a set; a new entry replaces the oldest one of its set. With eight, nearly all ghosts live out their
-/// lifetime, and a look-up stays in one cache line.
+/// lifetime, and a lookup stays in one cache line.
 const WAYS: usize = 8;
 /// Ticks of the clock while as many pages are evicted as the table has entries: the resolution of a lifetime.
 const TICKS: u32 = 256;

@@ -23,7 +23,7 @@ fn flush(cache: &mut PageCache) {
     complete_all(cache, NOW);
 }
 
-/// Pumps. Returns the tags of the operations that this starts; they stay under way.
+/// Pumps. Returns the tags of the operations that this starts; they stay in flight.
 fn started(cache: &mut PageCache) -> Vec<u32> {
     let mut tags = Vec::new();
     cache.pump(NOW);

@@ -6,7 +6,7 @@ use crate::units::{Fault, ImageHoles, OpKind, Unmap};
 const NOW: Tick = Tick(1_000_000);
 const FLUSH: Ticket = Ticket(77);
 
-/// Pumps. Returns the operations that this starts; they stay under way.
+/// Pumps. Returns the operations that this starts; they stay in flight.
 fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, OpKind, SectorSpan)> {
     let mut ops = Vec::new();
     cache.pump(now);

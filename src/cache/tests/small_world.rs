@@ -31,7 +31,7 @@ enum PageState {
     Absent,
     /// Nothing on the store, nothing in memory.
     Hole,
-    /// A read-in is under way.
+    /// A read-in is in flight.
     Reading,
     /// As on the store.
     Clean,
@@ -43,7 +43,7 @@ enum PageState {
     Writing,
     /// As Partial, but the other sectors are a hole.
     PartialHole,
-    /// [`PART`] was written while a read-in is under way.
+    /// [`PART`] was written while a read-in is in flight.
     ReadingDirty,
     /// [`PART`] was written again while all of the page is under write-back.
     WritingDirty,
@@ -70,7 +70,7 @@ impl PageState {
         matches!(self, Hole | PartialHole)
     }
 
-    /// Whether a read-in is under way.
+    /// Whether a read-in is in flight.
     fn is_reading(self) -> bool {
         matches!(self, Reading | ReadingDirty)
     }

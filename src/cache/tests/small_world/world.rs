@@ -13,7 +13,7 @@ pub(super) const PAGES: usize = 4;
 const SECTORS: usize = PAGES * 8;
 /// So many that nothing waits for a frame.
 const FRAMES: u32 = 48;
-/// Time stands still, so that pages are written back only for a test or a FLUSH.
+/// Time does not advance, so that pages are written back only for a test or a FLUSH.
 const NOW: Tick = Tick(0);
 
 /// Versions of a sector: the first contents of the disk, the first and the second write of the scene, the request.
@@ -24,7 +24,7 @@ const REQUEST: u32 = 4000;
 
 const FLUSH: Ticket = Ticket(u64::MAX);
 
-/// A store operation under way.
+/// A store operation in flight.
 #[derive(Debug)]
 struct Operation {
     tag: u32,
@@ -259,7 +259,7 @@ impl<'a> World<'a> {
         self.scene.direction == Direction::Read && !state.is_hole() && !state.valid().contains(self.scene.wanted(page))
     }
 
-    /// The runs of adjacent pages that the request has to read in. Pages whose read-in is under way are not among them.
+    /// The runs of adjacent pages that the request has to read in. Pages whose read-in is in flight are not among them.
     fn runs_to_read(&self) -> Vec<SectorSpan> {
         let mut runs: Vec<SectorSpan> = Vec::new();
         for page in 0..PAGES {
@@ -481,7 +481,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Completes everything that is under way.
+    /// Completes everything that is in flight.
     fn complete_all(&mut self) {
         loop {
             self.turn();

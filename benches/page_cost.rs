@@ -1,6 +1,6 @@
 //! The CPU time of the page cache itself: `make bench-page`.
 //!
-//! One thread, no data, and a store whose operations succeed immediately. What remains is the look-up, the page states,
+//! One thread, no data, and a store whose operations succeed immediately. What remains is the lookup, the page states,
 //! the policy, readahead, write-back and eviction. The medians are far steadier than the rows of `make bench`, whose
 //! servers share two CPUs with their client, so they show the effect of a change to the cache: measure both versions
 //! alternately. On the machine of RESULTS.md, in nanoseconds per page:

@@ -78,7 +78,7 @@ start_daemon() {
     "$root/target/release/genblk" --config "$work/demo.toml" >"$work/daemon.$run.log" 2>&1 </dev/null &
     daemon=$!
     left=100
-    # A listening socket has these flags. (A daemon that was killed leaves its socket's name, but nobody listens there.)
+    # A listening socket has these flags. (A killed daemon leaves its socket's name, but no process listens there.)
     until grep -q " 00010000 .* $work/demo.sock\$" /proc/net/unix; do
         if [ $left -eq 0 ] || ! kill -0 $daemon 2>/dev/null; then
             die "genblk does not start"

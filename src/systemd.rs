@@ -32,7 +32,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_millis(50);
 /// How often to check whether it has.
 const CLOSE_POLL: Duration = Duration::from_millis(5);
 
-/// The connection to the service manager; see the module. The default stands for a daemon that no service manager
+/// The connection to the service manager; see the module. The default is that of a daemon that no service manager
 /// started: notifications go nowhere, and there is no fd store.
 #[derive(Debug, Default)]
 pub struct ServiceManager {

@@ -51,7 +51,7 @@ impl Mapping {
         let before = start.align_offset(alignment);
         let base = start.wrapping_add(before);
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
-        // SAFETY: it replaces a part of the reservation above, which no one else knows.
+        // SAFETY: it replaces a part of the reservation above, which nothing else uses.
         let mapped = unsafe { map(base, bytes, protection, flags, file.as_raw_fd()) };
         // SAFETY: both ranges still belong to the reservation. (If map() failed, the range between them may be unmapped
         // already and belong to another mapping by now, so it is left alone.)

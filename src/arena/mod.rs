@@ -1,6 +1,6 @@
 //! The memory behind FrameIds: a mapping of shared memory, cut into 4 KiB frames.
 //!
-//! The arena hands out addresses. It never decides who may touch a frame's bytes: the page cache does, by its
+//! The arena hands out addresses. It never decides which thread may touch a frame's bytes: the page cache does, by its
 //! references (pins, store operations, residency).
 //!
 //! There are three kinds of arena:
@@ -56,7 +56,7 @@ pub struct NotCreated {
     pub file: ArenaFile,
 }
 
-/// What of an arena outlives the daemon.
+/// The part of an arena that outlives the daemon.
 #[derive(Debug)]
 enum Persistence {
     None,

@@ -1,5 +1,5 @@
 //! The control plane's commands to the workers. A command with a reply has been executed when the reply arrives: the
-//! control plane can rely on a ring that it stopped to be stopped.
+//! control plane can rely on a stopped ring taking no more requests.
 
 use std::fs::File;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -46,7 +46,7 @@ pub enum Command {
     Memory(Arc<GuestRam>, Sender<()>),
     /// Make every completed write durable.
     Flush(Sender<Result<(), Fault>>),
-    /// The operator says that the image works again: retry at once what failed.
+    /// The operator resumes the image: retry at once what failed.
     Resume(Sender<()>),
     /// End the thread. Its rings are stopped by then.
     Exit,
@@ -139,7 +139,7 @@ impl Workers {
         must_flush.then(|| self.controls[0].request(Command::Flush))
     }
 
-    /// Retries at once what failed: the operator says that the image works again.
+    /// Retries at once what failed: the operator resumes the image.
     pub fn resume(&self) {
         self.controls[0].ask(Command::Resume);
     }

@@ -94,8 +94,8 @@ fn is_postponed(kind: RequestKind) -> bool {
     }
 }
 
-/// Copies a piece between guest memory and `memory`, the first byte of its sectors in its frames; `None` stands for
-/// zeros, of a read. `next` is the memory of the piece to be copied after this one.
+/// Copies a piece between guest memory and `memory`, the first byte of its sectors in its frames; `None` means
+/// zeros, for a read. `next` is the memory of the piece to be copied after this one.
 fn copy(
     cursor: &mut GuestCursor,
     kind: RequestKind,

@@ -32,8 +32,8 @@ pub(super) struct Requests {
     pub heads: Vec<u16>,
     /// Requests to admit to the cache for the first time.
     pub incoming: Vec<Slot>,
-    /// Requests that the cache told to resume. They go before `incoming`, or later requests would take what they waited
-    /// for.
+    /// Requests that the cache told to resume. They precede `incoming`, or later requests would take the room that
+    /// they waited for.
     pub resumed: Vec<Slot>,
     /// Pieces of the request being admitted, before they join `copies`.
     pub pieces: Vec<Piece>,

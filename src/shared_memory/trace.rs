@@ -40,7 +40,7 @@ pub(crate) enum Event {
 /// Device and inode of a file.
 pub(crate) type FileId = (u64, u64);
 
-/// What tells a file from every other.
+/// What distinguishes a file from every other.
 pub(crate) fn file_id(file: &File) -> FileId {
     let metadata = file.metadata().expect("an open file has metadata");
     (metadata.dev(), metadata.ino())

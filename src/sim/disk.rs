@@ -1,6 +1,6 @@
 //! The simulated disk: a volatile write cache in front of a durable medium, with holes and power cuts.
 //!
-//! Each sector holds a version number instead of bytes; version 0 stands for zeros. Until a Sync succeeds, a write may
+//! Each sector holds a version number instead of bytes; version 0 means zeros. Until a Sync succeeds, a write may
 //! or may not have reached the medium. What a failed Sync loses depends on the disk ([`SyncFailure`]). In any case a
 //! later Sync that succeeds does not bring it back.
 

@@ -60,7 +60,7 @@ impl GuestRequest {
         Self { op, span, sent_step, sent_at, admitted: 0, settled: 0, failed: false, copy_failed: false, known, seen }
     }
 
-    /// The next daemon gets the request anew.
+    /// The next daemon gets the request again.
     pub fn restart(&mut self) {
         (self.admitted, self.settled, self.failed) = (0, 0, false);
         self.seen.fill(None);
@@ -84,7 +84,7 @@ pub(super) struct DiskOp {
     pub effect_at: u64,
     /// Whether it has failed; `None` until it takes effect.
     pub failed: Option<bool>,
-    /// When the cache hears that it has completed.
+    /// When the cache is notified of its completion.
     pub ends_at: u64,
 }
 

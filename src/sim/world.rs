@@ -387,7 +387,7 @@ impl World {
         true
     }
 
-    /// An operation in flight takes effect; the cache hears of it later. Returns whether the operation reset the disk.
+    /// An operation in flight takes effect; the cache is notified later. Returns whether the operation reset the disk.
     fn take_effect(&mut self, tag: u32) -> bool {
         let mut op = self.operations.remove(&tag).expect("an operation in flight");
         let failed = self.draw_failure(&op);

@@ -115,7 +115,7 @@ impl OpenImage {
         &self.path
     }
 
-    /// What tells the image from every other, whatever path leads to it.
+    /// What distinguishes the image from every other, whatever path leads to it.
     pub(super) fn identity(&self) -> ImageId {
         self.identity
     }

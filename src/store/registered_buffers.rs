@@ -40,7 +40,7 @@ impl RegisteredBuffers {
     /// A table for `memory` (addresses) with no chunk registered yet; the default if the kernel has no such tables
     /// (before Linux 5.19).
     ///
-    /// => The memory stays mapped while the ring has operations in flight.
+    /// => The memory stays mapped while the io_uring has operations in flight.
     pub fn new(ring: &Submitter, memory: Range<usize>) -> Self {
         let chunk_bytes = memory.len().div_ceil(CHUNKS_MAX).next_power_of_two().max(CHUNK_BYTES_MIN);
         let chunks = memory.len().div_ceil(chunk_bytes);

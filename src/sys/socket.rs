@@ -32,7 +32,7 @@ pub fn set_backlog(listener: &UnixListener, len: u16) -> io::Result<()> {
 /// Connects to an abstract name without waiting; the stream blocks afterwards.
 ///
 /// # Errors
-/// EAGAIN if the listener's queue is full, ECONNREFUSED if nobody listens, EINVAL if the name is too long.
+/// EAGAIN if the listener's queue is full, ECONNREFUSED if no process listens, EINVAL if the name is too long.
 pub fn connect_without_waiting(abstract_name: &[u8]) -> io::Result<UnixStream> {
     let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: a plain system call.

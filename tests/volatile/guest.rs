@@ -104,7 +104,7 @@ impl Guest {
         self.session.as_mut().expect("there is a session except during a reconnection")
     }
 
-    /// Attaches the guest to the next daemon, with its memory, vring and inflight region as the last daemon left them.
+    /// Attaches the guest to the next daemon, with memory, vring and inflight region as the previous daemon left them.
     /// Sends QEMU's messages.
     pub fn reconnect(&mut self, daemon: &Daemon) {
         let old = self.session.take().expect("there is a session");

@@ -63,7 +63,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let worker = Copier { commands, waker, kicks, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
     let serve = |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener);
-    bind(socket).and_then(serve).map_err(io::Error::other)?.serve();
+    bind("limit", socket).and_then(serve).map_err(io::Error::other)?.serve();
     Ok(())
 }
 

@@ -64,7 +64,7 @@ impl Service {
             Engine::Threads => IoEngine::Threads,
         };
         let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
-        let image = FileImage::open(&config.image, &options)?;
+        let image = FileImage::open_for(&config.name, &config.image, &options)?;
         let identity = image.identity();
         let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
         let service = match images.get(&identity).filter(|_| read_only) {
@@ -112,7 +112,7 @@ impl Service {
             config.cache.size_bytes,
             config.cache.mode,
         );
-        let socket = ListenSocket::open(&config.socket)?;
+        let socket = ListenSocket::open(&config.name, &config.socket)?;
         Ok(Self { device, image, socket, workers: config.workers, queue_size: config.queue_size, description })
     }
 

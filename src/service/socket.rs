@@ -20,13 +20,13 @@ pub(super) struct ListenSocket {
 }
 
 impl ListenSocket {
-    /// The socket that the configuration names.
+    /// The socket that the configuration names for `device`.
     ///
     /// # Errors
     /// [`ErrorKind::Socket`] when the path cannot be bound, or when the descriptor is not a listening socket.
-    pub fn open(socket: &Socket) -> Result<Self> {
+    pub fn open(device: &str, socket: &Socket) -> Result<Self> {
         match socket {
-            Socket::Path(path) => Ok(Self { listener: bind(path)?, path: Some(path.clone()) }),
+            Socket::Path(path) => Ok(Self { listener: bind(device, path)?, path: Some(path.clone()) }),
             Socket::Fd(fd) => Ok(Self { listener: inherited(*fd)?, path: None }),
         }
     }

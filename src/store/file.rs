@@ -30,7 +30,19 @@ impl FileImage {
     /// multiple of 512 bytes long, or can't be opened; [`ErrorKind::Locked`] if another opener's lock conflicts. Every
     /// error names the image.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
-        let image = OpenImage::open(path, options)?;
+        Self::open_labelled(format!("image {}", path.display()), path, options)
+    }
+
+    /// As [`FileImage::open`], for the device of this name: log lines about the image begin with it.
+    ///
+    /// # Errors
+    /// As [`FileImage::open`].
+    pub fn open_for(device: &str, path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
+        Self::open_labelled(format!("{device}: image {}", path.display()), path, options)
+    }
+
+    fn open_labelled(label: String, path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
+        let image = OpenImage::open(label, path, options)?;
         Ok(Arc::new(Self { image: Arc::new(image), engine: options.engine, fallback_warning: Once::new() }))
     }
 
@@ -86,7 +98,8 @@ impl Backing for FileImage {
                         && matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL)) =>
                 {
                     self.fallback_warning.call_once(|| {
-                        log::warn!("image {path}: io_uring is not available ({error}); using threads");
+                        let label = self.image.label();
+                        log::warn!("{label}: io_uring is not available ({error}); using threads");
                     });
                 }
                 Err(error) => return Err(failed("set up io_uring", error)),

@@ -40,6 +40,8 @@ pub(super) struct OpenImage {
     pub(super) file: File,
     pub(super) limits: Limits,
     path: PathBuf,
+    /// The device, if the image was opened for one, and the image; log lines begin with it.
+    label: String,
     identity: ImageId,
     direct: bool,
     /// Logical block size of a block device in bytes; `None` for a regular file.
@@ -58,8 +60,8 @@ struct Reported {
 }
 
 impl OpenImage {
-    /// Opens and locks the image at `path`; see [`super::file::FileImage::open`].
-    pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+    /// Opens and locks the image at `path`; log lines about it begin with `label`. See [`super::file::FileImage::open`].
+    pub(super) fn open(label: String, path: &Path, options: &OpenOptions) -> Result<Self> {
         let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
         let access = if options.read_only { LockMode::ReadOnly } else { LockMode::ReadWrite };
         // Checked before the open: opening a FIFO would wait for its other end.
@@ -67,11 +69,11 @@ impl OpenImage {
         let file = open_file(path, access)?;
         let metadata = file.metadata().map_err(unusable)?;
         check_type(path, &metadata)?;
-        lock::acquire(&file, path, access, options.lock_patience)?;
+        lock::acquire(&file, path, &label, access, options.lock_patience)?;
 
         let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
         check_size(path, geometry.size_bytes)?;
-        let direct = if options.direct { try_direct(&file, path, &geometry) } else { None };
+        let direct = if options.direct { try_direct(&file, &label, &geometry) } else { None };
         let alignment = direct.unwrap_or(Alignment::BUFFERED);
         let writable = access == LockMode::ReadWrite;
         let is_file = geometry.device_block.is_none();
@@ -101,6 +103,7 @@ impl OpenImage {
             file,
             limits,
             path: path.to_path_buf(),
+            label,
             identity,
             direct: direct.is_some(),
             device_block: geometry.device_block,
@@ -113,6 +116,11 @@ impl OpenImage {
     /// Where the image was opened.
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What log lines about the image begin with.
+    pub(super) fn label(&self) -> &str {
+        &self.label
     }
 
     /// What distinguishes the image from every other, whatever path leads to it.
@@ -138,16 +146,16 @@ impl OpenImage {
         }
         // If fstat fails, let the operation itself report what is wrong.
         let Ok(metadata) = self.file.metadata() else { return true };
-        let (path, now) = (self.path.display(), metadata.len());
+        let (label, now) = (&self.label, metadata.len());
         let before = self.reported.size_bytes.swap(now, Ordering::Relaxed);
         let opened = self.limits.size_bytes;
         if now < before && now < opened {
-            log::error!("image {path} has shrunk from {before} to {now} bytes: writes beyond its end fail");
+            log::error!("{label} has shrunk from {before} to {now} bytes: writes beyond its end fail");
         } else if now != before {
-            log::warn!("image {path} now has {now} bytes; the guest's disk keeps the {opened} bytes of the start");
+            log::warn!("{label} now has {now} bytes; the guest's disk keeps the {opened} bytes of the start");
         }
         if metadata.nlink() == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
-            log::error!("image {path} was deleted: it is still served, but its data is lost when this daemon ends");
+            log::error!("{label} was deleted: it is still served, but its data is lost when this daemon ends");
         }
         request.offset + request.len <= now
     }
@@ -182,7 +190,7 @@ impl OpenImage {
 
 impl Drop for OpenImage {
     fn drop(&mut self) {
-        lock::release(&self.file, &self.path);
+        lock::release(&self.file, &self.label);
     }
 }
 

@@ -42,17 +42,17 @@ const RESIZE: u64 = 3;
 const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 
 /// Locks an image until [`release`], or until the last copy of its descriptor is closed. Waits for at most `patience`
-/// while another opener's locks conflict.
+/// while another opener's locks conflict. Log lines begin with `label`.
 ///
 /// => A writer excludes every other opener except one that shares writes on purpose. Readers share with readers.
 ///
 /// # Errors
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is no error: a warning says so.
-pub(super) fn acquire(file: &File, path: &Path, access: LockMode, patience: Duration) -> Result<()> {
+pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, patience: Duration) -> Result<()> {
     let deadline = Instant::now() + patience;
     loop {
-        match try_acquire(file, path, access) {
+        match try_acquire(file, path, label, access) {
             Err(error) if error.kind() == ErrorKind::Locked && Instant::now() < deadline => {
                 std::thread::sleep(RETRY_PAUSE);
             }
@@ -61,10 +61,9 @@ pub(super) fn acquire(file: &File, path: &Path, access: LockMode, patience: Dura
     }
 }
 
-fn try_acquire(file: &File, path: &Path, access: LockMode) -> Result<()> {
+fn try_acquire(file: &File, path: &Path, label: &str, access: LockMode) -> Result<()> {
     if let Err(error) = is_byte_locked(file, TAKEN_BASE) {
-        let path = path.display();
-        log::warn!("image {path}: the file system has no locks ({error}); nothing keeps other writers out");
+        log::warn!("{label}: the file system has no locks ({error}); nothing keeps other writers out");
         return Ok(());
     }
     let taken: &[u64] = match access {
@@ -72,7 +71,7 @@ fn try_acquire(file: &File, path: &Path, access: LockMode) -> Result<()> {
         LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
     };
     // After a conflict the locks taken so far must not keep the next opener out.
-    take_and_check(file, path, taken).inspect_err(|_| release(file, path))
+    take_and_check(file, path, taken).inspect_err(|_| release(file, label))
 }
 
 /// Takes every lock first and checks for conflicts then: of two that open at once, at least one sees the other.
@@ -98,10 +97,10 @@ fn take_and_check(file: &File, path: &Path, taken: &[u64]) -> Result<()> {
 ///
 /// => Closing alone would release it late: a forked child process holds a copy of the descriptor until its exec(), and
 ///    the kernel releases a ring's registered file in the background.
-pub(super) fn release(file: &File, path: &Path) {
+pub(super) fn release(file: &File, label: &str) {
     for byte in (0..=RESIZE).flat_map(|permission| [TAKEN_BASE + permission, UNSHARED_BASE + permission]) {
         if let Err(error) = unlock_byte(file, byte) {
-            log::debug!("image {}: cannot unlock byte {byte}: {error}", path.display());
+            log::debug!("{label}: cannot unlock byte {byte}: {error}");
         }
     }
 }

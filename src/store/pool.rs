@@ -126,8 +126,8 @@ impl Drop for Pool {
         while state.running > 0 || !state.queue.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let (hanging, path) = (counted(state.running as u64, "operation"), self.shared.image.path().display());
-                log::error!("image {path}: {hanging} did not complete in {} s; abandoning", DRAIN_MAX.as_secs());
+                let (hanging, label) = (counted(state.running as u64, "operation"), self.shared.image.label());
+                log::error!("{label}: {hanging} did not complete in {} s; abandoning", DRAIN_MAX.as_secs());
                 // No thread may start an operation whose memory the caller has freed by then.
                 state.queue.clear();
                 return;
@@ -137,7 +137,7 @@ impl Drop for Pool {
         drop(state);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
-                log::error!("image {}: an I/O thread panicked", self.shared.image.path().display());
+                log::error!("{}: an I/O thread panicked", self.shared.image.label());
             }
         }
     }

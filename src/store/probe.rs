@@ -4,7 +4,6 @@
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::path::Path;
 
 use crate::sys;
 use crate::sys::file::FallocateMode;
@@ -120,16 +119,16 @@ impl Alignment {
     pub(super) const BUFFERED: Self = Self { block: SECTOR, memory: 1 };
 }
 
-/// Switches direct I/O on; returns its alignment, or `None` after a warning that says why it is off.
-pub(super) fn try_direct(file: &File, path: &Path, geometry: &BlockGeometry) -> Option<Alignment> {
+/// Switches direct I/O on; returns its alignment, or `None` after a warning, which begins with `label` and says
+/// why it is off.
+pub(super) fn try_direct(file: &File, label: &str, geometry: &BlockGeometry) -> Option<Alignment> {
     match enable_direct(file, geometry) {
         Ok(alignment) => Some(alignment),
         Err(reason) => {
-            let path = path.display();
             if let Err(error) = sys::file::set_direct(file, false) {
-                log::debug!("image {path}: cannot clear O_DIRECT: {error}");
+                log::debug!("{label}: cannot clear O_DIRECT: {error}");
             }
-            log::warn!("image {path}: no direct I/O ({reason}); the host's page cache keeps a second copy of its data");
+            log::warn!("{label}: no direct I/O ({reason}); the host's page cache keeps a second copy of its data");
             None
         }
     }

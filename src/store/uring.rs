@@ -175,8 +175,8 @@ impl UringQueue {
     /// would make the worker try again, so notify it.
     fn on_submit_failure(&mut self, error: &io::Error) {
         if !mem::replace(&mut self.submit_failure_logged, true) {
-            let path = self.image.path().display();
-            log::warn!("image {path}: io_uring did not accept operations ({error}); retrying");
+            let label = self.image.label();
+            log::warn!("{label}: io_uring did not accept operations ({error}); retrying");
         }
         self.wake.notify();
     }
@@ -187,9 +187,9 @@ impl UringQueue {
             return None;
         }
         self.buffers.buffer_of(&self.ring.submitter(), &request.segments).unwrap_or_else(|error| {
-            let path = self.image.path().display();
+            let label = self.image.label();
             log::info!(
-                "image {path}: cannot register more io_uring buffers ({error}; RLIMIT_MEMLOCK?); transfers pin pages"
+                "{label}: cannot register more io_uring buffers ({error}; RLIMIT_MEMLOCK?); transfers pin pages"
             );
             None
         })
@@ -344,8 +344,8 @@ impl Drop for UringQueue {
                 // and to the cache's memory (huge pages are scarce) should end now.
                 let ring = self.ring.submitter();
                 if let Err(error) = ring.unregister_files().and_then(|()| self.buffers.release(&ring)) {
-                    let path = self.image.path().display();
-                    log::debug!("image {path}: cannot unregister the ring's file and buffers at once: {error}");
+                    let label = self.image.label();
+                    log::debug!("{label}: cannot unregister the ring's file and buffers at once: {error}");
                 }
                 return;
             }
@@ -355,9 +355,9 @@ impl Drop for UringQueue {
             }
             sys::poll::wait_readable(self.wake.as_raw_fd(), left);
         }
-        let (path, hanging) = (self.image.path().display(), counted(self.in_flight as u64, "operation"));
+        let (label, hanging) = (self.image.label(), counted(self.in_flight as u64, "operation"));
         log::error!(
-            "image {path}: {hanging} did not complete in {} s; the kernel may still access the memory",
+            "{label}: {hanging} did not complete in {} s; the kernel may still access the memory",
             DRAIN_MAX.as_secs()
         );
         // At least the segment arrays and the image's lock must outlive those operations.

@@ -26,11 +26,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::poll::wait_any_readable;
 use crate::virtio::GuestRam;
 
-/// Binds a listening socket at `path`, after removing a stale socket that no process listens on.
+/// Binds a listening socket for `device` at `path`, after removing a stale socket that no process listens on.
 ///
 /// # Errors
 /// [`ErrorKind::Socket`] if a process listens on the path, if it is not a socket, or if bind(2) or unlink(2) fails.
-pub fn bind(path: &Path) -> Result<UnixListener> {
+pub fn bind(device: &str, path: &Path) -> Result<UnixListener> {
     let shown = path.display();
     let refused = |e| Error::io(ErrorKind::Socket, format!("cannot listen on {shown}"), e);
     if let Ok(metadata) = fs::symlink_metadata(path) {
@@ -42,7 +42,7 @@ pub fn bind(path: &Path) -> Result<UnixListener> {
         }
         match UnixStream::connect(path) {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                warn!("removed stale socket {shown}");
+                warn!("{device}: removed stale socket {shown}");
                 fs::remove_file(path).map_err(refused)?;
             }
             // Its daemon has just removed it.

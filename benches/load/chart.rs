@@ -91,7 +91,7 @@ pub fn svg(results: &[RowResult<'_>]) -> String {
     let height = bottom + 28.0;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
-         aria-label=\"genblk compared with the best peer of each row\">\n<style>{STYLE}</style>\n\
+         aria-label=\"genblk compared with the best other server of each row\">\n<style>{STYLE}</style>\n\
          <pattern id=\"hatch\" width=\"6\" height=\"6\" patternUnits=\"userSpaceOnUse\" \
          patternTransform=\"rotate(45)\">\
          <line x1=\"1.5\" y1=\"0\" x2=\"1.5\" y2=\"6\" class=\"hatch\"/></pattern>\n"

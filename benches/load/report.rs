@@ -137,7 +137,7 @@ pub fn document(figures: &Figures, results: &[RowResult<'_>], notes: &str) -> St
     let machine = bullets(&figures.machine) + &bullets(&[figures.disturbance.describe()]);
     let (met, measured) = score(results);
     let mut text = format!(
-        "{ABOUT}\n{machine}\n![genblk compared with the best peer of each row](results.svg)\n\n\
+        "{ABOUT}\n{machine}\n![genblk compared with the best other server of each row](results.svg)\n\n\
          ## Rows\n\n{}\n## Targets\n\n{met} of the {measured} measured targets are met.\n\n{}\n{LEGEND}",
         describe_rows(results),
         targets(results)

@@ -34,7 +34,7 @@ enum Next {
     HandOver,
 }
 
-/// An action under way.
+/// An action in progress.
 #[derive(Debug)]
 enum Task {
     Starting(Vec<Receiver<()>>),
@@ -68,13 +68,13 @@ impl Session {
         (self.connected, self.task) = (false, None);
     }
 
-    /// Whether every vring runs, and no action is under way.
+    /// Whether every vring runs, and no action is in progress.
     pub fn is_serving(&self) -> bool {
         self.connected && self.task.is_none()
     }
 }
 
-/// The reply, if it has come. A worker that drops its end without a reply has died.
+/// The reply, if it has arrived. A worker that drops its end without a reply has died.
 fn reply<T>(receiver: &Receiver<T>) -> Option<T> {
     match receiver.try_recv() {
         Ok(value) => Some(value),
@@ -83,7 +83,7 @@ fn reply<T>(receiver: &Receiver<T>) -> Option<T> {
     }
 }
 
-/// The replies, once all have come.
+/// The replies, once all have arrived.
 fn replies<T, K: Copy>(receivers: &mut Vec<(K, Receiver<T>)>, taken: &mut Vec<(K, T)>) -> bool {
     receivers.retain(|(key, receiver)| match reply(receiver) {
         Some(value) => {
@@ -122,7 +122,7 @@ impl World {
                 .map(|region| InflightTracker::new(Arc::clone(region), index * ring_bytes(size), size));
             let mut next_avail = ring.stopped_at;
             if tracker.as_ref().is_some_and(InflightTracker::is_initialized) {
-                // Front-ends send different bases; the region and the used ring tell the right one.
+                // Front-ends send different bases; the region and the used ring determine the right one.
                 next_avail = self.prng.pick(&[next_avail, ring.used_idx(), ring.avail_idx()]);
             }
             let position = QueuePosition { next_avail, next_used: ring.used_idx() };
@@ -147,7 +147,7 @@ impl World {
         self.session.task = Some(Task::Stopping(indices.map(stop).collect(), next));
     }
 
-    /// A random action of the front-end or the operator, unless one is under way.
+    /// A random action of the front-end or the operator, unless one is in progress.
     pub fn start_control_action(&mut self) {
         if self.scenario.power_cuts && self.prng.percent(5) {
             crash_after(None);
@@ -210,13 +210,13 @@ impl World {
         self.session.task = Some(Task::SettingMemory((0..self.scenario.workers).map(send).collect()));
     }
 
-    /// The operator says that the image works again.
+    /// The operator resumes the image.
     pub fn resume(&mut self) {
         let life = self.life.as_ref().expect("a daemon serves");
         self.session.task = Some(Task::Resuming(life.workers.of_ring(0).request(Command::Resume)));
     }
 
-    /// Goes on with the action under way. Returns whether it went on.
+    /// Continues the action in progress. Returns whether it advanced.
     pub fn poll_control(&mut self) -> bool {
         let Some(task) = self.session.task.take() else { return false };
         let mut taken = Vec::new();

@@ -139,7 +139,7 @@ impl Ring {
         ring
     }
 
-    /// The driver starts over; its requests in flight are lost.
+    /// The driver restarts; its requests in flight are lost.
     pub fn reset(&mut self) -> Vec<Request> {
         self.memory.write_slice(&vec![0; SLOTS as usize], self.at(0)).expect("guest memory");
         self.free = (0..self.size).rev().collect();

@@ -1,6 +1,6 @@
 //! The simulated image: a [`Backing`] whose disk has a volatile write cache.
 //!
-//! An operation takes effect at one time and its queue hears of it at another, in any order. Until a Sync succeeds, a
+//! An operation takes effect at one time and its queue reports it at another, in any order. Until a Sync succeeds, a
 //! write may or may not reach the medium. A Sync covers the operations whose events were reaped before it was
 //! submitted, and no other.
 //!
@@ -155,7 +155,7 @@ impl SimulatedImage {
         self.disk().next_event().map(|(at, _)| at)
     }
 
-    /// The daemon's queues are gone, and hear of no operation any more. Of those in flight all take effect after an
+    /// The daemon's queues no longer exist, and report no more operations. Of those in flight all take effect after an
     /// orderly end, and any after the daemon's death.
     pub fn end_operations(&self, orderly: bool) {
         let mut disk = self.disk();

@@ -41,7 +41,7 @@ pub(super) struct World {
     /// The present period in write-through mode.
     pub write_through: Option<u64>,
     pub periods: u64,
-    /// Writes that died with their daemon.
+    /// Writes that were lost with their daemon.
     lost: Vec<RequestId>,
     next_id: RequestId,
     /// Number of completed requests.
@@ -129,7 +129,7 @@ impl World {
         }
     }
 
-    /// When something happens without anyone's doing.
+    /// When the next event is due that needs no further action.
     fn next_event(&self) -> Option<u64> {
         let due = self.life.as_ref().and_then(Life::next_due).map(|due| due.0);
         [self.image.next_event(), due].into_iter().flatten().min()
@@ -313,7 +313,7 @@ impl World {
         }
     }
 
-    /// Runs until no request is in flight and no action of the front-end under way.
+    /// Runs until no request is in flight and no action of the front-end in progress.
     pub fn complete_all_requests(&mut self) {
         for round in 1..=ROUNDS_MAX {
             self.image.advance(self.now_us);

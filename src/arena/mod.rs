@@ -19,6 +19,7 @@ mod ledger;
 mod mapping;
 mod populate;
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -55,6 +56,15 @@ pub struct NotCreated {
     /// The file.
     pub file: ArenaFile,
 }
+
+impl fmt::Display for NotCreated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+/// As for [`Error`], the text has the whole cause.
+impl std::error::Error for NotCreated {}
 
 /// The part of an arena that outlives the daemon.
 #[derive(Debug)]

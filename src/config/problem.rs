@@ -31,6 +31,8 @@ impl fmt::Display for Problem {
     }
 }
 
+impl std::error::Error for Problem {}
+
 /// A heading with the number of problems in `source`, then a line for each.
 pub(crate) fn report(source: &str, problems: &[Problem]) -> String {
     let count = problems.len();

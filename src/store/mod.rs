@@ -100,6 +100,17 @@ pub enum Refused {
     Invalid(IoRequest),
 }
 
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Full(_) => "the queue is full",
+            Self::Invalid(_) => "the request violates the image's limits",
+        })
+    }
+}
+
+impl std::error::Error for Refused {}
+
 /// What an image can do; fixed while it is open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {

@@ -4,6 +4,8 @@
 //! looks like a complete one. This iterator distinguishes the two, reads each descriptor once, and needs only one
 //! lookup of the table in guest memory for many chains.
 
+use std::fmt;
+
 use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, GuestAddress, VolatileMemory, VolatileSlice};
@@ -40,6 +42,14 @@ pub struct Buffer {
 /// The chain cannot be followed to its end: it has a loop, an index or a table out of range, or a table in a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BrokenChain;
+
+impl fmt::Display for BrokenChain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the descriptor chain cannot be followed to its end")
+    }
+}
+
+impl std::error::Error for BrokenChain {}
 
 /// The buffers of one chain. The iterator ends after the last buffer or the first error.
 ///

@@ -17,6 +17,7 @@
 //! rust-vmm, this module relies on `copy_nonoverlapping` of bytes being compiled to plain loads and stores, for which a
 //! race is harmless.
 
+use std::fmt;
 use std::ptr;
 
 use vm_memory::{Address, Bytes, GuestAddress};
@@ -42,6 +43,14 @@ pub struct GuestRange {
 /// A copy would have left the request's data or guest memory. Some bytes may have been copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadAddress;
+
+impl fmt::Display for BadAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an address outside the request's data or guest memory")
+    }
+}
+
+impl std::error::Error for BadAddress {}
 
 /// Copies from and to the data of one request.
 #[derive(Debug)]

@@ -4,6 +4,8 @@
 //! last writable byte, and the data is between them, however the driver splits them into descriptors. An invalid
 //! request is completed with an error status if it has a status byte; only a chain without one breaks its ring.
 
+use std::fmt;
+
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -114,6 +116,17 @@ pub enum Malformed {
     /// It has no status byte: the ring is broken.
     NoStatus,
 }
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::WithStatus { .. } => "the chain is not a valid request",
+            Self::NoStatus => "the chain has no status byte",
+        })
+    }
+}
+
+impl std::error::Error for Malformed {}
 
 /// A request. To save allocations, parse into the same value again and again: it keeps its memory.
 #[derive(Clone, Debug, PartialEq, Eq)]

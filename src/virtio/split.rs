@@ -5,6 +5,7 @@
 //! are host addresses with a known length. virtio-queue, by contrast, looks up every word each time, and publishes
 //! every used element by itself: a guest that polls the used index loses its cache line once a request.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
@@ -60,6 +61,14 @@ pub struct QueuePosition {
 /// The driver has made more heads available than the queue has descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overrun;
+
+impl fmt::Display for Overrun {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("more heads are available than the queue has descriptors")
+    }
+}
+
+impl std::error::Error for Overrun {}
 
 /// The device's side of a split virtqueue.
 #[derive(Debug)]

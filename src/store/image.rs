@@ -60,7 +60,7 @@ struct Reported {
 }
 
 impl OpenImage {
-    /// Opens and locks the image at `path`; log lines about it begin with `label`. See [`super::file::FileImage::open`].
+    /// Opens and locks the image at `path`; its log lines begin with `label`. See [`super::file::FileImage::open`].
     pub(super) fn open(label: String, path: &Path, options: &OpenOptions) -> Result<Self> {
         let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
         let access = if options.read_only { LockMode::ReadOnly } else { LockMode::ReadWrite };

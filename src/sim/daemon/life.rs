@@ -115,7 +115,7 @@ impl Life {
         config.cache.memory_dir = MemoryDir::Path(directory.0.clone());
         let options = OpenOptions { direct: false, ..OpenOptions::default() };
         let file = FileImage::open(&config.image, &options).expect("the image's file");
-        // Dirty pages of a cache that does not fit are written to the file, so it has the contents of the image meanwhile.
+        // Dirty pages of a cache that does not fit are written to the file, so it holds the image meanwhile.
         let frames = directory.arena_frames().unwrap_or(0);
         let through_file = frames != 0 && frames != u64::from(settings.frames);
         if through_file {

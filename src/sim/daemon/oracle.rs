@@ -30,20 +30,26 @@ struct Effect {
     failed: Option<u64>,
 }
 
-/// An order of effects that explains what was seen.
+/// Orders of effects that explain what was seen, as far as they matter for what follows.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct History {
-    /// The values since the oldest read in flight was submitted, the present one last.
-    values: Vec<Value>,
-    /// For each read in flight the first of `values` that it may return.
-    visible_from: Vec<usize>,
+    current: Value,
+    /// For each read in flight the values that the sector has had since, in the order of their numbers.
+    visible: Vec<Vec<Value>>,
     /// Effects in flight that have taken place.
     applied: Vec<RequestId>,
 }
 
 impl History {
-    fn current(&self) -> Value {
-        *self.values.last().expect("a sector always has a value")
+    fn apply(&mut self, effect: &Effect) {
+        self.current = effect.value;
+        self.applied.push(effect.id);
+        self.applied.sort_unstable();
+        for values in &mut self.visible {
+            if let Err(at) = values.binary_search(&effect.value) {
+                values.insert(at, effect.value);
+            }
+        }
     }
 
     /// The continuations in which effects in flight take place, the last of them one that `is_last` accepts.
@@ -53,8 +59,7 @@ impl History {
                 continue;
             }
             let mut next = self.clone();
-            next.values.push(effect.value);
-            next.applied.push(effect.id);
+            next.apply(effect);
             if is_last(effect) {
                 found.push(next);
             } else {
@@ -88,20 +93,20 @@ fn is(value: Value, seen: Value) -> bool {
 
 impl Sector {
     fn holding(value: Value) -> Self {
-        let history = History { values: vec![value], visible_from: Vec::new(), applied: Vec::new() };
+        let history = History { current: value, visible: Vec::new(), applied: Vec::new() };
         let survivor = Survivor { id: 0, value, submitted: 0, ended: Some(0), succeeded: true };
         Self { histories: vec![history], effects: Vec::new(), reads: Vec::new(), survivors: vec![survivor] }
     }
 
     /// The values that the sector may have now; `None` while more effects are in flight.
     fn possible(&self) -> Option<Vec<Value>> {
-        self.effects.is_empty().then(|| self.histories.iter().map(History::current).collect())
+        self.effects.is_empty().then(|| self.histories.iter().map(|history| history.current).collect())
     }
 
     fn begin_read(&mut self, id: RequestId) {
         self.reads.push(id);
         for history in &mut self.histories {
-            history.visible_from.push(history.values.len() - 1);
+            history.visible.push(vec![history.current]);
         }
     }
 
@@ -111,7 +116,7 @@ impl Sector {
         if let Some(seen) = seen {
             let mut explained = Vec::new();
             for history in &self.histories {
-                if history.values[history.visible_from[at]..].iter().any(|&value| is(value, seen)) {
+                if history.visible[at].iter().any(|&value| is(value, seen)) {
                     explained.push(history.clone());
                 } else {
                     history.continuations(&self.effects, &|effect| is(effect.value, seen), &mut explained);
@@ -121,9 +126,9 @@ impl Sector {
         }
         self.reads.remove(at);
         for history in &mut self.histories {
-            history.visible_from.remove(at);
+            history.visible.remove(at);
         }
-        self.shorten();
+        self.merge();
         !self.histories.is_empty()
     }
 
@@ -169,7 +174,7 @@ impl Sector {
         }
         self.histories = explained;
         self.retain_effects(|effect| effect.id != id && effect.failed.is_none_or(|at| at >= done.submitted));
-        self.shorten();
+        self.merge();
     }
 
     fn fail_effect(&mut self, id: RequestId, now: u64) {
@@ -178,30 +183,39 @@ impl Sector {
         self.end_survivor(id, now, false);
         if self.effects.iter().filter(|effect| effect.failed.is_some()).count() > FAILED_MAX {
             self.retain_effects(|effect| effect.failed.is_none());
-            self.histories.iter_mut().for_each(|history| history.values.push(ANY));
+            self.histories.iter_mut().for_each(|history| history.current = ANY);
+            self.histories.iter_mut().flat_map(|history| &mut history.visible).for_each(|values| values.push(ANY));
             self.survivors.push(Survivor { id: 0, value: ANY, submitted: now, ended: Some(now), succeeded: false });
-            self.shorten();
+            self.merge();
         }
     }
 
-    /// From now on the effects of `lost` have taken place or never will.
-    fn settle(&mut self, lost: &[RequestId], now: u64) {
-        let open: Vec<Effect> = self.effects.iter().filter(|effect| lost.contains(&effect.id)).copied().collect();
-        if open.is_empty() {
-            return;
-        }
-        open.iter().for_each(|effect| self.end_survivor(effect.id, now, false));
-        let mut histories = std::mem::take(&mut self.histories);
+    /// The effects of these requests in the past have taken place by now, or never will.
+    fn settle(&mut self, requests: &[RequestId]) {
+        let open: Vec<Effect> = self.effects.iter().filter(|effect| requests.contains(&effect.id)).copied().collect();
         let mut at = 0;
-        while at < histories.len() {
-            let mut next = Vec::new();
-            histories[at].continuations(&open, &|_| true, &mut next);
-            histories.append(&mut next);
+        while at < self.histories.len() && !open.is_empty() {
+            let history = self.histories[at].clone();
+            history.continuations(&open, &|_| true, &mut self.histories);
             at += 1;
         }
-        self.histories = histories;
+    }
+
+    /// The requests are lost.
+    fn lose(&mut self, lost: &[RequestId], now: u64) {
+        self.settle(lost);
+        lost.iter().for_each(|&id| self.end_survivor(id, now, false));
         self.retain_effects(|effect| !lost.contains(&effect.id));
-        self.shorten();
+        self.merge();
+    }
+
+    /// The requests are executed again.
+    fn repeat(&mut self, repeated: &[RequestId]) {
+        self.settle(repeated);
+        for history in &mut self.histories {
+            history.applied.retain(|id| !repeated.contains(id));
+        }
+        self.merge();
     }
 
     fn retain_effects(&mut self, keep: impl Fn(&Effect) -> bool) {
@@ -212,14 +226,8 @@ impl Sector {
         }
     }
 
-    /// Drops what no read in flight can return, and histories that do not differ any more.
-    fn shorten(&mut self) {
-        for history in &mut self.histories {
-            let first = history.visible_from.iter().copied().min().unwrap_or(history.values.len() - 1);
-            history.values.drain(..first);
-            history.visible_from.iter_mut().for_each(|from| *from -= first);
-            history.applied.sort_unstable();
-        }
+    /// Drops histories that do not differ.
+    fn merge(&mut self) {
         if self.histories.len() > 1 {
             self.histories.sort_unstable();
             self.histories.dedup();
@@ -311,16 +319,12 @@ impl Oracle {
     pub fn lose_writes(&mut self, lost: &[RequestId]) {
         self.clock += 1;
         let now = self.clock;
-        self.sectors.iter_mut().for_each(|sector| sector.settle(lost, now));
+        self.sectors.iter_mut().for_each(|sector| sector.lose(lost, now));
     }
 
     /// The next daemon executes the requests again, whatever they have done already.
     pub fn repeat_writes(&mut self, repeated: &[RequestId]) {
-        for sector in &mut self.sectors {
-            for history in &mut sector.histories {
-                history.applied.retain(|id| !repeated.contains(id));
-            }
-        }
+        self.sectors.iter_mut().for_each(|sector| sector.repeat(repeated));
     }
 
     /// What a FLUSH that is sent now must make durable.
@@ -349,7 +353,7 @@ impl Oracle {
     /// Checks that a quiet disk, whose cache is written, holds what the guest would read.
     pub fn check_quiet(&self, at: usize, value: Value) {
         let sector = &self.sectors[at];
-        let allowed = sector.histories.iter().any(|history| is(history.current(), value)) || !sector.effects.is_empty();
+        let allowed = sector.histories.iter().any(|history| is(history.current, value)) || !sector.effects.is_empty();
         assert!(allowed, "the image holds {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }
 }

@@ -62,6 +62,13 @@ fn fixed_seeds_keep_every_guarantee_of_the_daemon() {
     assert!(counts.completed > 6000 && counts.deaths > 60, "too little happened: {counts:?}");
 }
 
+#[test]
+fn random_seeds_keep_every_guarantee_of_the_daemon() {
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("the clock is set");
+    let first = u64::from(clock.subsec_nanos()) << 32 | clock.as_secs() & 0xffff_ffff;
+    run_all(first..first + 5);
+}
+
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from 1000 on; without these variables, nothing. The
 /// Makefile's target `sim` sets them.
 #[test]

@@ -104,8 +104,8 @@ kill_daemon() {
 
 # MiB that a daemon has restored from its predecessor's cache, and how many of them were dirty.
 restored() { # LOG
-    awk 'tolower($0) ~ /page/ && tolower($0) ~ /restored|taken over/ {
-        sub(/^.*(restored|: )/, "")
+    awk 'tolower($0) ~ /page/ && tolower($0) ~ /restored/ {
+        sub(/^.*restored/, "")
         count = split($0, words, /[^0-9]+/)
         for (i = 1; i <= count; i++) if (words[i] != "") print int(words[i] / 256 + 0.5)
     }' "$1" | head -n 2

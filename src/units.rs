@@ -389,4 +389,17 @@ mod tests {
         let last = Epoch(u32::MAX);
         assert!(last.at_or_before(last.next()) && !last.next().at_or_before(last) && last.at_or_before(last));
     }
+
+    /// The rule moves an epoch up well before the comparison would take it for a later one.
+    #[test]
+    fn an_epoch_is_about_to_wrap_before_it_compares_as_later() {
+        for current in [Epoch(0), Epoch(7), Epoch(u32::MAX)] {
+            let before = |distance: u32| Epoch(current.0.wrapping_sub(distance));
+            assert!(!before(0).is_about_to_wrap(current) && !before(u32::MAX / 4).is_about_to_wrap(current));
+            for distance in [u32::MAX / 4 + 1, (1 << 31) - 1] {
+                let epoch = before(distance);
+                assert!(epoch.is_about_to_wrap(current) && epoch.at_or_before(current), "{distance}");
+            }
+        }
+    }
 }

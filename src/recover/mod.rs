@@ -1,23 +1,24 @@
 //! The cache that an earlier daemon left in memory: the next daemon restores it, or the operator writes it to its
 //! image.
 
-use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+mod operator;
+mod write_back;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use log::{info, warn};
 
 use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, NotCreated};
-use crate::config::{Config, DeviceConfig, MemoryDir, Socket, Survive};
+use crate::config::{DeviceConfig, MemoryDir, Survive};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Backing;
-use crate::store::file::{self, FileImage};
+use crate::store::file::FileImage;
 use crate::systemd::ServiceManager;
-use crate::units::{FrameId, FrameRecord, PageNo, SECTOR_BYTES, SECTORS_PER_PAGE, SectorMask, counted, low_u8};
+use crate::units::counted;
+
+pub use operator::{discard, list, recover, warn_unclaimed};
+
+use write_back::{Unwritten, write_back};
 
 /// How long to wait for the lock of an image or of a cache file. A killed daemon keeps its locks until the kernel has
 /// finished its I/O, and rightly so: until then that I/O can still change the image. A daemon that ends in order
@@ -274,206 +275,6 @@ impl NewCache<'_> {
     }
 }
 
-/// What a cache holds and its image lacks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Unwritten {
-    /// Number of dirty pages.
-    pages: usize,
-    /// Number of ranges that must read as zeros.
-    ranges: usize,
-}
-
-impl Unwritten {
-    const NOTHING: Self = Self { pages: 0, ranges: 0 };
-
-    fn of(arena: &Arena) -> Self {
-        let pages = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
-        Self { pages, ranges: arena.pending_zeroes().count() }
-    }
-}
-
-impl fmt::Display for Unwritten {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", counted(self.pages as u64, "dirty page"))?;
-        match self.ranges {
-            0 => Ok(()),
-            ranges => write!(f, " and {} to be zeroed", counted(ranges as u64, "range")),
-        }
-    }
-}
-
-/// Zeroes the ranges that must read as zeros, then writes the dirty pages to the image in the order of their offsets,
-/// and syncs it; returns the number of pages.
-///
-/// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
-/// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
-///    genblk recorded its other sectors as dirty too.
-fn write_back(arena: &Arena, image: &FileImage) -> Result<u64> {
-    let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
-    let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
-    let mut dirty: Vec<(FrameId, FrameRecord)> =
-        arena.records().filter(|(_, record)| !record.dirty.is_empty()).collect();
-    dirty.sort_by_key(|(_, record)| record.page);
-    for (_, record) in &mut dirty {
-        let within = sectors_within(image_sectors, record.page);
-        if within.is_empty() {
-            return Err(failed(io::Error::other("the ledger refers to pages past the end of the image")));
-        }
-        record.dirty = record.dirty.and(within);
-    }
-    dirty.retain(|(_, record)| !record.dirty.is_empty());
-    for (_, span) in arena.pending_zeroes() {
-        image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
-    }
-    let file = OpenOptions::new().write(true).open(image.path()).map_err(failed)?;
-    for &(frame, record) in &dirty {
-        write_page(arena, frame, record, &file).map_err(failed)?;
-    }
-    file.sync_all().map_err(failed)?;
-    Ok(dirty.len() as u64)
-}
-
-/// The sectors of a page that are within an image of `image_sectors` sectors.
-fn sectors_within(image_sectors: u64, page: PageNo) -> SectorMask {
-    match image_sectors.saturating_sub(page.0 * SECTORS_PER_PAGE) {
-        SECTORS_PER_PAGE.. => SectorMask::ALL,
-        within => SectorMask::run(0, low_u8(within)),
-    }
-}
-
-fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -> io::Result<()> {
-    // 0 for a block device, which fails a write past its end.
-    let file_bytes = file.metadata()?.len();
-    let mut mask = record.dirty;
-    while let Some((first, count)) = mask.first_run() {
-        let offset = record.page.offset_bytes() + u64::from(first) * SECTOR_BYTES;
-        let bytes = arena.sectors(frame, first, count);
-        if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
-            return Err(io::Error::other("it has shrunk"));
-        }
-        file.write_all_at(&bytes, offset)?;
-        mask = mask.without(SectorMask::run(first, count));
-    }
-    Ok(())
-}
-
-/// Logs the fd-store entries that no device uses. They stay in the fd store: they may hold the only copy of a guest's
-/// data.
-pub fn warn_unclaimed(config: &Config, manager: &Arc<ServiceManager>) {
-    let sockets = config.devices.iter().filter_map(|device| match device.socket {
-        Socket::Fd(fd) => Some(fd),
-        Socket::Path(_) => None,
-    });
-    let unclaimed = manager.fdstore_unclaimed(&sockets.collect::<Vec<_>>());
-    let described = unclaimed.iter().map(|name| match ArenaFile::take_named_from_fdstore(manager, name) {
-        Ok(Some(file)) => format!("{name} ({})", description(file).unwrap_or_else(|e| e.to_string())),
-        Ok(None) => name.clone(),
-        Err(e) => format!("{name} ({e})"),
-    });
-    if !unclaimed.is_empty() {
-        let described = described.collect::<Vec<_>>().join(", ");
-        warn!("fd-store entries not used by any configured device (left in place): {described}");
-    }
-}
-
-/// The cache files below `memory_dir` that no daemon uses, a line each.
-///
-/// # Errors
-/// [`ErrorKind::Memory`] when the directory cannot be read.
-pub fn list(memory_dir: &Path) -> Result<String> {
-    let directory = ArenaFile::dir(memory_dir);
-    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", directory.display()), e);
-    let mut lines: Vec<String> = match fs::read_dir(&directory) {
-        Ok(entries) => entries.flatten().filter_map(|entry| list_line(&entry.path())).collect(),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(e) => return Err(failed(e)),
-    };
-    lines.sort();
-    if lines.is_empty() {
-        lines.push(format!("no unused cache in {}\n", directory.display()));
-    }
-    Ok(lines.concat())
-}
-
-/// The line of a cache file in the list; `None` if a daemon uses it.
-fn list_line(path: &Path) -> Option<String> {
-    let file = ArenaFile::open_existing(path).ok()?;
-    let description = description(file).unwrap_or_else(|e| e.to_string());
-    Some(format!("{}: {description}\n", path.display()))
-}
-
-/// What a cache file holds, for the operator.
-fn description(file: ArenaFile) -> Result<String> {
-    let Some(header) = file.header()? else { return Ok("empty".to_owned()) };
-    let image = header.image.display();
-    if header.frames == 0 {
-        return Ok(format!("{image}: no pages; {}", remembered(header.guest)));
-    }
-    let arena = Arena::attach(file, &header)?;
-    let pages = counted(arena.records().count() as u64, "cached page");
-    let Unwritten { pages: dirty, ranges } = Unwritten::of(&arena);
-    let zeroes = match ranges {
-        0 => String::new(),
-        ranges => format!(", {} to be zeroed", counted(ranges as u64, "range")),
-    };
-    Ok(format!("{image}: {pages} ({dirty} dirty){zeroes}"))
-}
-
-/// What a file records of its guest, for the operator.
-fn remembered(guest: GuestState) -> &'static str {
-    match (guest.data, guest.write_through) {
-        (GuestData::Lost, _) => "completed writes were lost",
-        (GuestData::Intact, true) => "the guest selected write-through",
-        (GuestData::Intact, false) => "no data was lost",
-    }
-}
-
-/// Writes the cache in the file at `path` to its image and removes the file; returns a message for the operator.
-///
-/// => A file that records something of its guest stays, without its pages: the next daemon must know it.
-///
-/// # Errors
-/// [`ErrorKind::Ledger`] when the file is not a cache of this boot, or its image was replaced; [`ErrorKind::Locked`]
-/// when a daemon serves the image; [`ErrorKind::Image`] when the image cannot be written.
-pub fn recover(path: &Path) -> Result<String> {
-    let shown = path.display();
-    let file = ArenaFile::open_existing(path)?;
-    let Some(header) = file.header()? else {
-        file.remove();
-        return Ok(format!("removed {shown}, which was empty\n"));
-    };
-    if header.frames == 0 {
-        let context = format!("{shown} holds no pages; remove it with --discard");
-        return Err(Error::new(ErrorKind::Ledger, context));
-    }
-    let image_shown = header.image.display();
-    let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
-    let image = FileImage::open(&header.image, &options)?;
-    if image.identity() != header.identity {
-        let context = format!("{shown} belongs to an image that {image_shown} has replaced");
-        return Err(Error::new(ErrorKind::Ledger, context));
-    }
-    let arena = Arena::attach(file, &header)?;
-    let written = counted(write_back(&arena, &image)?, "page");
-    let file = arena.into_file().expect(HAS_FILE);
-    if header.guest == GuestState::FRESH {
-        file.remove();
-        return Ok(format!("wrote {written} to {image_shown} and removed {shown}\n"));
-    }
-    file.shrink_to_header()?;
-    let why = remembered(header.guest);
-    Ok(format!("wrote {written} to {image_shown}; {shown} stays without its pages, because {why}\n"))
-}
-
-/// Removes the cache file at `path` with everything in it; returns a message for the operator.
-///
-/// # Errors
-/// [`ErrorKind::Ledger`] when the file is not a cache file; [`ErrorKind::Locked`] when a daemon uses it.
-pub fn discard(path: &Path) -> Result<String> {
-    ArenaFile::open_existing(path)?.remove();
-    Ok(format!("removed {}\n", path.display()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -491,16 +292,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_page_that_the_image_cuts_has_only_its_first_sectors_within_it() {
-        let within = |image_sectors| [0, 1, 2].map(|page| sectors_within(image_sectors, PageNo(page)).0);
-        assert_eq!(within(1), [0b0000_0001, 0, 0]);
-        assert_eq!(within(8), [0xff, 0, 0]);
-        assert_eq!(within(13), [0xff, 0b0001_1111, 0]);
-        assert_eq!(within(16), [0xff, 0xff, 0]);
-        assert_eq!(within(23), [0xff, 0xff, 0b0111_1111]);
     }
 
     #[test]

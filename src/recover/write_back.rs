@@ -1,0 +1,110 @@
+//! What a cache holds and its image lacks, and how it gets onto the image.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use crate::arena::Arena;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::Backing;
+use crate::store::file::FileImage;
+use crate::units::{FrameId, FrameRecord, PageNo, SECTOR_BYTES, SECTORS_PER_PAGE, SectorMask, counted, low_u8};
+
+/// What a cache holds and its image lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Unwritten {
+    /// Number of dirty pages.
+    pub(super) pages: usize,
+    /// Number of ranges that must read as zeros.
+    pub(super) ranges: usize,
+}
+
+impl Unwritten {
+    pub(super) const NOTHING: Self = Self { pages: 0, ranges: 0 };
+
+    pub(super) fn of(arena: &Arena) -> Self {
+        let pages = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
+        Self { pages, ranges: arena.pending_zeroes().count() }
+    }
+}
+
+impl fmt::Display for Unwritten {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", counted(self.pages as u64, "dirty page"))?;
+        match self.ranges {
+            0 => Ok(()),
+            ranges => write!(f, " and {} to be zeroed", counted(ranges as u64, "range")),
+        }
+    }
+}
+
+/// Zeroes the ranges that must read as zeros, then writes the dirty pages to the image in the order of their offsets,
+/// and syncs it; returns the number of pages.
+///
+/// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
+/// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
+///    genblk recorded its other sectors as dirty too.
+pub(super) fn write_back(arena: &Arena, image: &FileImage) -> Result<u64> {
+    let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
+    let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
+    let mut dirty: Vec<(FrameId, FrameRecord)> =
+        arena.records().filter(|(_, record)| !record.dirty.is_empty()).collect();
+    dirty.sort_by_key(|(_, record)| record.page);
+    for (_, record) in &mut dirty {
+        let within = sectors_within(image_sectors, record.page);
+        if within.is_empty() {
+            return Err(failed(io::Error::other("the ledger refers to pages past the end of the image")));
+        }
+        record.dirty = record.dirty.and(within);
+    }
+    dirty.retain(|(_, record)| !record.dirty.is_empty());
+    for (_, span) in arena.pending_zeroes() {
+        image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
+    }
+    let file = OpenOptions::new().write(true).open(image.path()).map_err(failed)?;
+    for &(frame, record) in &dirty {
+        write_page(arena, frame, record, &file).map_err(failed)?;
+    }
+    file.sync_all().map_err(failed)?;
+    Ok(dirty.len() as u64)
+}
+
+/// The sectors of a page that are within an image of `image_sectors` sectors.
+fn sectors_within(image_sectors: u64, page: PageNo) -> SectorMask {
+    match image_sectors.saturating_sub(page.0 * SECTORS_PER_PAGE) {
+        SECTORS_PER_PAGE.. => SectorMask::ALL,
+        within => SectorMask::run(0, low_u8(within)),
+    }
+}
+
+fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -> io::Result<()> {
+    // 0 for a block device, which fails a write past its end.
+    let file_bytes = file.metadata()?.len();
+    let mut mask = record.dirty;
+    while let Some((first, count)) = mask.first_run() {
+        let offset = record.page.offset_bytes() + u64::from(first) * SECTOR_BYTES;
+        let bytes = arena.sectors(frame, first, count);
+        if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
+            return Err(io::Error::other("it has shrunk"));
+        }
+        file.write_all_at(&bytes, offset)?;
+        mask = mask.without(SectorMask::run(first, count));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_the_image_cuts_has_only_its_first_sectors_within_it() {
+        let within = |image_sectors| [0, 1, 2].map(|page| sectors_within(image_sectors, PageNo(page)).0);
+        assert_eq!(within(1), [0b0000_0001, 0, 0]);
+        assert_eq!(within(8), [0xff, 0, 0]);
+        assert_eq!(within(13), [0xff, 0b0001_1111, 0]);
+        assert_eq!(within(16), [0xff, 0xff, 0]);
+        assert_eq!(within(23), [0xff, 0xff, 0b0111_1111]);
+    }
+}

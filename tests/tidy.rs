@@ -69,7 +69,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ),
     ("virtio", &["shared_memory", "fault_injection", "error", "units"]),
     ("cached_image", &["cache", "store", "arena", "waker", "fault_injection", "config", "error", "units"]),
-    ("cache", &["units"]),
+    ("cache", &["fault_injection", "units"]),
     ("store", &["image_id", "sys", "error", "units"]),
     ("arena", &["systemd", "image_id", "shared_memory", "fault_injection", "sys", "error", "units"]),
     ("shared_memory", &["fault_injection"]),

@@ -4,11 +4,12 @@
 //! The store allocates a region of 1 MiB at a time, ahead of the writer. A bounded table remembers the regions that
 //! have their space. If it forgets one, the cache asks the store again, which costs little.
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, OpKind, PageNo, SectorSpan, low_u32};
 
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{FRAMES_PER_REGION, PageCache, PlantedBug, REGION_PAGES};
+use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES};
 
 /// An empty slot of the table.
 const NONE: u32 = u32::MAX;
@@ -100,7 +101,7 @@ impl PageCache {
     /// Whether a page that is to be written has its space; if that is not known, asks the store for it. If the
     /// allocation failed, only a request that `resumed` is refused; for any other, the store is asked again.
     pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
-        if self.planted(PlantedBug::WriteSkipsAllocation) {
+        if planted(PlantedBug::WriteSkipsAllocation) {
             return Space::Allocated;
         }
         if !self.settings.allocate || self.allocating.unsupported || self.holes.is_data(no) {

@@ -14,12 +14,13 @@
 
 use std::collections::VecDeque;
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SectorSpan};
 
 use super::pages::UNSYNCED;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{Notice, PageCache, PlantedBug, Ticket};
+use super::{Notice, PageCache, Ticket};
 
 /// A Sync is due when one in this many frames has a page that no Sync covers, because such pages can't be evicted.
 const UNSYNCED_PART: u32 = 8;
@@ -226,7 +227,7 @@ impl PageCache {
     pub(super) fn doubt_unsynced(&mut self) {
         self.flushing.doubts = self.flushing.doubts.wrapping_add(1);
         let lists =
-            if self.planted(PlantedBug::SyncDoubtsTooLittle) { [self.flushing.fresh ^ 1].to_vec() } else { vec![0, 1] };
+            if planted(PlantedBug::SyncDoubtsTooLittle) { [self.flushing.fresh ^ 1].to_vec() } else { vec![0, 1] };
         for list in lists {
             let flag = UNSYNCED[list];
             for id in std::mem::take(&mut self.flushing.unsynced[list]) {
@@ -246,7 +247,7 @@ impl PageCache {
 
     /// Whether an operation that has succeeded was in flight when everything unsynced was last put in doubt.
     pub(super) fn is_in_doubt(&self, op: &StoreOp) -> bool {
-        op.doubts != self.flushing.doubts && !self.planted(PlantedBug::InFlightIsTrusted)
+        op.doubts != self.flushing.doubts && !planted(PlantedBug::InFlightIsTrusted)
     }
 
     /// Makes the flushes that still wait, wait for the pages to be written again and for another Sync.

@@ -11,13 +11,14 @@
 //! A request holds no pin while it waits: each piece is delivered as soon as it is read in, and its owner returns it.
 //! So requests that wait for each other's frames can't deadlock, however small the cache.
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SectorMask};
 
 use super::holes::BlockStatus;
 use super::pages::{MARKER, NONE, Page, Period, READING};
 use super::stalled::StallReason;
 use super::store_ops::{Outcome, StoreOp};
-use super::{Access, Admitted, Notice, PageCache, PagePart, Piece, PlantedBug, Ticket};
+use super::{Access, Admitted, Notice, PageCache, PagePart, Piece, Ticket};
 
 /// The part of a read that waits for a page.
 #[derive(Clone, Copy, Debug)]
@@ -284,7 +285,7 @@ impl PageCache {
             }
             Some(_) => {
                 let mut missing = missing_sectors(&self.pages[id]);
-                if self.planted(PlantedBug::ReadInOverwritesDirty) {
+                if planted(PlantedBug::ReadInOverwritesDirty) {
                     missing = SectorMask::ALL;
                 }
                 self.pages.copy_from(id, frame, missing.without(zeroed));

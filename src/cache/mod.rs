@@ -24,7 +24,6 @@ mod getpages;
 mod holes;
 mod pages;
 mod pending_zeroes;
-mod planted;
 pub mod policy;
 mod putpages;
 mod ranges;
@@ -49,8 +48,6 @@ pub use settings::{ErrorPolicy, PolicyKind, Settings};
 pub use stats::Stats;
 pub use store_health::{Health, HealthEvent};
 pub use store_ops::{Outcome, StoreOpRef};
-
-pub(crate) use planted::PlantedBug;
 
 use access::PagePart;
 use allocate::Allocating;
@@ -252,16 +249,5 @@ impl PageCache {
     /// Pages of the image; the last one may be cut by the image's end.
     fn image_pages(&self) -> u64 {
         self.settings.image_sectors.div_ceil(SECTORS_PER_PAGE)
-    }
-
-    /// Whether the cache has this bug: never outside tests.
-    fn planted(&self, bug: PlantedBug) -> bool {
-        self.pages.planted(bug)
-    }
-
-    /// Plants a bug, or none, for the simulator to find.
-    #[cfg(test)]
-    pub(crate) fn plant(&mut self, bug: Option<PlantedBug>) {
-        self.pages.plant(bug);
     }
 }

@@ -15,9 +15,10 @@
 //! that was written after the zero is dirty for as long as the range is noted, because a Sync frees the slot before it
 //! makes the page clean.
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{PageNo, SectorMask, SectorSpan, Unmap};
 
-use super::{PageCache, PlantedBug};
+use super::PageCache;
 
 /// Index of a slot.
 pub(super) type ZeroSlot = usize;
@@ -87,7 +88,7 @@ impl PendingZeroes {
 impl PageCache {
     /// The sectors of a page that read as zeros unless they are in memory.
     pub(super) fn zeroed_sectors(&self, no: PageNo) -> SectorMask {
-        if self.pending_zeroes.count == 0 || self.planted(PlantedBug::ZeroesAreReadFromStore) {
+        if self.pending_zeroes.count == 0 || planted(PlantedBug::ZeroesAreReadFromStore) {
             return SectorMask::NONE;
         }
         self.pending_zeroes.sectors(no)
@@ -97,7 +98,7 @@ impl PageCache {
     ///
     /// => Called before the pages in the range are dropped.
     pub(super) fn zero_done(&mut self, slot: ZeroSlot, zero: Zero) {
-        if self.planted(PlantedBug::ZeroIsNotedLate) {
+        if planted(PlantedBug::ZeroIsNotedLate) {
             self.note_zero(slot, zero.span);
         }
         self.pending_zeroes.set(slot, zero);
@@ -112,7 +113,7 @@ impl PageCache {
 
     /// Notes a zero in the memory that outlives the daemon.
     pub(super) fn note_zero(&mut self, slot: ZeroSlot, span: SectorSpan) {
-        if !self.planted(PlantedBug::ZeroNotPublished) {
+        if !planted(PlantedBug::ZeroNotPublished) {
             self.pages.note_zero(slot, Some(span));
         }
     }

@@ -5,13 +5,14 @@
 //! MiB region. A cluster is one vectored write. Its frames are frozen until it ends: a guest that writes such a page
 //! gets a new frame.
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::holes::BlockStatus;
 use super::pages::{FAILED, FROZEN, NONE};
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{PageCache, PlantedBug, REGION_PAGES};
+use super::{PageCache, REGION_PAGES};
 
 /// Longest gap of clean pages that a cluster bridges, by writing them too.
 const BRIDGE_PAGES: u64 = 2;
@@ -138,8 +139,7 @@ impl PageCache {
     pub(super) fn write_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         self.throttle.write_ended(op.ids.len() as u64, self.store_ops.writes(), self.now);
         let is_ignored = |fault: &Fault| {
-            self.planted(PlantedBug::WriteErrorIgnored)
-                || self.planted(PlantedBug::NoSpaceIgnored) && *fault == Fault::NoSpace
+            planted(PlantedBug::WriteErrorIgnored) || planted(PlantedBug::NoSpaceIgnored) && *fault == Fault::NoSpace
         };
         let fault = outcome.fault().filter(|fault| !is_ignored(fault));
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
@@ -164,7 +164,7 @@ impl PageCache {
                 self.store_succeeded(Cause::Write);
             }
             Some(fault) => {
-                if fault.may_be_a_reset() && !self.planted(PlantedBug::FailedWriteDoubtsNothing) {
+                if fault.may_be_a_reset() && !planted(PlantedBug::FailedWriteDoubtsNothing) {
                     self.doubt_unsynced();
                 }
                 self.flushing.sync_before_retry();
@@ -182,7 +182,7 @@ impl PageCache {
             page.writing = SectorMask::NONE;
             page.clear(FROZEN | FAILED);
         });
-        if self.planted(PlantedBug::RewriteIsLost) {
+        if planted(PlantedBug::RewriteIsLost) {
             self.pages.change(id, |page| page.dirty = SectorMask::NONE);
         }
     }

@@ -6,6 +6,7 @@
 //! pages only, whose contents are undefined afterwards; a zero is noted until it is durable
 //! (`pending_zeroes.rs`).
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
 
 use super::pages::FAILED;
@@ -13,7 +14,7 @@ use super::pending_zeroes::{Zero, ZeroSlot};
 use super::stalled::StallReason;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{Notice, PageCache, PlantedBug, Ticket};
+use super::{Notice, PageCache, Ticket};
 
 /// Range operations of guests at a time; more of them stall.
 const RANGES_MAX: usize = 64;
@@ -149,11 +150,11 @@ impl PageCache {
             if zero_slot.is_none() && matches!(kind, OpKind::Zero { .. }) {
                 let slot = self.pending_zeroes.take_slot().expect("a zero without a slot waits");
                 self.ranges.list[index].zero_slot = Some(slot);
-                if !self.planted(PlantedBug::ZeroIsNotedLate) {
+                if !planted(PlantedBug::ZeroIsNotedLate) {
                     self.note_zero(slot, span);
                 }
             }
-            if ticket.is_some() && !self.planted(PlantedBug::ZeroIsNotedLate) {
+            if ticket.is_some() && !planted(PlantedBug::ZeroIsNotedLate) {
                 self.forget_clean(span);
             }
             self.ranges.list[index].started = true;
@@ -204,7 +205,7 @@ impl PageCache {
         }
         if let Err(fault) = result
             && fault.may_be_a_reset()
-            && !self.planted(PlantedBug::FailedWriteDoubtsNothing)
+            && !planted(PlantedBug::FailedWriteDoubtsNothing)
         {
             self.doubt_unsynced();
         }

@@ -4,9 +4,10 @@
 //! The pages stay dirty under every policy, and their frames have the bytes. The policy decides about requests that
 //! need the store meanwhile. Reads of pages in memory continue in every case.
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, Tick};
 
-use super::{ErrorPolicy, Notice, PageCache, PlantedBug, Ticket};
+use super::{ErrorPolicy, Notice, PageCache, Ticket};
 
 /// Pause after the first failed write; it doubles with every further failure.
 const BACKOFF_US_MIN: u64 = 100_000;
@@ -194,9 +195,9 @@ impl PageCache {
 
     /// How long requests wait for a store that fails.
     fn hold_us(&self) -> u64 {
-        if self.planted(PlantedBug::HoldNeverEnds) {
+        if planted(PlantedBug::HoldNeverEnds) {
             u64::MAX / 2
-        } else if self.planted(PlantedBug::HoldFailsAtOnce) {
+        } else if planted(PlantedBug::HoldFailsAtOnce) {
             0
         } else {
             self.settings.hold_us

@@ -7,10 +7,11 @@
 //! Ageing needs no timestamp per page: the current epoch is closed twice in an age limit, and the pages of closed
 //! epochs are written. Nothing runs while every page is clean.
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
 
 use super::pages::{DirtySet, FAILED, GROUP_PAGES, Group, READING, RECENT};
-use super::{PageCache, PlantedBug, REGION_PAGES};
+use super::{PageCache, REGION_PAGES};
 
 /// Most writes in flight.
 const DEPTH_MAX: u32 = 32;
@@ -274,7 +275,7 @@ impl PageCache {
 
     /// Whether something is on the store that no Sync covers.
     fn unsynced_ages(&self) -> bool {
-        self.flushing.has_unsynced() && !self.planted(PlantedBug::AgeForgetsUnsynced)
+        self.flushing.has_unsynced() && !planted(PlantedBug::AgeForgetsUnsynced)
     }
 
     /// When write-back next has something to do without a request or a completion.

@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileMemory
 use super::control::RingSetup;
 use super::inflight::{InflightTracker, ring_bytes};
 use super::ring::Ring;
-use crate::fault_injection::{PlantedBug, plant};
+use crate::fault_injection::{PlantedBug, run_with};
 use crate::shared_memory::trace::{Event, crash_states, record};
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
@@ -343,10 +343,8 @@ fn a_request_in_flight_at_a_crash_completes_exactly_once() {
 
 #[test]
 fn marks_that_are_cleared_before_the_used_index_is_published_are_found() {
-    plant(Some(PlantedBug::InflightClearedBeforePublishing));
-    let found = World::new(|_| {}).explore();
-    plant(None);
-    assert!(found.is_err());
+    let found = run_with(Some(PlantedBug::InflightClearedBeforePublishing), || World::new(|_| {}).explore());
+    assert!(found.expect("it returns what it finds").is_err());
 }
 
 /// Lengths of the stores of a step. Taking stores counter and mark of each head (8, 1); completing stores the used

@@ -29,9 +29,7 @@ mod oracle;
 mod scenario;
 mod world;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use crate::cache::PlantedBug;
+use crate::fault_injection::{PlantedBug, run_with};
 
 use world::World;
 
@@ -39,18 +37,17 @@ use world::World;
 const STEPS: u64 = 1500;
 
 /// Runs one seed; returns the number of completed requests.
-fn run(seed: u64, planted: Option<PlantedBug>) -> u64 {
-    let mut world = World::new(seed, planted);
-    world.run(STEPS);
-    world.completed
+fn run(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<u64> {
+    run_with(planted, || {
+        let mut world = World::new(seed);
+        world.run(STEPS);
+        world.completed
+    })
 }
 
 /// Runs one seed; a failure names it.
 fn run_named(seed: u64) -> u64 {
-    match catch_unwind(AssertUnwindSafe(|| run(seed, None))) {
-        Ok(completed) => completed,
-        Err(_) => panic!("seed {seed} failed: replay it with `make sim SEED={seed}`"),
-    }
+    run(seed, None).unwrap_or_else(|_| panic!("seed {seed} failed: replay it with `make sim SEED={seed}`"))
 }
 
 #[test]
@@ -74,7 +71,7 @@ fn random_seeds_keep_every_guarantee() {
 fn seeds_from_the_environment() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     if let Some(seed) = number("GENBLK_SIM_SEED") {
-        println!("seed {seed}: {} requests", run(seed, None));
+        println!("seed {seed}: {} requests", run_named(seed));
     }
     if let Some(count) = number("GENBLK_SIM_COUNT") {
         let completed: u64 = (1000..1000 + count).map(run_named).sum();
@@ -107,7 +104,7 @@ const FOUND_BY: [(PlantedBug, u64); 17] = [
 #[test]
 fn the_simulator_finds_every_planted_bug_within_2000_seeds() {
     for (bug, known) in FOUND_BY {
-        let finds = |seed: &u64| catch_unwind(AssertUnwindSafe(|| run(*seed, Some(bug)))).is_err();
+        let finds = |seed: &u64| run(*seed, Some(bug)).is_err();
         let seed = Some(known).filter(finds).or_else(|| (0..2000).find(finds));
         let seed = seed.unwrap_or_else(|| panic!("2000 seeds do not find {bug:?}"));
         println!("seed {seed} finds {bug:?}");

@@ -7,9 +7,7 @@ mod checks;
 
 use std::collections::BTreeMap;
 
-use crate::cache::{
-    Access, Admitted, CopyResult, Notice, Outcome, PageCache, Piece, PlantedBug, Settings, StoreOpRef, Ticket,
-};
+use crate::cache::{Access, Admitted, CopyResult, Notice, Outcome, PageCache, Piece, Settings, StoreOpRef, Ticket};
 use crate::prng::Prng;
 use crate::units::{Fault, ImageHoles, OpKind, SectorSpan, Tick, Unmap};
 
@@ -38,7 +36,6 @@ pub(super) struct World {
     prng: Prng,
     scenario: Scenario,
     settings: Settings,
-    planted: Option<PlantedBug>,
     cache: PageCache,
     memory: Memory,
     disk: Disk,
@@ -69,16 +66,15 @@ pub(super) struct World {
 
 impl World {
     /// The world of a seed.
-    pub fn new(seed: u64, planted: Option<PlantedBug>) -> Self {
+    pub fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed);
         let mut settings = settings(&mut prng);
         let sectors = settings.image_sectors as usize;
         let base = prng.pick(&[0, 0, 0, HIGH_SECTOR]);
         settings.image_sectors += base;
         let memory = Memory::new(settings.frames, prng.pick(&[1, 4, 64]));
-        let mut cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
+        let cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         let hole_percent = if settings.holes == ImageHoles::Possible { prng.pick(&[10, 50, 100]) } else { 0 };
-        cache.plant(planted);
         let disk = Disk::new(sectors, |_| prng.percent(hole_percent));
         let scenario = Scenario::new(&mut prng);
         Self {
@@ -87,7 +83,6 @@ impl World {
             prng,
             scenario,
             settings,
-            planted,
             cache,
             memory,
             disk,
@@ -550,7 +545,6 @@ impl World {
             change_settings(&mut self.settings, &mut self.prng);
         }
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
-        self.cache.plant(self.planted);
         self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
         if !self.scenario.resubmits {
             self.lose_requests();

@@ -26,9 +26,9 @@ mod table;
 
 use std::ops::Index;
 
+use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, FrameId, FrameRecord, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8};
 
-use super::planted::{Planted, PlantedBug};
 use super::policy::{self, Policy, Verdict};
 use super::{FrameMemory, Settings};
 
@@ -52,7 +52,6 @@ pub(super) struct Pages {
     image_sectors: u64,
     /// See [`Pages::has_made_room`].
     made_room: bool,
-    planted: Planted,
 }
 
 impl Pages {
@@ -68,7 +67,6 @@ impl Pages {
             policy: policy::new(settings.policy, count),
             image_sectors: settings.image_sectors,
             made_room: false,
-            planted: Planted::default(),
         }
     }
 
@@ -218,27 +216,13 @@ impl Pages {
         (frame, record): (Option<FrameId>, FrameRecord),
     ) {
         if let Some(frame) = frame {
-            self.memory.publish(frame, self.with_planted_bug(&self.table[id], record));
+            self.memory.publish(frame, with_planted_bug(&self.table[id], record));
         }
         if let Some(old_frame) = old_frame
             && Some(old_frame) != frame
             && !old.is_empty()
         {
             self.memory.publish(old_frame, FrameRecord::empty(old.page));
-        }
-    }
-
-    /// The record to publish of a page, with the planted bug if it is one of these.
-    fn with_planted_bug(&self, page: &Page, record: FrameRecord) -> FrameRecord {
-        if self.planted(PlantedBug::TailIsPublished) && page.is_unsynced() {
-            return FrameRecord { dirty: page.valid, ..record };
-        }
-        if self.planted(PlantedBug::UnsyncedPublishedAsClean) {
-            FrameRecord { dirty: page.dirty.or(page.writing), ..record }
-        } else if self.planted(PlantedBug::WritebackPublishedAsClean) && !page.is_unsynced() {
-            FrameRecord { dirty: page.dirty, ..record }
-        } else {
-            record
         }
     }
 
@@ -417,19 +401,6 @@ impl Pages {
     pub fn release_epoch(&mut self, epoch: Epoch) {
         self.dirty.release_epoch(epoch);
     }
-
-    // Planted bugs.
-
-    /// Whether the cache has this bug: never outside tests.
-    pub fn planted(&self, bug: PlantedBug) -> bool {
-        self.planted.is(bug)
-    }
-
-    /// Plants a bug, or none.
-    #[cfg(test)]
-    pub fn plant(&mut self, bug: Option<PlantedBug>) {
-        self.planted = Planted { bug };
-    }
 }
 
 /// Whether a page may be evicted: it has a frame that nothing else holds, it is not busy, and the store has all of it
@@ -437,6 +408,20 @@ impl Pages {
 fn is_evictable(page: &Page, frames: &Frames) -> bool {
     let in_use = page.frame().is_none_or(|frame| frames.references(frame) > 1);
     !in_use && !page.is_unsynced() && !page.busy() && page.dirty.is_empty()
+}
+
+/// The record to publish of a page, with the planted bug if it is one of these.
+fn with_planted_bug(page: &Page, record: FrameRecord) -> FrameRecord {
+    if planted(PlantedBug::TailIsPublished) && page.is_unsynced() {
+        return FrameRecord { dirty: page.valid, ..record };
+    }
+    if planted(PlantedBug::UnsyncedPublishedAsClean) {
+        FrameRecord { dirty: page.dirty.or(page.writing), ..record }
+    } else if planted(PlantedBug::WritebackPublishedAsClean) && !page.is_unsynced() {
+        FrameRecord { dirty: page.dirty, ..record }
+    } else {
+        record
+    }
 }
 
 impl Index<PageId> for Pages {

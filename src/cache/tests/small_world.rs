@@ -18,9 +18,8 @@
 
 mod world;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use crate::cache::*;
+use crate::fault_injection::{PlantedBug, run_with};
 use world::{PAGES, World};
 
 /// The state of a page before the request: the states of `pages/page.rs`, their combinations, and pages that are valid
@@ -202,7 +201,7 @@ fn each_run(states: &[PageState], length: usize, visit: &mut dyn FnMut(&[PageSta
 
 /// Whether the scene passes all checks.
 fn passes(scene: &Scene<'_>, planted: Option<PlantedBug>) -> bool {
-    catch_unwind(AssertUnwindSafe(|| World::new(scene, planted).play())).is_ok()
+    run_with(planted, || World::new(scene).play()).is_ok()
 }
 
 /// Plays every scene. There must be at least `scenes_min` of them.

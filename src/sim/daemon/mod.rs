@@ -19,9 +19,7 @@ mod scenario;
 mod store;
 mod world;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use crate::fault_injection::{PlantedBug, crash_after, plant};
+use crate::fault_injection::{PlantedBug, run_with};
 
 use world::World;
 
@@ -37,15 +35,11 @@ struct Counts {
 
 /// Runs one seed.
 fn run(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<Counts> {
-    plant(planted);
-    let result = catch_unwind(AssertUnwindSafe(|| {
+    run_with(planted, || {
         let mut world = World::new(seed);
         world.run(STEPS);
         Counts { completed: world.completed, deaths: world.deaths }
-    }));
-    plant(None);
-    crash_after(None);
-    result
+    })
 }
 
 /// Runs seeds; a failure names its seed.
@@ -82,9 +76,20 @@ fn seeds_from_the_environment() {
     }
 }
 
+/// The bugs around the cache.
+const PLANTED: [PlantedBug; 7] = [
+    PlantedBug::InflightClearedBeforePublishing,
+    PlantedBug::ZeroesNotFlushed,
+    PlantedBug::SwitchNotFlushed,
+    PlantedBug::ReadCompletesBeforeCopy,
+    PlantedBug::LedgerBeforeCopy,
+    PlantedBug::NoticeDropped,
+    PlantedBug::DrainEndsEarly,
+];
+
 #[test]
 fn the_simulator_finds_every_planted_bug_of_the_daemon_within_500_seeds() {
-    for bug in PlantedBug::ALL {
+    for bug in PLANTED {
         let found = (0..500).find(|&seed| run(seed, Some(bug)).is_err());
         let seed = found.unwrap_or_else(|| panic!("500 seeds do not find {bug:?}"));
         println!("seed {seed} finds {bug:?}");

@@ -86,7 +86,7 @@ pub(super) struct World<'a> {
 }
 
 impl<'a> World<'a> {
-    pub fn new(scene: &'a Scene<'a>, planted: Option<PlantedBug>) -> Self {
+    pub fn new(scene: &'a Scene<'a>) -> Self {
         let settings = Settings {
             frames: FRAMES,
             image_sectors: scene.shape.image_sectors,
@@ -97,8 +97,7 @@ impl<'a> World<'a> {
             ..settings_of(FRAMES, 1)
         };
         let memory = Memory::new(FRAMES, 1);
-        let mut cache = PageCache::new(settings, Box::new(memory.clone()));
-        cache.plant(planted);
+        let cache = PageCache::new(settings, Box::new(memory.clone()));
         let mut disk = Disk::new(scene.shape.image_sectors as usize, |page| scene.state(page).is_hole());
         let mut guest = [[0; 3]; SECTORS];
         for (sector, versions) in guest.iter_mut().enumerate().take(disk.sectors()) {

@@ -26,7 +26,7 @@ pub fn read(source: impl BufRead) -> Result<Vec<Access>, String> {
             continue;
         }
         let request = parse(&line).map_err(|fault| format!("line {}: {fault}", at + 1))?;
-        let Some(Request { write, sector, count }) = request else {
+        let Some(TraceLine { write, sector, count }) = request else {
             continue;
         };
         for page in sector / SECTORS_PER_PAGE..(sector + count).div_ceil(SECTORS_PER_PAGE) {
@@ -40,7 +40,7 @@ pub fn read(source: impl BufRead) -> Result<Vec<Access>, String> {
     if accesses.is_empty() { Err("no line reads or writes anything".to_string()) } else { Ok(accesses) }
 }
 
-struct Request {
+struct TraceLine {
     write: bool,
     sector: u64,
     count: u64,
@@ -53,7 +53,7 @@ fn names_columns(line: &str) -> bool {
 }
 
 /// The request of a line; `None` if the line reads or writes nothing.
-fn parse(line: &str) -> Result<Option<Request>, String> {
+fn parse(line: &str) -> Result<Option<TraceLine>, String> {
     let line = line.trim();
     if line.is_empty() || line.starts_with('#') {
         return Ok(None);
@@ -80,5 +80,5 @@ fn parse(line: &str) -> Result<Option<Request>, String> {
     if sector.checked_add(count).is_none() {
         return Err(format!("the sector {sector} is too large"));
     }
-    Ok(Some(Request { write, sector, count }))
+    Ok(Some(TraceLine { write, sector, count }))
 }

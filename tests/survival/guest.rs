@@ -37,7 +37,7 @@ pub enum FrontEnd {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum GuestOp {
     Read,
     Write { mark: u64 },
     Zero,
@@ -50,8 +50,8 @@ type Known = Option<u64>;
 
 /// A request in flight.
 #[derive(Clone, Copy, Debug)]
-struct Request {
-    kind: Kind,
+struct Submitted {
+    op: GuestOp,
     first: u64,
     count: u64,
     head: u16,
@@ -63,7 +63,7 @@ struct Slot {
     header: u64,
     data: u64,
     status: u64,
-    request: Option<Request>,
+    request: Option<Submitted>,
 }
 
 /// The guest; see the module.
@@ -186,7 +186,7 @@ impl Guest {
         self.drain();
         for first in (0..self.disk.len() as u64).step_by(SECTORS_MAX as usize) {
             let count = SECTORS_MAX.min(self.disk.len() as u64 - first);
-            self.submit(0, Kind::Read, first, count);
+            self.submit(0, GuestOp::Read, first, count);
             self.drain();
         }
     }
@@ -194,7 +194,7 @@ impl Guest {
     /// Completes a FLUSH with no other request in flight.
     pub fn flush(&mut self) {
         self.drain();
-        self.submit(0, Kind::Flush, 0, 0);
+        self.submit(0, GuestOp::Flush, 0, 0);
         self.drain();
     }
 
@@ -209,43 +209,43 @@ impl Guest {
     fn submit_random(&mut self, slot: usize) {
         let count = 1 + self.prng.below(SECTORS_MAX);
         let first = self.prng.below(self.disk.len() as u64 - count);
-        let kind = match self.prng.below(100) {
-            0..30 => Kind::Read,
+        let op = match self.prng.below(100) {
+            0..30 => GuestOp::Read,
             30..85 => {
                 self.marks = self.marks % 0xfff0 + 1;
-                Kind::Write { mark: self.marks }
+                GuestOp::Write { mark: self.marks }
             }
-            85..90 => Kind::Zero,
-            90..94 => Kind::Discard,
-            _ => return self.submit(slot, Kind::Flush, 0, 0),
+            85..90 => GuestOp::Zero,
+            90..94 => GuestOp::Discard,
+            _ => return self.submit(slot, GuestOp::Flush, 0, 0),
         };
         // Overlapping requests in flight leave undefined data.
-        let overlaps = |other: &Request| first < other.first + other.count && other.first < first + count;
+        let overlaps = |other: &Submitted| first < other.first + other.count && other.first < first + count;
         if !self.slots.iter().filter_map(|slot| slot.request.as_ref()).any(overlaps) {
-            self.submit(slot, kind, first, count);
+            self.submit(slot, op, first, count);
         }
     }
 
-    fn submit(&mut self, slot: usize, kind: Kind, first: u64, count: u64) {
+    fn submit(&mut self, slot: usize, op: GuestOp, first: u64, count: u64) {
         const NO_STATUS: u8 = 0xaa;
         let Slot { header: header_at, data, status, .. } = self.slots[slot];
         let session = self.session.as_mut().expect("there is a session");
         let memory = &session.memory;
         let bytes = (count as usize * SECTOR_BYTES) as u32;
-        let (number, payload) = match kind {
-            Kind::Read => (VIRTIO_BLK_T_IN, Some(Segment::writable(data, bytes))),
-            Kind::Write { mark } => {
+        let (number, payload) = match op {
+            GuestOp::Read => (VIRTIO_BLK_T_IN, Some(Segment::writable(data, bytes))),
+            GuestOp::Write { mark } => {
                 memory.write(data, &pattern(mark, first, bytes as usize));
                 (VIRTIO_BLK_T_OUT, Some(Segment::readable(data, bytes)))
             }
-            Kind::Zero | Kind::Discard => {
+            GuestOp::Zero | GuestOp::Discard => {
                 memory.write(data, &range(first, count as u32, 0));
-                let number = if kind == Kind::Zero { VIRTIO_BLK_T_WRITE_ZEROES } else { VIRTIO_BLK_T_DISCARD };
+                let number = if op == GuestOp::Zero { VIRTIO_BLK_T_WRITE_ZEROES } else { VIRTIO_BLK_T_DISCARD };
                 (number, Some(Segment::readable(data, 16)))
             }
-            Kind::Flush => (VIRTIO_BLK_T_FLUSH, None),
+            GuestOp::Flush => (VIRTIO_BLK_T_FLUSH, None),
         };
-        let sector = if matches!(kind, Kind::Read | Kind::Write { .. }) { first } else { 0 };
+        let sector = if matches!(op, GuestOp::Read | GuestOp::Write { .. }) { first } else { 0 };
         memory.write(header_at, &header(number, sector));
         memory.write(status, &[NO_STATUS]);
         let segments: Vec<Segment> =
@@ -256,7 +256,7 @@ impl Guest {
         let ring = &mut session.rings[slot % RINGS];
         let head = ring.submit(&segments);
         ring.notify();
-        self.slots[slot].request = Some(Request { kind, first, count, head });
+        self.slots[slot].request = Some(Submitted { op, first, count, head });
     }
 
     fn reap(&mut self) {
@@ -277,17 +277,17 @@ impl Guest {
         let memory = &self.session.as_ref().expect("there is a session").memory;
         assert_eq!(memory.byte(status), OK, "{request:?}");
         let sectors = request.first as usize..(request.first + request.count) as usize;
-        match request.kind {
-            Kind::Read => {
+        match request.op {
+            GuestOp::Read => {
                 let bytes = memory.read(data, request.count as usize * SECTOR_BYTES);
                 for (sector, found) in sectors.zip(bytes.chunks_exact(SECTOR_BYTES)) {
                     assert_holds(self.disk[sector], sector as u64, found);
                 }
             }
-            Kind::Write { mark } => self.disk[sectors].fill(Some(mark)),
-            Kind::Zero => self.disk[sectors].fill(Some(0)),
-            Kind::Discard => self.disk[sectors].fill(None),
-            Kind::Flush => {}
+            GuestOp::Write { mark } => self.disk[sectors].fill(Some(mark)),
+            GuestOp::Zero => self.disk[sectors].fill(Some(0)),
+            GuestOp::Discard => self.disk[sectors].fill(None),
+            GuestOp::Flush => {}
         }
         self.completed += 1;
     }

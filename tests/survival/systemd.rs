@@ -29,7 +29,7 @@ const FIRST_STORED_FD: i32 = 100;
 const SLOTS: usize = 8;
 
 /// What the listening thread shares with the test.
-struct State {
+struct Shared {
     /// Size of the fd store (FileDescriptorStoreMax=).
     max: usize,
     /// The fd store: descriptors with their names.
@@ -42,7 +42,7 @@ struct State {
 
 /// A test double of systemd.
 struct Systemd {
-    state: Arc<State>,
+    state: Arc<Shared>,
     listener: Option<JoinHandle<()>>,
     /// Its own directory, because it outlives its daemons.
     directory: TempDir,
@@ -54,7 +54,7 @@ impl Systemd {
         let directory = TempDir::new("systemd");
         let socket = UnixDatagram::bind(directory.path().join("notify")).expect("a socket can be bound");
         let slots = [const { AtomicI32::new(-1) }; SLOTS];
-        let state = Arc::new(State { max, stored: Mutex::default(), states: Mutex::default(), slots });
+        let state = Arc::new(Shared { max, stored: Mutex::default(), states: Mutex::default(), slots });
         let listening = Arc::clone(&state);
         let listener = std::thread::spawn(move || {
             let mut message = [0; 1024];
@@ -137,7 +137,7 @@ impl Systemd {
     }
 }
 
-impl State {
+impl Shared {
     fn receive(&self, message: &str, file: Option<File>) {
         let name = message.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("stored");
         let mut stored = self.stored.lock().expect("no thread panics with the fd store locked");

@@ -67,7 +67,7 @@ struct InFlight {
     completion: Completion,
 }
 
-struct State {
+struct DiskState {
     /// The bytes that survive a power cut.
     platter: Vec<u8>,
     /// The bytes that a read returns: the platter's, with the unsynced writes.
@@ -88,7 +88,7 @@ struct State {
     prng: Prng,
 }
 
-impl State {
+impl DiskState {
     /// Loses the unsynced writes.
     fn reset(&mut self) {
         for lost in mem::take(&mut self.unsynced) {
@@ -159,14 +159,14 @@ impl State {
 
 /// The disk. A thread of its own completes the operations.
 pub struct Disk {
-    state: Arc<(Mutex<State>, Condvar)>,
+    state: Arc<(Mutex<DiskState>, Condvar)>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Disk {
     /// A disk with these bytes on its platter.
     pub fn new(bytes: Vec<u8>, seed: u64) -> Self {
-        let state = State {
+        let state = DiskState {
             platter: bytes.clone(),
             contents: bytes,
             unsynced: Vec::new(),
@@ -186,12 +186,12 @@ impl Disk {
         Self { state, thread: Mutex::new(Some(thread.expect("a thread can be started"))) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, DiskState> {
         self.state.0.lock().expect("no thread panics with the disk locked")
     }
 
     /// Changes the state and wakes the disk's thread.
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut DiskState) -> T) -> T {
         let result = change(&mut self.lock());
         self.state.1.notify_all();
         result
@@ -319,7 +319,7 @@ impl Disk {
 }
 
 /// Completes operations until the disk is dropped.
-fn serve((state, changed): &(Mutex<State>, Condvar)) {
+fn serve((state, changed): &(Mutex<DiskState>, Condvar)) {
     let mut guard = state.lock().expect("no thread panics with the disk locked");
     loop {
         match guard.next() {

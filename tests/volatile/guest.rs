@@ -27,7 +27,7 @@ const QUEUE_SIZE: u16 = 128;
 const SECTORS_MAX: u64 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum GuestOp {
     Read,
     Change(Value),
     /// Submitted at the oracle's time `then`.
@@ -38,8 +38,8 @@ enum Kind {
 
 /// A request in flight.
 #[derive(Clone, Copy, Debug)]
-struct Request {
-    kind: Kind,
+struct Submitted {
+    op: GuestOp,
     first: u64,
     count: u64,
     head: u16,
@@ -51,7 +51,7 @@ struct Slot {
     header: u64,
     data: u64,
     status: u64,
-    request: Option<Request>,
+    request: Option<Submitted>,
 }
 
 /// The guest; see the module.
@@ -167,7 +167,7 @@ impl Guest {
         self.drain();
         for first in (0..self.oracle.sectors()).step_by(SECTORS_MAX as usize) {
             let count = SECTORS_MAX.min(self.oracle.sectors() - first);
-            self.submit(0, Kind::Read, first, count);
+            self.submit(0, GuestOp::Read, first, count);
             self.drain();
         }
     }
@@ -178,7 +178,7 @@ impl Guest {
         self.drain();
         let before = self.flushes;
         let then = self.oracle.now();
-        self.submit(0, Kind::Flush { then }, 0, 0);
+        self.submit(0, GuestOp::Flush { then }, 0, 0);
         self.drain();
         self.flushes > before
     }
@@ -186,45 +186,45 @@ impl Guest {
     fn submit_random(&mut self, slot: usize) {
         let count = 1 + self.prng.below(SECTORS_MAX);
         let first = self.prng.below(self.oracle.sectors() - count);
-        let kind = match self.prng.below(100) {
-            0..25 => Kind::Read,
+        let op = match self.prng.below(100) {
+            0..25 => GuestOp::Read,
             25..83 => {
                 self.marks = self.marks % 0xfff0 + 1;
-                Kind::Change(Value::Mark(self.marks))
+                GuestOp::Change(Value::Mark(self.marks))
             }
-            83..93 => Kind::Change(Value::Mark(0)),
-            93..95 => Kind::Change(Value::Any),
+            83..93 => GuestOp::Change(Value::Mark(0)),
+            93..95 => GuestOp::Change(Value::Any),
             _ => {
                 let then = self.oracle.now();
-                return self.submit(slot, Kind::Flush { then }, 0, 0);
+                return self.submit(slot, GuestOp::Flush { then }, 0, 0);
             }
         };
         // Overlapping requests in flight have no defined order.
-        let overlaps = |other: &Request| first < other.first + other.count && other.first < first + count;
+        let overlaps = |other: &Submitted| first < other.first + other.count && other.first < first + count;
         if !self.slots.iter().filter_map(|slot| slot.request.as_ref()).any(overlaps) {
-            self.submit(slot, kind, first, count);
+            self.submit(slot, op, first, count);
         }
     }
 
-    fn submit(&mut self, slot: usize, kind: Kind, first: u64, count: u64) {
+    fn submit(&mut self, slot: usize, op: GuestOp, first: u64, count: u64) {
         let Slot { header: header_at, data, status, .. } = self.slots[slot];
         let session = self.session.as_mut().expect("there is a session");
         let memory = &session.memory;
         let len = (count as usize * SECTOR_BYTES) as u32;
-        let (number, payload) = match kind {
-            Kind::Read => (VIRTIO_BLK_T_IN, Some(Segment::writable(data, len))),
-            Kind::Change(Value::Mark(mark)) if mark > 0 => {
+        let (number, payload) = match op {
+            GuestOp::Read => (VIRTIO_BLK_T_IN, Some(Segment::writable(data, len))),
+            GuestOp::Change(Value::Mark(mark)) if mark > 0 => {
                 memory.write(data, &pattern(mark, first, len as usize));
                 (VIRTIO_BLK_T_OUT, Some(Segment::readable(data, len)))
             }
-            Kind::Change(value) => {
+            GuestOp::Change(value) => {
                 memory.write(data, &range(first, count as u32, 0));
                 let number = if value == Value::Any { VIRTIO_BLK_T_DISCARD } else { VIRTIO_BLK_T_WRITE_ZEROES };
                 (number, Some(Segment::readable(data, 16)))
             }
-            Kind::Flush { .. } => (VIRTIO_BLK_T_FLUSH, None),
+            GuestOp::Flush { .. } => (VIRTIO_BLK_T_FLUSH, None),
         };
-        if let Kind::Change(value) = kind {
+        if let GuestOp::Change(value) = op {
             self.oracle.submit(first, count, value);
         }
         let sector = if matches!(number, VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT) { first } else { 0 };
@@ -234,7 +234,7 @@ impl Guest {
         let segments: Vec<Segment> = parts.into_iter().flatten().collect();
         let head = session.rings[0].submit(&segments);
         session.rings[0].notify();
-        self.slots[slot].request = Some(Request { kind, first, count, head });
+        self.slots[slot].request = Some(Submitted { op, first, count, head });
     }
 
     fn reap(&mut self) {
@@ -250,19 +250,19 @@ impl Guest {
         let Slot { data, status, .. } = self.slots[slot];
         let memory = &self.session.as_ref().expect("there is a session").memory;
         let is_ok = memory.byte(status) == OK;
-        assert!(is_ok || self.may_fail && request.kind != Kind::Read, "{request:?} failed");
+        assert!(is_ok || self.may_fail && request.op != GuestOp::Read, "{request:?} failed");
         self.completed += 1;
-        match request.kind {
-            Kind::Read => {
+        match request.op {
+            GuestOp::Read => {
                 let bytes = memory.read(data, request.count as usize * SECTOR_BYTES);
                 self.oracle.check_read(request.first, &bytes).unwrap_or_else(|wrong| panic!("{request:?}: {wrong}"));
             }
-            Kind::Change(_) if is_ok => self.oracle.complete(request.first, request.count, self.is_write_through),
-            Kind::Flush { then } if is_ok => {
+            GuestOp::Change(_) if is_ok => self.oracle.complete(request.first, request.count, self.is_write_through),
+            GuestOp::Flush { then } if is_ok => {
                 self.flushes += 1;
                 self.oracle.flush(then);
             }
-            Kind::Change(_) | Kind::Flush { .. } => {}
+            GuestOp::Change(_) | GuestOp::Flush { .. } => {}
         }
     }
 }

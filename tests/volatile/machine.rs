@@ -4,6 +4,8 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::sync::Arc;
 
+use genblk::config::Engine;
+
 use crate::common::SECTOR_BYTES;
 use crate::common::daemon::{Daemon, TempDir};
 use crate::common::request::pattern;
@@ -16,13 +18,6 @@ use crate::oracle::byte_range;
 const IMAGE_BYTES: usize = 8 << 20;
 /// Patterns of mark 1 and holes alternate in the image, in pieces of this size.
 pub const PATCH_BYTES: usize = 256 << 10;
-
-/// How the daemon reaches the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
-    IoUring,
-    Threads,
-}
 
 /// A daemon on a volatile disk. Dropping it ends the daemon and unmounts the disk.
 pub struct Machine {
@@ -50,11 +45,8 @@ impl Machine {
         };
         let directory = TempDir::new("volatile");
         symlink(mount.image(), directory.path().join("image")).expect("a link can be made");
-        let (name, io_urings) = match engine {
-            Engine::IoUring => ("io_uring", 1),
-            Engine::Threads => ("threads", 0),
-        };
-        let device = format!("engine = {name:?}\nnum_queues = 1\ncache.size = \"4M\"");
+        let io_urings = usize::from(engine == Engine::IoUring);
+        let device = format!("engine = \"{engine}\"\nnum_queues = 1\ncache.size = \"4M\"");
         let daemon = Daemon::start_configured(directory, &[&device]);
         // The worker starts its engine after the socket listens.
         poll_until("the configured engine", PATIENCE, || (daemon.io_urings() == io_urings).then_some(()));

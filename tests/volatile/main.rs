@@ -44,6 +44,7 @@ mod oracle;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use genblk::config::Engine;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT};
 
 use common::SECTOR_BYTES;
@@ -53,7 +54,7 @@ use common::session::Session;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
 use disk::{Loss, OpClass};
 use guest::Guest;
-use machine::{Engine, Machine, PATCH_BYTES};
+use machine::{Machine, PATCH_BYTES};
 use oracle::Oracle;
 
 /// How long a test with random requests runs.

@@ -54,7 +54,7 @@ pub(super) enum Action {
 
 /// A request in flight.
 #[derive(Clone, Debug)]
-pub(super) struct Request {
+pub(super) struct Submitted {
     pub id: RequestId,
     pub action: Action,
     pub span: SectorSpan,
@@ -70,7 +70,7 @@ pub(super) fn written(number: u64, sector: u64) -> Value {
 /// A request that has completed.
 #[derive(Debug)]
 pub(super) struct Completed {
-    pub request: Request,
+    pub request: Submitted,
     pub succeeded: bool,
     /// The sectors that a read returned.
     pub values: Vec<Value>,
@@ -78,7 +78,7 @@ pub(super) struct Completed {
 
 #[derive(Debug)]
 struct Chain {
-    request: Request,
+    request: Submitted,
     descriptors: Vec<u16>,
 }
 
@@ -140,7 +140,7 @@ impl Ring {
     }
 
     /// The driver restarts; its requests in flight are lost.
-    pub fn reset(&mut self) -> Vec<Request> {
+    pub fn reset(&mut self) -> Vec<Submitted> {
         self.memory.write_slice(&vec![0; SLOTS as usize], self.at(0)).expect("guest memory");
         self.free = (0..self.size).rev().collect();
         (self.avail_idx, self.last_used, self.stopped_at) = (0, 0, 0);
@@ -217,7 +217,7 @@ impl Ring {
     }
 
     /// Makes a request available, and kicks if the device asks for that.
-    pub fn submit(&mut self, request: Request, prng: &mut Prng) {
+    pub fn submit(&mut self, request: Submitted, prng: &mut Prng) {
         let head = *self.free.last().expect("the caller has asked has_space()");
         let buffers = self.write_buffers(head, &request, prng);
         let direct = buffers.len() <= self.free.len() && prng.percent(50);
@@ -258,8 +258,8 @@ impl Ring {
     }
 
     /// Fills the slot of `head`; returns the chain's buffers.
-    fn write_buffers(&self, head: u16, request: &Request, prng: &mut Prng) -> Vec<(u64, u32, u16)> {
-        let Request { action, span, .. } = request;
+    fn write_buffers(&self, head: u16, request: &Submitted, prng: &mut Prng) -> Vec<(u64, u32, u16)> {
+        let Submitted { action, span, .. } = request;
         let (kind, sector) = match action {
             Action::Read => (0u32, span.start),
             Action::Write(_) => (1, span.start),

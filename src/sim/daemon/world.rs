@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use super::control::Session;
-use super::guest::{Action, Completed, Request, Ring, SECTORS_MAX, guest_memory, written};
+use super::guest::{Action, Completed, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life};
 use super::oracle::{ANY, Oracle, RequestId};
 use super::scenario::{Scenario, settings};
@@ -271,7 +271,7 @@ impl World {
             Action::Discard => self.oracle.begin_write(id, span, |_| ANY),
             Action::Flush(_) => {}
         }
-        let request = Request { id, action, span, write_through: self.write_through };
+        let request = Submitted { id, action, span, write_through: self.write_through };
         self.rings[ring].submit(request, &mut self.prng);
         true
     }
@@ -289,7 +289,7 @@ impl World {
 
     fn complete(&mut self, completed: Completed) {
         let Completed { request, succeeded, values } = completed;
-        let Request { id, action, span, write_through } = request;
+        let Submitted { id, action, span, write_through } = request;
         self.completed += 1;
         assert!(succeeded || self.image.has_failed(), "request {id} ({action:?}) fails for no reason");
         match action {
@@ -364,7 +364,7 @@ impl World {
         let span = SectorSpan::new(0, 0);
         let id = self.next_id;
         self.next_id += 1;
-        let request = Request { id, action: Action::Flush(snapshot), span, write_through: None };
+        let request = Submitted { id, action: Action::Flush(snapshot), span, write_through: None };
         self.rings[0].submit(request, &mut self.prng);
         loop {
             self.image.advance(self.now_us);

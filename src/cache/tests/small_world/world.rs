@@ -48,7 +48,7 @@ impl Operation {
 
 /// A guest's read or write.
 #[derive(Debug)]
-struct Request {
+struct Transfer {
     direction: Direction,
     span: SectorSpan,
     admitted: u32,
@@ -58,7 +58,7 @@ struct Request {
     version_before: [u32; SECTORS],
 }
 
-impl Request {
+impl Transfer {
     /// The position of each sector of a piece on the image and in its frame.
     fn places(&self, piece: &Piece) -> impl Iterator<Item = (usize, usize)> + use<> {
         let sector = self.span.start as usize + piece.at as usize;
@@ -76,7 +76,7 @@ pub(super) struct World<'a> {
     /// The guest's version of each sector, and the two before it.
     guest: [[u32; 3]; SECTORS],
     operations: Vec<Operation>,
-    requests: Vec<Request>,
+    requests: Vec<Transfer>,
     /// Pieces that are not returned yet, each with the index of its request.
     pieces: Vec<(usize, Piece)>,
     /// Pages of the reads that were submitted since the scene's request.
@@ -316,7 +316,7 @@ impl<'a> World<'a> {
             }
         }
         let version_before = self.guest.map(|versions| versions[0]);
-        self.requests.push(Request { direction, span, admitted: 0, done: 0, version_before });
+        self.requests.push(Transfer { direction, span, admitted: 0, done: 0, version_before });
         self.admit(self.requests.len() - 1, false);
         self.collect();
     }

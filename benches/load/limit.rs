@@ -15,7 +15,7 @@ use genblk::device::control::Workers;
 use genblk::device::ring::Ring;
 use genblk::device::{Command, Control, Device};
 use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
-use genblk::vhost::{Server, bind};
+use genblk::vhost::{Server, SocketAccess, bind};
 use genblk::virtio::Status;
 use genblk::virtio::chain::DescriptorTable;
 use genblk::virtio::config_space::DiskParameters;
@@ -63,7 +63,8 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let worker = Copier { commands, waker, kicks, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
     let serve = |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener);
-    bind("limit", socket).and_then(serve).map_err(io::Error::other)?.serve();
+    let (listener, _bound) = bind("limit", socket, SocketAccess::OWNER).map_err(io::Error::other)?;
+    serve(listener).map_err(io::Error::other)?.serve();
     Ok(())
 }
 

@@ -125,6 +125,24 @@ pub(crate) const KEYS: &[Key] = &[
         },
     },
     Key { name: "socket", default: Required, kind: ValueKind::Socket { set: |device, socket| device.socket = socket } },
+    Key {
+        name: "socket_mode",
+        default: Is(Text("0600")),
+        kind: ValueKind::Text {
+            wanted: "an octal mode in quotes, such as \"0660\"",
+            fits: |text| parse_mode(text).is_some(),
+            set: |device, text| device.socket_mode = parse_mode(text).expect("it fits"),
+        },
+    },
+    Key {
+        name: "socket_group",
+        default: Is(Text("")),
+        kind: ValueKind::Text {
+            wanted: "the name or number of a group, or \"\" for the daemon's own",
+            fits: |text| text.len() <= 64 && text.bytes().all(|b| b.is_ascii_graphic() && b != b':'),
+            set: |device, text| device.socket_group = text.to_string(),
+        },
+    },
     Key { name: "image", default: Required, kind: ValueKind::Path { set: |device, path| device.image = path.into() } },
     Key {
         name: "read_only",
@@ -356,6 +374,13 @@ impl ValueKind {
     }
 }
 
+/// The mode of a file that `text` writes in octal, with or without a leading zero.
+fn parse_mode(text: &str) -> Option<u32> {
+    let digits = text.strip_prefix('0').filter(|_| text.len() == 4).unwrap_or(text);
+    let octal = digits.len() == 3 && digits.bytes().all(|b| (b'0'..=b'7').contains(&b));
+    u32::from_str_radix(digits, 8).ok().filter(|_| octal)
+}
+
 /// The path in `value`, if the system could open it: not empty, not too long, no NUL byte.
 fn path(value: Value<'_>, bytes_max: usize) -> Option<&Path> {
     let path = match value {
@@ -417,6 +442,16 @@ mod tests {
                 kind.set(&mut device, Text(word)).unwrap();
                 assert_eq!(shown(&device), *word);
             }
+        }
+    }
+
+    #[test]
+    fn a_mode_has_three_octal_digits() {
+        for (text, mode) in [("0600", 0o600), ("660", 0o660), ("0777", 0o777), ("000", 0)] {
+            assert_eq!(parse_mode(text), Some(mode), "{text}");
+        }
+        for text in ["", "0", "60", "00660", "1660", "0o660", "888", "+60", "-600", "rw-", "06 0"] {
+            assert_eq!(parse_mode(text), None, "{text}");
         }
     }
 

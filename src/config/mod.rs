@@ -62,6 +62,10 @@ pub struct DeviceConfig {
     pub name: String,
     /// Where front-ends connect.
     pub socket: Socket,
+    /// Mode of the socket's file, if the daemon binds it.
+    pub socket_mode: u32,
+    /// Name or number of the file's group; empty: the daemon's own.
+    pub socket_group: String,
     /// The raw file or block device behind the disk.
     pub image: PathBuf,
     /// Whether the guest may only read.
@@ -97,6 +101,8 @@ impl DeviceConfig {
         Self {
             name: String::new(),
             socket: Socket::Path(PathBuf::new()),
+            socket_mode: 0,
+            socket_group: String::new(),
             image: PathBuf::new(),
             read_only: false,
             serial: String::new(),

@@ -30,6 +30,7 @@ fn three_keys_are_enough() {
 fn the_defaults_are_those_of_the_design() {
     let device = DeviceConfig::new("a-name-of-more-than-twenty-bytes", Socket::Fd(3), "/a.img");
     assert_eq!(device.serial, "a-name-of-more-than-");
+    assert_eq!((device.socket_mode, device.socket_group.as_str()), (0o600, ""));
     assert_eq!((device.num_queues, device.workers, device.queue_size, device.poll_us), (64, 1, 1024, 50));
     assert_eq!((device.engine, device.direct, device.read_only), (Engine::Auto, true, false));
     let cache = device.cache;
@@ -45,6 +46,8 @@ fn every_key_reaches_its_field() {
         [[device]]
         name = "n"
         socket = "s"
+        socket_mode = "0660"
+        socket_group = "kvm"
         image = "i"
         read_only = true
         serial = "S 1"
@@ -64,6 +67,7 @@ fn every_key_reaches_its_field() {
         dirty_age_max_ms = 600_000
     "#;
     let mut expected = DeviceConfig::new("n", Socket::Path("s".into()), "i");
+    (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
     (expected.read_only, expected.direct, expected.serial) = (true, false, "S 1".to_string());
     (expected.num_queues, expected.workers, expected.queue_size, expected.poll_us) = (4, 3, 128, 0);
     (expected.engine, expected.cache.mode, expected.cache.policy) =

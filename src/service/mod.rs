@@ -112,7 +112,7 @@ impl Service {
             config.cache.size_bytes,
             config.cache.mode,
         );
-        let socket = ListenSocket::open(&config.name, &config.socket)?;
+        let socket = ListenSocket::open(config)?;
         Ok(Self { device, image, socket, workers: config.workers, queue_size: config.queue_size, description })
     }
 

@@ -1,42 +1,35 @@
 //! The socket that a device listens on: bound by the daemon, or inherited.
 
-use std::fs;
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 
-use crate::config::Socket;
+use crate::config::{DeviceConfig, Socket};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fd::take_inherited;
 use crate::sys::socket::is_listening;
-use crate::vhost::bind;
+use crate::vhost::{BoundSocket, SocketAccess, bind};
 
-/// A listening socket. Dropping it removes its path, if the daemon bound it.
+/// A listening socket. Dropping it removes its file, if the daemon bound it.
 #[derive(Debug)]
 pub(super) struct ListenSocket {
     pub listener: UnixListener,
-    path: Option<PathBuf>,
+    _bound: Option<BoundSocket>,
 }
 
 impl ListenSocket {
-    /// The socket that the configuration names for `device`.
+    /// The socket that the configuration of a device names.
     ///
     /// # Errors
     /// [`ErrorKind::Socket`] when the path cannot be bound, or when the descriptor is not a listening socket.
-    pub fn open(device: &str, socket: &Socket) -> Result<Self> {
-        match socket {
-            Socket::Path(path) => Ok(Self { listener: bind(device, path)?, path: Some(path.clone()) }),
-            Socket::Fd(fd) => Ok(Self { listener: inherited(*fd)?, path: None }),
-        }
-    }
-}
-
-impl Drop for ListenSocket {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // It may have been removed already.
-            let _ = fs::remove_file(path);
+    pub fn open(device: &DeviceConfig) -> Result<Self> {
+        match &device.socket {
+            Socket::Path(path) => {
+                let access = SocketAccess::new(device.socket_mode, &device.socket_group)?;
+                let (listener, bound) = bind(&device.name, path, access)?;
+                Ok(Self { listener, _bound: Some(bound) })
+            }
+            Socket::Fd(fd) => Ok(Self { listener: inherited(*fd)?, _bound: None }),
         }
     }
 }

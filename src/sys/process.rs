@@ -1,11 +1,50 @@
 //! Properties of the process and of its threads: user, limits, priority.
 
+use std::ffi::CString;
 use std::io;
+use std::mem::MaybeUninit;
+
+/// Largest record of a group that is read, in bytes. A group has one name for each member.
+const GROUP_BYTES_MAX: usize = 1 << 20;
 
 /// The process's effective user ID.
 pub fn effective_uid() -> u32 {
     // SAFETY: geteuid() has no preconditions and cannot fail.
     unsafe { libc::geteuid() }
+}
+
+/// The ID of the group called `name`; `None` if there is no such group.
+///
+/// # Errors
+/// Those of getgrnam_r(3); EINVAL for a name with a NUL byte.
+pub fn group_id(name: &str) -> io::Result<Option<u32>> {
+    let name = CString::new(name).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let mut buffer = vec![0; 4096];
+    loop {
+        let mut group = MaybeUninit::<libc::group>::uninit();
+        let mut found = std::ptr::null_mut();
+        // SAFETY: the name ends with a NUL byte; the call writes one group, one pointer, and at most `buffer.len()`
+        // bytes of `buffer`.
+        let errno = unsafe {
+            let (buffer, len) = (buffer.as_mut_ptr(), buffer.len());
+            libc::getgrnam_r(name.as_ptr(), group.as_mut_ptr(), buffer, len, &raw mut found)
+        };
+        match errno {
+            // SAFETY: the call succeeded and found the group, so it has written `group`.
+            0 => return Ok((!found.is_null()).then(|| unsafe { group.assume_init().gr_gid })),
+            libc::ERANGE if buffer.len() < GROUP_BYTES_MAX => buffer.resize(buffer.len() * 4, 0),
+            libc::EINTR => {}
+            // "The given name was not found", in the words of some resolvers.
+            libc::ENOENT | libc::ESRCH => return Ok(None),
+            errno => return Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+/// The name of a process (its first thread), without control characters; `None` if there is no such process.
+pub fn name_of(pid: u32) -> Option<String> {
+    let name = std::fs::read(format!("/proc/{pid}/comm")).ok()?;
+    Some(String::from_utf8_lossy(&name).trim_end().chars().map(|c| if c.is_control() { '?' } else { c }).collect())
 }
 
 /// Raises the soft limit of open descriptors to the hard limit.
@@ -29,4 +68,22 @@ pub fn set_lowest_thread_priority() {
     const LOWEST: libc::c_int = 19;
     // SAFETY: a plain system call on the calling thread. A thread may always lower its own priority.
     unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LOWEST) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_found_by_its_name() {
+        assert_eq!(group_id("root").unwrap(), Some(0));
+        assert_eq!(group_id("no-such-group-of-genblk").unwrap(), None);
+        assert!(group_id("a\0b").is_err());
+    }
+
+    #[test]
+    fn a_process_has_a_name() {
+        assert!(name_of(std::process::id()).is_some_and(|name| !name.is_empty() && !name.contains('\n')));
+        assert_eq!(name_of(0), None);
+    }
 }

@@ -1,10 +1,13 @@
 //! Unix domain sockets, as far as std does not cover them.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -34,26 +37,98 @@ pub fn set_backlog(listener: &UnixListener, len: u16) -> io::Result<()> {
 /// # Errors
 /// EAGAIN if the listener's queue is full, ECONNREFUSED if no process listens, EINVAL if the name is too long.
 pub fn connect_without_waiting(abstract_name: &[u8]) -> io::Result<UnixStream> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    // SAFETY: a plain system call.
-    let fd = retry_eintr(|| unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
-    // SAFETY: socket() returned a new descriptor, which nothing else owns.
-    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    // SAFETY: all-zero bytes are a valid sockaddr_un.
-    let mut address: libc::sockaddr_un = unsafe { MaybeUninit::zeroed().assume_init() };
-    address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).expect("a small constant");
     // A path that begins with a NUL byte is an abstract name.
-    let Some(path) = address.sun_path.get_mut(1..=abstract_name.len()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    for (to, &from) in path.iter_mut().zip(abstract_name) {
-        *to = from.cast_signed() as libc::c_char;
-    }
-    let len = socklen(size_of_val(&address.sun_family) + 1 + abstract_name.len());
+    connect_to(&[&[0], abstract_name].concat())
+}
+
+/// As [`connect_without_waiting`], to a path.
+///
+/// # Errors
+/// As [`connect_without_waiting`]; ENOENT and EACCES for the path.
+pub fn connect_to_path_without_waiting(path: &Path) -> io::Result<UnixStream> {
+    connect_to(&zero_terminated(path))
+}
+
+fn connect_to(name: &[u8]) -> io::Result<UnixStream> {
+    let stream = UnixStream::from(stream_socket(libc::SOCK_NONBLOCK)?);
+    let (address, len) = unix_address(name)?;
     // SAFETY: `address` has at least `len` bytes, all of them initialised.
     retry_eintr(|| unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), len) })?;
     stream.set_nonblocking(false)?;
     Ok(stream)
+}
+
+/// Creates a socket at `path` on which nobody can connect yet: [`listen`] follows. Its file never has more rights than
+/// `mode`, and fewer if the umask removes some.
+///
+/// # Errors
+/// EADDRINUSE if the path exists, and what else creating a file can fail with.
+pub fn bind_without_listening(path: &Path, mode: u32) -> io::Result<OwnedFd> {
+    let socket = File::from(stream_socket(0)?);
+    // On Linux the mode of the unbound socket is that of the file which bind() creates, less the umask (unix(7)).
+    socket.set_permissions(Permissions::from_mode(mode))?;
+    let (address, len) = unix_address(&zero_terminated(path))?;
+    // SAFETY: `address` has at least `len` bytes, all of them initialised.
+    retry_eintr(|| unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) })?;
+    Ok(socket.into())
+}
+
+/// Starts to listen on a socket of [`bind_without_listening`], with the kernel's longest queue of connections.
+///
+/// # Errors
+/// Those of listen(2).
+pub fn listen(socket: OwnedFd) -> io::Result<UnixListener> {
+    // SAFETY: a plain system call on an open descriptor.
+    retry_eintr(|| unsafe { libc::listen(socket.as_raw_fd(), libc::SOMAXCONN) })?;
+    Ok(socket.into())
+}
+
+fn stream_socket(flags: libc::c_int) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | flags;
+    // SAFETY: a plain system call.
+    let fd = retry_eintr(|| unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
+    // SAFETY: socket() returned a new descriptor, which nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn zero_terminated(path: &Path) -> Vec<u8> {
+    [path.as_os_str().as_bytes(), &[0]].concat()
+}
+
+/// The address with this `sun_path`, and its length.
+fn unix_address(sun_path: &[u8]) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
+    // SAFETY: all-zero bytes are a valid sockaddr_un.
+    let mut address: libc::sockaddr_un = unsafe { MaybeUninit::zeroed().assume_init() };
+    address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).expect("a small constant");
+    let Some(name) = address.sun_path.get_mut(..sun_path.len()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    for (to, &from) in name.iter_mut().zip(sun_path) {
+        *to = from.cast_signed() as libc::c_char;
+    }
+    Ok((address, socklen(size_of_val(&address.sun_family) + sun_path.len())))
+}
+
+/// The process at the other end of a connection, as it was when it connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its process ID; 0 if this process cannot see it (another PID namespace).
+    pub pid: u32,
+    /// Its user ID.
+    pub uid: u32,
+}
+
+/// The process at the other end of a connection (SO_PEERCRED).
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn peer(stream: &UnixStream) -> io::Result<Peer> {
+    let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = socklen(size_of_val(&credentials));
+    let (fd, value) = (stream.as_raw_fd(), (&raw mut credentials).cast());
+    // SAFETY: the call writes at most `len` bytes to `credentials`, whose size that is.
+    retry_eintr(|| unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, value, &raw mut len) })?;
+    Ok(Peer { pid: u32::try_from(credentials.pid).unwrap_or(0), uid: credentials.uid })
 }
 
 /// Receives up to `bytes.len()` bytes, and up to `FILES_MAX` descriptors that came with them; returns the number of

@@ -1,6 +1,6 @@
 //! \[1\] The socket: front-ends connect, and their vhost-user messages become commands to the device's workers.
 //!
-//! - `server.rs` accepts one front-end after another; `relay.rs` carries its messages, which `wire.rs` reads and
+//! - `listener.rs` creates the socket's file; `server.rs` accepts one front-end after another; `relay.rs` carries its messages, which `wire.rs` reads and
 //!   writes;
 //! - `backend.rs` implements `VhostUserBackend`: features, configuration space, memory;
 //! - `vring.rs` implements `VringT`: it starts and stops each virtqueue on its worker;
@@ -16,13 +16,15 @@
 
 mod backend;
 mod inflight;
+mod listener;
 mod relay;
 mod server;
 mod socketpair;
 mod vring;
 mod wire;
 
-pub use server::{Server, bind};
+pub use listener::{BoundSocket, SocketAccess, bind};
+pub use server::Server;
 
 /// Guest memory as vhost-user-backend keeps it.
 type Memory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap<()>>;

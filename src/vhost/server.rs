@@ -1,11 +1,8 @@
 //! A device's socket. It serves one front-end after another, each with a new `VhostUserDaemon` and new guest memory:
 //! neither can be used for a second connection.
 
-use std::fs;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -24,37 +21,9 @@ use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::poll::wait_any_readable;
+use crate::sys::process::name_of;
+use crate::sys::socket::peer;
 use crate::virtio::GuestRam;
-
-/// Binds a listening socket for `device` at `path`, after removing a stale socket that no process listens on.
-///
-/// # Errors
-/// [`ErrorKind::Socket`] if a process listens on the path, if it is not a socket, or if bind(2) or unlink(2) fails.
-pub fn bind(device: &str, path: &Path) -> Result<UnixListener> {
-    let shown = path.display();
-    let refused = |e| Error::io(ErrorKind::Socket, format!("cannot listen on {shown}"), e);
-    if let Ok(metadata) = fs::symlink_metadata(path) {
-        if !metadata.file_type().is_socket() {
-            return Err(Error::new(
-                ErrorKind::Socket,
-                format!("cannot listen on {shown}: it exists and is not a socket"),
-            ));
-        }
-        match UnixStream::connect(path) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                warn!("{device}: removed stale socket {shown}");
-                fs::remove_file(path).map_err(refused)?;
-            }
-            // Its daemon has just removed it.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            _ => {
-                let context = format!("cannot listen on {shown}: another process already does");
-                return Err(Error::new(ErrorKind::Socket, context));
-            }
-        }
-    }
-    UnixListener::bind(path).map_err(refused)
-}
 
 /// Serves a device's socket until [`Server::stop`].
 #[derive(Debug)]
@@ -114,7 +83,7 @@ impl Server {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e),
         };
-        info!("{}: front-end connected", self.device.name);
+        info!("{}: front-end connected: {}", self.device.name, describe_peer(&front_end));
         let ended = self.session(&front_end);
         drop(front_end);
         self.workers.set_memory(&Arc::new(GuestRam::default()));
@@ -155,6 +124,17 @@ impl Server {
         if !self.stopped.load(Ordering::Acquire) {
             self.workers.start_flush();
         }
+    }
+}
+
+/// The process and the user that a connection comes from, for the log.
+fn describe_peer(front_end: &UnixStream) -> String {
+    let Ok(peer) = peer(front_end) else { return "unknown process".to_owned() };
+    let user = format!("uid {}", peer.uid);
+    match name_of(peer.pid) {
+        Some(name) => format!("pid {} ({name}), {user}", peer.pid),
+        None if peer.pid == 0 => format!("process of another PID namespace, {user}"),
+        None => format!("pid {}, {user}", peer.pid),
     }
 }
 

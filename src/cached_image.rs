@@ -19,9 +19,11 @@ use crate::cache::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault_injection::{PlantedBug, planted};
+use crate::store::format::{self, Format};
 use crate::store::{Backing, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
 use crate::units::{
-    Fault, FrameId, FrameRecord, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, Tick, counted,
+    Fault, FrameId, FrameRecord, OpKind, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask,
+    SectorSpan, Tick, counted, low_u8,
 };
 use crate::waker::Waker;
 
@@ -252,7 +254,7 @@ impl WorkerPort {
         cache.take_notices(notices);
         let recipients = image.route_notices(*worker, notices);
         let result = act(&mut cache, notices);
-        let awaited = take_ops(&mut cache, &image.arena, &mut self.backlog);
+        let awaited = take_ops(&mut cache, image, &mut self.backlog);
         drop(cache);
         wake(&image.name, &recipients);
         if awaited {
@@ -268,7 +270,7 @@ impl WorkerPort {
         let mut cache = image.lock();
         act(&mut cache);
         cache.pump(now);
-        take_ops(&mut cache, &image.arena, &mut self.backlog);
+        take_ops(&mut cache, image, &mut self.backlog);
         cache.take_notices(notices);
         if cache.is_stable() {
             image.arena.all_written();
@@ -311,13 +313,33 @@ fn wake(name: &str, recipients: &[Arc<Mailbox>]) {
 }
 
 /// Moves the cache's new store operations to the backlog. Returns whether a request waits for one of them.
-fn take_ops(cache: &mut PageCache, arena: &Arena, backlog: &mut VecDeque<IoRequest>) -> bool {
+fn take_ops(cache: &mut PageCache, image: &CachedImage, backlog: &mut VecDeque<IoRequest>) -> bool {
     let mut awaited = false;
     cache.take_ops(|op| {
         awaited |= op.demand;
-        backlog.push_back(request_of(arena, &op));
+        if let Some(format) = format_written(&image.arena, &op, image.limits().size_bytes / SECTOR_BYTES) {
+            image.backing.note_guest_format(format);
+        }
+        backlog.push_back(request_of(&image.arena, &op));
     });
     awaited
+}
+
+/// The format that a write to the first or the last sector of an image of `image_sectors` makes the image look like,
+/// if that is another one than raw.
+fn format_written(arena: &Arena, op: &StoreOpRef<'_>, image_sectors: u64) -> Option<Format> {
+    if op.kind != OpKind::Write {
+        return None;
+    }
+    let head = (op.span.start == 0).then(|| {
+        let count = op.span.count.min(SECTORS_PER_PAGE);
+        format::at_start(&arena.sectors(op.frames[0], op.first_sector, low_u8(count)))
+    });
+    head.flatten().or_else(|| {
+        let last = (op.span.end() == image_sectors).then(|| u64::from(op.first_sector) + op.span.count - 1)?;
+        let frame = op.frames[usize::try_from(last / SECTORS_PER_PAGE).ok()?];
+        format::at_end(&arena.sectors(frame, low_u8(last % SECTORS_PER_PAGE), 1))
+    })
 }
 
 /// Reports a change of the image's health to the operator: which requests suffer, what is kept, what to do.

@@ -87,7 +87,8 @@ Cache modes:
   none          nothing is cached
 
 Limitations:
-  Images are raw files and block devices; qcow2 and other formats are not supported.
+  Images are raw files and block devices. An image that looks like another format is
+  refused; --format raw serves its bytes as they are.
   The front-end must share the guest's memory (QEMU: memory-backend-memfd,share=on).
   Relative paths are relative to the daemon's working directory.
 
@@ -136,6 +137,10 @@ pub struct Cli {
     #[arg(long, value_name = "PATH", help_heading = ONE_DEVICE)]
     pub blk_file: Option<PathBuf>,
 
+    /// What the image may look like: auto (refuse qcow2, VMDK, LUKS, gzip and the like), raw [default: auto]
+    #[arg(long, value_name = "FORMAT", help_heading = ONE_DEVICE)]
+    pub format: Option<String>,
+
     /// Make the disk read-only
     #[arg(long, help_heading = ONE_DEVICE)]
     pub read_only: bool,
@@ -163,8 +168,18 @@ pub struct Cli {
 
 const ONE_DEVICE: &str = "One device without a file";
 /// Every option of a single device, by the name of its field.
-const DEVICE_OPTIONS: [&str; 9] =
-    ["socket_path", "fd", "blk_file", "read_only", "cache_size", "cache_mode", "num_queues", "serial", "memory_dir"];
+const DEVICE_OPTIONS: [&str; 10] = [
+    "socket_path",
+    "fd",
+    "blk_file",
+    "format",
+    "read_only",
+    "cache_size",
+    "cache_mode",
+    "num_queues",
+    "serial",
+    "memory_dir",
+];
 
 impl Cli {
     /// The configuration from the file or from the options.
@@ -201,7 +216,7 @@ impl Cli {
     }
 
     /// Each option with its key in the file and its value, if it was given.
-    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 8] {
+    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 9] {
         let socket = match self.fd {
             Some(fd) => ("--fd", "socket", Some(Value::Descriptor(fd))),
             None => ("--socket-path", "socket", self.socket_path.as_deref().map(Value::Path)),
@@ -209,6 +224,7 @@ impl Cli {
         [
             socket,
             ("--blk-file", "image", self.blk_file.as_deref().map(Value::Path)),
+            ("--format", "format", self.format.as_deref().map(Value::Text)),
             ("--read-only", "read_only", self.read_only.then_some(Value::Flag(true))),
             ("--cache-size", "cache.size", self.cache_size.as_deref().map(Value::Text)),
             ("--cache-mode", "cache.mode", self.cache_mode.as_deref().map(Value::Text)),
@@ -260,7 +276,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
-    use crate::config::{CacheMode, DeviceConfig, MemoryDir, Socket};
+    use crate::config::{CacheMode, DeviceConfig, ImageFormat, MemoryDir, Socket};
 
     fn run(line: &str) -> Result<Action> {
         action(["genblk"].into_iter().chain(line.split_whitespace()).map(OsString::from))
@@ -288,9 +304,10 @@ mod tests {
 
     #[test]
     fn every_option_reaches_its_field() {
-        let line = "--fd 3 --blk-file a --read-only --cache-size 4G --cache-mode none --num-queues 2 --serial s1 \
-                    --memory-dir /run/m";
+        let line = "--fd 3 --blk-file a --format raw --read-only --cache-size 4G --cache-mode none --num-queues 2 \
+                    --serial s1 --memory-dir /run/m";
         let mut expected = DeviceConfig::new("disk0", Socket::Fd(3), "a");
+        expected.format = ImageFormat::Raw;
         expected.read_only = true;
         expected.cache.size_bytes = 4 << 30;
         expected.cache.mode = CacheMode::None;
@@ -323,6 +340,7 @@ mod tests {
             "--socket-path s",
             "--fd 3",
             "--blk-file a",
+            "--format raw",
             "--read-only",
             "--cache-size 4M",
             "--cache-mode none",

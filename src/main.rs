@@ -11,7 +11,8 @@ use genblk::logging;
 use genblk::recover;
 
 fn main() -> ExitCode {
-    match logging::init().and_then(|()| cli::action(env::args_os())).and_then(run) {
+    logging::init();
+    match cli::action(env::args_os()).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("genblk: {error}");

@@ -317,15 +317,21 @@ fn an_inherited_descriptor_that_is_not_a_listening_unix_socket_is_refused() {
 }
 
 #[test]
-fn an_unknown_log_level_is_refused() {
-    let fixture = Fixture::new();
-    for level in ["verbose", "", "genblk::cache=debug"] {
-        let mut command = Command::new(server_binary());
-        command.arg("--socket-path").arg(fixture.path("socket")).arg("--blk-file").arg(fixture.path("image"));
-        command.env("GENBLK_LOG", level);
-        run_to_end(&mut command).assert_refused(2, &["GENBLK_LOG: ", level, "error, warn, info, debug and trace"]);
+fn an_unknown_log_level_is_a_warning_and_the_level_is_info() {
+    for level in ["verbose", "genblk::cache=debug", "\u{1b}[31m"] {
+        let lines = log_at(Some(level));
+        assert!(lines[0].contains(" WARN  GENBLK_LOG: ") && lines[0].ends_with("; using info"), "{lines:#?}");
+        assert!(!lines[0].contains('\u{1b}'), "control characters are escaped: {lines:#?}");
+        assert!(lines[1].contains(" INFO  disk0: serving /"), "{lines:#?}");
+        let ended = run_to_end(Command::new(server_binary()).arg("--help").env("GENBLK_LOG", level));
+        assert!(ended.status.success() && ended.stdout.contains("--blk-file"), "{ended:?}");
     }
-    fixture.assert_undamaged();
+}
+
+#[test]
+fn an_empty_log_level_is_the_default() {
+    let lines = log_at(Some(""));
+    assert!(lines[0].contains(" INFO  disk0: serving /"), "{lines:#?}");
 }
 
 /// The log at `level` of a daemon from its start to its end, with one front-end in between.
@@ -334,6 +340,8 @@ fn log_at(level: Option<&str>) -> Vec<String> {
     let (socket, image) = (fixture.path("socket"), fixture.path("image"));
     let mut command = Command::new(server_binary());
     command.arg("--socket-path").arg(&socket).arg("--blk-file").arg(image).args(["--cache-size", "4M"]);
+    // Of its own: the daemon warns of caches that others have left.
+    command.arg("--memory-dir").arg(fixture.directory.memory());
     match level {
         Some(level) => command.env("GENBLK_LOG", level),
         None => command.env_remove("GENBLK_LOG"),

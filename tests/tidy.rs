@@ -29,7 +29,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("lib", &[]),
     ("cli", &["config", "error", "units"]),
     ("config", &["error", "units"]),
-    ("logging", &["error"]),
+    ("logging", &[]),
     ("daemon", &["recover", "service", "systemd", "sys", "config", "error"]),
     (
         "service",
@@ -50,7 +50,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
             "units",
         ],
     ),
-    ("recover", &["arena", "store", "systemd", "config", "error", "units"]),
+    ("recover", &["arena", "store", "systemd", "image_id", "sys", "config", "error", "units"]),
     ("vhost", &["device", "cached_image", "virtio", "sys", "config", "error", "units"]),
     (
         "device",

@@ -153,6 +153,11 @@ impl ArenaFile {
         Self::take_named_from_fdstore(manager, &fdstore_name(identity))
     }
 
+    /// Whether an earlier daemon has left something for an image in the service manager's fd store.
+    pub fn is_named_in_fdstore(manager: &ServiceManager, identity: &ImageId) -> bool {
+        manager.fdstore_unclaimed(&[]).contains(&fdstore_name(identity))
+    }
+
     /// Takes an arena's entry of the service manager's fd store by its name; `None` if there is none, if it is empty,
     /// or if the name is not one of an arena.
     ///

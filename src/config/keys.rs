@@ -6,8 +6,8 @@ use std::os::fd::RawFd;
 use std::path::Path;
 
 use super::problem::nearest;
-use super::size::{format_size, parse_size};
-use super::{Allocate, CacheMode, DeviceConfig, Engine, MemoryDir, OnError, Policy, Socket, Survive};
+use super::size::{format_size, parse_size, size_suggestion};
+use super::{Allocate, CacheMode, DeviceConfig, Engine, ImageFormat, MemoryDir, OnError, Policy, Socket, Survive};
 use crate::units::PAGE_BYTES;
 
 /// A value before its check: from a document, an option or this table.
@@ -144,6 +144,11 @@ pub(crate) const KEYS: &[Key] = &[
         },
     },
     Key { name: "image", default: Required, kind: ValueKind::Path { set: |device, path| device.image = path.into() } },
+    Key {
+        name: "format",
+        default: Is(Text("auto")),
+        kind: ValueKind::Choice { words: ImageFormat::WORDS, set: |device, i| device.format = ImageFormat::ALL[i] },
+    },
     Key {
         name: "read_only",
         default: Is(Flag(false)),
@@ -367,7 +372,10 @@ impl ValueKind {
     /// The end of a message that suggests the value probably meant; mostly empty.
     fn hint(&self, value: Value<'_>) -> String {
         let near = match (self, value) {
-            (Self::Choice { words, .. }, Text(text)) => nearest(&text.to_lowercase(), words.iter().copied()),
+            (Self::Choice { words, .. }, Text(text)) => {
+                nearest(&text.to_lowercase(), words.iter().copied()).map(ToOwned::to_owned)
+            }
+            (Self::Size { .. }, Text(text)) if parse_size(text).is_none() => size_suggestion(text),
             _ => None,
         };
         near.map_or_else(String::new, |word| format!("; did you mean {word:?}?"))
@@ -428,6 +436,7 @@ mod tests {
         let mut device = DeviceConfig::unset();
         for (name, shown) in [
             ("engine", (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String),
+            ("format", |d| d.format.to_string()),
             ("cache.mode", |d| d.cache.mode.to_string()),
             ("cache.policy", |d| d.cache.policy.to_string()),
             ("cache.survive", |d| d.cache.survive.to_string()),

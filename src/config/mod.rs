@@ -68,6 +68,8 @@ pub struct DeviceConfig {
     pub socket_group: String,
     /// The raw file or block device behind the disk.
     pub image: PathBuf,
+    /// What an image may look like.
+    pub format: ImageFormat,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// What the guest reads as the disk's serial (GET_ID): at most 20 bytes of ASCII.
@@ -104,6 +106,7 @@ impl DeviceConfig {
             socket_mode: 0,
             socket_group: String::new(),
             image: PathBuf::new(),
+            format: ImageFormat::Auto,
             read_only: false,
             serial: String::new(),
             num_queues: 0,
@@ -209,6 +212,16 @@ macro_rules! words {
             }
         }
     };
+}
+
+words! {
+    /// What an image may look like.
+    ImageFormat {
+        /// Raw: an image that looks like another format is refused.
+        Auto = "auto",
+        /// Anything: it is raw.
+        Raw = "raw",
+    }
 }
 
 words! {

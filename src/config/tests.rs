@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
 use super::keys::KEYS;
-use super::{CacheMode, Config, DeviceConfig, Engine, MemoryDir, Policy, Socket};
+use super::{CacheMode, Config, DeviceConfig, Engine, ImageFormat, MemoryDir, Policy, Socket};
 use crate::error::ErrorKind;
 
 const MINIMAL: &str = "[[device]]\nname = \"a\"\nsocket = \"/run/a\"\nimage = \"/a.img\"\n";
@@ -49,6 +49,7 @@ fn every_key_reaches_its_field() {
         socket_mode = "0660"
         socket_group = "kvm"
         image = "i"
+        format = "raw"
         read_only = true
         serial = "S 1"
         num_queues = 4
@@ -69,6 +70,7 @@ fn every_key_reaches_its_field() {
     let mut expected = DeviceConfig::new("n", Socket::Path("s".into()), "i");
     (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
     (expected.read_only, expected.direct, expected.serial) = (true, false, "S 1".to_string());
+    expected.format = ImageFormat::Raw;
     (expected.num_queues, expected.workers, expected.queue_size, expected.poll_us) = (4, 3, 128, 0);
     (expected.engine, expected.cache.mode, expected.cache.policy) =
         (Engine::Threads, CacheMode::Writethrough, Policy::Lru);
@@ -153,7 +155,7 @@ name = "b"
         "17: device[1].image: is missing",
         "18: device[1].name: takes 1 to 64 letters, digits, '.', '_' and '-', not \"b c\"",
         "20: device[1].imgae: unknown key; did you mean \"image\"?",
-        "23: device[1].cache.size: takes a size from 4M to 8T (in steps of 4K), not \"64MB\"",
+        "23: device[1].cache.size: takes a size from 4M to 8T (in steps of 4K), not \"64MB\"; did you mean \"64M\"?",
         "24: device[1].cache.mode: takes \"writeback\", \"writethrough\" or \"none\", not an array",
         "25: device[1].cache.policy: takes \"s3fifo\" or \"lru\", not \"arc\"",
         "26: device[1].cache.readahead_max: takes a size from 0 to 16M (in steps of 4K), not 1000",

@@ -1,6 +1,7 @@
 //! The cache that an earlier daemon left in memory: the next daemon restores it, or the operator writes it to its
 //! image.
 
+mod kept;
 mod operator;
 mod write_back;
 
@@ -16,6 +17,7 @@ use crate::store::file::FileImage;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
 
+pub use kept::has_kept_cache;
 pub use operator::{discard, list, recover, warn_unclaimed};
 
 use write_back::{Unwritten, write_back};

@@ -15,14 +15,14 @@ use log::info;
 
 use crate::arena::Arena;
 use crate::cached_image::CachedImage;
-use crate::config::{DeviceConfig, Engine};
+use crate::config::{DeviceConfig, Engine, ImageFormat};
 use crate::device::control::Workers;
 use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::recover;
 use crate::store::Backing;
-use crate::store::file::{FileImage, IoEngine, OpenOptions};
+use crate::store::file::{FileImage, IoEngine, KnownRaw, OpenOptions};
 use crate::systemd::ServiceManager;
 use crate::vhost::Server;
 
@@ -66,6 +66,14 @@ impl Service {
         let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
         let image = FileImage::open_for(&config.name, &config.image, &options)?;
         let identity = image.identity();
+        let known_raw = match config.format {
+            ImageFormat::Raw => Some(KnownRaw::Configured),
+            ImageFormat::Auto => {
+                let has_cache = || recover::has_kept_cache(config, &identity, manager);
+                (image.found_format().is_some() && has_cache()).then_some(KnownRaw::KeptCache)
+            }
+        };
+        image.check_format(known_raw)?;
         let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
         let service = match images.get(&identity).filter(|_| read_only) {
             Some(shared) => Self::new(config, Arc::clone(shared), io_mode)?,

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::format::Format;
 use super::wake::WakeFd;
 use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue};
 use crate::error::{Error, ErrorKind, Result};
@@ -234,6 +235,10 @@ impl FaultyImage {
 impl Backing for FaultyImage {
     fn limits(&self) -> &Limits {
         self.inner.limits()
+    }
+
+    fn note_guest_format(&self, format: Format) {
+        self.inner.note_guest_format(format);
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {

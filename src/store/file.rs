@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Once};
 
+use super::format::Format;
 use super::image::OpenImage;
 pub use super::options::{IoEngine, OpenOptions};
 use super::threads::ThreadQueue;
@@ -12,6 +13,15 @@ use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::units::Unmap;
+
+/// How it is known, before an image is opened, that it is raw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KnownRaw {
+    /// The operator says so.
+    Configured,
+    /// An earlier daemon has served it, and left its cache.
+    KeptCache,
+}
 
 /// A raw image, opened and locked. The lock lasts as long as this value and its queues.
 #[derive(Debug)]
@@ -51,6 +61,39 @@ impl FileImage {
         self.image.identity()
     }
 
+    /// The format other than raw that the image looked like when it was opened.
+    pub fn found_format(&self) -> Option<Format> {
+        self.image.format().found().map(|found| found.format)
+    }
+
+    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw all the same,
+    /// or it is on record that the guest has made it look so. Logs why an image that looks so is served.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Image`] with the format, the command that converts it, and how to serve it as it is.
+    pub fn check_format(&self, known_raw: Option<KnownRaw>) -> Result<()> {
+        let format = self.image.format();
+        let Some(found) = format.found() else { return Ok(()) };
+        let (label, name) = (self.image.label(), found.format);
+        let why = match known_raw {
+            Some(KnownRaw::Configured) => "the configuration says so",
+            _ if format.is_guest_written() => "its guest has written that",
+            Some(KnownRaw::KeptCache) => "it was served before, and its cache was kept",
+            // Nothing can be recorded at a device, a guest's disk that is encrypted as a whole is common, and a LUKS
+            // container that the host made loses nothing as long as the guest does not format it.
+            None if self.image.is_device() && found.format == Format::Luks => {
+                log::warn!(
+                    "{label} begins with a LUKS header; served as raw, because it is a block device: if its guest has \
+                     written that, set format = \"raw\" (--format raw)"
+                );
+                return Ok(());
+            }
+            None => return format.refusal(self.image.path()).map_or(Ok(()), Err),
+        };
+        log::info!("{label} looks like {name}; served as raw, because {why}");
+        Ok(())
+    }
+
     /// Whether transfers bypass the host's page cache.
     pub fn direct(&self) -> bool {
         self.image.is_direct()
@@ -81,6 +124,10 @@ impl FileImage {
 impl Backing for FileImage {
     fn limits(&self) -> &Limits {
         &self.image.limits
+    }
+
+    fn note_guest_format(&self, format: Format) {
+        self.image.format().note_guest_writes(format, &self.image.file, self.image.label());
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::lock::{self, LockMode};
 use super::options::OpenOptions;
 use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
+use super::raw_record::ImageFormat;
 use super::{IoRequest, Limits, Segment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -46,6 +47,7 @@ pub(super) struct OpenImage {
     direct: bool,
     /// Logical block size of a block device in bytes; `None` for a regular file.
     device_block: Option<u32>,
+    format: ImageFormat,
     reported: Reported,
     /// Most bytes that one system call moves; 0: no limit. Set by tests only.
     #[cfg(test)]
@@ -72,7 +74,9 @@ impl OpenImage {
         lock::acquire(&file, path, &label, access, options.lock_patience)?;
 
         let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
-        check_size(path, geometry.size_bytes)?;
+        let format = ImageFormat::of(&file, geometry.size_bytes).map_err(unusable)?;
+        // The size of a qcow2 or gzip file is any number of bytes, and not what is wrong with it.
+        check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
         let direct = if options.direct { try_direct(&file, &label, &geometry) } else { None };
         let alignment = direct.unwrap_or(Alignment::BUFFERED);
         let writable = access == LockMode::ReadWrite;
@@ -107,6 +111,7 @@ impl OpenImage {
             identity,
             direct: direct.is_some(),
             device_block: geometry.device_block,
+            format,
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
             transfer_max: std::sync::atomic::AtomicUsize::new(0),
@@ -136,6 +141,11 @@ impl OpenImage {
     /// Whether the image is a block device, as opposed to a regular file.
     pub(super) fn is_device(&self) -> bool {
         self.device_block.is_some()
+    }
+
+    /// What the image was found to be, besides a raw disk.
+    pub(super) fn format(&self) -> &ImageFormat {
+        &self.format
     }
 
     /// Whether the file is still long enough for an operation that changes it; a write beyond its end would make it
@@ -206,6 +216,7 @@ fn open_file(path: &Path, access: LockMode) -> Result<File> {
     let deadline = Instant::now() + BUSY_PATIENCE;
     loop {
         let error = match options.open(path) {
+            Ok(file) if is_device && writable => return refuse_read_only_device(path, &file).map(|()| file),
             Ok(file) => return Ok(file),
             Err(error) => error,
         };
@@ -214,10 +225,30 @@ fn open_file(path: &Path, access: LockMode) -> Result<File> {
             thread::sleep(BUSY_PAUSE);
             continue;
         }
+        if is_device && writable && !busy {
+            // Some drivers fail the open of a read-only device, others only its writes.
+            File::open(path).map_or(Ok(()), |file| refuse_read_only_device(path, &file))?;
+        }
         let kind = if busy { ErrorKind::Locked } else { ErrorKind::Image };
         let purpose = if writable { "for writing" } else { "for reading" };
-        return Err(Error::io(kind, format!("cannot open image {} {purpose}", path.display()), error));
+        let hint = match error.raw_os_error() {
+            Some(libc::EROFS) => " (its file system is mounted read-only; read_only = true serves it so)",
+            Some(libc::EBUSY) => " (it is mounted, or part of a RAID set or a volume group, or another process has it)",
+            _ => "",
+        };
+        return Err(Error::io(kind, format!("cannot open image {} {purpose}{hint}", path.display()), error));
     }
+}
+
+/// Fails for a device that is set to read-only: it could be opened for writing, and no write would reach it.
+fn refuse_read_only_device(path: &Path, file: &File) -> Result<()> {
+    // An error of the ioctl says nothing about writes.
+    if !sys::block::is_read_only(file).unwrap_or(false) {
+        return Ok(());
+    }
+    let shown = path.display();
+    let remedy = format!("make it writable (\"blockdev --setrw {shown}\"), or set read_only = true (--read-only)");
+    Err(Error::new(ErrorKind::Image, format!("image {shown} is a read-only block device: {remedy}")))
 }
 
 fn check_type(path: &Path, metadata: &Metadata) -> Result<()> {

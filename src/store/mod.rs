@@ -16,17 +16,20 @@
 //!
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
 //! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use). `image`,
-//! `probe` and `lock` open an image. A file of this module imports only files further down: file; uring, threads; pool;
-//! blocking; image; probe, lock. [`faulty`] wraps any image and makes its operations fail.
+//! `probe`, `lock` and `raw_record` open an image. A file of this module imports only files further down: file; uring,
+//! threads; pool; blocking; image; raw_record; format, probe, lock. [`faulty`] wraps any image and makes its operations
+//! fail.
 
 mod blocking;
 pub mod faulty;
 pub mod file;
+pub mod format;
 mod image;
 mod lock;
 mod options;
 mod pool;
 mod probe;
+mod raw_record;
 mod registered_buffers;
 #[cfg(test)]
 mod tests;
@@ -256,6 +259,10 @@ impl fmt::Debug for dyn StoreQueue {
 pub trait Backing: Send + Sync + fmt::Debug {
     /// What the image can do; the same for each of its queues.
     fn limits(&self) -> &Limits;
+
+    /// The guest is writing what makes the image look like another format than raw: the next start must not refuse it.
+    /// Does not wait.
+    fn note_guest_format(&self, _format: format::Format) {}
 
     /// A queue for one more worker.
     ///

@@ -8,6 +8,7 @@ use super::retry_eintr;
 
 // From <linux/fs.h>; libc lacks these.
 const BLKGETDISKSEQ: libc::Ioctl = 0x8008_1280;
+const BLKROGET: libc::Ioctl = 0x125e;
 const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272;
 
@@ -28,6 +29,14 @@ pub fn size_bytes(file: &File) -> io::Result<u64> {
     // SAFETY: BLKGETSIZE64 stores one u64 at the address given, and `size` is one.
     retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut size) })?;
     Ok(size)
+}
+
+/// Whether the device is read-only (BLKROGET): it opens for writing all the same, and then fails every write.
+pub fn is_read_only(file: &File) -> io::Result<bool> {
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: BLKROGET stores one int at the address given, and `read_only` is one.
+    retry_eintr(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKROGET, &raw mut read_only) })?;
+    Ok(read_only != 0)
 }
 
 /// Block and I/O sizes of a block device.

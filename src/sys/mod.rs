@@ -12,6 +12,7 @@ pub mod process;
 pub mod random;
 pub mod signal;
 pub mod socket;
+pub mod xattr;
 
 use std::io;
 

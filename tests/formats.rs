@@ -1,0 +1,266 @@
+//! Images that are not raw are refused with the way out, and a guest that makes its raw disk look like another format
+//! is served again.
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::daemon::{Daemon, Ended, TempDir, run_to_end, server_binary};
+use common::request::pattern;
+use common::session::{Session, SessionOptions};
+use common::wait::{PATIENCE, poll_until};
+
+const MIB: u64 = 1 << 20;
+
+/// A directory of a test with an image of `bytes` zeros that begins with `head`.
+fn image(head: &[u8], bytes: u64) -> TempDir {
+    let directory = TempDir::new("format");
+    let file = File::create(directory.path().join("image")).expect("an image can be created");
+    file.set_len(bytes).and_then(|()| file.write_all_at(head, 0)).expect("an image can be written");
+    directory
+}
+
+/// Runs the daemon on the image in `directory`; it must exit.
+fn serve(directory: &TempDir, options: &[&str]) -> Ended {
+    let path = |name: &str| directory.path().join(name);
+    let mut command = Command::new(server_binary());
+    command.arg("--socket-path").arg(path("socket")).arg("--blk-file").arg(path("image"));
+    run_to_end(command.arg("--memory-dir").arg(directory.memory()).args(options))
+}
+
+#[track_caller]
+fn assert_refused(directory: &TempDir, words: &[&str]) {
+    let path = directory.path().join("image");
+    let content = fs::read(&path).expect("the image can be read");
+    for options in [&[][..], &["--read-only"]] {
+        let ended = serve(directory, options);
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        for word in words.iter().chain(&["format = \"raw\"", "--format raw"]) {
+            assert!(ended.stderr.contains(word), "{word:?} is not in {ended:?}");
+        }
+        assert!(directory.left().is_empty(), "nothing is left in memory");
+        assert!(!directory.path().join("socket").exists(), "no socket is created");
+    }
+    assert!(fs::read(&path).expect("the image can be read") == content, "the image is unchanged");
+}
+
+/// The command that the refusal suggests, run as it stands.
+fn run_suggestion(directory: &TempDir) -> PathBuf {
+    let refused = serve(directory, &[]).stderr;
+    let (_, rest) = refused.split_once("convert it with \"").expect("the refusal names a command");
+    let (command, _) = rest.split_once("\", and serve").expect("the command ends");
+    let ended = run_to_end(Command::new("sh").args(["-c", command]));
+    assert!(ended.status.success(), "{command}: {ended:?}");
+    directory.path().join("image.raw")
+}
+
+fn has(tool: &str) -> bool {
+    let found = Command::new("sh").args(["-c", &format!("command -v {tool}")]).output();
+    let found = found.is_ok_and(|output| output.status.success());
+    if !found {
+        println!("skipped: {tool} is not installed");
+    }
+    found
+}
+
+#[test]
+fn every_format_of_qemu_img_is_refused_and_the_suggested_command_converts_it() {
+    if !has("qemu-img") {
+        return;
+    }
+    let kinds = [
+        ("qcow2", "", "qcow2"),
+        ("qcow2", "compat=0.10", "qcow2"),
+        ("qcow", "", "qcow (version 1)"),
+        ("qed", "", "QED"),
+        ("vmdk", "subformat=monolithicSparse", "VMDK"),
+        ("vmdk", "subformat=monolithicFlat", "VMDK"),
+        ("vmdk", "subformat=twoGbMaxExtentSparse", "VMDK"),
+        ("vmdk", "subformat=streamOptimized", "VMDK"),
+        ("vhdx", "subformat=dynamic", "VHDX"),
+        ("vhdx", "subformat=fixed", "VHDX"),
+        ("vdi", "", "VDI"),
+        ("vpc", "subformat=dynamic,force_size=on", "VHD"),
+        ("vpc", "subformat=fixed,force_size=on", "VHD"),
+        ("parallels", "", "Parallels"),
+    ];
+    for (format, options, name) in kinds {
+        let directory = image(b"", 0);
+        let raw = directory.path().join("source.raw");
+        let content = pattern(5, 0, 8 << 20);
+        fs::write(&raw, &content).expect("a file can be written");
+        let mut convert = Command::new("qemu-img");
+        convert.args(["convert", "-f", "raw", "-O", format]);
+        if !options.is_empty() {
+            convert.args(["-o", options]);
+        }
+        let made = convert.arg(&raw).arg(directory.path().join("image")).output().expect("qemu-img runs");
+        if !made.status.success() {
+            println!("{format} {options}: not written by this qemu-img");
+            continue;
+        }
+        let size = format!("is a {name} image (virtual size 8388608 bytes)");
+        assert_refused(&directory, &[&size, "qemu-img convert -p -f "]);
+        let converted = run_suggestion(&directory);
+        assert!(fs::read(converted).expect("it was converted") == content, "{format} {options}");
+    }
+}
+
+#[test]
+fn compressed_images_are_refused_and_the_suggested_command_unpacks_them() {
+    for (tool, name) in [("gzip", "gzip"), ("xz", "xz"), ("zstd", "zstd"), ("bzip2", "bzip2")] {
+        if !has(tool) {
+            continue;
+        }
+        let directory = image(b"", 0);
+        let (raw, packed) = (directory.path().join("source.raw"), directory.path().join("image"));
+        let content = pattern(6, 0, 1 << 20);
+        fs::write(&raw, &content).expect("a file can be written");
+        let output = Command::new(tool).args(["-c", "-q"]).arg(&raw).output().expect("the tool runs");
+        assert!(output.status.success(), "{output:?}");
+        fs::write(&packed, &output.stdout).expect("a file can be written");
+        assert_refused(&directory, &[&format!("is a {name} file, and genblk")]);
+        assert!(fs::read(run_suggestion(&directory)).expect("it was unpacked") == content, "{name}");
+    }
+}
+
+#[test]
+fn a_luks_container_made_on_the_host_is_refused() {
+    assert_refused(&image(b"LUKS\xba\xbe\0\x02", 4 * MIB), &["is a LUKS container, and", "key-secret=key"]);
+}
+
+#[test]
+fn format_raw_serves_the_bytes_of_any_image() {
+    let directory = image(b"QFI\xfb\0\0\0\x03", 4 * MIB);
+    let daemon = Daemon::start_configured(directory, &["format = \"raw\""]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    assert_eq!(&session.read(0, 512)[..4], b"QFI\xfb");
+    assert!(daemon.log().contains("looks like qcow2; served as raw, because the configuration says so"));
+}
+
+/// The first sector of a disk that the guest has encrypted as a whole.
+fn luks() -> Vec<u8> {
+    let mut sector = vec![0; 512];
+    sector[..8].copy_from_slice(b"LUKS\xba\xbe\0\x02");
+    sector
+}
+
+#[test]
+fn a_guest_that_writes_the_header_of_another_format_is_served_again() {
+    let directory = image(b"", 4 * MIB);
+    let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(0, &luks());
+    session.flush();
+    drop(session);
+    let recorded = || daemon.log().contains("its guest writes a LUKS header; recorded, and still served").then_some(());
+    poll_until("the record", PATIENCE, recorded);
+    daemon.stop();
+    daemon.restart();
+    assert!(daemon.log().contains("looks like LUKS; served as raw, because its guest has written that"));
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    assert_eq!(session.read(0, 512), luks());
+    drop(session);
+    daemon.stop();
+    // Another format at the same place is not what the guest wrote.
+    let file = File::options().write(true).open(daemon.image()).expect("the image can be opened");
+    file.write_all_at(b"QFI\xfb\0\0\0\x03", 0).expect("the image can be written");
+    assert_refused(daemon.directory(), &["is a qcow2 image"]);
+}
+
+#[test]
+fn a_guest_that_writes_a_footer_at_the_end_of_its_disk_is_served_again() {
+    let directory = image(b"", 4 * MIB);
+    let mut daemon = Daemon::start_configured(directory, &[""]);
+    let mut footer = vec![0; 512];
+    footer[..8].copy_from_slice(b"conectix");
+    footer[63] = 2;
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(4 * MIB / 512 - 1, &footer);
+    drop(session);
+    daemon.stop();
+    poll_until("the record", PATIENCE, || daemon.log().contains("its guest writes a VHD header").then_some(()));
+    daemon.restart();
+}
+
+#[test]
+fn a_kept_cache_shows_that_an_image_is_raw() {
+    let directory = image(b"", 4 * MIB);
+    let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(0, &luks());
+    daemon.kill();
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert_eq!(session.read(0, 512), luks());
+}
+
+/// A loop device on a file; detached on drop.
+struct Loop(String);
+
+impl Loop {
+    /// `None`: this machine has no loop devices, or the user may not use them.
+    fn attach(file: &Path, options: &[&str]) -> Option<Self> {
+        let output = Command::new("losetup").args(["--show", "-f"]).args(options).arg(file).output().ok()?;
+        if !output.status.success() {
+            println!("skipped: {}", String::from_utf8_lossy(&output.stderr));
+            return None;
+        }
+        Some(Self(String::from_utf8(output.stdout).ok()?.trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // A test must not fail because its device cannot be detached.
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_read_only_block_device_is_refused_for_writing_and_served_read_only() {
+    let directory = image(b"", 4 * MIB);
+    let Some(device) = Loop::attach(&directory.path().join("image"), &["-r"]) else { return };
+    let socket = directory.path().join("socket");
+    let command = |options: &[&str]| {
+        let mut command = Command::new(server_binary());
+        command.arg("--socket-path").arg(&socket).args(["--blk-file", &device.0]).args(options);
+        command.arg("--memory-dir").arg(directory.memory());
+        command
+    };
+    let ended = run_to_end(&mut command(&[]));
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    for word in [&device.0, "is a read-only block device", "blockdev --setrw", "read_only = true"] {
+        assert!(ended.stderr.contains(word), "{word}: {ended:?}");
+    }
+    let command = command(&["--read-only"]);
+    let mut daemon = Daemon::launch(TempDir::new("format"), command, vec![socket.clone()]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.read(0, 512);
+    drop(session);
+    daemon.stop();
+}
+
+#[test]
+fn a_block_device_that_holds_another_format_is_refused_and_luks_is_served() {
+    for (head, is_served) in [(&b"QFI\xfb\0\0\0\x03"[..], false), (b"LUKS\xba\xbe\0\x02", true)] {
+        let directory = image(head, 4 * MIB);
+        let Some(device) = Loop::attach(&directory.path().join("image"), &[]) else { return };
+        let socket = directory.path().join("socket");
+        let mut command = Command::new(server_binary());
+        command.arg("--socket-path").arg(&socket).args(["--blk-file", &device.0]);
+        command.arg("--memory-dir").arg(directory.memory());
+        if is_served {
+            let mut daemon = Daemon::launch(TempDir::new("format"), command, vec![socket]);
+            assert!(daemon.log().contains("begins with a LUKS header; served as raw, because it is a block device"));
+            daemon.stop();
+        } else {
+            let ended = run_to_end(&mut command);
+            assert!(ended.stderr.contains(" is a qcow2 image, and genblk"), "{ended:?}");
+        }
+    }
+}

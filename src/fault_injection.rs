@@ -41,6 +41,9 @@ pub enum PlantedBug {
     ZeroesAreReadFromStore,
     /// The age limit does not apply to what is written and not synced.
     AgeForgetsUnsynced,
+    /// Requests that wait for space are resumed in every turn from the end of the pause on: a worker spins while the
+    /// allocation is in flight.
+    SpaceIsRetriedEveryTurn,
     /// Sectors beyond the end of the image are published as dirty.
     TailIsPublished,
 

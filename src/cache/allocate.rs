@@ -146,7 +146,7 @@ impl PageCache {
 
     /// Writes that wait for space are retried when the pause after the failure is over.
     pub(super) fn retry_allocations(&mut self) {
-        if self.health.waits_for_space() && self.health.may_retry(self.now) {
+        if self.health.take_space_retry(self.now) {
             self.stalled.unblock();
         }
     }

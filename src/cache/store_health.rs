@@ -55,6 +55,8 @@ struct Failure {
     since: Tick,
     retry_at: Tick,
     backoff_us: u64,
+    /// The requests that wait for space have been resumed since `retry_at`.
+    resumed_waiters: bool,
 }
 
 impl Failure {
@@ -138,7 +140,18 @@ impl StoreHealth {
     pub fn retry_now(&mut self, now: Tick) {
         if let Some(failure) = &mut self.failure {
             failure.retry_at = now;
+            failure.resumed_waiters = false;
         }
+    }
+
+    /// Whether requests that wait for space are to be resumed: once after each pause. While their allocations are in
+    /// flight they would only stall again, turn after turn.
+    pub fn take_space_retry(&mut self, now: Tick) -> bool {
+        let is_due = self.waits_for_space() && self.may_retry(now);
+        if planted(PlantedBug::SpaceIsRetriedEveryTurn) {
+            return is_due;
+        }
+        is_due && self.failure.as_mut().is_some_and(|failure| !std::mem::replace(&mut failure.resumed_waiters, true))
     }
 
     /// Whether what failed may be tried now.
@@ -166,7 +179,8 @@ impl PageCache {
             None => (now, BACKOFF_US_MIN),
         };
         let worst = earlier.map_or(cause, |failure| failure.cause.max(cause));
-        self.health.failure = Some(Failure { cause: worst, since, retry_at: now.plus_us(backoff_us), backoff_us });
+        let retry_at = now.plus_us(backoff_us);
+        self.health.failure = Some(Failure { cause: worst, since, retry_at, backoff_us, resumed_waiters: false });
         let policy = if fault == Fault::NoSpace { self.settings.on_full } else { self.settings.on_error };
         let health = match policy {
             _ if self.health.stopped().is_some() => return,

@@ -11,6 +11,7 @@ use crate::cache::{Access, Admitted, CopyResult, Notice, Outcome, PageCache, Pie
 use crate::prng::Prng;
 use crate::units::{Fault, ImageHoles, OpKind, SectorSpan, Tick, Unmap};
 
+use super::Counts;
 use super::disk::Disk;
 use super::failure_oracle::FailureOracle;
 use super::memory::{GARBAGE, Memory};
@@ -45,8 +46,8 @@ pub(super) struct World {
     failures: FailureOracle,
     now_us: u64,
     step: u64,
-    /// Consecutive turns at one moment that left no operation in flight.
-    idle_turns: u32,
+    /// Counts what moves requests on: admissions, copies, completions, and operations of the store.
+    progress: u64,
     /// The version of the last write.
     version: u32,
     next_ticket: u64,
@@ -60,8 +61,7 @@ pub(super) struct World {
     answers: Vec<(u64, bool)>,
     /// Prints what happens to this sector: `GENBLK_SIM_TRACE`.
     traced: Option<u64>,
-    /// Number of completed requests.
-    pub completed: u64,
+    pub counts: Counts,
 }
 
 impl World {
@@ -89,7 +89,7 @@ impl World {
             base,
             now_us: 0,
             step: 0,
-            idle_turns: 0,
+            progress: 0,
             version: 0,
             next_ticket: 0,
             requests: BTreeMap::new(),
@@ -98,7 +98,7 @@ impl World {
             resumable: Vec::new(),
             answers: Vec::new(),
             traced: std::env::var("GENBLK_SIM_TRACE").ok().and_then(|sector| sector.parse().ok()),
-            completed: 0,
+            counts: Counts::default(),
         }
     }
 
@@ -161,6 +161,9 @@ impl World {
         }
         if worker_runs && !self.memory.has_crashed() {
             self.end_turn();
+            if self.prng.percent(10) {
+                self.take_immediate_turns();
+            }
         }
         if crashes {
             self.start_next_daemon();
@@ -261,8 +264,14 @@ impl World {
         }
         self.copies.extend(pieces.into_iter().map(|piece| (ticket, piece)));
         match admitted {
-            Admitted::All => request.admitted = request.span.count as u32,
-            Admitted::Until(at) => request.admitted = at,
+            Admitted::All => {
+                request.admitted = request.span.count as u32;
+                self.progress += 1;
+            }
+            Admitted::Until(at) => {
+                self.progress += u64::from(at > request.admitted);
+                request.admitted = at;
+            }
             Admitted::Refused(at, _) => {
                 request.failed = true;
                 request.settled += request.span.count - u64::from(at);
@@ -276,6 +285,7 @@ impl World {
     fn copy_piece(&mut self) {
         let at = self.prng.below(self.copies.len() as u64) as usize;
         let (ticket, piece) = self.copies.swap_remove(at);
+        self.progress += 1;
         let request = self.requests.get_mut(&ticket).expect("a piece belongs to a request");
         let copy_fails = matches!(request.op, GuestOp::Write { .. }) && self.prng.percent(2);
         let count = if copy_fails { self.prng.below(u64::from(piece.count)) as usize } else { piece.count as usize };
@@ -321,6 +331,7 @@ impl World {
     }
 
     fn complete_request(&mut self, ticket: u64, succeeded: bool) {
+        self.progress += 1;
         if self.scenario.late_answers && self.prng.percent(50) {
             self.answers.push((ticket, succeeded));
         } else {
@@ -331,7 +342,7 @@ impl World {
     /// The guest learns that a request has completed.
     fn answer(&mut self, ticket: u64, succeeded: bool) {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
-        self.completed += 1;
+        self.counts.requests += 1;
         self.trace(request.span, || format!("answer to {ticket}: {:?}, succeeded: {succeeded}", request.op));
         let (class, now) = (request.op.class(), Tick(self.now_us));
         let may_fail = request.copy_failed || self.failures.may_fail(class, request.sent_at, &self.settings, now);
@@ -397,6 +408,7 @@ impl World {
 
     fn complete_operation(&mut self, tag: u32) {
         let op = self.operations.remove(&tag).expect("an operation in flight");
+        self.progress += 1;
         let failed = op.failed.expect("it has taken effect");
         self.trace(op.span, || format!("operation {tag} completes: {:?}", op.kind));
         let (first, count) = (op.span.start as usize, op.span.count as usize);
@@ -490,6 +502,8 @@ impl World {
     }
 
     fn submit_operation(&mut self, tag: u32, mut op: DiskOp) {
+        self.progress += 1;
+        self.counts.operations += 1;
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             OpKind::Write => {
@@ -519,6 +533,7 @@ impl World {
     /// Replaces a daemon that crashed. Its operations in flight still reach the disk, but their results are lost; the
     /// next daemon restores its memory, and the front-end submits the requests in flight again.
     fn start_next_daemon(&mut self) {
+        self.counts.deaths += 1;
         self.memory.restore_crash_image();
         self.trace(SectorSpan::new(0, 0), || {
             let records = self.memory.records();

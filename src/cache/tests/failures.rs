@@ -160,3 +160,38 @@ fn a_store_that_cannot_map_holes_is_never_asked_for_a_map() {
         assert_eq!(waits_for_map, can_map, "after a discard, a read waits for a Map if the store can map");
     }
 }
+
+#[test]
+fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
+    let settings = Settings {
+        holes: ImageHoles::Possible,
+        allocate: true,
+        on_full: ErrorPolicy::Hold,
+        hold_us: 10_000_000,
+        ..settings_of(1024, 1 << 20)
+    };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    let write = |cache: &mut PageCache| {
+        assert_eq!(cache.write(Access { resumed: true, ..access(0, 8) }, &mut Vec::new()), Admitted::Until(0));
+    };
+    write(&mut cache);
+    let allocations = started(&mut cache, NOW);
+    cache.complete(allocations[0].0, &Outcome::Failed(Fault::NoSpace), NOW);
+    let mut resumed_at = Vec::new();
+    let mut now = NOW;
+    for _ in 0..100 {
+        cache.pump(now);
+        let mut notices = Vec::new();
+        cache.take_notices(&mut notices);
+        if notices == [Notice::Resume(Ticket(1))] {
+            resumed_at.push(now);
+            // Its allocation stays in flight.
+            write(&mut cache);
+        }
+        now = cache.next_deadline().expect("the hold ends").max(now);
+        if now >= NOW.plus_us(10_000_000) {
+            break;
+        }
+    }
+    assert_eq!(resumed_at.len(), 2, "after the failure, and after the pause: {resumed_at:?}");
+}

@@ -19,6 +19,7 @@ mod scenario;
 mod store;
 mod world;
 
+use super::Counts;
 use crate::fault_injection::{PlantedBug, run_with};
 
 use world::World;
@@ -26,26 +27,19 @@ use world::World;
 /// Random steps of a world.
 const STEPS: u64 = 2000;
 
-/// What happened in a world.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    completed: u64,
-    deaths: u64,
-}
-
 /// Runs one seed.
 fn run(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<Counts> {
     run_with(planted, || {
         let mut world = World::new(seed);
         world.run(STEPS);
-        Counts { completed: world.completed, deaths: world.deaths }
+        world.counts()
     })
 }
 
 /// Runs seeds; a failure names its seed.
 fn run_all(seeds: impl Iterator<Item = u64>) -> Counts {
     seeds.fold(Counts::default(), |sum, seed| match run(seed, None) {
-        Ok(counts) => Counts { completed: sum.completed + counts.completed, deaths: sum.deaths + counts.deaths },
+        Ok(counts) => sum + counts,
         Err(_) => panic!("daemon: seed {seed} failed: replay it with `make sim SEED={seed}`"),
     })
 }
@@ -53,7 +47,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> Counts {
 #[test]
 fn fixed_seeds_keep_every_guarantee_of_the_daemon() {
     let counts = run_all(0..60);
-    assert!(counts.completed > 6000 && counts.deaths > 60, "too little happened: {counts:?}");
+    assert!(counts.requests > 6000 && counts.deaths > 60, "too little happened: {counts}");
 }
 
 #[test]
@@ -69,10 +63,10 @@ fn random_seeds_keep_every_guarantee_of_the_daemon() {
 fn seeds_from_the_environment() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     if let Some(seed) = number("GENBLK_SIM_SEED") {
-        println!("daemon, seed {seed}: {:?}", run_all(seed..seed + 1));
+        println!("daemon: seed {seed}: {}", run_all(seed..seed + 1));
     }
     if let Some(count) = number("GENBLK_SIM_COUNT") {
-        println!("daemon, {count} seeds: {:?}", run_all(1000..1000 + count));
+        println!("daemon: {count} seeds: {}", run_all(1000..1000 + count));
     }
 }
 

@@ -93,6 +93,8 @@ struct Disk {
     next_id: u64,
     operations: Vec<Operation>,
     queues: Vec<Queue>,
+    /// Events that a queue's owner has reaped.
+    reaped: u64,
     faults: u64,
 }
 
@@ -120,6 +122,7 @@ impl SimulatedImage {
             next_id: 0,
             operations: Vec::new(),
             queues: Vec::new(),
+            reaped: 0,
             faults: 0,
         };
         Self { limits, disk: Arc::new(Mutex::new(disk)) }
@@ -137,6 +140,17 @@ impl SimulatedImage {
     /// Whether an operation has failed.
     pub fn has_failed(&self) -> bool {
         self.disk().faults > 0
+    }
+
+    /// Number of operations that were submitted.
+    pub fn submitted(&self) -> u64 {
+        self.disk().next_id
+    }
+
+    /// Number of operations that were submitted or reaped: each is progress.
+    pub fn activity(&self) -> u64 {
+        let disk = self.disk();
+        disk.next_id + disk.reaped
     }
 
     /// Lets everything happen that is due at `now_us`.
@@ -439,10 +453,11 @@ impl StoreQueue for SimulatedQueue {
 
     fn reap(&mut self, events: &mut Vec<Event>) {
         let mut disk = self.image.disk();
-        let Disk { queues, unsynced, clock, .. } = &mut *disk;
+        let Disk { queues, unsynced, clock, reaped, .. } = &mut *disk;
         let queue = &mut queues[self.index];
         let _ = queue.wake.read();
         queue.in_flight -= queue.events.len();
+        *reaped += queue.events.len() as u64;
         for (id, event) in queue.events.drain(..) {
             let own = unsynced.iter_mut().flatten().filter(|write| write.operation == id);
             own.for_each(|write| write.heard = Some(*clock));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
 
+use super::super::Counts;
 use super::control::Session;
 use super::guest::{Action, Completed, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life};
@@ -18,8 +19,10 @@ use crate::units::{SectorSpan, Tick};
 
 /// Rounds of the last phase after which a request in flight counts as stuck.
 const ROUNDS_MAX: u32 = 100_000;
-/// Rounds in which workers are busy until the next operation ends.
-const ROUNDS_PER_EVENT: u32 = 100;
+/// Turns in a row of a worker at one moment, each with work and without any progress, after which it counts as
+/// spinning. A few are right: a sweep that ends at its bound, and requests that are resumed and find that others took
+/// the room.
+const IDLE_TURNS_MAX: u32 = 10;
 /// Effects and reads in flight that a sector has at most: the oracle tries all their orders.
 const CONTENTION_MAX: usize = 3;
 
@@ -41,6 +44,8 @@ pub(super) struct World {
     /// The present period in write-through mode.
     pub write_through: Option<u64>,
     pub periods: u64,
+    /// By worker: the state after its last turn, of all that counts as progress, and its turns since without any.
+    last_progress: Vec<([u64; 5], u32)>,
     /// Writes that were lost with their daemon.
     lost: Vec<RequestId>,
     next_id: RequestId,
@@ -51,6 +56,11 @@ pub(super) struct World {
 }
 
 impl World {
+    /// What happened so far.
+    pub fn counts(&self) -> Counts {
+        Counts { requests: self.completed, operations: self.image.submitted(), deaths: self.deaths }
+    }
+
     pub fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed);
         let (settings, limits) = settings(&mut prng);
@@ -64,6 +74,7 @@ impl World {
             image: SimulatedImage::new(limits, scenario.behaviour, disk_prng, scenario.hole_percent),
             oracle: Oracle::new((0..settings.image_sectors).map(|_| 0)),
             write_through: (!scenario.writeback).then_some(0),
+            last_progress: vec![Default::default(); scenario.workers],
             prng,
             scenario,
             settings,
@@ -142,10 +153,27 @@ impl World {
         }
         let now = Tick(self.now_us);
         let stepped = self.life.as_mut().map(|life| life.step(worker, now));
-        stepped.expect("the daemon lives").unwrap_or_else(|_| {
-            self.daemon_died();
-            true
-        })
+        match stepped.expect("the daemon lives") {
+            Ok(stepped) => {
+                self.check_progress(worker, stepped);
+                stepped
+            }
+            Err(_) => {
+                self.daemon_died();
+                true
+            }
+        }
+    }
+
+    /// A worker that `stepped`, because it had work, makes progress soon or finds no more work at this moment.
+    fn check_progress(&mut self, worker: usize, stepped: bool) {
+        let used = self.rings.iter().map(|ring| u64::from(ring.used_idx())).sum();
+        let state = [self.now_us, self.image.activity(), self.next_id, self.deaths, used];
+        let (last, idle_turns) = &mut self.last_progress[worker];
+        *idle_turns = if stepped && *last == state { *idle_turns + 1 } else { 0 };
+        *last = state;
+        let spins = *idle_turns >= IDLE_TURNS_MAX;
+        assert!(!spins, "liveness: worker {worker} spins: {:?}", self.life.as_ref().map(Life::describe));
     }
 
     /// Starts the next daemon; it may die before it serves anything.
@@ -315,7 +343,7 @@ impl World {
 
     /// Runs until no request is in flight and no action of the front-end in progress.
     pub fn complete_all_requests(&mut self) {
-        for round in 1..=ROUNDS_MAX {
+        for _ in 0..ROUNDS_MAX {
             self.image.advance(self.now_us);
             let mut progress = self.poll_control();
             for worker in 0..self.scenario.workers {
@@ -333,9 +361,6 @@ impl World {
                 let next = self.next_event();
                 let at = next.unwrap_or_else(|| panic!("liveness: nothing will complete {in_flight} requests"));
                 self.now_us = self.now_us.max(at);
-            } else if round.is_multiple_of(ROUNDS_PER_EVENT) {
-                // A worker can be busy as long as an operation takes.
-                self.now_us = self.now_us.max(self.image.next_event().unwrap_or(0));
             }
         }
         let (now, next, stats) = (self.now_us, self.image.next_event(), self.life.as_ref().map(Life::describe));

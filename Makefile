@@ -12,7 +12,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
 	@echo
-	@echo "  variables: SEED=n, N=n (simulator), SOAK_MINUTES=n, ROWS=name,name (of make bench),"
+	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), SOAK_MINUTES=n, ROWS=name,name (of make bench),"
 	@echo "             ARGS=\"--peer 'name=command with {sock} {img}'\" (another server for make bench)"
 
 setup: ## get what building and testing need (Debian, Ubuntu); quick when nothing is missing
@@ -36,15 +36,15 @@ check: ## formatting, lints, documentation and unit tests (2 minutes)
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	$(CARGO) test --locked --lib --bins --test tidy
 
-sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that many (100 unless given)
-	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100)) \
+sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that many (100 unless given), FIRST=n on
+	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100) GENBLK_SIM_FIRST=$(or $(FIRST),1000)) \
 		$(CARGO) test --release --locked --lib seeds_from_the_environment -- --nocapture
 
 soak: setup ## simulator, kills and guest tests in a loop, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \
 	while [ $$(date +%s) -lt $$end ]; do \
 		round=$$((round + 1)); echo "soak: round $$round"; \
-		$(MAKE) --no-print-directory sim SEED= N=1000 && \
+		$(MAKE) --no-print-directory sim SEED= N=1000 FIRST=$$((round * 1000)) && \
 		GENBLK_KILLS=200 $(CARGO) test --release --locked --test survival && \
 		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest || exit 1; \
 	done; echo "soak: $$round rounds, no failure"

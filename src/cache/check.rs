@@ -1,4 +1,4 @@
-//! The invariants of [`PageCache`], recounted from scratch. The simulator calls this after every step.
+//! The invariants of [`PageCache`], recounted from scratch. The simulator calls this every few steps.
 
 use crate::units::{FrameId, OpKind};
 

@@ -111,7 +111,7 @@ pub trait FrameMemory: Send + std::fmt::Debug {
 /// - I10: Every request completes exactly once. Upheld by the queues of waiters, stalled requests, flushes and ranges,
 ///   which remove an entry when they report it, and by the owner.
 ///
-/// [`PageCache::check`] recounts I1 to I7 and I9 from scratch. The simulator calls it after every step, and its oracle
+/// [`PageCache::check`] recounts I1 to I7 and I9 from scratch. The simulator calls it every few steps, and its oracle
 /// checks I8 and I10.
 #[derive(Debug)]
 pub struct PageCache {

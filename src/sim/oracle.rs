@@ -12,13 +12,45 @@ struct Candidate {
     ended: Option<u64>,
 }
 
+/// Versions of a sector, most often few: then without an allocation.
+#[derive(Clone, Debug, Default)]
+struct Versions {
+    first: [u32; 3],
+    len: u8,
+    more: Vec<u32>,
+}
+
+impl Versions {
+    fn push(&mut self, version: u32) {
+        match self.first.get_mut(usize::from(self.len)) {
+            Some(free) => {
+                *free = version;
+                self.len += 1;
+            }
+            None => self.more.push(version),
+        }
+    }
+
+    fn contains(&self, version: u32) -> bool {
+        self.first[..usize::from(self.len)].contains(&version) || self.more.contains(&version)
+    }
+}
+
+impl FromIterator<u32> for Versions {
+    fn from_iter<I: IntoIterator<Item = u32>>(versions: I) -> Self {
+        let mut collected = Self::default();
+        versions.into_iter().for_each(|version| collected.push(version));
+        collected
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Sector {
     /// The writes whose version a read may return.
     current: Vec<Candidate>,
     /// The versions that the sector may hold after a power cut; `None`: any, because it was discarded and no later
     /// write is stable.
-    durable: Option<Vec<u32>>,
+    durable: Option<Versions>,
     /// Discarded, and not written since: a read may return anything.
     unconstrained: bool,
 }
@@ -33,14 +65,14 @@ pub(super) struct Oracle {
 #[derive(Clone, Debug)]
 pub(super) struct Knowledge {
     first: usize,
-    allowed: Vec<Option<Vec<u32>>>,
+    allowed: Vec<Option<Versions>>,
 }
 
 impl Oracle {
     /// A disk of `count` sectors that hold version 0.
     pub fn new(count: usize) -> Self {
         let current = vec![Candidate { version: 0, ended: Some(0) }];
-        let sector = Sector { current, durable: Some(vec![0]), unconstrained: false };
+        let sector = Sector { current, durable: Some([0].into_iter().collect()), unconstrained: false };
         Self { sectors: vec![sector; count] }
     }
 
@@ -132,7 +164,7 @@ impl Oracle {
 
     /// Whether a sector may hold `version` after a power cut.
     pub fn may_survive(&self, sector: usize, version: u32) -> bool {
-        self.sectors[sector].durable.as_ref().is_none_or(|durable| durable.contains(&version))
+        self.sectors[sector].durable.as_ref().is_none_or(|durable| durable.contains(version))
     }
 }
 
@@ -150,7 +182,7 @@ impl Knowledge {
     }
 
     /// The part of the request's sectors that lies in `span`.
-    fn overlap(&mut self, span: SectorSpan) -> &mut [Option<Vec<u32>>] {
+    fn overlap(&mut self, span: SectorSpan) -> &mut [Option<Versions>] {
         let within = |sector: u64| (sector as usize).saturating_sub(self.first).min(self.allowed.len());
         let (from, to) = (within(span.start), within(span.end()));
         &mut self.allowed[from..to]
@@ -158,6 +190,6 @@ impl Knowledge {
 
     /// Whether sector `at` of the request may hold `version`.
     pub fn allows(&self, at: usize, version: u32) -> bool {
-        self.allowed[at].as_ref().is_none_or(|allowed| allowed.contains(&version))
+        self.allowed[at].as_ref().is_none_or(|allowed| allowed.contains(version))
     }
 }

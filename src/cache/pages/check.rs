@@ -1,7 +1,5 @@
 //! I1 to I5 and I9, recounted from scratch.
 
-use std::collections::HashMap;
-
 use crate::units::{FrameId, PageNo};
 
 use super::Pages;
@@ -18,15 +16,15 @@ impl Pages {
     }
 
     fn check_frames(&self, held: impl Iterator<Item = FrameId>) {
-        let mut references: HashMap<FrameId, u32> = HashMap::new();
+        let mut references = vec![0; self.frames.total() as usize];
         for frame in self.iter().filter_map(|(_, page)| page.frame()).chain(held) {
-            *references.entry(frame).or_default() += 1;
+            references[frame.index()] += 1;
         }
-        for (&frame, &count) in &references {
+        for (frame, &count) in (0..).map(FrameId).zip(&references).filter(|(_, count)| **count > 0) {
             assert_eq!(self.frames.references(frame), count, "I3: references of {frame:?}");
         }
-        let held = self.frames.total() - self.frames.free();
-        assert_eq!(references.len(), held as usize, "I9: free + held frames = arena");
+        let held = references.iter().filter(|count| **count > 0).count();
+        assert_eq!(held, (self.frames.total() - self.frames.free()) as usize, "I9: free + held frames = arena");
     }
 
     fn check_pages(&self) {

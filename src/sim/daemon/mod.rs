@@ -57,8 +57,8 @@ fn random_seeds_keep_every_guarantee_of_the_daemon() {
     run_all(first..first + 5);
 }
 
-/// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from 1000 on; without these variables, nothing. The
-/// Makefile's target `sim` sets them.
+/// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
+/// variables, nothing. The Makefile's target `sim` sets them.
 #[test]
 fn seeds_from_the_environment() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
@@ -66,7 +66,8 @@ fn seeds_from_the_environment() {
         println!("daemon: seed {seed}: {}", run_all(seed..seed + 1));
     }
     if let Some(count) = number("GENBLK_SIM_COUNT") {
-        println!("daemon: {count} seeds: {}", run_all(1000..1000 + count));
+        let first = number("GENBLK_SIM_FIRST").unwrap_or(1000);
+        println!("daemon: {count} seeds: {}", run_all(first..first + count));
     }
 }
 

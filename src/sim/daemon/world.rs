@@ -44,8 +44,10 @@ pub(super) struct World {
     /// The present period in write-through mode.
     pub write_through: Option<u64>,
     pub periods: u64,
+    /// Actions of the front-end and the operator that began or advanced.
+    control_steps: u64,
     /// By worker: the state after its last turn, of all that counts as progress, and its turns since without any.
-    last_progress: Vec<([u64; 5], u32)>,
+    last_progress: Vec<([u64; 6], u32)>,
     /// Writes that were lost with their daemon.
     lost: Vec<RequestId>,
     next_id: RequestId,
@@ -74,6 +76,7 @@ impl World {
             image: SimulatedImage::new(limits, scenario.behaviour, disk_prng, scenario.hole_percent),
             oracle: Oracle::new((0..settings.image_sectors).map(|_| 0)),
             write_through: (!scenario.writeback).then_some(0),
+            control_steps: 0,
             last_progress: vec![Default::default(); scenario.workers],
             prng,
             scenario,
@@ -117,9 +120,10 @@ impl World {
 
     fn step(&mut self) {
         self.image.advance(self.now_us);
-        self.poll_control();
+        self.control_steps += u64::from(self.poll_control());
         if self.prng.below(1000) < self.scenario.control_permille {
             self.start_control_action();
+            self.control_steps += 1;
         }
         match self.prng.below(100) {
             0..40 => {
@@ -168,7 +172,7 @@ impl World {
     /// A worker that `stepped`, because it had work, makes progress soon or finds no more work at this moment.
     fn check_progress(&mut self, worker: usize, stepped: bool) {
         let used = self.rings.iter().map(|ring| u64::from(ring.used_idx())).sum();
-        let state = [self.now_us, self.image.activity(), self.next_id, self.deaths, used];
+        let state = [self.now_us, self.image.activity(), self.next_id, self.deaths, self.control_steps, used];
         let (last, idle_turns) = &mut self.last_progress[worker];
         *idle_turns = if stepped && *last == state { *idle_turns + 1 } else { 0 };
         *last = state;
@@ -346,6 +350,7 @@ impl World {
         for _ in 0..ROUNDS_MAX {
             self.image.advance(self.now_us);
             let mut progress = self.poll_control();
+            self.control_steps += u64::from(progress);
             for worker in 0..self.scenario.workers {
                 progress |= self.step_worker(worker);
             }

@@ -20,6 +20,13 @@ use crate::virtio::config_space::includes_writeback;
 /// Largest configuration space of the protocol (VHOST_USER_MAX_CONFIG_SIZE in QEMU).
 const CONFIG_BYTES_MAX: usize = 256;
 
+/// The protocol features that vhost-user-backend gets to see. `relay.rs` offers INFLIGHT_SHMFD as well.
+pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
 /// One connection's view of a device.
 #[derive(Clone)]
 pub(super) struct Backend(Arc<View>);
@@ -56,11 +63,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE
+        PROTOCOL_FEATURES
     }
 
     /// => A front-end may repeat SET_FEATURES while the device runs. That does not change the mode the guest set by

@@ -3,6 +3,10 @@
 //!
 //! - It offers INFLIGHT_SHMFD, and handles GET_INFLIGHT_FD and SET_INFLIGHT_FD itself.
 //! - It sorts a memory table by guest address: vhost-user-backend refuses any other order.
+//! - It lets a front-end begin anew on its connection. QEMU sends a second SET_OWNER when a device is unplugged and
+//!   another one plugged on the same character device; vhost-user-backend refuses it, and would keep the memory of the
+//!   first device.
+//! - It withholds protocol features that were not offered.
 //!
 //! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place
 //! among those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to
@@ -15,11 +19,14 @@ use std::os::unix::net::UnixStream;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::backend::PROTOCOL_FEATURES;
 use super::inflight::Inflight;
+use super::vring::VringControl;
 use super::wire::Message;
 use crate::sys::poll::wait_any_readable;
 
 const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
+const SET_OWNER: u32 = FrontendReq::SET_OWNER as u32;
 const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
 const GET_PROTOCOL_FEATURES: u32 = FrontendReq::GET_PROTOCOL_FEATURES as u32;
 const SET_PROTOCOL_FEATURES: u32 = FrontendReq::SET_PROTOCOL_FEATURES as u32;
@@ -43,44 +50,94 @@ enum Reply {
     Replace(Message),
     /// Nothing: as `Replace`, for a request without a reply.
     Swallow,
+    /// Nothing yet: vhost-user-backend has handled all that came before this second SET_OWNER.
+    NewOwner(Message),
+}
+
+/// How a relay ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// One end has disconnected, or the session must end.
+    Disconnected,
+    /// The front-end begins anew, on the same connection.
+    NewOwner(NewOwner),
+}
+
+/// What a front-end that begins anew has sent already: its SET_OWNER, and before that the protocol features.
+#[derive(Debug)]
+pub(super) struct NewOwner {
+    set_owner: Message,
+    set_protocol_features: Option<Message>,
 }
 
 /// The two ends of a session, and the replies on their way between them.
-#[derive(Debug)]
 pub(super) struct Relay<'a> {
     front_end: &'a UnixStream,
     backend_end: UnixStream,
     /// Readable once the session must end.
     stop: &'a EventFd,
     inflight: &'a Inflight,
+    rings: &'a [VringControl],
+    /// The front-end has sent SET_OWNER.
+    owned: bool,
+    /// The front-end has sent a second SET_OWNER, and waits until everything before it is done.
+    held: bool,
+    /// The last protocol features that the front-end has set.
+    protocol_features: Option<u64>,
     /// What the front-end gets for each GET_FEATURES that vhost-user-backend has yet to reply to.
     replies: VecDeque<Reply>,
 }
 
 impl<'a> Relay<'a> {
     /// A relay between a front-end and vhost-user-backend.
-    pub fn new(front_end: &'a UnixStream, backend_end: UnixStream, stop: &'a EventFd, inflight: &'a Inflight) -> Self {
-        Self { front_end, backend_end, stop, inflight, replies: VecDeque::new() }
+    pub fn new(
+        front_end: &'a UnixStream,
+        backend_end: UnixStream,
+        stop: &'a EventFd,
+        inflight: &'a Inflight,
+        rings: &'a [VringControl],
+    ) -> Self {
+        let (owned, held, protocol_features, replies) = (false, false, None, VecDeque::new());
+        Self { front_end, backend_end, stop, inflight, rings, owned, held, protocol_features, replies }
     }
 
-    /// Forwards messages until one end disconnects or the session must end.
+    /// Sends vhost-user-backend what a front-end that begins anew has sent already.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn begin_anew(&mut self, owner: NewOwner) -> io::Result<()> {
+        // vhost-user-backend acknowledges messages only to a front-end that has asked for the features.
+        self.reply_in_order(Reply::Swallow)?;
+        if let Some(message) = owner.set_protocol_features {
+            self.forward_request(message)?;
+        }
+        self.forward_request(owner.set_owner)
+    }
+
+    /// Forwards messages until one end disconnects, the session must end, or the front-end begins anew.
     ///
     /// # Errors
     /// The error of a socket; [`io::ErrorKind::TimedOut`] for a front-end that stalls within a message;
     /// [`io::ErrorKind::InvalidData`] for a malformed inflight message.
-    pub fn run(mut self) -> io::Result<()> {
+    pub fn run(mut self) -> io::Result<Ended> {
         loop {
-            let [stop, from_backend, from_front_end] =
-                wait_any_readable([self.stop, &self.backend_end, self.front_end])?;
+            let [stop, from_backend, from_front_end] = if self.held {
+                let [stop, from_backend] = wait_any_readable([self.stop, &self.backend_end])?;
+                [stop, from_backend, false]
+            } else {
+                wait_any_readable([self.stop, &self.backend_end, self.front_end])?
+            };
             if stop {
-                return Ok(());
+                return Ok(Ended::Disconnected);
             }
             if from_backend {
-                let Some(message) = Message::receive(&self.backend_end)? else { return Ok(()) };
-                self.forward_reply(message)?;
+                let Some(message) = Message::receive(&self.backend_end)? else { return Ok(Ended::Disconnected) };
+                if let Some(owner) = self.forward_reply(message)? {
+                    return Ok(Ended::NewOwner(owner));
+                }
             }
             if from_front_end {
-                let Some(message) = Message::receive(self.front_end)? else { return Ok(()) };
+                let Some(message) = Message::receive(self.front_end)? else { return Ok(Ended::Disconnected) };
                 self.forward_request(message)?;
             }
         }
@@ -90,7 +147,15 @@ impl<'a> Relay<'a> {
     fn forward_request(&mut self, mut message: Message) -> io::Result<()> {
         match message.request {
             GET_FEATURES => self.replies.push_back(Reply::PassThrough),
-            SET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits & !INFLIGHT_SHMFD),
+            SET_OWNER if self.owned => {
+                self.held = true;
+                return self.reply_in_order(Reply::NewOwner(message));
+            }
+            SET_OWNER => self.owned = true,
+            SET_PROTOCOL_FEATURES => {
+                change_bits(&mut message, |bits| bits & PROTOCOL_FEATURES.bits());
+                self.protocol_features = message.u64_at(0);
+            }
             SET_MEM_TABLE => sort_table(&mut message),
             GET_INFLIGHT_FD => {
                 let reply = self.inflight.create_region(&message)?;
@@ -114,18 +179,37 @@ impl<'a> Relay<'a> {
         question.send(&self.backend_end)
     }
 
-    /// Forwards a reply of vhost-user-backend, or what takes its place.
-    fn forward_reply(&mut self, mut message: Message) -> io::Result<()> {
+    /// Forwards a reply of vhost-user-backend, or what takes its place. Returns the owner if the front-end begins anew.
+    fn forward_reply(&mut self, mut message: Message) -> io::Result<Option<NewOwner>> {
         match message.request {
             GET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits | INFLIGHT_SHMFD),
             GET_FEATURES => match self.replies.pop_front() {
                 Some(Reply::Replace(reply)) => message = reply,
-                Some(Reply::Swallow) => return Ok(()),
+                Some(Reply::Swallow) => return Ok(None),
+                Some(Reply::NewOwner(set_owner)) => return self.second_owner(set_owner),
                 Some(Reply::PassThrough) | None => {}
             },
             _ => {}
         }
-        message.send(self.front_end)
+        message.send(self.front_end).map(|()| None)
+    }
+
+    /// Everything before a second SET_OWNER is done.
+    ///
+    /// => While a vring runs, the message says nothing new, and other back-ends ignore it too.
+    fn second_owner(&mut self, set_owner: Message) -> io::Result<Option<NewOwner>> {
+        self.held = false;
+        if self.rings.iter().any(VringControl::is_running) {
+            let done = set_owner.needs_reply().then(|| Message::reply(SET_OWNER, vec![0; 8], Vec::new()));
+            return done.map_or(Ok(()), |reply| reply.send(self.front_end)).map(|()| None);
+        }
+        let set_protocol_features = self.protocol_features.map(|features| Message {
+            request: SET_PROTOCOL_FEATURES,
+            flags: 1,
+            payload: features.to_le_bytes().to_vec(),
+            files: Vec::new(),
+        });
+        Ok(Some(NewOwner { set_owner, set_protocol_features }))
     }
 }
 

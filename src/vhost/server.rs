@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::Memory;
 use super::backend::Backend;
-use super::relay::Relay;
+use super::relay::{Ended, NewOwner, Relay};
 use super::socketpair;
 use super::vring::{Session, with_vring_factory};
 use crate::device::Device;
@@ -84,15 +84,29 @@ impl Server {
             Err(e) => return Err(e),
         };
         info!("{}: front-end connected: {}", self.device.name, describe_peer(&front_end));
-        let ended = self.session(&front_end);
+        let mut owner = None;
+        let ended = loop {
+            let ended = self.session(&front_end, owner.take());
+            self.workers.set_memory(&Arc::new(GuestRam::default()));
+            match ended {
+                Ok(Ended::NewOwner(next)) => {
+                    info!("{}: the front-end begins anew on its connection", self.device.name);
+                    // As at a disconnection: the guest of before may not return.
+                    self.workers.start_flush();
+                    owner = Some(next);
+                }
+                Ok(Ended::Disconnected) => break Ok(()),
+                Err(e) => break Err(e),
+            }
+        };
         drop(front_end);
-        self.workers.set_memory(&Arc::new(GuestRam::default()));
         self.on_disconnect(ended);
         Ok(())
     }
 
-    /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs.
-    fn session(&self, front_end: &UnixStream) -> io::Result<()> {
+    /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs. `owner`: the front-end has
+    /// begun anew with this.
+    fn session(&self, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<Ended> {
         let (listener, backend_end) = socketpair::private_listener()?;
         let session = Session::new(&self.device, &self.workers);
         let backend = Backend::new(&session, self.queue_size);
@@ -101,15 +115,16 @@ impl Server {
         let (daemon, rings) = with_vring_factory(&session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| daemon_error(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| daemon_error(&e))?;
-        let relayed = Relay::new(front_end, backend_end, &self.stop, &session.inflight).run();
+        let mut relay = Relay::new(front_end, backend_end, &self.stop, &session.inflight, &rings);
+        let relayed = owner.map_or(Ok(()), |owner| relay.begin_anew(owner)).and_then(|()| relay.run());
         let served = daemon.wait();
         for ring in &rings {
             ring.close();
         }
-        relayed?;
+        let ended = relayed?;
         match served {
-            Err(DaemonError::HandleRequest(VhostUserError::Disconnected | VhostUserError::PartialMessage)) => Ok(()),
-            served => served.map_err(|e| daemon_error(&e)),
+            Err(DaemonError::HandleRequest(VhostUserError::Disconnected | VhostUserError::PartialMessage)) => Ok(ended),
+            served => served.map_err(|e| daemon_error(&e)).map(|()| ended),
         }
     }
 

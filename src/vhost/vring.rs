@@ -207,6 +207,11 @@ impl VringControl {
         }
     }
 
+    /// Whether a worker serves the vring.
+    pub fn is_running(&self) -> bool {
+        self.config().running
+    }
+
     /// Stops the vring because the front-end has disconnected.
     pub fn close(&self) {
         self.change(|config| config.ready = false);

@@ -152,6 +152,20 @@ impl Session {
         session
     }
 
+    /// Begins anew on the same connection, as QEMU does when a device is unplugged and another one plugged: protocol
+    /// features first, then SET_OWNER, then the features. Nothing is shared or set up.
+    #[track_caller]
+    pub fn begin_anew(mut self) -> Self {
+        let protocol = self.frontend.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
+        self.frontend.set_protocol_features(protocol & used_protocol_features()).expect("SET_PROTOCOL_FEATURES");
+        self.frontend.get_queue_num().expect("GET_QUEUE_NUM");
+        self.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS");
+        self.frontend.set_owner().expect("SET_OWNER");
+        assert_eq!(self.frontend.get_features().expect("GET_FEATURES"), self.offered);
+        self.frontend.set_features(self.features).expect("SET_FEATURES");
+        self
+    }
+
     #[track_caller]
     fn negotiate_for(socket: &Path, features: u64, memory: Arc<GuestMemory>, rings: Vec<Ring>) -> Self {
         let (stream, mut frontend, offered) = Self::connect_and_get_features(socket);

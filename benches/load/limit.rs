@@ -18,7 +18,7 @@ use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
 use genblk::vhost::{Server, SocketAccess, bind};
 use genblk::virtio::Status;
 use genblk::virtio::chain::DescriptorTable;
-use genblk::virtio::config_space::DiskParameters;
+use genblk::virtio::config_space::{DiscardLimits, DiskParameters};
 use genblk::virtio::guest_copy::{GuestCursor, write_status};
 use genblk::virtio::request::{Disk, Malformed, Request, RequestKind, parse, serial};
 use genblk::waker::Waker;
@@ -37,14 +37,21 @@ const QUEUES: u16 = 64;
 /// The system's.
 pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<()> {
     let capacity_sectors = disk_bytes / SECTOR_BYTES;
-    let disk =
-        Disk { capacity_sectors, read_only: false, can_discard: false, can_zero: false, serial: serial("limit") };
+    let discard = DiscardLimits::new(0, 0);
+    let disk = Disk {
+        capacity_sectors,
+        read_only: false,
+        can_discard: false,
+        max_discard_sectors: discard.max_sectors,
+        can_zero: false,
+        serial: serial("limit"),
+    };
     let parameters = DiskParameters {
         capacity_sectors,
         block_bytes: 512,
         physical_block_bytes: 4096,
         optimal_io_bytes: 0,
-        discard_granularity_bytes: 0,
+        discard,
         num_queues: QUEUES,
         read_only: false,
         can_discard: false,

@@ -7,7 +7,7 @@
 //! (`pending_zeroes.rs`).
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Fault, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
+use crate::units::{Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
 
 use super::pages::FAILED;
 use super::pending_zeroes::{Zero, ZeroSlot};
@@ -140,7 +140,7 @@ impl PageCache {
             if started
                 || self.must_wait(&self.ranges.list[index])
                 || self.must_follow(index)
-                || self.resident_pages(pages).iter().any(|&id| self.pages[id].busy())
+                || self.pages.within(pages).iter().any(|&id| self.pages[id].busy())
             {
                 continue;
             }
@@ -227,7 +227,7 @@ impl PageCache {
         if let (Ok(()), Some((slot, zero))) = (result, range.zero()) {
             if self.is_in_doubt(op) { self.zero_in_doubt(slot, zero) } else { self.zero_done(slot, zero) }
         }
-        for id in self.resident_pages(span.pages()) {
+        for id in self.pages.within(span.pages()) {
             if result.is_ok() {
                 self.zero_inside(id, self.sectors_inside(id, span));
             } else {
@@ -247,7 +247,7 @@ impl PageCache {
     /// Drops the clean sectors of a range that is about to change on the store: if the daemon dies meanwhile, the
     /// next one must not take them for the store's contents.
     pub(super) fn forget_clean(&mut self, span: SectorSpan) {
-        for id in self.resident_pages(span.pages()) {
+        for id in self.pages.within(span.pages()) {
             let page = &self.pages[id];
             if page.busy() || page.is_unsynced() {
                 continue;
@@ -294,14 +294,5 @@ impl PageCache {
         let no = self.pages[id].no();
         let inside = span.sectors_in(no);
         if inside.or(self.pages.beyond_image(no)) == SectorMask::ALL { SectorMask::ALL } else { inside }
-    }
-
-    /// The pages of a span that are in memory. Looks up each page or walks the table, whichever is shorter.
-    fn resident_pages(&self, span: PageSpan) -> Vec<PageId> {
-        if span.count <= u64::from(self.pages.len()) {
-            span.iter().filter_map(|no| self.pages.find(no)).collect()
-        } else {
-            self.pages.iter().filter(|(_, page)| span.contains(page.no())).map(|(id, _)| id).collect()
-        }
     }
 }

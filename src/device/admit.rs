@@ -55,6 +55,7 @@ impl Requests {
         let pending = &mut self.pending[slot];
         let request = &pending.request;
         pending.write_through = !device.writeback();
+        pending.part_sectors = device.range_part_sectors;
         // Writes that this guest has seen complete are lost: every request fails until the guest resets the device.
         let intact = if device.arena.has_data_loss() { Err(Status::IoErr) } else { Ok(()) };
         let checked = intact.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
@@ -132,14 +133,14 @@ impl Requests {
         }
     }
 
-    /// Admits the segments of a DISCARD or WRITE ZEROES, up to one that has to wait.
+    /// Admits the parts of a DISCARD or WRITE ZEROES, up to one that has to wait.
     fn admit_ranges(&mut self, cache: &mut PageCache, slot: Slot) {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
-        while let Some(range) = pending.ranges.get(pending.admitted as usize) {
+        while let Some(part) = pending.range_part(pending.admitted.into()) {
             let admitted = match pending.request.kind {
-                RequestKind::WriteZeroes => cache.zero(ticket, range.span, range.unmap),
-                _ => cache.discard(ticket, range.span),
+                RequestKind::WriteZeroes => cache.zero(ticket, part.span, part.unmap),
+                _ => cache.discard(ticket, part.span),
             };
             if !admitted {
                 return;

@@ -31,11 +31,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::arena::Arena;
+use crate::units::SECTOR_BYTES;
 use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback};
 use crate::virtio::request::Disk;
 
 pub use control::{Command, Control, RingSetup};
 pub use worker::spawn;
+
+/// Sectors of a part of a DISCARD or WRITE ZEROES, unless a discard frees larger units only: 128 MiB. While a file
+/// system frees that much, other I/O to the file waits, for some 100 ms if each page is an extent of its own. And the
+/// cache looks up each page of a part with its lock held, where a block of pages is in memory.
+const RANGE_PART_SECTORS: u64 = (128 << 20) / SECTOR_BYTES;
 
 /// What a device's workers share with each other and with the control plane.
 #[derive(Debug)]
@@ -52,6 +58,9 @@ pub struct Device {
     writeback_configured: bool,
     /// The cache mode at present, which the guest may have changed (CONFIG_WCE).
     writeback: AtomicBool,
+    /// The cache gets a DISCARD or WRITE ZEROES in parts, between multiples of this many sectors. A multiple of what a
+    /// discard frees at least.
+    range_part_sectors: u64,
     /// How long an idle worker polls before it sleeps, in microseconds.
     pub poll_us: u32,
 }
@@ -68,7 +77,9 @@ impl Device {
     ) -> Arc<Self> {
         let writeback_configured = writeback;
         let writeback = AtomicBool::new(writeback && !arena.is_write_through());
-        Arc::new(Self { name, arena, disk, parameters, writeback_configured, writeback, poll_us })
+        let unit = u64::from(parameters.discard.alignment_sectors);
+        let range_part_sectors = (RANGE_PART_SECTORS / unit * unit).max(unit);
+        Arc::new(Self { name, arena, disk, parameters, writeback_configured, writeback, range_part_sectors, poll_us })
     }
 
     /// Whether a write completes before it is stable.

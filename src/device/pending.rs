@@ -2,7 +2,7 @@
 
 use crate::cache::Ticket;
 use crate::cached_image::WorkerPort;
-use crate::units::low_u32;
+use crate::units::{SectorSpan, low_u32};
 use crate::virtio::Status;
 use crate::virtio::request::{RangeSegment, Request};
 
@@ -27,9 +27,11 @@ pub(super) struct Pending {
     /// The index of its ring.
     pub ring: u16,
     pub stage: Stage,
-    /// How many sectors (or ranges) the cache has admitted.
+    /// Of a DISCARD or WRITE ZEROES: the cache gets its segments in parts, between multiples of this many sectors.
+    pub part_sectors: u64,
+    /// How many sectors (or parts of segments) the cache has admitted.
     pub admitted: u32,
-    /// How many sectors (or ranges) are done or have failed.
+    /// How many sectors (or parts of segments) are done or have failed.
     pub settled: u64,
     /// How it ends; [`Status::Ok`] until something fails.
     pub status: Status,
@@ -54,15 +56,39 @@ pub(super) struct PendingTable {
 pub(super) type Slot = u32;
 
 impl Pending {
-    /// How many sectors (or ranges) it has.
+    /// How many sectors (or parts of segments) it has.
     fn total(&self) -> u64 {
-        if self.ranges.is_empty() { self.request.span().count } else { self.ranges.len() as u64 }
+        if self.ranges.is_empty() {
+            self.request.span().count
+        } else {
+            self.ranges.iter().map(|range| parts(range.span, self.part_sectors)).sum()
+        }
     }
 
-    /// Whether every sector (or range) is done or has failed.
+    /// Part `nth` of the segments of a DISCARD or WRITE ZEROES; `None` after the last.
+    pub fn range_part(&self, mut nth: u64) -> Option<RangeSegment> {
+        for range in &self.ranges {
+            let count = parts(range.span, self.part_sectors);
+            if nth < count {
+                let first = (range.span.start / self.part_sectors + nth) * self.part_sectors;
+                let start = first.max(range.span.start);
+                let end = (first + self.part_sectors).min(range.span.end());
+                return Some(RangeSegment { span: SectorSpan::new(start, end - start), unmap: range.unmap });
+            }
+            nth -= count;
+        }
+        None
+    }
+
+    /// Whether every sector (or part of a segment) is done or has failed.
     pub fn is_settled(&self) -> bool {
         self.settled >= self.total()
     }
+}
+
+/// How many parts a segment has, which is not empty.
+fn parts(span: SectorSpan, part_sectors: u64) -> u64 {
+    span.end().div_ceil(part_sectors) - span.start / part_sectors
 }
 
 impl PendingTable {
@@ -79,6 +105,7 @@ impl PendingTable {
                 ranges: Vec::new(),
                 ring,
                 stage: Stage::Free,
+                part_sectors: 1,
                 admitted: 0,
                 settled: 0,
                 status: Status::Ok,
@@ -136,5 +163,29 @@ impl std::ops::Index<Slot> for PendingTable {
 impl std::ops::IndexMut<Slot> for PendingTable {
     fn index_mut(&mut self, slot: Slot) -> &mut Pending {
         &mut self.slots[slot as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Unmap;
+
+    #[test]
+    fn the_parts_of_a_range_request_cover_its_segments_in_order() {
+        let mut table = PendingTable::new(Ticket(0));
+        let slot = table.take(0);
+        let pending = &mut table[slot];
+        pending.part_sectors = 100;
+        for (start, count) in [(150, 10), (0, 100), (250, 300), (399, 2)] {
+            pending.ranges.push(RangeSegment { span: SectorSpan::new(start, count), unmap: Unmap::Forbidden });
+        }
+        let parts: Vec<_> = (0..).map_while(|nth| pending.range_part(nth)).map(|part| part.span).collect();
+        let expected = [(150, 10), (0, 100), (250, 50), (300, 100), (400, 100), (500, 50), (399, 1), (400, 1)];
+        assert_eq!(parts, expected.map(|(start, count)| SectorSpan::new(start, count)));
+        pending.settled = parts.len() as u64 - 1;
+        assert!(!pending.is_settled());
+        pending.settled += 1;
+        assert!(pending.is_settled());
     }
 }

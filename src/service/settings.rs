@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Limits;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u8, low_u32};
-use crate::virtio::config_space::DiskParameters;
+use crate::virtio::config_space::{DiscardLimits, DiskParameters};
 use crate::virtio::request::{Disk, serial};
 
 /// The settings of a device's cache.
@@ -64,7 +64,7 @@ pub(super) fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Devic
         block_bytes: 512,
         physical_block_bytes: limits.physical_block_bytes,
         optimal_io_bytes: limits.optimal_io_bytes,
-        discard_granularity_bytes: limits.discard_granularity,
+        discard: DiscardLimits::new(limits.discard_granularity, limits.discard_max_bytes),
         num_queues: config.num_queues,
         read_only: config.read_only,
         can_discard: limits.can_discard,
@@ -75,6 +75,7 @@ pub(super) fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Devic
         capacity_sectors: parameters.capacity_sectors,
         read_only: config.read_only,
         can_discard: limits.can_discard,
+        max_discard_sectors: parameters.discard.max_sectors,
         can_zero: limits.can_zero,
         serial: serial(&config.serial),
     };

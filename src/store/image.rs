@@ -90,6 +90,7 @@ impl OpenImage {
             segments_max: geometry.segments_max,
             depth: DEPTH,
             discard_granularity: geometry.discard_granularity,
+            discard_max_bytes: geometry.discard_max_bytes,
             physical_block_bytes: geometry.physical_block.max(alignment.block).max(alignment.memory),
             optimal_io_bytes: geometry.optimal_io,
             writable,

@@ -132,6 +132,9 @@ pub struct Limits {
     /// Smallest unit that `Discard` and `Zero` with [`Unmap::Allowed`](crate::units::Unmap) free, in bytes; 0 if
     /// unknown.
     pub discard_granularity: u32,
+    /// Most bytes that the image's device discards in one piece; the kernel splits a larger `Discard`. `u64::MAX` for a
+    /// file.
+    pub discard_max_bytes: u64,
     /// Physical block size of the image's device in bytes; `block_bytes` if unknown.
     pub physical_block_bytes: u32,
     /// The device's preferred I/O size in bytes; 0 if unknown.

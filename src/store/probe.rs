@@ -4,6 +4,7 @@
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::str::FromStr;
 
 use crate::sys;
 use crate::sys::file::FallocateMode;
@@ -35,6 +36,8 @@ pub(super) struct BlockGeometry {
     pub(super) optimal_io: u32,
     /// Smallest unit that a discard frees, in bytes; 0 if unknown, or if a device has no discard.
     pub(super) discard_granularity: u32,
+    /// Most bytes of a discard; `u64::MAX` for a regular file.
+    pub(super) discard_max_bytes: u64,
     /// Largest transfer in bytes.
     pub(super) io_max_bytes: u32,
     /// Most segments of a transfer.
@@ -54,6 +57,7 @@ impl BlockGeometry {
                 physical_block: sizes.physical,
                 optimal_io: sizes.optimal_io,
                 discard_granularity: queue_attribute(metadata.rdev(), "discard_granularity").unwrap_or(0),
+                discard_max_bytes: queue_attribute(metadata.rdev(), "discard_max_bytes").unwrap_or(0),
                 io_max_bytes,
                 segments_max,
             });
@@ -65,6 +69,7 @@ impl BlockGeometry {
             optimal_io: 0,
             // A file system allocates and frees a file's space in its blocks.
             discard_granularity: u32::try_from(metadata.blksize()).unwrap_or(0),
+            discard_max_bytes: u64::MAX,
             io_max_bytes,
             segments_max,
         })
@@ -75,16 +80,16 @@ impl BlockGeometry {
 /// split a larger one, but not in a submission that must not block: io_uring then passes it to a kernel thread, which
 /// costs more than the transfer itself.
 fn transfer_limits(device: u64) -> (u32, u16) {
-    let bytes = queue_attribute(device, "max_sectors_kb").map_or(IO_MAX_BYTES, |kib| kib.saturating_mul(1024));
+    let bytes = queue_attribute(device, "max_sectors_kb").map_or(IO_MAX_BYTES, |kib: u32| kib.saturating_mul(1024));
     let segments =
-        queue_attribute(device, "max_segments").map_or(SEGMENTS_MAX, |n| u16::try_from(n).unwrap_or(u16::MAX));
+        queue_attribute(device, "max_segments").map_or(SEGMENTS_MAX, |n: u32| u16::try_from(n).unwrap_or(u16::MAX));
     let bytes = bytes.clamp(IO_BYTES_MIN, IO_MAX_BYTES);
     (bytes - bytes % BLOCK_MAX, segments.clamp(SEGMENTS_MIN, SEGMENTS_MAX))
 }
 
 /// A number from a block device's queue directory in sysfs; for a partition, from its disk's. `None` if the file system
 /// has no block device of its own, or if the number does not fit.
-fn queue_attribute(device: u64, name: &str) -> Option<u32> {
+fn queue_attribute<T: FromStr>(device: u64, name: &str) -> Option<T> {
     let (major, minor) = (libc::major(device), libc::minor(device));
     ["queue", "../queue"].iter().find_map(|queue| {
         let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{queue}/{name}")).ok()?;
@@ -95,7 +100,8 @@ fn queue_attribute(device: u64, name: &str) -> Option<u32> {
 /// Whether a range of the image can be discarded.
 pub(super) fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
     if geometry.device_block.is_some() {
-        return geometry.discard_granularity > 0;
+        // The second is 0 where the administrator has switched discards off.
+        return geometry.discard_granularity > 0 && geometry.discard_max_bytes > 0;
     }
     // Punching a hole beyond the end of the file changes nothing.
     let beyond = geometry.size_bytes.next_multiple_of(PAGE_BYTES);

@@ -5,13 +5,13 @@
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::units::{PAGE_SIZE, SECTOR_BYTES};
-use crate::virtio::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, SEG_MAX, SIZE_MAX};
+use crate::units::{PAGE_BYTES, SECTOR_BYTES};
+use crate::virtio::{DISCARD_BYTES_MAX, DISCARD_BYTES_MIN, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, SEG_MAX};
 
 #[cfg(test)]
 mod tests;
@@ -29,7 +29,6 @@ const MMIO_CONFIG_OFFSET: u32 = 0x100;
 /// Offsets of the fields.
 mod field {
     pub(super) const CAPACITY: usize = 0;
-    pub(super) const SIZE_MAX: usize = 8;
     pub(super) const SEG_MAX: usize = 12;
     pub(super) const BLK_SIZE: usize = 20;
     pub(super) const PHYSICAL_BLOCK_EXP: usize = 24;
@@ -45,6 +44,31 @@ mod field {
     pub(super) const WRITE_ZEROES_MAY_UNMAP: usize = 56;
 }
 
+/// The limits of DISCARD, in sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardLimits {
+    /// The smallest unit that a discard frees (`discard_sector_alignment`).
+    pub alignment_sectors: u32,
+    /// Most sectors of a segment (`max_discard_sectors`).
+    pub max_sectors: u32,
+}
+
+impl DiscardLimits {
+    /// The limits for an image that frees `granularity_bytes` at least (0: unknown), and whose device discards at most
+    /// `device_max_bytes` in one piece.
+    ///
+    /// => The maximum is a multiple of the alignment, and at least one unit of it: Linux does not split discards by a
+    ///    maximum that is below the alignment, so each would exceed the maximum.
+    pub fn new(granularity_bytes: u32, device_max_bytes: u64) -> Self {
+        // To discard part of a page, the cache would have to read and keep the rest.
+        let unit = u64::from(granularity_bytes).max(PAGE_BYTES) / SECTOR_BYTES;
+        let most = device_max_bytes.clamp(DISCARD_BYTES_MIN, DISCARD_BYTES_MAX) / SECTOR_BYTES;
+        let max = (most / unit * unit).max(unit);
+        let sectors = |count: u64| u32::try_from(count).expect("below 4 GiB in bytes");
+        Self { alignment_sectors: sectors(unit), max_sectors: sectors(max) }
+    }
+}
+
 /// The properties of the disk that the guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskParameters {
@@ -56,8 +80,8 @@ pub struct DiskParameters {
     pub physical_block_bytes: u32,
     /// Preferred I/O size in bytes; 0: unknown.
     pub optimal_io_bytes: u32,
-    /// Smallest unit that a discard frees, in bytes; 0: unknown.
-    pub discard_granularity_bytes: u32,
+    /// The limits of DISCARD.
+    pub discard: DiscardLimits,
     /// Number of request queues, at least 1.
     pub num_queues: u16,
     /// Whether the guest may only read.
@@ -73,6 +97,8 @@ pub struct DiskParameters {
 impl DiskParameters {
     /// The feature bits to offer; the vhost-user layer adds its own.
     ///
+    /// => SIZE_MAX is not offered, as by QEMU's own device. FreeBSD attaches no disk with a limit below its largest
+    ///    transfer (1 MiB, or what kern.maxphys says).
     /// => FLUSH is always offered (a device SHOULD, and with CONFIG_WCE it MUST: section 5.2.5.2), and no feature that
     ///    changes data together with RO.
     pub fn features(&self) -> u64 {
@@ -81,7 +107,6 @@ impl DiskParameters {
             (VIRTIO_F_VERSION_1, true),
             (VIRTIO_RING_F_EVENT_IDX, true),
             (VIRTIO_RING_F_INDIRECT_DESC, true),
-            (VIRTIO_BLK_F_SIZE_MAX, true),
             (VIRTIO_BLK_F_SEG_MAX, true),
             (VIRTIO_BLK_F_BLK_SIZE, true),
             (VIRTIO_BLK_F_TOPOLOGY, true),
@@ -123,7 +148,6 @@ impl ConfigSpace {
     pub fn new(parameters: &DiskParameters, writeback: bool) -> Self {
         let mut space = Self { bytes: [0; CONFIG_BYTES] };
         space.set_capacity(parameters.capacity_sectors);
-        space.put(field::SIZE_MAX, SIZE_MAX.to_le_bytes());
         space.put(field::SEG_MAX, SEG_MAX.to_le_bytes());
         space.put(field::NUM_QUEUES, parameters.num_queues.to_le_bytes());
         space.set_writeback(writeback);
@@ -149,17 +173,13 @@ impl ConfigSpace {
     fn put_discard(&mut self, parameters: &DiskParameters) {
         let features = parameters.features();
         if features & (1 << VIRTIO_BLK_F_DISCARD) != 0 {
-            // To discard part of a page, the cache would have to read and keep the rest.
-            let page = u32::try_from(PAGE_SIZE).expect("4096");
-            let granularity = parameters.discard_granularity_bytes.max(page);
-            let sectors = u64::from(granularity) / SECTOR_BYTES;
-            let sectors = u32::try_from(sectors).expect("smaller than the u32 it came from");
-            self.put(field::MAX_DISCARD_SECTORS, MAX_DISCARD_SECTORS.to_le_bytes());
+            let DiscardLimits { alignment_sectors, max_sectors } = parameters.discard;
+            self.put(field::MAX_DISCARD_SECTORS, max_sectors.to_le_bytes());
             self.put(field::MAX_DISCARD_SEG, MAX_DISCARD_SEGMENTS.to_le_bytes());
-            self.put(field::DISCARD_SECTOR_ALIGNMENT, sectors.to_le_bytes());
+            self.put(field::DISCARD_SECTOR_ALIGNMENT, alignment_sectors.to_le_bytes());
         }
         if features & (1 << VIRTIO_BLK_F_WRITE_ZEROES) != 0 {
-            self.put(field::MAX_WRITE_ZEROES_SECTORS, MAX_DISCARD_SECTORS.to_le_bytes());
+            self.put(field::MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
             self.put(field::MAX_WRITE_ZEROES_SEG, MAX_DISCARD_SEGMENTS.to_le_bytes());
             self.put(field::WRITE_ZEROES_MAY_UNMAP, [u8::from(parameters.zero_may_unmap)]);
         }

@@ -51,15 +51,18 @@ impl From<Fault> for Status {
 /// cloud-hypervisor offer the same. A hint for the driver; a chain may have up to [`chain::CHAIN_DESCRIPTORS_MAX`].
 pub const SEG_MAX: u32 = 126;
 
-/// Most bytes of one data segment. With [`SEG_MAX`], a request of a driver that respects both is at most 15.75 MiB:
-/// more than the 1280 KiB that Linux sends by default, and small enough that one request does not fill a small cache.
-/// SPDK offers the same. UEFI firmware ignores it, so it is a hint and not checked.
-pub const SIZE_MAX: u32 = 128 << 10;
+/// Most bytes of one DISCARD segment, unless the smallest unit that a discard frees is larger: see
+/// [`DiscardLimits`](config_space::DiscardLimits). It is large because guests discard all of their free space at a time
+/// (fstrim), and bounded because a request, with up to [`MAX_DISCARD_SEGMENTS`] segments, cannot be cancelled.
+pub const DISCARD_BYTES_MAX: u64 = 1 << 30;
 
-/// Most sectors of one DISCARD or WRITE ZEROES segment: 16 MiB, like QEMU's vhost-user export, so that one segment does
-/// not keep the store busy for long while other requests wait.
-pub const MAX_DISCARD_SECTORS: u32 = 32768;
+/// Least value of that limit, whatever the image's device prefers: the kernel splits a discard by itself, and each
+/// request of a guest costs more than that.
+pub const DISCARD_BYTES_MIN: u64 = 16 << 20;
 
-/// Most segments of one DISCARD or WRITE ZEROES request. Their 512 bytes fit on the stack, and a request affects at
-/// most 512 MiB.
+/// Most sectors of one WRITE ZEROES segment: 16 MiB, like QEMU's vhost-user export. Where neither file system nor
+/// device can zero a range, zeros are written.
+pub const MAX_WRITE_ZEROES_SECTORS: u32 = 32768;
+
+/// Most segments of one DISCARD or WRITE ZEROES request. Their 512 bytes fit on the stack.
 pub const MAX_DISCARD_SEGMENTS: u32 = 32;

@@ -15,7 +15,7 @@ use vm_memory::{Address, GuestAddress};
 use crate::units::{SECTOR_BYTES, SectorSpan, Unmap};
 use crate::virtio::chain::{Buffer, DescriptorChain, DescriptorTable};
 use crate::virtio::guest_copy::{BadAddress, GuestCursor, GuestRange, read_once};
-use crate::virtio::{GuestRam, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, Status};
+use crate::virtio::{GuestRam, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, Status};
 
 #[cfg(test)]
 mod tests;
@@ -81,6 +81,8 @@ pub struct Disk {
     pub read_only: bool,
     /// Whether VIRTIO_BLK_F_DISCARD is offered.
     pub can_discard: bool,
+    /// Most sectors of a DISCARD segment.
+    pub max_discard_sectors: u32,
     /// Whether VIRTIO_BLK_F_WRITE_ZEROES is offered.
     pub can_zero: bool,
     /// What GET ID returns; see [`serial`].
@@ -331,13 +333,15 @@ impl Request {
     /// # Errors
     /// [`Status::Unsupported`] if any segment has an unknown flag, or UNMAP in a DISCARD (a MUST of section 5.2.6.2, so
     /// it precedes the other checks). [`Status::IoErr`] if the payload has a wrong length or is outside guest memory,
-    /// or a segment is outside the disk or longer than [`MAX_DISCARD_SECTORS`].
+    /// or a segment is outside the disk or longer than the disk allows.
     pub fn range_segments(&self, mem: &GuestRam, disk: &Disk, segments: &mut Vec<RangeSegment>) -> Result<(), Status> {
         segments.clear();
         let mut buffer = [0; PAYLOAD_BYTES_MAX];
         let payload = &mut buffer[..self.payload_bytes()?];
         GuestCursor::new(mem, &self.data).read(0, payload).map_err(|BadAddress| Status::IoErr)?;
         let allowed = if self.kind == RequestKind::WriteZeroes { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+        let is_discard = self.kind == RequestKind::Discard;
+        let count_max = if is_discard { disk.max_discard_sectors } else { MAX_WRITE_ZEROES_SECTORS };
         let (raw_segments, _) = payload.as_chunks::<SEGMENT_BYTES>();
         let mut invalid = false;
         for raw in raw_segments {
@@ -349,7 +353,7 @@ impl Request {
                 segments.clear();
                 return Err(Status::Unsupported);
             }
-            invalid |= count > MAX_DISCARD_SECTORS || !is_within(disk, start, u64::from(count));
+            invalid |= count > count_max || !is_within(disk, start, u64::from(count));
             if count > 0 {
                 let span = SectorSpan::new(start, u64::from(count));
                 let may_unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;

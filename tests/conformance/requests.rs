@@ -20,7 +20,9 @@ const UNMAP: u32 = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 const SERIAL_BYTES: usize = 20;
 
 /// Offsets in `struct virtio_blk_config`.
+const CONFIG_MAX_DISCARD_SECTORS: u32 = 36;
 const CONFIG_MAX_DISCARD_SEG: u32 = 40;
+const CONFIG_DISCARD_ALIGNMENT: u32 = 44;
 const CONFIG_MAX_WRITE_ZEROES_SEG: u32 = 52;
 
 /// First sector and count of ranges that start and end inside pages, inside one page, and at page boundaries.
@@ -181,6 +183,40 @@ fn a_discard_changes_nothing_outside_its_range() {
         session.write(base + first, &bytes[discarded]);
         assert!(session.read(base, bytes.len()) == bytes, "a rewrite of {first}+{count}");
     }
+}
+
+/// fstrim frees all free space at a time. The daemon executes a large discard in parts.
+#[test]
+fn a_discard_may_be_as_large_as_the_disk_says() {
+    const DISK_BYTES: u64 = 4 << 30;
+    let daemon = Daemon::start("requests", DISK_BYTES, &DaemonOptions::default());
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let (max, alignment) =
+        (session.config_u32(CONFIG_MAX_DISCARD_SECTORS), session.config_u32(CONFIG_DISCARD_ALIGNMENT));
+    assert!(u64::from(max) * SECTOR_BYTES as u64 >= 1 << 30, "{max} sectors at a time");
+    assert!(alignment > 0 && max.is_multiple_of(alignment), "{max} sectors are a multiple of {alignment}");
+    // Around the borders of what is discarded, and within: on the image, and in memory only.
+    let (first, end) = (u64::from(alignment), u64::from(alignment) + 2 * u64::from(max));
+    let sectors: Vec<u64> = [first - 8, first, first + 8, end - 8, end]
+        .into_iter()
+        .chain((1..32).map(|n| first + n * u64::from(max) / 16))
+        .collect();
+    for (nth, &sector) in sectors.iter().enumerate() {
+        session.write(sector, &pattern(3, sector, 4096));
+        if nth % 2 == 0 {
+            session.flush();
+        }
+    }
+    assert_eq!(session.discard(&[range(first, max, 0), range(first + u64::from(max), max, 0)]), OK);
+    for &sector in &sectors {
+        let found = session.read(sector, 4096);
+        if (first..end).contains(&sector) {
+            assert!(found.iter().all(|&byte| byte == 0), "sector {sector} is discarded: a file reads as zeros");
+        } else {
+            assert!(found == pattern(3, sector, 4096), "sector {sector} is kept");
+        }
+    }
+    assert_eq!(session.discard(&[range(0, max + 1, 0)]), IOERR, "more than the disk allows");
 }
 
 /// virtio 1.2, section 5.2.6.2: unknown flags, and unmap in a discard, give UNSUPP; a range outside the disk gives

@@ -27,7 +27,9 @@ mod table;
 use std::ops::Index;
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Epoch, FrameId, FrameRecord, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8};
+use crate::units::{
+    Epoch, FrameId, FrameRecord, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8,
+};
 
 use super::policy::{self, Policy, Verdict};
 use super::{FrameMemory, Settings};
@@ -85,6 +87,11 @@ impl Pages {
     /// Number of pages in memory.
     pub fn len(&self) -> u32 {
         self.table.len()
+    }
+
+    /// The pages of a span that are in memory, in no order.
+    pub fn within(&self, span: PageSpan) -> Vec<PageId> {
+        self.table.within(span)
     }
 
     /// The pages in memory, in no order.

@@ -5,7 +5,7 @@
 
 use std::ops::{Index, IndexMut};
 
-use crate::units::{PageId, PageNo, low_u32};
+use crate::units::{PageId, PageNo, PageSpan, low_u32};
 
 use super::page::{NONE, Page};
 
@@ -13,6 +13,8 @@ use super::page::{NONE, Page};
 const NOWHERE: PageNo = PageNo((1 << 48) - 1);
 /// Adjacent pages whose chains begin side by side, because adjacent pages are looked up, inserted and removed together.
 const ROW_PAGES: usize = 8;
+/// Pages of a block, for [`PageTable::blocks`]: 16 MiB.
+const BLOCK_PAGES: u64 = 4096;
 /// 2^64 divided by the golden ratio (Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, section 6.4).
 const FIBONACCI: u64 = 0x9e37_79b9_7f4a_7c15;
 
@@ -28,6 +30,9 @@ pub(super) struct PageTable {
     free_tail: u32,
     resident: u32,
     index: Vec<Row>,
+    /// How many pages are in the table, by the hash of their block. A range operation skips blocks without pages: most
+    /// of what guests discard is not in memory.
+    blocks: Vec<u32>,
 }
 
 /// The first page of each of eight chains, or [`NONE`]; within one cache line.
@@ -44,7 +49,44 @@ impl PageTable {
         }
         // Three chains for two pages keep them short.
         let rows = (pages as usize * 3 / 2).div_ceil(ROW_PAGES);
-        Self { slots, free_head: 0, free_tail: pages - 1, resident: 0, index: vec![Row([NONE; ROW_PAGES]); rows] }
+        Self {
+            slots,
+            free_head: 0,
+            free_tail: pages - 1,
+            resident: 0,
+            index: vec![Row([NONE; ROW_PAGES]); rows],
+            // Four times the blocks that the pages fill, so that few share a counter.
+            blocks: vec![0; (pages as usize / 1024).next_power_of_two().max(64)],
+        }
+    }
+
+    /// The counter of a page's block.
+    fn block(&self, no: PageNo) -> usize {
+        let mixed = (no.0 / BLOCK_PAGES).wrapping_mul(FIBONACCI) >> 32;
+        low_u32(mixed) as usize & (self.blocks.len() - 1)
+    }
+
+    /// The pages of a span that are in the table, in no order. Looks up each page of the blocks that have some, or walks
+    /// the table, whichever is shorter.
+    pub fn within(&self, span: PageSpan) -> Vec<PageId> {
+        let mut found = Vec::new();
+        if self.resident == 0 {
+            return found;
+        }
+        let end = span.first.0 + span.count;
+        let block_of = |at: u64| at..((at / BLOCK_PAGES + 1) * BLOCK_PAGES).min(end);
+        let blocks =
+            std::iter::successors(Some(block_of(span.first.0)), |block| (block.end < end).then(|| block_of(block.end)));
+        let occupied = blocks.filter(|block| self.blocks[self.block(PageNo(block.start))] > 0);
+        let mut looked_up = 0;
+        for block in occupied {
+            looked_up += block.end - block.start;
+            if looked_up > self.slots.len() as u64 {
+                return self.iter().filter(|(_, page)| span.contains(page.no())).map(|(id, _)| id).collect();
+            }
+            found.extend(block.filter_map(|no| self.find(PageNo(no))));
+        }
+        found
     }
 
     /// Where the page's chain begins, as (row, place in it): a multiplicative hash, whose upper bits are well mixed,
@@ -114,6 +156,8 @@ impl PageTable {
             None => self.set_first(place, id),
         }
         self.resident += 1;
+        let block = self.block(no);
+        self.blocks[block] += 1;
         Some(PageId(id))
     }
 
@@ -134,6 +178,8 @@ impl PageTable {
         }
         self.free_tail = id.0;
         self.resident -= 1;
+        let block = self.block(page.no());
+        self.blocks[block] -= 1;
         page
     }
 
@@ -149,7 +195,9 @@ impl PageTable {
 
     /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.slots.capacity() * size_of::<Page>() + self.index.capacity() * size_of::<Row>()
+        self.slots.capacity() * size_of::<Page>()
+            + self.index.capacity() * size_of::<Row>()
+            + self.blocks.capacity() * size_of::<u32>()
     }
 }
 
@@ -179,6 +227,26 @@ mod tests {
             places.sort_unstable();
             assert_eq!((rows, places), (vec![table.place(PageNo(first)).0; 8], (0..8).collect()));
         }
+    }
+
+    #[test]
+    fn the_pages_of_a_span_are_found_however_many_blocks_it_has() {
+        let mut table = PageTable::new(1000);
+        let resident = [0, 1, 4095, 4096, 5000, 8191, 8192, 1 << 20, (1 << 20) + 77, 1 << 40];
+        let ids = resident.map(|no| table.insert(PageNo(no)).expect("a slot is free"));
+        let removed = table.insert(PageNo(6000)).expect("a slot is free");
+        table.remove(removed);
+        for first in resident.into_iter().flat_map(|no| [no.saturating_sub(1), no, no + 1]) {
+            for count in [1, 2, 100, 4095, 4096, 4097, 10_000, 1 << 21] {
+                let span = PageSpan { first: PageNo(first), count };
+                let mut found = table.within(span);
+                found.sort_unstable_by_key(|id| id.0);
+                let expected = resident.iter().zip(ids).filter(|(no, _)| span.contains(PageNo(**no)));
+                assert_eq!(found, expected.map(|(_, id)| id).collect::<Vec<_>>(), "{count} pages from {first}");
+            }
+        }
+        ids.into_iter().for_each(|id| drop(table.remove(id)));
+        assert!(table.blocks.iter().all(|&count| count == 0), "each page is counted once");
     }
 
     #[test]

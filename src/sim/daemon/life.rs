@@ -21,7 +21,7 @@ use crate::store::Limits;
 use crate::store::file::{FileImage, OpenOptions};
 use crate::systemd::ServiceManager;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, Tick};
-use crate::virtio::config_space::DiskParameters;
+use crate::virtio::config_space::{DiscardLimits, DiskParameters};
 use crate::virtio::request::{Disk, serial};
 
 /// VIRTIO_BLK_F_FLUSH and VIRTIO_BLK_F_CONFIG_WCE.
@@ -214,14 +214,20 @@ fn device_of(cached: &CachedImage, writeback: bool) -> Arc<Device> {
         block_bytes: 512,
         physical_block_bytes: limits.physical_block_bytes,
         optimal_io_bytes: 0,
-        discard_granularity_bytes: 0,
+        discard: DiscardLimits::new(limits.discard_granularity, limits.discard_max_bytes),
         num_queues: 4,
         read_only: false,
         can_discard: true,
         can_zero: true,
         zero_may_unmap: true,
     };
-    let disk =
-        Disk { capacity_sectors, read_only: false, can_discard: true, can_zero: true, serial: serial("simulated") };
+    let disk = Disk {
+        capacity_sectors,
+        read_only: false,
+        can_discard: true,
+        max_discard_sectors: parameters.discard.max_sectors,
+        can_zero: true,
+        serial: serial("simulated"),
+    };
     Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0)
 }

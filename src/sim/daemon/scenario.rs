@@ -105,6 +105,7 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
         segments_max: cluster_pages_max as u16,
         depth: prng.pick(&[1, 2, 8, 64]),
         discard_granularity: 0,
+        discard_max_bytes: u64::MAX,
         physical_block_bytes: u32::from(block_sectors) * SECTOR_BYTES as u32,
         optimal_io_bytes: 0,
         writable: true,

@@ -12,7 +12,7 @@ fn parameters() -> DiskParameters {
         block_bytes: 512,
         physical_block_bytes: 4096,
         optimal_io_bytes: 1 << 20,
-        discard_granularity_bytes: 65536,
+        discard: DiscardLimits::new(65536, u64::MAX),
         num_queues: 4,
         read_only: false,
         can_discard: true,
@@ -33,7 +33,7 @@ fn fields_are_where_linux_reads_them() {
     let space = ConfigSpace::new(&parameters(), true);
     let expected = [
         (offset_of!(virtio_blk_config, capacity), 8, 0x0123_4567_89ab),
-        (offset_of!(virtio_blk_config, size_max), 4, u64::from(SIZE_MAX)),
+        (offset_of!(virtio_blk_config, size_max), 4, 0),
         (offset_of!(virtio_blk_config, seg_max), 4, 126),
         (offset_of!(virtio_blk_config, geometry), 4, 0),
         (offset_of!(virtio_blk_config, blk_size), 4, 512),
@@ -44,7 +44,7 @@ fn fields_are_where_linux_reads_them() {
         (offset_of!(virtio_blk_config, wce), 1, 1),
         (offset_of!(virtio_blk_config, unused), 1, 0),
         (offset_of!(virtio_blk_config, num_queues), 2, 4),
-        (offset_of!(virtio_blk_config, max_discard_sectors), 4, 32768),
+        (offset_of!(virtio_blk_config, max_discard_sectors), 4, 1 << 21),
         (offset_of!(virtio_blk_config, max_discard_seg), 4, 32),
         (offset_of!(virtio_blk_config, discard_sector_alignment), 4, 128),
         (offset_of!(virtio_blk_config, max_write_zeroes_sectors), 4, 32768),
@@ -126,7 +126,6 @@ fn features_follow_the_disk_parameters() {
         VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_RING_F_INDIRECT_DESC,
-        VIRTIO_BLK_F_SIZE_MAX,
         VIRTIO_BLK_F_SEG_MAX,
         VIRTIO_BLK_F_BLK_SIZE,
         VIRTIO_BLK_F_TOPOLOGY,
@@ -149,6 +148,27 @@ fn features_follow_the_disk_parameters() {
         assert_eq!(number(&space, field::MAX_DISCARD_SEG, 4) != 0, discard);
         assert_eq!(number(&space, field::MAX_WRITE_ZEROES_SEG, 4) != 0, zero);
         assert_eq!(space.read(56, 1), [u8::from(zero)]);
+    }
+}
+
+#[test]
+fn the_discard_maximum_is_a_multiple_of_the_alignment_and_follows_the_device() {
+    const MIB: u64 = 1 << 20;
+    let cases = [
+        // (granularity, maximum of the device) -> (alignment, maximum), all in bytes
+        ((0, u64::MAX), (4096, 1024 * MIB)),
+        ((512, 0), (4096, 16 * MIB)),
+        ((512, 4096), (4096, 16 * MIB)),
+        ((65536, 256 * MIB), (65536, 256 * MIB)),
+        ((12288, 100 * MIB), (12288, 100 * MIB / 12288 * 12288)),
+        ((32 << 20, 0), (32 * MIB, 32 * MIB)),
+        ((2 << 30, u64::MAX), (2048 * MIB, 2048 * MIB)),
+        ((u32::MAX, u64::MAX), ((1 << 32) - 512, (1 << 32) - 512)),
+    ];
+    for ((granularity, device_max), (alignment, max)) in cases {
+        let limits = DiscardLimits::new(granularity, device_max);
+        let bytes = |sectors: u32| u64::from(sectors) * SECTOR_BYTES;
+        assert_eq!((bytes(limits.alignment_sectors), bytes(limits.max_sectors)), (alignment, max), "{granularity}");
     }
 }
 

@@ -32,7 +32,8 @@ type Piece = (u64, u32, u16);
 
 fn disk() -> Disk {
     let serial = serial("genblk-1");
-    Disk { capacity_sectors: 1000, read_only: false, can_discard: true, can_zero: true, serial }
+    let max_discard_sectors = 1 << 19;
+    Disk { capacity_sectors: 1000, read_only: false, can_discard: true, max_discard_sectors, can_zero: true, serial }
 }
 
 fn header(kind: u32, sector: u64) -> [u8; 16] {

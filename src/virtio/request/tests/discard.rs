@@ -66,13 +66,14 @@ fn unknown_flags_are_reported_before_any_other_error() {
 #[test]
 fn segments_outside_the_disk_or_the_limits_are_errors() {
     let end = 1u64 << 20;
-    let bad = [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX, u32::MAX), (end + 1, 0), (0, 32769), (0, u32::MAX)];
-    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+    let bad = [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX, u32::MAX), (end + 1, 0), (0, u32::MAX)];
+    for (kind, max) in [(VIRTIO_BLK_T_DISCARD, disk().max_discard_sectors), (VIRTIO_BLK_T_WRITE_ZEROES, 32768)] {
+        let bad = bad.into_iter().chain([(0, max + 1)]);
         for (sector, count) in bad {
             assert_eq!(segments_of(kind, &[(sector, count, 0)], 16), Err(Status::IoErr), "{sector} {count}");
             assert_eq!(segments_of(kind, &[(0, 1, 0), (sector, count, 0)], 16), Err(Status::IoErr));
         }
-        assert_eq!(segments_of(kind, &[(0, 32768, 0), (end, 0, 0)], 16).unwrap().len(), 1);
+        assert_eq!(segments_of(kind, &[(0, max, 0), (end, 0, 0)], 16).unwrap().len(), 1);
         assert_eq!(segments_of(kind, &[(0, 1, 0); 32], 512).unwrap().len(), 32);
         assert_eq!(segments_of(kind, &[(0, 1, 0); 33], 528), Err(Status::IoErr));
         assert_eq!(segments_of(kind, &[], 16), Err(Status::IoErr));

@@ -185,7 +185,7 @@ fn serve_one(
             let _ = write_status(&ring.memory, status_addr, Status::IoErr);
             ring.push_used(head, 1);
         }
-        Err(Malformed::NoStatus) => ring.break_on(head),
+        Err(malformed) => ring.reject(head, malformed),
     }
 }
 

@@ -17,22 +17,34 @@ impl Requests {
     /// Takes requests from a ring. Those that need no cache are finished, the others are queued for admission. Returns
     /// whether the ring had any.
     pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring) -> bool {
-        let mut heads = std::mem::take(&mut self.heads);
+        let (mut heads, mut rejected) = (std::mem::take(&mut self.heads), std::mem::take(&mut self.rejected));
         ring.take(BATCH_MAX, &mut heads);
         let taken = !heads.is_empty();
         let table = ring.table(&ring.memory);
         if heads.len() > 1 {
             table.prefetch_heads(&ring.memory, &heads);
         }
-        heads.retain(|&head| !self.accept_chain(index, &ring.memory, &table, head));
-        heads.drain(..).for_each(|head| ring.break_on(head));
-        self.heads = heads;
+        for head in heads.drain(..) {
+            if let Err(malformed) = self.accept_chain(index, &ring.memory, &table, head) {
+                rejected.push((head, malformed));
+            }
+        }
+        rejected.drain(..).for_each(|(head, malformed)| ring.reject(head, malformed));
+        (self.heads, self.rejected) = (heads, rejected);
         taken
     }
 
-    /// Makes a pending request of the chain at `head`. Returns false if the chain has no status byte to complete it
-    /// with.
-    fn accept_chain(&mut self, index: u16, memory: &GuestRam, table: &DescriptorTable<'_>, head: u16) -> bool {
+    /// Makes a pending request of the chain at `head`.
+    ///
+    /// # Errors
+    /// Why the chain cannot be completed with a status.
+    fn accept_chain(
+        &mut self,
+        index: u16,
+        memory: &GuestRam,
+        table: &DescriptorTable<'_>,
+        head: u16,
+    ) -> Result<(), Malformed> {
         let slot = self.pending.take(index);
         let pending = &mut self.pending[slot];
         match parse(memory, table, head, &mut pending.request) {
@@ -41,12 +53,12 @@ impl Requests {
                 (pending.request.status_addr, pending.status) = (status_addr, Status::IoErr);
                 self.finished.push(slot);
             }
-            Err(Malformed::NoStatus) => {
+            Err(malformed) => {
                 self.pending.release(slot);
-                return false;
+                return Err(malformed);
             }
         }
-        true
+        Ok(())
     }
 
     /// Checks a request against the disk, and queues it for admission; finishes it at once if it needs no cache.

@@ -8,6 +8,7 @@ use std::sync::mpsc::Sender;
 use crate::cache::{Piece, Ticket};
 use crate::units::{Fault, Tick};
 use crate::virtio::guest_copy::BadAddress;
+use crate::virtio::request::Malformed;
 
 use super::Device;
 use super::pending::{PendingTable, Slot};
@@ -30,6 +31,8 @@ pub(super) struct Requests {
     pub pending: PendingTable,
     /// Heads just taken from a ring.
     pub heads: Vec<u16>,
+    /// Those of them that no status can complete.
+    pub rejected: Vec<(u16, Malformed)>,
     /// Requests to admit to the cache for the first time.
     pub incoming: Vec<Slot>,
     /// Requests that the cache told to resume. They precede `incoming`, or later requests would take the room that
@@ -66,6 +69,7 @@ impl Requests {
             device,
             pending: PendingTable::new(base),
             heads: Vec::new(),
+            rejected: Vec::new(),
             incoming: Vec::new(),
             resumed: Vec::new(),
             pieces: Vec::new(),

@@ -16,6 +16,7 @@ use crate::fault_injection::{PlantedBug, planted};
 use crate::units::counted;
 use crate::virtio::GuestRam;
 use crate::virtio::chain::DescriptorTable;
+use crate::virtio::request::Malformed;
 use crate::virtio::split::{QueueLayout, QueuePosition, SplitQueue};
 
 /// A running virtqueue.
@@ -38,6 +39,10 @@ pub struct Ring {
     interrupt_due: bool,
     /// How many requests were taken and not completed.
     in_flight: u16,
+    /// Those of them whose chains cannot be read. They wait for memory in which they can.
+    unreadable: Vec<u16>,
+    /// The log has a line about a chain that no status could complete.
+    reported: bool,
     /// Records them for a later daemon.
     tracker: Option<InflightTracker>,
     /// The requests that the previous daemon left in flight have been looked up.
@@ -65,6 +70,8 @@ impl Ring {
             interrupt: call_fd.map(Interrupt::new),
             interrupt_due: true,
             in_flight: 0,
+            unreadable: Vec::new(),
+            reported: false,
             tracker,
             recovered: false,
             resubmissions: Vec::new(),
@@ -110,9 +117,11 @@ impl Ring {
         }
     }
 
-    /// Whether every request that was taken, by this daemon or the previous one, has completed.
+    /// Whether every request that was taken, by this daemon or the previous one, has completed, as far as it can be
+    /// read.
     pub fn is_drained(&self) -> bool {
-        self.in_flight == 0 && !self.has_resubmissions() || planted(PlantedBug::DrainEndsEarly)
+        usize::from(self.in_flight) == self.unreadable.len() && !self.has_resubmissions()
+            || planted(PlantedBug::DrainEndsEarly)
     }
 
     /// Whether requests of the previous daemon are still to be taken.
@@ -155,6 +164,9 @@ impl Ring {
         self.mapped_at = self.position();
         self.memory = Arc::clone(memory);
         self.map_queue();
+        // The inflight region has them already.
+        self.in_flight -= u16::try_from(self.unreadable.len()).expect("they are in flight");
+        self.resubmissions.extend(self.unreadable.drain(..).rev());
     }
 
     /// The device's position in the queue.
@@ -203,10 +215,23 @@ impl Ring {
         }
     }
 
-    /// Marks the ring broken because of the chain at `head`, which has no status byte to complete it with.
-    pub fn break_on(&mut self, head: u16) {
-        self.in_flight -= 1;
-        self.mark_broken(&format!("the chain at descriptor {head} has no status byte"));
+    /// Handles a chain that no status can complete. The ring goes on.
+    pub fn reject(&mut self, head: u16, malformed: Malformed) {
+        if !std::mem::replace(&mut self.reported, true) {
+            let outcome = match malformed {
+                Malformed::Unreadable => "its request never completes",
+                _ => "its request completes without a status",
+            };
+            error!(
+                "{}: descriptor {head}: {malformed}: {outcome}; the front-end must share all of the guest's memory, or \
+                 the driver is faulty (this is reported once)",
+                self.label
+            );
+        }
+        match malformed {
+            Malformed::Unreadable => self.unreadable.push(head),
+            _ => self.push_used(head, 0),
+        }
     }
 
     fn mark_broken(&mut self, why: &str) {

@@ -3,7 +3,7 @@
 //!
 //! Nothing here trusts the guest. What is read from its memory is read once, checked, and then used. Every loop and
 //! every allocation is bounded by a constant of this module or by the size of the queue. A driver that violates the
-//! specification gets an error status, or its ring is marked broken; it never causes a panic.
+//! specification gets an error status, or at worst its ring is marked broken; it never causes a panic.
 
 pub mod chain;
 pub mod config_space;

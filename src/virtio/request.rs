@@ -2,7 +2,8 @@
 //!
 //! VERSION_1 has no rules for the layout (section 2.7.4): the header is the first 16 readable bytes, the status the
 //! last writable byte, and the data is between them, however the driver splits them into descriptors. An invalid
-//! request is completed with an error status if it has a status byte; only a chain without one breaks its ring.
+//! request is completed with an error status if it has a status byte in guest memory; [`Malformed`] says what becomes
+//! of one that has none.
 
 use std::fmt;
 
@@ -115,15 +116,21 @@ pub enum Malformed {
         /// The address of the status byte, in guest memory.
         status_addr: GuestAddress,
     },
-    /// It has no status byte: the ring is broken.
+    /// It has no status byte in guest memory. It can be completed with a used length of 0, which tells the driver that
+    /// no status was written (section 2.7.8.3).
     NoStatus,
+    /// It cannot be followed to its end, or neither its header nor its status byte is in guest memory. It cannot be
+    /// completed: drivers do not look at the used length, and take the status that is in their own memory (of the
+    /// request before, most often OK) for this request's.
+    Unreadable,
 }
 
 impl fmt::Display for Malformed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::WithStatus { .. } => "the chain is not a valid request",
-            Self::NoStatus => "the chain has no status byte",
+            Self::NoStatus => "the chain has no status byte in guest memory",
+            Self::Unreadable => "the chain cannot be read",
         })
     }
 }
@@ -170,7 +177,7 @@ pub fn parse(mem: &GuestRam, table: &DescriptorTable<'_>, head: u16, request: &m
     request.data_bytes = 0;
     let mut parser = Parser::new(request);
     for buffer in DescriptorChain::new(mem, table.clone(), head) {
-        parser.add(mem, buffer.map_err(|_| Malformed::NoStatus)?);
+        parser.add(mem, buffer.map_err(|_| Malformed::Unreadable)?);
     }
     parser.finish(mem)
 }
@@ -185,12 +192,15 @@ struct Parser<'a> {
     last_writable: Option<GuestRange>,
     chain_bytes: u64,
     malformed: bool,
+    /// The header is not in guest memory.
+    no_header: bool,
 }
 
 impl<'a> Parser<'a> {
     fn new(request: &'a mut Request) -> Self {
         let header = [0; HEADER_BYTES];
-        Self { request, header, header_len: 0, last_writable: None, chain_bytes: 0, malformed: false }
+        let (header_len, chain_bytes, last_writable) = (0, 0, None);
+        Self { request, header, header_len, last_writable, chain_bytes, malformed: false, no_header: false }
     }
 
     /// Adds the next buffer of the chain. An empty one is ignored, whatever its address.
@@ -219,7 +229,7 @@ impl<'a> Parser<'a> {
             let count = missing.min(range.len as usize);
             let target = &mut self.header[self.header_len..self.header_len + count];
             if read_once(mem, range.addr, target).is_err() {
-                self.malformed = true;
+                (self.malformed, self.no_header) = (true, true);
                 return;
             }
             self.header_len += count;
@@ -251,11 +261,10 @@ impl<'a> Parser<'a> {
 
     /// Finds the status byte, and removes it from the data.
     fn finish(self, mem: &GuestRam) -> Result<(), Malformed> {
-        let last = self.last_writable.ok_or(Malformed::NoStatus)?;
-        let status_addr = last.addr.checked_add(u64::from(last.len) - 1).ok_or(Malformed::NoStatus)?;
-        if mem.slice(status_addr, 1).is_none() {
-            return Err(Malformed::NoStatus);
-        }
+        let status_addr = self.last_writable.and_then(|last| last.addr.checked_add(u64::from(last.len) - 1));
+        let Some(status_addr) = status_addr.filter(|&addr| mem.slice(addr, 1).is_some()) else {
+            return Err(if self.no_header { Malformed::Unreadable } else { Malformed::NoStatus });
+        };
         let whole = self.header_len == HEADER_BYTES && self.chain_bytes <= u64::from(u32::MAX);
         if self.malformed || !whole {
             return Err(Malformed::WithStatus { status_addr });

@@ -413,6 +413,45 @@ fn the_daemon_survives_an_indirect_table_of_4_gib() {
     daemon.assert_alive();
 }
 
+/// A guest's memory may be shared in part, and a driver may be faulty: such a chain fails alone.
+#[test]
+fn a_chain_that_no_status_can_complete_does_not_stop_its_ring() {
+    let mut daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let old = pattern(1, 0, 4096);
+    session.write(0, &old);
+    let (_, segments) = session.prepare(VIRTIO_BLK_T_OUT, 0, Payload::Send(&[0xee; 4096]));
+    let unmapped_status = Segment::writable(UNMAPPED, 1);
+    let unmapped_header = Segment::readable(UNMAPPED, 16);
+    let chains: [(&str, &[Segment], bool); 5] = [
+        ("an unmapped status", &[segments[0], segments[1], unmapped_status], true),
+        ("no status", &segments[..2], true),
+        ("a status that wraps", &[segments[0], segments[1], Segment::writable(u64::MAX, 2)], true),
+        ("an unmapped header and status", &[unmapped_header, segments[1], unmapped_status], false),
+        ("an unmapped header and no status", &[unmapped_header], false),
+    ];
+    for (name, chain, completes) in chains {
+        for round in 0..20 {
+            // What completes keeps no room in the ring; what does not, keeps it: 20 times 3 and 20 of 128 descriptors.
+            let head = session.rings[0].submit(chain);
+            session.rings[0].notify();
+            if completes {
+                let used = session.rings[0].wait_used(PATIENCE);
+                assert_eq!((used.head, used.len), (head, 0), "{name}: nothing was written");
+            }
+            assert!(session.read(0, old.len()) == old, "{name}, round {round}: the ring goes on, and nothing changed");
+        }
+    }
+    assert_eq!(session.rings[0].in_flight(), 40, "the driver must not take them for completed");
+    assert_eq!(daemon.log().matches("reported once").count(), 1, "{}", daemon.log());
+    // They do not keep the ring from stopping.
+    let base = session.stop_ring(0);
+    session.set_up_ring(0, base);
+    session.enable_ring(0, true);
+    assert!(session.read(0, old.len()) == old);
+    daemon.stop();
+}
+
 #[test]
 fn a_broken_ring_does_not_stop_the_others() {
     let options = DaemonOptions { num_queues: 2, ..DaemonOptions::default() };

@@ -13,7 +13,7 @@ use crate::common::raw_message::{self, FLAG_NEED_REPLY, Reply, number, vring_sta
 use crate::common::raw_ring::Segment;
 use crate::common::request::{OK, Payload, Pending, STATUS_UNTOUCHED, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::PATIENCE;
+use crate::common::wait::{ABSENCE, PATIENCE};
 
 /// Size of each region in these tests.
 const REGION_BYTES: u64 = 8 << 20;
@@ -109,6 +109,28 @@ fn memory_regions_can_be_added_and_removed() {
         }
     }
     daemon.assert_alive();
+}
+
+/// A driver's own memory may be in a region that is shared late.
+#[test]
+fn a_chain_in_memory_that_is_not_shared_completes_once_it_is() {
+    let daemon = start();
+    let mut session = open_with_two_of_three_regions(&daemon);
+    let third = session.memory.region_info(session.memory.regions()[2]);
+    let bytes = pattern(7, 0, 4096);
+    session.write(0, &bytes);
+    let (pending, classic) = session.prepare(VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
+    let (header, status) = (HOTPLUG_GUEST_ADDR, HOTPLUG_GUEST_ADDR + 16);
+    let request = session.memory.read(classic[0].addr, 16);
+    session.memory.write(header, &request);
+    session.memory.write(status, &[STATUS_UNTOUCHED]);
+    let head = session.rings[0].submit(&[Segment::readable(header, 16), classic[1], Segment::writable(status, 1)]);
+    session.rings[0].notify();
+    assert!(session.rings[0].try_wait_used(ABSENCE).is_none(), "its status would be old");
+    session.frontend.add_mem_region(&third).expect("ADD_MEM_REG");
+    let used = session.rings[0].wait_used(PATIENCE);
+    assert_eq!((used.head, session.memory.byte(status)), (head, OK));
+    assert!(session.memory.read(pending.data, 4096) == bytes);
 }
 
 /// A front-end changes a region by removing and adding it, and rings may lie in it. They keep their positions

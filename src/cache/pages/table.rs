@@ -66,8 +66,8 @@ impl PageTable {
         low_u32(mixed) as usize & (self.blocks.len() - 1)
     }
 
-    /// The pages of a span that are in the table, in no order. Looks up each page of the blocks that have some, or walks
-    /// the table, whichever is shorter.
+    /// The pages of a span that are in the table, in no order. Looks up each page of the blocks that have some, or
+    /// walks the table, whichever is shorter.
     pub fn within(&self, span: PageSpan) -> Vec<PageId> {
         let mut found = Vec::new();
         if self.resident == 0 {

@@ -178,8 +178,10 @@ fn a_chain_without_a_usable_status_byte_breaks_the_ring() {
     }
     put(&mem, TABLE, 0, (HEADER, 16, NEXT, 1));
     put(&mem, TABLE, 1, (STATUS, 1, WRITE | NEXT, 0));
-    assert_eq!(parse_at(&mem, 0), Err(Malformed::NoStatus), "a loop");
-    assert_eq!(parse_at(&mem, SIZE), Err(Malformed::NoStatus), "a head outside the table");
+    assert_eq!(parse_at(&mem, 0), Err(Malformed::Unreadable), "a loop");
+    assert_eq!(parse_at(&mem, SIZE), Err(Malformed::Unreadable), "a head outside the table");
+    let outside = [(HOLE, 16, 0), (DATA, 512, WRITE), (HOLE + 16, 1, WRITE)];
+    assert_eq!(request(&mem, VIRTIO_BLK_T_IN, 0, &outside), Err(Malformed::Unreadable), "all of a driver's own memory");
 }
 
 #[test]
@@ -338,7 +340,7 @@ fn random_chains_never_cause_a_panic() {
         mem.write_slice(&header(kind, prng.below(1100)), GuestAddress(HEADER)).unwrap();
         let head = if seed % 2 == 0 { 0 } else { u16::try_from(prng.below(7)).unwrap() };
         match parse(&mem, &DescriptorTable::new(&mem, GuestAddress(TABLE), 6), head, &mut parsed) {
-            Err(Malformed::NoStatus) => continue,
+            Err(Malformed::NoStatus | Malformed::Unreadable) => continue,
             Err(Malformed::WithStatus { status_addr }) => {
                 assert_eq!(write_status(&mem, status_addr, Status::IoErr), Ok(()));
                 answerable += 1;

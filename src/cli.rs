@@ -153,7 +153,7 @@ pub struct Cli {
     #[arg(long, value_name = "MODE", help_heading = ONE_DEVICE)]
     pub cache_mode: Option<String>,
 
-    /// Request queues that the guest may use, 1 to 64 [default: 64]
+    /// Request queues that the guest may use, 1 to 256 [default: 256]
     #[arg(long, value_name = "N", help_heading = ONE_DEVICE, allow_negative_numbers = true)]
     pub num_queues: Option<i64>,
 
@@ -326,7 +326,7 @@ mod tests {
             "5 problems in the command line",
             "--socket-path: is missing",
             "--serial: takes at most 20 printable ASCII characters, not \"123456789012345678901\"",
-            "--num-queues: takes an integer from 1 to 64, not -1",
+            "--num-queues: takes an integer from 1 to 256, not -1",
             "--cache-size: takes a size from 4M to 8T (in steps of 4K), not \"4095\"",
             "--cache-mode: takes \"writeback\", \"writethrough\" or \"none\", not \"writebak\"; \
              did you mean \"writeback\"?",

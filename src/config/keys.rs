@@ -164,11 +164,11 @@ pub(crate) const KEYS: &[Key] = &[
         },
     },
     // QEMU asks for one queue per vCPU and refuses a back-end with fewer, and an unused queue costs little. So the
-    // default is the maximum: vhost-user-backend has one bit for each in a u64.
+    // default is the maximum: vhost-user messages have eight bits for a queue's index.
     Key {
         name: "num_queues",
-        default: Is(Integer(64)),
-        kind: ValueKind::Count { min: 1, max: 64, set: |device, n| device.num_queues = narrow(n) },
+        default: Is(Integer(256)),
+        kind: ValueKind::Count { min: 1, max: 256, set: |device, n| device.num_queues = narrow(n) },
     },
     Key {
         name: "workers",

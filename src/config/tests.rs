@@ -31,7 +31,7 @@ fn the_defaults_are_those_of_the_design() {
     let device = DeviceConfig::new("a-name-of-more-than-twenty-bytes", Socket::Fd(3), "/a.img");
     assert_eq!(device.serial, "a-name-of-more-than-");
     assert_eq!((device.socket_mode, device.socket_group.as_str()), (0o600, ""));
-    assert_eq!((device.num_queues, device.workers, device.queue_size, device.poll_us), (64, 1, 1024, 50));
+    assert_eq!((device.num_queues, device.workers, device.queue_size, device.poll_us), (256, 1, 1024, 50));
     assert_eq!((device.engine, device.direct, device.read_only), (Engine::Auto, true, false));
     let cache = device.cache;
     assert_eq!((cache.size_bytes, cache.readahead_max_bytes), (256 << 20, 2 << 20));
@@ -112,7 +112,7 @@ socket = 7
 image = ""
 read_only = "yes"
 serial = "123456789012345678901"
-num_queues = 65
+num_queues = 257
 workers = 0
 queue_size = 96
 poll_us = -1
@@ -144,7 +144,7 @@ name = "b"
         "6: device[0].image: takes a path, not \"\"",
         "7: device[0].read_only: takes true or false, not \"yes\"",
         "8: device[0].serial: takes at most 20 printable ASCII characters, not \"123456789012345678901\"",
-        "9: device[0].num_queues: takes an integer from 1 to 64, not 65",
+        "9: device[0].num_queues: takes an integer from 1 to 256, not 257",
         "10: device[0].workers: takes an integer from 1 to 8, not 0",
         "11: device[0].queue_size: takes a power of two from 2 to 1024, not 96",
         "12: device[0].poll_us: takes an integer from 0 to 10000, not -1",
@@ -198,7 +198,7 @@ fn workers_need_queues() {
     assert_eq!(problems(&text), ["6: device[0].workers: 3 workers are more than the 2 queues they would serve"]);
     // A wrong value is reported as such, and not once more by the rule.
     let text = device("a", "num_queues = 0\nworkers = 3");
-    assert_eq!(problems(&text), ["5: device[0].num_queues: takes an integer from 1 to 64, not 0"]);
+    assert_eq!(problems(&text), ["5: device[0].num_queues: takes an integer from 1 to 256, not 0"]);
 }
 
 #[test]

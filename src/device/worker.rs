@@ -51,7 +51,7 @@ const PENDING_MAX_TO_POLL: usize = 7;
 /// After this many polls in a row that found nothing, the worker polls only once in [`IDLE_TIMES_PER_POLL`].
 const FRUITLESS_POLLS_MAX: u32 = 4;
 const IDLE_TIMES_PER_POLL: u32 = 64;
-/// Epoll tokens. A ring's token is its index, which is below 64.
+/// Epoll tokens. A ring's token is its index, which is below 256.
 const WAKER: u64 = 1000;
 const STORE: u64 = 1001;
 
@@ -265,7 +265,7 @@ impl Worker {
         for index in 0..self.rings.len() {
             if self.ring_to_serve(index).is_some_and(|ring| ring.has_more()) {
                 let ring = self.rings[index].as_mut().expect("it was found a line above");
-                taken |= self.requests.take_from(u16::try_from(index).expect("64 rings at most"), ring);
+                taken |= self.requests.take_from(u16::try_from(index).expect("256 rings at most"), ring);
             }
         }
         taken

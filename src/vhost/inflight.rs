@@ -18,7 +18,7 @@ use crate::sys::memfd;
 /// Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD: size and offset of the region, number of queues, queue size. Some
 /// front-ends append the four bytes of padding of the C structure.
 const PAYLOAD_BYTES: std::ops::RangeInclusive<usize> = 20..=24;
-/// Bound on the number of queues; a device has 64 at most.
+/// Bound on the number of queues; a device has 256 at most.
 const QUEUES_MAX: u16 = 1024;
 /// Largest queue size (virtio 1.2, section 2.7).
 const QUEUE_SIZE_MAX: u16 = 32768;

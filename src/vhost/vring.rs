@@ -4,11 +4,12 @@
 //! command to its worker and is complete when the call returns: a stopped vring has completed every request it took.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
 use log::{error, info};
@@ -43,8 +44,8 @@ pub(super) struct Session {
     /// A vring has started, or the guest has set its cache mode: the mode no longer changes when the front-end reads
     /// it.
     pub guest_started: AtomicBool,
-    /// A bit for each vring that resumes at an index other than 0, so belongs to a guest that was running before.
-    resumed: AtomicU64,
+    /// The vrings that resume at an index other than 0, so belong to a guest that was running before.
+    resumed: Mutex<BTreeSet<u16>>,
 }
 
 impl Session {
@@ -56,18 +57,22 @@ impl Session {
             workers,
             inflight: Inflight::default(),
             guest_started: AtomicBool::new(false),
-            resumed: AtomicU64::new(0),
+            resumed: Mutex::default(),
         })
     }
 
     /// Records the index at which vring `index` will start; 0 also when it is torn down.
     fn set_base(&self, index: u16, base: u16) {
-        let bit = 1 << index;
+        let mut resumed = self.resumed();
         if base == 0 {
-            self.resumed.fetch_and(!bit, Ordering::AcqRel);
+            resumed.remove(&index);
         } else {
-            self.resumed.fetch_or(bit, Ordering::AcqRel);
+            resumed.insert(index);
         }
+    }
+
+    fn resumed(&self) -> MutexGuard<'_, BTreeSet<u16>> {
+        self.resumed.lock().expect("no thread panics with the set locked")
     }
 
     /// Vring `index` starts. If every vring starts at 0, the guest has just booted, and a data loss no longer concerns
@@ -76,10 +81,10 @@ impl Session {
         self.guest_started.store(true, Ordering::Release);
         // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, tells.
         if setup.tracker.as_ref().is_some_and(InflightTracker::is_initialized) {
-            self.resumed.fetch_or(1 << index, Ordering::AcqRel);
+            self.resumed().insert(index);
         }
         let arena = &self.device.arena;
-        if arena.has_data_loss() && self.resumed.load(Ordering::Acquire) == 0 {
+        if arena.has_data_loss() && self.resumed().is_empty() {
             info!("{}: the guest restarted after the data loss; I/O resumes", self.device.name);
             arena.clear_data_loss();
         }
@@ -242,7 +247,7 @@ impl VringT<Memory> for VringControl {
         let state = VringRwLock::new(memory.clone(), max_queue_size)?;
         VRING_FACTORY.with_borrow_mut(|slot| {
             let VringFactory { session, rings } = slot.as_mut().expect("inside with_vring_factory()");
-            let index = u16::try_from(rings.len()).expect("64 rings at most");
+            let index = u16::try_from(rings.len()).expect("256 rings at most");
             let shared = VringShared { index, session: Arc::clone(session), memory, config: Mutex::default() };
             let ring = Self { state, shared: Arc::new(shared) };
             rings.push(ring.clone());

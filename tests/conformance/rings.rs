@@ -4,6 +4,7 @@ use std::fs::File;
 use std::process::Command;
 
 use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use crate::common::SECTOR_BYTES;
@@ -28,6 +29,27 @@ fn reuse_data_memory(session: &Session) {
 
 /// T15. After the reply to GET_VRING_BASE all requests that were taken have completed, none completes later, and the
 /// base is the next entry to take.
+/// A guest with more than 64 virtual CPUs: QEMU sets up a queue for each, and the protocol has room for 256.
+#[test]
+fn a_device_has_256_queues() {
+    const QUEUES: usize = 256;
+    let mut daemon = start(QUEUES);
+    let options = SessionOptions { queues: QUEUES, queue_size: 16, ..SessionOptions::default() };
+    let mut session = Session::open(&daemon.socket(), &options);
+    assert_eq!(session.frontend.get_queue_num().expect("GET_QUEUE_NUM"), QUEUES as u64);
+    for index in [0, 63, 64, 65, 127, 128, 255] {
+        let sector = 8 * index as u64;
+        let bytes = pattern(1, sector, 4096);
+        assert_eq!(session.run(index, VIRTIO_BLK_T_OUT, sector, Payload::Send(&bytes)).status, OK, "queue {index}");
+        let found = session.run(QUEUES - 1 - index, VIRTIO_BLK_T_IN, sector, Payload::Receive(4096));
+        assert!(found.status == OK && found.data == bytes, "queue {index}");
+    }
+    for index in 0..QUEUES {
+        session.stop_ring(index);
+    }
+    daemon.stop();
+}
+
 #[test]
 fn a_stopped_ring_has_nothing_in_flight_and_resumes() {
     const REQUESTS: u64 = 40;

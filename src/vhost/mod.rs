@@ -1,9 +1,10 @@
 //! \[1\] The socket: front-ends connect, and their vhost-user messages become commands to the device's workers.
 //!
-//! - `listener.rs` creates the socket's file; `server.rs` accepts one front-end after another; `relay.rs` carries its messages, which `wire.rs` reads and
-//!   writes;
+//! - `listener.rs` creates the socket's file; `server.rs` accepts one front-end after another; `relay.rs` carries its
+//!   messages, which `wire.rs` reads and writes;
 //! - `backend.rs` implements `VhostUserBackend`: features, configuration space, memory;
 //! - `vring.rs` implements `VringT`: it starts and stops each virtqueue on its worker;
+//! - `sharing.rs` recognizes a front-end that does not share the guest's memory;
 //! - `inflight.rs` keeps the inflight region, `socketpair.rs` makes the private connection to vhost-user-backend.
 //!
 //! vhost-user-backend runs the control plane only. It gets no worker threads (`queues_per_thread` is empty) and a vring
@@ -19,6 +20,7 @@ mod inflight;
 mod listener;
 mod relay;
 mod server;
+mod sharing;
 mod socketpair;
 mod vring;
 mod wire;

@@ -7,6 +7,7 @@
 //!   another one plugged on the same character device; vhost-user-backend refuses it, and would keep the memory of the
 //!   first device.
 //! - It withholds protocol features that were not offered.
+//! - It refuses a front-end that does not share the guest's memory.
 //!
 //! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place
 //! among those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to
@@ -20,14 +21,17 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::PROTOCOL_FEATURES;
-use super::inflight::Inflight;
-use super::vring::VringControl;
+use super::sharing;
+use super::vring::{Session, VringControl};
 use super::wire::Message;
 use crate::sys::poll::wait_any_readable;
 
 const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
 const SET_OWNER: u32 = FrontendReq::SET_OWNER as u32;
 const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
+const SET_VRING_ADDR: u32 = FrontendReq::SET_VRING_ADDR as u32;
+const ADD_MEM_REG: u32 = FrontendReq::ADD_MEM_REG as u32;
+const REM_MEM_REG: u32 = FrontendReq::REM_MEM_REG as u32;
 const GET_PROTOCOL_FEATURES: u32 = FrontendReq::GET_PROTOCOL_FEATURES as u32;
 const SET_PROTOCOL_FEATURES: u32 = FrontendReq::SET_PROTOCOL_FEATURES as u32;
 const GET_INFLIGHT_FD: u32 = FrontendReq::GET_INFLIGHT_FD as u32;
@@ -76,8 +80,10 @@ pub(super) struct Relay<'a> {
     backend_end: UnixStream,
     /// Readable once the session must end.
     stop: &'a EventFd,
-    inflight: &'a Inflight,
+    session: &'a Session,
     rings: &'a [VringControl],
+    /// Number of memory regions that the front-end shares.
+    regions: usize,
     /// The front-end has sent SET_OWNER.
     owned: bool,
     /// The front-end has sent a second SET_OWNER, and waits until everything before it is done.
@@ -94,11 +100,11 @@ impl<'a> Relay<'a> {
         front_end: &'a UnixStream,
         backend_end: UnixStream,
         stop: &'a EventFd,
-        inflight: &'a Inflight,
+        session: &'a Session,
         rings: &'a [VringControl],
     ) -> Self {
-        let (owned, held, protocol_features, replies) = (false, false, None, VecDeque::new());
-        Self { front_end, backend_end, stop, inflight, rings, owned, held, protocol_features, replies }
+        let (regions, owned, held, protocol_features, replies) = (0, false, false, None, VecDeque::new());
+        Self { front_end, backend_end, stop, session, rings, regions, owned, held, protocol_features, replies }
     }
 
     /// Sends vhost-user-backend what a front-end that begins anew has sent already.
@@ -118,7 +124,8 @@ impl<'a> Relay<'a> {
     ///
     /// # Errors
     /// The error of a socket; [`io::ErrorKind::TimedOut`] for a front-end that stalls within a message;
-    /// [`io::ErrorKind::InvalidData`] for a malformed inflight message.
+    /// [`io::ErrorKind::InvalidData`] for a malformed inflight message; [`io::ErrorKind::Unsupported`] for a front-end
+    /// that does not share the guest's memory.
     pub fn run(mut self) -> io::Result<Ended> {
         loop {
             let [stop, from_backend, from_front_end] = if self.held {
@@ -156,19 +163,43 @@ impl<'a> Relay<'a> {
                 change_bits(&mut message, |bits| bits & PROTOCOL_FEATURES.bits());
                 self.protocol_features = message.u64_at(0);
             }
-            SET_MEM_TABLE => sort_table(&mut message),
+            SET_MEM_TABLE => {
+                sort_table(&mut message);
+                self.check_shared(&message)?;
+                self.regions = message.files.len();
+            }
+            ADD_MEM_REG => {
+                self.check_shared(&message)?;
+                self.regions += 1;
+            }
+            REM_MEM_REG => self.regions = self.regions.saturating_sub(1),
+            // QEMU sets up rings without sharing memory if no memory backend of its has a descriptor.
+            SET_VRING_ADDR if self.regions == 0 => return Err(not_shared()),
             GET_INFLIGHT_FD => {
-                let reply = self.inflight.create_region(&message)?;
+                let reply = self.session.inflight.create_region(&message)?;
                 return self.reply_in_order(Reply::Replace(reply));
             }
             SET_INFLIGHT_FD => {
                 let done = message.needs_reply().then(|| Message::reply(SET_INFLIGHT_FD, vec![0; 8], Vec::new()));
-                self.inflight.set_region(message)?;
+                self.session.inflight.set_region(message)?;
                 return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
             }
             _ => {}
         }
         message.send(&self.backend_end)
+    }
+
+    /// Refuses memory that the front-end has mapped privately. `message` is a memory table or a single region, which
+    /// have the same layout.
+    fn check_shared(&self, message: &Message) -> io::Result<()> {
+        let regions = message.payload.get(TABLE_HEADER_BYTES..).unwrap_or_default().chunks_exact(REGION_BYTES);
+        for (region, file) in regions.zip(&message.files) {
+            let address = u64::from_le_bytes(region[16..24].try_into().expect("eight bytes"));
+            if sharing::is_private(self.session.peer_pid, address, file) {
+                return Err(not_shared());
+            }
+        }
+        Ok(())
     }
 
     /// Sends GET_FEATURES to vhost-user-backend; `reply` takes the place of what it returns, so that replies stay in
@@ -211,6 +242,10 @@ impl<'a> Relay<'a> {
         });
         Ok(Some(NewOwner { set_owner, set_protocol_features }))
     }
+}
+
+fn not_shared() -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, sharing::ADVICE)
 }
 
 /// Changes the feature bits in a message's payload.

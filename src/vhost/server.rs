@@ -3,8 +3,8 @@
 
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use log::{error, info, warn};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -22,7 +22,7 @@ use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::poll::wait_any_readable;
 use crate::sys::process::name_of;
-use crate::sys::socket::peer;
+use crate::sys::socket::{Peer, peer};
 use crate::virtio::GuestRam;
 
 /// Serves a device's socket until [`Server::stop`].
@@ -33,6 +33,8 @@ pub struct Server {
     queue_size: u16,
     listener: UnixListener,
     stopped: AtomicBool,
+    /// How the last front-end failed, if it did.
+    last_failure: Mutex<Option<Failure>>,
     /// Readable once `stopped` is set; ends the poll for a message or a front-end.
     stop: EventFd,
 }
@@ -47,7 +49,8 @@ impl Server {
         let stop = EventFd::new(EFD_CLOEXEC).map_err(system)?;
         // Another process may share the listener and accept the connection first.
         listener.set_nonblocking(true).map_err(system)?;
-        Ok(Self { device, workers, queue_size, listener, stopped: AtomicBool::new(false), stop })
+        let (stopped, last_failure) = (AtomicBool::new(false), Mutex::default());
+        Ok(Self { device, workers, queue_size, listener, stopped, last_failure, stop })
     }
 
     /// Serves front-ends until [`Server::stop`]; when it returns, no ring runs.
@@ -83,10 +86,18 @@ impl Server {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e),
         };
-        info!("{}: front-end connected: {}", self.device.name, describe_peer(&front_end));
+        let peer = peer(&front_end).unwrap_or(Peer { pid: 0, uid: u32::MAX });
+        let mut greeting = Some(format!("front-end connected: {}", describe(peer)));
+        if self.failure_of(peer).is_none()
+            && let Some(greeting) = greeting.take()
+        {
+            info!("{}: {greeting}", self.device.name);
+        }
         let mut owner = None;
-        let ended = loop {
-            let ended = self.session(&front_end, owner.take());
+        let (ended, failed_before) = loop {
+            let session = Session::new(&self.device, &self.workers, peer.pid, greeting.take());
+            let ended = self.session(&session, &front_end, owner.take());
+            let failed_before = session.has_greeting();
             self.workers.set_memory(&Arc::new(GuestRam::default()));
             match ended {
                 Ok(Ended::NewOwner(next)) => {
@@ -95,27 +106,33 @@ impl Server {
                     self.workers.start_flush();
                     owner = Some(next);
                 }
-                Ok(Ended::Disconnected) => break Ok(()),
-                Err(e) => break Err(e),
+                Ok(Ended::Disconnected) => break (Ok(()), failed_before),
+                Err(e) => break (Err(e), failed_before),
             }
         };
         drop(front_end);
-        self.on_disconnect(ended);
+        self.on_disconnect(peer, ended, failed_before);
         Ok(())
     }
 
-    /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs. `owner`: the front-end has
-    /// begun anew with this.
-    fn session(&self, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<Ended> {
+    /// How the last front-end failed, if it was this process. A VMM that is set up wrongly connects again every second:
+    /// until it gets further, the log has nothing new to say about it.
+    fn failure_of(&self, peer: Peer) -> Option<String> {
+        let last = self.last_failure.lock().expect("no thread panics with the failure locked");
+        last.as_ref().filter(|failure| failure.peer == peer).map(|failure| failure.text.clone())
+    }
+
+    /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs. `owner`: the front-end
+    /// has begun anew with this.
+    fn session(&self, session: &Arc<Session>, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<Ended> {
         let (listener, backend_end) = socketpair::private_listener()?;
-        let session = Session::new(&self.device, &self.workers);
-        let backend = Backend::new(&session, self.queue_size);
+        let backend = Backend::new(session, self.queue_size);
         let name = format!("vhost {}", self.device.name);
         let memory = Memory::new(GuestMemoryMmap::new());
-        let (daemon, rings) = with_vring_factory(&session, || VhostUserDaemon::new(name, backend, memory));
+        let (daemon, rings) = with_vring_factory(session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| daemon_error(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| daemon_error(&e))?;
-        let mut relay = Relay::new(front_end, backend_end, &self.stop, &session.inflight, &rings);
+        let mut relay = Relay::new(front_end, backend_end, &self.stop, session, &rings);
         let relayed = owner.map_or(Ok(()), |owner| relay.begin_anew(owner)).and_then(|()| relay.run());
         let served = daemon.wait();
         for ring in &rings {
@@ -130,11 +147,23 @@ impl Server {
 
     /// Starts writing back what the guest wrote, since it may not return. [`Server::stop`]'s caller flushes by itself.
     /// The next front-end does not wait for the flush, which takes long if the image fails.
-    fn on_disconnect(&self, ended: io::Result<()>) {
+    ///
+    /// => `failed_before`: the last connection of this process failed, and this one got no further. Only another
+    ///    failure is news then.
+    fn on_disconnect(&self, peer: Peer, ended: io::Result<()>, failed_before: bool) {
         let name = &self.device.name;
-        match ended {
-            Err(e) if !is_disconnect(&e) => warn!("{name}: front-end disconnected: {e}"),
-            _ => info!("{name}: front-end disconnected"),
+        let failure = ended.err().filter(|e| !is_disconnect(e));
+        let text = failure.as_ref().map(ToString::to_string);
+        if !failed_before || text.is_some() && text != self.failure_of(peer) {
+            match failure {
+                Some(e) if e.kind() == io::ErrorKind::Unsupported => error!("{name}: refused pid {}: {e}", peer.pid),
+                Some(e) => warn!("{name}: front-end disconnected: {e}"),
+                None => info!("{name}: front-end disconnected"),
+            }
+        }
+        if text.is_some() || !failed_before {
+            *self.last_failure.lock().expect("no thread panics with the failure locked") =
+                text.map(|text| Failure { peer, text });
         }
         if !self.stopped.load(Ordering::Acquire) {
             self.workers.start_flush();
@@ -142,9 +171,15 @@ impl Server {
     }
 }
 
+/// How a front-end failed.
+#[derive(Debug)]
+struct Failure {
+    peer: Peer,
+    text: String,
+}
+
 /// The process and the user that a connection comes from, for the log.
-fn describe_peer(front_end: &UnixStream) -> String {
-    let Ok(peer) = peer(front_end) else { return "unknown process".to_owned() };
+fn describe(peer: Peer) -> String {
     let user = format!("uid {}", peer.uid);
     match name_of(peer.pid) {
         Some(name) => format!("pid {} ({name}), {user}", peer.pid),

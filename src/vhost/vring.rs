@@ -41,6 +41,10 @@ pub(super) struct Session {
     pub device: Arc<Device>,
     pub workers: Arc<Workers>,
     pub inflight: Inflight,
+    /// The process ID of the front-end; 0 if it cannot be seen.
+    pub peer_pid: u32,
+    /// What the log will say of the front-end once a vring starts.
+    greeting: Mutex<Option<String>>,
     /// A vring has started, or the guest has set its cache mode: the mode no longer changes when the front-end reads
     /// it.
     pub guest_started: AtomicBool,
@@ -49,16 +53,23 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// The session of a front-end that has just connected.
-    pub fn new(device: &Arc<Device>, workers: &Arc<Workers>) -> Arc<Self> {
+    /// The session of a front-end that has just connected, or begins anew. `greeting` is logged once a vring starts.
+    pub fn new(device: &Arc<Device>, workers: &Arc<Workers>, peer_pid: u32, greeting: Option<String>) -> Arc<Self> {
         let (device, workers) = (Arc::clone(device), Arc::clone(workers));
         Arc::new(Self {
             device,
             workers,
             inflight: Inflight::default(),
+            peer_pid,
+            greeting: Mutex::new(greeting),
             guest_started: AtomicBool::new(false),
             resumed: Mutex::default(),
         })
+    }
+
+    /// Whether the log has yet to greet the front-end.
+    pub fn has_greeting(&self) -> bool {
+        self.greeting.lock().expect("no thread panics with the line locked").is_some()
     }
 
     /// Records the index at which vring `index` will start; 0 also when it is torn down.
@@ -79,6 +90,9 @@ impl Session {
     /// it.
     fn on_ring_start(&self, index: u16, setup: &RingSetup) {
         self.guest_started.store(true, Ordering::Release);
+        if let Some(greeting) = self.greeting.lock().expect("no thread panics with the line locked").take() {
+            info!("{}: {greeting}", self.device.name);
+        }
         // Indices wrap, so the vring of a running guest may be at 0; the inflight region, if there is one, tells.
         if setup.tracker.as_ref().is_some_and(InflightTracker::is_initialized) {
             self.resumed().insert(index);

@@ -8,6 +8,7 @@
 // All of this is test code, but clippy.toml's exception covers only functions with #[test].
 #![allow(clippy::unwrap_used)]
 
+mod front_ends;
 mod host;
 mod image;
 mod power_cut;

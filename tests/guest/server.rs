@@ -30,7 +30,7 @@ impl Server {
             .arg(socket)
             .arg("--blk-file")
             .arg(image)
-            .args(["--num-queues", "2"])
+            .args(if options.contains(&"--num-queues") { &[][..] } else { &["--num-queues", "2"] })
             .arg("--memory-dir")
             .arg(memory_of(socket))
             .args(options)
@@ -49,6 +49,11 @@ impl Server {
             thread::sleep(Duration::from_millis(10));
         }
         server
+    }
+
+    /// What the daemon has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap()
     }
 
     /// Sends SIGTERM: the daemon must write everything back and exit with status 0.

@@ -1,7 +1,7 @@
 //! A virtual machine as a process. It reads the serial console line by line; every wait has a deadline.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
@@ -36,11 +36,22 @@ impl Vm {
     }
 
     fn qemu_on(boot: &Boot, socket: &str, job: &str, seed: &str) -> Self {
-        let mut command = qemu(boot, boot.kvm, job, seed);
+        let mut command = qemu(boot, boot.kvm, job, seed, &Machine::default());
+        command.arg("-chardev").arg(format!("socket,id=blk,{socket}")).args(["-device", DISK]);
+        Self::spawn(command, job)
+    }
+
+    /// As [`Vm::qemu_that_reconnects`], on a machine that other tests do not use.
+    pub fn qemu_with(boot: &Boot, machine: &Machine, socket: &Path, job: &str, seed: &str) -> Self {
+        let mut command = qemu(boot, boot.kvm, job, seed, machine);
         command
             .arg("-chardev")
-            .arg(format!("socket,id=blk,{socket}"))
-            .args(["-device", "vhost-user-blk-pci,chardev=blk,num-queues=2"]);
+            .arg(format!("socket,id=blk,path={},reconnect=1", socket.display()))
+            .args(["-device", machine.disk]);
+        if let Some(monitor) = &machine.monitor {
+            // The disk is below a port that devices can be plugged into.
+            command.arg("-monitor").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        }
         Self::spawn(command, job)
     }
 
@@ -62,7 +73,7 @@ impl Vm {
 
     /// Whether a kernel starts our init under KVM within `patience`.
     pub fn probe_kvm(boot: &Boot, patience: Duration) -> bool {
-        let mut vm = Self::spawn(qemu(boot, true, "probe", "0"), "probe");
+        let mut vm = Self::spawn(qemu(boot, true, "probe", "0", &Machine::default()), "probe");
         vm.deadline = Instant::now() + patience;
         loop {
             match vm.next_line() {
@@ -178,19 +189,43 @@ fn command_line(job: &str, seed: &str) -> String {
     format!("{options} genblk.job={job} genblk.seed={seed}")
 }
 
-fn qemu(boot: &Boot, kvm: bool, job: &str, seed: &str) -> Command {
+/// The disk of most machines.
+const DISK: &str = "vhost-user-blk-pci,chardev=blk,num-queues=2";
+
+/// What distinguishes a machine.
+#[derive(Debug)]
+pub struct Machine {
+    /// The memory: options of `-object` for a backend called `ram`; empty for memory without a backend.
+    pub memory: &'static str,
+    /// The value of `-smp`.
+    pub processors: &'static str,
+    /// The value of `-device` for the disk.
+    pub disk: &'static str,
+    /// Where QEMU's monitor listens.
+    pub monitor: Option<PathBuf>,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self { memory: "memory-backend-memfd,id=ram,size=256M,share=on", processors: "2", disk: DISK, monitor: None }
+    }
+}
+
+fn qemu(boot: &Boot, kvm: bool, job: &str, seed: &str, machine: &Machine) -> Command {
     let mut command = tool("qemu-system-x86_64");
     // With RDRAND the guest has random numbers at once: without, mkfs waits for them for seconds.
     let (accelerator, processor) = if kvm { ("kvm", "host") } else { ("tcg,thread=multi", "qemu64,+rdrand") };
     command
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
-        .args(["-accel", accelerator, "-cpu", processor, "-smp", "2", "-m", "256M"])
-        .args(["-object", "memory-backend-memfd,id=ram,size=256M,share=on"])
-        .args(["-machine", "q35,memory-backend=ram"])
+        .args(["-accel", accelerator, "-cpu", processor, "-smp", machine.processors, "-m", "256M"])
         .arg("-kernel")
         .arg(&boot.kernel)
         .arg("-initrd")
         .arg(&boot.initramfs)
         .args(["-append", &command_line(job, seed)]);
+    match machine.memory {
+        "" => command.args(["-machine", "q35"]),
+        memory => command.args(["-object", memory, "-machine", "q35,memory-backend=ram"]),
+    };
     command
 }

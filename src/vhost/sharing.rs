@@ -1,0 +1,89 @@
+//! Whether a front-end shares the guest's memory, and what to do if it does not: the commonest mistake in a VMM's
+//! configuration, with which a guest's disk would hang without a word.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+
+/// What an operator has to change.
+pub(super) const ADVICE: &str = "the front-end shares no memory: add share=on to its memory backend (QEMU: -object \
+     memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram; libvirt: <memoryBacking><source \
+     type='memfd'/><access mode='shared'/></memoryBacking>)";
+
+/// Whether process `pid` has mapped `file` privately at `address`: what it writes there stays with it, and what this
+/// process sees in the file is not the guest's memory.
+///
+/// => False if that cannot be found out: the process is in another PID namespace or belongs to another user, or the
+///    front-end has no mapping at the address it gave.
+pub(super) fn is_private(pid: u32, address: u64, file: &File) -> bool {
+    let (Ok(maps), Ok(metadata)) = (fs::read_to_string(format!("/proc/{pid}/maps")), file.metadata()) else {
+        return false;
+    };
+    let identity = (metadata.dev(), metadata.ino());
+    maps.lines()
+        .filter_map(Mapping::parse)
+        .find(|mapping| mapping.range.contains(&address))
+        .is_some_and(|mapping| mapping.identity == identity && mapping.private)
+}
+
+/// A line of /proc/PID/maps.
+#[derive(Debug, PartialEq, Eq)]
+struct Mapping {
+    range: std::ops::Range<u64>,
+    private: bool,
+    /// Device and inode of the file.
+    identity: (u64, u64),
+}
+
+impl Mapping {
+    /// Reads `START-END PERMISSIONS OFFSET MAJOR:MINOR INODE PATH` (proc_pid_maps(5)).
+    fn parse(line: &str) -> Option<Self> {
+        let mut words = line.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let private = words.next()?.ends_with('p');
+        let (major, minor) = words.nth(1)?.split_once(':')?;
+        let inode = words.next()?.parse().ok()?;
+        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+        let number = |text: &str| u32::from_str_radix(text, 16).ok();
+        Some(Self {
+            range: hex(start)?..hex(end)?,
+            private,
+            identity: (libc::makedev(number(major)?, number(minor)?), inode),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+
+    use super::*;
+    use crate::sys::memfd;
+
+    #[test]
+    fn a_private_mapping_is_told_from_a_shared_one() {
+        const BYTES: usize = 1 << 20;
+        let (memory, other) = (memfd::create(c"test").unwrap(), memfd::create(c"other").unwrap());
+        [&memory, &other].into_iter().for_each(|file| file.set_len(BYTES as u64).unwrap());
+        let file = |file: &File| Some(FileOffset::new(file.try_clone().unwrap(), 0));
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let pid = std::process::id();
+        for (flags, private) in [(libc::MAP_SHARED, false), (libc::MAP_PRIVATE, true)] {
+            let region: MmapRegion<()> = MmapRegion::build(file(&memory), BYTES, protection, flags).unwrap();
+            let slice = region.get_slice(BYTES / 2, 1).unwrap();
+            let address = slice.ptr_guard().as_ptr().addr() as u64;
+            assert_eq!(is_private(pid, address, &memory), private);
+            assert!(!is_private(pid, address, &other), "another file: the address means nothing");
+        }
+        assert!(!is_private(pid, 16, &memory) && !is_private(0, 16, &memory));
+    }
+
+    #[test]
+    fn a_line_of_the_maps_is_read() {
+        let line = "7f00c0000000-7f00d0000000 rw-p 00001000 00:01 4242                 /memfd:my ram (deleted)";
+        let range = 0x7f00_c000_0000..0x7f00_d000_0000;
+        assert_eq!(Mapping::parse(line), Some(Mapping { range, private: true, identity: (1, 4242) }));
+        for line in ["", "7f00", "7f00-8000 rw-s", "x-y rw-p 0 00:00 0"] {
+            assert_eq!(Mapping::parse(line), None, "{line}");
+        }
+    }
+}

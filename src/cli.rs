@@ -32,26 +32,50 @@ pub enum Action {
     Print(String),
     /// Serve these devices.
     Serve(Config),
-    /// List the caches below this directory that no daemon holds.
-    ListLeft(PathBuf),
-    /// Write the dirty pages of this cache file to its image.
-    Recover(PathBuf),
+    /// List the caches in this directory.
+    ListCaches(PathBuf),
+    /// Remove the caches in this directory from which nothing would be lost.
+    Prune(PathBuf),
+    /// Write the dirty pages of a cache file to its image.
+    Recover {
+        /// The cache file.
+        cache: PathBuf,
+        /// Where its image is, if it has moved.
+        image: Option<PathBuf>,
+        /// Whether to write even to an image that is not shown to be the cache's.
+        force: bool,
+    },
     /// Remove this cache file.
-    Discard(PathBuf),
+    Discard {
+        /// The cache file.
+        cache: PathBuf,
+        /// Whether to do it without asking.
+        force: bool,
+    },
 }
 
 /// Commands other than serving.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum ClientCommand {
-    /// List the caches that no daemon holds; with FILE, write one back to its image
+    /// List the caches that daemons left; with CACHE, write one to its image
     Recover {
-        /// A cache file from the list: write its dirty pages to its image, then remove it
-        file: Option<PathBuf>,
-        /// Remove the file without writing anything back
-        #[arg(long, requires = "file")]
+        /// A cache from the list: write its dirty pages to its image, then remove it
+        #[arg(value_name = "CACHE")]
+        cache: Option<PathBuf>,
+        /// Where the image of CACHE is now, if it has moved
+        #[arg(long, value_name = "PATH", requires = "cache", conflicts_with = "discard")]
+        image: Option<PathBuf>,
+        /// Remove CACHE without writing anything to its image
+        #[arg(long, requires = "cache")]
         discard: bool,
-        /// Directory to search
-        #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "file")]
+        /// Throw away dirty pages without asking; write to an image that is not shown to be CACHE's
+        #[arg(long, requires = "cache")]
+        force: bool,
+        /// Remove the caches from which nothing would be lost
+        #[arg(long, conflicts_with = "cache")]
+        prune: bool,
+        /// Directory to search: a memory directory, or a folder of caches in it
+        #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "cache")]
         #[arg(value_parser = directory())]
         memory_dir: PathBuf,
     },
@@ -67,10 +91,13 @@ fn directory() -> impl TypedValueParser<Value = PathBuf> {
 
 impl ClientCommand {
     fn action(self) -> Action {
-        match self {
-            Self::Recover { file: None, memory_dir, .. } => Action::ListLeft(memory_dir),
-            Self::Recover { file: Some(file), discard: false, .. } => Action::Recover(file),
-            Self::Recover { file: Some(file), discard: true, .. } => Action::Discard(file),
+        let Self::Recover { cache, image, discard, force, prune, memory_dir } = self;
+        match cache {
+            None if prune => Action::Prune(memory_dir),
+            None => Action::ListCaches(memory_dir),
+            Some(cache) if discard => Action::Discard { cache, force },
+            Some(folder) if image.is_none() && !force && folder.is_dir() => Action::ListCaches(folder),
+            Some(cache) => Action::Recover { cache, image, force },
         }
     }
 }
@@ -403,13 +430,20 @@ mod tests {
     }
 
     #[test]
-    fn what_was_left_is_listed_recovered_or_discarded() {
-        assert_eq!(run("recover").unwrap(), Action::ListLeft("/dev/shm".into()));
-        assert_eq!(run("recover --memory-dir /m").unwrap(), Action::ListLeft("/m".into()));
-        assert_eq!(run("recover f").unwrap(), Action::Recover("f".into()));
-        assert_eq!(run("recover --discard f").unwrap(), Action::Discard("f".into()));
-        failure("recover --discard");
-        failure("recover f --memory-dir /m");
+    fn caches_are_listed_recovered_discarded_or_pruned() {
+        let recover =
+            |image: Option<&str>, force| Action::Recover { cache: "f".into(), image: image.map(Into::into), force };
+        assert_eq!(run("recover").unwrap(), Action::ListCaches("/dev/shm".into()));
+        assert_eq!(run("recover --memory-dir /m").unwrap(), Action::ListCaches("/m".into()));
+        assert_eq!(run("recover /").unwrap(), Action::ListCaches("/".into()));
+        assert_eq!(run("recover f").unwrap(), recover(None, false));
+        assert_eq!(run("recover f --image i --force").unwrap(), recover(Some("i"), true));
+        assert_eq!(run("recover --discard f").unwrap(), Action::Discard { cache: "f".into(), force: false });
+        assert_eq!(run("recover --discard --force f").unwrap(), Action::Discard { cache: "f".into(), force: true });
+        assert_eq!(run("recover --prune --memory-dir /m").unwrap(), Action::Prune("/m".into()));
+        for line in ["--discard", "f --memory-dir /m", "--force", "--image i", "--prune f", "f --discard --image i"] {
+            failure(&format!("recover {line}"));
+        }
         assert!(failure("recover --memory-dir systemd").contains("reachable only from its unit"));
     }
 

@@ -34,6 +34,7 @@ pub fn run(config: &Config) -> Result<()> {
     let open = |device| Service::open(device, &mut images, &manager);
     let services = config.devices.iter().map(open).collect::<Result<Vec<_>>>()?;
     recover::warn_unclaimed(config, &manager);
+    recover::warn_unheld(config);
     let running = services.into_iter().map(Service::start).collect::<Result<Vec<_>>>()?;
     manager.notify("READY=1");
     let signal = loop {

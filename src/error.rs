@@ -47,6 +47,13 @@ impl Error {
         Self { kind, context: context.into(), cause: Some(cause) }
     }
 
+    /// The error with advice at the end of its text.
+    #[must_use]
+    pub fn with_hint(self, hint: &str) -> Self {
+        let context = format!("{self}; {hint}");
+        Self { kind: self.kind, context, cause: None }
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> ErrorKind {
         self.kind

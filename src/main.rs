@@ -8,7 +8,7 @@ use genblk::cli::{self, Action};
 use genblk::daemon;
 use genblk::error::Result;
 use genblk::logging;
-use genblk::recover;
+use genblk::recover::{self, Consent, Recovery};
 
 fn main() -> ExitCode {
     logging::init();
@@ -24,12 +24,19 @@ fn main() -> ExitCode {
 fn run(action: Action) -> Result<()> {
     match action {
         Action::Print(text) => print(&text),
-        Action::ListLeft(memory_dir) => print(&recover::list(&memory_dir)?),
-        Action::Recover(file) => print(&recover::recover(&file)?),
-        Action::Discard(file) => print(&recover::discard(&file)?),
+        Action::ListCaches(directory) => print(&recover::list(&directory)?),
+        Action::Prune(directory) => print(&recover::prune(&directory)?),
+        Action::Recover { cache, image, force } => {
+            print(&recover::recover(&Recovery { cache, image, consent: consent(force) })?);
+        }
+        Action::Discard { cache, force } => print(&recover::discard(&cache, consent(force))?),
         Action::Serve(config) => return daemon::run(&config),
     }
     Ok(())
+}
+
+fn consent(force: bool) -> Consent {
+    if force { Consent::Forced } else { Consent::Ask }
 }
 
 fn print(text: &str) {

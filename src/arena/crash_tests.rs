@@ -13,7 +13,8 @@ use crate::shared_memory::FileChange;
 use crate::shared_memory::trace::{Event, FileId, crash_states, file_id, record};
 use crate::units::PageNo;
 
-const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
+/// Of the largest image: its pages have all numbers that a record can hold, but one.
+const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: (1 << 52) - (1 << 12) };
 const LOST: GuestState = GuestState { data: GuestData::Lost, write_through: false };
 const WRITE_THROUGH: GuestState = GuestState { data: GuestData::Intact, write_through: true };
 const BOTH: GuestState = GuestState { data: GuestData::Lost, write_through: true };

@@ -2,17 +2,20 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::ledger::{HEADER_BYTES, Header, boot_id, field};
 use super::mapping::{self, MEMFD_NAME, Mapping};
+use super::survey::Survey;
+use super::trust::{Entry, TrustedDir, Whose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
+use crate::sys::dir::Access;
 use crate::sys::memfd;
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
@@ -28,6 +31,21 @@ const FDSTORE_PREFIX: &str = "genblk-cache-";
 pub struct ArenaFile {
     pub(super) file: File,
     location: Location,
+    /// The name of a file that has a path, in its open directory.
+    entry: Option<Entry>,
+}
+
+/// What [`ArenaFile::look_at`] found.
+#[derive(Debug)]
+pub struct Seen {
+    /// The user to whom the file belongs.
+    pub owner: u32,
+    /// Whether a process uses it.
+    pub is_locked: bool,
+    /// That process, if it can be named.
+    pub holder: Option<u32>,
+    /// What the file says of itself, or why that cannot be read.
+    pub survey: Result<Option<Survey>>,
 }
 
 /// Where a file outlives the daemon.
@@ -60,29 +78,23 @@ impl ArenaFile {
     /// Opens and locks the file of an image, in this user's directory below `memory_dir`; creates both if needed.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`] when the file cannot be created, or another user could change it; [`ErrorKind::Locked`]
-    /// when another process holds its lock for longer than `patience`.
+    /// [`ErrorKind::Memory`] when the file cannot be created; [`ErrorKind::Ledger`] when another user could have made
+    /// or can change it; [`ErrorKind::Locked`] when another process holds its lock for longer than `patience`.
     pub fn open_for(memory_dir: &Path, identity: &ImageId, patience: Duration) -> Result<Self> {
         let directory = Self::dir(memory_dir);
-        make_private_dir(&directory)?;
-        let mut options = OpenOptions::new();
-        Self::open(options.create(true).truncate(false), &directory.join(identity.file_name()), patience)
+        make_dir(&directory)?;
+        Self::open(&directory.join(identity.file_name()), Access::Create, Whose::Own, patience)
     }
 
     /// As [`ArenaFile::open_for`], but creates nothing: `None` if there is no file.
     ///
-    /// => A directory that another user can write to counts as one without a file: no daemon keeps a cache there.
-    ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the file cannot be opened, or it is unknown whether there is one;
-    /// [`ErrorKind::Locked`] as [`ArenaFile::open_for`].
+    /// [`ErrorKind::Ledger`] and [`ErrorKind::Locked`] as [`ArenaFile::open_for`].
     pub fn find_for(memory_dir: &Path, identity: &ImageId, patience: Duration) -> Result<Option<Self>> {
-        let directory = Self::dir(memory_dir);
-        let path = directory.join(identity.file_name());
-        let found = is_private_dir(&directory).and_then(|is_private| Ok((is_private, fs::symlink_metadata(&path)?)));
-        match found {
-            Ok((false, _)) => Ok(None),
-            Ok((true, _)) => Self::open(&mut OpenOptions::new(), &path, patience).map(Some),
+        let path = Self::dir(memory_dir).join(identity.file_name());
+        match fs::symlink_metadata(&path) {
+            Ok(_) => Self::open(&path, Access::ReadWrite, Whose::Own, patience).map(Some),
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
             Err(e) => Err(Error::io(ErrorKind::Memory, format!("cannot open {}", path.display()), e)),
         }
@@ -94,36 +106,74 @@ impl ArenaFile {
     /// [`ErrorKind::Ledger`] when the file is not named as an arena is. Such a file must stay as it is: a disk image
     /// that begins with zeros, for example, looks like an empty arena. Otherwise as [`ArenaFile::open_for`], without
     /// waiting.
-    pub fn open_existing(path: &Path) -> Result<Self> {
+    pub fn open_existing(path: &Path, whose: Whose) -> Result<Self> {
         let shown = path.display();
-        let metadata =
-            fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
-        let has_name = path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name);
-        if !metadata.is_file() || !has_name {
+        fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
+        if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
             return Err(Error::new(ErrorKind::Ledger, format!("not a genblk cache file: {shown}")));
         }
-        Self::open(&mut OpenOptions::new(), path, Duration::ZERO)
+        Self::open(path, Access::ReadWrite, whose, Duration::ZERO)
     }
 
-    fn open(options: &mut OpenOptions, path: &Path, patience: Duration) -> Result<Self> {
+    /// Looks at a file without its lock: a daemon may use it at the same time.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::open_existing`].
+    pub fn look_at(path: &Path, whose: Whose) -> Result<Seen> {
+        let (directory, name) = split(path)?;
+        let dir = TrustedDir::open(directory, whose)?;
+        let file = dir.open_file(name, Access::Read, path)?;
+        // A daemon that starts at this instant tries again.
+        let is_locked = file.try_lock().is_err();
+        let _ = file.unlock();
+        let holder = if is_locked { lock_holder(&file) } else { None };
+        Ok(Seen { owner: dir.owner(), is_locked, holder, survey: Survey::of(&file, path) })
+    }
+
+    /// Opens and locks a file.
+    fn open(path: &Path, access: Access, whose: Whose, patience: Duration) -> Result<Self> {
         let until = Instant::now() + patience;
-        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {}", path.display()), e);
-        options.read(true).write(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let (directory, name) = split(path)?;
         loop {
-            let file = options.open(path).map_err(failed)?;
+            let dir = TrustedDir::open(directory, whose)?;
+            let file = dir.open_file(name, access, path)?;
             if let Err(e) = file.try_lock() {
                 if Instant::now() < until {
                     // The owner may remove the file meanwhile, so open it again.
                     std::thread::sleep(LOCK_RETRY);
                     continue;
                 }
-                let context = format!("another genblk process uses {}", path.display());
+                let holder = lock_holder(&file).map_or_else(String::new, |pid| format!(" (pid {pid})"));
+                let context = format!("another genblk process{holder} uses {}", path.display());
                 return Err(Error::io(ErrorKind::Locked, context, e.into()));
             }
             // The previous owner may have removed the file between open() and the lock.
-            if is_at(&file, path) {
-                return Ok(Self { file, location: Location::Path(path.to_path_buf()) });
+            let entry = dir.entry(name);
+            if entry.leads_to(&file) {
+                return Ok(Self { file, location: Location::Path(path.to_path_buf()), entry: Some(entry) });
             }
+        }
+    }
+
+    /// What the file says of itself; `None`: it holds nothing.
+    ///
+    /// # Errors
+    /// As [`Survey`] says: [`ErrorKind::Ledger`] for a file that is damaged or forged.
+    pub fn survey(&self) -> Result<Option<Survey>> {
+        Survey::of(&self.file, Path::new(&self.to_string()))
+    }
+
+    /// The user to whom the file belongs.
+    pub fn owner(&self) -> u32 {
+        self.file.metadata().map_or(u32::MAX, |metadata| metadata.uid())
+    }
+
+    /// Whether the next daemon would find the file: its name still leads to it.
+    pub fn is_reachable(&self) -> bool {
+        match &self.location {
+            // By the path: its directory may have been removed or renamed.
+            Location::Path(path) => is_at(&self.file, path),
+            Location::FdStore { .. } => true,
         }
     }
 
@@ -142,7 +192,7 @@ impl ArenaFile {
         };
         let file =
             create().map_err(|e| Error::io(ErrorKind::Memory, "cannot keep the cache in systemd's fd store", e))?;
-        Ok(Self { file, location: Location::FdStore { manager: Arc::clone(manager), name } })
+        Ok(Self { file, location: Location::FdStore { manager: Arc::clone(manager), name }, entry: None })
     }
 
     /// Takes what the previous daemon left for an image in the service manager's fd store; `None` if that is nothing.
@@ -170,7 +220,8 @@ impl ArenaFile {
         let taken = manager.fdstore_take(name);
         let taken = taken.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot take fd-store entry {name}"), e))?;
         let Some(file) = taken else { return Ok(None) };
-        let file = Self { file, location: Location::FdStore { manager: Arc::clone(manager), name: name.to_owned() } };
+        let location = Location::FdStore { manager: Arc::clone(manager), name: name.to_owned() };
+        let file = Self { file, location, entry: None };
         if file.header()?.is_none() {
             // Its daemon died before it put anything in, or after it had written everything to the image.
             file.remove();
@@ -260,9 +311,12 @@ impl ArenaFile {
     /// Removes the file.
     pub fn remove(&self) {
         match &self.location {
-            Location::Path(path) if is_at(&self.file, path) => drop(fs::remove_file(path)),
-            // Already removed; the path may hold another daemon's file by now.
-            Location::Path(_) => {}
+            // If it is removed already, the path may hold another daemon's file by now.
+            Location::Path(_) => {
+                if let Some(entry) = self.entry.as_ref().filter(|entry| entry.leads_to(&self.file)) {
+                    let _ = entry.unlink();
+                }
+            }
             Location::FdStore { manager, name } => {
                 // The service manager does not confirm the removal, and the image changes from now on. So the next
                 // daemon must find no pages in the file, should it still get it: clear the magic number.
@@ -293,24 +347,32 @@ fn fdstore_name(identity: &ImageId) -> String {
     format!("{FDSTORE_PREFIX}{}", identity.file_name())
 }
 
-/// Creates a directory that only this user can write to, or checks that an existing one is so.
-fn make_private_dir(directory: &Path) -> Result<()> {
-    let context = format!("cannot keep the cache in {}", directory.display());
-    let failed = |e| Error::io(ErrorKind::Memory, context.clone(), e);
-    match DirBuilder::new().recursive(true).mode(0o700).create(directory) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed(e)),
-        _ => {}
-    }
-    if !is_private_dir(directory).map_err(failed)? {
-        let why = "it is not a directory that only this user can write to";
-        return Err(Error::new(ErrorKind::Memory, format!("{context}: {why}")));
-    }
-    Ok(())
+/// The directory and the name of a file.
+fn split(path: &Path) -> Result<(&Path, &OsStr)> {
+    let directory = path.parent().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir });
+    directory
+        .zip(path.file_name())
+        .ok_or_else(|| Error::new(ErrorKind::Ledger, format!("not a genblk cache file: {}", path.display())))
 }
 
-/// Whether a path leads to a directory that only this user can write to.
-fn is_private_dir(directory: &Path) -> io::Result<bool> {
-    let metadata = fs::metadata(directory)?;
-    let is_writable_by_others = metadata.mode() & 0o022 != 0;
-    Ok(metadata.is_dir() && metadata.uid() == effective_uid() && !is_writable_by_others)
+/// The process that holds the lock of a file (proc_locks(5)); `None` if it is in another PID namespace.
+fn lock_holder(file: &File) -> Option<u32> {
+    let metadata = file.metadata().ok()?;
+    let (major, minor) = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
+    let id = format!("{major:02x}:{minor:02x}:{}", metadata.ino());
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    // "1: FLOCK  ADVISORY  WRITE 1234 00:1a:5678 0 EOF"
+    let mut held = locks.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    let words = held.find(|words| words.get(1) == Some(&"FLOCK") && words.get(5) == Some(&id.as_str()))?;
+    words[4].parse().ok().filter(|pid| *pid > 0)
+}
+
+/// Creates a directory that only this user can write to, unless there is one.
+fn make_dir(directory: &Path) -> Result<()> {
+    match DirBuilder::new().recursive(true).mode(0o700).create(directory) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            Err(Error::io(ErrorKind::Memory, format!("cannot keep the cache in {}", directory.display()), e))
+        }
+        _ => Ok(()),
+    }
 }

@@ -139,6 +139,11 @@ impl Header {
         self.layout == LAYOUT && self.frames == frames as u64
     }
 
+    /// Size of the image in bytes.
+    pub(super) fn image_bytes(&self) -> u64 {
+        self.identity.size_bytes
+    }
+
     /// Offset of the table of ranges that must read as zeros; `None` in a layout that has none.
     pub(super) fn zero_slots_at(&self) -> Option<usize> {
         (self.layout > 1).then_some(HEADER_BYTES)

@@ -18,6 +18,8 @@ mod file;
 mod ledger;
 mod mapping;
 mod populate;
+mod survey;
+mod trust;
 
 use std::fmt;
 use std::ops::Range;
@@ -27,9 +29,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memfd;
 use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
-pub use file::ArenaFile;
+pub use file::{ArenaFile, Seen};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ZERO_SLOTS};
 pub use populate::Populator;
+pub use survey::Survey;
+pub use trust::Whose;
 
 use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
 use mapping::{MEMFD_NAME, Mapping};
@@ -162,6 +166,12 @@ impl Arena {
         if !arena.pending_zeroes().all(|(_, span)| fits(span)) {
             let image = header.image.display();
             let context = format!("the ledger of {image} refers to sectors past the end of the image");
+            return Err(Error::new(ErrorKind::Ledger, context));
+        }
+        let pages = header.image_bytes().div_ceil(PAGE_BYTES);
+        if !arena.records().all(|(_, record)| record.page.0 < pages) {
+            let image = header.image.display();
+            let context = format!("the ledger of {image} refers to pages past the end of the image");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
         Ok(arena)

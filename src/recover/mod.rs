@@ -18,7 +18,7 @@ use crate::systemd::ServiceManager;
 use crate::units::counted;
 
 pub use kept::has_kept_cache;
-pub use operator::{discard, list, recover, warn_unclaimed};
+pub use operator::{Consent, Recovery, discard, hint_for, list, prune, recover, warn_unclaimed, warn_unheld};
 
 use write_back::{Unwritten, write_back};
 
@@ -121,7 +121,7 @@ pub fn arena_for(
         Decision::WriteBack => {
             let target = new.prepare_target(found_at, &file)?;
             let arena = Arena::attach(file, &header.expect(HAS_HEADER))?;
-            let dirty = counted(write_back(&arena, image)?, "dirty page");
+            let dirty = counted(write_back(&arena, image, &mut |_, _| {})?, "dirty page");
             info!("{name}: found a cache that does not fit the configuration; wrote its {dirty} to the image");
             new.replace(arena.into_file().expect(HAS_FILE), target)?
         }

@@ -1,7 +1,7 @@
 //! What a cache holds and its image lacks, and how it gets onto the image.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
@@ -40,12 +40,12 @@ impl fmt::Display for Unwritten {
 }
 
 /// Zeroes the ranges that must read as zeros, then writes the dirty pages to the image in the order of their offsets,
-/// and syncs it; returns the number of pages.
+/// and syncs it; returns the number of pages. Calls `progress` with how many of how many pages are written.
 ///
 /// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
 /// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
 ///    genblk recorded its other sectors as dirty too.
-pub(super) fn write_back(arena: &Arena, image: &FileImage) -> Result<u64> {
+pub(super) fn write_back(arena: &Arena, image: &FileImage, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
     let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
     let mut dirty: Vec<(FrameId, FrameRecord)> =
@@ -62,9 +62,11 @@ pub(super) fn write_back(arena: &Arena, image: &FileImage) -> Result<u64> {
     for (_, span) in arena.pending_zeroes() {
         image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
     }
-    let file = OpenOptions::new().write(true).open(image.path()).map_err(failed)?;
-    for &(frame, record) in &dirty {
+    // The image that was opened and checked, not what its path leads to by now.
+    let file = image.reopen_buffered().map_err(failed)?;
+    for (done, &(frame, record)) in dirty.iter().enumerate() {
         write_page(arena, frame, record, &file).map_err(failed)?;
+        progress(done as u64 + 1, dirty.len() as u64);
     }
     file.sync_all().map_err(failed)?;
     Ok(dirty.len() as u64)

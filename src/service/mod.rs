@@ -31,6 +31,15 @@ pub use running::{Running, shutdown_all};
 use settings::{device_of, settings};
 use socket::ListenSocket;
 
+/// An error about memory names the memory that the caches take that no daemon uses.
+fn with_unheld_caches(error: Error, config: &DeviceConfig) -> Error {
+    let hint = if error.kind() == ErrorKind::Memory { recover::hint_for(&config.cache.memory_dir) } else { None };
+    match hint {
+        Some(hint) => error.with_hint(&hint),
+        None => error,
+    }
+}
+
 /// A device that is open and not yet served.
 #[derive(Debug)]
 pub struct Service {
@@ -79,7 +88,8 @@ impl Service {
             Some(shared) => Self::new(config, Arc::clone(shared), io_mode)?,
             None => {
                 let settings = settings(config, image.limits())?;
-                let arena = recover::arena_for(config, &image, settings.frames as usize, manager)?;
+                let arena = recover::arena_for(config, &image, settings.frames as usize, manager);
+                let arena = arena.map_err(|error| with_unheld_caches(error, config))?;
                 Self::new(config, CachedImage::new(&config.name, image, arena, settings), io_mode)?
             }
         };

@@ -1,11 +1,13 @@
 //! A raw image, a regular file or a block device, with a queue for every worker.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Once};
 
 use super::format::Format;
-use super::image::OpenImage;
+use super::image::{self, OpenImage};
 pub use super::options::{IoEngine, OpenOptions};
 use super::threads::ThreadQueue;
 use super::uring::UringQueue;
@@ -13,6 +15,14 @@ use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::units::Unmap;
+
+/// The identity of the image at `path`. Opens it only for as long as it takes.
+///
+/// # Errors
+/// Those of open(2) and stat(2).
+pub fn identity_at(path: &Path) -> io::Result<ImageId> {
+    image::identity_at(path)
+}
 
 /// How it is known, before an image is opened, that it is raw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +123,14 @@ impl FileImage {
     /// The error of fallocate(2), pread(2) or pwrite(2).
     pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         blocking::zero(&self.image, offset, len, Unmap::Forbidden)
+    }
+
+    /// The image once more, for writing through the host's page cache: the same file, whatever its path leads to now.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn reopen_buffered(&self) -> io::Result<File> {
+        File::options().write(true).open(format!("/proc/self/fd/{}", self.image.file.as_raw_fd()))
     }
 
     /// Where the image was opened.

@@ -274,6 +274,16 @@ fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
     Err(Error::new(ErrorKind::Image, format!("image {} {problem}", path.display())))
 }
 
+/// The identity of the image at `path`; see [`super::file::identity_at`].
+pub(super) fn identity_at(path: &Path) -> std::io::Result<ImageId> {
+    // A FIFO must not be waited for.
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    let is_device = metadata.file_type().is_block_device();
+    let size_bytes = if is_device { sys::block::size_bytes(&file)? } else { metadata.len() };
+    Ok(identity_of(&file, &metadata, size_bytes))
+}
+
 /// Two nodes of one block device have different inodes, but one device number.
 fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> ImageId {
     if metadata.file_type().is_block_device() {

@@ -264,7 +264,6 @@ pub trait Backing: Send + Sync + fmt::Debug {
     fn limits(&self) -> &Limits;
 
     /// The guest is writing what makes the image look like another format than raw: the next start must not refuse it.
-    /// Does not wait.
     fn note_guest_format(&self, _format: format::Format) {}
 
     /// A queue for one more worker.

@@ -13,7 +13,6 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Mutex;
-use std::thread;
 
 use log::{info, warn};
 
@@ -78,7 +77,8 @@ impl ImageFormat {
 
     /// Records at the image that the guest is writing the magic number of `format`. Log lines begin with `label`.
     ///
-    /// => Does not wait for the image: a thread of its own writes the attribute.
+    /// => Waits for the image: before the write is submitted, so that the image's change time is known when the write
+    ///    is complete. It happens once in the life of most images, if at all.
     pub(super) fn note_guest_writes(&self, format: Format, file: &File, label: &str) {
         let name = format.name();
         let mut recorded = self.recorded.lock().expect("no thread panics with the record locked");
@@ -86,20 +86,12 @@ impl ImageFormat {
             return;
         }
         *recorded = Some(name.to_owned());
-        drop(recorded);
-        let (copy, copied_label) = (file.try_clone(), label.to_owned());
-        let record = move || {
-            let label = copied_label;
-            match copy.and_then(|file| sys::xattr::set(&file, ATTRIBUTE, name.as_bytes())) {
-                Ok(()) => info!("{label}: its guest writes a {name} header; recorded, and still served as raw"),
-                Err(e) => warn!(
-                    "{label}: its guest writes a {name} header, and that cannot be recorded at the image ({e}): set \
-                     format = \"raw\" (--format raw), or the next start without a kept cache refuses it"
-                ),
-            }
-        };
-        if let Err(e) = thread::Builder::new().name("genblk format".to_owned()).spawn(record) {
-            warn!("{label}: cannot start a thread to record that its guest writes a {name} header: {e}");
+        match sys::xattr::set(file, ATTRIBUTE, name.as_bytes()) {
+            Ok(()) => info!("{label}: its guest writes a {name} header; recorded, and still served as raw"),
+            Err(e) => warn!(
+                "{label}: its guest writes a {name} header, and that cannot be recorded at the image ({e}): set \
+                 format = \"raw\" (--format raw), or the next start without a kept cache refuses it"
+            ),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! This module knows nothing of disks, caches or guests: any other module may use it, and it uses none.
 
 pub mod block;
+pub mod dir;
 pub mod fd;
 pub mod file;
 pub mod file_system;

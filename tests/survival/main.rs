@@ -10,6 +10,7 @@ mod common;
 mod cut_page;
 mod guest;
 mod huge_pages;
+mod operator;
 mod read_only;
 mod systemd;
 mod zeroes;
@@ -395,17 +396,12 @@ fn restored_dirty_pages_are_written_back_without_a_front_end() {
 }
 
 #[test]
-fn genblk_recover_lists_a_cache_and_writes_it_back() {
+fn genblk_recover_writes_a_cache_to_its_image() {
     let mut daemon = start("cache.dirty_age_max_ms = 600000");
     let (session, bytes) = write_and_kill(&mut daemon);
     drop(session);
     let [left] = &daemon.directory().left()[..] else { panic!("there must be one cache") };
     let genblk = |arguments: &[&str]| run_to_end(Command::new(server_binary()).arg("recover").args(arguments));
-
-    let memory = daemon.directory().memory();
-    let listed = genblk(&["--memory-dir", memory.to_str().expect("UTF-8")]);
-    let line = format!("{}: {}: 4 cached pages (4 dirty)\n", left.display(), daemon.image().display());
-    assert_eq!(listed.stdout, line, "{listed:?}");
 
     let left = left.to_str().expect("UTF-8");
     let recovered = genblk(&[left]);
@@ -457,7 +453,7 @@ fn genblk_recover_refuses_a_cache_that_a_daemon_uses() {
     let left = daemon.directory().left();
     for arguments in [vec!["recover"], vec!["recover", "--discard"]] {
         let ended = run_to_end(Command::new(server_binary()).args(arguments).arg(&left[0]));
-        assert!(!ended.status.success() && ended.stderr.contains("another genblk process uses "), "{ended:?}");
+        assert!(!ended.status.success() && ended.stderr.contains("another genblk process (pid "), "{ended:?}");
     }
     assert_eq!(session.read(0, 512), pattern(1, 0, 512));
 }

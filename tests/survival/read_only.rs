@@ -61,7 +61,7 @@ fn a_reader_is_refused_until_a_range_is_zeroed_or_its_cache_discarded() {
     let refused = run(&mut daemon, READER);
     assert!(refused.stderr.contains(" holds 0 dirty pages and 1 range to be zeroed, which "), "{refused:?}");
     let left = daemon.directory().left();
-    genblk_recover(&["--discard", left[0].to_str().expect("UTF-8")]);
+    genblk_recover(&["--discard", "--force", left[0].to_str().expect("UTF-8")]);
     daemon.restart();
 }
 

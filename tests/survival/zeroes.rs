@@ -78,7 +78,7 @@ fn genblk_recover_lists_the_range_and_repeats_the_zeroing() {
         run_to_end(Command::new(server_binary()).args(option).arg(argument)).stdout
     };
     let listed = genblk(&daemon.directory().memory());
-    assert!(listed.ends_with(" cached pages (1 dirty), 1 range to be zeroed\n"), "{listed}");
+    assert!(listed.contains("  1 range to be zeroed\n"), "{listed}");
     let recovered = genblk(&left[0]);
     assert!(recovered.starts_with("wrote 1 page to "), "{recovered}");
     assert!(daemon.image_bytes(0, 256 * SECTOR_BYTES) == expected());

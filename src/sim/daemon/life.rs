@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::store::{SimulatedImage, sector_of, value_of};
-use crate::arena::ArenaFile;
+use crate::arena::{ArenaFile, Whose};
 use crate::cache::Settings;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
@@ -59,7 +59,8 @@ impl Directory {
         let files = fs::read_dir(&self.0).expect("the directory");
         let directory = files.flatten().map(|entry| entry.path()).find(|path| path.is_dir())?;
         let path = fs::read_dir(directory).expect("the directory").flatten().next()?.path();
-        let header = ArenaFile::open_existing(&path).and_then(|file| file.header()).expect("a file of the world");
+        let header =
+            ArenaFile::open_existing(&path, Whose::Own).and_then(|file| file.header()).expect("a file of the world");
         Some(header?.frames)
     }
 }

@@ -1,0 +1,131 @@
+//! What a cache file says, read without mapping it: the file may belong to another user, who can shrink it meanwhile
+//! (which would raise SIGBUS), or to a daemon that runs.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use super::frames_at;
+use super::ledger::{HEADER_BYTES, Header, RECORD_BYTES, ZERO_SLOT_BYTES, ZERO_SLOTS, boot_id, decode_record};
+use super::mapping::Mapping;
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::{PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SectorSpan};
+
+/// How many bytes of the ledger are read at once.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// What a cache file says of itself.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// Its header.
+    pub header: Header,
+    /// Whether it was made since the host's last boot; else its contents mean nothing.
+    pub is_of_this_boot: bool,
+    /// Pages that it holds.
+    pub pages: u64,
+    /// Dirty ones among them.
+    pub dirty_pages: u64,
+    /// Ranges that must read as zeros and may not do so on the image.
+    pub zero_ranges: u64,
+    /// Memory that it takes, in bytes.
+    pub memory_bytes: u64,
+    /// How long ago its file was changed, as far as the file system tells.
+    pub age: Duration,
+}
+
+impl Survey {
+    /// Reads an open file; `None`: it has no header, so it holds nothing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when it is no cache file of a layout that this genblk knows, or contradicts itself;
+    /// [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
+    pub(super) fn of(file: &File, shown: &Path) -> Result<Option<Self>> {
+        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
+        let metadata = file.metadata().map_err(failed)?;
+        if metadata.len() < HEADER_BYTES as u64 {
+            return Ok(None);
+        }
+        let mut bytes = [0; HEADER_BYTES];
+        read(file, &mut bytes, 0).map_err(failed)?;
+        let Some(header) = Header::decode(&bytes, &shown.display())? else { return Ok(None) };
+        let mut survey = Self {
+            is_of_this_boot: header.boot == boot_id(),
+            header,
+            pages: 0,
+            dirty_pages: 0,
+            zero_ranges: 0,
+            memory_bytes: metadata.blocks().saturating_mul(SECTOR_BYTES),
+            age: metadata.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default(),
+        };
+        if survey.header.frames > 0 && survey.is_of_this_boot {
+            survey.count(file, metadata.len(), shown)?;
+        }
+        Ok(Some(survey))
+    }
+
+    /// Whether the image lacks something that it holds.
+    pub fn is_dirty(&self) -> bool {
+        self.is_of_this_boot && self.dirty_pages + self.zero_ranges > 0
+    }
+
+    /// Reads the ledger and checks what it refers to.
+    fn count(&mut self, file: &File, file_bytes: u64, shown: &Path) -> Result<()> {
+        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
+        let damaged = |why: &str| {
+            let context = format!("the ledger in {} is damaged or forged: {why}", shown.display());
+            Err(Error::new(ErrorKind::Ledger, context))
+        };
+        let frames = usize::try_from(self.header.frames).unwrap_or(usize::MAX);
+        let frames_at = frames_at(&self.header, frames);
+        let needed = frames.checked_mul(PAGE_SIZE).and_then(|bytes| bytes.checked_add(frames_at));
+        if needed.is_none_or(|needed| needed as u64 > file_bytes) {
+            return damaged("it is longer than its file");
+        }
+        let image_bytes = self.header.image_bytes();
+        let (sectors, pages) = (image_bytes / SECTOR_BYTES, image_bytes.div_ceil(PAGE_BYTES));
+        if let Some(at) = self.header.zero_slots_at() {
+            let mut slots = vec![0; ZERO_SLOTS * ZERO_SLOT_BYTES];
+            read(file, &mut slots, at as u64).map_err(failed)?;
+            for slot in words(&slots).collect::<Vec<_>>().chunks(2) {
+                let span = SectorSpan::new(slot[0], slot[1]);
+                if span.count > 0 && span.start.checked_add(span.count).is_none_or(|end| end > sectors) {
+                    return damaged("it refers to sectors past the end of the image");
+                }
+                self.zero_ranges += u64::from(span.count > 0);
+            }
+        }
+        let (mut at, end) = (self.header.records_at(), self.header.records_at() + frames * RECORD_BYTES);
+        let mut chunk = vec![0; CHUNK_BYTES];
+        while at < end {
+            let len = CHUNK_BYTES.min(end - at);
+            read(file, &mut chunk[..len], at as u64).map_err(failed)?;
+            for record in words(&chunk[..len]).filter_map(decode_record) {
+                if record.page.0 >= pages {
+                    return damaged("it refers to pages past the end of the image");
+                }
+                self.pages += 1;
+                self.dirty_pages += u64::from(!record.dirty.is_empty());
+            }
+            at += len;
+        }
+        Ok(())
+    }
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
+}
+
+/// Reads bytes of the file; from a mapping where the file system has no read(2), as hugetlbfs before Linux 5.
+fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    match file.read_exact_at(bytes, at) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            let at = usize::try_from(at).map_err(io::Error::other)?;
+            Mapping::new(file, at + bytes.len())?.read(at, bytes);
+            Ok(())
+        }
+        result => result,
+    }
+}

@@ -1,0 +1,134 @@
+//! Which cache files may be used: those that no other user could have made or can change. A forged ledger would make a
+//! daemon, or root's "genblk recover", write what the forger wants to the image that he names.
+//!
+//! Everything is checked on open descriptors. A file is opened and removed relative to its directory, whose path may
+//! lead elsewhere by then.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::dir::{Access, open_at, stat_at, unlink_at};
+use crate::sys::process::effective_uid;
+
+/// Mode bits by which group and others may write.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
+/// Mode bit by which everyone may write.
+const WRITABLE_BY_ALL: u32 = 0o002;
+/// Mode bit by which only the owner of a file may rename or remove it.
+const STICKY: u32 = 0o1000;
+
+/// Whose files are used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Those of this user.
+    Own,
+    /// Those of every user. For root, which may list and remove them, and must not believe what they say.
+    Anyone,
+}
+
+/// An open directory of cache files, which only its owner can write to.
+#[derive(Debug)]
+pub(super) struct TrustedDir {
+    dir: File,
+    owner: u32,
+}
+
+impl TrustedDir {
+    /// Opens and checks a directory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when another user could have put a file there; [`ErrorKind::Memory`] when it cannot be
+    /// opened.
+    pub(super) fn open(path: &Path, whose: Whose) -> Result<Self> {
+        let shown = path.display();
+        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e);
+        let distrusted = |why: String| {
+            let context = format!("caches in {shown} cannot be trusted: {why}");
+            Err(Error::new(ErrorKind::Ledger, format!("{context}; remove it, or use another memory directory")))
+        };
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let dir = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ELOOP | libc::ENOTDIR)) => {
+                return distrusted("it is not a directory".to_owned());
+            }
+            result => result.map_err(failed)?,
+        };
+        let metadata = dir.metadata().map_err(failed)?;
+        let (owner, user) = (metadata.uid(), effective_uid());
+        if owner != user && (whose == Whose::Own || user != 0) {
+            return distrusted(format!("it belongs to user {owner}, not to user {user}"));
+        }
+        if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
+            return distrusted(format!("other users can write to it (mode {:o})", metadata.mode() & 0o7777));
+        }
+        let (_, _, parent) = stat_at(&dir, OsStr::new("..")).map_err(failed)?;
+        if parent & WRITABLE_BY_ALL != 0 && parent & STICKY == 0 {
+            return distrusted("everyone can replace it, because the directory above it is not sticky".to_owned());
+        }
+        Ok(Self { dir, owner })
+    }
+
+    /// Opens a file in the directory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when another user could have made the file or can change it; [`ErrorKind::Memory`] when it
+    /// cannot be opened. `shown` names it in messages.
+    pub(super) fn open_file(&self, name: &OsStr, access: Access, shown: &Path) -> Result<File> {
+        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {}", shown.display()), e);
+        let distrusted = |why: String| {
+            Err(Error::new(ErrorKind::Ledger, format!("cache file {} cannot be trusted: {why}", shown.display())))
+        };
+        let file = match open_at(&self.dir, name, access) {
+            Err(e) if e.raw_os_error() == Some(libc::ELOOP) => return distrusted("it is a symbolic link".to_owned()),
+            result => result.map_err(failed)?,
+        };
+        let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(Error::new(ErrorKind::Ledger, format!("not a genblk cache file: {}", shown.display())));
+        }
+        if metadata.uid() != self.owner {
+            return distrusted(format!("it belongs to user {}, and its directory to {}", metadata.uid(), self.owner));
+        }
+        if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
+            return distrusted(format!("other users can write to it (mode {:o})", metadata.mode() & 0o7777));
+        }
+        if metadata.nlink() > 1 {
+            return distrusted("it has a second name".to_owned());
+        }
+        Ok(file)
+    }
+
+    /// The name of an open file in the directory.
+    pub(super) fn entry(self, name: &OsStr) -> Entry {
+        Entry { dir: self.dir, name: name.to_owned() }
+    }
+
+    /// The directory's owner.
+    pub(super) fn owner(&self) -> u32 {
+        self.owner
+    }
+}
+
+/// A name in an open directory.
+#[derive(Debug)]
+pub(super) struct Entry {
+    dir: File,
+    name: OsString,
+}
+
+impl Entry {
+    /// Whether the name leads to the open file.
+    pub(super) fn leads_to(&self, file: &File) -> bool {
+        let (ours, found) = (file.metadata(), stat_at(&self.dir, &self.name));
+        matches!((ours, found), (Ok(ours), Ok((dev, ino, _))) if (ours.dev(), ours.ino()) == (dev, ino))
+    }
+
+    /// Removes the name.
+    pub(super) fn unlink(&self) -> io::Result<()> {
+        unlink_at(&self.dir, &self.name)
+    }
+}

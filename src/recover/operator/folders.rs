@@ -1,0 +1,157 @@
+//! Finds the cache files of this user, or, for root, those of all users.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::arena::{ArenaFile, Seen, Whose};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image_id::ImageId;
+use crate::store::file::identity_at;
+use crate::sys::process::effective_uid;
+
+/// Name of root's folder; those of other users continue with a hyphen and the user's number.
+const FOLDER: &str = "genblk";
+
+/// A cache file, and what is known of it.
+#[derive(Debug)]
+pub(super) struct Cache {
+    pub(super) path: PathBuf,
+    pub(super) seen: Seen,
+    pub(super) image: ImageState,
+}
+
+/// What has become of the image of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ImageState {
+    /// It is where it was.
+    There,
+    /// There is nothing at its path.
+    Gone,
+    /// Its file system is not mounted, or its device not attached.
+    Away,
+    /// Another image is at its path.
+    Replaced,
+    /// It cannot be looked at, or the cache file does not name it.
+    Unknown,
+}
+
+impl Cache {
+    /// Looks at the file at `path`.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::look_at`].
+    pub(super) fn look_at(path: PathBuf, whose: Whose) -> Result<Self> {
+        let seen = ArenaFile::look_at(&path, whose)?;
+        let image = match &seen.survey {
+            Ok(Some(survey)) => image_state(&survey.header.image, &survey.header.identity),
+            _ => ImageState::Unknown,
+        };
+        Ok(Self { path, seen, image })
+    }
+
+    /// Whether nothing is lost with the file: it holds no data that the image lacks, and what it records of a guest is
+    /// of no use without the image.
+    pub(super) fn is_prunable(&self) -> bool {
+        if self.seen.is_locked {
+            return false;
+        }
+        match &self.seen.survey {
+            Ok(None) => true,
+            Ok(Some(survey)) => {
+                let is_of_use = survey.header.guest != crate::arena::GuestState::FRESH;
+                survey.is_of_this_boot && !survey.is_dirty() && (!is_of_use || self.image == ImageState::Gone)
+            }
+            Err(_) => false,
+        }
+    }
+}
+
+/// What has become of the image at `path` that had this identity.
+fn image_state(path: &Path, identity: &ImageId) -> ImageState {
+    match identity_at(path) {
+        Ok(found) if found == *identity => ImageState::There,
+        Ok(_) => ImageState::Replaced,
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            let folder = path.parent().and_then(|folder| fs::metadata(folder).ok());
+            let is_mounted = folder.is_some_and(|folder| folder.dev() == identity.device);
+            if is_mounted { ImageState::Gone } else { ImageState::Away }
+        }
+        Err(_) => ImageState::Unknown,
+    }
+}
+
+/// Whose files this process may look at.
+pub(super) fn whose() -> Whose {
+    if effective_uid() == 0 { Whose::Anyone } else { Whose::Own }
+}
+
+/// The folders with cache files in `directory`, which is a memory directory or such a folder itself: this user's, or
+/// for root those of all users.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when `directory` cannot be read.
+pub(super) fn folders(directory: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", directory.display()), e);
+    let entries: Vec<_> = fs::read_dir(directory).map_err(failed)?.flatten().collect();
+    if directory.file_name().is_some_and(|name| owner_of_folder(name).is_some()) {
+        return Ok(vec![directory.to_path_buf()]);
+    }
+    let user = effective_uid();
+    let is_ours = |name: &OsStr| owner_of_folder(name).is_some_and(|owner| user == 0 || owner == user);
+    let mut folders: Vec<PathBuf> = entries
+        .iter()
+        .filter(|entry| is_ours(&entry.file_name()) && entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(fs::DirEntry::path)
+        .collect();
+    // A folder under another name.
+    if folders.is_empty() && entries.iter().any(|entry| is_cache_name(&entry.file_name())) {
+        folders.push(directory.to_path_buf());
+    }
+    folders.sort();
+    Ok(folders)
+}
+
+/// The user whose folder has this name; `None`: it is no such folder.
+fn owner_of_folder(name: &OsStr) -> Option<u32> {
+    let rest = name.to_str()?.strip_prefix(FOLDER)?;
+    if rest.is_empty() { Some(0) } else { rest.strip_prefix('-')?.parse().ok() }
+}
+
+fn is_cache_name(name: &OsStr) -> bool {
+    name.to_str().is_some_and(ImageId::is_file_name)
+}
+
+/// The cache files in a folder, each with what is known of it, or why nothing is.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when the folder cannot be read; [`ErrorKind::Ledger`] when another user could have put files
+/// there.
+pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<Cache>)>> {
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", folder.display()), e);
+    let metadata = fs::metadata(folder).map_err(failed)?;
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder)
+        .map_err(failed)?
+        .flatten()
+        .filter(|entry| is_cache_name(&entry.file_name()))
+        .map(|entry| entry.path())
+        .collect();
+    paths.sort();
+    let whose = if metadata.uid() == effective_uid() { Whose::Own } else { whose() };
+    Ok(paths.into_iter().map(|path| (path.clone(), Cache::look_at(path, whose))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_are_recognised_by_their_names() {
+        for (name, owner) in
+            [("genblk", Some(0)), ("genblk-1000", Some(1000)), ("genblk-", None), ("genblkx", None), ("genblk-a", None)]
+        {
+            assert_eq!(owner_of_folder(OsStr::new(name)), owner, "{name}");
+        }
+    }
+}

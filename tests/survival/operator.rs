@@ -1,0 +1,325 @@
+//! "genblk recover": what it lists, writes, throws away and refuses. What a daemon tells of caches that no daemon uses.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::common::daemon::{Daemon, Ended, TempDir, run_to_end, server_binary};
+use super::common::request::pattern;
+use super::common::session::{Session, SessionOptions};
+use super::common::wait::{PATIENCE, poll_until};
+use super::{make_image, start, start_in, write_and_kill};
+
+const WRITER: &str = "cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000";
+/// A user who is not root.
+const OTHER_USER: u32 = 54_321;
+
+fn genblk_recover(arguments: &[&str]) -> Ended {
+    run_to_end(Command::new(server_binary()).arg("recover").args(arguments))
+}
+
+#[track_caller]
+fn assert_refused(ended: &Ended, words: &[&str]) {
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    for word in words {
+        assert!(ended.stderr.contains(word), "{word:?} is not in {ended:?}");
+    }
+    assert!(!ended.stderr.contains("memory for") && !ended.stderr.contains("no memory"), "{ended:?}");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+/// A daemon that was killed with four dirty pages in its cache, and that cache.
+fn dirty_cache() -> (Daemon, PathBuf, Vec<u8>) {
+    let mut daemon = start(WRITER);
+    let (_, bytes) = write_and_kill(&mut daemon);
+    let cache = daemon.directory().left().remove(0);
+    (daemon, cache, bytes)
+}
+
+/// A daemon that has handed over four clean pages, and that cache.
+fn clean_cache() -> (Daemon, PathBuf) {
+    let mut daemon = start(WRITER);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(3, 80, 16 << 10));
+    session.flush();
+    drop(session);
+    daemon.signal(libc::SIGUSR1);
+    assert!(daemon.wait().success(), "{}", daemon.log());
+    let cache = daemon.directory().left().remove(0);
+    (daemon, cache)
+}
+
+/// The columns of the only row of a list.
+#[track_caller]
+fn only_row(listed: &Ended) -> Vec<String> {
+    assert!(listed.status.success(), "{listed:?}");
+    let mut lines = listed.stdout.lines();
+    assert!(lines.next().is_some_and(|line| line.starts_with("CACHE ") && line.ends_with(" STATE")), "{listed:?}");
+    let row = lines.next().expect("a row");
+    assert!(lines.next().is_none_or(|line| line.starts_with("To ")), "one row: {listed:?}");
+    row.split("  ").filter(|cell| !cell.is_empty()).map(|cell| cell.trim().to_owned()).collect()
+}
+
+#[test]
+fn the_list_tells_image_memory_dirty_pages_and_state() {
+    let (mut daemon, cache, _) = dirty_cache();
+    let (memory, image) = (daemon.directory().memory(), daemon.image().display().to_string());
+    let folder = memory.join("genblk");
+    for arguments in [&["--memory-dir", text(&memory)][..], &["--memory-dir", text(&folder)], &[text(&folder)]] {
+        let listed = genblk_recover(arguments);
+        let row = only_row(&listed);
+        assert_eq!((row[0].as_str(), row[1].as_str(), row[3].as_str()), (text(&cache), image.as_str(), "4"));
+        assert!((8..=9).contains(&row[2].parse::<u32>().expect("MiB")), "{row:?}");
+        assert!(row[4].ends_with(" s") && row[5] == "ready to be written", "{row:?}");
+        assert!(listed.stdout.contains("genblk recover --discard CACHE"), "{listed:?}");
+    }
+    daemon.restart();
+    let row = only_row(&genblk_recover(&[text(&folder)]));
+    assert!(row[5].starts_with("in use by a daemon (pid "), "{row:?}");
+    daemon.kill();
+    fs::remove_file(daemon.image()).expect("the image can be removed");
+    assert_eq!(only_row(&genblk_recover(&[text(&folder)]))[5], "image is gone");
+    make_image(daemon.directory());
+    assert_eq!(only_row(&genblk_recover(&[text(&folder)]))[5], "image was replaced");
+    let path = daemon.directory().path().to_path_buf();
+    fs::rename(&path, path.with_extension("away")).expect("a directory can be renamed");
+    let row = only_row(&genblk_recover(&[text(&folder)]));
+    fs::rename(path.with_extension("away"), &path).expect("a directory can be renamed");
+    assert_eq!(row[5], "image is not mounted");
+}
+
+#[test]
+fn a_directory_that_is_not_there_is_an_error_and_one_without_caches_is_not() {
+    let directory = TempDir::new("list");
+    let missing = directory.path().join("missing");
+    for arguments in [["--memory-dir", text(&missing)], ["--prune", "--memory-dir=/no-such-directory"]] {
+        assert_refused(&genblk_recover(&arguments), &["No such file or directory"]);
+    }
+    let listed = genblk_recover(&["--memory-dir", text(directory.path())]);
+    assert!(listed.status.success() && listed.stdout.starts_with("no cache in "), "{listed:?}");
+}
+
+#[test]
+fn dirty_pages_are_thrown_away_only_with_consent() {
+    let (daemon, cache, _) = dirty_cache();
+    let refused = genblk_recover(&["--discard", text(&cache)]);
+    assert_refused(
+        &refused,
+        &["holds 4 dirty pages of image ", "which the image lacks; to throw that away, add --force"],
+    );
+    assert_eq!(daemon.directory().left(), std::slice::from_ref(&cache), "the cache stays");
+    assert!(genblk_recover(&["--discard", "--force", text(&cache)]).status.success());
+    assert!(daemon.directory().left().is_empty());
+
+    let (daemon, clean) = clean_cache();
+    assert!(genblk_recover(&["--discard", text(&clean)]).status.success(), "nothing is lost, so nothing is asked");
+    assert!(daemon.directory().left().is_empty());
+}
+
+#[test]
+fn prune_removes_what_holds_nothing_dirty() {
+    let (daemon, clean) = clean_cache();
+    let memory = daemon.directory().memory();
+    let prune = || genblk_recover(&["--prune", "--memory-dir", text(&memory)]);
+    let pruned = prune();
+    assert!(pruned.status.success() && pruned.stdout.contains(&format!("removed {}", clean.display())), "{pruned:?}");
+    assert!(daemon.directory().left().is_empty());
+
+    let (daemon, dirty, _) = dirty_cache();
+    fs::remove_file(daemon.image()).expect("the image can be removed");
+    let memory = daemon.directory().memory();
+    let pruned = genblk_recover(&["--prune", "--memory-dir", text(&memory)]);
+    assert!(pruned.stdout.ends_with("removed 0 caches (0 MiB), kept 1\n"), "{pruned:?}");
+    assert_eq!(daemon.directory().left(), [dirty], "dirty pages stay, even if their image is gone");
+}
+
+#[test]
+fn prune_leaves_a_cache_that_a_daemon_uses() {
+    let daemon = start(WRITER);
+    let memory = daemon.directory().memory();
+    let pruned = genblk_recover(&["--prune", "--memory-dir", text(&memory)]);
+    assert!(pruned.stdout.ends_with("removed 0 caches (0 MiB), kept 1\n"), "{pruned:?}");
+    assert_eq!(daemon.directory().left().len(), 1);
+}
+
+#[test]
+fn a_moved_image_is_named_with_an_option() {
+    let (daemon, cache, bytes) = dirty_cache();
+    let moved = daemon.directory().path().join("moved");
+    fs::rename(daemon.image(), &moved).expect("the image can be moved");
+    assert_refused(&genblk_recover(&[text(&cache)]), &["No such file", "name it with --image PATH"]);
+    let recovered = genblk_recover(&[text(&cache), "--image", text(&moved)]);
+    assert!(recovered.status.success() && recovered.stdout.starts_with("wrote 4 pages to "), "{recovered:?}");
+    fs::rename(&moved, daemon.image()).expect("the image can be moved back");
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "the completed write is on the image");
+}
+
+#[test]
+fn an_image_that_replaced_another_is_written_only_by_force() {
+    let (daemon, cache, bytes) = dirty_cache();
+    fs::rename(daemon.image(), daemon.directory().path().join("old")).expect("the image can be moved");
+    make_image(daemon.directory());
+    let image = daemon.image();
+    for arguments in [vec![text(&cache)], vec![text(&cache), "--image", text(&image)]] {
+        assert_refused(&genblk_recover(&arguments), &["has replaced", "genblk recover --discard", "recover --force"]);
+        assert!(daemon.image_bytes(80 * 512, bytes.len()) != bytes, "the other image is unchanged");
+    }
+    let forced = genblk_recover(&["--force", "--image", text(&image), text(&cache)]);
+    assert!(forced.status.success(), "{forced:?}");
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes);
+}
+
+/// Whether this is root, who can give files to other users.
+fn is_root() -> bool {
+    // SAFETY: geteuid() has no preconditions and cannot fail.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    if !is_root {
+        println!("skipped: only root can give files to another user");
+    }
+    is_root
+}
+
+/// Moves a cache to a folder of another user, as if that user had forged it.
+fn forge(cache: &Path, memory: &Path) -> PathBuf {
+    let folder = memory.join(format!("genblk-{OTHER_USER}"));
+    fs::create_dir(&folder).expect("a directory can be created");
+    let forged = folder.join(cache.file_name().expect("a file has a name"));
+    fs::rename(cache, &forged).expect("a file can be moved");
+    for path in [&folder, &forged] {
+        chown(path, Some(OTHER_USER), Some(OTHER_USER)).expect("root gives files to others");
+    }
+    forged
+}
+
+#[test]
+fn root_lists_and_discards_but_never_recovers_what_another_user_wrote() {
+    if !is_root() {
+        return;
+    }
+    let (daemon, cache, bytes) = dirty_cache();
+    let memory = daemon.directory().memory();
+    let forged = forge(&cache, &memory);
+    let row = only_row(&genblk_recover(&["--memory-dir", text(&memory)]));
+    assert_eq!((row[0].as_str(), row[3].as_str()), (text(&forged), "4"), "root sees all users' folders");
+    for extra in [&[][..], &["--force"], &["--image", text(&daemon.image())]] {
+        let refused = genblk_recover(&[&[text(&forged)], extra].concat());
+        let sudo = format!("sudo -u '#{OTHER_USER}' genblk recover {}", forged.display());
+        assert_refused(&refused, &[&format!("belongs to user {OTHER_USER}"), &sudo]);
+        assert!(daemon.image_bytes(80 * 512, bytes.len()) != bytes, "nothing is written");
+    }
+    assert!(genblk_recover(&["--discard", "--force", text(&forged)]).status.success());
+    assert!(!forged.exists());
+}
+
+/// Each way in which another user could have made a file or can change it.
+#[test]
+fn files_that_another_user_could_have_made_or_can_change_are_refused() {
+    if !is_root() {
+        return;
+    }
+    let (daemon, cache, bytes) = dirty_cache();
+    let memory = daemon.directory().memory();
+    let folder = cache.parent().expect("a file has a folder").to_path_buf();
+    let mode = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("permissions can be changed");
+    };
+    let give = |path: &Path, user| chown(path, Some(user), None).expect("root gives files to others");
+    let refused = |word: &str| {
+        assert_refused(&genblk_recover(&[text(&cache)]), &["cannot be trusted", word]);
+        assert_refused(&genblk_recover(&["--discard", "--force", text(&cache)]), &["cannot be trusted", word]);
+        assert!(daemon.image_bytes(80 * 512, bytes.len()) != bytes, "{word}: nothing is written");
+        assert!(fs::symlink_metadata(&cache).is_ok(), "{word}: nothing is removed");
+    };
+    mode(&folder, 0o777);
+    refused("other users can write to it (mode 777)");
+    mode(&folder, 0o700);
+    mode(&memory, 0o777);
+    refused("the directory above it is not sticky");
+    mode(&memory, 0o700);
+    give(&cache, OTHER_USER);
+    refused("it belongs to user 54321, and its directory to 0");
+    give(&cache, 0);
+    mode(&cache, 0o666);
+    refused("other users can write to it (mode 666)");
+    mode(&cache, 0o600);
+    let second = folder.join("second");
+    fs::hard_link(&cache, &second).expect("a file can get a second name");
+    refused("it has a second name");
+    fs::remove_file(&cache).expect("a name can be removed");
+    symlink(&second, &cache).expect("a link can be made");
+    refused("it is a symbolic link");
+    fs::rename(&second, &cache).expect("a file can be renamed");
+    let recovered = genblk_recover(&[text(&cache)]);
+    assert!(recovered.status.success(), "as it was, it is recovered: {recovered:?}");
+}
+
+#[test]
+fn a_daemon_refuses_a_folder_that_another_user_made() {
+    if !is_root() {
+        return;
+    }
+    let directory = TempDir::new("forged");
+    make_image(&directory);
+    let folder = directory.memory().join("genblk");
+    fs::create_dir_all(&folder).expect("a directory can be created");
+    chown(&folder, Some(OTHER_USER), None).expect("root gives files to others");
+    let mut command = Command::new(server_binary());
+    command.arg("--socket-path").arg(directory.path().join("socket"));
+    command.arg("--blk-file").arg(directory.path().join("image")).arg("--memory-dir").arg(directory.memory());
+    let ended = run_to_end(&mut command);
+    assert_refused(&ended, &["cannot be trusted: it belongs to user 54321, not to user 0"]);
+}
+
+#[test]
+fn a_ledger_that_refers_to_what_cannot_be_is_refused_as_damaged() {
+    // Offset of a word, and a value that cannot be: the number of frames, a page of the image, a range of zeros.
+    let cases = [(24, 1 << 40), (8192, 1 << 30 | 0xff << 40), (4096 + 8, 1 << 60)];
+    for (at, word) in cases {
+        let (daemon, cache, bytes) = dirty_cache();
+        let file = File::options().write(true).open(&cache).expect("the file can be opened");
+        file.write_all_at(&u64::to_le_bytes(word), at).expect("the file can be written");
+        drop(file);
+        assert_refused(&genblk_recover(&[text(&cache)]), &[text(&cache), "is damaged or forged"]);
+        assert_refused(&genblk_recover(&["--discard", text(&cache)]), &["what cannot be read", "--force"]);
+        assert!(daemon.image_bytes(80 * 512, bytes.len()) != bytes, "nothing is written");
+        let listed = genblk_recover(&["--memory-dir", text(&daemon.directory().memory())]);
+        assert!(listed.stdout.contains("is damaged or forged"), "{listed:?}");
+        let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
+        assert_eq!(ended.status.code(), Some(1), "a daemon does not start beside it: {ended:?}");
+        assert!(!ended.stderr.contains("does not survive"), "{ended:?}");
+    }
+}
+
+#[test]
+fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
+    let (daemon, dirty, _) = dirty_cache();
+    let memory = daemon.directory().memory();
+    // Another image with the same memory directory.
+    let directory = TempDir::new("other");
+    let device = format!("{WRITER}\ncache.memory_dir = {memory:?}");
+    let mut other = start_in(directory, &device);
+    let told =
+        format!("{}: 1 cache that no daemon uses, 1 of them dirty, take 8 MiB; list them with ", memory.display());
+    poll_until("the warning", PATIENCE, || other.log().contains(&told).then_some(()));
+    // Handed over clean, and then its image is removed.
+    other.signal(libc::SIGUSR1);
+    assert!(other.wait().success());
+    let left = || fs::read_dir(memory.join("genblk")).expect("a directory").count();
+    assert_eq!(left(), 2);
+    fs::remove_file(other.image()).expect("the image can be removed");
+    let mut third = start_in(TempDir::new("third"), &device);
+    poll_until("the removal", PATIENCE, || third.log().contains("it held nothing that its image").then_some(()));
+    third.stop();
+    assert!(dirty.exists() && left() == 1, "dirty pages stay");
+    make_image(other.directory());
+    // A lack of memory names them.
+    other.configure(&format!("cache.survive = \"always\"\ncache.size = \"900G\"\ncache.memory_dir = {memory:?}"));
+    let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(other.config()));
+    assert!(
+        ended.stderr.contains("cannot allocate a cache of ") && ended.stderr.contains("1 cache that no daemon uses")
+    );
+}

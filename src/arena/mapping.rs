@@ -5,12 +5,17 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use log::debug;
 
 use crate::fault_injection::crash_point;
 use crate::shared_memory::{self, FileChange};
+use crate::sys::cgroup;
 use crate::sys::file::{FallocateMode, fallocate};
 use crate::sys::file_system::FileSystem;
+use crate::sys::memory::exclude_from_dumps;
 
 /// Name that /proc shows for the memory of an arena without a path.
 pub(super) const MEMFD_NAME: &CStr = c"genblk-cache";
@@ -35,7 +40,8 @@ impl Mapping {
     /// Maps the first `bytes` bytes of a file that is at least that long. The length is rounded up to whole blocks of
     /// the file system, because huge pages cannot be unmapped in part.
     ///
-    /// => The mapping is aligned for huge pages ([`Mapping::collapse`]).
+    /// => The mapping is aligned for huge pages ([`Mapping::collapse`]), and is not part of core dumps: it holds what
+    ///    guests read and wrote.
     ///
     /// # Errors
     /// Those of mmap(2) and fstatfs(2).
@@ -60,6 +66,10 @@ impl Mapping {
             unmap(base.wrapping_add(bytes), reserved - before - bytes);
         }
         mapped?;
+        if let Err(e) = exclude_from_dumps(base.addr()..base.addr() + bytes) {
+            // The memory works all the same; a kernel without the advice is built without core dumps.
+            debug!("cannot keep the cache's memory out of core dumps: {e}");
+        }
         shared_memory::changed(file, FileChange::Mapped(base.addr(), bytes));
         Ok(Self { base, bytes })
     }
@@ -205,8 +215,12 @@ unsafe fn unmap(at: *mut u8, bytes: usize) {
 /// for them. Without that the kernel allocates at the first touch, and raises SIGBUS if there is no memory left.
 ///
 /// # Errors
-/// Those of fallocate(2) and fstatfs(2), and an error with the host's available memory if that is less than `bytes`.
+/// Those of fallocate(2) and fstatfs(2), and an error with the memory that the host or a control group has available if
+/// that is less than `bytes`.
 pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
+    // Devices start side by side: what one checks must still be available when it allocates.
+    static ALLOCATING: Mutex<()> = Mutex::new(());
+    let _allocating = ALLOCATING.lock();
     let file_system = FileSystem::of(file)?;
     let rounded = whole_blocks(&file_system, bytes)? as u64;
     if !file_system.is_hugetlbfs {
@@ -252,12 +266,22 @@ fn whole_blocks(file_system: &FileSystem, bytes: usize) -> io::Result<usize> {
     bytes.checked_next_multiple_of(file_system.block_bytes).ok_or_else(|| io::ErrorKind::FileTooLarge.into())
 }
 
-/// Fails if the host has less than `bytes` bytes of memory available: the kernel hands out more shared memory than it
-/// has, and then kills processes.
+/// Share of a cache that its tables take, as a divisor: 3 percent, twice what a test allows the tables.
+const TABLES_DIVISOR: u64 = 32;
+
+/// Fails if the host has less than `bytes` bytes of memory available, or a control group of this process allows less:
+/// the kernel hands out more shared memory than it has, and then kills processes.
 fn check_available(bytes: u64) -> io::Result<()> {
-    match available_bytes() {
-        Some(available) if bytes > available => {
-            Err(io::Error::other(format!("the host has {available} bytes available")))
+    if let Some(available) = available_bytes()
+        && bytes > available
+    {
+        return Err(io::Error::other(format!("the host has {available} bytes available")));
+    }
+    match cgroup::tightest_memory_limit() {
+        Some(limit) if bytes.saturating_add(bytes / TABLES_DIVISOR) > limit.available_bytes() => {
+            let (file, max, used) = (limit.file.display(), limit.limit_bytes, limit.used_bytes);
+            let why = format!("{file} limits memory to {max} bytes, of which {used} are in use");
+            Err(io::Error::other(format!("{why}; raise it (MemoryMax= of a unit) or make the cache smaller")))
         }
         _ => Ok(()),
     }

@@ -3,11 +3,13 @@
 //! This module knows nothing of disks, caches or guests: any other module may use it, and it uses none.
 
 pub mod block;
+pub mod cgroup;
 pub mod dir;
 pub mod fd;
 pub mod file;
 pub mod file_system;
 pub mod memfd;
+pub mod memory;
 pub mod poll;
 pub mod process;
 pub mod random;

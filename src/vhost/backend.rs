@@ -13,6 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::Memory;
 use super::vring::{Session, VringControl};
+use crate::sys::memory::exclude_from_dumps;
 use crate::units::Fault;
 use crate::virtio::GuestRam;
 use crate::virtio::config_space::includes_writeback;
@@ -134,6 +135,12 @@ impl VhostUserBackend for Backend {
             let end = file.start().checked_add(region.len());
             if end.is_none_or(|end| file.file().metadata().is_ok_and(|metadata| metadata.len() < end)) {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "a memory region is longer than its file"));
+            }
+        }
+        for region in memory.iter() {
+            let start = region.as_ptr().addr();
+            if let Err(e) = exclude_from_dumps(start..start + region.size()) {
+                warn!("{}: guest memory will be part of core dumps: {e}", self.0.session.device.name);
             }
         }
         self.0.session.workers.set_memory(&Arc::new(GuestRam::new(memory)));

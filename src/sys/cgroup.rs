@@ -1,0 +1,169 @@
+//! Memory limits of the control groups that this process belongs to: its own and those of every parent, of version 1 and
+//! version 2 (cgroups(7)).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// How much memory a control group still allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryLimit {
+    /// The file that holds the limit.
+    pub file: PathBuf,
+    /// The limit in bytes.
+    pub limit_bytes: u64,
+    /// Bytes in use that the kernel cannot reclaim by dropping clean file pages.
+    pub used_bytes: u64,
+}
+
+impl MemoryLimit {
+    /// Bytes that can still be taken.
+    pub fn available_bytes(&self) -> u64 {
+        self.limit_bytes.saturating_sub(self.used_bytes)
+    }
+}
+
+/// The limit that allows the least more memory; `None` if there is none.
+pub fn tightest_memory_limit() -> Option<MemoryLimit> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    memory_limits(&groups, &mounts).into_iter().min_by_key(MemoryLimit::available_bytes)
+}
+
+/// The names of a version's files.
+struct Names {
+    limit: &'static str,
+    used: &'static str,
+    /// Keys of `memory.stat` whose sum the kernel can reclaim.
+    reclaimable: [&'static str; 2],
+}
+
+const V1: Names = Names {
+    limit: "memory.limit_in_bytes",
+    used: "memory.usage_in_bytes",
+    reclaimable: ["total_inactive_file", "total_active_file"],
+};
+const V2: Names = Names { limit: "memory.max", used: "memory.current", reclaimable: ["inactive_file", "active_file"] };
+
+/// Every limit of the groups in `groups` (the text of /proc/self/cgroup) and of their parents, found through `mounts`
+/// (the text of /proc/self/mountinfo).
+fn memory_limits(groups: &str, mounts: &str) -> Vec<MemoryLimit> {
+    let mut limits = Vec::new();
+    for line in groups.lines() {
+        // hierarchy-ID:controllers:path
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(group)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let names = match controllers {
+            "" => &V2,
+            list if list.split(',').any(|controller| controller == "memory") => &V1,
+            _ => continue,
+        };
+        let Some((mount_point, root)) = mount_of(mounts, controllers) else { continue };
+        // In a container the mount may begin below the hierarchy's root.
+        let below = Path::new(group).strip_prefix(&root).unwrap_or(Path::new(""));
+        let innermost = mount_point.join(below.strip_prefix("/").unwrap_or(below));
+        let groups = innermost.ancestors().take_while(|directory| directory.starts_with(&mount_point));
+        limits.extend(groups.filter_map(|directory| limit_in(directory, names)));
+    }
+    limits
+}
+
+/// Mount point of the hierarchy with these controllers (of version 2 without any), and the group at its root.
+fn mount_of(mounts: &str, controllers: &str) -> Option<(PathBuf, PathBuf)> {
+    mounts.lines().find_map(|line| {
+        // ID parent device root mount-point options [fields] - type source super-options
+        let (before, after) = line.split_once(" - ")?;
+        let mut after = after.split(' ');
+        let (kind, options) = (after.next()?, after.nth(1)?);
+        let is_wanted = match controllers {
+            "" => kind == "cgroup2",
+            _ => kind == "cgroup" && options.split(',').any(|option| option == "memory"),
+        };
+        let mut before = before.split(' ').skip(3);
+        let (root, mount_point) = (before.next()?, before.next()?);
+        is_wanted.then(|| (PathBuf::from(mount_point), PathBuf::from(root)))
+    })
+}
+
+/// The limit of the group at `directory`; `None` if it has none.
+fn limit_in(directory: &Path, names: &Names) -> Option<MemoryLimit> {
+    let number = |name: &str| fs::read_to_string(directory.join(name)).ok()?.trim().parse::<u64>().ok();
+    let file = directory.join(names.limit);
+    // "max" is no number. Version 1 shows a number near 2^63 in its place.
+    let limit_bytes = number(names.limit).filter(|&limit| limit < 1 << 62)?;
+    let stat = fs::read_to_string(directory.join("memory.stat")).unwrap_or_default();
+    let of_key = |key: &str| {
+        let value = stat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        value.and_then(|value| value.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let reclaimable: u64 = names.reclaimable.into_iter().map(of_key).sum();
+    let used_bytes = number(names.used).unwrap_or(0).saturating_sub(reclaimable);
+    Some(MemoryLimit { file, limit_bytes, used_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory that is removed at the end.
+    struct Root(PathBuf);
+
+    impl Root {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("genblk-cgroup-{name}.{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn write(&self, group: &str, files: &[(&str, &str)]) {
+            let directory = self.0.join(group);
+            fs::create_dir_all(&directory).unwrap();
+            for (name, text) in files {
+                fs::write(directory.join(name), text).unwrap();
+            }
+        }
+
+        fn mount(&self, root: &str, kind: &str, options: &str) -> String {
+            format!("30 24 0:26 {root} {} rw,nosuid shared:4 - {kind} cgroup {options}\n", self.0.display())
+        }
+    }
+
+    impl Drop for Root {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn a_limit_of_version_2_counts_whether_it_is_the_groups_own_or_a_parents() {
+        let root = Root::new("v2");
+        root.write("", &[]);
+        root.write("a.slice", &[("memory.max", "1000000\n"), ("memory.current", "700000\n")]);
+        let stat = "anon 1\ninactive_file 100000\nactive_file 50000\nfile 900000\n";
+        root.write("a.slice", &[("memory.stat", stat)]);
+        root.write("a.slice/b.service", &[("memory.max", "max\n"), ("memory.current", "5\n")]);
+        let limits = memory_limits("0::/a.slice/b.service\n", &root.mount("/", "cgroup2", "rw"));
+        let file = root.0.join("a.slice/memory.max");
+        assert_eq!(limits, [MemoryLimit { file, limit_bytes: 1_000_000, used_bytes: 550_000 }]);
+        assert_eq!(limits[0].available_bytes(), 450_000);
+    }
+
+    #[test]
+    fn a_limit_of_version_1_is_found_where_the_container_sees_it() {
+        let root = Root::new("v1");
+        root.write("", &[("memory.limit_in_bytes", "9223372036854771712\n"), ("memory.usage_in_bytes", "9\n")]);
+        root.write("vm", &[("memory.limit_in_bytes", "4096\n"), ("memory.usage_in_bytes", "8192\n")]);
+        let groups = "5:cpu,cpuacct:/x\n4:memory:/docker/1234/vm\n";
+        let mounts = root.mount("/", "cgroup", "rw,cpu,cpuacct") + &root.mount("/docker/1234", "cgroup", "rw,memory");
+        let limits = memory_limits(groups, &mounts);
+        assert_eq!(limits.len(), 1, "the root has no limit: {limits:?}");
+        assert_eq!((limits[0].limit_bytes, limits[0].available_bytes()), (4096, 0), "more is used than allowed");
+        assert_eq!(limits[0].file, root.0.join("vm/memory.limit_in_bytes"));
+    }
+
+    #[test]
+    fn a_process_without_limits_has_none() {
+        let root = Root::new("none");
+        assert_eq!(memory_limits("0::/\n1:name=systemd:/x\n", &root.mount("/", "cgroup2", "rw")), []);
+        assert_eq!(memory_limits("nonsense\n0::/gone/../..\n", "nonsense\n"), []);
+    }
+}

@@ -12,8 +12,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::service::{Running, Service, shutdown_all};
 use crate::sys::process::raise_descriptor_limit;
-use crate::sys::signal::BlockedSignals;
+use crate::sys::signal::{self, BlockedSignals};
 use crate::systemd::ServiceManager;
+
+/// Signals without a meaning here that would end the process: a write beyond RLIMIT_FSIZE and one to a closed pipe fail
+/// instead, and the others must not cost a guest its disk if they are sent by mistake.
+const IGNORED: [i32; 7] =
+    [libc::SIGXFSZ, libc::SIGPIPE, libc::SIGUSR2, libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF, libc::SIGIO];
 
 /// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes write-back that was stopped
 /// after an error.
@@ -25,6 +30,7 @@ pub fn run(config: &Config) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
     let signals = BlockedSignals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP])
         .map_err(system("cannot block signals"))?;
+    signal::ignore(&IGNORED).map_err(system("cannot ignore signals"))?;
     // Each ring takes five descriptors, so many rings exceed the usual soft limit of 1024 (which exists for select(2)).
     if let Err(e) = raise_descriptor_limit() {
         warn!("cannot raise the limit of open descriptors: {e}");

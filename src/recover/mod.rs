@@ -27,6 +27,9 @@ use write_back::{Unwritten, write_back};
 /// releases its cache before its image. A daemon that is started at once in place of either must wait, and not fail.
 pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
+/// What the log says where no file outlives the daemon.
+const VOLATILE_UNMARKED: &str = "using a cache that does not survive a crash; data loss would go undetected";
+
 const HAS_HEADER: &str = "a file with pages has a header";
 const HAS_FILE: &str = "the arena was attached to a file";
 
@@ -109,7 +112,7 @@ pub fn arena_for(
     let file = match found {
         Ok(file) => file,
         Err(e) if e.kind() == ErrorKind::Memory && config.cache.survive != Survive::Always => {
-            warn!("{name}: {e}; using a cache that does not survive a crash; data loss would go undetected");
+            warn!("{name}: {e}; {VOLATILE_UNMARKED}");
             return Arena::anonymous(frames);
         }
         Err(e) => return Err(e),
@@ -271,8 +274,19 @@ impl NewCache<'_> {
                 warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
                 Ok(arena)
             }
-            // The host has no memory at all; the first error says more.
-            Err(_) => Err(error),
+            // Shared memory has no room for even a marker. (A file that records something of the guest has a header
+            // already, which becomes the marker.)
+            Err(NotCreated { file, .. }) => {
+                drop(file);
+                // Without any memory the first error says more.
+                let Ok(arena) = Arena::anonymous(self.frames) else { return Err(error) };
+                warn!("{}: {error}; {VOLATILE_UNMARKED}", self.config.name);
+                if guest.data == GuestData::Lost {
+                    arena.set_data_loss();
+                }
+                arena.set_write_through(guest.write_through);
+                Ok(arena)
+            }
         }
     }
 }

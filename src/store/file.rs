@@ -14,6 +14,7 @@ use super::uring::UringQueue;
 use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
+use crate::sys;
 use crate::units::Unmap;
 
 /// The identity of the image at `path`. Opens it only for as long as it takes.
@@ -156,23 +157,34 @@ impl Backing for FileImage {
         if self.engine != IoEngine::Threads {
             match UringQueue::new(Arc::clone(&self.image)) {
                 Ok(queue) => return Ok(Box::new(queue)),
-                // ENOSYS: not in this kernel. EPERM: forbidden (seccomp, io_uring_disabled). EINVAL: the kernel is too
-                // old for the options that we need.
-                Err(error)
-                    if self.engine == IoEngine::Auto
-                        && matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL)) =>
-                {
-                    self.fallback_warning.call_once(|| {
-                        let label = self.image.label();
-                        log::warn!("{label}: io_uring is not available ({error}); using threads");
-                    });
-                }
-                Err(error) => return Err(failed("set up io_uring", error)),
+                // Whatever the reason: a disk that is served by threads is better than none.
+                Err(error) if self.engine == IoEngine::Auto => self.fallback_warning.call_once(|| {
+                    let (label, hint) = (self.image.label(), uring_hint(&error));
+                    log::warn!("{label}: io_uring is not available ({error}{hint}); using threads");
+                }),
+                Err(error) => return Err(failed(&format!("set up io_uring{}", uring_hint(&error)), error)),
             }
         }
         match ThreadQueue::new(Arc::clone(&self.image)) {
             Ok(queue) => Ok(Box::new(queue)),
             Err(error) => Err(failed("start I/O threads", error)),
         }
+    }
+}
+
+/// What to look at when io_uring could not be set up, to follow the error.
+fn uring_hint(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM) => {
+            format!("; RLIMIT_MEMLOCK is {}", sys::process::describe_limit(sys::process::Limit::LockedMemory))
+        }
+        Some(libc::EMFILE) => {
+            format!("; RLIMIT_NOFILE is {}", sys::process::describe_limit(sys::process::Limit::Descriptors))
+        }
+        Some(libc::EPERM | libc::EACCES) => {
+            "; kernel.io_uring_disabled, a seccomp filter or a security module forbids it".to_owned()
+        }
+        Some(libc::ENOSYS | libc::EINVAL) => "; the kernel lacks it or a part of it".to_owned(),
+        _ => String::new(),
     }
 }

@@ -47,6 +47,30 @@ pub fn name_of(pid: u32) -> Option<String> {
     Some(String::from_utf8_lossy(&name).trim_end().chars().map(|c| if c.is_control() { '?' } else { c }).collect())
 }
 
+/// A resource limit of the process (getrlimit(2)).
+#[derive(Clone, Copy, Debug)]
+pub enum Limit {
+    /// RLIMIT_MEMLOCK.
+    LockedMemory,
+    /// RLIMIT_NOFILE.
+    Descriptors,
+}
+
+/// The soft limit in words, for messages.
+pub fn describe_limit(limit: Limit) -> String {
+    let (resource, unit) = match limit {
+        Limit::LockedMemory => (libc::RLIMIT_MEMLOCK, " bytes"),
+        Limit::Descriptors => (libc::RLIMIT_NOFILE, ""),
+    };
+    let mut found = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes one rlimit at the address given, and `found` is one.
+    match unsafe { libc::getrlimit(resource, &raw mut found) } {
+        0 if found.rlim_cur == libc::RLIM_INFINITY => "unlimited".to_owned(),
+        0 => format!("{}{unit}", found.rlim_cur),
+        _ => "unknown".to_owned(),
+    }
+}
+
 /// Raises the soft limit of open descriptors to the hard limit.
 pub fn raise_descriptor_limit() -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };

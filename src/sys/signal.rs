@@ -41,3 +41,18 @@ impl BlockedSignals {
         }
     }
 }
+
+/// Ignores signals, given by number, in the whole process: a system call that would raise one fails instead, and a
+/// signal that another process sends has no effect.
+///
+/// # Errors
+/// EINVAL for a number that is no signal's, or one of a signal that cannot be ignored.
+pub fn ignore(signals: &[libc::c_int]) -> io::Result<()> {
+    for &signal in signals {
+        // SAFETY: SIG_IGN is a valid disposition for every signal that can be ignored, and installs no code.
+        if unsafe { libc::signal(signal, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

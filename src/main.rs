@@ -13,9 +13,12 @@ use genblk::recover::{self, Consent, Recovery};
 fn main() -> ExitCode {
     logging::init();
     match cli::action(env::args_os()).and_then(run) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            logging::flush();
+            ExitCode::SUCCESS
+        }
         Err(error) => {
-            eprintln!("genblk: {error}");
+            logging::print(&format!("genblk: {error}"));
             ExitCode::from(error.exit_status())
         }
     }

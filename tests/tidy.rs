@@ -29,7 +29,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("lib", &[]),
     ("cli", &["config", "error", "units"]),
     ("config", &["error", "units"]),
-    ("logging", &[]),
+    ("logging", &["sys"]),
     ("daemon", &["recover", "service", "systemd", "sys", "config", "error"]),
     (
         "service",

@@ -1,5 +1,5 @@
-//! Memory limits of the control groups that this process belongs to: its own and those of every parent, of version 1 and
-//! version 2 (cgroups(7)).
+//! Memory limits of the control groups that this process belongs to: its own and those of every parent, of version 1
+//! and version 2 (cgroups(7)).
 
 use std::fs;
 use std::path::{Path, PathBuf};

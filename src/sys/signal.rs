@@ -42,6 +42,18 @@ impl BlockedSignals {
     }
 }
 
+/// Blocks every signal in the calling thread: another one gets it.
+pub fn block_all_in_this_thread() {
+    // SAFETY: all-zero bytes are a valid sigset_t, which sigfillset initialises.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the calls write and read one sigset_t, and `set` is one; with a null pointer the second does not write
+    // the old mask. Neither can fail.
+    unsafe {
+        libc::sigfillset(&raw mut set);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+    }
+}
+
 /// Ignores signals, given by number, in the whole process: a system call that would raise one fails instead, and a
 /// signal that another process sends has no effect.
 ///

@@ -1,0 +1,186 @@
+//! The limit on lines that repeat: the first is written, the others are counted, and the count is written once a
+//! second.
+//!
+//! Lines are of one kind if the same statement logged them for the same device. So the floods of one device hide
+//! nothing of another, and those of one statement nothing of another. Among lines of one kind, different ones are
+//! written, up to a number that no single event reaches.
+
+use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::mem;
+use std::time::{Duration, Instant};
+
+use log::Level;
+
+/// How long lines are counted before the count is written.
+const WINDOW: Duration = Duration::from_secs(1);
+/// How often the same line of a kind is written in a window: a warning or an error once. Information about events that
+/// follow each other, such as front-ends that connect, more often.
+const WARNINGS_MAX: u32 = 1;
+const INFOS_MAX: u32 = 8;
+/// How many different lines of a kind are written in a window.
+const DIFFERENT_MAX: usize = 16;
+/// How many different lines of a kind a window remembers to have counted.
+const COUNTED_MAX: usize = 64;
+
+/// What lines of one kind have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Kind {
+    level: Level,
+    /// File and line of the statement.
+    statement: Option<(&'static str, u32)>,
+    /// What the line begins with, up to the first colon: the device.
+    device: String,
+}
+
+impl Kind {
+    /// The kind of `message`, which `statement` (file and line) has logged.
+    pub fn new(level: Level, statement: Option<(&'static str, u32)>, message: &str) -> Self {
+        let device = message.split_once(": ").map_or("", |(device, _)| device).to_owned();
+        Self { level, statement, device }
+    }
+
+    /// How often the same line is written in a window.
+    fn repeats_max(&self) -> u32 {
+        if self.level <= Level::Warn { WARNINGS_MAX } else { INFOS_MAX }
+    }
+}
+
+/// The lines of one kind, of about a second.
+#[derive(Debug)]
+struct Window {
+    since: Instant,
+    /// How often each line was written, by its hash.
+    written: HashMap<u64, u32>,
+    /// How many lines were counted, and the last of them.
+    counted: u64,
+    last: String,
+    /// Hashes of lines that were counted, in this window and in the one before: they go on being counted.
+    repeated: HashSet<u64>,
+    repeated_before: HashSet<u64>,
+}
+
+impl Window {
+    fn new(since: Instant, repeated_before: HashSet<u64>) -> Self {
+        Self {
+            since,
+            written: HashMap::new(),
+            counted: 0,
+            last: String::new(),
+            repeated: HashSet::new(),
+            repeated_before,
+        }
+    }
+}
+
+/// The windows of all kinds; see the module.
+#[derive(Debug, Default)]
+pub(super) struct Limiter(HashMap<Kind, Window>);
+
+impl Limiter {
+    /// Whether `message` is written now; if not, it is counted.
+    pub fn admit(&mut self, kind: Kind, message: &str, now: Instant) -> bool {
+        // Whoever turns these levels on wants every line.
+        if kind.level > Level::Info {
+            return true;
+        }
+        let repeats_max = kind.repeats_max();
+        let window = self.0.entry(kind).or_insert_with(|| Window::new(now, HashSet::new()));
+        let mut hasher = DefaultHasher::new();
+        message.hash(&mut hasher);
+        let line = hasher.finish();
+        let is_new = !window.written.contains_key(&line);
+        let has_room = !is_new || window.written.len() < DIFFERENT_MAX;
+        if has_room && !window.repeated_before.contains(&line) {
+            let times = window.written.entry(line).or_default();
+            if *times < repeats_max {
+                *times += 1;
+                return true;
+            }
+        }
+        window.counted += 1;
+        message.clone_into(&mut window.last);
+        if window.repeated.len() < COUNTED_MAX {
+            window.repeated.insert(line);
+        }
+        false
+    }
+
+    /// Ends the windows that are over; returns a line for each that has counted some.
+    pub fn take_due(&mut self, now: Instant) -> Vec<(Level, String)> {
+        let mut summaries = Vec::new();
+        self.0.retain(|kind, window| {
+            if now.saturating_duration_since(window.since) < WINDOW {
+                return true;
+            }
+            let Window { counted, last, repeated, .. } = mem::replace(window, Window::new(now, HashSet::new()));
+            window.repeated_before = repeated;
+            let lines = if counted == 1 { "line" } else { "lines" };
+            if counted > 0 {
+                summaries.push((kind.level, format!("{last} ({counted} more {lines} like this in the last second)")));
+            }
+            counted > 0
+        });
+        summaries
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(level: Level, message: &str) -> Kind {
+        Kind::new(level, Some(("a.rs", 1)), message)
+    }
+
+    #[test]
+    fn a_flood_is_a_line_and_then_a_count_each_second() {
+        let (mut limiter, start) = (Limiter::default(), Instant::now());
+        let mut lines = 0;
+        for ms in 0..3000 {
+            let now = start + Duration::from_millis(ms);
+            let written = (0..100).filter(|_| limiter.admit(kind(Level::Warn, "d: lost"), "d: lost", now)).count();
+            lines += written + limiter.take_due(now).len();
+        }
+        let rest = limiter.take_due(start + Duration::from_secs(4));
+        assert_eq!(lines, 3, "one line, and a count after each of two seconds");
+        assert_eq!(rest.len(), 1);
+        assert_eq!(rest[0].1, "d: lost (99900 more lines like this in the last second)");
+        assert_eq!(limiter.take_due(start + Duration::from_secs(5)), [], "the flood is over");
+        assert!(limiter.admit(kind(Level::Warn, "d: lost"), "d: lost", start + Duration::from_secs(6)));
+    }
+
+    #[test]
+    fn no_flood_hides_a_line_of_another_device_statement_or_text() {
+        let (mut limiter, now) = (Limiter::default(), Instant::now());
+        let mut admit = |kind: Kind, message| limiter.admit(kind, message, now);
+        for _ in 0..1000 {
+            admit(kind(Level::Error, "a: lost"), "a: lost");
+        }
+        assert!(admit(kind(Level::Error, "b: lost"), "b: lost"), "another device");
+        assert!(admit(kind(Level::Error, "a: gone"), "a: gone"), "another text of the same statement");
+        assert!(admit(Kind::new(Level::Error, Some(("a.rs", 2)), "a: lost"), "a: lost"), "another statement");
+    }
+
+    #[test]
+    fn lines_that_differ_are_bounded_too() {
+        let (mut limiter, now) = (Limiter::default(), Instant::now());
+        let admit = |n: u32| {
+            let message = format!("d: the chain at descriptor {n} is broken");
+            limiter.admit(kind(Level::Error, &message), &message, now)
+        };
+        assert_eq!((0..1000).map(admit).filter(|&written| written).count(), DIFFERENT_MAX);
+    }
+
+    #[test]
+    fn events_that_follow_each_other_are_written_and_debug_lines_are_never_counted() {
+        let (mut limiter, now) = (Limiter::default(), Instant::now());
+        let mut written = |level, times| {
+            let message = "d: front-end connected";
+            (0..times).filter(|_| limiter.admit(kind(level, message), message, now)).count()
+        };
+        assert_eq!(written(Level::Info, 5), 5);
+        assert_eq!(written(Level::Debug, 500), 500);
+        assert_eq!(written(Level::Info, 500), 3);
+    }
+}

@@ -1,0 +1,133 @@
+//! The log: one line per record on standard error, with time and level, filtered by `GENBLK_LOG`.
+//!
+//! A thread that logs never waits: `queue.rs` takes its line, and a thread of the log writes it. What repeats is
+//! counted instead of written (`limit.rs`), so no guest, front-end or failing disk can fill the host's disk with lines.
+
+mod limit;
+mod queue;
+
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::env;
+use std::io::{self, Write};
+use std::panic::{self, PanicHookInfo};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use env_logger::{Builder, Target};
+use log::{LevelFilter, Record, log, warn};
+
+use crate::sys::signal::block_all_in_this_thread;
+
+use limit::{Kind, Limiter};
+use queue::Queue;
+
+/// The environment variable that sets the level.
+const VARIABLE: &str = "GENBLK_LOG";
+/// Target of the lines that say how often another line was repeated; the limit does not count them.
+const SUMMARY: &str = "genblk::logging::summary";
+/// How long the end of the process waits for a standard error that takes nothing.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
+
+static QUEUE: Queue = Queue::new();
+static LIMITER: Mutex<Option<Limiter>> = Mutex::new(None);
+
+/// Starts the log; called once, before anything else. A value of the variable that is not a level is reported by a
+/// warning, and the level is `info`: a mistake in the environment must keep neither a disk nor --help from its user.
+pub fn init() {
+    let wish = env::var_os(VARIABLE).filter(|wish| !wish.is_empty());
+    let level = wish.as_ref().map_or(Some(LevelFilter::Info), |wish| wish.to_str()?.trim().parse().ok());
+    let writer = thread::Builder::new().name("log".to_owned()).spawn(write_lines);
+    if writer.is_ok() {
+        QUEUE.start();
+    }
+    Builder::new()
+        .filter_level(level.unwrap_or(LevelFilter::Info))
+        .target(Target::Pipe(Box::new(ToQueue)))
+        .format(|out, record| {
+            // A message may contain a path or an error with line breaks. A record stays on one line, so that a reader
+            // of the log never takes part of one record for another.
+            let message = record.args().to_string().replace('\n', "; ");
+            if !is_admitted(record, &message) {
+                return Ok(());
+            }
+            writeln!(out, "{} {:5} {message}", out.timestamp_millis(), record.level())
+        })
+        .init();
+    panic::set_hook(Box::new(report_panic));
+    if let Err(e) = writer {
+        warn!("cannot start the log's thread ({e}); a standard error that takes nothing will stop the daemon");
+    }
+    if let (None, Some(wish)) = (level, wish) {
+        warn!("{VARIABLE}: {wish:?} is not one of off, error, warn, info, debug and trace; using info");
+    }
+}
+
+/// Writes a line without time and level to standard error, after the lines before it. For the process's last words.
+pub fn print(line: &str) {
+    QUEUE.push(format!("{line}\n").into_bytes());
+    flush();
+}
+
+/// Waits until the lines so far are written, or until standard error has taken none for a second.
+pub fn flush() {
+    QUEUE.flush(FLUSH_PATIENCE);
+}
+
+/// The end of env_logger's pipe: each write is a line.
+struct ToQueue;
+
+impl Write for ToQueue {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if !line.is_empty() {
+            QUEUE.push(line.to_vec());
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Calls `act` with the limiter.
+fn with_limiter<T>(act: impl FnOnce(&mut Limiter) -> T) -> T {
+    // A thread that panicked within the limiter must not keep the others from logging.
+    let mut limiter = LIMITER.lock().unwrap_or_else(PoisonError::into_inner);
+    act(limiter.get_or_insert_default())
+}
+
+/// Whether a record is written, as opposed to counted.
+fn is_admitted(record: &Record<'_>, message: &str) -> bool {
+    if record.target() == SUMMARY {
+        return true;
+    }
+    let kind = Kind::new(record.level(), record.file_static().zip(record.line()), message);
+    with_limiter(|limiter| limiter.admit(kind, message, Instant::now()))
+}
+
+/// Body of the log's thread: writes lines, and the counts of those that were not written.
+fn write_lines() {
+    // This thread starts before the daemon blocks the signals that it waits for, and would not inherit that.
+    block_all_in_this_thread();
+    QUEUE.run(|| {
+        for (level, summary) in with_limiter(|limiter| limiter.take_due(Instant::now())) {
+            log!(target: SUMMARY, level, "{summary}");
+        }
+        let lost = QUEUE.take_dropped();
+        if lost > 0 {
+            warn!(target: SUMMARY, "{lost} lines of the log are lost: standard error did not take them in time");
+        }
+    });
+}
+
+/// Reports a panic through the queue: standard error may be blocked, and a process that has to end must end.
+fn report_panic(info: &PanicHookInfo<'_>) {
+    let current = thread::current();
+    let name = current.name().unwrap_or("without a name");
+    let backtrace = Backtrace::capture();
+    print(&match backtrace.status() {
+        BacktraceStatus::Captured => format!("thread '{name}' {info}\n{backtrace}"),
+        _ => format!("thread '{name}' {info}"),
+    });
+}

@@ -7,9 +7,10 @@
 //! request goes through that worker's mailbox.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{Level, error, info, log, warn};
 
@@ -148,6 +149,31 @@ impl CachedImage {
         recipients
     }
 
+    /// The oldest operation of the cache that has not completed, if there is one: what it does, and for how long it has
+    /// been in flight. `None` while a worker uses the cache.
+    pub fn oldest_op(&self) -> Option<Option<(String, Duration)>> {
+        let oldest = self.cache.try_lock().ok()?.oldest_op();
+        let Some((kind, span, since)) = oldest else { return Some(None) };
+        let what = match kind {
+            OpKind::Sync => "a sync".to_owned(),
+            kind => {
+                let (bytes, at) = (span.count * SECTOR_BYTES, span.start * SECTOR_BYTES);
+                format!("{} of {bytes} bytes at byte {at}", with_article(kind))
+            }
+        };
+        Some(Some((what, Duration::from_micros(self.now().since_us(since)))))
+    }
+
+    /// As [`CachedImage::stats`]; `None` while a worker uses the cache.
+    pub fn try_stats(&self) -> Option<Stats> {
+        Some(self.cache.try_lock().ok()?.stats())
+    }
+
+    /// Whether the cache holds writes that the image lacks; `true` while a worker uses the cache.
+    pub fn has_dirty_pages(&self) -> bool {
+        self.try_stats().is_none_or(|stats| stats.dirty_pages > 0)
+    }
+
     /// The port of one more worker thread.
     ///
     /// # Errors
@@ -230,7 +256,7 @@ impl WorkerPort {
     /// Reaps the store's events and, if the waker was `notified`, notices from other workers. Returns whether there are
     /// any of either.
     pub fn reap(&mut self, notified: bool) -> bool {
-        if std::mem::take(&mut self.store_ready) || self.store.may_have_events() {
+        if mem::take(&mut self.store_ready) || self.store.may_have_events() {
             self.store.reap(&mut self.events);
         }
         if notified {
@@ -283,6 +309,19 @@ impl WorkerPort {
         wake(&image.name, &image.route_notices(*worker, notices));
         self.submit();
         if self.notices.is_empty() { deadline } else { Some(now) }
+    }
+
+    /// Ends the use of the store: waits for at most `patience` until the operations in flight have completed. The rest
+    /// is left to the kernel, and the cache's memory with the lock of its file, as well as the image's lock, stay until
+    /// the process ends: the kernel still uses them.
+    ///
+    /// => Only [`WorkerPort`]'s drop may follow.
+    pub fn close(&mut self, patience: Duration) {
+        if !self.store.drain(patience) {
+            let (name, left) = (&self.image.name, counted(self.store.in_flight() as u64, "operation"));
+            warn!("{name}: left {left} on the image to the kernel, which holds the image's lock until then");
+            mem::forget(Arc::clone(&self.image));
+        }
     }
 
     /// Submits the backlog to the store, as far as the store's queue has space.
@@ -370,6 +409,19 @@ fn report_health(name: &str, event: HealthEvent, dirty_pages: u64) {
             "{name}: write-back stopped ({fault}); only cached data can be read; {kept}; {}, then send SIGHUP",
             remedy(fault)
         ),
+    }
+}
+
+/// The kind of an operation on the image, for messages.
+fn with_article(kind: OpKind) -> &'static str {
+    match kind {
+        OpKind::Read => "a read",
+        OpKind::Write => "a write",
+        OpKind::Sync => "a sync",
+        OpKind::Zero { .. } => "a zeroing",
+        OpKind::Discard => "a discard",
+        OpKind::Map => "a look for holes",
+        OpKind::Allocate => "a reservation of space",
     }
 }
 

@@ -30,8 +30,10 @@ const PRINT_CAPABILITIES: &str = "--print-capabilities";
 pub enum Action {
     /// Print this and exit with status 0.
     Print(String),
-    /// Serve these devices.
+    /// Serve these devices, as many of them as can be served.
     Serve(Config),
+    /// Serve all of these devices, or none.
+    ServeAll(Config),
     /// List the caches in this directory.
     ListCaches(PathBuf),
     /// Remove the caches in this directory from which nothing would be lost.
@@ -141,6 +143,10 @@ pub struct Cli {
     /// Check the configuration, report its problems, and exit
     #[arg(long)]
     pub check: bool,
+
+    /// Serve no disk if one of them cannot be served; otherwise the others are served
+    #[arg(long)]
+    pub strict: bool,
 
     /// Print what this back-end can do, as JSON, and exit; the rest is ignored
     #[arg(long)]
@@ -288,7 +294,7 @@ pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
     }
     let config = cli.config()?;
     if !cli.check {
-        return Ok(Action::Serve(config));
+        return Ok(if cli.strict { Action::ServeAll(config) } else { Action::Serve(config) });
     }
     let source = cli.config.as_deref().map_or("the command line".into(), Path::to_string_lossy);
     let devices = match config.devices.len() {

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use genblk::cli::{self, Action};
-use genblk::daemon;
+use genblk::daemon::{self, Strictness};
 use genblk::error::Result;
 use genblk::logging;
 use genblk::recover::{self, Consent, Recovery};
@@ -33,7 +33,8 @@ fn run(action: Action) -> Result<()> {
             print(&recover::recover(&Recovery { cache, image, consent: consent(force) })?);
         }
         Action::Discard { cache, force } => print(&recover::discard(&cache, consent(force))?),
-        Action::Serve(config) => return daemon::run(&config),
+        Action::Serve(config) => return daemon::run(&config, Strictness::ServeTheOthers),
+        Action::ServeAll(config) => return daemon::run(&config, Strictness::AllOrNone),
     }
     Ok(())
 }

@@ -38,8 +38,17 @@ const CLOSE_POLL: Duration = Duration::from_millis(5);
 pub struct ServiceManager {
     /// Connected to $NOTIFY_SOCKET.
     socket: Option<UnixDatagram>,
-    /// Name and number of each descriptor that it passed and that has not been taken yet.
-    passed: Mutex<Vec<(String, RawFd)>>,
+    /// The descriptors that it passed.
+    passed: Mutex<Vec<Passed>>,
+}
+
+/// A descriptor that the service manager passed.
+#[derive(Debug)]
+struct Passed {
+    name: String,
+    fd: RawFd,
+    /// Once it was taken. It stays until it is removed: a device that cannot be served takes it again.
+    file: Option<File>,
 }
 
 impl ServiceManager {
@@ -58,7 +67,8 @@ impl ServiceManager {
             Ok(count) if is_for_us => named_descriptors(&count, env::var("LISTEN_FDNAMES").ok().as_deref())?,
             _ => Vec::new(),
         };
-        Ok(Self { socket, passed: Mutex::new(passed) })
+        let passed = passed.into_iter().map(|(name, fd)| Passed { name, fd, file: None });
+        Ok(Self { socket, passed: Mutex::new(passed.collect()) })
     }
 
     /// Sends a state, such as `READY=1`. A failure is logged: the daemon works all the same.
@@ -106,30 +116,34 @@ impl ServiceManager {
 
     /// Removes the files with this name from the fd store.
     pub fn fdstore_remove(&self, name: &str) {
+        self.passed().retain(|passed| passed.name != name || passed.file.is_none());
         self.notify(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
     }
 
     /// Takes a file with this name that an earlier daemon put into the fd store; `None` if there is none. The fd store
-    /// keeps it as well.
+    /// keeps it as well, and it can be taken again until [`ServiceManager::fdstore_remove`].
     ///
     /// # Errors
     /// EBADF if the descriptor that the environment names is not an inherited one.
     pub fn fdstore_take(&self, name: &str) -> io::Result<Option<File>> {
         let mut passed = self.passed();
-        let Some(at) = passed.iter().position(|(found, _)| found == name) else { return Ok(None) };
-        let (_, fd) = passed.swap_remove(at);
-        Ok(Some(take_inherited(fd)?.into()))
+        let Some(found) = passed.iter_mut().find(|passed| passed.name == name) else { return Ok(None) };
+        let file = match found.file.take() {
+            Some(file) => file,
+            None => take_inherited(found.fd)?.into(),
+        };
+        found.file.insert(file).try_clone().map(Some)
     }
 
     /// Names of the passed descriptors that have not been taken, without those in `used`, which the configuration
     /// names.
     pub fn fdstore_unclaimed(&self, used: &[RawFd]) -> Vec<String> {
         let passed = self.passed();
-        let unused = passed.iter().filter(|(_, fd)| !used.contains(fd));
-        unused.map(|(name, _)| name.clone()).collect()
+        let unused = passed.iter().filter(|passed| passed.file.is_none() && !used.contains(&passed.fd));
+        unused.map(|passed| passed.name.clone()).collect()
     }
 
-    fn passed(&self) -> MutexGuard<'_, Vec<(String, RawFd)>> {
+    fn passed(&self) -> MutexGuard<'_, Vec<Passed>> {
         self.passed.lock().expect("no thread panics with the list locked")
     }
 }

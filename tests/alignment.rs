@@ -68,6 +68,10 @@ impl StoreQueue for StrictQueue {
     fn in_flight(&self) -> usize {
         self.queue.in_flight()
     }
+
+    fn drain(&mut self, patience: std::time::Duration) -> bool {
+        self.queue.drain(patience)
+    }
 }
 
 /// An image of `sectors` sectors with limits that `adjust` changes, and a configuration that serves it.

@@ -17,7 +17,7 @@ use common::shadow::Shadow;
 use common::wait::{ABSENCE, PATIENCE, poll_until};
 use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, read_everything, settle};
 use genblk::config::{DeviceConfig, OnError, Socket};
-use genblk::service::{Running, Service, shutdown_all};
+use genblk::service::{Running, Service};
 use genblk::store::Backing;
 use genblk::store::faulty::{Faults, FaultyImage, OpClass};
 use genblk::store::file::{FileImage, OpenOptions};
@@ -118,7 +118,12 @@ fn devices_of_one_image_shut_down_while_one_waits_for_the_others_read() {
     let (missed, pages) = (one.stats().read_miss_pages, one.stats().resident_pages);
     let waiting = thread::spawn(move || waiter.try_read((pages - 16) * 8, 64 << 10));
     poll_until("the other device to wait", PATIENCE, || (one.stats().read_miss_pages > missed).then_some(()));
-    let shutdown = thread::spawn(move || shutdown_all(vec![one, other], Running::shutdown));
+    let shutdown = thread::spawn(move || {
+        let mut devices = [one, other];
+        devices.iter().for_each(Running::stop_accepting);
+        devices.iter_mut().try_for_each(Running::quiesce)?;
+        devices.into_iter().try_for_each(Running::shutdown)
+    });
     poll_until("the shutdown", PATIENCE, || shutdown.is_finished().then_some(()));
     shutdown.join().expect("no thread panics").expect("the devices shut down without an error");
     assert!(waiting.join().expect("no thread panics").is_some(), "a request that was taken completes");

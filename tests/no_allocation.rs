@@ -6,7 +6,6 @@ mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -18,7 +17,7 @@ use genblk::cache::{
     Access, Admitted, CopyResult, ErrorPolicy, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
 use genblk::config::{DeviceConfig, Socket};
-use genblk::service::Service;
+use genblk::service::{Context, Service};
 use genblk::units::{ImageHoles, SectorSpan, Tick};
 
 /// The system's allocator, with one counter for each thread and one for all worker threads.
@@ -208,9 +207,7 @@ fn a_worker_serves_what_is_cached_without_allocating() {
     Shadow::patchwork(8 << 20, 31).write_image(&image);
     let mut config = DeviceConfig::new("counted", Socket::Path(socket.clone()), image);
     config.cache.size_bytes = 16 << 20;
-    let running = Service::open(&config, &mut HashMap::new(), &Arc::default())
-        .and_then(Service::start)
-        .expect("the device is served");
+    let running = Service::open(&config, &Context::default()).and_then(Service::start).expect("the device is served");
     let mut client = Client::connect(&socket, &ClientOptions::default());
     let bytes = [0x5a; 8192];
     let mut undisturbed_rounds = 0;

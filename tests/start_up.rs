@@ -6,7 +6,7 @@ mod common;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,7 +16,7 @@ use common::daemon::{Daemon, DaemonOptions, Ended, TempDir, run_to_end, server_b
 use common::prng::Prng;
 use common::request::{assert_serves, pattern};
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
+use common::wait::{PATIENCE, is_listening, poll_until};
 use genblk::cli::CAPABILITIES;
 use genblk::store::file::{FileImage, OpenOptions};
 
@@ -232,14 +232,64 @@ fn check_starts_no_device() {
 
 /// All or nothing: if one device cannot be served, the daemon closes what it opened for the others.
 #[test]
-fn one_device_that_fails_keeps_the_others_from_starting() {
+fn with_strict_one_device_that_fails_keeps_the_others_from_starting() {
     let fixture = Fixture::new();
     let text = fixture.table("first", "image", "cache.size = \"4M\"") + &fixture.table("second", "missing", "");
-    fixture.serve_config(&text, &[]).assert_refused(1, &["missing", "No such file or directory"]);
+    fixture.serve_config(&text, &["--strict"]).assert_refused(1, &["missing", "No such file or directory"]);
     assert!(!exists(&fixture.path("first.sock")), "the first device's socket is removed");
     let free = FileImage::open(&fixture.path("image"), &OpenOptions::default());
     assert!(free.is_ok(), "the first device's image is unlocked");
     fixture.assert_undamaged();
+}
+
+#[test]
+fn a_daemon_that_can_serve_no_device_ends_with_the_reasons() {
+    let fixture = Fixture::new();
+    let text = fixture.table("first", "missing", "") + &fixture.table("second", "also-missing", "");
+    let ended = fixture.serve_config(&text, &[]);
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    for word in ["missing", "also-missing", "not served", "genblk: "] {
+        assert!(ended.stderr.contains(word), "{word:?} is not in {ended:?}");
+    }
+}
+
+/// Also: it is served as soon as it can be, and the service manager is told.
+#[test]
+fn one_missing_image_does_not_keep_the_other_devices_from_being_served() {
+    const DEVICES: usize = 8;
+    let fixture = Fixture::new();
+    let mut text = String::new();
+    for n in 0..DEVICES {
+        let image = format!("image{n}");
+        fs::write(fixture.path(&image), vec![7; IMAGE_BYTES]).expect("an image can be written");
+        text += &fixture.table(&format!("d{n}"), &image, "cache.size = \"4M\"");
+    }
+    fs::rename(fixture.path("image3"), fixture.path("elsewhere")).expect("a file can be renamed");
+    fs::write(fixture.path("genblk.toml"), text).expect("a configuration can be written");
+    let notified = UnixDatagram::bind(fixture.path("notify")).expect("a socket can be bound");
+    notified.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+    let receive = || {
+        let mut message = [0; 4096];
+        let length = notified.recv(&mut message).expect("the daemon notifies its service manager");
+        String::from_utf8_lossy(&message[..length]).into_owned()
+    };
+    let mut command = Command::new(server_binary());
+    command.arg("--config").arg(fixture.path("genblk.toml")).env("NOTIFY_SOCKET", fixture.path("notify"));
+    let sockets = (0..DEVICES).filter(|&n| n != 3).map(|n| fixture.path(&format!("d{n}.sock"))).collect();
+    let (missing, elsewhere) = (fixture.path("image3"), fixture.path("elsewhere"));
+    let socket = fixture.path("d3.sock");
+    let mut daemon = Daemon::launch(fixture.directory, command, sockets);
+    let ready = receive();
+    assert!(ready.starts_with("READY=1\nSTATUS=serving 7 of 8 disks; not served: d3 ("), "{ready:?}");
+    assert!(ready.contains("image3") && ready.contains("No such file"), "{ready:?}");
+    assert!(daemon.log().contains("d3: not served: "), "{}", daemon.log());
+    assert_serves(&daemon.socket(), 0);
+    fs::rename(elsewhere, missing).expect("a file can be renamed");
+    daemon.signal(libc::SIGHUP);
+    poll_until("the image that came back to be served", PATIENCE, || is_listening(&socket).then_some(()));
+    assert_serves(&socket, 0);
+    assert_eq!(receive(), "STATUS=serving 8 of 8 disks");
+    daemon.stop();
 }
 
 #[test]

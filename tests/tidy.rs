@@ -30,7 +30,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("cli", &["config", "error", "units"]),
     ("config", &["error", "units"]),
     ("logging", &["sys"]),
-    ("daemon", &["recover", "service", "systemd", "sys", "config", "error"]),
+    ("daemon", &["recover", "service", "device", "systemd", "sys", "config", "error", "units"]),
     (
         "service",
         &[

@@ -147,7 +147,7 @@ impl Copier {
                 Command::Resume(reply) => {
                     let _ = reply.send(());
                 }
-                Command::Exit => {}
+                Command::Exit(_) | Command::Abandon(_) => {}
             }
         }
     }

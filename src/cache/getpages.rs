@@ -12,7 +12,7 @@
 //! So requests that wait for each other's frames can't deadlock, however small the cache.
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Epoch, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SectorMask};
+use crate::units::{Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SectorMask};
 
 use super::holes::BlockStatus;
 use super::pages::{MARKER, NONE, Page, Period, READING};
@@ -254,7 +254,7 @@ impl PageCache {
         self.stats.store_reads += 1;
         self.stats.store_read_sectors += span.count;
         let demand = !self.run.is_readahead;
-        self.submit_op(StoreOp { kind: OpKind::Read, span, frames, ids, epoch: Epoch(0), demand, doubts: 0 });
+        self.submit_op(StoreOp { frames, ids, demand, ..StoreOp::without_pages(OpKind::Read, span) });
     }
 
     /// A read-in has ended.

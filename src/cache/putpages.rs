@@ -50,7 +50,7 @@ impl PageCache {
         }
         let span = self.span_of(first, end.0 - first.0);
         self.submit_write(
-            StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false, doubts: 0 },
+            StoreOp { frames, ids, epoch, demand: false, ..StoreOp::without_pages(OpKind::Write, span) },
             SectorMask::ALL,
         );
         Some(end)
@@ -73,7 +73,7 @@ impl PageCache {
         frames.push(page.frame().expect("a dirty page has a frame"));
         let epoch = page.epoch;
         let span = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), u64::from(count));
-        let op = StoreOp { kind: OpKind::Write, span, frames, ids, epoch, demand: false, doubts: 0 };
+        let op = StoreOp { frames, ids, epoch, demand: false, ..StoreOp::without_pages(OpKind::Write, span) };
         self.submit_write(op, SectorMask::run(first, count));
         no.plus(1)
     }

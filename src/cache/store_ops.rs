@@ -46,12 +46,15 @@ pub(super) struct StoreOp {
     pub demand: bool,
     /// See [`PageCache::is_in_doubt`].
     pub doubts: u32,
+    /// When it was queued.
+    pub since: Tick,
 }
 
 impl StoreOp {
     /// An operation that holds no pages.
     pub fn without_pages(kind: OpKind, span: SectorSpan) -> Self {
-        Self { kind, span, frames: Vec::new(), ids: Vec::new(), epoch: Epoch(0), demand: true, doubts: 0 }
+        let (frames, ids) = (Vec::new(), Vec::new());
+        Self { kind, span, frames, ids, epoch: Epoch(0), demand: true, doubts: 0, since: Tick(0) }
     }
 
     /// The first page that the operation touches.
@@ -130,7 +133,12 @@ impl StoreOps {
 impl PageCache {
     /// Queues an operation for the store.
     pub(super) fn submit_op(&mut self, op: StoreOp) {
-        self.store_ops.submit(StoreOp { doubts: self.flushing.doubts(), ..op });
+        self.store_ops.submit(StoreOp { doubts: self.flushing.doubts(), since: self.now, ..op });
+    }
+
+    /// The operation that has been in flight for longest, and since when.
+    pub fn oldest_op(&self) -> Option<(OpKind, SectorSpan, Tick)> {
+        self.store_ops.iter().min_by_key(|op| op.since).map(|op| (op.kind, op.span, op.since))
     }
 
     /// Hands out the operations that the owner has not started yet, in order.

@@ -1,32 +1,61 @@
-//! The process: opens all devices, starts their threads, waits for a signal, and ends in order. First it stops all
-//! rings; then it either flushes everything to the images (SIGTERM, SIGINT), or leaves the caches for the next daemon
-//! (SIGUSR1).
+//! The process: starts all devices side by side, waits for signals, and ends in order. First it stops all rings; then
+//! it either flushes everything to the images (SIGTERM, SIGINT), or leaves the caches for the next daemon (SIGUSR1).
+//!
+//! Each device has a thread of its own (`supervisor.rs`) that may wait for its image. The main thread (`fleet.rs`)
+//! waits for none of them: an image that does not answer holds up its own device only.
 
-use std::collections::HashMap;
+mod disk;
+mod fleet;
+mod reminder;
+mod supervisor;
+
 use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread;
 
-use log::{info, warn};
+use log::warn;
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
-use crate::recover;
-use crate::service::{Running, Service, shutdown_all};
+use crate::service::Context;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::signal::{self, BlockedSignals};
 use crate::systemd::ServiceManager;
+
+use fleet::Fleet;
+use supervisor::News;
 
 /// Signals without a meaning here that would end the process: a write beyond RLIMIT_FSIZE and one to a closed pipe fail
 /// instead, and the others must not cost a guest its disk if they are sent by mistake.
 const IGNORED: [i32; 7] =
     [libc::SIGXFSZ, libc::SIGPIPE, libc::SIGUSR2, libc::SIGALRM, libc::SIGVTALRM, libc::SIGPROF, libc::SIGIO];
 
+/// What happens if a device cannot be served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strictness {
+    /// The others are served, and it is tried again, as long as one is served.
+    ServeTheOthers,
+    /// None is served.
+    AllOrNone,
+}
+
+/// What the main thread waits for.
+#[derive(Debug)]
+enum Event {
+    /// A signal, by number.
+    Signal(i32),
+    /// Something has happened to the device with this number.
+    News(usize, News),
+}
+
 /// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes write-back that was stopped
-/// after an error.
+/// after an error, and tries again to serve devices that could not be served.
 ///
 /// # Errors
-/// Those of [`Service::open`] and [`Service::start`], in which case no device is served, and those of
-/// [`Running::shutdown`].
-pub fn run(config: &Config) -> Result<()> {
+/// Those of [`Service::open`](crate::service::Service::open) and [`Service::start`](crate::service::Service::start) if
+/// no device can be served, or one of them with [`Strictness::AllOrNone`]; those of
+/// [`Running::shutdown`](crate::service::Running::shutdown).
+pub fn run(config: &Config, strictness: Strictness) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
     let signals = BlockedSignals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP])
         .map_err(system("cannot block signals"))?;
@@ -36,26 +65,22 @@ pub fn run(config: &Config) -> Result<()> {
         warn!("cannot raise the limit of open descriptors: {e}");
     }
     let manager = Arc::new(ServiceManager::from_environment()?);
-    let mut images = HashMap::new();
-    let open = |device| Service::open(device, &mut images, &manager);
-    let services = config.devices.iter().map(open).collect::<Result<Vec<_>>>()?;
-    recover::warn_unclaimed(config, &manager);
-    recover::warn_unheld(config);
-    let running = services.into_iter().map(Service::start).collect::<Result<Vec<_>>>()?;
-    manager.notify("READY=1");
-    let signal = loop {
-        match signals.wait().map_err(system("cannot wait for signals"))? {
-            libc::SIGHUP => running.iter().for_each(Running::resume),
-            signal => break signal,
+    let context = Arc::new(Context::new(config, &manager));
+    let (sender, events) = channel();
+    wait_for_signals(signals, sender.clone())?;
+    Fleet::start(config, strictness, &context, manager, &sender)?.run(&events)
+}
+
+/// Starts the thread that waits for signals and sends them as events.
+fn wait_for_signals(signals: BlockedSignals, events: Sender<Event>) -> Result<()> {
+    let wait = move || {
+        while let Ok(signal) = signals.wait() {
+            if events.send(Event::Signal(signal)).is_err() {
+                return;
+            }
         }
     };
-    manager.notify("STOPPING=1");
-    let end = if signal == libc::SIGUSR1 {
-        info!("signal {signal}: stopping, leaving the caches for the next daemon");
-        Running::hand_over
-    } else {
-        info!("signal {signal}: stopping");
-        Running::shutdown
-    };
-    shutdown_all(running, end)
+    let failed = |e| Error::io(ErrorKind::System, "cannot start the thread that waits for signals", e);
+    thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(failed)?;
+    Ok(())
 }

@@ -2,8 +2,10 @@
 //! control plane can rely on a stopped ring taking no more requests.
 
 use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use log::error;
 
@@ -32,7 +34,7 @@ pub struct RingSetup {
     pub tracker: Option<InflightTracker>,
 }
 
-/// A command to a worker. Each but the last has a reply, sent when the command has been executed.
+/// A command to a worker. Each but the last two has a reply, sent when the command has been executed.
 #[derive(Debug)]
 pub enum Command {
     /// Start the ring with this index.
@@ -48,8 +50,20 @@ pub enum Command {
     Flush(Sender<Result<(), Fault>>),
     /// The operator resumes the image: retry at once what failed.
     Resume(Sender<()>),
-    /// End the thread. Its rings are stopped by then.
-    Exit,
+    /// End the thread. Its rings are stopped by then. Store operations in flight get this long to complete.
+    Exit(Duration),
+    /// End the thread as a crash would, with requests in flight.
+    Abandon(Untracked),
+}
+
+/// What becomes of requests in flight that no inflight region records when the workers are abandoned: the next daemon
+/// cannot repeat them, and the guest waits for them without end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Untracked {
+    /// Their worker goes on until they complete.
+    Wait,
+    /// They are lost.
+    Lose,
 }
 
 /// The control plane's end of the commands to one worker.
@@ -58,21 +72,35 @@ pub struct Control {
     device: String,
     commands: Sender<Command>,
     waker: Arc<Waker>,
+    /// A command found no worker.
+    ended: Arc<AtomicBool>,
 }
 
 impl Control {
     /// Both ends of the commands to a worker of `device`, which `waker` wakes.
     pub fn new(device: &str, waker: Arc<Waker>) -> (Self, Receiver<Command>) {
         let (commands, receiver) = channel();
-        (Self { device: device.to_owned(), commands, waker }, receiver)
+        let ended = Arc::default();
+        (Self { device: device.to_owned(), commands, waker, ended }, receiver)
     }
 
     /// Sends a command without waiting for a reply.
     pub fn send(&self, command: Command) {
-        // A worker ends only by `Exit`, or by a panic, which ends the process.
-        if self.commands.send(command).is_err() || self.waker.notify().is_err() {
-            error!("{}: a worker thread has ended, or cannot be woken", self.device);
+        // A worker ends only by `Exit` and `Abandon`, or by a panic, which ends the process. After the first two no
+        // reply is needed.
+        let is_end = matches!(command, Command::Exit(_) | Command::Abandon(_));
+        if self.commands.send(command).is_err() {
+            self.ended.store(true, Ordering::Release);
+        } else if let Err(e) = self.waker.notify()
+            && !is_end
+        {
+            error!("{}: cannot wake a worker thread: {e}", self.device);
         }
+    }
+
+    /// Whether the worker has ended.
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// Sends a command whose reply arrives at the returned receiver, unless the worker ends before that.
@@ -84,7 +112,7 @@ impl Control {
 
     /// Sends a command and waits for its reply. `None`: the worker has ended.
     pub fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
-        self.request(command).recv().ok()
+        self.request(command).recv().inspect_err(|_| self.ended.store(true, Ordering::Release)).ok()
     }
 }
 
@@ -116,6 +144,11 @@ impl Workers {
         }
     }
 
+    /// Whether a worker has ended.
+    pub fn has_ended(&self) -> bool {
+        self.controls.iter().any(Control::has_ended)
+    }
+
     /// Makes every completed write durable.
     ///
     /// # Errors
@@ -144,10 +177,18 @@ impl Workers {
         self.controls[0].ask(Command::Resume);
     }
 
-    /// Ends the threads.
-    pub fn exit(&self) {
+    /// Ends the threads. Store operations in flight get `patience` to complete; then they are left to the kernel.
+    pub fn exit(&self, patience: Duration) {
         for control in &self.controls {
-            control.send(Command::Exit);
+            control.send(Command::Exit(patience));
+        }
+    }
+
+    /// Ends the threads as a crash would: requests in flight do not complete, and store operations in flight are left
+    /// to the kernel. The ledger and the inflight region are as a crash leaves them, so the next daemon repeats both.
+    pub fn abandon(&self, untracked: Untracked) {
+        for control in &self.controls {
+            control.send(Command::Abandon(untracked));
         }
     }
 }

@@ -35,7 +35,7 @@ use crate::units::SECTOR_BYTES;
 use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback};
 use crate::virtio::request::Disk;
 
-pub use control::{Command, Control, RingSetup};
+pub use control::{Command, Control, RingSetup, Untracked};
 pub use worker::spawn;
 
 /// Sectors of a part of a DISCARD or WRITE ZEROES, unless a discard frees larger units only: 128 MiB. While a file

@@ -124,6 +124,11 @@ impl Ring {
             || planted(PlantedBug::DrainEndsEarly)
     }
 
+    /// Whether the next daemon can repeat every request in flight.
+    pub fn is_repeatable(&self) -> bool {
+        self.in_flight == 0 || self.tracker.is_some()
+    }
+
     /// Whether requests of the previous daemon are still to be taken.
     pub fn has_resubmissions(&self) -> bool {
         !self.resubmissions.is_empty() && self.is_usable()

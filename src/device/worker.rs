@@ -30,6 +30,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use log::error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -40,7 +41,7 @@ use crate::units::Tick;
 use crate::virtio::GuestRam;
 use crate::virtio::split::QueuePosition;
 
-use super::control::{Command, Control};
+use super::control::{Command, Control, Untracked};
 use super::requests::Requests;
 use super::ring::Ring;
 use super::{Device, RingSetup};
@@ -229,6 +230,9 @@ impl Worker {
         // 1. Collect.
         let notified = self.port.waker().take_notified();
         let handled = notified && self.handle_commands(now);
+        if self.exiting {
+            return true;
+        }
         let reaped = self.port.reap(notified);
         // 2. Take.
         let taken = self.take_requests();
@@ -304,7 +308,16 @@ impl Worker {
                     self.port.with_cache(now, |cache, _| cache.resume());
                     let _ = reply.send(());
                 }
-                Command::Exit => self.exiting = true,
+                Command::Exit(patience) => {
+                    self.port.close(patience);
+                    self.exiting = true;
+                }
+                Command::Abandon(untracked) => {
+                    if untracked == Untracked::Lose || self.rings.iter().flatten().all(Ring::is_repeatable) {
+                        self.port.close(Duration::ZERO);
+                        self.exiting = true;
+                    }
+                }
             }
         }
         handled

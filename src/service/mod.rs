@@ -1,13 +1,15 @@
 //! A device with everything that serves it: image, cache, socket and threads. A [`Service`] is opened from its
 //! configuration; once started it is a [`Running`].
 
+mod context;
+mod handle;
 mod running;
 mod settings;
 mod socket;
 mod stats;
 
-use std::collections::HashMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
@@ -19,14 +21,14 @@ use crate::config::{DeviceConfig, Engine, ImageFormat};
 use crate::device::control::Workers;
 use crate::device::{self, Device};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image_id::ImageId;
 use crate::recover;
 use crate::store::Backing;
 use crate::store::file::{FileImage, IoEngine, KnownRaw, OpenOptions};
-use crate::systemd::ServiceManager;
 use crate::vhost::Server;
 
-pub use running::{Running, shutdown_all};
+pub use context::Context;
+pub use handle::Handle;
+pub use running::Running;
 
 use settings::{device_of, settings};
 use socket::ListenSocket;
@@ -45,6 +47,8 @@ fn with_unheld_caches(error: Error, config: &DeviceConfig) -> Error {
 pub struct Service {
     device: Arc<Device>,
     image: Arc<CachedImage>,
+    /// Path of the image.
+    path: PathBuf,
     socket: ListenSocket,
     workers: u16,
     queue_size: u16,
@@ -53,19 +57,15 @@ pub struct Service {
 }
 
 impl Service {
-    /// Opens a device's image, memory and socket.
+    /// Opens a device's image, memory and socket. May wait for as long as the image does not answer.
     ///
-    /// Read-only devices on the same image share one cached image: `images` holds those that are open. The service
-    /// manager may hold the cache of an earlier daemon, and stores the new one if the configuration says so.
+    /// Read-only devices on the same image share one cached image. The service manager may hold the cache of an earlier
+    /// daemon, and stores the new one if the configuration says so.
     ///
     /// # Errors
     /// [`ErrorKind::Image`] and [`ErrorKind::Locked`] for the image, [`ErrorKind::Memory`] and [`ErrorKind::Ledger`]
     /// for the cache, [`ErrorKind::Socket`] for the socket. The guest's data is as it was then.
-    pub fn open(
-        config: &DeviceConfig,
-        images: &mut HashMap<ImageId, Arc<CachedImage>>,
-        manager: &Arc<ServiceManager>,
-    ) -> Result<Self> {
+    pub fn open(config: &DeviceConfig, context: &Context) -> Result<Self> {
         let (read_only, direct) = (config.read_only, config.direct);
         let engine = match config.engine {
             Engine::Auto => IoEngine::Auto,
@@ -78,25 +78,20 @@ impl Service {
         let known_raw = match config.format {
             ImageFormat::Raw => Some(KnownRaw::Configured),
             ImageFormat::Auto => {
-                let has_cache = || recover::has_kept_cache(config, &identity, manager);
+                let has_cache = || recover::has_kept_cache(config, &identity, &context.manager);
                 (image.found_format().is_some() && has_cache()).then_some(KnownRaw::KeptCache)
             }
         };
         image.check_format(known_raw)?;
         let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
-        let service = match images.get(&identity).filter(|_| read_only) {
-            Some(shared) => Self::new(config, Arc::clone(shared), io_mode)?,
-            None => {
-                let settings = settings(config, image.limits())?;
-                let arena = recover::arena_for(config, &image, settings.frames as usize, manager);
-                let arena = arena.map_err(|error| with_unheld_caches(error, config))?;
-                Self::new(config, CachedImage::new(&config.name, image, arena, settings), io_mode)?
-            }
+        let open_cache = || {
+            let settings = settings(config, image.limits())?;
+            let arena = recover::arena_for(config, &image, settings.frames as usize, &context.manager);
+            let arena = arena.map_err(|error| with_unheld_caches(error, config))?;
+            Ok(CachedImage::new(&config.name, image, arena, settings))
         };
-        if read_only {
-            images.insert(identity, Arc::clone(&service.image));
-        }
-        Ok(service)
+        let cached = if read_only { context.images.get_or_open(identity, open_cache) } else { open_cache() };
+        Self::new(config, cached?, io_mode, context)
     }
 
     /// A device on an image that the caller has opened. Its cache does not outlive the process.
@@ -107,7 +102,8 @@ impl Service {
     pub fn with_image(config: &DeviceConfig, image: Arc<dyn Backing>) -> Result<Self> {
         let settings = settings(config, image.limits())?;
         let arena = Arena::anonymous(settings.frames as usize)?;
-        Self::new(config, CachedImage::new(&config.name, image, arena, settings), "given image")
+        let image = CachedImage::new(&config.name, image, arena, settings);
+        Self::new(config, image, "given image", &Context::default())
     }
 
     /// One more read-only device that shares this one's image and cache.
@@ -115,10 +111,10 @@ impl Service {
     /// # Errors
     /// [`ErrorKind::Socket`] for its socket.
     pub fn sharing_image_of(&self, config: &DeviceConfig) -> Result<Self> {
-        Self::new(config, Arc::clone(&self.image), "given image")
+        Self::new(config, Arc::clone(&self.image), "given image", &Context::default())
     }
 
-    fn new(config: &DeviceConfig, image: Arc<CachedImage>, io_mode: &str) -> Result<Self> {
+    fn new(config: &DeviceConfig, image: Arc<CachedImage>, io_mode: &str, context: &Context) -> Result<Self> {
         let device = device_of(config, &image);
         let description = format!(
             "{}: serving {} on {}: {} bytes, {}{io_mode}; cache of {} bytes, {}",
@@ -130,8 +126,9 @@ impl Service {
             config.cache.size_bytes,
             config.cache.mode,
         );
-        let socket = ListenSocket::open(config)?;
-        Ok(Self { device, image, socket, workers: config.workers, queue_size: config.queue_size, description })
+        let socket = ListenSocket::open(config, &context.sockets)?;
+        let (path, workers, queue_size) = (config.image.clone(), config.workers, config.queue_size);
+        Ok(Self { device, image, path, socket, workers, queue_size, description })
     }
 
     /// Starts the device's threads.
@@ -139,7 +136,7 @@ impl Service {
     /// # Errors
     /// [`ErrorKind::System`] when the host cannot provide a thread or a descriptor.
     pub fn start(self) -> Result<Running> {
-        let Self { device, image, socket, workers, queue_size, description } = self;
+        let Self { device, image, path, socket, workers, queue_size, description } = self;
         let (controls, threads): (Vec<_>, Vec<_>) =
             (0..workers).map(|_| device::spawn(&device, &image)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
         let workers = Arc::new(Workers::new(controls));
@@ -155,6 +152,6 @@ impl Service {
             .map_err(|e| system("cannot start a thread", e))?;
         // From here on an orderly end removes the cache file, unless it hands the cache over.
         image.arena().keep_on_drop(false);
-        Ok(Running { _socket: socket, server, device, workers, threads, acceptor: Some(acceptor), image })
+        Ok(Running { socket, server, device, workers, threads, acceptor: Some(acceptor), path, image })
     }
 }

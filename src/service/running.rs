@@ -1,11 +1,13 @@
 //! A device that is served, until it ends.
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use log::{error, info};
 
+use super::handle::Handle;
 use super::socket::ListenSocket;
 use super::stats::log_stats;
 use crate::cache::Stats;
@@ -13,11 +15,14 @@ use crate::cached_image::CachedImage;
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
+use crate::store::DRAIN_MAX;
 use crate::units::counted;
 use crate::vhost::Server;
 
 /// How long a device that ends retries its last flush on an image that fails.
 const LAST_FLUSH_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a device that leaves its cache to the next daemon waits for the image's operations in flight.
+const HAND_OVER_DRAIN_MAX: Duration = Duration::from_secs(1);
 /// The pause between two attempts.
 const LAST_FLUSH_RETRY: Duration = Duration::from_millis(500);
 
@@ -27,13 +32,15 @@ const LAST_FLUSH_RETRY: Duration = Duration::from_millis(500);
 ///    and the cache file free when it gets the lock.
 #[derive(Debug)]
 pub struct Running {
-    pub(super) _socket: ListenSocket,
+    pub(super) socket: ListenSocket,
     pub(super) server: Arc<Server>,
     pub(super) device: Arc<Device>,
     pub(super) workers: Arc<Workers>,
     pub(super) threads: Vec<JoinHandle<()>>,
     /// The thread that accepts front-ends; `None` once it has ended.
     pub(super) acceptor: Option<JoinHandle<()>>,
+    /// Path of the image.
+    pub(super) path: PathBuf,
     pub(super) image: Arc<CachedImage>,
 }
 
@@ -41,6 +48,17 @@ impl Running {
     /// What the device's cache did, and what it holds.
     pub fn stats(&self) -> Stats {
         self.image.stats()
+    }
+
+    /// A view of the device that does not keep it alive, for a thread that must not wait for it.
+    pub fn handle(&self) -> Handle {
+        Handle {
+            path: self.path.clone(),
+            socket: self.socket.bound.as_ref().map_or_else(Weak::new, Arc::downgrade),
+            server: Arc::downgrade(&self.server),
+            workers: Arc::downgrade(&self.workers),
+            image: Arc::downgrade(&self.image),
+        }
     }
 
     /// Retries what failed: the operator says that the image works again.
@@ -69,6 +87,9 @@ impl Running {
 
     /// Ends the device: flushes everything to the image and joins the threads.
     ///
+    /// => Devices that share an image are all quiesced before the first of them ends: one may wait for a page that
+    ///    another is reading.
+    ///
     /// # Errors
     /// [`ErrorKind::Image`] when a dirty page could not be written; [`ErrorKind::System`] when a thread has panicked.
     pub fn shutdown(self) -> Result<()> {
@@ -90,11 +111,13 @@ impl Running {
     fn finish(mut self, last_flush: LastFlush) -> Result<()> {
         let quiesced = self.quiesce();
         let name = &self.device.name;
-        let flushed = match last_flush {
-            LastFlush::Required => flush_everything(name, &self.image, &self.workers),
-            LastFlush::Skipped => Ok(()),
+        let (flushed, patience) = match last_flush {
+            LastFlush::Required => (flush_everything(name, &self.image, &self.workers), DRAIN_MAX),
+            // What is in flight is dirty in the ledger, so the next daemon repeats it once the kernel has completed it
+            // and released the image's lock.
+            LastFlush::Skipped => (Ok(()), HAND_OVER_DRAIN_MAX),
         };
-        self.workers.exit();
+        self.workers.exit(patience);
         for thread in std::mem::take(&mut self.threads) {
             thread.join().map_err(|_| self.panicked("worker"))?;
         }
@@ -111,19 +134,6 @@ enum LastFlush {
     Skipped,
 }
 
-/// Ends each of the devices by `end` ([`Running::shutdown`] or [`Running::hand_over`]).
-///
-/// => All devices are quiesced before the threads of the first end: a device may wait for a page that another device on
-///    the same image is reading.
-///
-/// # Errors
-/// The first error of [`Running::quiesce`] and `end`. Every device is ended even so.
-pub fn shutdown_all(mut devices: Vec<Running>, end: impl Fn(Running) -> Result<()>) -> Result<()> {
-    devices.iter().for_each(Running::stop_accepting);
-    let quiesced = devices.iter_mut().map(Running::quiesce).fold(Ok(()), Result::and);
-    devices.into_iter().map(end).fold(quiesced, Result::and)
-}
-
 /// Flushes all dirty pages to the image, and retries for a while if the image fails.
 fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Result<()> {
     let until = Instant::now() + LAST_FLUSH_PATIENCE;
@@ -131,7 +141,10 @@ fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Resul
     workers.resume();
     loop {
         let Err(fault) = workers.flush() else { return Ok(()) };
-        if Instant::now() >= until {
+        if workers.has_ended() && !image.has_dirty_pages() {
+            return Ok(());
+        }
+        if workers.has_ended() || Instant::now() >= until {
             let pages = counted(image.stats().dirty_pages, "dirty page");
             let hint = image
                 .arena()

@@ -33,7 +33,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::format::Format;
 use super::wake::WakeFd;
-use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue};
+use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{Fault, OpKind};
 
@@ -358,6 +358,10 @@ impl StoreQueue for FaultyQueue {
 
     fn in_flight(&self) -> usize {
         self.delayed.len() + self.failed.len() + self.inner.in_flight()
+    }
+
+    fn drain(&mut self, patience: Duration) -> bool {
+        wait_until_drained(self, patience) && self.inner.drain(Duration::ZERO)
     }
 }
 

@@ -155,9 +155,10 @@ impl OpenImage {
         if self.is_device() || matches!(request.op, OpKind::Read | OpKind::Map) {
             return true;
         }
-        // If fstat fails, let the operation itself report what is wrong.
-        let Ok(metadata) = self.file.metadata() else { return true };
-        let (label, now) = (&self.label, metadata.len());
+        // Workers call this, so it must not wait for a file server. If it fails, let the operation itself report what
+        // is wrong.
+        let Some((now, links)) = sys::file::cached_size_and_links(&self.file) else { return true };
+        let label = &self.label;
         let before = self.reported.size_bytes.swap(now, Ordering::Relaxed);
         let opened = self.limits.size_bytes;
         if now < before && now < opened {
@@ -165,7 +166,7 @@ impl OpenImage {
         } else if now != before {
             log::warn!("{label} now has {now} bytes; the guest's disk keeps the {opened} bytes of the start");
         }
-        if metadata.nlink() == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
+        if links == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
             log::error!("{label} was deleted: it is still served, but its data is lost when this daemon ends");
         }
         request.offset + request.len <= now

@@ -40,9 +40,15 @@ mod wake;
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
 
+use crate::sys;
 pub use crate::sys::file::Segment;
 use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, counted, low_u32};
+
+/// How long a queue waits for its operations when it is dropped without [`StoreQueue::drain`]: as long as Linux gives a
+/// SCSI disk for a command.
+pub const DRAIN_MAX: Duration = Duration::from_secs(30);
 
 /// One operation. It owns the memory of its segments until its event is reaped.
 #[derive(Debug)]
@@ -250,6 +256,28 @@ pub trait StoreQueue: Send {
     }
     /// Operations submitted whose events have not been reaped.
     fn in_flight(&self) -> usize;
+    /// Waits until no operation is in flight, for at most `patience`, and drops the events; returns whether none is.
+    /// Afterwards dropping the queue does not wait: what is in flight is left to the kernel.
+    ///
+    /// => After `false` the memory of all segments stays mapped until the process ends.
+    fn drain(&mut self, patience: Duration) -> bool;
+}
+
+/// [`StoreQueue::drain`], without its effect on a later drop.
+///
+/// => The queue's wake fd is readable while events wait.
+pub fn wait_until_drained(queue: &mut dyn StoreQueue, patience: Duration) -> bool {
+    let until = Instant::now() + patience;
+    let mut events = Vec::new();
+    loop {
+        queue.kick();
+        queue.reap(&mut events);
+        let left = until.saturating_duration_since(Instant::now());
+        if queue.in_flight() == 0 || left.is_zero() {
+            return queue.in_flight() == 0;
+        }
+        sys::poll::wait_readable(queue.wake_fd(), left);
+    }
 }
 
 impl fmt::Debug for dyn StoreQueue {

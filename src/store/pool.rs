@@ -9,16 +9,15 @@ use std::time::{Duration, Instant};
 
 use super::image::OpenImage;
 use super::wake::WakeFd;
-use super::{Event, IoRequest, blocking};
+use super::{DRAIN_MAX, Event, IoRequest, blocking};
 use crate::units::counted;
-
-/// How long a dropped queue waits for its operations: as long as Linux gives a SCSI disk for a command.
-pub(super) const DRAIN_MAX: Duration = Duration::from_secs(30);
 
 /// Threads over one image.
 #[derive(Debug)]
 pub(super) struct Pool {
     shared: Arc<PoolShared>,
+    /// How long dropping the pool waits for its operations.
+    drain_max: Duration,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -53,7 +52,7 @@ impl Pool {
             closing: false,
         };
         let shared = PoolShared { image, wake, state: Mutex::new(state), work: Condvar::new(), idle: Condvar::new() };
-        let mut pool = Self { shared: Arc::new(shared), threads: Vec::with_capacity(threads) };
+        let mut pool = Self { shared: Arc::new(shared), drain_max: DRAIN_MAX, threads: Vec::with_capacity(threads) };
         for number in 0..threads {
             let shared = Arc::clone(&pool.shared);
             // On failure the pool is dropped, which stops the threads already started.
@@ -61,6 +60,11 @@ impl Pool {
             pool.threads.push(thread);
         }
         Ok(pool)
+    }
+
+    /// Makes dropping the pool leave the operations that threads run, instead of waiting for them.
+    pub(super) fn leave_on_drop(&mut self) {
+        self.drain_max = Duration::ZERO;
     }
 
     /// Queues an operation. A busy thread may take it at once, a sleeping one after [`Pool::wake_threads`].
@@ -116,18 +120,20 @@ impl PoolShared {
 }
 
 impl Drop for Pool {
-    /// Completes the queued operations, then stops the threads. After [`DRAIN_MAX`] it abandons a thread that hangs in
+    /// Completes the queued operations, then stops the threads. After `drain_max` it abandons a thread that hangs in
     /// the kernel.
     fn drop(&mut self) {
-        let deadline = Instant::now() + DRAIN_MAX;
+        let deadline = Instant::now() + self.drain_max;
         let mut state = self.shared.lock();
         state.closing = true;
         self.shared.work.notify_all();
         while state.running > 0 || !state.queue.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let (hanging, label) = (counted(state.running as u64, "operation"), self.shared.image.label());
-                log::error!("{label}: {hanging} did not complete in {} s; abandoning", DRAIN_MAX.as_secs());
+                if !self.drain_max.is_zero() {
+                    let (hanging, label) = (counted(state.running as u64, "operation"), self.shared.image.label());
+                    log::error!("{label}: {hanging} did not complete in {} s; abandoning", self.drain_max.as_secs());
+                }
                 // No thread may start an operation whose memory the caller has freed by then.
                 state.queue.clear();
                 return;

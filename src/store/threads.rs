@@ -3,11 +3,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::image::OpenImage;
 use super::pool::Pool;
 use super::wake::WakeFd;
-use super::{Event, IoRequest, Limits, Refused, StoreQueue};
+use super::{Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 
 /// Threads of each worker's pool. With one, a Sync would delay every read. With four, two remain for transfers beside a
 /// Sync and a long Zero, and operations overlap enough that a disk sees a queue. More would compete with the guest for
@@ -73,5 +74,10 @@ impl StoreQueue for ThreadQueue {
 
     fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    fn drain(&mut self, patience: Duration) -> bool {
+        self.pool.leave_on_drop();
+        wait_until_drained(self, patience)
     }
 }

@@ -12,17 +12,17 @@ use std::mem;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, Probe, opcode, types};
 
 use super::blocking::{self, Progress};
 use super::image::OpenImage;
-use super::pool::{DRAIN_MAX, Pool};
+use super::pool::Pool;
 use super::registered_buffers::RegisteredBuffers;
 use super::wake::WakeFd;
-use super::{Event, IoRequest, Limits, Refused, StoreQueue};
+use super::{DRAIN_MAX, Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 use crate::sys;
 use crate::sys::file::FallocateMode;
 use crate::units::{OpKind, counted};
@@ -57,6 +57,8 @@ pub(super) struct UringQueue {
     in_flight: usize,
     /// Whether the log has reported that the kernel did not accept a submission.
     submit_failure_logged: bool,
+    /// Whether [`StoreQueue::drain`] has ended the queue's use.
+    drained: bool,
 }
 
 /// An operation and how much of it is complete; free without a request.
@@ -99,6 +101,7 @@ impl UringQueue {
             ready: VecDeque::with_capacity(depth),
             in_flight: 0,
             submit_failure_logged: false,
+            drained: false,
         })
     }
 
@@ -329,37 +332,32 @@ impl StoreQueue for UringQueue {
     fn in_flight(&self) -> usize {
         self.in_flight
     }
+
+    fn drain(&mut self, patience: Duration) -> bool {
+        self.helper.leave_on_drop();
+        self.drained = true;
+        wait_until_drained(self, patience)
+    }
 }
 
 impl Drop for UringQueue {
     /// Completes the accepted operations, because until then the kernel may write to their memory.
     fn drop(&mut self) {
-        let deadline = Instant::now() + DRAIN_MAX;
-        let mut events = Vec::new();
-        loop {
-            self.kick();
-            self.reap(&mut events);
-            if self.in_flight == 0 {
-                // A kernel thread tears the ring down later. Its references to the file (to a device: an exclusive one)
-                // and to the cache's memory (huge pages are scarce) should end now.
-                let ring = self.ring.submitter();
-                if let Err(error) = ring.unregister_files().and_then(|()| self.buffers.release(&ring)) {
-                    let label = self.image.label();
-                    log::debug!("{label}: cannot unregister the ring's file and buffers at once: {error}");
-                }
-                return;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            sys::poll::wait_readable(self.wake.as_raw_fd(), left);
+        if !self.drained && !wait_until_drained(self, DRAIN_MAX) {
+            let (label, hanging) = (self.image.label(), counted(self.in_flight as u64, "operation"));
+            let seconds = DRAIN_MAX.as_secs();
+            log::error!("{label}: {hanging} did not complete in {seconds} s; the kernel may still access the memory");
         }
-        let (label, hanging) = (self.image.label(), counted(self.in_flight as u64, "operation"));
-        log::error!(
-            "{label}: {hanging} did not complete in {} s; the kernel may still access the memory",
-            DRAIN_MAX.as_secs()
-        );
+        if self.in_flight == 0 {
+            // A kernel thread tears the ring down later. Its references to the file (to a device: an exclusive one) and
+            // to the cache's memory (huge pages are scarce) should end now.
+            let ring = self.ring.submitter();
+            if let Err(error) = ring.unregister_files().and_then(|()| self.buffers.release(&ring)) {
+                let label = self.image.label();
+                log::debug!("{label}: cannot unregister the ring's file and buffers at once: {error}");
+            }
+            return;
+        }
         // At least the segment arrays and the image's lock must outlive those operations.
         mem::forget((mem::take(&mut self.slots), Arc::clone(&self.image)));
     }

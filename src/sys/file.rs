@@ -130,11 +130,24 @@ pub fn birth_ns(file: &File) -> u64 {
     })
 }
 
+/// Size of a file in bytes and its number of names, as the kernel knows them without asking a file server: never waits.
+/// `None` if it knows neither.
+pub fn cached_size_and_links(file: &File) -> Option<(u64, u32)> {
+    statx_with(file, libc::STATX_SIZE | libc::STATX_NLINK, libc::AT_STATX_DONT_SYNC)
+        .map(|found| (found.stx_size, found.stx_nlink))
+}
+
 /// statx(2) on an open file; `None` if the answer lacks the fields that `mask` asks for.
 fn statx(file: &File, mask: libc::c_uint) -> Option<libc::statx> {
+    statx_with(file, mask, 0)
+}
+
+/// As [`statx`], with more flags.
+fn statx_with(file: &File, mask: libc::c_uint, flags: libc::c_int) -> Option<libc::statx> {
     let mut answer = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: the path is a constant NUL-terminated string; statx fills at most the structure at the address given.
-    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, mask, answer.as_mut_ptr()) };
+    let result =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH | flags, mask, answer.as_mut_ptr()) };
     // SAFETY: all-zero bytes are a valid statx, and the kernel wrote over them at most.
     let answer = unsafe { answer.assume_init() };
     (result == 0 && answer.stx_mask & mask == mask).then_some(answer)

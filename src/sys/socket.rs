@@ -32,6 +32,12 @@ pub fn set_backlog(listener: &UnixListener, len: u16) -> io::Result<()> {
     retry_eintr(|| unsafe { libc::listen(listener.as_raw_fd(), len.into()) }).map(drop)
 }
 
+/// Makes a listener refuse connections, also where another descriptor of this process keeps it open.
+pub fn stop_listening(listener: &UnixListener) {
+    // SAFETY: a plain system call on an open descriptor. It fails only for a descriptor that does not listen.
+    unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
 /// Connects to an abstract name without waiting; the stream blocks afterwards.
 ///
 /// # Errors

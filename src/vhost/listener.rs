@@ -55,14 +55,21 @@ pub struct BoundSocket {
     file: File,
 }
 
-impl Drop for BoundSocket {
-    fn drop(&mut self) {
+impl BoundSocket {
+    /// Removes the file, unless it was replaced or removed already.
+    pub fn remove(&self) {
         let ours = self.file.metadata().map(|metadata| (metadata.dev(), metadata.ino()));
         let there = fs::symlink_metadata(&self.path).map(|metadata| (metadata.dev(), metadata.ino()));
         if ours.is_ok_and(|ours| there.is_ok_and(|there| ours == there)) {
             // It may vanish at the same moment.
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl Drop for BoundSocket {
+    fn drop(&mut self) {
+        self.remove();
     }
 }
 

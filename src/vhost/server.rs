@@ -2,9 +2,10 @@
 //! neither can be used for a second connection.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use log::{error, info, warn};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -22,7 +23,7 @@ use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::poll::wait_any_readable;
 use crate::sys::process::name_of;
-use crate::sys::socket::{Peer, peer};
+use crate::sys::socket::{Peer, peer, stop_listening};
 use crate::virtio::GuestRam;
 
 /// Serves a device's socket until [`Server::stop`].
@@ -35,6 +36,8 @@ pub struct Server {
     stopped: AtomicBool,
     /// How the last front-end failed, if it did.
     last_failure: Mutex<Option<Failure>>,
+    /// The connection that is served now, if there is one.
+    connection: Mutex<Option<UnixStream>>,
     /// Readable once `stopped` is set; ends the poll for a message or a front-end.
     stop: EventFd,
 }
@@ -49,8 +52,16 @@ impl Server {
         let stop = EventFd::new(EFD_CLOEXEC).map_err(system)?;
         // Another process may share the listener and accept the connection first.
         listener.set_nonblocking(true).map_err(system)?;
-        let (stopped, last_failure) = (AtomicBool::new(false), Mutex::default());
-        Ok(Self { device, workers, queue_size, listener, stopped, last_failure, stop })
+        Ok(Self {
+            device,
+            workers,
+            queue_size,
+            listener,
+            stopped: AtomicBool::new(false),
+            last_failure: Mutex::default(),
+            connection: Mutex::default(),
+            stop,
+        })
     }
 
     /// Serves front-ends until [`Server::stop`]; when it returns, no ring runs.
@@ -74,6 +85,21 @@ impl Server {
         let _ = self.stop.write(1);
     }
 
+    /// Closes the connection and the listening socket, whatever a vring is doing: the process ends, and one of its
+    /// threads may hang in the kernel and keep every descriptor open.
+    pub fn force_close(&self) {
+        self.stop();
+        if let Some(connection) = &*self.connection() {
+            // It fails if the front-end has disconnected already.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        stop_listening(&self.listener);
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        self.connection.lock().expect("no thread panics with the connection locked")
+    }
+
     /// Waits for a front-end and serves it until it disconnects.
     fn serve_one(&self) -> io::Result<()> {
         let [stop, _] = wait_any_readable([&self.stop, &self.listener])?;
@@ -93,6 +119,7 @@ impl Server {
         {
             info!("{}: {greeting}", self.device.name);
         }
+        *self.connection() = Some(front_end.try_clone()?);
         let mut owner = None;
         let (ended, failed_before) = loop {
             let session = Session::new(&self.device, &self.workers, peer.pid, greeting.take());
@@ -110,6 +137,7 @@ impl Server {
                 Err(e) => break (Err(e), failed_before),
             }
         };
+        *self.connection() = None;
         drop(front_end);
         self.on_disconnect(peer, ended, failed_before);
         Ok(())

@@ -145,6 +145,10 @@ impl StoreQueue for RecordedStore {
     fn in_flight(&self) -> usize {
         self.inner.in_flight()
     }
+
+    fn drain(&mut self, patience: std::time::Duration) -> bool {
+        self.inner.drain(patience)
+    }
 }
 
 /// What a completed Sync does in a replay.

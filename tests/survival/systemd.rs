@@ -198,7 +198,8 @@ fn upgrades_leave_the_cache_in_the_fd_store() {
         systemd.pass_fdstore(daemon);
     };
     assert_survives(daemon, FrontEnd::Qemu, Ends::upgrades(3), 207, check_ended);
-    assert_eq!(systemd.states(), ["READY=1", "STOPPING=1"].repeat(4), "each daemon reports its start and its end");
+    let states = ["READY=1\nSTATUS=serving 1 of 1 disk", "STOPPING=1"];
+    assert_eq!(systemd.states(), states.repeat(4), "each daemon reports its start and its end");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
 
 use vm_memory::MmapRegion;
 
@@ -312,7 +313,7 @@ impl World {
     }
 
     fn exit(&mut self) {
-        self.life.as_ref().expect("a daemon ends").workers.exit();
+        self.life.as_ref().expect("a daemon ends").workers.exit(Duration::ZERO);
         self.session.task = Some(Task::Exiting);
     }
 

@@ -1,0 +1,223 @@
+//! All devices of the process, as the main thread sees them. It sends commands to their supervisors, looks at them a
+//! few times a second, and waits for none without a deadline.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, info, warn};
+
+use crate::config::Config;
+use crate::error::{Error, ErrorKind, Result};
+use crate::recover;
+use crate::service::Context;
+use crate::systemd::ServiceManager;
+use crate::units::counted;
+
+use super::disk::{Disk, Phase};
+use super::supervisor::{Command, Ending, News};
+use super::{Event, Strictness};
+
+/// How often the main thread looks at the devices.
+const TICK: Duration = Duration::from_millis(250);
+
+/// The end of the process, once it has begun.
+#[derive(Clone, Copy, Debug)]
+struct End {
+    ending: Ending,
+    since: Instant,
+    /// A second signal came: what can be left is left.
+    hurried: bool,
+}
+
+/// See the module.
+pub(super) struct Fleet {
+    disks: Vec<Disk>,
+    strictness: Strictness,
+    manager: Arc<ServiceManager>,
+    /// For the look at what earlier daemons left, which follows when every device is served.
+    unchecked: Option<Config>,
+    end: Option<End>,
+    /// Why the daemon ends by itself.
+    failure: Option<Error>,
+    is_ready: bool,
+    /// The state that the service manager was told last.
+    status: String,
+}
+
+impl Fleet {
+    /// Starts a supervisor for each device of `config`, which sends what happens to `events`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] if a thread cannot be started.
+    pub fn start(
+        config: &Config,
+        strictness: Strictness,
+        context: &Arc<Context>,
+        manager: Arc<ServiceManager>,
+        events: &Sender<Event>,
+    ) -> Result<Self> {
+        let start = |(index, device)| Disk::start(index, device, context, events);
+        Ok(Self {
+            disks: config.devices.iter().enumerate().map(start).collect::<Result<_>>()?,
+            strictness,
+            manager,
+            unchecked: Some(config.clone()),
+            end: None,
+            failure: None,
+            is_ready: false,
+            status: String::new(),
+        })
+    }
+
+    /// Serves until the process is to end.
+    ///
+    /// # Errors
+    /// The first error of a device; the log has the others.
+    pub fn run(mut self, events: &Receiver<Event>) -> Result<()> {
+        loop {
+            match events.recv_timeout(TICK) {
+                Ok(Event::Signal(signal)) => self.on_signal(signal),
+                Ok(Event::News(index, news)) => self.on_news(index, news),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::new(ErrorKind::System, "the thread that waits for signals has ended"));
+                }
+            }
+            match self.end {
+                None => self.look_while_serving(),
+                Some(end) => self.look_while_ending(end),
+            }
+            if self.has_ended() {
+                return self.result();
+            }
+        }
+    }
+
+    fn on_signal(&mut self, signal: i32) {
+        if signal == libc::SIGHUP {
+            self.disks.iter().for_each(|disk| disk.send(Command::Resume));
+        } else if let Some(end) = &mut self.end {
+            end.hurried = true;
+            let waiting: Vec<_> = self.disks.iter().filter(|disk| !disk.has_ended()).map(Disk::name).collect();
+            warn!("signal {signal} again: not waiting for {}", waiting.join(", "));
+            self.disks.iter_mut().for_each(Disk::hurry);
+        } else if signal == libc::SIGUSR1 {
+            info!("signal {signal}: stopping, leaving the caches for the next daemon");
+            self.begin_end(Ending::HandOver);
+        } else {
+            info!("signal {signal}: stopping");
+            self.begin_end(Ending::WriteBack);
+        }
+    }
+
+    fn begin_end(&mut self, ending: Ending) {
+        self.manager.notify("STOPPING=1");
+        self.end = Some(End { ending, since: Instant::now(), hurried: false });
+        self.disks.iter_mut().for_each(|disk| disk.begin_end(ending));
+    }
+
+    fn on_news(&mut self, index: usize, news: News) {
+        let is_ending = self.end.is_some();
+        match news {
+            News::Failed(_) if is_ending => {}
+            News::Failed(error) if self.strictness == Strictness::AllOrNone => {
+                self.failure = Some(error);
+                self.begin_end(Ending::HandOver);
+            }
+            News::Failed(error) => {
+                let others = self.disks.iter().enumerate().filter(|(other, _)| *other != index);
+                let is_last = others.clone().all(|(_, disk)| disk.phase() == Phase::Failed);
+                if is_last && !self.is_ready {
+                    self.failure = Some(error);
+                } else {
+                    self.disks[index].fail(&error);
+                }
+            }
+            News::Open => {
+                self.disks[index].set_phase(Phase::Open);
+                let all_open = self.disks.iter().all(|disk| disk.phase() == Phase::Open);
+                if self.strictness == Strictness::ServeTheOthers {
+                    self.disks[index].send(Command::Serve);
+                } else if all_open {
+                    self.disks.iter().for_each(|disk| disk.send(Command::Serve));
+                }
+            }
+            News::Served(handle) => self.disks[index].serve(handle),
+            News::Quiesced => {
+                self.disks[index].set_phase(Phase::Quiesced);
+                self.finish_quiesced();
+            }
+            News::Ended(result) => self.disks[index].end(result),
+        }
+    }
+
+    /// Ends the devices whose rings have stopped, and those of every device on the same image: one may wait for a page
+    /// that another is reading.
+    fn finish_quiesced(&mut self) {
+        for index in 0..self.disks.len() {
+            let key = self.disks[index].image_key();
+            let mut group = self.disks.iter().filter(|disk| disk.image_key() == key);
+            if self.disks[index].phase() == Phase::Quiesced && group.all(Disk::has_quiesced) {
+                self.disks[index].finish();
+            }
+        }
+    }
+
+    fn look_while_serving(&mut self) {
+        self.disks.iter_mut().for_each(Disk::look_while_serving);
+        let served = self.disks.iter().filter(|disk| disk.phase() == Phase::Served).count();
+        let is_settled = self.disks.iter().all(Disk::is_settled);
+        if served == 0 || !self.is_ready && !is_settled {
+            return;
+        }
+        let not_served: Vec<_> = self.disks.iter().filter_map(Disk::why_not_served).collect();
+        let mut status = format!("STATUS=serving {} of {}", served, counted(self.disks.len() as u64, "disk"));
+        if !not_served.is_empty() {
+            status += &format!("; not served: {}", not_served.join(", "));
+        } else if let Some(config) = self.unchecked.take() {
+            self.warn_unclaimed(config);
+        }
+        if self.status != status {
+            let ready = if self.is_ready { "" } else { "READY=1\n" };
+            self.manager.notify(&format!("{ready}{status}"));
+            (self.status, self.is_ready) = (status, true);
+        }
+    }
+
+    /// Looks at what earlier daemons left, on a thread of its own: some of it may be about images that do not answer.
+    fn warn_unclaimed(&self, config: Config) {
+        let manager = Arc::clone(&self.manager);
+        let look = move || {
+            recover::warn_unclaimed(&config, &manager);
+            recover::warn_unheld(&config);
+        };
+        if let Err(e) = thread::Builder::new().name("leftovers".to_owned()).spawn(look) {
+            warn!("cannot look for caches of earlier daemons: {e}");
+        }
+    }
+
+    fn look_while_ending(&mut self, end: End) {
+        for disk in self.disks.iter_mut().filter(|disk| !disk.has_ended()) {
+            disk.look_while_ending(end.ending, end.since, end.hurried);
+        }
+        // A device that was abandoned may have been the last of its image.
+        self.finish_quiesced();
+    }
+
+    fn has_ended(&self) -> bool {
+        match self.end {
+            Some(_) => self.disks.iter().all(Disk::has_ended),
+            None => self.failure.is_some(),
+        }
+    }
+
+    fn result(self) -> Result<()> {
+        let of_disks = self.disks.into_iter().filter_map(Disk::into_error);
+        let mut errors = self.failure.into_iter().chain(of_disks);
+        let Some(first) = errors.next() else { return Ok(()) };
+        errors.for_each(|error| error!("{error}"));
+        Err(first)
+    }
+}

@@ -1,0 +1,54 @@
+//! What the devices of a daemon share while they are opened, side by side.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
+use super::socket::InheritedSockets;
+use crate::cached_image::CachedImage;
+use crate::config::Config;
+use crate::error::Result;
+use crate::image_id::ImageId;
+use crate::systemd::ServiceManager;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Context {
+    pub(super) manager: Arc<ServiceManager>,
+    pub(super) images: SharedImages,
+    pub(super) sockets: InheritedSockets,
+}
+
+impl Context {
+    /// The context of the devices of `config`. Takes the sockets that the daemon inherited.
+    pub fn new(config: &Config, manager: &Arc<ServiceManager>) -> Self {
+        let (images, sockets) = (SharedImages::default(), InheritedSockets::take(config));
+        Self { manager: Arc::clone(manager), images, sockets }
+    }
+}
+
+/// The images that read-only devices share, each with one cache.
+#[derive(Debug, Default)]
+pub(super) struct SharedImages(Mutex<HashMap<ImageId, Arc<Mutex<Weak<CachedImage>>>>>);
+
+impl SharedImages {
+    /// The cached image of this identity; `open` makes it if no device has it open. Devices on other images do not wait
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn get_or_open(
+        &self,
+        identity: ImageId,
+        open: impl FnOnce() -> Result<Arc<CachedImage>>,
+    ) -> Result<Arc<CachedImage>> {
+        const NO_PANIC: &str = "no thread panics with the images locked";
+        let slot = Arc::clone(self.0.lock().expect(NO_PANIC).entry(identity).or_default());
+        let mut image = slot.lock().expect(NO_PANIC);
+        if let Some(shared) = image.upgrade() {
+            return Ok(shared);
+        }
+        let opened = open()?;
+        *image = Arc::downgrade(&opened);
+        Ok(opened)
+    }
+}

@@ -1,0 +1,187 @@
+//! Planted bugs (`mutations.toml`), each with the test that must find it.
+//!
+//! Every `make test` checks that each bug can still be planted and that its test exists. `make mutants` plants them one
+//! by one in a copy of the tree (`target/mutations`), runs the test of each, and names the bugs that no test found. It
+//! takes about a minute for each bug, most of it to compile.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Instant;
+
+use serde::Deserialize;
+
+/// A test that has not failed after so many seconds hangs: that finds the bug as well.
+const TEST_SECONDS_MAX: u32 = 300;
+/// The exit status of timeout(1) after it has ended its command.
+const TIMED_OUT: i32 = 124;
+
+/// A bug to plant; see `mutations.toml`.
+#[derive(Debug, Deserialize)]
+struct Mutation {
+    name: String,
+    file: PathBuf,
+    old: String,
+    new: String,
+    test: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Mutations {
+    mutation: Vec<Mutation>,
+}
+
+/// What a test says of a bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Found,
+    FoundByHang,
+    Survived,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Found => "found",
+            Self::FoundByHang => "found (the test hangs)",
+            Self::Survived => "SURVIVED",
+        })
+    }
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn mutations() -> Vec<Mutation> {
+    let text = fs::read_to_string(root().join("tests/mutations.toml")).unwrap();
+    toml::from_str::<Mutations>(&text).unwrap().mutation
+}
+
+impl Mutation {
+    /// The target of cargo test, as its options, and the filter of test names.
+    fn target(&self) -> (Vec<&str>, &str) {
+        match self.test.split_once(' ').unwrap_or((&self.test, "")) {
+            ("lib", filter) => (vec!["--lib"], filter),
+            (test, filter) => (vec!["--test", test], filter),
+        }
+    }
+
+    /// The files that hold the tests of the target.
+    fn sources(&self) -> PathBuf {
+        let (test, _) = self.test.split_once(' ').unwrap_or((&self.test, ""));
+        let file = root().join(format!("tests/{test}.rs"));
+        match test {
+            "lib" => root().join("src"),
+            _ if file.exists() => file,
+            test => root().join("tests").join(test),
+        }
+    }
+
+    /// The file's text with the bug in it.
+    fn plant(&self) -> String {
+        let path = root().join(&self.file);
+        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {}: {e}", self.name, path.display()));
+        let count = text.matches(&self.old).count();
+        assert_eq!(count, 1, "{}: the text to replace occurs {count} times in {}", self.name, self.file.display());
+        text.replacen(&self.old, &self.new, 1)
+    }
+
+    /// Plants the bug in `tree`, runs its test, and takes the bug out again.
+    fn judge(&self, tree: &Path) -> Verdict {
+        let path = tree.join(&self.file);
+        fs::write(&path, self.plant()).unwrap();
+        let (target, filter) = self.target();
+        let built = cargo(tree, &[&target[..], &["--no-run"]].concat(), &[]);
+        assert!(built.status.success(), "{}: it does not compile: {}", self.name, stderr(&built));
+        let output = cargo(tree, &target, &[filter]);
+        fs::copy(root().join(&self.file), &path).unwrap();
+        let ran = !String::from_utf8_lossy(&output.stdout).contains("running 0 tests");
+        assert!(ran, "{}: no test is named like {filter:?}", self.name);
+        match output.status.code() {
+            Some(0) => Verdict::Survived,
+            Some(TIMED_OUT) => Verdict::FoundByHang,
+            _ => Verdict::Found,
+        }
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs cargo test in a tree. Ends it, and all that it has started, when it takes too long.
+fn cargo(tree: &Path, options: &[&str], of_tests: &[&str]) -> Output {
+    let mut command = Command::new("timeout");
+    command.arg(TEST_SECONDS_MAX.to_string()).args([env!("CARGO"), "test", "--locked", "--quiet"]).args(options);
+    command.arg("--").args(of_tests).current_dir(tree).env("RUST_BACKTRACE", "0");
+    command.env("CARGO_TARGET_DIR", tree.with_file_name("target")).output().expect("timeout(1)")
+}
+
+/// A copy of all files of the tree that git knows. Keeps those that are as they should be, and what was compiled.
+fn copy_tree() -> PathBuf {
+    let tree = root().join("target/mutations/tree");
+    let files = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().expect("git");
+    assert!(files.status.success(), "git ls-files: {}", stderr(&files));
+    for file in String::from_utf8(files.stdout).unwrap().split_terminator('\0') {
+        let (from, to) = (root().join(file), tree.join(file));
+        let Ok(contents) = fs::read(&from) else { continue };
+        if fs::read(&to).is_ok_and(|present| present == contents) {
+            continue;
+        }
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(from, to).unwrap();
+    }
+    tree
+}
+
+/// Whether a file, or one below a directory, has this text.
+fn contains(path: &Path, text: &str) -> bool {
+    if path.is_dir() {
+        let mut entries = fs::read_dir(path).unwrap();
+        return entries.any(|entry| contains(&entry.unwrap().path(), text));
+    }
+    fs::read_to_string(path).is_ok_and(|contents| contents.contains(text))
+}
+
+#[test]
+fn every_bug_can_be_planted_and_its_test_exists() {
+    let mutations = mutations();
+    for (at, mutation) in mutations.iter().enumerate() {
+        mutation.plant();
+        let Mutation { name, test, .. } = mutation;
+        assert!(mutations[..at].iter().all(|other| other.name != *name), "two bugs have the name {name}");
+        assert!(mutation.sources().exists(), "{name}: there is no test {test}");
+        let (_, filter) = mutation.target();
+        // A filter is a path of modules, or ends with the name of a test.
+        let last = filter.trim_end_matches("::").rsplit("::").next().unwrap_or("");
+        let found = contains(&mutation.sources(), last) || mutation.sources().join(format!("{last}.rs")).exists();
+        assert!(found || contains(&mutation.sources(), &format!("mod {last}")), "{name}: there is no test {test}");
+    }
+}
+
+/// `GENBLK_MUTANTS` selects the bugs whose line in the list, "name file test", contains it.
+#[test]
+#[ignore = "compiles the daemon for each bug: make mutants"]
+fn every_planted_bug_is_found_by_its_test() {
+    let selected = std::env::var("GENBLK_MUTANTS").unwrap_or_default();
+    let tree = copy_tree();
+    let mut survivors = Vec::new();
+    let mut count = 0;
+    for mutation in mutations() {
+        let Mutation { name, file, test, .. } = &mutation;
+        if !format!("{name} {} {test}", file.display()).contains(&selected) {
+            continue;
+        }
+        count += 1;
+        let began = Instant::now();
+        let verdict = mutation.judge(&tree);
+        println!("{name}: {verdict} in {} s by {test}", began.elapsed().as_secs());
+        if verdict == Verdict::Survived {
+            survivors.push(mutation.name);
+        }
+    }
+    println!("{count} planted bugs, {} found", count - survivors.len());
+    assert!(survivors.is_empty(), "no test found {survivors:?}");
+}

@@ -159,6 +159,17 @@ impl Disk {
         }
     }
 
+    /// The power is cut, and this is what it leaves. Reservations of space are lost.
+    pub fn cut_power(&mut self, left: &[u32]) {
+        self.unsynced.iter_mut().for_each(Vec::clear);
+        self.current.copy_from_slice(left);
+        self.durable.copy_from_slice(left);
+        self.allocated.fill(false);
+        for (hole, page) in self.hole.iter_mut().zip(left.chunks(SECTORS_PER_PAGE)) {
+            *hole &= page.iter().all(|version| *version == 0);
+        }
+    }
+
     /// A version that the sector may hold after a power cut now: the durable one, or that of an unsynced write.
     pub fn after_power_cut(&self, sector: usize, prng: &mut Prng) -> u32 {
         let unsynced = &self.unsynced[sector];

@@ -71,9 +71,17 @@ pub(super) struct Knowledge {
 impl Oracle {
     /// A disk of `count` sectors that hold version 0.
     pub fn new(count: usize) -> Self {
-        let current = vec![Candidate { version: 0, ended: Some(0) }];
-        let sector = Sector { current, durable: Some([0].into_iter().collect()), unconstrained: false };
-        Self { sectors: vec![sector; count] }
+        Self::of(&vec![0; count])
+    }
+
+    /// A disk that holds these versions.
+    pub fn of(versions: &[u32]) -> Self {
+        let sector = |&version: &u32| Sector {
+            current: vec![Candidate { version, ended: Some(0) }],
+            durable: Some([version].into_iter().collect()),
+            unconstrained: false,
+        };
+        Self { sectors: versions.iter().map(sector).collect() }
     }
 
     fn sectors_of(&mut self, span: SectorSpan) -> &mut [Sector] {

@@ -35,10 +35,18 @@ pub(super) struct Scenario {
     pub late_answers: bool,
     /// The next daemon has other settings than the one that crashed.
     pub settings_change: bool,
+    /// The next daemon has a cache of another size.
+    pub resizes: bool,
+    /// The next daemon may be read-only.
+    pub readers: bool,
+    /// Some crashes are power cuts.
+    pub power_cuts: bool,
+    /// How many zeroed ranges the memory can note.
+    pub zero_slots: usize,
 }
 
 impl Scenario {
-    pub fn new(prng: &mut Prng) -> Self {
+    pub fn new(prng: &mut Prng, zero_slots: usize) -> Self {
         let daemon_crashes = prng.percent(50);
         Self {
             fault_percent: prng.pick(&[0, 0, 1, 5, 30]),
@@ -54,6 +62,10 @@ impl Scenario {
             failed_write_resets: prng.percent(30),
             late_answers: prng.percent(50),
             settings_change: prng.percent(50),
+            resizes: prng.percent(30),
+            readers: prng.percent(30),
+            power_cuts: prng.percent(30),
+            zero_slots,
         }
     }
 }
@@ -102,28 +114,29 @@ pub(super) fn change_settings(settings: &mut Settings, prng: &mut Prng) {
     settings.dirty_age_us = prng.pick(&[10_000, 1_000_000]);
     // With every frame dirty, a block that is larger than before could not be completed.
     if settings.dirty_pages_max <= settings.frames / 2 {
-        let divides = |block: &u8| settings.image_sectors.is_multiple_of(u64::from(*block));
-        let blocks: Vec<u8> = [1, 2, 8].into_iter().filter(divides).collect();
-        settings.block_sectors = prng.pick(&blocks);
+        settings.block_sectors = prng.pick(&[1, 2, 8]);
         settings.dirty_pages_max = prng.pick(&[settings.frames / 4, settings.frames / 2]);
     }
 }
 
+/// Sizes of caches, in frames.
+pub(super) const FRAMES: [u32; 4] = [12, 24, 48, 160];
+
 /// Random settings of a cache.
 pub(super) fn settings(prng: &mut Prng) -> Settings {
     let many_groups = prng.percent(2);
-    let frames = if many_groups { 2000 } else { prng.pick(&[12, 24, 48, 160]) };
+    let frames = if many_groups { 2000 } else { prng.pick(&FRAMES) };
     let (sparse, allocate) = (prng.percent(60), prng.percent(50));
     // A device can neither map holes nor reserve space.
     let can_map = sparse || allocate || prng.percent(50);
     let block_sectors = prng.pick(&[1, 1, 2, 8]);
-    // No store has a block that the image's end cuts.
+    // Memory may have to be aligned to more than the image's size is a multiple of: then its end cuts a block.
     let (least, most) = match prng.below(20) {
         _ if many_groups => (130_000, 200_000),
         0 => (20_000, 60_000),
         _ => (40, 3000),
     };
-    let image_sectors = prng.between(least, most).next_multiple_of(u64::from(block_sectors));
+    let image_sectors = prng.between(least, most);
     Settings {
         frames,
         image_sectors,

@@ -4,6 +4,7 @@
 //! store operations complete in any order, fail, and tear their writes.
 
 mod checks;
+mod lives;
 
 use std::collections::BTreeMap;
 
@@ -17,7 +18,7 @@ use super::failure_oracle::FailureOracle;
 use super::memory::{GARBAGE, Memory};
 use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
-use super::scenario::{BREAKAGES, FailureClass, Scenario, change_settings, settings};
+use super::scenario::{BREAKAGES, FailureClass, Scenario, settings};
 
 /// In some worlds page numbers exceed 32 bits. (A multiple of the regions in which the cache asks for holes and space.)
 const HIGH_SECTOR: u64 = 1 << 37;
@@ -42,6 +43,8 @@ pub(super) struct World {
     settings: Settings,
     cache: PageCache,
     memory: Memory,
+    /// While the daemon is read-only: the memory that the last writer left.
+    memory_of_writer: Option<Memory>,
     disk: Disk,
     /// The guest uses the end of the image, from this sector on; disk and oracle know no other.
     base: u64,
@@ -75,11 +78,12 @@ impl World {
         let sectors = settings.image_sectors as usize;
         let base = prng.pick(&[0, 0, 0, HIGH_SECTOR]);
         settings.image_sectors += base;
-        let memory = Memory::new(settings.frames, prng.pick(&[1, 4, 64]));
+        let zero_slots = prng.pick(&[1, 4, 64]);
+        let memory = Memory::new(settings.frames, zero_slots);
         let cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         let hole_percent = if settings.holes == ImageHoles::Possible { prng.pick(&[10, 50, 100]) } else { 0 };
         let disk = Disk::new(sectors, |_| prng.percent(hole_percent));
-        let scenario = Scenario::new(&mut prng);
+        let scenario = Scenario::new(&mut prng, zero_slots);
         Self {
             oracle: Oracle::new(sectors),
             failures: FailureOracle::default(),
@@ -88,6 +92,7 @@ impl World {
             settings,
             cache,
             memory,
+            memory_of_writer: None,
             disk,
             base,
             now_us: 0,
@@ -111,6 +116,7 @@ impl World {
             self.run_step(Guest::Active);
         }
         self.scenario.steps_per_crash = None;
+        self.end_reader();
         self.check_age_limit();
         if self.prng.percent(30) {
             self.scenario.broken = self.prng.pick(&BREAKAGES);
@@ -195,6 +201,8 @@ impl World {
         }
         let span = SectorSpan::new(start, count.min(sectors - start));
         let op = match self.prng.below(100) {
+            0..=79 if self.is_reader() => GuestOp::Read,
+            _ if self.is_reader() => return self.submit_request(GuestOp::Flush, SectorSpan::new(0, 0)),
             _ if self.prng.percent(self.scenario.zero_percent) => {
                 let unmap = self.prng.pick(&[Unmap::Allowed, Unmap::Forbidden]);
                 GuestOp::Zero { unmap }
@@ -509,6 +517,7 @@ impl World {
     fn submit_operation(&mut self, tag: u32, mut op: DiskOp) {
         self.progress += 1;
         self.counts.operations += 1;
+        self.check_operation(op.kind);
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             OpKind::Write => {
@@ -533,57 +542,5 @@ impl World {
         op.effect_at = self.now_us + self.prng.between(1, self.scenario.latency_us_max);
         op.ends_at = op.effect_at + self.prng.below(self.scenario.latency_us_max);
         self.operations.insert(tag, op);
-    }
-
-    /// Replaces a daemon that crashed. Its operations in flight still reach the disk, but their results are lost; the
-    /// next daemon restores its memory, and the front-end submits the requests in flight again.
-    fn start_next_daemon(&mut self) {
-        self.counts.deaths += 1;
-        self.memory.restore_crash_image();
-        self.trace(SectorSpan::new(0, 0), || {
-            let records = self.memory.records();
-            let page = self.traced.map(|sector| (self.base + sector) / 8);
-            let of_page: Vec<_> = records.iter().filter(|(_, record)| Some(record.page.0) == page).collect();
-            format!("crash: {of_page:?}, zeroes {:?}", self.memory.pending_zeroes())
-        });
-        for op in std::mem::take(&mut self.operations).into_values().filter(|op| op.failed.is_none()) {
-            let failed = self.draw_failure(&op);
-            self.apply_to_disk(&op, failed);
-        }
-        let end = self.settings.image_sectors;
-        for (_, record) in self.memory.records() {
-            let dirty_end = record.page.0 * 8 + u64::from(8 - record.dirty.0.leading_zeros().min(8) as u8);
-            assert!(
-                record.dirty.is_empty() || dirty_end <= end,
-                "{record:?} is dirty beyond the image's {end} sectors"
-            );
-        }
-        self.copies.clear();
-        self.resumable.clear();
-        self.answers.clear();
-        if self.scenario.settings_change {
-            change_settings(&mut self.settings, &mut self.prng);
-        }
-        self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
-        self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
-        if !self.scenario.resubmits {
-            self.lose_requests();
-        }
-        for ticket in self.requests.keys().copied().collect::<Vec<_>>() {
-            self.requests.get_mut(&ticket).expect("a request in flight").restart();
-            self.admit(ticket, false);
-        }
-    }
-
-    /// The requests in flight never complete. Their writes may have reached cache and disk in part, and do not any
-    /// more.
-    fn lose_requests(&mut self) {
-        for request in std::mem::take(&mut self.requests).into_values() {
-            match request.op {
-                GuestOp::Write { version } => self.end_write(&request, version, false),
-                GuestOp::Zero { .. } => self.end_write(&request, 0, false),
-                GuestOp::Read | GuestOp::Discard | GuestOp::Flush => {}
-            }
-        }
     }
 }

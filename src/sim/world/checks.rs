@@ -94,10 +94,11 @@ impl World {
         assert!(!waits_for_timer, "a FLUSH waits until {deadline:?}, now {}: {:?}", self.now_us, self.requests);
     }
 
-    /// Checks what a power cut at this moment may leave on the disk. The world itself goes on unchanged.
-    pub(super) fn check_power_cut(&mut self) {
-        for sector in 0..self.disk.sectors() {
-            let left = self.disk.after_power_cut(sector, &mut self.prng);
+    /// Checks what a power cut at this moment may leave on the disk, and returns it. The world itself goes on unchanged.
+    pub(super) fn check_power_cut(&mut self) -> Vec<u32> {
+        let Self { disk, prng, .. } = self;
+        let versions: Vec<u32> = (0..disk.sectors()).map(|sector| disk.after_power_cut(sector, prng)).collect();
+        for (sector, &left) in versions.iter().enumerate() {
             assert!(
                 self.oracle.may_survive(sector, left),
                 "after a power cut sector {sector} (page {}) holds version {left}: {:?}",
@@ -105,6 +106,7 @@ impl World {
                 self.oracle.knowledge(sector, 1)
             );
         }
+        versions
     }
 
     /// Prints an event if it touches the traced sector.

@@ -159,14 +159,16 @@ impl World {
         }
         let all = 0..self.rings.len();
         match self.prng.below(100) {
-            0..35 => self.choose_mode(),
+            0..35 if !self.is_reader => self.choose_mode(),
+            0..35 => {}
             35..55 => {
                 let ring = self.prng.below(self.rings.len() as u64) as usize;
                 self.stop_rings(ring..ring + 1, Next::Restart(ring));
             }
             55..65 => self.set_memory(),
             65..80 => self.stop_rings(all, Next::Reconnect),
-            80..90 => self.stop_rings(all, Next::Shutdown),
+            80..85 => self.resume(),
+            85..92 => self.stop_rings(all, Next::Shutdown),
             _ => {
                 let life = self.life.as_ref().expect("checked above");
                 life.cached.arena().keep_on_drop(true);
@@ -290,6 +292,8 @@ impl World {
                 self.connect();
             }
             Next::Shutdown => self.start_last_flush(0),
+            // As the service does with a cache that cannot be handed over.
+            Next::HandOver if !self.scenario.survives => self.start_last_flush(0),
             Next::HandOver => self.exit(),
         }
     }
@@ -308,6 +312,9 @@ impl World {
         } else if tries < LAST_FLUSHES_MAX {
             assert!(self.image.has_failed(), "the last flush fails for no reason");
             return self.start_last_flush(tries + 1);
+        } else if !self.scenario.survives {
+            // It ends with its writes.
+            return self.daemon_died();
         }
         self.exit();
     }

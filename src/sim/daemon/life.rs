@@ -15,6 +15,7 @@ use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::device::worker::Worker;
+use crate::error::ErrorKind;
 use crate::fault_injection::{DaemonDied, crash_after};
 use crate::recover::arena_for;
 use crate::store::Limits;
@@ -104,21 +105,25 @@ pub(super) struct Configuration<'a> {
     pub settings: &'a Settings,
     pub workers: usize,
     pub writeback: bool,
+    pub survive: Survive,
+    pub read_only: bool,
 }
 
 impl Life {
-    /// Starts a daemon: recovers the cache that the previous one left.
-    pub fn start(configuration: &Configuration, image: &SimulatedImage) -> Result<Self, DaemonDied> {
-        let Configuration { directory, settings, workers, writeback } = configuration;
+    /// Starts a daemon: recovers the cache that the previous one left. `None`: a read-only daemon is refused beside a
+    /// dirty cache.
+    pub fn start(configuration: &Configuration, image: &SimulatedImage) -> Result<Option<Self>, DaemonDied> {
+        let Configuration { directory, settings, workers, writeback, survive, read_only } = configuration;
         let mut config = DeviceConfig::new("sim", Socket::Path(PathBuf::new()), directory.image());
         config.cache.size_bytes = u64::from(settings.frames) * PAGE_BYTES;
-        config.cache.survive = Survive::Always;
+        config.cache.survive = *survive;
+        config.read_only = *read_only;
         config.cache.memory_dir = MemoryDir::Path(directory.0.clone());
         let options = OpenOptions { direct: false, ..OpenOptions::default() };
         let file = FileImage::open(&config.image, &options).expect("the image's file");
         // Dirty pages of a cache that does not fit are written to the file, so it holds the image meanwhile.
         let frames = directory.arena_frames().unwrap_or(0);
-        let through_file = frames != 0 && frames != u64::from(settings.frames);
+        let through_file = !read_only && frames != 0 && frames != u64::from(settings.frames);
         if through_file {
             let bytes: Vec<u8> = image.reopened().into_iter().flat_map(sector_of).collect();
             fs::write(&config.image, bytes).expect("the image's file");
@@ -132,15 +137,19 @@ impl Life {
             let synced = arena.is_ok() || directory.arena_frames() != Some(frames);
             image.replace(&values.collect::<Vec<_>>(), synced);
         }
-        let arena = arena?.expect("the cache is recovered");
+        let arena = match arena? {
+            Ok(arena) => arena,
+            Err(error) if *read_only && error.kind() == ErrorKind::Ledger => return Ok(None),
+            Err(error) => panic!("the cache is recovered: {error}"),
+        };
         in_daemon(|| {
             let cached = CachedImage::new("sim", Arc::new(image.clone()), arena, (*settings).clone());
-            let device = device_of(&cached, *writeback);
+            let device = device_of(&cached, *writeback, *read_only);
             let start = |_| Worker::new(&device, &cached).expect("descriptors for a worker");
             let (started, controls): (Vec<_>, Vec<_>) = (0..*workers).map(start).unzip();
             cached.arena().keep_on_drop(false);
             let threads = started.into_iter().map(|worker| Thread { worker, asleep: false }).collect();
-            Self { threads, device, workers: Workers::new(controls), cached }
+            Some(Self { threads, device, workers: Workers::new(controls), cached })
         })
     }
 
@@ -207,7 +216,7 @@ impl Life {
     }
 }
 
-fn device_of(cached: &CachedImage, writeback: bool) -> Arc<Device> {
+fn device_of(cached: &CachedImage, writeback: bool, read_only: bool) -> Arc<Device> {
     let limits: &Limits = cached.limits();
     let capacity_sectors = limits.size_bytes / SECTOR_BYTES;
     let parameters = DiskParameters {
@@ -217,14 +226,14 @@ fn device_of(cached: &CachedImage, writeback: bool) -> Arc<Device> {
         optimal_io_bytes: 0,
         discard: DiscardLimits::new(limits.discard_granularity, limits.discard_max_bytes),
         num_queues: 4,
-        read_only: false,
+        read_only,
         can_discard: true,
         can_zero: true,
         zero_may_unmap: true,
     };
     let disk = Disk {
         capacity_sectors,
-        read_only: false,
+        read_only,
         can_discard: true,
         max_discard_sectors: parameters.discard.max_sectors,
         can_zero: true,

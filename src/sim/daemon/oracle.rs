@@ -350,10 +350,15 @@ impl Oracle {
         assert!(allowed, "a power cut leaves {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }
 
+    /// Whether a sector may hold this value now, as far as the guest knows.
+    pub fn may_hold(&self, at: usize, value: Value) -> bool {
+        let sector = &self.sectors[at];
+        sector.histories.iter().any(|history| is(history.current, value)) || !sector.effects.is_empty()
+    }
+
     /// Checks that a quiet disk, whose cache is written, holds what the guest would read.
     pub fn check_quiet(&self, at: usize, value: Value) {
         let sector = &self.sectors[at];
-        let allowed = sector.histories.iter().any(|history| is(history.current, value)) || !sector.effects.is_empty();
-        assert!(allowed, "the image holds {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
+        assert!(self.may_hold(at, value), "the image holds {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }
 }

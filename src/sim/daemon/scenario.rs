@@ -33,6 +33,10 @@ pub(super) struct Scenario {
     pub writeback: bool,
     /// Successors have caches of another size.
     pub resizes: bool,
+    /// The cache outlives its daemon (`survive = "always"`). Otherwise a loss marker does (`"never"`).
+    pub survives: bool,
+    /// Of 100 successors, how many are read-only.
+    pub reader_percent: u64,
     pub behaviour: Behaviour,
     pub hole_percent: u64,
 }
@@ -40,6 +44,7 @@ pub(super) struct Scenario {
 impl Scenario {
     pub fn new(prng: &mut Prng, image_sectors: u64, holes: ImageHoles) -> Self {
         let workers = prng.pick(&[1, 1, 2, 4]);
+        let survives = prng.percent(85);
         Self {
             workers,
             rings: workers * if workers < 4 { prng.pick(&[1, 2]) } else { 1 },
@@ -49,12 +54,14 @@ impl Scenario {
             overlap: prng.percent(60),
             hot_sectors: prng.pick(&[16, 64, image_sectors]).min(image_sectors),
             crash_points_max: prng.pick(&[None, Some(100), Some(1000), Some(4000)]),
-            inflight_percent: prng.pick(&[0, 50, 100, 100]),
+            inflight_percent: if survives { prng.pick(&[0, 50, 100, 100]) } else { 0 },
             control_permille: prng.pick(&[0, 2, 10, 30]),
             power_cuts: prng.percent(20),
             mix: prng.pick(&[[40, 40, 5, 3], [70, 20, 2, 2], [20, 50, 20, 2], [30, 60, 0, 0], [30, 40, 10, 10]]),
             writeback: prng.percent(85),
             resizes: prng.percent(20),
+            survives,
+            reader_percent: if survives { prng.pick(&[0, 0, 0, 30]) } else { 0 },
             behaviour: Behaviour {
                 latency_us_max: prng.pick(&[10, 1000, 100_000]),
                 fault_percent: prng.pick(&[0, 0, 0, 2, 15]),
@@ -74,7 +81,7 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
     let (sparse, allocate) = (prng.percent(50), prng.percent(50));
     let can_map = sparse || allocate || prng.percent(50);
     let block_sectors = prng.pick(&[1, 1, 1, 8]);
-    let image_sectors = prng.between(64, 1000).next_multiple_of(u64::from(block_sectors));
+    let image_sectors = prng.between(64, 1000);
     let cluster_pages_max = prng.pick(&[1, 3, 8, 64]);
     let settings = Settings {
         frames,
@@ -93,20 +100,23 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
         dirty_pages_max: prng.pick(&[frames / 4, frames / 2, frames]),
         dirty_age_us: prng.pick(&[10_000, 1_000_000]),
         allocate,
-        on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold]),
-        on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold]),
+        on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
+        on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         hold_us: prng.pick(&[10_000, 10_000_000]),
     };
+    // An image that ends within a block has smaller blocks, and needs memory that is aligned to more.
+    let transfer_bytes = u32::from(block_sectors) * SECTOR_BYTES as u32;
+    let ends_within_block = !image_sectors.is_multiple_of(u64::from(block_sectors));
     let limits = Limits {
         size_bytes: image_sectors * SECTOR_BYTES,
-        block_bytes: u32::from(block_sectors) * SECTOR_BYTES as u32,
-        memory_align: SECTOR_BYTES as u32,
+        block_bytes: if ends_within_block { SECTOR_BYTES as u32 } else { transfer_bytes },
+        memory_align: if ends_within_block { transfer_bytes } else { SECTOR_BYTES as u32 },
         io_max_bytes: cluster_pages_max * PAGE_BYTES as u32,
         segments_max: cluster_pages_max as u16,
         depth: prng.pick(&[1, 2, 8, 64]),
         discard_granularity: 0,
         discard_max_bytes: u64::MAX,
-        physical_block_bytes: u32::from(block_sectors) * SECTOR_BYTES as u32,
+        physical_block_bytes: transfer_bytes,
         optimal_io_bytes: 0,
         writable: true,
         can_zero: true,

@@ -97,6 +97,8 @@ struct Disk {
     /// Events that a queue's owner has reaped.
     reaped: u64,
     faults: u64,
+    /// See [`SimulatedImage::forbid_changes`].
+    changes_forbidden: bool,
 }
 
 /// See the module. Clones share the disk.
@@ -125,6 +127,7 @@ impl SimulatedImage {
             queues: Vec::new(),
             reaped: 0,
             faults: 0,
+            changes_forbidden: false,
         };
         Self { limits, disk: Arc::new(Mutex::new(disk)) }
     }
@@ -136,6 +139,11 @@ impl SimulatedImage {
     /// The disk never fails from now on.
     pub fn heal(&self) {
         self.disk().behaviour.fault_percent = 0;
+    }
+
+    /// Whether an operation that changes the disk is an error of the daemon.
+    pub fn forbid_changes(&self, forbidden: bool) {
+        self.disk().changes_forbidden = forbidden;
     }
 
     /// Whether an operation has failed.
@@ -434,6 +442,8 @@ impl StoreQueue for SimulatedQueue {
             return Err(Refused::Invalid(request));
         }
         let mut disk = self.image.disk();
+        let is_change = !matches!(request.op, OpKind::Read | OpKind::Map | OpKind::Sync);
+        assert!(!(is_change && disk.changes_forbidden), "a read-only daemon submits {:?}", request.op);
         if disk.queues[self.index].in_flight >= usize::from(self.image.limits.depth) {
             return Err(Refused::Full(request));
         }

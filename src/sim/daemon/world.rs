@@ -8,11 +8,12 @@ use vm_memory::GuestMemoryMmap;
 use super::super::Counts;
 use super::control::Session;
 use super::guest::{Action, Completed, Ring, SECTORS_MAX, Submitted, guest_memory, written};
-use super::life::{Configuration, Directory, Life};
+use super::life::{Configuration, Directory, Life, in_daemon};
 use super::oracle::{ANY, Oracle, RequestId};
 use super::scenario::{Scenario, settings};
 use super::store::SimulatedImage;
 use crate::cache::Settings;
+use crate::config::Survive;
 use crate::fault_injection::crash_after;
 use crate::prng::Prng;
 use crate::units::{SectorSpan, Tick};
@@ -46,6 +47,10 @@ pub(super) struct World {
     pub periods: u64,
     /// Actions of the front-end and the operator that began or advanced.
     control_steps: u64,
+    /// The daemon serves the image read-only.
+    pub is_reader: bool,
+    /// The last daemon lost completed writes with its cache.
+    lost_data: bool,
     /// By worker: the state after its last turn, of all that counts as progress, and its turns since without any.
     last_progress: Vec<([u64; 6], u32)>,
     /// Writes that were lost with their daemon.
@@ -77,6 +82,8 @@ impl World {
             oracle: Oracle::new((0..settings.image_sectors).map(|_| 0)),
             write_through: (!scenario.writeback).then_some(0),
             control_steps: 0,
+            is_reader: false,
+            lost_data: false,
             last_progress: vec![Default::default(); scenario.workers],
             prng,
             scenario,
@@ -102,12 +109,19 @@ impl World {
         self.scenario.crash_points_max = None;
         crash_after(None);
         self.image.heal();
+        if std::mem::take(&mut self.scenario.reader_percent) > 0 && self.is_reader && self.life.is_some() {
+            self.daemon_died();
+        }
         self.complete_all_requests();
         self.resume();
         self.complete_all_requests();
         self.read_everything();
-        // The first may still report a failure of before.
-        assert!(self.flush() || self.flush(), "a FLUSH fails on a healthy image");
+        if !self.flush() {
+            // It may still report a failure of before, which may also have stopped the device.
+            self.resume();
+            self.complete_all_requests();
+            assert!(self.flush(), "a FLUSH fails on a healthy image");
+        }
         self.check_power_cut();
         for (sector, value) in self.image.values().into_iter().enumerate() {
             self.oracle.check_quiet(sector, value);
@@ -187,15 +201,32 @@ impl World {
             self.settings.dirty_pages_max = self.settings.dirty_pages_max.min(self.settings.frames);
         }
         crash_after(self.scenario.crash_points_max.map(|max| self.prng.below(max)));
+        if self.scenario.reader_percent > 0 {
+            // A reader fails writes, and a writer does not.
+            self.judge_completed();
+        }
+        self.is_reader = self.prng.percent(self.scenario.reader_percent);
+        self.image.forbid_changes(self.is_reader);
         let configuration = Configuration {
             directory: &self.directory,
             settings: &self.settings,
             workers: self.scenario.workers,
             writeback: self.scenario.writeback,
+            survive: if self.scenario.survives { Survive::Always } else { Survive::Never },
+            read_only: self.is_reader,
         };
         match Life::start(&configuration, &self.image) {
-            Ok(life) => {
+            // The operator tries again.
+            Ok(None) => crash_after(None),
+            Ok(Some(life)) => {
+                self.check_loss_marker(&life);
+                // A guest whose data may be lost has reset the device.
+                let reset = || life.cached.arena().clear_data_loss();
+                let alive = self.scenario.survives || in_daemon(reset).is_ok();
                 self.life = Some(life);
+                if !alive {
+                    return self.daemon_died();
+                }
                 let lost = std::mem::take(&mut self.lost);
                 self.oracle.lose_writes(&lost);
                 self.connect();
@@ -216,18 +247,41 @@ impl World {
         }
         let keeps_requests = self.session.has_inflight_region();
         self.session.disconnect();
-        if keeps_requests {
+        if !self.scenario.survives {
+            self.lose_cache();
+        } else if keeps_requests {
             // What completed in this life is judged before its writes are executed again.
-            for ring in 0..self.rings.len() {
-                let completed = self.rings[ring].reap();
-                self.rings[ring].awaits_interrupt |= !completed.is_empty();
-                completed.into_iter().for_each(|completed| self.complete(completed));
-            }
+            self.judge_completed();
             let repeated: Vec<RequestId> = self.rings.iter().flat_map(Ring::not_completed).collect();
             self.oracle.repeat_writes(&repeated);
         } else {
             self.reset_guest();
         }
+    }
+
+    /// The driver looks at every ring, as it may do at any time.
+    fn judge_completed(&mut self) {
+        for ring in 0..self.rings.len() {
+            let completed = self.rings[ring].reap();
+            self.rings[ring].awaits_interrupt |= !completed.is_empty();
+            completed.into_iter().for_each(|completed| self.complete(completed));
+        }
+    }
+
+    /// The cache is lost with its daemon, and what the disk has not made durable with it. (Of that the disk may keep as
+    /// much as after a power cut.)
+    fn lose_cache(&mut self) {
+        let left = self.check_power_cut();
+        let lost = |(sector, value): (usize, &u64)| !self.oracle.may_hold(sector, *value);
+        self.lost_data = left.iter().enumerate().any(lost);
+        self.forget_all_but(&left);
+    }
+
+    /// A loss marker tells of completed writes that the last daemon has lost.
+    fn check_loss_marker(&mut self, life: &Life) {
+        let has_data_loss = life.cached.arena().has_data_loss();
+        assert!(has_data_loss || !self.lost_data, "a daemon lost completed writes, and no marker tells");
+        self.lost_data = false;
     }
 
     /// The guest resets the device. Its requests in flight are lost.
@@ -249,11 +303,17 @@ impl World {
         }
         self.session.disconnect();
         self.session.forget_inflight_region();
-        self.image.cut_power(&left);
         self.directory.remove_arena();
+        self.lost_data = false;
+        self.forget_all_but(&left);
+    }
+
+    /// The disk holds what is `left`, and the guest starts anew.
+    fn forget_all_but(&mut self, left: &[u64]) {
+        self.image.cut_power(left);
         self.rings.iter_mut().for_each(|ring| drop(ring.reset()));
         self.lost.clear();
-        self.oracle = Oracle::new(left.into_iter());
+        self.oracle = Oracle::new(left.iter().copied());
         self.periods += 1;
         self.write_through = (!self.scenario.writeback).then_some(self.periods);
     }
@@ -323,7 +383,10 @@ impl World {
         let Completed { request, succeeded, values } = completed;
         let Submitted { id, action, span, write_through } = request;
         self.completed += 1;
-        assert!(succeeded || self.image.has_failed(), "request {id} ({action:?}) fails for no reason");
+        let is_change = matches!(action, Action::Write(_) | Action::Zero { .. } | Action::Discard);
+        let may_fail = self.image.has_failed() || self.is_reader && is_change;
+        assert!(succeeded || may_fail, "request {id} ({action:?}) fails for no reason");
+        assert!(!(succeeded && self.is_reader && is_change), "request {id} ({action:?}) changes a read-only disk");
         match action {
             Action::Read => self.oracle.end_read(id, span, succeeded.then_some(&values[..])),
             Action::Flush(snapshot) if succeeded => {

@@ -73,6 +73,19 @@ pub struct CachedImage {
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
     /// When tick 0 was.
     opened: Instant,
+    /// What is known of the cache's file.
+    file_watch: Mutex<FileWatch>,
+}
+
+/// What is known of the file by which the cache outlives the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FileWatch {
+    /// Its name leads to it, or there is no such file.
+    Reachable,
+    /// The last look found that its name does not lead to it.
+    Missed,
+    /// The cache does not outlive the daemon any more, and the operator was told.
+    Lost,
 }
 
 impl CachedImage {
@@ -94,6 +107,7 @@ impl CachedImage {
             backing,
             mailboxes: Mutex::default(),
             opened: Instant::now(),
+            file_watch: Mutex::new(FileWatch::Reachable),
         })
     }
 
@@ -111,6 +125,37 @@ impl CachedImage {
     pub fn stats(&self) -> Stats {
         let stats = self.lock().stats();
         Stats { metadata_bytes: stats.metadata_bytes + self.arena.overhead_bytes() as u64, ..stats }
+    }
+
+    /// Looks whether the next daemon would find the cache. If its file was removed, the cache is from now on one that
+    /// does not outlive the daemon. Called about once a second; waits for nothing.
+    pub fn look_at_cache_file(&self) {
+        let mut watch = self.file_watch.lock().expect("no thread panics with the watch locked");
+        if *watch == FileWatch::Lost || self.arena.is_reachable() {
+            if *watch == FileWatch::Missed {
+                *watch = FileWatch::Reachable;
+            }
+            return;
+        }
+        // Not at the first look: a rename of a directory, or a mount, may be under way.
+        if *watch == FileWatch::Reachable {
+            *watch = FileWatch::Missed;
+            return;
+        }
+        let Ok(cache) = self.cache.try_lock() else { return };
+        let (name, file) = (&self.name, self.arena.file().map_or_else(String::new, |file| format!(" {file}")));
+        let replaced = self.arena.replace_lost_file(!cache.is_stable());
+        drop(cache);
+        *watch = FileWatch::Lost;
+        let consequence = match replaced {
+            Ok(()) => String::new(),
+            Err(e) => format!(", and the next daemon would not notice a loss of completed writes ({e})"),
+        };
+        error!(
+            "{name}: the cache file{file} was removed or replaced while the daemon runs (by rm, or RemoveIPC= of \
+             logind); the cache does not survive a crash any more{consequence}; stop the daemon with SIGTERM and start \
+             it again to get one that does"
+        );
     }
 
     /// Microseconds since the image was opened.

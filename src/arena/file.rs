@@ -115,6 +115,14 @@ impl ArenaFile {
         Self::open(path, Access::ReadWrite, whose, Duration::ZERO)
     }
 
+    /// Checks that no other user could have put a file into a directory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when one could; [`ErrorKind::Memory`] when it cannot be opened.
+    pub fn check_dir(directory: &Path, whose: Whose) -> Result<()> {
+        TrustedDir::open(directory, whose).map(drop)
+    }
+
     /// Looks at a file without its lock: a daemon may use it at the same time.
     ///
     /// # Errors
@@ -152,6 +160,22 @@ impl ArenaFile {
             if entry.leads_to(&file) {
                 return Ok(Self { file, location: Location::Path(path.to_path_buf()), entry: Some(entry) });
             }
+        }
+    }
+
+    /// A new, empty file in the place of one whose name was removed.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::open_for`], without waiting; [`ErrorKind::Ledger`] when the name leads to another file.
+    pub(super) fn recreate(&self) -> Result<Self> {
+        let Location::Path(path) = &self.location else {
+            return Err(Error::new(ErrorKind::Memory, format!("cannot replace {self}")));
+        };
+        make_dir(split(path)?.0)?;
+        let file = Self::open(path, Access::Create, Whose::Own, Duration::ZERO)?;
+        match file.file.metadata() {
+            Ok(metadata) if metadata.len() == 0 => Ok(file),
+            _ => Err(Error::new(ErrorKind::Ledger, format!("another file is in the place of {self}"))),
         }
     }
 

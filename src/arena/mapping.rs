@@ -271,7 +271,7 @@ const TABLES_DIVISOR: u64 = 32;
 
 /// Fails if the host has less than `bytes` bytes of memory available, or a control group of this process allows less:
 /// the kernel hands out more shared memory than it has, and then kills processes.
-fn check_available(bytes: u64) -> io::Result<()> {
+pub(super) fn check_available(bytes: u64) -> io::Result<()> {
     if let Some(available) = available_bytes()
         && bytes > available
     {

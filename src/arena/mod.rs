@@ -16,6 +16,7 @@
 mod crash_tests;
 mod file;
 mod ledger;
+mod lost_file;
 mod mapping;
 mod populate;
 mod survey;
@@ -23,6 +24,7 @@ mod trust;
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -36,6 +38,7 @@ pub use survey::Survey;
 pub use trust::Whose;
 
 use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
+use lost_file::LossMarker;
 use mapping::{MEMFD_NAME, Mapping};
 
 /// The memory of a cache; see the module.
@@ -50,6 +53,8 @@ pub struct Arena {
     data_loss: AtomicBool,
     /// The guest has selected write-through.
     write_through: AtomicBool,
+    /// Takes the place of the file once its name no longer leads to it: the cache does not outlive the daemon any more.
+    substitute: OnceLock<LossMarker>,
 }
 
 /// The file in which no arena could be created, returned to the caller.
@@ -74,11 +79,8 @@ impl std::error::Error for NotCreated {}
 #[derive(Debug)]
 enum Persistence {
     None,
-    /// A header with a word that is set while the cache holds data that is nowhere else.
-    LossMarker {
-        marker: Mapping,
-        file: ArenaFile,
-    },
+    /// A marker.
+    LossMarker(LossMarker),
     /// Everything.
     Full {
         file: ArenaFile,
@@ -114,7 +116,8 @@ impl Arena {
         };
         match create() {
             Ok((memory, marker, guest)) => {
-                Ok(Self::new(memory, spec.frames, 0, Persistence::LossMarker { marker, file }, guest))
+                let persistence = Persistence::LossMarker(LossMarker { marker, file });
+                Ok(Self::new(memory, spec.frames, 0, persistence, guest))
             }
             Err(error) => Err(NotCreated { error, file }),
         }
@@ -187,7 +190,7 @@ impl Arena {
     fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence, guest: GuestState) -> Self {
         let data_loss = AtomicBool::new(guest.data == GuestData::Lost);
         let write_through = AtomicBool::new(guest.write_through);
-        Self { memory, frames, offset, persistence, data_loss, write_through }
+        Self { memory, frames, offset, persistence, data_loss, write_through, substitute: OnceLock::new() }
     }
 
     /// Number of frames.
@@ -221,10 +224,13 @@ impl Arena {
     pub fn publish(&self, frame: FrameId, record: FrameRecord) {
         match &self.persistence {
             Persistence::None => {}
-            Persistence::LossMarker { marker, .. } => note_unwritten(marker, !record.dirty.is_empty()),
+            Persistence::LossMarker(_) => {}
             Persistence::Full { records, .. } => {
                 self.memory.store(record_at(*records, frame.index()), ledger::encode_record(record));
             }
+        }
+        if let Some(LossMarker { marker, .. }) = self.marker() {
+            note_unwritten(marker, !record.dirty.is_empty());
         }
     }
 
@@ -234,7 +240,7 @@ impl Arena {
     pub fn note_zero(&self, slot: usize, span: Option<SectorSpan>) {
         match &self.persistence {
             Persistence::None => {}
-            Persistence::LossMarker { marker, .. } => note_unwritten(marker, span.is_some()),
+            Persistence::LossMarker(_) => {}
             Persistence::Full { zero_slots, .. } => {
                 let (start, count) = zero_slot(zero_slots.expect("a cache runs only in the newest layout"), slot);
                 if let Some(span) = span {
@@ -243,6 +249,9 @@ impl Arena {
                 }
                 self.memory.store(count, span.map_or(0, |span| span.count));
             }
+        }
+        if let Some(LossMarker { marker, .. }) = self.marker() {
+            note_unwritten(marker, span.is_some());
         }
     }
 
@@ -296,10 +305,10 @@ impl Arena {
 
     /// The mapping that begins with the header, in an arena that has one.
     fn header(&self) -> Option<&Mapping> {
-        match &self.persistence {
-            Persistence::None => None,
-            Persistence::LossMarker { marker, .. } => Some(marker),
-            Persistence::Full { .. } => Some(&self.memory),
+        match (self.marker(), &self.persistence) {
+            (Some(LossMarker { marker, .. }), _) => Some(marker),
+            (None, Persistence::Full { .. }) => Some(&self.memory),
+            (None, _) => None,
         }
     }
 
@@ -315,7 +324,7 @@ impl Arena {
 
     /// Records that everything is on the image: the daemon's death would lose nothing.
     pub fn all_written(&self) {
-        if let Persistence::LossMarker { marker, .. } = &self.persistence
+        if let Some(LossMarker { marker, .. }) = self.marker()
             && marker.load(field::UNWRITTEN) != 0
             && !self.has_data_loss()
         {
@@ -350,10 +359,10 @@ impl Arena {
         bytes
     }
 
-    /// The file in which the frames outlive the daemon.
+    /// The file in which the frames outlive the daemon; `None` if they do not.
     pub fn file(&self) -> Option<&ArenaFile> {
         match &self.persistence {
-            Persistence::Full { file, .. } => Some(file),
+            Persistence::Full { file, .. } if self.substitute.get().is_none() => Some(file),
             _ => None,
         }
     }
@@ -392,8 +401,9 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         let holds_unwritten = self.holds_unwritten();
-        match &self.persistence {
-            Persistence::Full { file, keep_on_drop, .. }
+        match (self.marker(), &self.persistence) {
+            (Some(LossMarker { file, .. }), _) if !holds_unwritten && !self.is_write_through() => file.remove(),
+            (None, Persistence::Full { file, keep_on_drop, .. })
                 if !holds_unwritten && !keep_on_drop.load(Ordering::Acquire) =>
             {
                 // A loss marker is small enough to remember write-through in.
@@ -402,7 +412,6 @@ impl Drop for Arena {
                     file.remove();
                 }
             }
-            Persistence::LossMarker { file, .. } if !holds_unwritten && !self.is_write_through() => file.remove(),
             _ => {}
         }
     }
@@ -426,6 +435,15 @@ fn bytes_of(frames: usize, offset: usize) -> Result<usize> {
         .checked_mul(PAGE_SIZE)
         .and_then(|bytes| bytes.checked_add(offset))
         .ok_or_else(|| Error::new(ErrorKind::Memory, format!("a cache of {frames} pages exceeds the address space")))
+}
+
+/// Checks that the host has `bytes` bytes of memory available.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] with what it has.
+pub fn check_memory(bytes: u64) -> Result<()> {
+    let context = || format!("cannot allocate caches of {bytes} bytes");
+    mapping::check_available(bytes).map_err(|e| Error::io(ErrorKind::Memory, context(), e))
 }
 
 fn anonymous_memory(frames: usize) -> Result<Mapping> {

@@ -185,8 +185,11 @@ impl Disk {
         Some(format!("{} ({why})", self.name))
     }
 
-    /// Logs what takes long.
+    /// Logs what takes long, and a cache file that was removed.
     pub fn look_while_serving(&mut self) {
+        if let Some(handle) = &self.handle {
+            handle.look_at_cache_file();
+        }
         let image = self.image.display();
         if self.phase == Phase::Opening {
             let step = self.supervisor.step();

@@ -31,12 +31,21 @@ struct End {
     hurried: bool,
 }
 
+/// Looks at what earlier daemons left, on a thread of its own: some of it may be about images that do not answer.
+fn spawn_look(look: impl FnOnce() + Send + 'static) {
+    if let Err(e) = thread::Builder::new().name("leftovers".to_owned()).spawn(look) {
+        warn!("cannot look for caches of earlier daemons: {e}");
+    }
+}
+
 /// See the module.
 pub(super) struct Fleet {
     disks: Vec<Disk>,
     strictness: Strictness,
     manager: Arc<ServiceManager>,
-    /// For the look at what earlier daemons left, which follows when every device is served.
+    /// For the look at the caches that no daemon uses, which follows the start.
+    unlisted: Option<Config>,
+    /// For the look at the fd store, which follows when every device is served.
     unchecked: Option<Config>,
     end: Option<End>,
     /// Why the daemon ends by itself.
@@ -63,6 +72,7 @@ impl Fleet {
             disks: config.devices.iter().enumerate().map(start).collect::<Result<_>>()?,
             strictness,
             manager,
+            unlisted: Some(config.clone()),
             unchecked: Some(config.clone()),
             end: None,
             failure: None,
@@ -172,29 +182,21 @@ impl Fleet {
         if served == 0 || !self.is_ready && !is_settled {
             return;
         }
+        if let Some(config) = self.unlisted.take() {
+            spawn_look(move || recover::warn_unheld(&config));
+        }
         let not_served: Vec<_> = self.disks.iter().filter_map(Disk::why_not_served).collect();
         let mut status = format!("STATUS=serving {} of {}", served, counted(self.disks.len() as u64, "disk"));
         if !not_served.is_empty() {
             status += &format!("; not served: {}", not_served.join(", "));
         } else if let Some(config) = self.unchecked.take() {
-            self.warn_unclaimed(config);
+            let manager = Arc::clone(&self.manager);
+            spawn_look(move || recover::warn_unclaimed(&config, &manager));
         }
         if self.status != status {
             let ready = if self.is_ready { "" } else { "READY=1\n" };
             self.manager.notify(&format!("{ready}{status}"));
             (self.status, self.is_ready) = (status, true);
-        }
-    }
-
-    /// Looks at what earlier daemons left, on a thread of its own: some of it may be about images that do not answer.
-    fn warn_unclaimed(&self, config: Config) {
-        let manager = Arc::clone(&self.manager);
-        let look = move || {
-            recover::warn_unclaimed(&config, &manager);
-            recover::warn_unheld(&config);
-        };
-        if let Err(e) = thread::Builder::new().name("leftovers".to_owned()).spawn(look) {
-            warn!("cannot look for caches of earlier daemons: {e}");
         }
     }
 

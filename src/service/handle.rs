@@ -43,6 +43,13 @@ impl Handle {
         Some([stats.dirty_pages, stats.store_reads, stats.store_writes, stats.syncs])
     }
 
+    /// See [`CachedImage::look_at_cache_file`].
+    pub fn look_at_cache_file(&self) {
+        if let Some(image) = self.image.upgrade() {
+            image.look_at_cache_file();
+        }
+    }
+
     /// Whether the end of the daemon loses completed writes that are only in a cache that ends with it; `true` if that
     /// is not known.
     pub fn has_unkept_data(&self) -> bool {

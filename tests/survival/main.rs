@@ -10,6 +10,7 @@ mod common;
 mod cut_page;
 mod guest;
 mod huge_pages;
+mod lost_file;
 mod operator;
 mod read_only;
 mod systemd;

@@ -34,6 +34,13 @@ pub enum Action {
     Serve(Config),
     /// Serve all of these devices, or none.
     ServeAll(Config),
+    /// Check whether these devices could be served.
+    Check {
+        /// Where the configuration comes from.
+        source: String,
+        /// The devices.
+        config: Config,
+    },
     /// List the caches in this directory.
     ListCaches(PathBuf),
     /// Remove the caches in this directory from which nothing would be lost.
@@ -140,7 +147,7 @@ pub struct Cli {
     #[arg(long, value_name = "FILE", conflicts_with_all = DEVICE_OPTIONS)]
     pub config: Option<PathBuf>,
 
-    /// Check the configuration, report its problems, and exit
+    /// Check the configuration, images, sockets and memory, report all problems, and exit
     #[arg(long)]
     pub check: bool,
 
@@ -297,11 +304,7 @@ pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
         return Ok(if cli.strict { Action::ServeAll(config) } else { Action::Serve(config) });
     }
     let source = cli.config.as_deref().map_or("the command line".into(), Path::to_string_lossy);
-    let devices = match config.devices.len() {
-        1 => "1 device".to_string(),
-        count => format!("{count} devices"),
-    };
-    Ok(Action::Print(format!("{source}: no problems, {devices}\n")))
+    Ok(Action::Check { source: source.into_owned(), config })
 }
 
 #[cfg(test)]
@@ -454,8 +457,10 @@ mod tests {
     }
 
     #[test]
-    fn check_prints_and_serves_nothing() {
-        let printed = run("--check --socket-path s --blk-file a").unwrap();
-        assert_eq!(printed, Action::Print("the command line: no problems, 1 device\n".to_string()));
+    fn check_serves_nothing() {
+        let Ok(Action::Check { source, config }) = run("--check --socket-path s --blk-file a") else {
+            panic!("--check")
+        };
+        assert_eq!((source.as_str(), config.devices.len()), ("the command line", 1));
     }
 }

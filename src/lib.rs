@@ -23,6 +23,7 @@
 //! Around it, in the order in which a daemon starts:
 //!
 //! 1. [`logging`], [`cli`], [`config`]: what the operator asks for, checked as a whole before anything starts.
+//!    [`check`] tells whether it could be served.
 //! 2. [`daemon`]: the process. Opens, starts, waits for a signal, and ends in order.
 //! 3. [`service`]: one device with everything that serves it.
 //! 4. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
@@ -34,6 +35,7 @@
 pub mod arena;
 pub mod cache;
 pub mod cached_image;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod daemon;

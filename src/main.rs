@@ -4,6 +4,7 @@ use std::env;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use genblk::check;
 use genblk::cli::{self, Action};
 use genblk::daemon::{self, Strictness};
 use genblk::error::Result;
@@ -33,6 +34,7 @@ fn run(action: Action) -> Result<()> {
             print(&recover::recover(&Recovery { cache, image, consent: consent(force) })?);
         }
         Action::Discard { cache, force } => print(&recover::discard(&cache, consent(force))?),
+        Action::Check { source, config } => print(&check::check(&source, &config)?),
         Action::Serve(config) => return daemon::run(&config, Strictness::ServeTheOthers),
         Action::ServeAll(config) => return daemon::run(&config, Strictness::AllOrNone),
     }

@@ -141,6 +141,26 @@ fn format_raw_serves_the_bytes_of_any_image() {
     assert!(daemon.log().contains("looks like qcow2; served as raw, because the configuration says so"));
 }
 
+#[test]
+fn a_memory_directory_on_a_disk_is_refused_by_the_name_of_its_file_system() {
+    let directory = image(b"", 4 * MIB);
+    let on_disk = directory.path().join("memory");
+    let output = Command::new("stat").args(["-f", "-c", "%T"]).arg(directory.path()).output().expect("stat runs");
+    if output.stdout.starts_with(b"tmpfs") {
+        println!("skipped: the test's directory is in memory");
+        return;
+    }
+    let mut command = Command::new(server_binary());
+    command.arg("--socket-path").arg(directory.path().join("socket"));
+    command.arg("--blk-file").arg(directory.path().join("image")).arg("--memory-dir").arg(&on_disk);
+    let ended = run_to_end(&mut command);
+    assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+    for word in [on_disk.to_str().expect("UTF-8"), " is on ", "which is not memory; use a tmpfs such as /dev/shm"] {
+        assert!(ended.stderr.contains(word), "{word}: {ended:?}");
+    }
+    assert!(!on_disk.exists() && !directory.path().join("socket").exists(), "nothing is created");
+}
+
 /// The first sector of a disk that the guest has encrypted as a whole.
 fn luks() -> Vec<u8> {
     let mut sector = vec![0; 512];

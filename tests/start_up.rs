@@ -223,11 +223,67 @@ fn every_problem_of_a_configuration_is_reported_and_no_device_is_started() {
 #[test]
 fn check_starts_no_device() {
     let fixture = Fixture::new();
-    let ended = fixture.serve_config(&fixture.table("good", "missing", ""), &["--check"]);
+    let ended = fixture.serve_config(&fixture.table("good", "image", ""), &["--check"]);
     assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""), "{ended:?}");
     assert!(ended.stdout.ends_with("genblk.toml: no problems, 1 device\n"), "{ended:?}");
     assert!(!exists(&fixture.path("good.sock")));
     fixture.serve_config(&fixture.table("bad", "image", "workers = 9"), &["--check"]).assert_refused(2, &["workers"]);
+    fixture.assert_undamaged();
+}
+
+#[test]
+fn check_reports_every_problem_of_every_device_at_once() {
+    let fixture = Fixture::new();
+    fs::write(fixture.path("qcow2"), b"QFI\xfb\0\0\0\x03".repeat(512)).expect("a file can be written");
+    fs::write(fixture.path("c.sock"), "in the way").expect("a file can be written");
+    let text = fixture.table("a", "missing", "")
+        + &fixture.table("b", "qcow2", "")
+        + &fixture.table("c", "image", "")
+        + &fixture.table("d", "e", "read_only = true\nsocket_mode = \"0600\"").replace("d.sock", "none/d.sock")
+        + &fixture.table("e", "image2", "[device.cache]\nmemory_dir = \"/proc/genblk\"")
+        + &fixture.table("f", "image3", "[device.cache]\nsize = \"8T\"\nsurvive = \"always\"");
+    for name in ["e", "image2", "image3"] {
+        fs::write(fixture.path(name), [0; 512]).expect("a file can be written");
+    }
+    let ended = fixture.serve_config(&text, &["--check"]);
+    let words = [
+        "a: cannot open image ",
+        "b: image ",
+        " is a qcow2 image",
+        "c: cannot listen on ",
+        "exists and is not a socket",
+        "d: cannot listen on ",
+        "none/d.sock: No such file or directory",
+        "e: memory_dir /proc/genblk is on proc, which is not memory",
+        "f: /dev/shm (tmpfs) has ",
+        "all devices: cannot allocate caches of ",
+        "7 problems in ",
+    ];
+    ended.assert_refused(1, &words);
+    assert!(fixture.directory.left().is_empty());
+    fixture.assert_undamaged();
+}
+
+#[test]
+fn check_beside_a_running_daemon_disturbs_nothing_and_finds_no_problem() {
+    let fixture = Fixture::new();
+    let memory = fixture.directory.memory();
+    let text = fixture.table("a", "image", &format!("[device.cache]\nmemory_dir = {memory:?}"));
+    fs::write(fixture.path("genblk.toml"), &text).expect("a configuration can be written");
+    let (config, socket) = (fixture.path("genblk.toml"), fixture.path("a.sock"));
+    let mut command = Command::new(server_binary());
+    command.arg("--config").arg(&config);
+    let mut daemon = Daemon::launch(fixture.directory, command, vec![socket.clone()]);
+    let mut session = Session::open(&socket, &SessionOptions::default());
+    session.write(8, &pattern(1, 8, 4096));
+    let ended = run_to_end(Command::new(server_binary()).arg("--check").arg("--config").arg(&config));
+    assert!(ended.status.success(), "{ended:?}");
+    for word in ["no problems, 1 device", "a: a process uses image ", "a: a process listens on "] {
+        assert!(ended.stdout.contains(word), "{word}: {ended:?}");
+    }
+    assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
+    drop(session);
+    daemon.stop();
 }
 
 /// All or nothing: if one device cannot be served, the daemon closes what it opened for the others.

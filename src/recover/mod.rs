@@ -2,6 +2,7 @@
 //! image.
 
 mod kept;
+mod memory_dir;
 mod operator;
 mod write_back;
 
@@ -18,7 +19,11 @@ use crate::systemd::ServiceManager;
 use crate::units::counted;
 
 pub use kept::has_kept_cache;
-pub use operator::{Consent, Recovery, discard, hint_for, list, prune, recover, warn_unclaimed, warn_unheld};
+pub use memory_dir::{check_memory_dir, file_system_of};
+pub use operator::{
+    Consent, Recovery, bytes_kept_for, check_folder, discard, hint_for, list, prune, recover, warn_unclaimed,
+    warn_unheld,
+};
 
 use write_back::{Unwritten, write_back};
 

@@ -72,6 +72,7 @@ impl Service {
             Engine::IoUring => IoEngine::Uring,
             Engine::Threads => IoEngine::Threads,
         };
+        recover::check_memory_dir(config)?;
         let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
         let image = FileImage::open_for(&config.name, &config.image, &options)?;
         let identity = image.identity();

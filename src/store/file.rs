@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Once};
 
 use super::format::Format;
+pub use super::image::Inspection;
 use super::image::{self, OpenImage};
 pub use super::options::{IoEngine, OpenOptions};
 use super::threads::ThreadQueue;
@@ -23,6 +24,22 @@ use crate::units::Unmap;
 /// Those of open(2) and stat(2).
 pub fn identity_at(path: &Path) -> io::Result<ImageId> {
     image::identity_at(path)
+}
+
+/// What the image at `path` is, found as a daemon would that opens it, without locking it. Blocks.
+///
+/// # Errors
+/// Those of [`FileImage::open`]. [`ErrorKind::Locked`] for a block device that is in use by another than a daemon.
+pub fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
+    image::inspect(path, read_only)
+}
+
+/// Checks that this process may use io_uring.
+///
+/// # Errors
+/// Those of io_uring_setup(2).
+pub fn check_uring() -> io::Result<()> {
+    io_uring::IoUring::new(1).map(drop)
 }
 
 /// How it is known, before an image is opened, that it is raw.

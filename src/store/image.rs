@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::format::Format;
 use super::lock::{self, LockMode};
 use super::options::OpenOptions;
 use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
@@ -273,6 +274,46 @@ fn check_size(path: &Path, size_bytes: u64) -> Result<()> {
         return Ok(());
     };
     Err(Error::new(ErrorKind::Image, format!("image {} {problem}", path.display())))
+}
+
+/// What an image is, found without locking it.
+#[derive(Debug)]
+pub struct Inspection {
+    /// Whether another process has it open in a way that excludes this access.
+    pub is_in_use: bool,
+    /// What distinguishes it from every other image.
+    pub identity: ImageId,
+    /// The error with which it is refused if nothing shows that it is raw.
+    pub format_refusal: Option<Error>,
+}
+
+/// Opens the image at `path` as a daemon would, and closes it again; see [`super::file::inspect`].
+pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
+    let unusable = |error| Error::io(ErrorKind::Image, format!("cannot open image {}", path.display()), error);
+    let access = if read_only { LockMode::ReadOnly } else { LockMode::ReadWrite };
+    check_type(path, &std::fs::metadata(path).map_err(unusable)?)?;
+    let (file, is_busy) = match open_file(path, access) {
+        // A block device that is in use: by a daemon if it has locks, else by a file system.
+        Err(error) if error.kind() == ErrorKind::Locked => {
+            let file = File::open(path).map_err(unusable)?;
+            if !lock::is_in_use(&file, access) {
+                return Err(error);
+            }
+            (file, true)
+        }
+        result => (result?, false),
+    };
+    let metadata = file.metadata().map_err(unusable)?;
+    check_type(path, &metadata)?;
+    let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
+    let format = ImageFormat::of(&file, geometry.size_bytes).map_err(unusable)?;
+    check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
+    let is_luks_device = geometry.device_block.is_some() && format.found().is_some_and(|it| it.format == Format::Luks);
+    Ok(Inspection {
+        is_in_use: is_busy || lock::is_in_use(&file, access),
+        identity: identity_of(&file, &metadata, geometry.size_bytes),
+        format_refusal: if is_luks_device { None } else { format.refusal(path) },
+    })
 }
 
 /// The identity of the image at `path`; see [`super::file::identity_at`].

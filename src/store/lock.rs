@@ -74,6 +74,18 @@ fn try_acquire(file: &File, path: &Path, label: &str, access: LockMode) -> Resul
     take_and_check(file, path, taken).inspect_err(|_| release(file, label))
 }
 
+/// Whether another opener's locks would refuse this access now. Takes no lock.
+pub(super) fn is_in_use(file: &File, access: LockMode) -> bool {
+    let taken: &[u64] = match access {
+        LockMode::ReadOnly => &[CONSISTENT_READ],
+        LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
+    };
+    let unshared = taken.iter().map(|permission| UNSHARED_BASE + permission);
+    let mut bytes = unshared.chain(UNSHARED.map(|permission| TAKEN_BASE + permission));
+    // A file system without locks has none.
+    bytes.any(|byte| is_byte_locked(file, byte).unwrap_or(false))
+}
+
 /// Takes every lock first and checks for conflicts then: of two that open at once, at least one sees the other.
 fn take_and_check(file: &File, path: &Path, taken: &[u64]) -> Result<()> {
     for &permission in taken {

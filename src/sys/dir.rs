@@ -57,3 +57,11 @@ pub fn stat_at(dir: &File, name: &OsStr) -> io::Result<(u64, u64, u32)> {
     let found = unsafe { found.assume_init() };
     Ok((found.st_dev, found.st_ino, found.st_mode))
 }
+
+/// Checks that this user may create files in a directory (access(2) with the effective user).
+pub fn may_create_in(path: &std::path::Path) -> io::Result<()> {
+    let path = name_of(path.as_os_str())?;
+    let mode = libc::W_OK | libc::X_OK;
+    // SAFETY: the path is NUL-terminated; the call reads no other memory.
+    retry_eintr(|| unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), mode, libc::AT_EACCESS) }).map(drop)
+}

@@ -14,7 +14,37 @@ pub struct FileSystem {
     pub block_bytes: usize,
     /// Whether it is hugetlbfs, whose memory was reserved when the host was configured.
     pub is_hugetlbfs: bool,
+    /// Its magic number (statfs(2)).
+    magic: i64,
+    /// Bytes that this user may still allocate; the largest number for a tmpfs without a limit.
+    pub available_bytes: u64,
 }
+
+/// Magic numbers of common file systems, with their names; those in memory come first.
+const NAMES: &[(i64, &str)] = &[
+    (0x0102_1994, "tmpfs"),
+    (0x9584_58f6, "hugetlbfs"),
+    (0x8584_58f6, "ramfs"),
+    (0xef53, "ext4"),
+    (0x5846_5342, "XFS"),
+    (0x9123_683e, "btrfs"),
+    (0x2fc1_2fc1, "ZFS"),
+    (0xf2f5_2010, "F2FS"),
+    (0x4d44, "FAT"),
+    (0x2011_bab0, "exFAT"),
+    (0x6969, "NFS"),
+    (0xff53_4d42, "SMB"),
+    (0xfe53_4d42, "SMB"),
+    (0x00c3_6400, "Ceph"),
+    (0x6573_5546, "FUSE"),
+    (0x0102_1997, "9p"),
+    (0x794c_7630, "overlayfs"),
+    (0x6265_6570, "configfs"),
+    (0x9fa0, "proc"),
+    (0x6265_6572, "sysfs"),
+];
+/// How many of [`NAMES`] are in memory.
+const IN_MEMORY: usize = 3;
 
 impl FileSystem {
     /// The file system of a file.
@@ -25,6 +55,24 @@ impl FileSystem {
         // SAFETY: all-zero bytes are a valid statfs, and the kernel wrote over them at most.
         let found = unsafe { found.assume_init() };
         let block_bytes = usize::try_from(found.f_bsize).unwrap_or(1).max(1);
-        Ok(Self { block_bytes, is_hugetlbfs: found.f_type == libc::HUGETLBFS_MAGIC })
+        // A tmpfs without a limit has no blocks at all.
+        let available = if found.f_blocks == 0 { u64::MAX } else { found.f_bavail };
+        Ok(Self {
+            block_bytes,
+            is_hugetlbfs: found.f_type == libc::HUGETLBFS_MAGIC,
+            magic: found.f_type,
+            available_bytes: available.saturating_mul(block_bytes as u64),
+        })
+    }
+
+    /// Whether its files are memory.
+    pub fn is_memory(&self) -> bool {
+        NAMES[..IN_MEMORY].iter().any(|(magic, _)| *magic == self.magic)
+    }
+
+    /// Its name, if it is a common one; else its magic number.
+    pub fn name(&self) -> String {
+        let known = NAMES.iter().find(|(magic, _)| *magic == self.magic);
+        known.map_or_else(|| format!("a file system of type {:#x}", self.magic), |(_, name)| (*name).to_owned())
     }
 }

@@ -131,6 +131,8 @@ fn is_cache_name(name: &OsStr) -> bool {
 pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<Cache>)>> {
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", folder.display()), e);
     let metadata = fs::metadata(folder).map_err(failed)?;
+    let whose = if metadata.uid() == effective_uid() { Whose::Own } else { whose() };
+    ArenaFile::check_dir(folder, whose)?;
     let mut paths: Vec<PathBuf> = fs::read_dir(folder)
         .map_err(failed)?
         .flatten()
@@ -138,7 +140,6 @@ pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<Cache>)>> {
         .map(|entry| entry.path())
         .collect();
     paths.sort();
-    let whose = if metadata.uid() == effective_uid() { Whose::Own } else { whose() };
     Ok(paths.into_iter().map(|path| (path.clone(), Cache::look_at(path, whose))).collect())
 }
 

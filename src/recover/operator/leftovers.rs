@@ -11,7 +11,7 @@ use super::remembered;
 use super::terminal::visible;
 use crate::arena::{Arena, ArenaFile};
 use crate::config::{Config, MemoryDir, Socket};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::recover::write_back::Unwritten;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
@@ -148,4 +148,22 @@ pub fn hint_for(memory_dir: &MemoryDir) -> Option<String> {
     };
     let unheld = Unheld::below(memory_dir, |_| true);
     (unheld.count > 0).then(|| describe(&unheld, memory_dir))
+}
+
+/// Memory in bytes that the caches of these images, given by their paths, take in this user's folder below a memory
+/// directory.
+pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
+    let surveys = all_below(memory_dir).into_iter().filter_map(|cache| cache.seen.survey.ok().flatten());
+    surveys.filter(|survey| images.contains(&survey.header.image)).map(|survey| survey.memory_bytes).sum()
+}
+
+/// Checks that no other user could have made or can change this user's folder below a memory directory.
+///
+/// # Errors
+/// [`ErrorKind::Ledger`] when one could.
+pub fn check_folder(memory_dir: &Path) -> Result<()> {
+    match caches(&ArenaFile::dir(memory_dir)) {
+        Err(e) if e.kind() == ErrorKind::Ledger => Err(e),
+        _ => Ok(()),
+    }
 }

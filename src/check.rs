@@ -1,0 +1,192 @@
+//! `genblk --check`: everything that would keep a device from being served, found without serving any.
+//!
+//! A daemon may run with the same configuration meanwhile. What it uses is looked at as far as that disturbs nothing,
+//! and is no problem.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use crate::arena::check_memory;
+use crate::config::{Config, DeviceConfig, Engine, ImageFormat, MemoryDir, Socket, Survive};
+use crate::error::{Error, ErrorKind, Result};
+use crate::recover::{self, check_memory_dir, file_system_of};
+use crate::store::file;
+use crate::sys::dir::may_create_in;
+use crate::systemd::ServiceManager;
+use crate::units::counted;
+
+/// What was found.
+#[derive(Debug, Default)]
+struct Findings {
+    /// What would keep a device from being served, and the kind of the first such error.
+    problems: Vec<String>,
+    kind: Option<ErrorKind>,
+    /// What the operator may want to know besides.
+    notes: Vec<String>,
+}
+
+impl Findings {
+    /// Records the error of a check, if it is one.
+    fn note<T>(&mut self, device: &str, result: Result<T>) -> Option<T> {
+        result.inspect_err(|_| {}).map_err(|error| self.add(device, &error)).ok()
+    }
+
+    fn add(&mut self, device: &str, error: &Error) {
+        self.kind.get_or_insert(error.kind());
+        let (prefix, text) = (format!("{device}: "), error.to_string());
+        self.problems.push(if text.starts_with(&prefix) { text } else { prefix + &text });
+    }
+}
+
+/// Opens images, sockets and memory directories as a daemon with this configuration would, and closes them again.
+/// Returns a text for the operator. `source` is where the configuration comes from.
+///
+/// # Errors
+/// One error with every problem, of the kind of the first one.
+pub fn check(source: &str, config: &Config) -> Result<String> {
+    let mut findings = Findings::default();
+    let manager = ServiceManager::default().into();
+    let mut unused = Vec::new();
+    for device in &config.devices {
+        let name = &device.name;
+        if !check_image(device, &manager, &mut findings) {
+            unused.push(device);
+        }
+        let socket = check_socket(&device.socket);
+        if findings.note(name, socket) == Some(Use::InUse) {
+            findings.notes.push(format!("{name}: a process listens on {}; it must end first", device.socket));
+        }
+        findings.note(name, check_memory_dir(device));
+        if let MemoryDir::Path(memory_dir) = &device.cache.memory_dir {
+            findings.note(name, recover::check_folder(memory_dir));
+        }
+        if device.engine == Engine::IoUring {
+            let failed = |e| Error::io(ErrorKind::System, "io_uring is not available", e);
+            findings.note(name, file::check_uring().map_err(failed));
+        }
+    }
+    check_space(&unused, &mut findings);
+    let Findings { problems, kind, notes } = findings;
+    let notes: String = notes.iter().map(|note| format!("\n{note}")).collect();
+    match kind {
+        None => {
+            let devices = counted(config.devices.len() as u64, "device");
+            Ok(format!("{source}: no problems, {devices}{notes}\n"))
+        }
+        Some(kind) => {
+            let count = counted(problems.len() as u64, "problem");
+            let text = format!("{count} in {source}\n{}{notes}", problems.join("\n"));
+            Err(Error::new(kind, text))
+        }
+    }
+}
+
+/// Whether a process uses something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    Free,
+    InUse,
+}
+
+/// Checks a device's image; returns whether a process uses it.
+fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, findings: &mut Findings) -> bool {
+    let (name, image) = (&device.name, &device.image);
+    let Some(found) = findings.note(name, file::inspect(image, device.read_only)) else { return false };
+    if found.is_in_use {
+        findings.notes.push(format!("{name}: a process uses image {}; it must end first", image.display()));
+        return true;
+    }
+    if let Some(refusal) = found.format_refusal
+        && device.format == ImageFormat::Auto
+        && !recover::has_kept_cache(device, &found.identity, manager)
+    {
+        findings.add(name, &refusal);
+    }
+    false
+}
+
+/// Checks that a device could listen on its socket.
+///
+/// # Errors
+/// [`ErrorKind::Socket`] when it could not.
+fn check_socket(socket: &Socket) -> Result<Use> {
+    let failed = |e| Error::io(ErrorKind::Socket, format!("cannot listen on {socket}"), e);
+    let path = match socket {
+        Socket::Path(path) => path.clone(),
+        Socket::Fd(fd) => {
+            let kind = fs::metadata(format!("/proc/self/fd/{fd}")).map_err(failed)?.file_type();
+            let not_a_socket = || failed(io::Error::other("it is not a socket"));
+            return if kind.is_socket() { Ok(Use::Free) } else { Err(not_a_socket()) };
+        }
+    };
+    match fs::symlink_metadata(&path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(failed(io::Error::other("the path exists and is not a socket")));
+        }
+        Ok(_) if is_listened_on(&path) => return Ok(Use::InUse),
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(failed(e)),
+    }
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    may_create_in(directory).map_err(failed)?;
+    Ok(Use::Free)
+}
+
+/// Whether a process listens on a socket (proc_net_unix(5)). To connect would disturb it.
+fn is_listened_on(path: &Path) -> bool {
+    /// Of the flags: it was made to listen (__SO_ACCEPTCON).
+    const LISTENING: &str = "00010000";
+    // "0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/x.sock"
+    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    sockets.lines().any(|line| {
+        let words: Vec<&str> = line.splitn(8, ' ').collect();
+        words.get(3) == Some(&LISTENING) && words.last().is_some_and(|found| Path::new(found.trim()) == path)
+    })
+}
+
+/// Checks that the memory for the caches of `devices`, which no process serves, is there.
+fn check_space(devices: &[&DeviceConfig], findings: &mut Findings) {
+    let images: BTreeSet<PathBuf> =
+        devices.iter().map(|device| device.image.canonicalize().unwrap_or(device.image.clone())).collect();
+    let mut dirs: BTreeMap<&Path, Vec<&DeviceConfig>> = BTreeMap::new();
+    for device in devices.iter().filter(|device| !device.read_only && device.cache.survive != Survive::Never) {
+        if let MemoryDir::Path(memory_dir) = &device.cache.memory_dir {
+            dirs.entry(memory_dir).or_default().push(device);
+        }
+    }
+    let mut kept = 0;
+    for (memory_dir, devices) in dirs {
+        let kept_here = recover::bytes_kept_for(memory_dir, &images);
+        kept += kept_here;
+        let Ok(file_system) = file_system_of(memory_dir) else { continue };
+        let wanted = bytes_of(devices.iter().copied()).saturating_sub(kept_here);
+        if !file_system.is_memory() || wanted <= file_system.available_bytes {
+            continue;
+        }
+        let (shown, name) = (memory_dir.display(), file_system.name());
+        let available = file_system.available_bytes;
+        let text = format!("{shown} ({name}) has {available} bytes available, and the caches there need {wanted}");
+        if let Some(device) = devices.iter().find(|device| device.cache.survive == Survive::Always) {
+            findings.add(&device.name, &Error::new(ErrorKind::Memory, text));
+        } else {
+            findings.notes.push(format!("{text}: some would not survive a crash"));
+        }
+    }
+    let wanted = bytes_of(devices.iter().copied()).saturating_sub(kept);
+    if let Err(error) = check_memory(wanted) {
+        findings.add("all devices", &error);
+    }
+}
+
+/// Memory that the caches of devices take, in bytes. Read-only devices on one image share one.
+fn bytes_of<'a>(devices: impl Iterator<Item = &'a DeviceConfig>) -> u64 {
+    let mut shared = BTreeSet::new();
+    devices
+        .filter(|device| !device.read_only || shared.insert(&device.image))
+        .map(|device| device.cache.size_bytes)
+        .fold(0, u64::saturating_add)
+}

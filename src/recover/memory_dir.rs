@@ -1,0 +1,40 @@
+//! Whether a memory directory is one.
+
+use std::fs::File;
+use std::path::Path;
+
+use crate::config::{DeviceConfig, MemoryDir, Survive};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::file_system::FileSystem;
+
+/// Checks that the files of a device's memory directory would be memory. On a disk the kernel would write each change
+/// of the cache to it, and a cache of an earlier boot would be found.
+///
+/// # Errors
+/// [`ErrorKind::Config`] with the file system's name, if it is not in memory; [`ErrorKind::Memory`] when it cannot be
+/// looked at.
+pub fn check_memory_dir(config: &DeviceConfig) -> Result<()> {
+    let MemoryDir::Path(memory_dir) = &config.cache.memory_dir else { return Ok(()) };
+    if config.read_only || config.cache.survive == Survive::Never {
+        // Nothing but a small marker is kept.
+        return Ok(());
+    }
+    let file_system = file_system_of(memory_dir)?;
+    if file_system.is_memory() {
+        return Ok(());
+    }
+    let (shown, found) = (memory_dir.display(), file_system.name());
+    let context = format!("{}: memory_dir {shown} is on {found}, which is not memory", config.name);
+    let hint = "use a tmpfs such as /dev/shm, or a mounted hugetlbfs";
+    Err(Error::new(ErrorKind::Config, format!("{context}; {hint}")))
+}
+
+/// The file system of a directory, or of the one in which it would be created.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when it cannot be looked at.
+pub fn file_system_of(directory: &Path) -> Result<FileSystem> {
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot look at {}", directory.display()), e);
+    let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    File::open(existing).and_then(|file| FileSystem::of(&file)).map_err(failed)
+}

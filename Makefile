@@ -7,12 +7,12 @@ SOAK_MINUTES ?= 30
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim soak bench bench-scale bench-policy bench-page
+.PHONY: help setup build demo test test-guest check sim mutants soak bench bench-scale bench-policy bench-page
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
 	@echo
-	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), SOAK_MINUTES=n, ROWS=name,name (of make bench),"
+	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), BUG=text (mutants), SOAK_MINUTES=n, ROWS=name,name (of make bench),"
 	@echo "             ARGS=\"--peer 'name=command with {sock} {img}'\" (another server for make bench)"
 
 setup: ## get what building and testing need (Debian, Ubuntu); quick when nothing is missing
@@ -39,6 +39,9 @@ check: ## formatting, lints, documentation and unit tests (2 minutes)
 sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that many (100 unless given), FIRST=n on
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100) GENBLK_SIM_FIRST=$(or $(FIRST),1000)) \
 		$(CARGO) test --release --locked --lib seeds_from_the_environment -- --nocapture
+
+mutants: setup ## plants known bugs one by one; the named test must find each (about 100 minutes); BUG=text selects
+	GENBLK_MUTANTS="$(BUG)" $(CARGO) test --locked --test mutations -- --ignored --nocapture
 
 soak: setup ## simulator, kills and guest tests in a loop, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \

@@ -99,9 +99,9 @@ fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, 
         findings.notes.push(format!("{name}: a process uses image {}; it must end first", image.display()));
         return true;
     }
-    if let Some(refusal) = found.format_refusal
+    if let Some((format, refusal)) = found.format_refusal
         && device.format == ImageFormat::Auto
-        && !recover::has_kept_cache(device, &found.identity, manager)
+        && !recover::has_kept_cache(device, &found.identity, format, manager)
     {
         findings.add(name, &refusal);
     }

@@ -219,6 +219,21 @@ fn a_kept_cache_shows_that_an_image_is_raw() {
     assert_eq!(session.read(0, 512), luks());
 }
 
+#[test]
+fn a_kept_cache_does_not_vouch_for_an_image_that_was_replaced_in_place() {
+    let directory = image(b"", 4 * MIB);
+    let mut daemon = Daemon::start_configured(directory, &[""]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.read(0, 4096);
+    session.write(80, &pattern(4, 80, 4096));
+    session.flush();
+    daemon.kill();
+    let file = File::options().write(true).open(daemon.image()).expect("the image can be opened");
+    file.write_all_at(b"QFI\xfb\0\0\0\x03", 0).expect("the image can be written");
+    let ended = serve(daemon.directory(), &[]);
+    assert!(ended.stderr.contains("is a qcow2 image"), "{ended:?}");
+}
+
 /// A loop device on a file; detached on drop.
 struct Loop(String);
 

@@ -11,7 +11,7 @@ use super::frames_at;
 use super::ledger::{HEADER_BYTES, Header, RECORD_BYTES, ZERO_SLOT_BYTES, ZERO_SLOTS, boot_id, decode_record};
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
-use crate::units::{PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SectorSpan};
+use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
 /// How many bytes of the ledger are read at once.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -29,6 +29,8 @@ pub struct Survey {
     pub dirty_pages: u64,
     /// Ranges that must read as zeros and may not do so on the image.
     pub zero_ranges: u64,
+    /// The first sector of the image, if it holds that.
+    pub first_sector: Option<Vec<u8>>,
     /// Memory that it takes, in bytes.
     pub memory_bytes: u64,
     /// How long ago its file was changed, as far as the file system tells.
@@ -56,6 +58,7 @@ impl Survey {
             pages: 0,
             dirty_pages: 0,
             zero_ranges: 0,
+            first_sector: None,
             memory_bytes: metadata.blocks().saturating_mul(SECTOR_BYTES),
             age: metadata.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default(),
         };
@@ -101,12 +104,19 @@ impl Survey {
         while at < end {
             let len = CHUNK_BYTES.min(end - at);
             read(file, &mut chunk[..len], at as u64).map_err(failed)?;
-            for record in words(&chunk[..len]).filter_map(decode_record) {
+            let first = (at - self.header.records_at()) / RECORD_BYTES;
+            for (frame, word) in (first..).zip(words(&chunk[..len])) {
+                let Some(record) = decode_record(word) else { continue };
                 if record.page.0 >= pages {
                     return damaged("it refers to pages past the end of the image");
                 }
                 self.pages += 1;
                 self.dirty_pages += u64::from(!record.dirty.is_empty());
+                if record.page == PageNo(0) && record.valid.contains(SectorMask::run(0, 1)) {
+                    let mut sector = vec![0; SECTOR_SIZE];
+                    read(file, &mut sector, (frames_at + frame * PAGE_SIZE) as u64).map_err(failed)?;
+                    self.first_sector = Some(sector);
+                }
             }
             at += len;
         }

@@ -1,20 +1,29 @@
-//! Whether an earlier daemon has left a cache of an image.
+//! Whether the cache of an earlier daemon shows that an image is raw.
 
 use std::sync::Arc;
-use std::time::Duration;
 
+use super::operator::caches_below;
 use crate::arena::ArenaFile;
 use crate::config::{DeviceConfig, MemoryDir};
 use crate::image_id::ImageId;
+use crate::store::format::{Format, at_start};
 use crate::systemd::ServiceManager;
 
-/// Whether an earlier daemon has left a cache with pages of the image: in the fd store, or below the configured
-/// directory. A file that cannot be read counts as none.
-pub fn has_kept_cache(config: &DeviceConfig, identity: &ImageId, manager: &Arc<ServiceManager>) -> bool {
+/// Whether an earlier daemon has left a cache of the image with the first sector that makes the image look like
+/// `format`: then a guest wrote that sector, or read it from its disk. A cache with another first sector shows nothing:
+/// the image may have been replaced since. What is in the fd store is not looked into.
+pub fn has_kept_cache(
+    config: &DeviceConfig,
+    identity: &ImageId,
+    format: Format,
+    manager: &Arc<ServiceManager>,
+) -> bool {
     if ArenaFile::is_named_in_fdstore(manager, identity) {
         return true;
     }
     let MemoryDir::Path(directory) = &config.cache.memory_dir else { return false };
-    let file = ArenaFile::find_for(directory, identity, Duration::ZERO).ok().flatten();
-    file.and_then(|file| file.header().ok().flatten()).is_some_and(|header| header.frames > 0)
+    let surveys = caches_below(directory).into_iter().filter_map(|seen| seen.survey.ok().flatten());
+    surveys
+        .filter(|survey| survey.header.identity == *identity)
+        .any(|survey| survey.first_sector.is_some_and(|sector| at_start(&sector) == Some(format)))
 }

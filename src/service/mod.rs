@@ -79,8 +79,8 @@ impl Service {
         let known_raw = match config.format {
             ImageFormat::Raw => Some(KnownRaw::Configured),
             ImageFormat::Auto => {
-                let has_cache = || recover::has_kept_cache(config, &identity, &context.manager);
-                (image.found_format().is_some() && has_cache()).then_some(KnownRaw::KeptCache)
+                let is_kept = |format| recover::has_kept_cache(config, &identity, format, &context.manager);
+                image.found_format().filter(|format| is_kept(*format)).map(|_| KnownRaw::KeptCache)
             }
         };
         image.check_format(known_raw)?;

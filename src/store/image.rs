@@ -283,8 +283,8 @@ pub struct Inspection {
     pub is_in_use: bool,
     /// What distinguishes it from every other image.
     pub identity: ImageId,
-    /// The error with which it is refused if nothing shows that it is raw.
-    pub format_refusal: Option<Error>,
+    /// What it looks like instead of raw, and the error with which it is refused if nothing shows that it is raw.
+    pub format_refusal: Option<(Format, Error)>,
 }
 
 /// Opens the image at `path` as a daemon would, and closes it again; see [`super::file::inspect`].
@@ -308,11 +308,12 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
     let format = ImageFormat::of(&file, geometry.size_bytes).map_err(unusable)?;
     check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
-    let is_luks_device = geometry.device_block.is_some() && format.found().is_some_and(|it| it.format == Format::Luks);
+    let found = format.found().map(|found| found.format);
+    let is_luks_device = geometry.device_block.is_some() && found == Some(Format::Luks);
     Ok(Inspection {
         is_in_use: is_busy || lock::is_in_use(&file, access),
         identity: identity_of(&file, &metadata, geometry.size_bytes),
-        format_refusal: if is_luks_device { None } else { format.refusal(path) },
+        format_refusal: if is_luks_device { None } else { found.zip(format.refusal(path)) },
     })
 }
 

@@ -135,3 +135,19 @@ fn the_choice_of_write_through_is_kept_in_one_huge_page() {
     drop(daemon);
     drop(pages);
 }
+
+#[test]
+fn genblk_recover_lists_a_cache_in_huge_pages_and_writes_it_back() {
+    let directory = TempDir::new("huge");
+    let Some(_pages) = HugePages::new(&directory, 6) else { return };
+    let mut daemon =
+        start_in(directory, "cache.size = \"8M\"\ncache.survive = \"always\"\ncache.dirty_age_max_ms = 600000");
+    let (_, bytes) = write_and_kill(&mut daemon);
+    let genblk = |argument: &Path| run_to_end(Command::new(server_binary()).arg("recover").arg(argument));
+    let left = daemon.directory().left().remove(0);
+    let listed = genblk(left.parent().expect("a file has a folder"));
+    assert!(listed.stdout.contains("  10            4 "), "MiB and dirty pages: {listed:?}");
+    let recovered = genblk(&left);
+    assert!(recovered.stdout.starts_with("wrote 4 pages to "), "{recovered:?}");
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "the completed write is on the image");
+}

@@ -323,3 +323,26 @@ fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
         ended.stderr.contains("cannot allocate a cache of ") && ended.stderr.contains("1 cache that no daemon uses")
     );
 }
+
+/// Runs "genblk recover" with a terminal, on which the operator answers.
+fn on_terminal(arguments: &str, answer: &str) -> Option<Ended> {
+    let has_script = Command::new("script").arg("--version").output().is_ok_and(|output| output.status.success());
+    if !has_script {
+        println!("skipped: script(1) is not installed");
+        return None;
+    }
+    let genblk = format!("{} recover {arguments}", server_binary());
+    let line = format!("(sleep 0.5; printf '{answer}\\n'; sleep 0.5) | script -qec '{genblk}' /dev/null");
+    Some(run_to_end(Command::new("sh").args(["-c", &line])))
+}
+
+#[test]
+fn on_a_terminal_the_operator_is_asked_before_dirty_pages_are_thrown_away() {
+    for (answer, is_removed) in [("n", false), ("", false), ("y", true)] {
+        let (daemon, cache, _) = dirty_cache();
+        let Some(ended) = on_terminal(&format!("--discard {}", cache.display()), answer) else { return };
+        assert!(ended.stdout.contains("which the image lacks. Throw that away? [y/N]"), "{ended:?}");
+        assert_eq!(ended.status.success(), is_removed, "{ended:?}");
+        assert_eq!(daemon.directory().left().is_empty(), is_removed, "{answer:?}");
+    }
+}

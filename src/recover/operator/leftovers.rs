@@ -9,7 +9,7 @@ use log::{info, warn};
 use super::folders::{Cache, ImageState, caches};
 use super::remembered;
 use super::terminal::visible;
-use crate::arena::{Arena, ArenaFile};
+use crate::arena::{Arena, ArenaFile, Seen};
 use crate::config::{Config, MemoryDir, Socket};
 use crate::error::{ErrorKind, Result};
 use crate::recover::write_back::Unwritten;
@@ -81,6 +81,11 @@ impl Unheld {
 fn all_below(memory_dir: &Path) -> Vec<Cache> {
     let found = caches(&ArenaFile::dir(memory_dir)).unwrap_or_default();
     found.into_iter().filter_map(|(_, cache)| cache.ok()).collect()
+}
+
+/// What is known of the cache files in this user's folder below a memory directory.
+pub(in crate::recover) fn caches_below(memory_dir: &Path) -> Vec<Seen> {
+    all_below(memory_dir).into_iter().map(|cache| cache.seen).collect()
 }
 
 /// The memory directories of a configuration, and the default one.

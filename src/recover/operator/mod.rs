@@ -10,6 +10,8 @@ pub use commands::{Consent, Recovery, discard, prune, recover};
 pub use leftovers::{bytes_kept_for, check_folder, hint_for, warn_unclaimed, warn_unheld};
 pub use list::list;
 
+pub(super) use leftovers::caches_below;
+
 use crate::arena::{GuestData, GuestState};
 
 /// What a file records of its guest, for the operator.

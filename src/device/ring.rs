@@ -19,6 +19,9 @@ use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::Malformed;
 use crate::virtio::split::{QueueLayout, QueuePosition, SplitQueue};
 
+/// How much of each region must read as zeros for guest memory to be blank.
+const BLANK_BYTES: usize = 1 << 20;
+
 /// A running virtqueue.
 ///
 /// Public for the copy server in `benches/load/limit.rs`, which runs on this same code and does nothing but copy.
@@ -41,6 +44,8 @@ pub struct Ring {
     in_flight: u16,
     /// Those of them whose chains cannot be read. They wait for memory in which they can.
     unreadable: Vec<u16>,
+    /// The driver has kicked.
+    kicked: bool,
     /// The log has a line about a chain that no status could complete.
     reported: bool,
     /// Records them for a later daemon.
@@ -71,6 +76,7 @@ impl Ring {
             interrupt_due: true,
             in_flight: 0,
             unreadable: Vec::new(),
+            kicked: false,
             reported: false,
             tracker,
             recovered: false,
@@ -88,7 +94,7 @@ impl Ring {
         if self.queue.is_none() {
             let QueueLayout { size, desc_table, avail_ring, used_ring, .. } = self.layout;
             error!(
-                "{}: not served: its rings are misaligned, outside guest memory, or across two regions of it \
+                "{}: not served: its rings overlap, are misaligned, outside guest memory, or across two regions of it \
                  (size {size}, descriptor table {desc_table:#x}, available ring {avail_ring:#x}, used ring \
                  {used_ring:#x})",
                 self.label
@@ -126,7 +132,7 @@ impl Ring {
 
     /// Whether the next daemon can repeat every request in flight.
     pub fn is_repeatable(&self) -> bool {
-        self.in_flight == 0 || self.tracker.is_some()
+        usize::from(self.in_flight) == self.unreadable.len() || self.tracker.is_some()
     }
 
     /// Whether requests of the previous daemon are still to be taken.
@@ -244,6 +250,24 @@ impl Ring {
             error!("{}: broken, and not served until it is set up again: {why}", self.label);
         }
         self.broken = true;
+    }
+
+    /// The driver of the first ring has kicked. If nothing is available and guest memory is blank, the front-end does
+    /// not share it, although it has passed descriptors of it: the guest would hang without a word.
+    ///
+    /// => Kicks for nothing are common (QEMU sends one at the start), blank memory is not: firmware or VMM have written
+    ///    to its start by then.
+    pub fn look_at_first_kick(&mut self) {
+        if std::mem::replace(&mut self.kicked, true) || self.position().next_avail != 0 || self.has_more() {
+            return;
+        }
+        if self.memory.is_blank(BLANK_BYTES) {
+            error!(
+                "{}: the guest has notified the device, and its memory reads as zeros: does the front-end share it \
+                 (QEMU: share=on for the memory backend)?",
+                self.label
+            );
+        }
     }
 
     /// Shows the driver every chain pushed since the last call, and interrupts it if it asked for that.

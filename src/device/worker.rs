@@ -214,6 +214,11 @@ impl Worker {
                 WAKER => self.port.waker().clear(),
                 STORE => self.port.set_store_ready(),
                 // A kick. The next turn looks at every ring.
+                0 => {
+                    if let Some(Some(ring)) = self.rings.first_mut() {
+                        ring.look_at_first_kick();
+                    }
+                }
                 _ => {}
             }
         }

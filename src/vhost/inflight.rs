@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 
+use log::warn;
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::wire::Message;
@@ -94,14 +95,20 @@ impl Inflight {
         Ok(())
     }
 
-    /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring.
-    pub fn of_ring(&self, index: u16, size: u16) -> Option<InflightTracker> {
+    /// The part of ring `index`; `None` without a region, or if the region has no room for such a ring. The log says so
+    /// then: requests in flight at a crash of the daemon are lost.
+    pub fn of_ring(&self, device: &str, index: u16, size: u16) -> Option<InflightTracker> {
         let slot = self.0.lock().expect("no thread panics with the region locked");
         let InflightRegion { memory, shape } = slot.as_ref()?;
-        (index < shape.queues && size <= shape.queue_size).then(|| {
-            let offset = usize::from(index) * ring_bytes(shape.queue_size);
-            InflightTracker::new(Arc::clone(memory), offset, size)
-        })
+        if index >= shape.queues || size > shape.queue_size {
+            warn!(
+                "{device}: vring {index} of size {size}: its requests in flight are not recorded, because the front-end's \
+                 inflight region is for {shape}"
+            );
+            return None;
+        }
+        let offset = usize::from(index) * ring_bytes(shape.queue_size);
+        Some(InflightTracker::new(Arc::clone(memory), offset, size))
     }
 }
 

@@ -7,7 +7,8 @@
 //!   another one plugged on the same character device; vhost-user-backend refuses it, and would keep the memory of the
 //!   first device.
 //! - It withholds protocol features that were not offered.
-//! - It refuses a front-end that does not share the guest's memory.
+//! - It refuses a front-end that does not share the guest's memory, more regions than it was told there is room for,
+//!   and regions whose addresses wrap; vhost-user-backend checks neither.
 //!
 //! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place
 //! among those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to
@@ -39,6 +40,9 @@ const SET_INFLIGHT_FD: u32 = FrontendReq::SET_INFLIGHT_FD as u32;
 
 /// The protocol feature that vhost-user-backend lacks.
 const INFLIGHT_SHMFD: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
+
+/// The number of memory regions that vhost-user-backend tells front-ends (GET_MAX_MEM_SLOTS), and does not check.
+const REGIONS_MAX: usize = 509;
 
 /// Bytes of a memory table's header (number of regions, padding), and of one region's description.
 const TABLE_HEADER_BYTES: usize = 8;
@@ -165,12 +169,15 @@ impl<'a> Relay<'a> {
             }
             SET_MEM_TABLE => {
                 sort_table(&mut message);
-                self.check_shared(&message)?;
+                self.check_regions(&message)?;
                 self.regions = message.files.len();
             }
             ADD_MEM_REG => {
-                self.check_shared(&message)?;
+                self.check_regions(&message)?;
                 self.regions += 1;
+                if self.regions > REGIONS_MAX {
+                    return Err(invalid(format!("more than {REGIONS_MAX} memory regions")));
+                }
             }
             REM_MEM_REG => self.regions = self.regions.saturating_sub(1),
             // QEMU sets up rings without sharing memory if no memory backend of its has a descriptor.
@@ -189,12 +196,16 @@ impl<'a> Relay<'a> {
         message.send(&self.backend_end)
     }
 
-    /// Refuses memory that the front-end has mapped privately. `message` is a memory table or a single region, which
-    /// have the same layout.
-    fn check_shared(&self, message: &Message) -> io::Result<()> {
+    /// Refuses memory that the front-end has mapped privately, and regions with an address that wraps. `message` is a
+    /// memory table or a single region, which have the same layout.
+    fn check_regions(&self, message: &Message) -> io::Result<()> {
         let regions = message.payload.get(TABLE_HEADER_BYTES..).unwrap_or_default().chunks_exact(REGION_BYTES);
         for (region, file) in regions.zip(&message.files) {
-            let address = u64::from_le_bytes(region[16..24].try_into().expect("eight bytes"));
+            let field = |at: usize| u64::from_le_bytes(region[at..at + 8].try_into().expect("eight bytes"));
+            let [guest_address, size, address, offset] = [0, 8, 16, 24].map(field);
+            if [guest_address, address, offset].iter().any(|start| start.checked_add(size).is_none()) {
+                return Err(invalid(format!("a memory region of {size:#x} bytes at {guest_address:#x} wraps")));
+            }
             if sharing::is_private(self.session.peer_pid, address, file) {
                 return Err(not_shared());
             }
@@ -242,6 +253,10 @@ impl<'a> Relay<'a> {
         });
         Ok(Some(NewOwner { set_owner, set_protocol_features }))
     }
+}
+
+fn invalid(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
 fn not_shared() -> io::Error {

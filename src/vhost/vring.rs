@@ -202,7 +202,7 @@ impl VringControl {
             kick,
             call_fd,
             memory: Arc::new(GuestRam::new(self.shared.memory.memory().into_inner())),
-            tracker: self.shared.session.inflight.of_ring(index, queue.size()),
+            tracker: self.shared.session.inflight.of_ring(&self.shared.session.device.name, index, queue.size()),
         };
         self.shared.session.on_ring_start(index, &setup);
         let worker = self.shared.session.workers.of_ring(index);

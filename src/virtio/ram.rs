@@ -5,7 +5,10 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileArrayRef, VolatileMemory,
+    VolatileSlice,
+};
 
 /// Guest memory, mapped as long as this lives.
 #[derive(Debug, Default)]
@@ -57,6 +60,19 @@ impl GuestRam {
         GuestMemoryBackend::get_slices(&*self.memory, addr, len).map(Result::ok)
     }
 
+    /// Whether the first `bytes` of each region read as zeros.
+    pub fn is_blank(&self, bytes: usize) -> bool {
+        self.regions.iter().all(|region| {
+            let words = region.bytes.min(bytes) / size_of::<u64>();
+            let slice = self.slice(region.first, words * size_of::<u64>());
+            slice.is_some_and(|slice| {
+                let words: VolatileArrayRef<'_, u64> =
+                    slice.get_array_ref(0, words).expect("the words are in the slice");
+                (0..words.len()).all(|index| words.load(index) == 0)
+            })
+        })
+    }
+
     /// Whether all of the `len` bytes at `addr` are in guest memory, in one region or several.
     pub fn contains(&self, addr: GuestAddress, len: usize) -> bool {
         self.memory.check_range(addr, len)
@@ -74,6 +90,8 @@ impl std::ops::Deref for GuestRam {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
     use crate::virtio::testing::{END, HIGH, HOLE, SEAM, ram};
 
@@ -91,5 +109,13 @@ mod tests {
             }
         }
         assert!(GuestRam::default().slice(GuestAddress(0), 1).is_none());
+    }
+
+    #[test]
+    fn memory_is_blank_until_the_guest_writes_to_its_start() {
+        let mem = ram();
+        assert!(mem.is_blank(usize::MAX) && mem.is_blank(0));
+        mem.write_obj(1u8, GuestAddress(HIGH + 4095)).unwrap();
+        assert!(mem.is_blank(4088) && !mem.is_blank(4096));
     }
 }

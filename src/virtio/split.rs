@@ -81,8 +81,8 @@ pub struct SplitQueue {
 }
 
 impl SplitQueue {
-    /// A queue that continues at `next`. `None` if its size is not a power of two, or a part is misaligned or not in
-    /// guest memory.
+    /// A queue that continues at `next`. `None` if its size is not a power of two, a part is misaligned or not in guest
+    /// memory, or two parts overlap.
     ///
     /// => Each ring must be in one region of guest memory, as for every device that looks it up once. The descriptor
     ///    table may cross regions: see [`DescriptorTable`](super::chain::DescriptorTable).
@@ -212,6 +212,19 @@ impl Rings {
         {
             return None;
         }
+        // Without their last words: a driver without EVENT_IDX does not use those.
+        let parts = [
+            (layout.desc_table, size * DESCRIPTOR_BYTES),
+            (layout.avail_ring, RING + size * HEAD_BYTES),
+            (layout.used_ring, RING + size * ELEMENT_BYTES),
+        ];
+        let ends_before = |(start, bytes): (u64, usize), other: u64| start.saturating_add(bytes as u64) <= other;
+        for (one, other) in [(0, 1), (0, 2), (1, 2)] {
+            let (one, other) = (parts[one], parts[other]);
+            if !ends_before(one, other.0) && !ends_before(other, one.0) {
+                return None;
+            }
+        }
         let avail = ring(layout.avail_ring, RING + size * HEAD_BYTES + EVENT_BYTES, AVAIL_ALIGNMENT)?;
         let used = ring(layout.used_ring, RING + size * ELEMENT_BYTES + EVENT_BYTES, USED_ALIGNMENT)?;
         Some(Self { avail, used, _memory: Arc::clone(memory) })
@@ -243,7 +256,8 @@ impl RingMemory {
         // (1) The guest itself accesses the word. It is another process.
         // (2) The guest names ring memory as the data buffer of a request: another worker may memcpy to or from the
         // word.
-        // (3) The guest places the rings so that they overlap: the word may be accessed as a part of a u32 as well.
+        // (3) The guest places the rings of two queues so that they overlap: the word may be accessed as a part of a
+        // u32 as well.
         // By the letter (2) and (3) are races. All of these accesses are plain loads and stores on every target, so the
         // word has some value, and no value of a word is trusted.
         unsafe { AtomicU16::from_ptr(self.word(offset)) }

@@ -182,6 +182,20 @@ fn the_reply_with_the_inflight_region_keeps_its_order() {
     assert_eq!(lengths, [8, 20, 8, 8], "features, region, features, number of queues");
 }
 
+/// The front-end creates the region for smaller queues than it sets up: nothing could be recorded.
+#[test]
+fn a_ring_that_is_larger_than_its_inflight_region_is_served_and_reported() {
+    let daemon = start();
+    let (mut session, region, file) = session_with_region(&daemon);
+    session.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
+    session.add_ring(QUEUE_SIZE * 2);
+    session.rings.swap(0, 1);
+    session.start_ring(0);
+    session.write(0, &pattern(1, 0, 512));
+    assert!(session.read(0, 512) == pattern(1, 0, 512));
+    assert_eq!(daemon.log().matches("its requests in flight are not recorded").count(), 1, "{}", daemon.log());
+}
+
 #[test]
 fn an_invalid_inflight_region_ends_only_its_session() {
     let mut daemon = start();

@@ -1,19 +1,21 @@
 //! Guest memory that changes while rings run, and invalid memory tables.
 
+use std::fs::File;
 use std::os::fd::RawFd;
 
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use crate::IMAGE_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
 use crate::common::guest_memory::{GuestMemory, HIGH_GUEST_ADDR, LOW_GUEST_ADDR, Region};
 use crate::common::raw_message::{self, FLAG_NEED_REPLY, Reply, number, vring_state};
-use crate::common::raw_ring::Segment;
+use crate::common::raw_ring::{Ring, Segment};
 use crate::common::request::{OK, Payload, Pending, STATUS_UNTOUCHED, assert_serves, pattern};
-use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::{ABSENCE, PATIENCE};
+use crate::common::session::{Session, SessionOptions, ring_addresses};
+use crate::common::wait::{ABSENCE, PATIENCE, poll_until};
 
 /// Size of each region in these tests.
 const REGION_BYTES: u64 = 8 << 20;
@@ -242,6 +244,71 @@ fn a_buffer_may_span_adjacent_regions() {
     }
 }
 
+/// The daemon's lines that say what to change.
+fn advice(daemon: &Daemon) -> usize {
+    daemon.log().matches("add share=on").count()
+}
+
+/// QEMU with share=off: what the guest writes would stay in QEMU.
+#[test]
+fn memory_that_is_mapped_privately_is_refused() {
+    let daemon = start();
+    let attempt = |flags| {
+        let session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+        let mut info = session.memory.region_infos()[0];
+        let file = File::open(format!("/proc/self/fd/{}", info.mmap_handle)).expect("a memfd can be opened again");
+        let len = info.memory_size as usize;
+        let mapping: MmapRegion =
+            MmapRegion::build(Some(FileOffset::new(file, info.mmap_offset)), len, libc::PROT_READ, flags)
+                .expect("a memfd can be mapped");
+        info.userspace_addr = mapping.get_slice(0, 1).expect("it is mapped").ptr_guard().as_ptr().addr() as u64;
+        session.frontend.set_mem_table(&[info]).is_ok()
+    };
+    assert!(attempt(libc::MAP_SHARED), "a shared mapping");
+    assert_eq!(advice(&daemon), 0);
+    for _ in 0..3 {
+        assert!(!attempt(libc::MAP_PRIVATE), "a private mapping");
+    }
+    poll_until("the log's advice", PATIENCE, || (advice(&daemon) == 1).then_some(()));
+    assert_serves(&daemon.socket(), 0);
+}
+
+/// Where the front-end's mappings cannot be seen (another PID namespace): a guest that kicks for nothing, in memory that
+/// nobody has written to.
+#[test]
+fn a_kick_in_blank_memory_is_reported_once() {
+    let daemon = start();
+    let reports = || daemon.log().matches("its memory reads as zeros").count();
+    let session = Session::open(&daemon.socket(), &SessionOptions::default());
+    for _ in 0..3 {
+        session.rings.iter().for_each(Ring::notify);
+        poll_until("the report", PATIENCE, || (reports() == 1).then_some(()));
+    }
+    drop(session);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.memory.write(LOW_GUEST_ADDR + 4096, &[1]);
+    session.rings[0].notify();
+    session.write(0, &pattern(1, 0, 512));
+    assert_eq!(reports(), 1, "a kick for nothing of a guest that runs: {}", daemon.log());
+}
+
+/// QEMU without a memory backend shares nothing, and sets up its rings all the same; with reconnect=1 every second.
+#[test]
+fn rings_without_memory_are_refused_with_advice_once() {
+    let daemon = start();
+    let connected = || daemon.log().matches("front-end connected").count();
+    for _ in 0..5 {
+        let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+        session.add_ring(128);
+        session.frontend.set_vring_num(0, 128).expect("SET_VRING_NUM");
+        let addresses = ring_addresses(&session.rings[0]);
+        session.frontend.set_vring_addr(0, &addresses).expect_err("the ring is in no memory");
+    }
+    assert_eq!((connected(), advice(&daemon)), (1, 1), "{}", daemon.log());
+    assert_serves(&daemon.socket(), 0);
+    assert_eq!((connected(), advice(&daemon)), (2, 1), "{}", daemon.log());
+}
+
 /// The body of a SET_MEM_TABLE that declares `declared` regions.
 fn table_body(declared: u32, regions: &[VhostUserMemoryRegionInfo]) -> Vec<u8> {
     let mut body = [declared.to_le_bytes(), [0; 4]].concat();
@@ -288,6 +355,10 @@ const REJECTED: &[(&str, Rejected)] = &[
         let info = VhostUserMemoryRegionInfo { memory_size: 0, ..s.memory.region_infos()[0] };
         (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
     }),
+    ("SET_MEM_TABLE of a region whose user address wraps", |s| {
+        let info = VhostUserMemoryRegionInfo { userspace_addr: u64::MAX - 4095, ..s.memory.region_infos()[0] };
+        (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
+    }),
     ("ADD_MEM_REG of an existing region", |s| {
         let info = s.memory.region_infos()[0];
         (number::ADD_MEM_REG, region_body(&info), vec![info.mmap_handle])
@@ -295,6 +366,28 @@ const REJECTED: &[(&str, Rejected)] = &[
     ("SET_FEATURES of every bit", |_| (number::SET_FEATURES, u64::MAX.to_le_bytes().to_vec(), vec![])),
     ("a message that does not exist", |_| (200, vec![0; 8], vec![])),
 ];
+
+/// GET_MAX_MEM_SLOTS says how many regions there may be.
+#[test]
+fn there_are_no_more_memory_regions_than_slots() {
+    let daemon = start();
+    let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+    let slots = session.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS");
+    let whole = session.memory.region_infos()[0];
+    let add = |session: &mut Session, nth: u64| {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: nth << 20,
+            userspace_addr: (nth + 1) << 20,
+            memory_size: 4096,
+            ..whole
+        };
+        session.frontend.add_mem_region(&region)
+    };
+    for nth in 0..slots {
+        add(&mut session, nth).expect("ADD_MEM_REG");
+    }
+    add(&mut session, slots).expect_err("one region more than there are slots");
+}
 
 /// T19. With REPLY_ACK, zero means success. To reject a message, the daemon replies with another value, or closes the
 /// connection; it must not crash.

@@ -157,6 +157,8 @@ fn a_queue_that_is_misaligned_or_outside_guest_memory_is_refused() {
     assert!(is_found(&|l| l.desc_table = SEAM - 64 * 8), "a table may cross regions");
     assert!(!is_found(&|l| l.desc_table = HOLE - 64 * 8), "half of the table is unmapped");
     assert!(!is_found(&|l| l.avail_ring = HOLE));
+    assert!(!is_found(&|l| l.avail_ring = l.used_ring + 4), "the rings overlap");
+    assert!(!is_found(&|l| l.used_ring = l.desc_table + 64 * 16 - 4), "a ring overlaps the table");
     assert!(!is_found(&|l| l.desc_table = END - 16));
     assert!(!is_found(&|l| l.desc_table = u64::MAX - 15), "the addresses wrap");
     assert!(!is_found(&|l| l.avail_ring = SEAM - 8), "a ring may not cross regions");

@@ -5,7 +5,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -420,6 +420,36 @@ fn an_inherited_descriptor_that_is_not_a_listening_unix_socket_is_refused() {
     closed.args(["--fd", "100", "--blk-file"]).arg(&image);
     run_to_end(&mut closed).assert_refused(1, &["descriptor 100 is not a listening Unix domain socket"]);
     fixture.assert_undamaged();
+}
+
+/// From the first moment at which the socket exists, and with every umask.
+#[test]
+fn the_socket_has_the_configured_rights_whatever_the_umask() {
+    for umask in ["0000", "0022", "0177"] {
+        for (keys, mode) in [("", 0o600), ("socket_mode = \"0666\"", 0o666), ("socket_mode = \"0660\"", 0o660)] {
+            let fixture = Fixture::new();
+            let socket = fixture.path("disk0.sock");
+            let keys = format!("{keys}\ncache.size = \"4M\"\ncache.survive = \"never\"");
+            let table = fixture.table("disk0", "image", &keys);
+            fs::write(fixture.path("genblk.toml"), table).expect("a file can be written");
+            let mut command = Command::new("sh");
+            command.arg("-c").arg(format!("umask {umask}; exec \"$0\" --config \"$1\""));
+            command.arg(server_binary()).arg(fixture.path("genblk.toml"));
+            let watched = socket.clone();
+            let watcher = std::thread::spawn(move || {
+                poll_until("the socket", PATIENCE, || fs::symlink_metadata(&watched).ok()).mode() & 0o7777
+            });
+            let mut daemon = Daemon::launch(fixture.directory, command, vec![socket.clone()]);
+            let first_seen = watcher.join().expect("the socket appears");
+            assert_eq!(first_seen & !mode, 0, "umask {umask}: {first_seen:o} at first");
+            assert_eq!(fs::symlink_metadata(&socket).expect("it exists").mode() & 0o7777, mode, "umask {umask}");
+            assert_serves(&socket, 0);
+            daemon.stop();
+        }
+    }
+    let fixture = Fixture::new();
+    let text = fixture.table("disk0", "image", "socket_group = \"no-such-group-of-genblk\"");
+    fixture.serve_config(&text, &[]).assert_refused(1, &["socket_group", "there is no such group"]);
 }
 
 #[test]

@@ -102,8 +102,8 @@ impl Inflight {
         let InflightRegion { memory, shape } = slot.as_ref()?;
         if index >= shape.queues || size > shape.queue_size {
             warn!(
-                "{device}: vring {index} of size {size}: its requests in flight are not recorded, because the front-end's \
-                 inflight region is for {shape}"
+                "{device}: vring {index} of size {size}: its requests in flight are not recorded, because the \
+                 front-end's inflight region is for {shape}"
             );
             return None;
         }

@@ -29,7 +29,7 @@ fn command(monitor: &Path, line: &str) {
 /// The second device begins anew on the connection of the first (a second SET_OWNER).
 #[test]
 fn a_disk_can_be_unplugged_and_plugged_again() {
-    const PORT: &str = "pcie-root-port,id=port,chassis=1";
+    const SLOT: &str = "pcie-root-port,id=rp0,chassis=1";
     let _slot = guest_slot();
     let boot = Boot::get();
     let scratch = Scratch::new("replug");
@@ -38,9 +38,9 @@ fn a_disk_can_be_unplugged_and_plugged_again() {
     image::create(&disk, 8 * MIB);
 
     let server = Server::start(&socket, &disk, &[]);
-    let machine = Machine { disk: PORT, monitor: Some(monitor.clone()), ..Machine::default() };
+    let machine = Machine { disk: SLOT, monitor: Some(monitor.clone()), ..Machine::default() };
     let mut vm = Vm::qemu_with(boot, &machine, &socket, "replug", &seed);
-    let plug = "device_add vhost-user-blk-pci,chardev=blk,num-queues=2,bus=port,id=disk";
+    let plug = "device_add vhost-user-blk-pci,chardev=blk,num-queues=2,bus=rp0,id=disk";
     command(&monitor, plug);
     vm.wait_for("written one");
     command(&monitor, "device_del disk");

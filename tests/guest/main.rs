@@ -11,6 +11,7 @@
 mod front_ends;
 mod host;
 mod image;
+mod libvirt;
 mod power_cut;
 #[path = "../common/prng.rs"]
 #[allow(dead_code, reason = "shared with the other tests, which use more of it")]

@@ -1,5 +1,6 @@
 //! The daemon under test as a process.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -21,19 +22,27 @@ impl Server {
     /// Starts the daemon on `image` and returns when it listens on `socket`. `GENBLK_BIN` may name another program with
     /// the same options.
     pub fn start(socket: &Path, image: &Path, options: &[&str]) -> Self {
+        let mut arguments: Vec<OsString> = vec!["--socket-path".into(), socket.into()];
+        arguments.extend(["--blk-file".into(), image.into(), "--memory-dir".into(), memory_of(socket).into()]);
+        arguments.extend(options.iter().map(OsString::from));
+        if !options.contains(&"--num-queues") {
+            arguments.extend(["--num-queues", "2"].map(OsString::from));
+        }
+        Self::start_with(socket, image, &arguments)
+    }
+
+    /// As [`Server::start`], with a configuration file that names the same socket and image.
+    pub fn start_from(config: &Path, socket: &Path, image: &Path) -> Self {
+        Self::start_with(socket, image, &["--config".into(), config.into()])
+    }
+
+    fn start_with(socket: &Path, image: &Path, arguments: &[OsString]) -> Self {
         let program = std::env::var_os("GENBLK_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_genblk").into());
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join(program);
         let log = image.with_extension("log");
         let out = File::options().create(true).append(true).open(&log).unwrap();
         let child = Command::new(&program)
-            .arg("--socket-path")
-            .arg(socket)
-            .arg("--blk-file")
-            .arg(image)
-            .args(if options.contains(&"--num-queues") { &[][..] } else { &["--num-queues", "2"] })
-            .arg("--memory-dir")
-            .arg(memory_of(socket))
-            .args(options)
+            .args(arguments)
             .stdin(Stdio::null())
             .stdout(out.try_clone().unwrap())
             .stderr(out)

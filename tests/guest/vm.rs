@@ -13,7 +13,7 @@ use crate::host::{Boot, tool};
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The guest's messages to the test start with this.
-const MARK: &str = "GENBLK-GUEST: ";
+pub const MARK: &str = "GENBLK-GUEST: ";
 
 #[derive(Debug)]
 pub struct Vm {
@@ -183,7 +183,7 @@ fn forward(mut from: impl BufRead, to: &Sender<String>) {
     }
 }
 
-fn command_line(job: &str, seed: &str) -> String {
+pub fn command_line(job: &str, seed: &str) -> String {
     // The kernel's tests of its cryptography prove nothing here, and one of them has been seen to hang under TCG.
     let options = "console=ttyS0 quiet panic=-1 cryptomgr.notests random.trust_cpu=on";
     format!("{options} genblk.job={job} genblk.seed={seed}")

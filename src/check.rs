@@ -17,6 +17,7 @@ use crate::store::file;
 use crate::sys::dir::may_create_in;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
+use crate::vhost::SocketAccess;
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -59,6 +60,7 @@ pub fn check(source: &str, config: &Config) -> Result<String> {
         if findings.note(name, socket) == Some(Use::InUse) {
             findings.notes.push(format!("{name}: a process listens on {}; it must end first", device.socket));
         }
+        findings.note(name, SocketAccess::new(device.socket_mode, &device.socket_group));
         findings.note(name, check_memory_dir(device));
         if let MemoryDir::Path(memory_dir) = &device.cache.memory_dir {
             findings.note(name, recover::check_folder(memory_dir));

@@ -449,7 +449,9 @@ fn the_socket_has_the_configured_rights_whatever_the_umask() {
     }
     let fixture = Fixture::new();
     let text = fixture.table("disk0", "image", "socket_group = \"no-such-group-of-genblk\"");
-    fixture.serve_config(&text, &[]).assert_refused(1, &["socket_group", "there is no such group"]);
+    for options in [&["--check"][..], &[]] {
+        fixture.serve_config(&text, options).assert_refused(1, &["socket_group", "there is no such group"]);
+    }
 }
 
 #[test]

@@ -27,7 +27,7 @@ use tree::{Source, files, read, root, sources, sources_of_src};
 const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("main", &["check", "cli", "config", "daemon", "error", "logging", "recover"]),
     ("lib", &[]),
-    ("check", &["recover", "store", "arena", "systemd", "sys", "config", "error", "units"]),
+    ("check", &["recover", "vhost", "store", "arena", "systemd", "sys", "config", "error", "units"]),
     ("cli", &["config", "error", "units"]),
     ("config", &["error", "units"]),
     ("logging", &["sys"]),

@@ -210,7 +210,7 @@ impl PageCache {
                 for id in pages {
                     // The slot may be free by now, or have another page.
                     if self.pages[id].is(UNSYNCED[old]) {
-                        self.pages.change(id, |page| page.clear(UNSYNCED[old]));
+                        self.page_synced(id, old);
                     }
                 }
             }
@@ -219,6 +219,22 @@ impl PageCache {
                 self.doubt_unsynced();
                 self.sync_failed(fault);
             }
+        }
+    }
+
+    /// A Sync covers the page. What a range operation is changing on the store meanwhile must not be called clean.
+    fn page_synced(&mut self, id: PageId, old: usize) {
+        let no = self.pages[id].no();
+        let (changing, beyond) = (self.ranges.changing(no), self.pages.beyond_image(no));
+        let is_empty = self.pages.change(id, |page| {
+            page.clear(UNSYNCED[old]);
+            if !page.is_unsynced() {
+                page.valid = page.valid.without(changing.without(page.dirty));
+            }
+            page.dirty.is_empty() && page.valid.without(beyond).is_empty()
+        });
+        if is_empty {
+            self.remove_page(id);
         }
     }
 

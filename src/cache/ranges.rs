@@ -62,6 +62,12 @@ impl Ranges {
         self.list.iter().any(|range| range.ticket.is_none())
     }
 
+    /// The sectors of a page that the store may be changing for a guest.
+    pub fn changing(&self, no: PageNo) -> SectorMask {
+        let started = self.list.iter().filter(|range| range.started && range.ticket.is_some());
+        started.fold(SectorMask::NONE, |mask, range| mask.or(range.span.sectors_in(no)))
+    }
+
     /// Number of range operations that hold a slot for their zero, for the check of the invariants.
     pub fn with_zero_slot(&self) -> usize {
         self.list.iter().filter(|range| range.zero_slot.is_some()).count()

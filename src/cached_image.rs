@@ -9,12 +9,12 @@
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::{Level, error, info, log, warn};
 
-use crate::arena::{Arena, Populator, ZERO_SLOTS};
+use crate::arena::{Arena, Populator, RestPoint, ZERO_SLOTS};
 use crate::cache::{
     FrameMemory, Health, HealthEvent, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket,
 };
@@ -22,6 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::format::{self, Format};
 use crate::store::{Backing, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
+use crate::tenure::record::CachePlace;
 use crate::units::{
     Fault, FrameId, FrameRecord, OpKind, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask,
     SectorSpan, Tick, counted, low_u8,
@@ -149,6 +150,8 @@ impl CachedImage {
         *watch = FileWatch::Lost;
         let consequence = match replaced {
             Ok(()) => String::new(),
+            // The image's record can still tell the next daemon.
+            Err(_) if self.backing.lose_cache().is_ok_and(|is_recorded| is_recorded) => String::new(),
             Err(e) => format!(", and the next daemon would not notice a loss of completed writes ({e})"),
         };
         error!(
@@ -161,6 +164,31 @@ impl CachedImage {
     /// Microseconds since the image was opened.
     pub fn now(&self) -> Tick {
         Tick(u64::try_from(self.opened.elapsed().as_micros()).expect("584 000 years"))
+    }
+
+    /// Records the image's change token at a moment without changes in flight.
+    fn note_rest(&self, rest: RestPoint) {
+        if let Some(token) = self.backing.change_token() {
+            self.arena.record_token(rest, token);
+        }
+    }
+
+    /// Ends the tenure if everything is on the image, and records the image's change token for the next daemon.
+    ///
+    /// => The record comes first: a cache file that is removed must not be missed by the next daemon.
+    fn end_tenure(&mut self) {
+        let cache = self.cache.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let at_rest = cache.changes_in_flight() == 0;
+        // The ledger says more than the cache: it calls clean what an earlier daemon has synced.
+        let is_written =
+            if self.arena.place() == CachePlace::Memory { cache.is_stable() } else { !self.arena.holds_unwritten() };
+        if is_written && let Err(e) = self.backing.end_tenure() {
+            warn!("{}: cannot record at the image that everything is on it ({e}); its cache stays", self.name);
+            self.arena.keep_on_drop(true);
+        }
+        if at_rest && let Some(token) = self.backing.change_token() {
+            self.arena.record_token_now(token);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, PageCache> {
@@ -244,6 +272,12 @@ impl CachedImage {
     }
 }
 
+impl Drop for CachedImage {
+    fn drop(&mut self) {
+        self.end_tenure();
+    }
+}
+
 /// One worker's access to a cached image.
 #[derive(Debug)]
 pub struct WorkerPort {
@@ -316,6 +350,9 @@ impl WorkerPort {
     pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
         let Self { image, worker, events, notices, .. } = self;
         let mut cache = image.lock();
+        if !events.is_empty() {
+            image.arena.end_changes();
+        }
         for event in events.drain(..) {
             // While the store is known to fail, every retry of a page would otherwise be a log line.
             let level = if cache.health() == Health::Healthy { Level::Warn } else { Level::Debug };
@@ -326,10 +363,14 @@ impl WorkerPort {
         let recipients = image.route_notices(*worker, notices);
         let result = act(&mut cache, notices);
         let awaited = take_ops(&mut cache, image, &mut self.backlog);
+        let rest = if cache.changes_in_flight() == 0 { image.arena.rest_point() } else { None };
         drop(cache);
         wake(&image.name, &recipients);
         if awaited {
             self.submit();
+        }
+        if let Some(rest) = rest {
+            self.image.note_rest(rest);
         }
         result
     }
@@ -401,6 +442,9 @@ fn take_ops(cache: &mut PageCache, image: &CachedImage, backlog: &mut VecDeque<I
     let mut awaited = false;
     cache.take_ops(|op| {
         awaited |= op.demand;
+        if op.kind.is_change() {
+            image.arena.begin_change(op.span.count * SECTOR_BYTES);
+        }
         if let Some(format) = format_written(&image.arena, &op, image.limits().size_bytes / SECTOR_BYTES) {
             image.backing.note_guest_format(format);
         }

@@ -61,6 +61,8 @@ pub enum Action {
         /// Whether to do it without asking.
         force: bool,
     },
+    /// Serve this image as it is from now on, without the caches below this directory.
+    TakeOver(PathBuf, PathBuf),
 }
 
 /// Commands other than serving.
@@ -88,6 +90,14 @@ pub enum ClientCommand {
         #[arg(value_parser = directory())]
         memory_dir: PathBuf,
     },
+    /// Give up the completed writes that a cache may hold, so that IMAGE can be served as it is
+    TakeOver {
+        /// The image: its caches are set aside, and another host loses its claim to it
+        image: PathBuf,
+        /// Directory to search for its caches
+        #[arg(long, value_name = "DIR", default_value = "/dev/shm", value_parser = directory())]
+        memory_dir: PathBuf,
+    },
 }
 
 /// A directory with cache files; systemd's file descriptor store is not one.
@@ -100,7 +110,12 @@ fn directory() -> impl TypedValueParser<Value = PathBuf> {
 
 impl ClientCommand {
     fn action(self) -> Action {
-        let Self::Recover { cache, image, discard, force, prune, memory_dir } = self;
+        let (cache, image, discard, force, prune, memory_dir) = match self {
+            Self::Recover { cache, image, discard, force, prune, memory_dir } => {
+                (cache, image, discard, force, prune, memory_dir)
+            }
+            Self::TakeOver { image, memory_dir } => return Action::TakeOver(image, memory_dir),
+        };
         match cache {
             None if prune => Action::Prune(memory_dir),
             None => Action::ListCaches(memory_dir),

@@ -62,6 +62,12 @@ pub enum PlantedBug {
     NoticeDropped,
     /// A ring counts as drained while requests are in flight.
     DrainEndsEarly,
+    /// A cache of an earlier tenure counts as one of the image's last tenure.
+    GenerationNotCompared,
+    /// Whatever the host tells about changes of the image counts as changes by the last daemon.
+    TokenNotCompared,
+    /// Clean pages are not compared with the image.
+    SampleSkipped,
 }
 
 /// A point before a store to memory that outlives the daemon: in tests the daemon may die here.

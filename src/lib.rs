@@ -29,8 +29,9 @@
 //! 4. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
 //! 5. [`systemd`]: notifies the service manager, and keeps memory with it.
 //!
-//! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart.
-//! `sim`, for tests, runs the cache, and the whole daemon, in a simulated world; `fault_injection` lets it interfere.
+//! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart,
+//! and [`tenure`] who held an image for writing last. `sim`, for tests, runs the cache, and the whole daemon, in a
+//! simulated world; `fault_injection` lets it interfere.
 
 pub mod arena;
 pub mod cache;
@@ -56,6 +57,7 @@ mod sim;
 pub mod store;
 pub(crate) mod sys;
 pub mod systemd;
+pub mod tenure;
 pub mod units;
 pub mod vhost;
 pub mod virtio;

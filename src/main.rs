@@ -37,6 +37,7 @@ fn run(action: Action) -> Result<()> {
         Action::Check { source, config } => print(&check::check(&source, &config)?),
         Action::Serve(config) => return daemon::run(&config, Strictness::ServeTheOthers),
         Action::ServeAll(config) => return daemon::run(&config, Strictness::AllOrNone),
+        Action::TakeOver(image, memory_dir) => print(&recover::take_over(&image, &memory_dir)?),
     }
     Ok(())
 }

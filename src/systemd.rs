@@ -135,6 +135,23 @@ impl ServiceManager {
         found.file.insert(file).try_clone().map(Some)
     }
 
+    /// A file with this name that an earlier daemon put into the fd store, for reading; it can still be taken. `None`
+    /// if there is none.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub fn fdstore_peek(&self, name: &str) -> io::Result<Option<File>> {
+        let passed = self.passed();
+        let Some(found) = passed.iter().find(|passed| passed.name == name) else { return Ok(None) };
+        let fd = found.file.as_ref().map_or(found.fd, AsRawFd::as_raw_fd);
+        File::open(format!("/proc/self/fd/{fd}")).map(Some)
+    }
+
+    /// Names of the passed descriptors, taken or not.
+    pub fn fdstore_names(&self) -> Vec<String> {
+        self.passed().iter().map(|passed| passed.name.clone()).collect()
+    }
+
     /// Names of the passed descriptors that have not been taken, without those in `used`, which the configuration
     /// names.
     pub fn fdstore_unclaimed(&self, used: &[RawFd]) -> Vec<String> {

@@ -351,6 +351,13 @@ pub enum OpKind {
     Allocate,
 }
 
+impl OpKind {
+    /// Whether the operation changes the image or its attributes.
+    pub fn is_change(self) -> bool {
+        matches!(self, Self::Write | Self::Zero { .. } | Self::Discard | Self::Allocate)
+    }
+}
+
 /// What a frame holds, as recorded beside its memory for a later daemon that restores the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameRecord {

@@ -2,10 +2,10 @@
 //! record and each range to be zeroed as it was before the step or after it, and what the file records of the guest.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use super::*;
 use crate::image_id::ImageId;
@@ -13,8 +13,11 @@ use crate::shared_memory::FileChange;
 use crate::shared_memory::trace::{Event, FileId, crash_states, file_id, record};
 use crate::units::PageNo;
 
+const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3 };
 /// Of the largest image: its pages have all numbers that a record can hold, but one.
-const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: (1 << 52) - (1 << 12) };
+const SIZE_BYTES: u64 = (1 << 52) - (1 << 12);
+const TENURE: TenureFacts =
+    TenureFacts { id: TenureId { generation: 7, id: 1 << 100 | 1 }, since: 9, is_recorded: false, is_set_aside: false };
 const LOST: GuestState = GuestState { data: GuestData::Lost, write_through: false };
 const WRITE_THROUGH: GuestState = GuestState { data: GuestData::Intact, write_through: true };
 const BOTH: GuestState = GuestState { data: GuestData::Lost, write_through: true };
@@ -39,11 +42,15 @@ impl Directory {
     }
 
     fn file(&self) -> ArenaFile {
-        ArenaFile::open_for(&self.0, &IDENTITY, Duration::ZERO).unwrap()
+        let directory = ArenaFile::dir(&self.0);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).unwrap();
+        let path = directory.join(IDENTITY.file_name(SIZE_BYTES, 0));
+        fs::OpenOptions::new().create(true).append(true).open(&path).unwrap();
+        ArenaFile::open_existing(&path, Whose::Own).unwrap()
     }
 
     fn bytes(&self) -> Vec<u8> {
-        fs::read(ArenaFile::dir(&self.0).join(IDENTITY.file_name())).unwrap_or_default()
+        fs::read(ArenaFile::dir(&self.0).join(IDENTITY.file_name(SIZE_BYTES, 0))).unwrap_or_default()
     }
 }
 
@@ -54,7 +61,13 @@ impl Drop for Directory {
 }
 
 fn spec(frames: usize, guest: GuestState) -> ArenaSpec<'static> {
-    ArenaSpec { frames, identity: IDENTITY, image: Path::new("/image"), guest }
+    static IMAGE: LazyLock<ImageFacts> = LazyLock::new(|| ImageFacts {
+        identity: IDENTITY,
+        size_bytes: SIZE_BYTES,
+        path: "/image".into(),
+        alias: "dm:uuid".to_owned(),
+    });
+    ArenaSpec { frames, image: &IMAGE, tenure: TENURE, guest }
 }
 
 /// What a daemon finds in a file.
@@ -77,7 +90,7 @@ impl Found {
     fn in_bytes(bytes: &[u8]) -> Result<Self> {
         let file = Directory::new(bytes).file();
         let Some(header) = file.header()? else { return Ok(Self::Nothing) };
-        assert_eq!((header.identity, header.boot), (IDENTITY, ledger::boot_id()));
+        assert_eq!((header.image.identity, header.boot), (IDENTITY, ledger::boot_id()));
         if header.frames == 0 {
             return Ok(Self::Marker(header.guest));
         }

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::ledger::{HEADER_BYTES, Header, boot_id, field};
+use super::ledger::{HEADER_BYTES, Header, ImageFacts, boot_id, field};
 use super::mapping::{self, MEMFD_NAME, Mapping};
-use super::survey::Survey;
+use super::survey::{self, Survey};
 use super::trust::{Entry, TrustedDir, Whose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -19,9 +19,17 @@ use crate::sys::dir::Access;
 use crate::sys::memfd;
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
+use crate::tenure::record::CachePlace;
 
 /// How long to wait before the next attempt to lock a file that another process has locked.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// Name of root's directory of arenas.
+const DIRECTORY: &str = "genblk";
+/// Prefix of the names of other users' directories of arenas.
+const DIRECTORY_OF_USER: &str = "genblk-";
+/// Most names that are tried for a new file: as many caches of one image, less one, may have been left.
+const NAMES_MAX: u32 = 64;
 
 /// Prefix of an arena's name in the service manager's fd store.
 const FDSTORE_PREFIX: &str = "genblk-cache-";
@@ -70,49 +78,124 @@ impl ArenaFile {
     /// The directory of this user's arenas below `memory_dir`.
     pub fn dir(memory_dir: &Path) -> PathBuf {
         match effective_uid() {
-            0 => memory_dir.join("genblk"),
-            user => memory_dir.join(format!("genblk-{user}")),
+            0 => memory_dir.join(DIRECTORY),
+            user => memory_dir.join(format!("{DIRECTORY_OF_USER}{user}")),
         }
     }
 
-    /// Opens and locks the file of an image, in this user's directory below `memory_dir`; creates both if needed.
+    /// Creates and locks a file for a new cache of an image, in this user's directory below `memory_dir`; creates that,
+    /// too, if needed.
+    ///
+    /// => Other files stay as they are: the caller has looked for caches of the image before. A file that holds nothing
+    ///    is used again.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the file cannot be created; [`ErrorKind::Ledger`] when another user could have made
-    /// or can change it; [`ErrorKind::Locked`] when another process holds its lock for longer than `patience`.
-    pub fn open_for(memory_dir: &Path, identity: &ImageId, patience: Duration) -> Result<Self> {
+    /// or can change it.
+    pub fn create_for(memory_dir: &Path, image: &ImageFacts) -> Result<Self> {
         let directory = Self::dir(memory_dir);
         make_dir(&directory)?;
-        Self::open(&directory.join(identity.file_name()), Access::Create, Whose::Own, patience)
-    }
-
-    /// As [`ArenaFile::open_for`], but creates nothing: `None` if there is no file.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Memory`] when the file cannot be opened, or it is unknown whether there is one;
-    /// [`ErrorKind::Ledger`] and [`ErrorKind::Locked`] as [`ArenaFile::open_for`].
-    pub fn find_for(memory_dir: &Path, identity: &ImageId, patience: Duration) -> Result<Option<Self>> {
-        let path = Self::dir(memory_dir).join(identity.file_name());
-        match fs::symlink_metadata(&path) {
-            Ok(_) => Self::open(&path, Access::ReadWrite, Whose::Own, patience).map(Some),
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
-            Err(e) => Err(Error::io(ErrorKind::Memory, format!("cannot open {}", path.display()), e)),
+        let mut last = None;
+        for serial in 0..NAMES_MAX {
+            let path = directory.join(image.identity.file_name(image.size_bytes, serial));
+            match Self::open(&path, Access::Create, Whose::Own, Duration::ZERO) {
+                Ok(file) if matches!(file.header(), Ok(None)) => return Ok(file),
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Locked => last = Some(e),
+                Err(e) => return Err(e),
+            }
         }
+        let context = format!("cannot keep the cache in {}: its names are all taken", directory.display());
+        Err(last.unwrap_or_else(|| Error::new(ErrorKind::Memory, context)))
     }
 
     /// Opens and locks an existing file.
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] when the file is not named as an arena is. Such a file must stay as it is: a disk image
-    /// that begins with zeros, for example, looks like an empty arena. Otherwise as [`ArenaFile::open_for`], without
-    /// waiting.
+    /// that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`] when another process holds
+    /// its lock. Otherwise as [`ArenaFile::create_for`].
     pub fn open_existing(path: &Path, whose: Whose) -> Result<Self> {
+        Self::open_within(path, whose, Duration::ZERO)
+    }
+
+    /// As [`ArenaFile::open_existing`], and waits at most `patience` for another process to release its lock.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::open_existing`].
+    pub fn open_within(path: &Path, whose: Whose, patience: Duration) -> Result<Self> {
         let shown = path.display();
         fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
         if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
             return Err(Error::new(ErrorKind::Ledger, format!("not a genblk cache file: {shown}")));
         }
-        Self::open(path, Access::ReadWrite, whose, Duration::ZERO)
+        Self::open(path, Access::ReadWrite, whose, patience)
+    }
+
+    /// The header of a file, which another process may use at the same time; `None` if it has none, or is not named as
+    /// an arena is.
+    ///
+    /// => The header may be one of an earlier boot.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::open_existing`], and [`ErrorKind::Ledger`] for an unknown layout.
+    pub fn peek(path: &Path, whose: Whose) -> Result<Option<Header>> {
+        if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
+            return Ok(None);
+        }
+        let (directory, name) = split(path)?;
+        let file = TrustedDir::open(directory, whose)?.open_file(name, Access::Read, path)?;
+        survey::header_of(&file, path)
+    }
+
+    /// The header of an entry of the service manager's fd store, which stays there; otherwise as [`ArenaFile::peek`].
+    ///
+    /// # Errors
+    /// As [`ArenaFile::peek`].
+    pub fn peek_in_fdstore(manager: &ServiceManager, name: &str) -> Result<Option<Header>> {
+        if !name.starts_with(FDSTORE_PREFIX) {
+            return Ok(None);
+        }
+        let shown = format!("fd-store entry {name}");
+        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {shown}"), e);
+        match manager.fdstore_peek(name).map_err(failed)? {
+            Some(file) => survey::header_of(&file, Path::new(&shown)),
+            None => Ok(None),
+        }
+    }
+
+    /// The directories of arenas below `memory_dir`, of all users.
+    pub fn dirs(memory_dir: &Path) -> Vec<PathBuf> {
+        let is_ours = |name: &OsStr| name == DIRECTORY || name.to_string_lossy().starts_with(DIRECTORY_OF_USER);
+        let entries = fs::read_dir(memory_dir).into_iter().flatten().flatten();
+        let named = entries.filter(|entry| is_ours(&entry.file_name()));
+        named.map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()).collect()
+    }
+
+    /// Where a record of a tenure finds the file.
+    pub fn place(&self) -> CachePlace {
+        match &self.location {
+            Location::Path(path) => CachePlace::Path(path.canonicalize().unwrap_or_else(|_| path.clone())),
+            Location::FdStore { name, .. } => CachePlace::FdStore(name.clone()),
+        }
+    }
+
+    /// Whether the file is in this user's directory below `memory_dir`.
+    pub fn is_in(&self, memory_dir: &Path) -> bool {
+        let directory = Self::dir(memory_dir);
+        let directory = directory.canonicalize().unwrap_or(directory);
+        matches!(self.place(), CachePlace::Path(path) if path.parent() == Some(&directory))
+    }
+
+    /// Makes the file one that no daemon uses: its pages stay for the operator.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the file cannot be mapped.
+    pub fn set_aside(&self) -> Result<()> {
+        let mapping = Mapping::new(&self.file, HEADER_BYTES)
+            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot change {self}"), e))?;
+        mapping.store(field::IS_SET_ASIDE, 1);
+        Ok(())
     }
 
     /// Checks that no other user could have put a file into a directory.
@@ -166,7 +249,7 @@ impl ArenaFile {
     /// A new, empty file in the place of one whose name was removed.
     ///
     /// # Errors
-    /// As [`ArenaFile::open_for`], without waiting; [`ErrorKind::Ledger`] when the name leads to another file.
+    /// As [`ArenaFile::create_for`], without waiting; [`ErrorKind::Ledger`] when the name leads to another file.
     pub(super) fn recreate(&self) -> Result<Self> {
         let Location::Path(path) = &self.location else {
             return Err(Error::new(ErrorKind::Memory, format!("cannot replace {self}")));
@@ -207,8 +290,8 @@ impl ArenaFile {
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the service manager does not keep it.
-    pub fn create_in_fdstore(manager: &Arc<ServiceManager>, identity: &ImageId) -> Result<Self> {
-        let name = fdstore_name(identity);
+    pub fn create_in_fdstore(manager: &Arc<ServiceManager>, image: &ImageFacts) -> Result<Self> {
+        let name = fdstore_name(manager, image);
         let create = || {
             let file = memfd::create(MEMFD_NAME)?;
             manager.fdstore_push(&name, &file)?;
@@ -217,19 +300,6 @@ impl ArenaFile {
         let file =
             create().map_err(|e| Error::io(ErrorKind::Memory, "cannot keep the cache in systemd's fd store", e))?;
         Ok(Self { file, location: Location::FdStore { manager: Arc::clone(manager), name }, entry: None })
-    }
-
-    /// Takes what the previous daemon left for an image in the service manager's fd store; `None` if that is nothing.
-    ///
-    /// # Errors
-    /// As [`ArenaFile::header`].
-    pub fn take_from_fdstore(manager: &Arc<ServiceManager>, identity: &ImageId) -> Result<Option<Self>> {
-        Self::take_named_from_fdstore(manager, &fdstore_name(identity))
-    }
-
-    /// Whether an earlier daemon has left something for an image in the service manager's fd store.
-    pub fn is_named_in_fdstore(manager: &ServiceManager, identity: &ImageId) -> bool {
-        manager.fdstore_unclaimed(&[]).contains(&fdstore_name(identity))
     }
 
     /// Takes an arena's entry of the service manager's fd store by its name; `None` if there is none, if it is empty,
@@ -367,8 +437,12 @@ fn is_at(file: &File, path: &Path) -> bool {
 }
 
 /// The name of an image's arena in the fd store. sd_notify(3) allows 255 characters and no colon.
-fn fdstore_name(identity: &ImageId) -> String {
-    format!("{FDSTORE_PREFIX}{}", identity.file_name())
+///
+/// => It differs from the names that the service manager passed: an entry of that name would be removed with this one.
+fn fdstore_name(manager: &ServiceManager, image: &ImageFacts) -> String {
+    let passed = manager.fdstore_names();
+    let name = |serial| format!("{FDSTORE_PREFIX}{}", image.identity.file_name(image.size_bytes, serial));
+    (0..NAMES_MAX).map(name).find(|name| !passed.contains(name)).unwrap_or_else(|| name(NAMES_MAX))
 }
 
 /// The directory and the name of a file.

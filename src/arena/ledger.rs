@@ -12,20 +12,27 @@
 //! | next | the frames |
 //!
 //! A loss marker (of a cache that does not survive its daemon) is a header alone.
+//!
+//! Layout 3 adds to the header the tenure and what the daemon last knew of its image ([`LastSeen`]): the image is no
+//! longer identified by its size, so that a grown image keeps its cache.
 
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
+use crate::tenure::TenureId;
+use crate::tenure::token::{ChangeToken, LastSeen};
 use crate::units::{FrameRecord, PAGE_SIZE, PageNo, SectorMask};
 
 /// The first eight bytes of a finished header.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
 /// Version of the layout. This genblk reads this version and older ones; it refuses newer ones.
-const LAYOUT: u64 = 2;
+const LAYOUT: u64 = 3;
+/// The first layout whose header names a tenure.
+const FIRST_WITH_TENURES: u64 = 3;
 /// Bytes of the header.
 pub(super) const HEADER_BYTES: usize = PAGE_SIZE;
 /// Bytes of a frame's record.
@@ -45,7 +52,7 @@ pub(super) mod field {
     pub const PAGE_SIZE: usize = 16;
     /// Number of frames.
     pub const FRAMES: usize = 24;
-    // The image's identity.
+    // The image's identity, and its size.
     pub const DEVICE: usize = 32;
     pub const INODE: usize = 40;
     pub const BORN_NS: usize = 48;
@@ -56,14 +63,60 @@ pub(super) mod field {
     pub const PATH_LEN: usize = 80;
     /// Not 0 while a loss marker's cache holds data that the image lacks, and in any arena after such data was lost.
     pub const UNWRITTEN: usize = 88;
-    /// The image's path: bytes up to `WRITE_THROUGH`, of which `PATH_LEN` are in use.
+    /// The image's path: bytes up to `ALIAS` (layouts 1 and 2: up to `WRITE_THROUGH`), of which `PATH_LEN` are in use.
     pub const PATH: usize = 96;
+    /// Another name of a block device's image, which it keeps when it is attached again: bytes up to `GENERATION`.
+    pub const ALIAS: usize = 3072;
+    /// Generation of the tenure; 0 in layouts 1 and 2.
+    pub const GENERATION: usize = 3584;
+    /// ID of the tenure, 16 bytes.
+    pub const TENURE_ID: usize = 3592;
+    /// When the tenure began, in seconds since 1970.
+    pub const SINCE: usize = 3608;
+    /// Not 0 if the image has the record of the tenure.
+    pub const IS_RECORDED: usize = 3616;
+    /// Not 0 once the operator has set the cache aside: no daemon uses it any more.
+    pub const IS_SET_ASIDE: usize = 3624;
+    /// Length of `ALIAS` in bytes.
+    pub const ALIAS_LEN: usize = 3632;
+    /// When the daemon last started or finished a change of the image, in nanoseconds since 1970.
+    pub const HEARTBEAT: usize = 3640;
+    /// Number of changes of the image that the daemon has started.
+    pub const CHANGES: usize = 3648;
+    /// Bytes of those changes.
+    pub const CHANGED_BYTES: usize = 3656;
+    /// Which of the two tokens counts, 0 or 1: the other one is being stored.
+    pub const TOKEN_SLOT: usize = 3664;
+    /// Two change tokens of the image, of `TOKEN_BYTES` each: see [`super::token_field`].
+    pub const TOKENS: usize = 3672;
     /// Not 0 once the guest has selected write-through: the last word of the header.
     pub const WRITE_THROUGH: usize = super::HEADER_BYTES - 8;
 }
 
+/// Offsets of the fields of a change token.
+pub(super) mod token_field {
+    /// 1 + the number of changes before which the token was taken; 0: there is no token.
+    pub const AT: usize = 0;
+    /// `CHANGED_BYTES` when the token was taken.
+    pub const CHANGED_BYTES: usize = 8;
+    /// The token, `ChangeToken::WORDS` words.
+    pub const TOKEN: usize = 16;
+}
+
+/// Bytes of a change token with its fields.
+const TOKEN_BYTES: usize = token_field::TOKEN + 8 * ChangeToken::WORDS;
+
+/// Offset of a change token.
+pub(super) fn token_at(slot: u64) -> usize {
+    if slot == 0 { field::TOKENS } else { field::TOKENS + TOKEN_BYTES }
+}
+
 /// Longest path that a header holds, in bytes; a longer one is cut off.
-const PATH_BYTES_MAX: usize = field::WRITE_THROUGH - field::PATH;
+const PATH_BYTES_MAX: usize = field::ALIAS - field::PATH;
+/// The same for layouts 1 and 2.
+const OLD_PATH_BYTES_MAX: usize = field::WRITE_THROUGH - field::PATH;
+/// Longest other name that a header holds, in bytes; a longer one is left out.
+const ALIAS_BYTES_MAX: usize = field::GENERATION - field::ALIAS;
 
 /// What became of the completed writes of a guest that outlived the previous daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,15 +148,41 @@ impl GuestState {
     }
 }
 
+/// What a header records of its image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageFacts {
+    /// The image's identity.
+    pub identity: ImageId,
+    /// The image's size in bytes.
+    pub size_bytes: u64,
+    /// The image's path.
+    pub path: PathBuf,
+    /// Another name of a block device's image, which it keeps when it is attached again; empty if there is none.
+    pub alias: String,
+}
+
+/// The tenure that a header belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TenureFacts {
+    /// Its name.
+    pub id: TenureId,
+    /// When it began, in seconds since 1970.
+    pub since: u64,
+    /// Whether the image has its record.
+    pub is_recorded: bool,
+    /// Whether the operator has set the cache aside: no daemon uses it any more.
+    pub is_set_aside: bool,
+}
+
 /// What the header of a new arena records.
 #[derive(Clone, Copy, Debug)]
 pub struct ArenaSpec<'a> {
     /// Number of frames of the cache.
     pub frames: usize,
-    /// The image's identity.
-    pub identity: ImageId,
-    /// The image's path, for the operator.
-    pub image: &'a Path,
+    /// The image.
+    pub image: &'a ImageFacts,
+    /// The tenure.
+    pub tenure: TenureFacts,
     /// What earlier files record of the guest.
     pub guest: GuestState,
 }
@@ -113,14 +192,16 @@ pub struct ArenaSpec<'a> {
 pub struct Header {
     /// Version of the layout.
     layout: u64,
-    /// The image's identity.
-    pub identity: ImageId,
+    /// The image.
+    pub image: ImageFacts,
     /// Number of frames; 0 in a loss marker.
     pub frames: u64,
     /// The host's boot ID when the arena was created: memory does not survive a boot.
     pub boot: [u8; 16],
-    /// The image's path, for the operator.
-    pub image: PathBuf,
+    /// The tenure; `None` in layouts 1 and 2.
+    pub tenure: Option<TenureFacts>,
+    /// What the daemon last knew of the image.
+    pub last_seen: LastSeen,
     /// What it records of the guest.
     pub guest: GuestState,
 }
@@ -128,10 +209,16 @@ pub struct Header {
 impl Header {
     /// The header of a new arena.
     pub(super) fn new(spec: &ArenaSpec<'_>) -> Self {
-        let ArenaSpec { frames, identity, image, guest } = *spec;
-        let image = image.canonicalize().unwrap_or_else(|_| image.to_path_buf());
-        let frames = frames as u64;
-        Self { layout: LAYOUT, identity, frames, boot: boot_id(), image, guest }
+        let ArenaSpec { frames, image, tenure, guest } = *spec;
+        Self {
+            layout: LAYOUT,
+            image: image.clone(),
+            frames: frames as u64,
+            boot: boot_id(),
+            tenure: Some(tenure),
+            last_seen: LastSeen::default(),
+            guest,
+        }
     }
 
     /// Whether a cache of `frames` frames can use the arena as it is.
@@ -141,7 +228,7 @@ impl Header {
 
     /// Size of the image in bytes.
     pub(super) fn image_bytes(&self) -> u64 {
-        self.identity.size_bytes
+        self.image.size_bytes
     }
 
     /// Offset of the table of ranges that must read as zeros; `None` in a layout that has none.
@@ -159,29 +246,27 @@ impl Header {
     /// => Only the last two complete it: with a frame count of 0 it is a loss marker, and without the first word it is
     ///    no header. So a new header may replace one that has no frames, which is then valid all the time.
     pub(super) fn words(&self) -> Vec<(usize, u64)> {
-        let ImageId { device, inode, born_ns, size_bytes } = self.identity;
-        let path = self.image.as_os_str().as_bytes();
-        let path = &path[..path.len().min(PATH_BYTES_MAX)];
         let mut words = vec![
             (field::LAYOUT, self.layout),
             (field::PAGE_SIZE, PAGE_SIZE as u64),
-            (field::DEVICE, device),
-            (field::INODE, inode),
-            (field::BORN_NS, born_ns),
-            (field::SIZE_BYTES, size_bytes),
-            (field::PATH_LEN, path.len() as u64),
             (field::UNWRITTEN, u64::from(self.guest.data == GuestData::Lost)),
             (field::WRITE_THROUGH, u64::from(self.guest.write_through)),
+            (field::TOKEN_SLOT, 0),
+            (field::TOKENS + token_field::AT, 0),
+            (field::HEARTBEAT, 0),
+            (field::CHANGES, 0),
+            (field::CHANGED_BYTES, 0),
         ];
-        let mut put = |at: usize, bytes: &[u8]| {
-            for (offset, chunk) in (at..).step_by(8).zip(bytes.chunks(8)) {
-                let mut word = [0; 8];
-                word[..chunk.len()].copy_from_slice(chunk);
-                words.push((offset, u64::from_le_bytes(word)));
-            }
-        };
-        put(field::BOOT, &self.boot);
-        put(field::PATH, path);
+        words.extend(image_words(&self.image));
+        if let Some(TenureFacts { id, since, is_recorded, is_set_aside }) = self.tenure {
+            words.extend(tenure_words(id));
+            words.extend([
+                (field::SINCE, since),
+                (field::IS_RECORDED, is_recorded.into()),
+                (field::IS_SET_ASIDE, is_set_aside.into()),
+            ]);
+        }
+        put(&mut words, field::BOOT, &self.boot);
         words.extend([(field::FRAMES, self.frames), (field::MAGIC, MAGIC)]);
         words
     }
@@ -207,23 +292,92 @@ impl Header {
         if page_size != PAGE_SIZE as u64 {
             return error(format!("the ledger's page size is {page_size}, not {PAGE_SIZE}"));
         }
-        let path_len = usize::try_from(word(field::PATH_LEN)).unwrap_or(usize::MAX).min(PATH_BYTES_MAX);
+        let has_tenure = layout >= FIRST_WITH_TENURES;
+        let text = |at: usize, len: usize, len_max: usize| {
+            let len = usize::try_from(word(len)).unwrap_or(usize::MAX).min(len_max);
+            bytes[at..at + len].to_vec()
+        };
+        let path_max = if has_tenure { PATH_BYTES_MAX } else { OLD_PATH_BYTES_MAX };
+        let alias = if has_tenure { text(field::ALIAS, field::ALIAS_LEN, ALIAS_BYTES_MAX) } else { Vec::new() };
         Ok(Some(Self {
             layout,
-            identity: ImageId {
-                device: word(field::DEVICE),
-                inode: word(field::INODE),
-                born_ns: word(field::BORN_NS),
+            image: ImageFacts {
+                identity: ImageId {
+                    device: word(field::DEVICE),
+                    inode: word(field::INODE),
+                    born_ns: word(field::BORN_NS),
+                },
                 size_bytes: word(field::SIZE_BYTES),
+                path: OsString::from_vec(text(field::PATH, field::PATH_LEN, path_max)).into(),
+                alias: String::from_utf8(alias).unwrap_or_default(),
             },
             frames: word(field::FRAMES),
             boot: bytes[field::BOOT..field::BOOT + 16].try_into().expect("16 bytes"),
-            image: OsString::from_vec(bytes[field::PATH..field::PATH + path_len].to_vec()).into(),
+            tenure: has_tenure.then(|| TenureFacts {
+                id: TenureId {
+                    generation: word(field::GENERATION),
+                    id: u128::from(word(field::TENURE_ID)) | u128::from(word(field::TENURE_ID + 8)) << 64,
+                },
+                since: word(field::SINCE),
+                is_recorded: word(field::IS_RECORDED) != 0,
+                is_set_aside: word(field::IS_SET_ASIDE) != 0,
+            }),
+            last_seen: if has_tenure { last_seen(word) } else { LastSeen::default() },
             guest: GuestState {
                 data: if word(field::UNWRITTEN) == 0 { GuestData::Intact } else { GuestData::Lost },
                 write_through: word(field::WRITE_THROUGH) != 0,
             },
         }))
+    }
+}
+
+/// The words of a header for the image, each with its offset.
+pub(super) fn image_words(image: &ImageFacts) -> Vec<(usize, u64)> {
+    let ImageFacts { identity: ImageId { device, inode, born_ns }, size_bytes, path, alias } = image;
+    let path = path.as_os_str().as_bytes();
+    let path = &path[..path.len().min(PATH_BYTES_MAX)];
+    let alias = if alias.len() <= ALIAS_BYTES_MAX { alias.as_bytes() } else { &[] };
+    let mut words = vec![
+        (field::DEVICE, *device),
+        (field::INODE, *inode),
+        (field::BORN_NS, *born_ns),
+        (field::SIZE_BYTES, *size_bytes),
+        (field::PATH_LEN, path.len() as u64),
+        (field::ALIAS_LEN, alias.len() as u64),
+    ];
+    put(&mut words, field::PATH, path);
+    put(&mut words, field::ALIAS, alias);
+    words
+}
+
+/// The words of a header for the name of the tenure, each with its offset.
+fn tenure_words(tenure: TenureId) -> [(usize, u64); 3] {
+    let bytes = tenure.id.to_le_bytes();
+    let half = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    [(field::GENERATION, tenure.generation), (field::TENURE_ID, half(0)), (field::TENURE_ID + 8, half(8))]
+}
+
+/// Appends the words for `bytes` from offset `at` on.
+fn put(words: &mut Vec<(usize, u64)>, at: usize, bytes: &[u8]) {
+    for (offset, chunk) in (at..).step_by(8).zip(bytes.chunks(8)) {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        words.push((offset, u64::from_le_bytes(word)));
+    }
+}
+
+/// What the daemon last knew of the image, from the words of a header.
+fn last_seen(word: impl Fn(usize) -> u64) -> LastSeen {
+    let token = token_at(word(field::TOKEN_SLOT));
+    let at = word(token + token_field::AT);
+    if at == 0 {
+        return LastSeen { heartbeat_ns: word(field::HEARTBEAT), ..LastSeen::default() };
+    }
+    LastSeen {
+        token: ChangeToken::from_words(std::array::from_fn(|index| word(token + token_field::TOKEN + 8 * index))),
+        is_at_rest: at == word(field::CHANGES).wrapping_add(1),
+        heartbeat_ns: word(field::HEARTBEAT),
+        changed_bytes: word(field::CHANGED_BYTES).wrapping_sub(word(token + token_field::CHANGED_BYTES)),
     }
 }
 
@@ -251,8 +405,8 @@ pub(super) fn decode_record(word: u64) -> Option<FrameRecord> {
 }
 
 /// Whether an image has more pages than a record can number (4 PiB).
-pub(super) fn is_too_large(identity: &ImageId) -> bool {
-    identity.size_bytes.div_ceil(PAGE_SIZE as u64) >> PAGE_BITS != 0
+pub(super) fn is_too_large(size_bytes: u64) -> bool {
+    size_bytes.div_ceil(PAGE_SIZE as u64) >> PAGE_BITS != 0
 }
 
 #[cfg(test)]
@@ -260,13 +414,20 @@ mod tests {
     use super::*;
 
     fn header() -> Header {
-        let identity = ImageId { device: 0xfd00, inode: 12, born_ns: 7, size_bytes: 1 << 30 };
+        let image = ImageFacts {
+            identity: ImageId { device: 0xfd00, inode: 12, born_ns: 7 },
+            size_bytes: 1 << 30,
+            path: "/srv/a.img".into(),
+            alias: "loop:/srv/a.img".to_owned(),
+        };
+        let id = TenureId { generation: 5, id: u128::MAX - 77 };
         Header {
             layout: LAYOUT,
-            identity,
+            image,
             frames: 1024,
             boot: [3; 16],
-            image: "/srv/a.img".into(),
+            tenure: Some(TenureFacts { id, since: 99, is_recorded: true, is_set_aside: false }),
+            last_seen: LastSeen::default(),
             guest: GuestState::FRESH,
         }
     }
@@ -288,8 +449,9 @@ mod tests {
             let header = Header { guest, ..header() };
             assert_eq!(Header::decode(&encode(&header), &"f").unwrap(), Some(header));
         }
-        let cut = Header { image: long[1..].into(), guest: write_through, ..header() };
-        let long = Header { image: long.into(), ..cut.clone() };
+        let with_path = |path: &str| ImageFacts { path: path.into(), ..header().image };
+        let cut = Header { image: with_path(&long[1..]), guest: write_through, ..header() };
+        let long = Header { image: with_path(&long), ..cut.clone() };
         assert_eq!(Header::decode(&encode(&long), &"f").unwrap(), Some(cut), "a path that is too long is cut off");
     }
 
@@ -304,10 +466,21 @@ mod tests {
 
     #[test]
     fn an_older_layout_is_read_but_does_not_fit() {
-        let old = Header { layout: 1, ..header() };
-        assert_eq!(Header::decode(&encode(&old), &"f").unwrap(), Some(old.clone()));
-        assert!(header().fits(1024) && !header().fits(1023) && !old.fits(1024));
-        assert_eq!((old.records_at(), header().records_at()), (4096, 8192));
+        for (layout, records_at) in [(1, 4096), (2, 8192)] {
+            let image = ImageFacts { alias: String::new(), ..header().image };
+            let old = Header { layout, tenure: None, image, ..header() };
+            // The path of the image may be longer than in the newest layout.
+            let path = "/".repeat(OLD_PATH_BYTES_MAX);
+            let mut bytes = encode(&old);
+            bytes[field::PATH..field::WRITE_THROUGH].copy_from_slice(path.as_bytes());
+            bytes[field::PATH_LEN..field::PATH_LEN + 8].copy_from_slice(&(path.len() as u64).to_le_bytes());
+            let old = Header { image: ImageFacts { path: path.into(), ..old.image.clone() }, ..old };
+            assert_eq!(Header::decode(&bytes, &"f").unwrap(), Some(old.clone()));
+            assert!(!old.fits(1024));
+            assert_eq!(old.records_at(), records_at);
+        }
+        assert!(header().fits(1024) && !header().fits(1023));
+        assert_eq!(header().records_at(), 8192);
     }
 
     #[test]

@@ -46,6 +46,18 @@ impl Mapping {
     /// # Errors
     /// Those of mmap(2) and fstatfs(2).
     pub fn new(file: &File, bytes: usize) -> io::Result<Self> {
+        Self::with_protection(file, bytes, libc::PROT_READ | libc::PROT_WRITE)
+    }
+
+    /// As [`Mapping::new`], of a file that is open for reading only. A store to the mapping raises SIGSEGV.
+    ///
+    /// # Errors
+    /// As [`Mapping::new`].
+    pub fn for_reading(file: &File, bytes: usize) -> io::Result<Self> {
+        Self::with_protection(file, bytes, libc::PROT_READ)
+    }
+
+    fn with_protection(file: &File, bytes: usize, protection: i32) -> io::Result<Self> {
         let file_system = FileSystem::of(file)?;
         let bytes = whole_blocks(&file_system, bytes)?;
         let alignment = file_system.block_bytes.max(HUGE_PAGE_BYTES);
@@ -56,7 +68,7 @@ impl Mapping {
             unsafe { map(ptr::null_mut(), reserved, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1) }?;
         let before = start.align_offset(alignment);
         let base = start.wrapping_add(before);
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
         // SAFETY: it replaces a part of the reservation above, which nothing else uses.
         let mapped = unsafe { map(base, bytes, protection, flags, file.as_raw_fd()) };
         // SAFETY: both ranges still belong to the reservation. (If map() failed, the range between them may be unmapped

@@ -24,20 +24,26 @@ mod trust;
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memfd;
-use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
+use crate::tenure::TenureId;
+use crate::tenure::record::CachePlace;
+use crate::tenure::token::{ChangeToken, wall_clock_ns};
+use crate::units::{
+    FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask,
+    SectorSpan, low_u8,
+};
 
 pub use file::{ArenaFile, Seen};
-pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ZERO_SLOTS};
+pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, TenureFacts, ZERO_SLOTS};
 pub use populate::Populator;
 pub use survey::Survey;
 pub use trust::Whose;
 
-use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
+use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field, token_field};
 use lost_file::LossMarker;
 use mapping::{MEMFD_NAME, Mapping};
 
@@ -55,6 +61,28 @@ pub struct Arena {
     write_through: AtomicBool,
     /// Takes the place of the file once its name no longer leads to it: the cache does not outlive the daemon any more.
     substitute: OnceLock<LossMarker>,
+    /// See [`Arena::keep_on_drop`].
+    keep_on_drop: AtomicBool,
+    /// Held while the image's change token is stored.
+    token: Mutex<()>,
+}
+
+/// A moment at which no change of the image was in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RestPoint {
+    /// Number of changes before it.
+    changes: u64,
+    /// Bytes of those.
+    changed_bytes: u64,
+}
+
+/// What a cache holds that an image does not have room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overhang {
+    /// Dirty pages past the end of the image.
+    pub pages: usize,
+    /// Ranges past the end of the image that must read as zeros.
+    pub ranges: usize,
 }
 
 /// The file in which no arena could be created, returned to the caller.
@@ -88,7 +116,6 @@ enum Persistence {
         zero_slots: Option<usize>,
         /// Offset of the frames' records.
         records: usize,
-        keep_on_drop: AtomicBool,
     },
 }
 
@@ -131,7 +158,7 @@ impl Arena {
     /// As [`Arena::anonymous`], and for an image of more than 4 PiB.
     pub fn persistent(file: ArenaFile, spec: &ArenaSpec<'_>) -> std::result::Result<Self, NotCreated> {
         let create = || {
-            if ledger::is_too_large(&spec.identity) {
+            if ledger::is_too_large(spec.image.size_bytes) {
                 let context = "the cache of an image above 4 PiB cannot outlive the daemon";
                 return Err(Error::new(ErrorKind::Memory, context));
             }
@@ -164,16 +191,16 @@ impl Arena {
             .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot map {file}"), e))?;
         let arena = Self::with_file(memory, frames, file, header);
         arena.keep_on_drop(true);
-        let sectors = header.identity.size_bytes / SECTOR_BYTES;
+        let sectors = header.image.size_bytes / SECTOR_BYTES;
         let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
         if !arena.pending_zeroes().all(|(_, span)| fits(span)) {
-            let image = header.image.display();
+            let image = header.image.path.display();
             let context = format!("the ledger of {image} refers to sectors past the end of the image");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
         let pages = header.image_bytes().div_ceil(PAGE_BYTES);
         if !arena.records().all(|(_, record)| record.page.0 < pages) {
-            let image = header.image.display();
+            let image = header.image.path.display();
             let context = format!("the ledger of {image} refers to pages past the end of the image");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
@@ -183,14 +210,16 @@ impl Arena {
     /// A persistent arena in a file whose header and length are right.
     fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Self {
         let (zero_slots, records) = (header.zero_slots_at(), header.records_at());
-        let persistence = Persistence::Full { file, zero_slots, records, keep_on_drop: AtomicBool::new(false) };
+        let persistence = Persistence::Full { file, zero_slots, records };
         Self::new(memory, frames, frames_at(header, frames), persistence, header.guest)
     }
 
     fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence, guest: GuestState) -> Self {
         let data_loss = AtomicBool::new(guest.data == GuestData::Lost);
         let write_through = AtomicBool::new(guest.write_through);
-        Self { memory, frames, offset, persistence, data_loss, write_through, substitute: OnceLock::new() }
+        let substitute = OnceLock::new();
+        let (keep_on_drop, token) = (AtomicBool::new(false), Mutex::default());
+        Self { memory, frames, offset, persistence, data_loss, write_through, substitute, keep_on_drop, token }
     }
 
     /// Number of frames.
@@ -303,6 +332,121 @@ impl Arena {
         self.header().inspect(|header| header.store(at, value));
     }
 
+    /// Makes the arena, which belonged to the image `old`, one of the image `new`: the same image with another size, or
+    /// under another device number or path.
+    ///
+    /// => The daemon may be killed at any point. What lies past the end of the image is forgotten, and so are the
+    ///    sectors past the old end in the page that it cut: the ledger may call them valid, but they were never read.
+    ///
+    /// # Errors
+    /// The completed writes past the end of the new image; nothing has changed then.
+    pub fn move_to(&self, old: &ImageFacts, new: &ImageFacts) -> std::result::Result<(), Overhang> {
+        let (old_sectors, sectors) = (old.size_bytes / SECTOR_BYTES, new.size_bytes / SECTOR_BYTES);
+        let beyond = |record: &FrameRecord| record.dirty.without(sectors_within(sectors, record.page));
+        if sectors < old_sectors {
+            let pages = self.records().filter(|(_, record)| !beyond(record).is_empty()).count();
+            let ranges = self.pending_zeroes().filter(|(_, span)| span.end() > sectors).count();
+            if pages + ranges > 0 {
+                return Err(Overhang { pages, ranges });
+            }
+        }
+        if sectors != old_sectors {
+            for (frame, record) in self.records() {
+                let within = sectors_within(old_sectors.min(sectors), record.page);
+                let (valid, dirty) = (record.valid.and(within), record.dirty.and(within));
+                if valid != record.valid {
+                    self.publish(frame, FrameRecord { valid, dirty, ..record });
+                }
+            }
+        }
+        if old != new {
+            ledger::image_words(new).into_iter().for_each(|(at, word)| self.store_in_header(at, word));
+        }
+        Ok(())
+    }
+
+    /// Records that the daemon starts to change the image: `bytes` bytes, or an unknown part of them.
+    ///
+    /// => The caller serializes changes and [`Arena::rest_point`].
+    pub fn begin_change(&self, bytes: u64) {
+        if let Persistence::Full { .. } = &self.persistence {
+            self.memory.store(field::CHANGES, self.memory.load(field::CHANGES).wrapping_add(1));
+            self.memory.store(field::CHANGED_BYTES, self.memory.load(field::CHANGED_BYTES).wrapping_add(bytes));
+            self.memory.store(field::HEARTBEAT, wall_clock_ns());
+        }
+    }
+
+    /// Records that changes of the image have ended, or failed.
+    pub fn end_changes(&self) {
+        if self.has_old_token() {
+            self.memory.store(field::HEARTBEAT, wall_clock_ns());
+        }
+    }
+
+    /// The present moment, at which the caller knows that no change of the image is in flight; `None` if the change
+    /// token of an earlier such moment is still right.
+    pub fn rest_point(&self) -> Option<RestPoint> {
+        let (changes, changed_bytes) = (self.memory_word(field::CHANGES), self.memory_word(field::CHANGED_BYTES));
+        self.has_old_token().then_some(RestPoint { changes, changed_bytes })
+    }
+
+    /// Whether changes have started since the change token was recorded.
+    fn has_old_token(&self) -> bool {
+        matches!(self.persistence, Persistence::Full { .. })
+            && self.memory.load(self.token_at() + token_field::AT) != self.memory.load(field::CHANGES).wrapping_add(1)
+    }
+
+    /// Offset of the change token that counts.
+    fn token_at(&self) -> usize {
+        ledger::token_at(self.memory.load(field::TOKEN_SLOT))
+    }
+
+    fn memory_word(&self, at: usize) -> u64 {
+        if let Persistence::Full { .. } = &self.persistence { self.memory.load(at) } else { 0 }
+    }
+
+    /// Records the image's change token, which was read after the moment `rest`. Does nothing if a newer one may have
+    /// been recorded since.
+    ///
+    /// => The daemon may be killed at any point: the old token counts until the new one is stored.
+    pub fn record_token(&self, rest: RestPoint, token: ChangeToken) {
+        let Persistence::Full { .. } = &self.persistence else { return };
+        let _serialized = self.token.lock().expect("no thread panics with the token locked");
+        if self.memory.load(field::CHANGES) != rest.changes {
+            return;
+        }
+        let slot = 1 - self.memory.load(field::TOKEN_SLOT).min(1);
+        let at = ledger::token_at(slot);
+        for (index, word) in token.words().into_iter().enumerate() {
+            self.memory.store(at + token_field::TOKEN + 8 * index, word);
+        }
+        self.memory.store(at + token_field::CHANGED_BYTES, rest.changed_bytes);
+        self.memory.store(at + token_field::AT, rest.changes.wrapping_add(1));
+        self.memory.store(field::TOKEN_SLOT, slot);
+    }
+
+    /// Records the image's change token at the beginning or at the end of a tenure, whatever was recorded before.
+    ///
+    /// => No change of the image is in flight.
+    pub fn record_token_now(&self, token: ChangeToken) {
+        let (changes, changed_bytes) = (self.memory_word(field::CHANGES), self.memory_word(field::CHANGED_BYTES));
+        self.record_token(RestPoint { changes, changed_bytes }, token);
+    }
+
+    /// Records whether the image has the record of the tenure.
+    pub fn set_recorded(&self, is_recorded: bool) {
+        if self.header().is_some_and(|header| (header.load(field::IS_RECORDED) != 0) != is_recorded) {
+            self.store_in_header(field::IS_RECORDED, is_recorded.into());
+        }
+    }
+
+    /// The name of the tenure that the header records; `None` without a header.
+    pub fn tenure(&self) -> Option<TenureId> {
+        let header = self.header()?;
+        let [low, high] = [0, 8].map(|at| u128::from(header.load(field::TENURE_ID + at)));
+        Some(TenureId { generation: header.load(field::GENERATION), id: low | high << 64 })
+    }
+
     /// The mapping that begins with the header, in an arena that has one.
     fn header(&self) -> Option<&Mapping> {
         match (self.marker(), &self.persistence) {
@@ -335,9 +479,12 @@ impl Arena {
     /// Whether dropping the arena leaves its file for the next daemon (`true`), or removes it if nothing in it is
     /// dirty.
     pub fn keep_on_drop(&self, keep: bool) {
-        if let Persistence::Full { keep_on_drop, .. } = &self.persistence {
-            keep_on_drop.store(keep, Ordering::Release);
-        }
+        self.keep_on_drop.store(keep, Ordering::Release);
+    }
+
+    /// Whether dropping the arena leaves its file for the next daemon.
+    pub fn is_kept_on_drop(&self) -> bool {
+        self.keep_on_drop.load(Ordering::Acquire)
     }
 
     /// The file of a persistent arena. Its contents stay, so that it can be kept, replaced or removed; `None` for
@@ -367,13 +514,21 @@ impl Arena {
         }
     }
 
+    /// Where a record of a tenure finds what outlives the daemon.
+    pub fn place(&self) -> CachePlace {
+        match &self.persistence {
+            Persistence::None => CachePlace::Memory,
+            Persistence::LossMarker(LossMarker { file, .. }) | Persistence::Full { file, .. } => file.place(),
+        }
+    }
+
     /// Bytes of memory besides the frames.
     pub fn overhead_bytes(&self) -> usize {
         self.offset
     }
 
     /// Whether the arena holds data that is nowhere else, or the guest does not know yet of such data that is lost.
-    fn holds_unwritten(&self) -> bool {
+    pub fn holds_unwritten(&self) -> bool {
         let is_marked = self.header().is_some_and(|header| header.load(field::UNWRITTEN) != 0);
         is_marked
             || self.pending_zeroes().next().is_some()
@@ -400,12 +555,12 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        let holds_unwritten = self.holds_unwritten();
+        if self.holds_unwritten() || self.is_kept_on_drop() {
+            return;
+        }
         match (self.marker(), &self.persistence) {
-            (Some(LossMarker { file, .. }), _) if !holds_unwritten && !self.is_write_through() => file.remove(),
-            (None, Persistence::Full { file, keep_on_drop, .. })
-                if !holds_unwritten && !keep_on_drop.load(Ordering::Acquire) =>
-            {
+            (Some(LossMarker { file, .. }), _) if !self.is_write_through() => file.remove(),
+            (None, Persistence::Full { file, .. }) => {
                 // A loss marker is small enough to remember write-through in.
                 let is_kept = self.is_write_through() && file.shrink_to_header().is_ok();
                 if !is_kept {
@@ -414,6 +569,14 @@ impl Drop for Arena {
             }
             _ => {}
         }
+    }
+}
+
+/// The sectors of a page that are within an image of `image_sectors` sectors.
+pub fn sectors_within(image_sectors: u64, page: PageNo) -> SectorMask {
+    match image_sectors.saturating_sub(page.0.saturating_mul(SECTORS_PER_PAGE)) {
+        SECTORS_PER_PAGE.. => SectorMask::ALL,
+        within => SectorMask::run(0, low_u8(within)),
     }
 }
 
@@ -503,8 +666,6 @@ fn each_run(mut mask: SectorMask, mut f: impl FnMut(usize, usize)) {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
     use crate::image_id::ImageId;
 
@@ -512,8 +673,11 @@ mod tests {
     fn the_ledger_takes_at_most_0_2_percent_and_three_pages() {
         for mib in [4, 6, 256, 8192] {
             let frames = (mib << 20) / PAGE_SIZE;
-            let identity = ImageId { device: 1, inode: 2, born_ns: 3, size_bytes: 1 << 30 };
-            let spec = ArenaSpec { frames, identity, image: Path::new("/image"), guest: GuestState::FRESH };
+            let identity = ImageId { device: 1, inode: 2, born_ns: 3 };
+            let image = ImageFacts { identity, size_bytes: 1 << 30, path: "/image".into(), alias: String::new() };
+            let id = TenureId { generation: 1, id: 2 };
+            let tenure = TenureFacts { id, since: 0, is_recorded: false, is_set_aside: false };
+            let spec = ArenaSpec { frames, image: &image, tenure, guest: GuestState::FRESH };
             let bytes = frames_at(&Header::new(&spec), frames);
             assert!(bytes <= frames * PAGE_SIZE / 500 + 3 * PAGE_SIZE, "{bytes} for {mib} MiB");
         }
@@ -537,6 +701,16 @@ mod tests {
                 assert_eq!(unsafe { *arena.frame(b).add(sector * 512 + byte) }, want);
             }
         }
+    }
+
+    #[test]
+    fn a_page_that_the_image_cuts_has_only_its_first_sectors_within_it() {
+        let within = |image_sectors| [0, 1, 2].map(|page| sectors_within(image_sectors, PageNo(page)).0);
+        assert_eq!(within(1), [0b0000_0001, 0, 0]);
+        assert_eq!(within(8), [0xff, 0, 0]);
+        assert_eq!(within(13), [0xff, 0b0001_1111, 0]);
+        assert_eq!(within(16), [0xff, 0xff, 0]);
+        assert_eq!(within(23), [0xff, 0xff, 0b0111_1111]);
     }
 
     #[test]

@@ -46,12 +46,7 @@ impl Survey {
     pub(super) fn of(file: &File, shown: &Path) -> Result<Option<Self>> {
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
         let metadata = file.metadata().map_err(failed)?;
-        if metadata.len() < HEADER_BYTES as u64 {
-            return Ok(None);
-        }
-        let mut bytes = [0; HEADER_BYTES];
-        read(file, &mut bytes, 0).map_err(failed)?;
-        let Some(header) = Header::decode(&bytes, &shown.display())? else { return Ok(None) };
+        let Some(header) = header_of(file, shown)? else { return Ok(None) };
         let mut survey = Self {
             is_of_this_boot: header.boot == boot_id(),
             header,
@@ -124,6 +119,21 @@ impl Survey {
     }
 }
 
+/// The header of a file; `None` if it has none.
+///
+/// # Errors
+/// [`ErrorKind::Ledger`] when it is no cache file of a layout that this genblk knows; [`ErrorKind::Memory`] when it
+/// cannot be read. `shown` names it in messages.
+pub(super) fn header_of(file: &File, shown: &Path) -> Result<Option<Header>> {
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
+    if file.metadata().map_err(failed)?.len() < HEADER_BYTES as u64 {
+        return Ok(None);
+    }
+    let mut bytes = [0; HEADER_BYTES];
+    read(file, &mut bytes, 0).map_err(failed)?;
+    Header::decode(&bytes, &shown.display())
+}
+
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
     bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
 }
@@ -133,7 +143,7 @@ fn read(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     match file.read_exact_at(bytes, at) {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
             let at = usize::try_from(at).map_err(io::Error::other)?;
-            Mapping::new(file, at + bytes.len())?.read(at, bytes);
+            Mapping::for_reading(file, at + bytes.len())?.read(at, bytes);
             Ok(())
         }
         result => result,

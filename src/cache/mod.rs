@@ -213,6 +213,11 @@ impl PageCache {
         self.pages.dirty().dirty_or_writeback_pages() == 0 && self.flushing.nothing_unsynced()
     }
 
+    /// Number of operations that change the image and have not ended.
+    pub fn changes_in_flight(&self) -> u32 {
+        self.store_ops.changes()
+    }
+
     /// Takes the notices that wait, in order.
     pub fn take_notices(&mut self, into: &mut Vec<Notice>) {
         into.append(&mut self.notices);

@@ -78,6 +78,8 @@ pub(super) struct StoreOps {
     /// Empty vectors.
     spare: Vec<(Vec<FrameId>, Vec<PageId>)>,
     writes: u32,
+    /// Operations that change the image.
+    changes: u32,
 }
 
 impl StoreOps {
@@ -86,6 +88,7 @@ impl StoreOps {
         if op.kind == OpKind::Write {
             self.writes += 1;
         }
+        self.changes += u32::from(op.kind.is_change());
         let tag = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
             u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 operations are in flight")
@@ -100,6 +103,7 @@ impl StoreOps {
         if op.kind == OpKind::Write {
             self.writes -= 1;
         }
+        self.changes -= u32::from(op.kind.is_change());
         self.free.push(tag);
         op
     }
@@ -117,6 +121,11 @@ impl StoreOps {
             ids.clear();
             self.spare.push((frames, ids));
         }
+    }
+
+    /// Number of operations in flight that change the image.
+    pub fn changes(&self) -> u32 {
+        self.changes
     }
 
     /// Number of writes in flight.

@@ -18,12 +18,16 @@ pub fn has_kept_cache(
     format: Format,
     manager: &Arc<ServiceManager>,
 ) -> bool {
-    if ArenaFile::is_named_in_fdstore(manager, identity) {
+    let mut in_fdstore = manager.fdstore_names().into_iter().filter_map(|name| {
+        let peeked = ArenaFile::peek_in_fdstore(manager, &name);
+        peeked.ok().flatten()
+    });
+    if in_fdstore.any(|header| header.frames > 0 && header.image.identity == *identity) {
         return true;
     }
     let MemoryDir::Path(directory) = &config.cache.memory_dir else { return false };
     let surveys = caches_below(directory).into_iter().filter_map(|seen| seen.survey.ok().flatten());
     surveys
-        .filter(|survey| survey.header.identity == *identity)
+        .filter(|survey| survey.header.image.identity == *identity)
         .any(|survey| survey.first_sector.is_some_and(|sector| at_start(&sector) == Some(format)))
 }

@@ -2,8 +2,13 @@
 //! image.
 
 mod kept;
+mod left;
 mod memory_dir;
+mod operation;
 mod operator;
+mod proof;
+mod search;
+mod take_over;
 mod write_back;
 
 use std::sync::Arc;
@@ -11,11 +16,19 @@ use std::time::Duration;
 
 use log::{info, warn};
 
-use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, NotCreated};
+use crate::arena::{
+    Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, ImageFacts, NotCreated, Overhang, TenureFacts,
+};
 use crate::config::{DeviceConfig, MemoryDir, Survive};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::file::FileImage;
+use crate::image_id::ImageId;
+use crate::store::Backing;
+use crate::store::file::{FileImage, LastTenure};
 use crate::systemd::ServiceManager;
+use crate::tenure::TenureId;
+use crate::tenure::host::Boot;
+use crate::tenure::record::{Record, State};
+use crate::tenure::token::wall_clock_ns;
 use crate::units::counted;
 
 pub use kept::has_kept_cache;
@@ -24,7 +37,10 @@ pub use operator::{
     Consent, Recovery, bytes_kept_for, check_folder, discard, hint_for, list, prune, recover, warn_unclaimed,
     warn_unheld,
 };
+pub use take_over::take_over;
 
+use left::Left;
+use search::Candidate;
 use write_back::{Unwritten, write_back};
 
 /// How long to wait for the lock of an image or of a cache file. A killed daemon keeps its locks until the kernel has
@@ -33,7 +49,7 @@ use write_back::{Unwritten, write_back};
 pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What the log says where no file outlives the daemon.
-const VOLATILE_UNMARKED: &str = "using a cache that does not survive a crash; data loss would go undetected";
+const VOLATILE_UNMARKED: &str = "using a cache that does not survive a crash";
 
 const HAS_HEADER: &str = "a file with pages has a header";
 const HAS_FILE: &str = "the arena was attached to a file";
@@ -90,54 +106,63 @@ impl Contents {
 }
 
 /// The memory for a device's cache: the one that the previous daemon left if it fits the configuration, else a new one.
-/// `frames` is the configured size.
+/// `frames` is the configured size. Begins a tenure of the image, or continues the one of the cache.
 ///
 /// => No completed write is lost: dirty pages of a cache that does not fit are on the image when this returns. What the
 ///    previous daemon knew of its guest (data loss, write-through) is recorded in the new arena as well.
+/// => A cache is used only if it is shown that it belongs to the image as it is now. Where that is not shown, a cache
+///    that holds completed writes is an error, and any other is removed.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when there is no memory for the cache; [`ErrorKind::Ledger`] when the file that the previous
-/// daemon left cannot be read; [`ErrorKind::Image`] when its pages cannot be written to the image.
+/// daemon left cannot be read or does not belong to the image as it is now, and when another host may hold a cache;
+/// [`ErrorKind::Image`] when its pages cannot be written to the image.
 pub fn arena_for(
     config: &DeviceConfig,
     image: &FileImage,
     frames: usize,
     manager: &Arc<ServiceManager>,
 ) -> Result<Arena> {
+    let (name, facts) = (&config.name, search::facts_of(image));
+    let left = Left::find(config, image, &facts, manager)?;
     if config.read_only {
-        return arena_for_reading(config, image, frames, manager);
+        return arena_for_reading(config, image, frames, left);
     }
-    let name = &config.name;
-    let new = NewCache { config, image, frames, manager };
-    // The fd store may hold completed writes even if the configuration names another location now.
-    let found = match ArenaFile::take_from_fdstore(manager, &image.identity())? {
-        Some(file) => Ok(file),
-        None => new.open_file(),
+    let new = NewCache { config, image, frames, manager, facts: &facts, generation: left.generation + 1 };
+    let guest = left.guest;
+    let (found_at, file, header) = match left.usable {
+        Some(Candidate { file, header, .. }) => (new.location_of(&file), file, Some(header)),
+        None => match new.create_file() {
+            Ok(file) => (FoundAt::Configured, file, None),
+            Err(e) if e.kind() == ErrorKind::Memory && config.cache.survive != Survive::Always => {
+                warn!("{name}: {e}; {VOLATILE_UNMARKED}");
+                return new.anonymous(guest);
+            }
+            Err(e) => return Err(e),
+        },
     };
-    let file = match found {
-        Ok(file) => file,
-        Err(e) if e.kind() == ErrorKind::Memory && config.cache.survive != Survive::Always => {
-            warn!("{name}: {e}; {VOLATILE_UNMARKED}");
-            return Arena::anonymous(frames);
+    let (arena, tenure) = match decide(Contents::of(header.as_ref(), frames), found_at, config.cache.survive) {
+        Decision::Attach => {
+            let header = header.expect(HAS_HEADER);
+            let arena = Arena::attach(file, &header)?;
+            arena.move_to(&header.image, &facts).map_err(|beyond| overhang(image, &arena, beyond))?;
+            (arena, header.tenure.expect("a cache of this layout has a tenure"))
         }
-        Err(e) => return Err(e),
-    };
-    let found_at = new.location_of(&file);
-    let header = file.header()?;
-    let arena = match decide(Contents::of(header.as_ref(), frames), found_at, config.cache.survive) {
-        Decision::Attach => Arena::attach(file, &header.expect(HAS_HEADER))?,
         Decision::WriteBack => {
-            let target = new.prepare_target(found_at, &file)?;
+            let target = new.prepare_target(found_at)?;
             let arena = Arena::attach(file, &header.expect(HAS_HEADER))?;
             let dirty = counted(write_back(&arena, image, &mut |_, _| {})?, "dirty page");
             info!("{name}: found a cache that does not fit the configuration; wrote its {dirty} to the image");
-            new.replace(arena.into_file().expect(HAS_FILE), target)?
+            new.close_last_tenure(left.record.as_ref(), arena.tenure());
+            new.replace(arena.into_file().expect(HAS_FILE), target, guest)?
         }
         Decision::Create => {
-            let target = new.prepare_target(found_at, &file)?;
-            new.replace(file, target)?
+            let target = new.prepare_target(found_at)?;
+            new.close_last_tenure(left.record.as_ref(), header.and_then(|header| Some(header.tenure?.id)));
+            new.replace(file, target, guest)?
         }
     };
+    new.begin_tenure(&arena, tenure);
     if arena.has_data_loss() {
         warn_of_data_loss(name);
     }
@@ -154,6 +179,17 @@ fn warn_of_data_loss(name: &str) {
     );
 }
 
+/// The error of a cache that holds completed writes past the end of its image.
+fn overhang(image: &FileImage, arena: &Arena, beyond: Overhang) -> Error {
+    let file = arena.file().expect(HAS_FILE);
+    let Overhang { pages, ranges } = beyond;
+    let (image, beyond) = (image.path().display(), Unwritten { pages, ranges });
+    let context = format!("image {image} has shrunk: its cache {file} holds {beyond} past the end of the image");
+    let keep = format!("make the image as large as it was and run \"genblk recover --force {file}\"");
+    let hint = format!("to keep them, {keep}; otherwise {}", file.removal_hint());
+    Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
+}
+
 /// The memory for the cache of a read-only device, which does not outlive the daemon.
 ///
 /// => The caches of earlier daemons are only looked at: a device that cannot write to the image serves it beside them.
@@ -161,32 +197,21 @@ fn warn_of_data_loss(name: &str) {
 /// # Errors
 /// As [`arena_for`], and [`ErrorKind::Ledger`] when an earlier daemon's cache holds writes that the image lacks: the
 /// device would serve older data.
-fn arena_for_reading(
-    config: &DeviceConfig,
-    image: &FileImage,
-    frames: usize,
-    manager: &Arc<ServiceManager>,
-) -> Result<Arena> {
-    let (name, identity) = (&config.name, image.identity());
-    let in_directory = match &config.cache.memory_dir {
-        MemoryDir::Path(directory) => ArenaFile::find_for(directory, &identity, LOCK_PATIENCE)?,
-        MemoryDir::Systemd => None,
-    };
-    let mut guest = GuestState::FRESH;
-    for file in [ArenaFile::take_from_fdstore(manager, &identity)?, in_directory].into_iter().flatten() {
-        let Some(header) = file.header()? else { continue };
+fn arena_for_reading(config: &DeviceConfig, image: &FileImage, frames: usize, left: Left) -> Result<Arena> {
+    let name = &config.name;
+    let mut guest = left.guest;
+    if let Some(Candidate { file, header, .. }) = left.usable {
         guest = guest.or(header.guest);
-        if header.frames == 0 {
-            continue;
-        }
-        let arena = Arena::attach(file, &header)?;
-        let (unwritten, file) = (Unwritten::of(&arena), arena.file().expect(HAS_FILE));
-        if unwritten != Unwritten::NOTHING {
-            let context = format!("{name}: cannot serve image {} read-only", image.path().display());
-            let why = format!("{file} holds {unwritten}, which the image lacks");
-            let keep = format!("to keep the data, remove read_only and {}", file.recovery_hint());
-            let hint = format!("{keep}; otherwise {}", file.removal_hint());
-            return Err(Error::new(ErrorKind::Ledger, format!("{context}: {why}; {hint}")));
+        if header.frames > 0 {
+            let arena = Arena::attach(file, &header)?;
+            let (unwritten, file) = (Unwritten::of(&arena), arena.file().expect(HAS_FILE));
+            if unwritten != Unwritten::NOTHING {
+                let context = format!("{name}: cannot serve image {} read-only", image.path().display());
+                let why = format!("{file} holds {unwritten}, which the image lacks");
+                let keep = format!("to keep the data, remove read_only and {}", file.recovery_hint());
+                let hint = format!("{keep}; otherwise {}", file.removal_hint());
+                return Err(Error::new(ErrorKind::Ledger, format!("{context}: {why}; {hint}")));
+            }
         }
     }
     let arena = Arena::anonymous(frames)?;
@@ -203,60 +228,59 @@ struct NewCache<'a> {
     image: &'a FileImage,
     frames: usize,
     manager: &'a Arc<ServiceManager>,
+    facts: &'a ImageFacts,
+    /// Generation of a new tenure.
+    generation: u64,
 }
 
 impl NewCache<'_> {
     /// Whether a file is at the configured location.
     fn location_of(&self, file: &ArenaFile) -> FoundAt {
-        let wants_fdstore = self.config.cache.memory_dir == MemoryDir::Systemd;
-        if file.is_in_fdstore() == wants_fdstore { FoundAt::Configured } else { FoundAt::Elsewhere }
+        let is_configured = match &self.config.cache.memory_dir {
+            MemoryDir::Systemd => file.is_in_fdstore(),
+            MemoryDir::Path(memory_dir) => file.is_in(memory_dir),
+        };
+        if is_configured { FoundAt::Configured } else { FoundAt::Elsewhere }
     }
 
-    /// The file at the configured location; a new one if there is none.
-    fn open_file(&self) -> Result<ArenaFile> {
-        let identity = self.image.identity();
+    /// A new file at the configured location.
+    fn create_file(&self) -> Result<ArenaFile> {
         match &self.config.cache.memory_dir {
-            MemoryDir::Path(directory) => ArenaFile::open_for(directory, &identity, LOCK_PATIENCE),
-            MemoryDir::Systemd => ArenaFile::create_in_fdstore(self.manager, &identity),
+            MemoryDir::Path(directory) => ArenaFile::create_for(directory, self.facts),
+            MemoryDir::Systemd => ArenaFile::create_in_fdstore(self.manager, self.facts),
         }
     }
 
-    /// The file at the configured location, if the one that was `found` is elsewhere.
+    /// A new file at the configured location, if the one that was found is elsewhere.
+    fn prepare_target(&self, found_at: FoundAt) -> Result<Option<ArenaFile>> {
+        if found_at == FoundAt::Configured { Ok(None) } else { self.create_file().map(Some) }
+    }
+
+    /// Records at the image that the tenure of the cache that was found has ended: everything is on the image.
     ///
-    /// # Errors
-    /// [`ErrorKind::Ledger`] when it holds writes that the image lacks, as a daemon with another configuration may have
-    /// left them: nothing tells which of the two files has the newer ones.
-    fn prepare_target(&self, found_at: FoundAt, found: &ArenaFile) -> Result<Option<ArenaFile>> {
-        if found_at == FoundAt::Configured {
-            return Ok(None);
-        }
-        let file = self.open_file()?;
-        let Some(header) = file.header()?.filter(|header| header.frames > 0) else { return Ok(Some(file)) };
-        let arena = Arena::attach(file, &header)?;
-        let file = arena.file().expect(HAS_FILE);
-        match Unwritten::of(&arena) {
-            Unwritten::NOTHING => Ok(arena.into_file()),
-            unwritten => {
-                let context = format!("found two caches of image {}, {found} and {file}", self.image.path().display());
-                let hint = format!("write them first with \"genblk recover {file}\", or remove them with --discard");
-                Err(Error::new(ErrorKind::Ledger, format!("{context}; the second holds {unwritten}; {hint}")))
-            }
+    /// => If this daemon dies, or cannot create a cache, nobody misses the old one.
+    fn close_last_tenure(&self, record: Option<&Record>, tenure: Option<TenureId>) {
+        let Some(record) = record.filter(|record| record.state == State::Open && Some(record.tenure) == tenure) else {
+            return;
+        };
+        if let Err(e) = self.image.write_record(&Record { state: State::Clean, ..record.clone() }) {
+            warn!("{}: cannot record the end of the last tenure at the image: {e}", self.config.name);
         }
     }
 
     /// A new arena in the file `target`, or in the file `found` without one. What `found` holds is on the image.
     ///
     /// => What `found` records of the guest is recorded at any time: it stays until the new arena has it.
-    fn replace(&self, found: ArenaFile, target: Option<ArenaFile>) -> Result<Arena> {
+    fn replace(&self, found: ArenaFile, target: Option<ArenaFile>, guest: GuestState) -> Result<(Arena, TenureFacts)> {
         // The new cache may need the old one's memory.
         found.shrink_to_header()?;
         match target {
-            None => self.create(found, GuestState::FRESH),
+            None => self.create(found, guest),
             Some(target) => {
-                let guest = found.header()?.map_or(GuestState::FRESH, |header| header.guest);
-                let arena = self.create(target, guest)?;
+                let guest = found.header()?.map_or(guest, |header| guest.or(header.guest));
+                let created = self.create(target, guest)?;
                 found.remove();
-                Ok(arena)
+                Ok(created)
             }
         }
     }
@@ -264,20 +288,22 @@ impl NewCache<'_> {
     /// A new arena in `file`, of the best kind that the configuration asks for and the host has memory for.
     ///
     /// => From the beginning its header records what became of the `guest`, and what the file records of it already.
-    fn create(&self, file: ArenaFile, guest: GuestState) -> Result<Arena> {
-        let spec = ArenaSpec { frames: self.frames, identity: self.image.identity(), image: self.image.path(), guest };
+    fn create(&self, file: ArenaFile, guest: GuestState) -> Result<(Arena, TenureFacts)> {
+        let tenure = self.new_tenure()?;
+        let spec = ArenaSpec { frames: self.frames, image: self.facts, tenure, guest };
         let survive = self.config.cache.survive;
         if survive == Survive::Never {
-            return Arena::loss_marker(file, &spec).map_err(|NotCreated { error, .. }| error);
+            let created = Arena::loss_marker(file, &spec).map_err(|NotCreated { error, .. }| error);
+            return created.map(|arena| (arena, tenure));
         }
         let NotCreated { error, file } = match Arena::persistent(file, &spec) {
             Err(failed) if failed.error.kind() == ErrorKind::Memory && survive == Survive::Auto => failed,
-            result => return result.map_err(|NotCreated { error, .. }| error),
+            result => return result.map(|arena| (arena, tenure)).map_err(|NotCreated { error, .. }| error),
         };
         match Arena::loss_marker(file, &spec) {
             Ok(arena) => {
                 warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
-                Ok(arena)
+                Ok((arena, tenure))
             }
             // Shared memory has no room for even a marker. (A file that records something of the guest has a header
             // already, which becomes the marker.)
@@ -290,9 +316,61 @@ impl NewCache<'_> {
                     arena.set_data_loss();
                 }
                 arena.set_write_through(guest.write_through);
-                Ok(arena)
+                Ok((arena, tenure))
             }
         }
+    }
+
+    /// Memory that does not outlive the daemon, where not even a loss marker can be created. The image's record tells
+    /// the next daemon.
+    fn anonymous(&self, guest: GuestState) -> Result<Arena> {
+        let arena = Arena::anonymous(self.frames)?;
+        if guest.data == GuestData::Lost {
+            arena.set_data_loss();
+        }
+        arena.set_write_through(guest.write_through);
+        if !self.begin_tenure(&arena, self.new_tenure()?) {
+            warn!("{}: data loss would go undetected", self.config.name);
+        }
+        Ok(arena)
+    }
+
+    fn new_tenure(&self) -> Result<TenureFacts> {
+        let since = wall_clock_ns() / 1_000_000_000;
+        let id = TenureId::new(self.generation)?;
+        // As it will be: see begin_tenure().
+        let is_recorded = self.image.last_tenure().is_ok_and(|last| last != LastTenure::NoRecords);
+        Ok(TenureFacts { id, since, is_recorded, is_set_aside: false })
+    }
+
+    /// Begins a tenure, or continues it: the image's record says from now on that the cache may hold writes that the
+    /// image lacks. Returns whether the image has the record.
+    ///
+    /// => The change token is read afterwards, because the record changes the image's change time.
+    fn begin_tenure(&self, arena: &Arena, tenure: TenureFacts) -> bool {
+        let ImageId { inode, born_ns, .. } = self.facts.identity;
+        let record = Record {
+            tenure: tenure.id,
+            state: State::Open,
+            since: tenure.since,
+            boot: Boot::current(),
+            inode,
+            born_ns,
+            cache: arena.place(),
+        };
+        // Once the image has the record, the file must be there, even if the start fails.
+        let is_kept = arena.is_kept_on_drop();
+        arena.keep_on_drop(true);
+        let is_recorded = self.image.begin_tenure(record).unwrap_or_else(|e| {
+            warn!("{}: cannot record at the image that a cache holds writes ({e})", self.config.name);
+            false
+        });
+        arena.set_recorded(is_recorded);
+        if let Some(token) = self.image.change_token() {
+            arena.record_token_now(token);
+        }
+        arena.keep_on_drop(is_kept);
+        is_recorded
     }
 }
 

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::arena::Arena;
+use crate::arena::{Arena, sectors_within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Backing;
 use crate::store::file::FileImage;
-use crate::units::{FrameId, FrameRecord, PageNo, SECTOR_BYTES, SECTORS_PER_PAGE, SectorMask, counted, low_u8};
+use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SectorMask, counted};
 
 /// What a cache holds and its image lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,14 +72,6 @@ pub(super) fn write_back(arena: &Arena, image: &FileImage, progress: &mut dyn Fn
     Ok(dirty.len() as u64)
 }
 
-/// The sectors of a page that are within an image of `image_sectors` sectors.
-fn sectors_within(image_sectors: u64, page: PageNo) -> SectorMask {
-    match image_sectors.saturating_sub(page.0 * SECTORS_PER_PAGE) {
-        SECTORS_PER_PAGE.. => SectorMask::ALL,
-        within => SectorMask::run(0, low_u8(within)),
-    }
-}
-
 fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -> io::Result<()> {
     // 0 for a block device, which fails a write past its end.
     let file_bytes = file.metadata()?.len();
@@ -94,19 +86,4 @@ fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -
         mask = mask.without(SectorMask::run(first, count));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_that_the_image_cuts_has_only_its_first_sectors_within_it() {
-        let within = |image_sectors| [0, 1, 2].map(|page| sectors_within(image_sectors, PageNo(page)).0);
-        assert_eq!(within(1), [0b0000_0001, 0, 0]);
-        assert_eq!(within(8), [0xff, 0, 0]);
-        assert_eq!(within(13), [0xff, 0b0001_1111, 0]);
-        assert_eq!(within(16), [0xff, 0xff, 0]);
-        assert_eq!(within(23), [0xff, 0xff, 0b0111_1111]);
-    }
 }

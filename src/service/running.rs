@@ -103,8 +103,8 @@ impl Running {
     /// As [`Running::shutdown`].
     pub fn hand_over(self) -> Result<()> {
         let arena = self.image.arena();
-        arena.keep_on_drop(true);
         let outlives_daemon = arena.file().is_some();
+        arena.keep_on_drop(outlives_daemon);
         self.finish(if outlives_daemon { LastFlush::Skipped } else { LastFlush::Required })
     }
 

@@ -35,6 +35,7 @@ use super::format::Format;
 use super::wake::WakeFd;
 use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 use crate::error::{Error, ErrorKind, Result};
+use crate::tenure::token::ChangeToken;
 use crate::units::{Fault, OpKind};
 
 /// [`OpKind`] without its details. Faults and counters are kept by class.
@@ -246,6 +247,18 @@ impl Backing for FaultyImage {
             .wrap(self.inner.attach()?)
             .map_err(|error| Error::io(ErrorKind::System, "cannot create descriptors for a faulty image", error))?;
         Ok(Box::new(queue))
+    }
+
+    fn change_token(&self) -> Option<ChangeToken> {
+        self.inner.change_token()
+    }
+
+    fn end_tenure(&self) -> io::Result<()> {
+        self.inner.end_tenure()
+    }
+
+    fn lose_cache(&self) -> io::Result<bool> {
+        self.inner.lose_cache()
     }
 }
 

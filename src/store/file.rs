@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
-use std::sync::{Arc, Once};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, Once};
 
 use super::format::Format;
+use super::history;
+pub use super::history::LastTenure;
 pub use super::image::Inspection;
 use super::image::{self, OpenImage};
 pub use super::options::{IoEngine, OpenOptions};
@@ -16,7 +19,9 @@ use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
-use crate::units::Unmap;
+use crate::tenure::record::{CachePlace, Record, State};
+use crate::tenure::token::ChangeToken;
+use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, Unmap};
 
 /// The identity of the image at `path`. Opens it only for as long as it takes.
 ///
@@ -58,7 +63,14 @@ pub struct FileImage {
     engine: IoEngine,
     /// Logs once that threads replace io_uring.
     fallback_warning: Once,
+    /// The record of the tenure that was begun.
+    tenure: Mutex<Option<Record>>,
 }
+
+/// A page of an image, aligned for every direct I/O that an image may demand.
+#[derive(Clone, Debug)]
+#[repr(C, align(4096))]
+pub struct PageBytes(pub [u8; PAGE_SIZE]);
 
 impl FileImage {
     /// Opens and locks the image at `path`. Blocks: not for a worker's thread.
@@ -81,7 +93,12 @@ impl FileImage {
 
     fn open_labelled(label: String, path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
         let image = OpenImage::open(label, path, options)?;
-        Ok(Arc::new(Self { image: Arc::new(image), engine: options.engine, fallback_warning: Once::new() }))
+        Ok(Arc::new(Self {
+            image: Arc::new(image),
+            engine: options.engine,
+            fallback_warning: Once::new(),
+            tenure: Mutex::default(),
+        }))
     }
 
     /// What the image is, whatever its name: equal for two names of one image.
@@ -151,9 +168,76 @@ impl FileImage {
         File::options().write(true).open(format!("/proc/self/fd/{}", self.image.file.as_raw_fd()))
     }
 
+    /// Reads a page; what lies past the end of the image is zeros. Blocks.
+    ///
+    /// # Errors
+    /// The error of pread(2).
+    pub fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
+        let mut bytes = Box::new(PageBytes([0; PAGE_SIZE]));
+        let within = self.limits().size_bytes.saturating_sub(page.offset_bytes()).min(PAGE_BYTES);
+        let within = usize::try_from(within).expect("at most a page");
+        self.image.file.read_exact_at(&mut bytes.0[..within], page.offset_bytes())?;
+        Ok(bytes)
+    }
+
+    /// What the image says of its last tenure.
+    ///
+    /// # Errors
+    /// Those of fgetxattr(2).
+    pub fn last_tenure(&self) -> io::Result<LastTenure> {
+        if self.image.is_device() { Ok(LastTenure::NoRecords) } else { history::last_tenure(&self.image.file) }
+    }
+
+    /// Begins a tenure: writes its record to the image. `false` if the image cannot carry one.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2) and fsync(2).
+    pub fn begin_tenure(&self, record: Record) -> io::Result<bool> {
+        if self.last_tenure()? == LastTenure::NoRecords {
+            return Ok(false);
+        }
+        if self.last_tenure()? != LastTenure::Recorded(record.clone()) {
+            history::write_record(&self.image.file, &record)?;
+        }
+        *self.tenure() = Some(record);
+        Ok(true)
+    }
+
+    /// Writes a record of a tenure that has ended.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2) and fsync(2).
+    pub fn write_record(&self, record: &Record) -> io::Result<()> {
+        history::write_record(&self.image.file, record)
+    }
+
+    fn tenure(&self) -> MutexGuard<'_, Option<Record>> {
+        self.tenure.lock().expect("no thread panics with the record locked")
+    }
+
+    /// What the host told about the last change of the image when it was opened, before this daemon changed anything.
+    pub fn found_token(&self) -> ChangeToken {
+        self.image.found_token()
+    }
+
+    /// A name that a block device keeps when it is attached again; empty if none is known, and for a regular file.
+    pub fn alias(&self) -> String {
+        self.image.alias()
+    }
+
+    /// Whether the image is a block device, as opposed to a regular file.
+    pub fn is_device(&self) -> bool {
+        self.image.is_device()
+    }
+
     /// Where the image was opened.
     pub fn path(&self) -> &Path {
         self.image.path()
+    }
+
+    /// The path of the image without symbolic links.
+    pub fn canonical_path(&self) -> PathBuf {
+        self.path().canonicalize().unwrap_or_else(|_| self.path().to_path_buf())
     }
 }
 
@@ -164,6 +248,22 @@ impl Backing for FileImage {
 
     fn note_guest_format(&self, format: Format) {
         self.image.format().note_guest_writes(format, &self.image.file, self.image.label());
+    }
+
+    fn change_token(&self) -> Option<ChangeToken> {
+        self.image.change_token().ok()
+    }
+
+    fn end_tenure(&self) -> io::Result<()> {
+        let Some(record) = self.tenure().take() else { return Ok(()) };
+        history::write_record(&self.image.file, &Record { state: State::Clean, ..record })
+    }
+
+    fn lose_cache(&self) -> io::Result<bool> {
+        let mut tenure = self.tenure();
+        let Some(record) = tenure.as_mut() else { return Ok(false) };
+        record.cache = CachePlace::Memory;
+        history::write_record(&self.image.file, record).map(|()| true)
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::format::Format;
+use super::history;
 use super::lock::{self, LockMode};
 use super::options::OpenOptions;
 use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
@@ -20,6 +21,7 @@ use super::{IoRequest, Limits, Segment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
+use crate::tenure::token::ChangeToken;
 use crate::units::{ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES};
 
 /// Operations in flight per queue: enough to keep a fast disk busy from one worker, and few enough to bound what a
@@ -49,6 +51,9 @@ pub(super) struct OpenImage {
     /// Logical block size of a block device in bytes; `None` for a regular file.
     device_block: Option<u32>,
     format: ImageFormat,
+    /// The number of a block device; `None` for a regular file.
+    device_number: Option<u64>,
+    found_token: ChangeToken,
     reported: Reported,
     /// Most bytes that one system call moves; 0: no limit. Set by tests only.
     #[cfg(test)]
@@ -73,8 +78,10 @@ impl OpenImage {
         let metadata = file.metadata().map_err(unusable)?;
         check_type(path, &metadata)?;
         lock::acquire(&file, path, &label, access, options.lock_patience)?;
-
         let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
+        let device_number = metadata.file_type().is_block_device().then(|| metadata.rdev());
+        // Before anything that may change the file's times.
+        let found_token = history::change_token(&file, geometry.size_bytes, device_number, options.direct);
         let format = ImageFormat::of(&file, geometry.size_bytes).map_err(unusable)?;
         // The size of a qcow2 or gzip file is any number of bytes, and not what is wrong with it.
         check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
@@ -104,7 +111,7 @@ impl OpenImage {
                 Some(_) => ImageHoles::NoneYet,
             },
         };
-        let identity = identity_of(&file, &metadata, geometry.size_bytes);
+        let identity = identity_of(&file, &metadata);
         Ok(Self {
             file,
             limits,
@@ -114,6 +121,8 @@ impl OpenImage {
             direct: direct.is_some(),
             device_block: geometry.device_block,
             format,
+            device_number,
+            found_token: found_token.unwrap_or_default(),
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
             transfer_max: std::sync::atomic::AtomicUsize::new(0),
@@ -148,6 +157,21 @@ impl OpenImage {
     /// What the image was found to be, besides a raw disk.
     pub(super) fn format(&self) -> &ImageFormat {
         &self.format
+    }
+
+    /// What the host tells about the last change of the image.
+    pub(super) fn change_token(&self) -> std::io::Result<ChangeToken> {
+        history::change_token(&self.file, self.limits.size_bytes, self.device_number, self.direct)
+    }
+
+    /// What the host told about the last change of the image when it was opened.
+    pub(super) fn found_token(&self) -> ChangeToken {
+        self.found_token
+    }
+
+    /// A name that a block device keeps when it is attached again; empty for a regular file.
+    pub(super) fn alias(&self) -> String {
+        self.device_number.map_or_else(String::new, history::alias)
     }
 
     /// Whether the file is still long enough for an operation that changes it; a write beyond its end would make it
@@ -312,7 +336,7 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     let is_luks_device = geometry.device_block.is_some() && found == Some(Format::Luks);
     Ok(Inspection {
         is_in_use: is_busy || lock::is_in_use(&file, access),
-        identity: identity_of(&file, &metadata, geometry.size_bytes),
+        identity: identity_of(&file, &metadata),
         format_refusal: if is_luks_device { None } else { found.zip(format.refusal(path)) },
     })
 }
@@ -322,16 +346,13 @@ pub(super) fn identity_at(path: &Path) -> std::io::Result<ImageId> {
     // A FIFO must not be waited for.
     let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let metadata = file.metadata()?;
-    let is_device = metadata.file_type().is_block_device();
-    let size_bytes = if is_device { sys::block::size_bytes(&file)? } else { metadata.len() };
-    Ok(identity_of(&file, &metadata, size_bytes))
+    Ok(identity_of(&file, &metadata))
 }
 
 /// Two nodes of one block device have different inodes, but one device number.
-fn identity_of(file: &File, metadata: &Metadata, size_bytes: u64) -> ImageId {
+fn identity_of(file: &File, metadata: &Metadata) -> ImageId {
     if metadata.file_type().is_block_device() {
-        let inode = sys::block::disk_sequence(file);
-        return ImageId { device: metadata.rdev(), inode, born_ns: 0, size_bytes };
+        return ImageId { device: metadata.rdev(), inode: sys::block::disk_sequence(file), born_ns: 0 };
     }
-    ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::file::birth_ns(file), size_bytes }
+    ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::file::birth_ns(file) }
 }

@@ -16,14 +16,15 @@
 //!
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
 //! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use). `image`,
-//! `probe`, `lock` and `raw_record` open an image. A file of this module imports only files further down: file; uring,
-//! threads; pool; blocking; image; raw_record; format, probe, lock. [`faulty`] wraps any image and makes its operations
-//! fail.
+//! `probe`, `history`, `lock` and `raw_record` open an image. A file of this module imports only files further down:
+//! file; uring, threads; pool; blocking; image; raw_record; format, probe, history, lock. [`faulty`] wraps any image
+//! and makes its operations fail.
 
 mod blocking;
 pub mod faulty;
 pub mod file;
 pub mod format;
+mod history;
 mod image;
 mod lock;
 mod options;
@@ -38,12 +39,14 @@ mod uring;
 mod wake;
 
 use std::fmt;
+use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use crate::sys;
 pub use crate::sys::file::Segment;
+use crate::tenure::token::ChangeToken;
 use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, counted, low_u32};
 
 /// How long a queue waits for its operations when it is dropped without [`StoreQueue::drain`]: as long as Linux gives a
@@ -299,4 +302,25 @@ pub trait Backing: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`crate::error::ErrorKind::System`] if an io_uring, a thread or a descriptor cannot be created.
     fn attach(&self) -> crate::error::Result<Box<dyn StoreQueue>>;
+
+    /// What the host tells about the last change of the image; `None` if it tells nothing.
+    fn change_token(&self) -> Option<ChangeToken> {
+        None
+    }
+
+    /// Ends the tenure that was begun, if any: records at the image that everything is on it.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2) and fsync(2).
+    fn end_tenure(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Records at the image that the cache no longer outlives the daemon, if a tenure was begun; returns whether.
+    ///
+    /// # Errors
+    /// As [`Backing::end_tenure`].
+    fn lose_cache(&self) -> io::Result<bool> {
+        Ok(false)
+    }
 }

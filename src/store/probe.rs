@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use crate::sys;
 use crate::sys::file::FallocateMode;
+use crate::sys::file_system::FileSystem;
 use crate::units::PAGE_BYTES;
 
 /// Largest transfer: more than the longest readahead window.
@@ -98,17 +99,30 @@ fn queue_attribute<T: FromStr>(device: u64, name: &str) -> Option<T> {
 }
 
 /// Whether a range of the image can be discarded.
+///
+/// => On a file system that it does not know, it changes the file's change time, but no other time: the next daemon
+///    compares times with those that this one has seen.
 pub(super) fn can_discard(file: &File, geometry: &BlockGeometry) -> bool {
     if geometry.device_block.is_some() {
         // The second is 0 where the administrator has switched discards off.
         return geometry.discard_granularity > 0 && geometry.discard_max_bytes > 0;
     }
-    // Punching a hole beyond the end of the file changes nothing.
+    if FileSystem::of(file).is_ok_and(|file_system| file_system.punches_holes()) {
+        return true;
+    }
+    let modified = file.metadata().and_then(|metadata| metadata.modified());
+    // Punching a hole beyond the end of the file changes none of its bytes.
     let beyond = geometry.size_bytes.next_multiple_of(PAGE_BYTES);
-    match sys::file::fallocate(file, FallocateMode::PunchHole, beyond, PAGE_BYTES) {
+    let can_discard = match sys::file::fallocate(file, FallocateMode::PunchHole, beyond, PAGE_BYTES) {
         Ok(()) => true,
         Err(error) => !sys::is_unsupported(sys::errno_of(&error)),
+    };
+    if let Ok(modified) = modified
+        && let Err(error) = file.set_modified(modified)
+    {
+        log::debug!("cannot set an image's modification time back: {error}");
     }
+    can_discard
 }
 
 /// Alignment of transfers in bytes.

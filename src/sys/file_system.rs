@@ -45,6 +45,8 @@ const NAMES: &[(i64, &str)] = &[
 ];
 /// How many of [`NAMES`] are in memory.
 const IN_MEMORY: usize = 3;
+/// File systems that punch holes: ext4, XFS, btrfs, tmpfs, F2FS.
+const PUNCHES_HOLES: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
 
 impl FileSystem {
     /// The file system of a file.
@@ -74,5 +76,10 @@ impl FileSystem {
     pub fn name(&self) -> String {
         let known = NAMES.iter().find(|(magic, _)| *magic == self.magic);
         known.map_or_else(|| format!("a file system of type {:#x}", self.magic), |(_, name)| (*name).to_owned())
+    }
+
+    /// Whether holes can be punched into its files, as far as that is known of the file system.
+    pub fn punches_holes(&self) -> bool {
+        PUNCHES_HOLES.contains(&self.magic)
     }
 }

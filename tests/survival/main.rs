@@ -14,6 +14,7 @@ mod lost_file;
 mod operator;
 mod read_only;
 mod systemd;
+mod tenures;
 mod zeroes;
 
 use std::fs::File;

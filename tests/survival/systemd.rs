@@ -228,20 +228,32 @@ fn a_cache_in_the_fd_store_is_found_after_a_change_of_size_or_location() {
 }
 
 #[test]
-fn two_caches_with_writes_of_their_own_are_refused_and_stay() {
+fn a_cache_is_found_in_a_file_and_in_the_fd_store_and_never_used_again_afterwards() {
     let systemd = Systemd::new(1);
     const IN_FILE: &str = "cache.dirty_age_max_ms = 600000";
     let mut daemon = systemd.start(IN_FILE);
-    drop(write_and_kill(&mut daemon));
+    let (session, bytes) = write_and_kill(&mut daemon);
+    drop(session);
     let left = daemon.directory().left();
+    let old = std::fs::read(&left[0]).expect("the file can be read");
     daemon.reconfigure(&format!("{DEVICE}\n{IN_FILE}"));
-    drop(write_and_kill(&mut daemon));
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "the dirty pages are on the image");
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let newer = pattern(8, 80, 16 << 10);
+    session.write(80, &newer);
+    daemon.kill();
+    // As if the first file had been out of reach meanwhile.
+    std::fs::write(&left[0], old).expect("the file can be written");
     daemon.configure(IN_FILE);
     systemd.pass_fdstore(&mut daemon);
-    let refused = run_to_end(daemon.command());
-    let message = format!("{}; the second holds 4 dirty pages; write them first with ", left[0].display());
-    assert!(refused.stderr.contains(&message), "{refused:?}");
-    assert_eq!((daemon.directory().left(), systemd.stored_names().len()), (left, 1));
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert!(session.read(80, newer.len()) == newer);
+    assert!(daemon.image_bytes(80 * 512, newer.len()) == newer, "the newer pages are on the image");
+    let message = format!("{} holds 4 dirty pages of ", left[0].display());
+    assert!(daemon.log().contains(&message), "{}", daemon.log());
+    assert!(daemon.directory().left().contains(&left[0]), "the older cache stays for the operator");
 }
 
 #[test]

@@ -2,15 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
+use log::warn;
+
 use super::folders::{caches, folders, whose};
 use super::remembered;
 use super::terminal::{Progress, ask, is_interactive, visible};
-use crate::arena::{Arena, ArenaFile, GuestState, Survey, Whose};
+use crate::arena::{Arena, ArenaFile, GuestData, GuestState, Survey, Whose};
 use crate::error::{Error, ErrorKind, Result};
+use crate::recover::operation::{check_belongs, settle};
 use crate::recover::write_back::write_back;
 use crate::recover::{HAS_FILE, LOCK_PATIENCE};
 use crate::store::file::{self, FileImage};
 use crate::sys::process::effective_uid;
+use crate::tenure::record::State;
 use crate::units::counted;
 
 /// Whether the operator has consented beforehand to what cannot be undone.
@@ -55,7 +59,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     }
     // Checks what the ledger refers to.
     file.survey()?;
-    let image_path = recovery.image.as_ref().unwrap_or(&header.image);
+    let image_path = recovery.image.as_ref().unwrap_or(&header.image.path);
     if !image_path.is_absolute() && recovery.image.is_none() {
         let context = format!("the ledger in {shown} is damaged or forged: its image has no absolute path");
         return Err(Error::new(ErrorKind::Ledger, context));
@@ -63,22 +67,19 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     let image_shown = visible(image_path);
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
     let image = FileImage::open(image_path, &options).map_err(|e| {
-        let is_moved = recovery.image.is_none() && !header.image.exists();
+        let is_moved = recovery.image.is_none() && !header.image.path.exists();
         if is_moved { e.with_hint("if the image has moved, name it with --image PATH") } else { e }
     })?;
-    if image.identity() != header.identity && recovery.consent != Consent::Forced {
-        let context = format!("{shown} belongs to an image that {image_shown} has replaced");
-        let hint = format!(
-            "to throw the cache away: \"genblk recover --discard {shown}\"; to write it to {image_shown} all the same: \
-             \"genblk recover --force --image {image_shown} {shown}\""
-        );
-        return Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")));
-    }
     let arena = Arena::attach(file, &header)?;
+    if recovery.consent != Consent::Forced {
+        check_belongs(&arena, &header, &image)?;
+    }
     let mut progress = Progress::new();
     let written = write_back(&arena, &image, &mut |done, total| progress.show(done, total))?;
     drop(progress);
     let written = counted(written, "page");
+    // Before the file goes: a daemon must not miss it.
+    settle(&image, header.tenure, State::Clean);
     let file = arena.into_file().expect(HAS_FILE);
     if header.guest == GuestState::FRESH {
         file.remove();
@@ -129,8 +130,25 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
             return Err(Error::new(ErrorKind::Ledger, format!("{shown} was kept")));
         }
     }
+    if let Ok(Some(survey)) = &survey {
+        settle_discarded(survey);
+    }
     file.remove();
     Ok(format!("removed {shown}\n"))
+}
+
+/// Records at the image of a cache that is thrown away that its tenure has ended.
+fn settle_discarded(survey: &Survey) {
+    let header = &survey.header;
+    if !header.tenure.is_some_and(|tenure| tenure.is_recorded) || !header.image.path.is_absolute() {
+        return;
+    }
+    let is_lossless = header.guest.data == GuestData::Intact && !survey.is_dirty();
+    let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
+    match FileImage::open(&header.image.path, &options) {
+        Ok(image) => settle(&image, header.tenure, if is_lossless { State::Clean } else { State::Forfeited }),
+        Err(e) => warn!("{e}; its record still names the cache: see \"genblk take-over --help\""),
+    }
 }
 
 /// What is lost with a cache.
@@ -140,7 +158,7 @@ fn describe(survey: &Survey) -> String {
         ranges => format!(" and {} to be zeroed", counted(ranges, "range")),
     };
     let dirty = counted(survey.dirty_pages, "dirty page");
-    format!("{dirty}{ranges} of image {}, which the image lacks", visible(&survey.header.image))
+    format!("{dirty}{ranges} of image {}, which the image lacks", visible(&survey.header.image.path))
 }
 
 /// Removes the cache files in `directory` from which nothing would be lost; returns a message for the operator.
@@ -161,6 +179,9 @@ pub fn prune(directory: &Path) -> Result<String> {
             let (Ok(survey), owner) = (file.survey(), file.owner()) else { continue };
             let is_clean = survey.as_ref().is_none_or(|survey| !survey.is_dirty());
             if is_clean && (owner == effective_uid() || effective_uid() == 0) {
+                if let Some(survey) = &survey {
+                    settle_discarded(survey);
+                }
                 file.remove();
                 removed += 1;
                 bytes += survey.map_or(0, |survey| survey.memory_bytes);

@@ -45,7 +45,7 @@ impl Cache {
     pub(super) fn look_at(path: PathBuf, whose: Whose) -> Result<Self> {
         let seen = ArenaFile::look_at(&path, whose)?;
         let image = match &seen.survey {
-            Ok(Some(survey)) => image_state(&survey.header.image, &survey.header.identity),
+            Ok(Some(survey)) => image_state(&survey.header.image.path, &survey.header.image.identity),
             _ => ImageState::Unknown,
         };
         Ok(Self { path, seen, image })

@@ -41,7 +41,7 @@ pub fn warn_unclaimed(config: &Config, manager: &Arc<ServiceManager>) {
 /// What a cache file holds, for the operator.
 fn description(file: ArenaFile) -> Result<String> {
     let Some(header) = file.header()? else { return Ok("empty".to_owned()) };
-    let image = visible(&header.image);
+    let image = visible(&header.image.path);
     if header.frames == 0 {
         return Ok(format!("{image}: no pages; {}", remembered(header.guest)));
     }
@@ -111,7 +111,7 @@ pub fn warn_unheld(config: &Config) {
             }
         }
         let is_other = |cache: &Cache| match &cache.seen.survey {
-            Ok(Some(survey)) => !images.contains(&survey.header.image),
+            Ok(Some(survey)) => !images.contains(&survey.header.image.path),
             _ => true,
         };
         let unheld = Unheld::below(&memory_dir, is_other);
@@ -159,7 +159,7 @@ pub fn hint_for(memory_dir: &MemoryDir) -> Option<String> {
 /// directory.
 pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
     let surveys = all_below(memory_dir).into_iter().filter_map(|cache| cache.seen.survey.ok().flatten());
-    surveys.filter(|survey| images.contains(&survey.header.image)).map(|survey| survey.memory_bytes).sum()
+    surveys.filter(|survey| images.contains(&survey.header.image.path)).map(|survey| survey.memory_bytes).sum()
 }
 
 /// Checks that no other user could have made or can change this user's folder below a memory directory.

@@ -67,7 +67,7 @@ fn row(cache: &Cache) -> [String; 6] {
     let dash = || "-".to_owned();
     [
         visible(&cache.path),
-        survey.map_or_else(dash, |survey| visible(&survey.header.image)),
+        survey.map_or_else(dash, |survey| visible(&survey.header.image.path)),
         survey.map_or_else(dash, |survey| survey.memory_bytes.div_ceil(MIB).to_string()),
         survey.filter(|survey| survey.is_of_this_boot).map_or_else(dash, |survey| survey.dirty_pages.to_string()),
         survey.map_or_else(dash, |survey| age(survey.age)),

@@ -2,10 +2,11 @@
 //! image. It ends in order, or by a panic of [`DaemonDied`].
 
 use std::fs::{self, File};
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::store::{SimulatedImage, sector_of, value_of};
 use crate::arena::{ArenaFile, Whose};
@@ -15,12 +16,14 @@ use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::device::worker::Worker;
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::fault_injection::{DaemonDied, crash_after};
 use crate::recover::arena_for;
-use crate::store::Limits;
 use crate::store::file::{FileImage, OpenOptions};
+use crate::store::{Backing, Limits, StoreQueue};
+use crate::sys::xattr;
 use crate::systemd::ServiceManager;
+use crate::tenure::record::ATTRIBUTE;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, Tick};
 use crate::virtio::config_space::{DiscardLimits, DiskParameters};
 use crate::virtio::request::{Disk, serial};
@@ -53,6 +56,9 @@ impl Directory {
         let files = fs::read_dir(&self.0).expect("the directory");
         let arenas = files.flatten().map(|entry| entry.path()).filter(|path| path.is_dir());
         arenas.for_each(|path| fs::remove_dir_all(path).expect("a directory of the world"));
+        // The record tells of an earlier boot then; without one, the next daemon takes it so.
+        let image = File::options().read(true).write(true).open(self.image()).expect("the image's file");
+        xattr::remove(&image, ATTRIBUTE).expect("the file system of the world has attributes");
     }
 
     /// The number of frames of the arena that an earlier daemon has left; 0 of one without pages.
@@ -96,6 +102,30 @@ pub(super) struct Life {
     pub device: Arc<Device>,
     pub workers: Workers,
     pub cached: Arc<CachedImage>,
+    held: Arc<HeldImage>,
+}
+
+/// The simulated image, with the tenure of the file that stands for it.
+#[derive(Debug)]
+struct HeldImage {
+    image: SimulatedImage,
+    file: Arc<FileImage>,
+    /// The daemon has died: it records nothing any more.
+    is_dead: AtomicBool,
+}
+
+impl Backing for HeldImage {
+    fn limits(&self) -> &Limits {
+        self.image.limits()
+    }
+
+    fn attach(&self) -> Result<Box<dyn StoreQueue>, Error> {
+        self.image.attach()
+    }
+
+    fn end_tenure(&self) -> io::Result<()> {
+        if self.is_dead.load(Ordering::Relaxed) { Ok(()) } else { self.file.end_tenure() }
+    }
 }
 
 /// What a daemon is started with.
@@ -121,11 +151,13 @@ impl Life {
         config.cache.memory_dir = MemoryDir::Path(directory.0.clone());
         let options = OpenOptions { direct: false, ..OpenOptions::default() };
         let file = FileImage::open(&config.image, &options).expect("the image's file");
-        // Dirty pages of a cache that does not fit are written to the file, so it holds the image meanwhile.
+        // The file holds the image while a daemon starts: clean pages are compared with it, and the dirty pages of a
+        // cache that does not fit are written to it.
         let frames = directory.arena_frames().unwrap_or(0);
         let through_file = !read_only && frames != 0 && frames != u64::from(settings.frames);
-        if through_file {
-            let bytes: Vec<u8> = image.reopened().into_iter().flat_map(sector_of).collect();
+        let values = if through_file { image.reopened() } else { image.values() };
+        let bytes: Vec<u8> = values.into_iter().flat_map(sector_of).collect();
+        if fs::read(&config.image).expect("the image's file") != bytes {
             fs::write(&config.image, bytes).expect("the image's file");
         }
         let manager = Arc::new(ServiceManager::default());
@@ -142,14 +174,16 @@ impl Life {
             Err(error) if *read_only && error.kind() == ErrorKind::Ledger => return Ok(None),
             Err(error) => panic!("the cache is recovered: {error}"),
         };
+        let held = Arc::new(HeldImage { image: image.clone(), file, is_dead: AtomicBool::new(false) });
         in_daemon(|| {
-            let cached = CachedImage::new("sim", Arc::new(image.clone()), arena, (*settings).clone());
+            let backing: Arc<dyn Backing> = held.clone();
+            let cached = CachedImage::new("sim", backing, arena, (*settings).clone());
             let device = device_of(&cached, *writeback, *read_only);
             let start = |_| Worker::new(&device, &cached).expect("descriptors for a worker");
             let (started, controls): (Vec<_>, Vec<_>) = (0..*workers).map(start).unzip();
             cached.arena().keep_on_drop(false);
             let threads = started.into_iter().map(|worker| Thread { worker, asleep: false }).collect();
-            Some(Self { threads, device, workers: Workers::new(controls), cached })
+            Some(Self { threads, device, workers: Workers::new(controls), cached, held })
         })
     }
 
@@ -212,6 +246,7 @@ impl Life {
     pub fn bury(self, image: &SimulatedImage) {
         crash_after(None);
         image.end_operations(false);
+        self.held.is_dead.store(true, Ordering::Relaxed);
         self.cached.arena().keep_on_drop(true);
     }
 }

@@ -1,0 +1,335 @@
+//! What earlier daemons left of an image: its record, and the caches that may belong to it. Decides which of them may
+//! be used, and refuses to serve the image beside one that may hold completed writes of it.
+
+use std::sync::Arc;
+
+use log::{error, info, warn};
+
+use super::proof::{Likeness, Proof, prove};
+use super::search::{Candidate, Search, is_of};
+use super::write_back::Unwritten;
+use crate::arena::{Arena, ArenaFile, GuestData, GuestState, ImageFacts};
+use crate::config::DeviceConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::file::{FileImage, LastTenure};
+use crate::systemd::ServiceManager;
+use crate::tenure::TenureId;
+use crate::tenure::host::{Boot, Relation};
+use crate::tenure::record::{CachePlace, Record, State};
+use crate::tenure::token::age_of;
+use crate::units::{PAGE_BYTES, counted};
+
+/// What earlier daemons left of an image.
+#[derive(Debug)]
+pub(super) struct Left {
+    /// The cache that may be used: it belongs to the image as it is now. Of several, the others hold nothing.
+    pub(super) usable: Option<Candidate>,
+    /// What is known of the guest besides what that cache records.
+    pub(super) guest: GuestState,
+    /// Generation of the newest tenure; 0 if there was none.
+    pub(super) generation: u64,
+    /// The record of the last tenure.
+    pub(super) record: Option<Record>,
+}
+
+impl Left {
+    /// Finds what was left of an image, which is open and locked.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] when the image must not be served as it is; otherwise as [`Search::run`].
+    pub(super) fn find(
+        config: &DeviceConfig,
+        image: &FileImage,
+        facts: &ImageFacts,
+        manager: &Arc<ServiceManager>,
+    ) -> Result<Self> {
+        let name = &config.name;
+        let record = record_of(name, image, facts)?;
+        if let Some(record) = &record {
+            refuse_other_host(image, record)?;
+        }
+        let memory_dir = &config.cache.memory_dir;
+        let search = Search { image, facts, record: record.as_ref(), memory_dir, manager };
+        let mut left = Self { usable: None, guest: GuestState::FRESH, generation: 0, record: record.clone() };
+        left.generation = record.as_ref().map_or(0, |record| record.tenure.generation);
+        for candidate in search.run()? {
+            left.add(name, config.read_only, image, candidate)?;
+        }
+        if let Some(record) = &record {
+            left.check_that_cache_is_there(name, image, record)?;
+        }
+        Ok(left)
+    }
+
+    /// Judges one more cache.
+    fn add(&mut self, name: &str, read_only: bool, image: &FileImage, candidate: Candidate) -> Result<()> {
+        let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
+        self.generation = self.generation.max(generation);
+        if candidate.is_foreign() {
+            return refuse_foreign(image, candidate);
+        }
+        if candidate.header.frames == 0 {
+            self.add_marker(read_only, candidate);
+            return Ok(());
+        }
+        let Candidate { file, header, likeness } = candidate;
+        let arena = Arena::attach(file, &header)?;
+        let proof = prove(&arena, &header, likeness, image, self.record.as_ref());
+        let unwritten = Unwritten::of(&arena);
+        let file = arena.into_file().expect(super::HAS_FILE);
+        match proof {
+            Proof::Proven => {
+                self.use_or_refuse(name, read_only, image, Candidate { file, header, likeness }, unwritten)
+            }
+            Proof::Overtaken(why) if unwritten != Unwritten::NOTHING => {
+                warn!(
+                    "{name}: {file} holds {unwritten} of {}, which are not used: {why}; {}",
+                    image.path().display(),
+                    file.removal_hint()
+                );
+                Ok(())
+            }
+            Proof::Refuted(why) | Proof::Unproven(why) if unwritten != Unwritten::NOTHING => {
+                Err(refusal(image, &file, unwritten, header.last_seen.heartbeat_ns, &why))
+            }
+            Proof::Overtaken(why) | Proof::Refuted(why) | Proof::Unproven(why) => {
+                self.guest = self.guest.or(header.guest);
+                if read_only || likeness == Likeness::Similar {
+                    return Ok(());
+                }
+                info!("{name}: dropped the cache in {file}, which held no unwritten data: {why}");
+                self.settle(name, image, header.tenure.map(|tenure| tenure.id));
+                file.remove();
+                Ok(())
+            }
+        }
+    }
+
+    /// Remembers a cache that belongs to the image.
+    fn use_or_refuse(
+        &mut self,
+        name: &str,
+        read_only: bool,
+        image: &FileImage,
+        candidate: Candidate,
+        unwritten: Unwritten,
+    ) -> Result<()> {
+        let Some(Candidate { file, header, .. }) = &self.usable else {
+            self.usable = Some(candidate);
+            return Ok(());
+        };
+        if header.frames > 0 && unwritten != Unwritten::NOTHING {
+            let context =
+                format!("found two caches of image {}, {file} and {}", image.path().display(), candidate.file);
+            let hint =
+                format!("write them first with \"genblk recover {}\", or remove them with --discard", candidate.file);
+            return Err(Error::new(ErrorKind::Ledger, format!("{context}; the second holds {unwritten}; {hint}")));
+        }
+        if header.frames == 0 {
+            // A marker gives way to a cache.
+            self.guest = self.guest.or(header.guest);
+            let marker = self.usable.replace(candidate).expect("it was looked at");
+            if !read_only {
+                marker.file.remove();
+            }
+            return Ok(());
+        }
+        self.guest = self.guest.or(candidate.header.guest);
+        if !read_only {
+            info!("{name}: dropped the cache in {}, which held no unwritten data", candidate.file);
+            candidate.file.remove();
+        }
+        Ok(())
+    }
+
+    /// Remembers a file without pages. It says what became of the guest.
+    fn add_marker(&mut self, read_only: bool, candidate: Candidate) {
+        if candidate.likeness == Likeness::Similar {
+            return;
+        }
+        self.guest = self.guest.or(candidate.header.guest);
+        if self.usable.is_none() {
+            self.usable = Some(candidate);
+        } else if !read_only {
+            candidate.file.remove();
+        }
+    }
+
+    /// Records that the tenure of a cache without unwritten data has ended.
+    fn settle(&mut self, name: &str, image: &FileImage, tenure: Option<TenureId>) {
+        let Some(record) = &mut self.record else { return };
+        if record.state != State::Open || Some(record.tenure) != tenure {
+            return;
+        }
+        record.state = State::Clean;
+        if let Err(e) = image.write_record(record) {
+            warn!("{name}: cannot record the end of the last tenure at the image: {e}");
+        }
+    }
+
+    /// Checks that the cache of a tenure that has not ended is among those that were found.
+    fn check_that_cache_is_there(&mut self, name: &str, image: &FileImage, record: &Record) -> Result<()> {
+        let is_there =
+            self.usable.as_ref().is_some_and(|found| found.header.tenure.is_some_and(|t| t.id == record.tenure));
+        // It may have been settled meanwhile.
+        let state = self.record.as_ref().map_or(record.state, |record| record.state);
+        let since = age_of(record.since * 1_000_000_000).as_secs();
+        match (state, Boot::current().relation_to(record.boot), &record.cache) {
+            _ if is_there => {}
+            (State::Clean, ..) => {}
+            (State::Open, Relation::EarlierBoot, _) => {
+                error!(
+                    "{name}: this host was booted while image {} was in use (taken {} ago): completed writes that were \
+                     not flushed are lost, as on a disk whose power fails",
+                    image.path().display(),
+                    duration(since)
+                );
+            }
+            (State::Forfeited, ..) | (State::Open, _, CachePlace::Memory) => self.guest.data = GuestData::Lost,
+            (State::Open, _, place) => return Err(missing(image, place, since)),
+        }
+        Ok(())
+    }
+}
+
+/// The record of the image's last tenure, if there is one that was made for this image.
+pub(super) fn record_of(name: &str, image: &FileImage, facts: &ImageFacts) -> Result<Option<Record>> {
+    let shown = image.path().display();
+    let failed =
+        |e| Error::io(ErrorKind::Image, format!("cannot read the record of the last tenure of image {shown}"), e);
+    match image.last_tenure().map_err(failed)? {
+        LastTenure::NoRecords | LastTenure::None => Ok(None),
+        LastTenure::Recorded(record) if is_of(&record, facts) => Ok(Some(record)),
+        LastTenure::Recorded(record) => {
+            if record.state == State::Open {
+                warn!(
+                    "{name}: image {shown} was copied from an image that was in use: completed writes that were not \
+                     flushed then are not in the copy"
+                );
+            }
+            Ok(None)
+        }
+        LastTenure::Unreadable(why) => {
+            let context = format!("image {shown} has a record of its last tenure that this genblk cannot read: {why}");
+            let hint = format!(
+                "a cache may hold completed writes; if you know that none does, remove the record with \"genblk \
+                 take-over {shown}\""
+            );
+            Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))
+        }
+    }
+}
+
+/// Refuses an image whose cache another host may hold.
+fn refuse_other_host(image: &FileImage, record: &Record) -> Result<()> {
+    if record.state != State::Open || Boot::current().relation_to(record.boot) != Relation::OtherHost {
+        return Ok(());
+    }
+    let image = image.path().display();
+    let (host, place) = (record.boot.machine, shown(&record.cache));
+    let context = format!(
+        "image {image} was taken by host {host:032x} {} ago and not given back: its cache is {place} there",
+        duration(age_of(record.since * 1_000_000_000).as_secs())
+    );
+    let hint = format!(
+        "start genblk on that host, or stop it there in order; if that host will not return, run \"genblk take-over \
+         {image}\" to serve the image here without the completed writes of that cache"
+    );
+    Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))
+}
+
+/// Refuses a cache of another user that holds completed writes of the image.
+fn refuse_foreign(image: &FileImage, candidate: Candidate) -> Result<()> {
+    let Candidate { file, header, .. } = candidate;
+    let (owner, image) = (file.owner(), image.path().display());
+    let holds = if header.frames == 0 {
+        if header.guest.data == GuestData::Intact {
+            return Ok(());
+        }
+        "says that completed writes were lost".to_owned()
+    } else {
+        let arena = Arena::attach(file, &header)?;
+        let unwritten = Unwritten::of(&arena);
+        if unwritten == Unwritten::NOTHING {
+            return Ok(());
+        }
+        let file = arena.into_file().expect(super::HAS_FILE);
+        return Err(foreign(&image.to_string(), &file, owner, &format!("holds {unwritten}")));
+    };
+    Err(foreign(&image.to_string(), &file, owner, &holds))
+}
+
+fn foreign(image: &str, file: &ArenaFile, owner: u32, holds: &str) -> Error {
+    let context = format!("{file}, a cache of image {image} that user {owner} left, {holds}");
+    let hint = format!(
+        "start genblk as that user, or run \"genblk recover {file}\" as that user; to serve the image without them, \
+         run \"genblk take-over {image}\""
+    );
+    Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
+}
+
+/// The error of a cache with completed writes that must not be used.
+pub(super) fn refusal(
+    image: &FileImage,
+    file: &ArenaFile,
+    unwritten: Unwritten,
+    heartbeat_ns: u64,
+    why: &str,
+) -> Error {
+    let image = image.path().display();
+    let mib = (unwritten.pages as u64 * PAGE_BYTES).div_ceil(1 << 20);
+    let last = match heartbeat_ns {
+        0 => String::new(),
+        at => format!(", the last written {} ago", duration(age_of(at).as_secs())),
+    };
+    let context = format!("image {image} is not as its cache {file} was left for it: {why}");
+    let holds = format!("the cache holds {unwritten} ({mib} MiB{last})");
+    Error::new(ErrorKind::Ledger, format!("{context}; {holds}; {}", ways_out(&image.to_string(), file)))
+}
+
+/// What the operator can do about a cache that must not be used.
+fn ways_out(image: &str, file: &ArenaFile) -> String {
+    let serve = format!("to serve the image as it is and leave the cache aside, run \"genblk take-over {image}\"");
+    if file.is_in_fdstore() {
+        return format!("{serve}; to throw the cache away, {}", file.removal_hint());
+    }
+    format!(
+        "to write it over the image as it is now, run \"genblk recover --force {file}\"; to throw it away, run \
+         \"genblk recover --discard {file}\"; {serve}"
+    )
+}
+
+/// The error of a cache that is not where the record says.
+fn missing(image: &FileImage, place: &CachePlace, since: u64) -> Error {
+    let image = image.path().display();
+    let context = format!(
+        "image {image} was taken {} ago and not given back, and its cache, {}, is not there: it was removed, or is in \
+         another container's memory",
+        duration(since),
+        shown(place)
+    );
+    let hint = format!(
+        "if it is in another container, start genblk there; if it is gone, completed writes that were not flushed are \
+         lost: run \"genblk take-over {image}\" to serve the image without them"
+    );
+    Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
+}
+
+/// A place of a cache for the operator.
+fn shown(place: &CachePlace) -> String {
+    match place {
+        CachePlace::Path(path) => path.display().to_string(),
+        CachePlace::FdStore(name) => format!("fd-store entry {name}"),
+        CachePlace::Memory => "only in its daemon's memory".to_owned(),
+    }
+}
+
+/// A number of seconds in the largest unit that fits.
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..120 => counted(seconds, "second"),
+        120..7200 => counted(seconds / 60, "minute"),
+        7200..172_800 => counted(seconds / 3600, "hour"),
+        _ => counted(seconds / 86_400, "day"),
+    }
+}

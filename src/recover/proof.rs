@@ -1,0 +1,168 @@
+//! Whether a cache that was left belongs to an image as it is now: that nobody else has changed the image since.
+//!
+//! Three things are asked, in this order: whether a later tenure has held the image; what the change tokens say; and,
+//! where they do not settle it, whether clean pages of the cache are equal to the image.
+
+use std::collections::HashSet;
+
+use crate::arena::{Arena, Header, sectors_within};
+use crate::fault_injection::{PlantedBug, planted};
+use crate::store::Backing;
+use crate::store::file::FileImage;
+use crate::tenure::record::Record;
+use crate::tenure::token::Verdict;
+use crate::units::{FrameId, FrameRecord, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, counted};
+
+/// Most pages that are compared.
+const SAMPLE_PAGES: usize = 200;
+/// Pages that are compared if they are in the cache, because every mount of a file system changes one of them: the
+/// superblocks of ext4 and XFS, of btrfs, and the same in a first partition at 1 MiB.
+const TELLTALE_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
+
+/// Whether a cache may be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Proof {
+    /// Nobody else has changed the image.
+    Proven,
+    /// Someone else may have: what is known of the image does not tell, and no clean page could be compared.
+    Unproven(String),
+    /// Someone else has, for this reason.
+    Refuted(String),
+    /// A later tenure has held the image.
+    Overtaken(String),
+}
+
+/// How far a cache's header shows that it belongs to an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Likeness {
+    /// It may: the path is the same, and nothing says that it is another image.
+    Similar,
+    /// It does, by the file's identity, the name of the device, or the image's record.
+    Same,
+}
+
+/// Whether the image's `record` shows that another tenure has held it after the one of `header`.
+pub(super) fn overtaken(header: &Header, record: Option<&Record>) -> Option<Proof> {
+    let tenure = header.tenure?;
+    if tenure.is_set_aside {
+        return Some(Proof::Overtaken("it was set aside by \"genblk take-over\"".to_owned()));
+    }
+    let record = record?;
+    if record.tenure == tenure.id || planted(PlantedBug::GenerationNotCompared) {
+        return None;
+    }
+    if tenure.is_recorded && tenure.id.generation > record.tenure.generation {
+        let why = "the image carries the record of an earlier tenure: an older copy was restored";
+        return Some(Proof::Refuted(why.to_owned()));
+    }
+    if tenure.id.generation > record.tenure.generation {
+        // The record of its tenure could not be written, for example because the disk was full.
+        return None;
+    }
+    let (ours, later) = (tenure.id.generation, record.tenure.generation);
+    Some(Proof::Overtaken(format!(
+        "it is of generation {ours}, and the image has been held in generation {later} since"
+    )))
+}
+
+/// Whether the cache in `arena`, with this header, may be used for `image`.
+pub(super) fn prove(
+    arena: &Arena,
+    header: &Header,
+    likeness: Likeness,
+    image: &FileImage,
+    record: Option<&Record>,
+) -> Proof {
+    if let Some(objection) = overtaken(header, record) {
+        return objection;
+    }
+    // Before there were tenures, the identity and the size were all that was compared.
+    let is_known_image = header.tenure.is_none() && header.image.size_bytes == image.limits().size_bytes;
+    let verdict = match header.last_seen.judge(&image.found_token()) {
+        _ if planted(PlantedBug::TokenNotCompared) => Verdict::Plausible,
+        verdict => verdict,
+    };
+    let doubt = match verdict {
+        Verdict::Unchanged => return Proof::Proven,
+        Verdict::Changed(why) => return Proof::Refuted(why),
+        Verdict::Plausible if likeness == Likeness::Same => None,
+        Verdict::Plausible => Some("it may be another file at the same path".to_owned()),
+        Verdict::Unknown(_) if is_known_image && likeness == Likeness::Same => None,
+        Verdict::Unknown(why) => Some(why),
+    };
+    match (compare_sample(arena, image), doubt) {
+        (Sample::Differs(page), doubt) => {
+            let why = doubt.map_or_else(String::new, |doubt| format!("{doubt}, and "));
+            Proof::Refuted(format!("{why}page {} of it differs from the clean page in the cache", page.0))
+        }
+        (Sample::Equal(0), Some(doubt)) => {
+            Proof::Unproven(format!("{doubt}, and the cache has no clean page to compare with it"))
+        }
+        (Sample::Equal(pages), doubt) => {
+            if let Some(doubt) = doubt {
+                let pages = counted(pages as u64, "clean page");
+                log::info!("image {}: {doubt}; {pages} of the cache equal it", image.path().display());
+            }
+            Proof::Proven
+        }
+    }
+}
+
+/// What a comparison found.
+enum Sample {
+    /// This page differs.
+    Differs(PageNo),
+    /// As many pages are equal.
+    Equal(usize),
+}
+
+/// Compares clean pages of a cache with the image: all of them if they are few, else some from everywhere.
+fn compare_sample(arena: &Arena, image: &FileImage) -> Sample {
+    if planted(PlantedBug::SampleSkipped) {
+        return Sample::Equal(SAMPLE_PAGES);
+    }
+    // What must read as zeros may not be on the image either.
+    let zeroes: Vec<SectorSpan> = arena.pending_zeroes().map(|(_, span)| span).collect();
+    let clean = |(frame, record): (FrameId, FrameRecord)| {
+        let known = record.valid.without(record.dirty);
+        let mask = zeroes.iter().fold(known, |mask, span| mask.without(span.sectors_in(record.page)));
+        (!mask.is_empty()).then_some((record.page, frame, mask))
+    };
+    // A page that was moving is recorded twice. One of the records may be dirty, then the other tells nothing.
+    let dirty: HashSet<PageNo> =
+        arena.records().filter(|(_, record)| !record.dirty.is_empty()).map(|(_, record)| record.page).collect();
+    let mut pages: Vec<(PageNo, FrameId, SectorMask)> = arena.records().filter_map(clean).collect();
+    pages.sort_unstable_by_key(|(page, _, mask)| (*page, mask.0));
+    pages.retain(|(page, ..)| !dirty.contains(page));
+    let step = pages.len().div_ceil(SAMPLE_PAGES).max(1);
+    let chosen = pages.iter().enumerate().filter(|(n, (page, ..))| n % step == 0 || TELLTALE_PAGES.contains(&page.0));
+    let mut equal = 0;
+    for (_, &(page, frame, mask)) in chosen {
+        match is_equal(arena, image, page, frame, mask) {
+            Some(true) => equal += 1,
+            Some(false) => return Sample::Differs(page),
+            // It cannot be read, so it tells nothing.
+            None => {}
+        }
+    }
+    Sample::Equal(equal)
+}
+
+/// Whether these sectors of a frame are equal to the image; `None` if they cannot be read, or lie past its end.
+fn is_equal(arena: &Arena, image: &FileImage, page: PageNo, frame: FrameId, mask: SectorMask) -> Option<bool> {
+    let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
+    let mut left = mask.and(sectors_within(image_sectors, page));
+    if left.is_empty() {
+        return None;
+    }
+    let bytes = image.read_page(page).ok()?;
+    while let Some((first, count)) = left.first_run() {
+        let start = usize::from(first) * SECTOR_SIZE;
+        let cached = arena.sectors(frame, first, count);
+        if bytes.0[start..start + cached.len()] != cached[..] {
+            return Some(false);
+        }
+        left = left.without(SectorMask::run(first, count));
+    }
+    Some(true)
+}

@@ -1,0 +1,220 @@
+//! Finds the caches that may belong to an image, wherever earlier daemons left them.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::LOCK_PATIENCE;
+use super::proof::Likeness;
+use crate::arena::{ArenaFile, Header, ImageFacts, Whose};
+use crate::config::MemoryDir;
+use crate::error::{Error, ErrorKind, Result};
+use crate::image_id::ImageId;
+use crate::store::Backing;
+use crate::store::file::FileImage;
+use crate::sys::process::effective_uid;
+use crate::systemd::ServiceManager;
+use crate::tenure::record::{CachePlace, Record};
+
+/// Where daemons keep caches unless they are told otherwise.
+const DEFAULT_MEMORY_DIR: &str = "/dev/shm";
+
+/// What a header records of an image.
+pub(super) fn facts_of(image: &FileImage) -> ImageFacts {
+    ImageFacts {
+        identity: image.identity(),
+        size_bytes: image.limits().size_bytes,
+        path: image.canonical_path(),
+        alias: image.alias(),
+    }
+}
+
+/// Whether a record was made for this file, as opposed to one that it was copied from.
+pub(super) fn is_of(record: &Record, facts: &ImageFacts) -> bool {
+    let ImageId { inode, born_ns, .. } = facts.identity;
+    record.inode == inode && (record.born_ns == born_ns || record.born_ns == 0 || born_ns == 0)
+}
+
+/// A cache that may belong to an image.
+#[derive(Debug)]
+pub(super) struct Candidate {
+    pub(super) file: ArenaFile,
+    pub(super) header: Header,
+    pub(super) likeness: Likeness,
+}
+
+impl Candidate {
+    /// Whether another user's daemon left it.
+    pub(super) fn is_foreign(&self) -> bool {
+        !self.file.is_in_fdstore() && self.file.owner() != effective_uid()
+    }
+}
+
+/// A search for the caches of an image.
+#[derive(Debug)]
+pub(super) struct Search<'a> {
+    pub(super) image: &'a FileImage,
+    pub(super) facts: &'a ImageFacts,
+    /// The image's record, if it has one that was made for it.
+    pub(super) record: Option<&'a Record>,
+    pub(super) memory_dir: &'a MemoryDir,
+    pub(super) manager: &'a Arc<ServiceManager>,
+}
+
+impl Search<'_> {
+    /// All caches that may belong to the image, opened and locked: those of the fd store first, then by path.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Locked`] when another process uses one that belongs to the image; [`ErrorKind::Ledger`] for one
+    /// that cannot be read, [`ErrorKind::Memory`] for one that cannot be opened.
+    pub(super) fn run(&self) -> Result<Vec<Candidate>> {
+        let mut found = Vec::new();
+        for name in self.manager.fdstore_names() {
+            let peeked = ArenaFile::peek_in_fdstore(self.manager, &name);
+            let Some(likeness) = self.likeness_of(peeked, OsStr::new(&name))? else { continue };
+            let Some(file) = ArenaFile::take_named_from_fdstore(self.manager, &name)? else { continue };
+            found.extend(self.candidate(file, likeness)?);
+        }
+        for path in self.paths() {
+            let is_recorded = self.recorded_path() == Some(&path);
+            let peeked = match ArenaFile::peek(&path, whose()) {
+                Err(e) if is_recorded && e.kind() == ErrorKind::Memory => {
+                    if path.try_exists().is_ok_and(|exists| !exists) {
+                        continue;
+                    }
+                    return Err(self.unreachable(&path, &e));
+                }
+                // Other users' files, and files that vanish meanwhile.
+                Err(e) if e.kind() == ErrorKind::Memory => continue,
+                peeked => peeked,
+            };
+            let Some(likeness) = self.likeness_of(peeked, path.file_name().unwrap_or_default())? else { continue };
+            found.extend(self.open(&path, likeness, is_recorded)?);
+        }
+        Ok(found)
+    }
+
+    fn open(&self, path: &Path, likeness: Likeness, is_recorded: bool) -> Result<Option<Candidate>> {
+        match ArenaFile::open_within(path, whose(), LOCK_PATIENCE) {
+            Ok(file) => self.candidate(file, likeness),
+            Err(e) if e.kind() == ErrorKind::Locked && is_recorded => Err(e),
+            // A live daemon serves another image with it: this one's lock is ours.
+            Err(e) if e.kind() == ErrorKind::Locked && likeness == Likeness::Similar => Ok(None),
+            Err(_) if !path.exists() => Ok(None),
+            Err(e) if e.kind() == ErrorKind::Memory => Err(self.unreachable(path, &e)),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn candidate(&self, file: ArenaFile, likeness: Likeness) -> Result<Option<Candidate>> {
+        // Read again: until now another process could change it.
+        let header = file.header()?;
+        Ok(header.map(|header| Candidate { file, header, likeness }))
+    }
+
+    fn unreachable(&self, path: &Path, error: &Error) -> Error {
+        let (image, path) = (self.image.path().display(), path.display());
+        let context = format!("the cache of image {image} is in {path}, and this user cannot use it ({error})");
+        let hint = format!(
+            "run as the user of that file; to serve the image without that cache's completed writes, run \"genblk \
+             take-over {image}\""
+        );
+        Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
+    }
+
+    /// Where the record says that the cache is, if that is a path.
+    fn recorded_path(&self) -> Option<&PathBuf> {
+        match &self.record?.cache {
+            CachePlace::Path(path) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// The files that are looked at, each once.
+    fn paths(&self) -> Vec<PathBuf> {
+        let mut memory_dirs = vec![PathBuf::from(DEFAULT_MEMORY_DIR)];
+        if let MemoryDir::Path(configured) = self.memory_dir {
+            memory_dirs.insert(0, configured.clone());
+        }
+        let mut paths: Vec<PathBuf> = self.recorded_path().into_iter().cloned().collect();
+        for directory in memory_dirs.iter().flat_map(|memory_dir| ArenaFile::dirs(memory_dir)) {
+            let directory = directory.canonicalize().unwrap_or(directory);
+            if !self.is_trusted(&directory) {
+                continue;
+            }
+            let mut files: Vec<_> =
+                fs::read_dir(&directory).into_iter().flatten().flatten().map(|e| e.path()).collect();
+            files.sort();
+            paths.extend(files);
+        }
+        let mut seen = std::collections::HashSet::new();
+        paths.retain(|path| seen.insert(path.clone()));
+        paths
+    }
+
+    /// Whether a directory's caches count: nobody but its owner can write to it, and the owner may write to the image.
+    /// A user could forge a cache for another user's image otherwise.
+    fn is_trusted(&self, directory: &Path) -> bool {
+        let (Ok(directory), Ok(image)) = (fs::metadata(directory), fs::metadata(self.image.path())) else {
+            return false;
+        };
+        let others_may_write = image.mode() & 0o022 != 0;
+        let is_private = directory.mode() & 0o022 == 0;
+        is_private && (directory.uid() == effective_uid() || directory.uid() == image.uid() || others_may_write)
+    }
+
+    /// How far a header shows that its cache belongs to the image; `None`: it does not. `name` is that of its file.
+    ///
+    /// # Errors
+    /// Why a header cannot be read, if the name says that the cache is the image's.
+    fn likeness_of(&self, peeked: Result<Option<Header>>, name: &OsStr) -> Result<Option<Likeness>> {
+        let first_name = self.facts.identity.file_name(0, 0);
+        let prefix = first_name.trim_end_matches('0');
+        match peeked {
+            Ok(header) => Ok(header.and_then(|header| self.likeness(&header))),
+            Err(e) if name.to_string_lossy().contains(prefix) => Err(e),
+            Err(e) => {
+                log::debug!("{}: {e}", name.display());
+                Ok(None)
+            }
+        }
+    }
+
+    /// How far a header shows that its cache belongs to the image; `None`: it does not.
+    pub(super) fn likeness(&self, header: &Header) -> Option<Likeness> {
+        let (left, image) = (&header.image, self.facts);
+        let recorded = self.record.map(|record| record.tenure);
+        if recorded.is_some() && recorded == header.tenure.map(|tenure| tenure.id)
+            || left.identity == image.identity && image.identity.inode != 0
+        {
+            return Some(Likeness::Same);
+        }
+        let (old, new) = (&left.identity, &image.identity);
+        let is_device = self.image.is_device();
+        if !is_device && old.inode == new.inode && old.born_ns == new.born_ns && old.born_ns != 0 {
+            // The file system is mounted again, unless the original is still there: then this is a copy of it, as in a
+            // snapshot.
+            return if is_at(old, &left.path) { None } else { Some(Likeness::Same) };
+        }
+        if is_device && !left.alias.is_empty() && !image.alias.is_empty() {
+            return (left.alias == image.alias).then_some(Likeness::Same);
+        }
+        let are_both_born = old.born_ns != 0 && new.born_ns != 0;
+        let was_replaced = !is_device && (old.device == new.device || are_both_born);
+        (left.path == image.path && !was_replaced).then_some(Likeness::Similar)
+    }
+}
+
+/// Whether a path leads to the file with this identity.
+fn is_at(identity: &ImageId, path: &Path) -> bool {
+    let found: io::Result<fs::Metadata> = fs::metadata(path);
+    found.is_ok_and(|found| found.dev() == identity.device && found.ino() == identity.inode)
+}
+
+/// Whose caches are looked at. Root looks at all of them, and uses its own.
+fn whose() -> Whose {
+    if effective_uid() == 0 { Whose::Anyone } else { Whose::Own }
+}

@@ -1,0 +1,132 @@
+//! What an image tells about its past: the record of its last tenure, its change token, and a name that a block device
+//! keeps when it is attached again.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use crate::sys::{self, xattr};
+use crate::tenure::record::{ATTRIBUTE, BYTES_MAX, Record};
+use crate::tenure::token::ChangeToken;
+
+const NANOS_PER_SECOND: u64 = 1_000_000_000;
+/// What sysfs appends to the path of a loop device's file that was deleted.
+const DELETED: &str = " (deleted)";
+
+/// What an image says of its last tenure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LastTenure {
+    /// The file system has no attributes, or a block device is the image.
+    NoRecords,
+    /// No tenure was ever recorded.
+    None,
+    /// This record.
+    Recorded(Record),
+    /// The record cannot be read, for this reason.
+    Unreadable(String),
+}
+
+/// Reads the record of an image that is a regular file.
+///
+/// # Errors
+/// Those of fgetxattr(2), except those of a file system without attributes.
+pub(super) fn last_tenure(file: &File) -> io::Result<LastTenure> {
+    Ok(match xattr::get(file, ATTRIBUTE, BYTES_MAX) {
+        Ok(Some(bytes)) => match Record::decode(&bytes) {
+            Ok(record) => LastTenure::Recorded(record),
+            Err(why) => LastTenure::Unreadable(why),
+        },
+        Ok(None) => LastTenure::None,
+        Err(error) => match error.raw_os_error() {
+            Some(libc::E2BIG | libc::ERANGE) => LastTenure::Unreadable(format!("it is longer than {BYTES_MAX} bytes")),
+            Some(errno) if sys::is_unsupported(errno) => LastTenure::NoRecords,
+            _ => return Err(error),
+        },
+    })
+}
+
+/// Writes the record of an image that is a regular file, and makes it durable.
+///
+/// # Errors
+/// Those of fsetxattr(2) and fsync(2).
+pub(super) fn write_record(file: &File, record: &Record) -> io::Result<()> {
+    xattr::set(file, ATTRIBUTE, &record.encode())?;
+    file.sync_all()
+}
+
+/// The change token of an image of `size_bytes` bytes. `counts_sectors`: all that genblk writes to a device is counted
+/// as it was written, so that the device's counter can be compared.
+///
+/// # Errors
+/// Those of fstat(2).
+pub(super) fn change_token(
+    file: &File,
+    size_bytes: u64,
+    device: Option<u64>,
+    counts_sectors: bool,
+) -> io::Result<ChangeToken> {
+    let Some(device) = device else { return Ok(token_of_file(&file.metadata()?)) };
+    let backing_file = loop_file(device).and_then(|path| fs::metadata(path).ok()).map(|found| token_of_file(&found));
+    let sectors_written = if counts_sectors { sectors_written(device).map_or(0, |sectors| sectors + 1) } else { 0 };
+    let disk_sequence = sys::block::disk_sequence(file);
+    Ok(ChangeToken { size_bytes, disk_sequence, sectors_written, ..backing_file.unwrap_or_default() })
+}
+
+fn token_of_file(metadata: &fs::Metadata) -> ChangeToken {
+    let nanoseconds = |seconds: i64, nanoseconds: i64| {
+        let [seconds, nanoseconds] = [seconds, nanoseconds].map(|n| u64::try_from(n).unwrap_or(0));
+        seconds.wrapping_mul(NANOS_PER_SECOND).wrapping_add(nanoseconds)
+    };
+    ChangeToken {
+        size_bytes: metadata.len(),
+        modified_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+        changed_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+        blocks: metadata.blocks(),
+        ..ChangeToken::default()
+    }
+}
+
+/// A name that a block device keeps when it is attached again, under another number; empty if none is known.
+pub(super) fn alias(device: u64) -> String {
+    if let Some(path) = loop_file(device) {
+        let partition = attribute(device, "partition").map_or_else(String::new, |number| format!(":{number}"));
+        let offset = attribute(device, "loop/offset").unwrap_or_default();
+        return format!("loop:{}:{offset}{partition}", path.display());
+    }
+    if let Some(uuid) = attribute(device, "dm/uuid").filter(|uuid| !uuid.is_empty()) {
+        return format!("dm:{uuid}");
+    }
+    let names = ["wwid", "device/wwid", "../wwid", "../device/wwid"];
+    let partition = attribute(device, "partition").map_or_else(String::new, |number| format!(":{number}"));
+    let wwid = names.iter().find_map(|name| attribute(device, name)).filter(|wwid| !wwid.is_empty());
+    wwid.map_or_else(String::new, |wwid| format!("wwid:{wwid}{partition}"))
+}
+
+/// The file behind a loop device or a partition of one.
+fn loop_file(device: u64) -> Option<PathBuf> {
+    let names = ["loop/backing_file", "../loop/backing_file"];
+    let path = names.iter().find_map(|name| attribute(device, name))?;
+    if path.ends_with(DELETED) { None } else { Some(PathBuf::from(path)) }
+}
+
+/// Sectors of 512 bytes that were written to a block device or discarded, since it was attached; `None` if the kernel
+/// does not count them.
+fn sectors_written(device: u64) -> Option<u64> {
+    let counts = ["queue/iostats", "../queue/iostats"].iter().find_map(|name| attribute(device, name))?;
+    if counts == "0" {
+        return None;
+    }
+    // Documentation/block/stat.rst: the seventh number is of writes, the fourteenth of discards.
+    let stat = attribute(device, "stat")?;
+    let numbers: Vec<u64> = stat.split_whitespace().map_while(|number| number.parse().ok()).collect();
+    Some(numbers.get(6)? + numbers.get(13).unwrap_or(&0))
+}
+
+/// An attribute of a block device in sysfs.
+fn attribute(device: u64, name: &str) -> Option<String> {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let path = format!("/sys/dev/block/{major}:{minor}");
+    let text = fs::read_to_string(Path::new(&path).canonicalize().ok()?.join(name)).ok()?;
+    Some(text.trim_end().to_owned())
+}

@@ -1,0 +1,79 @@
+//! Which host this is, and which boot of it.
+
+use std::fs;
+
+/// The boot of a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// The machine ID (machine-id(5)); 0 if the host has none.
+    pub machine: u128,
+    /// The boot ID (random(4)); 0 if the kernel does not report it.
+    pub boot: u128,
+}
+
+/// How the boot that a record names relates to this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Relation {
+    /// The same host, not booted since: memory that the record names may still be there.
+    SameBoot,
+    /// The same host before its last boot: its memory is gone.
+    EarlierBoot,
+    /// Another host, which may still hold a cache.
+    OtherHost,
+}
+
+impl Boot {
+    /// This boot of this host.
+    pub fn current() -> Self {
+        let machine = ["/etc/machine-id", "/var/lib/dbus/machine-id"].iter().find_map(|path| number_in(path));
+        Self { machine: machine.unwrap_or(0), boot: number_in("/proc/sys/kernel/random/boot_id").unwrap_or(0) }
+    }
+
+    /// How `recorded` relates to this boot.
+    ///
+    /// => Containers of one host have machine IDs of their own, but one boot ID.
+    /// => A host without a machine ID cannot be recognized after a boot.
+    pub fn relation_to(self, recorded: Self) -> Relation {
+        if self.boot != 0 && self.boot == recorded.boot {
+            Relation::SameBoot
+        } else if self.machine != 0 && self.machine == recorded.machine {
+            Relation::EarlierBoot
+        } else {
+            Relation::OtherHost
+        }
+    }
+}
+
+/// The hexadecimal number of 32 digits in a file; dashes between its digits do not count.
+fn number_in(path: &str) -> Option<u128> {
+    let text = fs::read_to_string(path).ok()?;
+    let digits: String = text.trim().chars().filter(|&digit| digit != '-').collect();
+    if digits.len() == 32 { u128::from_str_radix(&digits, 16).ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_recognized_by_its_boot_or_by_its_machine_id() {
+        let here = Boot { machine: 1, boot: 2 };
+        let relations = [
+            (Boot { machine: 1, boot: 2 }, Relation::SameBoot),
+            (Boot { machine: 7, boot: 2 }, Relation::SameBoot),
+            (Boot { machine: 1, boot: 7 }, Relation::EarlierBoot),
+            (Boot { machine: 7, boot: 7 }, Relation::OtherHost),
+            (Boot { machine: 0, boot: 0 }, Relation::OtherHost),
+        ];
+        for (recorded, relation) in relations {
+            assert_eq!(here.relation_to(recorded), relation, "{recorded:?}");
+        }
+        let anonymous = Boot { machine: 0, boot: 0 };
+        assert_eq!(anonymous.relation_to(anonymous), Relation::OtherHost);
+    }
+
+    #[test]
+    fn this_host_has_a_boot_id() {
+        assert_eq!(Boot::current().relation_to(Boot::current()), Relation::SameBoot);
+    }
+}

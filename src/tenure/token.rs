@@ -1,0 +1,241 @@
+//! Change tokens: what the host tells about the last change of an image, and what follows from two of them.
+//!
+//! A file's modification time changes with every write, its change time also with every change of an attribute; only
+//! the latter cannot be set by programs. The daemon records the token each time when no change of its own is in flight.
+//! If it dies then, the next daemon must find the very same token. If it dies with changes in flight, those changed the
+//! times once more; the heartbeat in the ledger bounds when.
+//!
+//! Of a block device the host counts the sectors that were written, from its attachment on. The daemon counts those
+//! that it wrote itself.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How long after the daemon's last heartbeat the kernel may finish changes that were in flight when it died, and with
+/// it, may set the image's times.
+const IN_FLIGHT_SLACK_NS: u64 = 2_000_000_000;
+/// Coarsest unit in which a file system records times (FAT). A file system may record them more coarsely than it tells
+/// them while it is mounted.
+const TIME_UNIT_MAX_NS: u64 = 2_000_000_000;
+
+/// What the host tells about the last change of an image. Each field is 0 where the host does not tell it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChangeToken {
+    /// Size of the image in bytes.
+    pub size_bytes: u64,
+    /// When its data was modified, in nanoseconds since 1970.
+    pub modified_ns: u64,
+    /// When its data or attributes were changed, in nanoseconds since 1970.
+    pub changed_ns: u64,
+    /// Space that it takes, in units of 512 bytes.
+    pub blocks: u64,
+    /// The kernel's sequence number of a block device.
+    pub disk_sequence: u64,
+    /// Sectors written to a block device since it was attached, plus 1.
+    pub sectors_written: u64,
+}
+
+impl ChangeToken {
+    /// Number of words of a token.
+    pub const WORDS: usize = 6;
+
+    /// The token as words.
+    pub fn words(self) -> [u64; Self::WORDS] {
+        let Self { size_bytes, modified_ns, changed_ns, blocks, disk_sequence, sectors_written } = self;
+        [size_bytes, modified_ns, changed_ns, blocks, disk_sequence, sectors_written]
+    }
+
+    /// The token in these words.
+    pub fn from_words(words: [u64; Self::WORDS]) -> Self {
+        let [size_bytes, modified_ns, changed_ns, blocks, disk_sequence, sectors_written] = words;
+        Self { size_bytes, modified_ns, changed_ns, blocks, disk_sequence, sectors_written }
+    }
+
+    fn has_times(&self) -> bool {
+        self.modified_ns != 0 && self.changed_ns != 0
+    }
+}
+
+/// The wall clock in nanoseconds since 1970.
+pub fn wall_clock_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0))
+}
+
+/// How long ago a moment of the wall clock was.
+pub fn age_of(wall_ns: u64) -> Duration {
+    Duration::from_nanos(wall_clock_ns().saturating_sub(wall_ns))
+}
+
+/// What the last daemon knew of its image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LastSeen {
+    /// The last token that it recorded.
+    pub token: ChangeToken,
+    /// Whether it started no change of the image since.
+    pub is_at_rest: bool,
+    /// When it last started or finished a change, in nanoseconds since 1970; 0 if never.
+    pub heartbeat_ns: u64,
+    /// Bytes of the changes that it started since.
+    pub changed_bytes: u64,
+}
+
+/// What tokens say about changes of an image by others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nobody else has changed its data.
+    Unchanged,
+    /// All that is known fits a change by the last daemon alone.
+    Plausible,
+    /// The tokens do not tell, for this reason.
+    Unknown(String),
+    /// Someone else has changed its data, for this reason.
+    Changed(String),
+}
+
+impl LastSeen {
+    /// Whether someone else has changed an image with the token `now`.
+    pub fn judge(&self, now: &ChangeToken) -> Verdict {
+        if self.token.has_times() && now.has_times() { self.judge_times(now) } else { self.judge_device(now) }
+    }
+
+    fn judge_times(&self, now: &ChangeToken) -> Verdict {
+        let Self { token, is_at_rest, heartbeat_ns, .. } = *self;
+        let same_size = token.size_bytes == now.size_bytes;
+        if is_at_rest && same_size && (token.modified_ns, token.changed_ns) == (now.modified_ns, now.changed_ns) {
+            return Verdict::Unchanged;
+        }
+        // If the clock was set back during the last tenure, it no longer orders changes.
+        let is_clock_monotonic = is_at_rest || heartbeat_ns >= token.modified_ns;
+        let modified = round_like(token.modified_ns, now.modified_ns);
+        if now.modified_ns < modified && is_clock_monotonic {
+            return Verdict::Changed("its modification time was set back".to_owned());
+        }
+        let latest = |seen: u64| if is_at_rest { seen } else { seen.max(heartbeat_ns) + IN_FLIGHT_SLACK_NS };
+        if now.modified_ns > latest(token.modified_ns) {
+            if same_size || now.size_bytes == 0 {
+                return Verdict::Changed("it was written after the last write of that cache's daemon".to_owned());
+            }
+            // Truncation sets both times, and takes no space.
+            let only_grown = is_at_rest && now.size_bytes > token.size_bytes && now.blocks == token.blocks;
+            return match only_grown && now.modified_ns == now.changed_ns {
+                true => Verdict::Plausible,
+                false => Verdict::Unknown("its size was changed".to_owned()),
+            };
+        }
+        if now.changed_ns > latest(token.changed_ns) {
+            // A modification time that is known exactly shows that the data was not changed.
+            return match is_at_rest && same_size && now.modified_ns == token.modified_ns {
+                true => Verdict::Plausible,
+                false => Verdict::Unknown("its attributes were changed".to_owned()),
+            };
+        }
+        if same_size { Verdict::Plausible } else { Verdict::Unknown("its size was changed".to_owned()) }
+    }
+
+    fn judge_device(&self, now: &ChangeToken) -> Verdict {
+        let Self { token, is_at_rest, changed_bytes, .. } = *self;
+        if token.disk_sequence == 0 || token.disk_sequence != now.disk_sequence {
+            return Verdict::Unknown("nothing shows that it is as it was left".to_owned());
+        }
+        if token.sectors_written == 0 || now.sectors_written == 0 {
+            return Verdict::Unknown("the device does not count what is written".to_owned());
+        }
+        let written = now.sectors_written.saturating_sub(token.sectors_written);
+        if now.sectors_written < token.sectors_written || written > changed_bytes / 512 {
+            return Verdict::Changed("more was written to it than by that cache's daemon".to_owned());
+        }
+        if is_at_rest { Verdict::Unchanged } else { Verdict::Plausible }
+    }
+}
+
+/// `seen`, or `now` if that is `seen` after a file system has rounded it down.
+fn round_like(seen: u64, now: u64) -> u64 {
+    let is_rounded = now.is_multiple_of(1_000_000_000) && now <= seen && seen - now < TIME_UNIT_MAX_NS;
+    if is_rounded { now } else { seen }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+    const TOKEN: ChangeToken = ChangeToken {
+        size_bytes: 1 << 20,
+        modified_ns: 100 * SECOND + 5,
+        changed_ns: 100 * SECOND + 7,
+        blocks: 16,
+        disk_sequence: 0,
+        sectors_written: 0,
+    };
+    const AT_REST: LastSeen =
+        LastSeen { token: TOKEN, is_at_rest: true, heartbeat_ns: 100 * SECOND + 6, changed_bytes: 0 };
+    const IN_FLIGHT: LastSeen = LastSeen { is_at_rest: false, heartbeat_ns: 110 * SECOND, ..AT_REST };
+
+    fn is_unknown(verdict: &Verdict) -> bool {
+        matches!(verdict, Verdict::Unknown(_))
+    }
+
+    fn is_changed(verdict: &Verdict) -> bool {
+        matches!(verdict, Verdict::Changed(_))
+    }
+
+    #[test]
+    fn words_make_the_token_again() {
+        let token = ChangeToken { disk_sequence: 3, sectors_written: 4, ..TOKEN };
+        assert_eq!(ChangeToken::from_words(token.words()), token);
+    }
+
+    #[test]
+    fn an_image_at_rest_is_unchanged_only_with_the_same_token() {
+        assert_eq!(AT_REST.judge(&TOKEN), Verdict::Unchanged);
+        let written = ChangeToken { modified_ns: TOKEN.modified_ns + 1, changed_ns: TOKEN.changed_ns + 1, ..TOKEN };
+        assert!(is_changed(&AT_REST.judge(&written)));
+        let attributes = ChangeToken { changed_ns: TOKEN.changed_ns + 1, ..TOKEN };
+        assert_eq!(AT_REST.judge(&attributes), Verdict::Plausible);
+        let attributes = ChangeToken { modified_ns: 109 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
+        assert!(is_unknown(&IN_FLIGHT.judge(&attributes)));
+    }
+
+    #[test]
+    fn times_that_were_set_back_are_a_change() {
+        let restored = ChangeToken { modified_ns: 50 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
+        assert!(is_changed(&AT_REST.judge(&restored)) && is_changed(&IN_FLIGHT.judge(&restored)));
+        let rounded = ChangeToken { modified_ns: 100 * SECOND, changed_ns: 100 * SECOND, ..TOKEN };
+        assert_eq!(AT_REST.judge(&rounded), Verdict::Plausible, "a coarse file system was mounted again");
+        let clock_set_back = LastSeen { heartbeat_ns: 40 * SECOND, ..IN_FLIGHT };
+        let written = ChangeToken { modified_ns: 40 * SECOND, changed_ns: 40 * SECOND, ..TOKEN };
+        assert_eq!(clock_set_back.judge(&written), Verdict::Plausible);
+    }
+
+    #[test]
+    fn changes_in_flight_end_soon_after_the_last_heartbeat() {
+        let at = |modified_ns| ChangeToken { modified_ns, changed_ns: modified_ns, ..TOKEN };
+        assert_eq!(IN_FLIGHT.judge(&at(109 * SECOND)), Verdict::Plausible);
+        assert_eq!(IN_FLIGHT.judge(&at(111 * SECOND)), Verdict::Plausible);
+        assert!(is_changed(&IN_FLIGHT.judge(&at(113 * SECOND))));
+    }
+
+    #[test]
+    fn growth_alone_is_plausible_and_any_other_change_of_size_needs_a_sample() {
+        let grown = ChangeToken { size_bytes: 2 << 20, modified_ns: 200 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
+        assert_eq!(AT_REST.judge(&grown), Verdict::Plausible);
+        assert!(is_unknown(&IN_FLIGHT.judge(&grown)));
+        assert!(is_unknown(&AT_REST.judge(&ChangeToken { blocks: 17, ..grown })));
+        assert!(is_unknown(&AT_REST.judge(&ChangeToken { size_bytes: 4096, ..grown })));
+    }
+
+    #[test]
+    fn sectors_that_others_wrote_to_a_device_are_a_change() {
+        let token = ChangeToken { size_bytes: 1 << 20, disk_sequence: 9, sectors_written: 101, ..Default::default() };
+        let wrote = LastSeen { token, is_at_rest: false, heartbeat_ns: 5, changed_bytes: 4096 };
+        let after = |sectors_written| ChangeToken { sectors_written, ..token };
+        assert_eq!(wrote.judge(&after(101)), Verdict::Plausible);
+        assert_eq!(wrote.judge(&after(109)), Verdict::Plausible);
+        assert!(is_changed(&wrote.judge(&after(110))));
+        let rest = LastSeen { is_at_rest: true, changed_bytes: 0, ..wrote };
+        assert_eq!(rest.judge(&after(101)), Verdict::Unchanged);
+        assert!(is_changed(&rest.judge(&after(102))));
+        assert!(is_unknown(&rest.judge(&ChangeToken { disk_sequence: 10, ..token })));
+        assert!(is_unknown(&rest.judge(&after(0))));
+        assert!(is_unknown(&LastSeen::default().judge(&token)), "an older layout has no token");
+    }
+}

@@ -245,7 +245,9 @@ mod tests {
                 assert_eq!(found, expected.map(|(_, id)| id).collect::<Vec<_>>(), "{count} pages from {first}");
             }
         }
-        ids.into_iter().for_each(|id| drop(table.remove(id)));
+        for id in ids {
+            table.remove(id);
+        }
         assert!(table.blocks.iter().all(|&count| count == 0), "each page is counted once");
     }
 

@@ -188,6 +188,14 @@ pub struct Cli {
     )]
     pub fd: Option<RawFd>,
 
+    /// Mode of the socket, in octal [default: 0600]
+    #[arg(long, value_name = "MODE", help_heading = ONE_DEVICE, conflicts_with = "fd")]
+    pub socket_mode: Option<String>,
+
+    /// Group of the socket: a name or a number [default: the daemon's own]
+    #[arg(long, value_name = "GROUP", help_heading = ONE_DEVICE, conflicts_with = "fd")]
+    pub socket_group: Option<String>,
+
     /// Serve this raw image file or block device
     #[arg(long, value_name = "PATH", help_heading = ONE_DEVICE)]
     pub blk_file: Option<PathBuf>,
@@ -223,9 +231,11 @@ pub struct Cli {
 
 const ONE_DEVICE: &str = "One device without a file";
 /// Every option of a single device, by the name of its field.
-const DEVICE_OPTIONS: [&str; 10] = [
+const DEVICE_OPTIONS: [&str; 12] = [
     "socket_path",
     "fd",
+    "socket_mode",
+    "socket_group",
     "blk_file",
     "format",
     "read_only",
@@ -271,13 +281,15 @@ impl Cli {
     }
 
     /// Each option with its key in the file and its value, if it was given.
-    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 9] {
+    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 11] {
         let socket = match self.fd {
             Some(fd) => ("--fd", "socket", Some(Value::Descriptor(fd))),
             None => ("--socket-path", "socket", self.socket_path.as_deref().map(Value::Path)),
         };
         [
             socket,
+            ("--socket-mode", "socket_mode", self.socket_mode.as_deref().map(Value::Text)),
+            ("--socket-group", "socket_group", self.socket_group.as_deref().map(Value::Text)),
             ("--blk-file", "image", self.blk_file.as_deref().map(Value::Path)),
             ("--format", "format", self.format.as_deref().map(Value::Text)),
             ("--read-only", "read_only", self.read_only.then_some(Value::Flag(true))),
@@ -369,6 +381,17 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_has_a_mode_and_a_group() {
+        let line = "--socket-path /run/s --blk-file a --socket-mode 0660 --socket-group kvm";
+        let mut expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "a");
+        (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
+        assert_eq!(run(line).unwrap(), Action::Serve(Config { devices: vec![expected] }));
+        assert!(failure("--fd 3 --blk-file a --socket-mode 0660").contains("cannot be used with"));
+        let problem = failure("--socket-path s --blk-file a --socket-mode rw");
+        assert!(problem.contains("--socket-mode: takes an octal mode such as \"0660\""), "{problem}");
+    }
+
+    #[test]
     fn every_problem_names_its_option() {
         let text = failure(
             "--blk-file a --cache-size 4095 --cache-mode writebak --num-queues -1 --serial 123456789012345678901",
@@ -390,6 +413,8 @@ mod tests {
         for option in [
             "--socket-path s",
             "--fd 3",
+            "--socket-mode 0660",
+            "--socket-group kvm",
             "--blk-file a",
             "--format raw",
             "--read-only",

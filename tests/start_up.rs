@@ -179,7 +179,7 @@ fn the_stale_socket_of_a_killed_daemon_is_replaced() {
     daemon.kill();
     assert!(exists(&daemon.socket()), "a killed daemon leaves its socket");
     daemon.restart();
-    assert!(daemon.log().contains(": removed stale socket"), "{}", daemon.log());
+    poll_until("the log's line", PATIENCE, || daemon.log().contains(": removed stale socket").then_some(()));
     assert_serves(&daemon.socket(), 0);
     daemon.stop();
     assert!(!exists(&daemon.socket()), "an orderly end removes the socket");

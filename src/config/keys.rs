@@ -129,7 +129,7 @@ pub(crate) const KEYS: &[Key] = &[
         name: "socket_mode",
         default: Is(Text("0600")),
         kind: ValueKind::Text {
-            wanted: "an octal mode in quotes, such as \"0660\"",
+            wanted: "an octal mode such as \"0660\"",
             fits: |text| parse_mode(text).is_some(),
             set: |device, text| device.socket_mode = parse_mode(text).expect("it fits"),
         },

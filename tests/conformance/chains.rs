@@ -11,7 +11,7 @@ use crate::common::guest_memory::{HIGH_GUEST_ADDR, LOW_GUEST_ADDR};
 use crate::common::raw_ring::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Descriptor, Ring, Segment};
 use crate::common::request::{OK, Payload, STATUS_UNTOUCHED, assert_serves, header, pattern};
 use crate::common::session::{Session, SessionOptions};
-use crate::common::wait::{ABSENCE, PATIENCE, try_poll};
+use crate::common::wait::{ABSENCE, PATIENCE, poll_until, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 /// A guest address in no region.
@@ -443,7 +443,9 @@ fn a_chain_that_no_status_can_complete_does_not_stop_its_ring() {
         }
     }
     assert_eq!(session.rings[0].in_flight(), 40, "the driver must not take them for completed");
-    assert_eq!(daemon.log().matches("reported once").count(), 1, "{}", daemon.log());
+    let reports = || daemon.log().matches("reported once").count();
+    poll_until("the report", PATIENCE, || (reports() > 0).then_some(()));
+    assert_eq!(reports(), 1, "{}", daemon.log());
     // They do not keep the ring from stopping.
     let base = session.stop_ring(0);
     session.set_up_ring(0, base);

@@ -193,7 +193,9 @@ fn a_ring_that_is_larger_than_its_inflight_region_is_served_and_reported() {
     session.start_ring(0);
     session.write(0, &pattern(1, 0, 512));
     assert!(session.read(0, 512) == pattern(1, 0, 512));
-    assert_eq!(daemon.log().matches("its requests in flight are not recorded").count(), 1, "{}", daemon.log());
+    let reports = || daemon.log().matches("its requests in flight are not recorded").count();
+    poll_until("the report", PATIENCE, || (reports() > 0).then_some(()));
+    assert_eq!(reports(), 1, "{}", daemon.log());
 }
 
 #[test]

@@ -304,8 +304,10 @@ fn rings_without_memory_are_refused_with_advice_once() {
         let addresses = ring_addresses(&session.rings[0]);
         session.frontend.set_vring_addr(0, &addresses).expect_err("the ring is in no memory");
     }
+    poll_until("the advice", PATIENCE, || (advice(&daemon) > 0).then_some(()));
     assert_eq!((connected(), advice(&daemon)), (1, 1), "{}", daemon.log());
     assert_serves(&daemon.socket(), 0);
+    poll_until("the line of a front-end that works", PATIENCE, || (connected() > 1).then_some(()));
     assert_eq!((connected(), advice(&daemon)), (2, 1), "{}", daemon.log());
 }
 

@@ -50,7 +50,7 @@ fn assert_refused(directory: &TempDir, words: &[&str]) {
 /// The command that the refusal suggests, run as it stands.
 fn run_suggestion(directory: &TempDir) -> PathBuf {
     let refused = serve(directory, &[]).stderr;
-    let (_, rest) = refused.split_once("convert it with \"").expect("the refusal names a command");
+    let (_, rest) = refused.split_once(" it with \"").expect("the refusal names a command");
     let (command, _) = rest.split_once("\", and serve").expect("the command ends");
     let ended = run_to_end(Command::new("sh").args(["-c", command]));
     assert!(ended.status.success(), "{command}: {ended:?}");

@@ -214,8 +214,8 @@ impl ArenaFile {
         let (directory, name) = split(path)?;
         let dir = TrustedDir::open(directory, whose)?;
         let file = dir.open_file(name, Access::Read, path)?;
-        // A daemon that starts at this instant tries again.
-        let is_locked = file.try_lock().is_err();
+        // A daemon that starts at this instant tries again; another look does not notice.
+        let is_locked = file.try_lock_shared().is_err();
         let _ = file.unlock();
         let holder = if is_locked { lock_holder(&file) } else { None };
         Ok(Seen { owner: dir.owner(), is_locked, holder, survey: Survey::of(&file, path) })

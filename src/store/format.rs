@@ -25,13 +25,15 @@ pub enum Format {
     Disk { name: &'static str, driver: &'static str },
     /// A LUKS container: qemu-img converts it with its key.
     Luks,
-    /// A compressed file or an archive, with the command that unpacks it to standard output.
+    /// A compressed file, with the command that unpacks it to standard output.
     Packed { name: &'static str, unpack: &'static str },
+    /// An archive, which may hold several files, with the command that unpacks them.
+    Archive { name: &'static str, unpack: &'static str },
     /// An Android sparse image.
     AndroidSparse,
 }
 
-use Format::{AndroidSparse, Disk, Luks, Packed};
+use Format::{AndroidSparse, Archive, Disk, Luks, Packed};
 
 const QCOW2: Format = Disk { name: "qcow2", driver: "qcow2" };
 const QCOW1: Format = Disk { name: "qcow (version 1)", driver: "qcow" };
@@ -44,7 +46,7 @@ const PARALLELS: Format = Disk { name: "Parallels", driver: "parallels" };
 const CLOOP: Format = Disk { name: "cloop", driver: "cloop" };
 const BOCHS: Format = Disk { name: "Bochs", driver: "bochs" };
 const DMG: Format = Disk { name: "Apple disk (DMG)", driver: "dmg" };
-const TAR: Format = Packed { name: "tar", unpack: "tar -xOf" };
+const TAR: Format = Archive { name: "tar", unpack: "tar -xvf" };
 
 /// Formats that a fixed string at the start, or near it, identifies: offset, string, format.
 const MAGICS: &[(usize, &[u8], Format)] = &[
@@ -68,14 +70,15 @@ const MAGICS: &[(usize, &[u8], Format)] = &[
     (0, b"SKUL\xba\xbe", Luks),
     (0, b"\x3a\xff\x26\xed\x01\0", AndroidSparse),
     (0, b"\x1f\x8b\x08", Packed { name: "gzip", unpack: "gzip -dc" }),
+    (0, b"\x1f\x9d\x90", Packed { name: "compress", unpack: "gzip -dc" }),
     (0, b"\xfd7zXZ\0", Packed { name: "xz", unpack: "xz -dc" }),
     (0, b"\x28\xb5\x2f\xfd", Packed { name: "zstd", unpack: "zstd -dc" }),
     (0, b"\x04\x22\x4d\x18", Packed { name: "lz4", unpack: "lz4 -dc" }),
     (0, b"\x89LZO\0\r\n\x1a\n", Packed { name: "lzop", unpack: "lzop -dc" }),
     (0, b"LZIP\x01", Packed { name: "lzip", unpack: "lzip -dc" }),
-    (0, b"PK\x03\x04", Packed { name: "zip", unpack: "unzip -p" }),
-    (0, b"7z\xbc\xaf\x27\x1c", Packed { name: "7z", unpack: "7z x -so" }),
-    (0, b"Rar!\x1a\x07", Packed { name: "rar", unpack: "unrar p -inul" }),
+    (0, b"PK\x03\x04", Archive { name: "zip", unpack: "unzip" }),
+    (0, b"7z\xbc\xaf\x27\x1c", Archive { name: "7z", unpack: "7z x" }),
+    (0, b"Rar!\x1a\x07", Archive { name: "rar", unpack: "unrar x" }),
     (257, b"ustar\0", TAR),
     (257, b"ustar  \0", TAR),
 ];
@@ -89,11 +92,21 @@ pub struct Found {
     pub virtual_bytes: Option<u64>,
 }
 
-/// The format of an image with these first bytes ([`HEAD_BYTES`] of them, or all) and these last ones ([`TAIL_BYTES`]);
-/// `None`: raw, as far as can be told. `read` returns eight-byte words elsewhere in the image.
-pub fn detect(head: &[u8], tail: &[u8], read: &dyn Fn(u64) -> Option<u64>) -> Option<Found> {
+/// The format of an image of `bytes` bytes with these first ones ([`HEAD_BYTES`] of them, or all) and these last ones
+/// ([`TAIL_BYTES`]); `None`: raw, as far as can be told. `read` returns eight-byte words elsewhere in the image.
+pub fn detect(bytes: u64, head: &[u8], tail: &[u8], read: &dyn Fn(u64) -> Option<u64>) -> Option<Found> {
     let format = at_start(head).or_else(|| at_end(tail))?;
-    Some(Found { format, virtual_bytes: virtual_bytes(format, head, tail, read).filter(|bytes| *bytes > 0) })
+    let size = match format {
+        Luks => luks_bytes(head, bytes),
+        _ => virtual_bytes(format, head, tail, read),
+    };
+    Some(Found { format, virtual_bytes: size.filter(|size| *size > 0) })
+}
+
+/// What a LUKS container of version 1 leaves of its `bytes` for data; version 2 tells it in a text that is not read.
+fn luks_bytes(head: &[u8], bytes: u64) -> Option<u64> {
+    let payload = (big(head, 6, 2)? == 1).then(|| big(head, 104, 4))??;
+    bytes.checked_sub(payload * SECTOR_BYTES)
 }
 
 /// The format that the first bytes of an image show.
@@ -167,7 +180,7 @@ fn virtual_bytes(format: Format, head: &[u8], tail: &[u8], read: &dyn Fn(u64) ->
         BOCHS => little(head, if little(head, 64, 4)? == 0x1_0000 { 84 } else { 88 }, 8),
         DMG if tail.starts_with(b"koly") => sectors(big(tail, 492, 8)),
         AndroidSparse => little(head, 12, 4)?.checked_mul(little(head, 16, 4)?),
-        Disk { .. } | Luks | Packed { .. } => None,
+        Disk { .. } | Luks | Packed { .. } | Archive { .. } => None,
     }
 }
 
@@ -202,7 +215,7 @@ impl Format {
     /// The format's name.
     pub fn name(self) -> &'static str {
         match self {
-            Disk { name, .. } | Packed { name, .. } => name,
+            Disk { name, .. } | Packed { name, .. } | Archive { name, .. } => name,
             Luks => "LUKS",
             AndroidSparse => "Android sparse",
         }
@@ -220,6 +233,7 @@ impl Format {
                 format!("qemu-img convert -p --object secret,id=key,file=KEYFILE --image-opts {options} -O raw {to}")
             }
             Packed { unpack, .. } => format!("{unpack} {from} > {to}"),
+            Archive { unpack, .. } => format!("{unpack} {from}"),
             AndroidSparse => format!("simg2img {from} {to}"),
         }
     }
@@ -233,15 +247,21 @@ impl Found {
             Disk { name, .. } => format!("a {name} image"),
             Luks => "a LUKS container".to_owned(),
             Packed { name, .. } => format!("a {name} file"),
+            Archive { name, .. } => format!("a {name} archive"),
             AndroidSparse => "an Android sparse image".to_owned(),
         };
         let size = self.virtual_bytes.map_or_else(String::new, |bytes| format!(" (virtual size {bytes} bytes)"));
         let mut target = path.as_os_str().to_owned();
         target.push(".raw");
         let convert = self.format.conversion(path, &PathBuf::from(target));
+        let (verb, result) = match self.format {
+            Archive { .. } => ("unpack", "serve or convert the disk image in it"),
+            Packed { .. } => ("unpack", "serve the result"),
+            _ => ("convert", "serve the result"),
+        };
         format!(
-            "image {shown} is {what}{size}, and genblk serves raw images only: convert it with \"{convert}\", and \
-             serve the result; or, if the guest is to see the bytes of this file as its disk, set format = \"raw\" \
+            "image {shown} is {what}{size}, and genblk serves raw images only: {verb} it with \"{convert}\", and \
+             {result}; or, if the guest is to see the bytes of this file as its disk, set format = \"raw\" \
              (option --format raw)"
         )
     }
@@ -267,7 +287,8 @@ mod tests {
     fn found(head: &[u8], tail: &[u8]) -> Option<(&'static str, Option<u64>)> {
         let file = head.to_vec();
         let read = |at: u64| little(&file, usize::try_from(at).ok()?, 8);
-        detect(&head[..head.len().min(HEAD_BYTES)], tail, &read).map(|found| (found.format.name(), found.virtual_bytes))
+        let head = &head[..head.len().min(HEAD_BYTES)];
+        detect(1 << 30, head, tail, &read).map(|found| (found.format.name(), found.virtual_bytes))
     }
 
     /// `bytes` zeros with these pieces in them.
@@ -332,6 +353,12 @@ mod tests {
     }
 
     #[test]
+    fn a_luks_container_of_version_1_tells_where_its_data_begin() {
+        let luks = file(4096, &[(0, b"LUKS\xba\xbe\0\x01"), (104, &4096u32.to_be_bytes())]);
+        assert_eq!(found(&luks, &[]), Some(("LUKS", Some((1 << 30) - (2 << 20)))));
+    }
+
+    #[test]
     fn a_fixed_vhd_and_a_dmg_are_recognised_by_their_end() {
         let size = (10u64 << 30).to_be_bytes();
         let vhd = file(512, &[(0, b"conectix"), (48, &size), (63, &[2])]);
@@ -390,6 +417,10 @@ mod tests {
                     driver=luks,key-secret=key,file.filename=/a -O raw /b";
         assert_eq!(convert(Luks), luks);
         assert_eq!(convert(at_start(b"\x1f\x8b\x08").unwrap()), "gzip -dc /a > /b");
+        let tar = Found { format: TAR, virtual_bytes: None }.refusal(Path::new("/a.ova"));
+        let expected = "image /a.ova is a tar archive, and genblk serves raw images only: unpack it with \"tar -xvf \
+                        /a.ova\", and serve or convert the disk image in it; or,";
+        assert!(tar.starts_with(expected), "{tar}");
         assert_eq!(quoted(Path::new("it's")), "'it'\\''s'");
     }
 }

@@ -51,7 +51,7 @@ impl ImageFormat {
             let mut word = [0; 8];
             file.read_exact_at(&mut word, at).ok().map(|()| u64::from_le_bytes(word))
         };
-        let found = detect(&head, &tail, &read);
+        let found = detect(size_bytes, &head, &tail, &read);
         // Without an attribute, and with one that cannot be read, the image is what it looks like.
         let value = sys::xattr::get(file, ATTRIBUTE, VALUE_BYTES_MAX).ok().flatten();
         let recorded = value.map(|value| String::from_utf8_lossy(&value).into_owned());

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{Level, error, info, log, warn};
@@ -148,17 +149,28 @@ impl CachedImage {
         let replaced = self.arena.replace_lost_file(!cache.is_stable());
         drop(cache);
         *watch = FileWatch::Lost;
-        let consequence = match replaced {
-            Ok(()) => String::new(),
-            // The image's record can still tell the next daemon.
-            Err(_) if self.backing.lose_cache().is_ok_and(|is_recorded| is_recorded) => String::new(),
-            Err(e) => format!(", and the next daemon would not notice a loss of completed writes ({e})"),
-        };
         error!(
             "{name}: the cache file{file} was removed or replaced while the daemon runs (by rm, or RemoveIPC= of \
-             logind); the cache does not survive a crash any more{consequence}; stop the daemon with SIGTERM and start \
-             it again to get one that does"
+             logind); the cache does not survive a crash any more; stop the daemon with SIGTERM and start it again to \
+             get one that does"
         );
+        if let Err(e) = replaced {
+            self.note_lost_cache(&e);
+        }
+    }
+
+    /// Records at the image that its cache does not survive, because no marker could be created (`cause`). On a thread
+    /// of its own: the image may not answer.
+    fn note_lost_cache(&self, cause: &Error) {
+        let (name, cause, backing) = (self.name.clone(), cause.to_string(), Arc::clone(&self.backing));
+        let record = move || {
+            if !backing.lose_cache().is_ok_and(|is_recorded| is_recorded) {
+                error!("{name}: the next daemon would not notice a loss of completed writes ({cause})");
+            }
+        };
+        if let Err(e) = thread::Builder::new().name("lost cache".to_owned()).spawn(record) {
+            error!("{}: the next daemon would not notice a loss of completed writes ({e})", self.name);
+        }
     }
 
     /// Microseconds since the image was opened.

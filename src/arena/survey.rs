@@ -11,6 +11,7 @@ use super::frames_at;
 use super::ledger::{HEADER_BYTES, Header, RECORD_BYTES, ZERO_SLOT_BYTES, ZERO_SLOTS, boot_id, decode_record};
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
+use crate::tenure::token::age_of;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
 /// How many bytes of the ledger are read at once.
@@ -33,7 +34,7 @@ pub struct Survey {
     pub first_sector: Option<Vec<u8>>,
     /// Memory that it takes, in bytes.
     pub memory_bytes: u64,
-    /// How long ago its file was changed, as far as the file system tells.
+    /// How long ago its daemon last wrote to the image; if it never did, how long ago the file was changed.
     pub age: Duration,
 }
 
@@ -55,7 +56,11 @@ impl Survey {
             zero_ranges: 0,
             first_sector: None,
             memory_bytes: metadata.blocks().saturating_mul(SECTOR_BYTES),
-            age: metadata.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default(),
+            age: Duration::ZERO,
+        };
+        survey.age = match survey.header.last_seen.heartbeat_ns {
+            0 => metadata.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default(),
+            heartbeat_ns => age_of(heartbeat_ns),
         };
         if survey.header.frames > 0 && survey.is_of_this_boot {
             survey.count(file, metadata.len(), shown)?;

@@ -172,6 +172,15 @@ pub fn arena_for(
     Ok(arena)
 }
 
+/// An error about memory, which names the memory that the caches take that no daemon uses.
+pub fn with_unused_caches(error: Error, config: &DeviceConfig) -> Error {
+    let hint = if error.kind() == ErrorKind::Memory { hint_for(&config.cache.memory_dir) } else { None };
+    match hint {
+        Some(hint) => error.with_hint(&hint),
+        None => error,
+    }
+}
+
 fn warn_of_data_loss(name: &str) {
     warn!(
         "{name}: an earlier daemon died with completed writes that the image lacks; all requests of this guest fail \
@@ -302,6 +311,7 @@ impl NewCache<'_> {
         };
         match Arena::loss_marker(file, &spec) {
             Ok(arena) => {
+                let error = with_unused_caches(error, self.config);
                 warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
                 Ok((arena, tenure))
             }

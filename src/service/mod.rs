@@ -33,15 +33,6 @@ pub use running::Running;
 use settings::{device_of, settings};
 use socket::ListenSocket;
 
-/// An error about memory names the memory that the caches take that no daemon uses.
-fn with_unheld_caches(error: Error, config: &DeviceConfig) -> Error {
-    let hint = if error.kind() == ErrorKind::Memory { recover::hint_for(&config.cache.memory_dir) } else { None };
-    match hint {
-        Some(hint) => error.with_hint(&hint),
-        None => error,
-    }
-}
-
 /// A device that is open and not yet served.
 #[derive(Debug)]
 pub struct Service {
@@ -88,7 +79,7 @@ impl Service {
         let open_cache = || {
             let settings = settings(config, image.limits())?;
             let arena = recover::arena_for(config, &image, settings.frames as usize, &context.manager);
-            let arena = arena.map_err(|error| with_unheld_caches(error, config))?;
+            let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
             Ok(CachedImage::new(&config.name, image, arena, settings))
         };
         let cached = if read_only { context.images.get_or_open(identity, open_cache) } else { open_cache() };

@@ -23,12 +23,12 @@ use crate::tenure::record::{CachePlace, Record, State};
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, Unmap};
 
-/// The identity of the image at `path`. Opens it only for as long as it takes.
+/// The identity and the change token of the image at `path`. Opens it for reading, and only for as long as it takes.
 ///
 /// # Errors
 /// Those of open(2) and stat(2).
-pub fn identity_at(path: &Path) -> io::Result<ImageId> {
-    image::identity_at(path)
+pub fn look_at(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
+    image::look_at(path)
 }
 
 /// What the image at `path` is, found as a daemon would that opens it, without locking it. Blocks.

@@ -341,12 +341,16 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     })
 }
 
-/// The identity of the image at `path`; see [`super::file::identity_at`].
-pub(super) fn identity_at(path: &Path) -> std::io::Result<ImageId> {
+/// What the image at `path` is, and when it was changed; see [`super::file::look_at`].
+pub(super) fn look_at(path: &Path) -> std::io::Result<(ImageId, ChangeToken)> {
     // A FIFO must not be waited for.
     let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let metadata = file.metadata()?;
-    Ok(identity_of(&file, &metadata))
+    let device = metadata.file_type().is_block_device().then(|| metadata.rdev());
+    let size_bytes = if device.is_some() { sys::block::size_bytes(&file)? } else { metadata.len() };
+    // Whether its last daemon used direct I/O is not known.
+    let token = history::change_token(&file, size_bytes, device, false)?;
+    Ok((identity_of(&file, &metadata), token))
 }
 
 /// Two nodes of one block device have different inodes, but one device number.

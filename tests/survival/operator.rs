@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use super::common::daemon::{Daemon, Ended, TempDir, run_to_end, server_binary};
 use super::common::request::pattern;
@@ -135,6 +136,31 @@ fn prune_removes_what_holds_nothing_dirty() {
     let pruned = genblk_recover(&["--prune", "--memory-dir", text(&memory)]);
     assert!(pruned.stdout.ends_with("removed 0 caches (0 MiB), kept 1\n"), "{pruned:?}");
     assert_eq!(daemon.directory().left(), [dirty], "dirty pages stay, even if their image is gone");
+}
+
+#[test]
+fn the_next_daemon_does_not_miss_a_cache_that_was_pruned_or_discarded() {
+    for arguments in [&["--prune", "--memory-dir"][..], &["--discard"]] {
+        let (mut daemon, clean) = clean_cache();
+        let memory = daemon.directory().memory();
+        let place = if arguments[0] == "--prune" { memory.as_path() } else { clean.as_path() };
+        assert!(genblk_recover(&[arguments, &[text(place)]].concat()).status.success());
+        daemon.restart();
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        assert_eq!(session.read(80, 4096), pattern(3, 80, 4096));
+    }
+}
+
+#[test]
+fn the_list_tells_that_an_image_was_changed_since() {
+    let (daemon, cache, _) = dirty_cache();
+    let image = File::options().write(true).open(daemon.image()).expect("the image can be opened");
+    // Later than what may have been in flight when the daemon died.
+    std::thread::sleep(Duration::from_millis(2500));
+    image.write_all_at(&[9; 512], 1 << 20).expect("the image can be written");
+    let folder = cache.parent().expect("a file has a folder");
+    assert_eq!(only_row(&genblk_recover(&[text(folder)]))[5], "image was changed since");
+    assert_refused(&genblk_recover(&[text(&cache)]), &["genblk recover --discard"]);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use log::warn;
 
-use super::folders::{caches, folders, whose};
+use super::folders::{ImageState, caches, folders, whose};
 use super::remembered;
 use super::terminal::{Progress, ask, is_interactive, visible};
 use crate::arena::{Arena, ArenaFile, GuestData, GuestState, Survey, Whose};
@@ -130,25 +130,34 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
             return Err(Error::new(ErrorKind::Ledger, format!("{shown} was kept")));
         }
     }
-    if let Ok(Some(survey)) = &survey {
-        settle_discarded(survey);
+    if let Ok(Some(survey)) = &survey
+        && let Err(e) = settle_discarded(&file, survey)
+    {
+        warn!("{e}; the image's record still names the cache: see \"genblk take-over --help\"");
     }
     file.remove();
     Ok(format!("removed {shown}\n"))
 }
 
 /// Records at the image of a cache that is thrown away that its tenure has ended.
-fn settle_discarded(survey: &Survey) {
+///
+/// # Errors
+/// Those of [`FileImage::open`]; [`ErrorKind::Ledger`] for another user's cache: root would open whatever it names.
+fn settle_discarded(file: &ArenaFile, survey: &Survey) -> Result<()> {
     let header = &survey.header;
     if !header.tenure.is_some_and(|tenure| tenure.is_recorded) || !header.image.path.is_absolute() {
-        return;
+        return Ok(());
+    }
+    if file.owner() != effective_uid() {
+        let (image, owner) = (visible(&header.image.path), file.owner());
+        let context = format!("image {image} was not opened, because user {owner} has named it");
+        return Err(Error::new(ErrorKind::Ledger, context));
     }
     let is_lossless = header.guest.data == GuestData::Intact && !survey.is_dirty();
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
-    match FileImage::open(&header.image.path, &options) {
-        Ok(image) => settle(&image, header.tenure, if is_lossless { State::Clean } else { State::Forfeited }),
-        Err(e) => warn!("{e}; its record still names the cache: see \"genblk take-over --help\""),
-    }
+    let image = FileImage::open(&header.image.path, &options)?;
+    settle(&image, header.tenure, if is_lossless { State::Clean } else { State::Forfeited });
+    Ok(())
 }
 
 /// What is lost with a cache.
@@ -179,8 +188,14 @@ pub fn prune(directory: &Path) -> Result<String> {
             let (Ok(survey), owner) = (file.survey(), file.owner()) else { continue };
             let is_clean = survey.as_ref().is_none_or(|survey| !survey.is_dirty());
             if is_clean && (owner == effective_uid() || effective_uid() == 0) {
-                if let Some(survey) = &survey {
-                    settle_discarded(survey);
+                let settled = survey.as_ref().map_or(Ok(()), |survey| settle_discarded(&file, survey));
+                // An image that is there and whose record names the cache would be refused without it.
+                if let (Err(e), Ok(cache)) = (settled, &cache)
+                    && !matches!(cache.image, ImageState::Gone | ImageState::Replaced)
+                {
+                    text.push_str(&format!("kept {}: {e}\n", visible(&path)));
+                    kept += 1;
+                    continue;
                 }
                 file.remove();
                 removed += 1;

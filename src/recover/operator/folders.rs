@@ -5,11 +5,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::arena::{ArenaFile, Seen, Whose};
+use crate::arena::{ArenaFile, GuestState, Header, Seen, Whose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::file::identity_at;
+use crate::store::file::look_at;
 use crate::sys::process::effective_uid;
+use crate::tenure::token::Verdict;
 
 /// Name of root's folder; those of other users continue with a hyphen and the user's number.
 const FOLDER: &str = "genblk";
@@ -27,6 +28,8 @@ pub(super) struct Cache {
 pub(super) enum ImageState {
     /// It is where it was.
     There,
+    /// It is where it was, and another than the cache's daemon has changed it.
+    Changed,
     /// There is nothing at its path.
     Gone,
     /// Its file system is not mounted, or its device not attached.
@@ -45,7 +48,7 @@ impl Cache {
     pub(super) fn look_at(path: PathBuf, whose: Whose) -> Result<Self> {
         let seen = ArenaFile::look_at(&path, whose)?;
         let image = match &seen.survey {
-            Ok(Some(survey)) => image_state(&survey.header.image.path, &survey.header.image.identity),
+            Ok(Some(survey)) => image_state(&survey.header),
             _ => ImageState::Unknown,
         };
         Ok(Self { path, seen, image })
@@ -60,7 +63,7 @@ impl Cache {
         match &self.seen.survey {
             Ok(None) => true,
             Ok(Some(survey)) => {
-                let is_of_use = survey.header.guest != crate::arena::GuestState::FRESH;
+                let is_of_use = survey.header.guest != GuestState::FRESH;
                 survey.is_of_this_boot && !survey.is_dirty() && (!is_of_use || self.image == ImageState::Gone)
             }
             Err(_) => false,
@@ -68,10 +71,14 @@ impl Cache {
     }
 }
 
-/// What has become of the image at `path` that had this identity.
-fn image_state(path: &Path, identity: &ImageId) -> ImageState {
-    match identity_at(path) {
-        Ok(found) if found == *identity => ImageState::There,
+/// What has become of the image of the cache with this header.
+fn image_state(header: &Header) -> ImageState {
+    let (path, identity) = (&header.image.path, &header.image.identity);
+    match look_at(path) {
+        Ok((found, token)) if is_same(&found, identity) => match header.last_seen.judge(&token) {
+            Verdict::Changed(_) => ImageState::Changed,
+            _ => ImageState::There,
+        },
         Ok(_) => ImageState::Replaced,
         Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
             let folder = path.parent().and_then(|folder| fs::metadata(folder).ok());
@@ -80,6 +87,12 @@ fn image_state(path: &Path, identity: &ImageId) -> ImageState {
         }
         Err(_) => ImageState::Unknown,
     }
+}
+
+/// Whether two identities are those of one image, whose file system may be mounted under another number now.
+fn is_same(found: &ImageId, known: &ImageId) -> bool {
+    let is_remounted = known.born_ns != 0 && (found.inode, found.born_ns) == (known.inode, known.born_ns);
+    found == known || is_remounted
 }
 
 /// Whose files this process may look at.

@@ -100,7 +100,11 @@ fn state(cache: &Cache) -> String {
             if survey.zero_ranges > 0 {
                 parts.push(format!("{} to be zeroed", counted(survey.zero_ranges, "range")));
             }
-            parts.extend(image_note(cache.image).map(str::to_owned));
+            if survey.header.tenure.is_some_and(|tenure| tenure.is_set_aside) {
+                parts.push("set aside".to_owned());
+            }
+            // Its own daemon changes the image.
+            parts.extend(image_note(cache.image).filter(|_| !is_locked).map(str::to_owned));
         }
     }
     if parts.is_empty() { "ready to be written".to_owned() } else { parts.join(", ") }
@@ -109,6 +113,7 @@ fn state(cache: &Cache) -> String {
 fn image_note(image: ImageState) -> Option<&'static str> {
     match image {
         ImageState::There => None,
+        ImageState::Changed => Some("image was changed since"),
         ImageState::Gone => Some("image is gone"),
         ImageState::Away => Some("image is not mounted"),
         ImageState::Replaced => Some("image was replaced"),

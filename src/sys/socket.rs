@@ -3,14 +3,13 @@
 use std::fs::{File, Permissions};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
+use super::process::{Limit, describe_limit};
 use super::retry_eintr;
 
 /// Whether a descriptor is a socket on which listen(2) was called.
@@ -141,20 +140,79 @@ pub fn peer(stream: &UnixStream) -> io::Result<Peer> {
 /// bytes and the descriptors.
 ///
 /// # Errors
-/// Those of recvmsg(2), and an error if there are more descriptors.
+/// Those of recvmsg(2). [`io::ErrorKind::Other`] if descriptors are lost, because there are more of them, or because
+/// this process cannot have more: the kernel passes on what it can, and the message would be misunderstood.
 pub fn receive_with_files<const FILES_MAX: usize>(
     socket: &UnixStream,
     bytes: &mut [u8],
 ) -> io::Result<(usize, Vec<File>)> {
-    let mut fds = [-1; FILES_MAX];
-    let mut vectors = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
-    // SAFETY: the vector covers `bytes`, which is plain memory that outlives the call.
-    let (received, count) = unsafe { socket.recv_with_fds(&mut vectors, &mut fds)? };
-    // SAFETY: the kernel installed these descriptors for this call; nothing else in the process owns them.
-    let files = fds[..count].iter().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) }.into()).collect();
-    Ok((received, files))
+    let files_bytes = u32::try_from(FILES_MAX * size_of::<RawFd>()).expect("a few hundred descriptors");
+    // SAFETY: the macro only computes a length.
+    let space = unsafe { libc::CMSG_SPACE(files_bytes) } as usize;
+    // Words, because a control message's header is aligned to one.
+    let mut control = vec![0u64; space.div_ceil(8)];
+    let mut vector = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: all-zero bytes are a valid msghdr.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_iov = &raw mut vector;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = space;
+    // SAFETY: the vector covers `bytes`, the control buffer has `space` bytes, and both outlive the call.
+    let received =
+        retry_eintr(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) })?;
+    let mut files = Vec::new();
+    // SAFETY: the kernel has filled the control buffer, of which `message` has the length.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: the macros return null or a header within the control buffer, with its data after it.
+        let (level, kind, len, data) = unsafe {
+            ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len, libc::CMSG_DATA(header).cast::<RawFd>())
+        };
+        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            // SAFETY: the macro only computes a length.
+            let count = (len - unsafe { libc::CMSG_LEN(0) } as usize) / size_of::<RawFd>();
+            for at in 0..count {
+                // SAFETY: the data holds `count` descriptors, which the kernel installed for this call; nothing else
+                // in the process owns them.
+                files.push(unsafe { OwnedFd::from_raw_fd(data.add(at).read_unaligned()) }.into());
+            }
+        }
+        // SAFETY: as for the first header.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
+    }
+    if message.msg_flags & libc::MSG_CTRUNC != 0 {
+        let limit = describe_limit(Limit::Descriptors);
+        let why = format!("more than {FILES_MAX} came, or RLIMIT_NOFILE ({limit}) is reached");
+        return Err(io::Error::other(format!("descriptors of a message are lost: {why}")));
+    }
+    Ok((received.cast_unsigned(), files))
 }
 
 fn socklen(bytes: usize) -> libc::socklen_t {
     libc::socklen_t::try_from(bytes).expect("an address or option has few bytes")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_come_with_their_message_or_the_message_is_an_error() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        let send = |count: usize| {
+            use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+            theirs.send_with_fds(&[&[1u8, 2, 3][..]], &vec![file.as_raw_fd(); count]).unwrap();
+        };
+        for count in [0, 1, 2] {
+            send(count);
+            let (received, files) = receive_with_files::<2>(&ours, &mut [0; 8]).unwrap();
+            assert_eq!((received, files.len()), (3, count));
+            assert!(files.iter().all(|file| file.metadata().is_ok()));
+        }
+        send(5);
+        let error = receive_with_files::<2>(&ours, &mut [0; 8]).unwrap_err();
+        assert!(error.to_string().contains("RLIMIT_NOFILE"), "{error}");
+    }
 }

@@ -254,9 +254,9 @@ impl CachedImage {
         Some(self.cache.try_lock().ok()?.stats())
     }
 
-    /// Whether the cache holds writes that the image lacks; `true` while a worker uses the cache.
-    pub fn has_dirty_pages(&self) -> bool {
-        self.try_stats().is_none_or(|stats| stats.dirty_pages > 0)
+    /// Whether the image lacks completed writes or has not made them durable; `true` while a worker uses the cache.
+    pub fn has_unstable_data(&self) -> bool {
+        self.cache.try_lock().map_or(true, |cache| !cache.is_stable())
     }
 
     /// The port of one more worker thread.

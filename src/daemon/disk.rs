@@ -65,6 +65,8 @@ pub(super) struct Disk {
     step_reminder: Reminder,
     /// Lines about the oldest operation in flight.
     op_reminder: Reminder,
+    /// Since when another front-end waits, and the lines about it.
+    waiting: Option<(Instant, Reminder)>,
     /// When the image was last seen to complete something, by [`Handle::progress`].
     progress: (Instant, Option<[u64; 4]>),
     /// When it was abandoned.
@@ -96,6 +98,7 @@ impl Disk {
             failure: None,
             step_reminder: Reminder::new(),
             op_reminder: Reminder::new(),
+            waiting: None,
             progress: (Instant::now(), None),
             abandoned: None,
             error: None,
@@ -190,8 +193,8 @@ impl Disk {
         if let Some(handle) = &self.handle {
             handle.look_at_cache_file();
         }
-        let image = self.image.display();
         if self.phase == Phase::Opening {
+            let image = self.image.display();
             let step = self.supervisor.step();
             let age = step.since.elapsed();
             if self.step_reminder.is_due(age) {
@@ -204,6 +207,8 @@ impl Disk {
             }
             return;
         }
+        self.look_for_waiting_front_end();
+        let image = self.image.display();
         match self.handle.as_ref().and_then(Handle::oldest_op) {
             Some(Some((what, age))) if self.op_reminder.is_due(age) => {
                 let seconds = age.as_secs();
@@ -215,6 +220,19 @@ impl Disk {
                 self.op_reminder = Reminder::new();
             }
             _ => {}
+        }
+    }
+
+    /// Logs who keeps a front-end waiting that has connected: the device serves one at a time.
+    fn look_for_waiting_front_end(&mut self) {
+        let Some(holder) = self.handle.as_ref().and_then(Handle::busy_with) else {
+            self.waiting = None;
+            return;
+        };
+        let (since, reminder) = self.waiting.get_or_insert_with(|| (Instant::now(), Reminder::new()));
+        let age = since.elapsed();
+        if reminder.is_due(age) {
+            warn!("{}: a front-end has waited for {} s: the disk is busy with {holder}", self.name, age.as_secs());
         }
     }
 
@@ -252,6 +270,14 @@ impl Disk {
             warn!("{}: its cache does not outlive the daemon; waiting for the image even so", self.name);
         } else {
             self.abandon(Untracked::Lose);
+        }
+    }
+
+    /// The process was stopped for this long.
+    pub fn excuse(&mut self, stopped: Duration) {
+        self.progress.0 += stopped;
+        if let Some((since, _)) = &mut self.abandoned {
+            *since += stopped;
         }
     }
 

@@ -1,6 +1,7 @@
 //! All devices of the process, as the main thread sees them. It sends commands to their supervisors, looks at them a
 //! few times a second, and waits for none without a deadline.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread;
@@ -21,6 +22,10 @@ use super::{Event, Strictness};
 
 /// How often the main thread looks at the devices.
 const TICK: Duration = Duration::from_millis(250);
+
+/// A look that comes this much later than the last one was not late because the host is busy: the process was stopped
+/// (SIGSTOP, the cgroup freezer), and no image can be blamed for that time.
+const FREEZE_MIN: Duration = Duration::from_secs(2);
 
 /// The end of the process, once it has begun.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +91,7 @@ impl Fleet {
     /// # Errors
     /// The first error of a device; the log has the others.
     pub fn run(mut self, events: &Receiver<Event>) -> Result<()> {
+        let mut looked_at = Instant::now();
         loop {
             match events.recv_timeout(TICK) {
                 Ok(Event::Signal(signal)) => self.on_signal(signal),
@@ -95,9 +101,19 @@ impl Fleet {
                     return Err(Error::new(ErrorKind::System, "the thread that waits for signals has ended"));
                 }
             }
-            match self.end {
+            let since_last = mem::replace(&mut looked_at, Instant::now()).elapsed();
+            match &mut self.end {
+                Some(end) if since_last >= FREEZE_MIN => {
+                    end.since += since_last;
+                    self.disks.iter_mut().for_each(|disk| disk.excuse(since_last));
+                }
+                // The next look sees what the image has completed by then.
+                None if since_last >= FREEZE_MIN => {}
                 None => self.look_while_serving(),
-                Some(end) => self.look_while_ending(end),
+                Some(end) => {
+                    let end = *end;
+                    self.look_while_ending(end);
+                }
             }
             if self.has_ended() {
                 return self.result();

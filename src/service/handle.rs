@@ -53,7 +53,12 @@ impl Handle {
     /// Whether the end of the daemon loses completed writes that are only in a cache that ends with it; `true` if that
     /// is not known.
     pub fn has_unkept_data(&self) -> bool {
-        self.image.upgrade().is_some_and(|image| image.arena().file().is_none() && image.has_dirty_pages())
+        self.image.upgrade().is_some_and(|image| image.arena().file().is_none() && image.has_unstable_data())
+    }
+
+    /// The front-end that is served while another one waits to be accepted, for messages; `None` if none waits.
+    pub fn busy_with(&self) -> Option<String> {
+        self.server.upgrade()?.busy_with()
     }
 
     /// Ends the device as a crash would. See [`Workers::abandon`].
@@ -67,7 +72,9 @@ impl Handle {
     pub fn force_close(&self) {
         let Some(server) = self.server.upgrade() else { return };
         server.force_close();
+        // An inherited socket stays: the next daemon inherits it too.
         if let Some(socket) = self.socket.upgrade() {
+            server.stop_listening();
             socket.remove();
         }
     }

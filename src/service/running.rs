@@ -141,11 +141,14 @@ fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Resul
     workers.resume();
     loop {
         let Err(fault) = workers.flush() else { return Ok(()) };
-        if workers.has_ended() && !image.has_dirty_pages() {
+        if workers.has_ended() && !image.has_unstable_data() {
             return Ok(());
         }
         if workers.has_ended() || Instant::now() >= until {
-            let pages = counted(image.stats().dirty_pages, "dirty page");
+            let pages = match image.stats().dirty_pages {
+                0 => "what is in flight".to_owned(),
+                pages => counted(pages, "dirty page"),
+            };
             let hint = image
                 .arena()
                 .file()

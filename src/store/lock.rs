@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
+use crate::sys::process::other_user_of;
 
 /// What an opener does with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,11 @@ pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, p
         match try_acquire(file, path, label, access) {
             Err(error) if error.kind() == ErrorKind::Locked && Instant::now() < deadline => {
                 std::thread::sleep(RETRY_PAUSE);
+            }
+            Err(error) if error.kind() == ErrorKind::Locked => {
+                // The locks belong to descriptors, so the kernel does not say whose they are.
+                let user = other_user_of(file).map(|(pid, name)| format!("; pid {pid} ({name}) has it open"));
+                return Err(Error::new(ErrorKind::Locked, format!("{error}{}", user.unwrap_or_default())));
             }
             result => return result,
         }

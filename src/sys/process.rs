@@ -1,8 +1,10 @@
 //! Properties of the process and of its threads: user, limits, priority.
 
 use std::ffi::CString;
+use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 
 /// Largest record of a group that is read, in bytes. A group has one name for each member.
 const GROUP_BYTES_MAX: usize = 1 << 20;
@@ -43,8 +45,23 @@ pub fn group_id(name: &str) -> io::Result<Option<u32>> {
 
 /// The name of a process (its first thread), without control characters; `None` if there is no such process.
 pub fn name_of(pid: u32) -> Option<String> {
-    let name = std::fs::read(format!("/proc/{pid}/comm")).ok()?;
+    let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
     Some(String::from_utf8_lossy(&name).trim_end().chars().map(|c| if c.is_control() { '?' } else { c }).collect())
+}
+
+/// Another process that has the same file open by the same path, with its name; `None` if this user can see none. Asks
+/// nothing of the file's file system, which may not answer.
+pub fn other_user_of(file: &File) -> Option<(u32, String)> {
+    let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+    let own = std::process::id();
+    let has_it_open = |pid: &u32| {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| target == path)
+    };
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let pid = pids.find(|pid| *pid != own && has_it_open(pid))?;
+    Some((pid, name_of(pid)?))
 }
 
 /// A resource limit of the process (getrlimit(2)).

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use log::warn;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::process::{effective_uid, group_id};
-use crate::sys::socket::{bind_without_listening, connect_to_path_without_waiting, listen};
+use crate::sys::process::{effective_uid, group_id, name_of};
+use crate::sys::socket::{bind_without_listening, connect_to_path_without_waiting, listen, peer};
 
 /// The part of a mode that concerns the file's owner.
 const OWNER_RIGHTS: u32 = 0o700;
@@ -114,7 +114,12 @@ fn remove_stale(device: &str, path: &Path) -> Result<()> {
         // Its daemon has just removed it.
         Err((io::ErrorKind::NotFound, _)) => Ok(()),
         // With a full queue of connections as well.
-        Ok(_) | Err((io::ErrorKind::WouldBlock, _)) => Err(error("another process already does")),
+        Ok(connection) => {
+            let holder = peer(&connection).map_or(0, |peer| peer.pid);
+            let name = name_of(holder).unwrap_or_default();
+            Err(error(&format!("another process already does (pid {holder}, {name})")))
+        }
+        Err((io::ErrorKind::WouldBlock, _)) => Err(error("another process already does")),
         Err((_, e)) => Err(Error::io(ErrorKind::Socket, format!("cannot listen on {shown}: it is in the way"), e)),
     }
 }

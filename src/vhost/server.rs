@@ -3,9 +3,11 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use log::{error, info, warn};
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -21,8 +23,8 @@ use super::vring::{Session, with_vring_factory};
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::poll::wait_any_readable;
-use crate::sys::process::name_of;
+use crate::sys::poll::{wait_any_readable, wait_readable};
+use crate::sys::process::{Limit, describe_limit, name_of};
 use crate::sys::socket::{Peer, peer, stop_listening};
 use crate::virtio::GuestRam;
 
@@ -68,9 +70,10 @@ impl Server {
     pub fn serve(&self) {
         while !self.stopped.load(Ordering::Acquire) {
             if let Err(e) = self.serve_one() {
-                error!("{}: {e}", self.device.name);
+                let limit = describe_limit(Limit::Descriptors);
+                error!("{}: cannot serve a front-end: {e} (RLIMIT_NOFILE is {limit})", self.device.name);
                 // accept(2) may fail again at once, for example for lack of descriptors: do not spin.
-                std::thread::sleep(std::time::Duration::from_millis(100));
+                std::thread::sleep(Duration::from_millis(100));
             }
         }
     }
@@ -85,15 +88,26 @@ impl Server {
         let _ = self.stop.write(1);
     }
 
-    /// Closes the connection and the listening socket, whatever a vring is doing: the process ends, and one of its
-    /// threads may hang in the kernel and keep every descriptor open.
+    /// Closes the connection, whatever a vring is doing: the process ends, and one of its threads may hang in the
+    /// kernel and keep every descriptor open.
     pub fn force_close(&self) {
         self.stop();
         if let Some(connection) = &*self.connection() {
             // It fails if the front-end has disconnected already.
             let _ = connection.shutdown(Shutdown::Both);
         }
+    }
+
+    /// Makes the listening socket refuse connections, in every process that shares it.
+    pub fn stop_listening(&self) {
         stop_listening(&self.listener);
+    }
+
+    /// The front-end that is served while another one waits to be accepted, for messages; `None` if none waits.
+    pub fn busy_with(&self) -> Option<String> {
+        let connection = self.connection();
+        let holder = peer(connection.as_ref()?).ok()?;
+        wait_readable(self.listener.as_raw_fd(), Duration::ZERO).then(|| describe(holder))
     }
 
     fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {

@@ -186,7 +186,7 @@ impl PageCache {
     ///
     /// => Call it after the turn's completions and requests, before [`PageCache::take_ops`].
     pub fn pump(&mut self, now: Tick) {
-        self.now = self.now.max(now);
+        self.advance_clock(now);
         self.end_hold();
         self.retry_allocations();
         self.start_ranges();

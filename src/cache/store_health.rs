@@ -13,6 +13,9 @@ use super::{ErrorPolicy, Notice, PageCache, Ticket};
 const BACKOFF_US_MIN: u64 = 100_000;
 /// Longest pause after a failed write.
 const BACKOFF_US_MAX: u64 = 5_000_000;
+/// A cache that is called this much later than it asked for was not late because the host is busy: the process was
+/// stopped (SIGSTOP, the cgroup freezer).
+const FREEZE_US_MIN: u64 = 1_000_000;
 
 /// Whether the store's writes succeed, for the operator.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -166,6 +169,27 @@ impl StoreHealth {
 }
 
 impl PageCache {
+    /// The time is `now`.
+    ///
+    /// => Time in which the process was stopped does not count as time in which requests were held. What failed is
+    ///    retried at once, and half of the hold is left for that at least.
+    pub(super) fn advance_clock(&mut self, now: Tick) {
+        let hold_us = self.hold_us();
+        if self.health.holding()
+            && let Some(failure) = &mut self.health.failure
+        {
+            let hold_ends = failure.since.plus_us(hold_us);
+            let due = if failure.retry_at > self.now { failure.retry_at.min(hold_ends) } else { hold_ends };
+            let late_us = now.since_us(due.max(self.now));
+            if late_us >= FREEZE_US_MIN {
+                let half_held = Tick(now.0.saturating_sub(hold_us / 2));
+                failure.since = failure.since.plus_us(late_us).max(half_held);
+                failure.retry_at = failure.retry_at.min(now);
+            }
+        }
+        self.now = self.now.max(now);
+    }
+
     /// A write, a Sync or an allocation failed: sets the pause before the next try, and the health by the policy.
     pub(super) fn store_failed(&mut self, fault: Fault, cause: Cause) {
         let now = self.now;

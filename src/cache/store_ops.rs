@@ -164,7 +164,7 @@ impl PageCache {
 
     /// The operation with this tag has ended (in the kernel: biodone).
     pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
-        self.now = self.now.max(now);
+        self.advance_clock(now);
         self.stalled.unblock();
         // A page that could not go may be able to go now.
         self.writeback.look_again();

@@ -195,3 +195,46 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
     }
     assert_eq!(resumed_at.len(), 2, "after the failure, and after the pause: {resumed_at:?}");
 }
+
+/// The process was stopped for longer than the hold: what failed is retried before the requests fail.
+#[test]
+fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
+    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..settings_of(1024, 1 << 20) };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    let mut now = NOW;
+    write(&mut cache, 0, 8);
+    cache.flush(FLUSH);
+    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(500_000));
+    assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
+    assert_eq!(flush_result(&mut cache), None, "the requests are held");
+    // A minute later, with a write in flight that fails when the process runs again.
+    now = NOW.plus_us(60_000_000);
+    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(60_500_000));
+    assert_eq!(flush_result(&mut cache), None, "the hold goes on");
+    assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
+    // The image fails on: now the hold ends, on time.
+    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(63_000_000));
+    assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)));
+}
+
+/// A write that hangs does not look like a process that was stopped.
+#[test]
+fn a_hold_ends_on_time_while_a_write_hangs() {
+    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..settings_of(1024, 1 << 20) };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    let mut now = NOW;
+    write(&mut cache, 0, 8);
+    cache.flush(FLUSH);
+    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(10_000));
+    // The retry never ends.
+    let mut result = None;
+    while now < NOW.plus_us(10_000_000) && result.is_none() {
+        started(&mut cache, now);
+        result = flush_result(&mut cache);
+        if result.is_none() {
+            now = cache.next_deadline().expect("the hold ends").max(now.plus_us(1));
+        }
+    }
+    assert_eq!(result, Some(Err(Fault::Media)));
+    assert!(now < NOW.plus_us(2_500_000), "{now:?}");
+}

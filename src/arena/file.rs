@@ -91,7 +91,7 @@ impl ArenaFile {
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] when the file cannot be created; [`ErrorKind::Ledger`] when another user could have made
-    /// or can change it.
+    /// or can change it (or [`ErrorKind::Memory`], if the directory is empty).
     pub fn create_for(memory_dir: &Path, image: &ImageFacts) -> Result<Self> {
         let directory = Self::dir(memory_dir);
         make_dir(&directory)?;
@@ -102,6 +102,11 @@ impl ArenaFile {
                 Ok(file) if matches!(file.header(), Ok(None)) => return Ok(file),
                 Ok(_) => {}
                 Err(e) if e.kind() == ErrorKind::Locked => last = Some(e),
+                // A place that cannot be trusted, and where no cache was kept: a daemon that keeps none there loses
+                // nothing.
+                Err(e) if e.kind() == ErrorKind::Ledger && is_empty(&directory) => {
+                    return Err(Error::new(ErrorKind::Memory, e.to_string()));
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -463,6 +468,11 @@ fn lock_holder(file: &File) -> Option<u32> {
     let mut held = locks.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
     let words = held.find(|words| words.get(1) == Some(&"FLOCK") && words.get(5) == Some(&id.as_str()))?;
     words[4].parse().ok().filter(|pid| *pid > 0)
+}
+
+/// Whether a directory has no entry.
+fn is_empty(directory: &Path) -> bool {
+    fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// Creates a directory that only this user can write to, unless there is one.

@@ -24,7 +24,7 @@
 //!
 //! 1. [`logging`], [`cli`], [`config`]: what the operator asks for, checked as a whole before anything starts.
 //!    [`check`] tells whether it could be served.
-//! 2. [`daemon`]: the process. Opens, starts, waits for a signal, and ends in order.
+//! 2. [`daemon`]: the process. Opens devices side by side, waits for signals, and ends each device on its own.
 //! 3. [`service`]: one device with everything that serves it.
 //! 4. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
 //! 5. [`systemd`]: notifies the service manager, and keeps memory with it.

@@ -298,6 +298,18 @@ fn with_strict_one_device_that_fails_keeps_the_others_from_starting() {
     fixture.assert_undamaged();
 }
 
+/// The socket is the last thing that is opened.
+#[test]
+fn a_start_that_fails_late_leaves_nothing_behind() {
+    let fixture = Fixture::new();
+    let memory = fixture.directory.memory();
+    let options = ["--memory-dir", memory.to_str().expect("UTF-8"), "--cache-size", "4M"];
+    let ended = fixture.serve("image", "no-such-directory/socket", &options);
+    ended.assert_refused(1, &["no-such-directory/socket", "No such file or directory"]);
+    assert_eq!(fixture.directory.left(), [PathBuf::new(); 0], "the new cache file is removed");
+    fixture.assert_undamaged();
+}
+
 #[test]
 fn a_daemon_that_can_serve_no_device_ends_with_the_reasons() {
     let fixture = Fixture::new();

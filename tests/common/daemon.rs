@@ -357,6 +357,19 @@ impl Daemon {
     }
 }
 
+impl Daemon {
+    /// As [`Daemon::restart`], but returns when it listens on these sockets.
+    #[track_caller]
+    pub fn restart_for(&mut self, sockets: &[PathBuf]) {
+        self.child = Self::spawn(&mut self.command, sockets, self.directory.path());
+    }
+
+    /// The process's id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+}
+
 impl Drop for Daemon {
     fn drop(&mut self) {
         if std::thread::panicking() {

@@ -1,0 +1,310 @@
+//! One sick disk is one sick disk: a daemon with three disks, of which the image of one does not answer. The others
+//! start, are served and end on their own, and the log says what is waited for.
+//!
+//! The sick image is a file on a FUSE file system that this process serves (`tests/volatile/disk.rs`). A host that
+//! cannot mount FUSE file systems skips these tests.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "sizes are small"
+)]
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../volatile/disk.rs"]
+#[allow(dead_code, reason = "shared with tests/volatile, which uses more of it")]
+mod disk;
+#[path = "../volatile/mount.rs"]
+mod mount;
+
+use std::fs;
+use std::ops::{Deref, DerefMut};
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT};
+
+use common::daemon::{Daemon, TempDir, server_binary};
+use common::request::{OK, Payload, assert_serves, pattern};
+use common::session::{Session, SessionOptions};
+use common::wait::{PATIENCE, is_listening, poll_until};
+use disk::{Disk, OpClass};
+use genblk::store::file::{FileImage, OpenOptions};
+use mount::Mount;
+
+const IMAGE_BYTES: usize = 4 << 20;
+/// How long a wait may take that the daemon bounds at some seconds.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The configuration of a daemon with the disks `sick`, `good1` and `good2`, and the image of the first.
+struct Ward {
+    directory: Option<TempDir>,
+    paths: PathBuf,
+    disk: Arc<Disk>,
+    _mount: Mount,
+}
+
+impl Ward {
+    /// `None` if this host cannot mount the disk; a line says why. `sick` is more of the sick disk's table.
+    fn new(sick: &str) -> Option<Self> {
+        let disk = Arc::new(Disk::new(pattern(1, 0, IMAGE_BYTES), 1));
+        let mount = match Mount::new(Arc::clone(&disk)) {
+            Ok(mount) => mount,
+            Err(reason) => {
+                println!("SKIPPED: {reason}");
+                return None;
+            }
+        };
+        let directory = TempDir::new("sick");
+        let paths = directory.path().to_path_buf();
+        let mut text = String::new();
+        for (name, image, rest) in
+            [("sick", mount.image(), sick), ("good1", paths.join("good1"), ""), ("good2", paths.join("good2"), "")]
+        {
+            if name != "sick" {
+                fs::write(&image, pattern(2, 0, IMAGE_BYTES)).expect("an image can be written");
+            }
+            let (socket, memory) = (paths.join(format!("{name}.sock")), directory.memory());
+            text += &format!(
+                "[[device]]\nname = {name:?}\nsocket = {socket:?}\nimage = {image:?}\n{rest}\ncache.size = \"4M\"\n\
+                 cache.memory_dir = {memory:?}\n"
+            );
+        }
+        fs::write(paths.join("genblk.toml"), text).expect("a configuration can be written");
+        Some(Self { directory: Some(directory), paths, disk, _mount: mount })
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.paths.join(format!("{name}.sock"))
+    }
+
+    /// Starts a daemon; returns when these disks are served.
+    fn start(&mut self, served: &[&str]) -> Served {
+        let mut command = Command::new(server_binary());
+        command.arg("--config").arg(self.paths.join("genblk.toml"));
+        command.env("NOTIFY_SOCKET", self.paths.join("notify"));
+        let sockets = served.iter().map(|name| self.socket(name)).collect();
+        let daemon = Daemon::launch(self.directory.take().expect("one daemon"), command, sockets);
+        Served { _release: Release(Arc::clone(&self.disk)), daemon }
+    }
+
+    /// A guest of the sick disk whose FLUSH waits for a write that the image does not complete.
+    fn hang(&self) -> Session {
+        let mut session = Session::open(&self.socket("sick"), &SessionOptions::default());
+        session.write(0, &pattern(3, 0, 8192));
+        self.disk.hold(OpClass::Write);
+        session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
+        poll_until("the image to hang", PATIENCE, || (self.disk.held(OpClass::Write) > 0).then_some(()));
+        session
+    }
+
+    /// Waits until the good disks have ended: their sockets are gone, and their images are free.
+    #[track_caller]
+    fn wait_until_the_others_end(&self) {
+        for name in ["good1", "good2"] {
+            poll_until("a good disk to end", PATIENCE, || (!is_listening(&self.socket(name))).then_some(()));
+            poll_until("a good disk's image to be free", PATIENCE, || {
+                FileImage::open(&self.paths.join(name), &OpenOptions::default()).ok()
+            });
+        }
+    }
+}
+
+/// A daemon. The disk is released before it is killed: a killed process stays until the disk has completed its
+/// operations.
+struct Served {
+    _release: Release,
+    daemon: Daemon,
+}
+
+struct Release(Arc<Disk>);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.0.release(OpClass::Read);
+        self.0.release(OpClass::Write);
+    }
+}
+
+impl Deref for Served {
+    type Target = Daemon;
+
+    fn deref(&self) -> &Daemon {
+        &self.daemon
+    }
+}
+
+impl DerefMut for Served {
+    fn deref_mut(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+}
+
+#[test]
+fn sigterm_ends_the_other_disks_and_a_second_one_ends_the_wait() {
+    let Some(mut ward) = Ward::new("") else { return };
+    let mut daemon = ward.start(&["sick", "good1", "good2"]);
+    let session = ward.hang();
+    daemon.terminate();
+    ward.wait_until_the_others_end();
+    daemon.assert_alive();
+    poll_until("a line about the wait", LIMIT, || {
+        let log = daemon.log();
+        let line = log.lines().find(|line| line.contains("sick: image ") && line.contains(" s so far"))?.to_owned();
+        assert!(line.contains("a write of") && line.contains("in flight") && line.contains("signal again"), "{line}");
+        Some(())
+    });
+    daemon.terminate();
+    let status = daemon.wait();
+    assert_eq!(status.code(), Some(1), "{}", daemon.log());
+    let log = daemon.log();
+    assert!(log.contains("signal 15 again: not waiting for sick"), "{log}");
+    assert!(log.contains("genblk: sick: could not write") && log.contains("the cache stays in"), "{log}");
+    drop(session);
+    // What the guest wrote is in the cache that stayed.
+    ward.disk.release(OpClass::Write);
+    daemon.restart();
+    let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
+    assert_eq!(session.read(0, 8192), pattern(3, 0, 8192));
+    drop(session);
+    daemon.stop();
+}
+
+/// The next daemon waits for the image's lock, which the kernel holds until the operations of the old one are over.
+#[test]
+fn an_upgrade_leaves_a_disk_whose_image_hangs_to_the_next_daemon() {
+    for engine in ["io_uring", "threads"] {
+        let Some(mut ward) = Ward::new(&format!("engine = {engine:?}")) else { return };
+        let mut daemon = ward.start(&["sick", "good1", "good2"]);
+        let mut guest = Session::open(&ward.socket("good1"), &SessionOptions::default());
+        guest.write(8, &pattern(4, 8, 4096));
+        let session = ward.hang();
+        daemon.signal(libc::SIGUSR1);
+        ward.wait_until_the_others_end();
+        if engine == "io_uring" {
+            let status = daemon.wait();
+            assert!(status.success(), "{status}: {}", daemon.log());
+            daemon.restart_for(&[ward.socket("good1"), ward.socket("good2")]);
+            drop(guest);
+            let mut guest = Session::open(&ward.socket("good1"), &SessionOptions::default());
+            assert_eq!(guest.read(8, 4096), pattern(4, 8, 4096), "the other disks' caches were handed over");
+            assert!(!is_listening(&ward.socket("sick")), "the kernel still uses the image");
+            drop(session);
+            ward.disk.release(OpClass::Write);
+        } else {
+            // A thread of the process hangs in the kernel, and so the process cannot end.
+            ward.disk.release(OpClass::Write);
+            assert!(daemon.wait().success(), "{}", daemon.log());
+            daemon.restart_for(&[ward.socket("good1"), ward.socket("good2")]);
+            drop((guest, session));
+        }
+        poll_until("the sick disk to be served", LIMIT, || is_listening(&ward.socket("sick")).then_some(()));
+        let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
+        assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}: no completed write is lost");
+        drop(session);
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_disk_whose_image_hangs_does_not_keep_the_others_from_starting() {
+    let Some(mut ward) = Ward::new("") else { return };
+    let notified = UnixDatagram::bind(ward.paths.join("notify")).expect("a socket can be bound");
+    notified.set_read_timeout(Some(LIMIT)).expect("a timeout can be set");
+    ward.disk.hold(OpClass::Read);
+    let mut daemon = ward.start(&["good1", "good2"]);
+    assert_serves(&ward.socket("good1"), 0);
+    let mut message = [0; 1024];
+    let length = notified.recv(&mut message).expect("the daemon notifies its service manager");
+    let expected = "READY=1\nSTATUS=serving 2 of 3 disks; not served: sick (its image does not answer)";
+    assert_eq!(String::from_utf8_lossy(&message[..length]), expected);
+    let log = daemon.log();
+    assert!(log.contains("sick: image ") && log.contains("opening the image has taken 5 s so far"), "{log}");
+    ward.disk.release(OpClass::Read);
+    poll_until("the disk to be served", PATIENCE, || is_listening(&ward.socket("sick")).then_some(()));
+    assert_serves(&ward.socket("sick"), 64);
+    daemon.stop();
+}
+
+#[test]
+fn a_daemon_ends_while_a_disk_is_still_being_opened() {
+    let Some(mut ward) = Ward::new("") else { return };
+    ward.disk.hold(OpClass::Read);
+    let mut daemon = ward.start(&["good1", "good2"]);
+    daemon.terminate();
+    ward.wait_until_the_others_end();
+    let started = Instant::now();
+    poll_until("the daemon to give up the disk", LIMIT, || {
+        daemon.log().contains("sick: ended while opening the image").then_some(())
+    });
+    assert!(started.elapsed() < PATIENCE, "{:?}", started.elapsed());
+    // The thread that opens it hangs in the kernel.
+    ward.disk.release(OpClass::Read);
+    assert!(daemon.wait().success(), "nothing of that disk was served: {}", daemon.log());
+    assert!(!ward.socket("sick").exists());
+}
+
+#[test]
+fn an_image_that_does_not_answer_is_named_in_the_log_and_so_is_its_recovery() {
+    let Some(mut ward) = Ward::new("") else { return };
+    let mut daemon = ward.start(&["sick", "good1", "good2"]);
+    let mut session = ward.hang();
+    let mut other = Session::open(&ward.socket("good2"), &SessionOptions::default());
+    other.write(0, &pattern(5, 0, 4096));
+    other.flush();
+    poll_until("a line about the image", LIMIT, || {
+        let log = daemon.log();
+        let line = log.lines().find(|line| line.contains("does not answer: a write of"))?.to_owned();
+        assert!(line.contains("sick: image ") && line.contains("in flight for 5 s"), "{line}");
+        Some(())
+    });
+    ward.disk.release(OpClass::Write);
+    session.wait_for(0, 1);
+    poll_until("the image to answer", LIMIT, || daemon.log().contains("answers again").then_some(()));
+    drop((session, other));
+    daemon.stop();
+}
+
+/// The hold ends only after a retry: the process, not the image, was away.
+#[test]
+fn requests_held_while_the_process_was_stopped_are_retried_before_they_fail() {
+    let Some(mut ward) = Ward::new("cache.on_error = \"hold\"\ncache.hold_max_ms = 1500") else { return };
+    let mut daemon = ward.start(&["sick", "good1", "good2"]);
+    let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
+    ward.disk.fail(OpClass::Write, 100);
+    session.write(0, &pattern(3, 0, 4096));
+    let flush = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
+    poll_until("the image to fail", PATIENCE, || daemon.log().contains("write-back failing").then_some(()));
+    daemon.signal(libc::SIGSTOP);
+    thread::sleep(Duration::from_secs(4));
+    ward.disk.fail(OpClass::Write, 0);
+    daemon.signal(libc::SIGCONT);
+    let used = session.wait_for(0, 1);
+    let used = used.into_values().next().expect("the FLUSH completes");
+    assert_eq!(session.outcome(&flush, used).status, OK, "{}", daemon.log());
+    let write = session.run(0, VIRTIO_BLK_T_OUT, 8, Payload::Send(&pattern(6, 8, 512)));
+    assert_eq!(write.status, OK);
+    drop(session);
+    daemon.stop();
+}
+
+#[test]
+fn a_front_end_that_keeps_another_waiting_is_named() {
+    let Some(mut ward) = Ward::new("") else { return };
+    let mut daemon = ward.start(&["sick", "good1", "good2"]);
+    let holder = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the disk is served");
+    poll_until("the first front-end to be served", PATIENCE, || {
+        daemon.log().contains("good1: front-end connected").then_some(())
+    });
+    let waiting = std::os::unix::net::UnixStream::connect(ward.socket("good1")).expect("the socket listens");
+    let expected = format!("the disk is busy with pid {}", std::process::id());
+    poll_until("a line about the wait", LIMIT, || daemon.log().contains(&expected).then_some(()));
+    drop((holder, waiting));
+    daemon.stop();
+}

@@ -94,7 +94,8 @@ impl World {
         assert!(!waits_for_timer, "a FLUSH waits until {deadline:?}, now {}: {:?}", self.now_us, self.requests);
     }
 
-    /// Checks what a power cut at this moment may leave on the disk, and returns it. The world itself goes on unchanged.
+    /// Checks what a power cut at this moment may leave on the disk, and returns it. The world itself goes on
+    /// unchanged.
     pub(super) fn check_power_cut(&mut self) -> Vec<u32> {
         let Self { disk, prng, .. } = self;
         let versions: Vec<u32> = (0..disk.sectors()).map(|sector| disk.after_power_cut(sector, prng)).collect();

@@ -154,7 +154,7 @@ impl Disk {
     pub fn fail(&mut self, error: &Error) {
         self.set_phase(Phase::Failed);
         let text = error.to_string();
-        let failure = match self.failure.take().filter(|failure| failure.text == text) {
+        let failure = match self.failure.take().filter(|failure| is_same(&failure.text, &text)) {
             Some(failure) => self.failure.insert(failure),
             None => {
                 error!("{}: not served: {text}; trying again, SIGHUP tries at once", self.name);
@@ -353,5 +353,22 @@ impl Disk {
             warn!("{context}");
         }
         self.phase = Phase::Ended;
+    }
+}
+
+/// Whether two messages differ in numbers only, such as an age.
+fn is_same(one: &str, other: &str) -> bool {
+    let without_digits = |text: &str| text.chars().filter(|char| !char.is_ascii_digit()).collect::<String>();
+    without_digits(one) == without_digits(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_the_same_if_only_its_age_has_changed() {
+        assert!(is_same("in use for 5 s; try again", "in use for 12 s; try again"));
+        assert!(!is_same("no such file", "permission denied"));
     }
 }

@@ -548,7 +548,14 @@ fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
         left -= len;
         skip = 0;
     }
-    IoRequest { tag: u64::from(op.tag), op: op.kind, offset: op.span.start * SECTOR_BYTES, len, segments }
+    IoRequest {
+        tag: u64::from(op.tag),
+        op: op.kind,
+        offset: op.span.start * SECTOR_BYTES,
+        len,
+        demand: op.demand,
+        segments,
+    }
 }
 
 /// The tag and the outcome, as the cache knows them, of an event of the store. Logs a failure at `level`.

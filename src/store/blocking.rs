@@ -93,7 +93,11 @@ pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
     let (tag, offset, len) = (request.tag, request.offset, request.len);
     let result = match request.op {
         _ if !image.still_covers(request) => Err(io::Error::from_raw_os_error(libc::ENXIO)),
-        OpKind::Read | OpKind::Write => transfer(image, request),
+        OpKind::Read => transfer(image, request),
+        OpKind::Write => {
+            image.delay_write();
+            transfer(image, request)
+        }
         OpKind::Sync => sync(image),
         OpKind::Zero { unmap } => zero(image, offset, len, unmap),
         OpKind::Discard => discard(image, offset, len),
@@ -286,7 +290,7 @@ mod tests {
             base = base.wrapping_add(len);
         }
         let len = lens.iter().map(|&n| n as u64).sum();
-        IoRequest { tag: 1, op: OpKind::Read, offset: 8192, len, segments }
+        IoRequest { tag: 1, op: OpKind::Read, offset: 8192, len, demand: true, segments }
     }
 
     #[test]

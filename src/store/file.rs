@@ -150,6 +150,12 @@ impl FileImage {
         self.image.limit_transfers(bytes);
     }
 
+    /// Makes every write of a thread take at least this long from now on.
+    #[cfg(test)]
+    pub(super) fn slow_writes(&self, milliseconds: u64) {
+        self.image.slow_writes(milliseconds);
+    }
+
     /// Makes a range (in bytes) read as zeros and keeps its space. Blocks.
     ///
     /// => No other operation on the range is in flight.

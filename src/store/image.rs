@@ -58,6 +58,9 @@ pub(super) struct OpenImage {
     /// Most bytes that one system call moves; 0: no limit. Set by tests only.
     #[cfg(test)]
     transfer_max: std::sync::atomic::AtomicUsize,
+    /// How long a write of a thread takes at least, in milliseconds. Set by tests only.
+    #[cfg(test)]
+    write_ms: AtomicU64,
 }
 
 /// What the log last reported about a file that others can change.
@@ -126,6 +129,8 @@ impl OpenImage {
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
             transfer_max: std::sync::atomic::AtomicUsize::new(0),
+            #[cfg(test)]
+            write_ms: AtomicU64::new(0),
         })
     }
 
@@ -216,6 +221,18 @@ impl OpenImage {
     #[cfg(not(test))]
     pub(super) fn limited_start(&self, _segments: &[Segment]) -> Option<Segment> {
         None
+    }
+
+    /// Makes a write of a thread slow, if a test asks for that.
+    pub(super) fn delay_write(&self) {
+        #[cfg(test)]
+        thread::sleep(Duration::from_millis(self.write_ms.load(Ordering::Relaxed)));
+    }
+
+    /// Makes every write of a thread take at least this long from now on.
+    #[cfg(test)]
+    pub(super) fn slow_writes(&self, milliseconds: u64) {
+        self.write_ms.store(milliseconds, Ordering::Relaxed);
     }
 
     /// Makes every system call move at most `bytes` from now on, as short transfers do.

@@ -17,8 +17,8 @@
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
 //! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use). `image`,
 //! `probe`, `history`, `lock` and `raw_record` open an image. A file of this module imports only files further down:
-//! file; uring, threads; pool; blocking; image; raw_record; format, probe, history, lock. [`faulty`] wraps any image
-//! and makes its operations fail.
+//! file; uring, threads; pool; pool_queue; blocking; image; raw_record; format, probe, history, lock. [`faulty`] wraps
+//! any image and makes its operations fail.
 
 mod blocking;
 pub mod faulty;
@@ -29,6 +29,7 @@ mod image;
 mod lock;
 mod options;
 mod pool;
+mod pool_queue;
 mod probe;
 mod raw_record;
 mod registered_buffers;
@@ -64,6 +65,9 @@ pub struct IoRequest {
     pub offset: u64,
     /// Length of the range in bytes; 0 for `Sync`.
     pub len: u64,
+    /// A request may wait for this operation: it is neither readahead nor write-back. A store that cannot start all
+    /// operations at once starts these first.
+    pub demand: bool,
     /// Memory, in order; empty except for `Read` and `Write`.
     pub segments: Vec<Segment>,
 }

@@ -1,16 +1,25 @@
 //! Threads that run blocking operations and notify a wake fd: all of the thread engine, and the io_uring engine's
 //! helper for operations that a ring cannot do.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::image::OpenImage;
+use super::pool_queue::PoolQueue;
 use super::wake::WakeFd;
 use super::{DRAIN_MAX, Event, IoRequest, blocking};
 use crate::units::counted;
+
+/// How many threads a pool has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Threads {
+    /// Most threads that run operations which change the image; they run reads as well.
+    pub(super) for_changes: usize,
+    /// Further threads, for reads and maps only: no read waits for a slow write or a long zero.
+    pub(super) for_reads: usize,
+}
 
 /// Threads over one image.
 #[derive(Debug)]
@@ -34,23 +43,27 @@ struct PoolShared {
 
 #[derive(Debug)]
 struct PoolState {
-    queue: VecDeque<IoRequest>,
+    queue: PoolQueue,
     /// Events not yet taken.
     events: Vec<Event>,
     /// Operations that threads run now.
     running: usize,
+    /// Threads that wait for work.
+    idle: usize,
     closing: bool,
 }
 
 impl Pool {
-    /// Starts `threads` threads for at most `depth` operations at a time, which notify `wake`.
-    pub(super) fn new(image: Arc<OpenImage>, wake: WakeFd, threads: usize, depth: usize) -> io::Result<Self> {
+    /// Starts threads for at most `depth` operations at a time, which notify `wake`.
+    pub(super) fn new(image: Arc<OpenImage>, wake: WakeFd, threads: Threads, depth: usize) -> io::Result<Self> {
         let state = PoolState {
-            queue: VecDeque::with_capacity(depth),
+            queue: PoolQueue::new(threads.for_changes),
             events: Vec::with_capacity(depth),
             running: 0,
+            idle: 0,
             closing: false,
         };
+        let threads = threads.for_changes + threads.for_reads;
         let shared = PoolShared { image, wake, state: Mutex::new(state), work: Condvar::new(), idle: Condvar::new() };
         let mut pool = Self { shared: Arc::new(shared), drain_max: DRAIN_MAX, threads: Vec::with_capacity(threads) };
         for number in 0..threads {
@@ -69,7 +82,7 @@ impl Pool {
 
     /// Queues an operation. A busy thread may take it at once, a sleeping one after [`Pool::wake_threads`].
     pub(super) fn push(&self, request: IoRequest) {
-        self.shared.lock().queue.push_back(request);
+        self.shared.lock().queue.push(request);
     }
 
     /// Wakes threads for the queued operations.
@@ -98,23 +111,32 @@ impl PoolShared {
     fn run(&self) {
         let mut state = self.lock();
         loop {
-            if let Some(mut request) = state.queue.pop_front() {
+            if let Some((lane, mut request)) = state.queue.pop() {
                 state.running += 1;
+                if state.idle > 0 && state.queue.is_ready() {
+                    // This thread may have taken another operation than the one that an idle thread was woken for.
+                    self.work.notify_one();
+                }
                 drop(state);
                 let event = blocking::execute(&self.image, &mut request);
                 state = self.lock();
                 state.running -= 1;
+                state.queue.completed(lane);
                 state.events.push(event);
                 // Notified under the lock: a worker that takes the event either clears this notification with it, or
                 // has cleared the wake fd just before, and finds it readable once more with no event.
                 self.wake.notify();
-            } else if state.closing {
+            } else if state.closing && state.queue.len() == 0 {
                 break;
             } else {
                 self.idle.notify_all();
+                state.idle += 1;
                 state = self.work.wait(state).expect("no thread panics while it holds a pool's state");
+                state.idle -= 1;
             }
         }
+        // A thread that waits for its turn to change the image may end, too.
+        self.work.notify_all();
         self.idle.notify_all();
     }
 }
@@ -127,7 +149,7 @@ impl Drop for Pool {
         let mut state = self.shared.lock();
         state.closing = true;
         self.shared.work.notify_all();
-        while state.running > 0 || !state.queue.is_empty() {
+        while state.running > 0 || state.queue.len() > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 if !self.drain_max.is_zero() {
@@ -136,6 +158,7 @@ impl Drop for Pool {
                 }
                 // No thread may start an operation whose memory the caller has freed by then.
                 state.queue.clear();
+                self.shared.work.notify_all();
                 return;
             }
             state = self.shared.idle.wait_timeout(state, left).expect("no thread panics with a pool's state").0;

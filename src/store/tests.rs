@@ -1,11 +1,12 @@
-//! Short transfers, in both engines. Nothing outside the store can cause one, so the tests limit what a system call
-//! moves; the rest of a transfer then arrives only if the store continues it.
+//! Short transfers, in both engines, and slow writes in the thread engine. Nothing outside the store can cause a short
+//! transfer, so the tests limit what a system call moves; the rest of a transfer then arrives only if the store continues
+//! it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::file::{FileImage, IoEngine, OpenOptions};
 use super::{Backing, Event, IoRequest, Segment};
@@ -63,10 +64,14 @@ impl Drop for Image {
     }
 }
 
+fn request(tag: u64, op: OpKind, segments: Vec<Segment>) -> IoRequest {
+    IoRequest { tag, op, offset: 0, len: IMAGE_BYTES as u64, demand: op == OpKind::Read, segments }
+}
+
 /// Transfers all of the memory in one operation.
 fn run(image: &FileImage, op: OpKind, memory: &mut Memory) -> Event {
     let mut queue = image.attach().unwrap();
-    let request = IoRequest { tag: 1, op, offset: 0, len: IMAGE_BYTES as u64, segments: memory.segments() };
+    let request = request(1, op, memory.segments());
     queue.submit(request).unwrap();
     queue.kick();
     let mut events = Vec::new();
@@ -123,4 +128,36 @@ fn a_transfer_that_never_moves_a_whole_block_fails() {
             assert!(matches!(event, Event::Failed { errno: libc::EIO, .. }), "{label}: {event:?}");
         }
     });
+}
+
+/// 32 writes are as many as the write-back has in flight. In one queue for all, a read would wait for eight rounds of
+/// them.
+#[test]
+fn reads_of_the_thread_engine_do_not_wait_for_slow_writes() {
+    const WRITE_MS: u64 = 100;
+    let file = Image::new("slow-writes");
+    let options = OpenOptions { engine: IoEngine::Threads, ..OpenOptions::default() };
+    let image = FileImage::open(&file.0, &options).unwrap();
+    image.slow_writes(WRITE_MS);
+    let mut queue = image.attach().unwrap();
+    let (mut written, mut read) = (Memory::pattern(), Memory::filled(0));
+    for tag in 0..32 {
+        queue.submit(request(tag, OpKind::Write, written.segments())).unwrap();
+    }
+    queue.kick();
+    let mut waits = Vec::new();
+    let mut events = Vec::new();
+    for tag in 100..110 {
+        let started = Instant::now();
+        queue.submit(request(tag, OpKind::Read, read.segments())).unwrap();
+        queue.kick();
+        while !events.drain(..).any(|event| matches!(event, Event::Done { tag: ended } if ended == tag)) {
+            assert!(sys::poll::wait_readable(queue.wake_fd(), Duration::from_secs(30)), "the read did not complete");
+            queue.reap(&mut events);
+        }
+        waits.push(started.elapsed());
+    }
+    waits.sort_unstable();
+    assert!(waits[5] < Duration::from_millis(WRITE_MS / 2), "reads waited for writes: {waits:?}");
+    assert!(queue.in_flight() > 0, "the writes are still in flight");
 }

@@ -19,7 +19,7 @@ use io_uring::{IoUring, Probe, opcode, types};
 
 use super::blocking::{self, Progress};
 use super::image::OpenImage;
-use super::pool::Pool;
+use super::pool::{Pool, Threads};
 use super::registered_buffers::RegisteredBuffers;
 use super::wake::WakeFd;
 use super::{DRAIN_MAX, Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
@@ -29,6 +29,8 @@ use crate::units::{OpKind, counted};
 
 /// The image's index in the ring's table of registered files.
 const IMAGE: types::Fixed = types::Fixed(0);
+/// The helper's threads: one for zeros and discards that a ring cannot do, and one for the maps that reads wait for.
+const HELPERS: Threads = Threads { for_changes: 1, for_reads: 1 };
 
 /// One worker's queue on an image: an io_uring with as many slots as the image's depth, and a helper thread.
 ///
@@ -86,7 +88,7 @@ impl UringQueue {
         ring.submitter().register_files(&[image.file.as_raw_fd()])?;
         let wake = WakeFd::new()?;
         ring.submitter().register_eventfd(wake.as_raw_fd())?;
-        let helper = Pool::new(Arc::clone(&image), wake.clone(), 1, depth)?;
+        let helper = Pool::new(Arc::clone(&image), wake.clone(), HELPERS, depth)?;
         Ok(Self {
             ring,
             image,

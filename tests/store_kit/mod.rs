@@ -146,7 +146,7 @@ impl Driver {
 
     pub fn request(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> IoRequest {
         self.tag += 1;
-        IoRequest { tag: self.tag, op, offset, len, segments }
+        IoRequest { tag: self.tag, op, offset, len, demand: true, segments }
     }
 
     pub fn start(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> u64 {

@@ -1,0 +1,177 @@
+//! The operations that wait for a thread of a pool: reads before writes, and neither takes all threads.
+//!
+//! With one first-in-first-out queue, a read of a guest would wait behind dozens of slow writes of the write-back.
+//! With strict priorities, a guest that reads all the time would stop the write-back, and with it every FLUSH. So there
+//! are lanes in order of urgency, an operation that was passed too often goes first, and only some of the threads run
+//! operations that change the image: the others are free for reads.
+
+use std::collections::VecDeque;
+
+use super::IoRequest;
+use crate::units::OpKind;
+
+/// The lanes, the most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// Reads that a request may wait for, and the maps that come before them.
+    Reads,
+    /// Syncs, zeros, discards and allocations: a request may wait for each of them.
+    Changes,
+    /// Readahead.
+    Readahead,
+    /// Write-back.
+    WriteBack,
+}
+
+const LANES: usize = 4;
+/// An operation goes first after this many more urgent ones have passed the head of its lane. A reader then takes at
+/// most 8 of 9 turns of a thread.
+const PASSED_MAX: u32 = 8;
+
+impl Lane {
+    pub(super) fn of(request: &IoRequest) -> Self {
+        match request.op {
+            OpKind::Read if request.demand => Self::Reads,
+            OpKind::Map => Self::Reads,
+            OpKind::Read => Self::Readahead,
+            OpKind::Write => Self::WriteBack,
+            OpKind::Sync | OpKind::Zero { .. } | OpKind::Discard | OpKind::Allocate => Self::Changes,
+        }
+    }
+
+    /// Whether its operations change the image: these may be slow, and do not take all threads.
+    pub(super) fn is_change(self) -> bool {
+        matches!(self, Self::Changes | Self::WriteBack)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct PoolQueue {
+    lanes: [VecDeque<IoRequest>; LANES],
+    /// By lane: how many operations of other lanes were taken while the head of this one waited.
+    passed: [u32; LANES],
+    /// Operations that change the image and that threads run now.
+    changes: usize,
+    /// Most of them at a time.
+    changes_max: usize,
+}
+
+impl PoolQueue {
+    /// At most `changes_max` operations at a time change the image.
+    pub(super) fn new(changes_max: usize) -> Self {
+        Self { lanes: Default::default(), passed: [0; LANES], changes: 0, changes_max }
+    }
+
+    pub(super) fn push(&mut self, request: IoRequest) {
+        self.lanes[Lane::of(&request) as usize].push_back(request);
+    }
+
+    /// The operation to run now, if one may run: call [`PoolQueue::completed`] with its lane when it has ended.
+    pub(super) fn pop(&mut self) -> Option<(Lane, IoRequest)> {
+        let lane = self.next_lane()?;
+        let request = self.lanes[lane as usize].pop_front().expect("the next lane is not empty");
+        for other in [Lane::Reads, Lane::Changes, Lane::Readahead, Lane::WriteBack] {
+            let waits = other != lane && self.may_run(other);
+            let passed = &mut self.passed[other as usize];
+            *passed = if waits { *passed + 1 } else { 0 };
+        }
+        self.changes += usize::from(lane.is_change());
+        Some((lane, request))
+    }
+
+    /// An operation from this lane has ended.
+    pub(super) fn completed(&mut self, lane: Lane) {
+        self.changes -= usize::from(lane.is_change());
+    }
+
+    /// Whether [`PoolQueue::pop`] returns an operation.
+    pub(super) fn is_ready(&self) -> bool {
+        self.next_lane().is_some()
+    }
+
+    /// Operations that wait.
+    pub(super) fn len(&self) -> usize {
+        self.lanes.iter().map(VecDeque::len).sum()
+    }
+
+    /// Drops the operations that wait.
+    pub(super) fn clear(&mut self) {
+        self.lanes.iter_mut().for_each(VecDeque::clear);
+    }
+
+    /// The lane whose head is to run: one that was passed too often, else the most urgent one.
+    fn next_lane(&self) -> Option<Lane> {
+        let ready = || {
+            [Lane::Reads, Lane::Changes, Lane::Readahead, Lane::WriteBack]
+                .into_iter()
+                .filter(|lane| self.may_run(*lane))
+        };
+        ready().find(|lane| self.passed[*lane as usize] >= PASSED_MAX).or_else(|| ready().next())
+    }
+
+    /// Whether the head of the lane may run now.
+    fn may_run(&self, lane: Lane) -> bool {
+        !self.lanes[lane as usize].is_empty() && (!lane.is_change() || self.changes < self.changes_max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Unmap;
+
+    fn request(op: OpKind, demand: bool) -> IoRequest {
+        IoRequest { tag: 0, op, offset: 0, len: 4096, demand, segments: Vec::new() }
+    }
+
+    fn queue_of(requests: impl IntoIterator<Item = IoRequest>) -> PoolQueue {
+        let mut queue = PoolQueue::new(4);
+        requests.into_iter().for_each(|request| queue.push(request));
+        queue
+    }
+
+    #[test]
+    fn a_read_that_a_request_waits_for_runs_before_everything_that_was_queued_earlier() {
+        let changes = [OpKind::Sync, OpKind::Zero { unmap: Unmap::Forbidden }, OpKind::Discard, OpKind::Allocate];
+        let mut queue = queue_of(changes.map(|op| request(op, true)));
+        queue.push(request(OpKind::Write, false));
+        queue.push(request(OpKind::Read, false));
+        queue.push(request(OpKind::Read, true));
+        let order: Vec<Lane> = std::iter::from_fn(|| queue.pop()).map(|(lane, _)| lane).take(3).collect();
+        assert_eq!(order, [Lane::Reads, Lane::Changes, Lane::Changes]);
+    }
+
+    #[test]
+    fn writes_leave_threads_for_reads() {
+        let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, false)));
+        let running: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+        assert_eq!(running.len(), 4, "more writes may not run");
+        assert!(!queue.is_ready());
+        queue.push(request(OpKind::Read, true));
+        assert_eq!(queue.pop().map(|(lane, _)| lane), Some(Lane::Reads));
+        queue.completed(Lane::WriteBack);
+        assert_eq!(queue.pop().map(|(lane, _)| lane), Some(Lane::WriteBack));
+    }
+
+    #[test]
+    fn a_reader_that_never_pauses_does_not_stop_the_write_back() {
+        let mut queue = queue_of([request(OpKind::Write, false), request(OpKind::Read, false)]);
+        let mut order = Vec::new();
+        for _ in 0..40 {
+            queue.push(request(OpKind::Read, true));
+            order.extend(queue.pop().map(|(lane, _)| lane));
+        }
+        assert!(order[..12].contains(&Lane::WriteBack), "{order:?}");
+        assert!(order[..24].contains(&Lane::Readahead), "{order:?}");
+    }
+
+    #[test]
+    fn the_operations_that_wait_are_counted_and_dropped() {
+        let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, false)));
+        queue.pop();
+        assert_eq!(queue.len(), 63);
+        queue.clear();
+        assert_eq!((queue.len(), queue.is_ready()), (0, false));
+    }
+}

@@ -128,7 +128,8 @@ impl Owner {
             retain: true,
             policy,
             readahead_pages_max: 512,
-            flush_target_us: 250_000,
+            // So long that write-back does not start.
+            flush_target_us: 1_000_000,
             dirty_pages_max: 1024,
             dirty_age_us: 5_000_000,
             allocate: false,
@@ -180,6 +181,7 @@ fn a_hit_in_the_cache_allocates_nothing() {
         for page in (0..PAGES).step_by(16) {
             owner.read(page, 16);
         }
+        assert!(owner.read(0, 16), "the lists of the owner grow here");
         let count = allocations(|| {
             (0..10_000).for_each(|n| assert!(owner.read(n * 7 % (PAGES - 16), 16), "the pages were read before"));
         });
@@ -207,6 +209,8 @@ fn a_worker_serves_what_is_cached_without_allocating() {
     Shadow::patchwork(8 << 20, 31).write_image(&image);
     let mut config = DeviceConfig::new("counted", Socket::Path(socket.clone()), image);
     config.cache.size_bytes = 16 << 20;
+    // So long that write-back does not start.
+    config.cache.flush_target_ms = 1000;
     let running = Service::open(&config, &Context::default()).and_then(Service::start).expect("the device is served");
     let mut client = Client::connect(&socket, &ClientOptions::default());
     let bytes = [0x5a; 8192];

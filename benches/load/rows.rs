@@ -14,7 +14,7 @@ const GIB: u64 = 1 << 30;
 pub const IMAGE_BYTES: u64 = 4 * GIB;
 /// The region of cached reads: half of genblk's default cache, and far more than the CPU caches hold.
 const HOT: Range<u64> = 0..128 * MIB;
-/// The region of absorbed writes: a quarter of the smallest dirty limit, so that write-back need not start.
+/// The region of absorbed writes: a sixteenth of the dirty limit of a fast store, so that write-back need not start.
 const ABSORBED: Range<u64> = 0..4 * MIB;
 const ALL: Range<u64> = 0..IMAGE_BYTES;
 /// genblk's default `flush_target_ms`.
@@ -301,6 +301,16 @@ fn device_job(ops: Ops, bytes: u64) -> Job {
     Job { ends_with_flush: ops == Ops::Writes, ..Job::of(client, CompletionMode::Interrupt) }
 }
 
+/// FLUSHes of a slow disk, beside random writes of this size as fast as they complete, from the start of the daemon on.
+fn slow_flushes(key: &'static str, conditions: &'static str, medium: Medium, block_bytes: usize) -> Row {
+    let writes = Client::new(Ops::Writes, Pattern::Random, 0..GIB, block_bytes).depth(8).runs_ms(0, 8000);
+    let flushes = Client::new(Ops::Flushes, Pattern::Random, 0..GIB, 4 * KIB).per_second(2.0).runs_ms(0, 8000);
+    let job = Job { clients: vec![writes, flushes], mode: CompletionMode::Interrupt, ends_with_flush: false };
+    Row::new(key, "FLUSH of a slow disk under random writes", medium, job, &[Measure::FlushP99Ms])
+        .with(conditions)
+        .target(0, 2.0 * FLUSH_TARGET_MS, Against::Constant)
+}
+
 /// The disk is throttled: these rows measure how much of its slowness the cache hides.
 fn throttled() -> Vec<Row> {
     use Against::{Constant, Peers};
@@ -353,6 +363,9 @@ fn throttled() -> Vec<Row> {
              operations/s",
         )
         .target(0, 1.5 * FLUSH_TARGET_MS, Constant),
+        slow_flushes("flush-20m", "20 MiB/s", disk(20, 50_000), 64 * KIB),
+        slow_flushes("flush-5m", "5 MiB/s", disk(5, 50_000), 64 * KIB),
+        slow_flushes("flush-200ops", "200 operations/s", disk(200, 200), 4 * KIB),
         Row { unloaded: true, ..reads_beside }
             .with(
                 "random, queue depth 1, beside 64 KiB random writes at queue depth 4; disk limited to 200 MiB/s and \

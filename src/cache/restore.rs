@@ -22,6 +22,7 @@ impl PageCache {
     ) -> (u32, u32) {
         self.pages.restore(records);
         self.restore_zeroes(zeroes);
+        self.throttle.restored(self.pages.dirty().dirty_pages());
         (self.pages.len(), self.pages.dirty().dirty_pages())
     }
 }

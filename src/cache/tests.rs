@@ -7,6 +7,7 @@ use crate::units::{ExtentKind, ImageHoles, OpKind, Unmap};
 mod durability;
 mod eager;
 mod failures;
+mod flush_target;
 mod small_world;
 
 /// Memory without bytes: these tests look at frame numbers only.
@@ -44,7 +45,14 @@ fn settings_of(frames: u32, image_sectors: u64) -> Settings {
 }
 
 fn cache_of(frames: u32, image_sectors: u64) -> PageCache {
-    PageCache::new(settings_of(frames, image_sectors), Box::new(NoBytes))
+    cache_with(settings_of(frames, image_sectors))
+}
+
+/// A cache whose dirty limit is the highest until the store's speed has been measured.
+fn cache_with(settings: Settings) -> PageCache {
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    cache.throttle.restored(u32::MAX);
+    cache
 }
 
 fn access(start: u64, count: u64) -> Access {
@@ -158,7 +166,7 @@ fn contiguous_sectors_and_frames_make_one_piece() {
 #[test]
 fn a_read_that_waited_for_a_failed_write_finds_the_hole() {
     let mut cache =
-        PageCache::new(Settings { holes: ImageHoles::Possible, ..settings_of(64, 1 << 10) }, Box::new(NoBytes));
+        cache_with(Settings { holes: ImageHoles::Possible, ..settings_of(64, 1 << 10) });
     let (mut written, mut pieces) = (Vec::new(), Vec::new());
     assert_eq!(cache.write(access(0, 8), &mut written), Admitted::All);
     assert_eq!(cache.read(access(0, 8), &mut pieces), Admitted::All);
@@ -230,7 +238,7 @@ fn clusters_bridge_short_gaps_and_stay_in_their_region() {
 fn a_region_that_a_sequential_writer_fills_is_written_whole() {
     // The store's longest operation is shorter than a region.
     let settings = Settings { cluster_pages_max: 96, ..settings_of(4096, 1 << 20) };
-    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    let mut cache = cache_with(settings);
     for start in (0..2048).step_by(256) {
         write(&mut cache, start, 256);
     }
@@ -241,7 +249,7 @@ fn a_region_that_a_sequential_writer_fills_is_written_whole() {
 #[test]
 fn background_write_back_keeps_the_store_busy() {
     let mut cache =
-        PageCache::new(Settings { dirty_pages_max: 4000, ..settings_of(16_000, 1 << 24) }, Box::new(NoBytes));
+        cache_with(Settings { dirty_pages_max: 4000, ..settings_of(16_000, 1 << 24) });
     // One page in each of 3600 groups: all were written just now, and none will be again.
     for page in 0..3600 {
         write(&mut cache, page * 16 * 8, 8);

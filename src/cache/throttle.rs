@@ -2,14 +2,29 @@
 //!
 //! The limit is what the store writes in the flush target: that bounds the latency of a FLUSH. Writers are slowed
 //! smoothly before they reach the limit (Linux: balance_dirty_pages).
+//!
+//! A store is limited in bytes and in operations, and what it takes for the dirty pages depends on how many operations
+//! they need: 64 MiB in a row are 64 of them, and 64 MiB in scattered pages 16 384. So the cache measures both
+//! capacities, and weighs an operation as so many pages that the limit in pages holds for both.
 
 use crate::units::{SECTORS_PER_PAGE, Tick, low_u32};
 
-/// The limit is never below this (16 MiB), unless the cache itself is small: a slow store must not make every write
-/// wait.
-const LIMIT_PAGES_MIN: u32 = 4096;
-/// Length of a bandwidth sample, counting only time with writes in flight.
+/// The limit is never below this (256 KiB), unless the cache itself is small: a few requests of any size that is usual.
+const LIMIT_PAGES_MIN: u32 = 64;
+/// The limit is never below this many operations.
+const LIMIT_OPERATIONS_MIN: u64 = 8;
+/// What a store is taken for until its speed has been measured: 8 MiB/s. The first FLUSH of a slow disk counts too, and
+/// a fast one is known after milliseconds.
+const FIRST_PAGES_PER_SECOND: u64 = 2048;
+/// See [`FIRST_PAGES_PER_SECOND`].
+const FIRST_OPERATIONS_PER_SECOND: u64 = 256;
+/// Length of a sample of the store's speed, counting only time with writes in flight.
 const SAMPLE_US: u64 = 200_000;
+/// A sample that is not complete counts as at least this long: a burst into a disk's own cache, or at the begin of a
+/// period of a throttled disk, is no measure.
+const PART_US_MIN: u64 = 50_000;
+/// By this factor a sample that is not complete must exceed what is known, to count at once.
+const PART_FACTOR: u64 = 4;
 /// Background write-back starts at this share of the limit, in percent, and stops at [`STOP_PERCENT`].
 const START_PERCENT: u32 = 40;
 /// See [`START_PERCENT`].
@@ -23,44 +38,88 @@ const DELAY_US_MAX: u64 = 100_000;
 const ONE: u64 = 1024;
 const US_PER_SECOND: u64 = 1_000_000;
 
-/// The dirty limit, and the bandwidth of the store, from which it is computed.
+/// What the store writes in a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Speed {
+    pages: u64,
+    operations: u64,
+}
+
+/// Time with writes in flight, and what ended in it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sample {
+    us: u64,
+    pages: u64,
+    operations: u64,
+}
+
+impl Sample {
+    /// The speed, if the sample is taken for no shorter than `us_min`.
+    fn speed(&self, us_min: u64) -> Speed {
+        let us = self.us.max(us_min).max(1);
+        let per_second = |count: u64| count.saturating_mul(US_PER_SECOND) / us;
+        Speed { pages: per_second(self.pages), operations: per_second(self.operations) }
+    }
+}
+
+/// The dirty limit, and the speed of the store, from which it is computed.
 #[derive(Debug)]
 pub(super) struct Throttle {
     target_us: u64,
     pages_max: u32,
     limit: u32,
-    /// Pages per second, smoothed; 0: not measured yet.
-    bandwidth: u64,
+    /// What an operation counts for, in pages.
+    operation_pages: u32,
+    speed: Speed,
+    /// A whole sample is in the speed.
+    measured: bool,
     /// When writes were last seen to be in flight, if they still are.
     busy_since: Option<Tick>,
-    /// The current sample: time with writes in flight, and the pages that they wrote.
-    sample_us: u64,
-    sample_pages: u64,
+    sample: Sample,
 }
 
 impl Throttle {
-    /// => Until a bandwidth has been measured the limit is `pages_max`.
+    /// For a store of unknown speed.
     pub fn new(target_us: u64, pages_max: u32) -> Self {
-        Self { target_us, pages_max, limit: pages_max, bandwidth: 0, busy_since: None, sample_us: 0, sample_pages: 0 }
+        let speed = Speed { pages: FIRST_PAGES_PER_SECOND, operations: FIRST_OPERATIONS_PER_SECOND };
+        let (busy_since, sample) = (None, Sample::default());
+        let mut throttle =
+            Self { target_us, pages_max, limit: 0, operation_pages: 1, speed, measured: false, busy_since, sample };
+        throttle.set_limit();
+        throttle
     }
 
-    /// Most pages that may be dirty or under write-back.
+    /// The previous daemon left this many dirty pages: writes need not wait until they are written. It may have known
+    /// the store's speed.
+    pub fn restored(&mut self, dirty_pages: u32) {
+        if dirty_pages > 0 {
+            self.limit = self.limit.max(dirty_pages.saturating_mul(2)).min(self.pages_max);
+            self.operation_pages = 1;
+        }
+    }
+
+    /// What may be dirty or under write-back at most, in the unit of [`Throttle::cost`].
     pub fn limit_pages(&self) -> u32 {
         self.limit
     }
 
-    /// Background write-back starts above this many pages.
+    /// What the store takes for these pages in this many operations, in pages.
+    pub fn cost(&self, pages: u32, operations: u32) -> u32 {
+        pages.max(operations.saturating_mul(self.operation_pages))
+    }
+
+    /// Background write-back starts above this cost.
     pub fn start_pages(&self) -> u32 {
         self.percent(START_PERCENT)
     }
 
-    /// Background write-back stops below this many pages.
+    /// Background write-back stops below this cost.
     pub fn stop_pages(&self) -> u32 {
         self.percent(STOP_PERCENT)
     }
 
-    /// Above this many pages the completions of writes are delayed: halfway from start to limit, as Linux's freerun
-    /// ceiling, so that background write-back reaches full speed first.
+    /// Above this cost the completions of writes are delayed: halfway from start to limit, as Linux's freerun ceiling,
+    /// so that background write-back reaches full speed first.
     pub fn setpoint_pages(&self) -> u32 {
         (self.start_pages() + self.limit) / 2
     }
@@ -70,42 +129,80 @@ impl Throttle {
     }
 
     /// A write is submitted at the store's full depth: from now on, until no write is in flight, the rate of writes
-    /// measures the store's bandwidth.
+    /// measures the store's speed.
     pub fn write_started(&mut self, now: Tick) {
         self.busy_since.get_or_insert(now);
     }
 
     /// A write of `pages` pages ended, with `left` writes still in flight.
     pub fn write_ended(&mut self, pages: u64, left: u32, now: Tick) {
-        if let Some(since) = self.busy_since {
-            self.sample_pages += pages;
-            self.sample_us += now.since_us(since);
-            self.busy_since = (left > 0).then_some(now);
-        }
-        if self.sample_us >= SAMPLE_US {
-            let sample = self.sample_pages * US_PER_SECOND / self.sample_us;
-            // Moving average: after three samples seven eighths of a change are in.
-            self.bandwidth = if self.bandwidth == 0 { sample } else { (self.bandwidth + sample) / 2 };
-            (self.sample_us, self.sample_pages) = (0, 0);
-            let pages = self.bandwidth.saturating_mul(self.target_us) / US_PER_SECOND;
-            let pages = u32::try_from(pages).unwrap_or(u32::MAX);
-            self.limit = pages.max(LIMIT_PAGES_MIN).min(self.pages_max);
+        let Some(since) = self.busy_since else { return };
+        self.sample.pages += pages;
+        self.sample.operations += 1;
+        self.sample.us += now.since_us(since);
+        self.busy_since = (left > 0).then_some(now);
+        if self.sample.us >= SAMPLE_US {
+            self.learn(self.sample.speed(SAMPLE_US));
+            self.sample = Sample::default();
+        } else {
+            self.learn_part(self.sample.speed(PART_US_MIN));
         }
     }
 
-    /// Microseconds by which to delay the completion of a write of `sectors` while `dirty_or_writeback` pages are dirty
-    /// or under write-back. 0 up to the setpoint; from there to the limit it rises with the third power to
+    /// Takes over a complete sample. Its rates are lower bounds of what the store can. If it is slower than was known,
+    /// the capacity that it used most was the bottleneck, and is less than was known.
+    fn learn(&mut self, seen: Speed) {
+        let Speed { pages, operations } = self.speed;
+        // After three samples seven eighths of a change are in.
+        let mean = |known: u64, seen: u64| u64::midpoint(known, seen).max(1);
+        self.speed = if !self.measured {
+            Speed { pages: seen.pages.max(1), operations: seen.operations.max(1) }
+        } else if seen.pages >= pages || seen.operations >= operations {
+            let (pages, operations) =
+                (pages.max(mean(pages, seen.pages)), mean(operations, seen.operations).max(operations));
+            Speed { pages, operations }
+        } else if u128::from(seen.pages) * u128::from(operations) >= u128::from(seen.operations) * u128::from(pages) {
+            Speed { pages: mean(pages, seen.pages), operations }
+        } else {
+            Speed { pages, operations: mean(operations, seen.operations) }
+        };
+        self.measured = true;
+        self.set_limit();
+    }
+
+    /// Takes over a sample that is not complete, as far as it shows that the store is much faster than was known. The
+    /// limit would otherwise keep a fast store slow for the length of a sample.
+    fn learn_part(&mut self, seen: Speed) {
+        let Speed { pages, operations } = self.speed;
+        if seen.pages > pages * PART_FACTOR || seen.operations > operations * PART_FACTOR {
+            self.speed = Speed { pages: pages.max(seen.pages), operations: operations.max(seen.operations) };
+            self.set_limit();
+        }
+    }
+
+    fn set_limit(&mut self) {
+        let in_target = |per_second: u64| per_second.saturating_mul(self.target_us) / US_PER_SECOND;
+        let pages = u32::try_from(in_target(self.speed.pages)).unwrap_or(u32::MAX);
+        let operations = in_target(self.speed.operations).max(LIMIT_OPERATIONS_MIN);
+        self.limit = pages.max(LIMIT_PAGES_MIN).min(self.pages_max);
+        self.operation_pages = low_u32(u64::from(self.limit) / operations).max(1);
+    }
+
+    /// Microseconds by which to delay the completion of a write of `sectors` while these `pages`, at this `cost`, are
+    /// dirty or under write-back. 0 up to the setpoint; from there to the limit it rises with the third power to
     /// [`DELAY_FACTOR_MAX`] times what the store needs for the write.
-    pub fn delay_us(&self, dirty_or_writeback: u32, sectors: u64) -> u64 {
+    pub fn delay_us(&self, pages: u32, cost: u32, sectors: u64) -> u64 {
         let setpoint = self.setpoint_pages();
-        if dirty_or_writeback <= setpoint || self.bandwidth == 0 {
+        if cost <= setpoint || !self.measured {
             return 0;
         }
         // How far it is from the setpoint to the limit, in fixed point.
-        let over = u64::from(dirty_or_writeback - setpoint) * ONE / u64::from((self.limit - setpoint).max(1));
+        let over = u64::from(cost - setpoint) * ONE / u64::from((self.limit - setpoint).max(1));
         let over = over.min(ONE);
         let cube = over * over / ONE * over / ONE;
-        let service_us = sectors * US_PER_SECOND / (self.bandwidth * SECTORS_PER_PAGE);
+        // The write costs what the dirty pages cost on average.
+        let cost_per_page = u64::from(cost) * ONE / u64::from(pages.max(1));
+        let service_us = sectors * US_PER_SECOND / (self.speed.pages * SECTORS_PER_PAGE) * cost_per_page / ONE;
         (service_us * DELAY_FACTOR_MAX * cube / ONE).min(DELAY_US_MAX)
     }
 }
@@ -114,27 +211,85 @@ impl Throttle {
 mod tests {
     use super::*;
 
-    fn measured(pages_per_second: u64) -> Throttle {
-        let mut throttle = Throttle::new(250_000, 1 << 20);
+    const PAGES_MAX: u32 = 1 << 20;
+
+    /// A throttle that has seen a second of writes of a store with this speed.
+    fn after_second(mut throttle: Throttle, pages: u64, operations: u64) -> Throttle {
         let mut now = Tick(0);
-        for _ in 0..16 {
+        for _ in 0..operations {
             throttle.write_started(now);
-            now = now.plus_us(SAMPLE_US);
-            throttle.write_ended(pages_per_second * SAMPLE_US / US_PER_SECOND, 0, now);
+            now = now.plus_us(US_PER_SECOND / operations);
+            throttle.write_ended(pages / operations, 0, now);
         }
         throttle
+    }
+
+    fn measured(pages_per_second: u64) -> Throttle {
+        after_second(Throttle::new(250_000, PAGES_MAX), pages_per_second, 500)
     }
 
     #[test]
     fn the_limit_is_what_the_store_writes_in_the_flush_target() {
         assert_eq!(measured(100_000).limit_pages(), 25_000);
-        assert_eq!(measured(100).limit_pages(), LIMIT_PAGES_MIN);
-        assert_eq!(Throttle::new(250_000, 500).limit_pages(), 500);
+        // 5 MiB/s.
+        let slow = after_second(Throttle::new(250_000, PAGES_MAX), 1280, 80);
+        assert_eq!(slow.limit_pages(), 320);
+        let slower = after_second(Throttle::new(250_000, PAGES_MAX), 100, 10);
+        assert_eq!(slower.limit_pages(), LIMIT_PAGES_MIN);
+        assert_eq!(Throttle::new(250_000, 500).limit_pages(), 500, "a small cache has a lower limit");
+    }
+
+    #[test]
+    fn an_operation_counts_for_what_the_store_could_write_instead() {
+        // 200 operations of 1 MiB in a second.
+        let disk = after_second(Throttle::new(250_000, PAGES_MAX), 200 * 256, 200);
+        assert_eq!(disk.limit_pages(), 50 * 256);
+        assert_eq!(disk.cost(50 * 256, 50), disk.limit_pages(), "in a row");
+        assert_eq!(disk.cost(50, 50), disk.limit_pages(), "scattered");
+        assert_eq!(disk.cost(3, 2), 2 * 256);
+    }
+
+    #[test]
+    fn scattered_writes_do_not_lower_what_is_known_of_writes_in_a_row() {
+        let disk = after_second(Throttle::new(250_000, PAGES_MAX), 200 * 256, 200);
+        let disk = after_second(disk, 200, 200);
+        assert_eq!((disk.limit_pages(), disk.cost(50, 50)), (50 * 256, 50 * 256));
+        // The disk has become slower: it does half as many operations.
+        let disk = after_second(disk, 100, 100);
+        assert!((25..28).contains(&(disk.limit_pages() / disk.cost(1, 1))), "{disk:?}");
+    }
+
+    #[test]
+    fn a_fast_store_is_known_before_a_sample_is_complete() {
+        let mut throttle = Throttle::new(250_000, PAGES_MAX);
+        assert_eq!(throttle.limit_pages(), 512);
+        let mut now = Tick(0);
+        // 500 000 pages a second, in clusters.
+        while now < Tick(20_000) {
+            let pages = throttle.limit_pages().min(256);
+            throttle.write_started(now);
+            now = now.plus_us(u64::from(pages) * 2);
+            throttle.write_ended(pages.into(), 0, now);
+        }
+        assert!(throttle.limit_pages() > 30_000, "{throttle:?}");
+    }
+
+    #[test]
+    fn a_burst_at_the_begin_of_a_throttled_disks_period_is_no_measure() {
+        let mut throttle = Throttle::new(250_000, PAGES_MAX);
+        // 5 MiB/s in periods of 100 ms.
+        for period in 0..20 {
+            let now = Tick(period * 100_000);
+            throttle.write_started(now);
+            throttle.write_ended(128, 1, now);
+            let first = period < 2;
+            assert!(throttle.limit_pages() <= if first { 512 } else { 640 }, "period {period}: {throttle:?}");
+        }
     }
 
     #[test]
     fn idle_time_does_not_lower_the_bandwidth() {
-        let mut throttle = Throttle::new(250_000, 1 << 20);
+        let mut throttle = Throttle::new(250_000, PAGES_MAX);
         for second in 0..100 {
             let start = Tick(second * US_PER_SECOND);
             throttle.write_started(start);
@@ -147,11 +302,13 @@ mod tests {
     fn delays_rise_monotonically_from_zero_to_their_bound() {
         let throttle = measured(100_000);
         let limit = throttle.limit_pages();
-        assert_eq!(throttle.delay_us(limit / 2, 8), 0);
-        let delays: Vec<_> = (70..=100).map(|percent| throttle.delay_us(limit / 100 * percent, 256)).collect();
+        let delay_us = |cost: u32, sectors| throttle.delay_us(cost, cost, sectors);
+        assert_eq!(delay_us(limit / 2, 8), 0);
+        let delays: Vec<_> = (70..=100).map(|percent| delay_us(limit / 100 * percent, 256)).collect();
         assert!(delays.is_sorted(), "{delays:?}");
         // 32 pages at 10 us each.
         assert_eq!(*delays.last().unwrap(), 32 * 10 * DELAY_FACTOR_MAX);
-        assert_eq!(throttle.delay_us(limit, 1 << 20), DELAY_US_MAX);
+        assert_eq!(delay_us(limit, 1 << 20), DELAY_US_MAX);
+        assert_eq!(throttle.delay_us(limit / 10, limit, 256), 32 * 10 * 10 * DELAY_FACTOR_MAX, "scattered pages");
     }
 }

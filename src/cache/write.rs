@@ -51,7 +51,11 @@ impl PageCache {
                 reason = StallReason::Room;
                 break;
             }
-            match if makes_dirty { self.space_for(part.no, access.resumed) } else { Space::Allocated } {
+            match if makes_dirty {
+                self.space_for(part.no, access.resumed)
+            } else {
+                Space::Allocated
+            } {
                 Space::Allocated => {}
                 Space::Pending => break,
                 Space::Refused(fault) => return Admitted::Refused(at, fault),
@@ -81,14 +85,15 @@ impl PageCache {
         let makes_unstable = found.is_none_or(|id| !self.pages[id].is_unstable());
         let frames = self.pages.frames().total();
         let unstable_max = frames - frames / EVICTABLE_PART;
-        self.pages.dirty().dirty_or_writeback_pages() < self.throttle.limit_pages()
+        self.write_back_cost() < self.throttle.limit_pages()
             && (!makes_unstable || self.pages.dirty().unstable_pages() < unstable_max)
     }
 
     /// Microseconds by which the owner must delay the completion of a write of this many sectors: the more pages are
     /// dirty, the longer.
     pub fn write_delay_us(&self, sectors: u64) -> u64 {
-        self.throttle.delay_us(self.pages.dirty().dirty_or_writeback_pages(), sectors)
+        let pages = self.pages.dirty().dirty_or_writeback_pages();
+        self.throttle.delay_us(pages, self.write_back_cost(), sectors)
     }
 
     /// Prepares a page for a writer of `mask`: in the table, with a frame that is not frozen. `None`: no frame or slot

@@ -116,11 +116,15 @@ impl PageCache {
             self.writeback.filled_regions.clear();
             return;
         }
-        for last in std::mem::take(&mut self.writeback.filled_regions) {
-            self.write_behind(last);
-        }
         if let Some(upto) = self.flushing.unwritten_up_to() {
             self.sweep(Scope::UpTo(upto), DEPTH_MAX);
+        }
+        // A stream beside a FLUSH would otherwise take half of the disk, and the FLUSH twice as long.
+        let flush_needs_store = self.writeback.more || self.store_ops.writes() >= DEPTH_MAX;
+        if self.flushing.unwritten_up_to().is_none() || !flush_needs_store {
+            for last in std::mem::take(&mut self.writeback.filled_regions) {
+                self.write_behind(last);
+            }
         }
         if let Some(upto) = self.writeback.aged {
             self.sweep(Scope::UpTo(upto), DEPTH_UNAWAITED);
@@ -148,11 +152,11 @@ impl PageCache {
     /// - else ahead of the next FLUSH, if `eager.rs` finds it worthwhile, and not while a FLUSH needs the store itself.
     fn write_back_in_background(&mut self) {
         let idle = self.now.since_us(self.writeback.last_guest_io) >= IDLE_US;
-        let dirty_or_writeback = self.pages.dirty().dirty_or_writeback_pages();
+        let cost = self.write_back_cost();
         let start = self.throttle.start_pages();
-        if dirty_or_writeback > start {
+        if cost > start {
             self.writeback.running = true;
-        } else if dirty_or_writeback < self.throttle.stop_pages() {
+        } else if cost < self.throttle.stop_pages() {
             self.writeback.running = false;
         }
         // Stalled requests wait for room, and no write in flight will make any.
@@ -160,13 +164,21 @@ impl PageCache {
         if idle || std::mem::take(&mut self.writeback.pressure) || starving {
             self.sweep(Scope::All, DEPTH_MAX);
         } else if self.writeback.running {
-            let over = u64::from(dirty_or_writeback.saturating_sub(start));
+            let over = u64::from(cost.saturating_sub(start));
             let room = u64::from((self.throttle.setpoint_pages() - start).max(1));
             let depth = 1 + low_u32((u64::from(DEPTH_MAX - 1) * over / room).min(u64::from(DEPTH_MAX - 1)));
             self.sweep(Scope::Cold, depth);
         } else if self.eager.is_on() && self.flushing.none_waits() && self.health.may_retry(self.now) {
             self.sweep(Scope::Ahead, DEPTH_UNAWAITED);
         }
+    }
+
+    /// What the store takes for all pages that are dirty or under write-back, in the unit of the dirty limit.
+    pub(super) fn write_back_cost(&self) -> u32 {
+        let dirty = self.pages.dirty();
+        let operations =
+            dirty.runs().max(dirty.dirty_pages() / self.settings.cluster_pages_max) + self.store_ops.writes();
+        self.throttle.cost(dirty.dirty_or_writeback_pages(), operations)
     }
 
     /// Closes the epoch [`EPOCHS_PER_AGE`] times in an age limit. Asks for a Sync when an aged epoch is written.
@@ -223,8 +235,12 @@ impl PageCache {
             }
         }
         // A background sweep continues at the next request or when guests are idle. Others continue at once, until a
-        // whole round of the cursor has started no write.
-        self.writeback.more |= !cold && self.writeback.groups_without_progress < self.pages.dirty().groups();
+        // whole round of the cursor has started no write. So does a background sweep while the completions of writes are
+        // delayed, because there may be no request before it has made room: its first round passes recent groups, its
+        // second does not.
+        let delays = cold && self.write_back_cost() > self.throttle.setpoint_pages();
+        let rounds = if delays { 2 } else { usize::from(!cold) };
+        self.writeback.more |= self.writeback.groups_without_progress < rounds * self.pages.dirty().groups();
     }
 
     /// Whether a guest wrote a page of the group since the cursor last passed. The cursor passes now: forgets it.

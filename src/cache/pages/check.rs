@@ -4,6 +4,7 @@ use crate::units::{FrameId, PageNo};
 
 use super::Pages;
 use super::page::FAILED;
+use crate::cache::REGION_PAGES;
 
 impl Pages {
     /// Checks the invariants; `held` are the frames of pins and store operations, one for each reference.
@@ -47,6 +48,11 @@ impl Pages {
         assert_eq!(self.policy.len(), self.len(), "I1: pages on queues");
         assert!(self.dirty.iter().eq(dirty.iter().copied()), "I2: the dirty set is the dirty pages");
         assert_eq!(self.dirty.dirty_pages() as usize, dirty.len(), "I4: dirty pages");
+        let starts_run = |at: &usize| {
+            let follows = *at > 0 && dirty[at - 1].plus(1) == dirty[*at];
+            !follows || dirty[*at].0.is_multiple_of(REGION_PAGES)
+        };
+        assert_eq!(self.dirty.runs() as usize, (0..dirty.len()).filter(starts_run).count(), "I4: runs of dirty pages");
         assert_eq!(self.dirty.dirty_or_writeback_pages(), dirty_or_writeback, "I4: pages dirty or under write-back");
         assert_eq!(self.dirty.unstable_pages(), unstable, "I4: unstable pages");
         assert_eq!(self.dirty.failed_pages(), failed, "I4: failed pages");

@@ -1,10 +1,12 @@
 //! The dirty set: the dirty pages in the order of the image, and the epochs that are not yet on the store.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::units::{Epoch, PageNo};
 
 use super::page::{FAILED, Page};
+use crate::cache::REGION_PAGES;
 
 /// Pages of a group (64 KiB): one bit each in a `u16`.
 pub(in crate::cache) const GROUP_PAGES: u64 = 16;
@@ -44,6 +46,11 @@ pub(in crate::cache) struct Group(u16);
 impl Group {
     const FULL: Self = Self(u16::MAX);
 
+    /// Whether the page at this place of the group is dirty; none is at a place outside it.
+    fn contains(self, at: u64) -> bool {
+        u32::from(self.0) >> at & 1 == 1
+    }
+
     /// The dirty pages of group `number`.
     pub fn pages(self, number: u64) -> impl Iterator<Item = PageNo> {
         (0..GROUP_PAGES).filter(move |bit| self.0 >> bit & 1 == 1).map(move |bit| PageNo(number * GROUP_PAGES + bit))
@@ -59,6 +66,8 @@ pub(in crate::cache) struct DirtySet {
     epochs: VecDeque<(Epoch, u32)>,
     current: Epoch,
     dirty_pages: u32,
+    /// Dirty pages that no dirty page of their region directly precedes.
+    runs: u32,
     dirty_or_writeback_pages: u32,
     unstable_pages: u32,
     failed_pages: u32,
@@ -71,6 +80,7 @@ impl Default for DirtySet {
             epochs: VecDeque::new(),
             current: Epoch(1),
             dirty_pages: 0,
+            runs: 0,
             dirty_or_writeback_pages: 0,
             unstable_pages: 0,
             failed_pages: 0,
@@ -87,6 +97,11 @@ impl DirtySet {
     /// Number of pages with dirty sectors.
     pub fn dirty_pages(&self) -> u32 {
         self.dirty_pages
+    }
+
+    /// Number of runs of dirty pages: no run crosses the border of a region, as no cluster does.
+    pub fn runs(&self) -> u32 {
+        self.runs
     }
 
     /// Number of pages that are dirty, under write-back or being filled by a writer.
@@ -138,12 +153,33 @@ impl DirtySet {
         self.failed_pages = self.failed_pages + u32::from(after.failed) - u32::from(before.failed);
     }
 
+    /// The page becomes dirty, or clean.
     fn flip(&mut self, no: PageNo) {
-        let number = no.0 / GROUP_PAGES;
-        let group = self.groups.entry(number).or_default();
-        group.0 ^= 1 << (no.0 % GROUP_PAGES);
-        if group.0 == 0 {
-            self.groups.remove(&number);
+        let (number, at) = (no.0 / GROUP_PAGES, no.0 % GROUP_PAGES);
+        let is_dirty =
+            |no: u64| self.groups.get(&(no / GROUP_PAGES)).is_some_and(|group| group.contains(no % GROUP_PAGES));
+        // Only at the ends of a group, because each look into another group takes as long as that into its own.
+        let joins_below = at == 0 && !no.0.is_multiple_of(REGION_PAGES) && is_dirty(no.0 - 1);
+        let joins_above = at == GROUP_PAGES - 1 && !(no.0 + 1).is_multiple_of(REGION_PAGES) && is_dirty(no.0 + 1);
+        let mut joined = u32::from(joins_below) + u32::from(joins_above);
+        match self.groups.entry(number) {
+            Entry::Vacant(slot) => {
+                slot.insert(Group(1 << at));
+                self.runs = self.runs + 1 - joined;
+            }
+            Entry::Occupied(mut slot) => {
+                let group = slot.get_mut();
+                joined += u32::from(at > 0 && group.contains(at - 1)) + u32::from(group.contains(at + 1));
+                group.0 ^= 1 << at;
+                if group.contains(at) {
+                    self.runs = self.runs + 1 - joined;
+                } else {
+                    self.runs = self.runs + joined - 1;
+                }
+                if group.0 == 0 {
+                    slot.remove();
+                }
+            }
         }
     }
 
@@ -194,6 +230,7 @@ impl DirtySet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prng::Prng;
 
     fn dirty(epoch: u32) -> Tally {
         Tally { dirty: Some(Epoch(epoch)), dirty_or_writeback: true, unstable: true, failed: false }
@@ -210,6 +247,21 @@ mod tests {
         set.recount(PageNo(5), dirty(1), Tally::ABSENT);
         assert_eq!(set.oldest(), Some(Epoch(2)));
         assert!(set.iter().eq([PageNo(40)]));
+    }
+
+    #[test]
+    fn runs_are_counted_across_groups_and_end_at_the_border_of_a_region() {
+        let mut prng = Prng::new(1);
+        let mut set = DirtySet::default();
+        let mut pages = vec![false; 3 * REGION_PAGES as usize];
+        for step in 0..20_000 {
+            let at = if prng.percent(50) { prng.below(40) + 240 } else { prng.below(3 * REGION_PAGES) } as usize;
+            pages[at] = !pages[at];
+            let (before, after) = if pages[at] { (Tally::ABSENT, dirty(1)) } else { (dirty(1), Tally::ABSENT) };
+            set.recount(PageNo(at as u64), before, after);
+            let starts = |at: &usize| pages[*at] && (at % REGION_PAGES as usize == 0 || !pages[at - 1]);
+            assert_eq!(set.runs() as usize, (0..pages.len()).filter(starts).count(), "step {step}");
+        }
     }
 
     #[test]

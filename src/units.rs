@@ -345,7 +345,7 @@ pub enum OpKind {
     },
     /// Drop the range's contents; reads of it return undefined data afterwards.
     Discard,
-    /// Report which parts of the range are data and which are holes.
+    /// Report which parts of the range are data and which are holes, and how far the last of them reaches.
     Map,
     /// Allocate space for the holes of the range.
     Allocate,

@@ -1,6 +1,7 @@
 //! How the cost grows: each sweep increases one quantity and keeps the others.
 
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use crate::figures::median;
@@ -86,6 +87,7 @@ fn sweeps() -> Vec<Sweep> {
         sweep("queues", "Queues of one device (a client for each; 32 requests in flight in total)", queues()),
         sweep("streams", "Sequential streams (cold 128 KiB reads from a fast disk)", streams()),
         sweep("allocate", "Allocation of holes, before a write completes or during write-back", allocations()),
+        sweep("space", "Space that a sparse image takes for the data that is written", spaces()),
     ]
 }
 
@@ -145,7 +147,7 @@ fn streams() -> Vec<Point> {
         point.on_disk = true;
         point
     };
-    [1, 4, 16, 64].map(point).into()
+    [1, 4, 16, 64, 100, 300].map(point).into()
 }
 
 /// Writes into holes, of more data than the cache holds, and a FLUSH.
@@ -169,8 +171,23 @@ fn allocations() -> Vec<Point> {
     .into()
 }
 
+/// First writes into a sparse image of 100 GiB, and a FLUSH.
+fn spaces() -> Vec<Point> {
+    let point = |(pattern, what, bytes): (Pattern, &'static str, u64)| {
+        let writes = Client::new(Ops::Writes, pattern, 0..100 * GIB, 4 * KIB).depth(32);
+        let job = Job::of(writes.bytes_max(bytes).runs_ms(0, 30_000), CompletionMode::Interrupt);
+        let mut point = Point::new(what, "", 64 * MIB);
+        point.images = vec![(100 * GIB, 0)];
+        point.job(what, Job { ends_with_flush: true, ..job })
+    };
+    let (sequential, random) = (Pattern::Sequential { streams: 1 }, Pattern::Random);
+    [(random, "random write", 16 * MIB), (sequential, "sequential write", 256 * MIB)].map(point).into()
+}
+
 /// The result of one round of a point.
 struct Numbers {
+    /// The space of the first image over the data of its jobs.
+    space: f64,
     start_ms: f64,
     /// Anonymous memory of the daemon: the tables of the cache, and the process itself. Frames and guest memory are
     /// shared memory.
@@ -215,12 +232,23 @@ fn measure(sweep: &Sweep) -> Result<String, String> {
                 of(&|numbers| numbers.start_ms),
                 of(&|numbers| numbers.anonymous_kib / 1024.0),
                 of(&|numbers| numbers.anonymous_kib * 1024.0 / point.cache_pages()),
+                // Of a full image, or of reads, it says nothing.
+                if sweep.name == "space" { of(&|numbers| numbers.space) } else { "-".to_string() },
             ]);
         }
     }
     eprintln!("{}: done", sweep.name);
-    let head =
-        [sweep.name, "what", "requests/s", "MiB/s", "CPU us/request", "start-up ms", "private MiB", "bytes/cache page"];
+    let head = [
+        sweep.name,
+        "what",
+        "requests/s",
+        "MiB/s",
+        "CPU us/request",
+        "start-up ms",
+        "private MiB",
+        "bytes/cache page",
+        "space/data",
+    ];
     Ok(table(&head.map(ToString::to_string), &lines))
 }
 
@@ -248,12 +276,15 @@ fn sample(point: &Point) -> Result<Numbers, String> {
             session::run(&server, &[*device], warm_up)?;
         }
     }
-    let mut jobs = Vec::new();
+    let (mut jobs, mut bytes) = (Vec::new(), 0);
     for (_, job) in &point.jobs {
-        jobs.push(rates(&session::run(&server, &devices, job)?));
+        let stats = session::run(&server, &devices, job)?;
+        bytes += stats.clients.iter().map(|client| client.bytes).sum::<u64>();
+        jobs.push(rates(&stats));
     }
     let anonymous_kib = server.status("RssAnon") as f64;
-    Ok(Numbers { start_ms, anonymous_kib, jobs })
+    let blocks = std::fs::metadata(&images[0]).map_err(failed)?.blocks();
+    Ok(Numbers { space: (blocks * 512) as f64 / bytes as f64, start_ms, anonymous_kib, jobs })
 }
 
 fn rates(stats: &JobStats) -> (f64, f64, f64) {
@@ -297,6 +328,7 @@ const LEGEND: &str = "\
 - start-up ms: the time until the daemon listens
 - private MiB: anonymous memory of the daemon; frames and guest memory are shared memory and not included
 - bytes/cache page: the same for each page that the cache can hold
+- space/data: what the image takes on the host's file system, over what was written
 ";
 
 /// The whole report.

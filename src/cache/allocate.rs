@@ -1,20 +1,43 @@
 //! Space before the write: a write into a hole completes only after the store has allocated the space (genfs:
 //! GOP_ALLOC), so that its write-back never fails for lack of space.
 //!
-//! The store allocates a region of 1 MiB at a time, ahead of the writer. A bounded table remembers the regions that
-//! have their space. If it forgets one, the cache asks the store again, which costs little.
+//! How much the store allocates:
+//!
+//! - what the request writes in the region, rounded to 32 KiB, and to 64 KiB where an eighth of the region has its
+//!   space: so random writes of 4 KiB take at most 16 times their size;
+//! - the rest of the region where most of it has its space;
+//! - for a sequential writer a sixteenth of the space that ends where it writes, ahead of it;
+//! - only what the request writes where the store has little space left, and where the guest has trimmed what is around
+//!   (`trimmed.rs`).
+//!
+//! A bounded table remembers the pages that have their space. If it forgets some, the cache asks the store again, which
+//! costs little.
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Fault, OpKind, PageNo, SectorSpan, low_u32};
+use crate::units::{Fault, OpKind, PageNo, PageSpan, Tick, low_u32};
 
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES};
+use super::trimmed::Trimmed;
+use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES, REGION_WORDS, bit_of};
 
 /// An empty slot of the table.
 const NONE: u32 = u32::MAX;
 /// Fewest slots of the table. Region numbers are below 2^40, so their quotients by this fit 32 bits.
 const SLOTS_MIN: u32 = 256;
+/// Reservations are rounded to this (32 KiB). Rounding saves allocations, and keeps the image in long extents.
+const ROUND_PAGES: u64 = 8;
+/// They are rounded to this (64 KiB) where at least [`DENSE_PAGES`] of the region have their space.
+const ROUND_PAGES_DENSE: u64 = 16;
+const DENSE_PAGES: u64 = REGION_PAGES / 8;
+/// The rest of a region is reserved with the next write if this many of its pages have their space.
+const MOST_PAGES: u64 = REGION_PAGES / 4 * 3;
+/// A sequential writer gets this part of the space behind it, ahead of it.
+const AHEAD_DIVISOR: u64 = 16;
+/// How far the cache looks back for that: no more than a region is reserved at once.
+const BEHIND_PAGES_MAX: u64 = REGION_PAGES * AHEAD_DIVISOR;
+/// After a reservation has failed for lack of space, only what is written is reserved for this long.
+const SCARCE_US: u64 = 1_000_000;
 
 /// Whether a page has its space on the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,20 +49,27 @@ pub(super) enum Space {
 }
 
 /// An allocation in flight.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct PendingAllocation {
-    region: u64,
-    /// Space of the region was freed meanwhile: when the allocation ends, the region may have holes again.
+    pages: PageSpan,
+    /// What the request writes: tried alone if there is no space for all of `pages`.
+    written: PageSpan,
+    /// Space in `pages` was freed meanwhile: when the allocation ends, they may have holes again.
     stale: bool,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Allocating {
-    /// Regions that have their space, in a direct-mapped table: the slot is the remainder of the region's number, and
-    /// holds the quotient, or [`NONE`].
-    allocated: Vec<u32>,
+    /// A direct-mapped table of regions: the slot is the remainder of a region's number, and has the quotient, or
+    /// [`NONE`].
+    regions: Vec<u32>,
+    /// By slot: the pages of its region that have their space.
+    pages: Vec<[u64; REGION_WORDS]>,
+    trimmed: Trimmed,
     pending: Vec<PendingAllocation>,
+    /// Until then, only what is written is reserved.
+    scarce_until: Tick,
     /// The store cannot allocate ahead of a write.
     unsupported: bool,
     /// That was reported to the operator.
@@ -50,39 +80,113 @@ impl Allocating {
     /// For a cache of `frames` frames.
     pub fn new(frames: u32) -> Self {
         let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;
-        Self { allocated: vec![NONE; slots], pending: Vec::new(), unsupported: false, reported: false }
+        Self {
+            regions: vec![NONE; slots],
+            pages: vec![[0; REGION_WORDS]; slots],
+            trimmed: Trimmed::new(frames),
+            pending: Vec::new(),
+            scarce_until: Tick(0),
+            unsupported: false,
+            reported: false,
+        }
     }
 
-    /// The slot of a region, and what it holds if the region has its space.
+    /// The slot of a region, and what it holds if some of the region has its space.
     fn slot_of(&self, region: u64) -> (usize, u32) {
-        let slots = self.allocated.len() as u64;
+        let slots = self.regions.len() as u64;
         (low_u32(region % slots) as usize, low_u32(region / slots))
     }
 
-    /// Remembers that the region has its space.
-    fn remember(&mut self, region: u64) {
-        let (slot, quotient) = self.slot_of(region);
-        self.allocated[slot] = quotient;
+    /// Remembers that the pages have their space.
+    fn remember(&mut self, pages: PageSpan) {
+        self.trimmed.remove(pages);
+        for no in pages.iter() {
+            let (slot, quotient) = self.slot_of(no.0 / REGION_PAGES);
+            if self.regions[slot] != quotient {
+                self.regions[slot] = quotient;
+                self.pages[slot] = [0; REGION_WORDS];
+            }
+            let (word, mask) = bit_of(no);
+            self.pages[slot][word] |= mask;
+        }
     }
 
-    /// Whether the region is known to have its space.
-    fn is_allocated(&self, region: u64) -> bool {
+    /// The pages of a region that are known to have their space.
+    fn allocated_pages(&self, region: u64) -> [u64; REGION_WORDS] {
         let (slot, quotient) = self.slot_of(region);
-        self.allocated[slot] == quotient
+        if self.regions[slot] == quotient { self.pages[slot] } else { [0; REGION_WORDS] }
     }
 
-    /// Space in the span was freed.
-    pub fn forget(&mut self, span: SectorSpan) {
-        let pages = span.pages();
+    /// Whether the page is known to have its space.
+    fn is_allocated(&self, no: PageNo) -> bool {
+        let (word, mask) = bit_of(no);
+        self.allocated_pages(no.0 / REGION_PAGES)[word] & mask != 0
+    }
+
+    /// Number of pages with their space that end before `no`, without a gap; at most [`BEHIND_PAGES_MAX`].
+    fn allocated_behind(&self, no: PageNo) -> u64 {
+        let (mut behind, mut at) = (0, no.0);
+        while behind < BEHIND_PAGES_MAX && at > 0 {
+            let region = (at - 1) / REGION_PAGES;
+            let (start, pages) = (region * REGION_PAGES, self.allocated_pages(region));
+            let all = at - start == REGION_PAGES && pages == [u64::MAX; REGION_WORDS];
+            let has_space = |no: &u64| {
+                let (word, mask) = bit_of(PageNo(*no));
+                pages[word] & mask != 0
+            };
+            let run = if all { REGION_PAGES } else { (start..at).rev().take_while(has_space).count() as u64 };
+            behind += run;
+            if run < at - start {
+                break;
+            }
+            at = start;
+        }
+        behind.min(BEHIND_PAGES_MAX)
+    }
+
+    /// What to reserve for a request that writes `written`, which lies in one region. `region` are the region's pages,
+    /// of which `reserved` have their space.
+    fn extent(&self, written: PageSpan, region: PageSpan, reserved: u64, now: Tick) -> PageSpan {
+        if now < self.scarce_until {
+            return written;
+        }
+        let round = match reserved {
+            MOST_PAGES.. => REGION_PAGES,
+            DENSE_PAGES.. => ROUND_PAGES_DENSE,
+            _ => ROUND_PAGES,
+        };
+        let first = written.first.0 / round * round;
+        let end = written.end().0.next_multiple_of(round).min(region.end().0);
+        let rounded = self.trimmed.extend(written, PageSpan::new(PageNo(first), end - first));
+        // Only for a long stream: a short one may end before trimmed pages.
+        let ahead = self.allocated_behind(written.first) / AHEAD_DIVISOR / ROUND_PAGES_DENSE * ROUND_PAGES_DENSE;
+        let end = rounded.end().0.max((written.end().0 + ahead).min(region.end().0));
+        PageSpan::new(rounded.first, end - rounded.first.0)
+    }
+
+    /// Space in the span was freed; if the guest has `trimmed` it, it is to stay free.
+    pub fn forget(&mut self, pages: PageSpan, trimmed: bool) {
+        if trimmed {
+            self.trimmed.insert(pages);
+        }
         let touched = pages.first.0 / REGION_PAGES..pages.end().0.div_ceil(REGION_PAGES);
-        let slots = self.allocated.len() as u64;
-        for (slot, quotient) in (0..).zip(&mut self.allocated) {
-            if *quotient != NONE && touched.contains(&(u64::from(*quotient) * slots + slot)) {
-                *quotient = NONE;
+        let slots = self.regions.len() as u64;
+        for ((slot, quotient), allocated) in (0..).zip(&mut self.regions).zip(&mut self.pages) {
+            let region = u64::from(*quotient) * slots + slot;
+            if *quotient != NONE && touched.contains(&region) {
+                let (first, end) = (region * REGION_PAGES, (region + 1) * REGION_PAGES);
+                if pages.first.0 <= first && end <= pages.end().0 {
+                    *quotient = NONE;
+                    continue;
+                }
+                for no in (first.max(pages.first.0)..end.min(pages.end().0)).map(PageNo) {
+                    let (word, mask) = bit_of(no);
+                    allocated[word] &= !mask;
+                }
             }
         }
         for allocation in &mut self.pending {
-            allocation.stale |= touched.contains(&allocation.region);
+            allocation.stale |= allocation.pages.overlaps(pages);
         }
     }
 
@@ -93,25 +197,26 @@ impl Allocating {
 
     /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.allocated.capacity() * size_of::<u32>()
+        self.regions.capacity() * size_of::<u32>()
+            + self.pages.capacity() * size_of::<[u64; REGION_WORDS]>()
+            + self.trimmed.metadata_bytes()
     }
 }
 
 impl PageCache {
-    /// Whether a page that is to be written has its space; if that is not known, asks the store for it. If the
+    /// Whether a page that `request` writes has its space; if that is not known, asks the store for it. If the
     /// allocation failed, only a request that `resumed` is refused; for any other, the store is asked again.
-    pub(super) fn space_for(&mut self, no: PageNo, resumed: bool) -> Space {
+    pub(super) fn space_for(&mut self, no: PageNo, request: PageSpan, resumed: bool) -> Space {
         if planted(PlantedBug::WriteSkipsAllocation) {
             return Space::Allocated;
         }
         if !self.settings.allocate || self.allocating.unsupported || self.holes.is_data(no) {
             return Space::Allocated;
         }
-        let region = no.0 / REGION_PAGES;
-        if self.allocating.is_allocated(region) {
+        if self.allocating.is_allocated(no) {
             return Space::Allocated;
         }
-        if self.allocating.pending.iter().any(|allocation| allocation.region == region) {
+        if self.allocating.pending.iter().any(|allocation| allocation.pages.contains(no)) {
             return Space::Pending;
         }
         match self.health.space_refused() {
@@ -119,26 +224,41 @@ impl PageCache {
             _ if self.health.holding() && !self.health.may_retry(self.now) => return Space::Pending,
             _ => {}
         }
-        self.allocating.pending.push(PendingAllocation { region, stale: false });
-        self.stats.allocations += 1;
-        let span = self.span_of(PageNo(region * REGION_PAGES), REGION_PAGES);
-        self.submit_op(StoreOp::without_pages(OpKind::Allocate, span));
+        let region = no.0 / REGION_PAGES;
+        let first = region * REGION_PAGES;
+        let region_pages = PageSpan::new(PageNo(first), REGION_PAGES.min(self.image_pages() - first));
+        let written = PageSpan::new(no, request.end().0.min(region_pages.end().0) - no.0);
+        let (allocated, data) = (self.allocating.allocated_pages(region), self.holes.data_pages(no));
+        let reserved = allocated.iter().zip(data).map(|(one, other)| u64::from((one | other).count_ones())).sum();
+        let pages = self.allocating.extent(written, region_pages, reserved, self.now);
+        self.submit_allocation(PendingAllocation { pages, written, stale: false });
         Space::Pending
+    }
+
+    fn submit_allocation(&mut self, allocation: PendingAllocation) {
+        self.allocating.pending.push(allocation);
+        self.stats.allocations += 1;
+        let span = self.span_of(allocation.pages.first, allocation.pages.count);
+        self.submit_op(StoreOp::without_pages(OpKind::Allocate, span));
     }
 
     /// An allocation has ended.
     pub(super) fn allocate_done(&mut self, op: &StoreOp, outcome: &Outcome) {
-        let region = op.first_page().0 / REGION_PAGES;
-        let index = self.allocating.pending.iter().position(|allocation| allocation.region == region);
+        let pages = op.span.pages();
+        let index = self.allocating.pending.iter().position(|allocation| allocation.pages == pages);
         let index = index.expect("an allocation that ends is pending");
-        let PendingAllocation { stale, .. } = self.allocating.pending.swap_remove(index);
+        let PendingAllocation { written, stale, .. } = self.allocating.pending.swap_remove(index);
         match outcome.fault() {
             Some(Fault::Unsupported) => self.allocating.unsupported = true,
+            Some(Fault::NoSpace) if pages != written => {
+                self.allocating.scarce_until = self.now.plus_us(SCARCE_US);
+                self.submit_allocation(PendingAllocation { pages: written, written, stale });
+            }
             Some(fault) => self.store_failed(fault, Cause::Allocate),
             None => {
                 self.health.clear_failure(Cause::Allocate);
                 if !stale {
-                    self.allocating.remember(region);
+                    self.allocating.remember(pages);
                 }
             }
         }

@@ -1,17 +1,16 @@
-//! Which pages of the image are known to be holes: a bounded cache of the store's extent maps, by region of 1 MiB.
+//! Which pages of the image are known to be holes: a bounded cache of the store's extent maps, by region of 1 MiB, and
+//! of the runs that reach beyond the region that was asked for (`runs.rs`).
 //!
 //! The maps are hints with one hard rule: a page that they call a hole reads as zeros on the store. So the end of a
 //! write-back clears the bits of its pages, also in a map that was requested before; and a zero or a discard makes its
 //! regions unknown.
 
-use crate::units::{ExtentKind, ImageHoles, OpKind, PageNo, PageSpan, SECTORS_PER_PAGE};
+use crate::units::{ExtentKind, ImageHoles, OpKind, PageNo, PageSpan, SECTORS_PER_PAGE, Unmap};
 
+use super::runs::Runs;
 use super::store_ops::{Outcome, StoreOp};
-use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES, SectorSpan};
+use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES, REGION_WORDS, SectorSpan, bit_of};
 
-/// Words of a region's bitmap.
-#[expect(clippy::cast_possible_truncation, reason = "a region has 256 pages")]
-const WORDS: usize = REGION_PAGES as usize / u64::BITS as usize;
 /// Fewest slots of the table: a tiny cache still knows the holes of the last 16 MiB or more that its guest used.
 const SLOTS_MIN: u32 = 16;
 
@@ -33,6 +32,8 @@ enum MapState {
     Mapping {
         /// Holes of the region changed since it was requested: its result is of no use.
         stale: bool,
+        /// When it was requested, on the clock of [`Holes`].
+        since: u32,
     },
     Known,
     /// The Map failed: all pages count as data, and their space as not allocated.
@@ -44,7 +45,7 @@ struct MappedRegion {
     number: u64,
     state: MapState,
     /// Known: pages that are holes. Mapping: pages that were written since it was requested.
-    bits: [u64; WORDS],
+    bits: [u64; REGION_WORDS],
 }
 
 /// A direct-mapped table of regions.
@@ -52,22 +53,31 @@ struct MappedRegion {
 pub(super) struct Holes {
     /// Whether the image may have holes, and whether the store can report them.
     image: ImageHoles,
+    image_sectors: u64,
     regions: Vec<MappedRegion>,
+    runs: Runs,
+    /// Counts changes of the store's holes; wraps.
+    clock: u32,
+    /// When a range was last zeroed or discarded, on that clock: since then, a run of data may have holes.
+    freed: u32,
+    /// When a page was last written: since then, a hole may have data.
+    written: u32,
 }
 
-/// A page's bit in the bitmap of its region: the word, and the mask within it.
-fn bit(no: PageNo) -> (usize, u64) {
-    let index = no.0 % REGION_PAGES;
-    let bits = u64::from(u64::BITS);
-    ((index / bits) as usize, 1 << (index % bits))
+/// The whole pages of a span; the image's last page counts as whole where the end of the image cuts it.
+fn whole_pages(span: SectorSpan, image_sectors: u64) -> PageSpan {
+    let first = span.start.div_ceil(SECTORS_PER_PAGE);
+    let end = if span.end() == image_sectors { span.pages().end().0 } else { span.end() / SECTORS_PER_PAGE };
+    PageSpan::new(PageNo(first), end.saturating_sub(first))
 }
 
 impl Holes {
-    /// For a cache of `frames` frames.
-    pub fn new(image: ImageHoles, frames: u32) -> Self {
-        let empty = MappedRegion { number: 0, state: MapState::Empty, bits: [0; WORDS] };
+    /// For an image of `image_sectors` sectors, and a cache of `frames` frames.
+    pub fn new(image: ImageHoles, image_sectors: u64, frames: u32) -> Self {
+        let empty = MappedRegion { number: 0, state: MapState::Empty, bits: [0; REGION_WORDS] };
         let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;
-        Self { image, regions: vec![empty; slots] }
+        let runs = Runs::new(frames);
+        Self { image, image_sectors, regions: vec![empty; slots], runs, clock: 0, freed: 0, written: 0 }
     }
 
     fn index(&self, no: PageNo) -> (u64, usize) {
@@ -88,9 +98,13 @@ impl Holes {
         let (number, index) = self.index(no);
         let region = &self.regions[index];
         if !matches!(region.state, MapState::Known | MapState::Failed) || region.number != number {
-            return BlockStatus::Unknown;
+            return match self.runs.kind(no) {
+                Some(ExtentKind::Data) => BlockStatus::Data,
+                Some(ExtentKind::Hole) => BlockStatus::Hole,
+                None => BlockStatus::Unknown,
+            };
         }
-        let (word, mask) = bit(no);
+        let (word, mask) = bit_of(no);
         if region.bits[word] & mask != 0 { BlockStatus::Hole } else { BlockStatus::Data }
     }
 
@@ -98,19 +112,39 @@ impl Holes {
     pub fn is_data(&self, no: PageNo) -> bool {
         let (number, index) = self.index(no);
         let region = &self.regions[index];
-        let (word, mask) = bit(no);
+        let (word, mask) = bit_of(no);
         let known = region.state == MapState::Known && region.number == number;
-        self.image != ImageHoles::Possible || known && region.bits[word] & mask == 0
+        self.image != ImageHoles::Possible
+            || known && region.bits[word] & mask == 0
+            || self.runs.kind(no) == Some(ExtentKind::Data)
+    }
+
+    /// The pages of the region of `no` that are known to be data; none if the region is not known.
+    pub fn data_pages(&self, no: PageNo) -> [u64; REGION_WORDS] {
+        let (number, index) = self.index(no);
+        let region = &self.regions[index];
+        let known = region.state == MapState::Known && region.number == number;
+        if known { region.bits.map(|holes| !holes) } else { [0; REGION_WORDS] }
     }
 
     /// Begins a Map of the region of `no`. False: the region's slot has one in flight.
     fn begin_map(&mut self, no: PageNo) -> bool {
+        let since = self.clock;
         let (number, region) = self.slot(no);
         if matches!(region.state, MapState::Mapping { .. }) {
             return false;
         }
-        *region = MappedRegion { number, state: MapState::Mapping { stale: false }, bits: [0; WORDS] };
+        *region = MappedRegion { number, state: MapState::Mapping { stale: false, since }, bits: [0; REGION_WORDS] };
         true
+    }
+
+    /// A write to the store has ended: whatever its outcome, its pages may be data now.
+    pub fn cut_runs(&mut self, span: PageSpan) {
+        if self.image == ImageHoles::Possible {
+            self.clock = self.clock.wrapping_add(1);
+            self.written = self.clock;
+            self.runs.mark_data(span);
+        }
     }
 
     /// The page was written to the store.
@@ -122,7 +156,7 @@ impl Holes {
         if region.number != number {
             return;
         }
-        let (word, mask) = bit(no);
+        let (word, mask) = bit_of(no);
         match region.state {
             MapState::Known | MapState::Failed => region.bits[word] &= !mask,
             MapState::Mapping { .. } => region.bits[word] |= mask,
@@ -135,13 +169,17 @@ impl Holes {
     pub fn forget(&mut self, span: PageSpan) {
         if self.image == ImageHoles::NoneYet {
             self.image = ImageHoles::Possible;
+            self.runs.learn(SectorSpan::new(0, self.image_sectors).pages(), ExtentKind::Data);
         }
+        self.clock = self.clock.wrapping_add(1);
+        self.freed = self.clock;
+        self.runs.cut(span);
         let mut number = span.first.0 / REGION_PAGES;
         while number * REGION_PAGES < span.end().0 {
             let (_, region) = self.slot(PageNo(number * REGION_PAGES));
             if region.number == number {
                 match &mut region.state {
-                    MapState::Mapping { stale } => *stale = true,
+                    MapState::Mapping { stale, .. } => *stale = true,
                     state => *state = MapState::Empty,
                 }
             }
@@ -151,8 +189,9 @@ impl Holes {
 
     /// The Map of a region has ended, with runs of (sectors, kind) from its first sector on; no runs: it failed.
     fn end_map(&mut self, first: PageNo, runs: &[(u64, ExtentKind)]) {
+        let (freed, written, image_sectors) = (self.freed, self.written, self.image_sectors);
         let (number, region) = self.slot(first);
-        let MapState::Mapping { stale } = region.state else {
+        let MapState::Mapping { stale, since } = region.state else {
             unreachable!("a Map that ends was begun");
         };
         assert_eq!(region.number, number, "a region keeps its slot during a Map");
@@ -160,31 +199,35 @@ impl Holes {
             region.state = MapState::Empty;
             return;
         }
-        let written = std::mem::take(&mut region.bits);
+        let written_pages = std::mem::take(&mut region.bits);
         region.state = if runs.is_empty() { MapState::Failed } else { MapState::Known };
-        let mut sector = 0;
+        let mut last = (PageSpan::new(first, 0), ExtentKind::Data);
+        let mut sector = first.0 * SECTORS_PER_PAGE;
         for &(sectors, kind) in runs {
-            let end = sector + sectors;
+            last = (whole_pages(SectorSpan::new(sector, sectors), image_sectors), kind);
             if kind == ExtentKind::Hole {
-                // Only whole pages, but for the image's last one, which the end of the image may cut.
-                for page in sector.div_ceil(SECTORS_PER_PAGE)..end.div_ceil(SECTORS_PER_PAGE) {
-                    let is_tail = end < (page + 1) * SECTORS_PER_PAGE;
-                    if !is_tail || end == runs.iter().map(|run| run.0).sum::<u64>() {
-                        let (word, mask) = bit(PageNo(page));
-                        region.bits[word] |= mask;
-                    }
+                for no in last.0.iter().take_while(|no| no.0 / REGION_PAGES == number) {
+                    let (word, mask) = bit_of(no);
+                    region.bits[word] |= mask;
                 }
             }
-            sector = end;
+            sector += sectors;
         }
-        for (holes, written) in region.bits.iter_mut().zip(written) {
+        for (holes, written) in region.bits.iter_mut().zip(written_pages) {
             *holes &= !written;
+        }
+        let (span, kind) = last;
+        // A change of long ago may seem to be a recent one. That costs another Map.
+        let is_since = |changed: u32| changed != since && changed.wrapping_sub(since) < u32::MAX / 2;
+        let changed = is_since(freed) || kind == ExtentKind::Hole && is_since(written);
+        if span.end().0 > (number + 1) * REGION_PAGES && !changed {
+            self.runs.learn(span, kind);
         }
     }
 
     /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.regions.capacity() * size_of::<MappedRegion>()
+        self.regions.capacity() * size_of::<MappedRegion>() + self.runs.metadata_bytes()
     }
 }
 
@@ -205,13 +248,14 @@ impl PageCache {
             Outcome::Mapped(runs) => runs,
             _ => &[],
         };
-        debug_assert!(runs.is_empty() || runs.iter().map(|run| run.0).sum::<u64>() == op.span.count);
+        debug_assert!(runs.is_empty() || runs.iter().map(|run| run.0).sum::<u64>() >= op.span.count);
         self.holes.end_map(op.first_page(), runs);
     }
 
-    /// Space in `span` was freed or zeroed on the store.
-    pub(super) fn forget_holes(&mut self, span: SectorSpan) {
-        self.allocating.forget(span);
+    /// A range operation of this kind has changed the space in `span` on the store.
+    pub(super) fn forget_holes(&mut self, span: SectorSpan, kind: OpKind) {
+        let frees = matches!(kind, OpKind::Discard | OpKind::Zero { unmap: Unmap::Allowed });
+        self.allocating.forget(span.pages(), frees);
         self.holes.forget(span.pages());
     }
 }
@@ -221,10 +265,15 @@ mod tests {
     use super::*;
 
     const REGION_SECTORS: u64 = REGION_PAGES * SECTORS_PER_PAGE;
+    const IMAGE_SECTORS: u64 = 1 << 20;
+
+    fn holes_of(image_sectors: u64) -> Holes {
+        Holes::new(ImageHoles::Possible, image_sectors, 1024)
+    }
 
     #[test]
     fn a_page_that_is_partly_a_hole_is_data() {
-        let mut holes = Holes::new(ImageHoles::Possible, 1024);
+        let mut holes = holes_of(IMAGE_SECTORS);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Unknown);
         assert!(holes.begin_map(PageNo(3)));
         assert!(!holes.begin_map(PageNo(4)), "a Map of the same region is in flight");
@@ -240,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_page_written_during_a_map_is_data() {
-        let mut holes = Holes::new(ImageHoles::Possible, 1024);
+        let mut holes = holes_of(IMAGE_SECTORS);
         assert!(holes.begin_map(PageNo(0)));
         holes.mark_data(PageNo(7));
         holes.end_map(PageNo(0), &[(REGION_SECTORS, ExtentKind::Hole)]);
@@ -252,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_map_that_was_under_way_during_a_discard_is_ignored() {
-        let mut holes = Holes::new(ImageHoles::Possible, 1024);
+        let mut holes = holes_of(IMAGE_SECTORS);
         assert!(holes.begin_map(PageNo(0)));
         holes.forget(PageSpan::new(PageNo(10), 1));
         holes.end_map(PageNo(0), &[(REGION_SECTORS, ExtentKind::Data)]);
@@ -261,11 +310,66 @@ mod tests {
 
     #[test]
     fn the_partial_last_page_of_an_image_can_be_a_hole() {
-        let mut holes = Holes::new(ImageHoles::Possible, 1024);
+        let mut holes = holes_of(19);
         assert!(holes.begin_map(PageNo(0)));
         // An image of 2 pages and 3 sectors, all a hole.
         holes.end_map(PageNo(0), &[(19, ExtentKind::Hole)]);
         assert_eq!(holes.status(PageNo(2)), BlockStatus::Hole);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Data);
+    }
+    /// The region of the image that is far behind what was asked for: only a run that was remembered tells of it.
+    const FAR: PageNo = PageNo(50 * REGION_PAGES + 7);
+
+    #[test]
+    fn a_run_that_reaches_beyond_its_region_is_remembered_whole() {
+        for (kind, status) in [(ExtentKind::Data, BlockStatus::Data), (ExtentKind::Hole, BlockStatus::Hole)] {
+            let mut holes = holes_of(IMAGE_SECTORS);
+            assert!(holes.begin_map(PageNo(3)));
+            holes.end_map(PageNo(0), &[(IMAGE_SECTORS, kind)]);
+            assert_eq!((holes.status(PageNo(3)), holes.status(FAR)), (status, status));
+            holes.forget(PageSpan::new(FAR, 1));
+            assert_eq!((holes.status(FAR), holes.status(FAR.plus(1))), (BlockStatus::Unknown, status));
+        }
+    }
+
+    #[test]
+    fn a_page_written_or_discarded_during_a_map_of_another_region_is_no_part_of_its_run() {
+        for kind in [ExtentKind::Data, ExtentKind::Hole] {
+            let mut holes = holes_of(IMAGE_SECTORS);
+            assert!(holes.begin_map(PageNo(0)));
+            if kind == ExtentKind::Hole {
+                holes.cut_runs(PageSpan::new(FAR, 1));
+            } else {
+                holes.forget(PageSpan::new(FAR, 1));
+            }
+            holes.end_map(PageNo(0), &[(IMAGE_SECTORS, kind)]);
+            assert_eq!(holes.status(FAR), BlockStatus::Unknown, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_page_written_after_a_map_is_no_part_of_its_hole() {
+        let mut holes = holes_of(IMAGE_SECTORS);
+        assert!(holes.begin_map(PageNo(0)));
+        holes.end_map(PageNo(0), &[(IMAGE_SECTORS, ExtentKind::Hole)]);
+        holes.cut_runs(PageSpan::new(FAR, 1));
+        assert_eq!((holes.status(FAR), holes.status(FAR.plus(1))), (BlockStatus::Unknown, BlockStatus::Hole));
+    }
+
+    #[test]
+    fn a_run_does_not_include_a_page_of_which_it_has_only_a_part() {
+        let mut holes = holes_of(IMAGE_SECTORS);
+        assert!(holes.begin_map(PageNo(0)));
+        // The hole ends in the middle of a page.
+        holes.end_map(PageNo(0), &[(FAR.0 * SECTORS_PER_PAGE + 4, ExtentKind::Hole)]);
+        assert_eq!(holes.status(PageNo(FAR.0 - 1)), BlockStatus::Hole);
+        assert_eq!(holes.status(FAR), BlockStatus::Unknown);
+    }
+
+    #[test]
+    fn the_first_discard_of_an_image_without_holes_makes_only_its_range_unknown() {
+        let mut holes = Holes::new(ImageHoles::NoneYet, IMAGE_SECTORS, 1024);
+        holes.forget(PageSpan::new(PageNo(5), 10));
+        assert_eq!((holes.status(PageNo(5)), holes.status(FAR)), (BlockStatus::Unknown, BlockStatus::Data));
     }
 }

@@ -30,6 +30,7 @@ mod ranges;
 mod readahead;
 mod reclaim;
 mod restore;
+mod runs;
 mod settings;
 mod stalled;
 mod stats;
@@ -38,6 +39,7 @@ mod store_ops;
 #[cfg(test)]
 mod tests;
 mod throttle;
+mod trimmed;
 mod write;
 mod writeback;
 
@@ -69,9 +71,19 @@ use writeback::Writeback;
 /// maps of holes and space are asked for by region, and a region that a sequential writer fills is written back at
 /// once.
 pub const REGION_PAGES: u64 = 256;
+/// Words of a bitmap of a region's pages.
+#[expect(clippy::cast_possible_truncation, reason = "a region has 256 pages")]
+const REGION_WORDS: usize = REGION_PAGES as usize / u64::BITS as usize;
 /// Frames of the cache for each slot of a table of regions: so a table covers an image of four times the cache, and all
 /// of them take about 0.02 % of the cache.
 const FRAMES_PER_REGION: u32 = 64;
+
+/// A page's bit in the bitmap of its region: the word, and the mask within it.
+fn bit_of(no: PageNo) -> (usize, u64) {
+    let index = no.0 % REGION_PAGES;
+    let bits = u64::from(u64::BITS);
+    ((index / bits) as usize, 1 << (index % bits))
+}
 
 /// The bytes behind frames, as far as the cache must have them moved.
 pub trait FrameMemory: Send + std::fmt::Debug {
@@ -165,7 +177,7 @@ impl PageCache {
             waiters: Waiters::default(),
             store_ops: StoreOps::default(),
             run: Run::default(),
-            holes: Holes::new(settings.holes, frames),
+            holes: Holes::new(settings.holes, settings.image_sectors, frames),
             streams: Streams::new(settings.readahead_pages_max, frames),
             writeback: Writeback::new(settings.dirty_age_us),
             eager: Eager::default(),

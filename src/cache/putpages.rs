@@ -138,6 +138,7 @@ impl PageCache {
     /// A cluster has ended (genfs: uvm_aio_aiodone).
     pub(super) fn write_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         self.throttle.write_ended(op.ids.len() as u64, self.store_ops.writes(), self.now);
+        self.holes.cut_runs(op.span.pages());
         let is_ignored = |fault: &Fault| {
             planted(PlantedBug::WriteErrorIgnored) || planted(PlantedBug::NoSpaceIgnored) && *fault == Fault::NoSpace
         };

@@ -204,7 +204,7 @@ impl PageCache {
         let span = op.span;
         let index = self.ranges.list.iter().position(|range| range.started && range.span == span);
         let range = self.ranges.list.remove(index.expect("a range operation is listed until it ends"));
-        self.forget_holes(span);
+        self.forget_holes(span, op.kind);
         let result = outcome.fault().map_or(Ok(()), Err);
         if result.is_ok() {
             self.flushing.note_unsynced_write();

@@ -26,7 +26,7 @@ pub struct StoreOpRef<'a> {
 pub enum Outcome {
     /// It succeeded in full.
     Done,
-    /// A Map succeeded: runs of (sectors, kind) that cover the span.
+    /// A Map succeeded: runs of (sectors, kind) that cover the span; the last one may reach beyond it.
     Mapped(Vec<(u64, ExtentKind)>),
     /// It failed. The contents of a read's memory and of a write's span are undefined.
     Failed(Fault),

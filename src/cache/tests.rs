@@ -4,6 +4,7 @@ use super::*;
 use crate::prng::Prng;
 use crate::units::{ExtentKind, ImageHoles, OpKind, Unmap};
 
+mod allocate;
 mod durability;
 mod eager;
 mod failures;

@@ -52,7 +52,7 @@ impl PageCache {
                 break;
             }
             match if makes_dirty {
-                self.space_for(part.no, access.resumed)
+                self.space_for(part.no, access.span.pages(), access.resumed)
             } else {
                 Space::Allocated
             } {

@@ -105,13 +105,14 @@ impl Disk {
         }
     }
 
-    /// Runs of (sectors, kind) over a range that starts on a page boundary.
+    /// Runs of (sectors, kind) over a range that starts on a page boundary; the last one to its end.
     pub fn map(&self, first: usize, count: usize) -> Vec<(u64, ExtentKind)> {
         let mut runs: Vec<(u64, ExtentKind)> = Vec::new();
-        for sector in first..first + count {
+        for sector in first..self.sectors() {
             let kind = if self.hole[sector / SECTORS_PER_PAGE] { ExtentKind::Hole } else { ExtentKind::Data };
             match runs.last_mut() {
                 Some(run) if run.1 == kind => run.0 += 1,
+                Some(_) if sector >= first + count => break,
                 _ => runs.push((1, kind)),
             }
         }

@@ -223,32 +223,36 @@ fn discard(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
     }
 }
 
-/// The runs of data and holes in a range, which they cover exactly.
+/// The runs of data and holes from `offset` on, which cover the range. The last one is not cut at its end: the kernel
+/// finds the end of a run by a walk over the extents, which takes long on a fragmented file and must not be repeated for
+/// each range of one run.
 ///
 /// => A hole reads as zeros. Data may read as zeros, too.
 fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
+    let (mut at, end, image_end) = (offset, offset + len, image.limits.size_bytes);
     if image.is_device() {
-        return Ok(vec![Extent { len, kind: ExtentKind::Data }]);
+        return Ok(vec![Extent { len: image_end - offset, kind: ExtentKind::Data }]);
     }
     let mut extents = Vec::new();
-    let (mut at, end) = (offset, offset + len);
     while at < end {
-        let data = if extents.len() >= EXTENTS_MAX { Ok(at) } else { next_data(image, at, end) };
-        match data {
+        if extents.len() >= EXTENTS_MAX {
+            push(&mut extents, end - at, ExtentKind::Data);
+            break;
+        }
+        match next_data(image, at, end) {
             Ok(data) => {
                 push(&mut extents, data - at, ExtentKind::Hole);
                 at = data;
             }
             // The file system has no SEEK_DATA: all of it may be data.
             Err(error) if matches!(sys::errno_of(&error), libc::EINVAL | libc::EOPNOTSUPP) => {
-                push(&mut extents, end - at, ExtentKind::Data);
+                push(&mut extents, image_end - at, ExtentKind::Data);
                 break;
             }
             Err(error) => return Err(error),
         }
         if at < end {
-            let full = extents.len() >= EXTENTS_MAX;
-            let hole = if full { end } else { sys::file::seek_hole(&image.file, at)?.clamp(at, end) };
+            let hole = sys::file::seek_hole(&image.file, at)?.clamp(at, image_end);
             push(&mut extents, hole - at, ExtentKind::Data);
             at = hole;
         }
@@ -256,14 +260,16 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
     Ok(extents)
 }
 
-/// The first byte of data from `at`, or `end`.
-fn next_data(image: &OpenImage, at: u64, end: u64) -> io::Result<u64> {
+/// The first byte of data from `at` on, or the end of the image; an error if the file ends before `needed`.
+fn next_data(image: &OpenImage, at: u64, needed: u64) -> io::Result<u64> {
+    let image_end = image.limits.size_bytes;
     match sys::file::seek_data(&image.file, at) {
-        Ok(data) => Ok(data.clamp(at, end)),
-        // ENXIO: no data before the end of the file. That is a hole only if the file is still long enough.
+        Ok(data) => Ok(data.clamp(at, image_end)),
+        // ENXIO: no data before the end of the file. That is a hole only as far as the file still reaches.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
-            let shrunk = image.file.metadata()?.len() < end;
-            if shrunk { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(end) }
+            let file_end = image.file.metadata()?.len();
+            let shrunk = file_end < needed;
+            if shrunk { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(file_end.min(image_end)) }
         }
         Err(error) => Err(error),
     }

@@ -89,7 +89,8 @@ pub enum Event {
         /// From the request.
         tag: u64,
     },
-    /// A `Map` is complete; the extents cover its range exactly, in order.
+    /// A `Map` is complete; the extents cover its range, in order. The last one may reach beyond the range, as far as
+    /// the store knows it, and not beyond the image.
     Mapped {
         /// From the request.
         tag: u64,

@@ -180,6 +180,10 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
     write(&mut cache);
     let allocations = started(&mut cache, NOW);
     cache.complete(allocations[0].0, &Outcome::Failed(Fault::NoSpace), NOW);
+    // What the request writes is tried alone.
+    let mut alone = Vec::new();
+    cache.take_ops(|op| alone.push(op.tag));
+    cache.complete(alone[0], &Outcome::Failed(Fault::NoSpace), NOW);
     let mut resumed_at = Vec::new();
     let mut now = NOW;
     for _ in 0..100 {

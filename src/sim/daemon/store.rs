@@ -366,10 +366,11 @@ impl Disk {
 
     fn extents(&self, first: usize, count: usize) -> Vec<Extent> {
         let mut extents: Vec<Extent> = Vec::new();
-        for sector in first..first + count {
+        for sector in first..self.hole.len() * SECTORS_PER_PAGE {
             let kind = if self.hole[sector / SECTORS_PER_PAGE] { ExtentKind::Hole } else { ExtentKind::Data };
             match extents.last_mut() {
                 Some(last) if last.kind == kind => last.len += SECTOR_BYTES,
+                Some(_) if sector >= first + count => break,
                 _ => extents.push(Extent { len: SECTOR_BYTES, kind }),
             }
         }

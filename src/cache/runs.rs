@@ -1,0 +1,167 @@
+//! Long runs of data and of holes, as the store reported them.
+//!
+//! A store finds the end of a run by a walk over the extents of the image (SEEK_HOLE, SEEK_DATA). On a fragmented image
+//! that takes milliseconds, far more than a read. So a run is remembered whole, also where it reaches beyond the region
+//! that was asked for; otherwise each region of the run would cost the same walk again.
+//!
+//! The table is bounded. It may forget a run, but never keeps a wrong one: a write cuts what it wrote out of a hole, and
+//! a zero or discard cuts its range out of every run.
+
+use std::collections::BTreeMap;
+
+use crate::units::{ExtentKind, PageNo, PageSpan};
+
+/// Frames of the cache for each run of the table, which takes less than 0.01 % of the cache.
+const FRAMES_PER_RUN: u32 = 256;
+/// Fewest runs of the table.
+const RUNS_MIN: u32 = 64;
+/// Most runs of the table: an image with more runs of more than a region is not slow to ask about.
+const RUNS_MAX: u32 = 4096;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    /// The page after the run.
+    end: u64,
+    kind: ExtentKind,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Runs {
+    /// By first page; they do not overlap.
+    runs: BTreeMap<u64, Run>,
+    runs_max: usize,
+    /// The run that begins here or next is the next one to be forgotten.
+    victim: u64,
+}
+
+impl Runs {
+    /// For a cache of `frames` frames.
+    pub fn new(frames: u32) -> Self {
+        let runs_max = (frames / FRAMES_PER_RUN).clamp(RUNS_MIN, RUNS_MAX) as usize;
+        Self { runs: BTreeMap::new(), runs_max, victim: 0 }
+    }
+
+    /// What is known of a page.
+    pub fn kind(&self, no: PageNo) -> Option<ExtentKind> {
+        let (_, run) = self.runs.range(..=no.0).next_back()?;
+        (no.0 < run.end).then_some(run.kind)
+    }
+
+    /// Remembers that all pages of the span are of this kind.
+    pub fn learn(&mut self, span: PageSpan, kind: ExtentKind) {
+        self.cut(span);
+        self.insert(span.first.0, Run { end: span.end().0, kind });
+    }
+
+    /// The pages were written to the store: they are no holes.
+    pub fn mark_data(&mut self, span: PageSpan) {
+        let last = self.runs.range(..span.end().0).next_back();
+        // The common case by far: no run, or a run of data.
+        if last
+            .is_some_and(|(&first, run)| run.kind == ExtentKind::Hole && run.end > span.first.0 || first > span.first.0)
+        {
+            let holes = self.overlapping(span).filter(|(_, run)| run.kind == ExtentKind::Hole);
+            for (first, run) in holes.collect::<Vec<_>>() {
+                let first = first.max(span.first.0);
+                self.cut(PageSpan::new(PageNo(first), run.end.min(span.end().0) - first));
+            }
+        }
+    }
+
+    /// Forgets what is known of the pages of the span.
+    pub fn cut(&mut self, span: PageSpan) {
+        let (first, end) = (span.first.0, span.end().0);
+        for (start, run) in self.overlapping(span).collect::<Vec<_>>() {
+            self.runs.remove(&start);
+            if start < first {
+                self.insert(start, Run { end: first, ..run });
+            }
+            if run.end > end {
+                self.insert(end, run);
+            }
+        }
+    }
+
+    fn overlapping(&self, span: PageSpan) -> impl Iterator<Item = (u64, Run)> {
+        let before = self.runs.range(..span.first.0).next_back().filter(|(_, run)| run.end > span.first.0);
+        before.into_iter().chain(self.runs.range(span.first.0..span.end().0)).map(|(&first, &run)| (first, run))
+    }
+
+    fn insert(&mut self, first: u64, run: Run) {
+        if self.runs.len() >= self.runs_max {
+            let next = self.runs.range(self.victim..).next().or_else(|| self.runs.iter().next());
+            let victim = *next.expect("a full table has runs").0;
+            self.runs.remove(&victim);
+            self.victim = victim + 1;
+        }
+        self.runs.insert(first, run);
+    }
+
+    /// Bytes of memory that the full table takes, estimated: the nodes of a B-tree are two thirds full on average.
+    pub fn metadata_bytes(&self) -> usize {
+        self.runs_max * size_of::<(u64, Run)>() * 3 / 2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prng::Prng;
+
+    fn span(first: u64, count: u64) -> PageSpan {
+        PageSpan::new(PageNo(first), count)
+    }
+
+    /// Random steps beside a model that knows the truth: what the table knows is true.
+    #[test]
+    fn the_table_forgets_and_is_never_wrong() {
+        const PAGES: u64 = 4000;
+        for seed in 0..50 {
+            let mut prng = Prng::new(seed);
+            let mut holes: Vec<bool> = (0..PAGES).map(|_| true).collect();
+            let mut runs = Runs::new(0);
+            let mut known = 0;
+            for _ in 0..2000 {
+                let first = prng.below(PAGES);
+                let longest = prng.pick(&[1, 20, 1000]);
+                let count = prng.between(1, longest).min(PAGES - first);
+                let pages = first as usize..(first + count) as usize;
+                match prng.below(4) {
+                    0 => {
+                        holes[pages].fill(false);
+                        runs.mark_data(span(first, count));
+                    }
+                    1 => {
+                        holes[pages].fill(true);
+                        runs.cut(span(first, count));
+                    }
+                    _ => {
+                        let hole = holes[first as usize];
+                        let end = (first..PAGES).find(|&no| holes[no as usize] != hole).unwrap_or(PAGES);
+                        let kind = if hole { ExtentKind::Hole } else { ExtentKind::Data };
+                        runs.learn(span(first, end - first), kind);
+                    }
+                }
+                for _ in 0..20 {
+                    let no = prng.below(PAGES);
+                    if let Some(kind) = runs.kind(PageNo(no)) {
+                        assert_eq!(kind == ExtentKind::Hole, holes[no as usize], "seed {seed}, page {no}");
+                        known += 1;
+                    }
+                }
+                assert!(runs.runs.len() <= RUNS_MIN as usize);
+            }
+            assert!(known > 1000, "seed {seed}: the table knew only {known} of 40000 pages");
+        }
+    }
+
+    #[test]
+    fn a_sequential_writer_into_a_hole_leaves_one_run() {
+        let mut runs = Runs::new(0);
+        runs.learn(span(0, 10_000), ExtentKind::Hole);
+        (0..1000).for_each(|no| runs.mark_data(span(no, 1)));
+        assert_eq!((runs.kind(PageNo(999)), runs.kind(PageNo(1000))), (None, Some(ExtentKind::Hole)));
+        assert_eq!(runs.runs.len(), 1);
+    }
+}

@@ -48,11 +48,13 @@ pub enum Pattern {
 }
 
 /// Every pattern, in the order of the table.
-const PATTERNS: [Pattern; 15] = [
+const PATTERNS: [Pattern; 17] = [
     Pattern::Streams(1, CHUNK_PAGES),
     Pattern::Streams(1, 1),
     Pattern::Streams(8, CHUNK_PAGES),
     Pattern::Streams(64, CHUNK_PAGES),
+    Pattern::Streams(100, 4),
+    Pattern::Streams(300, 4),
     Pattern::Files(16),
     Pattern::Files(1),
     Pattern::Paced,

@@ -16,12 +16,23 @@ use crate::units::{PageNo, PageSpan, Tick, low_u32};
 use super::PageCache;
 use super::pages::Period;
 
-/// Streams in the table.
-const STREAMS: usize = 64;
+/// Frames of the cache for each stream of the table: a cache of 64 MiB follows 512 streams. The table takes 0.04 % of
+/// the cache.
+const FRAMES_PER_STREAM: u32 = 32;
+/// Fewest streams of the table ...
+const STREAMS_MIN: u32 = 64;
+/// ... and most: a golden image has hundreds of guests, and random reads beside them must not displace their streams.
+const STREAMS_MAX: u32 = 1024;
 /// A request belongs to a stream if it is no further than this from where it is expected (256 KiB).
 const SLACK_PAGES: u64 = 64;
 /// The shortest window, and what the first two requests of a stream must cover to start readahead (128 KiB).
 const WINDOW_PAGES_MIN: u64 = 32;
+/// A stream without a window that was not found among the last so many lookups gets only requests that begin where its
+/// last one ended, and three of them start readahead, however large they are: of random reads, one is near each of
+/// hundreds of others.
+const LOOKUPS_RECENT: u32 = 64;
+/// A window that is shorter than this (16 KiB) saves no operation of the store.
+const WINDOW_PAGES_USEFUL: u64 = 4;
 /// This many requests start readahead, however small they are. Two adjacent 4 KiB reads would be too few: of random
 /// reads in 1 GiB, one in two thousand is adjacent to one of the 64 before it, and each such pair would cost a window.
 const REQUESTS_MIN: u8 = 3;
@@ -41,9 +52,17 @@ const WASTED_MAX: u8 = 3;
 /// Unread pages fill at most 1/20 of the cache. That is half of the policy's small queue while the queue is short, so
 /// readahead evicts no page that was used twice.
 const UNREAD_DIVISOR: u32 = 20;
+/// As much again for every so many streams with windows ...
+const STREAMS_PER_SHARE: u32 = 64;
+/// ... up to 1/4 of the cache: hundreds of streams would otherwise get windows that are shorter than their requests.
+const UNREAD_DIVISOR_MIN: u32 = 4;
 /// A window takes at most 1/8 of the pages that may still be read ahead. So a few streams get long windows, many get
 /// short ones, and new streams get some although the windows of ended ones lie unread.
 const WINDOW_DIVISOR: u64 = 8;
+/// Pages of requests that are counted before readahead starts: more make no difference.
+const COVERED_MAX: u64 = 1 << 20;
+/// Streams of which a search decides at once whether one may be near.
+const PLACES_PER_CHUNK: usize = 32;
 /// Length of a [`Period`]. A stream ends without notice, and the pages of its last window stay unread. They count for
 /// this period and the next one only: else the ends of files that were read one by one would stop all readahead until
 /// the cache is full, which may never happen.
@@ -55,55 +74,73 @@ struct Stream {
     start: u64,
     /// The page after the last one that was requested.
     next: u64,
-    /// How many pages between those two were requested; counted until readahead starts.
-    covered: u64,
-    /// Requests for those pages.
-    requests: u8,
     /// The page after the last one that was read ahead.
     ahead: u64,
     /// The page after the newest window. `ahead` is below it if readahead stopped for lack of a frame or a map.
     wanted: u64,
-    /// The newest window has no marker yet.
-    marker_due: bool,
+    /// How many pages between `start` and `next` were requested; counted until readahead starts.
+    covered: u32,
     /// Length of the newest window; 0: none yet.
-    window: u64,
+    window: u32,
+    /// Requests for those pages.
+    requests: u8,
     /// Runs of [`ROUND_PAGES`] that went unread since a reader last reached a marker.
     wasted: u8,
-    /// When the stream was last found, on the clock of [`Streams`]; 0: the slot is free.
-    used: u64,
+    /// The newest window has no marker yet.
+    marker_due: bool,
+    /// The stream was found since the hand last passed.
+    found: bool,
+    /// The lookup that last found it, by number; 0: the slot is free.
+    used: u32,
 }
 
-/// The table of streams.
+/// See [`Streams::places`].
+fn place_of(page: u64) -> u32 {
+    low_u32(page / SLACK_PAGES)
+}
+
+/// The table of streams. The replaced one is found by the CLOCK algorithm: streams that go on stay, however many random
+/// reads there are between their requests.
 #[derive(Debug)]
 pub(super) struct Streams {
     /// Empty if readahead is off.
     table: Vec<Stream>,
+    /// By slot: in which run of [`SLACK_PAGES`] the stream's `next` lies. A search reads these, and looks at a stream
+    /// only if it may be the right one.
+    places: Vec<u32>,
+    /// The hand of the CLOCK.
+    hand: usize,
+    /// Streams with a window.
+    with_window: u32,
     window_max: u64,
-    /// Most unread pages.
-    unread_max: u32,
+    frames: u32,
     /// Pages that readahead brought in during this period and during the one before, and that no guest has read.
     unread_pages: [u32; 2],
     period: Period,
     period_ends: Tick,
     /// Some window was cut short.
     cut: bool,
-    /// Counts lookups.
-    clock: u64,
+    /// Number of the last lookup of a request; wraps, and is never 0.
+    lookup: u32,
 }
 
 impl Streams {
     /// Windows of at most `window_max` pages (0: no readahead) in a cache of `frames` frames.
     pub fn new(window_max: u32, frames: u32) -> Self {
-        let table = if window_max == 0 { Vec::new() } else { vec![Stream::default(); STREAMS] };
+        let streams = (frames / FRAMES_PER_STREAM).clamp(STREAMS_MIN, STREAMS_MAX) as usize;
+        let streams = if window_max == 0 { 0 } else { streams };
         Self {
-            table,
+            table: vec![Stream::default(); streams],
+            places: vec![0; streams],
+            hand: 0,
+            with_window: 0,
             window_max: u64::from(window_max),
-            unread_max: (frames / UNREAD_DIVISOR).max(1),
+            frames,
             unread_pages: [0; 2],
             period: Period(0),
             period_ends: Tick(PERIOD_US),
             cut: false,
-            clock: 0,
+            lookup: 0,
         }
     }
 
@@ -125,7 +162,10 @@ impl Streams {
 
     /// How many more pages may be read ahead.
     fn room(&self) -> u32 {
-        self.unread_max.saturating_sub(self.unread_pages.iter().sum())
+        let share = u64::from(self.frames / UNREAD_DIVISOR);
+        let shares = 1 + u64::from(self.with_window / STREAMS_PER_SHARE);
+        let most = low_u32((share * shares).min(u64::from(self.frames / UNREAD_DIVISOR_MIN)).max(1));
+        most.saturating_sub(self.unread_pages.iter().sum())
     }
 
     /// Whether one more page may be read ahead.
@@ -151,6 +191,8 @@ impl Streams {
     pub fn check(&self, unread: &[Period]) {
         let of_age = |age| low_u32(unread.iter().filter(|&&period| self.age(period) == age).count() as u64);
         assert_eq!(self.unread_pages, [of_age(0), of_age(1)], "I4: unread readahead");
+        let with_window = self.table.iter().filter(|stream| stream.window > 0).count();
+        assert_eq!(self.with_window as usize, with_window, "I4: streams with a window");
     }
 
     /// A request missed. Returns the stream that has a window to read ahead now, if any.
@@ -158,34 +200,41 @@ impl Streams {
         if self.table.is_empty() {
             return None;
         }
-        self.clock += 1;
-        let (first, end) = (span.first.0, span.end().0);
+        self.lookup = self.lookup.wrapping_add(1).max(1);
+        let (first, end, lookup) = (span.first.0, span.end().0, self.lookup);
         let window_max = self.window_max_now();
-        if let Some(at) = self.table.iter().position(|stream| stream.expects(first)) {
-            let stream = &mut self.table[at];
-            stream.used = self.clock;
-            let ready = stream.follow(first, end);
-            if ready {
-                stream.grow(window_max);
-            }
+        // Of several streams the one that expects the request most.
+        let distance = |stream: &Stream| stream.expects(first, lookup).then(|| stream.next.abs_diff(first));
+        if let Some(at) = self.nearest(first, distance) {
+            let ready = self.change(at, |stream| {
+                let ready = stream.follow(first, end, lookup) && window_max >= WINDOW_PAGES_USEFUL;
+                (stream.found, stream.used) = (true, lookup);
+                if ready {
+                    stream.grow(window_max);
+                }
+                ready
+            });
             return ready.then_some(at);
         }
-        let oldest = self.table.iter_mut().min_by_key(|stream| stream.used).expect("the table is not empty");
-        *oldest = Stream { used: self.clock, ..Stream::begin(first, end) };
+        let slot = self.take_slot();
+        self.change(slot, |stream| *stream = Stream { used: lookup, ..Stream::begin(first, end) });
         None
     }
 
     /// A reader reached the marker at `no`. Returns the stream that has a window to read ahead now, if any.
     fn after_marker(&mut self, no: PageNo) -> Option<usize> {
-        self.clock += 1;
         let window_max = self.window_max_now();
         let at = self.find_window(no)?;
-        let stream = &mut self.table[at];
-        stream.used = self.clock;
-        stream.wasted = 0;
-        stream.next = stream.next.max(no.0 + 1);
-        stream.grow(window_max);
-        Some(at)
+        let ready = window_max >= WINDOW_PAGES_USEFUL;
+        self.change(at, |stream| {
+            stream.found = true;
+            stream.wasted = 0;
+            stream.next = stream.next.max(no.0 + 1);
+            if ready {
+                stream.grow(window_max);
+            }
+        });
+        ready.then_some(at)
     }
 
     /// A page that was read ahead went unread. Halves the stream's window, once for each 64 KiB of unread pages.
@@ -194,21 +243,68 @@ impl Streams {
             return;
         }
         if let Some(at) = self.find_window(no) {
-            let stream = &mut self.table[at];
-            stream.window /= 2;
-            stream.wanted = stream.ahead;
-            stream.wasted += 1;
-            if stream.wasted >= WASTED_MAX {
-                *stream = Stream::default();
-            }
+            self.change(at, |stream| {
+                stream.window /= 2;
+                stream.wanted = stream.ahead;
+                stream.wasted += 1;
+                if stream.wasted >= WASTED_MAX {
+                    *stream = Stream::default();
+                }
+            });
         }
     }
 
     /// The stream that has read `no` ahead: the page is in its newest window or in the one before.
     fn find_window(&self, no: PageNo) -> Option<usize> {
-        self.table.iter().position(|stream| {
-            stream.window > 0 && no.0 < stream.ahead && no.0 + 2 * stream.window.max(WINDOW_PAGES_MIN) >= stream.ahead
+        self.nearest(no.0, |stream| {
+            let in_windows = 2 * u64::from(stream.window).max(WINDOW_PAGES_MIN);
+            let found = stream.window > 0 && no.0 < stream.ahead && no.0 + in_windows >= stream.ahead;
+            found.then(|| stream.ahead - no.0)
         })
+    }
+
+    /// The stream with the least distance, of those whose `next` is near `page` and that have one.
+    fn nearest(&self, page: u64, distance: impl Fn(&Stream) -> Option<u64>) -> Option<usize> {
+        // Nothing that belongs to a stream is further from its `next` than this. Places wrap, but only to find too much.
+        let reach = low_u32((3 * self.window_max.max(WINDOW_PAGES_MIN) + SLACK_PAGES) / SLACK_PAGES + 1);
+        let lowest = place_of(page).wrapping_sub(reach);
+        let may_be_near = |place: &u32| place.wrapping_sub(lowest) <= 2 * reach;
+        let mut nearest: Option<(u64, usize)> = None;
+        for (chunk, places) in self.places.chunks(PLACES_PER_CHUNK).enumerate() {
+            // Without a branch for each place, so that the compiler can compare several at once.
+            if !places.iter().fold(false, |any, place| any | may_be_near(place)) {
+                continue;
+            }
+            for (at, _) in (chunk * PLACES_PER_CHUNK..).zip(places).filter(|(_, place)| may_be_near(place)) {
+                if let Some(distance) = distance(&self.table[at])
+                    && nearest.is_none_or(|(least, _)| distance < least)
+                {
+                    nearest = Some((distance, at));
+                }
+            }
+        }
+        nearest.map(|(_, at)| at)
+    }
+
+    /// Changes a stream, and what is known of all.
+    fn change<R>(&mut self, at: usize, change: impl FnOnce(&mut Stream) -> R) -> R {
+        let stream = &mut self.table[at];
+        let had_window = stream.window > 0;
+        let result = change(stream);
+        self.with_window = self.with_window + u32::from(stream.window > 0) - u32::from(had_window);
+        self.places[at] = place_of(stream.next);
+        result
+    }
+
+    /// The slot for a new stream: the next one that is free, or whose stream was not found for a round of the hand.
+    fn take_slot(&mut self) -> usize {
+        loop {
+            let at = self.hand;
+            self.hand = (at + 1) % self.table.len();
+            if !std::mem::take(&mut self.table[at].found) {
+                return at;
+            }
+        }
     }
 
     /// The longest window at the moment.
@@ -220,26 +316,35 @@ impl Streams {
 impl Stream {
     /// A stream of one request.
     fn begin(first: u64, end: u64) -> Self {
-        Self { start: first, next: end, covered: end - first, requests: 1, ahead: end, ..Self::default() }
+        let covered = low_u32((end - first).min(COVERED_MAX));
+        Self { start: first, next: end, covered, requests: 1, ahead: end, ..Self::default() }
+    }
+
+    /// Whether the stream was found, or begun, among the last lookups before this one.
+    fn is_recent(&self, lookup: u32) -> bool {
+        lookup.wrapping_sub(self.used) <= LOOKUPS_RECENT
     }
 
     /// Whether a request at `first` belongs to the stream.
-    fn expects(&self, first: u64) -> bool {
+    fn expects(&self, first: u64, lookup: u32) -> bool {
+        if self.window == 0 && !self.is_recent(lookup) {
+            return self.used > 0 && first == self.next;
+        }
         // With a long window more requests are in flight, and one of them can be overtaken by more pages.
-        let behind = SLACK_PAGES.max(self.window);
+        let behind = SLACK_PAGES.max(self.window.into());
         self.used > 0 && first + behind >= self.next && first <= self.next.max(self.ahead) + SLACK_PAGES
     }
 
     /// Adds a request that missed to the stream. Returns whether to read ahead now.
-    fn follow(&mut self, first: u64, end: u64) -> bool {
-        let is_adjacent = first == self.next;
+    fn follow(&mut self, first: u64, end: u64, lookup: u32) -> bool {
+        let is_adjacent = first == self.next && self.is_recent(lookup);
         if self.window == 0 && !self.cover(first, end) {
             return false;
         }
         self.next = self.next.max(end);
         // If the reader has passed the window, the next one starts at the reader.
         self.ahead = if first >= self.ahead { end } else { self.ahead.max(end) };
-        self.window > 0 || self.requests >= REQUESTS_MIN || (is_adjacent && self.covered >= WINDOW_PAGES_MIN)
+        self.window > 0 || self.requests >= REQUESTS_MIN || (is_adjacent && u64::from(self.covered) >= WINDOW_PAGES_MIN)
     }
 
     /// Adds a request before readahead starts. False: it covers no new pages, or leaves so wide a gap that the
@@ -249,24 +354,24 @@ impl Stream {
             return false;
         }
         let (start, next) = (self.start.min(first), self.next.max(end));
-        let covered = self.covered + (end - first);
+        let covered = (u64::from(self.covered) + (end - first)).min(COVERED_MAX);
         if covered * SPAN_PER_COVERED_MAX < next - start {
-            *self = Self { used: self.used, ..Self::begin(first, end) };
+            *self = Self { found: self.found, ..Self::begin(first, end) };
             return false;
         }
-        (self.start, self.covered, self.requests) = (start, covered, self.requests.saturating_add(1));
+        (self.start, self.covered, self.requests) = (start, low_u32(covered), self.requests.saturating_add(1));
         true
     }
 
     /// Sets the next window: the first one is as long as what was read, the others grow.
     fn grow(&mut self, window_max: u64) {
-        let wanted = match self.window {
-            0 => self.covered.max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
+        let wanted = match u64::from(self.window) {
+            0 => u64::from(self.covered).max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
             window if window < window_max / FAST_GROWTH_DIVISOR => window * FAST_GROWTH,
             window => window * GROWTH,
         };
-        self.window = wanted.min(window_max);
-        self.wanted = self.ahead + self.window;
+        self.window = low_u32(wanted.min(window_max));
+        self.wanted = self.ahead + u64::from(self.window);
         self.marker_due = true;
     }
 }
@@ -291,7 +396,7 @@ impl PageCache {
     /// Continues windows that were cut short: there may be frames again, or a map.
     pub(super) fn continue_windows(&mut self) {
         if std::mem::take(&mut self.streams.cut) {
-            for at in 0..STREAMS {
+            for at in 0..self.streams.table.len() {
                 self.read_window(at);
             }
         }

@@ -335,6 +335,44 @@ fn windows_that_stay_unread_do_not_stop_the_readahead_of_later_readers() {
     assert!(reads < 8192 / 128, "{reads} reads: the windows are short, although no other reader has unread pages");
 }
 
+/// Streams of one image that take turns: each reads 16 KiB at a time.
+#[test]
+fn hundreds_of_streams_are_read_ahead() {
+    for streams in [64, 100, 300] {
+        let mut cache = cache_of(16_384, 1 << 30);
+        for turn in 0..64 {
+            for stream in 0..streams {
+                read(&mut cache, (stream << 20) + turn * 32, 32);
+                complete_all(&mut cache, Tick((turn * streams + stream) * 100));
+            }
+        }
+        let stats = cache.stats();
+        let (pages, reads) = (64 * 4 * streams, 64 * streams);
+        let used = stats.readahead_used_pages;
+        assert!(used * 10 > pages * 6, "{streams} streams: readahead brought {used} of {pages} pages");
+        assert!(stats.store_reads * 10 < reads * 9, "{streams} streams: {} store reads for {reads}", stats.store_reads);
+        cache.check(&[]);
+    }
+}
+
+#[test]
+fn random_reads_beside_streams_do_not_displace_them() {
+    let mut cache = cache_of(65_536, 1 << 30);
+    let mut prng = Prng::new(1);
+    for turn in 0..100 {
+        for stream in 0..50 {
+            read(&mut cache, (stream << 20) + turn * 32, 32);
+            complete_all(&mut cache, Tick(turn * 1000));
+        }
+        for _ in 0..500 {
+            read(&mut cache, (1 << 29) + prng.below(1 << 25) * 8, 8);
+            complete_all(&mut cache, Tick(turn * 1000));
+        }
+    }
+    let used = cache.stats().readahead_used_pages;
+    assert!(used > 50 * 400 * 8 / 10, "readahead brought {used} of {} pages of the streams", 50 * 400);
+}
+
 #[test]
 fn random_reads_cause_almost_no_readahead() {
     let mut cache = cache_of(16_384, 1 << 26);

@@ -1,12 +1,12 @@
 //! putpages: write-back in clusters (genfs_putpages).
 //!
 //! A cluster extends from a dirty page backward, then forward, over other dirty pages, and bridges gaps of one or two
-//! clean pages in memory. It is at most as long as the store's longest operation, and never crosses the border of a 1
-//! MiB region. A cluster is one vectored write. Its frames are frozen until it ends: a guest that writes such a page
-//! gets a new frame.
+//! clean pages in memory. At its ends it can have pages that are valid and dirty in part only. It is at most as long as
+//! the store's longest operation, and never crosses the border of a 1 MiB region. A cluster is one vectored write. Its
+//! frames are frozen until it ends: a guest that writes such a page gets a new frame.
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
+use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8};
 
 use super::holes::BlockStatus;
 use super::pages::{FAILED, FROZEN, NONE};
@@ -23,11 +23,7 @@ impl PageCache {
         if !self.can_be_put(id) {
             return None;
         }
-        let no = self.pages[id].no();
-        if self.pages[id].valid != SectorMask::ALL {
-            if self.is_block_aligned(id) {
-                return Some(self.put_run(id));
-            }
+        if self.pages[id].valid != SectorMask::ALL && !self.is_block_aligned(id) {
             if self.fill(id) {
                 self.submit_run();
             }
@@ -35,25 +31,20 @@ impl PageCache {
                 return None;
             }
         }
-        // A page that failed is written alone, so that one bad sector holds up no other page.
-        let (first, end) = if self.pages[id].is(FAILED) { (no, no.plus(1)) } else { self.cluster_around(no) };
+        let span = self.cluster_of(id);
         let (mut frames, mut ids) = self.store_ops.vectors();
         let mut epoch = self.pages[id].epoch;
-        for page_no in (first.0..end.0).map(PageNo) {
+        for page_no in span.pages().iter() {
             let id = self.pages.find(page_no).expect("a cluster's pages are in memory");
             let page = &self.pages[id];
             if !page.dirty.is_empty() && page.epoch.at_or_before(epoch) {
                 epoch = page.epoch;
             }
             ids.push(id);
-            frames.push(page.frame().expect("a valid page has a frame"));
+            frames.push(page.frame().expect("a dirty or valid page has a frame"));
         }
-        let span = self.span_of(first, end.0 - first.0);
-        self.submit_write(
-            StoreOp { frames, ids, epoch, demand: false, ..StoreOp::without_pages(OpKind::Write, span) },
-            SectorMask::ALL,
-        );
-        Some(end)
+        self.submit_write(StoreOp { frames, ids, epoch, demand: false, ..StoreOp::without_pages(OpKind::Write, span) });
+        Some(span.pages().end())
     }
 
     /// Whether the first dirty run of a page consists of whole blocks of the store. If not, the sectors that the page
@@ -63,36 +54,57 @@ impl PageCache {
         self.pages[id].dirty.first_run().is_some_and(|(first, count)| first % block == 0 && count % block == 0)
     }
 
-    /// Writes the first dirty run of a page of which only some sectors are valid. Returns the page after it.
-    fn put_run(&mut self, id: PageId) -> PageNo {
+    /// The cluster around a page: the pages that are valid as a whole, and at each end a dirty run of a page that is
+    /// not. In a partition that does not begin at a page, each block of the guest lies in two pages: without those runs
+    /// it would take two writes.
+    fn cluster_of(&self, id: PageId) -> SectorSpan {
         let page = &self.pages[id];
-        let no = page.no();
-        let (first, count) = page.dirty.first_run().expect("a page to be written is dirty");
-        let (mut frames, mut ids) = self.store_ops.vectors();
-        ids.push(id);
-        frames.push(page.frame().expect("a dirty page has a frame"));
-        let epoch = page.epoch;
-        let span = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), u64::from(count));
-        let op = StoreOp { frames, ids, epoch, demand: false, ..StoreOp::without_pages(OpKind::Write, span) };
-        self.submit_write(op, SectorMask::run(first, count));
-        no.plus(1)
+        let no = page.no().0;
+        let is_whole = page.valid == SectorMask::ALL;
+        let run = page.dirty.first_run().filter(|_| !is_whole);
+        let (first_sector, count) = run.unwrap_or((0, low_u8(SECTORS_PER_PAGE)));
+        let sector = no * SECTORS_PER_PAGE + u64::from(first_sector);
+        let (mut start, mut end) = (sector, sector + u64::from(count));
+        // A page that failed is written alone, so that one bad sector holds up no other page.
+        if !page.is(FAILED) {
+            let region = no / REGION_PAGES * REGION_PAGES;
+            let length_max = u64::from(self.settings.cluster_pages_max);
+            let mut first = no;
+            if start.is_multiple_of(SECTORS_PER_PAGE) {
+                let lowest = region.max((no + 1).saturating_sub(length_max));
+                first = self.reach_down(no, lowest);
+                start = first * SECTORS_PER_PAGE;
+                if first > lowest
+                    && let Some(sectors) = self.last_run(first - 1)
+                {
+                    first -= 1;
+                    start -= sectors;
+                }
+            }
+            if end.is_multiple_of(SECTORS_PER_PAGE) {
+                let highest = (region + REGION_PAGES).min(first + length_max);
+                let last = self.reach_up(no + 1, highest);
+                let sectors = if last < highest { self.first_run(last) } else { None };
+                end = last * SECTORS_PER_PAGE + sectors.unwrap_or(0);
+            }
+        }
+        SectorSpan::new(start, end.min(self.settings.image_sectors) - start)
     }
 
-    /// The cluster around `no`: its first page, and the page after its last.
-    fn cluster_around(&self, no: PageNo) -> (PageNo, PageNo) {
-        let region = no.0 / REGION_PAGES * REGION_PAGES;
-        let length_max = u64::from(self.settings.cluster_pages_max);
-        let lowest = region.max((no.0 + 1).saturating_sub(length_max));
-        let mut first = no.0;
-        let mut reach = first;
+    /// The first page of a cluster that includes page `no`, and none below `lowest`.
+    fn reach_down(&self, no: u64, lowest: u64) -> u64 {
+        let (mut first, mut reach) = (no, no);
         while reach > lowest && first - reach <= BRIDGE_PAGES && self.can_bridge(reach - 1) {
             reach -= 1;
             if self.extends_cluster(reach) {
                 first = reach;
             }
         }
-        let highest = (region + REGION_PAGES).min(first + length_max);
-        let mut end = no.0 + 1;
+        first
+    }
+
+    /// The page after a cluster that includes the page before `end`, and none from `highest` on.
+    fn reach_up(&self, mut end: u64, highest: u64) -> u64 {
         let mut reach = end;
         while reach < highest && reach - end <= BRIDGE_PAGES && self.can_bridge(reach) {
             reach += 1;
@@ -100,7 +112,31 @@ impl PageCache {
                 end = reach;
             }
         }
-        (PageNo(first), PageNo(end))
+        end
+    }
+
+    /// The length of the dirty run with which a page begins of which only some sectors are valid, if a cluster may end
+    /// with it.
+    fn first_run(&self, no: u64) -> Option<u64> {
+        let dirty = self.dirty_part(no)?;
+        dirty.first_run().filter(|(first, _)| *first == 0).map(|(_, count)| u64::from(count)).filter(|count| {
+            // The end of a run is the end of a block.
+            count.is_multiple_of(u64::from(self.settings.block_sectors))
+        })
+    }
+
+    /// The length of the dirty run with which a page ends of which only some sectors are valid, if a cluster may begin
+    /// with it.
+    fn last_run(&self, no: u64) -> Option<u64> {
+        let count = u64::from(self.dirty_part(no)?.0.leading_ones());
+        (count > 0 && count.is_multiple_of(u64::from(self.settings.block_sectors))).then_some(count)
+    }
+
+    /// The dirty sectors of a page of which only some are valid, if it may be written with others now.
+    fn dirty_part(&self, no: u64) -> Option<SectorMask> {
+        let id = self.pages.find(PageNo(no))?;
+        let page = &self.pages[id];
+        (page.valid != SectorMask::ALL && !page.is(FAILED) && self.can_be_put(id)).then_some(page.dirty)
     }
 
     /// Whether a page can be part of a cluster: all of it is valid, and no operation, writer or range holds it. It is
@@ -119,11 +155,12 @@ impl PageCache {
         self.pages.find(PageNo(no)).is_some_and(|id| self.can_be_put(id))
     }
 
-    /// Submits a write of the sectors `writing` of its pages, whose frames are frozen until it ends.
-    fn submit_write(&mut self, op: StoreOp, writing: SectorMask) {
+    /// Submits a write. The frames of its pages are frozen until it ends.
+    fn submit_write(&mut self, op: StoreOp) {
         self.pages.hold_epoch(op.epoch);
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             self.pages.hold_frame(frame);
+            let writing = op.span.sectors_in(self.pages[id].no());
             self.pages.change(id, |page| {
                 page.writing = writing;
                 page.dirty = page.dirty.without(writing);

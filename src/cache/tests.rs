@@ -166,8 +166,7 @@ fn contiguous_sectors_and_frames_make_one_piece() {
 
 #[test]
 fn a_read_that_waited_for_a_failed_write_finds_the_hole() {
-    let mut cache =
-        cache_with(Settings { holes: ImageHoles::Possible, ..settings_of(64, 1 << 10) });
+    let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..settings_of(64, 1 << 10) });
     let (mut written, mut pieces) = (Vec::new(), Vec::new());
     assert_eq!(cache.write(access(0, 8), &mut written), Admitted::All);
     assert_eq!(cache.read(access(0, 8), &mut pieces), Admitted::All);
@@ -235,6 +234,52 @@ fn clusters_bridge_short_gaps_and_stay_in_their_region() {
     assert_eq!(pages, [(250, 256), (256, 258), (261, 262)], "a gap of two is bridged, of three not; 256 is a border");
 }
 
+/// The writes to the store that a pump starts for an idle guest, in order.
+fn written_when_idle(cache: &mut PageCache) -> Vec<SectorSpan> {
+    let ops = complete_all(cache, Tick(1_000_000));
+    let mut spans: Vec<_> = ops.iter().filter(|(kind, _)| *kind == OpKind::Write).map(|(_, span)| *span).collect();
+    spans.sort_unstable_by_key(|span| span.start);
+    spans
+}
+
+/// A partition that begins at sector 63: each block of the guest lies in two pages.
+#[test]
+fn a_block_that_lies_in_two_pages_takes_one_write() {
+    for block in [1, 8] {
+        let mut cache = cache_with(Settings { block_sectors: block, ..settings_of(4096, 1 << 20) });
+        for n in [0, 100, 1000] {
+            write(&mut cache, 63 + n * 8, 8);
+        }
+        let spans = written_when_idle(&mut cache);
+        let want = |n: u64| if block == 1 { SectorSpan::new(63 + n * 8, 8) } else { SectorSpan::new(56 + n * 8, 16) };
+        assert_eq!(spans, [0, 100, 1000].map(want), "a store with blocks of {block} sectors");
+        cache.check(&[]);
+    }
+}
+
+#[test]
+fn a_run_of_blocks_that_lie_in_two_pages_each_takes_one_write() {
+    let mut cache = cache_of(4096, 1 << 20);
+    for n in [3, 0, 2, 1, 4] {
+        write(&mut cache, 63 + n * 8, 8);
+    }
+    assert_eq!(written_when_idle(&mut cache), [SectorSpan::new(63, 40)]);
+}
+
+#[test]
+fn parts_of_pages_that_do_not_adjoin_are_written_apart() {
+    let mut cache = cache_of(4096, 1 << 20);
+    // The ends of pages 1 and 2, with clean sectors between them; page 4 whole, beside a part of page 5 that does not
+    // adjoin; both ends of page 8.
+    for (start, count) in [(14, 2), (22, 2), (32, 8), (41, 3), (64, 1), (71, 1)] {
+        write(&mut cache, start, count);
+    }
+    let want =
+        [(14, 2), (22, 2), (32, 8), (41, 3), (64, 1), (71, 1)].map(|(start, count)| SectorSpan::new(start, count));
+    assert_eq!(written_when_idle(&mut cache), want);
+    cache.check(&[]);
+}
+
 #[test]
 fn a_region_that_a_sequential_writer_fills_is_written_whole() {
     // The store's longest operation is shorter than a region.
@@ -249,8 +294,7 @@ fn a_region_that_a_sequential_writer_fills_is_written_whole() {
 
 #[test]
 fn background_write_back_keeps_the_store_busy() {
-    let mut cache =
-        cache_with(Settings { dirty_pages_max: 4000, ..settings_of(16_000, 1 << 24) });
+    let mut cache = cache_with(Settings { dirty_pages_max: 4000, ..settings_of(16_000, 1 << 24) });
     // One page in each of 3600 groups: all were written just now, and none will be again.
     for page in 0..3600 {
         write(&mut cache, page * 16 * 8, 8);

@@ -133,6 +133,7 @@ impl Owner {
             dirty_pages_max: 1024,
             dirty_age_us: 5_000_000,
             allocate: false,
+            unmap: true,
             on_error: ErrorPolicy::Report,
             on_full: ErrorPolicy::Report,
             hold_us: 0,

@@ -35,6 +35,7 @@ pub fn defaults(frames: u32, image_pages: u64) -> Settings {
         dirty_pages_max: frames / 4,
         dirty_age_us: 5_000_000,
         allocate: false,
+        unmap: true,
         on_error: ErrorPolicy::Report,
         on_full: ErrorPolicy::Report,
         hold_us: 0,

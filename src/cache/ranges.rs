@@ -77,6 +77,7 @@ impl Ranges {
 impl PageCache {
     /// Makes the span read as zeros; a [`Notice::Done`] reports the end. False: it stalls until a [`Notice::Resume`].
     pub fn zero(&mut self, ticket: Ticket, span: SectorSpan, unmap: Unmap) -> bool {
+        let unmap = if self.settings.unmap { unmap } else { Unmap::Forbidden };
         self.start_or_stall(ticket, span, OpKind::Zero { unmap })
     }
 
@@ -89,7 +90,7 @@ impl PageCache {
         } else {
             span.end() / SECTORS_PER_PAGE * SECTORS_PER_PAGE
         };
-        if start >= end {
+        if start >= end || !self.settings.unmap {
             self.notices.push(Notice::Done(ticket, Ok(())));
             return true;
         }
@@ -112,7 +113,8 @@ impl PageCache {
     /// Repeats a zero that may not be durable.
     pub(super) fn redo_zero(&mut self, span: SectorSpan, unmap: Unmap, zero_slot: ZeroSlot) {
         // Its space may have been reserved since, for pages that are dirty now.
-        let unmap = if self.settings.allocate { Unmap::Forbidden } else { unmap };
+        let keeps_space = self.settings.allocate || !self.settings.unmap;
+        let unmap = if keeps_space { Unmap::Forbidden } else { unmap };
         let kind = OpKind::Zero { unmap };
         self.ranges.list.push(Range { ticket: None, span, kind, started: false, zero_slot: Some(zero_slot) });
     }

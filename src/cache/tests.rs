@@ -39,6 +39,7 @@ fn settings_of(frames: u32, image_sectors: u64) -> Settings {
         dirty_pages_max: frames / 4,
         dirty_age_us: 5_000_000,
         allocate: false,
+        unmap: true,
         on_error: ErrorPolicy::Report,
         on_full: ErrorPolicy::Report,
         hold_us: 0,
@@ -278,6 +279,17 @@ fn parts_of_pages_that_do_not_adjoin_are_written_apart() {
         [(14, 2), (22, 2), (32, 8), (41, 3), (64, 1), (71, 1)].map(|(start, count)| SectorSpan::new(start, count));
     assert_eq!(written_when_idle(&mut cache), want);
     cache.check(&[]);
+}
+
+#[test]
+fn a_discard_that_is_to_be_ignored_does_nothing_and_a_zero_keeps_the_space() {
+    let settings = Settings { unmap: false, holes: ImageHoles::Possible, allocate: true, ..settings_of(4096, 1 << 20) };
+    let mut cache = cache_with(settings);
+    assert!(cache.discard(Ticket(7), SectorSpan::new(0, 800)));
+    assert_eq!(complete_all(&mut cache, Tick(1)), []);
+    assert!(cache.zero(Ticket(8), SectorSpan::new(0, 800), Unmap::Allowed));
+    let zero = OpKind::Zero { unmap: Unmap::Forbidden };
+    assert_eq!(complete_all(&mut cache, Tick(2)), [(zero, SectorSpan::new(0, 800))]);
 }
 
 #[test]

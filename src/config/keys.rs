@@ -7,7 +7,9 @@ use std::path::Path;
 
 use super::problem::nearest;
 use super::size::{format_size, parse_size, size_suggestion};
-use super::{Allocate, CacheMode, DeviceConfig, Engine, ImageFormat, MemoryDir, OnError, Policy, Socket, Survive};
+use super::{
+    Allocate, CacheMode, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, OnError, Policy, Socket, Survive,
+};
 use crate::units::PAGE_BYTES;
 
 /// A value before its check: from a document, an option or this table.
@@ -193,6 +195,11 @@ pub(crate) const KEYS: &[Key] = &[
         kind: ValueKind::Choice { words: Engine::WORDS, set: |device, i| device.engine = Engine::ALL[i] },
     },
     Key { name: "direct", default: Is(Flag(true)), kind: ValueKind::Flag { set: |device, on| device.direct = on } },
+    Key {
+        name: "discard",
+        default: Is(Text("unmap")),
+        kind: ValueKind::Choice { words: Discard::WORDS, set: |device, i| device.discard = Discard::ALL[i] },
+    },
     // Below 4M one large request could pin every page. A frame number is a u32, so 16T would be the limit.
     Key {
         name: "cache.size",
@@ -437,6 +444,7 @@ mod tests {
         for (name, shown) in [
             ("engine", (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String),
             ("format", |d| d.format.to_string()),
+            ("discard", |d| d.discard.to_string()),
             ("cache.mode", |d| d.cache.mode.to_string()),
             ("cache.policy", |d| d.cache.policy.to_string()),
             ("cache.survive", |d| d.cache.survive.to_string()),

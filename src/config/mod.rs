@@ -86,6 +86,8 @@ pub struct DeviceConfig {
     pub engine: Engine,
     /// Whether the image is opened with O_DIRECT where its file system allows it.
     pub direct: bool,
+    /// What DISCARD, and WRITE ZEROES that may unmap, do with the image's space.
+    pub discard: Discard,
     /// The device's page cache.
     pub cache: CacheConfig,
 }
@@ -115,6 +117,7 @@ impl DeviceConfig {
             poll_us: 0,
             engine: Engine::Auto,
             direct: false,
+            discard: Discard::Unmap,
             cache: CacheConfig {
                 size_bytes: 0,
                 mode: CacheMode::None,
@@ -245,6 +248,16 @@ words! {
         Writethrough = "writethrough",
         /// Nothing is cached: every request goes to the image.
         None = "none",
+    }
+}
+
+words! {
+    /// What a guest's discards do with the image's space.
+    Discard {
+        /// They free it.
+        Unmap = "unmap",
+        /// It stays.
+        Ignore = "ignore",
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
 use super::keys::KEYS;
-use super::{CacheMode, Config, DeviceConfig, Engine, ImageFormat, MemoryDir, Policy, Socket};
+use super::{CacheMode, Config, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, Policy, Socket};
 use crate::error::ErrorKind;
 
 const MINIMAL: &str = "[[device]]\nname = \"a\"\nsocket = \"/run/a\"\nimage = \"/a.img\"\n";
@@ -33,6 +33,7 @@ fn the_defaults_are_those_of_the_design() {
     assert_eq!((device.socket_mode, device.socket_group.as_str()), (0o600, ""));
     assert_eq!((device.num_queues, device.workers, device.queue_size, device.poll_us), (256, 1, 1024, 50));
     assert_eq!((device.engine, device.direct, device.read_only), (Engine::Auto, true, false));
+    assert_eq!(device.discard, Discard::Unmap);
     let cache = device.cache;
     assert_eq!((cache.size_bytes, cache.readahead_max_bytes), (256 << 20, 2 << 20));
     assert_eq!((cache.mode, cache.policy), (CacheMode::Writeback, Policy::S3Fifo));
@@ -58,6 +59,7 @@ fn every_key_reaches_its_field() {
         poll_us = 0
         engine = "threads"
         direct = false
+        discard = "ignore"
         [device.cache]
         size = 8_388_608
         mode = "writethrough"
@@ -71,6 +73,7 @@ fn every_key_reaches_its_field() {
     (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
     (expected.read_only, expected.direct, expected.serial) = (true, false, "S 1".to_string());
     expected.format = ImageFormat::Raw;
+    expected.discard = Discard::Ignore;
     (expected.num_queues, expected.workers, expected.queue_size, expected.poll_us) = (4, 3, 128, 0);
     (expected.engine, expected.cache.mode, expected.cache.policy) =
         (Engine::Threads, CacheMode::Writethrough, Policy::Lru);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::cache::{ErrorPolicy, PolicyKind, REGION_PAGES, Settings};
 use crate::cached_image::CachedImage;
-use crate::config::{Allocate, CacheMode, DeviceConfig, OnError, Policy};
+use crate::config::{Allocate, CacheMode, DeviceConfig, Discard, OnError, Policy};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Limits;
@@ -42,6 +42,7 @@ pub(super) fn settings(config: &DeviceConfig, limits: &Limits) -> Result<Setting
         dirty_pages_max: low_u32(u64::from(frames) * u64::from(cache.dirty_max_percent) / 100),
         dirty_age_us: u64::from(cache.dirty_age_max_ms) * 1000,
         allocate: cache.allocate == Allocate::OnWrite,
+        unmap: config.discard == Discard::Unmap,
         on_error: error_policy(cache.on_error),
         on_full: error_policy(cache.on_full),
         hold_us: u64::from(cache.hold_max_ms) * 1000,

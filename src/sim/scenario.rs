@@ -154,6 +154,7 @@ pub(super) fn settings(prng: &mut Prng) -> Settings {
         dirty_pages_max: prng.pick(&[frames / 4, frames / 2, frames]),
         dirty_age_us: prng.pick(&[10_000, 1_000_000]),
         allocate,
+        unmap: true,
         on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         hold_us: prng.pick(&[10_000, 10_000_000]),

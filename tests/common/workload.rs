@@ -181,6 +181,13 @@ impl Client {
         succeeded.then(|| self.buffer(0)[..len].to_vec())
     }
 
+    /// Discards `count` sectors from sector `first` on. The discard must succeed.
+    #[track_caller]
+    pub fn discard(&mut self, first: u64, count: u64) {
+        let result = self.run(WorkloadRequest { op: WorkloadOp::Discard, first, count });
+        assert_eq!(result, 0, "the discard at sector {first} failed");
+    }
+
     /// Flushes; returns whether the FLUSH succeeded.
     #[track_caller]
     pub fn flush(&mut self) -> bool {

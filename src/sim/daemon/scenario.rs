@@ -100,6 +100,7 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
         dirty_pages_max: prng.pick(&[frames / 4, frames / 2, frames]),
         dirty_age_us: prng.pick(&[10_000, 1_000_000]),
         allocate,
+        unmap: true,
         on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         hold_us: prng.pick(&[10_000, 10_000_000]),

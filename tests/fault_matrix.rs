@@ -68,8 +68,8 @@ impl Cell {
         if self.op == OpClass::Sync { 1 } else { 4 }
     }
 
-    /// Whether the failure happens: there is no third Sync, and of a reservation that finds no space, what is written is
-    /// tried alone.
+    /// Whether the failure happens: there is no third Sync, and of a reservation that finds no space, what is written
+    /// is tried alone.
     fn happens(self) -> bool {
         let once = matches!(self.when, When::First | When::Third);
         let tried_alone = once && self.op == OpClass::Allocate && self.fault == Fault::NoSpace;

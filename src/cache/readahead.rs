@@ -265,7 +265,8 @@ impl Streams {
 
     /// The stream with the least distance, of those whose `next` is near `page` and that have one.
     fn nearest(&self, page: u64, distance: impl Fn(&Stream) -> Option<u64>) -> Option<usize> {
-        // Nothing that belongs to a stream is further from its `next` than this. Places wrap, but only to find too much.
+        // Nothing that belongs to a stream is further from its `next` than this. Places wrap, but only to find too
+        // much.
         let reach = low_u32((3 * self.window_max.max(WINDOW_PAGES_MIN) + SLACK_PAGES) / SLACK_PAGES + 1);
         let lowest = place_of(page).wrapping_sub(reach);
         let may_be_near = |place: &u32| place.wrapping_sub(lowest) <= 2 * reach;

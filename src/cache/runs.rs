@@ -4,8 +4,8 @@
 //! that takes milliseconds, far more than a read. So a run is remembered whole, also where it reaches beyond the region
 //! that was asked for; otherwise each region of the run would cost the same walk again.
 //!
-//! The table is bounded. It may forget a run, but never keeps a wrong one: a write cuts what it wrote out of a hole, and
-//! a zero or discard cuts its range out of every run.
+//! The table is bounded. It may forget a run, but never keeps a wrong one: a write cuts what it wrote out of a hole,
+//! and a zero or discard cuts its range out of every run.
 
 use std::collections::BTreeMap;
 
@@ -105,6 +105,7 @@ impl Runs {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
 mod tests {
     use super::*;
     use crate::prng::Prng;

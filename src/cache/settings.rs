@@ -50,8 +50,8 @@ pub struct Settings {
     pub dirty_age_us: u64,
     /// Whether a hole is allocated on the store before the write that fills it completes.
     pub allocate: bool,
-    /// Whether discards and zeros that may unmap free space on the store. If not, a discard does nothing, and a zero keeps
-    /// the space.
+    /// Whether discards and zeros that may unmap free space on the store. If not, a discard does nothing, and a zero
+    /// keeps the space.
     pub unmap: bool,
     /// What happens to requests while writes to the store fail.
     pub on_error: ErrorPolicy,

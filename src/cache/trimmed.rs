@@ -83,6 +83,7 @@ impl Trimmed {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
 mod tests {
     use super::*;
     use crate::prng::Prng;
@@ -119,9 +120,9 @@ mod tests {
             let insert = prng.percent(50);
             model[first as usize..(first + count) as usize].fill(insert);
             if insert {
-                trimmed.insert(span(first, count))
+                trimmed.insert(span(first, count));
             } else {
-                trimmed.remove(span(first, count))
+                trimmed.remove(span(first, count));
             }
             assert!(trimmed.ranges.len() <= RANGES_MIN as usize);
             let ends: Vec<(u64, u64)> = trimmed.ranges.iter().map(|(&start, &stop)| (start, stop)).collect();

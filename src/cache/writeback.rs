@@ -235,9 +235,9 @@ impl PageCache {
             }
         }
         // A background sweep continues at the next request or when guests are idle. Others continue at once, until a
-        // whole round of the cursor has started no write. So does a background sweep while the completions of writes are
-        // delayed, because there may be no request before it has made room: its first round passes recent groups, its
-        // second does not.
+        // whole round of the cursor has started no write. So does a background sweep while the completions of writes
+        // are delayed, because there may be no request before it has made room: its first round passes recent groups,
+        // its second does not.
         let delays = cold && self.write_back_cost() > self.throttle.setpoint_pages();
         let rounds = if delays { 2 } else { usize::from(!cold) };
         self.writeback.more |= self.writeback.groups_without_progress < rounds * self.pages.dirty().groups();

@@ -224,8 +224,8 @@ fn discard(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
 }
 
 /// The runs of data and holes from `offset` on, which cover the range. The last one is not cut at its end: the kernel
-/// finds the end of a run by a walk over the extents, which takes long on a fragmented file and must not be repeated for
-/// each range of one run.
+/// finds the end of a run by a walk over the extents, which takes long on a fragmented file and must not be repeated
+/// for each range of one run.
 ///
 /// => A hole reads as zeros. Data may read as zeros, too.
 fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {

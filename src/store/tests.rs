@@ -1,6 +1,6 @@
 //! Short transfers, in both engines, and slow writes in the thread engine. Nothing outside the store can cause a short
-//! transfer, so the tests limit what a system call moves; the rest of a transfer then arrives only if the store continues
-//! it.
+//! transfer, so the tests limit what a system call moves; the rest of a transfer then arrives only if the store
+//! continues it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -228,6 +228,7 @@ impl DirtySet {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
 mod tests {
     use super::*;
     use crate::prng::Prng;
@@ -259,7 +260,7 @@ mod tests {
             pages[at] = !pages[at];
             let (before, after) = if pages[at] { (Tally::ABSENT, dirty(1)) } else { (dirty(1), Tally::ABSENT) };
             set.recount(PageNo(at as u64), before, after);
-            let starts = |at: &usize| pages[*at] && (at % REGION_PAGES as usize == 0 || !pages[at - 1]);
+            let starts = |at: &usize| pages[*at] && (at.is_multiple_of(REGION_PAGES as usize) || !pages[at - 1]);
             assert_eq!(set.runs() as usize, (0..pages.len()).filter(starts).count(), "step {step}");
         }
     }

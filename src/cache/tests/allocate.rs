@@ -1,5 +1,7 @@
 //! How much space is reserved ahead of writes into holes.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
 use super::*;
 use crate::units::{Fault, PageSpan};
 
@@ -19,7 +21,8 @@ impl SparseImage {
         Self { cache, now: Tick(1), reserved: Vec::new(), space_left: u64::MAX }
     }
 
-    /// Writes `count` pages from page `first` on. Returns the pages that were reserved for that; `None`: the write failed.
+    /// Writes `count` pages from page `first` on. Returns the pages that were reserved for that; `None`: the write
+    /// failed.
     fn try_write(&mut self, first: u64, count: u64) -> Option<Vec<PageSpan>> {
         let mut access = access(first * 8, count * 8);
         let mut reserved = Vec::new();

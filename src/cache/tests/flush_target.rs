@@ -1,5 +1,7 @@
 //! How long a FLUSH takes on slow disks, in simulated time: at most twice the flush target, from the first one on.
 
+#![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
@@ -101,7 +103,7 @@ impl World {
         let in_a_row = match self.pattern {
             Pattern::Random(pages) => return (self.prng.below(IMAGE_PAGES / pages) * pages, pages),
             Pattern::Stream => true,
-            Pattern::Alternating => self.now / 5_000_000 % 2 == 0,
+            Pattern::Alternating => (self.now / 5_000_000).is_multiple_of(2),
         };
         if !in_a_row {
             return (self.prng.below(IMAGE_PAGES), 1);

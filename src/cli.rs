@@ -45,19 +45,19 @@ pub enum Action {
     ListCaches(PathBuf),
     /// Remove the caches in this directory from which nothing would be lost.
     Prune(PathBuf),
-    /// Write the dirty pages of a cache file to its image.
+    /// Write the dirty pages of cache files to their images.
     Recover {
-        /// The cache file.
-        cache: PathBuf,
+        /// The cache files.
+        caches: Vec<PathBuf>,
         /// Where its image is, if it has moved.
         image: Option<PathBuf>,
         /// Whether to write even to an image that is not shown to be the cache's.
         force: bool,
     },
-    /// Remove this cache file.
+    /// Remove these cache files.
     Discard {
-        /// The cache file.
-        cache: PathBuf,
+        /// The cache files.
+        caches: Vec<PathBuf>,
         /// Whether to do it without asking.
         force: bool,
     },
@@ -72,21 +72,21 @@ pub enum ClientCommand {
     Recover {
         /// A cache from the list: write its dirty pages to its image, then remove it
         #[arg(value_name = "CACHE")]
-        cache: Option<PathBuf>,
+        caches: Vec<PathBuf>,
         /// Where the image of CACHE is now, if it has moved
-        #[arg(long, value_name = "PATH", requires = "cache", conflicts_with = "discard")]
+        #[arg(long, value_name = "PATH", requires = "caches", conflicts_with = "discard")]
         image: Option<PathBuf>,
         /// Remove CACHE without writing anything to its image
-        #[arg(long, requires = "cache")]
+        #[arg(long, requires = "caches")]
         discard: bool,
         /// Throw away dirty pages without asking; write to an image that is not shown to be CACHE's
-        #[arg(long, requires = "cache")]
+        #[arg(long, requires = "caches")]
         force: bool,
         /// Remove the caches from which nothing would be lost
-        #[arg(long, conflicts_with = "cache")]
+        #[arg(long, conflicts_with = "caches")]
         prune: bool,
         /// Directory to search: a memory directory, or a folder of caches in it
-        #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "cache")]
+        #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "caches")]
         #[arg(value_parser = directory())]
         memory_dir: PathBuf,
     },
@@ -109,20 +109,24 @@ fn directory() -> impl TypedValueParser<Value = PathBuf> {
 }
 
 impl ClientCommand {
-    fn action(self) -> Action {
-        let (cache, image, discard, force, prune, memory_dir) = match self {
-            Self::Recover { cache, image, discard, force, prune, memory_dir } => {
-                (cache, image, discard, force, prune, memory_dir)
+    fn action(self) -> Result<Action> {
+        let (mut caches, image, discard, force, prune, memory_dir) = match self {
+            Self::Recover { caches, image, discard, force, prune, memory_dir } => {
+                (caches, image, discard, force, prune, memory_dir)
             }
-            Self::TakeOver { image, memory_dir } => return Action::TakeOver(image, memory_dir),
+            Self::TakeOver { image, memory_dir } => return Ok(Action::TakeOver(image, memory_dir)),
         };
-        match cache {
-            None if prune => Action::Prune(memory_dir),
-            None => Action::ListCaches(memory_dir),
-            Some(cache) if discard => Action::Discard { cache, force },
-            Some(folder) if image.is_none() && !force && folder.is_dir() => Action::ListCaches(folder),
-            Some(cache) => Action::Recover { cache, image, force },
+        if image.is_some() && caches.len() > 1 {
+            return Err(Error::new(ErrorKind::Config, "--image names the image of one CACHE; recover them one by one"));
         }
+        let is_folder = caches.len() == 1 && image.is_none() && !discard && !force && caches[0].is_dir();
+        Ok(match caches.len() {
+            0 if prune => Action::Prune(memory_dir),
+            0 => Action::ListCaches(memory_dir),
+            _ if is_folder => Action::ListCaches(caches.remove(0)),
+            _ if discard => Action::Discard { caches, force },
+            _ => Action::Recover { caches, image, force },
+        })
     }
 }
 
@@ -324,7 +328,7 @@ pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
         }
     };
     if let Some(command) = cli.command {
-        return Ok(command.action());
+        return command.action();
     }
     let config = cli.config()?;
     if !cli.check {
@@ -480,17 +484,31 @@ mod tests {
 
     #[test]
     fn caches_are_listed_recovered_discarded_or_pruned() {
-        let recover =
-            |image: Option<&str>, force| Action::Recover { cache: "f".into(), image: image.map(Into::into), force };
+        let recover = |image: Option<&str>, force| Action::Recover {
+            caches: vec!["f".into()],
+            image: image.map(Into::into),
+            force,
+        };
         assert_eq!(run("recover").unwrap(), Action::ListCaches("/dev/shm".into()));
         assert_eq!(run("recover --memory-dir /m").unwrap(), Action::ListCaches("/m".into()));
         assert_eq!(run("recover /").unwrap(), Action::ListCaches("/".into()));
         assert_eq!(run("recover f").unwrap(), recover(None, false));
         assert_eq!(run("recover f --image i --force").unwrap(), recover(Some("i"), true));
-        assert_eq!(run("recover --discard f").unwrap(), Action::Discard { cache: "f".into(), force: false });
-        assert_eq!(run("recover --discard --force f").unwrap(), Action::Discard { cache: "f".into(), force: true });
+        assert_eq!(run("recover --discard f").unwrap(), Action::Discard { caches: vec!["f".into()], force: false });
+        assert_eq!(
+            run("recover --discard --force f").unwrap(),
+            Action::Discard { caches: vec!["f".into()], force: true }
+        );
         assert_eq!(run("recover --prune --memory-dir /m").unwrap(), Action::Prune("/m".into()));
-        for line in ["--discard", "f --memory-dir /m", "--force", "--image i", "--prune f", "f --discard --image i"] {
+        for line in [
+            "--discard",
+            "f --memory-dir /m",
+            "--force",
+            "--image i",
+            "--prune f",
+            "f --discard --image i",
+            "f g --image i",
+        ] {
             failure(&format!("recover {line}"));
         }
         assert!(failure("recover --memory-dir systemd").contains("reachable only from its unit"));

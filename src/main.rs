@@ -2,6 +2,7 @@
 
 use std::env;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use genblk::check;
@@ -30,16 +31,35 @@ fn run(action: Action) -> Result<()> {
         Action::Print(text) => print(&text),
         Action::ListCaches(directory) => print(&recover::list(&directory)?),
         Action::Prune(directory) => print(&recover::prune(&directory)?),
-        Action::Recover { cache, image, force } => {
-            print(&recover::recover(&Recovery { cache, image, consent: consent(force) })?);
+        Action::Recover { caches, image, force } => {
+            return each(caches, |cache| {
+                recover::recover(&Recovery { cache, image: image.clone(), consent: consent(force) })
+            });
         }
-        Action::Discard { cache, force } => print(&recover::discard(&cache, consent(force))?),
+        Action::Discard { caches, force } => return each(caches, |cache| recover::discard(&cache, consent(force))),
         Action::Check { source, config } => print(&check::check(&source, &config)?),
         Action::Serve(config) => return daemon::run(&config, Strictness::ServeTheOthers),
         Action::ServeAll(config) => return daemon::run(&config, Strictness::AllOrNone),
         Action::TakeOver(image, memory_dir) => print(&recover::take_over(&image, &memory_dir)?),
     }
     Ok(())
+}
+
+/// Runs a command for each cache file and prints its message. What fails for one does not stop the others.
+fn each(caches: Vec<PathBuf>, command: impl Fn(PathBuf) -> Result<String>) -> Result<()> {
+    let mut failed = Ok(());
+    for cache in caches {
+        match command(cache) {
+            Ok(message) => print(&message),
+            Err(error) => {
+                // The last error ends the process, which prints it.
+                if let Err(earlier) = std::mem::replace(&mut failed, Err(error)) {
+                    eprintln!("genblk: {earlier}");
+                }
+            }
+        }
+    }
+    failed
 }
 
 fn consent(force: bool) -> Consent {

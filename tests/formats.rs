@@ -11,7 +11,6 @@ use std::process::Command;
 use common::daemon::{Daemon, Ended, TempDir, run_to_end, server_binary};
 use common::request::pattern;
 use common::session::{Session, SessionOptions};
-use common::wait::{PATIENCE, poll_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -138,7 +137,7 @@ fn format_raw_serves_the_bytes_of_any_image() {
     let daemon = Daemon::start_configured(directory, &["format = \"raw\""]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(&session.read(0, 512)[..4], b"QFI\xfb");
-    assert!(daemon.log().contains("looks like qcow2; served as raw, because the configuration says so"));
+    daemon.await_log("looks like qcow2; served as raw, because the configuration says so");
 }
 
 #[test]
@@ -176,11 +175,10 @@ fn a_guest_that_writes_the_header_of_another_format_is_served_again() {
     session.write(0, &luks());
     session.flush();
     drop(session);
-    let recorded = || daemon.log().contains("its guest writes a LUKS header; recorded, and still served").then_some(());
-    poll_until("the record", PATIENCE, recorded);
+    daemon.await_log("its guest writes a LUKS header; recorded, and still served");
     daemon.stop();
     daemon.restart();
-    assert!(daemon.log().contains("looks like LUKS; served as raw, because its guest has written that"));
+    daemon.await_log("looks like LUKS; served as raw, because its guest has written that");
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     assert_eq!(session.read(0, 512), luks());
     drop(session);
@@ -202,7 +200,7 @@ fn a_guest_that_writes_a_footer_at_the_end_of_its_disk_is_served_again() {
     session.write(4 * MIB / 512 - 1, &footer);
     drop(session);
     daemon.stop();
-    poll_until("the record", PATIENCE, || daemon.log().contains("its guest writes a VHD header").then_some(()));
+    daemon.await_log("its guest writes a VHD header");
     daemon.restart();
 }
 
@@ -291,7 +289,7 @@ fn a_block_device_that_holds_another_format_is_refused_and_luks_is_served() {
         command.arg("--memory-dir").arg(directory.memory());
         if is_served {
             let mut daemon = Daemon::launch(TempDir::new("format"), command, vec![socket]);
-            assert!(daemon.log().contains("begins with a LUKS header; served as raw, because it is a block device"));
+            daemon.await_log("begins with a LUKS header; served as raw, because it is a block device");
             daemon.stop();
         } else {
             let ended = run_to_end(&mut command);

@@ -179,7 +179,7 @@ fn the_stale_socket_of_a_killed_daemon_is_replaced() {
     daemon.kill();
     assert!(exists(&daemon.socket()), "a killed daemon leaves its socket");
     daemon.restart();
-    poll_until("the log's line", PATIENCE, || daemon.log().contains(": removed stale socket").then_some(()));
+    daemon.await_log(": removed stale socket");
     assert_serves(&daemon.socket(), 0);
     daemon.stop();
     assert!(!exists(&daemon.socket()), "an orderly end removes the socket");
@@ -350,7 +350,7 @@ fn one_missing_image_does_not_keep_the_other_devices_from_being_served() {
     let ready = receive();
     assert!(ready.starts_with("READY=1\nSTATUS=serving 7 of 8 disks; not served: d3 ("), "{ready:?}");
     assert!(ready.contains("image3") && ready.contains("No such file"), "{ready:?}");
-    assert!(daemon.log().contains("d3: not served: "), "{}", daemon.log());
+    daemon.await_log("d3: not served: ");
     assert_serves(&daemon.socket(), 0);
     fs::rename(elsewhere, missing).expect("a file can be renamed");
     daemon.signal(libc::SIGHUP);

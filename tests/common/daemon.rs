@@ -272,6 +272,13 @@ impl Daemon {
         fs::read_to_string(self.directory.path().join("stderr.log")).unwrap_or_default()
     }
 
+    /// Waits until the log contains a text: a thread of the daemon writes it.
+    #[track_caller]
+    pub fn await_log(&self, text: &str) {
+        let found = try_poll(PATIENCE, || self.log().contains(text).then_some(()));
+        assert!(found.is_some(), "{text:?} is not in the log:\n{}", self.log());
+    }
+
     /// `len` bytes of the image at `offset`, as another process sees them.
     pub fn image_bytes(&self, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];

@@ -8,7 +8,6 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use super::common::daemon::Daemon;
 use super::common::request::{Payload, pattern};
 use super::common::session::{Session, SessionOptions};
-use super::common::wait::{PATIENCE, poll_until};
 use super::{IOERR, start};
 
 const DEVICE: &str = "cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000";
@@ -24,8 +23,7 @@ fn lose_file(daemon: &Daemon, way: &str) {
         _ => fs::rename(&folder, folder.with_extension("away")),
     }
     .expect("the file can be removed");
-    let told = || daemon.log().contains("the cache does not survive a crash any more").then_some(());
-    poll_until("the daemon to notice", PATIENCE, told);
+    daemon.await_log("the cache does not survive a crash any more");
 }
 
 #[test]

@@ -9,7 +9,6 @@ use std::time::Duration;
 use super::common::daemon::{Daemon, Ended, TempDir, run_to_end, server_binary};
 use super::common::request::pattern;
 use super::common::session::{Session, SessionOptions};
-use super::common::wait::{PATIENCE, poll_until};
 use super::{make_image, start, start_in, write_and_kill};
 
 const WRITER: &str = "cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000";
@@ -161,6 +160,17 @@ fn the_list_tells_that_an_image_was_changed_since() {
     let folder = cache.parent().expect("a file has a folder");
     assert_eq!(only_row(&genblk_recover(&[text(folder)]))[5], "image was changed since");
     assert_refused(&genblk_recover(&[text(&cache)]), &["genblk recover --discard"]);
+}
+
+#[test]
+fn several_caches_are_recovered_at_once_and_one_that_fails_does_not_stop_the_others() {
+    let (daemon, cache, bytes) = dirty_cache();
+    let missing = cache.with_file_name("1-2-3-4");
+    let ended = genblk_recover(&[text(&missing), text(&cache), "/dev/null"]);
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    assert!(ended.stdout.starts_with("wrote 4 pages to "), "{ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 2, "{ended:?}");
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes);
 }
 
 #[test]
@@ -330,7 +340,7 @@ fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
     let mut other = start_in(directory, &device);
     let told =
         format!("{}: 1 cache that no daemon uses, 1 of them dirty, take 8 MiB; list them with ", memory.display());
-    poll_until("the warning", PATIENCE, || other.log().contains(&told).then_some(()));
+    other.await_log(&told);
     // Handed over clean, and then its image is removed.
     other.signal(libc::SIGUSR1);
     assert!(other.wait().success());
@@ -338,7 +348,7 @@ fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
     assert_eq!(left(), 2);
     fs::remove_file(other.image()).expect("the image can be removed");
     let mut third = start_in(TempDir::new("third"), &device);
-    poll_until("the removal", PATIENCE, || third.log().contains("it held nothing that its image").then_some(()));
+    third.await_log("it held nothing that its image");
     third.stop();
     assert!(dirty.exists() && left() == 1, "dirty pages stay");
     make_image(other.directory());

@@ -481,6 +481,12 @@ impl World {
             OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, Unmap::Allowed),
             OpKind::Allocate if !failed => self.disk.allocate(first, count),
             OpKind::Zero { .. } if self.scenario.failed_write_resets => self.disk.reset(),
+            OpKind::Zero { .. } | OpKind::Discard if failed => {
+                // A failed one is torn.
+                for sector in (first..first + count).filter(|_| self.prng.percent(50)) {
+                    self.disk.zero(sector, 1, Unmap::Forbidden);
+                }
+            }
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
         }
     }

@@ -22,11 +22,17 @@ fn run_until(cache: &mut PageCache, now: &mut Tick, until: Tick) -> usize {
     syncs + complete_all(cache, *now).iter().filter(is_sync).count()
 }
 
-/// Pumps once; completes the operations, those of kind `broken` with a failure. Returns all of them.
-fn pump_once(cache: &mut PageCache, now: Tick, broken: Option<OpKind>) -> Vec<(OpKind, SectorSpan)> {
+/// Pumps once; returns the operations that this starts, which stay in flight.
+fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, OpKind, SectorSpan)> {
     cache.pump(now);
     let mut ops = Vec::new();
     cache.take_ops(|op| ops.push((op.tag, op.kind, op.span)));
+    ops
+}
+
+/// Pumps once; completes the operations, those of kind `broken` with a failure. Returns all of them.
+fn pump_once(cache: &mut PageCache, now: Tick, broken: Option<OpKind>) -> Vec<(OpKind, SectorSpan)> {
+    let ops = started(cache, now);
     for &(tag, kind, _) in &ops {
         let outcome = if Some(kind) == broken { Outcome::Failed(Fault::TimedOut) } else { Outcome::Done };
         cache.complete(tag, &outcome, now);
@@ -139,5 +145,66 @@ fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
     assert!(ops.iter().all(|(kind, _)| *kind != OpKind::Read), "{ops:?}");
     let later = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
     assert!(later.iter().any(|(kind, _)| matches!(kind, OpKind::Zero { .. })), "{later:?}");
+    assert!(cache.is_stable());
+}
+
+/// Otherwise a page that fails for ever would put the others in doubt for ever.
+#[test]
+fn a_failed_write_is_tried_again_only_when_a_sync_covers_the_others() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let (mut now, far) = (Tick(SECOND_US), 8000);
+    write(&mut cache, 0, 8);
+    write(&mut cache, far, 8);
+    cache.flush(FLUSH);
+    let mut order = Vec::new();
+    for _ in 0..20 {
+        loop {
+            let ops = started(&mut cache, now);
+            if ops.is_empty() {
+                break;
+            }
+            for (tag, kind, span) in ops {
+                let fails = kind == OpKind::Write && span.start == 0;
+                order.push((kind, span.start));
+                cache.complete(tag, &if fails { Outcome::Failed(Fault::Media) } else { Outcome::Done }, now);
+            }
+        }
+        now = now.plus_us(SECOND_US);
+    }
+    let failed = order.iter().enumerate().filter(|(_, op)| **op == (OpKind::Write, 0));
+    let failed: Vec<usize> = failed.map(|(at, _)| at).collect();
+    assert!(failed.len() > 2, "it is tried again: {order:?}");
+    let of_others = order[failed[0]..failed[1]].to_vec();
+    assert!(of_others.contains(&(OpKind::Sync, 0)), "no Sync comes before the second try: {order:?}");
+    let rewritten = order[failed[1]..].iter().filter(|op| **op == (OpKind::Write, far)).count();
+    assert_eq!(rewritten, 0, "a durable page is written again: {order:?}");
+}
+
+/// The Sync was sent before the device lost its write cache, and covers zeros that are lost.
+#[test]
+fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick(SECOND_US);
+    cache.flush(Ticket(1));
+    complete_all(&mut cache, now);
+    assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
+    complete_all(&mut cache, now);
+    cache.flush(FLUSH);
+    let sync = started(&mut cache, now);
+    assert_eq!(sync.len(), 1, "{sync:?}");
+    // A write fails meanwhile, as the sign of the reset.
+    assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
+    let other = started(&mut cache, now);
+    assert!(matches!(other[..], [(_, OpKind::Zero { .. }, _)]), "{other:?}");
+    cache.complete(other[0].0, &Outcome::Failed(Fault::Media), now);
+    cache.complete(sync[0].0, &Outcome::Done, now);
+    cache.pump(now);
+    let mut notices = Vec::new();
+    cache.take_notices(&mut notices);
+    let done = notices.iter().any(|notice| matches!(notice, Notice::Done(FLUSH, Ok(()))));
+    assert!(!done, "the FLUSH completes before the zeros are repeated: {notices:?}");
+    let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
+    let kinds: Vec<bool> = ops.iter().map(|(kind, _)| *kind == OpKind::Sync).collect();
+    assert!(ops.iter().any(|(_, span)| *span == SectorSpan::new(0, 64)) && kinds.last() == Some(&true), "{ops:?}");
     assert!(cache.is_stable());
 }

@@ -192,8 +192,9 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
         cache.take_notices(&mut notices);
         if notices == [Notice::Resume(Ticket(1))] {
             resumed_at.push(now);
-            // Its allocation stays in flight.
+            // Its allocation stays in flight. A worker that got a notice takes another turn at once.
             write(&mut cache);
+            continue;
         }
         now = cache.next_deadline().expect("the hold ends").max(now);
         if now >= NOW.plus_us(10_000_000) {
@@ -244,4 +245,22 @@ fn a_hold_ends_on_time_while_a_write_hangs() {
     }
     assert_eq!(result, Some(Err(Fault::Media)));
     assert!(now < NOW.plus_us(2_500_000), "{now:?}");
+}
+
+/// If the daemon died meanwhile, the next one would take them for what the store has.
+#[test]
+fn clean_pages_are_dropped_before_their_range_is_discarded_or_zeroed() {
+    for discards in [true, false] {
+        let mut cache = cache_of(1024, 1 << 20);
+        read(&mut cache, 80, 8);
+        complete_all(&mut cache, NOW);
+        write(&mut cache, 88, 8);
+        let span = SectorSpan::new(80, 16);
+        let began = if discards { cache.discard(FLUSH, span) } else { cache.zero(FLUSH, span, Unmap::Forbidden) };
+        assert!(began);
+        let ops = started(&mut cache, NOW);
+        assert!(matches!(ops[..], [(_, OpKind::Discard | OpKind::Zero { .. }, _)]), "{ops:?}");
+        let resident = [10, 11].map(|no| cache.pages.find(PageNo(no)).is_some());
+        assert_eq!(resident, [false, true], "the dirty page stays until the operation has succeeded");
+    }
 }

@@ -304,6 +304,14 @@ impl Disk {
             OpKind::Zero { unmap } if !failed => self.zero(first, count, unmap, *id),
             OpKind::Discard if !failed && self.prng.percent(50) => self.zero(first, count, Unmap::Allowed, *id),
             OpKind::Map if !failed => return Event::Mapped { tag, extents: self.extents(first, count) },
+            OpKind::Zero { .. } | OpKind::Discard if failed => {
+                // A failed one is torn.
+                for sector in first..first + count {
+                    if self.prng.percent(50) {
+                        self.zero(sector, 1, Unmap::Forbidden, *id);
+                    }
+                }
+            }
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
         }
         if failed {

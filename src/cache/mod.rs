@@ -220,9 +220,11 @@ impl PageCache {
         if self.stalled.may_resume(self.pages.has_made_room()) { Some(self.now) } else { writeback }
     }
 
-    /// Whether everything that completed is durable on the store.
+    /// Whether everything that completed is durable on the store, and no zero is noted that is about to complete.
     pub fn is_stable(&self) -> bool {
-        self.pages.dirty().dirty_or_writeback_pages() == 0 && self.flushing.nothing_unsynced()
+        self.pages.dirty().dirty_or_writeback_pages() == 0
+            && self.flushing.nothing_unsynced()
+            && self.pending_zeroes.is_empty()
     }
 
     /// Number of operations that change the image and have not ended.

@@ -54,6 +54,11 @@ impl PendingZeroes {
         self.free.is_empty()
     }
 
+    /// Whether no slot is taken.
+    pub fn is_empty(&self) -> bool {
+        self.free.len() == self.zeroes.len()
+    }
+
     /// Takes a free slot.
     pub fn take_slot(&mut self) -> Option<ZeroSlot> {
         self.free.pop()

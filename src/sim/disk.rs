@@ -105,6 +105,12 @@ impl Disk {
         }
     }
 
+    /// A zero or discard that fails has destroyed the sector, for good.
+    pub fn tear(&mut self, sector: usize) {
+        (self.current[sector], self.durable[sector]) = (0, 0);
+        self.unsynced[sector].clear();
+    }
+
     /// Runs of (sectors, kind) over a range that starts on a page boundary; the last one to its end.
     pub fn map(&self, first: usize, count: usize) -> Vec<(u64, ExtentKind)> {
         let mut runs: Vec<(u64, ExtentKind)> = Vec::new();

@@ -483,8 +483,10 @@ impl World {
             OpKind::Zero { .. } if self.scenario.failed_write_resets => self.disk.reset(),
             OpKind::Zero { .. } | OpKind::Discard if failed => {
                 // A failed one is torn.
-                for sector in (first..first + count).filter(|_| self.prng.percent(50)) {
-                    self.disk.zero(sector, 1, Unmap::Forbidden);
+                for sector in first..first + count {
+                    if self.prng.percent(50) {
+                        self.disk.tear(sector);
+                    }
                 }
             }
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}

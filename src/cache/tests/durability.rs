@@ -208,3 +208,21 @@ fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
     assert!(ops.iter().any(|(_, span)| *span == SectorSpan::new(0, 64)) && kinds.last() == Some(&true), "{ops:?}");
     assert!(cache.is_stable());
 }
+
+/// The loss marker of a cache that does not survive is set when the zero starts. It is cleared when all is stable.
+#[test]
+fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick(SECOND_US);
+    cache.flush(Ticket(1));
+    complete_all(&mut cache, now);
+    assert!(cache.is_stable());
+    assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
+    let zero = started(&mut cache, now);
+    assert!(!cache.is_stable());
+    cache.complete(zero[0].0, &Outcome::Done, now);
+    assert!(!cache.is_stable());
+    cache.flush(FLUSH);
+    complete_all(&mut cache, now);
+    assert!(cache.is_stable());
+}

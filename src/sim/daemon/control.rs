@@ -20,7 +20,7 @@ use crate::virtio::GuestRam;
 use crate::virtio::split::QueuePosition;
 
 /// How often the last flush of a daemon is tried on an image that fails.
-const LAST_FLUSHES_MAX: u32 = 4;
+pub(super) const LAST_FLUSHES_MAX: u32 = 4;
 
 /// What follows when vrings have stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

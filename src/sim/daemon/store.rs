@@ -305,10 +305,11 @@ impl Disk {
             OpKind::Discard if !failed && self.prng.percent(50) => self.zero(first, count, Unmap::Allowed, *id),
             OpKind::Map if !failed => return Event::Mapped { tag, extents: self.extents(first, count) },
             OpKind::Zero { .. } | OpKind::Discard if failed => {
-                // A failed one is torn.
+                // A failed one is torn, and destroys sectors for good.
                 for sector in first..first + count {
                     if self.prng.percent(50) {
-                        self.zero(sector, 1, Unmap::Forbidden, *id);
+                        (self.current[sector], self.durable[sector]) = (0, 0);
+                        self.unsynced[sector].clear();
                     }
                 }
             }

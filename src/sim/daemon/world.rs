@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::Counts;
-use super::control::Session;
+use super::control::{LAST_FLUSHES_MAX, Session};
 use super::guest::{Action, Completed, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life, in_daemon};
 use super::oracle::{ANY, Oracle, RequestId};
@@ -116,12 +116,16 @@ impl World {
         self.resume();
         self.complete_all_requests();
         self.read_everything();
-        if !self.flush() {
-            // It may still report a failure of before, which may also have stopped the device.
-            self.resume();
-            self.complete_all_requests();
-            assert!(self.flush(), "a FLUSH fails on a healthy image");
-        }
+        // It may still report failures of before, which may also have stopped the device.
+        let flushed = (0..LAST_FLUSHES_MAX).any(|_| {
+            let flushed = self.flush();
+            if !flushed {
+                self.resume();
+                self.complete_all_requests();
+            }
+            flushed
+        });
+        assert!(flushed, "a FLUSH fails on a healthy image");
         self.check_power_cut();
         for (sector, value) in self.image.values().into_iter().enumerate() {
             self.oracle.check_quiet(sector, value);

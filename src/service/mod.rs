@@ -9,9 +9,11 @@ mod socket;
 mod stats;
 
 use std::io;
+use std::mem;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use log::info;
 
@@ -19,7 +21,7 @@ use crate::arena::Arena;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, Engine, ImageFormat};
 use crate::device::control::Workers;
-use crate::device::{self, Device};
+use crate::device::{self, Command, Control, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::store::Backing;
@@ -129,9 +131,11 @@ impl Service {
     /// [`ErrorKind::System`] when the host cannot provide a thread or a descriptor.
     pub fn start(self) -> Result<Running> {
         let Self { device, image, path, socket, workers, queue_size, description } = self;
-        let (controls, threads): (Vec<_>, Vec<_>) =
-            (0..workers).map(|_| device::spawn(&device, &image)).collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        let workers = Arc::new(Workers::new(controls));
+        let mut starting = StartingWorkers::default();
+        for _ in 0..workers {
+            starting.add(device::spawn(&device, &image)?);
+        }
+        let workers = Arc::new(Workers::new(starting.controls.clone()));
         let system = |what: &str, e: io::Error| Error::io(ErrorKind::System, format!("{}: {what}", device.name), e);
         let listener = socket.listener.try_clone().map_err(|e| system("cannot duplicate the socket", e))?;
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener)?);
@@ -144,6 +148,41 @@ impl Service {
             .map_err(|e| system("cannot start a thread", e))?;
         // From here on an orderly end removes the cache file, unless it hands the cache over.
         image.arena().keep_on_drop(false);
+        let threads = starting.started();
         Ok(Running { socket, server, device, workers, threads, acceptor: Some(acceptor), path, image })
+    }
+}
+
+/// The worker threads of a device that starts. Dropping it ends them.
+///
+/// => A device that does not start leaves no thread, which would keep its image locked.
+#[derive(Debug, Default)]
+struct StartingWorkers {
+    controls: Vec<Control>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl StartingWorkers {
+    fn add(&mut self, (control, thread): (Control, JoinHandle<()>)) {
+        self.controls.push(control);
+        self.threads.push(thread);
+    }
+
+    /// The threads of a device that has started.
+    fn started(mut self) -> Vec<JoinHandle<()>> {
+        self.controls.clear();
+        mem::take(&mut self.threads)
+    }
+}
+
+impl Drop for StartingWorkers {
+    fn drop(&mut self) {
+        for control in &self.controls {
+            control.send(Command::Exit(Duration::ZERO));
+        }
+        for thread in self.threads.drain(..) {
+            // A panic has ended the process.
+            let _ = thread.join();
+        }
     }
 }

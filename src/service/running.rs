@@ -103,7 +103,8 @@ impl Running {
     /// As [`Running::shutdown`].
     pub fn hand_over(self) -> Result<()> {
         let arena = self.image.arena();
-        let outlives_daemon = arena.file().is_some();
+        // The file may have been removed a moment ago.
+        let outlives_daemon = arena.file().is_some() && arena.is_reachable();
         arena.keep_on_drop(outlives_daemon);
         self.finish(if outlives_daemon { LastFlush::Skipped } else { LastFlush::Required })
     }

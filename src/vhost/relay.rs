@@ -6,7 +6,7 @@
 //! - It lets a front-end begin anew on its connection. QEMU sends a second SET_OWNER when a device is unplugged and
 //!   another one plugged on the same character device; vhost-user-backend refuses it, and would keep the memory of the
 //!   first device.
-//! - It withholds protocol features that were not offered.
+//! - It withholds protocol features that were not offered, and features that an earlier version of genblk offered.
 //! - It refuses a front-end that does not share the guest's memory, more regions than it was told there is room for,
 //!   and regions whose addresses wrap; vhost-user-backend checks neither.
 //!
@@ -19,6 +19,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_SIZE_MAX;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::PROTOCOL_FEATURES;
@@ -28,6 +29,7 @@ use super::wire::Message;
 use crate::sys::poll::wait_any_readable;
 
 const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
+const SET_FEATURES: u32 = FrontendReq::SET_FEATURES as u32;
 const SET_OWNER: u32 = FrontendReq::SET_OWNER as u32;
 const SET_MEM_TABLE: u32 = FrontendReq::SET_MEM_TABLE as u32;
 const SET_VRING_ADDR: u32 = FrontendReq::SET_VRING_ADDR as u32;
@@ -40,6 +42,11 @@ const SET_INFLIGHT_FD: u32 = FrontendReq::SET_INFLIGHT_FD as u32;
 
 /// The protocol feature that vhost-user-backend lacks.
 const INFLIGHT_SHMFD: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
+
+/// Features that earlier versions of genblk offered. The guest of such a version keeps them when its front-end connects
+/// to this one, and vhost-user-backend ends the connection over a feature that is not offered. SIZE_MAX limits what the
+/// driver sends: this version takes that and more.
+const NO_LONGER_OFFERED: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX;
 
 /// The number of memory regions that vhost-user-backend tells front-ends (GET_MAX_MEM_SLOTS), and does not check.
 const REGIONS_MAX: usize = 509;
@@ -163,6 +170,7 @@ impl<'a> Relay<'a> {
                 return self.reply_in_order(Reply::NewOwner(message));
             }
             SET_OWNER => self.owned = true,
+            SET_FEATURES => change_bits(&mut message, |bits| bits & !NO_LONGER_OFFERED),
             SET_PROTOCOL_FEATURES => {
                 change_bits(&mut message, |bits| bits & PROTOCOL_FEATURES.bits());
                 self.protocol_features = message.u64_at(0);

@@ -63,6 +63,18 @@ fn the_documented_features_are_offered() {
     assert!(session.frontend.get_queue_num().expect("GET_QUEUE_NUM") >= 4);
 }
 
+/// A daemon of version 0.1.0 offered SIZE_MAX. Its guest keeps the feature when a newer daemon takes its place.
+#[test]
+fn a_guest_of_an_earlier_version_keeps_its_features() {
+    let daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.features |= feature(VIRTIO_BLK_F_SIZE_MAX);
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    session.write(0, &pattern(1, 0, 4096));
+    assert_eq!(session.read(0, 4096), pattern(1, 0, 4096));
+}
+
 /// T16. Fifty front-ends crash with requests in flight. The next one is served like the first, and the daemon leaks no
 /// file descriptor.
 #[test]

@@ -306,7 +306,7 @@ fn a_start_that_fails_late_leaves_nothing_behind() {
     let options = ["--memory-dir", memory.to_str().expect("UTF-8"), "--cache-size", "4M"];
     let ended = fixture.serve("image", "no-such-directory/socket", &options);
     ended.assert_refused(1, &["no-such-directory/socket", "No such file or directory"]);
-    assert_eq!(fixture.directory.left(), [PathBuf::new(); 0], "the new cache file is removed");
+    assert!(fixture.directory.left().is_empty(), "the new cache file is removed");
     fixture.assert_undamaged();
 }
 

@@ -180,7 +180,7 @@ impl CachedImage {
 
     /// Records the image's change token at a moment without changes in flight.
     fn note_rest(&self, rest: RestPoint) {
-        if let Some(token) = self.backing.change_token() {
+        if let Some(token) = self.backing.rest_token() {
             self.arena.record_token(rest, token);
         }
     }
@@ -190,15 +190,22 @@ impl CachedImage {
     /// => The record comes first: a cache file that is removed must not be missed by the next daemon.
     fn end_tenure(&mut self) {
         let cache = self.cache.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let at_rest = cache.changes_in_flight() == 0;
+        if cache.ops_in_flight() > 0 {
+            // The image hangs. It must not be waited for: the next daemon finds the cache by the record, and the ledger
+            // says what may be missing.
+            self.arena.keep_on_drop(true);
+            return;
+        }
         // The ledger says more than the cache: it calls clean what an earlier daemon has synced.
         let is_written =
             if self.arena.place() == CachePlace::Memory { cache.is_stable() } else { !self.arena.holds_unwritten() };
-        if is_written && let Err(e) = self.backing.end_tenure() {
+        // A guest that has not learned of a loss must learn of it from the next daemon.
+        let is_over = is_written && !self.arena.has_data_loss();
+        if is_over && let Err(e) = self.backing.end_tenure() {
             warn!("{}: cannot record at the image that everything is on it ({e}); its cache stays", self.name);
             self.arena.keep_on_drop(true);
         }
-        if at_rest && let Some(token) = self.backing.change_token() {
+        if let Some(token) = self.backing.change_token() {
             self.arena.record_token_now(token);
         }
     }

@@ -11,6 +11,7 @@ use super::*;
 use crate::image_id::ImageId;
 use crate::shared_memory::FileChange;
 use crate::shared_memory::trace::{Event, FileId, crash_states, file_id, record};
+use crate::tenure::token::ChangeToken;
 use crate::units::PageNo;
 
 const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3 };
@@ -310,6 +311,26 @@ fn a_range_to_be_zeroed_is_recorded_as_it_was_or_not_at_all() {
     let allowed = [vec![(5, ZEROES)], vec![(5, ZEROES), (6, later)], vec![(6, later)], vec![(5, later), (6, later)]];
     let is_allowed = |found: &Found| matches!(found, Found::Cache { zeroes, .. } if allowed.contains(zeroes));
     assert_eq!(step.faults(is_allowed), [""; 0]);
+}
+
+#[test]
+fn a_change_token_is_recorded_as_it_was_or_as_it_is() {
+    let token = |number: u64| ChangeToken::from_words(std::array::from_fn(|word| number * 100 + word as u64));
+    let step = Step::on_arena(
+        |arena| {
+            arena.record_token_now(token(1));
+            arena.begin_change(512);
+        },
+        |arena| arena.record_token_now(token(2)),
+    );
+    let states = crash_states(&step.events);
+    assert!(states.len() > ChangeToken::WORDS);
+    for state in states {
+        let file = Directory::new(&step.in_state(state)).file();
+        let seen = file.header().unwrap().unwrap().last_seen;
+        let expected = if seen.is_at_rest { (token(2), 0) } else { (token(1), 512) };
+        assert_eq!((seen.token, seen.changed_bytes), expected);
+    }
 }
 
 // The checks find what they are for: the same steps with their stores in a wrong order.

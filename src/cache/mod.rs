@@ -227,6 +227,11 @@ impl PageCache {
             && self.pending_zeroes.is_empty()
     }
 
+    /// Number of operations that have not ended.
+    pub fn ops_in_flight(&self) -> usize {
+        self.store_ops.in_flight()
+    }
+
     /// Number of operations that change the image and have not ended.
     pub fn changes_in_flight(&self) -> u32 {
         self.store_ops.changes()

@@ -123,6 +123,11 @@ impl StoreOps {
         }
     }
 
+    /// Number of operations in flight.
+    pub fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
     /// Number of operations in flight that change the image.
     pub fn changes(&self) -> u32 {
         self.changes

@@ -65,22 +65,26 @@ impl Left {
     fn add(&mut self, name: &str, read_only: bool, image: &FileImage, candidate: Candidate) -> Result<()> {
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
-        if candidate.is_foreign() {
-            return refuse_foreign(image, candidate);
+        if let Some(unwritten) = candidate.foreign {
+            return refuse_foreign(image, &candidate, unwritten);
         }
         if candidate.header.frames == 0 {
             self.add_marker(read_only, candidate);
             return Ok(());
         }
-        let Candidate { file, header, likeness } = candidate;
+        let Candidate { file, header, likeness, .. } = candidate;
         let arena = Arena::attach(file, &header)?;
         let proof = prove(&arena, &header, likeness, image, self.record.as_ref());
         let unwritten = Unwritten::of(&arena);
         let file = arena.into_file().expect(super::HAS_FILE);
         match proof {
-            Proof::Proven => {
-                self.use_or_refuse(name, read_only, image, Candidate { file, header, likeness }, unwritten)
-            }
+            Proof::Proven => self.use_or_refuse(
+                name,
+                read_only,
+                image,
+                Candidate { file, header, likeness, foreign: None },
+                unwritten,
+            ),
             Proof::Overtaken(why) if unwritten != Unwritten::NOTHING => {
                 warn!(
                     "{name}: {file} holds {unwritten} of {}, which are not used: {why}; {}",
@@ -239,33 +243,22 @@ fn refuse_other_host(image: &FileImage, record: &Record) -> Result<()> {
 }
 
 /// Refuses a cache of another user that holds completed writes of the image.
-fn refuse_foreign(image: &FileImage, candidate: Candidate) -> Result<()> {
+fn refuse_foreign(image: &FileImage, candidate: &Candidate, unwritten: Unwritten) -> Result<()> {
     let Candidate { file, header, .. } = candidate;
     let (owner, image) = (file.owner(), image.path().display());
-    let holds = if header.frames == 0 {
-        if header.guest.data == GuestData::Intact {
-            return Ok(());
-        }
+    let holds = if header.frames > 0 && unwritten != Unwritten::NOTHING {
+        format!("holds {unwritten}")
+    } else if header.frames == 0 && header.guest.data == GuestData::Lost {
         "says that completed writes were lost".to_owned()
     } else {
-        let arena = Arena::attach(file, &header)?;
-        let unwritten = Unwritten::of(&arena);
-        if unwritten == Unwritten::NOTHING {
-            return Ok(());
-        }
-        let file = arena.into_file().expect(super::HAS_FILE);
-        return Err(foreign(&image.to_string(), &file, owner, &format!("holds {unwritten}")));
+        return Ok(());
     };
-    Err(foreign(&image.to_string(), &file, owner, &holds))
-}
-
-fn foreign(image: &str, file: &ArenaFile, owner: u32, holds: &str) -> Error {
     let context = format!("{file}, a cache of image {image} that user {owner} left, {holds}");
     let hint = format!(
         "start genblk as that user, or run \"genblk recover {file}\" as that user; to serve the image without them, \
          run \"genblk take-over {image}\""
     );
-    Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
+    Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))
 }
 
 /// The error of a cache with completed writes that must not be used.

@@ -9,6 +9,8 @@ mod operator;
 mod proof;
 mod search;
 mod take_over;
+#[cfg(test)]
+mod tests;
 mod write_back;
 
 use std::sync::Arc;
@@ -336,6 +338,7 @@ impl NewCache<'_> {
     fn anonymous(&self, guest: GuestState) -> Result<Arena> {
         let arena = Arena::anonymous(self.frames)?;
         if guest.data == GuestData::Lost {
+            warn_of_data_loss(&self.config.name);
             arena.set_data_loss();
         }
         arena.set_write_through(guest.write_through);
@@ -385,7 +388,7 @@ impl NewCache<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+mod decision_tests {
     use super::*;
 
     #[test]

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::LOCK_PATIENCE;
 use super::proof::Likeness;
+use super::write_back::Unwritten;
 use crate::arena::{ArenaFile, Header, ImageFacts, Whose};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
@@ -44,13 +45,8 @@ pub(super) struct Candidate {
     pub(super) file: ArenaFile,
     pub(super) header: Header,
     pub(super) likeness: Likeness,
-}
-
-impl Candidate {
-    /// Whether another user's daemon left it.
-    pub(super) fn is_foreign(&self) -> bool {
-        !self.file.is_in_fdstore() && self.file.owner() != effective_uid()
-    }
+    /// What another user's cache holds. Such a file is read and not mapped: that user can shrink it.
+    pub(super) foreign: Option<Unwritten>,
 }
 
 /// A search for the caches of an image.
@@ -91,7 +87,12 @@ impl Search<'_> {
                 Err(e) if e.kind() == ErrorKind::Memory => continue,
                 peeked => peeked,
             };
-            let Some(likeness) = self.likeness_of(peeked, path.file_name().unwrap_or_default())? else { continue };
+            let name = path.file_name().unwrap_or_default();
+            let likeness = match self.likeness_of(peeked, name) {
+                Err(_) if !is_recorded && !is_own(&path) => continue,
+                likeness => likeness?,
+            };
+            let Some(likeness) = likeness else { continue };
             found.extend(self.open(&path, likeness, is_recorded)?);
         }
         Ok(found)
@@ -110,9 +111,17 @@ impl Search<'_> {
     }
 
     fn candidate(&self, file: ArenaFile, likeness: Likeness) -> Result<Option<Candidate>> {
+        if !file.is_in_fdstore() && file.owner() != effective_uid() {
+            let survey = file.survey().ok().flatten().filter(|survey| survey.is_of_this_boot);
+            return Ok(survey.map(|survey| {
+                let count = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+                let unwritten = Unwritten { pages: count(survey.dirty_pages), ranges: count(survey.zero_ranges) };
+                Candidate { file, header: survey.header, likeness, foreign: Some(unwritten) }
+            }));
+        }
         // Read again: until now another process could change it.
         let header = file.header()?;
-        Ok(header.map(|header| Candidate { file, header, likeness }))
+        Ok(header.map(|header| Candidate { file, header, likeness, foreign: None }))
     }
 
     fn unreachable(&self, path: &Path, error: &Error) -> Error {
@@ -206,6 +215,12 @@ impl Search<'_> {
         let was_replaced = !is_device && (old.device == new.device || are_both_born);
         (left.path == image.path && !was_replaced).then_some(Likeness::Similar)
     }
+}
+
+/// Whether a file is in a directory of this user.
+fn is_own(path: &Path) -> bool {
+    let directory = path.parent().and_then(|directory| fs::metadata(directory).ok());
+    directory.is_some_and(|directory| directory.uid() == effective_uid())
 }
 
 /// Whether a path leads to the file with this identity.

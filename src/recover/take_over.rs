@@ -71,9 +71,14 @@ fn set_caches_aside(
         if header.frames == 0 {
             continue;
         }
-        let arena = Arena::attach(candidate.file, &header)?;
-        let unwritten = Unwritten::of(&arena);
-        let file = arena.into_file().expect(super::HAS_FILE);
+        let (file, unwritten) = match candidate.foreign {
+            Some(unwritten) => (candidate.file, unwritten),
+            None => {
+                let arena = Arena::attach(candidate.file, &header)?;
+                let unwritten = Unwritten::of(&arena);
+                (arena.into_file().expect(super::HAS_FILE), unwritten)
+            }
+        };
         if unwritten != Unwritten::NOTHING {
             file.set_aside()?;
             lines.push(format!("{file}, which holds {unwritten}"));

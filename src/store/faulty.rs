@@ -253,6 +253,10 @@ impl Backing for FaultyImage {
         self.inner.change_token()
     }
 
+    fn rest_token(&self) -> Option<ChangeToken> {
+        self.inner.rest_token()
+    }
+
     fn end_tenure(&self) -> io::Result<()> {
         self.inner.end_tenure()
     }

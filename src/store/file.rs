@@ -260,6 +260,11 @@ impl Backing for FileImage {
         self.image.change_token().ok()
     }
 
+    fn rest_token(&self) -> Option<ChangeToken> {
+        // What sysfs tells of a device takes many system calls.
+        if self.image.is_device() { None } else { self.change_token() }
+    }
+
     fn end_tenure(&self) -> io::Result<()> {
         let Some(record) = self.tenure().take() else { return Ok(()) };
         history::write_record(&self.image.file, &Record { state: State::Clean, ..record })

@@ -313,6 +313,11 @@ pub trait Backing: Send + Sync + fmt::Debug {
         None
     }
 
+    /// As [`Backing::change_token`], where that is cheap enough to be asked after each change; else `None`.
+    fn rest_token(&self) -> Option<ChangeToken> {
+        None
+    }
+
     /// Ends the tenure that was begun, if any: records at the image that everything is on it.
     ///
     /// # Errors

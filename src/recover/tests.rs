@@ -1,0 +1,145 @@
+//! What a daemon makes of a cache and an image that changed between two daemons, with bugs planted in the proof.
+
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::{DirBuilderExt, FileExt};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::*;
+use crate::config::Socket;
+use crate::fault_injection::{PlantedBug, run_with};
+use crate::store::file::OpenOptions;
+use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PageNo, SectorMask};
+
+const FRAMES: usize = 16;
+const IMAGE_PAGES: u64 = 64;
+
+/// An image in memory with a cache directory; removed with the value.
+struct World {
+    directory: PathBuf,
+    config: DeviceConfig,
+}
+
+impl World {
+    fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let directory = PathBuf::from(format!("/dev/shm/genblk-recover-{}-{number}", std::process::id()));
+        DirBuilder::new().mode(0o700).create(&directory).unwrap();
+        let image = directory.join("image");
+        File::create(&image).and_then(|file| file.set_len(IMAGE_PAGES * PAGE_BYTES)).unwrap();
+        let mut config = DeviceConfig::new("world", Socket::Path(PathBuf::new()), image);
+        config.cache.survive = Survive::Always;
+        config.cache.memory_dir = MemoryDir::Path(directory.clone());
+        Self { directory, config }
+    }
+
+    fn image(&self) -> File {
+        File::options().read(true).write(true).open(&self.config.image).unwrap()
+    }
+
+    fn open(&self) -> Arc<FileImage> {
+        FileImage::open(&self.config.image, &OpenOptions { direct: false, ..OpenOptions::default() }).unwrap()
+    }
+
+    /// A daemon starts; returns the number of pages in its cache and the dirty ones among them.
+    fn start(&self) -> Result<(usize, usize)> {
+        let image = self.open();
+        let arena = arena_for(&self.config, &image, FRAMES, &Arc::default())?;
+        arena.keep_on_drop(true);
+        let dirty = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
+        Ok((arena.records().count(), dirty))
+    }
+
+    /// A daemon starts, gets pages that are zeros, and dies: page 0 is clean, page 1 is dirty if `dirty` says so. With
+    /// `in_flight` it dies while it changes the image.
+    fn live_and_die(&self, dirty: SectorMask, in_flight: bool) {
+        let image = self.open();
+        let arena = arena_for(&self.config, &image, FRAMES, &Arc::default()).unwrap();
+        arena.publish(FrameId(0), FrameRecord { page: PageNo(0), valid: SectorMask::ALL, dirty: SectorMask::NONE });
+        if !dirty.is_empty() {
+            arena.publish(FrameId(1), FrameRecord { page: PageNo(1), valid: SectorMask::ALL, dirty });
+        }
+        if in_flight {
+            arena.begin_change(PAGE_BYTES);
+        }
+        arena.keep_on_drop(true);
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Whether a dirty cache is used after `change`, with a bug planted or none.
+fn is_used(bug: Option<PlantedBug>, in_flight: bool, change: impl Fn(&World)) -> bool {
+    let world = World::new();
+    world.live_and_die(SectorMask::ALL, in_flight);
+    change(&world);
+    run_with(bug, || world.start()).unwrap().is_ok_and(|(_, dirty)| dirty > 0)
+}
+
+#[test]
+fn a_cache_is_used_if_nothing_changed() {
+    for in_flight in [false, true] {
+        assert!(is_used(None, in_flight, |_| {}));
+    }
+}
+
+#[test]
+fn a_proof_that_does_not_compare_generations_is_found() {
+    // Another host has held the image; it set the times of the image back.
+    let overtake = |world: &World| {
+        let image = world.open();
+        let record = match image.last_tenure().unwrap() {
+            LastTenure::Recorded(record) => record,
+            last => panic!("{last:?}"),
+        };
+        let tenure = TenureId::new(record.tenure.generation + 1).unwrap();
+        image.write_record(&Record { tenure, state: State::Clean, ..record }).unwrap();
+    };
+    assert!(!is_used(None, false, overtake));
+    assert!(is_used(Some(PlantedBug::GenerationNotCompared), false, overtake));
+}
+
+#[test]
+fn a_proof_that_does_not_compare_change_tokens_is_found() {
+    // No clean page of the cache tells of it.
+    let write = |world: &World| world.image().write_all_at(&[7; 512], 20 * PAGE_BYTES).unwrap();
+    assert!(!is_used(None, false, write));
+    assert!(is_used(Some(PlantedBug::TokenNotCompared), false, write));
+}
+
+#[test]
+fn a_proof_that_compares_no_sample_is_found() {
+    // The modification time could be one of the daemon's own writes.
+    let write = |world: &World| {
+        let file = world.image();
+        let modified = file.metadata().and_then(|metadata| metadata.modified()).unwrap();
+        file.write_all_at(&[7; 512], 0).unwrap();
+        file.set_modified(modified).unwrap();
+    };
+    assert!(!is_used(None, true, write));
+    assert!(is_used(Some(PlantedBug::SampleSkipped), true, write));
+}
+
+#[test]
+fn a_clean_cache_of_a_changed_image_is_dropped() {
+    let world = World::new();
+    world.live_and_die(SectorMask::NONE, false);
+    world.image().write_all_at(&[7; 512], 20 * PAGE_BYTES).unwrap();
+    assert_eq!(world.start().unwrap(), (0, 0));
+}
+
+#[test]
+fn an_image_without_a_record_is_refused_as_one_with_a_record() {
+    let strip = |world: &World| crate::sys::xattr::remove(&world.image(), crate::tenure::record::ATTRIBUTE).unwrap();
+    assert!(is_used(None, false, strip));
+    assert!(!is_used(None, false, |world| {
+        strip(world);
+        world.image().write_all_at(&[7; 512], 20 * PAGE_BYTES).unwrap();
+    }));
+}

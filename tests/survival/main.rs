@@ -13,6 +13,7 @@ mod huge_pages;
 mod lost_file;
 mod operator;
 mod read_only;
+mod remounts;
 mod systemd;
 mod tenures;
 mod zeroes;

@@ -428,6 +428,9 @@ fn a_loss_without_a_loss_marker_is_known_from_the_record() {
     let status = session.run(0, VIRTIO_BLK_T_IN, AT, Payload::Receive(512)).status;
     assert_eq!(status, IOERR, "the guest must not read older data");
     drop(session);
+    assert!(daemon.log().contains("all requests of this guest fail until it resets the device"), "{}", daemon.log());
+    // A guest that starts over.
+    drop(Session::open(&daemon.socket(), &SessionOptions::default()));
     daemon.stop();
     fs::remove_file(&memory_dir).expect("the file can be removed");
     assert!(record(&daemon.image()).contains("state clean"));

@@ -1,0 +1,205 @@
+//! A file system that is mounted again, and a block device that is attached again, have other numbers; a file system
+//! without birth times gives a new file the number of a deleted one. These tests need root, and are skipped without it.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use super::common::daemon::{Daemon, TempDir, run_to_end, server_binary};
+use super::common::request::pattern;
+use super::common::session::{Session, SessionOptions};
+use super::common::wait::{PATIENCE, try_poll};
+
+const DEVICE: &str = "cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000";
+const FILE_SYSTEM_BYTES: u64 = 160 << 20;
+const IMAGE_BYTES: u64 = 16 << 20;
+const AT: u64 = 80;
+const BYTES: usize = 16 << 10;
+
+/// Runs a command; its output, or `None` if it fails or is not installed.
+fn run(command: &str, arguments: &[&str]) -> Option<String> {
+    let output = Command::new(command).args(arguments).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// A file on a loop device, detached on drop.
+struct Loop {
+    device: String,
+}
+
+impl Loop {
+    fn attach(file: &Path) -> Option<Self> {
+        run("losetup", &["-f", "--show", file.to_str()?]).map(|device| Self { device })
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        run("losetup", &["-d", &self.device]);
+    }
+}
+
+/// A file system that is mounted on a directory, unmounted on drop.
+struct Mount {
+    directory: PathBuf,
+    _device: Loop,
+}
+
+impl Mount {
+    fn new(file: &Path, directory: &Path) -> Option<Self> {
+        fs::create_dir_all(directory).ok()?;
+        let device = Loop::attach(file)?;
+        run("mount", &[&device.device, directory.to_str()?])?;
+        Some(Self { directory: directory.to_path_buf(), _device: device })
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // A daemon that was killed holds the file system until the kernel has finished its I/O.
+        let path = self.directory.to_str().expect("UTF-8").to_owned();
+        let unmounted = try_poll(PATIENCE, || run("umount", &[&path]));
+        if unmounted.is_none() {
+            run("umount", &["-l", &path]);
+        }
+    }
+}
+
+fn sparse_file(path: &Path, bytes: u64) {
+    File::create(path).and_then(|file| file.set_len(bytes)).expect("a file can be created");
+}
+
+/// A directory with a new file system in `disk`, which is mounted on `mounted`; `image` leads to an image in it. `None`
+/// where that cannot be done.
+fn file_system(name: &str, mkfs: &[&str]) -> Option<(TempDir, Mount)> {
+    let directory = TempDir::new(name);
+    let disk = directory.path().join("disk");
+    sparse_file(&disk, FILE_SYSTEM_BYTES);
+    let arguments: Vec<&str> = mkfs[1..].iter().copied().chain(disk.to_str()).collect();
+    let made = run(mkfs[0], &arguments);
+    let mount = made.and_then(|_| Mount::new(&disk, &directory.path().join("mounted")));
+    if mount.is_none() {
+        eprintln!("skipped: no {} on a loop device here", mkfs[0]);
+    }
+    let mount = mount?;
+    sparse_file(&mount.directory.join("image"), IMAGE_BYTES);
+    std::os::unix::fs::symlink(mount.directory.join("image"), directory.path().join("image")).expect("a link");
+    Some((directory, mount))
+}
+
+/// Completes writes, flushed ones and others, and kills the daemon; returns the bytes at [`AT`].
+fn write_and_kill(daemon: &mut Daemon) -> Vec<u8> {
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(0, &pattern(1, 0, 1 << 20));
+    session.flush();
+    let bytes = pattern(2, AT, BYTES);
+    session.write(AT, &bytes);
+    daemon.kill();
+    bytes
+}
+
+fn read(daemon: &Daemon) -> Vec<u8> {
+    Session::open(&daemon.socket(), &SessionOptions::default()).read(AT, BYTES)
+}
+
+#[test]
+fn a_file_system_that_is_mounted_again_keeps_the_caches_of_its_images() {
+    for mkfs in [&["mkfs.ext4", "-q"][..], &["mkfs.btrfs", "-q"]] {
+        let Some((directory, mount)) = file_system("remount", mkfs) else { continue };
+        let other = directory.path().join("other");
+        sparse_file(&other, 1 << 20);
+        let (disk, mounted) = (directory.path().join("disk"), mount.directory.clone());
+        let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
+        let bytes = write_and_kill(&mut daemon);
+        let number = fs::metadata(daemon.image()).expect("the image").dev();
+        drop(mount);
+        // Another file takes the loop device's number.
+        let _taken = Loop::attach(&other);
+        let mount = Mount::new(&disk, &mounted).expect("it can be mounted again");
+        let is_renumbered = fs::metadata(daemon.image()).expect("the image").dev() != number;
+        daemon.restart();
+        assert!(read(&daemon) == bytes, "{mkfs:?}, another number: {is_renumbered}: {}", daemon.log());
+        assert_eq!(daemon.directory().left().len(), 1, "there is one cache");
+        daemon.stop();
+        assert!(daemon.image_bytes(AT * 512, BYTES) == bytes);
+        drop(daemon);
+        drop(mount);
+    }
+}
+
+/// Inodes of 128 bytes have no birth time.
+#[test]
+fn a_new_image_with_the_inode_number_of_an_old_one_gets_none_of_its_pages() {
+    for is_dirty in [false, true] {
+        let Some((directory, mount)) = file_system("inode", &["mkfs.ext4", "-q", "-I", "128"]) else { return };
+        let image = mount.directory.join("image");
+        let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
+        if is_dirty {
+            write_and_kill(&mut daemon);
+        } else {
+            let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+            session.write(AT, &pattern(2, AT, BYTES));
+            session.flush();
+            daemon.signal(libc::SIGUSR1);
+            assert!(daemon.wait().success());
+        }
+        let old = fs::metadata(&image).expect("the image").ino();
+        fs::remove_file(&image).expect("the image can be removed");
+        // The file system records whole seconds.
+        std::thread::sleep(Duration::from_millis(1100));
+        sparse_file(&image, IMAGE_BYTES);
+        assert_eq!(fs::metadata(&image).expect("the image").ino(), old, "the number is used again");
+        if is_dirty {
+            let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
+            assert!(ended.stderr.contains("is not as its cache"), "{ended:?}");
+        } else {
+            daemon.restart();
+            assert!(read(&daemon).iter().all(|&byte| byte == 0), "{}", daemon.log());
+            daemon.stop();
+        }
+        assert!(daemon.image_bytes(0, 1 << 20).iter().all(|&byte| byte == 0));
+        drop(daemon);
+        drop(mount);
+    }
+}
+
+#[test]
+fn a_block_device_that_is_attached_again_keeps_its_cache_unless_it_was_changed() {
+    for is_changed in [false, true] {
+        let directory = TempDir::new("attach");
+        let (disk, image) = (directory.path().join("disk"), directory.path().join("image"));
+        let other = directory.path().join("other");
+        sparse_file(&disk, IMAGE_BYTES);
+        sparse_file(&other, 1 << 20);
+        let Some(device) = Loop::attach(&disk) else {
+            eprintln!("skipped: no loop devices here");
+            return;
+        };
+        std::os::unix::fs::symlink(&device.device, &image).expect("a link can be created");
+        let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
+        let bytes = write_and_kill(&mut daemon);
+        let detached = try_poll(PATIENCE, || run("losetup", &["-d", &device.device]));
+        assert!(detached.is_some());
+        let _taken = Loop::attach(&other);
+        if is_changed {
+            let file = File::options().write(true).open(&disk).expect("the file can be opened");
+            file.write_all_at(&[0; 1 << 20], 0).expect("the file can be written");
+        }
+        let again = Loop::attach(&disk).expect("it can be attached again");
+        fs::remove_file(&image).expect("the link can be removed");
+        std::os::unix::fs::symlink(&again.device, &image).expect("a link can be created");
+        if is_changed {
+            let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
+            assert!(ended.stderr.contains("is not as its cache"), "{ended:?}");
+        } else {
+            daemon.restart();
+            assert!(read(&daemon) == bytes, "{}", daemon.log());
+            daemon.stop();
+            assert!(daemon.image_bytes(AT * 512, BYTES) == bytes);
+        }
+        drop(daemon);
+        std::mem::forget(device);
+    }
+}

@@ -21,9 +21,9 @@ use crate::units::{SectorSpan, Tick};
 /// Rounds of the last phase after which a request in flight counts as stuck.
 const ROUNDS_MAX: u32 = 100_000;
 /// Turns in a row of a worker at one moment, each with work and without any progress, after which it counts as
-/// spinning. A few are right: a sweep that ends at its bound, and requests that are resumed and find that others took
-/// the room.
-const IDLE_TURNS_MAX: u32 = 10;
+/// spinning. Fewer are right: a background sweep that makes room for delayed writes passes all dirty groups twice, in
+/// 64 turns each.
+const IDLE_TURNS_MAX: u32 = 200;
 /// Effects and reads in flight that a sector has at most: the oracle tries all their orders.
 const CONTENTION_MAX: usize = 3;
 

@@ -9,9 +9,9 @@ use super::{Guest, GuestOp, World};
 const RETRY_PAUSE_US_MAX: u64 = 5_000_000;
 /// Steps of the liveness phase after which a request that is still in flight counts as stuck.
 const LIVENESS_STEPS_MAX: u64 = 200_000;
-/// Turns in a row at one moment, due and without any progress, after which a worker counts as spinning. A few are
-/// right: a sweep that ends at its bound, and requests that are resumed and find that others took the room.
-const IDLE_TURNS_MAX: u32 = 10;
+/// Turns in a row at one moment, due and without any progress, after which a worker counts as spinning. Fewer are
+/// right: a background sweep that makes room for delayed writes passes all dirty groups twice, in 64 turns each.
+const IDLE_TURNS_MAX: u32 = 200;
 /// Write-back of all that is dirty at the age limit, and the Sync after it, take no longer than so many operations.
 const AGE_SLACK: u64 = 100;
 

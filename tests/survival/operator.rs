@@ -302,6 +302,8 @@ fn a_daemon_refuses_a_folder_that_another_user_made() {
     make_image(&directory);
     let folder = directory.memory().join("genblk");
     fs::create_dir_all(&folder).expect("a directory can be created");
+    // It may be what a daemon of this user kept. Without it the daemon would keep no cache there, and serve.
+    fs::write(folder.join("1-2-3-4"), "a cache").expect("a file can be written");
     chown(&folder, Some(OTHER_USER), None).expect("root gives files to others");
     let mut command = Command::new(server_binary());
     command.arg("--socket-path").arg(directory.path().join("socket"));

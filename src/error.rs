@@ -59,6 +59,12 @@ impl Error {
         self.kind
     }
 
+    /// Whether the host lacked what it needs to tell more: a descriptor, memory, or a disk that can be read.
+    pub fn is_lack_of_resources(&self) -> bool {
+        const ERRNOS: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EIO];
+        self.cause.as_ref().and_then(io::Error::raw_os_error).is_some_and(|errno| ERRNOS.contains(&errno))
+    }
+
     /// The process's exit status for this error: 2 for a wrong configuration, 1 for everything else.
     pub fn exit_status(&self) -> u8 {
         match self.kind {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::daemon::{Daemon, Ended, TempDir, run_to_end, server_binary};
-use common::request::pattern;
+use common::request::{assert_serves, pattern};
 use common::session::{Session, SessionOptions};
 
 const MIB: u64 = 1 << 20;
@@ -149,15 +149,24 @@ fn a_memory_directory_on_a_disk_is_refused_by_the_name_of_its_file_system() {
         println!("skipped: the test's directory is in memory");
         return;
     }
+    let text = format!(
+        "[[device]]\nname = \"disk\"\nsocket = \"socket\"\nimage = \"image\"\n\
+         cache.memory_dir = {on_disk:?}\ncache.survive = \"always\"\n"
+    );
+    fs::write(directory.path().join("disk.toml"), &text).expect("a file can be written");
     let mut command = Command::new(server_binary());
-    command.arg("--socket-path").arg(directory.path().join("socket"));
-    command.arg("--blk-file").arg(directory.path().join("image")).arg("--memory-dir").arg(&on_disk);
-    let ended = run_to_end(&mut command);
+    let ended = run_to_end(command.current_dir(directory.path()).args(["--config", "disk.toml"]));
     assert_eq!(ended.status.code(), Some(2), "{ended:?}");
     for word in [on_disk.to_str().expect("UTF-8"), " is on ", "which is not memory; use a tmpfs such as /dev/shm"] {
         assert!(ended.stderr.contains(word), "{word}: {ended:?}");
     }
     assert!(!on_disk.exists() && !directory.path().join("socket").exists(), "nothing is created");
+
+    // A cache that may as well die with the daemon is served.
+    let device = format!("cache.memory_dir = {on_disk:?}\ncache.survive = \"auto\"");
+    let daemon = Daemon::start_configured(directory, &[&device]);
+    daemon.await_log("which is not memory; use a tmpfs such as /dev/shm, or a mounted hugetlbfs; using a cache that");
+    assert_serves(&daemon.socket(), 0);
 }
 
 /// The first sector of a disk that the guest has encrypted as a whole.

@@ -169,12 +169,25 @@ impl ArenaFile {
         }
     }
 
-    /// The directories of arenas below `memory_dir`, of all users.
-    pub fn dirs(memory_dir: &Path) -> Vec<PathBuf> {
+    /// The directories of arenas below `memory_dir`, of all users; none if it does not exist.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when `memory_dir` cannot be listed.
+    pub fn dirs(memory_dir: &Path) -> Result<Vec<PathBuf>> {
         let is_ours = |name: &OsStr| name == DIRECTORY || name.to_string_lossy().starts_with(DIRECTORY_OF_USER);
-        let entries = fs::read_dir(memory_dir).into_iter().flatten().flatten();
-        let named = entries.filter(|entry| is_ours(&entry.file_name()));
-        named.map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()).collect()
+        let failed = |e| Error::io(ErrorKind::Memory, format!("cannot list {}", memory_dir.display()), e);
+        let entries = match fs::read_dir(memory_dir) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(Vec::new());
+            }
+            // The user may enter it and not list it.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+                return Ok([Self::dir(memory_dir)].into_iter().filter(|path| path.is_dir()).collect());
+            }
+            entries => entries.and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(failed)?,
+        };
+        let named = entries.into_iter().filter(|entry| is_ours(&entry.file_name()));
+        Ok(named.map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()).collect())
     }
 
     /// Where a record of a tenure finds the file.

@@ -302,7 +302,13 @@ impl NewCache<'_> {
     fn create(&self, file: ArenaFile, guest: GuestState) -> Result<(Arena, TenureFacts)> {
         let tenure = self.new_tenure()?;
         let spec = ArenaSpec { frames: self.frames, image: self.facts, tenure, guest };
-        let survive = self.config.cache.survive;
+        let survive = match check_memory_dir(self.config) {
+            Err(error) if self.config.cache.survive == Survive::Auto => {
+                warn!("{error}; using a cache that does not survive a crash");
+                Survive::Never
+            }
+            _ => self.config.cache.survive,
+        };
         if survive == Survive::Never {
             let created = Arena::loss_marker(file, &spec).map_err(|NotCreated { error, .. }| error);
             return created.map(|arena| (arena, tenure));

@@ -74,7 +74,7 @@ impl Search<'_> {
             let Some(file) = ArenaFile::take_named_from_fdstore(self.manager, &name)? else { continue };
             found.extend(self.candidate(file, likeness)?);
         }
-        for path in self.paths() {
+        for path in self.paths()? {
             let is_recorded = self.recorded_path() == Some(&path);
             let peeked = match ArenaFile::peek(&path, whose()) {
                 Err(e) if is_recorded && e.kind() == ErrorKind::Memory => {
@@ -83,13 +83,14 @@ impl Search<'_> {
                     }
                     return Err(self.unreachable(&path, &e));
                 }
-                // Other users' files, and files that vanish meanwhile.
-                Err(e) if e.kind() == ErrorKind::Memory => continue,
+                // Other users' files, and files that vanish meanwhile. Where the host cannot even tell, the cache of this
+                // image may be there.
+                Err(e) if e.kind() == ErrorKind::Memory && !e.is_lack_of_resources() => continue,
                 peeked => peeked,
             };
             let name = path.file_name().unwrap_or_default();
             let likeness = match self.likeness_of(peeked, name) {
-                Err(_) if !is_recorded && !is_own(&path) => continue,
+                Err(e) if !is_recorded && !is_own(&path) && !e.is_lack_of_resources() => continue,
                 likeness => likeness?,
             };
             let Some(likeness) = likeness else { continue };
@@ -143,25 +144,33 @@ impl Search<'_> {
     }
 
     /// The files that are looked at, each once.
-    fn paths(&self) -> Vec<PathBuf> {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] for a directory that cannot be listed, except those of other users: the cache may be there.
+    fn paths(&self) -> Result<Vec<PathBuf>> {
         let mut memory_dirs = vec![PathBuf::from(DEFAULT_MEMORY_DIR)];
         if let MemoryDir::Path(configured) = self.memory_dir {
             memory_dirs.insert(0, configured.clone());
         }
         let mut paths: Vec<PathBuf> = self.recorded_path().into_iter().cloned().collect();
-        for directory in memory_dirs.iter().flat_map(|memory_dir| ArenaFile::dirs(memory_dir)) {
+        let directories =
+            memory_dirs.iter().map(|memory_dir| ArenaFile::dirs(memory_dir)).collect::<Result<Vec<_>>>()?;
+        for directory in directories.into_iter().flatten() {
             let directory = directory.canonicalize().unwrap_or(directory);
             if !self.is_trusted(&directory) {
                 continue;
             }
-            let mut files: Vec<_> =
-                fs::read_dir(&directory).into_iter().flatten().flatten().map(|e| e.path()).collect();
+            let mut files = match files_in(&directory) {
+                Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => Vec::new(),
+                files => files
+                    .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot list {}", directory.display()), e))?,
+            };
             files.sort();
             paths.extend(files);
         }
         let mut seen = std::collections::HashSet::new();
         paths.retain(|path| seen.insert(path.clone()));
-        paths
+        Ok(paths)
     }
 
     /// Whether a directory's caches count: nobody but its owner can write to it, and the owner may write to the image.
@@ -178,13 +187,13 @@ impl Search<'_> {
     /// How far a header shows that its cache belongs to the image; `None`: it does not. `name` is that of its file.
     ///
     /// # Errors
-    /// Why a header cannot be read, if the name says that the cache is the image's.
+    /// Why a header cannot be read, if the name says that the cache is the image's, or nothing can be read now.
     fn likeness_of(&self, peeked: Result<Option<Header>>, name: &OsStr) -> Result<Option<Likeness>> {
         let first_name = self.facts.identity.file_name(0, 0);
         let prefix = first_name.trim_end_matches('0');
         match peeked {
             Ok(header) => Ok(header.and_then(|header| self.likeness(&header))),
-            Err(e) if name.to_string_lossy().contains(prefix) => Err(e),
+            Err(e) if e.is_lack_of_resources() || name.to_string_lossy().contains(prefix) => Err(e),
             Err(e) => {
                 log::debug!("{}: {e}", name.display());
                 Ok(None)
@@ -221,6 +230,11 @@ impl Search<'_> {
 fn is_own(path: &Path) -> bool {
     let directory = path.parent().and_then(|directory| fs::metadata(directory).ok());
     directory.is_some_and(|directory| directory.uid() == effective_uid())
+}
+
+/// The files in a directory.
+fn files_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect()
 }
 
 /// Whether a path leads to the file with this identity.

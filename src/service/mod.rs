@@ -19,7 +19,7 @@ use log::info;
 
 use crate::arena::Arena;
 use crate::cached_image::CachedImage;
-use crate::config::{DeviceConfig, Engine, ImageFormat};
+use crate::config::{DeviceConfig, Engine, ImageFormat, Survive};
 use crate::device::control::Workers;
 use crate::device::{self, Command, Control, Device};
 use crate::error::{Error, ErrorKind, Result};
@@ -65,7 +65,9 @@ impl Service {
             Engine::IoUring => IoEngine::Uring,
             Engine::Threads => IoEngine::Threads,
         };
-        recover::check_memory_dir(config)?;
+        if config.cache.survive == Survive::Always {
+            recover::check_memory_dir(config)?;
+        }
         let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
         let image = FileImage::open_for(&config.name, &config.image, &options)?;
         let identity = image.identity();

@@ -252,7 +252,7 @@ fn a_write_beyond_the_limit_of_file_sizes_fails_and_the_daemon_goes_on() {
     let flush = session.run(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty);
     assert!(far.status != OK || flush.status != OK, "there is no space beyond the limit");
     daemon.assert_alive();
-    assert!(daemon.log().contains("no space"), "{}", daemon.log());
+    poll_until("the reason in the log", PATIENCE, || daemon.log().contains("no space").then_some(()));
     assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
     drop(session);
     daemon.kill();

@@ -226,8 +226,10 @@ fn a_disk_whose_image_hangs_does_not_keep_the_others_from_starting() {
     let length = notified.recv(&mut message).expect("the daemon notifies its service manager");
     let expected = "READY=1\nSTATUS=serving 2 of 3 disks; not served: sick (its image does not answer)";
     assert_eq!(String::from_utf8_lossy(&message[..length]), expected);
-    let log = daemon.log();
-    assert!(log.contains("sick: image ") && log.contains("opening the image has taken 5 s so far"), "{log}");
+    poll_until("a line about the wait", PATIENCE, || {
+        let log = daemon.log();
+        (log.contains("sick: image ") && log.contains("opening the image has taken 5 s so far")).then_some(())
+    });
     ward.disk.release(OpClass::Read);
     poll_until("the disk to be served", PATIENCE, || is_listening(&ward.socket("sick")).then_some(()));
     assert_serves(&ward.socket("sick"), 64);

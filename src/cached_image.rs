@@ -96,6 +96,9 @@ impl CachedImage {
     pub fn new(name: &str, backing: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
         let arena = Arc::new(arena);
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
+        for run in backing.data_runs() {
+            cache.learn_data(SectorSpan::new(run.start / SECTOR_BYTES, (run.end - run.start) / SECTOR_BYTES));
+        }
         let (pages, dirty) = cache.restore(arena.records(), arena.pending_zeroes());
         if pages > 0 {
             let pages = counted(u64::from(pages), "cached page");

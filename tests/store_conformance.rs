@@ -74,6 +74,23 @@ fn written_data_reads_back_through_segments_cut_elsewhere() {
     });
 }
 
+#[test]
+fn the_first_runs_of_data_are_found_when_a_sparse_file_is_opened() {
+    let directory = std::env::temp_dir().join(format!("genblk-runs-{}", std::process::id()));
+    let file = std::fs::File::create(&directory).unwrap();
+    file.set_len(8 * MIB).unwrap();
+    for (offset, len) in [(0, 64 * 1024), (MIB, 128 * 1024), (8 * MIB - 65536, 65536)] {
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![1; len], offset).unwrap();
+    }
+    let image = FileImage::open(&directory, &OpenOptions::default()).unwrap();
+    let runs = image.data_runs();
+    std::fs::remove_file(&directory).unwrap();
+    // A file system that cannot find holes reports one run.
+    if image.limits().holes == ImageHoles::Possible {
+        assert_eq!(runs, [0..65536, MIB..MIB + 131_072, 8 * MIB - 65536..8 * MIB]);
+    }
+}
+
 /// A store may pin memory that it got a hint of. Segments inside it, outside it and across its end must all work.
 #[test]
 fn hinted_memory_transfers_like_any_other() {

@@ -242,6 +242,16 @@ impl PageCache {
         self.submit_op(StoreOp::without_pages(OpKind::Map, self.span_of(first, REGION_PAGES)));
     }
 
+    /// All of the span is data on the store.
+    ///
+    /// => Only before the first request: later, a zero or discard might have made holes.
+    pub fn learn_data(&mut self, span: SectorSpan) {
+        let pages = whole_pages(span, self.settings.image_sectors);
+        if self.holes.image == ImageHoles::Possible && pages.count > 0 {
+            self.holes.runs.learn(pages, ExtentKind::Data);
+        }
+    }
+
     /// A Map has ended. If it failed, the pages of its region count as data.
     pub(super) fn map_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         let runs: &[(u64, ExtentKind)] = match outcome {

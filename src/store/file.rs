@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -275,6 +276,10 @@ impl Backing for FileImage {
         let Some(record) = tenure.as_mut() else { return Ok(false) };
         record.cache = CachePlace::Memory;
         history::write_record(&self.image.file, record).map(|()| true)
+    }
+
+    fn data_runs(&self) -> Vec<Range<u64>> {
+        self.image.data_runs.clone()
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {

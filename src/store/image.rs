@@ -5,6 +5,7 @@
 //! through the host's page cache.
 
 use std::fs::{File, Metadata};
+use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,6 +33,11 @@ const DEPTH: u16 = 256;
 /// is a page.
 const SIZE_LIMIT: u64 = PAGE_BYTES << 47;
 
+/// Most runs of data that are looked for when an image is opened ...
+const RUNS_MAX: usize = 64;
+/// ... and how long.
+const RUNS_PATIENCE: Duration = Duration::from_millis(200);
+
 /// How long to retry opening a device that is in use: a ring of a daemon that has just ended releases it in the
 /// background, and tools that scan devices hold them briefly.
 const BUSY_PATIENCE: Duration = Duration::from_millis(500);
@@ -47,6 +53,8 @@ pub(super) struct OpenImage {
     /// The device, if the image was opened for one, and the image; log lines begin with it.
     label: String,
     identity: ImageId,
+    /// See [`super::Backing::data_runs`].
+    pub(super) data_runs: Vec<Range<u64>>,
     direct: bool,
     /// Logical block size of a block device in bytes; `None` for a regular file.
     device_block: Option<u32>,
@@ -92,7 +100,7 @@ impl OpenImage {
         let alignment = direct.unwrap_or(Alignment::BUFFERED);
         let writable = access == LockMode::ReadWrite;
         let is_file = geometry.device_block.is_none();
-        let first_hole = is_file.then(|| sys::file::seek_hole(&file, 0).ok()).flatten();
+        let data_runs = if is_file { first_data_runs(&file, geometry.size_bytes) } else { None };
         let limits = Limits {
             size_bytes: geometry.size_bytes,
             block_bytes: alignment.block,
@@ -108,10 +116,10 @@ impl OpenImage {
             // Always: if the host has no command for it, genblk writes zeros.
             can_zero: writable,
             can_discard: writable && can_discard(&file, &geometry),
-            holes: match first_hole {
+            holes: match &data_runs {
                 None => ImageHoles::Unmappable,
-                Some(hole) if hole < geometry.size_bytes => ImageHoles::Possible,
-                Some(_) => ImageHoles::NoneYet,
+                Some(runs) if *runs == [0..geometry.size_bytes] => ImageHoles::NoneYet,
+                Some(_) => ImageHoles::Possible,
             },
         };
         let identity = identity_of(&file, &metadata);
@@ -121,6 +129,7 @@ impl OpenImage {
             path: path.to_path_buf(),
             label,
             identity,
+            data_runs: data_runs.unwrap_or_default(),
             direct: direct.is_some(),
             device_block: geometry.device_block,
             format,
@@ -246,6 +255,26 @@ impl Drop for OpenImage {
     fn drop(&mut self) {
         lock::release(&self.file, &self.label);
     }
+}
+
+/// The first runs of data of a file; `None` if its file system cannot find holes. On a fragmented file the kernel walks
+/// over all extents of a run to find its end: here once, and not with the first requests of the guest.
+fn first_data_runs(file: &File, size_bytes: u64) -> Option<Vec<Range<u64>>> {
+    let deadline = Instant::now() + RUNS_PATIENCE;
+    let (mut runs, mut at) = (Vec::new(), 0);
+    while at < size_bytes && runs.len() < RUNS_MAX && Instant::now() < deadline {
+        let data = match sys::file::seek_data(file, at) {
+            Ok(data) => data.min(size_bytes),
+            // No data up to the end of the file.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => size_bytes,
+            Err(_) => return None,
+        };
+        at = if data < size_bytes { sys::file::seek_hole(file, data).ok()?.clamp(data, size_bytes) } else { data };
+        if data < at {
+            runs.push(data..at);
+        }
+    }
+    Some(runs)
 }
 
 fn open_file(path: &Path, access: LockMode) -> Result<File> {

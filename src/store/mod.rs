@@ -302,6 +302,11 @@ pub trait Backing: Send + Sync + fmt::Debug {
     /// The guest is writing what makes the image look like another format than raw: the next start must not refuse it.
     fn note_guest_format(&self, _format: format::Format) {}
 
+    /// Runs of data, in bytes, that were found when the image was opened; there may be more.
+    fn data_runs(&self) -> Vec<Range<u64>> {
+        Vec::new()
+    }
+
     /// A queue for one more worker.
     ///
     /// # Errors

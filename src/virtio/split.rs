@@ -33,6 +33,9 @@ const TABLE_ALIGNMENT: u64 = 16;
 const AVAIL_ALIGNMENT: usize = 2;
 const USED_ALIGNMENT: usize = 4;
 const DESCRIPTOR_BYTES: usize = 16;
+/// How often an impossible available index is read again, some microseconds in all. A driver that does not store it in
+/// one access, such as one in a scripting language, shows a wrong one for nanoseconds, and a worker that polls sees it.
+const INDEX_REREADS: u32 = 500;
 
 /// Where a queue is in guest memory, and what was negotiated for it. Addresses are guest-physical.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +119,14 @@ impl SplitQueue {
     /// # Errors
     /// [`Overrun`]; nothing is taken then.
     pub fn take(&mut self, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
-        let available = self.avail_idx().wrapping_sub(self.next.next_avail);
+        let mut available = self.avail_idx().wrapping_sub(self.next.next_avail);
+        for _ in 0..INDEX_REREADS {
+            if available <= self.layout.size {
+                break;
+            }
+            std::hint::spin_loop();
+            available = self.avail_idx().wrapping_sub(self.next.next_avail);
+        }
         if available > self.layout.size {
             return Err(Overrun);
         }

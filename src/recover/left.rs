@@ -103,7 +103,11 @@ impl Left {
                 }
                 info!("{name}: dropped the cache in {file}, which held no unwritten data: {why}");
                 self.settle(name, image, header.tenure.map(|tenure| tenure.id));
-                file.remove();
+                // What it records of the guest must outlive this daemon's death until the new cache has it.
+                file.shrink_to_header()?;
+                if let Some(header) = file.header()? {
+                    self.add_marker(read_only, Candidate { file, header, likeness, foreign: None });
+                }
                 Ok(())
             }
         }

@@ -148,6 +148,12 @@ pub fn arena_for(
             let header = header.expect(HAS_HEADER);
             let arena = Arena::attach(file, &header)?;
             arena.move_to(&header.image, &facts).map_err(|beyond| overhang(image, &arena, beyond))?;
+            if guest.data == GuestData::Lost {
+                arena.set_data_loss();
+            }
+            if guest.write_through {
+                arena.set_write_through(true);
+            }
             (arena, header.tenure.expect("a cache of this layout has a tenure"))
         }
         Decision::WriteBack => {

@@ -9,7 +9,7 @@ use crate::arena::{Arena, sectors_within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Backing;
 use crate::store::file::FileImage;
-use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SectorMask, counted};
+use crate::units::{FrameId, FrameRecord, PAGE_BYTES, SECTOR_BYTES, SectorMask, counted};
 
 /// What a cache holds and its image lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,8 @@ impl fmt::Display for Unwritten {
 /// and syncs it; returns the number of pages. Calls `progress` with how many of how many pages are written.
 ///
 /// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
+/// => The ledger says that the image is being changed: a daemon that dies in the middle leaves a cache that the next one
+///    still finds to be the image's.
 /// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
 ///    genblk recorded its other sectors as dirty too.
 pub(super) fn write_back(arena: &Arena, image: &FileImage, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
@@ -60,11 +62,13 @@ pub(super) fn write_back(arena: &Arena, image: &FileImage, progress: &mut dyn Fn
     }
     dirty.retain(|(_, record)| !record.dirty.is_empty());
     for (_, span) in arena.pending_zeroes() {
+        arena.begin_change(span.count * SECTOR_BYTES);
         image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
     }
     // The image that was opened and checked, not what its path leads to by now.
     let file = image.reopen_buffered().map_err(failed)?;
     for (done, &(frame, record)) in dirty.iter().enumerate() {
+        arena.begin_change(PAGE_BYTES);
         write_page(arena, frame, record, &file).map_err(failed)?;
         progress(done as u64 + 1, dirty.len() as u64);
     }

@@ -59,8 +59,8 @@ fn root() -> &'static Path {
 }
 
 fn mutations() -> Vec<Mutation> {
-    let text = fs::read_to_string(root().join("tests/mutations.toml")).unwrap();
-    toml::from_str::<Mutations>(&text).unwrap().mutation
+    let text = fs::read_to_string(root().join("tests/mutations.toml")).expect("the file system works");
+    toml::from_str::<Mutations>(&text).expect("the list is valid TOML").mutation
 }
 
 impl Mutation {
@@ -95,16 +95,16 @@ impl Mutation {
     /// Plants the bug in `tree`, runs its test, and takes the bug out again.
     fn judge(&self, tree: &Path) -> Verdict {
         let path = tree.join(&self.file);
-        fs::write(&path, self.plant()).unwrap();
+        fs::write(&path, self.plant()).expect("the file system works");
         let (target, filter) = self.target();
         let built = cargo(tree, BUILD_SECONDS_MAX, &[&target[..], &["--no-run"]].concat(), &[]);
         if !built.status.success() {
             println!("{}", stderr(&built));
-            fs::copy(root().join(&self.file), &path).unwrap();
+            fs::copy(root().join(&self.file), &path).expect("the file system works");
             return Verdict::DoesNotCompile;
         }
         let output = cargo(tree, TEST_SECONDS_MAX, &target, &[filter]);
-        fs::copy(root().join(&self.file), &path).unwrap();
+        fs::copy(root().join(&self.file), &path).expect("the file system works");
         let ran = !String::from_utf8_lossy(&output.stdout).contains("running 0 tests");
         assert!(ran, "{}: no test is named like {filter:?}", self.name);
         match output.status.code() {
@@ -134,14 +134,14 @@ fn copy_tree() -> PathBuf {
     let tree = root().join("target/mutations/tree");
     let files = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().expect("git");
     assert!(files.status.success(), "git ls-files: {}", stderr(&files));
-    for file in String::from_utf8(files.stdout).unwrap().split_terminator('\0') {
+    for file in String::from_utf8(files.stdout).expect("git lists UTF-8").split_terminator('\0') {
         let (from, to) = (root().join(file), tree.join(file));
         let Ok(contents) = fs::read(&from) else { continue };
         if fs::read(&to).is_ok_and(|present| present == contents) {
             continue;
         }
-        fs::create_dir_all(to.parent().unwrap()).unwrap();
-        fs::copy(from, to).unwrap();
+        fs::create_dir_all(to.parent().expect("a file has a directory")).expect("the file system works");
+        fs::copy(from, to).expect("the file system works");
     }
     tree
 }
@@ -149,8 +149,8 @@ fn copy_tree() -> PathBuf {
 /// Whether a file, or one below a directory, has this text.
 fn contains(path: &Path, text: &str) -> bool {
     if path.is_dir() {
-        let mut entries = fs::read_dir(path).unwrap();
-        return entries.any(|entry| contains(&entry.unwrap().path(), text));
+        let mut entries = fs::read_dir(path).expect("the file system works");
+        return entries.any(|entry| contains(&entry.expect("the file system works").path(), text));
     }
     fs::read_to_string(path).is_ok_and(|contents| contents.contains(text))
 }

@@ -83,8 +83,8 @@ impl Search<'_> {
                     }
                     return Err(self.unreachable(&path, &e));
                 }
-                // Other users' files, and files that vanish meanwhile. Where the host cannot even tell, the cache of this
-                // image may be there.
+                // Other users' files, and files that vanish meanwhile. Where the host cannot even tell, it may be that
+                // of the image.
                 Err(e) if e.kind() == ErrorKind::Memory && !e.is_lack_of_resources() => continue,
                 peeked => peeked,
             };
@@ -146,7 +146,7 @@ impl Search<'_> {
     /// The files that are looked at, each once.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`] for a directory that cannot be listed, except those of other users: the cache may be there.
+    /// [`ErrorKind::Memory`] for a directory that cannot be listed, except those of other users: it may hold the cache.
     fn paths(&self) -> Result<Vec<PathBuf>> {
         let mut memory_dirs = vec![PathBuf::from(DEFAULT_MEMORY_DIR)];
         if let MemoryDir::Path(configured) = self.memory_dir {

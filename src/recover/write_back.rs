@@ -43,8 +43,8 @@ impl fmt::Display for Unwritten {
 /// and syncs it; returns the number of pages. Calls `progress` with how many of how many pages are written.
 ///
 /// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
-/// => The ledger says that the image is being changed: a daemon that dies in the middle leaves a cache that the next one
-///    still finds to be the image's.
+/// => The ledger says that the image is being changed: if a daemon dies in the middle, the next one still finds the
+///    cache to be the image's.
 /// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
 ///    genblk recorded its other sectors as dirty too.
 pub(super) fn write_back(arena: &Arena, image: &FileImage, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {

@@ -118,7 +118,7 @@ impl OpenImage {
             can_discard: writable && can_discard(&file, &geometry),
             holes: match &data_runs {
                 None => ImageHoles::Unmappable,
-                Some(runs) if *runs == [0..geometry.size_bytes] => ImageHoles::NoneYet,
+                Some(runs) if *runs == std::slice::from_ref(&(0..geometry.size_bytes)) => ImageHoles::NoneYet,
                 Some(_) => ImageHoles::Possible,
             },
         };

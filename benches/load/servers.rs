@@ -1,13 +1,17 @@
 //! The servers under comparison. Each runs as its own process.
 
+use std::ffi::CString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use genblk::tenure::record::ATTRIBUTE;
 
 use crate::wait::{is_listening, try_poll};
 
@@ -169,6 +173,7 @@ pub struct Server {
     /// The socket of its last device, which it opens last.
     last_socket: PathBuf,
     log: PathBuf,
+    images: Vec<PathBuf>,
 }
 
 impl Server {
@@ -202,7 +207,8 @@ impl Server {
         die_with_parent(&mut command, spec);
         let child = command.spawn().map_err(failed)?;
         let last_socket = socket_of(&socket, images.len() - 1);
-        let mut server = Self { spec: spec.clone(), command, child, socket, last_socket, log: log_path };
+        let mut server =
+            Self { spec: spec.clone(), command, child, socket, last_socket, log: log_path, images: images.to_vec() };
         server.await_listening()?;
         Ok(server)
     }
@@ -295,7 +301,15 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = fs::remove_dir_all(memory_dir(&self.socket));
+        self.images.iter().for_each(|image| forget_cache(image));
     }
+}
+
+/// Removes the record by which the next genblk would miss the cache of the killed one.
+fn forget_cache(image: &Path) {
+    let Ok(image) = CString::new(image.as_os_str().as_bytes()) else { return };
+    // SAFETY: both strings end with a NUL byte. An image without the record is no failure.
+    unsafe { libc::removexattr(image.as_ptr(), ATTRIBUTE.as_ptr()) };
 }
 
 impl fmt::Display for ServerSpec {

@@ -12,7 +12,7 @@ use std::mem;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::common::SECTOR_BYTES;
 use crate::common::prng::Prng;
@@ -68,6 +68,8 @@ struct InFlight {
 }
 
 struct DiskState {
+    /// When the last write arrived.
+    changed_at: SystemTime,
     /// The bytes that survive a power cut.
     platter: Vec<u8>,
     /// The bytes that a read returns: the platter's, with the unsynced writes.
@@ -167,6 +169,7 @@ impl Disk {
     /// A disk with these bytes on its platter.
     pub fn new(bytes: Vec<u8>, seed: u64) -> Self {
         let state = DiskState {
+            changed_at: SystemTime::now(),
             platter: bytes.clone(),
             contents: bytes,
             unsynced: Vec::new(),
@@ -199,6 +202,11 @@ impl Disk {
 
     // Operations.
 
+    /// When the last write arrived.
+    pub fn changed_at(&self) -> SystemTime {
+        self.lock().changed_at
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.lock().contents.len()
@@ -215,6 +223,7 @@ impl Disk {
 
     /// Writes `bytes` at `start`, within the disk.
     pub fn write(&self, start: usize, bytes: Vec<u8>, completion: Completion) {
+        self.change(|state| state.changed_at = SystemTime::now());
         self.change(|state| {
             let id = state.arrive(OpClass::Write, completion);
             if state.is_powered {

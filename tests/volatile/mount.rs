@@ -104,13 +104,14 @@ impl ImageFile {
             IMAGE => (FileType::RegularFile, 0o666, self.0.len() as u64),
             _ => (FileType::Directory, 0o777, 0),
         };
+        let changed_at = self.0.changed_at();
         FileAttr {
             ino: inode,
             size,
             blocks: size / 512,
             atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
+            mtime: changed_at,
+            ctime: changed_at,
             crtime: UNIX_EPOCH,
             kind,
             perm,

@@ -83,8 +83,8 @@ impl Search<'_> {
                     }
                     return Err(self.unreachable(&path, &e));
                 }
-                // Other users' files, and files that vanish meanwhile. Where the host cannot even tell, it may be that
-                // of the image.
+                // Other users' files, and files that vanish meanwhile. A file that the host lacks resources to open may
+                // be the image's cache.
                 Err(e) if e.kind() == ErrorKind::Memory && !e.is_lack_of_resources() => continue,
                 peeked => peeked,
             };

@@ -331,7 +331,7 @@ fn a_front_end_that_changes_its_mind_does_not_fill_the_log() {
     daemon.stop();
 }
 
-/// A daemon whose standard error is a pipe that nobody reads.
+/// A daemon whose standard error is a pipe without a reader.
 fn with_blocked_stderr(directory: &TempDir) -> Child {
     let mut command = command_with_cache(directory, "16M");
     command.env("GENBLK_LOG", "trace").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());

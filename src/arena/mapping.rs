@@ -205,7 +205,7 @@ impl Drop for Mapping {
 /// # Safety
 /// With MAP_FIXED, the call replaces whatever is mapped there.
 unsafe fn map(at: *mut u8, bytes: usize, protection: i32, flags: i32, fd: RawFd) -> io::Result<*mut u8> {
-    // SAFETY: the caller vouches for the range.
+    // SAFETY: the caller guarantees that the range is valid.
     match unsafe { libc::mmap(at.cast(), bytes, protection, flags, fd, 0) } {
         libc::MAP_FAILED => Err(io::Error::last_os_error()),
         base => Ok(base.cast()),
@@ -218,7 +218,7 @@ unsafe fn map(at: *mut u8, bytes: usize, protection: i32, flags: i32, fd: RawFd)
 /// Nothing uses the range any more.
 unsafe fn unmap(at: *mut u8, bytes: usize) {
     if bytes > 0 {
-        // SAFETY: the caller vouches for the range. The call fails only for an invalid range.
+        // SAFETY: the caller guarantees that the range is valid. The call fails only for an invalid range.
         unsafe { libc::munmap(at.cast(), bytes) };
     }
 }

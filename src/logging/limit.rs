@@ -80,7 +80,7 @@ pub(super) struct Limiter(HashMap<Kind, Window>);
 impl Limiter {
     /// Whether `message` is written now; if not, it is counted.
     pub fn admit(&mut self, kind: Kind, message: &str, now: Instant) -> bool {
-        // Whoever turns these levels on wants every line.
+        // An operator who turns these levels on wants every line.
         if kind.level > Level::Info {
             return true;
         }

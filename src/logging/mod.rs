@@ -63,7 +63,8 @@ pub fn init() {
     }
 }
 
-/// Writes a line without time and level to standard error, after the lines before it. For the process's last words.
+/// Writes a line without time and level to standard error, after the lines before it. For the error that ends the
+/// process.
 pub fn print(line: &str) {
     QUEUE.push(format!("{line}\n").into_bytes());
     flush();

@@ -105,7 +105,7 @@ impl Disk {
         }
     }
 
-    /// A zero or discard that fails has destroyed the sector, for good.
+    /// A zero or discard that fails has destroyed the sector's contents.
     pub fn tear(&mut self, sector: usize) {
         (self.current[sector], self.durable[sector]) = (0, 0);
         self.unsynced[sector].clear();

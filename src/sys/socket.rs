@@ -63,7 +63,7 @@ fn connect_to(name: &[u8]) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Creates a socket at `path` on which nobody can connect yet: [`listen`] follows. Its file never has more rights than
+/// Creates a socket at `path` that accepts no connection yet: [`listen`] follows. Its file never has more rights than
 /// `mode`, and fewer if the umask removes some.
 ///
 /// # Errors

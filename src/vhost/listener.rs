@@ -172,7 +172,7 @@ mod tests {
         let scratch = Scratch::new("owner");
         let socket = bind_without_listening(&scratch.socket(), 0o600).unwrap();
         assert_eq!(mode_and_group(&scratch.socket()).0 & !0o600, 0, "it never has more rights");
-        assert!(UnixStream::connect(scratch.socket()).is_err(), "nobody can connect before listen()");
+        assert!(UnixStream::connect(scratch.socket()).is_err(), "connect() fails before listen()");
         listen(socket).unwrap();
     }
 

@@ -3,9 +3,9 @@
 //!
 //! - It offers INFLIGHT_SHMFD, and handles GET_INFLIGHT_FD and SET_INFLIGHT_FD itself.
 //! - It sorts a memory table by guest address: vhost-user-backend refuses any other order.
-//! - It lets a front-end begin anew on its connection. QEMU sends a second SET_OWNER when a device is unplugged and
-//!   another one plugged on the same character device; vhost-user-backend refuses it, and would keep the memory of the
-//!   first device.
+//! - It lets a front-end start a new session on its connection. QEMU sends a second SET_OWNER when a device is
+//!   unplugged and another one plugged on the same character device; vhost-user-backend refuses it, and would keep the
+//!   memory of the first device.
 //! - It withholds protocol features that were not offered, and features that an earlier version of genblk offered.
 //! - It refuses a front-end that does not share the guest's memory, more regions than it was told there is room for,
 //!   and regions whose addresses wrap; vhost-user-backend checks neither.
@@ -74,11 +74,11 @@ enum Reply {
 pub(super) enum Ended {
     /// One end has disconnected, or the session must end.
     Disconnected,
-    /// The front-end begins anew, on the same connection.
+    /// The front-end starts a new session on the same connection.
     NewOwner(NewOwner),
 }
 
-/// What a front-end that begins anew has sent already: its SET_OWNER, and before that the protocol features.
+/// What a front-end that starts a new session has sent already: its SET_OWNER, and before that the protocol features.
 #[derive(Debug)]
 pub(super) struct NewOwner {
     set_owner: Message,
@@ -118,7 +118,7 @@ impl<'a> Relay<'a> {
         Self { front_end, backend_end, stop, session, rings, regions, owned, held, protocol_features, replies }
     }
 
-    /// Sends vhost-user-backend what a front-end that begins anew has sent already.
+    /// Sends vhost-user-backend what the front-end of a new session has sent already.
     ///
     /// # Errors
     /// The socket's.
@@ -131,7 +131,7 @@ impl<'a> Relay<'a> {
         self.forward_request(owner.set_owner)
     }
 
-    /// Forwards messages until one end disconnects, the session must end, or the front-end begins anew.
+    /// Forwards messages until one end disconnects, the session must end, or the front-end starts a new one.
     ///
     /// # Errors
     /// The error of a socket; [`io::ErrorKind::TimedOut`] for a front-end that stalls within a message;
@@ -229,7 +229,8 @@ impl<'a> Relay<'a> {
         question.send(&self.backend_end)
     }
 
-    /// Forwards a reply of vhost-user-backend, or what takes its place. Returns the owner if the front-end begins anew.
+    /// Forwards a reply of vhost-user-backend, or what takes its place. Returns the owner if the front-end starts a new
+    /// session.
     fn forward_reply(&mut self, mut message: Message) -> io::Result<Option<NewOwner>> {
         match message.request {
             GET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits | INFLIGHT_SHMFD),

@@ -142,7 +142,7 @@ impl Server {
             self.workers.set_memory(&Arc::new(GuestRam::default()));
             match ended {
                 Ok(Ended::NewOwner(next)) => {
-                    info!("{}: the front-end begins anew on its connection", self.device.name);
+                    info!("{}: the front-end starts a new session on its connection", self.device.name);
                     // As at a disconnection: the guest of before may not return.
                     self.workers.start_flush();
                     owner = Some(next);
@@ -165,7 +165,7 @@ impl Server {
     }
 
     /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs. `owner`: the front-end
-    /// has begun anew with this.
+    /// has started a new session with this.
     fn session(&self, session: &Arc<Session>, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<Ended> {
         let (listener, backend_end) = socketpair::private_listener()?;
         let backend = Backend::new(session, self.queue_size);

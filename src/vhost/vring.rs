@@ -53,7 +53,8 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// The session of a front-end that has just connected, or begins anew. `greeting` is logged once a vring starts.
+    /// The session of a front-end that has just connected or starts a new session. `greeting` is logged once a vring
+    /// starts.
     pub fn new(device: &Arc<Device>, workers: &Arc<Workers>, peer_pid: u32, greeting: Option<String>) -> Arc<Self> {
         let (device, workers) = (Arc::clone(device), Arc::clone(workers));
         Arc::new(Self {

@@ -222,7 +222,7 @@ impl Rings {
         {
             return None;
         }
-        // Without their last words: a driver without EVENT_IDX does not use those.
+        // Without the event index at the end of each: a driver without EVENT_IDX does not use it.
         let parts = [
             (layout.desc_table, size * DESCRIPTOR_BYTES),
             (layout.avail_ring, RING + size * HEAD_BYTES),

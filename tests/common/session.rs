@@ -152,10 +152,10 @@ impl Session {
         session
     }
 
-    /// Begins anew on the same connection, as QEMU does when a device is unplugged and another one plugged: protocol
-    /// features first, then SET_OWNER, then the features. Nothing is shared or set up.
+    /// Starts a new session on the same connection, as QEMU does when a device is unplugged and another one plugged:
+    /// protocol features first, then SET_OWNER, then the features. Nothing is shared or set up.
     #[track_caller]
-    pub fn begin_anew(mut self) -> Self {
+    pub fn new_session(mut self) -> Self {
         let protocol = self.frontend.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
         self.frontend.set_protocol_features(protocol & used_protocol_features()).expect("SET_PROTOCOL_FEATURES");
         self.frontend.get_queue_num().expect("GET_QUEUE_NUM");

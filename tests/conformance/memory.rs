@@ -274,7 +274,7 @@ fn memory_that_is_mapped_privately_is_refused() {
 }
 
 /// Where the front-end's mappings cannot be seen (another PID namespace): a guest that kicks for nothing, in memory
-/// that nobody has written to.
+/// that was never written to.
 #[test]
 fn a_kick_in_blank_memory_is_reported_once() {
     let daemon = start();

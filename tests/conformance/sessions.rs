@@ -176,14 +176,14 @@ fn a_reset_device_can_be_set_up_again() {
 /// QEMU unplugs a device and plugs another one on the same character device: all messages of a new front-end, on the
 /// connection of the old one, whose rings have stopped and whose memory was never unmapped.
 #[test]
-fn a_front_end_can_begin_anew_on_its_connection() {
+fn a_front_end_can_start_a_new_session_on_its_connection() {
     let mut daemon = start();
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     for round in 1..=5 {
         let bytes = pattern(round, 8 * round, 4096);
         session.write(8 * round, &bytes);
         session.stop_ring(0);
-        session = session.begin_anew();
+        session = session.new_session();
         for region in session.memory.region_infos() {
             session.frontend.add_mem_region(&region).expect("ADD_MEM_REG");
         }

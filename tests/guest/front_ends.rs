@@ -26,7 +26,7 @@ fn command(monitor: &Path, line: &str) {
     thread::sleep(Duration::from_millis(500));
 }
 
-/// The second device begins anew on the connection of the first (a second SET_OWNER).
+/// The second device starts a new session on the connection of the first (a second SET_OWNER).
 #[test]
 fn a_disk_can_be_unplugged_and_plugged_again() {
     const SLOT: &str = "pcie-root-port,id=rp0,chassis=1";
@@ -50,7 +50,7 @@ fn a_disk_can_be_unplugged_and_plugged_again() {
     vm.finish();
     let log = server.log();
     assert_eq!(log.matches("front-end connected").count(), 1, "one connection: {log}");
-    assert!(log.contains("begins anew"), "{log}");
+    assert!(log.contains("starts a new session"), "{log}");
     server.stop();
 
     let mut expected = image::contents(&seed, "two", "2", 1 << 20);

@@ -305,7 +305,7 @@ impl Disk {
             OpKind::Discard if !failed && self.prng.percent(50) => self.zero(first, count, Unmap::Allowed, *id),
             OpKind::Map if !failed => return Event::Mapped { tag, extents: self.extents(first, count) },
             OpKind::Zero { .. } | OpKind::Discard if failed => {
-                // A failed one is torn, and destroys sectors for good.
+                // A failed one is torn, and destroys the contents of sectors.
                 for sector in first..first + count {
                     if self.prng.percent(50) {
                         (self.current[sector], self.durable[sector]) = (0, 0);

@@ -312,7 +312,7 @@ impl World {
         self.forget_all_but(&left);
     }
 
-    /// The disk holds what is `left`, and the guest starts anew.
+    /// The disk holds what is `left`, and the guest restarts.
     fn forget_all_but(&mut self, left: &[u64]) {
         self.image.cut_power(left);
         self.rings.iter_mut().for_each(|ring| drop(ring.reset()));

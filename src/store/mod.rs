@@ -15,10 +15,10 @@
 //!    write to their memory.
 //!
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
-//! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use). `image`,
-//! `probe`, `history`, `lock` and `raw_record` open an image. A file of this module imports only files further down:
-//! file; uring, threads; pool; pool_queue; blocking; image; raw_record; format, probe, history, lock. [`faulty`] wraps
-//! any image and makes its operations fail.
+//! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use).
+//! `restricted_ring` makes the rings. `image`, `probe`, `history`, `lock` and `raw_record` open an image. A file of
+//! this module imports only files further down: file; uring, threads; restricted_ring; pool; pool_queue; blocking;
+//! image; raw_record; format, probe, history, lock. [`faulty`] wraps any image and makes its operations fail.
 
 mod blocking;
 pub mod faulty;
@@ -33,6 +33,7 @@ mod pool_queue;
 mod probe;
 mod raw_record;
 mod registered_buffers;
+mod restricted_ring;
 #[cfg(test)]
 mod tests;
 mod threads;

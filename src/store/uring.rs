@@ -15,12 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::squeue::Entry;
-use io_uring::{IoUring, Probe, opcode, types};
+use io_uring::{IoUring, opcode, types};
 
 use super::blocking::{self, Progress};
 use super::image::OpenImage;
 use super::pool::{Pool, Threads};
 use super::registered_buffers::RegisteredBuffers;
+use super::restricted_ring::new_ring;
 use super::wake::WakeFd;
 use super::{DRAIN_MAX, Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 use crate::sys;
@@ -77,17 +78,8 @@ impl UringQueue {
     /// the error of the system call that failed.
     pub(super) fn new(image: Arc<OpenImage>) -> io::Result<Self> {
         let depth = usize::from(image.limits.depth);
-        let ring = new_ring(u32::from(image.limits.depth))?;
-        let mut probe = Probe::new();
-        ring.submitter().register_probe(&mut probe)?;
-        let needed =
-            [opcode::Read::CODE, opcode::Write::CODE, opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
-        if !needed.iter().chain([&opcode::Fallocate::CODE]).all(|&code| probe.is_supported(code)) {
-            return Err(io::Error::from_raw_os_error(libc::ENOSYS));
-        }
-        ring.submitter().register_files(&[image.file.as_raw_fd()])?;
         let wake = WakeFd::new()?;
-        ring.submitter().register_eventfd(wake.as_raw_fd())?;
+        let (ring, probe) = new_ring(u32::from(image.limits.depth), image.file.as_raw_fd(), wake.as_raw_fd())?;
         let helper = Pool::new(Arc::clone(&image), wake.clone(), HELPERS, depth)?;
         Ok(Self {
             ring,
@@ -198,15 +190,6 @@ impl UringQueue {
             );
             None
         })
-    }
-}
-
-/// A ring that posts completions at the worker's next system call, if the kernel can do that (Linux 5.19); otherwise it
-/// interrupts the worker's processor for each. A flag in the ring (taskrun) tells the worker that completions wait.
-fn new_ring(entries: u32) -> io::Result<IoUring> {
-    match IoUring::builder().setup_coop_taskrun().setup_taskrun_flag().build(entries) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries),
-        result => result,
     }
 }
 

@@ -1,0 +1,175 @@
+//! The making of a ring that can do nothing but I/O on its image.
+//!
+//! A seccomp filter sees that a thread enters a ring, but not what the ring does then: open files, connect, send, read
+//! any descriptor of the process. So the ring is restricted by io_uring itself. It starts disabled, gets its file and
+//! its eventfd, and then a list of what remains allowed; nothing can take that list back. From then on an operation
+//! must name a registered file, and the image is the only one.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Once;
+
+use io_uring::register::Restriction;
+use io_uring::squeue::Flags;
+use io_uring::{IoUring, Probe, opcode};
+
+/// Operations without which a ring is not used.
+const NEEDED: [u8; 6] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+];
+/// Operations that are used if the kernel has them.
+const OPTIONAL: [u8; 4] =
+    [opcode::ReadFixed::CODE, opcode::WriteFixed::CODE, opcode::ReadvFixed::CODE, opcode::WritevFixed::CODE];
+
+/// Requests of io_uring_register(2) that follow after the restriction: they add memory of the process to a ring, and
+/// remove memory and the file from it. From <linux/io_uring.h>; the crate keeps them to itself.
+const REGISTER_REQUESTS: [u8; 4] = [
+    1,  // IORING_UNREGISTER_BUFFERS
+    3,  // IORING_UNREGISTER_FILES
+    15, // IORING_REGISTER_BUFFERS2
+    16, // IORING_REGISTER_BUFFERS_UPDATE
+];
+
+/// Most kernel threads that do the blocking part of a worker's operations (buffered reads, fallocate, syncs): on files
+/// and block devices, and on anything else, which no image is. The kernel's own bound is four for each processor.
+const KERNEL_THREADS_MAX: [u32; 2] = [32, 1];
+
+/// A ring with `file` as its registered file 0, which notifies `eventfd`, and what the kernel can do.
+///
+/// # Errors
+/// ENOSYS if the kernel lacks an operation that is needed, else the error of the system call that failed. A kernel
+/// without restrictions (before Linux 5.10) is no error: a warning says so.
+pub(super) fn new_ring(entries: u32, file: RawFd, eventfd: RawFd) -> io::Result<(IoUring, Probe)> {
+    let (ring, starts_disabled) = build(entries)?;
+    let submitter = ring.submitter();
+    let mut probe = Probe::new();
+    submitter.register_probe(&mut probe)?;
+    if !NEEDED.iter().all(|&code| probe.is_supported(code)) {
+        return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+    }
+    submitter.register_files(&[file])?;
+    submitter.register_eventfd(eventfd)?;
+    if let Err(error) = submitter.register_iowq_max_workers(&mut KERNEL_THREADS_MAX.clone()) {
+        log::debug!("cannot limit io_uring's kernel threads ({error}); the kernel has a limit of its own");
+    }
+    if starts_disabled {
+        if let Err(error) = submitter.register_restrictions(&mut restrictions(&probe)) {
+            warn_once(&error);
+        }
+        submitter.register_enable_rings()?;
+    }
+    Ok((ring, probe))
+}
+
+/// A new ring, and whether it starts disabled.
+///
+/// => It posts completions at the worker's next system call, if the kernel can do that (Linux 5.19); otherwise it
+///    interrupts the worker's processor for each. A flag in the ring (taskrun) tells the worker that completions wait.
+fn build(entries: u32) -> io::Result<(IoUring, bool)> {
+    let is_unknown = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
+    match IoUring::builder().setup_r_disabled().setup_coop_taskrun().setup_taskrun_flag().build(entries) {
+        Err(error) if is_unknown(&error) => {}
+        result => return result.map(|ring| (ring, true)),
+    }
+    match IoUring::builder().setup_r_disabled().build(entries) {
+        Err(error) if is_unknown(&error) => warn_once(&error),
+        result => return result.map(|ring| (ring, true)),
+    }
+    IoUring::new(entries).map(|ring| (ring, false))
+}
+
+fn warn_once(error: &io::Error) {
+    static WARNING: Once = Once::new();
+    WARNING.call_once(|| {
+        log::warn!("the kernel cannot restrict what an io_uring does ({error}; Linux 5.10); rings are not restricted");
+    });
+}
+
+/// What remains allowed on a ring of this kernel.
+fn restrictions(probe: &Probe) -> Vec<Restriction> {
+    let codes = NEEDED.into_iter().chain(OPTIONAL).filter(|&code| probe.is_supported(code));
+    let operations = codes.map(Restriction::sqe_op);
+    let requests = REGISTER_REQUESTS.into_iter().map(Restriction::register_op);
+    let registered_file_only = Restriction::sqe_flags_required(Flags::FIXED_FILE.bits());
+    operations.chain(requests).chain([registered_file_only]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    use io_uring::squeue::Entry;
+    use io_uring::types::{Fd, Fixed};
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+
+    const IMAGE: Fixed = Fixed(0);
+
+    /// A ring on /dev/zero, or `None` where the host has no io_uring or no restrictions.
+    fn ring() -> Option<(IoUring, File, EventFd)> {
+        let (file, eventfd) = (File::open("/dev/zero").unwrap(), EventFd::new(0).unwrap());
+        match (new_ring(8, file.as_raw_fd(), eventfd.as_raw_fd()), build(8)) {
+            (Ok((ring, _)), Ok((_, true))) => Some((ring, file, eventfd)),
+            _ => {
+                println!("SKIPPED: this host has no io_uring that can be restricted");
+                None
+            }
+        }
+    }
+
+    /// The result of one operation: what it moved, or its error number.
+    fn run(ring: &mut IoUring, entry: &Entry) -> i32 {
+        // SAFETY: the memory that the entry names outlives this call, which waits for the completion.
+        unsafe { ring.submission().push(entry) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn a_ring_reads_its_image_and_no_other_descriptor() {
+        let Some((mut ring, file, _eventfd)) = ring() else { return };
+        let mut byte = [7u8];
+        let own = opcode::Read::new(IMAGE, byte.as_mut_ptr(), 1).build();
+        assert_eq!((run(&mut ring, &own), byte), (1, [0]));
+        let other = opcode::Read::new(Fd(file.as_raw_fd()), byte.as_mut_ptr(), 1).build();
+        assert_eq!(run(&mut ring, &other), -libc::EACCES, "by number, even the image is refused");
+    }
+
+    #[test]
+    fn a_ring_runs_no_operation_that_genblk_does_not_use() {
+        let Some((mut ring, _file, _eventfd)) = ring() else { return };
+        let path = c"/etc/passwd".as_ptr();
+        let entries = [
+            opcode::Nop::new().build().flags(Flags::FIXED_FILE),
+            opcode::OpenAt::new(Fd(libc::AT_FDCWD), path).build(),
+            opcode::OpenAt::new(Fd(libc::AT_FDCWD), path).build().flags(Flags::FIXED_FILE),
+            opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+            opcode::UnlinkAt::new(Fd(libc::AT_FDCWD), path).build(),
+            opcode::PollAdd::new(IMAGE, 1).build(),
+        ];
+        for entry in entries {
+            assert_eq!(run(&mut ring, &entry), -libc::EACCES, "{entry:?}");
+        }
+    }
+
+    #[test]
+    fn a_ring_gets_no_further_file_and_no_wider_restriction() {
+        let Some((ring, file, _eventfd)) = ring() else { return };
+        let ring = ring.submitter();
+        let refused = |result: io::Result<()>| result.unwrap_err().raw_os_error();
+        assert_eq!(refused(ring.register_files_update(0, &[file.as_raw_fd()]).map(drop)), Some(libc::EACCES));
+        assert_eq!(refused(ring.register_files(&[file.as_raw_fd()])), Some(libc::EACCES));
+        assert_eq!(refused(ring.register_personality().map(drop)), Some(libc::EACCES));
+        let wider = Restriction::sqe_op(opcode::OpenAt::CODE);
+        assert_eq!(refused(ring.register_restrictions(&mut [wider])), Some(libc::EACCES));
+        ring.register_buffers_sparse(4).unwrap();
+        ring.unregister_buffers().unwrap();
+    }
+}

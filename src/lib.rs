@@ -18,6 +18,7 @@
 //! - [`arena`]: the memory of the frames, with the ledger by which a cache survives the daemon.
 //! - `shared_memory`: stores to memory that outlives the process, so that tests can stop the daemon between any two.
 //! - [`waker`]: wakes a worker from another thread.
+//! - [`counters`]: what a device has done, for other processes to read.
 //! - `sys`: system calls that std does not wrap.
 //!
 //! Around it, in the order in which a daemon starts:
@@ -39,6 +40,7 @@ pub mod cached_image;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod counters;
 pub mod daemon;
 pub mod device;
 pub mod error;

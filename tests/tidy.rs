@@ -78,6 +78,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("arena", &["systemd", "image_id", "tenure", "shared_memory", "fault_injection", "sys", "error", "units"]),
     ("shared_memory", &["fault_injection"]),
     ("waker", &[]),
+    ("counters", &["units"]),
     ("systemd", &["sys", "error"]),
     ("image_id", &[]),
     ("tenure", &["sys", "error"]),

@@ -1,0 +1,147 @@
+//! What a device has done, counted while it does it: requests with their latencies, operations on the image, and how
+//! the workers spend their time.
+//!
+//! The counters are words of shared memory, so that another process can read them at any moment without asking. Each
+//! worker thread has a block of its own and is its only writer: counting is a load and a store, never a locked
+//! instruction. A reader sees each word whole, and the words of a block at slightly different moments.
+//!
+//! Read [`latency`] first (the buckets of a histogram), then [`worker`] (what a worker counts), then [`snapshot`] (what
+//! a reader makes of it).
+
+pub mod latency;
+mod layout;
+pub mod snapshot;
+pub mod worker;
+
+use crate::units::OpKind;
+
+/// A kind of request of the guest (virtio 1.2, section 5.2.6) that is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// VIRTIO_BLK_T_IN.
+    Read,
+    /// VIRTIO_BLK_T_OUT.
+    Write,
+    /// VIRTIO_BLK_T_FLUSH.
+    Flush,
+    /// VIRTIO_BLK_T_DISCARD.
+    Discard,
+    /// VIRTIO_BLK_T_WRITE_ZEROES.
+    WriteZeroes,
+}
+
+impl Operation {
+    /// All of them, in the order of the counters.
+    pub const ALL: [Self; 5] = [Self::Read, Self::Write, Self::Flush, Self::Discard, Self::WriteZeroes];
+}
+
+/// Whether a request was completed from memory alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Served {
+    /// It was completed by the turn that took it from its ring, and waited for nothing.
+    Memory,
+    /// It waited: for the image, for space in the cache, or for the limit of dirty pages.
+    Waited,
+}
+
+/// Requests with a histogram of their own: reads and writes by how they were served, and the other operations.
+///
+/// => The number of requests *is* the sum of the histograms' buckets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Class {
+    /// What was asked for.
+    pub operation: Operation,
+    /// How it was served; [`Served::Waited`] for all but reads and writes.
+    pub served: Served,
+}
+
+impl Class {
+    /// All of them, in the order of the counters.
+    pub const ALL: [Self; 7] = [
+        Self { operation: Operation::Read, served: Served::Memory },
+        Self { operation: Operation::Read, served: Served::Waited },
+        Self { operation: Operation::Write, served: Served::Memory },
+        Self { operation: Operation::Write, served: Served::Waited },
+        Self { operation: Operation::Flush, served: Served::Waited },
+        Self { operation: Operation::Discard, served: Served::Waited },
+        Self { operation: Operation::WriteZeroes, served: Served::Waited },
+    ];
+
+    /// The class of a request. Of the operations that are not reads or writes there is one each.
+    pub const fn new(operation: Operation, served: Served) -> Self {
+        match operation {
+            Operation::Read | Operation::Write => Self { operation, served },
+            _ => Self { operation, served: Served::Waited },
+        }
+    }
+
+    /// Its place in [`Class::ALL`].
+    const fn index(self) -> usize {
+        match (self.operation, self.served) {
+            (Operation::Read, Served::Memory) => 0,
+            (Operation::Read, Served::Waited) => 1,
+            (Operation::Write, Served::Memory) => 2,
+            (Operation::Write, Served::Waited) => 3,
+            (Operation::Flush, _) => 4,
+            (Operation::Discard, _) => 5,
+            (Operation::WriteZeroes, _) => 6,
+        }
+    }
+}
+
+/// A kind of operation on the image that is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreClass {
+    /// Data is read in.
+    Read,
+    /// Dirty pages are written back.
+    Write,
+    /// Completed writes are made durable.
+    Sync,
+    /// A range is zeroed.
+    Zero,
+    /// A range is discarded.
+    Discard,
+    /// Space is reserved.
+    Allocate,
+    /// Holes are looked up.
+    Map,
+}
+
+impl StoreClass {
+    /// All of them, in the order of the counters.
+    pub const ALL: [Self; 7] =
+        [Self::Read, Self::Write, Self::Sync, Self::Zero, Self::Discard, Self::Allocate, Self::Map];
+}
+
+impl From<OpKind> for StoreClass {
+    fn from(kind: OpKind) -> Self {
+        match kind {
+            OpKind::Read => Self::Read,
+            OpKind::Write => Self::Write,
+            OpKind::Sync => Self::Sync,
+            OpKind::Zero { .. } => Self::Zero,
+            OpKind::Discard => Self::Discard,
+            OpKind::Allocate => Self::Allocate,
+            OpKind::Map => Self::Map,
+        }
+    }
+}
+
+/// Size of the counters of a worker, in words of 64 bits.
+pub const BLOCK_WORDS: usize = layout::BLOCK_WORDS;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_class_has_its_place() {
+        for (index, class) in Class::ALL.into_iter().enumerate() {
+            assert_eq!(class.index(), index);
+            assert_eq!(Class::new(class.operation, class.served), class);
+        }
+        let flush = Class::new(Operation::Flush, Served::Memory);
+        assert_eq!(flush, Class::ALL[4], "a FLUSH has one histogram, however it was served");
+    }
+}

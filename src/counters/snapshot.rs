@@ -1,0 +1,174 @@
+//! What a reader makes of the counters: the sums over a device's workers at one moment.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::latency::{BUCKETS, Latencies};
+use super::layout::{
+    ACTIVITY, ACTIVITY_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUESTS, STORE, STORE_OPERATIONS, TOTALS_WORDS,
+};
+use super::worker::{Activity, Counters};
+use super::{Class, Operation, StoreClass};
+
+/// Totals of a kind of request or operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// How many have begun.
+    pub begun: u64,
+    /// How many completed with an error.
+    pub errors: u64,
+    /// Bytes that the others moved.
+    pub bytes: u64,
+}
+
+/// A device's counters, as they were read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// By [`Class::ALL`].
+    requests: [Latencies; Class::ALL.len()],
+    /// By [`Operation::ALL`].
+    operations: [Totals; Operation::ALL.len()],
+    /// By [`StoreClass::ALL`].
+    store: [Latencies; StoreClass::ALL.len()],
+    store_operations: [Totals; StoreClass::ALL.len()],
+    /// Of each worker.
+    activities: Vec<[u64; ACTIVITY_WORDS]>,
+}
+
+impl Snapshot {
+    /// Reads the counters. Requests that complete meanwhile may be in some of them and not in others.
+    pub fn read(counters: &Counters) -> Self {
+        let mut snapshot = Self::default();
+        for worker in 0..counters.workers() {
+            snapshot.add(counters.block(worker));
+        }
+        snapshot
+    }
+
+    fn add(&mut self, block: &[AtomicU64]) {
+        let histograms = self.requests.iter_mut().zip(block[REQUESTS..].chunks_exact(HISTOGRAM_WORDS));
+        histograms.for_each(|(sum, words)| sum.add(&latencies(words)));
+        let histograms = self.store.iter_mut().zip(block[STORE..].chunks_exact(HISTOGRAM_WORDS));
+        histograms.for_each(|(sum, words)| sum.add(&latencies(words)));
+        let totals = self.operations.iter_mut().zip(block[OPERATIONS..].chunks_exact(TOTALS_WORDS));
+        totals.for_each(|(sum, words)| sum.add(words));
+        let totals = self.store_operations.iter_mut().zip(block[STORE_OPERATIONS..].chunks_exact(TOTALS_WORDS));
+        totals.for_each(|(sum, words)| sum.add(words));
+        self.activities.push(std::array::from_fn(|at| load(&block[ACTIVITY + at])));
+    }
+
+    /// Latencies of a class of requests.
+    pub fn requests(&self, class: Class) -> &Latencies {
+        &self.requests[class.index()]
+    }
+
+    /// Totals of a kind of request.
+    pub fn operation(&self, operation: Operation) -> Totals {
+        self.operations[operation as usize]
+    }
+
+    /// How many requests of a kind have completed.
+    pub fn completed(&self, operation: Operation) -> u64 {
+        let classes = Class::ALL.into_iter().filter(|class| class.operation == operation);
+        classes.map(|class| self.requests(class).count()).sum()
+    }
+
+    /// How many requests of a kind were taken and have not completed.
+    pub fn in_flight(&self, operation: Operation) -> u64 {
+        self.operation(operation).begun.saturating_sub(self.completed(operation))
+    }
+
+    /// Latencies of a kind of operation on the image.
+    pub fn store(&self, class: StoreClass) -> &Latencies {
+        &self.store[class as usize]
+    }
+
+    /// Totals of a kind of operation on the image.
+    pub fn store_operation(&self, class: StoreClass) -> Totals {
+        self.store_operations[class as usize]
+    }
+
+    /// How many workers there are.
+    pub fn workers(&self) -> usize {
+        self.activities.len()
+    }
+
+    /// What is known of a worker's time.
+    pub fn activity(&self, worker: usize, activity: Activity) -> u64 {
+        self.activities[worker][activity as usize]
+    }
+}
+
+impl Totals {
+    fn add(&mut self, words: &[AtomicU64]) {
+        self.begun += load(&words[0]);
+        self.errors += load(&words[1]);
+        self.bytes += load(&words[2]);
+    }
+}
+
+fn load(word: &AtomicU64) -> u64 {
+    word.load(Ordering::Relaxed)
+}
+
+fn latencies(words: &[AtomicU64]) -> Latencies {
+    let counts = std::array::from_fn(|bucket| load(&words[bucket]));
+    Latencies { counts, sum_ns: load(&words[BUCKETS]), max_ns: load(&words[BUCKETS + 1]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Served;
+    use super::*;
+
+    #[test]
+    fn a_snapshot_has_what_the_workers_counted() {
+        let counters = Counters::new(2);
+        let read = Class::new(Operation::Read, Served::Memory);
+        for (worker, ns) in [(0, 1000), (1, 9000)] {
+            let worker = counters.of_worker(worker);
+            worker.request_taken(Operation::Read);
+            worker.request_taken(Operation::Read);
+            worker.request_ended(Operation::Read, 4096, true);
+            worker.requests_completed(read, ns, 1);
+            worker.store_submitted(StoreClass::Sync);
+            worker.count(Activity::Turns, ns);
+        }
+        counters.of_worker(1).store_completed(StoreClass::Sync, 77, None);
+        let snapshot = Snapshot::read(&counters);
+        assert_eq!(snapshot.requests(read).count(), 2);
+        assert_eq!((snapshot.requests(read).sum_ns, snapshot.requests(read).max_ns), (10_000, 9000));
+        assert_eq!((snapshot.completed(Operation::Read), snapshot.in_flight(Operation::Read)), (2, 2));
+        assert_eq!(snapshot.operation(Operation::Read), Totals { begun: 4, errors: 0, bytes: 8192 });
+        assert_eq!(snapshot.store_operation(StoreClass::Sync), Totals { begun: 2, errors: 1, bytes: 0 });
+        assert_eq!(snapshot.store(StoreClass::Sync).count(), 1);
+        let turns = |worker| snapshot.activity(worker, Activity::Turns);
+        assert_eq!((snapshot.workers(), turns(0), turns(1)), (2, 1000, 9000));
+    }
+
+    #[test]
+    fn each_counter_has_words_of_its_own() {
+        let counters = Counters::new(1);
+        let worker = counters.of_worker(0);
+        for class in Class::ALL {
+            worker.requests_completed(class, 1 << 40, 1);
+            worker.requests_completed(class, 0, 1);
+        }
+        for operation in Operation::ALL {
+            worker.request_taken(operation);
+            worker.request_ended(operation, 1, true);
+            worker.request_ended(operation, 1, false);
+        }
+        for class in StoreClass::ALL {
+            worker.store_submitted(class);
+            worker.store_completed(class, 1 << 40, Some(1));
+            worker.store_completed(class, 0, None);
+        }
+        worker.count(Activity::Turns, 1);
+        worker.count(Activity::BusyNs, 1);
+        let snapshot = Snapshot::read(&counters);
+        let once = Totals { begun: 1, errors: 1, bytes: 1 };
+        assert!(snapshot.requests.iter().chain(&snapshot.store).all(|latencies| latencies.count() == 2));
+        assert!(snapshot.operations.iter().chain(&snapshot.store_operations).all(|totals| *totals == once));
+        assert_eq!(snapshot.activities, [[1, 0, 0, 0, 1]]);
+    }
+}

@@ -32,6 +32,9 @@ use crate::waker::Waker;
 
 /// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
 const WORKER_SHIFT: u32 = 48;
+/// Pages whose operations are completed in one go, or a few more: other workers wait for the cache meanwhile. A few
+/// hundred microseconds.
+const REAPED_PAGES_MAX: usize = 2048;
 
 impl FrameMemory for Arc<Arena> {
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
@@ -289,6 +292,7 @@ impl CachedImage {
             store_ready: false,
             backlog: VecDeque::new(),
             events: Vec::new(),
+            reaped: VecDeque::new(),
             notices: Vec::new(),
         })
     }
@@ -312,6 +316,8 @@ pub struct WorkerPort {
     /// Requests to submit, and those that the store's queue had no space for.
     backlog: VecDeque<IoRequest>,
     events: Vec<Event>,
+    /// Events that were reaped and not yet reported to the cache.
+    reaped: VecDeque<Event>,
     notices: Vec<Notice>,
 }
 
@@ -359,26 +365,32 @@ impl WorkerPort {
     pub fn reap(&mut self, notified: bool) -> bool {
         if mem::take(&mut self.store_ready) || self.store.may_have_events() {
             self.store.reap(&mut self.events);
+            self.reaped.extend(self.events.drain(..));
         }
         if notified {
             let mut mail = self.mailbox.notices.lock().expect("no thread panics with a mailbox locked");
             self.notices.append(&mut mail);
         }
-        !self.events.is_empty() || !self.notices.is_empty()
+        !self.reaped.is_empty() || !self.notices.is_empty()
     }
 
-    /// Locks the cache: completes the reaped store operations, then calls `act` with the cache and its notices to this
-    /// worker. Afterwards submits all store operations, if a request waits for one of them.
+    /// Locks the cache: completes the reaped store operations (of those with very many pages, the first ones), then
+    /// calls `act` with the cache and its notices to this worker. Afterwards submits all store operations, if a request
+    /// waits for one of them.
     pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
-        let Self { image, worker, events, notices, .. } = self;
+        let Self { image, worker, reaped, notices, .. } = self;
         let mut cache = image.lock();
-        if !events.is_empty() {
+        if !reaped.is_empty() {
             image.arena.end_changes();
         }
-        for event in events.drain(..) {
+        let mut pages = 0;
+        while pages < REAPED_PAGES_MAX
+            && let Some(event) = reaped.pop_front()
+        {
             // While the store is known to fail, every retry of a page would otherwise be a log line.
             let level = if cache.health() == Health::Healthy { Level::Warn } else { Level::Debug };
             let (tag, outcome) = outcome_of(&image.name, level, event);
+            pages += cache.pages_of_op(tag);
             cache.complete(tag, &outcome, now);
         }
         cache.take_notices(notices);

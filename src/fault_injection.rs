@@ -62,6 +62,8 @@ pub enum PlantedBug {
     NoticeDropped,
     /// A ring counts as drained while requests are in flight.
     DrainEndsEarly,
+    /// A long request whose ring stops is not given back to the driver.
+    LongRequestForgotten,
     /// A cache of an earlier tenure counts as one of the image's last tenure.
     GenerationNotCompared,
     /// Whatever the host tells about changes of the image counts as changes by the last daemon.

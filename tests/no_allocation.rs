@@ -172,7 +172,7 @@ impl Owner {
 }
 
 fn access(page: u64, pages: u64) -> Access {
-    Access { ticket: Ticket(0), span: SectorSpan::new(page * 8, pages * 8), from: 0, resumed: false }
+    Access::new(Ticket(0), SectorSpan::new(page * 8, pages * 8))
 }
 
 #[test]

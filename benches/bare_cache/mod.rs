@@ -117,5 +117,5 @@ impl InstantStoreCache {
 
 fn access(first: PageNo, pages: u64) -> Access {
     let span = SectorSpan::new(first.0 * SECTORS_PER_PAGE, pages * SECTORS_PER_PAGE);
-    Access { ticket: Ticket(0), span, from: 0, resumed: false }
+    Access::new(Ticket(0), span)
 }

@@ -167,7 +167,7 @@ impl Simulation {
     fn admit(&mut self, ticket: usize, resumed: bool) {
         let Pending { span, admitted, .. } = self.pending[ticket].expect("the request is in flight");
         let mut pieces = Vec::new();
-        let access = Access { ticket: Ticket(ticket as u64), span, from: admitted, resumed };
+        let access = Access { from: admitted, resumed, ..Access::new(Ticket(ticket as u64), span) };
         if let Admitted::Until(admitted) = self.cache.read(access, &mut pieces) {
             self.pending[ticket].as_mut().expect("the request is in flight").admitted = admitted;
         }

@@ -67,14 +67,30 @@ pub struct Access {
     pub span: SectorSpan,
     /// The first sector of the request that is not admitted yet.
     pub from: u32,
+    /// The sector of the request before which to stop: where a page ends, or the request. A long request is admitted in
+    /// several calls.
+    pub until: u32,
     /// The request had stalled, and this is the retry after its [`Notice::Resume`]: it does not queue behind others.
     pub resumed: bool,
+}
+
+impl Access {
+    /// A whole request for `span`, which is below 2 TiB.
+    pub fn new(ticket: Ticket, span: SectorSpan) -> Self {
+        Self { ticket, span, from: 0, until: low_u32(span.count), resumed: false }
+    }
+
+    /// The sectors that this call is about.
+    pub(super) fn part(&self) -> SectorSpan {
+        let count = self.until.saturating_sub(self.from);
+        SectorSpan::new(self.span.start + u64::from(self.from), u64::from(count))
+    }
 }
 
 /// How much of a request was admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admitted {
-    /// All of it: every sector is in a piece, or a notice will report it.
+    /// All of it, up to [`Access::until`]: every sector is in a piece, or a notice will report it.
     All,
     /// The sectors before this one of the request. The rest is stalled until a [`Notice::Resume`].
     Until(u32),

@@ -68,7 +68,9 @@ impl PageCache {
         let mut at = access.from;
         let mut missed = false;
         let (mut marker, mut previous) = (None, None);
-        while let Some(part) = PagePart::of(access.span, at) {
+        while at < access.until
+            && let Some(part) = PagePart::of(access.span, at)
+        {
             if self.is_range_locked(part.no) {
                 break;
             }
@@ -99,11 +101,11 @@ impl PageCache {
         }
         self.submit_run();
         if missed {
-            self.read_ahead_after_miss(access.span.pages());
+            self.read_ahead_after_miss(access.part().pages());
         } else if let Some(no) = marker {
             self.read_ahead_after_marker(no);
         }
-        if u64::from(at) == access.span.count {
+        if at >= access.until {
             Admitted::All
         } else if let Some(fault) = stopped {
             Admitted::Refused(at, fault)

@@ -227,6 +227,12 @@ impl PageCache {
             && self.pending_zeroes.is_empty()
     }
 
+    /// The owner gives up the rest of a stalled request. False: it is not stalled any more, and a [`Notice::Resume`]
+    /// tells so.
+    pub fn withdraw(&mut self, ticket: Ticket) -> bool {
+        self.stalled.withdraw(ticket)
+    }
+
     /// Number of operations that have not ended.
     pub fn ops_in_flight(&self) -> usize {
         self.store_ops.in_flight()

@@ -18,6 +18,9 @@ use super::{Notice, PageCache, Ticket};
 
 /// Range operations of guests at a time; more of them stall.
 const RANGES_MAX: usize = 64;
+/// Pages of the range operations of guests at a time, unless there is one only: 512 MiB. Each page of a block that has
+/// some in memory is looked up when an operation starts and when it ends, in some 10 ms for this many.
+const RANGE_PAGES_MAX: u64 = 1 << 17;
 
 #[derive(Debug)]
 struct Range {
@@ -52,9 +55,10 @@ impl Ranges {
         !self.list.is_empty() && self.list.iter().any(|range| range.span.pages().contains(no))
     }
 
-    /// Number of range operations that guests wait for.
-    fn of_guests(&self) -> usize {
-        self.list.iter().filter(|range| range.ticket.is_some()).count()
+    /// The range operations that guests wait for: how many, and of how many pages in all.
+    fn of_guests(&self) -> (usize, u64) {
+        let of_guests = self.list.iter().filter(|range| range.ticket.is_some());
+        of_guests.fold((0, 0), |(ranges, pages), range| (ranges + 1, pages + range.span.pages().count))
     }
 
     /// Whether a zero is to be done again: until then a Sync makes nothing durable.
@@ -102,7 +106,8 @@ impl PageCache {
         if self.refuse_while_stopped(ticket) {
             return true;
         }
-        if self.ranges.of_guests() >= RANGES_MAX {
+        let (ranges, pages) = self.ranges.of_guests();
+        if ranges >= RANGES_MAX || ranges > 0 && pages + span.pages().count > RANGE_PAGES_MAX {
             self.stalled.push(ticket, StallReason::StoreOp);
             return false;
         }

@@ -31,6 +31,13 @@ impl Stalled {
         self.for_room |= reason == StallReason::Room;
     }
 
+    /// Removes a request that its owner gives up. Returns whether it was stalled.
+    pub fn withdraw(&mut self, ticket: Ticket) -> bool {
+        let before = self.queue.len();
+        self.queue.retain(|other| *other != ticket);
+        self.queue.len() < before
+    }
+
     /// Whether a request waits for room.
     pub fn for_room(&self) -> bool {
         self.for_room

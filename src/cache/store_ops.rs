@@ -167,6 +167,11 @@ impl PageCache {
         }
     }
 
+    /// How many pages the operation with this tag has.
+    pub fn pages_of_op(&self, tag: u32) -> usize {
+        self.store_ops.slots[tag as usize].as_ref().map_or(0, |op| op.ids.len())
+    }
+
     /// The operation with this tag has ended (in the kernel: biodone).
     pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
         self.advance_clock(now);

@@ -58,7 +58,7 @@ fn cache_with(settings: Settings) -> PageCache {
 }
 
 fn access(start: u64, count: u64) -> Access {
-    Access { ticket: Ticket(1), span: SectorSpan::new(start, count), from: 0, resumed: false }
+    Access::new(Ticket(1), SectorSpan::new(start, count))
 }
 
 /// Pumps until no operation is left, and completes each with success. Returns the operations.

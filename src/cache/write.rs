@@ -31,13 +31,15 @@ impl PageCache {
         if let Some(fault) = self.health.stopped() {
             return Admitted::Refused(at, fault);
         }
-        if !access.resumed {
+        if !access.resumed && access.from == 0 {
             self.account_write(access.span.pages());
         }
         let must_queue = !access.resumed && self.stalled.for_room();
         let mut reason = if must_queue { StallReason::Room } else { StallReason::StoreOp };
         let mut previous = None;
-        while let Some(part) = PagePart::of(access.span, at) {
+        while at < access.until
+            && let Some(part) = PagePart::of(access.span, at)
+        {
             if must_queue || self.is_range_locked(part.no) {
                 break;
             }
@@ -70,7 +72,7 @@ impl PageCache {
             previous = Some(id);
             at += u32::from(part.count);
         }
-        if u64::from(at) == access.span.count {
+        if at >= access.until {
             Admitted::All
         } else {
             self.stalled.push(access.ticket, reason);

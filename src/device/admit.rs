@@ -1,11 +1,15 @@
 //! Steps 2 and 3 of a turn: requests are taken from a ring, parsed and checked, and admitted to the cache under its
 //! lock.
 
+use std::collections::VecDeque;
+
 use crate::cache::{Access, Admitted, Notice, PageCache};
+use crate::units::{SECTORS_PER_PAGE, low_u32};
 use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::{Malformed, RequestKind, parse};
 use crate::virtio::{GuestRam, Status};
 
+use super::budget::{PAGES_PER_RANGE_PART, RANGE_PARTS_MAX};
 use super::pending::{Slot, Stage};
 use super::requests::Requests;
 use super::ring::Ring;
@@ -14,27 +18,39 @@ use super::ring::Ring;
 const BATCH_MAX: usize = 64;
 
 impl Requests {
-    /// Takes requests from a ring. Those that need no cache are finished, the others are queued for admission. Returns
-    /// whether the ring had any.
-    pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring) -> bool {
+    /// Takes requests from a ring, as far as `budget` allows, and spends it. Those that need no cache are finished, the
+    /// others are queued for admission. Returns whether the ring had any.
+    pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring, budget: &mut u64) -> bool {
         let (mut heads, mut rejected) = (std::mem::take(&mut self.heads), std::mem::take(&mut self.rejected));
-        ring.take(BATCH_MAX, &mut heads);
-        let taken = !heads.is_empty();
+        ring.peek(BATCH_MAX, &mut heads);
+        let (mut taken, mut load) = (0, 0);
+        let load_max = ring.load_left();
         let table = ring.table(&ring.memory);
         if heads.len() > 1 {
             table.prefetch_heads(&ring.memory, &heads);
         }
-        for head in heads.drain(..) {
-            if let Err(malformed) = self.accept_chain(index, &ring.memory, &table, head) {
-                rejected.push((head, malformed));
+        for &head in &heads {
+            if *budget == 0 || load >= load_max || !self.pending.has_room() {
+                break;
             }
+            let (cost, result) = self.accept_chain(index, &ring.memory, &table, head);
+            match result {
+                Ok(pages) => load += pages,
+                Err(malformed) => rejected.push((head, malformed)),
+            }
+            *budget = budget.saturating_sub(cost);
+            taken += 1;
         }
+        ring.commit(&heads[..taken]);
+        ring.add_load(load);
+        heads.clear();
         rejected.drain(..).for_each(|(head, malformed)| ring.reject(head, malformed));
         (self.heads, self.rejected) = (heads, rejected);
-        taken
+        taken > 0
     }
 
-    /// Makes a pending request of the chain at `head`.
+    /// Makes a pending request of the chain at `head`. Returns what that and its admission cost of a turn's budget, and
+    /// the load that it adds to its ring.
     ///
     /// # Errors
     /// Why the chain cannot be completed with a status.
@@ -44,21 +60,27 @@ impl Requests {
         memory: &GuestRam,
         table: &DescriptorTable<'_>,
         head: u16,
-    ) -> Result<(), Malformed> {
+    ) -> (u64, Result<u64, Malformed>) {
         let slot = self.pending.take(index);
-        let pending = &mut self.pending[slot];
-        match parse(memory, table, head, &mut pending.request) {
+        let request = &mut self.pending[slot].request;
+        let held_before = request.data.capacity();
+        let parsed = parse(memory, table, head, request);
+        let buffers = request.buffers;
+        self.pending.count_buffers(slot, held_before);
+        match parsed {
             Ok(()) => self.enqueue(slot, memory),
             Err(Malformed::WithStatus { status_addr }) => {
+                let pending = &mut self.pending[slot];
                 (pending.request.status_addr, pending.status) = (status_addr, Status::IoErr);
                 self.finished.push(slot);
             }
             Err(malformed) => {
                 self.pending.release(slot);
-                return Err(malformed);
+                return (self.device.budget.cost_of_taking(0, buffers), Err(malformed));
             }
         }
-        Ok(())
+        let pending = &self.pending[slot];
+        (self.device.budget.cost_of_taking(pending.load, buffers), Ok(pending.load))
     }
 
     /// Checks a request against the disk, and queues it for admission; finishes it at once if it needs no cache.
@@ -89,75 +111,170 @@ impl Requests {
         } else if nothing_to_do {
             self.finished.push(slot);
         } else {
-            self.incoming.push(slot);
+            pending.load = match request.kind {
+                RequestKind::Read | RequestKind::Write => device.budget.load_of(request.span().pages().count),
+                _ => pending.total() * PAGES_PER_RANGE_PART,
+            };
+            self.incoming.push_back(slot);
         }
     }
 
-    /// Admits every queued request to the cache.
+    /// Admits queued requests to the cache, as far as a turn's budget goes: first those that the cache told to resume,
+    /// then new ones. Half a budget more is for further windows of long requests, one of each in turn.
     pub(super) fn admit_all(&mut self, cache: &mut PageCache) {
-        for at in 0..self.resumed.len() {
-            self.admit(cache, self.resumed[at], true);
+        let turn_pages = self.device.budget.turn_pages;
+        let mut budget = turn_pages;
+        while let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.resumed) {
+            self.pending[slot].stalled = false;
+            budget = budget.saturating_sub(self.admit(cache, slot, true));
         }
-        self.resumed.clear();
         let Self { incoming, pending, .. } = self;
         if incoming.len() > 1 {
             let requests = incoming.iter().map(|&slot| &pending[slot].request);
             let transfers = requests.filter(|request| matches!(request.kind, RequestKind::Read | RequestKind::Write));
             cache.prefetch_lookups(transfers.map(|request| request.span().pages().first));
         }
-        for at in 0..self.incoming.len() {
-            self.admit(cache, self.incoming[at], false);
+        while let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.incoming) {
+            budget = budget.saturating_sub(self.admit(cache, slot, false));
         }
-        self.incoming.clear();
+        let mut budget = (turn_pages / 2).max(1);
+        for _ in 0..self.continuing.len() {
+            let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.continuing) else { break };
+            self.pending[slot].continuing = false;
+            budget = budget.saturating_sub(self.admit(cache, slot, false));
+        }
     }
 
-    /// Admits a request, or what is left of it, to the cache.
-    fn admit(&mut self, cache: &mut PageCache, slot: Slot, resumed: bool) {
+    /// The next request of a list, unless the budget is spent or too much is in progress.
+    fn next_to_admit(&mut self, budget: u64, list: impl FnOnce(&mut Self) -> &mut VecDeque<Slot>) -> Option<Slot> {
+        if budget > 0 && self.can_admit() { list(self).pop_front() } else { None }
+    }
+
+    /// Admits a request to the cache, up to the end of its next window. Returns what that costs of a turn's budget.
+    fn admit(&mut self, cache: &mut PageCache, slot: Slot, resumed: bool) -> u64 {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
-        let access = Access { ticket, span: pending.request.span(), from: pending.admitted, resumed };
+        if pending.status != Status::Ok && pending.stage == Stage::Data {
+            self.pending.skip_rest(slot);
+            self.finish_if_settled(cache, slot);
+            return 1;
+        }
+        if pending.request.kind == RequestKind::Flush {
+            pending.stage = Stage::Flush;
+            cache.flush(ticket);
+            return 1;
+        }
+        if !matches!(pending.request.kind, RequestKind::Read | RequestKind::Write) {
+            return self.admit_ranges(cache, slot);
+        }
+        let (span, from) = (pending.request.span(), pending.admitted());
+        let until = low_u32(self.device.budget.window_end(span.start, span.count, pending.settled()));
+        if until <= from {
+            return 1;
+        }
+        let access = Access { from, until, resumed, ..Access::new(ticket, span) };
         self.pieces.clear();
-        let admitted = match pending.request.kind {
-            RequestKind::Read => cache.read(access, &mut self.pieces),
-            RequestKind::Write => {
-                if !pending.write_through {
-                    pending.delay_us = cache.write_delay_us(access.span.count);
-                }
-                cache.write(access, &mut self.pieces)
+        let admitted = if pending.request.kind == RequestKind::Read {
+            cache.read(access, &mut self.pieces)
+        } else {
+            if !pending.write_through {
+                pending.delay_us = cache.write_delay_us(span.count);
             }
-            RequestKind::Flush => {
-                pending.stage = Stage::Flush;
-                return cache.flush(ticket);
-            }
-            _ => return self.admit_ranges(cache, slot),
+            cache.write(access, &mut self.pieces)
         };
         self.copies.extend(self.pieces.drain(..).map(|piece| (slot, piece)));
-        let count = u32::try_from(access.span.count).expect("a request is below 4 GiB");
-        match admitted {
-            Admitted::All => pending.admitted = count,
-            Admitted::Until(at) => pending.admitted = at,
-            Admitted::Refused(at, fault) => {
-                pending.admitted = count;
-                pending.settled += u64::from(count - at);
-                pending.status = Status::from(fault);
-                self.finish_if_settled(cache, slot);
-            }
+        let admitted_to = match admitted {
+            Admitted::All => until,
+            Admitted::Until(at) | Admitted::Refused(at, _) => at,
+        };
+        pending.stalled = matches!(admitted, Admitted::Until(_));
+        self.pending.admit(slot, admitted_to);
+        if let Admitted::Refused(_, fault) = admitted {
+            self.pending.skip_rest(slot);
+            self.pending[slot].status = Status::from(fault);
+            self.finish_if_settled(cache, slot);
         }
+        1 + u64::from(admitted_to - from) / SECTORS_PER_PAGE
     }
 
-    /// Admits the parts of a DISCARD or WRITE ZEROES, up to one that has to wait.
-    fn admit_ranges(&mut self, cache: &mut PageCache, slot: Slot) {
+    /// Admits parts of a DISCARD or WRITE ZEROES, up to one that has to wait. Returns what that costs of a turn's
+    /// budget.
+    fn admit_ranges(&mut self, cache: &mut PageCache, slot: Slot) -> u64 {
         let ticket = self.pending.ticket(slot);
-        let pending = &mut self.pending[slot];
-        while let Some(part) = pending.range_part(pending.admitted.into()) {
-            let admitted = match pending.request.kind {
+        let mut cost = 0;
+        while self.pending[slot].outstanding() < RANGE_PARTS_MAX
+            && let Some(part) = self.pending[slot].range_part(self.pending[slot].admitted().into())
+        {
+            let admitted = match self.pending[slot].request.kind {
                 RequestKind::WriteZeroes => cache.zero(ticket, part.span, part.unmap),
                 _ => cache.discard(ticket, part.span),
             };
             if !admitted {
-                return;
+                self.pending[slot].stalled = true;
+                break;
             }
-            pending.admitted += 1;
+            let admitted_before = self.pending[slot].admitted();
+            self.pending.admit(slot, admitted_before + 1);
+            cost += PAGES_PER_RANGE_PART;
+        }
+        cost.max(1)
+    }
+
+    /// Lists a request to continue, if the next window is due: half of the last one is done.
+    pub(super) fn continue_if_due(&mut self, slot: Slot) {
+        let pending = &mut self.pending[slot];
+        let window = match pending.request.kind {
+            RequestKind::Read | RequestKind::Write => self.device.budget.window_pages * SECTORS_PER_PAGE,
+            _ => RANGE_PARTS_MAX,
+        };
+        let has_rest = pending.settled() < pending.total() && u64::from(pending.admitted()) < pending.total();
+        let is_listed = pending.stalled || pending.continuing;
+        if has_rest && !is_listed && pending.outstanding() <= window / 2 {
+            pending.continuing = true;
+            self.continuing.push_back(slot);
+        }
+    }
+
+    /// Ends the part of long requests, and of DISCARDs, whose rings drain: the rings need not complete the rest.
+    ///
+    /// => A long request was taken last from its ring. It has not completed, so it can be executed again.
+    /// => A DISCARD is a hint: the rest of it can be left out.
+    pub(super) fn cut_short(
+        &mut self,
+        cache: &mut PageCache,
+        rings: &mut [Option<Ring>],
+        drains: impl Fn(u16) -> bool,
+    ) {
+        let slots: Vec<Slot> = self.pending.slots_in_use().filter(|&slot| drains(self.pending[slot].ring)).collect();
+        for slot in slots {
+            let pending = &self.pending[slot];
+            let is_long = match pending.request.kind {
+                RequestKind::Read | RequestKind::Write => {
+                    self.device.budget.is_long(pending.request.span().pages().count)
+                }
+                kind => kind == RequestKind::Discard,
+            };
+            let has_rest = pending.stage == Stage::Data && u64::from(pending.admitted()) < pending.total();
+            if !is_long || !has_rest || pending.outstanding() > 0 || self.finished.contains(&slot) {
+                continue;
+            }
+            if pending.stalled && !cache.withdraw(self.pending.ticket(slot)) && !self.resumed.contains(&slot) {
+                // Its notice is on the way.
+                continue;
+            }
+            for list in [&mut self.resumed, &mut self.incoming, &mut self.continuing] {
+                list.retain(|&other| other != slot);
+            }
+            let pending = &self.pending[slot];
+            let ring = rings[usize::from(pending.ring)].as_mut().expect("it drains");
+            if pending.request.kind == RequestKind::Discard {
+                self.pending.skip_rest(slot);
+                self.finished.push(slot);
+            } else {
+                ring.suspend(pending.request.head);
+                ring.remove_load(pending.load);
+                self.pending.release(slot);
+            }
         }
     }
 
@@ -167,11 +284,11 @@ impl Requests {
             Notice::Ready(ticket, piece) => self.copies.push((self.pending.slot_of(ticket), piece)),
             Notice::Unreadable(ticket, sectors, fault) => {
                 let slot = self.pending.slot_of(ticket);
-                self.pending[slot].settled += u64::from(sectors);
+                self.pending.settle(slot, u64::from(sectors));
                 self.pending[slot].status = Status::from(fault);
                 self.finish_if_settled(cache, slot);
             }
-            Notice::Resume(ticket) => self.resumed.push(self.pending.slot_of(ticket)),
+            Notice::Resume(ticket) => self.resumed.push_back(self.pending.slot_of(ticket)),
             Notice::Done(ticket, result) => {
                 if self.end_control_flush(ticket, result) {
                     return;
@@ -184,7 +301,7 @@ impl Requests {
                 if pending.stage == Stage::Flush {
                     self.finished.push(slot);
                 } else {
-                    pending.settled += 1;
+                    self.pending.settle(slot, 1);
                     self.finish_if_settled(cache, slot);
                 }
             }

@@ -20,7 +20,7 @@ impl Requests {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
         if !pending.is_settled() {
-            return;
+            return self.continue_if_due(slot);
         }
         let changes_data = match pending.request.kind {
             RequestKind::Write => true,
@@ -64,6 +64,7 @@ impl Requests {
         let ring = rings[usize::from(pending.ring)].as_mut().expect("a ring stops only when it has no requests");
         // The address was in guest memory when the request was parsed. If it no longer is, no driver reads the status.
         let _ = write_status(&ring.memory, pending.request.status_addr, pending.status);
+        ring.remove_load(pending.load);
         ring.push_used(pending.request.head, pending.request.used_len(pending.status));
         self.pending.release(slot);
     }

@@ -20,11 +20,12 @@ const WRITE_PREFETCH_LINES: usize = 4;
 impl Requests {
     /// Copies every ready piece. With its last piece a read is finished: the driver need not wait for the cache.
     pub(super) fn copy_all(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
-        let Self { copies, pending, finished, read, written, .. } = self;
+        let Self { copies, pending, finished, unfinished, read, written, .. } = self;
         let mut following = copies[..].iter().skip(1);
         for of_one in copies.chunk_by(|(slot, _), (other, _)| slot == other) {
             let slot = of_one[0].0;
-            let Pending { request, ring, settled, status, .. } = &mut pending[slot];
+            let Pending { request, ring, status, .. } = &mut pending[slot];
+            let mut settled = 0;
             let ring = rings[usize::from(*ring)].as_ref().expect("a ring stops only when it has no requests");
             let mut cursor = GuestCursor::new(&ring.memory, &request.data);
             for &(slot, piece) in of_one {
@@ -41,17 +42,25 @@ impl Requests {
                     written.push(CopiedPiece { slot, piece, result });
                 } else {
                     read.push(piece);
-                    *settled += u64::from(piece.count);
+                    settled += u64::from(piece.count);
                     if result.is_err() && *status == Status::Ok {
                         *status = Status::IoErr;
                     }
                 }
             }
-            if request.kind != RequestKind::Write && pending[slot].is_settled() {
-                finished.push(slot);
+            if request.kind != RequestKind::Write {
+                pending.settle(slot, settled);
+                if pending[slot].is_settled() {
+                    finished.push(slot);
+                } else {
+                    unfinished.push(slot);
+                }
             }
         }
         copies.clear();
+        while let Some(slot) = self.unfinished.pop() {
+            self.continue_if_due(slot);
+        }
     }
 
     /// Copies the pieces that a planted bug has postponed until their requests have completed.
@@ -71,10 +80,10 @@ impl Requests {
             let CopiedPiece { slot, piece, result } = self.written[at];
             cache.finish_write(&piece, if result.is_ok() { CopyResult::Complete } else { CopyResult::Incomplete });
             let pending = &mut self.pending[slot];
-            pending.settled += u64::from(piece.count);
             if result.is_err() {
                 pending.status = Status::IoErr;
             }
+            self.pending.settle(slot, u64::from(piece.count));
             self.finish_if_settled(cache, slot);
         }
         self.written.clear();

@@ -91,6 +91,13 @@ impl InflightTracker {
         }
     }
 
+    /// Records that the chain at `head` was given back to the driver.
+    pub fn untake(&mut self, head: u16) {
+        if head < self.size {
+            store(self.inflight(head), 0, Ordering::Release);
+        }
+    }
+
     /// Records that the chain at `head` is on the used ring, which is not yet published.
     ///
     /// => [`InflightTracker::end_completion`] follows when it is.

@@ -12,9 +12,11 @@
 //! 6. `complete.rs`: writes its status, and pushes it onto the used ring.
 //! 7. `interrupt.rs`: notifies the driver.
 //!
-//! Beside the path lies [`control`]: the commands of the control plane to the workers.
+//! [`budget`] bounds what a turn does and what is in progress. Beside the path lies [`control`]: the commands of the
+//! control plane to the workers.
 
 mod admit;
+pub mod budget;
 mod complete;
 pub mod control;
 mod copy;
@@ -34,6 +36,8 @@ use crate::arena::Arena;
 use crate::units::SECTOR_BYTES;
 use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback};
 use crate::virtio::request::Disk;
+
+use budget::Budget;
 
 pub use control::{Command, Control, RingSetup, Untracked};
 pub use worker::spawn;
@@ -63,6 +67,8 @@ pub struct Device {
     range_part_sectors: u64,
     /// How long an idle worker polls before it sleeps, in microseconds.
     pub poll_us: u32,
+    /// The bounds of each worker.
+    pub budget: Budget,
 }
 
 impl Device {
@@ -79,7 +85,18 @@ impl Device {
         let writeback = AtomicBool::new(writeback && !arena.is_write_through());
         let unit = u64::from(parameters.discard.alignment_sectors);
         let range_part_sectors = (RANGE_PART_SECTORS / unit * unit).max(unit);
-        Arc::new(Self { name, arena, disk, parameters, writeback_configured, writeback, range_part_sectors, poll_us })
+        let budget = Budget::default();
+        Arc::new(Self {
+            name,
+            arena,
+            disk,
+            parameters,
+            writeback_configured,
+            writeback,
+            range_part_sectors,
+            poll_us,
+            budget,
+        })
     }
 
     /// Whether a write completes before it is stable.

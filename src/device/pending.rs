@@ -6,6 +6,8 @@ use crate::units::{SectorSpan, low_u32};
 use crate::virtio::Status;
 use crate::virtio::request::{RangeSegment, Request};
 
+use super::budget::{BUFFERS_KEPT_MAX, BUFFERS_MAX, REQUESTS_MAX};
+
 /// How far a request has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -30,9 +32,15 @@ pub(super) struct Pending {
     /// Of a DISCARD or WRITE ZEROES: the cache gets its segments in parts, between multiples of this many sectors.
     pub part_sectors: u64,
     /// How many sectors (or parts of segments) the cache has admitted.
-    pub admitted: u32,
+    admitted: u32,
     /// How many sectors (or parts of segments) are done or have failed.
-    pub settled: u64,
+    settled: u64,
+    /// The cache has stalled it, and will tell when to resume it.
+    pub stalled: bool,
+    /// It is in the list of requests to continue.
+    pub continuing: bool,
+    /// What it counts in the load of its ring.
+    pub load: u64,
     /// How it ends; [`Status::Ok`] until something fails.
     pub status: Status,
     /// Of a write: it completes only when its data is stable.
@@ -50,6 +58,10 @@ pub(super) struct PendingTable {
     base: Ticket,
     slots: Vec<Pending>,
     free: Vec<u32>,
+    /// Sectors (or parts of segments) that are admitted and not settled.
+    in_progress: u64,
+    /// Buffers for which the slots hold memory.
+    buffers: usize,
 }
 
 /// The index of a slot.
@@ -57,12 +69,27 @@ pub(super) type Slot = u32;
 
 impl Pending {
     /// How many sectors (or parts of segments) it has.
-    fn total(&self) -> u64 {
+    pub fn total(&self) -> u64 {
         if self.ranges.is_empty() {
             self.request.span().count
         } else {
             self.ranges.iter().map(|range| parts(range.span, self.part_sectors)).sum()
         }
+    }
+
+    /// How many sectors (or parts of segments) the cache has admitted.
+    pub fn admitted(&self) -> u32 {
+        self.admitted
+    }
+
+    /// How many sectors (or parts of segments) are done or have failed.
+    pub fn settled(&self) -> u64 {
+        self.settled
+    }
+
+    /// How many sectors (or parts of segments) are admitted and not settled.
+    pub fn outstanding(&self) -> u64 {
+        u64::from(self.admitted) - self.settled
     }
 
     /// Part `nth` of the segments of a DISCARD or WRITE ZEROES; `None` after the last.
@@ -94,7 +121,7 @@ fn parts(span: SectorSpan, part_sectors: u64) -> u64 {
 impl PendingTable {
     /// An empty table; `base` is the ticket of the worker with a local part of 0.
     pub fn new(base: Ticket) -> Self {
-        Self { base, slots: Vec::new(), free: Vec::new() }
+        Self { base, slots: Vec::new(), free: Vec::new(), in_progress: 0, buffers: 0 }
     }
 
     /// Takes a free slot for a request of `ring`.
@@ -108,12 +135,15 @@ impl PendingTable {
                 part_sectors: 1,
                 admitted: 0,
                 settled: 0,
+                stalled: false,
+                continuing: false,
+                load: 0,
                 status: Status::Ok,
                 write_through: false,
                 delay_us: 0,
                 generation: 0,
             });
-            u32::try_from(self.slots.len() - 1).expect("bounded by the rings' sizes")
+            u32::try_from(self.slots.len() - 1).expect("bounded by REQUESTS_MAX")
         });
         let pending = &mut self.slots[slot as usize];
         // 15 bits: the highest bit of the local part marks flushes of the control plane.
@@ -121,6 +151,7 @@ impl PendingTable {
         (pending.ring, pending.stage) = (ring, Stage::Data);
         (pending.admitted, pending.settled, pending.status) = (0, 0, Status::Ok);
         (pending.write_through, pending.delay_us) = (false, 0);
+        (pending.stalled, pending.continuing, pending.load) = (false, false, 0);
         pending.ranges.clear();
         slot
     }
@@ -130,9 +161,59 @@ impl PendingTable {
         self.slots.len() - self.free.len()
     }
 
+    /// Whether one more request may be taken, however large it is.
+    pub fn has_room(&self) -> bool {
+        self.in_use() < REQUESTS_MAX && self.buffers < BUFFERS_MAX
+    }
+
+    /// Sectors (or parts of segments) of all requests that are admitted and not settled.
+    pub fn in_progress(&self) -> u64 {
+        self.in_progress
+    }
+
+    /// Counts the buffers of a request that was parsed into a slot which had memory for so many `before`.
+    pub fn count_buffers(&mut self, slot: Slot, before: usize) {
+        self.buffers = self.buffers + self.slots[slot as usize].request.data.capacity() - before;
+    }
+
+    /// The cache has admitted a request up to this sector (or part of a segment).
+    pub fn admit(&mut self, slot: Slot, up_to: u32) {
+        let pending = &mut self.slots[slot as usize];
+        self.in_progress += u64::from(up_to - pending.admitted);
+        pending.admitted = up_to;
+    }
+
+    /// So many sectors (or parts of segments) are done or have failed.
+    pub fn settle(&mut self, slot: Slot, count: u64) {
+        let pending = &mut self.slots[slot as usize];
+        pending.settled += count;
+        self.in_progress -= count;
+    }
+
+    /// What was not admitted yet will not be, and counts as settled.
+    pub fn skip_rest(&mut self, slot: Slot) {
+        let pending = &mut self.slots[slot as usize];
+        let total = pending.total();
+        pending.settled += total - u64::from(pending.admitted);
+        pending.admitted = u32::try_from(total).expect("a request is below 4 GiB");
+    }
+
+    /// The slots of the requests that are in progress.
+    pub fn slots_in_use(&self) -> impl Iterator<Item = Slot> + '_ {
+        (0..).zip(&self.slots).filter(|(_, pending)| pending.stage != Stage::Free).map(|(slot, _)| slot)
+    }
+
     /// Frees the slot: its request has completed.
+    ///
+    /// => What guests can make it hold is much. So the memory is kept for the next request only while all slots
+    ///    together have little.
     pub fn release(&mut self, slot: Slot) {
-        self.slots[slot as usize].stage = Stage::Free;
+        let pending = &mut self.slots[slot as usize];
+        pending.stage = Stage::Free;
+        if self.buffers > BUFFERS_KEPT_MAX {
+            self.buffers -= pending.request.data.capacity();
+            pending.request.data = Vec::new();
+        }
         self.free.push(slot);
     }
 

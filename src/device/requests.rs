@@ -1,12 +1,12 @@
 //! The requests of one worker, in the lists through which a turn moves them.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use crate::cache::{Piece, Ticket};
-use crate::units::{Fault, Tick};
+use crate::units::{Fault, SECTORS_PER_PAGE, Tick};
 use crate::virtio::guest_copy::BadAddress;
 use crate::virtio::request::Malformed;
 
@@ -24,7 +24,8 @@ pub(super) struct CopiedPiece {
 
 /// The requests of a worker. `admit.rs`, `copy.rs` and `complete.rs` move them from list to list.
 ///
-/// => Between turns every list is empty, except `delayed` and the control plane's flushes.
+/// => Between turns every list is empty, except `delayed`, the control plane's flushes, and what a turn's budget left:
+///    `resumed`, `incoming`, `continuing` and `finished`.
 #[derive(Debug)]
 pub(super) struct Requests {
     pub device: Arc<Device>,
@@ -34,14 +35,18 @@ pub(super) struct Requests {
     /// Those of them that no status can complete.
     pub rejected: Vec<(u16, Malformed)>,
     /// Requests to admit to the cache for the first time.
-    pub incoming: Vec<Slot>,
+    pub incoming: VecDeque<Slot>,
     /// Requests that the cache told to resume. They precede `incoming`, or later requests would take the room that
     /// they waited for.
-    pub resumed: Vec<Slot>,
+    pub resumed: VecDeque<Slot>,
+    /// Requests of which the next window is to be admitted.
+    pub continuing: VecDeque<Slot>,
     /// Pieces of the request being admitted, before they join `copies`.
     pub pieces: Vec<Piece>,
     /// Pieces to copy.
     pub copies: Vec<(Slot, Piece)>,
+    /// Reads that have more to come, of which a piece was copied.
+    pub unfinished: Vec<Slot>,
     /// Copied pieces of writes, to return to the cache.
     pub written: Vec<CopiedPiece>,
     /// Copied pieces of reads, to return to the cache.
@@ -70,10 +75,12 @@ impl Requests {
             pending: PendingTable::new(base),
             heads: Vec::new(),
             rejected: Vec::new(),
-            incoming: Vec::new(),
-            resumed: Vec::new(),
+            incoming: VecDeque::new(),
+            resumed: VecDeque::new(),
+            continuing: VecDeque::new(),
             pieces: Vec::new(),
             copies: Vec::new(),
+            unfinished: Vec::new(),
             written: Vec::new(),
             read: Vec::new(),
             #[cfg(test)]
@@ -84,6 +91,22 @@ impl Requests {
             next_control_flush: 0,
             base,
         }
+    }
+
+    /// Whether new requests may be taken: those of before are admitted, and what is in progress is within its bounds.
+    pub fn can_take(&self) -> bool {
+        self.resumed.is_empty() && self.incoming.is_empty() && self.can_admit() && self.pending.has_room()
+    }
+
+    /// Whether more may be admitted, by what is in progress.
+    pub fn can_admit(&self) -> bool {
+        self.pending.in_progress() < self.device.budget.worker_pages * SECTORS_PER_PAGE
+    }
+
+    /// Whether the next turn has work that the last one has left.
+    pub fn has_work(&self) -> bool {
+        let to_admit = !(self.resumed.is_empty() && self.incoming.is_empty() && self.continuing.is_empty());
+        !self.finished.is_empty() || to_admit && self.can_admit()
     }
 
     /// Returns a ticket for a flush of the control plane, whose result goes to `reply`.

@@ -9,6 +9,7 @@ use log::{error, info, warn};
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::budget::Budget;
 use super::control::RingSetup;
 use super::inflight::InflightTracker;
 use super::interrupt::Interrupt;
@@ -42,6 +43,10 @@ pub struct Ring {
     interrupt_due: bool,
     /// How many requests were taken and not completed.
     in_flight: u16,
+    /// The pages of the requests in flight: see [`Budget::load_of`](super::budget::Budget::load_of).
+    load: u64,
+    /// Nothing is taken while `load` is this or more.
+    load_max: u64,
     /// Those of them whose chains cannot be read. They wait for memory in which they can.
     unreadable: Vec<u16>,
     /// The driver has kicked.
@@ -52,8 +57,11 @@ pub struct Ring {
     tracker: Option<InflightTracker>,
     /// The requests that the previous daemon left in flight have been looked up.
     recovered: bool,
-    /// Heads that the previous daemon took and did not complete, in reverse order. They are taken before any other.
+    /// Heads that the previous daemon took and did not complete, and suspended ones, in reverse order. They are taken
+    /// before any other.
     resubmissions: Vec<u16>,
+    /// A long request was suspended, because the ring drains: until new memory is set, nothing is taken.
+    suspended: bool,
     /// The driver violated the protocol in a way that no status can report: nothing more is taken.
     broken: bool,
 }
@@ -75,12 +83,15 @@ impl Ring {
             interrupt: call_fd.map(Interrupt::new),
             interrupt_due: true,
             in_flight: 0,
+            load: 0,
+            load_max: Budget::default().ring_pages,
             unreadable: Vec::new(),
             kicked: false,
             reported: false,
             tracker,
             recovered: false,
             resubmissions: Vec::new(),
+            suspended: false,
             broken: false,
         };
         ring.map_queue();
@@ -137,7 +148,52 @@ impl Ring {
 
     /// Whether requests of the previous daemon are still to be taken.
     pub fn has_resubmissions(&self) -> bool {
-        !self.resubmissions.is_empty() && self.is_usable()
+        !self.resubmissions.is_empty() && !self.suspended && self.is_usable()
+    }
+
+    /// Sets the load at which nothing more is taken.
+    pub(super) fn set_load_max(&mut self, pages: u64) {
+        self.load_max = pages;
+    }
+
+    /// How many more pages can be taken: with the request that exceeds them, nothing more is.
+    pub(super) fn load_left(&self) -> u64 {
+        self.load_max.saturating_sub(self.load)
+    }
+
+    /// Adds the pages of requests that were taken.
+    pub(super) fn add_load(&mut self, pages: u64) {
+        self.load = self.load.saturating_add(pages);
+    }
+
+    /// Subtracts the pages of a request that is no longer in flight.
+    pub(super) fn remove_load(&mut self, pages: u64) {
+        self.load = self.load.saturating_sub(pages);
+    }
+
+    /// The request at `head`, which was taken and not completed, is to be taken again: by this ring when it has
+    /// drained, or by the next one after it has stopped.
+    pub(super) fn suspend(&mut self, head: u16) {
+        self.in_flight -= 1;
+        self.resubmissions.push(head);
+        self.suspended = true;
+    }
+
+    /// Gives suspended requests back to the driver, as if they had not been taken: those that were taken last. For any
+    /// other the next ring finds its mark in the inflight region.
+    ///
+    /// => The ring has drained, and stops.
+    pub(super) fn give_back(&mut self) {
+        let is_due = self.suspended && !planted(PlantedBug::LongRequestForgotten);
+        let Some(queue) = self.queue.as_mut().filter(|_| is_due) else { return };
+        while let Some(&last) = self.resubmissions.first()
+            && queue.untake(last)
+        {
+            self.resubmissions.remove(0);
+            if let Some(tracker) = &mut self.tracker {
+                tracker.untake(last);
+            }
+        }
     }
 
     /// Whether requests can be taken and completed.
@@ -178,6 +234,7 @@ impl Ring {
         // The inflight region has them already.
         self.in_flight -= u16::try_from(self.unreadable.len()).expect("they are in flight");
         self.resubmissions.extend(self.unreadable.drain(..).rev());
+        self.suspended = false;
     }
 
     /// The device's position in the queue.
@@ -190,27 +247,45 @@ impl Ring {
         DescriptorTable::new(memory, GuestAddress(self.layout.desc_table), u32::from(self.layout.size))
     }
 
-    /// Takes up to `max` heads from the available ring into `heads`, which is empty.
+    /// Appends up to `max` of the next heads to `heads`, which is empty. [`Ring::commit`] takes them.
     ///
     /// => Whatever the guest writes, no more heads are in flight than the ring has descriptors.
-    pub fn take(&mut self, max: usize, heads: &mut Vec<u16>) {
+    pub fn peek(&mut self, max: usize, heads: &mut Vec<u16>) {
         let max = max.min(usize::from(self.layout.size.saturating_sub(self.in_flight)));
-        let Some(queue) = self.queue.as_mut().filter(|_| !self.broken && max > 0) else { return };
+        let Some(queue) = self.queue.as_ref().filter(|_| !self.broken && max > 0) else { return };
         if !self.resubmissions.is_empty() {
-            // The inflight region has them already, in their order.
-            heads.extend(self.resubmissions.drain(self.resubmissions.len().saturating_sub(max)..).rev());
-        } else if queue.take(max, heads).is_err() {
+            heads.extend(self.resubmissions.iter().rev().take(max));
+        } else if queue.peek(max, heads).is_err() {
             self.mark_broken("more heads are available than it has descriptors");
-        } else if let Some(tracker) = &mut self.tracker {
-            heads.iter().for_each(|&head| tracker.take(head));
         }
-        self.in_flight += u16::try_from(heads.len()).expect("no more than the ring's size");
     }
 
-    /// Whether there are heads that could be taken.
+    /// Takes the heads that [`Ring::peek`] returned, or the first of them.
+    pub fn commit(&mut self, heads: &[u16]) {
+        let count = u16::try_from(heads.len()).expect("no more than the ring's size");
+        if !self.resubmissions.is_empty() {
+            // The inflight region has them already, in their order.
+            self.resubmissions.truncate(self.resubmissions.len().saturating_sub(heads.len()));
+        } else if let Some(queue) = &mut self.queue {
+            queue.advance(count);
+            if let Some(tracker) = &mut self.tracker {
+                heads.iter().for_each(|&head| tracker.take(head));
+            }
+        }
+        self.in_flight += count;
+    }
+
+    /// Takes up to `max` heads into `heads`, which is empty.
+    pub fn take(&mut self, max: usize, heads: &mut Vec<u16>) {
+        self.peek(max, heads);
+        self.commit(heads);
+    }
+
+    /// Whether there are heads that could be taken now.
     pub fn has_more(&self) -> bool {
         self.is_usable()
             && self.in_flight < self.layout.size
+            && self.load < self.load_max
             && (self.has_resubmissions() || self.queue.as_ref().is_some_and(SplitQueue::has_available))
     }
 

@@ -84,6 +84,8 @@ pub struct Worker {
     epoll: Epoll,
     /// The running rings by index. As short as possible, since a turn looks at every element.
     rings: Vec<Option<Ring>>,
+    /// The ring from which the next turn takes first.
+    first_ring: usize,
     /// Rings that drain before they stop, and where to send their last position.
     stopping: Vec<(u16, Sender<Option<QueuePosition>>)>,
     /// Guest memory to use as soon as every ring has completed what it took.
@@ -116,6 +118,7 @@ impl Worker {
             commands,
             epoll,
             rings: Vec::new(),
+            first_ring: 0,
             stopping: Vec::new(),
             new_memory: None,
             // The first turn pumps the cache: pages that were restored may be due for write-back.
@@ -147,7 +150,8 @@ impl Worker {
         for index in 0..self.rings.len() {
             more_available |= self.ring_to_serve(index).is_some_and(Ring::enable_notification);
         }
-        more_available
+        // Otherwise a completion must come first, and the turn that handles it looks at the rings.
+        more_available && self.requests.can_take()
     }
 
     /// Tells the drivers that they need not kick: the worker is awake.
@@ -240,8 +244,9 @@ impl Worker {
         }
         let reaped = self.port.reap(notified);
         // 2. Take.
+        let left = self.requests.has_work();
         let taken = self.take_requests();
-        if !(handled || reaped || taken) && self.next_due().is_none_or(|due| due > now) {
+        if !(handled || reaped || taken || left) && self.next_due().is_none_or(|due| due > now) {
             return false;
         }
         // 3. Admit.
@@ -263,18 +268,35 @@ impl Worker {
         #[cfg(test)]
         requests.copy_postponed(port, rings);
         // 7. End the turn.
-        self.deadline = port.end_turn(now, |cache| requests.return_reads(cache));
+        let (stopping, new_memory) = (&self.stopping, self.new_memory.is_some());
+        self.deadline = port.end_turn(now, |cache| {
+            requests.return_reads(cache);
+            if new_memory || !stopping.is_empty() {
+                let drains = |index| new_memory || stopping.iter().any(|&(stopping, _)| stopping == index);
+                requests.cut_short(cache, rings, drains);
+            }
+        });
         self.reply_if_drained();
         true
     }
 
-    /// Takes requests from every ring that has some. Returns whether one had.
+    /// Takes requests from the rings that have some, round robin, until the turn's budget is spent. Returns whether one
+    /// had any.
     fn take_requests(&mut self) -> bool {
-        let mut taken = false;
-        for index in 0..self.rings.len() {
+        if !self.requests.can_take() {
+            return false;
+        }
+        let mut budget = self.device.budget.turn_pages;
+        let (mut taken, count) = (false, self.rings.len());
+        for index in (self.first_ring.min(count)..count).chain(0..self.first_ring.min(count)) {
             if self.ring_to_serve(index).is_some_and(|ring| ring.has_more()) {
                 let ring = self.rings[index].as_mut().expect("it was found a line above");
-                taken |= self.requests.take_from(u16::try_from(index).expect("256 rings at most"), ring);
+                let number = u16::try_from(index).expect("256 rings at most");
+                taken |= self.requests.take_from(number, ring, &mut budget);
+                if budget == 0 {
+                    self.first_ring = index + 1;
+                    break;
+                }
             }
         }
         taken
@@ -329,7 +351,8 @@ impl Worker {
     }
 
     fn start(&mut self, index: u16, setup: RingSetup) {
-        let ring = Ring::new(&self.device.name, index, setup);
+        let mut ring = Ring::new(&self.device.name, index, setup);
+        ring.set_load_max(self.device.budget.ring_pages);
         if let Err(e) = ring.watch_kicks(&self.epoll, u64::from(index)) {
             // The ring is served only while the worker is awake for another reason, so the log must say why it is slow.
             error!("{}: vring {index}: cannot watch its kick descriptor ({e}): requests may hang", self.device.name);
@@ -345,13 +368,14 @@ impl Worker {
     fn reply_if_drained(&mut self) {
         let (rings, epoll) = (&mut self.rings, &self.epoll);
         self.stopping.retain(|(index, reply)| {
-            let Some(ring) = rings.get(usize::from(*index)).and_then(Option::as_ref) else {
+            let Some(ring) = rings.get_mut(usize::from(*index)).and_then(Option::as_mut) else {
                 let _ = reply.send(None);
                 return false;
             };
             if !ring.is_drained() {
                 return true;
             }
+            ring.give_back();
             let position = ring.position();
             ring.unwatch_kicks(epoll);
             rings[usize::from(*index)] = None;

@@ -257,7 +257,7 @@ impl World {
         let request = self.requests.get_mut(&ticket).expect("a request that is admitted is in flight");
         let name = Ticket(ticket);
         let span = SectorSpan::new(self.base + request.span.start, request.span.count);
-        let access = Access { ticket: name, span, from: request.admitted, resumed };
+        let access = Access { from: request.admitted, resumed, ..Access::new(name, span) };
         let mut pieces = Vec::new();
         let admitted = match request.op {
             GuestOp::Read => self.cache.read(access, &mut pieces),

@@ -152,12 +152,14 @@ pub struct Request {
     pub data_bytes: u64,
     /// The address of the status byte.
     pub status_addr: GuestAddress,
+    /// How many buffers of the chain were read.
+    pub buffers: usize,
 }
 
 impl Default for Request {
     fn default() -> Self {
         let (kind, status_addr) = (RequestKind::Unknown(u32::MAX), GuestAddress(0));
-        Self { head: 0, kind, sector: 0, data: Vec::new(), data_bytes: 0, status_addr }
+        Self { head: 0, kind, sector: 0, data: Vec::new(), data_bytes: 0, status_addr, buffers: 0 }
     }
 }
 
@@ -175,6 +177,7 @@ pub fn parse(mem: &GuestRam, table: &DescriptorTable<'_>, head: u16, request: &m
     request.head = head;
     request.data.clear();
     request.data_bytes = 0;
+    request.buffers = 0;
     let mut parser = Parser::new(request);
     for buffer in DescriptorChain::new(mem, table.clone(), head) {
         parser.add(mem, buffer.map_err(|_| Malformed::Unreadable)?);
@@ -207,6 +210,7 @@ impl<'a> Parser<'a> {
     #[inline]
     fn add(&mut self, mem: &GuestRam, buffer: Buffer) {
         let range = buffer.range;
+        self.request.buffers += 1;
         if range.len == 0 {
             return;
         }

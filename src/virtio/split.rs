@@ -114,11 +114,12 @@ impl SplitQueue {
         self.avail_idx() != self.next.next_avail
     }
 
-    /// Takes up to `max` heads, in order. They are as the guest wrote them: any number is possible.
+    /// Appends the next heads to `heads`, in order and at most `max`. They are as the guest wrote them: any number is
+    /// possible. [`SplitQueue::advance`] takes them.
     ///
     /// # Errors
-    /// [`Overrun`]; nothing is taken then.
-    pub fn take(&mut self, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
+    /// [`Overrun`].
+    pub fn peek(&self, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
         let mut available = self.avail_idx().wrapping_sub(self.next.next_avail);
         for _ in 0..INDEX_REREADS {
             if available <= self.layout.size {
@@ -130,12 +131,28 @@ impl SplitQueue {
         if available > self.layout.size {
             return Err(Overrun);
         }
-        for _ in 0..max.min(usize::from(available)) {
-            let head = self.rings.avail.le16(RING + self.entry(self.next.next_avail) * HEAD_BYTES);
-            heads.push(u16::from_le(head.load(Ordering::Relaxed)));
-            self.next.next_avail = self.next.next_avail.wrapping_add(1);
-        }
+        heads.extend((0..available).take(max).map(|nth| self.head_at(self.next.next_avail.wrapping_add(nth))));
         Ok(())
+    }
+
+    /// Takes the next `count` heads, which [`SplitQueue::peek`] has returned.
+    pub fn advance(&mut self, count: u16) {
+        self.next.next_avail = self.next.next_avail.wrapping_add(count);
+    }
+
+    /// Gives the last head that was taken back to the driver: it is available again. False: it was not `head`.
+    pub fn untake(&mut self, head: u16) -> bool {
+        let last = self.next.next_avail.wrapping_sub(1);
+        let is_last = self.next.next_avail != self.next.next_used && self.head_at(last) == head;
+        if is_last {
+            self.next.next_avail = last;
+        }
+        is_last
+    }
+
+    /// The entry of the available ring that an index means.
+    fn head_at(&self, index: u16) -> u16 {
+        u16::from_le(self.rings.avail.le16(RING + self.entry(index) * HEAD_BYTES).load(Ordering::Relaxed))
     }
 
     /// Fills the next used element: the chain at `head`, with `len` bytes written to it. [`SplitQueue::publish`] shows

@@ -14,6 +14,7 @@ use crate::cache::Settings;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
 use crate::device::Device;
+use crate::device::budget::Budget;
 use crate::device::control::Workers;
 use crate::device::worker::Worker;
 use crate::error::{Error, ErrorKind};
@@ -137,13 +138,14 @@ pub(super) struct Configuration<'a> {
     pub writeback: bool,
     pub survive: Survive,
     pub read_only: bool,
+    pub budget: Budget,
 }
 
 impl Life {
     /// Starts a daemon: recovers the cache that the previous one left. `None`: a read-only daemon is refused beside a
     /// dirty cache.
     pub fn start(configuration: &Configuration, image: &SimulatedImage) -> Result<Option<Self>, DaemonDied> {
-        let Configuration { directory, settings, workers, writeback, survive, read_only } = configuration;
+        let Configuration { directory, settings, workers, writeback, survive, read_only, budget } = configuration;
         let mut config = DeviceConfig::new("sim", Socket::Path(PathBuf::new()), directory.image());
         config.cache.size_bytes = u64::from(settings.frames) * PAGE_BYTES;
         config.cache.survive = *survive;
@@ -178,7 +180,7 @@ impl Life {
         in_daemon(|| {
             let backing: Arc<dyn Backing> = held.clone();
             let cached = CachedImage::new("sim", backing, arena, (*settings).clone());
-            let device = device_of(&cached, *writeback, *read_only);
+            let device = device_of(&cached, *writeback, *read_only, *budget);
             let start = |_| Worker::new(&device, &cached).expect("descriptors for a worker");
             let (started, controls): (Vec<_>, Vec<_>) = (0..*workers).map(start).unzip();
             cached.arena().keep_on_drop(false);
@@ -251,7 +253,7 @@ impl Life {
     }
 }
 
-fn device_of(cached: &CachedImage, writeback: bool, read_only: bool) -> Arc<Device> {
+fn device_of(cached: &CachedImage, writeback: bool, read_only: bool, budget: Budget) -> Arc<Device> {
     let limits: &Limits = cached.limits();
     let capacity_sectors = limits.size_bytes / SECTOR_BYTES;
     let parameters = DiskParameters {
@@ -274,5 +276,7 @@ fn device_of(cached: &CachedImage, writeback: bool, read_only: bool) -> Arc<Devi
         can_zero: true,
         serial: serial("simulated"),
     };
-    Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0)
+    let mut device = Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0);
+    Arc::get_mut(&mut device).expect("nothing else has it yet").budget = budget;
+    device
 }

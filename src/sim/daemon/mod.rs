@@ -72,7 +72,7 @@ fn seeds_from_the_environment() {
 }
 
 /// The bugs around the cache.
-const PLANTED: [PlantedBug; 7] = [
+const PLANTED: [PlantedBug; 8] = [
     PlantedBug::InflightClearedBeforePublishing,
     PlantedBug::ZeroesNotFlushed,
     PlantedBug::SwitchNotFlushed,
@@ -80,6 +80,7 @@ const PLANTED: [PlantedBug; 7] = [
     PlantedBug::LedgerBeforeCopy,
     PlantedBug::NoticeDropped,
     PlantedBug::DrainEndsEarly,
+    PlantedBug::LongRequestForgotten,
 ];
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::store::Behaviour;
 use crate::cache::{ErrorPolicy, PolicyKind, Settings};
+use crate::device::budget::Budget;
 use crate::prng::Prng;
 use crate::store::Limits;
 use crate::units::{ImageHoles, PAGE_BYTES, SECTOR_BYTES};
@@ -69,6 +70,20 @@ impl Scenario {
             },
             hole_percent: if holes == ImageHoles::Possible { prng.pick(&[10, 50, 100]) } else { 0 },
         }
+    }
+}
+
+/// The bounds of the workers: as they are, or so small that most requests take several turns.
+pub(super) fn budget(prng: &mut Prng) -> Budget {
+    if prng.percent(40) {
+        return Budget::default();
+    }
+    Budget {
+        turn_pages: prng.pick(&[1, 2, 8]),
+        window_pages: prng.pick(&[1, 1, 2]),
+        worker_pages: prng.pick(&[1, 4, 16]),
+        ring_pages: prng.pick(&[1, 4, 16]),
+        long_pages: prng.pick(&[1, 2, 100]),
     }
 }
 

@@ -10,10 +10,11 @@ use super::control::{LAST_FLUSHES_MAX, Session};
 use super::guest::{Action, Completed, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life, in_daemon};
 use super::oracle::{ANY, Oracle, RequestId};
-use super::scenario::{Scenario, settings};
+use super::scenario::{Scenario, budget, settings};
 use super::store::SimulatedImage;
 use crate::cache::Settings;
 use crate::config::Survive;
+use crate::device::budget::Budget;
 use crate::fault_injection::crash_after;
 use crate::prng::Prng;
 use crate::units::{SectorSpan, Tick};
@@ -33,6 +34,7 @@ pub(super) struct World {
     pub prng: Prng,
     pub scenario: Scenario,
     pub settings: Settings,
+    budget: Budget,
     pub directory: Directory,
     pub image: SimulatedImage,
     pub memory: Arc<GuestMemoryMmap<()>>,
@@ -77,6 +79,7 @@ impl World {
         let rings = (0..scenario.rings).map(ring).collect();
         let disk_prng = Prng::new(prng.next_u64());
         Self {
+            budget: budget(&mut Prng::new(!seed)),
             directory: Directory::new(limits.size_bytes),
             image: SimulatedImage::new(limits, scenario.behaviour, disk_prng, scenario.hole_percent),
             oracle: Oracle::new((0..settings.image_sectors).map(|_| 0)),
@@ -218,6 +221,7 @@ impl World {
             writeback: self.scenario.writeback,
             survive: if self.scenario.survives { Survive::Always } else { Survive::Never },
             read_only: self.is_reader,
+            budget: self.budget,
         };
         match Life::start(&configuration, &self.image) {
             // The operator tries again.

@@ -323,7 +323,7 @@ impl<'a> World<'a> {
 
     fn admit(&mut self, index: usize, resumed: bool) {
         let request = &mut self.requests[index];
-        let access = Access { ticket: Ticket(index as u64), span: request.span, from: request.admitted, resumed };
+        let access = Access { from: request.admitted, resumed, ..Access::new(Ticket(index as u64), request.span) };
         let mut pieces = Vec::new();
         let admitted = match request.direction {
             Direction::Read => self.cache.read(access, &mut pieces),

@@ -1,0 +1,97 @@
+//! How much work a turn does, and how much a worker has in progress, whatever guests send.
+//!
+//! A legal request can ask for 4 GiB in 1024 buffers, and a ring can hold a thousand of them. So a request is admitted
+//! to the cache in *windows* of pages, a turn ends when its budget is spent, and a ring from which enough was taken
+//! waits. Nothing fails for that: what does not fit now is done in a later turn, round robin.
+//!
+//! The bounds are in pages of data. Other work counts as the pages that take as long to copy.
+
+use crate::units::{PAGE_BYTES, SECTORS_PER_PAGE};
+
+/// Pages as long to copy as it takes to parse a chain, besides its buffers.
+const PAGES_PER_CHAIN: u64 = 1;
+/// Buffers of a chain that take as long to parse as a page to copy.
+const BUFFERS_PER_PAGE: u64 = 32;
+/// Pages for a part of a DISCARD or WRITE ZEROES: the cache looks up its pages, and the store is busy for longer.
+pub(super) const PAGES_PER_RANGE_PART: u64 = 64;
+/// Most parts of one DISCARD or WRITE ZEROES that are admitted at a time.
+pub(super) const RANGE_PARTS_MAX: u64 = 16;
+/// Most requests that a worker has in progress.
+pub(super) const REQUESTS_MAX: usize = 4096;
+/// Most buffers (of 16 bytes) of all requests that a worker has in progress, but for one request.
+pub(super) const BUFFERS_MAX: usize = 1 << 17;
+/// Buffers for which requests that have completed keep memory, so that the next ones allocate none.
+pub(super) const BUFFERS_KEPT_MAX: usize = 1 << 16;
+
+/// The bounds of a worker.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// New work in a turn. 4 MiB: a millisecond of copying, or a few into memory that the guest has never used.
+    pub turn_pages: u64,
+    /// Most pages of one request that are admitted and not yet copied, at least 1. With 1 MiB, a read of a slow image
+    /// has an operation of the largest size in flight, or several.
+    pub window_pages: u64,
+    /// Most pages of all requests that are admitted and not yet copied. 32 MiB: more than the store has in flight at
+    /// full speed, and a few MiB of waiters, pieces and store operations.
+    pub worker_pages: u64,
+    /// A ring waits while the requests taken from it have more pages than this. So a ring that stops has little left to
+    /// complete.
+    pub ring_pages: u64,
+    /// A longer read or write is *long*: while one is in progress, nothing else is taken from its ring, and the driver
+    /// gets it back if the ring stops. 16 MiB: drivers send less, because their systems limit requests to 4 MiB or so.
+    pub long_pages: u64,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        const MIB: u64 = (1 << 20) / PAGE_BYTES;
+        Self {
+            turn_pages: 4 * MIB,
+            window_pages: MIB,
+            worker_pages: 32 * MIB,
+            ring_pages: 32 * MIB,
+            long_pages: 16 * MIB,
+        }
+    }
+}
+
+impl Budget {
+    /// What a turn spends to take a request of so many pages, with so many buffers, and to admit its first window.
+    pub(super) fn cost_of_taking(&self, pages: u64, buffers: usize) -> u64 {
+        PAGES_PER_CHAIN + buffers as u64 / BUFFERS_PER_PAGE + pages.min(self.window_pages)
+    }
+
+    /// What a request counts in [`Budget::ring_pages`].
+    pub(super) fn load_of(&self, pages: u64) -> u64 {
+        if self.is_long(pages) { pages.max(self.ring_pages) } else { pages }
+    }
+
+    /// Whether a read or write of so many pages is long.
+    pub(super) fn is_long(&self, pages: u64) -> bool {
+        pages > self.long_pages
+    }
+
+    /// How far a read or write is admitted: up to this sector, if it begins at sector `start` of the image, has `total`
+    /// sectors, and `settled` of them are done.
+    pub(super) fn window_end(&self, start: u64, total: u64, settled: u64) -> u64 {
+        // A window ends with a page: the cache would have to look up a page twice.
+        let end = start.saturating_add(settled).saturating_add(self.window_pages * SECTORS_PER_PAGE);
+        let end = end - end % SECTORS_PER_PAGE;
+        end.saturating_sub(start).min(total)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_ends_with_a_page_or_with_its_request() {
+        let budget = Budget { window_pages: 2, ..Budget::default() };
+        for (start, total, settled, end) in
+            [(0, 100, 0, 16), (3, 100, 0, 13), (3, 100, 13, 29), (0, 5, 0, 5), (7, 9, 8, 9)]
+        {
+            assert_eq!(budget.window_end(start, total, settled), end, "{start} {total} {settled}");
+        }
+    }
+}

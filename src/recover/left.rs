@@ -11,7 +11,8 @@ use super::write_back::Unwritten;
 use crate::arena::{Arena, ArenaFile, GuestData, GuestState, ImageFacts};
 use crate::config::DeviceConfig;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::file::{FileImage, LastTenure};
+use crate::store::file::LastTenure;
+use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::{Boot, Relation};
@@ -39,7 +40,7 @@ impl Left {
     /// [`ErrorKind::Ledger`] when the image must not be served as it is; otherwise as [`Search::run`].
     pub(super) fn find(
         config: &DeviceConfig,
-        image: &FileImage,
+        image: &dyn NamedImage,
         facts: &ImageFacts,
         manager: &Arc<ServiceManager>,
     ) -> Result<Self> {
@@ -62,7 +63,7 @@ impl Left {
     }
 
     /// Judges one more cache.
-    fn add(&mut self, name: &str, read_only: bool, image: &FileImage, candidate: Candidate) -> Result<()> {
+    fn add(&mut self, name: &str, read_only: bool, image: &dyn NamedImage, candidate: Candidate) -> Result<()> {
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
         if let Some(unwritten) = candidate.foreign {
@@ -118,7 +119,7 @@ impl Left {
         &mut self,
         name: &str,
         read_only: bool,
-        image: &FileImage,
+        image: &dyn NamedImage,
         candidate: Candidate,
         unwritten: Unwritten,
     ) -> Result<()> {
@@ -164,7 +165,7 @@ impl Left {
     }
 
     /// Records that the tenure of a cache without unwritten data has ended.
-    fn settle(&mut self, name: &str, image: &FileImage, tenure: Option<TenureId>) {
+    fn settle(&mut self, name: &str, image: &dyn NamedImage, tenure: Option<TenureId>) {
         let Some(record) = &mut self.record else { return };
         if record.state != State::Open || Some(record.tenure) != tenure {
             return;
@@ -176,7 +177,7 @@ impl Left {
     }
 
     /// Checks that the cache of a tenure that has not ended is among those that were found.
-    fn check_that_cache_is_there(&mut self, name: &str, image: &FileImage, record: &Record) -> Result<()> {
+    fn check_that_cache_is_there(&mut self, name: &str, image: &dyn NamedImage, record: &Record) -> Result<()> {
         let is_there =
             self.usable.as_ref().is_some_and(|found| found.header.tenure.is_some_and(|t| t.id == record.tenure));
         // It may have been settled meanwhile.
@@ -201,7 +202,7 @@ impl Left {
 }
 
 /// The record of the image's last tenure, if there is one that was made for this image.
-pub(super) fn record_of(name: &str, image: &FileImage, facts: &ImageFacts) -> Result<Option<Record>> {
+pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) -> Result<Option<Record>> {
     let shown = image.path().display();
     let failed =
         |e| Error::io(ErrorKind::Image, format!("cannot read the record of the last tenure of image {shown}"), e);
@@ -229,7 +230,7 @@ pub(super) fn record_of(name: &str, image: &FileImage, facts: &ImageFacts) -> Re
 }
 
 /// Refuses an image whose cache another host may hold.
-fn refuse_other_host(image: &FileImage, record: &Record) -> Result<()> {
+fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
     if record.state != State::Open || Boot::current().relation_to(record.boot) != Relation::OtherHost {
         return Ok(());
     }
@@ -247,7 +248,7 @@ fn refuse_other_host(image: &FileImage, record: &Record) -> Result<()> {
 }
 
 /// Refuses a cache of another user that holds completed writes of the image.
-fn refuse_foreign(image: &FileImage, candidate: &Candidate, unwritten: Unwritten) -> Result<()> {
+fn refuse_foreign(image: &dyn NamedImage, candidate: &Candidate, unwritten: Unwritten) -> Result<()> {
     let Candidate { file, header, .. } = candidate;
     let (owner, image) = (file.owner(), image.path().display());
     let holds = if header.frames > 0 && unwritten != Unwritten::NOTHING {
@@ -267,7 +268,7 @@ fn refuse_foreign(image: &FileImage, candidate: &Candidate, unwritten: Unwritten
 
 /// The error of a cache with completed writes that must not be used.
 pub(super) fn refusal(
-    image: &FileImage,
+    image: &dyn NamedImage,
     file: &ArenaFile,
     unwritten: Unwritten,
     heartbeat_ns: u64,
@@ -297,7 +298,7 @@ fn ways_out(image: &str, file: &ArenaFile) -> String {
 }
 
 /// The error of a cache that is not where the record says.
-fn missing(image: &FileImage, place: &CachePlace, since: u64) -> Error {
+fn missing(image: &dyn NamedImage, place: &CachePlace, since: u64) -> Error {
     let image = image.path().display();
     let context = format!(
         "image {image} was taken {} ago and not given back, and its cache, {}, is not there: it was removed, or is in \

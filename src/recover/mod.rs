@@ -24,8 +24,8 @@ use crate::arena::{
 use crate::config::{DeviceConfig, MemoryDir, Survive};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::Backing;
-use crate::store::file::{FileImage, LastTenure};
+use crate::store::file::LastTenure;
+use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::Boot;
@@ -121,7 +121,7 @@ impl Contents {
 /// [`ErrorKind::Image`] when its pages cannot be written to the image.
 pub fn arena_for(
     config: &DeviceConfig,
-    image: &FileImage,
+    image: &dyn NamedImage,
     frames: usize,
     manager: &Arc<ServiceManager>,
 ) -> Result<Arena> {
@@ -197,7 +197,7 @@ fn warn_of_data_loss(name: &str) {
 }
 
 /// The error of a cache that holds completed writes past the end of its image.
-fn overhang(image: &FileImage, arena: &Arena, beyond: Overhang) -> Error {
+fn overhang(image: &dyn NamedImage, arena: &Arena, beyond: Overhang) -> Error {
     let file = arena.file().expect(HAS_FILE);
     let Overhang { pages, ranges } = beyond;
     let (image, beyond) = (image.path().display(), Unwritten { pages, ranges });
@@ -214,7 +214,7 @@ fn overhang(image: &FileImage, arena: &Arena, beyond: Overhang) -> Error {
 /// # Errors
 /// As [`arena_for`], and [`ErrorKind::Ledger`] when an earlier daemon's cache holds writes that the image lacks: the
 /// device would serve older data.
-fn arena_for_reading(config: &DeviceConfig, image: &FileImage, frames: usize, left: Left) -> Result<Arena> {
+fn arena_for_reading(config: &DeviceConfig, image: &dyn NamedImage, frames: usize, left: Left) -> Result<Arena> {
     let name = &config.name;
     let mut guest = left.guest;
     if let Some(Candidate { file, header, .. }) = left.usable {
@@ -242,7 +242,7 @@ fn arena_for_reading(config: &DeviceConfig, image: &FileImage, frames: usize, le
 /// What a new cache for a device is made from.
 struct NewCache<'a> {
     config: &'a DeviceConfig,
-    image: &'a FileImage,
+    image: &'a dyn NamedImage,
     frames: usize,
     manager: &'a Arc<ServiceManager>,
     facts: &'a ImageFacts,

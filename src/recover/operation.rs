@@ -12,7 +12,8 @@ use super::write_back::Unwritten;
 use crate::arena::{Arena, Header, TenureFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::file::{FileImage, LastTenure};
+use crate::store::file::LastTenure;
+use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::{Record, State};
 
@@ -20,7 +21,7 @@ use crate::tenure::record::{Record, State};
 ///
 /// # Errors
 /// [`ErrorKind::Ledger`] with the reason and the ways out, when that is not shown.
-pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &FileImage) -> Result<()> {
+pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedImage) -> Result<()> {
     let facts = facts_of(image);
     let record = record_of("genblk recover", image, &facts)?;
     let (memory_dir, manager) = (&MemoryDir::Systemd, &Arc::new(ServiceManager::default()));
@@ -47,7 +48,7 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &FileImage) -
 
 /// Records at the image that the tenure of a cache has ended: in state [`State::Clean`] if everything in it is on the
 /// image, [`State::Forfeited`] if it was thrown away. Does nothing if the image's record is of another tenure.
-pub(super) fn settle(image: &FileImage, tenure: Option<TenureFacts>, state: State) {
+pub(super) fn settle(image: &dyn NamedImage, tenure: Option<TenureFacts>, state: State) {
     let Ok(LastTenure::Recorded(record)) = image.last_tenure() else { return };
     if record.state != State::Open || Some(record.tenure) != tenure.map(|tenure| tenure.id) {
         return;

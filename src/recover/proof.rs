@@ -7,8 +7,7 @@ use std::collections::HashSet;
 
 use crate::arena::{Arena, Header, sectors_within};
 use crate::fault_injection::{PlantedBug, planted};
-use crate::store::Backing;
-use crate::store::file::FileImage;
+use crate::store::named::NamedImage;
 use crate::tenure::record::Record;
 use crate::tenure::token::Verdict;
 use crate::units::{FrameId, FrameRecord, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, counted};
@@ -70,7 +69,7 @@ pub(super) fn prove(
     arena: &Arena,
     header: &Header,
     likeness: Likeness,
-    image: &FileImage,
+    image: &dyn NamedImage,
     record: Option<&Record>,
 ) -> Proof {
     if let Some(objection) = overtaken(header, record) {
@@ -117,7 +116,7 @@ enum Sample {
 }
 
 /// Compares clean pages of a cache with the image: all of them if they are few, else some from everywhere.
-fn compare_sample(arena: &Arena, image: &FileImage) -> Sample {
+fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Sample {
     if planted(PlantedBug::SampleSkipped) {
         return Sample::Equal(SAMPLE_PAGES);
     }
@@ -149,7 +148,7 @@ fn compare_sample(arena: &Arena, image: &FileImage) -> Sample {
 }
 
 /// Whether these sectors of a frame are equal to the image; `None` if they cannot be read, or lie past its end.
-fn is_equal(arena: &Arena, image: &FileImage, page: PageNo, frame: FrameId, mask: SectorMask) -> Option<bool> {
+fn is_equal(arena: &Arena, image: &dyn NamedImage, page: PageNo, frame: FrameId, mask: SectorMask) -> Option<bool> {
     let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
     let mut left = mask.and(sectors_within(image_sectors, page));
     if left.is_empty() {

@@ -14,8 +14,7 @@ use crate::arena::{ArenaFile, Header, ImageFacts, Whose};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::Backing;
-use crate::store::file::FileImage;
+use crate::store::named::{ImageKind, NamedImage};
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::{CachePlace, Record};
@@ -24,7 +23,7 @@ use crate::tenure::record::{CachePlace, Record};
 const DEFAULT_MEMORY_DIR: &str = "/dev/shm";
 
 /// What a header records of an image.
-pub(super) fn facts_of(image: &FileImage) -> ImageFacts {
+pub(super) fn facts_of(image: &dyn NamedImage) -> ImageFacts {
     ImageFacts {
         identity: image.identity(),
         size_bytes: image.limits().size_bytes,
@@ -52,7 +51,7 @@ pub(super) struct Candidate {
 /// A search for the caches of an image.
 #[derive(Debug)]
 pub(super) struct Search<'a> {
-    pub(super) image: &'a FileImage,
+    pub(super) image: &'a dyn NamedImage,
     pub(super) facts: &'a ImageFacts,
     /// The image's record, if it has one that was made for it.
     pub(super) record: Option<&'a Record>,
@@ -176,11 +175,14 @@ impl Search<'_> {
     /// Whether a directory's caches count: nobody but its owner can write to it, and the owner may write to the image.
     /// A user could forge a cache for another user's image otherwise.
     fn is_trusted(&self, directory: &Path) -> bool {
-        let (Ok(directory), Ok(image)) = (fs::metadata(directory), fs::metadata(self.image.path())) else {
-            return false;
-        };
-        let others_may_write = image.mode() & 0o022 != 0;
+        let Ok(directory) = fs::metadata(directory) else { return false };
         let is_private = directory.mode() & 0o022 == 0;
+        if self.image.kind() == ImageKind::Remote {
+            // Nothing tells who may write to it.
+            return is_private && directory.uid() == effective_uid();
+        }
+        let Ok(image) = fs::metadata(self.image.path()) else { return false };
+        let others_may_write = image.mode() & 0o022 != 0;
         is_private && (directory.uid() == effective_uid() || directory.uid() == image.uid() || others_may_write)
     }
 
@@ -211,7 +213,7 @@ impl Search<'_> {
             return Some(Likeness::Same);
         }
         let (old, new) = (&left.identity, &image.identity);
-        let is_device = self.image.is_device();
+        let is_device = self.image.kind() == ImageKind::Device;
         if !is_device && old.inode == new.inode && old.born_ns == new.born_ns && old.born_ns != 0 {
             // The file system is mounted again, unless the original is still there: then this is a copy of it, as in a
             // snapshot.

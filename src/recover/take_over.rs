@@ -11,7 +11,9 @@ use crate::arena::{Arena, ImageFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::file::{FileImage, LastTenure, OpenOptions};
+use crate::store;
+use crate::store::file::{LastTenure, OpenOptions};
+use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::Boot;
@@ -29,15 +31,15 @@ use crate::tenure::token::wall_clock_ns;
 /// cannot be written.
 pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     let options = OpenOptions { lock_patience: LOCK_PATIENCE, ..OpenOptions::default() };
-    let image = FileImage::open(path, &options)?;
-    let (facts, shown) = (facts_of(&image), path.display());
+    let image = store::open(None, path, &options)?;
+    let (facts, shown) = (facts_of(&*image), path.display());
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot change the record of image {shown}"), e);
     let last = image.last_tenure().map_err(failed)?;
     let record = match &last {
         LastTenure::Recorded(record) if is_of(record, &facts) => Some(record),
         _ => None,
     };
-    let (set_aside, newest) = set_caches_aside(&image, &facts, record, memory_dir)?;
+    let (set_aside, newest) = set_caches_aside(&*image, &facts, record, memory_dir)?;
     let is_open = record.is_some_and(|record| record.state == State::Open) || matches!(last, LastTenure::Unreadable(_));
     if set_aside.is_empty() && !is_open {
         return Ok(format!("image {shown} is free: nothing was changed\n"));
@@ -53,7 +55,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
 /// Sets aside the caches that hold completed writes of the image; returns a line for each, and the newest generation
 /// among all that were found.
 fn set_caches_aside(
-    image: &FileImage,
+    image: &dyn NamedImage,
     facts: &ImageFacts,
     record: Option<&Record>,
     memory_dir: &Path,

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 use crate::config::Socket;
 use crate::fault_injection::{PlantedBug, run_with};
-use crate::store::file::OpenOptions;
+use crate::store::file::{FileImage, OpenOptions};
 use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PageNo, SectorMask};
 
 const FRAMES: usize = 16;
@@ -46,7 +46,7 @@ impl World {
     /// A daemon starts; returns the number of pages in its cache and the dirty ones among them.
     fn start(&self) -> Result<(usize, usize)> {
         let image = self.open();
-        let arena = arena_for(&self.config, &image, FRAMES, &Arc::default())?;
+        let arena = arena_for(&self.config, &*image, FRAMES, &Arc::default())?;
         arena.keep_on_drop(true);
         let dirty = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
         Ok((arena.records().count(), dirty))
@@ -56,7 +56,7 @@ impl World {
     /// `in_flight` it dies while it changes the image.
     fn live_and_die(&self, dirty: SectorMask, in_flight: bool) {
         let image = self.open();
-        let arena = arena_for(&self.config, &image, FRAMES, &Arc::default()).unwrap();
+        let arena = arena_for(&self.config, &*image, FRAMES, &Arc::default()).unwrap();
         arena.publish(FrameId(0), FrameRecord { page: PageNo(0), valid: SectorMask::ALL, dirty: SectorMask::NONE });
         if !dirty.is_empty() {
             arena.publish(FrameId(1), FrameRecord { page: PageNo(1), valid: SectorMask::ALL, dirty });

@@ -1,14 +1,11 @@
 //! What a cache holds and its image lacks, and how it gets onto the image.
 
 use std::fmt;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use crate::arena::{Arena, sectors_within};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Backing;
-use crate::store::file::FileImage;
+use crate::store::named::{BlockWriter, NamedImage};
 use crate::units::{FrameId, FrameRecord, PAGE_BYTES, SECTOR_BYTES, SectorMask, counted};
 
 /// What a cache holds and its image lacks.
@@ -47,7 +44,7 @@ impl fmt::Display for Unwritten {
 ///    cache to be the image's.
 /// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
 ///    genblk recorded its other sectors as dirty too.
-pub(super) fn write_back(arena: &Arena, image: &FileImage, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
+pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
     let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
     let mut dirty: Vec<(FrameId, FrameRecord)> =
@@ -65,28 +62,21 @@ pub(super) fn write_back(arena: &Arena, image: &FileImage, progress: &mut dyn Fn
         arena.begin_change(span.count * SECTOR_BYTES);
         image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
     }
-    // The image that was opened and checked, not what its path leads to by now.
-    let file = image.reopen_buffered().map_err(failed)?;
+    let mut writer = image.writer().map_err(failed)?;
     for (done, &(frame, record)) in dirty.iter().enumerate() {
         arena.begin_change(PAGE_BYTES);
-        write_page(arena, frame, record, &file).map_err(failed)?;
+        write_page(arena, frame, record, &mut *writer).map_err(failed)?;
         progress(done as u64 + 1, dirty.len() as u64);
     }
-    file.sync_all().map_err(failed)?;
+    writer.sync().map_err(failed)?;
     Ok(dirty.len() as u64)
 }
 
-fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, file: &File) -> io::Result<()> {
-    // 0 for a block device, which fails a write past its end.
-    let file_bytes = file.metadata()?.len();
+fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, writer: &mut dyn BlockWriter) -> io::Result<()> {
     let mut mask = record.dirty;
     while let Some((first, count)) = mask.first_run() {
         let offset = record.page.offset_bytes() + u64::from(first) * SECTOR_BYTES;
-        let bytes = arena.sectors(frame, first, count);
-        if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
-            return Err(io::Error::other("it has shrunk"));
-        }
-        file.write_all_at(&bytes, offset)?;
+        writer.write_at(&arena.sectors(frame, first, count), offset)?;
         mask = mask.without(SectorMask::run(first, count));
     }
     Ok(())

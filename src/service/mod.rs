@@ -24,8 +24,8 @@ use crate::device::control::Workers;
 use crate::device::{self, Command, Control, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::store::Backing;
-use crate::store::file::{FileImage, IoEngine, KnownRaw, OpenOptions};
+use crate::store::file::{IoEngine, KnownRaw, OpenOptions};
+use crate::store::{self, Backing};
 use crate::vhost::Server;
 
 pub use context::Context;
@@ -69,7 +69,7 @@ impl Service {
             recover::check_memory_dir(config)?;
         }
         let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
-        let image = FileImage::open_for(&config.name, &config.image, &options)?;
+        let image = store::open(Some(&config.name), &config.image, &options)?;
         let identity = image.identity();
         let known_raw = match config.format {
             ImageFormat::Raw => Some(KnownRaw::Configured),
@@ -79,15 +79,15 @@ impl Service {
             }
         };
         image.check_format(known_raw)?;
-        let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
+        let io_mode = image.io_mode();
         let open_cache = || {
             let settings = settings(config, image.limits())?;
-            let arena = recover::arena_for(config, &image, settings.frames as usize, &context.manager);
+            let arena = recover::arena_for(config, &*image, settings.frames as usize, &context.manager);
             let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
             Ok(CachedImage::new(&config.name, image, arena, settings))
         };
         let cached = if read_only { context.images.get_or_open(identity, open_cache) } else { open_cache() };
-        Self::new(config, cached?, io_mode, context)
+        Self::new(config, cached?, &io_mode, context)
     }
 
     /// A device on an image that the caller has opened. Its cache does not outlive the process.

@@ -13,6 +13,8 @@ use super::history;
 pub use super::history::LastTenure;
 pub use super::image::Inspection;
 use super::image::{self, OpenImage};
+use super::named::{BlockWriter, ImageKind, NamedImage};
+pub use super::named::{KnownRaw, PageBytes};
 pub use super::options::{IoEngine, OpenOptions};
 use super::threads::ThreadQueue;
 use super::uring::UringQueue;
@@ -48,15 +50,6 @@ pub fn check_uring() -> io::Result<()> {
     io_uring::IoUring::new(1).map(drop)
 }
 
-/// How it is known, before an image is opened, that it is raw.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KnownRaw {
-    /// The operator says so.
-    Configured,
-    /// An earlier daemon has served it, and left its cache.
-    KeptCache,
-}
-
 /// A raw image, opened and locked. The lock lasts as long as this value and its queues.
 #[derive(Debug)]
 pub struct FileImage {
@@ -67,11 +60,6 @@ pub struct FileImage {
     /// The record of the tenure that was begun.
     tenure: Mutex<Option<Record>>,
 }
-
-/// A page of an image, aligned for every direct I/O that an image may demand.
-#[derive(Clone, Debug)]
-#[repr(C, align(4096))]
-pub struct PageBytes(pub [u8; PAGE_SIZE]);
 
 impl FileImage {
     /// Opens and locks the image at `path`. Blocks: not for a worker's thread.
@@ -171,7 +159,7 @@ impl FileImage {
     ///
     /// # Errors
     /// Those of open(2).
-    pub fn reopen_buffered(&self) -> io::Result<File> {
+    fn reopen_buffered(&self) -> io::Result<File> {
         File::options().write(true).open(format!("/proc/self/fd/{}", self.image.file.as_raw_fd()))
     }
 
@@ -245,6 +233,86 @@ impl FileImage {
     /// The path of the image without symbolic links.
     pub fn canonical_path(&self) -> PathBuf {
         self.path().canonicalize().unwrap_or_else(|_| self.path().to_path_buf())
+    }
+}
+
+impl NamedImage for FileImage {
+    fn path(&self) -> &Path {
+        self.path()
+    }
+
+    fn canonical_path(&self) -> PathBuf {
+        self.canonical_path()
+    }
+
+    fn identity(&self) -> ImageId {
+        self.identity()
+    }
+
+    fn alias(&self) -> String {
+        self.alias()
+    }
+
+    fn kind(&self) -> ImageKind {
+        if self.is_device() { ImageKind::Device } else { ImageKind::File }
+    }
+
+    fn io_mode(&self) -> String {
+        if self.direct() { "O_DIRECT" } else { "buffered I/O" }.to_owned()
+    }
+
+    fn found_format(&self) -> Option<Format> {
+        self.found_format()
+    }
+
+    fn check_format(&self, known_raw: Option<KnownRaw>) -> Result<()> {
+        self.check_format(known_raw)
+    }
+
+    fn last_tenure(&self) -> io::Result<LastTenure> {
+        self.last_tenure()
+    }
+
+    fn begin_tenure(&self, record: Record) -> io::Result<bool> {
+        self.begin_tenure(record)
+    }
+
+    fn write_record(&self, record: &Record) -> io::Result<()> {
+        self.write_record(record)
+    }
+
+    fn found_token(&self) -> ChangeToken {
+        self.found_token()
+    }
+
+    fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
+        self.read_page(page)
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.zero(offset, len)
+    }
+
+    fn writer(&self) -> io::Result<Box<dyn BlockWriter + '_>> {
+        Ok(Box::new(BufferedWriter(self.reopen_buffered()?)))
+    }
+}
+
+/// The image that was opened and checked, not what its path leads to by now.
+struct BufferedWriter(File);
+
+impl BlockWriter for BufferedWriter {
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        // 0 for a block device, which fails a write past its end.
+        let file_bytes = self.0.metadata()?.len();
+        if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
+            return Err(io::Error::other("it has shrunk"));
+        }
+        self.0.write_all_at(bytes, offset)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.0.sync_all()
     }
 }
 

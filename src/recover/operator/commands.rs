@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::recover::operation::{check_belongs, settle};
 use crate::recover::write_back::write_back;
 use crate::recover::{HAS_FILE, LOCK_PATIENCE};
-use crate::store::file::{self, FileImage};
+use crate::store::{self, file};
 use crate::sys::process::effective_uid;
 use crate::tenure::record::State;
 use crate::units::counted;
@@ -66,20 +66,20 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     }
     let image_shown = visible(image_path);
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
-    let image = FileImage::open(image_path, &options).map_err(|e| {
+    let image = store::open(None, image_path, &options).map_err(|e| {
         let is_moved = recovery.image.is_none() && !header.image.path.exists();
         if is_moved { e.with_hint("if the image has moved, name it with --image PATH") } else { e }
     })?;
     let arena = Arena::attach(file, &header)?;
     if recovery.consent != Consent::Forced {
-        check_belongs(&arena, &header, &image)?;
+        check_belongs(&arena, &header, &*image)?;
     }
     let mut progress = Progress::new();
-    let written = write_back(&arena, &image, &mut |done, total| progress.show(done, total))?;
+    let written = write_back(&arena, &*image, &mut |done, total| progress.show(done, total))?;
     drop(progress);
     let written = counted(written, "page");
     // Before the file goes: a daemon must not miss it.
-    settle(&image, header.tenure, State::Clean);
+    settle(&*image, header.tenure, State::Clean);
     let file = arena.into_file().expect(HAS_FILE);
     if header.guest == GuestState::FRESH {
         file.remove();
@@ -142,7 +142,7 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
 /// Records at the image of a cache that is thrown away that its tenure has ended.
 ///
 /// # Errors
-/// Those of [`FileImage::open`]; [`ErrorKind::Ledger`] for another user's cache: root would open whatever it names.
+/// Those of [`store::open`]; [`ErrorKind::Ledger`] for another user's cache: root would open whatever it names.
 fn settle_discarded(file: &ArenaFile, survey: &Survey) -> Result<()> {
     let header = &survey.header;
     if !header.tenure.is_some_and(|tenure| tenure.is_recorded) || !header.image.path.is_absolute() {
@@ -155,8 +155,8 @@ fn settle_discarded(file: &ArenaFile, survey: &Survey) -> Result<()> {
     }
     let is_lossless = header.guest.data == GuestData::Intact && !survey.is_dirty();
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
-    let image = FileImage::open(&header.image.path, &options)?;
-    settle(&image, header.tenure, if is_lossless { State::Clean } else { State::Forfeited });
+    let image = store::open(None, &header.image.path, &options)?;
+    settle(&*image, header.tenure, if is_lossless { State::Clean } else { State::Forfeited });
     Ok(())
 }
 

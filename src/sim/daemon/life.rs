@@ -163,7 +163,7 @@ impl Life {
             fs::write(&config.image, bytes).expect("the image's file");
         }
         let manager = Arc::new(ServiceManager::default());
-        let arena = in_daemon(|| arena_for(&config, &file, settings.frames as usize, &manager));
+        let arena = in_daemon(|| arena_for(&config, &*file, settings.frames as usize, &manager));
         if through_file {
             let bytes = fs::read(&config.image).expect("the image's file");
             let values = bytes.chunks(SECTOR_SIZE).map(|sector| value_of(sector).expect("whole sectors"));

@@ -1,0 +1,148 @@
+//! An image that a configuration names: what the start of a daemon and the operator's commands ask of it, whatever
+//! store it is in.
+//!
+//! A [`Backing`] is enough to serve an image. Whoever finds the cache that an earlier daemon left must also know which
+//! image it is, what it tells about its past, and read and write it without a worker.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::Backing;
+use super::format::Format;
+use super::history::LastTenure;
+use crate::error::Result;
+use crate::image_id::ImageId;
+use crate::tenure::record::Record;
+use crate::tenure::token::ChangeToken;
+use crate::units::{PAGE_SIZE, PageNo};
+
+/// How it is known, before an image is opened, that it is raw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KnownRaw {
+    /// The operator says so.
+    Configured,
+    /// An earlier daemon has served it, and left its cache.
+    KeptCache,
+}
+
+/// A page of an image, aligned for every direct I/O that an image may demand.
+#[derive(Clone, Debug)]
+#[repr(C, align(4096))]
+pub struct PageBytes(pub [u8; PAGE_SIZE]);
+
+/// Where the bytes of an image are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageKind {
+    /// In a regular file.
+    File,
+    /// On a block device.
+    Device,
+    /// At a server.
+    Remote,
+}
+
+/// See the module. Every method but those with another comment may wait for the image.
+pub trait NamedImage: Backing {
+    /// The name by which it was opened: a path or a URI. Does not wait.
+    fn path(&self) -> &Path;
+
+    /// The same name for all names of the image, as far as they can be told apart from others.
+    fn canonical_path(&self) -> PathBuf;
+
+    /// What the image is, whatever its name. Does not wait.
+    fn identity(&self) -> ImageId;
+
+    /// A name that a block device keeps when it is attached again; empty if none is known. Does not wait.
+    fn alias(&self) -> String {
+        String::new()
+    }
+
+    /// Where its bytes are. Does not wait.
+    fn kind(&self) -> ImageKind;
+
+    /// How it is read and written, for the log. Does not wait.
+    fn io_mode(&self) -> String;
+
+    /// The format other than raw that the image looked like when it was opened. Does not wait.
+    fn found_format(&self) -> Option<Format>;
+
+    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw all the same.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::Image`] with the format, and what the operator can do.
+    fn check_format(&self, known_raw: Option<KnownRaw>) -> Result<()>;
+
+    /// What the image says of its last tenure.
+    ///
+    /// # Errors
+    /// Those of the store.
+    fn last_tenure(&self) -> io::Result<LastTenure> {
+        Ok(LastTenure::NoRecords)
+    }
+
+    /// Begins a tenure: writes its record to the image. `false` if the image cannot carry one.
+    ///
+    /// # Errors
+    /// Those of the store.
+    fn begin_tenure(&self, _record: Record) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Writes a record of a tenure that has ended, if the image can carry one.
+    ///
+    /// # Errors
+    /// Those of the store.
+    fn write_record(&self, _record: &Record) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// What was known about the last change of the image when it was opened, before this daemon changed anything. Does
+    /// not wait.
+    fn found_token(&self) -> ChangeToken;
+
+    /// An earlier daemon has died while it was changing the image: what it had sent may still be executed. Does not
+    /// wait.
+    fn fear_earlier_writes(&self) {}
+
+    /// Reads a page; what lies past the end of the image is zeros.
+    ///
+    /// # Errors
+    /// Those of the store.
+    fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>>;
+
+    /// Makes a range (in bytes) read as zeros and keeps its space.
+    ///
+    /// => No other operation on the range is in flight.
+    ///
+    /// # Errors
+    /// Those of the store.
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Access for writing without a worker.
+    ///
+    /// # Errors
+    /// Those of the store.
+    fn writer(&self) -> io::Result<Box<dyn BlockWriter + '_>>;
+}
+
+/// Writes to an image without a worker. Each method waits for the image.
+pub trait BlockWriter {
+    /// Writes whole sectors at byte `offset`.
+    ///
+    /// # Errors
+    /// Those of the store, and for a range past the end of the image.
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes everything durable that was written.
+    ///
+    /// # Errors
+    /// Those of the store: what was written since the last success is in doubt.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+impl fmt::Debug for dyn BlockWriter + '_ {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockWriter").finish_non_exhaustive()
+    }
+}

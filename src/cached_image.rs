@@ -592,7 +592,8 @@ fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
         Event::Failed { tag, fault, errno } => {
             let reason = std::io::Error::from_raw_os_error(errno);
             // The cache falls back where an operation is not supported.
-            let level = if fault == Fault::Unsupported { Level::Debug } else { level };
+            // A store says itself what it has lost.
+            let level = if matches!(fault, Fault::Unsupported | Fault::Lost) { Level::Debug } else { level };
             log!(level, "{name}: an operation on the image failed: {fault} ({reason})");
             (tag, Outcome::Failed(fault))
         }

@@ -31,6 +31,8 @@ pub enum PlantedBug {
     HoldFailsAtOnce,
     /// A failed Sync puts in doubt only what completed before it was sent.
     SyncDoubtsTooLittle,
+    /// A Sync that says that the store has lost writes puts nothing in doubt.
+    LostIsNotDoubted,
     /// A failed write, which may be the sign of a reset, puts nothing else in doubt.
     FailedWriteDoubtsNothing,
     /// A write that was in flight when a Sync failed counts as stored.

@@ -269,6 +269,9 @@ pub enum Fault {
     Unsupported,
     /// The request was malformed (range, alignment, segment sum).
     Invalid,
+    /// Of a Sync alone: the store has lost what it had not made durable, and works again. Everything that no successful
+    /// Sync covers is in doubt.
+    Lost,
 }
 
 impl fmt::Display for Fault {
@@ -281,6 +284,7 @@ impl fmt::Display for Fault {
             Self::TimedOut => "timed out",
             Self::Unsupported => "not supported",
             Self::Invalid => "invalid request",
+            Self::Lost => "what was not durable is lost",
         })
     }
 }

@@ -11,6 +11,9 @@
 //! All of them become dirty again and are written again (pages that no Sync covers are not evicted). A failed write may
 //! be the sign of a reset as well, and puts the same writes in doubt. Before it is tried again, a Sync makes the others
 //! durable: otherwise a page that fails for ever would put them in doubt for ever.
+//!
+//! A remote store whose server was restarted says so by a Sync that fails with [`Fault::Lost`]. The same writes are in
+//! doubt then, but nothing is wrong any more: they are written again, and no request learns of it.
 
 use std::collections::VecDeque;
 
@@ -216,7 +219,9 @@ impl PageCache {
             }
             Some(fault) => {
                 self.flushing.unsynced[old] = pages;
-                self.doubt_unsynced();
+                if fault != Fault::Lost || !planted(PlantedBug::LostIsNotDoubted) {
+                    self.doubt_unsynced();
+                }
                 self.sync_failed(fault);
             }
         }
@@ -267,9 +272,13 @@ impl PageCache {
     }
 
     /// Makes the flushes that still wait, wait for the pages to be written again and for another Sync.
+    ///
+    /// => A store that has lost something works again: what it lost is written again at once, and no request fails.
     fn sync_failed(&mut self, fault: Fault) {
         self.stats.sync_errors += 1;
-        self.store_failed(fault, Cause::Sync);
+        if fault != Fault::Lost {
+            self.store_failed(fault, Cause::Sync);
+        }
         self.flushing.wanted = true;
     }
 

@@ -105,6 +105,20 @@ fn random_seeds_keep_every_guarantee() {
     run_all(first..first + 30);
 }
 
+/// Runs one seed with a server in place of the disk, which is restarted now and then.
+fn run_with_restarts(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<()> {
+    run_with(planted, || World::with_restarts(seed).run(STEPS))
+}
+
+#[test]
+fn a_server_that_is_restarted_loses_nothing_and_fails_nothing() {
+    for seed in 0..FIXED_SEEDS / 4 {
+        assert!(run_with_restarts(seed, None).is_ok(), "seed {seed} with restarts failed");
+    }
+    let finds = |seed: &u64| run_with_restarts(*seed, Some(PlantedBug::LostIsNotDoubted)).is_err();
+    assert!((0..FIXED_SEEDS).any(|seed| finds(&seed)), "no seed finds a loss that is not repaired");
+}
+
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
 /// variables, nothing. The Makefile's target `sim` sets them.
 #[test]

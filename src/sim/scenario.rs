@@ -43,6 +43,9 @@ pub(super) struct Scenario {
     pub power_cuts: bool,
     /// How many zeroed ranges the memory can note.
     pub zero_slots: usize,
+    /// The disk is a server that is restarted now and then, and loses its write cache: the next Sync says so. Nothing
+    /// else fails.
+    pub restarts: bool,
 }
 
 impl Scenario {
@@ -66,7 +69,14 @@ impl Scenario {
             readers: prng.percent(30),
             power_cuts: prng.percent(30),
             zero_slots,
+            restarts: false,
         }
+    }
+
+    /// The disk is a server that is restarted now and then.
+    pub fn with_restarts(self) -> Self {
+        let sync_failure = SyncFailure::Resets;
+        Self { restarts: true, fault_percent: 0, failed_write_resets: false, sync_failure, ..self }
     }
 }
 

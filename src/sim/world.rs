@@ -72,6 +72,11 @@ pub(super) struct World {
 
 impl World {
     /// The world of a seed.
+    pub fn with_restarts(seed: u64) -> Self {
+        let world = Self::new(seed);
+        Self { scenario: world.scenario.with_restarts(), ..world }
+    }
+
     pub fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed);
         let mut settings = settings(&mut prng);
@@ -125,6 +130,7 @@ impl World {
             }
             self.complete_all_requests();
         }
+        self.scenario.restarts = false;
         self.scenario.fault_percent = 0;
         self.scenario.broken = &[];
         self.cache.resume();
@@ -429,12 +435,15 @@ impl World {
             OpKind::Write | OpKind::Zero { .. } if failed && self.scenario.failed_write_resets => {
                 Outcome::Failed(Fault::Media)
             }
+            OpKind::Sync if failed && self.scenario.restarts => Outcome::Failed(Fault::Lost),
             OpKind::Write if failed && self.settings.allocate => Outcome::Failed(Fault::Media),
             _ if failed => Outcome::Failed(self.prng.pick(&[Fault::Media, Fault::NoSpace])),
             OpKind::Map => Outcome::Mapped(op.map.unwrap_or_else(|| self.disk.map(first, count))),
             _ => Outcome::Done,
         };
-        if let Outcome::Failed(fault) = outcome {
+        if let Outcome::Failed(fault) = outcome
+            && fault != Fault::Lost
+        {
             self.failures.note_failure(op.kind, fault, &self.settings, Tick(self.now_us));
         }
         self.cache.complete(tag, &outcome, Tick(self.now_us));
@@ -442,6 +451,9 @@ impl World {
 
     /// Decides whether an operation fails.
     fn draw_failure(&mut self, op: &DiskOp) -> bool {
+        if self.scenario.restarts {
+            return op.kind == OpKind::Sync && self.prng.percent(30);
+        }
         let percent = match self.scenario.fault_percent {
             // Syncs are rare and their failures matter most: they fail more often.
             1.. if op.kind == OpKind::Sync => 30,

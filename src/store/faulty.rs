@@ -206,6 +206,7 @@ fn errno_for(fault: Fault) -> i32 {
         Fault::TimedOut => libc::ETIMEDOUT,
         Fault::Unsupported => libc::EOPNOTSUPP,
         Fault::Invalid => libc::EINVAL,
+        Fault::Lost => libc::ESTALE,
     }
 }
 

@@ -40,9 +40,13 @@ impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Unsupported => Self::Unsupported,
-            Fault::NoSpace | Fault::Media | Fault::Fenced | Fault::Gone | Fault::TimedOut | Fault::Invalid => {
-                Self::IoErr
-            }
+            Fault::NoSpace
+            | Fault::Media
+            | Fault::Fenced
+            | Fault::Gone
+            | Fault::TimedOut
+            | Fault::Invalid
+            | Fault::Lost => Self::IoErr,
         }
     }
 }

@@ -226,3 +226,35 @@ fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
     complete_all(&mut cache, now);
     assert!(cache.is_stable());
 }
+
+/// The server of a remote image was restarted, and its write cache is lost.
+#[test]
+fn what_a_store_has_lost_is_written_and_zeroed_again_and_no_flush_fails() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick(SECOND_US);
+    write(&mut cache, 0, 8);
+    assert!(cache.zero(Ticket(9), SectorSpan::new(4000, 64), Unmap::Forbidden));
+    cache.flush(FLUSH);
+    // The write, and the zero beside it.
+    for (tag, kind, _) in started(&mut cache, now) {
+        assert_ne!(kind, OpKind::Sync);
+        cache.complete(tag, &Outcome::Done, now);
+    }
+    let sync = started(&mut cache, now);
+    assert!(matches!(sync[..], [(_, OpKind::Sync, _)]), "{sync:?}");
+    // In flight when the loss is reported: it may have been executed before.
+    write(&mut cache, 8000, 8);
+    let mut notices = Vec::new();
+    cache.complete(sync[0].0, &Outcome::Failed(Fault::Lost), now);
+    assert_eq!(cache.health(), Health::Healthy);
+    let again = complete_all(&mut cache, now);
+    let has = |kind: OpKind, start: u64| again.iter().any(|(op, span)| *op == kind && span.start == start);
+    assert!(has(OpKind::Write, 0) && has(OpKind::Zero { unmap: Unmap::Forbidden }, 4000), "{again:?}");
+    let last = again.last().expect("operations follow");
+    assert_eq!(last.0, OpKind::Sync, "{again:?}");
+    cache.take_notices(&mut notices);
+    let results = |ticket: Ticket| notices.iter().filter(move |n| matches!(n, Notice::Done(t, _) if *t == ticket));
+    assert_eq!(results(FLUSH).count(), 1, "{notices:?}");
+    assert!(notices.iter().all(|notice| !matches!(notice, Notice::Done(_, Err(_)))), "{notices:?}");
+    assert_eq!(cache.health(), Health::Healthy);
+}

@@ -181,7 +181,7 @@ impl CachedImage {
 
     /// Microseconds since the image was opened.
     pub fn now(&self) -> Tick {
-        Tick(u64::try_from(self.opened.elapsed().as_micros()).expect("584 000 years"))
+        Tick::from_ns(u64::try_from(self.opened.elapsed().as_nanos()).expect("584 years"))
     }
 
     /// Records the image's change token at a moment without changes in flight.

@@ -235,20 +235,46 @@ impl Epoch {
     }
 }
 
-/// A time: microseconds since the image was opened, or since the simulation began.
+/// A time since the image was opened, or since the simulation began, to a nanosecond.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Tick(pub u64);
+pub struct Tick {
+    ns: u64,
+}
 
 impl Tick {
-    /// The tick `micros` later.
-    #[must_use]
-    pub fn plus_us(self, micros: u64) -> Self {
-        Self(self.0.saturating_add(micros))
+    /// When the image was opened, or the simulation began.
+    pub const ZERO: Self = Self::from_ns(0);
+
+    /// This many nanoseconds after [`Tick::ZERO`].
+    pub const fn from_ns(ns: u64) -> Self {
+        Self { ns }
     }
 
-    /// Microseconds from `earlier` to `self`; 0 if `earlier` is later.
-    pub fn since_us(self, earlier: Self) -> u64 {
-        self.0.saturating_sub(earlier.0)
+    /// This many microseconds after [`Tick::ZERO`].
+    pub const fn from_us(us: u64) -> Self {
+        Self::ZERO.plus_us(us)
+    }
+
+    /// The tick `us` microseconds later.
+    #[must_use]
+    pub const fn plus_us(self, us: u64) -> Self {
+        Self { ns: self.ns.saturating_add(us.saturating_mul(1000)) }
+    }
+
+    /// The tick `us` microseconds earlier, or [`Tick::ZERO`].
+    #[must_use]
+    pub const fn minus_us(self, us: u64) -> Self {
+        Self { ns: self.ns.saturating_sub(us.saturating_mul(1000)) }
+    }
+
+    /// Whole microseconds from `earlier` to `self`; 0 if `earlier` is later.
+    pub const fn since_us(self, earlier: Self) -> u64 {
+        self.since_ns(earlier) / 1000
+    }
+
+    /// Nanoseconds from `earlier` to `self`; 0 if `earlier` is later.
+    pub const fn since_ns(self, earlier: Self) -> u64 {
+        self.ns.saturating_sub(earlier.ns)
     }
 }
 

@@ -159,9 +159,9 @@ impl Owner {
     }
 
     fn end_turn(&mut self) {
-        self.cache.pump(Tick(1));
+        self.cache.pump(Tick::from_us(1));
         self.cache.take_ops(|op| self.tags.push(op.tag));
-        self.tags.drain(..).for_each(|tag| self.cache.complete(tag, &Outcome::Done, Tick(1)));
+        self.tags.drain(..).for_each(|tag| self.cache.complete(tag, &Outcome::Done, Tick::from_us(1)));
         self.cache.take_notices(&mut self.notices);
         for notice in self.notices.drain(..) {
             if let Notice::Ready(_, piece) = notice {

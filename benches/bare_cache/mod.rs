@@ -63,7 +63,7 @@ impl InstantStoreCache {
     /// An empty cache.
     pub fn new(settings: Settings) -> Self {
         let cache = bare_cache(settings);
-        Self { cache, now: Tick(0), pieces: Vec::new(), notices: Vec::new(), tags: Vec::new() }
+        Self { cache, now: Tick::ZERO, pieces: Vec::new(), notices: Vec::new(), tags: Vec::new() }
     }
 
     pub fn stats(&self) -> Stats {

@@ -137,7 +137,7 @@ impl Simulation {
     }
 
     fn tick(&self) -> Tick {
-        Tick(self.now_ns / 1000)
+        Tick::from_ns(self.now_ns)
     }
 
     fn schedule(&mut self, ns: u64, event: Event) {

@@ -85,7 +85,7 @@ impl Allocating {
             pages: vec![[0; REGION_WORDS]; slots],
             trimmed: Trimmed::new(frames),
             pending: Vec::new(),
-            scarce_until: Tick(0),
+            scarce_until: Tick::ZERO,
             unsupported: false,
             reported: false,
         }

@@ -171,7 +171,7 @@ impl PageCache {
         );
         let frames = settings.frames;
         Self {
-            now: Tick(0),
+            now: Tick::ZERO,
             pending_zeroes: PendingZeroes::new(memory.zero_slots()),
             pages: Pages::new(&settings, memory),
             waiters: Waiters::default(),

@@ -138,7 +138,7 @@ impl Streams {
             frames,
             unread_pages: [0; 2],
             period: Period(0),
-            period_ends: Tick(PERIOD_US),
+            period_ends: Tick::from_us(PERIOD_US),
             cut: false,
             lookup: 0,
         }

@@ -182,7 +182,7 @@ impl PageCache {
             let due = if failure.retry_at > self.now { failure.retry_at.min(hold_ends) } else { hold_ends };
             let late_us = now.since_us(due.max(self.now));
             if late_us >= FREEZE_US_MIN {
-                let half_held = Tick(now.0.saturating_sub(hold_us / 2));
+                let half_held = now.minus_us(hold_us / 2);
                 failure.since = failure.since.plus_us(late_us).max(half_held);
                 failure.retry_at = failure.retry_at.min(now);
             }

@@ -54,7 +54,7 @@ impl StoreOp {
     /// An operation that holds no pages.
     pub fn without_pages(kind: OpKind, span: SectorSpan) -> Self {
         let (frames, ids) = (Vec::new(), Vec::new());
-        Self { kind, span, frames, ids, epoch: Epoch(0), demand: true, doubts: 0, since: Tick(0) }
+        Self { kind, span, frames, ids, epoch: Epoch(0), demand: true, doubts: 0, since: Tick::ZERO }
     }
 
     /// The first page that the operation touches.

@@ -155,7 +155,7 @@ fn contiguous_sectors_and_frames_make_one_piece() {
     assert!(!read(&mut cache, 800, 40));
     let mut tags = Vec::new();
     cache.take_ops(|op| tags.push(op.tag));
-    tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick(1)));
+    tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick::from_us(1)));
     let mut notices = Vec::new();
     cache.take_notices(&mut notices);
     let piece_of = |notice| if let Notice::Ready(_, piece) = notice { Some(piece) } else { None };
@@ -176,8 +176,8 @@ fn a_read_that_waited_for_a_failed_write_finds_the_hole() {
     let mut maps = Vec::new();
     cache.take_ops(|op| maps.push((op.tag, op.kind, op.span.count)));
     let [(tag, OpKind::Map, sectors)] = maps[..] else { panic!("a Map must come first: {maps:?}") };
-    cache.complete(tag, &Outcome::Mapped(vec![(sectors, ExtentKind::Hole)]), Tick(1));
-    cache.pump(Tick(1));
+    cache.complete(tag, &Outcome::Mapped(vec![(sectors, ExtentKind::Hole)]), Tick::from_us(1));
+    cache.pump(Tick::from_us(1));
     assert_eq!(return_pieces(&mut cache), 1, "a piece of zeros");
     cache.check(&[]);
 }
@@ -187,7 +187,7 @@ fn writes_of_whole_and_partial_pages_read_nothing() {
     let mut cache = cache_of(1024, 1 << 20);
     write(&mut cache, 0, 64);
     write(&mut cache, 131, 3);
-    let ops = complete_all(&mut cache, Tick(1_000_000));
+    let ops = complete_all(&mut cache, Tick::from_us(1_000_000));
     assert!(ops.iter().all(|(kind, _)| *kind != OpKind::Read), "{ops:?}");
     assert!(ops.contains(&(OpKind::Write, SectorSpan::new(131, 3))), "only the sectors that were written: {ops:?}");
     cache.check(&[]);
@@ -199,7 +199,7 @@ fn a_read_merges_missing_pages_and_skips_cached_ones() {
     write(&mut cache, 16, 8);
     assert!(!read(&mut cache, 0, 48));
     let reads: Vec<_> =
-        complete_all(&mut cache, Tick(1)).into_iter().filter(|(kind, _)| *kind == OpKind::Read).collect();
+        complete_all(&mut cache, Tick::from_us(1)).into_iter().filter(|(kind, _)| *kind == OpKind::Read).collect();
     let demand_reads = [SectorSpan::new(0, 16), SectorSpan::new(24, 24)];
     assert_eq!(reads.iter().map(|(_, span)| *span).take(2).collect::<Vec<_>>(), demand_reads);
     assert!(read(&mut cache, 0, 48), "now all of it is in memory");
@@ -210,7 +210,7 @@ fn nothing_is_read_or_written_beyond_the_image() {
     let mut cache = cache_of(1024, 8 * 4 + 3);
     assert!(!read(&mut cache, 16, 19));
     write(&mut cache, 30, 5);
-    let ops = complete_all(&mut cache, Tick(1_000_000));
+    let ops = complete_all(&mut cache, Tick::from_us(1_000_000));
     assert!(ops.iter().all(|(_, span)| span.end() <= 35), "{ops:?}");
     cache.check(&[]);
 }
@@ -221,11 +221,11 @@ fn clusters_bridge_short_gaps_and_stay_in_their_region() {
     for page in 250..262 {
         read(&mut cache, page * 8, 8);
     }
-    complete_all(&mut cache, Tick(1));
+    complete_all(&mut cache, Tick::from_us(1));
     for page in [250, 253, 254, 255, 256, 257, 261] {
         write(&mut cache, page * 8, 8);
     }
-    let ops = complete_all(&mut cache, Tick(1_000_000));
+    let ops = complete_all(&mut cache, Tick::from_us(1_000_000));
     let mut pages: Vec<_> = ops
         .iter()
         .filter(|(kind, _)| *kind == OpKind::Write)
@@ -237,7 +237,7 @@ fn clusters_bridge_short_gaps_and_stay_in_their_region() {
 
 /// The writes to the store that a pump starts for an idle guest, in order.
 fn written_when_idle(cache: &mut PageCache) -> Vec<SectorSpan> {
-    let ops = complete_all(cache, Tick(1_000_000));
+    let ops = complete_all(cache, Tick::from_us(1_000_000));
     let mut spans: Vec<_> = ops.iter().filter(|(kind, _)| *kind == OpKind::Write).map(|(_, span)| *span).collect();
     spans.sort_unstable_by_key(|span| span.start);
     spans
@@ -286,10 +286,10 @@ fn a_discard_that_is_to_be_ignored_does_nothing_and_a_zero_keeps_the_space() {
     let settings = Settings { unmap: false, holes: ImageHoles::Possible, allocate: true, ..settings_of(4096, 1 << 20) };
     let mut cache = cache_with(settings);
     assert!(cache.discard(Ticket(7), SectorSpan::new(0, 800)));
-    assert_eq!(complete_all(&mut cache, Tick(1)), []);
+    assert_eq!(complete_all(&mut cache, Tick::from_us(1)), []);
     assert!(cache.zero(Ticket(8), SectorSpan::new(0, 800), Unmap::Allowed));
     let zero = OpKind::Zero { unmap: Unmap::Forbidden };
-    assert_eq!(complete_all(&mut cache, Tick(2)), [(zero, SectorSpan::new(0, 800))]);
+    assert_eq!(complete_all(&mut cache, Tick::from_us(2)), [(zero, SectorSpan::new(0, 800))]);
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn a_region_that_a_sequential_writer_fills_is_written_whole() {
     for start in (0..2048).step_by(256) {
         write(&mut cache, start, 256);
     }
-    let written: u64 = complete_all(&mut cache, Tick(1)).iter().map(|(_, span)| span.count).sum();
+    let written: u64 = complete_all(&mut cache, Tick::from_us(1)).iter().map(|(_, span)| span.count).sum();
     assert_eq!(written, 2048);
 }
 
@@ -314,10 +314,10 @@ fn background_write_back_keeps_the_store_busy() {
     let mut pumps = 0;
     while cache.stats().dirty_pages > 2800 {
         pumps += 1;
-        cache.pump(Tick(1));
+        cache.pump(Tick::from_us(1));
         let mut tags = Vec::new();
         cache.take_ops(|op| tags.push(op.tag));
-        tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick(1)));
+        tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick::from_us(1)));
     }
     // A round of the cursor in which it skips each group once, and then 800 writes, up to 32 at a time.
     assert!(pumps < 150, "{pumps} pumps");
@@ -332,7 +332,7 @@ fn background_write_back_skips_a_page_that_is_rewritten_all_the_time() {
     let mut written = Vec::new();
     for _ in 0..100 {
         write(&mut cache, 5 * 16 * 8, 8);
-        written.extend(complete_all(&mut cache, Tick(1)).iter().map(|(_, span)| span.start / 8 / 16));
+        written.extend(complete_all(&mut cache, Tick::from_us(1)).iter().map(|(_, span)| span.start / 8 / 16));
     }
     written.sort_unstable();
     assert!(written.len() > 60 && written.is_sorted_by(|a, b| a < b), "{written:?}");
@@ -345,7 +345,7 @@ fn a_flush_does_not_wait_for_later_writes() {
     write(&mut cache, 0, 8);
     cache.flush(Ticket(7));
     write(&mut cache, 800, 8);
-    cache.pump(Tick(1));
+    cache.pump(Tick::from_us(1));
     let mut ops = Vec::new();
     cache.take_ops(|op| ops.push((op.tag, op.span)));
     assert_eq!(ops.len(), 1, "only the page of the closed epoch is written: {ops:?}");
@@ -358,7 +358,7 @@ fn nearly_all_reads_of_a_sequential_reader_hit() {
     let hits = (0..8192u64)
         .filter(|page| {
             let hit = read(&mut cache, page * 8, 8);
-            complete_all(&mut cache, Tick(*page));
+            complete_all(&mut cache, Tick::from_us(*page));
             hit
         })
         .count();
@@ -381,11 +381,11 @@ fn windows_that_stay_unread_do_not_stop_the_readahead_of_later_readers() {
     let mut cache = cache_of(65_536, 1 << 30);
     for file in 0..40 {
         // Five files a second.
-        let hits = read_sequentially(&mut cache, file * 65_536, 512, Tick(file * 200_000));
+        let hits = read_sequentially(&mut cache, file * 65_536, 512, Tick::from_us(file * 200_000));
         assert!(hits > 256, "{hits} of the 512 pages of file {file} hit");
     }
     let reads_before = cache.stats().store_reads;
-    let hits = read_sequentially(&mut cache, 40 * 65_536, 8192, Tick(20_000_000));
+    let hits = read_sequentially(&mut cache, 40 * 65_536, 8192, Tick::from_us(20_000_000));
     assert!(hits > 8192 * 98 / 100, "{hits} of 8192 pages hit");
     let reads = cache.stats().store_reads - reads_before;
     assert!(reads < 8192 / 128, "{reads} reads: the windows are short, although no other reader has unread pages");
@@ -399,7 +399,7 @@ fn hundreds_of_streams_are_read_ahead() {
         for turn in 0..64 {
             for stream in 0..streams {
                 read(&mut cache, (stream << 20) + turn * 32, 32);
-                complete_all(&mut cache, Tick((turn * streams + stream) * 100));
+                complete_all(&mut cache, Tick::from_us((turn * streams + stream) * 100));
             }
         }
         let stats = cache.stats();
@@ -418,11 +418,11 @@ fn random_reads_beside_streams_do_not_displace_them() {
     for turn in 0..100 {
         for stream in 0..50 {
             read(&mut cache, (stream << 20) + turn * 32, 32);
-            complete_all(&mut cache, Tick(turn * 1000));
+            complete_all(&mut cache, Tick::from_us(turn * 1000));
         }
         for _ in 0..500 {
             read(&mut cache, (1 << 29) + prng.below(1 << 25) * 8, 8);
-            complete_all(&mut cache, Tick(turn * 1000));
+            complete_all(&mut cache, Tick::from_us(turn * 1000));
         }
     }
     let used = cache.stats().readahead_used_pages;
@@ -435,7 +435,7 @@ fn random_reads_cause_almost_no_readahead() {
     let mut prng = Prng::new(1);
     for step in 0..4000u64 {
         read(&mut cache, prng.below(1 << 23) * 8, 8);
-        complete_all(&mut cache, Tick(step));
+        complete_all(&mut cache, Tick::from_us(step));
     }
     assert!(cache.stats().readahead_pages < 40, "{} pages of 4000", cache.stats().readahead_pages);
 }
@@ -447,7 +447,7 @@ fn streams_that_get_no_window_are_served_as_usual() {
     for page in 0..1000 {
         for stream in 0..8 {
             read(&mut cache, (stream << 16) + page * 8, 8);
-            complete_all(&mut cache, Tick(page));
+            complete_all(&mut cache, Tick::from_us(page));
         }
     }
     let stats = cache.stats();
@@ -481,10 +481,10 @@ fn a_sync_clears_noted_zeroes_before_it_publishes_pages_as_clean() {
     let log = PublishLog::default();
     let mut cache = PageCache::new(settings_of(64, 1 << 20), Box::new(log.clone()));
     assert!(cache.zero(Ticket(1), SectorSpan::new(0, 64), Unmap::Forbidden));
-    complete_all(&mut cache, Tick(1));
+    complete_all(&mut cache, Tick::from_us(1));
     write(&mut cache, 8, 8);
     cache.flush(Ticket(2));
-    complete_all(&mut cache, Tick(2));
+    complete_all(&mut cache, Tick::from_us(2));
     assert_eq!(*log.0.lock().unwrap(), ["zero noted", "dirty", "zero cleared", "clean"]);
 }
 
@@ -511,7 +511,7 @@ fn a_scan_with_readahead_does_not_evict_hot_pages() {
     let mut prng = Prng::new(1);
     let mut hot_read_hits = |cache: &mut PageCache| {
         let hit = read(cache, prng.below(1500) * 8, 8);
-        complete_all(cache, Tick(1));
+        complete_all(cache, Tick::from_us(1));
         hit
     };
     (0..40_000).for_each(|_| {

@@ -215,7 +215,7 @@ mod tests {
 
     /// A throttle that has seen a second of writes of a store with this speed.
     fn after_second(mut throttle: Throttle, pages: u64, operations: u64) -> Throttle {
-        let mut now = Tick(0);
+        let mut now = Tick::ZERO;
         for _ in 0..operations {
             throttle.write_started(now);
             now = now.plus_us(US_PER_SECOND / operations);
@@ -263,9 +263,9 @@ mod tests {
     fn a_fast_store_is_known_before_a_sample_is_complete() {
         let mut throttle = Throttle::new(250_000, PAGES_MAX);
         assert_eq!(throttle.limit_pages(), 512);
-        let mut now = Tick(0);
+        let mut now = Tick::ZERO;
         // 500 000 pages a second, in clusters.
-        while now < Tick(20_000) {
+        while now < Tick::from_us(20_000) {
             let pages = throttle.limit_pages().min(256);
             throttle.write_started(now);
             now = now.plus_us(u64::from(pages) * 2);
@@ -279,7 +279,7 @@ mod tests {
         let mut throttle = Throttle::new(250_000, PAGES_MAX);
         // 5 MiB/s in periods of 100 ms.
         for period in 0..20 {
-            let now = Tick(period * 100_000);
+            let now = Tick::from_us(period * 100_000);
             throttle.write_started(now);
             throttle.write_ended(128, 1, now);
             let first = period < 2;
@@ -291,7 +291,7 @@ mod tests {
     fn idle_time_does_not_lower_the_bandwidth() {
         let mut throttle = Throttle::new(250_000, PAGES_MAX);
         for second in 0..100 {
-            let start = Tick(second * US_PER_SECOND);
+            let start = Tick::from_us(second * US_PER_SECOND);
             throttle.write_started(start);
             throttle.write_ended(1000, 0, start.plus_us(10_000));
         }

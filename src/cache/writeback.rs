@@ -56,7 +56,7 @@ impl Writeback {
     /// Nothing is dirty; what the image holds already ages from now on.
     pub fn new(age_us: u64) -> Self {
         let mut writeback = Self::default();
-        writeback.start_aging(Tick(0), age_us);
+        writeback.start_aging(Tick::ZERO, age_us);
         writeback
     }
 

@@ -122,7 +122,7 @@ impl Worker {
             stopping: Vec::new(),
             new_memory: None,
             // The first turn pumps the cache: pages that were restored may be due for write-back.
-            deadline: Some(Tick(0)),
+            deadline: Some(Tick::ZERO),
             fruitless_polls: 0,
             idle_times: 0,
             exiting: false,

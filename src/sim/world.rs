@@ -247,7 +247,7 @@ impl World {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.trace(span, || format!("guest sends {ticket}: {op:?} {span:?}"));
-        self.requests.insert(ticket, GuestRequest::new(op, span, self.step, Tick(self.now_us), known));
+        self.requests.insert(ticket, GuestRequest::new(op, span, self.step, Tick::from_us(self.now_us), known));
         self.admit(ticket, false);
     }
 
@@ -363,7 +363,7 @@ impl World {
         let request = self.requests.remove(&ticket).expect("I10: a request completes once");
         self.counts.requests += 1;
         self.trace(request.span, || format!("answer to {ticket}: {:?}, succeeded: {succeeded}", request.op));
-        let (class, now) = (request.op.class(), Tick(self.now_us));
+        let (class, now) = (request.op.class(), Tick::from_us(self.now_us));
         let may_fail = request.copy_failed || self.failures.may_fail(class, request.sent_at, &self.settings, now);
         assert!(succeeded || may_fail, "{class:?} of {:?} failed without a reason: {:?}", request.span, self.failures);
         match request.op {
@@ -393,7 +393,7 @@ impl World {
     fn advance_time(&mut self) -> bool {
         let next_event = |op: &DiskOp| if op.failed.is_none() { op.effect_at } else { op.ends_at };
         let next = self.operations.iter().map(|(&tag, op)| (next_event(op), tag)).min();
-        let deadline = self.cache.next_deadline().map(|tick| tick.0);
+        let deadline = self.cache.next_deadline().map(|tick| tick.since_us(Tick::ZERO));
         match (next, deadline) {
             (Some((at, tag)), deadline) if deadline.is_none_or(|due| at <= due) => {
                 self.now_us = self.now_us.max(at);
@@ -444,9 +444,9 @@ impl World {
         if let Outcome::Failed(fault) = outcome
             && fault != Fault::Lost
         {
-            self.failures.note_failure(op.kind, fault, &self.settings, Tick(self.now_us));
+            self.failures.note_failure(op.kind, fault, &self.settings, Tick::from_us(self.now_us));
         }
-        self.cache.complete(tag, &outcome, Tick(self.now_us));
+        self.cache.complete(tag, &outcome, Tick::from_us(self.now_us));
     }
 
     /// Decides whether an operation fails.
@@ -507,7 +507,7 @@ impl World {
 
     /// Ends a worker's turn: submits the operations that the cache asks for, and handles its notices.
     fn end_turn(&mut self) {
-        self.cache.pump(Tick(self.now_us));
+        self.cache.pump(Tick::from_us(self.now_us));
         if self.memory.has_crashed() {
             return;
         }

@@ -18,7 +18,7 @@ impl SparseImage {
     fn new() -> Self {
         let settings = Settings { holes: ImageHoles::Possible, allocate: true, ..settings_of(65_536, 1 << 26) };
         let cache = PageCache::new(settings, Box::new(NoBytes));
-        Self { cache, now: Tick(1), reserved: Vec::new(), space_left: u64::MAX }
+        Self { cache, now: Tick::from_us(1), reserved: Vec::new(), space_left: u64::MAX }
     }
 
     /// Writes `count` pages from page `first` on. Returns the pages that were reserved for that; `None`: the write

@@ -44,17 +44,17 @@ fn pump_once(cache: &mut PageCache, now: Tick, broken: Option<OpKind>) -> Vec<(O
 fn the_first_flush_of_a_cache_sends_a_sync() {
     let mut cache = cache_of(1024, 1 << 20);
     cache.flush(FLUSH);
-    assert_eq!(complete_all(&mut cache, Tick(1)), [(OpKind::Sync, SectorSpan::new(0, 0))]);
+    assert_eq!(complete_all(&mut cache, Tick::from_us(1)), [(OpKind::Sync, SectorSpan::new(0, 0))]);
     cache.flush(FLUSH);
-    assert_eq!(complete_all(&mut cache, Tick(2)), [], "nothing was written since");
+    assert_eq!(complete_all(&mut cache, Tick::from_us(2)), [], "nothing was written since");
 }
 
 #[test]
 fn a_write_is_durable_within_the_age_limit_although_idle_write_back_came_first() {
     let mut cache = cache_of(4096, 1 << 20);
-    let mut now = Tick(1);
+    let mut now = Tick::from_us(1);
     write(&mut cache, 0, 8);
-    run_until(&mut cache, &mut now, Tick(5 * SECOND_US));
+    run_until(&mut cache, &mut now, Tick::from_us(5 * SECOND_US));
     assert!(cache.is_stable(), "{:?}", cache.stats());
     assert_eq!(cache.next_deadline(), None, "nothing is left to do");
 }
@@ -62,7 +62,7 @@ fn a_write_is_durable_within_the_age_limit_although_idle_write_back_came_first()
 #[test]
 fn a_trickle_of_writes_is_synced_within_the_age_limit_and_no_more_often_than_needed() {
     let mut cache = cache_of(65_536, 1 << 24);
-    let mut now = Tick(1);
+    let mut now = Tick::from_us(1);
     let mut syncs = 0;
     // Five pages a second among a hundred, for ten minutes; the age limit is 5 s.
     for n in 0..3000 {
@@ -78,7 +78,7 @@ fn a_flush_goes_on_at_once_when_its_last_page_becomes_writable() {
     for pumps in 0..8 {
         let settings = Settings { block_sectors: 8, dirty_pages_max: 8000, ..settings_of(16_000, 1 << 24) };
         let mut cache = cache_with(settings);
-        let now = Tick(SECOND_US);
+        let now = Tick::from_us(SECOND_US);
         cache.pump(now);
         // One sector of a block: the rest must be read before the page can be written back.
         write(&mut cache, 100_000 * 8, 1);
@@ -108,7 +108,7 @@ fn a_flush_goes_on_at_once_when_its_last_page_becomes_writable() {
 fn a_failed_cluster_keeps_the_count_of_unread_pages() {
     for broken in [OpKind::Write, OpKind::Sync] {
         let mut cache = cache_of(16_384, 1 << 20);
-        for (pages, now) in [(0..64, Tick(1)), (64..80, Tick(30 * SECOND_US))] {
+        for (pages, now) in [(0..64, Tick::from_us(1)), (64..80, Tick::from_us(30 * SECOND_US))] {
             for page in pages {
                 read(&mut cache, page * 8, 8);
                 complete_all(&mut cache, now);
@@ -123,7 +123,7 @@ fn a_failed_cluster_keeps_the_count_of_unread_pages() {
         write(&mut cache, (between + 1) * 8, 8);
         cache.flush(FLUSH);
         for _ in 0..3 {
-            pump_once(&mut cache, Tick(30 * SECOND_US), Some(broken));
+            pump_once(&mut cache, Tick::from_us(30 * SECOND_US), Some(broken));
         }
         cache.check(&[]);
     }
@@ -133,7 +133,7 @@ fn a_failed_cluster_keeps_the_count_of_unread_pages() {
 #[test]
 fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
     let mut cache = cache_of(1024, 1 << 20);
-    let now = Tick(SECOND_US);
+    let now = Tick::from_us(SECOND_US);
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
     complete_all(&mut cache, now);
     cache.flush(FLUSH);
@@ -152,7 +152,7 @@ fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
 #[test]
 fn a_failed_write_is_tried_again_only_when_a_sync_covers_the_others() {
     let mut cache = cache_of(1024, 1 << 20);
-    let (mut now, far) = (Tick(SECOND_US), 8000);
+    let (mut now, far) = (Tick::from_us(SECOND_US), 8000);
     write(&mut cache, 0, 8);
     write(&mut cache, far, 8);
     cache.flush(FLUSH);
@@ -184,7 +184,7 @@ fn a_failed_write_is_tried_again_only_when_a_sync_covers_the_others() {
 #[test]
 fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
     let mut cache = cache_of(1024, 1 << 20);
-    let now = Tick(SECOND_US);
+    let now = Tick::from_us(SECOND_US);
     cache.flush(Ticket(1));
     complete_all(&mut cache, now);
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
@@ -213,7 +213,7 @@ fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
 #[test]
 fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
     let mut cache = cache_of(1024, 1 << 20);
-    let now = Tick(SECOND_US);
+    let now = Tick::from_us(SECOND_US);
     cache.flush(Ticket(1));
     complete_all(&mut cache, now);
     assert!(cache.is_stable());
@@ -231,7 +231,7 @@ fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
 #[test]
 fn what_a_store_has_lost_is_written_and_zeroed_again_and_no_flush_fails() {
     let mut cache = cache_of(1024, 1 << 20);
-    let now = Tick(SECOND_US);
+    let now = Tick::from_us(SECOND_US);
     write(&mut cache, 0, 8);
     assert!(cache.zero(Ticket(9), SectorSpan::new(4000, 64), Unmap::Forbidden));
     cache.flush(FLUSH);

@@ -3,7 +3,7 @@
 use super::*;
 use crate::units::{Fault, OpKind};
 
-const NOW: Tick = Tick(1);
+const NOW: Tick = Tick::from_us(1);
 /// Distance in sectors of pages that no cluster can join: five groups.
 const APART: u64 = 5 * 16 * 8;
 const NOTHING: [u64; 0] = [];

@@ -3,7 +3,7 @@
 use super::*;
 use crate::units::{Fault, ImageHoles, OpKind, Unmap};
 
-const NOW: Tick = Tick(1_000_000);
+const NOW: Tick = Tick::from_us(1_000_000);
 const FLUSH: Ticket = Ticket(77);
 
 /// Pumps. Returns the operations that this starts; they stay in flight.
@@ -24,7 +24,7 @@ fn run_failing(cache: &mut PageCache, broken: OpKind, now: &mut Tick, until: Tic
             let outcome = if kind == broken { Outcome::Failed(Fault::Media) } else { Outcome::Done };
             cache.complete(tag, &outcome, *now);
         }
-        *now = cache.next_deadline().map_or(Tick(until.0 + 1), |at| at.max(*now));
+        *now = cache.next_deadline().map_or(until.plus_us(1), |at| at.max(*now));
     }
     failed
 }

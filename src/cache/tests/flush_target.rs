@@ -82,7 +82,7 @@ impl World {
         while let Some(Reverse((at, event))) = world.events.pop().filter(|event| event.0.0 < SECONDS * 1_000_000) {
             world.now = at;
             match event {
-                Event::Ended(tag) => world.cache.complete(tag, &Outcome::Done, Tick(at)),
+                Event::Ended(tag) => world.cache.complete(tag, &Outcome::Done, Tick::from_us(at)),
                 Event::Write(writer) => world.write(writer),
                 Event::Flush => {
                     world.flush_sent = Some(at);
@@ -135,7 +135,7 @@ impl World {
     }
 
     fn end_turn(&mut self) {
-        self.cache.pump(Tick(self.now));
+        self.cache.pump(Tick::from_us(self.now));
         let mut ops = Vec::new();
         self.cache.take_ops(|op| ops.push((op.tag, op.span.count)));
         for (tag, sectors) in ops {
@@ -161,8 +161,8 @@ impl World {
         }
         if let Some(deadline) = self.cache.next_deadline() {
             let next = self.events.peek().map_or(u64::MAX, |event| event.0.0);
-            if deadline.0 < next {
-                self.schedule(deadline.0.saturating_sub(self.now).max(1), Event::Pump);
+            if deadline < Tick::from_us(next) {
+                self.schedule(deadline.since_us(Tick::from_us(self.now)).max(1), Event::Pump);
             }
         }
     }

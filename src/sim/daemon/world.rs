@@ -167,7 +167,7 @@ impl World {
 
     /// When the next event is due that needs no further action.
     fn next_event(&self) -> Option<u64> {
-        let due = self.life.as_ref().and_then(Life::next_due).map(|due| due.0);
+        let due = self.life.as_ref().and_then(Life::next_due).map(|due| due.since_us(Tick::ZERO));
         [self.image.next_event(), due].into_iter().flatten().min()
     }
 
@@ -176,7 +176,7 @@ impl World {
             self.start_daemon();
             return true;
         }
-        let now = Tick(self.now_us);
+        let now = Tick::from_us(self.now_us);
         let stepped = self.life.as_mut().map(|life| life.step(worker, now));
         match stepped.expect("the daemon lives") {
             Ok(stepped) => {

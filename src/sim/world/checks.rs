@@ -1,7 +1,7 @@
 //! What must hold in a simulated world: progress, the age limit, and what a power cut leaves.
 
 use crate::cache::Health;
-use crate::units::SectorSpan;
+use crate::units::{SectorSpan, Tick};
 
 use super::{Guest, GuestOp, World};
 
@@ -48,12 +48,12 @@ impl World {
 
     /// Whether an operation or a deadline of the cache comes before `end_us`.
     pub(super) fn has_work_before(&self, end_us: u64) -> bool {
-        !self.operations.is_empty() || self.cache.next_deadline().is_some_and(|at| at.0 < end_us)
+        !self.operations.is_empty() || self.cache.next_deadline().is_some_and(|at| at < Tick::from_us(end_us))
     }
 
     /// Whether the cache wants a turn now.
     pub(super) fn is_turn_due(&self) -> bool {
-        self.cache.next_deadline().is_some_and(|at| at.0 <= self.now_us)
+        self.cache.next_deadline().is_some_and(|at| at <= Tick::from_us(self.now_us))
     }
 
     /// Takes turns as a worker does that sleeps only if nothing is due: each of the first few makes progress, or none
@@ -84,7 +84,8 @@ impl World {
         let is_active = !self.operations.is_empty() || by_guest;
         let (deadline, due) = (self.cache.next_deadline(), self.is_turn_due());
         let latest_retry = self.now_us + RETRY_PAUSE_US_MAX;
-        let retries = self.cache.health() != Health::Healthy && deadline.is_some_and(|at| at.0 <= latest_retry);
+        let retries =
+            self.cache.health() != Health::Healthy && deadline.is_some_and(|at| at <= Tick::from_us(latest_retry));
         let progresses = is_active || due || retries || self.requests.is_empty();
         assert!(progresses, "liveness: no operation and no deadline will serve {:?}", self.requests);
         // Timers are for pauses after a failure, and for writes that wait in memory. A FLUSH on a healthy disk waits

@@ -14,7 +14,7 @@ const SECTORS: usize = PAGES * 8;
 /// So many that nothing waits for a frame.
 const FRAMES: u32 = 48;
 /// Time does not advance, so that pages are written back only for a test or a FLUSH.
-const NOW: Tick = Tick(0);
+const NOW: Tick = Tick::ZERO;
 
 /// Versions of a sector: the first contents of the disk, the first and the second write of the scene, the request.
 const OLD: u32 = 1000;

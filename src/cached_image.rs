@@ -19,6 +19,7 @@ use crate::arena::{Arena, Populator, RestPoint, ZERO_SLOTS};
 use crate::cache::{
     FrameMemory, Health, HealthEvent, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket,
 };
+use crate::counters::worker::WorkerCounters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::format::{self, Format};
@@ -272,11 +273,11 @@ impl CachedImage {
         self.cache.try_lock().map_or(true, |cache| !cache.is_stable())
     }
 
-    /// The port of one more worker thread.
+    /// The port of one more worker thread, which counts its store operations.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if the store's queue or a descriptor cannot be created.
-    pub fn port(self: &Arc<Self>) -> Result<WorkerPort> {
+    pub fn port(self: &Arc<Self>, counters: WorkerCounters) -> Result<WorkerPort> {
         let mut store = self.backing.attach()?;
         store.hint_memory(self.arena.addresses());
         let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
@@ -288,6 +289,7 @@ impl CachedImage {
             image: Arc::clone(self),
             worker,
             mailbox,
+            counters,
             store,
             store_ready: false,
             backlog: VecDeque::new(),
@@ -310,6 +312,7 @@ pub struct WorkerPort {
     image: Arc<CachedImage>,
     worker: u64,
     mailbox: Arc<Mailbox>,
+    counters: WorkerCounters,
     store: Box<dyn StoreQueue>,
     /// The store's descriptor was readable; its events were not reaped since.
     store_ready: bool,
@@ -378,7 +381,7 @@ impl WorkerPort {
     /// calls `act` with the cache and its notices to this worker. Afterwards submits all store operations, if a request
     /// waits for one of them.
     pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
-        let Self { image, worker, reaped, notices, .. } = self;
+        let Self { image, worker, reaped, notices, counters, .. } = self;
         let mut cache = image.lock();
         if !reaped.is_empty() {
             image.arena.end_changes();
@@ -391,12 +394,15 @@ impl WorkerPort {
             let level = if cache.health() == Health::Healthy { Level::Warn } else { Level::Debug };
             let (tag, outcome) = outcome_of(&image.name, level, event);
             pages += cache.pages_of_op(tag);
+            let (kind, span, since) = cache.operation(tag);
+            let bytes = outcome.fault().is_none().then(|| span.count * SECTOR_BYTES);
+            counters.store_completed(kind.into(), now.since_ns(since), bytes);
             cache.complete(tag, &outcome, now);
         }
         cache.take_notices(notices);
         let recipients = image.route_notices(*worker, notices);
         let result = act(&mut cache, notices);
-        let awaited = take_ops(&mut cache, image, &mut self.backlog);
+        let awaited = take_ops(&mut cache, image, counters, &mut self.backlog);
         let rest = if cache.changes_in_flight() == 0 { image.arena.rest_point() } else { None };
         drop(cache);
         wake(&image.name, &recipients);
@@ -412,11 +418,11 @@ impl WorkerPort {
     /// Ends a turn, with the cache locked: calls `act`, then pumps the cache. Afterwards submits all store operations,
     /// and delivers notices to other workers. Returns when the cache must be pumped next, even if nothing else happens.
     pub fn end_turn(&mut self, now: Tick, act: impl FnOnce(&mut PageCache)) -> Option<Tick> {
-        let Self { image, worker, notices, .. } = self;
+        let Self { image, worker, notices, counters, .. } = self;
         let mut cache = image.lock();
         act(&mut cache);
         cache.pump(now);
-        take_ops(&mut cache, image, &mut self.backlog);
+        take_ops(&mut cache, image, counters, &mut self.backlog);
         cache.take_notices(notices);
         if cache.is_stable() {
             image.arena.all_written();
@@ -472,10 +478,16 @@ fn wake(name: &str, recipients: &[Arc<Mailbox>]) {
 }
 
 /// Moves the cache's new store operations to the backlog. Returns whether a request waits for one of them.
-fn take_ops(cache: &mut PageCache, image: &CachedImage, backlog: &mut VecDeque<IoRequest>) -> bool {
+fn take_ops(
+    cache: &mut PageCache,
+    image: &CachedImage,
+    counters: &WorkerCounters,
+    backlog: &mut VecDeque<IoRequest>,
+) -> bool {
     let mut awaited = false;
     cache.take_ops(|op| {
         awaited |= op.demand;
+        counters.store_submitted(op.kind.into());
         if op.kind.is_change() {
             image.arena.begin_change(op.span.count * SECTOR_BYTES);
         }

@@ -11,6 +11,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use genblk::arena::{Arena, Populator};
+use genblk::counters::worker::Counters;
 use genblk::device::control::Workers;
 use genblk::device::ring::Ring;
 use genblk::device::{Command, Control, Device};
@@ -61,7 +62,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     // The same kind of memory as genblk's frames, with the same alignment: relative alignment affects the speed of
     // copies.
     let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
-    let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0);
+    let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0, Counters::new(0));
     let waker = Arc::new(Waker::new()?);
     let (control, commands) = Control::new("limit", Arc::clone(&waker));
     let _populator = Populator::start("limit", &buffer);

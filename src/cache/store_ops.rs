@@ -155,6 +155,15 @@ impl PageCache {
         self.store_ops.iter().min_by_key(|op| op.since).map(|op| (op.kind, op.span, op.since))
     }
 
+    /// The operation with this tag: what it does, where, and since when it has been in flight.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn operation(&self, tag: u32) -> (OpKind, SectorSpan, Tick) {
+        let op = self.store_ops.slots[tag as usize].as_ref().expect("the operation is in flight");
+        (op.kind, op.span, op.since)
+    }
+
     /// Hands out the operations that the owner has not started yet, in order.
     ///
     /// => The frames of an operation stay held until [`PageCache::complete`] gets its tag.

@@ -76,7 +76,7 @@ impl Class {
     }
 
     /// Its place in [`Class::ALL`].
-    const fn index(self) -> usize {
+    pub const fn index(self) -> usize {
         match (self.operation, self.served) {
             (Operation::Read, Served::Memory) => 0,
             (Operation::Read, Served::Waited) => 1,

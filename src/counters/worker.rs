@@ -59,7 +59,9 @@ impl Counters {
 }
 
 /// One worker's counters.
-#[derive(Debug)]
+///
+/// => Clones are for parts of the same worker, never for other threads.
+#[derive(Clone, Debug)]
 pub struct WorkerCounters {
     words: Arc<[AtomicU64]>,
     first: usize,
@@ -88,6 +90,11 @@ impl WorkerCounters {
     /// A request was taken from its ring.
     pub fn request_taken(&self, operation: Operation) {
         self.add(OPERATIONS + operation as usize * TOTALS_WORDS, 1);
+    }
+
+    /// A request that was taken goes back to its ring. It counts again when it is taken again.
+    pub fn request_withdrawn(&self, operation: Operation) {
+        self.add(OPERATIONS + operation as usize * TOTALS_WORDS, u64::MAX);
     }
 
     /// A request that moved `bytes` completes with success or not. Its latency follows ([`Self::requests_completed`]).

@@ -61,17 +61,21 @@ impl Requests {
         table: &DescriptorTable<'_>,
         head: u16,
     ) -> (u64, Result<u64, Malformed>) {
-        let slot = self.pending.take(index);
+        let slot = self.pending.take(index, self.tally.turn());
         let request = &mut self.pending[slot].request;
         let held_before = request.data.capacity();
         let parsed = parse(memory, table, head, request);
         let buffers = request.buffers;
         self.pending.count_buffers(slot, held_before);
         match parsed {
-            Ok(()) => self.enqueue(slot, memory),
+            Ok(()) => {
+                self.tally.taken(self.pending[slot].request.kind);
+                self.enqueue(slot, memory);
+            }
             Err(Malformed::WithStatus { status_addr }) => {
                 let pending = &mut self.pending[slot];
                 (pending.request.status_addr, pending.status) = (status_addr, Status::IoErr);
+                pending.request.kind = RequestKind::Unknown(u32::MAX);
                 self.finished.push(slot);
             }
             Err(malformed) => {
@@ -271,6 +275,7 @@ impl Requests {
                 self.pending.skip_rest(slot);
                 self.finished.push(slot);
             } else {
+                self.tally.withdrawn(pending.request.kind);
                 ring.suspend(pending.request.head);
                 ring.remove_load(pending.load);
                 self.pending.release(slot);

@@ -66,6 +66,7 @@ impl Requests {
         let _ = write_status(&ring.memory, pending.request.status_addr, pending.status);
         ring.remove_load(pending.load);
         ring.push_used(pending.request.head, pending.request.used_len(pending.status));
+        self.tally.completed(pending);
         self.pending.release(slot);
     }
 

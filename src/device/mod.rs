@@ -12,8 +12,8 @@
 //! 6. `complete.rs`: writes its status, and pushes it onto the used ring.
 //! 7. `interrupt.rs`: notifies the driver.
 //!
-//! [`budget`] bounds what a turn does and what is in progress. Beside the path lies [`control`]: the commands of the
-//! control plane to the workers.
+//! [`budget`] bounds what a turn does and what is in progress. Beside the path lie [`control`], the commands of the
+//! control plane to the workers, and `tally.rs`, which counts requests and how long they take.
 
 mod admit;
 pub mod budget;
@@ -27,12 +27,14 @@ mod interrupt;
 mod pending;
 mod requests;
 pub mod ring;
+mod tally;
 pub mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::arena::Arena;
+use crate::counters::worker::Counters;
 use crate::units::SECTOR_BYTES;
 use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback};
 use crate::virtio::request::Disk;
@@ -67,6 +69,8 @@ pub struct Device {
     range_part_sectors: u64,
     /// How long an idle worker polls before it sleeps, in microseconds.
     pub poll_us: u32,
+    /// What its workers count.
+    pub counters: Counters,
     /// The bounds of each worker.
     pub budget: Budget,
 }
@@ -80,6 +84,7 @@ impl Device {
         parameters: DiskParameters,
         writeback: bool,
         poll_us: u32,
+        counters: Counters,
     ) -> Arc<Self> {
         let writeback_configured = writeback;
         let writeback = AtomicBool::new(writeback && !arena.is_write_through());
@@ -95,6 +100,7 @@ impl Device {
             writeback,
             range_part_sectors,
             poll_us,
+            counters,
             budget,
         })
     }

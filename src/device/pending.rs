@@ -2,7 +2,7 @@
 
 use crate::cache::Ticket;
 use crate::cached_image::WorkerPort;
-use crate::units::{SectorSpan, low_u32};
+use crate::units::{SectorSpan, Tick, low_u32};
 use crate::virtio::Status;
 use crate::virtio::request::{RangeSegment, Request};
 
@@ -45,6 +45,8 @@ pub(super) struct Pending {
     pub status: Status,
     /// Of a write: it completes only when its data is stable.
     pub write_through: bool,
+    /// When the turn began that took it.
+    pub since: Tick,
     /// Of a write: by how many microseconds its completion is delayed.
     pub delay_us: u64,
     /// Distinguishes this request from earlier ones in the slot.
@@ -124,8 +126,8 @@ impl PendingTable {
         Self { base, slots: Vec::new(), free: Vec::new(), in_progress: 0, buffers: 0 }
     }
 
-    /// Takes a free slot for a request of `ring`.
-    pub fn take(&mut self, ring: u16) -> Slot {
+    /// Takes a free slot for a request of `ring`, in the turn that began at `since`.
+    pub fn take(&mut self, ring: u16, since: Tick) -> Slot {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Pending {
                 request: Request::default(),
@@ -140,6 +142,7 @@ impl PendingTable {
                 load: 0,
                 status: Status::Ok,
                 write_through: false,
+                since,
                 delay_us: 0,
                 generation: 0,
             });
@@ -148,7 +151,7 @@ impl PendingTable {
         let pending = &mut self.slots[slot as usize];
         // 15 bits: the highest bit of the local part marks flushes of the control plane.
         pending.generation = (pending.generation + 1) & 0x7fff;
-        (pending.ring, pending.stage) = (ring, Stage::Data);
+        (pending.ring, pending.stage, pending.since) = (ring, Stage::Data, since);
         (pending.admitted, pending.settled, pending.status) = (0, 0, Status::Ok);
         (pending.write_through, pending.delay_us) = (false, 0);
         (pending.stalled, pending.continuing, pending.load) = (false, false, 0);
@@ -255,7 +258,7 @@ mod tests {
     #[test]
     fn the_parts_of_a_range_request_cover_its_segments_in_order() {
         let mut table = PendingTable::new(Ticket(0));
-        let slot = table.take(0);
+        let slot = table.take(0, Tick::ZERO);
         let pending = &mut table[slot];
         pending.part_sectors = 100;
         for (start, count) in [(150, 10), (0, 100), (250, 300), (399, 2)] {

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use crate::cache::{Piece, Ticket};
+use crate::counters::worker::WorkerCounters;
 use crate::units::{Fault, SECTORS_PER_PAGE, Tick};
 use crate::virtio::guest_copy::BadAddress;
 use crate::virtio::request::Malformed;
 
 use super::Device;
 use super::pending::{PendingTable, Slot};
+use super::tally::Tally;
 
 /// A piece of a write whose copy has ended.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +31,7 @@ pub(super) struct CopiedPiece {
 #[derive(Debug)]
 pub(super) struct Requests {
     pub device: Arc<Device>,
+    pub tally: Tally,
     pub pending: PendingTable,
     /// Heads just taken from a ring.
     pub heads: Vec<u16>,
@@ -69,9 +72,10 @@ const CONTROL_FLUSH: u64 = 1 << 47;
 
 impl Requests {
     /// No requests; `base` is the ticket of the worker with a local part of 0.
-    pub fn new(device: Arc<Device>, base: Ticket) -> Self {
+    pub fn new(device: Arc<Device>, base: Ticket, counters: WorkerCounters) -> Self {
         Self {
             device,
+            tally: Tally::new(counters),
             pending: PendingTable::new(base),
             heads: Vec::new(),
             rejected: Vec::new(),

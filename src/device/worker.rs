@@ -36,6 +36,7 @@ use log::error;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::cached_image::{CachedImage, WorkerPort};
+use crate::counters::worker::{Activity, WorkerCounters};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::Tick;
 use crate::virtio::GuestRam;
@@ -56,12 +57,12 @@ const IDLE_TIMES_PER_POLL: u32 = 64;
 const WAKER: u64 = 1000;
 const STORE: u64 = 1001;
 
-/// Starts a worker thread for a device.
+/// Starts the worker thread number `index` of a device.
 ///
 /// # Errors
 /// [`ErrorKind::System`] if a descriptor, the store's queue or the thread cannot be created.
-pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Control, JoinHandle<()>)> {
-    let (worker, control) = Worker::new(device, image)?;
+pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Control, JoinHandle<()>)> {
+    let (worker, control) = Worker::new(device, image, index)?;
     let name = format!("genblk {}", device.name);
     let thread = std::thread::Builder::new().name(name).spawn(move || worker.run()).map_err(system)?;
     Ok((control, thread))
@@ -80,6 +81,7 @@ fn watch(epoll: &Epoll, fd: RawFd, token: u64) -> io::Result<()> {
 pub struct Worker {
     device: Arc<Device>,
     port: WorkerPort,
+    counters: WorkerCounters,
     commands: Receiver<Command>,
     epoll: Epoll,
     /// The running rings by index. As short as possible, since a turn looks at every element.
@@ -101,20 +103,22 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker that has not begun its first turn, and the control plane's end of the commands to it.
+    /// Worker number `index`, which has not begun its first turn, and the control plane's end of the commands to it.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if a descriptor or the store's queue cannot be created.
-    pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>) -> Result<(Self, Control)> {
-        let port = image.port()?;
+    pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Self, Control)> {
+        let counters = device.counters.of_worker(index.into());
+        let port = image.port(counters.clone())?;
         let (control, commands) = Control::new(&device.name, Arc::clone(port.waker()));
         let epoll = Epoll::new().map_err(system)?;
         watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
         watch(&epoll, port.store_fd(), STORE).map_err(system)?;
         let worker = Self {
-            requests: Requests::new(Arc::clone(device), port.ticket(0)),
+            requests: Requests::new(Arc::clone(device), port.ticket(0), counters.clone()),
             device: Arc::clone(device),
             port,
+            counters,
             commands,
             epoll,
             rings: Vec::new(),
@@ -136,7 +140,11 @@ impl Worker {
             if self.turn(now) || self.poll(now) {
                 continue;
             }
+            if self.requests.tally.is_open() {
+                self.settle_tally();
+            }
             if !self.enable_notifications() {
+                self.counters.count(Activity::Sleeps, 1);
                 self.sleep(self.timeout_ms());
             }
             self.disable_notifications();
@@ -169,9 +177,11 @@ impl Worker {
         {
             return false;
         }
+        self.counters.count(Activity::Polls, 1);
         let until = now.plus_us(u64::from(self.device.poll_us));
         while now < until {
             if self.turn(now) {
+                self.counters.count(Activity::FruitfulPolls, 1);
                 self.fruitless_polls = 0;
                 return true;
             }
@@ -236,6 +246,7 @@ impl Worker {
 
     /// One turn, in the steps that the module lists. Returns whether there was anything to do.
     pub fn turn(&mut self, now: Tick) -> bool {
+        self.requests.tally.begin_turn(now);
         // 1. Collect.
         let notified = self.port.waker().take_notified();
         let handled = notified && self.handle_commands(now);
@@ -265,9 +276,14 @@ impl Worker {
         }
         // 6. Complete.
         requests.complete_all(rings, now);
+        let is_clock_due = reaped || handled || requests.tally.has_waited();
         #[cfg(test)]
         requests.copy_postponed(port, rings);
+        if is_clock_due {
+            self.settle_tally();
+        }
         // 7. End the turn.
+        let Self { port, requests, rings, .. } = self;
         let (stopping, new_memory) = (&self.stopping, self.new_memory.is_some());
         self.deadline = port.end_turn(now, |cache| {
             requests.return_reads(cache);
@@ -277,7 +293,14 @@ impl Worker {
             }
         });
         self.reply_if_drained();
+        self.counters.count(Activity::Turns, 1);
         true
+    }
+
+    /// Counts the requests that have completed, with the time at present.
+    fn settle_tally(&mut self) {
+        let now = self.port.image().now();
+        self.requests.tally.settle(now);
     }
 
     /// Takes requests from the rings that have some, round robin, until the turn's budget is spent. Returns whether one

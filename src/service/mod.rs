@@ -134,8 +134,8 @@ impl Service {
     pub fn start(self) -> Result<Running> {
         let Self { device, image, path, socket, workers, queue_size, description } = self;
         let mut starting = StartingWorkers::default();
-        for _ in 0..workers {
-            starting.add(device::spawn(&device, &image)?);
+        for index in 0..workers {
+            starting.add(device::spawn(&device, &image, index)?);
         }
         let workers = Arc::new(Workers::new(starting.controls.clone()));
         let system = |what: &str, e: io::Error| Error::io(ErrorKind::System, format!("{}: {what}", device.name), e);

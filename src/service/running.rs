@@ -12,6 +12,7 @@ use super::socket::ListenSocket;
 use super::stats::log_stats;
 use crate::cache::Stats;
 use crate::cached_image::CachedImage;
+use crate::counters::snapshot::Snapshot;
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
@@ -48,6 +49,11 @@ impl Running {
     /// What the device's cache did, and what it holds.
     pub fn stats(&self) -> Stats {
         self.image.stats()
+    }
+
+    /// What the device's workers have counted.
+    pub fn counters(&self) -> Snapshot {
+        Snapshot::read(&self.device.counters)
     }
 
     /// A view of the device that does not keep it alive, for a thread that must not wait for it.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::cache::{ErrorPolicy, PolicyKind, REGION_PAGES, Settings};
 use crate::cached_image::CachedImage;
 use crate::config::{Allocate, CacheMode, DeviceConfig, Discard, OnError, Policy};
+use crate::counters::worker::Counters;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Limits;
@@ -81,5 +82,6 @@ pub(super) fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Devic
         serial: serial(&config.serial),
     };
     let writeback = config.cache.mode == CacheMode::Writeback;
-    Device::new(config.name.clone(), Arc::clone(image.arena()), disk, parameters, writeback, config.poll_us)
+    let counters = Counters::new(config.workers.into());
+    Device::new(config.name.clone(), Arc::clone(image.arena()), disk, parameters, writeback, config.poll_us, counters)
 }

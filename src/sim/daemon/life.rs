@@ -13,6 +13,7 @@ use crate::arena::{ArenaFile, Whose};
 use crate::cache::Settings;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
+use crate::counters::worker::Counters;
 use crate::device::Device;
 use crate::device::budget::Budget;
 use crate::device::control::Workers;
@@ -180,8 +181,10 @@ impl Life {
         in_daemon(|| {
             let backing: Arc<dyn Backing> = held.clone();
             let cached = CachedImage::new("sim", backing, arena, (*settings).clone());
-            let device = device_of(&cached, *writeback, *read_only, *budget);
-            let start = |_| Worker::new(&device, &cached).expect("descriptors for a worker");
+            let device = device_of(&cached, *workers, *writeback, *read_only, *budget);
+            let start = |index: usize| {
+                Worker::new(&device, &cached, u16::try_from(index).expect("a few")).expect("descriptors for a worker")
+            };
             let (started, controls): (Vec<_>, Vec<_>) = (0..*workers).map(start).unzip();
             cached.arena().keep_on_drop(false);
             let threads = started.into_iter().map(|worker| Thread { worker, asleep: false }).collect();
@@ -253,7 +256,7 @@ impl Life {
     }
 }
 
-fn device_of(cached: &CachedImage, writeback: bool, read_only: bool, budget: Budget) -> Arc<Device> {
+fn device_of(cached: &CachedImage, workers: usize, writeback: bool, read_only: bool, budget: Budget) -> Arc<Device> {
     let limits: &Limits = cached.limits();
     let capacity_sectors = limits.size_bytes / SECTOR_BYTES;
     let parameters = DiskParameters {
@@ -276,7 +279,9 @@ fn device_of(cached: &CachedImage, writeback: bool, read_only: bool, budget: Bud
         can_zero: true,
         serial: serial("simulated"),
     };
-    let mut device = Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0);
+    let counters = Counters::new(workers);
+    let mut device =
+        Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0, counters);
     Arc::get_mut(&mut device).expect("nothing else has it yet").budget = budget;
     device
 }

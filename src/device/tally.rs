@@ -1,0 +1,154 @@
+//! How long requests take: from the turn that takes a request from its ring to its completion.
+//!
+//! Reading the clock takes as long as a tenth of a cached request. So requests that a turn completes from memory share
+//! one reading, which most often is the one that begins the next turn. Where other work follows the completions (the
+//! turn has store operations to submit, or it had waited for some), the clock is read before that work: no request is
+//! charged with readahead or write-back that follows it.
+
+use crate::counters::worker::WorkerCounters;
+use crate::counters::{Class, Operation, Served};
+use crate::units::{SECTOR_BYTES, Tick};
+use crate::virtio::Status;
+use crate::virtio::request::RequestKind;
+
+use super::pending::Pending;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Tally {
+    counters: WorkerCounters,
+    /// When the present turn began.
+    turn: Tick,
+    /// How many requests the turn has taken and completed, by [`Class::ALL`].
+    quick: [u64; Class::ALL.len()],
+    /// Requests of earlier turns that this one has completed, and when those turns began.
+    waited: Vec<(Class, Tick)>,
+    has_quick: bool,
+}
+
+impl Tally {
+    /// Nothing was counted yet.
+    pub fn new(counters: WorkerCounters) -> Self {
+        Self { counters, turn: Tick::ZERO, quick: [0; Class::ALL.len()], waited: Vec::new(), has_quick: false }
+    }
+
+    /// A turn begins.
+    pub fn begin_turn(&mut self, now: Tick) {
+        self.settle(now);
+        self.turn = now;
+    }
+
+    /// When the present turn began.
+    pub fn turn(&self) -> Tick {
+        self.turn
+    }
+
+    /// A request was taken.
+    pub fn taken(&mut self, kind: RequestKind) {
+        if let Some(operation) = operation_of(kind) {
+            self.counters.request_taken(operation);
+        }
+    }
+
+    /// A request that was taken is given back to the driver.
+    pub fn withdrawn(&mut self, kind: RequestKind) {
+        if let Some(operation) = operation_of(kind) {
+            self.counters.request_withdrawn(operation);
+        }
+    }
+
+    /// A request completes.
+    pub fn completed(&mut self, pending: &Pending) {
+        let Pending { request, ranges, status, since, .. } = pending;
+        let Some(operation) = operation_of(request.kind) else { return };
+        let bytes = match operation {
+            Operation::Read | Operation::Write => request.data_bytes,
+            _ => ranges.iter().map(|range| range.span.count * SECTOR_BYTES).sum(),
+        };
+        self.counters.request_ended(operation, bytes, *status == Status::Ok);
+        if *since == self.turn {
+            self.quick[Class::new(operation, Served::Memory).index()] += 1;
+            self.has_quick = true;
+        } else {
+            self.waited.push((Class::new(operation, Served::Waited), *since));
+        }
+    }
+
+    /// Whether requests have completed whose time is not counted yet.
+    pub fn is_open(&self) -> bool {
+        self.has_quick || self.has_waited()
+    }
+
+    /// Whether requests of earlier turns have completed whose time is not counted yet.
+    pub fn has_waited(&self) -> bool {
+        !self.waited.is_empty()
+    }
+
+    /// Counts the requests that have completed: they completed at `now`.
+    pub fn settle(&mut self, now: Tick) {
+        if std::mem::take(&mut self.has_quick) {
+            let ns = now.since_ns(self.turn);
+            for (class, count) in Class::ALL.into_iter().zip(&mut self.quick) {
+                if *count > 0 {
+                    self.counters.requests_completed(class, ns, std::mem::take(count));
+                }
+            }
+        }
+        for (class, since) in self.waited.drain(..) {
+            self.counters.requests_completed(class, now.since_ns(since), 1);
+        }
+    }
+}
+
+/// The operation as which a request is counted; `None` for those that do no I/O.
+fn operation_of(kind: RequestKind) -> Option<Operation> {
+    match kind {
+        RequestKind::Read => Some(Operation::Read),
+        RequestKind::Write => Some(Operation::Write),
+        RequestKind::Flush => Some(Operation::Flush),
+        RequestKind::Discard => Some(Operation::Discard),
+        RequestKind::WriteZeroes => Some(Operation::WriteZeroes),
+        RequestKind::GetId | RequestKind::Unknown(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pending::PendingTable;
+    use super::*;
+    use crate::cache::Ticket;
+    use crate::counters::latency::bucket_of;
+    use crate::counters::snapshot::Snapshot;
+    use crate::counters::worker::Counters;
+
+    #[test]
+    fn a_request_of_one_turn_ends_when_the_clock_is_read_next_and_others_count_from_their_own_turn() {
+        let counters = Counters::new(1);
+        let mut tally = Tally::new(counters.of_worker(0));
+        let mut table = PendingTable::new(Ticket(0));
+        tally.begin_turn(Tick::from_ns(1000));
+        let (read, flush) = (table.take(0, tally.turn()), table.take(0, tally.turn()));
+        (table[read].request.kind, table[read].request.data_bytes) = (RequestKind::Read, 4096);
+        table[flush].request.kind = RequestKind::Flush;
+        for slot in [read, read, flush] {
+            tally.taken(table[slot].request.kind);
+        }
+        tally.withdrawn(RequestKind::Read);
+        tally.completed(&table[read]);
+        assert!(tally.is_open() && !tally.has_waited());
+        tally.begin_turn(Tick::from_ns(1500));
+        table[flush].status = Status::IoErr;
+        tally.completed(&table[flush]);
+        assert!(tally.has_waited());
+        tally.settle(Tick::from_ns(4000));
+        assert!(!tally.is_open());
+        let snapshot = Snapshot::read(&counters);
+        let of = |operation, served| snapshot.requests(Class::new(operation, served));
+        assert_eq!(of(Operation::Read, Served::Memory).counts[bucket_of(500)], 1);
+        assert_eq!(of(Operation::Flush, Served::Waited).counts[bucket_of(3000)], 1);
+        assert_eq!((of(Operation::Read, Served::Waited).count(), snapshot.operation(Operation::Read).bytes), (0, 4096));
+        assert_eq!(snapshot.in_flight(Operation::Read), 0, "one was withdrawn");
+        let flushes = snapshot.operation(Operation::Flush);
+        assert_eq!((flushes.begun, flushes.errors, flushes.bytes), (1, 1, 0));
+    }
+}

@@ -6,6 +6,8 @@
 //! [`WorkerPort`] with a store queue of its own; a port reaps what it submitted. A notice about another worker's
 //! request goes through that worker's mailbox.
 
+mod rest;
+
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::RawFd;
@@ -15,14 +17,13 @@ use std::time::{Duration, Instant};
 
 use log::{Level, error, info, log, warn};
 
-use crate::arena::{Arena, Populator, RestPoint, ZERO_SLOTS};
+use crate::arena::{Arena, Populator, ZERO_SLOTS};
 use crate::cache::{
     FrameMemory, Health, HealthEvent, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket,
 };
 use crate::counters::worker::WorkerCounters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault_injection::{PlantedBug, planted};
-use crate::store::format::{self, Format};
 use crate::store::{Backing, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
 use crate::tenure::record::CachePlace;
 use crate::units::{
@@ -30,12 +31,16 @@ use crate::units::{
     SectorSpan, Tick, counted, low_u8,
 };
 use crate::waker::Waker;
+use rest::RestRecorder;
 
 /// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
 const WORKER_SHIFT: u32 = 48;
 /// Pages whose operations are completed in one go, or a few more: other workers wait for the cache meanwhile. A few
 /// hundred microseconds.
 const REAPED_PAGES_MAX: usize = 2048;
+
+/// How long the name of a cache file must lead elsewhere until the file counts as lost.
+const MISSED_MIN: Duration = Duration::from_millis(500);
 
 impl FrameMemory for Arc<Arena> {
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
@@ -79,6 +84,8 @@ pub struct CachedImage {
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
     /// When tick 0 was.
     opened: Instant,
+    /// Records the image's change token.
+    rest: RestRecorder,
     /// What is known of the cache's file.
     file_watch: Mutex<FileWatch>,
 }
@@ -88,8 +95,8 @@ pub struct CachedImage {
 enum FileWatch {
     /// Its name leads to it, or there is no such file.
     Reachable,
-    /// The last look found that its name does not lead to it.
-    Missed,
+    /// A look at this moment found that its name does not lead to it.
+    Missed(Instant),
     /// The cache does not outlive the daemon any more, and the operator was told.
     Lost,
 }
@@ -108,8 +115,10 @@ impl CachedImage {
             let pages = counted(u64::from(pages), "cached page");
             info!("{name}: restored {pages} ({dirty} dirty) left by the previous daemon");
         }
+        let rest = RestRecorder::start(name, &backing, &arena);
         Arc::new(Self {
             name: name.to_owned(),
+            rest,
             cache: Mutex::new(cache),
             _populator: Populator::start(name, &arena),
             arena,
@@ -141,15 +150,17 @@ impl CachedImage {
     pub fn look_at_cache_file(&self) {
         let mut watch = self.file_watch.lock().expect("no thread panics with the watch locked");
         if *watch == FileWatch::Lost || self.arena.is_reachable() {
-            if *watch == FileWatch::Missed {
+            if matches!(*watch, FileWatch::Missed(_)) {
                 *watch = FileWatch::Reachable;
             }
             return;
         }
-        // Not at the first look: a rename of a directory, or a mount, may be under way.
-        if *watch == FileWatch::Reachable {
-            *watch = FileWatch::Missed;
-            return;
+        // Not at the first look: a rename of a directory, or a mount, may be under way. The caller may look twice in no
+        // time.
+        match *watch {
+            FileWatch::Missed(since) if since.elapsed() >= MISSED_MIN => {}
+            FileWatch::Missed(_) => return,
+            _ => return *watch = FileWatch::Missed(Instant::now()),
         }
         let Ok(cache) = self.cache.try_lock() else { return };
         let (name, file) = (&self.name, self.arena.file().map_or_else(String::new, |file| format!(" {file}")));
@@ -185,13 +196,6 @@ impl CachedImage {
         Tick::from_ns(u64::try_from(self.opened.elapsed().as_nanos()).expect("584 years"))
     }
 
-    /// Records the image's change token at a moment without changes in flight.
-    fn note_rest(&self, rest: RestPoint) {
-        if let Some(token) = self.backing.rest_token() {
-            self.arena.record_token(rest, token);
-        }
-    }
-
     /// Ends the tenure if everything is on the image, and records the image's change token for the next daemon.
     ///
     /// => The record comes first: a cache file that is removed must not be missed by the next daemon.
@@ -203,14 +207,19 @@ impl CachedImage {
             self.arena.keep_on_drop(true);
             return;
         }
+        self.rest.end();
         // The ledger says more than the cache: it calls clean what an earlier daemon has synced.
         let is_written =
             if self.arena.place() == CachePlace::Memory { cache.is_stable() } else { !self.arena.holds_unwritten() };
         // A guest that has not learned of a loss must learn of it from the next daemon.
         let is_over = is_written && !self.arena.has_data_loss();
-        if is_over && let Err(e) = self.backing.end_tenure() {
-            warn!("{}: cannot record at the image that everything is on it ({e}); its cache stays", self.name);
-            self.arena.keep_on_drop(true);
+        match is_over.then(|| self.backing.end_tenure()) {
+            Some(Err(e)) => {
+                warn!("{}: cannot record at the image that everything is on it ({e}); its cache stays", self.name);
+                self.arena.keep_on_drop(true);
+            }
+            Some(Ok(true)) => self.arena.set_recorded(true, true),
+            _ => {}
         }
         if let Some(token) = self.backing.change_token() {
             self.arena.record_token_now(token);
@@ -410,7 +419,7 @@ impl WorkerPort {
             self.submit();
         }
         if let Some(rest) = rest {
-            self.image.note_rest(rest);
+            self.image.rest.note(rest, &self.image.backing, &self.image.arena);
         }
         result
     }
@@ -489,31 +498,33 @@ fn take_ops(
         awaited |= op.demand;
         counters.store_submitted(op.kind.into());
         if op.kind.is_change() {
-            image.arena.begin_change(op.span.count * SECTOR_BYTES);
+            image.arena.begin_change(op.span);
         }
-        if let Some(format) = format_written(&image.arena, &op, image.limits().size_bytes / SECTOR_BYTES) {
-            image.backing.note_guest_format(format);
+        if op.kind == OpKind::Write && image.backing.shows_format(op.span) {
+            note_ends(image, &op);
         }
         backlog.push_back(request_of(&image.arena, &op));
     });
     awaited
 }
 
-/// The format that a write to the first or the last sector of an image of `image_sectors` makes the image look like,
-/// if that is another one than raw.
-fn format_written(arena: &Arena, op: &StoreOpRef<'_>, image_sectors: u64) -> Option<Format> {
-    if op.kind != OpKind::Write {
-        return None;
+/// Tells the store what a write puts into the first page and the last sector of the image.
+fn note_ends(image: &CachedImage, op: &StoreOpRef<'_>) {
+    let note = |first, bytes: Vec<u8>| {
+        let unrecorded = image.backing.note_guest_write(first, &bytes);
+        if unrecorded != 0 {
+            image.arena.add_guest_formats(unrecorded);
+        }
+    };
+    let in_first_page = SECTORS_PER_PAGE.saturating_sub(op.span.start).min(op.span.count);
+    if in_first_page > 0 {
+        note(op.span.start, image.arena.sectors(op.frames[0], op.first_sector, low_u8(in_first_page)));
     }
-    let head = (op.span.start == 0).then(|| {
-        let count = op.span.count.min(SECTORS_PER_PAGE);
-        format::at_start(&arena.sectors(op.frames[0], op.first_sector, low_u8(count)))
-    });
-    head.flatten().or_else(|| {
-        let last = (op.span.end() == image_sectors).then(|| u64::from(op.first_sector) + op.span.count - 1)?;
-        let frame = op.frames[usize::try_from(last / SECTORS_PER_PAGE).ok()?];
-        format::at_end(&arena.sectors(frame, low_u8(last % SECTORS_PER_PAGE), 1))
-    })
+    if op.span.end() == image.limits().size_bytes / SECTOR_BYTES {
+        let last = u64::from(op.first_sector) + op.span.count - 1;
+        let frame = op.frames[usize::try_from(last / SECTORS_PER_PAGE).expect("an operation has few pages")];
+        note(op.span.end() - 1, image.arena.sectors(frame, low_u8(last % SECTORS_PER_PAGE), 1));
+    }
 }
 
 /// Reports a change of the image's health to the operator: which requests suffer, what is kept, what to do.

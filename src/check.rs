@@ -4,8 +4,10 @@
 //! and is no problem.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -140,14 +142,31 @@ fn check_socket(socket: &Socket) -> Result<Use> {
 
 /// Whether a process listens on a socket (proc_net_unix(5)). To connect would disturb it.
 fn is_listened_on(path: &Path) -> bool {
+    // A path may have any bytes.
+    let sockets = fs::read("/proc/net/unix").unwrap_or_default();
+    let is_ours = |line: &[u8]| listening_path(line).is_some_and(|found| Path::new(OsStr::from_bytes(found)) == path);
+    sockets.split(|byte| *byte == b'\n').any(is_ours)
+}
+
+/// The path of a socket that was made to listen, from a line of /proc/net/unix (proc_net_unix(5)).
+fn listening_path(line: &[u8]) -> Option<&[u8]> {
     /// Of the flags: it was made to listen (__SO_ACCEPTCON).
-    const LISTENING: &str = "00010000";
-    // "0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/x.sock"
-    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
-    sockets.lines().any(|line| {
-        let words: Vec<&str> = line.splitn(8, ' ').collect();
-        words.get(3) == Some(&LISTENING) && words.last().is_some_and(|found| Path::new(found.trim()) == path)
-    })
+    const LISTENING: &[u8] = b"00010000";
+    /// The columns before the path.
+    const COLUMNS: usize = 7;
+    // "0000000000000000: 00000002 00000000 00010000 0001 01    12 /run/x.sock": spaces before a number fill its column,
+    // those in a path belong to it.
+    let mut rest = line;
+    let mut flags: &[u8] = &[];
+    for column in 0..COLUMNS {
+        rest = &rest[rest.iter().position(|byte| *byte != b' ')?..];
+        let (word, after) = rest.split_at(rest.iter().position(|byte| *byte == b' ')?);
+        if column == 3 {
+            flags = word;
+        }
+        rest = after;
+    }
+    (flags == LISTENING).then(|| &rest[1..])
 }
 
 /// Checks that the memory for the caches of `devices`, which no process serves, is there.
@@ -161,10 +180,17 @@ fn check_space(devices: &[&DeviceConfig], findings: &mut Findings) {
         }
     }
     let mut kept = 0;
+    let mut reserved: BTreeSet<&str> = BTreeSet::new();
     for (memory_dir, devices) in dirs {
         let kept_here = recover::bytes_kept_for(memory_dir, &images);
-        kept += kept_here;
-        let Ok(file_system) = file_system_of(memory_dir) else { continue };
+        let file_system = file_system_of(memory_dir);
+        if file_system.as_ref().is_ok_and(|found| found.is_hugetlbfs) {
+            // Its memory was taken from the host when it was configured, and is not available to others.
+            reserved.extend(devices.iter().map(|device| device.name.as_str()));
+        } else {
+            kept += kept_here;
+        }
+        let Ok(file_system) = file_system else { continue };
         let wanted = bytes_of(devices.iter().copied()).saturating_sub(kept_here);
         if !file_system.is_memory() || wanted <= file_system.available_bytes {
             continue;
@@ -178,7 +204,8 @@ fn check_space(devices: &[&DeviceConfig], findings: &mut Findings) {
             findings.notes.push(format!("{text}: some would not survive a crash"));
         }
     }
-    let wanted = bytes_of(devices.iter().copied()).saturating_sub(kept);
+    let others = devices.iter().copied().filter(|device| !reserved.contains(device.name.as_str()));
+    let wanted = bytes_of(others).saturating_sub(kept);
     if let Err(error) = check_memory(wanted) {
         findings.add("all devices", &error);
     }
@@ -191,4 +218,21 @@ fn bytes_of<'a>(devices: impl Iterator<Item = &'a DeviceConfig>) -> u64 {
         .filter(|device| !device.read_only || shared.insert(&device.image))
         .map(|device| device.cache.size_bytes)
         .fold(0, u64::saturating_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_path_of_a_listening_socket_is_read_whatever_is_in_it() {
+        let path = |line: &'static str| listening_path(line.as_bytes()).map(|path| std::str::from_utf8(path).unwrap());
+        let line = "0000000000000000: 00000002 00000000 00010000 0001 01 12345 /run/my disks/ a.sock";
+        assert_eq!(path(line), Some("/run/my disks/ a.sock"));
+        assert_eq!(path("0000000000000000: 00000002 00000000 00010000 0001 01    12 /run/x.sock"), Some("/run/x.sock"));
+        assert_eq!(path("0000000000000000: 00000003 00000000 00000000 0001 03 12345 /run/x.sock"), None, "connected");
+        assert_eq!(path("0000000000000000: 00000002 00000000 00010000 0001 01 12345"), None, "without a name");
+        assert_eq!(path("Num       RefCount Protocol Flags    Type St Inode Path"), None);
+        assert_eq!(path(""), None);
+    }
 }

@@ -72,6 +72,8 @@ pub enum PlantedBug {
     TokenNotCompared,
     /// Clean pages are not compared with the image.
     SampleSkipped,
+    /// The hash of a page stays in the ledger while the daemon changes that page of the image.
+    SamplesKept,
 }
 
 /// A point before a store to memory that outlives the daemon: in tests the daemon may die here.

@@ -10,7 +10,7 @@ use genblk::cli::{self, Action};
 use genblk::daemon::{self, Strictness};
 use genblk::error::Result;
 use genblk::logging;
-use genblk::recover::{self, Consent, Recovery};
+use genblk::recover::{self, Consent, Recovery, Report};
 
 fn main() -> ExitCode {
     logging::init();
@@ -27,10 +27,12 @@ fn main() -> ExitCode {
 }
 
 fn run(action: Action) -> Result<()> {
+    // A write beyond RLIMIT_FSIZE fails, whichever command makes it.
+    recover::ignore_file_size_signal();
     match action {
         Action::Print(text) => print(&text),
-        Action::ListCaches(directory) => print(&recover::list(&directory)?),
-        Action::Prune(directory) => print(&recover::prune(&directory)?),
+        Action::ListCaches(directory) => return report(recover::list(&directory)?),
+        Action::Prune(directory) => return report(recover::prune(&directory)?),
         Action::Recover { caches, image, force } => {
             return each(caches, |cache| {
                 recover::recover(&Recovery { cache, image: image.clone(), consent: consent(force) })
@@ -60,6 +62,12 @@ fn each(caches: Vec<PathBuf>, command: impl Fn(PathBuf) -> Result<String>) -> Re
         }
     }
     failed
+}
+
+/// Prints what a command has found; its error is what it could not do.
+fn report(report: Report) -> Result<()> {
+    print(&report.text);
+    report.result()
 }
 
 fn consent(force: bool) -> Consent {

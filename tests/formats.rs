@@ -241,6 +241,103 @@ fn a_kept_cache_does_not_vouch_for_an_image_that_was_replaced_in_place() {
     assert!(ended.stderr.contains("is a qcow2 image"), "{ended:?}");
 }
 
+/// The first sector of a qcow2 image.
+fn qcow2() -> Vec<u8> {
+    let mut sector = vec![0; 512];
+    sector[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    sector
+}
+
+#[test]
+fn whichever_of_several_headers_a_crash_leaves_the_guest_is_served_again() {
+    let directory = image(b"", 4 * MIB);
+    let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    for header in [luks(), qcow2()] {
+        session.write(0, &header);
+        session.flush();
+    }
+    drop(session);
+    daemon.stop();
+    for header in [luks(), qcow2()] {
+        let file = File::options().write(true).open(daemon.image()).expect("the image can be opened");
+        file.write_all_at(&header, 0).expect("the image can be written");
+        daemon.restart();
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_header_that_recover_writes_does_not_lock_the_guest_out() {
+    let directory = image(b"", 4 * MIB);
+    let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(0, &qcow2());
+    drop(session);
+    daemon.kill();
+    let cache = daemon.directory().left().remove(0);
+    let ended = run_to_end(Command::new(server_binary()).arg("recover").arg(&cache));
+    assert!(ended.status.success() && !cache.exists(), "{ended:?}");
+    daemon.restart();
+    daemon.await_log("looks like qcow2; served as raw, because its guest has written that");
+}
+
+#[test]
+fn a_description_that_ends_in_a_later_sector_does_not_lock_the_guest_out() {
+    let directory = image(b"", 4 * MIB);
+    let mut daemon = Daemon::start_configured(directory, &["cache.dirty_age_max_ms = 600000"]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(0, &[b'#'; 512]);
+    session.flush();
+    let mut second = vec![0; 512];
+    second[..11].copy_from_slice(b"\nversion=1\n");
+    session.write(1, &second);
+    drop(session);
+    daemon.stop();
+    daemon.restart();
+    daemon.await_log("looks like VMDK; served as raw, because its guest has written that");
+}
+
+/// On a block device nothing can be recorded at the image: the cache file has the record, also after an orderly end,
+/// and whether or not the cache holds the first page.
+#[test]
+fn a_guest_of_a_block_device_is_not_locked_out_by_its_own_header() {
+    let directory = image(b"", 64 * MIB);
+    let path = directory.path().join("image");
+    let Some(device) = Loop::attach(&path, &[]) else { return };
+    let socket = directory.path().join("socket");
+    let launch = || {
+        let mut command = Command::new(server_binary());
+        command.arg("--socket-path").arg(&socket).args(["--blk-file", &device.0, "--cache-size", "4M"]);
+        command.arg("--memory-dir").arg(directory.memory());
+        Daemon::launch(TempDir::new("format"), command, vec![socket.clone()])
+    };
+    let mut daemon = launch();
+    let mut session = Session::open(&socket, &SessionOptions::default());
+    session.write(0, &qcow2());
+    session.flush();
+    for sector in (0..64 * MIB / 512).step_by(2048) {
+        session.read(sector + 8, 64 << 10);
+    }
+    drop(session);
+    for end in ["kill", "stop", "stop"] {
+        if end == "kill" {
+            daemon.kill();
+        } else {
+            daemon.stop();
+        }
+        daemon = launch();
+        daemon.await_log("looks like qcow2; served as raw, because it was served before, and its cache was kept");
+    }
+    daemon.stop();
+    // Another format is not what the guest wrote.
+    File::options().write(true).open(&device.0).and_then(|file| file.write_all_at(b"KDMV", 0)).expect("a write");
+    let mut command = Command::new(server_binary());
+    command.arg("--socket-path").arg(&socket).args(["--blk-file", &device.0, "--memory-dir"]).arg(directory.memory());
+    let ended = run_to_end(&mut command);
+    assert!(ended.stderr.contains(" is a VMDK image, and genblk"), "{ended:?}");
+}
+
 /// A loop device on a file; detached on drop.
 struct Loop(String);
 

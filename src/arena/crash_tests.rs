@@ -18,10 +18,10 @@ const IDENTITY: ImageId = ImageId { device: 1, inode: 2, born_ns: 3 };
 /// Of the largest image: its pages have all numbers that a record can hold, but one.
 const SIZE_BYTES: u64 = (1 << 52) - (1 << 12);
 const TENURE: TenureFacts =
-    TenureFacts { id: TenureId { generation: 7, id: 1 << 100 | 1 }, since: 9, is_recorded: false, is_set_aside: false };
-const LOST: GuestState = GuestState { data: GuestData::Lost, write_through: false };
-const WRITE_THROUGH: GuestState = GuestState { data: GuestData::Intact, write_through: true };
-const BOTH: GuestState = GuestState { data: GuestData::Lost, write_through: true };
+    TenureFacts { id: TenureId { generation: 7, id: 1 << 100 | 1 }, since: 9, is_recorded: false, is_over: false };
+const LOST: GuestState = GuestState { data: GuestData::Lost, ..GuestState::FRESH };
+const WRITE_THROUGH: GuestState = GuestState { write_through: true, ..GuestState::FRESH };
+const BOTH: GuestState = GuestState { data: GuestData::Lost, ..WRITE_THROUGH };
 const GUESTS: [GuestState; 4] = [GuestState::FRESH, LOST, WRITE_THROUGH, BOTH];
 
 const FRAMES: usize = 2;
@@ -319,7 +319,7 @@ fn a_change_token_is_recorded_as_it_was_or_as_it_is() {
     let step = Step::on_arena(
         |arena| {
             arena.record_token_now(token(1));
-            arena.begin_change(512);
+            arena.begin_change(SectorSpan::new(0, 1));
         },
         |arena| arena.record_token_now(token(2)),
     );

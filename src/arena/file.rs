@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::ledger::{HEADER_BYTES, Header, ImageFacts, boot_id, field};
+use super::ended;
+use super::ledger::{HEADER_BYTES, Header, ImageFacts, SET_ASIDE, boot_id, field};
 use super::mapping::{self, MEMFD_NAME, Mapping};
 use super::survey::{self, Survey};
 use super::trust::{Entry, TrustedDir, Whose};
@@ -19,10 +20,14 @@ use crate::sys::dir::Access;
 use crate::sys::memfd;
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
-use crate::tenure::record::CachePlace;
+use crate::tenure::TenureId;
+use crate::tenure::record::{CachePlace, State};
 
 /// How long to wait before the next attempt to lock a file that another process has locked.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+/// How long to wait for a process that only looks at a file.
+const LOOK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Name of root's directory of arenas.
 const DIRECTORY: &str = "genblk";
@@ -121,7 +126,7 @@ impl ArenaFile {
     /// that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`] when another process holds
     /// its lock. Otherwise as [`ArenaFile::create_for`].
     pub fn open_existing(path: &Path, whose: Whose) -> Result<Self> {
-        Self::open_within(path, whose, Duration::ZERO)
+        Self::open_within(path, whose, LOOK_PATIENCE)
     }
 
     /// As [`ArenaFile::open_existing`], and waits at most `patience` for another process to release its lock.
@@ -205,15 +210,39 @@ impl ArenaFile {
         matches!(self.place(), CachePlace::Path(path) if path.parent() == Some(&directory))
     }
 
-    /// Makes the file one that no daemon uses: its pages stay for the operator.
+    /// Notes beside the file, which is about to be removed, that its tenure has ended: in [`State::Clean`] if everything
+    /// is on the image. The next daemon of an image whose record could not be changed looks there.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`] when the file cannot be mapped.
+    /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be noted.
+    pub fn note_ended(&self, tenure: TenureId, state: State) -> Result<()> {
+        match &self.location {
+            Location::Path(path) => ended::note(&TrustedDir::open(split(path)?.0, Whose::Anyone)?, path, tenure, state),
+            Location::FdStore { .. } => {
+                Err(Error::new(ErrorKind::Memory, format!("nothing can be noted beside {self}")))
+            }
+        }
+    }
+
+    /// How a tenure whose cache was at `path` has ended, if [`ArenaFile::note_ended`] was called for it.
+    pub fn noted_end(path: &Path, whose: Whose, tenure: TenureId) -> Option<State> {
+        ended::state_of(path, whose, tenure)
+    }
+
+    /// Makes the file one that no daemon uses: its pages stay for the operator.
+    ///
+    /// => The file may be another user's, who can shrink it meanwhile, so it is not mapped where write(2) works.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] when the file cannot be changed.
     pub fn set_aside(&self) -> Result<()> {
-        let mapping = Mapping::new(&self.file, HEADER_BYTES)
-            .map_err(|e| Error::io(ErrorKind::Memory, format!("cannot change {self}"), e))?;
-        mapping.store(field::IS_SET_ASIDE, 1);
-        Ok(())
+        let map = || Mapping::new(&self.file, HEADER_BYTES).map(|map| map.store(field::IS_SET_ASIDE, SET_ASIDE));
+        let written = match self.file.write_all_at(&SET_ASIDE.to_le_bytes(), field::IS_SET_ASIDE as u64) {
+            // hugetlbfs has no write(2).
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) && self.owner() == effective_uid() => map(),
+            result => result,
+        };
+        written.map_err(|e| Error::io(ErrorKind::Memory, format!("cannot change {self}"), e))
     }
 
     /// Checks that no other user could have put a file into a directory.
@@ -222,6 +251,13 @@ impl ArenaFile {
     /// [`ErrorKind::Ledger`] when one could; [`ErrorKind::Memory`] when it cannot be opened.
     pub fn check_dir(directory: &Path, whose: Whose) -> Result<()> {
         TrustedDir::open(directory, whose).map(drop)
+    }
+
+    /// Whether a process uses a file. Takes the lock for an instant, if it is free.
+    pub fn is_held(path: &Path, whose: Whose) -> bool {
+        let opened = split(path)
+            .and_then(|(directory, name)| TrustedDir::open(directory, whose)?.open_file(name, Access::Read, path));
+        opened.is_ok_and(|file| file.try_lock_shared().is_err())
     }
 
     /// Looks at a file without its lock: a daemon may use it at the same time.

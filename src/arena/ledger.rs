@@ -14,7 +14,8 @@
 //! A loss marker (of a cache that does not survive its daemon) is a header alone.
 //!
 //! Layout 3 adds to the header the tenure and what the daemon last knew of its image ([`LastSeen`]): the image is no
-//! longer identified by its size, so that a grown image keeps its cache.
+//! longer identified by its size, so that a grown image keeps its cache. Layout 4 adds hashes of pages of the image
+//! (`samples.rs`), and which formats' headers the guest has written.
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -30,7 +31,7 @@ use crate::units::{FrameRecord, PAGE_SIZE, PageNo, SectorMask};
 /// The first eight bytes of a finished header.
 const MAGIC: u64 = u64::from_le_bytes(*b"genblk\0L");
 /// Version of the layout. This genblk reads this version and older ones; it refuses newer ones.
-const LAYOUT: u64 = 3;
+const LAYOUT: u64 = 4;
 /// The first layout whose header names a tenure.
 const FIRST_WITH_TENURES: u64 = 3;
 /// Bytes of the header.
@@ -73,9 +74,9 @@ pub(super) mod field {
     pub const TENURE_ID: usize = 3592;
     /// When the tenure began, in seconds since 1970.
     pub const SINCE: usize = 3608;
-    /// Not 0 if the image has the record of the tenure.
+    /// Not 0 if the image has the record of the tenure; 2 if that says that the tenure has ended.
     pub const IS_RECORDED: usize = 3616;
-    /// Not 0 once the operator has set the cache aside: no daemon uses it any more.
+    /// `SET_ASIDE` (in layout 3: not 0) once the operator has set the cache aside: no daemon uses it any more.
     pub const IS_SET_ASIDE: usize = 3624;
     /// Length of `ALIAS` in bytes.
     pub const ALIAS_LEN: usize = 3632;
@@ -89,6 +90,10 @@ pub(super) mod field {
     pub const TOKEN_SLOT: usize = 3664;
     /// Two change tokens of the image, of `TOKEN_BYTES` each: see [`super::token_field`].
     pub const TOKENS: usize = 3672;
+    /// Pages of the image with their hashes, `SAMPLES_MAX` pairs of words: see [`super::sample_at`].
+    pub const SAMPLES: usize = 3800;
+    /// Formats whose headers the guest has written, where the image cannot record that: `GuestState::formats`.
+    pub const GUEST_FORMATS: usize = 4056;
     /// Not 0 once the guest has selected write-through: the last word of the header.
     pub const WRITE_THROUGH: usize = super::HEADER_BYTES - 8;
 }
@@ -103,6 +108,9 @@ pub(super) mod token_field {
     pub const TOKEN: usize = 16;
 }
 
+/// Marks a cache as set aside, in any layout. In layouts 1 and 2 it is where a path of more than 3528 bytes would be.
+pub(super) const SET_ASIDE: u64 = u64::from_le_bytes(*b"setaside");
+
 /// Bytes of a change token with its fields.
 const TOKEN_BYTES: usize = token_field::TOKEN + 8 * ChangeToken::WORDS;
 
@@ -110,6 +118,17 @@ const TOKEN_BYTES: usize = token_field::TOKEN + 8 * ChangeToken::WORDS;
 pub(super) fn token_at(slot: u64) -> usize {
     if slot == 0 { field::TOKENS } else { field::TOKENS + TOKEN_BYTES }
 }
+
+/// Most pages of the image whose hashes a header has.
+pub const SAMPLES_MAX: usize = (field::GUEST_FORMATS - field::SAMPLES) / 16;
+
+/// Offsets of the number of a page (plus 1; 0: the slot is empty) and of its hash.
+pub(super) fn sample_at(slot: usize) -> (usize, usize) {
+    (field::SAMPLES + 16 * slot, field::SAMPLES + 16 * slot + 8)
+}
+
+/// The first layout with samples and formats.
+const FIRST_WITH_SAMPLES: u64 = 4;
 
 /// Longest path that a header holds, in bytes; a longer one is cut off.
 const PATH_BYTES_MAX: usize = field::ALIAS - field::PATH;
@@ -134,17 +153,21 @@ pub struct GuestState {
     pub data: GuestData,
     /// Whether the guest has selected write-through.
     pub write_through: bool,
+    /// Formats other than raw whose headers the guest has written to its disk, a bit for each, where the image cannot
+    /// record that.
+    pub formats: u64,
 }
 
 impl GuestState {
     /// Nothing to remember: the state of a guest that no file records.
-    pub const FRESH: Self = Self { data: GuestData::Intact, write_through: false };
+    pub const FRESH: Self = Self { data: GuestData::Intact, write_through: false, formats: 0 };
 
     /// What either of two files records.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         let data = if self.data == GuestData::Lost { GuestData::Lost } else { other.data };
-        Self { data, write_through: self.write_through || other.write_through }
+        let write_through = self.write_through || other.write_through;
+        Self { data, write_through, formats: self.formats | other.formats }
     }
 }
 
@@ -170,8 +193,8 @@ pub struct TenureFacts {
     pub since: u64,
     /// Whether the image has its record.
     pub is_recorded: bool,
-    /// Whether the operator has set the cache aside: no daemon uses it any more.
-    pub is_set_aside: bool,
+    /// Whether that record says that it has ended.
+    pub is_over: bool,
 }
 
 /// What the header of a new arena records.
@@ -200,6 +223,8 @@ pub struct Header {
     pub boot: [u8; 16],
     /// The tenure; `None` in layouts 1 and 2.
     pub tenure: Option<TenureFacts>,
+    /// Whether the operator has set the cache aside: no daemon uses it any more.
+    pub is_set_aside: bool,
     /// What the daemon last knew of the image.
     pub last_seen: LastSeen,
     /// What it records of the guest.
@@ -216,6 +241,7 @@ impl Header {
             frames: frames as u64,
             boot: boot_id(),
             tenure: Some(tenure),
+            is_set_aside: false,
             last_seen: LastSeen::default(),
             guest,
         }
@@ -224,6 +250,12 @@ impl Header {
     /// Whether a cache of `frames` frames can use the arena as it is.
     pub fn fits(&self, frames: usize) -> bool {
         self.layout == LAYOUT && self.frames == frames as u64
+    }
+
+    /// Whether this is the header of a cache of the image of a layout that does not note which formats' headers the guest
+    /// has written.
+    pub fn is_silent_on_formats(&self, identity: &ImageId) -> bool {
+        self.layout < FIRST_WITH_SAMPLES && self.frames > 0 && self.image.identity == *identity
     }
 
     /// Size of the image in bytes.
@@ -251,20 +283,19 @@ impl Header {
             (field::PAGE_SIZE, PAGE_SIZE as u64),
             (field::UNWRITTEN, u64::from(self.guest.data == GuestData::Lost)),
             (field::WRITE_THROUGH, u64::from(self.guest.write_through)),
+            (field::GUEST_FORMATS, self.guest.formats),
             (field::TOKEN_SLOT, 0),
             (field::TOKENS + token_field::AT, 0),
             (field::HEARTBEAT, 0),
             (field::CHANGES, 0),
             (field::CHANGED_BYTES, 0),
         ];
+        words.extend((0..SAMPLES_MAX).map(|slot| (sample_at(slot).0, 0)));
         words.extend(image_words(&self.image));
-        if let Some(TenureFacts { id, since, is_recorded, is_set_aside }) = self.tenure {
+        if let Some(TenureFacts { id, since, is_recorded, is_over }) = self.tenure {
             words.extend(tenure_words(id));
-            words.extend([
-                (field::SINCE, since),
-                (field::IS_RECORDED, is_recorded.into()),
-                (field::IS_SET_ASIDE, is_set_aside.into()),
-            ]);
+            let recorded = recorded_word(is_recorded, is_over);
+            words.extend([(field::SINCE, since), (field::IS_RECORDED, recorded), (field::IS_SET_ASIDE, 0)]);
         }
         put(&mut words, field::BOOT, &self.boot);
         words.extend([(field::FRAMES, self.frames), (field::MAGIC, MAGIC)]);
@@ -320,15 +351,27 @@ impl Header {
                 },
                 since: word(field::SINCE),
                 is_recorded: word(field::IS_RECORDED) != 0,
-                is_set_aside: word(field::IS_SET_ASIDE) != 0,
+                is_over: word(field::IS_RECORDED) == 2,
             }),
+            is_set_aside: if has_tenure {
+                word(field::IS_SET_ASIDE) != 0
+            } else {
+                let is_free = word(field::PATH_LEN) <= (field::IS_SET_ASIDE - field::PATH) as u64;
+                is_free && word(field::IS_SET_ASIDE) == SET_ASIDE
+            },
             last_seen: if has_tenure { last_seen(word) } else { LastSeen::default() },
             guest: GuestState {
                 data: if word(field::UNWRITTEN) == 0 { GuestData::Intact } else { GuestData::Lost },
                 write_through: word(field::WRITE_THROUGH) != 0,
+                formats: if layout >= FIRST_WITH_SAMPLES { word(field::GUEST_FORMATS) } else { 0 },
             },
         }))
     }
+}
+
+/// The word of a header for the record at the image.
+pub(super) fn recorded_word(is_recorded: bool, is_over: bool) -> u64 {
+    u64::from(is_recorded) + u64::from(is_recorded && is_over)
 }
 
 /// The words of a header for the image, each with its offset.
@@ -426,7 +469,8 @@ mod tests {
             image,
             frames: 1024,
             boot: [3; 16],
-            tenure: Some(TenureFacts { id, since: 99, is_recorded: true, is_set_aside: false }),
+            tenure: Some(TenureFacts { id, since: 99, is_recorded: true, is_over: false }),
+            is_set_aside: false,
             last_seen: LastSeen::default(),
             guest: GuestState::FRESH,
         }
@@ -445,7 +489,8 @@ mod tests {
         let lost = GuestState { data: GuestData::Lost, ..GuestState::FRESH };
         let write_through = GuestState { write_through: true, ..GuestState::FRESH };
         let long = "/".repeat(PATH_BYTES_MAX + 1);
-        for guest in [GuestState::FRESH, lost, write_through] {
+        let formats = GuestState { formats: 1 << 24 | 1, ..GuestState::FRESH };
+        for guest in [GuestState::FRESH, lost, write_through, formats] {
             let header = Header { guest, ..header() };
             assert_eq!(Header::decode(&encode(&header), &"f").unwrap(), Some(header));
         }
@@ -481,6 +526,15 @@ mod tests {
         }
         assert!(header().fits(1024) && !header().fits(1023));
         assert_eq!(header().records_at(), 8192);
+    }
+
+    #[test]
+    fn a_layout_without_samples_is_read_and_does_not_fit() {
+        let old = Header { layout: 3, ..header() };
+        let mut bytes = encode(&old);
+        bytes[field::GUEST_FORMATS] = 1;
+        assert_eq!(Header::decode(&bytes, &"f").unwrap(), Some(old.clone()));
+        assert!(!old.fits(1024));
     }
 
     #[test]

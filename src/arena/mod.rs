@@ -14,17 +14,19 @@
 
 #[cfg(test)]
 mod crash_tests;
+mod ended;
 mod file;
 mod ledger;
 mod lost_file;
 mod mapping;
 mod populate;
+mod samples;
 mod survey;
 mod trust;
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -38,8 +40,9 @@ use crate::units::{
 };
 
 pub use file::{ArenaFile, Seen};
-pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, TenureFacts, ZERO_SLOTS};
+pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, SAMPLES_MAX, TenureFacts, ZERO_SLOTS};
 pub use populate::Populator;
+pub use samples::hash_of;
 pub use survey::Survey;
 pub use trust::Whose;
 
@@ -59,6 +62,8 @@ pub struct Arena {
     data_loss: AtomicBool,
     /// The guest has selected write-through.
     write_through: AtomicBool,
+    /// See [`GuestState::formats`].
+    formats: AtomicU64,
     /// Takes the place of the file once its name no longer leads to it: the cache does not outlive the daemon any more.
     substitute: OnceLock<LossMarker>,
     /// See [`Arena::keep_on_drop`].
@@ -193,18 +198,18 @@ impl Arena {
         arena.keep_on_drop(true);
         let sectors = header.image.size_bytes / SECTOR_BYTES;
         let fits = |span: SectorSpan| span.start.checked_add(span.count).is_some_and(|end| end <= sectors);
-        if !arena.pending_zeroes().all(|(_, span)| fits(span)) {
-            let image = header.image.path.display();
-            let context = format!("the ledger of {image} refers to sectors past the end of the image");
-            return Err(Error::new(ErrorKind::Ledger, context));
-        }
         let pages = header.image_bytes().div_ceil(PAGE_BYTES);
-        if !arena.records().all(|(_, record)| record.page.0 < pages) {
-            let image = header.image.path.display();
-            let context = format!("the ledger of {image} refers to pages past the end of the image");
-            return Err(Error::new(ErrorKind::Ledger, context));
-        }
-        Ok(arena)
+        let what = if !arena.pending_zeroes().all(|(_, span)| fits(span)) {
+            "sectors"
+        } else if !arena.records().all(|(_, record)| record.page.0 < pages) {
+            "pages"
+        } else {
+            return Ok(arena);
+        };
+        let (file, image) = (arena.file().expect("it is persistent"), header.image.path.display());
+        let context =
+            format!("the ledger in {file} is damaged or forged: it refers to {what} past the end of image {image}");
+        Err(Error::new(ErrorKind::Ledger, format!("{context}; {}", file.removal_hint())))
     }
 
     /// A persistent arena in a file whose header and length are right.
@@ -217,9 +222,10 @@ impl Arena {
     fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence, guest: GuestState) -> Self {
         let data_loss = AtomicBool::new(guest.data == GuestData::Lost);
         let write_through = AtomicBool::new(guest.write_through);
+        let formats = AtomicU64::new(guest.formats);
         let substitute = OnceLock::new();
         let (keep_on_drop, token) = (AtomicBool::new(false), Mutex::default());
-        Self { memory, frames, offset, persistence, data_loss, write_through, substitute, keep_on_drop, token }
+        Self { memory, frames, offset, persistence, data_loss, write_through, formats, substitute, keep_on_drop, token }
     }
 
     /// Number of frames.
@@ -365,11 +371,13 @@ impl Arena {
         Ok(())
     }
 
-    /// Records that the daemon starts to change the image: `bytes` bytes, or an unknown part of them.
+    /// Records that the daemon starts to change the image: these sectors, or an unknown part of them.
     ///
     /// => The caller serializes changes and [`Arena::rest_point`].
-    pub fn begin_change(&self, bytes: u64) {
+    pub fn begin_change(&self, span: SectorSpan) {
         if let Persistence::Full { .. } = &self.persistence {
+            let bytes = span.count * SECTOR_BYTES;
+            self.forget_samples(span);
             self.memory.store(field::CHANGES, self.memory.load(field::CHANGES).wrapping_add(1));
             self.memory.store(field::CHANGED_BYTES, self.memory.load(field::CHANGED_BYTES).wrapping_add(bytes));
             self.memory.store(field::HEARTBEAT, wall_clock_ns());
@@ -433,11 +441,30 @@ impl Arena {
         self.record_token(RestPoint { changes, changed_bytes }, token);
     }
 
-    /// Records whether the image has the record of the tenure.
-    pub fn set_recorded(&self, is_recorded: bool) {
-        if self.header().is_some_and(|header| (header.load(field::IS_RECORDED) != 0) != is_recorded) {
-            self.store_in_header(field::IS_RECORDED, is_recorded.into());
+    /// Records whether the image has the record of the tenure, and whether that says that the tenure is over.
+    pub fn set_recorded(&self, is_recorded: bool, is_over: bool) {
+        let word = ledger::recorded_word(is_recorded, is_over);
+        if self.header().is_some_and(|header| header.load(field::IS_RECORDED) != word) {
+            self.store_in_header(field::IS_RECORDED, word);
         }
+    }
+
+    /// Records that the guest has written the headers of these formats to its disk, which the image cannot record.
+    pub fn add_guest_formats(&self, formats: u64) {
+        let before = self.formats.fetch_or(formats, Ordering::AcqRel);
+        if before | formats != before {
+            self.store_in_header(field::GUEST_FORMATS, before | formats);
+        }
+    }
+
+    /// Formats whose headers the guest has written, and the image cannot record.
+    pub fn guest_formats(&self) -> u64 {
+        self.formats.load(Ordering::Acquire)
+    }
+
+    /// What the next daemon must know of the guest even if it gets no pages, apart from a loss.
+    fn has_guest_choices(&self) -> bool {
+        self.is_write_through() || self.guest_formats() != 0
     }
 
     /// The name of the tenure that the header records; `None` without a header.
@@ -559,10 +586,10 @@ impl Drop for Arena {
             return;
         }
         match (self.marker(), &self.persistence) {
-            (Some(LossMarker { file, .. }), _) if !self.is_write_through() => file.remove(),
+            (Some(LossMarker { file, .. }), _) if !self.has_guest_choices() => file.remove(),
             (None, Persistence::Full { file, .. }) => {
-                // A loss marker is small enough to remember write-through in.
-                let is_kept = self.is_write_through() && file.shrink_to_header().is_ok();
+                // A loss marker is small enough to remember the guest's choices in.
+                let is_kept = self.has_guest_choices() && file.shrink_to_header().is_ok();
                 if !is_kept {
                     file.remove();
                 }
@@ -676,7 +703,7 @@ mod tests {
             let identity = ImageId { device: 1, inode: 2, born_ns: 3 };
             let image = ImageFacts { identity, size_bytes: 1 << 30, path: "/image".into(), alias: String::new() };
             let id = TenureId { generation: 1, id: 2 };
-            let tenure = TenureFacts { id, since: 0, is_recorded: false, is_set_aside: false };
+            let tenure = TenureFacts { id, since: 0, is_recorded: false, is_over: false };
             let spec = ArenaSpec { frames, image: &image, tenure, guest: GuestState::FRESH };
             let bytes = frames_at(&Header::new(&spec), frames);
             assert!(bytes <= frames * PAGE_SIZE / 500 + 3 * PAGE_SIZE, "{bytes} for {mib} MiB");

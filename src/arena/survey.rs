@@ -11,6 +11,7 @@ use super::frames_at;
 use super::ledger::{HEADER_BYTES, Header, RECORD_BYTES, ZERO_SLOT_BYTES, ZERO_SLOTS, boot_id, decode_record};
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::process::effective_uid;
 use crate::tenure::token::age_of;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan};
 
@@ -63,7 +64,7 @@ impl Survey {
             heartbeat_ns => age_of(heartbeat_ns),
         };
         if survey.header.frames > 0 && survey.is_of_this_boot {
-            survey.count(file, metadata.len(), shown)?;
+            survey.count(file, metadata.len(), metadata.uid() != effective_uid(), shown)?;
         }
         Ok(Some(survey))
     }
@@ -74,7 +75,7 @@ impl Survey {
     }
 
     /// Reads the ledger and checks what it refers to.
-    fn count(&mut self, file: &File, file_bytes: u64, shown: &Path) -> Result<()> {
+    fn count(&mut self, file: &File, file_bytes: u64, is_foreign: bool, shown: &Path) -> Result<()> {
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
         let damaged = |why: &str| {
             let context = format!("the ledger in {} is damaged or forged: {why}", shown.display());
@@ -85,6 +86,11 @@ impl Survey {
         let needed = frames.checked_mul(PAGE_SIZE).and_then(|bytes| bytes.checked_add(frames_at));
         if needed.is_none_or(|needed| needed as u64 > file_bytes) {
             return damaged("it is longer than its file");
+        }
+        // The memory of a cache is allocated when the cache is made. A sparse file of another user could keep root busy
+        // for ever.
+        if is_foreign && (frames * RECORD_BYTES) as u64 > self.memory_bytes {
+            return damaged("it takes less memory than it describes");
         }
         let image_bytes = self.header.image_bytes();
         let (sectors, pages) = (image_bytes / SECTOR_BYTES, image_bytes.div_ceil(PAGE_BYTES));

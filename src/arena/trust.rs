@@ -7,7 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -100,6 +100,19 @@ impl TrustedDir {
             return distrusted("it has a second name".to_owned());
         }
         Ok(file)
+    }
+
+    /// Creates an empty file of the directory's owner, unless there is a file of this name.
+    ///
+    /// # Errors
+    /// Those of open(2) and fchown(2).
+    pub(super) fn create_file(&self, name: &OsStr) -> io::Result<()> {
+        match open_at(&self.dir, name, Access::CreateNew) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            // Root's file would not be trusted in the directory of another user.
+            Ok(file) if self.owner != effective_uid() => fchown(&file, Some(self.owner), None),
+            result => result.map(drop),
+        }
     }
 
     /// The name of an open file in the directory.

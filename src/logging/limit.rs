@@ -3,7 +3,7 @@
 //!
 //! Lines are of one kind if the same statement logged them for the same device. So the floods of one device hide
 //! nothing of another, and those of one statement nothing of another. Among lines of one kind, different ones are
-//! written, up to a number that no single event reaches.
+//! written, up to a number that no single event reaches; a kind that goes on with new ones is written once a second.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -18,8 +18,9 @@ const WINDOW: Duration = Duration::from_secs(1);
 /// follow each other, such as front-ends that connect, more often.
 const WARNINGS_MAX: u32 = 1;
 const INFOS_MAX: u32 = 8;
-/// How many different lines of a kind are written in a window.
+/// How many different lines of a kind are written at once, and how many more each further window.
 const DIFFERENT_MAX: usize = 16;
+const DIFFERENT_MORE: usize = 1;
 /// How many different lines of a kind a window remembers to have counted.
 const COUNTED_MAX: usize = 64;
 
@@ -50,6 +51,8 @@ impl Kind {
 #[derive(Debug)]
 struct Window {
     since: Instant,
+    /// How many different lines may still be written.
+    credit: usize,
     /// How often each line was written, by its hash.
     written: HashMap<u64, u32>,
     /// How many lines were counted, and the last of them.
@@ -61,15 +64,25 @@ struct Window {
 }
 
 impl Window {
-    fn new(since: Instant, repeated_before: HashSet<u64>) -> Self {
+    fn new(since: Instant, credit: usize, repeated_before: HashSet<u64>) -> Self {
         Self {
             since,
+            credit,
             written: HashMap::new(),
             counted: 0,
             last: String::new(),
             repeated: HashSet::new(),
             repeated_before,
         }
+    }
+}
+
+impl Window {
+    /// The line that says how many lines were counted.
+    fn summary(&self, kind: &Kind) -> Option<(Level, String)> {
+        let Self { counted, last, .. } = self;
+        let lines = if *counted == 1 { "line" } else { "lines" };
+        (*counted > 0).then(|| (kind.level, format!("{last} ({counted} more {lines} like this in the last second)")))
     }
 }
 
@@ -85,13 +98,14 @@ impl Limiter {
             return true;
         }
         let repeats_max = kind.repeats_max();
-        let window = self.0.entry(kind).or_insert_with(|| Window::new(now, HashSet::new()));
+        let window = self.0.entry(kind).or_insert_with(|| Window::new(now, DIFFERENT_MAX, HashSet::new()));
         let mut hasher = DefaultHasher::new();
         message.hash(&mut hasher);
         let line = hasher.finish();
         let is_new = !window.written.contains_key(&line);
-        let has_room = !is_new || window.written.len() < DIFFERENT_MAX;
+        let has_room = !is_new || window.credit > 0;
         if has_room && !window.repeated_before.contains(&line) {
+            window.credit -= usize::from(is_new);
             let times = window.written.entry(line).or_default();
             if *times < repeats_max {
                 *times += 1;
@@ -113,15 +127,19 @@ impl Limiter {
             if now.saturating_duration_since(window.since) < WINDOW {
                 return true;
             }
-            let Window { counted, last, repeated, .. } = mem::replace(window, Window::new(now, HashSet::new()));
-            window.repeated_before = repeated;
-            let lines = if counted == 1 { "line" } else { "lines" };
-            if counted > 0 {
-                summaries.push((kind.level, format!("{last} ({counted} more {lines} like this in the last second)")));
-            }
-            counted > 0
+            let credit = (window.credit + DIFFERENT_MORE).min(DIFFERENT_MAX);
+            let over = mem::replace(window, Window::new(now, credit, HashSet::new()));
+            summaries.extend(over.summary(kind));
+            window.repeated_before = over.repeated;
+            over.counted > 0 || credit < DIFFERENT_MAX
         });
         summaries
+    }
+
+    /// Ends all windows: returns a line for each that has counted some.
+    pub fn take_all(&mut self) -> Vec<(Level, String)> {
+        let windows = mem::take(&mut self.0);
+        windows.iter().filter_map(|(kind, window)| window.summary(kind)).collect()
     }
 }
 
@@ -170,6 +188,38 @@ mod tests {
             limiter.admit(kind(Level::Error, &message), &message, now)
         };
         assert_eq!((0..1000).map(admit).filter(|&written| written).count(), DIFFERENT_MAX);
+    }
+
+    #[test]
+    fn a_kind_that_goes_on_with_new_lines_is_written_once_a_second() {
+        let (mut limiter, start) = (Limiter::default(), Instant::now());
+        let mut written = 0;
+        for second in 0..20 {
+            let now = start + Duration::from_secs(second);
+            limiter.take_due(now);
+            let admit = |n: u64| {
+                let message = format!("d: the chain at descriptor {} is broken", second * 1000 + n);
+                limiter.admit(kind(Level::Error, &message), &message, now)
+            };
+            written += (0..1000).map(admit).filter(|&written| written).count();
+        }
+        assert_eq!(written, DIFFERENT_MAX + 19 * DIFFERENT_MORE);
+        // A pause earns back what was spent.
+        for second in 20..60 {
+            limiter.take_due(start + Duration::from_secs(second));
+        }
+        assert!(limiter.0.is_empty(), "nothing is remembered of a flood that is long over");
+    }
+
+    #[test]
+    fn what_was_counted_is_told_at_the_end() {
+        let (mut limiter, now) = (Limiter::default(), Instant::now());
+        for _ in 0..5 {
+            limiter.admit(kind(Level::Warn, "d: lost"), "d: lost", now);
+        }
+        let told = limiter.take_all();
+        assert_eq!(told, [(Level::Warn, "d: lost (4 more lines like this in the last second)".to_owned())]);
+        assert_eq!(limiter.take_all(), []);
     }
 
     #[test]

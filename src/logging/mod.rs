@@ -66,13 +66,24 @@ pub fn init() {
 /// Writes a line without time and level to standard error, after the lines before it. For the error that ends the
 /// process.
 pub fn print(line: &str) {
+    log_counts();
     QUEUE.push(format!("{line}\n").into_bytes());
     flush();
 }
 
 /// Waits until the lines so far are written, or until standard error has taken none for a second.
 pub fn flush() {
+    log_counts();
     QUEUE.flush(FLUSH_PATIENCE);
+}
+
+/// Logs how many lines were counted so far and not written.
+fn log_counts() {
+    // A thread that panics within the limiter holds its lock.
+    let counted = LIMITER.try_lock().ok().and_then(|mut limiter| Some(limiter.as_mut()?.take_all()));
+    for (level, summary) in counted.unwrap_or_default() {
+        log!(target: SUMMARY, level, "{summary}");
+    }
 }
 
 /// The end of env_logger's pipe: each write is a line.

@@ -3,31 +3,34 @@
 use std::sync::Arc;
 
 use super::operator::caches_below;
-use crate::arena::ArenaFile;
+use crate::arena::{ArenaFile, Header};
 use crate::config::{DeviceConfig, MemoryDir};
 use crate::image_id::ImageId;
 use crate::store::format::{Format, at_start};
 use crate::systemd::ServiceManager;
 
-/// Whether an earlier daemon has left a cache of the image with the first sector that makes the image look like
-/// `format`: then a guest wrote that sector, or read it from its disk. A cache with another first sector shows nothing:
-/// the image may have been replaced since. What is in the fd store is not looked into.
+/// Whether an earlier daemon has left a cache of the image which shows that its guest made it look like `format`: the
+/// ledger says so, or the cache holds the first sector, and that looks so. A cache with another first sector shows
+/// nothing: the image may have been replaced since.
 pub fn has_kept_cache(
     config: &DeviceConfig,
     identity: &ImageId,
     format: Format,
     manager: &Arc<ServiceManager>,
 ) -> bool {
-    let mut in_fdstore = manager.fdstore_names().into_iter().filter_map(|name| {
+    let is_noted = |header: &Header| header.image.identity == *identity && header.guest.formats & format.bit() != 0;
+    let in_fdstore = manager.fdstore_names().into_iter().filter_map(|name| {
         let peeked = ArenaFile::peek_in_fdstore(manager, &name);
         peeked.ok().flatten()
     });
-    if in_fdstore.any(|header| header.frames > 0 && header.image.identity == *identity) {
+    // Only the header of such an entry can be read before it is taken; older layouts do not note formats.
+    let vouches = |header: Header| is_noted(&header) || header.is_silent_on_formats(identity);
+    if in_fdstore.map(vouches).any(|vouches| vouches) {
         return true;
     }
     let MemoryDir::Path(directory) = &config.cache.memory_dir else { return false };
-    let surveys = caches_below(directory).into_iter().filter_map(|seen| seen.survey.ok().flatten());
-    surveys
-        .filter(|survey| survey.header.image.identity == *identity)
-        .any(|survey| survey.first_sector.is_some_and(|sector| at_start(&sector) == Some(format)))
+    let seen = caches_below(directory, |header| header.image.identity == *identity);
+    seen.into_iter().filter_map(|seen| seen.survey.ok().flatten()).any(|survey| {
+        is_noted(&survey.header) || survey.first_sector.is_some_and(|sector| at_start(&sector) == Some(format))
+    })
 }

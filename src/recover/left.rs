@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use log::{error, info, warn};
 
-use super::proof::{Likeness, Proof, prove};
-use super::search::{Candidate, Search, is_of};
+use super::proof::{Likeness, Proof, SET_ASIDE, prove};
+use super::search::{Candidate, Search, is_of, whose};
 use super::write_back::Unwritten;
 use crate::arena::{Arena, ArenaFile, GuestData, GuestState, ImageFacts};
 use crate::config::DeviceConfig;
@@ -15,7 +15,7 @@ use crate::store::file::LastTenure;
 use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
-use crate::tenure::host::{Boot, Relation};
+use crate::tenure::host::{Boot, Relation, booted_at};
 use crate::tenure::record::{CachePlace, Record, State};
 use crate::tenure::token::age_of;
 use crate::units::{PAGE_BYTES, counted};
@@ -31,6 +31,8 @@ pub(super) struct Left {
     pub(super) generation: u64,
     /// The record of the last tenure.
     pub(super) record: Option<Record>,
+    /// Whether the cache of the record's tenure was found, whether or not it is used.
+    is_recorded_cache_there: bool,
 }
 
 impl Left {
@@ -51,7 +53,13 @@ impl Left {
         }
         let memory_dir = &config.cache.memory_dir;
         let search = Search { image, facts, record: record.as_ref(), memory_dir, manager };
-        let mut left = Self { usable: None, guest: GuestState::FRESH, generation: 0, record: record.clone() };
+        let mut left = Self {
+            usable: None,
+            guest: GuestState::FRESH,
+            generation: 0,
+            record: record.clone(),
+            is_recorded_cache_there: false,
+        };
         left.generation = record.as_ref().map_or(0, |record| record.tenure.generation);
         for candidate in search.run()? {
             left.add(name, config.read_only, image, candidate)?;
@@ -66,11 +74,19 @@ impl Left {
     fn add(&mut self, name: &str, read_only: bool, image: &dyn NamedImage, candidate: Candidate) -> Result<()> {
         let generation = candidate.header.tenure.map_or(0, |tenure| tenure.id.generation);
         self.generation = self.generation.max(generation);
+        let recorded = self.record.as_ref().map(|record| record.tenure);
+        self.is_recorded_cache_there |= !candidate.header.is_set_aside
+            && recorded.is_some()
+            && recorded == candidate.header.tenure.map(|tenure| tenure.id);
         if let Some(unwritten) = candidate.foreign {
             return refuse_foreign(image, &candidate, unwritten);
         }
         if candidate.header.frames == 0 {
             self.add_marker(read_only, candidate);
+            return Ok(());
+        }
+        if candidate.header.is_set_aside {
+            warn_unused(name, image, &candidate, SET_ASIDE);
             return Ok(());
         }
         let Candidate { file, header, likeness, .. } = candidate;
@@ -87,11 +103,7 @@ impl Left {
                 unwritten,
             ),
             Proof::Overtaken(why) if unwritten != Unwritten::NOTHING => {
-                warn!(
-                    "{name}: {file} holds {unwritten} of {}, which are not used: {why}; {}",
-                    image.path().display(),
-                    file.removal_hint()
-                );
+                warn_unused(name, image, &Candidate { file, header, likeness, foreign: None }, &why);
                 Ok(())
             }
             Proof::Refuted(why) | Proof::Unproven(why) if unwritten != Unwritten::NOTHING => {
@@ -178,13 +190,16 @@ impl Left {
 
     /// Checks that the cache of a tenure that has not ended is among those that were found.
     fn check_that_cache_is_there(&mut self, name: &str, image: &dyn NamedImage, record: &Record) -> Result<()> {
-        let is_there =
-            self.usable.as_ref().is_some_and(|found| found.header.tenure.is_some_and(|t| t.id == record.tenure));
-        // It may have been settled meanwhile.
+        // It may have been settled meanwhile, or noted where the cache was.
         let state = self.record.as_ref().map_or(record.state, |record| record.state);
+        let noted = match &record.cache {
+            CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure),
+            _ => None,
+        };
+        let state = noted.filter(|_| state == State::Open).unwrap_or(state);
         let since = age_of(record.since * 1_000_000_000).as_secs();
         match (state, Boot::current().relation_to(record.boot), &record.cache) {
-            _ if is_there => {}
+            _ if self.is_recorded_cache_there => {}
             (State::Clean, ..) => {}
             (State::Open, Relation::EarlierBoot, _) => {
                 error!(
@@ -193,6 +208,13 @@ impl Left {
                     image.path().display(),
                     duration(since)
                 );
+                if booted_at().is_some_and(|booted| record.since > booted) {
+                    error!(
+                        "{name}: that was after the boot: if another host has the machine ID of this one (a clone), it \
+                         may still hold a cache of the image and must be stopped; give each host an ID of its own \
+                         (systemd-machine-id-setup)"
+                    );
+                }
             }
             (State::Forfeited, ..) | (State::Open, _, CachePlace::Memory) => self.guest.data = GuestData::Lost,
             (State::Open, _, place) => return Err(missing(image, place, since)),
@@ -235,16 +257,38 @@ fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
         return Ok(());
     }
     let image = image.path().display();
-    let (host, place) = (record.boot.machine, shown(&record.cache));
-    let context = format!(
-        "image {image} was taken by host {host:032x} {} ago and not given back: its cache is {place} there",
-        duration(age_of(record.since * 1_000_000_000).as_secs())
-    );
-    let hint = format!(
-        "start genblk on that host, or stop it there in order; if that host will not return, run \"genblk take-over \
-         {image}\" to serve the image here without the completed writes of that cache"
-    );
+    let place = shown(&record.cache);
+    let since = duration(age_of(record.since * 1_000_000_000).as_secs());
+    let (host, is_maybe_here) = match (record.boot.machine, Boot::current().machine) {
+        (0, _) => ("a host without a machine ID".to_owned(), true),
+        (host, here) => (format!("host {host:032x}"), here == 0),
+    };
+    let context =
+        format!("image {image} was taken by {host} {since} ago and not given back: its cache is {place} there");
+    let hint = if is_maybe_here {
+        format!(
+            "if that was this host before its last boot, completed writes that were not flushed are lost; if it was \
+             another host, start genblk there, or stop it there in order; then run \"genblk take-over {image}\"; give \
+             each host a machine ID (systemd-machine-id-setup)"
+        )
+    } else {
+        format!(
+            "start genblk on that host, or stop it there in order; if that host will not return, run \"genblk take-over \
+             {image}\" to serve the image here without the completed writes of that cache"
+        )
+    };
     Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))
+}
+
+/// Logs that a cache is not used, and what it holds.
+fn warn_unused(name: &str, image: &dyn NamedImage, candidate: &Candidate, why: &str) {
+    let file = &candidate.file;
+    let holds = match candidate.unwritten() {
+        Ok(Unwritten::NOTHING) => return,
+        Ok(unwritten) => format!("holds {unwritten} of {}, which are not used", image.path().display()),
+        Err(e) => format!("is not used, and cannot be read ({e})"),
+    };
+    warn!("{name}: {file} {holds}: {why}; {}", file.removal_hint());
 }
 
 /// Refuses a cache of another user that holds completed writes of the image.

@@ -19,7 +19,8 @@ use std::time::Duration;
 use log::{info, warn};
 
 use crate::arena::{
-    Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, ImageFacts, NotCreated, Overhang, TenureFacts,
+    Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, ImageFacts, NotCreated, Overhang, SAMPLES_MAX,
+    TenureFacts,
 };
 use crate::config::{DeviceConfig, MemoryDir, Survive};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,12 +37,13 @@ use crate::units::counted;
 pub use kept::has_kept_cache;
 pub use memory_dir::{check_memory_dir, file_system_of};
 pub use operator::{
-    Consent, Recovery, bytes_kept_for, check_folder, discard, hint_for, list, prune, recover, warn_unclaimed,
-    warn_unheld,
+    Consent, Recovery, Report, bytes_kept_for, check_folder, discard, hint_for, ignore_file_size_signal, list, prune,
+    recover, warn_unclaimed, warn_unheld,
 };
 pub use take_over::take_over;
 
 use left::Left;
+use proof::samples_of;
 use search::Candidate;
 use write_back::{Unwritten, write_back};
 
@@ -154,6 +156,7 @@ pub fn arena_for(
             if guest.write_through {
                 arena.set_write_through(true);
             }
+            arena.add_guest_formats(guest.formats);
             (arena, header.tenure.expect("a cache of this layout has a tenure"))
         }
         Decision::WriteBack => {
@@ -161,6 +164,7 @@ pub fn arena_for(
             let arena = Arena::attach(file, &header.expect(HAS_HEADER))?;
             let dirty = counted(write_back(&arena, image, &mut |_, _| {})?, "dirty page");
             info!("{name}: found a cache that does not fit the configuration; wrote its {dirty} to the image");
+            let guest = GuestState { formats: guest.formats | arena.guest_formats(), ..guest };
             new.close_last_tenure(left.record.as_ref(), arena.tenure());
             new.replace(arena.into_file().expect(HAS_FILE), target, guest)?
         }
@@ -340,6 +344,7 @@ impl NewCache<'_> {
                     arena.set_data_loss();
                 }
                 arena.set_write_through(guest.write_through);
+                arena.add_guest_formats(guest.formats);
                 Ok((arena, tenure))
             }
         }
@@ -354,6 +359,7 @@ impl NewCache<'_> {
             arena.set_data_loss();
         }
         arena.set_write_through(guest.write_through);
+        arena.add_guest_formats(guest.formats);
         if !self.begin_tenure(&arena, self.new_tenure()?) {
             warn!("{}: data loss would go undetected", self.config.name);
         }
@@ -365,7 +371,7 @@ impl NewCache<'_> {
         let id = TenureId::new(self.generation)?;
         // As it will be: see begin_tenure().
         let is_recorded = self.image.last_tenure().is_ok_and(|last| last != LastTenure::NoRecords);
-        Ok(TenureFacts { id, since, is_recorded, is_set_aside: false })
+        Ok(TenureFacts { id, since, is_recorded, is_over: false })
     }
 
     /// Begins a tenure, or continues it: the image's record says from now on that the cache may hold writes that the
@@ -386,11 +392,16 @@ impl NewCache<'_> {
         // Once the image has the record, the file must be there, even if the start fails.
         let is_kept = arena.is_kept_on_drop();
         arena.keep_on_drop(true);
+        // The ledger first: a cache whose tenure is open must not be taken for one that nobody misses.
+        arena.set_recorded(tenure.is_recorded, false);
         let is_recorded = self.image.begin_tenure(record).unwrap_or_else(|e| {
             warn!("{}: cannot record at the image that a cache holds writes ({e})", self.config.name);
             false
         });
-        arena.set_recorded(is_recorded);
+        arena.set_recorded(is_recorded, false);
+        if arena.samples().len() < SAMPLES_MAX / 2 {
+            arena.record_samples(&samples_of(self.image));
+        }
         if let Some(token) = self.image.change_token() {
             arena.record_token_now(token);
         }

@@ -9,7 +9,7 @@ use super::left::{record_of, refusal};
 use super::proof::{Likeness, Proof, prove};
 use super::search::{Search, facts_of};
 use super::write_back::Unwritten;
-use crate::arena::{Arena, Header, TenureFacts};
+use crate::arena::{Arena, ArenaFile, Header, TenureFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::LastTenure;
@@ -17,13 +17,17 @@ use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::{Record, State};
 
-/// Checks that a cache belongs to an image as it is now, as the next daemon would.
+/// Checks that a cache belongs to an image as it is now, as the next daemon would. With `force` the image may have
+/// changed since, but it must be the cache's image: a path may lead to another file than the operator believes.
 ///
 /// # Errors
 /// [`ErrorKind::Ledger`] with the reason and the ways out, when that is not shown.
-pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedImage) -> Result<()> {
+pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedImage, force: bool) -> Result<()> {
     let facts = facts_of(image);
-    let record = record_of("genblk recover", image, &facts)?;
+    let record = match record_of("genblk recover", image, &facts) {
+        Err(_) if force => None,
+        record => record?,
+    };
     let (memory_dir, manager) = (&MemoryDir::Systemd, &Arc::new(ServiceManager::default()));
     let search = Search { image, facts: &facts, record: record.as_ref(), memory_dir, manager };
     let Some(likeness) = search.likeness(header) else {
@@ -35,6 +39,9 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
         );
         return Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")));
     };
+    if force {
+        return Ok(());
+    }
     match prove(arena, header, likeness, image, record.as_ref()) {
         Proof::Proven => Ok(()),
         // The operator names the cache and the image: that counts for more than a path.
@@ -46,14 +53,35 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     }
 }
 
-/// Records at the image that the tenure of a cache has ended: in state [`State::Clean`] if everything in it is on the
-/// image, [`State::Forfeited`] if it was thrown away. Does nothing if the image's record is of another tenure.
-pub(super) fn settle(image: &dyn NamedImage, tenure: Option<TenureFacts>, state: State) {
-    let Ok(LastTenure::Recorded(record)) = image.last_tenure() else { return };
-    if record.state != State::Open || Some(record.tenure) != tenure.map(|tenure| tenure.id) {
-        return;
-    }
-    if let Err(e) = image.write_record(&Record { state, ..record }) {
-        warn!("cannot record at image {} that its tenure has ended: {e}", image.path().display());
+/// Ends the tenure of a cache that is about to be removed: in state [`State::Clean`] if everything in it is on the image,
+/// [`State::Forfeited`] if it is thrown away. `image` is the image, if it can be opened. If its record cannot be changed,
+/// the end is noted beside the cache.
+///
+/// => The next daemon of the image does not miss the cache.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when neither can be done: then the cache must stay.
+pub(super) fn end_tenure(
+    file: &ArenaFile,
+    image: Option<&dyn NamedImage>,
+    tenure: Option<TenureFacts>,
+    state: State,
+) -> Result<()> {
+    // An image without records cannot miss a cache.
+    let Some(tenure) = tenure.filter(|tenure| tenure.is_recorded && !tenure.is_over) else { return Ok(()) };
+    match image.map(|image| (image, image.last_tenure())) {
+        Some((image, Ok(LastTenure::Recorded(record)))) if record.tenure == tenure.id => {
+            if record.state != State::Open {
+                return Ok(());
+            }
+            match image.write_record(&Record { state, ..record }) {
+                Ok(()) => Ok(()),
+                Err(e) => {
+                    warn!("cannot record at image {} that its tenure has ended: {e}", image.path().display());
+                    file.note_ended(tenure.id, state)
+                }
+            }
+        }
+        _ => file.note_ended(tenure.id, state),
     }
 }

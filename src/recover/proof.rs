@@ -1,22 +1,29 @@
 //! Whether a cache that was left belongs to an image as it is now: that nobody else has changed the image since.
 //!
 //! Three things are asked, in this order: whether a later tenure has held the image; what the change tokens say; and,
-//! where they do not settle it, whether clean pages of the cache are equal to the image.
+//! where they do not settle it, whether the image is equal to clean pages of the cache, and to what the ledger knows of
+//! a few pages that are not in the cache (`arena/samples.rs`).
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
+use std::ops::Range;
 
-use crate::arena::{Arena, Header, sectors_within};
+use crate::arena::{Arena, Header, SAMPLES_MAX, hash_of, sectors_within};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::named::NamedImage;
 use crate::tenure::record::Record;
 use crate::tenure::token::Verdict;
-use crate::units::{FrameId, FrameRecord, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, counted};
+use crate::units::{
+    FrameId, FrameRecord, PAGE_BYTES, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, counted,
+};
 
 /// Most pages that are compared.
 const SAMPLE_PAGES: usize = 200;
 /// Pages that are compared if they are in the cache, because every mount of a file system changes one of them: the
 /// superblocks of ext4 and XFS, of btrfs, and the same in a first partition at 1 MiB.
 const TELLTALE_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
+
+/// Why a cache that was set aside is not used.
+pub(super) const SET_ASIDE: &str = "it was set aside by \"genblk take-over\"";
 
 /// Whether a cache may be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,10 +49,10 @@ pub(super) enum Likeness {
 
 /// Whether the image's `record` shows that another tenure has held it after the one of `header`.
 pub(super) fn overtaken(header: &Header, record: Option<&Record>) -> Option<Proof> {
-    let tenure = header.tenure?;
-    if tenure.is_set_aside {
-        return Some(Proof::Overtaken("it was set aside by \"genblk take-over\"".to_owned()));
+    if header.is_set_aside {
+        return Some(Proof::Overtaken(SET_ASIDE.to_owned()));
     }
+    let tenure = header.tenure?;
     let record = record?;
     if record.tenure == tenure.id || planted(PlantedBug::GenerationNotCompared) {
         return None;
@@ -89,18 +96,18 @@ pub(super) fn prove(
         Verdict::Unknown(_) if is_known_image && likeness == Likeness::Same => None,
         Verdict::Unknown(why) => Some(why),
     };
-    match (compare_sample(arena, image), doubt) {
+    match (compare_pages(arena, image), doubt) {
         (Sample::Differs(page), doubt) => {
             let why = doubt.map_or_else(String::new, |doubt| format!("{doubt}, and "));
-            Proof::Refuted(format!("{why}page {} of it differs from the clean page in the cache", page.0))
+            Proof::Refuted(format!("{why}page {} of it is not as that cache's daemon knew it", page.0))
         }
         (Sample::Equal(0), Some(doubt)) => {
-            Proof::Unproven(format!("{doubt}, and the cache has no clean page to compare with it"))
+            Proof::Unproven(format!("{doubt}, and the cache knows no page to compare with it"))
         }
         (Sample::Equal(pages), doubt) => {
             if let Some(doubt) = doubt {
-                let pages = counted(pages as u64, "clean page");
-                log::info!("image {}: {doubt}; {pages} of the cache equal it", image.path().display());
+                let pages = counted(pages as u64, "page");
+                log::info!("image {}: {doubt}; {pages} that its cache knows are as they were", image.path().display());
             }
             Proof::Proven
         }
@@ -115,11 +122,56 @@ enum Sample {
     Equal(usize),
 }
 
-/// Compares clean pages of a cache with the image: all of them if they are few, else some from everywhere.
-fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Sample {
+/// Compares what the cache knows of the image with it: its clean pages, and the pages whose hashes the ledger has.
+fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Sample {
     if planted(PlantedBug::SampleSkipped) {
         return Sample::Equal(SAMPLE_PAGES);
     }
+    let clean = match compare_sample(arena, image) {
+        Sample::Equal(clean) => clean,
+        differs => return differs,
+    };
+    let image_pages = image.limits().size_bytes / PAGE_BYTES;
+    let mut equal = 0;
+    for (page, hash) in arena.samples().into_iter().filter(|(page, _)| page.0 < image_pages) {
+        match image.read_page(page) {
+            Ok(bytes) if hash_of(&bytes.0) != hash => return Sample::Differs(page),
+            Ok(_) => equal += 1,
+            Err(_) => {}
+        }
+    }
+    Sample::Equal(clean + equal)
+}
+
+/// Pages of an image with their hashes, for the ledger: those that every mount changes, and some from everywhere in its
+/// data.
+pub(super) fn samples_of(image: &dyn NamedImage) -> Vec<(PageNo, u64)> {
+    let image_pages = image.limits().size_bytes / PAGE_BYTES;
+    let mut runs: Vec<Range<u64>> =
+        image.data_runs().into_iter().map(|run| run.start.div_ceil(PAGE_BYTES)..run.end / PAGE_BYTES).collect();
+    runs.retain(|run| run.start < run.end);
+    if runs.is_empty() {
+        runs.push(0..image_pages);
+    }
+    let data_pages: u64 = runs.iter().map(|run| run.end - run.start).sum();
+    let spread = (0..SAMPLES_MAX as u64).filter_map(|n| {
+        let mut left = data_pages * (2 * n + 1) / (2 * SAMPLES_MAX as u64);
+        let run = runs.iter().find(|run| {
+            let is_within = left < run.end - run.start;
+            left -= if is_within { 0 } else { run.end - run.start };
+            is_within
+        })?;
+        Some(run.start + left)
+    });
+    // Half of the places for each kind.
+    let (mut pages, telltale): (BTreeSet<u64>, BTreeSet<u64>) = (spread.step_by(2).collect(), TELLTALE_PAGES.into());
+    pages.extend(telltale);
+    let pages = pages.into_iter().filter(|&page| page < image_pages).take(SAMPLES_MAX);
+    pages.filter_map(|page| Some((PageNo(page), hash_of(&image.read_page(PageNo(page)).ok()?.0)))).collect()
+}
+
+/// Compares clean pages of a cache with the image: all of them if they are few, else some from everywhere.
+fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Sample {
     // What must read as zeros may not be on the image either.
     let zeroes: Vec<SectorSpan> = arena.pending_zeroes().map(|(_, span)| span).collect();
     let clean = |(frame, record): (FrameId, FrameRecord)| {

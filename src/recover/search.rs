@@ -48,6 +48,18 @@ pub(super) struct Candidate {
     pub(super) foreign: Option<Unwritten>,
 }
 
+impl Candidate {
+    /// What it holds and the image lacks.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Ledger`] for a ledger that is damaged, [`ErrorKind::Memory`] for one that cannot be read.
+    pub(super) fn unwritten(&self) -> Result<Unwritten> {
+        let none = Unwritten::NOTHING;
+        let Some(survey) = self.file.survey()? else { return Ok(none) };
+        Ok(self.foreign.unwrap_or_else(|| Unwritten::surveyed(&survey)))
+    }
+}
+
 /// A search for the caches of an image.
 #[derive(Debug)]
 pub(super) struct Search<'a> {
@@ -66,36 +78,59 @@ impl Search<'_> {
     /// [`ErrorKind::Locked`] when another process uses one that belongs to the image; [`ErrorKind::Ledger`] for one
     /// that cannot be read, [`ErrorKind::Memory`] for one that cannot be opened.
     pub(super) fn run(&self) -> Result<Vec<Candidate>> {
-        let mut found = Vec::new();
-        for name in self.manager.fdstore_names() {
-            let peeked = ArenaFile::peek_in_fdstore(self.manager, &name);
-            let Some(likeness) = self.likeness_of(peeked, OsStr::new(&name))? else { continue };
-            let Some(file) = ArenaFile::take_named_from_fdstore(self.manager, &name)? else { continue };
-            found.extend(self.candidate(file, likeness)?);
+        self.each()?.filter_map(Result::transpose).collect()
+    }
+
+    /// As [`Search::run`]; what is wrong with one cache does not hide the others.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] for a directory that cannot be listed.
+    pub(super) fn run_to_end(&self) -> Result<(Vec<Candidate>, Vec<Error>)> {
+        let (mut found, mut problems) = (Vec::new(), Vec::new());
+        for result in self.each()? {
+            match result {
+                Ok(candidate) => found.extend(candidate),
+                Err(e) => problems.push(e),
+            }
         }
-        for path in self.paths()? {
-            let is_recorded = self.recorded_path() == Some(&path);
-            let peeked = match ArenaFile::peek(&path, whose()) {
-                Err(e) if is_recorded && e.kind() == ErrorKind::Memory => {
-                    if path.try_exists().is_ok_and(|exists| !exists) {
-                        continue;
-                    }
-                    return Err(self.unreachable(&path, &e));
+        Ok((found, problems))
+    }
+
+    /// What each place holds.
+    fn each(&self) -> Result<impl Iterator<Item = Result<Option<Candidate>>>> {
+        let named = self.manager.fdstore_names().into_iter().map(|name| self.in_fdstore(&name));
+        let filed = self.paths()?.into_iter().map(|path| self.at(&path));
+        Ok(named.chain(filed))
+    }
+
+    fn in_fdstore(&self, name: &str) -> Result<Option<Candidate>> {
+        let peeked = ArenaFile::peek_in_fdstore(self.manager, name);
+        let Some(likeness) = self.likeness_of(peeked, OsStr::new(name))? else { return Ok(None) };
+        let Some(file) = ArenaFile::take_named_from_fdstore(self.manager, name)? else { return Ok(None) };
+        self.candidate(file, likeness)
+    }
+
+    fn at(&self, path: &PathBuf) -> Result<Option<Candidate>> {
+        let is_recorded = self.recorded_path() == Some(path);
+        let peeked = match ArenaFile::peek(path, whose()) {
+            Err(e) if is_recorded && e.kind() == ErrorKind::Memory => {
+                if path.try_exists().is_ok_and(|exists| !exists) {
+                    return Ok(None);
                 }
-                // Other users' files, and files that vanish meanwhile. A file that the host lacks resources to open may
-                // be the image's cache.
-                Err(e) if e.kind() == ErrorKind::Memory && !e.is_lack_of_resources() => continue,
-                peeked => peeked,
-            };
-            let name = path.file_name().unwrap_or_default();
-            let likeness = match self.likeness_of(peeked, name) {
-                Err(e) if !is_recorded && !is_own(&path) && !e.is_lack_of_resources() => continue,
-                likeness => likeness?,
-            };
-            let Some(likeness) = likeness else { continue };
-            found.extend(self.open(&path, likeness, is_recorded)?);
-        }
-        Ok(found)
+                return Err(self.unreachable(path, &e));
+            }
+            // Other users' files, and files that vanish meanwhile. A file that the host lacks resources to open may be
+            // the image's cache.
+            Err(e) if e.kind() == ErrorKind::Memory && !e.is_lack_of_resources() => return Ok(None),
+            peeked => peeked,
+        };
+        let name = path.file_name().unwrap_or_default();
+        let likeness = match self.likeness_of(peeked, name) {
+            Err(e) if !is_recorded && !is_own(path) && !e.is_lack_of_resources() => return Ok(None),
+            likeness => likeness?,
+        };
+        let Some(likeness) = likeness else { return Ok(None) };
+        self.open(path, likeness, is_recorded)
     }
 
     fn open(&self, path: &Path, likeness: Likeness, is_recorded: bool) -> Result<Option<Candidate>> {
@@ -114,8 +149,7 @@ impl Search<'_> {
         if !file.is_in_fdstore() && file.owner() != effective_uid() {
             let survey = file.survey().ok().flatten().filter(|survey| survey.is_of_this_boot);
             return Ok(survey.map(|survey| {
-                let count = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
-                let unwritten = Unwritten { pages: count(survey.dirty_pages), ranges: count(survey.zero_ranges) };
+                let unwritten = Unwritten::surveyed(&survey);
                 Candidate { file, header: survey.header, likeness, foreign: Some(unwritten) }
             }));
         }
@@ -246,6 +280,6 @@ fn is_at(identity: &ImageId, path: &Path) -> bool {
 }
 
 /// Whose caches are looked at. Root looks at all of them, and uses its own.
-fn whose() -> Whose {
+pub(super) fn whose() -> Whose {
     if effective_uid() == 0 { Whose::Anyone } else { Whose::Own }
 }

@@ -5,15 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::LOCK_PATIENCE;
-use super::search::{Search, facts_of, is_of};
+use super::search::{Search, facts_of, is_of, whose};
 use super::write_back::Unwritten;
-use crate::arena::{Arena, ImageFacts};
+use crate::arena::{ArenaFile, GuestData, Header, ImageFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::store;
 use crate::store::file::{LastTenure, OpenOptions};
-use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::Boot;
@@ -23,12 +22,13 @@ use crate::tenure::token::wall_clock_ns;
 /// Sets every cache of the image aside that a daemon left below `memory_dir`, at the default place, or where the
 /// image's record says, and ends the image's last tenure. Returns a message for the operator.
 ///
-/// => The next daemon serves the image as it is. A guest that outlived the last one must reset the device first.
+/// => The next daemon serves the image as it is. A guest that outlived the last one must reset the device first, if
+///    completed writes may be lost.
 /// => Caches stay for "genblk recover", and no daemon uses them any more.
 ///
 /// # Errors
 /// [`ErrorKind::Locked`] when a daemon serves the image; [`ErrorKind::Image`] when it cannot be opened or its record
-/// cannot be written.
+/// cannot be written; the error of the next daemon, where something keeps that from serving the image even now.
 pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     let options = OpenOptions { lock_patience: LOCK_PATIENCE, ..OpenOptions::default() };
     let image = store::open(None, path, &options)?;
@@ -39,62 +39,76 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         LastTenure::Recorded(record) if is_of(record, &facts) => Some(record),
         _ => None,
     };
-    let (set_aside, newest) = set_caches_aside(&*image, &facts, record, memory_dir)?;
-    let is_open = record.is_some_and(|record| record.state == State::Open) || matches!(last, LastTenure::Unreadable(_));
-    if set_aside.is_empty() && !is_open {
-        return Ok(format!("image {shown} is free: nothing was changed\n"));
-    }
-    if last != LastTenure::NoRecords {
-        let generation = newest.max(record.map_or(0, |record| record.tenure.generation)) + 1;
-        image.write_record(&forfeited(&facts, generation)?).map_err(failed)?;
-    }
-    let lines: String = set_aside.iter().map(|line| format!("set aside: {line}\n")).collect();
-    Ok(format!("{lines}image {shown} can be served as it is\n"))
-}
-
-/// Sets aside the caches that hold completed writes of the image; returns a line for each, and the newest generation
-/// among all that were found.
-fn set_caches_aside(
-    image: &dyn NamedImage,
-    facts: &ImageFacts,
-    record: Option<&Record>,
-    memory_dir: &Path,
-) -> Result<(Vec<String>, u64)> {
     let (memory_dir, manager) = (&MemoryDir::Path(memory_dir.to_path_buf()), &Arc::new(ServiceManager::default()));
-    let found = match (Search { image, facts, record, memory_dir, manager }).run() {
-        // What cannot be read cannot be set aside; its generation is older than the new one all the same.
-        Err(e) if e.kind() != ErrorKind::Locked => return Ok((vec![e.to_string()], 0)),
-        found => found?,
-    };
-    let (mut lines, mut newest) = (Vec::new(), 0);
+    let (found, problems) = (Search { image: &*image, facts: &facts, record, memory_dir, manager }).run_to_end()?;
+    if let Some(position) = problems.iter().position(|e| e.kind() == ErrorKind::Locked) {
+        return Err(problems.into_iter().nth(position).expect("it is there"));
+    }
+    let generation_of = |header: &Header| header.tenure.map_or(0, |tenure| tenure.id.generation);
+    let newest = found.iter().map(|candidate| generation_of(&candidate.header)).max().unwrap_or(0);
+    let recorded = record.filter(|record| record.state == State::Open);
+    let is_recorded = |header: &Header| recorded.is_some_and(|r| header.tenure.is_some_and(|t| t.id == r.tenure));
+    let mut last_end = recorded.map(|record| match &record.cache {
+        CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure).unwrap_or(State::Forfeited),
+        _ => State::Forfeited,
+    });
+    let mut lossy = Vec::new();
     for candidate in found {
-        let header = candidate.header;
-        newest = newest.max(header.tenure.map_or(0, |tenure| tenure.id.generation));
-        if header.frames == 0 {
-            continue;
-        }
-        let (file, unwritten) = match candidate.foreign {
-            Some(unwritten) => (candidate.file, unwritten),
-            None => {
-                let arena = Arena::attach(candidate.file, &header)?;
-                let unwritten = Unwritten::of(&arena);
-                (arena.into_file().expect(super::HAS_FILE), unwritten)
+        match candidate.unwritten() {
+            Ok(Unwritten::NOTHING) => {
+                // It was found, and holds nothing that the image lacks.
+                if is_recorded(&candidate.header) && candidate.header.guest.data == GuestData::Intact {
+                    last_end = Some(State::Clean);
+                }
             }
-        };
-        if unwritten != Unwritten::NOTHING {
-            file.set_aside()?;
-            lines.push(format!("{file}, which holds {unwritten}"));
+            Ok(unwritten) => lossy.push((candidate.file, format!("holds {unwritten}"))),
+            Err(e) => lossy.push((candidate.file, format!("cannot be read ({e})"))),
         }
     }
-    Ok((lines, newest))
+    if let LastTenure::Unreadable(_) = last {
+        last_end = Some(State::Forfeited);
+    }
+    if !lossy.is_empty() {
+        last_end = Some(State::Forfeited);
+    }
+    let is_free = last_end.is_none_or(|state| state == State::Clean) && problems.is_empty();
+    if is_free {
+        if let (Some(record), Some(State::Clean)) = (recorded, last_end) {
+            image.write_record(&Record { state: State::Clean, ..record.clone() }).map_err(failed)?;
+        }
+        return Ok(format!("image {shown} is free: nothing was lost\n"));
+    }
+    // The record first: without it nothing has changed.
+    let generation = newest.max(record.map_or(0, |record| record.tenure.generation)) + 1;
+    let new_record = record_of_end(&facts, generation, last_end.unwrap_or(State::Forfeited))?;
+    let has_records = last != LastTenure::NoRecords;
+    if has_records {
+        image.write_record(&new_record).map_err(failed)?;
+    }
+    let mut lines = String::new();
+    for (file, holds) in lossy {
+        file.set_aside()?;
+        lines.push_str(&format!("set aside: {file}, which {holds}\n"));
+    }
+    // What the next daemon would find.
+    let record = has_records.then_some(&new_record);
+    let search = Search { image: &*image, facts: &facts, record, memory_dir, manager };
+    let hint = format!(
+        "image {shown} cannot be served beside it: throw that file away with \"genblk recover --discard --force\""
+    );
+    search.run().map_err(|e| e.with_hint(&hint))?;
+    // Each error goes on with advice, which has been followed.
+    let reason = |e: &Error| e.to_string().split("; ").next().map_or_else(String::new, str::to_owned);
+    let unseen = problems.iter().map(|e| format!("not used any more: {}\n", reason(e))).collect::<String>();
+    Ok(format!("{lines}{unseen}image {shown} can be served as it is\n"))
 }
 
 /// The record of a tenure that the operator has ended.
-fn forfeited(facts: &ImageFacts, generation: u64) -> Result<Record> {
+fn record_of_end(facts: &ImageFacts, generation: u64, state: State) -> Result<Record> {
     let ImageId { inode, born_ns, .. } = facts.identity;
     Ok(Record {
         tenure: TenureId::new(generation)?,
-        state: State::Forfeited,
+        state,
         since: wall_clock_ns() / 1_000_000_000,
         boot: Boot::current(),
         inode,

@@ -10,7 +10,7 @@ use super::*;
 use crate::config::Socket;
 use crate::fault_injection::{PlantedBug, run_with};
 use crate::store::file::{FileImage, OpenOptions};
-use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PageNo, SectorMask};
+use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PageNo, SectorMask, SectorSpan};
 
 const FRAMES: usize = 16;
 const IMAGE_PAGES: u64 = 64;
@@ -62,7 +62,7 @@ impl World {
             arena.publish(FrameId(1), FrameRecord { page: PageNo(1), valid: SectorMask::ALL, dirty });
         }
         if in_flight {
-            arena.begin_change(PAGE_BYTES);
+            arena.begin_change(SectorSpan::new(8, 8));
         }
         arena.keep_on_drop(true);
     }
@@ -124,6 +124,49 @@ fn a_proof_that_compares_no_sample_is_found() {
     };
     assert!(!is_used(None, true, write));
     assert!(is_used(Some(PlantedBug::SampleSkipped), true, write));
+}
+
+/// An image full of data, whose daemon died while it wrote page 40: all that its cache holds is that page, dirty.
+fn killed_without_clean_pages(in_flight: SectorSpan) -> World {
+    let world = World::new();
+    world.image().write_all_at(&vec![5; (IMAGE_PAGES * PAGE_BYTES) as usize], 0).unwrap();
+    let image = world.open();
+    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    let dirty = FrameRecord { page: PageNo(40), valid: SectorMask::ALL, dirty: SectorMask::ALL };
+    arena.publish(FrameId(1), dirty);
+    arena.begin_change(in_flight);
+    arena.keep_on_drop(true);
+    world
+}
+
+#[test]
+fn a_backup_restored_right_after_a_kill_is_noticed_by_pages_that_no_cache_holds() {
+    let restore = |world: &World, bytes: u8| {
+        let image = world.image();
+        image.write_all_at(&vec![bytes; (IMAGE_PAGES * PAGE_BYTES) as usize], 0).unwrap();
+    };
+    let in_flight = SectorSpan::new(40 * 8, 8);
+    let world = killed_without_clean_pages(in_flight);
+    restore(&world, 6);
+    let refused = world.start().unwrap_err();
+    assert!(refused.to_string().contains("is not as that cache's daemon knew it"), "{refused}");
+    let used = run_with(Some(PlantedBug::SampleSkipped), || world.start()).unwrap();
+    assert!(used.is_ok(), "without the comparison the restored image is overwritten");
+    // A backup that is equal to the image loses nothing.
+    let world = killed_without_clean_pages(in_flight);
+    restore(&world, 5);
+    assert_eq!(world.start().unwrap(), (1, 1));
+}
+
+#[test]
+fn what_the_daemon_itself_was_writing_when_it_died_is_no_change_by_others() {
+    let (page, write) = (SectorSpan::new(0, 8), [9; 512]);
+    let world = killed_without_clean_pages(page);
+    world.image().write_all_at(&write, 0).unwrap();
+    assert_eq!(world.start().unwrap(), (1, 1));
+    let world = run_with(Some(PlantedBug::SamplesKept), || killed_without_clean_pages(page)).unwrap();
+    world.image().write_all_at(&write, 0).unwrap();
+    assert!(world.start().is_err(), "a hash that is kept is found");
 }
 
 #[test]

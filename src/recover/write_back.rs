@@ -3,10 +3,10 @@
 use std::fmt;
 use std::io;
 
-use crate::arena::{Arena, sectors_within};
+use crate::arena::{Arena, Survey, sectors_within};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::named::{BlockWriter, NamedImage};
-use crate::units::{FrameId, FrameRecord, PAGE_BYTES, SECTOR_BYTES, SectorMask, counted};
+use crate::units::{FrameId, FrameRecord, SECTOR_BYTES, SECTORS_PER_PAGE, SectorMask, SectorSpan, counted};
 
 /// What a cache holds and its image lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,12 @@ impl Unwritten {
     pub(super) fn of(arena: &Arena) -> Self {
         let pages = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
         Self { pages, ranges: arena.pending_zeroes().count() }
+    }
+
+    /// As [`Unwritten::of`], of a file that was surveyed.
+    pub(super) fn surveyed(survey: &Survey) -> Self {
+        let count = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+        Self { pages: count(survey.dirty_pages), ranges: count(survey.zero_ranges) }
     }
 }
 
@@ -58,18 +64,34 @@ pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut d
         record.dirty = record.dirty.and(within);
     }
     dirty.retain(|(_, record)| !record.dirty.is_empty());
+    if arena.pending_zeroes().any(|(_, span)| span.end() > image_sectors) {
+        return Err(failed(io::Error::other("the ledger refers to sectors past the end of the image")));
+    }
     for (_, span) in arena.pending_zeroes() {
-        arena.begin_change(span.count * SECTOR_BYTES);
+        arena.begin_change(span);
         image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
     }
     let mut writer = image.writer().map_err(failed)?;
     for (done, &(frame, record)) in dirty.iter().enumerate() {
-        arena.begin_change(PAGE_BYTES);
+        arena.begin_change(SectorSpan::new(record.page.0 * SECTORS_PER_PAGE, SECTORS_PER_PAGE));
+        note_formats(arena, frame, record, image);
         write_page(arena, frame, record, &mut *writer).map_err(failed)?;
         progress(done as u64 + 1, dirty.len() as u64);
     }
     writer.sync().map_err(failed)?;
     Ok(dirty.len() as u64)
+}
+
+/// Notes that the guest has made its disk look like another format than raw, as a daemon does before such a write.
+fn note_formats(arena: &Arena, frame: FrameId, record: FrameRecord, image: &dyn NamedImage) {
+    let mut mask = record.dirty;
+    while let Some((first, count)) = mask.first_run() {
+        let sector = record.page.0 * SECTORS_PER_PAGE + u64::from(first);
+        if image.shows_format(SectorSpan::new(sector, count.into())) {
+            arena.add_guest_formats(image.note_guest_write(sector, &arena.sectors(frame, first, count)));
+        }
+        mask = mask.without(SectorMask::run(first, count));
+    }
 }
 
 fn write_page(arena: &Arena, frame: FrameId, record: FrameRecord, writer: &mut dyn BlockWriter) -> io::Result<()> {

@@ -31,12 +31,11 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::format::Format;
 use super::wake::WakeFd;
 use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tenure::token::ChangeToken;
-use crate::units::{Fault, OpKind};
+use crate::units::{Fault, OpKind, SectorSpan};
 
 /// [`OpKind`] without its details. Faults and counters are kept by class.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -239,8 +238,16 @@ impl Backing for FaultyImage {
         self.inner.limits()
     }
 
-    fn note_guest_format(&self, format: Format) {
-        self.inner.note_guest_format(format);
+    fn shows_format(&self, span: SectorSpan) -> bool {
+        self.inner.shows_format(span)
+    }
+
+    fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
+        self.inner.note_guest_write(first, bytes)
+    }
+
+    fn rest_token_may_wait(&self) -> bool {
+        self.inner.rest_token_may_wait()
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {
@@ -258,7 +265,7 @@ impl Backing for FaultyImage {
         self.inner.rest_token()
     }
 
-    fn end_tenure(&self) -> io::Result<()> {
+    fn end_tenure(&self) -> io::Result<bool> {
         self.inner.end_tenure()
     }
 

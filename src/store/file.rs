@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Once};
 
-use super::format::Format;
+use super::format::{Format, HEAD_BYTES};
 use super::history;
 pub use super::history::LastTenure;
 pub use super::image::Inspection;
@@ -24,9 +24,9 @@ use crate::image_id::ImageId;
 use crate::sys;
 use crate::tenure::record::{CachePlace, Record, State};
 use crate::tenure::token::ChangeToken;
-use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, Unmap};
+use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unmap};
 
-/// The identity and the change token of the image at `path`. Opens it for reading, and only for as long as it takes.
+/// The identity and the change token of the image at `path`, which is not opened: an untrusted file may have named it.
 ///
 /// # Errors
 /// Those of open(2) and stat(2).
@@ -321,12 +321,22 @@ impl Backing for FileImage {
         &self.image.limits
     }
 
-    fn note_guest_format(&self, format: Format) {
-        self.image.format().note_guest_writes(format, &self.image.file, self.image.label());
+    fn shows_format(&self, span: SectorSpan) -> bool {
+        let image_sectors = self.image.limits.size_bytes / SECTOR_BYTES;
+        span.start * SECTOR_BYTES < HEAD_BYTES as u64 || span.end() == image_sectors
+    }
+
+    fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
+        let (image, image_sectors) = (&self.image, self.image.limits.size_bytes / SECTOR_BYTES);
+        image.format().note_guest_write(first, bytes, image_sectors, &image.file, image.label())
     }
 
     fn change_token(&self) -> Option<ChangeToken> {
         self.image.change_token().ok()
+    }
+
+    fn rest_token_may_wait(&self) -> bool {
+        !self.image.tells_times_at_once()
     }
 
     fn rest_token(&self) -> Option<ChangeToken> {
@@ -334,9 +344,9 @@ impl Backing for FileImage {
         if self.image.is_device() { None } else { self.change_token() }
     }
 
-    fn end_tenure(&self) -> io::Result<()> {
-        let Some(record) = self.tenure().take() else { return Ok(()) };
-        history::write_record(&self.image.file, &Record { state: State::Clean, ..record })
+    fn end_tenure(&self) -> io::Result<bool> {
+        let Some(record) = self.tenure().take() else { return Ok(false) };
+        history::write_record(&self.image.file, &Record { state: State::Clean, ..record }).map(|()| true)
     }
 
     fn lose_cache(&self) -> io::Result<bool> {

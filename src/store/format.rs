@@ -211,7 +211,42 @@ fn vhdx_bytes(read: &dyn Fn(u64) -> Option<u64>) -> Option<u64> {
     read(region.checked_add(item)?)
 }
 
+/// The names of all formats, each at the place that its bit has in a ledger: append only.
+const NAMES: [&str; 25] = [
+    "qcow2",
+    "qcow (version 1)",
+    "QED",
+    "VMDK",
+    "VHDX",
+    "VHD",
+    "VDI",
+    "Parallels",
+    "cloop",
+    "Bochs",
+    "Apple disk (DMG)",
+    "tar",
+    "LUKS",
+    "gzip",
+    "compress",
+    "xz",
+    "zstd",
+    "lz4",
+    "lzop",
+    "lzip",
+    "zip",
+    "7z",
+    "rar",
+    "bzip2",
+    "Android sparse",
+];
+
 impl Format {
+    /// A number with one bit set, for a set of formats in one word.
+    pub fn bit(self) -> u64 {
+        let place = NAMES.iter().position(|name| *name == self.name());
+        1 << place.expect("each format has a place")
+    }
+
     /// The format's name.
     pub fn name(self) -> &'static str {
         match self {
@@ -328,6 +363,13 @@ mod tests {
         assert_eq!(found(&file(4096, &[(0, text)]), &[0; 512]), Some(("VMDK", Some(10 << 30))));
         assert_eq!(at_start(b"# a comment\n\n#\nversion=3\n"), Some(VMDK));
         assert_eq!(at_start(b"#!/bin/sh\nversion=9\n"), None);
+    }
+
+    #[test]
+    fn each_format_has_a_bit_of_its_own() {
+        let other = [QCOW2, QCOW1, Packed { name: "bzip2", unpack: "" }];
+        let bits = MAGICS.iter().map(|(_, _, format)| format.bit()).chain(other.map(Format::bit));
+        assert_eq!(bits.fold(0, |all, bit| all | bit), (1 << NAMES.len()) - 1);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::sys::{self, xattr};
 use crate::tenure::record::{ATTRIBUTE, BYTES_MAX, Record};
 use crate::tenure::token::ChangeToken;
+use crate::units::SECTOR_BYTES;
 
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 /// What sysfs appends to the path of a loop device's file that was deleted.
@@ -73,7 +74,17 @@ pub(super) fn change_token(
     Ok(ChangeToken { size_bytes, disk_sequence, sectors_written, ..backing_file.unwrap_or_default() })
 }
 
-fn token_of_file(metadata: &fs::Metadata) -> ChangeToken {
+/// The sequence number and the change token of a block device, from sysfs: without opening it.
+pub(super) fn look_at_device(device: u64) -> (u64, ChangeToken) {
+    let number = |names: [&str; 2]| names.iter().find_map(|name| attribute(device, name)?.parse::<u64>().ok());
+    let disk_sequence = number(["diskseq", "../diskseq"]).unwrap_or(0);
+    let size_bytes = number(["size", "size"]).unwrap_or(0).saturating_mul(SECTOR_BYTES);
+    let backing_file = loop_file(device).and_then(|path| fs::metadata(path).ok()).map(|found| token_of_file(&found));
+    (disk_sequence, ChangeToken { size_bytes, disk_sequence, ..backing_file.unwrap_or_default() })
+}
+
+/// The change token of a regular file.
+pub(super) fn token_of_file(metadata: &fs::Metadata) -> ChangeToken {
     let nanoseconds = |seconds: i64, nanoseconds: i64| {
         let [seconds, nanoseconds] = [seconds, nanoseconds].map(|n| u64::try_from(n).unwrap_or(0));
         seconds.wrapping_mul(NANOS_PER_SECOND).wrapping_add(nanoseconds)

@@ -22,6 +22,7 @@ use super::{IoRequest, Limits, Segment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
+use crate::sys::file_system::FileSystem;
 use crate::tenure::token::ChangeToken;
 use crate::units::{ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES};
 
@@ -41,6 +42,11 @@ const RUNS_PATIENCE: Duration = Duration::from_millis(200);
 /// How long to retry opening a device that is in use: a ring of a daemon that has just ended releases it in the
 /// background, and tools that scan devices hold them briefly.
 const BUSY_PATIENCE: Duration = Duration::from_millis(500);
+/// How long to watch an image that another process has open for writing, and how often to look.
+const COPY_PATIENCE: Duration = Duration::from_millis(300);
+const COPY_PAUSE: Duration = Duration::from_millis(20);
+/// The name of this program's processes: one that has just ended may still be closing the image.
+const OWN_NAME: &str = "genblk";
 /// Pause between two such attempts.
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
@@ -62,6 +68,8 @@ pub(super) struct OpenImage {
     /// The number of a block device; `None` for a regular file.
     device_number: Option<u64>,
     found_token: ChangeToken,
+    /// See [`OpenImage::tells_times_at_once`].
+    tells_times_at_once: bool,
     reported: Reported,
     /// Most bytes that one system call moves; 0: no limit. Set by tests only.
     #[cfg(test)]
@@ -85,10 +93,16 @@ impl OpenImage {
         let access = if options.read_only { LockMode::ReadOnly } else { LockMode::ReadWrite };
         // Checked before the open: opening a FIFO would wait for its other end.
         check_type(path, &std::fs::metadata(path).map_err(unusable)?)?;
+        let may_have_writer = access == LockMode::ReadWrite && has_writer(path);
         let file = open_file(path, access)?;
         let metadata = file.metadata().map_err(unusable)?;
         check_type(path, &metadata)?;
         lock::acquire(&file, path, &label, access, options.lock_patience)?;
+        if may_have_writer {
+            refuse_copy_under_way(&file, path, &label)?;
+        }
+        // The size is that of now: an earlier daemon, or a copy, may have changed it until the lock was free.
+        let metadata = file.metadata().map_err(unusable)?;
         let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
         let device_number = metadata.file_type().is_block_device().then(|| metadata.rdev());
         // Before anything that may change the file's times.
@@ -123,6 +137,7 @@ impl OpenImage {
             },
         };
         let identity = identity_of(&file, &metadata);
+        let tells_times_at_once = FileSystem::of(&file).is_ok_and(|found| found.is_local());
         Ok(Self {
             file,
             limits,
@@ -135,6 +150,7 @@ impl OpenImage {
             format,
             device_number,
             found_token: found_token.unwrap_or_default(),
+            tells_times_at_once,
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
             transfer_max: std::sync::atomic::AtomicUsize::new(0),
@@ -181,6 +197,11 @@ impl OpenImage {
     /// What the host told about the last change of the image when it was opened.
     pub(super) fn found_token(&self) -> ChangeToken {
         self.found_token
+    }
+
+    /// Whether fstat(2) waits for nothing: the file system is a local one.
+    pub(super) fn tells_times_at_once(&self) -> bool {
+        self.tells_times_at_once
     }
 
     /// A name that a block device keeps when it is attached again; empty for a regular file.
@@ -313,6 +334,36 @@ fn open_file(path: &Path, access: LockMode) -> Result<File> {
     }
 }
 
+/// Whether a process has the image, a regular file, open for writing.
+fn has_writer(path: &Path) -> bool {
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    file.is_ok_and(|file| file.metadata().is_ok_and(|m| m.is_file()) && sys::file::is_open_for_writing(&file))
+}
+
+/// Fails if another process is writing the image: a copy may be under way, and half of an image must not be served. A
+/// process that merely has it open is logged.
+///
+/// => The image is locked, so that process keeps to no locks.
+fn refuse_copy_under_way(file: &File, path: &Path, label: &str) -> Result<()> {
+    let state = || file.metadata().ok().map(|m| (m.len(), m.blocks(), m.mtime(), m.mtime_nsec()));
+    let before = state();
+    let Some((pid, name)) = sys::process::other_user_of(file).filter(|(_, name)| name != OWN_NAME) else {
+        return Ok(());
+    };
+    let until = Instant::now() + COPY_PATIENCE;
+    while Instant::now() < until {
+        thread::sleep(COPY_PAUSE);
+        if state() != before {
+            let shown = path.display();
+            let context = format!("image {shown} is being written by pid {pid} ({name})");
+            let hint = "wait until that has ended: a copy may be under way";
+            return Err(Error::new(ErrorKind::Locked, format!("{context}; {hint}")));
+        }
+    }
+    log::warn!("{label}: pid {pid} ({name}) has it open, and nothing keeps that process from writing to it");
+    Ok(())
+}
+
 /// Fails for a device that is set to read-only: it could be opened for writing, and no write would reach it.
 fn refuse_read_only_device(path: &Path, file: &File) -> Result<()> {
     // An error of the ioctl says nothing about writes.
@@ -389,14 +440,15 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
 
 /// What the image at `path` is, and when it was changed; see [`super::file::look_at`].
 pub(super) fn look_at(path: &Path) -> std::io::Result<(ImageId, ChangeToken)> {
-    // A FIFO must not be waited for.
-    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    // O_PATH opens nothing: the file may be a FIFO, or a device whose driver acts at each open.
+    let file = std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
     let metadata = file.metadata()?;
-    let device = metadata.file_type().is_block_device().then(|| metadata.rdev());
-    let size_bytes = if device.is_some() { sys::block::size_bytes(&file)? } else { metadata.len() };
-    // Whether its last daemon used direct I/O is not known.
-    let token = history::change_token(&file, size_bytes, device, false)?;
-    Ok((identity_of(&file, &metadata), token))
+    if metadata.file_type().is_block_device() {
+        let (disk_sequence, token) = history::look_at_device(metadata.rdev());
+        return Ok((ImageId { device: metadata.rdev(), inode: disk_sequence, born_ns: 0 }, token));
+    }
+    let identity = ImageId { device: metadata.dev(), inode: metadata.ino(), born_ns: sys::file::birth_ns(&file) };
+    Ok((identity, history::token_of_file(&metadata)))
 }
 
 /// Two nodes of one block device have different inodes, but one device number.

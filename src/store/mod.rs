@@ -54,7 +54,7 @@ use std::time::{Duration, Instant};
 use crate::sys;
 pub use crate::sys::file::Segment;
 use crate::tenure::token::ChangeToken;
-use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, counted, low_u32};
+use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorSpan, counted, low_u32};
 
 /// How long a queue waits for its operations when it is dropped without [`StoreQueue::drain`]: as long as Linux gives a
 /// SCSI disk for a command.
@@ -305,8 +305,17 @@ pub trait Backing: Send + Sync + fmt::Debug {
     /// What the image can do; the same for each of its queues.
     fn limits(&self) -> &Limits;
 
-    /// The guest is writing what makes the image look like another format than raw: the next start must not refuse it.
-    fn note_guest_format(&self, _format: format::Format) {}
+    /// Whether a write of these sectors may make the image look like another format than raw.
+    fn shows_format(&self, _span: SectorSpan) -> bool {
+        false
+    }
+
+    /// The guest is writing `bytes` from sector `first` on, which may make the image look like another format than raw:
+    /// the next start must not refuse it. Returns the formats that cannot be recorded at the image
+    /// ([`format::Format::bit`]).
+    fn note_guest_write(&self, _first: u64, _bytes: &[u8]) -> u64 {
+        0
+    }
 
     /// Runs of data, in bytes, that were found when the image was opened; there may be more.
     fn data_runs(&self) -> Vec<Range<u64>> {
@@ -324,17 +333,23 @@ pub trait Backing: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Whether [`Backing::rest_token`] may wait for a server.
+    fn rest_token_may_wait(&self) -> bool {
+        false
+    }
+
     /// As [`Backing::change_token`], where that is cheap enough to be asked after each change; else `None`.
     fn rest_token(&self) -> Option<ChangeToken> {
         None
     }
 
-    /// Ends the tenure that was begun, if any: records at the image that everything is on it.
+    /// Ends the tenure that was begun, if any: records at the image that everything is on it. Returns whether there was
+    /// one.
     ///
     /// # Errors
     /// Those of fsetxattr(2) and fsync(2).
-    fn end_tenure(&self) -> io::Result<()> {
-        Ok(())
+    fn end_tenure(&self) -> io::Result<bool> {
+        Ok(false)
     }
 
     /// Records at the image that the cache no longer outlives the daemon, if a tenure was begun; returns whether.

@@ -4,34 +4,75 @@
 //! whole begins with a LUKS header. QEMU, where the format was not given, fails such a write to the first sector,
 //! because it would take the image for another format at the next start, and read what a guest has chosen as its
 //! metadata. genblk interprets no format, so nothing is to be feared from such bytes. It lets the guest write them, and
-//! records in an extended attribute of the image that its guest has done so. With that record the next start serves the
-//! image.
+//! records in an extended attribute of the image which formats' headers its guest has written so far: after a crash any
+//! of the last writes may be the one that the image has. With that record the next start serves the image. Where the
+//! image has no attributes (block devices, some file systems), the cache file has the record.
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use log::{info, warn};
 
-use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, detect};
+use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, at_end, at_start, detect};
 use crate::error::{Error, ErrorKind};
 use crate::sys;
+use crate::units::SECTOR_SIZE;
 
-/// The attribute. Its value is the name of the format that the guest wrote.
+/// The attribute. Its value is the names of the formats that the guest wrote, since the image was made.
 const ATTRIBUTE: &CStr = c"user.genblk.format";
-/// Longest value of the attribute.
-const VALUE_BYTES_MAX: usize = 64;
+/// Between two names.
+const SEPARATOR: char = ';';
+/// Longest value of the attribute: all formats fit.
+const VALUE_BYTES_MAX: usize = 512;
 
 /// What an image was found to be, and what its guest is known to have written.
 #[derive(Debug)]
 pub(super) struct ImageFormat {
     /// What it looked like when it was opened.
     found: Option<Found>,
-    /// The format that the guest has written, as far as this process or the image's attribute knows.
-    recorded: Mutex<Option<String>>,
+    known: Mutex<Known>,
+}
+
+/// What this process knows of an image.
+#[derive(Debug)]
+struct Known {
+    /// Formats that the guest has written, by their names; of those, the ones that the image's attribute has.
+    written: Vec<String>,
+    recorded: Vec<String>,
+    /// The first and the last bytes of the image, with every write that was submitted.
+    head: Vec<u8>,
+    tail: Vec<u8>,
+}
+
+impl Known {
+    /// Applies a write from sector `first` on to the copies of the image's ends. Returns the formats that the image
+    /// looks like because of it.
+    fn apply(&mut self, first: u64, bytes: &[u8], image_sectors: u64) -> Vec<Format> {
+        let mut found = Vec::new();
+        let head_sectors = (self.head.len() / SECTOR_SIZE) as u64;
+        if first < head_sectors {
+            let at = usize::try_from(first).expect("within the head") * SECTOR_SIZE;
+            let len = bytes.len().min(self.head.len() - at);
+            let was = (at_start(&self.head), self.head[..SECTOR_SIZE].to_vec());
+            self.head[at..at + len].copy_from_slice(&bytes[..len]);
+            let is = (at_start(&self.head), self.head[..SECTOR_SIZE].to_vec());
+            // Other sectors of a page that holds such a header may be written with it, unchanged.
+            found.extend(is.0.filter(|_| was != is));
+        }
+        let end = first + (bytes.len() / SECTOR_SIZE) as u64;
+        if end == image_sectors && self.tail.len() == TAIL_BYTES && bytes.len() >= TAIL_BYTES {
+            let tail = &bytes[bytes.len() - TAIL_BYTES..];
+            if self.tail != tail {
+                self.tail.copy_from_slice(tail);
+                found.extend(at_end(tail));
+            }
+        }
+        found
+    }
 }
 
 impl ImageFormat {
@@ -53,9 +94,14 @@ impl ImageFormat {
         };
         let found = detect(size_bytes, &head, &tail, &read);
         // Without an attribute, and with one that cannot be read, the image is what it looks like.
-        let value = sys::xattr::get(file, ATTRIBUTE, VALUE_BYTES_MAX).ok().flatten();
-        let recorded = value.map(|value| String::from_utf8_lossy(&value).into_owned());
-        Ok(Self { found, recorded: Mutex::new(recorded) })
+        let value = sys::xattr::get(file, ATTRIBUTE, VALUE_BYTES_MAX).ok().flatten().unwrap_or_default();
+        let recorded: Vec<String> = String::from_utf8_lossy(&value).split(SEPARATOR).map(str::to_owned).collect();
+        let known = Known { written: recorded.clone(), recorded, head, tail };
+        Ok(Self { found, known: Mutex::new(known) })
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().expect("no thread panics with the record locked")
     }
 
     /// What the image looked like when it was opened, if not raw.
@@ -65,8 +111,7 @@ impl ImageFormat {
 
     /// Whether it is on record that a guest wrote what makes the image look so.
     pub(super) fn is_guest_written(&self) -> bool {
-        let recorded = self.recorded.lock().expect("no thread panics with the record locked");
-        self.found.is_some_and(|found| recorded.as_deref() == Some(found.format.name()))
+        self.found.is_some_and(|found| self.known().recorded.iter().any(|name| name == found.format.name()))
     }
 
     /// The error that refuses the image at `path`, if it does not look raw and no record says that it is.
@@ -75,24 +120,50 @@ impl ImageFormat {
         Some(Error::new(ErrorKind::Image, found.refusal(path)))
     }
 
-    /// Records at the image that the guest is writing the magic number of `format`. Log lines begin with `label`.
+    /// Records at the image that the guest is writing the magic number of a format, if this write does that: `bytes`
+    /// from sector `first` on. Log lines begin with `label`. Returns the formats that cannot be recorded at the image, a
+    /// bit for each ([`Format::bit`]).
     ///
-    /// => Waits for the image: before the write is submitted, so that the image's change time is known when the write
-    ///    is complete. It happens once in the life of most images, if at all.
-    pub(super) fn note_guest_writes(&self, format: Format, file: &File, label: &str) {
-        let name = format.name();
-        let mut recorded = self.recorded.lock().expect("no thread panics with the record locked");
-        if recorded.as_deref() == Some(name) {
-            return;
+    /// => May wait for the image: before the write is submitted, so that the image's change time is known when the
+    ///    write is complete. It happens once for each format in the life of an image, if at all.
+    pub(super) fn note_guest_write(
+        &self,
+        first: u64,
+        bytes: &[u8],
+        image_sectors: u64,
+        file: &File,
+        label: &str,
+    ) -> u64 {
+        let mut known = self.known();
+        let mut unrecorded = 0;
+        for format in known.apply(first, bytes, image_sectors) {
+            let name = format.name();
+            if known.recorded.iter().any(|recorded| recorded == name) {
+                continue;
+            }
+            let recorded = known.recorded.iter().filter(|name| !name.is_empty()).cloned();
+            let names: Vec<String> = recorded.chain([name.to_owned()]).collect();
+            let written = sys::xattr::set(file, ATTRIBUTE, names.join(&SEPARATOR.to_string()).as_bytes());
+            let is_new = !known.written.iter().any(|written| written == name);
+            known.written.push(name.to_owned());
+            match written {
+                Ok(()) => {
+                    info!("{label}: its guest writes a {name} header; recorded, and still served as raw");
+                    known.recorded = names;
+                }
+                Err(e) => {
+                    unrecorded |= format.bit();
+                    if is_new {
+                        warn!(
+                            "{label}: its guest writes a {name} header, which can be recorded in the cache, and not at \
+                             the image ({e}): set format = \"raw\" (--format raw), or a start after the next boot of \
+                             the host refuses it"
+                        );
+                    }
+                }
+            }
         }
-        *recorded = Some(name.to_owned());
-        match sys::xattr::set(file, ATTRIBUTE, name.as_bytes()) {
-            Ok(()) => info!("{label}: its guest writes a {name} header; recorded, and still served as raw"),
-            Err(e) => warn!(
-                "{label}: its guest writes a {name} header, and that cannot be recorded at the image ({e}): set \
-                 format = \"raw\" (--format raw), or the next start without a kept cache refuses it"
-            ),
-        }
+        unrecorded
     }
 }
 
@@ -110,4 +181,52 @@ fn read_up_to(file: &File, at: u64, max: usize) -> io::Result<Vec<u8>> {
     }
     bytes.truncate(len);
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known() -> Known {
+        let empty = Vec::new;
+        Known { written: empty(), recorded: empty(), head: vec![0; HEAD_BYTES], tail: vec![0; TAIL_BYTES] }
+    }
+
+    /// A sector that begins with these bytes.
+    fn sector(head: &[u8]) -> Vec<u8> {
+        let mut sector = head.to_vec();
+        sector.resize(SECTOR_SIZE, 0);
+        sector
+    }
+
+    fn names(formats: &[Format]) -> Vec<&'static str> {
+        formats.iter().map(|format| format.name()).collect()
+    }
+
+    #[test]
+    fn each_write_that_shows_a_format_is_noticed() {
+        let mut known = known();
+        assert_eq!(names(&known.apply(0, &sector(b"LUKS\xba\xbe\0\x02"), 64)), ["LUKS"]);
+        assert_eq!(names(&known.apply(0, &sector(b"QFI\xfb\0\0\0\x03"), 64)), ["qcow2"], "another one in its place");
+        assert!(known.apply(3, &sector(b"data"), 64).is_empty(), "a write beside the header shows nothing new");
+        let page: Vec<u8> = known.head.clone();
+        assert!(known.apply(0, &page, 64).is_empty(), "the same bytes again show nothing new");
+    }
+
+    #[test]
+    fn a_format_that_a_later_sector_completes_is_noticed() {
+        let mut known = known();
+        assert!(known.apply(0, &[b'#'; SECTOR_SIZE], 64).is_empty());
+        assert_eq!(names(&known.apply(1, &sector(b"\nversion=1\n"), 64)), ["VMDK"]);
+    }
+
+    #[test]
+    fn a_footer_in_the_last_sector_is_noticed() {
+        let mut footer = sector(b"conectix");
+        footer[63] = 2;
+        let mut known = known();
+        assert!(known.apply(62, &footer, 64).is_empty());
+        assert_eq!(names(&known.apply(63, &footer, 64)), ["VHD"]);
+        assert!(known.apply(63, &footer, 64).is_empty());
+    }
 }

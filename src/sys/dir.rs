@@ -18,6 +18,10 @@ pub enum Access {
     ReadWrite,
     /// For reading and writing; a missing file is created, and only this user may use it.
     Create,
+    /// As [`Access::Create`], and a file that exists is an error.
+    CreateNew,
+    /// For writing at the end.
+    Append,
 }
 
 fn name_of(name: &OsStr) -> io::Result<CString> {
@@ -31,6 +35,8 @@ pub fn open_at(dir: &File, name: &OsStr, access: Access) -> io::Result<File> {
         Access::Read => libc::O_RDONLY,
         Access::ReadWrite => libc::O_RDWR,
         Access::Create => libc::O_RDWR | libc::O_CREAT,
+        Access::CreateNew => libc::O_RDWR | libc::O_CREAT | libc::O_EXCL,
+        Access::Append => libc::O_WRONLY | libc::O_APPEND,
     };
     let flags = access | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
     // SAFETY: the name is NUL-terminated; the call reads no other memory.

@@ -28,6 +28,18 @@ const _: () = assert!(
     "a Segment is an iovec"
 );
 
+/// Whether a process has the regular file open for writing, as far as the kernel tells: `file` is open for reading, and
+/// asks for a read lease (fcntl(2)), which it gives back at once.
+pub fn is_open_for_writing(file: &File) -> bool {
+    let lease = |kind: libc::c_int| {
+        // SAFETY: the call takes an integer, and changes nothing but the lease of the open file.
+        retry_eintr(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) })
+    };
+    let refused = lease(libc::F_RDLCK).err().and_then(|error| error.raw_os_error());
+    let _ = lease(libc::F_UNLCK);
+    refused == Some(libc::EAGAIN)
+}
+
 /// Whether a transfer reads from the file or writes to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {

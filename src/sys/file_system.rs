@@ -48,6 +48,11 @@ const IN_MEMORY: usize = 3;
 /// File systems that punch holes: ext4, XFS, btrfs, tmpfs, F2FS.
 const PUNCHES_HOLES: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
 
+/// File systems that keep what stat(2) tells of an open file in memory: those in memory, ext4, XFS, btrfs, F2FS, FAT,
+/// exFAT.
+const LOCAL: [i64; 9] =
+    [0x0102_1994, 0x9584_58f6, 0x8584_58f6, 0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x4d44, 0x2011_bab0];
+
 impl FileSystem {
     /// The file system of a file.
     pub fn of(file: &File) -> io::Result<Self> {
@@ -70,6 +75,11 @@ impl FileSystem {
     /// Whether its files are memory.
     pub fn is_memory(&self) -> bool {
         NAMES[..IN_MEMORY].iter().any(|(magic, _)| *magic == self.magic)
+    }
+
+    /// Whether what it tells of an open file is in memory: nobody waits for a server or a device.
+    pub fn is_local(&self) -> bool {
+        LOCAL.contains(&self.magic)
     }
 
     /// Its name, if it is a common one; else its magic number.

@@ -44,6 +44,15 @@ impl Boot {
     }
 }
 
+/// When the host was booted, in seconds since 1970 by the present clock.
+pub fn booted_at() -> Option<u64> {
+    booted_in(&fs::read_to_string("/proc/stat").ok()?)
+}
+
+fn booted_in(stat: &str) -> Option<u64> {
+    stat.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()
+}
+
 /// The hexadecimal number of 32 digits in a file; dashes between its digits do not count.
 fn number_in(path: &str) -> Option<u128> {
     let text = fs::read_to_string(path).ok()?;
@@ -70,6 +79,13 @@ mod tests {
         }
         let anonymous = Boot { machine: 0, boot: 0 };
         assert_eq!(anonymous.relation_to(anonymous), Relation::OtherHost);
+    }
+
+    #[test]
+    fn the_time_of_the_boot_is_in_the_past() {
+        assert_eq!(booted_in("cpu 1 2 3\nbtime 1764459600\nprocesses 7\n"), Some(1_764_459_600));
+        let now = super::super::token::wall_clock_ns() / 1_000_000_000;
+        assert!(booted_at().is_some_and(|at| at > 0 && at <= now));
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod cut_page;
 mod guest;
 mod huge_pages;
 mod lost_file;
+mod moved;
 mod operator;
 mod read_only;
 mod remounts;

@@ -26,7 +26,7 @@ fn c_path(path: &Path) -> CString {
 }
 
 /// The record at an image.
-fn record(image: &Path) -> String {
+pub fn record(image: &Path) -> String {
     let (path, mut value) = (c_path(image), vec![0u8; 4096]);
     // SAFETY: the strings are NUL-terminated, and the call writes at most the buffer's length to it.
     let len = unsafe { libc::getxattr(path.as_ptr(), RECORD.as_ptr(), value.as_mut_ptr().cast(), value.len()) };
@@ -72,7 +72,7 @@ fn genblk(arguments: &[&str]) -> Ended {
 }
 
 #[track_caller]
-fn take_over(daemon: &Daemon) {
+pub fn take_over(daemon: &Daemon) {
     let (image, memory) = (daemon.image(), daemon.directory().memory());
     let [image, memory] = [&image, &memory].map(|path| path.to_str().expect("UTF-8"));
     let ended = genblk(&["take-over", image, "--memory-dir", memory]);

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 
 use log::warn;
 
-use super::folders::{ImageState, caches, folders, whose};
-use super::remembered;
+use super::folders::{caches, folders, whose};
+use super::leftovers::{Cleared, clear};
 use super::terminal::{Progress, ask, is_interactive, visible};
+use super::{Report, remembered};
 use crate::arena::{Arena, ArenaFile, GuestData, GuestState, Survey, Whose};
 use crate::error::{Error, ErrorKind, Result};
-use crate::recover::operation::{check_belongs, settle};
+use crate::recover::operation::{check_belongs, end_tenure};
 use crate::recover::write_back::write_back;
 use crate::recover::{HAS_FILE, LOCK_PATIENCE};
 use crate::store::{self, file};
@@ -68,25 +69,33 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
     let image = store::open(None, image_path, &options).map_err(|e| {
         let is_moved = recovery.image.is_none() && !header.image.path.exists();
-        if is_moved { e.with_hint("if the image has moved, name it with --image PATH") } else { e }
+        match e.kind() {
+            _ if is_moved => e.with_hint("if the image has moved, name it with --image PATH"),
+            ErrorKind::Locked => e.with_hint(&format!("end that process first; {shown} stays as it is")),
+            _ => e,
+        }
     })?;
     let arena = Arena::attach(file, &header)?;
-    if recovery.consent != Consent::Forced {
-        check_belongs(&arena, &header, &*image)?;
+    let force = recovery.consent == Consent::Forced;
+    if !force || recovery.image.is_none() {
+        check_belongs(&arena, &header, &*image, force)?;
     }
     let mut progress = Progress::new();
-    let written = write_back(&arena, &*image, &mut |done, total| progress.show(done, total))?;
+    let written = write_back(&arena, &*image, &mut |done, total| progress.show(done, total));
     drop(progress);
+    let hint = format!("{shown} stays: run the command again once the image can be written");
+    let written = written.map_err(|e| e.with_hint(&hint))?;
     let written = counted(written, "page");
-    // Before the file goes: a daemon must not miss it.
-    settle(&*image, header.tenure, State::Clean);
     let file = arena.into_file().expect(HAS_FILE);
-    if header.guest == GuestState::FRESH {
+    // Before the file goes: a daemon must not miss it.
+    end_tenure(&file, Some(&*image), header.tenure, State::Clean)?;
+    let guest = file.header()?.map_or(header.guest, |header| header.guest);
+    if guest == GuestState::FRESH {
         file.remove();
         return Ok(format!("wrote {written} to {image_shown} and removed {shown}\n"));
     }
     file.shrink_to_header()?;
-    let why = remembered(header.guest);
+    let why = remembered(guest);
     Ok(format!("wrote {written} to {image_shown}; {shown} stays without its pages, because {why}\n"))
 }
 
@@ -118,7 +127,7 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
     let survey = file.survey();
     let held = match &survey {
         Ok(None) => None,
-        Ok(Some(survey)) => survey.is_dirty().then(|| describe(survey)),
+        Ok(Some(survey)) => held_by(survey),
         Err(e) => Some(format!("what cannot be read ({e})")),
     };
     if let Some(held) = held.filter(|_| consent == Consent::Ask) {
@@ -131,7 +140,7 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
         }
     }
     if let Ok(Some(survey)) = &survey
-        && let Err(e) = settle_discarded(&file, survey)
+        && let Err(e) = end_tenure_of(&file, survey)
     {
         warn!("{e}; the image's record still names the cache: see \"genblk take-over --help\"");
     }
@@ -139,72 +148,72 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
     Ok(format!("removed {shown}\n"))
 }
 
-/// Records at the image of a cache that is thrown away that its tenure has ended.
+/// Records that the tenure of a cache that is thrown away has ended: at the image, or beside the cache.
 ///
-/// # Errors
-/// Those of [`store::open`]; [`ErrorKind::Ledger`] for another user's cache: root would open whatever it names.
-fn settle_discarded(file: &ArenaFile, survey: &Survey) -> Result<()> {
+/// => The image of another user's cache is not opened: root would open whatever that user names.
+fn end_tenure_of(file: &ArenaFile, survey: &Survey) -> Result<()> {
     let header = &survey.header;
-    if !header.tenure.is_some_and(|tenure| tenure.is_recorded) || !header.image.path.is_absolute() {
-        return Ok(());
-    }
-    if file.owner() != effective_uid() {
-        let (image, owner) = (visible(&header.image.path), file.owner());
-        let context = format!("image {image} was not opened, because user {owner} has named it");
-        return Err(Error::new(ErrorKind::Ledger, context));
-    }
     let is_lossless = header.guest.data == GuestData::Intact && !survey.is_dirty();
+    let state = if is_lossless { State::Clean } else { State::Forfeited };
+    let is_own = file.owner() == effective_uid() && header.image.path.is_absolute();
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
-    let image = store::open(None, &header.image.path, &options)?;
-    settle(&*image, header.tenure, if is_lossless { State::Clean } else { State::Forfeited });
-    Ok(())
+    let is_recorded = header.tenure.is_some_and(|tenure| tenure.is_recorded);
+    let image = (is_own && is_recorded).then(|| store::open(None, &header.image.path, &options).ok()).flatten();
+    end_tenure(file, image.as_deref(), header.tenure, state)
 }
 
-/// What is lost with a cache.
-fn describe(survey: &Survey) -> String {
-    let ranges = match survey.zero_ranges {
-        0 => String::new(),
-        ranges => format!(" and {} to be zeroed", counted(ranges, "range")),
-    };
-    let dirty = counted(survey.dirty_pages, "dirty page");
-    format!("{dirty}{ranges} of image {}, which the image lacks", visible(&survey.header.image.path))
+/// What is lost with a cache; `None`: nothing.
+fn held_by(survey: &Survey) -> Option<String> {
+    let (header, shown) = (&survey.header, visible(&survey.header.image.path));
+    if survey.is_dirty() {
+        let ranges = match survey.zero_ranges {
+            0 => String::new(),
+            ranges => format!(" and {} to be zeroed", counted(ranges, "range")),
+        };
+        let dirty = counted(survey.dirty_pages, "dirty page");
+        return Some(format!("{dirty}{ranges} of image {shown}, which the image lacks"));
+    }
+    // At an image that has one, the record takes the place of the loss marker.
+    let is_only_note = header.guest.data == GuestData::Lost && !header.tenure.is_some_and(|tenure| tenure.is_recorded);
+    is_only_note.then(|| format!("the only note that completed writes of image {shown} were lost"))
 }
 
-/// Removes the cache files in `directory` from which nothing would be lost; returns a message for the operator.
+/// Removes the cache files in `directory` from which nothing would be lost; returns what to tell the operator.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when the directory cannot be read.
-pub fn prune(directory: &Path) -> Result<String> {
-    let mut text = String::new();
+pub fn prune(directory: &Path) -> Result<Report> {
+    let mut report = Report::default();
     let (mut removed, mut kept, mut bytes) = (0, 0, 0);
     for folder in folders(directory)? {
-        for (path, cache) in caches(&folder)? {
-            if !cache.as_ref().is_ok_and(super::folders::Cache::is_prunable) {
-                kept += 1;
+        let found = match caches(&folder) {
+            Ok(found) => found,
+            Err(e) => {
+                report.fail(&visible(&folder), &e);
                 continue;
             }
-            // Looked at again, now that it is locked.
-            let Ok(file) = ArenaFile::open_existing(&path, whose()) else { continue };
-            let (Ok(survey), owner) = (file.survey(), file.owner()) else { continue };
-            let is_clean = survey.as_ref().is_none_or(|survey| !survey.is_dirty());
-            if is_clean && (owner == effective_uid() || effective_uid() == 0) {
-                let settled = survey.as_ref().map_or(Ok(()), |survey| settle_discarded(&file, survey));
-                // An image that is there and whose record names the cache would be refused without it.
-                if let (Err(e), Ok(cache)) = (settled, &cache)
-                    && !matches!(cache.image, ImageState::Gone | ImageState::Replaced)
-                {
-                    text.push_str(&format!("kept {}: {e}\n", visible(&path)));
-                    kept += 1;
-                    continue;
+        };
+        for (path, cache) in found {
+            match cache.and_then(|cache| clear(&cache, end_tenure_of)) {
+                Ok(Cleared::Kept) => kept += 1,
+                Ok(Cleared::Removed(freed)) => {
+                    removed += 1;
+                    bytes += freed;
+                    report.text.push_str(&format!("removed {}\n", visible(&path)));
                 }
-                file.remove();
-                removed += 1;
-                bytes += survey.map_or(0, |survey| survey.memory_bytes);
-                text.push_str(&format!("removed {}\n", visible(&path)));
+                Ok(Cleared::Shrunk(freed)) => {
+                    kept += 1;
+                    bytes += freed;
+                    report.text.push_str(&format!("freed the pages of {}\n", visible(&path)));
+                }
+                Err(e) => {
+                    report.fail(&format!("kept {}", visible(&path)), &e);
+                    kept += 1;
+                }
             }
         }
     }
     let mib = bytes >> 20;
-    text.push_str(&format!("removed {} ({mib} MiB), kept {kept}\n", counted(removed, "cache")));
-    Ok(text)
+    report.text.push_str(&format!("removed {} ({mib} MiB), kept {kept}\n", counted(removed, "cache")));
+    Ok(report)
 }

@@ -20,7 +20,6 @@ const FOLDER: &str = "genblk";
 pub(super) struct Cache {
     pub(super) path: PathBuf,
     pub(super) seen: Seen,
-    pub(super) image: ImageState,
 }
 
 /// What has become of the image of a cache.
@@ -40,6 +39,17 @@ pub(super) enum ImageState {
     Unknown,
 }
 
+/// What can be done with a cache file without a loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// It holds what the image lacks, or what a guest must be told, or is in use.
+    Needed,
+    /// Its pages can be freed. What it records of the guest is still of use.
+    HeaderNeeded,
+    /// It can be removed.
+    Needless,
+}
+
 impl Cache {
     /// Looks at the file at `path`.
     ///
@@ -47,26 +57,35 @@ impl Cache {
     /// As [`ArenaFile::look_at`].
     pub(super) fn look_at(path: PathBuf, whose: Whose) -> Result<Self> {
         let seen = ArenaFile::look_at(&path, whose)?;
-        let image = match &seen.survey {
-            Ok(Some(survey)) => image_state(&survey.header),
-            _ => ImageState::Unknown,
-        };
-        Ok(Self { path, seen, image })
+        Ok(Self { path, seen })
     }
 
-    /// Whether nothing is lost with the file: it holds no data that the image lacks, and what it records of a guest is
-    /// of no use without the image.
-    pub(super) fn is_prunable(&self) -> bool {
-        if self.seen.is_locked {
-            return false;
-        }
+    /// What has become of its image. May wait for the image's file system.
+    pub(super) fn image(&self) -> ImageState {
         match &self.seen.survey {
-            Ok(None) => true,
-            Ok(Some(survey)) => {
-                let is_of_use = survey.header.guest != GuestState::FRESH;
-                survey.is_of_this_boot && !survey.is_dirty() && (!is_of_use || self.image == ImageState::Gone)
+            // A path of a forged file could be relative to wherever the operator is.
+            Ok(Some(survey)) if survey.header.image.path.is_absolute() => image_state(&survey.header),
+            _ => ImageState::Unknown,
+        }
+    }
+
+    /// What it is needed for.
+    pub(super) fn needed(&self) -> Use {
+        match &self.seen.survey {
+            _ if self.seen.is_locked => Use::Needed,
+            Ok(None) => Use::Needless,
+            Ok(Some(survey)) if survey.is_of_this_boot && !survey.is_dirty() => {
+                let header = &survey.header;
+                if header.guest == GuestState::FRESH {
+                    Use::Needless
+                } else if header.frames > 0 && self.image() == ImageState::Gone {
+                    // The image may have another name by now, and its guest may still run.
+                    Use::HeaderNeeded
+                } else {
+                    Use::Needed
+                }
             }
-            Err(_) => false,
+            _ => Use::Needed,
         }
     }
 }
@@ -138,10 +157,21 @@ fn is_cache_name(name: &OsStr) -> bool {
 
 /// The cache files in a folder, each with what is known of it, or why nothing is.
 ///
+/// => Reads the ledger of each, which takes time in proportion to the caches: see [`cache_files`].
+///
 /// # Errors
 /// [`ErrorKind::Memory`] when the folder cannot be read; [`ErrorKind::Ledger`] when another user could have put files
 /// there.
 pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<Cache>)>> {
+    let (paths, whose) = cache_files(folder)?;
+    Ok(paths.into_iter().map(|path| (path.clone(), Cache::look_at(path, whose))).collect())
+}
+
+/// The paths of the cache files in a folder, and whose they may be.
+///
+/// # Errors
+/// As [`caches`].
+pub(super) fn cache_files(folder: &Path) -> Result<(Vec<PathBuf>, Whose)> {
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", folder.display()), e);
     let metadata = fs::metadata(folder).map_err(failed)?;
     let whose = if metadata.uid() == effective_uid() { Whose::Own } else { whose() };
@@ -153,7 +183,7 @@ pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<Cache>)>> {
         .map(|entry| entry.path())
         .collect();
     paths.sort();
-    Ok(paths.into_iter().map(|path| (path.clone(), Cache::look_at(path, whose))).collect())
+    Ok((paths, whose))
 }
 
 #[cfg(test)]

@@ -6,14 +6,16 @@ use std::sync::Arc;
 
 use log::{info, warn};
 
-use super::folders::{Cache, ImageState, caches};
+use super::folders::{Cache, ImageState, Use, cache_files, whose};
 use super::remembered;
 use super::terminal::visible;
-use crate::arena::{Arena, ArenaFile, Seen};
+use crate::arena::{Arena, ArenaFile, GuestState, Header, Seen, Survey};
 use crate::config::{Config, MemoryDir, Socket};
 use crate::error::{ErrorKind, Result};
+use crate::recover::operation::end_tenure;
 use crate::recover::write_back::Unwritten;
 use crate::systemd::ServiceManager;
+use crate::tenure::record::State;
 use crate::units::counted;
 
 /// Where daemons keep caches unless they are told otherwise.
@@ -64,28 +66,34 @@ struct Unheld {
 }
 
 impl Unheld {
-    /// Those in this user's folder below a memory directory, as far as `counts` says.
-    fn below(memory_dir: &Path, mut counts: impl FnMut(&Cache) -> bool) -> Self {
-        let mut unheld = Self::default();
-        for cache in all_below(memory_dir).iter().filter(|cache| !cache.seen.is_locked && counts(cache)) {
-            let survey = cache.seen.survey.as_ref().ok().and_then(Option::as_ref);
-            unheld.count += 1;
-            unheld.dirty += u64::from(survey.is_some_and(crate::arena::Survey::is_dirty));
-            unheld.bytes += survey.map_or(0, |survey| survey.memory_bytes);
+    /// Counts a cache; one without pages takes next to no memory, and waits for the next daemon of its image.
+    fn add(&mut self, cache: &Cache) {
+        let survey = cache.seen.survey.as_ref().ok().and_then(Option::as_ref);
+        if survey.is_some_and(|survey| survey.header.frames == 0) {
+            return;
         }
-        unheld
+        self.count += 1;
+        self.dirty += u64::from(survey.is_some_and(Survey::is_dirty));
+        self.bytes += survey.map_or(0, |survey| survey.memory_bytes);
     }
 }
 
-/// The caches in this user's folder below a memory directory.
-fn all_below(memory_dir: &Path) -> Vec<Cache> {
-    let found = caches(&ArenaFile::dir(memory_dir)).unwrap_or_default();
-    found.into_iter().filter_map(|(_, cache)| cache.ok()).collect()
+/// The caches in this user's folder below a memory directory that no process uses. Those in use are neither locked nor
+/// read.
+fn unheld_below(memory_dir: &Path) -> Vec<Cache> {
+    let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
+    let unheld = paths.into_iter().filter(|path| !ArenaFile::is_held(path, whose));
+    unheld.filter_map(|path| Cache::look_at(path, whose).ok()).filter(|cache| !cache.seen.is_locked).collect()
 }
 
-/// What is known of the cache files in this user's folder below a memory directory.
-pub(in crate::recover) fn caches_below(memory_dir: &Path) -> Vec<Seen> {
-    all_below(memory_dir).into_iter().map(|cache| cache.seen).collect()
+/// What is known of those cache files in this user's folder below a memory directory whose header `is_wanted`.
+pub(in crate::recover) fn caches_below(memory_dir: &Path, mut is_wanted: impl FnMut(&Header) -> bool) -> Vec<Seen> {
+    let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
+    let wanted = paths.into_iter().filter(|path| {
+        let header = ArenaFile::peek(path, whose).ok().flatten();
+        header.is_some_and(|header| is_wanted(&header))
+    });
+    wanted.filter_map(|path| ArenaFile::look_at(&path, whose).ok()).collect()
 }
 
 /// The memory directories of a configuration, and the default one.
@@ -97,38 +105,70 @@ fn memory_dirs(config: &Config) -> BTreeSet<PathBuf> {
     configured.chain([PathBuf::from(DEFAULT_MEMORY_DIR)]).collect()
 }
 
-/// Removes the caches that hold nothing and whose images are gone, and logs how many others no daemon uses. Those of
-/// the configured images are not counted.
+/// Removes the caches that hold nothing and whose images are gone, and logs how many others no daemon uses.
 ///
-/// => The devices are open: their caches are in use.
+/// => The devices are open: their caches are in use. A configured image may have replaced another one, whose cache is
+///    among the others.
 pub fn warn_unheld(config: &Config) {
-    let images: BTreeSet<PathBuf> =
-        config.devices.iter().map(|device| device.image.canonicalize().unwrap_or(device.image.clone())).collect();
     for memory_dir in memory_dirs(config) {
-        for cache in all_below(&memory_dir) {
-            if cache.is_prunable() && cache.image == ImageState::Gone {
-                remove(&cache);
+        let mut unheld = Unheld::default();
+        for cache in unheld_below(&memory_dir) {
+            let may_clear = cache.needed() != Use::Needed && cache.image() == ImageState::Gone;
+            // The image is not at the path that it had, so its record cannot be told.
+            let note = |file: &ArenaFile, survey: &Survey| end_tenure(file, None, survey.header.tenure, State::Clean);
+            match may_clear.then(|| clear(&cache, note)) {
+                Some(Ok(Cleared::Removed(_))) => {
+                    info!("removed {}: it held nothing that its image, which is gone, lacked", visible(&cache.path));
+                }
+                Some(Ok(Cleared::Shrunk(_))) => {}
+                Some(Err(e)) => {
+                    warn!("cannot remove {}, which holds nothing: {e}", visible(&cache.path));
+                    unheld.add(&cache);
+                }
+                Some(Ok(Cleared::Kept)) | None => unheld.add(&cache),
             }
         }
-        let is_other = |cache: &Cache| match &cache.seen.survey {
-            Ok(Some(survey)) => !images.contains(&survey.header.image.path),
-            _ => true,
-        };
-        let unheld = Unheld::below(&memory_dir, is_other);
         if unheld.count > 0 {
             warn!("{}", describe(&unheld, &memory_dir));
         }
     }
 }
 
-/// Removes a clean cache whose image is gone.
-fn remove(cache: &Cache) {
-    let Ok(file) = ArenaFile::open_existing(&cache.path, crate::arena::Whose::Own) else { return };
-    // Looked at again, now that it is locked.
-    if file.survey().is_ok_and(|survey| survey.is_none_or(|survey| !survey.is_dirty())) {
-        file.remove();
-        info!("removed {}: it held nothing that its image, which is gone, lacked", visible(&cache.path));
+/// What became of a cache that was cleared, and how many bytes of memory that freed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cleared {
+    Kept,
+    Shrunk(u64),
+    Removed(u64),
+}
+
+/// Frees what a cache does not need, as far as nothing is lost. Before it removes a cache, calls `end_tenure`, which
+/// sees to it that the next daemon does not miss the cache.
+///
+/// # Errors
+/// Those of `end_tenure`, and why the file cannot be opened: it stays.
+pub(super) fn clear(cache: &Cache, end_tenure: impl Fn(&ArenaFile, &Survey) -> Result<()>) -> Result<Cleared> {
+    let needed = cache.needed();
+    if needed == Use::Needed {
+        return Ok(Cleared::Kept);
     }
+    let file = ArenaFile::open_existing(&cache.path, whose())?;
+    // Looked at again, now that it is locked.
+    let survey = file.survey()?;
+    let is_same = |survey: &Survey| {
+        !survey.is_dirty() && (needed == Use::HeaderNeeded || survey.header.guest == GuestState::FRESH)
+    };
+    match &survey {
+        Some(survey) if !is_same(survey) => return Ok(Cleared::Kept),
+        Some(survey) if needed == Use::HeaderNeeded => {
+            file.shrink_to_header()?;
+            return Ok(Cleared::Shrunk(survey.memory_bytes));
+        }
+        Some(survey) => end_tenure(&file, survey)?,
+        None => {}
+    }
+    file.remove();
+    Ok(Cleared::Removed(survey.map_or(0, |survey| survey.memory_bytes)))
 }
 
 fn describe(unheld: &Unheld, memory_dir: &Path) -> String {
@@ -151,15 +191,16 @@ pub fn hint_for(memory_dir: &MemoryDir) -> Option<String> {
         MemoryDir::Path(path) => path,
         MemoryDir::Systemd => Path::new(DEFAULT_MEMORY_DIR),
     };
-    let unheld = Unheld::below(memory_dir, |_| true);
+    let mut unheld = Unheld::default();
+    unheld_below(memory_dir).iter().for_each(|cache| unheld.add(cache));
     (unheld.count > 0).then(|| describe(&unheld, memory_dir))
 }
 
 /// Memory in bytes that the caches of these images, given by their paths, take in this user's folder below a memory
 /// directory.
 pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
-    let surveys = all_below(memory_dir).into_iter().filter_map(|cache| cache.seen.survey.ok().flatten());
-    surveys.filter(|survey| images.contains(&survey.header.image.path)).map(|survey| survey.memory_bytes).sum()
+    let kept = caches_below(memory_dir, |header| images.contains(&header.image.path));
+    kept.into_iter().filter_map(|seen| seen.survey.ok().flatten()).map(|survey| survey.memory_bytes).sum()
 }
 
 /// Checks that no other user could have made or can change this user's folder below a memory directory.
@@ -167,7 +208,7 @@ pub fn bytes_kept_for(memory_dir: &Path, images: &BTreeSet<PathBuf>) -> u64 {
 /// # Errors
 /// [`ErrorKind::Ledger`] when one could.
 pub fn check_folder(memory_dir: &Path) -> Result<()> {
-    match caches(&ArenaFile::dir(memory_dir)) {
+    match cache_files(&ArenaFile::dir(memory_dir)) {
         Err(e) if e.kind() == ErrorKind::Ledger => Err(e),
         _ => Ok(()),
     }

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::folders::{Cache, ImageState, caches, folders};
-use super::remembered;
+use super::folders::{Cache, ImageState, Use, caches, folders};
 use super::terminal::visible;
+use super::{Report, remembered};
 use crate::arena::{GuestData, Seen, Survey};
 use crate::error::Result;
 use crate::units::counted;
@@ -18,15 +18,15 @@ const MIB: u64 = 1 << 20;
 ///
 /// # Errors
 /// [`crate::error::ErrorKind::Memory`] when the directory cannot be read.
-pub fn list(directory: &Path) -> Result<String> {
+pub fn list(directory: &Path) -> Result<Report> {
     let mut rows: Vec<[String; 6]> = Vec::new();
-    let mut problems = Vec::new();
+    let mut report = Report::default();
     let (mut is_any_dirty, mut is_any_prunable) = (false, false);
     for folder in folders(directory)? {
         let found = match caches(&folder) {
             Ok(found) => found,
             Err(e) => {
-                problems.push(format!("{}: {e}\n", visible(&folder)));
+                report.fail(&visible(&folder), &e);
                 continue;
             }
         };
@@ -34,27 +34,27 @@ pub fn list(directory: &Path) -> Result<String> {
             match cache {
                 Ok(cache) => {
                     is_any_dirty |= !cache.seen.is_locked && surveyed(&cache).is_some_and(Survey::is_dirty);
-                    is_any_prunable |= cache.is_prunable();
+                    is_any_prunable |= cache.needed() == Use::Needless;
                     rows.push(row(&cache));
                 }
-                Err(e) => problems.push(format!("{}: {e}\n", visible(&path))),
+                Err(e) => report.fail(&visible(&path), &e),
             }
         }
     }
-    if rows.is_empty() && problems.is_empty() {
-        return Ok(format!("no cache in {}\n", visible(directory)));
+    if !rows.is_empty() {
+        report.text = table(&rows);
+    } else if report.failures.is_empty() {
+        report.text = format!("no cache in {}\n", visible(directory));
     }
-    let mut text = if rows.is_empty() { String::new() } else { table(&rows) };
-    text.extend(problems);
     if is_any_dirty {
-        text.push_str(
+        report.text.push_str(
             "To write a cache to its image: genblk recover CACHE; to throw it away: genblk recover --discard CACHE\n",
         );
     }
     if is_any_prunable {
-        text.push_str("To remove those from which nothing would be lost: genblk recover --prune\n");
+        report.text.push_str("To remove those from which nothing would be lost: genblk recover --prune\n");
     }
-    Ok(text)
+    Ok(report)
 }
 
 fn surveyed(cache: &Cache) -> Option<&Survey> {
@@ -100,11 +100,12 @@ fn state(cache: &Cache) -> String {
             if survey.zero_ranges > 0 {
                 parts.push(format!("{} to be zeroed", counted(survey.zero_ranges, "range")));
             }
-            if survey.header.tenure.is_some_and(|tenure| tenure.is_set_aside) {
+            if survey.header.is_set_aside {
                 parts.push("set aside".to_owned());
             }
             // Its own daemon changes the image.
-            parts.extend(image_note(cache.image).filter(|_| !is_locked).map(str::to_owned));
+            let note = if *is_locked { None } else { image_note(cache.image()) };
+            parts.extend(note.map(str::to_owned));
         }
     }
     if parts.is_empty() { "ready to be written".to_owned() } else { parts.join(", ") }

@@ -12,13 +12,45 @@ pub use list::list;
 
 pub(super) use leftovers::caches_below;
 
+/// Makes a write beyond RLIMIT_FSIZE fail with EFBIG, in place of ending the process in the middle of a write-back.
+pub fn ignore_file_size_signal() {
+    // It cannot fail: the signal exists, and can be ignored.
+    let _ = crate::sys::signal::ignore(&[libc::SIGXFSZ]);
+}
+
 use crate::arena::{GuestData, GuestState};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a command that looks at many caches tells the operator.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// What it found and did.
+    pub text: String,
+    /// What it could not look at or do.
+    failures: Vec<String>,
+}
+
+impl Report {
+    /// Something could not be looked at or done: `what`, because of an error.
+    fn fail(&mut self, what: &str, error: &Error) {
+        self.failures.push(format!("{what}: {error}"));
+    }
+
+    /// What could not be looked at or done, as one error.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`], if there was something.
+    pub fn result(self) -> Result<()> {
+        if self.failures.is_empty() { Ok(()) } else { Err(Error::new(ErrorKind::Memory, self.failures.join("\n"))) }
+    }
+}
 
 /// What a file records of its guest, for the operator.
 fn remembered(guest: GuestState) -> &'static str {
     match (guest.data, guest.write_through) {
         (GuestData::Lost, _) => "completed writes were lost",
         (GuestData::Intact, true) => "the guest selected write-through",
+        (GuestData::Intact, false) if guest.formats != 0 => "the guest wrote the header of another format",
         (GuestData::Intact, false) => "no data was lost",
     }
 }

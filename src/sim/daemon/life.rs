@@ -125,8 +125,8 @@ impl Backing for HeldImage {
         self.image.attach()
     }
 
-    fn end_tenure(&self) -> io::Result<()> {
-        if self.is_dead.load(Ordering::Relaxed) { Ok(()) } else { self.file.end_tenure() }
+    fn end_tenure(&self) -> io::Result<bool> {
+        if self.is_dead.load(Ordering::Relaxed) { Ok(false) } else { self.file.end_tenure() }
     }
 }
 

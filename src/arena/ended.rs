@@ -1,0 +1,66 @@
+//! The tenures of a folder's removed caches whose images could not be told.
+//!
+//! An image's record names its cache until the tenure ends. If the cache is removed while the image is under another
+//! name, the record stays open, and the next daemon would miss the cache. So the end of the tenure is noted beside the
+//! removed cache, where that daemon looks for it.
+//!
+//! The file has a line of fixed length for each tenure, which one write(2) appends.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::trust::{TrustedDir, Whose};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::dir::Access;
+use crate::tenure::TenureId;
+use crate::tenure::record::State;
+
+/// Name of the file.
+const NAME: &str = ".ended-tenures";
+/// Bytes of a line: two numbers, a letter, two spaces and the line's end.
+const LINE_BYTES: usize = 16 + 1 + 32 + 1 + 1 + 1;
+/// Most bytes of the file (20 000 tenures since the host was booted).
+const BYTES_MAX: u64 = 1 << 20;
+
+/// The line of a tenure.
+fn line_of(tenure: TenureId, state: State) -> String {
+    let letter = if state == State::Clean { 'c' } else { 'f' };
+    format!("{:016x} {:032x} {letter}\n", tenure.generation, tenure.id)
+}
+
+/// Notes in the folder `dir` that a tenure has ended: in [`State::Clean`] if everything is on the image.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when the file cannot be written; [`ErrorKind::Ledger`] as [`TrustedDir::open_file`].
+pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: State) -> Result<()> {
+    let shown = shown.with_file_name(NAME);
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot write {}", shown.display()), e);
+    let name = OsStr::new(NAME);
+    dir.create_file(name).map_err(failed)?;
+    let mut file = dir.open_file(name, Access::Append, &shown)?;
+    let metadata = file.metadata().map_err(failed)?;
+    if metadata.len() >= BYTES_MAX {
+        return Err(failed(io::Error::other("it is full")));
+    }
+    file.write_all(line_of(tenure, state).as_bytes()).map_err(failed)
+}
+
+/// How a tenure whose cache was at `cache` has ended, if that was noted beside the cache.
+pub(super) fn state_of(cache: &Path, whose: Whose, tenure: TenureId) -> Option<State> {
+    let (shown, name) = (cache.with_file_name(NAME), OsStr::new(NAME));
+    let file = TrustedDir::open(cache.parent()?, whose).and_then(|dir| dir.open_file(name, Access::Read, &shown));
+    let bytes = read(&file.ok()?).ok()?;
+    let is = |state| bytes.chunks_exact(LINE_BYTES).any(|line| line == line_of(tenure, state).as_bytes());
+    // A loss counts more.
+    [State::Forfeited, State::Clean].into_iter().find(|&state| is(state))
+}
+
+fn read(file: &File) -> io::Result<Vec<u8>> {
+    let len = file.metadata()?.len().min(BYTES_MAX);
+    let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}

@@ -1,0 +1,204 @@
+//! Records the image's change token at moments without changes in flight.
+//!
+//! What a local file system tells of a file is in memory, and a worker asks for it. Others (NFS, FUSE, SMB) may ask a
+//! server, which may not answer: there a thread of the image asks, and no request of the guest waits.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+
+use log::warn;
+
+use crate::arena::{Arena, RestPoint};
+use crate::store::Backing;
+
+/// What the thread is to do.
+#[derive(Debug, Default)]
+struct State {
+    /// The latest moment for which the token is to be recorded.
+    rest: Option<RestPoint>,
+    /// Nothing is recorded any more.
+    ended: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no thread panics with the state locked")
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct RestRecorder {
+    /// The thread's orders; `None`: the caller asks itself.
+    thread: Option<Arc<Shared>>,
+}
+
+impl RestRecorder {
+    /// Without a thread for it, no token is recorded of an image on a server: then pages are compared after a crash.
+    pub(super) fn start(name: &str, backing: &Arc<dyn Backing>, arena: &Arc<Arena>) -> Self {
+        if !backing.rest_token_may_wait() {
+            return Self { thread: None };
+        }
+        let shared = Arc::new(Shared::default());
+        let orders = Arc::clone(&shared);
+        // If the image hangs, the thread must keep neither the lock of the image nor the cache.
+        let (backing, arena) = (Arc::downgrade(backing), Arc::downgrade(arena));
+        let run = move || {
+            while let Some(rest) = next(&orders) {
+                let Some(backing) = backing.upgrade() else { return };
+                let token = backing.rest_token();
+                drop(backing);
+                let state = orders.lock();
+                if let (Some(token), Some(arena), false) = (token, arena.upgrade(), state.ended) {
+                    // Does nothing if a change has started since `rest`.
+                    arena.record_token(rest, token);
+                }
+            }
+        };
+        if let Err(e) = thread::Builder::new().name(format!("rest {name}")).spawn(run) {
+            warn!("{name}: cannot start the thread that records the image's times: {e}");
+        }
+        Self { thread: Some(shared) }
+    }
+
+    /// Records the token for the moment `rest`, unless a change starts meanwhile.
+    pub(super) fn note(&self, rest: RestPoint, backing: &Arc<dyn Backing>, arena: &Arena) {
+        match &self.thread {
+            Some(shared) => {
+                shared.lock().rest = Some(rest);
+                shared.changed.notify_one();
+            }
+            None => {
+                if let Some(token) = backing.rest_token() {
+                    arena.record_token(rest, token);
+                }
+            }
+        }
+    }
+
+    /// Records nothing from now on: the end of the tenure has the last word. Does not wait for the image.
+    pub(super) fn end(&self) {
+        if let Some(shared) = &self.thread {
+            shared.lock().ended = true;
+            shared.changed.notify_one();
+        }
+    }
+}
+
+impl Drop for RestRecorder {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The next moment for which a token is to be recorded; `None` at the end.
+fn next(orders: &Shared) -> Option<RestPoint> {
+    let mut state = orders.lock();
+    loop {
+        if state.ended {
+            return None;
+        }
+        if let Some(rest) = state.rest.take() {
+            return Some(rest);
+        }
+        state = orders.changed.wait(state).expect("no thread panics with the state locked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::arena::{ArenaFile, ArenaSpec, GuestState, ImageFacts, TenureFacts};
+    use crate::error::Result;
+    use crate::image_id::ImageId;
+    use crate::store::{Limits, StoreQueue};
+    use crate::tenure::TenureId;
+    use crate::tenure::token::ChangeToken;
+    use crate::units::SectorSpan;
+
+    /// An image whose server answers when the test says so.
+    #[derive(Debug)]
+    struct Remote {
+        asked: Sender<()>,
+        answers: Mutex<Receiver<ChangeToken>>,
+    }
+
+    impl Backing for Remote {
+        fn limits(&self) -> &Limits {
+            unreachable!("nothing asks for them")
+        }
+
+        fn attach(&self) -> Result<Box<dyn StoreQueue>> {
+            unreachable!("nothing is read")
+        }
+
+        fn rest_token(&self) -> Option<ChangeToken> {
+            self.asked.send(()).ok()?;
+            self.answers.lock().ok()?.recv().ok()
+        }
+
+        fn rest_token_may_wait(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn no_caller_waits_for_an_image_that_does_not_tell_its_times() {
+        let (asked, is_asked) = channel();
+        let (answer, answers) = channel();
+        let backing: Arc<dyn Backing> = Arc::new(Remote { asked, answers: Mutex::new(answers) });
+        let (directory, arena) = persistent_arena();
+        let recorder = RestRecorder::start("test", &backing, &arena);
+        let token = |modified_ns| ChangeToken { modified_ns, ..ChangeToken::default() };
+        arena.begin_change(SectorSpan::new(0, 8));
+        let began = Instant::now();
+        recorder.note(arena.rest_point().expect("a change"), &backing, &arena);
+        assert!(began.elapsed() < Duration::from_secs(1));
+        is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");
+        // A change starts before the image answers: the answer is too late.
+        arena.begin_change(SectorSpan::new(0, 8));
+        let rest = arena.rest_point().expect("a change");
+        recorder.note(rest, &backing, &arena);
+        answer.send(token(1)).unwrap();
+        is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks again");
+        assert!(arena.rest_point().is_some(), "the token of an earlier moment is not recorded");
+        answer.send(token(2)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while arena.rest_point().is_some() {
+            assert!(Instant::now() < deadline, "the token is recorded");
+            thread::yield_now();
+        }
+        // After the end nothing is recorded, and nobody waits for the thread.
+        arena.begin_change(SectorSpan::new(0, 8));
+        recorder.note(arena.rest_point().expect("a change"), &backing, &arena);
+        is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");
+        drop(recorder);
+        answer.send(token(3)).unwrap();
+        thread::sleep(Duration::from_millis(50));
+        assert!(arena.rest_point().is_some());
+        drop(arena);
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+
+    /// A directory in memory with the arena of a cache.
+    fn persistent_arena() -> (std::path::PathBuf, Arc<Arena>) {
+        let directory = std::env::temp_dir().join(format!("genblk-rest-{}", std::process::id()));
+        let identity = ImageId { device: 1, inode: 2, born_ns: 3 };
+        let image = ImageFacts { identity, size_bytes: 1 << 20, path: "/image".into(), alias: String::new() };
+        let id = TenureId { generation: 1, id: 2 };
+        let tenure = TenureFacts { id, since: 0, is_recorded: false, is_over: false };
+        let spec = ArenaSpec { frames: 4, image: &image, tenure, guest: GuestState::FRESH };
+        let file = ArenaFile::create_for(&directory, &image).unwrap();
+        let arena = Arena::persistent(file, &spec).map_err(|e| e.error).unwrap();
+        (directory, Arc::new(arena))
+    }
+}

@@ -1,0 +1,175 @@
+//! Images that are under another name, or were replaced, while a daemon or an operator removes caches that nobody uses.
+
+use std::fs;
+use std::path::PathBuf;
+
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+
+use super::common::daemon::{Daemon, Ended, TempDir, run_to_end, server_binary};
+use super::common::request::{Payload, pattern};
+use super::common::session::{Session, SessionOptions};
+use super::tenures::{record, take_over};
+use super::{IOERR, make_image, start, start_in};
+
+const DEVICE: &str = "cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000";
+const BYTES: usize = 16 << 10;
+
+fn genblk_recover(arguments: &[&str]) -> Ended {
+    run_to_end(std::process::Command::new(server_binary()).arg("recover").args(arguments))
+}
+
+/// A daemon that was killed with a clean cache: the image's record is open.
+fn killed_clean() -> (Daemon, Session) {
+    let mut daemon = start(DEVICE);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(3, 80, BYTES));
+    session.flush();
+    daemon.kill();
+    assert!(record(&daemon.image()).contains("state open"));
+    (daemon, session)
+}
+
+/// Runs `act` while the image is under another name.
+fn while_renamed(daemon: &Daemon, act: impl FnOnce()) {
+    let other = daemon.directory().path().join("renamed");
+    fs::rename(daemon.image(), &other).expect("the image can be renamed");
+    act();
+    fs::rename(&other, daemon.image()).expect("the image can be renamed back");
+}
+
+/// Starts another daemon with the memory directory of `daemon`, and stops it once it has looked at the caches there.
+fn start_and_stop_another(daemon: &Daemon, log: &str) {
+    let memory = daemon.directory().memory();
+    let mut other = start_in(TempDir::new("other"), &format!("{DEVICE}\ncache.memory_dir = {memory:?}"));
+    other.await_log(log);
+    other.stop();
+}
+
+fn caches(daemon: &Daemon) -> Vec<PathBuf> {
+    let is_cache = |path: &PathBuf| path.file_name().is_some_and(|name| !name.to_string_lossy().starts_with('.'));
+    daemon.directory().left().into_iter().filter(is_cache).collect()
+}
+
+#[test]
+fn a_renamed_image_does_not_miss_a_clean_cache_that_was_removed() {
+    for way in ["start", "prune", "discard"] {
+        let (mut daemon, session) = killed_clean();
+        let memory = daemon.directory().memory();
+        while_renamed(&daemon, || match way {
+            "start" => start_and_stop_another(&daemon, "it held nothing that its image"),
+            "prune" => {
+                let ended = genblk_recover(&["--prune", "--memory-dir", memory.to_str().expect("UTF-8")]);
+                assert!(ended.status.success() && ended.stdout.contains("removed 1 cache"), "{ended:?}");
+            }
+            _ => {
+                let ended = genblk_recover(&["--discard", caches(&daemon)[0].to_str().expect("UTF-8")]);
+                assert!(ended.status.success(), "{ended:?}");
+            }
+        });
+        assert!(caches(&daemon).is_empty(), "{way}: the cache is removed");
+        if way == "prune" {
+            let (image, memory) = (daemon.image(), memory.to_str().expect("UTF-8").to_owned());
+            let arguments = ["take-over", image.to_str().expect("UTF-8"), "--memory-dir", &memory];
+            let ended = run_to_end(std::process::Command::new(server_binary()).args(arguments));
+            assert!(ended.status.success() && ended.stdout.contains("is free: nothing was lost"), "{ended:?}");
+            assert!(record(&image).contains("state clean"), "{}", record(&image));
+        }
+        daemon.restart();
+        let mut session = session.reconnect(&daemon.socket());
+        session.start_ring(0);
+        assert!(session.read(80, BYTES) == pattern(3, 80, BYTES), "{way}: nothing was lost: {}", daemon.log());
+    }
+}
+
+#[test]
+fn a_cache_that_was_discarded_dirty_is_told_to_the_guest_of_a_renamed_image() {
+    let mut daemon = start(DEVICE);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(3, 80, BYTES));
+    daemon.kill();
+    let cache = caches(&daemon).remove(0);
+    while_renamed(&daemon, || {
+        let ended = genblk_recover(&["--discard", "--force", cache.to_str().expect("UTF-8")]);
+        assert!(ended.status.success(), "{ended:?}");
+    });
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert_eq!(session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status, IOERR, "{}", daemon.log());
+}
+
+#[test]
+fn the_loss_marker_of_a_renamed_image_stays() {
+    let mut daemon = start(&format!("{DEVICE}\ncache.survive = \"never\""));
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(3, 80, BYTES));
+    daemon.kill();
+    // Without the record at the image, the marker alone knows of the loss.
+    super::tenures::remove_record(&daemon.image());
+    let marker = caches(&daemon).remove(0);
+    while_renamed(&daemon, || {
+        start_and_stop_another(&daemon, "serving");
+        let memory = daemon.directory().memory();
+        let ended = genblk_recover(&["--prune", "--memory-dir", memory.to_str().expect("UTF-8")]);
+        assert!(ended.stdout.contains("kept 1"), "{ended:?}");
+    });
+    assert!(marker.exists(), "the marker stays");
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert_eq!(session.run(0, VIRTIO_BLK_T_IN, 80, Payload::Receive(512)).status, IOERR, "{}", daemon.log());
+}
+
+#[test]
+fn the_cache_of_a_replaced_image_is_among_those_that_a_start_warns_of() {
+    let mut daemon = start(DEVICE);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(3, 80, BYTES));
+    daemon.kill();
+    let dirty = caches(&daemon).remove(0);
+    fs::rename(daemon.image(), daemon.directory().path().join("old")).expect("the image can be renamed");
+    make_image(daemon.directory());
+    daemon.restart();
+    daemon.await_log("1 cache that no daemon uses, 1 of them dirty");
+    assert!(dirty.exists());
+}
+
+#[test]
+fn take_over_of_an_image_whose_cache_holds_nothing_loses_nothing() {
+    let (mut daemon, session) = killed_clean();
+    let (image, memory) = (daemon.image(), daemon.directory().memory());
+    let arguments = ["take-over", image.to_str().expect("UTF-8"), "--memory-dir", memory.to_str().expect("UTF-8")];
+    let ended = run_to_end(std::process::Command::new(server_binary()).args(arguments));
+    assert!(ended.status.success() && ended.stdout.contains("is free"), "{ended:?}");
+    daemon.restart();
+    let mut session = session.reconnect(&daemon.socket());
+    session.start_ring(0);
+    assert!(session.read(80, BYTES) == pattern(3, 80, BYTES), "{}", daemon.log());
+}
+
+#[test]
+fn take_over_says_what_it_could_not_set_aside_and_sets_the_others_aside() {
+    let mut daemon = start(DEVICE);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(80, &pattern(3, 80, BYTES));
+    daemon.kill();
+    let dirty = caches(&daemon).remove(0);
+    // A second file with the name of a cache of this image, before the first one in the order of the search.
+    let mut bytes = fs::read(&dirty).expect("the cache can be read");
+    bytes[8] = 99;
+    let damaged = dirty.with_file_name(format!("{}-1", dirty.file_name().expect("a name").to_string_lossy()));
+    fs::write(&damaged, &bytes).expect("a file can be written");
+    let (image, memory) = (daemon.image(), daemon.directory().memory());
+    let arguments = ["take-over", image.to_str().expect("UTF-8"), "--memory-dir", memory.to_str().expect("UTF-8")];
+    let ended = run_to_end(std::process::Command::new(server_binary()).args(arguments));
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    let text = &ended.stderr;
+    assert!(text.contains(damaged.to_str().expect("UTF-8")) && text.contains("unknown ledger layout"), "{ended:?}");
+    assert!(text.contains("cannot be served beside it") && !ended.stdout.contains("can be served"), "{ended:?}");
+    let listed = genblk_recover(&["--memory-dir", memory.to_str().expect("UTF-8")]);
+    assert!(listed.stdout.contains("set aside"), "{listed:?}");
+    fs::remove_file(&damaged).expect("the file can be removed");
+    take_over(&daemon);
+    daemon.restart();
+    assert!(dirty.exists());
+}

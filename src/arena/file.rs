@@ -210,8 +210,8 @@ impl ArenaFile {
         matches!(self.place(), CachePlace::Path(path) if path.parent() == Some(&directory))
     }
 
-    /// Notes beside the file, which is about to be removed, that its tenure has ended: in [`State::Clean`] if everything
-    /// is on the image. The next daemon of an image whose record could not be changed looks there.
+    /// Notes beside the file, which is about to be removed, that its tenure has ended: in [`State::Clean`] if
+    /// everything is on the image. The next daemon of an image whose record could not be changed looks there.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be noted.

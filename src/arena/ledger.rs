@@ -252,8 +252,8 @@ impl Header {
         self.layout == LAYOUT && self.frames == frames as u64
     }
 
-    /// Whether this is the header of a cache of the image of a layout that does not note which formats' headers the guest
-    /// has written.
+    /// Whether this is the header of a cache of the image of a layout that does not note which formats' headers the
+    /// guest has written.
     pub fn is_silent_on_formats(&self, identity: &ImageId) -> bool {
         self.layout < FIRST_WITH_SAMPLES && self.frames > 0 && self.image.identity == *identity
     }

@@ -19,13 +19,13 @@ pub fn has_kept_cache(
     manager: &Arc<ServiceManager>,
 ) -> bool {
     let is_noted = |header: &Header| header.image.identity == *identity && header.guest.formats & format.bit() != 0;
-    let in_fdstore = manager.fdstore_names().into_iter().filter_map(|name| {
+    let mut in_fdstore = manager.fdstore_names().into_iter().filter_map(|name| {
         let peeked = ArenaFile::peek_in_fdstore(manager, &name);
         peeked.ok().flatten()
     });
     // Only the header of such an entry can be read before it is taken; older layouts do not note formats.
     let vouches = |header: Header| is_noted(&header) || header.is_silent_on_formats(identity);
-    if in_fdstore.map(vouches).any(|vouches| vouches) {
+    if in_fdstore.any(vouches) {
         return true;
     }
     let MemoryDir::Path(directory) = &config.cache.memory_dir else { return false };

@@ -273,8 +273,8 @@ fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
         )
     } else {
         format!(
-            "start genblk on that host, or stop it there in order; if that host will not return, run \"genblk take-over \
-             {image}\" to serve the image here without the completed writes of that cache"
+            "start genblk on that host, or stop it there in order; if that host will not return, run \"genblk \
+             take-over {image}\" to serve the image here without the completed writes of that cache"
         )
     };
     Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")))

@@ -53,9 +53,9 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     }
 }
 
-/// Ends the tenure of a cache that is about to be removed: in state [`State::Clean`] if everything in it is on the image,
-/// [`State::Forfeited`] if it is thrown away. `image` is the image, if it can be opened. If its record cannot be changed,
-/// the end is noted beside the cache.
+/// Ends the tenure of a cache that is about to be removed: in state [`State::Clean`] if everything in it is on the
+/// image, [`State::Forfeited`] if it is thrown away. `image` is the image, if it can be opened. If its record cannot be
+/// changed, the end is noted beside the cache.
 ///
 /// => The next daemon of the image does not miss the cache.
 ///

@@ -10,10 +10,11 @@ use super::*;
 use crate::config::Socket;
 use crate::fault_injection::{PlantedBug, run_with};
 use crate::store::file::{FileImage, OpenOptions};
-use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PageNo, SectorMask, SectorSpan};
+use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SectorMask, SectorSpan};
 
 const FRAMES: usize = 16;
 const IMAGE_PAGES: u64 = 64;
+const IMAGE_BYTES: usize = 64 * PAGE_SIZE;
 
 /// An image in memory with a cache directory; removed with the value.
 struct World {
@@ -129,7 +130,7 @@ fn a_proof_that_compares_no_sample_is_found() {
 /// An image full of data, whose daemon died while it wrote page 40: all that its cache holds is that page, dirty.
 fn killed_without_clean_pages(in_flight: SectorSpan) -> World {
     let world = World::new();
-    world.image().write_all_at(&vec![5; (IMAGE_PAGES * PAGE_BYTES) as usize], 0).unwrap();
+    world.image().write_all_at(&[5; IMAGE_BYTES], 0).unwrap();
     let image = world.open();
     let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
     let dirty = FrameRecord { page: PageNo(40), valid: SectorMask::ALL, dirty: SectorMask::ALL };
@@ -143,7 +144,7 @@ fn killed_without_clean_pages(in_flight: SectorSpan) -> World {
 fn a_backup_restored_right_after_a_kill_is_noticed_by_pages_that_no_cache_holds() {
     let restore = |world: &World, bytes: u8| {
         let image = world.image();
-        image.write_all_at(&vec![bytes; (IMAGE_PAGES * PAGE_BYTES) as usize], 0).unwrap();
+        image.write_all_at(&[bytes; IMAGE_BYTES], 0).unwrap();
     };
     let in_flight = SectorSpan::new(40 * 8, 8);
     let world = killed_without_clean_pages(in_flight);

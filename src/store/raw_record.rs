@@ -121,8 +121,8 @@ impl ImageFormat {
     }
 
     /// Records at the image that the guest is writing the magic number of a format, if this write does that: `bytes`
-    /// from sector `first` on. Log lines begin with `label`. Returns the formats that cannot be recorded at the image, a
-    /// bit for each ([`Format::bit`]).
+    /// from sector `first` on. Log lines begin with `label`. Returns the formats that cannot be recorded at the image,
+    /// a bit for each ([`Format::bit`]).
     ///
     /// => May wait for the image: before the write is submitted, so that the image's change time is known when the
     ///    write is complete. It happens once for each format in the life of an image, if at all.

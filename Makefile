@@ -30,10 +30,11 @@ test: setup ## every test, those with a virtual machine included (6 minutes)
 test-guest: setup ## only the tests with a virtual machine (3 minutes)
 	$(CARGO) test --locked --test guest
 
-check: ## formatting, lints, documentation and unit tests (2 minutes)
+check: ## formatting, lints, documentation, dependencies and unit tests (2 minutes)
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+	scripts/check-dependencies.sh
 	$(CARGO) test --locked --lib --bins --test tidy
 
 sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that many (100 unless given), FIRST=n on

@@ -231,11 +231,15 @@ pub struct Cli {
     /// Shared memory that keeps the cache when the daemon dies, or "systemd" [default: /dev/shm]
     #[arg(long, value_name = "DIR", help_heading = ONE_DEVICE)]
     pub memory_dir: Option<PathBuf>,
+
+    /// Confine the threads that serve the disk: on, off (for debugging) [default: on]
+    #[arg(long, value_name = "MODE", help_heading = ONE_DEVICE)]
+    pub sandbox: Option<String>,
 }
 
 const ONE_DEVICE: &str = "One device without a file";
 /// Every option of a single device, by the name of its field.
-const DEVICE_OPTIONS: [&str; 12] = [
+const DEVICE_OPTIONS: [&str; 13] = [
     "socket_path",
     "fd",
     "socket_mode",
@@ -248,6 +252,7 @@ const DEVICE_OPTIONS: [&str; 12] = [
     "num_queues",
     "serial",
     "memory_dir",
+    "sandbox",
 ];
 
 impl Cli {
@@ -285,7 +290,7 @@ impl Cli {
     }
 
     /// Each option with its key in the file and its value, if it was given.
-    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 11] {
+    fn options(&self) -> [(&'static str, &'static str, Option<Value<'_>>); 12] {
         let socket = match self.fd {
             Some(fd) => ("--fd", "socket", Some(Value::Descriptor(fd))),
             None => ("--socket-path", "socket", self.socket_path.as_deref().map(Value::Path)),
@@ -302,6 +307,7 @@ impl Cli {
             ("--num-queues", "num_queues", self.num_queues.map(|n| Value::Integer(n.into()))),
             ("--serial", "serial", self.serial.as_deref().map(Value::Text)),
             ("--memory-dir", "cache.memory_dir", self.memory_dir.as_deref().map(Value::Path)),
+            ("--sandbox", "sandbox", self.sandbox.as_deref().map(Value::Text)),
         ]
     }
 }
@@ -343,7 +349,7 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
-    use crate::config::{CacheMode, DeviceConfig, ImageFormat, MemoryDir, Socket};
+    use crate::config::{CacheMode, DeviceConfig, ImageFormat, MemoryDir, Sandbox, Socket};
 
     fn run(line: &str) -> Result<Action> {
         action(["genblk"].into_iter().chain(line.split_whitespace()).map(OsString::from))
@@ -372,7 +378,7 @@ mod tests {
     #[test]
     fn every_option_reaches_its_field() {
         let line = "--fd 3 --blk-file a --format raw --read-only --cache-size 4G --cache-mode none --num-queues 2 \
-                    --serial s1 --memory-dir /run/m";
+                    --serial s1 --memory-dir /run/m --sandbox off";
         let mut expected = DeviceConfig::new("disk0", Socket::Fd(3), "a");
         expected.format = ImageFormat::Raw;
         expected.read_only = true;
@@ -381,6 +387,7 @@ mod tests {
         expected.num_queues = 2;
         expected.serial = "s1".to_string();
         expected.cache.memory_dir = MemoryDir::Path("/run/m".into());
+        expected.sandbox = Sandbox::Off;
         assert_eq!(run(line).unwrap(), Action::Serve(Config { devices: vec![expected] }));
     }
 
@@ -427,6 +434,7 @@ mod tests {
             "--num-queues 1",
             "--serial s",
             "--memory-dir d",
+            "--sandbox on",
         ] {
             let text = failure(&format!("--config c.toml {option}"));
             assert!(text.contains("cannot be used with") && text.contains("--config"), "{text}");

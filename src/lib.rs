@@ -17,8 +17,10 @@
 //!
 //! - [`arena`]: the memory of the frames, with the ledger by which a cache survives the daemon.
 //! - `shared_memory`: stores to memory that outlives the process, so that tests can stop the daemon between any two.
+//! - [`broker`]: what a confined thread asks of one that may look at the host.
 //! - [`waker`]: wakes a worker from another thread.
 //! - [`counters`]: what a device has done, for other processes to read.
+//! - [`sandbox`]: what each thread gives up when it starts.
 //! - `sys`: system calls that std does not wrap.
 //!
 //! Around it, in the order in which a daemon starts:
@@ -35,6 +37,7 @@
 //! simulated world; `fault_injection` lets it interfere.
 
 pub mod arena;
+pub mod broker;
 pub mod cache;
 pub mod cached_image;
 pub mod check;
@@ -52,6 +55,7 @@ pub mod logging;
 #[allow(dead_code, reason = "shared with the tests under tests/, which use more of it")]
 mod prng;
 pub mod recover;
+pub mod sandbox;
 pub mod service;
 pub(crate) mod shared_memory;
 #[cfg(test)]

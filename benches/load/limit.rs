@@ -11,6 +11,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use genblk::arena::{Arena, Populator};
+use genblk::broker::Broker;
 use genblk::counters::worker::Counters;
 use genblk::device::control::Workers;
 use genblk::device::ring::Ring;
@@ -70,7 +71,8 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     kicks.ctl(ControlOperation::Add, waker.as_raw_fd(), EpollEvent::new(EventSet::IN, u64::MAX))?;
     let worker = Copier { commands, waker, kicks, rings: BTreeMap::new(), disk: device.disk.clone(), buffer };
     std::thread::spawn(move || worker.run());
-    let serve = |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener);
+    let broker = Broker::start("limit").expect("a thread can be started");
+    let serve = |listener| Server::new(device, Arc::new(Workers::new(vec![control])), QUEUE_SIZE, listener, broker);
     let (listener, _bound) = bind("limit", socket, SocketAccess::OWNER).map_err(io::Error::other)?;
     serve(listener).map_err(io::Error::other)?.serve();
     Ok(())

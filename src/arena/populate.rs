@@ -14,6 +14,7 @@ use log::debug;
 
 use super::Arena;
 use super::mapping::{HUGE_PAGE_BYTES, Mapping};
+use crate::sandbox::{self, ThreadKind};
 use crate::sys::process::set_lowest_thread_priority;
 use crate::units::counted;
 
@@ -61,6 +62,7 @@ impl Drop for Populator {
 /// As [`Mapping::populate`].
 fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
     set_lowest_thread_priority();
+    sandbox::confine(ThreadKind::Memory);
     let memory = &arena.memory;
     let mut huge_pages = 0;
     let mut has_room = true;

@@ -8,7 +8,8 @@ use std::path::Path;
 use super::problem::nearest;
 use super::size::{format_size, parse_size, size_suggestion};
 use super::{
-    Allocate, CacheMode, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, OnError, Policy, Socket, Survive,
+    Allocate, CacheMode, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, OnError, Policy, Sandbox, Socket,
+    Survive,
 };
 use crate::units::PAGE_BYTES;
 
@@ -199,6 +200,11 @@ pub(crate) const KEYS: &[Key] = &[
         name: "discard",
         default: Is(Text("unmap")),
         kind: ValueKind::Choice { words: Discard::WORDS, set: |device, i| device.discard = Discard::ALL[i] },
+    },
+    Key {
+        name: "sandbox",
+        default: Is(Text("on")),
+        kind: ValueKind::Choice { words: Sandbox::WORDS, set: |device, i| device.sandbox = Sandbox::ALL[i] },
     },
     // Below 4M one large request could pin every page. A frame number is a u32, so 16T would be the limit.
     Key {

@@ -88,6 +88,8 @@ pub struct DeviceConfig {
     pub direct: bool,
     /// What DISCARD, and WRITE ZEROES that may unmap, do with the image's space.
     pub discard: Discard,
+    /// Whether the threads that serve the device are confined.
+    pub sandbox: Sandbox,
     /// The device's page cache.
     pub cache: CacheConfig,
 }
@@ -118,6 +120,7 @@ impl DeviceConfig {
             engine: Engine::Auto,
             direct: false,
             discard: Discard::Unmap,
+            sandbox: Sandbox::On,
             cache: CacheConfig {
                 size_bytes: 0,
                 mode: CacheMode::None,
@@ -258,6 +261,16 @@ words! {
         Unmap = "unmap",
         /// It stays.
         Ignore = "ignore",
+    }
+}
+
+words! {
+    /// Whether the threads that serve a device are confined.
+    Sandbox {
+        /// They are.
+        On = "on",
+        /// They are not, for debugging.
+        Off = "off",
     }
 }
 

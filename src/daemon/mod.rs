@@ -15,8 +15,9 @@ use std::thread;
 
 use log::warn;
 
-use crate::config::Config;
+use crate::config::{Config, Sandbox};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sandbox;
 use crate::service::Context;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::signal::{self, BlockedSignals};
@@ -63,6 +64,14 @@ pub fn run(config: &Config, strictness: Strictness) -> Result<()> {
     // Each ring takes five descriptors, so many rings exceed the usual soft limit of 1024 (which exists for select(2)).
     if let Err(e) = raise_descriptor_limit() {
         warn!("cannot raise the limit of open descriptors: {e}");
+    }
+    match config.devices.iter().find(|device| device.sandbox == Sandbox::Off) {
+        None => sandbox::prepare(None)?,
+        Some(device) => warn!(
+            "{}: sandbox = \"off\": a hole in genblk's memory safety gives a guest all that this process may do; for \
+             debugging only",
+            device.name
+        ),
     }
     let manager = Arc::new(ServiceManager::from_environment()?);
     let context = Arc::new(Context::new(config, &manager));

@@ -38,6 +38,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::cached_image::{CachedImage, WorkerPort};
 use crate::counters::worker::{Activity, WorkerCounters};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sandbox::{self, ThreadKind};
 use crate::units::Tick;
 use crate::virtio::GuestRam;
 use crate::virtio::split::QueuePosition;
@@ -64,7 +65,7 @@ const STORE: u64 = 1001;
 pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Control, JoinHandle<()>)> {
     let (worker, control) = Worker::new(device, image, index)?;
     let name = format!("genblk {}", device.name);
-    let thread = std::thread::Builder::new().name(name).spawn(move || worker.run()).map_err(system)?;
+    let thread = std::thread::Builder::new().name(name).spawn(move || worker.run_confined()).map_err(system)?;
     Ok((control, thread))
 }
 
@@ -132,6 +133,11 @@ impl Worker {
             exiting: false,
         };
         Ok((worker, control))
+    }
+
+    fn run_confined(self) {
+        sandbox::confine(ThreadKind::Worker);
+        self.run();
     }
 
     fn run(mut self) {

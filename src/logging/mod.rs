@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use env_logger::{Builder, Target};
 use log::{LevelFilter, Record, log, warn};
 
+use crate::sandbox::{self, ThreadKind};
 use crate::sys::signal::block_all_in_this_thread;
 
 use limit::{Kind, Limiter};
@@ -122,7 +123,13 @@ fn is_admitted(record: &Record<'_>, message: &str) -> bool {
 fn write_lines() {
     // This thread starts before the daemon blocks the signals that it waits for, and would not inherit that.
     block_all_in_this_thread();
+    let mut is_confined = false;
     QUEUE.run(|| {
+        // The log starts before the process knows whether it has a sandbox.
+        if !is_confined && sandbox::is_on() {
+            is_confined = true;
+            sandbox::confine(ThreadKind::Log);
+        }
         for (level, summary) in with_limiter(|limiter| limiter.take_due(Instant::now())) {
             log!(target: SUMMARY, level, "{summary}");
         }
@@ -137,9 +144,10 @@ fn write_lines() {
 fn report_panic(info: &PanicHookInfo<'_>) {
     let current = thread::current();
     let name = current.name().unwrap_or("without a name");
-    let backtrace = Backtrace::capture();
-    print(&match backtrace.status() {
-        BacktraceStatus::Captured => format!("thread '{name}' {info}\n{backtrace}"),
-        _ => format!("thread '{name}' {info}"),
-    });
+    print(&format!("thread '{name}' {info}"));
+    // Names of functions are in files, which a confined thread cannot open.
+    let backtrace = if sandbox::is_on() { Backtrace::disabled() } else { Backtrace::capture() };
+    if backtrace.status() == BacktraceStatus::Captured {
+        print(&backtrace.to_string());
+    }
 }

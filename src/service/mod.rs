@@ -18,12 +18,14 @@ use std::time::Duration;
 use log::info;
 
 use crate::arena::Arena;
+use crate::broker::Broker;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, Engine, ImageFormat, Survive};
 use crate::device::control::Workers;
 use crate::device::{self, Command, Control, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
+use crate::sandbox::{self, ThreadKind};
 use crate::store::file::{IoEngine, KnownRaw, OpenOptions};
 use crate::store::{self, Backing};
 use crate::vhost::Server;
@@ -140,13 +142,17 @@ impl Service {
         let workers = Arc::new(Workers::new(starting.controls.clone()));
         let system = |what: &str, e: io::Error| Error::io(ErrorKind::System, format!("{}: {what}", device.name), e);
         let listener = socket.listener.try_clone().map_err(|e| system("cannot duplicate the socket", e))?;
-        let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener)?);
+        let broker = Broker::start(&device.name).map_err(|e| system("cannot start a thread", e))?;
+        let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener, broker)?);
         // Before a front-end can attach, so that the log is in order.
         info!("{description}");
         let serving = Arc::clone(&server);
         let acceptor = thread::Builder::new()
             .name(format!("accept {}", device.name))
-            .spawn(move || serving.serve())
+            .spawn(move || {
+                sandbox::confine(ThreadKind::Control);
+                serving.serve();
+            })
             .map_err(|e| system("cannot start a thread", e))?;
         // From here on an orderly end removes the cache file, unless it hands the cache over.
         image.arena().keep_on_drop(false);

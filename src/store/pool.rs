@@ -10,6 +10,7 @@ use super::image::OpenImage;
 use super::pool_queue::PoolQueue;
 use super::wake::WakeFd;
 use super::{DRAIN_MAX, Event, IoRequest, blocking};
+use crate::sandbox::{self, ThreadKind};
 use crate::units::counted;
 
 /// How many threads a pool has.
@@ -109,6 +110,7 @@ impl PoolShared {
 
     /// Body of a thread: runs operations until the pool closes and the queue is empty.
     fn run(&self) {
+        sandbox::confine(ThreadKind::Store);
         let mut state = self.lock();
         loop {
             if let Some((lane, mut request)) = state.queue.pop() {

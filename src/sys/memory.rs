@@ -1,4 +1,4 @@
-//! Advice to the kernel about mapped memory (madvise(2)).
+//! Advice to the kernel about mapped memory (madvise(2)), and to the allocator.
 
 use std::io;
 use std::ops::Range;
@@ -14,5 +14,18 @@ pub fn exclude_from_dumps(addresses: Range<usize>) -> io::Result<()> {
     match unsafe { libc::madvise(start, addresses.len(), libc::MADV_DONTDUMP) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Sets the number of the allocator's arenas to what it would choose by itself. The GNU C library does so late, on any
+/// thread, and opens a file of sysfs for it.
+pub fn fix_arena_limit() {
+    #[cfg(target_env = "gnu")]
+    {
+        const FOR_EACH_PROCESSOR: usize = 8;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let arenas = libc::c_int::try_from(processors * FOR_EACH_PROCESSOR).unwrap_or(libc::c_int::MAX);
+        // SAFETY: a plain call; the allocator takes the number or ignores it.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
     }
 }

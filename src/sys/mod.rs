@@ -11,10 +11,15 @@ pub mod file_system;
 pub mod memfd;
 pub mod memory;
 pub mod poll;
+pub mod privileges;
 pub mod process;
 pub mod random;
 pub mod signal;
 pub mod socket;
+pub mod syscalls;
+#[cfg(debug_assertions)]
+pub mod trespass;
+pub mod violation;
 pub mod xattr;
 
 use std::io;

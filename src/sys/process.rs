@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 
 /// Largest record of a group that is read, in bytes. A group has one name for each member.
-const GROUP_BYTES_MAX: usize = 1 << 20;
+pub(super) const GROUP_BYTES_MAX: usize = 1 << 20;
 
 /// The process's effective user ID.
 pub fn effective_uid() -> u32 {

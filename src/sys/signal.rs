@@ -42,14 +42,16 @@ impl BlockedSignals {
     }
 }
 
-/// Blocks every signal in the calling thread: another one gets it.
+/// Blocks every signal in the calling thread: another one gets it. Not SIGSYS, which a filter of system calls raises in
+/// the thread itself.
 pub fn block_all_in_this_thread() {
     // SAFETY: all-zero bytes are a valid sigset_t, which sigfillset initialises.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the calls write and read one sigset_t, and `set` is one; with a null pointer the second does not write
-    // the old mask. Neither can fail.
+    // SAFETY: the calls write and read one sigset_t, and `set` is one; with a null pointer the last does not write the
+    // old mask. None can fail.
     unsafe {
         libc::sigfillset(&raw mut set);
+        libc::sigdelset(&raw mut set, libc::SIGSYS);
         libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
     }
 }

@@ -4,14 +4,16 @@
 //!   messages, which `wire.rs` reads and writes;
 //! - `backend.rs` implements `VhostUserBackend`: features, configuration space, memory;
 //! - `vring.rs` implements `VringT`: it starts and stops each virtqueue on its worker;
-//! - `sharing.rs` recognizes a front-end that does not share the guest's memory;
-//! - `inflight.rs` keeps the inflight region, `socketpair.rs` makes the private connection to vhost-user-backend.
+//! - `inflight.rs` keeps the inflight region.
 //!
 //! vhost-user-backend runs the control plane only. It gets no worker threads (`queues_per_thread` is empty) and a vring
 //! type of ours, so every message ends in one of our hooks and our workers run the vrings. Its own worker threads have
 //! four faults, seen with version 0.24: an error ends a thread silently while the control plane goes on replying; a
 //! vring whose kick descriptor is replaced loses kicks; each connection leaks a descriptor; and the threads end with
 //! the connection, so nothing would write back between two front-ends.
+//!
+//! The threads of this module are confined. What they want to know of a front-end's process, and the private connection
+//! to vhost-user-backend, they ask of the broker ([`crate::broker`]).
 //!
 //! The relay adds what vhost-user-backend lacks: the inflight region, and memory tables in any order.
 
@@ -20,8 +22,6 @@ mod inflight;
 mod listener;
 mod relay;
 mod server;
-mod sharing;
-mod socketpair;
 mod vring;
 mod wire;
 

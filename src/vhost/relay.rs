@@ -23,10 +23,15 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_SIZE_MAX;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::PROTOCOL_FEATURES;
-use super::sharing;
 use super::vring::{Session, VringControl};
 use super::wire::Message;
 use crate::sys::poll::wait_any_readable;
+
+/// What an operator has to change if a front-end does not share the guest's memory: the commonest mistake in a VMM's
+/// configuration, with which a guest's disk would hang without a word.
+const ADVICE: &str = "the front-end shares no memory: add share=on to its memory backend (QEMU: -object \
+     memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram; libvirt: <memoryBacking><source \
+     type='memfd'/><access mode='shared'/></memoryBacking>)";
 
 const GET_FEATURES: u32 = FrontendReq::GET_FEATURES as u32;
 const SET_FEATURES: u32 = FrontendReq::SET_FEATURES as u32;
@@ -214,7 +219,7 @@ impl<'a> Relay<'a> {
             if [guest_address, address, offset].iter().any(|start| start.checked_add(size).is_none()) {
                 return Err(invalid(format!("a memory region of {size:#x} bytes at {guest_address:#x} wraps")));
             }
-            if sharing::is_private(self.session.peer_pid, address, file) {
+            if self.session.broker.is_private(self.session.peer_pid, address, file) {
                 return Err(not_shared());
             }
         }
@@ -269,7 +274,7 @@ fn invalid(why: String) -> io::Error {
 }
 
 fn not_shared() -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, sharing::ADVICE)
+    io::Error::new(io::ErrorKind::Unsupported, ADVICE)
 }
 
 /// Changes the feature bits in a message's payload.

@@ -18,13 +18,13 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::Memory;
 use super::backend::Backend;
 use super::relay::{Ended, NewOwner, Relay};
-use super::socketpair;
 use super::vring::{Session, with_vring_factory};
+use crate::broker::Broker;
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::poll::{wait_any_readable, wait_readable};
-use crate::sys::process::{Limit, describe_limit, name_of};
+use crate::sys::process::{Limit, describe_limit};
 use crate::sys::socket::{Peer, peer, stop_listening};
 use crate::virtio::GuestRam;
 
@@ -35,6 +35,7 @@ pub struct Server {
     workers: Arc<Workers>,
     queue_size: u16,
     listener: UnixListener,
+    broker: Arc<Broker>,
     stopped: AtomicBool,
     /// How the last front-end failed, if it did.
     last_failure: Mutex<Option<Failure>>,
@@ -49,7 +50,13 @@ impl Server {
     ///
     /// # Errors
     /// [`ErrorKind::System`] if eventfd(2) or fcntl(2) fails.
-    pub fn new(device: Arc<Device>, workers: Arc<Workers>, queue_size: u16, listener: UnixListener) -> Result<Self> {
+    pub fn new(
+        device: Arc<Device>,
+        workers: Arc<Workers>,
+        queue_size: u16,
+        listener: UnixListener,
+        broker: Broker,
+    ) -> Result<Self> {
         let system = |e| Error::io(ErrorKind::System, "cannot prepare the socket", e);
         let stop = EventFd::new(EFD_CLOEXEC).map_err(system)?;
         // Another process may share the listener and accept the connection first.
@@ -59,6 +66,7 @@ impl Server {
             workers,
             queue_size,
             listener,
+            broker: Arc::new(broker),
             stopped: AtomicBool::new(false),
             last_failure: Mutex::default(),
             connection: Mutex::default(),
@@ -107,7 +115,17 @@ impl Server {
     pub fn busy_with(&self) -> Option<String> {
         let connection = self.connection();
         let holder = peer(connection.as_ref()?).ok()?;
-        wait_readable(self.listener.as_raw_fd(), Duration::ZERO).then(|| describe(holder))
+        wait_readable(self.listener.as_raw_fd(), Duration::ZERO).then(|| self.describe(holder))
+    }
+
+    /// The process and the user that a connection comes from, for the log.
+    fn describe(&self, peer: Peer) -> String {
+        let user = format!("uid {}", peer.uid);
+        match self.broker.name_of(peer.pid) {
+            Some(name) => format!("pid {} ({name}), {user}", peer.pid),
+            None if peer.pid == 0 => format!("process of another PID namespace, {user}"),
+            None => format!("pid {}, {user}", peer.pid),
+        }
     }
 
     fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {
@@ -127,7 +145,7 @@ impl Server {
             Err(e) => return Err(e),
         };
         let peer = peer(&front_end).unwrap_or(Peer { pid: 0, uid: u32::MAX });
-        let mut greeting = Some(format!("front-end connected: {}", describe(peer)));
+        let mut greeting = Some(format!("front-end connected: {}", self.describe(peer)));
         if self.failure_of(peer).is_none()
             && let Some(greeting) = greeting.take()
         {
@@ -136,7 +154,7 @@ impl Server {
         *self.connection() = Some(front_end.try_clone()?);
         let mut owner = None;
         let (ended, failed_before) = loop {
-            let session = Session::new(&self.device, &self.workers, peer.pid, greeting.take());
+            let session = Session::new(&self.device, &self.workers, &self.broker, peer.pid, greeting.take());
             let ended = self.session(&session, &front_end, owner.take());
             let failed_before = session.has_greeting();
             self.workers.set_memory(&Arc::new(GuestRam::default()));
@@ -167,7 +185,7 @@ impl Server {
     /// Runs a session: a `VhostUserDaemon` and the relay to it. When it returns, no ring runs. `owner`: the front-end
     /// has started a new session with this.
     fn session(&self, session: &Arc<Session>, front_end: &UnixStream, owner: Option<NewOwner>) -> io::Result<Ended> {
-        let (listener, backend_end) = socketpair::private_listener()?;
+        let (listener, backend_end) = self.broker.connection()?;
         let backend = Backend::new(session, self.queue_size);
         let name = format!("vhost {}", self.device.name);
         let memory = Memory::new(GuestMemoryMmap::new());
@@ -218,16 +236,6 @@ impl Server {
 struct Failure {
     peer: Peer,
     text: String,
-}
-
-/// The process and the user that a connection comes from, for the log.
-fn describe(peer: Peer) -> String {
-    let user = format!("uid {}", peer.uid);
-    match name_of(peer.pid) {
-        Some(name) => format!("pid {} ({name}), {user}", peer.pid),
-        None if peer.pid == 0 => format!("process of another PID namespace, {user}"),
-        None => format!("pid {}, {user}", peer.pid),
-    }
 }
 
 /// Whether a socket's error only says that the other end has closed or died.

@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
@@ -19,6 +18,7 @@ use vm_memory::GuestAddressSpace;
 
 use super::Memory;
 use super::inflight::Inflight;
+use crate::broker::Broker;
 use crate::device::control::Workers;
 use crate::device::inflight::InflightTracker;
 use crate::device::{Command, Device, RingSetup};
@@ -40,6 +40,8 @@ struct VringFactory {
 pub(super) struct Session {
     pub device: Arc<Device>,
     pub workers: Arc<Workers>,
+    /// Knows the front-end's process.
+    pub broker: Arc<Broker>,
     pub inflight: Inflight,
     /// The process ID of the front-end; 0 if it cannot be seen.
     pub peer_pid: u32,
@@ -55,11 +57,18 @@ pub(super) struct Session {
 impl Session {
     /// The session of a front-end that has just connected or starts a new session. `greeting` is logged once a vring
     /// starts.
-    pub fn new(device: &Arc<Device>, workers: &Arc<Workers>, peer_pid: u32, greeting: Option<String>) -> Arc<Self> {
-        let (device, workers) = (Arc::clone(device), Arc::clone(workers));
+    pub fn new(
+        device: &Arc<Device>,
+        workers: &Arc<Workers>,
+        broker: &Arc<Broker>,
+        peer_pid: u32,
+        greeting: Option<String>,
+    ) -> Arc<Self> {
+        let (device, workers, broker) = (Arc::clone(device), Arc::clone(workers), Arc::clone(broker));
         Arc::new(Self {
             device,
             workers,
+            broker,
             inflight: Inflight::default(),
             peer_pid,
             greeting: Mutex::new(greeting),
@@ -239,12 +248,11 @@ impl VringControl {
 }
 
 /// Kick and call descriptors must be eventfds: a write to a full pipe would block a worker.
-fn eventfd_or_none(device: &str, file: Option<File>) -> Option<File> {
+fn eventfd_or_none(session: &Session, file: Option<File>) -> Option<File> {
     let file = file?;
-    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let is_eventfd = std::fs::read_link(link).is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]");
+    let is_eventfd = session.broker.is_eventfd(&file);
     if !is_eventfd {
-        error!("{device}: ignored a kick or call descriptor that is not an eventfd");
+        error!("{}: ignored a kick or call descriptor that is not an eventfd", session.device.name);
     }
     is_eventfd.then_some(file)
 }
@@ -292,7 +300,7 @@ impl VringT<Memory> for VringControl {
     }
 
     fn set_kick(&self, file: Option<File>) {
-        let file = eventfd_or_none(&self.shared.session.device.name, file);
+        let file = eventfd_or_none(&self.shared.session, file);
         // vhost-user-backend marks a vring ready when it has a kick descriptor.
         let copy = self.duplicate(file.as_ref());
         self.change_stopped(|config| config.kick = file);
@@ -300,7 +308,7 @@ impl VringT<Memory> for VringControl {
     }
 
     fn set_call(&self, file: Option<File>) {
-        let file = eventfd_or_none(&self.shared.session.device.name, file);
+        let file = eventfd_or_none(&self.shared.session, file);
         let mut config = self.config();
         if config.running {
             let index = self.shared.index;

@@ -1,13 +1,7 @@
-//! Whether a front-end shares the guest's memory, and what to do if it does not: the commonest mistake in a VMM's
-//! configuration, with which a guest's disk would hang without a word.
+//! How a process has mapped a file, by its memory map (proc_pid_maps(5)).
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-
-/// What an operator has to change.
-pub(super) const ADVICE: &str = "the front-end shares no memory: add share=on to its memory backend (QEMU: -object \
-     memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram; libvirt: <memoryBacking><source \
-     type='memfd'/><access mode='shared'/></memoryBacking>)";
 
 /// Whether process `pid` has mapped `file` privately at `address`: what it writes there stays with it, and what this
 /// process sees in the file is not the guest's memory.

@@ -14,7 +14,7 @@ use crate::sys::socket::{connect_without_waiting, set_backlog};
 ///
 /// # Errors
 /// The error of a system call; [`io::ErrorKind::WouldBlock`] if another process connected first.
-pub(super) fn private_listener() -> io::Result<(UnixListener, UnixStream)> {
+pub(super) fn listener_and_stream() -> io::Result<(UnixListener, UnixStream)> {
     let name = unguessable_name()?;
     let name = name.as_bytes();
     let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?)?;
@@ -34,7 +34,7 @@ mod tests {
 
     #[test]
     fn a_second_connection_is_refused() {
-        let (listener, ours) = private_listener().unwrap();
+        let (listener, ours) = listener_and_stream().unwrap();
         let address = listener.local_addr().unwrap();
         let name = address.as_abstract_name().unwrap();
         assert_eq!(connect_without_waiting(name).unwrap_err().kind(), io::ErrorKind::WouldBlock);

@@ -1,0 +1,260 @@
+//! What the control plane asks of a thread that may look at the host: who a front-end is, whether it shares the guest's
+//! memory, and a connection of the process to itself. The thread that talks to front-ends is confined (`sandbox`): it
+//! can neither open a file nor connect.
+//!
+//! The broker answers over a pair of sockets. It runs in another process, or, in a daemon without disk processes, on a
+//! thread of the same one. Each question and each answer is one message of fixed size, and the broker trusts no
+//! question: whatever it is asked, it opens files of /proc only, and returns a name, a yes or no, or new sockets.
+
+mod memory_map;
+mod self_connection;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use log::{debug, warn};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::sys::process::name_of;
+use crate::sys::socket::receive_with_files;
+
+/// How long a question waits for its answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Most descriptors with a message: the two ends of a connection.
+const FILES_MAX: usize = 2;
+/// Longest name of a process in bytes (TASK_COMM_LEN).
+const NAME_BYTES_MAX: usize = 16;
+
+/// A question: its kind, three bytes of padding, a process ID, and an address.
+const QUESTION_BYTES: usize = 16;
+/// An answer: its kind, the length of a name, and the name.
+const ANSWER_BYTES: usize = 2 + NAME_BYTES_MAX;
+
+/// Kinds of questions.
+const NAME_OF: u8 = 1;
+const IS_PRIVATE: u8 = 2;
+const CONNECTION: u8 = 3;
+const IS_EVENTFD: u8 = 4;
+
+/// Kinds of answers.
+const NO: u8 = 0;
+const YES: u8 = 1;
+
+/// The end that asks.
+#[derive(Debug)]
+pub struct Broker {
+    /// `None` once it has failed.
+    socket: Mutex<Option<UnixStream>>,
+}
+
+impl Broker {
+    /// A broker on a thread of this process, `broker NAME`.
+    ///
+    /// # Errors
+    /// Those of socketpair(2) and pthread_create(3).
+    pub fn start(name: &str) -> io::Result<Self> {
+        spawn(name).map(Self::new)
+    }
+
+    /// The broker at the other end of this socket; see [`spawn`].
+    pub fn new(socket: OwnedFd) -> Self {
+        let socket = UnixStream::from(socket);
+        // Without a timeout a question would wait for as long as the broker is stopped.
+        if let Err(e) = socket.set_read_timeout(Some(PATIENCE)).and_then(|()| socket.set_write_timeout(Some(PATIENCE)))
+        {
+            debug!("cannot bound the wait for answers about front-ends: {e}");
+        }
+        Self { socket: Mutex::new(Some(socket)) }
+    }
+
+    /// The name of a process; `None` if there is no such process, or if it cannot be found out.
+    pub fn name_of(&self, pid: u32) -> Option<String> {
+        let answer = self.ask(&question(NAME_OF, pid, 0), None).ok()?;
+        let name = answer.bytes.get(2..2 + usize::from(answer.bytes[1]))?;
+        answer.is_yes().then(|| String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Whether process `pid` has mapped `file` privately at `address`: what it writes there stays with it, and what
+    /// this process sees in the file is not the guest's memory.
+    ///
+    /// => False if that cannot be found out: the process is in another PID namespace or belongs to another user, or the
+    ///    front-end has no mapping at the address it gave.
+    pub fn is_private(&self, pid: u32, address: u64, file: &File) -> bool {
+        self.ask(&question(IS_PRIVATE, pid, address), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
+    }
+
+    /// Whether a descriptor is that of an eventfd.
+    pub fn is_eventfd(&self, file: &impl AsRawFd) -> bool {
+        self.ask(&question(IS_EVENTFD, 0, 0), Some(file.as_raw_fd())).is_ok_and(|answer| answer.is_yes())
+    }
+
+    /// A listener with one connection in its backlog, and the other end of that connection.
+    ///
+    /// # Errors
+    /// That of the system call that failed here; [`io::ErrorKind::Other`] if one failed at the broker.
+    pub fn connection(&self) -> io::Result<(UnixListener, UnixStream)> {
+        let answer = self.ask(&question(CONNECTION, 0, 0), None)?;
+        match <[File; 2]>::try_from(answer.files) {
+            Ok([listener, stream]) => Ok((OwnedFd::from(listener).into(), OwnedFd::from(stream).into())),
+            Err(_) => Err(io::Error::other("the broker has made no connection")),
+        }
+    }
+
+    fn ask(&self, question: &[u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let stream = socket.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        let answer = ask(stream, question, file);
+        if let Err(e) = &answer {
+            // A late answer would be taken for that of the next question.
+            warn!("no answers about front-ends any more: {e}");
+            *socket = None;
+        }
+        answer
+    }
+}
+
+fn ask(socket: &UnixStream, question: &[u8; QUESTION_BYTES], file: Option<RawFd>) -> io::Result<Answer> {
+    send(socket, question, file.as_slice())?;
+    let mut bytes = [0; ANSWER_BYTES];
+    let (received, files) = receive_with_files::<FILES_MAX>(socket, &mut bytes)?;
+    if received == ANSWER_BYTES { Ok(Answer { bytes, files }) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+fn send(socket: &UnixStream, message: &[u8], files: &[RawFd]) -> io::Result<()> {
+    match socket.send_with_fds(&[message], files) {
+        Ok(sent) if sent == message.len() => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+        Err(e) => Err(io::Error::from_raw_os_error(e.errno())),
+    }
+}
+
+fn question(kind: u8, pid: u32, address: u64) -> [u8; QUESTION_BYTES] {
+    let mut bytes = [0; QUESTION_BYTES];
+    bytes[0] = kind;
+    bytes[4..8].copy_from_slice(&pid.to_ne_bytes());
+    bytes[8..].copy_from_slice(&address.to_ne_bytes());
+    bytes
+}
+
+#[derive(Debug)]
+struct Answer {
+    bytes: [u8; ANSWER_BYTES],
+    files: Vec<File>,
+}
+
+impl Answer {
+    fn is_yes(&self) -> bool {
+        self.bytes[0] == YES
+    }
+
+    fn of(is_yes: bool) -> Self {
+        let mut bytes = [0; ANSWER_BYTES];
+        bytes[0] = if is_yes { YES } else { NO };
+        Self { bytes, files: Vec::new() }
+    }
+
+    fn of_name(name: Option<String>) -> Self {
+        let Some(name) = name else { return Self::of(false) };
+        let mut answer = Self::of(true);
+        let (room, len) = (&mut answer.bytes[2..], name.len().min(NAME_BYTES_MAX));
+        room[..len].copy_from_slice(&name.as_bytes()[..len]);
+        answer.bytes[1] = u8::try_from(len).expect("at most NAME_BYTES_MAX");
+        answer
+    }
+}
+
+/// Starts a thread, `broker NAME`, that answers questions until the other end is closed; returns that end.
+///
+/// # Errors
+/// Those of socketpair(2) and pthread_create(3).
+pub fn spawn(name: &str) -> io::Result<OwnedFd> {
+    let (ours, theirs) = UnixStream::pair()?;
+    thread::Builder::new().name(format!("broker {name}")).spawn(move || while answer_next(&ours).is_ok() {})?;
+    Ok(theirs.into())
+}
+
+/// Answers one question.
+fn answer_next(socket: &UnixStream) -> io::Result<()> {
+    let mut question = [0; QUESTION_BYTES];
+    let (received, files) = receive_with_files::<FILES_MAX>(socket, &mut question)?;
+    if received != QUESTION_BYTES {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let pid = u32::from_ne_bytes(question[4..8].try_into().expect("four bytes"));
+    let address = u64::from_ne_bytes(question[8..].try_into().expect("eight bytes"));
+    let answer = match (question[0], files.first()) {
+        (NAME_OF, _) => Answer::of_name(name_of(pid)),
+        (IS_PRIVATE, Some(file)) => Answer::of(memory_map::is_private(pid, address, file)),
+        (IS_EVENTFD, Some(file)) => Answer::of(is_eventfd(file)),
+        (CONNECTION, _) => match self_connection::listener_and_stream() {
+            Ok((listener, stream)) => {
+                let files = [OwnedFd::from(listener), OwnedFd::from(stream)].map(File::from);
+                Answer { files: files.into(), ..Answer::of(true) }
+            }
+            Err(e) => {
+                warn!("cannot make a connection: {e}");
+                Answer::of(false)
+            }
+        },
+        _ => Answer::of(false),
+    };
+    let files: Vec<RawFd> = answer.files.iter().map(AsRawFd::as_raw_fd).collect();
+    send(socket, &answer.bytes, &files)
+}
+
+fn is_eventfd(file: &File) -> bool {
+    let link = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    link.is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::sys::memfd;
+
+    #[test]
+    fn a_broker_answers_what_a_confined_thread_cannot_find_out() {
+        let broker = Broker::start("test").unwrap();
+        let own = std::process::id();
+        assert_eq!(broker.name_of(own), name_of(own));
+        assert_eq!(broker.name_of(0), None);
+        let file = memfd::create(c"test").unwrap();
+        assert!(!broker.is_private(own, 4096, &file), "nothing is mapped there");
+        assert!(broker.is_eventfd(&EventFd::new(0).unwrap()) && !broker.is_eventfd(&file));
+        for _ in 0..3 {
+            let (listener, mut ours) = broker.connection().unwrap();
+            let mut accepted = listener.accept().unwrap().0;
+            ours.write_all(b"x").unwrap();
+            let mut byte = [0];
+            accepted.read_exact(&mut byte).unwrap();
+            assert_eq!(&byte, b"x");
+        }
+    }
+
+    #[test]
+    fn questions_of_no_known_kind_or_without_their_file_are_denied() {
+        let socket = UnixStream::from(spawn("test").unwrap());
+        for (kind, file) in [(IS_PRIVATE, None), (77, Some(socket.as_raw_fd()))] {
+            let answer = ask(&socket, &question(kind, 1, 2), file).unwrap();
+            assert!(!answer.is_yes() && answer.files.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_broker_that_has_ended_leaves_its_clients_without_answers() {
+        let (client, server) = UnixStream::pair().unwrap();
+        drop(server);
+        let broker = Broker::new(client.into());
+        assert_eq!(broker.name_of(std::process::id()), None);
+        assert_eq!(broker.connection().unwrap_err().kind(), io::ErrorKind::NotConnected);
+    }
+}

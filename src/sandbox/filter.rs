@@ -1,0 +1,338 @@
+//! The system calls that each kind of thread may make: groups of calls by purpose, and for each kind its groups.
+//!
+//! A call is allowed whatever its arguments, or only if one argument has one of a few values. What a thread makes often
+//! (futex, read, write, epoll, io_uring_enter) has no condition: the kernel then knows from the number alone that it is
+//! allowed, and does not run the filter (Linux 5.11).
+//!
+//! => The lists hold for glibc and musl. A call that a C library makes instead of another (epoll_pwait for epoll_wait,
+//!    ppoll for poll) is in the same group.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+use super::ThreadKind;
+
+/// A system call that is allowed.
+#[derive(Clone, Copy, Debug)]
+enum Call {
+    /// Whatever its arguments are.
+    Any(libc::c_long),
+    /// If the bits `mask` of argument `argument` are one of `values`.
+    If { number: libc::c_long, argument: u8, mask: u64, values: &'static [u64] },
+}
+
+use Call::{Any, If};
+
+/// A call that is allowed if argument `argument`, an int, is one of `values`.
+const fn one_of(number: libc::c_long, argument: u8, values: &'static [u64]) -> Call {
+    If { number, argument, mask: 0xffff_ffff, values }
+}
+
+/// A constant of the C library as an argument's value.
+const fn value(constant: libc::c_int) -> u64 {
+    assert!(constant >= 0);
+    constant.cast_unsigned() as u64
+}
+
+const PROT_EXEC: u64 = value(libc::PROT_EXEC);
+/// PR_SET_VMA: glibc names the stacks of threads.
+const NAME_MEMORY: u64 = 0x5356_4d41;
+/// MADV_GUARD_INSTALL and MADV_GUARD_REMOVE: glibc guards the stacks of threads.
+const GUARDS: [u64; 2] = [102, 103];
+const EMPTY_PATH: u64 = value(libc::AT_EMPTY_PATH);
+/// What a new thread shares with its process. A process or a namespace of its own differs in one of [`CLONE_MASK`].
+const CLONE_THREAD: u64 = value(libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_SIGHAND | libc::CLONE_THREAD);
+const CLONE_MASK: u64 = CLONE_THREAD | NAMESPACES;
+const NAMESPACES: u64 = value(
+    libc::CLONE_NEWNS
+        | libc::CLONE_NEWCGROUP
+        | libc::CLONE_NEWUTS
+        | libc::CLONE_NEWIPC
+        | libc::CLONE_NEWUSER
+        | libc::CLONE_NEWPID
+        | libc::CLONE_NEWNET,
+);
+/// BLKDISCARD of <linux/fs.h>.
+const BLKDISCARD: u64 = 0x1277;
+/// FIONBIO, whose type differs between C libraries.
+const FIONBIO: u64 = 0x5421;
+/// The requests of `store/restricted_ring.rs`.
+const RING_REQUESTS: [u64; 4] = [1, 3, 15, 16];
+
+/// Memory of the process, which is never made executable.
+const MEMORY: &[Call] = &[
+    If { number: libc::SYS_mmap, argument: 2, mask: PROT_EXEC, values: &[0] },
+    If { number: libc::SYS_mprotect, argument: 2, mask: PROT_EXEC, values: &[0] },
+    Any(libc::SYS_munmap),
+    Any(libc::SYS_mremap),
+    Any(libc::SYS_brk),
+    one_of(
+        libc::SYS_madvise,
+        2,
+        &[
+            value(libc::MADV_DONTNEED),
+            value(libc::MADV_FREE),
+            value(libc::MADV_HUGEPAGE),
+            value(libc::MADV_NOHUGEPAGE),
+            value(libc::MADV_DONTDUMP),
+            value(libc::MADV_POPULATE_WRITE),
+            value(libc::MADV_COLLAPSE),
+            GUARDS[0],
+            GUARDS[1],
+        ],
+    ),
+];
+
+/// Locks, time, random numbers, and what a thread asks about itself.
+const RUNTIME: &[Call] = &[
+    Any(libc::SYS_futex),
+    Any(libc::SYS_sched_yield),
+    Any(libc::SYS_sched_getaffinity),
+    Any(libc::SYS_clock_gettime),
+    Any(libc::SYS_clock_getres),
+    Any(libc::SYS_clock_nanosleep),
+    Any(libc::SYS_nanosleep),
+    Any(libc::SYS_gettimeofday),
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_time),
+    Any(libc::SYS_getcpu),
+    Any(libc::SYS_getrandom),
+    Any(libc::SYS_getpid),
+    Any(libc::SYS_gettid),
+    Any(libc::SYS_restart_syscall),
+    // A limit of the process is asked for, and not set.
+    If { number: libc::SYS_prlimit64, argument: 2, mask: u64::MAX, values: &[0] },
+    one_of(libc::SYS_prctl, 0, &[value(libc::PR_SET_NAME), value(libc::PR_GET_NAME), NAME_MEMORY]),
+];
+
+/// The end of a thread or of the process, abort(3) included, and the handlers of signals. Nothing can replace the
+/// handler of SIGSYS.
+const END: &[Call] = &[
+    Any(libc::SYS_exit),
+    Any(libc::SYS_exit_group),
+    Any(libc::SYS_rt_sigreturn),
+    Any(libc::SYS_rt_sigprocmask),
+    Any(libc::SYS_rt_sigtimedwait),
+    Any(libc::SYS_sigaltstack),
+    one_of(libc::SYS_rt_sigaction, 0, &[value(libc::SIGABRT), value(libc::SIGBUS), value(libc::SIGSEGV)]),
+    one_of(libc::SYS_tgkill, 2, &[value(libc::SIGABRT), value(libc::SIGSYS)]),
+    one_of(libc::SYS_tkill, 1, &[value(libc::SIGABRT), value(libc::SIGSYS)]),
+];
+
+/// Descriptors that are open: bytes, waits, duplicates, flags, locks.
+const DESCRIPTORS: &[Call] = &[
+    Any(libc::SYS_read),
+    Any(libc::SYS_readv),
+    Any(libc::SYS_write),
+    Any(libc::SYS_writev),
+    Any(libc::SYS_close),
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_poll),
+    Any(libc::SYS_ppoll),
+    one_of(
+        libc::SYS_fcntl,
+        1,
+        &[
+            value(libc::F_GETFD),
+            value(libc::F_SETFD),
+            value(libc::F_GETFL),
+            value(libc::F_SETFL),
+            value(libc::F_DUPFD_CLOEXEC),
+            value(libc::F_ADD_SEALS),
+            value(libc::F_GET_SEALS),
+            value(libc::F_OFD_GETLK),
+            value(libc::F_OFD_SETLK),
+        ],
+    ),
+    Any(libc::SYS_fstat),
+    Any(libc::SYS_fstatfs),
+    // An open file: with an empty path.
+    If { number: libc::SYS_newfstatat, argument: 3, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
+    If { number: libc::SYS_statx, argument: 2, mask: EMPTY_PATH, values: &[EMPTY_PATH] },
+];
+
+/// Waiting in epoll, and wakers.
+const EVENTS: &[Call] = &[
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_epoll_wait),
+    Any(libc::SYS_epoll_pwait),
+    Any(libc::SYS_epoll_pwait2),
+    Any(libc::SYS_epoll_ctl),
+    Any(libc::SYS_epoll_create1),
+    Any(libc::SYS_eventfd2),
+];
+
+/// A ring that is set up, and whose restrictions say what it does.
+const RING: &[Call] = &[Any(libc::SYS_io_uring_enter), one_of(libc::SYS_io_uring_register, 1, &RING_REQUESTS)];
+
+/// The thread's own priority.
+const PRIORITY: &[Call] = &[If { number: libc::SYS_setpriority, argument: 1, mask: 0xffff_ffff, values: &[0] }];
+
+/// I/O on an image without a ring.
+const IMAGE: &[Call] = &[
+    Any(libc::SYS_pread64),
+    Any(libc::SYS_pwrite64),
+    Any(libc::SYS_preadv),
+    Any(libc::SYS_pwritev),
+    Any(libc::SYS_preadv2),
+    Any(libc::SYS_pwritev2),
+    Any(libc::SYS_lseek),
+    Any(libc::SYS_fallocate),
+    Any(libc::SYS_fdatasync),
+    Any(libc::SYS_fsync),
+    one_of(libc::SYS_ioctl, 1, &[BLKDISCARD]),
+];
+
+/// The records at an image.
+const RECORDS: &[Call] = &[Any(libc::SYS_fsetxattr), Any(libc::SYS_fgetxattr)];
+
+/// Messages over Unix sockets.
+const MESSAGES: &[Call] = &[
+    Any(libc::SYS_recvmsg),
+    Any(libc::SYS_sendmsg),
+    Any(libc::SYS_recvfrom),
+    Any(libc::SYS_sendto),
+    Any(libc::SYS_accept4),
+    Any(libc::SYS_accept),
+    Any(libc::SYS_shutdown),
+    Any(libc::SYS_getsockopt),
+    Any(libc::SYS_setsockopt),
+    Any(libc::SYS_getsockname),
+    Any(libc::SYS_getpeername),
+    one_of(libc::SYS_ioctl, 1, &[FIONBIO]),
+];
+
+/// Memory that is shared with a front-end.
+const SHARED_MEMORY: &[Call] = &[Any(libc::SYS_memfd_create), Any(libc::SYS_ftruncate)];
+
+/// A new thread of the process; see [`without_clone3`].
+const THREADS: &[Call] = &[
+    If { number: libc::SYS_clone, argument: 0, mask: CLONE_MASK, values: &[CLONE_THREAD] },
+    Any(libc::SYS_clone3),
+    Any(libc::SYS_set_robust_list),
+    Any(libc::SYS_rseq),
+];
+
+/// What every thread may do.
+const EVERY_THREAD: [&[Call]; 4] = [MEMORY, RUNTIME, END, DESCRIPTORS];
+
+/// The groups of a kind, besides [`EVERY_THREAD`].
+fn groups(kind: ThreadKind) -> &'static [&'static [Call]] {
+    match kind {
+        ThreadKind::Log => &[],
+        ThreadKind::Memory => &[PRIORITY],
+        ThreadKind::Store => &[IMAGE],
+        ThreadKind::Worker => &[EVENTS, RING, RECORDS, IMAGE],
+        ThreadKind::Control => &[EVENTS, MESSAGES, SHARED_MEMORY, THREADS],
+        ThreadKind::Main => &[EVENTS, RING, RECORDS, IMAGE, MESSAGES, SHARED_MEMORY, THREADS],
+    }
+}
+
+/// The filter of a kind of thread: other calls raise SIGSYS.
+///
+/// # Errors
+/// The text of seccompiler's error.
+pub(super) fn program(kind: ThreadKind) -> Result<BpfProgram, String> {
+    let mut rules: BTreeMap<i64, Option<Vec<SeccompRule>>> = BTreeMap::new();
+    for call in EVERY_THREAD.iter().chain(groups(kind)).copied().flatten() {
+        match *call {
+            // Whatever its arguments are: a condition of another group changes nothing about that.
+            Any(number) => drop(rules.insert(number, None)),
+            If { number, argument, mask, values } => {
+                let Some(alternatives) = rules.entry(number).or_insert_with(|| Some(Vec::new())) else { continue };
+                for &value in values {
+                    alternatives.push(rule(argument, mask, value).map_err(|e| e.to_string())?);
+                }
+            }
+        }
+    }
+    let rules = rules.into_iter().map(|(number, alternatives)| (number, alternatives.unwrap_or_default()));
+    compile(rules.collect(), SeccompAction::Trap, SeccompAction::Allow)
+}
+
+/// A filter in which clone3(2) is missing. The flags of clone3 are in memory, where no filter sees them, and the C
+/// library uses clone(2) where the kernel has no clone3.
+///
+/// # Errors
+/// As [`program`].
+pub(super) fn without_clone3() -> Result<BpfProgram, String> {
+    let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    compile(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), SeccompAction::Allow, missing)
+}
+
+fn rule(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    let matches = SeccompCmpOp::MaskedEq(mask);
+    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Qword, matches, value)?])
+}
+
+fn compile(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram, String> {
+    let text = |e: seccompiler::BackendError| e.to_string();
+    let architecture = std::env::consts::ARCH.try_into().map_err(text)?;
+    SeccompFilter::new(rules, otherwise, matched, architecture).map_err(text)?.try_into().map_err(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [ThreadKind; 6] = [
+        ThreadKind::Main,
+        ThreadKind::Worker,
+        ThreadKind::Control,
+        ThreadKind::Store,
+        ThreadKind::Memory,
+        ThreadKind::Log,
+    ];
+
+    #[test]
+    fn every_filter_compiles() {
+        for kind in KINDS {
+            assert!(program(kind).unwrap().len() > 50, "{kind:?}");
+        }
+        without_clone3().unwrap();
+    }
+
+    #[test]
+    fn no_filter_allows_a_call_that_reaches_beyond_the_process() {
+        let forbidden = [
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_kill,
+            libc::SYS_setresuid,
+            libc::SYS_capset,
+            libc::SYS_mount,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_bpf,
+            libc::SYS_io_uring_setup,
+            libc::SYS_userfaultfd,
+            libc::SYS_unlinkat,
+            libc::SYS_openat,
+            libc::SYS_openat2,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_keyctl,
+        ];
+        for kind in KINDS {
+            let calls = EVERY_THREAD.iter().chain(groups(kind)).copied().flatten();
+            let numbers: Vec<_> = calls
+                .map(|call| match *call {
+                    Any(number) | If { number, .. } => number,
+                })
+                .collect();
+            assert!(forbidden.iter().all(|number| !numbers.contains(number)), "{kind:?}");
+        }
+    }
+}

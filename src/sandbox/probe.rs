@@ -1,0 +1,35 @@
+//! Trespass on demand, for `tests/sandbox.rs`: a confined thread tries what an attacker would try.
+//!
+//! Only a binary with debug assertions has this, as `cargo test` builds it; a released one does not know the variables.
+//! (`cfg(test)` would not reach the binary that integration tests run, and a feature would need a second build of it,
+//! which a plain `cargo test` would not make.)
+//!
+//! - `GENBLK_SANDBOX_TRY="KIND ACTION"`: the first thread of that kind performs the action once it is confined.
+//! - `GENBLK_SANDBOX_WITHOUT="FENCE ..."`: these fences are not put up.
+
+use std::env;
+use std::sync::Once;
+
+use log::info;
+
+use super::{Fence, ThreadKind};
+use crate::sys::trespass;
+
+/// Whether a test takes a fence away.
+pub(super) fn takes_away(fence: Fence) -> bool {
+    let fences = env::var("GENBLK_SANDBOX_WITHOUT").unwrap_or_default();
+    fences.split(' ').any(|name| name == fence.to_string())
+}
+
+/// Performs the action that a test wants of threads of this kind, and logs its result.
+pub(super) fn run(kind: ThreadKind) {
+    static ONE: Once = Once::new();
+    let wish = env::var("GENBLK_SANDBOX_TRY").unwrap_or_default();
+    let Some((of_kind, action)) = wish.split_once(' ') else { return };
+    if of_kind == format!("{kind:?}").to_lowercase() {
+        ONE.call_once(|| match trespass::attempt(action) {
+            Ok(()) => info!("trespass: {action} succeeded"),
+            Err(e) => info!("trespass: {action} failed: {e}"),
+        });
+    }
+}

@@ -1,0 +1,79 @@
+//! System calls that a confined process must not be able to make, for tests of the sandbox. Only a binary with debug
+//! assertions has them.
+
+use std::env;
+use std::fs::File;
+use std::io;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+
+/// The variable that names the Unix socket to connect to.
+const SOCKET: &str = "GENBLK_SANDBOX_SOCKET";
+/// The variable with the ID of the process to trace and to signal.
+const VICTIM: &str = "GENBLK_SANDBOX_VICTIM";
+
+fn victim() -> libc::pid_t {
+    env::var(VICTIM).ok().and_then(|pid| pid.parse().ok()).unwrap_or_default()
+}
+
+/// Tries an action.
+///
+/// # Errors
+/// That of the system call that was refused; EINVAL for an action that is not known.
+pub fn attempt(action: &str) -> io::Result<()> {
+    match action {
+        "open" => File::open("/etc/passwd").map(drop),
+        "create" => File::create("/dev/shm/genblk-trespass").map(drop),
+        "unlink" => std::fs::remove_file("/dev/shm/genblk-trespass"),
+        "connect" => UnixStream::connect(env::var(SOCKET).unwrap_or_default()).map(drop),
+        "tcp" => TcpStream::connect("127.0.0.1:9").map(drop),
+        "exec" => exec(),
+        // SAFETY: plain system calls. The child process of fork() ends at once; PTRACE_SEIZE stops nobody.
+        "fork" => check(unsafe {
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::_exit(0);
+            }
+            pid.into()
+        }),
+        // SAFETY: as above.
+        "ptrace" => check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, victim(), 0, 0) }),
+        // SAFETY: as above.
+        "kill" => check(unsafe { libc::kill(victim(), 0) }.into()),
+        // SAFETY: as above.
+        "setuid" => check(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }),
+        // SAFETY: as above.
+        "unshare" => check(unsafe { libc::unshare(libc::CLONE_NEWUTS) }.into()),
+        // SAFETY: it creates a ring without using it, which ends with the process.
+        "ring" => check(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, [0u64; 16].as_mut_ptr()) }),
+        "abort" => std::process::abort(),
+        "code" => executable_memory(),
+        // SAFETY: a plain system call.
+        "dump" => match unsafe { libc::prctl(libc::PR_GET_DUMPABLE) } {
+            0 => Err(io::Error::from_raw_os_error(libc::EPERM)),
+            result => check(result.into()),
+        },
+        _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Replaces the process by a shell that says so.
+fn exec() -> io::Result<()> {
+    let arguments = [c"/bin/sh".as_ptr(), c"-c".as_ptr(), c"echo trespass: exec succeeded >&2".as_ptr()];
+    let (arguments, environment) = ([arguments[0], arguments[1], arguments[2], std::ptr::null()], [std::ptr::null()]);
+    // SAFETY: both arrays end with a null pointer, and their strings with a NUL byte.
+    check(unsafe { libc::execve(arguments[0], arguments.as_ptr(), environment.as_ptr()) }.into())
+}
+
+fn executable_memory() -> io::Result<()> {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address that the kernel chooses replaces no other mapping.
+    match unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0) } {
+        libc::MAP_FAILED => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}

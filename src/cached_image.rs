@@ -9,6 +9,7 @@
 mod rest;
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::mem;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,9 +39,6 @@ const WORKER_SHIFT: u32 = 48;
 /// Pages whose operations are completed in one go, or a few more: other workers wait for the cache meanwhile. A few
 /// hundred microseconds.
 const REAPED_PAGES_MAX: usize = 2048;
-
-/// How long the name of a cache file must lead elsewhere until the file counts as lost.
-const MISSED_MIN: Duration = Duration::from_millis(500);
 
 impl FrameMemory for Arc<Arena> {
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
@@ -86,19 +84,6 @@ pub struct CachedImage {
     opened: Instant,
     /// Records the image's change token.
     rest: RestRecorder,
-    /// What is known of the cache's file.
-    file_watch: Mutex<FileWatch>,
-}
-
-/// What is known of the file by which the cache outlives the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum FileWatch {
-    /// Its name leads to it, or there is no such file.
-    Reachable,
-    /// A look at this moment found that its name does not lead to it.
-    Missed(Instant),
-    /// The cache does not outlive the daemon any more, and the operator was told.
-    Lost,
 }
 
 impl CachedImage {
@@ -125,7 +110,6 @@ impl CachedImage {
             backing,
             mailboxes: Mutex::default(),
             opened: Instant::now(),
-            file_watch: Mutex::new(FileWatch::Reachable),
         })
     }
 
@@ -145,42 +129,39 @@ impl CachedImage {
         Stats { metadata_bytes: stats.metadata_bytes + self.arena.overhead_bytes() as u64, ..stats }
     }
 
-    /// Looks whether the next daemon would find the cache. If its file was removed, the cache is from now on one that
-    /// does not outlive the daemon. Called about once a second; waits for nothing.
-    pub fn look_at_cache_file(&self) {
-        let mut watch = self.file_watch.lock().expect("no thread panics with the watch locked");
-        if *watch == FileWatch::Lost || self.arena.is_reachable() {
-            if matches!(*watch, FileWatch::Missed(_)) {
-                *watch = FileWatch::Reachable;
-            }
-            return;
-        }
-        // Not at the first look: a rename of a directory, or a mount, may be under way. The caller may look twice in no
-        // time.
-        match *watch {
-            FileWatch::Missed(since) if since.elapsed() >= MISSED_MIN => {}
-            FileWatch::Missed(_) => return,
-            _ => return *watch = FileWatch::Missed(Instant::now()),
-        }
-        let Ok(cache) = self.cache.try_lock() else { return };
+    /// The name of the cache's file no longer leads to it: the cache is from now on one that does not outlive the
+    /// daemon. `marker` is an empty file in its place, or why there is none. Waits for nothing: returns it if a worker
+    /// uses the cache at the moment.
+    ///
+    /// # Errors
+    /// The marker, to be passed again.
+    pub fn lose_cache_file(
+        &self,
+        marker: std::result::Result<File, String>,
+    ) -> std::result::Result<(), std::result::Result<File, String>> {
+        let Ok(cache) = self.cache.try_lock() else { return Err(marker) };
         let (name, file) = (&self.name, self.arena.file().map_or_else(String::new, |file| format!(" {file}")));
-        let replaced = self.arena.replace_lost_file(!cache.is_stable());
+        let replaced = marker.and_then(|marker| {
+            let marker = self.arena.received_marker(marker).ok_or("the cache has no file")?;
+            self.arena.replace_lost_file(marker, !cache.is_stable()).map_err(|e| e.to_string())
+        });
         drop(cache);
-        *watch = FileWatch::Lost;
         error!(
             "{name}: the cache file{file} was removed or replaced while the daemon runs (by rm, or RemoveIPC= of \
              logind); the cache does not survive a crash any more; stop the daemon with SIGTERM and start it again to \
              get one that does"
         );
-        if let Err(e) = replaced {
-            self.note_lost_cache(&e);
+        if let Err(cause) = replaced {
+            self.arena.note_unmarked_loss();
+            self.note_lost_cache(cause);
         }
+        Ok(())
     }
 
     /// Records at the image that its cache does not survive, because no marker could be created (`cause`). On a thread
     /// of its own: the image may not answer.
-    fn note_lost_cache(&self, cause: &Error) {
-        let (name, cause, backing) = (self.name.clone(), cause.to_string(), Arc::clone(&self.backing));
+    fn note_lost_cache(&self, cause: String) {
+        let (name, backing) = (self.name.clone(), Arc::clone(&self.backing));
         let record = move || {
             if !backing.lose_cache().is_ok_and(|is_recorded| is_recorded) {
                 error!("{name}: the next daemon would not notice a loss of completed writes ({cause})");
@@ -257,19 +238,12 @@ impl CachedImage {
         recipients
     }
 
-    /// The oldest operation of the cache that has not completed, if there is one: what it does, and for how long it has
-    /// been in flight. `None` while a worker uses the cache.
-    pub fn oldest_op(&self) -> Option<Option<(String, Duration)>> {
+    /// The oldest operation of the cache that has not completed, if there is one: what it does, the sectors that it
+    /// touches, and for how long it has been in flight. `None` while a worker uses the cache.
+    pub fn oldest_op(&self) -> Option<Option<(OpKind, SectorSpan, Duration)>> {
         let oldest = self.cache.try_lock().ok()?.oldest_op();
-        let Some((kind, span, since)) = oldest else { return Some(None) };
-        let what = match kind {
-            OpKind::Sync => "a sync".to_owned(),
-            kind => {
-                let (bytes, at) = (span.count * SECTOR_BYTES, span.start * SECTOR_BYTES);
-                format!("{} of {bytes} bytes at byte {at}", with_article(kind))
-            }
-        };
-        Some(Some((what, Duration::from_micros(self.now().since_us(since)))))
+        let age = |since| Duration::from_micros(self.now().since_us(since));
+        Some(oldest.map(|(kind, span, since)| (kind, span, age(since))))
     }
 
     /// As [`CachedImage::stats`]; `None` while a worker uses the cache.
@@ -555,19 +529,6 @@ fn report_health(name: &str, event: HealthEvent, dirty_pages: u64) {
             "{name}: write-back stopped ({fault}); only cached data can be read; {kept}; {}, then send SIGHUP",
             remedy(fault)
         ),
-    }
-}
-
-/// The kind of an operation on the image, for messages.
-fn with_article(kind: OpKind) -> &'static str {
-    match kind {
-        OpKind::Read => "a read",
-        OpKind::Write => "a write",
-        OpKind::Sync => "a sync",
-        OpKind::Zero { .. } => "a zeroing",
-        OpKind::Discard => "a discard",
-        OpKind::Map => "a look for holes",
-        OpKind::Allocate => "a reservation of space",
     }
 }
 

@@ -14,12 +14,12 @@ use std::path::{Path, PathBuf};
 use crate::arena::check_memory;
 use crate::config::{Config, DeviceConfig, Engine, ImageFormat, MemoryDir, Socket, Survive};
 use crate::error::{Error, ErrorKind, Result};
+use crate::listener::SocketAccess;
 use crate::recover::{self, check_memory_dir, file_system_of};
 use crate::store::file;
 use crate::sys::dir::may_create_in;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
-use crate::vhost::SocketAccess;
 
 /// What was found.
 #[derive(Debug, Default)]

@@ -32,6 +32,8 @@ pub enum Action {
     Print(String),
     /// Serve these devices, as many of them as can be served.
     Serve(Config),
+    /// Serve the device of the command line, in one process.
+    ServeOne(Config),
     /// Serve all of these devices, or none.
     ServeAll(Config),
     /// Check whether these devices could be served.
@@ -61,6 +63,8 @@ pub enum Action {
         /// Whether to do it without asking.
         force: bool,
     },
+    /// Be a disk process: serve what the supervisor at standard input says.
+    DiskProcess,
     /// Serve this image as it is from now on, without the caches below this directory.
     TakeOver(PathBuf, PathBuf),
 }
@@ -90,6 +94,12 @@ pub enum ClientCommand {
         #[arg(value_parser = directory())]
         memory_dir: PathBuf,
     },
+    /// Serve one image for a daemon, which starts this
+    #[command(hide = true)]
+    DiskProcess {
+        /// Name of the device, for tools that list processes
+        name: String,
+    },
     /// Give up the completed writes that a cache may hold, so that IMAGE can be served as it is
     TakeOver {
         /// The image: its caches are set aside, and another host loses its claim to it
@@ -114,6 +124,7 @@ impl ClientCommand {
             Self::Recover { caches, image, discard, force, prune, memory_dir } => {
                 (caches, image, discard, force, prune, memory_dir)
             }
+            Self::DiskProcess { .. } => return Ok(Action::DiskProcess),
             Self::TakeOver { image, memory_dir } => return Ok(Action::TakeOver(image, memory_dir)),
         };
         if image.is_some() && caches.len() > 1 {
@@ -338,7 +349,11 @@ pub fn action(args: impl IntoIterator<Item = OsString>) -> Result<Action> {
     }
     let config = cli.config()?;
     if !cli.check {
-        return Ok(if cli.strict { Action::ServeAll(config) } else { Action::Serve(config) });
+        return Ok(match cli.config {
+            None => Action::ServeOne(config),
+            Some(_) if cli.strict => Action::ServeAll(config),
+            Some(_) => Action::Serve(config),
+        });
     }
     let source = cli.config.as_deref().map_or("the command line".into(), Path::to_string_lossy);
     Ok(Action::Check { source: source.into_owned(), config })
@@ -371,7 +386,7 @@ mod tests {
         let expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "/a.img");
         assert_eq!(
             run("--socket-path /run/s --blk-file=/a.img").unwrap(),
-            Action::Serve(Config { devices: vec![expected] })
+            Action::ServeOne(Config { devices: vec![expected] })
         );
     }
 
@@ -388,7 +403,7 @@ mod tests {
         expected.serial = "s1".to_string();
         expected.cache.memory_dir = MemoryDir::Path("/run/m".into());
         expected.sandbox = Sandbox::Off;
-        assert_eq!(run(line).unwrap(), Action::Serve(Config { devices: vec![expected] }));
+        assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected] }));
     }
 
     #[test]
@@ -396,7 +411,7 @@ mod tests {
         let line = "--socket-path /run/s --blk-file a --socket-mode 0660 --socket-group kvm";
         let mut expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "a");
         (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
-        assert_eq!(run(line).unwrap(), Action::Serve(Config { devices: vec![expected] }));
+        assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected] }));
         assert!(failure("--fd 3 --blk-file a --socket-mode 0660").contains("cannot be used with"));
         let problem = failure("--socket-path s --blk-file a --socket-mode rw");
         assert!(problem.contains("--socket-mode: takes an octal mode such as \"0660\""), "{problem}");

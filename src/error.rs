@@ -4,8 +4,10 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 /// What went wrong, coarse enough to stay stable and fine enough to act on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ErrorKind {
     /// The configuration or the command line is wrong (exit status 2).
     Config,

@@ -1,9 +1,11 @@
 //! The identity of an image, whatever path leads to it.
 
+use serde::{Deserialize, Serialize};
+
 /// Identifies an image, so that a new image at an old path never gets the cache of the old image.
 ///
 /// => The size is no part of it: an image that grows stays the same image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ImageId {
     /// Device number of the file system, or of the block device itself.
     pub device: u64,

@@ -27,10 +27,14 @@
 //!
 //! 1. [`logging`], [`cli`], [`config`]: what the operator asks for, checked as a whole before anything starts.
 //!    [`check`] tells whether it could be served.
-//! 2. [`daemon`]: the process. Opens devices side by side, waits for signals, and ends each device on its own.
-//! 3. [`service`]: one device with everything that serves it.
-//! 4. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
-//! 5. [`systemd`]: notifies the service manager, and keeps memory with it.
+//! 2. [`supervisor`]: the first process. Opens devices side by side, starts a disk process for each image and starts it
+//!    again when it dies, waits for signals, and ends each device on its own. It does all that takes a path.
+//! 3. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
+//! 4. [`listener`]: the sockets' files. [`systemd`]: notifies the service manager, and keeps memory with it.
+//! 5. [`disk_protocol`]: what the supervisor and a disk process tell each other; [`disk_stats`]: what the supervisor
+//!    reads of a device at any moment.
+//! 6. [`disk_process`]: one image and its devices, from descriptors that the supervisor has opened.
+//! 7. [`service`]: one device with everything that serves it.
 //!
 //! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart,
 //! and [`tenure`] who held an image for writing last. `sim`, for tests, runs the cache, and the whole daemon, in a
@@ -44,11 +48,14 @@ pub mod check;
 pub mod cli;
 pub mod config;
 pub mod counters;
-pub mod daemon;
 pub mod device;
+pub mod disk_process;
+pub mod disk_protocol;
+pub mod disk_stats;
 pub mod error;
 pub(crate) mod fault_injection;
 pub mod image_id;
+pub mod listener;
 pub mod logging;
 #[cfg(test)]
 #[path = "../tests/common/prng.rs"]
@@ -61,6 +68,7 @@ pub(crate) mod shared_memory;
 #[cfg(test)]
 mod sim;
 pub mod store;
+pub mod supervisor;
 pub(crate) mod sys;
 pub mod systemd;
 pub mod tenure;

@@ -2,15 +2,17 @@
 
 use std::env;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use genblk::check;
 use genblk::cli::{self, Action};
-use genblk::daemon::{self, Strictness};
-use genblk::error::Result;
+use genblk::disk_process;
+use genblk::error::{Error, ErrorKind, Result};
 use genblk::logging;
 use genblk::recover::{self, Consent, Recovery, Report};
+use genblk::supervisor::{self, Hosting, Strictness};
 
 fn main() -> ExitCode {
     logging::init();
@@ -40,11 +42,19 @@ fn run(action: Action) -> Result<()> {
         }
         Action::Discard { caches, force } => return each(caches, |cache| recover::discard(&cache, consent(force))),
         Action::Check { source, config } => print(&check::check(&source, &config)?),
-        Action::Serve(config) => return daemon::run(&config, Strictness::ServeTheOthers),
-        Action::ServeAll(config) => return daemon::run(&config, Strictness::AllOrNone),
+        Action::Serve(config) => return supervisor::run(&config, Strictness::ServeTheOthers, Hosting::Processes),
+        Action::ServeAll(config) => return supervisor::run(&config, Strictness::AllOrNone, Hosting::Processes),
+        Action::ServeOne(config) => return supervisor::run(&config, Strictness::ServeTheOthers, Hosting::Threads),
+        Action::DiskProcess => return serve_for_supervisor(),
         Action::TakeOver(image, memory_dir) => print(&recover::take_over(&image, &memory_dir)?),
     }
     Ok(())
+}
+
+/// Body of a disk process, which the supervisor has started with its end of their channel as standard input.
+fn serve_for_supervisor() -> Result<()> {
+    let failed = |e| Error::io(ErrorKind::System, "cannot use standard input", e);
+    disk_process::main(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
 }
 
 /// Runs a command for each cache file and prints its message. What fails for one does not stop the others.

@@ -8,6 +8,8 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes of a sector, the unit of every virtio-blk request (virtio 1.2, section 5.2).
 pub const SECTOR_BYTES: u64 = 512;
 /// Bytes of a page, the unit of caching.
@@ -340,7 +342,7 @@ pub enum Unmap {
 }
 
 /// Whether an image has holes, and whether its store can map them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ImageHoles {
     /// The store can't tell holes from data, and has no space to reserve: a block device.
     Unmappable,
@@ -382,6 +384,19 @@ pub enum OpKind {
 }
 
 impl OpKind {
+    /// The operation in words, with an article, for messages.
+    pub fn with_article(self) -> &'static str {
+        match self {
+            Self::Read => "a read",
+            Self::Write => "a write",
+            Self::Sync => "a sync",
+            Self::Zero { .. } => "a zeroing",
+            Self::Discard => "a discard",
+            Self::Map => "a look for holes",
+            Self::Allocate => "a reservation of space",
+        }
+    }
+
     /// Whether the operation changes the image or its attributes.
     pub fn is_change(self) -> bool {
         matches!(self, Self::Write | Self::Zero { .. } | Self::Discard | Self::Allocate)

@@ -278,7 +278,8 @@ fn neither_the_cache_nor_guest_memory_is_part_of_a_core_dump() {
     let mut daemon = Daemon::start_configured(directory, &["cache.survive = \"never\"\ncache.size = \"16M\""]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(0, &pattern(1, 0, 4096));
-    let maps = fs::read_to_string(format!("/proc/{}/smaps", daemon.id())).expect("the daemon runs");
+    let smaps = |pid: u32| fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the daemon runs");
+    let maps: String = daemon.processes().into_iter().map(smaps).collect();
     let (mut large, mut region) = (0, String::new());
     for line in maps.lines() {
         if line.contains("/memfd:") || line.contains("/dev/shm/") {
@@ -386,9 +387,9 @@ fn a_daemon_whose_standard_error_stays_blocked_ends_even_so() {
     assert!(status.success(), "{status}");
 }
 
-/// Sets the soft limit of the daemon's descriptors while it runs; `None`: as high as it was at the start.
-fn limit_descriptors(daemon: &Daemon, limit: Option<usize>) {
-    let pid = daemon.id().cast_signed();
+/// Sets the soft limit of a process's descriptors while it runs; `None`: as high as it was at the start.
+fn limit_descriptors(pid: u32, limit: Option<usize>) {
+    let pid = pid.cast_signed();
     let mut found = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call writes one rlimit.
     assert_eq!(unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut found) }, 0);
@@ -397,9 +398,9 @@ fn limit_descriptors(daemon: &Daemon, limit: Option<usize>) {
     assert_eq!(unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const found, std::ptr::null_mut()) }, 0);
 }
 
-/// Processor time of the daemon so far, in ticks of 10 ms.
-fn processor_ticks(daemon: &Daemon) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.id())).expect("the daemon runs");
+/// Processor time of a process so far, in ticks of 10 ms.
+fn processor_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the daemon runs");
     let fields: Vec<_> = stat.rsplit(')').next().expect("the name ends").split_whitespace().collect();
     [11, 12].map(|at: usize| fields[at].parse::<u64>().expect("a number")).iter().sum()
 }
@@ -411,18 +412,19 @@ fn a_lack_of_descriptors_is_named_and_ends_neither_the_daemon_nor_the_other_gues
     let mut daemon = Daemon::start_configured(directory, &[device, device]);
     let mut first = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     assert_eq!(first.read(0, 512), [7; 512]);
-    let used = daemon.open_descriptors();
-    limit_descriptors(&daemon, Some(used));
+    let process = daemon.disk_processes()[0];
+    let used = fs::read_dir(format!("/proc/{process}/fd")).expect("the daemon runs").count();
+    limit_descriptors(process, Some(used));
     let waiting = UnixStream::connect(daemon.socket_of(1)).expect("the socket listens");
     poll_until("the log to name the limit", PATIENCE, || {
         daemon.log().contains(&format!("RLIMIT_NOFILE is {used}")).then_some(())
     });
-    let before = processor_ticks(&daemon);
+    let before = processor_ticks(process);
     thread::sleep(Duration::from_secs(1));
-    assert!(processor_ticks(&daemon) - before < 30, "the daemon must not spin");
+    assert!(processor_ticks(process) - before < 30, "the daemon must not spin");
     assert_eq!(first.read(64, 512), [7; 512], "the other guest is served");
     drop(waiting);
-    limit_descriptors(&daemon, None);
+    limit_descriptors(process, None);
     let mut second = Session::open(&daemon.socket_of(1), &SessionOptions::default());
     assert_eq!(second.read(0, 512), [7; 512], "the device is served again");
     drop((first, second));

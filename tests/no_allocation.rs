@@ -17,7 +17,8 @@ use genblk::cache::{
     Access, Admitted, CopyResult, ErrorPolicy, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
 use genblk::config::{DeviceConfig, Socket};
-use genblk::service::{Context, Service};
+use genblk::service::Service;
+use genblk::store::file::{FileImage, OpenOptions};
 use genblk::units::{ImageHoles, SectorSpan, Tick};
 
 /// The system's allocator, with one counter for each thread and one for all worker threads.
@@ -210,9 +211,10 @@ fn a_worker_serves_what_is_cached_without_allocating() {
     Shadow::patchwork(8 << 20, 31).write_image(&image);
     let mut config = DeviceConfig::new("counted", Socket::Path(socket.clone()), image);
     config.cache.size_bytes = 16 << 20;
+    let image = FileImage::open(&config.image, &OpenOptions::default()).expect("the image opens");
     // So long that write-back does not start.
     config.cache.flush_target_ms = 1000;
-    let running = Service::open(&config, &Context::default()).and_then(Service::start).expect("the device is served");
+    let running = Service::with_image(&config, image).and_then(Service::start).expect("the device is served");
     let mut client = Client::connect(&socket, &ClientOptions::default());
     let bytes = [0x5a; 8192];
     let mut undisturbed_rounds = 0;

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::ended;
@@ -61,11 +62,24 @@ pub struct Seen {
     pub survey: Result<Option<Survey>>,
 }
 
+/// A file whose name another process knows.
+#[derive(Clone, Debug)]
+pub(super) struct Elsewhere {
+    pub(super) shown: String,
+    pub(super) recovery_hint: String,
+    pub(super) removal_hint: String,
+    pub(super) is_in_fdstore: bool,
+    /// This process needs the file no longer: nothing in it is to be kept.
+    pub(super) is_removed: Arc<AtomicBool>,
+}
+
 /// Where a file outlives the daemon.
 #[derive(Debug)]
 enum Location {
     /// At a path in shared memory; the file is locked.
     Path(PathBuf),
+    /// Another process of the daemon knows where, and removes it when this one has ended.
+    Received(Elsewhere),
     /// In the fd store of the service manager, which passes it only to the next daemon of the same unit.
     FdStore { manager: Arc<ServiceManager>, name: String },
 }
@@ -74,12 +88,24 @@ impl fmt::Display for ArenaFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.location {
             Location::Path(path) => write!(f, "{}", path.display()),
+            Location::Received(elsewhere) => f.write_str(&elsewhere.shown),
             Location::FdStore { name, .. } => write!(f, "fd-store entry {name}"),
         }
     }
 }
 
 impl ArenaFile {
+    /// A file that another process of the daemon has opened and locked.
+    pub(super) fn received(file: File, elsewhere: Elsewhere) -> Self {
+        Self { file, location: Location::Received(elsewhere), entry: None }
+    }
+
+    /// A file that takes the place of this one, which was received: it ends as this one does.
+    pub(super) fn received_like(&self, file: File) -> Option<Self> {
+        let Location::Received(elsewhere) = &self.location else { return None };
+        Some(Self::received(file, elsewhere.clone()))
+    }
+
     /// The directory of this user's arenas below `memory_dir`.
     pub fn dir(memory_dir: &Path) -> PathBuf {
         match effective_uid() {
@@ -199,6 +225,7 @@ impl ArenaFile {
     pub fn place(&self) -> CachePlace {
         match &self.location {
             Location::Path(path) => CachePlace::Path(path.canonicalize().unwrap_or_else(|_| path.clone())),
+            Location::Received(elsewhere) => CachePlace::Path(PathBuf::from(&elsewhere.shown)),
             Location::FdStore { name, .. } => CachePlace::FdStore(name.clone()),
         }
     }
@@ -218,7 +245,7 @@ impl ArenaFile {
     pub fn note_ended(&self, tenure: TenureId, state: State) -> Result<()> {
         match &self.location {
             Location::Path(path) => ended::note(&TrustedDir::open(split(path)?.0, Whose::Anyone)?, path, tenure, state),
-            Location::FdStore { .. } => {
+            Location::FdStore { .. } | Location::Received(_) => {
                 Err(Error::new(ErrorKind::Memory, format!("nothing can be noted beside {self}")))
             }
         }
@@ -304,7 +331,7 @@ impl ArenaFile {
     ///
     /// # Errors
     /// As [`ArenaFile::create_for`], without waiting; [`ErrorKind::Ledger`] when the name leads to another file.
-    pub(super) fn recreate(&self) -> Result<Self> {
+    pub fn recreate(&self) -> Result<Self> {
         let Location::Path(path) = &self.location else {
             return Err(Error::new(ErrorKind::Memory, format!("cannot replace {self}")));
         };
@@ -334,7 +361,8 @@ impl ArenaFile {
         match &self.location {
             // By the path: its directory may have been removed or renamed.
             Location::Path(path) => is_at(&self.file, path),
-            Location::FdStore { .. } => true,
+            // The process that knows its name looks.
+            Location::FdStore { .. } | Location::Received(_) => true,
         }
     }
 
@@ -380,7 +408,11 @@ impl ArenaFile {
 
     /// Whether the file is in the service manager's fd store.
     pub fn is_in_fdstore(&self) -> bool {
-        matches!(self.location, Location::FdStore { .. })
+        match &self.location {
+            Location::Path(_) => false,
+            Location::Received(elsewhere) => elsewhere.is_in_fdstore,
+            Location::FdStore { .. } => true,
+        }
     }
 
     /// How the operator gets the file's data to the image.
@@ -389,6 +421,7 @@ impl ArenaFile {
             Location::Path(path) => {
                 format!("start the daemon again, or run \"genblk recover {}\"", path.display())
             }
+            Location::Received(elsewhere) => elsewhere.recovery_hint.clone(),
             Location::FdStore { .. } => "start the unit again".to_owned(),
         }
     }
@@ -397,6 +430,7 @@ impl ArenaFile {
     pub fn removal_hint(&self) -> String {
         match &self.location {
             Location::Path(path) => format!("remove it with \"genblk recover --discard {}\"", path.display()),
+            Location::Received(elsewhere) => elsewhere.removal_hint.clone(),
             Location::FdStore { .. } => {
                 "stop the unit and remove it with \"systemctl clean --what=fdstore UNIT\"".to_owned()
             }
@@ -445,7 +479,13 @@ impl ArenaFile {
         let kept = if self.header()?.is_some() { HEADER_BYTES } else { 0 };
         let shrink = || {
             if kept > 0 {
-                Mapping::new(&self.file, HEADER_BYTES)?.store(field::FRAMES, 0);
+                let mapping = Mapping::new(&self.file, HEADER_BYTES)?;
+                mapping.store(field::FRAMES, 0);
+                // A huge page stays as a whole, and the next cache's ledger must not find anything in it.
+                let rest = mapping.bytes() - HEADER_BYTES;
+                if rest > 0 {
+                    mapping.zero(HEADER_BYTES, rest);
+                }
             }
             match mapping::set_length(&self.file, kept) {
                 // It is sealed.
@@ -465,6 +505,7 @@ impl ArenaFile {
                     let _ = entry.unlink();
                 }
             }
+            Location::Received(elsewhere) => elsewhere.is_removed.store(true, Ordering::Release),
             Location::FdStore { manager, name } => {
                 // The service manager does not confirm the removal, and the image changes from now on. So the next
                 // daemon must find no pages in the file, should it still get it: clear the magic number.

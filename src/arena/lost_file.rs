@@ -2,6 +2,8 @@
 //! (RemoveIPC=), or another file system is mounted over its directory. The memory stays, and with it the cache, but the
 //! next daemon cannot find it. So from then on the cache is one that does not outlive the daemon.
 
+use std::sync::atomic::Ordering;
+
 use super::ledger::{HEADER_BYTES, field};
 use super::mapping::{self, Mapping};
 use super::{Arena, ArenaFile, Persistence};
@@ -35,21 +37,30 @@ impl Arena {
             }
     }
 
+    /// The arena's file lost its name, and nothing took its place.
+    pub fn note_unmarked_loss(&self) {
+        self.is_unmarked.store(true, Ordering::Release);
+    }
+
+    /// Whether its file lost its name, and nothing took its place.
+    pub(super) fn is_unmarked(&self) -> bool {
+        self.is_unmarked.load(Ordering::Acquire)
+    }
+
     /// Puts a loss marker in the place of a file whose name no longer leads to it: the cache does not outlive the
-    /// daemon any more, and the next daemon must know whether that lost data. `holds_unwritten` tells whether it would
-    /// now.
+    /// daemon any more, and the next daemon must know whether that lost data. `file` is a new, empty file in its place,
+    /// and `holds_unwritten` tells whether a loss would occur now.
     ///
     /// => The caller (the page cache, under its lock) publishes nothing meanwhile.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when the marker cannot be created: the loss would go undetected.
-    pub fn replace_lost_file(&self, holds_unwritten: bool) -> Result<()> {
-        let (header, file) = match &self.persistence {
+    /// [`ErrorKind::Memory`] when the marker cannot be written: the loss would go undetected.
+    pub fn replace_lost_file(&self, file: ArenaFile, holds_unwritten: bool) -> Result<()> {
+        let header = match &self.persistence {
             Persistence::None => return Ok(()),
-            Persistence::LossMarker(LossMarker { marker, file }) => (marker, file),
-            Persistence::Full { file, .. } => (&self.memory, file),
+            Persistence::LossMarker(LossMarker { marker, .. }) => marker,
+            Persistence::Full { .. } => &self.memory,
         };
-        let file = file.recreate()?;
         let create = || {
             mapping::allocate(&file.file, HEADER_BYTES)?;
             let marker = Mapping::new(&file.file, HEADER_BYTES)?;

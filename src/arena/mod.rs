@@ -16,6 +16,7 @@
 mod crash_tests;
 mod ended;
 mod file;
+mod handed;
 mod ledger;
 mod lost_file;
 mod mapping;
@@ -25,6 +26,7 @@ mod survey;
 mod trust;
 
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -40,6 +42,7 @@ use crate::units::{
 };
 
 pub use file::{ArenaFile, Seen};
+pub use handed::{ArenaParts, KeptArena, Received};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, SAMPLES_MAX, TenureFacts, ZERO_SLOTS};
 pub use populate::Populator;
 pub use samples::hash_of;
@@ -66,6 +69,10 @@ pub struct Arena {
     formats: AtomicU64,
     /// Takes the place of the file once its name no longer leads to it: the cache does not outlive the daemon any more.
     substitute: OnceLock<LossMarker>,
+    /// The file lost its name, and nothing took its place.
+    is_unmarked: AtomicBool,
+    /// The memory of an arena that is not in a file with a name.
+    memory_file: Option<File>,
     /// See [`Arena::keep_on_drop`].
     keep_on_drop: AtomicBool,
     /// Held while the image's change token is stored.
@@ -131,7 +138,8 @@ impl Arena {
     /// [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no request of
     /// a guest meets a shortage later.
     pub fn anonymous(frames: usize) -> Result<Self> {
-        Ok(Self::new(anonymous_memory(frames)?, frames, 0, Persistence::None, GuestState::FRESH))
+        let (file, memory) = anonymous_memory(frames)?;
+        Ok(Self::new(memory, frames, 0, Persistence::None, GuestState::FRESH).backed_by(file))
     }
 
     /// As [`Arena::anonymous`], with a marker in `file` that tells the next daemon whether this one's death lost data.
@@ -149,7 +157,8 @@ impl Arena {
         match create() {
             Ok((memory, marker, guest)) => {
                 let persistence = Persistence::LossMarker(LossMarker { marker, file });
-                Ok(Self::new(memory, spec.frames, 0, persistence, guest))
+                let (memory_file, memory) = memory;
+                Ok(Self::new(memory, spec.frames, 0, persistence, guest).backed_by(memory_file))
             }
             Err(error) => Err(NotCreated { error, file }),
         }
@@ -225,7 +234,27 @@ impl Arena {
         let formats = AtomicU64::new(guest.formats);
         let substitute = OnceLock::new();
         let (keep_on_drop, token) = (AtomicBool::new(false), Mutex::default());
-        Self { memory, frames, offset, persistence, data_loss, write_through, formats, substitute, keep_on_drop, token }
+        let (memory_file, is_unmarked) = (None, AtomicBool::new(false));
+        Self {
+            memory,
+            frames,
+            offset,
+            persistence,
+            data_loss,
+            write_through,
+            formats,
+            substitute,
+            memory_file,
+            is_unmarked,
+            keep_on_drop,
+            token,
+        }
+    }
+
+    /// The arena, whose memory is this file without a name.
+    fn backed_by(mut self, memory: File) -> Self {
+        self.memory_file = Some(memory);
+        self
     }
 
     /// Number of frames.
@@ -245,6 +274,12 @@ impl Arena {
     fn frame_at(&self, frame: FrameId) -> usize {
         assert!(frame.index() < self.frames, "{frame:?} is outside the arena");
         self.offset + frame.index() * PAGE_SIZE
+    }
+
+    /// The addresses of everything that is mapped.
+    pub fn mapped(&self) -> Range<usize> {
+        let first = self.memory.at(0).addr();
+        first..first + self.memory.bytes()
     }
 
     /// The addresses of all frames, which are contiguous.
@@ -536,7 +571,7 @@ impl Arena {
     /// The file in which the frames outlive the daemon; `None` if they do not.
     pub fn file(&self) -> Option<&ArenaFile> {
         match &self.persistence {
-            Persistence::Full { file, .. } if self.substitute.get().is_none() => Some(file),
+            Persistence::Full { file, .. } if self.substitute.get().is_none() && !self.is_unmarked() => Some(file),
             _ => None,
         }
     }
@@ -636,12 +671,14 @@ pub fn check_memory(bytes: u64) -> Result<()> {
     mapping::check_available(bytes).map_err(|e| Error::io(ErrorKind::Memory, context(), e))
 }
 
-fn anonymous_memory(frames: usize) -> Result<Mapping> {
+/// Memory for `frames` frames, mapped, and the file behind it.
+fn anonymous_memory(frames: usize) -> Result<(File, Mapping)> {
     let bytes = bytes_of(frames, 0)?;
     let create = || {
         let file = memfd::create(MEMFD_NAME)?;
         mapping::allocate(&file, bytes)?;
-        Mapping::new(&file, bytes)
+        let mapping = Mapping::new(&file, bytes)?;
+        Ok((file, mapping))
     };
     create().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {bytes} bytes"), e))
 }

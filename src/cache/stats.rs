@@ -13,6 +13,8 @@ pub struct Stats {
     pub write_pages: u64,
     /// Times that a guest wrote a page under write-back, and the page was copied to another frame.
     pub copied_on_write: u64,
+    /// Operations of the store that have ended, of whatever kind.
+    pub completed_ops: u64,
     /// Reads submitted to the store.
     pub store_reads: u64,
     /// Sectors of those reads.

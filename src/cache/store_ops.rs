@@ -188,6 +188,7 @@ impl PageCache {
         // A page that could not go may be able to go now.
         self.writeback.look_again();
         let op = self.store_ops.complete(tag);
+        self.stats.completed_ops += 1;
         match op.kind {
             OpKind::Read => self.read_done(&op, outcome),
             OpKind::Write => self.write_done(&op, outcome),

@@ -186,6 +186,11 @@ pub(crate) const KEYS: &[Key] = &[
         kind: ValueKind::PowerOfTwo { min: 2, max: 1024, set: |device, n| device.queue_size = narrow(n) },
     },
     Key {
+        name: "restart_burst",
+        default: Is(Integer(5)),
+        kind: ValueKind::Count { min: 0, max: 1000, set: |device, n| device.restart_burst = n },
+    },
+    Key {
         name: "poll_us",
         default: Is(Integer(50)),
         kind: ValueKind::Count { min: 0, max: 10_000, set: |device, n| device.poll_us = n },

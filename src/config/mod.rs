@@ -15,6 +15,8 @@ use std::fs;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, ErrorKind, Result};
 
 pub(crate) use device_builder::{DeviceBuilder, Origin, Setting, finish};
@@ -82,6 +84,8 @@ pub struct DeviceConfig {
     pub queue_size: u16,
     /// How long a worker looks for more work before it sleeps, in microseconds; 0 = it never polls.
     pub poll_us: u32,
+    /// Most times in a minute that its disk process is started again after it died.
+    pub restart_burst: u32,
     /// How the image is read and written.
     pub engine: Engine,
     /// Whether the image is opened with O_DIRECT where its file system allows it.
@@ -117,6 +121,7 @@ impl DeviceConfig {
             workers: 0,
             queue_size: 0,
             poll_us: 0,
+            restart_burst: 0,
             engine: Engine::Auto,
             direct: false,
             discard: Discard::Unmap,
@@ -202,7 +207,7 @@ pub enum MemoryDir {
 macro_rules! words {
     ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $value:ident = $word:literal),+ $(,)? }) => {
         $(#[$outer])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
         pub enum $name { $($(#[$inner])* $value),+ }
 
         impl $name {

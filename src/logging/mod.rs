@@ -72,6 +72,14 @@ pub fn print(line: &str) {
     flush();
 }
 
+/// Adds a finished line of another process's log, without its line break. Does not wait.
+pub fn forward(line: &[u8]) {
+    let mut line: Vec<u8> =
+        line.iter().map(|byte| if byte.is_ascii_control() && *byte != b'\t' { b'?' } else { *byte }).collect();
+    line.push(b'\n');
+    QUEUE.push(line);
+}
+
 /// Waits until the lines so far are written, or until standard error has taken none for a second.
 pub fn flush() {
     log_counts();

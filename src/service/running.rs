@@ -1,14 +1,12 @@
 //! A device that is served, until it ends.
 
-use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use log::{error, info};
 
 use super::handle::Handle;
-use super::socket::ListenSocket;
 use super::stats::log_stats;
 use crate::cache::Stats;
 use crate::cached_image::CachedImage;
@@ -16,6 +14,7 @@ use crate::counters::snapshot::Snapshot;
 use crate::device::Device;
 use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
+use crate::listener::BoundSocket;
 use crate::store::DRAIN_MAX;
 use crate::units::counted;
 use crate::vhost::Server;
@@ -33,15 +32,13 @@ const LAST_FLUSH_RETRY: Duration = Duration::from_millis(500);
 ///    and the cache file free when it gets the lock.
 #[derive(Debug)]
 pub struct Running {
-    pub(super) socket: ListenSocket,
+    pub(super) _bound: Option<BoundSocket>,
     pub(super) server: Arc<Server>,
     pub(super) device: Arc<Device>,
     pub(super) workers: Arc<Workers>,
     pub(super) threads: Vec<JoinHandle<()>>,
     /// The thread that accepts front-ends; `None` once it has ended.
     pub(super) acceptor: Option<JoinHandle<()>>,
-    /// Path of the image.
-    pub(super) path: PathBuf,
     pub(super) image: Arc<CachedImage>,
 }
 
@@ -59,8 +56,6 @@ impl Running {
     /// A view of the device that does not keep it alive, for a thread that must not wait for it.
     pub fn handle(&self) -> Handle {
         Handle {
-            path: self.path.clone(),
-            socket: self.socket.bound.as_ref().map_or_else(Weak::new, Arc::downgrade),
             server: Arc::downgrade(&self.server),
             workers: Arc::downgrade(&self.workers),
             image: Arc::downgrade(&self.image),
@@ -109,8 +104,7 @@ impl Running {
     /// As [`Running::shutdown`].
     pub fn hand_over(self) -> Result<()> {
         let arena = self.image.arena();
-        // The file may have been removed a moment ago.
-        let outlives_daemon = arena.file().is_some() && arena.is_reachable();
+        let outlives_daemon = arena.file().is_some();
         arena.keep_on_drop(outlives_daemon);
         self.finish(if outlives_daemon { LastFlush::Skipped } else { LastFlush::Required })
     }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use crate::cache::{ErrorPolicy, PolicyKind, REGION_PAGES, Settings};
 use crate::cached_image::CachedImage;
-use crate::config::{Allocate, CacheMode, DeviceConfig, Discard, OnError, Policy};
+use crate::config::{Allocate, CacheMode, Discard, OnError, Policy};
 use crate::counters::worker::Counters;
 use crate::device::Device;
+use crate::disk_protocol::DeviceSettings;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Limits;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u8, low_u32};
@@ -19,8 +20,8 @@ use crate::virtio::request::{Disk, serial};
 ///
 /// # Errors
 /// [`ErrorKind::Image`] for limits to which no cache could keep.
-pub(super) fn settings(config: &DeviceConfig, limits: &Limits) -> Result<Settings> {
-    let refused = |obstacle| Error::new(ErrorKind::Image, format!("image {}: {obstacle}", config.image.display()));
+pub(super) fn settings(config: &DeviceSettings, limits: &Limits) -> Result<Settings> {
+    let refused = |obstacle| Error::new(ErrorKind::Image, format!("image {}: {obstacle}", config.image));
     limits.check().map_err(refused)?;
     let cache = &config.cache;
     let pages = |bytes: u64| u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
@@ -59,7 +60,7 @@ fn error_policy(configured: OnError) -> ErrorPolicy {
 }
 
 /// The virtio-blk device of a configuration, on `image`.
-pub(super) fn device_of(config: &DeviceConfig, image: &CachedImage) -> Arc<Device> {
+pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage) -> Arc<Device> {
     let limits = image.limits();
     let parameters = DiskParameters {
         capacity_sectors: limits.size_bytes / SECTOR_BYTES,

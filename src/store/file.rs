@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Once};
 
 use super::format::{Format, HEAD_BYTES};
+pub use super::handed::{Fence, ImageParts};
 use super::history;
 pub use super::history::LastTenure;
 pub use super::image::Inspection;
@@ -87,6 +88,22 @@ impl FileImage {
             engine: options.engine,
             fallback_warning: Once::new(),
             tenure: Mutex::default(),
+        }))
+    }
+
+    /// An image that another process of the daemon has opened and handed out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] for a record of a tenure that this genblk cannot read.
+    pub fn received(file: File, mut parts: ImageParts) -> Result<Arc<Self>> {
+        let record = parts.tenure.take().map(|bytes| Record::decode(&bytes)).transpose();
+        let record = record.map_err(|why| Error::new(ErrorKind::System, format!("the record of a tenure: {why}")))?;
+        let engine = parts.engine;
+        Ok(Arc::new(Self {
+            image: Arc::new(OpenImage::received(file, parts)),
+            engine,
+            fallback_warning: Once::new(),
+            tenure: Mutex::new(record),
         }))
     }
 
@@ -283,6 +300,16 @@ impl NamedImage for FileImage {
 
     fn found_token(&self) -> ChangeToken {
         self.found_token()
+    }
+
+    fn hand_out(&self, fence: Fence) -> io::Result<(File, ImageParts)> {
+        let (file, known) = self.image.reopen(fence)?;
+        let record = self.tenure().as_ref().map(Record::encode);
+        Ok((file, self.image.parts(known, self.engine, record)))
+    }
+
+    fn is_fenced(&self, fence: Fence) -> bool {
+        self.image.is_fenced(fence)
     }
 
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {

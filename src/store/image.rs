@@ -6,6 +6,7 @@
 
 use std::fs::{File, Metadata};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,11 +14,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::format::Format;
+use super::handed::{Fence, ImageParts};
 use super::history;
 use super::lock::{self, LockMode};
-use super::options::OpenOptions;
+use super::options::{IoEngine, OpenOptions};
 use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
-use super::raw_record::ImageFormat;
+use super::raw_record::{ImageFormat, Known};
 use super::{IoRequest, Limits, Segment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -70,6 +72,8 @@ pub(super) struct OpenImage {
     found_token: ChangeToken,
     /// See [`OpenImage::tells_times_at_once`].
     tells_times_at_once: bool,
+    /// Whether this process opened the image by its path, and may look at what the host says of it.
+    is_own: bool,
     reported: Reported,
     /// Most bytes that one system call moves; 0: no limit. Set by tests only.
     #[cfg(test)]
@@ -151,12 +155,78 @@ impl OpenImage {
             device_number,
             found_token: found_token.unwrap_or_default(),
             tells_times_at_once,
+            is_own: true,
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
             transfer_max: std::sync::atomic::AtomicUsize::new(0),
             #[cfg(test)]
             write_ms: AtomicU64::new(0),
         })
+    }
+
+    /// An image that another process of the daemon has opened. `file` is an open file description of its own.
+    pub(super) fn received(file: File, parts: ImageParts) -> Self {
+        let size_bytes = parts.limits.size_bytes;
+        Self {
+            file,
+            limits: parts.limits,
+            path: PathBuf::from(parts.path),
+            label: parts.label,
+            identity: parts.identity,
+            data_runs: parts.data_runs,
+            direct: parts.is_direct,
+            device_block: parts.device_block,
+            format: ImageFormat::as_raw(parts.known),
+            device_number: parts.device_number,
+            found_token: ChangeToken::default(),
+            tells_times_at_once: parts.tells_times_at_once,
+            is_own: false,
+            reported: Reported { size_bytes: AtomicU64::new(size_bytes), deleted: AtomicBool::new(false) },
+            #[cfg(test)]
+            transfer_max: std::sync::atomic::AtomicUsize::new(0),
+            #[cfg(test)]
+            write_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// What another process of the daemon needs to know of the image.
+    pub(super) fn parts(&self, known: Known, engine: IoEngine, tenure: Option<Vec<u8>>) -> ImageParts {
+        ImageParts {
+            limits: self.limits.clone(),
+            path: self.path.to_string_lossy().into_owned(),
+            label: self.label.clone(),
+            identity: self.identity,
+            data_runs: self.data_runs.clone(),
+            is_direct: self.direct,
+            device_block: self.device_block,
+            device_number: self.device_number,
+            tells_times_at_once: self.tells_times_at_once,
+            known,
+            engine,
+            tenure,
+        }
+    }
+
+    /// The file once more, with what it looks like now: another open file description, with the image's lock and a
+    /// fence.
+    pub(super) fn reopen(&self, fence: Fence) -> std::io::Result<(File, Known)> {
+        let writable = self.limits.writable;
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = File::options().read(true).write(writable).open(path)?;
+        // Before direct I/O, which reads whole blocks.
+        let known = ImageFormat::of(&file, self.limits.size_bytes)?.into_known();
+        if self.direct {
+            sys::file::set_direct(&file, true)?;
+        }
+        lock::share(&file, if writable { LockMode::ReadWrite } else { LockMode::ReadOnly });
+        // It fails only where the file system has no locks.
+        let _ = sys::file::lock_byte(&file, fence.0);
+        Ok((file, known))
+    }
+
+    /// Whether another open file description holds the fence. A file system without locks cannot tell.
+    pub(super) fn is_fenced(&self, fence: Fence) -> bool {
+        sys::file::is_byte_locked(&self.file, fence.0).unwrap_or(false)
     }
 
     /// Where the image was opened.
@@ -191,6 +261,10 @@ impl OpenImage {
 
     /// What the host tells about the last change of the image.
     pub(super) fn change_token(&self) -> std::io::Result<ChangeToken> {
+        if !self.is_own && self.is_device() {
+            // Sysfs tells it, at paths that only the process which opened the image may use.
+            return Err(std::io::ErrorKind::Unsupported.into());
+        }
         history::change_token(&self.file, self.limits.size_bytes, self.device_number, self.direct)
     }
 

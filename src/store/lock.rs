@@ -123,6 +123,21 @@ pub(super) fn release(file: &File, label: &str) {
     }
 }
 
+/// Locks another open file description of an image that this process has locked, in the same way.
+///
+/// => Without a check: the locks of the first one keep all others out.
+pub(super) fn share(file: &File, access: LockMode) {
+    let taken: &[u64] = match access {
+        LockMode::ReadOnly => &[CONSISTENT_READ],
+        LockMode::ReadWrite => &[CONSISTENT_READ, WRITE],
+    };
+    let unshared = UNSHARED.map(|permission| UNSHARED_BASE + permission);
+    for byte in taken.iter().map(|permission| TAKEN_BASE + permission).chain(unshared) {
+        // It fails only where the file system has no locks, of which the log has a warning.
+        let _ = lock_byte(file, byte);
+    }
+}
+
 /// Takes a shared lock on one byte.
 fn take(file: &File, path: &Path, byte: u64) -> Result<()> {
     match lock_byte(file, byte) {

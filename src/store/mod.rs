@@ -25,6 +25,7 @@ mod blocking;
 pub mod faulty;
 pub mod file;
 pub mod format;
+mod handed;
 mod history;
 mod image;
 mod lock;
@@ -50,6 +51,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 pub use crate::sys::file::Segment;
@@ -135,7 +138,7 @@ impl fmt::Display for Refused {
 impl std::error::Error for Refused {}
 
 /// What an image can do; fixed while it is open.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Size of the image in bytes: a multiple of 512.
     pub size_bytes: u64,

@@ -5,11 +5,13 @@
 //! image it is, what it tells about its past, and read and write it without a worker.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::Backing;
 use super::format::Format;
+use super::handed::{Fence, ImageParts};
 use super::history::LastTenure;
 use crate::error::Result;
 use crate::image_id::ImageId;
@@ -104,6 +106,24 @@ pub trait NamedImage: Backing {
     /// An earlier daemon has died while it was changing the image: what it had sent may still be executed. Does not
     /// wait.
     fn fear_earlier_writes(&self) {}
+
+    /// The image once more, for the process that serves it: an open file description of its own with the image's lock
+    /// and the fence, and what was found out about the image.
+    ///
+    /// => While that process, or the kernel on behalf of it, may still access the image, [`NamedImage::is_fenced`] is
+    ///    true for this fence.
+    ///
+    /// # Errors
+    /// Those of the store; [`io::ErrorKind::Unsupported`] for one whose images only the process can serve that has
+    /// opened them.
+    fn hand_out(&self, _fence: Fence) -> io::Result<(File, ImageParts)> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Whether a descriptor that was handed out with this fence is still open somewhere.
+    fn is_fenced(&self, _fence: Fence) -> bool {
+        false
+    }
 
     /// Reads a page; what lies past the end of the image is zeros.
     ///

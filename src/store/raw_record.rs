@@ -16,6 +16,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard};
 
 use log::{info, warn};
+use serde::{Deserialize, Serialize};
 
 use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, at_end, at_start, detect};
 use crate::error::{Error, ErrorKind};
@@ -38,8 +39,8 @@ pub(super) struct ImageFormat {
 }
 
 /// What this process knows of an image.
-#[derive(Debug)]
-struct Known {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Known {
     /// Formats that the guest has written, by their names; of those, the ones that the image's attribute has.
     written: Vec<String>,
     recorded: Vec<String>,
@@ -102,6 +103,16 @@ impl ImageFormat {
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().expect("no thread panics with the record locked")
+    }
+
+    /// As another process of the daemon found it, which has decided to serve the image as raw.
+    pub(super) fn as_raw(known: Known) -> Self {
+        Self { found: None, known: Mutex::new(known) }
+    }
+
+    /// What is known of an image, for the process that serves it.
+    pub(super) fn into_known(self) -> Known {
+        self.known.into_inner().expect("no thread panics with the record locked")
     }
 
     /// What the image looked like when it was opened, if not raw.

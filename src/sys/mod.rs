@@ -4,6 +4,7 @@
 
 pub mod block;
 pub mod cgroup;
+pub mod clock;
 pub mod dir;
 pub mod fd;
 pub mod file;
@@ -14,6 +15,8 @@ pub mod poll;
 pub mod privileges;
 pub mod process;
 pub mod random;
+pub mod regions;
+pub mod shared_words;
 pub mod signal;
 pub mod socket;
 pub mod syscalls;

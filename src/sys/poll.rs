@@ -18,9 +18,24 @@ pub fn wait_readable(fd: RawFd, timeout: Duration) -> bool {
 
 /// Waits until at least one descriptor is readable or hung up; returns which are.
 pub fn wait_any_readable<const N: usize>(descriptors: [&dyn AsRawFd; N]) -> io::Result<[bool; N]> {
+    wait_any_readable_within(descriptors, -1)
+}
+
+/// As [`wait_any_readable`], for at most `timeout`.
+pub fn wait_any_readable_for<const N: usize>(
+    descriptors: [&dyn AsRawFd; N],
+    timeout: Duration,
+) -> io::Result<[bool; N]> {
+    wait_any_readable_within(descriptors, libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX))
+}
+
+fn wait_any_readable_within<const N: usize>(
+    descriptors: [&dyn AsRawFd; N],
+    timeout_ms: libc::c_int,
+) -> io::Result<[bool; N]> {
     let mut polls = descriptors.map(|one| libc::pollfd { fd: one.as_raw_fd(), events: libc::POLLIN, revents: 0 });
     // SAFETY: poll reads and writes N pollfds at the address given, and `polls` has N.
-    retry_eintr(|| unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, -1) })?;
+    retry_eintr(|| unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, timeout_ms) })?;
     Ok(polls.map(|one| one.revents != 0))
 }
 

@@ -6,6 +6,8 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 
+use super::retry_eintr;
+
 /// Largest record of a group that is read, in bytes. A group has one name for each member.
 pub(super) const GROUP_BYTES_MAX: usize = 1 << 20;
 
@@ -62,6 +64,18 @@ pub fn other_user_of(file: &File) -> Option<(u32, String)> {
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let pid = pids.find(|pid| *pid != own && has_it_open(pid))?;
     Some((pid, name_of(pid)?))
+}
+
+/// Waits until a child process has ended. Its number stays its own until it is waited for again.
+///
+/// # Errors
+/// Those of waitid(2).
+pub fn wait_without_reaping(pid: u32) -> io::Result<()> {
+    // SAFETY: all-zero bytes are a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { MaybeUninit::zeroed().assume_init() };
+    let flags = libc::WEXITED | libc::WNOWAIT;
+    // SAFETY: the call writes one siginfo_t at the address given, and `info` is one.
+    retry_eintr(|| unsafe { libc::waitid(libc::P_PID, pid, &raw mut info, flags) }).map(drop)
 }
 
 /// A resource limit of the process (getrlimit(2)).

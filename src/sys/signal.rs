@@ -1,6 +1,7 @@
 //! Signals that a thread waits for instead of handling them.
 
 use std::io;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// Signals that are blocked in every thread, so that one thread can wait for them.
 #[derive(Debug)]
@@ -53,6 +54,55 @@ pub fn block_all_in_this_thread() {
         libc::sigfillset(&raw mut set);
         libc::sigdelset(&raw mut set, libc::SIGSYS);
         libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+    }
+}
+
+/// Name of a signal, for messages.
+pub fn name_of(signal: i32) -> String {
+    let name = match signal {
+        libc::SIGABRT => "SIGABRT",
+        libc::SIGBUS => "SIGBUS",
+        libc::SIGFPE => "SIGFPE",
+        libc::SIGILL => "SIGILL",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGSYS => "SIGSYS",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGTRAP => "SIGTRAP",
+        signal => return format!("signal {signal}"),
+    };
+    name.to_owned()
+}
+
+/// What a handler of [`on_bus_error`] calls with the address whose access failed.
+///
+/// => It runs in a signal handler: it may load and store atomics, and nothing else.
+pub type BusErrorHook = fn(usize);
+
+static BUS_ERROR_HOOK: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Calls `hook` when an access to memory raises SIGBUS, and lets the signal end the process after that.
+///
+/// # Errors
+/// Those of sigaction(2).
+pub fn on_bus_error(hook: BusErrorHook) -> io::Result<()> {
+    extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let hook = BUS_ERROR_HOOK.load(Ordering::Acquire);
+        // SAFETY: the kernel passes a valid siginfo_t; for SIGBUS it has an address.
+        let address = unsafe { (*info).si_addr() }.addr();
+        // SAFETY: the only value stored, besides null, is a BusErrorHook.
+        unsafe { std::mem::transmute::<*mut (), BusErrorHook>(hook)(address) };
+        // The access is repeated when this returns, and the signal then has its default effect (SA_RESETHAND).
+    }
+    BUS_ERROR_HOOK.store(hook as *mut (), Ordering::Release);
+    // SAFETY: all-zero bytes are a valid sigaction: no flags and an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handle as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND;
+    // SAFETY: the handler has the signature that SA_SIGINFO asks for; with a null pointer nothing is written.
+    match unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

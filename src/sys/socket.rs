@@ -3,7 +3,7 @@
 use std::fs::{File, Permissions};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -136,6 +136,54 @@ pub fn peer(stream: &UnixStream) -> io::Result<Peer> {
     Ok(Peer { pid: u32::try_from(credentials.pid).unwrap_or(0), uid: credentials.uid })
 }
 
+/// A connected pair of sockets that keep the boundaries of messages (SOCK_SEQPACKET).
+///
+/// # Errors
+/// Those of socketpair(2).
+pub fn message_pair() -> io::Result<(UnixStream, UnixStream)> {
+    let mut pair: [RawFd; 2] = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+    // SAFETY: the call writes two descriptors at the address given, and `pair` has room for two.
+    retry_eintr(|| unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr()) })?;
+    // SAFETY: socketpair() returned two new descriptors, which nothing else owns.
+    let [one, other] = pair.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    Ok((one.into(), other.into()))
+}
+
+/// Sends a message of [`message_pair`] with descriptors, without waiting for space in the other end's queue.
+///
+/// # Errors
+/// EAGAIN if that has none, EPIPE if the other end is closed, EMSGSIZE for a message that no queue holds.
+pub fn send_with_files(socket: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let numbers_bytes = size_of_val(numbers.as_slice());
+    let data_bytes = u32::try_from(numbers_bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the macro only computes a length.
+    let space = unsafe { libc::CMSG_SPACE(data_bytes) } as usize;
+    // Words, because a control message's header is aligned to one.
+    let mut control = vec![0u64; space.div_ceil(8)];
+    let mut vector = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all-zero bytes are a valid msghdr.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_iov = &raw mut vector;
+    message.msg_iovlen = 1;
+    if !numbers.is_empty() {
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = space;
+        // SAFETY: the control buffer has room for one header with `numbers_bytes` bytes of data, as CMSG_SPACE says.
+        unsafe {
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN(data_bytes) as usize;
+            std::ptr::copy_nonoverlapping(numbers.as_ptr().cast(), libc::CMSG_DATA(header), numbers_bytes);
+        }
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the vector covers `bytes`, which sendmsg() only reads, and the control buffer outlives the call.
+    retry_eintr(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) }).map(drop)
+}
+
 /// Receives up to `bytes.len()` bytes, and up to `FILES_MAX` descriptors that came with them; returns the number of
 /// bytes and the descriptors.
 ///
@@ -196,6 +244,23 @@ fn socklen(bytes: usize) -> libc::socklen_t {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn messages_keep_their_boundaries_and_their_descriptors() {
+        let (ours, theirs) = message_pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        send_with_files(&theirs, b"one", &[]).unwrap();
+        send_with_files(&theirs, b"three", &[file.as_fd(), file.as_fd()]).unwrap();
+        let mut bytes = [0; 64];
+        let (len, files) = receive_with_files::<4>(&ours, &mut bytes).unwrap();
+        assert_eq!((&bytes[..len], files.len()), (&b"one"[..], 0));
+        let (len, files) = receive_with_files::<4>(&ours, &mut bytes).unwrap();
+        assert_eq!((&bytes[..len], files.len()), (&b"three"[..], 2));
+        let full = (0..).find_map(|_| send_with_files(&theirs, &[0; 1024], &[]).err()).unwrap();
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock, "a reader that does not read keeps nobody waiting");
+        drop(ours);
+        assert_eq!(send_with_files(&theirs, b"x", &[]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
 
     #[test]
     fn descriptors_come_with_their_message_or_the_message_is_an_error() {

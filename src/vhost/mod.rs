@@ -1,7 +1,7 @@
 //! \[1\] The socket: front-ends connect, and their vhost-user messages become commands to the device's workers.
 //!
-//! - `listener.rs` creates the socket's file; `server.rs` accepts one front-end after another; `relay.rs` carries its
-//!   messages, which `wire.rs` reads and writes;
+//! - `server.rs` accepts one front-end after another; `relay.rs` carries its messages, which `wire.rs` reads and
+//!   writes;
 //! - `backend.rs` implements `VhostUserBackend`: features, configuration space, memory;
 //! - `vring.rs` implements `VringT`: it starts and stops each virtqueue on its worker;
 //! - `inflight.rs` keeps the inflight region.
@@ -19,13 +19,11 @@
 
 mod backend;
 mod inflight;
-mod listener;
 mod relay;
 mod server;
 mod vring;
 mod wire;
 
-pub use listener::{BoundSocket, SocketAccess, bind};
 pub use server::Server;
 
 /// Guest memory as vhost-user-backend keeps it.

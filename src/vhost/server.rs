@@ -25,7 +25,7 @@ use crate::device::control::Workers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::poll::{wait_any_readable, wait_readable};
 use crate::sys::process::{Limit, describe_limit};
-use crate::sys::socket::{Peer, peer, stop_listening};
+use crate::sys::socket::{Peer, peer};
 use crate::virtio::GuestRam;
 
 /// Serves a device's socket until [`Server::stop`].
@@ -106,16 +106,12 @@ impl Server {
         }
     }
 
-    /// Makes the listening socket refuse connections, in every process that shares it.
-    pub fn stop_listening(&self) {
-        stop_listening(&self.listener);
-    }
-
-    /// The front-end that is served while another one waits to be accepted, for messages; `None` if none waits.
-    pub fn busy_with(&self) -> Option<String> {
+    /// Process ID and user ID of the front-end that is served while another one waits to be accepted; `None` if none
+    /// waits.
+    pub fn busy_with(&self) -> Option<(u32, u32)> {
         let connection = self.connection();
         let holder = peer(connection.as_ref()?).ok()?;
-        wait_readable(self.listener.as_raw_fd(), Duration::ZERO).then(|| self.describe(holder))
+        wait_readable(self.listener.as_raw_fd(), Duration::ZERO).then_some((holder.pid, holder.uid))
     }
 
     /// The process and the user that a connection comes from, for the log.

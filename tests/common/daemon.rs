@@ -14,6 +14,9 @@ use super::wait::{PATIENCE, is_listening, poll_until, try_poll};
 /// How long a daemon may take to drain and exit after SIGTERM.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
+/// How long killed processes may take to vanish.
+const KILL_LIMIT: Duration = Duration::from_secs(2);
+
 /// A Unix socket's path must fit into `sun_path` with its final NUL.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -138,6 +141,42 @@ fn server_command(directory: &TempDir, options: &DaemonOptions) -> Command {
         command.arg("--read-only");
     }
     command
+}
+
+/// Sends a signal to a process.
+pub fn send(pid: u32, signal: i32) {
+    let pid = libc::pid_t::try_from(pid).expect("process ids are small");
+    // SAFETY: a plain system call.
+    let sent = unsafe { libc::kill(pid, signal) };
+    let error = io::Error::last_os_error();
+    assert!(sent == 0 || error.raw_os_error() == Some(libc::ESRCH), "signal {signal}: {error}");
+}
+
+/// Whether a process has ended: its descriptors are closed.
+pub fn has_ended(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // "1234 (name) S ...", and Z for one that nobody has waited for yet; its first thread may end before the others.
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with(['Z', 'X']) && threads <= 1)
+}
+
+/// Kills a daemon that is not a [`Daemon`], with its disk processes, and waits for it.
+pub fn kill_all(child: &mut Child) {
+    send(child.id(), libc::SIGSTOP);
+    let disks = children_of(child.id());
+    disks.iter().for_each(|pid| send(*pid, libc::SIGKILL));
+    try_poll(KILL_LIMIT, || disks.iter().all(|pid| has_ended(*pid)).then_some(()));
+    child.kill().and_then(|()| child.wait()).expect("the daemon can be killed");
+}
+
+/// The children of a process.
+fn children_of(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let pids = |list: String| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>();
+    let mut found: Vec<u32> = lists.flat_map(pids).collect();
+    found.sort_unstable();
+    found
 }
 
 /// Writes a configuration file for `devices`; returns their sockets.
@@ -300,33 +339,58 @@ impl Daemon {
         }
     }
 
-    /// Number of open file descriptors of the process.
+    /// The processes of the daemon: the first one, and its disk processes.
+    pub fn processes(&self) -> Vec<u32> {
+        [self.id()].into_iter().chain(self.disk_processes()).collect()
+    }
+
+    /// The disk processes, in the order of their start.
+    pub fn disk_processes(&self) -> Vec<u32> {
+        children_of(self.id())
+    }
+
+    /// The disk process of the device with this name.
+    #[track_caller]
+    pub fn disk_process(&self, device: &str) -> u32 {
+        let is_its = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.ends_with(format!("\0{device}\0").as_bytes())
+        };
+        let found = try_poll(PATIENCE, || self.disk_processes().into_iter().find(is_its));
+        found.unwrap_or_else(|| panic!("{device} has no process:\n{}", self.log()))
+    }
+
+    /// Number of open file descriptors of its processes.
     pub fn open_descriptors(&self) -> usize {
         self.proc_entries("fd").len()
     }
 
-    /// Number of io_uring instances of the process.
+    /// Number of io_uring instances of its processes.
     pub fn io_urings(&self) -> usize {
         let targets = self.proc_entries("fd").into_iter().filter_map(|entry| fs::read_link(entry).ok());
         targets.filter(|target| target.ends_with("anon_inode:[io_uring]")).count()
     }
 
-    /// Number of threads of the process with the name `name` (at most 15 bytes).
+    /// Number of threads of its processes with the name `name` (at most 15 bytes).
     pub fn threads(&self, name: &str) -> usize {
         let names = self.proc_entries("task").into_iter().filter_map(|task| fs::read_to_string(task.join("comm")).ok());
         names.filter(|found| found.trim_end() == name).count()
     }
 
-    /// The paths in `directory` of the process's directory in /proc.
+    /// The paths in `directory` of its processes' directories in /proc.
     fn proc_entries(&self, directory: &str) -> Vec<PathBuf> {
-        let entries = fs::read_dir(format!("/proc/{}/{directory}", self.child.id())).expect("the daemon runs");
-        entries.map(|entry| entry.expect("the daemon runs").path()).collect()
+        let of_process = |pid| {
+            let entries = fs::read_dir(format!("/proc/{pid}/{directory}")).expect("the daemon runs");
+            entries.map(|entry| entry.expect("the daemon runs").path()).collect::<Vec<_>>()
+        };
+        self.processes().into_iter().flat_map(of_process).collect()
     }
 
-    /// Number of cache arenas that the process has mapped.
+    /// Number of cache arenas that its processes have mapped.
     pub fn mapped_caches(&self) -> usize {
-        let maps = fs::read_to_string(format!("/proc/{}/maps", self.child.id())).expect("the daemon runs");
-        maps.lines().filter(|line| line.contains("/memfd:genblk-cache")).count()
+        let maps = |pid| fs::read_to_string(format!("/proc/{pid}/maps")).expect("the daemon runs");
+        let caches = |maps: String| maps.lines().filter(|line| line.contains("/memfd:genblk-cache")).count();
+        self.processes().into_iter().map(maps).map(caches).sum()
     }
 
     /// Sends SIGTERM.
@@ -334,16 +398,31 @@ impl Daemon {
         self.signal(libc::SIGTERM);
     }
 
-    /// Sends a signal.
+    /// Sends a signal: SIGKILL, SIGSTOP and SIGCONT to all its processes, as a control group does, others to the first.
     pub fn signal(&self, signal: i32) {
-        let pid = libc::pid_t::try_from(self.child.id()).expect("process ids are small");
-        // SAFETY: plain system call; the child has not been reaped, so the id is still its own.
-        let sent = unsafe { libc::kill(pid, signal) };
-        assert_eq!(sent, 0, "signal {signal}: {}", io::Error::last_os_error());
+        if matches!(signal, libc::SIGKILL | libc::SIGSTOP | libc::SIGCONT) {
+            // A supervisor that runs would start a disk process again.
+            send(self.id(), if signal == libc::SIGCONT { signal } else { libc::SIGSTOP });
+            let disks = self.disk_processes();
+            disks.iter().for_each(|pid| send(*pid, signal));
+            if signal == libc::SIGKILL {
+                // One whose image hangs stays until that answers.
+                try_poll(KILL_LIMIT, || disks.iter().all(|pid| has_ended(*pid)).then_some(()));
+            }
+        }
+        // The child has not been reaped, so the id is still its own.
+        send(self.id(), signal);
     }
 
-    /// Kills the process with SIGKILL; files and memory that it leaves stay.
+    /// Kills all processes of the daemon with SIGKILL, as the service manager does; files and memory that they leave
+    /// stay.
     pub fn kill(&mut self) {
+        self.signal(libc::SIGKILL);
+        self.child.wait().expect("the child can be waited for");
+    }
+
+    /// Kills the first process alone with SIGKILL.
+    pub fn kill_supervisor(&mut self) {
         self.child.kill().expect("the daemon runs");
         self.child.wait().expect("the child can be waited for");
     }
@@ -387,8 +466,11 @@ impl Drop for Daemon {
         if std::thread::panicking() {
             eprintln!("--- the daemon's log:\n{}", self.log());
         }
+        // Its disk processes end by themselves when it has died, unless they are stopped or their images hang.
+        let left = self.disk_processes();
         // Both fail only if the process has already exited.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        left.into_iter().for_each(|pid| send(pid, libc::SIGKILL));
     }
 }

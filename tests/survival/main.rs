@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::SECTOR_BYTES;
-use common::daemon::{Daemon, TempDir, run_to_end, server_binary};
+use common::daemon::{Daemon, TempDir, kill_all, run_to_end, server_binary};
 use common::prng::{Prng, seed};
 use common::request::{OK, Payload, pattern};
 use common::session::{Session, SessionOptions};
@@ -200,7 +200,7 @@ fn an_upgrade_with_a_cache_of_one_gib_pauses_for_less_than_a_second() {
     };
     drop(session);
     let pauses: Vec<Duration> = (0..3).map(pause).collect();
-    assert!(daemon.log().contains("restored 196608 cached pages"), "{}", daemon.log());
+    daemon.await_log("restored 196608 cached pages");
     assert!(pauses.iter().min().is_some_and(|pause| *pause < Duration::from_secs(1)), "{pauses:?}");
 }
 
@@ -301,7 +301,7 @@ fn a_daemon_started_before_the_old_one_ends_waits_for_it() {
         let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
         assert_eq!(session.read(80, 4096), pattern(round, 80, 4096));
         drop(session);
-        next.kill().and_then(|()| next.wait()).expect("the daemon can be killed");
+        kill_all(&mut next);
         daemon.restart();
     }
 }
@@ -319,7 +319,7 @@ fn a_daemon_that_cannot_start_leaves_the_cache_for_the_next() {
     assert!(refused.stderr.contains("is not a socket"), "{refused:?}");
     std::fs::remove_file(daemon.socket()).expect("the file can be removed");
     daemon.restart();
-    assert!(daemon.log().contains("restored 4 cached pages"), "{}", daemon.log());
+    daemon.await_log("restored 4 cached pages");
 }
 
 #[test]

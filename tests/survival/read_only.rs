@@ -83,7 +83,7 @@ fn a_reader_serves_beside_a_clean_cache_and_leaves_it_for_the_writer() {
     daemon.stop();
     assert_eq!(daemon.directory().left(), left, "the cache stays");
     daemon.reconfigure(WRITER);
-    assert!(daemon.log().contains("restored 4 cached pages (0 dirty)"), "{}", daemon.log());
+    daemon.await_log("restored 4 cached pages (0 dirty)");
 }
 
 #[test]

@@ -186,7 +186,7 @@ fn completed_writes_survive_kills_with_the_cache_in_the_fd_store() {
     };
     let daemon = assert_survives(daemon, FrontEnd::Qemu, Ends::kills(), 206, check_ended);
     assert!(systemd.stored_names().is_empty(), "an orderly end leaves nothing in the fd store");
-    assert!(daemon.log().contains(" dirty) left by the previous daemon"), "{}", daemon.log());
+    daemon.await_log(" dirty) left by the previous daemon");
 }
 
 #[test]

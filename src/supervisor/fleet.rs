@@ -1,4 +1,4 @@
-//! All devices of the process, as the main thread sees them. It sends commands to their supervisors, looks at them a
+//! All devices of the process, as the main thread sees them. It sends commands to their keepers, looks at them a
 //! few times a second, and waits for none without a deadline.
 
 use std::mem;
@@ -10,14 +10,15 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use crate::config::Config;
+use crate::disk_protocol::Ending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::service::Context;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
 
+use super::context::Context;
 use super::disk::{Disk, Phase};
-use super::supervisor::{Command, Ending, News};
+use super::keeper::{Command, News};
 use super::{Event, Strictness};
 
 /// How often the main thread looks at the devices.
@@ -61,7 +62,7 @@ pub(super) struct Fleet {
 }
 
 impl Fleet {
-    /// Starts a supervisor for each device of `config`, which sends what happens to `events`.
+    /// Starts a keeper for each device of `config`, which sends what happens to `events`.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if a thread cannot be started.
@@ -171,6 +172,8 @@ impl Fleet {
                 }
             }
             News::Served(handle) => self.disks[index].serve(handle),
+            News::Died(why, pause) => self.disks[index].note_death(&why, pause),
+            News::GivenUp(error) => self.disks[index].give_up(&error),
             News::Quiesced => {
                 self.disks[index].set_phase(Phase::Quiesced);
                 self.finish_quiesced();
@@ -183,8 +186,8 @@ impl Fleet {
     /// that another is reading.
     fn finish_quiesced(&mut self) {
         for index in 0..self.disks.len() {
-            let key = self.disks[index].image_key();
-            let mut group = self.disks.iter().filter(|disk| disk.image_key() == key);
+            let key = self.disks[index].process_key();
+            let mut group = self.disks.iter().filter(|disk| disk.process_key() == key);
             if self.disks[index].phase() == Phase::Quiesced && group.all(Disk::has_quiesced) {
                 self.disks[index].finish();
             }

@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use crate::config::DeviceConfig;
-use crate::device::Untracked;
+use crate::disk_protocol::Ending;
+use crate::disk_stats::{DiskState, OldestOp};
 use crate::error::{Error, ErrorKind, Result};
-use crate::service::{Context, Handle};
+use crate::store::file::Fence;
 
 use super::Event;
+use super::context::Context;
+use super::handle::Handle;
+use super::keeper::{self, Command, Keeper};
 use super::reminder::{FIRST, Reminder};
-use super::supervisor::{Command, Ending, Supervisor};
 
 /// How long a device whose cache is kept may take to leave it to the next daemon. Then it is left as a crash would
 /// leave it, which loses nothing.
@@ -28,6 +31,10 @@ const UNTRACKED_STALL_MAX: Duration = Duration::from_secs(5);
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// How long to wait for the threads of a device after it was abandoned.
 const DETACH_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a disk process that hangs may take to close its connection before it is killed.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(200);
+/// How long to wait for a disk process that was killed: a thread in uninterruptible sleep does not die.
+const KILL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How far a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,7 +43,7 @@ pub(super) enum Phase {
     Opening,
     /// It could not be opened, and is tried again.
     Failed,
-    /// It is open, and not served yet.
+    /// It is open, and not served yet, or its process has died.
     Open,
     /// It is served.
     Served,
@@ -55,22 +62,28 @@ pub(super) enum Phase {
 pub(super) struct Disk {
     name: String,
     image: PathBuf,
-    supervisor: Supervisor,
+    keeper: Keeper,
     phase: Phase,
     /// Once it is served.
     handle: Option<Handle>,
     /// Why it is not served.
     failure: Option<Failure>,
-    /// Lines about the step that the supervisor is in.
+    /// Lines about the step that the keeper is in.
     step_reminder: Reminder,
     /// Lines about the oldest operation in flight.
     op_reminder: Reminder,
     /// Since when another front-end waits, and the lines about it.
     waiting: Option<(Instant, Reminder)>,
-    /// When the image was last seen to complete something, by [`Handle::progress`].
-    progress: (Instant, Option<[u64; 4]>),
-    /// When it was abandoned.
-    abandoned: Option<(Instant, Untracked)>,
+    /// When the image was last seen to complete something, and how many operations it had completed.
+    progress: (Instant, u64),
+    /// When it was abandoned, and whether requests are waited for that the next daemon cannot repeat.
+    abandoned: Option<(Instant, bool)>,
+    /// When it was given up at the end of the process, and whether its process was killed.
+    detached: Option<(Instant, bool)>,
+    /// Lines about a process that does not run.
+    silence_reminder: Reminder,
+    /// Lines about a cache that ends with the daemon, whose image is waited for.
+    unkept_reminder: Reminder,
     /// The error with which it ended.
     error: Option<Error>,
 }
@@ -84,7 +97,7 @@ struct Failure {
 }
 
 impl Disk {
-    /// Starts the supervisor of device number `index`.
+    /// Starts the keeper of device number `index`.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if its thread cannot be started.
@@ -92,15 +105,18 @@ impl Disk {
         Ok(Self {
             name: config.name.clone(),
             image: config.image.clone(),
-            supervisor: Supervisor::start(index, config, context, events)?,
+            keeper: Keeper::start(index, config, context, events)?,
             phase: Phase::Opening,
             handle: None,
             failure: None,
             step_reminder: Reminder::new(),
             op_reminder: Reminder::new(),
             waiting: None,
-            progress: (Instant::now(), None),
+            progress: (Instant::now(), 0),
             abandoned: None,
+            detached: None,
+            silence_reminder: Reminder::new(),
+            unkept_reminder: Reminder::new(),
             error: None,
         })
     }
@@ -121,7 +137,7 @@ impl Disk {
     }
 
     pub fn send(&self, command: Command) {
-        self.supervisor.send(command);
+        self.keeper.send(command);
     }
 
     pub fn has_ended(&self) -> bool {
@@ -133,9 +149,14 @@ impl Disk {
         self.phase >= Phase::Quiesced
     }
 
-    /// What devices on one image have in common; `None` before it is served.
-    pub fn image_key(&self) -> Option<usize> {
-        self.handle.as_ref().map(Handle::image_key)
+    /// What devices with one process have in common; `None` before it is served.
+    pub fn process_key(&self) -> Option<Fence> {
+        self.handle.as_ref().map(Handle::process_key)
+    }
+
+    /// What it does; nothing before it is served.
+    fn state(&self) -> DiskState {
+        self.handle.as_ref().map_or_else(DiskState::default, Handle::state)
     }
 
     /// The error with which it ended.
@@ -168,10 +189,31 @@ impl Disk {
         }
     }
 
+    /// Its process has died, and is started again after a pause.
+    pub fn note_death(&mut self, why: &str, pause: Duration) {
+        let then = match pause {
+            Duration::ZERO => "starting it again".to_owned(),
+            pause => format!("starting it again in {} ms", pause.as_millis()),
+        };
+        error!("{}: {why}; {then}", self.name);
+        self.handle = None;
+        self.op_reminder = Reminder::new();
+        self.set_phase(Phase::Open);
+    }
+
+    /// Its process has died too often.
+    pub fn give_up(&mut self, error: &Error) {
+        let text = error.to_string();
+        error!("{}: not served: {text}; SIGHUP starts it again", self.name);
+        self.handle = None;
+        self.failure = Some(Failure { text, since: Instant::now(), reminder: Reminder::new() });
+        self.set_phase(Phase::Failed);
+    }
+
     /// Whether it is served or will not be soon, so that the start of the daemon does not wait for it.
     pub fn is_settled(&self) -> bool {
         match self.phase {
-            Phase::Opening => self.supervisor.step().since.elapsed() >= FIRST,
+            Phase::Opening => self.keeper.step().since.elapsed() >= FIRST,
             Phase::Open => false,
             _ => true,
         }
@@ -188,14 +230,11 @@ impl Disk {
         Some(format!("{} ({why})", self.name))
     }
 
-    /// Logs what takes long, and a cache file that was removed.
+    /// Logs what takes long.
     pub fn look_while_serving(&mut self) {
-        if let Some(handle) = &self.handle {
-            handle.look_at_cache_file();
-        }
         if self.phase == Phase::Opening {
             let image = self.image.display();
-            let step = self.supervisor.step();
+            let step = self.keeper.step();
             let age = step.since.elapsed();
             if self.step_reminder.is_due(age) {
                 warn!(
@@ -208,18 +247,33 @@ impl Disk {
             return;
         }
         self.look_for_waiting_front_end();
+        self.look_at_process();
         let image = self.image.display();
-        match self.handle.as_ref().and_then(Handle::oldest_op) {
-            Some(Some((what, age))) if self.op_reminder.is_due(age) => {
-                let seconds = age.as_secs();
+        if self.handle.is_none() {
+            return;
+        }
+        match self.state().oldest {
+            Some(oldest) if self.op_reminder.is_due(oldest.age) => {
+                let (what, seconds) = (oldest.describe(), oldest.age.as_secs());
                 warn!("{}: image {image} does not answer: {what} has been in flight for {seconds} s", self.name);
             }
-            Some(Some((_, age))) if age >= FIRST => {}
-            Some(_) if self.op_reminder.was_due() => {
+            Some(OldestOp { age, .. }) if age >= FIRST => {}
+            _ if self.op_reminder.was_due() => {
                 info!("{}: image {image} answers again", self.name);
                 self.op_reminder = Reminder::new();
             }
             _ => {}
+        }
+    }
+
+    /// Logs a process that does not run: it is stopped, or it gets no processor.
+    fn look_at_process(&mut self) {
+        let Some(silent_for) = self.handle.as_ref().map(Handle::silent_for) else { return };
+        if self.silence_reminder.is_due(silent_for) {
+            warn!("{}: its process has not run for {} s: is it stopped?", self.name, silent_for.as_secs());
+        } else if silent_for < FIRST && self.silence_reminder.was_due() {
+            info!("{}: its process runs again", self.name);
+            self.silence_reminder = Reminder::new();
         }
     }
 
@@ -240,7 +294,7 @@ impl Disk {
     pub fn begin_end(&mut self, ending: Ending) {
         if self.phase < Phase::Ending {
             self.phase = Phase::Ending;
-            self.progress = (Instant::now(), None);
+            self.progress = (Instant::now(), self.state().completed_ops);
             self.step_reminder = Reminder::new();
             self.send(Command::End(ending));
         }
@@ -254,10 +308,14 @@ impl Disk {
 
     /// It has ended.
     pub fn end(&mut self, result: Result<()>) {
-        // A device that was given up has its error already.
+        // Its copy of the listening socket is closed with it.
+        self.handle = None;
         if self.phase != Phase::Ended {
             self.phase = Phase::Ended;
-            self.error = result.err();
+            // A device that was given up has its error already, or none on purpose.
+            if self.detached.is_none() {
+                self.error = result.err();
+            }
         }
     }
 
@@ -266,10 +324,10 @@ impl Disk {
         if self.has_ended() {
             return;
         }
-        if self.handle.as_ref().is_some_and(Handle::has_unkept_data) {
+        if self.state().has_unkept_data {
             warn!("{}: its cache does not outlive the daemon; waiting for the image even so", self.name);
         } else {
-            self.abandon(Untracked::Lose);
+            self.abandon(false);
         }
     }
 
@@ -281,24 +339,27 @@ impl Disk {
         }
     }
 
-    /// Ends it as a crash would.
-    fn abandon(&mut self, untracked: Untracked) {
-        if self.abandoned.is_some_and(|(_, before)| before == untracked || before == Untracked::Lose) {
+    /// Ends it as a crash would. `waits`: requests are waited for that the next daemon cannot repeat.
+    fn abandon(&mut self, waits: bool) {
+        if self.abandoned.is_some_and(|(_, waited)| waited == waits || !waited) {
             return;
         }
-        self.abandoned = Some((Instant::now(), untracked));
+        self.abandoned = Some((Instant::now(), waits));
         if let Some(handle) = &self.handle {
-            handle.abandon(untracked);
+            handle.abandon(waits);
         }
     }
 
     /// Logs what takes long, and ends the wait for an image that does not answer.
     pub fn look_while_ending(&mut self, ending: Ending, since: Instant, hurried: bool) {
-        let (age, step) = (since.elapsed(), self.supervisor.step());
-        let oldest = self.handle.as_ref().and_then(Handle::oldest_op).flatten();
+        if let Some((at, is_killed)) = self.detached {
+            return self.finish_detaching(at, is_killed);
+        }
+        let (age, step, state) = (since.elapsed(), self.keeper.step(), self.state());
         if self.step_reminder.is_due(age) {
-            let waits_for = oldest
-                .map_or_else(String::new, |(what, age)| format!("; {what} has been in flight for {} s", age.as_secs()));
+            let waits_for = state.oldest.map_or_else(String::new, |oldest| {
+                format!("; {} has been in flight for {} s", oldest.describe(), oldest.age.as_secs())
+            });
             let advice = if hurried { "" } else { "; send the signal again to end without it" };
             warn!(
                 "{}: image {}: {} has taken {} s so far{waits_for}{advice}",
@@ -308,42 +369,51 @@ impl Disk {
                 step.since.elapsed().min(age).as_secs()
             );
         }
-        let Some(handle) = &self.handle else {
-            // Nothing was served, so nothing can be lost.
+        if self.handle.is_none() {
+            // Nothing is served, so no request is lost.
             if age >= HAND_OVER_PATIENCE {
                 self.detach(ending);
             }
             return;
-        };
-        if let Some(progress) = handle.progress()
-            && self.progress.1.replace(progress) != Some(progress)
-        {
-            self.progress.0 = Instant::now();
+        }
+        if state.completed_ops != self.progress.1 {
+            self.progress = (Instant::now(), state.completed_ops);
         }
         let stalled_for = self.progress.0.max(step.since).elapsed();
-        let is_kept = ending == Ending::HandOver && !handle.has_unkept_data();
-        if stalled_for >= STALL_MAX || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_PATIENCE) {
-            self.abandon(Untracked::Lose);
-        } else if is_kept && age >= HAND_OVER_PATIENCE {
-            self.abandon(Untracked::Wait);
+        let is_kept = ending == Ending::HandOver && !state.has_unkept_data;
+        if state.has_unkept_data && stalled_for < STALL_MAX && self.unkept_reminder.is_due(age) {
+            warn!(
+                "{}: its cache ends with the daemon and holds {} dirty pages; waiting as long as the image completes \
+                 operations",
+                self.name, state.dirty_pages
+            );
         }
-        if let Some((at, untracked)) = self.abandoned
+        if stalled_for >= STALL_MAX || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_PATIENCE) {
+            self.abandon(false);
+        } else if is_kept && age >= HAND_OVER_PATIENCE {
+            self.abandon(true);
+        }
+        if let Some((at, waits)) = self.abandoned
             && at.elapsed() >= DETACH_PATIENCE
-            && (untracked == Untracked::Lose || self.has_quiesced())
+            && (!waits || self.has_quiesced())
         {
             self.detach(ending);
         }
     }
 
-    /// Gives up a device whose threads hang in the kernel: closes what others wait for.
+    /// Gives up a device whose threads hang in the kernel: closes what others wait for. Its process is killed then.
     fn detach(&mut self, ending: Ending) {
-        let (name, image, step) = (&self.name, self.image.display(), self.supervisor.step().what);
-        let context = format!("{name}: ended while {step}: image {image} does not answer");
+        let (name, image, step) = (&self.name, self.image.display(), self.keeper.step().what);
+        let context = match step {
+            keeper::PREPARING => format!("{name}: ended while {step} of image {image}"),
+            _ => format!("{name}: ended while {step}: image {image} does not answer"),
+        };
+        let has_unkept_data = self.state().has_unkept_data;
         let loses = match &self.handle {
             None => false,
             Some(handle) => {
                 handle.force_close();
-                ending == Ending::WriteBack || handle.has_unkept_data()
+                ending == Ending::WriteBack || has_unkept_data
             }
         };
         if loses {
@@ -352,7 +422,22 @@ impl Disk {
         } else {
             warn!("{context}");
         }
-        self.phase = Phase::Ended;
+        self.detached = Some((Instant::now(), false));
+    }
+
+    /// Kills the process of a device that was given up, and waits a little for that.
+    fn finish_detaching(&mut self, at: Instant, is_killed: bool) {
+        if !is_killed && at.elapsed() >= CLOSE_PATIENCE {
+            let is_killed = self.handle.as_ref().is_some_and(Handle::kill);
+            if is_killed {
+                self.detached = Some((Instant::now(), true));
+            } else {
+                self.phase = Phase::Ended;
+            }
+        } else if is_killed && at.elapsed() >= KILL_PATIENCE {
+            // A thread of it hangs in the kernel. The image's lock stays until that returns.
+            self.phase = Phase::Ended;
+        }
     }
 }
 

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use crate::config::{Config, DeviceConfig, Socket};
 use crate::error::{Error, ErrorKind, Result};
+use crate::listener::{BoundSocket, SocketAccess, bind};
 use crate::sys::fd::take_inherited;
 use crate::sys::socket::is_listening;
-use crate::vhost::{BoundSocket, SocketAccess, bind};
 
 /// A listening socket. Dropping it removes its file, if the daemon bound it.
 #[derive(Debug)]

@@ -1,13 +1,26 @@
-//! The process: starts all devices side by side, waits for signals, and ends in order. First it stops all rings; then
-//! it either flushes everything to the images (SIGTERM, SIGINT), or leaves the caches for the next daemon (SIGUSR1).
+//! The supervisor: opens all devices side by side, starts a disk process for each image, waits for signals, and ends in
+//! order. First it stops all rings; then the disk processes either flush everything to the images (SIGTERM, SIGINT), or
+//! leave the caches for the next daemon (SIGUSR1).
 //!
-//! Each device has a thread of its own (`supervisor.rs`) that may wait for its image. The main thread (`fleet.rs`)
-//! waits for none of them: an image that does not answer holds up its own device only.
+//! It does what takes a path: configuration, sockets, the opening and locking of images, memory, the recovery of
+//! caches. It never touches guest memory, a front-end's messages, or an image that is served: what is hostile there
+//! ends at the disk process (`crate::disk_process`), which this starts again.
+//!
+//! Each device has a thread of its own (`keeper.rs`) that may wait for its image, and each disk process one that reads
+//! its messages and its log (`process.rs`). The main thread (`fleet.rs`) waits for none of them: an image that does not
+//! answer holds up its own device only.
 
+mod context;
 mod disk;
 mod fleet;
+mod handle;
+mod keeper;
+mod log_pipe;
+mod process;
 mod reminder;
-mod supervisor;
+mod restarts;
+mod slot;
+mod socket;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -18,13 +31,15 @@ use log::warn;
 use crate::config::{Config, Sandbox};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox;
-use crate::service::Context;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::signal::{self, BlockedSignals};
 use crate::systemd::ServiceManager;
 
+pub use process::Hosting;
+
+use context::Context;
 use fleet::Fleet;
-use supervisor::News;
+use keeper::News;
 
 /// Signals without a meaning here that would end the process: a write beyond RLIMIT_FSIZE and one to a closed pipe fail
 /// instead, and the others must not cost a guest its disk if they are sent by mistake.
@@ -53,10 +68,10 @@ enum Event {
 /// after an error, and tries again to serve devices that could not be served.
 ///
 /// # Errors
-/// Those of [`Service::open`](crate::service::Service::open) and [`Service::start`](crate::service::Service::start) if
-/// no device can be served, or one of them with [`Strictness::AllOrNone`]; those of
-/// [`Running::shutdown`](crate::service::Running::shutdown).
-pub fn run(config: &Config, strictness: Strictness) -> Result<()> {
+/// [`ErrorKind::Image`], [`ErrorKind::Locked`], [`ErrorKind::Memory`], [`ErrorKind::Ledger`] and [`ErrorKind::Socket`]
+/// if no device can be served, or one of them with [`Strictness::AllOrNone`]; [`ErrorKind::Image`] if a device ends
+/// while its image lacks completed writes.
+pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
     let signals = BlockedSignals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP])
         .map_err(system("cannot block signals"))?;
@@ -66,6 +81,8 @@ pub fn run(config: &Config, strictness: Strictness) -> Result<()> {
         warn!("cannot raise the limit of open descriptors: {e}");
     }
     match config.devices.iter().find(|device| device.sandbox == Sandbox::Off) {
+        // A disk process confines itself, by what it is told of its device.
+        None if hosting == Hosting::Processes => {}
         None => sandbox::prepare(None)?,
         Some(device) => warn!(
             "{}: sandbox = \"off\": a hole in genblk's memory safety gives a guest all that this process may do; for \
@@ -74,7 +91,7 @@ pub fn run(config: &Config, strictness: Strictness) -> Result<()> {
         ),
     }
     let manager = Arc::new(ServiceManager::from_environment()?);
-    let context = Arc::new(Context::new(config, &manager));
+    let context = Arc::new(Context::new(config, &manager, hosting));
     let (sender, events) = channel();
     wait_for_signals(signals, sender.clone())?;
     Fleet::start(config, strictness, &context, manager, &sender)?.run(&events)

@@ -1,0 +1,275 @@
+//! An arena in two processes of a daemon. One has created or found it, knows where it is, and keeps it while the other
+//! one, which maps it and uses it, may die and be replaced.
+//!
+//! The second process gets descriptors and never a name: it asks for the removal of a file, and the first one does it.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use super::file::Elsewhere;
+use super::lost_file::LossMarker;
+use super::mapping::Mapping;
+use super::{Arena, ArenaFile, GuestData, GuestState, HEADER_BYTES, Persistence, bytes_of};
+use crate::error::{Error, ErrorKind, Result};
+use crate::tenure::token::ChangeToken;
+
+/// Which kind of arena it is; see [`super`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Kind {
+    Persistent,
+    LossMarker,
+    Anonymous,
+}
+
+/// What the process that uses an arena is told about it. The descriptors come with it, in the order of
+/// [`KeptArena::descriptors`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArenaParts {
+    kind: Kind,
+    frames: usize,
+    /// The file, for messages; empty if there is none.
+    shown: String,
+    recovery_hint: String,
+    removal_hint: String,
+    is_in_fdstore: bool,
+    /// Whether a loss marker takes the place of a file that lost its name.
+    has_substitute: bool,
+    /// What is known of the guest where no file records it.
+    data_loss: bool,
+    write_through: bool,
+    formats: u64,
+}
+
+/// An arena that was received, and what becomes of its file in the end.
+#[derive(Debug)]
+pub struct Received {
+    /// The arena.
+    pub arena: Arena,
+    /// Set when the arena was dropped and its file, or the loss marker in its place, is to be removed.
+    pub is_removed: Arc<AtomicBool>,
+}
+
+impl Received {
+    /// Maps an arena that another process of the daemon hands out.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] when descriptors are missing; else as [`Arena::attach`].
+    pub fn new(parts: &ArenaParts, files: impl IntoIterator<Item = File>) -> Result<Self> {
+        let mut files = files.into_iter();
+        let missing = || Error::new(ErrorKind::System, "a descriptor of the cache is missing");
+        let is_removed = Arc::new(AtomicBool::new(false));
+        let named = |file| ArenaFile::received(file, parts.elsewhere(&is_removed));
+        let map = |file: &File, bytes| {
+            Mapping::new(file, bytes).map_err(|e| Error::io(ErrorKind::Memory, "cannot map the cache", e))
+        };
+        let first = files.next().ok_or_else(missing)?;
+        let frames = parts.frames;
+        let guest = GuestState {
+            data: if parts.data_loss { GuestData::Lost } else { GuestData::Intact },
+            write_through: parts.write_through,
+            formats: parts.formats,
+        };
+        let arena = match parts.kind {
+            Kind::Persistent => {
+                let file = named(first);
+                let header = file.header()?.ok_or_else(|| Error::new(ErrorKind::Ledger, format!("{file} is empty")))?;
+                if header.frames != frames as u64 {
+                    let context = format!("{file} has {} frames, where {frames} are expected", header.frames);
+                    return Err(Error::new(ErrorKind::Ledger, context));
+                }
+                Arena::attach(file, &header)?
+            }
+            Kind::LossMarker => {
+                let (memory, file) = (map(&first, bytes_of(frames, 0)?)?, named(files.next().ok_or_else(missing)?));
+                let guest = file.header()?.map_or(guest, |header| guest.or(header.guest));
+                let marker = map(&file.file, HEADER_BYTES)?;
+                Arena::new(memory, frames, 0, Persistence::LossMarker(LossMarker { marker, file }), guest)
+                    .backed_by(first)
+            }
+            Kind::Anonymous => {
+                let memory = map(&first, bytes_of(frames, 0)?)?;
+                Arena::new(memory, frames, 0, Persistence::None, guest).backed_by(first)
+            }
+        };
+        if parts.has_substitute {
+            let file = named(files.next().ok_or_else(missing)?);
+            let marker = map(&file.file, HEADER_BYTES)?;
+            // A new arena has none yet.
+            let _ = arena.substitute.set(LossMarker { marker, file });
+        }
+        Ok(Self { arena, is_removed })
+    }
+}
+
+impl ArenaParts {
+    fn elsewhere(&self, is_removed: &Arc<AtomicBool>) -> Elsewhere {
+        Elsewhere {
+            shown: self.shown.clone(),
+            recovery_hint: self.recovery_hint.clone(),
+            removal_hint: self.removal_hint.clone(),
+            is_in_fdstore: self.is_in_fdstore,
+            is_removed: Arc::clone(is_removed),
+        }
+    }
+}
+
+impl Arena {
+    /// An empty file in the place of one that lost its name, received from the process that knows the name, for
+    /// [`Arena::replace_lost_file`].
+    pub fn received_marker(&self, file: File) -> Option<ArenaFile> {
+        let lost = match &self.persistence {
+            Persistence::None => return None,
+            Persistence::LossMarker(LossMarker { file, .. }) | Persistence::Full { file, .. } => file,
+        };
+        lost.received_like(file)
+    }
+
+    /// The arena as the process keeps it that does not use it. It is not mapped any more.
+    pub fn into_kept(mut self) -> KeptArena {
+        let (frames, memory) = (self.frames, self.memory_file.take());
+        let (data_loss, write_through, formats) = (self.has_data_loss(), self.is_write_through(), self.guest_formats());
+        let (kind, file) = match std::mem::replace(&mut self.persistence, Persistence::None) {
+            Persistence::None => (Kind::Anonymous, None),
+            Persistence::LossMarker(LossMarker { file, .. }) => (Kind::LossMarker, Some(file)),
+            Persistence::Full { file, .. } => (Kind::Persistent, Some(file)),
+        };
+        KeptArena { kind, frames, memory, file, substitute: None, is_lost: false, data_loss, write_through, formats }
+    }
+}
+
+/// An arena that another process uses.
+#[derive(Debug)]
+pub struct KeptArena {
+    kind: Kind,
+    frames: usize,
+    /// Memory without a name.
+    memory: Option<File>,
+    /// The file that outlives the daemon.
+    file: Option<ArenaFile>,
+    /// What takes its place once its name no longer leads to it.
+    substitute: Option<ArenaFile>,
+    /// Its name no longer leads to it.
+    is_lost: bool,
+    data_loss: bool,
+    write_through: bool,
+    formats: u64,
+}
+
+impl KeptArena {
+    /// What the process that uses the arena is told.
+    pub fn parts(&self) -> ArenaParts {
+        let text = |text: fn(&ArenaFile) -> String| self.file.as_ref().map_or_else(String::new, text);
+        ArenaParts {
+            kind: self.kind,
+            frames: self.frames,
+            shown: text(ArenaFile::to_string),
+            recovery_hint: text(ArenaFile::recovery_hint),
+            removal_hint: text(ArenaFile::removal_hint),
+            is_in_fdstore: self.file.as_ref().is_some_and(ArenaFile::is_in_fdstore),
+            has_substitute: self.substitute.is_some(),
+            data_loss: self.data_loss,
+            write_through: self.write_through,
+            formats: self.formats,
+        }
+    }
+
+    /// The descriptors that go with [`KeptArena::parts`].
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let files = [self.file.as_ref(), self.substitute.as_ref()].into_iter().flatten();
+        self.memory.iter().map(AsFd::as_fd).chain(files.map(|file| file.file.as_fd())).collect()
+    }
+
+    /// The file that outlives the daemon, if its name leads to it; for messages.
+    pub fn file(&self) -> Option<&ArenaFile> {
+        self.file.as_ref().filter(|_| self.kind == Kind::Persistent && !self.is_lost)
+    }
+
+    /// Whether the name of the file, if it has one, still leads to it.
+    pub fn is_reachable(&self) -> bool {
+        self.is_lost || self.file.as_ref().is_none_or(ArenaFile::is_reachable)
+    }
+
+    /// The file's name no longer leads to it. Puts an empty file in its place, for a loss marker.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::recreate`]: a loss of completed writes would go undetected.
+    pub fn replace_lost_file(&mut self) -> Result<Option<BorrowedFd<'_>>> {
+        self.is_lost = true;
+        let Some(file) = &self.file else { return Ok(None) };
+        Ok(Some(self.substitute.insert(file.recreate()?).file.as_fd()))
+    }
+
+    /// The process that used the arena died. The next one finds what it left; if that was only in its memory, the guest
+    /// must learn that completed writes may be lost.
+    pub fn note_death(&mut self, is_read_only: bool) {
+        if self.kind == Kind::Anonymous && !is_read_only {
+            self.data_loss = true;
+        }
+    }
+
+    /// Records what the host tells about the image's last change, for the next daemon.
+    ///
+    /// => No process changes the image, or uses the arena.
+    ///
+    /// # Errors
+    /// As [`Arena::attach`].
+    pub fn record_token(&mut self, token: ChangeToken) -> Result<()> {
+        if self.kind != Kind::Persistent {
+            return Ok(());
+        }
+        let Some(file) = self.file.take() else { return Ok(()) };
+        let Some(header) = file.header()? else { return Ok(()) };
+        let arena = Arena::attach(file, &header)?;
+        arena.record_token_now(token);
+        self.file = arena.into_file();
+        Ok(())
+    }
+
+    /// Whether the arena holds data that is nowhere else, as far as its file tells.
+    ///
+    /// => No process uses the arena.
+    ///
+    /// # Errors
+    /// As [`ArenaFile::survey`].
+    pub fn holds_unwritten(&self) -> Result<bool> {
+        let Some(file) = &self.file else { return Ok(false) };
+        Ok(file.survey()?.is_some_and(|survey| survey.is_dirty() || survey.header.guest.data == GuestData::Lost))
+    }
+
+    /// Removes the files: the process that used the arena has written everything to the image.
+    pub fn remove(self) {
+        self.file.into_iter().chain(self.substitute).for_each(|file| file.remove());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::FrameId;
+
+    #[test]
+    fn what_one_user_of_an_anonymous_arena_wrote_the_next_one_maps() {
+        let kept = Arena::anonymous(2).unwrap().into_kept();
+        let attach = || {
+            let files = kept.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap().into());
+            Received::new(&kept.parts(), files.collect::<Vec<File>>()).unwrap()
+        };
+        let first = attach();
+        first.arena.zero_sectors(FrameId(1), crate::units::SectorMask::ALL);
+        drop(first);
+        assert_eq!(attach().arena.frames(), 2);
+    }
+
+    #[test]
+    fn a_death_of_an_anonymous_arenas_user_loses_data_unless_it_only_reads() {
+        let mut kept = Arena::anonymous(1).unwrap().into_kept();
+        kept.note_death(true);
+        assert!(!kept.parts().data_loss);
+        kept.note_death(false);
+        assert!(kept.parts().data_loss);
+    }
+}

@@ -1,0 +1,201 @@
+//! One device of a disk process, and its thread `disk NAME`. The thread starts the device and ends it, and waits for
+//! the image while it does; so no thread waits for this one without a deadline.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use super::{DiskChannel, spawn, tell};
+use crate::device::Untracked;
+use crate::disk_protocol::{Ending, ErrorText, FromDisk};
+use crate::disk_stats::{DiskState, StatsPage};
+use crate::error::{Error, Result};
+use crate::service::{Handle, Running, Service};
+use crate::waker::Waker;
+
+/// What the control thread tells the device's thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Command {
+    Resume,
+    Quiesce,
+    Finish(Ending),
+}
+
+/// How far a device is.
+#[derive(Debug)]
+enum Stage {
+    Starting,
+    Served(Handle),
+    Quiesced(Handle),
+    Ended,
+}
+
+/// The control thread's side of a device.
+#[derive(Debug)]
+pub(super) struct Device {
+    commands: Sender<Command>,
+    stage: Arc<Mutex<Stage>>,
+    page: &'static StatsPage,
+    state: DiskState,
+}
+
+impl Device {
+    /// Starts the thread of device `number`, which serves it and sends what happens to the supervisor. `waker` is
+    /// notified when the device has ended.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::System`] if the thread cannot be started.
+    pub fn start(
+        number: u32,
+        name: &str,
+        service: Service,
+        page: &'static StatsPage,
+        channel: &Arc<DiskChannel>,
+        waker: &Arc<Waker>,
+    ) -> Result<Self> {
+        let (commands, receiver) = self::channel();
+        let stage = Arc::new(Mutex::new(Stage::Starting));
+        let worker = Worker { number, channel: Arc::clone(channel), commands: receiver, stage: Arc::clone(&stage) };
+        let waker = Arc::clone(waker);
+        spawn(format!("disk {name}"), move || {
+            worker.run(service);
+            worker.set_stage(Stage::Ended);
+            // It fails only if the counter overflows.
+            let _ = waker.notify();
+        })?;
+        Ok(Self { commands, stage, page, state: DiskState::default() })
+    }
+
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().expect("no thread panics with the stage locked")
+    }
+
+    /// Whether its thread needs the image no longer.
+    pub fn has_ended(&self) -> bool {
+        matches!(*self.stage(), Stage::Ended)
+    }
+
+    /// Whether its rings have stopped.
+    pub fn has_quiesced(&self) -> bool {
+        matches!(*self.stage(), Stage::Quiesced(_) | Stage::Ended)
+    }
+
+    fn send(&self, command: Command) {
+        // A device that has ended needs none.
+        let _ = self.commands.send(command);
+    }
+
+    pub fn resume(&self) {
+        self.send(Command::Resume);
+    }
+
+    pub fn quiesce(&self) {
+        self.send(Command::Quiesce);
+    }
+
+    pub fn finish(&self, ending: Ending) {
+        self.send(Command::Finish(ending));
+    }
+
+    fn with_handle(&self, act: impl FnOnce(&Handle)) {
+        if let Stage::Served(handle) | Stage::Quiesced(handle) = &*self.stage() {
+            act(handle);
+        }
+    }
+
+    pub fn abandon(&self, untracked: Untracked) {
+        self.with_handle(|handle| handle.abandon(untracked));
+    }
+
+    pub fn force_close(&self) {
+        self.with_handle(Handle::force_close);
+    }
+
+    /// What the device does, as of the last look.
+    pub fn state(&self) -> &DiskState {
+        &self.state
+    }
+
+    /// Looks at what the device does, and writes it to its page of statistics.
+    pub fn publish_state(&mut self) {
+        let mut state = self.state;
+        self.with_handle(|handle| state = handle.state(&state));
+        self.state = state;
+        self.page.publish(&state);
+    }
+}
+
+/// The thread's side.
+struct Worker {
+    number: u32,
+    channel: Arc<DiskChannel>,
+    commands: Receiver<Command>,
+    stage: Arc<Mutex<Stage>>,
+}
+
+impl Worker {
+    fn set_stage(&self, stage: Stage) {
+        *self.stage.lock().expect("no thread panics with the stage locked") = stage;
+    }
+
+    fn run(&self, service: Service) {
+        let device = self.number;
+        let running = match service.start() {
+            Ok(running) => running,
+            Err(error) => {
+                let error = ErrorText::from(&error);
+                return tell(&self.channel, &FromDisk::Failed { device: Some(device), error });
+            }
+        };
+        self.set_stage(Stage::Served(running.handle()));
+        tell(&self.channel, &FromDisk::Served { device });
+        let error = self.serve(running).err().map(|error: Error| ErrorText::from(&error));
+        tell(&self.channel, &FromDisk::Ended { device, error });
+    }
+
+    fn serve(&self, mut running: Running) -> Result<()> {
+        let mut quiesced = Ok(());
+        loop {
+            match self.commands.recv() {
+                Ok(Command::Resume) => running.resume(),
+                Ok(Command::Quiesce) => {
+                    quiesced = running.quiesce();
+                    self.set_stage(Stage::Quiesced(running.handle()));
+                    tell(&self.channel, &FromDisk::Quiesced { device: self.number });
+                }
+                Ok(Command::Finish(Ending::HandOver)) => return quiesced.and(running.hand_over()),
+                Ok(Command::Finish(Ending::WriteBack)) | Err(_) => return quiesced.and(running.shutdown()),
+            }
+        }
+    }
+}
+
+/// Most pages that are remembered; a group of readers may have more devices, of which each tells the same.
+const PAGES_MAX: usize = 16;
+
+/// Pages of statistics that a signal handler may write to.
+#[derive(Debug)]
+pub(super) struct Pages {
+    count: AtomicUsize,
+    pages: [OnceLock<&'static StatsPage>; PAGES_MAX],
+}
+
+impl Pages {
+    pub const fn new() -> Self {
+        Self { count: AtomicUsize::new(0), pages: [const { OnceLock::new() }; PAGES_MAX] }
+    }
+
+    /// Remembers a page, if there is room.
+    pub fn note(&self, page: &'static StatsPage) {
+        let slot = self.count.fetch_add(1, Ordering::Relaxed);
+        if let Some(free) = self.pages.get(slot) {
+            // It is set once: each call has a slot of its own.
+            let _ = free.set(page);
+        }
+    }
+
+    /// Calls `act` with each page. Takes no lock.
+    pub fn for_each(&self, act: impl Fn(&StatsPage)) {
+        self.pages.iter().filter_map(OnceLock::get).for_each(|page| act(page));
+    }
+}

@@ -1,0 +1,261 @@
+//! A disk process: serves one image to the front-ends of its devices. It gets descriptors and values from the
+//! supervisor and asks it for the rest: it opens no path and reads no configuration file.
+//!
+//! Its first thread, or in a daemon without disk processes the thread `control NAME`, runs [`run`]: it executes the
+//! supervisor's commands and writes the pages of statistics. It never waits for the image, so that it can end what
+//! hangs. Each device has a thread (`device.rs`) that does wait. When the supervisor has died, the process ends by
+//! itself (`orphan.rs`).
+
+mod device;
+mod orphan;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use log::{error, warn};
+
+use crate::cached_image::CachedImage;
+use crate::config::Sandbox;
+use crate::device::Untracked;
+use crate::disk_protocol::{Channel, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
+use crate::disk_stats::{CutMemory, StatsPage};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sandbox;
+use crate::service::{Service, cached_image};
+use crate::store::file::FileImage;
+use crate::sys::poll::wait_any_readable_for;
+use crate::sys::process::raise_descriptor_limit;
+use crate::sys::regions::{self, Region};
+use crate::sys::signal;
+use crate::waker::Waker;
+
+use device::Device;
+
+/// The end of a channel that a disk process has.
+pub type DiskChannel = Channel<FromDisk, ToDisk>;
+
+/// How often the pages of statistics are written.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Signals that must not end a disk process. It ends when the supervisor says so: the service manager and a terminal
+/// send signals to every process of the daemon.
+const IGNORED: [i32; 11] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGHUP,
+    libc::SIGUSR1,
+    libc::SIGXFSZ,
+    libc::SIGPIPE,
+    libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+];
+
+/// Body of a disk process; its standard input is its end of the channel.
+///
+/// # Errors
+/// [`ErrorKind::System`] if standard input is no channel, and those of [`run`].
+pub fn main(standard_input: OwnedFd) -> Result<()> {
+    let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
+    signal::ignore(&IGNORED).map_err(system("cannot ignore signals"))?;
+    if let Err(e) = raise_descriptor_limit() {
+        warn!("cannot raise the limit of open descriptors: {e}");
+    }
+    run(&Arc::new(Channel::from_socket(standard_input.into())))
+}
+
+/// Serves what the supervisor at the other end of the channel says, until that ends it or dies.
+///
+/// # Errors
+/// [`ErrorKind::System`] when the channel fails or what comes from it makes no sense.
+pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
+    let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
+    signal::on_bus_error(note_bus_error).map_err(system("cannot handle SIGBUS"))?;
+    let waker = Arc::new(Waker::new().map_err(system("cannot create an eventfd"))?);
+    let mut control = Control { channel: Arc::clone(channel), waker, image: None, devices: BTreeMap::new() };
+    while !control.has_ended() {
+        let ready = wait_any_readable_for([channel.as_ref(), control.waker.as_ref()], TICK);
+        let [message, _] = ready.map_err(system("cannot wait for the supervisor"))?;
+        control.waker.clear();
+        if message {
+            match channel.receive().map_err(system("cannot talk to the supervisor"))? {
+                Received::Message(message, files) => control.obey(message, files)?,
+                Received::Closed => return orphan::end(control),
+            }
+        }
+        control.look();
+    }
+    control.release()
+}
+
+/// The image and the cache, once they are open.
+#[derive(Debug)]
+struct Open {
+    image: Arc<CachedImage>,
+    io_mode: &'static str,
+    /// See [`crate::arena::Received`].
+    is_cache_removed: Arc<AtomicBool>,
+    /// An empty file in the place of the cache's file, which lost its name, until a worker leaves the cache.
+    lost: Option<std::result::Result<File, String>>,
+}
+
+/// See the module.
+#[derive(Debug)]
+struct Control {
+    channel: Arc<DiskChannel>,
+    /// Notified when a device has ended.
+    waker: Arc<Waker>,
+    image: Option<Open>,
+    devices: BTreeMap<u32, Device>,
+}
+
+impl Control {
+    /// Whether the last device has ended, or failed to start.
+    fn has_ended(&self) -> bool {
+        !self.devices.is_empty() && self.devices.values().all(Device::has_ended)
+    }
+
+    fn tell(&self, message: &FromDisk) {
+        tell(&self.channel, message);
+    }
+
+    fn obey(&mut self, message: ToDisk, files: Vec<File>) -> Result<()> {
+        let device = |number: u32| self.devices.get(&number);
+        match message {
+            ToDisk::Open { name, image, cache, settings } => {
+                let mut files = files.into_iter();
+                let file = files.next().ok_or_else(|| unexpected("an image without a descriptor"))?;
+                if let Err(error) = self.open(&name, file, *image, &cache, files.collect(), &settings) {
+                    self.tell(&FromDisk::Failed { device: None, error: ErrorText::from(&error) });
+                    return Err(error);
+                }
+            }
+            ToDisk::Serve { device, settings } => self.serve(device, &settings, files)?,
+            ToDisk::Resume => self.devices.values().for_each(Device::resume),
+            ToDisk::Quiesce { device: number } => _ = device(number).inspect(|device| device.quiesce()),
+            ToDisk::Finish { device: number, ending } => _ = device(number).inspect(|device| device.finish(ending)),
+            ToDisk::Abandon { device: number, waits_for_untracked } => {
+                let untracked = if waits_for_untracked { Untracked::Wait } else { Untracked::Lose };
+                _ = device(number).inspect(|device| device.abandon(untracked));
+            }
+            ToDisk::ForceClose { device: number } => _ = device(number).inspect(|device| device.force_close()),
+            ToDisk::CacheFileLost { unmarked } => {
+                let marker = files.into_iter().next().ok_or_else(|| unmarked.unwrap_or_default());
+                if let Some(open) = &mut self.image {
+                    open.lost = Some(marker);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the image and the cache.
+    fn open(
+        &mut self,
+        name: &str,
+        file: File,
+        image: crate::store::file::ImageParts,
+        cache: &crate::arena::ArenaParts,
+        cache_files: Vec<File>,
+        settings: &DeviceSettings,
+    ) -> Result<()> {
+        // Before the first thread that confines itself. In a daemon without disk processes it is done already.
+        if settings.sandbox != Sandbox::Off && !sandbox::is_on() {
+            sandbox::prepare(None)?;
+        }
+        let image = FileImage::received(file, image)?;
+        let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
+        let received = crate::arena::Received::new(cache, cache_files)?;
+        let (is_cache_removed, arena) = (received.is_removed, received.arena);
+        regions::note(Region::Cache, &arena.mapped());
+        let settings = DeviceSettings { name: name.to_owned(), ..settings.clone() };
+        let image = cached_image(&settings, image, arena)?;
+        self.image = Some(Open { image, io_mode, is_cache_removed, lost: None });
+        Ok(())
+    }
+
+    /// Starts to serve a device on the image.
+    fn serve(&mut self, number: u32, settings: &DeviceSettings, files: Vec<File>) -> Result<()> {
+        let open = self.image.as_ref().ok_or_else(|| unexpected("a device before its image"))?;
+        let mut files = files.into_iter();
+        let (Some(listener), Some(page)) = (files.next(), files.next()) else {
+            return Err(unexpected("a device without its descriptors"));
+        };
+        let listener = OwnedFd::from(listener).into();
+        let service = Service::new(settings, &open.image, open.io_mode, listener);
+        let page = StatsPage::open(&page);
+        let page = page.map_err(|e| Error::io(ErrorKind::System, "cannot map a page of statistics", e))?;
+        let page: &'static StatsPage = Box::leak(Box::new(page));
+        BUS_ERROR_PAGES.note(page);
+        let device = Device::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
+        self.devices.insert(number, device);
+        Ok(())
+    }
+
+    /// Writes the pages of statistics, and tries again what could not be done at once.
+    fn look(&mut self) {
+        for device in self.devices.values_mut() {
+            device.publish_state();
+        }
+        if let Some(open) = &mut self.image
+            && let Some(marker) = open.lost.take()
+        {
+            open.lost = open.image.lose_cache_file(marker).err();
+        }
+    }
+
+    /// Releases the image and the cache, and tells the supervisor what becomes of the cache's file.
+    ///
+    /// => The threads of all devices have ended, but for those that hang in the kernel: then the image is not released,
+    ///    and the cache stays.
+    fn release(self) -> Result<()> {
+        let Self { channel, image, devices, .. } = self;
+        drop(devices);
+        let Some(Open { image, is_cache_removed, .. }) = image else { return Ok(()) };
+        // It writes the end of the tenure to the image, which may not answer: the supervisor does not wait for ever.
+        drop(image);
+        let is_cache_removed = is_cache_removed.load(Ordering::Acquire);
+        tell(&channel, &FromDisk::Released { is_cache_removed });
+        Ok(())
+    }
+}
+
+/// Sends a message. A supervisor that has died needs none.
+fn tell(channel: &DiskChannel, message: &FromDisk) {
+    match channel.send(message, &[]) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("cannot tell the supervisor {message:?}: {e}"),
+        _ => {}
+    }
+}
+
+fn unexpected(what: &str) -> Error {
+    Error::new(ErrorKind::System, format!("the supervisor sent {what}"))
+}
+
+/// The pages of the devices, for the handler of SIGBUS.
+static BUS_ERROR_PAGES: device::Pages = device::Pages::new();
+
+/// Leaves a word about the memory whose access failed, by which the supervisor tells the operator. In a signal handler.
+fn note_bus_error(address: usize) {
+    let memory = match regions::of(address) {
+        Some(Region::Cache) => CutMemory::Cache,
+        Some(Region::Inflight) => CutMemory::Inflight,
+        // Nothing else that is mapped belongs to another process.
+        None => CutMemory::Guest,
+    };
+    BUS_ERROR_PAGES.for_each(|page| page.note_cut_memory(memory));
+}
+
+/// Runs `body` on a thread of this name.
+fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
+    let failed = |e| Error::io(ErrorKind::System, format!("cannot start the thread {name}"), e);
+    thread::Builder::new().name(name.clone()).spawn(body).map_err(failed)
+}

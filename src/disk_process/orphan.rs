@@ -1,0 +1,69 @@
+//! The end of a disk process whose supervisor has died.
+//!
+//! It could go on: it has all that it needs. But nobody would start it again, resize its log, end it in order or tell
+//! the operator about it, and the next supervisor would have to find it, and to trust what it finds. So it ends as by
+//! SIGUSR1: a cache that is kept stays as it is, which takes milliseconds, and the next supervisor restores it. Where
+//! the cache would end with the process, everything is written to the image first.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Control;
+use crate::device::Untracked;
+use crate::disk_protocol::Ending;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How often to look how far the devices are.
+const TICK: Duration = Duration::from_millis(10);
+/// How long requests in flight may take while the cache is kept. The guest repeats them with the next daemon.
+const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
+/// The same for requests that the next daemon cannot repeat.
+const UNTRACKED_PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait for an image that completes nothing while the cache is not kept.
+const STALL_MAX: Duration = Duration::from_secs(30);
+/// How long the threads of a device that was abandoned may take.
+const EXIT_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Ends every device. Returns when all have ended, or hang. Nobody reads the log any more.
+///
+/// # Errors
+/// [`ErrorKind::Image`] if a device hangs.
+pub(super) fn end(mut control: Control) -> Result<()> {
+    if control.devices.is_empty() {
+        return control.release();
+    }
+    let begun = Instant::now();
+    let (mut progress, mut abandoned) = ((begun, 0), None);
+    control.devices.values().for_each(|device| device.quiesce());
+    let mut is_finishing = false;
+    while !control.has_ended() {
+        thread::sleep(TICK);
+        control.look();
+        if !is_finishing && control.devices.values().all(|device| device.has_quiesced()) {
+            is_finishing = true;
+            control.devices.values().for_each(|device| device.finish(Ending::HandOver));
+        }
+        let completed = control.devices.values().map(|device| device.state().completed_ops).sum::<u64>();
+        if completed != progress.1 {
+            progress = (Instant::now(), completed);
+        }
+        let is_kept = !control.devices.values().any(|device| device.state().has_unkept_data);
+        let (age, stalled) = (begun.elapsed(), progress.0.elapsed());
+        let untracked = match () {
+            () if stalled >= STALL_MAX || is_kept && age >= UNTRACKED_PATIENCE => Some(Untracked::Lose),
+            () if is_kept && age >= HAND_OVER_PATIENCE => Some(Untracked::Wait),
+            () => None,
+        };
+        if let Some(untracked) = untracked
+            && abandoned.is_none_or(|(_, before)| before != untracked)
+        {
+            abandoned = Some((Instant::now(), untracked));
+            control.devices.values().for_each(|device| device.abandon(untracked));
+        }
+        if abandoned.is_some_and(|(at, untracked)| untracked == Untracked::Lose && at.elapsed() >= EXIT_PATIENCE) {
+            control.devices.values().for_each(|device| device.force_close());
+            return Err(Error::new(ErrorKind::Image, "a disk ended while its image did not answer"));
+        }
+    }
+    control.release()
+}

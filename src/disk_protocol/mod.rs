@@ -1,0 +1,145 @@
+//! What the supervisor and a disk process tell each other: a few messages over a pair of sockets, each with the
+//! descriptors that belong to it.
+//!
+//! A message is one packet of JSON with the version of the protocol. Both ends are the same binary, so an unknown
+//! version means that something is wrong, and is refused with both versions in the text. A test reads messages that an
+//! earlier build recorded: what is on the wire changes only with [`VERSION`].
+//!
+//! The supervisor names devices by number. It sends no path to be opened and no configuration: values that it has
+//! checked, descriptors that it has opened, and texts for messages.
+
+mod channel;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use serde::{Deserialize, Serialize};
+
+use crate::arena::ArenaParts;
+use crate::error::{Error, ErrorKind};
+use crate::store::file::ImageParts;
+
+pub use channel::{Channel, Received};
+pub use settings::DeviceSettings;
+
+/// Version of the protocol.
+pub const VERSION: u32 = 1;
+
+/// From the supervisor to a disk process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToDisk {
+    /// Use this image and this cache, the first message. With the image's descriptor, then those of the cache.
+    Open {
+        /// The device for which the image was opened first; log lines about the image begin with it.
+        name: String,
+        /// What was found out about the image.
+        image: Box<ImageParts>,
+        /// The cache.
+        cache: Box<ArenaParts>,
+        /// The settings that decide about the cache: those of the first device.
+        settings: Box<DeviceSettings>,
+    },
+    /// Serve a device on that image. With its listening socket and its page of statistics.
+    Serve {
+        /// Number of the device.
+        device: u32,
+        /// What the device is.
+        settings: Box<DeviceSettings>,
+    },
+    /// Retry what failed: the operator says that the image works again.
+    Resume,
+    /// Complete the guest's requests, and accept no others. Then wait for [`ToDisk::Finish`].
+    Quiesce {
+        /// Number of the device.
+        device: u32,
+    },
+    /// End the device.
+    Finish {
+        /// Number of the device.
+        device: u32,
+        /// How.
+        ending: Ending,
+    },
+    /// End the device as a crash would.
+    Abandon {
+        /// Number of the device.
+        device: u32,
+        /// Whether to wait for requests that the next daemon cannot repeat.
+        waits_for_untracked: bool,
+    },
+    /// Close the connection of the device, whatever its threads do.
+    ForceClose {
+        /// Number of the device.
+        device: u32,
+    },
+    /// The name of the cache's file no longer leads to it. With an empty file in its place, or without one for this
+    /// reason.
+    CacheFileLost {
+        /// Why there is no file.
+        unmarked: Option<String>,
+    },
+}
+
+/// How a device ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// Everything dirty is written to the image.
+    WriteBack,
+    /// The cache stays for the next daemon.
+    HandOver,
+}
+
+/// From a disk process to the supervisor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromDisk {
+    /// The device is served.
+    Served {
+        /// Number of the device.
+        device: u32,
+    },
+    /// The device, or with `None` the whole image, cannot be served.
+    Failed {
+        /// Number of the device.
+        device: Option<u32>,
+        /// Why.
+        error: ErrorText,
+    },
+    /// The device's rings have stopped.
+    Quiesced {
+        /// Number of the device.
+        device: u32,
+    },
+    /// The device has ended.
+    Ended {
+        /// Number of the device.
+        device: u32,
+        /// The error with which it ended.
+        error: Option<ErrorText>,
+    },
+    /// The last device has ended, and the image and the cache are not used any more. The last message.
+    Released {
+        /// Everything is on the image, and the cache's file is to be removed.
+        is_cache_removed: bool,
+    },
+}
+
+/// An error of another process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorText {
+    /// Number of its kind.
+    kind: ErrorKind,
+    /// Its text.
+    text: String,
+}
+
+impl From<&Error> for ErrorText {
+    fn from(error: &Error) -> Self {
+        Self { kind: error.kind(), text: error.to_string() }
+    }
+}
+
+impl From<ErrorText> for Error {
+    fn from(ErrorText { kind, text }: ErrorText) -> Self {
+        Self::new(kind, text)
+    }
+}

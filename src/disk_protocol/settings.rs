@@ -1,0 +1,93 @@
+//! What a disk process is told of a device's configuration: values, no path to be opened.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Allocate, CacheMode, DeviceConfig, Discard, OnError, Policy, Sandbox};
+
+/// A device as its disk process serves it; the supervisor has checked each value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceSettings {
+    /// Names the device in logs.
+    pub name: String,
+    /// The image's path, for messages.
+    pub image: String,
+    /// The socket, for messages.
+    pub socket: String,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial.
+    pub serial: String,
+    /// Largest number of request queues that a front-end may use.
+    pub num_queues: u16,
+    /// Threads that serve the device's rings.
+    pub workers: u16,
+    /// Largest ring that a front-end may set up.
+    pub queue_size: u16,
+    /// How long a worker looks for more work before it sleeps, in microseconds.
+    pub poll_us: u32,
+    /// Whether the threads that serve the device are confined.
+    pub sandbox: Sandbox,
+    /// What discards do with the image's space.
+    pub discard: Discard,
+    /// The device's page cache.
+    pub cache: CacheSettings,
+}
+
+/// A device's page cache. The keys of the configuration have the same names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheSettings {
+    /// Memory for cached pages in bytes.
+    pub size_bytes: u64,
+    /// When a write completes.
+    pub mode: CacheMode,
+    /// Replacement policy.
+    pub policy: Policy,
+    /// Largest readahead window in bytes.
+    pub readahead_max_bytes: u64,
+    /// Target duration of a FLUSH.
+    pub flush_target_ms: u32,
+    /// Upper bound of the dirty limit, as a share of the cache.
+    pub dirty_max_percent: u8,
+    /// Age at which a dirty page is written back.
+    pub dirty_age_max_ms: u32,
+    /// When space is allocated for a hole of the image.
+    pub allocate: Allocate,
+    /// What happens to requests while writes to the image fail.
+    pub on_error: OnError,
+    /// The same, while the image has no space.
+    pub on_full: OnError,
+    /// Longest time that requests wait for the image.
+    pub hold_max_ms: u32,
+}
+
+impl From<&DeviceConfig> for DeviceSettings {
+    fn from(config: &DeviceConfig) -> Self {
+        let cache = &config.cache;
+        Self {
+            name: config.name.clone(),
+            image: config.image.display().to_string(),
+            socket: config.socket.to_string(),
+            read_only: config.read_only,
+            serial: config.serial.clone(),
+            num_queues: config.num_queues,
+            workers: config.workers,
+            queue_size: config.queue_size,
+            poll_us: config.poll_us,
+            sandbox: config.sandbox,
+            discard: config.discard,
+            cache: CacheSettings {
+                size_bytes: cache.size_bytes,
+                mode: cache.mode,
+                policy: cache.policy,
+                readahead_max_bytes: cache.readahead_max_bytes,
+                flush_target_ms: cache.flush_target_ms,
+                dirty_max_percent: cache.dirty_max_percent,
+                dirty_age_max_ms: cache.dirty_age_max_ms,
+                allocate: cache.allocate,
+                on_error: cache.on_error,
+                on_full: cache.on_full,
+                hold_max_ms: cache.hold_max_ms,
+            },
+        }
+    }
+}

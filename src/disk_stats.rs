@@ -1,0 +1,293 @@
+//! The page of statistics of a device: its disk process writes it a few times a second, and the supervisor reads it.
+//!
+//! It is shared memory, and not a message, so that neither process ever waits for the other: the supervisor reads what
+//! a process that is stopped, hangs or is dead wrote last, and a supervisor that is busy makes no queue grow.
+//!
+//! The layout is fixed: words of 64 bits, which the table below names. A later version appends words, and never gives
+//! one another meaning: [`WORDS`] leaves room for counters and histograms. One thread writes. A sequence number, odd
+//! during a change, tells the reader whether its words belong together.
+
+use std::fs::File;
+use std::io;
+use std::time::Duration;
+
+use crate::sys::clock::monotonic_ns;
+use crate::sys::shared_words::SharedWords;
+use crate::units::{OpKind, SECTOR_BYTES, SectorSpan, Unmap};
+
+/// Words of the page: two pages of 4 KiB.
+pub const WORDS: usize = 1024;
+/// The first word: this layout.
+const MAGIC: u64 = u64::from_le_bytes(*b"genblkS1");
+/// How often a reader tries to get words that belong together.
+const ATTEMPTS: usize = 16;
+
+/// Indices of the words.
+mod word {
+    pub const MAGIC: usize = 0;
+    pub const SEQUENCE: usize = 1;
+    /// When the page was written last, in nanoseconds of CLOCK_MONOTONIC.
+    pub const WRITTEN_AT: usize = 2;
+    /// Operations of the store that have ended.
+    pub const COMPLETED_OPS: usize = 3;
+    pub const DIRTY_PAGES: usize = 4;
+    /// 1 if the death of the process or of the daemon would lose completed writes.
+    pub const HAS_UNKEPT_DATA: usize = 5;
+    /// The operation in flight for longest: a code of its kind, 0 for none, its sectors, and since when.
+    pub const OLDEST_KIND: usize = 6;
+    pub const OLDEST_START: usize = 7;
+    pub const OLDEST_COUNT: usize = 8;
+    pub const OLDEST_SINCE: usize = 9;
+    /// 1 if a front-end waits to be accepted; the process ID and the user ID of the one that is served.
+    pub const IS_BUSY: usize = 10;
+    pub const HOLDER_PID: usize = 11;
+    pub const HOLDER_UID: usize = 12;
+    /// What raised SIGBUS: a code of [`super::CutMemory`], 0 for nothing.
+    pub const CUT_MEMORY: usize = 13;
+}
+
+/// Memory whose file was cut short while the process used it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CutMemory {
+    /// The guest's memory, which the front-end shares.
+    Guest,
+    /// The inflight region, which the front-end keeps.
+    Inflight,
+    /// The cache.
+    Cache,
+}
+
+impl CutMemory {
+    const ALL: [Self; 3] = [Self::Guest, Self::Inflight, Self::Cache];
+
+    /// In words, for messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Guest => "the file of the guest's memory was cut short by the front-end",
+            Self::Inflight => "the file of the inflight region was cut short by the front-end",
+            Self::Cache => "the cache's file was cut short, or its memory could not be read",
+        }
+    }
+
+    fn code(self) -> u64 {
+        Self::ALL.iter().position(|kind| *kind == self).map_or(0, |at| at as u64 + 1)
+    }
+
+    fn of(code: u64) -> Option<Self> {
+        Self::ALL.get(usize::try_from(code).ok()?.checked_sub(1)?).copied()
+    }
+}
+
+/// The operation that has been in flight for longest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OldestOp {
+    /// What it does.
+    pub kind: OpKind,
+    /// The sectors that it touches.
+    pub span: SectorSpan,
+    /// For how long it has been in flight.
+    pub age: Duration,
+}
+
+impl OldestOp {
+    /// What it does, in words, for messages.
+    pub fn describe(&self) -> String {
+        let (bytes, at) = (self.span.count * SECTOR_BYTES, self.span.start * SECTOR_BYTES);
+        match self.kind {
+            OpKind::Sync => self.kind.with_article().to_owned(),
+            kind => format!("{} of {bytes} bytes at byte {at}", kind.with_article()),
+        }
+    }
+}
+
+/// What a device does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskState {
+    /// Operations of the store that have ended.
+    pub completed_ops: u64,
+    /// Pages newer than the image.
+    pub dirty_pages: u64,
+    /// Whether the end of the daemon would lose completed writes that are only in a cache that ends with it.
+    pub has_unkept_data: bool,
+    /// The operation in flight for longest.
+    pub oldest: Option<OldestOp>,
+    /// Process ID and user ID of the front-end that is served while another one waits to be accepted.
+    pub busy_with: Option<(u32, u32)>,
+}
+
+/// The page of one device.
+#[derive(Debug)]
+pub struct StatsPage(SharedWords);
+
+impl StatsPage {
+    /// A new page, and the file by which another process maps it.
+    ///
+    /// # Errors
+    /// Those of memfd_create(2) and mmap(2).
+    pub fn create() -> io::Result<(Self, File)> {
+        let (words, file) = SharedWords::create(WORDS)?;
+        words.store(word::MAGIC, MAGIC);
+        Ok((Self(words), file))
+    }
+
+    /// The page behind a file of [`StatsPage::create`].
+    ///
+    /// # Errors
+    /// Those of mmap(2); [`io::ErrorKind::InvalidData`] for a page of another layout.
+    pub fn open(file: &File) -> io::Result<Self> {
+        let words = SharedWords::map(file, WORDS)?;
+        if words.load(word::MAGIC) != MAGIC {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a page of statistics of another layout"));
+        }
+        Ok(Self(words))
+    }
+
+    /// Writes what the device does. Only one thread does so at a time.
+    pub fn publish(&self, state: &DiskState) {
+        let words = &self.0;
+        let sequence = words.load(word::SEQUENCE);
+        words.store(word::SEQUENCE, sequence | 1);
+        let now = monotonic_ns();
+        words.store(word::WRITTEN_AT, now);
+        words.store(word::COMPLETED_OPS, state.completed_ops);
+        words.store(word::DIRTY_PAGES, state.dirty_pages);
+        words.store(word::HAS_UNKEPT_DATA, state.has_unkept_data.into());
+        words.store(word::OLDEST_KIND, state.oldest.map_or(0, |oldest| code_of(oldest.kind)));
+        if let Some(OldestOp { span, age, .. }) = state.oldest {
+            words.store(word::OLDEST_START, span.start);
+            words.store(word::OLDEST_COUNT, span.count);
+            words.store(word::OLDEST_SINCE, now.saturating_sub(nanoseconds(age)));
+        }
+        words.store(word::IS_BUSY, state.busy_with.is_some().into());
+        let (pid, uid) = state.busy_with.unwrap_or_default();
+        words.store(word::HOLDER_PID, pid.into());
+        words.store(word::HOLDER_UID, uid.into());
+        words.store(word::SEQUENCE, (sequence | 1).wrapping_add(1));
+    }
+
+    /// What the device does, or did when its process wrote last. The age of an operation goes on.
+    pub fn read(&self) -> DiskState {
+        let words = &self.0;
+        for _ in 0..ATTEMPTS {
+            let sequence = words.load(word::SEQUENCE);
+            let state = self.read_once();
+            if sequence.is_multiple_of(2) && words.load(word::SEQUENCE) == sequence {
+                return state;
+            }
+        }
+        // A process that died during a change left it so: each word is right by itself.
+        self.read_once()
+    }
+
+    fn read_once(&self) -> DiskState {
+        let load = |index| self.0.load(index);
+        let age = monotonic_ns().saturating_sub(load(word::OLDEST_SINCE));
+        let oldest = kind_of(load(word::OLDEST_KIND)).map(|kind| OldestOp {
+            kind,
+            span: SectorSpan { start: load(word::OLDEST_START), count: load(word::OLDEST_COUNT) },
+            age: Duration::from_nanos(age),
+        });
+        let [pid, uid] = [word::HOLDER_PID, word::HOLDER_UID].map(|index| u32::try_from(load(index)).unwrap_or(0));
+        DiskState {
+            completed_ops: load(word::COMPLETED_OPS),
+            dirty_pages: load(word::DIRTY_PAGES),
+            has_unkept_data: load(word::HAS_UNKEPT_DATA) != 0,
+            oldest,
+            busy_with: (load(word::IS_BUSY) != 0).then_some((pid, uid)),
+        }
+    }
+
+    /// For how long the process has not written the page; `None` if it never has.
+    pub fn silent_for(&self) -> Option<Duration> {
+        match self.0.load(word::WRITTEN_AT) {
+            0 => None,
+            at => Some(Duration::from_nanos(monotonic_ns().saturating_sub(at))),
+        }
+    }
+
+    /// Records what raised SIGBUS. May be called in a signal handler.
+    pub fn note_cut_memory(&self, memory: CutMemory) {
+        self.0.store(word::CUT_MEMORY, memory.code());
+    }
+
+    /// What raised SIGBUS in the process that ended; forgets it.
+    pub fn take_cut_memory(&self) -> Option<CutMemory> {
+        let found = CutMemory::of(self.0.load(word::CUT_MEMORY));
+        self.0.store(word::CUT_MEMORY, 0);
+        found
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The kinds of operations, in the order of their codes.
+const KINDS: [OpKind; 7] = [
+    OpKind::Read,
+    OpKind::Write,
+    OpKind::Sync,
+    OpKind::Zero { unmap: Unmap::Forbidden },
+    OpKind::Discard,
+    OpKind::Map,
+    OpKind::Allocate,
+];
+
+fn code_of(kind: OpKind) -> u64 {
+    let kind = if matches!(kind, OpKind::Zero { .. }) { KINDS[3] } else { kind };
+    KINDS.iter().position(|known| *known == kind).map_or(0, |at| at as u64 + 1)
+}
+
+fn kind_of(code: u64) -> Option<OpKind> {
+    KINDS.get(usize::try_from(code).ok()?.checked_sub(1)?).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reader_sees_what_the_writer_published_and_ages_go_on() {
+        let (reader, file) = StatsPage::create().unwrap();
+        assert_eq!((reader.read(), reader.silent_for()), (DiskState::default(), None));
+        let writer = StatsPage::open(&file).unwrap();
+        let oldest = OldestOp { kind: OpKind::Write, span: SectorSpan::new(8, 16), age: Duration::from_secs(7) };
+        let state = DiskState {
+            completed_ops: 3,
+            dirty_pages: 4,
+            has_unkept_data: true,
+            oldest: Some(oldest),
+            busy_with: Some((17, 0)),
+        };
+        writer.publish(&state);
+        std::thread::sleep(Duration::from_millis(2));
+        let found = reader.read();
+        let age = found.oldest.unwrap().age;
+        assert!(age > oldest.age && age < oldest.age + Duration::from_secs(60), "{age:?}");
+        let aged = Some(OldestOp { age: oldest.age, ..found.oldest.unwrap() });
+        assert_eq!(DiskState { oldest: aged, ..found }, state);
+        assert_eq!(found.oldest.unwrap().describe(), "a write of 8192 bytes at byte 4096");
+        assert!(reader.silent_for().unwrap() < Duration::from_secs(60));
+        writer.publish(&DiskState::default());
+        assert_eq!(reader.read(), DiskState::default());
+    }
+
+    #[test]
+    fn the_last_words_of_a_process_are_read_once() {
+        let (page, _file) = StatsPage::create().unwrap();
+        for memory in CutMemory::ALL {
+            page.note_cut_memory(memory);
+            assert_eq!(page.take_cut_memory(), Some(memory));
+            assert_eq!(page.take_cut_memory(), None);
+        }
+    }
+
+    #[test]
+    fn every_kind_of_operation_has_a_code() {
+        for kind in KINDS {
+            assert_eq!(kind_of(code_of(kind)), Some(kind));
+        }
+        assert_eq!(kind_of(0), None);
+        assert_eq!(kind_of(99), None);
+    }
+}

@@ -1,0 +1,62 @@
+//! What one process of the daemon hands to another so that it can do the I/O of an image: a descriptor, and what was
+//! found out when the image was opened by its path.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use super::Limits;
+use super::options::IoEngine;
+use super::raw_record::Known;
+use crate::image_id::ImageId;
+
+/// First of the bytes that fences lock: far behind those that QEMU locks.
+const FENCE_BASE: u64 = 1 << 40;
+
+/// What was found out about an image when it was opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageParts {
+    /// Its properties and capabilities.
+    pub(super) limits: Limits,
+    /// Its path, for messages only.
+    pub(super) path: String,
+    /// What log lines about it begin with.
+    pub(super) label: String,
+    pub(super) identity: ImageId,
+    pub(super) data_runs: Vec<Range<u64>>,
+    pub(super) is_direct: bool,
+    /// Logical block size of a block device in bytes; `None` for a regular file.
+    pub(super) device_block: Option<u32>,
+    /// The number of a block device; `None` for a regular file.
+    pub(super) device_number: Option<u64>,
+    /// Whether the file system tells times at once.
+    pub(super) tells_times_at_once: bool,
+    /// Its first and last bytes, and the formats that the guest is known to have written.
+    pub(super) known: Known,
+    pub(super) engine: IoEngine,
+    /// The record of the tenure that was begun.
+    pub(super) tenure: Option<Vec<u8>>,
+}
+
+impl ImageParts {
+    /// The image's properties and capabilities.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+}
+
+/// A lock that a handed-out descriptor holds as long as a process or the kernel uses it: a killed process is gone
+/// before the kernel has completed its operations, which can still change the image and the cache's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fence(pub(super) u64);
+
+impl Fence {
+    /// A fence that no other process of the host has, and no earlier one of this process.
+    pub fn unique() -> Self {
+        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        // A host has at most 2^22 process IDs.
+        Self(FENCE_BASE + (u64::from(std::process::id()) << 32) + u64::from(serial))
+    }
+}

@@ -1,0 +1,52 @@
+//! What the devices of a daemon share while they are opened, side by side.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
+use super::process::Hosting;
+use super::slot::Slot;
+use super::socket::InheritedSockets;
+use crate::config::Config;
+use crate::error::Result;
+use crate::image_id::ImageId;
+use crate::systemd::ServiceManager;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Context {
+    pub manager: Arc<ServiceManager>,
+    pub images: SharedImages,
+    pub sockets: InheritedSockets,
+    pub hosting: Hosting,
+}
+
+impl Context {
+    /// The context of the devices of `config`. Takes the sockets that the daemon inherited.
+    pub fn new(config: &Config, manager: &Arc<ServiceManager>, hosting: Hosting) -> Self {
+        let (images, sockets) = (SharedImages::default(), InheritedSockets::take(config));
+        Self { manager: Arc::clone(manager), images, sockets, hosting }
+    }
+}
+
+/// The images that read-only devices share, each with one cache and one disk process.
+#[derive(Debug, Default)]
+pub(super) struct SharedImages(Mutex<HashMap<ImageId, Arc<Mutex<Weak<Slot>>>>>);
+
+impl SharedImages {
+    /// The slot of the image with this identity; `open` makes it if no device has it open. Devices on other images do
+    /// not wait meanwhile.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn get_or_open(&self, identity: ImageId, open: impl FnOnce() -> Result<Arc<Slot>>) -> Result<Arc<Slot>> {
+        const NO_PANIC: &str = "no thread panics with the images locked";
+        let entry = Arc::clone(self.0.lock().expect(NO_PANIC).entry(identity).or_default());
+        let mut image = entry.lock().expect(NO_PANIC);
+        if let Some(shared) = image.upgrade() {
+            return Ok(shared);
+        }
+        let opened = open()?;
+        *image = Arc::downgrade(&opened);
+        Ok(opened)
+    }
+}

@@ -1,0 +1,89 @@
+//! A view of a device that is served, for the main thread, which must not wait for it.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use super::process::Process;
+use super::socket::ListenSocket;
+use crate::disk_protocol::ToDisk;
+use crate::disk_stats::{DiskState, StatsPage};
+use crate::listener::BoundSocket;
+use crate::store::file::Fence;
+use crate::sys::process::name_of;
+use crate::sys::socket::stop_listening;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Handle {
+    device: u32,
+    process: Arc<Process>,
+    page: Arc<StatsPage>,
+    listener: UnixListener,
+    /// The socket's file, if the daemon bound it.
+    socket: Weak<BoundSocket>,
+}
+
+impl Handle {
+    /// The view of a device.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn new(device: u32, process: &Arc<Process>, page: &Arc<StatsPage>, socket: &ListenSocket) -> io::Result<Self> {
+        Ok(Self {
+            device,
+            process: Arc::clone(process),
+            page: Arc::clone(page),
+            listener: socket.listener.try_clone()?,
+            socket: socket.bound.as_ref().map_or_else(Weak::new, Arc::downgrade),
+        })
+    }
+
+    /// What devices with one process have in common, and others not.
+    pub fn process_key(&self) -> Fence {
+        self.process.fence()
+    }
+
+    /// What the device does.
+    pub fn state(&self) -> DiskState {
+        self.page.read()
+    }
+
+    /// For how long the process has not said what it does.
+    pub fn silent_for(&self) -> Duration {
+        self.page.silent_for().unwrap_or_default()
+    }
+
+    /// The front-end that is served while another one waits to be accepted, for messages; `None` if none waits.
+    pub fn busy_with(&self) -> Option<String> {
+        let (pid, uid) = self.state().busy_with?;
+        let user = format!("uid {uid}");
+        Some(match name_of(pid) {
+            Some(name) => format!("pid {pid} ({name}), {user}"),
+            None if pid == 0 => format!("process of another PID namespace, {user}"),
+            None => format!("pid {pid}, {user}"),
+        })
+    }
+
+    /// Ends the device as a crash would.
+    pub fn abandon(&self, waits_for_untracked: bool) {
+        self.process.command(&ToDisk::Abandon { device: self.device, waits_for_untracked });
+    }
+
+    /// Closes the connection and the socket, whatever the device's threads do.
+    pub fn force_close(&self) {
+        self.process.command(&ToDisk::ForceClose { device: self.device });
+        // An inherited socket stays: the next daemon inherits it too.
+        if let Some(socket) = self.socket.upgrade() {
+            stop_listening(&self.listener);
+            socket.remove();
+        }
+    }
+
+    /// Kills the process, if it is one; returns whether.
+    pub fn kill(&self) -> bool {
+        self.process.kill();
+        self.process.is_killable()
+    }
+}

@@ -1,0 +1,434 @@
+//! The thread of one device in the supervisor, `disk NAME`. It opens the device's image, cache and socket, starts its
+//! disk process, starts that again when it dies, and cleans up at the end. Each of these steps may wait for the image,
+//! which may not answer; so no thread waits for this one without a deadline.
+
+use std::os::fd::AsFd;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{debug, error};
+
+use super::Event;
+use super::context::Context;
+use super::handle::Handle;
+use super::process::{Exit, Hearer, Process, ProcessNews};
+use super::restarts::Restarts;
+use super::slot::{Slot, open_image};
+use super::socket::ListenSocket;
+use crate::config::DeviceConfig;
+use crate::disk_protocol::{DeviceSettings, Ending, ToDisk};
+use crate::disk_stats::StatsPage;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::file::Fence;
+
+/// Pauses between attempts to open a device that could not be served.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// How often to look whether the cache's file is still there.
+const FILE_WATCH: Duration = Duration::from_millis(250);
+
+/// Steps, in words.
+const OPENING: &str = "opening the image";
+pub(super) const PREPARING: &str = "preparing the cache";
+
+/// What a keeper hears.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Serve the device that is open.
+    Serve,
+    /// Retry what failed: the operator says that the image works again.
+    Resume,
+    /// Complete the guest's requests, and accept no others. Then wait for `Finish`.
+    End(Ending),
+    /// End the device.
+    Finish,
+    /// From the process with this fence.
+    Process(Fence, ProcessNews),
+}
+
+/// What a keeper tells the main thread about its device.
+#[derive(Debug)]
+pub(super) enum News {
+    /// It is open, and waits for [`Command::Serve`].
+    Open,
+    /// It is served.
+    Served(Handle),
+    /// It cannot be served; another attempt follows.
+    Failed(Error),
+    /// Its process died, and another one is started after this pause.
+    Died(String, Duration),
+    /// Its process died too often: it is not served until the operator resumes it.
+    GivenUp(Error),
+    /// Its rings have stopped, and it waits for [`Command::Finish`].
+    Quiesced,
+    /// It has ended. Nothing of it is left in this process, unless it was abandoned.
+    Ended(Result<()>),
+}
+
+/// What a keeper is doing, and since when.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Step {
+    /// In words, for messages.
+    pub what: &'static str,
+    pub since: Instant,
+}
+
+/// The main thread's end of a keeper.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    commands: Sender<Command>,
+    step: Arc<Mutex<Step>>,
+}
+
+impl Keeper {
+    /// Starts the thread of device number `index`, which sends what happens to `events`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] if the thread cannot be started.
+    pub fn start(index: usize, config: &DeviceConfig, context: &Arc<Context>, events: &Sender<Event>) -> Result<Self> {
+        let (commands, receiver) = channel();
+        let step = Arc::new(Mutex::new(Step { what: "starting", since: Instant::now() }));
+        let worker = Worker {
+            index,
+            config: config.clone(),
+            context: Arc::clone(context),
+            own: commands.clone(),
+            commands: receiver,
+            events: events.clone(),
+            step: Arc::clone(&step),
+            restarts: Restarts::new(config.restart_burst),
+        };
+        let name = format!("disk {}", config.name);
+        let failed = |e| Error::io(ErrorKind::System, format!("{}: cannot start a thread", config.name), e);
+        thread::Builder::new().name(name).spawn(move || worker.run()).map_err(failed)?;
+        Ok(Self { commands, step })
+    }
+
+    /// Sends a command. A keeper that has ended needs none.
+    pub fn send(&self, command: Command) {
+        if let Err(e) = self.commands.send(command) {
+            debug!("a device ended before {:?}", e.0);
+        }
+    }
+
+    /// What the keeper is doing.
+    pub fn step(&self) -> Step {
+        *lock(&self.step)
+    }
+}
+
+fn lock(step: &Mutex<Step>) -> MutexGuard<'_, Step> {
+    step.lock().expect("no thread panics with the step locked")
+}
+
+/// The thread's side.
+struct Worker {
+    index: usize,
+    config: DeviceConfig,
+    context: Arc<Context>,
+    /// Sends to `commands`; processes get copies.
+    own: Sender<Command>,
+    commands: Receiver<Command>,
+    events: Sender<Event>,
+    step: Arc<Mutex<Step>>,
+    restarts: Restarts,
+}
+
+/// A device that is open. Fields are dropped in this order: a daemon that waits for the image's lock must find the
+/// socket free when it gets the lock.
+struct Opened {
+    socket: ListenSocket,
+    slot: Arc<Slot>,
+}
+
+/// Why a device is not served any more.
+enum Left {
+    /// The daemon ends, and the device has ended with this.
+    Ended(Result<()>),
+    /// It could not be served.
+    Failed(Error),
+    /// Its process has died.
+    Died(String),
+}
+
+impl Worker {
+    fn begin(&self, what: &'static str) {
+        *lock(&self.step) = Step { what, since: Instant::now() };
+    }
+
+    /// The main thread may have ended the process's wait for this device.
+    fn tell(&self, news: News) {
+        let _ = self.events.send(Event::News(self.index, news));
+    }
+
+    fn run(mut self) {
+        let ended = match self.open_when_possible() {
+            Some(opened) => self.keep_served(opened),
+            None => Ok(()),
+        };
+        self.tell(News::Ended(ended));
+    }
+
+    /// Opens the device, in as many attempts as it takes, and waits for the command to serve it. `None`: the daemon
+    /// ends before that.
+    fn open_when_possible(&self) -> Option<Opened> {
+        let mut pause = RETRY_MIN;
+        loop {
+            let error = match self.open() {
+                Ok(opened) => {
+                    self.begin("waiting for the other disks");
+                    self.tell(News::Open);
+                    return self.wait_for_serve().then_some(opened);
+                }
+                Err(error) => error,
+            };
+            // A killed daemon releases the image when its I/O is over, which no pause predicts.
+            pause = if error.kind() == ErrorKind::Locked { RETRY_MIN } else { pause };
+            self.tell(News::Failed(error));
+            self.begin("waiting to open the image again");
+            pause = self.pause(pause)?;
+        }
+    }
+
+    /// Waits before another attempt; returns how long to wait before the one after it. `None`: the daemon ends.
+    fn pause(&self, pause: Duration) -> Option<Duration> {
+        let until = Instant::now() + pause;
+        loop {
+            match self.commands.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Command::End(_) | Command::Finish) | Err(RecvTimeoutError::Disconnected) => return None,
+                Ok(Command::Resume | Command::Serve) => return Some(RETRY_MIN),
+                Ok(Command::Process(..)) => {}
+                Err(RecvTimeoutError::Timeout) => return Some((pause * 2).min(RETRY_MAX)),
+            }
+        }
+    }
+
+    /// One attempt to open the device.
+    fn open(&self) -> Result<Opened> {
+        self.begin(OPENING);
+        let (config, context) = (&self.config, &self.context);
+        let image = open_image(config, &context.manager)?;
+        self.begin(PREPARING);
+        let identity = image.identity();
+        let open_cache = || Slot::new(config, image, &context.manager, context.hosting);
+        // Read-only devices on one image share its slot.
+        let slot = if config.read_only { context.images.get_or_open(identity, open_cache) } else { open_cache() }?;
+        let socket = ListenSocket::open(&self.config, &self.context.sockets)?;
+        Ok(Opened { socket, slot })
+    }
+
+    /// Whether the device is to be served; else the daemon ends.
+    fn wait_for_serve(&self) -> bool {
+        loop {
+            match self.commands.recv() {
+                Ok(Command::Serve) => return true,
+                Ok(Command::Resume | Command::Process(..)) => {}
+                Ok(Command::End(_) | Command::Finish) | Err(_) => return false,
+            }
+        }
+    }
+
+    /// Serves the device until the daemon ends, with as many processes as it takes.
+    fn keep_served(&mut self, opened: Opened) -> Result<()> {
+        let mut pause = RETRY_MIN;
+        loop {
+            let left = self.serve(&opened).unwrap_or_else(Left::Failed);
+            match left {
+                Left::Ended(result) => {
+                    self.begin("releasing the image");
+                    drop(opened);
+                    return result;
+                }
+                Left::Failed(error) => {
+                    self.tell(News::Failed(error));
+                    self.begin("waiting to start a process again");
+                    match self.pause(pause) {
+                        Some(next) => pause = next,
+                        None => return self.not_served(opened, "no process could be started for it"),
+                    }
+                }
+                Left::Died(why) => {
+                    pause = RETRY_MIN;
+                    let is_over = match self.restarts.after_death(Instant::now()) {
+                        Some(wait) => {
+                            self.tell(News::Died(why, wait));
+                            self.begin("waiting to start a process again");
+                            !wait.is_zero() && self.pause(wait).is_none()
+                        }
+                        None => {
+                            let context = format!("{why}, once too often (restart_burst)");
+                            self.tell(News::GivenUp(Error::new(ErrorKind::System, context)));
+                            self.begin("waiting for SIGHUP");
+                            !self.wait_for_resume()
+                        }
+                    };
+                    if is_over {
+                        return self.not_served(opened, "its process had died");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether the operator resumes the device; else the daemon ends.
+    fn wait_for_resume(&mut self) -> bool {
+        loop {
+            match self.commands.recv() {
+                Ok(Command::Resume) => {
+                    self.restarts.forget();
+                    return true;
+                }
+                Ok(Command::Serve | Command::Process(..)) => {}
+                Ok(Command::End(_) | Command::Finish) | Err(_) => return false,
+            }
+        }
+    }
+
+    /// The end of a device without a process. What its cache holds stays for the next daemon.
+    fn not_served(&self, opened: Opened, why: &str) -> Result<()> {
+        let Opened { socket, slot } = opened;
+        drop(socket);
+        if !slot.holds_unwritten() {
+            return Ok(());
+        }
+        let (name, image) = (&self.config.name, self.config.image.display());
+        let context = format!("{name}: ended without being served, because {why}");
+        let hint = format!("its cache stays, and holds what image {image} lacks: start the daemon again");
+        Err(Error::new(ErrorKind::Image, format!("{context}; {hint}")))
+    }
+
+    /// Serves the device with one process, until that has ended.
+    fn serve(&self, opened: &Opened) -> Result<Left> {
+        self.begin("starting a process");
+        let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
+        let process = opened.slot.process()?;
+        let (page, page_file) = StatsPage::create().map_err(system)?;
+        let page = Arc::new(page);
+        let files = [opened.socket.listener.as_fd(), page_file.as_fd()];
+        let device = u32::try_from(self.index).expect("a configuration has fewer devices");
+        let own = self.own.clone();
+        // A keeper that has ended does not wait for news.
+        let hearer = Hearer(Box::new(move |fence, news| drop(own.send(Command::Process(fence, news)))));
+        process.serve(device, DeviceSettings::from(&self.config), files, hearer).map_err(system)?;
+        let handle = Handle::new(device, &process, &page, &opened.socket).map_err(system)?;
+        let mut session = Session {
+            worker: self,
+            device,
+            process,
+            page,
+            slot: &opened.slot,
+            handle: Some(handle),
+            ending: None,
+            quiesced: false,
+            ended: None,
+            failure: None,
+        };
+        Ok(session.run())
+    }
+}
+
+/// A device and one process that serves it.
+struct Session<'a> {
+    worker: &'a Worker,
+    device: u32,
+    process: Arc<Process>,
+    page: Arc<StatsPage>,
+    slot: &'a Slot,
+    /// For the main thread, once it is served.
+    handle: Option<Handle>,
+    ending: Option<Ending>,
+    quiesced: bool,
+    /// With what the device has ended.
+    ended: Option<Result<()>>,
+    /// Why it cannot be served.
+    failure: Option<Error>,
+}
+
+impl Session<'_> {
+    /// Passes commands to the process, and news to the main thread, until the process has ended.
+    fn run(&mut self) -> Left {
+        loop {
+            match self.worker.commands.recv_timeout(FILE_WATCH) {
+                Ok(Command::Serve) => {}
+                Ok(Command::Resume) => self.process.command(&ToDisk::Resume),
+                Ok(Command::End(ending)) => self.end(ending),
+                Ok(Command::Finish) => self.finish(),
+                Ok(Command::Process(fence, news)) if fence == self.process.fence() => {
+                    if let Some(left) = self.on_news(news) {
+                        return left;
+                    }
+                }
+                // A process that has ended before.
+                Ok(Command::Process(..)) => {}
+                Err(RecvTimeoutError::Timeout) => self.slot.look_at_cache_file(false),
+                Err(RecvTimeoutError::Disconnected) => self.end(Ending::WriteBack),
+            }
+        }
+    }
+
+    fn end(&mut self, ending: Ending) {
+        self.ending = Some(ending);
+        self.worker.begin("completing the guest's requests");
+        self.process.command(&ToDisk::Quiesce { device: self.device });
+    }
+
+    fn finish(&mut self) {
+        let ending = self.ending.unwrap_or(Ending::WriteBack);
+        self.worker.begin(match ending {
+            Ending::WriteBack => "writing dirty pages to the image",
+            Ending::HandOver => "leaving the cache to the next daemon",
+        });
+        // The file may have been removed a moment ago.
+        self.slot.look_at_cache_file(true);
+        self.process.command(&ToDisk::Finish { device: self.device, ending });
+    }
+
+    fn on_news(&mut self, news: ProcessNews) -> Option<Left> {
+        match news {
+            ProcessNews::Served => {
+                self.worker.begin("serving");
+                if let Some(handle) = self.handle.take() {
+                    self.worker.tell(News::Served(handle));
+                }
+            }
+            ProcessNews::Failed(error) => self.failure = Some(error),
+            ProcessNews::Quiesced => {
+                self.quiesced = true;
+                self.worker.tell(News::Quiesced);
+            }
+            ProcessNews::Ended(result) => {
+                self.worker.begin("releasing the image");
+                self.ended = Some(result);
+            }
+            ProcessNews::Exited(exit) => return Some(self.left(exit)),
+        }
+        None
+    }
+
+    /// Why the device is not served any more, now that its process has ended.
+    fn left(&mut self, exit: Exit) -> Left {
+        let name = &self.worker.config.name;
+        if let Some(error) = self.failure.take() {
+            return if self.ending.is_some() { Left::Ended(Err(error)) } else { Left::Failed(error) };
+        }
+        if let Some(result) = self.ended.take() {
+            if !exit.is_in_order() {
+                error!("{name}: its process did not end in order: {exit}; its cache stays");
+            }
+            return Left::Ended(result);
+        }
+        let cut = self.page.take_cut_memory().filter(|_| exit.is_bus_error());
+        let because = cut.map_or_else(String::new, |memory| format!(": {}", memory.name()));
+        let why = format!("its process has died: {exit}{because}");
+        if self.ending.is_none() {
+            return Left::Died(why);
+        }
+        if !self.quiesced {
+            self.worker.tell(News::Quiesced);
+        }
+        let kept = if self.slot.holds_unwritten() { "; its cache stays: start the daemon again" } else { "" };
+        Left::Ended(Err(Error::new(ErrorKind::System, format!("{name}: {why}{kept}"))))
+    }
+}

@@ -1,0 +1,90 @@
+//! The log of a disk process: a pipe whose lines become lines of the daemon's log.
+//!
+//! Neither end waits for the other. A disk process whose pipe is full drops lines and says so afterwards
+//! (`logging/queue.rs`), and the supervisor's queue does the same. One process cannot fill the queue for the others:
+//! its lines are counted.
+
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::process::ChildStderr;
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use crate::logging;
+
+/// Longest line in bytes; the rest of a longer one becomes another line.
+const LINE_BYTES_MAX: usize = 8 << 10;
+/// Most lines of a process in a second. Its own limit of lines that repeat is far below this.
+const LINES_MAX: u32 = 500;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct LogPipe {
+    name: String,
+    pipe: ChildStderr,
+    /// The beginning of a line.
+    part: Vec<u8>,
+    /// When the present second began, and its lines.
+    second: (Instant, u32),
+    dropped: u64,
+}
+
+impl LogPipe {
+    /// The pipe of the process of device `name`.
+    pub fn new(name: &str, pipe: ChildStderr) -> Self {
+        Self { name: name.to_owned(), pipe, part: Vec::new(), second: (Instant::now(), 0), dropped: 0 }
+    }
+
+    /// Reads what is in the pipe, which is readable, and forwards its lines; returns whether more may come.
+    pub fn forward(&mut self) -> bool {
+        let mut bytes = [0; LINE_BYTES_MAX];
+        let len = match self.pipe.read(&mut bytes) {
+            Ok(0) => {
+                let part = std::mem::take(&mut self.part);
+                self.log(&part);
+                return false;
+            }
+            Ok(len) => len,
+            Err(e) => return e.kind() == io::ErrorKind::Interrupted,
+        };
+        let mut rest = &bytes[..len];
+        while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+            let mut line = std::mem::take(&mut self.part);
+            line.extend_from_slice(&rest[..end]);
+            self.log(&line);
+            rest = &rest[end + 1..];
+        }
+        self.part.extend_from_slice(rest);
+        if self.part.len() > LINE_BYTES_MAX {
+            let part = std::mem::take(&mut self.part);
+            self.log(&part);
+        }
+        true
+    }
+
+    fn log(&mut self, line: &[u8]) {
+        if line.is_empty() {
+            return;
+        }
+        if self.second.0.elapsed() >= Duration::from_secs(1) {
+            let dropped = std::mem::take(&mut self.dropped);
+            if dropped > 0 {
+                warn!("{}: {dropped} lines of its process's log are lost: they came too fast", self.name);
+            }
+            self.second = (Instant::now(), 0);
+        }
+        self.second.1 += 1;
+        if self.second.1 > LINES_MAX {
+            self.dropped += 1;
+            return;
+        }
+        logging::forward(line);
+    }
+}
+
+impl AsRawFd for LogPipe {
+    fn as_raw_fd(&self) -> RawFd {
+        self.pipe.as_raw_fd()
+    }
+}

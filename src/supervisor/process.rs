@@ -1,0 +1,334 @@
+//! A disk process, as the supervisor sees it: it starts it, sends commands, and hears what becomes of it. A thread for
+//! each process reads its messages and its log.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+
+use log::{debug, error, warn};
+
+use super::log_pipe::LogPipe;
+use crate::disk_process;
+use crate::disk_protocol::{Channel, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::file::Fence;
+use crate::sys::poll::wait_any_readable;
+use crate::sys::process::wait_without_reaping;
+use crate::sys::signal;
+
+/// Name of the hidden command of a disk process.
+pub(super) const COMMAND: &str = "disk-process";
+
+/// Variables of the environment that say something about the supervisor alone.
+const OWN_VARIABLES: [&str; 6] =
+    ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"];
+
+/// Where the disk's side runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hosting {
+    /// In a process for each image.
+    Processes,
+    /// In threads of this process.
+    Threads,
+}
+
+/// How a disk process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Exit {
+    /// `None` for one that was a thread.
+    status: Option<ExitStatus>,
+    /// It said that it has released its image and its cache.
+    is_released: bool,
+    /// Everything is on the image, and the cache's file is to be removed.
+    pub is_cache_removed: bool,
+}
+
+impl Exit {
+    /// Whether it ended because it was told to.
+    pub fn is_in_order(&self) -> bool {
+        self.is_released
+    }
+
+    /// Whether SIGBUS ended it.
+    pub fn is_bus_error(&self) -> bool {
+        self.status.and_then(|status| status.signal()) == Some(libc::SIGBUS)
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(status) = self.status else { return f.write_str("its thread has ended") };
+        match (status.signal(), status.code()) {
+            (Some(libc::SIGKILL), _) => {
+                f.write_str("killed by SIGKILL (by a user, or by the kernel for lack of memory)")
+            }
+            (Some(signal), _) => write!(f, "killed by {}", signal::name_of(signal)),
+            (None, Some(code)) => write!(f, "exited with status {code}"),
+            (None, None) => write!(f, "{status}"),
+        }
+    }
+}
+
+/// What a device's keeper hears of its process.
+#[derive(Debug)]
+pub(super) enum ProcessNews {
+    Served,
+    Failed(Error),
+    Quiesced,
+    Ended(Result<()>),
+    /// The process has ended.
+    Exited(Exit),
+}
+
+/// Who hears of a process.
+pub(super) struct Hearer(pub Box<dyn Fn(Fence, ProcessNews) + Send>);
+
+impl Hearer {
+    fn hear(&self, fence: Fence, news: ProcessNews) {
+        (self.0)(fence, news);
+    }
+}
+
+impl fmt::Debug for Hearer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hearer")
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Process {
+    fence: Fence,
+    channel: Channel<ToDisk, FromDisk>,
+    /// The process; `None` for a thread, and once it has ended.
+    child: Mutex<Option<Child>>,
+    hosting: Hosting,
+    listeners: Mutex<Listeners>,
+}
+
+/// Who hears of the process.
+#[derive(Debug, Default)]
+struct Listeners {
+    by_device: BTreeMap<u32, Hearer>,
+    /// Why the image cannot be served.
+    failure: Option<ErrorText>,
+    is_released: bool,
+    is_cache_removed: bool,
+    exit: Option<Exit>,
+}
+
+impl Process {
+    /// Starts a process that uses an image and a cache. `name` is that of its first device.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] if a process, a thread or a descriptor cannot be created.
+    pub fn start(
+        name: &str,
+        hosting: Hosting,
+        fence: Fence,
+        open: &ToDisk,
+        image: &File,
+        cache: &[BorrowedFd<'_>],
+    ) -> Result<Arc<Self>> {
+        let failed = |e| Error::io(ErrorKind::System, format!("{name}: cannot start a disk process"), e);
+        let (channel, theirs) = Channel::pair().map_err(failed)?;
+        let files: Vec<BorrowedFd<'_>> = [image.as_fd()].into_iter().chain(cache.iter().copied()).collect();
+        channel.send(open, &files).map_err(failed)?;
+        let (child, log) = match hosting {
+            Hosting::Processes => spawn_child(name, theirs.into_socket()).map_err(failed)?,
+            Hosting::Threads => {
+                let (theirs, of_device) = (Arc::new(theirs), name.to_owned());
+                let run = move || {
+                    if let Err(error) = disk_process::run(&theirs) {
+                        error!("{of_device}: {error}");
+                    }
+                    theirs.close();
+                };
+                thread::Builder::new().name(format!("control {name}")).spawn(run).map_err(failed)?;
+                (None, None)
+            }
+        };
+        let child = Mutex::new(child);
+        let process = Arc::new(Self { fence, channel, child, hosting, listeners: Mutex::default() });
+        let (hearing, log) = (Arc::clone(&process), log.map(|pipe| LogPipe::new(name, pipe)));
+        let thread = thread::Builder::new().name(format!("process {name}"));
+        thread.spawn(move || hearing.hear(log)).inspect_err(|_| process.kill()).map_err(failed)?;
+        Ok(process)
+    }
+
+    /// What the kernel's I/O of this process holds.
+    pub fn fence(&self) -> Fence {
+        self.fence
+    }
+
+    /// How the process ended; `None` while it runs.
+    pub fn exit(&self) -> Option<Exit> {
+        self.listeners().exit
+    }
+
+    /// Whether it can be killed.
+    pub fn is_killable(&self) -> bool {
+        self.hosting == Hosting::Processes
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Listeners> {
+        self.listeners.lock().expect("no thread panics with the listeners locked")
+    }
+
+    fn child(&self) -> MutexGuard<'_, Option<Child>> {
+        self.child.lock().expect("no thread panics with the child locked")
+    }
+
+    /// Makes the process serve a device. Its news go to `keeper`.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2).
+    pub fn serve(
+        &self,
+        device: u32,
+        settings: DeviceSettings,
+        files: [BorrowedFd<'_>; 2],
+        keeper: Hearer,
+    ) -> io::Result<()> {
+        {
+            let mut listeners = self.listeners();
+            if let Some(exit) = listeners.exit {
+                // It hears of the end as others did.
+                keeper.hear(self.fence, ProcessNews::Exited(exit));
+                return Ok(());
+            }
+            if let Some(failure) = &listeners.failure {
+                let news = ProcessNews::Failed(failure.clone().into());
+                keeper.hear(self.fence, news);
+            }
+            listeners.by_device.insert(device, keeper);
+        }
+        match self.send(&ToDisk::Serve { device, settings: Box::new(settings) }, &files) {
+            // It has died, which its thread will see.
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            sent => sent,
+        }
+    }
+
+    /// Sends a message. Does not wait.
+    ///
+    /// # Errors
+    /// EAGAIN if the process is stopped and too many messages wait for it, EPIPE if it has ended.
+    pub fn send(&self, message: &ToDisk, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.channel.send(message, files)
+    }
+
+    /// Sends a message that a process which has ended needs no more.
+    pub fn command(&self, message: &ToDisk) {
+        if let Err(e) = self.send(message, &[]) {
+            debug!("a disk process does not get {message:?}: {e}");
+        }
+    }
+
+    /// Kills it, if it is a process. It may not end at once: a thread of it may hang in the kernel.
+    pub fn kill(&self) {
+        if let Some(child) = &mut *self.child() {
+            // It fails only for one that has ended.
+            let _ = child.kill();
+        }
+    }
+
+    /// Body of the process's thread: reads messages and log lines until it has ended.
+    fn hear(&self, mut log: Option<LogPipe>) {
+        let mut is_open = true;
+        while is_open || log.is_some() {
+            let ready = match &log {
+                Some(pipe) if is_open => wait_any_readable([&self.channel, pipe]),
+                Some(pipe) => wait_any_readable([pipe]).map(|[log]| [false, log]),
+                None => wait_any_readable([&self.channel]).map(|[message]| [message, false]),
+            };
+            let Ok([message, line]) = ready else { break };
+            if message {
+                is_open = self.hear_message();
+            }
+            if line && log.as_mut().is_some_and(|pipe| !pipe.forward()) {
+                log = None;
+            }
+        }
+        let status = self.reap();
+        let mut listeners = self.listeners();
+        let (is_released, is_cache_removed) = (listeners.is_released, listeners.is_cache_removed);
+        let exit = Exit { status, is_released, is_cache_removed };
+        listeners.exit = Some(exit);
+        for keeper in std::mem::take(&mut listeners.by_device).into_values() {
+            keeper.hear(self.fence, ProcessNews::Exited(exit));
+        }
+    }
+
+    /// Reads a message; returns whether there may be another one.
+    fn hear_message(&self) -> bool {
+        let message = match self.channel.receive() {
+            Ok(Received::Message(message, _)) => message,
+            Ok(Received::Closed) => return false,
+            Err(e) => {
+                error!("{e}");
+                self.kill();
+                self.channel.close();
+                return false;
+            }
+        };
+        let (device, news) = match message {
+            FromDisk::Served { device } => (device, ProcessNews::Served),
+            FromDisk::Quiesced { device } => (device, ProcessNews::Quiesced),
+            FromDisk::Ended { device, error } => {
+                (device, ProcessNews::Ended(error.map_or(Ok(()), |error| Err(error.into()))))
+            }
+            FromDisk::Failed { device: Some(device), error } => (device, ProcessNews::Failed(error.into())),
+            FromDisk::Failed { device: None, error } => {
+                let mut listeners = self.listeners();
+                for keeper in listeners.by_device.values() {
+                    let news = ProcessNews::Failed(error.clone().into());
+                    keeper.hear(self.fence, news);
+                }
+                listeners.failure = Some(error);
+                return true;
+            }
+            FromDisk::Released { is_cache_removed } => {
+                let mut listeners = self.listeners();
+                (listeners.is_released, listeners.is_cache_removed) = (true, is_cache_removed);
+                return true;
+            }
+        };
+        if let Some(keeper) = self.listeners().by_device.get(&device) {
+            keeper.hear(self.fence, news);
+        }
+        true
+    }
+
+    /// Waits for the process and frees its number.
+    fn reap(&self) -> Option<ExitStatus> {
+        let pid = self.child().as_ref().map(Child::id)?;
+        // Without the lock: another thread must be able to kill it meanwhile.
+        if let Err(e) = wait_without_reaping(pid) {
+            warn!("cannot wait for disk process {pid}: {e}");
+        }
+        self.child().take()?.wait().ok()
+    }
+}
+
+/// Starts a disk process with its end of the channel as standard input, and its log in a pipe.
+fn spawn_child(name: &str, channel: OwnedFd) -> io::Result<(Option<Child>, Option<ChildStderr>)> {
+    // The file that runs, also when a package has replaced it.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(env::args_os().next().unwrap_or_else(|| "genblk".into())).args([COMMAND, name]);
+    for variable in OWN_VARIABLES {
+        command.env_remove(variable);
+    }
+    // Not in the terminal's group: a terminal's signals are for the supervisor.
+    command.stdin(channel).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+    let mut child = command.spawn()?;
+    let log = child.stderr.take();
+    Ok((Some(child), log))
+}

@@ -1,0 +1,72 @@
+//! How often, and how soon, a disk process that dies is started again.
+//!
+//! The first time it is started at once. A front-end that makes its process die again and again, for example by a
+//! memory file that it cuts short, gets ever longer pauses, and then none: it must not keep a processor busy, nor fill
+//! the log.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// The span in which deaths are counted.
+const WINDOW: Duration = Duration::from_secs(60);
+/// Pause before the second start in a window; each further one is twice as long.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// The deaths of a device's process.
+#[derive(Debug)]
+pub(super) struct Restarts {
+    /// Most starts in a window.
+    burst: u32,
+    deaths: VecDeque<Instant>,
+}
+
+impl Restarts {
+    /// No death so far.
+    pub fn new(burst: u32) -> Self {
+        Self { burst, deaths: VecDeque::new() }
+    }
+
+    /// The process has died; returns the pause before the next start. `None`: it has died too often.
+    pub fn after_death(&mut self, now: Instant) -> Option<Duration> {
+        while self.deaths.front().is_some_and(|&death| now.duration_since(death) >= WINDOW) {
+            self.deaths.pop_front();
+        }
+        let before = u32::try_from(self.deaths.len()).unwrap_or(u32::MAX);
+        if before >= self.burst {
+            return None;
+        }
+        self.deaths.push_back(now);
+        Some(match before {
+            0 => Duration::ZERO,
+            before => (PAUSE_MIN * 2u32.saturating_pow(before - 1)).min(PAUSE_MAX),
+        })
+    }
+
+    /// The operator has resumed the device.
+    pub fn forget(&mut self) {
+        self.deaths.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_until_the_burst_is_over_and_begin_anew_after_a_window() {
+        let mut restarts = Restarts::new(5);
+        let begin = Instant::now();
+        let mut die_at = |seconds: u64| restarts.after_death(begin + Duration::from_secs(seconds));
+        let pauses: Vec<_> = (0..6).map(&mut die_at).map(|pause| pause.map(|pause| pause.as_millis())).collect();
+        assert_eq!(pauses, [Some(0), Some(100), Some(200), Some(400), Some(800), None]);
+        assert_eq!(die_at(61), Some(Duration::from_millis(800)), "the first two have passed");
+        assert_eq!(die_at(200), Some(Duration::ZERO));
+        restarts = Restarts::new(0);
+        assert_eq!(restarts.after_death(begin), None);
+        restarts = Restarts::new(1);
+        assert_eq!(restarts.after_death(begin), Some(Duration::ZERO));
+        restarts.forget();
+        assert_eq!(restarts.after_death(begin), Some(Duration::ZERO));
+    }
+}

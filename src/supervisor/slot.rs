@@ -1,0 +1,230 @@
+//! An image that is open, its cache, and the disk process that uses both: what outlives that process.
+//!
+//! The slot keeps the image's lock and the cache. When its process dies, it starts another one with the same cache.
+//! Each method may wait for the image, so the main thread calls none.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, warn};
+
+use super::process::{Exit, Hosting, Process};
+use crate::arena::KeptArena;
+use crate::config::{DeviceConfig, Engine, ImageFormat, Survive};
+use crate::disk_protocol::{DeviceSettings, ToDisk};
+use crate::error::{Error, ErrorKind, Result};
+use crate::recover;
+use crate::store;
+use crate::store::file::{Fence, IoEngine, KnownRaw, OpenOptions};
+use crate::store::named::{ImageKind, NamedImage};
+use crate::systemd::ServiceManager;
+use crate::units::PAGE_BYTES;
+
+/// How often to look whether the kernel has completed the I/O of a process that died.
+const FENCE_POLL: Duration = Duration::from_millis(2);
+
+/// How long the name of a cache file must lead elsewhere until the file counts as lost.
+const MISSED_MIN: Duration = Duration::from_millis(500);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Slot {
+    /// The device for which the image was opened.
+    settings: DeviceSettings,
+    hosting: Hosting,
+    state: Mutex<State>,
+}
+
+/// Fields are dropped in this order, the image last: a daemon that waits for the image's lock must find the cache free
+/// when it gets the lock.
+#[derive(Debug)]
+struct State {
+    process: Option<Arc<Process>>,
+    /// `None` once its files are removed.
+    cache: Option<KeptArena>,
+    /// The cache was made by this daemon, and no process has used it.
+    is_unused: bool,
+    file: FileWatch,
+    image: Arc<dyn NamedImage>,
+}
+
+/// What is known of the file by which the cache outlives the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FileWatch {
+    /// Its name leads to it, or there is no such file.
+    Reachable,
+    /// A look at this moment found that its name does not lead to it.
+    Missed(Instant),
+    /// The cache does not outlive the daemon any more, and the operator was told.
+    Lost,
+}
+
+impl Slot {
+    /// The slot of an image that is open; opens its cache.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] and [`ErrorKind::Ledger`] for the cache. The guest's data is as it was then.
+    pub fn new(
+        config: &DeviceConfig,
+        image: Arc<dyn NamedImage>,
+        manager: &Arc<ServiceManager>,
+        hosting: Hosting,
+    ) -> Result<Arc<Self>> {
+        let refused = |why| Error::new(ErrorKind::Image, format!("image {}: {why}", config.image.display()));
+        image.limits().check().map_err(refused)?;
+        let arena = recover::arena_for(config, &*image, frames_of(config), manager);
+        let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
+        let state = State {
+            process: None,
+            is_unused: !arena.is_kept_on_drop(),
+            cache: Some(arena.into_kept()),
+            file: FileWatch::Reachable,
+            image,
+        };
+        Ok(Arc::new(Self { settings: config.into(), hosting, state: Mutex::new(state) }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no thread panics with a slot locked")
+    }
+
+    /// The process of the slot; starts one if there is none, or if it has died.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] if a process or a descriptor cannot be created.
+    pub fn process(&self) -> Result<Arc<Process>> {
+        let mut state = self.lock();
+        if let Some(process) = &state.process {
+            let Some(exit) = process.exit() else { return Ok(Arc::clone(process)) };
+            while state.image.is_fenced(process.fence()) {
+                thread::sleep(FENCE_POLL);
+            }
+            if !exit.is_in_order()
+                && let Some(cache) = &mut state.cache
+            {
+                cache.note_death(self.settings.read_only);
+            }
+            state.process = None;
+        }
+        let failed =
+            |e| Error::io(ErrorKind::System, format!("{}: cannot start a disk process", self.settings.name), e);
+        let fence = Fence::unique();
+        let (file, parts) = state.image.hand_out(fence).map_err(failed)?;
+        let cache = state.cache.as_ref().ok_or_else(|| Error::new(ErrorKind::System, "the cache was removed"))?;
+        let open = ToDisk::Open {
+            name: self.settings.name.clone(),
+            image: Box::new(parts),
+            cache: Box::new(cache.parts()),
+            settings: Box::new(self.settings.clone()),
+        };
+        let process = Process::start(&self.settings.name, self.hosting, fence, &open, &file, &cache.descriptors())?;
+        state.is_unused = false;
+        state.process = Some(Arc::clone(&process));
+        Ok(process)
+    }
+
+    /// Looks whether the next daemon would find the cache. If its file was removed, the cache is from now on one that
+    /// does not outlive the daemon. `is_final`: there is no other look. Waits for nothing.
+    pub fn look_at_cache_file(&self, is_final: bool) {
+        let Ok(mut state) = self.state.try_lock() else { return };
+        let state = &mut *state;
+        let Some(cache) = &mut state.cache else { return };
+        if state.file == FileWatch::Lost || cache.is_reachable() {
+            if matches!(state.file, FileWatch::Missed(_)) {
+                state.file = FileWatch::Reachable;
+            }
+            return;
+        }
+        // Not at the first look: a rename of a directory, or a mount, may be under way.
+        match state.file {
+            _ if is_final => {}
+            FileWatch::Missed(since) if since.elapsed() >= MISSED_MIN => {}
+            FileWatch::Missed(_) => return,
+            _ => return state.file = FileWatch::Missed(Instant::now()),
+        }
+        state.file = FileWatch::Lost;
+        let name = &self.settings.name;
+        let Some(process) = &state.process else { return };
+        let told = match cache.replace_lost_file() {
+            Ok(marker) => process.send(&ToDisk::CacheFileLost { unmarked: None }, marker.as_slice()),
+            Err(e) => process.send(&ToDisk::CacheFileLost { unmarked: Some(e.to_string()) }, &[]),
+        };
+        if let Err(e) = told {
+            error!("{name}: the next daemon would not notice a loss of completed writes ({e})");
+        }
+    }
+
+    /// Whether the cache holds data that is nowhere else, after its process has ended.
+    pub fn holds_unwritten(&self) -> bool {
+        let state = self.lock();
+        // What cannot be read may hold anything.
+        state.cache.as_ref().is_some_and(|cache| cache.holds_unwritten().unwrap_or(true))
+    }
+}
+
+/// Opens a device's image. May wait for as long as the image does not answer.
+///
+/// # Errors
+/// [`ErrorKind::Image`] and [`ErrorKind::Locked`].
+pub(super) fn open_image(config: &DeviceConfig, manager: &Arc<ServiceManager>) -> Result<Arc<dyn NamedImage>> {
+    let (read_only, direct) = (config.read_only, config.direct);
+    let engine = match config.engine {
+        Engine::Auto => IoEngine::Auto,
+        Engine::IoUring => IoEngine::Uring,
+        Engine::Threads => IoEngine::Threads,
+    };
+    if config.cache.survive == Survive::Always {
+        recover::check_memory_dir(config)?;
+    }
+    let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
+    let image = store::open(Some(&config.name), &config.image, &options)?;
+    let identity = image.identity();
+    let known_raw = match config.format {
+        ImageFormat::Raw => Some(KnownRaw::Configured),
+        ImageFormat::Auto => {
+            let is_kept = |format| recover::has_kept_cache(config, &identity, format, manager);
+            image.found_format().filter(|format| is_kept(*format)).map(|_| KnownRaw::KeptCache)
+        }
+    };
+    image.check_format(known_raw)?;
+    Ok(image)
+}
+
+/// The configured number of frames.
+fn frames_of(config: &DeviceConfig) -> usize {
+    usize::try_from(config.cache.size_bytes / PAGE_BYTES).unwrap_or(usize::MAX)
+}
+
+impl Drop for Slot {
+    /// Removes the cache that holds nothing, and records for the next daemon what the image was like when a cache that
+    /// stays was left.
+    fn drop(&mut self) {
+        let state = self.state.get_mut().expect("no thread panics with a slot locked");
+        let name = &self.settings.name;
+        let Some(mut cache) = state.cache.take() else { return };
+        if state.is_unused {
+            // The record comes first: a cache file that is removed must not be missed by the next daemon.
+            match state.image.end_tenure() {
+                Ok(_) => cache.remove(),
+                Err(e) => warn!("{name}: cannot record at the image that everything is on it ({e}); its cache stays"),
+            }
+            return;
+        }
+        let exit = state.process.take().and_then(|process| Some((process.fence(), process.exit()?)));
+        match exit {
+            Some((_, Exit { is_cache_removed: true, .. })) => cache.remove(),
+            // A device's counters are found by a path, which only this process may use. The image rests once the
+            // kernel has released the descriptor of the process.
+            Some((fence, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
+                if !state.image.is_fenced(fence)
+                    && let Some(token) = state.image.change_token()
+                    && let Err(e) = cache.record_token(token)
+                {
+                    warn!("{name}: {e}");
+                }
+            }
+            _ => {}
+        }
+    }
+}

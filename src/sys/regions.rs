@@ -1,0 +1,74 @@
+//! Which mapped memory an address belongs to, for the handler of SIGBUS: it may not lock, allocate or read /proc.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Memory that other processes can cut short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Region {
+    /// The cache.
+    Cache,
+    /// An inflight region.
+    Inflight,
+}
+
+/// Ranges of a kind that are remembered. A device has one of each; the oldest is forgotten.
+const SLOTS: usize = 256;
+
+struct Table {
+    next: AtomicUsize,
+    ranges: [(AtomicUsize, AtomicUsize); SLOTS],
+}
+
+impl Table {
+    const fn new() -> Self {
+        Self { next: AtomicUsize::new(0), ranges: [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; SLOTS] }
+    }
+
+    fn note(&self, range: &Range<usize>) {
+        let slot = self.next.fetch_add(1, Ordering::Relaxed) % SLOTS;
+        let (start, end) = &self.ranges[slot];
+        // Empty meanwhile.
+        end.store(0, Ordering::Release);
+        start.store(range.start, Ordering::Release);
+        end.store(range.end, Ordering::Release);
+    }
+
+    fn contains(&self, address: usize) -> bool {
+        let load =
+            |(start, end): &(AtomicUsize, AtomicUsize)| start.load(Ordering::Acquire)..end.load(Ordering::Acquire);
+        self.ranges.iter().any(|slot| load(slot).contains(&address))
+    }
+}
+
+static CACHE: Table = Table::new();
+static INFLIGHT: Table = Table::new();
+
+/// Remembers where memory of this kind is mapped.
+pub fn note(region: Region, range: &Range<usize>) {
+    match region {
+        Region::Cache => CACHE.note(range),
+        Region::Inflight => INFLIGHT.note(range),
+    }
+}
+
+/// Which memory an address belongs to, as far as that was noted.
+pub fn of(address: usize) -> Option<Region> {
+    if CACHE.contains(address) {
+        return Some(Region::Cache);
+    }
+    INFLIGHT.contains(address).then_some(Region::Inflight)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_belongs_to_the_range_that_was_noted() {
+        // Addresses that no mapping has.
+        note(Region::Cache, &(16..32));
+        note(Region::Inflight, &(32..40));
+        assert_eq!((of(15), of(16), of(32), of(40)), (None, Some(Region::Cache), Some(Region::Inflight), None));
+    }
+}

@@ -1,0 +1,98 @@
+//! A few words of memory that two processes share: one writes them, the other reads them, and neither waits.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::memfd;
+use super::memory::exclude_from_dumps;
+
+/// A mapping of words; the file stays as long as a descriptor or a mapping of it.
+#[derive(Debug)]
+pub struct SharedWords {
+    base: *mut AtomicU64,
+    count: usize,
+}
+
+// SAFETY: the mapping lives as long as the value, and its words are accessed as atomics only.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// A new file of `count` words, all 0. Its length is sealed: no process can make an access raise SIGBUS.
+    ///
+    /// # Errors
+    /// Those of memfd_create(2), ftruncate(2) and mmap(2).
+    pub fn create(count: usize) -> io::Result<(Self, File)> {
+        let file = memfd::create(c"genblk-statistics")?;
+        file.set_len((count * size_of::<AtomicU64>()) as u64)?;
+        memfd::freeze_size(&file)?;
+        Ok((Self::map(&file, count)?, file))
+    }
+
+    /// Maps the first `count` words of a file of [`SharedWords::create`].
+    ///
+    /// # Errors
+    /// Those of mmap(2); [`io::ErrorKind::UnexpectedEof`] if the file is shorter.
+    pub fn map(file: &File, count: usize) -> io::Result<Self> {
+        let bytes = count * size_of::<AtomicU64>();
+        if file.metadata()?.len() < bytes as u64 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let (protection, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+        // SAFETY: a new mapping at an address that the kernel chooses replaces no other mapping.
+        match unsafe { libc::mmap(ptr::null_mut(), bytes, protection, libc::MAP_SHARED, fd, 0) } {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            base => {
+                // A kernel without the advice is built without core dumps.
+                let _ = exclude_from_dumps(base.addr()..base.addr() + bytes);
+                Ok(Self { base: base.cast(), count })
+            }
+        }
+    }
+
+    /// The word with this index.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    fn word(&self, index: usize) -> &AtomicU64 {
+        assert!(index < self.count, "word {index} of {}", self.count);
+        // SAFETY: the index was checked, the mapping is aligned to pages, and it outlives the reference.
+        unsafe { &*self.base.add(index) }
+    }
+
+    /// Loads a word.
+    pub fn load(&self, index: usize) -> u64 {
+        self.word(index).load(Ordering::Acquire)
+    }
+
+    /// Stores a word, after all stores before.
+    pub fn store(&self, index: usize, value: u64) {
+        self.word(index).store(value, Ordering::Release);
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: base and length are those of the mapping; nothing uses it after the value is gone.
+        unsafe { libc::munmap(self.base.cast(), self.count * size_of::<AtomicU64>()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_mapping_stores_the_other_loads() {
+        let (writer, file) = SharedWords::create(8).unwrap();
+        let reader = SharedWords::map(&file, 8).unwrap();
+        writer.store(7, 42);
+        assert_eq!((reader.load(7), reader.load(0)), (42, 0));
+        assert!(file.set_len(0).is_err(), "the file cannot be cut short");
+        assert!(SharedWords::map(&file, 9).is_err());
+    }
+}

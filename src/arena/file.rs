@@ -79,7 +79,7 @@ enum Location {
     /// At a path in shared memory; the file is locked.
     Path(PathBuf),
     /// Another process of the daemon knows where, and removes it when this one has ended.
-    Received(Elsewhere),
+    Received(Box<Elsewhere>),
     /// In the fd store of the service manager, which passes it only to the next daemon of the same unit.
     FdStore { manager: Arc<ServiceManager>, name: String },
 }
@@ -97,13 +97,13 @@ impl fmt::Display for ArenaFile {
 impl ArenaFile {
     /// A file that another process of the daemon has opened and locked.
     pub(super) fn received(file: File, elsewhere: Elsewhere) -> Self {
-        Self { file, location: Location::Received(elsewhere), entry: None }
+        Self { file, location: Location::Received(Box::new(elsewhere)), entry: None }
     }
 
     /// A file that takes the place of this one, which was received: it ends as this one does.
     pub(super) fn received_like(&self, file: File) -> Option<Self> {
         let Location::Received(elsewhere) = &self.location else { return None };
-        Some(Self::received(file, elsewhere.clone()))
+        Some(Self::received(file, (**elsewhere).clone()))
     }
 
     /// The directory of this user's arenas below `memory_dir`.

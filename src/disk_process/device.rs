@@ -57,7 +57,7 @@ impl Device {
         let stage = Arc::new(Mutex::new(Stage::Starting));
         let worker = Worker { number, channel: Arc::clone(channel), commands: receiver, stage: Arc::clone(&stage) };
         let waker = Arc::clone(waker);
-        spawn(format!("disk {name}"), move || {
+        spawn(&format!("disk {name}"), move || {
             worker.run(service);
             worker.set_stage(Stage::Ended);
             // It fails only if the counter overflows.

@@ -255,7 +255,7 @@ fn note_bus_error(address: usize) {
 }
 
 /// Runs `body` on a thread of this name.
-fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
     let failed = |e| Error::io(ErrorKind::System, format!("cannot start the thread {name}"), e);
-    thread::Builder::new().name(name.clone()).spawn(body).map_err(failed)
+    thread::Builder::new().name(name.to_owned()).spawn(body).map_err(failed)
 }

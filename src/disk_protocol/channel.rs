@@ -94,7 +94,7 @@ impl<Out: Serialize, In: DeserializeOwned> Channel<Out, In> {
         let mut bytes = vec![0; BYTES_MAX + 1];
         match receive_with_files::<FILES_MAX>(&self.socket, &mut bytes) {
             Ok((0, _)) => Ok(Received::Closed),
-            Ok((len, _)) if len > BYTES_MAX => Err(invalid("it is too long".to_owned())),
+            Ok((len, _)) if len > BYTES_MAX => Err(invalid("it is too long")),
             Ok((len, files)) => Ok(Received::Message(decode(&bytes[..len])?, files)),
             Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(Received::Closed),
             Err(e) => Err(e),
@@ -121,14 +121,14 @@ pub(super) fn encode<M: Serialize>(message: &M) -> io::Result<Vec<u8>> {
 
 /// The message of these bytes.
 pub(super) fn decode<M: DeserializeOwned>(bytes: &[u8]) -> io::Result<M> {
-    let Version { version } = serde_json::from_slice(bytes).map_err(|e| invalid(e.to_string()))?;
+    let Version { version } = serde_json::from_slice(bytes).map_err(|e| invalid(&e.to_string()))?;
     if version != VERSION {
-        return Err(invalid(format!("it has version {version}, and this process speaks version {VERSION}")));
+        return Err(invalid(&format!("it has version {version}, and this process speaks version {VERSION}")));
     }
-    let frame: Frame<M> = serde_json::from_slice(bytes).map_err(|e| invalid(e.to_string()))?;
+    let frame: Frame<M> = serde_json::from_slice(bytes).map_err(|e| invalid(&e.to_string()))?;
     Ok(frame.message)
 }
 
-fn invalid(why: String) -> io::Error {
+fn invalid(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("cannot read a message between daemon and disk process: {why}"))
 }

@@ -8,11 +8,13 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Parser;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::error::ErrorKind as ClapKind;
 
+use crate::client::{Numbers, StatOptions, View};
 use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, report};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -67,6 +69,24 @@ pub enum Action {
     DiskProcess,
     /// Serve this image as it is from now on, without the caches below this directory.
     TakeOver(PathBuf, PathBuf),
+    /// List the devices of the daemon at this control socket.
+    List {
+        /// The control socket.
+        socket: PathBuf,
+        /// One device; all without it.
+        device: Option<String>,
+        /// The reply as it came.
+        json: bool,
+    },
+    /// Show what the devices of the daemon at this control socket do.
+    Stat(PathBuf, StatOptions),
+    /// Print the metrics of the daemon at this control socket, or serve them at a TCP address.
+    Export {
+        /// The control socket.
+        socket: PathBuf,
+        /// The address; without it the metrics are printed once.
+        listen: Option<String>,
+    },
 }
 
 /// Commands other than serving.
@@ -100,6 +120,27 @@ pub enum ClientCommand {
         /// Name of the device, for tools that list processes
         name: String,
     },
+    /// List the disks of a running daemon
+    List {
+        /// A device; all without it
+        device: Option<String>,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Show what the disks of a running daemon do: rates, latencies, hits
+    Stat(StatArguments),
+    /// Export metrics of a running daemon to Prometheus
+    Exporter {
+        /// Serve GET /metrics over HTTP at this TCP address, such as 127.0.0.1:9950
+        #[arg(long, value_name = "ADDRESS:PORT", required_unless_present = "once")]
+        listen: Option<String>,
+        /// Print the metrics to standard output and exit
+        #[arg(long, conflicts_with = "listen")]
+        once: bool,
+        /// Control socket of the daemon
+        #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
+        socket: PathBuf,
+    },
     /// Give up the completed writes that a cache may hold, so that IMAGE can be served as it is
     TakeOver {
         /// The image: its caches are set aside, and another host loses its claim to it
@@ -108,6 +149,85 @@ pub enum ClientCommand {
         #[arg(long, value_name = "DIR", default_value = "/dev/shm", value_parser = directory())]
         memory_dir: PathBuf,
     },
+}
+
+/// How to reach a running daemon.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ControlSocket {
+    /// Control socket of the daemon
+    #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
+    socket: PathBuf,
+    /// Print the daemon's reply as it came, as JSON in one line
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `genblk stat` shows.
+#[derive(Clone, Debug, clap::Args)]
+pub struct StatArguments {
+    /// A device, all without it; then the seconds between two reports, and their number (with seconds: without end)
+    #[arg(value_name = "[DEVICE] [INTERVAL [COUNT]]", num_args = 0..=3)]
+    arguments: Vec<String>,
+    /// Latencies: a line for each kind of request
+    #[arg(short = 'l', long, group = "view")]
+    latencies: bool,
+    /// Histograms of the latencies of requests, in powers of two
+    #[arg(short = 'w', long, group = "view")]
+    histograms: bool,
+    /// The caches
+    #[arg(short = 'c', long, group = "view")]
+    cache: bool,
+    /// For programs: tabs, and no header
+    #[arg(short = 'H', long)]
+    scripted: bool,
+    /// Exact numbers: bytes and nanoseconds
+    #[arg(short = 'p', long)]
+    parsable: bool,
+    /// The time (seconds since 1970) above each report
+    #[arg(short = 'T', long)]
+    time: bool,
+    /// Leave out the first report, which is about all the time since the daemon's start
+    #[arg(short = 'y', long)]
+    omit_first: bool,
+    #[command(flatten)]
+    control: ControlSocket,
+}
+
+impl StatArguments {
+    fn action(self) -> Result<Action> {
+        let wrong = |text: &str| {
+            let usage = "genblk stat takes [DEVICE] [INTERVAL [COUNT]], the interval in seconds";
+            Error::new(ErrorKind::Config, format!("{text:?} is not a number of {usage}"))
+        };
+        let mut arguments = self.arguments.into_iter().peekable();
+        let device = arguments.next_if(|first| first.parse::<f64>().is_err());
+        let interval = arguments.next().map(|text| {
+            let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=86_400.0).contains(seconds));
+            seconds.map(Duration::from_secs_f64).ok_or_else(|| wrong(&text))
+        });
+        let count = arguments.next().map(|text| text.parse().map_err(|_| wrong(&text)));
+        if let Some(more) = arguments.next() {
+            return Err(wrong(&more));
+        }
+        let view = match (self.latencies, self.histograms, self.cache) {
+            (true, _, _) => View::Latencies,
+            (_, true, _) => View::Histograms,
+            (_, _, true) => View::Cache,
+            _ => View::Overview,
+        };
+        let options = StatOptions {
+            device,
+            view,
+            interval: interval.transpose()?,
+            count: count.transpose()?,
+            for_programs: self.scripted,
+            numbers: if self.parsable { Numbers::Exact } else { Numbers::Short },
+            with_time: self.time,
+            without_first: self.omit_first,
+            as_json: self.control.json,
+        };
+        Ok(Action::Stat(self.control.socket, options))
+    }
 }
 
 /// A directory with cache files; systemd's file descriptor store is not one.
@@ -126,6 +246,11 @@ impl ClientCommand {
             }
             Self::DiskProcess { .. } => return Ok(Action::DiskProcess),
             Self::TakeOver { image, memory_dir } => return Ok(Action::TakeOver(image, memory_dir)),
+            Self::List { device, control: ControlSocket { socket, json } } => {
+                return Ok(Action::List { socket, device, json });
+            }
+            Self::Stat(arguments) => return arguments.action(),
+            Self::Exporter { listen, socket, once: _ } => return Ok(Action::Export { socket, listen }),
         };
         if image.is_some() && caches.len() > 1 {
             return Err(Error::new(ErrorKind::Config, "--image names the image of one CACHE; recover them one by one"));
@@ -386,7 +511,7 @@ mod tests {
         let expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "/a.img");
         assert_eq!(
             run("--socket-path /run/s --blk-file=/a.img").unwrap(),
-            Action::ServeOne(Config { devices: vec![expected] })
+            Action::ServeOne(Config { devices: vec![expected], control: None })
         );
     }
 
@@ -403,7 +528,7 @@ mod tests {
         expected.serial = "s1".to_string();
         expected.cache.memory_dir = MemoryDir::Path("/run/m".into());
         expected.sandbox = Sandbox::Off;
-        assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected] }));
+        assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected], control: None }));
     }
 
     #[test]
@@ -411,7 +536,7 @@ mod tests {
         let line = "--socket-path /run/s --blk-file a --socket-mode 0660 --socket-group kvm";
         let mut expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "a");
         (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
-        assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected] }));
+        assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected], control: None }));
         assert!(failure("--fd 3 --blk-file a --socket-mode 0660").contains("cannot be used with"));
         let problem = failure("--socket-path s --blk-file a --socket-mode rw");
         assert!(problem.contains("--socket-mode: takes an octal mode such as \"0660\""), "{problem}");

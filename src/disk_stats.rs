@@ -4,13 +4,18 @@
 //! a process that is stopped, hangs or is dead wrote last, and a supervisor that is busy makes no queue grow.
 //!
 //! The layout is fixed: words of 64 bits, which the table below names. A later version appends words, and never gives
-//! one another meaning: [`WORDS`] leaves room for counters and histograms. One thread writes. A sequence number, odd
+//! one another meaning: [`WORDS`] leaves room. The workers' counters follow ([`crate::counters`]), each with its own
+//! writer. The page itself is written by one thread. A sequence number, odd
 //! during a change, tells the reader whether its words belong together.
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::cache::Stats;
+use crate::counters::BLOCK_WORDS;
+use crate::counters::worker::Counters;
 use crate::sys::clock::monotonic_ns;
 use crate::sys::shared_words::SharedWords;
 use crate::units::{OpKind, SECTOR_BYTES, SectorSpan, Unmap};
@@ -28,9 +33,7 @@ mod word {
     pub const SEQUENCE: usize = 1;
     /// When the page was written last, in nanoseconds of CLOCK_MONOTONIC.
     pub const WRITTEN_AT: usize = 2;
-    /// Operations of the store that have ended.
-    pub const COMPLETED_OPS: usize = 3;
-    pub const DIRTY_PAGES: usize = 4;
+    // 3 and 4 were counters that the cache's statistics have.
     /// 1 if the death of the process or of the daemon would lose completed writes.
     pub const HAS_UNKEPT_DATA: usize = 5;
     /// The operation in flight for longest: a code of its kind, 0 for none, its sectors, and since when.
@@ -44,6 +47,13 @@ mod word {
     pub const HOLDER_UID: usize = 12;
     /// What raised SIGBUS: a code of [`super::CutMemory`], 0 for nothing.
     pub const CUT_MEMORY: usize = 13;
+    /// 1 if a front-end is served, and its process ID and user ID.
+    pub const HAS_FRONT_END: usize = 14;
+    pub const FRONT_END_PID: usize = 15;
+    pub const FRONT_END_UID: usize = 16;
+    pub const IMAGE_BYTES: usize = 17;
+    /// The cache's statistics, in the order of [`crate::cache::Stats`].
+    pub const CACHE: usize = 64;
 }
 
 /// Memory whose file was cut short while the process used it.
@@ -103,54 +113,77 @@ impl OldestOp {
 /// What a device does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskState {
-    /// Operations of the store that have ended.
-    pub completed_ops: u64,
-    /// Pages newer than the image.
-    pub dirty_pages: u64,
+    /// The cache's statistics.
+    pub cache: Stats,
+    /// Size of the image in bytes.
+    pub image_bytes: u64,
     /// Whether the end of the daemon would lose completed writes that are only in a cache that ends with it.
     pub has_unkept_data: bool,
     /// The operation in flight for longest.
     pub oldest: Option<OldestOp>,
     /// Process ID and user ID of the front-end that is served while another one waits to be accepted.
     pub busy_with: Option<(u32, u32)>,
+    /// Process ID and user ID of the front-end that is served.
+    pub front_end: Option<(u32, u32)>,
 }
 
-/// The page of one device.
+/// The page of one device. The words of the workers' counters follow it.
 #[derive(Debug)]
-pub struct StatsPage(SharedWords);
+pub struct StatsPage {
+    words: Arc<SharedWords>,
+    workers: usize,
+}
 
 impl StatsPage {
-    /// A new page, and the file by which another process maps it.
+    /// A new page of a device with this many workers, and the file by which another process maps it.
     ///
     /// # Errors
     /// Those of memfd_create(2) and mmap(2).
-    pub fn create() -> io::Result<(Self, File)> {
-        let (words, file) = SharedWords::create(WORDS)?;
+    pub fn create(workers: usize) -> io::Result<(Self, File)> {
+        let (words, file) = SharedWords::create(WORDS + workers * BLOCK_WORDS)?;
         words.store(word::MAGIC, MAGIC);
-        Ok((Self(words), file))
+        Ok((Self { words: Arc::new(words), workers }, file))
     }
 
     /// The page behind a file of [`StatsPage::create`].
     ///
     /// # Errors
     /// Those of mmap(2); [`io::ErrorKind::InvalidData`] for a page of another layout.
-    pub fn open(file: &File) -> io::Result<Self> {
-        let words = SharedWords::map(file, WORDS)?;
+    pub fn open(file: &File, workers: usize) -> io::Result<Self> {
+        let words = SharedWords::map(file, WORDS + workers * BLOCK_WORDS)?;
         if words.load(word::MAGIC) != MAGIC {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a page of statistics of another layout"));
         }
-        Ok(Self(words))
+        Ok(Self { words: Arc::new(words), workers })
+    }
+
+    /// The counters of the device's workers.
+    pub fn counters(&self) -> Counters {
+        Counters::within(Arc::clone(&self.words), WORDS, self.workers)
+    }
+
+    /// Another process will write the page.
+    pub fn begin_process(&self) {
+        self.words.store(word::WRITTEN_AT, 0);
+        self.words.store(word::OLDEST_KIND, 0);
+        self.words.store(word::HAS_FRONT_END, 0);
     }
 
     /// Writes what the device does. Only one thread does so at a time.
     pub fn publish(&self, state: &DiskState) {
-        let words = &self.0;
+        let words = &*self.words;
         let sequence = words.load(word::SEQUENCE);
         words.store(word::SEQUENCE, sequence | 1);
         let now = monotonic_ns();
         words.store(word::WRITTEN_AT, now);
-        words.store(word::COMPLETED_OPS, state.completed_ops);
-        words.store(word::DIRTY_PAGES, state.dirty_pages);
+        for (index, number) in state.cache.to_array().into_iter().enumerate() {
+            words.store(word::CACHE + index, number);
+        }
+        words.store(word::IMAGE_BYTES, state.image_bytes);
+        words.store(word::HAS_FRONT_END, state.front_end.is_some().into());
+        let (pid, uid) = state.front_end.unwrap_or_default();
+        words.store(word::FRONT_END_PID, pid.into());
+        words.store(word::FRONT_END_UID, uid.into());
         words.store(word::HAS_UNKEPT_DATA, state.has_unkept_data.into());
         words.store(word::OLDEST_KIND, state.oldest.map_or(0, |oldest| code_of(oldest.kind)));
         if let Some(OldestOp { span, age, .. }) = state.oldest {
@@ -167,7 +200,7 @@ impl StatsPage {
 
     /// What the device does, or did when its process wrote last. The age of an operation goes on.
     pub fn read(&self) -> DiskState {
-        let words = &self.0;
+        let words = &*self.words;
         for _ in 0..ATTEMPTS {
             let sequence = words.load(word::SEQUENCE);
             let state = self.read_once();
@@ -180,26 +213,28 @@ impl StatsPage {
     }
 
     fn read_once(&self) -> DiskState {
-        let load = |index| self.0.load(index);
+        let load = |index| self.words.load(index);
         let age = monotonic_ns().saturating_sub(load(word::OLDEST_SINCE));
         let oldest = kind_of(load(word::OLDEST_KIND)).map(|kind| OldestOp {
             kind,
             span: SectorSpan { start: load(word::OLDEST_START), count: load(word::OLDEST_COUNT) },
             age: Duration::from_nanos(age),
         });
-        let [pid, uid] = [word::HOLDER_PID, word::HOLDER_UID].map(|index| u32::try_from(load(index)).unwrap_or(0));
+        let small = |index| u32::try_from(load(index)).unwrap_or(0);
+        let process = |pid, uid| (small(pid), small(uid));
         DiskState {
-            completed_ops: load(word::COMPLETED_OPS),
-            dirty_pages: load(word::DIRTY_PAGES),
+            cache: Stats::from_array(std::array::from_fn(|index| load(word::CACHE + index))),
+            image_bytes: load(word::IMAGE_BYTES),
             has_unkept_data: load(word::HAS_UNKEPT_DATA) != 0,
             oldest,
-            busy_with: (load(word::IS_BUSY) != 0).then_some((pid, uid)),
+            busy_with: (load(word::IS_BUSY) != 0).then(|| process(word::HOLDER_PID, word::HOLDER_UID)),
+            front_end: (load(word::HAS_FRONT_END) != 0).then(|| process(word::FRONT_END_PID, word::FRONT_END_UID)),
         }
     }
 
     /// For how long the process has not written the page; `None` if it never has.
     pub fn silent_for(&self) -> Option<Duration> {
-        match self.0.load(word::WRITTEN_AT) {
+        match self.words.load(word::WRITTEN_AT) {
             0 => None,
             at => Some(Duration::from_nanos(monotonic_ns().saturating_sub(at))),
         }
@@ -207,13 +242,13 @@ impl StatsPage {
 
     /// Records what raised SIGBUS. May be called in a signal handler.
     pub fn note_cut_memory(&self, memory: CutMemory) {
-        self.0.store(word::CUT_MEMORY, memory.code());
+        self.words.store(word::CUT_MEMORY, memory.code());
     }
 
     /// What raised SIGBUS in the process that ended; forgets it.
     pub fn take_cut_memory(&self) -> Option<CutMemory> {
-        let found = CutMemory::of(self.0.load(word::CUT_MEMORY));
-        self.0.store(word::CUT_MEMORY, 0);
+        let found = CutMemory::of(self.words.load(word::CUT_MEMORY));
+        self.words.store(word::CUT_MEMORY, 0);
         found
     }
 }
@@ -248,16 +283,17 @@ mod tests {
 
     #[test]
     fn the_reader_sees_what_the_writer_published_and_ages_go_on() {
-        let (reader, file) = StatsPage::create().unwrap();
+        let (reader, file) = StatsPage::create(1).unwrap();
         assert_eq!((reader.read(), reader.silent_for()), (DiskState::default(), None));
-        let writer = StatsPage::open(&file).unwrap();
+        let writer = StatsPage::open(&file, 1).unwrap();
         let oldest = OldestOp { kind: OpKind::Write, span: SectorSpan::new(8, 16), age: Duration::from_secs(7) };
         let state = DiskState {
-            completed_ops: 3,
-            dirty_pages: 4,
+            cache: Stats { completed_ops: 3, dirty_pages: 4, ..Stats::default() },
+            image_bytes: 4096,
             has_unkept_data: true,
             oldest: Some(oldest),
             busy_with: Some((17, 0)),
+            front_end: Some((18, 1)),
         };
         writer.publish(&state);
         std::thread::sleep(Duration::from_millis(2));
@@ -274,7 +310,7 @@ mod tests {
 
     #[test]
     fn the_last_words_of_a_process_are_read_once() {
-        let (page, _file) = StatsPage::create().unwrap();
+        let (page, _file) = StatsPage::create(1).unwrap();
         for memory in CutMemory::ALL {
             page.note_cut_memory(memory);
             assert_eq!(page.take_cut_memory(), Some(memory));

@@ -25,6 +25,10 @@ pub enum ErrorKind {
     System,
     /// The front-end broke the vhost-user protocol.
     Protocol,
+    /// A running daemon refused what a command asked of it.
+    Control,
+    /// No daemon listens on the control socket (exit status 3).
+    NoDaemon,
 }
 
 /// Result of the daemon's own operations.
@@ -71,6 +75,7 @@ impl Error {
     pub fn exit_status(&self) -> u8 {
         match self.kind {
             ErrorKind::Config => 2,
+            ErrorKind::NoDaemon => 3,
             _ => 1,
         }
     }

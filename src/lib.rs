@@ -36,6 +36,8 @@
 //! 6. [`disk_process`]: one image and its devices, from descriptors that the supervisor has opened.
 //! 7. [`service`]: one device with everything that serves it.
 //!
+//! Beside it, [`control`] shows other programs what the devices do, and [`client`] has the commands that ask for it.
+//!
 //! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart,
 //! and [`tenure`] who held an image for writing last. `sim`, for tests, runs the cache, and the whole daemon, in a
 //! simulated world; `fault_injection` lets it interfere.
@@ -46,7 +48,9 @@ pub mod cache;
 pub mod cached_image;
 pub mod check;
 pub mod cli;
+pub mod client;
 pub mod config;
+pub mod control;
 pub mod counters;
 pub mod device;
 pub mod disk_process;

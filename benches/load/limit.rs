@@ -64,7 +64,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     // The same kind of memory as genblk's frames, with the same alignment: relative alignment affects the speed of
     // copies.
     let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
-    let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0, Counters::new(0));
+    let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0, Counters::new(0)?);
     let waker = Arc::new(Waker::new()?);
     let (control, commands) = Control::new("limit", Arc::clone(&waker));
     let _populator = Populator::start("limit", &buffer);

@@ -8,19 +8,20 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::ControlConfig;
 use super::device_builder::{DeviceBuilder, Origin, Setting};
 use super::keys::{Value, key, suggestion};
 use super::problem::Problem;
 
-/// Returns the devices of `text`; adds what is wrong to `problems`.
-pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Vec<DeviceBuilder> {
+/// Returns the devices and the control socket of `text`; adds what is wrong to `problems`.
+pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> (Vec<DeviceBuilder>, Option<ControlConfig>) {
     let (root, errors) = DeTable::parse_recoverable(text);
     let mut walk = Walk { text, problems };
     if !errors.is_empty() {
         for error in errors {
             walk.syntax(error.message(), error.span());
         }
-        return Vec::new();
+        return (Vec::new(), None);
     }
     walk.root(root.get_ref())
 }
@@ -31,8 +32,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn root(&mut self, root: &DeTable<'_>) -> Vec<DeviceBuilder> {
-        let mut builders = Vec::new();
+    fn root(&mut self, root: &DeTable<'_>) -> (Vec<DeviceBuilder>, Option<ControlConfig>) {
+        let (mut builders, mut control) = (Vec::new(), None);
         for (name, value) in root {
             let origin = self.origin(name.get_ref().to_string(), name);
             match (name.get_ref().as_ref(), value.get_ref()) {
@@ -42,6 +43,8 @@ impl Walk<'_> {
                     }
                 }
                 ("device", _) => self.problems.push(origin.problem("takes tables: write [[device]] above each")),
+                ("control", DeValue::Table(table)) => control = self.control(table, &origin),
+                ("control", _) => self.problems.push(origin.problem("takes a table: write [control] above its keys")),
                 (unknown, _) => {
                     let below = |key| format!("unknown key; did you mean {key:?}, below [[device]]?");
                     let message = match suggestion(unknown) {
@@ -49,7 +52,7 @@ impl Walk<'_> {
                             "unknown key; did you mean [[device]]?".to_string()
                         }
                         Some(key) => below(key),
-                        None => "unknown key: the file has [[device]] tables and nothing else".to_string(),
+                        None => "unknown key: the file has [[device]] tables, [control] and nothing else".to_string(),
                     };
                     self.problems.push(quoted(&origin).problem(message));
                 }
@@ -64,7 +67,35 @@ impl Walk<'_> {
             let origin = Origin { label: "device".to_string(), line: Some(1) };
             self.problems.push(origin.problem("is missing: nothing to serve; write a [[device]] table"));
         }
-        builders
+        (builders, control)
+    }
+
+    /// The `[control]` table.
+    fn control(&mut self, table: &DeTable<'_>, whole: &Origin) -> Option<ControlConfig> {
+        let (mut socket, mut group) = (None, String::new());
+        let mut is_good = true;
+        for (name, value) in table {
+            let origin = self.origin(format!("control.{}", name.get_ref()), name);
+            let problem = match (name.get_ref().as_ref(), plain(value.get_ref())) {
+                ("socket", Value::Text(path)) if path.starts_with('/') => {
+                    socket = Some(path.into());
+                    continue;
+                }
+                ("group", Value::Text(text)) if !text.is_empty() => {
+                    text.clone_into(&mut group);
+                    continue;
+                }
+                ("socket", _) => origin.problem("takes an absolute path, such as \"/run/genblk/control.sock\""),
+                ("group", _) => origin.problem("takes the name or the number of a group"),
+                _ => quoted(&origin).problem("unknown key; [control] has socket and group"),
+            };
+            is_good = false;
+            self.problems.push(problem);
+        }
+        if socket.is_none() && is_good {
+            self.problems.push(whole.problem("has no socket, such as socket = \"/run/genblk/control.sock\""));
+        }
+        Some(ControlConfig { socket: socket?, group })
     }
 
     fn device(&mut self, i: usize, device: &Spanned<DeValue<'_>>) -> Option<DeviceBuilder> {

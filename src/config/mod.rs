@@ -29,6 +29,17 @@ pub(crate) use problem::report;
 pub struct Config {
     /// The devices in the order of the file; at least one.
     pub devices: Vec<DeviceConfig>,
+    /// The control socket, if there is to be one.
+    pub control: Option<ControlConfig>,
+}
+
+/// The socket by which other programs see what the daemon does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlConfig {
+    /// Path of the socket.
+    pub socket: PathBuf,
+    /// Name or number of the group that may connect; empty: only the daemon's own user.
+    pub group: String,
 }
 
 impl Config {
@@ -52,8 +63,8 @@ impl Config {
     /// further problems of a half-parsed document would mislead.
     pub fn from_toml(text: &str) -> std::result::Result<Self, Vec<Problem>> {
         let mut problems = Vec::new();
-        let builders = document::parse(text, &mut problems);
-        finish(builders, problems)
+        let (builders, control) = document::parse(text, &mut problems);
+        finish(builders, problems).map(|config| Self { control, ..config })
     }
 }
 

@@ -300,3 +300,24 @@ fn every_file_beside_it_is_accepted() {
     }
     assert!(count >= 4, "only {count} files in configs");
 }
+
+#[test]
+fn the_control_table_has_a_socket_and_a_group() {
+    let device = "[[device]]\nname = \"a\"\nsocket = \"/s\"\nimage = \"/i\"\n";
+    let parse = |control: &str| Config::from_toml(&format!("{control}\n{device}"));
+    assert_eq!(parse("").unwrap().control, None);
+    let both = parse("[control]\nsocket = \"/run/c.sock\"\ngroup = \"kvm\"").unwrap().control.unwrap();
+    assert_eq!((both.socket.to_str(), both.group.as_str()), (Some("/run/c.sock"), "kvm"));
+    for (wrong, told) in [
+        ("[control]", "has no socket"),
+        ("[control]\nsocket = \"c.sock\"", "takes an absolute path"),
+        ("[control]\nsocket = 7", "takes an absolute path"),
+        ("[control]\nsocket = \"/c\"\ngroup = \"\"", "takes the name or the number of a group"),
+        ("[control]\nsocket = \"/c\"\nport = 80", "unknown key; [control] has socket and group"),
+        ("control = 1", "takes a table"),
+    ] {
+        let problems = parse(wrong).unwrap_err();
+        let [problem] = problems.as_slice() else { panic!("{wrong}: {problems:?}") };
+        assert!(problem.to_string().contains(told), "{wrong}: {problem}");
+    }
+}

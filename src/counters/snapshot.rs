@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_has_what_the_workers_counted() {
-        let counters = Counters::new(2);
+        let counters = Counters::new(2).unwrap();
         let read = Class::new(Operation::Read, Served::Memory);
         for (worker, ns) in [(0, 1000), (1, 9000)] {
             let worker = counters.of_worker(worker);
@@ -146,8 +146,22 @@ mod tests {
     }
 
     #[test]
+    fn what_a_process_that_died_left_in_flight_is_not_in_flight_any_more() {
+        let counters = Counters::new(1).unwrap();
+        let worker = counters.of_worker(0);
+        (0..3).for_each(|_| worker.request_taken(Operation::Write));
+        worker.requests_completed(Class::new(Operation::Write, Served::Memory), 5, 1);
+        worker.store_submitted(StoreClass::Read);
+        assert_eq!(Snapshot::read(&counters).in_flight(Operation::Write), 2);
+        counters.of_worker(0).request_taken(Operation::Write);
+        let snapshot = Snapshot::read(&counters);
+        assert_eq!((snapshot.in_flight(Operation::Write), snapshot.completed(Operation::Write)), (1, 1));
+        assert_eq!(snapshot.store_operation(StoreClass::Read).begun, 0);
+    }
+
+    #[test]
     fn each_counter_has_words_of_its_own() {
-        let counters = Counters::new(1);
+        let counters = Counters::new(1).unwrap();
         let worker = counters.of_worker(0);
         for class in Class::ALL {
             worker.requests_completed(class, 1 << 40, 1);

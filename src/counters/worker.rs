@@ -1,5 +1,6 @@
 //! What one worker counts. It is the only writer of its block.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,6 +9,7 @@ use super::layout::{
     ACTIVITY, BLOCK_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUESTS, STORE, STORE_OPERATIONS, TOTALS_WORDS,
 };
 use super::{Class, Operation, StoreClass};
+use crate::sys::shared_words::SharedWords;
 
 /// How a worker spends its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,21 +29,34 @@ pub enum Activity {
 /// The counters of all workers of a device.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    words: Arc<[AtomicU64]>,
+    words: Arc<SharedWords>,
+    first: usize,
+    workers: usize,
 }
 
 impl Counters {
-    /// Counters that are 0, for this many workers.
-    pub fn new(workers: usize) -> Self {
-        Self { words: (0..workers * BLOCK_WORDS).map(|_| AtomicU64::new(0)).collect() }
+    /// Counters for this many workers, in memory of their own.
+    ///
+    /// # Errors
+    /// Those of memfd_create(2) and mmap(2).
+    pub fn new(workers: usize) -> io::Result<Self> {
+        // One worker at least: a mapping is not empty.
+        let (words, _) = SharedWords::create(workers.max(1) * BLOCK_WORDS)?;
+        Ok(Self::within(Arc::new(words), 0, workers))
+    }
+
+    /// The counters of this many workers in `words`, from the word `first` on.
+    pub(crate) fn within(words: Arc<SharedWords>, first: usize, workers: usize) -> Self {
+        Self { words, first, workers }
     }
 
     /// How many workers there are.
     pub fn workers(&self) -> usize {
-        self.words.len() / BLOCK_WORDS
+        self.workers
     }
 
-    /// The counters of a worker.
+    /// The counters of a worker that starts. Requests that an earlier process of the device left in flight are no
+    /// longer so: this process counts them when it takes them again.
     ///
     /// => Each worker has one writer.
     ///
@@ -49,12 +64,14 @@ impl Counters {
     /// If there is no such worker.
     pub fn of_worker(&self, worker: usize) -> WorkerCounters {
         assert!(worker < self.workers(), "worker {worker} of {}", self.workers());
-        WorkerCounters { words: Arc::clone(&self.words), first: worker * BLOCK_WORDS }
+        let counters = WorkerCounters { words: Arc::clone(&self.words), first: self.first + worker * BLOCK_WORDS };
+        counters.forget_in_flight();
+        counters
     }
 
     /// A worker's words, for reading.
     pub(super) fn block(&self, worker: usize) -> &[AtomicU64] {
-        &self.words[worker * BLOCK_WORDS..][..BLOCK_WORDS]
+        &self.words.words()[self.first + worker * BLOCK_WORDS..][..BLOCK_WORDS]
     }
 }
 
@@ -63,13 +80,30 @@ impl Counters {
 /// => Clones are for parts of the same worker, never for other threads.
 #[derive(Clone, Debug)]
 pub struct WorkerCounters {
-    words: Arc<[AtomicU64]>,
+    words: Arc<SharedWords>,
     first: usize,
 }
 
 impl WorkerCounters {
     fn word(&self, at: usize) -> &AtomicU64 {
-        &self.words[self.first + at]
+        &self.words.words()[self.first + at]
+    }
+
+    fn completed(&self, histogram: usize) -> u64 {
+        (histogram..histogram + BUCKETS).map(|at| self.word(at).load(Ordering::Relaxed)).sum()
+    }
+
+    /// Makes as many requests and operations begun as have completed.
+    fn forget_in_flight(&self) {
+        for operation in Operation::ALL {
+            let classes = Class::ALL.into_iter().filter(|class| class.operation == operation);
+            let completed = classes.map(|class| self.completed(REQUESTS + class.index() * HISTOGRAM_WORDS)).sum();
+            self.word(OPERATIONS + operation as usize * TOTALS_WORDS).store(completed, Ordering::Relaxed);
+        }
+        for class in StoreClass::ALL {
+            let completed = self.completed(STORE + class as usize * HISTOGRAM_WORDS);
+            self.word(STORE_OPERATIONS + class as usize * TOTALS_WORDS).store(completed, Ordering::Relaxed);
+        }
     }
 
     /// Adds to a word. There is no other writer, so that a load and a store do what a locked addition would.

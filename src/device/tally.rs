@@ -5,7 +5,7 @@
 //! turn has store operations to submit, or it had waited for some), the clock is read before that work: no request is
 //! charged with readahead or write-back that follows it.
 
-use crate::counters::worker::WorkerCounters;
+use crate::counters::worker::{Activity, WorkerCounters};
 use crate::counters::{Class, Operation, Served};
 use crate::units::{SECTOR_BYTES, Tick};
 use crate::virtio::Status;
@@ -19,6 +19,8 @@ pub(super) struct Tally {
     counters: WorkerCounters,
     /// When the present turn began.
     turn: Tick,
+    /// The present turn has found work.
+    has_work: bool,
     /// How many requests the turn has taken and completed, by [`Class::ALL`].
     quick: [u64; Class::ALL.len()],
     /// Requests of earlier turns that this one has completed, and when those turns began.
@@ -29,13 +31,29 @@ pub(super) struct Tally {
 impl Tally {
     /// Nothing was counted yet.
     pub fn new(counters: WorkerCounters) -> Self {
-        Self { counters, turn: Tick::ZERO, quick: [0; Class::ALL.len()], waited: Vec::new(), has_quick: false }
+        Self {
+            counters,
+            turn: Tick::ZERO,
+            has_work: false,
+            quick: [0; Class::ALL.len()],
+            waited: Vec::new(),
+            has_quick: false,
+        }
     }
 
     /// A turn begins.
     pub fn begin_turn(&mut self, now: Tick) {
         self.settle(now);
+        if std::mem::take(&mut self.has_work) {
+            self.counters.count(Activity::Turns, 1);
+            self.counters.count(Activity::BusyNs, now.since_ns(self.turn));
+        }
         self.turn = now;
+    }
+
+    /// The present turn has found work. It takes until the next one begins: a worker does not sleep after such a turn.
+    pub fn found_work(&mut self) {
+        self.has_work = true;
     }
 
     /// When the present turn began.
@@ -123,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_request_of_one_turn_ends_when_the_clock_is_read_next_and_others_count_from_their_own_turn() {
-        let counters = Counters::new(1);
+        let counters = Counters::new(1).unwrap();
         let mut tally = Tally::new(counters.of_worker(0));
         let mut table = PendingTable::new(Ticket(0));
         tally.begin_turn(Tick::from_ns(1000));

@@ -299,7 +299,7 @@ impl Worker {
             }
         });
         self.reply_if_drained();
-        self.counters.count(Activity::Turns, 1);
+        self.requests.tally.found_work();
         true
     }
 

@@ -190,9 +190,9 @@ impl Control {
             return Err(unexpected("a device without its descriptors"));
         };
         let listener = OwnedFd::from(listener).into();
-        let service = Service::new(settings, &open.image, open.io_mode, listener);
-        let page = StatsPage::open(&page);
+        let page = StatsPage::open(&page, settings.workers.into());
         let page = page.map_err(|e| Error::io(ErrorKind::System, "cannot map a page of statistics", e))?;
+        let service = Service::new(settings, &open.image, open.io_mode, listener, page.counters());
         let page: &'static StatsPage = Box::leak(Box::new(page));
         BUS_ERROR_PAGES.note(page);
         let device = Device::start(number, &settings.name, service, page, &self.channel, &self.waker)?;

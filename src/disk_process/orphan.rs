@@ -44,7 +44,7 @@ pub(super) fn end(mut control: Control) -> Result<()> {
             is_finishing = true;
             control.devices.values().for_each(|device| device.finish(Ending::HandOver));
         }
-        let completed = control.devices.values().map(|device| device.state().completed_ops).sum::<u64>();
+        let completed = control.devices.values().map(|device| device.state().cache.completed_ops).sum::<u64>();
         if completed != progress.1 {
             progress = (Instant::now(), completed);
         }

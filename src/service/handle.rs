@@ -19,11 +19,14 @@ pub struct Handle {
 impl Handle {
     /// What the device does. What is not known at the moment, because a worker uses the cache, is as it was `before`.
     pub fn state(&self, before: &DiskState) -> DiskState {
-        let busy_with = self.server.upgrade().and_then(|server| server.busy_with());
-        let mut state = DiskState { busy_with, ..*before };
+        let server = self.server.upgrade();
+        let busy_with = server.as_ref().and_then(|server| server.busy_with());
+        let front_end = server.and_then(|server| server.front_end());
+        let mut state = DiskState { busy_with, front_end, ..*before };
         let Some(image) = self.image.upgrade() else { return state };
         if let Some(stats) = image.try_stats() {
-            (state.completed_ops, state.dirty_pages) = (stats.completed_ops, stats.dirty_pages);
+            state.cache = stats;
+            state.image_bytes = image.limits().size_bytes;
         }
         if let Some(oldest) = image.oldest_op() {
             state.oldest = oldest.map(|(kind, span, age)| OldestOp { kind, span, age });

@@ -19,6 +19,7 @@ use crate::arena::Arena;
 use crate::broker::Broker;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, Socket};
+use crate::counters::worker::Counters;
 use crate::device::control::Workers;
 use crate::device::{self, Command, Control, Device};
 use crate::disk_protocol::DeviceSettings;
@@ -57,9 +58,15 @@ pub fn cached_image(of_device: &DeviceSettings, image: Arc<dyn Backing>, arena: 
 }
 
 impl Service {
-    /// A device on an image that is open, with a listening socket.
-    pub fn new(settings: &DeviceSettings, image: &Arc<CachedImage>, io_mode: &str, listener: UnixListener) -> Self {
-        let device = device_of(settings, image);
+    /// A device on an image that is open, with a listening socket; what it does is counted in `counters`.
+    pub fn new(
+        settings: &DeviceSettings,
+        image: &Arc<CachedImage>,
+        io_mode: &str,
+        listener: UnixListener,
+        counters: Counters,
+    ) -> Self {
+        let device = device_of(settings, image, counters);
         let description = format!(
             "{}: serving {} on {}: {} bytes, {}{io_mode}; cache of {} bytes, {}",
             settings.name,
@@ -101,7 +108,9 @@ impl Service {
         };
         let access = SocketAccess::new(config.socket_mode, &config.socket_group)?;
         let (listener, bound) = bind(&config.name, path, access)?;
-        let service = Self::new(&config.into(), image, "given image", listener);
+        let counters = Counters::new(config.workers.into());
+        let counters = counters.map_err(|e| Error::io(ErrorKind::System, "cannot get memory for counters", e))?;
+        let service = Self::new(&config.into(), image, "given image", listener, counters);
         Ok(Self { bound: Some(bound), ..service })
     }
 

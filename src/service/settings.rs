@@ -60,7 +60,7 @@ fn error_policy(configured: OnError) -> ErrorPolicy {
 }
 
 /// The virtio-blk device of a configuration, on `image`.
-pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage) -> Arc<Device> {
+pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage, counters: Counters) -> Arc<Device> {
     let limits = image.limits();
     let parameters = DiskParameters {
         capacity_sectors: limits.size_bytes / SECTOR_BYTES,
@@ -83,6 +83,5 @@ pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage) -> Arc<Dev
         serial: serial(&config.serial),
     };
     let writeback = config.cache.mode == CacheMode::Writeback;
-    let counters = Counters::new(config.workers.into());
     Device::new(config.name.clone(), Arc::clone(image.arena()), disk, parameters, writeback, config.poll_us, counters)
 }

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use crate::config::DeviceConfig;
+use crate::control::wire::DeviceState;
 use crate::disk_protocol::Ending;
-use crate::disk_stats::{DiskState, OldestOp};
+use crate::disk_stats::{DiskState, OldestOp, StatsPage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::Fence;
 
@@ -86,6 +87,16 @@ pub(super) struct Disk {
     unkept_reminder: Reminder,
     /// The error with which it ended.
     error: Option<Error>,
+}
+
+/// How far a device is, for the control socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Progress {
+    pub state: DeviceState,
+    /// Why it is not served.
+    pub why: Option<String>,
+    /// Process ID of its disk process.
+    pub pid: Option<u32>,
 }
 
 /// An error at the start, of possibly many attempts.
@@ -230,6 +241,28 @@ impl Disk {
         Some(format!("{} ({why})", self.name))
     }
 
+    /// Its page of statistics.
+    pub fn page(&self) -> &Arc<StatsPage> {
+        self.keeper.page()
+    }
+
+    /// How far it is and why it is not served, for the control socket.
+    pub fn progress(&self) -> Progress {
+        let state = match self.phase {
+            Phase::Opening | Phase::Open => DeviceState::Opening,
+            Phase::Failed => DeviceState::Failed,
+            Phase::Served => DeviceState::Serving,
+            Phase::Ending | Phase::Quiesced | Phase::Finishing => DeviceState::Ending,
+            Phase::Ended => DeviceState::Ended,
+        };
+        let why = self.failure.as_ref().filter(|_| state == DeviceState::Failed);
+        Progress {
+            state,
+            why: why.map(|failure| failure.text.clone()),
+            pid: self.handle.as_ref().and_then(Handle::pid),
+        }
+    }
+
     /// Logs what takes long.
     pub fn look_while_serving(&mut self) {
         if self.phase == Phase::Opening {
@@ -294,7 +327,7 @@ impl Disk {
     pub fn begin_end(&mut self, ending: Ending) {
         if self.phase < Phase::Ending {
             self.phase = Phase::Ending;
-            self.progress = (Instant::now(), self.state().completed_ops);
+            self.progress = (Instant::now(), self.state().cache.completed_ops);
             self.step_reminder = Reminder::new();
             self.send(Command::End(ending));
         }
@@ -376,8 +409,8 @@ impl Disk {
             }
             return;
         }
-        if state.completed_ops != self.progress.1 {
-            self.progress = (Instant::now(), state.completed_ops);
+        if state.cache.completed_ops != self.progress.1 {
+            self.progress = (Instant::now(), state.cache.completed_ops);
         }
         let stalled_for = self.progress.0.max(step.since).elapsed();
         let is_kept = ending == Ending::HandOver && !state.has_unkept_data;
@@ -385,7 +418,7 @@ impl Disk {
             warn!(
                 "{}: its cache ends with the daemon and holds {} dirty pages; waiting as long as the image completes \
                  operations",
-                self.name, state.dirty_pages
+                self.name, state.cache.dirty_pages
             );
         }
         if stalled_for >= STALL_MAX || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_PATIENCE) {

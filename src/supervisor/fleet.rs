@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use crate::config::Config;
+use crate::control::server::Host;
 use crate::disk_protocol::Ending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
@@ -19,6 +20,7 @@ use crate::units::counted;
 use super::context::Context;
 use super::disk::{Disk, Phase};
 use super::keeper::{Command, News};
+use super::overview::Overview;
 use super::{Event, Strictness};
 
 /// How often the main thread looks at the devices.
@@ -47,6 +49,8 @@ fn spawn_look(look: impl FnOnce() + Send + 'static) {
 /// See the module.
 pub(super) struct Fleet {
     disks: Vec<Disk>,
+    /// What the control socket shows.
+    overview: Arc<Overview>,
     strictness: Strictness,
     manager: Arc<ServiceManager>,
     /// For the look at the caches that no daemon uses, which follows the start.
@@ -74,8 +78,10 @@ impl Fleet {
         events: &Sender<Event>,
     ) -> Result<Self> {
         let start = |(index, device)| Disk::start(index, device, context, events);
+        let disks: Vec<_> = config.devices.iter().enumerate().map(start).collect::<Result<_>>()?;
         Ok(Self {
-            disks: config.devices.iter().enumerate().map(start).collect::<Result<_>>()?,
+            overview: Overview::new(&config.devices, &disks),
+            disks,
             strictness,
             manager,
             unlisted: Some(config.clone()),
@@ -85,6 +91,11 @@ impl Fleet {
             is_ready: false,
             status: String::new(),
         })
+    }
+
+    /// What the control socket shows.
+    pub fn overview(&self) -> Arc<dyn Host> {
+        Arc::clone(&self.overview) as Arc<dyn Host>
     }
 
     /// Serves until the process is to end.
@@ -116,6 +127,7 @@ impl Fleet {
                     self.look_while_ending(end);
                 }
             }
+            self.overview.update(&self.disks);
             if self.has_ended() {
                 return self.result();
             }

@@ -45,6 +45,11 @@ impl Handle {
         self.process.fence()
     }
 
+    /// Process ID of its disk process, if it has one.
+    pub fn pid(&self) -> Option<u32> {
+        self.process.pid()
+    }
+
     /// What the device does.
     pub fn state(&self) -> DiskState {
         self.page.read()

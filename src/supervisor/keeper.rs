@@ -2,6 +2,7 @@
 //! disk process, starts that again when it dies, and cleans up at the end. Each of these steps may wait for the image,
 //! which may not answer; so no thread waits for this one without a deadline.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -80,6 +81,7 @@ pub(super) struct Step {
 pub(super) struct Keeper {
     commands: Sender<Command>,
     step: Arc<Mutex<Step>>,
+    page: Arc<StatsPage>,
 }
 
 impl Keeper {
@@ -88,6 +90,10 @@ impl Keeper {
     /// # Errors
     /// [`ErrorKind::System`] if the thread cannot be started.
     pub fn start(index: usize, config: &DeviceConfig, context: &Arc<Context>, events: &Sender<Event>) -> Result<Self> {
+        let no_page =
+            |e| Error::io(ErrorKind::System, format!("{}: cannot create its page of statistics", config.name), e);
+        let (page, page_file) = StatsPage::create(config.workers.into()).map_err(no_page)?;
+        let page = Arc::new(page);
         let (commands, receiver) = channel();
         let step = Arc::new(Mutex::new(Step { what: "starting", since: Instant::now() }));
         let worker = Worker {
@@ -99,11 +105,13 @@ impl Keeper {
             events: events.clone(),
             step: Arc::clone(&step),
             restarts: Restarts::new(config.restart_burst),
+            page: Arc::clone(&page),
+            page_file,
         };
         let name = format!("disk {}", config.name);
         let failed = |e| Error::io(ErrorKind::System, format!("{}: cannot start a thread", config.name), e);
         thread::Builder::new().name(name).spawn(move || worker.run()).map_err(failed)?;
-        Ok(Self { commands, step })
+        Ok(Self { commands, step, page })
     }
 
     /// Sends a command. A keeper that has ended needs none.
@@ -111,6 +119,11 @@ impl Keeper {
         if let Err(e) = self.commands.send(command) {
             debug!("a device ended before {:?}", e.0);
         }
+    }
+
+    /// The device's page of statistics.
+    pub fn page(&self) -> &Arc<StatsPage> {
+        &self.page
     }
 
     /// What the keeper is doing.
@@ -134,6 +147,9 @@ struct Worker {
     events: Sender<Event>,
     step: Arc<Mutex<Step>>,
     restarts: Restarts,
+    /// The device's page of statistics. Its counters go on when a process takes the place of another.
+    page: Arc<StatsPage>,
+    page_file: File,
 }
 
 /// A device that is open. Fields are dropped in this order: a daemon that waits for the image's lock must find the
@@ -304,20 +320,20 @@ impl Worker {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
         let process = opened.slot.process()?;
-        let (page, page_file) = StatsPage::create().map_err(system)?;
-        let page = Arc::new(page);
-        let files = [opened.socket.listener.as_fd(), page_file.as_fd()];
+        let page = &self.page;
+        page.begin_process();
+        let files = [opened.socket.listener.as_fd(), self.page_file.as_fd()];
         let device = u32::try_from(self.index).expect("a configuration has fewer devices");
         let own = self.own.clone();
         // A keeper that has ended does not wait for news.
         let hearer = Hearer(Box::new(move |fence, news| drop(own.send(Command::Process(fence, news)))));
         process.serve(device, DeviceSettings::from(&self.config), files, hearer).map_err(system)?;
-        let handle = Handle::new(device, &process, &page, &opened.socket).map_err(system)?;
+        let handle = Handle::new(device, &process, page, &opened.socket).map_err(system)?;
         let mut session = Session {
             worker: self,
             device,
             process,
-            page,
+            page: Arc::clone(page),
             slot: &opened.slot,
             handle: Some(handle),
             ending: None,

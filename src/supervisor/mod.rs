@@ -16,6 +16,7 @@ mod fleet;
 mod handle;
 mod keeper;
 mod log_pipe;
+mod overview;
 mod process;
 mod reminder;
 mod restarts;
@@ -26,10 +27,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
-use log::warn;
+use log::{error, warn};
 
-use crate::config::{Config, Sandbox};
+use crate::config::{Config, ControlConfig, Sandbox};
+use crate::control;
+use crate::control::server::Host;
 use crate::error::{Error, ErrorKind, Result};
+use crate::listener::{BoundSocket, SocketAccess, bind};
 use crate::sandbox;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::signal::{self, BlockedSignals};
@@ -94,7 +98,28 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
     let context = Arc::new(Context::new(config, &manager, hosting));
     let (sender, events) = channel();
     wait_for_signals(signals, sender.clone())?;
-    Fleet::start(config, strictness, &context, manager, &sender)?.run(&events)
+    let fleet = Fleet::start(config, strictness, &context, manager, &sender)?;
+    let _bound = config.control.as_ref().and_then(|control| show(control, fleet.overview()));
+    fleet.run(&events)
+}
+
+/// Opens the control socket; returns its file, which goes when it is dropped. A daemon that cannot be asked serves its
+/// disks all the same.
+fn show(config: &ControlConfig, host: Arc<dyn Host>) -> Option<BoundSocket> {
+    let open = || -> Result<BoundSocket> {
+        let mode = if config.group.is_empty() { 0o600 } else { 0o660 };
+        let (listener, bound) = bind("control", &config.socket, SocketAccess::new(mode, &config.group)?)?;
+        let serve = move || {
+            if let Err(e) = control::server::serve(&listener, &host) {
+                warn!("the control socket accepts no more connections: {e}");
+            }
+        };
+        let failed = |e| Error::io(ErrorKind::System, "cannot start a thread", e);
+        thread::Builder::new().name("control socket".to_owned()).spawn(serve).map_err(failed)?;
+        Ok(bound)
+    };
+    let told = |e: &Error| error!("no control socket: {e}; the disks are served, and nothing shows what they do");
+    open().inspect_err(told).ok()
 }
 
 /// Starts the thread that waits for signals and sends them as events.

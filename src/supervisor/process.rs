@@ -173,6 +173,11 @@ impl Process {
         self.listeners().exit
     }
 
+    /// Process ID, if it is a process of its own that runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.child().as_ref().map(Child::id)
+    }
+
     /// Whether it can be killed.
     pub fn is_killable(&self) -> bool {
         self.hosting == Hosting::Processes

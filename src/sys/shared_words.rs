@@ -59,9 +59,13 @@ impl SharedWords {
     /// # Panics
     /// If there is no such word.
     fn word(&self, index: usize) -> &AtomicU64 {
-        assert!(index < self.count, "word {index} of {}", self.count);
-        // SAFETY: the index was checked, the mapping is aligned to pages, and it outlives the reference.
-        unsafe { &*self.base.add(index) }
+        &self.words()[index]
+    }
+
+    /// All words.
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping has this many words, is aligned to pages, and outlives the reference.
+        unsafe { std::slice::from_raw_parts(self.base, self.count) }
     }
 
     /// Loads a word.

@@ -124,6 +124,12 @@ impl Server {
         }
     }
 
+    /// Process ID and user ID of the front-end that is served.
+    pub fn front_end(&self) -> Option<(u32, u32)> {
+        let front_end = peer(self.connection().as_ref()?).ok()?;
+        Some((front_end.pid, front_end.uid))
+    }
+
     fn connection(&self) -> MutexGuard<'_, Option<UnixStream>> {
         self.connection.lock().expect("no thread panics with the connection locked")
     }

@@ -279,7 +279,7 @@ fn device_of(cached: &CachedImage, workers: usize, writeback: bool, read_only: b
         can_zero: true,
         serial: serial("simulated"),
     };
-    let counters = Counters::new(workers);
+    let counters = Counters::new(workers).expect("memory for counters");
     let mut device =
         Device::new("sim".to_owned(), Arc::clone(cached.arena()), disk, parameters, writeback, 0, counters);
     Arc::get_mut(&mut device).expect("nothing else has it yet").budget = budget;

@@ -1,0 +1,93 @@
+//! `genblk list`: the devices of a daemon, one in a line.
+
+use super::Client;
+use super::table::{Numbers, Table};
+use crate::control::wire::{Device, DeviceState, Devices, ListParameters};
+use crate::error::Result;
+
+/// The devices as a table, or as the daemon sent them.
+///
+/// # Errors
+/// Those of [`Client::call`].
+pub fn list(client: &mut Client, device: Option<String>, as_json: bool) -> Result<String> {
+    let parameters = ListParameters { device };
+    if as_json {
+        return Ok(format!("{}\n", client.call_raw("List", &parameters)?));
+    }
+    Ok(table(&client.call::<Devices>("List", &parameters)?.devices))
+}
+
+fn table(devices: &[Device]) -> String {
+    let mut table = Table::new(&["disk", "state", "front-end", "image", "size", "cache", "dirty", "mode"], 4);
+    let mut reasons = String::new();
+    for device in devices {
+        let bytes = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), |bytes| Numbers::Short.bytes(bytes));
+        let mode = if device.read_only { "read-only" } else { &device.mode };
+        table.row(vec![
+            device.name.clone(),
+            word(device.state).to_owned(),
+            device.front_end.map_or_else(|| "-".to_owned(), |front_end| format!("pid {}", front_end.pid)),
+            device.image.clone(),
+            bytes(device.image_bytes),
+            bytes(Some(device.cache_bytes)),
+            if device.read_only { "-".to_owned() } else { bytes(device.dirty_bytes) },
+            mode.to_owned(),
+        ]);
+        if let Some(why) = &device.why {
+            reasons += &format!("{}: {why}\n", device.name);
+        }
+    }
+    table.render(true, false) + &reasons
+}
+
+fn word(state: DeviceState) -> &'static str {
+    match state {
+        DeviceState::Opening => "opening",
+        DeviceState::Failed => "failed",
+        DeviceState::Serving => "serving",
+        DeviceState::Ending => "ending",
+        DeviceState::Ended => "ended",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::wire::FrontEnd;
+
+    #[test]
+    fn a_device_that_is_not_served_has_its_reason_below_the_table() {
+        let served = Device {
+            name: "vm1".to_owned(),
+            state: DeviceState::Serving,
+            why: None,
+            pid: Some(17),
+            image: "/srv/vm1.img".to_owned(),
+            socket: "/run/genblk/vm1.sock".to_owned(),
+            read_only: false,
+            mode: "writeback".to_owned(),
+            front_end: Some(FrontEnd { pid: 4242, uid: 0 }),
+            image_bytes: Some(20 << 30),
+            cache_bytes: 256 << 20,
+            resident_bytes: Some(1 << 20),
+            dirty_bytes: Some(0),
+            oldest_operation_us: None,
+        };
+        let failed = Device {
+            name: "db".to_owned(),
+            state: DeviceState::Failed,
+            why: Some("no such file".to_owned()),
+            front_end: None,
+            image_bytes: None,
+            dirty_bytes: None,
+            ..served.clone()
+        };
+        let expected = "\
+disk  state    front-end  image          size  cache  dirty       mode
+vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M      0  writeback
+db    failed   -          /srv/vm1.img      -   256M      -  writeback
+db: no such file
+";
+        assert_eq!(table(&[served, failed]), expected);
+    }
+}

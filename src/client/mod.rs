@@ -1,0 +1,123 @@
+//! The commands that look at a running daemon through its control socket: `genblk list`, `genblk stat` and `genblk
+//! exporter`. They use
+//! the interface of [`crate::control`] and nothing else of the daemon.
+
+pub mod exporter;
+mod list;
+mod stat;
+mod table;
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::control::connection::Connection;
+use crate::control::wire::{Call, NAME, Reply};
+use crate::error::{Error, ErrorKind, Result};
+
+pub use list::list;
+pub use stat::{Numbers, StatOptions, View, stat};
+
+/// How long the daemon may take to reply: it waits for nothing.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection to a daemon.
+#[derive(Debug)]
+pub struct Client {
+    connection: Connection,
+    shown: String,
+}
+
+impl Client {
+    /// Connects to the control socket at `path`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoDaemon`] if no daemon listens there, and [`ErrorKind::Control`] if it cannot be connected to.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let shown = path.display().to_string();
+        let failed = |e: io::Error| match e.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::io(
+                ErrorKind::NoDaemon,
+                format!(
+                    "no daemon listens on {shown} (its configuration needs a [control] table with a socket; --socket \
+                     or $GENBLK_CONTROL names another one)"
+                ),
+                e,
+            ),
+            _ => Error::io(ErrorKind::Control, format!("cannot connect to the daemon's control socket {shown}"), e),
+        };
+        let stream = UnixStream::connect(path).map_err(failed)?;
+        stream.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
+        Ok(Self { connection: Connection::new(stream), shown })
+    }
+
+    /// Calls a method and returns its results.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Control`] if the daemon does not reply, or replies with an error.
+    pub fn call<T: DeserializeOwned>(&mut self, method: &str, parameters: &impl Serialize) -> Result<T> {
+        let results = self.call_raw(method, parameters)?;
+        let other = |e: serde_json::Error| {
+            self.failed(&format!("a reply to {method} that this version does not know"), e.into())
+        };
+        serde_json::from_value(results).map_err(other)
+    }
+
+    /// As [`Client::call`], with the results as they came.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn call_raw(&mut self, method: &str, parameters: &impl Serialize) -> Result<Value> {
+        let parameters = serde_json::to_value(parameters).expect("the types of the interface are JSON");
+        let call = Call { method: format!("{NAME}.{method}"), parameters: Some(parameters), more: None, oneway: None };
+        // A daemon that refuses the connection has said why and closed it.
+        let sent = self.connection.send(&call);
+        let reply: Option<Reply> = match (self.connection.receive(), sent) {
+            (Ok(reply), _) => reply,
+            (Err(e), Ok(())) | (Err(_), Err(e)) => return Err(self.failed("no reply", e)),
+        };
+        let reply = reply.ok_or_else(|| self.failed("no reply", io::ErrorKind::UnexpectedEof.into()))?;
+        match reply.error {
+            None => Ok(reply.parameters),
+            Some(error) => Err(Error::new(ErrorKind::Control, in_words(&error, &reply.parameters))),
+        }
+    }
+
+    fn failed(&self, what: &str, e: io::Error) -> Error {
+        Error::io(ErrorKind::Control, format!("the daemon at {}: {what}", self.shown), e)
+    }
+}
+
+/// An error of the interface in words.
+fn in_words(error: &str, parameters: &Value) -> String {
+    let text = |name: &str| parameters[name].as_str().unwrap_or_default().to_owned();
+    match error.strip_prefix(NAME).and_then(|rest| rest.strip_prefix('.')) {
+        Some("NoSuchDevice") => {
+            let devices = parameters["devices"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let names: Vec<_> = devices.iter().filter_map(Value::as_str).collect();
+            format!("{}: no such device; there are: {}", text("device"), names.join(", "))
+        }
+        Some("Busy") => format!("the daemon has {} control connections already; try again", parameters["connections"]),
+        _ => format!("the daemon replied with {error}: {parameters}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn errors_are_told_in_words() {
+        let text = in_words("io.genblk.Control.NoSuchDevice", &json!({"device": "vm1", "devices": ["db", "golden"]}));
+        assert_eq!(text, "vm1: no such device; there are: db, golden");
+        let text = in_words("org.varlink.service.MethodNotFound", &json!({"method": "x"}));
+        assert_eq!(text, "the daemon replied with org.varlink.service.MethodNotFound: {\"method\":\"x\"}");
+    }
+}

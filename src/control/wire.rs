@@ -1,0 +1,306 @@
+//! The types of the interface (`io.genblk.Control.varlink`), and the envelope of a varlink message
+//! (<https://varlink.org/Method-Call>).
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::counters::latency::{BUCKETS, Latencies, bound_of, bucket_of};
+
+/// The interface's description.
+pub const INTERFACE: &str = include_str!("io.genblk.Control.varlink");
+/// Its name.
+pub const NAME: &str = "io.genblk.Control";
+
+/// A method call.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// The interface and the method: `io.genblk.Control.List`.
+    pub method: String,
+    /// The parameters, an object.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<Value>,
+    /// Whether the caller takes more than one reply.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub more: Option<bool>,
+    /// Whether the caller takes no reply.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oneway: Option<bool>,
+}
+
+/// A reply to a call.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Reply {
+    /// The results, or the parameters of the error.
+    #[serde(default)]
+    pub parameters: Value,
+    /// Whether another reply follows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continues: Option<bool>,
+    /// The interface and the error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// How far a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "the words of the interface say it")]
+pub enum DeviceState {
+    Opening,
+    Failed,
+    Serving,
+    Ending,
+    Ended,
+}
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Device {
+    pub name: String,
+    pub state: DeviceState,
+    pub why: Option<String>,
+    pub pid: Option<u32>,
+    pub image: String,
+    pub socket: String,
+    pub read_only: bool,
+    pub mode: String,
+    pub front_end: Option<FrontEnd>,
+    pub image_bytes: Option<u64>,
+    pub cache_bytes: u64,
+    pub resident_bytes: Option<u64>,
+    pub dirty_bytes: Option<u64>,
+    pub oldest_operation_us: Option<u64>,
+}
+
+/// A front-end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct FrontEnd {
+    pub pid: u32,
+    pub uid: u32,
+}
+
+/// A histogram; see the interface's description.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Latency {
+    pub count: u64,
+    pub sum_ns: u64,
+    pub max_ns: Option<u64>,
+    pub bounds_ns: Vec<u64>,
+    pub counts: Vec<u64>,
+}
+
+impl From<&Latencies> for Latency {
+    fn from(latencies: &Latencies) -> Self {
+        let count = latencies.count();
+        let filled = || latencies.counts.iter().enumerate().filter(|(_, count)| **count > 0);
+        Self {
+            count,
+            sum_ns: latencies.sum_ns,
+            max_ns: (count > 0).then_some(latencies.max_ns),
+            bounds_ns: filled().map(|(bucket, _)| bound_of(bucket)).collect(),
+            counts: filled().map(|(_, count)| *count).collect(),
+        }
+    }
+}
+
+impl From<&Latency> for Latencies {
+    /// Bounds that are not those of a bucket count in the bucket below which their times are.
+    fn from(latency: &Latency) -> Self {
+        let mut counts = [0; BUCKETS];
+        for (bound, count) in latency.bounds_ns.iter().zip(&latency.counts) {
+            counts[bucket_of(bound.saturating_sub(1))] += count;
+        }
+        Self { counts, sum_ns: latency.sum_ns, max_ns: latency.max_ns.unwrap_or(0) }
+    }
+}
+
+/// Requests of a kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Requests {
+    pub operation: String,
+    pub requests: u64,
+    pub errors: u64,
+    pub bytes: u64,
+    pub in_flight: u64,
+    pub from_memory: Latency,
+    pub waited: Latency,
+}
+
+/// The cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Cache {
+    pub hit_pages: u64,
+    pub miss_pages: u64,
+    pub hole_pages: u64,
+    pub written_pages: u64,
+    pub evicted_pages: u64,
+    pub readahead_pages: u64,
+    pub readahead_used_pages: u64,
+    pub readahead_wasted_pages: u64,
+    pub stalls: u64,
+    pub throttled: u64,
+    pub frames: u64,
+    pub frames_free: u64,
+    pub resident_pages: u64,
+    pub dirty_pages: u64,
+    pub dirty_limit_pages: u64,
+    pub metadata_bytes: u64,
+}
+
+/// Operations on the image of a kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Store {
+    pub operation: String,
+    pub operations: u64,
+    pub errors: u64,
+    pub bytes: u64,
+    pub in_flight: u64,
+    pub latency: Latency,
+}
+
+/// A worker thread.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Worker {
+    pub busy_ns: u64,
+    pub turns: u64,
+    pub sleeps: u64,
+    pub polls: u64,
+    pub fruitful_polls: u64,
+}
+
+/// A device's statistics.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct DeviceStatistics {
+    pub name: String,
+    pub requests: Vec<Requests>,
+    pub cache: Cache,
+    pub stores: Vec<Store>,
+    pub workers: Vec<Worker>,
+}
+
+/// Results of `Describe`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Description {
+    pub version: String,
+    pub pid: u32,
+    pub since_us: u64,
+}
+
+/// Parameters of `List`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct ListParameters {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+}
+
+/// Results of `List`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Devices {
+    pub devices: Vec<Device>,
+}
+
+/// Parameters of `Statistics`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct StatisticsParameters {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u64>,
+}
+
+/// Results of `Statistics`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Statistics {
+    pub time_us: u64,
+    pub devices: Vec<DeviceStatistics>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_histogram_survives_the_wire() {
+        let mut latencies = Latencies { sum_ns: 5_001_003, max_ns: 5_000_000, ..Latencies::default() };
+        for ns in [3, 1000, 5_000_000] {
+            latencies.counts[bucket_of(ns)] += 1;
+        }
+        let wire = Latency::from(&latencies);
+        assert_eq!((wire.count, wire.counts.len()), (3, 3));
+        assert_eq!(Latencies::from(&wire), latencies);
+        let nothing = Latency::from(&Latencies::default());
+        assert_eq!((nothing.max_ns, nothing.bounds_ns.len(), nothing.counts.len()), (None, 0, 0));
+    }
+
+    /// The names of the fields that the interface's description gives a type.
+    fn described_fields(name: &str) -> Vec<String> {
+        let start = INTERFACE.find(&format!("type {name} (")).expect("the type is described");
+        let text: String = INTERFACE[start..].lines().filter(|line| !line.trim_start().starts_with('#')).collect();
+        let mut depth = 0;
+        let body = text.chars().skip_while(|char| *char != '(').take_while(|char| {
+            depth += i32::from(*char == '(') - i32::from(*char == ')');
+            depth > 0
+        });
+        let (mut fields, mut nested) = (String::new(), 0);
+        for char in body.skip(1) {
+            nested += i32::from(char == '(') - i32::from(char == ')');
+            fields.push(if nested > 0 && char == ',' { ' ' } else { char });
+        }
+        fields.split(',').filter_map(|field| Some(field.split_once(':')?.0.trim().to_owned())).collect()
+    }
+
+    fn sent_fields(value: &impl Serialize) -> Vec<String> {
+        let value = serde_json::to_value(value).unwrap();
+        let mut fields: Vec<_> = value.as_object().unwrap().keys().cloned().collect();
+        fields.sort();
+        fields
+    }
+
+    #[test]
+    fn the_types_have_the_fields_of_the_interface() {
+        let device = Device {
+            name: String::new(),
+            state: DeviceState::Serving,
+            why: None,
+            pid: None,
+            image: String::new(),
+            socket: String::new(),
+            read_only: false,
+            mode: String::new(),
+            front_end: None,
+            image_bytes: None,
+            cache_bytes: 0,
+            resident_bytes: None,
+            dirty_bytes: None,
+            oldest_operation_us: None,
+        };
+        let sent = [
+            ("Device", sent_fields(&device)),
+            ("FrontEnd", sent_fields(&FrontEnd { pid: 1, uid: 1 })),
+            ("Requests", sent_fields(&Requests::default())),
+            ("Latency", sent_fields(&Latency::default())),
+            ("Cache", sent_fields(&Cache::default())),
+            ("Store", sent_fields(&Store::default())),
+            ("Worker", sent_fields(&Worker::default())),
+            ("DeviceStatistics", sent_fields(&DeviceStatistics::default())),
+        ];
+        for (name, sent) in sent {
+            let mut described = described_fields(name);
+            described.sort();
+            assert_eq!(sent, described, "type {name}");
+        }
+    }
+}

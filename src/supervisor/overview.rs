@@ -1,0 +1,183 @@
+//! What the control socket shows of the devices. The main thread writes how far each is; what it does comes from its
+//! page of statistics, so that a client never waits for a disk process.
+
+use std::process;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::disk::{Disk, Progress};
+use crate::config::DeviceConfig;
+use crate::control::server::Host;
+use crate::control::wire::{
+    Cache, Description, Device, DeviceState, DeviceStatistics, FrontEnd, Latency, Requests, Store, Worker,
+};
+use crate::counters::snapshot::Snapshot;
+use crate::counters::worker::Activity;
+use crate::counters::{Class, Operation, Served, StoreClass};
+use crate::disk_stats::{DiskState, StatsPage};
+use crate::units::PAGE_BYTES;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Overview {
+    since_us: u64,
+    devices: Vec<Entry>,
+    /// Of each device.
+    progress: Mutex<Vec<Progress>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    config: DeviceConfig,
+    page: Arc<StatsPage>,
+}
+
+impl Overview {
+    /// The devices of a daemon that starts.
+    pub fn new(devices: &[DeviceConfig], disks: &[Disk]) -> Arc<Self> {
+        let since_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let entry =
+            |(config, disk): (&DeviceConfig, &Disk)| Entry { config: config.clone(), page: Arc::clone(disk.page()) };
+        Arc::new(Self {
+            since_us: u64::try_from(since_us).unwrap_or(u64::MAX),
+            devices: devices.iter().zip(disks).map(entry).collect(),
+            progress: Mutex::new(disks.iter().map(Disk::progress).collect()),
+        })
+    }
+
+    /// Records how far the devices are.
+    pub fn update(&self, disks: &[Disk]) {
+        *self.progress() = disks.iter().map(Disk::progress).collect();
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Vec<Progress>> {
+        self.progress.lock().expect("no thread panics with the list locked")
+    }
+}
+
+impl Host for Overview {
+    fn describe(&self) -> Description {
+        Description { version: env!("CARGO_PKG_VERSION").to_owned(), pid: process::id(), since_us: self.since_us }
+    }
+
+    fn devices(&self) -> Vec<Device> {
+        let progress = self.progress().clone();
+        self.devices.iter().zip(progress).map(|(entry, progress)| device(entry, progress)).collect()
+    }
+
+    fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics> {
+        self.devices.iter().filter(|entry| wanted(&entry.config.name)).map(statistics).collect()
+    }
+}
+
+fn device(entry: &Entry, progress: Progress) -> Device {
+    let Entry { config, page } = entry;
+    let Progress { state, why, pid } = progress;
+    let is_serving = state == DeviceState::Serving;
+    let now = page.read();
+    let serving = |number: u64| is_serving.then_some(number);
+    Device {
+        name: config.name.clone(),
+        state,
+        why,
+        pid,
+        image: config.image.display().to_string(),
+        socket: config.socket.to_string(),
+        read_only: config.read_only,
+        mode: config.cache.mode.to_string(),
+        front_end: now.front_end.filter(|_| is_serving).map(|(pid, uid)| FrontEnd { pid, uid }),
+        image_bytes: serving(now.image_bytes).filter(|bytes| *bytes > 0),
+        cache_bytes: config.cache.size_bytes,
+        resident_bytes: serving(now.cache.resident_pages * PAGE_BYTES),
+        dirty_bytes: serving(now.cache.dirty_pages * PAGE_BYTES),
+        oldest_operation_us: oldest_us(&now).filter(|_| is_serving),
+    }
+}
+
+fn oldest_us(state: &DiskState) -> Option<u64> {
+    state.oldest.map(|oldest| u64::try_from(oldest.age.as_micros()).unwrap_or(u64::MAX))
+}
+
+fn statistics(entry: &Entry) -> DeviceStatistics {
+    let snapshot = Snapshot::read(&entry.page.counters());
+    let stats = entry.page.read().cache;
+    DeviceStatistics {
+        name: entry.config.name.clone(),
+        requests: Operation::ALL.into_iter().map(|operation| requests(&snapshot, operation)).collect(),
+        cache: Cache {
+            hit_pages: stats.read_hit_pages,
+            miss_pages: stats.read_miss_pages,
+            hole_pages: stats.read_hole_pages,
+            written_pages: stats.write_pages,
+            evicted_pages: stats.evicted_pages,
+            readahead_pages: stats.readahead_pages,
+            readahead_used_pages: stats.readahead_used_pages,
+            readahead_wasted_pages: stats.readahead_wasted_pages,
+            stalls: stats.stalls,
+            throttled: stats.throttled,
+            frames: stats.frames,
+            frames_free: stats.frames_free,
+            resident_pages: stats.resident_pages,
+            dirty_pages: stats.dirty_pages,
+            dirty_limit_pages: stats.dirty_limit_pages,
+            metadata_bytes: stats.metadata_bytes,
+        },
+        stores: StoreClass::ALL.into_iter().map(|class| store(&snapshot, class)).collect(),
+        workers: (0..snapshot.workers()).map(|worker| activity(&snapshot, worker)).collect(),
+    }
+}
+
+fn requests(snapshot: &Snapshot, operation: Operation) -> Requests {
+    let latency = |served| snapshot.requests(Class::new(operation, served));
+    let totals = snapshot.operation(operation);
+    let splits = matches!(operation, Operation::Read | Operation::Write);
+    Requests {
+        operation: match operation {
+            Operation::Read => "read",
+            Operation::Write => "write",
+            Operation::Flush => "flush",
+            Operation::Discard => "discard",
+            Operation::WriteZeroes => "write_zeroes",
+        }
+        .to_owned(),
+        requests: snapshot.completed(operation),
+        errors: totals.errors,
+        bytes: totals.bytes,
+        in_flight: snapshot.in_flight(operation),
+        from_memory: if splits { latency(Served::Memory).into() } else { Latency::default() },
+        waited: latency(Served::Waited).into(),
+    }
+}
+
+fn store(snapshot: &Snapshot, class: StoreClass) -> Store {
+    let (latencies, totals) = (snapshot.store(class), snapshot.store_operation(class));
+    let operations = latencies.count();
+    Store {
+        operation: match class {
+            StoreClass::Read => "read",
+            StoreClass::Write => "write",
+            StoreClass::Sync => "sync",
+            StoreClass::Zero => "zero",
+            StoreClass::Discard => "discard",
+            StoreClass::Allocate => "allocate",
+            StoreClass::Map => "map",
+        }
+        .to_owned(),
+        operations,
+        errors: totals.errors,
+        bytes: totals.bytes,
+        in_flight: totals.begun.saturating_sub(operations),
+        latency: latencies.into(),
+    }
+}
+
+fn activity(snapshot: &Snapshot, worker: usize) -> Worker {
+    let count = |activity| snapshot.activity(worker, activity);
+    Worker {
+        busy_ns: count(Activity::BusyNs),
+        turns: count(Activity::Turns),
+        sleeps: count(Activity::Sleeps),
+        polls: count(Activity::Polls),
+        fruitful_polls: count(Activity::FruitfulPolls),
+    }
+}

@@ -1,0 +1,301 @@
+//! The control socket and the commands that use it, over a daemon with two disks.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use common::daemon::{Daemon, TempDir, send, server_binary};
+use common::session::{Session, SessionOptions};
+use common::wait::{PATIENCE, poll_until};
+
+const IMAGE_BYTES: u64 = 8 << 20;
+
+/// Starts a daemon with the disks `d0` and `d1`; `d1` has no image if `is_broken`.
+fn start(name: &str, is_broken: bool) -> (Daemon, PathBuf) {
+    let directory = TempDir::new(name);
+    let paths = directory.path().to_path_buf();
+    let control = paths.join("control.sock");
+    let mut text = format!("[control]\nsocket = {control:?}\n");
+    for disk in ["d0", "d1"] {
+        let (image, socket) = (paths.join(format!("{disk}.img")), paths.join(format!("{disk}.sock")));
+        if !(is_broken && disk == "d1") {
+            fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image can be created");
+        }
+        text += &format!(
+            "[[device]]\nname = \"{disk}\"\nsocket = {socket:?}\nimage = {image:?}\ncache.size = \"4M\"\n\
+             cache.memory_dir = {:?}\n",
+            directory.memory()
+        );
+    }
+    let config = paths.join("genblk.toml");
+    fs::write(&config, text).expect("a configuration can be written");
+    let mut command = Command::new(server_binary());
+    command.arg("--config").arg(config);
+    let served: &[&str] = if is_broken { &["d0"] } else { &["d0", "d1"] };
+    let sockets = served.iter().map(|disk| paths.join(format!("{disk}.sock"))).collect();
+    let daemon = Daemon::launch(directory, command, sockets);
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    (daemon, control)
+}
+
+/// Runs `genblk` with these arguments, against the control socket.
+fn genblk(control: &Path, arguments: &[&str]) -> Output {
+    Command::new(server_binary()).args(arguments).arg("--socket").arg(control).output().expect("genblk runs")
+}
+
+#[track_caller]
+fn stdout_of(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).expect("text")
+}
+
+/// A varlink connection.
+struct Varlink(BufReader<UnixStream>);
+
+impl Varlink {
+    fn connect(control: &Path) -> Self {
+        let stream = UnixStream::connect(control).expect("the daemon listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+        Self(BufReader::new(stream))
+    }
+
+    fn send(&mut self, message: &str) {
+        self.0.get_mut().write_all(&[message.as_bytes(), &[0]].concat()).expect("the daemon reads");
+    }
+
+    /// The next reply; `None` if the daemon has closed the connection.
+    fn receive(&mut self) -> Option<Value> {
+        let mut bytes = Vec::new();
+        let count = self.0.read_until(0, &mut bytes).unwrap_or(0);
+        (count > 0).then(|| serde_json::from_slice(&bytes[..count - 1]).expect("a reply is JSON"))
+    }
+
+    #[track_caller]
+    fn call(&mut self, method: &str, parameters: &Value) -> Value {
+        self.send(&json!({"method": method, "parameters": parameters}).to_string());
+        self.receive().expect("a reply")
+    }
+}
+
+/// Statistics of a disk.
+fn statistics(control: &Path, device: &str) -> Value {
+    let reply = Varlink::connect(control).call("io.genblk.Control.Statistics", &json!({"device": device}));
+    reply["parameters"]["devices"][0].clone()
+}
+
+/// Waits until a disk has completed `reads` reads and `writes` writes.
+#[track_caller]
+fn await_requests(control: &Path, device: &str, reads: u64, writes: u64) -> Value {
+    poll_until("the requests are counted", PATIENCE, || {
+        let statistics = statistics(control, device);
+        let requests = |index: usize| statistics["requests"][index]["requests"].as_u64();
+        ((requests(0), requests(1)) == (Some(reads), Some(writes))).then_some(statistics)
+    })
+}
+
+#[test]
+fn list_shows_each_disk_and_why_one_is_not_served() {
+    let (daemon, control) = start("control-list", true);
+    let session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    let pid = std::process::id().to_string();
+    let lines = poll_until("the front-end is shown", PATIENCE, || {
+        let text = stdout_of(&genblk(&control, &["list"]));
+        text.contains(&format!("pid {pid}")).then_some(text)
+    });
+    let lines: Vec<&str> = lines.lines().collect();
+    assert!(lines[0].starts_with("disk"), "{lines:?}");
+    let first: Vec<&str> = lines[1].split_whitespace().collect();
+    assert_eq!((first[0], first[1], first[5], first[6]), ("d0", "serving", "8.0M", "4.0M"), "{lines:?}");
+    assert!(lines[2].starts_with("d1    failed"), "{lines:?}");
+    assert!(lines[3].starts_with("d1: ") && lines[3].contains("No such file"), "{lines:?}");
+    let alone = stdout_of(&genblk(&control, &["list", "d1", "--json"]));
+    let reply: Value = serde_json::from_str(&alone).expect("JSON");
+    assert_eq!((&reply["devices"][0]["name"], &reply["devices"][0]["state"]), (&json!("d1"), &json!("failed")));
+    drop(session);
+}
+
+#[test]
+fn stat_shows_exactly_what_a_disk_has_done_and_a_disk_that_did_nothing_has_dashes() {
+    let (daemon, control) = start("control-stat", false);
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    for _ in 0..10 {
+        session.write(0, &[1; 8192]);
+    }
+    for _ in 0..30 {
+        session.read(0, 4096);
+    }
+    session.flush();
+    let statistics = await_requests(&control, "d0", 30, 10);
+    assert_eq!(
+        (&statistics["requests"][0]["bytes"], &statistics["requests"][1]["bytes"]),
+        (&json!(30 * 4096), &json!(10 * 8192))
+    );
+    assert_eq!(statistics["requests"][0]["from_memory"]["count"], json!(30));
+    assert_eq!(statistics["requests"][2]["requests"], json!(1));
+    poll_until("the cache's statistics", PATIENCE, || {
+        (self::statistics(&control, "d0")["cache"]["hit_pages"] == json!(30)).then_some(())
+    });
+    let text = stdout_of(&genblk(&control, &["stat", "-H"]));
+    let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split('\t').collect()).collect();
+    assert_eq!((rows[0][0], rows[1][0], rows.len()), ("d0", "d1", 2), "{text}");
+    assert_ne!(rows[0][5], "-", "the 99th percentile of reads: {text}");
+    assert_eq!(rows[1][1..11], ["0", "0.0", "-", "-", "-", "0", "0.0", "-", "-", "0"], "{text}");
+    let two = stdout_of(&genblk(&control, &["stat", "d0", "-y", "-H", "0.2", "2"]));
+    assert_eq!(two.lines().count(), 2, "two reports without the first: {two}");
+    assert!(two.lines().all(|line| line.split('\t').nth(1) == Some("0")), "nothing happened since: {two}");
+    for view in ["-l", "-w", "-c"] {
+        assert!(stdout_of(&genblk(&control, &["stat", view])).contains("d0"), "{view}");
+    }
+}
+
+#[test]
+fn counters_go_on_when_a_disk_process_is_started_again() {
+    let (daemon, control) = start("control-restart", false);
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    await_requests(&control, "d0", 0, 1);
+    send(daemon.disk_process("d0"), libc::SIGKILL);
+    let mut session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    session.write(0, &[2; 4096]);
+    let statistics = await_requests(&control, "d0", 0, 2);
+    assert_eq!(statistics["requests"][1]["in_flight"], json!(0));
+}
+
+#[test]
+fn a_command_that_cannot_be_done_says_why_in_one_line() {
+    let (_daemon, control) = start("control-errors", false);
+    let unknown = genblk(&control, &["stat", "vm7"]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&unknown.stderr), "genblk: vm7: no such device; there are: d0, d1\n");
+    let nobody = genblk(Path::new("/nonexistent/control.sock"), &["list"]);
+    assert_eq!(nobody.status.code(), Some(3));
+    assert!(
+        String::from_utf8_lossy(&nobody.stderr).starts_with("genblk: no daemon listens on /nonexistent"),
+        "{nobody:?}"
+    );
+    assert_eq!(genblk(&control, &["stat", "d0", "0.001"]).status.code(), Some(2));
+}
+
+#[test]
+fn calls_that_make_no_sense_get_varlinks_errors_and_the_connection_goes_on() {
+    let (_daemon, control) = start("control-calls", false);
+    let mut varlink = Varlink::connect(&control);
+    let nothing = json!({});
+    let error = |reply: &Value| reply["error"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(error(&varlink.call("io.genblk.Control.Fly", &nothing)), "org.varlink.service.MethodNotFound");
+    assert_eq!(error(&varlink.call("com.example.Fly", &nothing)), "org.varlink.service.InterfaceNotFound");
+    let wrong = varlink.call("io.genblk.Control.List", &json!({"device": 7}));
+    assert_eq!(
+        (error(&wrong).as_str(), &wrong["parameters"]["parameter"]),
+        ("org.varlink.service.InvalidParameter", &json!("device"))
+    );
+    let early = varlink.call("io.genblk.Control.Statistics", &json!({"interval_ms": 1}));
+    assert_eq!(early["parameters"]["parameter"], json!("interval_ms"));
+    let unknown = varlink.call("io.genblk.Control.List", &json!({"device": "x"}));
+    assert_eq!(error(&unknown), "io.genblk.Control.NoSuchDevice");
+    let info = varlink.call("org.varlink.service.GetInfo", &nothing);
+    assert_eq!(info["parameters"]["interfaces"], json!(["org.varlink.service", "io.genblk.Control"]));
+    let described =
+        varlink.call("org.varlink.service.GetInterfaceDescription", &json!({"interface": "io.genblk.Control"}));
+    assert!(described["parameters"]["description"].as_str().is_some_and(|text| text.contains("method Statistics(")));
+    assert_eq!(
+        varlink.call("io.genblk.Control.Describe", &nothing)["parameters"]["version"],
+        json!(env!("CARGO_PKG_VERSION"))
+    );
+    varlink.send("this is no JSON");
+    assert_eq!(varlink.receive(), None, "what is no JSON ends the connection");
+    assert!(stdout_of(&genblk(&control, &["list"])).contains("d0"));
+}
+
+#[test]
+fn more_connections_than_allowed_are_refused_and_slow_clients_delay_nobody() {
+    let (_daemon, control) = start("control-many", false);
+    let mut held: Vec<Varlink> = (0..16).map(|_| Varlink::connect(&control)).collect();
+    for client in &mut held {
+        // Each asks for a stream that it never reads.
+        client.send(r#"{"method":"io.genblk.Control.Statistics","parameters":{"interval_ms":100},"more":true}"#);
+    }
+    let refused = poll_until("a connection too many", PATIENCE, || {
+        let mut one_more = Varlink::connect(&control);
+        one_more.send(r#"{"method":"io.genblk.Control.List"}"#);
+        one_more.receive().filter(|reply| reply["error"] == json!("io.genblk.Control.Busy"))
+    });
+    assert_eq!(refused["parameters"]["connections"], json!(16));
+    drop(held.pop());
+    poll_until("a place that is free again", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+}
+
+#[test]
+fn a_stream_sends_statistics_until_the_client_hangs_up() {
+    let (_daemon, control) = start("control-stream", false);
+    let mut varlink = Varlink::connect(&control);
+    varlink.send(r#"{"method":"io.genblk.Control.Statistics","parameters":{"interval_ms":100},"more":true}"#);
+    let times: Vec<u64> = (0..3)
+        .map(|_| {
+            let reply = varlink.receive().expect("another reply");
+            assert_eq!(reply["continues"], json!(true));
+            reply["parameters"]["time_us"].as_u64().expect("a time")
+        })
+        .collect();
+    assert!(times.windows(2).all(|pair| pair[1] >= pair[0] + 90_000), "{times:?}");
+    varlink.0.get_ref().set_read_timeout(Some(Duration::from_secs(1))).expect("a timeout can be set");
+}
+
+#[test]
+fn the_exporter_shows_the_same_numbers_in_a_format_that_promtool_accepts() {
+    let (daemon, control) = start("control-metrics", true);
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    (0..5).for_each(|_| drop(session.read(0, 4096)));
+    await_requests(&control, "d0", 5, 1);
+    let text = stdout_of(&genblk(&control, &["exporter", "--once"]));
+    let has = |line: &str| assert!(text.lines().any(|found| found == line), "{line} in {text}");
+    has("genblk_up 1");
+    has("genblk_device_state{device=\"d1\",state=\"failed\"} 1");
+    has("genblk_request_duration_seconds_count{device=\"d0\",operation=\"read\",served=\"memory\"} 5");
+    has("genblk_read_bytes_total{device=\"d0\"} 20480");
+    let promtool =
+        Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let Ok(mut promtool) = promtool else {
+        eprintln!("skipped a part: promtool is not installed (package prometheus)");
+        return;
+    };
+    promtool.stdin.take().expect("it is piped").write_all(text.as_bytes()).expect("promtool reads");
+    let checked = promtool.wait_with_output().expect("promtool ends");
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
+#[test]
+fn the_exporter_serves_metrics_over_http_and_survives_bad_requests() {
+    let (_daemon, control) = start("control-http", false);
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
+    let address = format!("127.0.0.1:{port}");
+    let mut exporter = Command::new(server_binary());
+    exporter.args(["exporter", "--listen", &address]).arg("--socket").arg(&control);
+    let mut exporter = exporter.spawn().expect("genblk runs");
+    let ask = |request: &str| {
+        let mut stream = TcpStream::connect(&address).ok()?;
+        stream.write_all(request.as_bytes()).ok()?;
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).ok().map(|_| reply)
+    };
+    let scrape = || ask("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").filter(|reply| reply.starts_with("HTTP/1.1 200"));
+    let reply = poll_until("the exporter", PATIENCE, scrape);
+    assert!(reply.contains("\ngenblk_up 1\n"), "{reply}");
+    assert!(ask("GET / HTTP/1.1\r\n\r\n").is_some_and(|reply| reply.starts_with("HTTP/1.1 404")));
+    assert!(ask("BREW /pot HTCPCP/1.0\r\n\r\n").is_some_and(|reply| reply.starts_with("HTTP/1.1 400")));
+    let silent = TcpStream::connect(&address).expect("it listens");
+    assert!(scrape().is_some(), "a client that sends nothing is cut off");
+    drop(silent);
+    exporter.kill().and_then(|()| exporter.wait()).expect("it ends");
+}

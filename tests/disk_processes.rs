@@ -162,6 +162,29 @@ fn a_disk_that_was_left_alone_with_completed_writes_ends_the_daemon_with_an_erro
     daemon.stop();
 }
 
+/// The same for a disk whose image cannot be opened any more.
+#[test]
+fn an_orderly_end_names_a_disk_that_could_not_be_opened_if_its_cache_holds_completed_writes() {
+    let mut daemon = start("unopened", 2, SMALL);
+    let mut session = open(&daemon, 0);
+    session.write(8, &pattern(1, 8, 4096));
+    daemon.kill();
+    let image = image_of(daemon.directory().path(), 0);
+    let away = image.with_extension("away");
+    fs::rename(&image, &away).expect("the image can be moved");
+    daemon.restart_for(&[daemon.socket_of(1)]);
+    daemon.await_log("d0: not served: ");
+    daemon.terminate();
+    assert_eq!(daemon.wait().code(), Some(1), "{}", daemon.log());
+    assert!(daemon.log().contains("genblk: d0: ended without being served"), "{}", daemon.log());
+    fs::rename(&away, &image).expect("the image can be moved back");
+    daemon.restart();
+    session = reconnect(session, &daemon, 0);
+    assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
+    drop(session);
+    daemon.stop();
+}
+
 #[test]
 fn a_volatile_cache_that_dies_with_its_process_is_a_data_loss_until_the_guest_resets() {
     let mut daemon = start("volatile", 1, &format!("{SMALL}\ncache.survive = \"never\""));

@@ -261,7 +261,7 @@ fn without_its_sandbox_the_daemon_serves_and_warns() {
     let _session = Session::open(&daemon.socket(), &SessionOptions::default());
     daemon.await_log("WARN  disk0: sandbox = \"off\"");
     for thread in CONFINED {
-        let found = statuses(daemon.id(), thread, "Seccomp");
+        let found = statuses(daemon.disk_process("disk0"), thread, "Seccomp");
         assert!(!found.is_empty() && found.iter().all(|found| found == "0"), "{thread}: {found:?}");
     }
 }

@@ -83,7 +83,11 @@ impl<Out: Serialize, In: DeserializeOwned> Channel<Out, In> {
             let (len, files) = (bytes.len(), files.len());
             return Err(io::Error::other(format!("a message of {len} bytes with {files} descriptors is too large")));
         }
-        send_with_files(&self.socket, &bytes, files)
+        match send_with_files(&self.socket, &bytes, files) {
+            // It was closed with messages that it had not read.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Err(io::ErrorKind::BrokenPipe.into()),
+            sent => sent,
+        }
     }
 
     /// Waits for a message.

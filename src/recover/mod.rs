@@ -37,8 +37,8 @@ use crate::units::counted;
 pub use kept::has_kept_cache;
 pub use memory_dir::{check_memory_dir, file_system_of};
 pub use operator::{
-    Consent, Recovery, Report, bytes_kept_for, check_folder, discard, hint_for, ignore_file_size_signal, list, prune,
-    recover, warn_unclaimed, warn_unheld,
+    Consent, Recovery, Report, bytes_kept_for, check_folder, discard, has_unwritten_cache, hint_for,
+    ignore_file_size_signal, list, prune, recover, warn_unclaimed, warn_unheld,
 };
 pub use take_over::take_over;
 

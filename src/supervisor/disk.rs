@@ -12,6 +12,7 @@ use crate::control::wire::DeviceState;
 use crate::disk_protocol::Ending;
 use crate::disk_stats::{DiskState, OldestOp, StatsPage};
 use crate::error::{Error, ErrorKind, Result};
+use crate::recover;
 use crate::store::file::Fence;
 
 use super::Event;
@@ -63,6 +64,7 @@ pub(super) enum Phase {
 pub(super) struct Disk {
     name: String,
     image: PathBuf,
+    config: DeviceConfig,
     keeper: Keeper,
     phase: Phase,
     /// Once it is served.
@@ -116,6 +118,7 @@ impl Disk {
         Ok(Self {
             name: config.name.clone(),
             image: config.image.clone(),
+            config: config.clone(),
             keeper: Keeper::start(index, config, context, events)?,
             phase: Phase::Opening,
             handle: None,
@@ -443,7 +446,7 @@ impl Disk {
         };
         let has_unkept_data = self.state().has_unkept_data;
         let loses = match &self.handle {
-            None => false,
+            None => ending == Ending::WriteBack && recover::has_unwritten_cache(&self.config),
             Some(handle) => {
                 handle.force_close();
                 ending == Ending::WriteBack || has_unkept_data

@@ -2,6 +2,7 @@
 //! disk process, starts that again when it dies, and cleans up at the end. Each of these steps may wait for the image,
 //! which may not answer; so no thread waits for this one without a deadline.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -22,6 +23,7 @@ use crate::config::DeviceConfig;
 use crate::disk_protocol::{DeviceSettings, Ending, ToDisk};
 use crate::disk_stats::StatsPage;
 use crate::error::{Error, ErrorKind, Result};
+use crate::recover;
 use crate::store::file::Fence;
 
 /// Pauses between attempts to open a device that could not be served.
@@ -107,6 +109,7 @@ impl Keeper {
             restarts: Restarts::new(config.restart_burst),
             page: Arc::clone(&page),
             page_file,
+            ending: Cell::new(None),
         };
         let name = format!("disk {}", config.name);
         let failed = |e| Error::io(ErrorKind::System, format!("{}: cannot start a thread", config.name), e);
@@ -150,6 +153,8 @@ struct Worker {
     /// The device's page of statistics. Its counters go on when a process takes the place of another.
     page: Arc<StatsPage>,
     page_file: File,
+    /// How the daemon ends, once it does.
+    ending: Cell<Option<Ending>>,
 }
 
 /// A device that is open. Fields are dropped in this order: a daemon that waits for the image's lock must find the
@@ -182,6 +187,15 @@ impl Worker {
     fn run(mut self) {
         let ended = match self.open_when_possible() {
             Some(opened) => self.keep_served(opened),
+            None if self.ending.get() != Some(Ending::HandOver) && recover::has_unwritten_cache(&self.config) => {
+                let (name, image) = (&self.config.name, self.config.image.display());
+                let context = format!("{name}: ended without being served");
+                let hint = format!(
+                    "a cache that an earlier daemon left holds what image {image} lacks: start the daemon again, or \
+                     run \"genblk recover\""
+                );
+                Err(Error::new(ErrorKind::Image, format!("{context}; {hint}")))
+            }
             None => Ok(()),
         };
         self.tell(News::Ended(ended));
@@ -213,7 +227,11 @@ impl Worker {
         let until = Instant::now() + pause;
         loop {
             match self.commands.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(Command::End(_) | Command::Finish) | Err(RecvTimeoutError::Disconnected) => return None,
+                Ok(Command::End(ending)) => {
+                    self.ending.set(Some(ending));
+                    return None;
+                }
+                Ok(Command::Finish) | Err(RecvTimeoutError::Disconnected) => return None,
                 Ok(Command::Resume | Command::Serve) => return Some(RETRY_MIN),
                 Ok(Command::Process(..)) => {}
                 Err(RecvTimeoutError::Timeout) => return Some((pause * 2).min(RETRY_MAX)),
@@ -241,7 +259,11 @@ impl Worker {
             match self.commands.recv() {
                 Ok(Command::Serve) => return true,
                 Ok(Command::Resume | Command::Process(..)) => {}
-                Ok(Command::End(_) | Command::Finish) | Err(_) => return false,
+                Ok(Command::End(ending)) => {
+                    self.ending.set(Some(ending));
+                    return false;
+                }
+                Ok(Command::Finish) | Err(_) => return false,
             }
         }
     }
@@ -297,7 +319,11 @@ impl Worker {
                     return true;
                 }
                 Ok(Command::Serve | Command::Process(..)) => {}
-                Ok(Command::End(_) | Command::Finish) | Err(_) => return false,
+                Ok(Command::End(ending)) => {
+                    self.ending.set(Some(ending));
+                    return false;
+                }
+                Ok(Command::Finish) | Err(_) => return false,
             }
         }
     }
@@ -306,7 +332,7 @@ impl Worker {
     fn not_served(&self, opened: Opened, why: &str) -> Result<()> {
         let Opened { socket, slot } = opened;
         drop(socket);
-        if !slot.holds_unwritten() {
+        if self.ending.get() == Some(Ending::HandOver) || !slot.holds_unwritten() {
             return Ok(());
         }
         let (name, image) = (&self.config.name, self.config.image.display());

@@ -42,7 +42,7 @@ pub enum Hosting {
 /// How a disk process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Exit {
-    /// `None` for one that was a thread.
+    /// `None` for one that was a thread, and where it is not known yet.
     status: Option<ExitStatus>,
     /// It said that it has released its image and its cache.
     is_released: bool,
@@ -119,8 +119,6 @@ struct Listeners {
     by_device: BTreeMap<u32, Hearer>,
     /// Why the image cannot be served.
     failure: Option<ErrorText>,
-    is_released: bool,
-    is_cache_removed: bool,
     exit: Option<Exit>,
 }
 
@@ -263,9 +261,14 @@ impl Process {
             }
         }
         let status = self.reap();
+        if self.exit().is_none() {
+            self.note_exit(Exit { status, is_released: false, is_cache_removed: false });
+        }
+    }
+
+    /// Tells everyone that the process has ended.
+    fn note_exit(&self, exit: Exit) {
         let mut listeners = self.listeners();
-        let (is_released, is_cache_removed) = (listeners.is_released, listeners.is_cache_removed);
-        let exit = Exit { status, is_released, is_cache_removed };
         listeners.exit = Some(exit);
         for keeper in std::mem::take(&mut listeners.by_device).into_values() {
             keeper.hear(self.fence, ProcessNews::Exited(exit));
@@ -301,8 +304,8 @@ impl Process {
                 return true;
             }
             FromDisk::Released { is_cache_removed } => {
-                let mut listeners = self.listeners();
-                (listeners.is_released, listeners.is_cache_removed) = (true, is_cache_removed);
+                // The image and the cache are free already: nobody waits until the process has freed its memory.
+                self.note_exit(Exit { status: None, is_released: true, is_cache_removed });
                 return true;
             }
         };

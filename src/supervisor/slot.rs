@@ -24,6 +24,9 @@ use crate::units::PAGE_BYTES;
 /// How often to look whether the kernel has completed the I/O of a process that died.
 const FENCE_POLL: Duration = Duration::from_millis(2);
 
+/// How long a disk process that has ended in order may take to close the descriptor of a block device.
+const REST_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How long the name of a cache file must lead elsewhere until the file counts as lost.
 const MISSED_MIN: Duration = Duration::from_millis(500);
 
@@ -217,6 +220,10 @@ impl Drop for Slot {
             // A device's counters are found by a path, which only this process may use. The image rests once the
             // kernel has released the descriptor of the process.
             Some((fence, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
+                let until = Instant::now() + REST_PATIENCE;
+                while state.image.is_fenced(fence) && Instant::now() < until {
+                    thread::sleep(FENCE_POLL);
+                }
                 if !state.image.is_fenced(fence)
                     && let Some(token) = state.image.change_token()
                     && let Err(e) = cache.record_token(token)

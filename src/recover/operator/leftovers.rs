@@ -10,7 +10,7 @@ use super::folders::{Cache, ImageState, Use, cache_files, whose};
 use super::remembered;
 use super::terminal::visible;
 use crate::arena::{Arena, ArenaFile, GuestState, Header, Seen, Survey};
-use crate::config::{Config, MemoryDir, Socket};
+use crate::config::{Config, DeviceConfig, MemoryDir, Socket};
 use crate::error::{ErrorKind, Result};
 use crate::recover::operation::end_tenure;
 use crate::recover::write_back::Unwritten;
@@ -96,13 +96,22 @@ pub(in crate::recover) fn caches_below(memory_dir: &Path, mut is_wanted: impl Fn
     wanted.filter_map(|path| ArenaFile::look_at(&path, whose).ok()).collect()
 }
 
-/// The memory directories of a configuration, and the default one.
-fn memory_dirs(config: &Config) -> BTreeSet<PathBuf> {
-    let configured = config.devices.iter().filter_map(|device| match &device.cache.memory_dir {
+/// The memory directories of devices, and the default one.
+fn memory_dirs<'a>(devices: impl IntoIterator<Item = &'a DeviceConfig>) -> BTreeSet<PathBuf> {
+    let configured = devices.into_iter().filter_map(|device| match &device.cache.memory_dir {
         MemoryDir::Path(path) => Some(path.clone()),
         MemoryDir::Systemd => None,
     });
     configured.chain([PathBuf::from(DEFAULT_MEMORY_DIR)]).collect()
+}
+
+/// Whether a cache that an earlier daemon left for the image of a device, as its path was then, holds what the image
+/// lacks. Asks nothing of the image, which may not answer.
+pub fn has_unwritten_cache(config: &DeviceConfig) -> bool {
+    let memory_dirs = memory_dirs([config]);
+    let mut caches =
+        memory_dirs.iter().flat_map(|directory| caches_below(directory, |header| header.image.path == config.image));
+    caches.any(|seen| matches!(&seen.survey, Ok(Some(survey)) if survey.is_dirty()))
 }
 
 /// Removes the caches that hold nothing and whose images are gone, and logs how many others no daemon uses.
@@ -110,7 +119,7 @@ fn memory_dirs(config: &Config) -> BTreeSet<PathBuf> {
 /// => The devices are open: their caches are in use. A configured image may have replaced another one, whose cache is
 ///    among the others.
 pub fn warn_unheld(config: &Config) {
-    for memory_dir in memory_dirs(config) {
+    for memory_dir in memory_dirs(&config.devices) {
         let mut unheld = Unheld::default();
         for cache in unheld_below(&memory_dir) {
             let may_clear = cache.needed() != Use::Needed && cache.image() == ImageState::Gone;

@@ -222,7 +222,7 @@ esac
 
 need qemu-system-x86 "the virtual machine of the guest tests" has qemu-system-x86_64
 # (Before QEMU 8 it is in a package that the virtual machine depends on.)
-need qemu-utils "qemu-storage-daemon, which the benchmark compares with" has qemu-storage-daemon
+need qemu-utils "qemu-storage-daemon, which the benchmark compares with, and qemu-nbd" has qemu-storage-daemon
 qemu=$missing
 missing=
 need build-essential "the linker that Rust uses" has cc
@@ -235,6 +235,7 @@ need kmod "reads the dependencies of the guest's kernel modules" has modprobe
 need xz-utils "unpacks kernel modules" has xz
 need zstd "unpacks kernel modules on Ubuntu" has zstd
 need bsdextrautils "column, for make help" has column
+need nbdkit "an NBD server, for the tests of remote images" has nbdkit
 need mount "losetup, for the benchmark's disks" has losetup
 # Root needs no helper to mount.
 [ "$(id -u)" -eq 0 ] || need fuse3 "mounts the tests' volatile disk" has fusermount3

@@ -33,6 +33,10 @@ pub enum PlantedBug {
     SyncDoubtsTooLittle,
     /// A Sync that says that the store has lost writes puts nothing in doubt.
     LostIsNotDoubted,
+    /// A newer change does not wait for the end of the quarantine after a connection has broken.
+    SuspectsNotHeld,
+    /// A connection to a server that may have been restarted is taken for the first one.
+    RestartNotReported,
     /// A failed write, which may be the sign of a reset, puts nothing else in doubt.
     FailedWriteDoubtsNothing,
     /// A write that was in flight when a Sync failed counts as stored.

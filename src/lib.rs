@@ -61,6 +61,7 @@ pub(crate) mod fault_injection;
 pub mod image_id;
 pub mod listener;
 pub mod logging;
+mod nbd_uri;
 #[cfg(test)]
 #[path = "../tests/common/prng.rs"]
 #[allow(dead_code, reason = "shared with the tests under tests/, which use more of it")]

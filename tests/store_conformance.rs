@@ -321,7 +321,9 @@ fn a_map_covers_its_range_and_never_reports_data_as_a_hole() {
         // The last run is reported whole: data, then a hole to the next data.
         let Event::Mapped { extents, .. } = driver.run(OpKind::Map, MIB, 8192, Vec::new()) else { panic!("no map") };
         let covered: u64 = extents.iter().map(|e| e.len).sum();
-        assert_eq!(covered, if holes > 0 { 3 * MIB - 4096 } else { 3 * MIB }, "{extents:?}");
+        let is_whole = covered == if holes > 0 { 3 * MIB - 4096 } else { 3 * MIB };
+        // A server tells no more than it is asked, nor can direct I/O be known of it.
+        assert!(is_whole || backing.limits().memory_align == 1 && covered == 8192, "{extents:?}");
         assert_eq!(
             holes > 0,
             backing.limits().holes == ImageHoles::Possible,

@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 
 use genblk::error::ErrorKind;
 use genblk::store::Backing;
-use genblk::store::file::{FileImage, IoEngine, OpenOptions};
+use genblk::store::file::{FileImage, IoEngine, NbdOptions, OpenOptions};
 use genblk::units::ImageHoles;
 use store_kit::{Buffer, Driver, Image, MIB, pattern};
 
+const NBD: NbdOptions = NbdOptions { trusts_without_flush: false, give_up: None, quarantine: Duration::ZERO };
 const READ_ONLY: OpenOptions =
-    OpenOptions { read_only: true, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO };
+    OpenOptions { read_only: true, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO, nbd: NBD };
 const WRITABLE: OpenOptions =
-    OpenOptions { read_only: false, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO };
+    OpenOptions { read_only: false, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO, nbd: NBD };
 
 /// Kind of the error with which an image is refused; its message must name the image.
 #[track_caller]

@@ -128,7 +128,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
         &["cache", "store", "arena", "counters", "tenure", "waker", "fault_injection", "config", "error", "units"],
     ),
     ("cache", &["fault_injection", "units"]),
-    ("store", &["image_id", "tenure", "sandbox", "sys", "error", "units"]),
+    ("store", &["image_id", "nbd_uri", "tenure", "fault_injection", "sandbox", "sys", "error", "units"]),
     (
         "arena",
         &["systemd", "image_id", "tenure", "shared_memory", "fault_injection", "sandbox", "sys", "error", "units"],
@@ -140,6 +140,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("sandbox", &["sys", "error"]),
     ("systemd", &["sys", "error"]),
     ("image_id", &[]),
+    ("nbd_uri", &[]),
     ("tenure", &["sys", "error"]),
     ("fault_injection", &[]),
     ("sys", &[]),
@@ -177,6 +178,8 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "arena/mapping.rs",
     // I/O into frames: the kernel reads and writes them by address.
     "store/blocking.rs",
+    "store/nbd/memory.rs",
+    "store/nbd/queue.rs",
     "store/registered_buffers.rs",
     "store/uring.rs",
     // Guest memory and its rings: the guest may change them at any time, so no reference to them may exist.

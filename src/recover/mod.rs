@@ -148,6 +148,9 @@ pub fn arena_for(
     let (arena, tenure) = match decide(Contents::of(header.as_ref(), frames), found_at, config.cache.survive) {
         Decision::Attach => {
             let header = header.expect(HAS_HEADER);
+            if !header.last_seen.is_at_rest {
+                image.fear_earlier_writes();
+            }
             let arena = Arena::attach(file, &header)?;
             arena.move_to(&header.image, &facts).map_err(|beyond| overhang(image, &arena, beyond))?;
             if guest.data == GuestData::Lost {

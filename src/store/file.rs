@@ -16,7 +16,7 @@ pub use super::image::Inspection;
 use super::image::{self, OpenImage};
 use super::named::{BlockWriter, ImageKind, NamedImage};
 pub use super::named::{KnownRaw, PageBytes};
-pub use super::options::{IoEngine, OpenOptions};
+pub use super::options::{IoEngine, NbdOptions, OpenOptions};
 use super::threads::ThreadQueue;
 use super::uring::UringQueue;
 use super::{Backing, Limits, StoreQueue, blocking};

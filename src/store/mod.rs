@@ -16,10 +16,11 @@
 //!
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
 //! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use).
-//! `restricted_ring` makes the rings. `image`, `probe`, `history`, `lock` and `raw_record` open an image. [`named`] is
-//! what recovery asks of an image, and [`open()`] opens one in any store. A file of this module imports only files
-//! further down: open; file; uring, threads; restricted_ring; pool; pool_queue; blocking; image; raw_record; named;
-//! format, probe, history, lock. [`faulty`] wraps any image and makes its operations fail.
+//! `restricted_ring` makes the rings. `image`, `probe`, `history`, `lock` and `raw_record` open an image. [`nbd`] has
+//! the images at NBD servers. [`named`] is what recovery asks of an image, and [`open()`] opens one in any store. A
+//! file of this module imports only files further down: open; nbd; file; uring, threads; restricted_ring; pool;
+//! pool_queue; blocking; image; raw_record; named; handed; format, probe, history, lock. [`faulty`] wraps any image and
+//! makes its operations fail.
 
 mod blocking;
 pub mod faulty;
@@ -30,6 +31,7 @@ mod history;
 mod image;
 mod lock;
 pub mod named;
+pub mod nbd;
 mod open;
 mod options;
 mod pool;
@@ -44,7 +46,7 @@ mod threads;
 mod uring;
 mod wake;
 
-pub use open::open;
+pub use open::{is_remote, open};
 
 use std::fmt;
 use std::io;

@@ -27,10 +27,35 @@ pub struct OpenOptions {
     pub direct: bool,
     /// How long to wait for another opener's lock to be released.
     pub lock_patience: Duration,
+    /// Of an image at an NBD server.
+    pub nbd: NbdOptions,
+}
+
+/// How to treat an NBD server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NbdOptions {
+    /// A server without FLUSH has no volatile cache: what it has completed is durable.
+    pub trusts_without_flush: bool,
+    /// How long to try to connect again; `None`: for ever.
+    pub give_up: Option<Duration>,
+    /// How long a server may still execute requests of a connection that has broken.
+    pub quarantine: Duration,
+}
+
+impl Default for NbdOptions {
+    fn default() -> Self {
+        Self { trusts_without_flush: false, give_up: None, quarantine: Duration::from_secs(5) }
+    }
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, engine: IoEngine::Auto, direct: true, lock_patience: Duration::ZERO }
+        Self {
+            read_only: false,
+            engine: IoEngine::Auto,
+            direct: true,
+            lock_patience: Duration::ZERO,
+            nbd: NbdOptions::default(),
+        }
     }
 }

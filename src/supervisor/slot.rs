@@ -180,7 +180,8 @@ pub(super) fn open_image(config: &DeviceConfig, manager: &Arc<ServiceManager>) -
     if config.cache.survive == Survive::Always {
         recover::check_memory_dir(config)?;
     }
-    let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE };
+    let options =
+        OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE, ..OpenOptions::default() };
     let image = store::open(Some(&config.name), &config.image, &options)?;
     let identity = image.identity();
     let known_raw = match config.format {

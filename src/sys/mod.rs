@@ -19,6 +19,7 @@ pub mod regions;
 pub mod shared_words;
 pub mod signal;
 pub mod socket;
+pub mod stream;
 pub mod syscalls;
 #[cfg(debug_assertions)]
 pub mod trespass;

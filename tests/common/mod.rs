@@ -11,6 +11,7 @@
 pub mod daemon;
 pub mod faulty_device;
 pub mod guest_memory;
+pub mod nbd_server;
 pub mod prng;
 pub mod raw_message;
 pub mod raw_ring;

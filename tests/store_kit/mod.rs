@@ -4,6 +4,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+#[path = "../common/nbd_server.rs"]
+pub mod nbd_server;
 #[path = "../common/prng.rs"]
 mod prng;
 
@@ -19,8 +21,10 @@ use std::time::{Duration, Instant};
 
 use genblk::store::faulty::FaultyImage;
 use genblk::store::file::{FileImage, IoEngine, OpenOptions};
+use genblk::store::nbd::NbdImage;
 use genblk::store::{Backing, Event, IoRequest, Segment, StoreQueue};
 use genblk::units::OpKind;
+use nbd_server::NbdServer;
 use prng::Prng;
 
 pub const MIB: u64 = 1 << 20;
@@ -102,6 +106,7 @@ pub struct Setting {
     pub label: String,
     pub backing: Arc<dyn Backing>,
     // Dropped after the backing.
+    _server: Option<NbdServer>,
     _image: Image,
 }
 
@@ -122,15 +127,40 @@ pub fn settings(name: &str, size: u64) -> Vec<Setting> {
                 assert!(direct || !opened.direct());
                 let mode = if opened.direct() { "direct" } else { "buffered" };
                 let label = format!("{engine:?}, {kind}, direct requested: {direct}, opened {mode}");
-                all.push(Setting { label, backing: opened, _image: image });
+                all.push(Setting { label, backing: opened, _server: None, _image: image });
             }
         }
     }
     let image = Image::file(name, size);
     let opened = FileImage::open(&image.path, &OpenOptions::default()).unwrap();
     let (faulty, _faults) = FaultyImage::new(opened);
-    all.push(Setting { label: "a faulty image without faults".to_owned(), backing: faulty, _image: image });
+    all.push(Setting {
+        label: "a faulty image without faults".to_owned(),
+        backing: faulty,
+        _server: None,
+        _image: image,
+    });
+    all.extend(nbd_settings(name, size));
     all
+}
+
+/// The servers that this machine has, each on a file.
+fn nbd_settings(name: &str, size: u64) -> Vec<Setting> {
+    let commands: [&[&str]; 3] = [
+        &["nbdkit", "-f", "-U", "SOCKET", "file", "IMAGE"],
+        &["nbdkit", "-f", "-U", "SOCKET", "--no-sr", "file", "IMAGE"],
+        &["qemu-nbd", "-k", "SOCKET", "-t", "-f", "raw", "-e", "8", "--discard=unmap", "IMAGE"],
+    ];
+    let start = |command: &&[&str]| {
+        let image = Image::file(name, size);
+        let shown = image.path.to_str().expect("test paths are UTF-8");
+        let command: Vec<&str> = command.iter().map(|word| if *word == "IMAGE" { shown } else { word }).collect();
+        let server = NbdServer::start(&image.path.with_extension("sock"), &command)?;
+        let backing = NbdImage::open(None, Path::new(&server.uri()), &OpenOptions::default()).unwrap();
+        let label = format!("NBD, {}", command[..6].join(" "));
+        Some(Setting { label, backing, _server: Some(server), _image: image })
+    };
+    commands.iter().filter_map(start).collect()
 }
 
 /// Submits operations to a queue, kicks it, and waits for all events.

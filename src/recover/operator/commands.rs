@@ -61,14 +61,15 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     // Checks what the ledger refers to.
     file.survey()?;
     let image_path = recovery.image.as_ref().unwrap_or(&header.image.path);
-    if !image_path.is_absolute() && recovery.image.is_none() {
+    if !image_path.is_absolute() && !store::is_remote(image_path) && recovery.image.is_none() {
         let context = format!("the ledger in {shown} is damaged or forged: its image has no absolute path");
         return Err(Error::new(ErrorKind::Ledger, context));
     }
     let image_shown = visible(image_path);
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
     let image = store::open(None, image_path, &options).map_err(|e| {
-        let is_moved = recovery.image.is_none() && !header.image.path.exists();
+        let is_path = !store::is_remote(&header.image.path);
+        let is_moved = is_path && recovery.image.is_none() && !header.image.path.exists();
         match e.kind() {
             _ if is_moved => e.with_hint("if the image has moved, name it with --image PATH"),
             ErrorKind::Locked => e.with_hint(&format!("end that process first; {shown} stays as it is")),

@@ -9,6 +9,7 @@ use crate::arena::{ArenaFile, GuestState, Header, Seen, Whose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::store::file::look_at;
+use crate::store::is_remote;
 use crate::sys::process::effective_uid;
 use crate::tenure::token::Verdict;
 
@@ -93,6 +94,9 @@ impl Cache {
 /// What has become of the image of the cache with this header.
 fn image_state(header: &Header) -> ImageState {
     let (path, identity) = (&header.image.path, &header.image.identity);
+    if is_remote(path) {
+        return ImageState::Unknown;
+    }
     match look_at(path) {
         Ok((found, token)) if is_same(&found, identity) => match header.last_seen.judge(&token) {
             Verdict::Changed(_) => ImageState::Changed,

@@ -1,0 +1,435 @@
+//! The client of one connection after another, as a state machine without I/O: it turns operations into requests of the
+//! protocol, and replies into events. What the socket does (`queue.rs`) comes in as bytes received and sent, and as
+//! connections that break and are made.
+//!
+//! => An operation that was not completed when its connection broke is sent again on the next one. Until its event is
+//!    handed out its memory does not change, so each repetition has the same bytes.
+//! => A connection that is not the first one may lead to a server that was restarted, which may have lost everything
+//!    that no FLUSH had made durable. So the first Sync on it fails with [`Fault::Lost`], whose receiver takes
+//!    everything for lost that it had submitted by then. A later Sync is good: what it covers was completed after the
+//!    connection was made, by the same server.
+//! => A change that was sent and not answered when its connection broke makes its range suspect: see `suspects.rs`.
+//! => A server that breaks the protocol costs its connection, never more.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::memory;
+use super::slot::{Phase, Receiving, Slot, Violation};
+use super::suspects::{BreakId, Suspects};
+use super::wire::{Export, REQUEST_BYTES, command_of, export_flag, fault_of, request};
+use crate::fault_injection::{PlantedBug, planted};
+use crate::store::{Event, Extent, IoRequest, Segment};
+use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES};
+
+/// Longest range of one request, except of reads and writes; longer ones take several.
+const PART_MAX: u64 = 1 << 30;
+/// Most pieces of memory of one sendmsg(2) (UIO_MAXIOV).
+const PIECES_MAX: usize = 1024;
+/// Bits of a cookie that are the slot's number; the others are the number of the request.
+const SLOT_BITS: u32 = 16;
+
+/// Whether the client has a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down,
+    Up,
+    /// There will be none any more.
+    Gone,
+}
+
+/// A request that is being sent.
+#[derive(Debug)]
+struct Sending {
+    header: [u8; REQUEST_BYTES],
+    slot: usize,
+    sent: u64,
+    /// With the bytes of a write.
+    total: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Client {
+    /// What was promised when the image was opened; a server that comes back has at least that.
+    export: Export,
+    /// Without FLUSH a server is trusted to have no volatile cache.
+    flushes: bool,
+    link: Link,
+    pub(super) slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+    sending: VecDeque<Sending>,
+    pub(super) receiving: Receiving,
+    requests: u64,
+    submitted: u64,
+    /// The connection is not the first one, and the cache does not know.
+    must_tell_loss: bool,
+    events: Vec<Event>,
+    in_flight: usize,
+    held: usize,
+    suspects: Arc<Suspects>,
+}
+
+impl Client {
+    /// A client without a connection.
+    pub fn new(export: Export, suspects: Arc<Suspects>) -> Self {
+        Self {
+            export,
+            flushes: export.has(export_flag::SEND_FLUSH),
+            link: Link::Down,
+            slots: Vec::new(),
+            free: Vec::new(),
+            sending: VecDeque::new(),
+            receiving: Receiving::Header,
+            requests: 0,
+            submitted: 0,
+            must_tell_loss: false,
+            events: Vec::new(),
+            in_flight: 0,
+            held: 0,
+            suspects,
+        }
+    }
+
+    /// Operations whose events have not been taken.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Operations that wait for the server.
+    pub fn unanswered(&self) -> usize {
+        self.slots.iter().flatten().count()
+    }
+
+    /// The number of base:allocation.
+    pub fn allocation(&self) -> Option<u32> {
+        self.export.allocation
+    }
+
+    /// Whether replies have chunks.
+    pub fn is_structured(&self) -> bool {
+        self.export.is_structured
+    }
+
+    /// Whether the next Sync fails because of a loss.
+    pub fn must_tell_loss(&self) -> bool {
+        self.must_tell_loss
+    }
+
+    /// Whether there are events to take.
+    pub fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// Takes an admissible operation. It starts once there is a connection.
+    pub fn submit(&mut self, request: IoRequest, now: Duration) {
+        self.in_flight += 1;
+        let tag = request.tag;
+        let event = match request.op {
+            OpKind::Map if self.export.allocation.is_none() => {
+                Some(Event::Mapped { tag, extents: vec![Extent { len: request.len, kind: ExtentKind::Data }] })
+            }
+            _ if !self.supports(request.op) => Some(failed(tag, Fault::Unsupported, libc::EOPNOTSUPP)),
+            _ if self.link == Link::Gone => Some(failed(tag, Fault::Gone, libc::ENOTCONN)),
+            OpKind::Sync if self.must_tell_loss => Some(failed(tag, Fault::Lost, libc::ESTALE)),
+            OpKind::Sync if !self.flushes => Some(Event::Done { tag }),
+            // Smaller than the server's blocks.
+            OpKind::Discard if self.whole_blocks(&request).is_none() => Some(Event::Done { tag }),
+            _ => None,
+        };
+        if let Some(event) = event {
+            self.events.push(event);
+            return;
+        }
+        let request = match (request.op, self.whole_blocks(&request)) {
+            (OpKind::Discard, Some(range)) => {
+                IoRequest { offset: range.start, len: range.end - range.start, ..request }
+            }
+            _ => request,
+        };
+        self.submitted += 1;
+        let slot = Slot {
+            request,
+            serial: self.submitted,
+            phase: Phase::Waiting,
+            was_sent: false,
+            cookie: 0,
+            done: 0,
+            part: 0,
+            error: None,
+            arrived: Vec::new(),
+            extents: Vec::new(),
+            known: 0,
+        };
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[index] = Some(slot);
+        self.start(index, now);
+    }
+
+    fn supports(&self, op: OpKind) -> bool {
+        match op {
+            OpKind::Read | OpKind::Write | OpKind::Sync | OpKind::Map => true,
+            OpKind::Zero { .. } => self.export.can_zero(),
+            OpKind::Discard => self.export.has(export_flag::SEND_TRIM),
+            OpKind::Allocate => false,
+        }
+    }
+
+    /// The whole blocks of the server in a request's range; `None` if there are none.
+    fn whole_blocks(&self, request: &IoRequest) -> Option<Range<u64>> {
+        let block = u64::from(self.export.block_min);
+        let (start, end) = (request.offset.next_multiple_of(block), (request.offset + request.len) / block * block);
+        (start < end).then_some(start..end)
+    }
+
+    /// Queues the next request of an operation, unless it has to wait.
+    fn start(&mut self, index: usize, now: Duration) {
+        let slot = self.slots[index].as_mut().expect("an operation that starts has a slot");
+        if slot.request.op.is_change() && !slot.was_sent && !planted(PlantedBug::SuspectsNotHeld) {
+            let until = self.suspects.blocked_until(&slot.range(), now);
+            self.held -= usize::from(matches!(slot.phase, Phase::Held(_)));
+            slot.phase = until.map_or(Phase::Waiting, Phase::Held);
+            self.held += usize::from(until.is_some());
+            if until.is_some() {
+                return;
+            }
+        }
+        if self.link != Link::Up {
+            return;
+        }
+        let (command, flags) = command_of(slot.request.op).expect("submit() has refused what NBD does not have");
+        slot.phase = Phase::Sent;
+        self.requests += 1;
+        slot.cookie = self.requests << SLOT_BITS | index as u64;
+        slot.part = (slot.request.len - slot.done).min(PART_MAX);
+        let offset = slot.request.offset + slot.done;
+        let len = u32::try_from(slot.part).expect("a part is short");
+        let header = request(command, flags, slot.cookie, offset, len);
+        let payload = if slot.request.op == OpKind::Write { slot.request.len } else { 0 };
+        self.sending.push_back(Sending { header, slot: index, sent: 0, total: REQUEST_BYTES as u64 + payload });
+    }
+
+    /// Starts the operations whose quarantine has ended.
+    pub fn advance(&mut self, now: Duration) {
+        if self.held == 0 {
+            return;
+        }
+        let is_due = |slot: &Slot| matches!(slot.phase, Phase::Held(until) if until <= now);
+        for index in self.in_order(is_due) {
+            self.start(index, now);
+        }
+    }
+
+    /// When [`Client::advance`] has something to do next.
+    pub fn deadline(&self) -> Option<Duration> {
+        if self.held == 0 {
+            return None;
+        }
+        let held = self.slots.iter().flatten().filter_map(|slot| match slot.phase {
+            Phase::Held(until) => Some(until),
+            _ => None,
+        });
+        held.min()
+    }
+
+    /// Looks again at all that is held: suspects were released.
+    pub fn reconsider(&mut self, now: Duration) {
+        for index in self.in_order(|slot| matches!(slot.phase, Phase::Held(_))) {
+            self.start(index, now);
+        }
+    }
+
+    /// The operations that `is_wanted`, oldest first.
+    fn in_order(&self, is_wanted: impl Fn(&Slot) -> bool) -> Vec<usize> {
+        let slots = self.slots.iter().enumerate();
+        let mut found: Vec<(u64, usize)> = slots
+            .filter_map(|(index, slot)| slot.as_ref().filter(|slot| is_wanted(slot)).map(|slot| (slot.serial, index)))
+            .collect();
+        found.sort_unstable();
+        found.into_iter().map(|(_, index)| index).collect()
+    }
+
+    /// Whether there is something to send.
+    pub fn has_output(&self) -> bool {
+        !self.sending.is_empty()
+    }
+
+    /// Fills `pieces` with what to send next, as far as it fits.
+    pub fn output(&self, pieces: &mut Vec<Segment>) {
+        pieces.clear();
+        for sending in &self.sending {
+            if pieces.len() + 1 >= PIECES_MAX {
+                return;
+            }
+            let header_sent = usize::try_from(sending.sent).unwrap_or(usize::MAX).min(REQUEST_BYTES);
+            let header = &sending.header[header_sent..];
+            if !header.is_empty() {
+                pieces.push(Segment { base: header.as_ptr().cast_mut(), len: header.len() });
+            }
+            let payload = REQUEST_BYTES as u64;
+            if sending.total > payload {
+                let slot = self.slots[sending.slot].as_ref().expect("what is being sent has a slot");
+                let at = sending.sent.saturating_sub(payload);
+                let before = pieces.len();
+                memory::pieces(&slot.request.segments, at, sending.total - payload - at, PIECES_MAX, pieces);
+                let listed: usize = pieces[before..].iter().map(|piece| piece.len).sum();
+                if (listed as u64) < sending.total - payload - at {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The socket has taken so many bytes of what [`Client::output`] named.
+    pub fn sent(&mut self, bytes: usize) {
+        let mut left = bytes as u64;
+        while left > 0 {
+            let front = self.sending.front_mut().expect("no more was sent than there is");
+            let step = left.min(front.total - front.sent);
+            (front.sent, left) = (front.sent + step, left - step);
+            let slot = self.slots[front.slot].as_mut().expect("what is being sent has a slot");
+            slot.was_sent = true;
+            if front.sent == front.total {
+                self.sending.pop_front();
+            }
+        }
+    }
+
+    /// The slot of a reply; it may be of a request that was sent in full only.
+    pub(super) fn slot_of(&self, cookie: u64) -> Result<usize, Violation> {
+        let index = usize::try_from(cookie & ((1 << SLOT_BITS) - 1)).expect("16 bits");
+        let slot = self.slots.get(index).and_then(Option::as_ref);
+        let is_being_sent = || self.sending.iter().any(|sending| sending.slot == index);
+        match slot {
+            Some(slot) if slot.cookie == cookie && slot.phase == Phase::Sent && !is_being_sent() => Ok(index),
+            _ => Err(Violation("it replies to a request that was not sent")),
+        }
+    }
+
+    /// The reply to the request in flight of a slot is complete.
+    pub(super) fn finish(&mut self, index: usize, now: Duration) -> Result<(), Violation> {
+        let slot = self.slots[index].as_mut().expect("a reply belongs to a slot");
+        let tag = slot.request.tag;
+        if let Some(error) = slot.error {
+            let errno = i32::try_from(error).unwrap_or(libc::EIO);
+            self.complete(index, failed(tag, fault_of(error), errno));
+            return Ok(());
+        }
+        match slot.request.op {
+            OpKind::Read if !slot.has_arrived() => {
+                return Err(Violation("it says that a read is complete, and has not sent all of it"));
+            }
+            OpKind::Map => {
+                if slot.known <= slot.done {
+                    return Err(Violation("it describes nothing of a range"));
+                }
+                slot.done = slot.known;
+            }
+            _ => slot.done += slot.part,
+        }
+        if slot.done < slot.request.len {
+            self.start(index, now);
+            return Ok(());
+        }
+        let event = match slot.request.op {
+            OpKind::Map => Event::Mapped { tag, extents: in_sectors(&slot.extents) },
+            _ => Event::Done { tag },
+        };
+        self.complete(index, event);
+        Ok(())
+    }
+
+    fn complete(&mut self, index: usize, event: Event) {
+        let slot = self.slots[index].take().expect("an operation completes once");
+        self.held -= usize::from(matches!(slot.phase, Phase::Held(_)));
+        self.free.push(index);
+        self.events.push(event);
+    }
+
+    /// Appends the events.
+    pub fn take_events(&mut self, events: &mut Vec<Event>) {
+        if self.must_tell_loss {
+            let tells = |event: &Event| matches!(event, Event::Failed { fault: Fault::Lost, .. });
+            self.must_tell_loss = !self.events.iter().any(tells);
+        }
+        self.in_flight -= self.events.len();
+        events.append(&mut self.events);
+    }
+
+    /// The connection has broken. Until `until` the server may still execute what was sent.
+    pub fn disconnected(&mut self, cause: BreakId, until: Duration, now: Duration) {
+        self.link = if self.link == Link::Gone { Link::Gone } else { Link::Down };
+        self.sending.clear();
+        self.receiving = Receiving::Header;
+        for slot in self.slots.iter_mut().flatten().filter(|slot| slot.phase == Phase::Sent) {
+            if slot.was_sent && slot.request.op.is_change() {
+                self.suspects.add(slot.range(), until, cause, now);
+            }
+            slot.restart();
+        }
+    }
+
+    /// There is a connection, to an export that has what was promised. `may_have_lost`: changes may have been completed
+    /// on another connection.
+    pub fn connected(&mut self, found: &Export, may_have_lost: bool, now: Duration) {
+        self.link = Link::Up;
+        self.export.is_structured = found.is_structured;
+        if self.export.allocation.is_some() {
+            self.export.allocation = found.allocation;
+        }
+        self.must_tell_loss |= may_have_lost && !planted(PlantedBug::RestartNotReported);
+        for index in self.in_order(|slot| slot.phase == Phase::Waiting) {
+            let request = &self.slots[index].as_ref().expect("it was just found").request;
+            if request.op == OpKind::Sync && self.must_tell_loss {
+                let event = failed(request.tag, Fault::Lost, libc::ESTALE);
+                self.complete(index, event);
+            } else {
+                self.start(index, now);
+            }
+        }
+        self.reconsider(now);
+    }
+
+    /// There will be no connection any more: everything fails from now on.
+    pub fn gone(&mut self) {
+        self.link = Link::Gone;
+        self.sending.clear();
+        for index in self.in_order(|_| true) {
+            let tag = self.slots[index].as_ref().expect("it was just found").request.tag;
+            self.complete(index, failed(tag, Fault::Gone, libc::ENOTCONN));
+        }
+    }
+}
+
+fn failed(tag: u64, fault: Fault, errno: i32) -> Event {
+    Event::Failed { tag, fault, errno }
+}
+
+/// Extents in whole sectors, of which neighbours differ. A sector that is a hole in part is data.
+fn in_sectors(extents: &[Extent]) -> Vec<Extent> {
+    let (mut merged, mut at, mut covered): (Vec<Extent>, u64, u64) = (Vec::new(), 0, 0);
+    let mut push = |len: u64, kind: ExtentKind| match merged.last_mut() {
+        _ if len == 0 => {}
+        Some(Extent { len: last, kind: same }) if *same == kind => *last += len,
+        _ => merged.push(Extent { len, kind }),
+    };
+    for extent in extents {
+        at += extent.len;
+        if extent.kind == ExtentKind::Hole {
+            let start = (at - extent.len).next_multiple_of(SECTOR_BYTES).max(covered);
+            let end = at / SECTOR_BYTES * SECTOR_BYTES;
+            if start < end {
+                push(start - covered, ExtentKind::Data);
+                push(end - start, ExtentKind::Hole);
+                covered = end;
+            }
+        }
+    }
+    push(at - covered, ExtentKind::Data);
+    merged
+}

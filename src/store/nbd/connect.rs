@@ -1,0 +1,132 @@
+//! Connections to a server: made and negotiated on a thread that may wait.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::handshake::{Handshake, HandshakeError};
+use super::wire::Export;
+use crate::nbd_uri::{NbdUri, Place};
+use crate::sys::{poll, socket, stream};
+
+/// How long each address of a host is tried.
+const ADDRESS_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A connection in the transmission phase.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub socket: OwnedFd,
+    pub export: Export,
+    /// Changes that were completed on another connection may be lost, and the cache does not know.
+    pub may_have_lost: bool,
+    /// The process at the other end of a Unix domain socket.
+    pub process: Option<OwnedFd>,
+}
+
+/// The server's process, as far as it is known, after its connection broke.
+#[derive(Debug)]
+pub(super) struct LastServer(Option<OwnedFd>);
+
+impl Connection {
+    /// What is left to know of its server once it is broken. Drops what was not sent yet.
+    pub fn break_up(self) -> LastServer {
+        stream::drop_unsent_on_close(&self.socket);
+        LastServer(self.process)
+    }
+}
+
+impl LastServer {
+    /// Whether the process is known to have ended: it executes nothing any more.
+    pub fn has_ended(&self) -> bool {
+        self.0.as_ref().is_some_and(|process| poll::wait_readable(process.as_raw_fd(), Duration::ZERO))
+    }
+}
+
+/// A stream that can be given up after a time.
+trait Patient: Read + Write {
+    fn set_patience(&self, patience: Duration) -> io::Result<()>;
+}
+
+impl Patient for UnixStream {
+    fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(patience))?;
+        self.set_write_timeout(Some(patience))
+    }
+}
+
+impl Patient for TcpStream {
+    fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(patience))?;
+        self.set_write_timeout(Some(patience))
+    }
+}
+
+/// Connects to an export, and negotiates for at most `patience`. Blocks.
+///
+/// # Errors
+/// Those of connect(2); [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::InvalidData`] for what is no NBD server;
+/// [`io::ErrorKind::ConnectionRefused`] with the server's reason if it refuses the export.
+pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection> {
+    let (host, port) = match &uri.place {
+        Place::Unix(path) => {
+            let mut stream = socket::connect_to_path_without_waiting(path)?;
+            let export = negotiate(&mut stream, &uri.export, patience)?;
+            let process = stream::peer_process(&stream);
+            return Ok(Connection { socket: stream.into(), export, may_have_lost: false, process });
+        }
+        Place::Tcp(host, port) => (host.as_str(), *port),
+    };
+    let mut stream = connect_to_host(host, port)?;
+    stream.set_nodelay(true)?;
+    stream::keep_alive(&stream)?;
+    let export = negotiate(&mut stream, &uri.export, patience)?;
+    Ok(Connection { socket: stream.into(), export, may_have_lost: false, process: None })
+}
+
+fn connect_to_host(host: &str, port: u16) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, ADDRESS_PATIENCE) {
+            Ok(stream) => return Ok(stream),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+fn negotiate(stream: &mut dyn Patient, export: &str, patience: Duration) -> io::Result<Export> {
+    let until = Instant::now() + patience;
+    let mut handshake = Handshake::new(export);
+    while let Some(wants) = handshake.wants() {
+        let mut bytes = vec![0; wants];
+        let mut filled = 0;
+        while filled < wants {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(silent(patience));
+            }
+            stream.set_patience(left)?;
+            match stream.read(&mut bytes[filled..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => filled += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(silent(patience)),
+                Err(e) => return Err(e),
+            }
+        }
+        handshake.receive(&bytes).map_err(|error| match error {
+            HandshakeError::Protocol(why) => io::Error::new(io::ErrorKind::InvalidData, why),
+            HandshakeError::Refused(why) => io::Error::new(io::ErrorKind::ConnectionRefused, why),
+        })?;
+        stream.write_all(&handshake.take_output())?;
+    }
+    Ok(handshake.export().expect("the handshake is over"))
+}
+
+fn silent(patience: Duration) -> io::Error {
+    let seconds = patience.as_secs();
+    let why = format!("the server does not answer within {seconds} s (it may serve one client at a time: qemu-nbd -e)");
+    io::Error::new(io::ErrorKind::TimedOut, why)
+}

@@ -1,0 +1,357 @@
+//! One worker's queue on an export: a client, and the socket of its connection.
+//!
+//! The wake fd is an epoll descriptor over the socket, a timer for the end of quarantines, and an eventfd that the
+//! thread notifies that connects again. Nothing here waits: the socket is never asked to.
+
+use std::fmt;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{error, info, warn};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::client::Client;
+use super::connect::Connection;
+use super::receive::LOOK_AHEAD;
+use super::remote::{Attempt, Break, Connector, Notifier, Remote};
+use super::slot::Violation;
+use super::suspects::BreakId;
+use super::wire::{command, request};
+use crate::store::{DRAIN_MAX, Event, IoRequest, Limits, Refused, Segment, StoreQueue, wait_until_drained};
+use crate::sys::stream;
+use crate::units::counted;
+
+/// Bytes that are received beside the data of reads.
+const STAGING_BYTES: usize = 256 << 10;
+const _: () = assert!(STAGING_BYTES >= LOOK_AHEAD);
+/// Most pieces of memory of one recvmsg(2), without the staging.
+const PIECES_MAX: usize = 256;
+/// Most calls of recvmsg(2) in one turn: a server that sends without end does not hold up the worker.
+const RECEIVES_MAX: usize = 64;
+
+/// See the module.
+pub(super) struct NbdQueue {
+    limits: Limits,
+    remote: Arc<Remote>,
+    client: Client,
+    epoll: Epoll,
+    wake: Notifier,
+    timer: TimerFd,
+    timer_at: Option<Duration>,
+    connection: Option<Connection>,
+    /// Connects again. Without one, a connection that breaks is the last one.
+    connector: Option<Connector>,
+    is_connecting: bool,
+    /// When the connection was made, or broke; and the pause before the last attempt.
+    since: Instant,
+    pause: Duration,
+    /// The name of the last break.
+    last_break: BreakId,
+    /// The socket's epoll entry asks whether it can take more.
+    wants_writable: bool,
+    staging: Box<[u8]>,
+    /// What of the staging was not taken yet.
+    staged: std::ops::Range<usize>,
+    pieces: Vec<Segment>,
+    drained: bool,
+}
+
+impl NbdQueue {
+    /// A queue on `connection`.
+    ///
+    /// # Errors
+    /// Those of epoll_create(2), timerfd_create(2) and eventfd(2).
+    pub fn new(remote: Arc<Remote>, limits: Limits, connection: Connection) -> io::Result<Self> {
+        let client = Client::new(remote.promised, Arc::clone(&remote.suspects));
+        let mut queue = Self {
+            limits,
+            client,
+            epoll: Epoll::new()?,
+            wake: Notifier::new()?,
+            timer: TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?,
+            timer_at: None,
+            connection: None,
+            connector: None,
+            is_connecting: false,
+            since: Instant::now(),
+            pause: Duration::ZERO,
+            last_break: 0,
+            wants_writable: false,
+            staging: vec![0; STAGING_BYTES].into_boxed_slice(),
+            staged: 0..0,
+            pieces: Vec::new(),
+            drained: false,
+            remote,
+        };
+        for fd in [queue.wake.as_raw_fd(), queue.timer.as_raw_fd()] {
+            queue.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
+        }
+        queue.adopt(connection)?;
+        Ok(queue)
+    }
+
+    /// Starts the thread that connects again. Called before the worker is confined.
+    ///
+    /// # Errors
+    /// If the thread cannot be started.
+    pub fn start_connector(&mut self) -> io::Result<()> {
+        self.connector = Some(Connector::start(&self.remote, self.wake.clone())?);
+        Ok(())
+    }
+
+    /// The queue's connection, if nothing is in flight on it.
+    pub fn into_connection(mut self) -> Option<Connection> {
+        if self.client.in_flight() > 0 {
+            return None;
+        }
+        let may_have_lost = self.client.must_tell_loss();
+        self.connection.take().map(|connection| Connection { may_have_lost, ..connection })
+    }
+
+    fn adopt(&mut self, connection: Connection) -> io::Result<()> {
+        let event = EpollEvent::new(EventSet::IN, 0);
+        self.epoll.ctl(ControlOperation::Add, connection.socket.as_raw_fd(), event)?;
+        (self.wants_writable, self.staged, self.since) = (false, 0..0, Instant::now());
+        self.client.connected(&connection.export, connection.may_have_lost, self.remote.now());
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// Sends as much as the socket takes.
+    fn send(&mut self) -> io::Result<()> {
+        let Some(connection) = &self.connection else { return Ok(()) };
+        let socket = connection.socket.as_raw_fd();
+        while self.client.has_output() {
+            self.client.output(&mut self.pieces);
+            // SAFETY: the pieces are headers and memory of operations in flight, which the client owns; it does not
+            // change before the call returns.
+            match unsafe { stream::send(socket, &self.pieces) } {
+                Ok(count) => self.client.sent(count),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.ask_for_writable(true),
+                Err(e) => return Err(e),
+            }
+        }
+        self.ask_for_writable(false)
+    }
+
+    fn ask_for_writable(&mut self, wants: bool) -> io::Result<()> {
+        if let Some(connection) = &self.connection
+            && wants != mem::replace(&mut self.wants_writable, wants)
+        {
+            let events = if wants { EventSet::IN | EventSet::OUT } else { EventSet::IN };
+            let event = EpollEvent::new(events, 0);
+            self.epoll.ctl(ControlOperation::Modify, connection.socket.as_raw_fd(), event)?;
+        }
+        Ok(())
+    }
+
+    /// Receives what has arrived.
+    fn receive(&mut self) -> io::Result<()> {
+        let Some(connection) = &self.connection else { return Ok(()) };
+        let socket = connection.socket.as_raw_fd();
+        for _ in 0..RECEIVES_MAX {
+            self.take_staged()?;
+            // What is left is the beginning of a header.
+            self.staging.copy_within(self.staged.clone(), 0);
+            self.staged = 0..self.staged.len();
+            self.client.data_target(PIECES_MAX, &mut self.pieces);
+            let direct: usize = self.pieces.iter().map(|piece| piece.len).sum();
+            let space = &mut self.staging[self.staged.end..];
+            self.pieces.push(Segment { base: space.as_mut_ptr(), len: space.len() });
+            let asked = direct + space.len();
+            // SAFETY: the pieces are memory of a read in flight, which the client owns, and the queue's own buffer.
+            let count = match unsafe { stream::receive(socket, &self.pieces) } {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e),
+            };
+            let in_place = count.min(direct);
+            if in_place > 0 {
+                self.client.data_received(in_place as u64, self.remote.now()).map_err(broken)?;
+            }
+            self.staged.end += count - in_place;
+            if count < asked {
+                // Nothing more is there now.
+                return self.take_staged();
+            }
+        }
+        // The descriptor stays readable: the rest comes in the next turn.
+        Ok(())
+    }
+
+    /// Hands what was staged to the client.
+    fn take_staged(&mut self) -> io::Result<()> {
+        while !self.staged.is_empty() {
+            let now = self.remote.now();
+            let taken = self.client.receive(&self.staging[self.staged.clone()], now).map_err(broken)?;
+            self.staged.start += taken;
+            if taken == 0 {
+                return Ok(());
+            }
+        }
+        self.staged = 0..0;
+        Ok(())
+    }
+
+    /// Sends and receives; a connection that breaks meanwhile is replaced.
+    fn exchange(&mut self) {
+        if let Err(e) = self.send().and_then(|()| self.receive()).and_then(|()| self.send()) {
+            self.hang_up(&e);
+        }
+    }
+
+    fn hang_up(&mut self, error: &io::Error) {
+        let Some(connection) = self.connection.take() else { return };
+        let _ = self.epoll.ctl(ControlOperation::Delete, connection.socket.as_raw_fd(), EpollEvent::default());
+        let label = &self.remote.label;
+        let why = match error.kind() {
+            io::ErrorKind::UnexpectedEof => "the server has closed it".to_owned(),
+            _ => error.to_string(),
+        };
+        warn!("{label}: the connection is lost ({why}); connecting again");
+        let (cause, until) = self.remote.note_break(error);
+        self.last_break = cause;
+        self.client.disconnected(cause, until, self.remote.now());
+        self.pause = Remote::pause_after(self.since.elapsed(), self.pause);
+        self.since = Instant::now();
+        let broken = Break { connection, pause: self.pause, since: self.since };
+        self.is_connecting = self.connector.as_ref().is_some_and(|connector| connector.replace(broken));
+        if !self.is_connecting {
+            self.client.gone();
+            self.wake.notify();
+        }
+    }
+
+    /// Looks whether there is a connection again.
+    fn look_at_connecting(&mut self) {
+        let Some(attempt) = self.connector.as_ref().and_then(Connector::result) else { return };
+        self.is_connecting = false;
+        let label = self.remote.label.clone();
+        match attempt {
+            Attempt::Connected { connection, is_server_new } => {
+                let (away, open) = (self.since.elapsed().as_secs_f32(), self.client.unanswered() as u64);
+                info!("{label}: connected again after {away:.1} s; repeating {}", counted(open, "operation"));
+                if is_server_new {
+                    // The process that had them has ended, and every thread of it.
+                    self.remote.suspects.release(self.last_break);
+                }
+                if let Err(e) = self.adopt(connection) {
+                    error!("{label}: cannot watch the connection: {e}");
+                    self.client.gone();
+                }
+            }
+            Attempt::Gone(why) => {
+                error!("{label}: {why}; the image is not used any more until the daemon is started again");
+                self.client.gone();
+            }
+        }
+    }
+
+    /// Arms the timer for the end of the next quarantine.
+    fn set_timer(&mut self) {
+        let deadline = self.client.deadline();
+        if deadline != self.timer_at {
+            let result = match deadline {
+                Some(at) => {
+                    let left = at.saturating_sub(self.remote.now()).max(Duration::from_millis(1));
+                    self.timer.reset(left, None)
+                }
+                None => self.timer.clear(),
+            };
+            debug_assert!(result.is_ok(), "{result:?}");
+            self.timer_at = deadline;
+        }
+    }
+}
+
+fn broken(violation: Violation) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, violation.0)
+}
+
+impl StoreQueue for NbdQueue {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn wake_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    fn submit(&mut self, request: IoRequest) -> Result<(), Refused> {
+        if !self.limits.admissible(&request) {
+            return Err(Refused::Invalid(request));
+        }
+        if self.client.in_flight() >= usize::from(self.limits.depth) {
+            return Err(Refused::Full(request));
+        }
+        if request.op.is_change() {
+            self.remote.note_change();
+        }
+        self.client.submit(request, self.remote.now());
+        if self.client.has_events() {
+            self.wake.notify();
+        }
+        Ok(())
+    }
+
+    fn kick(&mut self) {
+        self.set_timer();
+        if let Err(e) = self.send() {
+            self.hang_up(&e);
+        }
+    }
+
+    fn reap(&mut self, events: &mut Vec<Event>) {
+        self.wake.clear();
+        if self.timer_at.is_some_and(|at| at <= self.remote.now()) {
+            // Armed again below, for the next one.
+            let _ = self.timer.clear();
+            self.timer_at = None;
+            self.client.advance(self.remote.now());
+        }
+        self.exchange();
+        if self.is_connecting {
+            self.look_at_connecting();
+            self.exchange();
+        }
+        self.set_timer();
+        self.client.take_events(events);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.client.in_flight()
+    }
+
+    fn drain(&mut self, patience: Duration) -> bool {
+        self.drained = true;
+        wait_until_drained(self, patience)
+    }
+}
+
+impl Drop for NbdQueue {
+    fn drop(&mut self) {
+        if !self.drained && self.client.in_flight() > 0 && !wait_until_drained(self, DRAIN_MAX) {
+            let (label, hanging) = (&self.remote.label, counted(self.client.in_flight() as u64, "operation"));
+            error!("{label}: {hanging} did not complete in {} s", DRAIN_MAX.as_secs());
+        }
+        if let Some(connection) = &self.connection
+            && !self.client.has_output()
+        {
+            let mut header = request(command::DISCONNECT, 0, 0, 0, 0);
+            let piece = Segment { base: header.as_mut_ptr(), len: header.len() };
+            // SAFETY: the piece is a local array.
+            let _ = unsafe { stream::send(connection.socket.as_raw_fd(), &[piece]) };
+        }
+    }
+}
+
+impl fmt::Debug for NbdQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NbdQueue").field("remote", &self.remote.label).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,80 @@
+//! Writes that a dead connection may still carry out.
+//!
+//! A server that outlives a connection may execute a request after the client has repeated it on another connection,
+//! and after the client has written something newer. The repetition has the same bytes, so it may go at once. What is
+//! newer must wait until the old request cannot come any more: the *quarantine*. All queues of an image share the list.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// A broken connection.
+pub(super) type BreakId = u64;
+
+/// A range that an old request may still change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Suspect {
+    range: Range<u64>,
+    until: Duration,
+    cause: BreakId,
+}
+
+/// See the module. Times are since the image was opened.
+#[derive(Debug, Default)]
+pub(super) struct Suspects {
+    list: Mutex<Vec<Suspect>>,
+    /// The list may have entries.
+    any: AtomicBool,
+}
+
+impl Suspects {
+    /// A request on `range` may be executed until `until`, because of the break `cause`.
+    pub fn add(&self, range: Range<u64>, until: Duration, cause: BreakId, now: Duration) {
+        let mut list = self.list.lock().expect("no thread panics with the list locked");
+        list.retain(|suspect| suspect.until > now);
+        if until > now {
+            list.push(Suspect { range, until, cause });
+        }
+        self.any.store(!list.is_empty(), Ordering::Release);
+    }
+
+    /// What was sent before that break cannot be executed any more.
+    pub fn release(&self, cause: BreakId) {
+        let mut list = self.list.lock().expect("no thread panics with the list locked");
+        list.retain(|suspect| suspect.cause != cause);
+        self.any.store(!list.is_empty(), Ordering::Release);
+    }
+
+    /// Until when a new change of `range` must wait; `None`: it may go.
+    pub fn blocked_until(&self, range: &Range<u64>, now: Duration) -> Option<Duration> {
+        if !self.any.load(Ordering::Acquire) {
+            return None;
+        }
+        let list = self.list.lock().expect("no thread panics with the list locked");
+        let overlaps = |suspect: &&Suspect| suspect.range.start < range.end && range.start < suspect.range.end;
+        list.iter().filter(overlaps).map(|suspect| suspect.until).filter(|until| *until > now).max()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: fn(u64) -> Duration = Duration::from_secs;
+
+    #[test]
+    fn a_change_waits_for_the_last_suspect_that_it_overlaps() {
+        let suspects = Suspects::default();
+        suspects.add(0..4096, S(5), 1, S(0));
+        suspects.add(2048..8192, S(7), 2, S(0));
+        assert_eq!(suspects.blocked_until(&(0..512), S(1)), Some(S(5)));
+        assert_eq!(suspects.blocked_until(&(0..4096), S(1)), Some(S(7)));
+        assert_eq!(suspects.blocked_until(&(8192..9000), S(1)), None);
+        assert_eq!(suspects.blocked_until(&(0..512), S(5)), None);
+        suspects.release(2);
+        assert_eq!(suspects.blocked_until(&(0..4096), S(1)), Some(S(5)));
+        suspects.release(1);
+        assert_eq!(suspects.blocked_until(&(0..4096), S(1)), None);
+    }
+}

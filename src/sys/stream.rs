@@ -1,0 +1,113 @@
+//! Stream sockets to a server, as far as std does not cover them: scattered transfers that never wait, and how the
+//! kernel finds out that the other end is gone.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use super::file::Segment;
+use super::retry_eintr;
+
+/// Idle seconds before the kernel probes a TCP connection, seconds between probes, and probes without an answer.
+const KEEP_ALIVE: [(libc::c_int, libc::c_int); 3] =
+    [(libc::TCP_KEEPIDLE, 5), (libc::TCP_KEEPINTVL, 2), (libc::TCP_KEEPCNT, 3)];
+/// How long what was sent may stay without an acknowledgement: as long as the probes take.
+const USER_TIMEOUT_MS: libc::c_int = 11_000;
+/// SO_PEERPIDFD (Linux 6.5), which the libc crate does not have.
+const SO_PEERPIDFD: libc::c_int = 77;
+
+/// One sendmsg(2) that neither waits nor raises SIGPIPE; returns the number of bytes that the kernel took.
+///
+/// # Errors
+/// EAGAIN if it took none; those of a broken connection.
+///
+/// # Safety
+/// The segments must name memory that this thread may read.
+pub unsafe fn send(socket: RawFd, segments: &[Segment]) -> io::Result<usize> {
+    let message = message_of(segments);
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    // SAFETY: a Segment is an iovec (asserted beside it); the caller vouches for the memory.
+    retry_eintr(|| unsafe { libc::sendmsg(socket, &raw const message, flags) }).map(isize::cast_unsigned)
+}
+
+/// One recvmsg(2) that does not wait; returns the number of bytes, 0 at the end of the stream.
+///
+/// # Errors
+/// EAGAIN if there are none yet; those of a broken connection.
+///
+/// # Safety
+/// The segments must name memory that this thread may write.
+pub unsafe fn receive(socket: RawFd, segments: &[Segment]) -> io::Result<usize> {
+    let mut message = message_of(segments);
+    // SAFETY: as in send().
+    retry_eintr(|| unsafe { libc::recvmsg(socket, &raw mut message, libc::MSG_DONTWAIT) }).map(isize::cast_unsigned)
+}
+
+fn message_of(segments: &[Segment]) -> libc::msghdr {
+    // SAFETY: all-zero bytes are a valid msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = segments.as_ptr().cast_mut().cast();
+    message.msg_iovlen = segments.len() as _;
+    message
+}
+
+/// Makes the kernel find out within some seconds that a TCP connection's other end is gone, also while nothing is sent.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
+    set(&socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
+    for (option, value) in KEEP_ALIVE {
+        set(&socket, libc::IPPROTO_TCP, option, value)?;
+    }
+    set(&socket, libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+}
+
+/// Makes closing a TCP connection drop what was not sent yet. Has no effect on other sockets.
+pub fn drop_unsent_on_close(socket: impl AsFd) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    let len = libc::socklen_t::try_from(size_of::<libc::linger>()).expect("a few bytes");
+    // SAFETY: the call reads `len` bytes of `linger`, whose size that is. It fails for no open socket.
+    unsafe {
+        libc::setsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len)
+    };
+}
+
+fn set(socket: &impl AsFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let (fd, len) = (socket.as_fd().as_raw_fd(), libc::socklen_t::try_from(size_of_val(&value)).expect("four bytes"));
+    // SAFETY: the call reads `len` bytes of `value`, whose size that is.
+    retry_eintr(|| unsafe { libc::setsockopt(fd, level, option, (&raw const value).cast(), len) }).map(drop)
+}
+
+/// A descriptor of the process that listens at the other end of a Unix domain socket, readable once that process has
+/// ended; `None` if the kernel does not tell it, or the process has ended by now.
+pub fn peer_process(socket: impl AsFd) -> Option<OwnedFd> {
+    let mut process: libc::c_int = -1;
+    let mut len = libc::socklen_t::try_from(size_of_val(&process)).expect("four bytes");
+    let (fd, value) = (socket.as_fd().as_raw_fd(), (&raw mut process).cast());
+    // SAFETY: the call writes at most `len` bytes to `process`, whose size that is.
+    retry_eintr(|| unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, SO_PEERPIDFD, value, &raw mut len) }).ok()?;
+    // SAFETY: the kernel installed a new descriptor, which nothing else owns.
+    (process >= 0).then(|| unsafe { OwnedFd::from_raw_fd(process) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::sys::poll::wait_readable;
+
+    #[test]
+    fn the_listening_process_is_seen_to_live() {
+        let path = std::env::temp_dir().join(format!("genblk-peer-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).unwrap();
+        let stream = UnixStream::connect(&path).unwrap();
+        drop(listener);
+        std::fs::remove_file(&path).unwrap();
+        // Before Linux 6.5 nothing is known.
+        if let Some(process) = peer_process(&stream) {
+            assert!(!wait_readable(process.as_raw_fd(), Duration::ZERO), "this process runs");
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! An NBD server in this process that breaks the protocol, or the client's trust: that costs a connection and never a
+//! byte.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+mod fake;
+#[path = "../store_kit/mod.rs"]
+mod store_kit;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use genblk::store::file::{NbdOptions, OpenOptions};
+use genblk::store::nbd::NbdImage;
+use genblk::store::{Backing, Event, IoRequest};
+use genblk::units::{Fault, OpKind};
+
+use fake::{Act, FakeServer, Request, chunk, is_read, is_write};
+use store_kit::{Buffer, Driver, pattern};
+
+const SIZE: u64 = 1 << 20;
+
+/// What the server does in place of a reply.
+type Answer = dyn Fn(Request) -> Act + Send + Sync;
+
+/// A path for the socket of a test.
+fn socket_named(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.{}", std::process::id()))
+}
+
+fn open(server: &FakeServer, nbd: NbdOptions) -> Arc<dyn Backing> {
+    let options = OpenOptions { nbd, ..OpenOptions::default() };
+    NbdImage::open(None, Path::new(&server.uri()), &options).unwrap()
+}
+
+/// Does `first` with the first matching request of all, and serves everything else.
+fn once(
+    matches: fn(&Request) -> bool,
+    first: impl Fn(Request) -> Act + Send + Sync,
+) -> impl Fn(Request) -> Act + Send + Sync {
+    let seen = AtomicUsize::new(0);
+    move |request| {
+        // The image is opened with reads of its own, at both ends.
+        let counts = matches(&request) && request.offset >= 64 << 10 && request.offset < SIZE - (64 << 10);
+        if counts && seen.fetch_add(1, Ordering::Relaxed) == 0 { first(request) } else { Act::Serve }
+    }
+}
+
+#[test]
+fn replies_that_break_the_protocol_cost_the_connection_and_no_operation() {
+    let cases: Vec<(&str, Box<Answer>)> = vec![
+        ("garbage", Box::new(|_| Act::Send(vec![0x5a; 64]))),
+        ("nothing but the end", Box::new(|_| Act::SendAndClose(Vec::new()))),
+        ("an unknown cookie", Box::new(|r| Act::Send(chunk(1, 0, r.cookie ^ 1 << 40, &[])))),
+        ("a read that is complete without data", Box::new(|r| Act::Send(chunk(1, 0, r.cookie, &[])))),
+        (
+            "data beyond the read",
+            Box::new(|r| {
+                let data = [&(r.offset + 4096).to_be_bytes()[..], &[7; 4096]].concat();
+                Act::Send(chunk(1, 1, r.cookie, &data))
+            }),
+        ),
+        (
+            "the same data twice",
+            Box::new(|r| {
+                let data = [&r.offset.to_be_bytes()[..], &[7; 2048]].concat();
+                Act::Send([chunk(0, 1, r.cookie, &data), chunk(1, 1, r.cookie, &data)].concat())
+            }),
+        ),
+        (
+            "a part of the data",
+            Box::new(|r| {
+                let data = [&r.offset.to_be_bytes()[..], &[7; 512]].concat();
+                Act::Send(chunk(1, 1, r.cookie, &data))
+            }),
+        ),
+        (
+            "a hole of no bytes",
+            Box::new(|r| Act::Send(chunk(1, 2, r.cookie, &[&r.offset.to_be_bytes()[..], &[0; 4]].concat()))),
+        ),
+        (
+            "an endless chunk",
+            Box::new(|r| {
+                let mut bytes = chunk(0, 0x8001, r.cookie, &[]);
+                bytes[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
+                Act::Send(bytes)
+            }),
+        ),
+        ("an unknown chunk", Box::new(|r| Act::Send(chunk(1, 77, r.cookie, &[])))),
+        ("an error without a number", Box::new(|r| Act::Send(chunk(1, 0x8001, r.cookie, &[0; 6])))),
+        ("a shutdown", Box::new(|_| Act::Fail(108))),
+        (
+            "half a reply",
+            Box::new(|r| {
+                let mut bytes = chunk(1, 1, r.cookie, &[0; 4104]);
+                bytes.truncate(1000);
+                bytes[20..28].copy_from_slice(&r.offset.to_be_bytes());
+                Act::SendAndClose(bytes)
+            }),
+        ),
+        ("a half-closed connection", Box::new(|_| Act::HalfClose)),
+    ];
+    let socket = socket_named("nbd-hostile");
+    for (name, act) in cases {
+        println!("{name}");
+        let server = FakeServer::start(&socket, SIZE, once(is_read, act));
+        let want = pattern(4096, 5);
+        server.memory.lock().unwrap()[128 << 10..][..4096].copy_from_slice(&want);
+        let image = open(&server, NbdOptions::default());
+        let mut driver = Driver::new(&image);
+        assert!(driver.read(128 << 10, 4096) == want, "{name}: the read is repeated on the next connection");
+        // The connection was not the first one: the server may have forgotten.
+        let event = driver.try_run(OpKind::Sync, 0, 0, Vec::new());
+        assert!(matches!(event, Event::Failed { fault: Fault::Lost, .. }), "{name}: {event:?}");
+        driver.run(OpKind::Sync, 0, 0, Vec::new());
+    }
+}
+
+#[test]
+fn replies_in_single_bytes_are_put_together() {
+    let socket = socket_named("nbd-dribble");
+    let server = FakeServer::start(&socket, SIZE, |_| Act::Dribble);
+    let image = open(&server, NbdOptions::default());
+    let mut driver = Driver::new(&image);
+    let want = pattern(20_480, 6);
+    driver.write(128 << 10, &mut Buffer::copy_of(&want));
+    driver.run(OpKind::Sync, 0, 0, Vec::new());
+    assert!(driver.read(128 << 10, want.len()) == want);
+}
+
+#[test]
+fn errors_of_a_server_are_those_of_the_operation() {
+    let socket = socket_named("nbd-errors");
+    for (error, fault) in [
+        (5, Fault::Media),
+        (28, Fault::NoSpace),
+        (22, Fault::Invalid),
+        (95, Fault::Unsupported),
+        (1, Fault::Media),
+        (12, Fault::Media),
+        (u32::MAX, Fault::Media),
+    ] {
+        let server = FakeServer::start(&socket, SIZE, once(is_write, move |_| Act::Fail(error)));
+        let image = open(&server, NbdOptions::default());
+        let mut driver = Driver::new(&image);
+        let mut buffer = Buffer::filled(4096, 1);
+        let event = driver.try_run(OpKind::Write, 128 << 10, 4096, vec![buffer.segment(0, 4096)]);
+        assert!(matches!(event, Event::Failed { fault: found, .. } if found == fault), "error {error}: {event:?}");
+        driver.write(128 << 10, &mut buffer);
+    }
+}
+
+/// The connection of a write breaks, the write is repeated, and a newer one follows. The server executes the first one
+/// half a second after the break.
+fn newest_after_a_zombie_write(name: &str, quarantine: Duration) -> (u8, Duration) {
+    let socket = socket_named(name);
+    let zombie = Duration::from_millis(500);
+    let act = move |_| Act::CloseAndServeLater(zombie);
+    let server = FakeServer::start(&socket, SIZE, once(is_write, act));
+    let image = open(&server, NbdOptions { quarantine, ..NbdOptions::default() });
+    let mut driver = Driver::new(&image);
+    let started = Instant::now();
+    driver.write(128 << 10, &mut Buffer::filled(4096, 1));
+    let repeated = started.elapsed();
+    assert!(repeated < zombie, "the repetition does not wait: {repeated:?}");
+    // Elsewhere nothing waits.
+    driver.write(256 << 10, &mut Buffer::filled(4096, 9));
+    assert!(started.elapsed() < zombie, "{:?}", started.elapsed());
+    driver.write(128 << 10, &mut Buffer::filled(4096, 2));
+    let written = started.elapsed();
+    driver.try_run(OpKind::Sync, 0, 0, Vec::new());
+    std::thread::sleep(zombie * 2);
+    let newest = server.memory.lock().unwrap()[128 << 10];
+    (newest, written)
+}
+
+#[test]
+fn a_write_that_a_dead_connection_still_carries_out_overtakes_no_newer_one() {
+    let (newest, _) = newest_after_a_zombie_write("nbd-zombie-none", Duration::ZERO);
+    assert_eq!(newest, 1, "without a quarantine the zombie wins, or this test proves nothing");
+    let quarantine = Duration::from_millis(1200);
+    let (newest, written) = newest_after_a_zombie_write("nbd-zombie", quarantine);
+    assert_eq!(newest, 2);
+    assert!(written >= quarantine, "{written:?}");
+}
+
+#[test]
+fn a_server_that_never_replies_blocks_no_call() {
+    let socket = socket_named("nbd-silent");
+    let ignore = |request: Request| if is_write(&request) { Act::Ignore } else { Act::Serve };
+    let server = FakeServer::start(&socket, SIZE, ignore);
+    let image = open(&server, NbdOptions::default());
+    let mut queue = image.attach().unwrap();
+    let mut buffers: Vec<Buffer> = (0..64).map(|_| Buffer::filled(64 << 10, 3)).collect();
+    let started = Instant::now();
+    for (n, buffer) in buffers.iter_mut().enumerate() {
+        let segments = vec![buffer.segment(0, 64 << 10)];
+        let (offset, len) = ((n as u64 % 8) << 16, 64 << 10);
+        let request = IoRequest { tag: n as u64, op: OpKind::Write, offset, len, demand: true, segments };
+        queue.submit(request).unwrap();
+        queue.kick();
+        queue.reap(&mut Vec::new());
+    }
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(!queue.drain(Duration::from_millis(100)), "64 writes are in flight");
+}
+
+#[test]
+fn a_smaller_export_ends_the_image_and_fails_everything() {
+    let socket = socket_named("nbd-shrunk");
+    let server = FakeServer::start(&socket, SIZE, once(is_read, |_| Act::SendAndClose(vec![])));
+    *server.size_later.lock().unwrap() = SIZE / 2;
+    let image = open(&server, NbdOptions::default());
+    let mut driver = Driver::new(&image);
+    let mut buffer = Buffer::filled(4096, 0);
+    for _ in 0..2 {
+        let event = driver.try_run(OpKind::Read, 128 << 10, 4096, vec![buffer.segment(0, 4096)]);
+        assert!(matches!(event, Event::Failed { fault: Fault::Gone, .. }), "{event:?}");
+    }
+}

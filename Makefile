@@ -49,7 +49,7 @@ soak: setup ## simulator, kills and guest tests in a loop, SOAK_MINUTES long
 	while [ $$(date +%s) -lt $$end ]; do \
 		round=$$((round + 1)); echo "soak: round $$round"; \
 		$(MAKE) --no-print-directory sim SEED= N=1000 FIRST=$$((round * 1000)) && \
-		GENBLK_KILLS=200 $(CARGO) test --release --locked --test survival && \
+		GENBLK_KILLS=200 GENBLK_EVENTS=300 $(CARGO) test --release --locked --test survival && \
 		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest || exit 1; \
 	done; echo "soak: $$round rounds, no failure"
 

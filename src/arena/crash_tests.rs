@@ -11,6 +11,7 @@ use super::*;
 use crate::image_id::ImageId;
 use crate::shared_memory::FileChange;
 use crate::shared_memory::trace::{Event, FileId, crash_states, file_id, record};
+use crate::tenure::TenureId;
 use crate::tenure::token::ChangeToken;
 use crate::units::PageNo;
 

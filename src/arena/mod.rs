@@ -12,10 +12,12 @@
 //! Dropping an arena removes its file, unless the file holds data that is nowhere else, or is kept for the next daemon
 //! ([`Arena::keep_on_drop`]).
 
+mod changes;
 #[cfg(test)]
 mod crash_tests;
 mod ended;
 mod file;
+mod guest;
 mod handed;
 mod ledger;
 mod lost_file;
@@ -33,14 +35,13 @@ use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memfd;
-use crate::tenure::TenureId;
 use crate::tenure::record::CachePlace;
-use crate::tenure::token::{ChangeToken, wall_clock_ns};
 use crate::units::{
     FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask,
     SectorSpan, low_u8,
 };
 
+pub use changes::RestPoint;
 pub use file::{ArenaFile, Seen};
 pub use handed::{ArenaParts, KeptArena, Received};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, SAMPLES_MAX, TenureFacts, ZERO_SLOTS};
@@ -49,7 +50,7 @@ pub use samples::hash_of;
 pub use survey::Survey;
 pub use trust::Whose;
 
-use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field, token_field};
+use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
 use lost_file::LossMarker;
 use mapping::{MEMFD_NAME, Mapping};
 
@@ -77,15 +78,6 @@ pub struct Arena {
     keep_on_drop: AtomicBool,
     /// Held while the image's change token is stored.
     token: Mutex<()>,
-}
-
-/// A moment at which no change of the image was in flight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RestPoint {
-    /// Number of changes before it.
-    changes: u64,
-    /// Bytes of those.
-    changed_bytes: u64,
 }
 
 /// What a cache holds that an image does not have room for.
@@ -335,40 +327,6 @@ impl Arena {
         })
     }
 
-    /// Records that a previous daemon lost completed writes of the guest, for this daemon and for the next ones, until
-    /// [`Arena::clear_data_loss`].
-    pub fn set_data_loss(&self) {
-        self.data_loss.store(true, Ordering::Release);
-        self.store_in_header(field::UNWRITTEN, 1);
-    }
-
-    /// Whether the guest may rely on data that is lost.
-    pub fn has_data_loss(&self) -> bool {
-        self.data_loss.load(Ordering::Acquire)
-    }
-
-    /// Forgets the data loss: the guest has reset the device, and relies on nothing but the image.
-    ///
-    /// => Without a loss this changes nothing: the same word may say that the cache holds unwritten data, which the
-    ///    guest still reads. With a loss there is no such data, because every request fails.
-    pub fn clear_data_loss(&self) {
-        if self.data_loss.swap(false, Ordering::AcqRel) {
-            self.store_in_header(field::UNWRITTEN, 0);
-        }
-    }
-
-    /// Records whether the guest has selected write-through, for this daemon and in the file for the next one: a
-    /// front-end that reconnects does not repeat it.
-    pub fn set_write_through(&self, write_through: bool) {
-        self.write_through.store(write_through, Ordering::Release);
-        self.store_in_header(field::WRITE_THROUGH, write_through.into());
-    }
-
-    /// Whether the guest has selected write-through.
-    pub fn is_write_through(&self) -> bool {
-        self.write_through.load(Ordering::Acquire)
-    }
-
     fn store_in_header(&self, at: usize, value: u64) {
         self.header().inspect(|header| header.store(at, value));
     }
@@ -406,109 +364,6 @@ impl Arena {
         Ok(())
     }
 
-    /// Records that the daemon starts to change the image: these sectors, or an unknown part of them.
-    ///
-    /// => The caller serializes changes and [`Arena::rest_point`].
-    pub fn begin_change(&self, span: SectorSpan) {
-        if let Persistence::Full { .. } = &self.persistence {
-            let bytes = span.count * SECTOR_BYTES;
-            self.forget_samples(span);
-            self.memory.store(field::CHANGES, self.memory.load(field::CHANGES).wrapping_add(1));
-            self.memory.store(field::CHANGED_BYTES, self.memory.load(field::CHANGED_BYTES).wrapping_add(bytes));
-            self.memory.store(field::HEARTBEAT, wall_clock_ns());
-        }
-    }
-
-    /// Records that changes of the image have ended, or failed.
-    pub fn end_changes(&self) {
-        if self.has_old_token() {
-            self.memory.store(field::HEARTBEAT, wall_clock_ns());
-        }
-    }
-
-    /// The present moment, at which the caller knows that no change of the image is in flight; `None` if the change
-    /// token of an earlier such moment is still right.
-    pub fn rest_point(&self) -> Option<RestPoint> {
-        let (changes, changed_bytes) = (self.memory_word(field::CHANGES), self.memory_word(field::CHANGED_BYTES));
-        self.has_old_token().then_some(RestPoint { changes, changed_bytes })
-    }
-
-    /// Whether changes have started since the change token was recorded.
-    fn has_old_token(&self) -> bool {
-        matches!(self.persistence, Persistence::Full { .. })
-            && self.memory.load(self.token_at() + token_field::AT) != self.memory.load(field::CHANGES).wrapping_add(1)
-    }
-
-    /// Offset of the change token that counts.
-    fn token_at(&self) -> usize {
-        ledger::token_at(self.memory.load(field::TOKEN_SLOT))
-    }
-
-    fn memory_word(&self, at: usize) -> u64 {
-        if let Persistence::Full { .. } = &self.persistence { self.memory.load(at) } else { 0 }
-    }
-
-    /// Records the image's change token, which was read after the moment `rest`. Does nothing if a newer one may have
-    /// been recorded since.
-    ///
-    /// => The daemon may be killed at any point: the old token counts until the new one is stored.
-    pub fn record_token(&self, rest: RestPoint, token: ChangeToken) {
-        let Persistence::Full { .. } = &self.persistence else { return };
-        let _serialized = self.token.lock().expect("no thread panics with the token locked");
-        if self.memory.load(field::CHANGES) != rest.changes {
-            return;
-        }
-        let slot = 1 - self.memory.load(field::TOKEN_SLOT).min(1);
-        let at = ledger::token_at(slot);
-        for (index, word) in token.words().into_iter().enumerate() {
-            self.memory.store(at + token_field::TOKEN + 8 * index, word);
-        }
-        self.memory.store(at + token_field::CHANGED_BYTES, rest.changed_bytes);
-        self.memory.store(at + token_field::AT, rest.changes.wrapping_add(1));
-        self.memory.store(field::TOKEN_SLOT, slot);
-    }
-
-    /// Records the image's change token at the beginning or at the end of a tenure, whatever was recorded before.
-    ///
-    /// => No change of the image is in flight.
-    pub fn record_token_now(&self, token: ChangeToken) {
-        let (changes, changed_bytes) = (self.memory_word(field::CHANGES), self.memory_word(field::CHANGED_BYTES));
-        self.record_token(RestPoint { changes, changed_bytes }, token);
-    }
-
-    /// Records whether the image has the record of the tenure, and whether that says that the tenure is over.
-    pub fn set_recorded(&self, is_recorded: bool, is_over: bool) {
-        let word = ledger::recorded_word(is_recorded, is_over);
-        if self.header().is_some_and(|header| header.load(field::IS_RECORDED) != word) {
-            self.store_in_header(field::IS_RECORDED, word);
-        }
-    }
-
-    /// Records that the guest has written the headers of these formats to its disk, which the image cannot record.
-    pub fn add_guest_formats(&self, formats: u64) {
-        let before = self.formats.fetch_or(formats, Ordering::AcqRel);
-        if before | formats != before {
-            self.store_in_header(field::GUEST_FORMATS, before | formats);
-        }
-    }
-
-    /// Formats whose headers the guest has written, and the image cannot record.
-    pub fn guest_formats(&self) -> u64 {
-        self.formats.load(Ordering::Acquire)
-    }
-
-    /// What the next daemon must know of the guest even if it gets no pages, apart from a loss.
-    fn has_guest_choices(&self) -> bool {
-        self.is_write_through() || self.guest_formats() != 0
-    }
-
-    /// The name of the tenure that the header records; `None` without a header.
-    pub fn tenure(&self) -> Option<TenureId> {
-        let header = self.header()?;
-        let [low, high] = [0, 8].map(|at| u128::from(header.load(field::TENURE_ID + at)));
-        Some(TenureId { generation: header.load(field::GENERATION), id: low | high << 64 })
-    }
-
     /// The mapping that begins with the header, in an arena that has one.
     fn header(&self) -> Option<&Mapping> {
         match (self.marker(), &self.persistence) {
@@ -526,16 +381,6 @@ impl Arena {
             let record = ledger::decode_record(self.memory.load(record_at(at, index)))?;
             Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), record))
         })
-    }
-
-    /// Records that everything is on the image: the daemon's death would lose nothing.
-    pub fn all_written(&self) {
-        if let Some(LossMarker { marker, .. }) = self.marker()
-            && marker.load(field::UNWRITTEN) != 0
-            && !self.has_data_loss()
-        {
-            marker.store(field::UNWRITTEN, 0);
-        }
     }
 
     /// Whether dropping the arena leaves its file for the next daemon (`true`), or removes it if nothing in it is
@@ -732,6 +577,7 @@ fn each_run(mut mask: SectorMask, mut f: impl FnMut(usize, usize)) {
 mod tests {
     use super::*;
     use crate::image_id::ImageId;
+    use crate::tenure::TenureId;
 
     #[test]
     fn the_ledger_takes_at_most_0_2_percent_and_three_pages() {

@@ -14,21 +14,21 @@ pub(super) fn is_private(pid: u32, address: u64, file: &File) -> bool {
     };
     let identity = (metadata.dev(), metadata.ino());
     maps.lines()
-        .filter_map(Mapping::parse)
+        .filter_map(MappedRange::parse)
         .find(|mapping| mapping.range.contains(&address))
         .is_some_and(|mapping| mapping.identity == identity && mapping.private)
 }
 
 /// A line of /proc/PID/maps.
 #[derive(Debug, PartialEq, Eq)]
-struct Mapping {
+struct MappedRange {
     range: std::ops::Range<u64>,
     private: bool,
     /// Device and inode of the file.
     identity: (u64, u64),
 }
 
-impl Mapping {
+impl MappedRange {
     /// Reads `START-END PERMISSIONS OFFSET MAJOR:MINOR INODE PATH` (proc_pid_maps(5)).
     fn parse(line: &str) -> Option<Self> {
         let mut words = line.split_ascii_whitespace();
@@ -75,9 +75,9 @@ mod tests {
     fn a_line_of_the_maps_is_read() {
         let line = "7f00c0000000-7f00d0000000 rw-p 00001000 00:01 4242                 /memfd:my ram (deleted)";
         let range = 0x7f00_c000_0000..0x7f00_d000_0000;
-        assert_eq!(Mapping::parse(line), Some(Mapping { range, private: true, identity: (1, 4242) }));
+        assert_eq!(MappedRange::parse(line), Some(MappedRange { range, private: true, identity: (1, 4242) }));
         for line in ["", "7f00", "7f00-8000 rw-s", "x-y rw-p 0 00:00 0"] {
-            assert_eq!(Mapping::parse(line), None, "{line}");
+            assert_eq!(MappedRange::parse(line), None, "{line}");
         }
     }
 }

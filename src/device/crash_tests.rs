@@ -275,29 +275,29 @@ impl World {
         while driver.seen < REQUESTS {
             let untaken = driver.waiting.len() - taken.len() - unpublished;
             let mut steps = Vec::new();
-            steps.extend(driver.free_head().map(Step::Submit));
-            steps.extend((1..=untaken).map(Step::Take));
-            steps.extend((0..taken.len()).map(Step::Complete));
-            steps.extend((unpublished > 0).then_some(Step::Publish));
+            steps.extend(driver.free_head().map(RingStep::Submit));
+            steps.extend((1..=untaken).map(RingStep::Take));
+            steps.extend((0..taken.len()).map(RingStep::Complete));
+            steps.extend((unpublished > 0).then_some(RingStep::Publish));
             let chosen = self.choose(steps.len());
             match steps[chosen] {
-                Step::Submit(head) => {
+                RingStep::Submit(head) => {
                     driver.submit(&self.live, head);
                     self.last = None;
                 }
-                Step::Take(count) => {
+                RingStep::Take(count) => {
                     let mut heads = Vec::new();
                     self.step(&driver, |_| ring.take(count, &mut heads))?;
                     assert_eq!(heads.len(), count, "the heads are available");
                     let request = |head| *driver.waiting.iter().find(|(_, waiting)| *waiting == head).unwrap();
                     taken.extend(heads.into_iter().map(request));
                 }
-                Step::Complete(at) => {
+                RingStep::Complete(at) => {
                     let (index, head) = taken.remove(at);
                     self.step(&driver, |_| ring.push_used(head, length_of(index)))?;
                     unpublished += 1;
                 }
-                Step::Publish => {
+                RingStep::Publish => {
                     self.step(&driver, |_| ring.publish())?;
                     driver.reap(&self.live)?;
                     self.last = None;
@@ -321,7 +321,7 @@ impl World {
 
 /// What may happen next.
 #[derive(Clone, Copy)]
-enum Step {
+enum RingStep {
     /// The driver makes a request available.
     Submit(u16),
     /// The ring takes so many heads.

@@ -403,7 +403,7 @@ impl NewCache<'_> {
         });
         arena.set_recorded(is_recorded, false);
         if arena.samples().len() < SAMPLES_MAX / 2 {
-            arena.record_samples(&samples_of(self.image));
+            arena.record_samples(&samples_of(self.image, arena));
         }
         if let Some(token) = self.image.change_token() {
             arena.record_token_now(token);

@@ -143,9 +143,9 @@ fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Sample {
     Sample::Equal(clean + equal)
 }
 
-/// Pages of an image with their hashes, for the ledger: those that every mount changes, and some from everywhere in its
-/// data.
-pub(super) fn samples_of(image: &dyn NamedImage) -> Vec<(PageNo, u64)> {
+/// Pages of an image with their hashes, for the ledger of `arena`: those that every mount changes, and some from
+/// everywhere in its data. What the cache holds dirty may be on the image and not be durable there, so it tells nothing.
+pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, u64)> {
     let image_pages = image.limits().size_bytes / PAGE_BYTES;
     let mut runs: Vec<Range<u64>> =
         image.data_runs().into_iter().map(|run| run.start.div_ceil(PAGE_BYTES)..run.end / PAGE_BYTES).collect();
@@ -166,7 +166,11 @@ pub(super) fn samples_of(image: &dyn NamedImage) -> Vec<(PageNo, u64)> {
     // Half of the places for each kind.
     let (mut pages, telltale): (BTreeSet<u64>, BTreeSet<u64>) = (spread.step_by(2).collect(), TELLTALE_PAGES.into());
     pages.extend(telltale);
-    let pages = pages.into_iter().filter(|&page| page < image_pages).take(SAMPLES_MAX);
+    let records = arena.records().filter(|(_, record)| !record.dirty.is_empty());
+    let dirty: HashSet<u64> = records.map(|(_, record)| record.page.0).collect();
+    let is_zeroed = |page: u64| arena.pending_zeroes().any(|(_, span)| !span.sectors_in(PageNo(page)).is_empty());
+    let is_known = |page: &u64| *page < image_pages && !dirty.contains(page) && !is_zeroed(*page);
+    let pages = pages.into_iter().filter(is_known).take(SAMPLES_MAX);
     pages.filter_map(|page| Some((PageNo(page), hash_of(&image.read_page(PageNo(page)).ok()?.0)))).collect()
 }
 

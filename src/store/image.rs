@@ -19,7 +19,7 @@ use super::history;
 use super::lock::{self, LockMode};
 use super::options::{IoEngine, OpenOptions};
 use super::probe::{Alignment, BlockGeometry, can_discard, try_direct};
-use super::raw_record::{ImageFormat, Known};
+use super::raw_record::{FormatRecord, Known};
 use super::{IoRequest, Limits, Segment};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -66,7 +66,7 @@ pub(super) struct OpenImage {
     direct: bool,
     /// Logical block size of a block device in bytes; `None` for a regular file.
     device_block: Option<u32>,
-    format: ImageFormat,
+    format: FormatRecord,
     /// The number of a block device; `None` for a regular file.
     device_number: Option<u64>,
     found_token: ChangeToken,
@@ -111,7 +111,7 @@ impl OpenImage {
         let device_number = metadata.file_type().is_block_device().then(|| metadata.rdev());
         // Before anything that may change the file's times.
         let found_token = history::change_token(&file, geometry.size_bytes, device_number, options.direct);
-        let format = ImageFormat::of(&file, geometry.size_bytes).map_err(unusable)?;
+        let format = FormatRecord::of(&file, geometry.size_bytes).map_err(unusable)?;
         // The size of a qcow2 or gzip file is any number of bytes, and not what is wrong with it.
         check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
         let direct = if options.direct { try_direct(&file, &label, &geometry) } else { None };
@@ -176,7 +176,7 @@ impl OpenImage {
             data_runs: parts.data_runs,
             direct: parts.is_direct,
             device_block: parts.device_block,
-            format: ImageFormat::as_raw(parts.known),
+            format: FormatRecord::as_raw(parts.known),
             device_number: parts.device_number,
             found_token: ChangeToken::default(),
             tells_times_at_once: parts.tells_times_at_once,
@@ -214,7 +214,7 @@ impl OpenImage {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let file = File::options().read(true).write(writable).open(path)?;
         // Before direct I/O, which reads whole blocks.
-        let known = ImageFormat::of(&file, self.limits.size_bytes)?.into_known();
+        let known = FormatRecord::of(&file, self.limits.size_bytes)?.into_known();
         if self.direct {
             sys::file::set_direct(&file, true)?;
         }
@@ -255,7 +255,7 @@ impl OpenImage {
     }
 
     /// What the image was found to be, besides a raw disk.
-    pub(super) fn format(&self) -> &ImageFormat {
+    pub(super) fn format(&self) -> &FormatRecord {
         &self.format
     }
 
@@ -501,7 +501,7 @@ pub(super) fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     let metadata = file.metadata().map_err(unusable)?;
     check_type(path, &metadata)?;
     let geometry = BlockGeometry::of(&file, &metadata).map_err(unusable)?;
-    let format = ImageFormat::of(&file, geometry.size_bytes).map_err(unusable)?;
+    let format = FormatRecord::of(&file, geometry.size_bytes).map_err(unusable)?;
     check_size(path, geometry.size_bytes).map_err(|error| format.refusal(path).unwrap_or(error))?;
     let found = format.found().map(|found| found.format);
     let is_luks_device = geometry.device_block.is_some() && found == Some(Format::Luks);

@@ -32,7 +32,7 @@ const VALUE_BYTES_MAX: usize = 512;
 
 /// What an image was found to be, and what its guest is known to have written.
 #[derive(Debug)]
-pub(super) struct ImageFormat {
+pub(super) struct FormatRecord {
     /// What it looked like when it was opened.
     found: Option<Found>,
     known: Mutex<Known>,
@@ -76,7 +76,7 @@ impl Known {
     }
 }
 
-impl ImageFormat {
+impl FormatRecord {
     /// Looks at the first and the last bytes of an image, and at its attribute.
     ///
     /// => The file is not open for direct I/O yet.

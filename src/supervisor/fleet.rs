@@ -42,7 +42,7 @@ struct End {
 /// Looks at what earlier daemons left, on a thread of its own: some of it may be about images that do not answer.
 fn spawn_look(look: impl FnOnce() + Send + 'static) {
     if let Err(e) = thread::Builder::new().name("leftovers".to_owned()).spawn(look) {
-        warn!("cannot look for caches of earlier daemons: {e}");
+        warn!("cannot start the thread that looks for caches that no daemon uses: {e}");
     }
 }
 

@@ -48,6 +48,21 @@ enum GuestOp {
 /// What a sector holds: the mark of its last write (0: zeros); `None` if its contents are undefined.
 type Known = Option<u64>;
 
+/// What a guest knows of its disk.
+#[derive(Clone, Debug)]
+pub struct Memory {
+    sectors: Vec<Known>,
+    /// The mark of the last write.
+    marks: u64,
+}
+
+impl Memory {
+    /// Of a disk of zeros.
+    pub fn of_zeros(sectors: u64) -> Self {
+        Self { sectors: vec![Some(0); sectors as usize], marks: 0 }
+    }
+}
+
 /// A request in flight.
 #[derive(Clone, Copy, Debug)]
 struct Submitted {
@@ -81,6 +96,11 @@ pub struct Guest {
 impl Guest {
     /// Attaches to a disk of zeros.
     pub fn attach(front_end: FrontEnd, daemon: &Daemon, sectors: u64, seed: u64) -> Self {
+        Self::boot(front_end, daemon, Memory::of_zeros(sectors), seed)
+    }
+
+    /// A guest that starts anew, of which it is known what its disk holds.
+    pub fn boot(front_end: FrontEnd, daemon: &Daemon, memory: Memory, seed: u64) -> Self {
         let options = SessionOptions { queues: RINGS, ..SessionOptions::default() };
         let mut session = Session::negotiate(&daemon.socket(), &options);
         session.share_memory();
@@ -100,9 +120,20 @@ impl Guest {
             session.add_ring(RING_SIZE);
             session.start_ring(index);
         }
-        let disk = vec![Some(0); sectors as usize];
+        let Memory { sectors: disk, marks } = memory;
         let prng = Prng::new(seed);
-        Self { front_end, session: Some(session), inflight, slots, disk, prng, marks: 0, completed: 0 }
+        Self { front_end, session: Some(session), inflight, slots, disk, prng, marks, completed: 0 }
+    }
+
+    /// Powers the guest off after its last request and a FLUSH; returns what its disk holds.
+    pub fn shut_down(mut self) -> Memory {
+        self.flush();
+        Memory { sectors: self.disk, marks: self.marks }
+    }
+
+    /// The mark of the last write, for a guest that follows.
+    pub fn continue_marks_of(memory: &mut Memory, other: &Self) {
+        memory.marks = other.marks;
     }
 
     fn session(&mut self) -> &mut Session {

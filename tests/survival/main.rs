@@ -13,10 +13,12 @@ mod huge_pages;
 mod lost_file;
 mod moved;
 mod operator;
+mod random_order;
 mod read_only;
 mod remounts;
 mod systemd;
 mod tenures;
+mod tools;
 mod zeroes;
 
 use std::fs::File;

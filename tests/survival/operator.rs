@@ -332,6 +332,48 @@ fn a_ledger_that_refers_to_what_cannot_be_is_refused_as_damaged() {
     }
 }
 
+/// A ledger can name any path. A FIFO that is opened lets its other end go on, a device may do more.
+#[test]
+fn what_a_ledger_names_is_not_opened_to_be_looked_at() {
+    let (daemon, cache, _) = dirty_cache();
+    let fifo = daemon.directory().path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.is_ok_and(|status| status.success()), "mkfifo");
+    let (name, file) = (text(&fifo).as_bytes(), File::options().write(true).open(&cache).expect("the cache"));
+    file.write_all_at(name, 96)
+        .and_then(|()| file.write_all_at(&(name.len() as u64).to_le_bytes(), 80))
+        .expect("a write");
+    let is_open = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let _writer = File::options().write(true).open(&fifo);
+            is_open.store(true, std::sync::atomic::Ordering::SeqCst);
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        let row = only_row(&genblk_recover(&["--memory-dir", text(&daemon.directory().memory())]));
+        assert_eq!((row[1].as_str(), row[5].as_str()), (text(&fifo), "image was replaced"));
+        std::thread::sleep(Duration::from_millis(100));
+        let was_opened = is_open.load(std::sync::atomic::Ordering::SeqCst);
+        // Lets the thread go on.
+        let _reader = File::open(&fifo);
+        assert!(!was_opened, "the FIFO was opened");
+    });
+    let refused = genblk_recover(&["--force", text(&cache)]);
+    assert_refused(&refused, &["is neither a regular file nor a block device"]);
+}
+
+/// A forced recovery writes to the cache's own image, however much that has changed, and not to what its path leads to.
+#[test]
+fn force_alone_does_not_follow_a_path_that_leads_elsewhere() {
+    let (daemon, cache, bytes) = dirty_cache();
+    let (image, victim) = (daemon.image(), daemon.directory().path().join("victim"));
+    fs::copy(&image, &victim).expect("a file can be copied");
+    fs::rename(&image, image.with_extension("away")).expect("the image can be renamed");
+    symlink(&victim, &image).expect("a link can be made");
+    assert_refused(&genblk_recover(&["--force", text(&cache)]), &["has replaced", "--force --image"]);
+    assert!(daemon.image_bytes(80 * 512, bytes.len()) != bytes, "the other file is unchanged");
+}
+
 #[test]
 fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
     let (daemon, dirty, _) = dirty_cache();

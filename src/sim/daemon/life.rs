@@ -26,7 +26,7 @@ use crate::store::{Backing, Limits, StoreQueue};
 use crate::sys::xattr;
 use crate::systemd::ServiceManager;
 use crate::tenure::record::ATTRIBUTE;
-use crate::units::{PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, Tick};
+use crate::units::{PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorSpan, Tick};
 use crate::virtio::config_space::{DiscardLimits, DiskParameters};
 use crate::virtio::request::{Disk, serial};
 
@@ -177,6 +177,11 @@ impl Life {
             Err(error) if *read_only && error.kind() == ErrorKind::Ledger => return Ok(None),
             Err(error) => panic!("the cache is recovered: {error}"),
         };
+        // The image is synced with the record of a new tenure, so what is sampled is durable: here that is the file.
+        let mut samples = arena.samples();
+        samples.retain(|(page, _)| image.is_durable(SectorSpan::new(page.0 * SECTORS_PER_PAGE, SECTORS_PER_PAGE)));
+        arena.keep_on_drop(true);
+        in_daemon(|| arena.record_samples(&samples))?;
         let held = Arc::new(HeldImage { image: image.clone(), file, is_dead: AtomicBool::new(false) });
         in_daemon(|| {
             let backing: Arc<dyn Backing> = held.clone();

@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::fault_injection::crash_point;
 use crate::prng::Prng;
 use crate::store::{Backing, Event, Extent, IoRequest, Limits, Refused, Segment, StoreQueue};
-use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES, SECTOR_SIZE, Unmap};
+use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES, SECTOR_SIZE, SectorSpan, Unmap};
 
 /// What memory holds after a read that failed. A guest that sees it was given garbage.
 const GARBAGE: Value = 0xdead_dead_dead_dead;
@@ -80,7 +80,7 @@ struct Queue {
 }
 
 #[derive(Debug)]
-struct Disk {
+struct DiskState {
     prng: Prng,
     behaviour: Behaviour,
     now_us: u64,
@@ -105,7 +105,7 @@ struct Disk {
 #[derive(Clone, Debug)]
 pub(super) struct SimulatedImage {
     limits: Limits,
-    disk: Arc<Mutex<Disk>>,
+    disk: Arc<Mutex<DiskState>>,
 }
 
 impl SimulatedImage {
@@ -113,7 +113,7 @@ impl SimulatedImage {
     pub fn new(limits: Limits, behaviour: Behaviour, mut prng: Prng, hole_percent: u64) -> Self {
         let sectors = (limits.size_bytes / SECTOR_BYTES) as usize;
         let hole = (0..sectors.div_ceil(SECTORS_PER_PAGE)).map(|_| prng.percent(hole_percent)).collect();
-        let disk = Disk {
+        let disk = DiskState {
             prng,
             behaviour,
             now_us: 0,
@@ -132,7 +132,7 @@ impl SimulatedImage {
         Self { limits, disk: Arc::new(Mutex::new(disk)) }
     }
 
-    fn disk(&self) -> MutexGuard<'_, Disk> {
+    fn disk(&self) -> MutexGuard<'_, DiskState> {
         self.disk.lock().expect("no panic with the disk locked")
     }
 
@@ -198,10 +198,20 @@ impl SimulatedImage {
         self.disk().current.clone()
     }
 
+    /// Whether the values of these sectors cannot be lost any more, except by later writes.
+    pub fn is_durable(&self, span: SectorSpan) -> bool {
+        let disk = self.disk();
+        let mut sectors = (span.start..span.end()).map_while(|sector| usize::try_from(sector).ok());
+        sectors.all(|sector| match disk.unsynced.get(sector) {
+            Some(unsynced) => unsynced.is_empty() && disk.current[sector] == disk.durable[sector],
+            None => true,
+        })
+    }
+
     /// As [`SimulatedImage::values`], after the host has dropped what a failed Sync has left in its memory.
     pub fn reopened(&self) -> Vec<Value> {
         let mut disk = self.disk();
-        let Disk { current, durable, unsynced, .. } = &mut *disk;
+        let DiskState { current, durable, unsynced, .. } = &mut *disk;
         for ((current, durable), unsynced) in current.iter_mut().zip(durable).zip(unsynced) {
             if !unsynced.iter().any(|write| write.value == *current) {
                 *current = *durable;
@@ -232,7 +242,7 @@ impl SimulatedImage {
     /// What a power cut at this moment may leave, a value for each sector.
     pub fn after_power_cut(&self) -> Vec<Value> {
         let mut disk = self.disk();
-        let Disk { prng, durable, unsynced, .. } = &mut *disk;
+        let DiskState { prng, durable, unsynced, .. } = &mut *disk;
         let left = |(durable, unsynced): (&Value, &Vec<Unsynced>)| match prng.below(unsynced.len() as u64 + 1) as usize
         {
             0 => *durable,
@@ -251,7 +261,7 @@ impl SimulatedImage {
     }
 }
 
-impl Disk {
+impl DiskState {
     /// The time of the next effect or event, and the index of its operation.
     fn next_event(&self) -> Option<(u64, usize)> {
         let time = |operation: &Operation| {
@@ -474,7 +484,7 @@ impl StoreQueue for SimulatedQueue {
 
     fn reap(&mut self, events: &mut Vec<Event>) {
         let mut disk = self.image.disk();
-        let Disk { queues, unsynced, clock, reaped, .. } = &mut *disk;
+        let DiskState { queues, unsynced, clock, reaped, .. } = &mut *disk;
         let queue = &mut queues[self.index];
         let _ = queue.wake.read();
         queue.in_flight -= queue.events.len();

@@ -144,7 +144,7 @@ fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Sample {
 }
 
 /// Pages of an image with their hashes, for the ledger of `arena`: those that every mount changes, and some from
-/// everywhere in its data. What the cache holds dirty may be on the image and not be durable there, so it tells nothing.
+/// everywhere in its data. What the cache holds dirty may be on the image and not be durable there: it tells nothing.
 pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, u64)> {
     let image_pages = image.limits().size_bytes / PAGE_BYTES;
     let mut runs: Vec<Range<u64>> =

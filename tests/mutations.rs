@@ -1,9 +1,10 @@
 //! Planted bugs (`mutations.toml`), each with the test that must find it.
 //!
 //! Every `make test` checks that each bug can still be planted and that its test exists. `make mutants` plants them one
-//! by one in a copy of the tree (`target/mutations`), runs the test of each, and names the bugs that no test found. It
-//! takes about a minute for each bug, most of it to compile.
+//! by one in a copy of the tree, runs the test of each, and names the bugs that no test found. The copy and what is
+//! compiled of it stay in `target/mutations`: each bug costs an incremental build, and nothing else is compiled anew.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -124,8 +125,9 @@ fn cargo(tree: &Path, seconds_max: u32, options: &[&str], of_tests: &[&str]) -> 
     let mut command = Command::new("timeout");
     command.arg(seconds_max.to_string()).args([env!("CARGO"), "test", "--locked", "--quiet"]).args(options);
     command.arg("--").args(of_tests).current_dir(tree).env("RUST_BACKTRACE", "0");
-    // Without debug information it compiles and links in half the time.
-    command.env("CARGO_PROFILE_TEST_DEBUG", "0").env("CARGO_PROFILE_DEV_DEBUG", "0");
+    // Without debug information it compiles and links in half the time. A setting for continuous integration must not
+    // make every build a whole one.
+    command.env("CARGO_PROFILE_TEST_DEBUG", "0").env("CARGO_PROFILE_DEV_DEBUG", "0").env("CARGO_INCREMENTAL", "1");
     command.env("CARGO_TARGET_DIR", tree.with_file_name("target")).output().expect("timeout(1)")
 }
 
@@ -171,20 +173,42 @@ fn every_bug_can_be_planted_and_its_test_exists() {
     }
 }
 
-/// `GENBLK_MUTANTS` selects the bugs whose line in the list, "name file test", contains it.
+/// The bugs that the environment selects:
+///
+/// - `GENBLK_MUTANTS`: those whose line in the list, "name file test", contains it.
+/// - `GENBLK_MUTANTS_SKIP`: not those that this file, the output of an earlier run, calls found.
+/// - `GENBLK_MUTANTS_SAMPLE`: a random selection of so many.
+fn selected() -> Vec<Mutation> {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let part = variable("GENBLK_MUTANTS").unwrap_or_default();
+    let earlier =
+        variable("GENBLK_MUTANTS_SKIP").map(|path| fs::read_to_string(path).expect("an earlier run's output"));
+    let earlier = earlier.unwrap_or_default();
+    let mut selected = mutations();
+    selected.retain(|Mutation { name, file, test, .. }| {
+        let found = format!("{name}: {}", Verdict::Found);
+        let was_found = earlier.lines().any(|line| line.starts_with(&found));
+        format!("{name} {} {test}", file.display()).contains(&part) && !was_found
+    });
+    if let Some(count) = variable("GENBLK_MUTANTS_SAMPLE") {
+        let count: usize = count.parse().expect("GENBLK_MUTANTS_SAMPLE is a number");
+        // The order of a map with random keys is random enough.
+        let shuffled: HashMap<String, Mutation> = selected.into_iter().map(|bug| (bug.name.clone(), bug)).collect();
+        selected = shuffled.into_values().take(count).collect();
+    }
+    selected
+}
+
 #[test]
 #[ignore = "compiles the daemon for each bug: make mutants"]
 fn every_planted_bug_is_found_by_its_test() {
-    let selected = std::env::var("GENBLK_MUTANTS").unwrap_or_default();
     let tree = copy_tree();
+    let selected = selected();
+    let count = selected.len();
+    let began = Instant::now();
     let mut survivors = Vec::new();
-    let mut count = 0;
-    for mutation in mutations() {
-        let Mutation { name, file, test, .. } = &mutation;
-        if !format!("{name} {} {test}", file.display()).contains(&selected) {
-            continue;
-        }
-        count += 1;
+    for mutation in selected {
+        let Mutation { name, test, .. } = &mutation;
         let began = Instant::now();
         let verdict = mutation.judge(&tree);
         println!("{name}: {verdict} in {} s by {test}", began.elapsed().as_secs());
@@ -192,6 +216,6 @@ fn every_planted_bug_is_found_by_its_test() {
             survivors.push(mutation.name);
         }
     }
-    println!("{count} planted bugs, {} found", count - survivors.len());
+    println!("{count} planted bugs, {} found, in {} s", count - survivors.len(), began.elapsed().as_secs());
     assert!(survivors.is_empty(), "no test found {survivors:?}");
 }

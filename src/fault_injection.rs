@@ -1,7 +1,7 @@
 //! What tests inject into the daemon: its death between two stores to memory that outlives it, and bugs that they must
 //! find. In every other build these functions are empty.
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub use enabled::*;
 
 /// A bug that a test can plant. The simulators have a seed for each (`FOUND_BY`).
@@ -41,6 +41,8 @@ pub enum PlantedBug {
     FailedWriteDoubtsNothing,
     /// A write that was in flight when a Sync failed counts as stored.
     InFlightIsTrusted,
+    /// A Sync counts when it succeeds, although a write that was in flight may tell of a reset before it.
+    SyncCountsAtOnce,
     /// A zero is published when it completes, and not before it starts.
     ZeroIsNotedLate,
     /// What a zero that no Sync covers has zeroed is read from the store.
@@ -81,18 +83,19 @@ pub enum PlantedBug {
 }
 
 /// A point before a store to memory that outlives the daemon: in tests the daemon may die here.
-#[cfg(not(test))]
+#[cfg(not(any(test, fuzzing)))]
 #[inline]
 pub fn crash_point() {}
 
 /// Whether this bug is planted.
-#[cfg(not(test))]
+#[cfg(not(any(test, fuzzing)))]
 #[inline]
 pub const fn planted(_bug: PlantedBug) -> bool {
     false
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(not(test), allow(dead_code, reason = "fuzzers use only a part of it"))]
 mod enabled {
     use std::cell::Cell;
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

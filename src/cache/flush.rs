@@ -14,6 +14,12 @@
 //!
 //! A remote store whose server was restarted says so by a Sync that fails with [`Fault::Lost`]. The same writes are in
 //! doubt then, but nothing is wrong any more: they are written again, and no request learns of it.
+//!
+//! A device that resets fails a write and loses what it had not made durable; a Sync that follows succeeds, and may be
+//! reaped before the write that failed. A FLUSH does not wait for that: it would wait for every write in flight. But the
+//! pages that the Sync covers stay in doubt, and in memory, until each write, zero and discard that was in flight at its
+//! end has ended. If one of them tells of a reset, the pages are written again. Until then a power cut could cost what
+//! the FLUSH promised.
 
 use std::collections::VecDeque;
 
@@ -48,8 +54,13 @@ pub(super) struct Flushing {
     stable: u64,
     /// How many of them the Sync in flight covers.
     syncing: Option<u64>,
-    /// Pages written since the last successful Sync. While a Sync is in flight, one list has the pages that it covers,
-    /// and the other, list `fresh`, those that were written later.
+    /// The last Sync has succeeded, and its pages are still in doubt: so many operations that were in flight at its end,
+    /// and may tell of a reset before it, still are.
+    confirming: Option<usize>,
+    /// Syncs that have succeeded. An operation that was submitted before the last one may tell of a reset before it.
+    successes: u64,
+    /// Pages written since the last successful Sync. While a Sync is in flight, or confirmed, one list has the pages that
+    /// it covers, and the other, list `fresh`, those that were written later.
     unsynced: [Vec<PageId>; 2],
     fresh: usize,
     /// A Sync should be submitted although no flush waits for it.
@@ -70,6 +81,8 @@ impl Default for Flushing {
             written: 1,
             stable: 0,
             syncing: None,
+            confirming: None,
+            successes: 0,
             unsynced: Default::default(),
             fresh: 0,
             wanted: false,
@@ -103,6 +116,11 @@ impl Flushing {
     /// Whether a Sync is to be submitted, for a flush or without one.
     pub fn needs_sync(&self) -> bool {
         self.sync_is_due() || self.queue.front().is_some_and(|flush| flush.needs.is_some())
+    }
+
+    /// Whether the pages that the last Sync covers are still in doubt.
+    pub fn is_confirming(&self) -> bool {
+        self.confirming.is_some()
     }
 
     /// Whether a successful Sync covers everything that was written.
@@ -139,6 +157,11 @@ impl Flushing {
     /// See [`PageCache::is_in_doubt`].
     pub fn doubts(&self) -> u32 {
         self.doubts
+    }
+
+    /// Syncs that have succeeded; see [`StoreOp::syncs`].
+    pub fn successes(&self) -> u64 {
+        self.successes
     }
 
     /// Bytes of memory that the lists take.
@@ -182,12 +205,19 @@ impl PageCache {
         // A flush does not wait for the end of the pause after a failure, unless it is held as all other requests are.
         let asked = a_flush_waits && !self.health.holds_syncs();
         let due = self.flushing.needs_sync() && self.health.may_retry(self.now);
-        if self.flushing.syncing.is_none() && !redoing && (asked || due) {
+        if self.flushing.syncing.is_none() && !redoing && (asked || due) && !self.must_confirm_first() {
             self.submit_sync();
         }
     }
 
+    /// Whether so many pages are in doubt after the last Sync that no other is sent before they are not.
+    fn must_confirm_first(&self) -> bool {
+        let Flushing { confirming, fresh, unsynced, .. } = &self.flushing;
+        confirming.is_some() && unsynced[fresh ^ 1].len() >= (self.pages.frames().total() / UNSYNCED_PART) as usize
+    }
+
     fn submit_sync(&mut self) {
+        self.carry_over_unconfirmed();
         let flushing = &mut self.flushing;
         flushing.syncing = Some(flushing.written);
         flushing.fresh ^= 1;
@@ -197,32 +227,71 @@ impl PageCache {
         self.submit_op(StoreOp::without_pages(OpKind::Sync, SectorSpan::new(0, 0)));
     }
 
+    /// The pages that the last Sync has left in doubt are covered by the next one, like those written since.
+    fn carry_over_unconfirmed(&mut self) {
+        if self.flushing.confirming.take().is_none() {
+            return;
+        }
+        let (fresh, old) = (self.flushing.fresh, self.flushing.fresh ^ 1);
+        for id in std::mem::take(&mut self.flushing.unsynced[old]) {
+            // The slot may be free by now, or have another page.
+            if self.pages[id].is(UNSYNCED[old]) {
+                if !self.pages[id].is(UNSYNCED[fresh]) {
+                    self.flushing.unsynced[fresh].push(id);
+                }
+                self.pages.change(id, |page| {
+                    page.set(UNSYNCED[fresh]);
+                    page.clear(UNSYNCED[old]);
+                });
+            }
+        }
+        self.pending_zeroes.join_lists(old, fresh);
+    }
+
     /// The Sync has ended.
     pub(super) fn sync_done(&mut self, outcome: &Outcome) {
         let covered = self.flushing.syncing.take().expect("a Sync was in flight");
-        let old = self.flushing.fresh ^ 1;
-        let pages = std::mem::take(&mut self.flushing.unsynced[old]);
         match outcome.fault() {
             None => {
                 self.flushing.stable = covered;
                 self.flushing.must_sync_before_retry = false;
                 self.store_succeeded(Cause::Sync);
-                // Before the pages: a page that was written after its range had been zeroed must not be clean while the
-                // range is noted, or the next daemon would zero it.
-                self.zeroes_synced(old);
-                for id in pages {
-                    // The slot may be free by now, or have another page.
-                    if self.pages[id].is(UNSYNCED[old]) {
-                        self.page_synced(id, old);
-                    }
-                }
+                self.flushing.successes += 1;
+                self.flushing.confirming = Some(self.store_ops.iter().filter(|op| op.tells_of_resets()).count());
+                self.confirm_sync();
             }
             Some(fault) => {
-                self.flushing.unsynced[old] = pages;
                 if fault != Fault::Lost || !planted(PlantedBug::LostIsNotDoubted) {
-                    self.doubt_unsynced();
+                    self.doubt_unsynced(self.flushing.successes);
                 }
                 self.sync_failed(fault);
+            }
+        }
+    }
+
+    /// An operation has ended, and is handled: the last Sync may have waited for it.
+    pub(super) fn op_ended(&mut self, op: &StoreOp) {
+        let was_in_flight = op.tells_of_resets() && op.syncs < self.flushing.successes;
+        if let Some(ops) = self.flushing.confirming.as_mut().filter(|_| was_in_flight) {
+            *ops -= 1;
+            self.confirm_sync();
+        }
+    }
+
+    /// Ends the doubt about the pages of the last Sync, once nothing is in flight that could tell of a reset before it.
+    fn confirm_sync(&mut self) {
+        if self.flushing.confirming != Some(0) && !planted(PlantedBug::SyncCountsAtOnce) {
+            return;
+        }
+        self.flushing.confirming = None;
+        let old = self.flushing.fresh ^ 1;
+        // Before the pages: a page that was written after its range had been zeroed must not be clean while the range
+        // is noted, or the next daemon would zero it.
+        self.zeroes_synced(old);
+        for id in std::mem::take(&mut self.flushing.unsynced[old]) {
+            // The slot may be free by now, or have another page.
+            if self.pages[id].is(UNSYNCED[old]) {
+                self.page_synced(id, old);
             }
         }
     }
@@ -245,10 +314,22 @@ impl PageCache {
 
     /// Everything that no successful Sync covers may be lost: it is written, or zeroed, again. Operations in flight are
     /// in doubt when they complete ([`PageCache::is_in_doubt`]).
-    pub(super) fn doubt_unsynced(&mut self) {
-        self.flushing.doubts = self.flushing.doubts.wrapping_add(1);
-        let lists =
-            if planted(PlantedBug::SyncDoubtsTooLittle) { [self.flushing.fresh ^ 1].to_vec() } else { vec![0, 1] };
+    ///
+    /// => `syncs`: how many Syncs had succeeded when the operation was submitted that failed. If fewer than now, what
+    ///    the last one covers may be lost too.
+    pub(super) fn doubt_unsynced(&mut self, syncs: u64) {
+        let flushing = &mut self.flushing;
+        flushing.doubts = flushing.doubts.wrapping_add(1);
+        let is_confirmed = flushing.confirming.is_some() && syncs == flushing.successes;
+        if !is_confirmed {
+            flushing.confirming = None;
+        }
+        let (fresh, old) = (flushing.fresh, flushing.fresh ^ 1);
+        let lists = match () {
+            () if planted(PlantedBug::SyncDoubtsTooLittle) => vec![old],
+            () if is_confirmed => vec![fresh],
+            () => vec![old, fresh],
+        };
         for list in lists {
             let flag = UNSYNCED[list];
             for id in std::mem::take(&mut self.flushing.unsynced[list]) {

@@ -224,6 +224,7 @@ impl PageCache {
     pub fn is_stable(&self) -> bool {
         self.pages.dirty().dirty_or_writeback_pages() == 0
             && self.flushing.nothing_unsynced()
+            && !self.flushing.is_confirming()
             && self.pending_zeroes.is_empty()
     }
 

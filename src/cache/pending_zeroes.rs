@@ -80,6 +80,12 @@ impl PendingZeroes {
         zeroes.map(|zero| zero.span.sectors_in(no)).fold(SectorMask::NONE, SectorMask::or)
     }
 
+    /// Moves the slots of one list to another.
+    pub fn join_lists(&mut self, from: usize, to: usize) {
+        let slots = std::mem::take(&mut self.unsynced[from]);
+        self.unsynced[to].extend(slots);
+    }
+
     fn set(&mut self, slot: ZeroSlot, zero: Zero) {
         self.count += usize::from(self.zeroes[slot].replace(zero).is_none());
     }

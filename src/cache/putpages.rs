@@ -203,7 +203,7 @@ impl PageCache {
             }
             Some(fault) => {
                 if fault.may_be_a_reset() && !planted(PlantedBug::FailedWriteDoubtsNothing) {
-                    self.doubt_unsynced();
+                    self.doubt_unsynced(op.syncs);
                 }
                 self.flushing.sync_before_retry();
                 self.cluster_failed(op.epoch, fault);

@@ -220,7 +220,7 @@ impl PageCache {
             && fault.may_be_a_reset()
             && !planted(PlantedBug::FailedWriteDoubtsNothing)
         {
-            self.doubt_unsynced();
+            self.doubt_unsynced(op.syncs);
         }
         let Some(ticket) = range.ticket else {
             // A zero that is done again.

@@ -46,6 +46,8 @@ pub(super) struct StoreOp {
     pub demand: bool,
     /// See [`PageCache::is_in_doubt`].
     pub doubts: u32,
+    /// How many Syncs had succeeded when it was submitted.
+    pub syncs: u64,
     /// When it was queued.
     pub since: Tick,
 }
@@ -54,7 +56,12 @@ impl StoreOp {
     /// An operation that holds no pages.
     pub fn without_pages(kind: OpKind, span: SectorSpan) -> Self {
         let (frames, ids) = (Vec::new(), Vec::new());
-        Self { kind, span, frames, ids, epoch: Epoch(0), demand: true, doubts: 0, since: Tick::ZERO }
+        Self { kind, span, frames, ids, epoch: Epoch(0), demand: true, doubts: 0, syncs: 0, since: Tick::ZERO }
+    }
+
+    /// Whether its failure may tell of a reset of the device, by which what is not durable is lost.
+    pub fn tells_of_resets(&self) -> bool {
+        matches!(self.kind, OpKind::Write | OpKind::Zero { .. } | OpKind::Discard)
     }
 
     /// The first page that the operation touches.
@@ -147,7 +154,8 @@ impl StoreOps {
 impl PageCache {
     /// Queues an operation for the store.
     pub(super) fn submit_op(&mut self, op: StoreOp) {
-        self.store_ops.submit(StoreOp { doubts: self.flushing.doubts(), since: self.now, ..op });
+        let (doubts, syncs) = (self.flushing.doubts(), self.flushing.successes());
+        self.store_ops.submit(StoreOp { doubts, syncs, since: self.now, ..op });
     }
 
     /// The operation that has been in flight for longest, and since when.
@@ -197,6 +205,7 @@ impl PageCache {
             OpKind::Map => self.map_done(&op, outcome),
             OpKind::Allocate => self.allocate_done(&op, outcome),
         }
+        self.op_ended(&op);
         self.store_ops.recycle(op);
     }
 }

@@ -20,6 +20,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "a simulated disk is small, and indexes vectors all the time")]
 
+#[cfg(test)]
 mod daemon;
 pub(crate) mod disk;
 mod failure_oracle;
@@ -32,6 +33,7 @@ mod world;
 use std::ops::Add;
 
 use crate::fault_injection::{PlantedBug, run_with};
+use crate::prng::Prng;
 
 use world::World;
 
@@ -77,6 +79,14 @@ fn run(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<Counts> {
         world.run(STEPS);
         world.counts
     })
+}
+
+/// Runs a world of `steps` steps that takes its decisions from `script` first.
+///
+/// # Panics
+/// When the oracle finds a bug.
+pub(crate) fn run_scripted(script: &[u8], steps: u64) {
+    World::with(Prng::scripted(script)).run(steps);
 }
 
 /// Runs one seed; a failure names it.
@@ -135,7 +145,7 @@ fn seeds_from_the_environment() {
 
 /// Each planted bug with the first seed that finds it. A change of the cache or of the simulator may change the seed:
 /// the test then searches for another, and prints it.
-const FOUND_BY: [(PlantedBug, u64); 18] = [
+const FOUND_BY: [(PlantedBug, u64); 19] = [
     (PlantedBug::RewriteIsLost, 13),
     (PlantedBug::ReadInOverwritesDirty, 1),
     (PlantedBug::WriteErrorIgnored, 4),
@@ -149,6 +159,7 @@ const FOUND_BY: [(PlantedBug, u64); 18] = [
     (PlantedBug::SyncDoubtsTooLittle, 2),
     (PlantedBug::FailedWriteDoubtsNothing, 10),
     (PlantedBug::InFlightIsTrusted, 10),
+    (PlantedBug::SyncCountsAtOnce, 128),
     (PlantedBug::ZeroIsNotedLate, 245),
     (PlantedBug::ZeroesAreReadFromStore, 433),
     (PlantedBug::AgeForgetsUnsynced, 1),

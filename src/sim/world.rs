@@ -35,6 +35,15 @@ enum Guest {
     Waiting,
 }
 
+/// A reset of the disk by a write that fails: what the cache knows of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reset {
+    /// The write is in flight.
+    Unheard,
+    /// The write was reaped, or its daemon died, in this step.
+    Heard(u64),
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct World {
@@ -50,6 +59,9 @@ pub(super) struct World {
     base: u64,
     oracle: Oracle,
     failures: FailureOracle,
+    /// The last reset, until a FLUSH has succeeded that was sent after the cache had heard of it: meanwhile a power cut
+    /// may cost what earlier FLUSHes promised.
+    reset: Option<Reset>,
     now_us: u64,
     step: u64,
     /// Counts what moves requests on: admissions, copies, completions, and operations of the store.
@@ -78,7 +90,11 @@ impl World {
     }
 
     pub fn new(seed: u64) -> Self {
-        let mut prng = Prng::new(seed);
+        Self::with(Prng::new(seed))
+    }
+
+    /// The world that these decisions make.
+    pub fn with(mut prng: Prng) -> Self {
         let mut settings = settings(&mut prng);
         let sectors = settings.image_sectors as usize;
         let base = prng.pick(&[0, 0, 0, HIGH_SECTOR]);
@@ -92,6 +108,7 @@ impl World {
         Self {
             oracle: Oracle::new(sectors),
             failures: FailureOracle::default(),
+            reset: None,
             prng,
             scenario,
             settings,
@@ -370,6 +387,9 @@ impl World {
             GuestOp::Write { version } => self.end_write(&request, version, succeeded),
             GuestOp::Zero { .. } => self.end_write(&request, 0, succeeded),
             GuestOp::Flush if succeeded => {
+                if matches!(self.reset, Some(Reset::Heard(step)) if step < request.sent_step) {
+                    self.reset = None;
+                }
                 self.oracle.complete_flush(&request.known);
                 if self.prng.percent(20) {
                     self.check_power_cut();
@@ -397,8 +417,8 @@ impl World {
         match (next, deadline) {
             (Some((at, tag)), deadline) if deadline.is_none_or(|due| at <= due) => {
                 self.now_us = self.now_us.max(at);
-                // A failed write that resets the disk is reported before anything that the disk does later.
-                if self.operations[&tag].failed.is_none() && !self.take_effect(tag) {
+                if self.operations[&tag].failed.is_none() {
+                    self.take_effect(tag);
                     return false;
                 }
                 self.complete_operation(tag);
@@ -412,23 +432,23 @@ impl World {
         true
     }
 
-    /// An operation in flight takes effect; the cache is notified later. Returns whether the operation reset the disk.
-    fn take_effect(&mut self, tag: u32) -> bool {
+    /// An operation in flight takes effect; the cache is notified later.
+    fn take_effect(&mut self, tag: u32) {
         let mut op = self.operations.remove(&tag).expect("an operation in flight");
         let failed = self.draw_failure(&op);
         self.apply_to_disk(&op, failed);
         op.failed = Some(failed);
         self.trace(op.span, || format!("operation {tag} takes effect: {:?} {:?}, failed: {failed}", op.kind, op.span));
-        let is_reset = failed && self.scenario.failed_write_resets;
-        let resets = is_reset && matches!(op.kind, OpKind::Write | OpKind::Zero { .. });
         self.operations.insert(tag, op);
-        resets
     }
 
     fn complete_operation(&mut self, tag: u32) {
         let op = self.operations.remove(&tag).expect("an operation in flight");
         self.progress += 1;
         let failed = op.failed.expect("it has taken effect");
+        if self.has_reset(&op) && !self.operations.values().any(|op| self.has_reset(op)) {
+            self.reset = Some(Reset::Heard(self.step));
+        }
         self.trace(op.span, || format!("operation {tag} completes: {:?}", op.kind));
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         let outcome = match op.kind {
@@ -484,7 +504,7 @@ impl World {
                     }
                 }
                 if failed && self.scenario.failed_write_resets {
-                    self.disk.reset();
+                    self.reset_disk();
                 }
             }
             OpKind::Sync if failed => self.disk.fail_sync(op.began, self.scenario.sync_failure),
@@ -492,7 +512,7 @@ impl World {
             OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
             OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, Unmap::Allowed),
             OpKind::Allocate if !failed => self.disk.allocate(first, count),
-            OpKind::Zero { .. } if self.scenario.failed_write_resets => self.disk.reset(),
+            OpKind::Zero { .. } if self.scenario.failed_write_resets => self.reset_disk(),
             OpKind::Zero { .. } | OpKind::Discard if failed => {
                 // A failed one is torn.
                 for sector in first..first + count {
@@ -503,6 +523,17 @@ impl World {
             }
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
         }
+    }
+
+    fn reset_disk(&mut self) {
+        self.disk.reset();
+        self.reset = Some(Reset::Unheard);
+    }
+
+    /// Whether the operation in flight has reset the disk.
+    fn has_reset(&self, op: &DiskOp) -> bool {
+        let resets = self.scenario.failed_write_resets && matches!(op.kind, OpKind::Write | OpKind::Zero { .. });
+        resets && op.failed == Some(true)
     }
 
     /// Ends a worker's turn: submits the operations that the cache asks for, and handles its notices.

@@ -6,6 +6,8 @@
 #[derive(Clone, Debug)]
 pub struct Prng {
     state: u64,
+    /// What the next numbers are to be, two bytes for each: their upper bits.
+    script: std::vec::IntoIter<u8>,
 }
 
 impl Prng {
@@ -18,11 +20,19 @@ impl Prng {
         state = (state ^ state >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         state ^= state >> 31;
         // xorshift never leaves the state 0.
-        Self { state: state.max(1) }
+        Self { state: state.max(1), script: Vec::new().into_iter() }
+    }
+
+    /// A generator whose first numbers are those of `script`, two bytes each, for a fuzzer that decides what happens.
+    pub fn scripted(script: &[u8]) -> Self {
+        Self { script: script.to_vec().into_iter(), ..Self::new(script.len() as u64) }
     }
 
     /// The next 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
+        if let (Some(high), Some(low)) = (self.script.next(), self.script.next()) {
+            return u64::from(high) << 56 | u64::from(low) << 48;
+        }
         self.state ^= self.state >> 12;
         self.state ^= self.state << 25;
         self.state ^= self.state >> 27;

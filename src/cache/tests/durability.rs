@@ -258,3 +258,78 @@ fn what_a_store_has_lost_is_written_and_zeroed_again_and_no_flush_fails() {
     assert!(notices.iter().all(|notice| !matches!(notice, Notice::Done(_, Err(_)))), "{notices:?}");
     assert_eq!(cache.health(), Health::Healthy);
 }
+
+/// The device resets and fails a write, but the queue reports the write's failure after the success of a Sync that came
+/// after the reset: what the Sync was to cover is lost, and is written again.
+#[test]
+fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
+    for fails in [false, true] {
+        let mut cache = cache_of(1024, 1 << 20);
+        let now = Tick::from_us(SECOND_US);
+        write(&mut cache, 0, 8);
+        cache.flush(FLUSH);
+        let first = started(&mut cache, now);
+        assert!(matches!(first[..], [(_, OpKind::Write, _)]), "{first:?}");
+        // A later request is in flight while the Sync is.
+        assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
+        let other = started(&mut cache, now);
+        cache.complete(first[0].0, &Outcome::Done, now);
+        let sync = started(&mut cache, now);
+        assert!(matches!(sync[..], [(_, OpKind::Sync, _)]), "{sync:?}");
+        cache.complete(sync[0].0, &Outcome::Done, now);
+        assert_eq!(started(&mut cache, now), []);
+        assert!(!cache.is_stable(), "the page is in doubt while the zero may tell of a reset");
+        let outcome = if fails { Outcome::Failed(Fault::Media) } else { Outcome::Done };
+        cache.complete(other[0].0, &outcome, now);
+        // What starts after the Sync has succeeded tells nothing of the time before it.
+        cache.flush(Ticket(78));
+        let ops = started(&mut cache, now);
+        match ops[..] {
+            [(_, OpKind::Write, span)] => assert!(fails && span == SectorSpan::new(0, 8), "{ops:?}"),
+            [(_, OpKind::Sync, _)] => assert!(!fails, "the page is not written again"),
+            _ => panic!("{ops:?}"),
+        }
+    }
+}
+
+/// Otherwise a page that fails for ever would have the others written again for ever.
+#[test]
+fn a_failure_after_a_sync_puts_nothing_in_doubt_that_the_sync_covers() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick::from_us(SECOND_US);
+    write(&mut cache, 0, 8);
+    cache.flush(FLUSH);
+    let first = started(&mut cache, now);
+    assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
+    let before = started(&mut cache, now);
+    cache.complete(first[0].0, &Outcome::Done, now);
+    let sync = started(&mut cache, now);
+    cache.complete(sync[0].0, &Outcome::Done, now);
+    assert!(cache.zero(Ticket(11), SectorSpan::new(80_000, 64), Unmap::Forbidden));
+    let after = started(&mut cache, now);
+    assert!(matches!(after[..], [(_, OpKind::Zero { .. }, _)]), "{after:?}");
+    cache.complete(after[0].0, &Outcome::Failed(Fault::Media), now);
+    cache.complete(before[0].0, &Outcome::Done, now);
+    let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
+    assert!(!ops.iter().any(|(kind, _)| *kind == OpKind::Write), "a durable page is written again: {ops:?}");
+}
+
+/// The operation may have destroyed on the store what the page holds.
+#[test]
+fn a_page_is_written_again_if_a_discard_of_its_range_fails_before_a_sync_covers_it() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick::from_us(SECOND_US);
+    write(&mut cache, 0, 8);
+    cache.flush(FLUSH);
+    assert_eq!(pump_once(&mut cache, now, None), [(OpKind::Write, SectorSpan::new(0, 8))]);
+    let sync = started(&mut cache, now);
+    assert!(matches!(sync[..], [(_, OpKind::Sync, _)]), "{sync:?}");
+    cache.discard(Ticket(9), SectorSpan::new(0, 64));
+    let discard = started(&mut cache, now);
+    assert!(matches!(discard[..], [(_, OpKind::Discard, _)]), "{discard:?}");
+    cache.complete(discard[0].0, &Outcome::Failed(Fault::NoSpace), now);
+    cache.complete(sync[0].0, &Outcome::Done, now);
+    cache.flush(Ticket(78));
+    let again = started(&mut cache, now);
+    assert!(matches!(again[..], [(_, OpKind::Write, span)] if span == SectorSpan::new(0, 8)), "{again:?}");
+}

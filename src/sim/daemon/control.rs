@@ -136,10 +136,17 @@ impl World {
             let control = life.workers.of_ring(index);
             receivers.push(control.request(|reply| Command::Start(index, Box::new(setup), reply)));
         }
+        if self.prng.percent(10) {
+            // A front-end may send its memory table before the worker has looked at the rings.
+            receivers.extend(self.send_memory());
+        }
         self.session.task = Some(Task::Starting(receivers));
     }
 
     fn stop_rings(&mut self, indices: std::ops::Range<usize>, next: Next) {
+        for ring in &mut self.rings[indices.clone()] {
+            ring.available_at_stop = ring.avail_idx();
+        }
         let life = self.life.as_ref().expect("the front-end is connected");
         let stop = |index: usize| {
             let ring = index as u16;
@@ -204,13 +211,17 @@ impl World {
 
     /// The front-end sends its memory table again.
     fn set_memory(&mut self) {
+        self.session.task = Some(Task::SettingMemory(self.send_memory()));
+    }
+
+    fn send_memory(&self) -> Vec<Receiver<()>> {
         let life = self.life.as_ref().expect("the front-end is connected");
         let memory = Arc::new(GuestRam::new(Arc::clone(&self.memory)));
         let send = |worker| {
             let control = life.workers.of_ring(worker as u16);
             control.request(|reply| Command::Memory(Arc::clone(&memory), reply))
         };
-        self.session.task = Some(Task::SettingMemory((0..self.scenario.workers).map(send).collect()));
+        (0..self.scenario.workers).map(send).collect()
     }
 
     /// The operator resumes the image.
@@ -280,6 +291,8 @@ impl World {
         let position = position.expect("the vring was running");
         assert_eq!(position.next_avail, position.next_used, "vring {index} stops with requests in flight");
         assert_eq!(ring.used_idx(), position.next_used, "vring {index} stops with unpublished elements");
+        let taken_since = position.next_avail.wrapping_sub(ring.available_at_stop);
+        assert!(taken_since.cast_signed() <= 0, "vring {index} takes {taken_since} requests after it was to stop");
         ring.stopped_at = position.next_avail;
     }
 

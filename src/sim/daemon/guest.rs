@@ -99,6 +99,8 @@ pub(super) struct Ring {
     pub awaits_interrupt: bool,
     /// The position at which the ring was last stopped, for the front-end.
     pub stopped_at: u16,
+    /// The available index when it was last told to stop.
+    pub available_at_stop: u16,
 }
 
 fn eventfd() -> EventFd {
@@ -134,6 +136,7 @@ impl Ring {
             call: eventfd(),
             awaits_interrupt: false,
             stopped_at: 0,
+            available_at_stop: 0,
         };
         ring.reset();
         ring
@@ -143,7 +146,7 @@ impl Ring {
     pub fn reset(&mut self) -> Vec<Submitted> {
         self.memory.write_slice(&vec![0; SLOTS as usize], self.at(0)).expect("guest memory");
         self.free = (0..self.size).rev().collect();
-        (self.avail_idx, self.last_used, self.stopped_at) = (0, 0, 0);
+        (self.avail_idx, self.last_used, self.stopped_at, self.available_at_stop) = (0, 0, 0, 0);
         self.awaits_interrupt = false;
         std::mem::take(&mut self.chains).into_values().map(|chain| chain.request).collect()
     }

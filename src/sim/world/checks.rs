@@ -100,6 +100,9 @@ impl World {
     pub(super) fn check_power_cut(&mut self) -> Vec<u32> {
         let Self { disk, prng, .. } = self;
         let versions: Vec<u32> = (0..disk.sectors()).map(|sector| disk.after_power_cut(sector, prng)).collect();
+        if self.reset.is_some() {
+            return versions;
+        }
         for (sector, &left) in versions.iter().enumerate() {
             assert!(
                 self.oracle.may_survive(sector, left),

@@ -7,7 +7,7 @@ use crate::units::{OpKind, SectorSpan, Unmap};
 use super::super::memory::Memory;
 use super::super::oracle::Oracle;
 use super::super::scenario::{FRAMES, change_settings};
-use super::{GuestOp, World};
+use super::{GuestOp, Reset, World};
 
 /// Of 100 crashes in a world with power cuts, how many are one.
 const POWER_CUT_PERCENT: u64 = 20;
@@ -30,6 +30,7 @@ impl World {
             let failed = self.draw_failure(&op);
             self.apply_to_disk(&op, failed);
         }
+        self.reset = self.reset.map(|_| Reset::Heard(self.step));
         self.copies.clear();
         self.resumable.clear();
         self.answers.clear();
@@ -38,7 +39,7 @@ impl World {
             self.memory = memory;
         }
         self.check_records();
-        if self.scenario.power_cuts && self.prng.percent(POWER_CUT_PERCENT) {
+        if self.scenario.power_cuts && self.reset.is_none() && self.prng.percent(POWER_CUT_PERCENT) {
             return self.cut_power();
         }
         if self.scenario.settings_change {

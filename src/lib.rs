@@ -21,6 +21,7 @@
 //! - [`waker`]: wakes a worker from another thread.
 //! - [`counters`]: what a device has done, for other processes to read.
 //! - [`sandbox`]: what each thread gives up when it starts.
+//! - `sync`: the atomics of what `loom/` checks in every order.
 //! - `sys`: system calls that std does not wrap.
 //!
 //! Around it, in the order in which a daemon starts:
@@ -40,7 +41,7 @@
 //!
 //! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart,
 //! and [`tenure`] who held an image for writing last. `sim`, for tests, runs the cache, and the whole daemon, in a
-//! simulated world; `fault_injection` lets it interfere.
+//! simulated world; `fault_injection` lets it interfere. `fuzzing` feeds any bytes to what others control.
 
 pub mod arena;
 pub mod broker;
@@ -58,11 +59,13 @@ pub mod disk_protocol;
 pub mod disk_stats;
 pub mod error;
 pub(crate) mod fault_injection;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod image_id;
 pub mod listener;
 pub mod logging;
 mod nbd_uri;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 #[path = "../tests/common/prng.rs"]
 #[allow(dead_code, reason = "shared with the tests under tests/, which use more of it")]
 mod prng;
@@ -70,10 +73,12 @@ pub mod recover;
 pub mod sandbox;
 pub mod service;
 pub(crate) mod shared_memory;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(not(test), allow(dead_code, reason = "fuzzers use only a part of it"))]
 mod sim;
 pub mod store;
 pub mod supervisor;
+pub(crate) mod sync;
 pub(crate) mod sys;
 pub mod systemd;
 pub mod tenure;

@@ -3,9 +3,8 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use crate::sync::{AtomicBool, EFD_CLOEXEC, EFD_NONBLOCK, EventFd, Ordering};
 
 /// An eventfd with a flag beside it; see the module.
 #[derive(Debug)]

@@ -122,7 +122,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
             "units",
         ],
     ),
-    ("virtio", &["shared_memory", "fault_injection", "error", "units"]),
+    ("virtio", &["sync", "shared_memory", "fault_injection", "error", "units"]),
     (
         "cached_image",
         &["cache", "store", "arena", "counters", "tenure", "waker", "fault_injection", "config", "error", "units"],
@@ -134,7 +134,8 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
         &["systemd", "image_id", "tenure", "shared_memory", "fault_injection", "sandbox", "sys", "error", "units"],
     ),
     ("shared_memory", &["fault_injection"]),
-    ("waker", &[]),
+    ("waker", &["sync"]),
+    ("sync", &[]),
     ("counters", &["sys", "units"]),
     ("broker", &["sys"]),
     ("sandbox", &["sys", "error"]),
@@ -143,6 +144,10 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("nbd_uri", &[]),
     ("tenure", &["sys", "error"]),
     ("fault_injection", &[]),
+    (
+        "fuzzing",
+        &["sim", "service", "device", "virtio", "store", "arena", "image_id", "config", "sys", "prng", "units"],
+    ),
     ("sys", &[]),
     (
         "sim",

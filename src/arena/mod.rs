@@ -487,9 +487,11 @@ pub fn sectors_within(image_sectors: u64, page: PageNo) -> SectorMask {
     }
 }
 
-/// Offset of the first of `frames` frames of a persistent arena.
+/// Offset of the first of `frames` frames of a persistent arena; more than any file has if a forged header has so many
+/// frames.
 fn frames_at(header: &Header, frames: usize) -> usize {
-    frames.saturating_mul(RECORD_BYTES).saturating_add(header.records_at()).next_multiple_of(PAGE_SIZE)
+    let records_end = frames.saturating_mul(RECORD_BYTES).saturating_add(header.records_at());
+    records_end.checked_next_multiple_of(PAGE_SIZE).unwrap_or(usize::MAX)
 }
 
 /// Sets the word of a loss marker once there is something `unwritten`, unless it is set already.

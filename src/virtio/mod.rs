@@ -8,6 +8,7 @@
 pub mod chain;
 pub mod config_space;
 pub mod guest_copy;
+mod notification;
 mod ram;
 pub mod request;
 pub mod split;

@@ -7,13 +7,14 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use virtio_bindings::virtio_ring::VRING_USED_F_NO_NOTIFY;
 use vm_memory::GuestAddress;
 
 use crate::shared_memory::store;
 use crate::virtio::GuestRam;
+use crate::virtio::notification::{self, RingWord};
 
 #[cfg(test)]
 mod tests;
@@ -172,19 +173,10 @@ impl SplitQueue {
     /// Shows all used elements to the driver. Returns whether it wants to be interrupted for them (section 2.7.7.2).
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next.next_used);
-        store(self.rings.used.le16(IDX), new.to_le(), Ordering::Release);
         self.published = new;
-        // The driver writes what it wants before it checks the index for the last time. With a fence on either side, at
-        // least one side sees what the other has written.
-        fence(Ordering::SeqCst);
-        if self.layout.event_idx {
-            let used_event = RING + usize::from(self.layout.size) * HEAD_BYTES;
-            let event = u16::from_le(self.rings.avail.le16(used_event).load(Ordering::Relaxed));
-            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-        } else {
-            let flags = u16::from_le(self.rings.avail.le16(FLAGS).load(Ordering::Relaxed));
-            u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0
-        }
+        let event_idx = self.layout.event_idx;
+        let wanted = if event_idx { RING + usize::from(self.layout.size) * HEAD_BYTES } else { FLAGS };
+        notification::publish(self.rings.used.le16(IDX), self.rings.avail.le16(wanted), event_idx, old, new)
     }
 
     /// Tells the driver that it need not kick. With EVENT_IDX it does not kick while avail_event stays behind, so there
@@ -199,14 +191,10 @@ impl SplitQueue {
     /// Tells the driver to kick from now on. Returns whether heads became available meanwhile, for which it may not
     /// have kicked.
     pub fn enable_notification(&mut self) -> bool {
-        if self.layout.event_idx {
-            let avail_event = RING + usize::from(self.layout.size) * ELEMENT_BYTES;
-            store(self.rings.used.le16(avail_event), self.next.next_avail.to_le(), Ordering::Relaxed);
-        } else {
-            store(self.rings.used.le16(FLAGS), 0, Ordering::Relaxed);
-        }
-        fence(Ordering::SeqCst);
-        self.has_available()
+        let event_idx = self.layout.event_idx;
+        let wanted = if event_idx { RING + usize::from(self.layout.size) * ELEMENT_BYTES } else { FLAGS };
+        let (available, wanted) = (self.rings.avail.le16(IDX), self.rings.used.le16(wanted));
+        notification::enable(available, wanted, event_idx, self.next.next_avail)
     }
 
     fn avail_idx(&self) -> u16 {
@@ -216,6 +204,18 @@ impl SplitQueue {
     /// The entry of a ring that an index means.
     fn entry(&self, index: u16) -> usize {
         usize::from(index & (self.layout.size - 1))
+    }
+}
+
+impl RingWord for AtomicU16 {
+    #[inline]
+    fn load(&self, order: Ordering) -> u16 {
+        u16::from_le(Self::load(self, order))
+    }
+
+    #[inline]
+    fn store(&self, value: u16, order: Ordering) {
+        store(self, value.to_le(), order);
     }
 }
 

@@ -1,0 +1,41 @@
+//! How device and driver tell each other whether they want to be notified (virtio 1.2, sections 2.7.7 and 2.7.10).
+//!
+//! Each side shows what it has done, then looks at what the other side wants; or says what it wants, then looks at what
+//! the other side has done. With a sequentially consistent fence between the two steps on either side, at least one side
+//! sees what the other has written, so nobody waits for a notification that does not come. `loom/` checks that.
+
+use crate::sync::{Ordering, fence};
+
+/// VRING_AVAIL_F_NO_INTERRUPT: the driver wants no interrupts.
+const NO_INTERRUPT: u16 = 1;
+
+/// A word of a ring, which the other side accesses at the same time.
+pub trait RingWord {
+    /// Its value.
+    fn load(&self, order: Ordering) -> u16;
+    /// Stores a value.
+    fn store(&self, value: u16, order: Ordering);
+}
+
+/// Moves the used index from `old` to `new`. Returns whether the driver wants to be interrupted for that. `wanted` is
+/// its word about it: used_event with `event_idx`, else its flags.
+#[inline]
+pub fn publish(used_idx: &impl RingWord, wanted: &impl RingWord, event_idx: bool, old: u16, new: u16) -> bool {
+    used_idx.store(new, Ordering::Release);
+    fence(Ordering::SeqCst);
+    let wanted = wanted.load(Ordering::Relaxed);
+    if event_idx {
+        new.wrapping_sub(wanted).wrapping_sub(1) < new.wrapping_sub(old)
+    } else {
+        wanted & NO_INTERRUPT == 0
+    }
+}
+
+/// Tells the driver to kick from the available index `next` on. Returns whether it has gone beyond that already, in
+/// which case it may not kick. `wanted` is the device's word about it: avail_event with `event_idx`, else its flags.
+#[inline]
+pub fn enable(avail_idx: &impl RingWord, wanted: &impl RingWord, event_idx: bool, next: u16) -> bool {
+    wanted.store(if event_idx { next } else { 0 }, Ordering::Relaxed);
+    fence(Ordering::SeqCst);
+    avail_idx.load(Ordering::Acquire) != next
+}

@@ -2,17 +2,23 @@
 
 CARGO ?= cargo
 SOAK_MINUTES ?= 30
+# Seconds for each fuzz target.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := request_parse ring_turn inflight_recover wire_relay control_plane cache_ops ledger_decode config store_limits
+HOST := x86_64-unknown-linux-gnu
 
 # rustup installs cargo in a directory that a fresh shell's PATH lacks.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim mutants soak bench bench-scale bench-policy bench-page
+.PHONY: help setup build demo test test-guest check sim mutants fuzz loom miri sanitize soak \
+	bench bench-scale bench-policy bench-page
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
 	@echo
-	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), BUG=text (mutants), SOAK_MINUTES=n, ROWS=name,name (of make bench),"
+	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), BUG=text, SAMPLE=n, SKIP=file (mutants; the file is the output of a"
+	@echo "             run whose finds are skipped), FUZZ_SECONDS=n, SOAK_MINUTES=n, ROWS=name,name (of make bench),"
 	@echo "             ARGS=\"--peer 'name=command with {sock} {img}'\" (another server for make bench)"
 
 setup: ## get what building and testing need (Debian, Ubuntu); quick when nothing is missing
@@ -26,6 +32,7 @@ demo: setup ## a guest writes, reads, and survives a kill of its disk's daemon (
 
 test: setup ## every test, those with a virtual machine included (6 minutes)
 	$(CARGO) test --locked --no-fail-fast
+	@$(MAKE) --no-print-directory loom
 
 test-guest: setup ## only the tests with a virtual machine (3 minutes)
 	$(CARGO) test --locked --test guest
@@ -41,16 +48,31 @@ sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100) GENBLK_SIM_FIRST=$(or $(FIRST),1000)) \
 		$(CARGO) test --release --locked --lib seeds_from_the_environment -- --nocapture
 
-mutants: setup ## plants known bugs one by one; the named test must find each (about 100 minutes); BUG=text selects
-	GENBLK_MUTANTS="$(BUG)" $(CARGO) test --locked --test mutations -- --ignored --nocapture
+mutants: setup ## plants known bugs one by one; the named test must find each (MUTANT_TIME); BUG=text selects, SAMPLE=n picks
+	GENBLK_MUTANTS="$(BUG)" GENBLK_MUTANTS_SAMPLE=$(SAMPLE) GENBLK_MUTANTS_SKIP=$(SKIP) \
+		$(CARGO) test --locked --test mutations -- --ignored --nocapture
 
-soak: setup ## simulator, kills and guest tests in a loop, SOAK_MINUTES long
+fuzz: ## every fuzz target for FUZZ_SECONDS: with libFuzzer (a nightly compiler and a C++ compiler), or mutations from a seed
+	@scripts/fuzz.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+loom: ## fences, wakers and mailboxes in every order of their steps (1 minute; most of it to compile loom)
+	cd loom && $(CARGO) test --release --locked -q
+
+miri: ## units of guest memory, rings, ledger and cache under Miri (a nightly compiler with miri and rust-src)
+	@scripts/sanitize.sh miri
+
+sanitize: ## Miri; tests under AddressSanitizer, and under ThreadSanitizer with four workers (a nightly compiler)
+	@scripts/sanitize.sh
+
+soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \
 	while [ $$(date +%s) -lt $$end ]; do \
 		round=$$((round + 1)); echo "soak: round $$round"; \
 		$(MAKE) --no-print-directory sim SEED= N=1000 FIRST=$$((round * 1000)) && \
 		GENBLK_KILLS=200 GENBLK_EVENTS=300 $(CARGO) test --release --locked --test survival && \
-		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest || exit 1; \
+		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest && \
+		$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600 && \
+		$(MAKE) --no-print-directory mutants BUG= SKIP= SAMPLE=10 || exit 1; \
 	done; echo "soak: $$round rounds, no failure"
 
 bench: setup ## compare with other servers and the machine's limit (15 minutes; some rows need root)

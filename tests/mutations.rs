@@ -69,6 +69,7 @@ impl Mutation {
     fn target(&self) -> (Vec<&str>, &str) {
         match self.test.split_once(' ').unwrap_or((&self.test, "")) {
             ("lib", filter) => (vec!["--lib"], filter),
+            ("loom", filter) => (vec!["--manifest-path", "loom/Cargo.toml", "--test", "models"], filter),
             (test, filter) => (vec!["--test", test], filter),
         }
     }
@@ -79,6 +80,7 @@ impl Mutation {
         let file = root().join(format!("tests/{test}.rs"));
         match test {
             "lib" => root().join("src"),
+            "loom" => root().join("loom/tests"),
             _ if file.exists() => file,
             test => root().join("tests").join(test),
         }

@@ -42,7 +42,8 @@ impl Directory {
     pub fn new(image_bytes: u64) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = PathBuf::from(format!("/dev/shm/genblk-sim-{}-{number}", std::process::id()));
+        // Of one length: a header has its path word by word, and the daemon may die between any two.
+        let path = PathBuf::from(format!("/dev/shm/genblk-sim-{:010}-{number:06}", std::process::id()));
         fs::create_dir(&path).expect("a directory in shared memory");
         let directory = Self(path);
         File::create(directory.image()).and_then(|file| file.set_len(image_bytes)).expect("an image");
@@ -93,6 +94,8 @@ pub(super) fn in_daemon<R>(act: impl FnOnce() -> R) -> Result<R, DaemonDied> {
 #[derive(Debug)]
 struct Thread {
     worker: Worker,
+    /// Its last turn had nothing to do. The guest may act before it goes to sleep.
+    idle: bool,
     asleep: bool,
 }
 
@@ -175,7 +178,7 @@ impl Life {
         let arena = match arena? {
             Ok(arena) => arena,
             Err(error) if *read_only && error.kind() == ErrorKind::Ledger => return Ok(None),
-            Err(error) => panic!("the cache is recovered: {error}"),
+            Err(error) => panic!("the cache is recovered: {error}; {configuration:?}"),
         };
         // The image is synced with the record of a new tenure, so what is sampled is durable: here that is the file.
         let mut samples = arena.samples();
@@ -192,7 +195,7 @@ impl Life {
             };
             let (started, controls): (Vec<_>, Vec<_>) = (0..*workers).map(start).unzip();
             cached.arena().keep_on_drop(false);
-            let threads = started.into_iter().map(|worker| Thread { worker, asleep: false }).collect();
+            let threads = started.into_iter().map(|worker| Thread { worker, idle: false, asleep: false }).collect();
             Some(Self { threads, device, workers: Workers::new(controls), cached, held })
         })
     }
@@ -205,7 +208,7 @@ impl Life {
 
     /// A turn of a worker, or its sleep. Returns whether it did anything.
     pub fn step(&mut self, worker: usize, now: Tick) -> Result<bool, DaemonDied> {
-        let Thread { worker, asleep } = &mut self.threads[worker];
+        let Thread { worker, idle, asleep } = &mut self.threads[worker];
         in_daemon(|| {
             if worker.is_exiting() {
                 return false;
@@ -218,7 +221,8 @@ impl Life {
                 worker.disable_notifications();
                 *asleep = false;
             }
-            if worker.turn(now) {
+            if !std::mem::take(idle) {
+                *idle = !worker.turn(now);
                 return true;
             }
             if worker.enable_notifications() {

@@ -185,7 +185,7 @@ pub(super) fn store_limits(input: &[u8]) {
 fn is_within(limits: &Limits, op: OpKind, offset: u64, len: u64, segments: &[Segment]) -> bool {
     let (start, bytes, size) = (u128::from(offset), u128::from(len), u128::from(limits.size_bytes));
     let end = start + bytes;
-    let is_multiple = |number: u128, unit: u32| number % u128::from(unit) == 0;
+    let is_multiple = |number: u128, unit: u32| number.is_multiple_of(u128::from(unit));
     let at_end = end == size;
     if end > size {
         return false;

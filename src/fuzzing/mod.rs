@@ -6,6 +6,8 @@
 //!
 //! Compiled for tests and for fuzzers (`--cfg fuzzing`) only.
 
+#![allow(clippy::cast_possible_truncation, reason = "what the targets count is small")]
+
 mod cache_ops;
 mod files;
 mod guest;

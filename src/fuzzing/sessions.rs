@@ -195,7 +195,7 @@ pub(super) fn control_plane(input: &[u8]) {
     with_device(|device| {
         let socket = device.connect();
         let descriptors = Descriptors::new();
-        if input.u8() % 4 != 0 && start_sensibly(&socket, &descriptors).is_err() {
+        if !input.u8().is_multiple_of(4) && start_sensibly(&socket, &descriptors).is_err() {
             return;
         }
         while !input.is_empty() {

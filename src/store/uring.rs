@@ -138,8 +138,7 @@ impl UringQueue {
         let request = slot.request.as_mut().expect("a completion is of a slot with an operation");
         let tag = request.tag;
         let event = match u64::try_from(result) {
-            // ECANCELED: the thread that submitted the operation ended before the operation began. We never cancel.
-            Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN | libc::ECANCELED) => None,
+            Err(_) if is_to_be_repeated(-result) => None,
             Err(_) if matches!(request.op, OpKind::Zero { .. }) && sys::is_unsupported(-result) => {
                 let request = slot.request.take().expect("the slot had a request above");
                 self.free.push(index);
@@ -354,5 +353,25 @@ impl fmt::Debug for UringQueue {
             .field("image", &self.image)
             .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()
+    }
+}
+
+/// Whether an operation that failed with this error has done nothing, and is submitted again.
+///
+/// => ECANCELED: the thread that submitted the operation ended before the operation began. We never cancel.
+fn is_to_be_repeated(errno: i32) -> bool {
+    matches!(errno, libc::EINTR | libc::EAGAIN | libc::ECANCELED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the kernel cancels depends on its timing, so no test can wait for it.
+    #[test]
+    fn an_operation_that_was_interrupted_or_cancelled_is_repeated_and_no_other() {
+        assert!([libc::EINTR, libc::EAGAIN, libc::ECANCELED].into_iter().all(is_to_be_repeated));
+        let failures = [libc::EIO, libc::ENOSPC, libc::EOPNOTSUPP, libc::EINVAL, libc::ETIMEDOUT, libc::ENODEV];
+        assert!(!failures.into_iter().any(is_to_be_repeated));
     }
 }

@@ -25,7 +25,7 @@ impl Prng {
 
     /// A generator whose first numbers are those of `script`, two bytes each, for a fuzzer that decides what happens.
     pub fn scripted(script: &[u8]) -> Self {
-        Self { script: script.to_vec().into_iter(), ..Self::new(script.len() as u64) }
+        Self { script: Vec::from(script).into_iter(), ..Self::new(script.len() as u64) }
     }
 
     /// The next 64 random bits.

@@ -361,6 +361,11 @@ const REJECTED: &[(&str, Rejected)] = &[
         let info = VhostUserMemoryRegionInfo { userspace_addr: u64::MAX - 4095, ..s.memory.region_infos()[0] };
         (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
     }),
+    ("SET_MEM_TABLE of a region that is longer than its file", |s| {
+        let whole = s.memory.region_infos()[0];
+        let info = VhostUserMemoryRegionInfo { memory_size: whole.memory_size + (1 << 30), ..whole };
+        (number::SET_MEM_TABLE, table_body(1, &[info]), vec![info.mmap_handle])
+    }),
     ("ADD_MEM_REG of an existing region", |s| {
         let info = s.memory.region_infos()[0];
         (number::ADD_MEM_REG, region_body(&info), vec![info.mmap_handle])

@@ -117,10 +117,11 @@ pub(super) fn config(input: &[u8]) {
     match Config::from_toml(text) {
         Err(problems) => {
             assert!(!problems.is_empty(), "refused without a reason");
-            let lines = text.lines().count();
+            // An error at the end of a text that ends with a line feed is in the line after it.
+            let lines = text.lines().count() + 1;
             for problem in &problems {
                 let line = problem.line.unwrap_or(1);
-                assert!(line <= lines.max(1), "line {line} of {lines}: {problem:?}");
+                assert!(line <= lines, "line {line} of {lines}: {problem:?}");
             }
         }
         Ok(config) => {

@@ -390,26 +390,3 @@ impl VringT<Memory> for VringControl {
         self.state.read_kick()
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use vmm_sys_util::eventfd::EventFd;
-
-    use super::*;
-    use crate::sys::memfd;
-
-    /// An interrupt would write eight bytes to it.
-    #[test]
-    fn only_eventfds_are_used_for_kicks_and_interrupts() {
-        let eventfd = File::from(EventFd::new(0).unwrap());
-        assert!(eventfd_or_none("disk", Some(eventfd)).is_some());
-        let (pipe, _) = std::io::pipe().unwrap();
-        let others = [
-            memfd::create(c"a file").unwrap(),
-            File::open("/dev/null").unwrap(),
-            File::from(std::os::fd::OwnedFd::from(pipe)),
-        ];
-        assert!(others.into_iter().all(|file| eventfd_or_none("disk", Some(file)).is_none()));
-        assert!(eventfd_or_none("disk", None).is_none());
-    }
-}

@@ -1,11 +1,13 @@
 //! Notifications in both directions: none is lost, and none comes that was not requested (T21).
 
+use std::os::fd::{FromRawFd, IntoRawFd};
 use std::time::Duration;
 
 use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::tempfile::TempFile;
 
 use crate::IMAGE_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
@@ -212,4 +214,21 @@ fn a_full_blocking_call_descriptor_does_not_block_the_worker() {
     }
     drop(session);
     assert_serves(&daemon.socket(), 0);
+}
+
+/// An interrupt is a write of eight bytes, which must not go to whatever file a front-end passes.
+#[test]
+fn a_file_as_call_descriptor_is_not_written_to() {
+    let daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let file = TempFile::new().expect("a file can be created").into_file();
+    let call = file.try_clone().expect("a descriptor can be duplicated").into_raw_fd();
+    // SAFETY: nothing else owns the descriptor.
+    let call = unsafe { EventFd::from_raw_fd(call) };
+    session.frontend.set_vring_call(0, &call).expect("SET_VRING_CALL");
+    submit_batch(&mut session);
+    take_batch(&mut session);
+    drop(session);
+    assert_serves(&daemon.socket(), 0);
+    assert_eq!(file.metadata().expect("the file is open").len(), 0, "an interrupt was written to the file");
 }

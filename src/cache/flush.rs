@@ -16,10 +16,10 @@
 //! doubt then, but nothing is wrong any more: they are written again, and no request learns of it.
 //!
 //! A device that resets fails a write and loses what it had not made durable; a Sync that follows succeeds, and may be
-//! reaped before the write that failed. A FLUSH does not wait for that: it would wait for every write in flight. But the
-//! pages that the Sync covers stay in doubt, and in memory, until each write, zero and discard that was in flight at its
-//! end has ended. If one of them tells of a reset, the pages are written again. Until then a power cut could cost what
-//! the FLUSH promised.
+//! reaped before the write that failed. A FLUSH does not wait for that: it would wait for every write in flight. But
+//! the pages that the Sync covers stay in doubt, and in memory, until each write, zero and discard that was in flight
+//! at its end has ended. If one of them tells of a reset, the pages are written again. Until then a power cut could
+//! cost what the FLUSH promised.
 
 use std::collections::VecDeque;
 
@@ -54,13 +54,13 @@ pub(super) struct Flushing {
     stable: u64,
     /// How many of them the Sync in flight covers.
     syncing: Option<u64>,
-    /// The last Sync has succeeded, and its pages are still in doubt: so many operations that were in flight at its end,
-    /// and may tell of a reset before it, still are.
+    /// The last Sync has succeeded, and its pages are still in doubt: so many operations that were in flight at its
+    /// end, and may tell of a reset before it, still are.
     confirming: Option<usize>,
     /// Syncs that have succeeded. An operation that was submitted before the last one may tell of a reset before it.
     successes: u64,
-    /// Pages written since the last successful Sync. While a Sync is in flight, or confirmed, one list has the pages that
-    /// it covers, and the other, list `fresh`, those that were written later.
+    /// Pages written since the last successful Sync. While a Sync is in flight, or in doubt, one list has the pages
+    /// that it covers, and the other, list `fresh`, those that were written later.
     unsynced: [Vec<PageId>; 2],
     fresh: usize,
     /// A Sync should be submitted although no flush waits for it.

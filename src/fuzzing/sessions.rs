@@ -311,9 +311,18 @@ fn send_message(socket: &UnixStream, descriptors: &Descriptors, input: &mut Inpu
     ];
     let request = if input.u8() == 255 { u32::from(input.u8()) } else { input.pick(&KNOWN) };
     let flags = input.pick(&[1u32, 1 | 1 << 3, 1 | 1 << 3, 5, 0]);
+    let payload = payload(request, input);
+    let count = if matches!(request, SET_MEM_TABLE) && payload.len() > 8 { (payload.len() - 8) / 32 } else { 1 };
+    let count = if input.u8() < 200 { count } else { input.below(9) };
+    let fds: Vec<RawFd> = (0..count).map(|_| descriptors.pick(input)).collect();
+    send(socket, request, flags, &payload, &fds)
+}
+
+/// A payload that nearly makes sense for the request.
+fn payload(request: u32, input: &mut Input<'_>) -> Vec<u8> {
     let sizes = [0, 4096, MEMORY_BYTES, 1 << 20, u64::MAX - 4095, USER, USER + 4096, USER + TABLE, 1 << 40, 8];
     let number = |input: &mut Input<'_>| if input.u8() < 220 { input.pick(&sizes) } else { input.u64() };
-    let payload = match request {
+    match request {
         SET_FEATURES | SET_PROTOCOL_FEATURES => le64(&[input.pick(&[u64::MAX, 0, 1 << 30 | 1 << 32, 0xb209])]),
         SET_MEM_TABLE => {
             let regions = input.below(4);
@@ -350,9 +359,5 @@ fn send_message(socket: &UnixStream, descriptors: &Descriptors, input: &mut Inpu
             let len = input.below(24);
             input.take(len).to_vec()
         }
-    };
-    let count = if matches!(request, SET_MEM_TABLE) && payload.len() > 8 { (payload.len() - 8) / 32 } else { 1 };
-    let count = if input.u8() < 200 { count } else { input.below(9) };
-    let fds: Vec<RawFd> = (0..count).map(|_| descriptors.pick(input)).collect();
-    send(socket, request, flags, &payload, &fds)
+    }
 }

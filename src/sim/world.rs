@@ -4,6 +4,7 @@
 //! store operations complete in any order, fail, and tear their writes.
 
 mod checks;
+mod effects;
 mod lives;
 
 use std::collections::BTreeMap;
@@ -18,7 +19,7 @@ use super::failure_oracle::FailureOracle;
 use super::memory::{GARBAGE, Memory};
 use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
-use super::scenario::{BREAKAGES, FailureClass, Scenario, settings};
+use super::scenario::{BREAKAGES, Scenario, settings};
 
 /// In some worlds page numbers exceed 32 bits. (A multiple of the regions in which the cache asks for holes and space.)
 const HIGH_SECTOR: u64 = 1 << 37;
@@ -467,73 +468,6 @@ impl World {
             self.failures.note_failure(op.kind, fault, &self.settings, Tick::from_us(self.now_us));
         }
         self.cache.complete(tag, &outcome, Tick::from_us(self.now_us));
-    }
-
-    /// Decides whether an operation fails.
-    fn draw_failure(&mut self, op: &DiskOp) -> bool {
-        if self.scenario.restarts {
-            return op.kind == OpKind::Sync && self.prng.percent(30);
-        }
-        let percent = match self.scenario.fault_percent {
-            // Syncs are rare and their failures matter most: they fail more often.
-            1.. if op.kind == OpKind::Sync => 30,
-            percent => percent,
-        };
-        let is_broken = FailureClass::of(op.kind).is_some_and(|class| self.scenario.broken.contains(&class));
-        is_broken || self.prng.percent(percent)
-    }
-
-    /// What an operation does to disk and memory, even if its daemon has crashed.
-    fn apply_to_disk(&mut self, op: &DiskOp, failed: bool) {
-        let (first, count) = (op.span.start as usize, op.span.count as usize);
-        match op.kind {
-            OpKind::Read => {
-                for n in 0..count {
-                    let (frame, at) = op.frame_sector(n);
-                    // After a failed read the memory may hold anything.
-                    self.memory.set(frame, at, if failed { GARBAGE } else { self.disk.read(first + n) });
-                }
-            }
-            OpKind::Write => {
-                for (n, &version) in op.content.iter().enumerate() {
-                    let (frame, at) = op.frame_sector(n);
-                    assert_eq!(self.memory.get(frame, at), version, "a frame changed during its write-back");
-                    // A failed write is torn.
-                    if !failed || self.prng.percent(50) {
-                        self.disk.write(first + n, version);
-                    }
-                }
-                if failed && self.scenario.failed_write_resets {
-                    self.reset_disk();
-                }
-            }
-            OpKind::Sync if failed => self.disk.fail_sync(op.began, self.scenario.sync_failure),
-            OpKind::Sync => self.disk.complete_sync(op.began),
-            OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
-            OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, Unmap::Allowed),
-            OpKind::Allocate if !failed => self.disk.allocate(first, count),
-            OpKind::Zero { .. } if self.scenario.failed_write_resets => self.reset_disk(),
-            OpKind::Zero { .. } | OpKind::Discard if failed => {
-                // A failed one is torn.
-                for sector in first..first + count {
-                    if self.prng.percent(50) {
-                        self.disk.tear(sector);
-                    }
-                }
-            }
-            OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
-        }
-    }
-
-    fn reset_disk(&mut self) {
-        self.disk.reset();
-        self.reset = Some(Reset::Unheard);
-    }
-
-    /// Whether the operation in flight has reset the disk.
-    fn has_reset(&self, op: &DiskOp) -> bool {
-        let resets = self.scenario.failed_write_resets && matches!(op.kind, OpKind::Write | OpKind::Zero { .. });
-        resets && op.failed == Some(true)
     }
 
     /// Ends a worker's turn: submits the operations that the cache asks for, and handles its notices.

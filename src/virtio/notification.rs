@@ -1,8 +1,8 @@
 //! How device and driver tell each other whether they want to be notified (virtio 1.2, sections 2.7.7 and 2.7.10).
 //!
 //! Each side shows what it has done, then looks at what the other side wants; or says what it wants, then looks at what
-//! the other side has done. With a sequentially consistent fence between the two steps on either side, at least one side
-//! sees what the other has written, so nobody waits for a notification that does not come. `loom/` checks that.
+//! the other side has done. With a sequentially consistent fence between the two steps on either side, at least one
+//! side sees what the other has written, so nobody waits for a notification that does not come. `loom/` checks that.
 
 use crate::sync::{Ordering, fence};
 

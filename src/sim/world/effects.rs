@@ -1,0 +1,77 @@
+//! What store operations do to the disk of a simulated world, and which of them fail.
+
+use crate::units::{OpKind, Unmap};
+
+use super::super::memory::GARBAGE;
+use super::super::operations::DiskOp;
+use super::super::scenario::FailureClass;
+use super::{Reset, World};
+
+impl World {
+    /// Decides whether an operation fails.
+    pub(super) fn draw_failure(&mut self, op: &DiskOp) -> bool {
+        if self.scenario.restarts {
+            return op.kind == OpKind::Sync && self.prng.percent(30);
+        }
+        let percent = match self.scenario.fault_percent {
+            // Syncs are rare and their failures matter most: they fail more often.
+            1.. if op.kind == OpKind::Sync => 30,
+            percent => percent,
+        };
+        let is_broken = FailureClass::of(op.kind).is_some_and(|class| self.scenario.broken.contains(&class));
+        is_broken || self.prng.percent(percent)
+    }
+
+    /// What an operation does to disk and memory, even if its daemon has crashed.
+    pub(super) fn apply_to_disk(&mut self, op: &DiskOp, failed: bool) {
+        let (first, count) = (op.span.start as usize, op.span.count as usize);
+        match op.kind {
+            OpKind::Read => {
+                for n in 0..count {
+                    let (frame, at) = op.frame_sector(n);
+                    // After a failed read the memory may hold anything.
+                    self.memory.set(frame, at, if failed { GARBAGE } else { self.disk.read(first + n) });
+                }
+            }
+            OpKind::Write => {
+                for (n, &version) in op.content.iter().enumerate() {
+                    let (frame, at) = op.frame_sector(n);
+                    assert_eq!(self.memory.get(frame, at), version, "a frame changed during its write-back");
+                    // A failed write is torn.
+                    if !failed || self.prng.percent(50) {
+                        self.disk.write(first + n, version);
+                    }
+                }
+                if failed && self.scenario.failed_write_resets {
+                    self.reset_disk();
+                }
+            }
+            OpKind::Sync if failed => self.disk.fail_sync(op.began, self.scenario.sync_failure),
+            OpKind::Sync => self.disk.complete_sync(op.began),
+            OpKind::Zero { unmap } if !failed => self.disk.zero(first, count, unmap),
+            OpKind::Discard if !failed && self.prng.percent(50) => self.disk.zero(first, count, Unmap::Allowed),
+            OpKind::Allocate if !failed => self.disk.allocate(first, count),
+            OpKind::Zero { .. } if self.scenario.failed_write_resets => self.reset_disk(),
+            OpKind::Zero { .. } | OpKind::Discard if failed => {
+                // A failed one is torn.
+                for sector in first..first + count {
+                    if self.prng.percent(50) {
+                        self.disk.tear(sector);
+                    }
+                }
+            }
+            OpKind::Zero { .. } | OpKind::Discard | OpKind::Map | OpKind::Allocate => {}
+        }
+    }
+
+    fn reset_disk(&mut self) {
+        self.disk.reset();
+        self.reset = Some(Reset::Unheard);
+    }
+
+    /// Whether the operation in flight has reset the disk.
+    pub(super) fn has_reset(&self, op: &DiskOp) -> bool {
+        let resets = self.scenario.failed_write_resets && matches!(op.kind, OpKind::Write | OpKind::Zero { .. });
+        resets && op.failed == Some(true)
+    }
+}

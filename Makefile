@@ -48,7 +48,7 @@ sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100) GENBLK_SIM_FIRST=$(or $(FIRST),1000)) \
 		$(CARGO) test --release --locked --lib seeds_from_the_environment -- --nocapture
 
-mutants: setup ## plants known bugs one by one; the named test must find each (MUTANT_TIME); BUG=text selects, SAMPLE=n picks
+mutants: setup ## plants known bugs one by one; the named test must find each (2 hours on a busy machine)
 	GENBLK_MUTANTS="$(BUG)" GENBLK_MUTANTS_SAMPLE=$(SAMPLE) GENBLK_MUTANTS_SKIP=$(SKIP) \
 		$(CARGO) test --locked --test mutations -- --ignored --nocapture
 

@@ -16,8 +16,9 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::input::Input;
-use crate::config::{DeviceConfig, Engine, MemoryDir, Socket, Survive};
-use crate::service::{Context, Running, Service};
+use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
+use crate::service::{Running, Service};
+use crate::store::file::{FileImage, IoEngine, OpenOptions};
 use crate::sys::memfd;
 
 const IMAGE_BYTES: u64 = 1 << 20;
@@ -60,14 +61,15 @@ impl TestDevice {
         let image = directory.join("image");
         File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image");
         let mut config = DeviceConfig::new("fuzzed", Socket::Path(directory.join("socket")), image);
-        config.engine = Engine::Threads;
         config.num_queues = 2;
         config.workers = 1;
         config.poll_us = 0;
         config.cache.size_bytes = 64 << 10;
         config.cache.survive = Survive::Never;
         config.cache.memory_dir = MemoryDir::Path(directory.clone());
-        let service = Service::open(&config, &Context::default()).expect("the device opens");
+        let options = OpenOptions { engine: IoEngine::Threads, direct: false, ..OpenOptions::default() };
+        let image = FileImage::open(&config.image, &options).expect("the image opens");
+        let service = Service::with_image(&config, image).expect("the device opens");
         Self { directory, running: Some(service.start().expect("the device starts")) }
     }
 

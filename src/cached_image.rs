@@ -6,12 +6,14 @@
 //! [`WorkerPort`] with a store queue of its own; a port reaps what it submitted. A notice about another worker's
 //! request goes through that worker's mailbox.
 
+mod report;
 mod rest;
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::mem;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,19 +21,19 @@ use std::time::{Duration, Instant};
 use log::{Level, error, info, log, warn};
 
 use crate::arena::{Arena, Populator, ZERO_SLOTS};
-use crate::cache::{
-    FrameMemory, Health, HealthEvent, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket,
-};
+use crate::cache::{FrameMemory, Health, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket};
 use crate::counters::worker::WorkerCounters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault_injection::{PlantedBug, planted};
-use crate::store::{Backing, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
+use crate::store::{Backing, DRAIN_MAX, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
 use crate::tenure::record::CachePlace;
 use crate::units::{
     Fault, FrameId, FrameRecord, OpKind, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask,
     SectorSpan, Tick, counted, low_u8,
 };
 use crate::waker::Waker;
+
+use report::report_health;
 use rest::RestRecorder;
 
 /// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
@@ -80,6 +82,10 @@ pub struct CachedImage {
     arena: Arc<Arena>,
     backing: Arc<dyn Backing>,
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
+    /// The names of the devices that have used it.
+    readers: Mutex<Vec<String>>,
+    /// Number of `readers`.
+    reader_count: AtomicUsize,
     /// When tick 0 was.
     opened: Instant,
     /// Records the image's change token.
@@ -109,6 +115,8 @@ impl CachedImage {
             arena,
             backing,
             mailboxes: Mutex::default(),
+            readers: Mutex::default(),
+            reader_count: AtomicUsize::new(0),
             opened: Instant::now(),
         })
     }
@@ -256,11 +264,11 @@ impl CachedImage {
         self.cache.try_lock().map_or(true, |cache| !cache.is_stable())
     }
 
-    /// The port of one more worker thread, which counts its store operations.
+    /// The port of one more worker thread, of the device with this name, which counts its store operations.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if the store's queue or a descriptor cannot be created.
-    pub fn port(self: &Arc<Self>, counters: WorkerCounters) -> Result<WorkerPort> {
+    pub fn port(self: &Arc<Self>, device: &str, counters: WorkerCounters) -> Result<WorkerPort> {
         let mut store = self.backing.attach()?;
         store.hint_memory(self.arena.addresses());
         let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
@@ -268,9 +276,12 @@ impl CachedImage {
         let mut mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
         mailboxes.push(Arc::clone(&mailbox));
         let worker = mailboxes.len() as u64 - 1;
+        drop(mailboxes);
+        let reader = self.reader_of(device);
         Ok(WorkerPort {
             image: Arc::clone(self),
             worker,
+            reader,
             mailbox,
             counters,
             store,
@@ -279,7 +290,24 @@ impl CachedImage {
             events: Vec::new(),
             reaped: VecDeque::new(),
             notices: Vec::new(),
+            closed: false,
         })
+    }
+}
+
+impl CachedImage {
+    /// The number of a device among those that use the image. From the second one on, the cache is shared fairly.
+    fn reader_of(&self, device: &str) -> usize {
+        let mut readers = self.readers.lock().expect("no thread panics with the list locked");
+        if let Some(reader) = readers.iter().position(|reader| reader == device) {
+            return reader;
+        }
+        readers.push(device.to_owned());
+        if readers.len() > 1 {
+            self.lock().share(readers.len());
+        }
+        self.reader_count.store(readers.len(), Ordering::Relaxed);
+        readers.len() - 1
     }
 }
 
@@ -294,6 +322,8 @@ impl Drop for CachedImage {
 pub struct WorkerPort {
     image: Arc<CachedImage>,
     worker: u64,
+    /// The device's number among those that use the image.
+    reader: usize,
     mailbox: Arc<Mailbox>,
     counters: WorkerCounters,
     store: Box<dyn StoreQueue>,
@@ -305,12 +335,19 @@ pub struct WorkerPort {
     /// Events that were reaped and not yet reported to the cache.
     reaped: VecDeque<Event>,
     notices: Vec<Notice>,
+    /// [`WorkerPort::close`] was called.
+    closed: bool,
 }
 
 impl WorkerPort {
     /// The image behind the port.
     pub fn image(&self) -> &Arc<CachedImage> {
         &self.image
+    }
+
+    /// Whether several devices use the image.
+    pub fn is_shared(&self) -> bool {
+        self.image.reader_count.load(Ordering::Relaxed) > 1
     }
 
     /// The descriptor that is readable while the store has events.
@@ -364,7 +401,7 @@ impl WorkerPort {
     /// calls `act` with the cache and its notices to this worker. Afterwards submits all store operations, if a request
     /// waits for one of them.
     pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
-        let Self { image, worker, reaped, notices, counters, .. } = self;
+        let Self { image, worker, reader, reaped, notices, counters, .. } = self;
         let mut cache = image.lock();
         if !reaped.is_empty() {
             image.arena.end_changes();
@@ -384,6 +421,7 @@ impl WorkerPort {
         }
         cache.take_notices(notices);
         let recipients = image.route_notices(*worker, notices);
+        cache.set_reader(*reader);
         let result = act(&mut cache, notices);
         let awaited = take_ops(&mut cache, image, counters, &mut self.backlog);
         let rest = if cache.changes_in_flight() == 0 { image.arena.rest_point() } else { None };
@@ -417,7 +455,9 @@ impl WorkerPort {
         drop(cache);
         wake(&image.name, &image.route_notices(*worker, notices));
         self.submit();
-        if self.notices.is_empty() { deadline } else { Some(now) }
+        let retry = self.store.retry_after().map(|pause| now.plus_us(low_us(pause)));
+        let due = [deadline, retry].into_iter().flatten().min();
+        if self.notices.is_empty() { due } else { Some(now) }
     }
 
     /// Ends the use of the store: waits for at most `patience` until the operations in flight have completed. The rest
@@ -426,6 +466,7 @@ impl WorkerPort {
     ///
     /// => Only [`WorkerPort`]'s drop may follow.
     pub fn close(&mut self, patience: Duration) {
+        self.closed = true;
         if !self.store.drain(patience) {
             let (name, left) = (&self.image.name, counted(self.store.in_flight() as u64, "operation"));
             warn!("{name}: left {left} on the image to the kernel, which holds the image's lock until then");
@@ -448,6 +489,16 @@ impl WorkerPort {
             }
         }
         self.store.kick();
+    }
+}
+
+impl Drop for WorkerPort {
+    /// => What is in flight keeps the cache's memory mapped, however the port ends: no other mapping may come to lie
+    ///    there.
+    fn drop(&mut self) {
+        if !self.closed {
+            self.close(DRAIN_MAX);
+        }
     }
 }
 
@@ -501,35 +552,9 @@ fn note_ends(image: &CachedImage, op: &StoreOpRef<'_>) {
     }
 }
 
-/// Reports a change of the image's health to the operator: which requests suffer, what is kept, what to do.
-fn report_health(name: &str, event: HealthEvent, dirty_pages: u64) {
-    let errors = |fault| match fault {
-        // Of a full image, what needs no new space still succeeds: FLUSHes, too.
-        Fault::NoSpace => "requests that need new space return errors",
-        _ => "FLUSH returns errors",
-    };
-    let remedy = |fault| match fault {
-        Fault::NoSpace => "free space on the image's file system",
-        _ => "check the disk",
-    };
-    let kept = format!("{} kept", counted(dirty_pages, "dirty page"));
-    match event {
-        HealthEvent::NoReservations => info!(
-            "{name}: the image's file system does not support fallocate; FLUSH, not the write, will report a full disk"
-        ),
-        HealthEvent::Health(Health::Healthy) => info!("{name}: write-back recovered"),
-        HealthEvent::Health(Health::Reporting(fault)) => {
-            error!("{name}: write-back failing ({fault}); {}; {kept} and retried; {}", errors(fault), remedy(fault));
-        }
-        HealthEvent::Health(Health::Holding(fault)) => error!(
-            "{name}: write-back failing ({fault}); requests that need the image wait; {kept} and retried; {}",
-            remedy(fault)
-        ),
-        HealthEvent::Health(Health::Stopped(fault)) => error!(
-            "{name}: write-back stopped ({fault}); only cached data can be read; {kept}; {}, then send SIGHUP",
-            remedy(fault)
-        ),
-    }
+/// A pause in microseconds.
+fn low_us(pause: Duration) -> u64 {
+    u64::try_from(pause.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn worker_of(notice: &Notice) -> u64 {

@@ -8,12 +8,13 @@
 mod common;
 
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions, TempDir};
 use common::raw_ring::{DESC_INDIRECT, Descriptor, Ring, Segment};
-use common::request::{OK, header};
+use common::request::{OK, Payload, header};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES};
@@ -83,7 +84,7 @@ fn start(name: &str, options: &DaemonOptions) -> Daemon {
 fn longest_read(session: &mut Session, queue: usize, count: usize) -> Duration {
     let read = |session: &mut Session| {
         let begun = Instant::now();
-        let outcome = session.run(queue, VIRTIO_BLK_T_IN, 0, common::request::Payload::Receive(4096));
+        let outcome = session.run(queue, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
         assert_eq!(outcome.status, OK);
         begun.elapsed()
     };
@@ -236,4 +237,62 @@ fn a_flood_of_one_reader_leaves_the_other_reader_of_the_image_alone() {
     let (stopped, _) = timed(|| hostile.stop_ring(0));
     assert!(stopped < WAIT_MAX, "GET_VRING_BASE takes {stopped:?}");
     daemon.stop();
+}
+
+#[test]
+fn a_call_eventfd_that_becomes_full_and_blocking_holds_up_neither_its_ring_nor_the_end() {
+    let mut daemon = start("bounds", &DaemonOptions { num_queues: 2, ..DaemonOptions::default() });
+    let mut session = Session::open(&daemon.socket(), &options(2));
+    session.read(0, 4096);
+    // After the daemon has looked at it.
+    let call = &session.rings[0].call;
+    call.write(u64::MAX - 1 - call.read().unwrap_or(0)).expect("the counter has room");
+    // SAFETY: a plain system call on an open descriptor: it clears O_NONBLOCK.
+    assert_eq!(unsafe { libc::fcntl(call.as_raw_fd(), libc::F_SETFL, 0) }, 0);
+    for _ in 0..3 {
+        let completed = session.rings[0].used_idx();
+        session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(4096));
+        session.rings[0].notify();
+        let (served, ()) = timed(|| {
+            poll_until("the read to complete", PATIENCE, || (session.rings[0].used_idx() != completed).then_some(()));
+        });
+        assert!(served < WAIT_MAX, "a read takes {served:?}");
+        let longest = longest_read(&mut session, 1, 1);
+        assert!(longest < WAIT_MAX, "a read of another queue takes {longest:?}");
+    }
+    daemon.await_log("no more interrupts: its call descriptor is full and blocks");
+    assert_eq!(daemon.log().matches("no more interrupts").count(), 1, "it is logged once");
+    daemon.terminate();
+    let (ended, status) = timed(|| daemon.wait());
+    assert!(status.success() && ended < WAIT_MAX + Duration::from_secs(3), "{status} after {ended:?}");
+}
+
+#[test]
+fn a_full_call_eventfd_is_not_an_error() {
+    let daemon = start("bounds", &DaemonOptions::default());
+    let mut session = Session::open(&daemon.socket(), &options(1));
+    session.read(0, 4096);
+    let call = &session.rings[0].call;
+    call.write(u64::MAX - 1 - call.read().unwrap_or(0)).expect("the counter has room");
+    for _ in 0..10 {
+        let completed = session.rings[0].used_idx();
+        session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(512));
+        session.rings[0].notify();
+        poll_until("the read to complete", PATIENCE, || (session.rings[0].used_idx() != completed).then_some(()));
+    }
+    assert!(!daemon.log().contains("interrupt"), "{}", daemon.log());
+}
+
+#[test]
+fn isolated_readers_of_an_image_have_caches_of_their_own() {
+    let directory = TempDir::new("bounds");
+    fs::write(directory.path().join("image"), vec![7; 4 << 20]).expect("space for an image");
+    let device = |isolate: bool| format!("read_only = true\ncache.size = \"4M\"\nisolate = {isolate}");
+    let (isolated, shared) = (device(true), device(false));
+    let daemon = Daemon::start_configured(directory, &[&isolated, &isolated, &shared, &shared]);
+    for device in 0..4 {
+        Session::open(&daemon.socket_of(device), &options(1)).read(0, 4096);
+    }
+    // Two of their own, and one that is shared.
+    assert_eq!(daemon.mapped_caches(), 3);
 }

@@ -137,6 +137,7 @@ impl Owner {
             unmap: true,
             on_error: ErrorPolicy::Report,
             on_full: ErrorPolicy::Report,
+            page_key: 0,
             hold_us: 0,
         };
         let arena = Arena::anonymous(1024).expect("4 MiB can be mapped");

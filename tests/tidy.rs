@@ -96,6 +96,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
             "broker",
             "sandbox",
             "config",
+            "sys",
             "error",
             "units",
         ],

@@ -38,6 +38,7 @@ pub fn defaults(frames: u32, image_pages: u64) -> Settings {
         unmap: true,
         on_error: ErrorPolicy::Report,
         on_full: ErrorPolicy::Report,
+        page_key: 0,
         hold_us: 0,
     }
 }

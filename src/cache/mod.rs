@@ -234,6 +234,16 @@ impl PageCache {
         self.stalled.withdraw(ticket)
     }
 
+    /// So many devices use the cache from now on, each with a fair share of it.
+    pub fn share(&mut self, readers: usize) {
+        self.pages.share(readers);
+    }
+
+    /// The requests that follow are of this device.
+    pub fn set_reader(&mut self, reader: usize) {
+        self.pages.set_reader(reader);
+    }
+
     /// Number of operations that have not ended.
     pub fn ops_in_flight(&self) -> usize {
         self.store_ops.in_flight()

@@ -9,6 +9,7 @@ mod durability;
 mod eager;
 mod failures;
 mod flush_target;
+mod sharing;
 mod small_world;
 
 /// Memory without bytes: these tests look at frame numbers only.
@@ -42,6 +43,7 @@ fn settings_of(frames: u32, image_sectors: u64) -> Settings {
         unmap: true,
         on_error: ErrorPolicy::Report,
         on_full: ErrorPolicy::Report,
+        page_key: 0,
         hold_us: 0,
     }
 }

@@ -127,6 +127,9 @@ fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &
         report("image", format!("{image} is also the image of {}; {advice}", twin.whole.label));
         return;
     }
+    if builder.device.isolate || twin.device.isolate {
+        return;
+    }
     // Devices on one image share one cache, and so one way to the image.
     let (this, that) = (&builder.device, &twin.device);
     let settings_good =

@@ -157,6 +157,7 @@ pub(crate) const KEYS: &[Key] = &[
         default: Is(Flag(false)),
         kind: ValueKind::Flag { set: |device, on| device.read_only = on },
     },
+    Key { name: "isolate", default: Is(Flag(false)), kind: ValueKind::Flag { set: |device, on| device.isolate = on } },
     Key {
         name: "serial",
         default: FromName(|device| device.serial = device.name.chars().take(SERIAL_BYTES_MAX).collect()),

@@ -85,6 +85,8 @@ pub struct DeviceConfig {
     pub format: ImageFormat,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// Whether a read-only device has a cache of its own. Otherwise all those on one image share one.
+    pub isolate: bool,
     /// What the guest reads as the disk's serial (GET_ID): at most 20 bytes of ASCII.
     pub serial: String,
     /// Largest number of request queues that a front-end may use.
@@ -127,6 +129,7 @@ impl DeviceConfig {
             image: PathBuf::new(),
             format: ImageFormat::Auto,
             read_only: false,
+            isolate: false,
             serial: String::new(),
             num_queues: 0,
             workers: 0,

@@ -234,6 +234,8 @@ fn devices_on_one_image_agree_on_its_cache() {
         let expected = format!("9: device[1].image: device[0] serves /a.img too, and they share its cache; {advice}");
         assert_eq!(problems(&text), [expected], "{setting}");
     }
+    let isolated = device("a", "read_only = true") + &other("read_only = true\nisolate = true\ncache.size = \"8M\"");
+    assert!(Config::from_toml(&isolated).is_ok(), "a cache of its own may differ");
     let free = device("a", "read_only = true") + &other("read_only = true\nnum_queues = 1\npoll_us = 0");
     assert!(Config::from_toml(&free).is_ok());
 }

@@ -34,6 +34,9 @@ pub struct Budget {
     /// Most pages of all requests that are admitted and not yet copied. 32 MiB: more than the store has in flight at
     /// full speed, and a few MiB of waiters, pieces and store operations.
     pub worker_pages: u64,
+    /// The same for each worker of a device that shares its image with others: what one has in flight, the others wait
+    /// for at the disk. 4 MiB keep a disk busy.
+    pub shared_pages: u64,
     /// A ring waits while the requests taken from it have more pages than this. So a ring that stops has little left to
     /// complete.
     pub ring_pages: u64,
@@ -49,6 +52,7 @@ impl Default for Budget {
             turn_pages: 4 * MIB,
             window_pages: MIB,
             worker_pages: 32 * MIB,
+            shared_pages: 4 * MIB,
             ring_pages: 32 * MIB,
             long_pages: 16 * MIB,
         }

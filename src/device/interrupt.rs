@@ -1,35 +1,42 @@
 //! Interrupts to the driver: writes to an eventfd of the front-end, which must not block a worker.
 
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::io;
 
-use crate::sys::fd::is_nonblocking;
-use crate::sys::poll::is_writable;
+use crate::sys::guarded;
 
 /// The call descriptor of a ring (VHOST_USER_SET_VRING_CALL).
 #[derive(Debug)]
 pub(super) struct Interrupt {
     file: File,
-    /// Writes block while the eventfd's counter is full. (Most front-ends send a non-blocking eventfd.)
-    blocks: bool,
+    /// A write blocked: nothing more is written.
+    is_blocked: bool,
 }
 
 impl Interrupt {
     /// Takes a call descriptor.
     pub fn new(file: File) -> Self {
-        let blocks = is_nonblocking(&file).is_ok_and(|nonblocking| !nonblocking);
-        Self { file, blocks }
+        Self { file, is_blocked: false }
     }
 
     /// Interrupts the driver. With the eventfd's counter full there is nothing to do: an interrupt is pending anyway.
     ///
+    /// => The front-end can make the eventfd full and blocking at any time. It holds the worker up for some
+    ///    milliseconds, once.
+    ///
     /// # Errors
-    /// The error of write(2).
+    /// The error of write(2); [`io::ErrorKind::Interrupted`] for a write that blocked.
     pub fn trigger(&mut self) -> io::Result<()> {
-        if self.blocks && !is_writable(self.file.as_raw_fd()) {
+        if self.is_blocked {
             return Ok(());
         }
-        self.file.write(&1u64.to_ne_bytes()).map(|_| ())
+        match guarded::add_one(&self.file) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+                self.is_blocked = true;
+                Err(e)
+            }
+            result => result,
+        }
     }
 }

@@ -12,6 +12,7 @@ use crate::virtio::guest_copy::BadAddress;
 use crate::virtio::request::Malformed;
 
 use super::Device;
+use super::budget::Budget;
 use super::pending::{PendingTable, Slot};
 use super::tally::Tally;
 
@@ -33,6 +34,8 @@ pub(super) struct Requests {
     pub device: Arc<Device>,
     pub tally: Tally,
     pub pending: PendingTable,
+    /// Other devices read the same image.
+    pub is_shared: bool,
     /// Heads just taken from a ring.
     pub heads: Vec<u16>,
     /// Those of them that no status can complete.
@@ -77,6 +80,7 @@ impl Requests {
             device,
             tally: Tally::new(counters),
             pending: PendingTable::new(base),
+            is_shared: false,
             heads: Vec::new(),
             rejected: Vec::new(),
             incoming: VecDeque::new(),
@@ -104,7 +108,9 @@ impl Requests {
 
     /// Whether more may be admitted, by what is in progress.
     pub fn can_admit(&self) -> bool {
-        self.pending.in_progress() < self.device.budget.worker_pages * SECTORS_PER_PAGE
+        let Budget { worker_pages, shared_pages, .. } = self.device.budget;
+        let pages = if self.is_shared { shared_pages } else { worker_pages };
+        self.pending.in_progress() < pages * SECTORS_PER_PAGE
     }
 
     /// Whether the next turn has work that the last one has left.

@@ -252,7 +252,7 @@ impl Ring {
     /// => Whatever the guest writes, no more heads are in flight than the ring has descriptors.
     pub fn peek(&mut self, max: usize, heads: &mut Vec<u16>) {
         let max = max.min(usize::from(self.layout.size.saturating_sub(self.in_flight)));
-        let Some(queue) = self.queue.as_ref().filter(|_| !self.broken && max > 0) else { return };
+        let Some(queue) = self.queue.as_mut().filter(|_| !self.broken && max > 0) else { return };
         if !self.resubmissions.is_empty() {
             heads.extend(self.resubmissions.iter().rev().take(max));
         } else if queue.peek(max, heads).is_err() {
@@ -365,8 +365,14 @@ impl Ring {
     fn trigger_if_due(&mut self) {
         let Some(interrupt) = self.interrupt.as_mut().filter(|_| self.interrupt_due) else { return };
         self.interrupt_due = false;
-        if let Err(e) = interrupt.trigger() {
-            warn!("{}: cannot interrupt the guest: {e}", self.label);
+        match interrupt.trigger() {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => error!(
+                "{}: no more interrupts: its call descriptor is full and blocks; they resume when the front-end sets \
+                 another one",
+                self.label
+            ),
+            Err(e) => warn!("{}: cannot interrupt the guest: {e}", self.label),
         }
     }
 

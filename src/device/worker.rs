@@ -39,6 +39,7 @@ use crate::cached_image::{CachedImage, WorkerPort};
 use crate::counters::worker::{Activity, WorkerCounters};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::{self, ThreadKind};
+use crate::sys::guarded;
 use crate::units::Tick;
 use crate::virtio::GuestRam;
 use crate::virtio::split::QueuePosition;
@@ -63,6 +64,7 @@ const STORE: u64 = 1001;
 /// # Errors
 /// [`ErrorKind::System`] if a descriptor, the store's queue or the thread cannot be created.
 pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Control, JoinHandle<()>)> {
+    guarded::start_watchdog();
     let (worker, control) = Worker::new(device, image, index)?;
     let name = format!("genblk {}", device.name);
     let thread = std::thread::Builder::new().name(name).spawn(move || worker.run_confined()).map_err(system)?;
@@ -110,7 +112,7 @@ impl Worker {
     /// [`ErrorKind::System`] if a descriptor or the store's queue cannot be created.
     pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Self, Control)> {
         let counters = device.counters.of_worker(index.into());
-        let port = image.port(counters.clone())?;
+        let port = image.port(&device.name, counters.clone())?;
         let (control, commands) = Control::new(&device.name, Arc::clone(port.waker()));
         let epoll = Epoll::new().map_err(system)?;
         watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
@@ -268,6 +270,7 @@ impl Worker {
         }
         // 3. Admit.
         let Self { port, requests, rings, .. } = self;
+        requests.is_shared = port.is_shared();
         port.with_cache(now, |cache, notices| {
             for notice in notices.drain(..) {
                 requests.handle_notice(cache, notice);

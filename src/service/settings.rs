@@ -10,6 +10,7 @@ use crate::device::Device;
 use crate::disk_protocol::DeviceSettings;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Limits;
+use crate::sys::random;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u8, low_u32};
 use crate::virtio::config_space::{DiscardLimits, DiskParameters};
 use crate::virtio::request::{Disk, serial};
@@ -47,6 +48,7 @@ pub(super) fn settings(config: &DeviceSettings, limits: &Limits) -> Result<Setti
         unmap: config.discard == Discard::Unmap,
         on_error: error_policy(cache.on_error),
         on_full: error_policy(cache.on_full),
+        page_key: random::bytes().map(u64::from_ne_bytes).map_err(|e| Error::io(ErrorKind::System, "getrandom", e))?,
         hold_us: u64::from(cache.hold_max_ms) * 1000,
     })
 }

@@ -167,6 +167,7 @@ pub(super) fn settings(prng: &mut Prng) -> Settings {
         unmap: true,
         on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
+        page_key: 0,
         hold_us: prng.pick(&[10_000, 10_000_000]),
     }
 }

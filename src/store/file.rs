@@ -152,6 +152,11 @@ impl FileImage {
 
     /// Makes every system call move at most `bytes` from now on, as short transfers do.
     #[cfg(test)]
+    pub(super) fn refuse_submissions(&self, count: u64) {
+        self.image.refuse_submissions(count);
+    }
+
+    #[cfg(test)]
     pub(super) fn limit_transfers(&self, bytes: usize) {
         self.image.limit_transfers(bytes);
     }

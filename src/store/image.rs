@@ -81,6 +81,9 @@ pub(super) struct OpenImage {
     /// How long a write of a thread takes at least, in milliseconds. Set by tests only.
     #[cfg(test)]
     write_ms: AtomicU64,
+    /// So many submissions to io_uring fail. Set by tests only.
+    #[cfg(test)]
+    refused_submissions: AtomicU64,
 }
 
 /// What the log last reported about a file that others can change.
@@ -161,6 +164,8 @@ impl OpenImage {
             transfer_max: std::sync::atomic::AtomicUsize::new(0),
             #[cfg(test)]
             write_ms: AtomicU64::new(0),
+            #[cfg(test)]
+            refused_submissions: AtomicU64::new(0),
         })
     }
 
@@ -186,6 +191,8 @@ impl OpenImage {
             transfer_max: std::sync::atomic::AtomicUsize::new(0),
             #[cfg(test)]
             write_ms: AtomicU64::new(0),
+            #[cfg(test)]
+            refused_submissions: AtomicU64::new(0),
         }
     }
 
@@ -337,6 +344,19 @@ impl OpenImage {
     #[cfg(test)]
     pub(super) fn slow_writes(&self, milliseconds: u64) {
         self.write_ms.store(milliseconds, Ordering::Relaxed);
+    }
+
+    /// Makes so many submissions to io_uring fail from now on.
+    #[cfg(test)]
+    pub(super) fn refuse_submissions(&self, count: u64) {
+        self.refused_submissions.store(count, Ordering::Relaxed);
+    }
+
+    /// Whether this submission fails.
+    #[cfg(test)]
+    pub(super) fn refuses_submission(&self) -> bool {
+        let refuse = |left: u64| left.checked_sub(1);
+        self.refused_submissions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok()
     }
 
     /// Makes every system call move at most `bytes` from now on, as short transfers do.

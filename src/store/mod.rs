@@ -267,6 +267,10 @@ pub trait StoreQueue: Send {
     fn kick(&mut self);
     /// Clears the wake fd and appends the waiting events; there may be none.
     fn reap(&mut self, events: &mut Vec<Event>);
+    /// If the system did not accept what was queued: when to call [`StoreQueue::kick`] again, although nothing happens.
+    fn retry_after(&self) -> Option<Duration> {
+        None
+    }
     /// Whether [`StoreQueue::reap`] may find an event. Makes no system call; for a worker that polls.
     ///
     /// => If the wake fd is readable, reap, whatever this returns.
@@ -295,7 +299,8 @@ pub fn wait_until_drained(queue: &mut dyn StoreQueue, patience: Duration) -> boo
         if queue.in_flight() == 0 || left.is_zero() {
             return queue.in_flight() == 0;
         }
-        sys::poll::wait_readable(queue.wake_fd(), left);
+        let pause = queue.retry_after().map_or(left, |pause| left.min(pause + Duration::from_millis(1)));
+        sys::poll::wait_readable(queue.wake_fd(), pause);
     }
 }
 

@@ -161,3 +161,28 @@ fn reads_of_the_thread_engine_do_not_wait_for_slow_writes() {
     assert!(waits[5] < Duration::from_millis(WRITE_MS / 2), "reads waited for writes: {waits:?}");
     assert!(queue.in_flight() > 0, "the writes are still in flight");
 }
+
+#[test]
+fn a_submission_that_the_kernel_refuses_is_tried_again_after_a_pause_and_not_without_end() {
+    let file = Image::new("refused");
+    let options = OpenOptions { engine: IoEngine::Uring, ..OpenOptions::default() };
+    let image = FileImage::open(&file.0, &options).unwrap();
+    let mut queue = image.attach().unwrap();
+    image.refuse_submissions(4);
+    let mut memory = Memory::filled(1);
+    queue.submit(request(1, OpKind::Read, memory.segments())).unwrap();
+    let begun = Instant::now();
+    let (mut turns, mut events) = (0, Vec::new());
+    queue.kick();
+    while events.is_empty() {
+        let pause = queue.retry_after().unwrap_or(Duration::from_secs(5));
+        sys::poll::wait_readable(queue.wake_fd(), pause + Duration::from_millis(1));
+        queue.kick();
+        queue.reap(&mut events);
+        turns += 1;
+    }
+    assert!(matches!(events[0], Event::Done { .. }), "{events:?}");
+    assert!(begun.elapsed() >= Duration::from_millis(1 + 2 + 4 + 8), "the pauses grow");
+    assert!(turns < 40, "{turns} turns");
+    assert_eq!(queue.retry_after(), None);
+}

@@ -12,7 +12,7 @@ use std::mem;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, opcode, types};
@@ -30,6 +30,9 @@ use crate::units::{OpKind, counted};
 
 /// The image's index in the ring's table of registered files.
 const IMAGE: types::Fixed = types::Fixed(0);
+/// Pauses before a submission that failed is tried again: the first, and the longest.
+const RETRY_PAUSE_MIN: Duration = Duration::from_millis(1);
+const RETRY_PAUSE_MAX: Duration = Duration::from_millis(64);
 /// The helper's threads: one for zeros and discards that a ring cannot do, and one for the maps that reads wait for.
 const HELPERS: Threads = Threads { for_changes: 1, for_reads: 1 };
 
@@ -60,6 +63,8 @@ pub(super) struct UringQueue {
     in_flight: usize,
     /// Whether the log has reported that the kernel did not accept a submission.
     submit_failure_logged: bool,
+    /// The kernel did not accept the last submission: the pause before the next one, and when it ends.
+    retry: Option<(Duration, Instant)>,
     /// Whether [`StoreQueue::drain`] has ended the queue's use.
     drained: bool,
 }
@@ -95,6 +100,7 @@ impl UringQueue {
             ready: VecDeque::with_capacity(depth),
             in_flight: 0,
             submit_failure_logged: false,
+            retry: None,
             drained: false,
         })
     }
@@ -167,14 +173,24 @@ impl UringQueue {
         }
     }
 
-    /// The kernel did not accept the submission queue, which keeps its entries. With nothing in flight no completion
-    /// would make the worker try again, so notify it.
+    /// The kernel did not accept the submission queue, which keeps its entries: for lack of memory, or because
+    /// completions wait to be reaped. The worker tries again after a pause, which grows.
     fn on_submit_failure(&mut self, error: &io::Error) {
         if !mem::replace(&mut self.submit_failure_logged, true) {
             let label = self.image.label();
             log::warn!("{label}: io_uring did not accept operations ({error}); retrying");
         }
-        self.wake.notify();
+        let pause = self.retry.map_or(RETRY_PAUSE_MIN, |(pause, _)| (pause * 2).min(RETRY_PAUSE_MAX));
+        self.retry = Some((pause, Instant::now() + pause));
+    }
+
+    /// As [`IoUring::submit`].
+    fn submit_entries(&mut self) -> io::Result<usize> {
+        #[cfg(test)]
+        if self.image.refuses_submission() {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        self.ring.submit()
     }
 
     /// The number of the registered buffer that holds all of the request's memory, if there is one.
@@ -267,15 +283,18 @@ impl StoreQueue for UringQueue {
     }
 
     fn kick(&mut self) {
+        if self.retry.is_some_and(|(_, end)| Instant::now() < end) {
+            return;
+        }
         // Normally one round: the queue has room for every slot, and the kernel accepts all of it.
         loop {
             self.fill_queue();
             if self.ring.submission().is_empty() {
                 return;
             }
-            match self.ring.submit() {
+            match self.submit_entries() {
                 Ok(0) => return self.on_submit_failure(&io::Error::from_raw_os_error(libc::EAGAIN)),
-                Ok(_) => {}
+                Ok(_) => self.retry = None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return self.on_submit_failure(&error),
             }
@@ -310,11 +329,18 @@ impl StoreQueue for UringQueue {
         let queue = self.ring.submission();
         let (has_submissions, holds_completions) = (!queue.is_empty(), queue.taskrun());
         drop(queue);
-        at_helper > 0 || has_submissions || holds_completions || !self.ring.completion().is_empty()
+        at_helper > 0
+            || has_submissions && self.retry.is_none()
+            || holds_completions
+            || !self.ring.completion().is_empty()
     }
 
     fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        self.retry.map(|(_, end)| end.saturating_duration_since(Instant::now()))
     }
 
     fn drain(&mut self, patience: Duration) -> bool {

@@ -248,7 +248,8 @@ impl Worker {
         let identity = image.identity();
         let open_cache = || Slot::new(config, image, &context.manager, context.hosting);
         // Read-only devices on one image share its slot.
-        let slot = if config.read_only { context.images.get_or_open(identity, open_cache) } else { open_cache() }?;
+        let is_shared = config.read_only && !config.isolate;
+        let slot = if is_shared { context.images.get_or_open(identity, open_cache) } else { open_cache() }?;
         let socket = ListenSocket::open(&self.config, &self.context.sockets)?;
         Ok(Opened { socket, slot })
     }

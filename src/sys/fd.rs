@@ -1,16 +1,9 @@
-//! Flags of descriptors (fcntl(2)), and descriptors that the process inherited.
+//! Descriptors that the process inherited.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use super::retry_eintr;
-
-/// Whether I/O on a descriptor fails with EAGAIN instead of waiting.
-pub fn is_nonblocking(fd: impl AsFd) -> io::Result<bool> {
-    // SAFETY: a plain system call on an open descriptor.
-    let flags = retry_eintr(|| unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL) })?;
-    Ok(flags & libc::O_NONBLOCK != 0)
-}
 
 /// Takes ownership of a descriptor that the process inherited, given by number.
 ///
@@ -35,7 +28,7 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::os::fd::IntoRawFd;
+    use std::os::fd::{AsRawFd, IntoRawFd};
 
     use super::*;
 

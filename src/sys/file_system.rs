@@ -45,6 +45,8 @@ const NAMES: &[(i64, &str)] = &[
 ];
 /// How many of [`NAMES`] are in memory.
 const IN_MEMORY: usize = 3;
+/// File systems whose server is another process or machine, which may not answer: NFS, SMB, Ceph, FUSE, 9p.
+const REMOTE: [i64; 6] = [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x00c3_6400, 0x6573_5546, 0x0102_1997];
 /// File systems that punch holes: ext4, XFS, btrfs, tmpfs, F2FS.
 const PUNCHES_HOLES: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0xf2f5_2010];
 
@@ -80,6 +82,11 @@ impl FileSystem {
     /// Whether what it tells of an open file is in memory: nobody waits for a server or a device.
     pub fn is_local(&self) -> bool {
         LOCAL.contains(&self.magic)
+    }
+
+    /// Whether an access to its files may wait for another process or machine without end.
+    pub fn may_hang(&self) -> bool {
+        REMOTE.contains(&self.magic)
     }
 
     /// Its name, if it is a common one; else its magic number.

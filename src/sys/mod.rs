@@ -9,6 +9,7 @@ pub mod dir;
 pub mod fd;
 pub mod file;
 pub mod file_system;
+pub mod guarded;
 pub mod memfd;
 pub mod memory;
 pub mod poll;

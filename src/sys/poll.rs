@@ -38,10 +38,3 @@ fn wait_any_readable_within<const N: usize>(
     retry_eintr(|| unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, timeout_ms) })?;
     Ok(polls.map(|one| one.revents != 0))
 }
-
-/// Whether a descriptor is writable now; does not wait.
-pub fn is_writable(fd: RawFd) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: poll reads and writes one pollfd at the address given, and this one is a local.
-    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 && poll.revents & libc::POLLOUT != 0 }
-}

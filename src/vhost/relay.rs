@@ -8,13 +8,14 @@
 //!   memory of the first device.
 //! - It withholds protocol features that were not offered, and features that an earlier version of genblk offered.
 //! - It refuses a front-end that does not share the guest's memory, more regions than it was told there is room for,
-//!   and regions whose addresses wrap; vhost-user-backend checks neither.
+//!   regions whose addresses wrap, and memory that may hang; vhost-user-backend checks none of that.
 //!
 //! Front-ends may send several requests before they read a reply, so the relay's own replies must keep their place
 //! among those of vhost-user-backend. For each request that the relay handles, it sends GET_FEATURES to
 //! vhost-user-backend and replaces that reply with its own.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
 
@@ -25,6 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::backend::PROTOCOL_FEATURES;
 use super::vring::{Session, VringControl};
 use super::wire::Message;
+use crate::sys::file_system::FileSystem;
 use crate::sys::poll::wait_any_readable;
 
 /// What an operator has to change if a front-end does not share the guest's memory: the commonest mistake in a VMM's
@@ -201,6 +203,7 @@ impl<'a> Relay<'a> {
             }
             SET_INFLIGHT_FD => {
                 let done = message.needs_reply().then(|| Message::reply(SET_INFLIGHT_FD, vec![0; 8], Vec::new()));
+                message.files.iter().try_for_each(refuse_hanging_memory)?;
                 self.session.inflight.set_region(message)?;
                 return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
             }
@@ -219,6 +222,7 @@ impl<'a> Relay<'a> {
             if [guest_address, address, offset].iter().any(|start| start.checked_add(size).is_none()) {
                 return Err(invalid(format!("a memory region of {size:#x} bytes at {guest_address:#x} wraps")));
             }
+            refuse_hanging_memory(file)?;
             if self.session.broker.is_private(self.session.peer_pid, address, file) {
                 return Err(not_shared());
             }
@@ -266,6 +270,14 @@ impl<'a> Relay<'a> {
             files: Vec::new(),
         });
         Ok(Some(NewOwner { set_owner, set_protocol_features }))
+    }
+}
+
+/// Refuses memory in a file whose pages another process or machine delivers: an access to it could hang a worker.
+fn refuse_hanging_memory(file: &File) -> io::Result<()> {
+    match FileSystem::of(file) {
+        Ok(system) if system.may_hang() => Err(invalid(format!("memory on {} may hang", system.name()))),
+        _ => Ok(()),
     }
 }
 

@@ -31,6 +31,21 @@ unsafe impl Send for GuestRegion {}
 // SAFETY: as above.
 unsafe impl Sync for GuestRegion {}
 
+/// All ones if `offset < bytes`, else 0, computed without a branch (Linux: array_index_mask_nospec).
+#[inline]
+fn in_bounds_mask(offset: usize, bytes: usize) -> usize {
+    #[cfg_attr(miri, allow(unused_mut, reason = "Miri knows no assembler"))]
+    let mut offset = offset;
+    // SAFETY: no instructions. The block only hides from the compiler what the caller has checked of the offset: else
+    // it would know the result.
+    #[cfg(not(miri))]
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(reg) offset, options(pure, nomem, nostack, preserves_flags));
+    }
+    // Neither is above isize::MAX, so the sign is the borrow.
+    (offset.wrapping_sub(bytes).cast_signed() >> (usize::BITS - 1)).cast_unsigned()
+}
+
 impl GuestRam {
     /// The memory that vm-memory has mapped.
     pub fn new(memory: Arc<GuestMemoryMmap<()>>) -> Self {
@@ -50,8 +65,11 @@ impl GuestRam {
         let region = self.regions[..after].last()?;
         let offset = usize::try_from(addr.unchecked_offset_from(region.first)).ok()?;
         let left = region.bytes.checked_sub(offset).filter(|&left| left > 0)?;
+        // The address is the guest's. If the processor mispredicts the check, it must not load from anywhere: what it
+        // then does with the bytes would tell the guest what they are (Spectre, variant 1).
+        let offset = offset & in_bounds_mask(offset, region.bytes);
         // SAFETY: the bytes are in the region, which is mapped as long as `self.memory` lives, and the slice borrows
-        // `self`.
+        // `self`. The mask changes nothing, because the offset is in the region.
         (len <= left).then(|| unsafe { VolatileSlice::new(region.host.add(offset), len) })
     }
 
@@ -109,6 +127,16 @@ mod tests {
             }
         }
         assert!(GuestRam::default().slice(GuestAddress(0), 1).is_none());
+    }
+
+    #[test]
+    fn an_offset_outside_its_region_is_masked() {
+        for (offset, bytes) in [(0, 1), (4095, 4096), (0, usize::MAX >> 1)] {
+            assert_eq!(in_bounds_mask(offset, bytes), usize::MAX);
+        }
+        for (offset, bytes) in [(1, 1), (4096, 4096), (usize::MAX >> 1, 4096), (0, 0)] {
+            assert_eq!(in_bounds_mask(offset, bytes), 0);
+        }
     }
 
     #[test]

@@ -36,6 +36,9 @@ const USED_ALIGNMENT: usize = 4;
 const DESCRIPTOR_BYTES: usize = 16;
 /// How often an impossible available index is read again, some microseconds in all. A driver that does not store it in
 /// one access, such as one in a scripting language, shows a wrong one for nanoseconds, and a worker that polls sees it.
+///
+/// => For a queue, not for each time: a driver that shows wrong indices all the time does not hold the worker up. Each
+///    right one restores one.
 const INDEX_REREADS: u32 = 500;
 
 /// Where a queue is in guest memory, and what was negotiated for it. Addresses are guest-physical.
@@ -82,6 +85,8 @@ pub struct SplitQueue {
     next: QueuePosition,
     /// The used index that the driver sees.
     published: u16,
+    /// How often an impossible index may be read again.
+    rereads_left: u32,
 }
 
 impl SplitQueue {
@@ -92,7 +97,7 @@ impl SplitQueue {
     ///    table may cross regions: see [`DescriptorTable`](super::chain::DescriptorTable).
     pub fn new(memory: &Arc<GuestRam>, layout: QueueLayout, next: QueuePosition) -> Option<Self> {
         let rings = Rings::find(memory, &layout)?;
-        Some(Self { layout, rings, next, published: next.next_used })
+        Some(Self { layout, rings, next, published: next.next_used, rereads_left: INDEX_REREADS })
     }
 
     /// The device's position.
@@ -120,17 +125,15 @@ impl SplitQueue {
     ///
     /// # Errors
     /// [`Overrun`].
-    pub fn peek(&self, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
+    pub fn peek(&mut self, max: usize, heads: &mut Vec<u16>) -> Result<(), Overrun> {
         let mut available = self.avail_idx().wrapping_sub(self.next.next_avail);
-        for _ in 0..INDEX_REREADS {
-            if available <= self.layout.size {
-                break;
-            }
+        if available <= self.layout.size {
+            self.rereads_left = (self.rereads_left + 1).min(INDEX_REREADS);
+        }
+        while available > self.layout.size {
+            self.rereads_left = self.rereads_left.checked_sub(1).ok_or(Overrun)?;
             std::hint::spin_loop();
             available = self.avail_idx().wrapping_sub(self.next.next_avail);
-        }
-        if available > self.layout.size {
-            return Err(Overrun);
         }
         heads.extend((0..available).take(max).map(|nth| self.head_at(self.next.next_avail.wrapping_add(nth))));
         Ok(())

@@ -22,6 +22,7 @@ mod check;
 mod dirty;
 mod frames;
 mod page;
+mod readers;
 mod table;
 
 use std::ops::Index;
@@ -41,6 +42,7 @@ pub(super) use page::{FAILED, FROZEN, MARKER, NONE, Page, Period, READING, RECEN
 use dirty::Tally;
 use frames::Reuse;
 use page::Mark;
+use readers::Readers;
 use table::PageTable;
 
 /// See the module.
@@ -51,6 +53,8 @@ pub(super) struct Pages {
     frames: Frames,
     memory: Box<dyn FrameMemory>,
     policy: Box<dyn Policy>,
+    /// `None` while one device uses the cache.
+    readers: Option<Readers>,
     image_sectors: u64,
     /// See [`Pages::has_made_room`].
     made_room: bool,
@@ -62,11 +66,12 @@ impl Pages {
         let count = settings.frames;
         let reuse = if settings.retain { Reuse::OldestFirst } else { Reuse::NewestFirst };
         Self {
-            table: PageTable::new(count),
+            table: PageTable::new(count, settings.page_key),
             dirty: DirtySet::default(),
             frames: Frames::new(count, reuse),
             memory,
-            policy: policy::new(settings.policy, count),
+            policy: policy::new(settings.policy, count, settings.page_key),
+            readers: None,
             image_sectors: settings.image_sectors,
             made_room: false,
         }
@@ -123,6 +128,7 @@ impl Pages {
             + self.frames.metadata_bytes()
             + self.policy.metadata_bytes()
             + self.dirty.metadata_bytes()
+            + self.readers.as_ref().map_or(0, Readers::metadata_bytes)
     }
 
     /// The sectors of a page that lie beyond the end of the image (genfs: past diskeof).
@@ -239,6 +245,9 @@ impl Pages {
     pub fn insert(&mut self, no: PageNo) -> Option<PageId> {
         let id = self.table.insert(no)?;
         self.policy.insert(id, no);
+        if let Some(readers) = &mut self.readers {
+            readers.insert(id);
+        }
         Some(id)
     }
 
@@ -251,10 +260,12 @@ impl Pages {
     /// Evicts the page that the policy chooses among the first `steps_max` that it proposes; returns it as it was.
     /// Calls `on_kept` for each proposed page that may not be evicted.
     pub fn evict(&mut self, steps_max: u32, mut on_kept: impl FnMut(&Page)) -> Option<Page> {
-        let Self { table, frames, policy, .. } = self;
+        let Self { table, frames, policy, readers, .. } = self;
+        let protecting = readers.as_ref().filter(|readers| readers.protect());
         let mut judge = |id: PageId| {
             let page = &table[id];
-            if is_evictable(page, frames) {
+            let is_protected = protecting.is_some_and(|readers| readers.is_within_share(id));
+            if !is_protected && is_evictable(page, frames) {
                 Verdict::Evict { used: page.unread_since().is_none() }
             } else {
                 on_kept(page);
@@ -269,6 +280,9 @@ impl Pages {
     fn forget(&mut self, id: PageId) -> Page {
         debug_assert!(!self.table[id].busy(), "{:?} is removed while busy", self.table[id]);
         let page = self.table.remove(id);
+        if let Some(readers) = &mut self.readers {
+            readers.remove(id);
+        }
         let tally = Tally::of(&page);
         if tally != Tally::ABSENT {
             self.recount(page.no(), tally, Tally::ABSENT);
@@ -313,6 +327,24 @@ impl Pages {
     /// A guest asks for a page again.
     pub fn touch(&mut self, id: PageId, no: PageNo) {
         self.policy.touch(id, no);
+        if let Some(readers) = &mut self.readers {
+            readers.touch(id);
+        }
+    }
+
+    /// So many devices use the cache from now on: each has a fair share of it.
+    pub fn share(&mut self, readers: usize) {
+        match &mut self.readers {
+            Some(known) => known.set_count(readers),
+            None => self.readers = Some(Readers::new(readers, self.frames.total(), self.table.len())),
+        }
+    }
+
+    /// The requests that follow are of this device.
+    pub fn set_reader(&mut self, reader: usize) {
+        if let Some(readers) = &mut self.readers {
+            readers.set_current(reader);
+        }
     }
 
     // Frames.

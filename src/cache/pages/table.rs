@@ -33,6 +33,8 @@ pub(super) struct PageTable {
     /// How many pages are in the table, by the hash of their block. A range operation skips blocks without pages: most
     /// of what guests discard is not in memory.
     blocks: Vec<u32>,
+    /// Random: so nobody can choose pages whose chains are the same.
+    key: u64,
 }
 
 /// The first page of each of eight chains, or [`NONE`]; within one cache line.
@@ -41,8 +43,8 @@ pub(super) struct PageTable {
 struct Row([u32; ROW_PAGES]);
 
 impl PageTable {
-    /// A table for at most `pages` pages.
-    pub fn new(pages: u32) -> Self {
+    /// A table for at most `pages` pages; `key` is random.
+    pub fn new(pages: u32, key: u64) -> Self {
         let mut slots = vec![Page::new(NOWHERE); pages as usize];
         for (next, slot) in (1..).zip(&mut slots) {
             slot.replace_waiters(if next == pages { NONE } else { next });
@@ -57,12 +59,13 @@ impl PageTable {
             index: vec![Row([NONE; ROW_PAGES]); rows],
             // Four times the blocks that the pages fill, so that few share a counter.
             blocks: vec![0; (pages as usize / 1024).next_power_of_two().max(64)],
+            key,
         }
     }
 
     /// The counter of a page's block.
     fn block(&self, no: PageNo) -> usize {
-        let mixed = (no.0 / BLOCK_PAGES).wrapping_mul(FIBONACCI) >> 32;
+        let mixed = ((no.0 / BLOCK_PAGES) ^ self.key).wrapping_mul(FIBONACCI) >> 32;
         low_u32(mixed) as usize & (self.blocks.len() - 1)
     }
 
@@ -91,9 +94,12 @@ impl PageTable {
 
     /// Where the page's chain begins, as (row, place in it): a multiplicative hash, whose upper bits are well mixed,
     /// gives the row of eight adjacent pages, and the page's number its place.
+    ///
+    /// => Without the key the pages of a chain differ by multiples of known numbers. With it, those that were chosen to
+    ///    collide are spread like any others; adjacent rows are still spread evenly.
     fn place(&self, no: PageNo) -> (usize, usize) {
         let row = no.0 / ROW_PAGES as u64;
-        let mixed = (row ^ row >> 32).wrapping_mul(FIBONACCI) >> 32;
+        let mixed = (row ^ row >> 32 ^ self.key).wrapping_mul(FIBONACCI) >> 32;
         // The hash shifts the place too: a guest that uses every eighth page would fill one place of each row only.
         let in_row = (no.0 ^ mixed) % ROW_PAGES as u64;
         (low_u32((mixed * self.index.len() as u64) >> 32) as usize, low_u32(in_row) as usize)
@@ -220,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_chains_of_adjacent_pages_begin_side_by_side() {
-        let table = PageTable::new(1000);
+        let table = PageTable::new(1000, 0);
         for first in (0..1000).map(|n: u64| n * n * 8) {
             let (rows, mut places): (Vec<usize>, Vec<usize>) =
                 (first..first + 8).map(|no| table.place(PageNo(no))).unzip();
@@ -231,7 +237,7 @@ mod tests {
 
     #[test]
     fn the_pages_of_a_span_are_found_however_many_blocks_it_has() {
-        let mut table = PageTable::new(1000);
+        let mut table = PageTable::new(1000, 0);
         let resident = [0, 1, 4095, 4096, 5000, 8191, 8192, 1 << 20, (1 << 20) + 77, 1 << 40];
         let ids = resident.map(|no| table.insert(PageNo(no)).expect("a slot is free"));
         let removed = table.insert(PageNo(6000)).expect("a slot is free");
@@ -254,10 +260,11 @@ mod tests {
     #[test]
     fn chains_stay_short_after_many_inserts_and_removes() {
         const PAGES: u64 = 10_000;
+        const KEY: u64 = 0x0123_4567_89ab_cdef;
         let spread: [fn(u64) -> u64; 4] =
             [|n| n, |n| n * 8, |n| n << 18, |n| n.wrapping_mul(0x5851_f42d_4c95_7f2d) >> 24];
         for number in spread {
-            let mut table = PageTable::new(low_u32(PAGES));
+            let mut table = PageTable::new(low_u32(PAGES), KEY);
             for n in 0..4 * PAGES {
                 if n >= PAGES {
                     table.remove(table.find(PageNo(number(n - PAGES))).expect("it was inserted before"));
@@ -275,8 +282,24 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_were_chosen_to_collide_are_spread_by_the_key() {
+        const PAGES: u32 = 1000;
+        let known = PageTable::new(1 << 16, 0);
+        let first = known.place(PageNo(0));
+        let chosen: Vec<u64> =
+            (0..).map(|row| row * 8).filter(|&no| known.place(PageNo(no)).0 == first.0).take(PAGES as usize).collect();
+        for key in [0x5bd1_e995_7b93_a1c7, 0x1234_5678_9abc_def1, u64::MAX / 3, 1 << 40 | 12345] {
+            let keyed = PageTable::new(1 << 16, key);
+            let mut rows: Vec<usize> = chosen.iter().map(|&no| keyed.place(PageNo(no)).0).collect();
+            rows.sort_unstable();
+            let longest = rows.chunk_by(|one, other| one == other).map(<[usize]>::len).max();
+            assert!(longest < Some(PAGES as usize / 20), "{longest:?} of {PAGES} in a row of the index, with {key:#x}");
+        }
+    }
+
+    #[test]
     fn pages_are_found_until_removed_and_slots_are_reused() {
-        let mut table = PageTable::new(3);
+        let mut table = PageTable::new(3, 7);
         let far = PageNo(1 << 40);
         let ids: Vec<_> = [PageNo(0), PageNo(7), far].into_iter().map(|no| table.insert(no).unwrap()).collect();
         assert_eq!(table.insert(PageNo(9)), None, "no slot is free");
@@ -291,7 +314,7 @@ mod tests {
 
     #[test]
     fn the_page_after_another_is_found_in_the_next_slot_and_elsewhere() {
-        let mut table = PageTable::new(8);
+        let mut table = PageTable::new(8, 0);
         let ids: Vec<PageId> = [4, 5, 6, 9].into_iter().map(|no| table.insert(PageNo(no)).unwrap()).collect();
         assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), Some(ids[1]), "in the next slot");
         assert_eq!(table.find_after(Some(ids[3]), PageNo(5)), Some(ids[1]), "elsewhere");

@@ -40,27 +40,32 @@ pub(super) struct Adaptive {
     selector: i32,
     /// A page is in the sample if its hash, of 32 bits, is below this.
     sample_below: u64,
+    /// Random: so nobody knows which pages are in the sample, and where the simulations have them.
+    key: u64,
 }
 
 impl Adaptive {
-    /// For a cache of `pages` pages.
-    pub fn new(pages: u32) -> Self {
+    /// For a cache of `pages` pages; `key` is random.
+    pub fn new(pages: u32, key: u64) -> Self {
         let simulated = pages.min(SIMULATED_PAGES);
-        let simulation = |percent| MiniSimulation::with_policy(Box::new(S3Fifo::new(simulated, percent)), simulated);
+        let simulation =
+            |percent| MiniSimulation::with_policy(Box::new(S3Fifo::new(simulated, percent, key)), simulated);
         Self {
-            queues: S3Fifo::new(pages, SHORT_PERCENT),
+            queues: S3Fifo::new(pages, SHORT_PERCENT, key),
             short: simulation(SHORT_PERCENT),
             long: simulation(LONG_PERCENT),
             selector: 0,
             sample_below: (u64::from(simulated) << 32) / u64::from(pages.max(1)),
+            key,
         }
     }
 
     /// Simulates an access, if the page is in the sample.
     fn sample(&mut self, no: PageNo) {
-        let hash = low_u32(no.0.wrapping_mul(SAMPLE_HASH) >> 32);
+        let keyed = no.0 ^ self.key;
+        let hash = low_u32(keyed.wrapping_mul(SAMPLE_HASH) >> 32);
         if u64::from(hash) < self.sample_below {
-            self.simulate(no);
+            self.simulate(PageNo(keyed));
         }
     }
 
@@ -150,8 +155,8 @@ mod tests {
     #[test]
     fn pages_used_twice_after_a_while_hit_as_often_as_with_lru() {
         let lru = misses(Box::new(Lru::new(PAGES)), pages_used_twice());
-        let fixed = misses(Box::new(S3Fifo::new(PAGES, SHORT_PERCENT)), pages_used_twice());
-        let adaptive = misses(Box::new(Adaptive::new(PAGES)), pages_used_twice());
+        let fixed = misses(Box::new(S3Fifo::new(PAGES, SHORT_PERCENT, 0)), pages_used_twice());
+        let adaptive = misses(Box::new(Adaptive::new(PAGES, 0)), pages_used_twice());
         assert!(fixed > lru * 3 / 2, "a short queue does badly: {fixed} misses, LRU {lru}");
         assert!(adaptive < lru * 21 / 20, "the adaptive one does well: {adaptive} misses, LRU {lru}");
     }
@@ -159,9 +164,9 @@ mod tests {
     #[test]
     fn a_scan_makes_the_small_queue_short_again() {
         let misses_before_scan =
-            misses(Box::new(Adaptive::new(PAGES)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 20_000)));
+            misses(Box::new(Adaptive::new(PAGES, 0)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 20_000)));
         let misses_in_all =
-            misses(Box::new(Adaptive::new(PAGES)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 40_000)));
+            misses(Box::new(Adaptive::new(PAGES, 0)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 40_000)));
         let hot_misses = misses_in_all - misses_before_scan - 20_000;
         assert!(hot_misses < 20_000 / 10, "{hot_misses} of 20000 accesses to hot pages missed during the scan");
     }

@@ -19,13 +19,15 @@ pub(super) struct Ghost {
     /// Insertions in a tick of the clock.
     tick_pages: u32,
     life_ticks: u32,
+    /// Random: so nobody can choose pages of the same set.
+    key: u64,
 }
 
 impl Ghost {
-    /// Room for the ghosts of `pages` pages.
-    pub fn new(pages: u32) -> Self {
+    /// Room for the ghosts of `pages` pages; `key` is random.
+    pub fn new(pages: u32, key: u64) -> Self {
         let sets = vec![[0; WAYS]; (pages as usize).div_ceil(WAYS).max(1)];
-        Self { sets, inserted: 0, tick_pages: (pages / TICKS).max(1), life_ticks: TICKS }
+        Self { sets, inserted: 0, tick_pages: (pages / TICKS).max(1), life_ticks: TICKS, key }
     }
 
     /// Sets the lifetime of a ghost: until `pages` more pages are inserted.
@@ -61,7 +63,7 @@ impl Ghost {
     /// The set of a page, and its fingerprint, which is never 0. The hash is like the finalizer of SplitMix64 (Steele
     /// et al., OOPSLA 2014), with its multipliers.
     fn place(&self, no: PageNo) -> (usize, u16) {
-        let mixed = (no.0 ^ no.0 >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (no.0 ^ no.0 >> 29 ^ self.key).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let set = (u64::from(low_u32(mixed >> 32)) * self.sets.len() as u64) >> 32;
         let fingerprint = low_u16(mixed.wrapping_mul(0x94d0_49bb_1331_11eb) >> 48);
         (usize::try_from(set).expect("below the table's length"), fingerprint.max(1))
@@ -83,7 +85,7 @@ mod tests {
 
     #[test]
     fn nearly_all_ghosts_live_out_their_lifetime_and_no_longer() {
-        let mut ghost = Ghost::new(10_000);
+        let mut ghost = Ghost::new(10_000, 0);
         ghost.set_life(9000);
         (0..20_000).for_each(|page| ghost.insert(PageNo(page)));
         let alive = (12_000..20_000).filter(|&page| ghost.take(PageNo(page))).count();

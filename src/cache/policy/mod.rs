@@ -55,10 +55,10 @@ pub(crate) trait Policy: Send + std::fmt::Debug {
     fn metadata_bytes(&self) -> usize;
 }
 
-/// A policy for a cache of `pages` pages.
-pub(super) fn new(kind: PolicyKind, pages: u32) -> Box<dyn Policy> {
+/// A policy for a cache of `pages` pages; `key` is random.
+pub(super) fn new(kind: PolicyKind, pages: u32, key: u64) -> Box<dyn Policy> {
     match kind {
-        PolicyKind::S3Fifo => Box::new(adaptive::Adaptive::new(pages)),
+        PolicyKind::S3Fifo => Box::new(adaptive::Adaptive::new(pages, key)),
         PolicyKind::Lru => Box::new(lru::Lru::new(pages)),
     }
 }

@@ -57,15 +57,15 @@ pub(super) struct S3Fifo {
 }
 
 impl S3Fifo {
-    /// For a cache of `pages` pages, of which small has `small_percent`.
-    pub fn new(pages: u32, small_percent: u32) -> Self {
+    /// For a cache of `pages` pages, of which small has `small_percent`; `key` is random.
+    pub fn new(pages: u32, small_percent: u32, key: u64) -> Self {
         let burst = (percent(pages, BURST_PERCENT) * HITS_PER_INSERTION).max(1);
         let stamp_shift = (burst / BURST_TICKS_MIN).max(1).ilog2();
         let mut queues = Self {
             nodes: nodes(pages),
             small: List::new(SMALL),
             main: List::new(MAIN),
-            ghost: Ghost::new(pages),
+            ghost: Ghost::new(pages, key),
             small_target: 0,
             clock: 0,
             stamp_shift,
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn a_page_that_returns_while_its_ghost_lives_enters_main() {
-        let mut policy = S3Fifo::new(100, 10);
+        let mut policy = S3Fifo::new(100, 10, 0);
         for id in 0..20 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_scan_does_not_evict_hot_pages() {
-        let mut policy = S3Fifo::new(1000, 10);
+        let mut policy = S3Fifo::new(1000, 10, 0);
         for id in 0..1000 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn hits_in_a_burst_set_no_bit() {
-        let mut policy = S3Fifo::new(1000, 10);
+        let mut policy = S3Fifo::new(1000, 10, 0);
         policy.insert(PageId(0), PageNo(0));
         touch(&mut policy, 0);
         assert!(!policy.nodes[0].referenced);
@@ -288,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_prefetched_page_begins_its_burst_with_the_first_use() {
-        let mut policy = S3Fifo::new(1000, 10);
+        let mut policy = S3Fifo::new(1000, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -304,7 +304,7 @@ mod tests {
 
     #[test]
     fn hits_set_bits_although_nothing_is_inserted() {
-        let mut policy = S3Fifo::new(1000, 10);
+        let mut policy = S3Fifo::new(1000, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn main_evicts_pages_that_were_hot_once_while_small_has_most_of_the_cache() {
-        let mut policy = S3Fifo::new(1000, 10);
+        let mut policy = S3Fifo::new(1000, 10, 0);
         for id in 0..1000 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn a_victim_is_found_in_main_if_no_page_of_small_may_be_evicted() {
-        let mut policy = S3Fifo::new(100, 10);
+        let mut policy = S3Fifo::new(100, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }

@@ -82,6 +82,7 @@ pub(super) fn budget(prng: &mut Prng) -> Budget {
         turn_pages: prng.pick(&[1, 2, 8]),
         window_pages: prng.pick(&[1, 1, 2]),
         worker_pages: prng.pick(&[1, 4, 16]),
+        shared_pages: 1,
         ring_pages: prng.pick(&[1, 4, 16]),
         long_pages: prng.pick(&[1, 2, 100]),
     }
@@ -118,6 +119,7 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
         unmap: true,
         on_error: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
         on_full: prng.pick(&[ErrorPolicy::Report, ErrorPolicy::Hold, ErrorPolicy::Stop]),
+        page_key: 0,
         hold_us: prng.pick(&[10_000, 10_000_000]),
     };
     // An image that ends within a block has smaller blocks, and needs memory that is aligned to more.

@@ -73,6 +73,7 @@ impl World {
     pub fn new(seed: u64) -> Self {
         let mut prng = Prng::new(seed);
         let (settings, limits) = settings(&mut prng);
+        let settings = Settings { page_key: Prng::new(seed ^ 1 << 63).next_u64(), ..settings };
         let scenario = Scenario::new(&mut prng, settings.image_sectors, settings.holes);
         let memory = guest_memory(scenario.rings);
         let ring = |index| Ring::new(&memory, index, scenario.queue_size, scenario.event_idx);

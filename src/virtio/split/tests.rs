@@ -151,6 +151,21 @@ fn more_heads_than_descriptors_are_an_overrun() {
 }
 
 #[test]
+fn a_driver_that_shows_impossible_indices_again_and_again_does_not_hold_the_worker_up() {
+    let mem = Arc::new(ram());
+    let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
+    let mut show = |idx: u16| {
+        mem.store(idx, GuestAddress(AVAIL + 2), Ordering::Relaxed).unwrap();
+        let result = queue.peek(64, &mut Vec::new());
+        (result, queue.rereads_left)
+    };
+    assert_eq!(show(9), (Err(Overrun), 0), "it is read again at first");
+    assert_eq!(show(9), (Err(Overrun), 0), "and not the next time");
+    assert_eq!(show(8), (Ok(()), 1));
+    assert_eq!(show(9), (Err(Overrun), 0));
+}
+
+#[test]
 fn a_queue_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let mem = Arc::new(ram());
     let is_found = |change: &dyn Fn(&mut QueueLayout)| {

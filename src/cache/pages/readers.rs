@@ -1,0 +1,83 @@
+//! Which reader's pages are in memory, where several devices read one image: fair shares of the cache.
+//!
+//! Each page counts for one reader: the one that brought it in, or one with a free share that asked for it later. While
+//! a reader has more than its share, the pages of readers that have not are not evicted. So a reader that scans the
+//! image, or uses more of it than fits, evicts its own pages.
+
+use crate::units::PageId;
+
+/// Readers that are told apart; all later ones count as one.
+const READERS_MAX: usize = 256;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Readers {
+    /// The reader for which each slot's page counts.
+    of: Vec<u8>,
+    /// Pages of each reader.
+    pages: Vec<u32>,
+    /// The reader whose request the cache handles.
+    current: u8,
+}
+
+impl Readers {
+    /// `count` readers of a cache with so many slots. Pages that are in memory already count for the first reader.
+    pub fn new(count: usize, slots: u32, resident: u32) -> Self {
+        let mut pages = vec![0; count.min(READERS_MAX)];
+        pages[0] = resident;
+        Self { of: vec![0; slots as usize], pages, current: 0 }
+    }
+
+    /// There are `count` readers now, no fewer than before.
+    pub fn set_count(&mut self, count: usize) {
+        self.pages.resize(count.clamp(self.pages.len(), READERS_MAX), 0);
+    }
+
+    /// The requests that follow are this reader's.
+    pub fn set_current(&mut self, reader: usize) {
+        self.current = u8::try_from(reader.min(self.pages.len() - 1)).expect("256 readers at most");
+    }
+
+    /// Pages of which each reader may be sure.
+    fn share(&self) -> u32 {
+        let slots = self.of.len() / self.pages.len();
+        u32::try_from(slots).expect("a cache has fewer than 2^32 slots")
+    }
+
+    /// A page is inserted for the current reader.
+    pub fn insert(&mut self, id: PageId) {
+        self.of[id.index()] = self.current;
+        self.pages[usize::from(self.current)] += 1;
+    }
+
+    /// A page is removed.
+    pub fn remove(&mut self, id: PageId) {
+        self.pages[usize::from(self.of[id.index()])] -= 1;
+    }
+
+    /// The current reader uses a page: it counts for that one now, if it has a free share and the other has not.
+    pub fn touch(&mut self, id: PageId) {
+        let (owner, current) = (self.of[id.index()], self.current);
+        let share = self.share();
+        if owner != current && self.pages[usize::from(owner)] > share && self.pages[usize::from(current)] < share {
+            self.remove(id);
+            self.insert(id);
+        }
+    }
+
+    /// Whether a reader has more than its share, so that the pages of the others are protected.
+    pub fn protect(&self) -> bool {
+        let share = self.share();
+        self.pages.iter().any(|&pages| pages > share)
+    }
+
+    /// Whether a page counts for a reader that has no more than its share.
+    pub fn is_within_share(&self, id: PageId) -> bool {
+        self.pages[usize::from(self.of[id.index()])] <= self.share()
+    }
+
+    /// Bytes of memory that this takes.
+    pub fn metadata_bytes(&self) -> usize {
+        self.of.capacity() + self.pages.capacity() * size_of::<u32>()
+    }
+}

@@ -1,0 +1,52 @@
+//! Several devices on one image have fair shares of its cache.
+
+use super::*;
+
+const FRAMES: u64 = 4096;
+
+/// Reads a page as `reader`. Returns whether it was in memory.
+fn read_as(cache: &mut PageCache, reader: usize, page: u64) -> bool {
+    cache.set_reader(reader);
+    let hit = read(cache, page * 8, 8);
+    if !hit {
+        complete_all(cache, Tick::from_us(1));
+    }
+    hit
+}
+
+#[test]
+fn a_reader_that_uses_more_than_its_share_does_not_evict_the_pages_of_another() {
+    for policy in [PolicyKind::S3Fifo, PolicyKind::Lru] {
+        let settings = Settings { policy, readahead_pages_max: 0, ..settings_of(4096, 1 << 24) };
+        let mut cache = cache_with(settings);
+        cache.share(2);
+        for page in 0..FRAMES / 4 {
+            read_as(&mut cache, 1, page);
+        }
+        // Loops of twice the cache, in which each page is used again and again.
+        for _ in 0..4 {
+            for page in 0..2 * FRAMES {
+                read_as(&mut cache, 0, FRAMES + page);
+                read_as(&mut cache, 0, FRAMES + page.saturating_sub(FRAMES / 8));
+            }
+        }
+        let hits = (0..FRAMES / 4).filter(|&page| read_as(&mut cache, 1, page)).count() as u64;
+        assert!(hits > FRAMES / 4 * 99 / 100, "{policy:?}: {hits} of {} pages are left", FRAMES / 4);
+    }
+}
+
+#[test]
+fn pages_that_both_use_count_for_the_reader_that_has_room_in_its_share() {
+    let mut cache = cache_with(Settings { readahead_pages_max: 0, ..settings_of(4096, 1 << 24) });
+    cache.share(2);
+    // The first reader has brought in everything, and the second one uses some of it.
+    for page in 0..FRAMES {
+        read_as(&mut cache, 0, page);
+    }
+    (FRAMES / 2..FRAMES / 2 + 500).for_each(|page| assert!(read_as(&mut cache, 1, page)));
+    for page in FRAMES..4 * FRAMES {
+        read_as(&mut cache, 0, page);
+    }
+    let hits = (FRAMES / 2..FRAMES / 2 + 500).filter(|&page| read_as(&mut cache, 1, page)).count();
+    assert!(hits > 490, "{hits} of 500 pages are left");
+}

@@ -1,0 +1,190 @@
+//! Writes that block for a moment at most.
+//!
+//! An eventfd that another process has sent belongs to that process as well: at any time it can fill the counter and
+//! clear O_NONBLOCK, and then a write blocks until somebody reads. No flag of a single write prevents that (pwritev2(2)
+//! does not support eventfds). So a watchdog thread looks every few milliseconds whether a thread is still in the same
+//! write, and interrupts it by a signal. A write itself pays for that with one store before it and one after it.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::thread::{self, Thread};
+use std::time::Duration;
+
+use super::signal::block_all_in_this_thread;
+
+/// How often the watchdog looks. A write that blocks takes this long, up to twice.
+const PERIOD: Duration = Duration::from_millis(4);
+/// After so many periods without any write the watchdog sleeps until there is one.
+const IDLE_PERIODS_MAX: u32 = 250;
+
+/// The writes of one thread.
+#[derive(Debug)]
+struct Writer {
+    thread: libc::pid_t,
+    /// Number of begins and ends of writes: odd in a write.
+    steps: AtomicU64,
+}
+
+/// The threads that write, and the watchdog.
+#[derive(Debug, Default)]
+struct Registry {
+    writers: Mutex<Vec<Arc<Writer>>>,
+    /// The watchdog sleeps until it is woken.
+    asleep: AtomicBool,
+    watchdog: OnceLock<Option<Thread>>,
+}
+
+static REGISTRY: Registry =
+    Registry { writers: Mutex::new(Vec::new()), asleep: AtomicBool::new(false), watchdog: OnceLock::new() };
+
+/// The writer of a thread, until the thread ends.
+struct Registered(Arc<Writer>);
+
+thread_local! {
+    static WRITER: Registered = Registered::new();
+}
+
+impl Registered {
+    fn new() -> Self {
+        // SAFETY: a plain system call.
+        let thread = unsafe { libc::gettid() };
+        let writer = Arc::new(Writer { thread, steps: AtomicU64::new(0) });
+        REGISTRY.writers().push(Arc::clone(&writer));
+        Self(writer)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        REGISTRY.writers().retain(|writer| !Arc::ptr_eq(writer, &self.0));
+    }
+}
+
+/// Starts the watchdog, if it does not run. Without it writes may block; the first one starts it as well.
+pub fn start_watchdog() {
+    REGISTRY.watchdog.get_or_init(|| {
+        let made = install_handler()
+            .and_then(|()| thread::Builder::new().name("watchdog".to_owned()).spawn(|| REGISTRY.watch()));
+        made.ok().map(|handle| handle.thread().clone())
+    });
+}
+
+/// Adds 1 to an eventfd.
+///
+/// # Errors
+/// The error of write(2); [`io::ErrorKind::WouldBlock`] and [`io::ErrorKind::Interrupted`] if the counter is full: the
+/// latter after some milliseconds, because O_NONBLOCK is not set.
+pub fn add_one(mut eventfd: &File) -> io::Result<()> {
+    WRITER.with(|Registered(writer)| {
+        // An ordering that is the same for all threads: either the watchdog sees this step before it sleeps, or this
+        // thread sees that it sleeps.
+        writer.steps.fetch_add(1, Ordering::SeqCst);
+        if REGISTRY.asleep.load(Ordering::SeqCst) {
+            REGISTRY.wake();
+        }
+        let result = eventfd.write(&1u64.to_ne_bytes()).map(|_| ());
+        writer.steps.fetch_add(1, Ordering::Relaxed);
+        result
+    })
+}
+
+impl Registry {
+    fn writers(&self) -> MutexGuard<'_, Vec<Arc<Writer>>> {
+        self.writers.lock().expect("no thread panics with the writers locked")
+    }
+
+    #[cold]
+    fn wake(&self) {
+        self.asleep.store(false, Ordering::SeqCst);
+        if let Some(Some(watchdog)) = self.watchdog.get() {
+            watchdog.unpark();
+        }
+    }
+
+    /// The watchdog.
+    fn watch(&self) {
+        block_all_in_this_thread();
+        let (mut seen, mut idle) = (Vec::new(), 0);
+        loop {
+            let steps = self.interrupt_stuck(&seen);
+            idle = if steps == seen { idle + 1 } else { 0 };
+            seen = steps;
+            if idle < IDLE_PERIODS_MAX {
+                thread::sleep(PERIOD);
+                continue;
+            }
+            self.asleep.store(true, Ordering::SeqCst);
+            if self.steps() == seen {
+                thread::park();
+            }
+            self.asleep.store(false, Ordering::SeqCst);
+            idle = 0;
+        }
+    }
+
+    fn steps(&self) -> Vec<(libc::pid_t, u64)> {
+        self.writers().iter().map(|writer| (writer.thread, writer.steps.load(Ordering::SeqCst))).collect()
+    }
+
+    /// Interrupts the threads that are in the same write as when `seen` was taken; returns what is seen now.
+    fn interrupt_stuck(&self, seen: &[(libc::pid_t, u64)]) -> Vec<(libc::pid_t, u64)> {
+        // Locked until the signals are sent: no thread of the list ends meanwhile.
+        let writers = self.writers();
+        let now: Vec<_> = writers.iter().map(|writer| (writer.thread, writer.steps.load(Ordering::SeqCst))).collect();
+        for &(thread, steps) in &now {
+            if steps % 2 == 1 && seen.contains(&(thread, steps)) {
+                // SAFETY: plain system calls. The thread lives, the signal has a handler, and one that comes late, when
+                // the write has ended, at most makes another system call of that thread return EINTR.
+                unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal()) };
+            }
+        }
+        now
+    }
+}
+
+/// The signal that interrupts a write. Nothing else uses it.
+fn signal() -> libc::c_int {
+    libc::SIGRTMIN() + 3
+}
+
+/// Makes the signal interrupt system calls, and do nothing else.
+fn install_handler() -> io::Result<()> {
+    extern "C" fn ignore(_: libc::c_int) {}
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: all-zero bytes are a valid sigaction: no flags (so no SA_RESTART), and an empty mask. The handler does
+    // nothing, so it is safe at any moment. The call reads one sigaction, and with a null pointer writes none.
+    let result = unsafe {
+        (*action.as_mut_ptr()).sa_sigaction = ignore as *const () as libc::sighandler_t;
+        libc::sigaction(signal(), action.as_ptr(), std::ptr::null_mut())
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    use std::time::Instant;
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+
+    #[test]
+    fn a_write_to_a_full_eventfd_ends_although_it_blocks() {
+        start_watchdog();
+        let eventfd = EventFd::new(0).unwrap();
+        eventfd.write(u64::MAX - 1).unwrap();
+        // SAFETY: the descriptor is open, and nothing else owns it.
+        let file = unsafe { File::from_raw_fd(eventfd.into_raw_fd()) };
+        for pause in [Duration::ZERO, PERIOD * (IDLE_PERIODS_MAX + 50)] {
+            thread::sleep(pause);
+            let begun = Instant::now();
+            let error = add_one(&file).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+            assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        }
+    }
+}

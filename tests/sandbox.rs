@@ -17,9 +17,6 @@ use common::wait::{PATIENCE, poll_until};
 /// Every fence, for a process without a sandbox that trespasses all the same.
 const ALL_FENCES: &str = "capabilities dumping landlock seccomp";
 
-/// A file that a trespasser removes or creates.
-const VICTIM: &str = "/dev/shm/genblk-trespass";
-
 fn new_image(directory: &TempDir) {
     let image = File::create(directory.path().join("image")).expect("a file can be created");
     image.set_len(1 << 20).expect("a file can be sized");
@@ -42,7 +39,7 @@ impl Trespass {
         let target = path.join("target");
         let _listener = UnixListener::bind(&target).expect("a socket can be bound");
         if action == "unlink" {
-            File::create(VICTIM).expect("a file can be created");
+            File::create(path.join("target.file")).expect("a file can be created");
         }
         let mut command = Command::new(server_binary());
         command.arg("--socket-path").arg(path.join("socket")).arg("--blk-file").arg(path.join("image"));
@@ -53,9 +50,7 @@ impl Trespass {
         let log = File::create(path.join("log")).expect("a file can be created");
         let child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("the binary can be started");
-        let trespass = Self::wait(child, &directory);
-        let _ = fs::remove_file(VICTIM);
-        trespass
+        Self::wait(child, &directory)
     }
 
     fn wait(mut child: Child, directory: &TempDir) -> Self {

@@ -140,7 +140,7 @@ sise = "4M"
 name = "b"
 "#;
     let expected = [
-        "1: title: unknown key: the file has [[device]] tables and nothing else",
+        "1: title: unknown key: the file has [[device]] tables, [control] and nothing else",
         "2: num_queue: unknown key; did you mean \"num_queues\", below [[device]]?",
         "4: device[0].name: is missing",
         "5: device[0].socket: takes a path of 1 to 107 bytes, not 7",

@@ -124,8 +124,8 @@ mod tests {
     fn a_snapshot_has_what_the_workers_counted() {
         let counters = Counters::new(2).unwrap();
         let read = Class::new(Operation::Read, Served::Memory);
-        for (worker, ns) in [(0, 1000), (1, 9000)] {
-            let worker = counters.of_worker(worker);
+        let workers = [0, 1].map(|worker| counters.of_worker(worker));
+        for (worker, ns) in workers.iter().zip([1000, 9000]) {
             worker.request_taken(Operation::Read);
             worker.request_taken(Operation::Read);
             worker.request_ended(Operation::Read, 4096, true);
@@ -133,7 +133,7 @@ mod tests {
             worker.store_submitted(StoreClass::Sync);
             worker.count(Activity::Turns, ns);
         }
-        counters.of_worker(1).store_completed(StoreClass::Sync, 77, None);
+        workers[1].store_completed(StoreClass::Sync, 77, None);
         let snapshot = Snapshot::read(&counters);
         assert_eq!(snapshot.requests(read).count(), 2);
         assert_eq!((snapshot.requests(read).sum_ns, snapshot.requests(read).max_ns), (10_000, 9000));

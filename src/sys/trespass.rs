@@ -16,6 +16,11 @@ fn victim() -> libc::pid_t {
     env::var(VICTIM).ok().and_then(|pid| pid.parse().ok()).unwrap_or_default()
 }
 
+/// A file beside the socket that the test names: each test has one of its own.
+fn file() -> String {
+    env::var(SOCKET).unwrap_or_default() + ".file"
+}
+
 /// Tries an action.
 ///
 /// # Errors
@@ -23,8 +28,8 @@ fn victim() -> libc::pid_t {
 pub fn attempt(action: &str) -> io::Result<()> {
     match action {
         "open" => File::open("/etc/passwd").map(drop),
-        "create" => File::create("/dev/shm/genblk-trespass").map(drop),
-        "unlink" => std::fs::remove_file("/dev/shm/genblk-trespass"),
+        "create" => File::create(file()).map(drop),
+        "unlink" => std::fs::remove_file(file()),
         "connect" => UnixStream::connect(env::var(SOCKET).unwrap_or_default()).map(drop),
         "tcp" => TcpStream::connect("127.0.0.1:9").map(drop),
         "exec" => exec(),

@@ -1,4 +1,4 @@
-//! What is left to an attacker who has taken over a thread of the daemon. A binary with debug assertions trespasses
+//! What an attacker in control of a thread of the daemon can still do. A binary with debug assertions trespasses
 //! when it is asked to (`src/sandbox/probe.rs`), so each fence is tested by the real process, and each test also shows
 //! that the trespass succeeds where its fence is missing.
 

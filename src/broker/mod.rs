@@ -111,7 +111,7 @@ impl Broker {
         let answer = ask(stream, question, file);
         if let Err(e) = &answer {
             // A late answer would be taken for that of the next question.
-            warn!("no answers about front-ends any more: {e}");
+            warn!("the broker does not answer any more ({e}): no further front-end can be served");
             *socket = None;
         }
         answer
@@ -197,7 +197,7 @@ fn answer_next(socket: &UnixStream) -> io::Result<()> {
                 Answer { files: files.into(), ..Answer::of(true) }
             }
             Err(e) => {
-                warn!("cannot make a connection: {e}");
+                warn!("the broker cannot make the connection to vhost-user-backend: {e}");
                 Answer::of(false)
             }
         },

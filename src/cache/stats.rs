@@ -70,7 +70,18 @@ impl Stats {
     pub const COUNT: usize = 30;
 
     /// The numbers, in the order of the fields.
-    pub fn to_array(self) -> [u64; Self::COUNT] {
+    pub fn to_array(mut self) -> [u64; Self::COUNT] {
+        self.numbers().map(|number| *number)
+    }
+
+    /// The statistics of [`Stats::to_array`].
+    pub fn from_array(numbers: [u64; Self::COUNT]) -> Self {
+        let mut stats = Self::default();
+        stats.numbers().into_iter().zip(numbers).for_each(|(number, value)| *number = value);
+        stats
+    }
+
+    fn numbers(&mut self) -> [&mut u64; Self::COUNT] {
         let Self {
             read_hit_pages,
             read_miss_pages,
@@ -135,73 +146,5 @@ impl Stats {
             dirty_limit_pages,
             metadata_bytes,
         ]
-    }
-
-    /// The statistics of [`Stats::to_array`].
-    pub fn from_array(numbers: [u64; Self::COUNT]) -> Self {
-        let [
-            read_hit_pages,
-            read_miss_pages,
-            read_hole_pages,
-            write_pages,
-            copied_on_write,
-            completed_ops,
-            store_reads,
-            store_read_sectors,
-            store_writes,
-            store_written_sectors,
-            syncs,
-            allocations,
-            maps,
-            flushes,
-            range_operations,
-            readahead_pages,
-            readahead_used_pages,
-            readahead_wasted_pages,
-            evicted_pages,
-            stalls,
-            throttled,
-            read_errors,
-            write_errors,
-            sync_errors,
-            frames,
-            frames_free,
-            resident_pages,
-            dirty_pages,
-            dirty_limit_pages,
-            metadata_bytes,
-        ] = numbers;
-        Self {
-            read_hit_pages,
-            read_miss_pages,
-            read_hole_pages,
-            write_pages,
-            copied_on_write,
-            completed_ops,
-            store_reads,
-            store_read_sectors,
-            store_writes,
-            store_written_sectors,
-            syncs,
-            allocations,
-            maps,
-            flushes,
-            range_operations,
-            readahead_pages,
-            readahead_used_pages,
-            readahead_wasted_pages,
-            evicted_pages,
-            stalls,
-            throttled,
-            read_errors,
-            write_errors,
-            sync_errors,
-            frames,
-            frames_free,
-            resident_pages,
-            dirty_pages,
-            dirty_limit_pages,
-            metadata_bytes,
-        }
     }
 }

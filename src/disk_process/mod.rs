@@ -231,7 +231,7 @@ impl Control {
 /// Sends a message. A supervisor that has died needs none.
 fn tell(channel: &DiskChannel, message: &FromDisk) {
     match channel.send(message, &[]) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("cannot tell the supervisor {message:?}: {e}"),
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("cannot send {message:?} to the supervisor: {e}"),
         _ => {}
     }
 }

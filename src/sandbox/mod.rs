@@ -1,4 +1,4 @@
-//! The sandbox of a process that serves disks: what remains to an attacker who has taken over one of its threads.
+//! The sandbox of a process that serves disks: it limits what an attacker in control of a thread can do.
 //!
 //! A guest or a front-end that finds a hole in genblk's memory safety runs code in the process. The process needs
 //! little by then: its image, memory, sockets and eventfds are open. So it gives up the rest before it serves:

@@ -25,7 +25,7 @@ pub(super) struct Connection {
     pub process: Option<OwnedFd>,
 }
 
-/// The server's process, as far as it is known, after its connection broke.
+/// What is known of the server's process after its connection broke.
 #[derive(Debug)]
 pub(super) struct LastServer(Option<OwnedFd>);
 

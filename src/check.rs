@@ -59,7 +59,7 @@ pub fn check(source: &str, config: &Config) -> Result<String> {
             unused.push(device);
         }
         let socket = check_socket(&device.socket);
-        if findings.note(name, socket) == Some(Use::InUse) {
+        if findings.note(name, socket) == Some(Usage::InUse) {
             findings.notes.push(format!("{name}: a process listens on {}; it must end first", device.socket));
         }
         findings.note(name, SocketAccess::new(device.socket_mode, &device.socket_group));
@@ -90,7 +90,7 @@ pub fn check(source: &str, config: &Config) -> Result<String> {
 
 /// Whether a process uses something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Use {
+enum Usage {
     Free,
     InUse,
 }
@@ -116,28 +116,28 @@ fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, 
 ///
 /// # Errors
 /// [`ErrorKind::Socket`] when it could not.
-fn check_socket(socket: &Socket) -> Result<Use> {
+fn check_socket(socket: &Socket) -> Result<Usage> {
     let failed = |e| Error::io(ErrorKind::Socket, format!("cannot listen on {socket}"), e);
     let path = match socket {
         Socket::Path(path) => path.clone(),
         Socket::Fd(fd) => {
             let kind = fs::metadata(format!("/proc/self/fd/{fd}")).map_err(failed)?.file_type();
             let not_a_socket = || failed(io::Error::other("it is not a socket"));
-            return if kind.is_socket() { Ok(Use::Free) } else { Err(not_a_socket()) };
+            return if kind.is_socket() { Ok(Usage::Free) } else { Err(not_a_socket()) };
         }
     };
     match fs::symlink_metadata(&path) {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(failed(io::Error::other("the path exists and is not a socket")));
         }
-        Ok(_) if is_listened_on(&path) => return Ok(Use::InUse),
+        Ok(_) if is_listened_on(&path) => return Ok(Usage::InUse),
         Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(failed(e)),
     }
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     may_create_in(directory).map_err(failed)?;
-    Ok(Use::Free)
+    Ok(Usage::Free)
 }
 
 /// Whether a process listens on a socket (proc_net_unix(5)). To connect would disturb it.

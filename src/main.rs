@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use genblk::check;
 use genblk::cli::{self, Action};
-use genblk::client::{self, Client, exporter};
+use genblk::client::{self, ControlClient, exporter};
 use genblk::disk_process;
 use genblk::error::{Error, ErrorKind, Result};
 use genblk::logging;
@@ -47,8 +47,10 @@ fn run(action: Action) -> Result<()> {
         Action::ServeAll(config) => return supervisor::run(&config, Strictness::AllOrNone, Hosting::Processes),
         Action::ServeOne(config) => return supervisor::run(&config, Strictness::ServeTheOthers, Hosting::Threads),
         Action::DiskProcess => return serve_for_supervisor(),
-        Action::List { socket, device, json } => print(&client::list(&mut Client::connect(&socket)?, device, json)?),
-        Action::Stat(socket, options) => return client::stat(&mut Client::connect(&socket)?, &options),
+        Action::List { socket, device, json } => {
+            print(&client::list(&mut ControlClient::connect(&socket)?, device, json)?);
+        }
+        Action::Stat(socket, options) => return client::stat(&mut ControlClient::connect(&socket)?, &options),
         Action::Export { socket, listen: None } => print(&exporter::metrics(&socket)),
         Action::Export { socket, listen: Some(address) } => return exporter::serve(&address, &socket),
         Action::TakeOver(image, memory_dir) => print(&recover::take_over(&image, &memory_dir)?),

@@ -13,7 +13,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Place {
+pub enum ServerAddress {
     /// On a Unix domain socket.
     Unix(PathBuf),
     /// On a TCP port of a host, which is a name or an address.
@@ -24,7 +24,7 @@ pub enum Place {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NbdUri {
     /// Where its server listens.
-    pub place: Place,
+    pub place: ServerAddress,
     /// The export's name at the server; may be empty.
     pub export: String,
 }
@@ -71,7 +71,7 @@ impl NbdUri {
     }
 }
 
-fn tcp(authority: &str) -> Result<Place, String> {
+fn tcp(authority: &str) -> Result<ServerAddress, String> {
     if authority.contains('@') {
         return Err("has a user name, which means nothing here".to_owned());
     }
@@ -90,17 +90,17 @@ fn tcp(authority: &str) -> Result<Place, String> {
         return Err(format!("has no host that could be looked up: {host:?}"));
     }
     let port = if port.is_empty() { Some(DEFAULT_PORT) } else { port.parse().ok().filter(|port| *port != 0) };
-    Ok(Place::Tcp(host.to_ascii_lowercase(), port.ok_or("has a port that is not a number from 1 to 65535")?))
+    Ok(ServerAddress::Tcp(host.to_ascii_lowercase(), port.ok_or("has a port that is not a number from 1 to 65535")?))
 }
 
-fn unix(query: Option<&str>) -> Result<Place, String> {
+fn unix(query: Option<&str>) -> Result<ServerAddress, String> {
     let path = query.and_then(|query| query.strip_prefix("socket=")).filter(|path| !path.contains('&'));
     let path = decode(path.ok_or("needs one parameter, socket=PATH")?)?;
     // A relative path would depend on the working directory: the next daemon might look for another cache.
     if !path.starts_with('/') || path.len() > SOCKET_PATH_BYTES_MAX || path.contains('\0') {
         return Err(format!("takes an absolute path of at most {SOCKET_PATH_BYTES_MAX} bytes for its socket"));
     }
-    Ok(Place::Unix(path.into()))
+    Ok(ServerAddress::Unix(path.into()))
 }
 
 /// Text with its percent escapes resolved.
@@ -143,9 +143,9 @@ impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let export = Encoded(&self.export);
         match &self.place {
-            Place::Unix(path) => write!(f, "nbd+unix:///{export}?socket={}", Encoded(&path.to_string_lossy())),
-            Place::Tcp(host, port) if host.contains(':') => write!(f, "nbd://[{host}]:{port}/{export}"),
-            Place::Tcp(host, port) => write!(f, "nbd://{host}:{port}/{export}"),
+            ServerAddress::Unix(path) => write!(f, "nbd+unix:///{export}?socket={}", Encoded(&path.to_string_lossy())),
+            ServerAddress::Tcp(host, port) if host.contains(':') => write!(f, "nbd://[{host}]:{port}/{export}"),
+            ServerAddress::Tcp(host, port) => write!(f, "nbd://{host}:{port}/{export}"),
         }
     }
 }

@@ -13,7 +13,7 @@ mod rust;
 #[path = "tidy/tree.rs"]
 mod tree;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -196,6 +196,12 @@ const UNSAFE_ALLOWED: &[&str] = &[
     "device/copy.rs",
 ];
 
+/// Names of types that two modules share.
+const SHARED_TYPE_NAMES: &[&str] = &[
+    // The simulators of the cache and of the daemon have the same parts.
+    "Oracle", "Scenario", "Sector", "World",
+];
+
 /// Markers of unfinished work. They are split here, so that this file passes too.
 const BANNED: &[&str] = &[
     concat!("TO", "DO"),
@@ -295,6 +301,19 @@ fn every_source_file_has_a_doc_and_holds_only_ascii_and_no_banned_word() {
 }
 
 #[test]
+fn a_type_name_means_one_thing() {
+    let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for source in sources("src", "lib.rs").into_iter().filter(|source| !source.is_test) {
+        for name in types_in(&source.code) {
+            places.entry(name).or_default().push(source.path.clone());
+        }
+    }
+    assert!(places.len() > 300, "only {} types are found", places.len());
+    places.retain(|name, files| files.len() > 1 && !SHARED_TYPE_NAMES.contains(&name.as_str()));
+    assert!(places.is_empty(), "types of different modules have one name: {places:#?}");
+}
+
+#[test]
 fn every_relative_link_in_the_documentation_resolves() {
     let mut faults = Vec::new();
     for file in files(&root(), "md") {
@@ -380,6 +399,16 @@ fn long_functions(code: &str) -> Vec<String> {
         }
     }
     faults
+}
+
+/// The types that `code` declares; associated types of traits are no types of their own.
+fn types_in(code: &str) -> Vec<String> {
+    let declarations = ["struct", "enum", "union", "trait"]
+        .into_iter()
+        .flat_map(|keyword| words(code, keyword).map(move |at| word(code[at + keyword.len()..].trim_start())));
+    let is_at_start_of_item = |at: usize| !code[..at].rsplit('\n').next().unwrap_or_default().starts_with(' ');
+    let aliases = words(code, "type").filter(|at| is_at_start_of_item(*at)).map(|at| word(code[at + 4..].trim_start()));
+    declarations.chain(aliases).filter(|name| !name.is_empty()).collect()
 }
 
 fn text_faults(text: &str) -> Vec<String> {
@@ -469,6 +498,13 @@ fn a_long_function_is_found() {
     assert_eq!(long_functions(&body(68)), [""; 0]);
     assert_eq!(long_functions(&body(69)), ["line 2: long has 71 lines; at most 70"]);
     assert_eq!(long_functions(&format!("trait T {{ fn short(&self); }}\n{}", body(68))), [""; 0]);
+}
+
+#[test]
+fn the_types_of_a_file_are_found() {
+    let code =
+        "pub struct A<T>(T);\nenum B {}\nimpl C for A {\n    type D = u8;\n}\ntype E = u8;\nfn f() { struct G; }";
+    assert_eq!(types_in(code), ["A", "G", "B", "E"]);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use genblk::broker::Broker;
 use genblk::counters::worker::Counters;
 use genblk::device::control::Workers;
 use genblk::device::ring::Ring;
-use genblk::device::{Command, Control, Device};
+use genblk::device::{Device, WorkerCommand, WorkerControl};
 use genblk::listener::{SocketAccess, bind};
 use genblk::units::{FrameId, PAGE_SIZE, SECTOR_BYTES};
 use genblk::vhost::Server;
@@ -23,7 +23,7 @@ use genblk::virtio::Status;
 use genblk::virtio::chain::DescriptorTable;
 use genblk::virtio::config_space::{DiscardLimits, DiskParameters};
 use genblk::virtio::guest_copy::{GuestCursor, write_status};
-use genblk::virtio::request::{Disk, Malformed, Request, RequestKind, parse, serial};
+use genblk::virtio::request::{Malformed, Request, RequestKind, RequestLimits, parse, serial};
 use genblk::waker::Waker;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -41,7 +41,7 @@ const QUEUES: u16 = 64;
 pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<()> {
     let capacity_sectors = disk_bytes / SECTOR_BYTES;
     let discard = DiscardLimits::new(0, 0);
-    let disk = Disk {
+    let disk = RequestLimits {
         capacity_sectors,
         read_only: false,
         can_discard: false,
@@ -66,7 +66,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let buffer = Arc::new(Arena::anonymous(buffer_bytes / PAGE_SIZE).map_err(io::Error::other)?);
     let device = Device::new("limit".to_string(), Arc::clone(&buffer), disk, parameters, true, 0, Counters::new(0)?);
     let waker = Arc::new(Waker::new()?);
-    let (control, commands) = Control::new("limit", Arc::clone(&waker));
+    let (control, commands) = WorkerControl::new("limit", Arc::clone(&waker));
     let _populator = Populator::start("limit", &buffer);
     let kicks = Epoll::new()?;
     kicks.ctl(ControlOperation::Add, waker.as_raw_fd(), EpollEvent::new(EventSet::IN, u64::MAX))?;
@@ -80,12 +80,12 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
 }
 
 struct Copier {
-    commands: Receiver<Command>,
+    commands: Receiver<WorkerCommand>,
     waker: Arc<Waker>,
     /// Watches the kick eventfds and the waker.
     kicks: Epoll,
     rings: BTreeMap<u16, Ring>,
-    disk: Disk,
+    disk: RequestLimits,
     buffer: Arc<Arena>,
 }
 
@@ -125,33 +125,33 @@ impl Copier {
     fn handle_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Start(index, setup, reply) => {
+                WorkerCommand::Start(index, setup, reply) => {
                     let ring = Ring::new("limit", index, *setup);
                     ring.watch_kicks(&self.kicks, u64::from(index)).expect("an eventfd can be watched");
                     self.rings.insert(index, ring);
                     let _ = reply.send(());
                 }
-                Command::Stop(index, reply) => {
+                WorkerCommand::Stop(index, reply) => {
                     let ring = self.rings.remove(&index).inspect(|ring| ring.unwatch_kicks(&self.kicks));
                     let _ = reply.send(ring.map(|ring| ring.position()));
                 }
-                Command::SetCallFd(index, call_fd, reply) => {
+                WorkerCommand::SetCallFd(index, call_fd, reply) => {
                     if let Some(ring) = self.rings.get_mut(&index) {
                         ring.set_call_fd(call_fd);
                     }
                     let _ = reply.send(());
                 }
-                Command::Memory(memory, reply) => {
+                WorkerCommand::Memory(memory, reply) => {
                     self.rings.values_mut().for_each(|ring| ring.set_memory(&memory));
                     let _ = reply.send(());
                 }
-                Command::Flush(reply) => {
+                WorkerCommand::Flush(reply) => {
                     let _ = reply.send(Ok(()));
                 }
-                Command::Resume(reply) => {
+                WorkerCommand::Resume(reply) => {
                     let _ = reply.send(());
                 }
-                Command::Exit(_) | Command::Abandon(_) => {}
+                WorkerCommand::Exit(_) | WorkerCommand::Abandon(_) => {}
             }
         }
     }
@@ -175,7 +175,7 @@ fn serve_one(
     table: &DescriptorTable<'_>,
     head: u16,
     request: &mut Request,
-    disk: &Disk,
+    disk: &RequestLimits,
     buffer: &Arena,
 ) {
     match parse(&ring.memory, table, head, request) {

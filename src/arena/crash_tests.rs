@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 use crate::image_id::ImageId;
 use crate::shared_memory::FileChange;
-use crate::shared_memory::trace::{Event, FileId, crash_states, file_id, record};
+use crate::shared_memory::trace::{FileId, TraceEvent, crash_states, file_id, record};
 use crate::tenure::TenureId;
 use crate::tenure::token::ChangeToken;
 use crate::units::PageNo;
@@ -103,16 +103,16 @@ impl Found {
 }
 
 /// Applies events to a copy of the bytes that a file had before them.
-fn apply<'a>(id: FileId, before: &[u8], events: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
+fn apply<'a>(id: FileId, before: &[u8], events: impl IntoIterator<Item = &'a TraceEvent>) -> Vec<u8> {
     let mut bytes = before.to_vec();
     let mut mappings = Vec::new();
     for event in events {
         match event {
-            Event::File(owner, FileChange::Mapped(base, len)) => mappings.push((*owner, *base..*base + *len)),
-            Event::File(owner, _) if *owner != id => {}
-            Event::File(_, FileChange::Length(length)) => bytes.resize(usize::try_from(*length).unwrap(), 0),
-            Event::File(_, FileChange::ZerosFrom(first)) => bytes[usize::try_from(*first).unwrap()..].fill(0),
-            Event::Store(store) => {
+            TraceEvent::File(owner, FileChange::Mapped(base, len)) => mappings.push((*owner, *base..*base + *len)),
+            TraceEvent::File(owner, _) if *owner != id => {}
+            TraceEvent::File(_, FileChange::Length(length)) => bytes.resize(usize::try_from(*length).unwrap(), 0),
+            TraceEvent::File(_, FileChange::ZerosFrom(first)) => bytes[usize::try_from(*first).unwrap()..].fill(0),
+            TraceEvent::Store(store) => {
                 // A later mapping may have the addresses of one that is no more.
                 let mapping = mappings.iter().rev().find(|(_, mapping)| mapping.contains(&store.address));
                 let (owner, mapping) = mapping.expect("a store is to a mapping");
@@ -131,7 +131,7 @@ struct Step {
     file: FileId,
     /// The file's bytes before it.
     before: Vec<u8>,
-    events: Vec<Event>,
+    events: Vec<TraceEvent>,
 }
 
 impl Step {
@@ -156,12 +156,12 @@ impl Step {
         prepare(&arena);
         let before = directory.bytes();
         let ((), mut events) = record(|| step(&arena));
-        events.insert(0, Event::File(id, FileChange::Mapped(arena.memory.at(0).addr(), arena.memory.bytes())));
+        events.insert(0, TraceEvent::File(id, FileChange::Mapped(arena.memory.at(0).addr(), arena.memory.bytes())));
         Self { file: id, before, events }
     }
 
     /// The file's bytes after some of the events.
-    fn in_state<'a>(&self, state: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
+    fn in_state<'a>(&self, state: impl IntoIterator<Item = &'a TraceEvent>) -> Vec<u8> {
         apply(self.file, &self.before, state)
     }
 
@@ -171,7 +171,7 @@ impl Step {
 
     /// What a daemon finds that must not be, in whatever state the step was cut short.
     fn faults(&self, is_allowed: impl Fn(&Found) -> bool) -> Vec<String> {
-        let fault = |state: Vec<&Event>| match Found::in_bytes(&self.in_state(state)) {
+        let fault = |state: Vec<&TraceEvent>| match Found::in_bytes(&self.in_state(state)) {
             Ok(found) => (!is_allowed(&found)).then(|| format!("{found:?}")),
             Err(e) => Some(e.to_string()),
         };
@@ -345,7 +345,7 @@ fn reordered(mut step: Step, from: usize, to: usize) -> Step {
 
 /// Positions of the stores among the events.
 fn stores(step: &Step) -> Vec<usize> {
-    (0..step.events.len()).filter(|&at| matches!(step.events[at], Event::Store(_))).collect()
+    (0..step.events.len()).filter(|&at| matches!(step.events[at], TraceEvent::Store(_))).collect()
 }
 
 #[test]

@@ -14,9 +14,9 @@ use std::path::Path;
 
 use super::trust::{TrustedDir, Whose};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::dir::Access;
+use crate::sys::dir::OpenMode;
 use crate::tenure::TenureId;
-use crate::tenure::record::State;
+use crate::tenure::record::TenureState;
 
 /// Name of the file.
 const NAME: &str = ".ended-tenures";
@@ -26,21 +26,21 @@ const LINE_BYTES: usize = 16 + 1 + 32 + 1 + 1 + 1;
 const BYTES_MAX: u64 = 1 << 20;
 
 /// The line of a tenure.
-fn line_of(tenure: TenureId, state: State) -> String {
-    let letter = if state == State::Clean { 'c' } else { 'f' };
+fn line_of(tenure: TenureId, state: TenureState) -> String {
+    let letter = if state == TenureState::Clean { 'c' } else { 'f' };
     format!("{:016x} {:032x} {letter}\n", tenure.generation, tenure.id)
 }
 
-/// Notes in the folder `dir` that a tenure has ended: in [`State::Clean`] if everything is on the image.
+/// Notes in the folder `dir` that a tenure has ended: in [`TenureState::Clean`] if everything is on the image.
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] when the file cannot be written; [`ErrorKind::Ledger`] as [`TrustedDir::open_file`].
-pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: State) -> Result<()> {
+pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: TenureState) -> Result<()> {
     let shown = shown.with_file_name(NAME);
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot write {}", shown.display()), e);
     let name = OsStr::new(NAME);
     dir.create_file(name).map_err(failed)?;
-    let mut file = dir.open_file(name, Access::Append, &shown)?;
+    let mut file = dir.open_file(name, OpenMode::Append, &shown)?;
     let metadata = file.metadata().map_err(failed)?;
     if metadata.len() >= BYTES_MAX {
         return Err(failed(io::Error::other("it is full")));
@@ -49,13 +49,13 @@ pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: Stat
 }
 
 /// How a tenure whose cache was at `cache` has ended, if that was noted beside the cache.
-pub(super) fn state_of(cache: &Path, whose: Whose, tenure: TenureId) -> Option<State> {
+pub(super) fn state_of(cache: &Path, whose: Whose, tenure: TenureId) -> Option<TenureState> {
     let (shown, name) = (cache.with_file_name(NAME), OsStr::new(NAME));
-    let file = TrustedDir::open(cache.parent()?, whose).and_then(|dir| dir.open_file(name, Access::Read, &shown));
+    let file = TrustedDir::open(cache.parent()?, whose).and_then(|dir| dir.open_file(name, OpenMode::Read, &shown));
     let bytes = read(&file.ok()?).ok()?;
     let is = |state| bytes.chunks_exact(LINE_BYTES).any(|line| line == line_of(tenure, state).as_bytes());
     // A loss counts more.
-    [State::Forfeited, State::Clean].into_iter().find(|&state| is(state))
+    [TenureState::Forfeited, TenureState::Clean].into_iter().find(|&state| is(state))
 }
 
 fn read(file: &File) -> io::Result<Vec<u8>> {

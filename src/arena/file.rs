@@ -14,15 +14,15 @@ use super::ended;
 use super::ledger::{HEADER_BYTES, Header, ImageFacts, SET_ASIDE, boot_id, field};
 use super::mapping::{self, MEMFD_NAME, Mapping};
 use super::survey::{self, Survey};
-use super::trust::{Entry, TrustedDir, Whose};
+use super::trust::{DirEntry, TrustedDir, Whose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::sys::dir::Access;
+use crate::sys::dir::OpenMode;
 use crate::sys::memfd;
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
-use crate::tenure::record::{CachePlace, State};
+use crate::tenure::record::{CachePlace, TenureState};
 
 /// How long to wait before the next attempt to lock a file that another process has locked.
 const LOCK_RETRY: Duration = Duration::from_millis(20);
@@ -46,7 +46,7 @@ pub struct ArenaFile {
     pub(super) file: File,
     location: Location,
     /// The name of a file that has a path, in its open directory.
-    entry: Option<Entry>,
+    entry: Option<DirEntry>,
 }
 
 /// What [`ArenaFile::look_at`] found.
@@ -129,7 +129,7 @@ impl ArenaFile {
         let mut last = None;
         for serial in 0..NAMES_MAX {
             let path = directory.join(image.identity.file_name(image.size_bytes, serial));
-            match Self::open(&path, Access::Create, Whose::Own, Duration::ZERO) {
+            match Self::open(&path, OpenMode::Create, Whose::Own, Duration::ZERO) {
                 Ok(file) if matches!(file.header(), Ok(None)) => return Ok(file),
                 Ok(_) => {}
                 Err(e) if e.kind() == ErrorKind::Locked => last = Some(e),
@@ -165,7 +165,7 @@ impl ArenaFile {
         if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
             return Err(Error::new(ErrorKind::Ledger, format!("not a genblk cache file: {shown}")));
         }
-        Self::open(path, Access::ReadWrite, whose, patience)
+        Self::open(path, OpenMode::ReadWrite, whose, patience)
     }
 
     /// The header of a file, which another process may use at the same time; `None` if it has none, or is not named as
@@ -180,7 +180,7 @@ impl ArenaFile {
             return Ok(None);
         }
         let (directory, name) = split(path)?;
-        let file = TrustedDir::open(directory, whose)?.open_file(name, Access::Read, path)?;
+        let file = TrustedDir::open(directory, whose)?.open_file(name, OpenMode::Read, path)?;
         survey::header_of(&file, path)
     }
 
@@ -237,12 +237,12 @@ impl ArenaFile {
         matches!(self.place(), CachePlace::Path(path) if path.parent() == Some(&directory))
     }
 
-    /// Notes beside the file, which is about to be removed, that its tenure has ended: in [`State::Clean`] if
+    /// Notes beside the file, which is about to be removed, that its tenure has ended: in [`TenureState::Clean`] if
     /// everything is on the image. The next daemon of an image whose record could not be changed looks there.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be noted.
-    pub fn note_ended(&self, tenure: TenureId, state: State) -> Result<()> {
+    pub fn note_ended(&self, tenure: TenureId, state: TenureState) -> Result<()> {
         match &self.location {
             Location::Path(path) => ended::note(&TrustedDir::open(split(path)?.0, Whose::Anyone)?, path, tenure, state),
             Location::FdStore { .. } | Location::Received(_) => {
@@ -252,7 +252,7 @@ impl ArenaFile {
     }
 
     /// How a tenure whose cache was at `path` has ended, if [`ArenaFile::note_ended`] was called for it.
-    pub fn noted_end(path: &Path, whose: Whose, tenure: TenureId) -> Option<State> {
+    pub fn noted_end(path: &Path, whose: Whose, tenure: TenureId) -> Option<TenureState> {
         ended::state_of(path, whose, tenure)
     }
 
@@ -283,7 +283,7 @@ impl ArenaFile {
     /// Whether a process uses a file. Takes the lock for an instant, if it is free.
     pub fn is_held(path: &Path, whose: Whose) -> bool {
         let opened = split(path)
-            .and_then(|(directory, name)| TrustedDir::open(directory, whose)?.open_file(name, Access::Read, path));
+            .and_then(|(directory, name)| TrustedDir::open(directory, whose)?.open_file(name, OpenMode::Read, path));
         opened.is_ok_and(|file| file.try_lock_shared().is_err())
     }
 
@@ -294,7 +294,7 @@ impl ArenaFile {
     pub fn look_at(path: &Path, whose: Whose) -> Result<Seen> {
         let (directory, name) = split(path)?;
         let dir = TrustedDir::open(directory, whose)?;
-        let file = dir.open_file(name, Access::Read, path)?;
+        let file = dir.open_file(name, OpenMode::Read, path)?;
         // A daemon that starts at this instant tries again; another look does not notice.
         let is_locked = file.try_lock_shared().is_err();
         let _ = file.unlock();
@@ -303,7 +303,7 @@ impl ArenaFile {
     }
 
     /// Opens and locks a file.
-    fn open(path: &Path, access: Access, whose: Whose, patience: Duration) -> Result<Self> {
+    fn open(path: &Path, access: OpenMode, whose: Whose, patience: Duration) -> Result<Self> {
         let until = Instant::now() + patience;
         let (directory, name) = split(path)?;
         loop {
@@ -336,7 +336,7 @@ impl ArenaFile {
             return Err(Error::new(ErrorKind::Memory, format!("cannot replace {self}")));
         };
         make_dir(split(path)?.0)?;
-        let file = Self::open(path, Access::Create, Whose::Own, Duration::ZERO)?;
+        let file = Self::open(path, OpenMode::Create, Whose::Own, Duration::ZERO)?;
         match file.file.metadata() {
             Ok(metadata) if metadata.len() == 0 => Ok(file),
             _ => Err(Error::new(ErrorKind::Ledger, format!("another file is in the place of {self}"))),

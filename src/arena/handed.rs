@@ -19,7 +19,7 @@ use crate::tenure::token::ChangeToken;
 
 /// Which kind of arena it is; see [`super`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-enum Kind {
+enum ArenaKind {
     Persistent,
     LossMarker,
     Anonymous,
@@ -29,7 +29,7 @@ enum Kind {
 /// [`KeptArena::descriptors`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArenaParts {
-    kind: Kind,
+    kind: ArenaKind,
     frames: usize,
     /// The file, for messages; empty if there is none.
     shown: String,
@@ -46,14 +46,14 @@ pub struct ArenaParts {
 
 /// An arena that was received, and what becomes of its file in the end.
 #[derive(Debug)]
-pub struct Received {
+pub struct ReceivedArena {
     /// The arena.
     pub arena: Arena,
     /// Set when the arena was dropped and its file, or the loss marker in its place, is to be removed.
     pub is_removed: Arc<AtomicBool>,
 }
 
-impl Received {
+impl ReceivedArena {
     /// Maps an arena that another process of the daemon hands out.
     ///
     /// # Errors
@@ -74,7 +74,7 @@ impl Received {
             formats: parts.formats,
         };
         let arena = match parts.kind {
-            Kind::Persistent => {
+            ArenaKind::Persistent => {
                 let file = named(first);
                 let header = file.header()?.ok_or_else(|| Error::new(ErrorKind::Ledger, format!("{file} is empty")))?;
                 if header.frames != frames as u64 {
@@ -83,14 +83,14 @@ impl Received {
                 }
                 Arena::attach(file, &header)?
             }
-            Kind::LossMarker => {
+            ArenaKind::LossMarker => {
                 let (memory, file) = (map(&first, bytes_of(frames, 0)?)?, named(files.next().ok_or_else(missing)?));
                 let guest = file.header()?.map_or(guest, |header| guest.or(header.guest));
                 let marker = map(&file.file, HEADER_BYTES)?;
                 Arena::new(memory, frames, 0, Persistence::LossMarker(LossMarker { marker, file }), guest)
                     .backed_by(first)
             }
-            Kind::Anonymous => {
+            ArenaKind::Anonymous => {
                 let memory = map(&first, bytes_of(frames, 0)?)?;
                 Arena::new(memory, frames, 0, Persistence::None, guest).backed_by(first)
             }
@@ -133,9 +133,9 @@ impl Arena {
         let (frames, memory) = (self.frames, self.memory_file.take());
         let (data_loss, write_through, formats) = (self.has_data_loss(), self.is_write_through(), self.guest_formats());
         let (kind, file) = match std::mem::replace(&mut self.persistence, Persistence::None) {
-            Persistence::None => (Kind::Anonymous, None),
-            Persistence::LossMarker(LossMarker { file, .. }) => (Kind::LossMarker, Some(file)),
-            Persistence::Full { file, .. } => (Kind::Persistent, Some(file)),
+            Persistence::None => (ArenaKind::Anonymous, None),
+            Persistence::LossMarker(LossMarker { file, .. }) => (ArenaKind::LossMarker, Some(file)),
+            Persistence::Full { file, .. } => (ArenaKind::Persistent, Some(file)),
         };
         KeptArena { kind, frames, memory, file, substitute: None, is_lost: false, data_loss, write_through, formats }
     }
@@ -144,7 +144,7 @@ impl Arena {
 /// An arena that another process uses.
 #[derive(Debug)]
 pub struct KeptArena {
-    kind: Kind,
+    kind: ArenaKind,
     frames: usize,
     /// Memory without a name.
     memory: Option<File>,
@@ -185,7 +185,7 @@ impl KeptArena {
 
     /// The file that outlives the daemon, if its name leads to it; for messages.
     pub fn file(&self) -> Option<&ArenaFile> {
-        self.file.as_ref().filter(|_| self.kind == Kind::Persistent && !self.is_lost)
+        self.file.as_ref().filter(|_| self.kind == ArenaKind::Persistent && !self.is_lost)
     }
 
     /// Whether the name of the file, if it has one, still leads to it.
@@ -206,7 +206,7 @@ impl KeptArena {
     /// The process that used the arena died. The next one finds what it left; if that was only in its memory, the guest
     /// must learn that completed writes may be lost.
     pub fn note_death(&mut self, is_read_only: bool) {
-        if self.kind == Kind::Anonymous && !is_read_only {
+        if self.kind == ArenaKind::Anonymous && !is_read_only {
             self.data_loss = true;
         }
     }
@@ -218,7 +218,7 @@ impl KeptArena {
     /// # Errors
     /// As [`Arena::attach`].
     pub fn record_token(&mut self, token: ChangeToken) -> Result<()> {
-        if self.kind != Kind::Persistent {
+        if self.kind != ArenaKind::Persistent {
             return Ok(());
         }
         let Some(file) = self.file.take() else { return Ok(()) };
@@ -256,7 +256,7 @@ mod tests {
         let kept = Arena::anonymous(2).unwrap().into_kept();
         let attach = || {
             let files = kept.descriptors().into_iter().map(|fd| fd.try_clone_to_owned().unwrap().into());
-            Received::new(&kept.parts(), files.collect::<Vec<File>>()).unwrap()
+            ReceivedArena::new(&kept.parts(), files.collect::<Vec<File>>()).unwrap()
         };
         let first = attach();
         first.arena.zero_sectors(FrameId(1), crate::units::SectorMask::ALL);

@@ -43,7 +43,7 @@ use crate::units::{
 
 pub use changes::RestPoint;
 pub use file::{ArenaFile, Seen};
-pub use handed::{ArenaParts, KeptArena, Received};
+pub use handed::{ArenaParts, KeptArena, ReceivedArena};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, SAMPLES_MAX, TenureFacts, ZERO_SLOTS};
 pub use populate::Populator;
 pub use samples::hash_of;

@@ -11,7 +11,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::dir::{Access, open_at, stat_at, unlink_at};
+use crate::sys::dir::{OpenMode, open_at, stat_at, unlink_at};
 use crate::sys::process::effective_uid;
 
 /// Mode bits by which group and others may write.
@@ -77,7 +77,7 @@ impl TrustedDir {
     /// # Errors
     /// [`ErrorKind::Ledger`] when another user could have made the file or can change it; [`ErrorKind::Memory`] when it
     /// cannot be opened. `shown` names it in messages.
-    pub(super) fn open_file(&self, name: &OsStr, access: Access, shown: &Path) -> Result<File> {
+    pub(super) fn open_file(&self, name: &OsStr, access: OpenMode, shown: &Path) -> Result<File> {
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {}", shown.display()), e);
         let distrusted = |why: String| {
             Err(Error::new(ErrorKind::Ledger, format!("cache file {} cannot be trusted: {why}", shown.display())))
@@ -107,7 +107,7 @@ impl TrustedDir {
     /// # Errors
     /// Those of open(2) and fchown(2).
     pub(super) fn create_file(&self, name: &OsStr) -> io::Result<()> {
-        match open_at(&self.dir, name, Access::CreateNew) {
+        match open_at(&self.dir, name, OpenMode::CreateNew) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             // Root's file would not be trusted in the directory of another user.
             Ok(file) if self.owner != effective_uid() => fchown(&file, Some(self.owner), None),
@@ -116,8 +116,8 @@ impl TrustedDir {
     }
 
     /// The name of an open file in the directory.
-    pub(super) fn entry(self, name: &OsStr) -> Entry {
-        Entry { dir: self.dir, name: name.to_owned() }
+    pub(super) fn entry(self, name: &OsStr) -> DirEntry {
+        DirEntry { dir: self.dir, name: name.to_owned() }
     }
 
     /// The directory's owner.
@@ -128,12 +128,12 @@ impl TrustedDir {
 
 /// A name in an open directory.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct DirEntry {
     dir: File,
     name: OsString,
 }
 
-impl Entry {
+impl DirEntry {
     /// Whether the name leads to the open file.
     pub(super) fn leads_to(&self, file: &File) -> bool {
         let (ours, found) = (file.metadata(), stat_at(&self.dir, &self.name));

@@ -42,7 +42,7 @@ pub(super) struct Waiters {
 
 /// Adjacent missing pages that are being collected into one read.
 #[derive(Debug, Default)]
-pub(super) struct Run {
+pub(super) struct MissRun {
     /// Readahead collects it: no request waits for it yet.
     is_readahead: bool,
     first: Option<PageNo>,

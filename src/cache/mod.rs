@@ -55,7 +55,7 @@ use access::PagePart;
 use allocate::Allocating;
 use eager::Eager;
 use flush::Flushing;
-use getpages::{Run, Waiters};
+use getpages::{MissRun, Waiters};
 use holes::Holes;
 use pages::Pages;
 use pending_zeroes::PendingZeroes;
@@ -135,7 +135,7 @@ pub struct PageCache {
     waiters: Waiters,
     /// I6.
     store_ops: StoreOps,
-    run: Run,
+    run: MissRun,
     holes: Holes,
     streams: Streams,
     writeback: Writeback,
@@ -176,7 +176,7 @@ impl PageCache {
             pages: Pages::new(&settings, memory),
             waiters: Waiters::default(),
             store_ops: StoreOps::default(),
-            run: Run::default(),
+            run: MissRun::default(),
             holes: Holes::new(settings.holes, settings.image_sectors, frames),
             streams: Streams::new(settings.readahead_pages_max, frames),
             writeback: Writeback::new(settings.dirty_age_us),

@@ -19,7 +19,7 @@ const RUNS_MIN: u32 = 64;
 const RUNS_MAX: u32 = 4096;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Run {
+struct ExtentRun {
     /// The page after the run.
     end: u64,
     kind: ExtentKind,
@@ -29,7 +29,7 @@ struct Run {
 #[derive(Debug)]
 pub(super) struct Runs {
     /// By first page; they do not overlap.
-    runs: BTreeMap<u64, Run>,
+    runs: BTreeMap<u64, ExtentRun>,
     runs_max: usize,
     /// The run that begins here or next is the next one to be forgotten.
     victim: u64,
@@ -51,7 +51,7 @@ impl Runs {
     /// Remembers that all pages of the span are of this kind.
     pub fn learn(&mut self, span: PageSpan, kind: ExtentKind) {
         self.cut(span);
-        self.insert(span.first.0, Run { end: span.end().0, kind });
+        self.insert(span.first.0, ExtentRun { end: span.end().0, kind });
     }
 
     /// The pages were written to the store: they are no holes.
@@ -75,7 +75,7 @@ impl Runs {
         for (start, run) in self.overlapping(span).collect::<Vec<_>>() {
             self.runs.remove(&start);
             if start < first {
-                self.insert(start, Run { end: first, ..run });
+                self.insert(start, ExtentRun { end: first, ..run });
             }
             if run.end > end {
                 self.insert(end, run);
@@ -83,12 +83,12 @@ impl Runs {
         }
     }
 
-    fn overlapping(&self, span: PageSpan) -> impl Iterator<Item = (u64, Run)> {
+    fn overlapping(&self, span: PageSpan) -> impl Iterator<Item = (u64, ExtentRun)> {
         let before = self.runs.range(..span.first.0).next_back().filter(|(_, run)| run.end > span.first.0);
         before.into_iter().chain(self.runs.range(span.first.0..span.end().0)).map(|(&first, &run)| (first, run))
     }
 
-    fn insert(&mut self, first: u64, run: Run) {
+    fn insert(&mut self, first: u64, run: ExtentRun) {
         if self.runs.len() >= self.runs_max {
             let next = self.runs.range(self.victim..).next().or_else(|| self.runs.iter().next());
             let victim = *next.expect("a full table has runs").0;
@@ -100,7 +100,7 @@ impl Runs {
 
     /// Bytes of memory that the full table takes, estimated: the nodes of a B-tree are two thirds full on average.
     pub fn metadata_bytes(&self) -> usize {
-        self.runs_max * size_of::<(u64, Run)>() * 3 / 2
+        self.runs_max * size_of::<(u64, ExtentRun)>() * 3 / 2
     }
 }
 

@@ -53,7 +53,7 @@ pub(super) enum Cause {
 
 /// A failure that has not been cleared.
 #[derive(Clone, Copy, Debug)]
-struct Failure {
+struct StoreFailure {
     cause: Cause,
     since: Tick,
     retry_at: Tick,
@@ -62,7 +62,7 @@ struct Failure {
     resumed_waiters: bool,
 }
 
-impl Failure {
+impl StoreFailure {
     fn lacks_space(&self) -> bool {
         self.cause == Cause::Allocate
     }
@@ -71,7 +71,7 @@ impl Failure {
 /// The health of a store, and the failure behind it.
 #[derive(Debug, Default)]
 pub(super) struct StoreHealth {
-    failure: Option<Failure>,
+    failure: Option<StoreFailure>,
     /// Also healthy after the operator resumed the store, until a write is tried.
     current: Health,
     /// The health that was last reported to the operator.
@@ -98,7 +98,7 @@ impl StoreHealth {
 
     /// Whether nothing fails but the allocation of space.
     fn lacks_space(&self) -> bool {
-        self.failure.as_ref().is_some_and(Failure::lacks_space)
+        self.failure.as_ref().is_some_and(StoreFailure::lacks_space)
     }
 
     /// Whether requests that need the store wait.
@@ -116,7 +116,7 @@ impl StoreHealth {
 
     /// An operation of this kind has succeeded, and no page is left whose write failed.
     pub fn clear_failure(&mut self, succeeded: Cause) {
-        let clears = self.failure.is_some_and(|Failure { cause, .. }| match cause {
+        let clears = self.failure.is_some_and(|StoreFailure { cause, .. }| match cause {
             Cause::Sync => succeeded == Cause::Sync,
             Cause::Write => succeeded != Cause::Allocate,
             // A successful write of other pages gives no space to the requests that are held for it: they stay
@@ -194,17 +194,18 @@ impl PageCache {
     pub(super) fn store_failed(&mut self, fault: Fault, cause: Cause) {
         let now = self.now;
         // A lack of space that is older than the longest pause is another failure: space may have been free meanwhile.
-        let is_recent = |failure: &Failure| !failure.lacks_space() || now.since_us(failure.retry_at) <= BACKOFF_US_MAX;
+        let is_recent =
+            |failure: &StoreFailure| !failure.lacks_space() || now.since_us(failure.retry_at) <= BACKOFF_US_MAX;
         let earlier = self.health.failure.filter(is_recent);
         let (since, backoff_us) = match earlier {
             // Several writes of one try fail together, which is one failure.
-            Some(Failure { since, retry_at, backoff_us, .. }) if now < retry_at => (since, backoff_us),
-            Some(Failure { since, backoff_us, .. }) => (since, (backoff_us * 2).min(BACKOFF_US_MAX)),
+            Some(StoreFailure { since, retry_at, backoff_us, .. }) if now < retry_at => (since, backoff_us),
+            Some(StoreFailure { since, backoff_us, .. }) => (since, (backoff_us * 2).min(BACKOFF_US_MAX)),
             None => (now, BACKOFF_US_MIN),
         };
         let worst = earlier.map_or(cause, |failure| failure.cause.max(cause));
         let retry_at = now.plus_us(backoff_us);
-        self.health.failure = Some(Failure { cause: worst, since, retry_at, backoff_us, resumed_waiters: false });
+        self.health.failure = Some(StoreFailure { cause: worst, since, retry_at, backoff_us, resumed_waiters: false });
         let policy = if fault == Fault::NoSpace { self.settings.on_full } else { self.settings.on_error };
         let health = match policy {
             _ if self.health.stopped().is_some() => return,

@@ -47,13 +47,13 @@ struct Speed {
 
 /// Time with writes in flight, and what ended in it.
 #[derive(Clone, Copy, Debug, Default)]
-struct Sample {
+struct WriteSample {
     us: u64,
     pages: u64,
     operations: u64,
 }
 
-impl Sample {
+impl WriteSample {
     /// The speed, if the sample is taken for no shorter than `us_min`.
     fn speed(&self, us_min: u64) -> Speed {
         let us = self.us.max(us_min).max(1);
@@ -75,14 +75,14 @@ pub(super) struct Throttle {
     measured: bool,
     /// When writes were last seen to be in flight, if they still are.
     busy_since: Option<Tick>,
-    sample: Sample,
+    sample: WriteSample,
 }
 
 impl Throttle {
     /// For a store of unknown speed.
     pub fn new(target_us: u64, pages_max: u32) -> Self {
         let speed = Speed { pages: FIRST_PAGES_PER_SECOND, operations: FIRST_OPERATIONS_PER_SECOND };
-        let (busy_since, sample) = (None, Sample::default());
+        let (busy_since, sample) = (None, WriteSample::default());
         let mut throttle =
             Self { target_us, pages_max, limit: 0, operation_pages: 1, speed, measured: false, busy_since, sample };
         throttle.set_limit();
@@ -143,7 +143,7 @@ impl Throttle {
         self.busy_since = (left > 0).then_some(now);
         if self.sample.us >= SAMPLE_US {
             self.learn(self.sample.speed(SAMPLE_US));
-            self.sample = Sample::default();
+            self.sample = WriteSample::default();
         } else {
             self.learn_part(self.sample.speed(PART_US_MIN));
         }

@@ -13,7 +13,7 @@ use crate::store::Backing;
 
 /// What the thread is to do.
 #[derive(Debug, Default)]
-struct State {
+struct RestState {
     /// The latest moment for which the token is to be recorded.
     rest: Option<RestPoint>,
     /// Nothing is recorded any more.
@@ -22,12 +22,12 @@ struct State {
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<State>,
+    state: Mutex<RestState>,
     changed: Condvar,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, RestState> {
         self.state.lock().expect("no thread panics with the state locked")
     }
 }

@@ -8,9 +8,9 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::Client;
+use super::ControlClient;
 use crate::control::wire::{
-    Description, Device, DeviceState, DeviceStatistics, Devices, Latency, ListParameters, Statistics,
+    Description, DeviceState, DeviceStatistics, DeviceStatus, Devices, Latency, ListParameters, Statistics,
     StatisticsParameters,
 };
 use crate::counters::latency::{Latencies, bound_of};
@@ -35,7 +35,7 @@ const REQUEST_BYTES_MAX: usize = 8 << 10;
 
 /// Metrics at this moment. A daemon that cannot be asked is a metric, too (`genblk_up 0`).
 pub fn metrics(socket: &Path) -> String {
-    let mut text = Text::default();
+    let mut text = MetricsText::default();
     match ask(socket) {
         Ok((description, devices, statistics)) => {
             text.family("genblk_up", "gauge", "Whether the daemon replied to the exporter.");
@@ -55,7 +55,7 @@ pub fn metrics(socket: &Path) -> String {
 }
 
 fn ask(socket: &Path) -> Result<(Description, Devices, Statistics)> {
-    let mut client = Client::connect(socket)?;
+    let mut client = ControlClient::connect(socket)?;
     let description = client.call("Describe", &serde_json::json!({}))?;
     let devices = client.call("List", &ListParameters::default())?;
     Ok((description, devices, client.call("Statistics", &StatisticsParameters::default())?))
@@ -119,9 +119,9 @@ fn request_target(stream: &mut impl Read) -> io::Result<Option<String>> {
 
 /// Metrics in the text format.
 #[derive(Default)]
-struct Text(String);
+struct MetricsText(String);
 
-impl Text {
+impl MetricsText {
     /// Begins the samples of a metric.
     fn family(&mut self, name: &str, kind: &str, help: &str) {
         let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
@@ -173,14 +173,14 @@ fn seconds(ns: u64) -> f64 {
     ns as f64 / 1e9
 }
 
-fn about_daemon(text: &mut Text, description: &Description) {
+fn about_daemon(text: &mut MetricsText, description: &Description) {
     text.family("genblk_build_info", "gauge", "The version that serves; always 1.");
     text.sample("genblk_build_info", &[("version", &description.version)], 1);
     text.family("genblk_start_time_seconds", "gauge", "When the daemon started, in seconds since 1970.");
     text.sample("genblk_start_time_seconds", &[], description.since_us / 1_000_000);
 }
 
-fn about_devices(text: &mut Text, devices: &[Device]) {
+fn about_devices(text: &mut MetricsText, devices: &[DeviceStatus]) {
     let states = [
         ("opening", DeviceState::Opening),
         ("failed", DeviceState::Failed),
@@ -212,7 +212,7 @@ fn about_devices(text: &mut Text, devices: &[Device]) {
     }
 }
 
-fn about_requests(text: &mut Text, devices: &[DeviceStatistics]) {
+fn about_requests(text: &mut MetricsText, devices: &[DeviceStatistics]) {
     let name = "genblk_request_duration_seconds";
     text.family(name, "histogram", "Time from taking a request from its ring to its completion.");
     for device in devices {
@@ -226,8 +226,8 @@ fn about_requests(text: &mut Text, devices: &[DeviceStatistics]) {
             text.histogram(name, &labels("store"), &requests.waited);
         }
     }
-    type Value = fn(&crate::control::wire::Requests) -> u64;
-    let metrics: [(&str, &str, &str, Value); 2] = [
+    type Counter = fn(&crate::control::wire::RequestStatistics) -> u64;
+    let metrics: [(&str, &str, &str, Counter); 2] = [
         ("genblk_request_errors_total", "counter", "Requests that completed with an error.", |requests| {
             requests.errors
         }),
@@ -259,7 +259,7 @@ fn about_requests(text: &mut Text, devices: &[DeviceStatistics]) {
     }
 }
 
-fn about_caches(text: &mut Text, devices: &[DeviceStatistics]) {
+fn about_caches(text: &mut MetricsText, devices: &[DeviceStatistics]) {
     let mut of = |name, kind, help, value| text.of_devices(devices, name, kind, help, value);
     of("genblk_cache_lookup_pages_total", "counter", "Pages of 4 KiB that reads asked for.", |device| {
         device.cache.hit_pages + device.cache.miss_pages
@@ -303,7 +303,7 @@ fn about_caches(text: &mut Text, devices: &[DeviceStatistics]) {
     }
 }
 
-fn about_store(text: &mut Text, devices: &[DeviceStatistics]) {
+fn about_store(text: &mut MetricsText, devices: &[DeviceStatistics]) {
     let name = "genblk_store_duration_seconds";
     text.family(name, "histogram", "Time of operations on the image.");
     for device in devices {
@@ -349,7 +349,7 @@ mod tests {
         for ns in [1000, 1023, 1000, 2_000_000] {
             latencies.counts[bucket_of(ns)] += 1;
         }
-        let mut text = Text::default();
+        let mut text = MetricsText::default();
         text.histogram("t", &[("device", "a\"b")], &Latency::from(&latencies));
         let lines: Vec<&str> = text.0.lines().collect();
         assert_eq!(lines[0], "t_bucket{device=\"a\\\"b\",le=\"0.000001024\"} 3");

@@ -1,15 +1,15 @@
 //! `genblk list`: the devices of a daemon, one in a line.
 
-use super::Client;
-use super::table::{Numbers, Table};
-use crate::control::wire::{Device, DeviceState, Devices, ListParameters};
+use super::ControlClient;
+use super::table::{Numbers, TextTable};
+use crate::control::wire::{DeviceState, DeviceStatus, Devices, ListParameters};
 use crate::error::Result;
 
 /// The devices as a table, or as the daemon sent them.
 ///
 /// # Errors
-/// Those of [`Client::call`].
-pub fn list(client: &mut Client, device: Option<String>, as_json: bool) -> Result<String> {
+/// Those of [`ControlClient::call`].
+pub fn list(client: &mut ControlClient, device: Option<String>, as_json: bool) -> Result<String> {
     let parameters = ListParameters { device };
     if as_json {
         return Ok(format!("{}\n", client.call_raw("List", &parameters)?));
@@ -17,8 +17,8 @@ pub fn list(client: &mut Client, device: Option<String>, as_json: bool) -> Resul
     Ok(table(&client.call::<Devices>("List", &parameters)?.devices))
 }
 
-fn table(devices: &[Device]) -> String {
-    let mut table = Table::new(&["disk", "state", "front-end", "image", "size", "cache", "dirty", "mode"], 4);
+fn table(devices: &[DeviceStatus]) -> String {
+    let mut table = TextTable::new(&["disk", "state", "front-end", "image", "size", "cache", "dirty", "mode"], 4);
     let mut reasons = String::new();
     for device in devices {
         let bytes = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), |bytes| Numbers::Short.bytes(bytes));
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn a_device_that_is_not_served_has_its_reason_below_the_table() {
-        let served = Device {
+        let served = DeviceStatus {
             name: "vm1".to_owned(),
             state: DeviceState::Serving,
             why: None,
@@ -73,7 +73,7 @@ mod tests {
             dirty_bytes: Some(0),
             oldest_operation_us: None,
         };
-        let failed = Device {
+        let failed = DeviceStatus {
             name: "db".to_owned(),
             state: DeviceState::Failed,
             why: Some("no such file".to_owned()),

@@ -16,8 +16,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::control::connection::Connection;
-use crate::control::wire::{Call, NAME, Reply};
+use crate::control::connection::VarlinkConnection;
+use crate::control::wire::{MethodCall, MethodReply, NAME};
 use crate::error::{Error, ErrorKind, Result};
 
 pub use list::list;
@@ -28,12 +28,12 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connection to a daemon.
 #[derive(Debug)]
-pub struct Client {
-    connection: Connection,
+pub struct ControlClient {
+    connection: VarlinkConnection,
     shown: String,
 }
 
-impl Client {
+impl ControlClient {
     /// Connects to the control socket at `path`.
     ///
     /// # Errors
@@ -53,7 +53,7 @@ impl Client {
         };
         let stream = UnixStream::connect(path).map_err(failed)?;
         stream.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
-        Ok(Self { connection: Connection::new(stream), shown })
+        Ok(Self { connection: VarlinkConnection::new(stream), shown })
     }
 
     /// Calls a method and returns its results.
@@ -68,16 +68,17 @@ impl Client {
         serde_json::from_value(results).map_err(other)
     }
 
-    /// As [`Client::call`], with the results as they came.
+    /// As [`ControlClient::call`], with the results as they came.
     ///
     /// # Errors
-    /// As [`Client::call`].
+    /// As [`ControlClient::call`].
     pub fn call_raw(&mut self, method: &str, parameters: &impl Serialize) -> Result<Value> {
         let parameters = serde_json::to_value(parameters).expect("the types of the interface are JSON");
-        let call = Call { method: format!("{NAME}.{method}"), parameters: Some(parameters), more: None, oneway: None };
+        let call =
+            MethodCall { method: format!("{NAME}.{method}"), parameters: Some(parameters), more: None, oneway: None };
         // A daemon that refuses the connection has said why and closed it.
         let sent = self.connection.send(&call);
-        let reply: Option<Reply> = match (self.connection.receive(), sent) {
+        let reply: Option<MethodReply> = match (self.connection.receive(), sent) {
             (Ok(reply), _) => reply,
             (Err(e), Ok(())) | (Err(_), Err(e)) => return Err(self.failed("no reply", e)),
         };

@@ -4,10 +4,13 @@ use std::io::{self, Write};
 use std::thread;
 use std::time::Duration;
 
-use super::Client;
+use super::ControlClient;
 pub use super::table::Numbers;
-use super::table::Table;
-use crate::control::wire::{Cache, Description, DeviceStatistics, Requests, Statistics, StatisticsParameters, Store};
+use super::table::TextTable;
+use crate::control::wire::{
+    CacheStatistics, Description, DeviceStatistics, RequestStatistics, Statistics, StatisticsParameters,
+    StoreStatistics,
+};
 use crate::counters::latency::{Latencies, bound_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::PAGE_BYTES;
@@ -52,8 +55,9 @@ pub struct StatOptions {
 /// Prints reports to standard output.
 ///
 /// # Errors
-/// Those of [`Client::call`]; [`ErrorKind::System`] if standard output cannot be written to, except for a closed pipe.
-pub fn stat(client: &mut Client, options: &StatOptions) -> Result<()> {
+/// Those of [`ControlClient::call`]; [`ErrorKind::System`] if standard output cannot be written to, except for a closed
+/// pipe.
+pub fn stat(client: &mut ControlClient, options: &StatOptions) -> Result<()> {
     let parameters = StatisticsParameters { device: options.device.clone(), interval_ms: None };
     let since_us = client.call::<Description>("Describe", &serde_json::json!({}))?.since_us;
     let mut before = Statistics { time_us: since_us, devices: Vec::new() };
@@ -99,7 +103,7 @@ fn report(before: &Statistics, now: &Statistics, options: &StatOptions, is_first
     });
     let intervals: Vec<Interval<'_>> = intervals.collect();
     let with_header = !options.for_programs && (is_first || now.devices.len() > 1 || options.view != View::Overview);
-    let render = |table: &Table| table.render(with_header, options.for_programs);
+    let render = |table: &TextTable| table.render(with_header, options.for_programs);
     let body = match options.view {
         View::Overview => render(&overview(&intervals)),
         View::Latencies => render(&latencies(&intervals)),
@@ -134,7 +138,7 @@ impl Interval<'_> {
         let find = |statistics: &DeviceStatistics| {
             statistics.requests.iter().find(|requests| requests.operation == operation).cloned().unwrap_or_default()
         };
-        let (before, now): (Requests, Requests) = (find(self.before), find(self.now));
+        let (before, now): (RequestStatistics, RequestStatistics) = (find(self.before), find(self.now));
         let since = |now, before| Latencies::from(now).since(&Latencies::from(before));
         RequestInterval {
             count: now.requests.saturating_sub(before.requests),
@@ -147,13 +151,13 @@ impl Interval<'_> {
 
     fn store(&self, operation: &str) -> u64 {
         let find = |statistics: &DeviceStatistics| {
-            let found: Option<&Store> = statistics.stores.iter().find(|store| store.operation == operation);
+            let found: Option<&StoreStatistics> = statistics.stores.iter().find(|store| store.operation == operation);
             found.map_or(0, |store| store.operations)
         };
         find(self.now).saturating_sub(find(self.before))
     }
 
-    fn cache(&self, counter: impl Fn(&Cache) -> u64) -> u64 {
+    fn cache(&self, counter: impl Fn(&CacheStatistics) -> u64) -> u64 {
         counter(&self.now.cache).saturating_sub(counter(&self.before.cache))
     }
 
@@ -183,12 +187,12 @@ const MEDIAN: u64 = 500;
 const P99: u64 = 990;
 const P999: u64 = 999;
 
-fn overview(intervals: &[Interval<'_>]) -> Table {
+fn overview(intervals: &[Interval<'_>]) -> TextTable {
     let header = [
         "disk", "r/s", "rMiB/s", "hit%", "r50", "r99", "w/s", "wMiB/s", "w50", "w99", "f/s", "f99", "dirty", "rd/s",
         "wr/s",
     ];
-    let mut table = Table::new(&header, 1);
+    let mut table = TextTable::new(&header, 1);
     for interval in intervals {
         let [read, write, flush] = ["read", "write", "flush"].map(|operation| interval.requests(operation));
         let time = |latencies: &Latencies, share| interval.numbers.time(latencies.quantile(share));
@@ -214,8 +218,8 @@ fn overview(intervals: &[Interval<'_>]) -> Table {
     table
 }
 
-fn latencies(intervals: &[Interval<'_>]) -> Table {
-    let mut table = Table::new(&["disk", "operation", "/s", "errors", "mean", "p50", "p99", "p99.9", "max"], 2);
+fn latencies(intervals: &[Interval<'_>]) -> TextTable {
+    let mut table = TextTable::new(&["disk", "operation", "/s", "errors", "mean", "p50", "p99", "p99.9", "max"], 2);
     for interval in intervals {
         for requests in &interval.now.requests {
             let RequestInterval { count, errors, from_memory, waited, .. } = interval.requests(&requests.operation);
@@ -246,7 +250,7 @@ fn latencies(intervals: &[Interval<'_>]) -> Table {
     table
 }
 
-fn cache(intervals: &[Interval<'_>]) -> Table {
+fn cache(intervals: &[Interval<'_>]) -> TextTable {
     let header = [
         "disk",
         "read/s",
@@ -262,9 +266,9 @@ fn cache(intervals: &[Interval<'_>]) -> Table {
         "stall",
         "throttled",
     ];
-    let mut table = Table::new(&header, 1);
+    let mut table = TextTable::new(&header, 1);
     for interval in intervals {
-        let delta = |counter: fn(&Cache) -> u64| interval.cache(counter);
+        let delta = |counter: fn(&CacheStatistics) -> u64| interval.cache(counter);
         let lookups = delta(|cache| cache.hit_pages + cache.miss_pages);
         let pages = |pages: u64| interval.numbers.bytes(pages * PAGE_BYTES);
         let now = &interval.now.cache;
@@ -288,7 +292,7 @@ fn cache(intervals: &[Interval<'_>]) -> Table {
 }
 
 /// Requests by latency, in powers of two.
-fn histogram(interval: &Interval<'_>) -> Table {
+fn histogram(interval: &Interval<'_>) -> TextTable {
     let mut columns = Vec::new();
     for requests in &interval.now.requests {
         let RequestInterval { from_memory, waited, .. } = interval.requests(&requests.operation);
@@ -302,7 +306,7 @@ fn histogram(interval: &Interval<'_>) -> Table {
     }
     let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
     let title = format!("{}: below", interval.now.name);
-    let mut table = Table::new(&[&[title.as_str()], &names[..]].concat(), 1);
+    let mut table = TextTable::new(&[&[title.as_str()], &names[..]].concat(), 1);
     for bits in 0..=36 {
         let within = |latencies: &Latencies| -> u64 {
             let counts = latencies.counts.iter().enumerate();
@@ -340,14 +344,14 @@ mod tests {
         let mut latencies = Latencies { sum_ns: reads * ns, max_ns: ns, ..Latencies::default() };
         latencies.counts[bucket_of(ns)] = reads;
         let from_memory = Latency::from(&latencies);
-        let read = Requests {
+        let read = RequestStatistics {
             operation: "read".to_owned(),
             requests: reads,
             bytes: reads * 4096,
             from_memory,
-            ..Requests::default()
+            ..RequestStatistics::default()
         };
-        let cache = Cache { hit_pages: reads, ..Cache::default() };
+        let cache = CacheStatistics { hit_pages: reads, ..CacheStatistics::default() };
         let device = DeviceStatistics { name: "vm1".to_owned(), requests: vec![read], cache, ..Default::default() };
         Statistics { time_us, devices: vec![device] }
     }

@@ -2,12 +2,12 @@
 
 /// Columns of text, the first ones aligned to the left, the others to the right.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct TextTable {
     rows: Vec<Vec<String>>,
     left: usize,
 }
 
-impl Table {
+impl TextTable {
     /// A table with this header, of which the first `left` columns are aligned to the left.
     pub fn new(header: &[&str], left: usize) -> Self {
         Self { rows: vec![header.iter().map(|&title| title.to_owned()).collect()], left }
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn columns_are_aligned_and_a_program_gets_tabs() {
-        let mut table = Table::new(&["disk", "r/s"], 1);
+        let mut table = TextTable::new(&["disk", "r/s"], 1);
         table.row(vec!["a".to_owned(), "100".to_owned()]);
         assert_eq!(table.render(true, false), "disk  r/s\na     100\n");
         assert_eq!(table.render(false, true), "a\t100\n");

@@ -11,13 +11,13 @@ pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
 /// One end of a connection.
 #[derive(Debug)]
-pub struct Connection {
+pub struct VarlinkConnection {
     stream: UnixStream,
     /// Bytes that were received and belong to messages that were not returned yet.
     received: Vec<u8>,
 }
 
-impl Connection {
+impl VarlinkConnection {
     /// Sends and receives messages on `stream`.
     pub fn new(stream: UnixStream) -> Self {
         Self { stream, received: Vec::new() }
@@ -74,9 +74,9 @@ mod tests {
 
     use super::*;
 
-    fn pair() -> (UnixStream, Connection) {
+    fn pair() -> (UnixStream, VarlinkConnection) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (ours, Connection::new(theirs))
+        (ours, VarlinkConnection::new(theirs))
     }
 
     #[test]

@@ -13,10 +13,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::connection::Connection;
+use super::connection::VarlinkConnection;
 use super::wire::{
-    Call, Description, Device, DeviceStatistics, Devices, INTERFACE, ListParameters, NAME, Reply, Statistics,
-    StatisticsParameters,
+    Description, DeviceStatistics, DeviceStatus, Devices, INTERFACE, ListParameters, MethodCall, MethodReply, NAME,
+    Statistics, StatisticsParameters,
 };
 
 /// Most connections at a time.
@@ -32,7 +32,7 @@ pub trait Host: Send + Sync + 'static {
     /// What serves.
     fn describe(&self) -> Description;
     /// All devices, in the order of the configuration.
-    fn devices(&self) -> Vec<Device>;
+    fn devices(&self) -> Vec<DeviceStatus>;
     /// The statistics of the devices for which `wanted` holds.
     fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics>;
 }
@@ -59,7 +59,7 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         };
-        let Some(place) = Place::take(&open) else {
+        let Some(place) = ConnectionPermit::take(&open) else {
             refuse(stream);
             continue;
         };
@@ -77,9 +77,9 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
 }
 
 /// One of the connections that may be open.
-struct Place(Arc<AtomicUsize>);
+struct ConnectionPermit(Arc<AtomicUsize>);
 
-impl Place {
+impl ConnectionPermit {
     fn take(open: &Arc<AtomicUsize>) -> Option<Self> {
         // Only the accepting thread adds.
         if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
@@ -90,7 +90,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -99,19 +99,22 @@ impl Drop for Place {
 /// Tells a client that there are too many. It gets the reply before it has called anything.
 fn refuse(stream: UnixStream) {
     let _ = stream.set_nonblocking(true);
-    let _ = Connection::new(stream).send(&error("Busy", json!({ "connections": CONNECTIONS_MAX })));
+    let _ = VarlinkConnection::new(stream).send(&error("Busy", json!({ "connections": CONNECTIONS_MAX })));
 }
 
 fn serve_connection(stream: UnixStream, host: &dyn Host) -> io::Result<()> {
     stream.set_write_timeout(Some(SEND_TIMEOUT))?;
-    let mut connection = Connection::new(stream);
-    while let Some(call) = connection.receive::<Call>()? {
+    let mut connection = VarlinkConnection::new(stream);
+    while let Some(call) = connection.receive::<MethodCall>()? {
         let oneway = call.oneway == Some(true);
         match (method(host, &call), call.more == Some(true)) {
             _ if oneway => {}
-            (Ok(Method::Once(results)), _) => connection.send(&Reply { parameters: results, ..Reply::default() })?,
+            (Ok(Method::Once(results)), _) => {
+                connection.send(&MethodReply { parameters: results, ..MethodReply::default() })?;
+            }
             (Ok(Method::Statistics(parameters)), false) => {
-                connection.send(&Reply { parameters: statistics(host, &parameters), ..Reply::default() })?;
+                connection
+                    .send(&MethodReply { parameters: statistics(host, &parameters), ..MethodReply::default() })?;
             }
             (Ok(Method::Statistics(parameters)), true) => return stream_statistics(&mut connection, host, &parameters),
             (Err(error), _) => connection.send(&error)?,
@@ -127,7 +130,7 @@ enum Method {
     Statistics(StatisticsParameters),
 }
 
-fn method(host: &dyn Host, call: &Call) -> Result<Method, Reply> {
+fn method(host: &dyn Host, call: &MethodCall) -> Result<Method, MethodReply> {
     let once = |results: Value| Ok(Method::Once(results));
     match call.method.as_str() {
         "org.varlink.service.GetInfo" => once(json!({
@@ -192,7 +195,7 @@ error MethodNotImplemented (method: string)
 error InvalidParameter (parameter: string)
 ";
 
-fn parameters<T: DeserializeOwned>(call: &Call) -> Result<T, Reply> {
+fn parameters<T: DeserializeOwned>(call: &MethodCall) -> Result<T, MethodReply> {
     let given = call.parameters.clone().filter(|given| !given.is_null()).unwrap_or_else(|| json!({}));
     serde_path(&given).map_err(|parameter| invalid_parameter(&parameter))
 }
@@ -210,7 +213,7 @@ fn serde_path<T: DeserializeOwned>(given: &Value) -> Result<T, String> {
     })
 }
 
-fn check_device(host: &dyn Host, wanted: &str) -> Result<(), Reply> {
+fn check_device(host: &dyn Host, wanted: &str) -> Result<(), MethodReply> {
     let devices: Vec<String> = host.devices().into_iter().map(|device| device.name).collect();
     if devices.iter().any(|name| name == wanted) {
         return Ok(());
@@ -227,17 +230,17 @@ fn statistics(host: &dyn Host, parameters: &StatisticsParameters) -> Value {
 
 /// Sends statistics at each interval, until the client closes the connection.
 fn stream_statistics(
-    connection: &mut Connection,
+    connection: &mut VarlinkConnection,
     host: &dyn Host,
     parameters: &StatisticsParameters,
 ) -> io::Result<()> {
     let interval = Duration::from_millis(parameters.interval_ms.unwrap_or(INTERVAL_MS_DEFAULT));
     loop {
         let parameters = statistics(host, parameters);
-        connection.send(&Reply { parameters, continues: Some(true), error: None })?;
+        connection.send(&MethodReply { parameters, continues: Some(true), error: None })?;
         // A client that has hung up is noticed at once, and one that sends a call ends the stream.
         connection.stream().set_read_timeout(Some(interval))?;
-        match connection.receive::<Call>() {
+        match connection.receive::<MethodCall>() {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
             Ok(_) => return Ok(()),
             Err(e) => return Err(e),
@@ -249,14 +252,14 @@ fn value(results: &impl Serialize) -> Value {
     serde_json::to_value(results).expect("the types of the interface are JSON")
 }
 
-fn error(name: &str, parameters: Value) -> Reply {
-    Reply { parameters, continues: None, error: Some(format!("{NAME}.{name}")) }
+fn error(name: &str, parameters: Value) -> MethodReply {
+    MethodReply { parameters, continues: None, error: Some(format!("{NAME}.{name}")) }
 }
 
-fn service_error(name: &str, parameters: Value) -> Reply {
-    Reply { parameters, continues: None, error: Some(format!("org.varlink.service.{name}")) }
+fn service_error(name: &str, parameters: Value) -> MethodReply {
+    MethodReply { parameters, continues: None, error: Some(format!("org.varlink.service.{name}")) }
 }
 
-fn invalid_parameter(name: &str) -> Reply {
+fn invalid_parameter(name: &str) -> MethodReply {
     service_error("InvalidParameter", json!({ "parameter": name }))
 }

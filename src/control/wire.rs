@@ -13,7 +13,7 @@ pub const NAME: &str = "io.genblk.Control";
 
 /// A method call.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Call {
+pub struct MethodCall {
     /// The interface and the method: `io.genblk.Control.List`.
     pub method: String,
     /// The parameters, an object.
@@ -29,7 +29,7 @@ pub struct Call {
 
 /// A reply to a call.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Reply {
+pub struct MethodReply {
     /// The results, or the parameters of the error.
     #[serde(default)]
     pub parameters: Value,
@@ -56,7 +56,7 @@ pub enum DeviceState {
 /// A device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
-pub struct Device {
+pub struct DeviceStatus {
     pub name: String,
     pub state: DeviceState,
     pub why: Option<String>,
@@ -120,7 +120,7 @@ impl From<&Latency> for Latencies {
 /// Requests of a kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
-pub struct Requests {
+pub struct RequestStatistics {
     pub operation: String,
     pub requests: u64,
     pub errors: u64,
@@ -133,7 +133,7 @@ pub struct Requests {
 /// The cache.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
-pub struct Cache {
+pub struct CacheStatistics {
     pub hit_pages: u64,
     pub miss_pages: u64,
     pub hole_pages: u64,
@@ -155,7 +155,7 @@ pub struct Cache {
 /// Operations on the image of a kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
-pub struct Store {
+pub struct StoreStatistics {
     pub operation: String,
     pub operations: u64,
     pub errors: u64,
@@ -167,7 +167,7 @@ pub struct Store {
 /// A worker thread.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
-pub struct Worker {
+pub struct WorkerStatistics {
     pub busy_ns: u64,
     pub turns: u64,
     pub sleeps: u64,
@@ -180,10 +180,10 @@ pub struct Worker {
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct DeviceStatistics {
     pub name: String,
-    pub requests: Vec<Requests>,
-    pub cache: Cache,
-    pub stores: Vec<Store>,
-    pub workers: Vec<Worker>,
+    pub requests: Vec<RequestStatistics>,
+    pub cache: CacheStatistics,
+    pub stores: Vec<StoreStatistics>,
+    pub workers: Vec<WorkerStatistics>,
 }
 
 /// Results of `Describe`.
@@ -207,7 +207,7 @@ pub struct ListParameters {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
 pub struct Devices {
-    pub devices: Vec<Device>,
+    pub devices: Vec<DeviceStatus>,
 }
 
 /// Parameters of `Statistics`.
@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     fn the_types_have_the_fields_of_the_interface() {
-        let device = Device {
+        let device = DeviceStatus {
             name: String::new(),
             state: DeviceState::Serving,
             why: None,
@@ -290,11 +290,11 @@ mod tests {
         let sent = [
             ("Device", sent_fields(&device)),
             ("FrontEnd", sent_fields(&FrontEnd { pid: 1, uid: 1 })),
-            ("Requests", sent_fields(&Requests::default())),
+            ("Requests", sent_fields(&RequestStatistics::default())),
             ("Latency", sent_fields(&Latency::default())),
-            ("Cache", sent_fields(&Cache::default())),
-            ("Store", sent_fields(&Store::default())),
-            ("Worker", sent_fields(&Worker::default())),
+            ("Cache", sent_fields(&CacheStatistics::default())),
+            ("Store", sent_fields(&StoreStatistics::default())),
+            ("Worker", sent_fields(&WorkerStatistics::default())),
             ("DeviceStatistics", sent_fields(&DeviceStatistics::default())),
         ];
         for (name, sent) in sent {

@@ -10,7 +10,7 @@ use crate::virtio::request::{Malformed, RequestKind, parse};
 use crate::virtio::{GuestRam, Status};
 
 use super::budget::{PAGES_PER_RANGE_PART, RANGE_PARTS_MAX};
-use super::pending::{Slot, Stage};
+use super::pending::{PendingSlot, Stage};
 use super::requests::Requests;
 use super::ring::Ring;
 
@@ -88,7 +88,7 @@ impl Requests {
     }
 
     /// Checks a request against the disk, and queues it for admission; finishes it at once if it needs no cache.
-    fn enqueue(&mut self, slot: Slot, memory: &GuestRam) {
+    fn enqueue(&mut self, slot: PendingSlot, memory: &GuestRam) {
         let device = &self.device;
         let pending = &mut self.pending[slot];
         let request = &pending.request;
@@ -150,12 +150,16 @@ impl Requests {
     }
 
     /// The next request of a list, unless the budget is spent or too much is in progress.
-    fn next_to_admit(&mut self, budget: u64, list: impl FnOnce(&mut Self) -> &mut VecDeque<Slot>) -> Option<Slot> {
+    fn next_to_admit(
+        &mut self,
+        budget: u64,
+        list: impl FnOnce(&mut Self) -> &mut VecDeque<PendingSlot>,
+    ) -> Option<PendingSlot> {
         if budget > 0 && self.can_admit() { list(self).pop_front() } else { None }
     }
 
     /// Admits a request to the cache, up to the end of its next window. Returns what that costs of a turn's budget.
-    fn admit(&mut self, cache: &mut PageCache, slot: Slot, resumed: bool) -> u64 {
+    fn admit(&mut self, cache: &mut PageCache, slot: PendingSlot, resumed: bool) -> u64 {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
         if pending.status != Status::Ok && pending.stage == Stage::Data {
@@ -203,7 +207,7 @@ impl Requests {
 
     /// Admits parts of a DISCARD or WRITE ZEROES, up to one that has to wait. Returns what that costs of a turn's
     /// budget.
-    fn admit_ranges(&mut self, cache: &mut PageCache, slot: Slot) -> u64 {
+    fn admit_ranges(&mut self, cache: &mut PageCache, slot: PendingSlot) -> u64 {
         let ticket = self.pending.ticket(slot);
         let mut cost = 0;
         while self.pending[slot].outstanding() < RANGE_PARTS_MAX
@@ -225,7 +229,7 @@ impl Requests {
     }
 
     /// Lists a request to continue, if the next window is due: half of the last one is done.
-    pub(super) fn continue_if_due(&mut self, slot: Slot) {
+    pub(super) fn continue_if_due(&mut self, slot: PendingSlot) {
         let pending = &mut self.pending[slot];
         let window = match pending.request.kind {
             RequestKind::Read | RequestKind::Write => self.device.budget.window_pages * SECTORS_PER_PAGE,
@@ -249,7 +253,8 @@ impl Requests {
         rings: &mut [Option<Ring>],
         drains: impl Fn(u16) -> bool,
     ) {
-        let slots: Vec<Slot> = self.pending.slots_in_use().filter(|&slot| drains(self.pending[slot].ring)).collect();
+        let slots: Vec<PendingSlot> =
+            self.pending.slots_in_use().filter(|&slot| drains(self.pending[slot].ring)).collect();
         for slot in slots {
             let pending = &self.pending[slot];
             let is_long = match pending.request.kind {

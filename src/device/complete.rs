@@ -10,13 +10,13 @@ use crate::virtio::Status;
 use crate::virtio::guest_copy::write_status;
 use crate::virtio::request::RequestKind;
 
-use super::pending::{Slot, Stage};
+use super::pending::{PendingSlot, Stage};
 use super::requests::Requests;
 use super::ring::Ring;
 
 impl Requests {
     /// Finishes a request if all its parts are settled; in write-through mode, a change of data is made stable first.
-    pub(super) fn finish_if_settled(&mut self, cache: &mut PageCache, slot: Slot) {
+    pub(super) fn finish_if_settled(&mut self, cache: &mut PageCache, slot: PendingSlot) {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
         if !pending.is_settled() {
@@ -59,7 +59,7 @@ impl Requests {
         }
     }
 
-    fn complete(&mut self, rings: &mut [Option<Ring>], slot: Slot) {
+    fn complete(&mut self, rings: &mut [Option<Ring>], slot: PendingSlot) {
         let pending = &self.pending[slot];
         let ring = rings[usize::from(pending.ring)].as_mut().expect("a ring stops only when it has no requests");
         // The address was in guest memory when the request was parsed. If it no longer is, no driver reads the status.

@@ -36,7 +36,7 @@ pub struct RingSetup {
 
 /// A command to a worker. Each but the last two has a reply, sent when the command has been executed.
 #[derive(Debug)]
-pub enum Command {
+pub enum WorkerCommand {
     /// Start the ring with this index.
     Start(u16, Box<RingSetup>, Sender<()>),
     /// Stop the ring: take no more requests, and complete those that were taken. Replies with the ring's last position;
@@ -68,27 +68,27 @@ pub enum Untracked {
 
 /// The control plane's end of the commands to one worker.
 #[derive(Clone, Debug)]
-pub struct Control {
+pub struct WorkerControl {
     device: String,
-    commands: Sender<Command>,
+    commands: Sender<WorkerCommand>,
     waker: Arc<Waker>,
     /// A command found no worker.
     ended: Arc<AtomicBool>,
 }
 
-impl Control {
+impl WorkerControl {
     /// Both ends of the commands to a worker of `device`, which `waker` wakes.
-    pub fn new(device: &str, waker: Arc<Waker>) -> (Self, Receiver<Command>) {
+    pub fn new(device: &str, waker: Arc<Waker>) -> (Self, Receiver<WorkerCommand>) {
         let (commands, receiver) = channel();
         let ended = Arc::default();
         (Self { device: device.to_owned(), commands, waker, ended }, receiver)
     }
 
     /// Sends a command without waiting for a reply.
-    pub fn send(&self, command: Command) {
+    pub fn send(&self, command: WorkerCommand) {
         // A worker ends only by `Exit` and `Abandon`, or by a panic, which ends the process. After the first two no
         // reply is needed.
-        let is_end = matches!(command, Command::Exit(_) | Command::Abandon(_));
+        let is_end = matches!(command, WorkerCommand::Exit(_) | WorkerCommand::Abandon(_));
         if self.commands.send(command).is_err() {
             self.ended.store(true, Ordering::Release);
         } else if let Err(e) = self.waker.notify()
@@ -104,14 +104,14 @@ impl Control {
     }
 
     /// Sends a command whose reply arrives at the returned receiver, unless the worker ends before that.
-    pub fn request<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Receiver<T> {
+    pub fn request<T>(&self, command: impl FnOnce(Sender<T>) -> WorkerCommand) -> Receiver<T> {
         let (reply, replied) = channel();
         self.send(command(reply));
         replied
     }
 
     /// Sends a command and waits for its reply. `None`: the worker has ended.
-    pub fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Option<T> {
+    pub fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> WorkerCommand) -> Option<T> {
         self.request(command).recv().inspect_err(|_| self.ended.store(true, Ordering::Release)).ok()
     }
 }
@@ -119,20 +119,20 @@ impl Control {
 /// The workers of a device. Ring `i` belongs to worker `i` modulo their number.
 #[derive(Debug)]
 pub struct Workers {
-    controls: Vec<Control>,
+    controls: Vec<WorkerControl>,
     /// Held during a command to all workers, so that two of them do not interleave.
     serial: Mutex<()>,
 }
 
 impl Workers {
     /// The workers behind `controls`, at least one.
-    pub fn new(controls: Vec<Control>) -> Self {
+    pub fn new(controls: Vec<WorkerControl>) -> Self {
         assert!(!controls.is_empty(), "a device has at least one worker");
         Self { controls, serial: Mutex::new(()) }
     }
 
     /// The worker of a ring.
-    pub fn of_ring(&self, ring: u16) -> &Control {
+    pub fn of_ring(&self, ring: u16) -> &WorkerControl {
         &self.controls[usize::from(ring) % self.controls.len()]
     }
 
@@ -140,13 +140,13 @@ impl Workers {
     pub fn set_memory(&self, memory: &Arc<GuestRam>) {
         let _serial = self.serial.lock();
         for control in &self.controls {
-            control.ask(|reply| Command::Memory(Arc::clone(memory), reply));
+            control.ask(|reply| WorkerCommand::Memory(Arc::clone(memory), reply));
         }
     }
 
     /// Whether a worker has ended.
     pub fn has_ended(&self) -> bool {
-        self.controls.iter().any(Control::has_ended)
+        self.controls.iter().any(WorkerControl::has_ended)
     }
 
     /// Makes every completed write durable.
@@ -154,12 +154,12 @@ impl Workers {
     /// # Errors
     /// The store's fault.
     pub fn flush(&self) -> Result<(), Fault> {
-        self.controls[0].ask(Command::Flush).unwrap_or(Err(Fault::Gone))
+        self.controls[0].ask(WorkerCommand::Flush).unwrap_or(Err(Fault::Gone))
     }
 
     /// As [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health.
     pub fn start_flush(&self) {
-        self.controls[0].send(Command::Flush(channel().0));
+        self.controls[0].send(WorkerCommand::Flush(channel().0));
     }
 
     /// The guest chooses the cache mode. A switch to write-through makes every completed write durable; the receiver
@@ -169,18 +169,18 @@ impl Workers {
     pub fn choose_writeback(&self, device: &Device, writeback: bool) -> Option<Receiver<Result<(), Fault>>> {
         device.choose_writeback(writeback);
         let must_flush = !writeback && !planted(PlantedBug::SwitchNotFlushed);
-        must_flush.then(|| self.controls[0].request(Command::Flush))
+        must_flush.then(|| self.controls[0].request(WorkerCommand::Flush))
     }
 
     /// Retries at once what failed: the operator resumes the image.
     pub fn resume(&self) {
-        self.controls[0].ask(Command::Resume);
+        self.controls[0].ask(WorkerCommand::Resume);
     }
 
     /// Ends the threads. Store operations in flight get `patience` to complete; then they are left to the kernel.
     pub fn exit(&self, patience: Duration) {
         for control in &self.controls {
-            control.send(Command::Exit(patience));
+            control.send(WorkerCommand::Exit(patience));
         }
     }
 
@@ -188,7 +188,7 @@ impl Workers {
     /// to the kernel. The ledger and the inflight region are as a crash leaves them, so the next daemon repeats both.
     pub fn abandon(&self, untracked: Untracked) {
         for control in &self.controls {
-            control.send(Command::Abandon(untracked));
+            control.send(WorkerCommand::Abandon(untracked));
         }
     }
 }

@@ -15,7 +15,7 @@ use super::control::RingSetup;
 use super::inflight::{InflightTracker, ring_bytes};
 use super::ring::Ring;
 use crate::fault_injection::{PlantedBug, run_with};
-use crate::shared_memory::trace::{Event, crash_states, record};
+use crate::shared_memory::trace::{TraceEvent, crash_states, record};
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 
@@ -65,12 +65,12 @@ impl Memory {
     }
 
     /// `before` with the stores of `events` to this memory.
-    fn after<'a>(&self, before: &[u8], events: impl IntoIterator<Item = &'a Event>) -> Vec<u8> {
+    fn after<'a>(&self, before: &[u8], events: impl IntoIterator<Item = &'a TraceEvent>) -> Vec<u8> {
         let mut bytes = before.to_vec();
         let ram = self.ram.slice(GuestAddress(0), RAM_BYTES).unwrap().ptr_guard().as_ptr().addr();
         let inflight = self.inflight.as_ptr().addr();
         for event in events {
-            let Event::Store(store) = event else { panic!("a ring changes no file") };
+            let TraceEvent::Store(store) = event else { panic!("a ring changes no file") };
             let at = match store.address.checked_sub(inflight).filter(|&at| at < ring_bytes(SIZE)) {
                 Some(at) => RAM_BYTES + at,
                 None => store.address - ram,
@@ -165,7 +165,7 @@ impl Driver {
 }
 
 /// How a planted bug changes the stores of a step.
-type Disorder = fn(&mut Vec<Event>);
+type Disorder = fn(&mut Vec<TraceEvent>);
 
 /// The state of the world, and how far its exploration is.
 struct World {
@@ -175,7 +175,7 @@ struct World {
     disorder: Disorder,
     /// The daemon's last step, if the driver did nothing since: the memory before it, and its events. The compiler may
     /// move relaxed stores of the next step before them.
-    last: Option<(Vec<u8>, Vec<Event>)>,
+    last: Option<(Vec<u8>, Vec<TraceEvent>)>,
     /// The crashes that were checked already.
     checked: HashSet<(Vec<u8>, Driver)>,
     /// The choices of this run, each with the number of possibilities.
@@ -350,8 +350,8 @@ fn marks_that_are_cleared_before_the_used_index_is_published_are_found() {
 /// Lengths of the stores of a step. Taking stores counter and mark of each head (8, 1); completing stores the used
 /// element and the links of the batch (4, 4, 2, 2); publishing stores the used index, clears the marks and records the
 /// index (2, 1 ..., 2).
-fn lengths(events: &[Event]) -> Vec<usize> {
-    events.iter().map(|event| if let Event::Store(store) = event { store.bytes.len() } else { 0 }).collect()
+fn lengths(events: &[TraceEvent]) -> Vec<usize> {
+    events.iter().map(|event| if let TraceEvent::Store(store) = event { store.bytes.len() } else { 0 }).collect()
 }
 
 /// Fails the test unless the exploration fails with this disorder.
@@ -375,7 +375,7 @@ fn an_index_that_is_recorded_before_the_marks_are_cleared_is_found() {
 fn a_mark_that_is_set_before_its_counter_is_found() {
     assert_found(|events| {
         if lengths(events).starts_with(&[8, 1]) {
-            events.chunks_mut(2).for_each(<[Event]>::reverse);
+            events.chunks_mut(2).for_each(<[TraceEvent]>::reverse);
         }
     });
 }

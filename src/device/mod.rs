@@ -37,11 +37,11 @@ use crate::arena::Arena;
 use crate::counters::worker::Counters;
 use crate::units::SECTOR_BYTES;
 use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback};
-use crate::virtio::request::Disk;
+use crate::virtio::request::RequestLimits;
 
 use budget::Budget;
 
-pub use control::{Command, Control, RingSetup, Untracked};
+pub use control::{RingSetup, Untracked, WorkerCommand, WorkerControl};
 pub use worker::spawn;
 
 /// Sectors of a part of a DISCARD or WRITE ZEROES, unless a discard frees larger units only: 128 MiB. While a file
@@ -57,7 +57,7 @@ pub struct Device {
     /// The cache's memory, which records whether this guest has lost data.
     pub arena: Arc<Arena>,
     /// The properties against which requests are checked.
-    pub disk: Disk,
+    pub disk: RequestLimits,
     /// The properties that the configuration space shows to the guest.
     pub parameters: DiskParameters,
     /// The configured cache mode: whether a completed write may stay volatile until a FLUSH.
@@ -80,7 +80,7 @@ impl Device {
     pub fn new(
         name: String,
         arena: Arc<Arena>,
-        disk: Disk,
+        disk: RequestLimits,
         parameters: DiskParameters,
         writeback: bool,
         poll_us: u32,

@@ -67,7 +67,7 @@ pub(super) struct PendingTable {
 }
 
 /// The index of a slot.
-pub(super) type Slot = u32;
+pub(super) type PendingSlot = u32;
 
 impl Pending {
     /// How many sectors (or parts of segments) it has.
@@ -127,7 +127,7 @@ impl PendingTable {
     }
 
     /// Takes a free slot for a request of `ring`, in the turn that began at `since`.
-    pub fn take(&mut self, ring: u16, since: Tick) -> Slot {
+    pub fn take(&mut self, ring: u16, since: Tick) -> PendingSlot {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Pending {
                 request: Request::default(),
@@ -175,26 +175,26 @@ impl PendingTable {
     }
 
     /// Counts the buffers of a request that was parsed into a slot which had memory for so many `before`.
-    pub fn count_buffers(&mut self, slot: Slot, before: usize) {
+    pub fn count_buffers(&mut self, slot: PendingSlot, before: usize) {
         self.buffers = self.buffers + self.slots[slot as usize].request.data.capacity() - before;
     }
 
     /// The cache has admitted a request up to this sector (or part of a segment).
-    pub fn admit(&mut self, slot: Slot, up_to: u32) {
+    pub fn admit(&mut self, slot: PendingSlot, up_to: u32) {
         let pending = &mut self.slots[slot as usize];
         self.in_progress += u64::from(up_to - pending.admitted);
         pending.admitted = up_to;
     }
 
     /// So many sectors (or parts of segments) are done or have failed.
-    pub fn settle(&mut self, slot: Slot, count: u64) {
+    pub fn settle(&mut self, slot: PendingSlot, count: u64) {
         let pending = &mut self.slots[slot as usize];
         pending.settled += count;
         self.in_progress -= count;
     }
 
     /// What was not admitted yet will not be, and counts as settled.
-    pub fn skip_rest(&mut self, slot: Slot) {
+    pub fn skip_rest(&mut self, slot: PendingSlot) {
         let pending = &mut self.slots[slot as usize];
         let total = pending.total();
         pending.settled += total - u64::from(pending.admitted);
@@ -202,7 +202,7 @@ impl PendingTable {
     }
 
     /// The slots of the requests that are in progress.
-    pub fn slots_in_use(&self) -> impl Iterator<Item = Slot> + '_ {
+    pub fn slots_in_use(&self) -> impl Iterator<Item = PendingSlot> + '_ {
         (0..).zip(&self.slots).filter(|(_, pending)| pending.stage != Stage::Free).map(|(slot, _)| slot)
     }
 
@@ -210,7 +210,7 @@ impl PendingTable {
     ///
     /// => What guests can make it hold is much. So the memory is kept for the next request only while all slots
     ///    together have little.
-    pub fn release(&mut self, slot: Slot) {
+    pub fn release(&mut self, slot: PendingSlot) {
         let pending = &mut self.slots[slot as usize];
         pending.stage = Stage::Free;
         if self.buffers > BUFFERS_KEPT_MAX {
@@ -221,7 +221,7 @@ impl PendingTable {
     }
 
     /// The ticket by which the cache knows the slot's request.
-    pub fn ticket(&self, slot: Slot) -> Ticket {
+    pub fn ticket(&self, slot: PendingSlot) -> Ticket {
         let generation = u64::from(self.slots[slot as usize].generation);
         Ticket(self.base.0 | generation << 32 | u64::from(slot))
     }
@@ -230,22 +230,22 @@ impl PendingTable {
     ///
     /// # Panics
     /// If the request is not pending: the cache reported its end twice.
-    pub fn slot_of(&self, ticket: Ticket) -> Slot {
+    pub fn slot_of(&self, ticket: Ticket) -> PendingSlot {
         let slot = low_u32(WorkerPort::local_part(ticket));
         assert_eq!(self.ticket(slot), ticket, "a notice is about a pending request");
         slot
     }
 }
 
-impl std::ops::Index<Slot> for PendingTable {
+impl std::ops::Index<PendingSlot> for PendingTable {
     type Output = Pending;
-    fn index(&self, slot: Slot) -> &Pending {
+    fn index(&self, slot: PendingSlot) -> &Pending {
         &self.slots[slot as usize]
     }
 }
 
-impl std::ops::IndexMut<Slot> for PendingTable {
-    fn index_mut(&mut self, slot: Slot) -> &mut Pending {
+impl std::ops::IndexMut<PendingSlot> for PendingTable {
+    fn index_mut(&mut self, slot: PendingSlot) -> &mut Pending {
         &mut self.slots[slot as usize]
     }
 }

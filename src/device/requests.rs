@@ -13,13 +13,13 @@ use crate::virtio::request::Malformed;
 
 use super::Device;
 use super::budget::Budget;
-use super::pending::{PendingTable, Slot};
+use super::pending::{PendingSlot, PendingTable};
 use super::tally::Tally;
 
 /// A piece of a write whose copy has ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CopiedPiece {
-    pub slot: Slot,
+    pub slot: PendingSlot,
     pub piece: Piece,
     /// An error leaves an unknown part of the piece copied.
     pub result: Result<(), BadAddress>,
@@ -41,29 +41,29 @@ pub(super) struct Requests {
     /// Those of them that no status can complete.
     pub rejected: Vec<(u16, Malformed)>,
     /// Requests to admit to the cache for the first time.
-    pub incoming: VecDeque<Slot>,
+    pub incoming: VecDeque<PendingSlot>,
     /// Requests that the cache told to resume. They precede `incoming`, or later requests would take the room that
     /// they waited for.
-    pub resumed: VecDeque<Slot>,
+    pub resumed: VecDeque<PendingSlot>,
     /// Requests of which the next window is to be admitted.
-    pub continuing: VecDeque<Slot>,
+    pub continuing: VecDeque<PendingSlot>,
     /// Pieces of the request being admitted, before they join `copies`.
     pub pieces: Vec<Piece>,
     /// Pieces to copy.
-    pub copies: Vec<(Slot, Piece)>,
+    pub copies: Vec<(PendingSlot, Piece)>,
     /// Reads that have more to come, of which a piece was copied.
-    pub unfinished: Vec<Slot>,
+    pub unfinished: Vec<PendingSlot>,
     /// Copied pieces of writes, to return to the cache.
     pub written: Vec<CopiedPiece>,
     /// Copied pieces of reads, to return to the cache.
     pub read: Vec<Piece>,
     /// Pieces that a planted bug copies too late.
     #[cfg(test)]
-    pub postponed: Vec<(Slot, Piece)>,
+    pub postponed: Vec<(PendingSlot, Piece)>,
     /// Requests to complete.
-    pub finished: Vec<Slot>,
+    pub finished: Vec<PendingSlot>,
     /// Finished writes whose completion is delayed because the cache is filling up, with the time of completion.
-    pub delayed: BinaryHeap<Reverse<(Tick, Slot)>>,
+    pub delayed: BinaryHeap<Reverse<(Tick, PendingSlot)>>,
     /// Flushes of the control plane in progress, and where to send their results.
     control_flushes: Vec<(Ticket, Sender<Result<(), Fault>>)>,
     next_control_flush: u64,

@@ -44,7 +44,7 @@ use crate::units::Tick;
 use crate::virtio::GuestRam;
 use crate::virtio::split::QueuePosition;
 
-use super::control::{Command, Control, Untracked};
+use super::control::{Untracked, WorkerCommand, WorkerControl};
 use super::requests::Requests;
 use super::ring::Ring;
 use super::{Device, RingSetup};
@@ -63,7 +63,7 @@ const STORE: u64 = 1001;
 ///
 /// # Errors
 /// [`ErrorKind::System`] if a descriptor, the store's queue or the thread cannot be created.
-pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Control, JoinHandle<()>)> {
+pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(WorkerControl, JoinHandle<()>)> {
     guarded::start_watchdog();
     let (worker, control) = Worker::new(device, image, index)?;
     let name = format!("genblk {}", device.name);
@@ -85,7 +85,7 @@ pub struct Worker {
     device: Arc<Device>,
     port: WorkerPort,
     counters: WorkerCounters,
-    commands: Receiver<Command>,
+    commands: Receiver<WorkerCommand>,
     epoll: Epoll,
     /// The running rings by index. As short as possible, since a turn looks at every element.
     rings: Vec<Option<Ring>>,
@@ -110,10 +110,10 @@ impl Worker {
     ///
     /// # Errors
     /// [`ErrorKind::System`] if a descriptor or the store's queue cannot be created.
-    pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Self, Control)> {
+    pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Self, WorkerControl)> {
         let counters = device.counters.of_worker(index.into());
         let port = image.port(&device.name, counters.clone())?;
-        let (control, commands) = Control::new(&device.name, Arc::clone(port.waker()));
+        let (control, commands) = WorkerControl::new(&device.name, Arc::clone(port.waker()));
         let epoll = Epoll::new().map_err(system)?;
         watch(&epoll, port.waker().as_raw_fd(), WAKER).map_err(system)?;
         watch(&epoll, port.store_fd(), STORE).map_err(system)?;
@@ -347,31 +347,31 @@ impl Worker {
         while let Ok(command) = self.commands.try_recv() {
             handled = true;
             match command {
-                Command::Start(index, setup, reply) => {
+                WorkerCommand::Start(index, setup, reply) => {
                     self.start(index, *setup);
                     let _ = reply.send(());
                 }
-                Command::Stop(index, reply) => self.stopping.push((index, reply)),
-                Command::SetCallFd(index, call_fd, reply) => {
+                WorkerCommand::Stop(index, reply) => self.stopping.push((index, reply)),
+                WorkerCommand::SetCallFd(index, call_fd, reply) => {
                     if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
                         ring.set_call_fd(call_fd);
                     }
                     let _ = reply.send(());
                 }
-                Command::Memory(memory, reply) => self.new_memory = Some((memory, reply)),
-                Command::Flush(reply) => {
+                WorkerCommand::Memory(memory, reply) => self.new_memory = Some((memory, reply)),
+                WorkerCommand::Flush(reply) => {
                     let ticket = self.requests.start_control_flush(reply);
                     self.port.with_cache(now, |cache, _| cache.flush(ticket));
                 }
-                Command::Resume(reply) => {
+                WorkerCommand::Resume(reply) => {
                     self.port.with_cache(now, |cache, _| cache.resume());
                     let _ = reply.send(());
                 }
-                Command::Exit(patience) => {
+                WorkerCommand::Exit(patience) => {
                     self.port.close(patience);
                     self.exiting = true;
                 }
-                Command::Abandon(untracked) => {
+                WorkerCommand::Abandon(untracked) => {
                     if untracked == Untracked::Lose || self.rings.iter().flatten().all(Ring::is_repeatable) {
                         self.port.close(Duration::ZERO);
                         self.exiting = true;

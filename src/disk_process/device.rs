@@ -10,12 +10,12 @@ use crate::device::Untracked;
 use crate::disk_protocol::{Ending, ErrorText, FromDisk};
 use crate::disk_stats::{DiskState, StatsPage};
 use crate::error::{Error, Result};
-use crate::service::{Handle, Running, Service};
+use crate::service::{Running, Service, ServiceHandle};
 use crate::waker::Waker;
 
 /// What the control thread tells the device's thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Command {
+enum DeviceCommand {
     Resume,
     Quiesce,
     Finish(Ending),
@@ -23,23 +23,23 @@ enum Command {
 
 /// How far a device is.
 #[derive(Debug)]
-enum Stage {
+enum DeviceStage {
     Starting,
-    Served(Handle),
-    Quiesced(Handle),
+    Served(ServiceHandle),
+    Quiesced(ServiceHandle),
     Ended,
 }
 
 /// The control thread's side of a device.
 #[derive(Debug)]
-pub(super) struct Device {
-    commands: Sender<Command>,
-    stage: Arc<Mutex<Stage>>,
+pub(super) struct DeviceControl {
+    commands: Sender<DeviceCommand>,
+    stage: Arc<Mutex<DeviceStage>>,
     page: &'static StatsPage,
     state: DiskState,
 }
 
-impl Device {
+impl DeviceControl {
     /// Starts the thread of device `number`, which serves it and sends what happens to the supervisor. `waker` is
     /// notified when the device has ended.
     ///
@@ -54,51 +54,52 @@ impl Device {
         waker: &Arc<Waker>,
     ) -> Result<Self> {
         let (commands, receiver) = self::channel();
-        let stage = Arc::new(Mutex::new(Stage::Starting));
-        let worker = Worker { number, channel: Arc::clone(channel), commands: receiver, stage: Arc::clone(&stage) };
+        let stage = Arc::new(Mutex::new(DeviceStage::Starting));
+        let worker =
+            DeviceThread { number, channel: Arc::clone(channel), commands: receiver, stage: Arc::clone(&stage) };
         let waker = Arc::clone(waker);
         spawn(&format!("disk {name}"), move || {
             worker.run(service);
-            worker.set_stage(Stage::Ended);
+            worker.set_stage(DeviceStage::Ended);
             // It fails only if the counter overflows.
             let _ = waker.notify();
         })?;
         Ok(Self { commands, stage, page, state: DiskState::default() })
     }
 
-    fn stage(&self) -> MutexGuard<'_, Stage> {
+    fn stage(&self) -> MutexGuard<'_, DeviceStage> {
         self.stage.lock().expect("no thread panics with the stage locked")
     }
 
     /// Whether its thread needs the image no longer.
     pub fn has_ended(&self) -> bool {
-        matches!(*self.stage(), Stage::Ended)
+        matches!(*self.stage(), DeviceStage::Ended)
     }
 
     /// Whether its rings have stopped.
     pub fn has_quiesced(&self) -> bool {
-        matches!(*self.stage(), Stage::Quiesced(_) | Stage::Ended)
+        matches!(*self.stage(), DeviceStage::Quiesced(_) | DeviceStage::Ended)
     }
 
-    fn send(&self, command: Command) {
+    fn send(&self, command: DeviceCommand) {
         // A device that has ended needs none.
         let _ = self.commands.send(command);
     }
 
     pub fn resume(&self) {
-        self.send(Command::Resume);
+        self.send(DeviceCommand::Resume);
     }
 
     pub fn quiesce(&self) {
-        self.send(Command::Quiesce);
+        self.send(DeviceCommand::Quiesce);
     }
 
     pub fn finish(&self, ending: Ending) {
-        self.send(Command::Finish(ending));
+        self.send(DeviceCommand::Finish(ending));
     }
 
-    fn with_handle(&self, act: impl FnOnce(&Handle)) {
-        if let Stage::Served(handle) | Stage::Quiesced(handle) = &*self.stage() {
+    fn with_handle(&self, act: impl FnOnce(&ServiceHandle)) {
+        if let DeviceStage::Served(handle) | DeviceStage::Quiesced(handle) = &*self.stage() {
             act(handle);
         }
     }
@@ -108,7 +109,7 @@ impl Device {
     }
 
     pub fn force_close(&self) {
-        self.with_handle(Handle::force_close);
+        self.with_handle(ServiceHandle::force_close);
     }
 
     /// What the device does, as of the last look.
@@ -126,15 +127,15 @@ impl Device {
 }
 
 /// The thread's side.
-struct Worker {
+struct DeviceThread {
     number: u32,
     channel: Arc<DiskChannel>,
-    commands: Receiver<Command>,
-    stage: Arc<Mutex<Stage>>,
+    commands: Receiver<DeviceCommand>,
+    stage: Arc<Mutex<DeviceStage>>,
 }
 
-impl Worker {
-    fn set_stage(&self, stage: Stage) {
+impl DeviceThread {
+    fn set_stage(&self, stage: DeviceStage) {
         *self.stage.lock().expect("no thread panics with the stage locked") = stage;
     }
 
@@ -147,7 +148,7 @@ impl Worker {
                 return tell(&self.channel, &FromDisk::Failed { device: Some(device), error });
             }
         };
-        self.set_stage(Stage::Served(running.handle()));
+        self.set_stage(DeviceStage::Served(running.handle()));
         tell(&self.channel, &FromDisk::Served { device });
         let error = self.serve(running).err().map(|error: Error| ErrorText::from(&error));
         tell(&self.channel, &FromDisk::Ended { device, error });
@@ -157,14 +158,14 @@ impl Worker {
         let mut quiesced = Ok(());
         loop {
             match self.commands.recv() {
-                Ok(Command::Resume) => running.resume(),
-                Ok(Command::Quiesce) => {
+                Ok(DeviceCommand::Resume) => running.resume(),
+                Ok(DeviceCommand::Quiesce) => {
                     quiesced = running.quiesce();
-                    self.set_stage(Stage::Quiesced(running.handle()));
+                    self.set_stage(DeviceStage::Quiesced(running.handle()));
                     tell(&self.channel, &FromDisk::Quiesced { device: self.number });
                 }
-                Ok(Command::Finish(Ending::HandOver)) => return quiesced.and(running.hand_over()),
-                Ok(Command::Finish(Ending::WriteBack)) | Err(_) => return quiesced.and(running.shutdown()),
+                Ok(DeviceCommand::Finish(Ending::HandOver)) => return quiesced.and(running.hand_over()),
+                Ok(DeviceCommand::Finish(Ending::WriteBack)) | Err(_) => return quiesced.and(running.shutdown()),
             }
         }
     }
@@ -175,12 +176,12 @@ const PAGES_MAX: usize = 16;
 
 /// Pages of statistics that a signal handler may write to.
 #[derive(Debug)]
-pub(super) struct Pages {
+pub(super) struct StatsPages {
     count: AtomicUsize,
     pages: [OnceLock<&'static StatsPage>; PAGES_MAX],
 }
 
-impl Pages {
+impl StatsPages {
     pub const fn new() -> Self {
         Self { count: AtomicUsize::new(0), pages: [const { OnceLock::new() }; PAGES_MAX] }
     }

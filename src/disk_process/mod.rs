@@ -35,7 +35,7 @@ use crate::sys::regions::{self, Region};
 use crate::sys::signal;
 use crate::waker::Waker;
 
-use device::Device;
+use device::DeviceControl;
 
 /// The end of a channel that a disk process has.
 pub type DiskChannel = Channel<FromDisk, ToDisk>;
@@ -114,13 +114,13 @@ struct Control {
     /// Notified when a device has ended.
     waker: Arc<Waker>,
     image: Option<Open>,
-    devices: BTreeMap<u32, Device>,
+    devices: BTreeMap<u32, DeviceControl>,
 }
 
 impl Control {
     /// Whether the last device has ended, or failed to start.
     fn has_ended(&self) -> bool {
-        !self.devices.is_empty() && self.devices.values().all(Device::has_ended)
+        !self.devices.is_empty() && self.devices.values().all(DeviceControl::has_ended)
     }
 
     fn tell(&self, message: &FromDisk) {
@@ -139,7 +139,7 @@ impl Control {
                 }
             }
             ToDisk::Serve { device, settings } => self.serve(device, &settings, files)?,
-            ToDisk::Resume => self.devices.values().for_each(Device::resume),
+            ToDisk::Resume => self.devices.values().for_each(DeviceControl::resume),
             ToDisk::Quiesce { device: number } => _ = device(number).inspect(|device| device.quiesce()),
             ToDisk::Finish { device: number, ending } => _ = device(number).inspect(|device| device.finish(ending)),
             ToDisk::Abandon { device: number, waits_for_untracked } => {
@@ -173,7 +173,7 @@ impl Control {
         }
         let image = FileImage::received(file, image)?;
         let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
-        let received = crate::arena::Received::new(cache, cache_files)?;
+        let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
         regions::note(Region::Cache, &arena.mapped());
         let settings = DeviceSettings { name: name.to_owned(), ..settings.clone() };
@@ -195,7 +195,7 @@ impl Control {
         let service = Service::new(settings, &open.image, open.io_mode, listener, page.counters());
         let page: &'static StatsPage = Box::leak(Box::new(page));
         BUS_ERROR_PAGES.note(page);
-        let device = Device::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
+        let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
         self.devices.insert(number, device);
         Ok(())
     }
@@ -241,7 +241,7 @@ fn unexpected(what: &str) -> Error {
 }
 
 /// The pages of the devices, for the handler of SIGBUS.
-static BUS_ERROR_PAGES: device::Pages = device::Pages::new();
+static BUS_ERROR_PAGES: device::StatsPages = device::StatsPages::new();
 
 /// Leaves a word about the memory whose access failed, by which the supervisor tells the operator. In a signal handler.
 fn note_bus_error(address: usize) {

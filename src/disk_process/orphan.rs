@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Control;
-use super::device::Device;
+use super::device::DeviceControl;
 use crate::device::Untracked;
 use crate::disk_protocol::Ending;
 use crate::error::{Error, ErrorKind, Result};
@@ -35,12 +35,12 @@ pub(super) fn end(mut control: Control) -> Result<()> {
     }
     let begun = Instant::now();
     let (mut progress, mut abandoned) = ((begun, 0), None);
-    control.devices.values().for_each(Device::quiesce);
+    control.devices.values().for_each(DeviceControl::quiesce);
     let mut is_finishing = false;
     while !control.has_ended() {
         thread::sleep(TICK);
         control.look();
-        if !is_finishing && control.devices.values().all(Device::has_quiesced) {
+        if !is_finishing && control.devices.values().all(DeviceControl::has_quiesced) {
             is_finishing = true;
             control.devices.values().for_each(|device| device.finish(Ending::HandOver));
         }
@@ -62,7 +62,7 @@ pub(super) fn end(mut control: Control) -> Result<()> {
             control.devices.values().for_each(|device| device.abandon(untracked));
         }
         if abandoned.is_some_and(|(at, untracked)| untracked == Untracked::Lose && at.elapsed() >= EXIT_PATIENCE) {
-            control.devices.values().for_each(Device::force_close);
+            control.devices.values().for_each(DeviceControl::force_close);
             return Err(Error::new(ErrorKind::Image, "a disk ended while its image did not answer"));
         }
     }

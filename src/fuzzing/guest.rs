@@ -12,7 +12,7 @@ use crate::device::inflight::{InflightTracker, ring_bytes};
 use crate::device::ring::Ring;
 use crate::virtio::GuestRam;
 use crate::virtio::chain::{CHAIN_DESCRIPTORS_MAX, DescriptorTable};
-use crate::virtio::request::{Disk, Malformed, Request, RequestKind, parse, serial};
+use crate::virtio::request::{Malformed, Request, RequestKind, RequestLimits, parse, serial};
 use crate::virtio::split::{QueueLayout, QueuePosition};
 
 /// Guest memory: two adjacent regions, a hole, and a third region.
@@ -38,7 +38,7 @@ fn memory() -> Arc<GuestMemoryMmap<()>> {
 }
 
 /// A buffer of a chain: address, length, whether the device writes it.
-type Buffer = (u64, u32, bool);
+type FuzzBuffer = (u64, u32, bool);
 
 /// Any descriptor chain: parsed as a naive model does it.
 ///
@@ -88,7 +88,7 @@ pub(super) fn request_parse(input: &[u8]) {
 }
 
 /// Follows a chain (virtio 1.2, section 2.7.5); `None`: it has no end.
-fn flatten(memory: &GuestMemoryMmap<()>, entries: u64, head: u16) -> Option<Vec<Buffer>> {
+fn flatten(memory: &GuestMemoryMmap<()>, entries: u64, head: u16) -> Option<Vec<FuzzBuffer>> {
     let (mut table, mut entries, mut index) = (0u64, entries, u64::from(head));
     let (mut seen, mut is_indirect) = (0, false);
     let mut buffers = Vec::new();
@@ -130,8 +130,8 @@ struct Expected {
 }
 
 /// The request in a chain (section 5.2.6). An error has the address of the status byte, if there is one.
-fn model(memory: &GuestMemoryMmap<()>, buffers: &[Buffer]) -> Result<Expected, Option<u64>> {
-    let buffers: Vec<Buffer> = buffers.iter().copied().filter(|(_, len, _)| *len > 0).collect();
+fn model(memory: &GuestMemoryMmap<()>, buffers: &[FuzzBuffer]) -> Result<Expected, Option<u64>> {
+    let buffers: Vec<FuzzBuffer> = buffers.iter().copied().filter(|(_, len, _)| *len > 0).collect();
     let of = |writable: bool| buffers.iter().filter(move |buffer| buffer.2 == writable);
     let last = of(true).next_back();
     let status = last.and_then(|&(address, len, _)| address.checked_add(u64::from(len) - 1));
@@ -140,7 +140,7 @@ fn model(memory: &GuestMemoryMmap<()>, buffers: &[Buffer]) -> Result<Expected, O
     let is_in_order = buffers.is_sorted_by_key(|buffer| buffer.2);
     let bytes: u64 = buffers.iter().map(|(_, len, _)| u64::from(*len)).sum();
     // The header is the first 16 bytes that the device reads.
-    let bytes_of = |&(address, len, _): &Buffer| (0..u64::from(len)).map(move |at| address.checked_add(at));
+    let bytes_of = |&(address, len, _): &FuzzBuffer| (0..u64::from(len)).map(move |at| address.checked_add(at));
     let byte = |address: Option<u64>| memory.read_obj::<u8>(GuestAddress(address?)).ok();
     let header: Option<Vec<u8>> = of(false).flat_map(bytes_of).take(HEADER_BYTES as usize).map(byte).collect();
     let header = header.filter(|header| header.len() == HEADER_BYTES as usize);
@@ -158,7 +158,7 @@ fn model(memory: &GuestMemoryMmap<()>, buffers: &[Buffer]) -> Result<Expected, O
         RequestKind::Read | RequestKind::GetId => of(true).map(|&(address, len, _)| (address, len)).collect(),
         RequestKind::Write | RequestKind::Discard | RequestKind::WriteZeroes => {
             let mut header_left = u32::try_from(HEADER_BYTES).expect("it is 16");
-            let after_header = |&(address, len, _): &Buffer| {
+            let after_header = |&(address, len, _): &FuzzBuffer| {
                 let skipped = header_left.min(len);
                 header_left -= skipped;
                 (address.wrapping_add(u64::from(skipped)), len - skipped)
@@ -180,7 +180,7 @@ fn model(memory: &GuestMemoryMmap<()>, buffers: &[Buffer]) -> Result<Expected, O
 /// Whatever passes the checks is within the disk.
 fn check_against_disks(mem: &GuestRam, request: &Request) {
     for (capacity_sectors, read_only) in [(0, false), (8, false), (u64::MAX, false), (1 << 30, true)] {
-        let disk = Disk {
+        let disk = RequestLimits {
             capacity_sectors,
             read_only,
             can_discard: true,

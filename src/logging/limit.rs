@@ -26,7 +26,7 @@ const COUNTED_MAX: usize = 64;
 
 /// What lines of one kind have in common.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Kind {
+pub(super) struct LineKind {
     level: Level,
     /// File and line of the statement.
     statement: Option<(&'static str, u32)>,
@@ -34,7 +34,7 @@ pub(super) struct Kind {
     device: String,
 }
 
-impl Kind {
+impl LineKind {
     /// The kind of `message`, which `statement` (file and line) has logged.
     pub fn new(level: Level, statement: Option<(&'static str, u32)>, message: &str) -> Self {
         let device = message.split_once(": ").map_or("", |(device, _)| device).to_owned();
@@ -79,7 +79,7 @@ impl Window {
 
 impl Window {
     /// The line that says how many lines were counted.
-    fn summary(&self, kind: &Kind) -> Option<(Level, String)> {
+    fn summary(&self, kind: &LineKind) -> Option<(Level, String)> {
         let Self { counted, last, .. } = self;
         let lines = if *counted == 1 { "line" } else { "lines" };
         (*counted > 0).then(|| (kind.level, format!("{last} ({counted} more {lines} like this in the last second)")))
@@ -88,11 +88,11 @@ impl Window {
 
 /// The windows of all kinds; see the module.
 #[derive(Debug, Default)]
-pub(super) struct Limiter(HashMap<Kind, Window>);
+pub(super) struct Limiter(HashMap<LineKind, Window>);
 
 impl Limiter {
     /// Whether `message` is written now; if not, it is counted.
-    pub fn admit(&mut self, kind: Kind, message: &str, now: Instant) -> bool {
+    pub fn admit(&mut self, kind: LineKind, message: &str, now: Instant) -> bool {
         // An operator who turns these levels on wants every line.
         if kind.level > Level::Info {
             return true;
@@ -147,8 +147,8 @@ impl Limiter {
 mod tests {
     use super::*;
 
-    fn kind(level: Level, message: &str) -> Kind {
-        Kind::new(level, Some(("a.rs", 1)), message)
+    fn kind(level: Level, message: &str) -> LineKind {
+        LineKind::new(level, Some(("a.rs", 1)), message)
     }
 
     #[test]
@@ -171,13 +171,13 @@ mod tests {
     #[test]
     fn no_flood_hides_a_line_of_another_device_statement_or_text() {
         let (mut limiter, now) = (Limiter::default(), Instant::now());
-        let mut admit = |kind: Kind, message| limiter.admit(kind, message, now);
+        let mut admit = |kind: LineKind, message| limiter.admit(kind, message, now);
         for _ in 0..1000 {
             admit(kind(Level::Error, "a: lost"), "a: lost");
         }
         assert!(admit(kind(Level::Error, "b: lost"), "b: lost"), "another device");
         assert!(admit(kind(Level::Error, "a: gone"), "a: gone"), "another text of the same statement");
-        assert!(admit(Kind::new(Level::Error, Some(("a.rs", 2)), "a: lost"), "a: lost"), "another statement");
+        assert!(admit(LineKind::new(Level::Error, Some(("a.rs", 2)), "a: lost"), "a: lost"), "another statement");
     }
 
     #[test]

@@ -20,8 +20,8 @@ use log::{LevelFilter, Record, log, warn};
 use crate::sandbox::{self, ThreadKind};
 use crate::sys::signal::block_all_in_this_thread;
 
-use limit::{Kind, Limiter};
-use queue::Queue;
+use limit::{Limiter, LineKind};
+use queue::LogQueue;
 
 /// The environment variable that sets the level.
 const VARIABLE: &str = "GENBLK_LOG";
@@ -30,7 +30,7 @@ const SUMMARY: &str = "genblk::logging::summary";
 /// How long the end of the process waits for a standard error that takes nothing.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(1);
 
-static QUEUE: Queue = Queue::new();
+static QUEUE: LogQueue = LogQueue::new();
 static LIMITER: Mutex<Option<Limiter>> = Mutex::new(None);
 
 /// Starts the log; called once, before anything else. A value of the variable that is not a level is reported by a
@@ -123,7 +123,7 @@ fn is_admitted(record: &Record<'_>, message: &str) -> bool {
     if record.target() == SUMMARY {
         return true;
     }
-    let kind = Kind::new(record.level(), record.file_static().zip(record.line()), message);
+    let kind = LineKind::new(record.level(), record.file_static().zip(record.line()), message);
     with_limiter(|limiter| limiter.admit(kind, message, Instant::now()))
 }
 

@@ -16,8 +16,8 @@ const RETRY: Duration = Duration::from_millis(10);
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Queue {
-    state: Mutex<State>,
+pub(super) struct LogQueue {
+    state: Mutex<LogQueueState>,
     /// There is a line.
     filled: Condvar,
     /// Every line is written.
@@ -26,17 +26,17 @@ pub(super) struct Queue {
 }
 
 #[derive(Debug)]
-struct State {
+struct LogQueueState {
     lines: VecDeque<Vec<u8>>,
     /// The writer has a line that is not written yet.
     writing: bool,
     dropped: u64,
 }
 
-impl Queue {
+impl LogQueue {
     /// An empty queue without a writer.
     pub const fn new() -> Self {
-        let state = State { lines: VecDeque::new(), writing: false, dropped: 0 };
+        let state = LogQueueState { lines: VecDeque::new(), writing: false, dropped: 0 };
         Self {
             state: Mutex::new(state),
             filled: Condvar::new(),
@@ -45,7 +45,7 @@ impl Queue {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LogQueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -87,7 +87,7 @@ impl Queue {
         }
     }
 
-    /// Announces a thread that calls [`Queue::run`].
+    /// Announces a thread that calls [`LogQueue::run`].
     pub fn start(&self) {
         self.running.store(true, Ordering::Release);
     }

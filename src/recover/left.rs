@@ -16,13 +16,13 @@ use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::{Boot, Relation, booted_at};
-use crate::tenure::record::{CachePlace, Record, State};
+use crate::tenure::record::{CachePlace, Record, TenureState};
 use crate::tenure::token::age_of;
 use crate::units::{PAGE_BYTES, counted};
 
 /// What earlier daemons left of an image.
 #[derive(Debug)]
-pub(super) struct Left {
+pub(super) struct Leftovers {
     /// The cache that may be used: it belongs to the image as it is now. Of several, the others hold nothing.
     pub(super) usable: Option<Candidate>,
     /// What is known of the guest besides what that cache records.
@@ -35,7 +35,7 @@ pub(super) struct Left {
     is_recorded_cache_there: bool,
 }
 
-impl Left {
+impl Leftovers {
     /// Finds what was left of an image, which is open and locked.
     ///
     /// # Errors
@@ -179,10 +179,10 @@ impl Left {
     /// Records that the tenure of a cache without unwritten data has ended.
     fn settle(&mut self, name: &str, image: &dyn NamedImage, tenure: Option<TenureId>) {
         let Some(record) = &mut self.record else { return };
-        if record.state != State::Open || Some(record.tenure) != tenure {
+        if record.state != TenureState::Open || Some(record.tenure) != tenure {
             return;
         }
-        record.state = State::Clean;
+        record.state = TenureState::Clean;
         if let Err(e) = image.write_record(record) {
             warn!("{name}: cannot record the end of the last tenure at the image: {e}");
         }
@@ -196,12 +196,12 @@ impl Left {
             CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure),
             _ => None,
         };
-        let state = noted.filter(|_| state == State::Open).unwrap_or(state);
+        let state = noted.filter(|_| state == TenureState::Open).unwrap_or(state);
         let since = age_of(record.since * 1_000_000_000).as_secs();
         match (state, Boot::current().relation_to(record.boot), &record.cache) {
             _ if self.is_recorded_cache_there => {}
-            (State::Clean, ..) => {}
-            (State::Open, Relation::EarlierBoot, _) => {
+            (TenureState::Clean, ..) => {}
+            (TenureState::Open, Relation::EarlierBoot, _) => {
                 error!(
                     "{name}: this host was booted while image {} was in use (taken {} ago): completed writes that were \
                      not flushed are lost, as on a disk whose power fails",
@@ -216,8 +216,10 @@ impl Left {
                     );
                 }
             }
-            (State::Forfeited, ..) | (State::Open, _, CachePlace::Memory) => self.guest.data = GuestData::Lost,
-            (State::Open, _, place) => return Err(missing(image, place, since)),
+            (TenureState::Forfeited, ..) | (TenureState::Open, _, CachePlace::Memory) => {
+                self.guest.data = GuestData::Lost;
+            }
+            (TenureState::Open, _, place) => return Err(missing(image, place, since)),
         }
         Ok(())
     }
@@ -232,7 +234,7 @@ pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) 
         LastTenure::NoRecords | LastTenure::None => Ok(None),
         LastTenure::Recorded(record) if is_of(&record, facts) => Ok(Some(record)),
         LastTenure::Recorded(record) => {
-            if record.state == State::Open {
+            if record.state == TenureState::Open {
                 warn!(
                     "{name}: image {shown} was copied from an image that was in use: completed writes that were not \
                      flushed then are not in the copy"
@@ -253,7 +255,7 @@ pub(super) fn record_of(name: &str, image: &dyn NamedImage, facts: &ImageFacts) 
 
 /// Refuses an image whose cache another host may hold.
 fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
-    if record.state != State::Open || Boot::current().relation_to(record.boot) != Relation::OtherHost {
+    if record.state != TenureState::Open || Boot::current().relation_to(record.boot) != Relation::OtherHost {
         return Ok(());
     }
     let image = image.path().display();

@@ -30,7 +30,7 @@ use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::Boot;
-use crate::tenure::record::{Record, State};
+use crate::tenure::record::{Record, TenureState};
 use crate::tenure::token::wall_clock_ns;
 use crate::units::counted;
 
@@ -42,7 +42,7 @@ pub use operator::{
 };
 pub use take_over::take_over;
 
-use left::Left;
+use left::Leftovers;
 use proof::samples_of;
 use search::Candidate;
 use write_back::{Unwritten, write_back};
@@ -128,7 +128,7 @@ pub fn arena_for(
     manager: &Arc<ServiceManager>,
 ) -> Result<Arena> {
     let (name, facts) = (&config.name, search::facts_of(image));
-    let left = Left::find(config, image, &facts, manager)?;
+    let left = Leftovers::find(config, image, &facts, manager)?;
     if config.read_only {
         return arena_for_reading(config, image, frames, left);
     }
@@ -221,7 +221,7 @@ fn overhang(image: &dyn NamedImage, arena: &Arena, beyond: Overhang) -> Error {
 /// # Errors
 /// As [`arena_for`], and [`ErrorKind::Ledger`] when an earlier daemon's cache holds writes that the image lacks: the
 /// device would serve older data.
-fn arena_for_reading(config: &DeviceConfig, image: &dyn NamedImage, frames: usize, left: Left) -> Result<Arena> {
+fn arena_for_reading(config: &DeviceConfig, image: &dyn NamedImage, frames: usize, left: Leftovers) -> Result<Arena> {
     let name = &config.name;
     let mut guest = left.guest;
     if let Some(Candidate { file, header, .. }) = left.usable {
@@ -284,10 +284,11 @@ impl NewCache<'_> {
     ///
     /// => If this daemon dies, or cannot create a cache, nobody misses the old one.
     fn close_last_tenure(&self, record: Option<&Record>, tenure: Option<TenureId>) {
-        let Some(record) = record.filter(|record| record.state == State::Open && Some(record.tenure) == tenure) else {
+        let Some(record) = record.filter(|record| record.state == TenureState::Open && Some(record.tenure) == tenure)
+        else {
             return;
         };
-        if let Err(e) = self.image.write_record(&Record { state: State::Clean, ..record.clone() }) {
+        if let Err(e) = self.image.write_record(&Record { state: TenureState::Clean, ..record.clone() }) {
             warn!("{}: cannot record the end of the last tenure at the image: {e}", self.config.name);
         }
     }
@@ -385,7 +386,7 @@ impl NewCache<'_> {
         let ImageId { inode, born_ns, .. } = self.facts.identity;
         let record = Record {
             tenure: tenure.id,
-            state: State::Open,
+            state: TenureState::Open,
             since: tenure.since,
             boot: Boot::current(),
             inode,

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::LastTenure;
 use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
-use crate::tenure::record::{Record, State};
+use crate::tenure::record::{Record, TenureState};
 
 /// Checks that a cache belongs to an image as it is now, as the next daemon would. With `force` the image may have
 /// changed since, but it must be the cache's image: a path may lead to another file than the operator believes.
@@ -53,9 +53,9 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
     }
 }
 
-/// Ends the tenure of a cache that is about to be removed: in state [`State::Clean`] if everything in it is on the
-/// image, [`State::Forfeited`] if it is thrown away. `image` is the image, if it can be opened. If its record cannot be
-/// changed, the end is noted beside the cache.
+/// Ends the tenure of a cache that is about to be removed: in state [`TenureState::Clean`] if everything in it is on
+/// the image, [`TenureState::Forfeited`] if it is thrown away. `image` is the image, if it can be opened. If its record
+/// cannot be changed, the end is noted beside the cache.
 ///
 /// => The next daemon of the image does not miss the cache.
 ///
@@ -65,13 +65,13 @@ pub(super) fn end_tenure(
     file: &ArenaFile,
     image: Option<&dyn NamedImage>,
     tenure: Option<TenureFacts>,
-    state: State,
+    state: TenureState,
 ) -> Result<()> {
     // An image without records cannot miss a cache.
     let Some(tenure) = tenure.filter(|tenure| tenure.is_recorded && !tenure.is_over) else { return Ok(()) };
     match image.map(|image| (image, image.last_tenure())) {
         Some((image, Ok(LastTenure::Recorded(record)))) if record.tenure == tenure.id => {
-            if record.state != State::Open {
+            if record.state != TenureState::Open {
                 return Ok(());
             }
             match image.write_record(&Record { state, ..record }) {

@@ -11,7 +11,7 @@ use crate::arena::{Arena, Header, SAMPLES_MAX, hash_of, sectors_within};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::named::NamedImage;
 use crate::tenure::record::Record;
-use crate::tenure::token::Verdict;
+use crate::tenure::token::ChangeVerdict;
 use crate::units::{
     FrameId, FrameRecord, PAGE_BYTES, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorMask, SectorSpan, counted,
 };
@@ -85,26 +85,26 @@ pub(super) fn prove(
     // Before there were tenures, the identity and the size were all that was compared.
     let is_known_image = header.tenure.is_none() && header.image.size_bytes == image.limits().size_bytes;
     let verdict = match header.last_seen.judge(&image.found_token()) {
-        _ if planted(PlantedBug::TokenNotCompared) => Verdict::Plausible,
+        _ if planted(PlantedBug::TokenNotCompared) => ChangeVerdict::Plausible,
         verdict => verdict,
     };
     let doubt = match verdict {
-        Verdict::Unchanged => return Proof::Proven,
-        Verdict::Changed(why) => return Proof::Refuted(why),
-        Verdict::Plausible if likeness == Likeness::Same => None,
-        Verdict::Plausible => Some("it may be another file at the same path".to_owned()),
-        Verdict::Unknown(_) if is_known_image && likeness == Likeness::Same => None,
-        Verdict::Unknown(why) => Some(why),
+        ChangeVerdict::Unchanged => return Proof::Proven,
+        ChangeVerdict::Changed(why) => return Proof::Refuted(why),
+        ChangeVerdict::Plausible if likeness == Likeness::Same => None,
+        ChangeVerdict::Plausible => Some("it may be another file at the same path".to_owned()),
+        ChangeVerdict::Unknown(_) if is_known_image && likeness == Likeness::Same => None,
+        ChangeVerdict::Unknown(why) => Some(why),
     };
     match (compare_pages(arena, image), doubt) {
-        (Sample::Differs(page), doubt) => {
+        (Comparison::Differs(page), doubt) => {
             let why = doubt.map_or_else(String::new, |doubt| format!("{doubt}, and "));
             Proof::Refuted(format!("{why}page {} of it is not as that cache's daemon knew it", page.0))
         }
-        (Sample::Equal(0), Some(doubt)) => {
+        (Comparison::Equal(0), Some(doubt)) => {
             Proof::Unproven(format!("{doubt}, and the cache knows no page to compare with it"))
         }
-        (Sample::Equal(pages), doubt) => {
+        (Comparison::Equal(pages), doubt) => {
             if let Some(doubt) = doubt {
                 let pages = counted(pages as u64, "page");
                 log::info!("image {}: {doubt}; {pages} that its cache knows are as they were", image.path().display());
@@ -115,7 +115,7 @@ pub(super) fn prove(
 }
 
 /// What a comparison found.
-enum Sample {
+enum Comparison {
     /// This page differs.
     Differs(PageNo),
     /// As many pages are equal.
@@ -123,24 +123,24 @@ enum Sample {
 }
 
 /// Compares what the cache knows of the image with it: its clean pages, and the pages whose hashes the ledger has.
-fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Sample {
+fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Comparison {
     if planted(PlantedBug::SampleSkipped) {
-        return Sample::Equal(SAMPLE_PAGES);
+        return Comparison::Equal(SAMPLE_PAGES);
     }
     let clean = match compare_sample(arena, image) {
-        Sample::Equal(clean) => clean,
+        Comparison::Equal(clean) => clean,
         differs => return differs,
     };
     let image_pages = image.limits().size_bytes / PAGE_BYTES;
     let mut equal = 0;
     for (page, hash) in arena.samples().into_iter().filter(|(page, _)| page.0 < image_pages) {
         match image.read_page(page) {
-            Ok(bytes) if hash_of(&bytes.0) != hash => return Sample::Differs(page),
+            Ok(bytes) if hash_of(&bytes.0) != hash => return Comparison::Differs(page),
             Ok(_) => equal += 1,
             Err(_) => {}
         }
     }
-    Sample::Equal(clean + equal)
+    Comparison::Equal(clean + equal)
 }
 
 /// Pages of an image with their hashes, for the ledger of `arena`: those that every mount changes, and some from
@@ -175,7 +175,7 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
 }
 
 /// Compares clean pages of a cache with the image: all of them if they are few, else some from everywhere.
-fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Sample {
+fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Comparison {
     // What must read as zeros may not be on the image either.
     let zeroes: Vec<SectorSpan> = arena.pending_zeroes().map(|(_, span)| span).collect();
     let clean = |(frame, record): (FrameId, FrameRecord)| {
@@ -195,12 +195,12 @@ fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Sample {
     for (_, &(page, frame, mask)) in chosen {
         match is_equal(arena, image, page, frame, mask) {
             Some(true) => equal += 1,
-            Some(false) => return Sample::Differs(page),
+            Some(false) => return Comparison::Differs(page),
             // It cannot be read, so it tells nothing.
             None => {}
         }
     }
-    Sample::Equal(equal)
+    Comparison::Equal(equal)
 }
 
 /// Whether these sectors of a frame are equal to the image; `None` if they cannot be read, or lie past its end.

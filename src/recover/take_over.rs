@@ -16,7 +16,7 @@ use crate::store::file::{LastTenure, OpenOptions};
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::host::Boot;
-use crate::tenure::record::{CachePlace, Record, State};
+use crate::tenure::record::{CachePlace, Record, TenureState};
 use crate::tenure::token::wall_clock_ns;
 
 /// Sets every cache of the image aside that a daemon left below `memory_dir`, at the default place, or where the
@@ -46,11 +46,11 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     }
     let generation_of = |header: &Header| header.tenure.map_or(0, |tenure| tenure.id.generation);
     let newest = found.iter().map(|candidate| generation_of(&candidate.header)).max().unwrap_or(0);
-    let recorded = record.filter(|record| record.state == State::Open);
+    let recorded = record.filter(|record| record.state == TenureState::Open);
     let is_recorded = |header: &Header| recorded.is_some_and(|r| header.tenure.is_some_and(|t| t.id == r.tenure));
     let mut last_end = recorded.map(|record| match &record.cache {
-        CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure).unwrap_or(State::Forfeited),
-        _ => State::Forfeited,
+        CachePlace::Path(path) => ArenaFile::noted_end(path, whose(), record.tenure).unwrap_or(TenureState::Forfeited),
+        _ => TenureState::Forfeited,
     });
     let mut lossy = Vec::new();
     for candidate in found {
@@ -58,7 +58,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
             Ok(Unwritten::NOTHING) => {
                 // It was found, and holds nothing that the image lacks.
                 if is_recorded(&candidate.header) && candidate.header.guest.data == GuestData::Intact {
-                    last_end = Some(State::Clean);
+                    last_end = Some(TenureState::Clean);
                 }
             }
             Ok(unwritten) => lossy.push((candidate.file, format!("holds {unwritten}"))),
@@ -66,21 +66,21 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         }
     }
     if let LastTenure::Unreadable(_) = last {
-        last_end = Some(State::Forfeited);
+        last_end = Some(TenureState::Forfeited);
     }
     if !lossy.is_empty() {
-        last_end = Some(State::Forfeited);
+        last_end = Some(TenureState::Forfeited);
     }
-    let is_free = last_end.is_none_or(|state| state == State::Clean) && problems.is_empty();
+    let is_free = last_end.is_none_or(|state| state == TenureState::Clean) && problems.is_empty();
     if is_free {
-        if let (Some(record), Some(State::Clean)) = (recorded, last_end) {
-            image.write_record(&Record { state: State::Clean, ..record.clone() }).map_err(failed)?;
+        if let (Some(record), Some(TenureState::Clean)) = (recorded, last_end) {
+            image.write_record(&Record { state: TenureState::Clean, ..record.clone() }).map_err(failed)?;
         }
         return Ok(format!("image {shown} is free: nothing was lost\n"));
     }
     // The record first: without it nothing has changed.
     let generation = newest.max(record.map_or(0, |record| record.tenure.generation)) + 1;
-    let new_record = record_of_end(&facts, generation, last_end.unwrap_or(State::Forfeited))?;
+    let new_record = record_of_end(&facts, generation, last_end.unwrap_or(TenureState::Forfeited))?;
     let has_records = last != LastTenure::NoRecords;
     if has_records {
         image.write_record(&new_record).map_err(failed)?;
@@ -104,7 +104,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
 }
 
 /// The record of a tenure that the operator has ended.
-fn record_of_end(facts: &ImageFacts, generation: u64, state: State) -> Result<Record> {
+fn record_of_end(facts: &ImageFacts, generation: u64, state: TenureState) -> Result<Record> {
     let ImageId { inode, born_ns, .. } = facts.identity;
     Ok(Record {
         tenure: TenureId::new(generation)?,

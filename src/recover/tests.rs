@@ -100,7 +100,7 @@ fn a_proof_that_does_not_compare_generations_is_found() {
             last => panic!("{last:?}"),
         };
         let tenure = TenureId::new(record.tenure.generation + 1).unwrap();
-        image.write_record(&Record { tenure, state: State::Clean, ..record }).unwrap();
+        image.write_record(&Record { tenure, state: TenureState::Clean, ..record }).unwrap();
     };
     assert!(!is_used(None, false, overtake));
     assert!(is_used(Some(PlantedBug::GenerationNotCompared), false, overtake));

@@ -10,13 +10,13 @@ use crate::vhost::Server;
 
 /// See the module. It does not keep the device alive.
 #[derive(Debug)]
-pub struct Handle {
+pub struct ServiceHandle {
     pub(super) server: Weak<Server>,
     pub(super) workers: Weak<Workers>,
     pub(super) image: Weak<CachedImage>,
 }
 
-impl Handle {
+impl ServiceHandle {
     /// What the device does. What is not known at the moment, because a worker uses the cache, is as it was `before`.
     pub fn state(&self, before: &DiskState) -> DiskState {
         let server = self.server.upgrade();

@@ -21,7 +21,7 @@ use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, Socket};
 use crate::counters::worker::Counters;
 use crate::device::control::Workers;
-use crate::device::{self, Command, Control, Device};
+use crate::device::{self, Device, WorkerCommand, WorkerControl};
 use crate::disk_protocol::DeviceSettings;
 use crate::error::{Error, ErrorKind, Result};
 use crate::listener::{BoundSocket, SocketAccess, bind};
@@ -29,7 +29,7 @@ use crate::sandbox::{self, ThreadKind};
 use crate::store::Backing;
 use crate::vhost::Server;
 
-pub use handle::Handle;
+pub use handle::ServiceHandle;
 pub use running::Running;
 
 use settings::{device_of, settings};
@@ -150,12 +150,12 @@ impl Service {
 /// => A device that does not start leaves no thread, which would keep its image locked.
 #[derive(Debug, Default)]
 struct StartingWorkers {
-    controls: Vec<Control>,
+    controls: Vec<WorkerControl>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl StartingWorkers {
-    fn add(&mut self, (control, thread): (Control, JoinHandle<()>)) {
+    fn add(&mut self, (control, thread): (WorkerControl, JoinHandle<()>)) {
         self.controls.push(control);
         self.threads.push(thread);
     }
@@ -170,7 +170,7 @@ impl StartingWorkers {
 impl Drop for StartingWorkers {
     fn drop(&mut self) {
         for control in &self.controls {
-            control.send(Command::Exit(Duration::ZERO));
+            control.send(WorkerCommand::Exit(Duration::ZERO));
         }
         for thread in self.threads.drain(..) {
             // A panic has ended the process.

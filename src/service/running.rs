@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info};
 
-use super::handle::Handle;
+use super::handle::ServiceHandle;
 use super::stats::log_stats;
 use crate::cache::Stats;
 use crate::cached_image::CachedImage;
@@ -54,8 +54,8 @@ impl Running {
     }
 
     /// A view of the device that does not keep it alive, for a thread that must not wait for it.
-    pub fn handle(&self) -> Handle {
-        Handle {
+    pub fn handle(&self) -> ServiceHandle {
+        ServiceHandle {
             server: Arc::downgrade(&self.server),
             workers: Arc::downgrade(&self.workers),
             image: Arc::downgrade(&self.image),

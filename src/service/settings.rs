@@ -13,7 +13,7 @@ use crate::store::Limits;
 use crate::sys::random;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, low_u8, low_u32};
 use crate::virtio::config_space::{DiscardLimits, DiskParameters};
-use crate::virtio::request::{Disk, serial};
+use crate::virtio::request::{RequestLimits, serial};
 
 /// The settings of a device's cache.
 ///
@@ -76,7 +76,7 @@ pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage, counters: 
         can_zero: limits.can_zero,
         zero_may_unmap: limits.can_zero,
     };
-    let disk = Disk {
+    let disk = RequestLimits {
         capacity_sectors: parameters.capacity_sectors,
         read_only: config.read_only,
         can_discard: limits.can_discard,

@@ -11,7 +11,7 @@ use super::FileChange;
 
 /// A store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Store {
+pub(crate) struct TracedStore {
     /// Address of its first byte.
     pub address: usize,
     /// What it stores.
@@ -19,7 +19,7 @@ pub(crate) struct Store {
     order: Ordering,
 }
 
-impl Store {
+impl TracedStore {
     fn range(&self) -> Range<usize> {
         self.address..self.address + self.bytes.len()
     }
@@ -32,8 +32,8 @@ impl Store {
 
 /// A recorded event.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    Store(Store),
+pub(crate) enum TraceEvent {
+    Store(TracedStore),
     File(FileId, FileChange),
 }
 
@@ -46,7 +46,7 @@ pub(crate) fn file_id(file: &File) -> FileId {
     (metadata.dev(), metadata.ino())
 }
 
-impl Event {
+impl TraceEvent {
     /// Whether the compiler may move the event before those that precede it, or after those that follow it.
     fn is_ordered(&self) -> bool {
         matches!(self, Self::File(..)) || matches!(self, Self::Store(store) if store.order != Ordering::Relaxed)
@@ -54,11 +54,11 @@ impl Event {
 }
 
 thread_local! {
-    static TRACE: RefCell<Option<Vec<Event>>> = const { RefCell::new(None) };
+    static TRACE: RefCell<Option<Vec<TraceEvent>>> = const { RefCell::new(None) };
 }
 
 /// Runs `step`; returns its result and the events of this thread meanwhile.
-pub(crate) fn record<R>(step: impl FnOnce() -> R) -> (R, Vec<Event>) {
+pub(crate) fn record<R>(step: impl FnOnce() -> R) -> (R, Vec<TraceEvent>) {
     let outer = TRACE.replace(Some(Vec::new()));
     assert!(outer.is_none(), "records do not nest");
     let result = step();
@@ -66,14 +66,14 @@ pub(crate) fn record<R>(step: impl FnOnce() -> R) -> (R, Vec<Event>) {
 }
 
 pub(super) fn stored(address: usize, bytes: &[u8], order: Ordering) {
-    note(|| Event::Store(Store { address, bytes: bytes.to_vec(), order }));
+    note(|| TraceEvent::Store(TracedStore { address, bytes: bytes.to_vec(), order }));
 }
 
 pub(super) fn changed(file: &File, change: FileChange) {
-    note(|| Event::File(file_id(file), change));
+    note(|| TraceEvent::File(file_id(file), change));
 }
 
-fn note(event: impl FnOnce() -> Event) {
+fn note(event: impl FnOnce() -> TraceEvent) {
     TRACE.with_borrow_mut(|trace| {
         if let Some(trace) = trace {
             trace.push(event());
@@ -85,7 +85,7 @@ fn note(event: impl FnOnce() -> Event) {
 ///
 /// => An ordered event (a store with Release, a system call) happens after all events before it. A relaxed store can
 ///    happen before any store that precedes it, except one to the same bytes, because the compiler may move it there.
-pub(crate) fn crash_states(events: &[Event]) -> Vec<Vec<&Event>> {
+pub(crate) fn crash_states(events: &[TraceEvent]) -> Vec<Vec<&TraceEvent>> {
     let mut states = Vec::new();
     extend(events, &mut Vec::new(), &mut Vec::new(), &mut states);
     states
@@ -93,17 +93,17 @@ pub(crate) fn crash_states(events: &[Event]) -> Vec<Vec<&Event>> {
 
 /// Adds to `states` every state that begins with `happened` and lacks `skipped`; `rest` are the events after these.
 fn extend<'a>(
-    rest: &'a [Event],
-    happened: &mut Vec<&'a Event>,
-    skipped: &mut Vec<&'a Event>,
-    states: &mut Vec<Vec<&'a Event>>,
+    rest: &'a [TraceEvent],
+    happened: &mut Vec<&'a TraceEvent>,
+    skipped: &mut Vec<&'a TraceEvent>,
+    states: &mut Vec<Vec<&'a TraceEvent>>,
 ) {
     let Some((event, rest)) = rest.split_first() else {
         states.push(happened.clone());
         return;
     };
-    let can_pass = |other: &&Event| match (event, *other) {
-        (Event::Store(store), Event::Store(other)) => !event.is_ordered() && !store.overlaps(other),
+    let can_pass = |other: &&TraceEvent| match (event, *other) {
+        (TraceEvent::Store(store), TraceEvent::Store(other)) => !event.is_ordered() && !store.overlaps(other),
         _ => false,
     };
     if skipped.iter().all(can_pass) {
@@ -126,7 +126,7 @@ mod tests {
     /// For each state, the values stored in it.
     fn states_of(step: impl FnOnce()) -> Vec<Vec<u8>> {
         let ((), events) = record(step);
-        let value = |event: &&Event| if let Event::Store(store) = event { store.bytes[0] } else { 0 };
+        let value = |event: &&TraceEvent| if let TraceEvent::Store(store) = event { store.bytes[0] } else { 0 };
         let mut states: Vec<Vec<u8>> =
             crash_states(&events).iter().map(|state| state.iter().map(value).collect()).collect();
         states.sort();

@@ -17,7 +17,7 @@ struct UnsyncedWrite {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Disk {
+pub(crate) struct SimulatedDisk {
     /// What a read returns, by sector.
     current: Vec<u32>,
     /// What the medium holds for certain, by sector.
@@ -46,7 +46,7 @@ pub(crate) enum SyncFailure {
     Resets,
 }
 
-impl Disk {
+impl SimulatedDisk {
     /// A disk of `sectors` sectors. Pages for which `hole` returns true are holes; the others hold version 0 as data.
     pub fn new(sectors: usize, hole: impl FnMut(usize) -> bool) -> Self {
         Self {
@@ -125,7 +125,7 @@ impl Disk {
         runs
     }
 
-    /// Starts a Sync; returns the time that [`Disk::complete_sync`] or [`Disk::fail_sync`] takes.
+    /// Starts a Sync; returns the time that [`SimulatedDisk::complete_sync`] or [`SimulatedDisk::fail_sync`] takes.
     pub fn begin_sync(&mut self) -> u64 {
         self.clock += 1;
         self.clock

@@ -1,7 +1,7 @@
 //! The frame memory of a simulated cache: a version number for each sector, and the records published of each frame.
 //!
 //! A daemon may crash between any two steps that the cache takes in this memory. From then on the cache works on memory
-//! that the next daemon does not get: [`Memory::restore_crash_image`] goes back to the moment of the crash.
+//! that the next daemon does not get: [`SimulatedMemory::restore_crash_image`] goes back to the moment of the crash.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -13,7 +13,7 @@ pub(crate) const GARBAGE: u32 = u32::MAX;
 
 /// All that survives a crash of the daemon.
 #[derive(Clone, Debug)]
-struct Contents {
+struct MemoryContents {
     versions: Vec<[u32; 8]>,
     records: Vec<Option<FrameRecord>>,
     zero_slots: Vec<Option<SectorSpan>>,
@@ -21,10 +21,10 @@ struct Contents {
 
 #[derive(Debug)]
 struct MemoryState {
-    current: Contents,
+    current: MemoryContents,
     steps_to_crash: Option<u64>,
     /// The contents at the moment of the crash.
-    crash_image: Option<Contents>,
+    crash_image: Option<MemoryContents>,
 }
 
 impl MemoryState {
@@ -40,13 +40,13 @@ impl MemoryState {
 
 /// See the module. Clones share the memory.
 #[derive(Clone, Debug)]
-pub(crate) struct Memory(Arc<Mutex<MemoryState>>);
+pub(crate) struct SimulatedMemory(Arc<Mutex<MemoryState>>);
 
-impl Memory {
+impl SimulatedMemory {
     /// Memory of `frames` frames of garbage, and `zero_slots` empty slots for zeroed ranges.
     pub fn new(frames: u32, zero_slots: usize) -> Self {
         let frames = frames as usize;
-        let current = Contents {
+        let current = MemoryContents {
             versions: vec![[GARBAGE; 8]; frames],
             records: vec![None; frames],
             zero_slots: vec![None; zero_slots],
@@ -63,7 +63,7 @@ impl Memory {
         self.state().current.versions[frame.index() + sector / 8][sector % 8]
     }
 
-    /// Sets the version in a sector, counted as in [`Memory::get`].
+    /// Sets the version in a sector, counted as in [`SimulatedMemory::get`].
     pub fn set(&self, frame: FrameId, sector: usize, version: u32) {
         self.state().current.versions[frame.index() + sector / 8][sector % 8] = version;
     }
@@ -106,7 +106,7 @@ fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
     (0..8).filter(move |bit| mask.0 >> bit & 1 == 1)
 }
 
-impl FrameMemory for Memory {
+impl FrameMemory for SimulatedMemory {
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
         let mut state = self.state();
         for sector in sectors_of(mask) {

@@ -7,7 +7,7 @@ use crate::units::SectorSpan;
 
 /// A write to a sector, as the guest knows it. Times are steps of the world.
 #[derive(Clone, Copy, Debug)]
-struct Candidate {
+struct PossibleWrite {
     version: u32,
     ended: Option<u64>,
 }
@@ -47,7 +47,7 @@ impl FromIterator<u32> for Versions {
 #[derive(Clone, Debug)]
 struct Sector {
     /// The writes whose version a read may return.
-    current: Vec<Candidate>,
+    current: Vec<PossibleWrite>,
     /// The versions that the sector may hold after a power cut; `None`: any, because it was discarded and no later
     /// write is stable.
     durable: Option<Versions>,
@@ -77,7 +77,7 @@ impl Oracle {
     /// A disk that holds these versions.
     pub fn of(versions: &[u32]) -> Self {
         let sector = |&version: &u32| Sector {
-            current: vec![Candidate { version, ended: Some(0) }],
+            current: vec![PossibleWrite { version, ended: Some(0) }],
             durable: Some([version].into_iter().collect()),
             unconstrained: false,
         };
@@ -91,7 +91,7 @@ impl Oracle {
     /// The guest sends a write, or a zero (version 0).
     pub fn begin_write(&mut self, span: SectorSpan, version: u32) {
         for sector in self.sectors_of(span) {
-            sector.current.push(Candidate { version, ended: None });
+            sector.current.push(PossibleWrite { version, ended: None });
             if let Some(durable) = &mut sector.durable {
                 durable.push(version);
             }

@@ -14,9 +14,9 @@ use crate::prng::Prng;
 use crate::units::{Fault, ImageHoles, OpKind, SectorSpan, Tick, Unmap};
 
 use super::Counts;
-use super::disk::Disk;
+use super::disk::SimulatedDisk;
 use super::failure_oracle::FailureOracle;
-use super::memory::{GARBAGE, Memory};
+use super::memory::{GARBAGE, SimulatedMemory};
 use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
 use super::scenario::{BREAKAGES, Scenario, settings};
@@ -52,10 +52,10 @@ pub(super) struct World {
     scenario: Scenario,
     settings: Settings,
     cache: PageCache,
-    memory: Memory,
+    memory: SimulatedMemory,
     /// While the daemon is read-only: the memory that the last writer left.
-    memory_of_writer: Option<Memory>,
-    disk: Disk,
+    memory_of_writer: Option<SimulatedMemory>,
+    disk: SimulatedDisk,
     /// The guest uses the end of the image, from this sector on; disk and oracle know no other.
     base: u64,
     oracle: Oracle,
@@ -101,10 +101,10 @@ impl World {
         let base = prng.pick(&[0, 0, 0, HIGH_SECTOR]);
         settings.image_sectors += base;
         let zero_slots = prng.pick(&[1, 4, 64]);
-        let memory = Memory::new(settings.frames, zero_slots);
+        let memory = SimulatedMemory::new(settings.frames, zero_slots);
         let cache = PageCache::new(settings.clone(), Box::new(memory.clone()));
         let hole_percent = if settings.holes == ImageHoles::Possible { prng.pick(&[10, 50, 100]) } else { 0 };
-        let disk = Disk::new(sectors, |_| prng.percent(hole_percent));
+        let disk = SimulatedDisk::new(sectors, |_| prng.percent(hole_percent));
         let scenario = Scenario::new(&mut prng, zero_slots);
         Self {
             oracle: Oracle::new(sectors),

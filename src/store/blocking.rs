@@ -37,14 +37,14 @@ pub(super) fn failure(tag: u64, errno: i32) -> Event {
 
 /// How much of a transfer is complete.
 #[derive(Debug, Default)]
-pub(super) struct Progress {
+pub(super) struct TransferProgress {
     /// The first segment with memory that has not been transferred.
     first: usize,
     /// Bytes transferred.
     done: u64,
 }
 
-impl Progress {
+impl TransferProgress {
     /// Where the rest of the transfer starts on the image, in bytes.
     pub(super) fn offset(&self, request: &IoRequest) -> u64 {
         request.offset + self.done
@@ -116,7 +116,7 @@ pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
 fn transfer(image: &OpenImage, request: &mut IoRequest) -> io::Result<()> {
     let block = u64::from(image.limits.transfer_block_bytes());
     let direction = if request.op == OpKind::Write { Direction::Write } else { Direction::Read };
-    let mut progress = Progress::default();
+    let mut progress = TransferProgress::default();
     loop {
         let (segments, offset) = (progress.rest(request), progress.offset(request));
         let start = image.limited_start(segments);
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn a_short_transfer_continues_where_it_stopped_or_at_the_block_boundary_before() {
         let mut request = request(&[512, 1024, 512]);
-        let mut progress = Progress::default();
+        let mut progress = TransferProgress::default();
         assert!(!progress.advance(&mut request, 1000, 512).unwrap());
         assert_eq!(progress.offset(&request), 8192 + 512);
         assert_eq!(progress.rest(&request).len(), 2);
@@ -315,8 +315,11 @@ mod tests {
     #[test]
     fn a_transfer_that_moves_no_whole_block_fails_instead_of_repeating() {
         let mut request = request(&[4096]);
-        assert_eq!(Progress::default().advance(&mut request, 0, 512).unwrap_err().raw_os_error(), Some(libc::EIO));
-        assert!(Progress::default().advance(&mut request, 511, 512).is_err());
+        assert_eq!(
+            TransferProgress::default().advance(&mut request, 0, 512).unwrap_err().raw_os_error(),
+            Some(libc::EIO)
+        );
+        assert!(TransferProgress::default().advance(&mut request, 511, 512).is_err());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Once};
 
 use super::format::{Format, HEAD_BYTES};
-pub use super::handed::{Fence, ImageParts};
+pub use super::handed::{ImageParts, IoFence};
 use super::history;
 pub use super::history::LastTenure;
 pub use super::image::Inspection;
@@ -23,7 +23,7 @@ use super::{Backing, Limits, StoreQueue, blocking};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys;
-use crate::tenure::record::{CachePlace, Record, State};
+use crate::tenure::record::{CachePlace, Record, TenureState};
 use crate::tenure::token::ChangeToken;
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unmap};
 
@@ -307,13 +307,13 @@ impl NamedImage for FileImage {
         self.found_token()
     }
 
-    fn hand_out(&self, fence: Fence) -> io::Result<(File, ImageParts)> {
+    fn hand_out(&self, fence: IoFence) -> io::Result<(File, ImageParts)> {
         let (file, known) = self.image.reopen(fence)?;
         let record = self.tenure().as_ref().map(Record::encode);
         Ok((file, self.image.parts(known, self.engine, record)))
     }
 
-    fn is_fenced(&self, fence: Fence) -> bool {
+    fn is_fenced(&self, fence: IoFence) -> bool {
         self.image.is_fenced(fence)
     }
 
@@ -378,7 +378,7 @@ impl Backing for FileImage {
 
     fn end_tenure(&self) -> io::Result<bool> {
         let Some(record) = self.tenure().take() else { return Ok(false) };
-        history::write_record(&self.image.file, &Record { state: State::Clean, ..record }).map(|()| true)
+        history::write_record(&self.image.file, &Record { state: TenureState::Clean, ..record }).map(|()| true)
     }
 
     fn lose_cache(&self) -> io::Result<bool> {

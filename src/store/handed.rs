@@ -49,9 +49,9 @@ impl ImageParts {
 /// A lock that a handed-out descriptor holds as long as a process or the kernel uses it: a killed process is gone
 /// before the kernel has completed its operations, which can still change the image and the cache's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fence(pub(super) u64);
+pub struct IoFence(pub(super) u64);
 
-impl Fence {
+impl IoFence {
     /// A fence that no other process of the host has, and no earlier one of this process.
     pub fn unique() -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::format::Format;
-use super::handed::{Fence, ImageParts};
+use super::handed::{ImageParts, IoFence};
 use super::history;
 use super::lock::{self, LockMode};
 use super::options::{IoEngine, OpenOptions};
@@ -216,7 +216,7 @@ impl OpenImage {
 
     /// The file once more, with what it looks like now: another open file description, with the image's lock and a
     /// fence.
-    pub(super) fn reopen(&self, fence: Fence) -> std::io::Result<(File, Known)> {
+    pub(super) fn reopen(&self, fence: IoFence) -> std::io::Result<(File, Known)> {
         let writable = self.limits.writable;
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let file = File::options().read(true).write(writable).open(path)?;
@@ -232,7 +232,7 @@ impl OpenImage {
     }
 
     /// Whether another open file description holds the fence. A file system without locks cannot tell.
-    pub(super) fn is_fenced(&self, fence: Fence) -> bool {
+    pub(super) fn is_fenced(&self, fence: IoFence) -> bool {
         sys::file::is_byte_locked(&self.file, fence.0).unwrap_or(false)
     }
 

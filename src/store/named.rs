@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::Backing;
 use super::format::Format;
-use super::handed::{Fence, ImageParts};
+use super::handed::{ImageParts, IoFence};
 use super::history::LastTenure;
 use crate::error::Result;
 use crate::image_id::ImageId;
@@ -116,12 +116,12 @@ pub trait NamedImage: Backing {
     /// # Errors
     /// Those of the store; [`io::ErrorKind::Unsupported`] for one whose images only the process can serve that has
     /// opened them.
-    fn hand_out(&self, _fence: Fence) -> io::Result<(File, ImageParts)> {
+    fn hand_out(&self, _fence: IoFence) -> io::Result<(File, ImageParts)> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
     /// Whether a descriptor that was handed out with this fence is still open somewhere.
-    fn is_fenced(&self, _fence: Fence) -> bool {
+    fn is_fenced(&self, _fence: IoFence) -> bool {
         false
     }
 

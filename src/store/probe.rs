@@ -194,8 +194,8 @@ fn supported(reported: Alignment, size_bytes: u64) -> Result<Alignment, String> 
 /// Reads the first block as a transfer would.
 fn probe_read(file: &File, block: u32) -> io::Result<()> {
     #[repr(align(4096))]
-    struct Block([u8; BLOCK_MAX as usize]);
-    let mut memory = Block([0; BLOCK_MAX as usize]);
+    struct AlignedBlock([u8; BLOCK_MAX as usize]);
+    let mut memory = AlignedBlock([0; BLOCK_MAX as usize]);
     file.read_exact_at(&mut memory.0[..block as usize], 0)
 }
 

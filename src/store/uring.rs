@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use io_uring::squeue::Entry;
 use io_uring::{IoUring, opcode, types};
 
-use super::blocking::{self, Progress};
+use super::blocking::{self, TransferProgress};
 use super::image::OpenImage;
 use super::pool::{Pool, Threads};
 use super::registered_buffers::RegisteredBuffers;
@@ -73,7 +73,7 @@ pub(super) struct UringQueue {
 #[derive(Debug, Default)]
 struct UringSlot {
     request: Option<IoRequest>,
-    progress: Progress,
+    progress: TransferProgress,
     /// The registered buffer that holds its memory, if one does.
     buffer: Option<u16>,
 }
@@ -273,7 +273,7 @@ impl StoreQueue for UringQueue {
         if self.ring_supports(&request) {
             let index = self.free.pop().expect("fewer operations in flight than slots");
             let buffer = self.registered_buffer(&request);
-            self.slots[index] = UringSlot { request: Some(request), progress: Progress::default(), buffer };
+            self.slots[index] = UringSlot { request: Some(request), progress: TransferProgress::default(), buffer };
             self.ready.push_back(index);
         } else {
             self.helper.push(request);

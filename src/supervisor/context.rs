@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::process::Hosting;
-use super::slot::Slot;
+use super::slot::ImageSlot;
 use super::socket::InheritedSockets;
 use crate::config::Config;
 use crate::error::Result;
@@ -30,7 +30,7 @@ impl Context {
 
 /// The images that read-only devices share, each with one cache and one disk process.
 #[derive(Debug, Default)]
-pub(super) struct SharedImages(Mutex<HashMap<ImageId, Arc<Mutex<Weak<Slot>>>>>);
+pub(super) struct SharedImages(Mutex<HashMap<ImageId, Arc<Mutex<Weak<ImageSlot>>>>>);
 
 impl SharedImages {
     /// The slot of the image with this identity; `open` makes it if no device has it open. Devices on other images do
@@ -38,7 +38,11 @@ impl SharedImages {
     ///
     /// # Errors
     /// Those of `open`.
-    pub fn get_or_open(&self, identity: ImageId, open: impl FnOnce() -> Result<Arc<Slot>>) -> Result<Arc<Slot>> {
+    pub fn get_or_open(
+        &self,
+        identity: ImageId,
+        open: impl FnOnce() -> Result<Arc<ImageSlot>>,
+    ) -> Result<Arc<ImageSlot>> {
         const NO_PANIC: &str = "no thread panics with the images locked";
         let entry = Arc::clone(self.0.lock().expect(NO_PANIC).entry(identity).or_default());
         let mut image = entry.lock().expect(NO_PANIC);

@@ -13,12 +13,12 @@ use crate::disk_protocol::Ending;
 use crate::disk_stats::{DiskState, OldestOp, StatsPage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::store::file::Fence;
+use crate::store::file::IoFence;
 
-use super::Event;
+use super::SupervisorEvent;
 use super::context::Context;
-use super::handle::Handle;
-use super::keeper::{self, Command, Keeper};
+use super::handle::DeviceHandle;
+use super::keeper::{self, Keeper, KeeperCommand};
 use super::reminder::{FIRST, Reminder};
 
 /// How long a device whose cache is kept may take to leave it to the next daemon. Then it is left as a crash would
@@ -40,7 +40,7 @@ const KILL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How far a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Phase {
+pub(super) enum DevicePhase {
     /// It is being opened, for the first time.
     Opening,
     /// It could not be opened, and is tried again.
@@ -66,11 +66,11 @@ pub(super) struct Disk {
     image: PathBuf,
     config: DeviceConfig,
     keeper: Keeper,
-    phase: Phase,
+    phase: DevicePhase,
     /// Once it is served.
-    handle: Option<Handle>,
+    handle: Option<DeviceHandle>,
     /// Why it is not served.
-    failure: Option<Failure>,
+    failure: Option<StartFailure>,
     /// Lines about the step that the keeper is in.
     step_reminder: Reminder,
     /// Lines about the oldest operation in flight.
@@ -93,7 +93,7 @@ pub(super) struct Disk {
 
 /// How far a device is, for the control socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Progress {
+pub(super) struct DeviceProgress {
     pub state: DeviceState,
     /// Why it is not served.
     pub why: Option<String>,
@@ -103,7 +103,7 @@ pub(super) struct Progress {
 
 /// An error at the start, of possibly many attempts.
 #[derive(Debug)]
-struct Failure {
+struct StartFailure {
     text: String,
     since: Instant,
     reminder: Reminder,
@@ -114,13 +114,18 @@ impl Disk {
     ///
     /// # Errors
     /// [`ErrorKind::System`] if its thread cannot be started.
-    pub fn start(index: usize, config: &DeviceConfig, context: &Arc<Context>, events: &Sender<Event>) -> Result<Self> {
+    pub fn start(
+        index: usize,
+        config: &DeviceConfig,
+        context: &Arc<Context>,
+        events: &Sender<SupervisorEvent>,
+    ) -> Result<Self> {
         Ok(Self {
             name: config.name.clone(),
             image: config.image.clone(),
             config: config.clone(),
             keeper: Keeper::start(index, config, context, events)?,
-            phase: Phase::Opening,
+            phase: DevicePhase::Opening,
             handle: None,
             failure: None,
             step_reminder: Reminder::new(),
@@ -139,38 +144,38 @@ impl Disk {
         &self.name
     }
 
-    pub fn phase(&self) -> Phase {
+    pub fn phase(&self) -> DevicePhase {
         self.phase
     }
 
-    pub fn set_phase(&mut self, phase: Phase) {
+    pub fn set_phase(&mut self, phase: DevicePhase) {
         // News that was on its way when the end began, or when the device was given up, changes nothing about that.
-        if self.phase < Phase::Ending || phase > self.phase {
+        if self.phase < DevicePhase::Ending || phase > self.phase {
             self.phase = phase;
         }
     }
 
-    pub fn send(&self, command: Command) {
+    pub fn send(&self, command: KeeperCommand) {
         self.keeper.send(command);
     }
 
     pub fn has_ended(&self) -> bool {
-        self.phase == Phase::Ended
+        self.phase == DevicePhase::Ended
     }
 
     /// Whether its rings have stopped for good.
     pub fn has_quiesced(&self) -> bool {
-        self.phase >= Phase::Quiesced
+        self.phase >= DevicePhase::Quiesced
     }
 
     /// What devices with one process have in common; `None` before it is served.
-    pub fn process_key(&self) -> Option<Fence> {
-        self.handle.as_ref().map(Handle::process_key)
+    pub fn process_key(&self) -> Option<IoFence> {
+        self.handle.as_ref().map(DeviceHandle::process_key)
     }
 
     /// What it does; nothing before it is served.
     fn state(&self) -> DiskState {
-        self.handle.as_ref().map_or_else(DiskState::default, Handle::state)
+        self.handle.as_ref().map_or_else(DiskState::default, DeviceHandle::state)
     }
 
     /// The error with which it ended.
@@ -179,21 +184,21 @@ impl Disk {
     }
 
     /// It is served.
-    pub fn serve(&mut self, handle: Handle) {
+    pub fn serve(&mut self, handle: DeviceHandle) {
         self.handle = Some(handle);
         self.failure = None;
-        self.set_phase(Phase::Served);
+        self.set_phase(DevicePhase::Served);
     }
 
     /// An attempt to open it has failed. The log has each error once, and then ever more rarely.
     pub fn fail(&mut self, error: &Error) {
-        self.set_phase(Phase::Failed);
+        self.set_phase(DevicePhase::Failed);
         let text = error.to_string();
         let failure = match self.failure.take().filter(|failure| is_same(&failure.text, &text)) {
             Some(failure) => self.failure.insert(failure),
             None => {
                 error!("{}: not served: {text}; trying again, SIGHUP tries at once", self.name);
-                let failure = Failure { text, since: Instant::now(), reminder: Reminder::new() };
+                let failure = StartFailure { text, since: Instant::now(), reminder: Reminder::new() };
                 return self.failure = Some(failure);
             }
         };
@@ -212,7 +217,7 @@ impl Disk {
         error!("{}: {why}; {then}", self.name);
         self.handle = None;
         self.op_reminder = Reminder::new();
-        self.set_phase(Phase::Open);
+        self.set_phase(DevicePhase::Open);
     }
 
     /// Its process has died too often.
@@ -220,15 +225,15 @@ impl Disk {
         let text = error.to_string();
         error!("{}: not served: {text}; SIGHUP starts it again", self.name);
         self.handle = None;
-        self.failure = Some(Failure { text, since: Instant::now(), reminder: Reminder::new() });
-        self.set_phase(Phase::Failed);
+        self.failure = Some(StartFailure { text, since: Instant::now(), reminder: Reminder::new() });
+        self.set_phase(DevicePhase::Failed);
     }
 
     /// Whether it is served or will not be soon, so that the start of the daemon does not wait for it.
     pub fn is_settled(&self) -> bool {
         match self.phase {
-            Phase::Opening => self.keeper.step().since.elapsed() >= FIRST,
-            Phase::Open => false,
+            DevicePhase::Opening => self.keeper.step().since.elapsed() >= FIRST,
+            DevicePhase::Open => false,
             _ => true,
         }
     }
@@ -236,9 +241,9 @@ impl Disk {
     /// Its name and why it is not served, for the service manager; `None` if it is served.
     pub fn why_not_served(&self) -> Option<String> {
         let why = match (&self.phase, &self.failure) {
-            (Phase::Served, _) => return None,
+            (DevicePhase::Served, _) => return None,
             (_, Some(failure)) => &failure.text,
-            (Phase::Opening, None) => "its image does not answer",
+            (DevicePhase::Opening, None) => "its image does not answer",
             _ => "it starts",
         };
         Some(format!("{} ({why})", self.name))
@@ -250,25 +255,25 @@ impl Disk {
     }
 
     /// How far it is and why it is not served, for the control socket.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> DeviceProgress {
         let state = match self.phase {
-            Phase::Opening | Phase::Open => DeviceState::Opening,
-            Phase::Failed => DeviceState::Failed,
-            Phase::Served => DeviceState::Serving,
-            Phase::Ending | Phase::Quiesced | Phase::Finishing => DeviceState::Ending,
-            Phase::Ended => DeviceState::Ended,
+            DevicePhase::Opening | DevicePhase::Open => DeviceState::Opening,
+            DevicePhase::Failed => DeviceState::Failed,
+            DevicePhase::Served => DeviceState::Serving,
+            DevicePhase::Ending | DevicePhase::Quiesced | DevicePhase::Finishing => DeviceState::Ending,
+            DevicePhase::Ended => DeviceState::Ended,
         };
         let why = self.failure.as_ref().filter(|_| state == DeviceState::Failed);
-        Progress {
+        DeviceProgress {
             state,
             why: why.map(|failure| failure.text.clone()),
-            pid: self.handle.as_ref().and_then(Handle::pid),
+            pid: self.handle.as_ref().and_then(DeviceHandle::pid),
         }
     }
 
     /// Logs what takes long.
     pub fn look_while_serving(&mut self) {
-        if self.phase == Phase::Opening {
+        if self.phase == DevicePhase::Opening {
             let image = self.image.display();
             let step = self.keeper.step();
             let age = step.since.elapsed();
@@ -304,7 +309,7 @@ impl Disk {
 
     /// Logs a process that does not run: it is stopped, or it gets no processor.
     fn look_at_process(&mut self) {
-        let Some(silent_for) = self.handle.as_ref().map(Handle::silent_for) else { return };
+        let Some(silent_for) = self.handle.as_ref().map(DeviceHandle::silent_for) else { return };
         if self.silence_reminder.is_due(silent_for) {
             warn!("{}: its process has not run for {} s: is it stopped?", self.name, silent_for.as_secs());
         } else if silent_for < FIRST && self.silence_reminder.was_due() {
@@ -315,7 +320,7 @@ impl Disk {
 
     /// Logs who keeps a front-end waiting that has connected: the device serves one at a time.
     fn look_for_waiting_front_end(&mut self) {
-        let Some(holder) = self.handle.as_ref().and_then(Handle::busy_with) else {
+        let Some(holder) = self.handle.as_ref().and_then(DeviceHandle::busy_with) else {
             self.waiting = None;
             return;
         };
@@ -328,26 +333,26 @@ impl Disk {
 
     /// The end of the process begins.
     pub fn begin_end(&mut self, ending: Ending) {
-        if self.phase < Phase::Ending {
-            self.phase = Phase::Ending;
+        if self.phase < DevicePhase::Ending {
+            self.phase = DevicePhase::Ending;
             self.progress = (Instant::now(), self.state().cache.completed_ops);
             self.step_reminder = Reminder::new();
-            self.send(Command::End(ending));
+            self.send(KeeperCommand::End(ending));
         }
     }
 
     /// Its rings have stopped, and those of all devices on its image.
     pub fn finish(&mut self) {
-        self.phase = Phase::Finishing;
-        self.send(Command::Finish);
+        self.phase = DevicePhase::Finishing;
+        self.send(KeeperCommand::Finish);
     }
 
     /// It has ended.
     pub fn end(&mut self, result: Result<()>) {
         // Its copy of the listening socket is closed with it.
         self.handle = None;
-        if self.phase != Phase::Ended {
-            self.phase = Phase::Ended;
+        if self.phase != DevicePhase::Ended {
+            self.phase = DevicePhase::Ended;
             // A device that was given up has its error already, or none on purpose.
             if self.detached.is_none() {
                 self.error = result.err();
@@ -464,15 +469,15 @@ impl Disk {
     /// Kills the process of a device that was given up, and waits a little for that.
     fn finish_detaching(&mut self, at: Instant, is_killed: bool) {
         if !is_killed && at.elapsed() >= CLOSE_PATIENCE {
-            let is_killed = self.handle.as_ref().is_some_and(Handle::kill);
+            let is_killed = self.handle.as_ref().is_some_and(DeviceHandle::kill);
             if is_killed {
                 self.detached = Some((Instant::now(), true));
             } else {
-                self.phase = Phase::Ended;
+                self.phase = DevicePhase::Ended;
             }
         } else if is_killed && at.elapsed() >= KILL_PATIENCE {
             // A thread of it hangs in the kernel. The image's lock stays until that returns.
-            self.phase = Phase::Ended;
+            self.phase = DevicePhase::Ended;
         }
     }
 }

@@ -18,10 +18,10 @@ use crate::systemd::ServiceManager;
 use crate::units::counted;
 
 use super::context::Context;
-use super::disk::{Disk, Phase};
-use super::keeper::{Command, News};
+use super::disk::{DevicePhase, Disk};
+use super::keeper::{KeeperCommand, News};
 use super::overview::Overview;
-use super::{Event, Strictness};
+use super::{Strictness, SupervisorEvent};
 
 /// How often the main thread looks at the devices.
 const TICK: Duration = Duration::from_millis(250);
@@ -75,7 +75,7 @@ impl Fleet {
         strictness: Strictness,
         context: &Arc<Context>,
         manager: Arc<ServiceManager>,
-        events: &Sender<Event>,
+        events: &Sender<SupervisorEvent>,
     ) -> Result<Self> {
         let start = |(index, device)| Disk::start(index, device, context, events);
         let disks: Vec<_> = config.devices.iter().enumerate().map(start).collect::<Result<_>>()?;
@@ -102,12 +102,12 @@ impl Fleet {
     ///
     /// # Errors
     /// The first error of a device; the log has the others.
-    pub fn run(mut self, events: &Receiver<Event>) -> Result<()> {
+    pub fn run(mut self, events: &Receiver<SupervisorEvent>) -> Result<()> {
         let mut looked_at = Instant::now();
         loop {
             match events.recv_timeout(TICK) {
-                Ok(Event::Signal(signal)) => self.on_signal(signal),
-                Ok(Event::News(index, news)) => self.on_news(index, news),
+                Ok(SupervisorEvent::Signal(signal)) => self.on_signal(signal),
+                Ok(SupervisorEvent::News(index, news)) => self.on_news(index, news),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::new(ErrorKind::System, "the thread that waits for signals has ended"));
@@ -136,7 +136,7 @@ impl Fleet {
 
     fn on_signal(&mut self, signal: i32) {
         if signal == libc::SIGHUP {
-            self.disks.iter().for_each(|disk| disk.send(Command::Resume));
+            self.disks.iter().for_each(|disk| disk.send(KeeperCommand::Resume));
         } else if let Some(end) = &mut self.end {
             end.hurried = true;
             let waiting: Vec<_> = self.disks.iter().filter(|disk| !disk.has_ended()).map(Disk::name).collect();
@@ -167,7 +167,7 @@ impl Fleet {
             }
             News::Failed(error) => {
                 let others = self.disks.iter().enumerate().filter(|(other, _)| *other != index);
-                let is_last = others.clone().all(|(_, disk)| disk.phase() == Phase::Failed);
+                let is_last = others.clone().all(|(_, disk)| disk.phase() == DevicePhase::Failed);
                 if is_last && !self.is_ready {
                     self.failure = Some(error);
                 } else {
@@ -175,19 +175,19 @@ impl Fleet {
                 }
             }
             News::Open => {
-                self.disks[index].set_phase(Phase::Open);
-                let all_open = self.disks.iter().all(|disk| disk.phase() == Phase::Open);
+                self.disks[index].set_phase(DevicePhase::Open);
+                let all_open = self.disks.iter().all(|disk| disk.phase() == DevicePhase::Open);
                 if self.strictness == Strictness::ServeTheOthers {
-                    self.disks[index].send(Command::Serve);
+                    self.disks[index].send(KeeperCommand::Serve);
                 } else if all_open {
-                    self.disks.iter().for_each(|disk| disk.send(Command::Serve));
+                    self.disks.iter().for_each(|disk| disk.send(KeeperCommand::Serve));
                 }
             }
             News::Served(handle) => self.disks[index].serve(handle),
             News::Died(why, pause) => self.disks[index].note_death(&why, pause),
             News::GivenUp(error) => self.disks[index].give_up(&error),
             News::Quiesced => {
-                self.disks[index].set_phase(Phase::Quiesced);
+                self.disks[index].set_phase(DevicePhase::Quiesced);
                 self.finish_quiesced();
             }
             News::Ended(result) => self.disks[index].end(result),
@@ -200,7 +200,7 @@ impl Fleet {
         for index in 0..self.disks.len() {
             let key = self.disks[index].process_key();
             let mut group = self.disks.iter().filter(|disk| disk.process_key() == key);
-            if self.disks[index].phase() == Phase::Quiesced && group.all(Disk::has_quiesced) {
+            if self.disks[index].phase() == DevicePhase::Quiesced && group.all(Disk::has_quiesced) {
                 self.disks[index].finish();
             }
         }
@@ -208,7 +208,7 @@ impl Fleet {
 
     fn look_while_serving(&mut self) {
         self.disks.iter_mut().for_each(Disk::look_while_serving);
-        let served = self.disks.iter().filter(|disk| disk.phase() == Phase::Served).count();
+        let served = self.disks.iter().filter(|disk| disk.phase() == DevicePhase::Served).count();
         let is_settled = self.disks.iter().all(Disk::is_settled);
         if served == 0 || !self.is_ready && !is_settled {
             return;

@@ -10,13 +10,13 @@ use super::socket::ListenSocket;
 use crate::disk_protocol::ToDisk;
 use crate::disk_stats::{DiskState, StatsPage};
 use crate::listener::BoundSocket;
-use crate::store::file::Fence;
+use crate::store::file::IoFence;
 use crate::sys::process::name_of;
 use crate::sys::socket::stop_listening;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Handle {
+pub(super) struct DeviceHandle {
     device: u32,
     process: Arc<Process>,
     page: Arc<StatsPage>,
@@ -25,7 +25,7 @@ pub(super) struct Handle {
     socket: Weak<BoundSocket>,
 }
 
-impl Handle {
+impl DeviceHandle {
     /// The view of a device.
     ///
     /// # Errors
@@ -41,7 +41,7 @@ impl Handle {
     }
 
     /// What devices with one process have in common, and others not.
-    pub fn process_key(&self) -> Fence {
+    pub fn process_key(&self) -> IoFence {
         self.process.fence()
     }
 

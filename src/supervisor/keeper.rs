@@ -12,19 +12,19 @@ use std::time::{Duration, Instant};
 
 use log::{debug, error};
 
-use super::Event;
+use super::SupervisorEvent;
 use super::context::Context;
-use super::handle::Handle;
+use super::handle::DeviceHandle;
 use super::process::{Exit, Hearer, Process, ProcessNews};
 use super::restarts::Restarts;
-use super::slot::{Slot, open_image};
+use super::slot::{ImageSlot, open_image};
 use super::socket::ListenSocket;
 use crate::config::DeviceConfig;
 use crate::disk_protocol::{DeviceSettings, Ending, ToDisk};
 use crate::disk_stats::StatsPage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::store::file::Fence;
+use crate::store::file::IoFence;
 
 /// Pauses between attempts to open a device that could not be served.
 const RETRY_MIN: Duration = Duration::from_secs(1);
@@ -38,7 +38,7 @@ pub(super) const PREPARING: &str = "preparing the cache";
 
 /// What a keeper hears.
 #[derive(Debug)]
-pub(super) enum Command {
+pub(super) enum KeeperCommand {
     /// Serve the device that is open.
     Serve,
     /// Retry what failed: the operator says that the image works again.
@@ -48,23 +48,23 @@ pub(super) enum Command {
     /// End the device.
     Finish,
     /// From the process with this fence.
-    Process(Fence, ProcessNews),
+    Process(IoFence, ProcessNews),
 }
 
 /// What a keeper tells the main thread about its device.
 #[derive(Debug)]
 pub(super) enum News {
-    /// It is open, and waits for [`Command::Serve`].
+    /// It is open, and waits for [`KeeperCommand::Serve`].
     Open,
     /// It is served.
-    Served(Handle),
+    Served(DeviceHandle),
     /// It cannot be served; another attempt follows.
     Failed(Error),
     /// Its process died, and another one is started after this pause.
     Died(String, Duration),
     /// Its process died too often: it is not served until the operator resumes it.
     GivenUp(Error),
-    /// Its rings have stopped, and it waits for [`Command::Finish`].
+    /// Its rings have stopped, and it waits for [`KeeperCommand::Finish`].
     Quiesced,
     /// It has ended. Nothing of it is left in this process, unless it was abandoned.
     Ended(Result<()>),
@@ -72,7 +72,7 @@ pub(super) enum News {
 
 /// What a keeper is doing, and since when.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Step {
+pub(super) struct KeeperStep {
     /// In words, for messages.
     pub what: &'static str,
     pub since: Instant,
@@ -81,8 +81,8 @@ pub(super) struct Step {
 /// The main thread's end of a keeper.
 #[derive(Debug)]
 pub(super) struct Keeper {
-    commands: Sender<Command>,
-    step: Arc<Mutex<Step>>,
+    commands: Sender<KeeperCommand>,
+    step: Arc<Mutex<KeeperStep>>,
     page: Arc<StatsPage>,
 }
 
@@ -91,14 +91,19 @@ impl Keeper {
     ///
     /// # Errors
     /// [`ErrorKind::System`] if the thread cannot be started.
-    pub fn start(index: usize, config: &DeviceConfig, context: &Arc<Context>, events: &Sender<Event>) -> Result<Self> {
+    pub fn start(
+        index: usize,
+        config: &DeviceConfig,
+        context: &Arc<Context>,
+        events: &Sender<SupervisorEvent>,
+    ) -> Result<Self> {
         let no_page =
             |e| Error::io(ErrorKind::System, format!("{}: cannot create its page of statistics", config.name), e);
         let (page, page_file) = StatsPage::create(config.workers.into()).map_err(no_page)?;
         let page = Arc::new(page);
         let (commands, receiver) = channel();
-        let step = Arc::new(Mutex::new(Step { what: "starting", since: Instant::now() }));
-        let worker = Worker {
+        let step = Arc::new(Mutex::new(KeeperStep { what: "starting", since: Instant::now() }));
+        let worker = KeeperThread {
             index,
             config: config.clone(),
             context: Arc::clone(context),
@@ -118,7 +123,7 @@ impl Keeper {
     }
 
     /// Sends a command. A keeper that has ended needs none.
-    pub fn send(&self, command: Command) {
+    pub fn send(&self, command: KeeperCommand) {
         if let Err(e) = self.commands.send(command) {
             debug!("a device ended before {:?}", e.0);
         }
@@ -130,25 +135,25 @@ impl Keeper {
     }
 
     /// What the keeper is doing.
-    pub fn step(&self) -> Step {
+    pub fn step(&self) -> KeeperStep {
         *lock(&self.step)
     }
 }
 
-fn lock(step: &Mutex<Step>) -> MutexGuard<'_, Step> {
+fn lock(step: &Mutex<KeeperStep>) -> MutexGuard<'_, KeeperStep> {
     step.lock().expect("no thread panics with the step locked")
 }
 
 /// The thread's side.
-struct Worker {
+struct KeeperThread {
     index: usize,
     config: DeviceConfig,
     context: Arc<Context>,
     /// Sends to `commands`; processes get copies.
-    own: Sender<Command>,
-    commands: Receiver<Command>,
-    events: Sender<Event>,
-    step: Arc<Mutex<Step>>,
+    own: Sender<KeeperCommand>,
+    commands: Receiver<KeeperCommand>,
+    events: Sender<SupervisorEvent>,
+    step: Arc<Mutex<KeeperStep>>,
     restarts: Restarts,
     /// The device's page of statistics. Its counters go on when a process takes the place of another.
     page: Arc<StatsPage>,
@@ -161,11 +166,11 @@ struct Worker {
 /// socket free when it gets the lock.
 struct Opened {
     socket: ListenSocket,
-    slot: Arc<Slot>,
+    slot: Arc<ImageSlot>,
 }
 
 /// Why a device is not served any more.
-enum Left {
+enum ServiceEnd {
     /// The daemon ends, and the device has ended with this.
     Ended(Result<()>),
     /// It could not be served.
@@ -174,14 +179,14 @@ enum Left {
     Died(String),
 }
 
-impl Worker {
+impl KeeperThread {
     fn begin(&self, what: &'static str) {
-        *lock(&self.step) = Step { what, since: Instant::now() };
+        *lock(&self.step) = KeeperStep { what, since: Instant::now() };
     }
 
     /// The main thread may have ended the process's wait for this device.
     fn tell(&self, news: News) {
-        let _ = self.events.send(Event::News(self.index, news));
+        let _ = self.events.send(SupervisorEvent::News(self.index, news));
     }
 
     fn run(mut self) {
@@ -227,13 +232,13 @@ impl Worker {
         let until = Instant::now() + pause;
         loop {
             match self.commands.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(Command::End(ending)) => {
+                Ok(KeeperCommand::End(ending)) => {
                     self.ending.set(Some(ending));
                     return None;
                 }
-                Ok(Command::Finish) | Err(RecvTimeoutError::Disconnected) => return None,
-                Ok(Command::Resume | Command::Serve) => return Some(RETRY_MIN),
-                Ok(Command::Process(..)) => {}
+                Ok(KeeperCommand::Finish) | Err(RecvTimeoutError::Disconnected) => return None,
+                Ok(KeeperCommand::Resume | KeeperCommand::Serve) => return Some(RETRY_MIN),
+                Ok(KeeperCommand::Process(..)) => {}
                 Err(RecvTimeoutError::Timeout) => return Some((pause * 2).min(RETRY_MAX)),
             }
         }
@@ -246,7 +251,7 @@ impl Worker {
         let image = open_image(config, &context.manager)?;
         self.begin(PREPARING);
         let identity = image.identity();
-        let open_cache = || Slot::new(config, image, &context.manager, context.hosting);
+        let open_cache = || ImageSlot::new(config, image, &context.manager, context.hosting);
         // Read-only devices on one image share its slot.
         let is_shared = config.read_only && !config.isolate;
         let slot = if is_shared { context.images.get_or_open(identity, open_cache) } else { open_cache() }?;
@@ -258,13 +263,13 @@ impl Worker {
     fn wait_for_serve(&self) -> bool {
         loop {
             match self.commands.recv() {
-                Ok(Command::Serve) => return true,
-                Ok(Command::Resume | Command::Process(..)) => {}
-                Ok(Command::End(ending)) => {
+                Ok(KeeperCommand::Serve) => return true,
+                Ok(KeeperCommand::Resume | KeeperCommand::Process(..)) => {}
+                Ok(KeeperCommand::End(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
                 }
-                Ok(Command::Finish) | Err(_) => return false,
+                Ok(KeeperCommand::Finish) | Err(_) => return false,
             }
         }
     }
@@ -273,14 +278,14 @@ impl Worker {
     fn keep_served(&mut self, opened: Opened) -> Result<()> {
         let mut pause = RETRY_MIN;
         loop {
-            let left = self.serve(&opened).unwrap_or_else(Left::Failed);
+            let left = self.serve(&opened).unwrap_or_else(ServiceEnd::Failed);
             match left {
-                Left::Ended(result) => {
+                ServiceEnd::Ended(result) => {
                     self.begin("releasing the image");
                     drop(opened);
                     return result;
                 }
-                Left::Failed(error) => {
+                ServiceEnd::Failed(error) => {
                     self.tell(News::Failed(error));
                     self.begin("waiting to start a process again");
                     match self.pause(pause) {
@@ -288,7 +293,7 @@ impl Worker {
                         None => return self.not_served(opened, "no process could be started for it"),
                     }
                 }
-                Left::Died(why) => {
+                ServiceEnd::Died(why) => {
                     pause = RETRY_MIN;
                     let is_over = match self.restarts.after_death(Instant::now()) {
                         Some(wait) => {
@@ -315,16 +320,16 @@ impl Worker {
     fn wait_for_resume(&mut self) -> bool {
         loop {
             match self.commands.recv() {
-                Ok(Command::Resume) => {
+                Ok(KeeperCommand::Resume) => {
                     self.restarts.forget();
                     return true;
                 }
-                Ok(Command::Serve | Command::Process(..)) => {}
-                Ok(Command::End(ending)) => {
+                Ok(KeeperCommand::Serve | KeeperCommand::Process(..)) => {}
+                Ok(KeeperCommand::End(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
                 }
-                Ok(Command::Finish) | Err(_) => return false,
+                Ok(KeeperCommand::Finish) | Err(_) => return false,
             }
         }
     }
@@ -343,7 +348,7 @@ impl Worker {
     }
 
     /// Serves the device with one process, until that has ended.
-    fn serve(&self, opened: &Opened) -> Result<Left> {
+    fn serve(&self, opened: &Opened) -> Result<ServiceEnd> {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
         let process = opened.slot.process()?;
@@ -353,10 +358,10 @@ impl Worker {
         let device = u32::try_from(self.index).expect("a configuration has fewer devices");
         let own = self.own.clone();
         // A keeper that has ended does not wait for news.
-        let hearer = Hearer(Box::new(move |fence, news| drop(own.send(Command::Process(fence, news)))));
+        let hearer = Hearer(Box::new(move |fence, news| drop(own.send(KeeperCommand::Process(fence, news)))));
         process.serve(device, DeviceSettings::from(&self.config), files, hearer).map_err(system)?;
-        let handle = Handle::new(device, &process, page, &opened.socket).map_err(system)?;
-        let mut session = Session {
+        let handle = DeviceHandle::new(device, &process, page, &opened.socket).map_err(system)?;
+        let mut session = ProcessSession {
             worker: self,
             device,
             process,
@@ -373,14 +378,14 @@ impl Worker {
 }
 
 /// A device and one process that serves it.
-struct Session<'a> {
-    worker: &'a Worker,
+struct ProcessSession<'a> {
+    worker: &'a KeeperThread,
     device: u32,
     process: Arc<Process>,
     page: Arc<StatsPage>,
-    slot: &'a Slot,
+    slot: &'a ImageSlot,
     /// For the main thread, once it is served.
-    handle: Option<Handle>,
+    handle: Option<DeviceHandle>,
     ending: Option<Ending>,
     quiesced: bool,
     /// With what the device has ended.
@@ -389,22 +394,22 @@ struct Session<'a> {
     failure: Option<Error>,
 }
 
-impl Session<'_> {
+impl ProcessSession<'_> {
     /// Passes commands to the process, and news to the main thread, until the process has ended.
-    fn run(&mut self) -> Left {
+    fn run(&mut self) -> ServiceEnd {
         loop {
             match self.worker.commands.recv_timeout(FILE_WATCH) {
-                Ok(Command::Serve) => {}
-                Ok(Command::Resume) => self.process.command(&ToDisk::Resume),
-                Ok(Command::End(ending)) => self.end(ending),
-                Ok(Command::Finish) => self.finish(),
-                Ok(Command::Process(fence, news)) if fence == self.process.fence() => {
+                Ok(KeeperCommand::Serve) => {}
+                Ok(KeeperCommand::Resume) => self.process.command(&ToDisk::Resume),
+                Ok(KeeperCommand::End(ending)) => self.end(ending),
+                Ok(KeeperCommand::Finish) => self.finish(),
+                Ok(KeeperCommand::Process(fence, news)) if fence == self.process.fence() => {
                     if let Some(left) = self.on_news(news) {
                         return left;
                     }
                 }
                 // A process that has ended before.
-                Ok(Command::Process(..)) => {}
+                Ok(KeeperCommand::Process(..)) => {}
                 Err(RecvTimeoutError::Timeout) => self.slot.look_at_cache_file(false),
                 Err(RecvTimeoutError::Disconnected) => self.end(Ending::WriteBack),
             }
@@ -428,7 +433,7 @@ impl Session<'_> {
         self.process.command(&ToDisk::Finish { device: self.device, ending });
     }
 
-    fn on_news(&mut self, news: ProcessNews) -> Option<Left> {
+    fn on_news(&mut self, news: ProcessNews) -> Option<ServiceEnd> {
         match news {
             ProcessNews::Served => {
                 self.worker.begin("serving");
@@ -451,27 +456,27 @@ impl Session<'_> {
     }
 
     /// Why the device is not served any more, now that its process has ended.
-    fn left(&mut self, exit: Exit) -> Left {
+    fn left(&mut self, exit: Exit) -> ServiceEnd {
         let name = &self.worker.config.name;
         if let Some(error) = self.failure.take() {
-            return if self.ending.is_some() { Left::Ended(Err(error)) } else { Left::Failed(error) };
+            return if self.ending.is_some() { ServiceEnd::Ended(Err(error)) } else { ServiceEnd::Failed(error) };
         }
         if let Some(result) = self.ended.take() {
             if !exit.is_in_order() {
                 error!("{name}: its process did not end in order: {exit}; its cache stays");
             }
-            return Left::Ended(result);
+            return ServiceEnd::Ended(result);
         }
         let cut = self.page.take_cut_memory().filter(|_| exit.is_bus_error());
         let because = cut.map_or_else(String::new, |memory| format!(": {}", memory.name()));
         let why = format!("its process has died: {exit}{because}");
         if self.ending.is_none() {
-            return Left::Died(why);
+            return ServiceEnd::Died(why);
         }
         if !self.quiesced {
             self.worker.tell(News::Quiesced);
         }
         let kept = if self.slot.holds_unwritten() { "; its cache stays: start the daemon again" } else { "" };
-        Left::Ended(Err(Error::new(ErrorKind::System, format!("{name}: {why}{kept}"))))
+        ServiceEnd::Ended(Err(Error::new(ErrorKind::System, format!("{name}: {why}{kept}"))))
     }
 }

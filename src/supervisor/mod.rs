@@ -61,7 +61,7 @@ pub enum Strictness {
 
 /// What the main thread waits for.
 #[derive(Debug)]
-enum Event {
+enum SupervisorEvent {
     /// A signal, by number.
     Signal(i32),
     /// Something has happened to the device with this number.
@@ -123,10 +123,10 @@ fn show(config: &ControlConfig, host: Arc<dyn Host>) -> Option<BoundSocket> {
 }
 
 /// Starts the thread that waits for signals and sends them as events.
-fn wait_for_signals(signals: BlockedSignals, events: Sender<Event>) -> Result<()> {
+fn wait_for_signals(signals: BlockedSignals, events: Sender<SupervisorEvent>) -> Result<()> {
     let wait = move || {
         while let Ok(signal) = signals.wait() {
-            if events.send(Event::Signal(signal)).is_err() {
+            if events.send(SupervisorEvent::Signal(signal)).is_err() {
                 return;
             }
         }

@@ -5,11 +5,12 @@ use std::process;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::disk::{Disk, Progress};
+use super::disk::{DeviceProgress, Disk};
 use crate::config::DeviceConfig;
 use crate::control::server::Host;
 use crate::control::wire::{
-    Cache, Description, Device, DeviceState, DeviceStatistics, FrontEnd, Latency, Requests, Store, Worker,
+    CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, FrontEnd, Latency, RequestStatistics,
+    StoreStatistics, WorkerStatistics,
 };
 use crate::counters::snapshot::Snapshot;
 use crate::counters::worker::Activity;
@@ -21,13 +22,13 @@ use crate::units::PAGE_BYTES;
 #[derive(Debug)]
 pub(super) struct Overview {
     since_us: u64,
-    devices: Vec<Entry>,
+    devices: Vec<OverviewEntry>,
     /// Of each device.
-    progress: Mutex<Vec<Progress>>,
+    progress: Mutex<Vec<DeviceProgress>>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct OverviewEntry {
     config: DeviceConfig,
     page: Arc<StatsPage>,
 }
@@ -36,8 +37,10 @@ impl Overview {
     /// The devices of a daemon that starts.
     pub fn new(devices: &[DeviceConfig], disks: &[Disk]) -> Arc<Self> {
         let since_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
-        let entry =
-            |(config, disk): (&DeviceConfig, &Disk)| Entry { config: config.clone(), page: Arc::clone(disk.page()) };
+        let entry = |(config, disk): (&DeviceConfig, &Disk)| OverviewEntry {
+            config: config.clone(),
+            page: Arc::clone(disk.page()),
+        };
         Arc::new(Self {
             since_us: u64::try_from(since_us).unwrap_or(u64::MAX),
             devices: devices.iter().zip(disks).map(entry).collect(),
@@ -50,7 +53,7 @@ impl Overview {
         *self.progress() = disks.iter().map(Disk::progress).collect();
     }
 
-    fn progress(&self) -> MutexGuard<'_, Vec<Progress>> {
+    fn progress(&self) -> MutexGuard<'_, Vec<DeviceProgress>> {
         self.progress.lock().expect("no thread panics with the list locked")
     }
 }
@@ -60,7 +63,7 @@ impl Host for Overview {
         Description { version: env!("CARGO_PKG_VERSION").to_owned(), pid: process::id(), since_us: self.since_us }
     }
 
-    fn devices(&self) -> Vec<Device> {
+    fn devices(&self) -> Vec<DeviceStatus> {
         let progress = self.progress().clone();
         self.devices.iter().zip(progress).map(|(entry, progress)| device(entry, progress)).collect()
     }
@@ -70,13 +73,13 @@ impl Host for Overview {
     }
 }
 
-fn device(entry: &Entry, progress: Progress) -> Device {
-    let Entry { config, page } = entry;
-    let Progress { state, why, pid } = progress;
+fn device(entry: &OverviewEntry, progress: DeviceProgress) -> DeviceStatus {
+    let OverviewEntry { config, page } = entry;
+    let DeviceProgress { state, why, pid } = progress;
     let is_serving = state == DeviceState::Serving;
     let now = page.read();
     let serving = |number: u64| is_serving.then_some(number);
-    Device {
+    DeviceStatus {
         name: config.name.clone(),
         state,
         why,
@@ -98,13 +101,13 @@ fn oldest_us(state: &DiskState) -> Option<u64> {
     state.oldest.map(|oldest| u64::try_from(oldest.age.as_micros()).unwrap_or(u64::MAX))
 }
 
-fn statistics(entry: &Entry) -> DeviceStatistics {
+fn statistics(entry: &OverviewEntry) -> DeviceStatistics {
     let snapshot = Snapshot::read(&entry.page.counters());
     let stats = entry.page.read().cache;
     DeviceStatistics {
         name: entry.config.name.clone(),
         requests: Operation::ALL.into_iter().map(|operation| requests(&snapshot, operation)).collect(),
-        cache: Cache {
+        cache: CacheStatistics {
             hit_pages: stats.read_hit_pages,
             miss_pages: stats.read_miss_pages,
             hole_pages: stats.read_hole_pages,
@@ -127,11 +130,11 @@ fn statistics(entry: &Entry) -> DeviceStatistics {
     }
 }
 
-fn requests(snapshot: &Snapshot, operation: Operation) -> Requests {
+fn requests(snapshot: &Snapshot, operation: Operation) -> RequestStatistics {
     let latency = |served| snapshot.requests(Class::new(operation, served));
     let totals = snapshot.operation(operation);
     let splits = matches!(operation, Operation::Read | Operation::Write);
-    Requests {
+    RequestStatistics {
         operation: match operation {
             Operation::Read => "read",
             Operation::Write => "write",
@@ -149,10 +152,10 @@ fn requests(snapshot: &Snapshot, operation: Operation) -> Requests {
     }
 }
 
-fn store(snapshot: &Snapshot, class: StoreClass) -> Store {
+fn store(snapshot: &Snapshot, class: StoreClass) -> StoreStatistics {
     let (latencies, totals) = (snapshot.store(class), snapshot.store_operation(class));
     let operations = latencies.count();
-    Store {
+    StoreStatistics {
         operation: match class {
             StoreClass::Read => "read",
             StoreClass::Write => "write",
@@ -171,9 +174,9 @@ fn store(snapshot: &Snapshot, class: StoreClass) -> Store {
     }
 }
 
-fn activity(snapshot: &Snapshot, worker: usize) -> Worker {
+fn activity(snapshot: &Snapshot, worker: usize) -> WorkerStatistics {
     let count = |activity| snapshot.activity(worker, activity);
-    Worker {
+    WorkerStatistics {
         busy_ns: count(Activity::BusyNs),
         turns: count(Activity::Turns),
         sleeps: count(Activity::Sleeps),

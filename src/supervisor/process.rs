@@ -18,7 +18,7 @@ use super::log_pipe::LogPipe;
 use crate::disk_process;
 use crate::disk_protocol::{Channel, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::file::Fence;
+use crate::store::file::IoFence;
 use crate::sys::poll::wait_any_readable;
 use crate::sys::process::wait_without_reaping;
 use crate::sys::signal;
@@ -88,10 +88,10 @@ pub(super) enum ProcessNews {
 }
 
 /// Who hears of a process.
-pub(super) struct Hearer(pub Box<dyn Fn(Fence, ProcessNews) + Send>);
+pub(super) struct Hearer(pub Box<dyn Fn(IoFence, ProcessNews) + Send>);
 
 impl Hearer {
-    fn hear(&self, fence: Fence, news: ProcessNews) {
+    fn hear(&self, fence: IoFence, news: ProcessNews) {
         (self.0)(fence, news);
     }
 }
@@ -105,7 +105,7 @@ impl fmt::Debug for Hearer {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Process {
-    fence: Fence,
+    fence: IoFence,
     channel: Channel<ToDisk, FromDisk>,
     /// The process; `None` for a thread, and once it has ended.
     child: Mutex<Option<Child>>,
@@ -130,7 +130,7 @@ impl Process {
     pub fn start(
         name: &str,
         hosting: Hosting,
-        fence: Fence,
+        fence: IoFence,
         open: &ToDisk,
         image: &File,
         cache: &[BorrowedFd<'_>],
@@ -162,7 +162,7 @@ impl Process {
     }
 
     /// What the kernel's I/O of this process holds.
-    pub fn fence(&self) -> Fence {
+    pub fn fence(&self) -> IoFence {
         self.fence
     }
 

@@ -16,7 +16,7 @@ use crate::disk_protocol::{DeviceSettings, ToDisk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::store;
-use crate::store::file::{Fence, IoEngine, KnownRaw, OpenOptions};
+use crate::store::file::{IoEngine, IoFence, KnownRaw, OpenOptions};
 use crate::store::named::{ImageKind, NamedImage};
 use crate::systemd::ServiceManager;
 use crate::units::PAGE_BYTES;
@@ -32,17 +32,17 @@ const MISSED_MIN: Duration = Duration::from_millis(500);
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Slot {
+pub(super) struct ImageSlot {
     /// The device for which the image was opened.
     settings: DeviceSettings,
     hosting: Hosting,
-    state: Mutex<State>,
+    state: Mutex<SlotState>,
 }
 
 /// Fields are dropped in this order, the image last: a daemon that waits for the image's lock must find the cache free
 /// when it gets the lock.
 #[derive(Debug)]
-struct State {
+struct SlotState {
     process: Option<Arc<Process>>,
     /// `None` once its files are removed.
     cache: Option<KeptArena>,
@@ -63,7 +63,7 @@ enum FileWatch {
     Lost,
 }
 
-impl Slot {
+impl ImageSlot {
     /// The slot of an image that is open; opens its cache.
     ///
     /// # Errors
@@ -78,7 +78,7 @@ impl Slot {
         image.limits().check().map_err(refused)?;
         let arena = recover::arena_for(config, &*image, frames_of(config), manager);
         let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
-        let state = State {
+        let state = SlotState {
             process: None,
             is_unused: !arena.is_kept_on_drop(),
             cache: Some(arena.into_kept()),
@@ -88,7 +88,7 @@ impl Slot {
         Ok(Arc::new(Self { settings: config.into(), hosting, state: Mutex::new(state) }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
         self.state.lock().expect("no thread panics with a slot locked")
     }
 
@@ -112,7 +112,7 @@ impl Slot {
         }
         let failed =
             |e| Error::io(ErrorKind::System, format!("{}: cannot start a disk process", self.settings.name), e);
-        let fence = Fence::unique();
+        let fence = IoFence::unique();
         let (file, parts) = state.image.hand_out(fence).map_err(failed)?;
         let cache = state.cache.as_ref().ok_or_else(|| Error::new(ErrorKind::System, "the cache was removed"))?;
         let open = ToDisk::Open {
@@ -200,7 +200,7 @@ fn frames_of(config: &DeviceConfig) -> usize {
     usize::try_from(config.cache.size_bytes / PAGE_BYTES).unwrap_or(usize::MAX)
 }
 
-impl Drop for Slot {
+impl Drop for ImageSlot {
     /// Removes the cache that holds nothing, and records for the next daemon what the image was like when a cache that
     /// stays was left.
     fn drop(&mut self) {

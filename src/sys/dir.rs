@@ -11,14 +11,14 @@ use super::retry_eintr;
 
 /// How to open a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum OpenMode {
     /// For reading.
     Read,
     /// For reading and writing.
     ReadWrite,
     /// For reading and writing; a missing file is created, and only this user may use it.
     Create,
-    /// As [`Access::Create`], and a file that exists is an error.
+    /// As [`OpenMode::Create`], and a file that exists is an error.
     CreateNew,
     /// For writing at the end.
     Append,
@@ -29,14 +29,14 @@ fn name_of(name: &OsStr) -> io::Result<CString> {
 }
 
 /// Opens a file in a directory. Follows no symbolic link, and does not wait for the other end of a FIFO.
-pub fn open_at(dir: &File, name: &OsStr, access: Access) -> io::Result<File> {
+pub fn open_at(dir: &File, name: &OsStr, access: OpenMode) -> io::Result<File> {
     let name = name_of(name)?;
     let access = match access {
-        Access::Read => libc::O_RDONLY,
-        Access::ReadWrite => libc::O_RDWR,
-        Access::Create => libc::O_RDWR | libc::O_CREAT,
-        Access::CreateNew => libc::O_RDWR | libc::O_CREAT | libc::O_EXCL,
-        Access::Append => libc::O_WRONLY | libc::O_APPEND,
+        OpenMode::Read => libc::O_RDONLY,
+        OpenMode::ReadWrite => libc::O_RDWR,
+        OpenMode::Create => libc::O_RDWR | libc::O_CREAT,
+        OpenMode::CreateNew => libc::O_RDWR | libc::O_CREAT | libc::O_EXCL,
+        OpenMode::Append => libc::O_WRONLY | libc::O_APPEND,
     };
     let flags = access | libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC;
     // SAFETY: the name is NUL-terminated; the call reads no other memory.

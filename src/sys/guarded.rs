@@ -22,7 +22,7 @@ const IDLE_PERIODS_MAX: u32 = 250;
 
 /// The writes of one thread.
 #[derive(Debug)]
-struct Writer {
+struct WritingThread {
     thread: libc::pid_t,
     /// Number of begins and ends of writes: odd in a write.
     steps: AtomicU64,
@@ -31,7 +31,7 @@ struct Writer {
 /// The threads that write, and the watchdog.
 #[derive(Debug, Default)]
 struct Registry {
-    writers: Mutex<Vec<Arc<Writer>>>,
+    writers: Mutex<Vec<Arc<WritingThread>>>,
     /// The watchdog sleeps until it is woken.
     asleep: AtomicBool,
     watchdog: OnceLock<Option<Thread>>,
@@ -41,7 +41,7 @@ static REGISTRY: Registry =
     Registry { writers: Mutex::new(Vec::new()), asleep: AtomicBool::new(false), watchdog: OnceLock::new() };
 
 /// The writer of a thread, until the thread ends.
-struct Registered(Arc<Writer>);
+struct Registered(Arc<WritingThread>);
 
 thread_local! {
     static WRITER: Registered = Registered::new();
@@ -51,7 +51,7 @@ impl Registered {
     fn new() -> Self {
         // SAFETY: a plain system call.
         let thread = unsafe { libc::gettid() };
-        let writer = Arc::new(Writer { thread, steps: AtomicU64::new(0) });
+        let writer = Arc::new(WritingThread { thread, steps: AtomicU64::new(0) });
         REGISTRY.writers().push(Arc::clone(&writer));
         Self(writer)
     }
@@ -92,7 +92,7 @@ pub fn add_one(mut eventfd: &File) -> io::Result<()> {
 }
 
 impl Registry {
-    fn writers(&self) -> MutexGuard<'_, Vec<Arc<Writer>>> {
+    fn writers(&self) -> MutexGuard<'_, Vec<Arc<WritingThread>>> {
         self.writers.lock().expect("no thread panics with the writers locked")
     }
 

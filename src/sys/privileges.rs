@@ -55,11 +55,11 @@ pub fn drop_capabilities() -> io::Result<()> {
     prctl(libc::PR_CAP_AMBIENT, clear_all)?;
     /// struct __user_cap_header_struct
     #[repr(C)]
-    struct Header {
+    struct CapabilityHeader {
         version: u32,
         pid: libc::c_int,
     }
-    let header = Header { version: CAPABILITY_VERSION, pid: 0 };
+    let header = CapabilityHeader { version: CAPABILITY_VERSION, pid: 0 };
     // Two of struct __user_cap_data_struct: the lower and the upper 32 bits of three sets.
     let none = [0u32; 6];
     // SAFETY: the call reads a header and two structures of three u32, and `header` and `none` are those.

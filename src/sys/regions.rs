@@ -15,12 +15,12 @@ pub enum Region {
 /// Ranges of a kind that are remembered. A device has one of each; the oldest is forgotten.
 const SLOTS: usize = 256;
 
-struct Table {
+struct RangeTable {
     next: AtomicUsize,
     ranges: [(AtomicUsize, AtomicUsize); SLOTS],
 }
 
-impl Table {
+impl RangeTable {
     const fn new() -> Self {
         Self { next: AtomicUsize::new(0), ranges: [const { (AtomicUsize::new(0), AtomicUsize::new(0)) }; SLOTS] }
     }
@@ -41,8 +41,8 @@ impl Table {
     }
 }
 
-static CACHE: Table = Table::new();
-static INFLIGHT: Table = Table::new();
+static CACHE: RangeTable = RangeTable::new();
+static INFLIGHT: RangeTable = RangeTable::new();
 
 /// Remembers where memory of this kind is mapped.
 pub fn note(region: Region, range: &Range<usize>) {

@@ -16,12 +16,12 @@ const PATIENCE_MS: libc::c_int = 100;
 
 /// A text of bounded length, which a signal handler can copy and extend.
 #[derive(Clone, Copy, Debug)]
-struct Text<const MAX: usize> {
+struct BoundedText<const MAX: usize> {
     bytes: [u8; MAX],
     len: usize,
 }
 
-impl<const MAX: usize> Text<MAX> {
+impl<const MAX: usize> BoundedText<MAX> {
     const EMPTY: Self = Self { bytes: [0; MAX], len: 0 };
 
     /// Appends as much as there is room for.
@@ -52,12 +52,12 @@ impl<const MAX: usize> Text<MAX> {
 }
 
 thread_local! {
-    static THREAD: Cell<Text<NAME_BYTES_MAX>> = const { Cell::new(Text::EMPTY) };
+    static THREAD: Cell<BoundedText<NAME_BYTES_MAX>> = const { Cell::new(BoundedText::EMPTY) };
 }
 
 /// What the line calls the calling thread.
 pub fn name_thread(name: &str) {
-    let mut text = Text::EMPTY;
+    let mut text = BoundedText::EMPTY;
     text.push(name.as_bytes());
     THREAD.set(text);
 }
@@ -83,7 +83,7 @@ pub fn report_violations() -> io::Result<()> {
 extern "C" fn on_violation(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid siginfo_t, which has more than CALL_AT + 4 bytes.
     let (code, call) = unsafe { ((*info).si_code, info.cast::<u8>().add(CALL_AT).cast::<i32>().read()) };
-    let mut line = Text::<256>::EMPTY;
+    let mut line = BoundedText::<256>::EMPTY;
     line.push(b"genblk: sandbox: thread \"");
     line.push(THREAD.get().as_bytes());
     line.push(b"\": ");
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_line_has_bounded_length_and_whole_numbers() {
-        let mut text = Text::<12>::EMPTY;
+        let mut text = BoundedText::<12>::EMPTY;
         text.push_number(0);
         text.push(b" ");
         text.push_number(-450);

@@ -25,7 +25,7 @@ const FDSTORE_PREFIX: &[u8] = b"fdstore:";
 
 /// Whether a tenure has ended in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum TenureState {
     /// It has not: its cache may hold completed writes that the image lacks.
     Open,
     /// It has: everything is on the image.
@@ -34,7 +34,7 @@ pub enum State {
     Forfeited,
 }
 
-impl State {
+impl TenureState {
     const ALL: [Self; 3] = [Self::Open, Self::Clean, Self::Forfeited];
 
     /// The word in the record. All words have one length, so that a change of state needs no space on a full disk.
@@ -64,7 +64,7 @@ pub struct Record {
     /// The tenure.
     pub tenure: TenureId,
     /// Whether it has ended.
-    pub state: State,
+    pub state: TenureState,
     /// When it began, in seconds since 1970.
     pub since: u64,
     /// Where its daemon ran.
@@ -120,7 +120,8 @@ impl Record {
         let generation = lines.decimal("generation")?;
         let id = lines.hexadecimal("id")?;
         let state = lines.value("state")?;
-        let state = State::ALL.into_iter().find(|known| known.word().as_bytes() == state).ok_or("unknown state")?;
+        let state =
+            TenureState::ALL.into_iter().find(|known| known.word().as_bytes() == state).ok_or("unknown state")?;
         let since = lines.decimal("since")?;
         let boot = Boot { machine: lines.hexadecimal("host")?, boot: lines.hexadecimal("boot")? };
         let (inode, born_ns) = (lines.decimal("inode")?, lines.decimal("born")?);
@@ -178,7 +179,7 @@ impl<'a> Lines<'a> {
 mod tests {
     use super::*;
 
-    fn record(state: State, cache: CachePlace) -> Record {
+    fn record(state: TenureState, cache: CachePlace) -> Record {
         Record {
             tenure: TenureId { generation: 7, id: 0xabc },
             state,
@@ -193,7 +194,7 @@ mod tests {
     #[test]
     fn a_record_is_decoded_as_it_was_encoded() {
         let odd = PathBuf::from(OsString::from_vec(b"/dev/shm/\xff a\nb".to_vec()));
-        for state in State::ALL {
+        for state in TenureState::ALL {
             for cache in [CachePlace::Path(odd.clone()), CachePlace::FdStore("a-b".to_owned()), CachePlace::Memory] {
                 let record = record(state, cache);
                 assert_eq!(Record::decode(&record.encode()), Ok(record));
@@ -203,17 +204,17 @@ mod tests {
 
     #[test]
     fn a_change_of_state_does_not_change_the_length() {
-        let lengths = State::ALL.map(|state| record(state, CachePlace::Memory).encode().len());
+        let lengths = TenureState::ALL.map(|state| record(state, CachePlace::Memory).encode().len());
         assert!(lengths.iter().all(|&length| length == lengths[0]), "{lengths:?}");
         let long = CachePlace::Path(format!("/{}", "x".repeat(5000)).into());
-        assert!(record(State::Open, long).encode().len() <= BYTES_MAX);
+        assert!(record(TenureState::Open, long).encode().len() <= BYTES_MAX);
     }
 
     /// Whatever a record is damaged to, it is refused or is another valid record: it never is "no record", and never a
     /// panic.
     #[test]
     fn damaged_records_are_refused() {
-        let bytes = record(State::Open, CachePlace::Path("/dev/shm/genblk/1-2-3-4".into())).encode();
+        let bytes = record(TenureState::Open, CachePlace::Path("/dev/shm/genblk/1-2-3-4".into())).encode();
         for end in 0..bytes.len() {
             assert!(Record::decode(&bytes[..end]).is_err(), "the first {end} bytes");
         }

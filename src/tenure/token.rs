@@ -80,7 +80,7 @@ pub struct LastSeen {
 
 /// What tokens say about changes of an image by others.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum ChangeVerdict {
     /// Nobody else has changed its data.
     Unchanged,
     /// All that is known fits a change by the last daemon alone.
@@ -93,57 +93,57 @@ pub enum Verdict {
 
 impl LastSeen {
     /// Whether someone else has changed an image with the token `now`.
-    pub fn judge(&self, now: &ChangeToken) -> Verdict {
+    pub fn judge(&self, now: &ChangeToken) -> ChangeVerdict {
         if self.token.has_times() && now.has_times() { self.judge_times(now) } else { self.judge_device(now) }
     }
 
-    fn judge_times(&self, now: &ChangeToken) -> Verdict {
+    fn judge_times(&self, now: &ChangeToken) -> ChangeVerdict {
         let Self { token, is_at_rest, heartbeat_ns, .. } = *self;
         let same_size = token.size_bytes == now.size_bytes;
         if is_at_rest && same_size && (token.modified_ns, token.changed_ns) == (now.modified_ns, now.changed_ns) {
-            return Verdict::Unchanged;
+            return ChangeVerdict::Unchanged;
         }
         // If the clock was set back during the last tenure, it no longer orders changes.
         let is_clock_monotonic = is_at_rest || heartbeat_ns >= token.modified_ns;
         let modified = round_like(token.modified_ns, now.modified_ns);
         if now.modified_ns < modified && is_clock_monotonic {
-            return Verdict::Changed("its modification time was set back".to_owned());
+            return ChangeVerdict::Changed("its modification time was set back".to_owned());
         }
         let latest = |seen: u64| if is_at_rest { seen } else { seen.max(heartbeat_ns) + IN_FLIGHT_SLACK_NS };
         if now.modified_ns > latest(token.modified_ns) {
             if same_size || now.size_bytes == 0 {
-                return Verdict::Changed("it was written after the last write of that cache's daemon".to_owned());
+                return ChangeVerdict::Changed("it was written after the last write of that cache's daemon".to_owned());
             }
             // Truncation sets both times, and takes no space.
             let only_grown = is_at_rest && now.size_bytes > token.size_bytes && now.blocks == token.blocks;
             return match only_grown && now.modified_ns == now.changed_ns {
-                true => Verdict::Plausible,
-                false => Verdict::Unknown("its size was changed".to_owned()),
+                true => ChangeVerdict::Plausible,
+                false => ChangeVerdict::Unknown("its size was changed".to_owned()),
             };
         }
         if now.changed_ns > latest(token.changed_ns) {
             // A modification time that is known exactly shows that the data was not changed.
             return match is_at_rest && same_size && now.modified_ns == token.modified_ns {
-                true => Verdict::Plausible,
-                false => Verdict::Unknown("its attributes were changed".to_owned()),
+                true => ChangeVerdict::Plausible,
+                false => ChangeVerdict::Unknown("its attributes were changed".to_owned()),
             };
         }
-        if same_size { Verdict::Plausible } else { Verdict::Unknown("its size was changed".to_owned()) }
+        if same_size { ChangeVerdict::Plausible } else { ChangeVerdict::Unknown("its size was changed".to_owned()) }
     }
 
-    fn judge_device(&self, now: &ChangeToken) -> Verdict {
+    fn judge_device(&self, now: &ChangeToken) -> ChangeVerdict {
         let Self { token, is_at_rest, changed_bytes, .. } = *self;
         if token.disk_sequence == 0 || token.disk_sequence != now.disk_sequence {
-            return Verdict::Unknown("nothing shows that it is as it was left".to_owned());
+            return ChangeVerdict::Unknown("nothing shows that it is as it was left".to_owned());
         }
         if token.sectors_written == 0 || now.sectors_written == 0 {
-            return Verdict::Unknown("the device does not count what is written".to_owned());
+            return ChangeVerdict::Unknown("the device does not count what is written".to_owned());
         }
         let written = now.sectors_written.saturating_sub(token.sectors_written);
         if now.sectors_written < token.sectors_written || written > changed_bytes / 512 {
-            return Verdict::Changed("more was written to it than by that cache's daemon".to_owned());
+            return ChangeVerdict::Changed("more was written to it than by that cache's daemon".to_owned());
         }
-        if is_at_rest { Verdict::Unchanged } else { Verdict::Plausible }
+        if is_at_rest { ChangeVerdict::Unchanged } else { ChangeVerdict::Plausible }
     }
 }
 
@@ -170,12 +170,12 @@ mod tests {
         LastSeen { token: TOKEN, is_at_rest: true, heartbeat_ns: 100 * SECOND + 6, changed_bytes: 0 };
     const IN_FLIGHT: LastSeen = LastSeen { is_at_rest: false, heartbeat_ns: 110 * SECOND, ..AT_REST };
 
-    fn is_unknown(verdict: &Verdict) -> bool {
-        matches!(verdict, Verdict::Unknown(_))
+    fn is_unknown(verdict: &ChangeVerdict) -> bool {
+        matches!(verdict, ChangeVerdict::Unknown(_))
     }
 
-    fn is_changed(verdict: &Verdict) -> bool {
-        matches!(verdict, Verdict::Changed(_))
+    fn is_changed(verdict: &ChangeVerdict) -> bool {
+        matches!(verdict, ChangeVerdict::Changed(_))
     }
 
     #[test]
@@ -186,11 +186,11 @@ mod tests {
 
     #[test]
     fn an_image_at_rest_is_unchanged_only_with_the_same_token() {
-        assert_eq!(AT_REST.judge(&TOKEN), Verdict::Unchanged);
+        assert_eq!(AT_REST.judge(&TOKEN), ChangeVerdict::Unchanged);
         let written = ChangeToken { modified_ns: TOKEN.modified_ns + 1, changed_ns: TOKEN.changed_ns + 1, ..TOKEN };
         assert!(is_changed(&AT_REST.judge(&written)));
         let attributes = ChangeToken { changed_ns: TOKEN.changed_ns + 1, ..TOKEN };
-        assert_eq!(AT_REST.judge(&attributes), Verdict::Plausible);
+        assert_eq!(AT_REST.judge(&attributes), ChangeVerdict::Plausible);
         let attributes = ChangeToken { modified_ns: 109 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
         assert!(is_unknown(&IN_FLIGHT.judge(&attributes)));
     }
@@ -200,24 +200,24 @@ mod tests {
         let restored = ChangeToken { modified_ns: 50 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
         assert!(is_changed(&AT_REST.judge(&restored)) && is_changed(&IN_FLIGHT.judge(&restored)));
         let rounded = ChangeToken { modified_ns: 100 * SECOND, changed_ns: 100 * SECOND, ..TOKEN };
-        assert_eq!(AT_REST.judge(&rounded), Verdict::Plausible, "a coarse file system was mounted again");
+        assert_eq!(AT_REST.judge(&rounded), ChangeVerdict::Plausible, "a coarse file system was mounted again");
         let clock_set_back = LastSeen { heartbeat_ns: 40 * SECOND, ..IN_FLIGHT };
         let written = ChangeToken { modified_ns: 40 * SECOND, changed_ns: 40 * SECOND, ..TOKEN };
-        assert_eq!(clock_set_back.judge(&written), Verdict::Plausible);
+        assert_eq!(clock_set_back.judge(&written), ChangeVerdict::Plausible);
     }
 
     #[test]
     fn changes_in_flight_end_soon_after_the_last_heartbeat() {
         let at = |modified_ns| ChangeToken { modified_ns, changed_ns: modified_ns, ..TOKEN };
-        assert_eq!(IN_FLIGHT.judge(&at(109 * SECOND)), Verdict::Plausible);
-        assert_eq!(IN_FLIGHT.judge(&at(111 * SECOND)), Verdict::Plausible);
+        assert_eq!(IN_FLIGHT.judge(&at(109 * SECOND)), ChangeVerdict::Plausible);
+        assert_eq!(IN_FLIGHT.judge(&at(111 * SECOND)), ChangeVerdict::Plausible);
         assert!(is_changed(&IN_FLIGHT.judge(&at(113 * SECOND))));
     }
 
     #[test]
     fn growth_alone_is_plausible_and_any_other_change_of_size_needs_a_sample() {
         let grown = ChangeToken { size_bytes: 2 << 20, modified_ns: 200 * SECOND, changed_ns: 200 * SECOND, ..TOKEN };
-        assert_eq!(AT_REST.judge(&grown), Verdict::Plausible);
+        assert_eq!(AT_REST.judge(&grown), ChangeVerdict::Plausible);
         assert!(is_unknown(&IN_FLIGHT.judge(&grown)));
         assert!(is_unknown(&AT_REST.judge(&ChangeToken { blocks: 17, ..grown })));
         assert!(is_unknown(&AT_REST.judge(&ChangeToken { size_bytes: 4096, ..grown })));
@@ -228,11 +228,11 @@ mod tests {
         let token = ChangeToken { size_bytes: 1 << 20, disk_sequence: 9, sectors_written: 101, ..Default::default() };
         let wrote = LastSeen { token, is_at_rest: false, heartbeat_ns: 5, changed_bytes: 4096 };
         let after = |sectors_written| ChangeToken { sectors_written, ..token };
-        assert_eq!(wrote.judge(&after(101)), Verdict::Plausible);
-        assert_eq!(wrote.judge(&after(109)), Verdict::Plausible);
+        assert_eq!(wrote.judge(&after(101)), ChangeVerdict::Plausible);
+        assert_eq!(wrote.judge(&after(109)), ChangeVerdict::Plausible);
         assert!(is_changed(&wrote.judge(&after(110))));
         let rest = LastSeen { is_at_rest: true, changed_bytes: 0, ..wrote };
-        assert_eq!(rest.judge(&after(101)), Verdict::Unchanged);
+        assert_eq!(rest.judge(&after(101)), ChangeVerdict::Unchanged);
         assert!(is_changed(&rest.judge(&after(102))));
         assert!(is_unknown(&rest.judge(&ChangeToken { disk_sequence: 10, ..token })));
         assert!(is_unknown(&rest.judge(&after(0))));

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::epoll::EventSet;
 
-use super::Memory;
+use super::BackendMemory;
 use super::vring::{Session, VringControl};
 use crate::sys::memory::exclude_from_dumps;
 use crate::units::Fault;
@@ -30,9 +30,9 @@ pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
 
 /// One connection's view of a device.
 #[derive(Clone)]
-pub(super) struct Backend(Arc<View>);
+pub(super) struct Backend(Arc<BackendState>);
 
-struct View {
+struct BackendState {
     session: Arc<Session>,
     queue_size: u16,
     /// The acknowledged features that decide the cache mode (FLUSH, CONFIG_WCE), as last set in this session.
@@ -43,7 +43,7 @@ impl Backend {
     /// A view for a new connection.
     pub fn new(session: &Arc<Session>, queue_size: u16) -> Self {
         session.device.start_with_features(None);
-        Self(Arc::new(View { session: Arc::clone(session), queue_size, cache_features: Mutex::new(None) }))
+        Self(Arc::new(BackendState { session: Arc::clone(session), queue_size, cache_features: Mutex::new(None) }))
     }
 }
 
@@ -128,7 +128,7 @@ impl VhostUserBackend for Backend {
     }
 
     /// => A region longer than its file is refused: the first access past the end would be SIGBUS.
-    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+    fn update_memory(&self, memory: BackendMemory) -> io::Result<()> {
         let memory = memory.memory().into_inner();
         for region in memory.iter() {
             let Some(file) = region.file_offset() else { continue };

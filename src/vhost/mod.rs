@@ -27,4 +27,4 @@ mod wire;
 pub use server::Server;
 
 /// Guest memory as vhost-user-backend keeps it.
-type Memory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap<()>>;
+type BackendMemory = vm_memory::GuestMemoryAtomic<vm_memory::GuestMemoryMmap<()>>;

@@ -15,7 +15,7 @@ use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::Memory;
+use super::BackendMemory;
 use super::backend::Backend;
 use super::relay::{Ended, NewOwner, Relay};
 use super::vring::{Session, with_vring_factory};
@@ -38,7 +38,7 @@ pub struct Server {
     broker: Arc<Broker>,
     stopped: AtomicBool,
     /// How the last front-end failed, if it did.
-    last_failure: Mutex<Option<Failure>>,
+    last_failure: Mutex<Option<FrontEndFailure>>,
     /// The connection that is served now, if there is one.
     connection: Mutex<Option<UnixStream>>,
     /// Readable once `stopped` is set; ends the poll for a message or a front-end.
@@ -190,7 +190,7 @@ impl Server {
         let (listener, backend_end) = self.broker.connection()?;
         let backend = Backend::new(session, self.queue_size);
         let name = format!("vhost {}", self.device.name);
-        let memory = Memory::new(GuestMemoryMmap::new());
+        let memory = BackendMemory::new(GuestMemoryMmap::new());
         let (daemon, rings) = with_vring_factory(session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| daemon_error(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| daemon_error(&e))?;
@@ -225,7 +225,7 @@ impl Server {
         }
         if text.is_some() || !failed_before {
             *self.last_failure.lock().expect("no thread panics with the failure locked") =
-                text.map(|text| Failure { peer, text });
+                text.map(|text| FrontEndFailure { peer, text });
         }
         if !self.stopped.load(Ordering::Acquire) {
             self.workers.start_flush();
@@ -235,7 +235,7 @@ impl Server {
 
 /// How a front-end failed.
 #[derive(Debug)]
-struct Failure {
+struct FrontEndFailure {
     peer: Peer,
     text: String,
 }

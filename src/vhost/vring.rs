@@ -16,12 +16,12 @@ use vhost_user_backend::{VringRwLock, VringState, VringStateGuard, VringStateMut
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::GuestAddressSpace;
 
-use super::Memory;
+use super::BackendMemory;
 use super::inflight::Inflight;
 use crate::broker::Broker;
 use crate::device::control::Workers;
 use crate::device::inflight::InflightTracker;
-use crate::device::{Command, Device, RingSetup};
+use crate::device::{Device, RingSetup, WorkerCommand};
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 
@@ -126,14 +126,14 @@ pub(super) fn with_vring_factory<T>(session: &Arc<Session>, make: impl FnOnce() 
 /// One vring; clones share it. See the module.
 #[derive(Clone)]
 pub(super) struct VringControl {
-    state: VringRwLock<Memory>,
+    state: VringRwLock<BackendMemory>,
     shared: Arc<VringShared>,
 }
 
 struct VringShared {
     index: u16,
     session: Arc<Session>,
-    memory: Memory,
+    memory: BackendMemory,
     config: Mutex<VringConfig>,
 }
 
@@ -216,7 +216,7 @@ impl VringControl {
         };
         self.shared.session.on_ring_start(index, &setup);
         let worker = self.shared.session.workers.of_ring(index);
-        worker.ask(|answer| Command::Start(index, Box::new(setup), answer)).is_some()
+        worker.ask(|answer| WorkerCommand::Start(index, Box::new(setup), answer)).is_some()
     }
 
     /// Duplicates a kick or call descriptor. On failure the vring does not run, or sends no interrupts; the log says
@@ -229,7 +229,7 @@ impl VringControl {
     /// Stops the vring, and stores its position in vhost-user-backend's state, which GET_VRING_BASE reads.
     fn stop(&self) {
         let index = self.shared.index;
-        let stopped = self.shared.session.workers.of_ring(index).ask(|answer| Command::Stop(index, answer));
+        let stopped = self.shared.session.workers.of_ring(index).ask(|answer| WorkerCommand::Stop(index, answer));
         if let Some(Some(position)) = stopped {
             self.state.set_queue_next_avail(position.next_avail);
             self.state.set_queue_next_used(position.next_used);
@@ -257,16 +257,16 @@ fn eventfd_or_none(session: &Session, file: Option<File>) -> Option<File> {
     is_eventfd.then_some(file)
 }
 
-impl<'a> VringStateGuard<'a, Memory> for VringControl {
-    type G = RwLockReadGuard<'a, VringState<Memory>>;
+impl<'a> VringStateGuard<'a, BackendMemory> for VringControl {
+    type G = RwLockReadGuard<'a, VringState<BackendMemory>>;
 }
 
-impl<'a> VringStateMutGuard<'a, Memory> for VringControl {
-    type G = RwLockWriteGuard<'a, VringState<Memory>>;
+impl<'a> VringStateMutGuard<'a, BackendMemory> for VringControl {
+    type G = RwLockWriteGuard<'a, VringState<BackendMemory>>;
 }
 
-impl VringT<Memory> for VringControl {
-    fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
+impl VringT<BackendMemory> for VringControl {
+    fn new(memory: BackendMemory, max_queue_size: u16) -> Result<Self, QueueError> {
         let state = VringRwLock::new(memory.clone(), max_queue_size)?;
         VRING_FACTORY.with_borrow_mut(|slot| {
             let VringFactory { session, rings } = slot.as_mut().expect("inside with_vring_factory()");
@@ -278,11 +278,11 @@ impl VringT<Memory> for VringControl {
         })
     }
 
-    fn get_ref(&self) -> RwLockReadGuard<'_, VringState<Memory>> {
+    fn get_ref(&self) -> RwLockReadGuard<'_, VringState<BackendMemory>> {
         self.state.get_ref()
     }
 
-    fn get_mut(&self) -> RwLockWriteGuard<'_, VringState<Memory>> {
+    fn get_mut(&self) -> RwLockWriteGuard<'_, VringState<BackendMemory>> {
         self.state.get_mut()
     }
 
@@ -313,7 +313,7 @@ impl VringT<Memory> for VringControl {
         if config.running {
             let index = self.shared.index;
             let copy = self.duplicate(file.as_ref());
-            self.shared.session.workers.of_ring(index).ask(|answer| Command::SetCallFd(index, copy, answer));
+            self.shared.session.workers.of_ring(index).ask(|answer| WorkerCommand::SetCallFd(index, copy, answer));
         }
         config.call_fd = file;
     }

@@ -75,7 +75,7 @@ impl RequestKind {
 
 /// The properties of the disk against which requests are checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
+pub struct RequestLimits {
     /// Size in sectors.
     pub capacity_sectors: u64,
     /// Whether VIRTIO_BLK_F_RO is offered.
@@ -299,7 +299,7 @@ impl Request {
     /// # Errors
     /// [`Status::Unsupported`] for what the disk does not offer, [`Status::IoErr`] for what is invalid. On a read-only
     /// disk every kind that changes data gets `IoErr`, as section 5.2.6.2 demands.
-    pub fn check(&self, disk: &Disk) -> Result<(), Status> {
+    pub fn check(&self, disk: &RequestLimits) -> Result<(), Status> {
         let fail_if = |invalid: bool, status: Status| if invalid { Err(status) } else { Ok(()) };
         match self.kind {
             RequestKind::Read => self.check_range(disk),
@@ -319,7 +319,7 @@ impl Request {
         }
     }
 
-    fn check_range(&self, disk: &Disk) -> Result<(), Status> {
+    fn check_range(&self, disk: &RequestLimits) -> Result<(), Status> {
         let whole = self.data_bytes.is_multiple_of(SECTOR_BYTES);
         if whole && is_within(disk, self.sector, self.data_bytes / SECTOR_BYTES) { Ok(()) } else { Err(Status::IoErr) }
     }
@@ -347,7 +347,12 @@ impl Request {
     /// [`Status::Unsupported`] if any segment has an unknown flag, or UNMAP in a DISCARD (a MUST of section 5.2.6.2, so
     /// it precedes the other checks). [`Status::IoErr`] if the payload has a wrong length or is outside guest memory,
     /// or a segment is outside the disk or longer than the disk allows.
-    pub fn range_segments(&self, mem: &GuestRam, disk: &Disk, segments: &mut Vec<RangeSegment>) -> Result<(), Status> {
+    pub fn range_segments(
+        &self,
+        mem: &GuestRam,
+        disk: &RequestLimits,
+        segments: &mut Vec<RangeSegment>,
+    ) -> Result<(), Status> {
         segments.clear();
         let mut buffer = [0; PAYLOAD_BYTES_MAX];
         let payload = &mut buffer[..self.payload_bytes()?];
@@ -384,7 +389,7 @@ impl Request {
     ///
     /// # Errors
     /// [`BadAddress`] if the data is outside guest memory.
-    pub fn write_id(&self, mem: &GuestRam, disk: &Disk) -> Result<(), BadAddress> {
+    pub fn write_id(&self, mem: &GuestRam, disk: &RequestLimits) -> Result<(), BadAddress> {
         GuestCursor::new(mem, &self.data).write(0, &disk.serial[..self.id_len()])
     }
 
@@ -407,6 +412,6 @@ impl Request {
 }
 
 /// Whether `count` sectors from `start` are within the disk. Computes no end, which could overflow.
-fn is_within(disk: &Disk, start: u64, count: u64) -> bool {
+fn is_within(disk: &RequestLimits, start: u64, count: u64) -> bool {
     start <= disk.capacity_sectors && count <= disk.capacity_sectors - start
 }

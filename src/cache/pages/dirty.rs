@@ -13,14 +13,14 @@ pub(in crate::cache) const GROUP_PAGES: u64 = 16;
 
 /// What the dirty set counts of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Tally {
+pub(super) struct PageTally {
     dirty: Option<Epoch>,
     dirty_or_writeback: bool,
     unstable: bool,
     failed: bool,
 }
 
-impl Tally {
+impl PageTally {
     /// The tally of a page that is not in memory.
     pub const ABSENT: Self = Self { dirty: None, dirty_or_writeback: false, unstable: false, failed: false };
 
@@ -133,7 +133,7 @@ impl DirtySet {
     }
 
     /// The tally of page `no` changed.
-    pub(super) fn recount(&mut self, no: PageNo, before: Tally, after: Tally) {
+    pub(super) fn recount(&mut self, no: PageNo, before: PageTally, after: PageTally) {
         if before.dirty != after.dirty {
             if let Some(epoch) = before.dirty {
                 self.release_epoch(epoch);
@@ -233,19 +233,19 @@ mod tests {
     use super::*;
     use crate::prng::Prng;
 
-    fn dirty(epoch: u32) -> Tally {
-        Tally { dirty: Some(Epoch(epoch)), dirty_or_writeback: true, unstable: true, failed: false }
+    fn dirty(epoch: u32) -> PageTally {
+        PageTally { dirty: Some(Epoch(epoch)), dirty_or_writeback: true, unstable: true, failed: false }
     }
 
     #[test]
     fn an_epoch_ends_when_its_last_page_is_clean() {
         let mut set = DirtySet::default();
-        set.recount(PageNo(5), Tally::ABSENT, dirty(1));
+        set.recount(PageNo(5), PageTally::ABSENT, dirty(1));
         assert_eq!(set.close_epoch(), Epoch(1));
         assert_eq!(set.close_epoch(), Epoch(1), "an empty epoch is not closed again");
-        set.recount(PageNo(40), Tally::ABSENT, dirty(2));
+        set.recount(PageNo(40), PageTally::ABSENT, dirty(2));
         assert_eq!(set.oldest(), Some(Epoch(1)));
-        set.recount(PageNo(5), dirty(1), Tally::ABSENT);
+        set.recount(PageNo(5), dirty(1), PageTally::ABSENT);
         assert_eq!(set.oldest(), Some(Epoch(2)));
         assert!(set.iter().eq([PageNo(40)]));
     }
@@ -258,7 +258,7 @@ mod tests {
         for step in 0..20_000 {
             let at = if prng.percent(50) { prng.below(40) + 240 } else { prng.below(3 * REGION_PAGES) } as usize;
             pages[at] = !pages[at];
-            let (before, after) = if pages[at] { (Tally::ABSENT, dirty(1)) } else { (dirty(1), Tally::ABSENT) };
+            let (before, after) = if pages[at] { (PageTally::ABSENT, dirty(1)) } else { (dirty(1), PageTally::ABSENT) };
             set.recount(PageNo(at as u64), before, after);
             let starts = |at: &usize| pages[*at] && (at.is_multiple_of(REGION_PAGES as usize) || !pages[at - 1]);
             assert_eq!(set.runs() as usize, (0..pages.len()).filter(starts).count(), "step {step}");

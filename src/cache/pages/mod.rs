@@ -12,7 +12,7 @@
 //! So these functions hold invariants I1 to I5 and I9 (see [`super::PageCache`]):
 //!
 //! - I1: `insert`, `remove` and `evict` change the table and the replacement queues together.
-//! - I2 and I4: `change` and `forget` pass every change of a page's `Tally` to the dirty set.
+//! - I2 and I4: `change` and `forget` pass every change of a page's `PageTally` to the dirty set.
 //! - I3: `adopt_frame`, `copy_on_write` and `restore` take a page's own reference to its frame, and `forget` drops it.
 //!   Each pin and store operation takes and drops its own.
 //! - I5: `change` checks it with debug assertions on, as all that concerns a single page.
@@ -39,7 +39,7 @@ pub(super) use dirty::{DirtySet, GROUP_PAGES, Group};
 pub(super) use frames::Frames;
 pub(super) use page::{FAILED, FROZEN, MARKER, NONE, Page, Period, READING, RECENT, UNSYNCED};
 
-use dirty::Tally;
+use dirty::PageTally;
 use frames::Reuse;
 use page::Mark;
 use readers::Readers;
@@ -158,13 +158,13 @@ impl Pages {
     pub fn change<R>(&mut self, id: PageId, mutate: impl FnOnce(&mut Page) -> R) -> R {
         let beyond = self.beyond_image(self.table[id].no());
         let page = &mut self.table[id];
-        let before = Tally::of(page);
+        let before = PageTally::of(page);
         let published = (page.frame(), page.record(beyond));
         let result = mutate(page);
         if cfg!(debug_assertions) {
             page.check();
         }
-        let after = Tally::of(page);
+        let after = PageTally::of(page);
         let no = page.no();
         let current = (page.frame(), page.record(beyond));
         // Here, and not in a function of its own: most changes leave the tally as it is.
@@ -214,7 +214,7 @@ impl Pages {
     }
 
     /// The tally of page `no` changed.
-    fn recount(&mut self, no: PageNo, before: Tally, after: Tally) {
+    fn recount(&mut self, no: PageNo, before: PageTally, after: PageTally) {
         self.dirty.recount(no, before, after);
         self.made_room |= after.makes_room(before);
     }
@@ -283,9 +283,9 @@ impl Pages {
         if let Some(readers) = &mut self.readers {
             readers.remove(id);
         }
-        let tally = Tally::of(&page);
-        if tally != Tally::ABSENT {
-            self.recount(page.no(), tally, Tally::ABSENT);
+        let tally = PageTally::of(&page);
+        if tally != PageTally::ABSENT {
+            self.recount(page.no(), tally, PageTally::ABSENT);
         }
         if let Some(frame) = page.frame() {
             self.memory.publish(frame, FrameRecord::empty(page.no()));

@@ -6,7 +6,7 @@ use log::warn;
 
 use super::folders::{caches, folders, whose};
 use super::leftovers::{Cleared, clear};
-use super::terminal::{Progress, ask, is_interactive, visible};
+use super::terminal::{ProgressBar, ask, is_interactive, visible};
 use super::{Report, remembered};
 use crate::arena::{Arena, ArenaFile, GuestData, GuestState, Survey, Whose};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,7 +15,7 @@ use crate::recover::write_back::write_back;
 use crate::recover::{HAS_FILE, LOCK_PATIENCE};
 use crate::store::{self, file};
 use crate::sys::process::effective_uid;
-use crate::tenure::record::State;
+use crate::tenure::record::TenureState;
 use crate::units::counted;
 
 /// Whether the operator has consented beforehand to what cannot be undone.
@@ -81,7 +81,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     if !force || recovery.image.is_none() {
         check_belongs(&arena, &header, &*image, force)?;
     }
-    let mut progress = Progress::new();
+    let mut progress = ProgressBar::new();
     let written = write_back(&arena, &*image, &mut |done, total| progress.show(done, total));
     drop(progress);
     let hint = format!("{shown} stays: run the command again once the image can be written");
@@ -89,7 +89,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     let written = counted(written, "page");
     let file = arena.into_file().expect(HAS_FILE);
     // Before the file goes: a daemon must not miss it.
-    end_tenure(&file, Some(&*image), header.tenure, State::Clean)?;
+    end_tenure(&file, Some(&*image), header.tenure, TenureState::Clean)?;
     let guest = file.header()?.map_or(header.guest, |header| header.guest);
     if guest == GuestState::FRESH {
         file.remove();
@@ -155,7 +155,7 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
 fn end_tenure_of(file: &ArenaFile, survey: &Survey) -> Result<()> {
     let header = &survey.header;
     let is_lossless = header.guest.data == GuestData::Intact && !survey.is_dirty();
-    let state = if is_lossless { State::Clean } else { State::Forfeited };
+    let state = if is_lossless { TenureState::Clean } else { TenureState::Forfeited };
     let is_own = file.owner() == effective_uid() && header.image.path.is_absolute();
     let options = file::OpenOptions { lock_patience: LOCK_PATIENCE, ..file::OpenOptions::default() };
     let is_recorded = header.tenure.is_some_and(|tenure| tenure.is_recorded);

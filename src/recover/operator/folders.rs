@@ -11,14 +11,14 @@ use crate::image_id::ImageId;
 use crate::store::file::look_at;
 use crate::store::is_remote;
 use crate::sys::process::effective_uid;
-use crate::tenure::token::Verdict;
+use crate::tenure::token::ChangeVerdict;
 
 /// Name of root's folder; those of other users continue with a hyphen and the user's number.
 const FOLDER: &str = "genblk";
 
 /// A cache file, and what is known of it.
 #[derive(Debug)]
-pub(super) struct Cache {
+pub(super) struct CacheFile {
     pub(super) path: PathBuf,
     pub(super) seen: Seen,
 }
@@ -42,7 +42,7 @@ pub(super) enum ImageState {
 
 /// What can be done with a cache file without a loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Use {
+pub(super) enum CacheNeed {
     /// It holds what the image lacks, or what a guest must be told, or is in use.
     Needed,
     /// Its pages can be freed. What it records of the guest is still of use.
@@ -51,7 +51,7 @@ pub(super) enum Use {
     Needless,
 }
 
-impl Cache {
+impl CacheFile {
     /// Looks at the file at `path`.
     ///
     /// # Errors
@@ -71,22 +71,22 @@ impl Cache {
     }
 
     /// What it is needed for.
-    pub(super) fn needed(&self) -> Use {
+    pub(super) fn needed(&self) -> CacheNeed {
         match &self.seen.survey {
-            _ if self.seen.is_locked => Use::Needed,
-            Ok(None) => Use::Needless,
+            _ if self.seen.is_locked => CacheNeed::Needed,
+            Ok(None) => CacheNeed::Needless,
             Ok(Some(survey)) if survey.is_of_this_boot && !survey.is_dirty() => {
                 let header = &survey.header;
                 if header.guest == GuestState::FRESH {
-                    Use::Needless
+                    CacheNeed::Needless
                 } else if header.frames > 0 && self.image() == ImageState::Gone {
                     // The image may have another name by now, and its guest may still run.
-                    Use::HeaderNeeded
+                    CacheNeed::HeaderNeeded
                 } else {
-                    Use::Needed
+                    CacheNeed::Needed
                 }
             }
-            _ => Use::Needed,
+            _ => CacheNeed::Needed,
         }
     }
 }
@@ -99,7 +99,7 @@ fn image_state(header: &Header) -> ImageState {
     }
     match look_at(path) {
         Ok((found, token)) if is_same(&found, identity) => match header.last_seen.judge(&token) {
-            Verdict::Changed(_) => ImageState::Changed,
+            ChangeVerdict::Changed(_) => ImageState::Changed,
             _ => ImageState::There,
         },
         Ok(_) => ImageState::Replaced,
@@ -166,9 +166,9 @@ fn is_cache_name(name: &OsStr) -> bool {
 /// # Errors
 /// [`ErrorKind::Memory`] when the folder cannot be read; [`ErrorKind::Ledger`] when another user could have put files
 /// there.
-pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<Cache>)>> {
+pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
     let (paths, whose) = cache_files(folder)?;
-    Ok(paths.into_iter().map(|path| (path.clone(), Cache::look_at(path, whose))).collect())
+    Ok(paths.into_iter().map(|path| (path.clone(), CacheFile::look_at(path, whose))).collect())
 }
 
 /// The paths of the cache files in a folder, and whose they may be.

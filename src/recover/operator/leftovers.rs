@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use log::{info, warn};
 
-use super::folders::{Cache, ImageState, Use, cache_files, whose};
+use super::folders::{CacheFile, CacheNeed, ImageState, cache_files, whose};
 use super::remembered;
 use super::terminal::visible;
 use crate::arena::{Arena, ArenaFile, GuestState, Header, Seen, Survey};
@@ -15,7 +15,7 @@ use crate::error::{ErrorKind, Result};
 use crate::recover::operation::end_tenure;
 use crate::recover::write_back::Unwritten;
 use crate::systemd::ServiceManager;
-use crate::tenure::record::State;
+use crate::tenure::record::TenureState;
 use crate::units::counted;
 
 /// Where daemons keep caches unless they are told otherwise.
@@ -67,7 +67,7 @@ struct Unheld {
 
 impl Unheld {
     /// Counts a cache; one without pages takes next to no memory, and waits for the next daemon of its image.
-    fn add(&mut self, cache: &Cache) {
+    fn add(&mut self, cache: &CacheFile) {
         let survey = cache.seen.survey.as_ref().ok().and_then(Option::as_ref);
         if survey.is_some_and(|survey| survey.header.frames == 0) {
             return;
@@ -80,10 +80,10 @@ impl Unheld {
 
 /// The caches in this user's folder below a memory directory that no process uses. Those in use are neither locked nor
 /// read.
-fn unheld_below(memory_dir: &Path) -> Vec<Cache> {
+fn unheld_below(memory_dir: &Path) -> Vec<CacheFile> {
     let Ok((paths, whose)) = cache_files(&ArenaFile::dir(memory_dir)) else { return Vec::new() };
     let unheld = paths.into_iter().filter(|path| !ArenaFile::is_held(path, whose));
-    unheld.filter_map(|path| Cache::look_at(path, whose).ok()).filter(|cache| !cache.seen.is_locked).collect()
+    unheld.filter_map(|path| CacheFile::look_at(path, whose).ok()).filter(|cache| !cache.seen.is_locked).collect()
 }
 
 /// What is known of those cache files in this user's folder below a memory directory whose header `is_wanted`.
@@ -122,9 +122,10 @@ pub fn warn_unheld(config: &Config) {
     for memory_dir in memory_dirs(&config.devices) {
         let mut unheld = Unheld::default();
         for cache in unheld_below(&memory_dir) {
-            let may_clear = cache.needed() != Use::Needed && cache.image() == ImageState::Gone;
+            let may_clear = cache.needed() != CacheNeed::Needed && cache.image() == ImageState::Gone;
             // The image is not at the path that it had, so its record cannot be told.
-            let note = |file: &ArenaFile, survey: &Survey| end_tenure(file, None, survey.header.tenure, State::Clean);
+            let note =
+                |file: &ArenaFile, survey: &Survey| end_tenure(file, None, survey.header.tenure, TenureState::Clean);
             match may_clear.then(|| clear(&cache, note)) {
                 Some(Ok(Cleared::Removed(_))) => {
                     info!("removed {}: it held nothing that its image, which is gone, lacked", visible(&cache.path));
@@ -156,20 +157,20 @@ pub(super) enum Cleared {
 ///
 /// # Errors
 /// Those of `end_tenure`, and why the file cannot be opened: it stays.
-pub(super) fn clear(cache: &Cache, end_tenure: impl Fn(&ArenaFile, &Survey) -> Result<()>) -> Result<Cleared> {
+pub(super) fn clear(cache: &CacheFile, end_tenure: impl Fn(&ArenaFile, &Survey) -> Result<()>) -> Result<Cleared> {
     let needed = cache.needed();
-    if needed == Use::Needed {
+    if needed == CacheNeed::Needed {
         return Ok(Cleared::Kept);
     }
     let file = ArenaFile::open_existing(&cache.path, whose())?;
     // Looked at again, now that it is locked.
     let survey = file.survey()?;
     let is_same = |survey: &Survey| {
-        !survey.is_dirty() && (needed == Use::HeaderNeeded || survey.header.guest == GuestState::FRESH)
+        !survey.is_dirty() && (needed == CacheNeed::HeaderNeeded || survey.header.guest == GuestState::FRESH)
     };
     match &survey {
         Some(survey) if !is_same(survey) => return Ok(Cleared::Kept),
-        Some(survey) if needed == Use::HeaderNeeded => {
+        Some(survey) if needed == CacheNeed::HeaderNeeded => {
             file.shrink_to_header()?;
             return Ok(Cleared::Shrunk(survey.memory_bytes));
         }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::folders::{Cache, ImageState, Use, caches, folders};
+use super::folders::{CacheFile, CacheNeed, ImageState, caches, folders};
 use super::terminal::visible;
 use super::{Report, remembered};
 use crate::arena::{GuestData, Seen, Survey};
@@ -34,7 +34,7 @@ pub fn list(directory: &Path) -> Result<Report> {
             match cache {
                 Ok(cache) => {
                     is_any_dirty |= !cache.seen.is_locked && surveyed(&cache).is_some_and(Survey::is_dirty);
-                    is_any_prunable |= cache.needed() == Use::Needless;
+                    is_any_prunable |= cache.needed() == CacheNeed::Needless;
                     rows.push(row(&cache));
                 }
                 Err(e) => report.fail(&visible(&path), &e),
@@ -57,12 +57,12 @@ pub fn list(directory: &Path) -> Result<Report> {
     Ok(report)
 }
 
-fn surveyed(cache: &Cache) -> Option<&Survey> {
+fn surveyed(cache: &CacheFile) -> Option<&Survey> {
     cache.seen.survey.as_ref().ok()?.as_ref()
 }
 
 /// The columns of a cache.
-fn row(cache: &Cache) -> [String; 6] {
+fn row(cache: &CacheFile) -> [String; 6] {
     let survey = surveyed(cache);
     let dash = || "-".to_owned();
     [
@@ -76,7 +76,7 @@ fn row(cache: &Cache) -> [String; 6] {
 }
 
 /// What the operator needs to know of a cache.
-fn state(cache: &Cache) -> String {
+fn state(cache: &CacheFile) -> String {
     let Seen { is_locked, holder, survey, .. } = &cache.seen;
     let mut parts = Vec::new();
     if *is_locked {

@@ -35,13 +35,13 @@ pub(super) fn ask(question: &str) -> bool {
 /// Shows how far a write-back is: a bar on a terminal, a line every few seconds elsewhere. What ends at once shows
 /// nothing.
 #[derive(Debug)]
-pub(super) struct Progress {
+pub(super) struct ProgressBar {
     is_terminal: bool,
     next: Instant,
     is_bar_shown: bool,
 }
 
-impl Progress {
+impl ProgressBar {
     pub(super) fn new() -> Self {
         let is_terminal = io::stderr().is_terminal();
         let first = if is_terminal { REDRAW } else { LINE_INTERVAL };
@@ -66,7 +66,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for ProgressBar {
     /// Leaves the line of the bar.
     fn drop(&mut self) {
         if self.is_bar_shown {

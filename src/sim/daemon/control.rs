@@ -10,10 +10,10 @@ use std::time::Duration;
 use vm_memory::MmapRegion;
 
 use super::life::in_daemon;
-use super::oracle::Snapshot;
+use super::oracle::OracleSnapshot;
 use super::world::World;
 use crate::device::inflight::{InflightTracker, ring_bytes};
-use crate::device::{Command, RingSetup};
+use crate::device::{RingSetup, WorkerCommand};
 use crate::fault_injection::crash_after;
 use crate::units::Fault;
 use crate::virtio::GuestRam;
@@ -42,21 +42,21 @@ enum Task {
     Stopping(Vec<(usize, Receiver<Option<QueuePosition>>)>, Next),
     SettingMemory(Vec<Receiver<()>>),
     /// A switch to write-through.
-    Switching(Receiver<Result<(), Fault>>, Snapshot),
+    Switching(Receiver<Result<(), Fault>>, OracleSnapshot),
     Resuming(Receiver<()>),
-    LastFlush(Receiver<Result<(), Fault>>, Snapshot, u32),
+    LastFlush(Receiver<Result<(), Fault>>, OracleSnapshot, u32),
     Exiting,
 }
 
 /// The front-end's connection.
 #[derive(Debug, Default)]
-pub(super) struct Session {
+pub(super) struct FrontEndConnection {
     connected: bool,
     task: Option<Task>,
     inflight: Option<Arc<MmapRegion>>,
 }
 
-impl Session {
+impl FrontEndConnection {
     pub fn has_inflight_region(&self) -> bool {
         self.inflight.is_some()
     }
@@ -134,7 +134,7 @@ impl World {
             let life = self.life.as_ref().expect("the front-end is connected");
             let index = index as u16;
             let control = life.workers.of_ring(index);
-            receivers.push(control.request(|reply| Command::Start(index, Box::new(setup), reply)));
+            receivers.push(control.request(|reply| WorkerCommand::Start(index, Box::new(setup), reply)));
         }
         if self.prng.percent(10) {
             // A front-end may send its memory table before the worker has looked at the rings.
@@ -150,7 +150,7 @@ impl World {
         let life = self.life.as_ref().expect("the front-end is connected");
         let stop = |index: usize| {
             let ring = index as u16;
-            (index, life.workers.of_ring(ring).request(|reply| Command::Stop(ring, reply)))
+            (index, life.workers.of_ring(ring).request(|reply| WorkerCommand::Stop(ring, reply)))
         };
         self.session.task = Some(Task::Stopping(indices.map(stop).collect(), next));
     }
@@ -200,7 +200,7 @@ impl World {
     }
 
     /// The device is in write-through mode.
-    fn switched(&mut self, snapshot: &Snapshot, flushed: Result<(), Fault>) {
+    fn switched(&mut self, snapshot: &OracleSnapshot, flushed: Result<(), Fault>) {
         self.write_through = Some(self.periods);
         if flushed.is_ok() {
             self.oracle.complete_flush(snapshot);
@@ -219,7 +219,7 @@ impl World {
         let memory = Arc::new(GuestRam::new(Arc::clone(&self.memory)));
         let send = |worker| {
             let control = life.workers.of_ring(worker as u16);
-            control.request(|reply| Command::Memory(Arc::clone(&memory), reply))
+            control.request(|reply| WorkerCommand::Memory(Arc::clone(&memory), reply))
         };
         (0..self.scenario.workers).map(send).collect()
     }
@@ -227,7 +227,7 @@ impl World {
     /// The operator resumes the image.
     pub fn resume(&mut self) {
         let life = self.life.as_ref().expect("a daemon serves");
-        self.session.task = Some(Task::Resuming(life.workers.of_ring(0).request(Command::Resume)));
+        self.session.task = Some(Task::Resuming(life.workers.of_ring(0).request(WorkerCommand::Resume)));
     }
 
     /// Continues the action in progress. Returns whether it advanced.
@@ -315,11 +315,11 @@ impl World {
         let snapshot = self.oracle.snapshot();
         let life = self.life.as_ref().expect("a daemon ends");
         let control = life.workers.of_ring(0);
-        drop(control.request(Command::Resume));
-        self.session.task = Some(Task::LastFlush(control.request(Command::Flush), snapshot, tries));
+        drop(control.request(WorkerCommand::Resume));
+        self.session.task = Some(Task::LastFlush(control.request(WorkerCommand::Flush), snapshot, tries));
     }
 
-    fn last_flush_ended(&mut self, flushed: Result<(), Fault>, snapshot: &Snapshot, tries: u32) {
+    fn last_flush_ended(&mut self, flushed: Result<(), Fault>, snapshot: &OracleSnapshot, tries: u32) {
         if flushed.is_ok() {
             self.oracle.complete_flush(snapshot);
         } else if tries < LAST_FLUSHES_MAX {

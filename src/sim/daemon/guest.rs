@@ -11,7 +11,7 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::oracle::{RequestId, Snapshot, Value};
+use super::oracle::{OracleSnapshot, RequestId, SectorValue};
 use super::store::{sector_of, value_of};
 use crate::prng::Prng;
 use crate::units::{SECTOR_SIZE, SectorSpan};
@@ -32,7 +32,7 @@ const INDIRECT_TABLE: u64 = 32;
 const DATA: u64 = 512;
 const SLOT_BYTES: u64 = DATA + SECTORS_MAX * SECTOR_SIZE as u64;
 /// What a read's buffer holds before the read.
-const UNREAD: Value = 0xbad_bad_bad;
+const UNREAD: SectorValue = 0xbad_bad_bad;
 /// What a status byte holds before the request completes.
 const NO_STATUS: u8 = 0xff;
 const NEXT: u16 = 1;
@@ -41,7 +41,7 @@ const INDIRECT: u16 = 4;
 
 /// What the guest asks for.
 #[derive(Clone, Debug)]
-pub(super) enum Action {
+pub(super) enum GuestAction {
     Read,
     /// With the number that makes its values unique.
     Write(u64),
@@ -49,21 +49,21 @@ pub(super) enum Action {
         unmap: bool,
     },
     Discard,
-    Flush(Snapshot),
+    Flush(OracleSnapshot),
 }
 
 /// A request in flight.
 #[derive(Clone, Debug)]
 pub(super) struct Submitted {
     pub id: RequestId,
-    pub action: Action,
+    pub action: GuestAction,
     pub span: SectorSpan,
     /// The device was in write-through mode when the request was submitted: which period of that.
     pub write_through: Option<u64>,
 }
 
 /// The value that a write gives to a sector.
-pub(super) fn written(number: u64, sector: u64) -> Value {
+pub(super) fn written(number: u64, sector: u64) -> SectorValue {
     number << 24 | sector
 }
 
@@ -73,7 +73,7 @@ pub(super) struct Completed {
     pub request: Submitted,
     pub succeeded: bool,
     /// The sectors that a read returned.
-    pub values: Vec<Value>,
+    pub values: Vec<SectorValue>,
 }
 
 #[derive(Debug)]
@@ -264,27 +264,27 @@ impl Ring {
     fn write_buffers(&self, head: u16, request: &Submitted, prng: &mut Prng) -> Vec<(u64, u32, u16)> {
         let Submitted { action, span, .. } = request;
         let (kind, sector) = match action {
-            Action::Read => (0u32, span.start),
-            Action::Write(_) => (1, span.start),
-            Action::Flush(_) => (4, 0),
-            Action::Discard => (11, 0),
-            Action::Zero { .. } => (13, 0),
+            GuestAction::Read => (0u32, span.start),
+            GuestAction::Write(_) => (1, span.start),
+            GuestAction::Flush(_) => (4, 0),
+            GuestAction::Discard => (11, 0),
+            GuestAction::Zero { .. } => (13, 0),
         };
         self.write(Self::slot(head, 0), kind);
         self.write(Self::slot(head, 4), 0u32);
         self.write(Self::slot(head, 8), sector);
         self.write(Self::slot(head, STATUS), NO_STATUS);
         let data: Vec<u8> = match action {
-            Action::Read => (0..span.count).flat_map(|_| sector_of(UNREAD)).collect(),
-            Action::Write(number) => {
+            GuestAction::Read => (0..span.count).flat_map(|_| sector_of(UNREAD)).collect(),
+            GuestAction::Write(number) => {
                 (span.start..span.end()).flat_map(|sector| sector_of(written(*number, sector))).collect()
             }
-            Action::Flush(_) => Vec::new(),
-            Action::Discard => range_segments(*span, false, prng),
-            Action::Zero { unmap } => range_segments(*span, *unmap, prng),
+            GuestAction::Flush(_) => Vec::new(),
+            GuestAction::Discard => range_segments(*span, false, prng),
+            GuestAction::Zero { unmap } => range_segments(*span, *unmap, prng),
         };
         self.memory.write_slice(&data, self.at(Self::slot(head, DATA))).expect("guest memory");
-        let direction = if matches!(action, Action::Read) { WRITE } else { 0 };
+        let direction = if matches!(action, GuestAction::Read) { WRITE } else { 0 };
         let mut buffers = vec![(Self::slot(head, 0), 16, 0)];
         let cuts = if data.len() > SECTOR_SIZE { prng.below(3) as usize } else { 0 };
         let mut rest = data.len();
@@ -347,7 +347,7 @@ impl Ring {
             chain.unwrap_or_else(|| panic!("chain {head} completes, and is not in flight: it completed before"));
         self.free.extend(descriptors.into_iter().rev());
         let status: u8 = self.read(Self::slot(head, STATUS));
-        let is_read = matches!(request.action, Action::Read);
+        let is_read = matches!(request.action, GuestAction::Read);
         let data_bytes = if is_read && status == 0 { request.span.count as u32 * SECTOR_SIZE as u32 } else { 0 };
         assert!(status <= 1, "{request:?} completes with status {status}");
         assert_eq!(len, data_bytes + 1, "the used length of {request:?}");

@@ -28,7 +28,7 @@ use crate::systemd::ServiceManager;
 use crate::tenure::record::ATTRIBUTE;
 use crate::units::{PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorSpan, Tick};
 use crate::virtio::config_space::{DiscardLimits, DiskParameters};
-use crate::virtio::request::{Disk, serial};
+use crate::virtio::request::{RequestLimits, serial};
 
 /// VIRTIO_BLK_F_FLUSH and VIRTIO_BLK_F_CONFIG_WCE.
 const CACHE_FEATURES: u64 = 1 << 9 | 1 << 11;
@@ -280,7 +280,7 @@ fn device_of(cached: &CachedImage, workers: usize, writeback: bool, read_only: b
         can_zero: true,
         zero_may_unmap: true,
     };
-    let disk = Disk {
+    let disk = RequestLimits {
         capacity_sectors,
         read_only,
         can_discard: true,

@@ -11,9 +11,9 @@
 use crate::units::SectorSpan;
 
 /// The value of a sector. A write gives each of its sectors a value of its own; zeros are 0.
-pub(super) type Value = u64;
+pub(super) type SectorValue = u64;
 /// Any value: the sector was discarded.
-pub(super) const ANY: Value = u64::MAX;
+pub(super) const ANY: SectorValue = u64::MAX;
 /// More failed writes than this to a sector, with no success after them, and nothing is known of it any more.
 const FAILED_MAX: usize = 2;
 
@@ -24,7 +24,7 @@ pub(super) type RequestId = u64;
 #[derive(Clone, Copy, Debug)]
 struct Effect {
     id: RequestId,
-    value: Value,
+    value: SectorValue,
     submitted: u64,
     /// When it failed: it may have an effect until a later write succeeds.
     failed: Option<u64>,
@@ -33,9 +33,9 @@ struct Effect {
 /// Orders of effects that explain what was seen, as far as they matter for what follows.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct History {
-    current: Value,
+    current: SectorValue,
     /// For each read in flight the values that the sector has had since, in the order of their numbers.
-    visible: Vec<Vec<Value>>,
+    visible: Vec<Vec<SectorValue>>,
     /// Effects in flight that have taken place.
     applied: Vec<RequestId>,
 }
@@ -73,7 +73,7 @@ impl History {
 #[derive(Clone, Copy, Debug)]
 struct Survivor {
     id: RequestId,
-    value: Value,
+    value: SectorValue,
     submitted: u64,
     ended: Option<u64>,
     succeeded: bool,
@@ -87,19 +87,19 @@ struct Sector {
     survivors: Vec<Survivor>,
 }
 
-fn is(value: Value, seen: Value) -> bool {
+fn is(value: SectorValue, seen: SectorValue) -> bool {
     value == seen || value == ANY
 }
 
 impl Sector {
-    fn holding(value: Value) -> Self {
+    fn holding(value: SectorValue) -> Self {
         let history = History { current: value, visible: Vec::new(), applied: Vec::new() };
         let survivor = Survivor { id: 0, value, submitted: 0, ended: Some(0), succeeded: true };
         Self { histories: vec![history], effects: Vec::new(), reads: Vec::new(), survivors: vec![survivor] }
     }
 
     /// The values that the sector may have now; `None` while more effects are in flight.
-    fn possible(&self) -> Option<Vec<Value>> {
+    fn possible(&self) -> Option<Vec<SectorValue>> {
         self.effects.is_empty().then(|| self.histories.iter().map(|history| history.current).collect())
     }
 
@@ -111,7 +111,7 @@ impl Sector {
     }
 
     /// Ends a read; `seen` is what it returned, if it succeeded. Returns whether some history explains that.
-    fn end_read(&mut self, id: RequestId, seen: Option<Value>) -> bool {
+    fn end_read(&mut self, id: RequestId, seen: Option<SectorValue>) -> bool {
         let at = self.reads.iter().position(|&read| read == id).expect("a read begins before it ends");
         if let Some(seen) = seen {
             let mut explained = Vec::new();
@@ -151,7 +151,7 @@ impl Sector {
     }
 
     /// A FLUSH is complete that was sent at `at`, when the sector had one of the values `possible`.
-    fn flush(&mut self, at: u64, possible: Option<&[Value]>) {
+    fn flush(&mut self, at: u64, possible: Option<&[SectorValue]>) {
         let ended_before = |survivor: &Survivor| survivor.ended.is_some_and(|ended| ended <= at);
         let covered = self.survivors.iter().filter(|survivor| survivor.succeeded && ended_before(survivor));
         if let Some(last) = covered.map(|survivor| survivor.submitted).max() {
@@ -237,9 +237,9 @@ impl Sector {
 
 /// What the guest knew of the disk when it sent a FLUSH.
 #[derive(Clone, Debug)]
-pub(super) struct Snapshot {
+pub(super) struct OracleSnapshot {
     at: u64,
-    possible: Vec<Option<Vec<Value>>>,
+    possible: Vec<Option<Vec<SectorValue>>>,
 }
 
 /// See the module.
@@ -252,7 +252,7 @@ pub(super) struct Oracle {
 
 impl Oracle {
     /// A disk that holds these values, which are durable.
-    pub fn new(values: impl Iterator<Item = Value>) -> Self {
+    pub fn new(values: impl Iterator<Item = SectorValue>) -> Self {
         Self { sectors: values.map(Sector::holding).collect(), clock: 1 }
     }
 
@@ -272,7 +272,7 @@ impl Oracle {
     }
 
     /// A read ends with the values that it returned; `None`: it failed or is lost.
-    pub fn end_read(&mut self, id: RequestId, span: SectorSpan, seen: Option<&[Value]>) {
+    pub fn end_read(&mut self, id: RequestId, span: SectorSpan, seen: Option<&[SectorValue]>) {
         for (n, sector) in self.over(span).iter_mut().enumerate() {
             let value = seen.map(|values| values[n]);
             let before = sector.clone();
@@ -287,7 +287,7 @@ impl Oracle {
     }
 
     /// A write is sent; `value` gives the value of each sector.
-    pub fn begin_write(&mut self, id: RequestId, span: SectorSpan, value: impl Fn(u64) -> Value) {
+    pub fn begin_write(&mut self, id: RequestId, span: SectorSpan, value: impl Fn(u64) -> SectorValue) {
         self.clock += 1;
         let submitted = self.clock;
         for (n, sector) in (span.start..).zip(self.over(span)) {
@@ -328,13 +328,13 @@ impl Oracle {
     }
 
     /// What a FLUSH that is sent now must make durable.
-    pub fn snapshot(&mut self) -> Snapshot {
+    pub fn snapshot(&mut self) -> OracleSnapshot {
         self.clock += 1;
-        Snapshot { at: self.clock, possible: self.sectors.iter().map(Sector::possible).collect() }
+        OracleSnapshot { at: self.clock, possible: self.sectors.iter().map(Sector::possible).collect() }
     }
 
     /// The FLUSH of this snapshot succeeds.
-    pub fn complete_flush(&mut self, snapshot: &Snapshot) {
+    pub fn complete_flush(&mut self, snapshot: &OracleSnapshot) {
         self.clock += 1;
         for (sector, possible) in self.sectors.iter_mut().zip(&snapshot.possible) {
             if sector.survivors.len() > 1 {
@@ -344,20 +344,20 @@ impl Oracle {
     }
 
     /// Checks that a power cut may leave `value` in a sector.
-    pub fn check_survivor(&self, at: usize, value: Value) {
+    pub fn check_survivor(&self, at: usize, value: SectorValue) {
         let sector = &self.sectors[at];
         let allowed = sector.survivors.iter().any(|survivor| is(survivor.value, value));
         assert!(allowed, "a power cut leaves {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }
 
     /// Whether a sector may hold this value now, as far as the guest knows.
-    pub fn may_hold(&self, at: usize, value: Value) -> bool {
+    pub fn may_hold(&self, at: usize, value: SectorValue) -> bool {
         let sector = &self.sectors[at];
         sector.histories.iter().any(|history| is(history.current, value)) || !sector.effects.is_empty()
     }
 
     /// Checks that a quiet disk, whose cache is written, holds what the guest would read.
-    pub fn check_quiet(&self, at: usize, value: Value) {
+    pub fn check_quiet(&self, at: usize, value: SectorValue) {
         let sector = &self.sectors[at];
         assert!(self.may_hold(at, value), "the image holds {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }

@@ -4,7 +4,7 @@
 //! write may or may not reach the medium. A Sync covers the operations whose events were reaped before it was
 //! submitted, and no other.
 //!
-//! A sector holds a [`Value`] that fills its 512 bytes, so that a mixture of two is seen.
+//! A sector holds a [`SectorValue`] that fills its 512 bytes, so that a mixture of two is seen.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::oracle::Value;
+use super::oracle::SectorValue;
 use crate::error::Result;
 use crate::fault_injection::crash_point;
 use crate::prng::Prng;
@@ -20,20 +20,20 @@ use crate::store::{Backing, Event, Extent, IoRequest, Limits, Refused, Segment, 
 use crate::units::{ExtentKind, Fault, OpKind, SECTOR_BYTES, SECTOR_SIZE, SectorSpan, Unmap};
 
 /// What memory holds after a read that failed. A guest that sees it was given garbage.
-const GARBAGE: Value = 0xdead_dead_dead_dead;
+const GARBAGE: SectorValue = 0xdead_dead_dead_dead;
 const WORDS: usize = SECTOR_SIZE / 8;
 const SECTORS_PER_PAGE: usize = 8;
 
 /// A sector that holds `value`.
-pub(super) fn sector_of(value: Value) -> [u8; SECTOR_SIZE] {
+pub(super) fn sector_of(value: SectorValue) -> [u8; SECTOR_SIZE] {
     let mut bytes = [0; SECTOR_SIZE];
     bytes.chunks_mut(8).for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
     bytes
 }
 
 /// The value of a sector; `None`: it is a mixture.
-pub(super) fn value_of(sector: &[u8]) -> Option<Value> {
-    let mut words = sector.chunks(8).map(|word| Value::from_le_bytes(word.try_into().expect("eight bytes")));
+pub(super) fn value_of(sector: &[u8]) -> Option<SectorValue> {
+    let mut words = sector.chunks(8).map(|word| SectorValue::from_le_bytes(word.try_into().expect("eight bytes")));
     let first = words.next()?;
     words.all(|word| word == first).then_some(first)
 }
@@ -52,14 +52,14 @@ pub(super) struct Behaviour {
 /// A write that no Sync has covered.
 #[derive(Clone, Copy, Debug)]
 struct Unsynced {
-    value: Value,
+    value: SectorValue,
     operation: u64,
     /// When its event was reaped.
     heard: Option<u64>,
 }
 
 #[derive(Debug)]
-struct Operation {
+struct DiskOperation {
     id: u64,
     queue: usize,
     request: IoRequest,
@@ -72,7 +72,7 @@ struct Operation {
 }
 
 #[derive(Debug)]
-struct Queue {
+struct EventQueue {
     wake: EventFd,
     /// With the operations that they report.
     events: Vec<(u64, Event)>,
@@ -80,20 +80,20 @@ struct Queue {
 }
 
 #[derive(Debug)]
-struct DiskState {
+struct MediumState {
     prng: Prng,
     behaviour: Behaviour,
     now_us: u64,
-    current: Vec<Value>,
-    durable: Vec<Value>,
+    current: Vec<SectorValue>,
+    durable: Vec<SectorValue>,
     unsynced: Vec<Vec<Unsynced>>,
     /// By page.
     hole: Vec<bool>,
     /// Counts Syncs.
     clock: u64,
     next_id: u64,
-    operations: Vec<Operation>,
-    queues: Vec<Queue>,
+    operations: Vec<DiskOperation>,
+    queues: Vec<EventQueue>,
     /// Events that a queue's owner has reaped.
     reaped: u64,
     faults: u64,
@@ -105,7 +105,7 @@ struct DiskState {
 #[derive(Clone, Debug)]
 pub(super) struct SimulatedImage {
     limits: Limits,
-    disk: Arc<Mutex<DiskState>>,
+    disk: Arc<Mutex<MediumState>>,
 }
 
 impl SimulatedImage {
@@ -113,7 +113,7 @@ impl SimulatedImage {
     pub fn new(limits: Limits, behaviour: Behaviour, mut prng: Prng, hole_percent: u64) -> Self {
         let sectors = (limits.size_bytes / SECTOR_BYTES) as usize;
         let hole = (0..sectors.div_ceil(SECTORS_PER_PAGE)).map(|_| prng.percent(hole_percent)).collect();
-        let disk = DiskState {
+        let disk = MediumState {
             prng,
             behaviour,
             now_us: 0,
@@ -132,7 +132,7 @@ impl SimulatedImage {
         Self { limits, disk: Arc::new(Mutex::new(disk)) }
     }
 
-    fn disk(&self) -> MutexGuard<'_, DiskState> {
+    fn disk(&self) -> MutexGuard<'_, MediumState> {
         self.disk.lock().expect("no panic with the disk locked")
     }
 
@@ -194,7 +194,7 @@ impl SimulatedImage {
     }
 
     /// The values of all sectors.
-    pub fn values(&self) -> Vec<Value> {
+    pub fn values(&self) -> Vec<SectorValue> {
         self.disk().current.clone()
     }
 
@@ -209,9 +209,9 @@ impl SimulatedImage {
     }
 
     /// As [`SimulatedImage::values`], after the host has dropped what a failed Sync has left in its memory.
-    pub fn reopened(&self) -> Vec<Value> {
+    pub fn reopened(&self) -> Vec<SectorValue> {
         let mut disk = self.disk();
-        let DiskState { current, durable, unsynced, .. } = &mut *disk;
+        let MediumState { current, durable, unsynced, .. } = &mut *disk;
         for ((current, durable), unsynced) in current.iter_mut().zip(durable).zip(unsynced) {
             if !unsynced.iter().any(|write| write.value == *current) {
                 *current = *durable;
@@ -222,7 +222,7 @@ impl SimulatedImage {
     }
 
     /// Writes that reach the image by another way, and are durable if `synced`.
-    pub fn replace(&self, values: &[Value], synced: bool) {
+    pub fn replace(&self, values: &[SectorValue], synced: bool) {
         let mut disk = self.disk();
         let (clock, id) = (disk.clock, disk.next_id);
         disk.next_id += 1;
@@ -240,10 +240,11 @@ impl SimulatedImage {
     }
 
     /// What a power cut at this moment may leave, a value for each sector.
-    pub fn after_power_cut(&self) -> Vec<Value> {
+    pub fn after_power_cut(&self) -> Vec<SectorValue> {
         let mut disk = self.disk();
-        let DiskState { prng, durable, unsynced, .. } = &mut *disk;
-        let left = |(durable, unsynced): (&Value, &Vec<Unsynced>)| match prng.below(unsynced.len() as u64 + 1) as usize
+        let MediumState { prng, durable, unsynced, .. } = &mut *disk;
+        let left = |(durable, unsynced): (&SectorValue, &Vec<Unsynced>)| match prng.below(unsynced.len() as u64 + 1)
+            as usize
         {
             0 => *durable,
             n => unsynced[n - 1].value,
@@ -252,7 +253,7 @@ impl SimulatedImage {
     }
 
     /// The power is cut, and this is what it leaves.
-    pub fn cut_power(&self, left: &[Value]) {
+    pub fn cut_power(&self, left: &[SectorValue]) {
         let mut disk = self.disk();
         disk.operations.clear();
         disk.queues.clear();
@@ -261,10 +262,10 @@ impl SimulatedImage {
     }
 }
 
-impl DiskState {
+impl MediumState {
     /// The time of the next effect or event, and the index of its operation.
     fn next_event(&self) -> Option<(u64, usize)> {
-        let time = |operation: &Operation| {
+        let time = |operation: &DiskOperation| {
             if operation.outcome.is_none() { operation.effect_at } else { operation.event_at }
         };
         self.operations.iter().enumerate().map(|(index, operation)| (time(operation), index)).min()
@@ -285,8 +286,8 @@ impl DiskState {
     }
 
     /// The effect of an operation, on disk and memory, and its event.
-    fn apply(&mut self, operation: &Operation) -> Event {
-        let Operation { id, request, began, .. } = operation;
+    fn apply(&mut self, operation: &DiskOperation) -> Event {
+        let DiskOperation { id, request, began, .. } = operation;
         let tag = request.tag;
         let first = (request.offset / SECTOR_BYTES) as usize;
         let count = (request.len / SECTOR_BYTES) as usize;
@@ -332,7 +333,7 @@ impl DiskState {
         Event::Done { tag }
     }
 
-    fn write(&mut self, sector: usize, value: Value, operation: u64) {
+    fn write(&mut self, sector: usize, value: SectorValue, operation: u64) {
         self.current[sector] = value;
         self.unsynced[sector].push(Unsynced { value, operation, heard: None });
         self.hole[sector / SECTORS_PER_PAGE] = false;
@@ -398,7 +399,7 @@ impl DiskState {
 }
 
 /// Fills memory with sectors of these values.
-fn fill(segments: &[Segment], values: &[Value]) {
+fn fill(segments: &[Segment], values: &[SectorValue]) {
     let mut values = values.iter();
     for segment in segments {
         for at in (0..segment.len).step_by(SECTOR_SIZE) {
@@ -411,7 +412,7 @@ fn fill(segments: &[Segment], values: &[Value]) {
 }
 
 /// The values of the sectors in memory.
-fn contents(segments: &[Segment]) -> Vec<Value> {
+fn contents(segments: &[Segment]) -> Vec<SectorValue> {
     let mut values = Vec::new();
     for segment in segments {
         for at in (0..segment.len).step_by(8 * WORDS) {
@@ -435,7 +436,7 @@ impl Backing for SimulatedImage {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an eventfd");
         let descriptor = wake.as_raw_fd();
         let mut disk = self.disk();
-        disk.queues.push(Queue { wake, events: Vec::new(), in_flight: 0 });
+        disk.queues.push(EventQueue { wake, events: Vec::new(), in_flight: 0 });
         Ok(Box::new(SimulatedQueue { image: self.clone(), index: disk.queues.len() - 1, descriptor }))
     }
 }
@@ -476,7 +477,7 @@ impl StoreQueue for SimulatedQueue {
         let event_at = effect_at + disk.prng.between(0, latency);
         let (id, began, queue) = (disk.next_id, disk.clock, self.index);
         disk.next_id += 1;
-        disk.operations.push(Operation { id, queue, request, began, effect_at, event_at, outcome: None });
+        disk.operations.push(DiskOperation { id, queue, request, began, effect_at, event_at, outcome: None });
         Ok(())
     }
 
@@ -484,7 +485,7 @@ impl StoreQueue for SimulatedQueue {
 
     fn reap(&mut self, events: &mut Vec<Event>) {
         let mut disk = self.image.disk();
-        let DiskState { queues, unsynced, clock, reaped, .. } = &mut *disk;
+        let MediumState { queues, unsynced, clock, reaped, .. } = &mut *disk;
         let queue = &mut queues[self.index];
         let _ = queue.wake.read();
         queue.in_flight -= queue.events.len();

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::Counts;
-use super::control::{LAST_FLUSHES_MAX, Session};
-use super::guest::{Action, Completed, Ring, SECTORS_MAX, Submitted, guest_memory, written};
+use super::control::{FrontEndConnection, LAST_FLUSHES_MAX};
+use super::guest::{Completed, GuestAction, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life, in_daemon};
 use super::oracle::{ANY, Oracle, RequestId};
 use super::scenario::{Scenario, budget, settings};
@@ -42,7 +42,7 @@ pub(super) struct World {
     pub oracle: Oracle,
     /// The daemon, while one lives.
     pub life: Option<Life>,
-    pub session: Session,
+    pub session: FrontEndConnection,
     pub now_us: u64,
     /// The present period in write-through mode.
     pub write_through: Option<u64>,
@@ -95,7 +95,7 @@ impl World {
             memory,
             rings,
             life: None,
-            session: Session::default(),
+            session: FrontEndConnection::default(),
             now_us: 0,
             periods: 0,
             lost: Vec::new(),
@@ -297,9 +297,9 @@ impl World {
     fn reset_guest(&mut self) {
         for request in self.rings.iter_mut().flat_map(Ring::reset).collect::<Vec<_>>() {
             match request.action {
-                Action::Read => self.oracle.end_read(request.id, request.span, None),
-                Action::Flush(_) => {}
-                Action::Write(_) | Action::Zero { .. } | Action::Discard => self.lost.push(request.id),
+                GuestAction::Read => self.oracle.end_read(request.id, request.span, None),
+                GuestAction::Flush(_) => {}
+                GuestAction::Write(_) | GuestAction::Zero { .. } | GuestAction::Discard => self.lost.push(request.id),
             }
         }
     }
@@ -348,29 +348,29 @@ impl World {
         }
         let [reads, writes, zeros, discards] = self.scenario.mix;
         let action = match self.prng.below(100) {
-            n if n < reads => Action::Read,
-            n if n < reads + writes => Action::Write(self.next_id),
-            n if n < reads + writes + zeros => Action::Zero { unmap: self.prng.percent(50) },
-            n if n < reads + writes + zeros + discards => Action::Discard,
-            _ => Action::Flush(self.oracle.snapshot()),
+            n if n < reads => GuestAction::Read,
+            n if n < reads + writes => GuestAction::Write(self.next_id),
+            n if n < reads + writes + zeros => GuestAction::Zero { unmap: self.prng.percent(50) },
+            n if n < reads + writes + zeros + discards => GuestAction::Discard,
+            _ => GuestAction::Flush(self.oracle.snapshot()),
         };
         let ring = self.prng.below(self.scenario.rings as u64) as usize;
         self.submit(ring, action, span);
     }
 
     /// Submits a request if its ring has space.
-    fn submit(&mut self, ring: usize, action: Action, span: SectorSpan) -> bool {
+    fn submit(&mut self, ring: usize, action: GuestAction, span: SectorSpan) -> bool {
         if !self.rings[ring].has_space() {
             return false;
         }
         let id = self.next_id;
         self.next_id += 1;
         match action {
-            Action::Read => self.oracle.begin_read(id, span),
-            Action::Write(number) => self.oracle.begin_write(id, span, |sector| written(number, sector)),
-            Action::Zero { .. } => self.oracle.begin_write(id, span, |_| 0),
-            Action::Discard => self.oracle.begin_write(id, span, |_| ANY),
-            Action::Flush(_) => {}
+            GuestAction::Read => self.oracle.begin_read(id, span),
+            GuestAction::Write(number) => self.oracle.begin_write(id, span, |sector| written(number, sector)),
+            GuestAction::Zero { .. } => self.oracle.begin_write(id, span, |_| 0),
+            GuestAction::Discard => self.oracle.begin_write(id, span, |_| ANY),
+            GuestAction::Flush(_) => {}
         }
         let request = Submitted { id, action, span, write_through: self.write_through };
         self.rings[ring].submit(request, &mut self.prng);
@@ -392,28 +392,28 @@ impl World {
         let Completed { request, succeeded, values } = completed;
         let Submitted { id, action, span, write_through } = request;
         self.completed += 1;
-        let is_change = matches!(action, Action::Write(_) | Action::Zero { .. } | Action::Discard);
+        let is_change = matches!(action, GuestAction::Write(_) | GuestAction::Zero { .. } | GuestAction::Discard);
         let may_fail = self.image.has_failed() || self.is_reader && is_change;
         assert!(succeeded || may_fail, "request {id} ({action:?}) fails for no reason");
         assert!(!(succeeded && self.is_reader && is_change), "request {id} ({action:?}) changes a read-only disk");
         match action {
-            Action::Read => self.oracle.end_read(id, span, succeeded.then_some(&values[..])),
-            Action::Flush(snapshot) if succeeded => {
+            GuestAction::Read => self.oracle.end_read(id, span, succeeded.then_some(&values[..])),
+            GuestAction::Flush(snapshot) if succeeded => {
                 self.oracle.complete_flush(&snapshot);
                 if self.prng.percent(30) {
                     self.check_power_cut();
                 }
             }
-            Action::Flush(_) => {}
-            Action::Write(_) | Action::Zero { .. } | Action::Discard if succeeded => {
-                let is_discard = matches!(action, Action::Discard);
+            GuestAction::Flush(_) => {}
+            GuestAction::Write(_) | GuestAction::Zero { .. } | GuestAction::Discard if succeeded => {
+                let is_discard = matches!(action, GuestAction::Discard);
                 let durable = !is_discard && write_through.is_some() && write_through == self.write_through;
                 self.oracle.complete_write(id, span, durable);
                 if durable && self.prng.percent(30) {
                     self.check_power_cut();
                 }
             }
-            Action::Write(_) | Action::Zero { .. } | Action::Discard => self.oracle.fail_write(id, span),
+            GuestAction::Write(_) | GuestAction::Zero { .. } | GuestAction::Discard => self.oracle.fail_write(id, span),
         }
     }
 
@@ -451,7 +451,7 @@ impl World {
         while start < sectors {
             let span = SectorSpan::new(start, SECTORS_MAX.min(sectors - start));
             let ring = self.prng.below(self.scenario.rings as u64) as usize;
-            if self.submit(ring, Action::Read, span) {
+            if self.submit(ring, GuestAction::Read, span) {
                 start = span.end();
             } else {
                 self.complete_all_requests();
@@ -466,7 +466,7 @@ impl World {
         let span = SectorSpan::new(0, 0);
         let id = self.next_id;
         self.next_id += 1;
-        let request = Submitted { id, action: Action::Flush(snapshot), span, write_through: None };
+        let request = Submitted { id, action: GuestAction::Flush(snapshot), span, write_through: None };
         self.rings[0].submit(request, &mut self.prng);
         loop {
             self.image.advance(self.now_us);

@@ -4,7 +4,7 @@
 use crate::cache::PageCache;
 use crate::units::{OpKind, SectorSpan, Unmap};
 
-use super::super::memory::Memory;
+use super::super::memory::SimulatedMemory;
 use super::super::oracle::Oracle;
 use super::super::scenario::{FRAMES, change_settings};
 use super::{GuestOp, Reset, World};
@@ -113,14 +113,14 @@ impl World {
         self.disk.complete_sync(began);
         self.settings.frames = frames;
         self.settings.dirty_pages_max = self.prng.pick(&[frames / 4, frames / 2, frames]);
-        self.memory = Memory::new(frames, self.scenario.zero_slots);
+        self.memory = SimulatedMemory::new(frames, self.scenario.zero_slots);
     }
 
     /// Starts a daemon that serves the image read-only, to another guest. It may do so only beside a clean cache, which
     /// it leaves as it is.
     fn start_reader(&mut self) {
         self.lose_requests();
-        let memory = Memory::new(self.settings.frames, self.scenario.zero_slots);
+        let memory = SimulatedMemory::new(self.settings.frames, self.scenario.zero_slots);
         self.cache = PageCache::new(self.settings.clone(), Box::new(memory.clone()));
         self.memory_of_writer = Some(std::mem::replace(&mut self.memory, memory));
     }
@@ -150,7 +150,7 @@ impl World {
         self.requests.clear();
         self.oracle = Oracle::of(&left);
         self.disk.cut_power(&left);
-        self.memory = Memory::new(self.settings.frames, self.scenario.zero_slots);
+        self.memory = SimulatedMemory::new(self.settings.frames, self.scenario.zero_slots);
         self.start_writer();
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::handshake::{Handshake, HandshakeError};
 use super::wire::Export;
-use crate::nbd_uri::{NbdUri, Place};
+use crate::nbd_uri::{NbdUri, ServerAddress};
 use crate::sys::{poll, socket, stream};
 
 /// How long each address of a host is tried.
@@ -70,13 +70,13 @@ impl Patient for TcpStream {
 /// [`io::ErrorKind::ConnectionRefused`] with the server's reason if it refuses the export.
 pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection> {
     let (host, port) = match &uri.place {
-        Place::Unix(path) => {
+        ServerAddress::Unix(path) => {
             let mut stream = socket::connect_to_path_without_waiting(path)?;
             let export = negotiate(&mut stream, &uri.export, patience)?;
             let process = stream::peer_process(&stream);
             return Ok(Connection { socket: stream.into(), export, may_have_lost: false, process });
         }
-        Place::Tcp(host, port) => (host.as_str(), *port),
+        ServerAddress::Tcp(host, port) => (host.as_str(), *port),
     };
     let mut stream = connect_to_host(host, port)?;
     stream.set_nodelay(true)?;

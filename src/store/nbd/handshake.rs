@@ -59,7 +59,7 @@ impl fmt::Display for HandshakeError {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum HandshakeState {
     Greeting,
     /// The header of a reply to this option.
     Reply(u32),
@@ -76,7 +76,7 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Handshake {
     name: String,
-    state: State,
+    state: HandshakeState,
     replies: u32,
     output: Vec<u8>,
     found: Export,
@@ -88,7 +88,14 @@ impl Handshake {
     pub fn new(name: &str) -> Self {
         let (block_min, block_preferred, block_max) = DEFAULT_BLOCKS;
         let found = Export { block_min, block_preferred, block_max, ..Export::default() };
-        Self { name: name.to_owned(), state: State::Greeting, replies: 0, output: Vec::new(), found, has_size: false }
+        Self {
+            name: name.to_owned(),
+            state: HandshakeState::Greeting,
+            replies: 0,
+            output: Vec::new(),
+            found,
+            has_size: false,
+        }
     }
 
     /// What to send now.
@@ -99,16 +106,16 @@ impl Handshake {
     /// How many bytes [`Handshake::receive`] takes next; `None` once the handshake is over. At most 64 KiB.
     pub fn wants(&self) -> Option<usize> {
         match self.state {
-            State::Greeting => Some(GREETING_BYTES),
-            State::Reply(_) => Some(REPLY_BYTES),
-            State::ReplyData { len, .. } => Some(len as usize),
-            State::Done => None,
+            HandshakeState::Greeting => Some(GREETING_BYTES),
+            HandshakeState::Reply(_) => Some(REPLY_BYTES),
+            HandshakeState::ReplyData { len, .. } => Some(len as usize),
+            HandshakeState::Done => None,
         }
     }
 
     /// The export, once the handshake is over.
     pub fn export(&self) -> Option<Export> {
-        (self.state == State::Done).then_some(self.found)
+        (self.state == HandshakeState::Done).then_some(self.found)
     }
 
     /// Takes exactly as many bytes as [`Handshake::wants`] says.
@@ -118,8 +125,8 @@ impl Handshake {
     pub fn receive(&mut self, bytes: &[u8]) -> Result<(), HandshakeError> {
         debug_assert_eq!(Some(bytes.len()), self.wants());
         match self.state {
-            State::Greeting => self.greeted(bytes),
-            State::Reply(option) => {
+            HandshakeState::Greeting => self.greeted(bytes),
+            HandshakeState::Reply(option) => {
                 if be64(bytes, 0) != OPTION_REPLY_MAGIC || be32(bytes, 8) != option {
                     return Err(protocol("it does not reply to options as NBD servers do"));
                 }
@@ -129,13 +136,13 @@ impl Handshake {
                     return Err(protocol("it replies to an option without end"));
                 }
                 if len > 0 {
-                    self.state = State::ReplyData { option, kind, len };
+                    self.state = HandshakeState::ReplyData { option, kind, len };
                     return Ok(());
                 }
                 self.replied(option, kind, &[])
             }
-            State::ReplyData { option, kind, .. } => self.replied(option, kind, bytes),
-            State::Done => Ok(()),
+            HandshakeState::ReplyData { option, kind, .. } => self.replied(option, kind, bytes),
+            HandshakeState::Done => Ok(()),
         }
     }
 
@@ -157,7 +164,7 @@ impl Handshake {
         self.output.extend(option.to_be_bytes());
         self.output.extend(len_bytes(data));
         self.output.extend(data);
-        self.state = State::Reply(option);
+        self.state = HandshakeState::Reply(option);
     }
 
     fn ask_for_allocation(&mut self) {
@@ -179,7 +186,7 @@ impl Handshake {
 
     fn replied(&mut self, option: u32, kind: u32, data: &[u8]) -> Result<(), HandshakeError> {
         let is_error = kind & REPLY_ERROR != 0;
-        self.state = State::Reply(option);
+        self.state = HandshakeState::Reply(option);
         match (option, kind) {
             (OPTION_STRUCTURED_REPLY, REPLY_ACK) => {
                 self.found.is_structured = true;
@@ -197,7 +204,7 @@ impl Handshake {
                 self.ask_for_export();
             }
             (OPTION_GO, REPLY_INFO) => self.informed(data)?,
-            (OPTION_GO, REPLY_ACK) if self.has_size => self.state = State::Done,
+            (OPTION_GO, REPLY_ACK) if self.has_size => self.state = HandshakeState::Done,
             (OPTION_GO, REPLY_ACK) => return Err(protocol("it does not tell the size of the export")),
             (OPTION_GO, _) if is_error => return Err(self.refusal(kind, data)),
             _ => return Err(protocol(&format!("it replies {kind:#x} to option {option}"))),

@@ -27,7 +27,7 @@ use std::time::Duration;
 use log::{info, warn};
 
 use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, at_start, detect};
-use super::handed::{Fence, ImageParts};
+use super::handed::{ImageParts, IoFence};
 use super::named::{BlockWriter, ImageKind, KnownRaw, NamedImage, PageBytes};
 use super::options::OpenOptions;
 use super::{Backing, Event, IoRequest, Limits, Segment, StoreQueue};
@@ -297,7 +297,7 @@ impl NamedImage for NbdImage {
         ChangeToken { size_bytes: self.limits.size_bytes, ..ChangeToken::default() }
     }
 
-    fn hand_out(&self, _fence: Fence) -> io::Result<(File, ImageParts)> {
+    fn hand_out(&self, _fence: IoFence) -> io::Result<(File, ImageParts)> {
         let why = "exports of NBD servers cannot be handed to the process that serves a disk yet";
         Err(io::Error::new(io::ErrorKind::Unsupported, why))
     }
@@ -332,14 +332,14 @@ impl NamedImage for NbdImage {
     }
 
     fn writer(&self) -> io::Result<Box<dyn BlockWriter + '_>> {
-        Ok(Box::new(Writer(self)))
+        Ok(Box::new(ExportWriter(self)))
     }
 }
 
 /// Writes to an export one request at a time.
-struct Writer<'a>(&'a NbdImage);
+struct ExportWriter<'a>(&'a NbdImage);
 
-impl BlockWriter for Writer<'_> {
+impl BlockWriter for ExportWriter<'_> {
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
         // What is written must not change, which a borrowed slice ensures; the segment's type does not tell.
         let mut bytes = bytes.to_vec();

@@ -30,10 +30,17 @@ const ALL: [u32; 6] = [
 /// An address, a length, and WRITE or 0.
 type Piece = (u64, u32, u16);
 
-fn disk() -> Disk {
+fn disk() -> RequestLimits {
     let serial = serial("genblk-1");
     let max_discard_sectors = 1 << 19;
-    Disk { capacity_sectors: 1000, read_only: false, can_discard: true, max_discard_sectors, can_zero: true, serial }
+    RequestLimits {
+        capacity_sectors: 1000,
+        read_only: false,
+        can_discard: true,
+        max_discard_sectors,
+        can_zero: true,
+        serial,
+    }
 }
 
 fn header(kind: u32, sector: u64) -> [u8; 16] {
@@ -231,7 +238,7 @@ fn reads_and_writes_must_be_whole_sectors_within_the_disk() {
 #[test]
 fn a_read_only_disk_fails_every_kind_that_changes_data() {
     let mem = ram();
-    let read_only = Disk { read_only: true, ..disk() };
+    let read_only = RequestLimits { read_only: true, ..disk() };
     for kind in ALL {
         let expected = if is_out(kind) { Err(Status::IoErr) } else { Ok(()) };
         assert_eq!(plain(&mem, kind, 0, 512).check(&read_only), expected, "{kind}");
@@ -250,7 +257,7 @@ fn what_the_disk_does_not_offer_is_unsupported() {
         assert_eq!(parsed.check(&disk()), Err(Status::Unsupported));
         assert_eq!(parsed.used_len(Status::IoErr), 1);
     }
-    let plain_disk = Disk { can_discard: false, can_zero: false, ..disk() };
+    let plain_disk = RequestLimits { can_discard: false, can_zero: false, ..disk() };
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         assert_eq!(plain(&mem, kind, 0, 16).check(&plain_disk), Err(Status::Unsupported));
     }

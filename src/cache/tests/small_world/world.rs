@@ -4,8 +4,8 @@ use super::super::settings_of;
 use super::{Direction, Order, PART, PageState, Scene};
 use crate::cache::pages::{FROZEN, READING};
 use crate::cache::*;
-use crate::sim::disk::Disk;
-use crate::sim::memory::{GARBAGE, Memory};
+use crate::sim::disk::SimulatedDisk;
+use crate::sim::memory::{GARBAGE, SimulatedMemory};
 use crate::units::{ExtentKind, ImageHoles, OpKind};
 
 /// Pages of the image.
@@ -71,8 +71,8 @@ impl Transfer {
 pub(super) struct World<'a> {
     scene: &'a Scene<'a>,
     cache: PageCache,
-    memory: Memory,
-    disk: Disk,
+    memory: SimulatedMemory,
+    disk: SimulatedDisk,
     /// The guest's version of each sector, and the two before it.
     guest: [[u32; 3]; SECTORS],
     operations: Vec<Operation>,
@@ -96,9 +96,9 @@ impl<'a> World<'a> {
             dirty_pages_max: FRAMES,
             ..settings_of(FRAMES, 1)
         };
-        let memory = Memory::new(FRAMES, 1);
+        let memory = SimulatedMemory::new(FRAMES, 1);
         let cache = PageCache::new(settings, Box::new(memory.clone()));
-        let mut disk = Disk::new(scene.shape.image_sectors as usize, |page| scene.state(page).is_hole());
+        let mut disk = SimulatedDisk::new(scene.shape.image_sectors as usize, |page| scene.state(page).is_hole());
         let mut guest = [[0; 3]; SECTORS];
         for (sector, versions) in guest.iter_mut().enumerate().take(disk.sectors()) {
             if !scene.state(sector / 8).is_hole() {

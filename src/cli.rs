@@ -65,8 +65,8 @@ pub enum Action {
         /// Whether to do it without asking.
         force: bool,
     },
-    /// Be a disk process: serve what the supervisor at standard input says.
-    DiskProcess,
+    /// Be the disk process of the device of this name: serve what the supervisor at standard input says.
+    DiskProcess(String),
     /// Serve this image as it is from now on, without the caches below this directory.
     TakeOver(PathBuf, PathBuf),
     /// List the devices of the daemon at this control socket.
@@ -244,7 +244,7 @@ impl ClientCommand {
             Self::Recover { caches, image, discard, force, prune, memory_dir } => {
                 (caches, image, discard, force, prune, memory_dir)
             }
-            Self::DiskProcess { .. } => return Ok(Action::DiskProcess),
+            Self::DiskProcess { name } => return Ok(Action::DiskProcess(name)),
             Self::TakeOver { image, memory_dir } => return Ok(Action::TakeOver(image, memory_dir)),
             Self::List { device, control: ControlSocket { socket, json } } => {
                 return Ok(Action::List { socket, device, json });

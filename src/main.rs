@@ -46,7 +46,7 @@ fn run(action: Action) -> Result<()> {
         Action::Serve(config) => return supervisor::run(&config, Strictness::ServeTheOthers, Hosting::Processes),
         Action::ServeAll(config) => return supervisor::run(&config, Strictness::AllOrNone, Hosting::Processes),
         Action::ServeOne(config) => return supervisor::run(&config, Strictness::ServeTheOthers, Hosting::Threads),
-        Action::DiskProcess => return serve_for_supervisor(),
+        Action::DiskProcess(name) => return serve_for_supervisor(&name),
         Action::List { socket, device, json } => {
             print(&client::list(&mut ControlClient::connect(&socket)?, device, json)?);
         }
@@ -58,10 +58,11 @@ fn run(action: Action) -> Result<()> {
     Ok(())
 }
 
-/// Body of a disk process, which the supervisor has started with its end of their channel as standard input.
-fn serve_for_supervisor() -> Result<()> {
+/// Body of the disk process of a device, which the supervisor has started with its end of their channel as standard
+/// input.
+fn serve_for_supervisor(name: &str) -> Result<()> {
     let failed = |e| Error::io(ErrorKind::System, "cannot use standard input", e);
-    disk_process::main(io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
+    disk_process::main(name, io::stdin().as_fd().try_clone_to_owned().map_err(failed)?)
 }
 
 /// Runs a command for each cache file and prints its message. What fails for one does not stop the others.

@@ -349,23 +349,24 @@ fn a_disk_process_has_no_descriptor_of_another_disk_or_of_the_configuration() {
     daemon.stop();
 }
 
-/// How long the guest waits when its disk process dies: from the kill to the first request that completes.
+/// How long the guest waits when its disk process dies: from the kill to the first request that completes. A host that
+/// is busy only adds to that, so the shortest of five pauses counts.
 #[test]
-fn the_pause_of_a_disk_whose_process_dies_is_short() {
-    let mut daemon = start("pause", 1, "cache.size = \"64M\"");
-    let mut session = open(&daemon, 0);
-    session.write(8, &pattern(1, 8, 4096));
+fn the_pause_of_a_disk_whose_process_dies_is_below_a_tenth_of_a_second() {
     let mut pauses = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..5 {
+        // A new daemon: another death within a minute has a pause of its own.
+        let mut daemon = start("pause", 1, "cache.size = \"64M\"");
+        let mut session = open(&daemon, 0);
+        session.write(8, &pattern(1, 8, 4096));
         let begun = Instant::now();
         kill_disk(&daemon, "d0");
         session = reconnect(session, &daemon, 0);
         assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));
         pauses.push(begun.elapsed());
+        drop(session);
+        daemon.stop();
     }
     println!("pauses: {pauses:?}");
-    // With nothing else to do it takes a tenth of this.
-    assert!(pauses[0] < Duration::from_secs(2), "{pauses:?}");
-    drop(session);
-    daemon.stop();
+    assert!(pauses.iter().min() < Some(&Duration::from_millis(100)), "{pauses:?}");
 }

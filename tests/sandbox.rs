@@ -133,6 +133,16 @@ fn a_system_call_that_a_thread_does_not_need_ends_the_daemon_with_a_line_that_na
         assert!(trespass.log.contains(&format!("sandbox: thread \"{thread}")), "{}", trespass.log);
         Trespass::new(kind, "open", ALL_FENCES).assert_succeeded();
     }
+    for kind in ["opener", "main"] {
+        let trespass = Trespass::new(kind, "connect", "");
+        trespass.assert_died_of("socket");
+        let threads = ["control disk0", "disk disk0"].map(|thread| format!("sandbox: thread \"{thread}\""));
+        assert!(threads.iter().any(|thread| trespass.log.contains(thread)), "{}", trespass.log);
+        // They look for files that they can do without.
+        Trespass::new(kind, "open", "landlock").assert_failed_with(libc::EACCES);
+        Trespass::new(kind, "open", "seccomp").assert_failed_with(libc::EACCES);
+        Trespass::new(kind, "open", ALL_FENCES).assert_succeeded();
+    }
 }
 
 #[test]
@@ -259,6 +269,56 @@ fn without_its_sandbox_the_daemon_serves_and_warns() {
         let found = statuses(daemon.disk_process("disk0"), thread, "Seccomp");
         assert!(!found.is_empty() && found.iter().all(|found| found == "0"), "{thread}: {found:?}");
     }
+}
+
+/// The user of the disk process in the next test.
+const NOBODY: u32 = 65534;
+
+#[test]
+fn a_disk_process_is_confined_in_every_thread_and_runs_as_its_own_user() {
+    if !can_trespass() {
+        return;
+    }
+    for (user, uid) in [("", 0), ("nobody", NOBODY)] {
+        let directory = TempDir::new("sandbox");
+        new_image(&directory);
+        std::os::unix::fs::chown(directory.path().join("image"), Some(uid), None).unwrap();
+        let mut daemon = Daemon::start_configured(directory, &[&format!("user = \"{user}\"")]);
+        let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+        session.write(0, &[7; 4096]);
+        let &[process] = daemon.disk_processes().as_slice() else { panic!("one disk, one process") };
+        poll_until("filters", PATIENCE, || {
+            let found = statuses(process, "", "Seccomp");
+            (found.len() > 5 && found.iter().all(|found| found == "2")).then_some(())
+        });
+        for thread in CONFINED.iter().chain(&["disk disk0", "watchdog"]) {
+            assert!(!statuses(process, thread, "Seccomp").is_empty(), "{thread}");
+        }
+        let ids = format!("{uid}\t{uid}\t{uid}\t{uid}");
+        let none = "0000000000000000";
+        for (field, value) in [("NoNewPrivs", "1"), ("CapPrm", none), ("CapEff", none), ("Uid", &ids)] {
+            let found = statuses(process, "", field);
+            assert!(found.iter().all(|found| found == value), "{field}: {found:?}");
+        }
+        drop(session);
+        daemon.stop();
+        assert_eq!(daemon.image_bytes(0, 4096), [7; 4096]);
+        assert!(daemon.directory().left().is_empty(), "everything is on the image: {}", daemon.log());
+    }
+}
+
+#[test]
+fn a_disk_process_that_violates_its_filter_is_named_and_started_again() {
+    if !can_trespass() || !has("seccomp") {
+        return;
+    }
+    let directory = TempDir::new("sandbox");
+    new_image(&directory);
+    let mut command = Command::new(server_binary());
+    command.env("GENBLK_SANDBOX_TRY", "control exec");
+    let daemon = Daemon::start_by(directory, &[""], command);
+    daemon.await_log("system call execve (");
+    daemon.await_log("killed by SIGSYS");
 }
 
 /// Computed by `systemd-analyze`, which does not need a running systemd.

@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 
 use super::file::Elsewhere;
+use super::ledger::{boot_id, note_boot_id};
 use super::lost_file::LossMarker;
 use super::mapping::Mapping;
 use super::{Arena, ArenaFile, GuestData, GuestState, HEADER_BYTES, Persistence, bytes_of};
@@ -42,6 +43,8 @@ pub struct ArenaParts {
     data_loss: bool,
     write_through: bool,
     formats: u64,
+    /// The host's boot ID, with which a header is compared.
+    boot: [u8; 16],
 }
 
 /// An arena that was received, and what becomes of its file in the end.
@@ -59,6 +62,7 @@ impl ReceivedArena {
     /// # Errors
     /// [`ErrorKind::System`] when descriptors are missing; else as [`Arena::attach`].
     pub fn new(parts: &ArenaParts, files: impl IntoIterator<Item = File>) -> Result<Self> {
+        note_boot_id(parts.boot);
         let mut files = files.into_iter();
         let missing = || Error::new(ErrorKind::System, "a descriptor of the cache is missing");
         let is_removed = Arc::new(AtomicBool::new(false));
@@ -174,6 +178,7 @@ impl KeptArena {
             data_loss: self.data_loss,
             write_through: self.write_through,
             formats: self.formats,
+            boot: boot_id(),
         }
     }
 

@@ -21,6 +21,7 @@ use std::ffi::OsString;
 use std::fmt::Display;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -424,11 +425,22 @@ fn last_seen(word: impl Fn(usize) -> u64) -> LastSeen {
     }
 }
 
+/// See [`boot_id`].
+static BOOT_ID: OnceLock<[u8; 16]> = OnceLock::new();
+
 /// The host's boot ID (random(4)); zeros if the kernel does not report it.
 pub(super) fn boot_id() -> [u8; 16] {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    u128::from_str_radix(&digits, 16).unwrap_or(0).to_be_bytes()
+    *BOOT_ID.get_or_init(|| {
+        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+        u128::from_str_radix(&digits, 16).unwrap_or(0).to_be_bytes()
+    })
+}
+
+/// Notes the host's boot ID, for a process that may open no path.
+pub(super) fn note_boot_id(boot: [u8; 16]) {
+    // It is the same for every arena.
+    let _ = BOOT_ID.set(boot);
 }
 
 /// A record as a word of the ledger; 0 for an empty record.

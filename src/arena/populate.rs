@@ -1,26 +1,32 @@
 //! Populates the memory of an arena ahead of its use.
 //!
 //! The kernel zeroes and maps reserved memory at its first touch, page by page, which doubles the time of the first
-//! read into a frame. A thread of the lowest priority touches all memory ahead of that, and has the kernel collapse it
-//! into huge pages, whether or not the host enables them for shared memory. Nothing waits for the thread: memory that
-//! it has not reached yet is populated at its first touch, as it would be without the thread.
+//! read into a frame. A thread touches all memory ahead of that, and has the kernel collapse it into huge pages,
+//! whether or not the host enables them for shared memory. Nothing waits for the thread: memory that it has not reached
+//! yet is populated at its first touch, as it would be without the thread.
+//!
+//! => The thread has a normal priority, and pauses after each step. With a lower priority, on a host that is busy, it
+//!    would not run for seconds in the middle of a step; a thread that maps memory would wait for it, and so would the
+//!    end of the process.
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use log::debug;
 
 use super::Arena;
 use super::mapping::{HUGE_PAGE_BYTES, Mapping};
 use crate::sandbox::{self, ThreadKind};
-use crate::sys::process::set_lowest_thread_priority;
 use crate::units::counted;
 
 /// Bytes populated by one system call, a fraction of a huge page. Meanwhile the kernel blocks every thread of the
 /// process that maps memory, as a front-end's connection does.
 const STEP_BYTES: usize = 256 << 10;
+/// The pause after a step is as long as the step took, and at most this long: the thread takes half a processor.
+const PAUSE_MAX: Duration = Duration::from_millis(10);
 
 /// The thread that populates an arena; dropping the value stops it.
 #[derive(Debug)]
@@ -61,7 +67,6 @@ impl Drop for Populator {
 /// # Errors
 /// As [`Mapping::populate`].
 fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
-    set_lowest_thread_priority();
     sandbox::confine(ThreadKind::Memory);
     let memory = &arena.memory;
     let mut huge_pages = 0;
@@ -70,6 +75,7 @@ fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
         if stop_requested.load(Ordering::Relaxed) {
             break;
         }
+        let begun = Instant::now();
         memory.populate(at, STEP_BYTES)?;
         let end = at + STEP_BYTES;
         if has_room && end.is_multiple_of(HUGE_PAGE_BYTES) && end <= memory.bytes() {
@@ -77,6 +83,7 @@ fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
             huge_pages += made.unwrap_or(0);
             has_room = made.is_some();
         }
+        thread::sleep(begun.elapsed().min(PAUSE_MAX));
     }
     Ok(huge_pages)
 }

@@ -48,6 +48,8 @@ const YES: u8 = 1;
 /// The end that asks.
 #[derive(Debug)]
 pub struct Broker {
+    /// The device whose control plane asks; log lines begin with it.
+    name: String,
     /// `None` once it has failed.
     socket: Mutex<Option<UnixStream>>,
 }
@@ -58,18 +60,18 @@ impl Broker {
     /// # Errors
     /// Those of socketpair(2) and pthread_create(3).
     pub fn start(name: &str) -> io::Result<Self> {
-        spawn(name).map(Self::new)
+        spawn(name).map(|socket| Self::new(name, socket))
     }
 
-    /// The broker at the other end of this socket; see [`spawn`].
-    pub fn new(socket: OwnedFd) -> Self {
+    /// The broker of device `name` at the other end of this socket; see [`spawn`].
+    pub fn new(name: &str, socket: OwnedFd) -> Self {
         let socket = UnixStream::from(socket);
         // Without a timeout a question would wait for as long as the broker is stopped.
         if let Err(e) = socket.set_read_timeout(Some(PATIENCE)).and_then(|()| socket.set_write_timeout(Some(PATIENCE)))
         {
-            debug!("cannot bound the wait for answers about front-ends: {e}");
+            debug!("{name}: cannot bound the wait for answers about front-ends: {e}");
         }
-        Self { socket: Mutex::new(Some(socket)) }
+        Self { name: name.to_owned(), socket: Mutex::new(Some(socket)) }
     }
 
     /// The name of a process; `None` if there is no such process, or if it cannot be found out.
@@ -111,7 +113,7 @@ impl Broker {
         let answer = ask(stream, question, file);
         if let Err(e) = &answer {
             // A late answer would be taken for that of the next question.
-            warn!("the broker does not answer any more ({e}): no further front-end can be served");
+            warn!("{}: the broker does not answer any more ({e}): no further front-end can be served", self.name);
             *socket = None;
         }
         answer
@@ -174,12 +176,14 @@ impl Answer {
 /// Those of socketpair(2) and pthread_create(3).
 pub fn spawn(name: &str) -> io::Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair()?;
-    thread::Builder::new().name(format!("broker {name}")).spawn(move || while answer_next(&ours).is_ok() {})?;
+    let device = name.to_owned();
+    let answer = move || while answer_next(&device, &ours).is_ok() {};
+    thread::Builder::new().name(format!("broker {name}")).spawn(answer)?;
     Ok(theirs.into())
 }
 
-/// Answers one question.
-fn answer_next(socket: &UnixStream) -> io::Result<()> {
+/// Answers one question of the control plane of a device.
+fn answer_next(device: &str, socket: &UnixStream) -> io::Result<()> {
     let mut question = [0; QUESTION_BYTES];
     let (received, files) = receive_with_files::<FILES_MAX>(socket, &mut question)?;
     if received != QUESTION_BYTES {
@@ -197,7 +201,7 @@ fn answer_next(socket: &UnixStream) -> io::Result<()> {
                 Answer { files: files.into(), ..Answer::of(true) }
             }
             Err(e) => {
-                warn!("the broker cannot make the connection to vhost-user-backend: {e}");
+                warn!("{device}: the broker cannot make the connection to vhost-user-backend: {e}");
                 Answer::of(false)
             }
         },
@@ -253,7 +257,7 @@ mod tests {
     fn a_broker_that_has_ended_leaves_its_clients_without_answers() {
         let (client, server) = UnixStream::pair().unwrap();
         drop(server);
-        let broker = Broker::new(client.into());
+        let broker = Broker::new("test", client.into());
         assert_eq!(broker.name_of(std::process::id()), None);
         assert_eq!(broker.connection().unwrap_err().kind(), io::ErrorKind::NotConnected);
     }

@@ -212,6 +212,15 @@ pub(crate) const KEYS: &[Key] = &[
         default: Is(Text("on")),
         kind: ValueKind::Choice { words: Sandbox::WORDS, set: |device, i| device.sandbox = Sandbox::ALL[i] },
     },
+    Key {
+        name: "user",
+        default: Is(Text("")),
+        kind: ValueKind::Text {
+            wanted: "the name of a user, or \"\" for the daemon's own",
+            fits: |text| text.len() <= 64 && text.bytes().all(|b| b.is_ascii_graphic() && b != b':'),
+            set: |device, text| device.user = text.to_string(),
+        },
+    },
     // Below 4M one large request could pin every page. A frame number is a u32, so 16T would be the limit.
     Key {
         name: "cache.size",

@@ -107,6 +107,8 @@ pub struct DeviceConfig {
     pub discard: Discard,
     /// Whether the threads that serve the device are confined.
     pub sandbox: Sandbox,
+    /// The user that the disk's process runs as; empty: the daemon's own.
+    pub user: String,
     /// The device's page cache.
     pub cache: CacheConfig,
 }
@@ -140,6 +142,7 @@ impl DeviceConfig {
             direct: false,
             discard: Discard::Unmap,
             sandbox: Sandbox::On,
+            user: String::new(),
             cache: CacheConfig {
                 size_bytes: 0,
                 mode: CacheMode::None,

@@ -64,7 +64,7 @@ const STORE: u64 = 1001;
 /// # Errors
 /// [`ErrorKind::System`] if a descriptor, the store's queue or the thread cannot be created.
 pub fn spawn(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(WorkerControl, JoinHandle<()>)> {
-    guarded::start_watchdog();
+    guarded::start_watchdog(|| sandbox::confine(ThreadKind::Watchdog));
     let (worker, control) = Worker::new(device, image, index)?;
     let name = format!("genblk {}", device.name);
     let thread = std::thread::Builder::new().name(name).spawn(move || worker.run_confined()).map_err(system)?;

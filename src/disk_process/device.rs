@@ -10,6 +10,7 @@ use crate::device::Untracked;
 use crate::disk_protocol::{Ending, ErrorText, FromDisk};
 use crate::disk_stats::{DiskState, StatsPage};
 use crate::error::{Error, Result};
+use crate::sandbox::{self, ThreadKind};
 use crate::service::{Running, Service, ServiceHandle};
 use crate::waker::Waker;
 
@@ -148,6 +149,7 @@ impl DeviceThread {
                 return tell(&self.channel, &FromDisk::Failed { device: Some(device), error });
             }
         };
+        sandbox::confine(ThreadKind::Main);
         self.set_stage(DeviceStage::Served(running.handle()));
         tell(&self.channel, &FromDisk::Served { device });
         let error = self.serve(running).err().map(|error: Error| ErrorText::from(&error));

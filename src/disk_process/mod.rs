@@ -20,16 +20,17 @@ use std::time::Duration;
 
 use log::{error, warn};
 
+use crate::broker::Broker;
 use crate::cached_image::CachedImage;
-use crate::config::Sandbox;
 use crate::device::Untracked;
 use crate::disk_protocol::{Channel, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
 use crate::disk_stats::{CutMemory, StatsPage};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sandbox;
+use crate::sandbox::{self, ThreadKind};
 use crate::service::{Service, cached_image};
 use crate::store::file::FileImage;
 use crate::sys::poll::wait_any_readable_for;
+use crate::sys::privileges::User;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::regions::{self, Region};
 use crate::sys::signal;
@@ -59,15 +60,15 @@ const IGNORED: [i32; 11] = [
     libc::SIGIO,
 ];
 
-/// Body of a disk process; its standard input is its end of the channel.
+/// Body of the disk process of a device `name`; its standard input is its end of the channel.
 ///
 /// # Errors
 /// [`ErrorKind::System`] if standard input is no channel, and those of [`run`].
-pub fn main(standard_input: OwnedFd) -> Result<()> {
+pub fn main(name: &str, standard_input: OwnedFd) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
     signal::ignore(&IGNORED).map_err(system("cannot ignore signals"))?;
     if let Err(e) = raise_descriptor_limit() {
-        warn!("cannot raise the limit of open descriptors: {e}");
+        warn!("{name}: cannot raise the limit of open descriptors: {e}");
     }
     run(&Arc::new(Channel::from_socket(standard_input.into())))
 }
@@ -130,10 +131,12 @@ impl Control {
     fn obey(&mut self, message: ToDisk, files: Vec<File>) -> Result<()> {
         let device = |number: u32| self.devices.get(&number);
         match message {
-            ToDisk::Open { name, image, cache, settings } => {
+            ToDisk::Open { name, image, cache, settings, user } => {
                 let mut files = files.into_iter();
                 let file = files.next().ok_or_else(|| unexpected("an image without a descriptor"))?;
-                if let Err(error) = self.open(&name, file, *image, &cache, files.collect(), &settings) {
+                let opened = confine(&settings, user.as_ref())
+                    .and_then(|()| self.open(&name, file, *image, &cache, files.collect(), &settings));
+                if let Err(error) = opened {
                     self.tell(&FromDisk::Failed { device: None, error: ErrorText::from(&error) });
                     return Err(error);
                 }
@@ -167,10 +170,6 @@ impl Control {
         cache_files: Vec<File>,
         settings: &DeviceSettings,
     ) -> Result<()> {
-        // Before the first thread that confines itself. In a daemon without disk processes it is done already.
-        if settings.sandbox != Sandbox::Off && !sandbox::is_on() {
-            sandbox::prepare(None)?;
-        }
         let image = FileImage::received(file, image)?;
         let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
         let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
@@ -186,17 +185,22 @@ impl Control {
     fn serve(&mut self, number: u32, settings: &DeviceSettings, files: Vec<File>) -> Result<()> {
         let open = self.image.as_ref().ok_or_else(|| unexpected("a device before its image"))?;
         let mut files = files.into_iter();
-        let (Some(listener), Some(page)) = (files.next(), files.next()) else {
+        let (Some(listener), Some(page), Some(broker)) = (files.next(), files.next(), files.next()) else {
             return Err(unexpected("a device without its descriptors"));
         };
         let listener = OwnedFd::from(listener).into();
+        let broker = Broker::new(&settings.name, OwnedFd::from(broker));
         let page = StatsPage::open(&page, settings.workers.into());
         let page = page.map_err(|e| Error::io(ErrorKind::System, "cannot map a page of statistics", e))?;
-        let service = Service::new(settings, &open.image, open.io_mode, listener, page.counters());
+        let service = Service::new(settings, &open.image, open.io_mode, listener, broker, page.counters());
         let page: &'static StatsPage = Box::leak(Box::new(page));
         BUS_ERROR_PAGES.note(page);
         let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
         self.devices.insert(number, device);
+        if !settings.read_only {
+            // No other device shares the image, so this thread makes no further ring.
+            sandbox::confine(ThreadKind::Main);
+        }
         Ok(())
     }
 
@@ -226,6 +230,15 @@ impl Control {
         tell(&channel, &FromDisk::Released { is_cache_removed });
         Ok(())
     }
+}
+
+/// Confines the process for a device, before any byte of a guest or a front-end reaches it.
+fn confine(settings: &DeviceSettings, user: Option<&User>) -> Result<()> {
+    if settings.is_confined() {
+        sandbox::prepare(user)?;
+        sandbox::confine(ThreadKind::Opener);
+    }
+    Ok(())
 }
 
 /// Sends a message. A supervisor that has died needs none.

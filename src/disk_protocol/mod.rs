@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::arena::ArenaParts;
 use crate::error::{Error, ErrorKind};
 use crate::store::file::ImageParts;
+use crate::sys::privileges::User;
 
 pub use channel::{Channel, Received};
 pub use settings::DeviceSettings;
@@ -38,8 +39,11 @@ pub enum ToDisk {
         cache: Box<ArenaParts>,
         /// The settings that decide about the cache: those of the first device.
         settings: Box<DeviceSettings>,
+        /// The user that the process is to run as; `None`: the supervisor's.
+        user: Option<User>,
     },
-    /// Serve a device on that image. With its listening socket and its page of statistics.
+    /// Serve a device on that image. With its listening socket, its page of statistics, and its end of the
+    /// connection to the broker.
     Serve {
         /// Number of the device.
         device: u32,

@@ -25,7 +25,7 @@ pub struct DeviceSettings {
     pub queue_size: u16,
     /// How long a worker looks for more work before it sleeps, in microseconds.
     pub poll_us: u32,
-    /// Whether the threads that serve the device are confined.
+    /// Whether the process is confined. Of several devices, the first one decides.
     pub sandbox: Sandbox,
     /// What discards do with the image's space.
     pub discard: Discard,
@@ -58,6 +58,13 @@ pub struct CacheSettings {
     pub on_full: OnError,
     /// Longest time that requests wait for the image.
     pub hold_max_ms: u32,
+}
+
+impl DeviceSettings {
+    /// Whether the process that serves the device is confined.
+    pub fn is_confined(&self) -> bool {
+        self.sandbox == Sandbox::On
+    }
 }
 
 impl From<&DeviceConfig> for DeviceSettings {

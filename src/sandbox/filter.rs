@@ -61,6 +61,9 @@ const BLKDISCARD: u64 = 0x1277;
 const FIONBIO: u64 = 0x5421;
 /// The requests of `store/restricted_ring.rs`.
 const RING_REQUESTS: [u64; 4] = [1, 3, 15, 16];
+/// Those before it is restricted: its file, its eventfd, what the kernel can do, the restrictions, the end of the
+/// disabled state, and the bound on kernel threads.
+const RING_SETUP_REQUESTS: [u64; 6] = [2, 4, 8, 11, 12, 19];
 
 /// Memory of the process, which is never made executable.
 const MEMORY: &[Call] = &[
@@ -122,6 +125,12 @@ const END: &[Call] = &[
     one_of(libc::SYS_tkill, 1, &[value(libc::SIGABRT), value(libc::SIGSYS)]),
 ];
 
+/// The watchdog's signal to a thread whose write blocks (`sys/guarded.rs`): SIGRTMIN + 3, where the C library keeps the
+/// first two or three real-time signals to itself.
+const INTERRUPT: &[Call] =
+    &[one_of(libc::SYS_tgkill, 2, &INTERRUPT_SIGNALS), one_of(libc::SYS_rt_sigaction, 0, &INTERRUPT_SIGNALS)];
+const INTERRUPT_SIGNALS: [u64; 2] = [37, 38];
+
 /// Descriptors that are open: bytes, waits, duplicates, flags, locks.
 const DESCRIPTORS: &[Call] = &[
     Any(libc::SYS_read),
@@ -168,9 +177,6 @@ const EVENTS: &[Call] = &[
 /// A ring that is set up, and whose restrictions say what it does.
 const RING: &[Call] = &[Any(libc::SYS_io_uring_enter), one_of(libc::SYS_io_uring_register, 1, &RING_REQUESTS)];
 
-/// The thread's own priority.
-const PRIORITY: &[Call] = &[If { number: libc::SYS_setpriority, argument: 1, mask: 0xffff_ffff, values: &[0] }];
-
 /// I/O on an image without a ring.
 const IMAGE: &[Call] = &[
     Any(libc::SYS_pread64),
@@ -205,15 +211,47 @@ const MESSAGES: &[Call] = &[
     one_of(libc::SYS_ioctl, 1, &[FIONBIO]),
 ];
 
+/// A ring in the making. Its memory can be registered before it is restricted, and nothing else.
+const RING_SETUP: &[Call] =
+    &[Any(libc::SYS_io_uring_setup), one_of(libc::SYS_io_uring_register, 1, &RING_SETUP_REQUESTS)];
+
+/// What a thread does to confine itself further.
+const CONFINEMENT: &[Call] = &[
+    one_of(
+        libc::SYS_prctl,
+        0,
+        &[
+            value(libc::PR_SET_NO_NEW_PRIVS),
+            value(libc::PR_CAPBSET_READ),
+            value(libc::PR_CAPBSET_DROP),
+            value(libc::PR_CAP_AMBIENT),
+        ],
+    ),
+    Any(libc::SYS_capset),
+    Any(libc::SYS_landlock_create_ruleset),
+    Any(libc::SYS_landlock_restrict_self),
+    Any(libc::SYS_seccomp),
+];
+
 /// Memory that is shared with a front-end.
 const SHARED_MEMORY: &[Call] = &[Any(libc::SYS_memfd_create), Any(libc::SYS_ftruncate)];
 
-/// A new thread of the process; see [`without_clone3`].
+/// A new thread of the process; see [`failing`].
 const THREADS: &[Call] = &[
     If { number: libc::SYS_clone, argument: 0, mask: CLONE_MASK, values: &[CLONE_THREAD] },
     Any(libc::SYS_clone3),
     Any(libc::SYS_set_robust_list),
     Any(libc::SYS_rseq),
+];
+
+/// Paths, all of which fail; see [`failing`].
+const PATHS: &[Call] = &[
+    Any(libc::SYS_openat),
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_open),
+    Any(libc::SYS_readlinkat),
+    #[cfg(target_arch = "x86_64")]
+    Any(libc::SYS_readlink),
 ];
 
 /// What every thread may do.
@@ -222,12 +260,15 @@ const EVERY_THREAD: [&[Call]; 4] = [MEMORY, RUNTIME, END, DESCRIPTORS];
 /// The groups of a kind, besides [`EVERY_THREAD`].
 fn groups(kind: ThreadKind) -> &'static [&'static [Call]] {
     match kind {
-        ThreadKind::Log => &[],
-        ThreadKind::Memory => &[PRIORITY],
+        ThreadKind::Log | ThreadKind::Memory => &[],
         ThreadKind::Store => &[IMAGE],
+        ThreadKind::Watchdog => &[INTERRUPT],
         ThreadKind::Worker => &[EVENTS, RING, RECORDS, IMAGE],
         ThreadKind::Control => &[EVENTS, MESSAGES, SHARED_MEMORY, THREADS],
-        ThreadKind::Main => &[EVENTS, RING, RECORDS, IMAGE, MESSAGES, SHARED_MEMORY, THREADS],
+        ThreadKind::Main => &[EVENTS, RING, RECORDS, IMAGE, MESSAGES, SHARED_MEMORY, THREADS, PATHS],
+        ThreadKind::Opener => {
+            &[EVENTS, RING, RING_SETUP, CONFINEMENT, RECORDS, IMAGE, MESSAGES, SHARED_MEMORY, THREADS, INTERRUPT, PATHS]
+        }
     }
 }
 
@@ -253,14 +294,30 @@ pub(super) fn program(kind: ThreadKind) -> Result<BpfProgram, String> {
     compile(rules.collect(), SeccompAction::Trap, SeccompAction::Allow)
 }
 
-/// A filter in which clone3(2) is missing. The flags of clone3 are in memory, where no filter sees them, and the C
-/// library uses clone(2) where the kernel has no clone3.
+/// Filters in which calls fail that the others allow: an error instead of the process's end.
+///
+/// => The flags of clone3(2) are in memory, where no filter sees them. The C library uses clone(2) where the kernel has
+///    no clone3.
+/// => What a thread opens and ends may look at limits in /proc and at a device in /sys, and does without.
 ///
 /// # Errors
 /// As [`program`].
-pub(super) fn without_clone3() -> Result<BpfProgram, String> {
-    let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
-    compile(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), SeccompAction::Allow, missing)
+pub(super) fn failing(kind: ThreadKind) -> Result<Vec<BpfProgram>, String> {
+    let mut programs = Vec::new();
+    let mut fail = |calls: &[Call], errno: i32| {
+        let numbers = calls.iter().map(|call| match *call {
+            Any(number) | If { number, .. } => (number, Vec::new()),
+        });
+        let action = SeccompAction::Errno(errno.cast_unsigned());
+        compile(numbers.collect(), SeccompAction::Allow, action).map(|program| programs.push(program))
+    };
+    if kind.starts_threads() {
+        fail(&[Any(libc::SYS_clone3)], libc::ENOSYS)?;
+    }
+    if kind.meets_paths() {
+        fail(PATHS, libc::EACCES)?;
+    }
+    Ok(programs)
 }
 
 fn rule(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
@@ -282,13 +339,15 @@ fn compile(
 mod tests {
     use super::*;
 
-    const KINDS: [ThreadKind; 6] = [
+    const KINDS: [ThreadKind; 8] = [
         ThreadKind::Main,
+        ThreadKind::Opener,
         ThreadKind::Worker,
         ThreadKind::Control,
         ThreadKind::Store,
         ThreadKind::Memory,
         ThreadKind::Log,
+        ThreadKind::Watchdog,
     ];
 
     #[test]
@@ -296,7 +355,8 @@ mod tests {
         for kind in KINDS {
             assert!(program(kind).unwrap().len() > 50, "{kind:?}");
         }
-        without_clone3().unwrap();
+        assert!(INTERRUPT_SIGNALS.contains(&value(libc::SIGRTMIN() + 3)));
+        assert_eq!(KINDS.map(|kind| failing(kind).unwrap().len()), [2, 2, 0, 1, 0, 0, 0, 0]);
     }
 
     #[test]
@@ -310,15 +370,12 @@ mod tests {
             libc::SYS_pidfd_getfd,
             libc::SYS_kill,
             libc::SYS_setresuid,
-            libc::SYS_capset,
             libc::SYS_mount,
             libc::SYS_unshare,
             libc::SYS_setns,
             libc::SYS_bpf,
-            libc::SYS_io_uring_setup,
             libc::SYS_userfaultfd,
             libc::SYS_unlinkat,
-            libc::SYS_openat,
             libc::SYS_openat2,
             libc::SYS_socket,
             libc::SYS_connect,
@@ -333,6 +390,8 @@ mod tests {
                 })
                 .collect();
             assert!(forbidden.iter().all(|number| !numbers.contains(number)), "{kind:?}");
+            assert_eq!(numbers.contains(&libc::SYS_io_uring_setup), kind == ThreadKind::Opener, "{kind:?}");
+            assert_eq!(numbers.contains(&libc::SYS_openat), kind.meets_paths(), "{kind:?}");
         }
     }
 }

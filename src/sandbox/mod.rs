@@ -33,7 +33,7 @@ use log::{debug, warn};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::privileges;
-pub use crate::sys::privileges::User;
+use crate::sys::privileges::User;
 use crate::sys::{memory, violation};
 
 /// The newest version of Landlock whose rights genblk gives up: a newer kernel gives up the same ones.
@@ -44,6 +44,8 @@ const LANDLOCK: ABI = ABI::V7;
 pub enum ThreadKind {
     /// The main thread of a process whose devices are open: waits, and ends them.
     Main,
+    /// A thread that makes devices of what was opened elsewhere, their rings among it.
+    Opener,
     /// A worker: vrings, a ring or a pool of threads, guest memory.
     Worker,
     /// A thread of the control plane: accepts front-ends, and their messages.
@@ -54,12 +56,19 @@ pub enum ThreadKind {
     Memory,
     /// Writes the log.
     Log,
+    /// Interrupts writes that block.
+    Watchdog,
 }
 
 impl ThreadKind {
     /// Whether threads of this kind start others.
     fn starts_threads(self) -> bool {
-        matches!(self, Self::Main | Self::Control)
+        matches!(self, Self::Main | Self::Opener | Self::Control)
+    }
+
+    /// Whether what threads of this kind call may name a path.
+    fn meets_paths(self) -> bool {
+        matches!(self, Self::Main | Self::Opener)
     }
 }
 
@@ -89,18 +98,6 @@ static IS_ON: AtomicBool = AtomicBool::new(false);
 /// Whether the calling process confines its threads.
 pub fn is_on() -> bool {
     IS_ON.load(Ordering::Acquire)
-}
-
-/// The user called `name`.
-///
-/// # Errors
-/// [`ErrorKind::System`] if there is no such user.
-pub fn user_called(name: &str) -> Result<User> {
-    match privileges::user_called(name) {
-        Ok(Some(user)) => Ok(user),
-        Ok(None) => Err(Error::new(ErrorKind::System, format!("there is no user {name} (user)"))),
-        Err(e) => Err(Error::io(ErrorKind::System, format!("cannot look up user {name} (user)"), e)),
-    }
 }
 
 /// Prepares the process: the user it runs as, its limits, and what others may do to it. From now on threads confine
@@ -192,9 +189,7 @@ fn forbid_paths() -> std::result::Result<Option<String>, RulesetError> {
 
 fn filter_calls(kind: ThreadKind) -> std::result::Result<(), String> {
     let install = |program: &seccompiler::BpfProgram| seccompiler::apply_filter(program).map_err(|e| e.to_string());
-    if kind.starts_threads() {
-        install(&filter::without_clone3()?)?;
-    }
+    filter::failing(kind)?.iter().try_for_each(install)?;
     install(&filter::program(kind)?)
 }
 

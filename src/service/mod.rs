@@ -42,6 +42,8 @@ pub struct Service {
     listener: UnixListener,
     /// The socket's file, if this process bound it.
     bound: Option<BoundSocket>,
+    /// Knows the front-ends' processes.
+    broker: Broker,
     workers: u16,
     queue_size: u16,
     /// The line to log when it starts.
@@ -64,6 +66,7 @@ impl Service {
         image: &Arc<CachedImage>,
         io_mode: &str,
         listener: UnixListener,
+        broker: Broker,
         counters: Counters,
     ) -> Self {
         let device = device_of(settings, image, counters);
@@ -78,7 +81,7 @@ impl Service {
             settings.cache.mode,
         );
         let (workers, queue_size, image) = (settings.workers, settings.queue_size, Arc::clone(image));
-        Self { device, image, listener, bound: None, workers, queue_size, description }
+        Self { device, image, listener, bound: None, broker, workers, queue_size, description }
     }
 
     /// A device on an image that the caller has opened, on a socket that this process binds. Its cache does not outlive
@@ -108,9 +111,11 @@ impl Service {
         };
         let access = SocketAccess::new(config.socket_mode, &config.socket_group)?;
         let (listener, bound) = bind(&config.name, path, access)?;
+        let failed = |e| Error::io(ErrorKind::System, format!("{}: cannot start a thread", config.name), e);
+        let broker = Broker::start(&config.name).map_err(failed)?;
         let counters = Counters::new(config.workers.into());
         let counters = counters.map_err(|e| Error::io(ErrorKind::System, "cannot get memory for counters", e))?;
-        let service = Self::new(&config.into(), image, "given image", listener, counters);
+        let service = Self::new(&config.into(), image, "given image", listener, broker, counters);
         Ok(Self { bound: Some(bound), ..service })
     }
 
@@ -119,14 +124,13 @@ impl Service {
     /// # Errors
     /// [`ErrorKind::System`] when the host cannot provide a thread or a descriptor.
     pub fn start(self) -> Result<Running> {
-        let Self { device, image, listener, bound, workers, queue_size, description } = self;
+        let Self { device, image, listener, bound, broker, workers, queue_size, description } = self;
         let mut starting = StartingWorkers::default();
         for index in 0..workers {
             starting.add(device::spawn(&device, &image, index)?);
         }
         let workers = Arc::new(Workers::new(starting.controls.clone()));
         let system = |what: &str, e: io::Error| Error::io(ErrorKind::System, format!("{}: {what}", device.name), e);
-        let broker = Broker::start(&device.name).map_err(|e| system("cannot start a thread", e))?;
         let server = Arc::new(Server::new(Arc::clone(&device), Arc::clone(&workers), queue_size, listener, broker)?);
         // Before a front-end can attach, so that the log is in order.
         info!("{description}");

@@ -19,6 +19,7 @@ use super::process::{Exit, Hearer, Process, ProcessNews};
 use super::restarts::Restarts;
 use super::slot::{ImageSlot, open_image};
 use super::socket::ListenSocket;
+use crate::broker;
 use crate::config::DeviceConfig;
 use crate::disk_protocol::{DeviceSettings, Ending, ToDisk};
 use crate::disk_stats::StatsPage;
@@ -354,7 +355,8 @@ impl KeeperThread {
         let process = opened.slot.process()?;
         let page = &self.page;
         page.begin_process();
-        let files = [opened.socket.listener.as_fd(), self.page_file.as_fd()];
+        let broker = broker::spawn(&self.config.name).map_err(system)?;
+        let files = [opened.socket.listener.as_fd(), self.page_file.as_fd(), broker.as_fd()];
         let device = u32::try_from(self.index).expect("a configuration has fewer devices");
         let own = self.own.clone();
         // A keeper that has ended does not wait for news.

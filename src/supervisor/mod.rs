@@ -34,7 +34,6 @@ use crate::control;
 use crate::control::server::Host;
 use crate::error::{Error, ErrorKind, Result};
 use crate::listener::{BoundSocket, SocketAccess, bind};
-use crate::sandbox;
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::signal::{self, BlockedSignals};
 use crate::systemd::ServiceManager;
@@ -84,15 +83,12 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
     if let Err(e) = raise_descriptor_limit() {
         warn!("cannot raise the limit of open descriptors: {e}");
     }
-    match config.devices.iter().find(|device| device.sandbox == Sandbox::Off) {
-        // A disk process confines itself, by what it is told of its device.
-        None if hosting == Hosting::Processes => {}
-        None => sandbox::prepare(None)?,
-        Some(device) => warn!(
-            "{}: sandbox = \"off\": a hole in genblk's memory safety gives a guest all that this process may do; for \
+    for device in config.devices.iter().filter(|device| device.sandbox == Sandbox::Off) {
+        warn!(
+            "{}: sandbox = \"off\": a hole in genblk's memory safety gives a guest all that the daemon may do; for \
              debugging only",
             device.name
-        ),
+        );
     }
     let manager = Arc::new(ServiceManager::from_environment()?);
     let context = Arc::new(Context::new(config, &manager, hosting));

@@ -197,7 +197,7 @@ impl Process {
         &self,
         device: u32,
         settings: DeviceSettings,
-        files: [BorrowedFd<'_>; 2],
+        files: [BorrowedFd<'_>; 3],
         keeper: Hearer,
     ) -> io::Result<()> {
         {

@@ -18,6 +18,7 @@ use crate::recover;
 use crate::store;
 use crate::store::file::{IoEngine, IoFence, KnownRaw, OpenOptions};
 use crate::store::named::{ImageKind, NamedImage};
+use crate::sys::privileges::{self, User};
 use crate::systemd::ServiceManager;
 use crate::units::PAGE_BYTES;
 
@@ -35,6 +36,8 @@ const MISSED_MIN: Duration = Duration::from_millis(500);
 pub(super) struct ImageSlot {
     /// The device for which the image was opened.
     settings: DeviceSettings,
+    /// The user that its process runs as; `None`: the daemon's own.
+    user: Option<User>,
     hosting: Hosting,
     state: Mutex<SlotState>,
 }
@@ -76,6 +79,10 @@ impl ImageSlot {
     ) -> Result<Arc<Self>> {
         let refused = |why| Error::new(ErrorKind::Image, format!("image {}: {why}", config.image.display()));
         image.limits().check().map_err(refused)?;
+        let user = match config.user.as_str() {
+            "" => None,
+            name => Some(user_called(name)?),
+        };
         let arena = recover::arena_for(config, &*image, frames_of(config), manager);
         let arena = arena.map_err(|error| recover::with_unused_caches(error, config))?;
         let state = SlotState {
@@ -85,7 +92,7 @@ impl ImageSlot {
             file: FileWatch::Reachable,
             image,
         };
-        Ok(Arc::new(Self { settings: config.into(), hosting, state: Mutex::new(state) }))
+        Ok(Arc::new(Self { settings: config.into(), user, hosting, state: Mutex::new(state) }))
     }
 
     fn lock(&self) -> MutexGuard<'_, SlotState> {
@@ -120,6 +127,7 @@ impl ImageSlot {
             image: Box::new(parts),
             cache: Box::new(cache.parts()),
             settings: Box::new(self.settings.clone()),
+            user: self.user.clone(),
         };
         let process = Process::start(&self.settings.name, self.hosting, fence, &open, &file, &cache.descriptors())?;
         state.is_unused = false;
@@ -193,6 +201,15 @@ pub(super) fn open_image(config: &DeviceConfig, manager: &Arc<ServiceManager>) -
     };
     image.check_format(known_raw)?;
     Ok(image)
+}
+
+/// The user called `name`.
+fn user_called(name: &str) -> Result<User> {
+    match privileges::user_called(name) {
+        Ok(Some(user)) => Ok(user),
+        Ok(None) => Err(Error::new(ErrorKind::System, format!("there is no user {name} (user)"))),
+        Err(e) => Err(Error::io(ErrorKind::System, format!("cannot look up user {name} (user)"), e)),
+    }
 }
 
 /// The configured number of frames.

@@ -63,11 +63,14 @@ impl Drop for Registered {
     }
 }
 
-/// Starts the watchdog, if it does not run. Without it writes may block; the first one starts it as well.
-pub fn start_watchdog() {
+/// Starts the watchdog, if it does not run. `confine` is what its thread does first. Without it writes may block.
+pub fn start_watchdog(confine: impl FnOnce() + Send + 'static) {
     REGISTRY.watchdog.get_or_init(|| {
-        let made = install_handler()
-            .and_then(|()| thread::Builder::new().name("watchdog".to_owned()).spawn(|| REGISTRY.watch()));
+        let watch = || {
+            confine();
+            REGISTRY.watch();
+        };
+        let made = install_handler().and_then(|()| thread::Builder::new().name("watchdog".to_owned()).spawn(watch));
         made.ok().map(|handle| handle.thread().clone())
     });
 }
@@ -174,7 +177,7 @@ mod tests {
 
     #[test]
     fn a_write_to_a_full_eventfd_ends_although_it_blocks() {
-        start_watchdog();
+        start_watchdog(|| {});
         let eventfd = EventFd::new(0).unwrap();
         eventfd.write(u64::MAX - 1).unwrap();
         // SAFETY: the descriptor is open, and nothing else owns it.

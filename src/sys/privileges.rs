@@ -5,6 +5,8 @@ use std::ffi::CString;
 use std::io;
 use std::mem::MaybeUninit;
 
+use serde::{Deserialize, Serialize};
+
 use super::process::GROUP_BYTES_MAX;
 
 /// Highest capability that a kernel could have: their sets have 64 bits.
@@ -70,7 +72,7 @@ pub fn drop_capabilities() -> io::Result<()> {
 }
 
 /// A user of the host, with the groups that it belongs to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
     /// The user ID.
     pub uid: u32,

@@ -1,4 +1,4 @@
-//! Properties of the process and of its threads: user, limits, priority.
+//! Properties of the process: user, limits, children.
 
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -115,14 +115,6 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// Gives the calling thread the lowest priority that a normal thread can have (setpriority(2); on Linux each thread has
-/// its own).
-pub fn set_lowest_thread_priority() {
-    const LOWEST: libc::c_int = 19;
-    // SAFETY: a plain system call on the calling thread. A thread may always lower its own priority.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LOWEST) };
 }
 
 #[cfg(test)]

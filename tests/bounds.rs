@@ -13,7 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, DaemonOptions, TempDir};
-use common::raw_ring::{DESC_INDIRECT, Descriptor, Ring, Segment};
+use common::flood::{BUFFER_BYTES, BUFFERS, Flood};
+use common::raw_ring::{Ring, Segment};
 use common::request::{OK, Payload, header};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
@@ -23,54 +24,6 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_
 const IMAGE_BYTES: u64 = 16 << 30;
 /// Longest wait for another guest's request or a control message. The daemon's own bounds are 5 and 100 ms.
 const WAIT_MAX: Duration = Duration::from_millis(1500);
-/// Buffers of a large request, and the length of each: nearly 4 GiB in all.
-const BUFFERS: usize = 1000;
-const BUFFER_BYTES: u32 = 4 << 20;
-
-/// A request that every chain of a flood is: an indirect table in guest memory.
-struct Flood {
-    table: u64,
-    descriptors: Vec<Descriptor>,
-    status: u64,
-}
-
-impl Flood {
-    /// A request of `buffers` buffers, all of them the same memory.
-    fn new(session: &Session, kind: u32, sector: u64, buffers: usize) -> Self {
-        let memory = &session.memory;
-        let (head, status) = (memory.alloc(16, 16), memory.alloc(1, 1));
-        memory.write(head, &header(kind, sector));
-        let data = memory.alloc_in(1, BUFFER_BYTES as usize, 4096);
-        let writable = kind == VIRTIO_BLK_T_IN;
-        let mut segments = vec![Segment::readable(head, 16)];
-        segments.resize(1 + buffers, Segment { addr: data, len: BUFFER_BYTES, writable });
-        segments.push(Segment::writable(status, 1));
-        let descriptors = Ring::table_of(&segments);
-        Self { table: session.rings[0].write_table(&descriptors), descriptors, status }
-    }
-
-    /// Makes `count` of them available on ring `queue`.
-    fn submit(&self, session: &mut Session, queue: usize, count: u16) {
-        let len = (self.descriptors.len() * 16) as u32;
-        let ring = &mut session.rings[queue];
-        for slot in 0..count {
-            ring.write_descriptor(slot, Descriptor { addr: self.table, len, flags: DESC_INDIRECT, next: 0 });
-            ring.publish(slot);
-        }
-        ring.notify();
-    }
-
-    /// Makes every chain that was not taken yet a read of one sector.
-    fn make_small(&self, session: &Session) {
-        let data = Descriptor { len: 512, next: self.descriptors.len() as u16 - 1, ..self.descriptors[1] };
-        session.memory.write(self.table + 16, &descriptor_bytes(data));
-    }
-}
-
-fn descriptor_bytes(descriptor: Descriptor) -> Vec<u8> {
-    let Descriptor { addr, len, flags, next } = descriptor;
-    [&addr.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
-}
 
 fn options(queues: usize) -> SessionOptions {
     SessionOptions { queues, queue_size: 128, region_bytes: 16 << 20, ..SessionOptions::default() }
@@ -176,7 +129,7 @@ fn discards_and_zeros_of_the_whole_disk_keep_no_control_message_waiting() {
         memory.write(payload, &ranges);
         let segments = [Segment::readable(head, 16), Segment::readable(payload, 32 * 16), Segment::writable(status, 1)];
         let descriptors = Ring::table_of(&segments);
-        let flood = Flood { table: session.rings[0].write_table(&descriptors), descriptors, status };
+        let flood = Flood::of(&session, descriptors, status);
         flood.submit(&mut session, 0, 128);
         thread::sleep(Duration::from_millis(50));
         let (stopped, base) = timed(|| session.stop_ring(0));

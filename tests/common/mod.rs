@@ -10,6 +10,7 @@
 
 pub mod daemon;
 pub mod faulty_device;
+pub mod flood;
 pub mod guest_memory;
 pub mod nbd_server;
 pub mod prng;

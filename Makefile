@@ -4,7 +4,7 @@ CARGO ?= cargo
 SOAK_MINUTES ?= 30
 # Seconds for each fuzz target.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS := request_parse ring_turn inflight_recover wire_relay control_plane cache_ops ledger_decode config store_limits
+FUZZ_TARGETS := request_parse ring_turn inflight_recover wire_relay control_plane cache_ops ledger_decode config store_limits disk_protocol
 HOST := x86_64-unknown-linux-gnu
 
 # rustup installs cargo in a directory that a fresh shell's PATH lacks.

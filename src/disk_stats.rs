@@ -102,7 +102,8 @@ pub struct OldestOp {
 impl OldestOp {
     /// What it does, in words, for messages.
     pub fn describe(&self) -> String {
-        let (bytes, at) = (self.span.count * SECTOR_BYTES, self.span.start * SECTOR_BYTES);
+        // They may be any numbers: the process may be taken over.
+        let [bytes, at] = [self.span.count, self.span.start].map(|sectors| sectors.saturating_mul(SECTOR_BYTES));
         match self.kind {
             OpKind::Sync => self.kind.with_article().to_owned(),
             kind => format!("{} of {bytes} bytes at byte {at}", kind.with_article()),
@@ -243,6 +244,12 @@ impl StatsPage {
     /// Records what raised SIGBUS. May be called in a signal handler.
     pub fn note_cut_memory(&self, memory: CutMemory) {
         self.words.store(word::CUT_MEMORY, memory.code());
+    }
+
+    /// Writes any word, as a process may that is taken over.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn overwrite(&self, index: usize, value: u64) {
+        self.words.store(index, value);
     }
 
     /// What raised SIGBUS in the process that ended; forgets it.

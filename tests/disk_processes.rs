@@ -7,13 +7,16 @@
 mod common;
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::daemon::{Daemon, TempDir, has_ended, send, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
@@ -121,6 +124,64 @@ fn a_front_end_that_cuts_its_memory_short_ends_its_own_disk_alone() {
     assert_eq!(open(&daemon, 0).read(8, 4096), pattern(1, 8, 4096), "the next front-end is served, from the cache");
     drop(other);
     daemon.stop();
+}
+
+#[test]
+fn a_front_end_that_cuts_its_inflight_region_short_ends_its_own_disk_alone() {
+    const QUEUE_SIZE: u16 = 128;
+    let mut daemon = start("cut", 2, SMALL);
+    let mut other = open(&daemon, 1);
+    other.write(8, &pattern(2, 8, 4096));
+    let mut hostile = Session::negotiate(&daemon.socket_of(0), &SessionOptions::default());
+    hostile.share_memory();
+    hostile.add_ring(QUEUE_SIZE);
+    let wanted = VhostUserInflight { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: QUEUE_SIZE };
+    let (region, _sealed) = hostile.frontend.get_inflight_fd(&wanted).expect("GET_INFLIGHT_FD");
+    // A region of its own in place of the daemon's, which cannot be cut short.
+    let path = daemon.directory().memory().join("inflight");
+    let file = fs::File::options().read(true).write(true).create_new(true).open(path).expect("shared memory");
+    file.set_len(region.mmap_size).expect("shared memory");
+    hostile.frontend.set_inflight_fd(&region, file.as_raw_fd()).expect("SET_INFLIGHT_FD");
+    hostile.start_ring(0);
+    hostile.write(8, &pattern(1, 8, 4096));
+    file.set_len(0).expect("it has no seals");
+    hostile.submit(0, VIRTIO_BLK_T_IN, 8, Payload::Receive(512));
+    hostile.rings[0].notify();
+    daemon.await_log("d0: its process has died: killed by SIGBUS: the file of the inflight region was cut short");
+    assert_eq!(other.read(8, 4096), pattern(2, 8, 4096));
+    drop(hostile);
+    assert_eq!(open(&daemon, 0).read(8, 4096), pattern(1, 8, 4096), "the next front-end is served, from the cache");
+    drop(other);
+    daemon.stop();
+}
+
+/// Only the daemon's own user can do that. What was in the cache is gone: the disk is not served, rather than with
+/// other bytes.
+#[test]
+fn a_cache_file_that_is_cut_short_ends_its_own_disk_alone_and_the_log_says_so() {
+    let mut daemon = start("cut", 2, SMALL);
+    let (mut one, mut other) = (open(&daemon, 0), open(&daemon, 1));
+    one.write(8, &pattern(1, 8, 4096));
+    let [cache] = &daemon.directory().left()[..1] else { panic!("a cache file") };
+    let (cut, served) = if is_open_in(cache, daemon.disk_process("d0")) { (0, 1) } else { (1, 0) };
+    let (hurt, spared) = if cut == 0 { (&mut one, &mut other) } else { (&mut other, &mut one) };
+    spared.write(64, &pattern(2, 64, 4096));
+    fs::File::options().write(true).open(cache).and_then(|file| file.set_len(4096)).expect("our own file");
+    hurt.submit(0, VIRTIO_BLK_T_OUT, 8, Payload::Send(&pattern(3, 8, 4096)));
+    hurt.rings[0].notify();
+    daemon.await_log(&format!("d{cut}: its process has died: killed by SIGBUS: the cache's file was cut short"));
+    daemon.await_log("is truncated");
+    assert_eq!(spared.read(64, 4096), pattern(2, 64, 4096));
+    drop((one, other));
+    assert_serves(&daemon.socket_of(served), 128);
+    daemon.terminate();
+    assert_eq!(daemon.wait().code(), Some(1), "the end says that completed writes are missing: {}", daemon.log());
+}
+
+/// Whether a process has a file open.
+fn is_open_in(file: &std::path::Path, process: u32) -> bool {
+    let descriptors = fs::read_dir(format!("/proc/{process}/fd")).expect("the process runs");
+    descriptors.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == file))
 }
 
 #[test]

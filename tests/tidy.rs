@@ -147,7 +147,22 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("fault_injection", &[]),
     (
         "fuzzing",
-        &["sim", "service", "device", "virtio", "store", "arena", "image_id", "config", "sys", "prng", "units"],
+        &[
+            "disk_protocol",
+            "disk_stats",
+            "counters",
+            "sim",
+            "service",
+            "device",
+            "virtio",
+            "store",
+            "arena",
+            "image_id",
+            "config",
+            "sys",
+            "prng",
+            "units",
+        ],
     ),
     ("sys", &[]),
     (

@@ -141,6 +141,12 @@ impl Copier {
                     }
                     let _ = reply.send(());
                 }
+                WorkerCommand::SetErrFd(index, err_fd, reply) => {
+                    if let Some(ring) = self.rings.get_mut(&index) {
+                        ring.set_err_fd(err_fd);
+                    }
+                    let _ = reply.send(());
+                }
                 WorkerCommand::Memory(memory, reply) => {
                     self.rings.values_mut().for_each(|ring| ring.set_memory(&memory));
                     let _ = reply.send(());

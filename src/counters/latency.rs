@@ -56,13 +56,14 @@ impl Default for Latencies {
 impl Latencies {
     /// How many times were counted.
     pub fn count(&self) -> u64 {
-        self.counts.iter().sum()
+        // A disk process may have written any numbers: nothing that reads them may overflow.
+        self.counts.iter().fold(0, |sum: u64, count| sum.saturating_add(*count))
     }
 
     /// Adds those of `other`.
     pub fn add(&mut self, other: &Self) {
-        self.counts.iter_mut().zip(&other.counts).for_each(|(count, more)| *count += more);
-        self.sum_ns += other.sum_ns;
+        self.counts.iter_mut().zip(&other.counts).for_each(|(count, more)| *count = count.saturating_add(*more));
+        self.sum_ns = self.sum_ns.saturating_add(other.sum_ns);
         self.max_ns = self.max_ns.max(other.max_ns);
     }
 
@@ -82,10 +83,10 @@ impl Latencies {
     /// or the greatest time if that is less. `None` if nothing was counted.
     pub fn quantile(&self, thousandths: u64) -> Option<u64> {
         let count = self.count();
-        let rank = (count * thousandths).div_ceil(1000).max(1);
-        let mut below = 0;
+        let rank = count.saturating_mul(thousandths).div_ceil(1000).max(1);
+        let mut below = 0u64;
         let bucket = self.counts.iter().position(|of_bucket| {
-            below += of_bucket;
+            below = below.saturating_add(*of_bucket);
             below >= rank
         })?;
         Some(bound_of(bucket).min(self.max_ns))

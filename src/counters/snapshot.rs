@@ -69,7 +69,7 @@ impl Snapshot {
     /// How many requests of a kind have completed.
     pub fn completed(&self, operation: Operation) -> u64 {
         let classes = Class::ALL.into_iter().filter(|class| class.operation == operation);
-        classes.map(|class| self.requests(class).count()).sum()
+        classes.fold(0, |sum: u64, class| sum.saturating_add(self.requests(class).count()))
     }
 
     /// How many requests of a kind were taken and have not completed.
@@ -100,9 +100,9 @@ impl Snapshot {
 
 impl Totals {
     fn add(&mut self, words: &[AtomicU64]) {
-        self.begun += load(&words[0]);
-        self.errors += load(&words[1]);
-        self.bytes += load(&words[2]);
+        for (sum, word) in [&mut self.begun, &mut self.errors, &mut self.bytes].into_iter().zip(words) {
+            *sum = sum.saturating_add(load(word));
+        }
     }
 }
 

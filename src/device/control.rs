@@ -28,6 +28,8 @@ pub struct RingSetup {
     pub kick: File,
     /// The call descriptor, which interrupts the driver; `None`: the driver polls.
     pub call_fd: Option<File>,
+    /// The error descriptor, by which the front-end learns that the ring is broken.
+    pub err_fd: Option<File>,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
     /// The ring's part of the inflight region, if the front-end uses one.
@@ -44,6 +46,8 @@ pub enum WorkerCommand {
     Stop(u16, Sender<Option<QueuePosition>>),
     /// Use this call descriptor for the ring.
     SetCallFd(u16, Option<File>, Sender<()>),
+    /// Use this error descriptor for the ring.
+    SetErrFd(u16, Option<File>, Sender<()>),
     /// Complete what was taken from every ring, then use this memory.
     Memory(Arc<GuestRam>, Sender<()>),
     /// Make every completed write durable.

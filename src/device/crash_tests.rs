@@ -87,6 +87,7 @@ impl Memory {
             position: QueuePosition { next_avail: base, next_used: base },
             kick: File::open("/dev/null").unwrap(),
             call_fd: None,
+            err_fd: None,
             memory: Arc::clone(&self.ram),
             tracker: Some(InflightTracker::new(Arc::clone(&self.inflight), 0, SIZE)),
         };

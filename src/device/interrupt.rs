@@ -1,11 +1,12 @@
-//! Interrupts to the driver: writes to an eventfd of the front-end, which must not block a worker.
+//! Interrupts to the driver, and errors to the front-end: writes to an eventfd of the front-end, which must not block a
+//! worker.
 
 use std::fs::File;
 use std::io;
 
 use crate::sys::guarded;
 
-/// The call descriptor of a ring (VHOST_USER_SET_VRING_CALL).
+/// The call descriptor of a ring (VHOST_USER_SET_VRING_CALL), or its error descriptor (VHOST_USER_SET_VRING_ERR).
 #[derive(Debug)]
 pub(super) struct Interrupt {
     file: File,
@@ -14,7 +15,7 @@ pub(super) struct Interrupt {
 }
 
 impl Interrupt {
-    /// Takes a call descriptor.
+    /// Takes the descriptor.
     pub fn new(file: File) -> Self {
         Self { file, is_blocked: false }
     }

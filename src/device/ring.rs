@@ -39,6 +39,8 @@ pub struct Ring {
     pub memory: Arc<GuestRam>,
     kick: File,
     interrupt: Option<Interrupt>,
+    /// Tells the front-end that the driver is faulty.
+    error: Option<Interrupt>,
     /// The driver is waiting for an interrupt that was not sent yet.
     interrupt_due: bool,
     /// How many requests were taken and not completed.
@@ -72,7 +74,7 @@ impl Ring {
     /// => Interrupts the driver at once. The previous daemon may have died between a completion and its interrupt, and
     ///    with EVENT_IDX no later completion would make up for that.
     pub fn new(device: &str, index: u16, setup: RingSetup) -> Self {
-        let RingSetup { layout, position, kick, call_fd, memory, tracker } = setup;
+        let RingSetup { layout, position, kick, call_fd, err_fd, memory, tracker } = setup;
         let mut ring = Self {
             label: format!("{device}: vring {index}"),
             layout,
@@ -81,6 +83,7 @@ impl Ring {
             memory,
             kick,
             interrupt: call_fd.map(Interrupt::new),
+            error: err_fd.map(Interrupt::new),
             interrupt_due: true,
             in_flight: 0,
             load: 0,
@@ -225,6 +228,21 @@ impl Ring {
         self.trigger_if_due();
     }
 
+    /// Sets the descriptor by which the front-end learns that the driver is faulty.
+    pub fn set_err_fd(&mut self, err_fd: Option<File>) {
+        self.error = err_fd.map(Interrupt::new);
+        if self.broken {
+            self.signal_error();
+        }
+    }
+
+    /// Tells the front-end that the driver is faulty.
+    fn signal_error(&mut self) {
+        if let Some(Err(e)) = self.error.as_mut().map(Interrupt::trigger) {
+            warn!("{}: cannot signal an error to the front-end: {e}", self.label);
+        }
+    }
+
     /// Uses new guest memory. A ring that is not in it pauses until it is again: a front-end that changes a region
     /// removes it first.
     pub fn set_memory(&mut self, memory: &Arc<GuestRam>) {
@@ -313,6 +331,7 @@ impl Ring {
                  the driver is faulty (this is reported once)",
                 self.label
             );
+            self.signal_error();
         }
         match malformed {
             Malformed::Unreadable => self.unreadable.push(head),
@@ -323,8 +342,9 @@ impl Ring {
     fn mark_broken(&mut self, why: &str) {
         if !self.broken {
             error!("{}: broken, and not served until it is set up again: {why}", self.label);
+            self.broken = true;
+            self.signal_error();
         }
-        self.broken = true;
     }
 
     /// The driver of the first ring has kicked. If nothing is available and guest memory is blank, the front-end does

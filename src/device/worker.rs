@@ -358,6 +358,12 @@ impl Worker {
                     }
                     let _ = reply.send(());
                 }
+                WorkerCommand::SetErrFd(index, err_fd, reply) => {
+                    if let Some(Some(ring)) = self.rings.get_mut(usize::from(index)) {
+                        ring.set_err_fd(err_fd);
+                    }
+                    let _ = reply.send(());
+                }
                 WorkerCommand::Memory(memory, reply) => self.new_memory = Some((memory, reply)),
                 WorkerCommand::Flush(reply) => {
                     let ticket = self.requests.start_control_flush(reply);

@@ -119,12 +119,12 @@ impl<Out, In> AsRawFd for Channel<Out, In> {
 }
 
 /// A message as bytes.
-pub(super) fn encode<M: Serialize>(message: &M) -> io::Result<Vec<u8>> {
+pub(crate) fn encode<M: Serialize>(message: &M) -> io::Result<Vec<u8>> {
     serde_json::to_vec(&Frame { version: VERSION, message }).map_err(io::Error::other)
 }
 
 /// The message of these bytes.
-pub(super) fn decode<M: DeserializeOwned>(bytes: &[u8]) -> io::Result<M> {
+pub(crate) fn decode<M: DeserializeOwned>(bytes: &[u8]) -> io::Result<M> {
     let Version { version } = serde_json::from_slice(bytes).map_err(|e| invalid(&e.to_string()))?;
     if version != VERSION {
         return Err(invalid(&format!("it has version {version}, and this process speaks version {VERSION}")));

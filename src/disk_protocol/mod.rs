@@ -21,6 +21,8 @@ use crate::store::file::ImageParts;
 use crate::sys::privileges::User;
 
 pub use channel::{Channel, Received};
+#[cfg(any(test, fuzzing))]
+pub(crate) use channel::{decode, encode};
 pub use settings::DeviceSettings;
 
 /// Version of the protocol.

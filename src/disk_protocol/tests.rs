@@ -2,7 +2,6 @@
 
 use std::os::fd::AsFd;
 
-use super::channel::{decode, encode};
 use super::*;
 use crate::config::{DeviceConfig, Socket};
 

@@ -314,6 +314,7 @@ impl RingWorld {
             position: QueuePosition { next_avail: base, next_used: base },
             kick: File::open("/dev/null").expect("it exists"),
             call_fd: None,
+            err_fd: None,
             memory: Arc::clone(&self.ram),
             tracker: Some(InflightTracker::new(Arc::clone(&self.inflight), 0, self.size)),
         };

@@ -20,6 +20,11 @@ impl<'a> Input<'a> {
         taken
     }
 
+    /// All bytes that are left.
+    pub fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
     pub fn u8(&mut self) -> u8 {
         self.take(1).first().copied().unwrap_or(0)
     }

@@ -12,6 +12,7 @@ mod cache_ops;
 mod files;
 mod guest;
 mod input;
+mod processes;
 mod sessions;
 #[cfg(test)]
 mod tests;
@@ -20,7 +21,7 @@ mod tests;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target. `fuzz/fuzz_targets` has one file for each.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     ("request_parse", guest::request_parse),
     ("ring_turn", guest::ring_turn),
     ("inflight_recover", guest::inflight_recover),
@@ -30,6 +31,7 @@ pub const TARGETS: [Target; 9] = [
     ("ledger_decode", files::ledger_decode),
     ("config", files::config),
     ("store_limits", files::store_limits),
+    ("disk_protocol", processes::disk_protocol),
 ];
 
 /// Runs a target.

@@ -132,6 +132,11 @@ fn any_request_is_within_the_limits_exactly_if_the_model_says_so() {
     run("store_limits");
 }
 
+#[test]
+fn no_message_and_no_statistics_of_a_disk_process_end_the_supervisor() {
+    run("disk_protocol");
+}
+
 /// `fuzz/` has a target for each function, and no other.
 #[test]
 fn every_target_has_a_fuzzer_and_a_corpus() {

@@ -91,8 +91,8 @@ fn device(entry: &OverviewEntry, progress: DeviceProgress) -> DeviceStatus {
         front_end: now.front_end.filter(|_| is_serving).map(|(pid, uid)| FrontEnd { pid, uid }),
         image_bytes: serving(now.image_bytes).filter(|bytes| *bytes > 0),
         cache_bytes: config.cache.size_bytes,
-        resident_bytes: serving(now.cache.resident_pages * PAGE_BYTES),
-        dirty_bytes: serving(now.cache.dirty_pages * PAGE_BYTES),
+        resident_bytes: serving(now.cache.resident_pages.saturating_mul(PAGE_BYTES)),
+        dirty_bytes: serving(now.cache.dirty_pages.saturating_mul(PAGE_BYTES)),
         oldest_operation_us: oldest_us(&now).filter(|_| is_serving),
     }
 }

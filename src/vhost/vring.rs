@@ -153,6 +153,7 @@ struct VringConfig {
     running: bool,
     kick: Option<File>,
     call_fd: Option<File>,
+    err_fd: Option<File>,
 }
 
 impl VringControl {
@@ -189,13 +190,14 @@ impl VringControl {
 
     fn start(&self, config: &VringConfig) -> bool {
         let duplicate = |file: &Option<File>| file.as_ref().map(File::try_clone).transpose();
-        let (kick, call_fd) = match (duplicate(&config.kick), duplicate(&config.call_fd)) {
-            (Ok(Some(kick)), Ok(call_fd)) => (kick, call_fd),
-            (Err(e), _) | (_, Err(e)) => {
+        let descriptors = [&config.kick, &config.call_fd, &config.err_fd].map(duplicate);
+        let (kick, call_fd, err_fd) = match descriptors {
+            [Ok(Some(kick)), Ok(call_fd), Ok(err_fd)] => (kick, call_fd, err_fd),
+            [Err(e), _, _] | [_, Err(e), _] | [_, _, Err(e)] => {
                 error!("{}: cannot start it: {e}", self.shared);
                 return false;
             }
-            (Ok(None), _) => return false,
+            [Ok(None), _, _] => return false,
         };
         let index = self.shared.index;
         let state = self.state.get_ref();
@@ -211,6 +213,7 @@ impl VringControl {
             position: QueuePosition { next_avail: queue.next_avail(), next_used: queue.next_used() },
             kick,
             call_fd,
+            err_fd,
             memory: Arc::new(GuestRam::new(self.shared.memory.memory().into_inner())),
             tracker: self.shared.session.inflight.of_ring(&self.shared.session.device.name, index, queue.size()),
         };
@@ -219,8 +222,8 @@ impl VringControl {
         worker.ask(|answer| WorkerCommand::Start(index, Box::new(setup), answer)).is_some()
     }
 
-    /// Duplicates a kick or call descriptor. On failure the vring does not run, or sends no interrupts; the log says
-    /// why.
+    /// Duplicates a descriptor of the front-end. On failure the vring does not run, or sends no interrupts; the log
+    /// says why.
     fn duplicate(&self, file: Option<&File>) -> Option<File> {
         let copy = file?.try_clone();
         copy.inspect_err(|e| error!("{}: cannot duplicate its descriptor: {e}", self.shared)).ok()
@@ -247,12 +250,12 @@ impl VringControl {
     }
 }
 
-/// Kick and call descriptors must be eventfds: a write to a full pipe would block a worker.
+/// Kick, call and error descriptors must be eventfds: a write to a full pipe would block a worker.
 fn eventfd_or_none(session: &Session, file: Option<File>) -> Option<File> {
     let file = file?;
     let is_eventfd = session.broker.is_eventfd(&file);
     if !is_eventfd {
-        error!("{}: ignored a kick or call descriptor that is not an eventfd", session.device.name);
+        error!("{}: ignored a kick, call or error descriptor that is not an eventfd", session.device.name);
     }
     is_eventfd.then_some(file)
 }
@@ -361,7 +364,14 @@ impl VringT<BackendMemory> for VringControl {
     }
 
     fn set_err(&self, file: Option<File>) {
-        self.state.set_err(file);
+        let file = eventfd_or_none(&self.shared.session, file);
+        let mut config = self.config();
+        if config.running {
+            let index = self.shared.index;
+            let copy = self.duplicate(file.as_ref());
+            self.shared.session.workers.of_ring(index).ask(|answer| WorkerCommand::SetErrFd(index, copy, answer));
+        }
+        config.err_fd = file;
     }
 
     // The rest serves vhost-user-backend's own worker threads, of which there are none.

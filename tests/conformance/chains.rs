@@ -1,9 +1,11 @@
 //! Descriptor chains: the device serves every legal layout and survives every invalid one.
 
+use vhost::VhostBackend;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::common::SECTOR_BYTES;
 use crate::common::daemon::{Daemon, DaemonOptions};
@@ -460,6 +462,8 @@ fn a_broken_ring_does_not_stop_the_others() {
     let mut daemon = Daemon::start("chains", IMAGE_BYTES, &options);
     let options = SessionOptions { queues: 2, ..SessionOptions::default() };
     let mut session = Session::open(&daemon.socket(), &options);
+    let error = EventFd::new(EFD_NONBLOCK).expect("an eventfd can be created");
+    session.frontend.set_vring_err(1, &error).expect("SET_VRING_ERR");
     let broken = &session.rings[1];
     broken.set_avail_idx(broken.next_avail().wrapping_add(broken.size() + 1));
     broken.notify();
@@ -468,5 +472,6 @@ fn a_broken_ring_does_not_stop_the_others() {
         session.write(8 * round, &bytes);
         assert_eq!(session.read(8 * round, 4096), bytes, "round {round}");
     }
+    poll_until("the error descriptor", PATIENCE, || error.read().ok());
     daemon.assert_alive();
 }

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::daemon::{Daemon, TempDir, server_binary};
 use common::request::{OK, Payload, assert_serves, pattern};
@@ -41,6 +41,8 @@ use mount::Mount;
 const IMAGE_BYTES: usize = 4 << 20;
 /// How long a wait may take that the daemon bounds at some seconds.
 const LIMIT: Duration = Duration::from_secs(20);
+/// A buffer of a page.
+const READ: Payload<'static> = Payload::Receive(4096);
 
 /// The configuration of a daemon with the disks `sick`, `good1` and `good2`, and the image of the first.
 struct Ward {
@@ -131,6 +133,7 @@ impl Drop for Release {
     fn drop(&mut self) {
         self.0.release(OpClass::Read);
         self.0.release(OpClass::Write);
+        self.0.release(OpClass::Sync);
     }
 }
 
@@ -273,6 +276,37 @@ fn an_image_that_does_not_answer_is_named_in_the_log_and_so_is_its_recovery() {
     poll_until("the image to answer", LIMIT, || daemon.log().contains("answers again").then_some(()));
     drop((session, other));
     daemon.stop();
+}
+
+/// A submission to an image that does not answer returns at once, with a ring and with threads: what needs no image
+/// goes on.
+#[test]
+fn a_worker_serves_cached_reads_and_its_front_end_while_its_image_answers_nothing() {
+    for engine in ["auto", "threads"] {
+        for class in [OpClass::Read, OpClass::Write, OpClass::Sync] {
+            let Some(mut ward) = Ward::new(&format!("engine = {engine:?}")) else { return };
+            let mut daemon = ward.start(&["sick", "good1", "good2"]);
+            let mut session = Session::open(&ward.socket("sick"), &SessionOptions::default());
+            session.write(0, &pattern(3, 0, 8192));
+            ward.disk.hold(class);
+            // More than any queue of operations holds beside a worker.
+            match class {
+                OpClass::Read => (0..32).for_each(|n| _ = session.submit(0, VIRTIO_BLK_T_IN, 2048 + n * 64, READ)),
+                _ => _ = session.submit(0, VIRTIO_BLK_T_FLUSH, 0, Payload::Empty),
+            }
+            session.rings[0].notify();
+            poll_until("the image to hang", PATIENCE, || (ward.disk.held(class) > 0).then_some(()));
+            for _ in 0..20 {
+                let begun = Instant::now();
+                assert_eq!(session.read(0, 8192), pattern(3, 0, 8192), "{engine}, {class:?}");
+                session.config_u32(0);
+                assert!(begun.elapsed() < LIMIT / 10, "{engine}, {class:?}: {:?}", begun.elapsed());
+            }
+            ward.disk.release(class);
+            drop(session);
+            daemon.stop();
+        }
+    }
 }
 
 /// The hold ends only after a retry: the process, not the image, was away.

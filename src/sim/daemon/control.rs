@@ -130,7 +130,8 @@ impl World {
             let (kick, call_fd) = ring.connect();
             let memory = Arc::new(GuestRam::new(Arc::clone(&self.memory)));
             let layout = ring.layout();
-            let setup = RingSetup { layout, position, kick, call_fd: Some(call_fd), memory, tracker };
+            let call_fd = Some(call_fd);
+            let setup = RingSetup { layout, position, kick, call_fd, err_fd: None, memory, tracker };
             let life = self.life.as_ref().expect("the front-end is connected");
             let index = index as u16;
             let control = life.workers.of_ring(index);

@@ -131,6 +131,11 @@ impl CachedImage {
         self.backing.limits()
     }
 
+    /// Whether the image is at a server.
+    pub fn is_remote(&self) -> bool {
+        self.backing.is_remote()
+    }
+
     /// The cache's statistics.
     pub fn stats(&self) -> Stats {
         let stats = self.lock().stats();

@@ -16,7 +16,8 @@ use crate::config::{Config, DeviceConfig, Engine, ImageFormat, MemoryDir, Socket
 use crate::error::{Error, ErrorKind, Result};
 use crate::listener::SocketAccess;
 use crate::recover::{self, check_memory_dir, file_system_of};
-use crate::store::file;
+use crate::store::file::KnownRaw;
+use crate::store::{self, file};
 use crate::sys::dir::may_create_in;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
@@ -98,6 +99,9 @@ enum Usage {
 /// Checks a device's image; returns whether a process uses it.
 fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, findings: &mut Findings) -> bool {
     let (name, image) = (&device.name, &device.image);
+    if store::is_remote(image) {
+        return check_export(device, manager, findings);
+    }
     let Some(found) = findings.note(name, file::inspect(image, device.read_only)) else { return false };
     if found.is_in_use {
         findings.notes.push(format!("{name}: a process uses image {}; it must end first", image.display()));
@@ -109,6 +113,32 @@ fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, 
     {
         findings.add(name, &refusal);
     }
+    false
+}
+
+/// Checks a device's export at a server; returns whether a daemon of this host writes to it. Daemons of other hosts
+/// cannot be seen.
+fn check_export(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, findings: &mut Findings) -> bool {
+    let nbd = recover::nbd_options(device);
+    let options = file::OpenOptions { read_only: device.read_only, nbd, ..file::OpenOptions::default() };
+    let opened = store::open(Some(&device.name), &device.image, &options);
+    if let Err(e) = &opened
+        && e.kind() == ErrorKind::Locked
+    {
+        findings.notes.push(format!("{}: {e}; it must end first", device.name));
+        return true;
+    }
+    let Some(export) = findings.note(&device.name, opened) else { return false };
+    findings.note(&device.name, export.check_workers(device.workers));
+    let known_raw = match (device.format, export.found_format()) {
+        (ImageFormat::Raw, _) => Some(KnownRaw::Configured),
+        (ImageFormat::Auto, Some(format)) => {
+            let is_kept = recover::has_kept_cache(device, &export.identity(), format, manager);
+            is_kept.then_some(KnownRaw::KeptCache)
+        }
+        (ImageFormat::Auto, None) => None,
+    };
+    findings.note(&device.name, export.check_format(known_raw));
     false
 }
 

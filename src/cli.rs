@@ -278,7 +278,8 @@ Cache modes:
   none          nothing is cached
 
 Limitations:
-  Images are raw files and block devices. An image that looks like another format is
+  Images are raw files, block devices and NBD exports (nbd://HOST[:PORT]/EXPORT,
+  nbd+unix:///EXPORT?socket=PATH; docs/remote.md says what they promise). An image that looks like another format is
   refused; --format raw serves its bytes as they are.
   The front-end must share the guest's memory (QEMU: memory-backend-memfd,share=on).
   Relative paths are relative to the daemon's working directory.
@@ -336,7 +337,7 @@ pub struct Cli {
     #[arg(long, value_name = "GROUP", help_heading = ONE_DEVICE, conflicts_with = "fd")]
     pub socket_group: Option<String>,
 
-    /// Serve this raw image file or block device
+    /// Serve this raw image file or block device, or the NBD export with this URI
     #[arg(long, value_name = "PATH", help_heading = ONE_DEVICE)]
     pub blk_file: Option<PathBuf>,
 

@@ -32,7 +32,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     // The commands that ask a running daemon, and the interface by which they do.
     ("client", &["control", "counters", "error", "units"]),
     ("control", &["counters"]),
-    ("config", &["error", "units"]),
+    ("config", &["nbd_uri", "error", "units"]),
     ("logging", &["sandbox", "sys"]),
     // Everything that takes a path; never guest memory, a front-end's messages, or serving an image. It runs the disk's
     // side in a thread where there is one process.

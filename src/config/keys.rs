@@ -3,14 +3,15 @@
 //! Defaults, checks, messages, suggestions for misspelt keys and the test of configs/default.toml all read this table.
 
 use std::os::fd::RawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::problem::nearest;
 use super::size::{format_size, parse_size, size_suggestion};
 use super::{
-    Allocate, CacheMode, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, OnError, Policy, Sandbox, Socket,
-    Survive,
+    Allocate, CacheMode, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, NbdFlush, OnError, Policy, Sandbox,
+    Socket, Survive,
 };
+use crate::nbd_uri::NbdUri;
 use crate::units::PAGE_BYTES;
 
 /// A value before its check: from a document, an option or this table.
@@ -69,8 +70,9 @@ pub(crate) enum ValueKind {
         fits: fn(&str) -> bool,
         set: fn(&mut DeviceConfig, &str),
     },
-    Path {
-        set: fn(&mut DeviceConfig, &Path),
+    /// A path, or the URI of an NBD export.
+    Image {
+        set: fn(&mut DeviceConfig, PathBuf),
     },
     Socket {
         set: fn(&mut DeviceConfig, Socket),
@@ -146,7 +148,7 @@ pub(crate) const KEYS: &[Key] = &[
             set: |device, text| device.socket_group = text.to_string(),
         },
     },
-    Key { name: "image", default: Required, kind: ValueKind::Path { set: |device, path| device.image = path.into() } },
+    Key { name: "image", default: Required, kind: ValueKind::Image { set: |device, image| device.image = image } },
     Key {
         name: "format",
         default: Is(Text("auto")),
@@ -220,6 +222,21 @@ pub(crate) const KEYS: &[Key] = &[
             fits: |text| text.len() <= 64 && text.bytes().all(|b| b.is_ascii_graphic() && b != b':'),
             set: |device, text| device.user = text.to_string(),
         },
+    },
+    Key {
+        name: "nbd_flush",
+        default: Is(Text("required")),
+        kind: ValueKind::Choice { words: NbdFlush::WORDS, set: |device, i| device.nbd.flush = NbdFlush::ALL[i] },
+    },
+    Key {
+        name: "nbd_give_up_ms",
+        default: Is(Integer(0)),
+        kind: ValueKind::Count { min: 0, max: 86_400_000, set: |device, n| device.nbd.give_up_ms = n },
+    },
+    Key {
+        name: "nbd_quarantine_ms",
+        default: Is(Integer(5000)),
+        kind: ValueKind::Count { min: 0, max: 600_000, set: |device, n| device.nbd.quarantine_ms = n },
     },
     // Below 4M one large request could pin every page. A frame number is a u32, so 16T would be the limit.
     Key {
@@ -338,7 +355,12 @@ impl ValueKind {
     fn accept(&self, device: &mut DeviceConfig, value: Value<'_>) -> Option<()> {
         match (self, value) {
             (Self::Text { fits, set, .. }, Text(text)) if fits(text) => set(device, text),
-            (Self::Path { set }, Text(_) | Value::Path(_)) => set(device, path(value, usize::MAX)?),
+            (Self::Image { set }, Text(_) | Value::Path(_)) => {
+                let name = path(value, usize::MAX)?;
+                // All spellings of a URI are one image.
+                let uri = NbdUri::is_meant_by(name).then(|| NbdUri::parse(name.to_str().unwrap_or_default()));
+                set(device, uri.map_or(Ok(name.into()), |uri| uri.map(|uri| uri.to_string().into())).ok()?);
+            }
             (Self::Socket { set }, Text(_) | Value::Path(_)) => {
                 set(device, Socket::Path(path(value, SOCKET_PATH_BYTES_MAX)?.into()));
             }
@@ -379,7 +401,7 @@ impl ValueKind {
     fn wanted(&self) -> String {
         match self {
             Self::Text { wanted, .. } => (*wanted).to_string(),
-            Self::Path { .. } => "a path".to_string(),
+            Self::Image { .. } => "a path or the URI of an NBD export".to_string(),
             Self::MemoryDir { .. } => format!("an absolute path or {SYSTEMD:?}"),
             Self::Socket { .. } => format!("a path of 1 to {SOCKET_PATH_BYTES_MAX} bytes"),
             Self::Flag { .. } => "true or false".to_string(),
@@ -402,6 +424,11 @@ impl ValueKind {
         let near = match (self, value) {
             (Self::Choice { words, .. }, Text(text)) => {
                 nearest(&text.to_lowercase(), words.iter().copied()).map(ToOwned::to_owned)
+            }
+            (Self::Image { .. }, _) => {
+                let name = path(value, usize::MAX).and_then(Path::to_str).filter(|name| name.contains("://"));
+                let why = name.and_then(|name| NbdUri::parse(name).err());
+                return why.map_or_else(String::new, |why| format!("; the URI {why}"));
             }
             (Self::Size { .. }, Text(text)) if parse_size(text).is_none() => size_suggestion(text),
             _ => None,
@@ -466,6 +493,7 @@ mod tests {
             ("engine", (|d| d.engine.to_string()) as fn(&DeviceConfig) -> String),
             ("format", |d| d.format.to_string()),
             ("discard", |d| d.discard.to_string()),
+            ("nbd_flush", |d| d.nbd.flush.to_string()),
             ("cache.mode", |d| d.cache.mode.to_string()),
             ("cache.policy", |d| d.cache.policy.to_string()),
             ("cache.survive", |d| d.cache.survive.to_string()),

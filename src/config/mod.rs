@@ -79,7 +79,7 @@ pub struct DeviceConfig {
     pub socket_mode: u32,
     /// Name or number of the file's group; empty: the daemon's own.
     pub socket_group: String,
-    /// The raw file or block device behind the disk.
+    /// The raw file or block device behind the disk, or the canonical URI of an NBD export.
     pub image: PathBuf,
     /// What an image may look like.
     pub format: ImageFormat,
@@ -109,6 +109,8 @@ pub struct DeviceConfig {
     pub sandbox: Sandbox,
     /// The user that the disk's process runs as; empty: the daemon's own.
     pub user: String,
+    /// How the server of a remote image is treated.
+    pub nbd: NbdConfig,
     /// The device's page cache.
     pub cache: CacheConfig,
 }
@@ -143,6 +145,7 @@ impl DeviceConfig {
             discard: Discard::Unmap,
             sandbox: Sandbox::On,
             user: String::new(),
+            nbd: NbdConfig { flush: NbdFlush::Required, give_up_ms: 0, quarantine_ms: 0 },
             cache: CacheConfig {
                 size_bytes: 0,
                 mode: CacheMode::None,
@@ -160,6 +163,17 @@ impl DeviceConfig {
             },
         }
     }
+}
+
+/// How an NBD server is treated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdConfig {
+    /// What a server without FLUSH means.
+    pub flush: NbdFlush,
+    /// How long to try to connect again; 0 = for ever.
+    pub give_up_ms: u32,
+    /// How long a server may still execute requests of a connection that has broken.
+    pub quarantine_ms: u32,
 }
 
 /// Where front-ends connect.
@@ -272,6 +286,16 @@ words! {
         /// Once its data is durable on the image.
         Writethrough = "writethrough",
         /// Nothing is cached: every request goes to the image.
+        None = "none",
+    }
+}
+
+words! {
+    /// What an NBD server without FLUSH means.
+    NbdFlush {
+        /// It is refused for writing.
+        Required = "required",
+        /// It has no volatile cache: what it has completed is durable.
         None = "none",
     }
 }

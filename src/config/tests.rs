@@ -144,7 +144,7 @@ name = "b"
         "2: num_queue: unknown key; did you mean \"num_queues\", below [[device]]?",
         "4: device[0].name: is missing",
         "5: device[0].socket: takes a path of 1 to 107 bytes, not 7",
-        "6: device[0].image: takes a path, not \"\"",
+        "6: device[0].image: takes a path or the URI of an NBD export, not \"\"",
         "7: device[0].read_only: takes true or false, not \"yes\"",
         "8: device[0].serial: takes at most 20 printable ASCII characters, not \"123456789012345678901\"",
         "9: device[0].num_queues: takes an integer from 1 to 256, not 257",

@@ -138,7 +138,8 @@ impl Worker {
     }
 
     fn run_confined(self) {
-        sandbox::confine(ThreadKind::Worker);
+        let is_remote = self.port.image().is_remote();
+        sandbox::confine(if is_remote { ThreadKind::RemoteWorker } else { ThreadKind::Worker });
         self.run();
     }
 

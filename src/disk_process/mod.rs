@@ -28,7 +28,7 @@ use crate::disk_stats::{CutMemory, StatsPage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::{self, ThreadKind};
 use crate::service::{Service, cached_image};
-use crate::store::file::FileImage;
+use crate::store;
 use crate::sys::poll::wait_any_readable_for;
 use crate::sys::privileges::User;
 use crate::sys::process::raise_descriptor_limit;
@@ -165,13 +165,12 @@ impl Control {
         &mut self,
         name: &str,
         file: File,
-        image: crate::store::file::ImageParts,
+        image: store::file::ImageParts,
         cache: &crate::arena::ArenaParts,
         cache_files: Vec<File>,
         settings: &DeviceSettings,
     ) -> Result<()> {
-        let image = FileImage::received(file, image)?;
-        let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
+        let (image, io_mode) = store::received(file, image)?;
         let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
         regions::note(Region::Cache, &arena.mapped());

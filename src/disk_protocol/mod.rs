@@ -26,12 +26,13 @@ pub(crate) use channel::{decode, encode};
 pub use settings::DeviceSettings;
 
 /// Version of the protocol.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// From the supervisor to a disk process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToDisk {
-    /// Use this image and this cache, the first message. With the image's descriptor, then those of the cache.
+    /// Use this image and this cache, the first message. With the image's descriptor (for an export of an NBD
+    /// server, a socket at which to ask for connections), then those of the cache.
     Open {
         /// The device for which the image was opened first; log lines about the image begin with it.
         name: String,

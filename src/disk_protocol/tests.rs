@@ -5,10 +5,10 @@ use std::os::fd::AsFd;
 use super::*;
 use crate::config::{DeviceConfig, Socket};
 
-/// Messages of version 1 to a disk process, one a line.
-const TO_DISK: &str = include_str!("recorded/to_disk.1.jsonl");
-/// Messages of version 1 from a disk process, one a line.
-const FROM_DISK: &str = include_str!("recorded/from_disk.1.jsonl");
+/// Messages of version 2 to a disk process, one a line.
+const TO_DISK: &str = include_str!("recorded/to_disk.2.jsonl");
+/// Messages of version 2 from a disk process, one a line.
+const FROM_DISK: &str = include_str!("recorded/from_disk.2.jsonl");
 
 /// Checks that the messages of a recording are understood, and that they are sent as they were.
 fn check_recording<M>(recording: &str, count: usize)
@@ -25,16 +25,16 @@ where
 
 #[test]
 fn recorded_messages_are_understood_and_sent_as_they_were() {
-    check_recording::<ToDisk>(TO_DISK, 8);
+    check_recording::<ToDisk>(TO_DISK, 9);
     check_recording::<FromDisk>(FROM_DISK, 6);
 }
 
 #[test]
 fn another_version_is_refused_with_both_versions() {
-    let later = TO_DISK.lines().next().unwrap().replace("{\"version\":1,", "{\"version\":2,");
+    let later = TO_DISK.lines().next().unwrap().replace("{\"version\":2,", "{\"version\":3,");
     let error = decode::<ToDisk>(later.as_bytes()).unwrap_err().to_string();
-    assert!(error.ends_with("it has version 2, and this process speaks version 1"), "{error}");
-    for nonsense in ["", "{}", "{\"version\":1}", "{\"version\":1,\"message\":\"Sing\"}", "\0\u{1}"] {
+    assert!(error.ends_with("it has version 3, and this process speaks version 2"), "{error}");
+    for nonsense in ["", "{}", "{\"version\":2}", "{\"version\":2,\"message\":\"Sing\"}", "\0\u{1}"] {
         assert!(decode::<ToDisk>(nonsense.as_bytes()).is_err(), "{nonsense:?}");
     }
 }
@@ -62,7 +62,7 @@ fn settings() -> DeviceSettings {
 #[test]
 #[ignore = "records messages"]
 fn record() {
-    let open = TO_DISK.lines().next().map(|line| decode::<ToDisk>(line.as_bytes()).unwrap());
+    let open = TO_DISK.lines().take(2).map(|line| decode::<ToDisk>(line.as_bytes()).unwrap());
     let others = [
         ToDisk::Serve { device: 0, settings: Box::new(settings()) },
         ToDisk::Resume,
@@ -82,6 +82,6 @@ fn record() {
         FromDisk::Released { is_cache_removed: true },
     ];
     let show = |bytes: Vec<u8>| println!("{}", String::from_utf8(bytes).unwrap());
-    open.iter().chain(&others).for_each(|message| show(encode(message).unwrap()));
+    open.chain(others).for_each(|message| show(encode(&message).unwrap()));
     from_disk.iter().for_each(|message| show(encode(message).unwrap()));
 }

@@ -22,10 +22,10 @@ use crate::arena::{
     Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, ImageFacts, NotCreated, Overhang, SAMPLES_MAX,
     TenureFacts,
 };
-use crate::config::{DeviceConfig, MemoryDir, Survive};
+use crate::config::{DeviceConfig, MemoryDir, NbdFlush, Survive};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
-use crate::store::file::LastTenure;
+use crate::store::file::{LastTenure, NbdOptions};
 use crate::store::named::NamedImage;
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
@@ -185,6 +185,16 @@ pub fn arena_for(
         info!("{name}: the guest selected write-through earlier; it stays in effect");
     }
     Ok(arena)
+}
+
+/// How the server of a device's image is treated.
+pub fn nbd_options(config: &DeviceConfig) -> NbdOptions {
+    let milliseconds = |n: u32| Duration::from_millis(n.into());
+    NbdOptions {
+        trusts_without_flush: config.nbd.flush == NbdFlush::None,
+        give_up: Some(config.nbd.give_up_ms).filter(|n| *n > 0).map(milliseconds),
+        quarantine: milliseconds(config.nbd.quarantine_ms),
+    }
 }
 
 /// An error about memory, which names the memory that the caches take that no daemon uses.

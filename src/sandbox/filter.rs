@@ -233,6 +233,12 @@ const CONFINEMENT: &[Call] = &[
     Any(libc::SYS_seccomp),
 ];
 
+/// The connection of an image at a server, and the end of a quarantine.
+const CONNECTION: &[Call] = &[Any(libc::SYS_sendmsg), Any(libc::SYS_recvmsg), Any(libc::SYS_timerfd_settime)];
+
+/// What waits for the end of a quarantine.
+const TIMER: &[Call] = &[Any(libc::SYS_timerfd_create)];
+
 /// Memory that is shared with a front-end.
 const SHARED_MEMORY: &[Call] = &[Any(libc::SYS_memfd_create), Any(libc::SYS_ftruncate)];
 
@@ -264,11 +270,24 @@ fn groups(kind: ThreadKind) -> &'static [&'static [Call]] {
         ThreadKind::Store => &[IMAGE],
         ThreadKind::Watchdog => &[INTERRUPT],
         ThreadKind::Worker => &[EVENTS, RING, RECORDS, IMAGE],
+        ThreadKind::RemoteWorker => &[EVENTS, RING, RECORDS, IMAGE, CONNECTION],
         ThreadKind::Control => &[EVENTS, MESSAGES, SHARED_MEMORY, THREADS],
-        ThreadKind::Main => &[EVENTS, RING, RECORDS, IMAGE, MESSAGES, SHARED_MEMORY, THREADS, PATHS],
-        ThreadKind::Opener => {
-            &[EVENTS, RING, RING_SETUP, CONFINEMENT, RECORDS, IMAGE, MESSAGES, SHARED_MEMORY, THREADS, INTERRUPT, PATHS]
-        }
+        ThreadKind::Main => &[EVENTS, RING, RECORDS, IMAGE, MESSAGES, SHARED_MEMORY, THREADS, CONNECTION, PATHS],
+        ThreadKind::Opener => &[
+            EVENTS,
+            RING,
+            RING_SETUP,
+            CONFINEMENT,
+            RECORDS,
+            IMAGE,
+            MESSAGES,
+            SHARED_MEMORY,
+            THREADS,
+            INTERRUPT,
+            CONNECTION,
+            TIMER,
+            PATHS,
+        ],
     }
 }
 
@@ -339,10 +358,11 @@ fn compile(
 mod tests {
     use super::*;
 
-    const KINDS: [ThreadKind; 8] = [
+    const KINDS: [ThreadKind; 9] = [
         ThreadKind::Main,
         ThreadKind::Opener,
         ThreadKind::Worker,
+        ThreadKind::RemoteWorker,
         ThreadKind::Control,
         ThreadKind::Store,
         ThreadKind::Memory,
@@ -356,7 +376,7 @@ mod tests {
             assert!(program(kind).unwrap().len() > 50, "{kind:?}");
         }
         assert!(INTERRUPT_SIGNALS.contains(&value(libc::SIGRTMIN() + 3)));
-        assert_eq!(KINDS.map(|kind| failing(kind).unwrap().len()), [2, 2, 0, 1, 0, 0, 0, 0]);
+        assert_eq!(KINDS.map(|kind| failing(kind).unwrap().len()), [2, 2, 0, 0, 1, 0, 0, 0, 0]);
     }
 
     #[test]
@@ -392,6 +412,11 @@ mod tests {
             assert!(forbidden.iter().all(|number| !numbers.contains(number)), "{kind:?}");
             assert_eq!(numbers.contains(&libc::SYS_io_uring_setup), kind == ThreadKind::Opener, "{kind:?}");
             assert_eq!(numbers.contains(&libc::SYS_openat), kind.meets_paths(), "{kind:?}");
+            let has_connections = !matches!(
+                kind,
+                ThreadKind::Worker | ThreadKind::Store | ThreadKind::Memory | ThreadKind::Log | ThreadKind::Watchdog
+            );
+            assert_eq!(numbers.contains(&libc::SYS_sendmsg), has_connections, "{kind:?}");
         }
     }
 }

@@ -48,6 +48,8 @@ pub enum ThreadKind {
     Opener,
     /// A worker: vrings, a ring or a pool of threads, guest memory.
     Worker,
+    /// A worker of an image at a server: what a worker does, and messages on sockets that are connected.
+    RemoteWorker,
     /// A thread of the control plane: accepts front-ends, and their messages.
     Control,
     /// Blocking operations on an image.

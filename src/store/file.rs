@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Once};
 
 use super::format::{Format, HEAD_BYTES};
+use super::handed::FileParts;
 pub use super::handed::{ImageParts, IoFence};
 use super::history;
 pub use super::history::LastTenure;
@@ -95,7 +96,7 @@ impl FileImage {
     ///
     /// # Errors
     /// [`ErrorKind::System`] for a record of a tenure that this genblk cannot read.
-    pub fn received(file: File, mut parts: ImageParts) -> Result<Arc<Self>> {
+    pub(super) fn received(file: File, mut parts: FileParts) -> Result<Arc<Self>> {
         let record = parts.tenure.take().map(|bytes| Record::decode(&bytes)).transpose();
         let record = record.map_err(|why| Error::new(ErrorKind::System, format!("the record of a tenure: {why}")))?;
         let engine = parts.engine;
@@ -310,7 +311,7 @@ impl NamedImage for FileImage {
     fn hand_out(&self, fence: IoFence) -> io::Result<(File, ImageParts)> {
         let (file, known) = self.image.reopen(fence)?;
         let record = self.tenure().as_ref().map(Record::encode);
-        Ok((file, self.image.parts(known, self.engine, record)))
+        Ok((file, ImageParts::File(self.image.parts(known, self.engine, record))))
     }
 
     fn is_fenced(&self, fence: IoFence) -> bool {

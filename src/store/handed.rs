@@ -16,7 +16,16 @@ const FENCE_BASE: u64 = 1 << 40;
 
 /// What was found out about an image when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageParts {
+pub enum ImageParts {
+    /// A regular file or a block device; the descriptor is its own.
+    File(FileParts),
+    /// An export of an NBD server; the descriptor leads to the connector.
+    Nbd(NbdParts),
+}
+
+/// What was found out about a regular file or a block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileParts {
     /// Its properties and capabilities.
     pub(super) limits: Limits,
     /// Its path, for messages only.
@@ -39,11 +48,36 @@ pub struct ImageParts {
     pub(super) tenure: Option<Vec<u8>>,
 }
 
-impl ImageParts {
-    /// The image's properties and capabilities.
-    pub fn limits(&self) -> &Limits {
-        &self.limits
-    }
+/// What was found out about an export of an NBD server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdParts {
+    pub(super) limits: Limits,
+    /// Its canonical URI, for messages only.
+    pub(super) uri: String,
+    /// What log lines about it begin with.
+    pub(super) label: String,
+    pub(super) promised: Export,
+    /// See [`super::options::NbdOptions::quarantine`].
+    pub(super) quarantine_ms: u64,
+    /// For how long from now on the server may still execute requests of an earlier process.
+    pub(super) feared_ms: u64,
+}
+
+/// An export as its server describes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Export {
+    pub size_bytes: u64,
+    /// See `nbd::wire::export_flag`.
+    pub flags: u16,
+    /// Offsets and lengths are multiples of this.
+    pub block_min: u32,
+    pub block_preferred: u32,
+    /// Longest read or write.
+    pub block_max: u32,
+    /// Replies have chunks.
+    pub is_structured: bool,
+    /// The number of base:allocation, if the server has it.
+    pub allocation: Option<u32>,
 }
 
 /// A lock that a handed-out descriptor holds as long as a process or the kernel uses it: a killed process is gone

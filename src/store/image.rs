@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::format::Format;
-use super::handed::{ImageParts, IoFence};
+use super::handed::{FileParts, IoFence};
 use super::history;
 use super::lock::{self, LockMode};
 use super::options::{IoEngine, OpenOptions};
@@ -170,7 +170,7 @@ impl OpenImage {
     }
 
     /// An image that another process of the daemon has opened. `file` is an open file description of its own.
-    pub(super) fn received(file: File, parts: ImageParts) -> Self {
+    pub(super) fn received(file: File, parts: FileParts) -> Self {
         let size_bytes = parts.limits.size_bytes;
         Self {
             file,
@@ -197,8 +197,8 @@ impl OpenImage {
     }
 
     /// What another process of the daemon needs to know of the image.
-    pub(super) fn parts(&self, known: Known, engine: IoEngine, tenure: Option<Vec<u8>>) -> ImageParts {
-        ImageParts {
+    pub(super) fn parts(&self, known: Known, engine: IoEngine, tenure: Option<Vec<u8>>) -> FileParts {
+        FileParts {
             limits: self.limits.clone(),
             path: self.path.to_string_lossy().into_owned(),
             label: self.label.clone(),

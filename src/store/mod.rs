@@ -46,7 +46,7 @@ mod threads;
 mod uring;
 mod wake;
 
-pub use open::{is_remote, open};
+pub use open::{is_remote, open, received};
 
 use std::fmt;
 use std::io;
@@ -314,6 +314,11 @@ impl fmt::Debug for dyn StoreQueue {
 pub trait Backing: Send + Sync + fmt::Debug {
     /// What the image can do; the same for each of its queues.
     fn limits(&self) -> &Limits;
+
+    /// Whether its queues talk to a server over sockets.
+    fn is_remote(&self) -> bool {
+        false
+    }
 
     /// Whether a write of these sectors may make the image look like another format than raw.
     fn shows_format(&self, _span: SectorSpan) -> bool {

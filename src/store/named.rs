@@ -107,8 +107,16 @@ pub trait NamedImage: Backing {
     /// wait.
     fn fear_earlier_writes(&self) {}
 
+    /// Checks that so many workers can serve the image. Does not wait.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::Config`] with the reason.
+    fn check_workers(&self, _workers: u16) -> Result<()> {
+        Ok(())
+    }
+
     /// The image once more, for the process that serves it: an open file description of its own with the image's lock
-    /// and the fence, and what was found out about the image.
+    /// and the fence, or a way to ask for connections, and what was found out about the image.
     ///
     /// => While that process, or the kernel on behalf of it, may still access the image, [`NamedImage::is_fenced`] is
     ///    true for this fence.

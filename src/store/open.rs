@@ -1,11 +1,14 @@
 //! Opens an image by its name, in whatever store it is.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::Backing;
 use super::file::FileImage;
+use super::handed::ImageParts;
 use super::named::NamedImage;
-use super::nbd::NbdImage;
+use super::nbd::{NbdBacking, NbdImage};
 use super::options::OpenOptions;
 use crate::error::Result;
 use crate::nbd_uri::NbdUri;
@@ -28,4 +31,23 @@ pub fn open(device: Option<&str>, name: &Path, options: &OpenOptions) -> Result<
         Some(device) => FileImage::open_for(device, name, options)?,
         None => FileImage::open(name, options)?,
     })
+}
+
+/// An image that another process of the daemon has opened and handed out, and how it is read and written, for the log.
+///
+/// # Errors
+/// [`crate::error::ErrorKind::System`] for a record of a tenure that this genblk cannot read.
+pub fn received(file: File, parts: ImageParts) -> Result<(Arc<dyn Backing>, &'static str)> {
+    match parts {
+        ImageParts::File(parts) => {
+            let image = FileImage::received(file, parts)?;
+            let io_mode = if image.direct() { "O_DIRECT" } else { "buffered I/O" };
+            Ok((image, io_mode))
+        }
+        ImageParts::Nbd(parts) => {
+            let image = NbdBacking::received(file, parts);
+            let io_mode = image.io_mode();
+            Ok((image, io_mode))
+        }
+    }
 }

@@ -110,10 +110,11 @@ impl ImageSlot {
             while state.image.is_fenced(process.fence()) {
                 thread::sleep(FENCE_POLL);
             }
-            if !exit.is_in_order()
-                && let Some(cache) = &mut state.cache
-            {
-                cache.note_death(self.settings.read_only);
+            if !exit.is_in_order() {
+                state.image.fear_earlier_writes();
+                if let Some(cache) = &mut state.cache {
+                    cache.note_death(self.settings.read_only);
+                }
             }
             state.process = None;
         }
@@ -188,9 +189,10 @@ pub(super) fn open_image(config: &DeviceConfig, manager: &Arc<ServiceManager>) -
     if config.cache.survive == Survive::Always {
         recover::check_memory_dir(config)?;
     }
-    let options =
-        OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE, ..OpenOptions::default() };
+    let nbd = recover::nbd_options(config);
+    let options = OpenOptions { read_only, engine, direct, lock_patience: recover::LOCK_PATIENCE, nbd };
     let image = store::open(Some(&config.name), &config.image, &options)?;
+    image.check_workers(config.workers)?;
     let identity = image.identity();
     let known_raw = match config.format {
         ImageFormat::Raw => Some(KnownRaw::Configured),

@@ -186,7 +186,8 @@ fn configure(directory: &TempDir, devices: &[&str]) -> Vec<PathBuf> {
     let (image, memory) = (path.join("image"), directory.memory());
     let tables = devices.iter().zip(&sockets).enumerate().map(|(n, (rest, socket))| {
         let memory = if rest.contains("memory_dir") { String::new() } else { format!("cache.memory_dir = {memory:?}") };
-        format!("[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\nimage = {image:?}\n{memory}\n{rest}\n")
+        let image = if rest.contains("image =") { String::new() } else { format!("image = {image:?}") };
+        format!("[[device]]\nname = \"disk{n}\"\nsocket = {socket:?}\n{image}\n{rest}\n{memory}\n")
     });
     fs::write(config_of(directory), tables.collect::<String>()).expect("the configuration can be written");
     sockets

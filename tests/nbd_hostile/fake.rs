@@ -13,7 +13,7 @@ const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 const DISCONNECT: u16 = 2;
-const BLOCK_STATUS: u16 = 7;
+pub const BLOCK_STATUS: u16 = 7;
 
 /// A request.
 #[derive(Clone, Copy, Debug)]

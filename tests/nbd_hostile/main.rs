@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use genblk::store::file::{NbdOptions, OpenOptions};
 use genblk::store::nbd::NbdImage;
 use genblk::store::{Backing, Event, IoRequest};
-use genblk::units::{Fault, OpKind};
+use genblk::units::{ExtentKind, Fault, OpKind};
 
-use fake::{Act, FakeServer, Request, chunk, is_read, is_write};
+use fake::{Act, BLOCK_STATUS, FakeServer, Request, chunk, is_read, is_write};
 use store_kit::{Buffer, Driver, pattern};
 
 const SIZE: u64 = 1 << 20;
@@ -31,7 +31,8 @@ fn socket_named(name: &str) -> PathBuf {
 }
 
 fn open(server: &FakeServer, nbd: NbdOptions) -> Arc<dyn Backing> {
-    let options = OpenOptions { nbd, ..OpenOptions::default() };
+    // The image before this one releases the lock when its threads have ended.
+    let options = OpenOptions { nbd, lock_patience: Duration::from_secs(5), ..OpenOptions::default() };
     NbdImage::open(None, Path::new(&server.uri()), &options).unwrap()
 }
 
@@ -184,6 +185,29 @@ fn a_write_that_a_dead_connection_still_carries_out_overtakes_no_newer_one() {
     let (newest, written) = newest_after_a_zombie_write("nbd-zombie", quarantine);
     assert_eq!(newest, 2);
     assert!(written >= quarantine, "{written:?}");
+}
+
+/// As nbdkit's cache filter, which describes the file below its write cache.
+#[test]
+fn a_map_that_calls_a_hole_what_was_written_and_not_flushed_is_not_believed() {
+    let socket = socket_named("nbd-map");
+    let is_hole = |request: Request| match request.command {
+        BLOCK_STATUS => Act::Send(chunk(1, 5, request.cookie, &[1u32, request.len, 3].map(u32::to_be_bytes).concat())),
+        _ => Act::Serve,
+    };
+    let server = FakeServer::start(&socket, SIZE, is_hole);
+    let image = open(&server, NbdOptions::default());
+    let mut driver = Driver::new(&image);
+    let holes = |driver: &mut Driver| match driver.try_run(OpKind::Map, 0, 1 << 20, Vec::new()) {
+        Event::Mapped { extents, .. } => {
+            extents.iter().filter(|extent| extent.kind == ExtentKind::Hole).map(|extent| extent.len).sum::<u64>()
+        }
+        event => panic!("{event:?}"),
+    };
+    driver.write(128 << 10, &mut Buffer::filled(4096, 1));
+    assert!(holes(&mut driver) < 1 << 20, "a read of what was written must not be answered with zeros");
+    driver.try_run(OpKind::Sync, 0, 0, Vec::new());
+    assert_eq!(holes(&mut driver), 1 << 20, "after a FLUSH the server knows");
 }
 
 #[test]

@@ -10,6 +10,7 @@
 //!    connection was made, by the same server.
 //! => A change that was sent and not answered when its connection broke makes its range suspect: see `suspects.rs`.
 //! => A server that breaks the protocol costs its connection, never more.
+//! => What was written since the last FLUSH is data in every map: see `unflushed.rs`.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use super::memory;
 use super::slot::{Phase, Receiving, Slot, Violation};
 use super::suspects::{BreakId, Suspects};
+use super::unflushed::{Unflushed, with_data};
 use super::wire::{Export, REQUEST_BYTES, command_of, export_flag, fault_of, request};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Event, Extent, IoRequest, Segment};
@@ -70,11 +72,12 @@ pub(super) struct Client {
     in_flight: usize,
     held: usize,
     suspects: Arc<Suspects>,
+    unflushed: Arc<Unflushed>,
 }
 
 impl Client {
     /// A client without a connection.
-    pub fn new(export: Export, suspects: Arc<Suspects>) -> Self {
+    pub fn new(export: Export, suspects: Arc<Suspects>, unflushed: Arc<Unflushed>) -> Self {
         Self {
             export,
             flushes: export.has(export_flag::SEND_FLUSH),
@@ -90,6 +93,7 @@ impl Client {
             in_flight: 0,
             held: 0,
             suspects,
+            unflushed,
         }
     }
 
@@ -150,8 +154,13 @@ impl Client {
             _ => request,
         };
         self.submitted += 1;
+        let flush = if request.op == OpKind::Sync { self.unflushed.begin_flush() } else { 0 };
+        let range = request.offset..request.offset + request.len;
+        let written = if request.op == OpKind::Map { self.unflushed.within(&range) } else { Vec::new() };
         let slot = Slot {
             request,
+            flush,
+            written,
             serial: self.submitted,
             phase: Phase::Waiting,
             was_sent: false,
@@ -337,8 +346,21 @@ impl Client {
             return Ok(());
         }
         let event = match slot.request.op {
-            OpKind::Map => Event::Mapped { tag, extents: in_sectors(&slot.extents) },
-            _ => Event::Done { tag },
+            OpKind::Map => {
+                let mut written = self.unflushed.within(&slot.range());
+                written.append(&mut slot.written);
+                Event::Mapped { tag, extents: in_sectors(&with_data(&slot.extents, slot.request.offset, &written)) }
+            }
+            op => {
+                match op {
+                    OpKind::Write if self.flushes && self.export.allocation.is_some() => {
+                        self.unflushed.note_write(&slot.range());
+                    }
+                    OpKind::Sync => self.unflushed.flushed(slot.flush),
+                    _ => {}
+                }
+                Event::Done { tag }
+            }
         };
         self.complete(index, event);
         Ok(())

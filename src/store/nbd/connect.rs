@@ -29,15 +29,12 @@ pub(super) struct Connection {
 #[derive(Debug)]
 pub(super) struct LastServer(Option<OwnedFd>);
 
-impl Connection {
-    /// What is left to know of its server once it is broken. Drops what was not sent yet.
-    pub fn break_up(self) -> LastServer {
-        stream::drop_unsent_on_close(&self.socket);
-        LastServer(self.process)
-    }
-}
-
 impl LastServer {
+    /// The server of a connection.
+    pub fn of(connection: Option<&mut Connection>) -> Self {
+        Self(connection.and_then(|connection| connection.process.take()))
+    }
+
     /// Whether the process is known to have ended: it executes nothing any more.
     pub fn has_ended(&self) -> bool {
         self.0.as_ref().is_some_and(|process| poll::wait_readable(process.as_raw_fd(), Duration::ZERO))
@@ -81,6 +78,8 @@ pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection
     let mut stream = connect_to_host(host, port)?;
     stream.set_nodelay(true)?;
     stream::keep_alive(&stream)?;
+    // A connection that is closed, if only because its process was killed, sends nothing any more.
+    stream::drop_unsent_on_close(&stream);
     let export = negotiate(&mut stream, &uri.export, patience)?;
     Ok(Connection { socket: stream.into(), export, may_have_lost: false, process: None })
 }

@@ -2,32 +2,40 @@
 //!
 //! The layers, from the wire up: `wire` (numbers), `handshake` and `client` with `receive` and `slot` (state machines
 //! without I/O), `memory` (copies into an operation's memory), `suspects` (what dead connections may still do),
-//! `connect` and `remote` (connections, made on threads that may wait), `queue` (a worker's socket), and here the
-//! image.
+//! `unflushed` (what maps must not call a hole),
+//! `remote` (what queues share), `connect` and `server` (connections, made on threads that may wait), `connector`
+//! (connections for queues in another process), `queue` (a worker's socket), `backing` (the image as it is served),
+//! `host_lock`, and here the image as it is opened.
 
+mod backing;
 mod client;
 mod connect;
+mod connector;
 mod handshake;
+mod host_lock;
 mod memory;
 mod queue;
 mod receive;
 mod remote;
+mod server;
 #[cfg(test)]
 mod simulation;
 mod slot;
 mod suspects;
+mod unflushed;
 mod wire;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use log::{info, warn};
 
-use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, at_start, detect};
-use super::handed::{ImageParts, IoFence};
+use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, detect};
+use super::handed::{ImageParts, IoFence, NbdParts};
 use super::named::{BlockWriter, ImageKind, KnownRaw, NamedImage, PageBytes};
 use super::options::OpenOptions;
 use super::{Backing, Event, IoRequest, Limits, Segment, StoreQueue};
@@ -36,10 +44,15 @@ use crate::image_id::ImageId;
 use crate::nbd_uri::NbdUri;
 use crate::sys;
 use crate::tenure::token::ChangeToken;
-use crate::units::{Fault, ImageHoles, OpKind, PAGE_BYTES, PageNo, SECTOR_BYTES, SECTOR_SIZE, SectorSpan, Unmap};
+use crate::units::{Fault, ImageHoles, OpKind, PAGE_BYTES, PageNo, SECTOR_BYTES, SectorSpan, Unmap};
 
+use backing::NO_MULTI_CONN;
+pub(super) use backing::NbdBacking;
+use connector::Connector;
+use host_lock::HostLock;
 use queue::NbdQueue;
 use remote::Remote;
+use server::ExportServer;
 use wire::{Export, export_flag};
 
 /// Most operations in flight of one queue. Servers work on 16 at a time; the others are on their way.
@@ -53,18 +66,13 @@ const NBD_DEVICE: u64 = u64::from_be_bytes(*b"\0\0\0\0\0nbd");
 /// How often a thread that waits for the server looks at it, if nothing wakes it.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// An export, connected.
+/// An export that this process has opened by its name.
 #[derive(Debug)]
 pub struct NbdImage {
-    remote: Arc<Remote>,
-    limits: Limits,
-    /// The canonical URI.
-    path: PathBuf,
+    server: Arc<ExportServer>,
+    backing: NbdBacking,
     /// What the export looked like when it was opened.
     found: Option<Found>,
-    /// How many queues may be attached.
-    can_multi_conn: bool,
-    attached: Mutex<usize>,
 }
 
 impl NbdImage {
@@ -73,29 +81,36 @@ impl NbdImage {
     /// # Errors
     /// [`ErrorKind::Image`] for a wrong URI, a server that cannot be reached or refuses, an export without FLUSH
     /// (unless the options say that it needs none) or that may only be read, and one of a size that no disk has.
+    /// [`ErrorKind::Locked`] if a daemon of this host writes to it.
     pub fn open(device: Option<&str>, name: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
         let failed = |why: String| Error::new(ErrorKind::Image, format!("image {}: {why}", name.display()));
         let text = name.to_str().ok_or_else(|| failed("is not UTF-8".to_owned()))?;
         let uri = NbdUri::parse(text).map_err(|why| failed(format!("the URI {why}")))?;
         let path = PathBuf::from(uri.to_string());
         let label = device.map_or_else(|| format!("image {uri}"), |device| format!("{device}: image {uri}"));
-        let connection = Remote::first_connection(&uri)
+        let lock = lock(&uri, options)?;
+        let connection = ExportServer::first_connection(&uri)
             .map_err(|e| Error::io(ErrorKind::Image, format!("cannot open image {}", name.display()), e))?;
         let export = connection.export;
         check(&export, options).map_err(failed)?;
         let limits = limits_of(&export, options.read_only);
-        let can_multi_conn = export.has(export_flag::CAN_MULTI_CONN);
-        let remote = Remote::new(uri, label, connection, options.read_only, limits.io_max_bytes, options.nbd);
-        let remote = Arc::new(remote);
-        let mut image = Self { remote, limits, path, found: None, can_multi_conn, attached: Mutex::new(0) };
+        let remote = Remote::new(label.clone(), export, options.nbd.quarantine);
+        let access = (options.read_only, limits.io_max_bytes);
+        let server = ExportServer::new(uri, label, connection, access, options.nbd.give_up, lock);
+        let backing = NbdBacking::new(Arc::new(remote), limits, path);
+        let mut image = Self { server: Arc::new(server), backing, found: None };
         image.found = image
             .look_at_format()
             .map_err(|e| Error::io(ErrorKind::Image, format!("cannot read image {}", name.display()), e))?;
         Ok(Arc::new(image))
     }
 
+    fn size_bytes(&self) -> u64 {
+        self.backing.limits.size_bytes
+    }
+
     fn look_at_format(&self) -> io::Result<Option<Found>> {
-        let size = self.limits.size_bytes;
+        let size = self.size_bytes();
         let head = self.read(0, (HEAD_BYTES as u64).min(size))?;
         let tail = match size.checked_sub(TAIL_BYTES as u64) {
             Some(at) => self.read(at, TAIL_BYTES as u64)?,
@@ -108,7 +123,7 @@ impl NbdImage {
     /// Any bytes of the image.
     fn read(&self, offset: u64, len: u64) -> io::Result<Vec<u8>> {
         let first = offset / PAGE_BYTES;
-        let end = (offset + len).min(self.limits.size_bytes);
+        let end = (offset + len).min(self.size_bytes());
         let mut bytes = Vec::new();
         for page in first..end.div_ceil(PAGE_BYTES) {
             bytes.extend_from_slice(&self.read_page(PageNo(page))?.0);
@@ -121,11 +136,12 @@ impl NbdImage {
 
     /// Runs one operation on a connection of its own, or on the one that no queue uses. Waits for the server.
     fn run(&self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> io::Result<()> {
-        let connection = self.remote.take_connection()?;
-        let mut queue = NbdQueue::new(Arc::clone(&self.remote), self.limits.clone(), connection)?;
+        let (remote, limits) = (&self.backing.remote, &self.backing.limits);
+        let connection = self.server.take_connection(remote.has_changed())?;
+        let mut queue = NbdQueue::new(Arc::clone(remote), limits.clone(), Some(connection), None)?;
         let result = run_on(&mut queue, op, offset, len, segments);
         if let Some(connection) = queue.into_connection() {
-            self.remote.put_back(connection);
+            self.server.put_back(connection);
         }
         result
     }
@@ -133,6 +149,20 @@ impl NbdImage {
     fn segments_of(bytes: &mut [u8]) -> Vec<Segment> {
         vec![Segment { base: bytes.as_mut_ptr(), len: bytes.len() }]
     }
+}
+
+/// Takes the lock of an export, or checks that it is free.
+fn lock(uri: &NbdUri, options: &OpenOptions) -> Result<Option<HostLock>> {
+    let [high, low] = hashes(&uri.to_string());
+    let name = format!("genblk/nbd/{high:016x}{low:016x}");
+    let result = match options.read_only {
+        true => HostLock::check_free(&name, options.lock_patience).map(|()| None),
+        false => HostLock::acquire(&name, options.lock_patience),
+    };
+    result.map_err(|e| {
+        let kind = if e.kind() == io::ErrorKind::AddrInUse { ErrorKind::Locked } else { ErrorKind::System };
+        Error::new(kind, format!("cannot lock image {uri}: {e}"))
+    })
 }
 
 /// Runs one operation on a queue and waits for it.
@@ -203,59 +233,53 @@ fn hashes(text: &str) -> [u64; 2] {
 
 impl Backing for NbdImage {
     fn limits(&self) -> &Limits {
-        &self.limits
+        self.backing.limits()
+    }
+
+    fn is_remote(&self) -> bool {
+        true
     }
 
     fn shows_format(&self, span: SectorSpan) -> bool {
-        span.start == 0
+        self.backing.shows_format(span)
     }
 
     fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
-        let Some(format) = bytes.get(..SECTOR_SIZE).filter(|_| first == 0).and_then(at_start) else { return 0 };
-        warn!(
-            "{}: its guest writes a {} header, and that cannot be recorded at the server: set format = \"raw\" \
-             (--format raw), or a start without the kept cache refuses it",
-            self.remote.label,
-            format.name()
-        );
-        format.bit()
+        self.backing.note_guest_write(first, bytes)
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {
-        let mut attached = self.attached.lock().expect("no thread panics with the count locked");
-        if *attached > 0 && !self.can_multi_conn && self.limits.writable {
-            let why = "its server does not promise that a FLUSH covers other connections (multi-conn); set workers = 1";
-            return Err(Error::new(ErrorKind::Config, format!("image {}: {why}", self.path.display())));
+        {
+            let mut connector = self.backing.connector.lock().expect("no thread panics with the connector locked");
+            if connector.is_none() {
+                let failed = |e| Error::io(ErrorKind::System, "cannot start the thread that connects", e);
+                let socket = connector::spawn(&self.server).map_err(failed)?;
+                *connector = Some(Arc::new(Connector::new(socket.into())));
+            }
         }
-        let failed = |e| Error::io(ErrorKind::Image, format!("cannot connect to image {}", self.path.display()), e);
-        let connection = self.remote.take_connection().map_err(failed)?;
-        let system = |e| Error::io(ErrorKind::System, format!("image {}: cannot make a queue", self.path.display()), e);
-        let mut queue = NbdQueue::new(Arc::clone(&self.remote), self.limits.clone(), connection).map_err(system)?;
-        queue.start_connector().map_err(system)?;
-        *attached += 1;
-        Ok(Box::new(queue))
+        self.backing.attach()
     }
 
     fn change_token(&self) -> Option<ChangeToken> {
-        Some(self.found_token())
+        self.backing.change_token()
     }
 
     fn rest_token(&self) -> Option<ChangeToken> {
-        self.change_token()
+        self.backing.rest_token()
     }
 }
 
 impl NamedImage for NbdImage {
     fn path(&self) -> &Path {
-        &self.path
+        &self.backing.path
     }
 
     fn canonical_path(&self) -> PathBuf {
-        self.path.clone()
+        self.backing.path.clone()
     }
 
     fn identity(&self) -> ImageId {
-        let [inode, born_ns] = hashes(&self.remote.uri.to_string());
+        let [inode, born_ns] = hashes(&self.server.uri.to_string());
         ImageId { device: NBD_DEVICE, inode: inode | 1, born_ns }
     }
 
@@ -264,8 +288,7 @@ impl NamedImage for NbdImage {
     }
 
     fn io_mode(&self) -> String {
-        let flush = if self.remote.promised.has(export_flag::SEND_FLUSH) { "with FLUSH" } else { "without FLUSH" };
-        format!("NBD {flush}")
+        self.backing.io_mode().to_owned()
     }
 
     fn found_format(&self) -> Option<Format> {
@@ -273,7 +296,7 @@ impl NamedImage for NbdImage {
     }
 
     fn check_format(&self, known_raw: Option<KnownRaw>) -> Result<()> {
-        let (Some(found), label) = (self.found, &self.remote.label) else { return Ok(()) };
+        let (Some(found), label) = (self.found, &self.backing.remote.label) else { return Ok(()) };
         let name = found.format;
         match known_raw {
             Some(KnownRaw::Configured) => {
@@ -287,28 +310,44 @@ impl NamedImage for NbdImage {
                 "{label} begins with a LUKS header; served as raw: if its guest has written that, set format = \
                  \"raw\" (--format raw)"
             ),
-            None => return Err(Error::new(ErrorKind::Image, found.refusal(&self.path))),
+            None => return Err(Error::new(ErrorKind::Image, found.refusal(&self.backing.path))),
         }
         Ok(())
     }
 
     fn found_token(&self) -> ChangeToken {
         // A server tells nothing else.
-        ChangeToken { size_bytes: self.limits.size_bytes, ..ChangeToken::default() }
+        ChangeToken { size_bytes: self.size_bytes(), ..ChangeToken::default() }
+    }
+
+    fn check_workers(&self, workers: u16) -> Result<()> {
+        if self.backing.allows(workers.into()) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Config, format!("image {}: {NO_MULTI_CONN}", self.backing.path.display())))
     }
 
     fn hand_out(&self, _fence: IoFence) -> io::Result<(File, ImageParts)> {
-        let why = "exports of NBD servers cannot be handed to the process that serves a disk yet";
-        Err(io::Error::new(io::ErrorKind::Unsupported, why))
+        let (remote, milliseconds) = (&self.backing.remote, |time: Duration| u64::try_from(time.as_millis()));
+        let parts = NbdParts {
+            limits: self.backing.limits.clone(),
+            uri: self.server.uri.to_string(),
+            label: remote.label.clone(),
+            promised: remote.promised,
+            quarantine_ms: milliseconds(remote.quarantine).unwrap_or(u64::MAX),
+            feared_ms: milliseconds(remote.feared_for().max(self.server.feared_for())).unwrap_or(u64::MAX),
+        };
+        // A process that has ended accesses nothing any more, and what it has sent is feared: no fence is needed.
+        Ok((OwnedFd::from(connector::spawn(&self.server)?).into(), ImageParts::Nbd(parts)))
     }
 
     fn fear_earlier_writes(&self) {
-        self.remote.fear_earlier_writes();
+        self.backing.remote.fear_earlier_writes(self.backing.remote.quarantine);
     }
 
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
         let mut bytes = Box::new(PageBytes([0; crate::units::PAGE_SIZE]));
-        let len = self.limits.size_bytes.saturating_sub(page.offset_bytes()).min(PAGE_BYTES);
+        let len = self.size_bytes().saturating_sub(page.offset_bytes()).min(PAGE_BYTES);
         if len > 0 {
             let within = usize::try_from(len).expect("at most a page");
             self.run(OpKind::Read, page.offset_bytes(), len, Self::segments_of(&mut bytes.0[..within]))?;
@@ -317,10 +356,11 @@ impl NamedImage for NbdImage {
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        if self.limits.can_zero {
+        if self.backing.limits.can_zero {
             return self.run(OpKind::Zero { unmap: Unmap::Forbidden }, offset, len, Vec::new());
         }
-        let mut zeros = vec![0; usize::try_from(STEP_BYTES.min(u64::from(self.limits.io_max_bytes))).expect("small")];
+        let mut zeros =
+            vec![0; usize::try_from(STEP_BYTES.min(u64::from(self.backing.limits.io_max_bytes))).expect("small")];
         let (mut at, end) = (offset, offset + len);
         while at < end {
             let step = (end - at).min(zeros.len() as u64);

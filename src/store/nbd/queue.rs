@@ -1,7 +1,8 @@
 //! One worker's queue on an export: a client, and the socket of its connection.
 //!
-//! The wake fd is an epoll descriptor over the socket, a timer for the end of quarantines, and an eventfd that the
-//! thread notifies that connects again. Nothing here waits: the socket is never asked to.
+//! The wake fd is an epoll descriptor over the socket, a timer for the end of quarantines, an eventfd for events that
+//! are there already, and while there is no connection the socket of the connector. Nothing here waits: the sockets are
+//! never asked to.
 
 use std::fmt;
 use std::io;
@@ -16,8 +17,10 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::client::Client;
 use super::connect::Connection;
+use super::connector::Reconnector;
 use super::receive::LOOK_AHEAD;
-use super::remote::{Attempt, Break, Connector, Notifier, Remote};
+use super::remote::{Notifier, Remote, TIMEOUT_FACTOR, is_timeout};
+use super::server::Attempt;
 use super::slot::Violation;
 use super::suspects::BreakId;
 use super::wire::{command, request};
@@ -44,13 +47,11 @@ pub(super) struct NbdQueue {
     timer_at: Option<Duration>,
     connection: Option<Connection>,
     /// Connects again. Without one, a connection that breaks is the last one.
-    connector: Option<Connector>,
+    reconnector: Option<Reconnector>,
+    /// It was asked for a connection, and the epoll descriptor watches it.
     is_connecting: bool,
-    /// When the connection was made, or broke; and the pause before the last attempt.
-    since: Instant,
-    pause: Duration,
-    /// The name of the last break.
-    last_break: BreakId,
+    /// When the last connection broke, and its name; `None` before the first one.
+    last_break: Option<(Instant, BreakId)>,
     /// The socket's epoll entry asks whether it can take more.
     wants_writable: bool,
     staging: Box<[u8]>,
@@ -58,15 +59,22 @@ pub(super) struct NbdQueue {
     staged: std::ops::Range<usize>,
     pieces: Vec<Segment>,
     drained: bool,
+    /// Lives as long as the queue, which is counted by it.
+    counted: Option<Arc<()>>,
 }
 
 impl NbdQueue {
-    /// A queue on `connection`.
+    /// A queue on `connection`, which gets others from `reconnector`.
     ///
     /// # Errors
     /// Those of epoll_create(2), timerfd_create(2) and eventfd(2).
-    pub fn new(remote: Arc<Remote>, limits: Limits, connection: Connection) -> io::Result<Self> {
-        let client = Client::new(remote.promised, Arc::clone(&remote.suspects));
+    pub fn new(
+        remote: Arc<Remote>,
+        limits: Limits,
+        connection: Option<Connection>,
+        reconnector: Option<Reconnector>,
+    ) -> io::Result<Self> {
+        let client = Client::new(remote.promised, Arc::clone(&remote.suspects), Arc::clone(&remote.unflushed));
         let mut queue = Self {
             limits,
             client,
@@ -75,32 +83,31 @@ impl NbdQueue {
             timer: TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?,
             timer_at: None,
             connection: None,
-            connector: None,
+            reconnector,
             is_connecting: false,
-            since: Instant::now(),
-            pause: Duration::ZERO,
-            last_break: 0,
+            last_break: None,
             wants_writable: false,
             staging: vec![0; STAGING_BYTES].into_boxed_slice(),
             staged: 0..0,
             pieces: Vec::new(),
             drained: false,
+            counted: None,
             remote,
         };
         for fd in [queue.wake.as_raw_fd(), queue.timer.as_raw_fd()] {
             queue.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, 0))?;
         }
-        queue.adopt(connection)?;
+        match connection {
+            Some(connection) => queue.adopt(connection)?,
+            None => queue.ask_for_connection(Duration::ZERO),
+        }
         Ok(queue)
     }
 
-    /// Starts the thread that connects again. Called before the worker is confined.
-    ///
-    /// # Errors
-    /// If the thread cannot be started.
-    pub fn start_connector(&mut self) -> io::Result<()> {
-        self.connector = Some(Connector::start(&self.remote, self.wake.clone())?);
-        Ok(())
+    /// The queue, which keeps a copy of `count`.
+    pub fn counted_in(mut self, count: &Arc<()>) -> Self {
+        self.counted = Some(Arc::clone(count));
+        self
     }
 
     /// The queue's connection, if nothing is in flight on it.
@@ -115,7 +122,7 @@ impl NbdQueue {
     fn adopt(&mut self, connection: Connection) -> io::Result<()> {
         let event = EpollEvent::new(EventSet::IN, 0);
         self.epoll.ctl(ControlOperation::Add, connection.socket.as_raw_fd(), event)?;
-        (self.wants_writable, self.staged, self.since) = (false, 0..0, Instant::now());
+        (self.wants_writable, self.staged) = (false, 0..0);
         self.client.connected(&connection.export, connection.may_have_lost, self.remote.now());
         self.connection = Some(connection);
         Ok(())
@@ -214,41 +221,71 @@ impl NbdQueue {
             _ => error.to_string(),
         };
         warn!("{label}: the connection is lost ({why}); connecting again");
-        let (cause, until) = self.remote.note_break(error);
-        self.last_break = cause;
+        let timed_out = is_timeout(error);
+        let (cause, until) = self.remote.note_break(timed_out);
+        self.last_break = Some((Instant::now(), cause));
+        // Closed before another one is asked for: some servers take one connection at a time.
+        drop(connection);
         self.client.disconnected(cause, until, self.remote.now());
-        self.pause = Remote::pause_after(self.since.elapsed(), self.pause);
-        self.since = Instant::now();
-        let broken = Break { connection, pause: self.pause, since: self.since };
-        self.is_connecting = self.connector.as_ref().is_some_and(|connector| connector.replace(broken));
-        if !self.is_connecting {
+        self.ask_for_connection(if timed_out { self.remote.quarantine * TIMEOUT_FACTOR } else { Duration::ZERO });
+    }
+
+    /// Asks for another connection; see [`Reconnector::ask`].
+    fn ask_for_connection(&mut self, feared: Duration) {
+        let Some(reconnector) = &self.reconnector else {
             self.client.gone();
-            self.wake.notify();
+            return self.wake.notify();
+        };
+        let event = EpollEvent::new(EventSet::IN, 0);
+        let watch = || self.epoll.ctl(ControlOperation::Add, reconnector.as_raw_fd(), event);
+        match reconnector.ask(feared).and_then(|()| watch()) {
+            Ok(()) => self.is_connecting = true,
+            // The next daemon repeats what is in flight.
+            Err(e) => error!("{}: the daemon that makes connections has ended ({e})", self.remote.label),
         }
     }
 
     /// Looks whether there is a connection again.
     fn look_at_connecting(&mut self) {
-        let Some(attempt) = self.connector.as_ref().and_then(Connector::result) else { return };
+        let Some(reconnector) = &self.reconnector else { return };
+        let answer = match reconnector.answer() {
+            Ok(None) => return,
+            Ok(Some(attempt)) => Ok(attempt),
+            Err(e) => Err(e),
+        };
         self.is_connecting = false;
+        let _ = self.epoll.ctl(ControlOperation::Delete, reconnector.as_raw_fd(), EpollEvent::default());
         let label = self.remote.label.clone();
-        match attempt {
-            Attempt::Connected { connection, is_server_new } => {
-                let (away, open) = (self.since.elapsed().as_secs_f32(), self.client.unanswered() as u64);
-                info!("{label}: connected again after {away:.1} s; repeating {}", counted(open, "operation"));
-                if is_server_new {
-                    // The process that had them has ended, and every thread of it.
-                    self.remote.suspects.release(self.last_break);
-                }
-                if let Err(e) = self.adopt(connection) {
-                    error!("{label}: cannot watch the connection: {e}");
-                    self.client.gone();
-                }
-            }
-            Attempt::Gone(why) => {
+        match answer {
+            Ok(Attempt::Connected { connection, is_server_new }) => self.connected_again(connection, is_server_new),
+            Ok(Attempt::Gone(why)) => {
                 error!("{label}: {why}; the image is not used any more until the daemon is started again");
                 self.client.gone();
             }
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                error!("{label}: the daemon that makes connections has ended");
+            }
+            Err(e) => {
+                warn!("{label}: a connection was lost on its way ({e}); connecting again");
+                self.ask_for_connection(Duration::ZERO);
+            }
+        }
+    }
+
+    fn connected_again(&mut self, connection: Connection, is_server_new: bool) {
+        let label = self.remote.label.clone();
+        if let Some((since, cause)) = self.last_break {
+            let (away, open) = (since.elapsed().as_secs_f32(), self.client.unanswered() as u64);
+            info!("{label}: connected again after {away:.1} s; repeating {}", counted(open, "operation"));
+            if is_server_new {
+                // The process that had them has ended, and every thread of it.
+                self.remote.suspects.release(cause);
+            }
+        }
+        let may_have_lost = self.last_break.is_some() || self.remote.has_changed();
+        if let Err(e) = self.adopt(Connection { may_have_lost, ..connection }) {
+            error!("{label}: cannot watch the connection: {e}");
+            self.client.gone();
         }
     }
 

@@ -113,7 +113,7 @@ impl World {
         let suspects: Arc<Suspects> = Arc::default();
         let queues = prng.pick(&[1, 1, 2]);
         let mut world = Self {
-            clients: (0..queues).map(|_| Client::new(export(), Arc::clone(&suspects))).collect(),
+            clients: (0..queues).map(|_| Client::new(export(), Arc::clone(&suspects), Arc::default())).collect(),
             wires: (0..queues).map(|_| Wire { is_up: true, ..Wire::default() }).collect(),
             prng,
             now: Duration::from_secs(1),

@@ -39,6 +39,10 @@ pub(super) struct Slot {
     pub extents: Vec<Extent>,
     /// Length of what is known in bytes.
     pub known: u64,
+    /// A map: chunks that were written and not flushed when it was submitted.
+    pub written: Vec<u64>,
+    /// A Sync: its number.
+    pub flush: u64,
 }
 
 impl Slot {

@@ -46,14 +46,21 @@ impl Suspects {
         self.any.store(!list.is_empty(), Ordering::Release);
     }
 
+    /// Whether an old request may still be executed.
+    pub fn has_any(&self, now: Duration) -> bool {
+        self.blocked_until(&(0..u64::MAX), now).is_some()
+    }
+
     /// Until when a new change of `range` must wait; `None`: it may go.
     pub fn blocked_until(&self, range: &Range<u64>, now: Duration) -> Option<Duration> {
         if !self.any.load(Ordering::Acquire) {
             return None;
         }
-        let list = self.list.lock().expect("no thread panics with the list locked");
+        let mut list = self.list.lock().expect("no thread panics with the list locked");
+        list.retain(|suspect| suspect.until > now);
+        self.any.store(!list.is_empty(), Ordering::Release);
         let overlaps = |suspect: &&Suspect| suspect.range.start < range.end && range.start < suspect.range.end;
-        list.iter().filter(overlaps).map(|suspect| suspect.until).filter(|until| *until > now).max()
+        list.iter().filter(overlaps).map(|suspect| suspect.until).max()
     }
 }
 
@@ -71,10 +78,11 @@ mod tests {
         assert_eq!(suspects.blocked_until(&(0..512), S(1)), Some(S(5)));
         assert_eq!(suspects.blocked_until(&(0..4096), S(1)), Some(S(7)));
         assert_eq!(suspects.blocked_until(&(8192..9000), S(1)), None);
-        assert_eq!(suspects.blocked_until(&(0..512), S(5)), None);
         suspects.release(2);
         assert_eq!(suspects.blocked_until(&(0..4096), S(1)), Some(S(5)));
         suspects.release(1);
         assert_eq!(suspects.blocked_until(&(0..4096), S(1)), None);
+        suspects.add(0..512, S(5), 3, S(1));
+        assert!(suspects.has_any(S(4)) && !suspects.has_any(S(5)));
     }
 }

@@ -1,5 +1,6 @@
 //! The numbers of the NBD protocol, and its request header.
 
+pub(super) use crate::store::handed::Export;
 use crate::units::{Fault, OpKind, Unmap};
 
 /// Flags of an export in the transmission phase.
@@ -46,23 +47,6 @@ pub(super) const STATE_ZERO: u32 = 1 << 1;
 
 /// The server ends: it executes nothing more.
 pub(super) const ESHUTDOWN: u32 = 108;
-
-/// An export as its server describes it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Export {
-    pub size_bytes: u64,
-    /// See [`export_flag`].
-    pub flags: u16,
-    /// Offsets and lengths are multiples of this.
-    pub block_min: u32,
-    pub block_preferred: u32,
-    /// Longest read or write.
-    pub block_max: u32,
-    /// Replies have chunks.
-    pub is_structured: bool,
-    /// The number of base:allocation, if the server has it.
-    pub allocation: Option<u32>,
-}
 
 impl Export {
     pub fn has(&self, flag: u16) -> bool {

@@ -1,0 +1,225 @@
+//! Connections for the queues of an export, which run in another process: a confined process makes no socket.
+//!
+//! The process that opened the image has a thread, the *connector*, at one end of a pair of sockets, and the process
+//! that serves the image has the other end ([`Connector`]). A queue asks for a pair of its own ([`Reconnector`]) at
+//! which a thread makes one connection after the other: the queue asks when its last one has broken, and gets the next
+//! one as a descriptor when there is one. Both threads end when the other end is closed.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::debug;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::connect::{Connection, LastServer};
+use super::server::{Attempt, ExportServer};
+use super::wire::Export;
+use crate::sys::socket::{message_pair, receive_with_files, send_with_files};
+
+/// Longest message in bytes.
+const BYTES_MAX: usize = 4096;
+/// Longest text of an error in a message, in characters.
+const TEXT_MAX: usize = 500;
+/// Most descriptors of a message.
+const FILES_MAX: usize = 3;
+/// Most queues of one process, and so threads: more than any configuration asks for.
+const QUEUES_MAX: usize = 1024;
+
+/// What the process that serves an image asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum ConnectorRequest {
+    /// A pair of sockets for one more queue.
+    Attach,
+    /// A connection in place of one that has broken, or a first one.
+    Connect {
+        /// Requests on the last one may be executed for that long. Told if it is longer than usual.
+        feared_ms: u64,
+    },
+}
+
+/// Its answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum ConnectorReply {
+    /// With the queue's socket, the image's lock if there is one, and a connection to this export if there is one.
+    Attached { has_lock: bool, export: Option<Export>, may_have_lost: bool },
+    /// With a connection to this export.
+    Connected { export: Export, is_server_new: bool },
+    /// There will be no connection.
+    Gone { why: String },
+    /// The host lacks a thread or a descriptor.
+    Failed { why: String },
+}
+
+fn send<M: Serialize>(socket: &UnixStream, message: &M, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_with_files(socket, &serde_json::to_vec(message)?, files)
+}
+
+/// The next message; `None` at the end of the connection.
+fn receive<M: DeserializeOwned>(socket: &UnixStream) -> io::Result<Option<(M, Vec<File>)>> {
+    let mut bytes = [0; BYTES_MAX];
+    match receive_with_files::<FILES_MAX>(socket, &mut bytes) {
+        Ok((0, _)) => Ok(None),
+        Ok((len, files)) => Ok(Some((serde_json::from_slice(&bytes[..len])?, files))),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn text_of(error: &impl ToString) -> String {
+    error.to_string().chars().take(TEXT_MAX).collect()
+}
+
+/// Starts a connector for one process; returns that process's end.
+///
+/// # Errors
+/// Those of socketpair(2) and pthread_create(3).
+pub(super) fn spawn(server: &Arc<ExportServer>) -> io::Result<UnixStream> {
+    let (ours, theirs) = message_pair()?;
+    let server = Arc::clone(server);
+    let serve = move || {
+        let mut queues = 0;
+        while let Ok(Some((ConnectorRequest::Attach, _))) = receive(&ours) {
+            queues += 1;
+            let attached =
+                if queues > QUEUES_MAX { Err(io::Error::other("too many queues")) } else { attach(&server, &ours) };
+            if let Err(e) = attached
+                && send(&ours, &ConnectorReply::Failed { why: text_of(&e) }, &[]).is_err()
+            {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("nbd connector".to_owned()).spawn(serve)?;
+    Ok(theirs)
+}
+
+/// Starts the thread of one more queue, and sends what the queue needs.
+fn attach(server: &Arc<ExportServer>, asker: &UnixStream) -> io::Result<()> {
+    let (ours, theirs) = message_pair()?;
+    theirs.set_nonblocking(true)?;
+    let mut idle = server.take_idle();
+    let last = LastServer::of(idle.as_mut());
+    let (of_queue, since) = (Arc::clone(server), Instant::now());
+    thread::Builder::new()
+        .name("nbd connect".to_owned())
+        .spawn(move || connect_queue(&of_queue, &ours, last, since))?;
+    let answer = ConnectorReply::Attached {
+        has_lock: server.lock.is_some(),
+        export: idle.as_ref().map(|idle| idle.export),
+        may_have_lost: idle.as_ref().is_some_and(|idle| idle.may_have_lost),
+    };
+    let lock = server.lock.as_ref().map(AsFd::as_fd);
+    let connection = idle.as_ref().map(|idle| idle.socket.as_fd());
+    let files: Vec<BorrowedFd<'_>> = [Some(theirs.as_fd()), lock, connection].into_iter().flatten().collect();
+    send(asker, &answer, &files)
+}
+
+/// Body of a queue's thread.
+fn connect_queue(server: &ExportServer, asker: &UnixStream, mut last: LastServer, mut since: Instant) {
+    let mut pause = Duration::ZERO;
+    while let Ok(Some((ConnectorRequest::Connect { feared_ms }, _))) = receive(asker) {
+        server.fear(Duration::from_millis(feared_ms));
+        pause = ExportServer::pause_after(since.elapsed(), pause);
+        let sent = match server.connect_again(&last, pause, asker) {
+            None => return,
+            Some(Attempt::Gone(why)) => send(asker, &ConnectorReply::Gone { why: text_of(&why) }, &[]),
+            Some(Attempt::Connected { mut connection, is_server_new }) => {
+                last = LastServer::of(Some(&mut connection));
+                let answer = ConnectorReply::Connected { export: connection.export, is_server_new };
+                send(asker, &answer, &[connection.socket.as_fd()])
+            }
+        };
+        since = Instant::now();
+        if let Err(e) = sent {
+            debug!("{}: cannot hand out a connection: {e}", server.label);
+            return;
+        }
+    }
+}
+
+/// The end of the process that serves an image.
+#[derive(Debug)]
+pub(super) struct Connector(Mutex<UnixStream>);
+
+impl Connector {
+    pub fn new(socket: OwnedFd) -> Self {
+        Self(Mutex::new(socket.into()))
+    }
+
+    /// What one more queue needs. Waits for no server.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Other`] if the host lacks a thread or a descriptor; [`io::ErrorKind::UnexpectedEof`] if the
+    /// process that connects has ended.
+    pub fn attach(&self) -> io::Result<(Reconnector, Option<Connection>)> {
+        let socket = self.0.lock().expect("no thread panics with the socket locked");
+        send(&socket, &ConnectorRequest::Attach, &[])?;
+        let (answer, files) = receive(&socket)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let mut files = files.into_iter().map(OwnedFd::from);
+        let mut next = || files.next().ok_or(io::ErrorKind::InvalidData);
+        match answer {
+            ConnectorReply::Attached { has_lock, export, may_have_lost } => {
+                let queue = next()?.into();
+                let lock = has_lock.then(&mut next).transpose()?;
+                let connection = match export {
+                    Some(export) => Some(Connection { socket: next()?, export, may_have_lost, process: None }),
+                    None => None,
+                };
+                Ok((Reconnector { socket: queue, _lock: lock }, connection))
+            }
+            ConnectorReply::Failed { why } | ConnectorReply::Gone { why } => Err(io::Error::other(why)),
+            ConnectorReply::Connected { .. } => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+}
+
+/// A queue's end. It holds the image's lock, because its process may outlive the one that opened the image.
+#[derive(Debug)]
+pub(super) struct Reconnector {
+    socket: UnixStream,
+    _lock: Option<OwnedFd>,
+}
+
+impl Reconnector {
+    /// Asks for a connection. Then the descriptor is readable when there is an answer. Requests on the last connection
+    /// may be executed for `feared`; zero: as long as usual.
+    ///
+    /// # Errors
+    /// EPIPE if the process that connects has ended.
+    pub fn ask(&self, feared: Duration) -> io::Result<()> {
+        let feared_ms = u64::try_from(feared.as_millis()).unwrap_or(u64::MAX);
+        send(&self.socket, &ConnectorRequest::Connect { feared_ms }, &[])
+    }
+
+    /// The answer, once there is one. Does not wait.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::UnexpectedEof`] if the process that connects has ended; another one if the answer is lost.
+    pub fn answer(&self) -> io::Result<Option<Attempt>> {
+        let (answer, files) = match receive(&self.socket) {
+            Ok(message) => message.ok_or(io::ErrorKind::UnexpectedEof)?,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        match (answer, files.into_iter().next()) {
+            (ConnectorReply::Connected { export, is_server_new }, Some(socket)) => {
+                let connection = Connection { socket: socket.into(), export, may_have_lost: false, process: None };
+                Ok(Some(Attempt::Connected { connection, is_server_new }))
+            }
+            (ConnectorReply::Gone { why }, _) => Ok(Some(Attempt::Gone(why))),
+            (answer, _) => Err(io::Error::other(format!("the connector sent {answer:?}"))),
+        }
+    }
+}
+
+impl AsRawFd for Reconnector {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}

@@ -1,0 +1,191 @@
+//! The way to a server, for the process that opened the image by its name: connections are made and checked here.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+
+use super::connect::{Connection, LastServer, connect};
+use super::host_lock::HostLock;
+use super::wire::{Export, export_flag};
+use crate::nbd_uri::NbdUri;
+use crate::sys::poll::wait_readable;
+use crate::units::counted;
+
+/// How long a server may take to negotiate.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+/// Pauses between attempts to connect again.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// How often the log says that a server is away.
+const REMIND: Duration = Duration::from_secs(60);
+
+/// How an attempt to connect again has ended.
+#[derive(Debug)]
+pub(super) enum Attempt {
+    /// There is a connection. `is_server_new`: the last server's process has ended.
+    Connected { connection: Connection, is_server_new: bool },
+    /// There will be none, for this reason.
+    Gone(String),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct ExportServer {
+    pub uri: NbdUri,
+    /// Log lines begin with it.
+    pub label: String,
+    /// What it promised when the image was opened.
+    pub promised: Export,
+    pub read_only: bool,
+    pub io_max: u32,
+    /// How long to try to connect again; `None`: for ever.
+    pub give_up: Option<Duration>,
+    pub lock: Option<HostLock>,
+    state: Mutex<ExportServerState>,
+}
+
+#[derive(Debug)]
+struct ExportServerState {
+    /// A connection that no queue uses.
+    idle: Option<Connection>,
+    /// Until when it may execute requests of a connection that timed out.
+    feared_until: Instant,
+}
+
+impl ExportServer {
+    /// The server of `connection`.
+    pub fn new(
+        uri: NbdUri,
+        label: String,
+        connection: Connection,
+        access: (bool, u32),
+        give_up: Option<Duration>,
+        lock: Option<HostLock>,
+    ) -> Self {
+        let promised = connection.export;
+        let state = Mutex::new(ExportServerState { idle: Some(connection), feared_until: Instant::now() });
+        let (read_only, io_max) = access;
+        Self { uri, label, promised, read_only, io_max, give_up, lock, state }
+    }
+
+    fn state(&self) -> MutexGuard<'_, ExportServerState> {
+        self.state.lock().expect("no thread panics with the state locked")
+    }
+
+    /// Connects for the first time. Blocks.
+    ///
+    /// # Errors
+    /// As [`connect`].
+    pub fn first_connection(uri: &NbdUri) -> io::Result<Connection> {
+        connect(uri, HANDSHAKE_PATIENCE)
+    }
+
+    /// The connection that no queue uses, if it has not broken.
+    pub fn take_idle(&self) -> Option<Connection> {
+        // What should be silent and is not has broken.
+        self.state().idle.take().filter(|idle| !wait_readable(idle.socket.as_raw_fd(), Duration::ZERO))
+    }
+
+    /// A connection for one operation. Blocks. `has_changed`: changes were completed on another one.
+    ///
+    /// # Errors
+    /// As [`connect`], and [`io::ErrorKind::InvalidData`] for an export that lacks what was promised.
+    pub fn take_connection(&self, has_changed: bool) -> io::Result<Connection> {
+        if let Some(idle) = self.take_idle() {
+            return Ok(idle);
+        }
+        let connection = connect(&self.uri, HANDSHAKE_PATIENCE)?;
+        self.check(&connection.export).map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))?;
+        Ok(Connection { may_have_lost: has_changed, ..connection })
+    }
+
+    /// Keeps a connection for the next use.
+    pub fn put_back(&self, connection: Connection) {
+        self.state().idle = Some(connection);
+    }
+
+    /// A connection has timed out: its requests may be executed for that long.
+    pub fn fear(&self, for_how_long: Duration) {
+        let mut state = self.state();
+        state.feared_until = state.feared_until.max(Instant::now() + for_how_long);
+    }
+
+    /// For how long requests of connections that timed out may be executed.
+    pub fn feared_for(&self) -> Duration {
+        self.state().feared_until.saturating_duration_since(Instant::now())
+    }
+
+    /// Checks that an export has what was promised when the image was opened.
+    ///
+    /// # Errors
+    /// What it lacks.
+    fn check(&self, found: &Export) -> Result<(), String> {
+        let promised = &self.promised;
+        let lost = |flag: u16| promised.has(flag) && !found.has(flag);
+        let (size, was) = (found.size_bytes, promised.size_bytes);
+        if size < was {
+            return Err(format!("the export has shrunk from {was} to {size} bytes"));
+        }
+        if size > was {
+            info!("{}: the export has grown from {was} to {size} bytes; it is served with its old size", self.label);
+        }
+        let what = if lost(export_flag::SEND_FLUSH) {
+            "FLUSH"
+        } else if lost(export_flag::SEND_TRIM) {
+            "TRIM"
+        } else if promised.can_zero() && !found.can_zero() {
+            "WRITE_ZEROES"
+        } else if lost(export_flag::CAN_MULTI_CONN) {
+            "multi-conn"
+        } else if promised.allocation.is_some() && found.allocation.is_none() {
+            "base:allocation"
+        } else if found.block_min > promised.block_min || found.block_max < self.io_max {
+            "its block sizes"
+        } else if found.has(export_flag::READ_ONLY) && !self.read_only {
+            "permission to write"
+        } else {
+            return Ok(());
+        };
+        Err(format!("the export has lost {what}, on which its guest relies"))
+    }
+
+    /// Connects again after `pause`, in as many attempts as it takes; `None` once the other end of `asker` is closed.
+    pub fn connect_again(&self, last: &LastServer, mut pause: Duration, asker: &UnixStream) -> Option<Attempt> {
+        let (down_since, mut reminded) = (Instant::now(), None::<Instant>);
+        loop {
+            // It sends nothing before it has an answer.
+            if wait_readable(asker.as_raw_fd(), pause) {
+                return None;
+            }
+            let error = match connect(&self.uri, HANDSHAKE_PATIENCE) {
+                Ok(connection) => {
+                    return Some(match self.check(&connection.export) {
+                        Ok(()) => Attempt::Connected { connection, is_server_new: last.has_ended() },
+                        Err(why) => Attempt::Gone(why),
+                    });
+                }
+                Err(error) => error,
+            };
+            let away = down_since.elapsed();
+            if self.give_up.is_some_and(|limit| away >= limit) {
+                let seconds = counted(away.as_secs(), "second");
+                return Some(Attempt::Gone(format!("the server was away for {seconds} ({error})")));
+            }
+            if away >= PAUSE_MAX && reminded.is_none_or(|at| at.elapsed() >= REMIND) {
+                warn!("{}: cannot connect for {} s: {error}; trying on", self.label, away.as_secs());
+                reminded = Some(Instant::now());
+            }
+            pause = (pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
+        }
+    }
+
+    /// The pause before the first attempt, after a connection that has lasted so long: a server that breaks every
+    /// connection at once is not called without end.
+    pub fn pause_after(lasted: Duration, last_pause: Duration) -> Duration {
+        if lasted >= PAUSE_MAX { Duration::ZERO } else { (last_pause * 2).clamp(PAUSE_MIN, PAUSE_MAX) }
+    }
+}

@@ -71,6 +71,14 @@ struct Mailbox {
     waker: Arc<Waker>,
 }
 
+/// A device that uses an image.
+#[derive(Debug)]
+struct Reader {
+    device: String,
+    /// Number of its workers that use the image; none once it has left.
+    ports: usize,
+}
+
 /// An image, its page cache, and the cache's memory.
 #[derive(Debug)]
 pub struct CachedImage {
@@ -82,9 +90,9 @@ pub struct CachedImage {
     arena: Arc<Arena>,
     backing: Arc<dyn Backing>,
     mailboxes: Mutex<Vec<Arc<Mailbox>>>,
-    /// The names of the devices that have used it.
-    readers: Mutex<Vec<String>>,
-    /// Number of `readers`.
+    /// The devices that have used it.
+    readers: Mutex<Vec<Reader>>,
+    /// Number of those that use it at present.
     reader_count: AtomicUsize,
     /// When tick 0 was.
     opened: Instant,
@@ -304,15 +312,42 @@ impl CachedImage {
     /// The number of a device among those that use the image. From the second one on, the cache is shared fairly.
     fn reader_of(&self, device: &str) -> usize {
         let mut readers = self.readers.lock().expect("no thread panics with the list locked");
-        if let Some(reader) = readers.iter().position(|reader| reader == device) {
+        let known = readers.iter().position(|reader| reader.device == device);
+        // The number of a device that has left is free.
+        if let Some(reader) = known.or_else(|| readers.iter().position(|reader| reader.ports == 0)) {
+            let known = &mut readers[reader];
+            device.clone_into(&mut known.device);
+            known.ports += 1;
+            if known.ports == 1 {
+                self.lock().set_reader_present(reader, true);
+            }
+            self.count_readers(&readers);
             return reader;
         }
-        readers.push(device.to_owned());
+        readers.push(Reader { device: device.to_owned(), ports: 1 });
         if readers.len() > 1 {
             self.lock().share(readers.len());
         }
-        self.reader_count.store(readers.len(), Ordering::Relaxed);
+        self.count_readers(&readers);
         readers.len() - 1
+    }
+
+    /// A worker of a reader ends its use of the image.
+    fn leave(&self, reader: usize) {
+        let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        readers[reader].ports -= 1;
+        if readers[reader].ports == 0
+            && readers.len() > 1
+            && let Ok(mut cache) = self.cache.lock()
+        {
+            cache.set_reader_present(reader, false);
+        }
+        self.count_readers(&readers);
+    }
+
+    fn count_readers(&self, readers: &[Reader]) {
+        let present = readers.iter().filter(|reader| reader.ports > 0).count();
+        self.reader_count.store(present, Ordering::Relaxed);
     }
 }
 
@@ -504,6 +539,7 @@ impl Drop for WorkerPort {
         if !self.closed {
             self.close(DRAIN_MAX);
         }
+        self.image.leave(self.reader);
     }
 }
 

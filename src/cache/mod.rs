@@ -239,6 +239,11 @@ impl PageCache {
         self.pages.share(readers);
     }
 
+    /// A device leaves the image, and the others share the cache; or one with its number comes back.
+    pub fn set_reader_present(&mut self, reader: usize, is_present: bool) {
+        self.pages.set_reader_present(reader, is_present);
+    }
+
     /// The requests that follow are of this device.
     pub fn set_reader(&mut self, reader: usize) {
         self.pages.set_reader(reader);

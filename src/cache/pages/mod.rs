@@ -340,6 +340,13 @@ impl Pages {
         }
     }
 
+    /// A device leaves the image, or one with its number comes back.
+    pub fn set_reader_present(&mut self, reader: usize, is_present: bool) {
+        if let Some(readers) = &mut self.readers {
+            readers.set_present(reader, is_present);
+        }
+    }
+
     /// The requests that follow are of this device.
     pub fn set_reader(&mut self, reader: usize) {
         if let Some(readers) = &mut self.readers {

@@ -2,7 +2,7 @@
 //!
 //! Each page counts for one reader: the one that brought it in, or one with a free share that asked for it later. While
 //! a reader has more than its share, the pages of readers that have not are not evicted. So a reader that scans the
-//! image, or uses more of it than fits, evicts its own pages.
+//! image, or uses more of it than fits, evicts its own pages. A reader that has left has no share: the others have it.
 
 use crate::units::PageId;
 
@@ -16,6 +16,8 @@ pub(super) struct Readers {
     of: Vec<u8>,
     /// Pages of each reader.
     pages: Vec<u32>,
+    /// Whether each reader uses the image at present.
+    present: Vec<bool>,
     /// The reader whose request the cache handles.
     current: u8,
 }
@@ -25,12 +27,23 @@ impl Readers {
     pub fn new(count: usize, slots: u32, resident: u32) -> Self {
         let mut pages = vec![0; count.min(READERS_MAX)];
         pages[0] = resident;
-        Self { of: vec![0; slots as usize], pages, current: 0 }
+        let present = vec![true; pages.len()];
+        Self { of: vec![0; slots as usize], pages, present, current: 0 }
     }
 
     /// There are `count` readers now, no fewer than before.
     pub fn set_count(&mut self, count: usize) {
         self.pages.resize(count.clamp(self.pages.len(), READERS_MAX), 0);
+        self.present.resize(self.pages.len(), true);
+    }
+
+    /// A reader leaves, or one with the same number comes back. Several that count as one never leave.
+    pub fn set_present(&mut self, reader: usize, is_present: bool) {
+        if reader + 1 < READERS_MAX
+            && let Some(present) = self.present.get_mut(reader)
+        {
+            *present = is_present;
+        }
     }
 
     /// The requests that follow are this reader's.
@@ -38,10 +51,15 @@ impl Readers {
         self.current = u8::try_from(reader.min(self.pages.len() - 1)).expect("256 readers at most");
     }
 
-    /// Pages of which each reader may be sure.
+    /// Pages of which each reader may be sure that is present.
     fn share(&self) -> u32 {
-        let slots = self.of.len() / self.pages.len();
-        u32::try_from(slots).expect("a cache has fewer than 2^32 slots")
+        let readers = self.present.iter().filter(|present| **present).count();
+        u32::try_from(self.of.len() / readers.max(1)).expect("a cache has fewer than 2^32 slots")
+    }
+
+    /// Pages of which this reader may be sure.
+    fn share_of(&self, reader: u8) -> u32 {
+        if self.present[usize::from(reader)] { self.share() } else { 0 }
     }
 
     /// A page is inserted for the current reader.
@@ -58,8 +76,11 @@ impl Readers {
     /// The current reader uses a page: it counts for that one now, if it has a free share and the other has not.
     pub fn touch(&mut self, id: PageId) {
         let (owner, current) = (self.of[id.index()], self.current);
-        let share = self.share();
-        if owner != current && self.pages[usize::from(owner)] > share && self.pages[usize::from(current)] < share {
+        let (of_owner, of_current) = (self.share_of(owner), self.share_of(current));
+        if owner != current
+            && self.pages[usize::from(owner)] > of_owner
+            && self.pages[usize::from(current)] < of_current
+        {
             self.remove(id);
             self.insert(id);
         }
@@ -68,12 +89,13 @@ impl Readers {
     /// Whether a reader has more than its share, so that the pages of the others are protected.
     pub fn protect(&self) -> bool {
         let share = self.share();
-        self.pages.iter().any(|&pages| pages > share)
+        self.pages.iter().zip(&self.present).any(|(&pages, &present)| present && pages > share)
     }
 
     /// Whether a page counts for a reader that has no more than its share.
     pub fn is_within_share(&self, id: PageId) -> bool {
-        self.pages[usize::from(self.of[id.index()])] <= self.share()
+        let reader = self.of[id.index()];
+        self.pages[usize::from(reader)] <= self.share_of(reader)
     }
 
     /// Bytes of memory that this takes.

@@ -50,3 +50,29 @@ fn pages_that_both_use_count_for_the_reader_that_has_room_in_its_share() {
     let hits = (FRAMES / 2..FRAMES / 2 + 500).filter(|&page| read_as(&mut cache, 1, page)).count();
     assert!(hits > 490, "{hits} of 500 pages are left");
 }
+
+#[test]
+fn a_reader_that_has_left_keeps_no_share_from_the_others() {
+    let mut cache = cache_with(Settings { readahead_pages_max: 0, ..settings_of(4096, 1 << 24) });
+    cache.share(2);
+    (0..FRAMES / 4).for_each(|page| _ = read_as(&mut cache, 1, page));
+    let scan = |cache: &mut PageCache| {
+        for _ in 0..4 {
+            for page in 0..2 * FRAMES {
+                read_as(cache, 0, FRAMES + page);
+                read_as(cache, 0, FRAMES + page.saturating_sub(FRAMES / 8));
+            }
+        }
+    };
+    scan(&mut cache);
+    cache.set_reader_present(1, false);
+    scan(&mut cache);
+    let left = (0..FRAMES / 4).filter(|&page| read_as(&mut cache, 0, page)).count() as u64;
+    assert!(left < FRAMES / 40, "{left} pages of the reader that has left");
+    // One with the same number has a share again.
+    cache.set_reader_present(1, true);
+    (0..FRAMES / 4).for_each(|page| _ = read_as(&mut cache, 1, page));
+    scan(&mut cache);
+    let hits = (0..FRAMES / 4).filter(|&page| read_as(&mut cache, 1, page)).count() as u64;
+    assert!(hits > FRAMES / 4 * 99 / 100, "{hits} of {} pages are left", FRAMES / 4);
+}

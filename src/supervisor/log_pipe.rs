@@ -88,3 +88,37 @@ impl AsRawFd for LogPipe {
         self.pipe.as_raw_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_logs_without_end_is_read_to_its_end_and_its_lines_are_counted() {
+        let noise = "yes a line of the log | head -c 4000000 >&2";
+        let mut child = Command::new("sh").args(["-c", noise]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut pipe = LogPipe::new("disk0", child.stderr.take().unwrap());
+        // It has written its lines of this second.
+        pipe.second = (Instant::now(), LINES_MAX);
+        let begun = Instant::now();
+        while pipe.forward() {}
+        assert!(child.wait().unwrap().success());
+        // There are more than 200 000, and 500 of each second are written.
+        assert!(pipe.dropped > 100_000 || begun.elapsed() > Duration::from_secs(1), "{} are dropped", pipe.dropped);
+    }
+
+    #[test]
+    fn a_line_without_an_end_is_cut() {
+        let noise = "head -c 100000 /dev/zero >&2";
+        let mut child = Command::new("sh").args(["-c", noise]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut pipe = LogPipe::new("disk0", child.stderr.take().unwrap());
+        // It has written its lines of this second.
+        pipe.second = (Instant::now(), LINES_MAX);
+        while pipe.forward() {
+            assert!(pipe.part.len() <= 2 * LINE_BYTES_MAX);
+        }
+        child.wait().unwrap();
+    }
+}

@@ -370,6 +370,15 @@ const REJECTED: &[(&str, Rejected)] = &[
         let info = s.memory.region_infos()[0];
         (number::ADD_MEM_REG, region_body(&info), vec![info.mmap_handle])
     }),
+    ("ADD_MEM_REG of a region that wraps", |s| {
+        let info = VhostUserMemoryRegionInfo { guest_phys_addr: u64::MAX - 4095, ..s.memory.region_infos()[0] };
+        (number::ADD_MEM_REG, region_body(&info), vec![info.mmap_handle])
+    }),
+    ("ADD_MEM_REG of a region whose user address wraps", |s| {
+        let whole = s.memory.region_infos()[0];
+        let info = VhostUserMemoryRegionInfo { guest_phys_addr: 1 << 40, userspace_addr: u64::MAX - 4095, ..whole };
+        (number::ADD_MEM_REG, region_body(&info), vec![info.mmap_handle])
+    }),
     ("SET_FEATURES of every bit", |_| (number::SET_FEATURES, u64::MAX.to_le_bytes().to_vec(), vec![])),
     ("a message that does not exist", |_| (200, vec![0; 8], vec![])),
 ];

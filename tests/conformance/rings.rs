@@ -14,7 +14,7 @@ use crate::common::raw_message::number;
 use crate::common::raw_ring::Ring;
 use crate::common::request::{OK, Payload, Pending, assert_serves, pattern};
 use crate::common::session::{Session, SessionOptions, ring_addresses};
-use crate::common::wait::{ABSENCE, PATIENCE, try_poll};
+use crate::common::wait::{ABSENCE, PATIENCE, readable, try_poll};
 use crate::{IMAGE_BYTES, SPARE_SECTOR};
 
 fn start(num_queues: usize) -> Daemon {
@@ -282,6 +282,36 @@ fn the_daemon_survives_a_ring_outside_memory() {
             try_poll(ABSENCE, || (session.rings[0].used_idx() != 0).then_some(()));
         }
         println!("{case}: {}", if accepted { "accepted" } else { "rejected" });
+        drop(session);
+        daemon.assert_alive();
+        assert_serves(&daemon.socket(), SPARE_SECTOR);
+    }
+}
+
+/// The used ring over the available one, and over the descriptor table: what the device writes would be what it reads.
+#[test]
+fn rings_that_overlap_are_not_served_and_the_log_says_so() {
+    let mut daemon = start(1);
+    for over in ["available ring", "descriptor table"] {
+        let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
+        session.share_memory();
+        session.add_ring(128);
+        let mut addresses = ring_addresses(&session.rings[0]);
+        addresses.used_ring_addr = match over {
+            "available ring" => (addresses.avail_ring_addr + 16) & !3,
+            _ => addresses.desc_table_addr + 64,
+        };
+        session.frontend.set_vring_num(0, 128).expect("SET_VRING_NUM");
+        session.frontend.set_vring_addr(0, &addresses).expect("the addresses are in memory");
+        session.frontend.set_vring_call(0, &session.rings[0].call).expect("SET_VRING_CALL");
+        session.frontend.set_vring_kick(0, &session.rings[0].kick).expect("SET_VRING_KICK");
+        session.enable_ring(0, true);
+        // A ring that starts interrupts its driver.
+        session.rings[0].take_interrupts();
+        daemon.await_log("not served: its rings overlap");
+        session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(512));
+        session.rings[0].notify();
+        assert!(!readable(&[session.rings[0].call_fd()], ABSENCE), "{over}");
         drop(session);
         daemon.assert_alive();
         assert_serves(&daemon.socket(), SPARE_SECTOR);

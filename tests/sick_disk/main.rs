@@ -21,6 +21,7 @@ mod mount;
 
 use std::fs;
 use std::ops::{Deref, DerefMut};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::Command;
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::daemon::{Daemon, TempDir, server_binary};
@@ -49,7 +51,7 @@ struct Ward {
     directory: Option<TempDir>,
     paths: PathBuf,
     disk: Arc<Disk>,
-    _mount: Mount,
+    mount: Mount,
 }
 
 impl Ward {
@@ -79,7 +81,7 @@ impl Ward {
             );
         }
         fs::write(paths.join("genblk.toml"), text).expect("a configuration can be written");
-        Some(Self { directory: Some(directory), paths, disk, _mount: mount })
+        Some(Self { directory: Some(directory), paths, disk, mount })
     }
 
     fn socket(&self, name: &str) -> PathBuf {
@@ -307,6 +309,27 @@ fn a_worker_serves_cached_reads_and_its_front_end_while_its_image_answers_nothin
             daemon.stop();
         }
     }
+}
+
+/// An access to memory whose pages another process delivers could hang a worker.
+#[test]
+fn guest_memory_on_a_file_system_that_may_hang_is_refused() {
+    let Some(mut ward) = Ward::new("") else { return };
+    let mut daemon = ward.start(&["sick", "good1", "good2"]);
+    let file = fs::File::options().read(true).write(true).open(ward.mount.image()).expect("the image exists");
+    let session = Session::negotiate(&ward.socket("good1"), &SessionOptions::default());
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: 1 << 20,
+        userspace_addr: 1 << 32,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    session.frontend.set_mem_table(&[region]).expect_err("the memory may hang");
+    daemon.await_log("good1: front-end disconnected: memory on FUSE may hang");
+    drop(session);
+    assert_serves(&ward.socket("good1"), 0);
+    daemon.stop();
 }
 
 /// The hold ends only after a retry: the process, not the image, was away.

@@ -11,7 +11,7 @@ HOST := x86_64-unknown-linux-gnu
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim mutants fuzz loom miri sanitize soak \
+.PHONY: help setup build demo test test-guest check sim mutants fuzz loom miri sanitize bystander soak \
 	bench bench-scale bench-policy bench-page
 
 help: ## show this list
@@ -64,6 +64,9 @@ miri: ## units of guest memory, rings, ledger and cache under Miri (a nightly co
 sanitize: ## Miri; tests under AddressSanitizer, and under ThreadSanitizer with four workers (a nightly compiler)
 	@scripts/sanitize.sh
 
+bystander: ## what a neighbour of a hostile guest notices, against the promised bounds, in a release build on an idle machine
+	GENBLK_STRICT=1 $(CARGO) test --release --locked --test bystander -- --nocapture --test-threads=1
+
 soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \
 	while [ $$(date +%s) -lt $$end ]; do \
@@ -71,6 +74,7 @@ soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop
 		$(MAKE) --no-print-directory sim SEED= N=1000 FIRST=$$((round * 1000)) && \
 		GENBLK_KILLS=200 GENBLK_EVENTS=300 $(CARGO) test --release --locked --test survival && \
 		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest && \
+		$(MAKE) --no-print-directory bystander && \
 		$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600 && \
 		$(MAKE) --no-print-directory mutants BUG= SKIP= SAMPLE=10 || exit 1; \
 	done; echo "soak: $$round rounds, no failure"

@@ -288,6 +288,28 @@ fn readers_of_one_image_share_a_process_and_are_all_served_again() {
     daemon.stop();
 }
 
+#[test]
+fn the_disks_of_a_group_share_a_process_and_are_all_served_again() {
+    let mut daemon = start("group", 3, &format!("{SMALL}\ngroup = \"tenant\""));
+    let open_all = |daemon: &Daemon| [0, 1, 2].map(|disk| open(daemon, disk));
+    for (disk, session) in open_all(&daemon).iter_mut().enumerate() {
+        session.write(8, &pattern(disk as u64, 8, 4096));
+    }
+    let processes = daemon.disk_processes();
+    assert_eq!(processes.len(), 1);
+    send(processes[0], libc::SIGKILL);
+    poll_until("the process to end", PATIENCE, || (daemon.disk_processes() != processes).then_some(()));
+    for (disk, session) in open_all(&daemon).iter_mut().enumerate() {
+        assert_eq!(session.read(8, 4096), pattern(disk as u64, 8, 4096));
+    }
+    assert_eq!(daemon.disk_processes().len(), 1);
+    daemon.stop();
+    for disk in 0..3 {
+        assert_eq!(image_bytes(&daemon, disk, 8, 4096), pattern(disk as u64, 8, 4096));
+    }
+    assert!(daemon.directory().left().is_empty(), "no cache is left: {}", daemon.log());
+}
+
 /// The supervisor dies: its disk processes end by themselves, and the next daemon has everything.
 #[test]
 fn after_the_death_of_the_supervisor_the_next_daemon_has_every_completed_write() {

@@ -117,6 +117,15 @@ fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &
         report("socket", format!("{} is also the socket of {}", builder.device.socket, twin.whole.label));
     }
 
+    let in_group = |a: &DeviceConfig, b: &DeviceConfig| !a.group.is_empty() && a.group == b.group;
+    if let Some(twin) = builder.twin(earlier, "group", in_group)
+        && ["user", "sandbox"].iter().all(|key| builder.good.contains_key(key) && twin.good.contains_key(key))
+        && (builder.device.user != twin.device.user || builder.device.sandbox != twin.device.sandbox)
+    {
+        let advice = "user and sandbox must be the same in both";
+        report("group", format!("{} is in it too, and they share a process; {advice}", twin.whole.label));
+    }
+
     let Some(twin) = builder.twin(earlier, "image", |a, b| a.image == b.image) else {
         return;
     };

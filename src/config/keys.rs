@@ -224,6 +224,15 @@ pub(crate) const KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "group",
+        default: Is(Text("")),
+        kind: ValueKind::Text {
+            wanted: "at most 64 printable ASCII characters without spaces, or \"\" for no group",
+            fits: |text| text.len() <= 64 && text.bytes().all(|b| b.is_ascii_graphic()),
+            set: |device, text| device.group = text.to_string(),
+        },
+    },
+    Key {
         name: "nbd_flush",
         default: Is(Text("required")),
         kind: ValueKind::Choice { words: NbdFlush::WORDS, set: |device, i| device.nbd.flush = NbdFlush::ALL[i] },

@@ -109,6 +109,8 @@ pub struct DeviceConfig {
     pub sandbox: Sandbox,
     /// The user that the disk's process runs as; empty: the daemon's own.
     pub user: String,
+    /// The devices of a group share one disk process; empty: the device's image has one of its own.
+    pub group: String,
     /// How the server of a remote image is treated.
     pub nbd: NbdConfig,
     /// The device's page cache.
@@ -145,6 +147,7 @@ impl DeviceConfig {
             discard: Discard::Unmap,
             sandbox: Sandbox::On,
             user: String::new(),
+            group: String::new(),
             nbd: NbdConfig { flush: NbdFlush::Required, give_up_ms: 0, quarantine_ms: 0 },
             cache: CacheConfig {
                 size_bytes: 0,

@@ -215,6 +215,19 @@ fn names_and_sockets_are_unique() {
 }
 
 #[test]
+fn devices_of_a_group_run_as_one_user_in_one_sandbox() {
+    let two = |first: &str, second: &str| device("a", first) + &device("b", second);
+    let advice = "and they share a process; user and sandbox must be the same in both";
+    for differ in ["user = \"nobody\"", "sandbox = \"off\""] {
+        let text = two("group = \"g\"", &format!("group = \"g\"\n{differ}"));
+        let [problem] = &problems(&text)[..] else { panic!("{:?}", problems(&text)) };
+        assert!(problem.ends_with(&format!("device[1].group: device[0] is in it too, {advice}")), "{problem}");
+        assert!(Config::from_toml(&two("group = \"g\"", &format!("group = \"h\"\n{differ}"))).is_ok());
+        assert!(Config::from_toml(&two("", differ)).is_ok());
+    }
+}
+
+#[test]
 fn a_writer_has_its_image_alone() {
     let two = |first: &str, second: &str| device("a", first) + &device("b", second).replace("/b.img", "/a.img");
     let advice = "devices that share an image must all be read_only";

@@ -146,7 +146,7 @@ impl DeviceThread {
             Ok(running) => running,
             Err(error) => {
                 let error = ErrorText::from(&error);
-                return tell(&self.channel, &FromDisk::Failed { device: Some(device), error });
+                return tell(&self.channel, &FromDisk::Failed { device, error });
             }
         };
         sandbox::confine(ThreadKind::Main);

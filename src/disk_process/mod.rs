@@ -1,5 +1,5 @@
-//! A disk process: serves one image to the front-ends of its devices. It gets descriptors and values from the
-//! supervisor and asks it for the rest: it opens no path and reads no configuration file.
+//! A disk process: serves an image, or the images of a group, to the front-ends of its devices. It gets descriptors and
+//! values from the supervisor and asks it for the rest: it opens no path and reads no configuration file.
 //!
 //! Its first thread, or in a daemon without disk processes the thread `control NAME`, runs [`run`]: it executes the
 //! supervisor's commands and writes the pages of statistics. It never waits for the image, so that it can end what
@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use log::{error, warn};
@@ -81,7 +81,15 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
     signal::on_bus_error(note_bus_error).map_err(system("cannot handle SIGBUS"))?;
     let waker = Arc::new(Waker::new().map_err(system("cannot create an eventfd"))?);
-    let mut control = Control { channel: Arc::clone(channel), waker, image: None, devices: BTreeMap::new() };
+    let mut control = Control {
+        channel: Arc::clone(channel),
+        waker,
+        images: BTreeMap::new(),
+        devices: BTreeMap::new(),
+        releases: Vec::new(),
+        has_released: false,
+        is_shared: false,
+    };
     while !control.has_ended() {
         let ready = wait_any_readable_for([channel.as_ref(), control.waker.as_ref()], TICK);
         let [message, _] = ready.map_err(system("cannot wait for the supervisor"))?;
@@ -93,11 +101,13 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
             }
         }
         control.look();
+        control.release_unused();
     }
-    control.release()
+    control.end();
+    Ok(())
 }
 
-/// The image and the cache, once they are open.
+/// An image and its cache.
 #[derive(Debug)]
 struct Open {
     image: Arc<CachedImage>,
@@ -106,6 +116,15 @@ struct Open {
     is_cache_removed: Arc<AtomicBool>,
     /// An empty file in the place of the cache's file, which lost its name, until a worker leaves the cache.
     lost: Option<std::result::Result<File, String>>,
+    /// A device was served on it, or failed.
+    is_used: bool,
+}
+
+/// A device, and the one for which its image was opened.
+#[derive(Debug)]
+struct OfImage {
+    image_of: String,
+    device: DeviceControl,
 }
 
 /// See the module.
@@ -114,14 +133,26 @@ struct Control {
     channel: Arc<DiskChannel>,
     /// Notified when a device has ended.
     waker: Arc<Waker>,
-    image: Option<Open>,
-    devices: BTreeMap<u32, DeviceControl>,
+    /// By the device for which each was opened.
+    images: BTreeMap<String, Open>,
+    devices: BTreeMap<u32, OfImage>,
+    /// Threads that release images.
+    releases: Vec<JoinHandle<()>>,
+    /// An image was released.
+    has_released: bool,
+    /// Other devices may follow.
+    is_shared: bool,
 }
 
 impl Control {
-    /// Whether the last device has ended, or failed to start.
+    /// Whether the last device has ended, or failed to start, and its image is released or about to be.
     fn has_ended(&self) -> bool {
-        !self.devices.is_empty() && self.devices.values().all(DeviceControl::has_ended)
+        self.images.is_empty() && self.has_released
+    }
+
+    /// Its devices.
+    fn devices(&self) -> impl Iterator<Item = &DeviceControl> {
+        self.devices.values().map(|of_image| &of_image.device)
     }
 
     fn tell(&self, message: &FromDisk) {
@@ -129,20 +160,27 @@ impl Control {
     }
 
     fn obey(&mut self, message: ToDisk, files: Vec<File>) -> Result<()> {
-        let device = |number: u32| self.devices.get(&number);
+        let device = |number: u32| self.devices.get(&number).map(|of_image| &of_image.device);
         match message {
-            ToDisk::Open { name, image, cache, settings, user } => {
+            ToDisk::Open { name, image, cache, settings, user, is_shared } => {
                 let mut files = files.into_iter();
                 let file = files.next().ok_or_else(|| unexpected("an image without a descriptor"))?;
-                let opened = confine(&settings, user.as_ref())
-                    .and_then(|()| self.open(&name, file, *image, &cache, files.collect(), &settings));
+                let is_first = self.images.is_empty();
+                let confined = if is_first { confine(&settings, user.as_ref()) } else { Ok(()) };
+                let opened = confined.and_then(|()| self.open(&name, file, *image, &cache, files.collect(), &settings));
                 if let Err(error) = opened {
-                    self.tell(&FromDisk::Failed { device: None, error: ErrorText::from(&error) });
-                    return Err(error);
+                    self.tell(&FromDisk::ImageFailed { image_of: name.clone(), error: ErrorText::from(&error) });
+                    if is_first {
+                        return Err(error);
+                    }
+                    // The others of the group are served all the same.
+                    self.tell(&FromDisk::Released { image_of: name, is_cache_removed: false });
+                    return Ok(());
                 }
+                self.is_shared |= is_shared;
             }
-            ToDisk::Serve { device, settings } => self.serve(device, &settings, files)?,
-            ToDisk::Resume => self.devices.values().for_each(DeviceControl::resume),
+            ToDisk::Serve { device, image_of, settings } => self.serve(device, image_of, &settings, files)?,
+            ToDisk::Resume => self.devices().for_each(DeviceControl::resume),
             ToDisk::Quiesce { device: number } => _ = device(number).inspect(|device| device.quiesce()),
             ToDisk::Finish { device: number, ending } => _ = device(number).inspect(|device| device.finish(ending)),
             ToDisk::Abandon { device: number, waits_for_untracked } => {
@@ -150,9 +188,9 @@ impl Control {
                 _ = device(number).inspect(|device| device.abandon(untracked));
             }
             ToDisk::ForceClose { device: number } => _ = device(number).inspect(|device| device.force_close()),
-            ToDisk::CacheFileLost { unmarked } => {
+            ToDisk::CacheFileLost { image_of, unmarked } => {
                 let marker = files.into_iter().next().ok_or_else(|| unmarked.unwrap_or_default());
-                if let Some(open) = &mut self.image {
+                if let Some(open) = self.images.get_mut(&image_of) {
                     open.lost = Some(marker);
                 }
             }
@@ -160,7 +198,7 @@ impl Control {
         Ok(())
     }
 
-    /// Opens the image and the cache.
+    /// Opens an image and its cache.
     fn open(
         &mut self,
         name: &str,
@@ -176,13 +214,15 @@ impl Control {
         regions::note(Region::Cache, &arena.mapped());
         let settings = DeviceSettings { name: name.to_owned(), ..settings.clone() };
         let image = cached_image(&settings, image, arena)?;
-        self.image = Some(Open { image, io_mode, is_cache_removed, lost: None });
+        self.images.insert(settings.name, Open { image, io_mode, is_cache_removed, lost: None, is_used: false });
         Ok(())
     }
 
-    /// Starts to serve a device on the image.
-    fn serve(&mut self, number: u32, settings: &DeviceSettings, files: Vec<File>) -> Result<()> {
-        let open = self.image.as_ref().ok_or_else(|| unexpected("a device before its image"))?;
+    /// Starts to serve a device on the image that was opened for `image_of`.
+    fn serve(&mut self, number: u32, image_of: String, settings: &DeviceSettings, files: Vec<File>) -> Result<()> {
+        // An image that could not be opened has no devices.
+        let Some(open) = self.images.get_mut(&image_of) else { return Ok(()) };
+        open.is_used = true;
         let mut files = files.into_iter();
         let (Some(listener), Some(page), Some(broker)) = (files.next(), files.next(), files.next()) else {
             return Err(unexpected("a device without its descriptors"));
@@ -195,9 +235,9 @@ impl Control {
         let page: &'static StatsPage = Box::leak(Box::new(page));
         BUS_ERROR_PAGES.note(page);
         let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
-        self.devices.insert(number, device);
-        if !settings.read_only {
-            // No other device shares the image, so this thread makes no further ring.
+        self.devices.insert(number, OfImage { image_of, device });
+        if !self.is_shared {
+            // No other device follows, so this thread makes no further ring.
             sandbox::confine(ThreadKind::Main);
         }
         Ok(())
@@ -205,29 +245,68 @@ impl Control {
 
     /// Writes the pages of statistics, and tries again what could not be done at once.
     fn look(&mut self) {
-        for device in self.devices.values_mut() {
-            device.publish_state();
+        for of_image in self.devices.values_mut() {
+            of_image.device.publish_state();
         }
-        if let Some(open) = &mut self.image
-            && let Some(marker) = open.lost.take()
-        {
-            open.lost = open.image.lose_cache_file(marker).err();
+        for open in self.images.values_mut() {
+            if let Some(marker) = open.lost.take() {
+                open.lost = open.image.lose_cache_file(marker).err();
+            }
         }
     }
 
-    /// Releases the image and the cache, and tells the supervisor what becomes of the cache's file.
+    /// Releases the images whose last device has ended, or failed to start.
+    fn release_unused(&mut self) {
+        let has_ended = |name: &String| {
+            self.devices
+                .values()
+                .filter(|of_image| of_image.image_of == *name)
+                .all(|of_image| of_image.device.has_ended())
+        };
+        let unused: Vec<String> = self
+            .images
+            .iter()
+            .filter(|(name, open)| open.is_used && has_ended(name))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in unused {
+            self.release(&name);
+        }
+    }
+
+    /// Releases an image and its cache, and tells the supervisor what becomes of the cache's file. On a thread, because
+    /// the image may not answer: it gets the end of the tenure.
     ///
-    /// => The threads of all devices have ended, but for those that hang in the kernel: then the image is not released,
+    /// => The threads of its devices have ended, but for those that hang in the kernel: then the image is not released,
     ///    and the cache stays.
-    fn release(self) -> Result<()> {
-        let Self { channel, image, devices, .. } = self;
-        drop(devices);
-        let Some(Open { image, is_cache_removed, .. }) = image else { return Ok(()) };
-        // It writes the end of the tenure to the image, which may not answer: the supervisor does not wait for ever.
-        drop(image);
-        let is_cache_removed = is_cache_removed.load(Ordering::Acquire);
-        tell(&channel, &FromDisk::Released { is_cache_removed });
-        Ok(())
+    fn release(&mut self, name: &str) {
+        let Some(Open { image, is_cache_removed, .. }) = self.images.remove(name) else { return };
+        self.devices.retain(|_, of_image| of_image.image_of != name);
+        self.has_released = true;
+        let channel = Arc::clone(&self.channel);
+        let release = move |image_of: String| {
+            drop(image);
+            let is_cache_removed = is_cache_removed.load(Ordering::Acquire);
+            tell(&channel, &FromDisk::Released { image_of, is_cache_removed });
+        };
+        let image_of = name.to_owned();
+        match spawn(&format!("release {name}"), move || release(image_of)) {
+            Ok(thread) => self.releases.push(thread),
+            // It is released by now, and the supervisor hears of the end of the process.
+            Err(e) => error!("{name}: {e}"),
+        }
+    }
+
+    /// Releases all images, and waits for that. The supervisor does not wait for ever.
+    fn end(mut self) {
+        let names: Vec<String> = self.images.keys().cloned().collect();
+        for name in names {
+            self.release(&name);
+        }
+        for thread in self.releases {
+            // A panic has ended the process.
+            let _ = thread.join();
+        }
     }
 }
 
@@ -267,7 +346,7 @@ fn note_bus_error(address: usize) {
 }
 
 /// Runs `body` on a thread of this name.
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>> {
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let failed = |e| Error::io(ErrorKind::System, format!("cannot start the thread {name}"), e);
     thread::Builder::new().name(name.to_owned()).spawn(body).map_err(failed)
 }

@@ -31,24 +31,25 @@ const EXIT_PATIENCE: Duration = Duration::from_secs(2);
 /// [`ErrorKind::Image`] if a device hangs.
 pub(super) fn end(mut control: Control) -> Result<()> {
     if control.devices.is_empty() {
-        return control.release();
+        control.end();
+        return Ok(());
     }
     let begun = Instant::now();
     let (mut progress, mut abandoned) = ((begun, 0), None);
-    control.devices.values().for_each(DeviceControl::quiesce);
+    control.devices().for_each(DeviceControl::quiesce);
     let mut is_finishing = false;
-    while !control.has_ended() {
+    while !control.devices().all(DeviceControl::has_ended) {
         thread::sleep(TICK);
         control.look();
-        if !is_finishing && control.devices.values().all(DeviceControl::has_quiesced) {
+        if !is_finishing && control.devices().all(DeviceControl::has_quiesced) {
             is_finishing = true;
-            control.devices.values().for_each(|device| device.finish(Ending::HandOver));
+            control.devices().for_each(|device| device.finish(Ending::HandOver));
         }
-        let completed = control.devices.values().map(|device| device.state().cache.completed_ops).sum::<u64>();
+        let completed = control.devices().map(|device| device.state().cache.completed_ops).sum::<u64>();
         if completed != progress.1 {
             progress = (Instant::now(), completed);
         }
-        let is_kept = !control.devices.values().any(|device| device.state().has_unkept_data);
+        let is_kept = !control.devices().any(|device| device.state().has_unkept_data);
         let (age, stalled) = (begun.elapsed(), progress.0.elapsed());
         let untracked = match () {
             () if stalled >= STALL_MAX || is_kept && age >= UNTRACKED_PATIENCE => Some(Untracked::Lose),
@@ -59,12 +60,13 @@ pub(super) fn end(mut control: Control) -> Result<()> {
             && abandoned.is_none_or(|(_, before)| before != untracked)
         {
             abandoned = Some((Instant::now(), untracked));
-            control.devices.values().for_each(|device| device.abandon(untracked));
+            control.devices().for_each(|device| device.abandon(untracked));
         }
         if abandoned.is_some_and(|(at, untracked)| untracked == Untracked::Lose && at.elapsed() >= EXIT_PATIENCE) {
-            control.devices.values().for_each(DeviceControl::force_close);
+            control.devices().for_each(DeviceControl::force_close);
             return Err(Error::new(ErrorKind::Image, "a disk ended while its image did not answer"));
         }
     }
-    control.release()
+    control.end();
+    Ok(())
 }

@@ -31,10 +31,10 @@ pub const VERSION: u32 = 2;
 /// From the supervisor to a disk process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToDisk {
-    /// Use this image and this cache, the first message. With the image's descriptor (for an export of an NBD
-    /// server, a socket at which to ask for connections), then those of the cache.
+    /// Use this image and this cache: the first message, and before each further image of a group. With the image's
+    /// descriptor (for an export of an NBD server, a socket at which to ask for connections), then those of the cache.
     Open {
-        /// The device for which the image was opened first; log lines about the image begin with it.
+        /// The device for which the image was opened first: it stands for the image in messages and in the log.
         name: String,
         /// What was found out about the image.
         image: Box<ImageParts>,
@@ -44,12 +44,16 @@ pub enum ToDisk {
         settings: Box<DeviceSettings>,
         /// The user that the process is to run as; `None`: the supervisor's.
         user: Option<User>,
+        /// Whether other devices may follow, on this image or in the group.
+        is_shared: bool,
     },
     /// Serve a device on that image. With its listening socket, its page of statistics, and its end of the
     /// connection to the broker.
     Serve {
         /// Number of the device.
         device: u32,
+        /// The device for which its image was opened.
+        image_of: String,
         /// What the device is.
         settings: Box<DeviceSettings>,
     },
@@ -79,9 +83,11 @@ pub enum ToDisk {
         /// Number of the device.
         device: u32,
     },
-    /// The name of the cache's file no longer leads to it. With an empty file in its place, or without one for this
+    /// The name of a cache's file no longer leads to it. With an empty file in its place, or without one for this
     /// reason.
     CacheFileLost {
+        /// The device for which its image was opened.
+        image_of: String,
         /// Why there is no file.
         unmarked: Option<String>,
     },
@@ -104,10 +110,17 @@ pub enum FromDisk {
         /// Number of the device.
         device: u32,
     },
-    /// The device, or with `None` the whole image, cannot be served.
+    /// A device cannot be served.
     Failed {
         /// Number of the device.
-        device: Option<u32>,
+        device: u32,
+        /// Why.
+        error: ErrorText,
+    },
+    /// An image cannot be served.
+    ImageFailed {
+        /// The device for which it was opened.
+        image_of: String,
         /// Why.
         error: ErrorText,
     },
@@ -123,8 +136,11 @@ pub enum FromDisk {
         /// The error with which it ended.
         error: Option<ErrorText>,
     },
-    /// The last device has ended, and the image and the cache are not used any more. The last message.
+    /// The last device of an image has ended, and the image and the cache are not used any more. The last message about
+    /// the image.
     Released {
+        /// The device for which the image was opened.
+        image_of: String,
         /// Everything is on the image, and the cache's file is to be removed.
         is_cache_removed: bool,
     },

@@ -26,7 +26,7 @@ where
 #[test]
 fn recorded_messages_are_understood_and_sent_as_they_were() {
     check_recording::<ToDisk>(TO_DISK, 9);
-    check_recording::<FromDisk>(FROM_DISK, 6);
+    check_recording::<FromDisk>(FROM_DISK, 7);
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn another_version_is_refused_with_both_versions() {
 fn a_message_comes_with_its_descriptors_and_a_closed_end_is_told() {
     let (ours, theirs) = Channel::<ToDisk, FromDisk>::pair().unwrap();
     let file = std::fs::File::open("/dev/null").unwrap();
-    let serve = ToDisk::Serve { device: 3, settings: Box::new(settings()) };
+    let serve = ToDisk::Serve { device: 3, image_of: "disk0".to_owned(), settings: Box::new(settings()) };
     ours.send(&serve, &[file.as_fd(), file.as_fd()]).unwrap();
     let Received::Message(message, files) = theirs.receive().unwrap() else { panic!("a message") };
     assert_eq!((message, files.len()), (serve, 2));
@@ -62,24 +62,26 @@ fn settings() -> DeviceSettings {
 #[test]
 #[ignore = "records messages"]
 fn record() {
+    let image_of = "disk0".to_owned();
     let open = TO_DISK.lines().take(2).map(|line| decode::<ToDisk>(line.as_bytes()).unwrap());
     let others = [
-        ToDisk::Serve { device: 0, settings: Box::new(settings()) },
+        ToDisk::Serve { device: 0, image_of: image_of.clone(), settings: Box::new(settings()) },
         ToDisk::Resume,
         ToDisk::Quiesce { device: 0 },
         ToDisk::Finish { device: 0, ending: Ending::HandOver },
         ToDisk::Abandon { device: 0, waits_for_untracked: true },
         ToDisk::ForceClose { device: 0 },
-        ToDisk::CacheFileLost { unmarked: Some("no space".to_owned()) },
+        ToDisk::CacheFileLost { image_of: image_of.clone(), unmarked: Some("no space".to_owned()) },
     ];
     let error = ErrorText { kind: ErrorKind::Image, text: "the image failed".to_owned() };
     let from_disk = [
         FromDisk::Served { device: 0 },
-        FromDisk::Failed { device: None, error: error.clone() },
+        FromDisk::Failed { device: 0, error: error.clone() },
+        FromDisk::ImageFailed { image_of: image_of.clone(), error: error.clone() },
         FromDisk::Quiesced { device: 0 },
         FromDisk::Ended { device: 0, error: Some(error) },
         FromDisk::Ended { device: 1, error: None },
-        FromDisk::Released { is_cache_removed: true },
+        FromDisk::Released { image_of: image_of.clone(), is_cache_removed: true },
     ];
     let show = |bytes: Vec<u8>| println!("{}", String::from_utf8(bytes).unwrap());
     open.chain(others).for_each(|message| show(encode(&message).unwrap()));

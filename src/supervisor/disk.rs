@@ -168,9 +168,9 @@ impl Disk {
         self.phase >= DevicePhase::Quiesced
     }
 
-    /// What devices with one process have in common; `None` before it is served.
-    pub fn process_key(&self) -> Option<IoFence> {
-        self.handle.as_ref().map(DeviceHandle::process_key)
+    /// What devices with one image and one process have in common; `None` before it is served.
+    pub fn image_key(&self) -> Option<(IoFence, &str)> {
+        self.handle.as_ref().map(DeviceHandle::image_key)
     }
 
     /// What it does; nothing before it is served.

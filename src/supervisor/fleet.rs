@@ -198,8 +198,8 @@ impl Fleet {
     /// that another is reading.
     fn finish_quiesced(&mut self) {
         for index in 0..self.disks.len() {
-            let key = self.disks[index].process_key();
-            let mut group = self.disks.iter().filter(|disk| disk.process_key() == key);
+            let key = self.disks[index].image_key();
+            let mut group = self.disks.iter().filter(|disk| disk.image_key() == key);
             if self.disks[index].phase() == DevicePhase::Quiesced && group.all(Disk::has_quiesced) {
                 self.disks[index].finish();
             }

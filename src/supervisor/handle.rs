@@ -18,6 +18,8 @@ use crate::sys::socket::stop_listening;
 #[derive(Debug)]
 pub(super) struct DeviceHandle {
     device: u32,
+    /// The device for which its image was opened.
+    image_of: String,
     process: Arc<Process>,
     page: Arc<StatsPage>,
     listener: UnixListener,
@@ -30,9 +32,16 @@ impl DeviceHandle {
     ///
     /// # Errors
     /// Those of dup(2).
-    pub fn new(device: u32, process: &Arc<Process>, page: &Arc<StatsPage>, socket: &ListenSocket) -> io::Result<Self> {
+    pub fn new(
+        device: u32,
+        image_of: &str,
+        process: &Arc<Process>,
+        page: &Arc<StatsPage>,
+        socket: &ListenSocket,
+    ) -> io::Result<Self> {
         Ok(Self {
             device,
+            image_of: image_of.to_owned(),
             process: Arc::clone(process),
             page: Arc::clone(page),
             listener: socket.listener.try_clone()?,
@@ -40,9 +49,9 @@ impl DeviceHandle {
         })
     }
 
-    /// What devices with one process have in common, and others not.
-    pub fn process_key(&self) -> IoFence {
-        self.process.fence()
+    /// What devices with one image and one process have in common, and others not.
+    pub fn image_key(&self) -> (IoFence, &str) {
+        (self.process.fence(), &self.image_of)
     }
 
     /// Process ID of its disk process, if it has one.

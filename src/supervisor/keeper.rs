@@ -252,10 +252,12 @@ impl KeeperThread {
         let image = open_image(config, &context.manager)?;
         self.begin(PREPARING);
         let identity = image.identity();
-        let open_cache = || ImageSlot::new(config, image, &context.manager, context.hosting);
+        let group = context.group(&config.group);
+        let open_cache = || ImageSlot::new(config, image, &context.manager, context.hosting, group);
         // Read-only devices on one image share its slot.
         let is_shared = config.read_only && !config.isolate;
-        let slot = if is_shared { context.images.get_or_open(identity, open_cache) } else { open_cache() }?;
+        let slot =
+            if is_shared { context.images.get_or_open(identity, &config.group, open_cache) } else { open_cache() }?;
         let socket = ListenSocket::open(&self.config, &self.context.sockets)?;
         Ok(Opened { socket, slot })
     }
@@ -361,8 +363,9 @@ impl KeeperThread {
         let own = self.own.clone();
         // A keeper that has ended does not wait for news.
         let hearer = Hearer(Box::new(move |fence, news| drop(own.send(KeeperCommand::Process(fence, news)))));
-        process.serve(device, DeviceSettings::from(&self.config), files, hearer).map_err(system)?;
-        let handle = DeviceHandle::new(device, &process, page, &opened.socket).map_err(system)?;
+        let settings = DeviceSettings::from(&self.config);
+        process.serve(device, opened.slot.name(), settings, files, hearer).map_err(system)?;
+        let handle = DeviceHandle::new(device, opened.slot.name(), &process, page, &opened.socket).map_err(system)?;
         let mut session = ProcessSession {
             worker: self,
             device,

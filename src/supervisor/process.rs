@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 
 use log::{debug, error, warn};
@@ -113,32 +113,43 @@ pub(super) struct Process {
     listeners: Mutex<Listeners>,
 }
 
+/// The disk process of a group, if it has one.
+pub(super) type SharedProcess = Arc<Mutex<Weak<Process>>>;
+
 /// Who hears of the process.
 #[derive(Debug, Default)]
 struct Listeners {
-    by_device: BTreeMap<u32, Hearer>,
-    /// Why the image cannot be served.
+    by_device: BTreeMap<u32, Listener>,
+    /// Its images, by the device for which each was opened.
+    images: BTreeMap<String, ImageFate>,
+    exit: Option<Exit>,
+}
+
+/// Who hears of a device.
+#[derive(Debug)]
+struct Listener {
+    /// The device for which its image was opened.
+    image_of: String,
+    hearer: Hearer,
+}
+
+/// What became of an image in the process.
+#[derive(Debug, Default)]
+struct ImageFate {
+    /// Why it cannot be served.
     failure: Option<ErrorText>,
+    /// It was released.
     exit: Option<Exit>,
 }
 
 impl Process {
-    /// Starts a process that uses an image and a cache. `name` is that of its first device.
+    /// Starts a process without an image; [`Process::open`] must follow. `name` is that of its first device.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if a process, a thread or a descriptor cannot be created.
-    pub fn start(
-        name: &str,
-        hosting: Hosting,
-        fence: IoFence,
-        open: &ToDisk,
-        image: &File,
-        cache: &[BorrowedFd<'_>],
-    ) -> Result<Arc<Self>> {
+    pub fn start(name: &str, hosting: Hosting, fence: IoFence) -> Result<Arc<Self>> {
         let failed = |e| Error::io(ErrorKind::System, format!("{name}: cannot start a disk process"), e);
         let (channel, theirs) = Channel::pair().map_err(failed)?;
-        let files: Vec<BorrowedFd<'_>> = [image.as_fd()].into_iter().chain(cache.iter().copied()).collect();
-        channel.send(open, &files).map_err(failed)?;
         let (child, log) = match hosting {
             Hosting::Processes => spawn_child(name, theirs.into_socket()).map_err(failed)?,
             Hosting::Threads => {
@@ -161,14 +172,30 @@ impl Process {
         Ok(process)
     }
 
+    /// Makes the process use an image, which was opened for this device, and its cache.
+    ///
+    /// # Errors
+    /// Those of sendmsg(2).
+    pub fn open(&self, image_of: &str, open: &ToDisk, image: &File, cache: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.listeners().images.insert(image_of.to_owned(), ImageFate::default());
+        let files: Vec<BorrowedFd<'_>> = [image.as_fd()].into_iter().chain(cache.iter().copied()).collect();
+        self.send(open, &files)
+    }
+
     /// What the kernel's I/O of this process holds.
     pub fn fence(&self) -> IoFence {
         self.fence
     }
 
-    /// How the process ended; `None` while it runs.
-    pub fn exit(&self) -> Option<Exit> {
-        self.listeners().exit
+    /// Whether the process runs.
+    pub fn is_running(&self) -> bool {
+        self.listeners().exit.is_none()
+    }
+
+    /// How the process released the image of this device, or ended; `None` while it uses the image.
+    pub fn exit_of(&self, image_of: &str) -> Option<Exit> {
+        let listeners = self.listeners();
+        listeners.images.get(image_of).and_then(|image| image.exit).or(listeners.exit)
     }
 
     /// Process ID, if it is a process of its own that runs.
@@ -189,31 +216,36 @@ impl Process {
         self.child.lock().expect("no thread panics with the child locked")
     }
 
-    /// Makes the process serve a device. Its news go to `keeper`.
+    /// Makes the process serve a device on the image that was opened for `image_of`. Its news go to `keeper`.
     ///
     /// # Errors
     /// Those of sendmsg(2).
     pub fn serve(
         &self,
         device: u32,
+        image_of: &str,
         settings: DeviceSettings,
         files: [BorrowedFd<'_>; 3],
         keeper: Hearer,
     ) -> io::Result<()> {
         {
             let mut listeners = self.listeners();
-            if let Some(exit) = listeners.exit {
+            let (failure, exit) = match listeners.images.get(image_of) {
+                Some(image) => (image.failure.clone(), image.exit.or(listeners.exit)),
+                None => (None, listeners.exit),
+            };
+            if let Some(failure) = failure {
+                keeper.hear(self.fence, ProcessNews::Failed(failure.into()));
+            }
+            if let Some(exit) = exit {
                 // It hears of the end as others did.
                 keeper.hear(self.fence, ProcessNews::Exited(exit));
                 return Ok(());
             }
-            if let Some(failure) = &listeners.failure {
-                let news = ProcessNews::Failed(failure.clone().into());
-                keeper.hear(self.fence, news);
-            }
-            listeners.by_device.insert(device, keeper);
+            listeners.by_device.insert(device, Listener { image_of: image_of.to_owned(), hearer: keeper });
         }
-        match self.send(&ToDisk::Serve { device, settings: Box::new(settings) }, &files) {
+        let serve = ToDisk::Serve { device, image_of: image_of.to_owned(), settings: Box::new(settings) };
+        match self.send(&serve, &files) {
             // It has died, which its thread will see.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             sent => sent,
@@ -261,18 +293,22 @@ impl Process {
             }
         }
         let status = self.reap();
-        if self.exit().is_none() {
-            self.note_exit(Exit { status, is_released: false, is_cache_removed: false });
+        let exit = Exit { status, is_released: false, is_cache_removed: false };
+        let mut listeners = self.listeners();
+        listeners.exit = Some(exit);
+        for listener in std::mem::take(&mut listeners.by_device).into_values() {
+            listener.hearer.hear(self.fence, ProcessNews::Exited(exit));
         }
     }
 
-    /// Tells everyone that the process has ended.
-    fn note_exit(&self, exit: Exit) {
+    /// Tells the devices of an image that the process does not use it any more.
+    fn note_release(&self, image_of: String, exit: Exit) {
         let mut listeners = self.listeners();
-        listeners.exit = Some(exit);
-        for keeper in std::mem::take(&mut listeners.by_device).into_values() {
-            keeper.hear(self.fence, ProcessNews::Exited(exit));
+        let devices = listeners.by_device.extract_if(.., |_, listener| listener.image_of == image_of);
+        for (_, listener) in devices.collect::<Vec<_>>() {
+            listener.hearer.hear(self.fence, ProcessNews::Exited(exit));
         }
+        listeners.images.entry(image_of).or_default().exit = Some(exit);
     }
 
     /// Reads a message; returns whether there may be another one.
@@ -293,24 +329,24 @@ impl Process {
             FromDisk::Ended { device, error } => {
                 (device, ProcessNews::Ended(error.map_or(Ok(()), |error| Err(error.into()))))
             }
-            FromDisk::Failed { device: Some(device), error } => (device, ProcessNews::Failed(error.into())),
-            FromDisk::Failed { device: None, error } => {
+            FromDisk::Failed { device, error } => (device, ProcessNews::Failed(error.into())),
+            FromDisk::ImageFailed { image_of, error } => {
                 let mut listeners = self.listeners();
-                for keeper in listeners.by_device.values() {
+                for listener in listeners.by_device.values().filter(|listener| listener.image_of == image_of) {
                     let news = ProcessNews::Failed(error.clone().into());
-                    keeper.hear(self.fence, news);
+                    listener.hearer.hear(self.fence, news);
                 }
-                listeners.failure = Some(error);
+                listeners.images.entry(image_of).or_default().failure = Some(error);
                 return true;
             }
-            FromDisk::Released { is_cache_removed } => {
+            FromDisk::Released { image_of, is_cache_removed } => {
                 // The image and the cache are free already: nobody waits until the process has freed its memory.
-                self.note_exit(Exit { status: None, is_released: true, is_cache_removed });
+                self.note_release(image_of, Exit { status: None, is_released: true, is_cache_removed });
                 return true;
             }
         };
-        if let Some(keeper) = self.listeners().by_device.get(&device) {
-            keeper.hear(self.fence, news);
+        if let Some(listener) = self.listeners().by_device.get(&device) {
+            listener.hearer.hear(self.fence, news);
         }
         true
     }

@@ -3,13 +3,14 @@
 //! The slot keeps the image's lock and the cache. When its process dies, it starts another one with the same cache.
 //! Each method may wait for the image, so the main thread calls none.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, warn};
 
-use super::process::{Exit, Hosting, Process};
+use super::process::{Exit, Hosting, Process, SharedProcess};
 use crate::arena::KeptArena;
 use crate::config::{DeviceConfig, Engine, ImageFormat, Survive};
 use crate::disk_protocol::{DeviceSettings, ToDisk};
@@ -38,6 +39,10 @@ pub(super) struct ImageSlot {
     settings: DeviceSettings,
     /// The user that its process runs as; `None`: the daemon's own.
     user: Option<User>,
+    /// The process of the group, if the image is in one.
+    group: Option<SharedProcess>,
+    /// Other devices may follow in the process.
+    is_shared: bool,
     hosting: Hosting,
     state: Mutex<SlotState>,
 }
@@ -76,6 +81,7 @@ impl ImageSlot {
         image: Arc<dyn NamedImage>,
         manager: &Arc<ServiceManager>,
         hosting: Hosting,
+        group: Option<SharedProcess>,
     ) -> Result<Arc<Self>> {
         let refused = |why| Error::new(ErrorKind::Image, format!("image {}: {why}", config.image.display()));
         image.limits().check().map_err(refused)?;
@@ -92,11 +98,18 @@ impl ImageSlot {
             file: FileWatch::Reachable,
             image,
         };
-        Ok(Arc::new(Self { settings: config.into(), user, hosting, state: Mutex::new(state) }))
+        let is_shared = group.is_some() || config.read_only && !config.isolate;
+        let settings = DeviceSettings::from(config);
+        Ok(Arc::new(Self { settings, user, group, is_shared, hosting, state: Mutex::new(state) }))
     }
 
     fn lock(&self) -> MutexGuard<'_, SlotState> {
         self.state.lock().expect("no thread panics with a slot locked")
+    }
+
+    /// The device for which the image was opened, which stands for it.
+    pub fn name(&self) -> &str {
+        &self.settings.name
     }
 
     /// The process of the slot; starts one if there is none, or if it has died.
@@ -106,7 +119,7 @@ impl ImageSlot {
     pub fn process(&self) -> Result<Arc<Process>> {
         let mut state = self.lock();
         if let Some(process) = &state.process {
-            let Some(exit) = process.exit() else { return Ok(Arc::clone(process)) };
+            let Some(exit) = process.exit_of(self.name()) else { return Ok(Arc::clone(process)) };
             while state.image.is_fenced(process.fence()) {
                 thread::sleep(FENCE_POLL);
             }
@@ -118,9 +131,25 @@ impl ImageSlot {
             }
             state.process = None;
         }
+        let process = match &self.group {
+            None => self.hand_to(&state, None)?,
+            Some(group) => {
+                let mut group = group.lock().expect("no thread panics with a group locked");
+                let process = self.hand_to(&state, group.upgrade().filter(|process| process.is_running()))?;
+                *group = Arc::downgrade(&process);
+                process
+            }
+        };
+        state.is_unused = false;
+        state.process = Some(Arc::clone(&process));
+        Ok(process)
+    }
+
+    /// Hands the image and the cache to a process: to the present one of the group, unless that ends, or to a new one.
+    fn hand_to(&self, state: &SlotState, present: Option<Arc<Process>>) -> Result<Arc<Process>> {
         let failed =
             |e| Error::io(ErrorKind::System, format!("{}: cannot start a disk process", self.settings.name), e);
-        let fence = IoFence::unique();
+        let fence = present.as_ref().map_or_else(IoFence::unique, |process| process.fence());
         let (file, parts) = state.image.hand_out(fence).map_err(failed)?;
         let cache = state.cache.as_ref().ok_or_else(|| Error::new(ErrorKind::System, "the cache was removed"))?;
         let open = ToDisk::Open {
@@ -129,11 +158,17 @@ impl ImageSlot {
             cache: Box::new(cache.parts()),
             settings: Box::new(self.settings.clone()),
             user: self.user.clone(),
+            is_shared: self.is_shared,
         };
-        let process = Process::start(&self.settings.name, self.hosting, fence, &open, &file, &cache.descriptors())?;
-        state.is_unused = false;
-        state.process = Some(Arc::clone(&process));
-        Ok(process)
+        let process = match present {
+            Some(present) => present,
+            None => Process::start(self.name(), self.hosting, fence)?,
+        };
+        match process.open(self.name(), &open, &file, &cache.descriptors()) {
+            // It has ended, of which the keeper will hear.
+            Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(failed(e)),
+            _ => Ok(process),
+        }
     }
 
     /// Looks whether the next daemon would find the cache. If its file was removed, the cache is from now on one that
@@ -158,9 +193,10 @@ impl ImageSlot {
         state.file = FileWatch::Lost;
         let name = &self.settings.name;
         let Some(process) = &state.process else { return };
+        let lost = |unmarked| ToDisk::CacheFileLost { image_of: name.clone(), unmarked };
         let told = match cache.replace_lost_file() {
-            Ok(marker) => process.send(&ToDisk::CacheFileLost { unmarked: None }, marker.as_slice()),
-            Err(e) => process.send(&ToDisk::CacheFileLost { unmarked: Some(e.to_string()) }, &[]),
+            Ok(marker) => process.send(&lost(None), marker.as_slice()),
+            Err(e) => process.send(&lost(Some(e.to_string())), &[]),
         };
         if let Err(e) = told {
             error!("{name}: the next daemon would not notice a loss of completed writes ({e})");
@@ -234,7 +270,7 @@ impl Drop for ImageSlot {
             }
             return;
         }
-        let exit = state.process.take().and_then(|process| Some((process.fence(), process.exit()?)));
+        let exit = state.process.take().and_then(|process| Some((process.fence(), process.exit_of(name)?)));
         match exit {
             Some((_, Exit { is_cache_removed: true, .. })) => cache.remove(),
             // A device's counters are found by a path, which only this process may use. The image rests once the

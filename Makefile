@@ -65,7 +65,7 @@ sanitize: ## Miri; tests under AddressSanitizer, and under ThreadSanitizer with 
 	@scripts/sanitize.sh
 
 bystander: ## what a neighbour of a hostile guest notices, against the promised bounds, in a release build on an idle machine
-	GENBLK_STRICT=1 $(CARGO) test --release --locked --test bystander -- --nocapture --test-threads=1
+	GENBLK_STRICT=1 $(CARGO) test --release --locked --test bystander --test disk_processes -- --nocapture --test-threads=1
 
 soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop, SOAK_MINUTES long
 	@end=$$(( $$(date +%s) + $(SOAK_MINUTES) * 60 )); round=0; \

@@ -240,7 +240,7 @@ const CONFINED: [&str; 5] = ["genblk disk0", "accept disk0", "vhost disk0", "sto
 fn every_thread_that_faces_a_guest_a_front_end_or_an_image_is_confined() {
     let daemon = Daemon::start("sandbox", 1 << 20, &DaemonOptions::default());
     let _session = Session::open(&daemon.socket(), &SessionOptions::default());
-    for thread in CONFINED {
+    for thread in CONFINED.into_iter().chain(["control disk0", "watchdog"]) {
         // The thread of the log confines itself a moment later than the others.
         poll_until("a filter", PATIENCE, || (statuses(daemon.id(), thread, "Seccomp").first()? == "2").then_some(()));
         let none = "0000000000000000";

@@ -20,8 +20,9 @@ mod prng;
 
 use std::time::Instant;
 
-use bare_cache::{InstantStoreCache, defaults};
-use genblk::units::PageNo;
+use bare_cache::InstantStoreCache;
+use genblk::cache::Settings;
+use genblk::units::{PageNo, SECTORS_PER_PAGE};
 use prng::Prng;
 
 /// 256 MiB and 4 GiB.
@@ -56,7 +57,7 @@ fn median(rounds: &[[f64; 5]], kind: usize) -> f64 {
 /// Nanoseconds per page, for each of [`KINDS`], in a new cache.
 fn measure(frames: u32) -> [f64; 5] {
     let image = u64::from(frames) * IMAGE_CACHES;
-    let mut cache = InstantStoreCache::new(defaults(frames, image));
+    let mut cache = InstantStoreCache::new(Settings::of(frames, image * SECTORS_PER_PAGE));
     let sequential = |first: u64, pages: u64| {
         (first..first + pages).step_by(REQUEST_PAGES as usize).map(|page| (page, REQUEST_PAGES))
     };

@@ -8,6 +8,7 @@
 
 mod report;
 mod rest;
+mod translate;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -18,23 +19,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{Level, error, info, log, warn};
+use log::{Level, error, info, warn};
 
 use crate::arena::{Arena, Populator, ZERO_SLOTS};
-use crate::cache::{FrameMemory, Health, Notice, Outcome, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket};
+use crate::cache::{FrameMemory, Health, Notice, PageCache, Piece, Settings, Stats, StoreOpRef, Ticket};
 use crate::counters::worker::WorkerCounters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault_injection::{PlantedBug, planted};
-use crate::store::{Backing, DRAIN_MAX, Event, IoRequest, Limits, Refused, Segment, StoreQueue};
+use crate::store::{Backing, DRAIN_MAX, Event, IoRequest, Limits, Refused, StoreQueue};
 use crate::tenure::record::CachePlace;
 use crate::units::{
-    Fault, FrameId, FrameRecord, OpKind, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask,
-    SectorSpan, Tick, counted, low_u8,
+    FrameId, FrameRecord, OpKind, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, Urgency,
+    counted, low_u8,
 };
 use crate::waker::Waker;
 
 use report::report_health;
 use rest::RestRecorder;
+use translate::{outcome_of, request_of};
 
 /// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
 const WORKER_SHIFT: u32 = 48;
@@ -561,7 +563,7 @@ fn take_ops(
 ) -> bool {
     let mut awaited = false;
     cache.take_ops(|op| {
-        awaited |= op.demand;
+        awaited |= op.urgency == Urgency::Demand;
         counters.store_submitted(op.kind.into());
         if op.kind.is_change() {
             image.arena.begin_change(op.span);
@@ -602,51 +604,4 @@ fn worker_of(notice: &Notice) -> u64 {
     let (Notice::Ready(ticket, _) | Notice::Unreadable(ticket, ..) | Notice::Resume(ticket) | Notice::Done(ticket, _)) =
         notice;
     ticket.0 >> WORKER_SHIFT
-}
-
-/// The request to the store for an operation of the cache. Adjacent frames become one segment.
-fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
-    let len = op.span.count * SECTOR_BYTES;
-    let mut segments: Vec<Segment> = Vec::new();
-    let mut left = usize::try_from(len).expect("an operation is far below 4 GiB");
-    let mut skip = usize::from(op.first_sector) * SECTOR_SIZE;
-    for &frame in op.frames {
-        let base = arena.frame(frame).wrapping_add(skip);
-        let len = left.min(PAGE_SIZE - skip);
-        match segments.last_mut() {
-            Some(last) if last.base.wrapping_add(last.len) == base => last.len += len,
-            _ => segments.push(Segment { base, len }),
-        }
-        left -= len;
-        skip = 0;
-    }
-    IoRequest {
-        tag: u64::from(op.tag),
-        op: op.kind,
-        offset: op.span.start * SECTOR_BYTES,
-        len,
-        demand: op.demand,
-        segments,
-    }
-}
-
-/// The tag and the outcome, as the cache knows them, of an event of the store. Logs a failure at `level`.
-fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
-    let (tag, outcome) = match event {
-        Event::Done { tag } => (tag, Outcome::Done),
-        Event::Mapped { tag, extents } => {
-            let sectors = |len: u64| len / SECTOR_BYTES;
-            let runs = extents.iter().map(|extent| (sectors(extent.len), extent.kind));
-            (tag, Outcome::Mapped(runs.collect()))
-        }
-        Event::Failed { tag, fault, errno } => {
-            let reason = std::io::Error::from_raw_os_error(errno);
-            // The cache falls back where an operation is not supported.
-            // A store says itself what it has lost.
-            let level = if matches!(fault, Fault::Unsupported | Fault::Lost) { Level::Debug } else { level };
-            log!(level, "{name}: an operation on the image failed: {fault} ({reason})");
-            (tag, Outcome::Failed(fault))
-        }
-    };
-    (u32::try_from(tag).expect("the tag is the cache's, a u32"), outcome)
 }

@@ -383,6 +383,54 @@ pub enum OpKind {
     Allocate,
 }
 
+/// Whether a request waits for an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Urgency {
+    /// A request waits for it.
+    Demand,
+    /// No request does yet: readahead or write-back.
+    Background,
+}
+
+/// [`OpKind`] without its details: operations are counted, and tests make them fail, by class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OpClass {
+    /// [`OpKind::Read`]
+    Read,
+    /// [`OpKind::Write`]
+    Write,
+    /// [`OpKind::Sync`]
+    Sync,
+    /// [`OpKind::Zero`], with or without unmap.
+    Zero,
+    /// [`OpKind::Discard`]
+    Discard,
+    /// [`OpKind::Allocate`]
+    Allocate,
+    /// [`OpKind::Map`]
+    Map,
+}
+
+impl OpClass {
+    /// All of them, in the order of the counters.
+    pub const ALL: [Self; 7] =
+        [Self::Read, Self::Write, Self::Sync, Self::Zero, Self::Discard, Self::Allocate, Self::Map];
+}
+
+impl From<OpKind> for OpClass {
+    fn from(kind: OpKind) -> Self {
+        match kind {
+            OpKind::Read => Self::Read,
+            OpKind::Write => Self::Write,
+            OpKind::Sync => Self::Sync,
+            OpKind::Zero { .. } => Self::Zero,
+            OpKind::Discard => Self::Discard,
+            OpKind::Allocate => Self::Allocate,
+            OpKind::Map => Self::Map,
+        }
+    }
+}
+
 impl OpKind {
     /// The operation in words, with an article, for messages.
     pub fn with_article(self) -> &'static str {

@@ -11,9 +11,8 @@ use common::shadow::Shadow;
 use common::wait::{PATIENCE, poll_until};
 use genblk::counters::snapshot::Snapshot;
 use genblk::counters::worker::Activity;
-use genblk::counters::{Class, Operation, Served, StoreClass};
-use genblk::store::faulty::OpClass;
-use genblk::units::Fault;
+use genblk::counters::{Class, Operation, Served};
+use genblk::units::{Fault, OpClass};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
@@ -78,9 +77,9 @@ fn check_that_known_requests_are_counted(workers: u16) {
     for worker in 0..workers.into() {
         assert!(snapshot.activity(worker, Activity::Turns) > 0, "each worker served rings");
     }
-    let syncs = snapshot.store(StoreClass::Sync).count();
+    let syncs = snapshot.store(OpClass::Sync).count();
     assert_eq!(syncs, device.faults.ops(OpClass::Sync), "operations on the image are counted as the image saw them");
-    assert_eq!(snapshot.store_operation(StoreClass::Sync).begun, syncs);
+    assert_eq!(snapshot.store_operation(OpClass::Sync).begun, syncs);
 }
 
 #[test]
@@ -124,7 +123,7 @@ fn a_read_that_waits_for_the_image_is_charged_with_the_wait_and_one_from_memory_
     assert_eq!((snapshot.requests(waited).count(), snapshot.requests(memory).count()), (2, 1));
     assert!(snapshot.requests(memory).max_ns < slow_ns, "{} ns", snapshot.requests(memory).max_ns);
     assert_eq!(snapshot.operation(Operation::Read).errors, 1);
-    let reads = snapshot.store_operation(StoreClass::Read);
+    let reads = snapshot.store_operation(OpClass::Read);
     assert!(reads.errors >= 1 && reads.bytes >= 4096, "{reads:?}");
-    assert!(snapshot.store(StoreClass::Read).max_ns >= slow_ns);
+    assert!(snapshot.store(OpClass::Read).max_ns >= slow_ns);
 }

@@ -12,8 +12,8 @@ use common::faulty_device::FaultyDevice;
 use common::shadow::Shadow;
 use common::workload::Client;
 use genblk::config::OnError;
-use genblk::store::faulty::{Faults, OpClass};
-use genblk::units::Fault;
+use genblk::store::faulty::Faults;
+use genblk::units::{Fault, OpClass};
 
 const IMAGE_BYTES: usize = 8 << 20;
 /// The longest time that requests wait under [`OnError::Hold`].

@@ -19,9 +19,9 @@ use common::workload::{Client, ClientOptions, FaultRules, IoPlan, random_io, rea
 use genblk::config::{DeviceConfig, OnError, Socket};
 use genblk::service::{Running, Service};
 use genblk::store::Backing;
-use genblk::store::faulty::{Faults, FaultyImage, OpClass};
+use genblk::store::faulty::{Faults, FaultyImage};
 use genblk::store::file::{FileImage, OpenOptions};
-use genblk::units::Fault;
+use genblk::units::{Fault, OpClass};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_FLUSH;
 
 const IMAGE_BYTES: usize = 32 << 20;

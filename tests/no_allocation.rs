@@ -14,12 +14,12 @@ use common::shadow::Shadow;
 use common::workload::{Client, ClientOptions};
 use genblk::arena::Arena;
 use genblk::cache::{
-    Access, Admitted, CopyResult, ErrorPolicy, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
+    Access, Admitted, CopyResult, Notice, Outcome, PageCache, Piece, PolicyKind, Settings, Stats, Ticket,
 };
 use genblk::config::{DeviceConfig, Socket};
 use genblk::service::Service;
 use genblk::store::file::{FileImage, OpenOptions};
-use genblk::units::{ImageHoles, SectorSpan, Tick};
+use genblk::units::{SectorSpan, Tick};
 
 /// The system's allocator, with one counter for each thread and one for all worker threads.
 struct Counting;
@@ -120,26 +120,9 @@ struct Owner {
 
 impl Owner {
     fn new(policy: PolicyKind) -> Self {
-        let settings = Settings {
-            frames: 1024,
-            image_sectors: 1 << 20,
-            block_sectors: 1,
-            holes: ImageHoles::NoneYet,
-            cluster_pages_max: 256,
-            retain: true,
-            policy,
-            readahead_pages_max: 512,
-            // So long that write-back does not start.
-            flush_target_us: 1_000_000,
-            dirty_pages_max: 1024,
-            dirty_age_us: 5_000_000,
-            allocate: false,
-            unmap: true,
-            on_error: ErrorPolicy::Report,
-            on_full: ErrorPolicy::Report,
-            page_key: 0,
-            hold_us: 0,
-        };
+        // So long that write-back does not start.
+        let settings =
+            Settings { policy, flush_target_us: 1_000_000, dirty_pages_max: 1024, ..Settings::of(1024, 1 << 20) };
         let arena = Arena::anonymous(1024).expect("4 MiB can be mapped");
         let cache = PageCache::new(settings, Box::new(Arc::new(arena)));
         Self { cache, pieces: Vec::new(), notices: Vec::new(), tags: Vec::new() }

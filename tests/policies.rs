@@ -13,10 +13,10 @@ mod prng;
 #[path = "../benches/readahead/mod.rs"]
 mod readahead;
 
-use bare_cache::{InstantStoreCache, defaults};
+use bare_cache::InstantStoreCache;
 use genblk::cache::policy::MiniSimulation;
 use genblk::cache::{PolicyKind, Settings};
-use genblk::units::PageNo;
+use genblk::units::{PageNo, SECTORS_PER_PAGE};
 use miss_ratio::algorithms::Algorithm;
 use miss_ratio::gates::LruTolerance;
 use miss_ratio::trace::{Access, Scale};
@@ -73,7 +73,10 @@ fn the_page_cache_misses_as_often_as_the_mini_simulation() {
         let mut simulation = MiniSimulation::new(PolicyKind::S3Fifo, FRAMES - RESERVE);
         let misses = trace.iter().filter(|access| !simulation.access(PageNo(access.page.into()))).count();
         for readahead_pages_max in [0, 512] {
-            let mut cache = InstantStoreCache::new(Settings { readahead_pages_max, ..defaults(FRAMES, image_pages) });
+            let mut cache = InstantStoreCache::new(Settings {
+                readahead_pages_max,
+                ..Settings::of(FRAMES, image_pages * SECTORS_PER_PAGE)
+            });
             for access in &trace {
                 let access_page = if access.write { InstantStoreCache::write } else { InstantStoreCache::read };
                 access_page(&mut cache, PageNo(access.page.into()), 1);

@@ -7,10 +7,10 @@ mod store_kit;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use genblk::store::faulty::{Faults, FaultyImage, OpClass};
+use genblk::store::faulty::{Faults, FaultyImage};
 use genblk::store::file::{FileImage, OpenOptions};
 use genblk::store::{Backing, Event, Refused};
-use genblk::units::{Fault, OpKind, Unmap};
+use genblk::units::{Fault, OpClass, OpKind, Unmap};
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, tag_of};
 
 fn faulty(name: &str) -> (Image, Arc<dyn Backing>, Faults) {

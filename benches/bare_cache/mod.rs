@@ -1,10 +1,9 @@
 //! A page cache without data, for benchmarks of its decisions and its CPU time.
 
 use genblk::cache::{
-    Access, Admitted, CopyResult, ErrorPolicy, FrameMemory, Notice, Outcome, PageCache, Piece, PolicyKind, Settings,
-    Stats, Ticket,
+    Access, Admitted, Attempt, CopyResult, FrameMemory, Notice, Outcome, PageCache, Piece, Settings, Stats, Ticket,
 };
-use genblk::units::{FrameId, FrameRecord, ImageHoles, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
+use genblk::units::{FrameId, FrameRecord, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
 
 /// Frames without data.
 #[derive(Debug)]
@@ -18,29 +17,6 @@ impl FrameMemory for NoMemory {
         1
     }
     fn note_zero(&self, _: usize, _: Option<SectorSpan>) {}
-}
-
-/// genblk's defaults, for a cache of `frames` and an image of `image_pages` without holes.
-pub fn defaults(frames: u32, image_pages: u64) -> Settings {
-    Settings {
-        frames,
-        image_sectors: image_pages * SECTORS_PER_PAGE,
-        block_sectors: 1,
-        holes: ImageHoles::NoneYet,
-        cluster_pages_max: 256,
-        retain: true,
-        policy: PolicyKind::S3Fifo,
-        readahead_pages_max: 512,
-        flush_target_us: 250_000,
-        dirty_pages_max: frames / 4,
-        dirty_age_us: 5_000_000,
-        allocate: false,
-        unmap: true,
-        on_error: ErrorPolicy::Report,
-        on_full: ErrorPolicy::Report,
-        page_key: 0,
-        hold_us: 0,
-    }
 }
 
 /// A page cache without data.
@@ -85,7 +61,7 @@ impl InstantStoreCache {
             self.pieces.drain(..).for_each(|piece| self.cache.finish_write(&piece, CopyResult::Complete));
             match admitted {
                 Admitted::All => return,
-                Admitted::Until(from) => access = Access { from, resumed: true, ..access },
+                Admitted::Until(from) => access = Access { from, attempt: Attempt::Resumed, ..access },
                 Admitted::Refused(..) => unreachable!("nothing fails"),
             }
             self.turn();

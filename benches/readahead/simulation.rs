@@ -4,10 +4,10 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use genblk::cache::{Access, Admitted, Notice, Outcome, PageCache, Settings, Stats, Ticket};
+use genblk::cache::{Access, Admitted, Attempt, Notice, Outcome, PageCache, Settings, Stats, Ticket};
 use genblk::units::{ExtentKind, ImageHoles, OpKind, SECTORS_PER_PAGE, SectorSpan, Tick};
 
-use crate::bare_cache::{bare_cache, defaults};
+use crate::bare_cache::bare_cache;
 
 /// Bytes of a page.
 pub const PAGE_BYTES: u64 = 4096;
@@ -123,7 +123,10 @@ pub fn run(store: StoreModel, readers: Vec<Reader>) -> Measured {
 impl Simulation {
     fn new(store: StoreModel, readers: Vec<Reader>) -> Self {
         Self {
-            cache: bare_cache(Settings { holes: ImageHoles::Possible, ..defaults(CACHE_PAGES, IMAGE_PAGES) }),
+            cache: bare_cache(Settings {
+                holes: ImageHoles::Possible,
+                ..Settings::of(CACHE_PAGES, IMAGE_PAGES * SECTORS_PER_PAGE)
+            }),
             store,
             readers,
             pending: Vec::new(),
@@ -160,14 +163,14 @@ impl Simulation {
         } else {
             self.pending[ticket] = pending;
         }
-        self.admit(ticket, false);
+        self.admit(ticket, Attempt::New);
     }
 
     /// Admits the rest of a request to the cache, as far as the cache allows.
-    fn admit(&mut self, ticket: usize, resumed: bool) {
+    fn admit(&mut self, ticket: usize, attempt: Attempt) {
         let Pending { span, admitted, .. } = self.pending[ticket].expect("the request is in flight");
         let mut pieces = Vec::new();
-        let access = Access { from: admitted, resumed, ..Access::new(Ticket(ticket as u64), span) };
+        let access = Access { from: admitted, attempt, ..Access::new(Ticket(ticket as u64), span) };
         if let Admitted::Until(admitted) = self.cache.read(access, &mut pieces) {
             self.pending[ticket].as_mut().expect("the request is in flight").admitted = admitted;
         }
@@ -231,7 +234,7 @@ impl Simulation {
                 self.cache.finish_read(&piece);
                 self.deliver(number(ticket), u64::from(piece.count));
             }
-            Notice::Resume(ticket) => self.admit(number(ticket), true),
+            Notice::Resume(ticket) => self.admit(number(ticket), Attempt::Resumed),
             Notice::Unreadable(..) | Notice::Done(..) => unreachable!("nothing fails, and readers only read"),
         }
     }

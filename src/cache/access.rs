@@ -58,6 +58,15 @@ pub enum CopyResult {
     Incomplete,
 }
 
+/// Whether a request comes to the cache after a stall.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// It did not stall, or this is another part of it.
+    New,
+    /// It stalled, and this is the retry after its [`Notice::Resume`]: it does not queue behind others.
+    Resumed,
+}
+
 /// A read or write request, or the part of one that is left after a stall.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
@@ -70,14 +79,14 @@ pub struct Access {
     /// The sector of the request before which to stop: where a page ends, or the request. A long request is admitted in
     /// several calls.
     pub until: u32,
-    /// The request had stalled, and this is the retry after its [`Notice::Resume`]: it does not queue behind others.
-    pub resumed: bool,
+    /// Whether the request stalled before.
+    pub attempt: Attempt,
 }
 
 impl Access {
     /// A whole request for `span`, which is below 2 TiB.
     pub fn new(ticket: Ticket, span: SectorSpan) -> Self {
-        Self { ticket, span, from: 0, until: low_u32(span.count), resumed: false }
+        Self { ticket, span, from: 0, until: low_u32(span.count), attempt: Attempt::New }
     }
 
     /// The sectors that this call is about.

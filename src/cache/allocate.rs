@@ -16,6 +16,7 @@
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, OpKind, PageNo, PageSpan, Tick, low_u32};
 
+use super::access::Attempt;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::trimmed::Trimmed;
@@ -205,8 +206,8 @@ impl Allocating {
 
 impl PageCache {
     /// Whether a page that `request` writes has its space; if that is not known, asks the store for it. If the
-    /// allocation failed, only a request that `resumed` is refused; for any other, the store is asked again.
-    pub(super) fn space_for(&mut self, no: PageNo, request: PageSpan, resumed: bool) -> Space {
+    /// allocation failed, only a resumed request is refused; for any other, the store is asked again.
+    pub(super) fn space_for(&mut self, no: PageNo, request: PageSpan, attempt: Attempt) -> Space {
         if planted(PlantedBug::WriteSkipsAllocation) {
             return Space::Allocated;
         }
@@ -220,7 +221,7 @@ impl PageCache {
             return Space::Pending;
         }
         match self.health.space_refused() {
-            Some(fault) if resumed => return Space::Refused(fault),
+            Some(fault) if attempt == Attempt::Resumed => return Space::Refused(fault),
             _ if self.health.holding() && !self.health.may_retry(self.now) => return Space::Pending,
             _ => {}
         }

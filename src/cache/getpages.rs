@@ -12,7 +12,7 @@
 //! So requests that wait for each other's frames can't deadlock, however small the cache.
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SectorMask};
+use crate::units::{Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SectorMask, Urgency};
 
 use super::holes::BlockStatus;
 use super::pages::{MARKER, NONE, Page, Period, READING};
@@ -255,8 +255,8 @@ impl PageCache {
         let span = self.span_of(first, ids.len() as u64);
         self.stats.store_reads += 1;
         self.stats.store_read_sectors += span.count;
-        let demand = !self.run.is_readahead;
-        self.submit_op(StoreOp { frames, ids, demand, ..StoreOp::without_pages(OpKind::Read, span) });
+        let urgency = if self.run.is_readahead { Urgency::Background } else { Urgency::Demand };
+        self.submit_op(StoreOp { frames, ids, urgency, ..StoreOp::without_pages(OpKind::Read, span) });
     }
 
     /// A read-in has ended.
@@ -264,7 +264,7 @@ impl PageCache {
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             match outcome.fault() {
                 None => self.page_read_in(id, frame),
-                Some(fault) => self.page_not_read(id, frame, fault, op.demand),
+                Some(fault) => self.page_not_read(id, frame, fault, op.urgency),
             }
         }
         self.submit_run();
@@ -308,10 +308,10 @@ impl PageCache {
     /// The page could not be read. If the read was on demand, its waiters fail; if readahead made it, they get a read
     /// of their own. A page with nothing in it is removed. A dirty page that needed the read-in before its write-back
     /// has failed.
-    fn page_not_read(&mut self, id: PageId, frame: FrameId, fault: Fault, demand: bool) {
+    fn page_not_read(&mut self, id: PageId, frame: FrameId, fault: Fault, urgency: Urgency) {
         self.pages.change(id, |page| page.clear(READING));
         self.stats.read_errors += 1;
-        if demand {
+        if urgency == Urgency::Demand {
             self.pages.release_frame(frame);
             let mut chain = self.pages.replace_waiters(id, NONE);
             while chain != NONE {

@@ -45,7 +45,7 @@ mod writeback;
 
 use crate::units::{FrameId, FrameRecord, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick};
 
-pub use access::{Access, Admitted, CopyResult, Notice, Piece, Ticket};
+pub use access::{Access, Admitted, Attempt, CopyResult, Notice, Piece, Ticket};
 pub use settings::{ErrorPolicy, PolicyKind, Settings};
 pub use stats::Stats;
 pub use store_health::{Health, HealthEvent};

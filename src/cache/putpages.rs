@@ -6,7 +6,7 @@
 //! frames are frozen until it ends: a guest that writes such a page gets a new frame.
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, low_u8};
+use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Urgency, low_u8};
 
 use super::holes::BlockStatus;
 use super::pages::{FAILED, FROZEN, NONE};
@@ -43,7 +43,13 @@ impl PageCache {
             ids.push(id);
             frames.push(page.frame().expect("a dirty or valid page has a frame"));
         }
-        self.submit_write(StoreOp { frames, ids, epoch, demand: false, ..StoreOp::without_pages(OpKind::Write, span) });
+        self.submit_write(StoreOp {
+            frames,
+            ids,
+            epoch,
+            urgency: Urgency::Background,
+            ..StoreOp::without_pages(OpKind::Write, span)
+        });
         Some(span.pages().end())
     }
 

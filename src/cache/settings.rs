@@ -62,3 +62,28 @@ pub struct Settings {
     /// [`ErrorPolicy::Hold`] turns into [`ErrorPolicy::Report`] after this time, in microseconds.
     pub hold_us: u64,
 }
+
+impl Settings {
+    /// For tests and benchmarks: the limits that are the defaults of a device, for an image without holes.
+    pub fn of(frames: u32, image_sectors: u64) -> Self {
+        Self {
+            frames,
+            image_sectors,
+            block_sectors: 1,
+            holes: ImageHoles::NoneYet,
+            cluster_pages_max: 256,
+            retain: true,
+            policy: PolicyKind::S3Fifo,
+            readahead_pages_max: 512,
+            dirty_pages_max: frames / 4,
+            flush_target_us: 250_000,
+            dirty_age_us: 5_000_000,
+            allocate: false,
+            unmap: true,
+            on_error: ErrorPolicy::Report,
+            on_full: ErrorPolicy::Report,
+            page_key: 0,
+            hold_us: 0,
+        }
+    }
+}

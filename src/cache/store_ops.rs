@@ -1,6 +1,8 @@
 //! Store operations: what the cache asks for, which pages and frames each operation holds, and how it ended.
 
-use crate::units::{Epoch, ExtentKind, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick};
+use crate::units::{
+    Epoch, ExtentKind, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick, Urgency,
+};
 
 use super::PageCache;
 
@@ -17,8 +19,8 @@ pub struct StoreOpRef<'a> {
     pub first_sector: u8,
     /// The memory of a Read or Write: held until the operation ends.
     pub frames: &'a [FrameId],
-    /// A request may wait for this operation: it is neither readahead nor write-back.
-    pub demand: bool,
+    /// Whether a request waits for it.
+    pub urgency: Urgency,
 }
 
 /// How an operation ended.
@@ -42,8 +44,8 @@ pub(super) struct StoreOp {
     pub ids: Vec<PageId>,
     /// Write: the oldest epoch among its pages.
     pub epoch: Epoch,
-    /// See [`StoreOpRef::demand`].
-    pub demand: bool,
+    /// See [`StoreOpRef::urgency`].
+    pub urgency: Urgency,
     /// See [`PageCache::is_in_doubt`].
     pub doubts: u32,
     /// How many Syncs had succeeded when it was submitted.
@@ -56,7 +58,17 @@ impl StoreOp {
     /// An operation that holds no pages.
     pub fn without_pages(kind: OpKind, span: SectorSpan) -> Self {
         let (frames, ids) = (Vec::new(), Vec::new());
-        Self { kind, span, frames, ids, epoch: Epoch(0), demand: true, doubts: 0, syncs: 0, since: Tick::ZERO }
+        Self {
+            kind,
+            span,
+            frames,
+            ids,
+            epoch: Epoch(0),
+            urgency: Urgency::Demand,
+            doubts: 0,
+            syncs: 0,
+            since: Tick::ZERO,
+        }
     }
 
     /// Whether its failure may tell of a reset of the device, by which what is not durable is lost.
@@ -178,9 +190,9 @@ impl PageCache {
     pub fn take_ops(&mut self, mut start: impl FnMut(StoreOpRef<'_>)) {
         for tag in self.store_ops.queued.drain(..) {
             let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is in flight");
-            let StoreOp { kind, span, ref frames, demand, .. } = *op;
+            let StoreOp { kind, span, ref frames, urgency, .. } = *op;
             let first_sector = (span.start % SECTORS_PER_PAGE) as u8;
-            start(StoreOpRef { tag, kind, span, first_sector, frames, demand });
+            start(StoreOpRef { tag, kind, span, first_sector, frames, urgency });
         }
     }
 

@@ -26,30 +26,8 @@ impl FrameMemory for NoBytes {
     fn note_zero(&self, _: usize, _: Option<SectorSpan>) {}
 }
 
-fn settings_of(frames: u32, image_sectors: u64) -> Settings {
-    Settings {
-        frames,
-        image_sectors,
-        block_sectors: 1,
-        holes: ImageHoles::NoneYet,
-        cluster_pages_max: 256,
-        retain: true,
-        policy: PolicyKind::S3Fifo,
-        readahead_pages_max: 512,
-        flush_target_us: 250_000,
-        dirty_pages_max: frames / 4,
-        dirty_age_us: 5_000_000,
-        allocate: false,
-        unmap: true,
-        on_error: ErrorPolicy::Report,
-        on_full: ErrorPolicy::Report,
-        page_key: 0,
-        hold_us: 0,
-    }
-}
-
 fn cache_of(frames: u32, image_sectors: u64) -> PageCache {
-    cache_with(settings_of(frames, image_sectors))
+    cache_with(Settings::of(frames, image_sectors))
 }
 
 /// A cache whose dirty limit is the highest until the store's speed has been measured.
@@ -169,7 +147,7 @@ fn contiguous_sectors_and_frames_make_one_piece() {
 
 #[test]
 fn a_read_that_waited_for_a_failed_write_finds_the_hole() {
-    let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..settings_of(64, 1 << 10) });
+    let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..Settings::of(64, 1 << 10) });
     let (mut written, mut pieces) = (Vec::new(), Vec::new());
     assert_eq!(cache.write(access(0, 8), &mut written), Admitted::All);
     assert_eq!(cache.read(access(0, 8), &mut pieces), Admitted::All);
@@ -249,7 +227,7 @@ fn written_when_idle(cache: &mut PageCache) -> Vec<SectorSpan> {
 #[test]
 fn a_block_that_lies_in_two_pages_takes_one_write() {
     for block in [1, 8] {
-        let mut cache = cache_with(Settings { block_sectors: block, ..settings_of(4096, 1 << 20) });
+        let mut cache = cache_with(Settings { block_sectors: block, ..Settings::of(4096, 1 << 20) });
         for n in [0, 100, 1000] {
             write(&mut cache, 63 + n * 8, 8);
         }
@@ -285,7 +263,8 @@ fn parts_of_pages_that_do_not_adjoin_are_written_apart() {
 
 #[test]
 fn a_discard_that_is_to_be_ignored_does_nothing_and_a_zero_keeps_the_space() {
-    let settings = Settings { unmap: false, holes: ImageHoles::Possible, allocate: true, ..settings_of(4096, 1 << 20) };
+    let settings =
+        Settings { unmap: false, holes: ImageHoles::Possible, allocate: true, ..Settings::of(4096, 1 << 20) };
     let mut cache = cache_with(settings);
     assert!(cache.discard(Ticket(7), SectorSpan::new(0, 800)));
     assert_eq!(complete_all(&mut cache, Tick::from_us(1)), []);
@@ -297,7 +276,7 @@ fn a_discard_that_is_to_be_ignored_does_nothing_and_a_zero_keeps_the_space() {
 #[test]
 fn a_region_that_a_sequential_writer_fills_is_written_whole() {
     // The store's longest operation is shorter than a region.
-    let settings = Settings { cluster_pages_max: 96, ..settings_of(4096, 1 << 20) };
+    let settings = Settings { cluster_pages_max: 96, ..Settings::of(4096, 1 << 20) };
     let mut cache = cache_with(settings);
     for start in (0..2048).step_by(256) {
         write(&mut cache, start, 256);
@@ -308,7 +287,7 @@ fn a_region_that_a_sequential_writer_fills_is_written_whole() {
 
 #[test]
 fn background_write_back_keeps_the_store_busy() {
-    let mut cache = cache_with(Settings { dirty_pages_max: 4000, ..settings_of(16_000, 1 << 24) });
+    let mut cache = cache_with(Settings { dirty_pages_max: 4000, ..Settings::of(16_000, 1 << 24) });
     // One page in each of 3600 groups: all were written just now, and none will be again.
     for page in 0..3600 {
         write(&mut cache, page * 16 * 8, 8);
@@ -481,7 +460,7 @@ impl FrameMemory for PublishLog {
 #[test]
 fn a_sync_clears_noted_zeroes_before_it_publishes_pages_as_clean() {
     let log = PublishLog::default();
-    let mut cache = PageCache::new(settings_of(64, 1 << 20), Box::new(log.clone()));
+    let mut cache = PageCache::new(Settings::of(64, 1 << 20), Box::new(log.clone()));
     assert!(cache.zero(Ticket(1), SectorSpan::new(0, 64), Unmap::Forbidden));
     complete_all(&mut cache, Tick::from_us(1));
     write(&mut cache, 8, 8);

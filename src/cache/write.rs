@@ -11,7 +11,7 @@ use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 use super::allocate::Space;
 use super::pages::{FROZEN, NONE, READING, RECENT};
 use super::stalled::StallReason;
-use super::{Access, Admitted, CopyResult, PageCache, PagePart, Piece};
+use super::{Access, Admitted, Attempt, CopyResult, PageCache, PagePart, Piece};
 
 /// Frames that writes leave free. A page whose dirty sectors do not fill the store's blocks has the rest read in before
 /// its write-back; if such pages took all frames, none of them could ever be cleaned.
@@ -31,10 +31,10 @@ impl PageCache {
         if let Some(fault) = self.health.stopped() {
             return Admitted::Refused(at, fault);
         }
-        if !access.resumed && access.from == 0 {
+        if access.attempt == Attempt::New && access.from == 0 {
             self.account_write(access.span.pages());
         }
-        let must_queue = !access.resumed && self.stalled.for_room();
+        let must_queue = access.attempt == Attempt::New && self.stalled.for_room();
         let mut reason = if must_queue { StallReason::Room } else { StallReason::StoreOp };
         let mut previous = None;
         while at < access.until
@@ -54,7 +54,7 @@ impl PageCache {
                 break;
             }
             match if makes_dirty {
-                self.space_for(part.no, access.span.pages(), access.resumed)
+                self.space_for(part.no, access.span.pages(), access.attempt)
             } else {
                 Space::Allocated
             } {

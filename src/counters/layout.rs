@@ -1,7 +1,8 @@
 //! Where a counter is in a worker's block, in words.
 
 use super::latency::BUCKETS;
-use super::{Class, Operation, StoreClass};
+use super::{Class, Operation};
+use crate::units::OpClass;
 
 /// A histogram: its buckets, then the sum and the greatest of the values in nanoseconds.
 pub const HISTOGRAM_WORDS: usize = BUCKETS + 2;
@@ -11,8 +12,8 @@ pub const TOTALS_WORDS: usize = 3;
 pub const REQUESTS: usize = 0;
 pub const OPERATIONS: usize = REQUESTS + Class::ALL.len() * HISTOGRAM_WORDS;
 pub const STORE: usize = OPERATIONS + Operation::ALL.len() * TOTALS_WORDS;
-pub const STORE_OPERATIONS: usize = STORE + StoreClass::ALL.len() * HISTOGRAM_WORDS;
-pub const ACTIVITY: usize = STORE_OPERATIONS + StoreClass::ALL.len() * TOTALS_WORDS;
+pub const STORE_OPERATIONS: usize = STORE + OpClass::ALL.len() * HISTOGRAM_WORDS;
+pub const ACTIVITY: usize = STORE_OPERATIONS + OpClass::ALL.len() * TOTALS_WORDS;
 pub const ACTIVITY_WORDS: usize = 5;
 /// A worker's block, in whole cache lines of 8 words: no line has two writers.
 pub const BLOCK_WORDS: usize = (ACTIVITY + ACTIVITY_WORDS).next_multiple_of(8);

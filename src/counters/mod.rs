@@ -13,8 +13,6 @@ mod layout;
 pub mod snapshot;
 pub mod worker;
 
-use crate::units::OpKind;
-
 /// A kind of request of the guest (virtio 1.2, section 5.2.6) that is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
@@ -85,45 +83,6 @@ impl Class {
             (Operation::Flush, _) => 4,
             (Operation::Discard, _) => 5,
             (Operation::WriteZeroes, _) => 6,
-        }
-    }
-}
-
-/// A kind of operation on the image that is counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StoreClass {
-    /// Data is read in.
-    Read,
-    /// Dirty pages are written back.
-    Write,
-    /// Completed writes are made durable.
-    Sync,
-    /// A range is zeroed.
-    Zero,
-    /// A range is discarded.
-    Discard,
-    /// Space is reserved.
-    Allocate,
-    /// Holes are looked up.
-    Map,
-}
-
-impl StoreClass {
-    /// All of them, in the order of the counters.
-    pub const ALL: [Self; 7] =
-        [Self::Read, Self::Write, Self::Sync, Self::Zero, Self::Discard, Self::Allocate, Self::Map];
-}
-
-impl From<OpKind> for StoreClass {
-    fn from(kind: OpKind) -> Self {
-        match kind {
-            OpKind::Read => Self::Read,
-            OpKind::Write => Self::Write,
-            OpKind::Sync => Self::Sync,
-            OpKind::Zero { .. } => Self::Zero,
-            OpKind::Discard => Self::Discard,
-            OpKind::Allocate => Self::Allocate,
-            OpKind::Map => Self::Map,
         }
     }
 }

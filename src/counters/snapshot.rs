@@ -7,7 +7,8 @@ use super::layout::{
     ACTIVITY, ACTIVITY_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUESTS, STORE, STORE_OPERATIONS, TOTALS_WORDS,
 };
 use super::worker::{Activity, Counters};
-use super::{Class, Operation, StoreClass};
+use super::{Class, Operation};
+use crate::units::OpClass;
 
 /// Totals of a kind of request or operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,9 +28,9 @@ pub struct Snapshot {
     requests: [Latencies; Class::ALL.len()],
     /// By [`Operation::ALL`].
     operations: [Totals; Operation::ALL.len()],
-    /// By [`StoreClass::ALL`].
-    store: [Latencies; StoreClass::ALL.len()],
-    store_operations: [Totals; StoreClass::ALL.len()],
+    /// By [`OpClass::ALL`].
+    store: [Latencies; OpClass::ALL.len()],
+    store_operations: [Totals; OpClass::ALL.len()],
     /// Of each worker.
     activities: Vec<[u64; ACTIVITY_WORDS]>,
 }
@@ -78,12 +79,12 @@ impl Snapshot {
     }
 
     /// Latencies of a kind of operation on the image.
-    pub fn store(&self, class: StoreClass) -> &Latencies {
+    pub fn store(&self, class: OpClass) -> &Latencies {
         &self.store[class as usize]
     }
 
     /// Totals of a kind of operation on the image.
-    pub fn store_operation(&self, class: StoreClass) -> Totals {
+    pub fn store_operation(&self, class: OpClass) -> Totals {
         self.store_operations[class as usize]
     }
 
@@ -130,17 +131,17 @@ mod tests {
             worker.request_taken(Operation::Read);
             worker.request_ended(Operation::Read, 4096, true);
             worker.requests_completed(read, ns, 1);
-            worker.store_submitted(StoreClass::Sync);
+            worker.store_submitted(OpClass::Sync);
             worker.count(Activity::Turns, ns);
         }
-        workers[1].store_completed(StoreClass::Sync, 77, None);
+        workers[1].store_completed(OpClass::Sync, 77, None);
         let snapshot = Snapshot::read(&counters);
         assert_eq!(snapshot.requests(read).count(), 2);
         assert_eq!((snapshot.requests(read).sum_ns, snapshot.requests(read).max_ns), (10_000, 9000));
         assert_eq!((snapshot.completed(Operation::Read), snapshot.in_flight(Operation::Read)), (2, 2));
         assert_eq!(snapshot.operation(Operation::Read), Totals { begun: 4, errors: 0, bytes: 8192 });
-        assert_eq!(snapshot.store_operation(StoreClass::Sync), Totals { begun: 2, errors: 1, bytes: 0 });
-        assert_eq!(snapshot.store(StoreClass::Sync).count(), 1);
+        assert_eq!(snapshot.store_operation(OpClass::Sync), Totals { begun: 2, errors: 1, bytes: 0 });
+        assert_eq!(snapshot.store(OpClass::Sync).count(), 1);
         let turns = |worker| snapshot.activity(worker, Activity::Turns);
         assert_eq!((snapshot.workers(), turns(0), turns(1)), (2, 1000, 9000));
     }
@@ -151,12 +152,12 @@ mod tests {
         let worker = counters.of_worker(0);
         (0..3).for_each(|_| worker.request_taken(Operation::Write));
         worker.requests_completed(Class::new(Operation::Write, Served::Memory), 5, 1);
-        worker.store_submitted(StoreClass::Read);
+        worker.store_submitted(OpClass::Read);
         assert_eq!(Snapshot::read(&counters).in_flight(Operation::Write), 2);
         counters.of_worker(0).request_taken(Operation::Write);
         let snapshot = Snapshot::read(&counters);
         assert_eq!((snapshot.in_flight(Operation::Write), snapshot.completed(Operation::Write)), (1, 1));
-        assert_eq!(snapshot.store_operation(StoreClass::Read).begun, 0);
+        assert_eq!(snapshot.store_operation(OpClass::Read).begun, 0);
     }
 
     #[test]
@@ -172,7 +173,7 @@ mod tests {
             worker.request_ended(operation, 1, true);
             worker.request_ended(operation, 1, false);
         }
-        for class in StoreClass::ALL {
+        for class in OpClass::ALL {
             worker.store_submitted(class);
             worker.store_completed(class, 1 << 40, Some(1));
             worker.store_completed(class, 0, None);

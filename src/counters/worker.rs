@@ -8,8 +8,9 @@ use super::latency::{BUCKETS, bucket_of};
 use super::layout::{
     ACTIVITY, BLOCK_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUESTS, STORE, STORE_OPERATIONS, TOTALS_WORDS,
 };
-use super::{Class, Operation, StoreClass};
+use super::{Class, Operation};
 use crate::sys::shared_words::SharedWords;
+use crate::units::OpClass;
 
 /// How a worker spends its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +101,7 @@ impl WorkerCounters {
             let completed = classes.map(|class| self.completed(REQUESTS + class.index() * HISTOGRAM_WORDS)).sum();
             self.word(OPERATIONS + operation as usize * TOTALS_WORDS).store(completed, Ordering::Relaxed);
         }
-        for class in StoreClass::ALL {
+        for class in OpClass::ALL {
             let completed = self.completed(STORE + class as usize * HISTOGRAM_WORDS);
             self.word(STORE_OPERATIONS + class as usize * TOTALS_WORDS).store(completed, Ordering::Relaxed);
         }
@@ -147,12 +148,12 @@ impl WorkerCounters {
     }
 
     /// An operation on the image was submitted.
-    pub fn store_submitted(&self, class: StoreClass) {
+    pub fn store_submitted(&self, class: OpClass) {
         self.add(STORE_OPERATIONS + class as usize * TOTALS_WORDS, 1);
     }
 
     /// An operation on the image completed after `ns` nanoseconds; `bytes` is `None` if it failed.
-    pub fn store_completed(&self, class: StoreClass, ns: u64, bytes: Option<u64>) {
+    pub fn store_completed(&self, class: OpClass, ns: u64, bytes: Option<u64>) {
         self.record(STORE + class as usize * HISTOGRAM_WORDS, ns, 1);
         let totals = STORE_OPERATIONS + class as usize * TOTALS_WORDS;
         match bytes {

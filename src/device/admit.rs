@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use crate::cache::{Access, Admitted, Notice, PageCache};
+use crate::cache::{Access, Admitted, Attempt, Notice, PageCache};
 use crate::units::{SECTORS_PER_PAGE, low_u32};
 use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::{Malformed, RequestKind, parse};
@@ -130,7 +130,7 @@ impl Requests {
         let mut budget = turn_pages;
         while let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.resumed) {
             self.pending[slot].stalled = false;
-            budget = budget.saturating_sub(self.admit(cache, slot, true));
+            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::Resumed));
         }
         let Self { incoming, pending, .. } = self;
         if incoming.len() > 1 {
@@ -139,13 +139,13 @@ impl Requests {
             cache.prefetch_lookups(transfers.map(|request| request.span().pages().first));
         }
         while let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.incoming) {
-            budget = budget.saturating_sub(self.admit(cache, slot, false));
+            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::New));
         }
         let mut budget = (turn_pages / 2).max(1);
         for _ in 0..self.continuing.len() {
             let Some(slot) = self.next_to_admit(budget, |requests| &mut requests.continuing) else { break };
             self.pending[slot].continuing = false;
-            budget = budget.saturating_sub(self.admit(cache, slot, false));
+            budget = budget.saturating_sub(self.admit(cache, slot, Attempt::New));
         }
     }
 
@@ -159,7 +159,7 @@ impl Requests {
     }
 
     /// Admits a request to the cache, up to the end of its next window. Returns what that costs of a turn's budget.
-    fn admit(&mut self, cache: &mut PageCache, slot: PendingSlot, resumed: bool) -> u64 {
+    fn admit(&mut self, cache: &mut PageCache, slot: PendingSlot, attempt: Attempt) -> u64 {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
         if pending.status != Status::Ok && pending.stage == Stage::Data {
@@ -180,7 +180,7 @@ impl Requests {
         if until <= from {
             return 1;
         }
-        let access = Access { from, until, resumed, ..Access::new(ticket, span) };
+        let access = Access { from, until, attempt, ..Access::new(ticket, span) };
         self.pieces.clear();
         let admitted = if pending.request.kind == RequestKind::Read {
             cache.read(access, &mut self.pieces)

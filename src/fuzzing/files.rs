@@ -10,7 +10,7 @@ use crate::arena::{Arena, ArenaFile, Whose};
 use crate::config::{CacheMode, Config};
 use crate::image_id::ImageId;
 use crate::store::{IoRequest, Limits, Segment};
-use crate::units::{ImageHoles, OpKind, PAGE_SIZE, SECTOR_BYTES, Unmap};
+use crate::units::{ImageHoles, OpKind, PAGE_SIZE, SECTOR_BYTES, Unmap, Urgency};
 
 /// Length of a header, and where its fields are in every layout: `arena/ledger.rs`.
 const HEADER_BYTES: usize = 4096;
@@ -176,7 +176,7 @@ pub(super) fn store_limits(input: &[u8]) {
         segments.push(Segment { base, len: input.pick(&[4096usize, 512, 8192, 0, 100]) });
     }
     let expected = is_within(&limits, op, offset, len, &segments);
-    let request = IoRequest { tag: 0, op, offset, len, demand: true, segments };
+    let request = IoRequest { tag: 0, op, offset, len, urgency: Urgency::Demand, segments };
     assert_eq!(limits.admissible(&request), expected, "{request:?} within {limits:?}");
     // Any limits may be checked.
     let _ = limits.check();

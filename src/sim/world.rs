@@ -9,7 +9,9 @@ mod lives;
 
 use std::collections::BTreeMap;
 
-use crate::cache::{Access, Admitted, CopyResult, Notice, Outcome, PageCache, Piece, Settings, StoreOpRef, Ticket};
+use crate::cache::{
+    Access, Admitted, Attempt, CopyResult, Notice, Outcome, PageCache, Piece, Settings, StoreOpRef, Ticket,
+};
 use crate::prng::Prng;
 use crate::units::{Fault, ImageHoles, OpKind, SectorSpan, Tick, Unmap};
 
@@ -178,7 +180,7 @@ impl World {
             5 if !self.resumable.is_empty() => {
                 let at = self.prng.below(self.resumable.len() as u64) as usize;
                 let ticket = self.resumable.swap_remove(at);
-                self.admit(ticket, true);
+                self.admit(ticket, Attempt::Resumed);
             }
             6 if self.prng.percent(3) => {
                 self.check_power_cut();
@@ -266,7 +268,7 @@ impl World {
         self.next_ticket += 1;
         self.trace(span, || format!("guest sends {ticket}: {op:?} {span:?}"));
         self.requests.insert(ticket, GuestRequest::new(op, span, self.step, Tick::from_us(self.now_us), known));
-        self.admit(ticket, false);
+        self.admit(ticket, Attempt::New);
     }
 
     fn begin_write(&mut self, span: SectorSpan, version: u32) {
@@ -277,11 +279,11 @@ impl World {
     }
 
     /// Hands the cache a request, or the part of it that is not admitted yet.
-    fn admit(&mut self, ticket: u64, resumed: bool) {
+    fn admit(&mut self, ticket: u64, attempt: Attempt) {
         let request = self.requests.get_mut(&ticket).expect("a request that is admitted is in flight");
         let name = Ticket(ticket);
         let span = SectorSpan::new(self.base + request.span.start, request.span.count);
-        let access = Access { from: request.admitted, resumed, ..Access::new(name, span) };
+        let access = Access { from: request.admitted, attempt, ..Access::new(name, span) };
         let mut pieces = Vec::new();
         let admitted = match request.op {
             GuestOp::Read => self.cache.read(access, &mut pieces),

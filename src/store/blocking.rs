@@ -287,6 +287,7 @@ fn push(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Urgency;
 
     fn request(lens: &[usize]) -> IoRequest {
         let mut base = std::ptr::without_provenance_mut::<u8>(4096);
@@ -296,7 +297,7 @@ mod tests {
             base = base.wrapping_add(len);
         }
         let len = lens.iter().map(|&n| n as u64).sum();
-        IoRequest { tag: 1, op: OpKind::Read, offset: 8192, len, demand: true, segments }
+        IoRequest { tag: 1, op: OpKind::Read, offset: 8192, len, urgency: Urgency::Demand, segments }
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //!
 //! ```
 //! # use std::{sync::Arc, time::Duration};
-//! # use genblk::{store::{Backing, faulty::{FaultyImage, OpClass}}, units::Fault};
+//! # use genblk::{store::{Backing, faulty::FaultyImage}, units::Fault};
 //! # fn drill(disk: Arc<dyn Backing>) {
 //! let (image, faults) = FaultyImage::new(disk);
 //! faults.fail_nth(OpClass::Write, 3, Fault::NoSpace);
@@ -35,46 +35,7 @@ use super::wake::WakeFd;
 use super::{Backing, Event, IoRequest, Limits, Refused, StoreQueue, wait_until_drained};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tenure::token::ChangeToken;
-use crate::units::{Fault, OpKind, SectorSpan};
-
-/// [`OpKind`] without its details. Faults and counters are kept by class.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OpClass {
-    /// [`OpKind::Read`]
-    Read,
-    /// [`OpKind::Write`]
-    Write,
-    /// [`OpKind::Sync`]
-    Sync,
-    /// [`OpKind::Zero`], with or without unmap.
-    Zero,
-    /// [`OpKind::Discard`]
-    Discard,
-    /// [`OpKind::Allocate`]
-    Allocate,
-    /// [`OpKind::Map`]
-    Map,
-}
-
-impl OpClass {
-    /// Every class.
-    pub const ALL: [Self; 7] =
-        [Self::Read, Self::Write, Self::Sync, Self::Zero, Self::Discard, Self::Allocate, Self::Map];
-}
-
-impl From<OpKind> for OpClass {
-    fn from(op: OpKind) -> Self {
-        match op {
-            OpKind::Read => Self::Read,
-            OpKind::Write => Self::Write,
-            OpKind::Sync => Self::Sync,
-            OpKind::Zero { .. } => Self::Zero,
-            OpKind::Discard => Self::Discard,
-            OpKind::Allocate => Self::Allocate,
-            OpKind::Map => Self::Map,
-        }
-    }
-}
+use crate::units::{Fault, OpClass, SectorSpan};
 
 /// Faults to inject into the operations of one class, and the class's counters.
 #[derive(Clone, Debug, Default)]

@@ -75,14 +75,19 @@ pub(super) struct OpenImage {
     /// Whether this process opened the image by its path, and may look at what the host says of it.
     is_own: bool,
     reported: Reported,
-    /// Most bytes that one system call moves; 0: no limit. Set by tests only.
     #[cfg(test)]
+    hindrances: Hindrances,
+}
+
+/// What tests do to an image's operations.
+#[cfg(test)]
+#[derive(Debug, Default)]
+struct Hindrances {
+    /// Most bytes that one system call moves; 0: no limit.
     transfer_max: std::sync::atomic::AtomicUsize,
-    /// How long a write of a thread takes at least, in milliseconds. Set by tests only.
-    #[cfg(test)]
+    /// How long a write of a thread takes at least, in milliseconds.
     write_ms: AtomicU64,
-    /// So many submissions to io_uring fail. Set by tests only.
-    #[cfg(test)]
+    /// So many submissions to io_uring fail.
     refused_submissions: AtomicU64,
 }
 
@@ -161,11 +166,7 @@ impl OpenImage {
             is_own: true,
             reported: Reported { size_bytes: AtomicU64::new(geometry.size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
-            transfer_max: std::sync::atomic::AtomicUsize::new(0),
-            #[cfg(test)]
-            write_ms: AtomicU64::new(0),
-            #[cfg(test)]
-            refused_submissions: AtomicU64::new(0),
+            hindrances: Hindrances::default(),
         })
     }
 
@@ -188,11 +189,7 @@ impl OpenImage {
             is_own: false,
             reported: Reported { size_bytes: AtomicU64::new(size_bytes), deleted: AtomicBool::new(false) },
             #[cfg(test)]
-            transfer_max: std::sync::atomic::AtomicUsize::new(0),
-            #[cfg(test)]
-            write_ms: AtomicU64::new(0),
-            #[cfg(test)]
-            refused_submissions: AtomicU64::new(0),
+            hindrances: Hindrances::default(),
         }
     }
 
@@ -324,7 +321,7 @@ impl OpenImage {
     /// The start of a transfer if a test limits what one system call moves; the rest must follow with a later call.
     #[cfg(test)]
     pub(super) fn limited_start(&self, segments: &[Segment]) -> Option<Segment> {
-        let max = self.transfer_max.load(Ordering::Relaxed);
+        let max = self.hindrances.transfer_max.load(Ordering::Relaxed);
         (max > 0).then(|| Segment { base: segments[0].base, len: segments[0].len.min(max) })
     }
 
@@ -337,32 +334,32 @@ impl OpenImage {
     /// Makes a write of a thread slow, if a test asks for that.
     pub(super) fn delay_write(&self) {
         #[cfg(test)]
-        thread::sleep(Duration::from_millis(self.write_ms.load(Ordering::Relaxed)));
+        thread::sleep(Duration::from_millis(self.hindrances.write_ms.load(Ordering::Relaxed)));
     }
 
     /// Makes every write of a thread take at least this long from now on.
     #[cfg(test)]
     pub(super) fn slow_writes(&self, milliseconds: u64) {
-        self.write_ms.store(milliseconds, Ordering::Relaxed);
+        self.hindrances.write_ms.store(milliseconds, Ordering::Relaxed);
     }
 
     /// Makes so many submissions to io_uring fail from now on.
     #[cfg(test)]
     pub(super) fn refuse_submissions(&self, count: u64) {
-        self.refused_submissions.store(count, Ordering::Relaxed);
+        self.hindrances.refused_submissions.store(count, Ordering::Relaxed);
     }
 
     /// Whether this submission fails.
     #[cfg(test)]
     pub(super) fn refuses_submission(&self) -> bool {
         let refuse = |left: u64| left.checked_sub(1);
-        self.refused_submissions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok()
+        self.hindrances.refused_submissions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refuse).is_ok()
     }
 
     /// Makes every system call move at most `bytes` from now on, as short transfers do.
     #[cfg(test)]
     pub(super) fn limit_transfers(&self, bytes: usize) {
-        self.transfer_max.store(bytes, Ordering::Relaxed);
+        self.hindrances.transfer_max.store(bytes, Ordering::Relaxed);
     }
 }
 

@@ -59,7 +59,9 @@ use serde::{Deserialize, Serialize};
 use crate::sys;
 pub use crate::sys::file::Segment;
 use crate::tenure::token::ChangeToken;
-use crate::units::{ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorSpan, counted, low_u32};
+use crate::units::{
+    ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorSpan, Urgency, counted, low_u32,
+};
 
 /// How long a queue waits for its operations when it is dropped without [`StoreQueue::drain`]: as long as Linux gives a
 /// SCSI disk for a command.
@@ -76,9 +78,8 @@ pub struct IoRequest {
     pub offset: u64,
     /// Length of the range in bytes; 0 for `Sync`.
     pub len: u64,
-    /// A request may wait for this operation: it is neither readahead nor write-back. A store that cannot start all
-    /// operations at once starts these first.
-    pub demand: bool,
+    /// Whether a request waits for it. A store that cannot start all operations at once starts those first.
+    pub urgency: Urgency,
     /// Memory, in order; empty except for `Read` and `Write`.
     pub segments: Vec<Segment>,
 }

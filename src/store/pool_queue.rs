@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 
 use super::IoRequest;
-use crate::units::OpKind;
+use crate::units::{OpKind, Urgency};
 
 /// The lanes, the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ const PASSED_MAX: u32 = 8;
 impl Lane {
     pub(super) fn of(request: &IoRequest) -> Self {
         match request.op {
-            OpKind::Read if request.demand => Self::Reads,
+            OpKind::Read if request.urgency == Urgency::Demand => Self::Reads,
             OpKind::Map => Self::Reads,
             OpKind::Read => Self::Readahead,
             OpKind::Write => Self::WriteBack,
@@ -121,8 +121,8 @@ mod tests {
     use super::*;
     use crate::units::Unmap;
 
-    fn request(op: OpKind, demand: bool) -> IoRequest {
-        IoRequest { tag: 0, op, offset: 0, len: 4096, demand, segments: Vec::new() }
+    fn request(op: OpKind, urgency: Urgency) -> IoRequest {
+        IoRequest { tag: 0, op, offset: 0, len: 4096, urgency, segments: Vec::new() }
     }
 
     fn queue_of(requests: impl IntoIterator<Item = IoRequest>) -> PoolQueue {
@@ -134,21 +134,21 @@ mod tests {
     #[test]
     fn a_read_that_a_request_waits_for_runs_before_everything_that_was_queued_earlier() {
         let changes = [OpKind::Sync, OpKind::Zero { unmap: Unmap::Forbidden }, OpKind::Discard, OpKind::Allocate];
-        let mut queue = queue_of(changes.map(|op| request(op, true)));
-        queue.push(request(OpKind::Write, false));
-        queue.push(request(OpKind::Read, false));
-        queue.push(request(OpKind::Read, true));
+        let mut queue = queue_of(changes.map(|op| request(op, Urgency::Demand)));
+        queue.push(request(OpKind::Write, Urgency::Background));
+        queue.push(request(OpKind::Read, Urgency::Background));
+        queue.push(request(OpKind::Read, Urgency::Demand));
         let order: Vec<Lane> = std::iter::from_fn(|| queue.pop()).map(|(lane, _)| lane).take(3).collect();
         assert_eq!(order, [Lane::Reads, Lane::Changes, Lane::Changes]);
     }
 
     #[test]
     fn writes_leave_threads_for_reads() {
-        let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, false)));
+        let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, Urgency::Background)));
         let running: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
         assert_eq!(running.len(), 4, "more writes may not run");
         assert!(!queue.is_ready());
-        queue.push(request(OpKind::Read, true));
+        queue.push(request(OpKind::Read, Urgency::Demand));
         assert_eq!(queue.pop().map(|(lane, _)| lane), Some(Lane::Reads));
         queue.completed(Lane::WriteBack);
         assert_eq!(queue.pop().map(|(lane, _)| lane), Some(Lane::WriteBack));
@@ -156,10 +156,11 @@ mod tests {
 
     #[test]
     fn a_reader_that_never_pauses_does_not_stop_the_write_back() {
-        let mut queue = queue_of([request(OpKind::Write, false), request(OpKind::Read, false)]);
+        let mut queue =
+            queue_of([request(OpKind::Write, Urgency::Background), request(OpKind::Read, Urgency::Background)]);
         let mut order = Vec::new();
         for _ in 0..40 {
-            queue.push(request(OpKind::Read, true));
+            queue.push(request(OpKind::Read, Urgency::Demand));
             order.extend(queue.pop().map(|(lane, _)| lane));
         }
         assert!(order[..12].contains(&Lane::WriteBack), "{order:?}");
@@ -168,7 +169,7 @@ mod tests {
 
     #[test]
     fn the_operations_that_wait_are_counted_and_dropped() {
-        let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, false)));
+        let mut queue = queue_of((0..64).map(|_| request(OpKind::Write, Urgency::Background)));
         queue.pop();
         assert_eq!(queue.len(), 63);
         queue.clear();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::file::{FileImage, IoEngine, OpenOptions};
 use super::{Backing, Event, IoRequest, Segment};
 use crate::sys;
-use crate::units::OpKind;
+use crate::units::{OpKind, Urgency};
 
 const IMAGE_BYTES: usize = 64 * 1024;
 
@@ -65,7 +65,8 @@ impl Drop for Image {
 }
 
 fn request(tag: u64, op: OpKind, segments: Vec<Segment>) -> IoRequest {
-    IoRequest { tag, op, offset: 0, len: IMAGE_BYTES as u64, demand: op == OpKind::Read, segments }
+    let urgency = if op == OpKind::Read { Urgency::Demand } else { Urgency::Background };
+    IoRequest { tag, op, offset: 0, len: IMAGE_BYTES as u64, urgency, segments }
 }
 
 /// Transfers all of the memory in one operation.

@@ -14,9 +14,9 @@ use crate::control::wire::{
 };
 use crate::counters::snapshot::Snapshot;
 use crate::counters::worker::Activity;
-use crate::counters::{Class, Operation, Served, StoreClass};
+use crate::counters::{Class, Operation, Served};
 use crate::disk_stats::{DiskState, StatsPage};
-use crate::units::PAGE_BYTES;
+use crate::units::{OpClass, PAGE_BYTES};
 
 /// See the module.
 #[derive(Debug)]
@@ -125,7 +125,7 @@ fn statistics(entry: &OverviewEntry) -> DeviceStatistics {
             dirty_limit_pages: stats.dirty_limit_pages,
             metadata_bytes: stats.metadata_bytes,
         },
-        stores: StoreClass::ALL.into_iter().map(|class| store(&snapshot, class)).collect(),
+        stores: OpClass::ALL.into_iter().map(|class| store(&snapshot, class)).collect(),
         workers: (0..snapshot.workers()).map(|worker| activity(&snapshot, worker)).collect(),
     }
 }
@@ -152,18 +152,18 @@ fn requests(snapshot: &Snapshot, operation: Operation) -> RequestStatistics {
     }
 }
 
-fn store(snapshot: &Snapshot, class: StoreClass) -> StoreStatistics {
+fn store(snapshot: &Snapshot, class: OpClass) -> StoreStatistics {
     let (latencies, totals) = (snapshot.store(class), snapshot.store_operation(class));
     let operations = latencies.count();
     StoreStatistics {
         operation: match class {
-            StoreClass::Read => "read",
-            StoreClass::Write => "write",
-            StoreClass::Sync => "sync",
-            StoreClass::Zero => "zero",
-            StoreClass::Discard => "discard",
-            StoreClass::Allocate => "allocate",
-            StoreClass::Map => "map",
+            OpClass::Read => "read",
+            OpClass::Write => "write",
+            OpClass::Sync => "sync",
+            OpClass::Zero => "zero",
+            OpClass::Discard => "discard",
+            OpClass::Allocate => "allocate",
+            OpClass::Map => "map",
         }
         .to_owned(),
         operations,

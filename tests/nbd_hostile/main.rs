@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use genblk::store::file::{NbdOptions, OpenOptions};
 use genblk::store::nbd::NbdImage;
 use genblk::store::{Backing, Event, IoRequest};
-use genblk::units::{ExtentKind, Fault, OpKind};
+use genblk::units::{ExtentKind, Fault, OpKind, Urgency};
 
 use fake::{Act, BLOCK_STATUS, FakeServer, Request, chunk, is_read, is_write};
 use store_kit::{Buffer, Driver, pattern};
@@ -222,7 +222,7 @@ fn a_server_that_never_replies_blocks_no_call() {
     for (n, buffer) in buffers.iter_mut().enumerate() {
         let segments = vec![buffer.segment(0, 64 << 10)];
         let (offset, len) = ((n as u64 % 8) << 16, 64 << 10);
-        let request = IoRequest { tag: n as u64, op: OpKind::Write, offset, len, demand: true, segments };
+        let request = IoRequest { tag: n as u64, op: OpKind::Write, offset, len, urgency: Urgency::Demand, segments };
         queue.submit(request).unwrap();
         queue.kick();
         queue.reap(&mut Vec::new());

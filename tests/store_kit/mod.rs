@@ -23,7 +23,7 @@ use genblk::store::faulty::FaultyImage;
 use genblk::store::file::{FileImage, IoEngine, OpenOptions};
 use genblk::store::nbd::NbdImage;
 use genblk::store::{Backing, Event, IoRequest, Segment, StoreQueue};
-use genblk::units::OpKind;
+use genblk::units::{OpKind, Urgency};
 use nbd_server::NbdServer;
 use prng::Prng;
 
@@ -176,7 +176,7 @@ impl Driver {
 
     pub fn request(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> IoRequest {
         self.tag += 1;
-        IoRequest { tag: self.tag, op, offset, len, demand: true, segments }
+        IoRequest { tag: self.tag, op, offset, len, urgency: Urgency::Demand, segments }
     }
 
     pub fn start(&mut self, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> u64 {

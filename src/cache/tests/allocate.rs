@@ -16,7 +16,7 @@ struct SparseImage {
 
 impl SparseImage {
     fn new() -> Self {
-        let settings = Settings { holes: ImageHoles::Possible, allocate: true, ..settings_of(65_536, 1 << 26) };
+        let settings = Settings { holes: ImageHoles::Possible, allocate: true, ..Settings::of(65_536, 1 << 26) };
         let cache = PageCache::new(settings, Box::new(NoBytes));
         Self { cache, now: Tick::from_us(1), reserved: Vec::new(), space_left: u64::MAX }
     }
@@ -33,7 +33,7 @@ impl SparseImage {
             match admitted {
                 Admitted::All => return Some(reserved),
                 Admitted::Refused(..) => return None,
-                Admitted::Until(from) => access = Access { from, resumed: true, ..access },
+                Admitted::Until(from) => access = Access { from, attempt: Attempt::Resumed, ..access },
             }
             reserved.extend(self.turn());
         }

@@ -76,7 +76,7 @@ fn a_trickle_of_writes_is_synced_within_the_age_limit_and_no_more_often_than_nee
 #[test]
 fn a_flush_goes_on_at_once_when_its_last_page_becomes_writable() {
     for pumps in 0..8 {
-        let settings = Settings { block_sectors: 8, dirty_pages_max: 8000, ..settings_of(16_000, 1 << 24) };
+        let settings = Settings { block_sectors: 8, dirty_pages_max: 8000, ..Settings::of(16_000, 1 << 24) };
         let mut cache = cache_with(settings);
         let now = Tick::from_us(SECOND_US);
         cache.pump(now);

@@ -183,7 +183,7 @@ fn a_flush_covers_a_page_that_was_rewritten_under_eager_write_back() {
 
 #[test]
 fn eager_write_back_does_not_lower_the_measured_bandwidth() {
-    let settings = Settings { dirty_pages_max: 16_000, ..settings_of(64_000, 1 << 24) };
+    let settings = Settings { dirty_pages_max: 16_000, ..Settings::of(64_000, 1 << 24) };
     let mut cache = cache_with(settings);
     let mut now = NOW;
     // A second of writes that take a millisecond each, one at a time.

@@ -50,7 +50,7 @@ fn a_write_elsewhere_does_not_wait_for_a_discard() {
 
 #[test]
 fn a_flush_fails_if_the_rest_of_a_block_cannot_be_read() {
-    let settings = Settings { block_sectors: 8, ..settings_of(1024, 1 << 20) };
+    let settings = Settings { block_sectors: 8, ..Settings::of(1024, 1 << 20) };
     let mut cache = cache_with(settings);
     let mut now = NOW;
     write(&mut cache, 3, 1);
@@ -86,7 +86,7 @@ fn writes_that_succeed_do_not_extend_the_hold_of_one_that_waits_for_space() {
         allocate: true,
         on_full: ErrorPolicy::Hold,
         hold_us,
-        ..settings_of(1024, 1 << 20)
+        ..Settings::of(1024, 1 << 20)
     };
     let mut cache = cache_with(settings);
     // A page that is known to have its space.
@@ -99,7 +99,7 @@ fn writes_that_succeed_do_not_extend_the_hold_of_one_that_waits_for_space() {
             Admitted::Refused(..) => break now,
             admitted => assert_eq!(admitted, Admitted::Until(0)),
         }
-        access.resumed = true;
+        access.attempt = Attempt::Resumed;
         // The reservation, and then that of the page alone.
         for _ in 0..2 {
             for (tag, kind, _) in started(&mut cache, now) {
@@ -139,7 +139,7 @@ fn a_write_to_a_page_with_255_writers_resumes_when_one_finishes() {
 
 #[test]
 fn space_at_the_end_of_a_huge_image_is_allocated_once_until_it_is_freed() {
-    let settings = Settings { holes: ImageHoles::Possible, allocate: true, ..settings_of(1024, 1 << 50) };
+    let settings = Settings { holes: ImageHoles::Possible, allocate: true, ..Settings::of(1024, 1 << 50) };
     let mut cache = cache_with(settings);
     for far in [1 << 43, (1 << 44) - 8, (1 << 50) - 8] {
         assert_eq!(cache.write(access(far, 8), &mut Vec::new()), Admitted::Until(0));
@@ -156,7 +156,7 @@ fn space_at_the_end_of_a_huge_image_is_allocated_once_until_it_is_freed() {
 #[test]
 fn a_store_that_cannot_map_holes_is_never_asked_for_a_map() {
     for (holes, can_map) in [(ImageHoles::Unmappable, false), (ImageHoles::NoneYet, true)] {
-        let mut cache = cache_with(Settings { holes, ..settings_of(1024, 1 << 20) });
+        let mut cache = cache_with(Settings { holes, ..Settings::of(1024, 1 << 20) });
         assert!(cache.discard(Ticket(9), SectorSpan::new(0, 800)));
         complete_all(&mut cache, NOW);
         let waits_for_map = cache.read(access(0, 8), &mut Vec::new()) == Admitted::Until(0);
@@ -171,11 +171,14 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
         allocate: true,
         on_full: ErrorPolicy::Hold,
         hold_us: 10_000_000,
-        ..settings_of(1024, 1 << 20)
+        ..Settings::of(1024, 1 << 20)
     };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     let write = |cache: &mut PageCache| {
-        assert_eq!(cache.write(Access { resumed: true, ..access(0, 8) }, &mut Vec::new()), Admitted::Until(0));
+        assert_eq!(
+            cache.write(Access { attempt: Attempt::Resumed, ..access(0, 8) }, &mut Vec::new()),
+            Admitted::Until(0)
+        );
     };
     write(&mut cache);
     let allocations = started(&mut cache, NOW);
@@ -207,7 +210,7 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
 /// The process was stopped for longer than the hold: what failed is retried before the requests fail.
 #[test]
 fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
-    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..settings_of(1024, 1 << 20) };
+    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     let mut now = NOW;
     write(&mut cache, 0, 8);
@@ -228,7 +231,7 @@ fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
 /// A write that hangs does not look like a process that was stopped.
 #[test]
 fn a_hold_ends_on_time_while_a_write_hangs() {
-    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..settings_of(1024, 1 << 20) };
+    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     let mut now = NOW;
     write(&mut cache, 0, 8);

@@ -63,7 +63,7 @@ struct World {
 impl World {
     /// `writers` have one request at a time each.
     fn run(disk: DiskSpeed, pattern: Pattern, writers: u64) -> Self {
-        let settings = Settings { flush_target_us: TARGET_US, ..settings_of(65_536, IMAGE_PAGES * 8) };
+        let settings = Settings { flush_target_us: TARGET_US, ..Settings::of(65_536, IMAGE_PAGES * 8) };
         let mut world = Self {
             cache: PageCache::new(settings, Box::new(NoBytes)),
             disk,
@@ -129,7 +129,9 @@ impl World {
                 let delay = self.cache.write_delay_us(access.span.count);
                 self.schedule(delay.max(5), Event::Write(writer));
             }
-            Admitted::Until(from) => self.requests[writer as usize] = Some(Access { from, resumed: true, ..access }),
+            Admitted::Until(from) => {
+                self.requests[writer as usize] = Some(Access { from, attempt: Attempt::Resumed, ..access });
+            }
             Admitted::Refused(..) => unreachable!("nothing fails"),
         }
     }

@@ -17,7 +17,7 @@ fn read_as(cache: &mut PageCache, reader: usize, page: u64) -> bool {
 #[test]
 fn a_reader_that_uses_more_than_its_share_does_not_evict_the_pages_of_another() {
     for policy in [PolicyKind::S3Fifo, PolicyKind::Lru] {
-        let settings = Settings { policy, readahead_pages_max: 0, ..settings_of(4096, 1 << 24) };
+        let settings = Settings { policy, readahead_pages_max: 0, ..Settings::of(4096, 1 << 24) };
         let mut cache = cache_with(settings);
         cache.share(2);
         for page in 0..FRAMES / 4 {
@@ -37,7 +37,7 @@ fn a_reader_that_uses_more_than_its_share_does_not_evict_the_pages_of_another() 
 
 #[test]
 fn pages_that_both_use_count_for_the_reader_that_has_room_in_its_share() {
-    let mut cache = cache_with(Settings { readahead_pages_max: 0, ..settings_of(4096, 1 << 24) });
+    let mut cache = cache_with(Settings { readahead_pages_max: 0, ..Settings::of(4096, 1 << 24) });
     cache.share(2);
     // The first reader has brought in everything, and the second one uses some of it.
     for page in 0..FRAMES {
@@ -53,7 +53,7 @@ fn pages_that_both_use_count_for_the_reader_that_has_room_in_its_share() {
 
 #[test]
 fn a_reader_that_has_left_keeps_no_share_from_the_others() {
-    let mut cache = cache_with(Settings { readahead_pages_max: 0, ..settings_of(4096, 1 << 24) });
+    let mut cache = cache_with(Settings { readahead_pages_max: 0, ..Settings::of(4096, 1 << 24) });
     cache.share(2);
     (0..FRAMES / 4).for_each(|page| _ = read_as(&mut cache, 1, page));
     let scan = |cache: &mut PageCache| {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use log::warn;
 
-use super::folders::{caches, folders, whose};
+use super::folders::{caches_in, whose};
 use super::leftovers::{Cleared, clear};
 use super::terminal::{ProgressBar, ask, is_interactive, visible};
 use super::{Report, remembered};
@@ -186,31 +186,22 @@ fn held_by(survey: &Survey) -> Option<String> {
 pub fn prune(directory: &Path) -> Result<Report> {
     let mut report = Report::default();
     let (mut removed, mut kept, mut bytes) = (0, 0, 0);
-    for folder in folders(directory)? {
-        let found = match caches(&folder) {
-            Ok(found) => found,
-            Err(e) => {
-                report.fail(&visible(&folder), &e);
-                continue;
+    for (path, cache) in caches_in(directory, &mut report)? {
+        match cache.and_then(|cache| clear(&cache, end_tenure_of)) {
+            Ok(Cleared::Kept) => kept += 1,
+            Ok(Cleared::Removed(freed)) => {
+                removed += 1;
+                bytes += freed;
+                report.text.push_str(&format!("removed {}\n", visible(&path)));
             }
-        };
-        for (path, cache) in found {
-            match cache.and_then(|cache| clear(&cache, end_tenure_of)) {
-                Ok(Cleared::Kept) => kept += 1,
-                Ok(Cleared::Removed(freed)) => {
-                    removed += 1;
-                    bytes += freed;
-                    report.text.push_str(&format!("removed {}\n", visible(&path)));
-                }
-                Ok(Cleared::Shrunk(freed)) => {
-                    kept += 1;
-                    bytes += freed;
-                    report.text.push_str(&format!("freed the pages of {}\n", visible(&path)));
-                }
-                Err(e) => {
-                    report.fail(&format!("kept {}", visible(&path)), &e);
-                    kept += 1;
-                }
+            Ok(Cleared::Shrunk(freed)) => {
+                kept += 1;
+                bytes += freed;
+                report.text.push_str(&format!("freed the pages of {}\n", visible(&path)));
+            }
+            Err(e) => {
+                report.fail(&format!("kept {}", visible(&path)), &e);
+                kept += 1;
             }
         }
     }

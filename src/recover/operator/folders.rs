@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::Report;
+use super::terminal::visible;
 use crate::arena::{ArenaFile, GuestState, Header, Seen, Whose};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -166,9 +168,25 @@ fn is_cache_name(name: &OsStr) -> bool {
 /// # Errors
 /// [`ErrorKind::Memory`] when the folder cannot be read; [`ErrorKind::Ledger`] when another user could have put files
 /// there.
-pub(super) fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
+fn caches(folder: &Path) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
     let (paths, whose) = cache_files(folder)?;
     Ok(paths.into_iter().map(|path| (path.clone(), CacheFile::look_at(path, whose))).collect())
+}
+
+/// The caches in `directory`, a memory directory or a folder of caches itself. The report gets the folders that cannot
+/// be read.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when the directory cannot be read.
+pub(super) fn caches_in(directory: &Path, report: &mut Report) -> Result<Vec<(PathBuf, Result<CacheFile>)>> {
+    let mut found = Vec::new();
+    for folder in folders(directory)? {
+        match caches(&folder) {
+            Ok(caches) => found.extend(caches),
+            Err(error) => report.fail(&visible(&folder), &error),
+        }
+    }
+    Ok(found)
 }
 
 /// The paths of the cache files in a folder, and whose they may be.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::folders::{CacheFile, CacheNeed, ImageState, caches, folders};
+use super::folders::{CacheFile, CacheNeed, ImageState, caches_in};
 use super::terminal::visible;
 use super::{Report, remembered};
 use crate::arena::{GuestData, Seen, Survey};
@@ -22,23 +22,14 @@ pub fn list(directory: &Path) -> Result<Report> {
     let mut rows: Vec<[String; 6]> = Vec::new();
     let mut report = Report::default();
     let (mut is_any_dirty, mut is_any_prunable) = (false, false);
-    for folder in folders(directory)? {
-        let found = match caches(&folder) {
-            Ok(found) => found,
-            Err(e) => {
-                report.fail(&visible(&folder), &e);
-                continue;
+    for (path, cache) in caches_in(directory, &mut report)? {
+        match cache {
+            Ok(cache) => {
+                is_any_dirty |= !cache.seen.is_locked && surveyed(&cache).is_some_and(Survey::is_dirty);
+                is_any_prunable |= cache.needed() == CacheNeed::Needless;
+                rows.push(row(&cache));
             }
-        };
-        for (path, cache) in found {
-            match cache {
-                Ok(cache) => {
-                    is_any_dirty |= !cache.seen.is_locked && surveyed(&cache).is_some_and(Survey::is_dirty);
-                    is_any_prunable |= cache.needed() == CacheNeed::Needless;
-                    rows.push(row(&cache));
-                }
-                Err(e) => report.fail(&visible(&path), &e),
-            }
+            Err(e) => report.fail(&visible(&path), &e),
         }
     }
     if !rows.is_empty() {

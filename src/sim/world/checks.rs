@@ -1,6 +1,6 @@
 //! What must hold in a simulated world: progress, the age limit, and what a power cut leaves.
 
-use crate::cache::Health;
+use crate::cache::{Attempt, Health};
 use crate::units::{SectorSpan, Tick};
 
 use super::{Guest, GuestOp, World};
@@ -63,7 +63,7 @@ impl World {
         while !self.memory.has_crashed() && (!self.resumable.is_empty() || self.is_turn_due()) {
             let before = self.progress;
             for ticket in std::mem::take(&mut self.resumable) {
-                self.admit(ticket, true);
+                self.admit(ticket, Attempt::Resumed);
             }
             self.end_turn();
             idle_turns = if self.progress == before { idle_turns + 1 } else { 0 };

@@ -1,7 +1,7 @@
 //! The daemons of a simulated world, one after the other: what the next one finds, and what becomes of the requests in
 //! flight.
 
-use crate::cache::PageCache;
+use crate::cache::{Attempt, PageCache};
 use crate::units::{OpKind, SectorSpan, Unmap};
 
 use super::super::memory::SimulatedMemory;
@@ -57,7 +57,7 @@ impl World {
         }
         for ticket in self.requests.keys().copied().collect::<Vec<_>>() {
             self.requests.get_mut(&ticket).expect("a request in flight").restart();
-            self.admit(ticket, false);
+            self.admit(ticket, Attempt::New);
         }
     }
 

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::connect::{Connection, LastServer};
-use super::server::{Attempt, ExportServer};
+use super::server::{ExportServer, ServerAttempt};
 use super::wire::Export;
 use crate::sys::socket::{message_pair, receive_with_files, send_with_files};
 
@@ -128,8 +128,8 @@ fn connect_queue(server: &ExportServer, asker: &UnixStream, mut last: LastServer
         pause = ExportServer::pause_after(since.elapsed(), pause);
         let sent = match server.connect_again(&last, pause, asker) {
             None => return,
-            Some(Attempt::Gone(why)) => send(asker, &ConnectorReply::Gone { why: text_of(&why) }, &[]),
-            Some(Attempt::Connected { mut connection, is_server_new }) => {
+            Some(ServerAttempt::Gone(why)) => send(asker, &ConnectorReply::Gone { why: text_of(&why) }, &[]),
+            Some(ServerAttempt::Connected { mut connection, is_server_new }) => {
                 last = LastServer::of(Some(&mut connection));
                 let answer = ConnectorReply::Connected { export: connection.export, is_server_new };
                 send(asker, &answer, &[connection.socket.as_fd()])
@@ -201,7 +201,7 @@ impl Reconnector {
     ///
     /// # Errors
     /// [`io::ErrorKind::UnexpectedEof`] if the process that connects has ended; another one if the answer is lost.
-    pub fn answer(&self) -> io::Result<Option<Attempt>> {
+    pub fn answer(&self) -> io::Result<Option<ServerAttempt>> {
         let (answer, files) = match receive(&self.socket) {
             Ok(message) => message.ok_or(io::ErrorKind::UnexpectedEof)?,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -210,9 +210,9 @@ impl Reconnector {
         match (answer, files.into_iter().next()) {
             (ConnectorReply::Connected { export, is_server_new }, Some(socket)) => {
                 let connection = Connection { socket: socket.into(), export, may_have_lost: false, process: None };
-                Ok(Some(Attempt::Connected { connection, is_server_new }))
+                Ok(Some(ServerAttempt::Connected { connection, is_server_new }))
             }
-            (ConnectorReply::Gone { why }, _) => Ok(Some(Attempt::Gone(why))),
+            (ConnectorReply::Gone { why }, _) => Ok(Some(ServerAttempt::Gone(why))),
             (answer, _) => Err(io::Error::other(format!("the connector sent {answer:?}"))),
         }
     }

@@ -44,7 +44,7 @@ use crate::image_id::ImageId;
 use crate::nbd_uri::NbdUri;
 use crate::sys;
 use crate::tenure::token::ChangeToken;
-use crate::units::{Fault, ImageHoles, OpKind, PAGE_BYTES, PageNo, SECTOR_BYTES, SectorSpan, Unmap};
+use crate::units::{Fault, ImageHoles, OpKind, PAGE_BYTES, PageNo, SECTOR_BYTES, SectorSpan, Unmap, Urgency};
 
 use backing::NO_MULTI_CONN;
 pub(super) use backing::NbdBacking;
@@ -167,7 +167,7 @@ fn lock(uri: &NbdUri, options: &OpenOptions) -> Result<Option<HostLock>> {
 
 /// Runs one operation on a queue and waits for it.
 fn run_on(queue: &mut NbdQueue, op: OpKind, offset: u64, len: u64, segments: Vec<Segment>) -> io::Result<()> {
-    let request = IoRequest { tag: 0, op, offset, len, demand: true, segments };
+    let request = IoRequest { tag: 0, op, offset, len, urgency: Urgency::Demand, segments };
     queue.submit(request).map_err(|refused| io::Error::new(io::ErrorKind::InvalidInput, refused.to_string()))?;
     let mut events = Vec::new();
     loop {

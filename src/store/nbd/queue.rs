@@ -20,7 +20,7 @@ use super::connect::Connection;
 use super::connector::Reconnector;
 use super::receive::LOOK_AHEAD;
 use super::remote::{Notifier, Remote, TIMEOUT_FACTOR, is_timeout};
-use super::server::Attempt;
+use super::server::ServerAttempt;
 use super::slot::Violation;
 use super::suspects::BreakId;
 use super::wire::{command, request};
@@ -257,8 +257,10 @@ impl NbdQueue {
         let _ = self.epoll.ctl(ControlOperation::Delete, reconnector.as_raw_fd(), EpollEvent::default());
         let label = self.remote.label.clone();
         match answer {
-            Ok(Attempt::Connected { connection, is_server_new }) => self.connected_again(connection, is_server_new),
-            Ok(Attempt::Gone(why)) => {
+            Ok(ServerAttempt::Connected { connection, is_server_new }) => {
+                self.connected_again(connection, is_server_new);
+            }
+            Ok(ServerAttempt::Gone(why)) => {
                 error!("{label}: {why}; the image is not used any more until the daemon is started again");
                 self.client.gone();
             }

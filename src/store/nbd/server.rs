@@ -25,7 +25,7 @@ const REMIND: Duration = Duration::from_secs(60);
 
 /// How an attempt to connect again has ended.
 #[derive(Debug)]
-pub(super) enum Attempt {
+pub(super) enum ServerAttempt {
     /// There is a connection. `is_server_new`: the last server's process has ended.
     Connected { connection: Connection, is_server_new: bool },
     /// There will be none, for this reason.
@@ -154,7 +154,7 @@ impl ExportServer {
     }
 
     /// Connects again after `pause`, in as many attempts as it takes; `None` once the other end of `asker` is closed.
-    pub fn connect_again(&self, last: &LastServer, mut pause: Duration, asker: &UnixStream) -> Option<Attempt> {
+    pub fn connect_again(&self, last: &LastServer, mut pause: Duration, asker: &UnixStream) -> Option<ServerAttempt> {
         let (down_since, mut reminded) = (Instant::now(), None::<Instant>);
         loop {
             // It sends nothing before it has an answer.
@@ -164,8 +164,8 @@ impl ExportServer {
             let error = match connect(&self.uri, HANDSHAKE_PATIENCE) {
                 Ok(connection) => {
                     return Some(match self.check(&connection.export) {
-                        Ok(()) => Attempt::Connected { connection, is_server_new: last.has_ended() },
-                        Err(why) => Attempt::Gone(why),
+                        Ok(()) => ServerAttempt::Connected { connection, is_server_new: last.has_ended() },
+                        Err(why) => ServerAttempt::Gone(why),
                     });
                 }
                 Err(error) => error,
@@ -173,7 +173,7 @@ impl ExportServer {
             let away = down_since.elapsed();
             if self.give_up.is_some_and(|limit| away >= limit) {
                 let seconds = counted(away.as_secs(), "second");
-                return Some(Attempt::Gone(format!("the server was away for {seconds} ({error})")));
+                return Some(ServerAttempt::Gone(format!("the server was away for {seconds} ({error})")));
             }
             if away >= PAUSE_MAX && reminded.is_none_or(|at| at.elapsed() >= REMIND) {
                 warn!("{}: cannot connect for {} s: {error}; trying on", self.label, away.as_secs());

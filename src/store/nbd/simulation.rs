@@ -20,7 +20,7 @@ use super::wire::{Export, REQUEST_BYTES, REQUEST_MAGIC, be16, be32, be64, chunk,
 use crate::fault_injection::{PlantedBug, run_with};
 use crate::prng::Prng;
 use crate::store::{Event, IoRequest, Segment};
-use crate::units::{Fault, OpKind, Unmap};
+use crate::units::{Fault, OpKind, Unmap, Urgency};
 
 const BLOCKS: usize = 8;
 const BLOCK: usize = 512;
@@ -156,7 +156,7 @@ impl World {
             _ => Vec::new(),
         };
         self.ops.insert(self.tags, Op { kind, block, version, doubts: self.doubts, memory, covers });
-        let request = IoRequest { tag: self.tags, op: kind, offset, len, demand: true, segments };
+        let request = IoRequest { tag: self.tags, op: kind, offset, len, urgency: Urgency::Demand, segments };
         let client = self.prng.below(self.clients.len() as u64) as usize;
         self.clients[client].submit(request, self.now);
     }

@@ -1,6 +1,5 @@
 //! Plays one scene: the cache, a disk of four pages, and the checks at every step.
 
-use super::super::settings_of;
 use super::{Direction, Order, PART, PageState, Scene};
 use crate::cache::pages::{FROZEN, READING};
 use crate::cache::*;
@@ -94,7 +93,7 @@ impl<'a> World<'a> {
             holes: ImageHoles::Possible,
             readahead_pages_max: 0,
             dirty_pages_max: FRAMES,
-            ..settings_of(FRAMES, 1)
+            ..Settings::of(FRAMES, 1)
         };
         let memory = SimulatedMemory::new(FRAMES, 1);
         let cache = PageCache::new(settings, Box::new(memory.clone()));
@@ -317,13 +316,13 @@ impl<'a> World<'a> {
         }
         let version_before = self.guest.map(|versions| versions[0]);
         self.requests.push(Transfer { direction, span, admitted: 0, done: 0, version_before });
-        self.admit(self.requests.len() - 1, false);
+        self.admit(self.requests.len() - 1, Attempt::New);
         self.collect();
     }
 
-    fn admit(&mut self, index: usize, resumed: bool) {
+    fn admit(&mut self, index: usize, attempt: Attempt) {
         let request = &mut self.requests[index];
-        let access = Access { from: request.admitted, resumed, ..Access::new(Ticket(index as u64), request.span) };
+        let access = Access { from: request.admitted, attempt, ..Access::new(Ticket(index as u64), request.span) };
         let mut pieces = Vec::new();
         let admitted = match request.direction {
             Direction::Read => self.cache.read(access, &mut pieces),
@@ -430,7 +429,7 @@ impl<'a> World<'a> {
     fn handle_notice(&mut self, notice: Notice) {
         match notice {
             Notice::Ready(ticket, piece) => self.take(ticket.0 as usize, piece),
-            Notice::Resume(ticket) => self.admit(ticket.0 as usize, true),
+            Notice::Resume(ticket) => self.admit(ticket.0 as usize, Attempt::Resumed),
             Notice::Done(FLUSH, Ok(())) => self.flushed = true,
             Notice::Done(..) | Notice::Unreadable(..) => panic!("nothing should fail here: {notice:?}"),
         }

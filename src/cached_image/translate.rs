@@ -1,0 +1,55 @@
+//! Translates between the cache and the store: operations into requests, events into outcomes.
+
+use log::{Level, log};
+
+use crate::arena::Arena;
+use crate::cache::{Outcome, StoreOpRef};
+use crate::store::{Event, IoRequest, Segment};
+use crate::units::{Fault, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
+
+/// The request to the store for an operation of the cache. Adjacent frames become one segment.
+pub(super) fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
+    let len = op.span.count * SECTOR_BYTES;
+    let mut segments: Vec<Segment> = Vec::new();
+    let mut left = usize::try_from(len).expect("an operation is far below 4 GiB");
+    let mut skip = usize::from(op.first_sector) * SECTOR_SIZE;
+    for &frame in op.frames {
+        let base = arena.frame(frame).wrapping_add(skip);
+        let len = left.min(PAGE_SIZE - skip);
+        match segments.last_mut() {
+            Some(last) if last.base.wrapping_add(last.len) == base => last.len += len,
+            _ => segments.push(Segment { base, len }),
+        }
+        left -= len;
+        skip = 0;
+    }
+    IoRequest {
+        tag: u64::from(op.tag),
+        op: op.kind,
+        offset: op.span.start * SECTOR_BYTES,
+        len,
+        urgency: op.urgency,
+        segments,
+    }
+}
+
+/// The tag and the outcome, as the cache knows them, of an event of the store. Logs a failure at `level`.
+pub(super) fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
+    let (tag, outcome) = match event {
+        Event::Done { tag } => (tag, Outcome::Done),
+        Event::Mapped { tag, extents } => {
+            let sectors = |len: u64| len / SECTOR_BYTES;
+            let runs = extents.iter().map(|extent| (sectors(extent.len), extent.kind));
+            (tag, Outcome::Mapped(runs.collect()))
+        }
+        Event::Failed { tag, fault, errno } => {
+            let reason = std::io::Error::from_raw_os_error(errno);
+            // The cache falls back where an operation is not supported.
+            // A store says itself what it has lost.
+            let level = if matches!(fault, Fault::Unsupported | Fault::Lost) { Level::Debug } else { level };
+            log!(level, "{name}: an operation on the image failed: {fault} ({reason})");
+            (tag, Outcome::Failed(fault))
+        }
+    };
+    (u32::try_from(tag).expect("the tag is the cache's, a u32"), outcome)
+}

@@ -518,6 +518,7 @@ impl WorkerPort {
 
     /// Submits the backlog to the store, as far as the store's queue has space.
     fn submit(&mut self) {
+        let has_backlog = !self.backlog.is_empty();
         while let Some(request) = self.backlog.pop_front() {
             match self.store.submit(request) {
                 Ok(()) => {}
@@ -531,6 +532,10 @@ impl WorkerPort {
             }
         }
         self.store.kick();
+        if has_backlog {
+            // The image's modification time may be that of this call, on a loaded host long after the heartbeat before.
+            self.image.arena.end_changes();
+        }
     }
 }
 

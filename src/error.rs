@@ -71,6 +71,12 @@ impl Error {
         self.cause.as_ref().and_then(io::Error::raw_os_error).is_some_and(|errno| ERRNOS.contains(&errno))
     }
 
+    /// Whether the user may not do what failed.
+    pub fn is_lack_of_rights(&self) -> bool {
+        let refused = |cause: &io::Error| matches!(cause.raw_os_error(), Some(libc::EACCES | libc::EPERM));
+        self.cause.as_ref().is_none_or(refused)
+    }
+
     /// The process's exit status for this error: 2 for a wrong configuration, 1 for everything else.
     pub fn exit_status(&self) -> u8 {
         match self.kind {

@@ -19,7 +19,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys::dir::OpenMode;
 use crate::sys::memfd;
-use crate::sys::process::effective_uid;
+use crate::sys::process::{DEATH_PATIENCE, effective_uid, is_dying};
 use crate::systemd::ServiceManager;
 use crate::tenure::TenureId;
 use crate::tenure::record::{CachePlace, TenureState};
@@ -304,20 +304,22 @@ impl ArenaFile {
 
     /// Opens and locks a file.
     fn open(path: &Path, access: OpenMode, whose: Whose, patience: Duration) -> Result<Self> {
-        let until = Instant::now() + patience;
+        let began = Instant::now();
         let (directory, name) = split(path)?;
         loop {
             let dir = TrustedDir::open(directory, whose)?;
             let file = dir.open_file(name, access, path)?;
-            if let Err(e) = file.try_lock() {
-                if Instant::now() < until {
+            if file.try_lock().is_err() {
+                let holder = lock_holder(&file);
+                let will_be_free = !patience.is_zero() && holder.is_some_and(is_dying);
+                if began.elapsed() < if will_be_free { DEATH_PATIENCE } else { patience } {
                     // The owner may remove the file meanwhile, so open it again.
                     std::thread::sleep(LOCK_RETRY);
                     continue;
                 }
-                let holder = lock_holder(&file).map_or_else(String::new, |pid| format!(" (pid {pid})"));
+                let holder = holder.map_or_else(String::new, |pid| format!(" (pid {pid})"));
                 let context = format!("another genblk process{holder} uses {}", path.display());
-                return Err(Error::io(ErrorKind::Locked, context, e.into()));
+                return Err(Error::new(ErrorKind::Locked, context));
             }
             // The previous owner may have removed the file between open() and the lock.
             let entry = dir.entry(name);

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,6 +16,9 @@ use crate::units::Fault;
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 use crate::waker::Waker;
+
+/// Most flushes without a waiting caller that are in progress at a time.
+const STARTED_FLUSHES_MAX: usize = 16;
 
 /// Everything that a ring needs to run.
 #[derive(Debug)]
@@ -126,13 +129,15 @@ pub struct Workers {
     controls: Vec<WorkerControl>,
     /// Held during a command to all workers, so that two of them do not interleave.
     serial: Mutex<()>,
+    /// Replies to the flushes of [`Workers::start_flush`].
+    started_flushes: Mutex<Vec<Receiver<Result<(), Fault>>>>,
 }
 
 impl Workers {
     /// The workers behind `controls`, at least one.
     pub fn new(controls: Vec<WorkerControl>) -> Self {
         assert!(!controls.is_empty(), "a device has at least one worker");
-        Self { controls, serial: Mutex::new(()) }
+        Self { controls, serial: Mutex::new(()), started_flushes: Mutex::default() }
     }
 
     /// The worker of a ring.
@@ -161,9 +166,15 @@ impl Workers {
         self.controls[0].ask(WorkerCommand::Flush).unwrap_or(Err(Fault::Gone))
     }
 
-    /// As [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health.
+    /// As [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health. Does
+    /// nothing while many such flushes are in progress: a front-end that keeps reconnecting to an image that hangs must
+    /// not queue them without end.
     pub fn start_flush(&self) {
-        self.controls[0].send(WorkerCommand::Flush(channel().0));
+        let mut started = self.started_flushes.lock().expect("no thread panics with the flushes locked");
+        started.retain(|flush| matches!(flush.try_recv(), Err(TryRecvError::Empty)));
+        if started.len() < STARTED_FLUSHES_MAX {
+            started.push(self.controls[0].request(WorkerCommand::Flush));
+        }
     }
 
     /// The guest chooses the cache mode. A switch to write-through makes every completed write durable; the receiver

@@ -31,7 +31,7 @@ use crate::service::{Service, cached_image};
 use crate::store;
 use crate::sys::poll::wait_any_readable_for;
 use crate::sys::privileges::User;
-use crate::sys::process::raise_descriptor_limit;
+use crate::sys::process::{raise_descriptor_limit, set_thread_name};
 use crate::sys::regions::{self, Region};
 use crate::sys::signal;
 use crate::waker::Waker;
@@ -66,6 +66,8 @@ const IGNORED: [i32; 11] = [
 /// [`ErrorKind::System`] if standard input is no channel, and those of [`run`].
 pub fn main(name: &str, standard_input: OwnedFd) -> Result<()> {
     let system = |context: &'static str| move |e| Error::io(ErrorKind::System, context, e);
+    // The kernel names it after the file that was executed, /proc/self/exe.
+    set_thread_name(c"genblk-disk");
     signal::ignore(&IGNORED).map_err(system("cannot ignore signals"))?;
     if let Err(e) = raise_descriptor_limit() {
         warn!("{name}: cannot raise the limit of open descriptors: {e}");

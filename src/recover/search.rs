@@ -35,7 +35,19 @@ pub(super) fn facts_of(image: &dyn NamedImage) -> ImageFacts {
 /// Whether a record was made for this file, as opposed to one that it was copied from.
 pub(super) fn is_of(record: &Record, facts: &ImageFacts) -> bool {
     let ImageId { inode, born_ns, .. } = facts.identity;
-    record.inode == inode && (record.born_ns == born_ns || record.born_ns == 0 || born_ns == 0)
+    let is_same_file = record.inode == inode && (record.born_ns == born_ns || record.born_ns == 0 || born_ns == 0);
+    is_same_file && !is_of_original(record, facts)
+}
+
+/// Whether the file that a record was made for is still where its cache says, and is another one than this: a snapshot
+/// of a file system has files with the inode numbers, the creation times and the records of the original ones.
+fn is_of_original(record: &Record, facts: &ImageFacts) -> bool {
+    let CachePlace::Path(path) = &record.cache else { return false };
+    let Ok(Some(header)) = ArenaFile::peek(path, whose()) else { return false };
+    let original = &header.image.identity;
+    header.tenure.is_some_and(|tenure| tenure.id == record.tenure)
+        && original.device != facts.identity.device
+        && is_at(original, &header.image.path)
 }
 
 /// A cache that may belong to an image.
@@ -160,10 +172,10 @@ impl Search<'_> {
 
     fn unreachable(&self, path: &Path, error: &Error) -> Error {
         let (image, path) = (self.image.path().display(), path.display());
-        let context = format!("the cache of image {image} is in {path}, and this user cannot use it ({error})");
+        let context = format!("the cache of image {image} is in {path}, which cannot be used ({error})");
+        let remedy = if error.is_lack_of_rights() { "run as the user of that file; " } else { "" };
         let hint = format!(
-            "run as the user of that file; to serve the image without that cache's completed writes, run \"genblk \
-             take-over {image}\""
+            "{remedy}to serve the image without that cache's completed writes, run \"genblk take-over {image}\""
         );
         Error::new(ErrorKind::Ledger, format!("{context}; {hint}"))
     }
@@ -206,7 +218,7 @@ impl Search<'_> {
         Ok(paths)
     }
 
-    /// Whether a directory's caches count: nobody but its owner can write to it, and the owner may write to the image.
+    /// Whether a directory's caches count: only its owner can write to it, and the owner may write to the image.
     /// A user could forge a cache for another user's image otherwise.
     fn is_trusted(&self, directory: &Path) -> bool {
         let Ok(directory) = fs::metadata(directory) else { return false };

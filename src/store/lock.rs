@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::file::{is_byte_locked, lock_byte, unlock_byte};
-use crate::sys::process::other_user_of;
+use crate::sys::process::{DEATH_PATIENCE, other_user_of};
 
 /// What an opener does with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,8 @@ const UNSHARED_BASE: u64 = 200;
 
 /// How long to wait before checking for a conflict again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// The same, when the openers of an image are looked for each time.
+const DEATH_RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 // Permissions by bit number (BLK_PERM_* in QEMU's include/block/block-common.h).
 const CONSISTENT_READ: u64 = 0;
@@ -43,7 +45,8 @@ const RESIZE: u64 = 3;
 const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 
 /// Locks an image until [`release`], or until the last copy of its descriptor is closed. Waits for at most `patience`
-/// while another opener's locks conflict. Log lines begin with `label`.
+/// while another opener's locks conflict, and longer if no living process is seen to have the image open. Log lines
+/// begin with `label`.
 ///
 /// => A writer excludes every other opener except one that shares writes on purpose. Readers share with readers.
 ///
@@ -51,15 +54,20 @@ const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 /// [`ErrorKind::Locked`] when another opener's locks conflict, [`ErrorKind::Image`] when locking itself fails. A file
 /// system without locks is no error: a warning says so.
 pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, patience: Duration) -> Result<()> {
-    let deadline = Instant::now() + patience;
+    let began = Instant::now();
     loop {
         match try_acquire(file, path, label, access) {
-            Err(error) if error.kind() == ErrorKind::Locked && Instant::now() < deadline => {
+            Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < patience => {
                 std::thread::sleep(RETRY_PAUSE);
             }
             Err(error) if error.kind() == ErrorKind::Locked => {
                 // The locks belong to descriptors, so the kernel does not say whose they are.
                 let user = other_user_of(file).map(|(pid, name)| format!("; pid {pid} ({name}) has it open"));
+                if user.is_none() && !patience.is_zero() && began.elapsed() < DEATH_PATIENCE {
+                    // A killed daemon's, most likely.
+                    std::thread::sleep(DEATH_RETRY_PAUSE);
+                    continue;
+                }
                 return Err(Error::new(ErrorKind::Locked, format!("{error}{}", user.unwrap_or_default())));
             }
             result => return result,

@@ -1,10 +1,11 @@
 //! Properties of the process: user, limits, children.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use super::retry_eintr;
 
@@ -51,8 +52,22 @@ pub fn name_of(pid: u32) -> Option<String> {
     Some(String::from_utf8_lossy(&name).trim_end().chars().map(|c| if c.is_control() { '?' } else { c }).collect())
 }
 
-/// Another process that has the same file open by the same path, with its name; `None` if this user can see none. Asks
-/// nothing of the file's file system, which may not answer.
+/// How long to wait for the locks of a process that is dying: the kernel keeps them until it has finished the process's
+/// I/O, which takes long on a loaded host.
+pub const DEATH_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whether a process is dying: SIGKILL waits for it, or it has given up its memory. What it holds is released soon,
+/// without it.
+pub fn is_dying(pid: u32) -> bool {
+    const KILLED: u64 = 1 << (libc::SIGKILL - 1);
+    let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
+    let pending = |key| field(key).and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
+    (pending("SigPnd:") | pending("ShdPnd:")) & KILLED != 0 || field("VmSize:").is_none()
+}
+
+/// Another process, and not a dying one, that has the same file open by the same path, with its name; `None` if this
+/// user can see none. Asks nothing of the file's file system, which may not answer.
 pub fn other_user_of(file: &File) -> Option<(u32, String)> {
     let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
     let own = std::process::id();
@@ -62,7 +77,7 @@ pub fn other_user_of(file: &File) -> Option<(u32, String)> {
     };
     let processes = fs::read_dir("/proc").ok()?.flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let pid = pids.find(|pid| *pid != own && has_it_open(pid))?;
+    let pid = pids.find(|pid| *pid != own && has_it_open(pid) && !is_dying(*pid))?;
     Some((pid, name_of(pid)?))
 }
 
@@ -117,6 +132,12 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     }
 }
 
+/// Names the calling thread; a process has the name of its first thread. Of long names the first 15 bytes count.
+pub fn set_thread_name(name: &CStr) {
+    // SAFETY: the call reads a string that ends with a NUL byte. It cannot fail.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +147,17 @@ mod tests {
         assert_eq!(group_id("root").unwrap(), Some(0));
         assert_eq!(group_id("no-such-group-of-genblk").unwrap(), None);
         assert!(group_id("a\0b").is_err());
+    }
+
+    #[test]
+    fn a_killed_process_that_was_not_reaped_is_dying() {
+        assert!(!is_dying(std::process::id()));
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep can be started");
+        assert!(!is_dying(child.id()));
+        child.kill().expect("it can be killed");
+        wait_without_reaping(child.id()).expect("it ends");
+        assert!(is_dying(child.id()));
+        child.wait().expect("it can be reaped");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -20,6 +21,25 @@ const KILL_LIMIT: Duration = Duration::from_secs(2);
 /// A Unix socket's path must fit into `sun_path` with its final NUL.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
+/// Removes what tests of processes that were killed have left, here and in shared memory.
+fn remove_stale_directories() {
+    for folder in [Path::new(env!("CARGO_TARGET_TMPDIR")), Path::new("/dev/shm")] {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let parts: Vec<&str> = name.split('.').collect();
+            let [_, pid, serial] = parts[..] else { continue };
+            let is_ours = pid.parse::<u32>().is_ok() && serial.parse::<u32>().is_ok();
+            let holds_caches_alone = fs::read_dir(entry.path())
+                .is_ok_and(|mut held| held.all(|held| held.is_ok_and(|held| held.file_name() == "genblk")));
+            let may_go = folder != Path::new("/dev/shm") || holds_caches_alone;
+            if is_ours && may_go && !Path::new("/proc").join(pid).exists() {
+                // Another test may remove it at the same time, and something may be mounted on it.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
 /// A directory of one test, removed on drop.
 #[derive(Debug)]
 pub struct TempDir(PathBuf);
@@ -28,6 +48,8 @@ impl TempDir {
     /// Creates an empty directory whose name starts with `name`.
     pub fn new(name: &str) -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
+        static CLEAN_UP: Once = Once::new();
+        CLEAN_UP.call_once(remove_stale_directories);
         let serial = COUNTER.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.{}.{serial}", std::process::id()));
         fs::create_dir_all(&path).expect("a temporary directory can be created");

@@ -383,7 +383,7 @@ fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
     let device = format!("{WRITER}\ncache.memory_dir = {memory:?}");
     let mut other = start_in(directory, &device);
     let told =
-        format!("{}: 1 cache that no daemon uses, 1 of them dirty, take 8 MiB; list them with ", memory.display());
+        format!("{}: 1 cache that no daemon uses, 1 of them dirty, takes 8 MiB; list them with ", memory.display());
     other.await_log(&told);
     // Handed over clean, and then its image is removed.
     other.signal(libc::SIGUSR1);

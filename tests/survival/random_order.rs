@@ -107,6 +107,7 @@ impl Host {
         Guest::continue_marks_of(&mut memory, &guest);
         drop(guest);
         let (image, backup) = (self.daemon.image(), self.backup_path());
+        let is_as_backed_up = fs::read(&image).expect("the image") == fs::read(&backup).expect("the backup");
         match self.prng.below(3) {
             0 => run("cp", &[text(&backup), text(&image)]),
             1 => {
@@ -117,9 +118,10 @@ impl Host {
         }
         let restored = fs::read(&image).expect("the image can be read");
         if self.dirty_pages() > 0 {
-            let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(self.daemon.config()));
-            assert_eq!(ended.status.code(), Some(1), "a stale cache is used: {ended:?}");
-            assert!(fs::read(&image).expect("the image can be read") == restored, "the restored image is unchanged");
+            // If the restored bytes are those that the daemon left, only times tell, and those not within two seconds.
+            if !is_as_backed_up {
+                self.assert_refused(&image, &restored);
+            }
             let memory_dir = self.daemon.directory().memory();
             if self.prng.below(2) == 0 {
                 let ended = genblk(&["take-over", text(&image), "--memory-dir", text(&memory_dir)]);
@@ -134,6 +136,13 @@ impl Host {
         let mut guest = Guest::boot(FrontEnd::Qemu, &self.daemon, memory, seed);
         guest.check_everything();
         guest
+    }
+
+    /// The next daemon refuses the restored image, and leaves it alone.
+    fn assert_refused(&self, image: &Path, restored: &[u8]) {
+        let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(self.daemon.config()));
+        assert_eq!(ended.status.code(), Some(1), "a stale cache is used: {ended:?}");
+        assert!(fs::read(image).expect("the image can be read") == restored, "the restored image is unchanged");
     }
 
     /// Dirty pages and ranges to be zeroed of the caches that were left.

@@ -129,6 +129,32 @@ fn a_file_system_that_is_mounted_again_keeps_the_caches_of_its_images() {
     }
 }
 
+/// A file in a snapshot has the inode number, the creation time and the record of the original.
+#[test]
+fn a_snapshot_of_an_image_never_gets_the_cache_of_the_original() {
+    let Some((directory, mount)) = file_system("snapshot", &["mkfs.btrfs", "-q"]) else { return };
+    let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
+    let bytes = write_and_kill(&mut daemon);
+    let root = mount.directory.to_str().expect("UTF-8");
+    for is_in_use in [false, true] {
+        if is_in_use {
+            daemon.restart();
+        }
+        let snapshot = mount.directory.join(format!("snapshot.{is_in_use}"));
+        let made = run("btrfs", &["subvolume", "snapshot", root, snapshot.to_str().expect("UTF-8")]);
+        assert!(made.is_some(), "a snapshot can be made");
+        let directory = TempDir::new("of-snapshot");
+        std::os::unix::fs::symlink(snapshot.join("image"), directory.path().join("image")).expect("a link");
+        let copied = Daemon::start_configured(directory, &[DEVICE]);
+        assert!(copied.log().contains("was copied from an image that was in use"), "{}", copied.log());
+        assert!(read(&copied) == pattern(1, AT, BYTES), "what was flushed: {}", copied.log());
+    }
+    assert!(read(&daemon) == bytes, "the original has its completed writes: {}", daemon.log());
+    daemon.stop();
+    drop(daemon);
+    drop(mount);
+}
+
 /// Inodes of 128 bytes have no birth time.
 #[test]
 fn a_new_image_with_the_inode_number_of_an_old_one_gets_none_of_its_pages() {

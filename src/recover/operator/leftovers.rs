@@ -1,8 +1,12 @@
 //! What a daemon tells of the caches that no daemon uses, when it starts and when it lacks memory.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::Duration;
 
 use log::{info, warn};
 
@@ -20,6 +24,8 @@ use crate::units::counted;
 
 /// Where daemons keep caches unless they are told otherwise.
 const DEFAULT_MEMORY_DIR: &str = "/dev/shm";
+/// Longest wait for the file system of an image's path.
+const RESOLVE_MAX: Duration = Duration::from_secs(1);
 
 /// Logs the fd-store entries that no device uses. They stay in the fd store: they may hold the only copy of a guest's
 /// data.
@@ -106,12 +112,24 @@ fn memory_dirs<'a>(devices: impl IntoIterator<Item = &'a DeviceConfig>) -> BTree
 }
 
 /// Whether a cache that an earlier daemon left for the image of a device, as its path was then, holds what the image
-/// lacks. Asks nothing of the image, which may not answer.
+/// lacks. Does not wait for the image, which may not answer.
 pub fn has_unwritten_cache(config: &DeviceConfig) -> bool {
     let memory_dirs = memory_dirs([config]);
+    let image = resolved(&config.image);
+    let is_of_image = |path: &Path| *path == config.image || *path == image;
     let mut caches =
-        memory_dirs.iter().flat_map(|directory| caches_below(directory, |header| header.image.path == config.image));
+        memory_dirs.iter().flat_map(|directory| caches_below(directory, |header| is_of_image(&header.image.path)));
     caches.any(|seen| matches!(&seen.survey, Ok(Some(survey)) if survey.is_dirty()))
+}
+
+/// The path without symbolic links, or the path itself if its file system does not tell in time.
+fn resolved(path: &Path) -> PathBuf {
+    let (sender, resolved) = channel();
+    let asked = path.to_path_buf();
+    let ask = move || drop(sender.send(asked.canonicalize()));
+    let thread = thread::Builder::new().name("resolve".to_owned()).spawn(ask);
+    let answer = thread.ok().and_then(|_| resolved.recv_timeout(RESOLVE_MAX).ok());
+    answer.and_then(io::Result::ok).unwrap_or_else(|| path.to_path_buf())
 }
 
 /// Removes the caches that hold nothing and whose images are gone, and logs how many others no daemon uses.
@@ -189,8 +207,9 @@ fn describe(unheld: &Unheld, memory_dir: &Path) -> String {
     };
     let caches = counted(*count, "cache");
     let mib = bytes >> 20;
+    let take = if *count == 1 { "takes" } else { "take" };
     format!(
-        "{}: {caches} that no daemon uses, {dirty} of them dirty, take {mib} MiB; list them with \"{list}\"",
+        "{}: {caches} that no daemon uses, {dirty} of them dirty, {take} {mib} MiB; list them with \"{list}\"",
         visible(memory_dir)
     )
 }

@@ -1,5 +1,5 @@
 //! Which cache files may be used: those that no other user could have made or can change. A forged ledger would make a
-//! daemon, or root's "genblk recover", write what the forger wants to the image that he names.
+//! daemon, or root's "genblk recover", write bytes of the forger's choice to an image of the forger's choice.
 //!
 //! Everything is checked on open descriptors. A file is opened and removed relative to its directory, whose path may
 //! lead elsewhere by then.

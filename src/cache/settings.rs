@@ -57,7 +57,7 @@ pub struct Settings {
     pub on_error: ErrorPolicy,
     /// The same, while they fail for lack of space on the store.
     pub on_full: ErrorPolicy,
-    /// Random, so that nobody can choose pages that are found slowly (in the simulators: from the seed).
+    /// Random, so that a guest cannot choose pages that are found slowly (in the simulators: from the seed).
     pub page_key: u64,
     /// [`ErrorPolicy::Hold`] turns into [`ErrorPolicy::Report`] after this time, in microseconds.
     pub hold_us: u64,

@@ -177,7 +177,7 @@ mod tests {
             assert!(Instant::now() < deadline, "the token is recorded");
             thread::yield_now();
         }
-        // After the end nothing is recorded, and nobody waits for the thread.
+        // After the end nothing is recorded, and nothing waits for the thread.
         arena.begin_change(SectorSpan::new(0, 8));
         recorder.note(arena.rest_point().expect("a change"), &backing, &arena);
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");

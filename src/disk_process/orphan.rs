@@ -1,9 +1,9 @@
 //! The end of a disk process whose supervisor has died.
 //!
-//! It could go on: it has all that it needs. But nobody would start it again, resize its log, end it in order or tell
-//! the operator about it, and the next supervisor would have to find it, and to trust what it finds. So it ends as by
-//! SIGUSR1: a cache that is kept stays as it is, which takes milliseconds, and the next supervisor restores it. Where
-//! the cache would end with the process, everything is written to the image first.
+//! It could go on: it has all that it needs. But no process would start it again, end it in order or report on it, and
+//! the next supervisor would have to find it, and to trust what it finds. So it ends as by SIGUSR1: a cache that is
+//! kept stays as it is, which takes milliseconds, and the next supervisor restores it. Where the cache would end with
+//! the process, everything is written to the image first.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ const STALL_MAX: Duration = Duration::from_secs(30);
 /// How long the threads of a device that was abandoned may take.
 const EXIT_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Ends every device. Returns when all have ended, or hang. Nobody reads the log any more.
+/// Ends every device. Returns when all have ended, or hang. No process reads the log any more.
 ///
 /// # Errors
 /// [`ErrorKind::Image`] if a device hangs.

@@ -1,4 +1,4 @@
-//! What the fuzzers feed: one function for each part of genblk that takes bytes from somebody it does not trust.
+//! What the fuzzers feed: one function for each part of genblk that takes bytes from a source that it does not trust.
 //!
 //! Each function takes any bytes and panics if the part breaks a promise. `fuzz/` has a libFuzzer target for each. The
 //! unit tests run every function over the inputs in `fuzz/corpus`, and over mutations of them for as long as

@@ -292,7 +292,7 @@ impl NewCache<'_> {
 
     /// Records at the image that the tenure of the cache that was found has ended: everything is on the image.
     ///
-    /// => If this daemon dies, or cannot create a cache, nobody misses the old one.
+    /// => If this daemon dies, or cannot create a cache, the next one does not miss the old one.
     fn close_last_tenure(&self, record: Option<&Record>, tenure: Option<TenureId>) {
         let Some(record) = record.filter(|record| record.state == TenureState::Open && Some(record.tenure) == tenure)
         else {
@@ -406,7 +406,7 @@ impl NewCache<'_> {
         // Once the image has the record, the file must be there, even if the start fails.
         let is_kept = arena.is_kept_on_drop();
         arena.keep_on_drop(true);
-        // The ledger first: a cache whose tenure is open must not be taken for one that nobody misses.
+        // The ledger first: a cache whose tenure is open must not be taken for one whose loss would lose nothing.
         arena.set_recorded(tenure.is_recorded, false);
         let is_recorded = self.image.begin_tenure(record).unwrap_or_else(|e| {
             warn!("{}: cannot record at the image that a cache holds writes ({e})", self.config.name);

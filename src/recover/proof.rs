@@ -1,4 +1,4 @@
-//! Whether a cache that was left belongs to an image as it is now: that nobody else has changed the image since.
+//! Whether a cache that was left belongs to an image as it is now: that no other process has changed it since.
 //!
 //! Three things are asked, in this order: whether a later tenure has held the image; what the change tokens say; and,
 //! where they do not settle it, whether the image is equal to clean pages of the cache, and to what the ledger knows of
@@ -28,7 +28,7 @@ pub(super) const SET_ASIDE: &str = "it was set aside by \"genblk take-over\"";
 /// Whether a cache may be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Proof {
-    /// Nobody else has changed the image.
+    /// No other process has changed the image.
     Proven,
     /// Someone else may have: what is known of the image does not tell, and no clean page could be compared.
     Unproven(String),

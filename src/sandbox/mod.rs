@@ -128,7 +128,8 @@ pub fn prepare(user: Option<&User>) -> Result<()> {
     Ok(())
 }
 
-/// Confines the calling thread to what threads of its kind need, for good. Threads that it starts are confined as well.
+/// Confines the calling thread to what threads of its kind need. That cannot be undone, and holds for the threads that
+/// it starts.
 pub fn confine(kind: ThreadKind) {
     if !is_on() {
         return;

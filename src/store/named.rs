@@ -1,8 +1,8 @@
 //! An image that a configuration names: what the start of a daemon and the operator's commands ask of it, whatever
 //! store it is in.
 //!
-//! A [`Backing`] is enough to serve an image. Whoever finds the cache that an earlier daemon left must also know which
-//! image it is, what it tells about its past, and read and write it without a worker.
+//! A [`Backing`] is enough to serve an image. To find the cache that an earlier daemon left, the start must also know
+//! which image it is and what it tells about its past, and read and write it without a worker.
 
 use std::fmt;
 use std::fs::File;

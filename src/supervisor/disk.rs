@@ -163,7 +163,7 @@ impl Disk {
         self.phase == DevicePhase::Ended
     }
 
-    /// Whether its rings have stopped for good.
+    /// Whether its rings have stopped, and will not start again.
     pub fn has_quiesced(&self) -> bool {
         self.phase >= DevicePhase::Quiesced
     }

@@ -1,9 +1,10 @@
 //! Writes that block for a moment at most.
 //!
 //! An eventfd that another process has sent belongs to that process as well: at any time it can fill the counter and
-//! clear O_NONBLOCK, and then a write blocks until somebody reads. No flag of a single write prevents that (pwritev2(2)
-//! does not support eventfds). So a watchdog thread looks every few milliseconds whether a thread is still in the same
-//! write, and interrupts it by a signal. A write itself pays for that with one store before it and one after it.
+//! clear O_NONBLOCK, and then a write blocks until the other process reads. No flag of a single write prevents that
+//! (pwritev2(2) does not support eventfds). So a watchdog thread looks every few milliseconds whether a thread is still
+//! in the same write, and interrupts it by a signal. A write itself pays for that with one store before it and one
+//! after it.
 
 use std::fs::File;
 use std::io::{self, Write};

@@ -131,7 +131,7 @@ fn groups_of(name: &CString, gid: u32) -> Vec<u32> {
     }
 }
 
-/// Makes the whole process run as `user`, for good.
+/// Makes the whole process run as `user`. That cannot be undone.
 ///
 /// => Call this before a thread has a filter of system calls: the C library changes the user of every thread by a
 ///    signal, in whose handler each makes the system call.

@@ -81,7 +81,7 @@ pub struct LastSeen {
 /// What tokens say about changes of an image by others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ChangeVerdict {
-    /// Nobody else has changed its data.
+    /// No other process has changed its data.
     Unchanged,
     /// All that is known fits a change by the last daemon alone.
     Plausible,

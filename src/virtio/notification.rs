@@ -2,7 +2,7 @@
 //!
 //! Each side shows what it has done, then looks at what the other side wants; or says what it wants, then looks at what
 //! the other side has done. With a sequentially consistent fence between the two steps on either side, at least one
-//! side sees what the other has written, so nobody waits for a notification that does not come. `loom/` checks that.
+//! side sees what the other has written, so neither waits for a notification that never comes. `loom/` checks that.
 
 use crate::sync::{Ordering, fence};
 

@@ -33,7 +33,7 @@ pub(super) struct PageTable {
     /// How many pages are in the table, by the hash of their block. A range operation skips blocks without pages: most
     /// of what guests discard is not in memory.
     blocks: Vec<u32>,
-    /// Random: so nobody can choose pages whose chains are the same.
+    /// Random, so that a guest cannot choose pages whose chains are the same.
     key: u64,
 }
 

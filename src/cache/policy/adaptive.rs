@@ -40,7 +40,7 @@ pub(super) struct Adaptive {
     selector: i32,
     /// A page is in the sample if its hash, of 32 bits, is below this.
     sample_below: u64,
-    /// Random: so nobody knows which pages are in the sample, and where the simulations have them.
+    /// Random, so that a guest cannot know which pages are in the sample, and where the simulations have them.
     key: u64,
 }
 

@@ -19,7 +19,7 @@ pub(super) struct Ghost {
     /// Insertions in a tick of the clock.
     tick_pages: u32,
     life_ticks: u32,
-    /// Random: so nobody can choose pages of the same set.
+    /// Random, so that a guest cannot choose pages of the same set.
     key: u64,
 }
 

@@ -100,7 +100,8 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     Ok(format!("wrote {written} to {image_shown}; {shown} stays without its pages, because {why}\n"))
 }
 
-/// Refuses another user's cache: root would write what that user says to whatever image he names.
+/// Refuses another user's cache: root would write bytes of that user's choice to an image
+/// of that user's choice.
 fn refuse_other_users(path: &Path) -> Result<()> {
     let user = effective_uid();
     if user != 0 {

@@ -1,5 +1,6 @@
-//! Random schedules of the client against a model of a server: connections that are cut while the server lives on and
-//! executes what it had received, servers that are killed and forget, replies in pieces. Everything comes from a seed.
+//! Random schedules of the client against a model of a server: connections that are cut while the server keeps running
+//! and executes what it had received, servers that are killed and forget, replies in pieces. Everything comes from a
+//! seed.
 //!
 //! The model of the cache keeps its contract: it writes a block again only when the last write of it has completed, it
 //! takes everything for lost that it had submitted when it hears of a loss, and it reads only what is durable. Checked
@@ -298,7 +299,7 @@ impl World {
         }
     }
 
-    /// The connection is cut; the server lives on.
+    /// The connection is cut; the server keeps running.
     fn cut(&mut self, at: usize) {
         let wire = std::mem::take(&mut self.wires[at]);
         let until = self.now + QUARANTINE;

@@ -6,7 +6,11 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod deaths;
+#[allow(dead_code, clippy::cast_possible_truncation, reason = "each test binary uses its part; sizes are small")]
+#[path = "../survival/guest.rs"]
+mod guest;
 mod network;
+mod random_deaths;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -309,6 +313,30 @@ fn an_export_that_comes_back_smaller_is_refused_aloud() {
     assert_ne!(outcome.status, OK);
     drop(session);
     daemon.kill();
+}
+
+#[test]
+fn an_export_that_is_missing_when_its_server_comes_back_is_waited_for() {
+    let directory = directory_with_image("nbd-renamed");
+    let image = image_of(&directory);
+    let arguments = |export| ["-k", "SOCKET", "-t", "-f", "raw", "-e", "4", "-x", export, image.to_str().unwrap()];
+    let first = [&["qemu-nbd"][..], &arguments("disk")].concat();
+    let Some(mut server) = NbdServer::start(&socket_of(&directory), &first) else { return };
+    let device = device(&server, "").replace("///?", "///disk?");
+    let mut daemon = Daemon::start_configured(directory, &[&device]);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    let bytes = pattern(4, 0, 4096);
+    session.write(0, &bytes);
+    server.kill();
+    server.restart_with(&arguments("other"));
+    daemon.await_log("it has no export \"disk\"");
+    assert_eq!(daemon.image_bytes(0, 4096), vec![0; 4096], "nothing is written to another export");
+    server.kill();
+    server.restart_with(&arguments("disk"));
+    session.flush();
+    assert_eq!(daemon.image_bytes(0, 4096), bytes);
+    drop(session);
+    daemon.stop();
 }
 
 #[test]

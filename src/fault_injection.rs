@@ -27,6 +27,8 @@ pub enum PlantedBug {
     WriteSkipsAllocation,
     /// Under the error policy `hold`, requests wait for ever.
     HoldNeverEnds,
+    /// Time in which the daemon was stopped (SIGSTOP) counts as time in which requests were held.
+    StopUsesUpHold,
     /// Under the error policy `hold`, requests fail at once.
     HoldFailsAtOnce,
     /// A failed Sync puts in doubt only what completed before it was sent.
@@ -47,6 +49,8 @@ pub enum PlantedBug {
     ZeroIsNotedLate,
     /// What a zero that no Sync covers has zeroed is read from the store.
     ZeroesAreReadFromStore,
+    /// What is read in from a discarded range that no Sync covers counts as the store's contents.
+    DiscardedIsTrusted,
     /// The age limit does not apply to what is written and not synced.
     AgeForgetsUnsynced,
     /// Requests that wait for space are resumed in every turn from the end of the pause on: a worker spins while the
@@ -70,12 +74,16 @@ pub enum PlantedBug {
     NoticeDropped,
     /// A ring counts as drained while requests are in flight.
     DrainEndsEarly,
+    /// Workers that are abandoned end with requests that no inflight region has.
+    AbandonLosesUntracked,
     /// A long request whose ring stops is not given back to the driver.
     LongRequestForgotten,
     /// A cache of an earlier tenure counts as one of the image's last tenure.
     GenerationNotCompared,
     /// Whatever the host tells about changes of the image counts as changes by the last daemon.
     TokenNotCompared,
+    /// Every cache of an image's last tenure counts as one of the image as it is now.
+    ProofSkipped,
     /// Clean pages are not compared with the image.
     SampleSkipped,
     /// The hash of a page stays in the ledger while the daemon changes that page of the image.

@@ -246,6 +246,7 @@ impl PageCache {
             }
         }
         self.pending_zeroes.join_lists(old, fresh);
+        self.changed_ranges.join_lists(old, fresh);
     }
 
     /// The Sync has ended.
@@ -288,6 +289,7 @@ impl PageCache {
         // Before the pages: a page that was written after its range had been zeroed must not be clean while the range
         // is noted, or the next daemon would zero it.
         self.zeroes_synced(old);
+        self.changed_ranges.clear(old);
         for id in std::mem::take(&mut self.flushing.unsynced[old]) {
             // The slot may be free by now, or have another page.
             if self.pages[id].is(UNSYNCED[old]) {
@@ -340,6 +342,10 @@ impl PageCache {
                 }
             }
             self.redo_zeroes(list);
+            self.doubt_changed_ranges(list);
+        }
+        if !is_confirmed {
+            self.changed_ranges.join_lists(old, fresh);
         }
         // Waiting flushes wait for the rewrite and for another Sync.
         for flush in &mut self.flushing.queue {

@@ -216,6 +216,7 @@ impl PageCache {
                     let missing = missing_sectors(&self.pages[id]);
                     self.pages.zero_sectors(id, missing);
                     self.pages.change(id, |page| page.valid = page.valid.or(missing));
+                    self.note_read_in(id);
                     true
                 }
                 None => false,
@@ -302,6 +303,7 @@ impl PageCache {
                 });
             }
         }
+        self.note_read_in(id);
         self.settle_waiters(id);
     }
 

@@ -17,6 +17,7 @@
 
 mod access;
 mod allocate;
+mod changed_ranges;
 mod check;
 mod eager;
 mod flush;
@@ -53,6 +54,7 @@ pub use store_ops::{Outcome, StoreOpRef};
 
 use access::PagePart;
 use allocate::Allocating;
+use changed_ranges::ChangedRanges;
 use eager::Eager;
 use flush::Flushing;
 use getpages::{MissRun, Waiters};
@@ -148,6 +150,7 @@ pub struct PageCache {
     /// I6.
     ranges: Ranges,
     pending_zeroes: PendingZeroes,
+    changed_ranges: ChangedRanges,
     /// Requests that were not admitted whole (I10).
     stalled: Stalled,
     /// Pages whose waiters could not be served yet, for lack of a frame or of a map.
@@ -173,6 +176,7 @@ impl PageCache {
         Self {
             now: Tick::ZERO,
             pending_zeroes: PendingZeroes::new(memory.zero_slots()),
+            changed_ranges: ChangedRanges::default(),
             pages: Pages::new(&settings, memory),
             waiters: Waiters::default(),
             store_ops: StoreOps::default(),

@@ -213,14 +213,15 @@ impl PageCache {
         let range = self.ranges.list.remove(index.expect("a range operation is listed until it ends"));
         self.forget_holes(span, op.kind);
         let result = outcome.fault().map_or(Ok(()), Err);
-        if result.is_ok() {
-            self.flushing.note_unsynced_write();
-        }
         if let Err(fault) = result
             && fault.may_be_a_reset()
             && !planted(PlantedBug::FailedWriteDoubtsNothing)
         {
             self.doubt_unsynced(op.syncs);
+        }
+        match op.kind {
+            OpKind::Zero { .. } if result.is_ok() => self.flushing.note_unsynced_write(),
+            _ => self.note_changed_range(span),
         }
         let Some(ticket) = range.ticket else {
             // A zero that is done again.

@@ -82,6 +82,9 @@ pub(super) fn prove(
     if let Some(objection) = overtaken(header, record) {
         return objection;
     }
+    if planted(PlantedBug::ProofSkipped) {
+        return Proof::Proven;
+    }
     // Before there were tenures, the identity and the size were all that was compared.
     let is_known_image = header.tenure.is_none() && header.image.size_bytes == image.limits().size_bytes;
     let verdict = match header.last_seen.judge(&image.found_token()) {

@@ -145,7 +145,7 @@ fn seeds_from_the_environment() {
 
 /// Each planted bug with the first seed that finds it. A change of the cache or of the simulator may change the seed:
 /// the test then searches for another, and prints it.
-const FOUND_BY: [(PlantedBug, u64); 19] = [
+const FOUND_BY: [(PlantedBug, u64); 21] = [
     (PlantedBug::RewriteIsLost, 13),
     (PlantedBug::ReadInOverwritesDirty, 1),
     (PlantedBug::WriteErrorIgnored, 4),
@@ -155,6 +155,7 @@ const FOUND_BY: [(PlantedBug, u64); 19] = [
     (PlantedBug::NoSpaceIgnored, 29),
     (PlantedBug::WriteSkipsAllocation, 1),
     (PlantedBug::HoldNeverEnds, 37),
+    (PlantedBug::StopUsesUpHold, 0),
     (PlantedBug::HoldFailsAtOnce, 11),
     (PlantedBug::SyncDoubtsTooLittle, 2),
     (PlantedBug::FailedWriteDoubtsNothing, 10),
@@ -162,6 +163,7 @@ const FOUND_BY: [(PlantedBug, u64); 19] = [
     (PlantedBug::SyncCountsAtOnce, 128),
     (PlantedBug::ZeroIsNotedLate, 245),
     (PlantedBug::ZeroesAreReadFromStore, 433),
+    (PlantedBug::DiscardedIsTrusted, 0),
     (PlantedBug::AgeForgetsUnsynced, 1),
     (PlantedBug::SpaceIsRetriedEveryTurn, 134),
     (PlantedBug::TailIsPublished, 317),

@@ -41,6 +41,8 @@ pub(super) struct Scenario {
     pub readers: bool,
     /// Some crashes are power cuts.
     pub power_cuts: bool,
+    /// The operator stops the daemon for a while (SIGSTOP).
+    pub stops: bool,
     /// How many zeroed ranges the memory can note.
     pub zero_slots: usize,
     /// The disk is a server that is restarted now and then, and loses its write cache: the next Sync says so. Nothing
@@ -68,6 +70,7 @@ impl Scenario {
             resizes: prng.percent(30),
             readers: prng.percent(30),
             power_cuts: prng.percent(30),
+            stops: prng.percent(30),
             zero_slots,
             restarts: false,
         }

@@ -29,6 +29,11 @@ const HIGH_SECTOR: u64 = 1 << 37;
 /// The invariants are recounted once in so many steps: what breaks one does not mend it by itself.
 const STEPS_PER_CHECK: u64 = 4;
 
+/// Steps between two times that the daemon is stopped, on average.
+const STEPS_PER_STOP: u64 = 200;
+/// A long stop: longer than any hold, and than any pause before the next try.
+const STOP_US: u64 = 60_000_000;
+
 /// What the guest does meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guest {
@@ -171,6 +176,9 @@ impl World {
             // Within this step, or at its end if the cache takes fewer steps in memory.
             self.memory.crash_after(self.prng.below(12));
         }
+        if guest == Guest::Active && self.scenario.stops && self.prng.below(STEPS_PER_STOP) == 0 {
+            self.stop_daemon();
+        }
         let mut worker_runs = true;
         match self.prng.below(10) {
             0..=2 if guest == Guest::Active && self.requests.len() < self.scenario.requests_max => {
@@ -209,6 +217,17 @@ impl World {
         if crashes || self.step.is_multiple_of(STEPS_PER_CHECK) {
             let pinned: Vec<_> = self.copies.iter().flat_map(|(_, piece)| piece.frames()).collect();
             self.cache.check(&pinned);
+        }
+    }
+
+    /// The daemon is stopped for a while; the disk is not.
+    fn stop_daemon(&mut self) {
+        let before = Tick::from_us(self.now_us);
+        let (short_us, long_us) = (1000, STOP_US);
+        let stopped_us = self.prng.pick(&[short_us, long_us]);
+        self.now_us += stopped_us;
+        if stopped_us == long_us {
+            self.failures.note_stop(before, &self.settings, Tick::from_us(self.now_us));
         }
     }
 

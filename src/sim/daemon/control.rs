@@ -12,6 +12,7 @@ use vm_memory::MmapRegion;
 use super::life::in_daemon;
 use super::oracle::OracleSnapshot;
 use super::world::World;
+use crate::device::control::Untracked;
 use crate::device::inflight::{InflightTracker, ring_bytes};
 use crate::device::{RingSetup, WorkerCommand};
 use crate::fault_injection::crash_after;
@@ -22,6 +23,9 @@ use crate::virtio::split::QueuePosition;
 /// How often the last flush of a daemon is tried on an image that fails.
 pub(super) const LAST_FLUSHES_MAX: u32 = 4;
 
+/// Of 100 looks at a hand-over that is not complete, how many abandon it.
+const ABANDON_PERCENT: u64 = 3;
+
 /// What follows when vrings have stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
@@ -31,7 +35,7 @@ enum Next {
     Reconnect,
     /// The daemon ends, with everything on the image.
     Shutdown,
-    /// The daemon ends and leaves its cache to the next one.
+    /// The daemon ends and leaves its cache to the next one. If that takes long, it is abandoned.
     HandOver,
 }
 
@@ -46,6 +50,8 @@ enum Task {
     Resuming(Receiver<()>),
     LastFlush(Receiver<Result<(), Fault>>, OracleSnapshot, u32),
     Exiting,
+    /// The workers are to end with requests in flight; what had happened when they were last told so.
+    Abandoning([u64; 3]),
 }
 
 /// The front-end's connection.
@@ -251,6 +257,8 @@ impl World {
                 self.session.task = Some(Task::Stopping(receivers, next));
                 if stopped {
                     self.rings_stopped(next);
+                } else if next == Next::HandOver && self.scenario.survives && self.prng.percent(ABANDON_PERCENT) {
+                    self.session.task = Some(Task::Abandoning([0; 3]));
                 }
                 stopped || !taken.is_empty()
             }
@@ -276,6 +284,7 @@ impl World {
                 }
             },
             Task::Exiting => self.end_daemon(),
+            Task::Abandoning(last) => self.abandon_daemon(last),
         }
     }
 
@@ -351,6 +360,34 @@ impl World {
             self.deaths += 1;
         }
         crash_after(None);
+        true
+    }
+
+    /// A hand-over has taken too long. Workers end with their requests in flight if an inflight region has them for the
+    /// next daemon; else once they have completed them, so the front-end can go on where the used ring ends.
+    fn abandon_daemon(&mut self, last: [u64; 3]) -> bool {
+        let life = self.life.as_ref().expect("a daemon ends");
+        if !life.has_ended() {
+            // A worker that could not end then may be able to now.
+            let used = self.rings.iter().map(|ring| u64::from(ring.used_idx())).sum();
+            let state = [self.now_us + 1, self.image.activity(), used];
+            if state != last {
+                life.workers.abandon(Untracked::Wait);
+            }
+            self.session.task = Some(Task::Abandoning(state));
+            return state != last;
+        }
+        self.session.disconnect();
+        let life = self.life.take().expect("seen above");
+        if life.leave(&self.image).is_err() {
+            self.deaths += 1;
+        }
+        crash_after(None);
+        if self.session.has_inflight_region() {
+            self.expect_repetition();
+        } else {
+            self.rings.iter_mut().for_each(|ring| ring.stopped_at = ring.used_idx());
+        }
         true
     }
 }

@@ -1,12 +1,14 @@
 //! One life of the simulated daemon: real workers, a real cached image and a real arena in a file, on a simulated
 //! image. It ends in order, or by a panic of [`DaemonDied`].
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use super::store::{SimulatedImage, sector_of, value_of};
 use crate::arena::{ArenaFile, Whose};
@@ -35,7 +37,11 @@ const CACHE_FEATURES: u64 = 1 << 9 | 1 << 11;
 
 /// A directory in memory for the files of one world.
 #[derive(Debug)]
-pub(super) struct Directory(PathBuf);
+pub(super) struct Directory {
+    path: PathBuf,
+    /// How often a daemon has found a restored image.
+    restores: Cell<u32>,
+}
 
 impl Directory {
     /// With a file `image` of this length in it: the arena belongs to that file.
@@ -45,18 +51,18 @@ impl Directory {
         // Of one length: a header has its path word by word, and the daemon may die between any two.
         let path = PathBuf::from(format!("/dev/shm/genblk-sim-{:010}-{number:06}", std::process::id()));
         fs::create_dir(&path).expect("a directory in shared memory");
-        let directory = Self(path);
+        let directory = Self { path, restores: Cell::new(0) };
         File::create(directory.image()).and_then(|file| file.set_len(image_bytes)).expect("an image");
         directory
     }
 
     fn image(&self) -> PathBuf {
-        self.0.join("image")
+        self.path.join("image")
     }
 
     /// Removes the arena, as a power cut does.
     pub fn remove_arena(&self) {
-        let files = fs::read_dir(&self.0).expect("the directory");
+        let files = fs::read_dir(&self.path).expect("the directory");
         let arenas = files.flatten().map(|entry| entry.path()).filter(|path| path.is_dir());
         arenas.for_each(|path| fs::remove_dir_all(path).expect("a directory of the world"));
         // The record tells of an earlier boot then; without one, the next daemon takes it so.
@@ -66,7 +72,7 @@ impl Directory {
 
     /// The number of frames of the arena that an earlier daemon has left; 0 of one without pages.
     fn arena_frames(&self) -> Option<u64> {
-        let files = fs::read_dir(&self.0).expect("the directory");
+        let files = fs::read_dir(&self.path).expect("the directory");
         let directory = files.flatten().map(|entry| entry.path()).find(|path| path.is_dir())?;
         let path = fs::read_dir(directory).expect("the directory").flatten().next()?.path();
         let header =
@@ -78,9 +84,12 @@ impl Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         // What cannot be removed stays.
-        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_dir_all(&self.path);
     }
 }
+
+/// How long after a daemon's death a backup is restored.
+const RESTORED_LATER: Duration = Duration::from_secs(10);
 
 /// Runs code of the daemon. An error: the daemon has died in it.
 pub(super) fn in_daemon<R>(act: impl FnOnce() -> R) -> Result<R, DaemonDied> {
@@ -143,20 +152,24 @@ pub(super) struct Configuration<'a> {
     pub survive: Survive,
     pub read_only: bool,
     pub budget: Budget,
+    /// A backup was restored over the image since the last daemon.
+    pub is_restored: bool,
 }
 
 impl Life {
     /// Starts a daemon: recovers the cache that the previous one left. `None`: a read-only daemon is refused beside a
-    /// dirty cache.
+    /// dirty cache, or any daemon beside a dirty cache of an image that was restored since.
     pub fn start(configuration: &Configuration, image: &SimulatedImage) -> Result<Option<Self>, DaemonDied> {
-        let Configuration { directory, settings, workers, writeback, survive, read_only, budget } = configuration;
+        let Configuration { directory, settings, workers, writeback, survive, read_only, budget, is_restored } =
+            configuration;
         let mut config = DeviceConfig::new("sim", Socket::Path(PathBuf::new()), directory.image());
         config.cache.size_bytes = u64::from(settings.frames) * PAGE_BYTES;
         config.cache.survive = *survive;
         config.read_only = *read_only;
-        config.cache.memory_dir = MemoryDir::Path(directory.0.clone());
+        config.cache.memory_dir = MemoryDir::Path(directory.path.clone());
         let options = OpenOptions { direct: false, ..OpenOptions::default() };
-        let file = FileImage::open(&config.image, &options).expect("the image's file");
+        let open = || FileImage::open(&config.image, &options).expect("the image's file");
+        let mut file = open();
         // The file holds the image while a daemon starts: clean pages are compared with it, and the dirty pages of a
         // cache that does not fit are written to it.
         let frames = directory.arena_frames().unwrap_or(0);
@@ -165,6 +178,15 @@ impl Life {
         let bytes: Vec<u8> = values.into_iter().flat_map(sector_of).collect();
         if fs::read(&config.image).expect("the image's file") != bytes {
             fs::write(&config.image, bytes).expect("the image's file");
+        }
+        if *is_restored {
+            // Not at a moment that could be one of the last daemon's own writes, nor near the last restore.
+            directory.restores.set(directory.restores.get() + 1);
+            let later = SystemTime::now() + RESTORED_LATER * directory.restores.get();
+            let restored = File::options().write(true).open(&config.image).expect("the image's file");
+            restored.set_modified(later).expect("a file has times");
+            drop(file);
+            file = open();
         }
         let manager = Arc::new(ServiceManager::default());
         let arena = in_daemon(|| arena_for(&config, &*file, settings.frames as usize, &manager));
@@ -177,7 +199,7 @@ impl Life {
         }
         let arena = match arena? {
             Ok(arena) => arena,
-            Err(error) if *read_only && error.kind() == ErrorKind::Ledger => return Ok(None),
+            Err(error) if (*read_only || *is_restored) && error.kind() == ErrorKind::Ledger => return Ok(None),
             Err(error) => panic!("the cache is recovered: {error}; {configuration:?}"),
         };
         // The image is synced with the record of a new tenure, so what is sampled is durable: here that is the file.
@@ -253,6 +275,12 @@ impl Life {
     /// Ends in order: what a drop of the daemon does.
     pub fn end(self, image: &SimulatedImage) -> Result<(), DaemonDied> {
         image.end_operations(true);
+        in_daemon(|| drop(self))
+    }
+
+    /// Ends in order, with operations of the disk in flight.
+    pub fn leave(self, image: &SimulatedImage) -> Result<(), DaemonDied> {
+        image.end_operations(false);
         in_daemon(|| drop(self))
     }
 

@@ -72,7 +72,7 @@ fn seeds_from_the_environment() {
 }
 
 /// The bugs around the cache.
-const PLANTED: [PlantedBug; 8] = [
+const PLANTED: [PlantedBug; 10] = [
     PlantedBug::InflightClearedBeforePublishing,
     PlantedBug::ZeroesNotFlushed,
     PlantedBug::SwitchNotFlushed,
@@ -81,6 +81,8 @@ const PLANTED: [PlantedBug; 8] = [
     PlantedBug::NoticeDropped,
     PlantedBug::DrainEndsEarly,
     PlantedBug::LongRequestForgotten,
+    PlantedBug::ProofSkipped,
+    PlantedBug::AbandonLosesUntracked,
 ];
 
 #[test]

@@ -38,6 +38,8 @@ pub(super) struct Scenario {
     pub survives: bool,
     /// Of 100 successors, how many are read-only.
     pub reader_percent: u64,
+    /// The operator stops the daemon for a while (SIGSTOP).
+    pub freezes: bool,
     pub behaviour: Behaviour,
     pub hole_percent: u64,
 }
@@ -62,6 +64,7 @@ impl Scenario {
             writeback: prng.percent(85),
             resizes: prng.percent(20),
             survives,
+            freezes: prng.percent(30),
             reader_percent: if survives { prng.pick(&[0, 0, 0, 30]) } else { 0 },
             behaviour: Behaviour {
                 latency_us_max: prng.pick(&[10, 1000, 100_000]),

@@ -54,6 +54,7 @@ pub(super) struct Behaviour {
 struct Unsynced {
     value: SectorValue,
     operation: u64,
+    is_discard: bool,
     /// When its event was reaped.
     heard: Option<u64>,
 }
@@ -313,7 +314,12 @@ impl MediumState {
             OpKind::Sync if failed => self.fail_sync(*began),
             OpKind::Sync => self.complete_sync(*began),
             OpKind::Zero { unmap } if !failed => self.zero(first, count, unmap, *id),
-            OpKind::Discard if !failed && self.prng.percent(50) => self.zero(first, count, Unmap::Allowed, *id),
+            OpKind::Discard if !failed && self.prng.percent(50) => {
+                self.zero(first, count, Unmap::Allowed, *id);
+                let discarded =
+                    self.unsynced[first..first + count].iter_mut().filter_map(|unsynced| unsynced.last_mut());
+                discarded.for_each(|write| write.is_discard = true);
+            }
             OpKind::Map if !failed => return Event::Mapped { tag, extents: self.extents(first, count) },
             OpKind::Zero { .. } | OpKind::Discard if failed => {
                 // A failed one is torn, and destroys the contents of sectors.
@@ -335,7 +341,7 @@ impl MediumState {
 
     fn write(&mut self, sector: usize, value: SectorValue, operation: u64) {
         self.current[sector] = value;
-        self.unsynced[sector].push(Unsynced { value, operation, heard: None });
+        self.unsynced[sector].push(Unsynced { value, operation, is_discard: false, heard: None });
         self.hole[sector / SECTORS_PER_PAGE] = false;
     }
 
@@ -364,9 +370,14 @@ impl MediumState {
         if self.behaviour.resets {
             return self.lose_unsynced();
         }
-        // As kernels do with pages whose write-back fails: reads still return them, and no later Sync covers them.
-        for unsynced in &mut self.unsynced {
-            unsynced.retain(|write| write.heard.is_none_or(|at| at >= began));
+        // As kernels do with pages whose write-back fails: reads still return them, and no later Sync covers them. A
+        // discard has no such pages.
+        for (durable, unsynced) in self.durable.iter_mut().zip(&mut self.unsynced) {
+            let is_covered = |write: &Unsynced| write.heard.is_some_and(|at| at < began);
+            if unsynced.iter().rfind(|write| is_covered(write)).is_some_and(|write| write.is_discard) {
+                *durable = 0;
+            }
+            unsynced.retain(|write| !is_covered(write));
         }
     }
 

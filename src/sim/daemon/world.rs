@@ -49,6 +49,8 @@ pub(super) struct World {
     pub periods: u64,
     /// Actions of the front-end and the operator that began or advanced.
     control_steps: u64,
+    /// The daemon is stopped for so many steps.
+    frozen_steps: u64,
     /// The daemon serves the image read-only.
     pub is_reader: bool,
     /// The last daemon lost completed writes with its cache.
@@ -62,6 +64,12 @@ pub(super) struct World {
     pub completed: u64,
     /// Number of daemons that have died.
     pub deaths: u64,
+    /// Somebody restores backups of the image between daemons; with a generator of its own.
+    restores: Option<Prng>,
+    /// What the image held at some moment.
+    backup: Option<Vec<u64>>,
+    /// The backup was restored, and no daemon has started since.
+    is_restored: bool,
 }
 
 impl World {
@@ -86,6 +94,7 @@ impl World {
             oracle: Oracle::new((0..settings.image_sectors).map(|_| 0)),
             write_through: (!scenario.writeback).then_some(0),
             control_steps: 0,
+            frozen_steps: 0,
             is_reader: false,
             lost_data: false,
             last_progress: vec![Default::default(); scenario.workers],
@@ -102,6 +111,9 @@ impl World {
             next_id: 1,
             completed: 0,
             deaths: 0,
+            restores: Some(Prng::new(seed ^ 0xbac4)).filter(|_| (seed / 4).is_multiple_of(2)),
+            backup: None,
+            is_restored: false,
         }
     }
 
@@ -147,7 +159,9 @@ impl World {
             self.start_control_action();
             self.control_steps += 1;
         }
+        self.frozen_steps = self.frozen_steps.saturating_sub(1);
         match self.prng.below(100) {
+            0..40 if self.frozen_steps > 0 => {}
             0..40 => {
                 let worker = self.prng.below(self.scenario.workers as u64) as usize;
                 self.step_worker(worker);
@@ -156,6 +170,11 @@ impl World {
             65..85 => {
                 let ring = self.prng.below(self.scenario.rings as u64) as usize;
                 self.handle_interrupt(ring);
+            }
+            85..95 if self.scenario.freezes && self.prng.percent(2) => {
+                // SIGSTOP: the disk and the guest go on.
+                self.frozen_steps = self.prng.below(100);
+                self.now_us += self.prng.pick(&[0, 1000, 1_000_000, 100_000_000]);
             }
             85..95 => self.now_us += self.prng.below(100),
             _ => {
@@ -223,11 +242,22 @@ impl World {
             survive: if self.scenario.survives { Survive::Always } else { Survive::Never },
             read_only: self.is_reader,
             budget: self.budget,
+            is_restored: self.is_restored,
         };
         match Life::start(&configuration, &self.image) {
-            // The operator tries again.
-            Ok(None) => crash_after(None),
+            Ok(None) => {
+                crash_after(None);
+                if std::mem::take(&mut self.is_restored) {
+                    // The operator throws away the cache, which does not belong to the image any more.
+                    self.directory.remove_arena();
+                }
+                // The operator tries again.
+            }
             Ok(Some(life)) => {
+                self.is_restored = false;
+                if self.restores.as_mut().is_some_and(|prng| prng.percent(50)) {
+                    self.backup = Some(self.image.values());
+                }
                 self.check_loss_marker(&life);
                 // A guest whose data may be lost has reset the device.
                 let reset = || life.cached.arena().clear_data_loss();
@@ -259,13 +289,18 @@ impl World {
         if !self.scenario.survives {
             self.lose_cache();
         } else if keeps_requests {
-            // What completed in this life is judged before its writes are executed again.
-            self.judge_completed();
-            let repeated: Vec<RequestId> = self.rings.iter().flat_map(Ring::not_completed).collect();
-            self.oracle.repeat_writes(&repeated);
+            self.expect_repetition();
         } else {
             self.reset_guest();
         }
+        self.restore_backup();
+    }
+
+    /// The next daemon executes the requests in flight again. What completed in this life is judged before.
+    pub fn expect_repetition(&mut self) {
+        self.judge_completed();
+        let repeated: Vec<RequestId> = self.rings.iter().flat_map(Ring::not_completed).collect();
+        self.oracle.repeat_writes(&repeated);
     }
 
     /// The driver looks at every ring, as it may do at any time.
@@ -301,6 +336,16 @@ impl World {
                 GuestAction::Flush(_) => {}
                 GuestAction::Write(_) | GuestAction::Zero { .. } | GuestAction::Discard => self.lost.push(request.id),
             }
+        }
+    }
+
+    /// Between two daemons somebody copies a backup over the image, and the guest starts with it.
+    fn restore_backup(&mut self) {
+        let is_due = self.scenario.survives && self.restores.as_mut().is_some_and(|prng| prng.percent(10));
+        if let Some(backup) = self.backup.clone().filter(|_| is_due) {
+            self.session.forget_inflight_region();
+            self.forget_all_but(&backup);
+            self.is_restored = true;
         }
     }
 

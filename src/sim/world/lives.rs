@@ -39,6 +39,7 @@ impl World {
             self.memory = memory;
         }
         self.check_records();
+        self.check_clean_records();
         if self.scenario.power_cuts && self.reset.is_none() && self.prng.percent(POWER_CUT_PERCENT) {
             return self.cut_power();
         }
@@ -74,6 +75,27 @@ impl World {
             let dirty_end = record.page.0 * 8 + u64::from(8 - record.dirty.0.leading_zeros().min(8) as u8);
             let is_within = record.dirty.is_empty() || dirty_end <= end;
             assert!(is_within, "{record:?} is dirty beyond the image's {end} sectors");
+        }
+    }
+
+    /// What the records call clean is what the disk holds: the next daemon compares such pages with the image. A page
+    /// that was moving is recorded twice, and a noted zero may or may not be on the disk.
+    fn check_clean_records(&self) {
+        let (records, zeroes) = (self.memory.records(), self.memory.pending_zeroes());
+        let is_dirty = |page| records.iter().any(|(_, record)| record.page == page && !record.dirty.is_empty());
+        let is_zeroed = |sector: u64| zeroes.iter().any(|(_, span)| (span.start..span.end()).contains(&sector));
+        for (frame, record) in records.iter().filter(|(_, record)| !is_dirty(record.page)) {
+            let first = record.page.0 * 8;
+            let clean = (0..8).filter(|at| record.valid.0 >> at & 1 == 1 && first + at < self.settings.image_sectors);
+            for at in clean.filter(|at| !is_zeroed(first + at)) {
+                let (cached, stored) =
+                    (self.memory.get(*frame, at as usize), self.disk.read((first + at - self.base) as usize));
+                let sector = first + at - self.base;
+                assert_eq!(
+                    cached, stored,
+                    "the cache records sector {sector} as clean, and the disk holds another version"
+                );
+            }
         }
     }
 

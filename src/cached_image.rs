@@ -8,6 +8,8 @@
 
 mod report;
 mod rest;
+#[cfg(test)]
+mod tenure_tests;
 mod translate;
 
 use std::collections::VecDeque;

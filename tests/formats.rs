@@ -231,7 +231,8 @@ fn a_kept_cache_does_not_vouch_for_an_image_that_was_replaced_in_place() {
     let directory = image(b"", 4 * MIB);
     let mut daemon = Daemon::start_configured(directory, &[""]);
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
-    session.read(0, 4096);
+    // The cache has the first sector, which looks like no format.
+    session.write(0, &pattern(3, 0, 4096));
     session.write(80, &pattern(4, 80, 4096));
     session.flush();
     daemon.kill();

@@ -22,6 +22,8 @@ mod handed;
 mod ledger;
 mod lost_file;
 mod mapping;
+#[cfg(test)]
+mod marker_tests;
 mod populate;
 mod samples;
 mod survey;

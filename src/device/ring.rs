@@ -144,11 +144,9 @@ impl Ring {
             || planted(PlantedBug::DrainEndsEarly)
     }
 
-    /// Whether the next daemon can repeat every request in flight.
-    pub fn is_repeatable(&self) -> bool {
-        usize::from(self.in_flight) == self.unreadable.len()
-            || self.tracker.is_some()
-            || planted(PlantedBug::AbandonLosesUntracked)
+    /// Whether an inflight region has its requests, so that the next daemon can repeat them.
+    pub fn is_tracked(&self) -> bool {
+        self.tracker.is_some()
     }
 
     /// Whether requests of the previous daemon are still to be taken.

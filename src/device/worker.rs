@@ -28,6 +28,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -38,6 +39,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::cached_image::{CachedImage, WorkerPort};
 use crate::counters::worker::{Activity, WorkerCounters};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fault_injection::{PlantedBug, planted};
 use crate::sandbox::{self, ThreadKind};
 use crate::sys::guarded;
 use crate::units::Tick;
@@ -379,7 +381,10 @@ impl Worker {
                     self.exiting = true;
                 }
                 WorkerCommand::Abandon(untracked) => {
-                    if untracked == Untracked::Lose || self.rings.iter().flatten().all(Ring::is_repeatable) {
+                    // While a worker serves a request to its end, none ends: the request may need what another one has
+                    // submitted to the store.
+                    let all_tracked = self.device.untracked_rings.load(Ordering::Acquire) == 0;
+                    if untracked == Untracked::Lose || all_tracked || planted(PlantedBug::AbandonLosesUntracked) {
                         self.port.close(Duration::ZERO);
                         self.exiting = true;
                     }
@@ -400,12 +405,16 @@ impl Worker {
         if self.rings.len() <= index {
             self.rings.resize_with(index + 1, || None);
         }
-        self.rings[index] = Some(ring);
+        let untracked = u32::from(!ring.is_tracked());
+        self.device.untracked_rings.fetch_add(untracked, Ordering::AcqRel);
+        if let Some(replaced) = self.rings[index].replace(ring) {
+            self.device.untracked_rings.fetch_sub(u32::from(!replaced.is_tracked()), Ordering::AcqRel);
+        }
     }
 
     /// Replies to the commands that waited for rings to complete what they took, as far as they have.
     fn reply_if_drained(&mut self) {
-        let (rings, epoll) = (&mut self.rings, &self.epoll);
+        let (rings, epoll, untracked_rings) = (&mut self.rings, &self.epoll, &self.device.untracked_rings);
         self.stopping.retain(|(index, reply)| {
             let Some(ring) = rings.get_mut(usize::from(*index)).and_then(Option::as_mut) else {
                 let _ = reply.send(None);
@@ -417,6 +426,7 @@ impl Worker {
             ring.give_back();
             let position = ring.position();
             ring.unwatch_kicks(epoll);
+            untracked_rings.fetch_sub(u32::from(!ring.is_tracked()), Ordering::AcqRel);
             rings[usize::from(*index)] = None;
             let _ = reply.send(Some(position));
             false

@@ -1,8 +1,10 @@
 //! The daemons of a simulated world, one after the other: what the next one finds, and what becomes of the requests in
 //! flight.
 
+use std::collections::HashSet;
+
 use crate::cache::{Attempt, PageCache};
-use crate::units::{OpKind, SectorSpan, Unmap};
+use crate::units::{OpKind, PageNo, SectorSpan, Unmap};
 
 use super::super::memory::SimulatedMemory;
 use super::super::oracle::Oracle;
@@ -78,23 +80,20 @@ impl World {
         }
     }
 
-    /// What the records call clean is what the disk holds: the next daemon compares such pages with the image. A page
-    /// that was moving is recorded twice, and a noted zero may or may not be on the disk.
-    fn check_clean_records(&self) {
+    /// What the records call clean is what the disk holds: if the daemon dies, the next one compares such pages with the
+    /// image. A page that is moving is recorded twice, and a noted zero may or may not be on the disk.
+    pub(super) fn check_clean_records(&self) {
         let (records, zeroes) = (self.memory.records(), self.memory.pending_zeroes());
-        let is_dirty = |page| records.iter().any(|(_, record)| record.page == page && !record.dirty.is_empty());
+        let dirty: HashSet<PageNo> =
+            records.iter().filter(|(_, record)| !record.dirty.is_empty()).map(|(_, record)| record.page).collect();
         let is_zeroed = |sector: u64| zeroes.iter().any(|(_, span)| (span.start..span.end()).contains(&sector));
-        for (frame, record) in records.iter().filter(|(_, record)| !is_dirty(record.page)) {
+        for (frame, record) in records.iter().filter(|(_, record)| !dirty.contains(&record.page)) {
             let first = record.page.0 * 8;
             let clean = (0..8).filter(|at| record.valid.0 >> at & 1 == 1 && first + at < self.settings.image_sectors);
             for at in clean.filter(|at| !is_zeroed(first + at)) {
-                let (cached, stored) =
-                    (self.memory.get(*frame, at as usize), self.disk.read((first + at - self.base) as usize));
                 let sector = first + at - self.base;
-                assert_eq!(
-                    cached, stored,
-                    "the cache records sector {sector} as clean, and the disk holds another version"
-                );
+                let (cached, stored) = (self.memory.get(*frame, at as usize), self.disk.read(sector as usize));
+                assert_eq!(cached, stored, "the records call sector {sector} clean, and the disk differs");
             }
         }
     }

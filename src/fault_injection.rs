@@ -49,8 +49,6 @@ pub enum PlantedBug {
     ZeroIsNotedLate,
     /// What a zero that no Sync covers has zeroed is read from the store.
     ZeroesAreReadFromStore,
-    /// What is read in from a discarded range that no Sync covers counts as the store's contents.
-    DiscardedIsTrusted,
     /// The age limit does not apply to what is written and not synced.
     AgeForgetsUnsynced,
     /// Requests that wait for space are resumed in every turn from the end of the pause on: a worker spins while the

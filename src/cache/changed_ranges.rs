@@ -13,7 +13,6 @@
 //! One span that includes all of them is enough: a Sync follows soon, and a page too many costs nothing but its place
 //! until then.
 
-use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{OpKind, PageId, SectorSpan, Unmap};
 
 use super::PageCache;
@@ -72,7 +71,7 @@ impl PageCache {
         // A writer may be about to fill what the read-in was for.
         let has_clean = !page.valid.without(page.dirty).is_empty();
         let changed = self.changed_ranges.lists.iter().flatten().any(|span| span.pages().contains(no));
-        if changed && has_clean && !planted(PlantedBug::DiscardedIsTrusted) {
+        if changed && has_clean {
             self.flushing.note_unsynced_write();
             self.mark_unsynced(id);
         }

@@ -5,7 +5,8 @@
 //! range again, because its contents are undefined. But a guest may have read it in between: what it read stays in the
 //! cache as a clean page, which the store no longer has. The next daemon would find an image that its cache does not
 //! belong to. So a page that is read in from such a range counts as written: it stays in memory and is recorded as
-//! dirty until a Sync covers it, and is written if that Sync fails.
+//! dirty until a Sync covers it, and is written if that Sync fails. If many pages are not durable already, it is
+//! dropped as soon as its readers have it.
 //!
 //! The previous daemon may have left such changes anywhere: so the first Sync of a cache that was restored covers the
 //! whole image.
@@ -16,6 +17,10 @@
 use crate::units::{OpKind, PageId, SectorSpan, Unmap};
 
 use super::PageCache;
+
+/// While so large a part of the frames has pages that are not durable, pages that are only read do not join them: there
+/// may be no successful Sync for long, and reads need frames.
+const READ_UNSTABLE_PART: u32 = 2;
 
 /// See the module. As with pages (`flush.rs`), one list is for what the Sync in flight covers, and one for later ones.
 #[derive(Debug, Default)]
@@ -64,16 +69,22 @@ impl PageCache {
         }
     }
 
-    /// The page got contents from the store.
-    pub(super) fn note_read_in(&mut self, id: PageId) {
+    /// The page got contents from the store. False: it should count as written, and too many pages do so already.
+    pub(super) fn note_read_in(&mut self, id: PageId) -> bool {
         let page = &self.pages[id];
         let no = page.no();
         // A writer may be about to fill what the read-in was for.
         let has_clean = !page.valid.without(page.dirty).is_empty();
         let changed = self.changed_ranges.lists.iter().flatten().any(|span| span.pages().contains(no));
-        if changed && has_clean {
+        if !(changed && has_clean) {
+            return true;
+        }
+        let has_room = page.is_unstable()
+            || self.pages.dirty().unstable_pages() < self.pages.frames().total() / READ_UNSTABLE_PART;
+        if has_room {
             self.flushing.note_unsynced_write();
             self.mark_unsynced(id);
         }
+        has_room
     }
 }

@@ -176,7 +176,6 @@ impl PageCache {
     pub(super) fn advance_clock(&mut self, now: Tick) {
         let hold_us = self.hold_us();
         if self.health.holding()
-            && !planted(PlantedBug::StopUsesUpHold)
             && let Some(failure) = &mut self.health.failure
         {
             let hold_ends = failure.since.plus_us(hold_us);

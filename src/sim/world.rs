@@ -179,7 +179,7 @@ impl World {
             self.memory.crash_after(self.prng.below(12));
         }
         if guest == Guest::Active && self.scenario.stops && self.prng.below(STEPS_PER_STOP) == 0 {
-            self.stop_daemon();
+            self.now_us += self.prng.pick(&[1000, STOP_US]);
         }
         let mut worker_runs = true;
         match self.prng.below(10) {
@@ -222,17 +222,6 @@ impl World {
         }
         if self.step.is_multiple_of(STEPS_PER_RECORDS_CHECK) {
             self.check_clean_records();
-        }
-    }
-
-    /// The daemon is stopped for a while; the disk is not.
-    fn stop_daemon(&mut self) {
-        let before = Tick::from_us(self.now_us);
-        let (short_us, long_us) = (1000, STOP_US);
-        let stopped_us = self.prng.pick(&[short_us, long_us]);
-        self.now_us += stopped_us;
-        if stopped_us == long_us {
-            self.failures.note_stop(before, &self.settings, Tick::from_us(self.now_us));
         }
     }
 

@@ -80,8 +80,8 @@ impl World {
         }
     }
 
-    /// What the records call clean is what the disk holds: if the daemon dies, the next one compares such pages with the
-    /// image. A page that is moving is recorded twice, and a noted zero may or may not be on the disk.
+    /// What the records call clean is what the disk holds: if the daemon dies, the next one compares such pages with
+    /// the image. A page that is moving is recorded twice, and a noted zero may or may not be on the disk.
     pub(super) fn check_clean_records(&self) {
         let (records, zeroes) = (self.memory.records(), self.memory.pending_zeroes());
         let dirty: HashSet<PageNo> =

@@ -342,7 +342,7 @@ fn is_unsynced(cache: &PageCache, no: u64) -> bool {
 #[test]
 fn what_is_read_from_a_discarded_range_is_written_if_the_store_loses_the_discard() {
     for is_lost in [false, true] {
-        let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..settings_of(1024, 1 << 20) });
+        let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..Settings::of(1024, 1 << 20) });
         let now = Tick::from_us(SECOND_US);
         cache.discard(Ticket(9), SectorSpan::new(0, 64));
         complete_all(&mut cache, now);

@@ -136,6 +136,7 @@ fn a_snapshot_of_an_image_never_gets_the_cache_of_the_original() {
     let mut daemon = Daemon::start_configured(directory, &[DEVICE]);
     let bytes = write_and_kill(&mut daemon);
     let root = mount.directory.to_str().expect("UTF-8");
+    let flushed = &pattern(1, 0, 1 << 20)[AT as usize * 512..][..BYTES];
     for is_in_use in [false, true] {
         if is_in_use {
             daemon.restart();
@@ -147,7 +148,9 @@ fn a_snapshot_of_an_image_never_gets_the_cache_of_the_original() {
         std::os::unix::fs::symlink(snapshot.join("image"), directory.path().join("image")).expect("a link");
         let copied = Daemon::start_configured(directory, &[DEVICE]);
         assert!(copied.log().contains("was copied from an image that was in use"), "{}", copied.log());
-        assert!(read(&copied) == pattern(1, AT, BYTES), "what was flushed: {}", copied.log());
+        // The next daemon of the original may have written its dirty pages to the image by now.
+        let found = read(&copied);
+        assert!(found == flushed || is_in_use && found == bytes, "what was flushed: {}", copied.log());
     }
     assert!(read(&daemon) == bytes, "the original has its completed writes: {}", daemon.log());
     daemon.stop();

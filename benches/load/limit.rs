@@ -213,7 +213,7 @@ fn copy(ring: &Ring, request: &Request, buffer: &Arena) -> bool {
         // thread.
         RequestKind::Read => unsafe { cursor.copy_to_guest(0, data, len, None) }.is_ok(),
         // SAFETY: as above.
-        RequestKind::Write => unsafe { cursor.copy_from_guest(0, data, len) }.is_ok(),
+        RequestKind::Write => unsafe { cursor.copy_from_guest(0, data, len, None) }.is_ok(),
         _ => true,
     }
 }

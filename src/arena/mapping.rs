@@ -16,6 +16,7 @@ use crate::sys::cgroup;
 use crate::sys::file::{FallocateMode, fallocate};
 use crate::sys::file_system::FileSystem;
 use crate::sys::memory::exclude_from_dumps;
+use crate::sys::racing::{self, Ahead};
 
 /// Name that /proc shows for the memory of an arena without a path.
 pub(super) const MEMFD_NAME: &CStr = c"genblk-cache";
@@ -164,23 +165,24 @@ impl Mapping {
         unsafe { ptr::copy_nonoverlapping(source, target.as_mut_ptr(), target.len()) };
     }
 
-    /// Copies `len` bytes from byte `source` on to byte `target` on; the two ranges may overlap.
+    /// Copies `len` bytes from byte `source` on to byte `target` on; the two ranges do not overlap.
     ///
-    /// => The caller owns the target's bytes, and no other thread writes the source's meanwhile.
+    /// => Guests may read and write both meanwhile: they get any mixture of old and new bytes.
     pub fn copy(&self, source: usize, target: usize, len: usize) {
+        assert!(source.abs_diff(target) >= len, "the ranges at {source} and {target} overlap");
         crash_point();
-        // SAFETY: both ranges lie within the mapping.
-        unsafe { ptr::copy(self.range(source, len), self.range(target, len), len) };
+        // SAFETY: both ranges lie within the mapping, of which no reference exists, and they do not overlap.
+        unsafe { racing::copy(self.range(source, len), self.range(target, len), len, Ahead::Nothing) };
         self.note_copied(target, len);
     }
 
     /// Fills `len` bytes from byte `at` on with zeros.
     ///
-    /// => The caller owns the bytes.
+    /// => As [`Self::copy`].
     pub fn zero(&self, at: usize, len: usize) {
         crash_point();
-        // SAFETY: the range lies within the mapping.
-        unsafe { ptr::write_bytes(self.range(at, len), 0, len) };
+        // SAFETY: the range lies within the mapping, of which no reference exists.
+        unsafe { racing::zero(self.range(at, len), len) };
         self.note_copied(at, len);
     }
 

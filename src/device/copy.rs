@@ -6,16 +6,12 @@ use crate::cached_image::WorkerPort;
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 use crate::virtio::Status;
-use crate::virtio::guest_copy::{BadAddress, CACHE_LINE_BYTES, GuestCursor, prefetch};
+use crate::virtio::guest_copy::{BadAddress, GuestCursor};
 use crate::virtio::request::RequestKind;
 
 use super::pending::Pending;
 use super::requests::{CopiedPiece, Requests};
 use super::ring::Ring;
-
-/// How much of a frame is prefetched before a write fills it: enough for the processor to see the pattern and to fetch
-/// the rest by itself.
-const WRITE_PREFETCH_LINES: usize = 4;
 
 impl Requests {
     /// Copies every ready piece. With its last piece a read is finished: the driver need not wait for the cache.
@@ -114,27 +110,21 @@ fn copy(
 ) -> Result<(), BadAddress> {
     let offset = u64::from(piece.at) * SECTOR_BYTES;
     let len = piece.count as usize * SECTOR_SIZE;
+    // Over several pages the processor's own prefetcher does as well, and explicit hints slow it down.
+    let next = next.filter(|_| len <= PAGE_SIZE).map(<*mut u8>::cast_const);
     match (memory, kind) {
         (None, _) => cursor.fill_zeros(offset, len),
         (Some(frames), RequestKind::Write) => {
-            next.into_iter().for_each(prefetch_start);
             // SAFETY: the piece pins its frames, which hold these sectors: `len` bytes of the arena, which no reference
             // covers and which is mapped apart from guest memory. The cache marks the sectors as pending, so no read-in
             // and no write-back touches them. Other requests of the guest may read or write them at the same time, on
             // other workers; the callee allows that.
-            unsafe { cursor.copy_from_guest(offset, frames, len) }
+            unsafe { cursor.copy_from_guest(offset, frames, len, next) }
         }
         (Some(frames), _) => {
-            // Over several pages the processor's own prefetcher does as well, and explicit hints slow it down.
-            let next = next.filter(|_| len <= PAGE_SIZE).map(<*mut u8>::cast_const);
             // SAFETY: as above. Writes of the guest to these sectors may be copied in at the same time; the callee
             // allows that, and the guest reads old or new bytes, as on any disk.
             unsafe { cursor.copy_to_guest(offset, frames, len, next) }
         }
     }
-}
-
-/// Prefetches the start of a frame that is to be filled.
-fn prefetch_start(frame: *mut u8) {
-    (0..WRITE_PREFETCH_LINES).for_each(|line| prefetch(frame.wrapping_add(line * CACHE_LINE_BYTES)));
 }

@@ -15,6 +15,7 @@ pub mod memory;
 pub mod poll;
 pub mod privileges;
 pub mod process;
+pub mod racing;
 pub mod random;
 pub mod regions;
 pub mod shared_words;

@@ -10,8 +10,9 @@ use virtio_bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, GuestAddress, VolatileMemory, VolatileSlice};
 
+use crate::sys::racing::prefetch;
 use crate::virtio::GuestRam;
-use crate::virtio::guest_copy::{GuestRange, prefetch, read_once};
+use crate::virtio::guest_copy::{GuestRange, read_once};
 
 #[cfg(test)]
 mod tests;

@@ -11,11 +11,8 @@
 //! reader gets a mixture of old and new bytes, as from any disk under overlapping requests.
 //!
 //! No reference to guest memory or to a frame is ever formed; all access is through raw pointers. Bulk data is copied
-//! without looking at it. Bytes that steer the daemon are fetched with volatile reads ([`read_once`]), so that the
-//! compiler cannot fetch them again after they were checked. By the letter of Rust's memory model a plain copy that
-//! races is undefined behaviour all the same, and Rust has no stable byte-wise atomic copy. Like other users of
-//! rust-vmm, this module relies on `copy_nonoverlapping` of bytes being compiled to plain loads and stores, for which a
-//! race is harmless.
+//! without looking at it, by instructions for which a race is harmless ([`racing`]). Bytes that steer the daemon are
+//! fetched with volatile reads ([`read_once`]), so that the compiler cannot fetch them again after they were checked.
 
 use std::fmt;
 use std::ptr;
@@ -23,13 +20,11 @@ use std::ptr;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::fault_injection::crash_point;
+use crate::sys::racing::{self, Ahead};
 use crate::virtio::{GuestRam, Status};
 
 #[cfg(test)]
 mod tests;
-
-/// Bytes of a line of the processor's cache. Only prefetching depends on it.
-pub const CACHE_LINE_BYTES: usize = 64;
 
 /// A range of guest memory as a descriptor gives it, unchecked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +64,8 @@ impl<'a> GuestCursor<'a> {
         Self { mem, ranges, index: 0, start: 0 }
     }
 
-    /// Copies `len` bytes at byte `offset` of the data from the guest to `target`.
+    /// Copies `len` bytes at byte `offset` of the data from the guest to `target`. `next`, if given, is the target of the
+    /// next copy, which is prefetched meanwhile.
     ///
     /// # Safety
     /// `target` is valid for writes of `len` bytes, is not guest memory, and no reference covers it. Others may read or
@@ -78,13 +74,19 @@ impl<'a> GuestCursor<'a> {
     ///
     /// # Errors
     /// [`BadAddress`] if part of the section is outside the data or outside guest memory.
-    pub unsafe fn copy_from_guest(&mut self, offset: u64, target: *mut u8, len: usize) -> Result<(), BadAddress> {
+    pub unsafe fn copy_from_guest(
+        &mut self,
+        offset: u64,
+        target: *mut u8,
+        len: usize,
+        next: Option<*const u8>,
+    ) -> Result<(), BadAddress> {
         self.for_each_chunk(offset, len, |done, guest, count| {
             crash_point();
             // SAFETY: `guest` is valid for `count` bytes of mapped guest memory (for_each_chunk), `target` for `len`
             // bytes, of which this chunk is `done..done + count` (caller). They do not overlap (caller). Others may
             // access both at the same time: see the module.
-            unsafe { ptr::copy_nonoverlapping(guest, target.add(done), count) };
+            unsafe { racing::copy(guest, target.add(done), count, ahead(next, done, Ahead::Write)) };
         })
     }
 
@@ -105,11 +107,9 @@ impl<'a> GuestCursor<'a> {
         len: usize,
         next: Option<*const u8>,
     ) -> Result<(), BadAddress> {
-        self.for_each_chunk(offset, len, |done, guest, count| match next {
+        self.for_each_chunk(offset, len, |done, guest, count| {
             // SAFETY: as in copy_from_guest, with source and target exchanged.
-            None => unsafe { ptr::copy_nonoverlapping(source.add(done), guest, count) },
-            // SAFETY: as above.
-            Some(next) => unsafe { copy_with_prefetch(source.add(done), guest, count, next.wrapping_add(done)) },
+            unsafe { racing::copy(source.add(done), guest, count, ahead(next, done, Ahead::Read)) };
         })
     }
 
@@ -142,7 +142,7 @@ impl<'a> GuestCursor<'a> {
     pub fn fill_zeros(&mut self, offset: u64, len: usize) -> Result<(), BadAddress> {
         self.for_each_chunk(offset, len, |_, guest, count| {
             // SAFETY: `guest` is valid for writes of `count` bytes of mapped guest memory (for_each_chunk).
-            unsafe { ptr::write_bytes(guest, 0, count) };
+            unsafe { racing::zero(guest, count) };
         })
     }
 
@@ -208,6 +208,12 @@ impl<'a> GuestCursor<'a> {
     }
 }
 
+/// What to prefetch during the chunk of a copy that begins at byte `done`.
+#[inline]
+fn ahead(next: Option<*const u8>, done: usize, kind: impl FnOnce(*const u8) -> Ahead) -> Ahead {
+    next.map_or(Ahead::Nothing, |next| kind(next.wrapping_add(done)))
+}
+
 /// Calls `f(bytes before it, host address, length)` for each region's part of the `len` bytes at `addr`, in order.
 #[inline]
 fn for_each_mapping(
@@ -228,38 +234,6 @@ fn for_each_mapping(
         done += slice.len();
     }
     if done == len { Ok(()) } else { Err(BadAddress) }
-}
-
-/// Prefetches the cache line that holds the byte at `address`, which need not be valid. Does nothing except on x86-64.
-#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables, reason = "there is no portable prefetch"))]
-pub fn prefetch(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch is a hint. It reads nothing that the program could see, and no address makes it fault.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
-    };
-}
-
-/// Copies `len` bytes, and prefetches as many at `next` meanwhile, line by line.
-///
-/// => A page that was not used recently is in none of the processor's caches, and the processor's prefetcher stops at
-///    page boundaries. Without this, every copy of a page begins with a wait for memory. (Measured on an EPYC: 185 ns
-///    for a page out of 128 MiB, 245 ns if only the start of the next page is prefetched, 270 ns without prefetching;
-///    and no loss where everything is in the processor's cache.)
-///
-/// # Safety
-/// `source` is valid for reads and `target` for writes of `len` bytes, and they do not overlap. Others may access the
-/// bytes at the same time: see the module. `next` may be any address.
-unsafe fn copy_with_prefetch(source: *const u8, target: *mut u8, len: usize, next: *const u8) {
-    let mut done = 0;
-    while len - done >= CACHE_LINE_BYTES {
-        prefetch(next.wrapping_add(done));
-        // SAFETY: within `len` bytes of both (loop condition).
-        unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), CACHE_LINE_BYTES) };
-        done += CACHE_LINE_BYTES;
-    }
-    // SAFETY: `done` is at most `len`, so this is the rest of both.
-    unsafe { ptr::copy_nonoverlapping(source.add(done), target.add(done), len - done) };
 }
 
 /// Fills `target` from guest memory at `addr`, fetching each byte exactly once.

@@ -57,7 +57,7 @@ fn copies_agree_with_a_flat_model() {
                 _ => {
                     let mut bytes = vec![0xee; len];
                     // SAFETY: the vector has `len` bytes, and only this test uses it.
-                    unsafe { cursor.copy_from_guest(offset as u64, bytes.as_mut_ptr(), len) }.unwrap();
+                    unsafe { cursor.copy_from_guest(offset as u64, bytes.as_mut_ptr(), len, None) }.unwrap();
                     assert_eq!(bytes, model[offset..offset + len], "seed {seed} step {step}");
                 }
             }

@@ -239,11 +239,16 @@ impl CachedImage {
 
     /// Moves notices that are not for `worker` to the mailboxes of their workers. Returns those mailboxes, whose
     /// workers the caller wakes.
+    #[inline]
     fn route_notices(&self, worker: u64, notices: &mut Vec<Notice>) -> Vec<Arc<Mailbox>> {
-        let mut recipients: Vec<Arc<Mailbox>> = Vec::new();
         if notices.iter().all(|notice| worker_of(notice) == worker) {
-            return recipients;
+            return Vec::new();
         }
+        self.post_to_others(worker, notices)
+    }
+
+    fn post_to_others(&self, worker: u64, notices: &mut Vec<Notice>) -> Vec<Arc<Mailbox>> {
+        let mut recipients: Vec<Arc<Mailbox>> = Vec::new();
         let mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
         notices.retain(|notice| {
             let other = worker_of(notice);
@@ -500,8 +505,11 @@ impl WorkerPort {
         wake(&image.name, &image.route_notices(*worker, notices));
         self.submit();
         let retry = self.store.retry_after().map(|pause| now.plus_us(low_us(pause)));
-        let due = [deadline, retry].into_iter().flatten().min();
-        if self.notices.is_empty() { due } else { Some(now) }
+        match (deadline, retry) {
+            _ if !self.notices.is_empty() => Some(now),
+            (Some(deadline), Some(retry)) => Some(deadline.min(retry)),
+            (due, None) | (None, due) => due,
+        }
     }
 
     /// Ends the use of the store: waits for at most `patience` until the operations in flight have completed. The rest
@@ -553,6 +561,7 @@ impl Drop for WorkerPort {
 }
 
 /// Wakes the workers that have new notices.
+#[inline]
 fn wake(name: &str, recipients: &[Arc<Mailbox>]) {
     for mailbox in recipients {
         if let Err(e) = mailbox.waker.notify() {
@@ -562,7 +571,17 @@ fn wake(name: &str, recipients: &[Arc<Mailbox>]) {
 }
 
 /// Moves the cache's new store operations to the backlog. Returns whether a request waits for one of them.
+#[inline]
 fn take_ops(
+    cache: &mut PageCache,
+    image: &CachedImage,
+    counters: &WorkerCounters,
+    backlog: &mut VecDeque<IoRequest>,
+) -> bool {
+    cache.has_new_ops() && take_new_ops(cache, image, counters, backlog)
+}
+
+fn take_new_ops(
     cache: &mut PageCache,
     image: &CachedImage,
     counters: &WorkerCounters,

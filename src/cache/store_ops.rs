@@ -184,6 +184,11 @@ impl PageCache {
         (op.kind, op.span, op.since)
     }
 
+    /// Whether [`PageCache::take_ops`] has any operation to hand out.
+    pub fn has_new_ops(&self) -> bool {
+        !self.store_ops.queued.is_empty()
+    }
+
     /// Hands out the operations that the owner has not started yet, in order.
     ///
     /// => The frames of an operation stay held until [`PageCache::complete`] gets its tag.

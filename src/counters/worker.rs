@@ -9,7 +9,7 @@ use super::layout::{
     ACTIVITY, BLOCK_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUESTS, STORE, STORE_OPERATIONS, TOTALS_WORDS,
 };
 use super::{Class, Operation};
-use crate::sys::shared_words::SharedWords;
+use crate::sys::shared_words::{SharedWords, WordBlock};
 use crate::units::OpClass;
 
 /// How a worker spends its time.
@@ -65,7 +65,7 @@ impl Counters {
     /// If there is no such worker.
     pub fn of_worker(&self, worker: usize) -> WorkerCounters {
         assert!(worker < self.workers(), "worker {worker} of {}", self.workers());
-        let counters = WorkerCounters { words: Arc::clone(&self.words), first: self.first + worker * BLOCK_WORDS };
+        let counters = WorkerCounters(WordBlock::new(&self.words, self.first + worker * BLOCK_WORDS));
         counters.forget_in_flight();
         counters
     }
@@ -76,22 +76,21 @@ impl Counters {
     }
 }
 
+/// Adds to a word. It has no other writer, so that a load and a store do what a locked addition would.
+#[inline]
+fn add(word: &AtomicU64, more: u64) {
+    word.store(word.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
+}
+
 /// One worker's counters.
 ///
 /// => Clones are for parts of the same worker, never for other threads.
 #[derive(Clone, Debug)]
-pub struct WorkerCounters {
-    words: Arc<SharedWords>,
-    first: usize,
-}
+pub struct WorkerCounters(WordBlock<BLOCK_WORDS>);
 
 impl WorkerCounters {
-    fn word(&self, at: usize) -> &AtomicU64 {
-        &self.words.words()[self.first + at]
-    }
-
     fn completed(&self, histogram: usize) -> u64 {
-        (histogram..histogram + BUCKETS).map(|at| self.word(at).load(Ordering::Relaxed)).sum()
+        (histogram..histogram + BUCKETS).map(|at| self.0[at].load(Ordering::Relaxed)).sum()
     }
 
     /// Makes as many requests and operations begun as have completed.
@@ -99,24 +98,23 @@ impl WorkerCounters {
         for operation in Operation::ALL {
             let classes = Class::ALL.into_iter().filter(|class| class.operation == operation);
             let completed = classes.map(|class| self.completed(REQUESTS + class.index() * HISTOGRAM_WORDS)).sum();
-            self.word(OPERATIONS + operation as usize * TOTALS_WORDS).store(completed, Ordering::Relaxed);
+            self.0[OPERATIONS + operation as usize * TOTALS_WORDS].store(completed, Ordering::Relaxed);
         }
         for class in OpClass::ALL {
             let completed = self.completed(STORE + class as usize * HISTOGRAM_WORDS);
-            self.word(STORE_OPERATIONS + class as usize * TOTALS_WORDS).store(completed, Ordering::Relaxed);
+            self.0[STORE_OPERATIONS + class as usize * TOTALS_WORDS].store(completed, Ordering::Relaxed);
         }
     }
 
-    /// Adds to a word. There is no other writer, so that a load and a store do what a locked addition would.
     fn add(&self, at: usize, more: u64) {
-        let word = self.word(at);
-        word.store(word.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
+        add(&self.0[at], more);
     }
 
     fn record(&self, histogram: usize, ns: u64, count: u64) {
-        self.add(histogram + bucket_of(ns), count);
-        self.add(histogram + BUCKETS, ns.saturating_mul(count));
-        let max = self.word(histogram + BUCKETS + 1);
+        let histogram = &self.0[histogram..histogram + HISTOGRAM_WORDS];
+        add(&histogram[bucket_of(ns)], count);
+        add(&histogram[BUCKETS], ns.saturating_mul(count));
+        let max = &histogram[BUCKETS + 1];
         if ns > max.load(Ordering::Relaxed) {
             max.store(ns, Ordering::Relaxed);
         }

@@ -13,6 +13,9 @@ use crate::virtio::request::RequestKind;
 
 use super::pending::Pending;
 
+/// A worker that does not sleep counts its turns after so many of them at the latest.
+const TURNS_MAX: u64 = 64;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Tally {
@@ -21,11 +24,15 @@ pub(super) struct Tally {
     turn: Tick,
     /// The present turn has found work.
     has_work: bool,
-    /// How many requests the turn has taken and completed, by [`Class::ALL`].
-    quick: [u64; Class::ALL.len()],
+    /// Turns that found work and are not counted yet, and how long they took.
+    turns: u64,
+    busy_ns: u64,
+    /// How many requests the turn has taken and completed, by [`Operation::ALL`].
+    quick: [u64; Operation::ALL.len()],
     /// Requests of earlier turns that this one has completed, and when those turns began.
     waited: Vec<(Class, Tick)>,
-    has_quick: bool,
+    /// The operations with `quick` requests, as bits.
+    quick_operations: u8,
 }
 
 impl Tally {
@@ -35,20 +42,32 @@ impl Tally {
             counters,
             turn: Tick::ZERO,
             has_work: false,
-            quick: [0; Class::ALL.len()],
+            turns: 0,
+            busy_ns: 0,
+            quick: [0; Operation::ALL.len()],
             waited: Vec::new(),
-            has_quick: false,
+            quick_operations: 0,
         }
     }
 
     /// A turn begins.
+    #[inline]
     pub fn begin_turn(&mut self, now: Tick) {
         self.settle(now);
         if std::mem::take(&mut self.has_work) {
-            self.counters.count(Activity::Turns, 1);
-            self.counters.count(Activity::BusyNs, now.since_ns(self.turn));
+            self.turns += 1;
+            self.busy_ns += now.since_ns(self.turn);
+            if self.turns == TURNS_MAX {
+                self.count_turns();
+            }
         }
         self.turn = now;
+    }
+
+    /// Counts the turns before the present one.
+    pub fn count_turns(&mut self) {
+        self.counters.count(Activity::Turns, std::mem::take(&mut self.turns));
+        self.counters.count(Activity::BusyNs, std::mem::take(&mut self.busy_ns));
     }
 
     /// The present turn has found work. It takes until the next one begins: a worker does not sleep after such a turn.
@@ -85,8 +104,8 @@ impl Tally {
         };
         self.counters.request_ended(operation, bytes, *status == Status::Ok);
         if *since == self.turn {
-            self.quick[Class::new(operation, Served::Memory).index()] += 1;
-            self.has_quick = true;
+            self.quick[operation as usize] += 1;
+            self.quick_operations |= 1 << operation as u8;
         } else {
             self.waited.push((Class::new(operation, Served::Waited), *since));
         }
@@ -94,7 +113,7 @@ impl Tally {
 
     /// Whether requests have completed whose time is not counted yet.
     pub fn is_open(&self) -> bool {
-        self.has_quick || self.has_waited()
+        self.quick_operations != 0 || self.has_waited()
     }
 
     /// Whether requests of earlier turns have completed whose time is not counted yet.
@@ -104,13 +123,13 @@ impl Tally {
 
     /// Counts the requests that have completed: they completed at `now`.
     pub fn settle(&mut self, now: Tick) {
-        if std::mem::take(&mut self.has_quick) {
-            let ns = now.since_ns(self.turn);
-            for (class, count) in Class::ALL.into_iter().zip(&mut self.quick) {
-                if *count > 0 {
-                    self.counters.requests_completed(class, ns, std::mem::take(count));
-                }
-            }
+        let ns = now.since_ns(self.turn);
+        let mut operations = std::mem::take(&mut self.quick_operations);
+        while operations != 0 {
+            let operation = Operation::ALL[operations.trailing_zeros() as usize];
+            let count = std::mem::take(&mut self.quick[operation as usize]);
+            self.counters.requests_completed(Class::new(operation, Served::Memory), ns, count);
+            operations &= operations - 1;
         }
         for (class, since) in self.waited.drain(..) {
             self.counters.requests_completed(class, now.since_ns(since), 1);

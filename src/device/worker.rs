@@ -154,6 +154,7 @@ impl Worker {
             if self.requests.tally.is_open() {
                 self.settle_tally();
             }
+            self.requests.tally.count_turns();
             if !self.enable_notifications() {
                 self.counters.count(Activity::Sleeps, 1);
                 self.sleep(self.timeout_ms());

@@ -283,8 +283,11 @@ impl StoreQueue for UringQueue {
     }
 
     fn kick(&mut self) {
-        if self.retry.is_some_and(|(_, end)| Instant::now() < end) {
-            return;
+        match self.retry {
+            // Only a failure leaves entries in the submission queue.
+            None if self.ready.is_empty() => return,
+            Some((_, end)) if Instant::now() < end => return,
+            _ => {}
         }
         // Normally one round: the queue has room for every slot, and the kernel accepts all of it.
         loop {

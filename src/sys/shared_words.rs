@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::memfd;
@@ -86,6 +88,38 @@ impl Drop for SharedWords {
     }
 }
 
+/// `N` adjacent words, with their address at hand.
+#[derive(Clone, Debug)]
+pub struct WordBlock<const N: usize> {
+    words: *const [AtomicU64; N],
+    _mapping: Arc<SharedWords>,
+}
+
+// SAFETY: the mapping lives as long as the value, and its words are accessed as atomics only.
+unsafe impl<const N: usize> Send for WordBlock<N> {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Sync for WordBlock<N> {}
+
+impl<const N: usize> WordBlock<N> {
+    /// The words from the index `first` on.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn new(mapping: &Arc<SharedWords>, first: usize) -> Self {
+        let words: *const [AtomicU64] = &raw const mapping.words()[first..first + N];
+        Self { words: words.cast(), _mapping: Arc::clone(mapping) }
+    }
+}
+
+impl<const N: usize> Deref for WordBlock<N> {
+    type Target = [AtomicU64; N];
+    #[inline]
+    fn deref(&self) -> &[AtomicU64; N] {
+        // SAFETY: the words are in the mapping (new), which lives as long as the value.
+        unsafe { &*self.words }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,5 +132,15 @@ mod tests {
         assert_eq!((reader.load(7), reader.load(0)), (42, 0));
         assert!(file.set_len(0).is_err(), "the file cannot be cut short");
         assert!(SharedWords::map(&file, 9).is_err());
+    }
+
+    #[test]
+    fn a_block_is_a_part_of_the_words() {
+        let (words, _) = SharedWords::create(8).unwrap();
+        let words = Arc::new(words);
+        let block = WordBlock::<3>::new(&words, 5);
+        words.store(7, 42);
+        drop(words);
+        assert_eq!(block[2].load(Ordering::Relaxed), 42);
     }
 }

@@ -115,6 +115,7 @@ impl Pages {
     }
 
     /// Loads what a lookup of the page will read into the CPU's cache.
+    #[inline]
     pub fn prefetch_lookup(&self, no: PageNo) {
         if let Some(id) = self.table.find(no) {
             let frame = self.table[id].frame();
@@ -325,6 +326,7 @@ impl Pages {
     }
 
     /// A guest asks for a page again.
+    #[inline]
     pub fn touch(&mut self, id: PageId, no: PageNo) {
         self.policy.touch(id, no);
         if let Some(readers) = &mut self.readers {

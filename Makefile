@@ -12,7 +12,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test test-guest check sim mutants fuzz loom miri sanitize bystander soak \
-	bench bench-scale bench-policy bench-page
+	bench bench-scale bench-policy bench-page bench-turn
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | column -t -s @
@@ -88,6 +88,9 @@ bench-scale: setup ## how cost grows with sizes and numbers
 bench-policy: ## replacement against LRU, CLOCK, ARC and OPT, and readahead; fails where a target is missed
 	$(CARGO) bench --locked --bench miss_ratio
 	$(CARGO) bench --locked --bench readahead
+
+bench-turn: ## CPU time of a cached request in a worker, in nanoseconds
+	$(CARGO) bench --locked --bench turn_cost
 
 bench-page: ## CPU time of the cache itself for a page, in nanoseconds: sees changes that a whole machine hides
 	$(CARGO) bench --locked --bench page_cost

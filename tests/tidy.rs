@@ -123,7 +123,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
             "units",
         ],
     ),
-    ("virtio", &["sync", "shared_memory", "fault_injection", "error", "units"]),
+    ("virtio", &["sys", "sync", "shared_memory", "fault_injection", "error", "units"]),
     (
         "cached_image",
         &["cache", "store", "arena", "counters", "tenure", "waker", "fault_injection", "config", "error", "units"],

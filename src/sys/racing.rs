@@ -1,8 +1,8 @@
 //! Copies of bytes that others may write at the same time.
 //!
 //! By Rust's memory model a plain copy that races is undefined behaviour, even where every mixture of old and new bytes
-//! will do, and there is no stable byte-wise atomic copy. The model ends at an assembler instruction, so on x86-64 these
-//! copies consist of such. (Elsewhere, and in Miri, they are plain copies.)
+//! will do, and there is no stable byte-wise atomic copy. The model ends at an assembler instruction, so on x86-64
+//! these copies consist of such. (Elsewhere, and in Miri, they are plain copies.)
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 use std::arch::asm;

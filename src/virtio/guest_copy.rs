@@ -64,8 +64,8 @@ impl<'a> GuestCursor<'a> {
         Self { mem, ranges, index: 0, start: 0 }
     }
 
-    /// Copies `len` bytes at byte `offset` of the data from the guest to `target`. `next`, if given, is the target of the
-    /// next copy, which is prefetched meanwhile.
+    /// Copies `len` bytes at byte `offset` of the data from the guest to `target`. `next`, if given, is the target of
+    /// the next copy, which is prefetched meanwhile.
     ///
     /// # Safety
     /// `target` is valid for writes of `len` bytes, is not guest memory, and no reference covers it. Others may read or

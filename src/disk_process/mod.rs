@@ -114,7 +114,7 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
 struct Open {
     image: Arc<CachedImage>,
     io_mode: &'static str,
-    /// See [`crate::arena::Received`].
+    /// See [`crate::arena::ReceivedArena`].
     is_cache_removed: Arc<AtomicBool>,
     /// An empty file in the place of the cache's file, which lost its name, until a worker leaves the cache.
     lost: Option<std::result::Result<File, String>>,

@@ -11,7 +11,7 @@
 //! reader gets a mixture of old and new bytes, as from any disk under overlapping requests.
 //!
 //! No reference to guest memory or to a frame is ever formed; all access is through raw pointers. Bulk data is copied
-//! without looking at it, by instructions for which a race is harmless ([`racing`]). Bytes that steer the daemon are
+//! without looking at it, by instructions for which a race is harmless (`sys::racing`). Bytes that steer the daemon are
 //! fetched with volatile reads ([`read_once`]), so that the compiler cannot fetch them again after they were checked.
 
 use std::fmt;

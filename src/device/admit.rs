@@ -245,7 +245,9 @@ impl Requests {
 
     /// Ends the part of long requests, and of DISCARDs, whose rings drain: the rings need not complete the rest.
     ///
-    /// => A long request was taken last from its ring. It has not completed, so it can be executed again.
+    /// => A long request was taken last from its ring. It has not completed, so it can be executed again. A long write
+    ///    then overwrites what an overlapping write has written meanwhile. Both were in flight, and virtio gives no
+    ///    order to such requests.
     /// => A DISCARD is a hint: the rest of it can be left out.
     pub(super) fn cut_short(
         &mut self,

@@ -71,7 +71,7 @@ impl Budget {
     }
 
     /// Whether a read or write of so many pages is long.
-    pub(super) fn is_long(&self, pages: u64) -> bool {
+    pub fn is_long(&self, pages: u64) -> bool {
         pages > self.long_pages
     }
 

@@ -289,8 +289,13 @@ impl World {
     }
 
     fn await_all(&mut self, receivers: Vec<Receiver<()>>, task: impl Fn(Vec<Receiver<()>>) -> Task) -> bool {
+        let count = receivers.len();
         let waiting: Vec<_> = receivers.into_iter().filter(|receiver| reply(receiver).is_none()).collect();
         let ended = waiting.is_empty();
+        if waiting.len() < count {
+            // Rings drain before they get new memory.
+            self.expect_long_requests_again(0..self.rings.len());
+        }
         self.session.task = (!ended).then(|| task(waiting));
         ended
     }
@@ -304,6 +309,7 @@ impl World {
         let taken_since = position.next_avail.wrapping_sub(ring.available_at_stop);
         assert!(taken_since.cast_signed() <= 0, "vring {index} takes {taken_since} requests after it was to stop");
         ring.stopped_at = position.next_avail;
+        self.expect_long_requests_again(index..index + 1);
     }
 
     fn rings_stopped(&mut self, next: Next) {
@@ -387,6 +393,7 @@ impl World {
             self.expect_repetition();
         } else {
             self.rings.iter_mut().for_each(|ring| ring.stopped_at = ring.used_idx());
+            self.expect_long_requests_again(0..self.rings.len());
         }
         true
     }

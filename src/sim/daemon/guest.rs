@@ -181,10 +181,10 @@ impl Ring {
     }
 
     /// The requests in flight that are not on the used ring.
-    pub fn not_completed(&self) -> Vec<RequestId> {
+    pub fn not_completed(&self) -> impl Iterator<Item = &Submitted> {
         let pushed: Vec<u16> = self.unseen().map(|(head, _)| head).collect();
-        let open = self.chains.iter().filter(|(head, _)| !pushed.contains(head));
-        open.map(|(_, chain)| chain.request.id).collect()
+        let open = self.chains.iter().filter(move |(head, _)| !pushed.contains(head));
+        open.map(|(_, chain)| &chain.request)
     }
 
     /// The elements of the used ring that the driver has not seen, as (head, length).

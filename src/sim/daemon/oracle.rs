@@ -362,3 +362,24 @@ impl Oracle {
         assert!(self.may_hold(at, value), "the image holds {value:#x} in sector {at} (page {}): {sector:#x?}", at / 8);
     }
 }
+
+#[test]
+fn a_write_that_is_executed_again_may_overwrite_one_that_completed_meanwhile() {
+    let read_back = |is_repeated: bool| {
+        let mut sector = Sector::holding(0);
+        let effect = |id| Effect { id, value: id, submitted: id, failed: None };
+        sector.begin_effect(effect(1));
+        sector.begin_read(2);
+        assert!(sector.end_read(2, Some(1)), "a write in flight may be read");
+        sector.begin_effect(effect(3));
+        sector.complete_effect(3);
+        if is_repeated {
+            sector.repeat(&[1]);
+        }
+        sector.complete_effect(1);
+        sector.begin_read(4);
+        sector.end_read(4, Some(1))
+    };
+    assert!(read_back(true));
+    assert!(!read_back(false), "each write takes effect once");
+}

@@ -1,6 +1,7 @@
 //! One simulated world: a guest, a front-end, daemons one after the other, and a disk, all driven by one seed on one
 //! thread.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
@@ -299,7 +300,18 @@ impl World {
     /// The next daemon executes the requests in flight again. What completed in this life is judged before.
     pub fn expect_repetition(&mut self) {
         self.judge_completed();
-        let repeated: Vec<RequestId> = self.rings.iter().flat_map(Ring::not_completed).collect();
+        let repeated: Vec<RequestId> =
+            self.rings.iter().flat_map(Ring::not_completed).map(|request| request.id).collect();
+        self.oracle.repeat_writes(&repeated);
+    }
+
+    /// These rings have drained: a long request that the device had begun was cut short, and is executed again from its
+    /// beginning.
+    pub fn expect_long_requests_again(&mut self, rings: Range<usize>) {
+        let budget = self.budget;
+        let not_completed = self.rings[rings].iter().flat_map(Ring::not_completed);
+        let long = not_completed.filter(|request| budget.is_long(request.span.pages().count));
+        let repeated: Vec<RequestId> = long.map(|request| request.id).collect();
         self.oracle.repeat_writes(&repeated);
     }
 

@@ -64,7 +64,7 @@ impl Scenario {
             writeback: prng.percent(85),
             resizes: prng.percent(20),
             survives,
-            freezes: prng.percent(0),
+            freezes: prng.percent(30),
             reader_percent: if survives { prng.pick(&[0, 0, 0, 30]) } else { 0 },
             behaviour: Behaviour {
                 latency_us_max: prng.pick(&[10, 1000, 100_000]),

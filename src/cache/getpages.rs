@@ -216,8 +216,6 @@ impl PageCache {
                     let missing = missing_sectors(&self.pages[id]);
                     self.pages.zero_sectors(id, missing);
                     self.pages.change(id, |page| page.valid = page.valid.or(missing));
-                    // One that is not to be kept is dropped by nobody: its waiters have not got it yet.
-                    let _ = self.note_read_in(id);
                     true
                 }
                 None => false,
@@ -304,11 +302,7 @@ impl PageCache {
                 });
             }
         }
-        let is_kept = self.note_read_in(id);
         self.settle_waiters(id);
-        if !is_kept {
-            self.forget_clean(self.span_of(self.pages[id].no(), 1));
-        }
     }
 
     /// The page could not be read. If the read was on demand, its waiters fail; if readahead made it, they get a read

@@ -22,9 +22,6 @@ impl PageCache {
     ) -> (u32, u32) {
         self.pages.restore(records);
         self.restore_zeroes(zeroes);
-        if self.pages.len() > 0 {
-            self.note_changes_before_restore();
-        }
         self.throttle.restored(self.pages.dirty().dirty_pages());
         (self.pages.len(), self.pages.dirty().dirty_pages())
     }

@@ -29,8 +29,6 @@ const HIGH_SECTOR: u64 = 1 << 37;
 /// The invariants are recounted once in so many steps: what breaks one does not mend it by itself.
 const STEPS_PER_CHECK: u64 = 4;
 
-/// The records of the frames are compared with the disk once in so many steps, and at each crash.
-const STEPS_PER_RECORDS_CHECK: u64 = 16;
 /// Steps between two times that the daemon is stopped, on average.
 const STEPS_PER_STOP: u64 = 200;
 /// A long stop: longer than any hold, and than any pause before the next try.
@@ -219,9 +217,6 @@ impl World {
         if crashes || self.step.is_multiple_of(STEPS_PER_CHECK) {
             let pinned: Vec<_> = self.copies.iter().flat_map(|(_, piece)| piece.frames()).collect();
             self.cache.check(&pinned);
-        }
-        if self.step.is_multiple_of(STEPS_PER_RECORDS_CHECK) {
-            self.check_clean_records();
         }
     }
 

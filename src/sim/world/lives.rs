@@ -1,10 +1,8 @@
 //! The daemons of a simulated world, one after the other: what the next one finds, and what becomes of the requests in
 //! flight.
 
-use std::collections::HashSet;
-
 use crate::cache::{Attempt, PageCache};
-use crate::units::{OpKind, PageNo, SectorSpan, Unmap};
+use crate::units::{OpKind, SectorSpan, Unmap};
 
 use super::super::memory::SimulatedMemory;
 use super::super::oracle::Oracle;
@@ -41,7 +39,6 @@ impl World {
             self.memory = memory;
         }
         self.check_records();
-        self.check_clean_records();
         if self.scenario.power_cuts && self.reset.is_none() && self.prng.percent(POWER_CUT_PERCENT) {
             return self.cut_power();
         }
@@ -77,24 +74,6 @@ impl World {
             let dirty_end = record.page.0 * 8 + u64::from(8 - record.dirty.0.leading_zeros().min(8) as u8);
             let is_within = record.dirty.is_empty() || dirty_end <= end;
             assert!(is_within, "{record:?} is dirty beyond the image's {end} sectors");
-        }
-    }
-
-    /// What the records call clean is what the disk holds: if the daemon dies, the next one compares such pages with
-    /// the image. A page that is moving is recorded twice, and a noted zero may or may not be on the disk.
-    pub(super) fn check_clean_records(&self) {
-        let (records, zeroes) = (self.memory.records(), self.memory.pending_zeroes());
-        let dirty: HashSet<PageNo> =
-            records.iter().filter(|(_, record)| !record.dirty.is_empty()).map(|(_, record)| record.page).collect();
-        let is_zeroed = |sector: u64| zeroes.iter().any(|(_, span)| (span.start..span.end()).contains(&sector));
-        for (frame, record) in records.iter().filter(|(_, record)| !dirty.contains(&record.page)) {
-            let first = record.page.0 * 8;
-            let clean = (0..8).filter(|at| record.valid.0 >> at & 1 == 1 && first + at < self.settings.image_sectors);
-            for at in clean.filter(|at| !is_zeroed(first + at)) {
-                let sector = first + at - self.base;
-                let (cached, stored) = (self.memory.get(*frame, at as usize), self.disk.read(sector as usize));
-                assert_eq!(cached, stored, "the records call sector {sector} clean, and the disk differs");
-            }
         }
     }
 

@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::mem;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -98,6 +98,9 @@ pub struct CachedImage {
     readers: Mutex<Vec<Reader>>,
     /// Number of those that use it at present.
     reader_count: AtomicUsize,
+    /// Rings that run without an inflight region, of all workers of all devices: a request on one of them may need what
+    /// any worker has submitted to the store.
+    pub untracked_rings: AtomicU32,
     /// When tick 0 was.
     opened: Instant,
     /// Records the image's change token.
@@ -123,6 +126,7 @@ impl CachedImage {
             name: name.to_owned(),
             rest,
             cache: Mutex::new(cache),
+            untracked_rings: AtomicU32::new(0),
             _populator: Populator::start(name, &arena),
             arena,
             backing,

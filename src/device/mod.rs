@@ -31,7 +31,7 @@ mod tally;
 pub mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::arena::Arena;
 use crate::counters::worker::Counters;
@@ -73,8 +73,6 @@ pub struct Device {
     pub counters: Counters,
     /// The bounds of each worker.
     pub budget: Budget,
-    /// Rings that run without an inflight region, of all workers.
-    pub(super) untracked_rings: AtomicU32,
 }
 
 impl Device {
@@ -104,7 +102,6 @@ impl Device {
             poll_us,
             counters,
             budget,
-            untracked_rings: AtomicU32::new(0),
         })
     }
 

@@ -384,7 +384,7 @@ impl Worker {
                 WorkerCommand::Abandon(untracked) => {
                     // While a worker serves a request to its end, none ends: the request may need what another one has
                     // submitted to the store.
-                    let all_tracked = self.device.untracked_rings.load(Ordering::Acquire) == 0;
+                    let all_tracked = self.port.image().untracked_rings.load(Ordering::Acquire) == 0;
                     if untracked == Untracked::Lose || all_tracked || planted(PlantedBug::AbandonLosesUntracked) {
                         self.port.close(Duration::ZERO);
                         self.exiting = true;
@@ -407,15 +407,16 @@ impl Worker {
             self.rings.resize_with(index + 1, || None);
         }
         let untracked = u32::from(!ring.is_tracked());
-        self.device.untracked_rings.fetch_add(untracked, Ordering::AcqRel);
+        let untracked_rings = &self.port.image().untracked_rings;
+        untracked_rings.fetch_add(untracked, Ordering::AcqRel);
         if let Some(replaced) = self.rings[index].replace(ring) {
-            self.device.untracked_rings.fetch_sub(u32::from(!replaced.is_tracked()), Ordering::AcqRel);
+            untracked_rings.fetch_sub(u32::from(!replaced.is_tracked()), Ordering::AcqRel);
         }
     }
 
     /// Replies to the commands that waited for rings to complete what they took, as far as they have.
     fn reply_if_drained(&mut self) {
-        let (rings, epoll, untracked_rings) = (&mut self.rings, &self.epoll, &self.device.untracked_rings);
+        let (rings, epoll, untracked_rings) = (&mut self.rings, &self.epoll, &self.port.image().untracked_rings);
         self.stopping.retain(|(index, reply)| {
             let Some(ring) = rings.get_mut(usize::from(*index)).and_then(Option::as_mut) else {
                 let _ = reply.send(None);

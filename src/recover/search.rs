@@ -14,6 +14,7 @@ use crate::arena::{ArenaFile, Header, ImageFacts, Whose};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
+use crate::store::file::look_at;
 use crate::store::named::{ImageKind, NamedImage};
 use crate::sys::process::effective_uid;
 use crate::systemd::ServiceManager;
@@ -44,10 +45,7 @@ pub(super) fn is_of(record: &Record, facts: &ImageFacts) -> bool {
 fn is_of_original(record: &Record, facts: &ImageFacts) -> bool {
     let CachePlace::Path(path) = &record.cache else { return false };
     let Ok(Some(header)) = ArenaFile::peek(path, whose()) else { return false };
-    let original = &header.image.identity;
-    header.tenure.is_some_and(|tenure| tenure.id == record.tenure)
-        && original.device != facts.identity.device
-        && is_at(original, &header.image.path)
+    header.tenure.is_some_and(|tenure| tenure.id == record.tenure) && is_copy(&header.image, &facts.identity)
 }
 
 /// A cache that may belong to an image.
@@ -261,9 +259,8 @@ impl Search<'_> {
         let (old, new) = (&left.identity, &image.identity);
         let is_device = self.image.kind() == ImageKind::Device;
         if !is_device && old.inode == new.inode && old.born_ns == new.born_ns && old.born_ns != 0 {
-            // The file system is mounted again, unless the original is still there: then this is a copy of it, as in a
-            // snapshot.
-            return if is_at(old, &left.path) { None } else { Some(Likeness::Same) };
+            // The file system is mounted again, unless the original is still there.
+            return if is_copy(left, new) { None } else { Some(Likeness::Same) };
         }
         if is_device && !left.alias.is_empty() && !image.alias.is_empty() {
             return (left.alias == image.alias).then_some(Likeness::Same);
@@ -285,10 +282,15 @@ fn files_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
     fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect()
 }
 
-/// Whether a path leads to the file with this identity.
-fn is_at(identity: &ImageId, path: &Path) -> bool {
-    let found: io::Result<fs::Metadata> = fs::metadata(path);
-    found.is_ok_and(|found| found.dev() == identity.device && found.ino() == identity.inode)
+/// Whether a file is a copy of the image of a cache, as in a snapshot: the path of the image leads to its twin in another
+/// file system.
+///
+/// => Device numbers change when file systems are mounted again, so the recorded one shows nothing.
+fn is_copy(of: &ImageFacts, file: &ImageId) -> bool {
+    look_at(&of.path).is_ok_and(|(twin, _)| {
+        let is_same_file = twin.inode == file.inode && twin.born_ns == file.born_ns && file.inode != 0;
+        is_same_file && of.identity.inode == file.inode && twin.device != file.device
+    })
 }
 
 /// Whose caches are looked at. Root looks at all of them, and uses its own.

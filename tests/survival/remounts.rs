@@ -148,9 +148,11 @@ fn a_snapshot_of_an_image_never_gets_the_cache_of_the_original() {
         std::os::unix::fs::symlink(snapshot.join("image"), directory.path().join("image")).expect("a link");
         let copied = Daemon::start_configured(directory, &[DEVICE]);
         assert!(copied.log().contains("was copied from an image that was in use"), "{}", copied.log());
-        // The next daemon of the original may have written its dirty pages to the image by now.
+        // A disk process whose supervisor died, or the next one, may have written dirty pages to the original by now.
         let found = read(&copied);
-        assert!(found == flushed || is_in_use && found == bytes, "what was flushed: {}", copied.log());
+        let pages = found.chunks(4096).zip(flushed.chunks(4096).zip(bytes.chunks(4096)));
+        let is_as_expected = |(found, (flushed, written))| found == flushed || found == written;
+        assert!(pages.into_iter().all(is_as_expected), "flushed or written pages: {}", copied.log());
     }
     assert!(read(&daemon) == bytes, "the original has its completed writes: {}", daemon.log());
     daemon.stop();

@@ -282,8 +282,8 @@ fn files_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
     fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect()
 }
 
-/// Whether a file is a copy of the image of a cache, as in a snapshot: the path of the image leads to its twin in another
-/// file system.
+/// Whether a file is a copy of the image of a cache, as in a snapshot: the path of the image leads to its twin in
+/// another file system.
 ///
 /// => Device numbers change when file systems are mounted again, so the recorded one shows nothing.
 fn is_copy(of: &ImageFacts, file: &ImageId) -> bool {

@@ -19,6 +19,9 @@ use crate::sys::socket::{Peer, connect_without_waiting, peer};
 /// How often to look whether the lock is free.
 const POLL: Duration = Duration::from_millis(10);
 
+/// A name that is taken, although nobody listens, is free after this time, or another user has it.
+const ENDED_MAX: Duration = Duration::from_secs(1);
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct HostLock(UnixListener);
@@ -29,16 +32,29 @@ impl AsFd for HostLock {
     }
 }
 
-/// Who holds the lock of this name, if that is a daemon of this user or of root. Another user must not be able to keep
-/// the image from its owner by taking the name.
-fn holder(name: &str) -> Option<Peer> {
+/// Who holds the lock of this name.
+#[derive(Debug)]
+enum Holder {
+    /// Nobody.
+    None,
+    /// A daemon of this user or of root.
+    Daemon(Peer),
+    /// Another user, who must not be able to keep the image from its owner by taking the name.
+    Other,
+}
+
+fn holder(name: &str) -> Holder {
     let holder = match connect_without_waiting(name.as_bytes()) {
-        Ok(stream) => peer(&stream).ok()?,
+        Ok(stream) => peer(&stream),
         // Its queue is full of those who have asked.
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Peer { pid: 0, uid: effective_uid() },
-        Err(_) => return None,
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Peer { pid: 0, uid: effective_uid() }),
+        Err(e) => Err(e),
     };
-    (holder.uid == 0 || holder.uid == effective_uid()).then_some(holder)
+    match holder {
+        Ok(holder) if holder.uid == 0 || holder.uid == effective_uid() => Holder::Daemon(holder),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Holder::None,
+        _ => Holder::Other,
+    }
 }
 
 impl HostLock {
@@ -60,11 +76,15 @@ impl HostLock {
                 thread::sleep(POLL);
                 continue;
             }
-            let Some(holder) = holder(name) else {
-                warn!("the name @{name} is taken by another user: no other daemon is kept from the export");
-                return Ok(None);
-            };
-            return Err(in_use(&holder));
+            match holder(name) {
+                Holder::Daemon(holder) => return Err(in_use(&holder)),
+                // It has just ended.
+                Holder::None if Instant::now() < until + ENDED_MAX => thread::sleep(POLL),
+                _ => {
+                    warn!("the name @{name} is taken by another user: no other daemon is kept from the export");
+                    return Ok(None);
+                }
+            }
         }
     }
 
@@ -74,7 +94,7 @@ impl HostLock {
     /// As [`HostLock::acquire`].
     pub fn check_free(name: &str, patience: Duration) -> io::Result<()> {
         let until = Instant::now() + patience;
-        while let Some(holder) = holder(name) {
+        while let Holder::Daemon(holder) = holder(name) {
             if Instant::now() >= until {
                 return Err(in_use(&holder));
             }

@@ -305,14 +305,14 @@ impl World {
         self.oracle.repeat_writes(&repeated);
     }
 
-    /// These rings have drained: a long request that the device had begun was cut short, and is executed again from its
-    /// beginning.
+    /// These rings may have drained: then a long request that the device had begun was cut short, and is executed again
+    /// from its beginning.
     pub fn expect_long_requests_again(&mut self, rings: Range<usize>) {
         let budget = self.budget;
         let not_completed = self.rings[rings].iter().flat_map(Ring::not_completed);
         let long = not_completed.filter(|request| budget.is_long(request.span.pages().count));
         let repeated: Vec<RequestId> = long.map(|request| request.id).collect();
-        self.oracle.repeat_writes(&repeated);
+        self.oracle.may_repeat_writes(&repeated);
     }
 
     /// The driver looks at every ring, as it may do at any time.

@@ -9,7 +9,7 @@
 //!
 //! ```
 //! # use std::{sync::Arc, time::Duration};
-//! # use genblk::{store::{Backing, faulty::FaultyImage}, units::Fault};
+//! # use genblk::{store::{Backing, faulty::FaultyImage}, units::{Fault, OpClass}};
 //! # fn drill(disk: Arc<dyn Backing>) {
 //! let (image, faults) = FaultyImage::new(disk);
 //! faults.fail_nth(OpClass::Write, 3, Fault::NoSpace);

@@ -241,7 +241,7 @@ impl NbdQueue {
         match reconnector.ask(feared).and_then(|()| watch()) {
             Ok(()) => self.is_connecting = true,
             // The next daemon repeats what is in flight.
-            Err(e) => error!("{}: the daemon that makes connections has ended ({e})", self.remote.label),
+            Err(e) => error!("{}: the supervisor, which makes connections, has ended ({e})", self.remote.label),
         }
     }
 
@@ -265,7 +265,7 @@ impl NbdQueue {
                 self.client.gone();
             }
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                error!("{label}: the daemon that makes connections has ended");
+                error!("{label}: the supervisor, which makes connections, has ended");
             }
             Err(e) => {
                 warn!("{label}: a connection was lost on its way ({e}); connecting again");

@@ -3,8 +3,8 @@
 # is missing, and is quick when nothing is.
 #
 # It leaves the host as it is. apt adds packages and removes none; the guest's kernel is unpacked under target/guest/
-# and never installed, so no boot loader learns of it; the list of package sources does not change. The Rust toolchain
-# is checked, not installed.
+# and never installed, so no boot loader learns of it, and Prometheus under target/prometheus, so no service starts; the
+# list of package sources does not change. The Rust toolchain is checked, not installed.
 set -eu
 
 PATH=$PATH:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin
@@ -208,6 +208,27 @@ unpack_kernel() {
     mv "$fresh" "$guest/$version"
 }
 
+# Prometheus and promtool, for the tests of the exporter. They are skipped without it, so a failure is no error.
+
+has_prometheus() {
+    for folder in "$root/target/prometheus/usr/bin/" ""; do
+        if "${folder}prometheus" --version >/dev/null 2>&1 && "${folder}promtool" --version >/dev/null 2>&1; then
+            return
+        fi
+    done
+    return 1
+}
+
+unpack_prometheus() {
+    scratch
+    say "downloading prometheus for the tests of the exporter; it is unpacked to target/prometheus, not installed"
+    (cd "$work" && apt-get $quiet -o APT::Sandbox::User="$(id -un)" download prometheus) || return 1
+    rm -rf "$root/target/prometheus"
+    mkdir -p "$root/target/prometheus"
+    dpkg-deb --fsys-tarfile "$work"/prometheus_*.deb |
+        tar -x -C "$root/target/prometheus" ./usr/bin/prometheus ./usr/bin/promtool
+}
+
 check_rust
 
 [ -r /etc/os-release ] || die "this is neither Debian nor Ubuntu; the list of what to install is in $0"
@@ -242,7 +263,10 @@ need mount "losetup, for the benchmark's disks" has losetup
 kernel=yes
 guest_kernel >/dev/null 2>&1 || kernel=
 
-if [ -z "$qemu$missing" ] && [ -n "$kernel" ]; then
+prometheus=
+has_prometheus || prometheus=missing
+
+if [ -z "$qemu$missing$prometheus" ] && [ -n "$kernel" ]; then
     say "nothing is missing"
     exit 0
 fi
@@ -270,5 +294,10 @@ if [ -n "$qemu$missing" ]; then
     fi
 fi
 [ -n "$kernel" ] || unpack_kernel
+if [ -n "$prometheus" ] && ! unpack_prometheus; then
+    # The lists may be missing, or older than the mirror.
+    update_lists
+    unpack_prometheus || say "prometheus cannot be had: the tests that need it will be skipped"
+fi
 guest_kernel >/dev/null
 say "done"

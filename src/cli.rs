@@ -14,6 +14,7 @@ use clap::Parser;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::error::ErrorKind as ClapKind;
 
+use crate::client::exporter::{ExporterOptions, ListenAddress};
 use crate::client::{Numbers, StatOptions, View};
 use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, report};
 use crate::error::{Error, ErrorKind, Result};
@@ -80,13 +81,10 @@ pub enum Action {
     },
     /// Show what the devices of the daemon at this control socket do.
     Stat(PathBuf, StatOptions),
-    /// Print the metrics of the daemon at this control socket, or serve them at a TCP address.
-    Export {
-        /// The control socket.
-        socket: PathBuf,
-        /// The address; without it the metrics are printed once.
-        listen: Option<String>,
-    },
+    /// Print the metrics of a daemon.
+    PrintMetrics(ExporterOptions),
+    /// Serve the metrics of a daemon at an address.
+    ServeMetrics(ListenAddress, ExporterOptions),
 }
 
 /// Commands other than serving.
@@ -131,12 +129,16 @@ pub enum ClientCommand {
     Stat(StatArguments),
     /// Export metrics of a running daemon to Prometheus
     Exporter {
-        /// Serve GET /metrics over HTTP at this TCP address, such as 127.0.0.1:9950
-        #[arg(long, value_name = "ADDRESS:PORT", required_unless_present = "once")]
-        listen: Option<String>,
-        /// Print the metrics to standard output and exit
+        /// Serve GET /metrics over HTTP at this TCP address (127.0.0.1:9950), at this path of a Unix domain socket
+        /// (/run/genblk-exporter.sock), or on the socket of the unit (systemd)
+        #[arg(long, value_name = "ADDRESS", required_unless_present = "once")]
+        listen: Option<ListenAddress>,
+        /// Print the metrics to standard output and exit, such as for node_exporter's textfile directory
         #[arg(long, conflicts_with = "listen")]
         once: bool,
+        /// Of histograms, show only the sum and the count
+        #[arg(long)]
+        no_histograms: bool,
         /// Control socket of the daemon
         #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
         socket: PathBuf,
@@ -250,7 +252,13 @@ impl ClientCommand {
                 return Ok(Action::List { socket, device, json });
             }
             Self::Stat(arguments) => return arguments.action(),
-            Self::Exporter { listen, socket, once: _ } => return Ok(Action::Export { socket, listen }),
+            Self::Exporter { listen, socket, no_histograms, once: _ } => {
+                let options = ExporterOptions { socket, with_buckets: !no_histograms };
+                return Ok(match listen {
+                    Some(address) => Action::ServeMetrics(address, options),
+                    None => Action::PrintMetrics(options),
+                });
+            }
         };
         if image.is_some() && caches.len() > 1 {
             return Err(Error::new(ErrorKind::Config, "--image names the image of one CACHE; recover them one by one"));

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 
 use genblk::check;
 use genblk::cli::{self, Action};
-use genblk::client::{self, ControlClient, exporter};
+use genblk::client::exporter::{self, TextFormat};
+use genblk::client::{self, ControlClient};
 use genblk::disk_process;
 use genblk::error::{Error, ErrorKind, Result};
 use genblk::logging;
@@ -51,8 +52,15 @@ fn run(action: Action) -> Result<()> {
             print(&client::list(&mut ControlClient::connect(&socket)?, device, json)?);
         }
         Action::Stat(socket, options) => return client::stat(&mut ControlClient::connect(&socket)?, &options),
-        Action::Export { socket, listen: None } => print(&exporter::metrics(&socket)),
-        Action::Export { socket, listen: Some(address) } => return exporter::serve(&address, &socket),
+        Action::PrintMetrics(options) => {
+            let (text, asked) = exporter::metrics(&options, TextFormat::Prometheus);
+            print(&text);
+            // That it cannot be asked is a metric, and so a success.
+            if let Err(e) = asked {
+                eprintln!("genblk: {e}");
+            }
+        }
+        Action::ServeMetrics(address, options) => return exporter::serve(&address, &options),
         Action::TakeOver(image, memory_dir) => print(&recover::take_over(&image, &memory_dir)?),
     }
     Ok(())

@@ -3,60 +3,17 @@
 #[path = "common/mod.rs"]
 mod common;
 
-use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use common::daemon::{Daemon, TempDir, send, server_binary};
+use common::control::{genblk, start, stdout_of};
+use common::daemon::send;
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
-
-const IMAGE_BYTES: u64 = 8 << 20;
-
-/// Starts a daemon with the disks `d0` and `d1`; `d1` has no image if `is_broken`.
-fn start(name: &str, is_broken: bool) -> (Daemon, PathBuf) {
-    let directory = TempDir::new(name);
-    let paths = directory.path().to_path_buf();
-    let control = paths.join("control.sock");
-    let mut text = format!("[control]\nsocket = {control:?}\n");
-    for disk in ["d0", "d1"] {
-        let (image, socket) = (paths.join(format!("{disk}.img")), paths.join(format!("{disk}.sock")));
-        if !(is_broken && disk == "d1") {
-            fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image can be created");
-        }
-        text += &format!(
-            "[[device]]\nname = \"{disk}\"\nsocket = {socket:?}\nimage = {image:?}\ncache.size = \"4M\"\n\
-             cache.memory_dir = {:?}\n",
-            directory.memory()
-        );
-    }
-    let config = paths.join("genblk.toml");
-    fs::write(&config, text).expect("a configuration can be written");
-    let mut command = Command::new(server_binary());
-    command.arg("--config").arg(config);
-    let served: &[&str] = if is_broken { &["d0"] } else { &["d0", "d1"] };
-    let sockets = served.iter().map(|disk| paths.join(format!("{disk}.sock"))).collect();
-    let daemon = Daemon::launch(directory, command, sockets);
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
-    (daemon, control)
-}
-
-/// Runs `genblk` with these arguments, against the control socket.
-fn genblk(control: &Path, arguments: &[&str]) -> Output {
-    Command::new(server_binary()).args(arguments).arg("--socket").arg(control).output().expect("genblk runs")
-}
-
-#[track_caller]
-fn stdout_of(output: &Output) -> String {
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout.clone()).expect("text")
-}
 
 /// A varlink connection.
 struct Varlink(BufReader<UnixStream>);
@@ -249,53 +206,4 @@ fn a_stream_sends_statistics_until_the_client_hangs_up() {
         .collect();
     assert!(times.windows(2).all(|pair| pair[1] >= pair[0] + 90_000), "{times:?}");
     varlink.0.get_ref().set_read_timeout(Some(Duration::from_secs(1))).expect("a timeout can be set");
-}
-
-#[test]
-fn the_exporter_shows_the_same_numbers_in_a_format_that_promtool_accepts() {
-    let (daemon, control) = start("control-metrics", true);
-    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
-    session.write(0, &[1; 4096]);
-    (0..5).for_each(|_| drop(session.read(0, 4096)));
-    await_requests(&control, "d0", [5, 1, 0]);
-    let text = stdout_of(&genblk(&control, &["exporter", "--once"]));
-    let has = |line: &str| assert!(text.lines().any(|found| found == line), "{line} in {text}");
-    has("genblk_up 1");
-    has("genblk_device_state{device=\"d1\",state=\"failed\"} 1");
-    has("genblk_request_duration_seconds_count{device=\"d0\",operation=\"read\",served=\"memory\"} 5");
-    has("genblk_read_bytes_total{device=\"d0\"} 20480");
-    let promtool =
-        Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let Ok(mut promtool) = promtool else {
-        eprintln!("skipped a part: promtool is not installed (package prometheus)");
-        return;
-    };
-    promtool.stdin.take().expect("it is piped").write_all(text.as_bytes()).expect("promtool reads");
-    let checked = promtool.wait_with_output().expect("promtool ends");
-    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
-}
-
-#[test]
-fn the_exporter_serves_metrics_over_http_and_survives_bad_requests() {
-    let (_daemon, control) = start("control-http", false);
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
-    let address = format!("127.0.0.1:{port}");
-    let mut exporter = Command::new(server_binary());
-    exporter.args(["exporter", "--listen", &address]).arg("--socket").arg(&control);
-    let mut exporter = exporter.spawn().expect("genblk runs");
-    let ask = |request: &str| {
-        let mut stream = TcpStream::connect(&address).ok()?;
-        stream.write_all(request.as_bytes()).ok()?;
-        let mut reply = String::new();
-        stream.read_to_string(&mut reply).ok().map(|_| reply)
-    };
-    let scrape = || ask("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").filter(|reply| reply.starts_with("HTTP/1.1 200"));
-    let reply = poll_until("the exporter", PATIENCE, scrape);
-    assert!(reply.contains("\ngenblk_up 1\n"), "{reply}");
-    assert!(ask("GET / HTTP/1.1\r\n\r\n").is_some_and(|reply| reply.starts_with("HTTP/1.1 404")));
-    assert!(ask("BREW /pot HTCPCP/1.0\r\n\r\n").is_some_and(|reply| reply.starts_with("HTTP/1.1 400")));
-    let silent = TcpStream::connect(&address).expect("it listens");
-    assert!(scrape().is_some(), "a client that sends nothing is cut off");
-    drop(silent);
-    exporter.kill().and_then(|()| exporter.wait()).expect("it ends");
 }

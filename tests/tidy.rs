@@ -30,7 +30,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("check", &["recover", "listener", "store", "arena", "systemd", "sys", "config", "error", "units"]),
     ("cli", &["client", "config", "error", "units"]),
     // The commands that ask a running daemon, and the interface by which they do.
-    ("client", &["control", "counters", "error", "units"]),
+    ("client", &["control", "counters", "sys", "error", "units"]),
     ("control", &["counters"]),
     ("config", &["nbd_uri", "error", "units"]),
     ("logging", &["sandbox", "sys"]),

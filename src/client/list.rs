@@ -2,7 +2,7 @@
 
 use super::ControlClient;
 use super::table::{Numbers, TextTable};
-use crate::control::wire::{DeviceState, DeviceStatus, Devices, ListParameters};
+use crate::control::wire::{DeviceStatus, Devices, ListParameters};
 use crate::error::Result;
 
 /// The devices as a table, or as the daemon sent them.
@@ -25,7 +25,7 @@ fn table(devices: &[DeviceStatus]) -> String {
         let mode = if device.read_only { "read-only" } else { &device.mode };
         table.row(vec![
             device.name.clone(),
-            word(device.state).to_owned(),
+            device.state.word().to_owned(),
             device.front_end.map_or_else(|| "-".to_owned(), |front_end| format!("pid {}", front_end.pid)),
             device.image.clone(),
             bytes(device.image_bytes),
@@ -40,20 +40,10 @@ fn table(devices: &[DeviceStatus]) -> String {
     table.render(true, false) + &reasons
 }
 
-fn word(state: DeviceState) -> &'static str {
-    match state {
-        DeviceState::Opening => "opening",
-        DeviceState::Failed => "failed",
-        DeviceState::Serving => "serving",
-        DeviceState::Ending => "ending",
-        DeviceState::Ended => "ended",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::wire::FrontEnd;
+    use crate::control::wire::{DeviceState, FrontEnd};
 
     #[test]
     fn a_device_that_is_not_served_has_its_reason_below_the_table() {
@@ -65,6 +55,7 @@ mod tests {
             image: "/srv/vm1.img".to_owned(),
             socket: "/run/genblk/vm1.sock".to_owned(),
             read_only: false,
+            serial: "vm1".to_owned(),
             mode: "writeback".to_owned(),
             front_end: Some(FrontEnd { pid: 4242, uid: 0 }),
             image_bytes: Some(20 << 30),

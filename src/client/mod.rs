@@ -1,16 +1,16 @@
 //! The commands that look at a running daemon through its control socket: `genblk list`, `genblk stat` and `genblk
-//! exporter`. They use
-//! the interface of [`crate::control`] and nothing else of the daemon.
+//! exporter`. They use the interface of [`crate::control`] and nothing else of the daemon.
 
 pub mod exporter;
 mod list;
+mod sample;
 mod stat;
 mod table;
 
 use std::io;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,12 +19,17 @@ use serde_json::Value;
 use crate::control::connection::VarlinkConnection;
 use crate::control::wire::{MethodCall, MethodReply, NAME};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::socket::connect_to_path_without_waiting;
 
 pub use list::list;
 pub use stat::{Numbers, StatOptions, View, stat};
 
 /// How long the daemon may take to reply: it waits for nothing.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest reply: the statistics of thousands of disks.
+const REPLY_BYTES_MAX: usize = 64 << 20;
+/// How often to try to connect to a daemon whose queue of connections is full.
+const CONNECT_POLL: Duration = Duration::from_millis(20);
 
 /// A connection to a daemon.
 #[derive(Debug)]
@@ -39,7 +44,32 @@ impl ControlClient {
     /// # Errors
     /// [`ErrorKind::NoDaemon`] if no daemon listens there, and [`ErrorKind::Control`] if it cannot be connected to.
     pub fn connect(path: &Path) -> Result<Self> {
+        let client = Self::open(path, Instant::now() + REPLY_TIMEOUT)?;
+        let set = client.connection.stream().set_read_timeout(Some(REPLY_TIMEOUT));
+        set.map_err(|e| client.failed("cannot wait for replies", e))?;
+        Ok(client)
+    }
+
+    /// As [`ControlClient::connect`], for calls that all end at `until`, whatever the daemon does.
+    ///
+    /// # Errors
+    /// As [`ControlClient::connect`].
+    pub fn connect_until(path: &Path, until: Instant) -> Result<Self> {
+        let Self { connection, shown } = Self::open(path, until)?;
+        Ok(Self { connection: connection.with_deadline(until), shown })
+    }
+
+    fn open(path: &Path, until: Instant) -> Result<Self> {
         let shown = path.display().to_string();
+        let stream = loop {
+            match connect_to_path_without_waiting(path) {
+                // The daemon's queue of connections is full.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
+                    thread::sleep(CONNECT_POLL);
+                }
+                connected => break connected,
+            }
+        };
         let failed = |e: io::Error| match e.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Error::io(
                 ErrorKind::NoDaemon,
@@ -49,11 +79,18 @@ impl ControlClient {
                 ),
                 e,
             ),
+            io::ErrorKind::PermissionDenied => Error::io(
+                ErrorKind::Control,
+                format!(
+                    "cannot connect to the daemon's control socket {shown} (root, the daemon's user and the group of \
+                     its [control] table may)"
+                ),
+                e,
+            ),
             _ => Error::io(ErrorKind::Control, format!("cannot connect to the daemon's control socket {shown}"), e),
         };
-        let stream = UnixStream::connect(path).map_err(failed)?;
-        stream.set_read_timeout(Some(REPLY_TIMEOUT)).map_err(failed)?;
-        Ok(Self { connection: VarlinkConnection::new(stream), shown })
+        let connection = VarlinkConnection::new(stream.map_err(failed)?).with_longest_message(REPLY_BYTES_MAX);
+        Ok(Self { connection, shown })
     }
 
     /// Calls a method and returns its results.
@@ -90,6 +127,9 @@ impl ControlClient {
     }
 
     fn failed(&self, what: &str, e: io::Error) -> Error {
+        if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
+            return Error::new(ErrorKind::Control, format!("the daemon at {} does not reply", self.shown));
+        }
         Error::io(ErrorKind::Control, format!("the daemon at {}: {what}", self.shown), e)
     }
 }

@@ -2,11 +2,12 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Longest message in bytes.
+/// Longest message in bytes, unless the receiver takes longer ones.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
 /// One end of a connection.
@@ -15,12 +16,39 @@ pub struct VarlinkConnection {
     stream: UnixStream,
     /// Bytes that were received and belong to messages that were not returned yet.
     received: Vec<u8>,
+    /// Longest message in bytes that is received.
+    bytes_max: usize,
+    /// After this, neither end is waited for.
+    until: Option<Instant>,
 }
 
 impl VarlinkConnection {
     /// Sends and receives messages on `stream`.
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream, received: Vec::new() }
+        Self { stream, received: Vec::new(), bytes_max: MESSAGE_BYTES_MAX, until: None }
+    }
+
+    /// The connection of a receiver that takes messages of this length.
+    #[must_use]
+    pub fn with_longest_message(self, bytes: usize) -> Self {
+        Self { bytes_max: bytes, ..self }
+    }
+
+    /// The connection of which every call ends at `until`, whatever the other end does.
+    #[must_use]
+    pub fn with_deadline(self, until: Instant) -> Self {
+        Self { until: Some(until), ..self }
+    }
+
+    /// How long the next system call may wait, if there is a deadline.
+    fn bound_next_call(&self) -> io::Result<()> {
+        let Some(until) = self.until else { return Ok(()) };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.set_write_timeout(Some(left))
     }
 
     /// The stream, for its options.
@@ -44,11 +72,12 @@ impl VarlinkConnection {
                     .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e));
             }
             searched = self.received.len();
-            if searched > MESSAGE_BYTES_MAX {
-                let why = format!("a message is longer than {MESSAGE_BYTES_MAX} bytes");
+            if searched > self.bytes_max {
+                let why = format!("a message is longer than {} bytes", self.bytes_max);
                 return Err(io::Error::new(io::ErrorKind::InvalidData, why));
             }
             let mut chunk = [0; 4096];
+            self.bound_next_call()?;
             match self.stream.read(&mut chunk)? {
                 0 if searched == 0 => return Ok(None),
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -64,12 +93,15 @@ impl VarlinkConnection {
     pub fn send(&mut self, message: &impl Serialize) -> io::Result<()> {
         let mut bytes = serde_json::to_vec(message)?;
         bytes.push(0);
+        self.bound_next_call()?;
         self.stream.write_all(&bytes)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use serde_json::{Value, json};
 
     use super::*;
@@ -103,5 +135,33 @@ mod tests {
         assert_eq!(connection.receive::<Value>().unwrap_err().kind(), io::ErrorKind::InvalidData);
         drop(connection);
         let _ = sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_deadline_ends_a_message_that_comes_byte_by_byte() {
+        let (mut raw, connection) = pair();
+        let until = Instant::now() + Duration::from_millis(50);
+        let sender = std::thread::spawn(move || {
+            while raw.write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let mut connection = connection.with_deadline(until);
+        let kind = connection.receive::<Value>().unwrap_err().kind();
+        assert!(matches!(kind, io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{kind}");
+        assert!(Instant::now() >= until);
+        drop(connection);
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_receiver_may_take_longer_messages() {
+        let (mut raw, connection) = pair();
+        let text = "x".repeat(2 * MESSAGE_BYTES_MAX);
+        let message = serde_json::to_vec(&text).unwrap();
+        let sender = std::thread::spawn(move || raw.write_all(&[message, vec![0]].concat()));
+        let received = connection.with_longest_message(4 * MESSAGE_BYTES_MAX).receive::<String>();
+        assert!(received.unwrap().is_some_and(|received| received == text));
+        sender.join().unwrap().unwrap();
     }
 }

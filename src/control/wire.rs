@@ -53,6 +53,22 @@ pub enum DeviceState {
     Ended,
 }
 
+impl DeviceState {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Opening, Self::Failed, Self::Serving, Self::Ending, Self::Ended];
+
+    /// Its word in the interface.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Opening => "opening",
+            Self::Failed => "failed",
+            Self::Serving => "serving",
+            Self::Ending => "ending",
+            Self::Ended => "ended",
+        }
+    }
+}
+
 /// A device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
@@ -64,6 +80,7 @@ pub struct DeviceStatus {
     pub image: String,
     pub socket: String,
     pub read_only: bool,
+    pub serial: String,
     pub mode: String,
     pub front_end: Option<FrontEnd>,
     pub image_bytes: Option<u64>,
@@ -109,9 +126,10 @@ impl From<&Latencies> for Latency {
 impl From<&Latency> for Latencies {
     /// Bounds that are not those of a bucket count in the bucket below which their times are.
     fn from(latency: &Latency) -> Self {
-        let mut counts = [0; BUCKETS];
+        let mut counts = [0u64; BUCKETS];
         for (bound, count) in latency.bounds_ns.iter().zip(&latency.counts) {
-            counts[bucket_of(bound.saturating_sub(1))] += count;
+            let bucket = &mut counts[bucket_of(bound.saturating_sub(1))];
+            *bucket = bucket.saturating_add(*count);
         }
         Self { counts, sum_ns: latency.sum_ns, max_ns: latency.max_ns.unwrap_or(0) }
     }
@@ -150,6 +168,13 @@ pub struct CacheStatistics {
     pub dirty_pages: u64,
     pub dirty_limit_pages: u64,
     pub metadata_bytes: u64,
+}
+
+impl CacheStatistics {
+    /// Pages that reads asked for.
+    pub fn lookup_pages(&self) -> u64 {
+        self.hit_pages.saturating_add(self.miss_pages).saturating_add(self.hole_pages)
+    }
 }
 
 /// Operations on the image of a kind.
@@ -270,6 +295,16 @@ mod tests {
     }
 
     #[test]
+    fn the_states_of_a_device_are_those_of_the_interface() {
+        let line = INTERFACE.lines().find_map(|line| line.trim().strip_prefix("state: (")).unwrap();
+        let described: Vec<&str> = line.trim_end_matches("),").split(", ").collect();
+        assert_eq!(DeviceState::ALL.map(DeviceState::word).to_vec(), described);
+        for state in DeviceState::ALL {
+            assert_eq!(serde_json::to_value(state).unwrap(), Value::from(state.word()));
+        }
+    }
+
+    #[test]
     fn the_types_have_the_fields_of_the_interface() {
         let device = DeviceStatus {
             name: String::new(),
@@ -279,6 +314,7 @@ mod tests {
             image: String::new(),
             socket: String::new(),
             read_only: false,
+            serial: String::new(),
             mode: String::new(),
             front_end: None,
             image_bytes: None,

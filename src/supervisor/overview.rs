@@ -87,6 +87,7 @@ fn device(entry: &OverviewEntry, progress: DeviceProgress) -> DeviceStatus {
         image: config.image.display().to_string(),
         socket: config.socket.to_string(),
         read_only: config.read_only,
+        serial: config.serial.clone(),
         mode: config.cache.mode.to_string(),
         front_end: now.front_end.filter(|_| is_serving).map(|(pid, uid)| FrontEnd { pid, uid }),
         image_bytes: serving(now.image_bytes).filter(|bytes| *bytes > 0),

@@ -8,6 +8,7 @@
     reason = "sizes and indices here are chosen by the tests, small, and wrap on purpose in ring indices"
 )]
 
+pub mod control;
 pub mod daemon;
 pub mod faulty_device;
 pub mod flood;

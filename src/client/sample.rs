@@ -1,0 +1,35 @@
+//! What a daemon shows at one moment: the replies to all methods that look.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::ControlClient;
+use crate::control::wire::{
+    Description, DeviceStatistics, DeviceStatus, Devices, ListParameters, Statistics, StatisticsParameters,
+};
+use crate::error::Result;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(super) struct DaemonSample {
+    /// What serves.
+    pub description: Description,
+    /// How far each device is.
+    pub devices: Vec<DeviceStatus>,
+    /// What each device does.
+    pub statistics: Vec<DeviceStatistics>,
+}
+
+impl DaemonSample {
+    /// Asks the daemon at a control socket; the replies come before `until`, or it is an error.
+    ///
+    /// # Errors
+    /// Those of [`ControlClient::connect_until`] and [`ControlClient::call`].
+    pub fn take(socket: &Path, until: Instant) -> Result<Self> {
+        let mut client = ControlClient::connect_until(socket, until)?;
+        let description = client.call("Describe", &serde_json::json!({}))?;
+        let Devices { devices } = client.call("List", &ListParameters::default())?;
+        let Statistics { devices: statistics, .. } = client.call("Statistics", &StatisticsParameters::default())?;
+        Ok(Self { description, devices, statistics })
+    }
+}

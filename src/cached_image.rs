@@ -6,6 +6,7 @@
 //! [`WorkerPort`] with a store queue of its own; a port reaps what it submitted. A notice about another worker's
 //! request goes through that worker's mailbox.
 
+mod leave;
 mod report;
 mod rest;
 #[cfg(test)]
@@ -513,20 +514,6 @@ impl WorkerPort {
             _ if !self.notices.is_empty() => Some(now),
             (Some(deadline), Some(retry)) => Some(deadline.min(retry)),
             (due, None) | (None, due) => due,
-        }
-    }
-
-    /// Ends the use of the store: waits for at most `patience` until the operations in flight have completed. The rest
-    /// is left to the kernel, and the cache's memory with the lock of its file, as well as the image's lock, stay until
-    /// the process ends: the kernel still uses them.
-    ///
-    /// => Only [`WorkerPort`]'s drop may follow.
-    pub fn close(&mut self, patience: Duration) {
-        self.closed = true;
-        if !self.store.drain(patience) {
-            let (name, left) = (&self.image.name, counted(self.store.in_flight() as u64, "operation"));
-            warn!("{name}: left {left} on the image to the kernel, which holds the image's lock until then");
-            mem::forget(Arc::clone(&self.image));
         }
     }
 

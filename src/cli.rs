@@ -15,7 +15,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::error::ErrorKind as ClapKind;
 
 use crate::client::exporter::{ExporterOptions, ListenAddress};
-use crate::client::{Numbers, StatOptions, View};
+use crate::client::{DeviceAction, FreezeOptions, Numbers, StatOptions, View};
 use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, report};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -81,6 +81,28 @@ pub enum Action {
     },
     /// Show what the devices of the daemon at this control socket do.
     Stat(PathBuf, StatOptions),
+    /// Change a device of the daemon at this control socket.
+    Change {
+        /// The control socket.
+        socket: PathBuf,
+        /// The device.
+        device: String,
+        /// What to change.
+        change: DeviceAction,
+        /// The reply as it came.
+        json: bool,
+    },
+    /// Attach the devices of a file to the daemon at this control socket.
+    Attach {
+        /// The control socket.
+        socket: PathBuf,
+        /// The file.
+        file: PathBuf,
+        /// The replies as they came.
+        json: bool,
+    },
+    /// Freeze a device of the daemon at this control socket.
+    Freeze(PathBuf, FreezeOptions),
     /// Print the metrics of a daemon.
     PrintMetrics(ExporterOptions),
     /// Serve the metrics of a daemon at an address.
@@ -127,6 +149,49 @@ pub enum ClientCommand {
     },
     /// Show what the disks of a running daemon do: rates, latencies, hits
     Stat(StatArguments),
+    /// Serve the disks of a file, beside those that are served
+    Attach {
+        /// A TOML file with [[device]] tables, or with the keys of one device
+        file: PathBuf,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Write everything and serve a disk no more
+    Detach {
+        #[command(flatten)]
+        device: OneDevice,
+        /// Also while a guest uses it; if its image fails, its cache stays for "genblk recover"
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make everything durable that a disk has completed
+    Flush(OneDevice),
+    /// Drop a disk's clean pages from its cache
+    Drop {
+        #[command(flatten)]
+        device: OneDevice,
+        /// Write dirty pages first, and drop them as well
+        #[arg(long)]
+        flushed: bool,
+    },
+    /// Retry what failed: the operator says that the image works again
+    Resume(OneDevice),
+    /// Make a disk's image whole and leave it alone, for a copy or a snapshot made on the host
+    Freeze {
+        #[command(flatten)]
+        device: OneDevice,
+        /// The freeze ends by itself after this time, which counts from its begin: 1ms to 60s
+        #[arg(long, value_name = "TIME", default_value = "10s", value_parser = milliseconds)]
+        timeout: u32,
+        /// Reads wait, too; without this only what changes the image does
+        #[arg(long)]
+        reads: bool,
+        /// Run this meanwhile, then thaw; its exit status is that of genblk
+        #[arg(last = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// End a freeze
+    Thaw(OneDevice),
     /// Export metrics of a running daemon to Prometheus
     Exporter {
         /// Serve GET /metrics over HTTP at this TCP address (127.0.0.1:9950), at this path of a Unix domain socket
@@ -162,6 +227,32 @@ pub struct ControlSocket {
     /// Print the daemon's reply as it came, as JSON in one line
     #[arg(long)]
     json: bool,
+}
+
+/// A device of a running daemon.
+#[derive(Clone, Debug, clap::Args)]
+pub struct OneDevice {
+    /// Name of the device
+    device: String,
+    #[command(flatten)]
+    control: ControlSocket,
+}
+
+impl OneDevice {
+    fn change(self, change: DeviceAction) -> Action {
+        let ControlSocket { socket, json } = self.control;
+        Action::Change { socket, device: self.device, change, json }
+    }
+}
+
+/// A time such as 500ms or 10s, in milliseconds.
+fn milliseconds(text: &str) -> std::result::Result<u32, String> {
+    let (number, factor) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1),
+        None => (text.strip_suffix('s').unwrap_or(text), 1000),
+    };
+    let time = number.parse::<u32>().ok().and_then(|number| number.checked_mul(factor));
+    time.filter(|time| (1..=60_000).contains(time)).ok_or_else(|| "a time is 1ms to 60s".to_owned())
 }
 
 /// What `genblk stat` shows.
@@ -252,6 +343,18 @@ impl ClientCommand {
                 return Ok(Action::List { socket, device, json });
             }
             Self::Stat(arguments) => return arguments.action(),
+            Self::Attach { file, control: ControlSocket { socket, json } } => {
+                return Ok(Action::Attach { socket, file, json });
+            }
+            Self::Detach { device, force } => return Ok(device.change(DeviceAction::Detach { force })),
+            Self::Flush(device) => return Ok(device.change(DeviceAction::Flush)),
+            Self::Drop { device, flushed } => return Ok(device.change(DeviceAction::Drop { flushed })),
+            Self::Resume(device) => return Ok(device.change(DeviceAction::Resume)),
+            Self::Thaw(device) => return Ok(device.change(DeviceAction::Thaw)),
+            Self::Freeze { device: OneDevice { device, control }, timeout, reads, command } => {
+                let options = FreezeOptions { device, timeout_ms: timeout, reads, command, as_json: control.json };
+                return Ok(Action::Freeze(control.socket, options));
+            }
             Self::Exporter { listen, socket, no_histograms, once: _ } => {
                 let options = ExporterOptions { socket, with_buckets: !no_histograms };
                 return Ok(match listen {

@@ -51,6 +51,18 @@ fn run(action: Action) -> Result<()> {
         Action::List { socket, device, json } => {
             print(&client::list(&mut ControlClient::connect(&socket)?, device, json)?);
         }
+        Action::Change { socket, device, change, json } => {
+            print(&client::change(&mut ControlClient::connect(&socket)?, &device, &change, json)?);
+        }
+        Action::Attach { socket, file, json } => {
+            print(&client::attach(&mut ControlClient::connect(&socket)?, &file, json)?);
+        }
+        Action::Freeze(socket, options) => {
+            if let Some(status) = client::freeze(&socket, &options, print)? {
+                logging::flush();
+                std::process::exit(status.code().unwrap_or(1));
+            }
+        }
         Action::Stat(socket, options) => return client::stat(&mut ControlClient::connect(&socket)?, &options),
         Action::PrintMetrics(options) => {
             let (text, asked) = exporter::metrics(&options, TextFormat::Prometheus);

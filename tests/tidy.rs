@@ -31,7 +31,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("cli", &["client", "config", "error", "units"]),
     // The commands that ask a running daemon, and the interface by which they do.
     ("client", &["control", "counters", "sys", "error", "units"]),
-    ("control", &["counters"]),
+    ("control", &["counters", "sys"]),
     ("config", &["nbd_uri", "error", "units"]),
     ("logging", &["sandbox", "sys"]),
     // Everything that takes a path; never guest memory, a front-end's messages, or serving an image. It runs the disk's
@@ -126,7 +126,19 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("virtio", &["sys", "sync", "shared_memory", "fault_injection", "error", "units"]),
     (
         "cached_image",
-        &["cache", "store", "arena", "counters", "tenure", "waker", "fault_injection", "config", "error", "units"],
+        &[
+            "cache",
+            "store",
+            "arena",
+            "counters",
+            "tenure",
+            "waker",
+            "fault_injection",
+            "sys",
+            "config",
+            "error",
+            "units",
+        ],
     ),
     ("cache", &["fault_injection", "units"]),
     ("store", &["image_id", "nbd_uri", "tenure", "fault_injection", "sandbox", "sys", "error", "units"]),

@@ -157,6 +157,8 @@ impl Copier {
                 WorkerCommand::Resume(reply) => {
                     let _ = reply.send(());
                 }
+                // Without a cache there is nothing to drop or to freeze; who waits learns that nobody replies.
+                WorkerCommand::DropClean(..) | WorkerCommand::Freeze(..) | WorkerCommand::Thaw(_) => {}
                 WorkerCommand::Exit(_) | WorkerCommand::Abandon(_) => {}
             }
         }

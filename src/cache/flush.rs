@@ -188,20 +188,21 @@ impl PageCache {
     pub(super) fn advance_flushes(&mut self) {
         let redoing = self.ranges.is_redoing_zeroes();
         let oldest = self.pages.dirty().oldest();
-        let Flushing { queue, written, stable, .. } = &mut self.flushing;
+        let Flushing { queue, written, .. } = &mut self.flushing;
         for flush in queue.iter_mut().filter(|flush| flush.needs.is_none()) {
             if redoing || oldest.is_some_and(|oldest| oldest.at_or_before(flush.up_to)) {
                 break;
             }
             flush.needs = Some(*written);
         }
-        while let Some(flush) = queue.front()
-            && flush.needs.is_some_and(|needs| needs <= *stable)
+        while let Some(flush) = self.flushing.queue.front()
+            && flush.needs.is_some_and(|needs| needs <= self.flushing.stable)
         {
-            self.notices.push(Notice::Done(flush.ticket, Ok(())));
-            queue.pop_front();
+            let ticket = flush.ticket;
+            self.flushing.queue.pop_front();
+            self.end_flush(ticket, Ok(()));
         }
-        let a_flush_waits = queue.front().is_some_and(|flush| flush.needs.is_some());
+        let a_flush_waits = self.flushing.queue.front().is_some_and(|flush| flush.needs.is_some());
         // A flush does not wait for the end of the pause after a failure, unless it is held as all other requests are.
         let asked = a_flush_waits && !self.health.holds_syncs();
         let due = self.flushing.needs_sync() && self.health.may_retry(self.now);
@@ -396,20 +397,36 @@ impl PageCache {
 
     /// Fails the flushes that include a write of `epoch`.
     pub(super) fn fail_flushes(&mut self, epoch: Epoch, fault: Fault) {
-        let notices = &mut self.notices;
+        let mut failed = Vec::new();
         self.flushing.queue.retain(|flush| {
             let fails = epoch.at_or_before(flush.up_to);
             if fails {
-                notices.push(Notice::Done(flush.ticket, Err(fault)));
+                failed.push(flush.ticket);
             }
             !fails
         });
+        failed.into_iter().for_each(|ticket| self.end_flush(ticket, Err(fault)));
+    }
+
+    /// Reports the end of a flush. That of a freeze is reported when the cache is frozen.
+    fn end_flush(&mut self, ticket: Ticket, result: Result<(), Fault>) {
+        if self.freeze.is_its_flush(ticket) {
+            self.freeze_flushed(result);
+        } else {
+            self.notices.push(Notice::Done(ticket, result));
+        }
+    }
+
+    /// Forgets a flush that waits, without a notice.
+    pub(super) fn withdraw_flush(&mut self, ticket: Ticket) {
+        self.flushing.queue.retain(|flush| flush.ticket != ticket);
     }
 
     /// Fails all flushes that wait.
     pub(super) fn fail_all_flushes(&mut self, fault: Fault) {
-        let failed = self.flushing.queue.drain(..).map(|flush| Notice::Done(flush.ticket, Err(fault)));
-        self.notices.extend(failed);
+        while let Some(flush) = self.flushing.queue.pop_front() {
+            self.end_flush(flush.ticket, Err(fault));
+        }
     }
 
     /// The page was written to the store: it may not be evicted before a successful Sync.

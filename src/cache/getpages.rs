@@ -71,7 +71,7 @@ impl PageCache {
         while at < access.until
             && let Some(part) = PagePart::of(access.span, at)
         {
-            if self.is_range_locked(part.no) {
+            if self.freeze.holds_reads() || self.is_range_locked(part.no) {
                 break;
             }
             previous = self.pages.find_after(previous, part.no);

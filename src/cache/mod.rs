@@ -21,6 +21,7 @@ mod changed_ranges;
 mod check;
 mod eager;
 mod flush;
+mod freeze;
 mod getpages;
 mod holes;
 mod pages;
@@ -57,6 +58,7 @@ use allocate::Allocating;
 use changed_ranges::ChangedRanges;
 use eager::Eager;
 use flush::Flushing;
+use freeze::FreezeState;
 use getpages::{MissRun, Waiters};
 use holes::Holes;
 use pages::Pages;
@@ -151,6 +153,7 @@ pub struct PageCache {
     ranges: Ranges,
     pending_zeroes: PendingZeroes,
     changed_ranges: ChangedRanges,
+    freeze: FreezeState,
     /// Requests that were not admitted whole (I10).
     stalled: Stalled,
     /// Pages whose waiters could not be served yet, for lack of a frame or of a map.
@@ -190,6 +193,7 @@ impl PageCache {
             throttle: Throttle::new(settings.flush_target_us, settings.dirty_pages_max),
             flushing: Flushing::default(),
             ranges: Ranges::default(),
+            freeze: FreezeState::default(),
             stalled: Stalled::default(),
             unfilled: Vec::new(),
             notices: Vec::new(),
@@ -208,6 +212,7 @@ impl PageCache {
         self.start_ranges();
         self.write_back();
         self.advance_flushes();
+        self.advance_freeze();
         self.reclaim();
         // After the reclaim: nothing else may free a frame for them in this turn.
         self.retry_unfilled();

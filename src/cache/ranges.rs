@@ -72,6 +72,11 @@ impl Ranges {
         started.fold(SectorMask::NONE, |mask, range| mask.or(range.span.sectors_in(no)))
     }
 
+    /// Whether none is in flight or waits.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
     /// Number of range operations that hold a slot for their zero, for the check of the invariants.
     pub fn with_zero_slot(&self) -> usize {
         self.list.iter().filter(|range| range.zero_slot.is_some()).count()
@@ -107,7 +112,10 @@ impl PageCache {
             return true;
         }
         let (ranges, pages) = self.ranges.of_guests();
-        if ranges >= RANGES_MAX || ranges > 0 && pages + span.pages().count > RANGE_PAGES_MAX {
+        if self.freeze.holds_writes()
+            || ranges >= RANGES_MAX
+            || ranges > 0 && pages + span.pages().count > RANGE_PAGES_MAX
+        {
             self.stalled.push(ticket, StallReason::StoreOp);
             return false;
         }

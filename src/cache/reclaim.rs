@@ -1,6 +1,6 @@
 //! The reserve of free frames. The end of each turn refills it, so that a request normally finds a frame at once.
 
-use crate::units::{PageId, PageNo};
+use crate::units::{PageId, PageNo, low_u32};
 
 use super::PageCache;
 use super::pages::Period;
@@ -46,6 +46,18 @@ impl PageCache {
             }
             self.stats.evicted_pages += 1;
         }
+    }
+
+    /// Evicts the pages that are clean in `count` slots of the page table from slot `from` on. Returns how many, and
+    /// the next slot, if there is one.
+    pub fn drop_clean(&mut self, from: u32, count: u32) -> (u32, Option<u32>) {
+        let clean = self.pages.evictable(from, count);
+        for &id in &clean {
+            self.remove_page(id);
+            self.stats.evicted_pages += 1;
+        }
+        let next = from.saturating_add(count);
+        (low_u32(clean.len() as u64), Some(next).filter(|&next| next < self.pages.slots()))
     }
 
     /// Removes a page that is not busy, for another reason than a shortage of frames. Its dirty sectors are dropped.

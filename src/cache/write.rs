@@ -40,7 +40,7 @@ impl PageCache {
         while at < access.until
             && let Some(part) = PagePart::of(access.span, at)
         {
-            if must_queue || self.is_range_locked(part.no) {
+            if must_queue || self.freeze.holds_writes() || self.is_range_locked(part.no) {
                 break;
             }
             let found = self.pages.find_after(previous, part.no);

@@ -65,6 +65,11 @@ impl Writeback {
         self.groups_without_progress = 0;
     }
 
+    /// Write-back has something to do in another turn, at once.
+    pub fn take_turn(&mut self) {
+        self.more = true;
+    }
+
     /// A guest sent a request: the image is not idle.
     pub fn note_guest_io(&mut self, now: Tick) {
         self.last_guest_io = now;
@@ -103,7 +108,7 @@ impl PageCache {
     /// Starts the write-back that is due.
     pub(super) fn write_back(&mut self) {
         self.writeback.more = false;
-        if self.health.stopped().is_some() {
+        if self.health.stopped().is_some() || self.freeze.is_on() {
             return;
         }
         self.age();
@@ -296,6 +301,13 @@ impl PageCache {
 
     /// When write-back next has something to do without a request or a completion.
     pub(super) fn writeback_deadline(&self) -> Option<Tick> {
+        if self.freeze.is_on() {
+            return self.freeze.until();
+        }
+        [self.freeze.until(), self.next_write_back()].into_iter().flatten().min()
+    }
+
+    fn next_write_back(&self) -> Option<Tick> {
         if self.writeback.more {
             return Some(self.now);
         }

@@ -1,7 +1,11 @@
-//! The commands that look at a running daemon through its control socket: `genblk list`, `genblk stat` and `genblk
-//! exporter`. They use the interface of [`crate::control`] and nothing else of the daemon.
+//! The commands that look at a running daemon through its control socket (`genblk list`, `genblk stat`, `genblk
+//! exporter`), and those that change what it does. They use the interface of [`crate::control`] and nothing else of the
+//! daemon.
 
+mod attach;
+mod change;
 pub mod exporter;
+mod freeze;
 mod list;
 mod sample;
 mod stat;
@@ -21,6 +25,9 @@ use crate::control::wire::{MethodCall, MethodReply, NAME};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::socket::connect_to_path_without_waiting;
 
+pub use attach::attach;
+pub use change::{DeviceAction, change};
+pub use freeze::{FreezeOptions, freeze};
 pub use list::list;
 pub use stat::{Numbers, StatOptions, View, stat};
 
@@ -111,17 +118,56 @@ impl ControlClient {
     /// As [`ControlClient::call`].
     pub fn call_raw(&mut self, method: &str, parameters: &impl Serialize) -> Result<Value> {
         let parameters = serde_json::to_value(parameters).expect("the types of the interface are JSON");
-        let call =
-            MethodCall { method: format!("{NAME}.{method}"), parameters: Some(parameters), more: None, oneway: None };
+        self.start_call(method, parameters, None)
+    }
+
+    /// Calls a method that may take long, and returns its last results; `report` gets those before.
+    ///
+    /// # Errors
+    /// As [`ControlClient::call`].
+    pub fn call_long(&mut self, method: &str, parameters: &Value, report: impl Fn(&Value)) -> Result<Value> {
+        let stream = self.connection.stream();
+        stream.set_read_timeout(None).map_err(|e| self.failed("cannot wait for it", e))?;
+        // Of a freeze, another reply would come at its end.
+        let more = (method != "Freeze").then_some(true);
+        let mut reply = self.send_call(method, parameters.clone(), more)?;
+        while reply.continues == Some(true) {
+            report(&reply.parameters);
+            reply = self.next_reply(Ok(()))?;
+        }
+        Ok(reply.parameters)
+    }
+
+    /// Calls a method that has more than one reply, and returns the results of the first. The method ends with this
+    /// connection.
+    ///
+    /// # Errors
+    /// As [`ControlClient::call`].
+    pub fn call_first(&mut self, method: &str, parameters: &Value) -> Result<Value> {
+        self.connection.stream().set_read_timeout(None).map_err(|e| self.failed("cannot wait for it", e))?;
+        self.start_call(method, parameters.clone(), Some(true))
+    }
+
+    fn start_call(&mut self, method: &str, parameters: Value, more: Option<bool>) -> Result<Value> {
+        self.send_call(method, parameters, more).map(|reply| reply.parameters)
+    }
+
+    fn send_call(&mut self, method: &str, parameters: Value, more: Option<bool>) -> Result<MethodReply> {
+        let call = MethodCall { method: format!("{NAME}.{method}"), parameters: Some(parameters), more, oneway: None };
         // A daemon that refuses the connection has said why and closed it.
         let sent = self.connection.send(&call);
+        self.next_reply(sent)
+    }
+
+    /// The next reply to a call that was `sent`.
+    fn next_reply(&mut self, sent: io::Result<()>) -> Result<MethodReply> {
         let reply: Option<MethodReply> = match (self.connection.receive(), sent) {
             (Ok(reply), _) => reply,
             (Err(e), Ok(())) | (Err(_), Err(e)) => return Err(self.failed("no reply", e)),
         };
         let reply = reply.ok_or_else(|| self.failed("no reply", io::ErrorKind::UnexpectedEof.into()))?;
         match reply.error {
-            None => Ok(reply.parameters),
+            None => Ok(reply),
             Some(error) => Err(Error::new(ErrorKind::Control, in_words(&error, &reply.parameters))),
         }
     }
@@ -139,13 +185,39 @@ fn in_words(error: &str, parameters: &Value) -> String {
     let text = |name: &str| parameters[name].as_str().unwrap_or_default().to_owned();
     match error.strip_prefix(NAME).and_then(|rest| rest.strip_prefix('.')) {
         Some("NoSuchDevice") => {
-            let devices = parameters["devices"].as_array().map(Vec::as_slice).unwrap_or_default();
-            let names: Vec<_> = devices.iter().filter_map(Value::as_str).collect();
-            format!("{}: no such device; there are: {}", text("device"), names.join(", "))
+            format!("{}: no such device; there are: {}", text("device"), joined(&parameters["devices"]))
         }
+        Some("Busy") if parameters["what"].is_string() => format!("{}: is under way; try again", text("what")),
         Some("Busy") => format!("the daemon has {} control connections already; try again", parameters["connections"]),
+        Some("DeviceExists") => {
+            format!(
+                "{}: there is such a device, with other values of {}",
+                text("device"),
+                joined(&parameters["differs"])
+            )
+        }
+        Some("InUse") => format!("{}: in use by {}; --force takes it away", text("device"), text("by")),
+        Some("Invalid") => joined(&parameters["problems"]),
+        Some("NotWritten") => format!(
+            "{}: the image does not take what is dirty ({}); it is served as before; --force leaves the cache for \
+             \"genblk recover\"",
+            text("device"),
+            text("fault")
+        ),
+        Some("Frozen") => format!("{}: is frozen; \"genblk thaw {0}\" ends that", text("device")),
+        Some("ImageFault") => {
+            format!("{}: the image failed ({}); {}", text("device"), text("fault"), text("detail"))
+        }
+        Some("Refused") => format!("{}: {}", text("what"), text("why")),
+        Some("PermissionDenied") => format!("{} is for {}", text("method"), text("needs")),
         _ => format!("the daemon replied with {error}: {parameters}"),
     }
+}
+
+/// The texts of an array, in one line.
+fn joined(array: &Value) -> String {
+    let texts = array.as_array().map(Vec::as_slice).unwrap_or_default();
+    texts.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -71,6 +71,13 @@ impl DeviceBuilder {
         builder
     }
 
+    /// A device whose every key has been checked before.
+    pub(super) fn of(device: &DeviceConfig) -> Self {
+        let whole = Origin { label: device.name.clone(), line: None };
+        let key = |key: &'static Key| (key.name, Origin { label: key.name.to_owned(), line: None });
+        Self { device: device.clone(), whole, good: KEYS.iter().map(key).collect() }
+    }
+
     fn check_workers(&self, problems: &mut Vec<Problem>) {
         if let (Some(origin), Some(_)) = (self.good.get("workers"), self.good.get("num_queues"))
             && self.device.workers > self.device.num_queues
@@ -106,7 +113,7 @@ pub(crate) fn finish(builders: Vec<DeviceBuilder>, mut problems: Vec<Problem>) -
 }
 
 /// Checks what a device must not share with an earlier one, and what it must.
-fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &mut Vec<Problem>) {
+pub(super) fn check_against(builder: &DeviceBuilder, earlier: &[DeviceBuilder], problems: &mut Vec<Problem>) {
     let mut report = |name: &str, message: String| problems.push(builder.good[name].problem(message));
 
     if let Some(twin) = builder.twin(earlier, "name", |a, b| a.name == b.name) {

@@ -8,6 +8,8 @@ mod device_builder;
 mod document;
 mod keys;
 mod problem;
+mod runtime;
+mod shown;
 mod size;
 
 use std::fmt;
@@ -23,6 +25,8 @@ pub(crate) use device_builder::{DeviceBuilder, Origin, Setting, finish};
 pub(crate) use keys::{SYSTEMD, Value, key};
 pub use problem::Problem;
 pub(crate) use problem::report;
+pub use runtime::{RuntimeConfig, check_beside, device_of};
+pub use shown::{device_table, differing_keys};
 
 /// Everything that the daemon serves.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -86,6 +86,25 @@ impl VarlinkConnection {
         }
     }
 
+    /// Whether the other end has closed the connection. Does not wait. Messages that arrived stay for
+    /// [`Connection::receive`].
+    pub fn has_ended(&mut self) -> bool {
+        let mut chunk = [0; 4096];
+        if self.received.len() > MESSAGE_BYTES_MAX || self.stream.set_nonblocking(true).is_err() {
+            return false;
+        }
+        let read = self.stream.read(&mut chunk);
+        let is_blocking = self.stream.set_nonblocking(false).is_ok();
+        match read {
+            Ok(0) => true,
+            Ok(count) => {
+                self.received.extend_from_slice(&chunk[..count]);
+                !is_blocking
+            }
+            Err(e) => !is_blocking || !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted),
+        }
+    }
+
     /// Sends a message.
     ///
     /// # Errors

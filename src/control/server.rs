@@ -5,19 +5,22 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use log::debug;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::change::{BegunChange, Change, ChangeReply, NoChange, Refusal};
 use super::connection::VarlinkConnection;
 use super::wire::{
     Description, DeviceStatistics, DeviceStatus, Devices, INTERFACE, ListParameters, MethodCall, MethodReply, NAME,
-    Statistics, StatisticsParameters,
+    Statistics, StatisticsParameters, read_parameters, value,
 };
+use crate::sys::process::effective_uid;
+use crate::sys::socket::peer;
 
 /// Most connections at a time.
 pub const CONNECTIONS_MAX: usize = 16;
@@ -26,13 +29,17 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bounds of the interval of `Statistics`, and what it is unless given.
 const INTERVAL_MS: std::ops::RangeInclusive<u64> = 100..=3_600_000;
 const INTERVAL_MS_DEFAULT: u64 = 1000;
+/// How often to look whether the client of a change has hung up.
+const HANG_UP_WATCH: Duration = Duration::from_millis(100);
 
-/// What the control socket shows. No method waits.
+/// What the control socket shows and changes. No method waits.
 pub trait Host: Send + Sync + 'static {
     /// What serves.
     fn describe(&self) -> Description;
     /// All devices, in the order of the configuration.
     fn devices(&self) -> Vec<DeviceStatus>;
+    /// Begins a change on a thread of its own. `takes_more`: the client takes more than one reply.
+    fn begin(&self, change: Change, takes_more: bool) -> BegunChange;
     /// The statistics of the devices for which `wanted` holds.
     fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics>;
 }
@@ -104,10 +111,13 @@ fn refuse(stream: UnixStream) {
 
 fn serve_connection(stream: UnixStream, host: &dyn Host) -> io::Result<()> {
     stream.set_write_timeout(Some(SEND_TIMEOUT))?;
+    let may_change = may_change(&stream);
     let mut connection = VarlinkConnection::new(stream);
     while let Some(call) = connection.receive::<MethodCall>()? {
         let oneway = call.oneway == Some(true);
-        match (method(host, &call), call.more == Some(true)) {
+        let more = call.more == Some(true);
+        match (method(host, &call, may_change), more) {
+            (Ok(Method::Change(change)), _) => change_of(&mut connection, &host.begin(change, more), oneway)?,
             _ if oneway => {}
             (Ok(Method::Once(results)), _) => {
                 connection.send(&MethodReply { parameters: results, ..MethodReply::default() })?;
@@ -128,9 +138,36 @@ enum Method {
     /// With its results.
     Once(Value),
     Statistics(StatisticsParameters),
+    Change(Change),
 }
 
-fn method(host: &dyn Host, call: &MethodCall) -> Result<Method, MethodReply> {
+/// Whether the client may change what the daemon does: root and the daemon's own user may.
+fn may_change(stream: &UnixStream) -> bool {
+    peer(stream).is_ok_and(|peer| peer.uid == 0 || peer.uid == effective_uid())
+}
+
+/// Sends the replies to a change, until the last one or until the client hangs up.
+fn change_of(connection: &mut VarlinkConnection, begun: &BegunChange, is_oneway: bool) -> io::Result<()> {
+    loop {
+        let reply = match begun.steps.recv_timeout(HANG_UP_WATCH) {
+            Ok(ChangeReply::More(parameters)) => MethodReply { parameters, continues: Some(true), error: None },
+            Ok(ChangeReply::Last(Ok(parameters))) => MethodReply { parameters, ..MethodReply::default() },
+            Ok(ChangeReply::Last(Err(Refusal { error: name, parameters }))) => error(name, parameters),
+            Err(RecvTimeoutError::Timeout) if connection.has_ended() => return Err(io::ErrorKind::BrokenPipe.into()),
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return Err(io::Error::other("a change ended without a reply")),
+        };
+        let is_last = reply.continues.is_none();
+        if !is_oneway {
+            connection.send(&reply)?;
+        }
+        if is_last {
+            return Ok(());
+        }
+    }
+}
+
+fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method, MethodReply> {
     let once = |results: Value| Ok(Method::Once(results));
     match call.method.as_str() {
         "org.varlink.service.GetInfo" => once(json!({
@@ -167,12 +204,30 @@ fn method(host: &dyn Host, call: &MethodCall) -> Result<Method, MethodReply> {
         }
         other => {
             let interface = other.rsplit_once('.').map_or("", |(interface, _)| interface);
-            if interface == NAME || interface == "org.varlink.service" {
+            if interface == NAME {
+                return change_in(call, may_change).map(Method::Change);
+            }
+            if interface == "org.varlink.service" {
                 Err(service_error("MethodNotFound", json!({ "method": other })))
             } else {
                 Err(service_error("InterfaceNotFound", json!({ "interface": interface })))
             }
         }
+    }
+}
+
+/// The change that a call of the interface asks for.
+fn change_in(call: &MethodCall, may_change: bool) -> Result<Change, MethodReply> {
+    let given = call.parameters.clone().filter(|given| !given.is_null()).unwrap_or_else(|| json!({}));
+    let name = call.method.rsplit_once('.').map_or("", |(_, name)| name);
+    match Change::of(name, &given) {
+        Err(NoChange::Unknown) => Err(service_error("MethodNotFound", json!({ "method": call.method }))),
+        _ if !may_change => {
+            let needs = "root or the user of the daemon";
+            Err(error("PermissionDenied", json!({ "method": name, "needs": needs })))
+        }
+        Err(NoChange::Invalid(parameter)) => Err(invalid_parameter(&parameter)),
+        Ok(change) => Ok(change),
     }
 }
 
@@ -197,20 +252,7 @@ error InvalidParameter (parameter: string)
 
 fn parameters<T: DeserializeOwned>(call: &MethodCall) -> Result<T, MethodReply> {
     let given = call.parameters.clone().filter(|given| !given.is_null()).unwrap_or_else(|| json!({}));
-    serde_path(&given).map_err(|parameter| invalid_parameter(&parameter))
-}
-
-/// Reads parameters; an error names the one that is wrong, as far as that is known.
-fn serde_path<T: DeserializeOwned>(given: &Value) -> Result<T, String> {
-    let names: Vec<String> = given.as_object().map(|object| object.keys().cloned().collect()).unwrap_or_default();
-    serde_json::from_value(given.clone()).map_err(|e| {
-        let alone = |name: &&String| {
-            let mut object = given.clone();
-            object.as_object_mut().is_some_and(|object| object.remove(*name).is_some())
-                && serde_json::from_value::<T>(object).is_ok()
-        };
-        names.iter().find(alone).cloned().unwrap_or_else(|| e.to_string())
-    })
+    read_parameters(&given).map_err(|parameter| invalid_parameter(&parameter))
 }
 
 fn check_device(host: &dyn Host, wanted: &str) -> Result<(), MethodReply> {
@@ -246,10 +288,6 @@ fn stream_statistics(
             Err(e) => return Err(e),
         }
     }
-}
-
-fn value(results: &impl Serialize) -> Value {
-    serde_json::to_value(results).expect("the types of the interface are JSON")
 }
 
 fn error(name: &str, parameters: Value) -> MethodReply {

@@ -1,6 +1,7 @@
 //! The types of the interface (`io.genblk.Control.varlink`), and the envelope of a varlink message
 //! (<https://varlink.org/Method-Call>).
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -49,13 +50,14 @@ pub enum DeviceState {
     Opening,
     Failed,
     Serving,
+    Frozen,
     Ending,
     Ended,
 }
 
 impl DeviceState {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Opening, Self::Failed, Self::Serving, Self::Ending, Self::Ended];
+    pub const ALL: [Self; 6] = [Self::Opening, Self::Failed, Self::Serving, Self::Frozen, Self::Ending, Self::Ended];
 
     /// Its word in the interface.
     pub fn word(self) -> &'static str {
@@ -63,6 +65,7 @@ impl DeviceState {
             Self::Opening => "opening",
             Self::Failed => "failed",
             Self::Serving => "serving",
+            Self::Frozen => "frozen",
             Self::Ending => "ending",
             Self::Ended => "ended",
         }
@@ -211,6 +214,87 @@ pub struct DeviceStatistics {
     pub workers: Vec<WorkerStatistics>,
 }
 
+/// Parameters of a method that takes a device alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct DeviceParameters {
+    pub device: String,
+}
+
+/// Parameters of `Attach`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct AttachParameters {
+    pub config: Value,
+}
+
+/// Parameters of `Detach`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct DetachParameters {
+    pub device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub force: Option<bool>,
+}
+
+/// Parameters of `Drop`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct DropParameters {
+    pub device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flushed: Option<bool>,
+}
+
+/// Results of `Drop`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Dropped {
+    pub dropped_bytes: u64,
+}
+
+/// Parameters of `Freeze`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct FreezeParameters {
+    pub device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reads: Option<bool>,
+}
+
+/// Results of `Freeze`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Freezing {
+    pub frozen: bool,
+    pub frozen_us: u64,
+}
+
+/// Results of `Thaw`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Thawed {
+    pub held: bool,
+    pub frozen_us: u64,
+}
+
+/// How far a long method is: the results of its replies but the last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct FlushProgress {
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// Results of a method that reports its progress: `None` in the last reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Progressing {
+    pub progress: Option<FlushProgress>,
+}
+
 /// Results of `Describe`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
@@ -251,6 +335,24 @@ pub struct StatisticsParameters {
 pub struct Statistics {
     pub time_us: u64,
     pub devices: Vec<DeviceStatistics>,
+}
+
+/// Reads parameters; an error names the one that is wrong, as far as that is known.
+pub(super) fn read_parameters<T: DeserializeOwned>(given: &Value) -> Result<T, String> {
+    let names: Vec<String> = given.as_object().map(|object| object.keys().cloned().collect()).unwrap_or_default();
+    serde_json::from_value(given.clone()).map_err(|e| {
+        let alone = |name: &&String| {
+            let mut object = given.clone();
+            object.as_object_mut().is_some_and(|object| object.remove(*name).is_some())
+                && serde_json::from_value::<T>(object).is_ok()
+        };
+        names.iter().find(alone).cloned().unwrap_or_else(|| e.to_string())
+    })
+}
+
+/// Results as a value.
+pub(super) fn value(results: &impl Serialize) -> Value {
+    serde_json::to_value(results).expect("the types of the interface are JSON")
 }
 
 #[cfg(test)]

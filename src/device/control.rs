@@ -57,10 +57,26 @@ pub enum WorkerCommand {
     Flush(Sender<Result<(), Fault>>),
     /// The operator resumes the image: retry at once what failed.
     Resume(Sender<()>),
+    /// Evict clean pages in a part of the page table, from this slot on. Replies with how many it evicted, and the next
+    /// slot.
+    DropClean(u32, Sender<(u32, Option<u32>)>),
+    /// Freeze the cache for at most this long. Replies when it is frozen.
+    Freeze(Duration, HeldRequests, Sender<Result<(), Fault>>),
+    /// End a freeze. Replies whether the cache was frozen.
+    Thaw(Sender<bool>),
     /// End the thread. Its rings are stopped by then. Store operations in flight get this long to complete.
     Exit(Duration),
     /// End the thread as a crash would, with requests in flight.
     Abandon(Untracked),
+}
+
+/// Which requests of guests wait while the cache is frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeldRequests {
+    /// Those that change the image.
+    Changes,
+    /// Reads, too.
+    All,
 }
 
 /// What becomes of requests in flight that no inflight region records when the workers are abandoned: the next daemon
@@ -190,6 +206,33 @@ impl Workers {
     /// Retries at once what failed: the operator resumes the image.
     pub fn resume(&self) {
         self.controls[0].ask(WorkerCommand::Resume);
+    }
+
+    /// Evicts every clean page, a part of the page table in each turn. Returns how many pages that were.
+    pub fn drop_clean(&self) -> u64 {
+        let (mut dropped, mut from) = (0, Some(0));
+        while let Some(slot) = from {
+            let Some((pages, next)) = self.controls[0].ask(|reply| WorkerCommand::DropClean(slot, reply)) else {
+                break;
+            };
+            dropped += u64::from(pages);
+            from = next;
+        }
+        dropped
+    }
+
+    /// Makes everything that has completed durable, and leaves the image alone from then on: until [`Workers::thaw`],
+    /// for at most `time`, which counts from now.
+    ///
+    /// # Errors
+    /// The store's fault; [`Fault::TimedOut`] if the time was over first, [`Fault::Invalid`] if it is frozen already.
+    pub fn freeze(&self, time: Duration, held: HeldRequests) -> Result<(), Fault> {
+        self.controls[0].ask(|reply| WorkerCommand::Freeze(time, held, reply)).unwrap_or(Err(Fault::Gone))
+    }
+
+    /// Ends a freeze. Returns whether it had lasted until now.
+    pub fn thaw(&self) -> bool {
+        self.controls[0].ask(WorkerCommand::Thaw).unwrap_or(false)
     }
 
     /// Ends the threads. Store operations in flight get `patience` to complete; then they are left to the kernel.

@@ -41,7 +41,7 @@ use crate::virtio::request::RequestLimits;
 
 use budget::Budget;
 
-pub use control::{RingSetup, Untracked, WorkerCommand, WorkerControl};
+pub use control::{HeldRequests, RingSetup, Untracked, WorkerCommand, WorkerControl};
 pub use worker::spawn;
 
 /// Sectors of a part of a DISCARD or WRITE ZEROES, unless a discard frees larger units only: 128 MiB. While a file

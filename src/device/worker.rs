@@ -46,7 +46,7 @@ use crate::units::Tick;
 use crate::virtio::GuestRam;
 use crate::virtio::split::QueuePosition;
 
-use super::control::{Untracked, WorkerCommand, WorkerControl};
+use super::control::{HeldRequests, Untracked, WorkerCommand, WorkerControl};
 use super::requests::Requests;
 use super::ring::Ring;
 use super::{Device, RingSetup};
@@ -57,6 +57,8 @@ const PENDING_MAX_TO_POLL: usize = 7;
 /// After this many polls in a row that found nothing, the worker polls only once in [`IDLE_TIMES_PER_POLL`].
 const FRUITLESS_POLLS_MAX: u32 = 4;
 const IDLE_TIMES_PER_POLL: u32 = 64;
+/// Slots of the page table that one turn looks at when the operator drops clean pages: some 100 us.
+const DROPPED_SLOTS: u32 = 4096;
 /// Epoll tokens. A ring's token is its index, which is below 256.
 const WAKER: u64 = 1000;
 const STORE: u64 = 1001;
@@ -376,6 +378,19 @@ impl Worker {
                 WorkerCommand::Resume(reply) => {
                     self.port.with_cache(now, |cache, _| cache.resume());
                     let _ = reply.send(());
+                }
+                WorkerCommand::DropClean(from, reply) => {
+                    let dropped = self.port.with_cache(now, |cache, _| cache.drop_clean(from, DROPPED_SLOTS));
+                    let _ = reply.send(dropped);
+                }
+                WorkerCommand::Freeze(time, held, reply) => {
+                    let ticket = self.requests.start_control_flush(reply);
+                    let until = now.plus_us(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+                    let holds_reads = held == HeldRequests::All;
+                    self.port.with_cache(now, |cache, _| cache.freeze(ticket, until, holds_reads));
+                }
+                WorkerCommand::Thaw(reply) => {
+                    let _ = reply.send(self.port.with_cache(now, |cache, _| cache.thaw()));
                 }
                 WorkerCommand::Exit(patience) => {
                     self.port.close(patience);

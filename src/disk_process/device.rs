@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::{DiskChannel, spawn, tell};
 use crate::device::Untracked;
-use crate::disk_protocol::{Ending, ErrorText, FromDisk};
+use crate::disk_protocol::{DeviceReply, DeviceRequest, Ending, ErrorText, FromDisk};
 use crate::disk_stats::{DiskState, StatsPage};
 use crate::error::{Error, Result};
 use crate::sandbox::{self, ThreadKind};
@@ -97,6 +97,20 @@ impl DeviceControl {
 
     pub fn finish(&self, ending: Ending) {
         self.send(DeviceCommand::Finish(ending));
+    }
+
+    /// Carries out a request on a thread of its own, which sends the reply: it may wait for the image, and others must
+    /// not wait for it. It is confined as the caller is.
+    pub fn request(&self, id: u64, request: DeviceRequest, channel: &Arc<DiskChannel>) {
+        let mut served = None;
+        self.with_handle(|handle| served = Some(handle.clone()));
+        let reply = move |channel: &DiskChannel, reply| tell(channel, &FromDisk::Reply { id, reply });
+        let Some(handle) = served else { return reply(channel, DeviceReply::NotServed) };
+        let to_supervisor = Arc::clone(channel);
+        let started = spawn("request", move || reply(&to_supervisor, handle.execute(&request)));
+        if let Err(e) = started {
+            tell(channel, &FromDisk::Reply { id, reply: DeviceReply::Failed { fault: e.to_string() } });
+        }
     }
 
     fn with_handle(&self, act: impl FnOnce(&ServiceHandle)) {

@@ -23,7 +23,7 @@ use log::{error, warn};
 use crate::broker::Broker;
 use crate::cached_image::CachedImage;
 use crate::device::Untracked;
-use crate::disk_protocol::{Channel, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
+use crate::disk_protocol::{Channel, DeviceReply, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
 use crate::disk_stats::{CutMemory, StatsPage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sandbox::{self, ThreadKind};
@@ -190,6 +190,10 @@ impl Control {
                 _ = device(number).inspect(|device| device.abandon(untracked));
             }
             ToDisk::ForceClose { device: number } => _ = device(number).inspect(|device| device.force_close()),
+            ToDisk::Request { device: number, id, request } => match device(number) {
+                Some(device) => device.request(id, request, &self.channel),
+                None => self.tell(&FromDisk::Reply { id, reply: DeviceReply::NotServed }),
+            },
             ToDisk::CacheFileLost { image_of, unmarked } => {
                 let marker = files.into_iter().next().ok_or_else(|| unmarked.unwrap_or_default());
                 if let Some(open) = self.images.get_mut(&image_of) {

@@ -9,6 +9,7 @@
 //! checked, descriptors that it has opened, and texts for messages.
 
 mod channel;
+mod request;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use crate::sys::privileges::User;
 pub use channel::{Channel, Received};
 #[cfg(any(test, fuzzing))]
 pub(crate) use channel::{decode, encode};
+pub use request::{DeviceReply, DeviceRequest};
 pub use settings::DeviceSettings;
 
 /// Version of the protocol.
@@ -83,6 +85,15 @@ pub enum ToDisk {
         /// Number of the device.
         device: u32,
     },
+    /// Do what the operator asks; the reply has the same number.
+    Request {
+        /// Number of the device.
+        device: u32,
+        /// Number of the request.
+        id: u64,
+        /// What the operator asks.
+        request: DeviceRequest,
+    },
     /// The name of a cache's file no longer leads to it. With an empty file in its place, or without one for this
     /// reason.
     CacheFileLost {
@@ -135,6 +146,13 @@ pub enum FromDisk {
         device: u32,
         /// The error with which it ended.
         error: Option<ErrorText>,
+    },
+    /// The reply to a request.
+    Reply {
+        /// Number of the request.
+        id: u64,
+        /// The reply.
+        reply: DeviceReply,
     },
     /// The last device of an image has ended, and the image and the cache are not used any more. The last message about
     /// the image.

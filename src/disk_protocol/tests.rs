@@ -25,8 +25,8 @@ where
 
 #[test]
 fn recorded_messages_are_understood_and_sent_as_they_were() {
-    check_recording::<ToDisk>(TO_DISK, 9);
-    check_recording::<FromDisk>(FROM_DISK, 7);
+    check_recording::<ToDisk>(TO_DISK, 13);
+    check_recording::<FromDisk>(FROM_DISK, 12);
 }
 
 #[test]
@@ -64,6 +64,8 @@ fn settings() -> DeviceSettings {
 fn record() {
     let image_of = "disk0".to_owned();
     let open = TO_DISK.lines().take(2).map(|line| decode::<ToDisk>(line.as_bytes()).unwrap());
+    let request = |id, request| ToDisk::Request { device: 0, id, request };
+    let reply = |id, reply| FromDisk::Reply { id, reply };
     let others = [
         ToDisk::Serve { device: 0, image_of: image_of.clone(), settings: Box::new(settings()) },
         ToDisk::Resume,
@@ -72,6 +74,10 @@ fn record() {
         ToDisk::Abandon { device: 0, waits_for_untracked: true },
         ToDisk::ForceClose { device: 0 },
         ToDisk::CacheFileLost { image_of: image_of.clone(), unmarked: Some("no space".to_owned()) },
+        request(1, DeviceRequest::Flush),
+        request(2, DeviceRequest::DropClean),
+        request(3, DeviceRequest::Freeze { time_ms: 10_000, holds_reads: false }),
+        request(4, DeviceRequest::Thaw),
     ];
     let error = ErrorText { kind: ErrorKind::Image, text: "the image failed".to_owned() };
     let from_disk = [
@@ -82,6 +88,11 @@ fn record() {
         FromDisk::Ended { device: 0, error: Some(error) },
         FromDisk::Ended { device: 1, error: None },
         FromDisk::Released { image_of: image_of.clone(), is_cache_removed: true },
+        reply(1, DeviceReply::Done),
+        reply(2, DeviceReply::Dropped { pages: 7 }),
+        reply(3, DeviceReply::Failed { fault: "I/O error".to_owned() }),
+        reply(4, DeviceReply::Thawed { was_frozen: true }),
+        reply(5, DeviceReply::NotServed),
     ];
     let show = |bytes: Vec<u8>| println!("{}", String::from_utf8(bytes).unwrap());
     open.chain(others).for_each(|message| show(encode(&message).unwrap()));

@@ -9,7 +9,7 @@ use crate::disk_stats::{DiskState, OldestOp};
 use crate::vhost::Server;
 
 /// See the module. It does not keep the device alive.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ServiceHandle {
     pub(super) server: Weak<Server>,
     pub(super) workers: Weak<Workers>,

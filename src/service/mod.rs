@@ -2,6 +2,7 @@
 //! once started it is a [`Running`].
 
 mod handle;
+mod request;
 mod running;
 mod settings;
 mod stats;

@@ -77,6 +77,8 @@ impl Running {
     /// # Errors
     /// [`ErrorKind::System`] when the accepting thread has panicked.
     pub fn quiesce(&mut self) -> Result<()> {
+        // Rings that stop complete their requests, which may wait for the end of a freeze.
+        self.workers.thaw();
         self.stop_accepting();
         let ended = self.acceptor.take().map_or(Ok(()), JoinHandle::join);
         ended.map_err(|_| self.panicked("accept"))

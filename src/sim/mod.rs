@@ -129,6 +129,22 @@ fn a_server_that_is_restarted_loses_nothing_and_fails_nothing() {
     assert!((0..FIXED_SEEDS).any(|seed| finds(&seed)), "no seed finds a loss that is not repaired");
 }
 
+/// Runs one seed with an operator who freezes the cache between any two steps.
+fn run_with_freezes(seed: u64) -> std::thread::Result<u64> {
+    run_with(None, || {
+        let mut world = World::with_freezes(seed);
+        world.run(STEPS);
+        world.freezes
+    })
+}
+
+#[test]
+fn a_frozen_disk_does_not_change_and_is_what_a_flush_leaves() {
+    let run = |seed| run_with_freezes(seed).unwrap_or_else(|_| panic!("seed {seed} with freezes failed"));
+    let freezes: u64 = (0..FIXED_SEEDS / 2).map(run).sum();
+    assert!(freezes > 500, "only {freezes} freezes");
+}
+
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
 /// variables, nothing. The Makefile's target `sim` sets them.
 #[test]
@@ -136,6 +152,7 @@ fn seeds_from_the_environment() {
     let number = |name| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
     if let Some(seed) = number("GENBLK_SIM_SEED") {
         println!("cache: seed {seed}: {}", run_named(seed));
+        println!("cache: seed {seed} with freezes: {:?}", run_with_freezes(seed));
     }
     if let Some(count) = number("GENBLK_SIM_COUNT") {
         let first = number("GENBLK_SIM_FIRST").unwrap_or(1000);

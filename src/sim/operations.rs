@@ -9,10 +9,19 @@ use super::oracle::Knowledge;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum GuestOp {
     Read,
-    Write { version: u32 },
-    Zero { unmap: Unmap },
+    Write {
+        version: u32,
+    },
+    Zero {
+        unmap: Unmap,
+    },
     Discard,
     Flush,
+    /// Not of the guest, but of the host's operator.
+    Freeze {
+        until_us: u64,
+        holds_reads: bool,
+    },
 }
 
 impl GuestOp {
@@ -21,7 +30,7 @@ impl GuestOp {
             GuestOp::Read => RequestClass::Read,
             GuestOp::Write { .. } => RequestClass::Write,
             GuestOp::Zero { .. } | GuestOp::Discard => RequestClass::Range,
-            GuestOp::Flush => RequestClass::Flush,
+            GuestOp::Flush | GuestOp::Freeze { .. } => RequestClass::Flush,
         }
     }
 

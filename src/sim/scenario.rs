@@ -48,6 +48,8 @@ pub(super) struct Scenario {
     /// The disk is a server that is restarted now and then, and loses its write cache: the next Sync says so. Nothing
     /// else fails.
     pub restarts: bool,
+    /// An operator freezes the cache now and then.
+    pub freezes: bool,
 }
 
 impl Scenario {
@@ -73,6 +75,7 @@ impl Scenario {
             stops: prng.percent(30),
             zero_slots,
             restarts: false,
+            freezes: false,
         }
     }
 

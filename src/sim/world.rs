@@ -5,6 +5,7 @@
 
 mod checks;
 mod effects;
+mod freezes;
 mod lives;
 
 use std::collections::BTreeMap;
@@ -88,6 +89,10 @@ pub(super) struct World {
     /// Prints what happens to this sector: `GENBLK_SIM_TRACE`.
     traced: Option<u64>,
     pub counts: Counts,
+    /// The disk's contents since the cache was frozen.
+    frozen_disk: Option<Vec<u32>>,
+    /// How often it was frozen.
+    pub freezes: u64,
 }
 
 impl World {
@@ -95,6 +100,12 @@ impl World {
     pub fn with_restarts(seed: u64) -> Self {
         let world = Self::new(seed);
         Self { scenario: world.scenario.with_restarts(), ..world }
+    }
+
+    /// The world of a seed, with an operator who freezes the cache.
+    pub fn with_freezes(seed: u64) -> Self {
+        let world = Self::new(seed);
+        Self { scenario: Scenario { freezes: true, ..world.scenario }, ..world }
     }
 
     pub fn new(seed: u64) -> Self {
@@ -137,6 +148,8 @@ impl World {
             answers: Vec::new(),
             traced: std::env::var("GENBLK_SIM_TRACE").ok().and_then(|sector| sector.parse().ok()),
             counts: Counts::default(),
+            frozen_disk: None,
+            freezes: 0,
         }
     }
 
@@ -179,6 +192,9 @@ impl World {
         if guest == Guest::Active && self.scenario.stops && self.prng.below(STEPS_PER_STOP) == 0 {
             self.now_us += self.prng.pick(&[1000, STOP_US]);
         }
+        if self.scenario.freezes {
+            self.freeze_or_thaw();
+        }
         let mut worker_runs = true;
         match self.prng.below(10) {
             0..=2 if guest == Guest::Active && self.requests.len() < self.scenario.requests_max => {
@@ -207,6 +223,9 @@ impl World {
             if self.prng.percent(10) {
                 self.take_immediate_turns();
             }
+        }
+        if self.scenario.freezes && !crashes {
+            self.check_frozen();
         }
         if crashes {
             self.start_next_daemon();
@@ -259,7 +278,8 @@ impl World {
     }
 
     fn submit_request(&mut self, op: GuestOp, span: SectorSpan) {
-        let known_sectors = if op == GuestOp::Flush { self.disk.sectors() } else { span.count as usize };
+        let is_flush = matches!(op, GuestOp::Flush | GuestOp::Freeze { .. });
+        let known_sectors = if is_flush { self.disk.sectors() } else { span.count as usize };
         let known = self.oracle.knowledge(span.start as usize, known_sectors);
         match op {
             GuestOp::Write { version } => self.begin_write(span, version),
@@ -270,7 +290,7 @@ impl World {
                     request.known.forget(span);
                 }
             }
-            GuestOp::Read | GuestOp::Flush => {}
+            GuestOp::Read | GuestOp::Flush | GuestOp::Freeze { .. } => {}
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
@@ -305,6 +325,9 @@ impl World {
                 return;
             }
             GuestOp::Flush => return self.cache.flush(name),
+            GuestOp::Freeze { until_us, holds_reads } => {
+                return self.cache.freeze(name, Tick::from_us(until_us), holds_reads);
+            }
         };
         if self.memory.has_crashed() {
             return;
@@ -392,12 +415,14 @@ impl World {
         self.counts.requests += 1;
         self.trace(request.span, || format!("answer to {ticket}: {:?}, succeeded: {succeeded}", request.op));
         let (class, now) = (request.op.class(), Tick::from_us(self.now_us));
-        let may_fail = request.copy_failed || self.failures.may_fail(class, request.sent_at, &self.settings, now);
+        let may_end = matches!(request.op, GuestOp::Freeze { .. });
+        let may_fail =
+            may_end || request.copy_failed || self.failures.may_fail(class, request.sent_at, &self.settings, now);
         assert!(succeeded || may_fail, "{class:?} of {:?} failed without a reason: {:?}", request.span, self.failures);
         match request.op {
             GuestOp::Write { version } => self.end_write(&request, version, succeeded),
             GuestOp::Zero { .. } => self.end_write(&request, 0, succeeded),
-            GuestOp::Flush if succeeded => {
+            GuestOp::Flush | GuestOp::Freeze { .. } if succeeded => {
                 if matches!(self.reset, Some(Reset::Heard(step)) if step < request.sent_step) {
                     self.reset = None;
                 }
@@ -407,7 +432,7 @@ impl World {
                 }
             }
             GuestOp::Read if succeeded => self.oracle.narrow(request.span, &request.seen, request.sent_step),
-            GuestOp::Flush | GuestOp::Read | GuestOp::Discard => {}
+            GuestOp::Flush | GuestOp::Freeze { .. } | GuestOp::Read | GuestOp::Discard => {}
         }
     }
 
@@ -513,6 +538,7 @@ impl World {
         self.progress += 1;
         self.counts.operations += 1;
         self.check_operation(op.kind);
+        assert!(!op.kind.is_change() || !self.cache.is_frozen(), "a frozen cache submits {:?}", op.kind);
         let (first, count) = (op.span.start as usize, op.span.count as usize);
         match op.kind {
             OpKind::Write => {

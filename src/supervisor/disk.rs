@@ -10,15 +10,18 @@ use log::{error, info, warn};
 use crate::config::DeviceConfig;
 use crate::control::wire::DeviceState;
 use crate::disk_protocol::Ending;
-use crate::disk_stats::{DiskState, OldestOp, StatsPage};
+use crate::disk_stats::{DiskState, OldestOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::store::file::IoFence;
 
 use super::SupervisorEvent;
 use super::context::Context;
+use super::entry::{DeviceProgress, OverviewEntry};
+use super::fleet_change::Requester;
 use super::handle::DeviceHandle;
 use super::keeper::{self, Keeper, KeeperCommand};
+use super::operator_state::OperatorState;
 use super::reminder::{FIRST, Reminder};
 
 /// How long a device whose cache is kept may take to leave it to the next daemon. Then it is left as a crash would
@@ -64,8 +67,10 @@ pub(super) enum DevicePhase {
 pub(super) struct Disk {
     name: String,
     image: PathBuf,
-    config: DeviceConfig,
+    config: Arc<DeviceConfig>,
     keeper: Keeper,
+    /// What the operator does with it.
+    operator: Arc<OperatorState>,
     phase: DevicePhase,
     /// Once it is served.
     handle: Option<DeviceHandle>,
@@ -81,6 +86,12 @@ pub(super) struct Disk {
     progress: (Instant, u64),
     /// When it was abandoned, and whether requests are waited for that the next daemon cannot repeat.
     abandoned: Option<(Instant, bool)>,
+    /// How it ends, and since when.
+    leaving: Option<(Ending, Instant)>,
+    /// Who waits for it to be served.
+    attaching: Option<Requester>,
+    /// Who waits for its end.
+    detaching: Option<Requester>,
     /// When it was given up at the end of the process, and whether its process was killed.
     detached: Option<(Instant, bool)>,
     /// Lines about a process that does not run.
@@ -89,16 +100,6 @@ pub(super) struct Disk {
     unkept_reminder: Reminder,
     /// The error with which it ended.
     error: Option<Error>,
-}
-
-/// How far a device is, for the control socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct DeviceProgress {
-    pub state: DeviceState,
-    /// Why it is not served.
-    pub why: Option<String>,
-    /// Process ID of its disk process.
-    pub pid: Option<u32>,
 }
 
 /// An error at the start, of possibly many attempts.
@@ -123,7 +124,8 @@ impl Disk {
         Ok(Self {
             name: config.name.clone(),
             image: config.image.clone(),
-            config: config.clone(),
+            config: Arc::new(config.clone()),
+            operator: Arc::default(),
             keeper: Keeper::start(index, config, context, events)?,
             phase: DevicePhase::Opening,
             handle: None,
@@ -133,6 +135,9 @@ impl Disk {
             waiting: None,
             progress: (Instant::now(), 0),
             abandoned: None,
+            leaving: None,
+            attaching: None,
+            detaching: None,
             detached: None,
             silence_reminder: Reminder::new(),
             unkept_reminder: Reminder::new(),
@@ -242,6 +247,7 @@ impl Disk {
     pub fn why_not_served(&self) -> Option<String> {
         let why = match (&self.phase, &self.failure) {
             (DevicePhase::Served, _) => return None,
+            (phase, _) if *phase >= DevicePhase::Ending => "it is being detached",
             (_, Some(failure)) => &failure.text,
             (DevicePhase::Opening, None) => "its image does not answer",
             _ => "it starts",
@@ -249,13 +255,20 @@ impl Disk {
         Some(format!("{} ({why})", self.name))
     }
 
-    /// Its page of statistics.
-    pub fn page(&self) -> &Arc<StatsPage> {
-        self.keeper.page()
+    /// What the control socket shows of it.
+    pub fn entry(&self) -> OverviewEntry {
+        OverviewEntry {
+            config: Arc::clone(&self.config),
+            page: Arc::clone(self.keeper.page()),
+            progress: self.progress(),
+            link: self.handle.as_ref().map(DeviceHandle::link),
+            operator: Arc::clone(&self.operator),
+            commands: self.keeper.commands(),
+        }
     }
 
-    /// How far it is and why it is not served, for the control socket.
-    pub fn progress(&self) -> DeviceProgress {
+    /// How far it is and why it is not served.
+    fn progress(&self) -> DeviceProgress {
         let state = match self.phase {
             DevicePhase::Opening | DevicePhase::Open => DeviceState::Opening,
             DevicePhase::Failed => DeviceState::Failed,
@@ -271,8 +284,52 @@ impl Disk {
         }
     }
 
+    /// Whether it is detached, or ends with the process.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.is_some()
+    }
+
+    /// Whether the operator waits for it to be served.
+    pub fn is_attaching(&self) -> bool {
+        self.attaching.is_some()
+    }
+
+    /// The operator waits for it to be served.
+    pub fn set_attaching(&mut self, requester: Requester) {
+        self.attaching = Some(requester);
+    }
+
+    /// Takes the operator who waits for it to be served.
+    pub fn take_attaching(&mut self) -> Option<Requester> {
+        self.attaching.take()
+    }
+
+    /// The operator waits for its end.
+    pub fn set_detaching(&mut self, requester: Option<Requester>) {
+        self.detaching = requester;
+    }
+
+    /// Its end: who waits for it, and the error with which it ended.
+    pub fn into_end(self) -> (Option<Requester>, Option<Error>) {
+        (self.detaching, self.error)
+    }
+
+    /// What it is to serve.
+    pub fn config(&self) -> &DeviceConfig {
+        &self.config
+    }
+
     /// Logs what takes long.
-    pub fn look_while_serving(&mut self) {
+    pub fn look(&mut self) {
+        match self.leaving {
+            Some((ending, since)) if !self.has_ended() => self.look_while_ending(ending, since, false),
+            Some(_) => {}
+            None => self.look_while_serving(),
+        }
+    }
+
+    /// Logs what takes long.
+    fn look_while_serving(&mut self) {
         if self.phase == DevicePhase::Opening {
             let image = self.image.display();
             let step = self.keeper.step();
@@ -335,6 +392,7 @@ impl Disk {
     pub fn begin_end(&mut self, ending: Ending) {
         if self.phase < DevicePhase::Ending {
             self.phase = DevicePhase::Ending;
+            self.leaving = Some((ending, Instant::now()));
             self.progress = (Instant::now(), self.state().cache.completed_ops);
             self.step_reminder = Reminder::new();
             self.send(KeeperCommand::End(ending));

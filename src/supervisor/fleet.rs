@@ -1,6 +1,7 @@
 //! All devices of the process, as the main thread sees them. It sends commands to their keepers, looks at them a
 //! few times a second, and waits for none without a deadline.
 
+use std::collections::BTreeMap;
 use std::mem;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
@@ -10,7 +11,6 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use crate::config::Config;
-use crate::control::server::Host;
 use crate::disk_protocol::Ending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
@@ -21,6 +21,7 @@ use super::context::Context;
 use super::disk::{DevicePhase, Disk};
 use super::keeper::{KeeperCommand, News};
 use super::overview::Overview;
+use super::runtime::RuntimeFile;
 use super::{Strictness, SupervisorEvent};
 
 /// How often the main thread looks at the devices.
@@ -32,7 +33,7 @@ const FREEZE_MIN: Duration = Duration::from_secs(2);
 
 /// The end of the process, once it has begun.
 #[derive(Clone, Copy, Debug)]
-struct End {
+pub(super) struct End {
     ending: Ending,
     since: Instant,
     /// A second signal came: what can be left is left.
@@ -48,16 +49,23 @@ fn spawn_look(look: impl FnOnce() + Send + 'static) {
 
 /// See the module.
 pub(super) struct Fleet {
-    disks: Vec<Disk>,
+    /// By their numbers, which no other disk of this process gets.
+    pub(super) disks: BTreeMap<usize, Disk>,
+    /// The number of the next disk that is attached.
+    pub(super) next_disk: usize,
+    pub(super) context: Arc<Context>,
+    pub(super) events: Sender<SupervisorEvent>,
+    /// What was attached and detached; `None` without a control socket.
+    pub(super) runtime: Option<RuntimeFile>,
     /// What the control socket shows.
-    overview: Arc<Overview>,
+    pub(super) overview: Arc<Overview>,
     strictness: Strictness,
     manager: Arc<ServiceManager>,
     /// For the look at the caches that no daemon uses, which follows the start.
     unlisted: Option<Config>,
     /// For the look at the fd store, which follows when every device is served.
     unchecked: Option<Config>,
-    end: Option<End>,
+    pub(super) end: Option<End>,
     /// Why the daemon ends by itself.
     failure: Option<Error>,
     is_ready: bool,
@@ -76,12 +84,17 @@ impl Fleet {
         context: &Arc<Context>,
         manager: Arc<ServiceManager>,
         events: &Sender<SupervisorEvent>,
+        runtime: Option<RuntimeFile>,
     ) -> Result<Self> {
-        let start = |(index, device)| Disk::start(index, device, context, events);
-        let disks: Vec<_> = config.devices.iter().enumerate().map(start).collect::<Result<_>>()?;
+        let start = |(index, device)| Ok((index, Disk::start(index, device, context, events)?));
+        let disks: BTreeMap<_, _> = config.devices.iter().enumerate().map(start).collect::<Result<_>>()?;
         Ok(Self {
-            overview: Overview::new(&config.devices, &disks),
+            overview: Overview::new(disks.values().map(Disk::entry)),
+            next_disk: disks.len(),
             disks,
+            context: Arc::clone(context),
+            events: events.clone(),
+            runtime,
             strictness,
             manager,
             unlisted: Some(config.clone()),
@@ -94,8 +107,8 @@ impl Fleet {
     }
 
     /// What the control socket shows.
-    pub fn overview(&self) -> Arc<dyn Host> {
-        Arc::clone(&self.overview) as Arc<dyn Host>
+    pub fn overview(&self) -> &Arc<Overview> {
+        &self.overview
     }
 
     /// Serves until the process is to end.
@@ -108,6 +121,7 @@ impl Fleet {
             match events.recv_timeout(TICK) {
                 Ok(SupervisorEvent::Signal(signal)) => self.on_signal(signal),
                 Ok(SupervisorEvent::News(index, news)) => self.on_news(index, news),
+                Ok(SupervisorEvent::Change(change)) => self.on_change(change),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::new(ErrorKind::System, "the thread that waits for signals has ended"));
@@ -117,7 +131,7 @@ impl Fleet {
             match &mut self.end {
                 Some(end) if since_last >= FREEZE_MIN => {
                     end.since += since_last;
-                    self.disks.iter_mut().for_each(|disk| disk.excuse(since_last));
+                    self.disks.values_mut().for_each(|disk| disk.excuse(since_last));
                 }
                 // The next look sees what the image has completed by then.
                 None if since_last >= FREEZE_MIN => {}
@@ -127,7 +141,8 @@ impl Fleet {
                     self.look_while_ending(end);
                 }
             }
-            self.overview.update(&self.disks);
+            self.remove_ended();
+            self.overview.update(self.disks.values().map(Disk::entry));
             if self.has_ended() {
                 return self.result();
             }
@@ -136,12 +151,12 @@ impl Fleet {
 
     fn on_signal(&mut self, signal: i32) {
         if signal == libc::SIGHUP {
-            self.disks.iter().for_each(|disk| disk.send(KeeperCommand::Resume));
+            self.disks.values().for_each(|disk| disk.send(KeeperCommand::Resume));
         } else if let Some(end) = &mut self.end {
             end.hurried = true;
-            let waiting: Vec<_> = self.disks.iter().filter(|disk| !disk.has_ended()).map(Disk::name).collect();
+            let waiting: Vec<_> = self.disks.values().filter(|disk| !disk.has_ended()).map(Disk::name).collect();
             warn!("signal {signal} again: not waiting for {}", waiting.join(", "));
-            self.disks.iter_mut().for_each(Disk::hurry);
+            self.disks.values_mut().for_each(Disk::hurry);
         } else if signal == libc::SIGUSR1 {
             info!("signal {signal}: stopping, leaving the caches for the next daemon");
             self.begin_end(Ending::HandOver);
@@ -154,69 +169,87 @@ impl Fleet {
     fn begin_end(&mut self, ending: Ending) {
         self.manager.notify("STOPPING=1");
         self.end = Some(End { ending, since: Instant::now(), hurried: false });
-        self.disks.iter_mut().for_each(|disk| disk.begin_end(ending));
+        self.disks.values_mut().for_each(|disk| disk.begin_end(ending));
+        if ending == Ending::WriteBack
+            && let Some(runtime) = &self.runtime
+        {
+            runtime.remove();
+        }
     }
 
     fn on_news(&mut self, index: usize, news: News) {
         let is_ending = self.end.is_some();
+        // One that was given up when it was detached needs nothing any more.
+        let Some(disk) = self.disks.get_mut(&index) else { return };
         match news {
-            News::Failed(_) if is_ending => {}
+            News::Failed(_) if is_ending || disk.is_leaving() => {}
+            News::Failed(error) if disk.is_attaching() => self.refuse_attach(index, &error),
             News::Failed(error) if self.strictness == Strictness::AllOrNone => {
                 self.failure = Some(error);
                 self.begin_end(Ending::HandOver);
             }
             News::Failed(error) => {
-                let others = self.disks.iter().enumerate().filter(|(other, _)| *other != index);
+                let others = self.disks.iter().filter(|(other, _)| **other != index);
                 let is_last = others.clone().all(|(_, disk)| disk.phase() == DevicePhase::Failed);
                 if is_last && !self.is_ready {
                     self.failure = Some(error);
                 } else {
-                    self.disks[index].fail(&error);
+                    self.disks.get_mut(&index).expect("it was found").fail(&error);
                 }
             }
             News::Open => {
-                self.disks[index].set_phase(DevicePhase::Open);
-                let all_open = self.disks.iter().all(|disk| disk.phase() == DevicePhase::Open);
-                if self.strictness == Strictness::ServeTheOthers {
-                    self.disks[index].send(KeeperCommand::Serve);
+                disk.set_phase(DevicePhase::Open);
+                let is_attaching = disk.is_attaching();
+                let all_open = self.disks.values().all(|disk| disk.phase() == DevicePhase::Open);
+                if self.strictness == Strictness::ServeTheOthers || is_attaching {
+                    self.disks[&index].send(KeeperCommand::Serve);
                 } else if all_open {
-                    self.disks.iter().for_each(|disk| disk.send(KeeperCommand::Serve));
+                    self.disks.values().for_each(|disk| disk.send(KeeperCommand::Serve));
                 }
             }
-            News::Served(handle) => self.disks[index].serve(handle),
-            News::Died(why, pause) => self.disks[index].note_death(&why, pause),
-            News::GivenUp(error) => self.disks[index].give_up(&error),
+            News::Served(handle) => {
+                disk.serve(handle);
+                self.confirm_attach(index);
+            }
+            News::Died(why, pause) => disk.note_death(&why, pause),
+            News::GivenUp(error) if disk.is_attaching() => self.refuse_attach(index, &error),
+            News::GivenUp(error) => disk.give_up(&error),
             News::Quiesced => {
-                self.disks[index].set_phase(DevicePhase::Quiesced);
+                disk.set_phase(DevicePhase::Quiesced);
                 self.finish_quiesced();
             }
-            News::Ended(result) => self.disks[index].end(result),
+            News::Ended(result) => disk.end(result),
         }
     }
 
     /// Ends the devices whose rings have stopped, and those of every device on the same image: one may wait for a page
     /// that another is reading.
     fn finish_quiesced(&mut self) {
-        for index in 0..self.disks.len() {
-            let key = self.disks[index].image_key();
-            let mut group = self.disks.iter().filter(|disk| disk.image_key() == key);
-            if self.disks[index].phase() == DevicePhase::Quiesced && group.all(Disk::has_quiesced) {
-                self.disks[index].finish();
+        for index in self.disks.keys().copied().collect::<Vec<_>>() {
+            let disk = &self.disks[&index];
+            let key = disk.image_key();
+            let mut group = self.disks.values().filter(|other| other.image_key() == key);
+            // One that leaves the others completes what they wait for (`WorkerPort::close`).
+            let may_end = self.end.is_none() && disk.is_leaving() || group.all(Disk::has_quiesced);
+            if disk.phase() == DevicePhase::Quiesced && may_end {
+                self.disks.get_mut(&index).expect("it was found").finish();
             }
         }
     }
 
     fn look_while_serving(&mut self) {
-        self.disks.iter_mut().for_each(Disk::look_while_serving);
-        let served = self.disks.iter().filter(|disk| disk.phase() == DevicePhase::Served).count();
-        let is_settled = self.disks.iter().all(Disk::is_settled);
-        if served == 0 || !self.is_ready && !is_settled {
+        self.disks.values_mut().for_each(Disk::look);
+        self.finish_quiesced();
+        let served = self.disks.values().filter(|disk| disk.phase() == DevicePhase::Served).count();
+        let is_settled = self.disks.values().all(Disk::is_settled);
+        let is_empty = self.disks.is_empty() && self.runtime.is_some();
+        if served == 0 && !is_empty || !self.is_ready && !is_settled {
             return;
         }
         if let Some(config) = self.unlisted.take() {
             spawn_look(move || recover::warn_unheld(&config));
         }
-        let not_served: Vec<_> = self.disks.iter().filter_map(Disk::why_not_served).collect();
+        let not_served: Vec<_> = self.disks.values().filter_map(Disk::why_not_served).collect();
         let mut status = format!("STATUS=serving {} of {}", served, counted(self.disks.len() as u64, "disk"));
         if !not_served.is_empty() {
             status += &format!("; not served: {}", not_served.join(", "));
@@ -232,7 +265,7 @@ impl Fleet {
     }
 
     fn look_while_ending(&mut self, end: End) {
-        for disk in self.disks.iter_mut().filter(|disk| !disk.has_ended()) {
+        for disk in self.disks.values_mut().filter(|disk| !disk.has_ended()) {
             disk.look_while_ending(end.ending, end.since, end.hurried);
         }
         // A device that was abandoned may have been the last of its image.
@@ -241,13 +274,13 @@ impl Fleet {
 
     fn has_ended(&self) -> bool {
         match self.end {
-            Some(_) => self.disks.iter().all(Disk::has_ended),
+            Some(_) => self.disks.values().all(Disk::has_ended),
             None => self.failure.is_some(),
         }
     }
 
     fn result(self) -> Result<()> {
-        let of_disks = self.disks.into_iter().filter_map(Disk::into_error);
+        let of_disks = self.disks.into_values().filter_map(Disk::into_error);
         let mut errors = self.failure.into_iter().chain(of_disks);
         let Some(first) = errors.next() else { return Ok(()) };
         errors.for_each(|error| error!("{error}"));

@@ -14,6 +14,13 @@ use crate::store::file::IoFence;
 use crate::sys::process::name_of;
 use crate::sys::socket::stop_listening;
 
+/// The way to a device in its process.
+#[derive(Clone, Debug)]
+pub(super) struct DeviceLink {
+    pub device: u32,
+    pub process: Arc<Process>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct DeviceHandle {
@@ -52,6 +59,11 @@ impl DeviceHandle {
     /// What devices with one image and one process have in common, and others not.
     pub fn image_key(&self) -> (IoFence, &str) {
         (self.process.fence(), &self.image_of)
+    }
+
+    /// The way to the device.
+    pub fn link(&self) -> DeviceLink {
+        DeviceLink { device: self.device, process: Arc::clone(&self.process) }
     }
 
     /// Process ID of its disk process, if it has one.

@@ -130,6 +130,11 @@ impl Keeper {
         }
     }
 
+    /// Sends commands to it.
+    pub fn commands(&self) -> Sender<KeeperCommand> {
+        self.commands.clone()
+    }
+
     /// The device's page of statistics.
     pub fn page(&self) -> &Arc<StatsPage> {
         &self.page
@@ -453,6 +458,10 @@ impl ProcessSession<'_> {
             }
             ProcessNews::Ended(result) => {
                 self.worker.begin("releasing the image");
+                if self.process.leave(self.device) {
+                    // Others use the process on.
+                    return Some(ServiceEnd::Ended(result));
+                }
                 self.ended = Some(result);
             }
             ProcessNews::Exited(exit) => return Some(self.left(exit)),

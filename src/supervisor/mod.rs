@@ -10,16 +10,22 @@
 //! its messages and its log (`process.rs`). The main thread (`fleet.rs`) waits for none of them: an image that does not
 //! answer holds up its own device only.
 
+mod attach;
 mod context;
 mod disk;
+mod entry;
 mod fleet;
+mod fleet_change;
 mod handle;
 mod keeper;
 mod log_pipe;
+mod operator;
+mod operator_state;
 mod overview;
 mod process;
 mod reminder;
 mod restarts;
+mod runtime;
 mod slot;
 mod socket;
 
@@ -42,7 +48,9 @@ pub use process::Hosting;
 
 use context::Context;
 use fleet::Fleet;
+use fleet_change::FleetChange;
 use keeper::News;
+use runtime::RuntimeFile;
 
 /// Signals without a meaning here that would end the process: a write beyond RLIMIT_FSIZE and one to a closed pipe fail
 /// instead, and the others must not cost a guest its disk if they are sent by mistake.
@@ -65,6 +73,8 @@ enum SupervisorEvent {
     Signal(i32),
     /// Something has happened to the device with this number.
     News(usize, News),
+    /// The operator attaches or detaches a device.
+    Change(FleetChange),
 }
 
 /// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes write-back that was stopped
@@ -91,11 +101,13 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
         );
     }
     let manager = Arc::new(ServiceManager::from_environment()?);
+    let runtime = config.control.as_ref().map(|control| RuntimeFile::open(&control.socket));
+    let config = &runtime.as_ref().map_or_else(|| config.clone(), |runtime| runtime.apply(config));
     let context = Arc::new(Context::new(config, &manager, hosting));
     let (sender, events) = channel();
     wait_for_signals(signals, sender.clone())?;
-    let fleet = Fleet::start(config, strictness, &context, manager, &sender)?;
-    let _bound = config.control.as_ref().and_then(|control| show(control, fleet.overview()));
+    let fleet = Fleet::start(config, strictness, &context, manager, &sender, runtime)?;
+    let _bound = config.control.as_ref().and_then(|control| show(control, operator::host(fleet.overview(), &sender)));
     fleet.run(&events)
 }
 

@@ -5,9 +5,10 @@ use std::process;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::disk::{DeviceProgress, Disk};
-use crate::config::DeviceConfig;
-use crate::control::server::Host;
+use serde_json::json;
+
+use super::entry::{DeviceProgress, OverviewEntry};
+use crate::control::change::Refusal;
 use crate::control::wire::{
     CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, FrontEnd, Latency, RequestStatistics,
     StoreStatistics, WorkerStatistics,
@@ -15,68 +16,66 @@ use crate::control::wire::{
 use crate::counters::snapshot::Snapshot;
 use crate::counters::worker::Activity;
 use crate::counters::{Class, Operation, Served};
-use crate::disk_stats::{DiskState, StatsPage};
+use crate::disk_stats::DiskState;
 use crate::units::{OpClass, PAGE_BYTES};
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Overview {
     since_us: u64,
-    devices: Vec<OverviewEntry>,
-    /// Of each device.
-    progress: Mutex<Vec<DeviceProgress>>,
-}
-
-#[derive(Debug)]
-struct OverviewEntry {
-    config: DeviceConfig,
-    page: Arc<StatsPage>,
+    entries: Mutex<Vec<OverviewEntry>>,
 }
 
 impl Overview {
     /// The devices of a daemon that starts.
-    pub fn new(devices: &[DeviceConfig], disks: &[Disk]) -> Arc<Self> {
+    pub fn new(entries: impl Iterator<Item = OverviewEntry>) -> Arc<Self> {
         let since_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
-        let entry = |(config, disk): (&DeviceConfig, &Disk)| OverviewEntry {
-            config: config.clone(),
-            page: Arc::clone(disk.page()),
-        };
-        Arc::new(Self {
-            since_us: u64::try_from(since_us).unwrap_or(u64::MAX),
-            devices: devices.iter().zip(disks).map(entry).collect(),
-            progress: Mutex::new(disks.iter().map(Disk::progress).collect()),
-        })
+        let since_us = u64::try_from(since_us).unwrap_or(u64::MAX);
+        Arc::new(Self { since_us, entries: Mutex::new(entries.collect()) })
     }
 
     /// Records how far the devices are.
-    pub fn update(&self, disks: &[Disk]) {
-        *self.progress() = disks.iter().map(Disk::progress).collect();
+    pub fn update(&self, entries: impl Iterator<Item = OverviewEntry>) {
+        *self.lock() = entries.collect();
     }
 
-    fn progress(&self) -> MutexGuard<'_, Vec<DeviceProgress>> {
-        self.progress.lock().expect("no thread panics with the list locked")
+    fn lock(&self) -> MutexGuard<'_, Vec<OverviewEntry>> {
+        self.entries.lock().expect("no thread panics with the list locked")
     }
-}
 
-impl Host for Overview {
-    fn describe(&self) -> Description {
+    /// The device with this name.
+    ///
+    /// # Errors
+    /// `NoSuchDevice`.
+    pub fn entry(&self, name: &str) -> Result<OverviewEntry, Refusal> {
+        let entries = self.lock();
+        entries.iter().find(|entry| entry.config.name == name).cloned().ok_or_else(|| {
+            let names: Vec<_> = entries.iter().map(|entry| entry.config.name.clone()).collect();
+            Refusal::new("NoSuchDevice", json!({ "device": name, "devices": names }))
+        })
+    }
+
+    /// What serves.
+    pub fn describe(&self) -> Description {
         Description { version: env!("CARGO_PKG_VERSION").to_owned(), pid: process::id(), since_us: self.since_us }
     }
 
-    fn devices(&self) -> Vec<DeviceStatus> {
-        let progress = self.progress().clone();
-        self.devices.iter().zip(progress).map(|(entry, progress)| device(entry, progress)).collect()
+    /// All devices.
+    pub fn devices(&self) -> Vec<DeviceStatus> {
+        self.lock().clone().iter().map(device).collect()
     }
 
-    fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics> {
-        self.devices.iter().filter(|entry| wanted(&entry.config.name)).map(statistics).collect()
+    /// The statistics of the devices for which `wanted` holds.
+    pub fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics> {
+        self.lock().clone().iter().filter(|entry| wanted(&entry.config.name)).map(statistics).collect()
     }
 }
 
-fn device(entry: &OverviewEntry, progress: DeviceProgress) -> DeviceStatus {
-    let OverviewEntry { config, page } = entry;
-    let DeviceProgress { state, why, pid } = progress;
+fn device(entry: &OverviewEntry) -> DeviceStatus {
+    let OverviewEntry { config, page, progress, link, operator, .. } = entry;
+    let DeviceProgress { state, why, pid } = progress.clone();
     let is_serving = state == DeviceState::Serving;
+    let state = if is_serving && operator.is_frozen(link.as_ref()) { DeviceState::Frozen } else { state };
     let now = page.read();
     let serving = |number: u64| is_serving.then_some(number);
     DeviceStatus {

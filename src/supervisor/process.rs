@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 
@@ -16,7 +17,9 @@ use log::{debug, error, warn};
 
 use super::log_pipe::LogPipe;
 use crate::disk_process;
-use crate::disk_protocol::{Channel, DeviceSettings, ErrorText, FromDisk, Received, ToDisk};
+use crate::disk_protocol::{
+    Channel, DeviceReply, DeviceRequest, DeviceSettings, ErrorText, FromDisk, Received, ToDisk,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::file::IoFence;
 use crate::sys::poll::wait_any_readable;
@@ -123,6 +126,9 @@ struct Listeners {
     /// Its images, by the device for which each was opened.
     images: BTreeMap<String, ImageFate>,
     exit: Option<Exit>,
+    /// Who waits for the replies to requests, by number.
+    requesters: BTreeMap<u64, Sender<DeviceReply>>,
+    last_request: u64,
 }
 
 /// Who hears of a device.
@@ -267,6 +273,41 @@ impl Process {
         }
     }
 
+    /// A device has ended. Returns whether others are left on its image; else its keeper waits for the release of that.
+    pub fn leave(&self, device: u32) -> bool {
+        let mut listeners = self.listeners();
+        let image_of = listeners.by_device.get(&device).map(|listener| listener.image_of.clone());
+        let is_beside =
+            |(other, listener): (&u32, &Listener)| *other != device && Some(&listener.image_of) == image_of.as_ref();
+        let others = listeners.by_device.iter().any(is_beside);
+        if others {
+            listeners.by_device.remove(&device);
+        }
+        others
+    }
+
+    /// Sends what the operator asks of a device. Does not wait; the reply comes to the receiver, unless the process
+    /// ends before.
+    ///
+    /// # Errors
+    /// As [`Process::send`].
+    pub fn request(&self, device: u32, request: DeviceRequest) -> io::Result<Receiver<DeviceReply>> {
+        let (sender, receiver) = channel();
+        let id = {
+            let mut listeners = self.listeners();
+            if listeners.exit.is_some() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            listeners.last_request += 1;
+            let id = listeners.last_request;
+            listeners.requesters.insert(id, sender);
+            id
+        };
+        let sent = self.send(&ToDisk::Request { device, id, request }, &[]);
+        sent.inspect_err(|_| drop(self.listeners().requesters.remove(&id)))?;
+        Ok(receiver)
+    }
+
     /// Kills it, if it is a process. It may not end at once: a thread of it may hang in the kernel.
     pub fn kill(&self) {
         if let Some(child) = &mut *self.child() {
@@ -296,6 +337,7 @@ impl Process {
         let exit = Exit { status, is_released: false, is_cache_removed: false };
         let mut listeners = self.listeners();
         listeners.exit = Some(exit);
+        listeners.requesters.clear();
         for listener in std::mem::take(&mut listeners.by_device).into_values() {
             listener.hearer.hear(self.fence, ProcessNews::Exited(exit));
         }
@@ -337,6 +379,13 @@ impl Process {
                     listener.hearer.hear(self.fence, news);
                 }
                 listeners.images.entry(image_of).or_default().failure = Some(error);
+                return true;
+            }
+            FromDisk::Reply { id, reply } => {
+                if let Some(requester) = self.listeners().requesters.remove(&id) {
+                    // The requester may not wait for the reply.
+                    let _ = requester.send(reply);
+                }
                 return true;
             }
             FromDisk::Released { image_of, is_cache_removed } => {

@@ -277,6 +277,18 @@ impl Pages {
         Some(self.forget(victim))
     }
 
+    /// The pages in `count` slots of the table from slot `from` on that may be evicted.
+    pub fn evictable(&self, from: u32, count: u32) -> Vec<PageId> {
+        let slots = from..from.saturating_add(count).min(self.table.capacity());
+        let is_clean = |id: &PageId| self.table.is_resident(*id) && is_evictable(&self.table[*id], &self.frames);
+        slots.map(PageId).filter(is_clean).collect()
+    }
+
+    /// Number of slots of the table.
+    pub fn slots(&self) -> u32 {
+        self.table.capacity()
+    }
+
     /// Takes a page out of the table that is on no replacement queue any more.
     fn forget(&mut self, id: PageId) -> Page {
         debug_assert!(!self.table[id].busy(), "{:?} is removed while busy", self.table[id]);

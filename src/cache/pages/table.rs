@@ -189,6 +189,11 @@ impl PageTable {
         page
     }
 
+    /// Number of slots.
+    pub fn capacity(&self) -> u32 {
+        low_u32(self.slots.len() as u64)
+    }
+
     /// Number of pages in the table.
     pub fn len(&self) -> u32 {
         self.resident

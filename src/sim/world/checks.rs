@@ -29,7 +29,8 @@ impl World {
     /// The guest stops for longer than the age limit: then all that it has written is durable, without a FLUSH. Says
     /// nothing of worlds whose disk fails, or whose daemon crashed: there it may take longer.
     pub(super) fn check_age_limit(&mut self) {
-        if self.failures.has_failed() || self.scenario.daemon_crashes || self.prng.percent(50) {
+        let may_be_late = self.scenario.daemon_crashes || self.scenario.freezes;
+        if self.failures.has_failed() || may_be_late || self.prng.percent(50) {
             return;
         }
         self.complete_all_requests();
@@ -86,12 +87,13 @@ impl World {
         let latest_retry = self.now_us + RETRY_PAUSE_US_MAX;
         let retries =
             self.cache.health() != Health::Healthy && deadline.is_some_and(|at| at <= Tick::from_us(latest_retry));
-        let progresses = is_active || due || retries || self.requests.is_empty();
+        let thaws = self.cache.is_frozen();
+        let progresses = is_active || due || retries || thaws || self.requests.is_empty();
         assert!(progresses, "liveness: no operation and no deadline will serve {:?}", self.requests);
         // Timers are for pauses after a failure, and for writes that wait in memory. A FLUSH on a healthy disk waits
         // for none.
         let flushes = self.requests.values().any(|request| request.op == GuestOp::Flush);
-        let waits_for_timer = flushes && !is_active && !due && !self.failures.has_failed();
+        let waits_for_timer = flushes && !is_active && !due && !thaws && !self.failures.has_failed();
         assert!(!waits_for_timer, "a FLUSH waits until {deadline:?}, now {}: {:?}", self.now_us, self.requests);
     }
 

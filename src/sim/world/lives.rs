@@ -161,7 +161,7 @@ impl World {
             match request.op {
                 GuestOp::Write { version } => self.end_write(&request, version, false),
                 GuestOp::Zero { .. } => self.end_write(&request, 0, false),
-                GuestOp::Read | GuestOp::Discard | GuestOp::Flush => {}
+                GuestOp::Read | GuestOp::Discard | GuestOp::Flush | GuestOp::Freeze { .. } => {}
             }
         }
     }

@@ -1,0 +1,74 @@
+//! The commands that change what a running daemon does: each prints one line, or the daemon's reply with `--json`.
+
+use serde_json::{Value, json};
+
+use super::ControlClient;
+use super::table::Numbers;
+use crate::control::wire::{Dropped, Thawed};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a command asks of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceAction {
+    /// `genblk flush`.
+    Flush,
+    /// `genblk drop`.
+    Drop {
+        /// Whether dirty pages are written first.
+        flushed: bool,
+    },
+    /// `genblk resume`.
+    Resume,
+    /// `genblk thaw`.
+    Thaw,
+    /// `genblk detach`.
+    Detach {
+        /// Whether to do it while a front-end is connected, and if the image fails.
+        force: bool,
+    },
+}
+
+/// Changes a device; returns what to print.
+///
+/// # Errors
+/// Those of [`ControlClient::call`]; [`ErrorKind::Control`] if a thaw found that the device had not been frozen
+/// throughout.
+pub fn change(client: &mut ControlClient, device: &str, change: &DeviceAction, as_json: bool) -> Result<String> {
+    let (method, parameters) = match change {
+        DeviceAction::Flush => ("Flush", json!({ "device": device })),
+        DeviceAction::Drop { flushed } => ("Drop", json!({ "device": device, "flushed": flushed })),
+        DeviceAction::Resume => ("Resume", json!({ "device": device })),
+        DeviceAction::Thaw => ("Thaw", json!({ "device": device })),
+        DeviceAction::Detach { force } => ("Detach", json!({ "device": device, "force": force })),
+    };
+    let results = client.call_long(method, &parameters, |_| {})?;
+    if as_json {
+        return Ok(format!("{results}\n"));
+    }
+    Ok(format!("{device}: {}\n", in_words(device, change, &results)?))
+}
+
+fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<String> {
+    let unknown = |e| Error::io(ErrorKind::Control, "a reply that this version does not know", e);
+    Ok(match change {
+        DeviceAction::Flush => "everything that was written is durable on the image".to_owned(),
+        DeviceAction::Resume => "resumed".to_owned(),
+        DeviceAction::Detach { .. } => "detached; everything is on the image".to_owned(),
+        DeviceAction::Drop { .. } => {
+            let Dropped { dropped_bytes } = serde_json::from_value(results.clone()).map_err(|e| unknown(e.into()))?;
+            format!("{} of clean pages dropped", Numbers::Short.bytes(dropped_bytes))
+        }
+        DeviceAction::Thaw => {
+            let thawed: Thawed = serde_json::from_value(results.clone()).map_err(|e| unknown(e.into()))?;
+            if !thawed.held {
+                return Err(torn(device));
+            }
+            format!("thawed after {} ms; nothing was written meanwhile", thawed.frozen_us / 1000)
+        }
+    })
+}
+
+/// The error of a freeze that did not last.
+pub(super) fn torn(device: &str) -> Error {
+    Error::new(ErrorKind::Control, format!("{device}: was not frozen throughout: what was copied is torn"))
+}

@@ -1,0 +1,59 @@
+//! `genblk freeze`: freezes a device, until `genblk thaw` or for as long as a command runs.
+
+use std::io;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use serde_json::json;
+
+use super::ControlClient;
+use super::change::{DeviceAction, change, torn};
+use crate::control::wire::{FreezeParameters, Freezing};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What `genblk freeze` does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FreezeOptions {
+    /// The device.
+    pub device: String,
+    /// The freeze ends by itself after this time.
+    pub timeout_ms: u32,
+    /// Whether reads wait, too.
+    pub reads: bool,
+    /// The command to run meanwhile, with its arguments; empty: none.
+    pub command: Vec<std::ffi::OsString>,
+    /// Print the reply as it came.
+    pub as_json: bool,
+}
+
+/// Freezes a device of the daemon at `socket`. With a command, runs it and thaws the device; returns the command's
+/// status. `print` prints.
+///
+/// # Errors
+/// Those of [`ControlClient::call`]; [`ErrorKind::Control`] if the device was not frozen while the command ran.
+pub fn freeze(socket: &Path, options: &FreezeOptions, print: impl Fn(&str)) -> Result<Option<ExitStatus>> {
+    let FreezeOptions { device, timeout_ms, reads, command, as_json } = options;
+    let parameters = FreezeParameters { device: device.clone(), timeout_ms: Some(*timeout_ms), reads: Some(*reads) };
+    // Two connections: the freeze ends when this one does.
+    let (mut lease, mut other) = (ControlClient::connect(socket)?, ControlClient::connect(socket)?);
+    let results = match command.is_empty() {
+        true => lease.call_long("Freeze", &json!(parameters), |_| {})?,
+        false => lease.call_first("Freeze", &json!(parameters))?,
+    };
+    let frozen: Freezing = serde_json::from_value(results.clone())
+        .map_err(|e| Error::io(ErrorKind::Control, "a reply that this version does not know", e.into()))?;
+    let after = frozen.frozen_us / 1000;
+    let Some((program, arguments)) = command.split_first() else {
+        let hint = format!("\"genblk thaw {device}\" ends it, or {timeout_ms} ms from its begin on");
+        print(&if *as_json { format!("{results}\n") } else { format!("{device}: frozen after {after} ms; {hint}\n") });
+        return Ok(None);
+    };
+    print(&format!("{device}: frozen after {after} ms\n"));
+    let ran = Command::new(program).args(arguments).status();
+    let thawed = change(&mut other, device, &DeviceAction::Thaw, false);
+    drop(lease);
+    let status =
+        ran.map_err(|e: io::Error| Error::io(ErrorKind::Control, format!("cannot run {}", program.display()), e))?;
+    print(&thawed.map_err(|_| torn(device))?);
+    Ok(Some(status))
+}

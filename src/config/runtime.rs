@@ -1,0 +1,198 @@
+//! What the operator has changed while the daemon runs: devices that were attached and detached. The daemon keeps it in
+//! a file, because guests outlive a daemon, and so must the disks that they were given.
+
+use super::device_builder::{DeviceBuilder, Origin, Setting, check_against};
+use super::keys::{Value, key, suggestion};
+use super::shown::device_table;
+use super::{Config, DeviceConfig, Problem};
+
+/// See the module.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuntimeConfig {
+    /// Devices that were attached, in their order.
+    pub attached: Vec<DeviceConfig>,
+    /// Names of the files' devices that were detached.
+    pub detached: Vec<String>,
+}
+
+impl RuntimeConfig {
+    /// Notes that a device was attached.
+    pub fn note_attached(&mut self, device: &DeviceConfig) {
+        self.attached.retain(|other| other.name != device.name);
+        self.attached.push(device.clone());
+    }
+
+    /// Notes that a device was detached.
+    pub fn note_detached(&mut self, name: &str) {
+        self.attached.retain(|other| other.name != name);
+        if !self.detached.iter().any(|other| other == name) {
+            self.detached.push(name.to_owned());
+        }
+    }
+
+    /// As a document, for [`RuntimeConfig::read`]. `boot` names the boot of the host.
+    pub fn write(&self, boot: &str) -> String {
+        let head = "# Written by genblk: what was changed since its start. It goes with an orderly stop.\n";
+        let detached = toml::Value::from(self.detached.clone());
+        let tables: String = self.attached.iter().map(device_table).collect();
+        format!("{head}boot = {boot:?}\ndetached = {detached}\n{tables}")
+    }
+
+    /// Reads what [`RuntimeConfig::write`] has written; `None` if that was before the host was started again.
+    ///
+    /// # Errors
+    /// What is wrong with the document.
+    pub fn read(text: &str, boot: &str) -> Result<Option<Self>, String> {
+        let mut document: toml::Table = text.parse().map_err(|e: toml::de::Error| e.to_string())?;
+        let head = |document: &mut toml::Table, key: &str| document.remove(key).ok_or_else(|| format!("no {key}"));
+        if head(&mut document, "boot")?.as_str() != Some(boot) {
+            return Ok(None);
+        }
+        let detached = head(&mut document, "detached")?.try_into().map_err(|e: toml::de::Error| e.to_string())?;
+        if document.is_empty() {
+            return Ok(Some(Self { attached: Vec::new(), detached }));
+        }
+        let config = Config::from_toml(&document.to_string());
+        let config = config.map_err(|problems| format!("{} ({} in all)", problems[0].message, problems.len()))?;
+        Ok(Some(Self { attached: config.devices, detached }))
+    }
+
+    /// The devices of a daemon that starts again: those of the files with these changes. Adds to `problems` why a
+    /// device that was attached cannot be served beside the others.
+    pub fn apply(&self, files: &[DeviceConfig], problems: &mut Vec<String>) -> Vec<DeviceConfig> {
+        let is_attached = |device: &&DeviceConfig| self.attached.iter().any(|other| other.name == device.name);
+        let mut devices: Vec<DeviceConfig> = files
+            .iter()
+            .filter(|device| !self.detached.contains(&device.name) && !is_attached(device))
+            .cloned()
+            .collect();
+        for device in &self.attached {
+            match check_beside(device, &devices) {
+                Ok(()) => devices.push(device.clone()),
+                Err(found) => {
+                    problems.extend(found.iter().map(|problem| format!("{}: {}", device.name, problem.message)));
+                }
+            }
+        }
+        devices
+    }
+}
+
+/// Checks whether a device can be served beside others.
+///
+/// # Errors
+/// Every problem.
+pub fn check_beside(device: &DeviceConfig, others: &[DeviceConfig]) -> Result<(), Vec<Problem>> {
+    let others: Vec<DeviceBuilder> = others.iter().map(DeviceBuilder::of).collect();
+    let mut problems = Vec::new();
+    check_against(&DeviceBuilder::of(device), &others, &mut problems);
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+/// The device that an object with the keys of a `[[device]]` table describes.
+///
+/// # Errors
+/// Every problem, with its key.
+pub fn device_of(object: &serde_json::Value) -> Result<DeviceConfig, Vec<Problem>> {
+    let (mut entries, mut problems) = (Vec::new(), Vec::new());
+    let whole = Origin { label: "device".to_owned(), line: None };
+    match object.as_object() {
+        Some(object) => flatten(object, "", &mut entries, &mut problems),
+        None => problems.push(whole.problem("takes an object")),
+    }
+    let builder = DeviceBuilder::new(&entries, whole, |key| key.name.to_owned(), &mut problems);
+    super::finish(vec![builder], problems).map(|mut config| config.devices.remove(0))
+}
+
+/// Collects the keys of an object, which is the device's own (`prefix` empty) or one inside it.
+fn flatten<'a>(
+    object: &'a serde_json::Map<String, serde_json::Value>,
+    prefix: &str,
+    entries: &mut Vec<Setting<'a>>,
+    problems: &mut Vec<Problem>,
+) {
+    for (name, value) in object {
+        let path = format!("{prefix}{name}");
+        let origin = Origin { label: path.escape_debug().to_string(), line: None };
+        match (key(&path), value) {
+            (Some(key), value) => entries.push(Setting { key, value: plain(value), origin }),
+            (None, serde_json::Value::Object(inner)) if path == "cache" => flatten(inner, "cache.", entries, problems),
+            (None, _) => {
+                let meant = suggestion(&path).map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
+                problems.push(origin.problem(format!("unknown key{meant}")));
+            }
+        }
+    }
+}
+
+/// A JSON value as the table of keys takes it.
+fn plain(value: &serde_json::Value) -> Value<'_> {
+    match value {
+        serde_json::Value::String(text) => Value::Text(text),
+        serde_json::Value::Bool(flag) => Value::Flag(*flag),
+        serde_json::Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(integer), _) => Value::Integer(integer.into()),
+            (None, Some(integer)) => Value::Integer(integer.into()),
+            (None, None) => Value::Other("a fraction"),
+        },
+        serde_json::Value::Array(_) => Value::Other("an array"),
+        serde_json::Value::Object(_) => Value::Other("an object"),
+        serde_json::Value::Null => Value::Other("null"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::config::Socket;
+
+    fn device(name: &str) -> DeviceConfig {
+        DeviceConfig::new(name, Socket::Path(format!("/run/{name}.sock").into()), format!("/srv/{name}.img"))
+    }
+
+    #[test]
+    fn what_was_changed_is_read_again_in_the_same_boot_alone() {
+        let mut runtime = RuntimeConfig::default();
+        assert_eq!(RuntimeConfig::read(&runtime.write("b1"), "b1"), Ok(Some(runtime.clone())));
+        runtime.note_attached(&device("db"));
+        runtime.note_attached(&device("vm2"));
+        runtime.note_detached("vm1");
+        runtime.note_detached("vm2");
+        assert_eq!((runtime.attached.len(), runtime.detached.len()), (1, 2));
+        let text = runtime.write("b1");
+        assert_eq!(RuntimeConfig::read(&text, "b1"), Ok(Some(runtime)));
+        assert_eq!(RuntimeConfig::read(&text, "b2"), Ok(None));
+        for wrong in ["", "boot = \"b1\"", "boot = \"b1\"\ndetached = 7", "boot = \"b1\"\ndetached = []\nx = 1"] {
+            assert!(RuntimeConfig::read(wrong, "b1").is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn changes_apply_to_the_devices_of_the_files() {
+        let (files, mut problems) = ([device("vm1"), device("vm2")], Vec::new());
+        let mut runtime = RuntimeConfig::default();
+        runtime.note_attached(&device("db"));
+        runtime.note_detached("vm1");
+        assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);
+        let clash = DeviceConfig { name: "other".to_owned(), ..device("vm2") };
+        runtime.note_attached(&clash);
+        assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);
+        assert!(problems[0].starts_with("other: ") && problems[0].contains("vm2"), "{problems:?}");
+    }
+
+    #[test]
+    fn a_device_is_read_from_an_object_and_every_problem_is_told() {
+        let object = json!({"name": "db", "socket": "/run/db.sock", "image": "/srv/db.img", "cache": {"size": "8M"}});
+        let mut expected = device("db");
+        expected.cache.size_bytes = 8 << 20;
+        assert_eq!(device_of(&object), Ok(expected));
+        let wrong = device_of(&json!({"name": 7, "imgae": "/x", "cache": {"size": 1.5}})).unwrap_err();
+        let keys: Vec<&str> = wrong.iter().map(|problem| problem.key.as_str()).collect();
+        for key in ["name", "imgae", "cache.size", "socket", "image"] {
+            assert!(keys.contains(&key), "{key} of {keys:?}");
+        }
+        assert!(device_of(&json!([])).is_err());
+    }
+}

@@ -1,0 +1,181 @@
+//! What clients may change: the methods that act on a device, and the way from a call to its replies. A change runs on
+//! a thread of the host's, so that a connection notices at once that its client has hung up.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::wire::{AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters};
+
+/// Bounds of the time of a freeze, and what it is unless given, in milliseconds.
+const FREEZE_MS: std::ops::RangeInclusive<u32> = 1..=60_000;
+const FREEZE_MS_DEFAULT: u32 = 10_000;
+
+/// A change whose parameters are right.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Make everything durable that has completed.
+    Flush {
+        /// The device.
+        device: String,
+    },
+    /// Evict clean pages; those that are dirty too, after they were written, if `flushed`.
+    Drop {
+        /// The device.
+        device: String,
+        /// Whether dirty pages are written first.
+        flushed: bool,
+    },
+    /// Retry what failed.
+    Resume {
+        /// The device.
+        device: String,
+    },
+    /// Make everything durable that has completed, and leave the image alone.
+    Freeze {
+        /// The device.
+        device: String,
+        /// It ends by itself after this time.
+        timeout_ms: u32,
+        /// Whether reads wait, too.
+        reads: bool,
+    },
+    /// End a freeze.
+    Thaw {
+        /// The device.
+        device: String,
+    },
+    /// Serve one more device.
+    Attach {
+        /// The keys of its table, an object.
+        config: Value,
+    },
+    /// Write everything and serve the device no more.
+    Detach {
+        /// The device.
+        device: String,
+        /// Whether to do it while a front-end is connected, and if the image does not take what is dirty.
+        force: bool,
+    },
+}
+
+/// Why a call does not name a change that can be made.
+#[derive(Debug)]
+pub(super) enum NoChange {
+    /// There is no such method.
+    Unknown,
+    /// This parameter is wrong.
+    Invalid(String),
+}
+
+impl Change {
+    /// The change that a method of the interface asks for; `read` reads its parameters, or names the one that is wrong.
+    pub(super) fn of<'a>(method: &str, given: &'a Value) -> Result<Self, NoChange> {
+        fn read<T: serde::de::DeserializeOwned>(given: &Value) -> Result<T, NoChange> {
+            super::wire::read_parameters(given).map_err(NoChange::Invalid)
+        }
+        let device = |given: &'a Value| read::<DeviceParameters>(given).map(|parameters| parameters.device);
+        Ok(match method {
+            "Flush" => Self::Flush { device: device(given)? },
+            "Drop" => {
+                let DropParameters { device, flushed } = read(given)?;
+                Self::Drop { device, flushed: flushed.unwrap_or(false) }
+            }
+            "Resume" => Self::Resume { device: device(given)? },
+            "Freeze" => {
+                let FreezeParameters { device, timeout_ms, reads } = read(given)?;
+                let timeout_ms = timeout_ms.unwrap_or(FREEZE_MS_DEFAULT);
+                if !FREEZE_MS.contains(&timeout_ms) {
+                    return Err(NoChange::Invalid("timeout_ms".to_owned()));
+                }
+                Self::Freeze { device, timeout_ms, reads: reads.unwrap_or(false) }
+            }
+            "Thaw" => Self::Thaw { device: device(given)? },
+            "Attach" => Self::Attach { config: read::<AttachParameters>(given)?.config },
+            "Detach" => {
+                let DetachParameters { device, force } = read(given)?;
+                Self::Detach { device, force: force.unwrap_or(false) }
+            }
+            _ => return Err(NoChange::Unknown),
+        })
+    }
+}
+
+/// An error of the interface.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refusal {
+    /// Its name, without the interface.
+    pub error: &'static str,
+    /// Its parameters.
+    pub parameters: Value,
+}
+
+impl Refusal {
+    /// The error `error` with these parameters.
+    pub fn new(error: &'static str, parameters: Value) -> Self {
+        Self { error, parameters }
+    }
+
+    /// What was asked cannot be done, for a reason that no other error tells.
+    pub fn refused(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::new("Refused", json!({ "what": what.into(), "why": why.into() }))
+    }
+}
+
+/// A reply to a change.
+#[derive(Debug)]
+pub(super) enum ChangeReply {
+    /// Others follow; only for a client that takes more than one.
+    More(Value),
+    /// The last one.
+    Last(Result<Value, Refusal>),
+}
+
+/// The connection's end of a change that was begun. Dropping it tells the change that its client has hung up.
+#[derive(Debug)]
+pub struct BegunChange {
+    pub(super) steps: Receiver<ChangeReply>,
+    _client: Sender<()>,
+}
+
+/// The change's end: its client.
+#[derive(Debug)]
+pub struct ChangeClient {
+    steps: Sender<ChangeReply>,
+    hung_up: Receiver<()>,
+    takes_more: bool,
+}
+
+impl ChangeClient {
+    /// Both ends of a change. `takes_more`: the client takes more than one reply.
+    pub fn of_change(takes_more: bool) -> (BegunChange, Self) {
+        let ((steps, receiver), (client, hung_up)) = (channel(), channel());
+        (BegunChange { steps: receiver, _client: client }, Self { steps, hung_up, takes_more })
+    }
+
+    /// Whether the client takes more than one reply.
+    pub fn takes_more(&self) -> bool {
+        self.takes_more
+    }
+
+    /// Sends a reply before the last one, to a client that takes it.
+    pub fn tell(&self, results: &impl Serialize) {
+        if self.takes_more {
+            // A client that has hung up needs none.
+            let _ = self.steps.send(ChangeReply::More(super::wire::value(results)));
+        }
+    }
+
+    /// Sends the last reply.
+    pub fn end(self, result: Result<Value, Refusal>) {
+        // As above.
+        let _ = self.steps.send(ChangeReply::Last(result));
+    }
+
+    /// Waits for this time; returns early with `true` if the client has hung up.
+    pub fn waits_in_vain(&self, time: Duration) -> bool {
+        self.hung_up.recv_timeout(time) == Err(RecvTimeoutError::Disconnected)
+    }
+}

@@ -1,0 +1,47 @@
+//! Freezes of a simulated world: at any step a host's operator may freeze the cache, or thaw it.
+
+use crate::units::SectorSpan;
+
+use super::{GuestOp, World};
+
+/// Of 1000 steps, how many begin a freeze while there is none, and end one while there is one.
+const BEGIN_PER_MILLE: u64 = 10;
+const END_PER_MILLE: u64 = 8;
+/// How long a freeze may last, in microseconds.
+const TIMES_US: [u64; 3] = [50, 10_000, 10_000_000];
+
+impl World {
+    /// Begins or ends a freeze, in some steps.
+    pub(super) fn freeze_or_thaw(&mut self) {
+        let freezes = self.requests.values().any(|request| matches!(request.op, GuestOp::Freeze { .. }));
+        if self.cache.is_frozen() || freezes {
+            if self.prng.below(1000) < END_PER_MILLE {
+                self.cache.thaw();
+            }
+        } else if self.prng.below(1000) < BEGIN_PER_MILLE {
+            let until_us = self.now_us + self.prng.pick(&TIMES_US);
+            let holds_reads = self.prng.percent(30);
+            self.submit_request(GuestOp::Freeze { until_us, holds_reads }, SectorSpan::new(0, 0));
+        }
+    }
+
+    /// While the cache is frozen, the disk does not change by a sector, and a power cut loses nothing of it.
+    pub(super) fn check_frozen(&mut self) {
+        if !self.cache.is_frozen() {
+            self.frozen_disk = None;
+            return;
+        }
+        let sectors = 0..self.disk.sectors();
+        let current: Vec<u32> = sectors.map(|sector| self.disk.read(sector)).collect();
+        match &self.frozen_disk {
+            Some(before) => assert!(*before == current, "the disk has changed while the cache was frozen"),
+            None => {
+                let left = self.check_power_cut();
+                // What a failed Sync has lost of an earlier daemon's writes, nobody can write again.
+                assert!(left == current || self.failures.has_failed(), "a frozen disk is not durable");
+                self.freezes += 1;
+                self.frozen_disk = Some(current);
+            }
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Devices that come and go while others are served. What was answered is in the runtime file first.
+
+use std::mem;
+
+use log::{info, warn};
+use serde_json::json;
+
+use super::disk::Disk;
+use super::fleet::Fleet;
+use super::fleet_change::{FleetChange, Requester};
+use crate::config::{DeviceConfig, check_beside, differing_keys};
+use crate::control::change::Refusal;
+use crate::disk_protocol::Ending;
+use crate::error::Error;
+
+impl Fleet {
+    /// Begins what the operator asks for.
+    pub(super) fn on_change(&mut self, change: FleetChange) {
+        let (requester, refusal) = match change {
+            FleetChange::Attach(device, requester) => match self.check_attach(&device) {
+                Ok(true) => return self.attach(&device, requester),
+                Ok(false) => (requester, Ok(false)),
+                Err(refusal) => (requester, Err(refusal)),
+            },
+            FleetChange::Detach(name, requester) => match self.find(&name) {
+                _ if self.end.is_some() => (requester, Err(ending())),
+                Some(index) => return self.detach(index, requester),
+                None => (requester, Err(Refusal::new("NoSuchDevice", json!({ "device": name, "devices": [] })))),
+            },
+        };
+        // Whoever has hung up needs no reply.
+        let _ = requester.send(refusal);
+    }
+
+    fn find(&self, name: &str) -> Option<usize> {
+        self.disks.iter().find(|(_, disk)| disk.name() == name).map(|(index, _)| *index)
+    }
+
+    /// Whether a device is to be attached; `false`: it is there already.
+    fn check_attach(&self, device: &DeviceConfig) -> Result<bool, Refusal> {
+        if self.end.is_some() {
+            return Err(ending());
+        }
+        if let Some(index) = self.find(&device.name) {
+            let disk = &self.disks[&index];
+            let differs = differing_keys(disk.config(), device);
+            if disk.is_leaving() {
+                return Err(Refusal::new("Busy", json!({ "what": format!("{}: detach", device.name) })));
+            }
+            if disk.is_attaching() {
+                return Err(Refusal::new("Busy", json!({ "what": format!("{}: attach", device.name) })));
+            }
+            return match differs.is_empty() {
+                true => Ok(false),
+                false => Err(Refusal::new("DeviceExists", json!({ "device": device.name, "differs": differs }))),
+            };
+        }
+        let others: Vec<DeviceConfig> = self.disks.values().map(|disk| disk.config().clone()).collect();
+        match check_beside(device, &others) {
+            Ok(()) => Ok(true),
+            Err(problems) => {
+                let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+                Err(Refusal::new("Invalid", json!({ "problems": problems })))
+            }
+        }
+    }
+
+    fn attach(&mut self, device: &DeviceConfig, requester: Requester) {
+        let index = self.next_disk;
+        match Disk::start(index, device, &self.context, &self.events) {
+            Ok(mut disk) => {
+                info!("{}: being attached by the operator", device.name);
+                self.next_disk += 1;
+                disk.set_attaching(requester);
+                self.disks.insert(index, disk);
+            }
+            Err(error) => drop(requester.send(Err(Refusal::refused(device.name.clone(), error.to_string())))),
+        }
+    }
+
+    /// A device that is being attached is served.
+    pub(super) fn confirm_attach(&mut self, index: usize) {
+        let disk = self.disks.get_mut(&index).expect("it was found");
+        let Some(requester) = disk.take_attaching() else { return };
+        let device = disk.config().clone();
+        let Some(runtime) = &mut self.runtime else { return };
+        let before = runtime.changes.clone();
+        runtime.changes.note_attached(&device);
+        if let Err(e) = runtime.save() {
+            runtime.changes = before;
+            disk.begin_end(Ending::WriteBack);
+            let why = format!("it cannot be recorded for the next daemon: {e}");
+            return drop(requester.send(Err(Refusal::refused(device.name, why))));
+        }
+        let _ = requester.send(Ok(true));
+    }
+
+    /// A device that is being attached cannot be served. It is not tried again.
+    pub(super) fn refuse_attach(&mut self, index: usize, error: &Error) {
+        let disk = self.disks.get_mut(&index).expect("it was found");
+        warn!("{}: not attached: {error}", disk.name());
+        if let Some(requester) = disk.take_attaching() {
+            let _ = requester.send(Err(Refusal::refused(disk.name(), error.to_string())));
+        }
+        disk.begin_end(Ending::HandOver);
+    }
+
+    fn detach(&mut self, index: usize, requester: Requester) {
+        let disk = self.disks.get_mut(&index).expect("it was found");
+        if disk.is_leaving() || disk.is_attaching() {
+            let busy = format!("{}: another change", disk.name());
+            return drop(requester.send(Err(Refusal::new("Busy", json!({ "what": busy })))));
+        }
+        info!("{}: being detached by the operator", disk.name());
+        disk.set_detaching(Some(requester));
+        disk.begin_end(Ending::WriteBack);
+    }
+
+    /// Forgets the devices that were detached and have ended.
+    pub(super) fn remove_ended(&mut self) {
+        if self.end.is_some() {
+            return;
+        }
+        let has_left = |disk: &Disk| disk.is_leaving() && disk.has_ended();
+        let (ended, left): (Vec<_>, Vec<_>) =
+            mem::take(&mut self.disks).into_iter().partition(|(_, disk)| has_left(disk));
+        self.disks = left.into_iter().collect();
+        for (_, disk) in ended {
+            let name = disk.name().to_owned();
+            let (requester, error) = disk.into_end();
+            let Some(requester) = requester else { continue };
+            let recorded = self.runtime.as_mut().map_or(Ok(()), |runtime| {
+                runtime.changes.note_detached(&name);
+                runtime.save()
+            });
+            let _ = requester.send(match (error, recorded) {
+                (None, Ok(())) => Ok(true),
+                (Some(error), _) => Err(Refusal::refused(name, error.to_string())),
+                (None, Err(e)) => {
+                    let why = format!("it is detached, and the next daemon serves it again: {e}");
+                    Err(Refusal::refused(name, why))
+                }
+            });
+        }
+    }
+}
+
+fn ending() -> Refusal {
+    Refusal::refused("the daemon", "it ends")
+}

@@ -1,0 +1,35 @@
+//! What the main thread shows of a device to the threads of the control socket.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use super::handle::DeviceLink;
+use super::keeper::KeeperCommand;
+use super::operator_state::OperatorState;
+use crate::config::DeviceConfig;
+use crate::control::wire::DeviceState;
+use crate::disk_stats::StatsPage;
+
+/// How far a device is, for the control socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct DeviceProgress {
+    pub state: DeviceState,
+    /// Why it is not served.
+    pub why: Option<String>,
+    /// Process ID of its disk process.
+    pub pid: Option<u32>,
+}
+
+/// A device, as of the main thread's last look.
+#[derive(Clone, Debug)]
+pub(super) struct OverviewEntry {
+    pub config: Arc<DeviceConfig>,
+    pub page: Arc<StatsPage>,
+    pub progress: DeviceProgress,
+    /// The way to its process, while it is served.
+    pub link: Option<DeviceLink>,
+    /// What the operator does with it.
+    pub operator: Arc<OperatorState>,
+    /// Commands to its keeper.
+    pub commands: Sender<KeeperCommand>,
+}

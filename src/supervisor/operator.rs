@@ -1,0 +1,267 @@
+//! What the operator does with devices through the control socket. Each change runs on a thread of its own, `change`,
+//! which may wait for a disk process and so for an image: the main thread and other connections do not wait for it.
+
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::info;
+use serde_json::{Value, json};
+
+use super::SupervisorEvent;
+use super::entry::OverviewEntry;
+use super::fleet_change::{FleetChange, Requester};
+use super::handle::DeviceLink;
+use super::keeper::KeeperCommand;
+use super::operator_state::{FreezeLease, UnderWay};
+use super::overview::Overview;
+use crate::config::device_of;
+use crate::control::change::{BegunChange, Change, ChangeClient, Refusal};
+use crate::control::server::Host;
+use crate::control::wire::{
+    Description, DeviceStatistics, DeviceStatus, Dropped, FlushProgress, Freezing, Progressing, Thawed,
+};
+use crate::disk_protocol::{DeviceReply, DeviceRequest};
+use crate::units::PAGE_BYTES;
+
+/// How often a long change reports its progress.
+const PROGRESS: Duration = Duration::from_secs(1);
+/// How often the client of a freeze is looked at.
+const FREEZE_WATCH: Duration = Duration::from_millis(50);
+
+/// See the module.
+#[derive(Clone, Debug)]
+struct Operator {
+    overview: Arc<Overview>,
+    /// To the main thread.
+    events: Sender<SupervisorEvent>,
+}
+
+/// What the control socket shows and changes of these devices.
+pub(super) fn host(overview: &Arc<Overview>, events: &Sender<SupervisorEvent>) -> Arc<dyn Host> {
+    Arc::new(Operator { overview: Arc::clone(overview), events: events.clone() })
+}
+
+impl Host for Operator {
+    fn describe(&self) -> Description {
+        self.overview.describe()
+    }
+
+    fn devices(&self) -> Vec<DeviceStatus> {
+        self.overview.devices()
+    }
+
+    fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics> {
+        self.overview.statistics(wanted)
+    }
+
+    fn begin(&self, change: Change, takes_more: bool) -> BegunChange {
+        let (begun, client) = ChangeClient::of_change(takes_more);
+        let operator = self.clone();
+        let run = move || {
+            let result = operator.carry_out(change, &client);
+            client.end(result);
+        };
+        if let Err(e) = thread::Builder::new().name("change".to_owned()).spawn(run) {
+            let (failed, client) = ChangeClient::of_change(false);
+            client.end(Err(Refusal::refused("a thread cannot be started", e.to_string())));
+            return failed;
+        }
+        begun
+    }
+}
+
+impl Operator {
+    fn carry_out(&self, change: Change, client: &ChangeClient) -> Result<Value, Refusal> {
+        match change {
+            Change::Flush { device } => {
+                let entry = self.overview.entry(&device)?;
+                let _change = UnderWay::begin(&entry.operator, &entry.config.name, "flush")?;
+                ask(&entry, DeviceRequest::Flush, client)?;
+                Ok(json!(Progressing { progress: None }))
+            }
+            Change::Drop { device, flushed } => {
+                let entry = self.overview.entry(&device)?;
+                let _change = UnderWay::begin(&entry.operator, &entry.config.name, "drop")?;
+                if flushed {
+                    ask(&entry, DeviceRequest::Flush, client)?;
+                }
+                match ask(&entry, DeviceRequest::DropClean, client)? {
+                    DeviceReply::Dropped { pages } => Ok(json!(Dropped { dropped_bytes: pages * PAGE_BYTES })),
+                    other => Err(unexpected(&entry, &other)),
+                }
+            }
+            Change::Resume { device } => {
+                let entry = self.overview.entry(&device)?;
+                let resumed = entry.commands.send(KeeperCommand::Resume).is_ok();
+                info!("{device}: resumed by the operator");
+                Ok(json!({ "resumed": resumed }))
+            }
+            Change::Freeze { device, timeout_ms, reads } => {
+                let frozen = self.freeze(&device, timeout_ms, reads, client)?;
+                if client.takes_more() {
+                    Ok(json!(self.await_thaw(&device, frozen, client)))
+                } else {
+                    Ok(json!(frozen.0))
+                }
+            }
+            Change::Thaw { device } => {
+                let entry = self.overview.entry(&device)?;
+                Ok(json!(thaw(&entry, client)))
+            }
+            Change::Attach { config } => self.attach(&config),
+            Change::Detach { device, force } => self.detach(&device, force, client),
+        }
+    }
+
+    fn attach(&self, config: &Value) -> Result<Value, Refusal> {
+        let device = device_of(config).map_err(|problems| {
+            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            Refusal::new("Invalid", json!({ "problems": problems }))
+        })?;
+        let attached = self.ask_main_thread(|requester| FleetChange::Attach(Box::new(device), requester))?;
+        Ok(json!({ "attached": attached }))
+    }
+
+    fn detach(&self, device: &str, force: bool, client: &ChangeClient) -> Result<Value, Refusal> {
+        let entry = self.overview.entry(device)?;
+        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "detach")?;
+        if entry.operator.is_frozen(entry.link.as_ref()) && !force {
+            return Err(Refusal::new("Frozen", json!({ "device": device })));
+        }
+        let state = entry.page.read();
+        if let Some((pid, uid)) = state.front_end.filter(|_| entry.link.is_some() && !force) {
+            let by = format!("pid {pid}, uid {uid}");
+            return Err(Refusal::new("InUse", json!({ "device": device, "by": by })));
+        }
+        if !force {
+            ask(&entry, DeviceRequest::Flush, client).map_err(|refusal| not_written(&entry, refusal))?;
+        }
+        self.ask_main_thread(|requester| FleetChange::Detach(device.to_owned(), requester))?;
+        Ok(json!(Progressing { progress: None }))
+    }
+
+    /// Asks the main thread, and waits for its reply.
+    fn ask_main_thread(&self, change: impl FnOnce(Requester) -> FleetChange) -> Result<bool, Refusal> {
+        let (requester, reply) = channel();
+        let gone = || Refusal::refused("the daemon", "it ends");
+        self.events.send(SupervisorEvent::Change(change(requester))).map_err(|_| gone())?;
+        reply.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Freezes a device.
+    fn freeze(
+        &self,
+        device: &str,
+        time_ms: u32,
+        reads: bool,
+        client: &ChangeClient,
+    ) -> Result<(Freezing, FreezeLease), Refusal> {
+        let entry = self.overview.entry(device)?;
+        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "freeze")?;
+        let link = link_of(&entry)?;
+        if entry.operator.is_frozen(Some(&link)) {
+            return Err(Refusal::new("Frozen", json!({ "device": device })));
+        }
+        let since = Instant::now();
+        let request = DeviceRequest::Freeze { time_ms, holds_reads: reads };
+        if let Err(refusal) = ask(&entry, request, client) {
+            info!("{device}: could not be frozen: {}", refusal.parameters);
+            return Err(refusal);
+        }
+        let until = since + Duration::from_millis(time_ms.into());
+        let freeze = FreezeLease { process: link.process.fence(), since, until };
+        entry.operator.lock().freeze = Some(freeze);
+        let frozen_us = micros(since.elapsed());
+        info!("{device}: frozen after {} ms, for at most {time_ms} ms", frozen_us / 1000);
+        Ok((Freezing { frozen: true, frozen_us }, freeze))
+    }
+
+    /// Waits until a freeze has ended, and ends it when the client hangs up.
+    fn await_thaw(&self, device: &str, (frozen, freeze): (Freezing, FreezeLease), client: &ChangeClient) -> Freezing {
+        client.tell(&frozen);
+        loop {
+            let has_left = client.waits_in_vain(FREEZE_WATCH);
+            let ended = Freezing { frozen: false, frozen_us: micros(freeze.since.elapsed()) };
+            let Ok(entry) = self.overview.entry(device) else { return ended };
+            if entry.operator.freeze(entry.link.as_ref()) != Some(freeze) {
+                return ended;
+            }
+            if has_left {
+                info!("{device}: the client of the freeze has hung up");
+                thaw(&entry, client);
+                return ended;
+            }
+        }
+    }
+}
+
+/// Ends a freeze, if there is one.
+fn thaw(entry: &OverviewEntry, client: &ChangeClient) -> Thawed {
+    let device = &entry.config.name;
+    let lasting = entry.operator.freeze(entry.link.as_ref());
+    let begun = entry.operator.lock().freeze.take();
+    let Some(begun) = begun else { return Thawed { held: false, frozen_us: 0 } };
+    let reply = ask(entry, DeviceRequest::Thaw, client);
+    let held = lasting == Some(begun) && matches!(reply, Ok(DeviceReply::Thawed { was_frozen: true }));
+    let frozen_us = micros(begun.since.elapsed());
+    let how = if held { "" } else { "; it had not been frozen throughout" };
+    info!("{device}: thawed after {} ms{how}", frozen_us / 1000);
+    Thawed { held, frozen_us }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The way to a device that is served.
+fn link_of(entry: &OverviewEntry) -> Result<DeviceLink, Refusal> {
+    entry.link.clone().ok_or_else(|| {
+        let why = entry.progress.why.clone().unwrap_or_else(|| "it is not served at the moment".to_owned());
+        Refusal::refused(entry.config.name.clone(), why)
+    })
+}
+
+/// Asks the process of a device, and waits for its reply. A client that takes more than one gets the progress.
+fn ask(entry: &OverviewEntry, request: DeviceRequest, client: &ChangeClient) -> Result<DeviceReply, Refusal> {
+    let name = &entry.config.name;
+    let link = link_of(entry)?;
+    let dirty = || entry.page.read().cache.dirty_pages * PAGE_BYTES;
+    let reports = request == DeviceRequest::Flush;
+    let total_bytes = dirty();
+    let replies = link.process.request(link.device, request);
+    let replies = replies.map_err(|e| Refusal::refused(name.clone(), format!("its process does not listen: {e}")))?;
+    loop {
+        match replies.recv_timeout(PROGRESS) {
+            Ok(DeviceReply::Failed { fault }) => {
+                let detail = format!("{} is dirty", crate::units::counted(dirty() / PAGE_BYTES, "page"));
+                return Err(Refusal::new("ImageFault", json!({ "device": name, "fault": fault, "detail": detail })));
+            }
+            Ok(DeviceReply::NotServed) => return Err(Refusal::refused(name.clone(), "it is not served at the moment")),
+            Ok(reply) => return Ok(reply),
+            Err(RecvTimeoutError::Timeout) if reports => {
+                let done_bytes = total_bytes.saturating_sub(dirty());
+                client.tell(&Progressing { progress: Some(FlushProgress { done_bytes, total_bytes }) });
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Refusal::refused(name.clone(), "its process has died; it is started again"));
+            }
+        }
+    }
+}
+
+/// The error of a device that cannot be detached because its image fails.
+fn not_written(entry: &OverviewEntry, refusal: Refusal) -> Refusal {
+    if refusal.error != "ImageFault" {
+        return refusal;
+    }
+    let dirty_bytes = entry.page.read().cache.dirty_pages * PAGE_BYTES;
+    let fault = refusal.parameters["fault"].clone();
+    Refusal::new("NotWritten", json!({ "device": entry.config.name, "dirty_bytes": dirty_bytes, "fault": fault }))
+}
+
+fn unexpected(entry: &OverviewEntry, reply: &DeviceReply) -> Refusal {
+    Refusal::refused(entry.config.name.clone(), format!("its process replied with {reply:?}"))
+}

@@ -1,0 +1,360 @@
+//! What an operator does with a disk while guests use it: flush, drop, freeze, thaw, resume.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+
+use common::daemon::{Daemon, TempDir, send, server_binary};
+use common::request::Payload;
+use common::session::{Session, SessionOptions};
+use common::wait::{ABSENCE, PATIENCE, poll_until};
+
+const IMAGE_BYTES: u64 = 8 << 20;
+
+/// The table of a disk with this image in `directory`.
+fn table(directory: &TempDir, name: &str, image: &str, more: &str) -> String {
+    let (image, socket) = (directory.path().join(image), directory.path().join(format!("{name}.sock")));
+    let memory = directory.memory();
+    format!(
+        "[[device]]\nname = \"{name}\"\nsocket = {socket:?}\nimage = {image:?}\ncache.size = \"4M\"\n\
+         cache.dirty_age_max_ms = 600000\ncache.memory_dir = {memory:?}\n{more}"
+    )
+}
+
+/// Starts a daemon with the disk `d0` and a control socket. Nothing is written back unless somebody asks.
+fn start(name: &str) -> (Daemon, PathBuf) {
+    let directory = TempDir::new(name);
+    let paths = directory.path().to_path_buf();
+    let (control, image, socket) = (paths.join("control.sock"), paths.join("image"), paths.join("d0.sock"));
+    fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image can be created");
+    let text = format!("[control]\nsocket = {control:?}\n{}", table(&directory, "d0", "image", ""));
+    let config = paths.join("genblk.toml");
+    fs::write(&config, text).expect("a configuration can be written");
+    let mut command = Command::new(server_binary());
+    command.arg("--config").arg(config);
+    let daemon = Daemon::launch(directory, command, vec![socket]);
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    (daemon, control)
+}
+
+/// Runs `genblk` with these arguments, against the control socket.
+fn genblk(control: &Path, arguments: &[&str]) -> Output {
+    Command::new(server_binary()).env("GENBLK_CONTROL", control).args(arguments).output().expect("genblk runs")
+}
+
+#[track_caller]
+fn stdout_of(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).expect("text")
+}
+
+/// A varlink connection that has made a call.
+struct Call(BufReader<UnixStream>);
+
+impl Call {
+    fn start(control: &Path, method: &str, parameters: &Value, more: bool) -> Self {
+        let mut stream = UnixStream::connect(control).expect("the daemon listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+        let call = json!({"method": format!("io.genblk.Control.{method}"), "parameters": parameters, "more": more});
+        stream.write_all(&[call.to_string().as_bytes(), &[0]].concat()).expect("the daemon reads");
+        Self(BufReader::new(stream))
+    }
+
+    #[track_caller]
+    fn reply(&mut self) -> Value {
+        let mut bytes = Vec::new();
+        let count = self.0.read_until(0, &mut bytes).expect("a reply");
+        serde_json::from_slice(&bytes[..count - 1]).expect("a reply is JSON")
+    }
+}
+
+#[track_caller]
+fn call(control: &Path, method: &str, parameters: &Value) -> Value {
+    Call::start(control, method, parameters, false).reply()
+}
+
+#[track_caller]
+fn state(control: &Path) -> Value {
+    call(control, "List", &json!({"device": "d0"}))["parameters"]["devices"][0]["state"].clone()
+}
+
+#[test]
+fn flush_makes_completed_writes_durable_and_drop_empties_the_cache() {
+    let (daemon, control) = start("operator-flush");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[7; 8192]);
+    assert_eq!(daemon.image_bytes(0, 8192), vec![0; 8192], "nothing has written it back yet");
+    assert!(stdout_of(&genblk(&control, &["flush", "d0"])).starts_with("d0: everything"));
+    assert_eq!(daemon.image_bytes(0, 8192), vec![7; 8192]);
+    session.write(64, &[8; 4096]);
+    let dropped: Value = serde_json::from_str(&stdout_of(&genblk(&control, &["drop", "d0", "--json"]))).expect("JSON");
+    assert_eq!(dropped["dropped_bytes"], json!(8192), "a dirty page stays");
+    let dropped = call(&control, "Drop", &json!({"device": "d0", "flushed": true}));
+    assert_eq!(dropped["parameters"]["dropped_bytes"], json!(4096));
+    assert_eq!(daemon.image_bytes(64 * 512, 4096), vec![8; 4096]);
+    assert_eq!(session.read(0, 8192), vec![7; 8192], "read in again");
+    assert!(stdout_of(&genblk(&control, &["resume", "d0"])).contains("resumed"));
+}
+
+#[test]
+fn a_frozen_image_holds_all_that_has_completed_and_does_not_change_until_the_thaw() {
+    let (daemon, control) = start("operator-freeze");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 65536]);
+    let frozen = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    assert_eq!(frozen["parameters"]["frozen"], json!(true), "{frozen}");
+    assert_eq!(state(&control), json!("frozen"));
+    let image = fs::read(daemon.image()).expect("the image can be read");
+    assert_eq!(image[..65536], [1; 65536]);
+    assert_eq!(call(&control, "Freeze", &json!({"device": "d0"}))["error"], json!("io.genblk.Control.Frozen"));
+    let pending = session.submit(0, VIRTIO_BLK_T_OUT, 256, Payload::Send(&[2; 4096]));
+    session.rings[0].notify();
+    assert!(session.rings[0].try_wait_used(ABSENCE).is_none(), "a write waits");
+    assert_eq!(fs::read(daemon.image()).expect("the image can be read"), image);
+    let thawed = call(&control, "Thaw", &json!({"device": "d0"}));
+    assert_eq!(thawed["parameters"]["held"], json!(true), "{thawed}");
+    let used = session.rings[0].wait_used(PATIENCE);
+    assert_eq!(session.outcome(&pending, used).status, 0);
+    assert_eq!(state(&control), json!("serving"));
+    session.flush();
+    assert_eq!(daemon.image_bytes(256 * 512, 4096), vec![2; 4096]);
+    let thawed = call(&control, "Thaw", &json!({"device": "d0"}));
+    assert_eq!(thawed["parameters"]["held"], json!(false), "there is no freeze any more");
+}
+
+#[test]
+fn reads_and_flushes_go_on_during_a_freeze() {
+    let (daemon, control) = start("operator-freeze-reads");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    assert_eq!(session.read(0, 4096), vec![1; 4096]);
+    assert_eq!(session.read(1024, 4096), vec![0; 4096]);
+    session.flush();
+    call(&control, "Thaw", &json!({"device": "d0"}));
+}
+
+#[test]
+fn a_freeze_runs_a_command_and_its_end_ends_the_freeze() {
+    let (daemon, control) = start("operator-freeze-command");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[9; 4096]);
+    let copy = daemon.directory().path().join("copy");
+    let (image, copy_name) = (daemon.image().display().to_string(), copy.display().to_string());
+    let output = genblk(&control, &["freeze", "d0", "--", "cp", &image, &copy_name]);
+    let text = stdout_of(&output);
+    assert!(text.contains("d0: frozen after") && text.contains("nothing was written meanwhile"), "{text}");
+    assert_eq!(fs::read(copy).expect("it was copied")[..4096], [9; 4096]);
+    assert_eq!(state(&control), json!("serving"));
+    assert_eq!(genblk(&control, &["freeze", "d0", "--", "sh", "-c", "exit 7"]).status.code(), Some(7));
+    let torn = genblk(&control, &["freeze", "d0", "--timeout", "50ms", "--", "sleep", "1"]);
+    assert_eq!(torn.status.code(), Some(1), "{torn:?}");
+    assert!(String::from_utf8_lossy(&torn.stderr).contains("d0: was not frozen throughout"), "{torn:?}");
+}
+
+#[test]
+fn a_freeze_ends_with_its_time_its_client_or_its_process() {
+    let (daemon, control) = start("operator-freeze-ends");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 100}));
+    session.write(0, &[1; 4096]);
+    assert_eq!(call(&control, "Thaw", &json!({"device": "d0"}))["parameters"]["held"], json!(false));
+
+    let mut lease = Call::start(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}), true);
+    assert_eq!(lease.reply()["continues"], json!(true));
+    drop(lease);
+    session.write(0, &[2; 4096]);
+
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    send(daemon.disk_process("d0"), libc::SIGKILL);
+    let mut session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    session.write(0, &[3; 4096]);
+    assert_eq!(call(&control, "Thaw", &json!({"device": "d0"}))["parameters"]["held"], json!(false));
+    assert_eq!(session.read(0, 4096), vec![3; 4096]);
+}
+
+#[test]
+fn a_daemon_that_ends_thaws_and_completes_what_waited() {
+    let (mut daemon, control) = start("operator-freeze-end");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    let pending = session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&[5; 4096]));
+    session.rings[0].notify();
+    assert!(session.rings[0].try_wait_used(ABSENCE).is_none(), "a write waits");
+    daemon.stop();
+    let used = session.rings[0].wait_used(Duration::ZERO);
+    assert_eq!(session.outcome(&pending, used).status, 0);
+    assert_eq!(daemon.image_bytes(0, 4096), vec![5; 4096]);
+}
+
+/// Attaches a disk with a new image, from a file.
+#[track_caller]
+fn attach(daemon: &Daemon, control: &Path, name: &str, more: &str) -> PathBuf {
+    let directory = daemon.directory();
+    let (image, file) = (format!("{name}.img"), directory.path().join(format!("{name}.toml")));
+    let path = directory.path().join(&image);
+    if !path.exists() {
+        fs::File::create(&path).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image can be created");
+    }
+    fs::write(&file, table(directory, name, &image, more)).expect("a file can be written");
+    let text = stdout_of(&genblk(control, &["attach", &file.display().to_string()]));
+    assert_eq!(text, format!("{name}: attached\n"));
+    directory.path().join(format!("{name}.sock"))
+}
+
+fn names(control: &Path) -> Vec<String> {
+    let listed = call(control, "List", &json!({}));
+    let devices = listed["parameters"]["devices"].as_array().expect("an array").clone();
+    devices.iter().filter_map(|device| device["name"].as_str().map(ToOwned::to_owned)).collect()
+}
+
+#[test]
+fn a_disk_is_attached_and_detached_while_another_is_served() {
+    let (mut daemon, control) = start("operator-attach");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    let socket = attach(&daemon, &control, "d1", "");
+    assert_eq!(names(&control), ["d0", "d1"]);
+    let mut second = Session::open(&socket, &SessionOptions::default());
+    second.write(8, &[2; 4096]);
+    drop(second);
+    let image = daemon.directory().path().join("d1.img");
+    // The daemon may not have seen yet that the front-end has gone.
+    poll_until("the end of the disk", PATIENCE, || genblk(&control, &["detach", "d1"]).status.success().then_some(()));
+    assert_eq!(names(&control), ["d0"]);
+    assert_eq!(fs::read(&image).expect("the image exists")[4096..8192], [2; 4096]);
+    assert!(!socket.exists(), "its socket is removed");
+    let again = genblk(&control, &["detach", "d1"]);
+    assert!(String::from_utf8_lossy(&again.stderr).contains("d1: no such device; there are: d0"), "{again:?}");
+    assert_eq!(session.read(0, 4096), vec![1; 4096]);
+    let socket = attach(&daemon, &control, "d1", "");
+    assert_eq!(Session::open(&socket, &SessionOptions::default()).read(8, 4096), vec![2; 4096]);
+    drop(session);
+    daemon.stop();
+}
+
+#[test]
+fn a_disk_in_use_is_detached_only_by_force_and_loses_nothing() {
+    let (daemon, control) = start("operator-detach");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[3; 4096]);
+    let pid = std::process::id().to_string();
+    poll_until("the front-end is shown", PATIENCE, || {
+        stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {pid}")).then_some(())
+    });
+    let refused = genblk(&control, &["detach", "d0"]);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains(&format!("d0: in use by pid {pid}")), "{refused:?}");
+    assert_eq!(session.read(0, 4096), vec![3; 4096], "it is served as before");
+    stdout_of(&genblk(&control, &["detach", "d0", "--force"]));
+    assert_eq!(daemon.image_bytes(0, 4096), vec![3; 4096]);
+    assert!(names(&control).is_empty());
+    poll_until("the front-end is disconnected", PATIENCE, || session.is_closed().then_some(()));
+}
+
+#[test]
+fn a_reader_leaves_the_others_of_its_image() {
+    let (daemon, control) = start("operator-readers");
+    fs::write(daemon.directory().path().join("r1.img"), vec![6; 8 << 20]).expect("an image");
+    let first = attach(&daemon, &control, "r1", "read_only = true\n");
+    let file = daemon.directory().path().join("r2.toml");
+    let text = table(daemon.directory(), "r2", "r1.img", "read_only = true\n");
+    fs::write(&file, text).expect("a file can be written");
+    stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    let mut second = Session::open(&daemon.directory().path().join("r2.sock"), &SessionOptions::default());
+    let mut leaving = Session::open(&first, &SessionOptions::default());
+    for sector in (0..1024).step_by(8) {
+        assert_eq!(leaving.read(sector, 4096), vec![6; 4096]);
+    }
+    stdout_of(&genblk(&control, &["detach", "r1", "--force"]));
+    for sector in (0..4096).step_by(8) {
+        assert_eq!(second.read(sector, 4096), vec![6; 4096]);
+    }
+    drop(second);
+    poll_until("the end of the disk", PATIENCE, || genblk(&control, &["detach", "r2"]).status.success().then_some(()));
+    assert_eq!(names(&control), ["d0"]);
+}
+
+#[test]
+fn what_was_attached_and_detached_outlives_a_crash_and_not_an_orderly_stop() {
+    let (mut daemon, control) = start("operator-runtime");
+    let socket = attach(&daemon, &control, "d1", "");
+    let mut session = Session::open(&socket, &SessionOptions::default());
+    session.write(0, &[4; 4096]);
+    stdout_of(&genblk(&control, &["detach", "d0"]));
+    daemon.kill();
+    daemon.restart_for(std::slice::from_ref(&socket));
+    let mut session = session.reconnect(&socket);
+    session.start_ring(0);
+    assert_eq!(session.read(0, 4096), vec![4; 4096]);
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    assert_eq!(names(&control), ["d1"]);
+    drop(session);
+    daemon.stop();
+    daemon.restart();
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    assert_eq!(names(&control), ["d0"]);
+}
+
+#[test]
+fn an_attach_that_cannot_be_served_changes_nothing() {
+    let (daemon, control) = start("operator-attach-wrong");
+    let before = call(&control, "List", &json!({}));
+    let paths = daemon.directory().path();
+    let socket = paths.join("x.sock");
+    let image = paths.join("missing.img");
+    let config = json!({"name": "x", "socket": socket, "image": image, "cache": {"size": "4M"}});
+    let refused = call(&control, "Attach", &json!({"config": config}));
+    assert_eq!(refused["error"], json!("io.genblk.Control.Refused"), "{refused}");
+    assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("missing.img")), "{refused}");
+    let twice = json!({"name": "y", "socket": socket, "image": daemon.image()});
+    let refused = call(&control, "Attach", &json!({"config": twice}));
+    assert_eq!(refused["error"], json!("io.genblk.Control.Invalid"), "{refused}");
+    let wrong = call(&control, "Attach", &json!({"config": {"name": "z", "imgae": "/x", "cache": {"size": 5}}}));
+    assert_eq!(wrong["parameters"]["problems"].as_array().map(Vec::len), Some(4), "{wrong}");
+    let differs = json!({"name": "d0", "socket": daemon.socket_of(0), "image": daemon.image()});
+    assert_eq!(call(&control, "Attach", &json!({"config": differs}))["error"], json!("io.genblk.Control.DeviceExists"));
+    poll_until("nothing is left of them", PATIENCE, || (names(&control) == ["d0"]).then_some(()));
+    let after = call(&control, "List", &json!({}));
+    assert_eq!(after["parameters"]["devices"][0]["name"], before["parameters"]["devices"][0]["name"]);
+    assert!(!paths.join("runtime.toml").exists(), "nothing was recorded");
+}
+
+#[test]
+fn who_may_only_look_changes_nothing() {
+    // SAFETY: a plain system call.
+    if unsafe { libc::geteuid() } != 0 {
+        eprintln!("skipped: only root can become another user");
+        return;
+    }
+    let (daemon, control) = start("operator-peers");
+    fs::set_permissions(&control, std::os::unix::fs::PermissionsExt::from_mode(0o666)).expect("the socket exists");
+    let script = format!(
+        "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect({control:?})\n\
+         s.send(b'{{\"method\":\"io.genblk.Control.Flush\",\"parameters\":{{\"device\":\"d0\"}}}}\\0')\n\
+         print(s.recv(4096))"
+    );
+    let mut command = Command::new("python3");
+    std::os::unix::process::CommandExt::uid(&mut command, 65534);
+    let Ok(output) = command.args(["-c", &script]).output() else {
+        eprintln!("skipped: python3 is not installed");
+        return;
+    };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if text.is_empty() {
+        eprintln!("skipped: another user cannot reach the socket: {output:?}");
+        return;
+    }
+    assert!(text.contains("io.genblk.Control.PermissionDenied"), "{text}");
+    drop(daemon);
+}

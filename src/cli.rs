@@ -151,7 +151,7 @@ pub enum ClientCommand {
     Stat(StatArguments),
     /// Serve the disks of a file, beside those that are served
     Attach {
-        /// A TOML file with [[device]] tables, or with the keys of one device
+        /// A TOML file with a table for each device, or with the keys of one device
         file: PathBuf,
         #[command(flatten)]
         control: ControlSocket,
@@ -163,6 +163,9 @@ pub enum ClientCommand {
         /// Also while a guest uses it; if its image fails, its cache stays for "genblk recover"
         #[arg(long)]
         force: bool,
+        /// Lose what its image does not take, if its cache ends with its process (survive = "never")
+        #[arg(long, requires = "force")]
+        discard: bool,
     },
     /// Make everything durable that a disk has completed
     Flush(OneDevice),
@@ -346,7 +349,9 @@ impl ClientCommand {
             Self::Attach { file, control: ControlSocket { socket, json } } => {
                 return Ok(Action::Attach { socket, file, json });
             }
-            Self::Detach { device, force } => return Ok(device.change(DeviceAction::Detach { force })),
+            Self::Detach { device, force, discard } => {
+                return Ok(device.change(DeviceAction::Detach { force, discard }));
+            }
             Self::Flush(device) => return Ok(device.change(DeviceAction::Flush)),
             Self::Drop { device, flushed } => return Ok(device.change(DeviceAction::Drop { flushed })),
             Self::Resume(device) => return Ok(device.change(DeviceAction::Resume)),

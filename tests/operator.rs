@@ -1,91 +1,22 @@
-//! What an operator does with a disk while guests use it: flush, drop, freeze, thaw, resume.
+//! What an operator does with a disk while guests use it: flush, drop, freeze, thaw, resume, attach and detach.
 
 #[path = "common/mod.rs"]
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
-use common::daemon::{Daemon, TempDir, send, server_binary};
+use common::daemon::{Daemon, send};
+use common::operator::{Call, IMAGE_BYTES, call, genblk, names, start, state, stdout_of, table};
 use common::request::Payload;
 use common::session::{Session, SessionOptions};
 use common::wait::{ABSENCE, PATIENCE, poll_until};
-
-const IMAGE_BYTES: u64 = 8 << 20;
-
-/// The table of a disk with this image in `directory`.
-fn table(directory: &TempDir, name: &str, image: &str, more: &str) -> String {
-    let (image, socket) = (directory.path().join(image), directory.path().join(format!("{name}.sock")));
-    let memory = directory.memory();
-    format!(
-        "[[device]]\nname = \"{name}\"\nsocket = {socket:?}\nimage = {image:?}\ncache.size = \"4M\"\n\
-         cache.dirty_age_max_ms = 600000\ncache.memory_dir = {memory:?}\n{more}"
-    )
-}
-
-/// Starts a daemon with the disk `d0` and a control socket. Nothing is written back unless somebody asks.
-fn start(name: &str) -> (Daemon, PathBuf) {
-    let directory = TempDir::new(name);
-    let paths = directory.path().to_path_buf();
-    let (control, image, socket) = (paths.join("control.sock"), paths.join("image"), paths.join("d0.sock"));
-    fs::File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image can be created");
-    let text = format!("[control]\nsocket = {control:?}\n{}", table(&directory, "d0", "image", ""));
-    let config = paths.join("genblk.toml");
-    fs::write(&config, text).expect("a configuration can be written");
-    let mut command = Command::new(server_binary());
-    command.arg("--config").arg(config);
-    let daemon = Daemon::launch(directory, command, vec![socket]);
-    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
-    (daemon, control)
-}
-
-/// Runs `genblk` with these arguments, against the control socket.
-fn genblk(control: &Path, arguments: &[&str]) -> Output {
-    Command::new(server_binary()).env("GENBLK_CONTROL", control).args(arguments).output().expect("genblk runs")
-}
-
-#[track_caller]
-fn stdout_of(output: &Output) -> String {
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout.clone()).expect("text")
-}
-
-/// A varlink connection that has made a call.
-struct Call(BufReader<UnixStream>);
-
-impl Call {
-    fn start(control: &Path, method: &str, parameters: &Value, more: bool) -> Self {
-        let mut stream = UnixStream::connect(control).expect("the daemon listens");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
-        let call = json!({"method": format!("io.genblk.Control.{method}"), "parameters": parameters, "more": more});
-        stream.write_all(&[call.to_string().as_bytes(), &[0]].concat()).expect("the daemon reads");
-        Self(BufReader::new(stream))
-    }
-
-    #[track_caller]
-    fn reply(&mut self) -> Value {
-        let mut bytes = Vec::new();
-        let count = self.0.read_until(0, &mut bytes).expect("a reply");
-        serde_json::from_slice(&bytes[..count - 1]).expect("a reply is JSON")
-    }
-}
-
-#[track_caller]
-fn call(control: &Path, method: &str, parameters: &Value) -> Value {
-    Call::start(control, method, parameters, false).reply()
-}
-
-#[track_caller]
-fn state(control: &Path) -> Value {
-    call(control, "List", &json!({"device": "d0"}))["parameters"]["devices"][0]["state"].clone()
-}
 
 #[test]
 fn flush_makes_completed_writes_durable_and_drop_empties_the_cache() {
@@ -210,12 +141,6 @@ fn attach(daemon: &Daemon, control: &Path, name: &str, more: &str) -> PathBuf {
     let text = stdout_of(&genblk(control, &["attach", &file.display().to_string()]));
     assert_eq!(text, format!("{name}: attached\n"));
     directory.path().join(format!("{name}.sock"))
-}
-
-fn names(control: &Path) -> Vec<String> {
-    let listed = call(control, "List", &json!({}));
-    let devices = listed["parameters"]["devices"].as_array().expect("an array").clone();
-    devices.iter().filter_map(|device| device["name"].as_str().map(ToOwned::to_owned)).collect()
 }
 
 #[test]

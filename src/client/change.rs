@@ -25,6 +25,8 @@ pub enum DeviceAction {
     Detach {
         /// Whether to do it while a front-end is connected, and if the image fails.
         force: bool,
+        /// Whether to lose dirty pages that the image does not take, of a cache that ends with its process.
+        discard: bool,
     },
 }
 
@@ -39,7 +41,9 @@ pub fn change(client: &mut ControlClient, device: &str, change: &DeviceAction, a
         DeviceAction::Drop { flushed } => ("Drop", json!({ "device": device, "flushed": flushed })),
         DeviceAction::Resume => ("Resume", json!({ "device": device })),
         DeviceAction::Thaw => ("Thaw", json!({ "device": device })),
-        DeviceAction::Detach { force } => ("Detach", json!({ "device": device, "force": force })),
+        DeviceAction::Detach { force, discard } => {
+            ("Detach", json!({ "device": device, "force": force, "discard": discard }))
+        }
     };
     let results = client.call_long(method, &parameters, |_| {})?;
     if as_json {
@@ -53,6 +57,7 @@ fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<Stri
     Ok(match change {
         DeviceAction::Flush => "everything that was written is durable on the image".to_owned(),
         DeviceAction::Resume => "resumed".to_owned(),
+        DeviceAction::Detach { discard: true, .. } => "detached; what the image did not take is lost".to_owned(),
         DeviceAction::Detach { .. } => "detached; everything is on the image".to_owned(),
         DeviceAction::Drop { .. } => {
             let Dropped { dropped_bytes } = serde_json::from_value(results.clone()).map_err(|e| unknown(e.into()))?;

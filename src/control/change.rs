@@ -58,6 +58,8 @@ pub enum Change {
         device: String,
         /// Whether to do it while a front-end is connected, and if the image does not take what is dirty.
         force: bool,
+        /// Whether to lose dirty pages that the image does not take, of a cache that ends with its process.
+        discard: bool,
     },
 }
 
@@ -95,8 +97,8 @@ impl Change {
             "Thaw" => Self::Thaw { device: device(given)? },
             "Attach" => Self::Attach { config: read::<AttachParameters>(given)?.config },
             "Detach" => {
-                let DetachParameters { device, force } = read(given)?;
-                Self::Detach { device, force: force.unwrap_or(false) }
+                let DetachParameters { device, force, discard } = read(given)?;
+                Self::Detach { device, force: force.unwrap_or(false), discard: discard.unwrap_or(false) }
             }
             _ => return Err(NoChange::Unknown),
         })

@@ -87,7 +87,7 @@ impl VarlinkConnection {
     }
 
     /// Whether the other end has closed the connection. Does not wait. Messages that arrived stay for
-    /// [`Connection::receive`].
+    /// [`VarlinkConnection::receive`].
     pub fn has_ended(&mut self) -> bool {
         let mut chunk = [0; 4096];
         if self.received.len() > MESSAGE_BYTES_MAX || self.stream.set_nonblocking(true).is_err() {

@@ -235,6 +235,8 @@ pub struct DetachParameters {
     pub device: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub force: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discard: Option<bool>,
 }
 
 /// Parameters of `Drop`.

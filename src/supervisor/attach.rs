@@ -22,9 +22,13 @@ impl Fleet {
                 Ok(false) => (requester, Ok(false)),
                 Err(refusal) => (requester, Err(refusal)),
             },
-            FleetChange::Detach(name, requester) => match self.find(&name) {
+            FleetChange::Discard(name, requester) => {
+                let disk = self.find(&name).and_then(|index| self.disks.get_mut(&index));
+                (requester, Ok(disk.is_some_and(Disk::discard)))
+            }
+            FleetChange::Detach { name, discards, requester } => match self.find(&name) {
                 _ if self.end.is_some() => (requester, Err(ending())),
-                Some(index) => return self.detach(index, requester),
+                Some(index) => return self.detach(index, discards, requester),
                 None => (requester, Err(Refusal::new("NoSuchDevice", json!({ "device": name, "devices": [] })))),
             },
         };
@@ -105,15 +109,14 @@ impl Fleet {
         disk.begin_end(Ending::HandOver);
     }
 
-    fn detach(&mut self, index: usize, requester: Requester) {
+    fn detach(&mut self, index: usize, discards: bool, requester: Requester) {
         let disk = self.disks.get_mut(&index).expect("it was found");
         if disk.is_leaving() || disk.is_attaching() {
             let busy = format!("{}: another change", disk.name());
             return drop(requester.send(Err(Refusal::new("Busy", json!({ "what": busy })))));
         }
         info!("{}: being detached by the operator", disk.name());
-        disk.set_detaching(Some(requester));
-        disk.begin_end(Ending::WriteBack);
+        disk.begin_detach(requester, discards);
     }
 
     /// Forgets the devices that were detached and have ended.
@@ -135,7 +138,11 @@ impl Fleet {
             });
             let _ = requester.send(match (error, recorded) {
                 (None, Ok(())) => Ok(true),
-                (Some(error), _) => Err(Refusal::refused(name, error.to_string())),
+                (Some(error), _) => {
+                    let text = error.to_string();
+                    let why = text.strip_prefix(&name).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&text);
+                    Err(Refusal::refused(&*name, format!("it is detached, but not whole: {why}")))
+                }
                 (None, Err(e)) => {
                     let why = format!("it is detached, and the next daemon serves it again: {e}");
                     Err(Refusal::refused(name, why))

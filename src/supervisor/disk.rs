@@ -1,5 +1,7 @@
 //! One device, as the main thread sees it: how far it is, what it waits for, and when to wait no longer.
 
+mod change;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -14,6 +16,9 @@ use crate::disk_stats::{DiskState, OldestOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::store::file::IoFence;
+
+use change::Detaching;
+pub(super) use change::Stayers;
 
 use super::SupervisorEvent;
 use super::context::Context;
@@ -90,8 +95,10 @@ pub(super) struct Disk {
     leaving: Option<(Ending, Instant)>,
     /// Who waits for it to be served.
     attaching: Option<Requester>,
-    /// Who waits for its end.
-    detaching: Option<Requester>,
+    /// What the operator wants of its end.
+    detaching: Option<Detaching>,
+    /// Since when its rings have stopped.
+    quiesced: Option<Instant>,
     /// When it was given up at the end of the process, and whether its process was killed.
     detached: Option<(Instant, bool)>,
     /// Lines about a process that does not run.
@@ -138,6 +145,7 @@ impl Disk {
             leaving: None,
             attaching: None,
             detaching: None,
+            quiesced: None,
             detached: None,
             silence_reminder: Reminder::new(),
             unkept_reminder: Reminder::new(),
@@ -157,6 +165,9 @@ impl Disk {
         // News that was on its way when the end began, or when the device was given up, changes nothing about that.
         if self.phase < DevicePhase::Ending || phase > self.phase {
             self.phase = phase;
+        }
+        if phase == DevicePhase::Quiesced {
+            self.quiesced.get_or_insert_with(Instant::now);
         }
     }
 
@@ -281,51 +292,13 @@ impl Disk {
             state,
             why: why.map(|failure| failure.text.clone()),
             pid: self.handle.as_ref().and_then(DeviceHandle::pid),
+            keeps_data: self.keeps_data(),
         }
-    }
-
-    /// Whether it is detached, or ends with the process.
-    pub fn is_leaving(&self) -> bool {
-        self.leaving.is_some()
-    }
-
-    /// Whether the operator waits for it to be served.
-    pub fn is_attaching(&self) -> bool {
-        self.attaching.is_some()
-    }
-
-    /// The operator waits for it to be served.
-    pub fn set_attaching(&mut self, requester: Requester) {
-        self.attaching = Some(requester);
-    }
-
-    /// Takes the operator who waits for it to be served.
-    pub fn take_attaching(&mut self) -> Option<Requester> {
-        self.attaching.take()
-    }
-
-    /// The operator waits for its end.
-    pub fn set_detaching(&mut self, requester: Option<Requester>) {
-        self.detaching = requester;
-    }
-
-    /// Its end: who waits for it, and the error with which it ended.
-    pub fn into_end(self) -> (Option<Requester>, Option<Error>) {
-        (self.detaching, self.error)
     }
 
     /// What it is to serve.
     pub fn config(&self) -> &DeviceConfig {
         &self.config
-    }
-
-    /// Logs what takes long.
-    pub fn look(&mut self) {
-        match self.leaving {
-            Some((ending, since)) if !self.has_ended() => self.look_while_ending(ending, since, false),
-            Some(_) => {}
-            None => self.look_while_serving(),
-        }
     }
 
     /// Logs what takes long.
@@ -451,6 +424,12 @@ impl Disk {
 
     /// Logs what takes long, and ends the wait for an image that does not answer.
     pub fn look_while_ending(&mut self, ending: Ending, since: Instant, hurried: bool) {
+        let advice = if hurried { "" } else { "; send the signal again to end without it" };
+        self.look_at_end(ending, since, Some(advice));
+    }
+
+    /// As [`Disk::look_while_ending`]. `advice` tells how to end the wait; `None`: it is waited for without a deadline.
+    fn look_at_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
         if let Some((at, is_killed)) = self.detached {
             return self.finish_detaching(at, is_killed);
         }
@@ -459,13 +438,13 @@ impl Disk {
             let waits_for = state.oldest.map_or_else(String::new, |oldest| {
                 format!("; {} has been in flight for {} s", oldest.describe(), oldest.age.as_secs())
             });
-            let advice = if hurried { "" } else { "; send the signal again to end without it" };
             warn!(
-                "{}: image {}: {} has taken {} s so far{waits_for}{advice}",
+                "{}: image {}: {} has taken {} s so far{waits_for}{}",
                 self.name,
                 self.image.display(),
                 step.what,
-                step.since.elapsed().min(age).as_secs()
+                step.since.elapsed().min(age).as_secs(),
+                advice.unwrap_or_default()
             );
         }
         if self.handle.is_none() {
@@ -473,6 +452,9 @@ impl Disk {
             if age >= HAND_OVER_PATIENCE {
                 self.detach(ending);
             }
+            return;
+        }
+        if advice.is_none() {
             return;
         }
         if state.cache.completed_ops != self.progress.1 {
@@ -516,7 +498,13 @@ impl Disk {
             }
         };
         if loses {
-            let hint = "a cache that outlives the daemon keeps what was not written: start the daemon again";
+            let hint = match self.detaching {
+                None => "a cache that outlives the daemon keeps what was not written: start the daemon again",
+                Some(_) => {
+                    "a cache that outlives the daemon keeps what was not written: attach the disk again, or run \
+                     \"genblk recover\""
+                }
+            };
             self.error = Some(Error::new(ErrorKind::Image, format!("{context}; {hint}")));
         } else {
             warn!("{context}");

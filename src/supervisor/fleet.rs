@@ -18,7 +18,7 @@ use crate::systemd::ServiceManager;
 use crate::units::counted;
 
 use super::context::Context;
-use super::disk::{DevicePhase, Disk};
+use super::disk::{DevicePhase, Disk, Stayers};
 use super::keeper::{KeeperCommand, News};
 use super::overview::Overview;
 use super::runtime::RuntimeFile;
@@ -230,7 +230,10 @@ impl Fleet {
             let key = disk.image_key();
             let mut group = self.disks.values().filter(|other| other.image_key() == key);
             // One that leaves the others completes what they wait for (`WorkerPort::close`).
-            let may_end = self.end.is_none() && disk.is_leaving() || group.all(Disk::has_quiesced);
+            let may_end = match self.end {
+                None if disk.is_leaving() => !disk.keeps_data(),
+                _ => group.all(Disk::has_quiesced),
+            };
             if disk.phase() == DevicePhase::Quiesced && may_end {
                 self.disks.get_mut(&index).expect("it was found").finish();
             }
@@ -238,7 +241,8 @@ impl Fleet {
     }
 
     fn look_while_serving(&mut self) {
-        self.disks.values_mut().for_each(Disk::look);
+        let stayers = Stayers::of(self.disks.values());
+        self.disks.values_mut().for_each(|disk| disk.look(&stayers));
         self.finish_quiesced();
         let served = self.disks.values().filter(|disk| disk.phase() == DevicePhase::Served).count();
         let is_settled = self.disks.values().all(Disk::is_settled);

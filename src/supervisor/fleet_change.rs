@@ -14,5 +14,7 @@ pub(super) enum FleetChange {
     /// Serve one more device. The reply: whether it is new.
     Attach(Box<DeviceConfig>, Requester),
     /// Write everything and serve the device no more.
-    Detach(String, Requester),
+    Detach { name: String, discards: bool, requester: Requester },
+    /// Give up what the image of a device that is being detached does not take. The reply: whether there is one.
+    Discard(String, Requester),
 }

@@ -6,7 +6,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::info;
+use log::{info, warn};
 use serde_json::{Value, json};
 
 use super::SupervisorEvent;
@@ -29,6 +29,9 @@ use crate::units::PAGE_BYTES;
 const PROGRESS: Duration = Duration::from_secs(1);
 /// How often the client of a freeze is looked at.
 const FREEZE_WATCH: Duration = Duration::from_millis(50);
+/// How often a device that is being detached is looked at, and the pause before its last flush is repeated.
+const DETACH_WATCH: Duration = Duration::from_millis(100);
+const DETACH_RETRY: Duration = Duration::from_secs(1);
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -111,7 +114,7 @@ impl Operator {
                 Ok(json!(thaw(&entry, client)))
             }
             Change::Attach { config } => self.attach(&config),
-            Change::Detach { device, force } => self.detach(&device, force, client),
+            Change::Detach { device, force, discard } => self.detach(&device, force, discard, client),
         }
     }
 
@@ -124,8 +127,13 @@ impl Operator {
         Ok(json!({ "attached": attached }))
     }
 
-    fn detach(&self, device: &str, force: bool, client: &ChangeClient) -> Result<Value, Refusal> {
+    fn detach(&self, device: &str, force: bool, discard: bool, client: &ChangeClient) -> Result<Value, Refusal> {
         let entry = self.overview.entry(device)?;
+        if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester))? {
+            info!("{device}: the operator gives up what its image does not take");
+            while self.overview.entry(device).is_ok() && !client.waits_in_vain(DETACH_WATCH) {}
+            return Ok(json!(Progressing { progress: None }));
+        }
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "detach")?;
         if entry.operator.is_frozen(entry.link.as_ref()) && !force {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
@@ -138,16 +146,41 @@ impl Operator {
         if !force {
             ask(&entry, DeviceRequest::Flush, client).map_err(|refusal| not_written(&entry, refusal))?;
         }
-        self.ask_main_thread(|requester| FleetChange::Detach(device.to_owned(), requester))?;
-        Ok(json!(Progressing { progress: None }))
+        let (requester, reply) = channel();
+        let change = FleetChange::Detach { name: device.to_owned(), discards: discard, requester };
+        self.events.send(SupervisorEvent::Change(change)).map_err(|_| daemon_ends())?;
+        loop {
+            match reply.recv_timeout(DETACH_WATCH) {
+                Ok(result) => return result.map(|_| json!(Progressing { progress: None })),
+                Err(RecvTimeoutError::Disconnected) => return Err(daemon_ends()),
+                Err(RecvTimeoutError::Timeout) => self.write_kept_data(device, client),
+            }
+        }
+    }
+
+    /// Writes what a device that is being detached would lose if it ended. Nobody else writes to it any more.
+    fn write_kept_data(&self, device: &str, client: &ChangeClient) {
+        let Ok(entry) = self.overview.entry(device) else { return };
+        if entry.progress.keeps_data
+            && let Err(refusal) = ask(&entry, DeviceRequest::Flush, client)
+            && refusal.error == "ImageFault"
+        {
+            let fault = refusal.parameters["fault"].as_str().unwrap_or_default();
+            warn!(
+                "{device}: cannot be detached: the image does not take what is dirty ({fault}), and its cache ends \
+                 with it; retrying; \"genblk detach --force --discard {device}\" gives that up"
+            );
+            // It fails only for a keeper that has ended.
+            let _ = entry.commands.send(KeeperCommand::Resume);
+            thread::sleep(DETACH_RETRY);
+        }
     }
 
     /// Asks the main thread, and waits for its reply.
     fn ask_main_thread(&self, change: impl FnOnce(Requester) -> FleetChange) -> Result<bool, Refusal> {
         let (requester, reply) = channel();
-        let gone = || Refusal::refused("the daemon", "it ends");
-        self.events.send(SupervisorEvent::Change(change(requester))).map_err(|_| gone())?;
-        reply.recv().unwrap_or_else(|_| Err(gone()))
+        self.events.send(SupervisorEvent::Change(change(requester))).map_err(|_| daemon_ends())?;
+        reply.recv().unwrap_or_else(|_| Err(daemon_ends()))
     }
 
     /// Freezes a device.
@@ -195,6 +228,10 @@ impl Operator {
             }
         }
     }
+}
+
+fn daemon_ends() -> Refusal {
+    Refusal::refused("the daemon", "it ends")
 }
 
 /// Ends a freeze, if there is one.

@@ -73,7 +73,7 @@ impl Overview {
 
 fn device(entry: &OverviewEntry) -> DeviceStatus {
     let OverviewEntry { config, page, progress, link, operator, .. } = entry;
-    let DeviceProgress { state, why, pid } = progress.clone();
+    let DeviceProgress { state, why, pid, .. } = progress.clone();
     let is_serving = state == DeviceState::Serving;
     let state = if is_serving && operator.is_frozen(link.as_ref()) { DeviceState::Frozen } else { state };
     let now = page.read();

@@ -14,6 +14,7 @@ pub mod faulty_device;
 pub mod flood;
 pub mod guest_memory;
 pub mod nbd_server;
+pub mod operator;
 pub mod prng;
 pub mod raw_message;
 pub mod raw_ring;

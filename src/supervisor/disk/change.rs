@@ -1,0 +1,107 @@
+//! What the operator changes about a device: it is attached, or detached while others are served.
+
+use super::{DevicePhase, Disk, Requester};
+use crate::disk_protocol::Ending;
+use crate::error::Error;
+use crate::store::file::IoFence;
+
+/// A device that is being detached.
+#[derive(Debug)]
+pub(super) struct Detaching {
+    /// Who waits for the end.
+    requester: Requester,
+    /// Dirty pages of a cache that ends with the process may be lost.
+    discards: bool,
+}
+
+/// What the devices that stay use: the end of another one must not harm them.
+#[derive(Debug)]
+pub(in crate::supervisor) struct Stayers {
+    processes: Vec<IoFence>,
+    groups: Vec<String>,
+}
+
+impl Stayers {
+    /// Those of these devices that stay.
+    pub fn of<'a>(disks: impl Iterator<Item = &'a Disk>) -> Self {
+        let staying: Vec<&Disk> = disks.filter(|disk| !disk.is_leaving()).collect();
+        let groups = staying.iter().map(|disk| disk.config.group.clone()).filter(|group| !group.is_empty());
+        let processes = staying.iter().filter_map(|disk| disk.image_key()).map(|(process, _)| process);
+        Self { processes: processes.collect(), groups: groups.collect() }
+    }
+
+    fn share_process_of(&self, disk: &Disk) -> bool {
+        disk.image_key().is_some_and(|(process, _)| self.processes.contains(&process))
+            || self.groups.contains(&disk.config.group)
+    }
+}
+
+impl Disk {
+    /// Whether it is detached, or ends with the process.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.is_some()
+    }
+
+    /// Whether the operator waits for it to be served.
+    pub fn is_attaching(&self) -> bool {
+        self.attaching.is_some()
+    }
+
+    /// The operator waits for it to be served.
+    pub fn set_attaching(&mut self, requester: Requester) {
+        self.attaching = Some(requester);
+    }
+
+    /// Takes the operator who waits for it to be served.
+    pub fn take_attaching(&mut self) -> Option<Requester> {
+        self.attaching.take()
+    }
+
+    /// The operator detaches it, and waits for its end. `discards`: dirty pages of a cache that ends with its process
+    /// may be lost.
+    pub fn begin_detach(&mut self, requester: Requester, discards: bool) {
+        self.detaching = Some(Detaching { requester, discards });
+        self.begin_end(Ending::WriteBack);
+    }
+
+    /// The operator gives up what its image does not take. Returns whether it is being detached.
+    pub fn discard(&mut self) -> bool {
+        self.detaching.as_mut().map(|detaching| detaching.discards = true).is_some()
+    }
+
+    /// Its end: who waits for it, and the error with which it ended.
+    pub fn into_end(self) -> (Option<Requester>, Option<Error>) {
+        (self.detaching.map(|detaching| detaching.requester), self.error)
+    }
+
+    /// Whether it is being detached, its rings have stopped, and its end would lose dirty pages: its cache ends with
+    /// its process. The operator's thread flushes it then, as often as it takes.
+    pub fn keeps_data(&self) -> bool {
+        let (Some(Detaching { discards: false, .. }), Some(quiesced), Some(handle)) =
+            (&self.detaching, self.quiesced, &self.handle)
+        else {
+            return false;
+        };
+        // What the process has published before its rings stopped says nothing of the last requests.
+        let is_stale = handle.silent_for() >= quiesced.elapsed();
+        self.phase == DevicePhase::Quiesced && (is_stale || self.state().has_unkept_data)
+    }
+
+    /// Logs what takes long.
+    pub fn look(&mut self, stayers: &Stayers) {
+        let Some((ending, since)) = self.leaving else { return self.look_while_serving() };
+        if self.has_ended() {
+            return;
+        }
+        let discards = self.detaching.as_ref().is_none_or(|detaching| detaching.discards);
+        let advice = if stayers.share_process_of(self) {
+            // Without its workers, a process that is shared would keep what they have begun from others.
+            None
+        } else if !discards && self.state().has_unkept_data {
+            None
+        } else {
+            Some("")
+        };
+        self.look_at_end(ending, since, advice);
+    }
+}

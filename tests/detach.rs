@@ -1,0 +1,180 @@
+//! Disks whose image fails or hangs while they are detached: other disks see nothing, and no completed write is lost
+//! without the operator's word.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use common::daemon::{Daemon, TempDir, server_binary};
+use common::nbd_server::NbdServer;
+use common::operator::{Call, call, genblk, names, stdout_of, table};
+use common::session::{Session, SessionOptions};
+use common::wait::{PATIENCE, poll_until};
+
+/// A disk `d0` on a server whose writes fail while the file `fails` exists.
+struct Failing {
+    daemon: Daemon,
+    control: PathBuf,
+    fails: PathBuf,
+    server: NbdServer,
+}
+
+/// Starts a daemon with these devices and a control socket.
+fn launch(directory: TempDir, devices: &str, sockets: Vec<PathBuf>) -> (Daemon, PathBuf) {
+    let (control, config) = (directory.path().join("control.sock"), directory.path().join("genblk.toml"));
+    fs::write(&config, format!("[control]\nsocket = {control:?}\n{devices}")).expect("a configuration can be written");
+    let mut command = Command::new(server_binary());
+    command.arg("--config").arg(config);
+    let daemon = Daemon::launch(directory, command, sockets);
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    (daemon, control)
+}
+
+/// The table of a disk on a server.
+fn on_server(directory: &TempDir, name: &str, server: &NbdServer, more: &str) -> String {
+    let table = table(directory, name, "image", more);
+    let image = format!("image = {:?}", directory.path().join("image"));
+    table.replace(&image, &format!("image = {:?}", server.uri()))
+}
+
+/// `None`: nbdkit is not installed.
+fn failing(name: &str, more: &str) -> Option<Failing> {
+    let directory = TempDir::new(name);
+    let (fails, socket) = (directory.path().join("fails"), directory.path().join("d0.sock"));
+    let file = format!("error-file={}", fails.display());
+    let arguments = ["--filter=error", "memory", "8M", "error-pwrite=EIO", "error-pwrite-rate=1", &file];
+    let server = NbdServer::nbdkit(&directory.path().join("nbd"), &arguments)?;
+    let device = on_server(&directory, "d0", &server, more);
+    let (daemon, control) = launch(directory, &device, vec![socket]);
+    Some(Failing { daemon, control, fails, server })
+}
+
+fn stderr_of(control: &Path, arguments: &[&str]) -> String {
+    let output = genblk(control, arguments);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr).expect("text")
+}
+
+#[test]
+fn a_disk_whose_image_fails_is_not_detached_and_is_served_on() {
+    let Some(Failing { daemon, control, fails, server: _server }) = failing("detach-fails", "") else { return };
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    File::create(&fails).expect("a file can be created");
+    let text = stderr_of(&control, &["flush", "d0"]);
+    assert!(text.contains("d0: the image failed (I/O error); 1 page is dirty"), "{text}");
+    drop(session);
+    let refused = poll_until("the front-end is gone", PATIENCE, || {
+        let refused = call(&control, "Detach", &json!({"device": "d0"}));
+        (refused["error"] != json!("io.genblk.Control.InUse")).then_some(refused)
+    });
+    assert_eq!(refused["error"], json!("io.genblk.Control.NotWritten"), "{refused}");
+    assert_eq!(refused["parameters"]["dirty_bytes"], json!(4096), "{refused}");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    assert_eq!(session.read(0, 4096), vec![1; 4096], "it is served as before");
+    fs::remove_file(&fails).expect("it exists");
+    stdout_of(&genblk(&control, &["resume", "d0"]));
+    poll_until("a flush", PATIENCE, || genblk(&control, &["flush", "d0"]).status.success().then_some(()));
+}
+
+#[test]
+fn a_second_change_of_a_disk_is_refused_while_one_is_under_way() {
+    let Some(Failing { daemon, control, server, .. }) = failing("detach-busy", "") else { return };
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    let frozen = call(&control, "Detach", &json!({"device": "d0"}));
+    assert_eq!(frozen["error"], json!("io.genblk.Control.Frozen"), "{frozen}");
+    call(&control, "Thaw", &json!({"device": "d0"}));
+    session.write(0, &[1; 4096]);
+    server.signal(libc::SIGSTOP);
+    let mut flush = Call::start(&control, "Flush", &json!({"device": "d0"}), false);
+    let busy = poll_until("a refusal", PATIENCE, || {
+        let reply = call(&control, "Detach", &json!({"device": "d0"}));
+        (reply["error"] == json!("io.genblk.Control.Busy")).then_some(reply)
+    });
+    assert_eq!(busy["parameters"]["what"], json!("d0: flush"), "{busy}");
+    assert_eq!(session.read(0, 4096), vec![1; 4096], "it is served meanwhile");
+    server.signal(libc::SIGCONT);
+    assert!(flush.reply()["error"].is_null());
+}
+
+#[test]
+fn a_disk_of_a_group_whose_image_hangs_is_detached_without_harm_to_the_others() {
+    let directory = TempDir::new("detach-group");
+    let Some(server) = NbdServer::nbdkit(&directory.path().join("nbd"), &["memory", "8M"]) else { return };
+    let sockets = ["d0", "d1"].map(|name| directory.path().join(format!("{name}.sock"))).to_vec();
+    File::create(directory.path().join("image")).and_then(|file| file.set_len(8 << 20)).expect("an image");
+    let group = "group = \"tenant\"\n";
+    let devices = on_server(&directory, "d0", &server, group) + &table(&directory, "d1", "image", group);
+    let (daemon, control) = launch(directory, &devices, sockets);
+    let processes = daemon.disk_processes();
+    assert_eq!(processes.len(), 1, "they share a process");
+    let mut hung = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    let mut other = Session::open(&daemon.socket_of(1), &SessionOptions::default());
+    hung.write(0, &[1; 4096]);
+    other.write(0, &[2; 4096]);
+    server.signal(libc::SIGSTOP);
+    let mut detach = Call::start(&control, "Detach", &json!({"device": "d0", "force": true}), false);
+    // Longer than a disk that ends alone waits for its image, before its process is killed.
+    let until = Instant::now() + Duration::from_secs(34);
+    while Instant::now() < until {
+        assert_eq!(other.read(0, 4096), vec![2; 4096]);
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!((daemon.disk_processes(), names(&control).len()), (processes, 2));
+    server.signal(libc::SIGCONT);
+    assert!(detach.reply()["error"].is_null(), "it goes on when the image answers");
+    assert_eq!(names(&control), ["d1"]);
+    assert_eq!(other.read(0, 4096), vec![2; 4096]);
+    let disk = on_server(daemon.directory(), "d0", &server, "");
+    let file = daemon.directory().path().join("again.toml");
+    fs::write(&file, disk).expect("a file can be written");
+    stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    let mut again = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    assert_eq!(again.read(0, 4096), vec![1; 4096], "what it had completed is on the image");
+}
+
+/// A disk whose cache ends with its process is detached by force, while its image takes no writes.
+fn detach_unkept(name: &str) -> Option<(Failing, Call)> {
+    let failing = failing(name, "cache.survive = \"never\"\n")?;
+    let mut session = Session::open(&failing.daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[3; 4096]);
+    File::create(&failing.fails).expect("a file can be created");
+    let detach = Call::start(&failing.control, "Detach", &json!({"device": "d0", "force": true}), false);
+    failing.daemon.await_log("d0: cannot be detached: the image does not take what is dirty (I/O error)");
+    assert_eq!(names(&failing.control), ["d0"]);
+    Some((failing, detach))
+}
+
+#[test]
+fn a_forced_detach_waits_until_the_image_takes_what_its_cache_would_lose() {
+    let Some((Failing { daemon, control, fails, server }, mut detach)) = detach_unkept("detach-unkept") else { return };
+    fs::remove_file(&fails).expect("it exists");
+    assert!(detach.reply()["error"].is_null());
+    let file = daemon.directory().path().join("again.toml");
+    fs::write(&file, on_server(daemon.directory(), "d0", &server, "")).expect("a file can be written");
+    stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    let mut again = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    assert_eq!(again.read(0, 4096), vec![3; 4096]);
+}
+
+#[test]
+fn only_an_explicit_discard_gives_up_what_a_cache_loses() {
+    let Some((failing, mut detach)) = detach_unkept("detach-discard") else { return };
+    let control = failing.control.clone();
+    let usage = genblk(&control, &["detach", "d0", "--discard"]);
+    assert_eq!(usage.status.code(), Some(2), "it takes --force as well: {usage:?}");
+    let text = stdout_of(&genblk(&control, &["detach", "d0", "--force", "--discard"]));
+    assert_eq!(text, "d0: detached; what the image did not take is lost\n");
+    let refused = detach.reply();
+    assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("but not whole")), "{refused}");
+    assert!(names(&control).is_empty());
+}

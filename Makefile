@@ -19,7 +19,8 @@ help: ## show this list
 	@echo
 	@echo "  variables: SEED=n, N=n, FIRST=n (simulator), BUG=text, SAMPLE=n, SKIP=file (mutants; the file is the output of a"
 	@echo "             run whose finds are skipped), FUZZ_SECONDS=n, SOAK_MINUTES=n, ROWS=name,name (of make bench),"
-	@echo "             ARGS=\"--peer 'name=command with {sock} {img}'\" (another server for make bench)"
+	@echo "             ARGS=\"--peer 'name=command with {sock} {img}'\" (another server for make bench),"
+	@echo "             BASE=commit (of make bench: compares with that commit, interleaved)"
 
 setup: ## get what building and testing need (Debian, Ubuntu); quick when nothing is missing
 	@scripts/setup.sh
@@ -80,7 +81,8 @@ soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop
 	done; echo "soak: $$round rounds, no failure"
 
 bench: setup ## compare with other servers and the machine's limit (15 minutes; some rows need root)
-	$(CARGO) bench --locked --bench load -- compare $(if $(ROWS),--rows $(ROWS)) $(ARGS)
+	$(if $(BASE),base=$$(scripts/base-binary.sh $(BASE)) &&) $(CARGO) bench --locked --bench load -- \
+		compare $(if $(ROWS),--rows $(ROWS)) $(if $(BASE),--base "$$base") $(ARGS)
 
 bench-scale: setup ## how cost grows with sizes and numbers
 	$(CARGO) bench --locked --bench load -- scale $(ARGS)

@@ -49,4 +49,7 @@ pub struct Compare {
     /// Another server: 'name=command with {sock} {img} {queues}'; may be repeated
     #[arg(long)]
     pub peer: Vec<String>,
+    /// Another build of genblk to compare with, interleaved
+    #[arg(long)]
+    pub base: Option<PathBuf>,
 }

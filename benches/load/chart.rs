@@ -181,6 +181,7 @@ fn phrase(measure: Measure, value: &str) -> String {
         Measure::MibPerSecond => format!("{value} MiB/s"),
         Measure::MedianUs => format!("median {value} us"),
         Measure::P99Us => format!("p99 {value} us"),
+        Measure::P999Us => format!("p99.9 {value} us"),
         Measure::FlushP99Ms => format!("p99 of FLUSH {value} ms"),
         Measure::Seconds => format!("{value} s"),
         Measure::CpuUs => format!("{value} us of CPU time per request"),

@@ -26,6 +26,8 @@ pub enum Role {
     Genblk,
     /// genblk in another configuration, for comparison.
     Variant,
+    /// Another build of genblk.
+    Base,
     /// genblk with a cache that does not survive a crash.
     Volatile,
     /// Another project's server; `qemu`: it is qemu-storage-daemon.
@@ -53,10 +55,18 @@ impl Participant {
     }
 }
 
+/// The servers that genblk is compared with in every row.
+#[derive(Clone, Debug, Default)]
+pub struct Others {
+    pub peers: Vec<ServerSpec>,
+    pub base: Option<ServerSpec>,
+}
+
 /// All participants of a row.
-pub fn participants(row: &Row, peers: &[ServerSpec]) -> Vec<Participant> {
+pub fn participants(row: &Row, others: &Others) -> Vec<Participant> {
     let server = |role, server| Participant { role, subject: Subject::Server(server) };
     let mut all = vec![server(Role::Genblk, ServerSpec::genblk())];
+    all.extend(others.base.iter().map(|base| server(Role::Base, base.clone())));
     if !matches!(row.medium, Medium::SlowDisk(_)) {
         all.push(server(Role::Variant, ServerSpec::genblk_with("genblk poll_us=0", "poll_us = 0", "")));
     }
@@ -64,7 +74,7 @@ pub fn participants(row: &Row, peers: &[ServerSpec]) -> Vec<Participant> {
         let never = ServerSpec::genblk_with("genblk survive=never", "", "survive = \"never\"");
         all.push(server(Role::Volatile, never));
     }
-    all.extend(peers.iter().map(|peer| {
+    all.extend(others.peers.iter().map(|peer| {
         let qemu = matches!(peer.kind, ServerKind::Qemu { .. });
         server(Role::Peer { qemu }, peer.clone())
     }));
@@ -99,14 +109,14 @@ pub struct RowSamples {
 pub fn measure(
     media: &mut Media,
     row: &Row,
-    peers: &[ServerSpec],
+    others: &Others,
     chosen: impl Fn(&Participant) -> bool,
     rounds: usize,
     scale: f64,
 ) -> RowSamples {
     let begin = Instant::now();
     let row = Row { job: row.job.scaled(scale), ..row.clone() };
-    let chosen = participants(&row, peers).into_iter().filter(chosen);
+    let chosen = participants(&row, others).into_iter().filter(chosen);
     let mut columns: Vec<Column> = chosen.map(|participant| Column { participant, rounds: Vec::new() }).collect();
     let mut busy = Vec::new();
     for round in 0..rounds {

@@ -134,7 +134,7 @@ impl RowSamples {
             (column.participant.name().to_string(), medians)
         });
         let named = self.row.targets.iter().map(|target| target.against);
-        let against: Vec<Against> = [Against::Limit, Against::Peers].into_iter().chain(named).collect();
+        let against: Vec<Against> = [Against::Limit, Against::Peers, Against::Base].into_iter().chain(named).collect();
         let comparisons = against.iter().filter(|against| **against != Against::Constant).filter_map(|against| {
             let reference = by_measure(&|measure| median(&self.reference(measure, *against)));
             let ratio = by_measure(&|measure| self.ratio(measure, *against));
@@ -162,7 +162,7 @@ impl RowSamples {
     fn reference(&self, measure: usize, against: Against) -> Vec<f64> {
         let counts = |column: &&Column| match (against, column.participant.role) {
             (Against::Limit, Role::Limit) | (Against::Peers, Role::Peer { .. }) => true,
-            (Against::Volatile, Role::Volatile) => true,
+            (Against::Volatile, Role::Volatile) | (Against::Base, Role::Base) => true,
             (Against::Qemu, Role::Peer { qemu }) => qemu,
             (Against::Named(name), Role::Peer { .. }) => column.participant.name().starts_with(name),
             _ => false,
@@ -222,7 +222,8 @@ impl RowResult<'_> {
         comparison.map(|comparison| comparison.reference[measure]).filter(|median| median.is_finite())
     }
 
-    fn ratio(&self, measure: usize, against: Against) -> Option<f64> {
+    /// The median of the rounds' ratios to what genblk is compared with.
+    pub fn ratio(&self, measure: usize, against: Against) -> Option<f64> {
         let comparison = self.figures.comparisons.get(against.name());
         comparison.map(|comparison| comparison.ratio[measure]).filter(|ratio| ratio.is_finite())
     }

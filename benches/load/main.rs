@@ -49,10 +49,10 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use arguments::{Arguments, BenchCommand, Compare};
-use compare::{Participant, RowSamples};
-use figures::{Figures, RowResult};
+use compare::{Others, Participant, RowSamples};
+use figures::{Figures, GENBLK, RowResult};
 use medium::Media;
-use rows::Row;
+use rows::{Against, Row};
 use servers::ServerSpec;
 
 /// The part of the image that the smoke test uses.
@@ -86,19 +86,22 @@ fn run(arguments: &Arguments) -> Result<(), String> {
 /// Runs the comparison. Writes the report only if nothing was left out.
 fn compare_all(options: &Compare) -> Result<(), String> {
     let (all, chosen) = (rows::all(), chosen(&options.rows)?);
-    let mut peers = ServerSpec::qemu();
+    let mut others = Others { peers: ServerSpec::qemu(), base: options.base.as_deref().map(ServerSpec::genblk_base) };
     for peer in &options.peer {
-        peers.push(ServerSpec::peer(peer)?);
+        others.peers.push(ServerSpec::peer(peer)?);
     }
     let machine = machine::describe();
-    let figures = Figures::new(machine, &measure(&chosen, peers, options)?);
+    let figures = Figures::new(machine, &measure(&chosen, others, options)?);
     let results = figures.results(&all)?;
     let (targets, medians) = (report::targets(&results), report::medians(&figures.columns, &results));
     let about = report::bullets(&figures.machine) + &report::bullets(&[figures.disturbance.describe()]);
     println!("{about}\n{targets}\n{medians}\n{}", report::not_measured(&results));
-    if chosen.len() < all.len() || !options.only.is_empty() || options.rounds < 5 || options.scale < 1.0 {
+    println!("{}", report::compared_with_base(&results));
+    let is_partial = chosen.len() < all.len() || !options.only.is_empty() || options.rounds < 5 || options.scale < 1.0;
+    if is_partial || options.base.is_some() {
         println!(
-            "benches/RESULTS.md is unchanged: only a run of all rows and columns, 5 rounds and full length writes it"
+            "benches/RESULTS.md is unchanged: only a run of all rows and columns, 5 rounds and full length, without a \
+             base, writes it"
         );
         return Ok(());
     }
@@ -144,37 +147,43 @@ fn chosen(keys: &[String]) -> Result<Vec<Row>, String> {
     Ok(all.into_iter().filter(wanted).collect())
 }
 
-fn measure(rows: &[Row], mut peers: Vec<ServerSpec>, options: &Compare) -> Result<Vec<RowSamples>, String> {
+fn measure(rows: &[Row], mut others: Others, options: &Compare) -> Result<Vec<RowSamples>, String> {
     let Compare { only, rounds, scale, .. } = options;
     let takes_part = |participant: &Participant| only.is_empty() || only.iter().any(|name| name == participant.name());
     let failed = |e: std::io::Error| format!("cannot create the image in memory: {e}");
     let mut media = Media::new(rows::IMAGE_BYTES).map_err(failed)?;
     if rows.iter().any(|row| row.job.flushes()) {
-        compare::probe_flush(&mut media, &mut peers);
+        compare::probe_flush(&mut media, &mut others.peers);
     }
     let mut samples = Vec::new();
     for row in rows {
         media.fill(row.image_end()).map_err(failed)?;
-        samples.push(compare::measure(&mut media, row, &peers, takes_part, *rounds, *scale));
+        samples.push(compare::measure(&mut media, row, &others, takes_part, *rounds, *scale));
     }
     Ok(samples)
 }
 
-/// Runs two rows for a moment, without peers. Shows that the benchmark works, from the servers to the rendered reports.
+/// Runs two rows for a moment, without peers, and with genblk itself as the base. Shows that the benchmark works, from
+/// the servers to the rendered reports.
 fn smoke() -> Result<(), String> {
-    let rows = chosen(&["read-call".to_string(), "write-absorbed".to_string()])?;
+    let rows = chosen(&["read-poll".to_string(), "write-absorbed".to_string()])?;
     // A container may have no more shared memory than this.
     let rows: Vec<Row> = rows.into_iter().map(|row| row.clipped_to(SMOKE_BYTES)).collect();
     let options = Compare { rounds: 1, scale: 0.1, ..Compare::default() };
-    let figures = Figures::new(machine::describe(), &measure(&rows, Vec::new(), &options)?);
+    let base = ServerSpec::genblk_base(Path::new(env!("CARGO_BIN_EXE_genblk")));
+    let others = Others { peers: Vec::new(), base: Some(base) };
+    let figures = Figures::new(machine::describe(), &measure(&rows, others, &options)?);
     let figures = Figures::from_text(&figures.to_text())?;
     let results = figures.results(&rows)?;
     let not_measured = report::not_measured(&results);
-    println!("{}{not_measured}", report::targets(&results));
+    println!("{}{not_measured}{}", report::targets(&results), report::compared_with_base(&results));
     let (document, svg) = (report::document(&figures, &results, ""), chart::svg(&results));
     let complete = rows.iter().all(|row| document.contains(row.title)) && svg.ends_with("</svg>\n");
     let judged = |result: &RowResult<'_>| result.verdict(&result.row.targets[0]).is_some_and(|(ratio, _)| ratio > 0.0);
-    if not_measured.is_empty() && complete && results.iter().all(judged) {
+    // Its disk process takes part, and the base does.
+    let has_cpu_time = results[0].median(GENBLK, 1).is_some_and(|us| us > 0.0);
+    let has_base = results.iter().all(|result| result.ratio(0, Against::Base).is_some());
+    if not_measured.is_empty() && complete && has_cpu_time && has_base && results.iter().all(judged) {
         Ok(())
     } else {
         Err("the smoke test has no figures, or its report is incomplete".to_string())

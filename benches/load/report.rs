@@ -91,6 +91,29 @@ pub fn medians(columns: &[String], results: &[RowResult<'_>]) -> String {
     table(&head, &lines)
 }
 
+/// genblk compared with another build of itself; empty if there was none.
+pub fn compared_with_base(results: &[RowResult<'_>]) -> String {
+    let mut lines = Vec::new();
+    for result in results {
+        for (at, measure) in result.row.measures.iter().enumerate() {
+            let Some(ratio) = result.ratio(at, Against::Base) else { continue };
+            let better = if measure.higher_is_better() { "more is better" } else { "less is better" };
+            lines.push(vec![
+                result.row.key.to_string(),
+                measure.name().to_string(),
+                show(result.median(GENBLK, at)),
+                show(result.reference(at, Against::Base)),
+                format!("{ratio:.3} x"),
+                better.to_string(),
+            ]);
+        }
+    }
+    if lines.is_empty() {
+        return String::new();
+    }
+    table(&words(&["row", "measure", "genblk", "base", "genblk is", ""]), &lines)
+}
+
 /// What could not be measured, and why.
 pub fn not_measured(results: &[RowResult<'_>]) -> String {
     let lines = |result: &RowResult<'_>| -> String {
@@ -196,6 +219,7 @@ impl Against {
             Self::Qemu => "best of qsd",
             Self::Named(name) => name,
             Self::Volatile => "survive=never",
+            Self::Base => "base",
             Self::Constant => "a constant",
         }
     }

@@ -29,6 +29,7 @@ pub enum Measure {
     MibPerSecond,
     MedianUs,
     P99Us,
+    P999Us,
     FlushP99Ms,
     Seconds,
     /// The server's CPU time per request.
@@ -51,6 +52,7 @@ impl Measure {
             Self::MibPerSecond => "MiB/s",
             Self::MedianUs => "p50, us",
             Self::P99Us => "p99, us",
+            Self::P999Us => "p99.9, us",
             Self::FlushP99Ms => "p99 of FLUSH, ms",
             Self::Seconds => "seconds",
             Self::CpuUs => "CPU us/request",
@@ -69,6 +71,7 @@ impl Measure {
             Self::MibPerSecond => first.bytes as f64 / MIB as f64 / seconds,
             Self::MedianUs => us(stats, 0.5),
             Self::P99Us => us(stats, 0.99),
+            Self::P999Us => us(stats, 0.999),
             Self::FlushP99Ms => {
                 let mut flushes = first.flushes.clone();
                 for client in &stats.clients[1..] {
@@ -103,6 +106,8 @@ pub enum Against {
     Named(&'static str),
     /// genblk with a cache that does not survive a crash: shows the cost of the ledger.
     Volatile,
+    /// Another build of genblk.
+    Base,
     /// Nothing: the target is a number.
     Constant,
 }
@@ -210,7 +215,7 @@ pub fn all() -> Vec<Row> {
 fn cached() -> Vec<Row> {
     use Against::{Limit, Named, Peers, Qemu, Volatile};
     use CompletionMode::{Interrupt, Polling};
-    use Measure::{CpuUs, Iops, MedianUs, MibPerSecond};
+    use Measure::{CpuUs, Iops, MedianUs, MibPerSecond, P99Us, P999Us};
     let cloud_hypervisor = Named("cloud-hypervisor");
     let reads = |depth| Client::new(Ops::Reads, Pattern::Random, HOT, 4 * KIB).depth(depth).runs_ms(200, 800);
     let row = |key, title, client, mode, measures: &[Measure]| {
@@ -218,30 +223,59 @@ fn cached() -> Vec<Row> {
             .warmed_up(Ops::Reads, HOT)
             .limit(LimitKind::Copy)
     };
+    const LATENCY: &[Measure] = &[MedianUs, P99Us, P999Us];
     let writes = Client::new(Ops::Writes, Pattern::Random, ABSORBED, 4 * KIB).depth(32).runs_ms(200, 800);
     let stream = Client::new(Ops::Reads, SEQUENTIAL, HOT, 128 * KIB).depth(8).runs_ms(200, 800);
     vec![
-        row("read-poll", "4 KiB random read, cached, queue depth 32, polling", reads(32), Polling, &[Iops, CpuUs])
-            .target(0, 0.9, Limit)
-            .target(0, 4.0, Qemu)
-            .target(0, 3.0, cloud_hypervisor)
-            .target(1, 1.2, Limit)
-            .target(0, 0.95, Volatile),
-        row("read-call", "4 KiB random read, cached, queue depth 32, interrupts", reads(32), Interrupt, &[Iops])
-            .target(0, 0.9, Limit)
-            .target(0, 4.0, Qemu)
-            .target(0, 2.0, cloud_hypervisor),
-        row("latency-poll", "4 KiB random read, cached, queue depth 1, polling", reads(1), Polling, &[MedianUs])
-            .target(0, 1.5, Limit),
-        row("latency-call", "4 KiB random read, cached, queue depth 1, interrupts", reads(1), Interrupt, &[MedianUs])
-            .target(0, 1.0, Peers),
-        row("write-absorbed", "4 KiB random write, absorbed, queue depth 32, polling", writes, Polling, &[Iops])
-            .with("over 4 MiB, so that write-back need not start")
-            .warmed_up(Ops::Writes, ABSORBED)
-            .target(0, 0.8, Limit)
-            .target(0, 4.0, Qemu)
-            .target(0, 3.2, cloud_hypervisor)
-            .target(0, 0.95, Volatile),
+        row(
+            "read-poll",
+            "4 KiB random read, cached, queue depth 32, polling",
+            reads(32),
+            Polling,
+            &[Iops, CpuUs, P99Us, P999Us],
+        )
+        .target(0, 0.9, Limit)
+        .target(0, 4.0, Qemu)
+        .target(0, 3.0, cloud_hypervisor)
+        .target(1, 1.2, Limit)
+        .target(2, 1.0, Peers)
+        .target(3, 1.0, Peers)
+        .target(0, 0.95, Volatile),
+        row(
+            "read-call",
+            "4 KiB random read, cached, queue depth 32, interrupts",
+            reads(32),
+            Interrupt,
+            &[Iops, P99Us, P999Us],
+        )
+        .target(0, 0.9, Limit)
+        .target(0, 4.0, Qemu)
+        .target(0, 2.0, cloud_hypervisor)
+        .target(1, 1.0, Peers)
+        .target(2, 1.0, Peers),
+        row("latency-poll", "4 KiB random read, cached, queue depth 1, polling", reads(1), Polling, LATENCY)
+            .target(0, 1.5, Limit)
+            .target(1, 1.0, Peers)
+            .target(2, 1.0, Peers),
+        row("latency-call", "4 KiB random read, cached, queue depth 1, interrupts", reads(1), Interrupt, LATENCY)
+            .target(0, 1.0, Peers)
+            .target(1, 1.0, Peers)
+            .target(2, 1.0, Peers),
+        row(
+            "write-absorbed",
+            "4 KiB random write, absorbed, queue depth 32, polling",
+            writes,
+            Polling,
+            &[Iops, P99Us, P999Us],
+        )
+        .with("over 4 MiB, so that write-back need not start")
+        .warmed_up(Ops::Writes, ABSORBED)
+        .target(0, 0.8, Limit)
+        .target(0, 4.0, Qemu)
+        .target(0, 3.2, cloud_hypervisor)
+        .target(0, 0.95, Volatile)
+        .target(1, 1.0, Peers)
+        .target(2, 1.0, Peers),
         row(
             "stream-cached",
             "128 KiB sequential read, cached, queue depth 8, polling",

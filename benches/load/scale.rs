@@ -282,7 +282,7 @@ fn sample(point: &Point) -> Result<Numbers, String> {
         bytes += stats.clients.iter().map(|client| client.bytes).sum::<u64>();
         jobs.push(rates(&stats));
     }
-    let anonymous_kib = server.status("RssAnon") as f64;
+    let anonymous_kib = server.anonymous_kib() as f64;
     let blocks = std::fs::metadata(&images[0]).map_err(failed)?.blocks();
     Ok(Numbers { space: (blocks * 512) as f64 / bytes as f64, start_ms, anonymous_kib, jobs })
 }

@@ -21,6 +21,8 @@ const LISTEN_TIMEOUT: Duration = Duration::from_secs(20);
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a server that exits with its client may take to do so.
 const EXIT_GRACE: Duration = Duration::from_millis(200);
+/// How long the processes of a killed server may take until their memory is free.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(20);
 /// A server that used no CPU time for this long is idle.
 const IDLE_WINDOW: Duration = Duration::from_millis(30);
 /// The copy server's buffer: as large as the region of the cached rows.
@@ -30,7 +32,7 @@ pub const LIMIT_BUFFER_BYTES: usize = 128 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServerKind {
     /// genblk with its defaults, and with these lines in the tables of its device and its cache.
-    Genblk { device: String, cache: String },
+    Genblk { binary: PathBuf, device: String, cache: String },
     /// qemu-storage-daemon with an I/O thread, as its manual recommends.
     Qemu { aio: &'static str, direct: bool },
     /// The copy server of `limit.rs`.
@@ -59,7 +61,14 @@ impl ServerSpec {
     }
 
     pub fn genblk_with(name: &str, device: &str, cache: &str) -> Self {
-        Self::new(name, ServerKind::Genblk { device: device.to_string(), cache: cache.to_string() })
+        let binary = PathBuf::from(env!("CARGO_BIN_EXE_genblk"));
+        Self::new(name, ServerKind::Genblk { binary, device: device.to_string(), cache: cache.to_string() })
+    }
+
+    /// Another build of genblk, with its defaults.
+    pub fn genblk_base(binary: &Path) -> Self {
+        let (device, cache) = (String::new(), String::new());
+        Self::new("genblk base", ServerKind::Genblk { binary: binary.to_path_buf(), device, cache })
     }
 
     pub fn limit() -> Self {
@@ -90,10 +99,10 @@ impl ServerSpec {
     fn command(&self, socket: &Path, images: &[PathBuf], queues: usize) -> io::Result<Command> {
         let (sock, image) = (socket.display(), &images[0]);
         Ok(match &self.kind {
-            ServerKind::Genblk { device, cache } => {
+            ServerKind::Genblk { binary, device, cache } => {
                 let config = socket.with_extension("toml");
                 fs::write(&config, genblk_config(socket, images, device, cache))?;
-                let mut command = Command::new(env!("CARGO_BIN_EXE_genblk"));
+                let mut command = Command::new(binary);
                 command.arg("--config").arg(config);
                 command
             }
@@ -252,34 +261,56 @@ impl Server {
         socket_of(&self.socket, index)
     }
 
-    /// CPU time of all its threads so far.
-    pub fn cpu_us(&self) -> f64 {
-        // The ABI has ticks of 10 ms, whatever the kernel's own tick is.
-        const TICK_US: f64 = 10_000.0;
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
-        // The second field is a name in parentheses, which may contain anything.
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
-        (ticks(11) + ticks(12)) * TICK_US
+    /// The files in /proc of each thread of the server and of the processes that it has started.
+    fn threads(&self) -> Vec<PathBuf> {
+        let (mut processes, mut threads) = (vec![self.child.id()], Vec::new());
+        while let Some(pid) = processes.pop() {
+            for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+                processes.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+                threads.push(thread.path());
+            }
+        }
+        threads
     }
 
-    /// A number of /proc/PID/status, in the unit of that file.
-    pub fn status(&self, key: &str) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
-        line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+    /// CPU time of all its threads so far.
+    pub fn cpu_us(&self) -> f64 {
+        // In nanoseconds, which /proc/PID/stat rounds to ticks of 10 ms.
+        let of = |thread: PathBuf| -> Option<f64> {
+            let schedstat = fs::read_to_string(thread.join("schedstat")).ok()?;
+            schedstat.split_whitespace().next()?.parse().ok()
+        };
+        self.threads().into_iter().filter_map(of).sum::<f64>() / 1000.0
+    }
+
+    /// Memory of its processes that belongs to no file, in KiB.
+    pub fn anonymous_kib(&self) -> u64 {
+        self.threads().iter().filter(|thread| is_main(thread)).map(|thread| number_in_status(thread, "RssAnon")).sum()
     }
 
     /// Voluntary context switches of all its threads.
     pub fn sleeps(&self) -> u64 {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
-        let of = |path: PathBuf| {
-            let status = fs::read_to_string(path.join("status")).unwrap_or_default();
-            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or(0)
-        };
-        tasks.map(|task| of(task.path())).sum()
+        self.threads().iter().map(|thread| number_in_status(thread, "voluntary_ctxt_switches")).sum()
     }
+}
+
+/// Whether a thread is the first one of its process, by its files in /proc.
+fn is_main(thread: &Path) -> bool {
+    thread.file_name() == thread.ancestors().nth(2).and_then(Path::file_name)
+}
+
+/// Whether a process has ended, by the files in /proc of its first thread. What waits for its parent has.
+fn has_ended(main_thread: &Path) -> bool {
+    let stat = fs::read_to_string(main_thread.join("stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_none_or(|rest| rest.is_empty() || rest.trim_start().starts_with('Z'))
+}
+
+/// A number of /proc/PID/task/TID/status, in the unit of that file.
+fn number_in_status(thread: &Path, key: &str) -> u64 {
+    let status = fs::read_to_string(thread.join("status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
 
 /// Makes the kernel kill the server when the benchmark dies. genblk gets a SIGTERM, so that it removes its cache from
@@ -297,9 +328,15 @@ fn die_with_parent(command: &mut Command, spec: &ServerSpec) {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Both fail only if the process has exited.
-        let _ = self.child.kill();
+        // The processes that it has started would go on for a while, beside the next measurement.
+        let processes: Vec<PathBuf> = self.threads().into_iter().filter(|thread| is_main(thread)).collect();
+        for pid in processes.iter().filter_map(|thread| thread.file_name()?.to_str()?.parse().ok()) {
+            // SAFETY: sends a signal to a process that this one has started, directly or not.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        }
+        // It fails only if the process has exited.
         let _ = self.child.wait();
+        try_poll(EXIT_TIMEOUT, || processes.iter().all(|process| has_ended(process)).then_some(()));
         let _ = fs::remove_dir_all(memory_dir(&self.socket));
         self.images.iter().for_each(|image| forget_cache(image));
     }

@@ -120,8 +120,8 @@ impl PageCache {
 
     /// Looks up pages that requests will ask for in a moment, and changes nothing. The lookups of one request after
     /// another each miss the CPU's cache in turn; here those misses overlap.
-    pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo>) {
-        pages.for_each(|no| self.pages.prefetch_lookup(no));
+    pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo> + Clone) {
+        self.pages.prefetch_lookups(pages);
     }
 
     /// Takes back a piece of a read.

@@ -127,6 +127,19 @@ impl PageTable {
         self.chain(self.first(self.place(no))).find(|(_, page)| page.no() == no).map(|(id, _)| id)
     }
 
+    /// Reads what [`PageTable::find`] reads first.
+    pub fn prefetch_index(&self, no: PageNo) {
+        std::hint::black_box(self.first(self.place(no)));
+    }
+
+    /// Reads what [`PageTable::find`] reads next, if the page is the first of its chain, as most are.
+    pub fn prefetch_slot(&self, no: PageNo) {
+        // Of an empty chain any slot: a branch would wait for the read of the index.
+        let first = (self.first(self.place(no)) as usize).min(self.slots.len() - 1);
+        let page = &self.slots[first];
+        std::hint::black_box((page.no(), page.next));
+    }
+
     /// As [`PageTable::find`], where the page before it was found in `previous`: most often it is in the next slot.
     pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
         let guess = previous.map(|previous| PageId(previous.0 + 1));

@@ -24,7 +24,7 @@ const SAMPLE_US: u64 = 200_000;
 /// period of a throttled disk, is no measure.
 const PART_US_MIN: u64 = 50_000;
 /// By this factor a sample that is not complete must exceed what is known, to count at once.
-const PART_FACTOR: u64 = 4;
+const PART_FACTOR: u64 = 2;
 /// Background write-back starts at this share of the limit, in percent, and stops at [`STOP_PERCENT`].
 const START_PERCENT: u32 = 40;
 /// See [`START_PERCENT`].
@@ -272,6 +272,17 @@ mod tests {
             throttle.write_ended(pages.into(), 0, now);
         }
         assert!(throttle.limit_pages() > 30_000, "{throttle:?}");
+    }
+
+    #[test]
+    fn a_fast_stores_first_burst_need_not_be_written_back_again() {
+        let mut throttle = Throttle::new(250_000, PAGES_MAX);
+        for cluster in 0..4 {
+            let now = Tick::from_us(cluster * 1000);
+            throttle.write_started(now);
+            throttle.write_ended(256, 0, now.plus_us(1000));
+        }
+        assert!(throttle.start_pages() > 4 * 256, "{throttle:?}");
     }
 
     #[test]

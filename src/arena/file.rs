@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -309,17 +309,23 @@ impl ArenaFile {
         loop {
             let dir = TrustedDir::open(directory, whose)?;
             let file = dir.open_file(name, access, path)?;
-            if file.try_lock().is_err() {
-                let holder = lock_holder(&file);
-                let will_be_free = !patience.is_zero() && holder.is_some_and(is_dying);
-                if began.elapsed() < if will_be_free { DEATH_PATIENCE } else { patience } {
-                    // The owner may remove the file meanwhile, so open it again.
-                    std::thread::sleep(LOCK_RETRY);
-                    continue;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::Error(e)) => {
+                    return Err(Error::io(ErrorKind::Memory, format!("cannot lock {}", path.display()), e));
                 }
-                let holder = holder.map_or_else(String::new, |pid| format!(" (pid {pid})"));
-                let context = format!("another genblk process{holder} uses {}", path.display());
-                return Err(Error::new(ErrorKind::Locked, context));
+                Err(TryLockError::WouldBlock) => {
+                    let holder = lock_holder(&file);
+                    let will_be_free = !patience.is_zero() && holder.is_some_and(is_dying);
+                    if began.elapsed() < if will_be_free { DEATH_PATIENCE } else { patience } {
+                        // The owner may remove the file meanwhile, so open it again.
+                        std::thread::sleep(LOCK_RETRY);
+                        continue;
+                    }
+                    let holder = holder.map_or_else(String::new, |pid| format!(" (pid {pid})"));
+                    let context = format!("another genblk process{holder} uses {}", path.display());
+                    return Err(Error::new(ErrorKind::Locked, context));
+                }
             }
             // The previous owner may have removed the file between open() and the lock.
             let entry = dir.entry(name);

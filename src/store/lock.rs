@@ -55,6 +55,7 @@ const UNSHARED: [u64; 2] = [WRITE, RESIZE];
 /// system without locks is no error: a warning says so.
 pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, patience: Duration) -> Result<()> {
     let began = Instant::now();
+    let mut is_reported = false;
     loop {
         match try_acquire(file, path, label, access) {
             Err(error) if error.kind() == ErrorKind::Locked && began.elapsed() < patience => {
@@ -64,7 +65,12 @@ pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, p
                 // The locks belong to descriptors, so the kernel does not say whose they are.
                 let user = other_user_of(file).map(|(pid, name)| format!("; pid {pid} ({name}) has it open"));
                 if user.is_none() && !patience.is_zero() && began.elapsed() < DEATH_PATIENCE {
-                    // A killed daemon's, most likely.
+                    // A killed daemon's, most likely, of which nothing is left but its I/O; or that of a process which
+                    // this user cannot see.
+                    if !std::mem::replace(&mut is_reported, true) {
+                        let max = DEATH_PATIENCE.as_secs();
+                        log::info!("{label}: locked, and no process is seen that has it open; waiting up to {max} s");
+                    }
                     std::thread::sleep(DEATH_RETRY_PAUSE);
                     continue;
                 }

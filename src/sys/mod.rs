@@ -25,6 +25,7 @@ pub mod stream;
 pub mod syscalls;
 #[cfg(debug_assertions)]
 pub mod trespass;
+pub mod unix_diag;
 pub mod violation;
 pub mod xattr;
 

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::Duration;
 
 use super::retry_eintr;
@@ -71,13 +72,23 @@ pub fn is_dying(pid: u32) -> bool {
 pub fn other_user_of(file: &File) -> Option<(u32, String)> {
     let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
     let own = std::process::id();
+    user_of(&path, |pid| pid != own)
+}
+
+/// A process, and not a dying one, that has the socket with this inode open, with its name; `None` if this user can see
+/// none.
+pub fn user_of_socket(inode: u32) -> Option<(u32, String)> {
+    user_of(Path::new(&format!("socket:[{inode}]")), |_| true)
+}
+
+fn user_of(link: &Path, is_wanted: impl Fn(u32) -> bool) -> Option<(u32, String)> {
     let has_it_open = |pid: &u32| {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| target == path)
+        descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| target == link)
     };
     let processes = fs::read_dir("/proc").ok()?.flatten();
     let mut pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let pid = pids.find(|pid| *pid != own && has_it_open(pid) && !is_dying(*pid))?;
+    let pid = pids.find(|pid| is_wanted(*pid) && has_it_open(pid) && !is_dying(*pid))?;
     Some((pid, name_of(pid)?))
 }
 

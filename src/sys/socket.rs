@@ -89,9 +89,13 @@ pub fn listen(socket: OwnedFd) -> io::Result<UnixListener> {
 }
 
 fn stream_socket(flags: libc::c_int) -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | flags;
+    new_socket(libc::AF_UNIX, libc::SOCK_STREAM | flags, 0)
+}
+
+/// A new socket (socket(2)), which is closed at exec().
+pub(super) fn new_socket(family: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: a plain system call.
-    let fd = retry_eintr(|| unsafe { libc::socket(libc::AF_UNIX, kind, 0) })?;
+    let fd = retry_eintr(|| unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) })?;
     // SAFETY: socket() returned a new descriptor, which nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

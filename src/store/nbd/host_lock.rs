@@ -13,11 +13,15 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use crate::sys::process::effective_uid;
+use crate::sys::process::{DEATH_PATIENCE, effective_uid, name_of, user_of_socket};
 use crate::sys::socket::{Peer, connect_without_waiting, peer};
+use crate::sys::unix_diag::{ListeningSocket, listener_of};
 
 /// How often to look whether the lock is free.
 const POLL: Duration = Duration::from_millis(10);
+
+/// The same, when the processes that have the lock are looked for each time.
+const DEATH_POLL: Duration = Duration::from_millis(200);
 
 /// A name that is taken, although nobody listens, is free after this time, or another user has it.
 const ENDED_MAX: Duration = Duration::from_secs(1);
@@ -38,48 +42,71 @@ enum Holder {
     /// Nobody.
     None,
     /// A daemon of this user or of root.
-    Daemon(Peer),
+    Daemon(Daemon),
     /// Another user, who must not be able to keep the image from its owner by taking the name.
     Other,
 }
 
+/// What is known of a daemon that holds the lock.
+#[derive(Clone, Copy, Debug)]
+enum Daemon {
+    /// The inode of its socket.
+    Inode(u32),
+    /// Its process ID; 0 if that is unknown.
+    Pid(u32),
+}
+
+impl Daemon {
+    /// A process that has the lock and is not dying, with its name; `None` if this user can see none.
+    fn living(self) -> Option<(u32, String)> {
+        match self {
+            Self::Inode(inode) => user_of_socket(inode),
+            Self::Pid(pid) => name_of(pid).map(|name| (pid, name)),
+        }
+    }
+}
+
 fn holder(name: &str) -> Holder {
-    let holder = match connect_without_waiting(name.as_bytes()) {
-        Ok(stream) => peer(&stream),
-        // Its queue is full of those who have asked.
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Peer { pid: 0, uid: effective_uid() }),
-        Err(e) => Err(e),
-    };
-    match holder {
-        Ok(holder) if holder.uid == 0 || holder.uid == effective_uid() => Holder::Daemon(holder),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Holder::None,
-        _ => Holder::Other,
+    let is_trusted = |uid: u32| uid == 0 || uid == effective_uid();
+    match listener_of(name.as_bytes()) {
+        Ok(Some(ListeningSocket { uid, inode })) if is_trusted(uid) => Holder::Daemon(Daemon::Inode(inode)),
+        Ok(Some(_)) => Holder::Other,
+        // The kernel does not tell, or its list of sockets has changed meanwhile. A connection tells, too, but it stays
+        // in the listener's queue.
+        Ok(None) | Err(_) => match connect_without_waiting(name.as_bytes()).and_then(|stream| peer(&stream)) {
+            Ok(Peer { pid, uid }) if is_trusted(uid) => Holder::Daemon(Daemon::Pid(pid)),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Holder::None,
+            // The queue is full. Two daemons that write would be worse than none.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Holder::Daemon(Daemon::Pid(0)),
+            _ => Holder::Other,
+        },
     }
 }
 
 impl HostLock {
-    /// Takes the lock called `name` for writing. Waits for at most `patience` until it is free. `Ok(None)`: another
-    /// user has taken the name, and the image is served without the lock.
+    /// Takes the lock called `name` for writing. Waits for at most `patience` until it is free, and longer if no living
+    /// process is seen to hold it. `Ok(None)`: another user has taken the name, and the image is served without the
+    /// lock.
     ///
     /// # Errors
     /// [`io::ErrorKind::AddrInUse`] with the holder; those of socket(2).
     pub fn acquire(name: &str, patience: Duration) -> io::Result<Option<Self>> {
         let address = SocketAddr::from_abstract_name(name)?;
-        let until = Instant::now() + patience;
+        let wait = Wait::new(patience);
         loop {
             match UnixListener::bind_addr(&address) {
                 Ok(listener) => return Ok(Some(Self(listener))),
                 Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
                 Err(e) => return Err(e),
             }
-            if Instant::now() < until {
+            if wait.elapsed() < patience {
                 thread::sleep(POLL);
                 continue;
             }
             match holder(name) {
-                Holder::Daemon(holder) => return Err(in_use(&holder)),
+                Holder::Daemon(holder) => wait.go_on(|| holder.living())?,
                 // It has just ended.
-                Holder::None if Instant::now() < until + ENDED_MAX => thread::sleep(POLL),
+                Holder::None if wait.elapsed() < patience + ENDED_MAX => thread::sleep(POLL),
                 _ => {
                     warn!("the name @{name} is taken by another user: no other daemon is kept from the export");
                     return Ok(None);
@@ -88,28 +115,55 @@ impl HostLock {
         }
     }
 
-    /// Checks that no daemon holds the lock called `name`. Waits for at most `patience` until it is free.
+    /// Checks that no daemon holds the lock called `name`. Waits as [`HostLock::acquire`] does.
     ///
     /// # Errors
     /// As [`HostLock::acquire`].
     pub fn check_free(name: &str, patience: Duration) -> io::Result<()> {
-        let until = Instant::now() + patience;
+        let wait = Wait::new(patience);
         while let Holder::Daemon(holder) = holder(name) {
-            if Instant::now() >= until {
-                return Err(in_use(&holder));
-            }
-            thread::sleep(POLL);
+            wait.go_on(|| holder.living())?;
         }
         Ok(())
     }
 }
 
-fn in_use(holder: &Peer) -> io::Error {
-    let who = match holder.pid {
-        0 => "a process of another PID namespace".to_owned(),
-        pid => format!("process {pid}"),
-    };
-    io::Error::new(io::ErrorKind::AddrInUse, format!("{who} on this host writes to it"))
+/// A wait for a daemon that holds the lock.
+#[derive(Debug)]
+struct Wait {
+    began: Instant,
+    patience: Duration,
+}
+
+impl Wait {
+    fn new(patience: Duration) -> Self {
+        Self { began: Instant::now(), patience }
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Waits a moment more. As with the lock of a file, a holder that cannot be seen is a killed daemon's, most likely.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::AddrInUse`] when that has taken long enough.
+    fn go_on(&self, holder: impl FnOnce() -> Option<(u32, String)>) -> io::Result<()> {
+        if self.elapsed() < self.patience {
+            thread::sleep(POLL);
+            return Ok(());
+        }
+        let holder = holder();
+        if holder.is_none() && !self.patience.is_zero() && self.elapsed() < DEATH_PATIENCE {
+            thread::sleep(DEATH_POLL);
+            return Ok(());
+        }
+        let who = match holder {
+            Some((pid, name)) => format!("process {pid} ({name})"),
+            None => "a daemon that this user cannot see".to_owned(),
+        };
+        Err(io::Error::new(io::ErrorKind::AddrInUse, format!("{who} on this host writes to it")))
+    }
 }
 
 #[cfg(test)]
@@ -132,5 +186,29 @@ mod tests {
         assert!(HostLock::acquire(&name, Duration::ZERO).is_err(), "another process still has it");
         drop(copy);
         assert!(HostLock::acquire(&name, Duration::from_secs(5)).unwrap().is_some());
+    }
+
+    #[test]
+    fn daemons_that_wait_for_the_lock_leave_nothing_in_its_holders_queue() {
+        let name = format!("genblk/test/queue/{}", std::process::id());
+        let lock = HostLock::acquire(&name, Duration::ZERO).unwrap().expect("the name is free");
+        for _ in 0..10 {
+            HostLock::check_free(&name, Duration::from_millis(50)).unwrap_err();
+        }
+        lock.0.set_nonblocking(true).unwrap();
+        assert_eq!(lock.0.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_holder_whose_queue_is_full_is_named_and_one_that_cannot_be_seen_is_waited_for() {
+        let name = format!("genblk/test/full/{}", std::process::id());
+        let lock = HostLock::acquire(&name, Duration::ZERO).unwrap().expect("the name is free");
+        crate::sys::socket::set_backlog(&lock.0, 0).unwrap();
+        let _queued: Vec<_> = (0..2).map_while(|_| connect_without_waiting(name.as_bytes()).ok()).collect();
+        let error = HostLock::check_free(&name, Duration::ZERO).unwrap_err();
+        assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
+        let wait = Wait { began: Instant::now() - Duration::from_secs(3), patience: Duration::from_secs(2) };
+        assert!(wait.go_on(|| None).is_ok(), "a killed daemon's");
+        assert!(wait.go_on(|| Some((1, "genblk".to_owned()))).is_err(), "a living daemon's");
     }
 }

@@ -219,6 +219,7 @@ impl CachedImage {
             return;
         }
         self.rest.end();
+        self.arena.remove_guest_formats(self.backing.recorded_formats());
         // The ledger says more than the cache: it calls clean what an earlier daemon has synced.
         let is_written =
             if self.arena.place() == CachePlace::Memory { cache.is_stable() } else { !self.arena.holds_unwritten() };
@@ -240,6 +241,12 @@ impl CachedImage {
     fn lock(&self) -> MutexGuard<'_, PageCache> {
         // A thread that panicked in the cache found an invariant broken: the cache must not be used any more.
         self.cache.lock().expect("no thread panics with the cache locked")
+    }
+
+    /// Wakes all workers of all devices that use the image.
+    pub fn wake_workers(&self) {
+        let mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
+        wake(&self.name, &mailboxes);
     }
 
     /// Moves notices that are not for `worker` to the mailboxes of their workers. Returns those mailboxes, whose
@@ -597,6 +604,7 @@ fn take_new_ops(
 fn note_ends(image: &CachedImage, op: &StoreOpRef<'_>) {
     let note = |first, bytes: Vec<u8>| {
         let unrecorded = image.backing.note_guest_write(first, &bytes);
+        // In the ledger at once: whether the image can record it is known only after this write has begun.
         if unrecorded != 0 {
             image.arena.add_guest_formats(unrecorded);
         }

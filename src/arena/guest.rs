@@ -42,7 +42,7 @@ impl Arena {
         self.write_through.load(Ordering::Acquire)
     }
 
-    /// Records that the guest has written the headers of these formats to its disk, which the image cannot record.
+    /// Records that the guest has written the headers of these formats to its disk, which may not be on record there.
     pub fn add_guest_formats(&self, formats: u64) {
         let before = self.formats.fetch_or(formats, Ordering::AcqRel);
         if before | formats != before {
@@ -50,7 +50,15 @@ impl Arena {
         }
     }
 
-    /// Formats whose headers the guest has written, and the image cannot record.
+    /// The image has these formats on record: the next daemon need not find them here.
+    pub fn remove_guest_formats(&self, formats: u64) {
+        let before = self.formats.fetch_and(!formats, Ordering::AcqRel);
+        if before & formats != 0 {
+            self.store_in_header(field::GUEST_FORMATS, before & !formats);
+        }
+    }
+
+    /// Formats whose headers the guest has written, and that may not be on record at the image.
     pub fn guest_formats(&self) -> u64 {
         self.formats.load(Ordering::Acquire)
     }

@@ -80,6 +80,7 @@ pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut d
         progress(done as u64 + 1, dirty.len() as u64);
     }
     writer.sync().map_err(failed)?;
+    arena.remove_guest_formats(image.recorded_formats());
     Ok(dirty.len() as u64)
 }
 

@@ -267,7 +267,7 @@ const EVERY_THREAD: [&[Call]; 4] = [MEMORY, RUNTIME, END, DESCRIPTORS];
 fn groups(kind: ThreadKind) -> &'static [&'static [Call]] {
     match kind {
         ThreadKind::Log | ThreadKind::Memory => &[],
-        ThreadKind::Store => &[IMAGE],
+        ThreadKind::Store => &[IMAGE, RECORDS],
         ThreadKind::Watchdog => &[INTERRUPT],
         ThreadKind::Worker => &[EVENTS, RING, RECORDS, IMAGE],
         ThreadKind::RemoteWorker => &[EVENTS, RING, RECORDS, IMAGE, CONNECTION],

@@ -96,6 +96,7 @@ pub(super) fn execute(image: &OpenImage, request: &mut IoRequest) -> Event {
         OpKind::Read => transfer(image, request),
         OpKind::Write => {
             image.delay_write();
+            image.record_guest_formats();
             transfer(image, request)
         }
         OpKind::Sync => sync(image),

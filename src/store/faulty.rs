@@ -207,6 +207,10 @@ impl Backing for FaultyImage {
         self.inner.note_guest_write(first, bytes)
     }
 
+    fn recorded_formats(&self) -> u64 {
+        self.inner.recorded_formats()
+    }
+
     fn rest_token_may_wait(&self) -> bool {
         self.inner.rest_token_may_wait()
     }

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, Once};
 
-use super::format::{Format, HEAD_BYTES};
+use super::format::Format;
 use super::handed::FileParts;
 pub use super::handed::{ImageParts, IoFence};
 use super::history;
@@ -166,6 +166,12 @@ impl FileImage {
     #[cfg(test)]
     pub(super) fn slow_writes(&self, milliseconds: u64) {
         self.image.slow_writes(milliseconds);
+    }
+
+    /// See [`super::raw_record::FormatRecord::hold_recording`].
+    #[cfg(test)]
+    pub(super) fn hold_recording(&self) -> MutexGuard<'_, ()> {
+        self.image.format().hold_recording()
     }
 
     /// Makes a range (in bytes) read as zeros and keeps its space. Blocks.
@@ -327,25 +333,29 @@ impl NamedImage for FileImage {
     }
 
     fn writer(&self) -> io::Result<Box<dyn BlockWriter + '_>> {
-        Ok(Box::new(BufferedWriter(self.reopen_buffered()?)))
+        Ok(Box::new(BufferedWriter { file: self.reopen_buffered()?, image: &self.image }))
     }
 }
 
 /// The image that was opened and checked, not what its path leads to by now.
-struct BufferedWriter(File);
+struct BufferedWriter<'a> {
+    file: File,
+    image: &'a OpenImage,
+}
 
-impl BlockWriter for BufferedWriter {
+impl BlockWriter for BufferedWriter<'_> {
     fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.image.record_guest_formats();
         // 0 for a block device, which fails a write past its end.
-        let file_bytes = self.0.metadata()?.len();
+        let file_bytes = self.file.metadata()?.len();
         if file_bytes != 0 && offset + bytes.len() as u64 > file_bytes {
             return Err(io::Error::other("it has shrunk"));
         }
-        self.0.write_all_at(bytes, offset)
+        self.file.write_all_at(bytes, offset)
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.0.sync_all()
+        self.file.sync_all()
     }
 }
 
@@ -355,13 +365,15 @@ impl Backing for FileImage {
     }
 
     fn shows_format(&self, span: SectorSpan) -> bool {
-        let image_sectors = self.image.limits.size_bytes / SECTOR_BYTES;
-        span.start * SECTOR_BYTES < HEAD_BYTES as u64 || span.end() == image_sectors
+        self.image.shows_format(span.start * SECTOR_BYTES, span.end() * SECTOR_BYTES)
     }
 
     fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
-        let (image, image_sectors) = (&self.image, self.image.limits.size_bytes / SECTOR_BYTES);
-        image.format().note_guest_write(first, bytes, image_sectors, &image.file, image.label())
+        self.image.format().note_guest_write(first, bytes, self.image.limits.size_bytes / SECTOR_BYTES)
+    }
+
+    fn recorded_formats(&self) -> u64 {
+        self.image.format().recorded_formats()
     }
 
     fn change_token(&self) -> Option<ChangeToken> {

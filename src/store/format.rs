@@ -240,11 +240,15 @@ const NAMES: [&str; 25] = [
     "Android sparse",
 ];
 
+/// The bit of the format with this name ([`Format::bit`]); `None`: no format has it.
+pub(super) fn bit_of(name: &str) -> Option<u64> {
+    NAMES.iter().position(|known| *known == name).map(|place| 1 << place)
+}
+
 impl Format {
     /// A number with one bit set, for a set of formats in one word.
     pub fn bit(self) -> u64 {
-        let place = NAMES.iter().position(|name| *name == self.name());
-        1 << place.expect("each format has a place")
+        bit_of(self.name()).expect("each format has a place")
     }
 
     /// The format's name.

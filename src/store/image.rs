@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::format::Format;
+use super::format::{Format, HEAD_BYTES};
 use super::handed::{FileParts, IoFence};
 use super::history;
 use super::lock::{self, LockMode};
@@ -261,6 +261,21 @@ impl OpenImage {
     /// What the image was found to be, besides a raw disk.
     pub(super) fn format(&self) -> &FormatRecord {
         &self.format
+    }
+
+    /// Whether a write of these bytes may make the image look like another format than raw.
+    pub(super) fn shows_format(&self, first: u64, end: u64) -> bool {
+        first < HEAD_BYTES as u64 || end == self.limits.size_bytes
+    }
+
+    /// Whether a thread has to record formats at the image before it executes this write; no worker may wait for that.
+    pub(super) fn must_record_formats(&self, request: &IoRequest) -> bool {
+        self.format.is_pending() && self.shows_format(request.offset, request.offset + request.len)
+    }
+
+    /// Records at the image which formats' headers its guest is writing. May wait for the image.
+    pub(super) fn record_guest_formats(&self) {
+        self.format.record_pending(&self.file, &self.label);
     }
 
     /// What the host tells about the last change of the image.

@@ -327,9 +327,14 @@ pub trait Backing: Send + Sync + fmt::Debug {
     }
 
     /// The guest is writing `bytes` from sector `first` on, which may make the image look like another format than raw:
-    /// the next start must not refuse it. Returns the formats that cannot be recorded at the image
-    /// ([`format::Format::bit`]).
+    /// the next start must not refuse it. Returns the formats that are not on record at the image
+    /// ([`format::Format::bit`]); they will be before the write is executed, if that is possible.
     fn note_guest_write(&self, _first: u64, _bytes: &[u8]) -> u64 {
+        0
+    }
+
+    /// The formats other than raw that are on record at the image ([`format::Format::bit`]).
+    fn recorded_formats(&self) -> u64 {
         0
     }
 

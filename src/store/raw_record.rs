@@ -13,12 +13,13 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
-use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, at_end, at_start, detect};
+use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, at_end, at_start, bit_of, detect};
 use crate::error::{Error, ErrorKind};
 use crate::sys;
 use crate::units::SECTOR_SIZE;
@@ -35,7 +36,18 @@ const VALUE_BYTES_MAX: usize = 512;
 pub(super) struct FormatRecord {
     /// What it looked like when it was opened.
     found: Option<Found>,
-    known: Mutex<Known>,
+    state: Mutex<RecordState>,
+    /// Whether formats are to be recorded at the image.
+    is_pending: AtomicBool,
+    /// Held by the thread that records them, which may wait for the image.
+    recording: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct RecordState {
+    known: Known,
+    /// Formats that the guest is writing, and that are to be recorded at the image before that write is executed.
+    pending: Vec<Format>,
 }
 
 /// What this process knows of an image.
@@ -97,22 +109,26 @@ impl FormatRecord {
         // Without an attribute, and with one that cannot be read, the image is what it looks like.
         let value = sys::xattr::get(file, ATTRIBUTE, VALUE_BYTES_MAX).ok().flatten().unwrap_or_default();
         let recorded: Vec<String> = String::from_utf8_lossy(&value).split(SEPARATOR).map(str::to_owned).collect();
-        let known = Known { written: recorded.clone(), recorded, head, tail };
-        Ok(Self { found, known: Mutex::new(known) })
+        Ok(Self::new(found, Known { written: recorded.clone(), recorded, head, tail }))
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().expect("no thread panics with the record locked")
+    fn new(found: Option<Found>, known: Known) -> Self {
+        let state = Mutex::new(RecordState { known, pending: Vec::new() });
+        Self { found, state, is_pending: AtomicBool::new(false), recording: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, RecordState> {
+        self.state.lock().expect("no thread panics with the record locked")
     }
 
     /// As another process of the daemon found it, which has decided to serve the image as raw.
     pub(super) fn as_raw(known: Known) -> Self {
-        Self { found: None, known: Mutex::new(known) }
+        Self::new(None, known)
     }
 
     /// What is known of an image, for the process that serves it.
     pub(super) fn into_known(self) -> Known {
-        self.known.into_inner().expect("no thread panics with the record locked")
+        self.state.into_inner().expect("no thread panics with the record locked").known
     }
 
     /// What the image looked like when it was opened, if not raw.
@@ -122,7 +138,7 @@ impl FormatRecord {
 
     /// Whether it is on record that a guest wrote what makes the image look so.
     pub(super) fn is_guest_written(&self) -> bool {
-        self.found.is_some_and(|found| self.known().recorded.iter().any(|name| name == found.format.name()))
+        self.found.is_some_and(|found| self.state().known.recorded.iter().any(|name| name == found.format.name()))
     }
 
     /// The error that refuses the image at `path`, if it does not look raw and no record says that it is.
@@ -131,50 +147,80 @@ impl FormatRecord {
         Some(Error::new(ErrorKind::Image, found.refusal(path)))
     }
 
-    /// Records at the image that the guest is writing the magic number of a format, if this write does that: `bytes`
-    /// from sector `first` on. Log lines begin with `label`. Returns the formats that cannot be recorded at the image,
-    /// a bit for each ([`Format::bit`]).
-    ///
-    /// => May wait for the image: before the write is submitted, so that the image's change time is known when the
-    ///    write is complete. It happens once for each format in the life of an image, if at all.
-    pub(super) fn note_guest_write(
-        &self,
-        first: u64,
-        bytes: &[u8],
-        image_sectors: u64,
-        file: &File,
-        label: &str,
-    ) -> u64 {
-        let mut known = self.known();
+    /// Notes that the guest is writing the magic number of a format, if this write does that: `bytes` from sector
+    /// `first` on. Returns the formats that are not on record at the image, a bit for each ([`Format::bit`]). Does not
+    /// wait: [`FormatRecord::record_pending`] records them, before the write is executed.
+    pub(super) fn note_guest_write(&self, first: u64, bytes: &[u8], image_sectors: u64) -> u64 {
+        let mut state = self.state();
         let mut unrecorded = 0;
-        for format in known.apply(first, bytes, image_sectors) {
-            let name = format.name();
-            if known.recorded.iter().any(|recorded| recorded == name) {
-                continue;
-            }
-            let recorded = known.recorded.iter().filter(|name| !name.is_empty()).cloned();
-            let names: Vec<String> = recorded.chain([name.to_owned()]).collect();
-            let written = sys::xattr::set(file, ATTRIBUTE, names.join(&SEPARATOR.to_string()).as_bytes());
-            let is_new = !known.written.iter().any(|written| written == name);
-            known.written.push(name.to_owned());
-            match written {
-                Ok(()) => {
-                    info!("{label}: its guest writes a {name} header; recorded, and still served as raw");
-                    known.recorded = names;
-                }
-                Err(e) => {
-                    unrecorded |= format.bit();
-                    if is_new {
-                        warn!(
-                            "{label}: its guest writes a {name} header, which can be recorded in the cache, and not at \
-                             the image ({e}): set format = \"raw\" (--format raw), or a start after the next boot of \
-                             the host refuses it"
-                        );
-                    }
-                }
+        for format in state.known.apply(first, bytes, image_sectors) {
+            if !state.known.recorded.iter().any(|recorded| recorded == format.name()) {
+                unrecorded |= format.bit();
+                state.pending.push(format);
+                self.is_pending.store(true, Ordering::Release);
             }
         }
         unrecorded
+    }
+
+    /// Whether [`FormatRecord::record_pending`] has something to do.
+    pub(super) fn is_pending(&self) -> bool {
+        self.is_pending.load(Ordering::Acquire)
+    }
+
+    /// Records at the image which headers the guest is writing, if it has begun to write any. Log lines begin with
+    /// `label`. May wait for the image, once for each format in the life of an image, if at all.
+    ///
+    /// => When this returns, what was noted before is on record, or cannot be recorded.
+    pub(super) fn record_pending(&self, file: &File, label: &str) {
+        if !self.is_pending() {
+            return;
+        }
+        let _one_at_a_time = self.recording.lock().expect("no thread panics while it records");
+        loop {
+            let mut state = self.state();
+            let Some(&format) = state.pending.first() else {
+                self.is_pending.store(false, Ordering::Release);
+                return;
+            };
+            let name = format.name();
+            let known = &mut state.known;
+            let is_new = !known.written.iter().any(|written| written == name);
+            if is_new {
+                known.written.push(name.to_owned());
+            }
+            let recorded = known.recorded.iter().filter(|name| !name.is_empty()).cloned();
+            let names: Vec<String> = recorded.chain([name.to_owned()]).collect();
+            drop(state);
+            // No worker may wait for this: it notes writes with the cache locked.
+            let result = sys::xattr::set(file, ATTRIBUTE, names.join(&SEPARATOR.to_string()).as_bytes());
+            let mut state = self.state();
+            state.pending.retain(|pending| *pending != format);
+            match result {
+                Ok(()) => {
+                    info!("{label}: its guest writes a {name} header; recorded, and still served as raw");
+                    state.known.recorded = names;
+                }
+                Err(e) if is_new => warn!(
+                    "{label}: its guest writes a {name} header, which can be recorded in the cache, and not at the \
+                     image ({e}): set format = \"raw\" (--format raw), or a start after the next boot of the host \
+                     refuses it"
+                ),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Until the value is dropped, recording waits as for a file system that does not answer.
+    #[cfg(test)]
+    pub(super) fn hold_recording(&self) -> MutexGuard<'_, ()> {
+        self.recording.lock().unwrap()
+    }
+
+    /// The formats that are on record at the image, a bit for each.
+    pub(super) fn recorded_formats(&self) -> u64 {
+        let state = self.state();
+        state.known.recorded.iter().filter_map(|name| bit_of(name)).fold(0, |bits, bit| bits | bit)
     }
 }
 

@@ -187,3 +187,38 @@ fn a_submission_that_the_kernel_refuses_is_tried_again_after_a_pause_and_not_wit
     assert!(turns < 40, "{turns} turns");
     assert_eq!(queue.retry_after(), None);
 }
+
+/// A file system may take long to set an attribute: no worker waits for it, and the write that needs it does.
+#[test]
+fn a_header_of_another_format_is_recorded_before_it_is_written_and_no_worker_waits_for_that() {
+    for engine in [IoEngine::Uring, IoEngine::Threads] {
+        let file = Image::new("header");
+        let image = FileImage::open(&file.0, &OpenOptions { engine, ..OpenOptions::default() }).unwrap();
+        let mut queue = image.attach().unwrap();
+        let (mut written, mut read) = (Memory::filled(0), Memory::filled(0xee));
+        written.0[..8].copy_from_slice(b"LUKS\xba\xbe\0\x02");
+        let recording = image.hold_recording();
+        let formats = image.note_guest_write(0, &written.0[..4096]);
+        assert_ne!(formats, 0);
+        assert_eq!(image.recorded_formats(), 0);
+        queue.submit(request(1, OpKind::Write, written.segments())).unwrap();
+        queue.submit(request(2, OpKind::Read, read.segments())).unwrap();
+        queue.kick();
+        let mut events = Vec::new();
+        while events.is_empty() {
+            assert!(sys::poll::wait_readable(queue.wake_fd(), Duration::from_secs(30)), "the read did not complete");
+            queue.reap(&mut events);
+        }
+        assert!(matches!(events[..], [Event::Done { tag: 2 }]), "{engine:?}: {events:?}");
+        assert_eq!(read.0[..8], [0; 8], "{engine:?}: the header is not on the image before it is on record");
+        assert_eq!(image.note_guest_write(0, &written.0[..4096]), 0, "the same bytes show nothing new");
+        drop(recording);
+        events.clear();
+        while events.is_empty() {
+            assert!(sys::poll::wait_readable(queue.wake_fd(), Duration::from_secs(30)), "the write did not complete");
+            queue.reap(&mut events);
+        }
+        assert!(matches!(events[..], [Event::Done { tag: 1 }]), "{engine:?}: {events:?}");
+        assert_eq!(image.recorded_formats(), formats, "{engine:?}");
+    }
+}

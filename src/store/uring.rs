@@ -109,7 +109,8 @@ impl UringQueue {
     fn ring_supports(&self, request: &IoRequest) -> bool {
         match request.op {
             _ if !self.image.still_covers(request) => false,
-            OpKind::Read | OpKind::Write | OpKind::Sync | OpKind::Allocate => true,
+            OpKind::Write => !self.image.must_record_formats(request),
+            OpKind::Read | OpKind::Sync | OpKind::Allocate => true,
             OpKind::Map => false,
             OpKind::Discard => !self.image.is_device(),
             OpKind::Zero { .. } => {

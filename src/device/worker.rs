@@ -106,6 +106,8 @@ pub struct Worker {
     fruitless_polls: u32,
     /// How many times the worker ran out of work.
     idle_times: u32,
+    /// The worker ends as by a crash, as soon as it may.
+    abandoned: Option<Untracked>,
     exiting: bool,
 }
 
@@ -136,6 +138,7 @@ impl Worker {
             deadline: Some(Tick::ZERO),
             fruitless_polls: 0,
             idle_times: 0,
+            abandoned: None,
             exiting: false,
         };
         Ok((worker, control))
@@ -396,18 +399,24 @@ impl Worker {
                     self.port.close(patience);
                     self.exiting = true;
                 }
-                WorkerCommand::Abandon(untracked) => {
-                    // While a worker serves a request to its end, none ends: the request may need what another one has
-                    // submitted to the store.
-                    let all_tracked = self.port.image().untracked_rings.load(Ordering::Acquire) == 0;
-                    if untracked == Untracked::Lose || all_tracked || planted(PlantedBug::AbandonLosesUntracked) {
-                        self.port.close(Duration::ZERO);
-                        self.exiting = true;
-                    }
-                }
+                WorkerCommand::Abandon(untracked) => self.abandoned = Some(untracked),
             }
         }
+        self.end_if_abandoned();
         handled
+    }
+
+    /// Ends the worker if it is to end as by a crash, and may.
+    ///
+    /// => While a worker serves a request to its end, none ends: the request may need what another one has submitted to
+    ///    the store. The last untracked ring that stops wakes all of them.
+    fn end_if_abandoned(&mut self) {
+        let Some(untracked) = self.abandoned.filter(|_| !self.exiting) else { return };
+        let all_tracked = self.port.image().untracked_rings.load(Ordering::Acquire) == 0;
+        if untracked == Untracked::Lose || all_tracked || planted(PlantedBug::AbandonLosesUntracked) {
+            self.port.close(Duration::ZERO);
+            self.exiting = true;
+        }
     }
 
     fn start(&mut self, index: u16, setup: RingSetup) {
@@ -431,7 +440,7 @@ impl Worker {
 
     /// Replies to the commands that waited for rings to complete what they took, as far as they have.
     fn reply_if_drained(&mut self) {
-        let (rings, epoll, untracked_rings) = (&mut self.rings, &self.epoll, &self.port.image().untracked_rings);
+        let (rings, epoll, image) = (&mut self.rings, &self.epoll, self.port.image());
         self.stopping.retain(|(index, reply)| {
             let Some(ring) = rings.get_mut(usize::from(*index)).and_then(Option::as_mut) else {
                 let _ = reply.send(None);
@@ -443,7 +452,9 @@ impl Worker {
             ring.give_back();
             let position = ring.position();
             ring.unwatch_kicks(epoll);
-            untracked_rings.fetch_sub(u32::from(!ring.is_tracked()), Ordering::AcqRel);
+            if !ring.is_tracked() && image.untracked_rings.fetch_sub(1, Ordering::AcqRel) == 1 {
+                image.wake_workers();
+            }
             rings[usize::from(*index)] = None;
             let _ = reply.send(Some(position));
             false

@@ -374,10 +374,10 @@ impl World {
     fn abandon_daemon(&mut self, last: [u64; 3]) -> bool {
         let life = self.life.as_ref().expect("a daemon ends");
         if !life.has_ended() {
-            // A worker that could not end then may be able to now.
             let used = self.rings.iter().map(|ring| u64::from(ring.used_idx())).sum();
             let state = [self.now_us + 1, self.image.activity(), used];
-            if state != last {
+            // Once: a worker that cannot end now ends as soon as it can.
+            if last == [0; 3] {
                 life.workers.abandon(Untracked::Wait);
             }
             self.session.task = Some(Task::Abandoning(state));

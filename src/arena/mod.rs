@@ -385,6 +385,13 @@ impl Arena {
         })
     }
 
+    /// Forgets what the frames hold that is not dirty: the image may lack it.
+    pub fn forget_clean(&self) {
+        for (frame, record) in self.records().filter(|(_, record)| record.valid != record.dirty) {
+            self.publish(frame, FrameRecord { valid: record.dirty, ..record });
+        }
+    }
+
     /// Whether dropping the arena leaves its file for the next daemon (`true`), or removes it if nothing in it is
     /// dirty.
     pub fn keep_on_drop(&self, keep: bool) {

@@ -7,8 +7,7 @@
 //!   space: so random writes of 4 KiB take at most 16 times their size;
 //! - the rest of the region where most of it has its space;
 //! - for a sequential writer a sixteenth of the space that ends where it writes, ahead of it;
-//! - only what the request writes where the store has little space left, and where the guest has trimmed what is around
-//!   (`trimmed.rs`).
+//! - only what the request writes where the store has little space left, and beside what the guest has trimmed.
 //!
 //! A bounded table remembers the pages that have their space. If it forgets some, the cache asks the store again, which
 //! costs little.
@@ -17,9 +16,9 @@ use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, OpKind, PageNo, PageSpan, Tick, low_u32};
 
 use super::access::Attempt;
+use super::page_ranges::PageRanges;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::trimmed::Trimmed;
 use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES, REGION_WORDS, bit_of};
 
 /// An empty slot of the table.
@@ -39,6 +38,13 @@ const AHEAD_DIVISOR: u64 = 16;
 const BEHIND_PAGES_MAX: u64 = REGION_PAGES * AHEAD_DIVISOR;
 /// After a reservation has failed for lack of space, only what is written is reserved for this long.
 const SCARCE_US: u64 = 1_000_000;
+
+/// Frames of the cache for each range that the guest has trimmed; these take less than 0.01 % of the cache.
+const FRAMES_PER_TRIMMED: u32 = 256;
+/// Fewest ranges.
+const TRIMMED_MIN: u32 = 64;
+/// Most ranges.
+const TRIMMED_MAX: u32 = 4096;
 
 /// Whether a page has its space on the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +73,9 @@ pub(super) struct Allocating {
     regions: Vec<u32>,
     /// By slot: the pages of its region that have their space.
     pages: Vec<[u64; REGION_WORDS]>,
-    trimmed: Trimmed,
+    /// What the guest has trimmed: its space is not reserved again before the guest writes there. If the set holds more
+    /// than that, reservations there are not rounded up, and nothing else is lost.
+    trimmed: PageRanges,
     pending: Vec<PendingAllocation>,
     /// Until then, only what is written is reserved.
     scarce_until: Tick,
@@ -81,10 +89,11 @@ impl Allocating {
     /// For a cache of `frames` frames.
     pub fn new(frames: u32) -> Self {
         let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;
+        let trimmed_max = (frames / FRAMES_PER_TRIMMED).clamp(TRIMMED_MIN, TRIMMED_MAX);
         Self {
             regions: vec![NONE; slots],
             pages: vec![[0; REGION_WORDS]; slots],
-            trimmed: Trimmed::new(frames),
+            trimmed: PageRanges::new(trimmed_max as usize),
             pending: Vec::new(),
             scarce_until: Tick::ZERO,
             unsupported: false,

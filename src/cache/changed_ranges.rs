@@ -4,39 +4,45 @@
 //! The store may lose such a change, as it may lose a write, and then has the old contents again. The cache does not
 //! write the range again, because its contents are undefined. But a guest may have read it in between: what it read is
 //! a clean page, which the store no longer has, and the next daemon would find an image that its cache does not belong
-//! to. So a failure after which the store may have lost the change drops the clean pages of the range.
-//!
-//! One span that includes all of them is enough: a Sync follows soon, and a page too many is read in again.
+//! to. So a failure after which the store may have lost the change drops what is clean in the range: also in pages that
+//! are busy, and what a read in flight brings. The discards of the previous daemon are unknown: until the first Sync of
+//! a cache that was restored, all of the image counts as changed.
 
-use crate::units::{OpKind, SectorSpan, Unmap};
+use crate::units::{OpKind, PageId, PageSpan, SectorSpan, Unmap};
 
 use super::PageCache;
+use super::page_ranges::PageRanges;
+
+/// Most ranges of a list. Ranges are united beyond that: then pages too many are dropped, and read in again.
+const RANGES_MAX: usize = 64;
 
 /// See the module. As with pages (`flush.rs`), one list is for what the Sync in flight covers, and one for later ones.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct ChangedRanges {
-    lists: [Option<SectorSpan>; 2],
+    lists: [PageRanges; 2],
+}
+
+impl Default for ChangedRanges {
+    fn default() -> Self {
+        Self { lists: [(); 2].map(|()| PageRanges::new(RANGES_MAX)) }
+    }
 }
 
 impl ChangedRanges {
-    fn add(&mut self, list: usize, span: SectorSpan) {
-        let span = self.lists[list].map_or(span, |known| {
-            let start = known.start.min(span.start);
-            SectorSpan::new(start, known.end().max(span.end()) - start)
-        });
-        self.lists[list] = Some(span);
+    /// Adds a range to a list.
+    pub fn add(&mut self, list: usize, span: PageSpan) {
+        self.lists[list].insert(span);
     }
 
-    /// Moves one list to the other.
-    pub fn join_lists(&mut self, from: usize, to: usize) {
-        if let Some(span) = self.lists[from].take() {
-            self.add(to, span);
-        }
+    /// Moves the ranges of list `from` to the other one.
+    pub fn join_lists(&mut self, from: usize) {
+        let [first, second] = &mut self.lists;
+        if from == 0 { second.append(first) } else { first.append(second) }
     }
 
     /// A successful Sync covers a list.
     pub fn clear(&mut self, list: usize) {
-        self.lists[list] = None;
+        self.lists[list].clear();
     }
 }
 
@@ -44,15 +50,40 @@ impl PageCache {
     /// A discard has succeeded, or a range operation has failed.
     pub(super) fn note_changed_range(&mut self, span: SectorSpan) {
         self.flushing.note_unsynced_write();
-        self.changed_ranges.add(self.flushing.fresh(), span);
+        self.changed_ranges.add(self.flushing.fresh(), span.pages());
     }
 
-    /// The store may have lost the changes of a list that no Sync covers: neither its clean pages nor what the store
-    /// told of holes in it is true any more.
+    /// The store may have lost the changes of a list that no Sync covers: neither its clean pages, nor what is being
+    /// read, nor what the store told of holes in it is true any more.
     pub(super) fn doubt_changed_ranges(&mut self, list: usize) {
-        if let Some(span) = self.changed_ranges.lists[list] {
-            self.forget_holes(span, OpKind::Zero { unmap: Unmap::Forbidden });
-            self.forget_clean(span);
+        let changed = &self.changed_ranges.lists[list];
+        let spans: Vec<PageSpan> = changed.iter().collect();
+        let is_long = spans.iter().map(|span| span.count).sum::<u64>() > u64::from(self.pages.len());
+        let ids: Vec<PageId> = if is_long {
+            self.pages.iter().filter(|(_, page)| changed.contains(page.no())).map(|(id, _)| id).collect()
+        } else {
+            spans.iter().flat_map(|&span| self.pages.within(span)).collect()
+        };
+        for span in spans {
+            self.forget_holes(self.span_of(span.first, span.count), OpKind::Zero { unmap: Unmap::Forbidden });
+            self.store_ops.doubt_reads(span);
+        }
+        ids.into_iter().for_each(|id| self.forget_lost(id));
+    }
+
+    /// Drops the clean sectors of a page, which the store may have lost. A page that no Sync covers is written again as
+    /// a whole: it keeps all that it has.
+    fn forget_lost(&mut self, id: PageId) {
+        let page = &self.pages[id];
+        if page.is_unsynced() {
+            return;
+        }
+        let beyond = self.pages.beyond_image(page.no());
+        let kept = page.valid.and(page.dirty.or(page.writing).or(beyond));
+        if page.busy() || !kept.without(beyond).is_empty() {
+            self.pages.change(id, |page| page.valid = kept);
+        } else {
+            self.remove_page(id);
         }
     }
 }

@@ -247,7 +247,7 @@ impl PageCache {
             }
         }
         self.pending_zeroes.join_lists(old, fresh);
-        self.changed_ranges.join_lists(old, fresh);
+        self.changed_ranges.join_lists(old);
     }
 
     /// The Sync has ended.
@@ -346,7 +346,7 @@ impl PageCache {
             self.doubt_changed_ranges(list);
         }
         if !is_confirmed {
-            self.changed_ranges.join_lists(old, fresh);
+            self.changed_ranges.join_lists(old);
         }
         // Waiting flushes wait for the rewrite and for another Sync.
         for flush in &mut self.flushing.queue {

@@ -263,7 +263,7 @@ impl PageCache {
     pub(super) fn read_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
             match outcome.fault() {
-                None => self.page_read_in(id, frame),
+                None => self.page_read_in(id, frame, op.is_lost),
                 Some(fault) => self.page_not_read(id, frame, fault, op.urgency),
             }
         }
@@ -272,18 +272,17 @@ impl PageCache {
 
     /// The store has filled `frame` for the page, which adopts it, or takes from it what it lacks (I7). What a zero has
     /// zeroed meanwhile is zeros, whatever the store returned.
-    fn page_read_in(&mut self, id: PageId, frame: FrameId) {
+    ///
+    /// => `is_lost`: the store may have lost since what it returned. The waiters get it, and the page does not keep it.
+    fn page_read_in(&mut self, id: PageId, frame: FrameId, is_lost: bool) {
         let zeroed = self.zeroed_sectors(self.pages[id].no());
-        match self.pages[id].frame() {
+        let ready = match self.pages[id].frame() {
             None => {
                 self.pages.adopt_frame(id, frame);
                 if !zeroed.is_empty() {
                     self.pages.zero_sectors(id, zeroed);
                 }
-                self.pages.change(id, |page| {
-                    page.clear(READING);
-                    page.valid = SectorMask::ALL.without(page.pending);
-                });
+                SectorMask::ALL.without(self.pages[id].pending)
             }
             Some(_) => {
                 let mut missing = missing_sectors(&self.pages[id]);
@@ -295,14 +294,19 @@ impl PageCache {
                     self.pages.zero_sectors(id, missing.and(zeroed));
                 }
                 self.pages.release_frame(frame);
-                missing = missing.or(self.pages[id].valid);
-                self.pages.change(id, |page| {
-                    page.clear(READING);
-                    page.valid = missing;
-                });
+                missing.or(self.pages[id].valid)
             }
+        };
+        self.pages.change(id, |page| {
+            page.clear(READING);
+            if !is_lost {
+                page.valid = ready;
+            }
+        });
+        self.deliver_ready(id, ready);
+        if is_lost {
+            self.remove_if_empty(id);
         }
-        self.settle_waiters(id);
     }
 
     /// The page could not be read. If the read was on demand, its waiters fail; if readahead made it, they get a read
@@ -336,12 +340,17 @@ impl PageCache {
     /// Delivers a page to the reads that wait for sectors that it has now. If others still wait and neither a read-in
     /// nor a writer will bring their sectors, reads them in.
     pub(super) fn settle_waiters(&mut self, id: PageId) {
+        self.deliver_ready(id, self.pages[id].valid);
+    }
+
+    /// As [`PageCache::settle_waiters`], where the frame has the sectors `ready`, for this moment.
+    fn deliver_ready(&mut self, id: PageId, ready: SectorMask) {
         let mut chain = self.pages.replace_waiters(id, NONE);
         while chain != NONE {
             let waiter = self.waiters.take(&mut chain);
             let Waiter { ticket, at, first, count, .. } = waiter;
             match self.pages[id].frame() {
-                Some(frame) if self.pages[id].valid.contains(SectorMask::run(first, count)) => {
+                Some(frame) if ready.contains(SectorMask::run(first, count)) => {
                     self.pages.hold_frame(frame);
                     self.deliver(ticket, Piece { frame: Some(frame), page: id, first, count: u32::from(count), at });
                 }
@@ -349,6 +358,14 @@ impl PageCache {
             }
         }
         self.fill_for_waiters(id);
+    }
+
+    /// Removes a page that has nothing from the store or a guest, and that nothing holds.
+    fn remove_if_empty(&mut self, id: PageId) {
+        let page = &self.pages[id];
+        if !page.busy() && page.valid.without(self.pages.beyond_image(page.no())).is_empty() {
+            self.remove_page(id);
+        }
     }
 
     /// Reports that a piece of a read is ready; adjacent pieces are merged.

@@ -174,16 +174,21 @@ impl Holes {
         self.clock = self.clock.wrapping_add(1);
         self.freed = self.clock;
         self.runs.cut(span);
-        let mut number = span.first.0 / REGION_PAGES;
-        while number * REGION_PAGES < span.end().0 {
+        let touched = span.first.0 / REGION_PAGES..span.end().0.div_ceil(REGION_PAGES);
+        let make_unknown = |region: &mut MappedRegion| match &mut region.state {
+            MapState::Mapping { stale, .. } => *stale = true,
+            state => *state = MapState::Empty,
+        };
+        // The slots, or the regions, whichever are fewer.
+        if touched.end - touched.start > self.regions.len() as u64 {
+            self.regions.iter_mut().filter(|region| touched.contains(&region.number)).for_each(make_unknown);
+            return;
+        }
+        for number in touched {
             let (_, region) = self.slot(PageNo(number * REGION_PAGES));
             if region.number == number {
-                match &mut region.state {
-                    MapState::Mapping { stale, .. } => *stale = true,
-                    state => *state = MapState::Empty,
-                }
+                make_unknown(region);
             }
-            number += 1;
         }
     }
 
@@ -374,6 +379,24 @@ mod tests {
         holes.end_map(PageNo(0), &[(FAR.0 * SECTORS_PER_PAGE + 4, ExtentKind::Hole)]);
         assert_eq!(holes.status(PageNo(FAR.0 - 1)), BlockStatus::Hole);
         assert_eq!(holes.status(FAR), BlockStatus::Unknown);
+    }
+
+    #[test]
+    fn a_span_of_more_regions_than_the_table_has_makes_them_unknown_in_the_time_of_the_table() {
+        // 2^40 pages: a walk over their regions would take minutes.
+        let sectors = 1 << 43;
+        let mut holes = holes_of(sectors);
+        let far = PageNo((1 << 40) - 5);
+        for no in [PageNo(0), far] {
+            assert!(holes.begin_map(no));
+            holes.end_map(PageNo(no.0 / REGION_PAGES * REGION_PAGES), &[(REGION_SECTORS, ExtentKind::Hole)]);
+            assert_eq!(holes.status(no), BlockStatus::Hole);
+        }
+        assert!(holes.begin_map(PageNo(REGION_PAGES)));
+        holes.forget(PageSpan::new(PageNo(1), (1 << 40) - 1));
+        holes.end_map(PageNo(REGION_PAGES), &[(REGION_SECTORS, ExtentKind::Hole)]);
+        let seen = [PageNo(0), PageNo(REGION_PAGES), far].map(|no| holes.status(no));
+        assert_eq!(seen, [BlockStatus::Unknown; 3]);
     }
 
     #[test]

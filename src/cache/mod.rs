@@ -24,6 +24,7 @@ mod flush;
 mod freeze;
 mod getpages;
 mod holes;
+mod page_ranges;
 mod pages;
 mod pending_zeroes;
 pub mod policy;
@@ -41,7 +42,6 @@ mod store_ops;
 #[cfg(test)]
 mod tests;
 mod throttle;
-mod trimmed;
 mod write;
 mod writeback;
 

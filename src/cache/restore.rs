@@ -8,7 +8,7 @@
 //!   covered is written, or zeroed, again.
 //! - A page that was moving to another frame is recorded for both, with the same bytes; one of them is used.
 
-use crate::units::{FrameId, FrameRecord, SectorSpan};
+use crate::units::{FrameId, FrameRecord, PageNo, PageSpan, SectorSpan};
 
 use super::PageCache;
 
@@ -21,6 +21,8 @@ impl PageCache {
         zeroes: impl IntoIterator<Item = (usize, SectorSpan)>,
     ) -> (u32, u32) {
         self.pages.restore(records);
+        // The previous daemon may have discarded anything.
+        self.changed_ranges.add(self.flushing.fresh(), PageSpan::new(PageNo(0), self.image_pages()));
         self.restore_zeroes(zeroes);
         self.throttle.restored(self.pages.dirty().dirty_pages());
         (self.pages.len(), self.pages.dirty().dirty_pages())

@@ -1,7 +1,7 @@
 //! Store operations: what the cache asks for, which pages and frames each operation holds, and how it ended.
 
 use crate::units::{
-    Epoch, ExtentKind, Fault, FrameId, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorSpan, Tick, Urgency,
+    Epoch, ExtentKind, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorSpan, Tick, Urgency,
 };
 
 use super::PageCache;
@@ -50,6 +50,8 @@ pub(super) struct StoreOp {
     pub doubts: u32,
     /// How many Syncs had succeeded when it was submitted.
     pub syncs: u64,
+    /// Read: the store may have lost since what it reads (`changed_ranges.rs`).
+    pub is_lost: bool,
     /// When it was queued.
     pub since: Tick,
 }
@@ -67,6 +69,7 @@ impl StoreOp {
             urgency: Urgency::Demand,
             doubts: 0,
             syncs: 0,
+            is_lost: false,
             since: Tick::ZERO,
         }
     }
@@ -155,6 +158,12 @@ impl StoreOps {
     /// Number of writes in flight.
     pub fn writes(&self) -> u32 {
         self.writes
+    }
+
+    /// The store may have lost what the reads in flight of a span have read.
+    pub fn doubt_reads(&mut self, span: PageSpan) {
+        let reads = self.slots.iter_mut().flatten().filter(|op| op.kind == OpKind::Read);
+        reads.filter(|op| op.span.pages().overlaps(span)).for_each(|op| op.is_lost = true);
     }
 
     /// The operations in flight.

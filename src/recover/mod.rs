@@ -413,15 +413,35 @@ impl NewCache<'_> {
             false
         });
         arena.set_recorded(is_recorded, false);
-        if arena.samples().len() < SAMPLES_MAX / 2 {
-            arena.record_samples(&samples_of(self.image, arena));
-        }
+        take_samples(&self.config.name, self.image, arena, is_recorded);
         if let Some(token) = self.image.change_token() {
             arena.record_token_now(token);
         }
         arena.keep_on_drop(is_kept);
         is_recorded
     }
+}
+
+/// Records hashes of pages of the image in the ledger, unless enough of the last ones are still true. Log lines begin
+/// with `name`.
+///
+/// => A discard of the last daemon may be lost as long as no Sync covers it, and the hash of what it left would refute
+///    a good image then. So a Sync comes first; the record of a new tenure came with one, if the image has it.
+fn take_samples(name: &str, image: &dyn NamedImage, arena: &Arena, is_recorded: bool) {
+    if arena.samples().len() >= SAMPLES_MAX / 2 {
+        return;
+    }
+    let is_restored = arena.records().next().is_some();
+    let sync = || image.writer().and_then(|mut writer| writer.sync());
+    if (is_restored || !is_recorded)
+        && let Err(e) = sync()
+    {
+        warn!("{name}: cannot sync the image ({e}); what its cache has clean is read again");
+        // The image may have lost a discard, and no later Sync tells that.
+        arena.forget_clean();
+        return;
+    }
+    arena.record_samples(&samples_of(image, arena));
 }
 
 #[cfg(test)]

@@ -70,11 +70,15 @@ impl PageTable {
     }
 
     /// The pages of a span that are in the table, in no order. Looks up each page of the blocks that have some, or
-    /// walks the table, whichever is shorter.
+    /// walks the table, whichever is shorter: however long the span is, it takes no more steps than twice the table's.
     pub fn within(&self, span: PageSpan) -> Vec<PageId> {
         let mut found = Vec::new();
         if self.resident == 0 {
             return found;
+        }
+        let walk = || self.iter().filter(|(_, page)| span.contains(page.no())).map(|(id, _)| id).collect();
+        if span.count / BLOCK_PAGES > self.slots.len() as u64 {
+            return walk();
         }
         let end = span.first.0 + span.count;
         let block_of = |at: u64| at..((at / BLOCK_PAGES + 1) * BLOCK_PAGES).min(end);
@@ -85,7 +89,7 @@ impl PageTable {
         for block in occupied {
             looked_up += block.end - block.start;
             if looked_up > self.slots.len() as u64 {
-                return self.iter().filter(|(_, page)| span.contains(page.no())).map(|(id, _)| id).collect();
+                return walk();
             }
             found.extend(block.filter_map(|no| self.find(PageNo(no))));
         }

@@ -357,3 +357,100 @@ fn what_is_read_from_a_discarded_range_is_dropped_if_the_store_loses_the_discard
         assert!(cache.is_stable());
     }
 }
+
+/// A cache over a device of which a range was discarded, and the Sync that is to cover that.
+fn discarded_and_syncing(between: impl Fn(&mut PageCache, Tick)) -> (PageCache, Tick, u32) {
+    let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..Settings::of(1024, 1 << 20) });
+    let now = Tick::from_us(SECOND_US);
+    cache.discard(Ticket(9), SectorSpan::new(0, 64));
+    complete_all(&mut cache, now);
+    between(&mut cache, now);
+    cache.flush(FLUSH);
+    cache.take_notices(&mut Vec::new());
+    let sync = started(&mut cache, now).into_iter().find(|(_, kind, _)| *kind == OpKind::Sync);
+    let (tag, ..) = sync.expect("the flush sends a Sync");
+    (cache, now, tag)
+}
+
+#[test]
+fn what_a_read_in_flight_brings_of_a_discarded_range_is_not_kept_if_the_store_loses_the_discard() {
+    for (is_lost, is_late) in [(false, false), (true, false), (true, true)] {
+        let read_tag = std::cell::Cell::new(0);
+        let (mut cache, now, sync) = discarded_and_syncing(|cache, now| {
+            let mut pieces = Vec::new();
+            assert_eq!(cache.read(access(8, 8), &mut pieces), Admitted::All);
+            let read = started(cache, now);
+            assert!(matches!(read[..], [(_, OpKind::Read, _)]), "{read:?}");
+            read_tag.set(read[0].0);
+        });
+        let outcome = if is_lost { Outcome::Failed(Fault::Lost) } else { Outcome::Done };
+        cache.complete(sync, &outcome, now);
+        if is_late {
+            // The next Sync succeeds before the read ends.
+            let later = now.plus_us(10 * SECOND_US);
+            assert_eq!(pump_once(&mut cache, later, None), [(OpKind::Sync, SectorSpan::new(0, 0))]);
+        }
+        cache.complete(read_tag.get(), &Outcome::Done, now.plus_us(10 * SECOND_US));
+        let mut notices = Vec::new();
+        cache.take_notices(&mut notices);
+        let piece = notices.iter().find_map(|notice| match notice {
+            Notice::Ready(Ticket(1), piece) => Some(*piece),
+            _ => None,
+        });
+        let piece = piece.expect("the read completes");
+        assert_eq!(cache.pages.find(PageNo(1)).is_none(), is_lost);
+        cache.finish_read(&piece);
+        cache.check(&[]);
+    }
+}
+
+#[test]
+fn clean_sectors_beside_a_write_in_progress_are_dropped_if_the_store_loses_a_discard() {
+    let pieces = std::cell::RefCell::new(Vec::new());
+    let (mut cache, now, sync) = discarded_and_syncing(|cache, now| {
+        read(cache, 8, 8);
+        complete_all(cache, now);
+        // The bytes of the guest's write are being copied.
+        assert_eq!(cache.write(access(8, 1), &mut pieces.borrow_mut()), Admitted::All);
+    });
+    cache.complete(sync, &Outcome::Failed(Fault::Lost), now);
+    pieces.borrow().iter().for_each(|piece| cache.finish_write(piece, CopyResult::Complete));
+    let page = &cache.pages[cache.pages.find(PageNo(1)).expect("it is dirty")];
+    assert_eq!((page.valid, page.dirty), (SectorMask::run(0, 1), SectorMask::run(0, 1)));
+    cache.check(&[]);
+}
+
+#[test]
+fn a_failed_sync_drops_only_what_was_discarded_however_far_apart_that_is() {
+    let (mut cache, now, sync) = discarded_and_syncing(|cache, now| {
+        cache.discard(Ticket(9), SectorSpan::new(1 << 19, 64));
+        complete_all(cache, now);
+        for start in [8, 8000, (1 << 19) + 8] {
+            read(cache, start, 8);
+            complete_all(cache, now);
+        }
+    });
+    cache.complete(sync, &Outcome::Failed(Fault::Lost), now);
+    let found = [1, 1000, (1 << 16) + 1].map(|no| cache.pages.find(PageNo(no)).is_some());
+    assert_eq!(found, [false, true, false]);
+}
+
+/// What the previous daemon discarded is unknown, and the first Sync is to cover it.
+#[test]
+fn clean_pages_that_were_restored_are_dropped_if_the_first_sync_fails() {
+    for is_lost in [false, true] {
+        let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..Settings::of(1024, 1 << 20) });
+        let now = Tick::from_us(SECOND_US);
+        let record = |page, dirty| FrameRecord { page: PageNo(page), valid: SectorMask::ALL, dirty };
+        let records = [(FrameId(3), record(5, SectorMask::NONE)), (FrameId(4), record(6, SectorMask::ALL))];
+        cache.restore(records, []);
+        cache.flush(FLUSH);
+        assert_eq!(pump_once(&mut cache, now, None).len(), 1, "the dirty page is written");
+        let broken = is_lost.then_some(OpKind::Sync);
+        assert_eq!(pump_once(&mut cache, now, broken), [(OpKind::Sync, SectorSpan::new(0, 0))]);
+        assert_eq!(cache.pages.find(PageNo(5)).is_none(), is_lost);
+        assert!(cache.pages.find(PageNo(6)).is_some());
+        complete_all(&mut cache, now.plus_us(100 * SECOND_US));
+        assert!(cache.is_stable());
+    }
+}

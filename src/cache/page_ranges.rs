@@ -1,35 +1,47 @@
-//! What the guest has trimmed: its space is not reserved again before the guest writes there.
+//! A bounded set of ranges of pages.
 //!
-//! The set is bounded. If it is full, it unites a new range with its nearest neighbour: it may hold more than the guest
-//! has trimmed, which costs only that reservations there are not rounded up, and never less.
+//! If it is full, it unites a new range with its nearest neighbour: it may hold more than was inserted, and never less.
 
 use std::collections::BTreeMap;
 
 use crate::units::{PageNo, PageSpan};
 
-/// Frames of the cache for each range of the set, which takes less than 0.01 % of the cache.
-const FRAMES_PER_RANGE: u32 = 256;
-/// Fewest ranges of the set.
-const RANGES_MIN: u32 = 64;
-/// Most ranges of the set.
-const RANGES_MAX: u32 = 4096;
-
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Trimmed {
+pub(super) struct PageRanges {
     /// First page and the page after the last; they neither overlap nor adjoin.
     ranges: BTreeMap<u64, u64>,
     ranges_max: usize,
 }
 
-impl Trimmed {
-    /// For a cache of `frames` frames.
-    pub fn new(frames: u32) -> Self {
-        let ranges_max = (frames / FRAMES_PER_RANGE).clamp(RANGES_MIN, RANGES_MAX) as usize;
+impl PageRanges {
+    /// An empty set, which holds at most `ranges_max` ranges.
+    pub fn new(ranges_max: usize) -> Self {
         Self { ranges: BTreeMap::new(), ranges_max }
     }
 
-    /// The guest has trimmed the span.
+    /// The ranges, by their first pages.
+    pub fn iter(&self) -> impl Iterator<Item = PageSpan> {
+        self.ranges.iter().map(|(&first, &end)| PageSpan::new(PageNo(first), end - first))
+    }
+
+    /// Whether the set has the page.
+    pub fn contains(&self, no: PageNo) -> bool {
+        self.ranges.range(..=no.0).next_back().is_some_and(|(_, &end)| no.0 < end)
+    }
+
+    /// Moves all ranges of `other` to this set.
+    pub fn append(&mut self, other: &mut Self) {
+        other.iter().for_each(|span| self.insert(span));
+        other.clear();
+    }
+
+    /// Removes all ranges.
+    pub fn clear(&mut self) {
+        self.ranges.clear();
+    }
+
+    /// Adds the span.
     pub fn insert(&mut self, span: PageSpan) {
         let (mut first, mut end) = (span.first.0, span.end().0);
         while let Some((&start, &stop)) = self.ranges.range(..=end).next_back().filter(|(_, stop)| **stop >= first) {
@@ -46,7 +58,7 @@ impl Trimmed {
         self.ranges.insert(first, end);
     }
 
-    /// The guest has written the span, and has space for it.
+    /// Removes the span; a full set keeps a span whose removal would split a range.
     pub fn remove(&mut self, span: PageSpan) {
         let (first, end) = (span.first.0, span.end().0);
         while let Some((start, stop)) =
@@ -66,7 +78,7 @@ impl Trimmed {
         }
     }
 
-    /// `span`, extended as far as to `limit`, but not over trimmed pages.
+    /// `span`, extended as far as to `limit`, but not over pages of the set.
     pub fn extend(&self, span: PageSpan, limit: PageSpan) -> PageSpan {
         let below = self.ranges.range(..span.first.0).next_back().map_or(0, |(_, &stop)| stop);
         let first = limit.first.0.max(below).min(span.first.0);
@@ -93,26 +105,26 @@ mod tests {
     }
 
     #[test]
-    fn an_extension_ends_at_trimmed_pages() {
-        let mut trimmed = Trimmed::new(0);
-        trimmed.insert(span(10, 5));
-        trimmed.insert(span(30, 5));
-        assert_eq!(trimmed.extend(span(20, 2), span(0, 100)), span(15, 15));
-        assert_eq!(trimmed.extend(span(12, 1), span(0, 100)), span(12, 1), "trimmed on both sides");
-        assert_eq!(trimmed.extend(span(15, 15), span(0, 100)), span(15, 15));
-        trimmed.remove(span(12, 1));
-        assert_eq!(trimmed.extend(span(12, 1), span(0, 100)), span(12, 1));
-        trimmed.remove(span(0, 100));
-        assert_eq!(trimmed.extend(span(12, 1), span(0, 100)), span(0, 100));
+    fn an_extension_ends_at_pages_of_the_set() {
+        let mut set = PageRanges::new(64);
+        set.insert(span(10, 5));
+        set.insert(span(30, 5));
+        assert_eq!(set.extend(span(20, 2), span(0, 100)), span(15, 15));
+        assert_eq!(set.extend(span(12, 1), span(0, 100)), span(12, 1), "of the set on both sides");
+        assert_eq!(set.extend(span(15, 15), span(0, 100)), span(15, 15));
+        set.remove(span(12, 1));
+        assert_eq!(set.extend(span(12, 1), span(0, 100)), span(12, 1));
+        set.remove(span(0, 100));
+        assert_eq!(set.extend(span(12, 1), span(0, 100)), span(0, 100));
     }
 
-    /// Random steps beside a model: every page that is trimmed stays out of every extension.
+    /// Random steps beside a model: every page that was inserted stays out of every extension.
     #[test]
     fn a_full_set_holds_too_much_and_never_too_little() {
         const PAGES: u64 = 4000;
         let mut prng = Prng::new(1);
         let mut model = vec![false; PAGES as usize];
-        let mut trimmed = Trimmed::new(0);
+        let mut set = PageRanges::new(64);
         for step in 0..20_000 {
             let first = prng.below(PAGES);
             let longest = prng.pick(&[1, 3, 30]);
@@ -120,18 +132,18 @@ mod tests {
             let insert = prng.percent(50);
             model[first as usize..(first + count) as usize].fill(insert);
             if insert {
-                trimmed.insert(span(first, count));
+                set.insert(span(first, count));
             } else {
-                trimmed.remove(span(first, count));
+                set.remove(span(first, count));
             }
-            assert!(trimmed.ranges.len() <= RANGES_MIN as usize);
-            let ends: Vec<(u64, u64)> = trimmed.ranges.iter().map(|(&start, &stop)| (start, stop)).collect();
+            assert!(set.ranges.len() <= 64);
+            let ends: Vec<(u64, u64)> = set.ranges.iter().map(|(&start, &stop)| (start, stop)).collect();
             assert!(ends.iter().all(|(start, stop)| start < stop) && ends.windows(2).all(|pair| pair[0].1 < pair[1].0));
             for no in (0..PAGES).filter(|no| model[*no as usize]) {
                 let known = ends.iter().any(|(start, stop)| (*start..*stop).contains(&no));
-                assert!(known, "step {step}: page {no} was forgotten");
+                assert!(known && set.contains(PageNo(no)), "step {step}: page {no} was forgotten");
             }
-            let extended = trimmed.extend(span(first, count), span(first.saturating_sub(50), 200));
+            let extended = set.extend(span(first, count), span(first.saturating_sub(50), 200));
             let outside = extended.iter().filter(|no| !span(first, count).contains(*no));
             assert!(outside.into_iter().all(|no| no.0 >= PAGES || !model[no.0 as usize]), "step {step}: {extended:?}");
         }

@@ -270,7 +270,10 @@ pub struct StatArguments {
     /// Histograms of the latencies of requests, in powers of two
     #[arg(short = 'w', long, group = "view")]
     histograms: bool,
-    /// The caches
+    /// Sizes of requests and of operations on the image, in powers of two
+    #[arg(short = 'r', long, group = "view")]
+    sizes: bool,
+    /// The caches: hits, readahead, evictions, dirty data
     #[arg(short = 'c', long, group = "view")]
     cache: bool,
     /// For programs: tabs, and no header
@@ -292,23 +295,27 @@ pub struct StatArguments {
 impl StatArguments {
     fn action(self) -> Result<Action> {
         let wrong = |text: &str| {
-            let usage = "genblk stat takes [DEVICE] [INTERVAL [COUNT]], the interval in seconds";
-            Error::new(ErrorKind::Config, format!("{text:?} is not a number of {usage}"))
+            let usage = "[DEVICE] [INTERVAL [COUNT]]: an interval of 0.1 to 86400 seconds, and a count of 1 or more";
+            Error::new(ErrorKind::Config, format!("{text:?} does not fit here; genblk stat takes {usage}"))
         };
-        let mut arguments = self.arguments.into_iter().peekable();
+        let mut arguments = self.arguments.iter().cloned().peekable();
         let device = arguments.next_if(|first| first.parse::<f64>().is_err());
         let interval = arguments.next().map(|text| {
             let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=86_400.0).contains(seconds));
             seconds.map(Duration::from_secs_f64).ok_or_else(|| wrong(&text))
         });
-        let count = arguments.next().map(|text| text.parse().map_err(|_| wrong(&text)));
+        let count = arguments.next().map(|text| {
+            let count = text.parse().ok().filter(|count| *count > 0);
+            count.ok_or_else(|| wrong(&text))
+        });
         if let Some(more) = arguments.next() {
             return Err(wrong(&more));
         }
-        let view = match (self.latencies, self.histograms, self.cache) {
-            (true, _, _) => View::Latencies,
-            (_, true, _) => View::Histograms,
-            (_, _, true) => View::Cache,
+        let view = match self {
+            Self { latencies: true, .. } => View::Latencies,
+            Self { histograms: true, .. } => View::Histograms,
+            Self { sizes: true, .. } => View::Sizes,
+            Self { cache: true, .. } => View::Cache,
             _ => View::Overview,
         };
         let options = StatOptions {

@@ -109,7 +109,13 @@ fn stat_shows_exactly_what_a_disk_has_done_and_a_disk_that_did_nothing_has_dashe
     let two = stdout_of(&genblk(&control, &["stat", "d0", "-y", "-H", "0.2", "2"]));
     assert_eq!(two.lines().count(), 2, "two reports without the first: {two}");
     assert!(two.lines().all(|line| line.split('\t').nth(1) == Some("0")), "nothing happened since: {two}");
-    for view in ["-l", "-w", "-c"] {
+    assert_eq!(statistics["requests"][0]["sizes"], json!({"least_bytes": [4096], "counts": [30]}));
+    assert_eq!(statistics["requests"][1]["sizes"], json!({"least_bytes": [8192], "counts": [10]}));
+    assert_eq!(statistics["requests"][2]["sizes"], json!({"least_bytes": [], "counts": []}), "a FLUSH has no size");
+    let sizes = stdout_of(&genblk(&control, &["stat", "d0", "-Hpr"]));
+    let expected = ["4096\t30\t-\t", "8192\t-\t10\t"];
+    assert!(sizes.lines().zip(expected).all(|(line, start)| line.starts_with(start)), "{sizes}");
+    for view in ["-l", "-w", "-r", "-c"] {
         assert!(stdout_of(&genblk(&control, &["stat", view])).contains("d0"), "{view}");
     }
 }
@@ -140,7 +146,13 @@ fn a_command_that_cannot_be_done_says_why_in_one_line() {
         String::from_utf8_lossy(&nobody.stderr).starts_with("genblk: no daemon listens on /nonexistent"),
         "{nobody:?}"
     );
-    assert_eq!(genblk(&control, &["stat", "d0", "0.001"]).status.code(), Some(2));
+    for wrong in [&["d0", "0.001"][..], &["d0", "1", "0"], &["1", "2", "d0"], &["1", "many"], &["-l", "-r"]] {
+        let output = genblk(&control, &[&["stat"], wrong].concat());
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {output:?}");
+    }
+    let text = String::from_utf8(genblk(&control, &["stat", "1", "2", "d0"]).stderr).expect("text");
+    assert!(text.starts_with("genblk: \"d0\" does not fit here; genblk stat takes [DEVICE]"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
 }
 
 #[test]

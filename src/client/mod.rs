@@ -6,6 +6,7 @@ mod attach;
 mod change;
 pub mod exporter;
 mod freeze;
+mod interval;
 mod list;
 mod sample;
 mod stat;

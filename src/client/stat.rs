@@ -5,13 +5,14 @@ use std::thread;
 use std::time::Duration;
 
 use super::ControlClient;
+use super::interval::{Interval, MEDIAN, P99, P999, RequestInterval, percent, seconds_between, to_f64};
 pub use super::table::Numbers;
 use super::table::TextTable;
 use crate::control::wire::{
-    CacheStatistics, Description, DeviceStatistics, RequestStatistics, Statistics, StatisticsParameters,
-    StoreStatistics,
+    CacheStatistics, Description, DeviceStatistics, SizeCounts, Statistics, StatisticsParameters,
 };
 use crate::counters::latency::{Latencies, bound_of};
+use crate::counters::sizes::{SIZE_BUCKETS, Sizes, least_size_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::PAGE_BYTES;
 
@@ -25,6 +26,8 @@ pub enum View {
     Latencies,
     /// Histograms of the latencies of requests.
     Histograms,
+    /// Histograms of the sizes of requests and of operations on the image.
+    Sizes,
     /// The caches.
     Cache,
 }
@@ -85,7 +88,7 @@ pub fn stat(client: &mut ControlClient, options: &StatOptions) -> Result<()> {
 }
 
 /// Prints a report; returns false if the reader has closed the pipe.
-fn print(text: &str) -> Result<bool> {
+pub(super) fn print(text: &str) -> Result<bool> {
     let mut output = io::stdout().lock();
     match output.write_all(text.as_bytes()).and_then(|()| output.flush()) {
         Ok(()) => Ok(true),
@@ -95,13 +98,8 @@ fn print(text: &str) -> Result<bool> {
 }
 
 fn report(before: &Statistics, now: &Statistics, options: &StatOptions, is_first: bool) -> String {
-    let nothing = DeviceStatistics::default();
-    let seconds = to_f64(now.time_us.saturating_sub(before.time_us)) / 1e6;
-    let intervals = now.devices.iter().map(|device| {
-        let earlier = before.devices.iter().find(|earlier| earlier.name == device.name).unwrap_or(&nothing);
-        Interval { before: earlier, now: device, seconds, numbers: options.numbers }
-    });
-    let intervals: Vec<Interval<'_>> = intervals.collect();
+    let seconds = seconds_between(before.time_us, now.time_us);
+    let intervals = Interval::of_all(&before.devices, &now.devices, seconds, options.numbers);
     let with_header = !options.for_programs && (is_first || now.devices.len() > 1 || options.view != View::Overview);
     let render = |table: &TextTable| table.render(with_header, options.for_programs);
     let body = match options.view {
@@ -109,6 +107,7 @@ fn report(before: &Statistics, now: &Statistics, options: &StatOptions, is_first
         View::Latencies => render(&latencies(&intervals)),
         View::Cache => render(&cache(&intervals)),
         View::Histograms => intervals.iter().map(|interval| render(&histogram(interval))).collect(),
+        View::Sizes => intervals.iter().map(|interval| render(&sizes(interval))).collect(),
     };
     match options.with_time {
         true => format!("{}\n{body}", now.time_us / 1_000_000),
@@ -116,81 +115,28 @@ fn report(before: &Statistics, now: &Statistics, options: &StatOptions, is_first
     }
 }
 
-/// A device's statistics at both ends of an interval.
-struct Interval<'a> {
-    before: &'a DeviceStatistics,
-    now: &'a DeviceStatistics,
-    seconds: f64,
-    numbers: Numbers,
-}
-
-impl Interval<'_> {
-    fn rate(&self, more: u64) -> String {
-        if self.seconds > 0.0 { self.numbers.count(to_f64(more) / self.seconds) } else { "-".to_owned() }
-    }
-
-    fn mib_rate(&self, bytes: u64) -> String {
-        if self.seconds > 0.0 { format!("{:.1}", to_f64(bytes) / self.seconds / 1_048_576.0) } else { "-".to_owned() }
-    }
-
-    /// What requests of a kind did in the interval.
-    fn requests(&self, operation: &str) -> RequestInterval {
-        let find = |statistics: &DeviceStatistics| {
-            statistics.requests.iter().find(|requests| requests.operation == operation).cloned().unwrap_or_default()
-        };
-        let (before, now): (RequestStatistics, RequestStatistics) = (find(self.before), find(self.now));
-        let since = |now, before| Latencies::from(now).since(&Latencies::from(before));
-        RequestInterval {
-            count: now.requests.saturating_sub(before.requests),
-            errors: now.errors.saturating_sub(before.errors),
-            bytes: now.bytes.saturating_sub(before.bytes),
-            from_memory: since(&now.from_memory, &before.from_memory),
-            waited: since(&now.waited, &before.waited),
-        }
-    }
-
-    fn store(&self, operation: &str) -> u64 {
-        let find = |statistics: &DeviceStatistics| {
-            let found: Option<&StoreStatistics> = statistics.stores.iter().find(|store| store.operation == operation);
-            found.map_or(0, |store| store.operations)
-        };
-        find(self.now).saturating_sub(find(self.before))
-    }
-
-    fn cache(&self, counter: impl Fn(&CacheStatistics) -> u64) -> u64 {
-        counter(&self.now.cache).saturating_sub(counter(&self.before.cache))
-    }
-
-    fn hit_percent(&self) -> String {
-        let hits = self.cache(|cache| cache.hit_pages);
-        percent(hits, hits + self.cache(|cache| cache.miss_pages))
-    }
-}
-
-struct RequestInterval {
-    count: u64,
-    errors: u64,
-    bytes: u64,
-    from_memory: Latencies,
-    waited: Latencies,
-}
-
-impl RequestInterval {
-    fn all(&self) -> Latencies {
-        let mut all = self.from_memory.clone();
-        all.add(&self.waited);
-        all
-    }
-}
-
-const MEDIAN: u64 = 500;
-const P99: u64 = 990;
-const P999: u64 = 999;
-
 fn overview(intervals: &[Interval<'_>]) -> TextTable {
+    let [read_bytes, written_bytes] = match intervals.first().map(|interval| interval.numbers) {
+        Some(Numbers::Exact) => ["rB/s", "wB/s"],
+        _ => ["rMiB/s", "wMiB/s"],
+    };
     let header = [
-        "disk", "r/s", "rMiB/s", "hit%", "r50", "r99", "w/s", "wMiB/s", "w50", "w99", "f/s", "f99", "dirty", "rd/s",
+        "disk",
+        "r/s",
+        read_bytes,
+        "hit%",
+        "r50",
+        "r99",
+        "w/s",
+        written_bytes,
+        "w50",
+        "w99",
+        "f/s",
+        "f99",
+        "dirty",
+        "rd/s",
         "wr/s",
+        "busy%",
     ];
     let mut table = TextTable::new(&header, 1);
     for interval in intervals {
@@ -200,19 +146,20 @@ fn overview(intervals: &[Interval<'_>]) -> TextTable {
         table.row(vec![
             interval.now.name.clone(),
             interval.rate(read.count),
-            interval.mib_rate(read.bytes),
+            interval.byte_rate(read.bytes),
             interval.hit_percent(),
             time(&reads, MEDIAN),
             time(&reads, P99),
             interval.rate(write.count),
-            interval.mib_rate(write.bytes),
+            interval.byte_rate(write.bytes),
             time(&writes, MEDIAN),
             time(&writes, P99),
             interval.rate(flush.count),
             time(&flushes, P99),
-            interval.numbers.bytes(interval.now.cache.dirty_pages * PAGE_BYTES),
+            interval.numbers.bytes(interval.now.cache.dirty_pages.saturating_mul(PAGE_BYTES)),
             interval.rate(interval.store("read")),
             interval.rate(interval.store("write")),
+            interval.busy_percent(),
         ]);
     }
     table
@@ -269,8 +216,8 @@ fn cache(intervals: &[Interval<'_>]) -> TextTable {
     let mut table = TextTable::new(&header, 1);
     for interval in intervals {
         let delta = |counter: fn(&CacheStatistics) -> u64| interval.cache(counter);
-        let lookups = delta(|cache| cache.hit_pages + cache.miss_pages);
-        let pages = |pages: u64| interval.numbers.bytes(pages * PAGE_BYTES);
+        let lookups = delta(CacheStatistics::lookup_pages);
+        let pages = |pages: u64| interval.numbers.bytes(pages.saturating_mul(PAGE_BYTES));
         let now = &interval.now.cache;
         table.row(vec![
             interval.now.name.clone(),
@@ -292,7 +239,7 @@ fn cache(intervals: &[Interval<'_>]) -> TextTable {
 }
 
 /// Requests by latency, in powers of two.
-fn histogram(interval: &Interval<'_>) -> TextTable {
+pub(super) fn histogram(interval: &Interval<'_>) -> TextTable {
     let mut columns = Vec::new();
     for requests in &interval.now.requests {
         let RequestInterval { from_memory, waited, .. } = interval.requests(&requests.operation);
@@ -312,8 +259,7 @@ fn histogram(interval: &Interval<'_>) -> TextTable {
             let counts = latencies.counts.iter().enumerate();
             counts
                 .filter(|(bucket, _)| (bound_of(*bucket) - 1).checked_ilog2().map_or(0, |log| log + 1) == bits)
-                .map(|(_, count)| count)
-                .sum()
+                .fold(0, |sum: u64, (_, count)| sum.saturating_add(*count))
         };
         let counts: Vec<u64> = columns.iter().map(|(_, latencies)| within(latencies)).collect();
         if counts.iter().any(|count| *count > 0) {
@@ -325,19 +271,49 @@ fn histogram(interval: &Interval<'_>) -> TextTable {
     table
 }
 
-fn percent(part: u64, whole: u64) -> String {
-    if whole == 0 { "-".to_owned() } else { format!("{:.1}", to_f64(part) * 100.0 / to_f64(whole)) }
-}
-
-#[allow(clippy::cast_precision_loss, reason = "few digits are shown")]
-fn to_f64(value: u64) -> f64 {
-    value as f64
+/// Requests and operations on the image by size, in powers of two.
+fn sizes(interval: &Interval<'_>) -> TextTable {
+    let requests = |statistics: &DeviceStatistics, operation: &str| {
+        let found = statistics.requests.iter().find(|requests| requests.operation == operation);
+        found.map(|requests| requests.sizes.clone()).unwrap_or_default()
+    };
+    let stores = |statistics: &DeviceStatistics, operation: &str| {
+        let found = statistics.stores.iter().find(|store| store.operation == operation);
+        found.map(|store| store.sizes.clone()).unwrap_or_default()
+    };
+    let since = |now: SizeCounts, before: SizeCounts| {
+        let mut sizes = Sizes::from(&now);
+        let before = Sizes::from(&before);
+        sizes.iter_mut().zip(before).for_each(|(count, before)| *count = count.saturating_sub(before));
+        sizes
+    };
+    let mut columns = Vec::new();
+    for operation in ["read", "write", "discard", "write_zeroes"] {
+        let of = |statistics| requests(statistics, operation);
+        columns.push((operation.replace('_', " "), since(of(interval.now), of(interval.before))));
+    }
+    for operation in ["read", "write"] {
+        let of = |statistics| stores(statistics, operation);
+        columns.push((format!("image {operation}"), since(of(interval.now), of(interval.before))));
+    }
+    let names: Vec<&str> = columns.iter().map(|(name, _)| name.as_str()).collect();
+    let title = format!("{}: from", interval.now.name);
+    let mut table = TextTable::new(&[&[title.as_str()], &names[..]].concat(), 1);
+    for bucket in 0..SIZE_BUCKETS {
+        let counts: Vec<u64> = columns.iter().map(|(_, sizes)| sizes[bucket]).collect();
+        if counts.iter().any(|count| *count > 0) {
+            let least = interval.numbers.bytes(least_size_of(bucket));
+            let shown = |count: &u64| if *count == 0 { "-".to_owned() } else { interval.numbers.count(to_f64(*count)) };
+            table.row([vec![least], counts.iter().map(shown).collect()].concat());
+        }
+    }
+    table
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::wire::Latency;
+    use crate::control::wire::{Latency, RequestStatistics, StoreStatistics, WorkerStatistics};
     use crate::counters::latency::bucket_of;
 
     fn statistics(time_us: u64, reads: u64, ns: u64) -> Statistics {
@@ -375,6 +351,43 @@ mod tests {
         let options = StatOptions { view: View::Histograms, numbers: Numbers::Exact, ..StatOptions::default() };
         let text = report(&nothing, &now, &options, true);
         assert_eq!(text, "vm1: below  read, memory  read, waited\n2048                  70             -\n");
+    }
+
+    #[test]
+    fn sizes_and_busy_time_are_those_of_the_interval() {
+        let sample = |time_us, count: u64| {
+            let mut sizes = Sizes::default();
+            (sizes[3], sizes[SIZE_BUCKETS - 1]) = (count, count / 10);
+            let mut statistics = statistics(time_us, count, 1000);
+            let device = &mut statistics.devices[0];
+            device.requests[0].sizes = SizeCounts::from(&sizes);
+            let store = StoreStatistics { operation: "write".to_owned(), ..StoreStatistics::default() };
+            device.stores.push(StoreStatistics { sizes: SizeCounts::from(&sizes), ..store });
+            device.workers = vec![WorkerStatistics { busy_ns: count * 1_000_000, ..Default::default() }; 2];
+            statistics
+        };
+        let (before, now) = (sample(0, 100), sample(1_000_000, 300));
+        let options = StatOptions { view: View::Sizes, ..StatOptions::default() };
+        let expected = "\
+vm1: from  read  write  discard  write zeroes  image read  image write
+4.0K        200      -        -             -           -          200
+16.0M        20      -        -             -           -           20
+";
+        assert_eq!(report(&before, &now, &options, true), expected);
+        let text = report(&before, &now, &StatOptions::default(), false);
+        assert!(text.ends_with("  40\n"), "twice 200 ms in a second: {text}");
+        let exact = StatOptions { numbers: Numbers::Exact, ..StatOptions::default() };
+        let text = report(&before, &now, &exact, true);
+        assert!(text.contains("rB/s") && text.contains(" 819200 "), "{text}");
+    }
+
+    #[test]
+    fn pages_of_holes_are_no_misses() {
+        let mut now = statistics(1_000_000, 60, 1000);
+        (now.devices[0].cache.hole_pages, now.devices[0].cache.miss_pages) = (20, 20);
+        let options = StatOptions { view: View::Cache, for_programs: true, ..StatOptions::default() };
+        let text = report(&Statistics::default(), &now, &options, true);
+        assert!(text.starts_with("vm1\t100\t75.0\t20.0\t"), "{text}");
     }
 
     #[test]

@@ -315,6 +315,30 @@ pub(crate) const KEYS: &[Key] = &[
     },
 ];
 
+/// A key as its documentation shows it.
+#[cfg(test)]
+pub(crate) struct DocumentedKey {
+    pub name: &'static str,
+    /// Its valid values, in words.
+    pub values: String,
+    /// Its value if it is left out; `None` if it is required.
+    pub default: Option<String>,
+}
+
+/// Every key of a device, for its documentation.
+#[cfg(test)]
+pub(crate) fn documented_keys() -> impl Iterator<Item = DocumentedKey> {
+    KEYS.iter().map(|key| DocumentedKey {
+        name: key.name,
+        values: key.kind.wanted(),
+        default: match key.default {
+            Required => None,
+            Is(value) => Some(value.shown()),
+            FromName(_) => Some("derived from the name".to_owned()),
+        },
+    })
+}
+
 /// The key called `name`.
 pub(crate) fn key(name: &str) -> Option<&'static Key> {
     KEYS.iter().find(|key| key.name == name)

@@ -22,6 +22,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind, Result};
 
 pub(crate) use device_builder::{DeviceBuilder, Origin, Setting, finish};
+#[cfg(test)]
+pub(crate) use keys::documented_keys;
 pub(crate) use keys::{SYSTEMD, Value, key};
 pub use problem::Problem;
 pub(crate) use problem::report;

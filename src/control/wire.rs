@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::counters::latency::{BUCKETS, Latencies, bound_of, bucket_of};
+use crate::counters::sizes::{Sizes, least_size_of, size_bucket_of};
 
 /// The interface's description.
 pub const INTERFACE: &str = include_str!("io.genblk.Control.varlink");
@@ -83,6 +84,7 @@ pub struct DeviceStatus {
     pub image: String,
     pub socket: String,
     pub read_only: bool,
+    #[serde(default)]
     pub serial: String,
     pub mode: String,
     pub front_end: Option<FrontEnd>,
@@ -138,6 +140,35 @@ impl From<&Latency> for Latencies {
     }
 }
 
+/// A histogram of sizes; see the interface's description.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct SizeCounts {
+    pub least_bytes: Vec<u64>,
+    pub counts: Vec<u64>,
+}
+
+impl From<&Sizes> for SizeCounts {
+    fn from(sizes: &Sizes) -> Self {
+        let filled = || sizes.iter().enumerate().filter(|(_, count)| **count > 0);
+        Self {
+            least_bytes: filled().map(|(bucket, _)| least_size_of(bucket)).collect(),
+            counts: filled().map(|(_, count)| *count).collect(),
+        }
+    }
+}
+
+impl From<&SizeCounts> for Sizes {
+    fn from(counts: &SizeCounts) -> Self {
+        let mut sizes = Self::default();
+        for (least, count) in counts.least_bytes.iter().zip(&counts.counts) {
+            let bucket = &mut sizes[size_bucket_of(*least)];
+            *bucket = bucket.saturating_add(*count);
+        }
+        sizes
+    }
+}
+
 /// Requests of a kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
@@ -149,6 +180,8 @@ pub struct RequestStatistics {
     pub in_flight: u64,
     pub from_memory: Latency,
     pub waited: Latency,
+    #[serde(default)]
+    pub sizes: SizeCounts,
 }
 
 /// The cache.
@@ -190,6 +223,8 @@ pub struct StoreStatistics {
     pub bytes: u64,
     pub in_flight: u64,
     pub latency: Latency,
+    #[serde(default)]
+    pub sizes: SizeCounts,
 }
 
 /// A worker thread.
@@ -370,6 +405,8 @@ mod tests {
         let wire = Latency::from(&latencies);
         assert_eq!((wire.count, wire.counts.len()), (3, 3));
         assert_eq!(Latencies::from(&wire), latencies);
+        let sizes: Sizes = std::array::from_fn(|bucket| bucket as u64);
+        assert_eq!(Sizes::from(&SizeCounts::from(&sizes)), sizes);
         let nothing = Latency::from(&Latencies::default());
         assert_eq!((nothing.max_ns, nothing.bounds_ns.len(), nothing.counts.len()), (None, 0, 0));
     }
@@ -432,6 +469,7 @@ mod tests {
             ("FrontEnd", sent_fields(&FrontEnd { pid: 1, uid: 1 })),
             ("Requests", sent_fields(&RequestStatistics::default())),
             ("Latency", sent_fields(&Latency::default())),
+            ("Sizes", sent_fields(&SizeCounts::default())),
             ("Cache", sent_fields(&CacheStatistics::default())),
             ("Store", sent_fields(&StoreStatistics::default())),
             ("Worker", sent_fields(&WorkerStatistics::default())),

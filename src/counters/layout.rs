@@ -1,6 +1,7 @@
 //! Where a counter is in a worker's block, in words.
 
 use super::latency::BUCKETS;
+use super::sizes::SIZE_BUCKETS;
 use super::{Class, Operation};
 use crate::units::OpClass;
 
@@ -15,5 +16,7 @@ pub const STORE: usize = OPERATIONS + Operation::ALL.len() * TOTALS_WORDS;
 pub const STORE_OPERATIONS: usize = STORE + OpClass::ALL.len() * HISTOGRAM_WORDS;
 pub const ACTIVITY: usize = STORE_OPERATIONS + OpClass::ALL.len() * TOTALS_WORDS;
 pub const ACTIVITY_WORDS: usize = 5;
+pub const REQUEST_SIZES: usize = ACTIVITY + ACTIVITY_WORDS;
+pub const STORE_SIZES: usize = REQUEST_SIZES + Operation::ALL.len() * SIZE_BUCKETS;
 /// A worker's block, in whole cache lines of 8 words: no line has two writers.
-pub const BLOCK_WORDS: usize = (ACTIVITY + ACTIVITY_WORDS).next_multiple_of(8);
+pub const BLOCK_WORDS: usize = (STORE_SIZES + OpClass::ALL.len() * SIZE_BUCKETS).next_multiple_of(8);

@@ -5,11 +5,12 @@
 //! worker thread has a block of its own and is its only writer: counting is a load and a store, never a locked
 //! instruction. A reader sees each word whole, and the words of a block at slightly different moments.
 //!
-//! Read [`latency`] first (the buckets of a histogram), then [`worker`] (what a worker counts), then [`snapshot`] (what
+//! Read [`latency`] first (the buckets of a histogram; [`sizes`] has those of sizes), then [`worker`] (what a worker counts), then [`snapshot`] (what
 //! a reader makes of it).
 
 pub mod latency;
 mod layout;
+pub mod sizes;
 pub mod snapshot;
 pub mod worker;
 

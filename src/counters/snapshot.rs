@@ -4,8 +4,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::latency::{BUCKETS, Latencies};
 use super::layout::{
-    ACTIVITY, ACTIVITY_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUESTS, STORE, STORE_OPERATIONS, TOTALS_WORDS,
+    ACTIVITY, ACTIVITY_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUEST_SIZES, REQUESTS, STORE, STORE_OPERATIONS,
+    STORE_SIZES, TOTALS_WORDS,
 };
+use super::sizes::{SIZE_BUCKETS, Sizes};
 use super::worker::{Activity, Counters};
 use super::{Class, Operation};
 use crate::units::OpClass;
@@ -31,6 +33,10 @@ pub struct Snapshot {
     /// By [`OpClass::ALL`].
     store: [Latencies; OpClass::ALL.len()],
     store_operations: [Totals; OpClass::ALL.len()],
+    /// By [`Operation::ALL`].
+    request_sizes: [Sizes; Operation::ALL.len()],
+    /// By [`OpClass::ALL`].
+    store_sizes: [Sizes; OpClass::ALL.len()],
     /// Of each worker.
     activities: Vec<[u64; ACTIVITY_WORDS]>,
 }
@@ -54,6 +60,12 @@ impl Snapshot {
         totals.for_each(|(sum, words)| sum.add(words));
         let totals = self.store_operations.iter_mut().zip(block[STORE_OPERATIONS..].chunks_exact(TOTALS_WORDS));
         totals.for_each(|(sum, words)| sum.add(words));
+        for (sizes, at) in [(&mut self.request_sizes[..], REQUEST_SIZES), (&mut self.store_sizes[..], STORE_SIZES)] {
+            let histograms = sizes.iter_mut().zip(block[at..].chunks_exact(SIZE_BUCKETS));
+            for (sum, word) in histograms.flat_map(|(sizes, words)| sizes.iter_mut().zip(words)) {
+                *sum = sum.saturating_add(load(word));
+            }
+        }
         self.activities.push(std::array::from_fn(|at| load(&block[ACTIVITY + at])));
     }
 
@@ -86,6 +98,16 @@ impl Snapshot {
     /// Totals of a kind of operation on the image.
     pub fn store_operation(&self, class: OpClass) -> Totals {
         self.store_operations[class as usize]
+    }
+
+    /// Sizes of the requests of a kind that moved bytes.
+    pub fn request_sizes(&self, operation: Operation) -> &Sizes {
+        &self.request_sizes[operation as usize]
+    }
+
+    /// Sizes of the operations on the image of a kind.
+    pub fn store_sizes(&self, class: OpClass) -> &Sizes {
+        &self.store_sizes[class as usize]
     }
 
     /// How many workers there are.
@@ -184,6 +206,9 @@ mod tests {
         let once = Totals { begun: 1, errors: 1, bytes: 1 };
         assert!(snapshot.requests.iter().chain(&snapshot.store).all(|latencies| latencies.count() == 2));
         assert!(snapshot.operations.iter().chain(&snapshot.store_operations).all(|totals| *totals == once));
+        let counted = |sizes: &Sizes| sizes.iter().sum::<u64>();
+        assert_eq!(snapshot.request_sizes.map(|sizes| counted(&sizes)), [1, 1, 0, 1, 1], "a FLUSH has no size");
+        assert!(snapshot.store_sizes.iter().all(|sizes| counted(sizes) == 1));
         assert_eq!(snapshot.activities, [[1, 0, 0, 0, 1]]);
     }
 }

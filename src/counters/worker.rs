@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::latency::{BUCKETS, bucket_of};
 use super::layout::{
-    ACTIVITY, BLOCK_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUESTS, STORE, STORE_OPERATIONS, TOTALS_WORDS,
+    ACTIVITY, BLOCK_WORDS, HISTOGRAM_WORDS, OPERATIONS, REQUEST_SIZES, REQUESTS, STORE, STORE_OPERATIONS, STORE_SIZES,
+    TOTALS_WORDS,
 };
+use super::sizes::{SIZE_BUCKETS, size_bucket_of};
 use super::{Class, Operation};
 use crate::sys::shared_words::{SharedWords, WordBlock};
 use crate::units::OpClass;
@@ -135,6 +137,9 @@ impl WorkerCounters {
         let totals = OPERATIONS + operation as usize * TOTALS_WORDS;
         if succeeded {
             self.add(totals + 2, bytes);
+            if operation != Operation::Flush {
+                self.add(REQUEST_SIZES + operation as usize * SIZE_BUCKETS + size_bucket_of(bytes), 1);
+            }
         } else {
             self.add(totals + 1, 1);
         }
@@ -155,7 +160,12 @@ impl WorkerCounters {
         self.record(STORE + class as usize * HISTOGRAM_WORDS, ns, 1);
         let totals = STORE_OPERATIONS + class as usize * TOTALS_WORDS;
         match bytes {
-            Some(bytes) => self.add(totals + 2, bytes),
+            Some(bytes) => {
+                self.add(totals + 2, bytes);
+                if bytes > 0 {
+                    self.add(STORE_SIZES + class as usize * SIZE_BUCKETS + size_bucket_of(bytes), 1);
+                }
+            }
             None => self.add(totals + 1, 1),
         }
     }

@@ -149,6 +149,7 @@ fn requests(snapshot: &Snapshot, operation: Operation) -> RequestStatistics {
         in_flight: snapshot.in_flight(operation),
         from_memory: if splits { latency(Served::Memory).into() } else { Latency::default() },
         waited: latency(Served::Waited).into(),
+        sizes: snapshot.request_sizes(operation).into(),
     }
 }
 
@@ -171,6 +172,7 @@ fn store(snapshot: &Snapshot, class: OpClass) -> StoreStatistics {
         bytes: totals.bytes,
         in_flight: totals.begun.saturating_sub(operations),
         latency: latencies.into(),
+        sizes: snapshot.store_sizes(class).into(),
     }
 }
 

@@ -11,7 +11,7 @@ HOST := x86_64-unknown-linux-gnu
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check sim mutants fuzz loom miri sanitize bystander soak \
+.PHONY: help setup build demo test test-guest check manual sim mutants fuzz loom miri sanitize bystander soak \
 	bench bench-scale bench-policy bench-page bench-turn
 
 help: ## show this list
@@ -44,6 +44,9 @@ check: ## formatting, lints, documentation, dependencies and unit tests (2 minut
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	scripts/check-dependencies.sh
 	$(CARGO) test --locked --lib --bins --test tidy
+
+manual: ## write the manual pages and the shell completions anew, from the command line and the table of keys
+	GENBLK_WRITE_MANUAL=1 $(CARGO) test --locked --lib cli::manual
 
 sim: ## both simulators, cache and daemon: SEED=n replays one run, N=n runs that many (100 unless given), FIRST=n on
 	@$(if $(SEED),GENBLK_SIM_SEED=$(SEED),GENBLK_SIM_COUNT=$(or $(N),100) GENBLK_SIM_FIRST=$(or $(FIRST),1000)) \

@@ -5,6 +5,11 @@
 //! `--print-capabilities`, `--blk-file` and `--read-only` are those of QEMU's "Backend program conventions"
 //! (docs/interop/vhost-user.rst), by which management programs find and start a back-end.
 
+mod help;
+#[cfg(test)]
+mod manual;
+
+use std::env;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -15,7 +20,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::error::ErrorKind as ClapKind;
 
 use crate::client::exporter::{ExporterOptions, ListenAddress};
-use crate::client::{DeviceAction, FreezeOptions, Numbers, StatOptions, View};
+use crate::client::{DeviceAction, FreezeOptions, Numbers, StatOptions, TopOptions, View};
 use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, report};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -103,6 +108,8 @@ pub enum Action {
     },
     /// Freeze a device of the daemon at this control socket.
     Freeze(PathBuf, FreezeOptions),
+    /// Show what the devices of a daemon do on a terminal.
+    Top(TopOptions),
     /// Print the metrics of a daemon.
     PrintMetrics(ExporterOptions),
     /// Serve the metrics of a daemon at an address.
@@ -113,6 +120,7 @@ pub enum Action {
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum ClientCommand {
     /// List the caches that daemons left; with CACHE, write one to its image
+    #[command(after_long_help = help::RECOVER)]
     Recover {
         /// A cache from the list: write its dirty pages to its image, then remove it
         #[arg(value_name = "CACHE")]
@@ -141,6 +149,7 @@ pub enum ClientCommand {
         name: String,
     },
     /// List the disks of a running daemon
+    #[command(after_long_help = help::LIST)]
     List {
         /// A device; all without it
         device: Option<String>,
@@ -148,8 +157,10 @@ pub enum ClientCommand {
         control: ControlSocket,
     },
     /// Show what the disks of a running daemon do: rates, latencies, hits
+    #[command(after_long_help = help::STAT)]
     Stat(StatArguments),
     /// Serve the disks of a file, beside those that are served
+    #[command(after_long_help = help::ATTACH)]
     Attach {
         /// A TOML file with a table for each device, or with the keys of one device
         file: PathBuf,
@@ -157,6 +168,7 @@ pub enum ClientCommand {
         control: ControlSocket,
     },
     /// Write everything and serve a disk no more
+    #[command(after_long_help = help::DETACH)]
     Detach {
         #[command(flatten)]
         device: OneDevice,
@@ -168,8 +180,10 @@ pub enum ClientCommand {
         discard: bool,
     },
     /// Make everything durable that a disk has completed
+    #[command(after_long_help = help::FLUSH)]
     Flush(OneDevice),
     /// Drop a disk's clean pages from its cache
+    #[command(after_long_help = help::DROP)]
     Drop {
         #[command(flatten)]
         device: OneDevice,
@@ -178,8 +192,10 @@ pub enum ClientCommand {
         flushed: bool,
     },
     /// Retry what failed: the operator says that the image works again
+    #[command(after_long_help = help::RESUME)]
     Resume(OneDevice),
     /// Make a disk's image whole and leave it alone, for a copy or a snapshot made on the host
+    #[command(after_long_help = help::FREEZE)]
     Freeze {
         #[command(flatten)]
         device: OneDevice,
@@ -194,8 +210,30 @@ pub enum ClientCommand {
         command: Vec<OsString>,
     },
     /// End a freeze
+    #[command(after_long_help = help::THAW)]
     Thaw(OneDevice),
+    /// Show what the disks of a running daemon do, on a terminal
+    ///
+    /// A line for each disk, redrawn each second, and details of the selected one: rates, latencies by how requests
+    /// were served, memory, dirty data. The keys are at the foot of the screen. It needs 80 columns and 24 lines; from
+    /// 104 columns on, memory and dirty data have bars.
+    #[command(after_long_help = help::TOP)]
+    Top {
+        /// Seconds between two pictures
+        #[arg(value_name = "INTERVAL", default_value = "1", value_parser = interval)]
+        interval: Duration,
+        /// Print one picture as text, after an interval, and exit
+        #[arg(long)]
+        once: bool,
+        /// Use no colours (nor does it with NO_COLOR in the environment)
+        #[arg(long)]
+        no_color: bool,
+        /// Control socket of the daemon
+        #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
+        socket: PathBuf,
+    },
     /// Export metrics of a running daemon to Prometheus
+    #[command(after_long_help = help::EXPORTER)]
     Exporter {
         /// Serve GET /metrics over HTTP at this TCP address (127.0.0.1:9950), at this path of a Unix domain socket
         /// (/run/genblk-exporter.sock), or on the socket of the unit (systemd)
@@ -212,6 +250,7 @@ pub enum ClientCommand {
         socket: PathBuf,
     },
     /// Give up the completed writes that a cache may hold, so that IMAGE can be served as it is
+    #[command(after_long_help = help::TAKE_OVER)]
     TakeOver {
         /// The image: its caches are set aside, and another host loses its claim to it
         image: PathBuf,
@@ -292,6 +331,12 @@ pub struct StatArguments {
     control: ControlSocket,
 }
 
+/// Seconds between two reports.
+fn interval(text: &str) -> std::result::Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=86_400.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "an interval is 0.1 to 86400 seconds".to_owned())
+}
+
 impl StatArguments {
     fn action(self) -> Result<Action> {
         let wrong = |text: &str| {
@@ -300,10 +345,7 @@ impl StatArguments {
         };
         let mut arguments = self.arguments.iter().cloned().peekable();
         let device = arguments.next_if(|first| first.parse::<f64>().is_err());
-        let interval = arguments.next().map(|text| {
-            let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=86_400.0).contains(seconds));
-            seconds.map(Duration::from_secs_f64).ok_or_else(|| wrong(&text))
-        });
+        let interval = arguments.next().map(|text| interval(&text).map_err(|_| wrong(&text)));
         let count = arguments.next().map(|text| {
             let count = text.parse().ok().filter(|count| *count > 0);
             count.ok_or_else(|| wrong(&text))
@@ -367,6 +409,11 @@ impl ClientCommand {
                 let options = FreezeOptions { device, timeout_ms: timeout, reads, command, as_json: control.json };
                 return Ok(Action::Freeze(control.socket, options));
             }
+            Self::Top { interval, once, no_color, socket } => {
+                let is_forbidden = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+                let with_colour = !no_color && !is_forbidden;
+                return Ok(Action::Top(TopOptions { socket, interval, once, with_colour }));
+            }
             Self::Exporter { listen, socket, no_histograms, once: _ } => {
                 let options = ExporterOptions { socket, with_buckets: !no_histograms };
                 return Ok(match listen {
@@ -389,34 +436,9 @@ impl ClientCommand {
     }
 }
 
-const AFTER_HELP: &str = "\
-Files:
-  A configuration file holds any number of [[device]] tables, and has more keys
-  than there are options here. configs/default.toml in the source tree shows every
-  key with its default and its reason; the files beside it are worked examples.
-
-Cache modes:
-  writeback     a write completes once it is in the cache; a FLUSH makes it durable
-  writethrough  a write completes once it is durable on the image
-  none          nothing is cached
-
-Limitations:
-  Images are raw files, block devices and NBD exports (nbd://HOST[:PORT]/EXPORT,
-  nbd+unix:///EXPORT?socket=PATH; docs/remote.md says what they promise). An image that looks like another format is
-  refused; --format raw serves its bytes as they are.
-  The front-end must share the guest's memory (QEMU: memory-backend-memfd,share=on).
-  Relative paths are relative to the daemon's working directory.
-
-Environment:
-  GENBLK_LOG  what is logged to standard error: error, warn, info (default), debug, trace
-
-Exit status:
-  0 after an orderly shutdown, 2 if the command line or the configuration is wrong
-  (nothing has started then), 1 for every other failure.";
-
 /// Serves disk images to virtual machines over vhost-user, with a page cache of its own.
 #[derive(Clone, Debug, Default, Parser)]
-#[command(name = "genblk", version, after_help = AFTER_HELP, max_term_width = 100)]
+#[command(name = "genblk", version, after_help = help::GENBLK, max_term_width = 100)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Cli {
     #[command(subcommand)]

@@ -64,6 +64,7 @@ fn run(action: Action) -> Result<()> {
             }
         }
         Action::Stat(socket, options) => return client::stat(&mut ControlClient::connect(&socket)?, &options),
+        Action::Top(options) => return client::top(&options),
         Action::PrintMetrics(options) => {
             let (text, asked) = exporter::metrics(&options, TextFormat::Prometheus);
             print(&text);

@@ -11,6 +11,7 @@ mod list;
 mod sample;
 mod stat;
 mod table;
+mod top;
 
 use std::io;
 use std::path::Path;
@@ -31,6 +32,7 @@ pub use change::{DeviceAction, change};
 pub use freeze::{FreezeOptions, freeze};
 pub use list::list;
 pub use stat::{Numbers, StatOptions, View, stat};
+pub use top::{TopOptions, top};
 
 /// How long the daemon may take to reply: it waits for nothing.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);

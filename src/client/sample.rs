@@ -16,6 +16,8 @@ pub(super) struct DaemonSample {
     pub description: Description,
     /// How far each device is.
     pub devices: Vec<DeviceStatus>,
+    /// When the statistics were taken, in microseconds since 1970.
+    pub time_us: u64,
     /// What each device does.
     pub statistics: Vec<DeviceStatistics>,
 }
@@ -29,7 +31,8 @@ impl DaemonSample {
         let mut client = ControlClient::connect_until(socket, until)?;
         let description = client.call("Describe", &serde_json::json!({}))?;
         let Devices { devices } = client.call("List", &ListParameters::default())?;
-        let Statistics { devices: statistics, .. } = client.call("Statistics", &StatisticsParameters::default())?;
-        Ok(Self { description, devices, statistics })
+        let Statistics { time_us, devices: statistics } =
+            client.call("Statistics", &StatisticsParameters::default())?;
+        Ok(Self { description, devices, time_us, statistics })
     }
 }

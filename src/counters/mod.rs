@@ -5,8 +5,8 @@
 //! worker thread has a block of its own and is its only writer: counting is a load and a store, never a locked
 //! instruction. A reader sees each word whole, and the words of a block at slightly different moments.
 //!
-//! Read [`latency`] first (the buckets of a histogram; [`sizes`] has those of sizes), then [`worker`] (what a worker counts), then [`snapshot`] (what
-//! a reader makes of it).
+//! Read [`latency`] first (the buckets of a histogram; [`sizes`] has those of sizes), then [`worker`] (what a worker
+//! counts), then [`snapshot`] (what a reader makes of it).
 
 pub mod latency;
 mod layout;

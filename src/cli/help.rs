@@ -1,0 +1,192 @@
+//! What the help of a command says after its options; the manual has the same sections. At most 80 columns.
+
+pub(super) const GENBLK: &str = "\
+Files:
+  A configuration file holds any number of [[device]] tables, and has more keys
+  than there are options here: genblk.toml(5), or configs/default.toml in the
+  source tree, which has every key with its default and its reason. The files
+  beside it are worked examples.
+
+Cache modes:
+  writeback     a write completes once it is in the cache; a FLUSH makes it
+                durable
+  writethrough  a write completes once it is durable on the image
+  none          nothing is cached
+
+Limitations:
+  Images are raw files, block devices and NBD exports (nbd://HOST[:PORT]/EXPORT,
+  nbd+unix:///EXPORT?socket=PATH; docs/remote.md says what they promise).
+  An image that looks like another format is refused; --format raw serves its
+  bytes as they are.
+  The front-end must share the guest's memory (QEMU:
+  memory-backend-memfd,share=on).
+  Relative paths are relative to the daemon's working directory.
+
+Signals:
+  SIGTERM, SIGINT  write everything to the images, and end
+  SIGUSR1          end at once; the caches stay for the next daemon
+  SIGHUP           resume images that were stopped after an error, and try again
+                   to serve disks that are not served
+
+Environment:
+  GENBLK_LOG  what is logged to standard error: error, warn, info (default),
+              debug, trace
+
+Exit status:
+  0 after an orderly shutdown, 2 if the command line or the configuration is
+  wrong (nothing has started then), 1 for every other failure.
+
+Examples:
+  genblk --socket-path /run/vm1.sock --blk-file /srv/vm1.img --cache-size 1G
+  genblk --check --config /etc/genblk.toml
+  genblk --config /etc/genblk.toml
+";
+
+pub(super) const LIST: &str = "\
+Examples:
+  genblk list               every disk: state, front-end, image, sizes
+  genblk list vm1 --json    the daemon's reply, for programs
+";
+
+pub(super) const STAT: &str = "\
+Examples:
+  genblk stat               since the start of the daemon
+  genblk stat 1             that, and then each second
+  genblk stat -y vm1 5 12   vm1 for a minute, in twelve reports
+  genblk stat -l vm1        which requests are slow, and whether they waited
+  genblk stat -r vm1        how large requests are, and what the image gets
+  genblk stat -Hp 1         for programs: tabs, bytes, nanoseconds
+
+Columns:
+  r/s w/s f/s    reads, writes and FLUSHes in a second
+  hit%           pages in memory, of those that reads asked for and that are
+                 no holes of the image
+  r50 r99        50th and 99th percentile of the time of a read; w50 w99 of a
+                 write, f99 of a FLUSH
+  dirty          data that is newer than the image
+  rd/s wr/s      reads and writes of the image in a second
+  busy%          time of the worker threads in turns that found work, in
+                 percent of a processor
+  from memory    requests that waited for nothing
+  waited         the others: for the image, for room in the cache, or for the
+                 limit of dirty data
+  used%          of what was read ahead, what was asked for afterwards
+  stall          times that a request waited for room; throttled: that a write
+                 met the limit of dirty data
+  -              it did not happen
+";
+
+pub(super) const TOP: &str = "\
+Examples:
+  genblk top                redrawn each second; q ends it
+  genblk top --once         one picture as text
+";
+
+pub(super) const EXPORTER: &str = "\
+Examples:
+  genblk exporter --listen 127.0.0.1:9950
+      serves http://127.0.0.1:9950/metrics
+  genblk exporter --once >/var/lib/node_exporter/genblk.prom
+      for the textfile directory of node_exporter
+  systemctl enable --now genblk-exporter.socket
+      the same as a service of its own
+
+Notes:
+  A scrape takes the daemon at most 2 s; if it does not reply, the only metric
+  is genblk_up 0. Alert rules and a board for Grafana come with the package.
+";
+
+pub(super) const RECOVER: &str = "\
+Examples:
+  genblk recover            lists the caches below /dev/shm
+  genblk recover CACHE      writes one to its image, and removes it
+  genblk recover --image /srv/new.img CACHE
+                            the same, where the image has moved
+  genblk recover --discard CACHE
+                            throws one away; asks if it is dirty
+  genblk recover --prune    removes those from which nothing would be lost
+
+Notes:
+  Start the daemon instead, if it is to run again: it restores its caches by
+  itself.
+";
+
+pub(super) const TAKE_OVER: &str = "\
+Examples:
+  genblk take-over /srv/vm1.img
+
+Notes:
+  For an image whose cache is lost, on another host that will not return, or no
+  longer fits. A guest that was running then gets errors until it resets the
+  device: completed writes that were in the cache are gone.
+";
+
+pub(super) const ATTACH: &str = "\
+Examples:
+  genblk attach vm2.toml
+
+Notes:
+  The file has [[device]] tables, or the keys of one device: name, socket and
+  image at least; see genblk.toml(5). The disk is served until it is detached
+  or until an orderly stop of the daemon: put one that is to stay into the
+  daemon's configuration, too.
+";
+
+pub(super) const DETACH: &str = "\
+Examples:
+  genblk detach vm2           shut its guest down first
+  genblk detach vm2 --force   the guest sees its disk gone
+
+Notes:
+  Everything that the guest has written is on the image afterwards. If the image
+  does not take it, the disk is served as before.
+";
+
+pub(super) const FLUSH: &str = "\
+Examples:
+  genblk flush vm1
+
+Notes:
+  It is what a FLUSH of the guest does. Writes that complete meanwhile may or
+  may not be among what is durable.
+";
+
+pub(super) const DROP: &str = "\
+Examples:
+  genblk drop vm1             to measure with a cold cache
+  genblk drop vm1 --flushed   dirty pages as well, once they are written
+";
+
+pub(super) const RESUME: &str = "\
+Examples:
+  genblk resume vm1
+
+Notes:
+  For an image that works again after an error: with on_error = \"stop\" its
+  guest gets errors until then; otherwise genblk retries by itself, and this
+  saves the wait.
+";
+
+pub(super) const FREEZE: &str = "\
+Examples:
+  genblk freeze vm1 -- lvcreate -s -n vm1-snap -L 2G vg0/vm1
+  genblk freeze vm1 -- cp --reflink=always /srv/vm1.img /srv/vm1.copy
+  genblk freeze vm1 --timeout 30s; btrfs subvolume snapshot /srv /snap; \\
+      genblk thaw vm1
+
+Notes:
+  The image then holds what a FLUSH would leave, and does not change until the
+  thaw. Writes of the guest wait meanwhile. For a file system that needs no
+  replay of its journal, freeze it in the guest first (virsh domfsfreeze).
+  With a command, a freeze that did not hold until its end is an error: what was
+  copied is torn.
+";
+
+pub(super) const THAW: &str = "\
+Examples:
+  genblk thaw vm1
+
+Notes:
+  It says whether the image was left alone since the freeze. If it was not, a
+  copy made meanwhile is torn.
+";

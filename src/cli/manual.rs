@@ -1,0 +1,244 @@
+//! The manual pages and the shell completions below packaging/: made from the definition of the command line, from the
+//! table of keys and from configs/default.toml. The test fails where they differ; `make manual` writes them anew.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use clap::{Command, CommandFactory};
+use clap_complete::Shell;
+use clap_mangen::Man;
+use clap_mangen::roff::{Roff, bold, roman};
+
+use super::Cli;
+use crate::config::documented_keys;
+
+/// What the commands that ask a running daemon have in common.
+const CLIENT_SECTIONS: &str = "\
+Exit status:
+  0  done
+  1  the daemon refused, or the command failed
+  2  the command line is wrong
+  3  no daemon listens on the control socket
+
+Environment:
+  GENBLK_CONTROL  the control socket, unless --socket names it
+
+Files:
+  /run/genblk/control.sock  the control socket, if [control] of the daemon's
+                            configuration names it
+";
+
+/// The pages by their file names.
+fn pages() -> BTreeMap<String, String> {
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    let shown: Vec<Command> = command.get_subcommands().filter(|sub| !sub.is_hide_set()).cloned().collect();
+    let names: Vec<String> = shown.iter().map(|sub| format!("genblk-{}", sub.get_name())).collect();
+    let mut pages = BTreeMap::new();
+    let others = names.iter().map(|name| format!("{name}(1)")).collect::<Vec<_>>().join(", ");
+    pages.insert("man/genblk.1".to_owned(), page(command, &format!("{others}, genblk.toml(5)"), ""));
+    for (sub, name) in shown.into_iter().zip(&names) {
+        let is_client = sub.get_arguments().any(|arg| arg.get_id() == "socket");
+        let common = if is_client { CLIENT_SECTIONS } else { "" };
+        pages.insert(format!("man/{name}.1"), page(sub, "genblk(1), genblk.toml(5)", common));
+    }
+    pages.insert("man/genblk.toml.5".to_owned(), configuration_page());
+    for (shell, file) in [(Shell::Bash, "genblk.bash"), (Shell::Zsh, "_genblk"), (Shell::Fish, "genblk.fish")] {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "genblk", &mut script);
+        let script = String::from_utf8(script).unwrap();
+        let lines = script.lines().map(|line| line.trim_end().to_owned() + "\n");
+        pages.insert(format!("completions/{file}"), lines.collect());
+    }
+    pages
+}
+
+/// The page of a command. Sections at the end of its help text become sections of the page.
+fn page(command: Command, see_also: &str, common: &str) -> String {
+    let after = command.get_after_long_help().or(command.get_after_help()).map(ToString::to_string).unwrap_or_default();
+    let has_subcommands = command.has_subcommands();
+    let man = Man::new(command.after_help("").after_long_help(""))
+        .manual("genblk manual")
+        .source(format!("genblk {}", env!("CARGO_PKG_VERSION")));
+    let mut bytes = Vec::new();
+    man.render_title(&mut bytes).unwrap();
+    man.render_name_section(&mut bytes).unwrap();
+    man.render_synopsis_section(&mut bytes).unwrap();
+    man.render_description_section(&mut bytes).unwrap();
+    man.render_options_section(&mut bytes).unwrap();
+    if has_subcommands {
+        man.render_subcommands_section(&mut bytes).unwrap();
+    }
+    let mut roff = Roff::new();
+    sections(&mut roff, &after);
+    sections(&mut roff, common);
+    roff.control("SH", ["SEE ALSO"]).text([roman(see_also)]);
+    String::from_utf8(bytes).unwrap() + &roff.to_roff()
+}
+
+/// Writes a text of headings, each with indented lines below it, as sections whose lines stay as they are.
+fn sections(roff: &mut Roff, text: &str) {
+    let mut is_open = false;
+    for line in text.lines() {
+        match line.strip_suffix(':').filter(|heading| !heading.starts_with(' ')) {
+            Some(heading) => {
+                if is_open {
+                    roff.control("fi", []);
+                }
+                roff.control("SH", [heading.to_uppercase().as_str()]).control("nf", []);
+                is_open = true;
+            }
+            None => {
+                roff.text([roman(line.strip_prefix("  ").unwrap_or(line))]);
+            }
+        }
+    }
+    if is_open {
+        roff.control("fi", []);
+    }
+}
+
+/// The comments of configs/default.toml: those at its head, those above each key, and those at its end.
+struct CommentedDefaults {
+    head: Vec<String>,
+    of_keys: BTreeMap<String, Vec<String>>,
+    end: Vec<String>,
+}
+
+impl CommentedDefaults {
+    fn read() -> Self {
+        let text = include_str!("../../configs/default.toml");
+        let (mut comments, mut prefix) = (Vec::new(), "");
+        let (mut head, mut of_keys) = (Vec::new(), BTreeMap::new());
+        for line in text.lines() {
+            match line {
+                "[[device]]" => head = std::mem::take(&mut comments),
+                "[device.cache]" => prefix = "cache.",
+                _ if line.starts_with('[') => panic!("{line}: a table that the page does not know"),
+                "" if comments.is_empty() => {}
+                "" => comments.push(String::new()),
+                _ => match (line.strip_prefix('#'), line.split_once(" = ")) {
+                    (Some(comment), _) => comments.push(comment.strip_prefix(' ').unwrap_or(comment).to_owned()),
+                    (None, Some((key, _))) => {
+                        of_keys.insert(format!("{prefix}{key}"), std::mem::take(&mut comments));
+                    }
+                    (None, None) => panic!("{line}: neither a comment nor a key"),
+                },
+            }
+        }
+        Self { head, of_keys, end: comments }
+    }
+}
+
+/// The page of the configuration file.
+fn configuration_page() -> String {
+    let comments = CommentedDefaults::read();
+    let mut roff = Roff::new();
+    let source = format!("genblk {}", env!("CARGO_PKG_VERSION"));
+    roff.control("TH", ["genblk.toml", "5", "", &source, "genblk manual"]);
+    roff.control("SH", ["NAME"]).text([roman("genblk.toml - disks that genblk serves")]);
+    roff.control("SH", ["SYNOPSIS"]).text([bold("genblk --config"), roman(" "), roman("/etc/genblk.toml")]);
+    roff.control("SH", ["DESCRIPTION"]);
+    prose(&mut roff, &comments.head);
+    for (heading, is_of_table) in [("DEVICE", false), ("CACHE OF A DEVICE", true)] {
+        roff.control("SH", [heading]);
+        let table = if is_of_table { "[device.cache]" } else { "[[device]]" };
+        roff.text([roman("Keys of a "), bold(table), roman(" table:")]);
+        for key in documented_keys().filter(|key| key.name.starts_with("cache.") == is_of_table) {
+            let text = comments.of_keys.get(key.name).unwrap_or_else(|| panic!("{}: no comment", key.name));
+            let short = key.name.strip_prefix("cache.").unwrap_or(key.name);
+            roff.control("SS", [short]);
+            prose(&mut roff, text);
+            roff.control("PP", []);
+            let default = key.default.map_or_else(|| "It is required".to_owned(), |value| format!("Default: {value}"));
+            roff.text([roman(format!("Takes {}. {default}.", key.values))]);
+        }
+    }
+    roff.control("SH", ["CONTROL"]);
+    prose(&mut roff, &comments.end);
+    roff.control("SH", ["EXAMPLE"]).control("nf", []);
+    for line in include_str!("../../configs/database.toml").lines() {
+        roff.text([roman(line)]);
+    }
+    roff.control("fi", []);
+    roff.control("SH", ["SEE ALSO"]).text([roman("genblk(1), genblk-set(1), genblk-reload(1)")]);
+    roff.to_roff()
+}
+
+/// Comments as paragraphs. Indented lines are a list: a word, then at least two spaces and what it means.
+fn prose(roff: &mut Roff, lines: &[String]) {
+    let mut is_new = true;
+    for line in lines {
+        let text = line.trim();
+        match line.len() - line.trim_start().len() {
+            _ if text.is_empty() => is_new = true,
+            0 => {
+                if std::mem::take(&mut is_new) {
+                    roff.control("PP", []);
+                }
+                // Lines of a table are commented out.
+                let is_table =
+                    text.starts_with('[') || text.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '));
+                if is_table {
+                    roff.control("nf", []).text([roman(text)]).control("fi", []);
+                } else {
+                    roff.text([roman(text)]);
+                }
+            }
+            2 if let Some((word, meaning)) = text.split_once("  ") => {
+                roff.control("TP", []).text([bold(word)]).text([roman(meaning.trim_start())]);
+                is_new = true;
+            }
+            _ => {
+                roff.text([roman(text)]);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_manual_and_the_completions_are_those_of_the_command_line_and_of_the_keys() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging");
+    let pages = pages();
+    if std::env::var_os("GENBLK_WRITE_MANUAL").is_some() {
+        for kind in ["man", "completions"] {
+            let _ = fs::remove_dir_all(folder.join(kind));
+            fs::create_dir_all(folder.join(kind)).unwrap();
+        }
+        pages.iter().for_each(|(path, text)| fs::write(folder.join(path), text).unwrap());
+    }
+    let differ: Vec<_> = pages
+        .iter()
+        .filter(|(path, text)| fs::read_to_string(folder.join(path)).ok().as_ref() != Some(*text))
+        .collect();
+    let differ: Vec<_> = differ.into_iter().map(|(path, _)| path).collect();
+    assert!(differ.is_empty(), "write them anew with \"make manual\": {differ:?}");
+    for kind in ["man", "completions"] {
+        for file in fs::read_dir(folder.join(kind)).unwrap() {
+            let name = format!("{kind}/{}", file.unwrap().file_name().display());
+            assert!(pages.contains_key(&name), "{name} is of no command: \"make manual\" removes it");
+        }
+    }
+}
+
+#[test]
+fn every_page_has_its_parts() {
+    let pages = pages();
+    for command in ["list", "stat", "top", "exporter", "recover", "take-over"] {
+        let page = &pages[&format!("man/genblk-{command}.1")];
+        for heading in ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXAMPLES", "SEE ALSO"] {
+            assert!(
+                page.contains(&format!(".SH {heading}\n")) || page.contains(&format!(".SH \"{heading}\"\n")),
+                "{command}: {heading}"
+            );
+        }
+    }
+    assert!(!pages.contains_key("man/genblk-disk-process.1"), "it is no command for people");
+    let keys = &pages["man/genblk.toml.5"];
+    for key in documented_keys() {
+        let short = key.name.strip_prefix("cache.").unwrap_or(key.name);
+        assert!(keys.contains(&format!(".SS {short}\n")), "{}", key.name);
+    }
+    assert!(keys.contains("Takes an integer from 1 to 8. Default: 1."), "{keys}");
+}

@@ -120,14 +120,14 @@ fn a_screen_of_80_columns_shows_every_disk_and_details_of_the_selected_one() {
     assert_eq!(lines[0], "genblk 0.1.0 up 2m19s 3 disks  r 41.0k/s 99.7%  w 4.1k/s  dirty 122M/240M");
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     assert_eq!(words(lines[1]), ["disk", "state", "r/s", "hit%", "r99", "w/s", "w99", "f/s", "f99", "dirty", "busy"]);
-    assert_eq!(words(lines[2])[..6], [">", "db", "serving", "1.0k", "90.0", "144u"]);
+    assert_eq!(words(lines[2])[..6], [">", "db", "serving", "1.0k", "90.0", "140u"]);
     assert_eq!(words(lines[3])[..5], ["vm1", "serving", "40.0k", "100.0", "1.5u"]);
     assert_eq!(words(lines[4])[..3], ["x", "failed", "-"]);
     assert!(text.contains(" db  /srv/db.img  20.0G  writeback  front-end: pid 4242\n"), "{text}");
     let graph = lines.iter().find(|line| line.starts_with(" r/s ")).unwrap();
     assert!(graph.contains("\u{2588}\u{2588}\u{2588}\u{2588}"), "the sparkline of a steady rate is full: {graph}");
     assert!(
-        text.contains(" read   from memory  1.5u  1.5u  1.5u   waited  144u  144u  144u   (p50 p99 p99.9)\n"),
+        text.contains(" read   from memory  1.5u  1.5u  1.5u   waited  140u  140u  140u   (p50 p99 p99.9)\n"),
         "{text}"
     );
     assert!(lines[23].starts_with(" q quit"), "{text}");

@@ -11,7 +11,7 @@ HOST := x86_64-unknown-linux-gnu
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test test-guest check manual sim mutants fuzz loom miri sanitize bystander soak \
+.PHONY: help setup build demo test test-guest check deb package-test manual sim mutants fuzz loom miri sanitize bystander soak \
 	bench bench-scale bench-policy bench-page bench-turn
 
 help: ## show this list
@@ -44,6 +44,12 @@ check: ## formatting, lints, documentation, dependencies and unit tests (2 minut
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 	scripts/check-dependencies.sh
 	$(CARGO) test --locked --lib --bins --test tidy
+
+deb: ## build the Debian package, into target/debian (needs cargo-deb: cargo install cargo-deb --locked)
+	@scripts/deb.sh release
+
+package-test: ## build the package, check it with lintian, install and purge it in a clean Debian (root, debootstrap, lintian)
+	$(CARGO) test --locked --test package -- --ignored --nocapture
 
 manual: ## write the manual pages and the shell completions anew, from the command line and the table of keys
 	GENBLK_WRITE_MANUAL=1 $(CARGO) test --locked --lib cli::manual
@@ -79,6 +85,7 @@ soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop
 		GENBLK_KILLS=200 GENBLK_EVENTS=300 $(CARGO) test --release --locked --test survival && \
 		GENBLK_CRASH_POINTS=2000 $(CARGO) test --release --locked --test guest && \
 		$(MAKE) --no-print-directory bystander && \
+		$(MAKE) --no-print-directory package-test && \
 		$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600 && \
 		$(MAKE) --no-print-directory mutants BUG= SKIP= SAMPLE=10 || exit 1; \
 	done; echo "soak: $$round rounds, no failure"

@@ -239,6 +239,7 @@ kernel=$("$root/tests/guest/mkinitramfs.sh" "$work/guest.cpio")
 truncate -s 1G "$files/demo.img"
 sed -e "s|demo\.sock|$work/&|" -e "s|demo\.img|$files/&|" -e "s|^memory_dir = .*|memory_dir = \"$memory\"|" \
     "$root/configs/demo.toml" >"$work/demo.toml"
+printf '\n[control]\nsocket = "%s"\n' "$work/control.sock" >>"$work/demo.toml"
 
 accel=tcg,thread=multi
 if kvm_works; then
@@ -256,6 +257,11 @@ show "the sparse image takes $(du -m "$files/demo.img" | cut -f 1) MiB of the ho
 start_daemon
 start_guest_with_disk show-read
 finish_guest
+
+step "What an operator sees of it: genblk stat, and a picture of genblk top"
+"$root/target/release/genblk" stat --socket "$work/control.sock" | sed 's/^/    /'
+echo
+"$root/target/release/genblk" top --once --socket "$work/control.sock" | sed '/^$/d; s/^/    /'
 stop_daemon
 
 runs="$work/daemon.1.log $work/daemon.2.log"

@@ -256,6 +256,7 @@ need kmod "reads the dependencies of the guest's kernel modules" has modprobe
 need xz-utils "unpacks kernel modules" has xz
 need zstd "unpacks kernel modules on Ubuntu" has zstd
 need bsdextrautils "column, for make help" has column
+need tmux "a terminal for the test of genblk top" has tmux
 need nbdkit "an NBD server, for the tests of remote images" has nbdkit
 need mount "losetup, for the benchmark's disks" has losetup
 # Root needs no helper to mount.

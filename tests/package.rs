@@ -1,0 +1,167 @@
+//! The Debian package: built, checked by lintian, installed, used and removed in a clean Debian. Needs root, cargo-deb,
+//! lintian and debootstrap, and takes a minute: `make package-test` runs it.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use common::daemon::{TempDir, server_binary};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+#[track_caller]
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let text = text_of(&output);
+    assert!(output.status.success(), "{command:?}: {}\n{text}", output.status);
+    text
+}
+
+fn text_of(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Builds the package of the binary under test; `None` without cargo-deb.
+fn build() -> Option<PathBuf> {
+    let profile = if server_binary().contains("/release/") { "release" } else { "dev" };
+    let output = Command::new(root().join("scripts/deb.sh")).arg(profile).output().expect("the script runs");
+    if output.status.code() == Some(3) {
+        eprintln!("skipped: {}", text_of(&output).trim());
+        return None;
+    }
+    assert!(output.status.success(), "{}", text_of(&output));
+    let path = String::from_utf8_lossy(&output.stdout).lines().last().map(PathBuf::from);
+    Some(path.filter(|path| path.exists()).unwrap_or_else(|| panic!("no package: {}", text_of(&output))))
+}
+
+fn has(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success());
+    if !found {
+        eprintln!("skipped a part: there is no {program}");
+    }
+    found
+}
+
+#[test]
+#[ignore = "needs root, cargo-deb, lintian and debootstrap; make package-test"]
+fn the_package_passes_lintian_and_is_installed_used_and_purged_in_a_clean_root() {
+    let Some(package) = build() else { return };
+    let listed = run(Command::new("dpkg-deb").arg("--contents").arg(&package));
+    for path in [
+        "usr/bin/genblk",
+        "usr/lib/systemd/system/genblk.service",
+        "usr/lib/systemd/system/genblk@.service",
+        "usr/lib/systemd/system/genblk-exporter.socket",
+        "usr/lib/sysusers.d/genblk.conf",
+        "usr/lib/tmpfiles.d/genblk.conf",
+        "usr/share/qemu/vhost-user/50-genblk.json",
+        "etc/apparmor.d/usr.bin.genblk",
+        "usr/share/man/man1/genblk-stat.1.gz",
+        "usr/share/man/man5/genblk.toml.5.gz",
+        "usr/share/bash-completion/completions/genblk",
+        "usr/share/zsh/vendor-completions/_genblk",
+        "usr/share/fish/vendor_completions.d/genblk.fish",
+        "usr/share/doc/genblk/prometheus/genblk.rules.yml",
+    ] {
+        assert!(listed.lines().any(|line| line.ends_with(&format!("./{path}"))), "{path} is not in\n{listed}");
+    }
+    if has("lintian") {
+        run(Command::new("lintian")
+            .args(["--fail-on", "error", "--tag-display-limit", "0", "--allow-root"])
+            .arg(&package));
+    }
+    if has("debootstrap") {
+        install(&package);
+    }
+}
+
+/// A program that prints this and succeeds.
+fn fake(directory: &Path, name: &str, prints: &str) {
+    let path = directory.join(name);
+    fs::write(&path, format!("#!/bin/sh\ncat <<'END'\n{prints}\nEND\n")).expect("a script can be written");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("it can be made executable");
+}
+
+#[test]
+fn a_removal_is_refused_while_a_cache_holds_completed_writes() {
+    let directory = TempDir::new("prerm");
+    let advice = "To write a cache to its image: genblk recover CACHE";
+    let list = fs::read_to_string(root().join("src/recover/operator/list.rs")).expect("the source");
+    assert!(list.contains(advice), "the script looks for this text in the list");
+    let path = format!("{}:{}", directory.path().display(), std::env::var("PATH").expect("a path"));
+    let remove = |action: &str| {
+        let mut script = Command::new("sh");
+        script.arg(root().join("packaging/deb/scripts/prerm")).arg(action).env("PATH", &path);
+        script.output().expect("sh runs")
+    };
+    fake(directory.path(), "deb-systemd-invoke", "");
+    fake(directory.path(), "genblk", advice);
+    let refused = remove("remove");
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(text_of(&refused).contains("genblk: not removed"), "{refused:?}");
+    assert!(remove("upgrade").status.success(), "the next version restores the caches");
+    fake(directory.path(), "genblk", "no cache in /dev/shm");
+    assert!(remove("remove").status.success());
+}
+
+#[test]
+fn the_units_are_those_of_the_source_for_a_binary_of_the_package() {
+    let script = fs::read_to_string(root().join("scripts/deb.sh")).expect("the script");
+    let unit = fs::read_to_string(root().join("configs/genblk.service")).expect("the unit");
+    // What the script replaces is in the unit.
+    for line in ["ExecStart=/usr/local/bin/genblk --config /etc/genblk.toml", "RuntimeDirectory=genblk", "Description="]
+    {
+        assert!(unit.lines().any(|found| found.starts_with(line)), "{line}");
+    }
+    assert!(script.contains("s|/usr/local/bin/|/usr/bin/|"), "{script}");
+    let json = fs::read_to_string(root().join("packaging/qemu/50-genblk.json")).expect("the description");
+    let described: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let capabilities = run(Command::new(server_binary()).arg("--print-capabilities"));
+    let printed: serde_json::Value = serde_json::from_str(&capabilities).expect("JSON");
+    assert_eq!((&described["type"], &described["features"]), (&printed["type"], &printed["features"]));
+}
+
+/// Installs the package in a new Debian, uses it and purges it.
+fn install(package: &Path) {
+    let directory = TempDir::new("package");
+    let debian = directory.path().join("debian");
+    run(Command::new("debootstrap").args(["--variant=minbase", "bookworm"]).arg(&debian));
+    fs::copy(package, debian.join("genblk.deb")).expect("the package can be copied");
+    let within = |line: &str| -> Output {
+        let mut chroot = Command::new("chroot");
+        chroot.arg(&debian).args(["sh", "-c", line]).env("DEBIAN_FRONTEND", "noninteractive");
+        chroot.output().expect("chroot runs")
+    };
+    let succeeds = |line: &str| {
+        let output = within(line);
+        assert!(output.status.success(), "{line}: {}", text_of(&output));
+        text_of(&output)
+    };
+    succeeds("dpkg --install /genblk.deb");
+    assert_eq!(succeeds("genblk --version"), concat!("genblk ", env!("CARGO_PKG_VERSION"), "\n"));
+    assert!(succeeds("getent passwd genblk").contains(":/var/lib/genblk:"), "the package makes the user");
+    let empty = within("genblk --check --config /etc/genblk.toml");
+    assert_eq!(empty.status.code(), Some(2), "the shipped configuration serves nothing: {}", text_of(&empty));
+    succeeds(
+        "install -d -o genblk -g genblk /run/genblk /var/lib/genblk && truncate -s 8M /var/lib/genblk/vm1.img && \
+         printf '[[device]]\\nname = \"vm1\"\\nsocket = \"/run/genblk/vm1.sock\"\\n' >>/etc/genblk.toml && \
+         printf 'image = \"/var/lib/genblk/vm1.img\"\\ncache.survive = \"never\"\\n' >>/etc/genblk.toml && \
+         genblk --check --config /etc/genblk.toml",
+    );
+    let capabilities = succeeds(
+        "$(sed -n 's/.*\"binary\": \"\\(.*\\)\",/\\1/p' /usr/share/qemu/vhost-user/50-genblk.json) \
+                                 --print-capabilities",
+    );
+    assert!(capabilities.contains("blk-file"), "{capabilities}");
+    succeeds("dpkg --remove genblk && test -e /etc/genblk.toml && ! test -e /usr/bin/genblk");
+    succeeds("dpkg --purge genblk && ! test -e /etc/genblk.toml && test -e /var/lib/genblk/vm1.img");
+    let left = succeeds("find / -xdev -path /proc -prune -o -name '*genblk*' -print");
+    let left: Vec<&str> =
+        left.lines().filter(|path| !path.starts_with("/var/lib/genblk") && *path != "/genblk.deb").collect();
+    assert!(left.iter().all(|path| ["/run/genblk", "/var/log"].iter().any(|kept| path.starts_with(kept))), "{left:?}");
+}

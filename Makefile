@@ -31,7 +31,7 @@ build: ## build the release binary
 demo: setup ## a guest writes, reads, and survives a kill of its disk's daemon (1 minute)
 	@scripts/demo.sh
 
-test: setup ## every test, those with a virtual machine included (6 minutes)
+test: setup ## every test, those with a virtual machine included (9 minutes)
 	$(CARGO) test --locked --no-fail-fast
 	@$(MAKE) --no-print-directory loom
 
@@ -90,7 +90,7 @@ soak: setup ## simulators, kills, guests, fuzzers and ten planted bugs in a loop
 		$(MAKE) --no-print-directory mutants BUG= SKIP= SAMPLE=10 || exit 1; \
 	done; echo "soak: $$round rounds, no failure"
 
-bench: setup ## compare with other servers and the machine's limit (15 minutes; some rows need root)
+bench: setup ## compare with other servers and the machine's limit (20 minutes; some rows need root)
 	$(if $(BASE),base=$$(scripts/base-binary.sh $(BASE)) &&) $(CARGO) bench --locked --bench load -- \
 		compare $(if $(ROWS),--rows $(ROWS)) $(if $(BASE),--base "$$base") $(ARGS)
 

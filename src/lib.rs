@@ -1,6 +1,7 @@
 //! genblk: a vhost-user-blk server with a page cache of its own. ARCHITECTURE.md explains it; this is the map.
 //!
-//! The modules in the order in which a request meets them, from the socket to the disk:
+//! The modules in the order in which a request meets them, from the socket to the disk. Each carries its number in
+//! brackets at its head:
 //!
 //! 1. [`vhost`]: the socket and the control plane. Messages of the front-end become commands to the workers: start and
 //!    stop vrings, change guest memory.
@@ -11,7 +12,7 @@
 //! 4. [`cached_image`]: an image with its cache. Turns the cache's operations into store requests, and the store's
 //!    events into calls of the cache; carries notices between workers.
 //! 5. [`cache`]: the page cache, without I/O. Decides what is read, written, synced and evicted.
-//! 6. [`store`]: the image, a raw file or block device, through io_uring or threads.
+//! 6. [`store`]: the image: a raw file or block device, through io_uring or threads, or an export of an NBD server.
 //!
 //! Under the path:
 //!
@@ -37,7 +38,7 @@
 //! 6. [`disk_process`]: one image and its devices, from descriptors that the supervisor has opened.
 //! 7. [`service`]: one device with everything that serves it.
 //!
-//! Beside it, [`control`] shows other programs what the devices do, and [`client`] has the commands that ask for it.
+//! Beside it, [`control`] lets other programs inspect and change the devices; [`client`] has the commands that use it.
 //!
 //! Every layer uses [`units`] (pages, frames, sectors, epochs, faults) and [`error`]; [`image_id`] tells images apart,
 //! and [`tenure`] who held an image for writing last. `sim`, for tests, runs the cache, and the whole daemon, in a

@@ -33,7 +33,7 @@ const ALLOWED_IMPORTS: &[(&str, &[&str])] = &[
     ("client", &["control", "counters", "sys", "error", "units"]),
     ("control", &["counters", "sys"]),
     ("config", &["nbd_uri", "error", "units"]),
-    ("logging", &["sandbox", "sys"]),
+    ("logging", &["sandbox", "sys", "units"]),
     // Everything that takes a path; never guest memory, a front-end's messages, or serving an image. It runs the disk's
     // side in a thread where there is one process.
     (

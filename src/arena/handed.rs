@@ -17,6 +17,7 @@ use super::mapping::Mapping;
 use super::{Arena, ArenaFile, GuestData, GuestState, HEADER_BYTES, Persistence, bytes_of};
 use crate::error::{Error, ErrorKind, Result};
 use crate::tenure::token::ChangeToken;
+use crate::units::counted;
 
 /// Which kind of arena it is; see [`super`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,7 +83,7 @@ impl ReceivedArena {
                 let file = named(first);
                 let header = file.header()?.ok_or_else(|| Error::new(ErrorKind::Ledger, format!("{file} is empty")))?;
                 if header.frames != frames as u64 {
-                    let context = format!("{file} has {} frames, where {frames} are expected", header.frames);
+                    let context = format!("{file} has {}, and {frames} are expected", counted(header.frames, "frame"));
                     return Err(Error::new(ErrorKind::Ledger, context));
                 }
                 Arena::attach(file, &header)?

@@ -31,8 +31,8 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
-/// A Sync is due when one in this many frames has a page that no Sync covers, because such pages can't be evicted.
-const UNSYNCED_PART: u32 = 8;
+/// A Sync is due when more than one in this many frames hold pages that no Sync covers: those cannot be evicted.
+const UNSYNCED_DIVISOR: u32 = 8;
 
 /// A flush that waits.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +40,7 @@ struct Flush {
     ticket: Ticket,
     /// The last epoch that it includes.
     up_to: Epoch,
-    /// Once everything up to that epoch is written: the value that [`Flushing::stable`] must reach.
+    /// Once everything up to that epoch is written: the value that [`Flushing::synced`] must reach.
     needs: Option<u64>,
 }
 
@@ -50,12 +50,12 @@ pub(super) struct Flushing {
     queue: VecDeque<Flush>,
     /// Writes, zeros and discards that have succeeded.
     written: u64,
-    /// How many of them a successful Sync covers.
-    stable: u64,
+    /// How many of them the last successful Sync covers.
+    synced: u64,
     /// How many of them the Sync in flight covers.
     syncing: Option<u64>,
-    /// The last Sync has succeeded, and its pages are still in doubt: so many operations that were in flight at its
-    /// end, and may tell of a reset before it, still are.
+    /// Operations that were in flight when the last Sync succeeded and have not ended. Any of them may report a reset
+    /// that the Sync missed; its pages stay in doubt until this is 0. `None`: no page is in doubt.
     confirming: Option<usize>,
     /// Syncs that have succeeded. An operation that was submitted before the last one may tell of a reset before it.
     successes: u64,
@@ -79,7 +79,7 @@ impl Default for Flushing {
         Self {
             queue: VecDeque::new(),
             written: 1,
-            stable: 0,
+            synced: 0,
             syncing: None,
             confirming: None,
             successes: 0,
@@ -110,7 +110,7 @@ impl Flushing {
 
     /// Whether a Sync is to be submitted although no flush waits.
     pub fn sync_is_due(&self) -> bool {
-        self.wanted && self.written > self.stable
+        self.wanted && self.written > self.synced
     }
 
     /// Whether a Sync is to be submitted, for a flush or without one.
@@ -125,7 +125,7 @@ impl Flushing {
 
     /// Whether a successful Sync covers everything that was written.
     pub fn nothing_unsynced(&self) -> bool {
-        self.written == self.stable
+        self.written == self.synced
     }
 
     /// Counts a write, zero or discard that has succeeded.
@@ -151,7 +151,7 @@ impl Flushing {
     /// Whether something that this cache has written is not durable.
     pub fn has_unsynced(&self) -> bool {
         // The initial 1 in `written` counts what was on the image before.
-        self.written > self.stable.max(1)
+        self.written > self.synced.max(1)
     }
 
     /// See [`PageCache::is_in_doubt`].
@@ -196,7 +196,7 @@ impl PageCache {
             flush.needs = Some(*written);
         }
         while let Some(flush) = self.flushing.queue.front()
-            && flush.needs.is_some_and(|needs| needs <= self.flushing.stable)
+            && flush.needs.is_some_and(|needs| needs <= self.flushing.synced)
         {
             let ticket = flush.ticket;
             self.flushing.queue.pop_front();
@@ -214,7 +214,7 @@ impl PageCache {
     /// Whether so many pages are in doubt after the last Sync that no other is sent before they are not.
     fn must_confirm_first(&self) -> bool {
         let Flushing { confirming, fresh, unsynced, .. } = &self.flushing;
-        confirming.is_some() && unsynced[fresh ^ 1].len() >= (self.pages.frames().total() / UNSYNCED_PART) as usize
+        confirming.is_some() && unsynced[fresh ^ 1].len() >= (self.pages.frames().total() / UNSYNCED_DIVISOR) as usize
     }
 
     fn submit_sync(&mut self) {
@@ -255,7 +255,7 @@ impl PageCache {
         let covered = self.flushing.syncing.take().expect("a Sync was in flight");
         match outcome.fault() {
             None => {
-                self.flushing.stable = covered;
+                self.flushing.synced = covered;
                 self.flushing.must_sync_before_retry = false;
                 self.store_succeeded(Cause::Sync);
                 self.flushing.successes += 1;
@@ -359,7 +359,7 @@ impl PageCache {
         op.doubts != self.flushing.doubts && !planted(PlantedBug::InFlightIsTrusted)
     }
 
-    /// Makes the flushes that still wait, wait for the pages to be written again and for another Sync.
+    /// A Sync has failed: requests another one, and reports the failure to the store's health.
     ///
     /// => A store that has lost something works again: what it lost is written again at once, and no request fails.
     fn sync_failed(&mut self, fault: Fault) {
@@ -436,7 +436,7 @@ impl PageCache {
             self.pages.change(id, |page| page.set(UNSYNCED[fresh]));
             let list = &mut self.flushing.unsynced[fresh];
             list.push(id);
-            if list.len() >= (self.pages.frames().total() / UNSYNCED_PART) as usize {
+            if list.len() >= (self.pages.frames().total() / UNSYNCED_DIVISOR) as usize {
                 self.flushing.want_sync();
             }
         }

@@ -4,7 +4,7 @@
 //! A freeze begins like a FLUSH. From then on no write, discard or zero is admitted: they stall, as they do while the
 //! cache is full. The FLUSH is repeated until nothing is dirty, under write-back or unsynced; then the cache is frozen.
 //! Meanwhile it starts no operation that changes the store. A write that a guest began before the freeze may complete
-//! after it: its pages stay dirty until the thaw, and so does a FLUSH that includes them.
+//! after it: its pages stay dirty until the thaw, and a FLUSH that covers them waits until then.
 //!
 //! A freeze has a deadline, which counts from its begin: the guest's writes wait no longer than that, whatever becomes
 //! of the requester.

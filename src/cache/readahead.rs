@@ -80,10 +80,10 @@ struct Stream {
     wanted: u64,
     /// How many pages between `start` and `next` were requested; counted until readahead starts.
     covered: u32,
+    /// Requests counted in `covered`.
+    requests: u8,
     /// Length of the newest window; 0: none yet.
     window: u32,
-    /// Requests for those pages.
-    requests: u8,
     /// Runs of [`ROUND_PAGES`] that went unread since a reader last reached a marker.
     wasted: u8,
     /// The newest window has no marker yet.

@@ -6,7 +6,7 @@ use super::PageCache;
 use super::pages::Period;
 use super::write::FILL_FRAMES;
 
-/// Pages that may not be evicted that one search for a victim passes: a bound on its time.
+/// Most unevictable pages that one victim search skips; bounds its time.
 const KEPT_PAGES_MAX: u32 = 64;
 /// The reserve is 1/200 of the cache: enough for a turn's requests, too little to cost hits ...
 const RESERVE_DIVISOR: u32 = 200;

@@ -13,9 +13,9 @@ use super::{ErrorPolicy, Notice, PageCache, Ticket};
 const BACKOFF_US_MIN: u64 = 100_000;
 /// Longest pause after a failed write.
 const BACKOFF_US_MAX: u64 = 5_000_000;
-/// A cache that is called this much later than it asked for was not late because the host is busy: the process was
-/// stopped (SIGSTOP, the cgroup freezer).
-const FREEZE_US_MIN: u64 = 1_000_000;
+/// A turn this much later than its deadline means that the process was stopped (SIGSTOP, cgroup freezer), not that the
+/// host is busy.
+const STOPPED_US_MIN: u64 = 1_000_000;
 
 /// Whether the store's writes succeed, for the operator.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -181,7 +181,7 @@ impl PageCache {
             let hold_ends = failure.since.plus_us(hold_us);
             let due = if failure.retry_at > self.now { failure.retry_at.min(hold_ends) } else { hold_ends };
             let late_us = now.since_us(due.max(self.now));
-            if late_us >= FREEZE_US_MIN {
+            if late_us >= STOPPED_US_MIN {
                 let half_held = now.minus_us(hold_us / 2);
                 failure.since = failure.since.plus_us(late_us).max(half_held);
                 failure.retry_at = failure.retry_at.min(now);

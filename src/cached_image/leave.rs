@@ -26,7 +26,7 @@ impl WorkerPort {
         }
         if !self.store.drain(patience) {
             let (name, left) = (&self.image.name, counted(self.store.in_flight() as u64, "operation"));
-            warn!("{name}: left {left} on the image to the kernel, which holds the image's lock until then");
+            warn!("{name}: {left} still in flight on the image; the kernel holds its lock until they complete");
             mem::forget(Arc::clone(&self.image));
         }
     }

@@ -49,13 +49,13 @@ pub struct Ring {
     load: u64,
     /// Nothing is taken while `load` is this or more.
     load_max: u64,
-    /// Those of them whose chains cannot be read. They wait for memory in which they can.
+    /// Requests in flight whose chains cannot be read yet; retried with the next memory table.
     unreadable: Vec<u16>,
     /// The driver has kicked.
     kicked: bool,
     /// The log has a line about a chain that no status could complete.
     reported: bool,
-    /// Records them for a later daemon.
+    /// The marks of this vring's requests in the inflight region, for the next daemon.
     tracker: Option<InflightTracker>,
     /// The requests that the previous daemon left in flight have been looked up.
     recovered: bool,

@@ -19,6 +19,7 @@ use log::{LevelFilter, Record, log, warn};
 
 use crate::sandbox::{self, ThreadKind};
 use crate::sys::signal::block_all_in_this_thread;
+use crate::units::counted;
 
 use limit::{Limiter, LineKind};
 use queue::LogQueue;
@@ -143,7 +144,8 @@ fn write_lines() {
         }
         let lost = QUEUE.take_dropped();
         if lost > 0 {
-            warn!(target: SUMMARY, "{lost} lines of the log are lost: standard error did not take them in time");
+            let lines = counted(lost, "line");
+            warn!(target: SUMMARY, "dropped {lines} of the log: standard error did not take them in time");
         }
     });
 }

@@ -1,18 +1,19 @@
-//! \[6\] The backing image: what every store (a raw file or block device, later NBD and RBD) promises the cache.
+//! \[6\] The image as the cache uses it: the contract of every store (raw file, block device, NBD export).
 //!
 //! Contract of a [`StoreQueue`]:
-//! => No method blocks, except dropping the queue. Operations that must block (hole maps, device ioctls) run on a
-//!    helper thread, which notifies the wake fd.
-//! => `submit` takes the request and the memory that its segments name, until the event with its tag is reaped; the
-//!    bytes of a write do not change meanwhile.
-//! => [`Limits::admissible`] checks range, alignment and segment sums before any store sees a request.
-//! => A completed `Write` is readable, not durable. A `Sync` covers the operations whose events were reaped before it
-//!    was submitted.
-//! => A completed `Zero` reads as zeros. After a `Discard` the contents of the range are undefined.
-//! => A store continues short transfers and never reports one as success. Operations complete in any order.
-//! => `depth` is the only back-pressure.
-//! => Dropping a queue first completes the operations that it accepted (for a bounded time): until then the kernel may
-//!    write to their memory.
+//!
+//! - No method blocks, except dropping the queue. Operations that must block (hole maps, device ioctls) run on a
+//!   helper thread, which notifies the wake fd.
+//! - `submit` takes the request and the memory that its segments name, until the event with its tag is reaped; the
+//!   bytes of a write do not change meanwhile.
+//! - [`Limits::admissible`] checks range, alignment and segment sums before any store sees a request.
+//! - A completed `Write` is readable, not durable. A `Sync` covers the operations whose events were reaped before it
+//!   was submitted.
+//! - A completed `Zero` reads as zeros. After a `Discard` the contents of the range are undefined.
+//! - A store continues short transfers and never reports one as success. Operations complete in any order.
+//! - `depth` is the only back-pressure.
+//! - Dropping a queue first completes the operations that it accepted (for a bounded time): until then the kernel may
+//!   write to their memory.
 //!
 //! Read [`mod@file`] first (an image with its queues), then `uring` (the normal engine), `threads` (for hosts that do
 //! not allow io_uring), and `blocking` (every operation as plain system calls, which both engines use).

@@ -86,7 +86,10 @@ fn build(entries: u32) -> io::Result<(IoUring, bool)> {
 fn warn_once(error: &io::Error) {
     static WARNING: Once = Once::new();
     WARNING.call_once(|| {
-        log::warn!("the kernel cannot restrict what an io_uring does ({error}; Linux 5.10); rings are not restricted");
+        log::warn!(
+            "io_uring restrictions are not available ({error}; Linux 5.10 or newer has them); io_uring is used without \
+             them"
+        );
     });
 }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 
 use crate::logging;
+use crate::units::counted;
 
 /// Longest line in bytes; the rest of a longer one becomes another line.
 const LINE_BYTES_MAX: usize = 8 << 10;
@@ -70,7 +71,8 @@ impl LogPipe {
         if self.second.0.elapsed() >= Duration::from_secs(1) {
             let dropped = std::mem::take(&mut self.dropped);
             if dropped > 0 {
-                warn!("{}: {dropped} lines of its process's log are lost: they came too fast", self.name);
+                let lines = counted(dropped, "line");
+                warn!("{}: dropped {lines} of its process's log: they came too fast", self.name);
             }
             self.second = (Instant::now(), 0);
         }

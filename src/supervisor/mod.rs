@@ -126,7 +126,9 @@ fn show(config: &ControlConfig, host: Arc<dyn Host>) -> Option<BoundSocket> {
         thread::Builder::new().name("control socket".to_owned()).spawn(serve).map_err(failed)?;
         Ok(bound)
     };
-    let told = |e: &Error| error!("no control socket: {e}; the disks are served, and nothing shows what they do");
+    let told = |e: &Error| {
+        error!("cannot open the control socket: {e}; disks are served, but the operator's commands cannot reach them");
+    };
     open().inspect_err(told).ok()
 }
 

@@ -392,7 +392,7 @@ fn a_daemon_tells_of_unused_caches_and_removes_the_useless_ones() {
     assert_eq!(left(), 2);
     fs::remove_file(other.image()).expect("the image can be removed");
     let mut third = start_in(TempDir::new("third"), &device);
-    third.await_log("it held nothing that its image");
+    third.await_log("its image is gone, and it held no unwritten data");
     third.stop();
     assert!(dirty.exists() && left() == 1, "dirty pages stay");
     make_image(other.directory());

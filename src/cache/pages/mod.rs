@@ -15,7 +15,7 @@
 //! - I2 and I4: `change` and `forget` pass every change of a page's `PageTally` to the dirty set.
 //! - I3: `adopt_frame`, `copy_on_write` and `restore` take a page's own reference to its frame, and `forget` drops it.
 //!   Each pin and store operation takes and drops its own.
-//! - I5: `change` checks it with debug assertions on, as all that concerns a single page.
+//! - I5: `change` checks it, with every other rule on a single page, in builds with debug assertions.
 //! - I9: `Frames` has each frame in its free list or counts its references.
 
 mod check;

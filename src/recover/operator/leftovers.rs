@@ -146,7 +146,7 @@ pub fn warn_unheld(config: &Config) {
                 |file: &ArenaFile, survey: &Survey| end_tenure(file, None, survey.header.tenure, TenureState::Clean);
             match may_clear.then(|| clear(&cache, note)) {
                 Some(Ok(Cleared::Removed(_))) => {
-                    info!("removed {}: it held nothing that its image, which is gone, lacked", visible(&cache.path));
+                    info!("removed cache {}: its image is gone, and it held no unwritten data", visible(&cache.path));
                 }
                 Some(Ok(Cleared::Shrunk(_))) => {}
                 Some(Err(e)) => {

@@ -220,7 +220,7 @@ impl NbdQueue {
             io::ErrorKind::UnexpectedEof => "the server has closed it".to_owned(),
             _ => error.to_string(),
         };
-        warn!("{label}: the connection is lost ({why}); connecting again");
+        warn!("{label}: connection lost ({why}); reconnecting");
         let timed_out = is_timeout(error);
         let (cause, until) = self.remote.note_break(timed_out);
         self.last_break = Some((Instant::now(), cause));
@@ -241,7 +241,9 @@ impl NbdQueue {
         match reconnector.ask(feared).and_then(|()| watch()) {
             Ok(()) => self.is_connecting = true,
             // The next daemon repeats what is in flight.
-            Err(e) => error!("{}: the supervisor, which makes connections, has ended ({e})", self.remote.label),
+            Err(e) => {
+                error!("{}: the supervisor has ended ({e}); requests wait for the next daemon", self.remote.label);
+            }
         }
     }
 
@@ -261,14 +263,14 @@ impl NbdQueue {
                 self.connected_again(connection, is_server_new);
             }
             Ok(ServerAttempt::Gone(why)) => {
-                error!("{label}: {why}; the image is not used any more until the daemon is started again");
+                error!("{label}: {why}; all I/O fails until the daemon is restarted");
                 self.client.gone();
             }
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                error!("{label}: the supervisor, which makes connections, has ended");
+                error!("{label}: the supervisor has ended; requests wait for the next daemon");
             }
             Err(e) => {
-                warn!("{label}: a connection was lost on its way ({e}); connecting again");
+                warn!("{label}: the new connection failed before use ({e}); reconnecting");
                 self.ask_for_connection(Duration::ZERO);
             }
         }
@@ -278,7 +280,7 @@ impl NbdQueue {
         let label = self.remote.label.clone();
         if let Some((since, cause)) = self.last_break {
             let (away, open) = (since.elapsed().as_secs_f32(), self.client.unanswered() as u64);
-            info!("{label}: connected again after {away:.1} s; repeating {}", counted(open, "operation"));
+            info!("{label}: reconnected after {away:.1} s; repeating {}", counted(open, "operation"));
             if is_server_new {
                 // The process that had them has ended, and every thread of it.
                 self.remote.suspects.release(cause);

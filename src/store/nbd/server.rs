@@ -176,7 +176,7 @@ impl ExportServer {
                 return Some(ServerAttempt::Gone(format!("the server was away for {seconds} ({error})")));
             }
             if away >= PAUSE_MAX && reminded.is_none_or(|at| at.elapsed() >= REMIND) {
-                warn!("{}: cannot connect for {} s: {error}; trying on", self.label, away.as_secs());
+                warn!("{}: cannot connect for {} s: {error}; still retrying", self.label, away.as_secs());
                 reminded = Some(Instant::now());
             }
             pause = (pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);

@@ -13,6 +13,18 @@ Cache modes:
   writethrough  a write completes once it is durable on the image
   none          nothing is cached
 
+Tasks:
+  see which disks are served, and why one is not   genblk list
+  find out which disk is slow, and why             genblk stat, genblk top
+  take a consistent snapshot on the host           genblk freeze vm1 -- COMMAND
+  add a disk from a file                           genblk attach vm3.toml
+  write a disk to its image, and remove it         genblk detach vm2
+  make everything durable now                      genblk flush vm1
+  go on after an error of the image                genblk resume vm1
+  feed Prometheus                                  genblk exporter
+  write what a crashed daemon has left             genblk recover
+  check a configuration before it is used          genblk --check --config F
+
 Limitations:
   Images are raw files, block devices and NBD exports (nbd://HOST[:PORT]/EXPORT,
   nbd+unix:///EXPORT?socket=PATH; docs/remote.md says what they promise).
@@ -74,6 +86,22 @@ Columns:
   stall          times that a request waited for room; throttled: that a write
                  met the limit of dirty data
   -              it did not happen
+
+Why a disk is slow:
+  r99 high, hit% low      reads wait for the image: -c shows whether pages are
+                          evicted (then more cache helps), and whether what is
+                          read ahead is used
+  reads waited, hit% high a few misses of a slow image: wr/s and rd/s against
+                          what the image can do
+  writes waited           throttled (-c) grows: the guest writes faster than the
+                          image takes, and more cache does not help; stall grows:
+                          no page of the cache was free
+  f99 high                a FLUSH waits for the image to write and to sync: lower
+                          flush_target_ms bounds what it has to wait for
+  busy% near 100          the worker is the limit: workers = 2, for a guest with
+                          several queues
+  all low, still slow     the time is lost in front of genblk: in the guest, or
+                          in the virtual machine monitor
 ";
 
 pub(super) const TOP: &str = "\

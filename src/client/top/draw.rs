@@ -245,21 +245,19 @@ fn draw_details(
     let mut at = 3;
     for operation in ["read", "write"] {
         let [memory, waited] = TopState::percentiles(interval, operation);
-        let text = format!(" {operation:<6} from memory {memory}   waited {waited}   (p50 p99 p99.9)");
+        let text = format!(" {operation:<6} memory {memory}   waited {waited}  (p50 p99 p99.9)");
         frame.render_widget(Line::raw(text), line(at));
         at += 1;
     }
     let [_, flush] = TopState::percentiles(interval, "flush");
     let image = [("read", "reads"), ("write", "writes"), ("sync", "syncs")]
         .map(|(operation, word)| format!("{} {word}", interval.rate(interval.store(operation))));
-    frame.render_widget(
-        Line::raw(format!(" flush              {flush}   image: {} a second", image.join(", "))),
-        line(at),
-    );
+    let text = format!(" flush  waited {flush}   image/s: {}", image.join(" "));
+    frame.render_widget(Line::raw(text), line(at));
     let cache = &interval.now.cache;
     let bytes = |pages: u64| interval.numbers.bytes(pages.saturating_mul(PAGE_BYTES));
     let text = format!(
-        " cache  {} of {} used, dirty {} of {}, {} evicted a second, {} waits",
+        " cache  {} of {}, dirty {} of {}, evicted/s {}, waits {}",
         bytes(cache.resident_pages),
         bytes(cache.frames),
         bytes(cache.dirty_pages),

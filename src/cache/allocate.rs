@@ -67,7 +67,7 @@ struct PendingAllocation {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Allocating {
+pub(super) struct SpaceAllocations {
     /// A direct-mapped table of regions: the slot is the remainder of a region's number, and has the quotient, or
     /// [`NONE`].
     regions: Vec<u32>,
@@ -85,7 +85,7 @@ pub(super) struct Allocating {
     reported: bool,
 }
 
-impl Allocating {
+impl SpaceAllocations {
     /// For a cache of `frames` frames.
     pub fn new(frames: u32) -> Self {
         let slots = (frames / FRAMES_PER_REGION).max(SLOTS_MIN) as usize;

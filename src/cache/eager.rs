@@ -22,7 +22,7 @@ const WRITES_PER_MERGED: u32 = 4;
 
 /// What guests have written since the last FLUSH.
 #[derive(Debug, Default)]
-pub(super) struct Eager {
+pub(super) struct EagerWriteback {
     pages: u64,
     writes: u32,
     /// Writes that write-back at the FLUSH would have merged with an earlier one.
@@ -31,7 +31,7 @@ pub(super) struct Eager {
     was_worthwhile: bool,
 }
 
-impl Eager {
+impl EagerWriteback {
     /// Whether to write dirty pages back at once.
     pub fn is_on(&self) -> bool {
         self.was_worthwhile && self.is_worthwhile()

@@ -40,13 +40,13 @@ struct Flush {
     ticket: Ticket,
     /// The last epoch that it includes.
     up_to: Epoch,
-    /// Once everything up to that epoch is written: the value that [`Flushing::synced`] must reach.
+    /// Once everything up to that epoch is written: the value that [`FlushState::synced`] must reach.
     needs: Option<u64>,
 }
 
 /// The flushes that wait, and what is written but not yet durable.
 #[derive(Debug)]
-pub(super) struct Flushing {
+pub(super) struct FlushState {
     queue: VecDeque<Flush>,
     /// Writes, zeros and discards that have succeeded.
     written: u64,
@@ -72,7 +72,7 @@ pub(super) struct Flushing {
     doubts: u32,
 }
 
-impl Default for Flushing {
+impl Default for FlushState {
     /// => The first flush of a cache's life sends a Sync: the image may hold writes of the previous daemon, or of
     ///    another process, that no Sync covers and that the guest can read.
     fn default() -> Self {
@@ -92,7 +92,7 @@ impl Default for Flushing {
     }
 }
 
-impl Flushing {
+impl FlushState {
     /// The last epoch whose write-back a flush waits for.
     pub fn unwritten_up_to(&self) -> Option<Epoch> {
         self.queue.back().filter(|flush| flush.needs.is_none()).map(|flush| flush.up_to)
@@ -188,7 +188,7 @@ impl PageCache {
     pub(super) fn advance_flushes(&mut self) {
         let redoing = self.ranges.is_redoing_zeroes();
         let oldest = self.pages.dirty().oldest();
-        let Flushing { queue, written, .. } = &mut self.flushing;
+        let FlushState { queue, written, .. } = &mut self.flushing;
         for flush in queue.iter_mut().filter(|flush| flush.needs.is_none()) {
             if redoing || oldest.is_some_and(|oldest| oldest.at_or_before(flush.up_to)) {
                 break;
@@ -213,7 +213,7 @@ impl PageCache {
 
     /// Whether so many pages are in doubt after the last Sync that no other is sent before they are not.
     fn must_confirm_first(&self) -> bool {
-        let Flushing { confirming, fresh, unsynced, .. } = &self.flushing;
+        let FlushState { confirming, fresh, unsynced, .. } = &self.flushing;
         confirming.is_some() && unsynced[fresh ^ 1].len() >= (self.pages.frames().total() / UNSYNCED_DIVISOR) as usize
     }
 

@@ -32,7 +32,7 @@ enum MapState {
     Mapping {
         /// Holes of the region changed since it was requested: its result is of no use.
         stale: bool,
-        /// When it was requested, on the clock of [`Holes`].
+        /// When it was requested, on the clock of [`HoleMap`].
         since: u32,
     },
     Known,
@@ -50,7 +50,7 @@ struct MappedRegion {
 
 /// A direct-mapped table of regions.
 #[derive(Debug)]
-pub(super) struct Holes {
+pub(super) struct HoleMap {
     /// Whether the image may have holes, and whether the store can report them.
     image: ImageHoles,
     image_sectors: u64,
@@ -71,7 +71,7 @@ fn whole_pages(span: SectorSpan, image_sectors: u64) -> PageSpan {
     PageSpan::new(PageNo(first), end.saturating_sub(first))
 }
 
-impl Holes {
+impl HoleMap {
     /// For an image of `image_sectors` sectors, and a cache of `frames` frames.
     pub fn new(image: ImageHoles, image_sectors: u64, frames: u32) -> Self {
         let empty = MappedRegion { number: 0, state: MapState::Empty, bits: [0; REGION_WORDS] };
@@ -282,8 +282,8 @@ mod tests {
     const REGION_SECTORS: u64 = REGION_PAGES * SECTORS_PER_PAGE;
     const IMAGE_SECTORS: u64 = 1 << 20;
 
-    fn holes_of(image_sectors: u64) -> Holes {
-        Holes::new(ImageHoles::Possible, image_sectors, 1024)
+    fn holes_of(image_sectors: u64) -> HoleMap {
+        HoleMap::new(ImageHoles::Possible, image_sectors, 1024)
     }
 
     #[test]
@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn the_first_discard_of_an_image_without_holes_makes_only_its_range_unknown() {
-        let mut holes = Holes::new(ImageHoles::NoneYet, IMAGE_SECTORS, 1024);
+        let mut holes = HoleMap::new(ImageHoles::NoneYet, IMAGE_SECTORS, 1024);
         holes.forget(PageSpan::new(PageNo(5), 10));
         assert_eq!((holes.status(PageNo(5)), holes.status(FAR)), (BlockStatus::Unknown, BlockStatus::Data));
     }

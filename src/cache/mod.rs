@@ -54,18 +54,18 @@ pub use store_health::{Health, HealthEvent};
 pub use store_ops::{Outcome, StoreOpRef};
 
 use access::PagePart;
-use allocate::Allocating;
+use allocate::SpaceAllocations;
 use changed_ranges::ChangedRanges;
-use eager::Eager;
-use flush::Flushing;
+use eager::EagerWriteback;
+use flush::FlushState;
 use freeze::FreezeState;
 use getpages::{MissRun, Waiters};
-use holes::Holes;
+use holes::HoleMap;
 use pages::Pages;
 use pending_zeroes::PendingZeroes;
 use ranges::Ranges;
 use readahead::Streams;
-use stalled::Stalled;
+use stalled::StalledRequests;
 use store_health::StoreHealth;
 use store_ops::StoreOps;
 use throttle::Throttle;
@@ -140,22 +140,22 @@ pub struct PageCache {
     /// I6.
     store_ops: StoreOps,
     run: MissRun,
-    holes: Holes,
+    holes: HoleMap,
     streams: Streams,
     writeback: Writeback,
-    eager: Eager,
+    eager: EagerWriteback,
     health: StoreHealth,
-    allocating: Allocating,
+    allocating: SpaceAllocations,
     throttle: Throttle,
     /// I8.
-    flushing: Flushing,
+    flushing: FlushState,
     /// I6.
     ranges: Ranges,
     pending_zeroes: PendingZeroes,
     changed_ranges: ChangedRanges,
     freeze: FreezeState,
     /// Requests that were not admitted whole (I10).
-    stalled: Stalled,
+    stalled: StalledRequests,
     /// Pages whose waiters could not be served yet, for lack of a frame or of a map.
     unfilled: Vec<PageId>,
     notices: Vec<Notice>,
@@ -184,17 +184,17 @@ impl PageCache {
             waiters: Waiters::default(),
             store_ops: StoreOps::default(),
             run: MissRun::default(),
-            holes: Holes::new(settings.holes, settings.image_sectors, frames),
+            holes: HoleMap::new(settings.holes, settings.image_sectors, frames),
             streams: Streams::new(settings.readahead_pages_max, frames),
             writeback: Writeback::new(settings.dirty_age_us),
-            eager: Eager::default(),
+            eager: EagerWriteback::default(),
             health: StoreHealth::default(),
-            allocating: Allocating::new(frames),
+            allocating: SpaceAllocations::new(frames),
             throttle: Throttle::new(settings.flush_target_us, settings.dirty_pages_max),
-            flushing: Flushing::default(),
+            flushing: FlushState::default(),
             ranges: Ranges::default(),
             freeze: FreezeState::default(),
-            stalled: Stalled::default(),
+            stalled: StalledRequests::default(),
             unfilled: Vec::new(),
             notices: Vec::new(),
             stats: Stats::default(),

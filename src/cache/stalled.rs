@@ -16,7 +16,7 @@ pub(super) enum StallReason {
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Stalled {
+pub(super) struct StalledRequests {
     queue: VecDeque<Ticket>,
     /// One of them waits for room.
     for_room: bool,
@@ -24,7 +24,7 @@ pub(super) struct Stalled {
     unblocked: bool,
 }
 
-impl Stalled {
+impl StalledRequests {
     /// Adds a request.
     pub fn push(&mut self, ticket: Ticket, reason: StallReason) {
         self.queue.push_back(ticket);

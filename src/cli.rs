@@ -106,6 +106,35 @@ pub enum Action {
         /// The replies as they came.
         json: bool,
     },
+    /// Set keys of a device of the daemon at this control socket.
+    Set {
+        /// The control socket.
+        socket: PathBuf,
+        /// The device.
+        device: String,
+        /// The keys, each written KEY=VALUE.
+        settings: Vec<String>,
+        /// The reply as it came.
+        json: bool,
+    },
+    /// Make the daemon at this control socket read its configuration file again.
+    Reload {
+        /// The control socket.
+        socket: PathBuf,
+        /// Say only what would change.
+        dry_run: bool,
+        /// The reply as it came.
+        json: bool,
+    },
+    /// Show the configuration of the daemon at this control socket.
+    Configuration {
+        /// The control socket.
+        socket: PathBuf,
+        /// One device; all without it.
+        device: Option<String>,
+        /// The reply as it came.
+        json: bool,
+    },
     /// Freeze a device of the daemon at this control socket.
     Freeze(PathBuf, FreezeOptions),
     /// Show what the devices of a daemon do on a terminal.
@@ -178,6 +207,29 @@ pub enum ClientCommand {
         /// Lose what its image does not take, if its cache ends with its process (survive = "never")
         #[arg(long, requires = "force")]
         discard: bool,
+    },
+    /// Change keys of a disk while it is served
+    Set {
+        #[command(flatten)]
+        device: OneDevice,
+        /// Keys of the configuration with their values, such as cache.mode=writethrough
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        settings: Vec<String>,
+    },
+    /// Read the configuration file again
+    Reload {
+        /// Say only what would change
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Show the configuration in force
+    Config {
+        /// A device; all without it
+        device: Option<String>,
+        #[command(flatten)]
+        control: ControlSocket,
     },
     /// Make everything durable that a disk has completed
     #[command(after_long_help = help::FLUSH)]
@@ -400,6 +452,15 @@ impl ClientCommand {
             }
             Self::Detach { device, force, discard } => {
                 return Ok(device.change(DeviceAction::Detach { force, discard }));
+            }
+            Self::Set { device: OneDevice { device, control: ControlSocket { socket, json } }, settings } => {
+                return Ok(Action::Set { socket, device, settings, json });
+            }
+            Self::Reload { dry_run, control: ControlSocket { socket, json } } => {
+                return Ok(Action::Reload { socket, dry_run, json });
+            }
+            Self::Config { device, control: ControlSocket { socket, json } } => {
+                return Ok(Action::Configuration { socket, device, json });
             }
             Self::Flush(device) => return Ok(device.change(DeviceAction::Flush)),
             Self::Drop { device, flushed } => return Ok(device.change(DeviceAction::Drop { flushed })),

@@ -57,6 +57,15 @@ fn run(action: Action) -> Result<()> {
         Action::Attach { socket, file, json } => {
             print(&client::attach(&mut ControlClient::connect(&socket)?, &file, json)?);
         }
+        Action::Set { socket, device, settings, json } => {
+            print(&client::set(&mut ControlClient::connect(&socket)?, &device, &settings, json)?);
+        }
+        Action::Reload { socket, dry_run, json } => {
+            print(&client::reload(&mut ControlClient::connect(&socket)?, dry_run, json)?);
+        }
+        Action::Configuration { socket, device, json } => {
+            print(&client::config(&mut ControlClient::connect(&socket)?, device.as_deref(), json)?);
+        }
         Action::Freeze(socket, options) => {
             if let Some(status) = client::freeze(&socket, &options, print)? {
                 logging::flush();

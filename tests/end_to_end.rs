@@ -228,7 +228,7 @@ fn sighup_resumes_a_stopped_device() {
     shadow.write(beyond, &[7; 4096]);
     assert!(!client.flush(), "the page lies beyond the end of the image");
     let stopped = "disk0: write-back stopped (gone); only cached data can be read; 1 dirty page kept; \
-                   check the disk, then send SIGHUP";
+                   check the disk, then run \"genblk resume disk0\"";
     daemon.signal(libc::SIGHUP);
     poll_until("a retry to fail", PATIENCE, || (count(&daemon.log(), stopped) == 2).then_some(()));
     assert_eq!(count(&daemon.log(), "write-back recovered"), 0, "the image is still too short");

@@ -158,7 +158,10 @@ impl Copier {
                     let _ = reply.send(());
                 }
                 // Without a cache there is nothing to drop or to freeze; who waits learns that nobody replies.
-                WorkerCommand::DropClean(..) | WorkerCommand::Freeze(..) | WorkerCommand::Thaw(_) => {}
+                WorkerCommand::DropClean(..)
+                | WorkerCommand::Freeze(..)
+                | WorkerCommand::Thaw(_)
+                | WorkerCommand::Reconfigure(..) => {}
                 WorkerCommand::Exit(_) | WorkerCommand::Abandon(_) => {}
             }
         }

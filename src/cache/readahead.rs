@@ -125,6 +125,16 @@ pub(super) struct Streams {
 }
 
 impl Streams {
+    /// Windows of at most `window_max` pages from now on, in a cache of `frames` frames.
+    pub fn set_window_max(&mut self, window_max: u32, frames: u32) {
+        if self.table.is_empty() {
+            // Nothing was read ahead yet.
+            *self = Self::new(window_max, frames);
+        } else {
+            self.window_max = window_max.into();
+        }
+    }
+
     /// Windows of at most `window_max` pages (0: no readahead) in a cache of `frames` frames.
     pub fn new(window_max: u32, frames: u32) -> Self {
         let streams = (frames / FRAMES_PER_STREAM).clamp(STREAMS_MIN, STREAMS_MAX) as usize;

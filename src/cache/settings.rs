@@ -1,6 +1,9 @@
-//! The settings of a cache, fixed for its lifetime.
+//! The settings of a cache. Those of [`PageCache::reconfigure`] may change while it is used; the others are fixed for
+//! its lifetime.
 
 use crate::units::ImageHoles;
+
+use super::PageCache;
 
 /// Replacement policies to choose from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,5 +88,32 @@ impl Settings {
             page_key: 0,
             hold_us: 0,
         }
+    }
+}
+
+impl PageCache {
+    /// Takes from `new` what may change while the cache is used: what decides about readahead, write-back and failures.
+    pub fn reconfigure(&mut self, new: &Settings) {
+        let now = self.now;
+        let old = &mut self.settings;
+        let changes_failures = (old.on_error, old.on_full, old.hold_us) != (new.on_error, new.on_full, new.hold_us);
+        let ages_sooner = new.dirty_age_us < old.dirty_age_us;
+        old.readahead_pages_max = new.readahead_pages_max;
+        old.flush_target_us = new.flush_target_us;
+        old.dirty_pages_max = new.dirty_pages_max;
+        old.dirty_age_us = new.dirty_age_us;
+        (old.allocate, old.unmap) = (new.allocate, new.unmap);
+        (old.on_error, old.on_full, old.hold_us) = (new.on_error, new.on_full, new.hold_us);
+        self.streams.set_window_max(new.readahead_pages_max, old.frames);
+        self.throttle.reconfigure(new.flush_target_us, new.dirty_pages_max);
+        if ages_sooner {
+            self.writeback.start_aging(now, new.dirty_age_us);
+        }
+        // What fails at the moment is judged anew. A store that was stopped stays so until the operator resumes it.
+        if changes_failures && self.health.stopped().is_none() {
+            self.resume();
+        }
+        self.stalled.unblock();
+        self.writeback.look_again();
     }
 }

@@ -89,6 +89,12 @@ impl Throttle {
         throttle
     }
 
+    /// Takes another flush target and another upper bound.
+    pub fn reconfigure(&mut self, target_us: u64, pages_max: u32) {
+        (self.target_us, self.pages_max) = (target_us, pages_max);
+        self.set_limit();
+    }
+
     /// The previous daemon left this many dirty pages: writes need not wait until they are written. It may have known
     /// the store's speed.
     pub fn restored(&mut self, dirty_pages: u32) {

@@ -30,7 +30,8 @@ pub(super) fn report_health(name: &str, event: HealthEvent, dirty_pages: u64) {
             remedy(fault)
         ),
         HealthEvent::Health(Health::Stopped(fault)) => error!(
-            "{name}: write-back stopped ({fault}); only cached data can be read; {kept}; {}, then send SIGHUP",
+            "{name}: write-back stopped ({fault}); only cached data can be read; {kept}; {}, then run \"genblk resume \
+             {name}\", or send SIGHUP if there is no control socket",
             remedy(fault)
         ),
     }

@@ -25,7 +25,7 @@ fn a_socket_and_an_image_are_enough() {
     let expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "/a.img");
     assert_eq!(
         run("--socket-path /run/s --blk-file=/a.img").unwrap(),
-        Action::ServeOne(Config { devices: vec![expected], control: None })
+        Action::ServeOne(Config { devices: vec![expected], control: None, source: None })
     );
 }
 
@@ -42,7 +42,7 @@ fn every_option_reaches_its_field() {
     expected.serial = "s1".to_string();
     expected.cache.memory_dir = MemoryDir::Path("/run/m".into());
     expected.sandbox = Sandbox::Off;
-    assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected], control: None }));
+    assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected], control: None, source: None }));
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn a_socket_has_a_mode_and_a_group() {
     let line = "--socket-path /run/s --blk-file a --socket-mode 0660 --socket-group kvm";
     let mut expected = DeviceConfig::new("disk0", Socket::Path("/run/s".into()), "a");
     (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
-    assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected], control: None }));
+    assert_eq!(run(line).unwrap(), Action::ServeOne(Config { devices: vec![expected], control: None, source: None }));
     assert!(failure("--fd 3 --blk-file a --socket-mode 0660").contains("cannot be used with"));
     let problem = failure("--socket-path s --blk-file a --socket-mode rw");
     assert!(problem.contains("--socket-mode: takes an octal mode such as \"0660\""), "{problem}");

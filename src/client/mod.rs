@@ -4,6 +4,7 @@
 
 mod attach;
 mod change;
+mod configure;
 pub mod exporter;
 mod freeze;
 mod interval;
@@ -29,6 +30,7 @@ use crate::sys::socket::connect_to_path_without_waiting;
 
 pub use attach::attach;
 pub use change::{DeviceAction, change};
+pub use configure::{config, reload, set};
 pub use freeze::{FreezeOptions, freeze};
 pub use list::list;
 pub use stat::{Numbers, StatOptions, View, stat};
@@ -171,7 +173,11 @@ impl ControlClient {
         let reply = reply.ok_or_else(|| self.failed("no reply", io::ErrorKind::UnexpectedEof.into()))?;
         match reply.error {
             None => Ok(reply),
-            Some(error) => Err(Error::new(ErrorKind::Control, in_words(&error, &reply.parameters))),
+            Some(error) => {
+                let is_configuration = error.strip_prefix(NAME) == Some(".Invalid");
+                let kind = if is_configuration { ErrorKind::Config } else { ErrorKind::Control };
+                Err(Error::new(kind, in_words(&error, &reply.parameters)))
+            }
         }
     }
 
@@ -199,8 +205,16 @@ fn in_words(error: &str, parameters: &Value) -> String {
                 joined(&parameters["differs"])
             )
         }
+        Some("NeedsReattach") => format!(
+            "{}: {} can only change when the disk is attached anew: detach it, change the file, and attach it",
+            text("device"),
+            joined(&parameters["keys"])
+        ),
         Some("InUse") => format!("{}: in use by {}; --force takes it away", text("device"), text("by")),
-        Some("Invalid") => joined(&parameters["problems"]),
+        Some("Invalid") => {
+            let problems = parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
+            problems.iter().filter_map(Value::as_str).collect::<Vec<_>>().join("\n")
+        }
         Some("NotWritten") => format!(
             "{}: the image does not take what is dirty ({}); it is served as before; --force leaves the cache for \
              \"genblk recover\"",

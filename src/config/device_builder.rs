@@ -106,7 +106,11 @@ pub(crate) fn finish(builders: Vec<DeviceBuilder>, mut problems: Vec<Problem>) -
         check_against(builder, &builders[..i], &mut problems);
     }
     if problems.is_empty() {
-        return Ok(Config { devices: builders.into_iter().map(|builder| builder.device).collect(), control: None });
+        return Ok(Config {
+            devices: builders.into_iter().map(|builder| builder.device).collect(),
+            control: None,
+            source: None,
+        });
     }
     problems.sort_by_key(|problem| (problem.line, problem.column));
     Err(problems)

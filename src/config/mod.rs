@@ -27,7 +27,7 @@ pub(crate) use keys::documented_keys;
 pub(crate) use keys::{SYSTEMD, Value, key};
 pub use problem::Problem;
 pub(crate) use problem::report;
-pub use runtime::{RuntimeConfig, check_beside, device_of};
+pub use runtime::{AT_ONCE, RuntimeConfig, adopt, changed, check_beside, device_of};
 pub use shown::{device_table, differing_keys};
 
 /// Everything that the daemon serves.
@@ -37,6 +37,8 @@ pub struct Config {
     pub devices: Vec<DeviceConfig>,
     /// The control socket, if there is to be one.
     pub control: Option<ControlConfig>,
+    /// The file that it was read from.
+    pub source: Option<PathBuf>,
 }
 
 /// The socket by which other programs see what the daemon does.
@@ -58,8 +60,9 @@ impl Config {
         let text = fs::read_to_string(path).map_err(|e| {
             Error::io(ErrorKind::Config, format!("cannot read the configuration {}", path.display()), e)
         })?;
-        Self::from_toml(&text)
-            .map_err(|problems| Error::new(ErrorKind::Config, report(&path.display().to_string(), &problems)))
+        let config = Self::from_toml(&text)
+            .map_err(|problems| Error::new(ErrorKind::Config, report(&path.display().to_string(), &problems)))?;
+        Ok(Self { source: Some(path.into()), ..config })
     }
 
     /// Checks a TOML document.
@@ -346,7 +349,7 @@ words! {
         Report = "report",
         /// They wait for it.
         Hold = "hold",
-        /// They fail, and genblk does no I/O to the image until the operator sends SIGHUP.
+        /// They fail, and genblk does no I/O to the image until the operator resumes it.
         Stop = "stop",
     }
 }

@@ -3,7 +3,7 @@
 
 use super::device_builder::{DeviceBuilder, Origin, Setting, check_against};
 use super::keys::{Value, key, suggestion};
-use super::shown::device_table;
+use super::shown::{device_table, value_of};
 use super::{Config, DeviceConfig, Problem};
 
 /// See the module.
@@ -13,7 +13,23 @@ pub struct RuntimeConfig {
     pub attached: Vec<DeviceConfig>,
     /// Names of the files' devices that were detached.
     pub detached: Vec<String>,
+    /// Keys that were set: the device, the key, and its value as TOML.
+    pub set: Vec<[String; 3]>,
 }
+
+/// The keys that may change while a device is served. The mode "none" is an exception.
+pub const AT_ONCE: &[&str] = &[
+    "poll_us",
+    "cache.mode",
+    "cache.readahead_max",
+    "cache.flush_target_ms",
+    "cache.dirty_max_percent",
+    "cache.dirty_age_max_ms",
+    "cache.allocate",
+    "cache.on_error",
+    "cache.on_full",
+    "cache.hold_max_ms",
+];
 
 impl RuntimeConfig {
     /// Notes that a device was attached.
@@ -22,8 +38,18 @@ impl RuntimeConfig {
         self.attached.push(device.clone());
     }
 
+    /// Notes that keys of a device were set.
+    pub fn note_set(&mut self, device: &DeviceConfig, keys: &[&str]) {
+        for &name in keys {
+            self.set.retain(|[other, key, _]| (other, key.as_str()) != (&device.name, name));
+            let value = value_of(name, device).expect("a key that may change has a value");
+            self.set.push([device.name.clone(), name.to_owned(), value]);
+        }
+    }
+
     /// Notes that a device was detached.
     pub fn note_detached(&mut self, name: &str) {
+        self.set.retain(|[other, ..]| other != name);
         self.attached.retain(|other| other.name != name);
         if !self.detached.iter().any(|other| other == name) {
             self.detached.push(name.to_owned());
@@ -34,8 +60,9 @@ impl RuntimeConfig {
     pub fn write(&self, boot: &str) -> String {
         let head = "# Written by genblk: what was changed since its start. It goes with an orderly stop.\n";
         let detached = toml::Value::from(self.detached.clone());
+        let set = toml::Value::from(self.set.iter().map(|set| set.to_vec()).collect::<Vec<_>>());
         let tables: String = self.attached.iter().map(device_table).collect();
-        format!("{head}boot = {boot:?}\ndetached = {detached}\n{tables}")
+        format!("{head}boot = {boot:?}\ndetached = {detached}\nset = {set}\n{tables}")
     }
 
     /// Reads what [`RuntimeConfig::write`] has written; `None` if that was before the host was started again.
@@ -49,12 +76,16 @@ impl RuntimeConfig {
             return Ok(None);
         }
         let detached = head(&mut document, "detached")?.try_into().map_err(|e: toml::de::Error| e.to_string())?;
+        let set = match document.remove("set") {
+            Some(set) => set.try_into().map_err(|e: toml::de::Error| e.to_string())?,
+            None => Vec::new(),
+        };
         if document.is_empty() {
-            return Ok(Some(Self { attached: Vec::new(), detached }));
+            return Ok(Some(Self { attached: Vec::new(), detached, set }));
         }
         let config = Config::from_toml(&document.to_string());
         let config = config.map_err(|problems| format!("{} ({} in all)", problems[0].message, problems.len()))?;
-        Ok(Some(Self { attached: config.devices, detached }))
+        Ok(Some(Self { attached: config.devices, detached, set }))
     }
 
     /// The devices of a daemon that starts again: those of the files with these changes. Adds to `problems` why a
@@ -66,7 +97,18 @@ impl RuntimeConfig {
             .filter(|device| !self.detached.contains(&device.name) && !is_attached(device))
             .cloned()
             .collect();
-        for device in &self.attached {
+        let mut set = |device: &mut DeviceConfig| {
+            let own = self.set.iter().filter(|[name, ..]| *name == device.name);
+            for [name, key, value] in own.cloned().collect::<Vec<_>>() {
+                if let Err(why) = set_value(device, &key, &value) {
+                    problems.push(format!("{name}: {key}: {why}"));
+                }
+            }
+        };
+        devices.iter_mut().for_each(&mut set);
+        let mut attached = self.attached.clone();
+        attached.iter_mut().for_each(set);
+        for device in &attached {
             match check_beside(device, &devices) {
                 Ok(()) => devices.push(device.clone()),
                 Err(found) => {
@@ -87,6 +129,47 @@ pub fn check_beside(device: &DeviceConfig, others: &[DeviceConfig]) -> Result<()
     let mut problems = Vec::new();
     check_against(&DeviceBuilder::of(device), &others, &mut problems);
     if problems.is_empty() { Ok(()) } else { Err(problems) }
+}
+
+/// Sets a key to a value that is written as TOML.
+fn set_value(device: &mut DeviceConfig, name: &str, value: &str) -> Result<(), String> {
+    let key = key(name).ok_or("unknown key")?;
+    let parsed: toml::Table = format!("value = {value}").parse().map_err(|e: toml::de::Error| e.to_string())?;
+    let value = match &parsed["value"] {
+        toml::Value::String(text) => Value::Text(text),
+        toml::Value::Integer(integer) => Value::Integer((*integer).into()),
+        toml::Value::Boolean(flag) => Value::Flag(*flag),
+        _ => Value::Other("another type"),
+    };
+    key.kind.set(device, value)
+}
+
+/// A device with the values that another one has of these keys.
+pub fn adopt(device: &DeviceConfig, other: &DeviceConfig, keys: &[&str]) -> DeviceConfig {
+    let mut device = device.clone();
+    for name in keys {
+        let value = value_of(name, other).expect("a key that may change has a value");
+        set_value(&mut device, name, &value).expect("it was valid in the other one");
+    }
+    device
+}
+
+/// A device with the keys of an object set.
+///
+/// # Errors
+/// Every problem, with its key.
+pub fn changed(device: &DeviceConfig, object: &serde_json::Value) -> Result<DeviceConfig, Vec<Problem>> {
+    let (mut entries, mut problems, mut device) = (Vec::new(), Vec::new(), device.clone());
+    match object.as_object() {
+        Some(object) => flatten(object, "", &mut entries, &mut problems),
+        None => problems.push(Origin { label: "config".to_owned(), line: None }.problem("takes an object")),
+    }
+    for Setting { key, value, origin } in entries {
+        if let Err(why) = key.kind.set(&mut device, value) {
+            problems.push(origin.problem(why));
+        }
+    }
+    if problems.is_empty() { Ok(device) } else { Err(problems) }
 }
 
 /// The device that an object with the keys of a `[[device]]` table describes.
@@ -161,6 +244,9 @@ mod tests {
         runtime.note_detached("vm1");
         runtime.note_detached("vm2");
         assert_eq!((runtime.attached.len(), runtime.detached.len()), (1, 2));
+        let mut set = device("db");
+        (set.poll_us, set.cache.hold_max_ms) = (7, 100);
+        runtime.note_set(&set, &["poll_us", "cache.hold_max_ms"]);
         let text = runtime.write("b1");
         assert_eq!(RuntimeConfig::read(&text, "b1"), Ok(Some(runtime)));
         assert_eq!(RuntimeConfig::read(&text, "b2"), Ok(None));
@@ -176,6 +262,11 @@ mod tests {
         runtime.note_attached(&device("db"));
         runtime.note_detached("vm1");
         assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);
+        let mut set = device("vm2");
+        set.poll_us = 7;
+        runtime.note_set(&set, &["poll_us"]);
+        assert_eq!(runtime.apply(&files, &mut problems), [set, device("db")]);
+        runtime.set.clear();
         let clash = DeviceConfig { name: "other".to_owned(), ..device("vm2") };
         runtime.note_attached(&clash);
         assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);
@@ -194,5 +285,16 @@ mod tests {
             assert!(keys.contains(&key), "{key} of {keys:?}");
         }
         assert!(device_of(&json!([])).is_err());
+    }
+
+    #[test]
+    fn keys_are_changed_or_adopted_and_others_stay() {
+        let old = device("db");
+        let new = changed(&old, &json!({"poll_us": 7, "cache.mode": "writethrough", "cache": {"hold_max_ms": 100}}));
+        let new = new.expect("it is valid");
+        assert_eq!(crate::config::differing_keys(&old, &new), ["poll_us", "cache.mode", "cache.hold_max_ms"]);
+        assert_eq!(crate::config::differing_keys(&old, &adopt(&old, &new, &["poll_us"])), ["poll_us"]);
+        assert_eq!(changed(&old, &json!({"poll_us": -1, "x": 1})).unwrap_err().len(), 2);
+        assert!(AT_ONCE.iter().all(|name| key(name).is_some()));
     }
 }

@@ -7,7 +7,10 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::wire::{AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters};
+use super::wire::{
+    AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters, ReloadParameters,
+    SetParameters,
+};
 
 /// Bounds of the time of a freeze, and what it is unless given, in milliseconds.
 const FREEZE_MS: std::ops::RangeInclusive<u32> = 1..=60_000;
@@ -51,6 +54,18 @@ pub enum Change {
     Attach {
         /// The keys of its table, an object.
         config: Value,
+    },
+    /// Change keys of a device that may change while it is served.
+    Set {
+        /// The device.
+        device: String,
+        /// The keys with their values, an object.
+        config: Value,
+    },
+    /// Read the configuration file again.
+    Reload {
+        /// Whether to say only what it would change.
+        dry_run: bool,
     },
     /// Write everything and serve the device no more.
     Detach {
@@ -96,6 +111,11 @@ impl Change {
             }
             "Thaw" => Self::Thaw { device: device(given)? },
             "Attach" => Self::Attach { config: read::<AttachParameters>(given)?.config },
+            "Set" => {
+                let SetParameters { device, config } = read(given)?;
+                Self::Set { device, config }
+            }
+            "Reload" => Self::Reload { dry_run: read::<ReloadParameters>(given)?.dry_run.unwrap_or(false) },
             "Detach" => {
                 let DetachParameters { device, force, discard } = read(given)?;
                 Self::Detach { device, force: force.unwrap_or(false), discard: discard.unwrap_or(false) }

@@ -38,6 +38,8 @@ pub trait Host: Send + Sync + 'static {
     fn describe(&self) -> Description;
     /// All devices, in the order of the configuration.
     fn devices(&self) -> Vec<DeviceStatus>;
+    /// The configuration in force of the devices for which `wanted` holds, as a document.
+    fn configuration(&self, wanted: &dyn Fn(&str) -> bool) -> String;
     /// Begins a change on a thread of its own. `takes_more`: the client takes more than one reply.
     fn begin(&self, change: Change, takes_more: bool) -> BegunChange;
     /// The statistics of the devices for which `wanted` holds.
@@ -191,6 +193,14 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
                 devices.retain(|device| device.name == *wanted);
             }
             once(value(&Devices { devices }))
+        }
+        "io.genblk.Control.Configuration" => {
+            let ListParameters { device } = parameters(call)?;
+            if let Some(wanted) = &device {
+                check_device(host, wanted)?;
+            }
+            let wanted = |name: &str| device.as_deref().is_none_or(|device| device == name);
+            once(json!({ "toml": host.configuration(&wanted) }))
         }
         "io.genblk.Control.Statistics" => {
             let wanted: StatisticsParameters = parameters(call)?;

@@ -274,6 +274,50 @@ pub struct DetachParameters {
     pub discard: Option<bool>,
 }
 
+/// Parameters of `Set`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct SetParameters {
+    pub device: String,
+    pub config: Value,
+}
+
+/// Parameters of `Reload`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct ReloadParameters {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<bool>,
+}
+
+/// What a reload has done with a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs, reason = "the words of the interface say it")]
+pub enum ChangeKind {
+    Attached,
+    Detached,
+    Changed,
+    Pending,
+    Kept,
+}
+
+/// A change that a reload has made, or not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct DeviceChange {
+    pub device: String,
+    pub what: ChangeKind,
+    pub detail: Vec<String>,
+}
+
+impl DeviceChange {
+    /// A change of a device.
+    pub fn of(device: &str, what: ChangeKind, detail: Vec<String>) -> Self {
+        Self { device: device.to_owned(), what, detail }
+    }
+}
+
 /// Parameters of `Drop`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]

@@ -11,6 +11,7 @@ use log::error;
 
 use super::Device;
 use super::inflight::InflightTracker;
+use crate::cache::Settings;
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::Fault;
 use crate::virtio::GuestRam;
@@ -57,6 +58,8 @@ pub enum WorkerCommand {
     Flush(Sender<Result<(), Fault>>),
     /// The operator resumes the image: retry at once what failed.
     Resume(Sender<()>),
+    /// Take from these settings what may change while the cache is used.
+    Reconfigure(Box<Settings>, Sender<()>),
     /// Evict clean pages in a part of the page table, from this slot on. Replies with how many it evicted, and the next
     /// slot.
     DropClean(u32, Sender<(u32, Option<u32>)>),
@@ -206,6 +209,11 @@ impl Workers {
     /// Retries at once what failed: the operator resumes the image.
     pub fn resume(&self) {
         self.controls[0].ask(WorkerCommand::Resume);
+    }
+
+    /// Takes from these settings what may change while the cache is used.
+    pub fn reconfigure(&self, settings: Settings) {
+        self.controls[0].ask(|reply| WorkerCommand::Reconfigure(Box::new(settings), reply));
     }
 
     /// Evicts every clean page, a part of the page table in each turn. Returns how many pages that were.

@@ -31,7 +31,7 @@ mod tally;
 pub mod worker;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::arena::Arena;
 use crate::counters::worker::Counters;
@@ -49,6 +49,9 @@ pub use worker::spawn;
 /// cache looks up each page of a part with its lock held, where a block of pages is in memory.
 const RANGE_PART_SECTORS: u64 = (128 << 20) / SECTOR_BYTES;
 
+/// No driver has acknowledged features.
+const NO_FEATURES: u64 = u64::MAX;
+
 /// What a device's workers share with each other and with the control plane.
 #[derive(Debug)]
 pub struct Device {
@@ -61,14 +64,16 @@ pub struct Device {
     /// The properties that the configuration space shows to the guest.
     pub parameters: DiskParameters,
     /// The configured cache mode: whether a completed write may stay volatile until a FLUSH.
-    writeback_configured: bool,
+    writeback_configured: AtomicBool,
+    /// The features that the driver has acknowledged, or [`NO_FEATURES`].
+    driver_features: AtomicU64,
     /// The cache mode at present, which the guest may have changed (CONFIG_WCE).
     writeback: AtomicBool,
     /// The cache gets a DISCARD or WRITE ZEROES in parts, between multiples of this many sectors. A multiple of what a
     /// discard frees at least.
     range_part_sectors: u64,
     /// How long an idle worker polls before it sleeps, in microseconds.
-    pub poll_us: u32,
+    poll_us: AtomicU32,
     /// What its workers count.
     pub counters: Counters,
     /// The bounds of each worker.
@@ -86,7 +91,7 @@ impl Device {
         poll_us: u32,
         counters: Counters,
     ) -> Arc<Self> {
-        let writeback_configured = writeback;
+        let writeback_configured = AtomicBool::new(writeback);
         let writeback = AtomicBool::new(writeback && !arena.is_write_through());
         let unit = u64::from(parameters.discard.alignment_sectors);
         let range_part_sectors = (RANGE_PART_SECTORS / unit * unit).max(unit);
@@ -97,9 +102,10 @@ impl Device {
             disk,
             parameters,
             writeback_configured,
+            driver_features: AtomicU64::new(NO_FEATURES),
             writeback,
             range_part_sectors,
-            poll_us,
+            poll_us: AtomicU32::new(poll_us),
             counters,
             budget,
         })
@@ -124,7 +130,30 @@ impl Device {
     /// A driver initializes the device; `features` are those it acknowledged, if it has done so. Resets the cache mode,
     /// unless the guest chose write-through.
     pub fn start_with_features(&self, features: Option<u64>) {
-        let configured = self.writeback_configured;
+        self.driver_features.store(features.unwrap_or(NO_FEATURES), Ordering::Release);
+        self.reset_writeback();
+    }
+
+    /// How long an idle worker polls before it sleeps, in microseconds.
+    pub fn poll_us(&self) -> u32 {
+        self.poll_us.load(Ordering::Relaxed)
+    }
+
+    /// The operator changes what the configuration says. A guest that chose write-through keeps it.
+    ///
+    /// => Writes that are taken from now on follow the mode. What was written before a switch to write-through is not
+    ///    durable until a flush.
+    pub fn reconfigure(&self, writeback: bool, poll_us: u32) {
+        self.poll_us.store(poll_us, Ordering::Relaxed);
+        if self.writeback_configured.swap(writeback, Ordering::AcqRel) != writeback {
+            self.reset_writeback();
+        }
+    }
+
+    /// Sets the mode in which a driver with these features begins.
+    fn reset_writeback(&self) {
+        let configured = self.writeback_configured.load(Ordering::Acquire);
+        let features = Some(self.driver_features.load(Ordering::Acquire)).filter(|features| *features != NO_FEATURES);
         let writeback = features.map_or(configured, |features| initial_writeback(features, configured));
         self.writeback.store(writeback && !self.arena.is_write_through(), Ordering::Release);
     }

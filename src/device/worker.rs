@@ -187,7 +187,8 @@ impl Worker {
     /// Repeats turns for up to `poll_us`: most often the next request arrives soon. Returns whether one found work.
     fn poll(&mut self, mut now: Tick) -> bool {
         let no_rings = self.rings.iter().all(Option::is_none);
-        if self.device.poll_us == 0
+        let poll_us = self.device.poll_us();
+        if poll_us == 0
             || no_rings
             || self.requests.pending.in_use() > PENDING_MAX_TO_POLL
             || !self.is_poll_worthwhile()
@@ -195,7 +196,7 @@ impl Worker {
             return false;
         }
         self.counters.count(Activity::Polls, 1);
-        let until = now.plus_us(u64::from(self.device.poll_us));
+        let until = now.plus_us(u64::from(poll_us));
         while now < until {
             if self.turn(now) {
                 self.counters.count(Activity::FruitfulPolls, 1);
@@ -380,6 +381,10 @@ impl Worker {
                 }
                 WorkerCommand::Resume(reply) => {
                     self.port.with_cache(now, |cache, _| cache.resume());
+                    let _ = reply.send(());
+                }
+                WorkerCommand::Reconfigure(settings, reply) => {
+                    self.port.with_cache(now, |cache, _| cache.reconfigure(&settings));
                     let _ = reply.send(());
                 }
                 WorkerCommand::DropClean(from, reply) => {

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::DeviceSettings;
+
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceRequest {
@@ -19,6 +21,11 @@ pub enum DeviceRequest {
     },
     /// End a freeze.
     Thaw,
+    /// Take from these settings what may change while the device is served.
+    Configure {
+        /// The settings.
+        settings: Box<DeviceSettings>,
+    },
 }
 
 /// The reply to a request.

@@ -3,8 +3,8 @@
 use std::sync::Weak;
 
 use crate::cached_image::CachedImage;
-use crate::device::Untracked;
 use crate::device::control::Workers;
+use crate::device::{Device, Untracked};
 use crate::disk_stats::{DiskState, OldestOp};
 use crate::vhost::Server;
 
@@ -14,6 +14,7 @@ pub struct ServiceHandle {
     pub(super) server: Weak<Server>,
     pub(super) workers: Weak<Workers>,
     pub(super) image: Weak<CachedImage>,
+    pub(super) device: Weak<Device>,
 }
 
 impl ServiceHandle {

@@ -3,11 +3,29 @@
 use std::time::Duration;
 
 use super::handle::ServiceHandle;
+use super::settings::settings;
+use crate::config::CacheMode;
 use crate::device::HeldRequests;
-use crate::disk_protocol::{DeviceReply, DeviceRequest};
+use crate::device::control::Workers;
+use crate::disk_protocol::{DeviceReply, DeviceRequest, DeviceSettings};
 use crate::units::Fault;
 
 impl ServiceHandle {
+    /// Takes what may change of other settings.
+    fn configure(&self, workers: &Workers, new: &DeviceSettings) -> DeviceReply {
+        let (Some(device), Some(image)) = (self.device.upgrade(), self.image.upgrade()) else {
+            return DeviceReply::NotServed;
+        };
+        let cache = match settings(new, image.limits()) {
+            Ok(cache) => cache,
+            Err(error) => return DeviceReply::Failed { fault: error.to_string() },
+        };
+        drop(image);
+        workers.reconfigure(cache);
+        device.reconfigure(new.cache.mode == CacheMode::Writeback, new.poll_us);
+        DeviceReply::Done
+    }
+
     /// Carries out a request and returns its reply.
     pub fn execute(&self, request: &DeviceRequest) -> DeviceReply {
         let Some(workers) = self.workers.upgrade() else { return DeviceReply::NotServed };
@@ -22,6 +40,7 @@ impl ServiceHandle {
                 let held = if holds_reads { HeldRequests::All } else { HeldRequests::Changes };
                 done(workers.freeze(Duration::from_millis(time_ms.into()), held))
             }
+            DeviceRequest::Configure { ref settings } => self.configure(&workers, settings),
             DeviceRequest::Thaw => DeviceReply::Thawed { was_frozen: workers.thaw() },
         }
     }

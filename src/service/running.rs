@@ -59,6 +59,7 @@ impl Running {
             server: Arc::downgrade(&self.server),
             workers: Arc::downgrade(&self.workers),
             image: Arc::downgrade(&self.image),
+            device: Arc::downgrade(&self.device),
         }
     }
 

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::disk::Disk;
 use super::fleet::Fleet;
-use super::fleet_change::{FleetChange, Requester};
-use crate::config::{DeviceConfig, check_beside, differing_keys};
+use super::fleet_change::{FleetChange, FleetPlan, Recorded, Requester};
+use crate::config::{Config, DeviceConfig, check_beside, differing_keys};
 use crate::control::change::Refusal;
 use crate::disk_protocol::Ending;
 use crate::error::Error;
@@ -17,8 +17,8 @@ impl Fleet {
     /// Begins what the operator asks for.
     pub(super) fn on_change(&mut self, change: FleetChange) {
         let (requester, refusal) = match change {
-            FleetChange::Attach(device, requester) => match self.check_attach(&device) {
-                Ok(true) => return self.attach(&device, requester),
+            FleetChange::Attach(device, record, requester) => match self.check_attach(&device) {
+                Ok(true) => return self.attach(&device, record, requester),
                 Ok(false) => (requester, Ok(false)),
                 Err(refusal) => (requester, Err(refusal)),
             },
@@ -26,11 +26,16 @@ impl Fleet {
                 let disk = self.find(&name).and_then(|index| self.disks.get_mut(&index));
                 (requester, Ok(disk.is_some_and(Disk::discard)))
             }
-            FleetChange::Detach { name, discards, requester } => match self.find(&name) {
+            FleetChange::Detach { name, discards, record, requester } => match self.find(&name) {
                 _ if self.end.is_some() => (requester, Err(ending())),
-                Some(index) => return self.detach(index, discards, requester),
-                None => (requester, Err(Refusal::new("NoSuchDevice", json!({ "device": name, "devices": [] })))),
+                Some(index) => return self.detach(index, discards, record, requester),
+                None => (requester, Err(no_such_device(&name))),
             },
+            FleetChange::Set(device, keys, record, requester) => {
+                let set = self.set(*device, &keys, record);
+                (requester, set.map(|()| true))
+            }
+            FleetChange::Compare(files, requester) => return drop(requester.send(self.compare(&files))),
         };
         // Whoever has hung up needs no reply.
         let _ = requester.send(refusal);
@@ -47,7 +52,7 @@ impl Fleet {
         }
         if let Some(index) = self.find(&device.name) {
             let disk = &self.disks[&index];
-            let differs = differing_keys(disk.config(), device);
+            let differs = differing_keys(&disk.config(), device);
             if disk.is_leaving() {
                 return Err(Refusal::new("Busy", json!({ "what": format!("{}: detach", device.name) })));
             }
@@ -59,7 +64,7 @@ impl Fleet {
                 false => Err(Refusal::new("DeviceExists", json!({ "device": device.name, "differs": differs }))),
             };
         }
-        let others: Vec<DeviceConfig> = self.disks.values().map(|disk| disk.config().clone()).collect();
+        let others: Vec<DeviceConfig> = self.disks.values().map(|disk| DeviceConfig::clone(&disk.config())).collect();
         match check_beside(device, &others) {
             Ok(()) => Ok(true),
             Err(problems) => {
@@ -69,13 +74,44 @@ impl Fleet {
         }
     }
 
-    fn attach(&mut self, device: &DeviceConfig, requester: Requester) {
+    /// Puts another configuration of a device in force.
+    fn set(&mut self, device: DeviceConfig, keys: &[&str], record: Recorded) -> Result<(), Refusal> {
+        let index = self.find(&device.name).ok_or_else(|| no_such_device(&device.name))?;
+        if let Some(runtime) = self.runtime.as_mut().filter(|_| record == Recorded::Runtime) {
+            let before = runtime.changes.clone();
+            runtime.changes.note_set(&device, keys);
+            if let Err(e) = runtime.save() {
+                runtime.changes = before;
+                let why = format!("it cannot be recorded for the next daemon: {e}");
+                return Err(Refusal::refused(device.name, why));
+            }
+        }
+        info!("{}: set by the operator: {}", device.name, keys.join(", "));
+        self.disks[&index].configure(device);
+        Ok(())
+    }
+
+    /// What a daemon with these files serves, and what is in force.
+    fn compare(&self, files: &Config) -> Result<FleetPlan, Refusal> {
+        let mut problems = Vec::new();
+        let wanted = match &self.runtime {
+            Some(runtime) => runtime.changes.apply(&files.devices, &mut problems),
+            None => files.devices.clone(),
+        };
+        if !problems.is_empty() {
+            return Err(Refusal::new("Invalid", json!({ "problems": problems })));
+        }
+        let in_force = self.disks.values().filter(|disk| !disk.is_leaving()).map(Disk::config).collect();
+        Ok(FleetPlan { wanted, in_force })
+    }
+
+    fn attach(&mut self, device: &DeviceConfig, record: Recorded, requester: Requester) {
         let index = self.next_disk;
         match Disk::start(index, device, &self.context, &self.events) {
             Ok(mut disk) => {
                 info!("{}: being attached by the operator", device.name);
                 self.next_disk += 1;
-                disk.set_attaching(requester);
+                disk.set_attaching(requester, record);
                 self.disks.insert(index, disk);
             }
             Err(error) => drop(requester.send(Err(Refusal::refused(device.name.clone(), error.to_string())))),
@@ -85,9 +121,11 @@ impl Fleet {
     /// A device that is being attached is served.
     pub(super) fn confirm_attach(&mut self, index: usize) {
         let disk = self.disks.get_mut(&index).expect("it was found");
-        let Some(requester) = disk.take_attaching() else { return };
-        let device = disk.config().clone();
-        let Some(runtime) = &mut self.runtime else { return };
+        let Some((requester, record)) = disk.take_attaching() else { return };
+        let device = DeviceConfig::clone(&disk.config());
+        let Some(runtime) = self.runtime.as_mut().filter(|_| record == Recorded::Runtime) else {
+            return drop(requester.send(Ok(true)));
+        };
         let before = runtime.changes.clone();
         runtime.changes.note_attached(&device);
         if let Err(e) = runtime.save() {
@@ -103,20 +141,20 @@ impl Fleet {
     pub(super) fn refuse_attach(&mut self, index: usize, error: &Error) {
         let disk = self.disks.get_mut(&index).expect("it was found");
         warn!("{}: not attached: {error}", disk.name());
-        if let Some(requester) = disk.take_attaching() {
+        if let Some((requester, _)) = disk.take_attaching() {
             let _ = requester.send(Err(Refusal::refused(disk.name(), error.to_string())));
         }
         disk.begin_end(Ending::HandOver);
     }
 
-    fn detach(&mut self, index: usize, discards: bool, requester: Requester) {
+    fn detach(&mut self, index: usize, discards: bool, record: Recorded, requester: Requester) {
         let disk = self.disks.get_mut(&index).expect("it was found");
         if disk.is_leaving() || disk.is_attaching() {
             let busy = format!("{}: another change", disk.name());
             return drop(requester.send(Err(Refusal::new("Busy", json!({ "what": busy })))));
         }
         info!("{}: being detached by the operator", disk.name());
-        disk.begin_detach(requester, discards);
+        disk.begin_detach(requester, record, discards);
     }
 
     /// Forgets the devices that were detached and have ended.
@@ -131,8 +169,9 @@ impl Fleet {
         for (_, disk) in ended {
             let name = disk.name().to_owned();
             let (requester, error) = disk.into_end();
-            let Some(requester) = requester else { continue };
-            let recorded = self.runtime.as_mut().map_or(Ok(()), |runtime| {
+            let Some((requester, record)) = requester else { continue };
+            let runtime = self.runtime.as_mut().filter(|_| record == Recorded::Runtime);
+            let recorded = runtime.map_or(Ok(()), |runtime| {
                 runtime.changes.note_detached(&name);
                 runtime.save()
             });
@@ -150,6 +189,10 @@ impl Fleet {
             });
         }
     }
+}
+
+fn no_such_device(name: &str) -> Refusal {
+    Refusal::new("NoSuchDevice", json!({ "device": name, "devices": [] }))
 }
 
 fn ending() -> Refusal {

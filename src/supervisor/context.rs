@@ -19,13 +19,21 @@ pub(super) struct Context {
     groups: Mutex<HashMap<String, SharedProcess>>,
     pub sockets: InheritedSockets,
     pub hosting: Hosting,
+    /// There is a control socket, by which the operator resumes disks; else SIGHUP does.
+    has_control: bool,
 }
 
 impl Context {
     /// The context of the devices of `config`. Takes the sockets that the daemon inherited.
     pub fn new(config: &Config, manager: &Arc<ServiceManager>, hosting: Hosting) -> Self {
         let (images, sockets) = (SharedImages::default(), InheritedSockets::take(config));
-        Self { manager: Arc::clone(manager), images, groups: Mutex::default(), sockets, hosting }
+        let has_control = config.control.is_some();
+        Self { manager: Arc::clone(manager), images, groups: Mutex::default(), sockets, hosting, has_control }
+    }
+
+    /// What resumes a disk, for messages.
+    pub fn resume_by(&self, name: &str) -> String {
+        if self.has_control { format!("\"genblk resume {name}\"") } else { "SIGHUP".to_owned() }
     }
 
     /// The process of the group with this name; `None` for no name.

@@ -23,8 +23,9 @@ pub(super) use change::Stayers;
 use super::SupervisorEvent;
 use super::context::Context;
 use super::entry::{DeviceProgress, OverviewEntry};
-use super::fleet_change::Requester;
+use super::fleet_change::{Recorded, Requester};
 use super::handle::DeviceHandle;
+use super::in_force::InForce;
 use super::keeper::{self, Keeper, KeeperCommand};
 use super::operator_state::OperatorState;
 use super::reminder::{FIRST, Reminder};
@@ -71,8 +72,10 @@ pub(super) enum DevicePhase {
 #[derive(Debug)]
 pub(super) struct Disk {
     name: String,
+    /// What resumes it, for messages.
+    resume_by: String,
     image: PathBuf,
-    config: Arc<DeviceConfig>,
+    in_force: InForce,
     keeper: Keeper,
     /// What the operator does with it.
     operator: Arc<OperatorState>,
@@ -94,7 +97,7 @@ pub(super) struct Disk {
     /// How it ends, and since when.
     leaving: Option<(Ending, Instant)>,
     /// Who waits for it to be served.
-    attaching: Option<Requester>,
+    attaching: Option<(Requester, Recorded)>,
     /// What the operator wants of its end.
     detaching: Option<Detaching>,
     /// Since when its rings have stopped.
@@ -128,12 +131,14 @@ impl Disk {
         context: &Arc<Context>,
         events: &Sender<SupervisorEvent>,
     ) -> Result<Self> {
+        let in_force = InForce::new(config);
         Ok(Self {
             name: config.name.clone(),
+            resume_by: context.resume_by(&config.name),
             image: config.image.clone(),
-            config: Arc::new(config.clone()),
             operator: Arc::default(),
-            keeper: Keeper::start(index, config, context, events)?,
+            keeper: Keeper::start(index, config, &in_force, context, events)?,
+            in_force,
             phase: DevicePhase::Opening,
             handle: None,
             failure: None,
@@ -213,7 +218,7 @@ impl Disk {
         let failure = match self.failure.take().filter(|failure| is_same(&failure.text, &text)) {
             Some(failure) => self.failure.insert(failure),
             None => {
-                error!("{}: not served: {text}; trying again, SIGHUP tries at once", self.name);
+                error!("{}: not served: {text}; trying again, {} tries at once", self.name, self.resume_by);
                 let failure = StartFailure { text, since: Instant::now(), reminder: Reminder::new() };
                 return self.failure = Some(failure);
             }
@@ -239,7 +244,7 @@ impl Disk {
     /// Its process has died too often.
     pub fn give_up(&mut self, error: &Error) {
         let text = error.to_string();
-        error!("{}: not served: {text}; SIGHUP starts it again", self.name);
+        error!("{}: not served: {text}; {} starts it again", self.name, self.resume_by);
         self.handle = None;
         self.failure = Some(StartFailure { text, since: Instant::now(), reminder: Reminder::new() });
         self.set_phase(DevicePhase::Failed);
@@ -269,7 +274,7 @@ impl Disk {
     /// What the control socket shows of it.
     pub fn entry(&self) -> OverviewEntry {
         OverviewEntry {
-            config: Arc::clone(&self.config),
+            config: self.in_force.get(),
             page: Arc::clone(self.keeper.page()),
             progress: self.progress(),
             link: self.handle.as_ref().map(DeviceHandle::link),
@@ -297,8 +302,13 @@ impl Disk {
     }
 
     /// What it is to serve.
-    pub fn config(&self) -> &DeviceConfig {
-        &self.config
+    pub fn config(&self) -> Arc<DeviceConfig> {
+        self.in_force.get()
+    }
+
+    /// Puts another configuration in force.
+    pub fn configure(&self, config: DeviceConfig) {
+        self.in_force.set(Arc::new(config));
     }
 
     /// Logs what takes long.
@@ -491,7 +501,7 @@ impl Disk {
         };
         let has_unkept_data = self.state().has_unkept_data;
         let loses = match &self.handle {
-            None => ending == Ending::WriteBack && recover::has_unwritten_cache(&self.config),
+            None => ending == Ending::WriteBack && recover::has_unwritten_cache(&self.in_force.get()),
             Some(handle) => {
                 handle.force_close();
                 ending == Ending::WriteBack || has_unkept_data

@@ -20,6 +20,7 @@ use crate::units::counted;
 use super::context::Context;
 use super::disk::{DevicePhase, Disk, Stayers};
 use super::keeper::{KeeperCommand, News};
+use super::operator::Operator;
 use super::overview::Overview;
 use super::runtime::RuntimeFile;
 use super::{Strictness, SupervisorEvent};
@@ -59,6 +60,8 @@ pub(super) struct Fleet {
     pub(super) runtime: Option<RuntimeFile>,
     /// What the control socket shows.
     pub(super) overview: Arc<Overview>,
+    /// Reads the configuration file again.
+    operator: Option<Operator>,
     strictness: Strictness,
     manager: Arc<ServiceManager>,
     /// For the look at the caches that no daemon uses, which follows the start.
@@ -90,6 +93,7 @@ impl Fleet {
         let disks: BTreeMap<_, _> = config.devices.iter().enumerate().map(start).collect::<Result<_>>()?;
         Ok(Self {
             overview: Overview::new(disks.values().map(Disk::entry)),
+            operator: None,
             next_disk: disks.len(),
             disks,
             context: Arc::clone(context),
@@ -109,6 +113,11 @@ impl Fleet {
     /// What the control socket shows.
     pub fn overview(&self) -> &Arc<Overview> {
         &self.overview
+    }
+
+    /// Makes SIGHUP read the configuration file again.
+    pub fn reload_with(&mut self, operator: Operator) {
+        self.operator = Some(operator);
     }
 
     /// Serves until the process is to end.
@@ -151,7 +160,13 @@ impl Fleet {
 
     fn on_signal(&mut self, signal: i32) {
         if signal == libc::SIGHUP {
-            self.disks.values().for_each(|disk| disk.send(KeeperCommand::Resume));
+            // With a control socket, who adds a disk does not wake one that was stopped to be looked at.
+            if self.runtime.is_none() {
+                self.disks.values().for_each(|disk| disk.send(KeeperCommand::Resume));
+            }
+            if let Some(operator) = self.operator.as_ref().filter(|operator| operator.has_source()) {
+                operator.reload_on_signal(&self.manager);
+            }
         } else if let Some(end) = &mut self.end {
             end.hurried = true;
             let waiting: Vec<_> = self.disks.values().filter(|disk| !disk.has_ended()).map(Disk::name).collect();

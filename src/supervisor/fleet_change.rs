@@ -1,8 +1,9 @@
 //! What the operator asks of the main thread.
 
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use crate::config::DeviceConfig;
+use crate::config::{Config, DeviceConfig};
 use crate::control::change::Refusal;
 
 /// Who waits for the end of a change.
@@ -12,9 +13,27 @@ pub(super) type Requester = Sender<Result<bool, Refusal>>;
 #[derive(Debug)]
 pub(super) enum FleetChange {
     /// Serve one more device. The reply: whether it is new.
-    Attach(Box<DeviceConfig>, Requester),
+    Attach(Box<DeviceConfig>, Recorded, Requester),
     /// Write everything and serve the device no more.
-    Detach { name: String, discards: bool, requester: Requester },
+    Detach { name: String, discards: bool, record: Recorded, requester: Requester },
     /// Give up what the image of a device that is being detached does not take. The reply: whether there is one.
     Discard(String, Requester),
+    /// Put these keys of a device in force, which its process is told next.
+    Set(Box<DeviceConfig>, Vec<&'static str>, Recorded, Requester),
+    /// The devices that a daemon with these files serves, and what is in force now; or why it could not.
+    Compare(Box<Config>, Sender<Result<FleetPlan, Refusal>>),
+}
+
+/// Whether a change is recorded for the next daemon. One that the files say already is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Recorded {
+    Runtime,
+    Files,
+}
+
+/// What is to be served, and what is.
+#[derive(Debug)]
+pub(super) struct FleetPlan {
+    pub wanted: Vec<DeviceConfig>,
+    pub in_force: Vec<Arc<DeviceConfig>>,
 }

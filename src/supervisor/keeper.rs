@@ -15,13 +15,14 @@ use log::{debug, error};
 use super::SupervisorEvent;
 use super::context::Context;
 use super::handle::DeviceHandle;
+use super::in_force::InForce;
 use super::process::{Exit, Hearer, Process, ProcessNews};
 use super::restarts::Restarts;
 use super::slot::{ImageSlot, open_image};
 use super::socket::ListenSocket;
 use crate::broker;
 use crate::config::DeviceConfig;
-use crate::disk_protocol::{DeviceSettings, Ending, ToDisk};
+use crate::disk_protocol::{DeviceRequest, DeviceSettings, Ending, ToDisk};
 use crate::disk_stats::StatsPage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
@@ -95,6 +96,7 @@ impl Keeper {
     pub fn start(
         index: usize,
         config: &DeviceConfig,
+        in_force: &InForce,
         context: &Arc<Context>,
         events: &Sender<SupervisorEvent>,
     ) -> Result<Self> {
@@ -107,6 +109,7 @@ impl Keeper {
         let worker = KeeperThread {
             index,
             config: config.clone(),
+            in_force: in_force.clone(),
             context: Arc::clone(context),
             own: commands.clone(),
             commands: receiver,
@@ -154,6 +157,8 @@ fn lock(step: &Mutex<KeeperStep>) -> MutexGuard<'_, KeeperStep> {
 struct KeeperThread {
     index: usize,
     config: DeviceConfig,
+    /// The configuration with what the operator has changed since. What `config` has of it, too, does not change.
+    in_force: InForce,
     context: Arc<Context>,
     /// Sends to `commands`; processes get copies.
     own: Sender<KeeperCommand>,
@@ -312,7 +317,7 @@ impl KeeperThread {
                         None => {
                             let context = format!("{why}, once too often (restart_burst)");
                             self.tell(News::GivenUp(Error::new(ErrorKind::System, context)));
-                            self.begin("waiting for SIGHUP");
+                            self.begin("waiting to be resumed");
                             !self.wait_for_resume()
                         }
                     };
@@ -359,7 +364,7 @@ impl KeeperThread {
     fn serve(&self, opened: &Opened) -> Result<ServiceEnd> {
         self.begin("starting a process");
         let system = |e| Error::io(ErrorKind::System, format!("{}: cannot serve it", self.config.name), e);
-        let process = opened.slot.process()?;
+        let process = opened.slot.process(&self.in_force.get().as_ref().into())?;
         let page = &self.page;
         page.begin_process();
         let broker = broker::spawn(&self.config.name).map_err(system)?;
@@ -368,7 +373,8 @@ impl KeeperThread {
         let own = self.own.clone();
         // A keeper that has ended does not wait for news.
         let hearer = Hearer(Box::new(move |fence, news| drop(own.send(KeeperCommand::Process(fence, news)))));
-        let settings = DeviceSettings::from(&self.config);
+        let served = self.in_force.get();
+        let settings = DeviceSettings::from(&*served);
         process.serve(device, opened.slot.name(), settings, files, hearer).map_err(system)?;
         let handle = DeviceHandle::new(device, opened.slot.name(), &process, page, &opened.socket).map_err(system)?;
         let mut session = ProcessSession {
@@ -380,6 +386,7 @@ impl KeeperThread {
             handle: Some(handle),
             ending: None,
             quiesced: false,
+            served,
             ended: None,
             failure: None,
         };
@@ -394,6 +401,8 @@ struct ProcessSession<'a> {
     process: Arc<Process>,
     page: Arc<StatsPage>,
     slot: &'a ImageSlot,
+    /// The configuration that the process was told.
+    served: Arc<DeviceConfig>,
     /// For the main thread, once it is served.
     handle: Option<DeviceHandle>,
     ending: Option<Ending>,
@@ -426,6 +435,17 @@ impl ProcessSession<'_> {
         }
     }
 
+    /// Tells the process what the operator has changed while it started. Later changes are told by who makes them.
+    fn tell_changes(&self) {
+        let in_force = self.worker.in_force.get();
+        if !Arc::ptr_eq(&in_force, &self.served) {
+            let settings = Box::new(DeviceSettings::from(&*in_force));
+            let request = DeviceRequest::Configure { settings };
+            // Nobody waits for the reply to request 0.
+            self.process.command(&ToDisk::Request { device: self.device, id: 0, request });
+        }
+    }
+
     fn end(&mut self, ending: Ending) {
         self.ending = Some(ending);
         self.worker.begin("completing the guest's requests");
@@ -447,6 +467,7 @@ impl ProcessSession<'_> {
         match news {
             ProcessNews::Served => {
                 self.worker.begin("serving");
+                self.tell_changes();
                 if let Some(handle) = self.handle.take() {
                     self.worker.tell(News::Served(handle));
                 }

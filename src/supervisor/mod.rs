@@ -11,12 +11,14 @@
 //! answer holds up its own device only.
 
 mod attach;
+mod configure;
 mod context;
 mod disk;
 mod entry;
 mod fleet;
 mod fleet_change;
 mod handle;
+mod in_force;
 mod keeper;
 mod log_pipe;
 mod operator;
@@ -50,6 +52,7 @@ use context::Context;
 use fleet::Fleet;
 use fleet_change::FleetChange;
 use keeper::News;
+use operator::Operator;
 use runtime::RuntimeFile;
 
 /// Signals without a meaning here that would end the process: a write beyond RLIMIT_FSIZE and one to a closed pipe fail
@@ -77,8 +80,9 @@ enum SupervisorEvent {
     Change(FleetChange),
 }
 
-/// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP resumes write-back that was stopped
-/// after an error, and tries again to serve devices that could not be served.
+/// Serves the devices of a configuration until SIGTERM, SIGINT or SIGUSR1. SIGHUP makes it read the configuration file
+/// again. Without a control socket, SIGHUP also resumes write-back that was stopped after an error, and tries again to
+/// serve devices that could not be served.
 ///
 /// # Errors
 /// [`ErrorKind::Image`], [`ErrorKind::Locked`], [`ErrorKind::Memory`], [`ErrorKind::Ledger`] and [`ErrorKind::Socket`]
@@ -106,8 +110,10 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
     let context = Arc::new(Context::new(config, &manager, hosting));
     let (sender, events) = channel();
     wait_for_signals(signals, sender.clone())?;
-    let fleet = Fleet::start(config, strictness, &context, manager, &sender, runtime)?;
-    let _bound = config.control.as_ref().and_then(|control| show(control, operator::host(fleet.overview(), &sender)));
+    let mut fleet = Fleet::start(config, strictness, &context, manager, &sender, runtime)?;
+    let operator = Operator::new(fleet.overview(), &sender, config.source.as_deref());
+    fleet.reload_with(operator.clone());
+    let _bound = config.control.as_ref().and_then(|control| show(control, Arc::new(operator)));
     fleet.run(&events)
 }
 

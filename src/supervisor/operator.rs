@@ -1,8 +1,9 @@
 //! What the operator does with devices through the control socket. Each change runs on a thread of its own, `change`,
 //! which may wait for a disk process and so for an image: the main thread and other connections do not wait for it.
 
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,12 +12,12 @@ use serde_json::{Value, json};
 
 use super::SupervisorEvent;
 use super::entry::OverviewEntry;
-use super::fleet_change::{FleetChange, Requester};
+use super::fleet_change::{FleetChange, Recorded, Requester};
 use super::handle::DeviceLink;
 use super::keeper::KeeperCommand;
 use super::operator_state::{FreezeLease, UnderWay};
 use super::overview::Overview;
-use crate::config::device_of;
+use crate::config::{DeviceConfig, Problem, device_of};
 use crate::control::change::{BegunChange, Change, ChangeClient, Refusal};
 use crate::control::server::Host;
 use crate::control::wire::{
@@ -35,15 +36,27 @@ const DETACH_RETRY: Duration = Duration::from_secs(1);
 
 /// See the module.
 #[derive(Clone, Debug)]
-struct Operator {
-    overview: Arc<Overview>,
+pub(super) struct Operator {
+    pub(super) overview: Arc<Overview>,
     /// To the main thread.
-    events: Sender<SupervisorEvent>,
+    pub(super) events: Sender<SupervisorEvent>,
+    /// The configuration file.
+    pub(super) source: Option<PathBuf>,
+    /// Held by a reload.
+    pub(super) reload: Arc<Mutex<()>>,
 }
 
-/// What the control socket shows and changes of these devices.
-pub(super) fn host(overview: &Arc<Overview>, events: &Sender<SupervisorEvent>) -> Arc<dyn Host> {
-    Arc::new(Operator { overview: Arc::clone(overview), events: events.clone() })
+impl Operator {
+    /// What is shown and changed of these devices. `source`: the configuration file.
+    pub(super) fn new(overview: &Arc<Overview>, events: &Sender<SupervisorEvent>, source: Option<&Path>) -> Self {
+        let (source, reload) = (source.map(Into::into), Arc::default());
+        Self { overview: Arc::clone(overview), events: events.clone(), source, reload }
+    }
+
+    /// Whether the daemon has a configuration file.
+    pub(super) fn has_source(&self) -> bool {
+        self.source.is_some()
+    }
 }
 
 impl Host for Operator {
@@ -53,6 +66,10 @@ impl Host for Operator {
 
     fn devices(&self) -> Vec<DeviceStatus> {
         self.overview.devices()
+    }
+
+    fn configuration(&self, wanted: &dyn Fn(&str) -> bool) -> String {
+        self.overview.configuration(wanted)
     }
 
     fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics> {
@@ -113,26 +130,36 @@ impl Operator {
                 let entry = self.overview.entry(&device)?;
                 Ok(json!(thaw(&entry, client)))
             }
-            Change::Attach { config } => self.attach(&config),
-            Change::Detach { device, force, discard } => self.detach(&device, force, discard, client),
+            Change::Attach { config } => {
+                let device = device_of(&config).map_err(|problems| invalid(&problems))?;
+                Ok(json!({ "attached": self.attach(device, Recorded::Runtime)? }))
+            }
+            Change::Detach { device, force, discard } => {
+                self.detach(&device, force, discard, Recorded::Runtime, client)?;
+                Ok(json!(Progressing { progress: None }))
+            }
+            Change::Set { device, config } => Ok(json!({ "changed": self.set(&device, &config, client)? })),
+            Change::Reload { dry_run } => Ok(json!({ "changes": self.reload(dry_run, client)? })),
         }
     }
 
-    fn attach(&self, config: &Value) -> Result<Value, Refusal> {
-        let device = device_of(config).map_err(|problems| {
-            let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
-            Refusal::new("Invalid", json!({ "problems": problems }))
-        })?;
-        let attached = self.ask_main_thread(|requester| FleetChange::Attach(Box::new(device), requester))?;
-        Ok(json!({ "attached": attached }))
+    pub(super) fn attach(&self, device: DeviceConfig, record: Recorded) -> Result<bool, Refusal> {
+        self.ask_main_thread(|requester| FleetChange::Attach(Box::new(device), record, requester))
     }
 
-    fn detach(&self, device: &str, force: bool, discard: bool, client: &ChangeClient) -> Result<Value, Refusal> {
+    pub(super) fn detach(
+        &self,
+        device: &str,
+        force: bool,
+        discard: bool,
+        record: Recorded,
+        client: &ChangeClient,
+    ) -> Result<(), Refusal> {
         let entry = self.overview.entry(device)?;
         if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester))? {
             info!("{device}: the operator gives up what its image does not take");
             while self.overview.entry(device).is_ok() && !client.waits_in_vain(DETACH_WATCH) {}
-            return Ok(json!(Progressing { progress: None }));
+            return Ok(());
         }
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "detach")?;
         if entry.operator.is_frozen(entry.link.as_ref()) && !force {
@@ -147,11 +174,11 @@ impl Operator {
             ask(&entry, DeviceRequest::Flush, client).map_err(|refusal| not_written(&entry, refusal))?;
         }
         let (requester, reply) = channel();
-        let change = FleetChange::Detach { name: device.to_owned(), discards: discard, requester };
+        let change = FleetChange::Detach { name: device.to_owned(), discards: discard, record, requester };
         self.events.send(SupervisorEvent::Change(change)).map_err(|_| daemon_ends())?;
         loop {
             match reply.recv_timeout(DETACH_WATCH) {
-                Ok(result) => return result.map(|_| json!(Progressing { progress: None })),
+                Ok(result) => return result.map(drop),
                 Err(RecvTimeoutError::Disconnected) => return Err(daemon_ends()),
                 Err(RecvTimeoutError::Timeout) => self.write_kept_data(device, client),
             }
@@ -177,7 +204,7 @@ impl Operator {
     }
 
     /// Asks the main thread, and waits for its reply.
-    fn ask_main_thread(&self, change: impl FnOnce(Requester) -> FleetChange) -> Result<bool, Refusal> {
+    pub(super) fn ask_main_thread(&self, change: impl FnOnce(Requester) -> FleetChange) -> Result<bool, Refusal> {
         let (requester, reply) = channel();
         self.events.send(SupervisorEvent::Change(change(requester))).map_err(|_| daemon_ends())?;
         reply.recv().unwrap_or_else(|_| Err(daemon_ends()))
@@ -261,7 +288,11 @@ fn link_of(entry: &OverviewEntry) -> Result<DeviceLink, Refusal> {
 }
 
 /// Asks the process of a device, and waits for its reply. A client that takes more than one gets the progress.
-fn ask(entry: &OverviewEntry, request: DeviceRequest, client: &ChangeClient) -> Result<DeviceReply, Refusal> {
+pub(super) fn ask(
+    entry: &OverviewEntry,
+    request: DeviceRequest,
+    client: &ChangeClient,
+) -> Result<DeviceReply, Refusal> {
     let name = &entry.config.name;
     let link = link_of(entry)?;
     let dirty = || entry.page.read().cache.dirty_pages * PAGE_BYTES;
@@ -287,6 +318,12 @@ fn ask(entry: &OverviewEntry, request: DeviceRequest, client: &ChangeClient) -> 
             }
         }
     }
+}
+
+/// The error of a configuration with these problems.
+pub(super) fn invalid(problems: &[Problem]) -> Refusal {
+    let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    Refusal::new("Invalid", json!({ "problems": problems }))
 }
 
 /// The error of a device that cannot be detached because its image fails.

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 use super::entry::{DeviceProgress, OverviewEntry};
+use crate::config::device_table;
 use crate::control::change::Refusal;
 use crate::control::wire::{
     CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, FrontEnd, Latency, RequestStatistics,
@@ -63,6 +64,13 @@ impl Overview {
     /// All devices.
     pub fn devices(&self) -> Vec<DeviceStatus> {
         self.lock().clone().iter().map(device).collect()
+    }
+
+    /// The configuration in force of the devices for which `wanted` holds, as a document.
+    pub fn configuration(&self, wanted: &dyn Fn(&str) -> bool) -> String {
+        let entries = self.lock().clone();
+        let tables = entries.iter().filter(|entry| wanted(&entry.config.name)).map(|entry| device_table(&entry.config));
+        tables.collect::<Vec<_>>().join("\n")
     }
 
     /// The statistics of the devices for which `wanted` holds.

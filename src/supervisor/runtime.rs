@@ -53,16 +53,17 @@ impl RuntimeFile {
 
     /// The configuration with the changes.
     pub fn apply(&self, config: &Config) -> Config {
-        let RuntimeConfig { attached, detached } = &self.changes;
-        if attached.is_empty() && detached.is_empty() {
+        let RuntimeConfig { attached, detached, set } = &self.changes;
+        if self.changes == RuntimeConfig::default() {
             return config.clone();
         }
-        let attached = counted(attached.len() as u64, "disk");
-        info!("from {}: {attached} attached and {} detached by an operator", self.path.display(), detached.len());
+        let (path, attached, set) =
+            (self.path.display(), counted(attached.len() as u64, "disk"), counted(set.len() as u64, "key"));
+        info!("from {path}: {attached} attached, {} detached, {set} set by an operator", detached.len());
         let mut problems = Vec::new();
         let devices = self.changes.apply(&config.devices, &mut problems);
         problems.iter().for_each(|problem| error!("{problem}; it was attached, and is not served"));
-        Config { devices, control: config.control.clone() }
+        Config { devices, ..config.clone() }
     }
 
     /// Writes the changes.

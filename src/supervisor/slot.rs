@@ -112,11 +112,11 @@ impl ImageSlot {
         &self.settings.name
     }
 
-    /// The process of the slot; starts one if there is none, or if it has died.
+    /// The process of the slot; starts one with these settings of the cache if there is none, or if it has died.
     ///
     /// # Errors
     /// [`ErrorKind::System`] if a process or a descriptor cannot be created.
-    pub fn process(&self) -> Result<Arc<Process>> {
+    pub fn process(&self, settings: &DeviceSettings) -> Result<Arc<Process>> {
         let mut state = self.lock();
         if let Some(process) = &state.process {
             let Some(exit) = process.exit_of(self.name()) else { return Ok(Arc::clone(process)) };
@@ -132,10 +132,10 @@ impl ImageSlot {
             state.process = None;
         }
         let process = match &self.group {
-            None => self.hand_to(&state, None)?,
+            None => self.hand_to(&state, settings, None)?,
             Some(group) => {
                 let mut group = group.lock().expect("no thread panics with a group locked");
-                let process = self.hand_to(&state, group.upgrade().filter(|process| process.is_running()))?;
+                let process = self.hand_to(&state, settings, group.upgrade().filter(|process| process.is_running()))?;
                 *group = Arc::downgrade(&process);
                 process
             }
@@ -146,7 +146,12 @@ impl ImageSlot {
     }
 
     /// Hands the image and the cache to a process: to the present one of the group, unless that ends, or to a new one.
-    fn hand_to(&self, state: &SlotState, present: Option<Arc<Process>>) -> Result<Arc<Process>> {
+    fn hand_to(
+        &self,
+        state: &SlotState,
+        settings: &DeviceSettings,
+        present: Option<Arc<Process>>,
+    ) -> Result<Arc<Process>> {
         let failed =
             |e| Error::io(ErrorKind::System, format!("{}: cannot start a disk process", self.settings.name), e);
         let fence = present.as_ref().map_or_else(IoFence::unique, |process| process.fence());
@@ -156,7 +161,7 @@ impl ImageSlot {
             name: self.settings.name.clone(),
             image: Box::new(parts),
             cache: Box::new(cache.parts()),
-            settings: Box::new(self.settings.clone()),
+            settings: Box::new(DeviceSettings { name: self.settings.name.clone(), ..settings.clone() }),
             user: self.user.clone(),
             is_shared: self.is_shared,
         };

@@ -5,6 +5,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "the tests use small sizes")]
 
+mod changes;
 #[path = "../common/mod.rs"]
 mod common;
 mod cut_page;

@@ -1,6 +1,6 @@
 //! What the operator changes about a device: it is attached, or detached while others are served.
 
-use super::{DevicePhase, Disk, Requester};
+use super::{DevicePhase, Disk, Recorded, Requester};
 use crate::disk_protocol::Ending;
 use crate::error::Error;
 use crate::store::file::IoFence;
@@ -10,6 +10,7 @@ use crate::store::file::IoFence;
 pub(super) struct Detaching {
     /// Who waits for the end.
     requester: Requester,
+    record: Recorded,
     /// Dirty pages of a cache that ends with the process may be lost.
     discards: bool,
 }
@@ -25,14 +26,14 @@ impl Stayers {
     /// Those of these devices that stay.
     pub fn of<'a>(disks: impl Iterator<Item = &'a Disk>) -> Self {
         let staying: Vec<&Disk> = disks.filter(|disk| !disk.is_leaving()).collect();
-        let groups = staying.iter().map(|disk| disk.config.group.clone()).filter(|group| !group.is_empty());
+        let groups = staying.iter().map(|disk| disk.config().group.clone()).filter(|group| !group.is_empty());
         let processes = staying.iter().filter_map(|disk| disk.image_key()).map(|(process, _)| process);
         Self { processes: processes.collect(), groups: groups.collect() }
     }
 
     fn share_process_of(&self, disk: &Disk) -> bool {
         disk.image_key().is_some_and(|(process, _)| self.processes.contains(&process))
-            || self.groups.contains(&disk.config.group)
+            || self.groups.contains(&disk.config().group)
     }
 }
 
@@ -48,19 +49,19 @@ impl Disk {
     }
 
     /// The operator waits for it to be served.
-    pub fn set_attaching(&mut self, requester: Requester) {
-        self.attaching = Some(requester);
+    pub fn set_attaching(&mut self, requester: Requester, record: Recorded) {
+        self.attaching = Some((requester, record));
     }
 
     /// Takes the operator who waits for it to be served.
-    pub fn take_attaching(&mut self) -> Option<Requester> {
+    pub fn take_attaching(&mut self) -> Option<(Requester, Recorded)> {
         self.attaching.take()
     }
 
     /// The operator detaches it, and waits for its end. `discards`: dirty pages of a cache that ends with its process
     /// may be lost.
-    pub fn begin_detach(&mut self, requester: Requester, discards: bool) {
-        self.detaching = Some(Detaching { requester, discards });
+    pub fn begin_detach(&mut self, requester: Requester, record: Recorded, discards: bool) {
+        self.detaching = Some(Detaching { requester, record, discards });
         self.begin_end(Ending::WriteBack);
     }
 
@@ -70,8 +71,8 @@ impl Disk {
     }
 
     /// Its end: who waits for it, and the error with which it ended.
-    pub fn into_end(self) -> (Option<Requester>, Option<Error>) {
-        (self.detaching.map(|detaching| detaching.requester), self.error)
+    pub fn into_end(self) -> (Option<(Requester, Recorded)>, Option<Error>) {
+        (self.detaching.map(|detaching| (detaching.requester, detaching.record)), self.error)
     }
 
     /// Whether it is being detached, its rings have stopped, and its end would lose dirty pages: its cache ends with

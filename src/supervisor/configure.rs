@@ -1,0 +1,238 @@
+//! Keys that change while a device is served, by `set` and by `reload`.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, info, warn};
+
+use serde_json::{Value, json};
+
+use super::SupervisorEvent;
+use super::entry::OverviewEntry;
+use super::fleet_change::{FleetChange, FleetPlan, Recorded};
+use super::operator::{Operator, ask, invalid};
+use super::operator_state::UnderWay;
+use crate::config::{AT_ONCE, CacheMode, Config, DeviceConfig, adopt, changed, differing_keys};
+use crate::control::change::{ChangeClient, Refusal};
+use crate::control::wire::{ChangeKind, DeviceChange, DeviceState};
+use crate::disk_protocol::{DeviceRequest, DeviceSettings};
+use crate::sys::clock::monotonic_ns;
+use crate::systemd::ServiceManager;
+
+/// How long a change waits for a process that starts, and how often it looks.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+const START_WATCH: Duration = Duration::from_millis(20);
+
+/// The keys in which two configurations differ: those that may change while the device is served, and the others.
+fn split_keys(old: &DeviceConfig, new: &DeviceConfig) -> (Vec<&'static str>, Vec<&'static str>) {
+    let caches = |device: &DeviceConfig| device.cache.mode != CacheMode::None;
+    let may_change = |key: &&'static str| AT_ONCE.contains(key) && (*key != "cache.mode" || caches(old) && caches(new));
+    differing_keys(old, new).into_iter().partition(may_change)
+}
+
+impl Operator {
+    /// Sets keys of a device; returns those that have changed.
+    pub(super) fn set(
+        &self,
+        device: &str,
+        config: &Value,
+        client: &ChangeClient,
+    ) -> Result<Vec<&'static str>, Refusal> {
+        let entry = self.overview.entry(device)?;
+        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "set")?;
+        let new = changed(&entry.config, config).map_err(|problems| invalid(&problems))?;
+        let (keys, others) = split_keys(&entry.config, &new);
+        if !others.is_empty() {
+            return Err(Refusal::new("NeedsReattach", json!({ "device": device, "keys": others })));
+        }
+        self.put_in_force(&entry, new, &keys, Recorded::Runtime, client)?;
+        Ok(keys)
+    }
+
+    /// Puts keys of a device in force, for the next daemon first, then in its process.
+    fn put_in_force(
+        &self,
+        entry: &OverviewEntry,
+        new: DeviceConfig,
+        keys: &[&'static str],
+        record: Recorded,
+        client: &ChangeClient,
+    ) -> Result<(), Refusal> {
+        let name = &entry.config.name;
+        if keys.is_empty() {
+            return Ok(());
+        }
+        if entry.config.read_only && !entry.config.isolate && keys.iter().any(|key| key.starts_with("cache.")) {
+            let why = "devices that read an image share its cache, whose keys change when all are attached anew";
+            return Err(Refusal::refused(name.clone(), why));
+        }
+        if entry.operator.is_frozen(entry.link.as_ref()) {
+            return Err(Refusal::new("Frozen", json!({ "device": name })));
+        }
+        let drains = keys.contains(&"cache.mode") && new.cache.mode == CacheMode::Writethrough && entry.link.is_some();
+        if drains {
+            ask(entry, DeviceRequest::Flush, client)?;
+        }
+        let settings = Box::new(DeviceSettings::from(&new));
+        let keys = keys.to_vec();
+        self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester))?;
+        // A device that is not served, or whose process dies now, starts with the new configuration. A process that
+        // starts at the moment may have the old one.
+        let until = Instant::now() + START_PATIENCE;
+        let now = loop {
+            let Ok(now) = self.overview.entry(name) else { return Ok(()) };
+            let starts = now.link.is_none() && now.progress.state == DeviceState::Opening;
+            if !starts || Instant::now() >= until {
+                break now;
+            }
+            thread::sleep(START_WATCH);
+        };
+        if now.link.is_some() {
+            let told = ask(&now, DeviceRequest::Configure { settings }, client);
+            let flushed =
+                told.and_then(|_| if drains { ask(&now, DeviceRequest::Flush, client).map(drop) } else { Ok(()) });
+            flushed.or_else(|refusal| if refusal.error == "ImageFault" { Err(refusal) } else { Ok(()) })?;
+        }
+        Ok(())
+    }
+
+    /// Reads the configuration file again, and does what it says: nothing if anything in it is wrong, or if a new disk
+    /// cannot be served.
+    pub(super) fn reload(&self, dry_run: bool, client: &ChangeClient) -> Result<Vec<DeviceChange>, Refusal> {
+        let Ok(_reload) = self.reload.try_lock() else {
+            return Err(Refusal::new("Busy", json!({ "what": "the configuration: reload" })));
+        };
+        let no_file = || Refusal::refused("the configuration", "the daemon was not started with --config");
+        let source = self.source.as_deref().ok_or_else(no_file)?;
+        let files = Config::load(source).map_err(|error| {
+            let problems: Vec<String> = error.to_string().lines().map(ToOwned::to_owned).collect();
+            Refusal::new("Invalid", json!({ "problems": problems }))
+        })?;
+        let FleetPlan { wanted, in_force } = self.compare(files)?;
+        let find = |name: &str| in_force.iter().find(|device| device.name == name);
+        let added: Vec<&DeviceConfig> = wanted.iter().filter(|device| find(&device.name).is_none()).collect();
+        let gone: Vec<&Arc<DeviceConfig>> =
+            in_force.iter().filter(|device| !wanted.iter().any(|other| other.name == device.name)).collect();
+        let mut changes = Vec::new();
+        if !dry_run {
+            self.attach_all(&added, client)?;
+        }
+        changes.extend(added.iter().map(|device| DeviceChange::of(&device.name, ChangeKind::Attached, Vec::new())));
+        for new in &wanted {
+            let Some(old) = find(&new.name) else { continue };
+            let (keys, pending) = split_keys(old, new);
+            if !keys.is_empty() {
+                changes.push(self.change_keys(old, new, &keys, dry_run, client));
+            }
+            if !pending.is_empty() {
+                changes.push(DeviceChange::of(&new.name, ChangeKind::Pending, owned(&pending)));
+            }
+        }
+        for device in gone {
+            // One that is not served has no front-end. Its cache stays, if it has one.
+            let force = self.overview.entry(&device.name).is_ok_and(|entry| entry.link.is_none());
+            let detached =
+                if dry_run { Ok(()) } else { self.detach(&device.name, force, false, Recorded::Files, client) };
+            changes.push(match detached {
+                Ok(()) => DeviceChange::of(&device.name, ChangeKind::Detached, Vec::new()),
+                Err(refusal) => DeviceChange::of(&device.name, ChangeKind::Kept, vec![why(&refusal)]),
+            });
+        }
+        Ok(changes)
+    }
+
+    /// As [`Operator::reload`], on a thread of its own; the log has the result. Does not wait.
+    pub(super) fn reload_on_signal(&self, manager: &Arc<ServiceManager>) {
+        let (operator, manager) = (self.clone(), Arc::clone(manager));
+        let reload = move || {
+            manager.notify(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_ns() / 1000));
+            let (_begun, client) = ChangeClient::of_change(false);
+            match operator.reload(false, &client) {
+                Ok(changes) if changes.is_empty() => info!("the configuration was read again: nothing has changed"),
+                Ok(changes) => changes.iter().for_each(|change| info!("{}", in_words(change))),
+                Err(refusal) if refusal.error == "Invalid" => {
+                    let problems = refusal.parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
+                    problems.iter().filter_map(Value::as_str).for_each(|problem| error!("{problem}"));
+                    error!("the configuration that was read again is wrong; nothing has changed");
+                }
+                Err(refusal) => error!("the configuration was not read again, nothing has changed: {}", why(&refusal)),
+            }
+            manager.notify("READY=1");
+        };
+        if let Err(e) = thread::Builder::new().name("reload".to_owned()).spawn(reload) {
+            warn!("cannot start the thread that reads the configuration again: {e}");
+        }
+    }
+
+    /// What the files ask for, and what is in force.
+    fn compare(&self, files: Config) -> Result<FleetPlan, Refusal> {
+        let gone = || Refusal::refused("the daemon", "it ends");
+        let (requester, reply) = std::sync::mpsc::channel();
+        let compare = FleetChange::Compare(Box::new(files), requester);
+        self.events.send(SupervisorEvent::Change(compare)).map_err(|_| gone())?;
+        reply.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Attaches devices: all, or none.
+    fn attach_all(&self, devices: &[&DeviceConfig], client: &ChangeClient) -> Result<(), Refusal> {
+        for (count, device) in devices.iter().enumerate() {
+            if let Err(refusal) = self.attach(DeviceConfig::clone(device), Recorded::Files) {
+                for attached in &devices[..count] {
+                    // Nobody may have connected yet; who has keeps the disk.
+                    let _ = self.detach(&attached.name, false, false, Recorded::Files, client);
+                }
+                return Err(refusal);
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes the keys of a device that may change while it is served.
+    fn change_keys(
+        &self,
+        old: &DeviceConfig,
+        new: &DeviceConfig,
+        keys: &[&'static str],
+        dry_run: bool,
+        client: &ChangeClient,
+    ) -> DeviceChange {
+        let set = || {
+            let entry = self.overview.entry(&old.name)?;
+            let _change = UnderWay::begin(&entry.operator, &entry.config.name, "reload")?;
+            self.put_in_force(&entry, adopt(&entry.config, new, keys), keys, Recorded::Files, client)
+        };
+        match if dry_run { Ok(()) } else { set() } {
+            Ok(()) => DeviceChange::of(&old.name, ChangeKind::Changed, owned(keys)),
+            Err(refusal) => {
+                let detail = owned(keys).into_iter().chain([why(&refusal)]).collect();
+                DeviceChange::of(&old.name, ChangeKind::Pending, detail)
+            }
+        }
+    }
+}
+
+/// A change, for the log.
+fn in_words(DeviceChange { device, what, detail }: &DeviceChange) -> String {
+    let detail = detail.join(", ");
+    match what {
+        ChangeKind::Attached => format!("{device}: attached by a reload"),
+        ChangeKind::Detached => format!("{device}: detached by a reload"),
+        ChangeKind::Changed => format!("{device}: changed by a reload: {detail}"),
+        ChangeKind::Pending => format!("{device}: in force once it is attached anew: {detail}"),
+        ChangeKind::Kept => format!("{device}: kept, although the configuration has it no more: {detail}"),
+    }
+}
+
+fn owned(keys: &[&str]) -> Vec<String> {
+    keys.iter().map(|key| (*key).to_owned()).collect()
+}
+
+/// An error in words, for the list of changes.
+fn why(refusal: &Refusal) -> String {
+    match refusal.error {
+        "InUse" => format!("in use by {}", refusal.parameters["by"].as_str().unwrap_or_default()),
+        "Refused" => refusal.parameters["why"].as_str().unwrap_or_default().to_owned(),
+        error => format!("{error} {}", refusal.parameters),
+    }
+}

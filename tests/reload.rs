@@ -1,0 +1,172 @@
+//! Keys that change while a disk is served, by `genblk set` and by `genblk reload`.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use common::daemon::{Daemon, send};
+use common::operator::{call, genblk, names, start, stdout_of, table};
+use common::session::{Session, SessionOptions};
+use common::wait::{PATIENCE, poll_until};
+
+/// The value of a key of `d0` in force.
+#[track_caller]
+fn value(control: &Path, key: &str) -> String {
+    let text = stdout_of(&genblk(control, &["config", "d0"]));
+    let line = text.lines().find(|line| line.starts_with(&format!("{key} = "))).map(ToOwned::to_owned);
+    line.unwrap_or_else(|| panic!("{key} in {text}")).split_once(" = ").expect("it has a value").1.to_owned()
+}
+
+/// Replaces the configuration file.
+fn configure(daemon: &Daemon, control: &Path, tables: &str) {
+    let text = format!("[control]\nsocket = {control:?}\n{tables}");
+    fs::write(daemon.config(), text).expect("a configuration can be written");
+}
+
+#[test]
+fn a_key_that_is_set_is_in_force_at_once_and_after_a_crash() {
+    let (mut daemon, control) = start("reload-set");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    let set = genblk(&control, &["set", "d0", "cache.mode=writethrough", "poll_us=7"]);
+    assert_eq!(stdout_of(&set), "d0: set poll_us, cache.mode\n");
+    assert_eq!(daemon.image_bytes(0, 4096), vec![1; 4096], "the switch makes durable what was written before");
+    session.write(8, &[2; 4096]);
+    assert_eq!(daemon.image_bytes(4096, 4096), vec![2; 4096], "a write is durable when it completes");
+    assert_eq!(
+        (value(&control, "cache.mode").as_str(), value(&control, "poll_us").as_str()),
+        ("\"writethrough\"", "7")
+    );
+    send(daemon.disk_process("d0"), libc::SIGKILL);
+    let mut session = session.reconnect(&daemon.socket_of(0));
+    session.start_ring(0);
+    session.write(16, &[3; 4096]);
+    assert_eq!(daemon.image_bytes(8192, 4096), vec![3; 4096], "its next process has the mode, too");
+    drop(session);
+    daemon.kill();
+    daemon.restart();
+    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    assert_eq!(value(&control, "cache.mode"), "\"writethrough\"");
+    let back = genblk(&control, &["set", "d0", "cache.mode=writeback"]);
+    assert!(back.status.success(), "{back:?}");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(24, &[4; 4096]);
+    assert_eq!(daemon.image_bytes(12288, 4096), vec![0; 4096], "a write stays in the cache again");
+    session.flush();
+    drop(session);
+    daemon.stop();
+}
+
+#[test]
+fn a_key_that_cannot_be_set_changes_nothing() {
+    let (_daemon, control) = start("reload-refused");
+    let before = stdout_of(&genblk(&control, &["config"]));
+    for (setting, words) in [
+        ("cache.size=8M", "cache.size can only change when the disk is attached anew"),
+        ("cache.mode=none", "attached anew"),
+        ("cache.mode=fast", "takes \"writeback\""),
+        ("image=/x", "attached anew"),
+        ("speed=7", "unknown key"),
+    ] {
+        let refused = genblk(&control, &["set", "d0", "poll_us=7", setting]);
+        assert!(!refused.status.success(), "{setting}");
+        assert!(String::from_utf8_lossy(&refused.stderr).contains(words), "{setting}: {refused:?}");
+        assert_eq!(stdout_of(&genblk(&control, &["config"])), before, "{setting}");
+    }
+    assert!(!control.with_file_name("runtime.toml").exists(), "nothing was recorded");
+}
+
+#[test]
+fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
+    let (mut daemon, control) = start("reload-all");
+    let directory = daemon.directory();
+    let old = table(directory, "d0", "image", "");
+    fs::write(directory.path().join("d1.img"), vec![7; 1 << 20]).expect("an image");
+    let new = table(directory, "d1", "d1.img", "");
+    let changed = table(directory, "d0", "image", "poll_us = 9\nworkers = 2\n");
+    configure(&daemon, &control, &format!("{changed}{new}"));
+    let expected = "d1: would be attached\nd0: would be changed poll_us\nd0: would be pending until it is attached \
+                    anew: workers\n";
+    assert_eq!(stdout_of(&genblk(&control, &["reload", "--dry-run"])), expected);
+    assert_eq!(names(&control), ["d0"]);
+    assert_eq!(stdout_of(&genblk(&control, &["reload"])), expected.replace("would be ", ""));
+    assert_eq!((names(&control), value(&control, "poll_us")), (vec!["d0".to_owned(), "d1".to_owned()], "9".to_owned()));
+    let mut session = Session::open(&directory.path().join("d1.sock"), &SessionOptions::default());
+    assert_eq!(session.read(0, 512), vec![7; 512]);
+    configure(&daemon, &control, &old);
+    let pid = std::process::id().to_string();
+    poll_until("the front-end is shown", PATIENCE, || {
+        stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {pid}")).then_some(())
+    });
+    let kept = stdout_of(&genblk(&control, &["reload"]));
+    assert!(kept.contains("d1: kept, although the file has it no more: in use by pid"), "{kept}");
+    drop(session);
+    poll_until("the end of the disk", PATIENCE, || {
+        genblk(&control, &["reload"]);
+        (names(&control) == ["d0"]).then_some(())
+    });
+    assert_eq!(stdout_of(&genblk(&control, &["reload"])), "nothing has changed\n");
+    daemon.stop();
+}
+
+#[test]
+fn a_reload_with_anything_wrong_changes_nothing() {
+    let (daemon, control) = start("reload-wrong");
+    let directory = daemon.directory();
+    let good = table(directory, "d0", "image", "poll_us = 9\n");
+    let pid = || call(&control, "List", &json!({}))["parameters"]["devices"][0]["pid"].clone();
+    let before = poll_until("the disk to be served", PATIENCE, || Some(pid()).filter(|pid| !pid.is_null()));
+    for wrong in [
+        "[[device]]\nname = \"x\"\n".to_owned(),
+        table(directory, "x", "missing.img", ""),
+        table(directory, "x", "image", ""),
+        "[[device]".to_owned(),
+    ] {
+        configure(&daemon, &control, &format!("{good}{wrong}"));
+        let refused = genblk(&control, &["reload"]);
+        assert!(!refused.status.success() && !refused.stderr.is_empty(), "{wrong}: {refused:?}");
+        poll_until("nothing is left of it", PATIENCE, || (names(&control) == ["d0"]).then_some(()));
+        assert_eq!(value(&control, "poll_us"), "50", "{wrong}");
+    }
+    fs::remove_file(daemon.config()).expect("it exists");
+    assert!(!genblk(&control, &["reload"]).status.success());
+    assert_eq!(pid(), before, "its process goes on");
+}
+
+#[test]
+fn sighup_reads_the_configuration_again_and_resumes_nothing() {
+    let (daemon, control) = start("reload-sighup");
+    let directory = daemon.directory();
+    fs::write(directory.path().join("d1.img"), vec![7; 1 << 20]).expect("an image");
+    let changed = table(directory, "d0", "image", "poll_us = 9\nrestart_burst = 0\n");
+    configure(&daemon, &control, &(changed + &table(directory, "d1", "d1.img", "restart_burst = 0\n")));
+    daemon.signal(libc::SIGHUP);
+    daemon.await_log("d1: attached by a reload");
+    daemon.await_log("d0: changed by a reload: poll_us");
+    daemon.await_log("d0: in force once it is attached anew: restart_burst");
+    assert_eq!(value(&control, "poll_us"), "9");
+    send(daemon.disk_process("d1"), libc::SIGKILL);
+    daemon.await_log("\"genblk resume d1\" starts it again");
+    daemon.signal(libc::SIGHUP);
+    let again = "d0: in force once it is attached anew: restart_burst";
+    poll_until("the second reload", PATIENCE, || (daemon.log().matches(again).count() == 2).then_some(()));
+    assert_eq!(call(&control, "List", &json!({"device": "d1"}))["parameters"]["devices"][0]["state"], json!("failed"));
+    stdout_of(&genblk(&control, &["resume", "d1"]));
+    let mut session = Session::open(&directory.path().join("d1.sock"), &SessionOptions::default());
+    assert_eq!(session.read(0, 512), vec![7; 512]);
+}
+
+#[test]
+fn sighup_with_a_wrong_configuration_changes_nothing_and_says_why() {
+    let (daemon, control) = start("reload-sighup-wrong");
+    let wrong = table(daemon.directory(), "d0", "image", "poll_us = 9\nworkers = 0\n");
+    configure(&daemon, &control, &wrong);
+    daemon.signal(libc::SIGHUP);
+    daemon.await_log("the configuration that was read again is wrong; nothing has changed");
+    assert!(daemon.log().contains("device[0].workers: takes an integer"), "{}", daemon.log());
+    assert_eq!(value(&control, "poll_us"), "50");
+}

@@ -221,7 +221,7 @@ impl Guest {
 
 fn device_of(cached: &CachedImage) -> Arc<Device> {
     let limits = cached.limits();
-    let capacity_sectors = limits.size_bytes / SECTOR_BYTES;
+    let capacity_sectors = limits.size_bytes.get() / SECTOR_BYTES;
     let parameters = DiskParameters {
         capacity_sectors,
         block_bytes: 512,
@@ -235,7 +235,7 @@ fn device_of(cached: &CachedImage) -> Arc<Device> {
         zero_may_unmap: true,
     };
     let disk = RequestLimits {
-        capacity_sectors,
+        capacity_sectors: capacity_sectors.into(),
         read_only: false,
         can_discard: true,
         max_discard_sectors: parameters.discard.max_sectors,

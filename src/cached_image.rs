@@ -32,8 +32,8 @@ use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Backing, DRAIN_MAX, Event, IoRequest, Limits, Refused, StoreQueue};
 use crate::tenure::record::CachePlace;
 use crate::units::{
-    FrameId, FrameRecord, OpKind, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask, SectorSpan, Tick, Urgency,
-    counted, low_u8,
+    FrameId, FrameRecord, OpKind, PAGE_BYTES, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, SectorMask, SectorSpan,
+    Tick, Urgency, counted, low_u8,
 };
 use crate::waker::Waker;
 
@@ -146,6 +146,29 @@ impl CachedImage {
     /// The image's properties and capabilities.
     pub fn limits(&self) -> &Limits {
         self.backing.limits()
+    }
+
+    /// The image has grown to `size_bytes` bytes, and may be used up to there. Waits for no operation.
+    ///
+    /// # Errors
+    /// Why the cache cannot follow; nothing has changed then.
+    pub fn grow(&self, size_bytes: u64) -> std::result::Result<(), String> {
+        let mut cache = self.lock();
+        let before = self.limits().size_bytes.get();
+        if size_bytes <= before {
+            return Ok(());
+        }
+        if !size_bytes.is_multiple_of(PAGE_BYTES) || !before.is_multiple_of(PAGE_BYTES) {
+            let why = "changes only when the disk is attached anew";
+            return Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"));
+        }
+        if !self.arena.has_room_for(size_bytes) {
+            return Err("the cache of an image above 4 PiB cannot outlive the daemon".to_owned());
+        }
+        self.arena.set_image_size(size_bytes);
+        self.limits().size_bytes.set(size_bytes);
+        cache.grow(size_bytes / SECTOR_BYTES);
+        Ok(())
     }
 
     /// Whether the image is at a server.
@@ -613,7 +636,7 @@ fn note_ends(image: &CachedImage, op: &StoreOpRef<'_>) {
     if in_first_page > 0 {
         note(op.span.start, image.arena.sectors(op.frames[0], op.first_sector, low_u8(in_first_page)));
     }
-    if op.span.end() == image.limits().size_bytes / SECTOR_BYTES {
+    if op.span.end() == image.limits().size_bytes.get() / SECTOR_BYTES {
         let last = u64::from(op.first_sector) + op.span.count - 1;
         let frame = op.frames[usize::try_from(last / SECTORS_PER_PAGE).expect("an operation has few pages")];
         note(op.span.end() - 1, image.arena.sectors(frame, low_u8(last % SECTORS_PER_PAGE), 1));

@@ -5,6 +5,7 @@
 //! `--print-capabilities`, `--blk-file` and `--read-only` are those of QEMU's "Backend program conventions"
 //! (docs/interop/vhost-user.rst), by which management programs find and start a back-end.
 
+mod actions;
 mod help;
 #[cfg(test)]
 mod manual;
@@ -21,8 +22,10 @@ use clap::error::ErrorKind as ClapKind;
 
 use crate::client::exporter::{ExporterOptions, ListenAddress};
 use crate::client::{DeviceAction, FreezeOptions, Numbers, StatOptions, TopOptions, View};
-use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, report};
+use crate::config::{Config, DeviceBuilder, Origin, SYSTEMD, Setting, Value, finish, key, parse_size, report};
 use crate::error::{Error, ErrorKind, Result};
+
+pub use actions::Action;
 
 /// What management programs may rely on (docs/interop/vhost-user.json, VHostUserBackendCapabilitiesBlock).
 pub const CAPABILITIES: &str =
@@ -32,118 +35,6 @@ pub const CAPABILITIES: &str =
 const DEVICE_NAME: &str = "disk0";
 
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
-
-/// What the command line asks for.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Print this and exit with status 0.
-    Print(String),
-    /// Serve these devices, as many of them as can be served.
-    Serve(Config),
-    /// Serve the device of the command line, in one process.
-    ServeOne(Config),
-    /// Serve all of these devices, or none.
-    ServeAll(Config),
-    /// Check whether these devices could be served.
-    Check {
-        /// Where the configuration comes from.
-        source: String,
-        /// The devices.
-        config: Config,
-    },
-    /// List the caches in this directory.
-    ListCaches(PathBuf),
-    /// Remove the caches in this directory from which nothing would be lost.
-    Prune(PathBuf),
-    /// Write the dirty pages of cache files to their images.
-    Recover {
-        /// The cache files.
-        caches: Vec<PathBuf>,
-        /// Where its image is, if it has moved.
-        image: Option<PathBuf>,
-        /// Whether to write even to an image that is not shown to be the cache's.
-        force: bool,
-    },
-    /// Remove these cache files.
-    Discard {
-        /// The cache files.
-        caches: Vec<PathBuf>,
-        /// Whether to do it without asking.
-        force: bool,
-    },
-    /// Be the disk process of the device of this name: serve what the supervisor at standard input says.
-    DiskProcess(String),
-    /// Serve this image as it is from now on, without the caches below this directory.
-    TakeOver(PathBuf, PathBuf),
-    /// List the devices of the daemon at this control socket.
-    List {
-        /// The control socket.
-        socket: PathBuf,
-        /// One device; all without it.
-        device: Option<String>,
-        /// The reply as it came.
-        json: bool,
-    },
-    /// Show what the devices of the daemon at this control socket do.
-    Stat(PathBuf, StatOptions),
-    /// Change a device of the daemon at this control socket.
-    Change {
-        /// The control socket.
-        socket: PathBuf,
-        /// The device.
-        device: String,
-        /// What to change.
-        change: DeviceAction,
-        /// The reply as it came.
-        json: bool,
-    },
-    /// Attach the devices of a file to the daemon at this control socket.
-    Attach {
-        /// The control socket.
-        socket: PathBuf,
-        /// The file.
-        file: PathBuf,
-        /// The replies as they came.
-        json: bool,
-    },
-    /// Set keys of a device of the daemon at this control socket.
-    Set {
-        /// The control socket.
-        socket: PathBuf,
-        /// The device.
-        device: String,
-        /// The keys, each written KEY=VALUE.
-        settings: Vec<String>,
-        /// The reply as it came.
-        json: bool,
-    },
-    /// Make the daemon at this control socket read its configuration file again.
-    Reload {
-        /// The control socket.
-        socket: PathBuf,
-        /// Say only what would change.
-        dry_run: bool,
-        /// The reply as it came.
-        json: bool,
-    },
-    /// Show the configuration of the daemon at this control socket.
-    Configuration {
-        /// The control socket.
-        socket: PathBuf,
-        /// One device; all without it.
-        device: Option<String>,
-        /// The reply as it came.
-        json: bool,
-    },
-    /// Freeze a device of the daemon at this control socket.
-    Freeze(PathBuf, FreezeOptions),
-    /// Show what the devices of a daemon do on a terminal.
-    Top(TopOptions),
-    /// Print the metrics of a daemon.
-    PrintMetrics(ExporterOptions),
-    /// Serve the metrics of a daemon at an address.
-    ServeMetrics(ListenAddress, ExporterOptions),
-}
 
 /// Commands other than serving.
 #[derive(Clone, Debug, clap::Subcommand)]
@@ -209,6 +100,7 @@ pub enum ClientCommand {
         discard: bool,
     },
     /// Change keys of a disk while it is served
+    #[command(after_long_help = help::SET)]
     Set {
         #[command(flatten)]
         device: OneDevice,
@@ -217,6 +109,7 @@ pub enum ClientCommand {
         settings: Vec<String>,
     },
     /// Read the configuration file again
+    #[command(after_long_help = help::RELOAD)]
     Reload {
         /// Say only what would change
         #[arg(long)]
@@ -225,6 +118,7 @@ pub enum ClientCommand {
         control: ControlSocket,
     },
     /// Show the configuration in force
+    #[command(after_long_help = help::CONFIG)]
     Config {
         /// A device; all without it
         device: Option<String>,
@@ -242,6 +136,15 @@ pub enum ClientCommand {
         /// Write dirty pages first, and drop them as well
         #[arg(long)]
         flushed: bool,
+    },
+    /// Make a disk's image grow while a guest uses it
+    #[command(after_long_help = help::RESIZE)]
+    Resize {
+        #[command(flatten)]
+        device: OneDevice,
+        /// The new size, such as 20G; without it the guest's disk becomes as large as the image is by now
+        #[arg(value_parser = image_size)]
+        size: Option<u64>,
     },
     /// Retry what failed: the operator says that the image works again
     #[command(after_long_help = help::RESUME)]
@@ -347,6 +250,11 @@ fn milliseconds(text: &str) -> std::result::Result<u32, String> {
     };
     let time = number.parse::<u32>().ok().and_then(|number| number.checked_mul(factor));
     time.filter(|time| (1..=60_000).contains(time)).ok_or_else(|| "a time is 1ms to 60s".to_owned())
+}
+
+/// A size of an image.
+fn image_size(text: &str) -> std::result::Result<u64, String> {
+    parse_size(text).ok_or_else(|| "takes a size such as 20G".to_owned())
 }
 
 /// What `genblk stat` shows.
@@ -464,6 +372,7 @@ impl ClientCommand {
             }
             Self::Flush(device) => return Ok(device.change(DeviceAction::Flush)),
             Self::Drop { device, flushed } => return Ok(device.change(DeviceAction::Drop { flushed })),
+            Self::Resize { device, size } => return Ok(device.change(DeviceAction::Resize { bytes: size })),
             Self::Resume(device) => return Ok(device.change(DeviceAction::Resume)),
             Self::Thaw(device) => return Ok(device.change(DeviceAction::Thaw)),
             Self::Freeze { device: OneDevice { device, control }, timeout, reads, command } => {

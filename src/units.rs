@@ -7,6 +7,8 @@
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +22,44 @@ pub const SECTOR_SIZE: usize = 512;
 pub const PAGE_SIZE: usize = 4096;
 /// Sectors per page: one bit each in a [`SectorMask`].
 pub const SECTORS_PER_PAGE: u64 = PAGE_BYTES / SECTOR_BYTES;
+
+/// A size that grows while it is used, in the unit of its name. Clones share it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(from = "u64", into = "u64")]
+pub struct LiveSize(Arc<AtomicU64>);
+
+impl LiveSize {
+    /// The size at present.
+    #[inline]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Changes it.
+    pub fn set(&self, size: u64) {
+        self.0.store(size, Ordering::Release);
+    }
+}
+
+impl From<u64> for LiveSize {
+    fn from(size: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(size)))
+    }
+}
+
+impl From<LiveSize> for u64 {
+    fn from(size: LiveSize) -> Self {
+        size.get()
+    }
+}
+
+impl PartialEq for LiveSize {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl Eq for LiveSize {}
 
 /// A page's position on the image: its byte offset / 4096.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

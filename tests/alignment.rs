@@ -137,8 +137,8 @@ fn an_image_that_needs_memory_aligned_to_a_page_is_served_sector_by_sector() {
 fn an_image_with_limits_that_no_cache_can_keep_to_is_refused() {
     type Adjust = fn(&mut Limits);
     let cases: [(Adjust, &str); 9] = [
-        (|limits| limits.size_bytes = 0, "a size of 0 bytes"),
-        (|limits| limits.size_bytes = 1000, "a size of 1000 bytes"),
+        (|limits| limits.size_bytes = 0.into(), "a size of 0 bytes"),
+        (|limits| limits.size_bytes = 1000.into(), "a size of 1000 bytes"),
         (|limits| limits.block_bytes = 256, "blocks of 256 bytes"),
         (|limits| limits.block_bytes = 1536, "blocks of 1536 bytes"),
         (|limits| limits.block_bytes = 8192, "aligned to 8192 bytes"),

@@ -337,7 +337,7 @@ fn an_image_that_ends_within_a_page_is_read_and_written_to_its_end() {
     const SIZE: u64 = 512 * 2049;
     on_each("tail", SIZE, |backing| {
         let mut driver = Driver::new(backing);
-        assert_eq!(backing.limits().size_bytes, SIZE);
+        assert_eq!(backing.limits().size_bytes.get(), SIZE);
         assert_eq!(backing.limits().block_bytes, 512, "a larger block does not divide the size");
         let mut tail = Buffer::copy_of(&pattern(1536, 9));
         driver.write(SIZE - 1536, &mut tail);

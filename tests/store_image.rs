@@ -103,7 +103,7 @@ fn the_limits_describe_the_image() {
     let image = Image::file("limits", MIB);
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
     let limits = opened.limits();
-    assert_eq!(limits.size_bytes, MIB);
+    assert_eq!(limits.size_bytes.get(), MIB);
     assert_eq!(limits.holes, ImageHoles::Possible, "a new file is a single hole");
     assert!(limits.writable && limits.can_zero);
     assert!(limits.block_bytes.is_power_of_two() && (512..=4096).contains(&limits.block_bytes));
@@ -124,7 +124,7 @@ fn the_limits_of_a_device_are_those_of_its_request_queue() {
     };
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
     let limits = opened.limits();
-    assert_eq!((limits.size_bytes, limits.block_bytes, limits.holes), (MIB, 4096, ImageHoles::Unmappable));
+    assert_eq!((limits.size_bytes.get(), limits.block_bytes, limits.holes), (MIB, 4096, ImageHoles::Unmappable));
     assert!(limits.physical_block_bytes >= 4096);
     let queue = Path::new("/sys/block").join(image.path.file_name().unwrap()).join("queue");
     let number = |name| std::fs::read_to_string(queue.join(name)).unwrap().trim().parse::<u32>().unwrap();
@@ -229,7 +229,7 @@ fn an_image_too_large_for_page_numbers_is_refused() {
     let file = std::fs::File::options().write(true).open(&image.path).unwrap();
     file.set_len((1 << 59) - 512).unwrap();
     let opened = FileImage::open(&image.path, &WRITABLE).unwrap();
-    assert_eq!(opened.limits().size_bytes, (1 << 59) - 512);
+    assert_eq!(opened.limits().size_bytes.get(), (1 << 59) - 512);
     drop(opened);
     file.set_len(1 << 59).unwrap();
     assert_eq!(refusal(&image.path, &WRITABLE), ErrorKind::Image);

@@ -42,7 +42,7 @@ pub fn serve(socket: &Path, disk_bytes: u64, buffer_bytes: usize) -> io::Result<
     let capacity_sectors = disk_bytes / SECTOR_BYTES;
     let discard = DiscardLimits::new(0, 0);
     let disk = RequestLimits {
-        capacity_sectors,
+        capacity_sectors: capacity_sectors.into(),
         read_only: false,
         can_discard: false,
         max_discard_sectors: discard.max_sectors,

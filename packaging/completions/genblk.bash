@@ -19,6 +19,9 @@ _genblk() {
             genblk,attach)
                 cmd="genblk__subcmd__attach"
                 ;;
+            genblk,config)
+                cmd="genblk__subcmd__config"
+                ;;
             genblk,detach)
                 cmd="genblk__subcmd__detach"
                 ;;
@@ -46,8 +49,17 @@ _genblk() {
             genblk,recover)
                 cmd="genblk__subcmd__recover"
                 ;;
+            genblk,reload)
+                cmd="genblk__subcmd__reload"
+                ;;
+            genblk,resize)
+                cmd="genblk__subcmd__resize"
+                ;;
             genblk,resume)
                 cmd="genblk__subcmd__resume"
+                ;;
+            genblk,set)
+                cmd="genblk__subcmd__set"
                 ;;
             genblk,stat)
                 cmd="genblk__subcmd__stat"
@@ -63,6 +75,9 @@ _genblk() {
                 ;;
             genblk__subcmd__help,attach)
                 cmd="genblk__subcmd__help__subcmd__attach"
+                ;;
+            genblk__subcmd__help,config)
+                cmd="genblk__subcmd__help__subcmd__config"
                 ;;
             genblk__subcmd__help,detach)
                 cmd="genblk__subcmd__help__subcmd__detach"
@@ -91,8 +106,17 @@ _genblk() {
             genblk__subcmd__help,recover)
                 cmd="genblk__subcmd__help__subcmd__recover"
                 ;;
+            genblk__subcmd__help,reload)
+                cmd="genblk__subcmd__help__subcmd__reload"
+                ;;
+            genblk__subcmd__help,resize)
+                cmd="genblk__subcmd__help__subcmd__resize"
+                ;;
             genblk__subcmd__help,resume)
                 cmd="genblk__subcmd__help__subcmd__resume"
+                ;;
+            genblk__subcmd__help,set)
+                cmd="genblk__subcmd__help__subcmd__set"
                 ;;
             genblk__subcmd__help,stat)
                 cmd="genblk__subcmd__help__subcmd__stat"
@@ -113,7 +137,7 @@ _genblk() {
 
     case "${cmd}" in
         genblk)
-            opts="-h -V --config --check --strict --print-capabilities --socket-path --fd --socket-mode --socket-group --blk-file --format --read-only --cache-size --cache-mode --num-queues --serial --memory-dir --sandbox --help --version recover disk-process list stat attach detach flush drop resume freeze thaw top exporter take-over help"
+            opts="-h -V --config --check --strict --print-capabilities --socket-path --fd --socket-mode --socket-group --blk-file --format --read-only --cache-size --cache-mode --num-queues --serial --memory-dir --sandbox --help --version recover disk-process list stat attach detach set reload config flush drop resize resume freeze thaw top exporter take-over help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -179,6 +203,24 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__attach)
+            opts="-h --socket --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__config)
             opts="-h --socket --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -309,7 +351,7 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__help)
-            opts="recover disk-process list stat attach detach flush drop resume freeze thaw top exporter take-over help"
+            opts="recover disk-process list stat attach detach set reload config flush drop resize resume freeze thaw top exporter take-over help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -323,6 +365,20 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__help__subcmd__attach)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__help__subcmd__config)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -462,7 +518,49 @@ _genblk() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        genblk__subcmd__help__subcmd__reload)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__help__subcmd__resize)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         genblk__subcmd__help__subcmd__resume)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__help__subcmd__set)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -572,7 +670,61 @@ _genblk() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        genblk__subcmd__reload)
+            opts="-h --dry-run --socket --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__resize)
+            opts="-h --socket --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         genblk__subcmd__resume)
+            opts="-h --socket --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__set)
             opts="-h --socket --json --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

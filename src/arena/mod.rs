@@ -366,6 +366,18 @@ impl Arena {
         Ok(())
     }
 
+    /// The image has grown to `size_bytes` bytes.
+    ///
+    /// => Before any page beyond the old end is published: the next daemon refuses a ledger with such a page.
+    pub fn set_image_size(&self, size_bytes: u64) {
+        self.store_in_header(field::SIZE_BYTES, size_bytes);
+    }
+
+    /// Whether the ledger, if there is one, can number the pages of an image of this size.
+    pub fn has_room_for(&self, size_bytes: u64) -> bool {
+        !matches!(self.persistence, Persistence::Full { .. }) || !ledger::is_too_large(size_bytes)
+    }
+
     /// The mapping that begins with the header, in an arena that has one.
     fn header(&self) -> Option<&Mapping> {
         match (self.marker(), &self.persistence) {

@@ -192,6 +192,16 @@ impl HoleMap {
         }
     }
 
+    /// The image has grown to `image_sectors` sectors. What is known of the region that its old end has cut is
+    /// forgotten.
+    ///
+    /// => Both ends are those of pages.
+    fn grow(&mut self, image_sectors: u64) {
+        let end = SectorSpan::new(0, self.image_sectors).pages().end();
+        self.forget(PageSpan::new(end, 1));
+        self.image_sectors = image_sectors;
+    }
+
     /// The Map of a region has ended, with runs of (sectors, kind) from its first sector on; no runs: it failed.
     fn end_map(&mut self, first: PageNo, runs: &[(u64, ExtentKind)]) {
         let (freed, written, image_sectors) = (self.freed, self.written, self.image_sectors);
@@ -254,6 +264,18 @@ impl PageCache {
         let pages = whole_pages(span, self.settings.image_sectors);
         if self.holes.image == ImageHoles::Possible && pages.count > 0 {
             self.holes.runs.learn(pages, ExtentKind::Data);
+        }
+    }
+
+    /// The image has grown to `image_sectors` sectors; what was added reads as zeros, or as the store says.
+    ///
+    /// => Both sizes are whole pages: no page in memory gains a sector. The store takes operations up to the new end.
+    pub fn grow(&mut self, image_sectors: u64) {
+        assert!(image_sectors >= self.settings.image_sectors, "an image does not shrink under its cache");
+        if image_sectors > self.settings.image_sectors {
+            self.holes.grow(image_sectors);
+            self.pages.set_image_sectors(image_sectors);
+            self.settings.image_sectors = image_sectors;
         }
     }
 

@@ -37,7 +37,8 @@ Limitations:
 Signals:
   SIGTERM, SIGINT  write everything to the images, and end
   SIGUSR1          end at once; the caches stay for the next daemon
-  SIGHUP           resume images that were stopped after an error, and try again
+  SIGHUP           read the configuration again; without a control socket also
+                   resume images that were stopped after an error, and try again
                    to serve disks that are not served
 
 Environment:
@@ -167,7 +168,53 @@ Examples:
 
 Notes:
   Everything that the guest has written is on the image afterwards. If the image
-  does not take it, the disk is served as before.
+  does not take it, the disk is served as before; with --force its cache stays
+  for \"genblk recover\". A cache that ends with its process is written as long
+  as it takes; --discard gives up what the image does not take.
+";
+
+pub(super) const SET: &str = "\
+Examples:
+  genblk set vm1 cache.mode=writethrough
+  genblk set vm1 poll_us=0 cache.dirty_max_percent=10
+
+Notes:
+  All keys change, or none. They are in force at once, and outlive a crash and
+  a hand-over, until an orderly stop: put what is to stay into the
+  configuration, too. Keys that cannot change while a disk is served, such as
+  image, are refused; see genblk.toml(5).
+";
+
+pub(super) const RELOAD: &str = "\
+Examples:
+  genblk reload --dry-run   say what would change
+  genblk reload
+
+Notes:
+  New disks are attached, keys change, and disks that the file has no more are
+  detached, unless they are in use. If anything in the file is wrong, or a new
+  disk cannot be served, nothing changes. SIGHUP does the same; the log has the
+  result.
+";
+
+pub(super) const CONFIG: &str = "\
+Examples:
+  genblk config
+  genblk config vm1
+
+Notes:
+  What it prints is a valid configuration file, without the [control] table.
+";
+
+pub(super) const RESIZE: &str = "\
+Examples:
+  genblk resize vm1 40G                           the image is a file
+  lvextend -L 40G vg0/vm1; genblk resize vm1      it is a block device
+
+Notes:
+  The guest sees the new size at once, if its front-end takes messages of the
+  back-end (QEMU does). The size is a multiple of 4096 bytes. To make a disk
+  smaller, or one at an NBD server larger, detach it and attach it again.
 ";
 
 pub(super) const FLUSH: &str = "\

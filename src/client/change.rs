@@ -17,6 +17,11 @@ pub enum DeviceAction {
         /// Whether dirty pages are written first.
         flushed: bool,
     },
+    /// `genblk resize`.
+    Resize {
+        /// The size in bytes; without it the image stays as large as it is.
+        bytes: Option<u64>,
+    },
     /// `genblk resume`.
     Resume,
     /// `genblk thaw`.
@@ -39,6 +44,7 @@ pub fn change(client: &mut ControlClient, device: &str, change: &DeviceAction, a
     let (method, parameters) = match change {
         DeviceAction::Flush => ("Flush", json!({ "device": device })),
         DeviceAction::Drop { flushed } => ("Drop", json!({ "device": device, "flushed": flushed })),
+        DeviceAction::Resize { bytes } => ("Resize", json!({ "device": device, "bytes": bytes })),
         DeviceAction::Resume => ("Resume", json!({ "device": device })),
         DeviceAction::Thaw => ("Thaw", json!({ "device": device })),
         DeviceAction::Detach { force, discard } => {
@@ -56,6 +62,9 @@ fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<Stri
     let unknown = |e| Error::io(ErrorKind::Control, "a reply that this version does not know", e);
     Ok(match change {
         DeviceAction::Flush => "everything that was written is durable on the image".to_owned(),
+        DeviceAction::Resize { .. } => {
+            format!("the guest's disk has {} bytes", results["image_bytes"].as_u64().unwrap_or_default())
+        }
         DeviceAction::Resume => "resumed".to_owned(),
         DeviceAction::Detach { discard: true, .. } => "detached; what the image did not take is lost".to_owned(),
         DeviceAction::Detach { .. } => "detached; everything is on the image".to_owned(),

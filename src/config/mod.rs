@@ -29,6 +29,7 @@ pub use problem::Problem;
 pub(crate) use problem::report;
 pub use runtime::{AT_ONCE, RuntimeConfig, adopt, changed, check_beside, device_of};
 pub use shown::{device_table, differing_keys};
+pub(crate) use size::parse_size;
 
 /// Everything that the daemon serves.
 #[derive(Clone, Debug, PartialEq, Eq)]

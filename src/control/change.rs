@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::wire::{
     AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters, ReloadParameters,
-    SetParameters,
+    ResizeParameters, SetParameters,
 };
 
 /// Bounds of the time of a freeze, and what it is unless given, in milliseconds.
@@ -30,6 +30,13 @@ pub enum Change {
         device: String,
         /// Whether dirty pages are written first.
         flushed: bool,
+    },
+    /// Make the image grow, or serve it as large as it is by now.
+    Resize {
+        /// The device.
+        device: String,
+        /// The size that the image is to have.
+        bytes: Option<u64>,
     },
     /// Retry what failed.
     Resume {
@@ -99,6 +106,10 @@ impl Change {
             "Drop" => {
                 let DropParameters { device, flushed } = read(given)?;
                 Self::Drop { device, flushed: flushed.unwrap_or(false) }
+            }
+            "Resize" => {
+                let ResizeParameters { device, bytes } = read(given)?;
+                Self::Resize { device, bytes }
             }
             "Resume" => Self::Resume { device: device(given)? },
             "Freeze" => {

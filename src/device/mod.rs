@@ -158,8 +158,14 @@ impl Device {
         self.writeback.store(writeback && !self.arena.is_write_through(), Ordering::Release);
     }
 
+    /// The image has grown: from now on the guest finds this size, and may use it.
+    pub fn grow(&self, capacity_sectors: u64) {
+        self.disk.capacity_sectors.set(capacity_sectors);
+    }
+
     /// The configuration space at present.
     pub fn config_space(&self) -> ConfigSpace {
-        ConfigSpace::new(&self.parameters, self.writeback())
+        let capacity_sectors = self.disk.capacity_sectors.get();
+        ConfigSpace::new(&DiskParameters { capacity_sectors, ..self.parameters.clone() }, self.writeback())
     }
 }

@@ -219,6 +219,8 @@ impl Control {
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
         regions::note(Region::Cache, &arena.mapped());
         let settings = DeviceSettings { name: name.to_owned(), ..settings.clone() };
+        // It may have grown since the cache was opened.
+        arena.set_image_size(image.limits().size_bytes.get());
         let image = cached_image(&settings, image, arena)?;
         self.images.insert(settings.name, Open { image, io_mode, is_cache_removed, lost: None, is_used: false });
         Ok(())

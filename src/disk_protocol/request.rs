@@ -26,6 +26,11 @@ pub enum DeviceRequest {
         /// The settings.
         settings: Box<DeviceSettings>,
     },
+    /// The image has grown. The guest is told.
+    Grow {
+        /// Its size.
+        size_bytes: u64,
+    },
 }
 
 /// The reply to a request.

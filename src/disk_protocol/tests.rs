@@ -25,7 +25,7 @@ where
 
 #[test]
 fn recorded_messages_are_understood_and_sent_as_they_were() {
-    check_recording::<ToDisk>(TO_DISK, 14);
+    check_recording::<ToDisk>(TO_DISK, 15);
     check_recording::<FromDisk>(FROM_DISK, 12);
 }
 
@@ -79,6 +79,7 @@ fn record() {
         request(3, DeviceRequest::Freeze { time_ms: 10_000, holds_reads: false }),
         request(4, DeviceRequest::Thaw),
         request(5, DeviceRequest::Configure { settings: Box::new(settings()) }),
+        request(6, DeviceRequest::Grow { size_bytes: 1 << 30 }),
     ];
     let error = ErrorText { kind: ErrorKind::Image, text: "the image failed".to_owned() };
     let from_disk = [

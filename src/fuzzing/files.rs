@@ -149,7 +149,7 @@ pub(super) fn store_limits(input: &[u8]) {
     let memory_align = input.pick(&[512, 4, 4096]);
     let size_bytes = input.pick(&[1u64 << 20, 512, 4608, u64::MAX / 512 * 512]);
     let limits = Limits {
-        size_bytes,
+        size_bytes: size_bytes.into(),
         block_bytes,
         memory_align,
         io_max_bytes: input.pick(&[1 << 20, 4096, u32::MAX]),
@@ -184,7 +184,7 @@ pub(super) fn store_limits(input: &[u8]) {
 
 /// The model of [`Limits::admissible`].
 fn is_within(limits: &Limits, op: OpKind, offset: u64, len: u64, segments: &[Segment]) -> bool {
-    let (start, bytes, size) = (u128::from(offset), u128::from(len), u128::from(limits.size_bytes));
+    let (start, bytes, size) = (u128::from(offset), u128::from(len), u128::from(limits.size_bytes.get()));
     let end = start + bytes;
     let is_multiple = |number: u128, unit: u32| number.is_multiple_of(u128::from(unit));
     let at_end = end == size;

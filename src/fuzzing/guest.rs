@@ -181,7 +181,7 @@ fn model(memory: &GuestMemoryMmap<()>, buffers: &[FuzzBuffer]) -> Result<Expecte
 fn check_against_disks(mem: &GuestRam, request: &Request) {
     for (capacity_sectors, read_only) in [(0, false), (8, false), (u64::MAX, false), (1 << 30, true)] {
         let disk = RequestLimits {
-            capacity_sectors,
+            capacity_sectors: capacity_sectors.into(),
             read_only,
             can_discard: true,
             max_discard_sectors: 1 << 21,

@@ -86,7 +86,7 @@ pub(super) fn prove(
         return Proof::Proven;
     }
     // Before there were tenures, the identity and the size were all that was compared.
-    let is_known_image = header.tenure.is_none() && header.image.size_bytes == image.limits().size_bytes;
+    let is_known_image = header.tenure.is_none() && header.image.size_bytes == image.limits().size_bytes.get();
     let verdict = match header.last_seen.judge(&image.found_token()) {
         _ if planted(PlantedBug::TokenNotCompared) => ChangeVerdict::Plausible,
         verdict => verdict,
@@ -134,7 +134,7 @@ fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Comparison {
         Comparison::Equal(clean) => clean,
         differs => return differs,
     };
-    let image_pages = image.limits().size_bytes / PAGE_BYTES;
+    let image_pages = image.limits().size_bytes.get() / PAGE_BYTES;
     let mut equal = 0;
     for (page, hash) in arena.samples().into_iter().filter(|(page, _)| page.0 < image_pages) {
         match image.read_page(page) {
@@ -149,7 +149,7 @@ fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Comparison {
 /// Pages of an image with their hashes, for the ledger of `arena`: those that every mount changes, and some from
 /// everywhere in its data. What the cache holds dirty may be on the image and not be durable there: it tells nothing.
 pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, u64)> {
-    let image_pages = image.limits().size_bytes / PAGE_BYTES;
+    let image_pages = image.limits().size_bytes.get() / PAGE_BYTES;
     let mut runs: Vec<Range<u64>> =
         image.data_runs().into_iter().map(|run| run.start.div_ceil(PAGE_BYTES)..run.end / PAGE_BYTES).collect();
     runs.retain(|run| run.start < run.end);
@@ -208,7 +208,7 @@ fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Comparison {
 
 /// Whether these sectors of a frame are equal to the image; `None` if they cannot be read, or lie past its end.
 fn is_equal(arena: &Arena, image: &dyn NamedImage, page: PageNo, frame: FrameId, mask: SectorMask) -> Option<bool> {
-    let image_sectors = image.limits().size_bytes / SECTOR_BYTES;
+    let image_sectors = image.limits().size_bytes.get() / SECTOR_BYTES;
     let mut left = mask.and(sectors_within(image_sectors, page));
     if left.is_empty() {
         return None;

@@ -27,7 +27,7 @@ const DEFAULT_MEMORY_DIR: &str = "/dev/shm";
 pub(super) fn facts_of(image: &dyn NamedImage) -> ImageFacts {
     ImageFacts {
         identity: image.identity(),
-        size_bytes: image.limits().size_bytes,
+        size_bytes: image.limits().size_bytes.get(),
         path: image.canonical_path(),
         alias: image.alias(),
     }

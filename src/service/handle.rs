@@ -27,7 +27,7 @@ impl ServiceHandle {
         let Some(image) = self.image.upgrade() else { return state };
         if let Some(stats) = image.try_stats() {
             state.cache = stats;
-            state.image_bytes = image.limits().size_bytes;
+            state.image_bytes = image.limits().size_bytes.get();
         }
         if let Some(oldest) = image.oldest_op() {
             state.oldest = oldest.map(|(kind, span, age)| OldestOp { kind, span, age });

@@ -76,7 +76,7 @@ impl Service {
             settings.name,
             settings.image,
             settings.socket,
-            image.limits().size_bytes,
+            image.limits().size_bytes.get(),
             if settings.read_only { "read-only, " } else { "" },
             settings.cache.size_bytes,
             settings.cache.mode,

@@ -8,7 +8,7 @@ use crate::config::CacheMode;
 use crate::device::HeldRequests;
 use crate::device::control::Workers;
 use crate::disk_protocol::{DeviceReply, DeviceRequest, DeviceSettings};
-use crate::units::Fault;
+use crate::units::{Fault, SECTOR_BYTES};
 
 impl ServiceHandle {
     /// Takes what may change of other settings.
@@ -23,6 +23,22 @@ impl ServiceHandle {
         drop(image);
         workers.reconfigure(cache);
         device.reconfigure(new.cache.mode == CacheMode::Writeback, new.poll_us);
+        DeviceReply::Done
+    }
+
+    /// The image has grown to this size.
+    fn grow(&self, size_bytes: u64) -> DeviceReply {
+        let (Some(device), Some(image), Some(server)) =
+            (self.device.upgrade(), self.image.upgrade(), self.server.upgrade())
+        else {
+            return DeviceReply::NotServed;
+        };
+        if let Err(fault) = image.grow(size_bytes) {
+            return DeviceReply::Failed { fault };
+        }
+        // What the image has by now: of two requests at a time, the larger one counts.
+        device.grow(image.limits().size_bytes.get() / SECTOR_BYTES);
+        server.notify_config_change();
         DeviceReply::Done
     }
 
@@ -41,6 +57,7 @@ impl ServiceHandle {
                 done(workers.freeze(Duration::from_millis(time_ms.into()), held))
             }
             DeviceRequest::Configure { ref settings } => self.configure(&workers, settings),
+            DeviceRequest::Grow { size_bytes } => self.grow(size_bytes),
             DeviceRequest::Thaw => DeviceReply::Thawed { was_frozen: workers.thaw() },
         }
     }

@@ -31,7 +31,7 @@ pub(super) fn settings(config: &DeviceSettings, limits: &Limits) -> Result<Setti
     let io_pages = pages(limits.io_max_bytes.into()).min(limits.segments_max.into());
     Ok(Settings {
         frames,
-        image_sectors: limits.size_bytes / SECTOR_BYTES,
+        image_sectors: limits.size_bytes.get() / SECTOR_BYTES,
         block_sectors: low_u8(u64::from(limits.transfer_block_bytes()) / SECTOR_BYTES),
         holes: limits.holes,
         cluster_pages_max: io_pages.clamp(1, low_u32(REGION_PAGES)),
@@ -65,7 +65,7 @@ fn error_policy(configured: OnError) -> ErrorPolicy {
 pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage, counters: Counters) -> Arc<Device> {
     let limits = image.limits();
     let parameters = DiskParameters {
-        capacity_sectors: limits.size_bytes / SECTOR_BYTES,
+        capacity_sectors: limits.size_bytes.get() / SECTOR_BYTES,
         block_bytes: 512,
         physical_block_bytes: limits.physical_block_bytes,
         optimal_io_bytes: limits.optimal_io_bytes,
@@ -77,7 +77,7 @@ pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage, counters: 
         zero_may_unmap: limits.can_zero,
     };
     let disk = RequestLimits {
-        capacity_sectors: parameters.capacity_sectors,
+        capacity_sectors: parameters.capacity_sectors.into(),
         read_only: config.read_only,
         can_discard: limits.can_discard,
         max_discard_sectors: parameters.discard.max_sectors,

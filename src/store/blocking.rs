@@ -230,7 +230,7 @@ fn discard(image: &OpenImage, offset: u64, len: u64) -> io::Result<()> {
 ///
 /// => A hole reads as zeros. Data may read as zeros, too.
 fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
-    let (mut at, end, image_end) = (offset, offset + len, image.limits.size_bytes);
+    let (mut at, end, image_end) = (offset, offset + len, image.limits.size_bytes.get());
     if image.is_device() {
         return Ok(vec![Extent { len: image_end - offset, kind: ExtentKind::Data }]);
     }
@@ -263,7 +263,7 @@ fn map(image: &OpenImage, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
 
 /// The first byte of data from `at` on, or the end of the image; an error if the file ends before `needed`.
 fn next_data(image: &OpenImage, at: u64, needed: u64) -> io::Result<u64> {
-    let image_end = image.limits.size_bytes;
+    let image_end = image.limits.size_bytes.get();
     match sys::file::seek_data(&image.file, at) {
         Ok(data) => Ok(data.clamp(at, image_end)),
         // ENXIO: no data before the end of the file. That is a hole only as far as the file still reaches.

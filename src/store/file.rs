@@ -198,7 +198,7 @@ impl FileImage {
     /// The error of pread(2).
     pub fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
         let mut bytes = Box::new(PageBytes([0; PAGE_SIZE]));
-        let within = self.limits().size_bytes.saturating_sub(page.offset_bytes()).min(PAGE_BYTES);
+        let within = self.limits().size_bytes.get().saturating_sub(page.offset_bytes()).min(PAGE_BYTES);
         let within = usize::try_from(within).expect("at most a page");
         self.image.file.read_exact_at(&mut bytes.0[..within], page.offset_bytes())?;
         Ok(bytes)
@@ -324,6 +324,14 @@ impl NamedImage for FileImage {
         self.image.is_fenced(fence)
     }
 
+    fn present_size(&self) -> Option<u64> {
+        if self.image.is_device() || self.image.tells_times_at_once() { self.image.size_now().ok() } else { None }
+    }
+
+    fn grow(&self, size_bytes: Option<u64>) -> std::result::Result<u64, String> {
+        self.image.grow(size_bytes)
+    }
+
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {
         self.read_page(page)
     }
@@ -369,7 +377,7 @@ impl Backing for FileImage {
     }
 
     fn note_guest_write(&self, first: u64, bytes: &[u8]) -> u64 {
-        self.image.format().note_guest_write(first, bytes, self.image.limits.size_bytes / SECTOR_BYTES)
+        self.image.format().note_guest_write(first, bytes, self.image.limits.size_bytes.get() / SECTOR_BYTES)
     }
 
     fn recorded_formats(&self) -> u64 {

@@ -128,7 +128,7 @@ impl OpenImage {
         let is_file = geometry.device_block.is_none();
         let data_runs = if is_file { first_data_runs(&file, geometry.size_bytes) } else { None };
         let limits = Limits {
-            size_bytes: geometry.size_bytes,
+            size_bytes: geometry.size_bytes.into(),
             block_bytes: alignment.block,
             memory_align: alignment.memory,
             io_max_bytes: geometry.io_max_bytes,
@@ -172,7 +172,7 @@ impl OpenImage {
 
     /// An image that another process of the daemon has opened. `file` is an open file description of its own.
     pub(super) fn received(file: File, parts: FileParts) -> Self {
-        let size_bytes = parts.limits.size_bytes;
+        let size_bytes = parts.limits.size_bytes.get();
         Self {
             file,
             limits: parts.limits,
@@ -218,7 +218,7 @@ impl OpenImage {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let file = File::options().read(true).write(writable).open(path)?;
         // Before direct I/O, which reads whole blocks.
-        let known = FormatRecord::of(&file, self.limits.size_bytes)?.into_known();
+        let known = FormatRecord::of(&file, self.limits.size_bytes.get())?.into_known();
         if self.direct {
             sys::file::set_direct(&file, true)?;
         }
@@ -231,6 +231,37 @@ impl OpenImage {
     /// Whether another open file description holds the fence. A file system without locks cannot tell.
     pub(super) fn is_fenced(&self, fence: IoFence) -> bool {
         sys::file::is_byte_locked(&self.file, fence.0).unwrap_or(false)
+    }
+
+    /// The size of the file or device by now.
+    pub(super) fn size_now(&self) -> std::io::Result<u64> {
+        if self.is_device() { sys::block::size_bytes(&self.file) } else { Ok(self.file.metadata()?.len()) }
+    }
+
+    /// See [`super::named::NamedImage::grow`].
+    pub(super) fn grow(&self, wanted: Option<u64>) -> std::result::Result<u64, String> {
+        let failed = |e: std::io::Error| format!("image {}: {e}", self.path.display());
+        let (served, now) = (self.limits.size_bytes.get(), self.size_now().map_err(failed)?);
+        let wanted = wanted.unwrap_or(now);
+        if wanted < served {
+            return Err(format!("it is served with {served} bytes, and does not shrink while it is served"));
+        }
+        if !wanted.is_multiple_of(PAGE_BYTES) || !served.is_multiple_of(PAGE_BYTES) {
+            let why = "changes only when the disk is attached anew";
+            return Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"));
+        }
+        check_size(&self.path, wanted).map_err(|error| error.to_string())?;
+        if wanted > now && self.is_device() {
+            return Err(format!("device {} has {now} bytes; make it grow first", self.path.display()));
+        }
+        if wanted > now && !self.limits.writable {
+            return Err("the image is read-only".to_owned());
+        }
+        if wanted > now {
+            self.file.set_len(wanted).map_err(failed)?;
+        }
+        self.limits.size_bytes.set(wanted);
+        Ok(wanted)
     }
 
     /// Where the image was opened.
@@ -265,7 +296,7 @@ impl OpenImage {
 
     /// Whether a write of these bytes may make the image look like another format than raw.
     pub(super) fn shows_format(&self, first: u64, end: u64) -> bool {
-        first < HEAD_BYTES as u64 || end == self.limits.size_bytes
+        first < HEAD_BYTES as u64 || end == self.limits.size_bytes.get()
     }
 
     /// Whether a thread has to record formats at the image before it executes this write; no worker may wait for that.
@@ -284,7 +315,7 @@ impl OpenImage {
             // Sysfs tells it, at paths that only the process which opened the image may use.
             return Err(std::io::ErrorKind::Unsupported.into());
         }
-        history::change_token(&self.file, self.limits.size_bytes, self.device_number, self.direct)
+        history::change_token(&self.file, self.limits.size_bytes.get(), self.device_number, self.direct)
     }
 
     /// What the host told about the last change of the image when it was opened.
@@ -313,11 +344,11 @@ impl OpenImage {
         let Some((now, links)) = sys::file::cached_size_and_links(&self.file) else { return true };
         let label = &self.label;
         let before = self.reported.size_bytes.swap(now, Ordering::Relaxed);
-        let opened = self.limits.size_bytes;
+        let opened = self.limits.size_bytes.get();
         if now < before && now < opened {
             log::error!("{label} has shrunk from {before} to {now} bytes: writes beyond its end fail");
-        } else if now != before {
-            log::warn!("{label} now has {now} bytes; the guest's disk keeps the {opened} bytes of the start");
+        } else if now != before && now < opened {
+            log::warn!("{label} now has {now} bytes of {opened}");
         }
         if links == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
             log::error!("{label} was deleted: it is still served, but its data is lost when this daemon ends");

@@ -61,7 +61,7 @@ use crate::sys;
 pub use crate::sys::file::Segment;
 use crate::tenure::token::ChangeToken;
 use crate::units::{
-    ExtentKind, Fault, ImageHoles, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorSpan, Urgency, counted, low_u32,
+    ExtentKind, Fault, ImageHoles, LiveSize, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorSpan, Urgency, counted, low_u32,
 };
 
 /// How long a queue waits for its operations when it is dropped without [`StoreQueue::drain`]: as long as Linux gives a
@@ -141,11 +141,11 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// What an image can do; fixed while it is open.
+/// What an image can do; fixed while it is open, but for its size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Size of the image in bytes: a multiple of 512.
-    pub size_bytes: u64,
+    /// Size of the image in bytes: a multiple of 512. It grows while the image is open.
+    pub size_bytes: LiveSize,
     /// Offsets and lengths of reads and writes are multiples of this (512 to 4096).
     pub block_bytes: u32,
     /// Segment addresses and lengths are multiples of this.
@@ -190,7 +190,7 @@ impl Limits {
     /// Which limit is the obstacle.
     pub fn check(&self) -> Result<(), String> {
         let page = low_u32(PAGE_BYTES);
-        let size = self.size_bytes;
+        let size = self.size_bytes.get();
         let obstacle = if size == 0 || !size.is_multiple_of(SECTOR_BYTES) {
             format!("a size of {size} bytes is not a multiple of {SECTOR_BYTES}")
         } else if !self.block_bytes.is_power_of_two() || u64::from(self.block_bytes) < SECTOR_BYTES {
@@ -219,7 +219,8 @@ impl Limits {
         let Some(end) = request.offset.checked_add(request.len) else {
             return false;
         };
-        if end > self.size_bytes {
+        let size = self.size_bytes.get();
+        if end > size {
             return false;
         }
         let block = u64::from(self.block_bytes);
@@ -233,11 +234,11 @@ impl Limits {
                     && request.len > 0
                     && request.len <= u64::from(self.io_max_bytes)
                     && aligned(request.offset)
-                    && (aligned(end) || end == self.size_bytes)
+                    && (aligned(end) || end == size)
                     && sum == request.len
                     && request.segments.len() <= usize::from(self.segments_max)
                     && request.segments.iter().all(|s| memory_aligned(s.base.addr()))
-                    && (request.segments.iter().all(|s| memory_aligned(s.len)) || end == self.size_bytes)
+                    && (request.segments.iter().all(|s| memory_aligned(s.len)) || end == size)
             }
             OpKind::Map => request.len > 0 && request.segments.is_empty(),
             OpKind::Zero { .. } | OpKind::Discard | OpKind::Allocate => {

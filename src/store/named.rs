@@ -133,6 +133,20 @@ pub trait NamedImage: Backing {
         false
     }
 
+    /// How many bytes it has by now, if that is cheap to find out: waits for no file server. `None`: it is not known.
+    fn present_size(&self) -> Option<u64> {
+        None
+    }
+
+    /// Makes it grow to `size_bytes`, if it is smaller; without a size it stays as large as it is. Returns the size up
+    /// to which it is served from now on. May wait.
+    ///
+    /// # Errors
+    /// Why it cannot have that size; nothing has changed then.
+    fn grow(&self, _size_bytes: Option<u64>) -> std::result::Result<u64, String> {
+        Err("an image of this kind changes its size only when it is attached anew".to_owned())
+    }
+
     /// Reads a page; what lies past the end of the image is zeros.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{debug, error};
+use log::{debug, error, info};
 
 use super::SupervisorEvent;
 use super::context::Context;
@@ -33,6 +33,8 @@ const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// How often to look whether the cache's file is still there.
 const FILE_WATCH: Duration = Duration::from_millis(250);
+/// How often to look whether the image has grown.
+const SIZE_WATCH: Duration = Duration::from_secs(2);
 
 /// Steps, in words.
 const OPENING: &str = "opening the image";
@@ -43,6 +45,8 @@ pub(super) const PREPARING: &str = "preparing the cache";
 pub(super) enum KeeperCommand {
     /// Serve the device that is open.
     Serve,
+    /// Make the image grow to this size, or serve it as large as it is. The reply: the size.
+    Grow(Option<u64>, Sender<std::result::Result<u64, String>>),
     /// Retry what failed: the operator says that the image works again.
     Resume,
     /// Complete the guest's requests, and accept no others. Then wait for `Finish`.
@@ -249,7 +253,7 @@ impl KeeperThread {
                 }
                 Ok(KeeperCommand::Finish) | Err(RecvTimeoutError::Disconnected) => return None,
                 Ok(KeeperCommand::Resume | KeeperCommand::Serve) => return Some(RETRY_MIN),
-                Ok(KeeperCommand::Process(..)) => {}
+                Ok(KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
                 Err(RecvTimeoutError::Timeout) => return Some((pause * 2).min(RETRY_MAX)),
             }
         }
@@ -277,7 +281,7 @@ impl KeeperThread {
         loop {
             match self.commands.recv() {
                 Ok(KeeperCommand::Serve) => return true,
-                Ok(KeeperCommand::Resume | KeeperCommand::Process(..)) => {}
+                Ok(KeeperCommand::Resume | KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
                 Ok(KeeperCommand::End(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
@@ -337,7 +341,7 @@ impl KeeperThread {
                     self.restarts.forget();
                     return true;
                 }
-                Ok(KeeperCommand::Serve | KeeperCommand::Process(..)) => {}
+                Ok(KeeperCommand::Serve | KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
                 Ok(KeeperCommand::End(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
@@ -387,6 +391,8 @@ impl KeeperThread {
             ending: None,
             quiesced: false,
             served,
+            image_bytes: opened.slot.image_bytes(),
+            looked_at_size: Instant::now(),
             ended: None,
             failure: None,
         };
@@ -403,6 +409,10 @@ struct ProcessSession<'a> {
     slot: &'a ImageSlot,
     /// The configuration that the process was told.
     served: Arc<DeviceConfig>,
+    /// The size of the image that the process was told.
+    image_bytes: u64,
+    /// When the size of the image was looked at.
+    looked_at_size: Instant,
     /// For the main thread, once it is served.
     handle: Option<DeviceHandle>,
     ending: Option<Ending>,
@@ -429,7 +439,15 @@ impl ProcessSession<'_> {
                 }
                 // A process that has ended before.
                 Ok(KeeperCommand::Process(..)) => {}
-                Err(RecvTimeoutError::Timeout) => self.slot.look_at_cache_file(false),
+                Ok(KeeperCommand::Grow(size_bytes, reply)) => {
+                    // Whoever has hung up needs no reply.
+                    let _ = reply.send(self.slot.grow(size_bytes));
+                    self.tell_growth();
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.slot.look_at_cache_file(false);
+                    self.look_at_size();
+                }
                 Err(RecvTimeoutError::Disconnected) => self.end(Ending::WriteBack),
             }
         }
@@ -441,6 +459,27 @@ impl ProcessSession<'_> {
         if !Arc::ptr_eq(&in_force, &self.served) {
             let settings = Box::new(DeviceSettings::from(&*in_force));
             let request = DeviceRequest::Configure { settings };
+            // Nobody waits for the reply to request 0.
+            self.process.command(&ToDisk::Request { device: self.device, id: 0, request });
+        }
+    }
+
+    /// Follows an image that has grown.
+    fn look_at_size(&mut self) {
+        if self.looked_at_size.elapsed() >= SIZE_WATCH {
+            self.looked_at_size = Instant::now();
+            self.slot.follow_growth();
+        }
+        self.tell_growth();
+    }
+
+    /// Tells the process that the image has grown, if it has.
+    fn tell_growth(&mut self) {
+        let size_bytes = self.slot.image_bytes();
+        if size_bytes > self.image_bytes {
+            self.image_bytes = size_bytes;
+            info!("{}: its image now has {size_bytes} bytes", self.worker.config.name);
+            let request = DeviceRequest::Grow { size_bytes };
             // Nobody waits for the reply to request 0.
             self.process.command(&ToDisk::Request { device: self.device, id: 0, request });
         }

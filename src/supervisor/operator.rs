@@ -138,9 +138,26 @@ impl Operator {
                 self.detach(&device, force, discard, Recorded::Runtime, client)?;
                 Ok(json!(Progressing { progress: None }))
             }
+            Change::Resize { device, bytes } => Ok(json!({ "image_bytes": self.resize(&device, bytes, client)? })),
             Change::Set { device, config } => Ok(json!({ "changed": self.set(&device, &config, client)? })),
             Change::Reload { dry_run } => Ok(json!({ "changes": self.reload(dry_run, client)? })),
         }
+    }
+
+    /// Makes an image grow, and its guest see it.
+    fn resize(&self, device: &str, bytes: Option<u64>, client: &ChangeClient) -> Result<u64, Refusal> {
+        let entry = self.overview.entry(device)?;
+        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "resize")?;
+        let not_served = || Refusal::refused(device, "it is not served at the moment");
+        if entry.operator.is_frozen(entry.link.as_ref()) {
+            return Err(Refusal::new("Frozen", json!({ "device": device })));
+        }
+        let (sender, reply) = channel();
+        entry.commands.send(KeeperCommand::Grow(bytes, sender)).map_err(|_| not_served())?;
+        let grown = reply.recv().map_err(|_| not_served())?;
+        let size_bytes = grown.map_err(|why| Refusal::refused(device, why))?;
+        ask(&entry, DeviceRequest::Grow { size_bytes }, client)?;
+        Ok(size_bytes)
     }
 
     pub(super) fn attach(&self, device: DeviceConfig, record: Recorded) -> Result<bool, Refusal> {

@@ -208,6 +208,30 @@ impl ImageSlot {
         }
     }
 
+    /// Up to which size the image is served.
+    pub fn image_bytes(&self) -> u64 {
+        self.lock().image.limits().size_bytes.get()
+    }
+
+    /// Makes the image grow; see [`NamedImage::grow`].
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub fn grow(&self, size_bytes: Option<u64>) -> std::result::Result<u64, String> {
+        self.lock().image.grow(size_bytes)
+    }
+
+    /// Follows an image that somebody else has made grow. Waits for nothing.
+    pub fn follow_growth(&self) {
+        let Ok(state) = self.state.try_lock() else { return };
+        let served = state.image.limits().size_bytes.get();
+        if state.image.present_size().is_some_and(|now| now > served && now.is_multiple_of(PAGE_BYTES))
+            && let Err(why) = state.image.grow(None)
+        {
+            warn!("{}: does not follow the growth of its image: {why}", self.settings.name);
+        }
+    }
+
     /// Whether the cache holds data that is nowhere else, after its process has ended.
     pub fn holds_unwritten(&self) -> bool {
         let state = self.lock();

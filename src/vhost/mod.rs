@@ -18,6 +18,7 @@
 //! The relay adds what vhost-user-backend lacks: the inflight region, and memory tables in any order.
 
 mod backend;
+mod config_change;
 mod inflight;
 mod relay;
 mod server;

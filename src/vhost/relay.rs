@@ -2,6 +2,7 @@
 //! lacks:
 //!
 //! - It offers INFLIGHT_SHMFD, and handles GET_INFLIGHT_FD and SET_INFLIGHT_FD itself.
+//! - It offers BACKEND_REQ, and keeps the channel of SET_BACKEND_REQ_FD (`config_change.rs`).
 //! - It sorts a memory table by guest address: vhost-user-backend refuses any other order.
 //! - It lets a front-end start a new session on its connection. QEMU sends a second SET_OWNER when a device is
 //!   unplugged and another one plugged on the same character device; vhost-user-backend refuses it, and would keep the
@@ -24,6 +25,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_SIZE_MAX;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::backend::PROTOCOL_FEATURES;
+use super::config_change::ConfigChange;
 use super::vring::{Session, VringControl};
 use super::wire::Message;
 use crate::sys::file_system::FileSystem;
@@ -47,8 +49,12 @@ const SET_PROTOCOL_FEATURES: u32 = FrontendReq::SET_PROTOCOL_FEATURES as u32;
 const GET_INFLIGHT_FD: u32 = FrontendReq::GET_INFLIGHT_FD as u32;
 const SET_INFLIGHT_FD: u32 = FrontendReq::SET_INFLIGHT_FD as u32;
 
-/// The protocol feature that vhost-user-backend lacks.
-const INFLIGHT_SHMFD: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
+const SET_BACKEND_REQ_FD: u32 = FrontendReq::SET_BACKEND_REQ_FD as u32;
+const GET_CONFIG: u32 = FrontendReq::GET_CONFIG as u32;
+const SET_VRING_KICK: u32 = FrontendReq::SET_VRING_KICK as u32;
+
+/// The protocol features that vhost-user-backend lacks, or does not use.
+const ADDED: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits() | VhostUserProtocolFeatures::BACKEND_REQ.bits();
 
 /// Features that earlier versions of genblk offered. The guest of such a version keeps them when its front-end connects
 /// to this one, and vhost-user-backend ends the connection over a feature that is not offered. SIZE_MAX limits what the
@@ -100,6 +106,7 @@ pub(super) struct Relay<'a> {
     stop: &'a EventFd,
     session: &'a Session,
     rings: &'a [VringControl],
+    config_change: &'a ConfigChange,
     /// Number of memory regions that the front-end shares.
     regions: usize,
     /// The front-end has sent SET_OWNER.
@@ -120,9 +127,22 @@ impl<'a> Relay<'a> {
         stop: &'a EventFd,
         session: &'a Session,
         rings: &'a [VringControl],
+        config_change: &'a ConfigChange,
     ) -> Self {
         let (regions, owned, held, protocol_features, replies) = (0, false, false, None, VecDeque::new());
-        Self { front_end, backend_end, stop, session, rings, regions, owned, held, protocol_features, replies }
+        Self {
+            front_end,
+            backend_end,
+            stop,
+            session,
+            rings,
+            config_change,
+            regions,
+            owned,
+            held,
+            protocol_features,
+            replies,
+        }
     }
 
     /// Sends vhost-user-backend what the front-end of a new session has sent already.
@@ -207,6 +227,13 @@ impl<'a> Relay<'a> {
                 self.session.inflight.set_region(message)?;
                 return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
             }
+            SET_BACKEND_REQ_FD => {
+                let done = message.needs_reply().then(|| Message::reply(SET_BACKEND_REQ_FD, vec![0; 8], Vec::new()));
+                self.config_change.set_channel(message.files.into_iter().next());
+                return self.reply_in_order(done.map_or(Reply::Swallow, Reply::Replace));
+            }
+            GET_CONFIG => self.config_change.note_read(),
+            SET_VRING_KICK => self.config_change.repeat(),
             _ => {}
         }
         message.send(&self.backend_end)
@@ -242,7 +269,7 @@ impl<'a> Relay<'a> {
     /// session.
     fn forward_reply(&mut self, mut message: Message) -> io::Result<Option<NewOwner>> {
         match message.request {
-            GET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits | INFLIGHT_SHMFD),
+            GET_PROTOCOL_FEATURES => change_bits(&mut message, |bits| bits | ADDED),
             GET_FEATURES => match self.replies.pop_front() {
                 Some(Reply::Replace(reply)) => message = reply,
                 Some(Reply::Swallow) => return Ok(None),

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::BackendMemory;
 use super::backend::Backend;
+use super::config_change::ConfigChange;
 use super::relay::{Ended, NewOwner, Relay};
 use super::vring::{Session, with_vring_factory};
 use crate::broker::Broker;
@@ -41,6 +42,8 @@ pub struct Server {
     last_failure: Mutex<Option<FrontEndFailure>>,
     /// The connection that is served now, if there is one.
     connection: Mutex<Option<UnixStream>>,
+    /// Tells it of changes of the configuration space.
+    config_change: ConfigChange,
     /// Readable once `stopped` is set; ends the poll for a message or a front-end.
     stop: EventFd,
 }
@@ -70,6 +73,7 @@ impl Server {
             stopped: AtomicBool::new(false),
             last_failure: Mutex::default(),
             connection: Mutex::default(),
+            config_change: ConfigChange::default(),
             stop,
         })
     }
@@ -104,6 +108,11 @@ impl Server {
             // It fails if the front-end has disconnected already.
             let _ = connection.shutdown(Shutdown::Both);
         }
+    }
+
+    /// The configuration space has changed: tells the front-end. Waits for nothing.
+    pub fn notify_config_change(&self) {
+        self.config_change.notify();
     }
 
     /// Process ID and user ID of the front-end that is served while another one waits to be accepted; `None` if none
@@ -154,6 +163,7 @@ impl Server {
             info!("{}: {greeting}", self.device.name);
         }
         *self.connection() = Some(front_end.try_clone()?);
+        self.config_change.begin_session();
         let mut owner = None;
         let (ended, failed_before) = loop {
             let session = Session::new(&self.device, &self.workers, &self.broker, peer.pid, greeting.take());
@@ -172,6 +182,7 @@ impl Server {
             }
         };
         *self.connection() = None;
+        self.config_change.begin_session();
         drop(front_end);
         self.on_disconnect(peer, ended, failed_before);
         Ok(())
@@ -194,7 +205,7 @@ impl Server {
         let (daemon, rings) = with_vring_factory(session, || VhostUserDaemon::new(name, backend, memory));
         let mut daemon = daemon.map_err(|e| daemon_error(&e))?;
         daemon.start(&mut Listener::from(listener)).map_err(|e| daemon_error(&e))?;
-        let mut relay = Relay::new(front_end, backend_end, &self.stop, session, &rings);
+        let mut relay = Relay::new(front_end, backend_end, &self.stop, session, &rings, &self.config_change);
         let relayed = owner.map_or(Ok(()), |owner| relay.begin_anew(owner)).and_then(|()| relay.run());
         let served = daemon.wait();
         for ring in &rings {

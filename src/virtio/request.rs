@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Address, GuestAddress};
 
-use crate::units::{SECTOR_BYTES, SectorSpan, Unmap};
+use crate::units::{LiveSize, SECTOR_BYTES, SectorSpan, Unmap};
 use crate::virtio::chain::{Buffer, DescriptorChain, DescriptorTable};
 use crate::virtio::guest_copy::{BadAddress, GuestCursor, GuestRange, read_once};
 use crate::virtio::{GuestRam, MAX_DISCARD_SEGMENTS, MAX_WRITE_ZEROES_SECTORS, Status};
@@ -77,7 +77,7 @@ impl RequestKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestLimits {
     /// Size in sectors.
-    pub capacity_sectors: u64,
+    pub capacity_sectors: LiveSize,
     /// Whether VIRTIO_BLK_F_RO is offered.
     pub read_only: bool,
     /// Whether VIRTIO_BLK_F_DISCARD is offered.
@@ -413,5 +413,6 @@ impl Request {
 
 /// Whether `count` sectors from `start` are within the disk. Computes no end, which could overflow.
 fn is_within(disk: &RequestLimits, start: u64, count: u64) -> bool {
-    start <= disk.capacity_sectors && count <= disk.capacity_sectors - start
+    let capacity = disk.capacity_sectors.get();
+    start <= capacity && count <= capacity - start
 }

@@ -154,6 +154,11 @@ impl Pages {
         std::mem::take(&mut self.made_room)
     }
 
+    /// The image has grown.
+    pub fn set_image_sectors(&mut self, image_sectors: u64) {
+        self.image_sectors = image_sectors;
+    }
+
     // A page's state.
 
     /// Changes a page's masks, epoch, writers and state flags, and all that depends on them: dirty set and counters

@@ -295,7 +295,7 @@ impl Life {
 
 fn device_of(cached: &CachedImage, workers: usize, writeback: bool, read_only: bool, budget: Budget) -> Arc<Device> {
     let limits: &Limits = cached.limits();
-    let capacity_sectors = limits.size_bytes / SECTOR_BYTES;
+    let capacity_sectors = limits.size_bytes.get() / SECTOR_BYTES;
     let parameters = DiskParameters {
         capacity_sectors,
         block_bytes: 512,
@@ -309,7 +309,7 @@ fn device_of(cached: &CachedImage, workers: usize, writeback: bool, read_only: b
         zero_may_unmap: true,
     };
     let disk = RequestLimits {
-        capacity_sectors,
+        capacity_sectors: capacity_sectors.into(),
         read_only,
         can_discard: true,
         max_discard_sectors: parameters.discard.max_sectors,

@@ -129,7 +129,7 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
     let transfer_bytes = u32::from(block_sectors) * SECTOR_BYTES as u32;
     let ends_within_block = !image_sectors.is_multiple_of(u64::from(block_sectors));
     let limits = Limits {
-        size_bytes: image_sectors * SECTOR_BYTES,
+        size_bytes: (image_sectors * SECTOR_BYTES).into(),
         block_bytes: if ends_within_block { SECTOR_BYTES as u32 } else { transfer_bytes },
         memory_align: if ends_within_block { transfer_bytes } else { SECTOR_BYTES as u32 },
         io_max_bytes: cluster_pages_max * PAGE_BYTES as u32,

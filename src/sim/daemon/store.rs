@@ -112,7 +112,7 @@ pub(super) struct SimulatedImage {
 impl SimulatedImage {
     /// An image of zeros; pages for which `hole` returns true are holes.
     pub fn new(limits: Limits, behaviour: Behaviour, mut prng: Prng, hole_percent: u64) -> Self {
-        let sectors = (limits.size_bytes / SECTOR_BYTES) as usize;
+        let sectors = (limits.size_bytes.get() / SECTOR_BYTES) as usize;
         let hole = (0..sectors.div_ceil(SECTORS_PER_PAGE)).map(|_| prng.percent(hole_percent)).collect();
         let disk = MediumState {
             prng,

@@ -90,7 +90,7 @@ impl World {
         let disk_prng = Prng::new(prng.next_u64());
         Self {
             budget: budget(&mut Prng::new(!seed)),
-            directory: Directory::new(limits.size_bytes),
+            directory: Directory::new(limits.size_bytes.get()),
             image: SimulatedImage::new(limits, scenario.behaviour, disk_prng, scenario.hole_percent),
             oracle: Oracle::new((0..settings.image_sectors).map(|_| 0)),
             write_through: (!scenario.writeback).then_some(0),

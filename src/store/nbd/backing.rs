@@ -107,7 +107,7 @@ impl Backing for NbdBacking {
     fn change_token(&self) -> Option<ChangeToken> {
         // A server tells nothing else. The image is not at rest while the server may still change it.
         let is_feared = self.remote.suspects.has_any(self.remote.now());
-        (!is_feared).then(|| ChangeToken { size_bytes: self.limits.size_bytes, ..ChangeToken::default() })
+        (!is_feared).then(|| ChangeToken { size_bytes: self.limits.size_bytes.get(), ..ChangeToken::default() })
     }
 
     fn rest_token(&self) -> Option<ChangeToken> {

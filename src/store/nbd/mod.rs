@@ -106,7 +106,7 @@ impl NbdImage {
     }
 
     fn size_bytes(&self) -> u64 {
-        self.backing.limits.size_bytes
+        self.backing.limits.size_bytes.get()
     }
 
     fn look_at_format(&self) -> io::Result<Option<Found>> {
@@ -207,7 +207,7 @@ fn limits_of(export: &Export, read_only: bool) -> Limits {
     let block_bytes = export.block_min.max(512);
     let can_discard = writable && export.has(export_flag::SEND_TRIM);
     Limits {
-        size_bytes: export.size_bytes,
+        size_bytes: export.size_bytes.into(),
         block_bytes,
         memory_align: 1,
         io_max_bytes: export.block_max.min(IO_BYTES_MAX) / block_bytes * block_bytes,

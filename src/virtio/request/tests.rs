@@ -34,7 +34,7 @@ fn disk() -> RequestLimits {
     let serial = serial("genblk-1");
     let max_discard_sectors = 1 << 19;
     RequestLimits {
-        capacity_sectors: 1000,
+        capacity_sectors: 1000.into(),
         read_only: false,
         can_discard: true,
         max_discard_sectors,
@@ -361,7 +361,7 @@ fn random_chains_never_cause_a_panic() {
             accepted += 1;
             if matches!(parsed.kind, RequestKind::Discard | RequestKind::WriteZeroes) {
                 let _ = parsed.range_segments(&mem, &disk(), &mut segments);
-                assert!(segments.iter().all(|s| s.span.end() <= disk().capacity_sectors));
+                assert!(segments.iter().all(|s| s.span.end() <= disk().capacity_sectors.get()));
             }
             let _ = parsed.write_id(&mem, &disk());
         }

@@ -18,7 +18,7 @@ fn segments_of(kind: u32, raw: &[(u64, u32, u32)], cut: usize) -> Result<Vec<Ran
     }
     buffers.push((STATUS, 1, WRITE));
     let parsed = request(&mem, kind, 0, &buffers).unwrap();
-    let big = RequestLimits { capacity_sectors: 1 << 20, ..disk() };
+    let big = RequestLimits { capacity_sectors: (1 << 20).into(), ..disk() };
     parsed.check(&big)?;
     let stale = RangeSegment { span: SectorSpan::new(9, 9), unmap: Unmap::Allowed };
     let mut segments = vec![stale];

@@ -75,10 +75,9 @@ pub fn other_user_of(file: &File) -> Option<(u32, String)> {
     user_of(&path, |pid| pid != own)
 }
 
-/// A process, and not a dying one, that has the socket with this inode open, with its name; `None` if this user can see
-/// none.
-pub fn user_of_socket(inode: u32) -> Option<(u32, String)> {
-    user_of(Path::new(&format!("socket:[{inode}]")), |_| true)
+/// A process, and not a dying one, that has the socket with this inode open; `None` if this user can see none.
+pub fn user_of_socket(inode: u32) -> Option<u32> {
+    user_of(Path::new(&format!("socket:[{inode}]")), |_| true).map(|(pid, _)| pid)
 }
 
 fn user_of(link: &Path, is_wanted: impl Fn(u32) -> bool) -> Option<(u32, String)> {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use crate::sys::process::{DEATH_PATIENCE, effective_uid, name_of, user_of_socket};
+use crate::sys::process::{DEATH_PATIENCE, effective_uid, is_dying, user_of_socket};
 use crate::sys::socket::{Peer, connect_without_waiting, peer};
 use crate::sys::unix_diag::{ListeningSocket, listener_of};
 
@@ -57,11 +57,11 @@ enum Daemon {
 }
 
 impl Daemon {
-    /// A process that has the lock and is not dying, with its name; `None` if this user can see none.
-    fn living(self) -> Option<(u32, String)> {
+    /// A process that has the lock and is not dying; `None` if this user can see none.
+    fn living(self) -> Option<u32> {
         match self {
             Self::Inode(inode) => user_of_socket(inode),
-            Self::Pid(pid) => name_of(pid).map(|name| (pid, name)),
+            Self::Pid(pid) => Some(pid).filter(|pid| *pid != 0 && !is_dying(*pid)),
         }
     }
 }
@@ -148,7 +148,7 @@ impl Wait {
     ///
     /// # Errors
     /// [`io::ErrorKind::AddrInUse`] when that has taken long enough.
-    fn go_on(&self, holder: impl FnOnce() -> Option<(u32, String)>) -> io::Result<()> {
+    fn go_on(&self, holder: impl FnOnce() -> Option<u32>) -> io::Result<()> {
         if self.elapsed() < self.patience {
             thread::sleep(POLL);
             return Ok(());
@@ -159,7 +159,7 @@ impl Wait {
             return Ok(());
         }
         let who = match holder {
-            Some((pid, name)) => format!("process {pid} ({name})"),
+            Some(pid) => format!("process {pid}"),
             None => "a daemon that this user cannot see".to_owned(),
         };
         Err(io::Error::new(io::ErrorKind::AddrInUse, format!("{who} on this host writes to it")))
@@ -209,6 +209,6 @@ mod tests {
         assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
         let wait = Wait { began: Instant::now() - Duration::from_secs(3), patience: Duration::from_secs(2) };
         assert!(wait.go_on(|| None).is_ok(), "a killed daemon's");
-        assert!(wait.go_on(|| Some((1, "genblk".to_owned()))).is_err(), "a living daemon's");
+        assert!(wait.go_on(|| Some(1)).is_err(), "a living daemon's");
     }
 }

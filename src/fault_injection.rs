@@ -27,6 +27,8 @@ pub enum PlantedBug {
     WriteSkipsAllocation,
     /// Under the error policy `hold`, requests wait for ever.
     HoldNeverEnds,
+    /// Time in which the daemon was stopped (SIGSTOP) counts as time in which requests were held.
+    StopUsesUpHold,
     /// Under the error policy `hold`, requests fail at once.
     HoldFailsAtOnce,
     /// A failed Sync puts in doubt only what completed before it was sent.

@@ -8,7 +8,6 @@
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Urgency, low_u8};
 
-use super::holes::BlockStatus;
 use super::pages::{FAILED, FROZEN, NONE};
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
@@ -146,11 +145,11 @@ impl PageCache {
     }
 
     /// Whether a page can be part of a cluster: all of it is valid, and no operation, writer or range holds it. It is
-    /// dirty, or clean and not a hole, whose space would be wasted on zeros.
+    /// dirty, or clean and known to be no hole: for a hole the store may have no space, and the cluster would fail.
     fn can_bridge(&self, no: u64) -> bool {
         self.pages.find(PageNo(no)).is_some_and(|id| {
             let page = &self.pages[id];
-            let fills_no_hole = !page.dirty.is_empty() || self.holes.status(page.no()) == BlockStatus::Data;
+            let fills_no_hole = !page.dirty.is_empty() || self.holes.is_data(page.no());
             let is_free = !page.busy() && !page.is(FAILED) && !self.ranges.contain(page.no());
             page.valid == SectorMask::ALL && fills_no_hole && is_free
         })

@@ -175,7 +175,10 @@ impl PageCache {
     ///    retried at once, and half of the hold is left for that at least.
     pub(super) fn advance_clock(&mut self, now: Tick) {
         let hold_us = self.hold_us();
-        if self.health.holding()
+        // After a resume by the operator, too: if the next try fails, the hold goes on.
+        let may_hold = matches!(self.health.current, Health::Holding(_) | Health::Healthy);
+        if may_hold
+            && !planted(PlantedBug::StopUsesUpHold)
             && let Some(failure) = &mut self.health.failure
         {
             let hold_ends = failure.since.plus_us(hold_us);

@@ -1,18 +1,24 @@
 //! When a tenure counts as over: an image's record must not say so while the cache has what the image lacks.
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use super::CachedImage;
 use crate::arena::{Arena, ArenaFile, ArenaSpec, GuestState, ImageFacts, TenureFacts};
-use crate::cache::{ErrorPolicy, PolicyKind, Settings};
+use crate::cache::{ErrorPolicy, PageCache, PolicyKind, Settings};
+use crate::counters::worker::Counters;
 use crate::error::Result;
 use crate::image_id::ImageId;
+use crate::store::file::{FileImage, OpenOptions};
 use crate::store::{Backing, Limits, StoreQueue};
+use crate::sys::poll::wait_readable;
 use crate::tenure::TenureId;
-use crate::units::{FrameId, FrameRecord, ImageHoles, PageNo, SectorMask, SectorSpan};
+use crate::tenure::token::wall_clock_ns;
+use crate::units::{FrameId, FrameRecord, ImageHoles, PageNo, SectorMask, SectorSpan, Unmap};
 
 const FRAMES: u32 = 16;
 const IMAGE_SECTORS: u64 = 1024;
@@ -58,8 +64,8 @@ fn settings() -> Settings {
     }
 }
 
-/// Ends a cache that `prepare` has made what it is; returns how often the image was told that the tenure is over.
-fn ended_tenures(test: &str, prepare: impl Fn(&Arena)) -> u32 {
+/// A new directory in a file system, and in it a new arena.
+fn arena_of(test: &str) -> (PathBuf, Arena) {
     let directory: PathBuf = std::env::temp_dir().join(format!("genblk-{test}-{}", std::process::id()));
     let identity = ImageId { device: 1, inode: 2, born_ns: 3 };
     let image = ImageFacts { identity, size_bytes: IMAGE_SECTORS * 512, path: "/image".into(), alias: String::new() };
@@ -68,6 +74,12 @@ fn ended_tenures(test: &str, prepare: impl Fn(&Arena)) -> u32 {
     let spec = ArenaSpec { frames: FRAMES as usize, image: &image, tenure, guest: GuestState::FRESH };
     let file = ArenaFile::create_for(&directory, &image).unwrap();
     let arena = Arena::persistent(file, &spec).map_err(|e| e.error).unwrap();
+    (directory, arena)
+}
+
+/// Ends a cache that `prepare` has made what it is; returns how often the image was told that the tenure is over.
+fn ended_tenures(test: &str, prepare: impl Fn(&Arena)) -> u32 {
+    let (directory, arena) = arena_of(test);
     prepare(&arena);
     let recorded = Arc::new(Recorded::default());
     let backing: Arc<dyn Backing> = recorded.clone();
@@ -84,4 +96,40 @@ fn a_tenure_is_over_only_when_the_image_has_everything_and_no_loss_is_unknown_to
     assert!(!is_over("tenure-dirty", &|arena| arena.publish(FrameId(0), page(SectorMask::run(2, 1)))));
     assert!(!is_over("tenure-zeroes", &|arena| arena.note_zero(0, Some(SectorSpan::new(8, 8)))));
     assert!(!is_over("tenure-lost", &Arena::set_data_loss));
+}
+
+#[test]
+fn the_ledger_knows_of_each_change_of_the_image_from_before_its_start_until_after_its_end() {
+    let (directory, arena) = arena_of("changes");
+    let path = directory.join("image");
+    File::create(&path).and_then(|file| file.set_len(IMAGE_SECTORS * 512)).unwrap();
+    let image = FileImage::open(&path, &OpenOptions { direct: false, ..OpenOptions::default() }).unwrap();
+    let token = image.change_token().unwrap();
+    let cached = CachedImage::new("test", image, arena, settings());
+    let mut port = cached.port("test", Counters::new(1).unwrap().of_worker(0)).unwrap();
+    let arena = cached.arena();
+    let last_seen = || arena.file().expect("it is persistent").header().unwrap().expect("it has a header").last_seen;
+    arena.record_token_now(token);
+    let ticket = port.ticket(1);
+    let span = SectorSpan::new(0, 64);
+    let discard = |cache: &mut PageCache| assert!(cache.discard(ticket, span));
+    let zero = |cache: &mut PageCache| assert!(cache.zero(ticket, span, Unmap::Allowed));
+    for change in [&discard as &dyn Fn(&mut PageCache), &zero] {
+        assert!(last_seen().is_at_rest);
+        port.with_cache(cached.now(), |cache, _| change(cache));
+        port.end_turn(cached.now(), |_| {});
+        port.with_cache(cached.now(), |_, _| {});
+        assert!(!last_seen().is_at_rest, "it is in flight");
+        let before_end = wall_clock_ns();
+        while !last_seen().is_at_rest {
+            assert!(wait_readable(port.store_fd(), Duration::from_secs(30)), "the operation completes");
+            port.set_store_ready();
+            port.reap(false);
+            port.with_cache(cached.now(), |_, notices| notices.clear());
+        }
+        assert!(last_seen().heartbeat_ns >= before_end);
+    }
+    drop(port);
+    drop(cached);
+    std::fs::remove_dir_all(directory).unwrap();
 }

@@ -296,3 +296,31 @@ fn what_the_last_daemon_may_have_discarded_is_synced_before_it_is_sampled() {
         assert!(arena.records().any(|(_, record)| record.dirty == SectorMask::run(0, 1)));
     }
 }
+
+#[test]
+fn a_cache_is_on_the_image_only_after_a_sync() {
+    for fails in [false, true] {
+        let world = World::new();
+        world.live_and_die(SectorMask::NONE, false);
+        let image = world.open();
+        let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+        arena.keep_on_drop(true);
+        let (is_synced, read_before) = (AtomicBool::new(false), AtomicU32::new(0));
+        let synced = SyncedImage { image, fails, is_synced, read_before };
+        assert_eq!(write_back(&arena, &synced, &mut |_, _| {}).is_err(), fails);
+        assert_eq!(synced.is_synced.load(Ordering::Relaxed), !fails);
+    }
+}
+
+#[test]
+fn an_image_does_not_shrink_below_a_range_that_is_to_be_zeroed() {
+    let world = World::new();
+    let image = world.open();
+    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    arena.note_zero(0, Some(SectorSpan::new(60 * 8, 8)));
+    let old = search::facts_of(&*image);
+    let shrunk = |pages: u64| ImageFacts { size_bytes: pages * PAGE_BYTES, ..search::facts_of(&*image) };
+    let beyond = arena.move_to(&old, &shrunk(60)).unwrap_err();
+    assert_eq!((beyond.pages, beyond.ranges), (0, 1));
+    assert!(arena.move_to(&old, &shrunk(61)).is_ok());
+}

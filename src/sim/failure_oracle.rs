@@ -55,6 +55,15 @@ impl FailureOracle {
         }
     }
 
+    /// The daemon was stopped, from `before` to `now`: half of a hold that had not ended is left.
+    pub fn note_stop(&mut self, before: Tick, settings: &Settings, now: Tick) {
+        if let Some(since) = &mut self.held_since
+            && before.since_us(*since) < settings.hold_us
+        {
+            *since = (*since).max(now.minus_us(settings.hold_us / 2));
+        }
+    }
+
     /// Whether the disk has failed an operation that stores data, or that a request waits for.
     pub fn has_failed(&self) -> bool {
         let stored = self.held_since.is_some() || self.reported || self.stopped;

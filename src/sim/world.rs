@@ -190,7 +190,7 @@ impl World {
             self.memory.crash_after(self.prng.below(12));
         }
         if guest == Guest::Active && self.scenario.stops && self.prng.below(STEPS_PER_STOP) == 0 {
-            self.now_us += self.prng.pick(&[1000, STOP_US]);
+            self.stop_daemon();
         }
         if self.scenario.freezes {
             self.freeze_or_thaw();
@@ -236,6 +236,16 @@ impl World {
         if crashes || self.step.is_multiple_of(STEPS_PER_CHECK) {
             let pinned: Vec<_> = self.copies.iter().flat_map(|(_, piece)| piece.frames()).collect();
             self.cache.check(&pinned);
+        }
+    }
+
+    /// The daemon is stopped for a while; the disk is not.
+    fn stop_daemon(&mut self) {
+        let before = Tick::from_us(self.now_us);
+        let stopped_us = self.prng.pick(&[1000, STOP_US]);
+        self.now_us += stopped_us;
+        if stopped_us == STOP_US {
+            self.failures.note_stop(before, &self.settings, Tick::from_us(self.now_us));
         }
     }
 

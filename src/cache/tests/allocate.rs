@@ -193,3 +193,22 @@ fn a_reservation_in_flight_during_a_discard_does_not_count() {
     image.cache.complete(tag, &Outcome::Done, image.now);
     assert_eq!(image.write(1000, 1), [span(1000, 1)], "reserved again, and only what is written");
 }
+
+/// After a Map that failed, holes are read from the store like data. They have no space even so.
+#[test]
+fn a_page_that_may_be_a_hole_is_not_bridged_after_a_map_that_failed() {
+    let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..Settings::of(1024, 1 << 20) });
+    let now = Tick::from_us(1);
+    assert_eq!(cache.read(access(8, 8), &mut Vec::new()), Admitted::Until(0));
+    // Without runs of data and holes, a Map has failed.
+    complete_all(&mut cache, now);
+    assert!(!read(&mut cache, 8, 8));
+    complete_all(&mut cache, now);
+    assert!(read(&mut cache, 8, 8), "the page is clean");
+    write(&mut cache, 0, 8);
+    write(&mut cache, 16, 8);
+    cache.flush(Ticket(2));
+    let ops = complete_all(&mut cache, now);
+    let written: Vec<_> = ops.iter().filter(|(kind, _)| *kind == OpKind::Write).map(|(_, span)| *span).collect();
+    assert_eq!(written, [SectorSpan::new(0, 8), SectorSpan::new(16, 8)]);
+}

@@ -454,3 +454,64 @@ fn clean_pages_that_were_restored_are_dropped_if_the_first_sync_fails() {
         assert!(cache.is_stable());
     }
 }
+
+/// The Sync succeeds while a write is in flight, which could tell of a reset before it. When that write ends, a discard
+/// has begun to change a page that the Sync covers.
+#[test]
+fn a_page_does_not_become_clean_while_a_discard_is_changing_it() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick::from_us(SECOND_US);
+    write(&mut cache, 0, 8);
+    cache.flush(FLUSH);
+    assert_eq!(pump_once(&mut cache, now, None), [(OpKind::Write, SectorSpan::new(0, 8))]);
+    let sync = started(&mut cache, now);
+    write(&mut cache, 8000, 8);
+    cache.flush(Ticket(78));
+    let late = started(&mut cache, now);
+    assert!(matches!((&sync[..], &late[..]), ([(_, OpKind::Sync, _)], [(_, OpKind::Write, _)])), "{sync:?} {late:?}");
+    cache.complete(sync[0].0, &Outcome::Done, now);
+    cache.discard(Ticket(9), SectorSpan::new(0, 64));
+    let discard = started(&mut cache, now);
+    assert!(matches!(discard[..], [(_, OpKind::Discard, _)]), "{discard:?}");
+    assert!(cache.pages.find(PageNo(0)).is_some(), "it is in doubt");
+    cache.complete(late[0].0, &Outcome::Done, now);
+    assert!(cache.pages.find(PageNo(0)).is_none());
+}
+
+/// Two Syncs have succeeded, and a third one fails: what the first two cover is not zeroed again. It may have been
+/// written since.
+#[test]
+fn a_zero_that_a_sync_covers_is_not_repeated_although_the_sync_was_in_doubt_for_a_while() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick::from_us(SECOND_US);
+    let zero = |start| SectorSpan::new(start, 64);
+    assert!(cache.zero(Ticket(9), zero(0), Unmap::Forbidden));
+    assert_eq!(pump_once(&mut cache, now, None).len(), 1);
+    cache.flush(FLUSH);
+    let sync = started(&mut cache, now);
+    assert!(cache.zero(Ticket(10), zero(8000), Unmap::Forbidden));
+    let late = started(&mut cache, now);
+    cache.complete(sync[0].0, &Outcome::Done, now);
+    write(&mut cache, 0, 8);
+    cache.flush(Ticket(78));
+    let expected = [(OpKind::Write, SectorSpan::new(0, 8)), (OpKind::Sync, SectorSpan::new(0, 0))];
+    assert_eq!([pump_once(&mut cache, now, None), pump_once(&mut cache, now, None)].concat(), expected);
+    cache.complete(late[0].0, &Outcome::Done, now);
+    cache.flush(Ticket(79));
+    assert_eq!(pump_once(&mut cache, now, Some(OpKind::Sync)), [(OpKind::Sync, SectorSpan::new(0, 0))]);
+    let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
+    let zeroed: Vec<_> =
+        ops.iter().filter(|(kind, _)| matches!(kind, OpKind::Zero { .. })).map(|(_, span)| *span).collect();
+    assert_eq!(zeroed, [zero(8000)]);
+    assert!(cache.is_stable());
+}
+
+#[test]
+fn a_clean_page_of_a_range_that_the_previous_daemon_was_zeroing_is_not_restored() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let record = |page, dirty| FrameRecord { page: PageNo(page), valid: SectorMask::ALL, dirty };
+    let records = [(FrameId(3), record(2, SectorMask::NONE)), (FrameId(4), record(3, SectorMask::ALL))];
+    cache.restore(records, [(0, SectorSpan::new(0, 64))]);
+    let found = [2, 3].map(|no| cache.pages.find(PageNo(no)).is_some());
+    assert_eq!(found, [false, true], "what is dirty was written after the zero");
+}

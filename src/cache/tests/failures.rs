@@ -210,22 +210,28 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
 /// The process was stopped for longer than the hold: what failed is retried before the requests fail.
 #[test]
 fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
-    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
-    let mut cache = PageCache::new(settings, Box::new(NoBytes));
-    let mut now = NOW;
-    write(&mut cache, 0, 8);
-    cache.flush(FLUSH);
-    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(500_000));
-    assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
-    assert_eq!(flush_result(&mut cache), None, "the requests are held");
-    // A minute later, with a write in flight that fails when the process runs again.
-    now = NOW.plus_us(60_000_000);
-    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(60_500_000));
-    assert_eq!(flush_result(&mut cache), None, "the hold goes on");
-    assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
-    // The image fails on: now the hold ends, on time.
-    run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(63_000_000));
-    assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)));
+    // The operator may have resumed the image before: then the next try is still to come.
+    for is_resumed in [false, true] {
+        let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
+        let mut cache = PageCache::new(settings, Box::new(NoBytes));
+        let mut now = NOW;
+        write(&mut cache, 0, 8);
+        cache.flush(FLUSH);
+        run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(500_000));
+        assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
+        assert_eq!(flush_result(&mut cache), None, "the requests are held");
+        if is_resumed {
+            cache.resume();
+        }
+        // A minute later, with a write in flight that fails when the process runs again.
+        now = NOW.plus_us(60_000_000);
+        run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(60_500_000));
+        assert_eq!(flush_result(&mut cache), None, "the hold goes on");
+        assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
+        // The image fails on: now the hold ends, on time.
+        run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(63_000_000));
+        assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)));
+    }
 }
 
 /// A write that hangs does not look like a process that was stopped.
@@ -266,4 +272,20 @@ fn clean_pages_are_dropped_before_their_range_is_discarded_or_zeroed() {
         let resident = [10, 11].map(|no| cache.pages.find(PageNo(no)).is_some());
         assert_eq!(resident, [false, true], "the dirty page stays until the operation has succeeded");
     }
+}
+
+/// The pages that a failed Sync puts in doubt are written again, with success, before each further Sync.
+#[test]
+fn writes_that_succeed_do_not_extend_the_hold_of_a_sync_that_fails() {
+    let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
+    let mut cache = PageCache::new(settings, Box::new(NoBytes));
+    let mut now = NOW;
+    write(&mut cache, 0, 8);
+    cache.flush(FLUSH);
+    // The first Sync is sent when the page has aged, 1.5 s later.
+    run_failing(&mut cache, OpKind::Sync, &mut now, NOW.plus_us(1_600_000));
+    assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
+    assert_eq!(flush_result(&mut cache), None, "it is held");
+    run_failing(&mut cache, OpKind::Sync, &mut now, NOW.plus_us(3_600_000));
+    assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)), "{now:?} {:?}", cache.health());
 }

@@ -17,8 +17,18 @@ pub fn list(client: &mut ControlClient, device: Option<String>, as_json: bool) -
     Ok(table(&client.call::<Devices>("List", &parameters)?.devices))
 }
 
+/// From this age on, an operation on the image is worth a line, in microseconds.
+const SLOW_US: u64 = 1_000_000;
+
+/// A part in percent.
+fn share(part: u64, whole: u64) -> String {
+    let percent = part.saturating_mul(100).checked_div(whole).unwrap_or(0);
+    format!("{}%", percent.min(100))
+}
+
 fn table(devices: &[DeviceStatus]) -> String {
-    let mut table = TextTable::new(&["disk", "state", "front-end", "image", "size", "cache", "dirty", "mode"], 4);
+    let titles = ["disk", "state", "front-end", "image", "size", "cache", "used", "dirty", "mode"];
+    let mut table = TextTable::new(&titles, 4);
     let mut reasons = String::new();
     for device in devices {
         let bytes = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), |bytes| Numbers::Short.bytes(bytes));
@@ -30,11 +40,15 @@ fn table(devices: &[DeviceStatus]) -> String {
             device.image.clone(),
             bytes(device.image_bytes),
             bytes(Some(device.cache_bytes)),
+            device.resident_bytes.map_or_else(|| "-".to_owned(), |used| share(used, device.cache_bytes)),
             if device.read_only { "-".to_owned() } else { bytes(device.dirty_bytes) },
             mode.to_owned(),
         ]);
         if let Some(why) = &device.why {
             reasons += &format!("{}: {why}\n", device.name);
+        }
+        if let Some(us) = device.oldest_operation_us.filter(|us| *us >= SLOW_US) {
+            reasons += &format!("{}: its image has not answered for {} s\n", device.name, us / 1_000_000);
         }
     }
     table.render(true, false) + &reasons
@@ -46,7 +60,7 @@ mod tests {
     use crate::control::wire::{DeviceState, FrontEnd};
 
     #[test]
-    fn a_device_that_is_not_served_has_its_reason_below_the_table() {
+    fn what_is_wrong_with_a_device_is_below_the_table() {
         let served = DeviceStatus {
             name: "vm1".to_owned(),
             state: DeviceState::Serving,
@@ -60,7 +74,7 @@ mod tests {
             front_end: Some(FrontEnd { pid: 4242, uid: 0 }),
             image_bytes: Some(20 << 30),
             cache_bytes: 256 << 20,
-            resident_bytes: Some(1 << 20),
+            resident_bytes: Some(128 << 20),
             dirty_bytes: Some(0),
             oldest_operation_us: None,
         };
@@ -70,15 +84,19 @@ mod tests {
             why: Some("no such file".to_owned()),
             front_end: None,
             image_bytes: None,
+            resident_bytes: None,
             dirty_bytes: None,
             ..served.clone()
         };
+        let slow = DeviceStatus { oldest_operation_us: Some(12_300_000), ..served.clone() };
         let expected = "\
-disk  state    front-end  image          size  cache  dirty       mode
-vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M      0  writeback
-db    failed   -          /srv/vm1.img      -   256M      -  writeback
+disk  state    front-end  image          size  cache  used  dirty       mode
+vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
+db    failed   -          /srv/vm1.img      -   256M     -      -  writeback
+vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
 db: no such file
+vm1: its image has not answered for 12 s
 ";
-        assert_eq!(table(&[served, failed]), expected);
+        assert_eq!(table(&[served, failed, slow]), expected);
     }
 }

@@ -281,3 +281,24 @@ fn cloud_hypervisor_and_qemu_read_the_same_disk() {
     image::assert_clean(&disk);
     image::assert_holds(&disk, &scratch.file("tree"), &written, &seed);
 }
+
+#[test]
+fn a_running_guest_sees_that_its_disk_has_grown_and_uses_the_new_end() {
+    let _slot = guest_slot();
+    let boot = Boot::get();
+    let scratch = Scratch::new("grow");
+    let (disk, socket, seed) = (scratch.file("disk.img"), scratch.socket(), seed("grow"));
+    image::create(&disk, 64 * MIB);
+
+    let server = Server::start(&socket, &disk, &SMALL_CACHE);
+    let mut vm = Vm::qemu(boot, &socket, "grow", &seed);
+    vm.wait_for("ready to grow");
+    std::fs::File::options().write(true).open(&disk).unwrap().set_len(96 * MIB).unwrap();
+    assert_eq!(vm.wait_for("grown to"), (96 * MIB).to_string());
+    vm.finish();
+    server.stop();
+
+    let bytes = std::fs::read(&disk).unwrap();
+    let new = usize::try_from(64 * MIB).unwrap();
+    assert!(bytes[new..new + (1 << 20)] == image::contents(&seed, "end", "1", 1 << 20), "what the guest wrote");
+}

@@ -17,6 +17,10 @@ Tasks:
   see which disks are served, and why one is not   genblk list
   find out which disk is slow, and why             genblk stat, genblk top
   take a consistent snapshot on the host           genblk freeze vm1 -- COMMAND
+  change a disk while it is served                 genblk set vm1 KEY=VALUE
+  make a disk larger                               genblk resize vm1 40G
+  read the configuration file again                genblk reload
+  show the configuration that is in force          genblk config
   add a disk from a file                           genblk attach vm3.toml
   write a disk to its image, and remove it         genblk detach vm2
   make everything durable now                      genblk flush vm1

@@ -11,7 +11,7 @@ use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
 
 use super::Cli;
-use crate::config::documented_keys;
+use crate::config::{AT_ONCE, documented_keys};
 
 /// What the commands that ask a running daemon have in common.
 const CLIENT_SECTIONS: &str = "\
@@ -140,7 +140,9 @@ fn configuration_page() -> String {
     roff.control("SH", ["NAME"]).text([roman("genblk.toml - disks that genblk serves")]);
     roff.control("SH", ["SYNOPSIS"]).text([bold("genblk --config"), roman(" "), roman("/etc/genblk.toml")]);
     roff.control("SH", ["DESCRIPTION"]);
-    prose(&mut roff, &comments.head);
+    // A reader of the page has no use for this.
+    let head = comments.head.join("\n").replace("A test keeps this file\nequal to the code. ", "");
+    prose(&mut roff, &head.lines().map(str::to_owned).collect::<Vec<_>>());
     for (heading, is_of_table) in [("DEVICE", false), ("CACHE OF A DEVICE", true)] {
         roff.control("SH", [heading]);
         let table = if is_of_table { "[device.cache]" } else { "[[device]]" };
@@ -152,7 +154,12 @@ fn configuration_page() -> String {
             prose(&mut roff, text);
             roff.control("PP", []);
             let default = key.default.map_or_else(|| "It is required".to_owned(), |value| format!("Default: {value}"));
-            roff.text([roman(format!("Takes {}. {default}.", key.values))]);
+            let change = if AT_ONCE.contains(&key.name) {
+                "It can change while the disk is served: genblk-set(1)."
+            } else {
+                "A change is in force when the disk is attached anew."
+            };
+            roff.text([roman(format!("Takes {}. {default}. {change}", key.values))]);
         }
     }
     roff.control("SH", ["CONTROL"]);
@@ -240,5 +247,7 @@ fn every_page_has_its_parts() {
         let short = key.name.strip_prefix("cache.").unwrap_or(key.name);
         assert!(keys.contains(&format!(".SS {short}\n")), "{}", key.name);
     }
-    assert!(keys.contains("Takes an integer from 1 to 8. Default: 1."), "{keys}");
+    assert!(keys.contains("Takes an integer from 1 to 8. Default: 1. A change is in force when"), "{keys}");
+    assert!(keys.contains("Default: 250. It can change while the disk is served"), "{keys}");
+    assert!(!keys.contains("A test keeps"), "{keys}");
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,7 +14,7 @@ use serde_json::json;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::daemon::send;
-use common::operator::{IMAGE_BYTES, call, genblk, start, stdout_of};
+use common::operator::{IMAGE_BYTES, call, genblk, start, stdout_of, table};
 use common::raw_message::{FLAG_NEED_REPLY, exchange};
 use common::request::{OK, Payload};
 use common::session::{Session, SessionOptions};
@@ -111,6 +111,25 @@ fn what_was_written_beyond_the_old_end_outlives_deaths_of_the_process_and_the_da
     assert_eq!((session.read(OLD_END, 4096), session.read(2 * OLD_END, 4096)), (vec![1; 4096], vec![2; 4096]));
     session.flush();
     assert_eq!(daemon.image_bytes(2 * IMAGE_BYTES, 4096), vec![2; 4096]);
+}
+
+#[test]
+fn every_reader_of_an_image_follows_it() {
+    let (daemon, control) = start("resize-readers");
+    let directory = daemon.directory();
+    fs::write(directory.path().join("r.img"), vec![6; 1 << 20]).expect("an image");
+    let file = directory.path().join("r.toml");
+    let tables = ["r1", "r2"].map(|name| table(directory, name, "r.img", "read_only = true\n")).concat();
+    fs::write(&file, tables).expect("a file can be written");
+    stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    let mut readers = ["r1", "r2"]
+        .map(|name| Session::open(&directory.path().join(format!("{name}.sock")), &SessionOptions::default()));
+    let mut image = File::options().append(true).open(directory.path().join("r.img")).expect("the image exists");
+    image.write_all(&vec![6; 1 << 20]).expect("the image can grow");
+    for reader in &mut readers {
+        poll_until("a reader to follow", PATIENCE, || (reader.capacity_sectors() == 4096).then_some(()));
+        assert_eq!(reader.read(4088, 4096), vec![6; 4096]);
+    }
 }
 
 #[test]

@@ -158,9 +158,11 @@ impl Device {
         self.writeback.store(writeback && !self.arena.is_write_through(), Ordering::Release);
     }
 
-    /// The image has grown: from now on the guest finds this size, and may use it.
-    pub fn grow(&self, capacity_sectors: u64) {
+    /// The image has grown: from now on the guest finds this size, and may use it. Returns whether that is another one.
+    pub fn grow(&self, capacity_sectors: u64) -> bool {
+        let before = self.disk.capacity_sectors.get();
         self.disk.capacity_sectors.set(capacity_sectors);
+        before != capacity_sectors
     }
 
     /// The configuration space at present.

@@ -37,8 +37,9 @@ impl ServiceHandle {
             return DeviceReply::Failed { fault };
         }
         // What the image has by now: of two requests at a time, the larger one counts.
-        device.grow(image.limits().size_bytes.get() / SECTOR_BYTES);
-        server.notify_config_change();
+        if device.grow(image.limits().size_bytes.get() / SECTOR_BYTES) {
+            server.notify_config_change();
+        }
         DeviceReply::Done
     }
 

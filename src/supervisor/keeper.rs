@@ -391,7 +391,7 @@ impl KeeperThread {
             ending: None,
             quiesced: false,
             served,
-            image_bytes: opened.slot.image_bytes(),
+            image_bytes: None,
             looked_at_size: Instant::now(),
             ended: None,
             failure: None,
@@ -409,8 +409,8 @@ struct ProcessSession<'a> {
     slot: &'a ImageSlot,
     /// The configuration that the process was told.
     served: Arc<DeviceConfig>,
-    /// The size of the image that the process was told.
-    image_bytes: u64,
+    /// The size of the image that the process was told for this device; `None` before it is served.
+    image_bytes: Option<u64>,
     /// When the size of the image was looked at.
     looked_at_size: Instant,
     /// For the main thread, once it is served.
@@ -475,10 +475,12 @@ impl ProcessSession<'_> {
 
     /// Tells the process that the image has grown, if it has.
     fn tell_growth(&mut self) {
-        let size_bytes = self.slot.image_bytes();
-        if size_bytes > self.image_bytes {
-            self.image_bytes = size_bytes;
-            info!("{}: its image now has {size_bytes} bytes", self.worker.config.name);
+        let (Some(told), Some(size_bytes)) = (self.image_bytes, self.slot.image_bytes()) else { return };
+        if size_bytes > told {
+            self.image_bytes = Some(size_bytes);
+            if told > 0 {
+                info!("{}: its image now has {size_bytes} bytes", self.worker.config.name);
+            }
             let request = DeviceRequest::Grow { size_bytes };
             // Nobody waits for the reply to request 0.
             self.process.command(&ToDisk::Request { device: self.device, id: 0, request });
@@ -507,6 +509,9 @@ impl ProcessSession<'_> {
             ProcessNews::Served => {
                 self.worker.begin("serving");
                 self.tell_changes();
+                // It may have grown since the process, which other devices may share, was told its size.
+                self.image_bytes = Some(0);
+                self.tell_growth();
                 if let Some(handle) = self.handle.take() {
                     self.worker.tell(News::Served(handle));
                 }

@@ -208,9 +208,10 @@ impl ImageSlot {
         }
     }
 
-    /// Up to which size the image is served.
-    pub fn image_bytes(&self) -> u64 {
-        self.lock().image.limits().size_bytes.get()
+    /// Up to which size the image is served; `None` if another device waits for the image at the moment. Waits for
+    /// nothing.
+    pub fn image_bytes(&self) -> Option<u64> {
+        Some(self.state.try_lock().ok()?.image.limits().size_bytes.get())
     }
 
     /// Makes the image grow; see [`NamedImage::grow`].

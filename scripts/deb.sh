@@ -17,8 +17,7 @@ units=target/package/systemd
 rm -rf target/package
 mkdir -p "$units"
 sed 's|/usr/local/bin/|/usr/bin/|' configs/genblk.service >"$units/genblk.service"
-# One disk, or a few, of a daemon of its own: its sockets are below /run/genblk-NAME (systemd removes /run/genblk with
-# all that is in it when genblk.service stops).
+# One disk, or a few, of a daemon of its own: its sockets are below /run/genblk-NAME, which is for its user alone.
 sed -e 's|^Description=.*|Description=Disks of %i (vhost-user-blk) with a page cache|' \
     -e 's|/etc/genblk\.toml$|/etc/genblk/%i.toml|' \
     -e 's|^RuntimeDirectory=genblk$|RuntimeDirectory=genblk-%i|' \

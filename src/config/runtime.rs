@@ -58,7 +58,7 @@ impl RuntimeConfig {
 
     /// As a document, for [`RuntimeConfig::read`]. `boot` names the boot of the host.
     pub fn write(&self, boot: &str) -> String {
-        let head = "# Written by genblk: what was changed since its start. It goes with an orderly stop.\n";
+        let head = "# Written by genblk: what was changed since its start. It goes at the end of an orderly stop.\n";
         let detached = toml::Value::from(self.detached.clone());
         let set = toml::Value::from(self.set.iter().map(|set| set.to_vec()).collect::<Vec<_>>());
         let tables: String = self.attached.iter().map(device_table).collect();

@@ -31,6 +31,7 @@ impl Fleet {
                 Some(index) => return self.detach(index, discards, record, requester),
                 None => (requester, Err(no_such_device(&name))),
             },
+            FleetChange::Set(.., requester) if self.end.is_some() => (requester, Err(ending())),
             FleetChange::Set(device, keys, record, requester) => {
                 let set = self.set(*device, &keys, record);
                 (requester, set.map(|()| true))
@@ -135,6 +136,14 @@ impl Fleet {
             return drop(requester.send(Err(Refusal::refused(device.name, why))));
         }
         let _ = requester.send(Ok(true));
+    }
+
+    /// The daemon ends: what is not attached yet is not recorded any more.
+    pub(super) fn refuse_attaches(&mut self) {
+        for (requester, _) in self.disks.values_mut().filter_map(Disk::take_attaching) {
+            // Whoever has hung up needs no reply.
+            let _ = requester.send(Err(ending()));
+        }
     }
 
     /// A device that is being attached cannot be served. It is not tried again.

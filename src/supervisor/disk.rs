@@ -199,6 +199,11 @@ impl Disk {
         self.handle.as_ref().map_or_else(DiskState::default, DeviceHandle::state)
     }
 
+    /// Whether it has ended, and its image has all that its cache held.
+    pub fn has_ended_well(&self) -> bool {
+        self.has_ended() && self.error.is_none()
+    }
+
     /// The error with which it ended.
     pub fn into_error(self) -> Option<Error> {
         self.error

@@ -184,12 +184,8 @@ impl Fleet {
     fn begin_end(&mut self, ending: Ending) {
         self.manager.notify("STOPPING=1");
         self.end = Some(End { ending, since: Instant::now(), hurried: false });
+        self.refuse_attaches();
         self.disks.values_mut().for_each(|disk| disk.begin_end(ending));
-        if ending == Ending::WriteBack
-            && let Some(runtime) = &self.runtime
-        {
-            runtime.remove();
-        }
     }
 
     fn on_news(&mut self, index: usize, news: News) {
@@ -291,6 +287,19 @@ impl Fleet {
         self.finish_quiesced();
     }
 
+    /// After an orderly stop the next daemon serves what the configuration says, but only if every image has what its
+    /// cache held: a disk that was attached is known by the runtime file alone.
+    fn end_runtime(&self) {
+        let is_orderly = matches!(self.end, Some(End { ending: Ending::WriteBack, .. }));
+        if let Some(runtime) = self.runtime.as_ref().filter(|_| is_orderly) {
+            if self.failure.is_none() && self.disks.values().all(Disk::has_ended_well) {
+                runtime.remove();
+            } else {
+                runtime.keep();
+            }
+        }
+    }
+
     fn has_ended(&self) -> bool {
         match self.end {
             Some(_) => self.disks.values().all(Disk::has_ended),
@@ -299,6 +308,7 @@ impl Fleet {
     }
 
     fn result(self) -> Result<()> {
+        self.end_runtime();
         let of_disks = self.disks.into_values().filter_map(Disk::into_error);
         let mut errors = self.failure.into_iter().chain(of_disks);
         let Some(first) = errors.next() else { return Ok(()) };

@@ -1,19 +1,55 @@
 //! The file in which the daemon keeps what the operator has changed since its start. It is written whole and renamed
 //! before a change is answered, so that the next daemon after a crash serves what was answered. An orderly stop
-//! removes it.
+//! removes it at its end, once every image has what its cache held: until then the next daemon needs the file to find
+//! the disks that were attached.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use log::{error, info};
+use log::{error, info, warn};
 
 use crate::config::{Config, RuntimeConfig};
+use crate::sys::process::effective_uid;
 use crate::units::counted;
 
 /// The host's boot ID (random(4)); empty if the kernel does not report it.
 fn boot_name() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// Reads a file that decides what is served: what only this user or root can have written, under its own name.
+fn read_trusted(path: &Path) -> io::Result<String> {
+    // O_NONBLOCK: a FIFO must not hold up the start.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let mut file = File::options().read(true).custom_flags(flags).open(path)?;
+    let metadata = file.metadata()?;
+    let (uid, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    if !metadata.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    if uid != 0 && uid != effective_uid() {
+        return Err(io::Error::other(format!("it belongs to another user (uid {uid})")));
+    }
+    if mode & 0o022 != 0 {
+        return Err(io::Error::other(format!("other users can write to it (mode {mode:o})")));
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Creates a file for its owner alone. What has the name, such as the file of a daemon that was killed while it wrote,
+/// or a link that somebody has put there, is removed and never written to.
+fn create_anew(path: &Path) -> io::Result<File> {
+    if let Err(e) = fs::remove_file(path)
+        && e.kind() != io::ErrorKind::NotFound
+    {
+        return Err(e);
+    }
+    // O_EXCL does not follow links either.
+    File::options().write(true).create_new(true).mode(0o600).open(path)
 }
 
 /// See the module.
@@ -36,7 +72,7 @@ impl RuntimeFile {
     pub fn open(control: &Path) -> Self {
         let path = Self::beside(control);
         let shown = path.display();
-        let found = match fs::read_to_string(&path) {
+        let found = match read_trusted(&path) {
             Ok(text) => RuntimeConfig::read(&text, &boot_name()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e.to_string()),
@@ -72,11 +108,19 @@ impl RuntimeFile {
     /// Those of the file system. The file is as it was then.
     pub fn save(&self) -> io::Result<()> {
         let aside = self.path.with_extension("toml.new");
-        let written = File::create(&aside).and_then(|mut file| {
+        let written = create_anew(&aside).and_then(|mut file| {
             file.write_all(self.changes.write(&boot_name()).as_bytes())?;
             file.sync_all()
         });
         written.and_then(|()| fs::rename(&aside, &self.path)).inspect_err(|_| drop(fs::remove_file(&aside)))
+    }
+
+    /// The file stays after a stop that lacks something.
+    pub fn keep(&self) {
+        if self.changes != RuntimeConfig::default() {
+            let path = self.path.display();
+            warn!("{path} stays: the next daemon serves the disks of this one, because not all have ended in order");
+        }
     }
 
     /// Removes the file: the next daemon starts as its configuration says.
@@ -86,5 +130,84 @@ impl RuntimeFile {
         {
             error!("cannot remove {}: the next daemon starts with the changes of this one: {e}", self.path.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+    use crate::config::{DeviceConfig, Socket};
+
+    /// The path of a control socket in a directory of the test's own, removed at its end.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(test: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("genblk-runtime-{test}-{}", std::process::id()));
+            fs::create_dir(&path).unwrap();
+            Self(path)
+        }
+
+        fn file(&self, name: &str) -> PathBuf {
+            self.0.join(name)
+        }
+
+        fn open(&self) -> RuntimeFile {
+            RuntimeFile::open(&self.file("control.sock"))
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    fn save_with_a_device(runtime: &mut RuntimeFile) {
+        runtime.changes.note_attached(&DeviceConfig::new("db", Socket::Path("/run/db.sock".into()), "/srv/db.img"));
+        runtime.save().unwrap();
+    }
+
+    #[test]
+    fn a_file_that_others_may_have_written_is_set_aside_and_not_applied() {
+        let scratch = Scratch::new("foreign");
+        let (path, aside, other) =
+            (scratch.file("runtime.toml"), scratch.file("runtime.toml.bad"), scratch.file("other"));
+        save_with_a_device(&mut scratch.open());
+        let good = fs::read(&path).unwrap();
+        assert_eq!(scratch.open().changes.attached.len(), 1);
+        for mode in [0o602, 0o660, 0o622] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(scratch.open().changes, RuntimeConfig::default(), "mode {mode:o}");
+            assert!(aside.exists() && !path.exists(), "mode {mode:o}");
+            fs::rename(&aside, &path).unwrap();
+        }
+        fs::rename(&path, &other).unwrap();
+        fs::set_permissions(&other, fs::Permissions::from_mode(0o600)).unwrap();
+        symlink(&other, &path).unwrap();
+        assert_eq!(scratch.open().changes, RuntimeConfig::default(), "a link");
+        assert!(fs::symlink_metadata(&aside).unwrap().is_symlink() && fs::read(&other).unwrap() == good);
+        if effective_uid() == 0 {
+            fs::rename(&other, &path).unwrap();
+            std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
+            assert_eq!(scratch.open().changes, RuntimeConfig::default(), "another user's");
+        }
+    }
+
+    #[test]
+    fn a_link_in_the_way_is_replaced_and_its_target_is_not_written() {
+        let scratch = Scratch::new("links");
+        let target = scratch.file("target");
+        fs::write(&target, "precious").unwrap();
+        symlink(&target, scratch.file("runtime.toml.new")).unwrap();
+        let mut runtime = scratch.open();
+        symlink(&target, scratch.file("runtime.toml")).unwrap();
+        save_with_a_device(&mut runtime);
+        assert_eq!(fs::read(&target).unwrap(), b"precious");
+        let metadata = fs::symlink_metadata(scratch.file("runtime.toml")).unwrap();
+        assert!(metadata.is_file() && metadata.mode() & 0o077 == 0, "it is for its owner alone");
+        assert_eq!(scratch.open().changes.attached.len(), 1);
     }
 }

@@ -1,0 +1,87 @@
+//! What the operator has changed, kept for the next daemon: it must find every disk whose image lacks something, and it
+//! must not find what an orderly stop has ended.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use common::daemon::Daemon;
+use common::nbd_server::NbdServer;
+use common::operator::{genblk, names, start, stdout_of, table};
+use common::session::{Session, SessionOptions};
+use common::wait::{PATIENCE, poll_until};
+
+/// A daemon that serves `d0`, and `d1`, which was attached: on a server whose writes fail while the file `fails`
+/// exists.
+struct Attached {
+    daemon: Daemon,
+    control: PathBuf,
+    socket: PathBuf,
+    fails: PathBuf,
+    server: NbdServer,
+}
+
+/// `None`: nbdkit is not installed.
+fn attached(name: &str) -> Option<Attached> {
+    let (daemon, control) = start(name);
+    let paths = daemon.directory().path().to_path_buf();
+    let fails = paths.join("fails");
+    let file = format!("error-file={}", fails.display());
+    let arguments = ["--filter=error", "memory", "8M", "error-pwrite=EIO", "error-pwrite-rate=1", &file];
+    let server = NbdServer::nbdkit(&paths.join("nbd"), &arguments)?;
+    attach(&daemon, &control, "d1", &server.uri());
+    let socket = paths.join("d1.sock");
+    let mut session = Session::open(&socket, &SessionOptions::default());
+    session.write(0, &[7; 4096]);
+    Some(Attached { daemon, control, socket, fails, server })
+}
+
+/// Attaches a disk with this image.
+#[track_caller]
+fn attach(daemon: &Daemon, control: &Path, name: &str, image: &str) {
+    let directory = daemon.directory();
+    let file = directory.path().join(format!("{name}.toml"));
+    let given = format!("image = {:?}", directory.path().join("IMAGE"));
+    let table = table(directory, name, "IMAGE", "").replace(&given, &format!("image = {image:?}"));
+    fs::write(&file, table).expect("a file can be written");
+    stdout_of(&genblk(control, &["attach", &file.display().to_string()]));
+}
+
+/// Starts the next daemon; it must serve both disks, and `d1` with what was written.
+#[track_caller]
+fn check_next(attached: &mut Attached) {
+    let sockets = [attached.daemon.socket_of(0), attached.socket.clone()];
+    attached.daemon.restart_for(&sockets);
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&attached.control).ok());
+    assert_eq!(names(&attached.control), ["d0", "d1"]);
+    let mut session = Session::open(&attached.socket, &SessionOptions::default());
+    assert_eq!(session.read(0, 4096), vec![7; 4096]);
+    drop(session);
+    attached.daemon.stop();
+    assert!(!attached.control.with_file_name("runtime.toml").exists(), "an orderly stop ends it");
+}
+
+#[test]
+fn a_disk_whose_image_fails_at_the_stop_is_served_by_the_next_daemon_with_its_data() {
+    let Some(mut attached) = attached("runtime-fails") else { return };
+    File::create(&attached.fails).expect("a file can be created");
+    attached.daemon.terminate();
+    assert!(!attached.daemon.wait().success(), "its image lacks completed writes");
+    attached.daemon.await_log("runtime.toml stays: the next daemon serves the disks of this one");
+    fs::remove_file(&attached.fails).expect("it exists");
+    check_next(&mut attached);
+}
+
+#[test]
+fn a_disk_whose_daemon_is_killed_in_the_middle_of_a_stop_is_served_by_the_next_one_with_its_data() {
+    let Some(mut attached) = attached("runtime-killed") else { return };
+    attached.server.signal(libc::SIGSTOP);
+    attached.daemon.terminate();
+    attached.daemon.await_log("d0: stopped");
+    attached.daemon.kill();
+    attached.server.signal(libc::SIGCONT);
+    check_next(&mut attached);
+}

@@ -6,6 +6,7 @@ mod common;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -202,6 +203,49 @@ fn more_connections_than_allowed_are_refused_and_slow_clients_delay_nobody() {
     assert_eq!(refused["parameters"]["connections"], json!(16));
     drop(held.pop());
     poll_until("a place that is free again", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+}
+
+#[test]
+fn a_call_with_a_hundred_thousand_parameters_is_refused_at_once() {
+    let (_daemon, control) = start("control-parameters", false);
+    let mut parameters: serde_json::Map<String, Value> = (0..100_000).map(|i| (format!("{i}"), json!(0))).collect();
+    parameters.insert("device".to_owned(), json!(7));
+    let mut varlink = Varlink::connect(&control);
+    let refused = varlink.call("io.genblk.Control.List", &Value::Object(parameters));
+    assert_eq!(refused["error"], json!("org.varlink.service.InvalidParameter"));
+    let reply = varlink.call("io.genblk.Control.Flush", &json!({"device": "d0"}));
+    assert_eq!(reply["error"], Value::Null, "the connection goes on");
+}
+
+#[test]
+fn connections_of_another_user_do_not_keep_the_operator_out() {
+    // SAFETY: a plain system call.
+    if unsafe { libc::geteuid() } != 0 {
+        eprintln!("skipped: only root can become another user");
+        return;
+    }
+    let (_daemon, control) = start("control-crowd", false);
+    std::fs::set_permissions(&control, std::os::unix::fs::PermissionsExt::from_mode(0o666)).expect("it exists");
+    let script = format!(
+        "import socket, sys\nheld = []\nfor i in range(40):\n s = socket.socket(socket.AF_UNIX)\n \
+         s.connect({control:?})\n held.append(s)\nprint(held[-1].recv(4096), flush=True)\nsys.stdin.read()"
+    );
+    let mut command = Command::new("python3");
+    command.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let Ok(mut crowd) = std::os::unix::process::CommandExt::uid(&mut command, 65534).spawn() else {
+        eprintln!("skipped: python3 is not installed");
+        return;
+    };
+    let mut line = String::new();
+    BufReader::new(crowd.stdout.take().expect("a pipe")).read_line(&mut line).expect("it is read");
+    if line.is_empty() {
+        eprintln!("skipped: another user cannot reach the socket");
+    } else {
+        assert!(line.contains("io.genblk.Control.Busy"), "{line}");
+        assert!(stdout_of(&genblk(&control, &["list"])).contains("d0"));
+    }
+    drop(crowd.stdin.take());
+    crowd.wait().expect("it ends");
 }
 
 #[test]

@@ -40,6 +40,16 @@ impl VarlinkConnection {
         Self { until: Some(until), ..self }
     }
 
+    /// From now on, every call ends at `until`, whatever the other end does; without it, both ends are waited for.
+    ///
+    /// # Errors
+    /// Those of setsockopt(2).
+    pub fn set_deadline(&mut self, until: Option<Instant>) -> io::Result<()> {
+        self.until = until;
+        self.stream.set_read_timeout(None)?;
+        self.stream.set_write_timeout(None)
+    }
+
     /// How long the next system call may wait, if there is a deadline.
     fn bound_next_call(&self) -> io::Result<()> {
         let Some(until) = self.until else { return Ok(()) };

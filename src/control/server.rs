@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::debug;
 use serde::de::DeserializeOwned;
@@ -24,6 +24,10 @@ use crate::sys::socket::peer;
 
 /// Most connections at a time.
 pub const CONNECTIONS_MAX: usize = 16;
+/// So many of them are for clients that may change something: others cannot keep the operator out.
+const CONNECTIONS_RESERVED: usize = 4;
+/// After this time without a call, the connection of a client that may change nothing ends.
+const IDLE_MAX: Duration = Duration::from_secs(30);
 /// How long a client may take to read a reply.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bounds of the interval of `Statistics`, and what it is unless given.
@@ -68,14 +72,16 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         };
-        let Some(place) = ConnectionPermit::take(&open) else {
-            refuse(stream);
+        let may_change = may_change(&stream);
+        let places = places(may_change);
+        let Some(place) = ConnectionPermit::take(&open, places) else {
+            refuse(stream, places);
             continue;
         };
         let host = Arc::clone(host);
         let serving = move || {
             let _place = place;
-            if let Err(e) = serve_connection(stream, &*host) {
+            if let Err(e) = serve_connection(stream, &*host, may_change, IDLE_MAX) {
                 debug!("a control connection ended: {e}");
             }
         };
@@ -85,13 +91,18 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
     }
 }
 
+/// How many connections may be open, the client's own among them.
+fn places(may_change: bool) -> usize {
+    if may_change { CONNECTIONS_MAX } else { CONNECTIONS_MAX - CONNECTIONS_RESERVED }
+}
+
 /// One of the connections that may be open.
 struct ConnectionPermit(Arc<AtomicUsize>);
 
 impl ConnectionPermit {
-    fn take(open: &Arc<AtomicUsize>) -> Option<Self> {
+    fn take(open: &Arc<AtomicUsize>, places: usize) -> Option<Self> {
         // Only the accepting thread adds.
-        if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+        if open.load(Ordering::Relaxed) >= places {
             return None;
         }
         open.fetch_add(1, Ordering::Relaxed);
@@ -106,16 +117,20 @@ impl Drop for ConnectionPermit {
 }
 
 /// Tells a client that there are too many. It gets the reply before it has called anything.
-fn refuse(stream: UnixStream) {
+fn refuse(stream: UnixStream, places: usize) {
     let _ = stream.set_nonblocking(true);
-    let _ = VarlinkConnection::new(stream).send(&error("Busy", json!({ "connections": CONNECTIONS_MAX })));
+    let _ = VarlinkConnection::new(stream).send(&error("Busy", json!({ "connections": places })));
 }
 
-fn serve_connection(stream: UnixStream, host: &dyn Host) -> io::Result<()> {
-    stream.set_write_timeout(Some(SEND_TIMEOUT))?;
-    let may_change = may_change(&stream);
+/// Serves a connection until the client closes it. One of a client that may change nothing ends after the time
+/// `idle_max` without a whole call.
+fn serve_connection(stream: UnixStream, host: &dyn Host, may_change: bool, idle_max: Duration) -> io::Result<()> {
     let mut connection = VarlinkConnection::new(stream);
-    while let Some(call) = connection.receive::<MethodCall>()? {
+    loop {
+        connection.set_deadline((!may_change).then(|| Instant::now() + idle_max))?;
+        let Some(call) = connection.receive::<MethodCall>()? else { return Ok(()) };
+        connection.set_deadline(None)?;
+        connection.stream().set_write_timeout(Some(SEND_TIMEOUT))?;
         let oneway = call.oneway == Some(true);
         let more = call.more == Some(true);
         match (method(host, &call, may_change), more) {
@@ -132,7 +147,6 @@ fn serve_connection(stream: UnixStream, host: &dyn Host) -> io::Result<()> {
             (Err(error), _) => connection.send(&error)?,
         }
     }
-    Ok(())
 }
 
 /// A method whose parameters are right.
@@ -228,7 +242,8 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
 
 /// The change that a call of the interface asks for.
 fn change_in(call: &MethodCall, may_change: bool) -> Result<Change, MethodReply> {
-    let given = call.parameters.clone().filter(|given| !given.is_null()).unwrap_or_else(|| json!({}));
+    // A client that may change nothing learns whether there is such a method, and its parameters are not looked at.
+    let given = call.parameters.clone().filter(|given| may_change && !given.is_null()).unwrap_or_else(|| json!({}));
     let name = call.method.rsplit_once('.').map_or("", |(_, name)| name);
     match Change::of(name, &given) {
         Err(NoChange::Unknown) => Err(service_error("MethodNotFound", json!({ "method": call.method }))),
@@ -310,4 +325,85 @@ fn service_error(name: &str, parameters: Value) -> MethodReply {
 
 fn invalid_parameter(name: &str) -> MethodReply {
     service_error("InvalidParameter", json!({ "parameter": name }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    struct Empty;
+
+    impl Host for Empty {
+        fn describe(&self) -> Description {
+            Description { version: String::new(), pid: 1, since_us: 0 }
+        }
+
+        fn devices(&self) -> Vec<DeviceStatus> {
+            Vec::new()
+        }
+
+        fn configuration(&self, _: &dyn Fn(&str) -> bool) -> String {
+            String::new()
+        }
+
+        fn begin(&self, change: Change, _: bool) -> BegunChange {
+            panic!("nobody may change anything: {change:?}")
+        }
+
+        fn statistics(&self, _: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics> {
+            Vec::new()
+        }
+    }
+
+    fn call(method: &str, parameters: Value) -> MethodCall {
+        MethodCall { method: format!("{NAME}.{method}"), parameters: Some(parameters), more: None, oneway: None }
+    }
+
+    #[test]
+    fn places_are_kept_for_clients_that_may_change_something() {
+        let open = Arc::default();
+        let held: Vec<_> = std::iter::from_fn(|| ConnectionPermit::take(&open, places(false))).collect();
+        assert_eq!(held.len(), CONNECTIONS_MAX - CONNECTIONS_RESERVED);
+        let operators: Vec<_> = std::iter::from_fn(|| ConnectionPermit::take(&open, places(true))).collect();
+        assert_eq!(operators.len(), CONNECTIONS_RESERVED);
+        drop(held);
+        assert!(ConnectionPermit::take(&open, places(false)).is_some());
+    }
+
+    #[test]
+    fn a_connection_without_a_whole_call_ends_unless_its_client_may_change_something() {
+        for half in ["", "{\"method\""] {
+            let (mut client, server) = UnixStream::pair().unwrap();
+            client.write_all(half.as_bytes()).unwrap();
+            let idle_max = Duration::from_millis(50);
+            serve_connection(server, &Empty, false, idle_max).unwrap_err();
+            assert_eq!(client.read(&mut [0; 64]).unwrap_or(0), 0, "it is closed");
+            let (client, server) = UnixStream::pair().unwrap();
+            let served = thread::spawn(move || serve_connection(server, &Empty, true, idle_max).is_ok());
+            thread::sleep(4 * idle_max);
+            let mut client = VarlinkConnection::new(client);
+            client.send(&call("Describe", json!({}))).unwrap();
+            assert!(client.receive::<MethodReply>().unwrap().is_some_and(|reply| reply.error.is_none()));
+            drop(client);
+            assert!(served.join().unwrap());
+        }
+    }
+
+    #[test]
+    fn parameters_of_a_change_are_not_looked_at_for_a_client_that_may_make_none() {
+        let refused = |method: &str, parameters: Value, may_change: bool| {
+            let refused = method_error(&call(method, parameters), may_change);
+            refused.rsplit('.').next().unwrap_or_default().to_owned()
+        };
+        let wrong = || json!({ "device": 7 });
+        assert_eq!(refused("Flush", wrong(), true), "InvalidParameter");
+        assert_eq!(refused("Flush", wrong(), false), "PermissionDenied");
+        assert_eq!(refused("Fly", wrong(), false), "MethodNotFound");
+    }
+
+    fn method_error(call: &MethodCall, may_change: bool) -> String {
+        method(&Empty, call, may_change).err().and_then(|reply| reply.error).expect("it is refused")
+    }
 }

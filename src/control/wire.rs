@@ -427,16 +427,25 @@ pub struct Statistics {
     pub devices: Vec<DeviceStatistics>,
 }
 
+/// Most parameters of a call: a client may not make the daemon look at a message of thousands of names one by one.
+const PARAMETERS_MAX: usize = 32;
+
 /// Reads parameters; an error names the one that is wrong, as far as that is known.
 pub(super) fn read_parameters<T: DeserializeOwned>(given: &Value) -> Result<T, String> {
-    let names: Vec<String> = given.as_object().map(|object| object.keys().cloned().collect()).unwrap_or_default();
-    serde_json::from_value(given.clone()).map_err(|e| {
-        let alone = |name: &&String| {
-            let mut object = given.clone();
-            object.as_object_mut().is_some_and(|object| object.remove(*name).is_some())
-                && serde_json::from_value::<T>(object).is_ok()
+    let Some(parameters) = given.as_object() else { return T::deserialize(given).map_err(|e| e.to_string()) };
+    if parameters.len() > PARAMETERS_MAX {
+        return Err(format!("{} parameters, of at most {PARAMETERS_MAX}", parameters.len()));
+    }
+    T::deserialize(given).map_err(|e| {
+        // The one without which the others are right.
+        let mut others = parameters.clone();
+        let is_wrong = |name: &&String| {
+            let parameter = others.remove(*name);
+            let is_right = T::deserialize(&others).is_ok();
+            others.extend(parameter.map(|parameter| ((*name).clone(), parameter)));
+            is_right
         };
-        names.iter().find(alone).cloned().unwrap_or_else(|| e.to_string())
+        parameters.keys().find(is_wrong).cloned().unwrap_or_else(|| e.to_string())
     })
 }
 

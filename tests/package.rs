@@ -80,33 +80,94 @@ fn the_package_passes_lintian_and_is_installed_used_and_purged_in_a_clean_root()
     }
 }
 
-/// A program that prints this and succeeds.
-fn fake(directory: &Path, name: &str, prints: &str) {
+/// A program: a shell script.
+fn fake(directory: &Path, name: &str, script: &str) {
     let path = directory.join(name);
-    fs::write(&path, format!("#!/bin/sh\ncat <<'END'\n{prints}\nEND\n")).expect("a script can be written");
+    fs::write(&path, format!("#!/bin/sh\n{script}\n")).expect("a script can be written");
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("it can be made executable");
+}
+
+/// The script that runs before a removal, with its paths in a directory and the programs of another one there.
+struct BeforeRemoval {
+    directory: TempDir,
+    programs: PathBuf,
+}
+
+impl BeforeRemoval {
+    fn new() -> Self {
+        let directory = TempDir::new("prerm");
+        let programs = directory.path().join("programs");
+        for made in ["programs", "etc/genblk", "run/systemd/system", "dev/shm", "caches"] {
+            fs::create_dir_all(directory.path().join(made)).expect("a directory can be made");
+        }
+        fake(&programs, "deb-systemd-invoke", "exit 1");
+        fake(&programs, "systemctl", "exit 0");
+        fake(&programs, "genblk", "echo no cache in \"$2\"");
+        Self { directory, programs }
+    }
+
+    fn run(&self, action: &str) -> Output {
+        let script = fs::read_to_string(root().join("packaging/deb/scripts/prerm")).expect("the script");
+        let below = self.directory.path().display();
+        let script = ["/dev/shm", "/etc/genblk", "/run/genblk", "/run/systemd"]
+            .iter()
+            .fold(script, |script, path| script.replace(&format!(" {path}"), &format!(" {below}{path}")));
+        let path = format!("{}:{}", self.programs.display(), std::env::var("PATH").expect("a path"));
+        Command::new("sh").args(["-c", &script, "prerm", action]).env("PATH", path).output().expect("sh runs")
+    }
+
+    #[track_caller]
+    fn assert_refused(&self, why: &str) {
+        let refused = self.run("remove");
+        let text = text_of(&refused);
+        assert!(text.contains("genblk: not removed: ") && text.contains(why), "{text}");
+        assert_eq!(refused.status.code(), Some(1), "{text}");
+        assert!(self.run("upgrade").status.success(), "the next version restores the caches");
+    }
 }
 
 #[test]
 fn a_removal_is_refused_while_a_cache_holds_completed_writes() {
-    let directory = TempDir::new("prerm");
     let advice = "To write a cache to its image: genblk recover CACHE";
     let list = fs::read_to_string(root().join("src/recover/operator/list.rs")).expect("the source");
     assert!(list.contains(advice), "the script looks for this text in the list");
-    let path = format!("{}:{}", directory.path().display(), std::env::var("PATH").expect("a path"));
-    let remove = |action: &str| {
-        let mut script = Command::new("sh");
-        script.arg(root().join("packaging/deb/scripts/prerm")).arg(action).env("PATH", &path);
-        script.output().expect("sh runs")
-    };
-    fake(directory.path(), "deb-systemd-invoke", "");
-    fake(directory.path(), "genblk", advice);
-    let refused = remove("remove");
-    assert_eq!(refused.status.code(), Some(1));
-    assert!(text_of(&refused).contains("genblk: not removed"), "{refused:?}");
-    assert!(remove("upgrade").status.success(), "the next version restores the caches");
-    fake(directory.path(), "genblk", "no cache in /dev/shm");
-    assert!(remove("remove").status.success());
+    let before = BeforeRemoval::new();
+    assert!(before.run("remove").status.success(), "{:?}", before.run("remove"));
+    fake(&before.programs, "genblk", &format!("echo '{advice}'"));
+    before.assert_refused(advice);
+    fake(&before.programs, "genblk", "echo 'it is broken' >&2; exit 1");
+    before.assert_refused("it is broken");
+}
+
+#[test]
+fn a_removal_is_refused_while_a_cache_in_any_memory_dir_holds_completed_writes() {
+    let before = BeforeRemoval::new();
+    let caches = before.directory.path().join("caches").display().to_string();
+    fake(
+        &before.programs,
+        "genblk",
+        &format!("[ \"$2\" != {caches} ] || echo 'To write a cache to its image: genblk recover CACHE'"),
+    );
+    for (file, line) in [
+        ("etc/genblk.toml", format!("cache.memory_dir = \"{caches}\" # a comment")),
+        ("etc/genblk/vm1.toml", format!("memory_dir='{caches}'")),
+        ("etc/genblk/vm2.toml", format!("cache = {{ size = \"8M\", memory_dir = \"{caches}\" }}")),
+    ] {
+        let file = before.directory.path().join(file);
+        fs::write(&file, format!("[[device]]\n{line}\n")).expect("it can be written");
+        before.assert_refused("write these caches to their images first");
+        fs::write(&file, format!("# {line}\nmemory_dir = \"/nonexistent\"\n")).expect("it can be written");
+        assert!(before.run("remove").status.success(), "{:?}", before.run("remove"));
+    }
+}
+
+#[test]
+fn a_removal_is_refused_while_a_unit_has_failed_or_runs() {
+    let before = BeforeRemoval::new();
+    fake(&before.programs, "systemctl", "echo 'genblk.service loaded failed failed Disks'");
+    before.assert_refused("genblk.service loaded failed");
+    fake(&before.programs, "systemctl", "exit 1");
+    before.assert_refused("does not list");
 }
 
 #[test]
@@ -119,6 +180,17 @@ fn the_units_are_those_of_the_source_for_a_binary_of_the_package() {
         assert!(unit.lines().any(|found| found.starts_with(line)), "{line}");
     }
     assert!(script.contains("s|/usr/local/bin/|/usr/bin/|"), "{script}");
+    // The profile confines what the units start, and no command of an operator.
+    let profile = fs::read_to_string(root().join("packaging/apparmor/usr.bin.genblk")).expect("the profile");
+    assert!(profile.lines().any(|line| line.starts_with("profile genblk flags=")), "{profile}");
+    assert!(unit.lines().any(|line| line == "AppArmorProfile=-genblk"), "{unit}");
+    // The exporter is in the group that may read images.
+    let exporter = fs::read_to_string(root().join("packaging/systemd/genblk-exporter.service")).expect("the unit");
+    let hidden = exporter.lines().find_map(|line| line.strip_prefix("InaccessiblePaths=")).expect("paths");
+    let writable = unit.lines().find_map(|line| line.strip_prefix("ReadWritePaths=")).expect("paths");
+    for path in writable.split(' ').chain(["-/var/lib/genblk", "-/dev/shm"]) {
+        assert!(hidden.split(' ').any(|other| other == path), "{path} of {hidden}");
+    }
     let json = fs::read_to_string(root().join("packaging/qemu/50-genblk.json")).expect("the description");
     let described: serde_json::Value = serde_json::from_str(&json).expect("JSON");
     let capabilities = run(Command::new(server_binary()).arg("--print-capabilities"));

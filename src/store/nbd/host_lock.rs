@@ -66,20 +66,33 @@ impl Daemon {
     }
 }
 
-fn holder(name: &str) -> Holder {
-    let is_trusted = |uid: u32| uid == 0 || uid == effective_uid();
+/// Whether a daemon of this user holds its lock.
+fn is_trusted(uid: u32) -> bool {
+    uid == 0 || uid == effective_uid()
+}
+
+fn holder(name: &str) -> io::Result<Holder> {
     match listener_of(name.as_bytes()) {
-        Ok(Some(ListeningSocket { uid, inode })) if is_trusted(uid) => Holder::Daemon(Daemon::Inode(inode)),
-        Ok(Some(_)) => Holder::Other,
+        Ok(Some(ListeningSocket { uid, inode })) if is_trusted(uid) => Ok(Holder::Daemon(Daemon::Inode(inode))),
+        Ok(Some(_)) => Ok(Holder::Other),
         // The kernel does not tell, or its list of sockets has changed meanwhile. A connection tells, too, but it stays
         // in the listener's queue.
-        Ok(None) | Err(_) => match connect_without_waiting(name.as_bytes()).and_then(|stream| peer(&stream)) {
-            Ok(Peer { pid, uid }) if is_trusted(uid) => Holder::Daemon(Daemon::Pid(pid)),
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Holder::None,
-            // The queue is full. Two daemons that write would be worse than none.
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Holder::Daemon(Daemon::Pid(0)),
-            _ => Holder::Other,
-        },
+        Ok(None) | Err(_) => {
+            holder_of_connection(connect_without_waiting(name.as_bytes()).and_then(|stream| peer(&stream)))
+        }
+    }
+}
+
+/// The holder, by the peer of a connection to its socket. Any error but the two that say something of the holder is one
+/// of this process, and no reason to write without the lock.
+fn holder_of_connection(peer: io::Result<Peer>) -> io::Result<Holder> {
+    match peer {
+        Ok(Peer { pid, uid }) if is_trusted(uid) => Ok(Holder::Daemon(Daemon::Pid(pid))),
+        Ok(_) => Ok(Holder::Other),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(Holder::None),
+        // The queue is full. Two daemons that write would be worse than none.
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Holder::Daemon(Daemon::Pid(0))),
+        Err(e) => Err(e),
     }
 }
 
@@ -89,7 +102,7 @@ impl HostLock {
     /// lock.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AddrInUse`] with the holder; those of socket(2).
+    /// [`io::ErrorKind::AddrInUse`] with the holder; those of socket(2) and of connect(2).
     pub fn acquire(name: &str, patience: Duration) -> io::Result<Option<Self>> {
         let address = SocketAddr::from_abstract_name(name)?;
         let wait = Wait::new(patience);
@@ -103,11 +116,11 @@ impl HostLock {
                 thread::sleep(POLL);
                 continue;
             }
-            match holder(name) {
+            match holder(name)? {
                 Holder::Daemon(holder) => wait.go_on(|| holder.living())?,
                 // It has just ended.
                 Holder::None if wait.elapsed() < patience + ENDED_MAX => thread::sleep(POLL),
-                _ => {
+                Holder::None | Holder::Other => {
                     warn!("the name @{name} is taken by another user: no other daemon is kept from the export");
                     return Ok(None);
                 }
@@ -121,7 +134,7 @@ impl HostLock {
     /// As [`HostLock::acquire`].
     pub fn check_free(name: &str, patience: Duration) -> io::Result<()> {
         let wait = Wait::new(patience);
-        while let Holder::Daemon(holder) = holder(name) {
+        while let Holder::Daemon(holder) = holder(name)? {
             wait.go_on(|| holder.living())?;
         }
         Ok(())
@@ -186,6 +199,16 @@ mod tests {
         assert!(HostLock::acquire(&name, Duration::ZERO).is_err(), "another process still has it");
         drop(copy);
         assert!(HostLock::acquire(&name, Duration::from_secs(5)).unwrap().is_some());
+    }
+
+    #[test]
+    fn an_error_of_this_process_is_no_lock_of_another_user() {
+        for errno in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EACCES, libc::EPERM] {
+            let error = holder_of_connection(Err(io::Error::from_raw_os_error(errno))).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(errno));
+        }
+        let other = Peer { pid: 1, uid: effective_uid() + 1 };
+        assert!(matches!(holder_of_connection(Ok(other)), Ok(Holder::Other)));
     }
 
     #[test]

@@ -84,6 +84,8 @@ pub enum ClientCommand {
     Attach {
         /// A TOML file with a table for each device, or with the keys of one device
         file: PathBuf,
+        /// The disks of the file to serve; all, unless given
+        devices: Vec<String>,
         #[command(flatten)]
         control: ControlSocket,
     },
@@ -355,8 +357,8 @@ impl ClientCommand {
                 return Ok(Action::List { socket, device, json });
             }
             Self::Stat(arguments) => return arguments.action(),
-            Self::Attach { file, control: ControlSocket { socket, json } } => {
-                return Ok(Action::Attach { socket, file, json });
+            Self::Attach { file, devices, control: ControlSocket { socket, json } } => {
+                return Ok(Action::Attach { socket, file, devices, json });
             }
             Self::Detach { device, force, discard } => {
                 return Ok(device.change(DeviceAction::Detach { force, discard }));
@@ -374,7 +376,7 @@ impl ClientCommand {
             Self::Drop { device, flushed } => return Ok(device.change(DeviceAction::Drop { flushed })),
             Self::Resize { device, size } => return Ok(device.change(DeviceAction::Resize { bytes: size })),
             Self::Resume(device) => return Ok(device.change(DeviceAction::Resume)),
-            Self::Thaw(device) => return Ok(device.change(DeviceAction::Thaw)),
+            Self::Thaw(device) => return Ok(device.change(DeviceAction::Thaw { lease: None })),
             Self::Freeze { device: OneDevice { device, control }, timeout, reads, command } => {
                 let options = FreezeOptions { device, timeout_ms: timeout, reads, command, as_json: control.json };
                 return Ok(Action::Freeze(control.socket, options));

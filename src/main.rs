@@ -54,8 +54,8 @@ fn run(action: Action) -> Result<()> {
         Action::Change { socket, device, change, json } => {
             print(&client::change(&mut ControlClient::connect(&socket)?, &device, &change, json)?);
         }
-        Action::Attach { socket, file, json } => {
-            print(&client::attach(&mut ControlClient::connect(&socket)?, &file, json)?);
+        Action::Attach { socket, file, devices, json } => {
+            print(&client::attach(&mut ControlClient::connect(&socket)?, &file, &devices, json)?);
         }
         Action::Set { socket, device, settings, json } => {
             print(&client::set(&mut ControlClient::connect(&socket)?, &device, &settings, json)?);

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -112,6 +112,46 @@ fn a_freeze_ends_with_its_time_its_client_or_its_process() {
     session.write(0, &[3; 4096]);
     assert_eq!(call(&control, "Thaw", &json!({"device": "d0"}))["parameters"]["held"], json!(false));
     assert_eq!(session.read(0, 4096), vec![3; 4096]);
+}
+
+#[test]
+fn a_thaw_with_the_lease_of_a_freeze_that_is_over_leaves_the_freeze_of_another_client() {
+    let (_daemon, control) = start("operator-freeze-lease");
+    poll_until("the disk to be served", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
+    let freeze = |timeout_ms: u32| {
+        let frozen = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": timeout_ms}));
+        frozen["parameters"]["lease"].as_u64().expect("a number")
+    };
+    let over = freeze(1);
+    poll_until("the end of the freeze", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
+    let other = freeze(60000);
+    let thaw = |lease: u64| call(&control, "Thaw", &json!({"device": "d0", "lease": lease}))["parameters"].clone();
+    assert_eq!(thaw(over)["held"], json!(false));
+    assert_eq!(state(&control), json!("frozen"), "the other freeze goes on");
+    assert_eq!(thaw(other)["held"], json!(true));
+    assert_eq!(state(&control), json!("serving"));
+}
+
+#[test]
+fn a_daemon_without_disks_waits_for_those_that_are_attached() {
+    let (mut daemon, control) = start("operator-empty");
+    let table = fs::read_to_string(daemon.config()).expect("it can be read");
+    fs::write(daemon.config(), format!("[control]\nsocket = {control:?}\n")).expect("it can be written");
+    daemon.stop();
+    let socket = daemon.socket_of(0);
+    let mut empty = Command::new(common::daemon::server_binary());
+    let mut empty = empty.arg("--config").arg(daemon.config()).stderr(Stdio::null()).spawn().expect("it starts");
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    assert!(names(&control).is_empty());
+    let file = daemon.config().with_file_name("whole.toml");
+    fs::write(&file, table).expect("it can be written");
+    assert_eq!(stdout_of(&genblk(&control, &["attach", &file.display().to_string()])), "d0: attached\n");
+    let mut session = Session::open(&socket, &SessionOptions::default());
+    session.write(0, &[6; 4096]);
+    drop(session);
+    send(empty.id(), libc::SIGTERM);
+    assert!(empty.wait().expect("it ends").success());
+    assert_eq!(daemon.image_bytes(0, 4096), vec![6; 4096]);
 }
 
 #[test]

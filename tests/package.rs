@@ -218,7 +218,7 @@ fn install(package: &Path) {
     assert_eq!(succeeds("genblk --version"), concat!("genblk ", env!("CARGO_PKG_VERSION"), "\n"));
     assert!(succeeds("getent passwd genblk").contains(":/var/lib/genblk:"), "the package makes the user");
     let empty = within("genblk --check --config /etc/genblk.toml");
-    assert_eq!(empty.status.code(), Some(2), "the shipped configuration serves nothing: {}", text_of(&empty));
+    assert!(empty.status.success(), "the shipped configuration waits for disks: {}", text_of(&empty));
     succeeds(
         "install -d -o genblk -g genblk /run/genblk /var/lib/genblk && truncate -s 8M /var/lib/genblk/vm1.img && \
          printf '[[device]]\\nname = \"vm1\"\\nsocket = \"/run/genblk/vm1.sock\"\\n' >>/etc/genblk.toml && \

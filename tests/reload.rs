@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::json;
 
 use common::daemon::{Daemon, send};
-use common::operator::{call, genblk, names, start, stdout_of, table};
+use common::operator::{call, genblk, names, start, state, stdout_of, table};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
@@ -78,6 +78,30 @@ fn a_key_that_cannot_be_set_changes_nothing() {
         assert_eq!(stdout_of(&genblk(&control, &["config"])), before, "{setting}");
     }
     assert!(!control.with_file_name("runtime.toml").exists(), "nothing was recorded");
+}
+
+#[test]
+fn the_advice_for_a_key_that_needs_the_disk_attached_anew_can_be_followed() {
+    let (mut daemon, control) = start("reload-advice");
+    poll_until("the disk to be served", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
+    let refused = genblk(&control, &["set", "d0", "workers=2"]);
+    let advice = String::from_utf8_lossy(&refused.stderr).into_owned();
+    for command in ["\"genblk detach d0\"", "\"genblk attach FILE d0\""] {
+        assert!(advice.contains(command), "{advice}");
+    }
+    let config = daemon.config().display().to_string();
+    stdout_of(&genblk(&control, &["detach", "d0"]));
+    let directory = daemon.directory();
+    let other = table(directory, "d1", "none.img", "");
+    configure(&daemon, &control, &format!("{}{other}", table(directory, "d0", "image", "workers = 2\n")));
+    assert_eq!(stdout_of(&genblk(&control, &["attach", &config, "d0"])), "d0: attached\n");
+    assert_eq!(value(&control, "workers"), "2");
+    // The file's disk is not detached for the next daemon.
+    configure(&daemon, &control, &table(directory, "d0", "image", "workers = 2\n"));
+    assert_eq!(stdout_of(&genblk(&control, &["reload"])), "nothing has changed\n");
+    let runtime = fs::read_to_string(control.with_file_name("runtime.toml")).expect("it was recorded");
+    assert!(runtime.contains("detached = []"), "{runtime}");
+    daemon.stop();
 }
 
 #[test]

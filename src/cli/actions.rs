@@ -76,6 +76,8 @@ pub enum Action {
         socket: PathBuf,
         /// The file.
         file: PathBuf,
+        /// Their names; all, if there are none.
+        devices: Vec<String>,
         /// The replies as they came.
         json: bool,
     },

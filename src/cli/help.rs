@@ -157,10 +157,12 @@ Notes:
 pub(super) const ATTACH: &str = "\
 Examples:
   genblk attach vm2.toml
+  genblk attach /etc/genblk.toml vm1   after \"genblk detach vm1\" and a change
 
 Notes:
   The file has [[device]] tables, or the keys of one device: name, socket and
-  image at least; see genblk.toml(5). The disk is served until it is detached
+  image at least; see genblk.toml(5). Its [control] table means nothing here.
+  The disk is served until it is detached
   or until an orderly stop of the daemon: put one that is to stay into the
   daemon's configuration, too.
 ";
@@ -250,15 +252,15 @@ pub(super) const FREEZE: &str = "\
 Examples:
   genblk freeze vm1 -- lvcreate -s -n vm1-snap -L 2G vg0/vm1
   genblk freeze vm1 -- cp --reflink=always /srv/vm1.img /srv/vm1.copy
-  genblk freeze vm1 --timeout 30s; btrfs subvolume snapshot /srv /snap; \\
+  genblk freeze vm1 --timeout 30s && btrfs subvolume snapshot /srv /snap && \\
       genblk thaw vm1
 
 Notes:
   The image then holds what a FLUSH would leave, and does not change until the
   thaw. Writes of the guest wait meanwhile. For a file system that needs no
   replay of its journal, freeze it in the guest first (virsh domfsfreeze).
-  With a command, a freeze that did not hold until its end is an error: what was
-  copied is torn.
+  A freeze that did not hold until the end of the command, or until the thaw, is
+  an error: what was copied is torn. One that nobody thaws ends with its time.
 ";
 
 pub(super) const THAW: &str = "\

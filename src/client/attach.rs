@@ -9,19 +9,19 @@ use serde_json::{Value, json};
 use super::ControlClient;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Attaches the devices of the TOML file at `path`: its `[[device]]` tables, or one device whose keys are at the top.
-/// Returns what to print.
+/// Attaches devices of the TOML file at `path`: its `[[device]]` tables, or one device whose keys are at the top.
+/// `names` chooses among them, unless it is empty. The file may be a daemon's configuration. Returns what to print.
 ///
 /// # Errors
 /// [`ErrorKind::Config`] if the file cannot be read, and those of [`ControlClient::call`]. The devices before the one
 /// that failed are attached.
-pub fn attach(client: &mut ControlClient, path: &Path, as_json: bool) -> Result<String> {
+pub fn attach(client: &mut ControlClient, path: &Path, names: &[String], as_json: bool) -> Result<String> {
     let shown = path.display();
     let wrong = |why: String| Error::new(ErrorKind::Config, format!("{shown}: {why}"));
     let text = fs::read_to_string(path).map_err(|e| Error::io(ErrorKind::Config, format!("cannot read {shown}"), e))?;
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
     let mut printed = String::new();
-    for device in devices(&table).map_err(wrong)? {
+    for device in devices(&table).and_then(|devices| chosen(devices, names)).map_err(wrong)? {
         let results = client.call_long("Attach", &json!({ "config": device }), |_| {})?;
         let name = device["name"].as_str().unwrap_or_default();
         printed += &match (as_json, results["attached"] == json!(true)) {
@@ -37,15 +37,20 @@ pub fn attach(client: &mut ControlClient, path: &Path, as_json: bool) -> Result<
 fn devices(table: &toml::Table) -> std::result::Result<Vec<Value>, String> {
     let value = serde_json::to_value(table).map_err(|e| e.to_string())?;
     let mut devices = match value {
-        Value::Object(mut object) => match object.remove("device") {
-            Some(_) if !object.is_empty() => {
-                let names: Vec<_> = object.keys().map(String::as_str).collect();
-                return Err(format!("has {} beside [[device]] tables", names.join(", ")));
+        Value::Object(mut object) => {
+            // Of the daemon's own configuration. It has no meaning for a device.
+            let is_configuration = object.remove("control").is_some();
+            match object.remove("device") {
+                Some(_) if !object.is_empty() => {
+                    let names: Vec<_> = object.keys().map(String::as_str).collect();
+                    return Err(format!("has {} beside [[device]] tables", names.join(", ")));
+                }
+                Some(Value::Array(devices)) => devices,
+                Some(_) => return Err("write [[device]] above each device".to_owned()),
+                None if is_configuration => return Err("has no [[device]] table".to_owned()),
+                None => vec![Value::Object(object)],
             }
-            Some(Value::Array(devices)) => devices,
-            Some(_) => return Err("write [[device]] above each device".to_owned()),
-            None => vec![Value::Object(object)],
-        },
+        }
         _ => Vec::new(),
     };
     for device in &mut devices {
@@ -56,6 +61,20 @@ fn devices(table: &toml::Table) -> std::result::Result<Vec<Value>, String> {
             device[key] = json!(absolute);
         }
     }
+    Ok(devices)
+}
+
+/// The devices with these names, or all.
+fn chosen(mut devices: Vec<Value>, names: &[String]) -> std::result::Result<Vec<Value>, String> {
+    if names.is_empty() {
+        return Ok(devices);
+    }
+    let name_of = |device: &Value| device["name"].as_str().unwrap_or_default().to_owned();
+    let there: Vec<String> = devices.iter().map(name_of).collect();
+    if let Some(missing) = names.iter().find(|name| !there.contains(name)) {
+        return Err(format!("has no device {missing:?}; it has: {}", there.join(", ")));
+    }
+    devices.retain(|device| names.contains(&name_of(device)));
     Ok(devices)
 }
 
@@ -73,6 +92,18 @@ mod tests {
         let here = env::current_dir().unwrap().join("a.img");
         assert_eq!(read("image = \"a.img\"").unwrap()[0]["image"], json!(here));
         assert_eq!(read("image = \"nbd://host/a\"").unwrap()[0]["image"], json!("nbd://host/a"));
-        assert!(read("[control]\nsocket = \"/s\"\n[[device]]\nname = \"a\"").unwrap_err().contains("control"));
+        assert!(read("x = 1\n[[device]]\nname = \"a\"").unwrap_err().contains("has x beside"));
+    }
+
+    #[test]
+    fn the_disks_of_a_daemons_own_configuration_are_chosen_by_name() {
+        let read = |text: &str| devices(&text.parse().unwrap());
+        let control = "[control]\nsocket = \"/s\"\n";
+        assert!(read(control).unwrap_err().contains("no [[device]] table"));
+        let both = read(&format!("{control}[[device]]\nname = \"a\"\n[[device]]\nname = \"b\"\n")).unwrap();
+        assert_eq!(chosen(both.clone(), &[]), Ok(both.clone()));
+        assert_eq!(chosen(both.clone(), &["b".to_owned()]), Ok(vec![json!({"name": "b"})]));
+        let missing = chosen(both, &["c".to_owned()]).unwrap_err();
+        assert!(missing.contains("no device \"c\"; it has: a, b"), "{missing}");
     }
 }

@@ -25,7 +25,10 @@ pub enum DeviceAction {
     /// `genblk resume`.
     Resume,
     /// `genblk thaw`.
-    Thaw,
+    Thaw {
+        /// The number of the freeze; without it, of whichever there is.
+        lease: Option<u64>,
+    },
     /// `genblk detach`.
     Detach {
         /// Whether to do it while a front-end is connected, and if the image fails.
@@ -46,7 +49,7 @@ pub fn change(client: &mut ControlClient, device: &str, change: &DeviceAction, a
         DeviceAction::Drop { flushed } => ("Drop", json!({ "device": device, "flushed": flushed })),
         DeviceAction::Resize { bytes } => ("Resize", json!({ "device": device, "bytes": bytes })),
         DeviceAction::Resume => ("Resume", json!({ "device": device })),
-        DeviceAction::Thaw => ("Thaw", json!({ "device": device })),
+        DeviceAction::Thaw { lease } => ("Thaw", json!({ "device": device, "lease": lease })),
         DeviceAction::Detach { force, discard } => {
             ("Detach", json!({ "device": device, "force": force, "discard": discard }))
         }
@@ -66,13 +69,15 @@ fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<Stri
             format!("the guest's disk has {} bytes", results["image_bytes"].as_u64().unwrap_or_default())
         }
         DeviceAction::Resume => "resumed".to_owned(),
-        DeviceAction::Detach { discard: true, .. } => "detached; what the image did not take is lost".to_owned(),
+        DeviceAction::Detach { discard: true, .. } => {
+            "detached; if the image did not take everything, the rest is lost".to_owned()
+        }
         DeviceAction::Detach { .. } => "detached; everything is on the image".to_owned(),
         DeviceAction::Drop { .. } => {
             let Dropped { dropped_bytes } = serde_json::from_value(results.clone()).map_err(|e| unknown(e.into()))?;
             format!("{} of clean pages dropped", Numbers::Short.bytes(dropped_bytes))
         }
-        DeviceAction::Thaw => {
+        DeviceAction::Thaw { .. } => {
             let thawed: Thawed = serde_json::from_value(results.clone()).map_err(|e| unknown(e.into()))?;
             if !thawed.held {
                 return Err(torn(device));

@@ -56,7 +56,7 @@ pub fn reload(client: &mut ControlClient, dry_run: bool, as_json: bool) -> Resul
 }
 
 fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) -> String {
-    let detail = detail.join(", ");
+    let detail = super::visible(&detail.join(", "));
     let text = match what {
         ChangeKind::Attached => "attached".to_owned(),
         ChangeKind::Detached => "detached".to_owned(),

@@ -50,7 +50,7 @@ pub fn freeze(socket: &Path, options: &FreezeOptions, print: impl Fn(&str)) -> R
     };
     print(&format!("{device}: frozen after {after} ms\n"));
     let ran = Command::new(program).args(arguments).status();
-    let thawed = change(&mut other, device, &DeviceAction::Thaw, false);
+    let thawed = change(&mut other, device, &DeviceAction::Thaw { lease: frozen.lease }, false);
     drop(lease);
     let status =
         ran.map_err(|e: io::Error| Error::io(ErrorKind::Control, format!("cannot run {}", program.display()), e))?;

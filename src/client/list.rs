@@ -1,7 +1,7 @@
 //! `genblk list`: the devices of a daemon, one in a line.
 
-use super::ControlClient;
 use super::table::{Numbers, TextTable};
+use super::{ControlClient, visible};
 use crate::control::wire::{DeviceStatus, Devices, ListParameters};
 use crate::error::Result;
 
@@ -37,7 +37,7 @@ fn table(devices: &[DeviceStatus]) -> String {
             device.name.clone(),
             device.state.word().to_owned(),
             device.front_end.map_or_else(|| "-".to_owned(), |front_end| format!("pid {}", front_end.pid)),
-            device.image.clone(),
+            visible(&device.image),
             bytes(device.image_bytes),
             bytes(Some(device.cache_bytes)),
             device.resident_bytes.map_or_else(|| "-".to_owned(), |used| share(used, device.cache_bytes)),
@@ -45,7 +45,7 @@ fn table(devices: &[DeviceStatus]) -> String {
             mode.to_owned(),
         ]);
         if let Some(why) = &device.why {
-            reasons += &format!("{}: {why}\n", device.name);
+            reasons += &format!("{}: {}\n", device.name, visible(why));
         }
         if let Some(us) = device.oldest_operation_us.filter(|us| *us >= SLOW_US) {
             reasons += &format!("{}: its image has not answered for {} s\n", device.name, us / 1_000_000);
@@ -81,7 +81,7 @@ mod tests {
         let failed = DeviceStatus {
             name: "db".to_owned(),
             state: DeviceState::Failed,
-            why: Some("no such file".to_owned()),
+            why: Some("no such \u{1b}[2Jfile".to_owned()),
             front_end: None,
             image_bytes: None,
             resident_bytes: None,
@@ -94,7 +94,7 @@ disk  state    front-end  image          size  cache  used  dirty       mode
 vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
 db    failed   -          /srv/vm1.img      -   256M     -      -  writeback
 vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
-db: no such file
+db: no such ?[2Jfile
 vm1: its image has not answered for 12 s
 ";
         assert_eq!(table(&[served, failed, slow]), expected);

@@ -191,7 +191,7 @@ impl ControlClient {
 
 /// An error of the interface in words.
 fn in_words(error: &str, parameters: &Value) -> String {
-    let text = |name: &str| parameters[name].as_str().unwrap_or_default().to_owned();
+    let text = |name: &str| visible(parameters[name].as_str().unwrap_or_default());
     match error.strip_prefix(NAME).and_then(|rest| rest.strip_prefix('.')) {
         Some("NoSuchDevice") => {
             format!("{}: no such device; there are: {}", text("device"), joined(&parameters["devices"]))
@@ -206,14 +206,15 @@ fn in_words(error: &str, parameters: &Value) -> String {
             )
         }
         Some("NeedsReattach") => format!(
-            "{}: {} can only change when the disk is attached anew: detach it, change the file, and attach it",
+            "{}: {} can only change when the disk is attached anew: \"genblk detach {0}\", change the file, and \
+             \"genblk attach FILE {0}\"",
             text("device"),
             joined(&parameters["keys"])
         ),
         Some("InUse") => format!("{}: in use by {}; --force takes it away", text("device"), text("by")),
         Some("Invalid") => {
             let problems = parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
-            problems.iter().filter_map(Value::as_str).collect::<Vec<_>>().join("\n")
+            problems.iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join("\n")
         }
         Some("NotWritten") => format!(
             "{}: the image does not take what is dirty ({}); it is served as before; --force leaves the cache for \
@@ -227,14 +228,20 @@ fn in_words(error: &str, parameters: &Value) -> String {
         }
         Some("Refused") => format!("{}: {}", text("what"), text("why")),
         Some("PermissionDenied") => format!("{} is for {}", text("method"), text("needs")),
-        _ => format!("the daemon replied with {error}: {parameters}"),
+        _ => format!("the daemon replied with {}: {}", visible(error), visible(&parameters.to_string())),
     }
 }
 
 /// The texts of an array, in one line.
 fn joined(array: &Value) -> String {
     let texts = array.as_array().map(Vec::as_slice).unwrap_or_default();
-    texts.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(", ")
+    texts.iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join(", ")
+}
+
+/// A text of the daemon without characters that act on the terminal: a disk process, which faces a guest, may have
+/// written it.
+fn visible(text: &str) -> String {
+    text.chars().map(|char| if char.is_control() { '?' } else { char }).collect()
 }
 
 #[cfg(test)]
@@ -249,5 +256,21 @@ mod tests {
         assert_eq!(text, "vm1: no such device; there are: db, golden");
         let text = in_words("org.varlink.service.MethodNotFound", &json!({"method": "x"}));
         assert_eq!(text, "the daemon replied with org.varlink.service.MethodNotFound: {\"method\":\"x\"}");
+    }
+
+    #[test]
+    fn texts_of_the_daemon_play_no_tricks_on_the_terminal() {
+        let trick = "a\u{1b}[2J\r\u{9b}31m";
+        let replies = [
+            ("io.genblk.Control.Refused", json!({"what": trick, "why": trick})),
+            ("io.genblk.Control.ImageFault", json!({"device": "vm1", "fault": trick, "detail": trick})),
+            ("io.genblk.Control.NoSuchDevice", json!({"device": trick, "devices": [trick]})),
+            ("io.genblk.Control.Invalid", json!({"problems": [trick]})),
+            (trick, json!({"x": trick})),
+        ];
+        for (error, parameters) in replies {
+            let text = in_words(error, &parameters);
+            assert!(text.contains("a?[2J") && !text.chars().any(char::is_control), "{text:?}");
+        }
     }
 }

@@ -63,9 +63,11 @@ impl Walk<'_> {
             Some(DeValue::Array(devices)) => devices.is_empty(),
             Some(_) => false,
         };
-        if none {
+        // One that can be asked for them is given its devices while it runs.
+        if none && !root.contains_key("control") {
             let origin = Origin { label: "device".to_string(), line: Some(1) };
-            self.problems.push(origin.problem("is missing: nothing to serve; write a [[device]] table"));
+            let message = "is missing: nothing to serve; write a [[device]] table, or [control] for \"genblk attach\"";
+            self.problems.push(origin.problem(message));
         }
         (builders, control)
     }

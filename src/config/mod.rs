@@ -34,7 +34,7 @@ pub(crate) use size::parse_size;
 /// Everything that the daemon serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The devices in the order of the file; at least one.
+    /// The devices in the order of the file; at least one, unless there is a control socket.
     pub devices: Vec<DeviceConfig>,
     /// The control socket, if there is to be one.
     pub control: Option<ControlConfig>,

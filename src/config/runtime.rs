@@ -34,6 +34,7 @@ pub const AT_ONCE: &[&str] = &[
 impl RuntimeConfig {
     /// Notes that a device was attached.
     pub fn note_attached(&mut self, device: &DeviceConfig) {
+        self.detached.retain(|other| *other != device.name);
         self.attached.retain(|other| other.name != device.name);
         self.attached.push(device.clone());
     }
@@ -244,6 +245,9 @@ mod tests {
         runtime.note_detached("vm1");
         runtime.note_detached("vm2");
         assert_eq!((runtime.attached.len(), runtime.detached.len()), (1, 2));
+        runtime.note_attached(&device("vm1"));
+        assert_eq!((runtime.attached.len(), &runtime.detached), (2, &vec!["vm2".to_owned()]), "it is there again");
+        runtime.note_detached("vm1");
         let mut set = device("db");
         (set.poll_us, set.cache.hold_max_ms) = (7, 100);
         runtime.note_set(&set, &["poll_us", "cache.hold_max_ms"]);

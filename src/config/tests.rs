@@ -173,10 +173,20 @@ name = "b"
 
 #[test]
 fn nothing_to_serve_is_a_problem() {
-    let missing = "1: device: is missing: nothing to serve; write a [[device]] table";
+    let missing =
+        "1: device: is missing: nothing to serve; write a [[device]] table, or [control] for \"genblk attach\"";
     assert_eq!(problems(""), [missing]);
     assert_eq!(problems("device = []"), [missing]);
     assert_eq!(problems("\n[[devices]]"), [missing, "2: devices: unknown key; did you mean [[device]]?"]);
+}
+
+#[test]
+fn a_configuration_without_devices_has_a_control_socket() {
+    let shipped = include_str!("../../packaging/deb/genblk.toml");
+    for text in [shipped, "[control]\nsocket = \"/run/c.sock\"", "device = []\ncontrol.socket = \"/run/c.sock\""] {
+        let config = Config::from_toml(text).expect("it is valid");
+        assert!(config.devices.is_empty() && config.control.is_some(), "{text}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::wire::{
     AttachParameters, DetachParameters, DeviceParameters, DropParameters, FreezeParameters, ReloadParameters,
-    ResizeParameters, SetParameters,
+    ResizeParameters, SetParameters, ThawParameters,
 };
 
 /// Bounds of the time of a freeze, and what it is unless given, in milliseconds.
@@ -56,6 +56,8 @@ pub enum Change {
     Thaw {
         /// The device.
         device: String,
+        /// The number of the freeze; without it, of whichever there is.
+        lease: Option<u64>,
     },
     /// Serve one more device.
     Attach {
@@ -120,7 +122,10 @@ impl Change {
                 }
                 Self::Freeze { device, timeout_ms, reads: reads.unwrap_or(false) }
             }
-            "Thaw" => Self::Thaw { device: device(given)? },
+            "Thaw" => {
+                let ThawParameters { device, lease } = read(given)?;
+                Self::Thaw { device, lease }
+            }
             "Attach" => Self::Attach { config: read::<AttachParameters>(given)?.config },
             "Set" => {
                 let SetParameters { device, config } = read(given)?;

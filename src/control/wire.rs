@@ -360,6 +360,17 @@ pub struct FreezeParameters {
 pub struct Freezing {
     pub frozen: bool,
     pub frozen_us: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<u64>,
+}
+
+/// Parameters of `Thaw`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct ThawParameters {
+    pub device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease: Option<u64>,
 }
 
 /// Results of `Thaw`.

@@ -24,6 +24,7 @@ use crate::control::wire::{
     Description, DeviceStatistics, DeviceStatus, Dropped, FlushProgress, Freezing, Progressing, Thawed,
 };
 use crate::disk_protocol::{DeviceReply, DeviceRequest};
+use crate::sys::clock::monotonic_ns;
 use crate::units::PAGE_BYTES;
 
 /// How often a long change reports its progress.
@@ -126,9 +127,9 @@ impl Operator {
                     Ok(json!(frozen.0))
                 }
             }
-            Change::Thaw { device } => {
+            Change::Thaw { device, lease } => {
                 let entry = self.overview.entry(&device)?;
-                Ok(json!(thaw(&entry, client)))
+                Ok(json!(thaw(&entry, lease, client)))
             }
             Change::Attach { config } => {
                 let device = device_of(&config).map_err(|problems| invalid(&problems))?;
@@ -248,11 +249,12 @@ impl Operator {
             return Err(refusal);
         }
         let until = since + Duration::from_millis(time_ms.into());
-        let freeze = FreezeLease { process: link.process.fence(), since, until };
+        let number = monotonic_ns() / 1000;
+        let freeze = FreezeLease { process: link.process.fence(), number, since, until };
         entry.operator.lock().freeze = Some(freeze);
         let frozen_us = micros(since.elapsed());
         info!("{device}: frozen after {} ms, for at most {time_ms} ms", frozen_us / 1000);
-        Ok((Freezing { frozen: true, frozen_us }, freeze))
+        Ok((Freezing { frozen: true, frozen_us, lease: Some(number) }, freeze))
     }
 
     /// Waits until a freeze has ended, and ends it when the client hangs up.
@@ -260,14 +262,14 @@ impl Operator {
         client.tell(&frozen);
         loop {
             let has_left = client.waits_in_vain(FREEZE_WATCH);
-            let ended = Freezing { frozen: false, frozen_us: micros(freeze.since.elapsed()) };
+            let ended = Freezing { frozen: false, frozen_us: micros(freeze.since.elapsed()), lease: None };
             let Ok(entry) = self.overview.entry(device) else { return ended };
             if entry.operator.freeze(entry.link.as_ref()) != Some(freeze) {
                 return ended;
             }
             if has_left {
                 info!("{device}: the client of the freeze has hung up");
-                thaw(&entry, client);
+                thaw(&entry, Some(freeze.number), client);
                 return ended;
             }
         }
@@ -278,11 +280,11 @@ fn daemon_ends() -> Refusal {
     Refusal::refused("the daemon", "it ends")
 }
 
-/// Ends a freeze, if there is one.
-fn thaw(entry: &OverviewEntry, client: &ChangeClient) -> Thawed {
+/// Ends the freeze with the number `lease`, or whichever there is.
+fn thaw(entry: &OverviewEntry, lease: Option<u64>, client: &ChangeClient) -> Thawed {
     let device = &entry.config.name;
     let lasting = entry.operator.freeze(entry.link.as_ref());
-    let begun = entry.operator.lock().freeze.take();
+    let begun = entry.operator.lock().freeze.take_if(|freeze| lease.is_none_or(|lease| lease == freeze.number));
     let Some(begun) = begun else { return Thawed { held: false, frozen_us: 0 } };
     let reply = ask(entry, DeviceRequest::Thaw, client);
     let held = lasting == Some(begun) && matches!(reply, Ok(DeviceReply::Thawed { was_frozen: true }));

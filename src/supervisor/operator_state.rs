@@ -25,6 +25,8 @@ pub(super) struct ChangeState {
 pub(super) struct FreezeLease {
     /// Of the process that has frozen the device. Another one writes what its cache holds.
     pub process: IoFence,
+    /// Of this freeze alone: the host's clock at its begin, in microseconds.
+    pub number: u64,
     pub since: Instant,
     pub until: Instant,
 }

@@ -9,6 +9,7 @@ use ratatui::widgets::{Paragraph, Sparkline};
 use super::super::interval::{Interval, P99, RequestInterval, percent, to_f64};
 use super::super::stat::histogram;
 use super::super::table::Numbers;
+use super::super::visible;
 use super::state::{TopState, TopView};
 use crate::control::wire::{DeviceState, DeviceStatus};
 use crate::units::PAGE_BYTES;
@@ -266,9 +267,4 @@ fn draw_details(
         interval.cache(|cache| cache.stalls.saturating_add(cache.throttled)),
     );
     frame.render_widget(Line::raw(text), line(at + 1));
-}
-
-/// A text of the daemon without characters that move the cursor.
-fn visible(text: &str) -> String {
-    text.chars().map(|char| if char.is_control() { '?' } else { char }).collect()
 }

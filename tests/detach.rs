@@ -173,7 +173,7 @@ fn only_an_explicit_discard_gives_up_what_a_cache_loses() {
     let usage = genblk(&control, &["detach", "d0", "--discard"]);
     assert_eq!(usage.status.code(), Some(2), "it takes --force as well: {usage:?}");
     let text = stdout_of(&genblk(&control, &["detach", "d0", "--force", "--discard"]));
-    assert_eq!(text, "d0: detached; what the image did not take is lost\n");
+    assert_eq!(text, "d0: detached; if the image did not take everything, the rest is lost\n");
     let refused = detach.reply();
     assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("but not whole")), "{refused}");
     assert!(names(&control).is_empty());

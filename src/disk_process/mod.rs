@@ -112,6 +112,8 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
 /// An image and its cache.
 #[derive(Debug)]
 struct Open {
+    /// Name of the device for which it was opened.
+    name: String,
     image: Arc<CachedImage>,
     io_mode: &'static str,
     /// See [`crate::arena::ReceivedArena`].
@@ -122,10 +124,10 @@ struct Open {
     is_used: bool,
 }
 
-/// A device, and the one for which its image was opened.
+/// A device, and the number of the one for which its image was opened.
 #[derive(Debug)]
 struct OfImage {
-    image_of: String,
+    image_of: u32,
     device: DeviceControl,
 }
 
@@ -135,8 +137,8 @@ struct Control {
     channel: Arc<DiskChannel>,
     /// Notified when a device has ended.
     waker: Arc<Waker>,
-    /// By the device for which each was opened.
-    images: BTreeMap<String, Open>,
+    /// By the number of the device for which each was opened.
+    images: BTreeMap<u32, Open>,
     devices: BTreeMap<u32, OfImage>,
     /// Threads that release images.
     releases: Vec<JoinHandle<()>>,
@@ -164,25 +166,27 @@ impl Control {
     fn obey(&mut self, message: ToDisk, files: Vec<File>) -> Result<()> {
         let device = |number: u32| self.devices.get(&number).map(|of_image| &of_image.device);
         match message {
-            ToDisk::Open { name, image, cache, settings, user, is_shared } => {
+            ToDisk::Open { image_of, name, image, cache, settings, user, is_shared } => {
                 let mut files = files.into_iter();
                 let file = files.next().ok_or_else(|| unexpected("an image without a descriptor"))?;
                 let is_first = self.images.is_empty();
                 let confined = if is_first { confine(&settings, user.as_ref()) } else { Ok(()) };
-                let opened = confined.and_then(|()| self.open(&name, file, *image, &cache, files.collect(), &settings));
+                let settings = DeviceSettings { name, ..*settings };
+                let opened =
+                    confined.and_then(|()| self.open(image_of, file, *image, &cache, files.collect(), &settings));
                 if let Err(error) = opened {
-                    self.tell(&FromDisk::ImageFailed { image_of: name.clone(), error: ErrorText::from(&error) });
+                    self.tell(&FromDisk::ImageFailed { image_of, error: ErrorText::from(&error) });
                     if is_first {
                         return Err(error);
                     }
                     // The others of the group are served all the same.
-                    self.tell(&FromDisk::Released { image_of: name, is_cache_removed: false });
+                    self.tell(&FromDisk::Released { image_of, is_cache_removed: false });
                     return Ok(());
                 }
                 self.is_shared |= is_shared;
             }
             ToDisk::Serve { device, image_of, settings } => self.serve(device, image_of, &settings, files)?,
-            ToDisk::Resume => self.devices().for_each(DeviceControl::resume),
+            ToDisk::Resume { device: number } => _ = device(number).inspect(|device| device.resume()),
             ToDisk::Quiesce { device: number } => _ = device(number).inspect(|device| device.quiesce()),
             ToDisk::Finish { device: number, ending } => _ = device(number).inspect(|device| device.finish(ending)),
             ToDisk::Abandon { device: number, waits_for_untracked } => {
@@ -207,7 +211,7 @@ impl Control {
     /// Opens an image and its cache.
     fn open(
         &mut self,
-        name: &str,
+        image_of: u32,
         file: File,
         image: store::file::ImageParts,
         cache: &crate::arena::ArenaParts,
@@ -218,16 +222,15 @@ impl Control {
         let received = crate::arena::ReceivedArena::new(cache, cache_files)?;
         let (is_cache_removed, arena) = (received.is_removed, received.arena);
         regions::note(Region::Cache, &arena.mapped());
-        let settings = DeviceSettings { name: name.to_owned(), ..settings.clone() };
         // It may have grown since the cache was opened.
         arena.set_image_size(image.limits().size_bytes.get());
-        let image = cached_image(&settings, image, arena)?;
-        self.images.insert(settings.name, Open { image, io_mode, is_cache_removed, lost: None, is_used: false });
+        let (name, image) = (settings.name.clone(), cached_image(settings, image, arena)?);
+        self.images.insert(image_of, Open { name, image, io_mode, is_cache_removed, lost: None, is_used: false });
         Ok(())
     }
 
     /// Starts to serve a device on the image that was opened for `image_of`.
-    fn serve(&mut self, number: u32, image_of: String, settings: &DeviceSettings, files: Vec<File>) -> Result<()> {
+    fn serve(&mut self, number: u32, image_of: u32, settings: &DeviceSettings, files: Vec<File>) -> Result<()> {
         // An image that could not be opened has no devices.
         let Some(open) = self.images.get_mut(&image_of) else { return Ok(()) };
         open.is_used = true;
@@ -265,20 +268,18 @@ impl Control {
 
     /// Releases the images whose last device has ended, or failed to start.
     fn release_unused(&mut self) {
-        let has_ended = |name: &String| {
-            self.devices
-                .values()
-                .filter(|of_image| of_image.image_of == *name)
-                .all(|of_image| of_image.device.has_ended())
+        let has_ended = |image_of: u32| {
+            let mut devices = self.devices.values().filter(|of_image| of_image.image_of == image_of);
+            devices.all(|of_image| of_image.device.has_ended())
         };
-        let unused: Vec<String> = self
+        let unused: Vec<u32> = self
             .images
             .iter()
-            .filter(|(name, open)| open.is_used && has_ended(name))
-            .map(|(name, _)| name.clone())
+            .filter(|(image_of, open)| open.is_used && has_ended(**image_of))
+            .map(|(image_of, _)| *image_of)
             .collect();
-        for name in unused {
-            self.release(&name);
+        for image_of in unused {
+            self.release(image_of);
         }
     }
 
@@ -287,18 +288,17 @@ impl Control {
     ///
     /// => The threads of its devices have ended, but for those that hang in the kernel: then the image is not released,
     ///    and the cache stays.
-    fn release(&mut self, name: &str) {
-        let Some(Open { image, is_cache_removed, .. }) = self.images.remove(name) else { return };
-        self.devices.retain(|_, of_image| of_image.image_of != name);
+    fn release(&mut self, image_of: u32) {
+        let Some(Open { name, image, is_cache_removed, .. }) = self.images.remove(&image_of) else { return };
+        self.devices.retain(|_, of_image| of_image.image_of != image_of);
         self.has_released = true;
         let channel = Arc::clone(&self.channel);
-        let release = move |image_of: String| {
+        let release = move || {
             drop(image);
             let is_cache_removed = is_cache_removed.load(Ordering::Acquire);
             tell(&channel, &FromDisk::Released { image_of, is_cache_removed });
         };
-        let image_of = name.to_owned();
-        match spawn(&format!("release {name}"), move || release(image_of)) {
+        match spawn(&format!("release {name}"), release) {
             Ok(thread) => self.releases.push(thread),
             // It is released by now, and the supervisor hears of the end of the process.
             Err(e) => error!("{name}: {e}"),
@@ -307,9 +307,9 @@ impl Control {
 
     /// Releases all images, and waits for that. The supervisor does not wait for ever.
     fn end(mut self) {
-        let names: Vec<String> = self.images.keys().cloned().collect();
-        for name in names {
-            self.release(&name);
+        let images: Vec<u32> = self.images.keys().copied().collect();
+        for image_of in images {
+            self.release(image_of);
         }
         for thread in self.releases {
             // A panic has ended the process.

@@ -28,7 +28,7 @@ pub use request::{DeviceReply, DeviceRequest};
 pub use settings::DeviceSettings;
 
 /// Version of the protocol.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// From the supervisor to a disk process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,7 +36,10 @@ pub enum ToDisk {
     /// Use this image and this cache: the first message, and before each further image of a group. With the image's
     /// descriptor (for an export of an NBD server, a socket at which to ask for connections), then those of the cache.
     Open {
-        /// The device for which the image was opened first: it stands for the image in messages and in the log.
+        /// Number of the device for which the image was opened first: it stands for the image in messages. No other
+        /// device gets the number, and one that is attached later may get the name.
+        image_of: u32,
+        /// Name of that device, for the log.
         name: String,
         /// What was found out about the image.
         image: Box<ImageParts>,
@@ -54,13 +57,17 @@ pub enum ToDisk {
     Serve {
         /// Number of the device.
         device: u32,
-        /// The device for which its image was opened.
-        image_of: String,
+        /// Number of the device for which its image was opened.
+        image_of: u32,
         /// What the device is.
         settings: Box<DeviceSettings>,
     },
-    /// Retry what failed: the operator says that the image works again.
-    Resume,
+    /// Retry what failed: the operator says that the image of this device works again. Other images of the process are
+    /// left alone: one of them may have been stopped to be looked at.
+    Resume {
+        /// Number of the device.
+        device: u32,
+    },
     /// Complete the guest's requests, and accept no others. Then wait for [`ToDisk::Finish`].
     Quiesce {
         /// Number of the device.
@@ -97,8 +104,8 @@ pub enum ToDisk {
     /// The name of a cache's file no longer leads to it. With an empty file in its place, or without one for this
     /// reason.
     CacheFileLost {
-        /// The device for which its image was opened.
-        image_of: String,
+        /// Number of the device for which its image was opened.
+        image_of: u32,
         /// Why there is no file.
         unmarked: Option<String>,
     },
@@ -130,8 +137,8 @@ pub enum FromDisk {
     },
     /// An image cannot be served.
     ImageFailed {
-        /// The device for which it was opened.
-        image_of: String,
+        /// Number of the device for which it was opened.
+        image_of: u32,
         /// Why.
         error: ErrorText,
     },
@@ -157,8 +164,8 @@ pub enum FromDisk {
     /// The last device of an image has ended, and the image and the cache are not used any more. The last message about
     /// the image.
     Released {
-        /// The device for which the image was opened.
-        image_of: String,
+        /// Number of the device for which the image was opened.
+        image_of: u32,
         /// Everything is on the image, and the cache's file is to be removed.
         is_cache_removed: bool,
     },

@@ -5,10 +5,10 @@ use std::os::fd::AsFd;
 use super::*;
 use crate::config::{DeviceConfig, Socket};
 
-/// Messages of version 2 to a disk process, one a line.
-const TO_DISK: &str = include_str!("recorded/to_disk.2.jsonl");
-/// Messages of version 2 from a disk process, one a line.
-const FROM_DISK: &str = include_str!("recorded/from_disk.2.jsonl");
+/// Messages of version 3 to a disk process, one a line.
+const TO_DISK: &str = include_str!("recorded/to_disk.3.jsonl");
+/// Messages of version 3 from a disk process, one a line.
+const FROM_DISK: &str = include_str!("recorded/from_disk.3.jsonl");
 
 /// Checks that the messages of a recording are understood, and that they are sent as they were.
 fn check_recording<M>(recording: &str, count: usize)
@@ -31,10 +31,10 @@ fn recorded_messages_are_understood_and_sent_as_they_were() {
 
 #[test]
 fn another_version_is_refused_with_both_versions() {
-    let later = TO_DISK.lines().next().unwrap().replace("{\"version\":2,", "{\"version\":3,");
+    let later = TO_DISK.lines().next().unwrap().replace("{\"version\":3,", "{\"version\":4,");
     let error = decode::<ToDisk>(later.as_bytes()).unwrap_err().to_string();
-    assert!(error.ends_with("it has version 3, and this process speaks version 2"), "{error}");
-    for nonsense in ["", "{}", "{\"version\":2}", "{\"version\":2,\"message\":\"Sing\"}", "\0\u{1}"] {
+    assert!(error.ends_with("it has version 4, and this process speaks version 3"), "{error}");
+    for nonsense in ["", "{}", "{\"version\":3}", "{\"version\":3,\"message\":\"Sing\"}", "\0\u{1}"] {
         assert!(decode::<ToDisk>(nonsense.as_bytes()).is_err(), "{nonsense:?}");
     }
 }
@@ -43,7 +43,7 @@ fn another_version_is_refused_with_both_versions() {
 fn a_message_comes_with_its_descriptors_and_a_closed_end_is_told() {
     let (ours, theirs) = Channel::<ToDisk, FromDisk>::pair().unwrap();
     let file = std::fs::File::open("/dev/null").unwrap();
-    let serve = ToDisk::Serve { device: 3, image_of: "disk0".to_owned(), settings: Box::new(settings()) };
+    let serve = ToDisk::Serve { device: 3, image_of: 2, settings: Box::new(settings()) };
     ours.send(&serve, &[file.as_fd(), file.as_fd()]).unwrap();
     let Received::Message(message, files) = theirs.receive().unwrap() else { panic!("a message") };
     assert_eq!((message, files.len()), (serve, 2));
@@ -51,7 +51,7 @@ fn a_message_comes_with_its_descriptors_and_a_closed_end_is_told() {
     drop(theirs);
     assert!(matches!(ours.receive().unwrap(), Received::Message(FromDisk::Served { device: 3 }, _)));
     assert!(matches!(ours.receive().unwrap(), Received::Closed));
-    assert!(ours.send(&ToDisk::Resume, &[]).is_err());
+    assert!(ours.send(&ToDisk::Resume { device: 3 }, &[]).is_err());
 }
 
 fn settings() -> DeviceSettings {
@@ -62,18 +62,17 @@ fn settings() -> DeviceSettings {
 #[test]
 #[ignore = "records messages"]
 fn record() {
-    let image_of = "disk0".to_owned();
     let open = TO_DISK.lines().take(2).map(|line| decode::<ToDisk>(line.as_bytes()).unwrap());
     let request = |id, request| ToDisk::Request { device: 0, id, request };
     let reply = |id, reply| FromDisk::Reply { id, reply };
     let others = [
-        ToDisk::Serve { device: 0, image_of: image_of.clone(), settings: Box::new(settings()) },
-        ToDisk::Resume,
+        ToDisk::Serve { device: 0, image_of: 0, settings: Box::new(settings()) },
+        ToDisk::Resume { device: 0 },
         ToDisk::Quiesce { device: 0 },
         ToDisk::Finish { device: 0, ending: Ending::HandOver },
         ToDisk::Abandon { device: 0, waits_for_untracked: true },
         ToDisk::ForceClose { device: 0 },
-        ToDisk::CacheFileLost { image_of: image_of.clone(), unmarked: Some("no space".to_owned()) },
+        ToDisk::CacheFileLost { image_of: 0, unmarked: Some("no space".to_owned()) },
         request(1, DeviceRequest::Flush),
         request(2, DeviceRequest::DropClean),
         request(3, DeviceRequest::Freeze { time_ms: 10_000, holds_reads: false }),
@@ -85,11 +84,11 @@ fn record() {
     let from_disk = [
         FromDisk::Served { device: 0 },
         FromDisk::Failed { device: 0, error: error.clone() },
-        FromDisk::ImageFailed { image_of: image_of.clone(), error: error.clone() },
+        FromDisk::ImageFailed { image_of: 0, error: error.clone() },
         FromDisk::Quiesced { device: 0 },
         FromDisk::Ended { device: 0, error: Some(error) },
         FromDisk::Ended { device: 1, error: None },
-        FromDisk::Released { image_of: image_of.clone(), is_cache_removed: true },
+        FromDisk::Released { image_of: 0, is_cache_removed: true },
         reply(1, DeviceReply::Done),
         reply(2, DeviceReply::Dropped { pages: 7 }),
         reply(3, DeviceReply::Failed { fault: "I/O error".to_owned() }),

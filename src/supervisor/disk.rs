@@ -190,7 +190,7 @@ impl Disk {
     }
 
     /// What devices with one image and one process have in common; `None` before it is served.
-    pub fn image_key(&self) -> Option<(IoFence, &str)> {
+    pub fn image_key(&self) -> Option<(IoFence, u32)> {
         self.handle.as_ref().map(DeviceHandle::image_key)
     }
 

@@ -25,8 +25,8 @@ pub(super) struct DeviceLink {
 #[derive(Debug)]
 pub(super) struct DeviceHandle {
     device: u32,
-    /// The device for which its image was opened.
-    image_of: String,
+    /// Number of the device for which its image was opened.
+    image_of: u32,
     process: Arc<Process>,
     page: Arc<StatsPage>,
     listener: UnixListener,
@@ -41,14 +41,14 @@ impl DeviceHandle {
     /// Those of dup(2).
     pub fn new(
         device: u32,
-        image_of: &str,
+        image_of: u32,
         process: &Arc<Process>,
         page: &Arc<StatsPage>,
         socket: &ListenSocket,
     ) -> io::Result<Self> {
         Ok(Self {
             device,
-            image_of: image_of.to_owned(),
+            image_of,
             process: Arc::clone(process),
             page: Arc::clone(page),
             listener: socket.listener.try_clone()?,
@@ -57,8 +57,8 @@ impl DeviceHandle {
     }
 
     /// What devices with one image and one process have in common, and others not.
-    pub fn image_key(&self) -> (IoFence, &str) {
-        (self.process.fence(), &self.image_of)
+    pub fn image_key(&self) -> (IoFence, u32) {
+        (self.process.fence(), self.image_of)
     }
 
     /// The way to the device.

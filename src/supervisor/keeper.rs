@@ -195,6 +195,10 @@ enum ServiceEnd {
 }
 
 impl KeeperThread {
+    fn number(&self) -> u32 {
+        u32::try_from(self.index).expect("a daemon has fewer devices")
+    }
+
     fn begin(&self, what: &'static str) {
         *lock(&self.step) = KeeperStep { what, since: Instant::now() };
     }
@@ -267,7 +271,7 @@ impl KeeperThread {
         self.begin(PREPARING);
         let identity = image.identity();
         let group = context.group(&config.group);
-        let open_cache = || ImageSlot::new(config, image, &context.manager, context.hosting, group);
+        let open_cache = || ImageSlot::new(self.number(), config, image, &context.manager, context.hosting, group);
         // Read-only devices on one image share its slot.
         let is_shared = config.read_only && !config.isolate;
         let slot =
@@ -373,14 +377,15 @@ impl KeeperThread {
         page.begin_process();
         let broker = broker::spawn(&self.config.name).map_err(system)?;
         let files = [opened.socket.listener.as_fd(), self.page_file.as_fd(), broker.as_fd()];
-        let device = u32::try_from(self.index).expect("a configuration has fewer devices");
+        let device = self.number();
         let own = self.own.clone();
         // A keeper that has ended does not wait for news.
         let hearer = Hearer(Box::new(move |fence, news| drop(own.send(KeeperCommand::Process(fence, news)))));
         let served = self.in_force.get();
         let settings = DeviceSettings::from(&*served);
-        process.serve(device, opened.slot.name(), settings, files, hearer).map_err(system)?;
-        let handle = DeviceHandle::new(device, opened.slot.name(), &process, page, &opened.socket).map_err(system)?;
+        process.serve(device, opened.slot.image_of(), settings, files, hearer).map_err(system)?;
+        let handle =
+            DeviceHandle::new(device, opened.slot.image_of(), &process, page, &opened.socket).map_err(system)?;
         let mut session = ProcessSession {
             worker: self,
             device,
@@ -429,7 +434,7 @@ impl ProcessSession<'_> {
         loop {
             match self.worker.commands.recv_timeout(FILE_WATCH) {
                 Ok(KeeperCommand::Serve) => {}
-                Ok(KeeperCommand::Resume) => self.process.command(&ToDisk::Resume),
+                Ok(KeeperCommand::Resume) => self.process.command(&ToDisk::Resume { device: self.device }),
                 Ok(KeeperCommand::End(ending)) => self.end(ending),
                 Ok(KeeperCommand::Finish) => self.finish(),
                 Ok(KeeperCommand::Process(fence, news)) if fence == self.process.fence() => {

@@ -123,8 +123,8 @@ pub(super) type SharedProcess = Arc<Mutex<Weak<Process>>>;
 #[derive(Debug, Default)]
 struct Listeners {
     by_device: BTreeMap<u32, Listener>,
-    /// Its images, by the device for which each was opened.
-    images: BTreeMap<String, ImageFate>,
+    /// Its images, by the number of the device for which each was opened.
+    images: BTreeMap<u32, ImageFate>,
     exit: Option<Exit>,
     /// Who waits for the replies to requests, by number.
     requesters: BTreeMap<u64, Sender<DeviceReply>>,
@@ -134,8 +134,8 @@ struct Listeners {
 /// Who hears of a device.
 #[derive(Debug)]
 struct Listener {
-    /// The device for which its image was opened.
-    image_of: String,
+    /// Number of the device for which its image was opened.
+    image_of: u32,
     hearer: Hearer,
 }
 
@@ -178,12 +178,12 @@ impl Process {
         Ok(process)
     }
 
-    /// Makes the process use an image, which was opened for this device, and its cache.
+    /// Makes the process use an image, which was opened for the device with this number, and its cache.
     ///
     /// # Errors
     /// Those of sendmsg(2).
-    pub fn open(&self, image_of: &str, open: &ToDisk, image: &File, cache: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.listeners().images.insert(image_of.to_owned(), ImageFate::default());
+    pub fn open(&self, image_of: u32, open: &ToDisk, image: &File, cache: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.listeners().images.insert(image_of, ImageFate::default());
         let files: Vec<BorrowedFd<'_>> = [image.as_fd()].into_iter().chain(cache.iter().copied()).collect();
         self.send(open, &files)
     }
@@ -199,9 +199,9 @@ impl Process {
     }
 
     /// How the process released the image of this device, or ended; `None` while it uses the image.
-    pub fn exit_of(&self, image_of: &str) -> Option<Exit> {
+    pub fn exit_of(&self, image_of: u32) -> Option<Exit> {
         let listeners = self.listeners();
-        listeners.images.get(image_of).and_then(|image| image.exit).or(listeners.exit)
+        listeners.images.get(&image_of).and_then(|image| image.exit).or(listeners.exit)
     }
 
     /// Process ID, if it is a process of its own that runs.
@@ -229,14 +229,14 @@ impl Process {
     pub fn serve(
         &self,
         device: u32,
-        image_of: &str,
+        image_of: u32,
         settings: DeviceSettings,
         files: [BorrowedFd<'_>; 3],
         keeper: Hearer,
     ) -> io::Result<()> {
         {
             let mut listeners = self.listeners();
-            let (failure, exit) = match listeners.images.get(image_of) {
+            let (failure, exit) = match listeners.images.get(&image_of) {
                 Some(image) => (image.failure.clone(), image.exit.or(listeners.exit)),
                 None => (None, listeners.exit),
             };
@@ -248,9 +248,9 @@ impl Process {
                 keeper.hear(self.fence, ProcessNews::Exited(exit));
                 return Ok(());
             }
-            listeners.by_device.insert(device, Listener { image_of: image_of.to_owned(), hearer: keeper });
+            listeners.by_device.insert(device, Listener { image_of, hearer: keeper });
         }
-        let serve = ToDisk::Serve { device, image_of: image_of.to_owned(), settings: Box::new(settings) };
+        let serve = ToDisk::Serve { device, image_of, settings: Box::new(settings) };
         match self.send(&serve, &files) {
             // It has died, which its thread will see.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
@@ -276,9 +276,8 @@ impl Process {
     /// A device has ended. Returns whether others are left on its image; else its keeper waits for the release of that.
     pub fn leave(&self, device: u32) -> bool {
         let mut listeners = self.listeners();
-        let image_of = listeners.by_device.get(&device).map(|listener| listener.image_of.clone());
-        let is_beside =
-            |(other, listener): (&u32, &Listener)| *other != device && Some(&listener.image_of) == image_of.as_ref();
+        let image_of = listeners.by_device.get(&device).map(|listener| listener.image_of);
+        let is_beside = |(other, listener): (&u32, &Listener)| *other != device && Some(listener.image_of) == image_of;
         let others = listeners.by_device.iter().any(is_beside);
         if others {
             listeners.by_device.remove(&device);
@@ -344,7 +343,7 @@ impl Process {
     }
 
     /// Tells the devices of an image that the process does not use it any more.
-    fn note_release(&self, image_of: String, exit: Exit) {
+    fn note_release(&self, image_of: u32, exit: Exit) {
         let mut listeners = self.listeners();
         let devices = listeners.by_device.extract_if(.., |_, listener| listener.image_of == image_of);
         for (_, listener) in devices.collect::<Vec<_>>() {

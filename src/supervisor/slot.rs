@@ -35,6 +35,8 @@ const MISSED_MIN: Duration = Duration::from_millis(500);
 /// See the module.
 #[derive(Debug)]
 pub(super) struct ImageSlot {
+    /// Number of the device for which the image was opened, which stands for it.
+    image_of: u32,
     /// The device for which the image was opened.
     settings: DeviceSettings,
     /// The user that its process runs as; `None`: the daemon's own.
@@ -77,6 +79,7 @@ impl ImageSlot {
     /// # Errors
     /// [`ErrorKind::Memory`] and [`ErrorKind::Ledger`] for the cache. The guest's data is as it was then.
     pub fn new(
+        image_of: u32,
         config: &DeviceConfig,
         image: Arc<dyn NamedImage>,
         manager: &Arc<ServiceManager>,
@@ -100,16 +103,16 @@ impl ImageSlot {
         };
         let is_shared = group.is_some() || config.read_only && !config.isolate;
         let settings = DeviceSettings::from(config);
-        Ok(Arc::new(Self { settings, user, group, is_shared, hosting, state: Mutex::new(state) }))
+        Ok(Arc::new(Self { image_of, settings, user, group, is_shared, hosting, state: Mutex::new(state) }))
     }
 
     fn lock(&self) -> MutexGuard<'_, SlotState> {
         self.state.lock().expect("no thread panics with a slot locked")
     }
 
-    /// The device for which the image was opened, which stands for it.
-    pub fn name(&self) -> &str {
-        &self.settings.name
+    /// Number of the device for which the image was opened, which stands for it.
+    pub fn image_of(&self) -> u32 {
+        self.image_of
     }
 
     /// The process of the slot; starts one with these settings of the cache if there is none, or if it has died.
@@ -119,7 +122,7 @@ impl ImageSlot {
     pub fn process(&self, settings: &DeviceSettings) -> Result<Arc<Process>> {
         let mut state = self.lock();
         if let Some(process) = &state.process {
-            let Some(exit) = process.exit_of(self.name()) else { return Ok(Arc::clone(process)) };
+            let Some(exit) = process.exit_of(self.image_of) else { return Ok(Arc::clone(process)) };
             while state.image.is_fenced(process.fence()) {
                 thread::sleep(FENCE_POLL);
             }
@@ -158,6 +161,7 @@ impl ImageSlot {
         let (file, parts) = state.image.hand_out(fence).map_err(failed)?;
         let cache = state.cache.as_ref().ok_or_else(|| Error::new(ErrorKind::System, "the cache was removed"))?;
         let open = ToDisk::Open {
+            image_of: self.image_of,
             name: self.settings.name.clone(),
             image: Box::new(parts),
             cache: Box::new(cache.parts()),
@@ -167,9 +171,9 @@ impl ImageSlot {
         };
         let process = match present {
             Some(present) => present,
-            None => Process::start(self.name(), self.hosting, fence)?,
+            None => Process::start(&self.settings.name, self.hosting, fence)?,
         };
-        match process.open(self.name(), &open, &file, &cache.descriptors()) {
+        match process.open(self.image_of, &open, &file, &cache.descriptors()) {
             // It has ended, of which the keeper will hear.
             Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(failed(e)),
             _ => Ok(process),
@@ -198,7 +202,7 @@ impl ImageSlot {
         state.file = FileWatch::Lost;
         let name = &self.settings.name;
         let Some(process) = &state.process else { return };
-        let lost = |unmarked| ToDisk::CacheFileLost { image_of: name.clone(), unmarked };
+        let lost = |unmarked| ToDisk::CacheFileLost { image_of: self.image_of, unmarked };
         let told = match cache.replace_lost_file() {
             Ok(marker) => process.send(&lost(None), marker.as_slice()),
             Err(e) => process.send(&lost(Some(e.to_string())), &[]),
@@ -300,7 +304,7 @@ impl Drop for ImageSlot {
             }
             return;
         }
-        let exit = state.process.take().and_then(|process| Some((process.fence(), process.exit_of(name)?)));
+        let exit = state.process.take().and_then(|process| Some((process.fence(), process.exit_of(self.image_of)?)));
         match exit {
             Some((_, Exit { is_cache_removed: true, .. })) => cache.remove(),
             // A device's counters are found by a path, which only this process may use. The image rests once the

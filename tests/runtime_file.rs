@@ -8,9 +8,11 @@ use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use common::daemon::Daemon;
+use serde_json::json;
+
+use common::daemon::{Daemon, has_ended, send};
 use common::nbd_server::NbdServer;
-use common::operator::{genblk, names, start, stdout_of, table};
+use common::operator::{call, genblk, names, start, stdout_of, table};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
@@ -84,4 +86,38 @@ fn a_disk_whose_daemon_is_killed_in_the_middle_of_a_stop_is_served_by_the_next_o
     attached.daemon.kill();
     attached.server.signal(libc::SIGCONT);
     check_next(&mut attached);
+}
+
+#[test]
+fn a_daemon_that_is_started_while_the_one_before_it_serves_gets_its_disks_its_changes_and_its_control_socket() {
+    let (mut daemon, control) = start("runtime-next");
+    let image = |name: &str| daemon.directory().path().join(name).display().to_string();
+    let (first_image, second_image) = (image("d1.img"), image("d2.img"));
+    for path in [&first_image, &second_image] {
+        File::create(path).and_then(|file| file.set_len(1 << 20)).expect("an image can be created");
+    }
+    attach(&daemon, &control, "d1", &first_image);
+    let mut session = Session::open(&daemon.directory().path().join("d1.sock"), &SessionOptions::default());
+    session.write(0, &[7; 4096]);
+    let before = daemon.id();
+    // Its sockets are those of the first one still.
+    daemon.restart();
+    daemon.await_log("the operator's commands cannot reach them; trying again");
+    attach(&daemon, &control, "d2", &second_image);
+    send(before, libc::SIGUSR1);
+    poll_until("the end of the first daemon", PATIENCE, || has_ended(before).then_some(()));
+    poll_until("the disks of both", PATIENCE, || {
+        UnixStream::connect(&control).ok()?;
+        (names(&control) == ["d0", "d1", "d2"]).then_some(())
+    });
+    assert_eq!(call(&control, "Describe", &json!({}))["parameters"]["pid"], json!(daemon.id()));
+    let mut session = session.reconnect(&daemon.directory().path().join("d1.sock"));
+    session.start_ring(0);
+    assert_eq!(session.read(0, 4096), vec![7; 4096]);
+    drop(session);
+    stdout_of(&genblk(&control, &["detach", "d0"]));
+    daemon.kill();
+    daemon.restart_for(&["d1", "d2"].map(|name| daemon.directory().path().join(format!("{name}.sock"))));
+    poll_until("the control socket", PATIENCE, || UnixStream::connect(&control).ok());
+    assert_eq!(names(&control), ["d1", "d2"], "it has recorded its own changes");
 }

@@ -131,6 +131,7 @@ impl Fleet {
                 Ok(SupervisorEvent::Signal(signal)) => self.on_signal(signal),
                 Ok(SupervisorEvent::News(index, news)) => self.on_news(index, news),
                 Ok(SupervisorEvent::Change(change)) => self.on_change(change),
+                Ok(SupervisorEvent::ControlBound) => self.on_control_bound(),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::new(ErrorKind::System, "the thread that waits for signals has ended"));
@@ -161,7 +162,7 @@ impl Fleet {
     fn on_signal(&mut self, signal: i32) {
         if signal == libc::SIGHUP {
             // With a control socket, who adds a disk does not wake one that was stopped to be looked at.
-            if self.runtime.is_none() {
+            if !self.runtime.as_ref().is_some_and(RuntimeFile::is_owned) {
                 self.disks.values().for_each(|disk| disk.send(KeeperCommand::Resume));
             }
             if let Some(operator) = self.operator.as_ref().filter(|operator| operator.has_source()) {
@@ -178,6 +179,16 @@ impl Fleet {
         } else {
             info!("signal {signal}: stopping");
             self.begin_end(Ending::WriteBack);
+        }
+    }
+
+    /// The daemon before this one has ended. What it has changed since this one started is done like a reload.
+    fn on_control_bound(&mut self) {
+        if self.end.is_none()
+            && self.runtime.as_mut().is_some_and(RuntimeFile::take_over)
+            && let Some(operator) = self.operator.as_ref().filter(|operator| operator.has_source())
+        {
+            operator.reload_on_signal(&self.manager);
         }
     }
 

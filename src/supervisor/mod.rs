@@ -13,6 +13,7 @@
 mod attach;
 mod configure;
 mod context;
+mod control_socket;
 mod disk;
 mod entry;
 mod fleet;
@@ -35,13 +36,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
-use log::{error, warn};
+use log::warn;
 
-use crate::config::{Config, ControlConfig, Sandbox};
-use crate::control;
-use crate::control::server::Host;
+use crate::config::{Config, Sandbox};
 use crate::error::{Error, ErrorKind, Result};
-use crate::listener::{BoundSocket, SocketAccess, bind};
 use crate::sys::process::raise_descriptor_limit;
 use crate::sys::signal::{self, BlockedSignals};
 use crate::systemd::ServiceManager;
@@ -49,6 +47,7 @@ use crate::systemd::ServiceManager;
 pub use process::Hosting;
 
 use context::Context;
+use control_socket::ControlListener;
 use fleet::Fleet;
 use fleet_change::FleetChange;
 use keeper::News;
@@ -76,6 +75,8 @@ enum SupervisorEvent {
     Signal(i32),
     /// Something has happened to the device with this number.
     News(usize, News),
+    /// This daemon holds the control socket, which another one held at the start.
+    ControlBound,
     /// The operator attaches or detaches a device.
     Change(FleetChange),
 }
@@ -105,7 +106,9 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
         );
     }
     let manager = Arc::new(ServiceManager::from_environment()?);
-    let runtime = config.control.as_ref().map(|control| RuntimeFile::open(&control.socket));
+    let mut control = config.control.as_ref().map(ControlListener::bind);
+    let runtime = control.as_ref().zip(config.control.as_ref());
+    let runtime = runtime.map(|(socket, control)| RuntimeFile::open(&control.socket, socket.is_bound()));
     let config = &runtime.as_ref().map_or_else(|| config.clone(), |runtime| runtime.apply(config));
     let context = Arc::new(Context::new(config, &manager, hosting));
     let (sender, events) = channel();
@@ -113,29 +116,10 @@ pub fn run(config: &Config, strictness: Strictness, hosting: Hosting) -> Result<
     let mut fleet = Fleet::start(config, strictness, &context, manager, &sender, runtime)?;
     let operator = Operator::new(fleet.overview(), &sender, config.source.as_deref());
     fleet.reload_with(operator.clone());
-    let _bound = config.control.as_ref().and_then(|control| show(control, Arc::new(operator)));
+    if let Some(control) = &mut control {
+        control.serve(Arc::new(operator), &sender);
+    }
     fleet.run(&events)
-}
-
-/// Opens the control socket; returns its file, which goes when it is dropped. A daemon that cannot be asked serves its
-/// disks all the same.
-fn show(config: &ControlConfig, host: Arc<dyn Host>) -> Option<BoundSocket> {
-    let open = || -> Result<BoundSocket> {
-        let mode = if config.group.is_empty() { 0o600 } else { 0o660 };
-        let (listener, bound) = bind("control", &config.socket, SocketAccess::new(mode, &config.group)?)?;
-        let serve = move || {
-            if let Err(e) = control::server::serve(&listener, &host) {
-                warn!("the control socket accepts no more connections: {e}");
-            }
-        };
-        let failed = |e| Error::io(ErrorKind::System, "cannot start a thread", e);
-        thread::Builder::new().name("control socket".to_owned()).spawn(serve).map_err(failed)?;
-        Ok(bound)
-    };
-    let told = |e: &Error| {
-        error!("cannot open the control socket: {e}; disks are served, but the operator's commands cannot reach them");
-    };
-    open().inspect_err(told).ok()
 }
 
 /// Starts the thread that waits for signals and sends them as events.

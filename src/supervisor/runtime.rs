@@ -2,6 +2,10 @@
 //! before a change is answered, so that the next daemon after a crash serves what was answered. An orderly stop
 //! removes it at its end, once every image has what its cache held: until then the next daemon needs the file to find
 //! the disks that were attached.
+//!
+//! The daemon that holds the control socket owns the file, and no other one writes or removes it. A daemon that is
+//! started while another one hands over reads the file at once, because guests wait for its disks, and takes it over
+//! with the control socket: it reads the file again then, and what the other one has answered meanwhile follows.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -57,6 +61,8 @@ fn create_anew(path: &Path) -> io::Result<File> {
 pub(super) struct RuntimeFile {
     path: PathBuf,
     pub changes: RuntimeConfig,
+    /// This daemon holds the control socket.
+    is_owned: bool,
 }
 
 impl RuntimeFile {
@@ -68,23 +74,57 @@ impl RuntimeFile {
         }
     }
 
-    /// Reads what an earlier daemon with the same control socket left. A file that cannot be read is set aside.
-    pub fn open(control: &Path) -> Self {
-        let path = Self::beside(control);
-        let shown = path.display();
-        let found = match read_trusted(&path) {
+    /// Reads what an earlier daemon with the same control socket left. `is_owned`: this daemon holds that socket.
+    pub fn open(control: &Path, is_owned: bool) -> Self {
+        let mut runtime = Self { path: Self::beside(control), changes: RuntimeConfig::default(), is_owned };
+        runtime.changes = runtime.read().unwrap_or_default();
+        runtime
+    }
+
+    /// The content of the file. The owner sets a file aside that cannot be read.
+    fn read(&self) -> Option<RuntimeConfig> {
+        let shown = self.path.display();
+        let found = match read_trusted(&self.path) {
             Ok(text) => RuntimeConfig::read(&text, &boot_name()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e.to_string()),
         };
-        let changes = found.unwrap_or_else(|why| {
-            let aside = path.with_extension("toml.bad");
-            let kept =
-                fs::rename(&path, &aside).map_or_else(|e| e.to_string(), |()| format!("it is now {}", aside.display()));
+        found.unwrap_or_else(|why| {
+            let aside = self.path.with_extension("toml.bad");
+            let kept = match self.is_owned.then(|| fs::rename(&self.path, &aside)) {
+                None => "another daemon owns it".to_owned(),
+                Some(Ok(())) => format!("it is now {}", aside.display()),
+                Some(Err(e)) => e.to_string(),
+            };
             error!("cannot read {shown}, which has what was attached and detached: {why}; {kept}");
             None
-        });
-        Self { path, changes: changes.unwrap_or_default() }
+        })
+    }
+
+    /// Whether this daemon holds the control socket, so that the file is its own.
+    pub fn is_owned(&self) -> bool {
+        self.is_owned
+    }
+
+    /// This daemon holds the control socket from now on. Returns whether the daemon before it has changed something
+    /// since this one started, which is to be done now.
+    pub fn take_over(&mut self) -> bool {
+        self.is_owned = true;
+        match self.read() {
+            Some(found) => std::mem::replace(&mut self.changes, found) != self.changes,
+            None => {
+                // An orderly stop has removed it, but this daemon serves what it said.
+                if self.changes != RuntimeConfig::default()
+                    && let Err(e) = self.save()
+                {
+                    error!(
+                        "cannot write {}: the next daemon would not serve what this one does: {e}",
+                        self.path.display()
+                    );
+                }
+                false
+            }
+        }
     }
 
     /// The configuration with the changes.
@@ -107,6 +147,9 @@ impl RuntimeFile {
     /// # Errors
     /// Those of the file system. The file is as it was then.
     pub fn save(&self) -> io::Result<()> {
+        if !self.is_owned {
+            return Err(io::Error::other("another daemon holds the control socket"));
+        }
         let aside = self.path.with_extension("toml.new");
         let written = create_anew(&aside).and_then(|mut file| {
             file.write_all(self.changes.write(&boot_name()).as_bytes())?;
@@ -117,7 +160,7 @@ impl RuntimeFile {
 
     /// The file stays after a stop that lacks something.
     pub fn keep(&self) {
-        if self.changes != RuntimeConfig::default() {
+        if self.is_owned && self.changes != RuntimeConfig::default() {
             let path = self.path.display();
             warn!("{path} stays: the next daemon serves the disks of this one, because not all have ended in order");
         }
@@ -125,7 +168,8 @@ impl RuntimeFile {
 
     /// Removes the file: the next daemon starts as its configuration says.
     pub fn remove(&self) {
-        if let Err(e) = fs::remove_file(&self.path)
+        if self.is_owned
+            && let Err(e) = fs::remove_file(&self.path)
             && e.kind() != io::ErrorKind::NotFound
         {
             error!("cannot remove {}: the next daemon starts with the changes of this one: {e}", self.path.display());
@@ -155,7 +199,7 @@ mod tests {
         }
 
         fn open(&self) -> RuntimeFile {
-            RuntimeFile::open(&self.file("control.sock"))
+            RuntimeFile::open(&self.file("control.sock"), true)
         }
     }
 
@@ -209,5 +253,26 @@ mod tests {
         let metadata = fs::symlink_metadata(scratch.file("runtime.toml")).unwrap();
         assert!(metadata.is_file() && metadata.mode() & 0o077 == 0, "it is for its owner alone");
         assert_eq!(scratch.open().changes.attached.len(), 1);
+    }
+
+    #[test]
+    fn only_the_holder_of_the_control_socket_writes_the_file_and_it_takes_over_what_another_one_answered() {
+        let scratch = Scratch::new("owner");
+        let path = scratch.file("runtime.toml");
+        let mut first = scratch.open();
+        save_with_a_device(&mut first);
+        let mut second = RuntimeFile::open(&scratch.file("control.sock"), false);
+        assert_eq!(second.changes, first.changes, "it serves the same disks at once");
+        assert!(second.save().is_err());
+        second.remove();
+        assert!(path.exists());
+        first.changes.note_detached("vm1");
+        first.save().unwrap();
+        assert!(second.take_over(), "there is something to do");
+        assert_eq!(second.changes, first.changes);
+        let mut third = RuntimeFile::open(&scratch.file("control.sock"), false);
+        second.remove();
+        assert!(!third.take_over());
+        assert!(path.exists() && third.changes == first.changes, "what it serves is there for the next daemon");
     }
 }

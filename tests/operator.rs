@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
@@ -166,6 +166,30 @@ fn a_daemon_that_ends_thaws_and_completes_what_waited() {
     let used = session.rings[0].wait_used(Duration::ZERO);
     assert_eq!(session.outcome(&pending, used).status, 0);
     assert_eq!(daemon.image_bytes(0, 4096), vec![5; 4096]);
+}
+
+#[test]
+fn a_ring_that_stops_does_not_wait_for_the_end_of_a_freeze_which_is_lost() {
+    let (daemon, control) = start("operator-freeze-stop");
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    session.stop_ring(0);
+    session.start_ring(0);
+    assert_eq!(session.read(0, 4096), vec![1; 4096]);
+    let thawed = call(&control, "Thaw", &json!({"device": "d0"}));
+    assert_eq!(thawed["parameters"]["held"], json!(true), "a ring that waits for nothing costs no freeze");
+    call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    let begun = Instant::now();
+    let pending = session.submit(0, VIRTIO_BLK_T_OUT, 256, Payload::Send(&[2; 4096]));
+    session.rings[0].notify();
+    assert!(session.rings[0].try_wait_used(ABSENCE).is_none(), "a write waits");
+    session.stop_ring(0);
+    let used = session.rings[0].wait_used(Duration::ZERO);
+    assert_eq!(session.outcome(&pending, used).status, 0);
+    assert!(begun.elapsed() < Duration::from_secs(60), "it has not waited for the end of the freeze");
+    let thawed = call(&control, "Thaw", &json!({"device": "d0"}));
+    assert_eq!(thawed["parameters"]["held"], json!(false), "{thawed}");
 }
 
 /// Attaches a disk with a new image, from a file.

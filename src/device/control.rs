@@ -146,6 +146,8 @@ impl WorkerControl {
 #[derive(Debug)]
 pub struct Workers {
     controls: Vec<WorkerControl>,
+    /// No freeze begins any more. Held while a freeze or the last thaw is sent, so that the thaw comes last.
+    freezes_no_more: Mutex<bool>,
     /// Held during a command to all workers, so that two of them do not interleave.
     serial: Mutex<()>,
     /// Replies to the flushes of [`Workers::start_flush`].
@@ -156,7 +158,7 @@ impl Workers {
     /// The workers behind `controls`, at least one.
     pub fn new(controls: Vec<WorkerControl>) -> Self {
         assert!(!controls.is_empty(), "a device has at least one worker");
-        Self { controls, serial: Mutex::new(()), started_flushes: Mutex::default() }
+        Self { controls, freezes_no_more: Mutex::default(), serial: Mutex::new(()), started_flushes: Mutex::default() }
     }
 
     /// The worker of a ring.
@@ -233,9 +235,28 @@ impl Workers {
     /// for at most `time`, which counts from now.
     ///
     /// # Errors
-    /// The store's fault; [`Fault::TimedOut`] if the time was over first, [`Fault::Invalid`] if it is frozen already.
+    /// The store's fault; [`Fault::TimedOut`] if the time was over first or a ring could not stop otherwise,
+    /// [`Fault::Invalid`] if it is frozen already, [`Fault::Gone`] after [`Workers::thaw_for_good`].
     pub fn freeze(&self, time: Duration, held: HeldRequests) -> Result<(), Fault> {
-        self.controls[0].ask(|reply| WorkerCommand::Freeze(time, held, reply)).unwrap_or(Err(Fault::Gone))
+        let replied = {
+            let ends = self.freezes_no_more.lock().expect("no thread panics with the freezes locked");
+            if *ends {
+                return Err(Fault::Gone);
+            }
+            self.controls[0].request(|reply| WorkerCommand::Freeze(time, held, reply))
+        };
+        replied.recv().unwrap_or(Err(Fault::Gone))
+    }
+
+    /// As [`Workers::thaw`], and refuses later freezes: rings that stop complete their requests.
+    pub fn thaw_for_good(&self) {
+        let thawed = {
+            let mut ends = self.freezes_no_more.lock().expect("no thread panics with the freezes locked");
+            *ends = true;
+            self.controls[0].request(WorkerCommand::Thaw)
+        };
+        // A worker that has ended holds nothing up.
+        let _ = thawed.recv();
     }
 
     /// Ends a freeze. Returns whether it had lasted until now.
@@ -256,5 +277,23 @@ impl Workers {
         for control in &self.controls {
             control.send(WorkerCommand::Abandon(untracked));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_freeze_follows_the_last_thaw() {
+        let (control, commands) = WorkerControl::new("disk0", Arc::new(Waker::new().unwrap()));
+        let workers = Workers::new(vec![control]);
+        std::thread::scope(|scope| {
+            scope.spawn(|| workers.thaw_for_good());
+            let Ok(WorkerCommand::Thaw(reply)) = commands.recv() else { panic!("a thaw") };
+            reply.send(true).unwrap();
+        });
+        assert_eq!(workers.freeze(Duration::from_secs(1), HeldRequests::All), Err(Fault::Gone));
+        assert!(commands.try_recv().is_err(), "no command was sent");
     }
 }

@@ -309,6 +309,17 @@ impl Worker {
             if new_memory || !stopping.is_empty() {
                 let drains = |index| new_memory || stopping.iter().any(|&(stopping, _)| stopping == index);
                 requests.cut_short(cache, rings, drains);
+                let is_waited_for =
+                    |index: usize, ring: &Ring| u16::try_from(index).is_ok_and(drains) && !ring.is_drained();
+                if rings
+                    .iter()
+                    .enumerate()
+                    .any(|(index, ring)| ring.as_ref().is_some_and(|ring| is_waited_for(index, ring)))
+                {
+                    // A guest that reboots, or leaves, must not wait for the end of a freeze. The thaw that follows
+                    // says that the freeze was lost.
+                    cache.thaw();
+                }
             }
         });
         self.reply_if_drained();

@@ -79,7 +79,7 @@ impl Running {
     /// [`ErrorKind::System`] when the accepting thread has panicked.
     pub fn quiesce(&mut self) -> Result<()> {
         // Rings that stop complete their requests, which may wait for the end of a freeze.
-        self.workers.thaw();
+        self.workers.thaw_for_good();
         self.stop_accepting();
         let ended = self.acceptor.take().map_or(Ok(()), JoinHandle::join);
         ended.map_err(|_| self.panicked("accept"))

@@ -21,7 +21,7 @@ use crate::config::{DeviceConfig, Problem, device_of};
 use crate::control::change::{BegunChange, Change, ChangeClient, Refusal};
 use crate::control::server::Host;
 use crate::control::wire::{
-    Description, DeviceStatistics, DeviceStatus, Dropped, FlushProgress, Freezing, Progressing, Thawed,
+    Description, DeviceState, DeviceStatistics, DeviceStatus, Dropped, FlushProgress, Freezing, Progressing, Thawed,
 };
 use crate::disk_protocol::{DeviceReply, DeviceRequest};
 use crate::sys::clock::monotonic_ns;
@@ -239,6 +239,10 @@ impl Operator {
         let entry = self.overview.entry(device)?;
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "freeze")?;
         let link = link_of(&entry)?;
+        // One that ends completes its requests, and its image does not stay as it is.
+        if entry.progress.state != DeviceState::Serving {
+            return Err(Refusal::refused(device, "it is not served at the moment"));
+        }
         if entry.operator.is_frozen(Some(&link)) {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
         }

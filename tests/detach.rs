@@ -12,10 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
 use common::daemon::{Daemon, TempDir, server_binary};
 use common::nbd_server::NbdServer;
-use common::operator::{Call, call, genblk, names, stdout_of, table};
+use common::operator::{Call, call, genblk, names, state, stdout_of, table};
+use common::request::Payload;
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
@@ -177,4 +179,113 @@ fn only_an_explicit_discard_gives_up_what_a_cache_loses() {
     let refused = detach.reply();
     assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("but not whole")), "{refused}");
     assert!(names(&control).is_empty());
+}
+
+/// Writes to a disk; returns the status of the request.
+fn status_of_write(session: &mut Session) -> u8 {
+    let pending = session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&[5; 4096]));
+    session.rings[0].notify();
+    let used = session.rings[0].wait_used(PATIENCE);
+    session.outcome(&pending, used).status
+}
+
+#[test]
+fn resuming_one_disk_of_a_group_leaves_the_others_as_they_were_stopped() {
+    let directory = TempDir::new("resume-group");
+    let fails = directory.path().join("fails");
+    let file = format!("error-file={}", fails.display());
+    let arguments = ["--filter=error", "memory", "8M", "error-pwrite=EIO", "error-pwrite-rate=1", &file];
+    let server = |name: &str| NbdServer::nbdkit(&directory.path().join(name), &arguments);
+    let (Some(first), Some(second)) = (server("nbd0"), server("nbd1")) else { return };
+    let sockets = ["d0", "d1"].map(|name| directory.path().join(format!("{name}.sock"))).to_vec();
+    let more = "group = \"tenant\"\ncache.on_error = \"stop\"\n";
+    let devices = on_server(&directory, "d0", &first, more) + &on_server(&directory, "d1", &second, more);
+    let (daemon, control) = launch(directory, &devices, sockets);
+    let mut sessions = [0, 1].map(|disk| Session::open(&daemon.socket_of(disk), &SessionOptions::default()));
+    sessions.iter_mut().for_each(|session| session.write(0, &[1; 4096]));
+    File::create(&fails).expect("a file can be created");
+    for name in ["d0", "d1"] {
+        stderr_of(&control, &["flush", name]);
+    }
+    assert!(sessions.iter_mut().all(|session| status_of_write(session) != 0), "both are stopped");
+    fs::remove_file(&fails).expect("it exists");
+    stdout_of(&genblk(&control, &["resume", "d0"]));
+    poll_until("the disk that was resumed", PATIENCE, || (status_of_write(&mut sessions[0]) == 0).then_some(()));
+    assert_ne!(status_of_write(&mut sessions[1]), 0, "the other one waits for its operator");
+    stdout_of(&genblk(&control, &["resume", "d1"]));
+    poll_until("the other one", PATIENCE, || (status_of_write(&mut sessions[1]) == 0).then_some(()));
+}
+
+#[test]
+fn a_disk_that_ends_is_not_frozen() {
+    let Some(Failing { daemon, control, server, .. }) = failing("detach-freeze", "") else { return };
+    let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
+    session.write(0, &[1; 4096]);
+    server.signal(libc::SIGSTOP);
+    let mut detach = Call::start(&control, "Detach", &json!({"device": "d0", "force": true}), false);
+    poll_until("its end", PATIENCE, || (state(&control) == json!("ending")).then_some(()));
+    let frozen = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    server.signal(libc::SIGCONT);
+    assert!(!frozen["error"].is_null(), "{frozen}");
+    assert!(detach.reply()["error"].is_null());
+}
+
+#[test]
+fn a_disk_whose_image_hangs_while_it_is_attached_can_be_detached() {
+    let directory = TempDir::new("detach-attaching");
+    let Some(server) = NbdServer::nbdkit(&directory.path().join("nbd"), &["memory", "8M"]) else { return };
+    File::create(directory.path().join("image")).and_then(|file| file.set_len(8 << 20)).expect("an image");
+    let sockets = vec![directory.path().join("d0.sock")];
+    let (text, d0) = (on_server(&directory, "d1", &server, ""), table(&directory, "d0", "image", ""));
+    let (daemon, control) = launch(directory, &d0, sockets);
+    let disk: toml::Table = text.parse().expect("TOML");
+    server.signal(libc::SIGSTOP);
+    let mut attach = Call::start(&control, "Attach", &json!({"config": disk["device"][0]}), false);
+    poll_until("the attach", PATIENCE, || (names(&control) == ["d0", "d1"]).then_some(()));
+    stdout_of(&genblk(&control, &["detach", "d1"]));
+    let refused = attach.reply();
+    assert_eq!(refused["parameters"]["why"], json!("it was detached before it was served"), "{refused}");
+    assert_eq!(names(&control), ["d0"]);
+    assert_eq!(stdout_of(&genblk(&control, &["reload"])), "nothing has changed\n");
+    assert!(!control.with_file_name("runtime.toml").exists(), "nothing was recorded");
+    server.signal(libc::SIGCONT);
+    assert!(call(&control, "Attach", &json!({"config": disk["device"][0]}))["error"].is_null());
+    drop(daemon);
+}
+
+#[test]
+fn a_disk_of_a_group_may_have_the_name_of_one_that_has_left_it() {
+    let directory = TempDir::new("detach-names");
+    for image in ["image", "other.img"] {
+        File::create(directory.path().join(image)).and_then(|file| file.set_len(1 << 20)).expect("an image");
+    }
+    let group = "group = \"tenant\"\n";
+    let reader = |name: &str| table(&directory, name, "image", &format!("{group}read_only = true\n"));
+    let sockets = ["d0", "d1"].map(|name| directory.path().join(format!("{name}.sock"))).to_vec();
+    let devices = reader("d0") + &reader("d1");
+    let (daemon, control) = launch(directory, &devices, sockets);
+    // One of them has opened the image.
+    for opener in ["d0", "d1"] {
+        poll_until("both to be served", PATIENCE, || {
+            let listed = call(&control, "List", &json!({}));
+            let devices = listed["parameters"]["devices"].as_array().expect("an array").clone();
+            devices.iter().all(|device| device["state"] == json!("serving")).then_some(())
+        });
+        stdout_of(&genblk(&control, &["detach", opener]));
+        let file = daemon.directory().path().join("again.toml");
+        for mark in [3, 4] {
+            fs::write(&file, table(daemon.directory(), opener, "other.img", group)).expect("a file can be written");
+            stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+            let socket = daemon.directory().path().join(format!("{opener}.sock"));
+            let mut session = Session::open(&socket, &SessionOptions::default());
+            session.write(0, &[mark; 4096]);
+            drop(session);
+            stdout_of(&genblk(&control, &["detach", opener, "--force"]));
+            let image = fs::read(daemon.directory().path().join("other.img")).expect("the image can be read");
+            assert_eq!(image[..4096], [mark; 4096]);
+        }
+        fs::write(&file, table(daemon.directory(), opener, "image", &format!("{group}read_only = true\n")))
+            .expect("a file can be written");
+        stdout_of(&genblk(&control, &["attach", &file.display().to_string()]));
+    }
 }

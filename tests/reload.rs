@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::thread;
 
 use serde_json::json;
 
@@ -59,6 +60,31 @@ fn a_key_that_is_set_is_in_force_at_once_and_after_a_crash() {
     session.flush();
     drop(session);
     daemon.stop();
+}
+
+#[test]
+fn keys_that_two_operators_set_at_a_time_are_all_in_force() {
+    let (mut daemon, control) = start("reload-two");
+    let set = |key: &str| {
+        for number in 101..=140 {
+            let config = json!({"device": "d0", "config": {key: number}});
+            poll_until("the other change to end", PATIENCE, || {
+                let reply = call(&control, "Set", &config);
+                let is_busy = reply["error"] == json!("io.genblk.Control.Busy");
+                assert!(is_busy || reply["error"].is_null(), "{reply}");
+                (!is_busy).then_some(())
+            });
+            assert_eq!(value(&control, key), number.to_string(), "{key} was answered");
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| set("poll_us"));
+        scope.spawn(|| set("cache.hold_max_ms"));
+    });
+    daemon.kill();
+    daemon.restart();
+    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    assert_eq!((value(&control, "poll_us").as_str(), value(&control, "cache.hold_max_ms").as_str()), ("140", "140"));
 }
 
 #[test]

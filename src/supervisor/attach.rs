@@ -8,7 +8,7 @@ use serde_json::json;
 use super::disk::Disk;
 use super::fleet::Fleet;
 use super::fleet_change::{FleetChange, FleetPlan, Recorded, Requester};
-use crate::config::{Config, DeviceConfig, check_beside, differing_keys};
+use crate::config::{Config, DeviceConfig, adopt, check_beside, differing_keys};
 use crate::control::change::Refusal;
 use crate::disk_protocol::Ending;
 use crate::error::Error;
@@ -26,14 +26,17 @@ impl Fleet {
                 let disk = self.find(&name).and_then(|index| self.disks.get_mut(&index));
                 (requester, Ok(disk.is_some_and(Disk::discard)))
             }
-            FleetChange::Detach { name, discards, record, requester } => match self.find(&name) {
+            FleetChange::Detach { name, cancels, discards, record, requester } => match self.find(&name) {
                 _ if self.end.is_some() => (requester, Err(ending())),
+                Some(index) if cancels && !self.disks[&index].is_attaching() => {
+                    (requester, Err(Refusal::new("Busy", json!({ "what": format!("{name}: attach") }))))
+                }
                 Some(index) => return self.detach(index, discards, record, requester),
                 None => (requester, Err(no_such_device(&name))),
             },
             FleetChange::Set(.., requester) if self.end.is_some() => (requester, Err(ending())),
             FleetChange::Set(device, keys, record, requester) => {
-                let set = self.set(*device, &keys, record);
+                let set = self.set(&device, &keys, record);
                 (requester, set.map(|()| true))
             }
             FleetChange::Compare(files, requester) => return drop(requester.send(self.compare(&files))),
@@ -76,8 +79,10 @@ impl Fleet {
     }
 
     /// Puts another configuration of a device in force.
-    fn set(&mut self, device: DeviceConfig, keys: &[&str], record: Recorded) -> Result<(), Refusal> {
+    fn set(&mut self, device: &DeviceConfig, keys: &[&str], record: Recorded) -> Result<(), Refusal> {
         let index = self.find(&device.name).ok_or_else(|| no_such_device(&device.name))?;
+        // Other keys may have changed since the operator's thread looked.
+        let device = adopt(&self.disks[&index].config(), device, keys);
         if let Some(runtime) = self.runtime.as_mut().filter(|_| record == Recorded::Runtime) {
             let before = runtime.changes.clone();
             runtime.changes.note_set(&device, keys);
@@ -89,6 +94,8 @@ impl Fleet {
         }
         info!("{}: set by the operator: {}", device.name, keys.join(", "));
         self.disks[&index].configure(device);
+        // Before the reply: the next change looks at what is in force.
+        self.overview.update(self.disks.values().map(Disk::entry));
         Ok(())
     }
 
@@ -158,11 +165,18 @@ impl Fleet {
 
     fn detach(&mut self, index: usize, discards: bool, record: Recorded, requester: Requester) {
         let disk = self.disks.get_mut(&index).expect("it was found");
-        if disk.is_leaving() || disk.is_attaching() {
+        let attaching = disk.take_attaching();
+        if disk.is_leaving() {
             let busy = format!("{}: another change", disk.name());
             return drop(requester.send(Err(Refusal::new("Busy", json!({ "what": busy })))));
         }
         info!("{}: being detached by the operator", disk.name());
+        let mut record = record;
+        if let Some((attacher, _)) = attaching {
+            // It was not attached yet, so there is nothing to record. Its image may never answer.
+            record = Recorded::Files;
+            let _ = attacher.send(Err(Refusal::refused(disk.name(), "it was detached before it was served")));
+        }
         disk.begin_detach(requester, record, discards);
     }
 

@@ -32,6 +32,13 @@ fn split_keys(old: &DeviceConfig, new: &DeviceConfig) -> (Vec<&'static str>, Vec
 }
 
 impl Operator {
+    /// Begins to change keys of a device; returns it as it is then: another change may just have ended.
+    fn begin_change(&self, device: &str, what: &'static str) -> Result<(OverviewEntry, UnderWay), Refusal> {
+        let entry = self.overview.entry(device)?;
+        let change = UnderWay::begin(&entry.operator, device, what)?;
+        Ok((self.overview.entry(device)?, change))
+    }
+
     /// Sets keys of a device; returns those that have changed.
     pub(super) fn set(
         &self,
@@ -39,8 +46,7 @@ impl Operator {
         config: &Value,
         client: &ChangeClient,
     ) -> Result<Vec<&'static str>, Refusal> {
-        let entry = self.overview.entry(device)?;
-        let _change = UnderWay::begin(&entry.operator, &entry.config.name, "set")?;
+        let (entry, _change) = self.begin_change(device, "set")?;
         let new = changed(&entry.config, config).map_err(|problems| invalid(&problems))?;
         let (keys, others) = split_keys(&entry.config, &new);
         if !others.is_empty() {
@@ -74,7 +80,6 @@ impl Operator {
         if drains {
             ask(entry, DeviceRequest::Flush, client)?;
         }
-        let settings = Box::new(DeviceSettings::from(&new));
         let keys = keys.to_vec();
         self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester))?;
         // A device that is not served, or whose process dies now, starts with the new configuration. A process that
@@ -89,6 +94,7 @@ impl Operator {
             thread::sleep(START_WATCH);
         };
         if now.link.is_some() {
+            let settings = Box::new(DeviceSettings::from(&*now.config));
             let told = ask(&now, DeviceRequest::Configure { settings }, client);
             let flushed =
                 told.and_then(|_| if drains { ask(&now, DeviceRequest::Flush, client).map(drop) } else { Ok(()) });
@@ -198,8 +204,7 @@ impl Operator {
         client: &ChangeClient,
     ) -> DeviceChange {
         let set = || {
-            let entry = self.overview.entry(&old.name)?;
-            let _change = UnderWay::begin(&entry.operator, &entry.config.name, "reload")?;
+            let (entry, _change) = self.begin_change(&old.name, "reload")?;
             self.put_in_force(&entry, adopt(&entry.config, new, keys), keys, Recorded::Files, client)
         };
         match if dry_run { Ok(()) } else { set() } {

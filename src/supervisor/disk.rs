@@ -302,6 +302,7 @@ impl Disk {
             state,
             why: why.map(|failure| failure.text.clone()),
             pid: self.handle.as_ref().and_then(DeviceHandle::pid),
+            is_attaching: self.is_attaching(),
             keeps_data: self.keeps_data(),
         }
     }

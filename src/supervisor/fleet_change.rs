@@ -14,8 +14,8 @@ pub(super) type Requester = Sender<Result<bool, Refusal>>;
 pub(super) enum FleetChange {
     /// Serve one more device. The reply: whether it is new.
     Attach(Box<DeviceConfig>, Recorded, Requester),
-    /// Write everything and serve the device no more.
-    Detach { name: String, discards: bool, record: Recorded, requester: Requester },
+    /// Write everything and serve the device no more. `cancels`: only if it is still being attached.
+    Detach { name: String, cancels: bool, discards: bool, record: Recorded, requester: Requester },
     /// Give up what the image of a device that is being detached does not take. The reply: whether there is one.
     Discard(String, Requester),
     /// Put these keys of a device in force, which its process is told next.

@@ -188,11 +188,12 @@ impl Operator {
             let by = format!("pid {pid}, uid {uid}");
             return Err(Refusal::new("InUse", json!({ "device": device, "by": by })));
         }
-        if !force {
+        if !force && !entry.progress.is_attaching {
             ask(&entry, DeviceRequest::Flush, client).map_err(|refusal| not_written(&entry, refusal))?;
         }
         let (requester, reply) = channel();
-        let change = FleetChange::Detach { name: device.to_owned(), discards: discard, record, requester };
+        let cancels = entry.progress.is_attaching && !force;
+        let change = FleetChange::Detach { name: device.to_owned(), cancels, discards: discard, record, requester };
         self.events.send(SupervisorEvent::Change(change)).map_err(|_| daemon_ends())?;
         loop {
             match reply.recv_timeout(DETACH_WATCH) {

@@ -230,6 +230,11 @@ fn install(package: &Path) {
                                  --print-capabilities",
     );
     assert!(capabilities.contains("blk-file"), "{capabilities}");
+    // What "systemctl enable" of a unit and of an instance makes; a purge removes it.
+    succeeds(
+        "cd /etc/systemd/system && mkdir -p multi-user.target.wants && cd multi-user.target.wants && \
+         ln -s /lib/systemd/system/genblk.service && ln -s /lib/systemd/system/genblk@.service genblk@vm1.service",
+    );
     succeeds("dpkg --remove genblk && test -e /etc/genblk.toml && ! test -e /usr/bin/genblk");
     succeeds("dpkg --purge genblk && ! test -e /etc/genblk.toml && test -e /var/lib/genblk/vm1.img");
     let left = succeeds("find / -xdev -path /proc -prune -o -name '*genblk*' -print");

@@ -122,7 +122,7 @@ fn a_thaw_with_the_lease_of_a_freeze_that_is_over_leaves_the_freeze_of_another_c
         let frozen = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": timeout_ms}));
         frozen["parameters"]["lease"].as_u64().expect("a number")
     };
-    let over = freeze(1);
+    let over = freeze(300);
     poll_until("the end of the freeze", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
     let other = freeze(60000);
     let thaw = |lease: u64| call(&control, "Thaw", &json!({"device": "d0", "lease": lease}))["parameters"].clone();

@@ -164,6 +164,62 @@ fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
 }
 
 #[test]
+fn a_disk_that_a_reload_keeps_is_kept_by_the_next_daemon_too() {
+    let (mut daemon, control) = start("reload-kept");
+    let directory = daemon.directory();
+    let d1 = directory.path().join("d1.sock");
+    fs::write(directory.path().join("d1.img"), vec![7; 1 << 20]).expect("an image");
+    let old = table(directory, "d0", "image", "");
+    configure(&daemon, &control, &(old.clone() + &table(directory, "d1", "d1.img", "")));
+    stdout_of(&genblk(&control, &["reload"]));
+    let mut session = Session::open(&d1, &SessionOptions::default());
+    session.write(0, &[3; 4096]);
+    configure(&daemon, &control, &old);
+    let kept = |control: &Path| stdout_of(&genblk(control, &["reload"])).contains("d1: kept");
+    poll_until("the front-end is seen", PATIENCE, || {
+        stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {}", std::process::id())).then_some(())
+    });
+    assert!(kept(&control));
+    daemon.kill();
+    daemon.restart_for(&[daemon.socket_of(0), d1.clone()]);
+    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    let mut session = session.reconnect(&d1);
+    session.start_ring(0);
+    assert_eq!(session.read(0, 4096), vec![3; 4096]);
+    drop(session);
+    poll_until("the end of the disk", PATIENCE, || {
+        genblk(&control, &["reload"]);
+        (names(&control) == ["d0"]).then_some(())
+    });
+    daemon.kill();
+    daemon.restart();
+    poll_until("the control socket", PATIENCE, || genblk(&control, &["list"]).status.success().then_some(()));
+    assert_eq!(names(&control), ["d0"], "it is not kept any more");
+}
+
+#[test]
+fn a_reload_does_not_detach_a_disk_whose_process_has_died() {
+    let (daemon, control) = start("reload-died");
+    let directory = daemon.directory();
+    let d1 = directory.path().join("d1.sock");
+    fs::write(directory.path().join("d1.img"), vec![7; 1 << 20]).expect("an image");
+    let old = table(directory, "d0", "image", "");
+    configure(&daemon, &control, &(old.clone() + &table(directory, "d1", "d1.img", "restart_burst = 0\n")));
+    stdout_of(&genblk(&control, &["reload"]));
+    let mut session = Session::open(&d1, &SessionOptions::default());
+    session.write(0, &[3; 4096]);
+    send(daemon.disk_process("d1"), libc::SIGKILL);
+    daemon.await_log("\"genblk resume d1\" starts it again");
+    configure(&daemon, &control, &old);
+    let text = stdout_of(&genblk(&control, &["reload"]));
+    assert!(text.starts_with("d1: kept, although the file has it no more: "), "{text}");
+    stdout_of(&genblk(&control, &["resume", "d1"]));
+    let mut session = session.reconnect(&d1);
+    session.start_ring(0);
+    assert_eq!(session.read(0, 4096), vec![3; 4096]);
+}
+
+#[test]
 fn a_reload_with_anything_wrong_changes_nothing() {
     let (daemon, control) = start("reload-wrong");
     let directory = daemon.directory();

@@ -59,7 +59,8 @@ fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) 
     let detail = super::visible(&detail.join(", "));
     let text = match what {
         ChangeKind::Attached => "attached".to_owned(),
-        ChangeKind::Detached => "detached".to_owned(),
+        ChangeKind::Detached if detail.is_empty() => "detached".to_owned(),
+        ChangeKind::Detached => format!("detached: {detail}"),
         ChangeKind::Changed => format!("changed {detail}"),
         ChangeKind::Pending => format!("pending until it is attached anew: {detail}"),
         ChangeKind::Kept => format!("kept, although the file has it no more: {detail}"),

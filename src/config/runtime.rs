@@ -13,6 +13,8 @@ pub struct RuntimeConfig {
     pub attached: Vec<DeviceConfig>,
     /// Names of the files' devices that were detached.
     pub detached: Vec<String>,
+    /// Names of those of `attached` that the files have no more, and that were in use when they were read again.
+    pub kept: Vec<String>,
     /// Keys that were set: the device, the key, and its value as TOML.
     pub set: Vec<[String; 3]>,
 }
@@ -32,8 +34,39 @@ pub const AT_ONCE: &[&str] = &[
 ];
 
 impl RuntimeConfig {
+    /// Notes that a device is kept which the files have no more. Does nothing for one that an operator has attached.
+    pub fn note_kept(&mut self, device: &DeviceConfig) {
+        if self.attached.iter().all(|other| other.name != device.name) {
+            self.attached.push(device.clone());
+            self.kept.push(device.name.clone());
+        }
+    }
+
+    /// Notes that a device is not kept any more; returns whether it was.
+    pub fn forget_kept(&mut self, name: &str) -> bool {
+        let was_kept = self.is_kept(name);
+        if was_kept {
+            self.attached.retain(|other| other.name != name);
+            self.kept.retain(|other| other != name);
+        }
+        was_kept
+    }
+
+    fn is_kept(&self, name: &str) -> bool {
+        self.kept.iter().any(|other| other == name)
+    }
+
+    /// The changes without the devices that are kept: what the files and the operator ask for.
+    pub fn without_kept(&self) -> Self {
+        let mut changes = self.clone();
+        changes.attached.retain(|device| !self.is_kept(&device.name));
+        changes.kept.clear();
+        changes
+    }
+
     /// Notes that a device was attached.
     pub fn note_attached(&mut self, device: &DeviceConfig) {
+        self.kept.retain(|other| *other != device.name);
         self.detached.retain(|other| *other != device.name);
         self.attached.retain(|other| other.name != device.name);
         self.attached.push(device.clone());
@@ -51,6 +84,7 @@ impl RuntimeConfig {
     /// Notes that a device was detached.
     pub fn note_detached(&mut self, name: &str) {
         self.set.retain(|[other, ..]| other != name);
+        self.kept.retain(|other| other != name);
         self.attached.retain(|other| other.name != name);
         if !self.detached.iter().any(|other| other == name) {
             self.detached.push(name.to_owned());
@@ -61,9 +95,10 @@ impl RuntimeConfig {
     pub fn write(&self, boot: &str) -> String {
         let head = "# Written by genblk: what was changed since its start. It goes at the end of an orderly stop.\n";
         let detached = toml::Value::from(self.detached.clone());
+        let kept = toml::Value::from(self.kept.clone());
         let set = toml::Value::from(self.set.iter().map(|set| set.to_vec()).collect::<Vec<_>>());
         let tables: String = self.attached.iter().map(device_table).collect();
-        format!("{head}boot = {boot:?}\ndetached = {detached}\nset = {set}\n{tables}")
+        format!("{head}boot = {boot:?}\ndetached = {detached}\nkept = {kept}\nset = {set}\n{tables}")
     }
 
     /// Reads what [`RuntimeConfig::write`] has written; `None` if that was before the host was started again.
@@ -81,18 +116,26 @@ impl RuntimeConfig {
             Some(set) => set.try_into().map_err(|e: toml::de::Error| e.to_string())?,
             None => Vec::new(),
         };
+        let kept = match document.remove("kept") {
+            Some(kept) => kept.try_into().map_err(|e: toml::de::Error| e.to_string())?,
+            None => Vec::new(),
+        };
         if document.is_empty() {
-            return Ok(Some(Self { attached: Vec::new(), detached, set }));
+            return Ok(Some(Self { attached: Vec::new(), detached, kept: Vec::new(), set }));
         }
         let config = Config::from_toml(&document.to_string());
         let config = config.map_err(|problems| format!("{} ({} in all)", problems[0].message, problems.len()))?;
-        Ok(Some(Self { attached: config.devices, detached, set }))
+        Ok(Some(Self { attached: config.devices, detached, kept, set }))
     }
 
     /// The devices of a daemon that starts again: those of the files with these changes. Adds to `problems` why a
     /// device that was attached cannot be served beside the others.
     pub fn apply(&self, files: &[DeviceConfig], problems: &mut Vec<String>) -> Vec<DeviceConfig> {
-        let is_attached = |device: &&DeviceConfig| self.attached.iter().any(|other| other.name == device.name);
+        // One that was kept, and is in the files again, is as they say.
+        let is_in_files = |device: &DeviceConfig| files.iter().any(|other| other.name == device.name);
+        let mut attached = self.attached.clone();
+        attached.retain(|device| !self.is_kept(&device.name) || !is_in_files(device));
+        let is_attached = |device: &&DeviceConfig| attached.iter().any(|other| other.name == device.name);
         let mut devices: Vec<DeviceConfig> = files
             .iter()
             .filter(|device| !self.detached.contains(&device.name) && !is_attached(device))
@@ -107,7 +150,6 @@ impl RuntimeConfig {
             }
         };
         devices.iter_mut().for_each(&mut set);
-        let mut attached = self.attached.clone();
         attached.iter_mut().for_each(set);
         for device in &attached {
             match check_beside(device, &devices) {
@@ -271,6 +313,15 @@ mod tests {
         runtime.note_set(&set, &["poll_us"]);
         assert_eq!(runtime.apply(&files, &mut problems), [set, device("db")]);
         runtime.set.clear();
+        runtime.note_kept(&device("db"));
+        runtime.note_kept(&device("old"));
+        assert_eq!(runtime.kept, ["old"], "the operator has attached the other one");
+        assert_eq!(RuntimeConfig::read(&runtime.write("b1"), "b1"), Ok(Some(runtime.clone())));
+        assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db"), device("old")]);
+        assert_eq!(runtime.without_kept().apply(&files, &mut problems), [device("vm2"), device("db")]);
+        let again = [device("vm2"), DeviceConfig { poll_us: 9, ..device("old") }];
+        assert_eq!(runtime.apply(&again, &mut problems), [again.as_slice(), &[device("db")]].concat());
+        assert!(runtime.forget_kept("old") && !runtime.forget_kept("db"));
         let clash = DeviceConfig { name: "other".to_owned(), ..device("vm2") };
         runtime.note_attached(&clash);
         assert_eq!(runtime.apply(&files, &mut problems), [device("vm2"), device("db")]);

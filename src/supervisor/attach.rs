@@ -13,6 +13,9 @@ use crate::control::change::Refusal;
 use crate::disk_protocol::Ending;
 use crate::error::Error;
 
+/// How the error of a device begins that is detached, and whose cache has what its image lacks.
+pub(super) const NOT_WHOLE: &str = "it is detached, but not whole: ";
+
 impl Fleet {
     /// Begins what the operator asks for.
     pub(super) fn on_change(&mut self, change: FleetChange) {
@@ -38,6 +41,10 @@ impl Fleet {
             FleetChange::Set(device, keys, record, requester) => {
                 let set = self.set(&device, &keys, record);
                 (requester, set.map(|()| true))
+            }
+            FleetChange::Keep(name, requester) => {
+                let kept = self.keep(&name);
+                (requester, kept.map(|()| true))
             }
             FleetChange::Compare(files, requester) => return drop(requester.send(self.compare(&files))),
         };
@@ -99,11 +106,23 @@ impl Fleet {
         Ok(())
     }
 
+    /// Records that a device is kept, though the files have it no more: its guest outlives this daemon.
+    fn keep(&mut self, name: &str) -> Result<(), Refusal> {
+        if self.end.is_some() {
+            return Err(ending());
+        }
+        let index = self.find(name).ok_or_else(|| no_such_device(name))?;
+        let config = self.disks[&index].config();
+        let Some(runtime) = &mut self.runtime else { return Ok(()) };
+        runtime.changes.note_kept(&config);
+        runtime.save().map_err(|e| Refusal::refused(name, format!("the next daemon does not serve it: {e}")))
+    }
+
     /// What a daemon with these files serves, and what is in force.
     fn compare(&self, files: &Config) -> Result<FleetPlan, Refusal> {
         let mut problems = Vec::new();
         let wanted = match &self.runtime {
-            Some(runtime) => runtime.changes.apply(&files.devices, &mut problems),
+            Some(runtime) => runtime.changes.without_kept().apply(&files.devices, &mut problems),
             None => files.devices.clone(),
         };
         if !problems.is_empty() {
@@ -189,21 +208,28 @@ impl Fleet {
         let (ended, left): (Vec<_>, Vec<_>) =
             mem::take(&mut self.disks).into_iter().partition(|(_, disk)| has_left(disk));
         self.disks = left.into_iter().collect();
+        if !ended.is_empty() {
+            // Before the replies: whoever gets one may look.
+            self.overview.update(self.disks.values().map(Disk::entry));
+        }
         for (_, disk) in ended {
             let name = disk.name().to_owned();
             let (requester, error) = disk.into_end();
             let Some((requester, record)) = requester else { continue };
-            let runtime = self.runtime.as_mut().filter(|_| record == Recorded::Runtime);
-            let recorded = runtime.map_or(Ok(()), |runtime| {
-                runtime.changes.note_detached(&name);
-                runtime.save()
+            let recorded = self.runtime.as_mut().map_or(Ok(()), |runtime| match record {
+                Recorded::Runtime => {
+                    runtime.changes.note_detached(&name);
+                    runtime.save()
+                }
+                Recorded::Files if runtime.changes.forget_kept(&name) => runtime.save(),
+                Recorded::Files => Ok(()),
             });
             let _ = requester.send(match (error, recorded) {
                 (None, Ok(())) => Ok(true),
                 (Some(error), _) => {
                     let text = error.to_string();
                     let why = text.strip_prefix(&name).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&text);
-                    Err(Refusal::refused(&*name, format!("it is detached, but not whole: {why}")))
+                    Err(Refusal::refused(&*name, format!("{NOT_WHOLE}{why}")))
                 }
                 (None, Err(e)) => {
                     let why = format!("it is detached, and the next daemon serves it again: {e}");

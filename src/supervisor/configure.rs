@@ -9,6 +9,7 @@ use log::{error, info, warn};
 use serde_json::{Value, json};
 
 use super::SupervisorEvent;
+use super::attach::NOT_WHOLE;
 use super::entry::OverviewEntry;
 use super::fleet_change::{FleetChange, FleetPlan, Recorded};
 use super::operator::{Operator, ask, invalid};
@@ -135,17 +136,26 @@ impl Operator {
                 changes.push(DeviceChange::of(&new.name, ChangeKind::Pending, owned(&pending)));
             }
         }
-        for device in gone {
-            // One that is not served has no front-end. Its cache stays, if it has one.
-            let force = self.overview.entry(&device.name).is_ok_and(|entry| entry.link.is_none());
-            let detached =
-                if dry_run { Ok(()) } else { self.detach(&device.name, force, false, Recorded::Files, client) };
-            changes.push(match detached {
-                Ok(()) => DeviceChange::of(&device.name, ChangeKind::Detached, Vec::new()),
-                Err(refusal) => DeviceChange::of(&device.name, ChangeKind::Kept, vec![why(&refusal)]),
-            });
-        }
+        changes.extend(gone.iter().map(|device| self.detach_gone(&device.name, dry_run, client)));
         Ok(changes)
+    }
+
+    /// Detaches a device that the files have no more, or records that it is kept.
+    fn detach_gone(&self, name: &str, dry_run: bool, client: &ChangeClient) -> DeviceChange {
+        // One that was never served has no guest. Its cache stays, if an earlier daemon has left one. A guest waits for
+        // one whose process has died.
+        let never_served = |entry: OverviewEntry| entry.link.is_none() && !entry.progress.was_served;
+        let force = self.overview.entry(name).is_ok_and(never_served);
+        let detached = if dry_run { Ok(()) } else { self.detach(name, force, false, Recorded::Files, client) };
+        let Err(refusal) = detached else { return DeviceChange::of(name, ChangeKind::Detached, Vec::new()) };
+        let reason = why(&refusal);
+        if self.overview.entry(name).is_err() {
+            let reason = reason.strip_prefix(NOT_WHOLE).unwrap_or(&reason).to_owned();
+            return DeviceChange::of(name, ChangeKind::Detached, vec![reason]);
+        }
+        let recorded = self.ask_main_thread(|requester| FleetChange::Keep(name.to_owned(), requester));
+        let detail = [reason].into_iter().chain(recorded.err().map(|refusal| why(&refusal)));
+        DeviceChange::of(name, ChangeKind::Kept, detail.collect())
     }
 
     /// As [`Operator::reload`], on a thread of its own; the log has the result. Does not wait.
@@ -222,7 +232,8 @@ fn in_words(DeviceChange { device, what, detail }: &DeviceChange) -> String {
     let detail = detail.join(", ");
     match what {
         ChangeKind::Attached => format!("{device}: attached by a reload"),
-        ChangeKind::Detached => format!("{device}: detached by a reload"),
+        ChangeKind::Detached if detail.is_empty() => format!("{device}: detached by a reload"),
+        ChangeKind::Detached => format!("{device}: detached by a reload: {detail}"),
         ChangeKind::Changed => format!("{device}: changed by a reload: {detail}"),
         ChangeKind::Pending => format!("{device}: in force once it is attached anew: {detail}"),
         ChangeKind::Kept => format!("{device}: kept, although the configuration has it no more: {detail}"),

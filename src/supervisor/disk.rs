@@ -82,6 +82,8 @@ pub(super) struct Disk {
     phase: DevicePhase,
     /// Once it is served.
     handle: Option<DeviceHandle>,
+    /// It was served, maybe by a process that has died.
+    was_served: bool,
     /// Why it is not served.
     failure: Option<StartFailure>,
     /// Lines about the step that the keeper is in.
@@ -141,6 +143,7 @@ impl Disk {
             in_force,
             phase: DevicePhase::Opening,
             handle: None,
+            was_served: false,
             failure: None,
             step_reminder: Reminder::new(),
             op_reminder: Reminder::new(),
@@ -212,6 +215,7 @@ impl Disk {
     /// It is served.
     pub fn serve(&mut self, handle: DeviceHandle) {
         self.handle = Some(handle);
+        self.was_served = true;
         self.failure = None;
         self.set_phase(DevicePhase::Served);
     }
@@ -302,6 +306,7 @@ impl Disk {
             state,
             why: why.map(|failure| failure.text.clone()),
             pid: self.handle.as_ref().and_then(DeviceHandle::pid),
+            was_served: self.was_served,
             is_attaching: self.is_attaching(),
             keeps_data: self.keeps_data(),
         }

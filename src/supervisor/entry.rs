@@ -18,6 +18,8 @@ pub(super) struct DeviceProgress {
     pub why: Option<String>,
     /// Process ID of its disk process.
     pub pid: Option<u32>,
+    /// It was served since it was attached or the daemon started, maybe by a process that has died.
+    pub was_served: bool,
     /// The operator waits for it to be served.
     pub is_attaching: bool,
     /// It is being detached, and would lose dirty pages if it ended.

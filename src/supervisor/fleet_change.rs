@@ -20,6 +20,8 @@ pub(super) enum FleetChange {
     Discard(String, Requester),
     /// Put these keys of a device in force, which its process is told next.
     Set(Box<DeviceConfig>, Vec<&'static str>, Recorded, Requester),
+    /// Record for the next daemon that this device is kept, though the files have it no more.
+    Keep(String, Requester),
     /// The devices that a daemon with these files serves, and what is in force now; or why it could not.
     Compare(Box<Config>, Sender<Result<FleetPlan, Refusal>>),
 }

@@ -129,7 +129,7 @@ impl RuntimeFile {
 
     /// The configuration with the changes.
     pub fn apply(&self, config: &Config) -> Config {
-        let RuntimeConfig { attached, detached, set } = &self.changes;
+        let RuntimeConfig { attached, detached, set, .. } = &self.changes;
         if self.changes == RuntimeConfig::default() {
             return config.clone();
         }

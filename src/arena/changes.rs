@@ -9,7 +9,7 @@ use crate::units::{SECTOR_BYTES, SectorSpan};
 
 /// A moment at which no change of the image was in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RestPoint {
+pub struct IdlePoint {
     /// Number of changes before it.
     changes: u64,
     /// Bytes of those.
@@ -19,7 +19,7 @@ pub struct RestPoint {
 impl Arena {
     /// Records that the daemon starts to change the image: these sectors, or an unknown part of them.
     ///
-    /// => The caller serializes changes and [`Arena::rest_point`].
+    /// => The caller serializes changes and [`Arena::idle_point`].
     pub fn begin_change(&self, span: SectorSpan) {
         if let Persistence::Full { .. } = &self.persistence {
             let bytes = span.count * SECTOR_BYTES;
@@ -39,9 +39,9 @@ impl Arena {
 
     /// The present moment, at which the caller knows that no change of the image is in flight; `None` if the change
     /// token of an earlier such moment is still right.
-    pub fn rest_point(&self) -> Option<RestPoint> {
+    pub fn idle_point(&self) -> Option<IdlePoint> {
         let (changes, changed_bytes) = (self.memory_word(field::CHANGES), self.memory_word(field::CHANGED_BYTES));
-        self.has_old_token().then_some(RestPoint { changes, changed_bytes })
+        self.has_old_token().then_some(IdlePoint { changes, changed_bytes })
     }
 
     /// Whether changes have started since the change token was recorded.
@@ -59,14 +59,14 @@ impl Arena {
         if let Persistence::Full { .. } = &self.persistence { self.memory.load(at) } else { 0 }
     }
 
-    /// Records the image's change token, which was read after the moment `rest`. Does nothing if a newer one may have
+    /// Records the image's change token, which was read after the moment `idle`. Does nothing if a newer one may have
     /// been recorded since.
     ///
     /// => The daemon may be killed at any point: the old token counts until the new one is stored.
-    pub fn record_token(&self, rest: RestPoint, token: ChangeToken) {
+    pub fn record_token(&self, idle: IdlePoint, token: ChangeToken) {
         let Persistence::Full { .. } = &self.persistence else { return };
         let _serialized = self.token.lock().expect("no thread panics with the token locked");
-        if self.memory.load(field::CHANGES) != rest.changes {
+        if self.memory.load(field::CHANGES) != idle.changes {
             return;
         }
         let slot = 1 - self.memory.load(field::TOKEN_SLOT).min(1);
@@ -74,8 +74,8 @@ impl Arena {
         for (index, word) in token.words().into_iter().enumerate() {
             self.memory.store(at + token_field::TOKEN + 8 * index, word);
         }
-        self.memory.store(at + token_field::CHANGED_BYTES, rest.changed_bytes);
-        self.memory.store(at + token_field::AT, rest.changes.wrapping_add(1));
+        self.memory.store(at + token_field::CHANGED_BYTES, idle.changed_bytes);
+        self.memory.store(at + token_field::AT, idle.changes.wrapping_add(1));
         self.memory.store(field::TOKEN_SLOT, slot);
     }
 
@@ -84,7 +84,7 @@ impl Arena {
     /// => No change of the image is in flight.
     pub fn record_token_now(&self, token: ChangeToken) {
         let (changes, changed_bytes) = (self.memory_word(field::CHANGES), self.memory_word(field::CHANGED_BYTES));
-        self.record_token(RestPoint { changes, changed_bytes }, token);
+        self.record_token(IdlePoint { changes, changed_bytes }, token);
     }
 
     /// Records whether the image has the record of the tenure, and whether that says that the tenure is over.

@@ -43,7 +43,7 @@ use crate::units::{
     SectorSpan, low_u8,
 };
 
-pub use changes::RestPoint;
+pub use changes::IdlePoint;
 pub use file::{ArenaFile, Seen};
 pub use handed::{ArenaParts, KeptArena, ReceivedArena};
 pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, SAMPLES_MAX, TenureFacts, ZERO_SLOTS};

@@ -211,8 +211,8 @@ impl Backing for FaultyImage {
         self.inner.recorded_formats()
     }
 
-    fn rest_token_may_wait(&self) -> bool {
-        self.inner.rest_token_may_wait()
+    fn idle_token_may_wait(&self) -> bool {
+        self.inner.idle_token_may_wait()
     }
 
     fn attach(&self) -> Result<Box<dyn StoreQueue>> {
@@ -226,8 +226,8 @@ impl Backing for FaultyImage {
         self.inner.change_token()
     }
 
-    fn rest_token(&self) -> Option<ChangeToken> {
-        self.inner.rest_token()
+    fn idle_token(&self) -> Option<ChangeToken> {
+        self.inner.idle_token()
     }
 
     fn end_tenure(&self) -> io::Result<bool> {

@@ -388,11 +388,11 @@ impl Backing for FileImage {
         self.image.change_token().ok()
     }
 
-    fn rest_token_may_wait(&self) -> bool {
+    fn idle_token_may_wait(&self) -> bool {
         !self.image.tells_times_at_once()
     }
 
-    fn rest_token(&self) -> Option<ChangeToken> {
+    fn idle_token(&self) -> Option<ChangeToken> {
         // What sysfs tells of a device takes many system calls.
         if self.image.is_device() { None } else { self.change_token() }
     }

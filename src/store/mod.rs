@@ -356,13 +356,13 @@ pub trait Backing: Send + Sync + fmt::Debug {
         None
     }
 
-    /// Whether [`Backing::rest_token`] may wait for a server.
-    fn rest_token_may_wait(&self) -> bool {
+    /// Whether [`Backing::idle_token`] may wait for a server.
+    fn idle_token_may_wait(&self) -> bool {
         false
     }
 
     /// As [`Backing::change_token`], where that is cheap enough to be asked after each change; else `None`.
-    fn rest_token(&self) -> Option<ChangeToken> {
+    fn idle_token(&self) -> Option<ChangeToken> {
         None
     }
 

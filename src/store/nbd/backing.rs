@@ -110,7 +110,7 @@ impl Backing for NbdBacking {
         (!is_feared).then(|| ChangeToken { size_bytes: self.limits.size_bytes.get(), ..ChangeToken::default() })
     }
 
-    fn rest_token(&self) -> Option<ChangeToken> {
+    fn idle_token(&self) -> Option<ChangeToken> {
         self.change_token()
     }
 }

@@ -264,8 +264,8 @@ impl Backing for NbdImage {
         self.backing.change_token()
     }
 
-    fn rest_token(&self) -> Option<ChangeToken> {
-        self.backing.rest_token()
+    fn idle_token(&self) -> Option<ChangeToken> {
+        self.backing.idle_token()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Records the image's change token at moments without changes in flight.
+//! Records the image's change token whenever no change of the image is in flight.
 //!
 //! What a local file system tells of a file is in memory, and a worker asks for it. Others (NFS, FUSE, SMB) may ask a
 //! server, which may not answer: there a thread of the image asks, and no request of the guest waits.
@@ -8,41 +8,42 @@ use std::thread;
 
 use log::warn;
 
-use crate::arena::{Arena, RestPoint};
+use crate::arena::{Arena, IdlePoint};
 use crate::store::Backing;
 
 /// What the thread is to do.
 #[derive(Debug, Default)]
-struct RestState {
+struct RecorderState {
     /// The latest moment for which the token is to be recorded.
-    rest: Option<RestPoint>,
+    idle: Option<IdlePoint>,
     /// Nothing is recorded any more.
     ended: bool,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
-    state: Mutex<RestState>,
+    state: Mutex<RecorderState>,
     changed: Condvar,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, RestState> {
+    fn lock(&self) -> MutexGuard<'_, RecorderState> {
         self.state.lock().expect("no thread panics with the state locked")
     }
 }
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct RestRecorder {
+pub(super) struct TokenRecorder {
     /// The thread's orders; `None`: the caller asks itself.
     thread: Option<Arc<Shared>>,
 }
 
-impl RestRecorder {
-    /// Without a thread for it, no token is recorded of an image on a server: then pages are compared after a crash.
+impl TokenRecorder {
+    /// If the thread cannot be started, no token of an image on a server is recorded, and recovery compares pages
+    /// instead.
     pub(super) fn start(name: &str, backing: &Arc<dyn Backing>, arena: &Arc<Arena>) -> Self {
-        if !backing.rest_token_may_wait() {
+        if !backing.idle_token_may_wait() {
             return Self { thread: None };
         }
         let shared = Arc::new(Shared::default());
@@ -50,33 +51,33 @@ impl RestRecorder {
         // If the image hangs, the thread must keep neither the lock of the image nor the cache.
         let (backing, arena) = (Arc::downgrade(backing), Arc::downgrade(arena));
         let run = move || {
-            while let Some(rest) = next(&orders) {
+            while let Some(idle) = next(&orders) {
                 let Some(backing) = backing.upgrade() else { return };
-                let token = backing.rest_token();
+                let token = backing.idle_token();
                 drop(backing);
                 let state = orders.lock();
                 if let (Some(token), Some(arena), false) = (token, arena.upgrade(), state.ended) {
-                    // Does nothing if a change has started since `rest`.
-                    arena.record_token(rest, token);
+                    // Does nothing if a change has started since `idle`.
+                    arena.record_token(idle, token);
                 }
             }
         };
-        if let Err(e) = thread::Builder::new().name(format!("rest {name}")).spawn(run) {
+        if let Err(e) = thread::Builder::new().name(format!("token {name}")).spawn(run) {
             warn!("{name}: cannot start the thread that records the image's times: {e}");
         }
         Self { thread: Some(shared) }
     }
 
-    /// Records the token for the moment `rest`, unless a change starts meanwhile.
-    pub(super) fn note(&self, rest: RestPoint, backing: &Arc<dyn Backing>, arena: &Arena) {
+    /// Records the token for the moment `idle`, unless a change starts meanwhile.
+    pub(super) fn note(&self, idle: IdlePoint, backing: &Arc<dyn Backing>, arena: &Arena) {
         match &self.thread {
             Some(shared) => {
-                shared.lock().rest = Some(rest);
+                shared.lock().idle = Some(idle);
                 shared.changed.notify_one();
             }
             None => {
-                if let Some(token) = backing.rest_token() {
-                    arena.record_token(rest, token);
+                if let Some(token) = backing.idle_token() {
+                    arena.record_token(idle, token);
                 }
             }
         }
@@ -91,21 +92,21 @@ impl RestRecorder {
     }
 }
 
-impl Drop for RestRecorder {
+impl Drop for TokenRecorder {
     fn drop(&mut self) {
         self.end();
     }
 }
 
 /// The next moment for which a token is to be recorded; `None` at the end.
-fn next(orders: &Shared) -> Option<RestPoint> {
+fn next(orders: &Shared) -> Option<IdlePoint> {
     let mut state = orders.lock();
     loop {
         if state.ended {
             return None;
         }
-        if let Some(rest) = state.rest.take() {
-            return Some(rest);
+        if let Some(idle) = state.idle.take() {
+            return Some(idle);
         }
         state = orders.changed.wait(state).expect("no thread panics with the state locked");
     }
@@ -141,12 +142,12 @@ mod tests {
             unreachable!("nothing is read")
         }
 
-        fn rest_token(&self) -> Option<ChangeToken> {
+        fn idle_token(&self) -> Option<ChangeToken> {
             self.asked.send(()).ok()?;
             self.answers.lock().ok()?.recv().ok()
         }
 
-        fn rest_token_may_wait(&self) -> bool {
+        fn idle_token_may_wait(&self) -> bool {
             true
         }
     }
@@ -157,41 +158,41 @@ mod tests {
         let (answer, answers) = channel();
         let backing: Arc<dyn Backing> = Arc::new(Remote { asked, answers: Mutex::new(answers) });
         let (directory, arena) = persistent_arena();
-        let recorder = RestRecorder::start("test", &backing, &arena);
+        let recorder = TokenRecorder::start("test", &backing, &arena);
         let token = |modified_ns| ChangeToken { modified_ns, ..ChangeToken::default() };
         arena.begin_change(SectorSpan::new(0, 8));
         let began = Instant::now();
-        recorder.note(arena.rest_point().expect("a change"), &backing, &arena);
+        recorder.note(arena.idle_point().expect("a change"), &backing, &arena);
         assert!(began.elapsed() < Duration::from_secs(1));
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");
         // A change starts before the image answers: the answer is too late.
         arena.begin_change(SectorSpan::new(0, 8));
-        let rest = arena.rest_point().expect("a change");
-        recorder.note(rest, &backing, &arena);
+        let idle = arena.idle_point().expect("a change");
+        recorder.note(idle, &backing, &arena);
         answer.send(token(1)).unwrap();
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks again");
-        assert!(arena.rest_point().is_some(), "the token of an earlier moment is not recorded");
+        assert!(arena.idle_point().is_some(), "the token of an earlier moment is not recorded");
         answer.send(token(2)).unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
-        while arena.rest_point().is_some() {
+        while arena.idle_point().is_some() {
             assert!(Instant::now() < deadline, "the token is recorded");
             thread::yield_now();
         }
         // After the end nothing is recorded, and nothing waits for the thread.
         arena.begin_change(SectorSpan::new(0, 8));
-        recorder.note(arena.rest_point().expect("a change"), &backing, &arena);
+        recorder.note(arena.idle_point().expect("a change"), &backing, &arena);
         is_asked.recv_timeout(Duration::from_secs(10)).expect("the thread asks");
         drop(recorder);
         answer.send(token(3)).unwrap();
         thread::sleep(Duration::from_millis(50));
-        assert!(arena.rest_point().is_some());
+        assert!(arena.idle_point().is_some());
         drop(arena);
         std::fs::remove_dir_all(directory).unwrap();
     }
 
     /// A directory in memory with the arena of a cache.
     fn persistent_arena() -> (std::path::PathBuf, Arc<Arena>) {
-        let directory = std::env::temp_dir().join(format!("genblk-rest-{}", std::process::id()));
+        let directory = std::env::temp_dir().join(format!("genblk-token-{}", std::process::id()));
         let identity = ImageId { device: 1, inode: 2, born_ns: 3 };
         let image = ImageFacts { identity, size_bytes: 1 << 20, path: "/image".into(), alias: String::new() };
         let id = TenureId { generation: 1, id: 2 };

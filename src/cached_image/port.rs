@@ -1,0 +1,356 @@
+//! A worker's port to a cached image: what it uses of the cache and of the store.
+
+mod close;
+
+use std::collections::VecDeque;
+use std::mem;
+use std::os::fd::RawFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use log::{Level, warn};
+
+use crate::cache::{Health, Notice, PageCache, Piece, StoreOpRef, Ticket};
+use crate::counters::worker::WorkerCounters;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{DRAIN_MAX, Event, IoRequest, Refused, StoreQueue};
+use crate::units::{OpKind, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, Tick, Urgency, low_u8};
+use crate::waker::Waker;
+
+use super::report::report_health;
+use super::translate::{outcome_of, request_of};
+use super::{CachedImage, Mailbox, Reader};
+
+/// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
+const WORKER_SHIFT: u32 = 48;
+/// Pages whose operations are completed in one go, or a few more: other workers wait for the cache meanwhile. A few
+/// hundred microseconds.
+const REAPED_PAGES_MAX: usize = 2048;
+
+impl CachedImage {
+    /// The port of one more worker thread, of the device with this name, which counts its store operations.
+    ///
+    /// # Errors
+    /// [`ErrorKind::System`] if the store's queue or a descriptor cannot be created.
+    pub fn port(self: &Arc<Self>, device: &str, counters: WorkerCounters) -> Result<WorkerPort> {
+        let mut store = self.backing.attach()?;
+        store.hint_memory(self.arena.addresses());
+        let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
+        let mailbox = Arc::new(Mailbox { notices: Mutex::default(), waker: Arc::new(waker) });
+        let mut mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
+        mailboxes.push(Arc::clone(&mailbox));
+        let worker = mailboxes.len() as u64 - 1;
+        drop(mailboxes);
+        let reader = self.reader_of(device);
+        Ok(WorkerPort {
+            image: Arc::clone(self),
+            worker,
+            reader,
+            mailbox,
+            counters,
+            store,
+            store_ready: false,
+            backlog: VecDeque::new(),
+            events: Vec::new(),
+            reaped: VecDeque::new(),
+            notices: Vec::new(),
+            closed: false,
+        })
+    }
+
+    /// The number of a device among those that use the image. From the second one on, the cache is shared fairly.
+    fn reader_of(&self, device: &str) -> usize {
+        let mut readers = self.readers.lock().expect("no thread panics with the list locked");
+        let known = readers.iter().position(|reader| reader.device == device);
+        // The number of a device that has left is free.
+        if let Some(reader) = known.or_else(|| readers.iter().position(|reader| reader.ports == 0)) {
+            let known = &mut readers[reader];
+            device.clone_into(&mut known.device);
+            known.ports += 1;
+            if known.ports == 1 {
+                self.lock().set_reader_present(reader, true);
+            }
+            self.count_readers(&readers);
+            return reader;
+        }
+        readers.push(Reader { device: device.to_owned(), ports: 1 });
+        if readers.len() > 1 {
+            self.lock().share(readers.len());
+        }
+        self.count_readers(&readers);
+        readers.len() - 1
+    }
+
+    /// A worker of a reader ends its use of the image.
+    fn leave(&self, reader: usize) {
+        let mut readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        readers[reader].ports -= 1;
+        if readers[reader].ports == 0
+            && readers.len() > 1
+            && let Ok(mut cache) = self.cache.lock()
+        {
+            cache.set_reader_present(reader, false);
+        }
+        self.count_readers(&readers);
+    }
+
+    fn count_readers(&self, readers: &[Reader]) {
+        let present = readers.iter().filter(|reader| reader.ports > 0).count();
+        self.reader_count.store(present, Ordering::Relaxed);
+    }
+}
+
+/// One worker's access to a cached image.
+#[derive(Debug)]
+pub struct WorkerPort {
+    image: Arc<CachedImage>,
+    worker: u64,
+    /// The device's number among those that use the image.
+    reader: usize,
+    mailbox: Arc<Mailbox>,
+    counters: WorkerCounters,
+    store: Box<dyn StoreQueue>,
+    /// The store's descriptor was readable; its events were not reaped since.
+    store_ready: bool,
+    /// Requests to submit, and those that the store's queue had no space for.
+    backlog: VecDeque<IoRequest>,
+    events: Vec<Event>,
+    /// Events that were reaped and not yet reported to the cache.
+    reaped: VecDeque<Event>,
+    notices: Vec<Notice>,
+    /// [`WorkerPort::close`] was called.
+    closed: bool,
+}
+
+impl WorkerPort {
+    /// The image behind the port.
+    pub fn image(&self) -> &Arc<CachedImage> {
+        &self.image
+    }
+
+    /// Whether several devices use the image.
+    pub fn is_shared(&self) -> bool {
+        self.image.reader_count.load(Ordering::Relaxed) > 1
+    }
+
+    /// The descriptor that is readable while the store has events.
+    pub fn store_fd(&self) -> RawFd {
+        self.store.wake_fd()
+    }
+
+    /// Records that the store's descriptor was readable.
+    pub fn set_store_ready(&mut self) {
+        self.store_ready = true;
+    }
+
+    /// The waker by which other threads wake this worker.
+    pub fn waker(&self) -> &Arc<Waker> {
+        &self.mailbox.waker
+    }
+
+    /// This worker's ticket with the local part `local`, which has at most 48 bits.
+    pub fn ticket(&self, local: u64) -> Ticket {
+        debug_assert!(local >> WORKER_SHIFT == 0, "the local part of a ticket has 48 bits");
+        Ticket(self.worker << WORKER_SHIFT | local)
+    }
+
+    /// The local part of a ticket.
+    pub fn local_part(ticket: Ticket) -> u64 {
+        ticket.0 & ((1 << WORKER_SHIFT) - 1)
+    }
+
+    /// The address of a piece's first byte; `None`: the piece is zeros.
+    pub fn memory(&self, piece: &Piece) -> Option<*mut u8> {
+        let offset = usize::from(piece.first) * SECTOR_SIZE;
+        // The offset is within the frame. `wrapping_add` needs no proof of that.
+        piece.frame.map(|frame| self.image.arena.frame(frame).wrapping_add(offset))
+    }
+
+    /// Reaps the store's events and, if the waker was `notified`, notices from other workers. Returns whether there are
+    /// any of either.
+    pub fn reap(&mut self, notified: bool) -> bool {
+        if mem::take(&mut self.store_ready) || self.store.may_have_events() {
+            self.store.reap(&mut self.events);
+            self.reaped.extend(self.events.drain(..));
+        }
+        if notified {
+            let mut mail = self.mailbox.notices.lock().expect("no thread panics with a mailbox locked");
+            self.notices.append(&mut mail);
+        }
+        !self.reaped.is_empty() || !self.notices.is_empty()
+    }
+
+    /// Locks the cache: completes the reaped store operations (of those with very many pages, the first ones), then
+    /// calls `act` with the cache and its notices to this worker. Afterwards submits all store operations, if a request
+    /// waits for one of them.
+    pub fn with_cache<R>(&mut self, now: Tick, act: impl FnOnce(&mut PageCache, &mut Vec<Notice>) -> R) -> R {
+        let Self { image, worker, reader, reaped, notices, counters, .. } = self;
+        let mut cache = image.lock();
+        if !reaped.is_empty() {
+            image.arena.end_changes();
+        }
+        let mut pages = 0;
+        while pages < REAPED_PAGES_MAX
+            && let Some(event) = reaped.pop_front()
+        {
+            // While the store is known to fail, every retry of a page would otherwise be a log line.
+            let level = if cache.health() == Health::Healthy { Level::Warn } else { Level::Debug };
+            let (tag, outcome) = outcome_of(&image.name, level, event);
+            pages += cache.pages_of_op(tag);
+            let (kind, span, since) = cache.operation(tag);
+            let bytes = outcome.fault().is_none().then(|| span.count * SECTOR_BYTES);
+            counters.store_completed(kind.into(), now.since_ns(since), bytes);
+            cache.complete(tag, &outcome, now);
+        }
+        cache.take_notices(notices);
+        let recipients = image.route_notices(*worker, notices);
+        cache.set_reader(*reader);
+        let result = act(&mut cache, notices);
+        let awaited = take_ops(&mut cache, image, counters, &mut self.backlog);
+        let idle = if cache.changes_in_flight() == 0 { image.arena.idle_point() } else { None };
+        drop(cache);
+        wake(&image.name, &recipients);
+        if awaited {
+            self.submit();
+        }
+        if let Some(idle) = idle {
+            self.image.token_recorder.note(idle, &self.image.backing, &self.image.arena);
+        }
+        result
+    }
+
+    /// Ends a turn, with the cache locked: calls `act`, then pumps the cache. Afterwards submits all store operations,
+    /// and delivers notices to other workers. Returns when the cache must be pumped next, even if nothing else happens.
+    pub fn end_turn(&mut self, now: Tick, act: impl FnOnce(&mut PageCache)) -> Option<Tick> {
+        let Self { image, worker, notices, counters, .. } = self;
+        let mut cache = image.lock();
+        act(&mut cache);
+        cache.pump(now);
+        take_ops(&mut cache, image, counters, &mut self.backlog);
+        cache.take_notices(notices);
+        if cache.is_stable() {
+            image.arena.all_written();
+        }
+        while let Some(event) = cache.take_health_event() {
+            report_health(&image.name, event, cache.stats().dirty_pages);
+        }
+        let deadline = cache.next_deadline();
+        drop(cache);
+        wake(&image.name, &image.route_notices(*worker, notices));
+        self.submit();
+        let retry = self.store.retry_after().map(|pause| now.plus_us(low_us(pause)));
+        match (deadline, retry) {
+            _ if !self.notices.is_empty() => Some(now),
+            (Some(deadline), Some(retry)) => Some(deadline.min(retry)),
+            (due, None) | (None, due) => due,
+        }
+    }
+
+    /// Submits the backlog to the store, as far as the store's queue has space.
+    fn submit(&mut self) {
+        let has_backlog = !self.backlog.is_empty();
+        while let Some(request) = self.backlog.pop_front() {
+            match self.store.submit(request) {
+                Ok(()) => {}
+                Err(Refused::Full(request)) => {
+                    self.backlog.push_front(request);
+                    break;
+                }
+                Err(Refused::Invalid(request)) => {
+                    unreachable!("the cache keeps to limits that were checked: {request:?} {:?}", self.store.limits())
+                }
+            }
+        }
+        self.store.kick();
+        if has_backlog {
+            // The image's modification time may be that of this call, on a loaded host long after the heartbeat before.
+            self.image.arena.end_changes();
+        }
+    }
+}
+
+impl Drop for WorkerPort {
+    /// => What is in flight keeps the cache's memory mapped, however the port ends: no other mapping may come to lie
+    ///    there.
+    fn drop(&mut self) {
+        if !self.closed {
+            self.close(DRAIN_MAX);
+        }
+        self.image.leave(self.reader);
+    }
+}
+
+/// Wakes the workers that have new notices.
+#[inline]
+pub(super) fn wake(name: &str, recipients: &[Arc<Mailbox>]) {
+    for mailbox in recipients {
+        if let Err(e) = mailbox.waker.notify() {
+            warn!("{name}: cannot wake a worker thread: {e}");
+        }
+    }
+}
+
+/// Moves the cache's new store operations to the backlog. Returns whether a request waits for one of them.
+#[inline]
+fn take_ops(
+    cache: &mut PageCache,
+    image: &CachedImage,
+    counters: &WorkerCounters,
+    backlog: &mut VecDeque<IoRequest>,
+) -> bool {
+    cache.has_new_ops() && take_new_ops(cache, image, counters, backlog)
+}
+
+fn take_new_ops(
+    cache: &mut PageCache,
+    image: &CachedImage,
+    counters: &WorkerCounters,
+    backlog: &mut VecDeque<IoRequest>,
+) -> bool {
+    let mut awaited = false;
+    cache.take_ops(|op| {
+        awaited |= op.urgency == Urgency::Demand;
+        counters.store_submitted(op.kind.into());
+        if op.kind.is_change() {
+            image.arena.begin_change(op.span);
+        }
+        if op.kind == OpKind::Write && image.backing.shows_format(op.span) {
+            note_ends(image, &op);
+        }
+        backlog.push_back(request_of(&image.arena, &op));
+    });
+    awaited
+}
+
+/// Tells the store what a write puts into the first page and the last sector of the image.
+fn note_ends(image: &CachedImage, op: &StoreOpRef<'_>) {
+    let note = |first, bytes: Vec<u8>| {
+        let unrecorded = image.backing.note_guest_write(first, &bytes);
+        // In the ledger at once: whether the image can record it is known only after this write has begun.
+        if unrecorded != 0 {
+            image.arena.add_guest_formats(unrecorded);
+        }
+    };
+    let in_first_page = SECTORS_PER_PAGE.saturating_sub(op.span.start).min(op.span.count);
+    if in_first_page > 0 {
+        note(op.span.start, image.arena.sectors(op.frames[0], op.first_sector, low_u8(in_first_page)));
+    }
+    if op.span.end() == image.limits().size_bytes.get() / SECTOR_BYTES {
+        let last = u64::from(op.first_sector) + op.span.count - 1;
+        let frame = op.frames[usize::try_from(last / SECTORS_PER_PAGE).expect("an operation has few pages")];
+        note(op.span.end() - 1, image.arena.sectors(frame, low_u8(last % SECTORS_PER_PAGE), 1));
+    }
+}
+
+/// A pause in microseconds.
+fn low_us(pause: Duration) -> u64 {
+    u64::try_from(pause.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The number of the worker whose request a notice is about.
+pub(super) fn worker_of(notice: &Notice) -> u64 {
+    let (Notice::Ready(ticket, _) | Notice::Unreadable(ticket, ..) | Notice::Resume(ticket) | Notice::Done(ticket, _)) =
+        notice;
+    ticket.0 >> WORKER_SHIFT
+}

@@ -24,7 +24,7 @@
 use std::collections::VecDeque;
 
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SectorSpan};
+use crate::units::{Epoch, Fault, OpKind, PageId, SectorSpan};
 
 use super::pages::UNSYNCED;
 use super::store_health::Cause;
@@ -384,6 +384,14 @@ impl PageCache {
         });
     }
 
+    /// Gives a dirty page an epoch that every waiting flush includes.
+    pub(super) fn include_in_flushes(&mut self, id: PageId) {
+        let epoch = self.epoch_for_rewriting();
+        if epoch.at_or_before(self.pages[id].epoch) {
+            self.pages.change(id, |page| page.epoch = epoch);
+        }
+    }
+
     /// An epoch that every waiting flush includes.
     pub(super) fn epoch_for_rewriting(&self) -> Epoch {
         self.flushing.queue.front().map_or(self.pages.dirty().current(), |flush| flush.up_to)
@@ -438,17 +446,6 @@ impl PageCache {
             list.push(id);
             if list.len() >= (self.pages.frames().total() / UNSYNCED_DIVISOR) as usize {
                 self.flushing.want_sync();
-            }
-        }
-    }
-
-    /// Makes pages dirty again that were written into a range after it had been zeroed, because it is zeroed again.
-    pub(super) fn redirty_unsynced(&mut self, pages: impl Iterator<Item = PageNo>) {
-        for no in pages {
-            if let Some(id) = self.pages.find(no)
-                && self.pages[id].is_unsynced()
-            {
-                self.make_dirty_again(id);
             }
         }
     }

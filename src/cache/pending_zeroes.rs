@@ -11,9 +11,9 @@
 //! - A successful Sync frees the slot. After a failed one, the range is zeroed again from the same slot.
 //! - If all slots are taken, a zero waits for the next Sync.
 //!
-//! The next daemon zeroes the noted ranges before it writes dirty pages. That order is right: a page in a noted range
-//! that was written after the zero is dirty for as long as the range is noted, because a Sync frees the slot before it
-//! makes the page clean.
+//! A zero that is repeated leaves out what is dirty in its range (`ranges.rs`), also by the next daemon. That is all
+//! that was written since: a page in a noted range that was written after the zero is dirty in the ledger for as long
+//! as the range is noted, because a Sync frees the slot before it makes the page clean.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{PageNo, SectorMask, SectorSpan, Unmap};

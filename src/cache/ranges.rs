@@ -5,6 +5,9 @@
 //! inside the range are removed, and those that its borders cut have the part inside zeroed. A discard takes whole
 //! pages only, whose contents are undefined afterwards; a zero is noted until it is durable
 //! (`pending_zeroes.rs`).
+//!
+//! A zero that is repeated, because a Sync has failed or the daemon has died, leaves out what was written to its range
+//! since: that may be durable, and promised by a FLUSH. It goes around those sectors, one piece after another.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
@@ -14,7 +17,7 @@ use super::pending_zeroes::{Zero, ZeroSlot};
 use super::stalled::StallReason;
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
-use super::{Notice, PageCache, Ticket};
+use super::{Notice, PageCache, REGION_PAGES, Ticket};
 
 /// Range operations of guests at a time; more of them stall.
 const RANGES_MAX: usize = 64;
@@ -31,9 +34,20 @@ struct Range {
     started: bool,
     /// Where a zero is noted, or will be.
     zero_slot: Option<ZeroSlot>,
+    /// What the store is asked for: of a zero that is repeated, the next piece.
+    piece: SectorSpan,
+    /// Of a zero that is repeated: the sectors before this one have been.
+    repeated_to: u64,
+    /// Of a zero that is repeated: how often everything had been put in doubt when it began. After another time it
+    /// begins again.
+    doubts: u32,
 }
 
 impl Range {
+    fn new(ticket: Option<Ticket>, span: SectorSpan, kind: OpKind, zero_slot: Option<ZeroSlot>) -> Self {
+        Self { ticket, span, kind, started: false, zero_slot, piece: span, repeated_to: span.start, doubts: 0 }
+    }
+
     /// The zero, if it is one, with the slot that it has once it has started.
     fn zero(&self) -> Option<(ZeroSlot, Zero)> {
         match self.kind {
@@ -119,7 +133,7 @@ impl PageCache {
             self.stalled.push(ticket, StallReason::StoreOp);
             return false;
         }
-        self.ranges.list.push(Range { ticket: Some(ticket), span, kind, started: false, zero_slot: None });
+        self.ranges.list.push(Range::new(Some(ticket), span, kind, None));
         true
     }
 
@@ -129,7 +143,46 @@ impl PageCache {
         let keeps_space = self.settings.allocate || !self.settings.unmap;
         let unmap = if keeps_space { Unmap::Forbidden } else { unmap };
         let kind = OpKind::Zero { unmap };
-        self.ranges.list.push(Range { ticket: None, span, kind, started: false, zero_slot: Some(zero_slot) });
+        self.ranges.list.push(Range::new(None, span, kind, Some(zero_slot)));
+    }
+
+    /// The next piece of a zero that is repeated, from sector `from` on: up to one that was written since. Empty at the
+    /// end of the zero; `None` while a page before the end of the piece is busy. What was written since stands for the
+    /// zero: waiting flushes wait until it is written, again if need be.
+    ///
+    /// => A page that was written since is dirty, or no Sync covers it (`pending_zeroes.rs`); so it is in memory.
+    fn piece_to_repeat(&mut self, span: SectorSpan, from: u64) -> Option<SectorSpan> {
+        const WINDOW_SECTORS: u64 = REGION_PAGES * SECTORS_PER_PAGE;
+        let (mut start, mut at) = (from, from);
+        while at < span.end() {
+            let until = (at / WINDOW_SECTORS * WINDOW_SECTORS + WINDOW_SECTORS).min(span.end());
+            let mut ids = self.pages.within(SectorSpan::new(at, until - at).pages());
+            ids.sort_unstable_by_key(|&id| self.pages[id].no());
+            for id in ids {
+                let page = &self.pages[id];
+                let (no, mut written) = (page.no(), page.dirty);
+                if page.busy() {
+                    return None;
+                }
+                if page.is_unsynced() {
+                    // A part of it may be zeros of this range, which are left out as well.
+                    self.make_dirty_again(id);
+                    written = self.pages[id].dirty;
+                } else if !written.is_empty() {
+                    self.include_in_flushes(id);
+                }
+                while let Some((first, count)) = written.first_run() {
+                    written = written.without(SectorMask::run(first, count));
+                    let run = SectorSpan::new(no.0 * SECTORS_PER_PAGE + u64::from(first), count.into());
+                    if run.start > start {
+                        return Some(SectorSpan::new(start, run.start.min(span.end()) - start));
+                    }
+                    start = start.max(run.end()).min(span.end());
+                }
+            }
+            at = until;
+        }
+        Some(SectorSpan::new(start, span.end() - start))
     }
 
     /// The store is stopped: range operations that have not started fail.
@@ -155,18 +208,15 @@ impl PageCache {
             // Only a successful Sync frees a slot, and there may be none for long.
             self.fail_ranges(fault, |kind| matches!(kind, OpKind::Zero { .. }));
         }
+        self.plan_repetitions();
         for index in 0..self.ranges.list.len() {
-            let Range { ticket, span, kind, started, zero_slot } = self.ranges.list[index];
-            let pages = span.pages();
+            let Range { ticket, span, kind, started, zero_slot, piece, .. } = self.ranges.list[index];
             if started
                 || self.must_wait(&self.ranges.list[index])
                 || self.must_follow(index)
-                || self.pages.within(pages).iter().any(|&id| self.pages[id].busy())
+                || self.pages.within(piece.pages()).iter().any(|&id| self.pages[id].busy())
             {
                 continue;
-            }
-            if ticket.is_none() {
-                self.redirty_unsynced(pages.iter());
             }
             if zero_slot.is_none() && matches!(kind, OpKind::Zero { .. }) {
                 let slot = self.pending_zeroes.take_slot().expect("a zero without a slot waits");
@@ -180,10 +230,35 @@ impl PageCache {
             }
             self.ranges.list[index].started = true;
             self.stats.range_operations += 1;
-            self.submit_op(StoreOp::without_pages(kind, span));
+            self.submit_op(StoreOp::without_pages(kind, piece));
         }
         if self.pending_zeroes.is_crowded() {
             self.flushing.want_sync();
+        }
+    }
+
+    /// Finds the next piece of each zero that is to be repeated. Those that have none are done.
+    fn plan_repetitions(&mut self) {
+        for index in (0..self.ranges.list.len()).rev() {
+            let range = &self.ranges.list[index];
+            if range.ticket.is_some() || range.started || self.must_wait(range) {
+                continue;
+            }
+            let doubts = self.flushing.doubts();
+            let from = if range.doubts == doubts { range.repeated_to } else { range.span.start };
+            let span = range.span;
+            let Some(piece) = self.piece_to_repeat(span, from) else {
+                // With the busy page.
+                self.ranges.list[index].piece = span;
+                continue;
+            };
+            let range = &mut self.ranges.list[index];
+            (range.piece, range.repeated_to, range.doubts) = (piece, from, doubts);
+            if piece.count == 0 {
+                let (slot, zero) = self.ranges.list.remove(index).zero().expect("only zeros are repeated");
+                self.flushing.note_unsynced_write();
+                self.zero_done(slot, zero);
+            }
         }
     }
 
@@ -217,8 +292,8 @@ impl PageCache {
     /// A range operation has ended.
     pub(super) fn range_done(&mut self, op: &StoreOp, outcome: &Outcome) {
         let span = op.span;
-        let index = self.ranges.list.iter().position(|range| range.started && range.span == span);
-        let range = self.ranges.list.remove(index.expect("a range operation is listed until it ends"));
+        let index = self.ranges.list.iter().position(|range| range.started && range.piece == span);
+        let index = index.expect("a range operation is listed until it ends");
         self.forget_holes(span, op.kind);
         let result = outcome.fault().map_or(Ok(()), Err);
         if let Err(fault) = result
@@ -231,21 +306,16 @@ impl PageCache {
             OpKind::Zero { .. } if result.is_ok() => self.flushing.note_unsynced_write(),
             _ => self.note_changed_range(span),
         }
-        let Some(ticket) = range.ticket else {
-            // A zero that is done again.
+        let Some(ticket) = self.ranges.list[index].ticket else {
+            let repeated = &mut self.ranges.list[index];
+            repeated.started = false;
             match result {
-                Ok(()) if !self.is_in_doubt(op) => {
-                    let (slot, zero) = range.zero().expect("only zeros are done again");
-                    self.zero_done(slot, zero);
-                }
-                Ok(()) => self.ranges.list.push(Range { started: false, ..range }),
-                Err(fault) => {
-                    self.store_failed(fault, Cause::Sync);
-                    self.ranges.list.push(Range { started: false, ..range });
-                }
+                Ok(()) => repeated.repeated_to = span.end(),
+                Err(fault) => self.store_failed(fault, Cause::Sync),
             }
             return;
         };
+        let range = self.ranges.list.remove(index);
         if let (Ok(()), Some((slot, zero))) = (result, range.zero()) {
             if self.is_in_doubt(op) { self.zero_in_doubt(slot, zero) } else { self.zero_done(slot, zero) }
         }

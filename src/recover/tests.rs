@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use super::write_back::without_dirty;
 use super::*;
 use crate::config::Socket;
 use crate::fault_injection::{PlantedBug, run_with};
@@ -310,6 +311,21 @@ fn a_cache_is_on_the_image_only_after_a_sync() {
         assert_eq!(write_back(&arena, &synced, &mut |_, _| {}).is_err(), fails);
         assert_eq!(synced.is_synced.load(Ordering::Relaxed), !fails);
     }
+}
+
+#[test]
+fn what_was_written_since_is_not_zeroed_again() {
+    let record = |page, first, count| FrameRecord {
+        page: PageNo(page),
+        valid: SectorMask::ALL,
+        dirty: SectorMask::run(first, count),
+    };
+    let dirty = [(1, 0, 8), (2, 0, 2), (2, 4, 1), (4, 6, 2), (9, 0, 8)]
+        .map(|(page, first, count)| (FrameId(0), record(page, first, count)));
+    let pieces = without_dirty(SectorSpan::new(12, 26), &dirty);
+    assert_eq!(pieces, [SectorSpan::new(18, 2), SectorSpan::new(21, 17)]);
+    assert_eq!(without_dirty(SectorSpan::new(8, 8), &dirty), []);
+    assert_eq!(without_dirty(SectorSpan::new(40, 8), &dirty), [SectorSpan::new(40, 8)]);
 }
 
 #[test]

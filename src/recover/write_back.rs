@@ -45,7 +45,8 @@ impl fmt::Display for Unwritten {
 /// Zeroes the ranges that must read as zeros, then writes the dirty pages to the image in the order of their offsets,
 /// and syncs it; returns the number of pages. Calls `progress` with how many of how many pages are written.
 ///
-/// => Zeroes come first: a dirty page in such a range was written after the range was zeroed.
+/// => A dirty sector in such a range was written after the range was zeroed. Its write may be durable, and promised by
+///    a FLUSH: it is not zeroed.
 /// => The ledger says that the image is being changed: if a daemon dies in the middle, the next one still finds the
 ///    cache to be the image's.
 /// => Nothing is written past the end of the image, of which the last page may have only a part: earlier versions of
@@ -68,9 +69,9 @@ pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut d
     if arena.pending_zeroes().any(|(_, span)| span.end() > image_sectors) {
         return Err(failed(io::Error::other("the ledger refers to sectors past the end of the image")));
     }
-    for (_, span) in arena.pending_zeroes() {
-        arena.begin_change(span);
-        image.zero(span.start * SECTOR_BYTES, span.count * SECTOR_BYTES).map_err(failed)?;
+    for piece in arena.pending_zeroes().flat_map(|(_, span)| without_dirty(span, &dirty)) {
+        arena.begin_change(piece);
+        image.zero(piece.start * SECTOR_BYTES, piece.count * SECTOR_BYTES).map_err(failed)?;
     }
     let mut writer = image.writer().map_err(failed)?;
     for (done, &(frame, record)) in dirty.iter().enumerate() {
@@ -82,6 +83,27 @@ pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut d
     writer.sync().map_err(failed)?;
     arena.remove_guest_formats(image.recorded_formats());
     Ok(dirty.len() as u64)
+}
+
+/// The pieces of a range that are not dirty; `dirty` is in the order of the pages.
+pub(super) fn without_dirty(span: SectorSpan, dirty: &[(FrameId, FrameRecord)]) -> Vec<SectorSpan> {
+    let (mut pieces, mut start) = (Vec::new(), span.start);
+    let first = dirty.partition_point(|(_, record)| record.page < span.pages().first);
+    for (_, record) in dirty[first..].iter().take_while(|(_, record)| span.pages().contains(record.page)) {
+        let mut mask = record.dirty.and(span.sectors_in(record.page));
+        while let Some((first, count)) = mask.first_run() {
+            let at = record.page.0 * SECTORS_PER_PAGE + u64::from(first);
+            if at > start {
+                pieces.push(SectorSpan::new(start, at - start));
+            }
+            start = at + u64::from(count);
+            mask = mask.without(SectorMask::run(first, count));
+        }
+    }
+    if start < span.end() {
+        pieces.push(SectorSpan::new(start, span.end() - start));
+    }
+    pieces
 }
 
 /// Notes that the guest has made its disk look like another format than raw, as a daemon does before such a write.

@@ -500,10 +500,83 @@ fn a_zero_that_a_sync_covers_is_not_repeated_although_the_sync_was_in_doubt_for_
     cache.flush(Ticket(79));
     assert_eq!(pump_once(&mut cache, now, Some(OpKind::Sync)), [(OpKind::Sync, SectorSpan::new(0, 0))]);
     let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
-    let zeroed: Vec<_> =
-        ops.iter().filter(|(kind, _)| matches!(kind, OpKind::Zero { .. })).map(|(_, span)| *span).collect();
-    assert_eq!(zeroed, [zero(8000)]);
+    assert_eq!(zeroed(&ops), [zero(8000)]);
     assert!(cache.is_stable());
+}
+
+/// The spans of the zeros among operations.
+fn zeroed(ops: &[(OpKind, SectorSpan)]) -> Vec<SectorSpan> {
+    ops.iter().filter(|(kind, _)| matches!(kind, OpKind::Zero { .. })).map(|(_, span)| *span).collect()
+}
+
+/// A FLUSH has promised the write. A zero over it would break that promise until the page is written again.
+#[test]
+fn a_zero_that_is_repeated_leaves_out_what_was_written_since() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick::from_us(SECOND_US);
+    assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
+    assert_eq!(pump_once(&mut cache, now, None).len(), 1);
+    // It is in flight at the end of each Sync, so none is confirmed.
+    assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
+    let (zeroes, syncs): (Vec<_>, Vec<_>) =
+        started(&mut cache, now).into_iter().partition(|(_, kind, _)| *kind != OpKind::Sync);
+    syncs.iter().for_each(|&(tag, ..)| cache.complete(tag, &Outcome::Done, now));
+    write(&mut cache, 16, 8);
+    cache.flush(FLUSH);
+    let durable = [pump_once(&mut cache, now, None), pump_once(&mut cache, now, None)].concat();
+    assert_eq!(durable, [(OpKind::Write, SectorSpan::new(16, 8)), (OpKind::Sync, SectorSpan::new(0, 0))]);
+    // In the same page as the zero's end, and never written.
+    write(&mut cache, 62, 4);
+    cache.flush(Ticket(78));
+    let failed = [pump_once(&mut cache, now, None), pump_once(&mut cache, now, Some(OpKind::Sync))].concat();
+    assert!(failed.contains(&(OpKind::Sync, SectorSpan::new(0, 0))), "{failed:?}");
+    zeroes.iter().for_each(|&(tag, ..)| cache.complete(tag, &Outcome::Done, now));
+    let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
+    let near: Vec<SectorSpan> = zeroed(&ops).into_iter().filter(|span| span.start < 8000).collect();
+    assert_eq!(near, [SectorSpan::new(0, 16), SectorSpan::new(24, 38)], "{ops:?}");
+    assert!(cache.is_stable(), "{:?}", cache.stats());
+}
+
+#[test]
+fn a_flush_of_a_zero_waits_for_what_stands_for_it() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let now = Tick::from_us(SECOND_US);
+    let span = SectorSpan::new(16, 8);
+    assert!(cache.zero(Ticket(9), span, Unmap::Forbidden));
+    assert_eq!(pump_once(&mut cache, now, None).len(), 1);
+    cache.flush(FLUSH);
+    assert_eq!(pump_once(&mut cache, now, Some(OpKind::Sync)).len(), 1);
+    // In the pause before the zero is repeated a write begins. It ends after a flush, which does not include it, and
+    // replaces all of the zero.
+    let mut pieces = Vec::new();
+    assert_eq!(cache.write(access(16, 8), &mut pieces), Admitted::All);
+    cache.flush(Ticket(78));
+    pieces.iter().for_each(|piece| cache.finish_write(piece, CopyResult::Complete));
+    let later = now.plus_us(10 * SECOND_US);
+    let sync = (OpKind::Sync, SectorSpan::new(0, 0));
+    let mut notices = Vec::new();
+    assert_eq!(pump_once(&mut cache, later, None), [(OpKind::Write, span), sync], "this Sync does not cover the write");
+    assert_eq!(pump_once(&mut cache, later, None), [sync]);
+    cache.take_notices(&mut notices);
+    assert!(!notices.contains(&Notice::Done(Ticket(78), Ok(()))), "{notices:?}");
+    assert_eq!(pump_once(&mut cache, later, None), []);
+    cache.take_notices(&mut notices);
+    assert!(notices.contains(&Notice::Done(Ticket(78), Ok(()))), "{notices:?}");
+}
+
+#[test]
+fn a_zero_that_the_next_daemon_repeats_leaves_out_what_is_dirty() {
+    let mut cache = cache_of(1024, 1 << 20);
+    let record = |page, first, count| FrameRecord {
+        page: PageNo(page),
+        valid: SectorMask::ALL,
+        dirty: SectorMask::run(first, count),
+    };
+    let records = [(FrameId(3), record(2, 2, 3)), (FrameId(4), record(7, 6, 2))];
+    // The second page is written behind the end of the zero, too.
+    cache.restore(records, [(0, SectorSpan::new(0, 60))]);
+    let ops = complete_all(&mut cache, Tick::from_us(SECOND_US));
+    assert_eq!(zeroed(&ops), [SectorSpan::new(0, 18), SectorSpan::new(21, 39)], "{ops:?}");
 }
 
 #[test]

@@ -272,6 +272,12 @@ if [ "$(df -k /dev/shm | awk 'END { print $4 }')" -gt 163840 ]; then
     until_said "writing" 120
     kill_daemon
     start_daemon
+    # The log is written by a thread of its own.
+    left=50
+    until grep -qi restored "$work/daemon.$run.log" || [ $left -eq 0 ]; do
+        left=$((left - 1))
+        sleep 0.1
+    done
     # shellcheck disable=SC2046
     set -- $(restored "$work/daemon.$run.log")
     show "the new daemon restores ${1:-0} MiB of cache, ${2:-0} MiB of it dirty"

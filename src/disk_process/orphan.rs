@@ -1,9 +1,9 @@
 //! The end of a disk process whose supervisor has died.
 //!
 //! It could go on: it has all that it needs. But no process would start it again, end it in order or report on it, and
-//! the next supervisor would have to find it, and to trust what it finds. So it ends as by SIGUSR1: within milliseconds
-//! it leaves a cache that outlives it as it is, and the next supervisor restores it. If the cache would end with the
-//! process, the process writes everything to the image first.
+//! the next supervisor would have to find it, and to trust what it finds. So it ends as by SIGUSR1, within
+//! milliseconds: a cache that survives stays as it is, and the next supervisor restores it. If the cache does not
+//! survive, the process first writes everything to the image.
 
 use std::thread;
 use std::time::{Duration, Instant};

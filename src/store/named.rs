@@ -138,8 +138,8 @@ pub trait NamedImage: Backing {
         None
     }
 
-    /// Makes it grow to `size_bytes`, if it is smaller; without a size it stays as large as it is. Returns the size up
-    /// to which it is served from now on. May wait.
+    /// Grows the image to `size_bytes` if it is smaller; without a size, takes its present one. Returns the size up to
+    /// which it is served from now on. May wait.
     ///
     /// # Errors
     /// Why it cannot have that size; nothing has changed then.

@@ -33,7 +33,7 @@ fn split_keys(old: &DeviceConfig, new: &DeviceConfig) -> (Vec<&'static str>, Vec
 }
 
 impl Operator {
-    /// Begins to change keys of a device; returns it as it is then: another change may just have ended.
+    /// Begins a change of a device's keys. Returns its present state, which an earlier change may have altered.
     fn begin_change(&self, device: &str, what: &'static str) -> Result<(OverviewEntry, UnderWay), Refusal> {
         let entry = self.overview.entry(device)?;
         let change = UnderWay::begin(&entry.operator, device, what)?;
@@ -195,7 +195,7 @@ impl Operator {
         for (count, device) in devices.iter().enumerate() {
             if let Err(refusal) = self.attach(DeviceConfig::clone(device), Recorded::Files) {
                 for attached in &devices[..count] {
-                    // Nobody may have connected yet; who has keeps the disk.
+                    // A front-end that has connected meanwhile keeps the disk.
                     let _ = self.detach(&attached.name, false, false, Recorded::Files, client);
                 }
                 return Err(refusal);

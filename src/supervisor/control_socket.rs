@@ -68,7 +68,7 @@ impl ControlListener {
         self.listener.is_some()
     }
 
-    /// Starts the thread that serves the socket, as soon as it is bound; `events` hears if that is not at once.
+    /// Starts the thread that binds the socket and serves it. `events` gets a message if it is bound only later.
     pub fn serve(&mut self, host: Arc<dyn Host>, events: &Sender<SupervisorEvent>) {
         let (first, config, file, events) =
             (self.listener.take(), self.config.clone(), Arc::clone(&self.file), events.clone());

@@ -98,7 +98,7 @@ pub(super) struct Disk {
     abandoned: Option<(Instant, bool)>,
     /// How it ends, and since when.
     leaving: Option<(Ending, Instant)>,
-    /// Who waits for it to be served.
+    /// The requester of its attach, while it is not served yet.
     attaching: Option<(Requester, Recorded)>,
     /// What the operator wants of its end.
     detaching: Option<Detaching>,

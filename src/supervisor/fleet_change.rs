@@ -6,7 +6,7 @@ use std::sync::mpsc::Sender;
 use crate::config::{Config, DeviceConfig};
 use crate::control::change::Refusal;
 
-/// Who waits for the end of a change.
+/// Where to send the result of a change.
 pub(super) type Requester = Sender<Result<bool, Refusal>>;
 
 /// What the operator asks of the main thread.

@@ -202,7 +202,7 @@ impl Life {
             Err(error) if (*read_only || *is_restored) && error.kind() == ErrorKind::Ledger => return Ok(None),
             Err(error) => panic!("the cache is recovered: {error}; {configuration:?}"),
         };
-        // The image is synced before it is sampled, so what is sampled is durable: here that is the file.
+        // Recovery syncs the image before it takes samples, so they are of durable bytes: here, those of the file.
         let mut samples = arena.samples();
         samples.retain(|(page, _)| image.is_durable(SectorSpan::new(page.0 * SECTORS_PER_PAGE, SECTORS_PER_PAGE)));
         arena.keep_on_drop(true);

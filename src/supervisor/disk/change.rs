@@ -8,7 +8,7 @@ use crate::store::file::IoFence;
 /// A device that is being detached.
 #[derive(Debug)]
 pub(super) struct Detaching {
-    /// Who waits for the end.
+    /// Where to send the result.
     requester: Requester,
     record: Recorded,
     /// Dirty pages of a cache that ends with the process may be lost.

@@ -18,7 +18,7 @@ use crate::counters::BLOCK_WORDS;
 use crate::counters::worker::Counters;
 use crate::sys::clock::monotonic_ns;
 use crate::sys::shared_words::SharedWords;
-use crate::units::{OpKind, SECTOR_BYTES, SectorSpan, Unmap};
+use crate::units::{OpKind, SectorSpan, Unmap};
 
 /// Words of the page: two pages of 4 KiB.
 pub const WORDS: usize = 1024;
@@ -102,12 +102,7 @@ pub struct OldestOp {
 impl OldestOp {
     /// What it does, in words, for messages.
     pub fn describe(&self) -> String {
-        // They may be any numbers: the process may be taken over.
-        let [bytes, at] = [self.span.count, self.span.start].map(|sectors| sectors.saturating_mul(SECTOR_BYTES));
-        match self.kind {
-            OpKind::Sync => self.kind.with_article().to_owned(),
-            kind => format!("{} of {bytes} bytes at byte {at}", kind.with_article()),
-        }
+        self.kind.describe(self.span)
     }
 }
 

@@ -472,15 +472,25 @@ impl From<OpKind> for OpClass {
 }
 
 impl OpKind {
-    /// The operation in words, with an article, for messages.
-    pub fn with_article(self) -> &'static str {
+    /// The operation on `span` in words, for messages.
+    pub fn describe(self, span: SectorSpan) -> String {
+        // They may be any numbers: the statistics may come from a disk process that was taken over.
+        let [bytes, at] = [span.count, span.start].map(|sectors| sectors.saturating_mul(SECTOR_BYTES));
+        match self {
+            Self::Sync => self.with_article().to_owned(),
+            _ => format!("{} of {bytes} bytes at byte {at}", self.with_article()),
+        }
+    }
+
+    /// The operation in words, with an article.
+    fn with_article(self) -> &'static str {
         match self {
             Self::Read => "a read",
             Self::Write => "a write",
             Self::Sync => "a sync",
-            Self::Zero { .. } => "a zeroing",
+            Self::Zero { .. } => "a write-zeroes",
             Self::Discard => "a discard",
-            Self::Map => "a look for holes",
+            Self::Map => "a search for holes",
             Self::Allocate => "a reservation of space",
         }
     }

@@ -297,7 +297,7 @@ fn neither_the_cache_nor_guest_memory_is_part_of_a_core_dump() {
     daemon.stop();
 }
 
-/// 50 000 reads beyond the end of a truncated image: a line, and a count once a second.
+/// Thousands of reads beyond the end of a truncated image: some lines with an offset each, then a count once a second.
 #[test]
 fn the_log_of_a_device_that_fails_every_read_is_bounded() {
     let directory = directory("flood", 16 * MIB);
@@ -314,9 +314,9 @@ fn the_log_of_a_device_that_fails_every_read_is_bounded() {
         reads += 1;
     }
     drop(session);
-    let lines = || daemon.log().lines().filter(|line| line.contains("an operation on the image failed")).count();
+    let lines = || daemon.log().lines().filter(|line| line.contains("failed on the image")).count();
     poll_until("the last count", PATIENCE, || daemon.log().contains("like this in the last second").then_some(()));
-    assert!(reads > 1000 && lines() <= 8, "{} lines about {reads} reads:\n{}", lines(), daemon.log());
+    assert!(reads > 1000 && lines() <= 24, "{} lines about {reads} reads:\n{}", lines(), daemon.log());
     daemon.kill();
 }
 
@@ -371,7 +371,7 @@ fn a_standard_error_that_takes_nothing_stops_no_device() {
     assert!(status.success(), "{status}");
     let log = reader.join().expect("no thread panics");
     assert!(log.contains("disk0: serving"), "{log}");
-    assert!(log.contains("signal 15: stopping"), "the lines after the jam are complete:\n{log}");
+    assert!(log.contains("SIGTERM: stopping"), "the lines after the jam are complete:\n{log}");
 }
 
 #[test]

@@ -520,7 +520,7 @@ fn the_log_has_one_line_per_event() {
             "disk0: serving /",
             "disk0: front-end connected",
             "disk0: front-end disconnected",
-            "signal 15: stopping",
+            "SIGTERM: stopping",
             "disk0: reads: ",
             "disk0: read-ahead: ",
             "disk0: write-back: ",

@@ -48,7 +48,7 @@ impl Directory {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).unwrap();
         let path = directory.join(IDENTITY.file_name(SIZE_BYTES, 0));
         fs::OpenOptions::new().create(true).append(true).open(&path).unwrap();
-        ArenaFile::open_existing(&path, Whose::Own).unwrap()
+        ArenaFile::open_existing(&path, AllowedOwner::Own).unwrap()
     }
 
     fn bytes(&self) -> Vec<u8> {

@@ -12,7 +12,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::trust::{TrustedDir, Whose};
+use super::trust::{AllowedOwner, TrustedDir};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::dir::OpenMode;
 use crate::tenure::TenureId;
@@ -49,7 +49,7 @@ pub(super) fn note(dir: &TrustedDir, shown: &Path, tenure: TenureId, state: Tenu
 }
 
 /// How a tenure whose cache was at `cache` has ended, if that was noted beside the cache.
-pub(super) fn state_of(cache: &Path, whose: Whose, tenure: TenureId) -> Option<TenureState> {
+pub(super) fn state_of(cache: &Path, whose: AllowedOwner, tenure: TenureId) -> Option<TenureState> {
     let (shown, name) = (cache.with_file_name(NAME), OsStr::new(NAME));
     let file = TrustedDir::open(cache.parent()?, whose).and_then(|dir| dir.open_file(name, OpenMode::Read, &shown));
     let bytes = read(&file.ok()?).ok()?;

@@ -14,7 +14,7 @@ use super::ended;
 use super::ledger::{HEADER_BYTES, Header, ImageFacts, SET_ASIDE, boot_id, field};
 use super::mapping::{self, MEMFD_NAME, Mapping};
 use super::survey::{self, Survey};
-use super::trust::{DirEntry, TrustedDir, Whose};
+use super::trust::{AllowedOwner, DirEntry, TrustedDir};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::sys::dir::OpenMode;
@@ -129,7 +129,7 @@ impl ArenaFile {
         let mut last = None;
         for serial in 0..NAMES_MAX {
             let path = directory.join(image.identity.file_name(image.size_bytes, serial));
-            match Self::open(&path, OpenMode::Create, Whose::Own, Duration::ZERO) {
+            match Self::open(&path, OpenMode::Create, AllowedOwner::Own, Duration::ZERO) {
                 Ok(file) if matches!(file.header(), Ok(None)) => return Ok(file),
                 Ok(_) => {}
                 Err(e) if e.kind() == ErrorKind::Locked => last = Some(e),
@@ -151,7 +151,7 @@ impl ArenaFile {
     /// [`ErrorKind::Ledger`] when the file is not named as an arena is. Such a file must stay as it is: a disk image
     /// that begins with zeros, for example, looks like an empty arena. [`ErrorKind::Locked`] when another process holds
     /// its lock. Otherwise as [`ArenaFile::create_for`].
-    pub fn open_existing(path: &Path, whose: Whose) -> Result<Self> {
+    pub fn open_existing(path: &Path, whose: AllowedOwner) -> Result<Self> {
         Self::open_within(path, whose, LOOK_PATIENCE)
     }
 
@@ -159,7 +159,7 @@ impl ArenaFile {
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`].
-    pub fn open_within(path: &Path, whose: Whose, patience: Duration) -> Result<Self> {
+    pub fn open_within(path: &Path, whose: AllowedOwner, patience: Duration) -> Result<Self> {
         let shown = path.display();
         fs::symlink_metadata(path).map_err(|e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e))?;
         if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
@@ -175,7 +175,7 @@ impl ArenaFile {
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`], and [`ErrorKind::Ledger`] for an unknown layout.
-    pub fn peek(path: &Path, whose: Whose) -> Result<Option<Header>> {
+    pub fn peek(path: &Path, whose: AllowedOwner) -> Result<Option<Header>> {
         if !path.file_name().and_then(OsStr::to_str).is_some_and(ImageId::is_file_name) {
             return Ok(None);
         }
@@ -244,7 +244,9 @@ impl ArenaFile {
     /// [`ErrorKind::Memory`] or [`ErrorKind::Ledger`] when that cannot be noted.
     pub fn note_ended(&self, tenure: TenureId, state: TenureState) -> Result<()> {
         match &self.location {
-            Location::Path(path) => ended::note(&TrustedDir::open(split(path)?.0, Whose::Anyone)?, path, tenure, state),
+            Location::Path(path) => {
+                ended::note(&TrustedDir::open(split(path)?.0, AllowedOwner::Anyone)?, path, tenure, state)
+            }
             Location::FdStore { .. } | Location::Received(_) => {
                 Err(Error::new(ErrorKind::Memory, format!("nothing can be noted beside {self}")))
             }
@@ -252,7 +254,7 @@ impl ArenaFile {
     }
 
     /// How a tenure whose cache was at `path` has ended, if [`ArenaFile::note_ended`] was called for it.
-    pub fn noted_end(path: &Path, whose: Whose, tenure: TenureId) -> Option<TenureState> {
+    pub fn noted_end(path: &Path, whose: AllowedOwner, tenure: TenureId) -> Option<TenureState> {
         ended::state_of(path, whose, tenure)
     }
 
@@ -276,12 +278,12 @@ impl ArenaFile {
     ///
     /// # Errors
     /// [`ErrorKind::Ledger`] when one could; [`ErrorKind::Memory`] when it cannot be opened.
-    pub fn check_dir(directory: &Path, whose: Whose) -> Result<()> {
+    pub fn check_dir(directory: &Path, whose: AllowedOwner) -> Result<()> {
         TrustedDir::open(directory, whose).map(drop)
     }
 
     /// Whether a process uses a file. Takes the lock for an instant, if it is free.
-    pub fn is_held(path: &Path, whose: Whose) -> bool {
+    pub fn is_held(path: &Path, whose: AllowedOwner) -> bool {
         let opened = split(path)
             .and_then(|(directory, name)| TrustedDir::open(directory, whose)?.open_file(name, OpenMode::Read, path));
         opened.is_ok_and(|file| file.try_lock_shared().is_err())
@@ -291,7 +293,7 @@ impl ArenaFile {
     ///
     /// # Errors
     /// As [`ArenaFile::open_existing`].
-    pub fn look_at(path: &Path, whose: Whose) -> Result<Seen> {
+    pub fn look_at(path: &Path, whose: AllowedOwner) -> Result<Seen> {
         let (directory, name) = split(path)?;
         let dir = TrustedDir::open(directory, whose)?;
         let file = dir.open_file(name, OpenMode::Read, path)?;
@@ -303,7 +305,7 @@ impl ArenaFile {
     }
 
     /// Opens and locks a file.
-    fn open(path: &Path, access: OpenMode, whose: Whose, patience: Duration) -> Result<Self> {
+    fn open(path: &Path, access: OpenMode, whose: AllowedOwner, patience: Duration) -> Result<Self> {
         let began = Instant::now();
         let (directory, name) = split(path)?;
         loop {
@@ -344,7 +346,7 @@ impl ArenaFile {
             return Err(Error::new(ErrorKind::Memory, format!("cannot replace {self}")));
         };
         make_dir(split(path)?.0)?;
-        let file = Self::open(path, OpenMode::Create, Whose::Own, Duration::ZERO)?;
+        let file = Self::open(path, OpenMode::Create, AllowedOwner::Own, Duration::ZERO)?;
         match file.file.metadata() {
             Ok(metadata) if metadata.len() == 0 => Ok(file),
             _ => Err(Error::new(ErrorKind::Ledger, format!("another file is in the place of {self}"))),

@@ -20,7 +20,7 @@ fn tells_of_loss(test: &str, act: impl Fn(&Arena)) -> bool {
     act(&arena);
     arena.keep_on_drop(true);
     drop(arena);
-    let header = ArenaFile::open_existing(&path, Whose::Own).unwrap().header().unwrap().expect("a header");
+    let header = ArenaFile::open_existing(&path, AllowedOwner::Own).unwrap().header().unwrap().expect("a header");
     std::fs::remove_dir_all(directory).unwrap();
     header.guest.data == GuestData::Lost
 }

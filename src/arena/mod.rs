@@ -50,7 +50,7 @@ pub use ledger::{ArenaSpec, GuestData, GuestState, Header, ImageFacts, SAMPLES_M
 pub use populate::Populator;
 pub use samples::hash_of;
 pub use survey::Survey;
-pub use trust::Whose;
+pub use trust::AllowedOwner;
 
 use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
 use lost_file::LossMarker;

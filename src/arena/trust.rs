@@ -21,9 +21,9 @@ const WRITABLE_BY_ALL: u32 = 0o002;
 /// Mode bit by which only the owner of a file may rename or remove it.
 const STICKY: u32 = 0o1000;
 
-/// Whose files are used.
+/// AllowedOwner files are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whose {
+pub enum AllowedOwner {
     /// Those of this user.
     Own,
     /// Those of every user. For root, which may list and remove them, and must not believe what they say.
@@ -43,7 +43,7 @@ impl TrustedDir {
     /// # Errors
     /// [`ErrorKind::Ledger`] when another user could have put a file there; [`ErrorKind::Memory`] when it cannot be
     /// opened.
-    pub(super) fn open(path: &Path, whose: Whose) -> Result<Self> {
+    pub(super) fn open(path: &Path, whose: AllowedOwner) -> Result<Self> {
         let shown = path.display();
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot open {shown}"), e);
         let distrusted = |why: String| {
@@ -59,7 +59,7 @@ impl TrustedDir {
         };
         let metadata = dir.metadata().map_err(failed)?;
         let (owner, user) = (metadata.uid(), effective_uid());
-        if owner != user && (whose == Whose::Own || user != 0) {
+        if owner != user && (whose == AllowedOwner::Own || user != 0) {
             return distrusted(format!("it belongs to user {owner}, not to user {user}"));
         }
         if metadata.mode() & WRITABLE_BY_OTHERS != 0 {

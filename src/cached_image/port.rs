@@ -9,9 +9,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use log::{Level, warn};
+use log::warn;
 
-use crate::cache::{Health, Notice, PageCache, Piece, StoreOpRef, Ticket};
+use crate::cache::{Notice, PageCache, Piece, StoreOpRef, Ticket};
 use crate::counters::worker::WorkerCounters;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DRAIN_MAX, Event, IoRequest, Refused, StoreQueue};
@@ -19,7 +19,7 @@ use crate::units::{OpKind, SECTOR_BYTES, SECTOR_SIZE, SECTORS_PER_PAGE, Tick, Ur
 use crate::waker::Waker;
 
 use super::report::report_health;
-use super::translate::{outcome_of, request_of};
+use super::translate::{log_failure, outcome_of, request_of};
 use super::{CachedImage, Mailbox, Reader};
 
 /// A ticket holds the worker's number above this bit, and below it the local part, whose meaning only the worker knows.
@@ -42,7 +42,7 @@ impl CachedImage {
         mailboxes.push(Arc::clone(&mailbox));
         let worker = mailboxes.len() as u64 - 1;
         drop(mailboxes);
-        let reader = self.reader_of(device);
+        let reader = self.join(device);
         Ok(WorkerPort {
             image: Arc::clone(self),
             worker,
@@ -60,7 +60,7 @@ impl CachedImage {
     }
 
     /// The number of a device among those that use the image. From the second one on, the cache is shared fairly.
-    fn reader_of(&self, device: &str) -> usize {
+    fn join(&self, device: &str) -> usize {
         let mut readers = self.readers.lock().expect("no thread panics with the list locked");
         let known = readers.iter().position(|reader| reader.device == device);
         // The number of a device that has left is free.
@@ -194,11 +194,12 @@ impl WorkerPort {
         while pages < REAPED_PAGES_MAX
             && let Some(event) = reaped.pop_front()
         {
-            // While the store is known to fail, every retry of a page would otherwise be a log line.
-            let level = if cache.health() == Health::Healthy { Level::Warn } else { Level::Debug };
-            let (tag, outcome) = outcome_of(&image.name, level, event);
+            let (tag, outcome, errno) = outcome_of(event);
             pages += cache.pages_of_op(tag);
             let (kind, span, since) = cache.operation(tag);
+            if let Some(fault) = outcome.fault() {
+                log_failure(&image.name, cache.health(), &kind.describe(span), fault, errno);
+            }
             let bytes = outcome.fault().is_none().then(|| span.count * SECTOR_BYTES);
             counters.store_completed(kind.into(), now.since_ns(since), bytes);
             cache.complete(tag, &outcome, now);

@@ -3,7 +3,7 @@
 use log::{Level, log};
 
 use crate::arena::Arena;
-use crate::cache::{Outcome, StoreOpRef};
+use crate::cache::{Health, Outcome, StoreOpRef};
 use crate::store::{Event, IoRequest, Segment};
 use crate::units::{Fault, PAGE_SIZE, SECTOR_BYTES, SECTOR_SIZE};
 
@@ -33,23 +33,29 @@ pub(super) fn request_of(arena: &Arena, op: &StoreOpRef<'_>) -> IoRequest {
     }
 }
 
-/// The tag and the outcome, as the cache knows them, of an event of the store. Logs a failure at `level`.
-pub(super) fn outcome_of(name: &str, level: Level, event: Event) -> (u32, Outcome) {
-    let (tag, outcome) = match event {
-        Event::Done { tag } => (tag, Outcome::Done),
+/// The tag, the outcome and the error number, as the cache and the log know them, of an event of the store.
+pub(super) fn outcome_of(event: Event) -> (u32, Outcome, i32) {
+    let (tag, outcome, errno) = match event {
+        Event::Done { tag } => (tag, Outcome::Done, 0),
         Event::Mapped { tag, extents } => {
             let sectors = |len: u64| len / SECTOR_BYTES;
             let runs = extents.iter().map(|extent| (sectors(extent.len), extent.kind));
-            (tag, Outcome::Mapped(runs.collect()))
+            (tag, Outcome::Mapped(runs.collect()), 0)
         }
-        Event::Failed { tag, fault, errno } => {
-            let reason = std::io::Error::from_raw_os_error(errno);
-            // The cache falls back where an operation is not supported.
-            // A store says itself what it has lost.
-            let level = if matches!(fault, Fault::Unsupported | Fault::Lost) { Level::Debug } else { level };
-            log!(level, "{name}: an operation on the image failed: {fault} ({reason})");
-            (tag, Outcome::Failed(fault))
-        }
+        Event::Failed { tag, fault, errno } => (tag, Outcome::Failed(fault), errno),
     };
-    (u32::try_from(tag).expect("the tag is the cache's, a u32"), outcome)
+    (u32::try_from(tag).expect("the tag is the cache's, a u32"), outcome, errno)
+}
+
+/// Logs that an operation on the image of the device `name` has failed.
+pub(super) fn log_failure(name: &str, health: Health, operation: &str, fault: Fault, errno: i32) {
+    let level = match (health, fault) {
+        // The cache falls back where an operation is not supported, and a store logs itself what it has lost.
+        (_, Fault::Unsupported | Fault::Lost) => Level::Debug,
+        (Health::Healthy, _) => Level::Warn,
+        // While the store is known to fail, every retry of a page would otherwise be a log line.
+        _ => Level::Debug,
+    };
+    let reason = std::io::Error::from_raw_os_error(errno);
+    log!(level, "{name}: {operation} failed on the image: {fault} ({reason})");
 }

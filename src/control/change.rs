@@ -89,7 +89,7 @@ pub enum Change {
 
 /// Why a call does not name a change that can be made.
 #[derive(Debug)]
-pub(super) enum NoChange {
+pub(super) enum InvalidCall {
     /// There is no such method.
     Unknown,
     /// This parameter is wrong.
@@ -98,9 +98,9 @@ pub(super) enum NoChange {
 
 impl Change {
     /// The change that a method of the interface asks for; `read` reads its parameters, or names the one that is wrong.
-    pub(super) fn of<'a>(method: &str, given: &'a Value) -> Result<Self, NoChange> {
-        fn read<T: serde::de::DeserializeOwned>(given: &Value) -> Result<T, NoChange> {
-            super::wire::read_parameters(given).map_err(NoChange::Invalid)
+    pub(super) fn of<'a>(method: &str, given: &'a Value) -> Result<Self, InvalidCall> {
+        fn read<T: serde::de::DeserializeOwned>(given: &Value) -> Result<T, InvalidCall> {
+            super::wire::read_parameters(given).map_err(InvalidCall::Invalid)
         }
         let device = |given: &'a Value| read::<DeviceParameters>(given).map(|parameters| parameters.device);
         Ok(match method {
@@ -118,7 +118,7 @@ impl Change {
                 let FreezeParameters { device, timeout_ms, reads } = read(given)?;
                 let timeout_ms = timeout_ms.unwrap_or(FREEZE_MS_DEFAULT);
                 if !FREEZE_MS.contains(&timeout_ms) {
-                    return Err(NoChange::Invalid("timeout_ms".to_owned()));
+                    return Err(InvalidCall::Invalid("timeout_ms".to_owned()));
                 }
                 Self::Freeze { device, timeout_ms, reads: reads.unwrap_or(false) }
             }
@@ -136,7 +136,7 @@ impl Change {
                 let DetachParameters { device, force, discard } = read(given)?;
                 Self::Detach { device, force: force.unwrap_or(false), discard: discard.unwrap_or(false) }
             }
-            _ => return Err(NoChange::Unknown),
+            _ => return Err(InvalidCall::Unknown),
         })
     }
 }
@@ -199,7 +199,7 @@ impl ChangeClient {
     }
 
     /// Sends a reply before the last one, to a client that takes it.
-    pub fn tell(&self, results: &impl Serialize) {
+    pub fn send_progress(&self, results: &impl Serialize) {
         if self.takes_more {
             // A client that has hung up needs none.
             let _ = self.steps.send(ChangeReply::More(super::wire::value(results)));
@@ -213,7 +213,7 @@ impl ChangeClient {
     }
 
     /// Waits for this time; returns early with `true` if the client has hung up.
-    pub fn waits_in_vain(&self, time: Duration) -> bool {
+    pub fn has_hung_up_within(&self, time: Duration) -> bool {
         self.hung_up.recv_timeout(time) == Err(RecvTimeoutError::Disconnected)
     }
 }

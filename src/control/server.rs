@@ -13,7 +13,7 @@ use log::debug;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::change::{BegunChange, Change, ChangeReply, NoChange, Refusal};
+use super::change::{BegunChange, Change, ChangeReply, InvalidCall, Refusal};
 use super::connection::VarlinkConnection;
 use super::wire::{
     Description, DeviceStatistics, DeviceStatus, Devices, INTERFACE, ListParameters, MethodCall, MethodReply, NAME,
@@ -246,12 +246,12 @@ fn change_in(call: &MethodCall, may_change: bool) -> Result<Change, MethodReply>
     let given = call.parameters.clone().filter(|given| may_change && !given.is_null()).unwrap_or_else(|| json!({}));
     let name = call.method.rsplit_once('.').map_or("", |(_, name)| name);
     match Change::of(name, &given) {
-        Err(NoChange::Unknown) => Err(service_error("MethodNotFound", json!({ "method": call.method }))),
+        Err(InvalidCall::Unknown) => Err(service_error("MethodNotFound", json!({ "method": call.method }))),
         _ if !may_change => {
             let needs = "root or the user of the daemon";
             Err(error("PermissionDenied", json!({ "method": name, "needs": needs })))
         }
-        Err(NoChange::Invalid(parameter)) => Err(invalid_parameter(&parameter)),
+        Err(InvalidCall::Invalid(parameter)) => Err(invalid_parameter(&parameter)),
         Ok(change) => Ok(change),
     }
 }

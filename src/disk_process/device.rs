@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::{DiskChannel, spawn, tell};
+use super::{DiskChannel, send_event, spawn};
 use crate::device::Untracked;
 use crate::disk_protocol::{DeviceReply, DeviceRequest, Ending, ErrorText, FromDisk};
 use crate::disk_stats::{DiskState, StatsPage};
@@ -104,12 +104,12 @@ impl DeviceControl {
     pub fn request(&self, id: u64, request: DeviceRequest, channel: &Arc<DiskChannel>) {
         let mut served = None;
         self.with_handle(|handle| served = Some(handle.clone()));
-        let reply = move |channel: &DiskChannel, reply| tell(channel, &FromDisk::Reply { id, reply });
+        let reply = move |channel: &DiskChannel, reply| send_event(channel, &FromDisk::Reply { id, reply });
         let Some(handle) = served else { return reply(channel, DeviceReply::NotServed) };
         let to_supervisor = Arc::clone(channel);
         let started = spawn("request", move || reply(&to_supervisor, handle.execute(&request)));
         if let Err(e) = started {
-            tell(channel, &FromDisk::Reply { id, reply: DeviceReply::Failed { fault: e.to_string() } });
+            send_event(channel, &FromDisk::Reply { id, reply: DeviceReply::Failed { fault: e.to_string() } });
         }
     }
 
@@ -127,7 +127,7 @@ impl DeviceControl {
         self.with_handle(ServiceHandle::force_close);
     }
 
-    /// What the device does, as of the last look.
+    /// What the device does, as of the last check.
     pub fn state(&self) -> &DiskState {
         &self.state
     }
@@ -160,14 +160,14 @@ impl DeviceThread {
             Ok(running) => running,
             Err(error) => {
                 let error = ErrorText::from(&error);
-                return tell(&self.channel, &FromDisk::Failed { device, error });
+                return send_event(&self.channel, &FromDisk::Failed { device, error });
             }
         };
         sandbox::confine(ThreadKind::Main);
         self.set_stage(DeviceStage::Served(running.handle()));
-        tell(&self.channel, &FromDisk::Served { device });
+        send_event(&self.channel, &FromDisk::Served { device });
         let error = self.serve(running).err().map(|error: Error| ErrorText::from(&error));
-        tell(&self.channel, &FromDisk::Ended { device, error });
+        send_event(&self.channel, &FromDisk::Ended { device, error });
     }
 
     fn serve(&self, mut running: Running) -> Result<()> {
@@ -178,7 +178,7 @@ impl DeviceThread {
                 Ok(DeviceCommand::Quiesce) => {
                     quiesced = running.quiesce();
                     self.set_stage(DeviceStage::Quiesced(running.handle()));
-                    tell(&self.channel, &FromDisk::Quiesced { device: self.number });
+                    send_event(&self.channel, &FromDisk::Quiesced { device: self.number });
                 }
                 Ok(DeviceCommand::Finish(Ending::HandOver)) => return quiesced.and(running.hand_over()),
                 Ok(DeviceCommand::Finish(Ending::WriteBack)) | Err(_) => return quiesced.and(running.shutdown()),

@@ -98,11 +98,11 @@ pub fn run(channel: &Arc<DiskChannel>) -> Result<()> {
         control.waker.clear();
         if message {
             match channel.receive().map_err(system("cannot talk to the supervisor"))? {
-                Received::Message(message, files) => control.obey(message, files)?,
+                Received::Message(message, files) => control.handle_message(message, files)?,
                 Received::Closed => return orphan::end(control),
             }
         }
-        control.look();
+        control.check();
         control.release_unused();
     }
     control.end();
@@ -126,7 +126,7 @@ struct Open {
 
 /// A device, and the number of the one for which its image was opened.
 #[derive(Debug)]
-struct OfImage {
+struct ServedDevice {
     image_of: u32,
     device: DeviceControl,
 }
@@ -139,7 +139,7 @@ struct Control {
     waker: Arc<Waker>,
     /// By the number of the device for which each was opened.
     images: BTreeMap<u32, Open>,
-    devices: BTreeMap<u32, OfImage>,
+    devices: BTreeMap<u32, ServedDevice>,
     /// Threads that release images.
     releases: Vec<JoinHandle<()>>,
     /// An image was released.
@@ -156,15 +156,15 @@ impl Control {
 
     /// Its devices.
     fn devices(&self) -> impl Iterator<Item = &DeviceControl> {
-        self.devices.values().map(|of_image| &of_image.device)
+        self.devices.values().map(|served| &served.device)
     }
 
-    fn tell(&self, message: &FromDisk) {
-        tell(&self.channel, message);
+    fn send(&self, message: &FromDisk) {
+        send_event(&self.channel, message);
     }
 
-    fn obey(&mut self, message: ToDisk, files: Vec<File>) -> Result<()> {
-        let device = |number: u32| self.devices.get(&number).map(|of_image| &of_image.device);
+    fn handle_message(&mut self, message: ToDisk, files: Vec<File>) -> Result<()> {
+        let device = |number: u32| self.devices.get(&number).map(|served| &served.device);
         match message {
             ToDisk::Open { image_of, name, image, cache, settings, user, is_shared } => {
                 let mut files = files.into_iter();
@@ -175,12 +175,12 @@ impl Control {
                 let opened =
                     confined.and_then(|()| self.open(image_of, file, *image, &cache, files.collect(), &settings));
                 if let Err(error) = opened {
-                    self.tell(&FromDisk::ImageFailed { image_of, error: ErrorText::from(&error) });
+                    self.send(&FromDisk::ImageFailed { image_of, error: ErrorText::from(&error) });
                     if is_first {
                         return Err(error);
                     }
                     // The others of the group are served all the same.
-                    self.tell(&FromDisk::Released { image_of, is_cache_removed: false });
+                    self.send(&FromDisk::Released { image_of, is_cache_removed: false });
                     return Ok(());
                 }
                 self.is_shared |= is_shared;
@@ -196,7 +196,7 @@ impl Control {
             ToDisk::ForceClose { device: number } => _ = device(number).inspect(|device| device.force_close()),
             ToDisk::Request { device: number, id, request } => match device(number) {
                 Some(device) => device.request(id, request, &self.channel),
-                None => self.tell(&FromDisk::Reply { id, reply: DeviceReply::NotServed }),
+                None => self.send(&FromDisk::Reply { id, reply: DeviceReply::NotServed }),
             },
             ToDisk::CacheFileLost { image_of, unmarked } => {
                 let marker = files.into_iter().next().ok_or_else(|| unmarked.unwrap_or_default());
@@ -246,7 +246,7 @@ impl Control {
         let page: &'static StatsPage = Box::leak(Box::new(page));
         BUS_ERROR_PAGES.note(page);
         let device = DeviceControl::start(number, &settings.name, service, page, &self.channel, &self.waker)?;
-        self.devices.insert(number, OfImage { image_of, device });
+        self.devices.insert(number, ServedDevice { image_of, device });
         if !self.is_shared {
             // No other device follows, so this thread makes no further ring.
             sandbox::confine(ThreadKind::Main);
@@ -255,9 +255,9 @@ impl Control {
     }
 
     /// Writes the pages of statistics, and tries again what could not be done at once.
-    fn look(&mut self) {
-        for of_image in self.devices.values_mut() {
-            of_image.device.publish_state();
+    fn check(&mut self) {
+        for served in self.devices.values_mut() {
+            served.device.publish_state();
         }
         for open in self.images.values_mut() {
             if let Some(marker) = open.lost.take() {
@@ -269,8 +269,8 @@ impl Control {
     /// Releases the images whose last device has ended, or failed to start.
     fn release_unused(&mut self) {
         let has_ended = |image_of: u32| {
-            let mut devices = self.devices.values().filter(|of_image| of_image.image_of == image_of);
-            devices.all(|of_image| of_image.device.has_ended())
+            let mut devices = self.devices.values().filter(|served| served.image_of == image_of);
+            devices.all(|served| served.device.has_ended())
         };
         let unused: Vec<u32> = self
             .images
@@ -290,17 +290,17 @@ impl Control {
     ///    and the cache stays.
     fn release(&mut self, image_of: u32) {
         let Some(Open { name, image, is_cache_removed, .. }) = self.images.remove(&image_of) else { return };
-        self.devices.retain(|_, of_image| of_image.image_of != image_of);
+        self.devices.retain(|_, served| served.image_of != image_of);
         self.has_released = true;
         let channel = Arc::clone(&self.channel);
         let release = move || {
             drop(image);
             let is_cache_removed = is_cache_removed.load(Ordering::Acquire);
-            tell(&channel, &FromDisk::Released { image_of, is_cache_removed });
+            send_event(&channel, &FromDisk::Released { image_of, is_cache_removed });
         };
         match spawn(&format!("release {name}"), release) {
             Ok(thread) => self.releases.push(thread),
-            // It is released by now, and the supervisor hears of the end of the process.
+            // It is released by now, and the supervisor sees the end of the process.
             Err(e) => error!("{name}: {e}"),
         }
     }
@@ -328,9 +328,9 @@ fn confine(settings: &DeviceSettings, user: Option<&User>) -> Result<()> {
 }
 
 /// Sends a message. A supervisor that has died needs none.
-fn tell(channel: &DiskChannel, message: &FromDisk) {
+fn send_event(channel: &DiskChannel, message: &FromDisk) {
     match channel.send(message, &[]) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("cannot send {message:?} to the supervisor: {e}"),
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => error!("cannot report to the supervisor: {e}"),
         _ => {}
     }
 }

@@ -14,7 +14,7 @@ use crate::device::Untracked;
 use crate::disk_protocol::Ending;
 use crate::error::{Error, ErrorKind, Result};
 
-/// How often to look how far the devices are.
+/// How often to check how far the devices are.
 const TICK: Duration = Duration::from_millis(10);
 /// How long requests in flight may take while the cache is kept. The guest repeats them with the next daemon.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
@@ -40,7 +40,7 @@ pub(super) fn end(mut control: Control) -> Result<()> {
     let mut is_finishing = false;
     while !control.devices().all(DeviceControl::has_ended) {
         thread::sleep(TICK);
-        control.look();
+        control.check();
         if !is_finishing && control.devices().all(DeviceControl::has_quiesced) {
             is_finishing = true;
             control.devices().for_each(|device| device.finish(Ending::HandOver));

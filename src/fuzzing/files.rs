@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use super::input::Input;
-use crate::arena::{Arena, ArenaFile, Whose};
+use crate::arena::{AllowedOwner, Arena, ArenaFile};
 use crate::config::{CacheMode, Config};
 use crate::image_id::ImageId;
 use crate::store::{IoRequest, Limits, Segment};
@@ -58,7 +58,7 @@ pub(super) fn ledger_decode(input: &[u8]) {
     let path = cache_path();
     fs::write(&path, &bytes).expect("a file in shared memory");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("our own file");
-    let file = ArenaFile::open_existing(&path, Whose::Own).expect("nobody else uses it");
+    let file = ArenaFile::open_existing(&path, AllowedOwner::Own).expect("nobody else uses it");
     let survey = file.survey();
     if let Ok(Some(survey)) = &survey {
         assert!(survey.dirty_pages <= survey.pages && survey.pages <= survey.header.frames, "{survey:?}");

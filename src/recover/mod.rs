@@ -149,7 +149,7 @@ pub fn arena_for(
         Decision::Attach => {
             let header = header.expect(HAS_HEADER);
             if !header.last_seen.is_at_rest {
-                image.fear_earlier_writes();
+                image.quarantine_earlier_writes();
             }
             let arena = Arena::attach(file, &header)?;
             arena.move_to(&header.image, &facts).map_err(|beyond| overhang(image, &arena, beyond))?;
@@ -328,7 +328,7 @@ impl NewCache<'_> {
         let spec = ArenaSpec { frames: self.frames, image: self.facts, tenure, guest };
         let survive = match check_memory_dir(self.config) {
             Err(error) if self.config.cache.survive == Survive::Auto => {
-                warn!("{error}; using a cache that does not survive a crash");
+                warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
                 Survive::Never
             }
             _ => self.config.cache.survive,
@@ -375,7 +375,11 @@ impl NewCache<'_> {
         arena.set_write_through(guest.write_through);
         arena.add_guest_formats(guest.formats);
         if !self.begin_tenure(&arena, self.new_tenure()?) {
-            warn!("{}: data loss would go undetected", self.config.name);
+            warn!(
+                "{}: neither memory_dir nor the image takes a record of this run: if the daemon is killed, the next one \
+                 does not notice that completed writes are lost",
+                self.config.name
+            );
         }
         Ok(arena)
     }

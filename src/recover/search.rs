@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::LOCK_PATIENCE;
 use super::proof::Likeness;
 use super::write_back::Unwritten;
-use crate::arena::{ArenaFile, Header, ImageFacts, Whose};
+use crate::arena::{AllowedOwner, ArenaFile, Header, ImageFacts};
 use crate::config::MemoryDir;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
@@ -293,7 +293,7 @@ fn is_copy(of: &ImageFacts, file: &ImageId) -> bool {
     })
 }
 
-/// Whose caches are looked at. Root looks at all of them, and uses its own.
-pub(super) fn whose() -> Whose {
-    if effective_uid() == 0 { Whose::Anyone } else { Whose::Own }
+/// AllowedOwner caches are looked at. Root looks at all of them, and uses its own.
+pub(super) fn whose() -> AllowedOwner {
+    if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }

@@ -54,7 +54,7 @@ impl fmt::Display for Unwritten {
 pub(super) fn write_back(arena: &Arena, image: &dyn NamedImage, progress: &mut dyn FnMut(u64, u64)) -> Result<u64> {
     let failed = |e| Error::io(ErrorKind::Image, format!("cannot write to image {}", image.path().display()), e);
     let image_sectors = image.limits().size_bytes.get() / SECTOR_BYTES;
-    image.fear_earlier_writes();
+    image.quarantine_earlier_writes();
     let mut dirty: Vec<(FrameId, FrameRecord)> =
         arena.records().filter(|(_, record)| !record.dirty.is_empty()).collect();
     dirty.sort_by_key(|(_, record)| record.page);

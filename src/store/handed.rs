@@ -60,7 +60,7 @@ pub struct NbdParts {
     /// See [`super::options::NbdOptions::quarantine`].
     pub(super) quarantine_ms: u64,
     /// For how long from now on the server may still execute requests of an earlier process.
-    pub(super) feared_ms: u64,
+    pub(super) quarantined_ms: u64,
 }
 
 /// An export as its server describes it.

@@ -105,7 +105,7 @@ pub trait NamedImage: Backing {
 
     /// An earlier daemon has died while it was changing the image: what it had sent may still be executed. Does not
     /// wait.
-    fn fear_earlier_writes(&self) {}
+    fn quarantine_earlier_writes(&self) {}
 
     /// Checks that so many workers can serve the image. Does not wait.
     ///

@@ -3,7 +3,7 @@
 //! A guest may write any bytes to its disk, the magic number of a format among them: a disk that is encrypted as a
 //! whole begins with a LUKS header. QEMU, where the format was not given, fails such a write to the first sector,
 //! because it would take the image for another format at the next start, and read what a guest has chosen as its
-//! metadata. genblk interprets no format, so nothing is to be feared from such bytes. It lets the guest write them, and
+//! metadata. genblk interprets no format, so such bytes do it no harm. It lets the guest write them, and
 //! records in an extended attribute of the image which formats' headers its guest has written so far: after a crash any
 //! of the last writes may be the one that the image has. With that record the next start serves the image. Where the
 //! image has no attributes (block devices, some file systems), the cache file has the record.

@@ -48,7 +48,7 @@ impl Fleet {
             }
             FleetChange::Compare(files, requester) => return drop(requester.send(self.compare(&files))),
         };
-        // Whoever has hung up needs no reply.
+        // A client that has hung up needs no reply.
         let _ = requester.send(refusal);
     }
 
@@ -64,7 +64,7 @@ impl Fleet {
         if let Some(index) = self.find(&device.name) {
             let disk = &self.disks[&index];
             let differs = differing_keys(&disk.config(), device);
-            if disk.is_leaving() {
+            if disk.is_ending() {
                 return Err(Refusal::new("Busy", json!({ "what": format!("{}: detach", device.name) })));
             }
             if disk.is_attaching() {
@@ -101,7 +101,7 @@ impl Fleet {
         }
         info!("{}: set by the operator: {}", device.name, keys.join(", "));
         self.disks[&index].configure(device);
-        // Before the reply: the next change looks at what is in force.
+        // Before the reply: the next change reads what is in force.
         self.overview.update(self.disks.values().map(Disk::entry));
         Ok(())
     }
@@ -128,7 +128,7 @@ impl Fleet {
         if !problems.is_empty() {
             return Err(Refusal::new("Invalid", json!({ "problems": problems })));
         }
-        let in_force = self.disks.values().filter(|disk| !disk.is_leaving()).map(Disk::config).collect();
+        let in_force = self.disks.values().filter(|disk| !disk.is_ending()).map(Disk::config).collect();
         Ok(FleetPlan { wanted, in_force })
     }
 
@@ -167,7 +167,7 @@ impl Fleet {
     /// The daemon ends: what is not attached yet is not recorded any more.
     pub(super) fn refuse_attaches(&mut self) {
         for (requester, _) in self.disks.values_mut().filter_map(Disk::take_attaching) {
-            // Whoever has hung up needs no reply.
+            // A client that has hung up needs no reply.
             let _ = requester.send(Err(ending()));
         }
     }
@@ -185,7 +185,7 @@ impl Fleet {
     fn detach(&mut self, index: usize, discards: bool, record: Recorded, requester: Requester) {
         let disk = self.disks.get_mut(&index).expect("it was found");
         let attaching = disk.take_attaching();
-        if disk.is_leaving() {
+        if disk.is_ending() {
             let busy = format!("{}: another change", disk.name());
             return drop(requester.send(Err(Refusal::new("Busy", json!({ "what": busy })))));
         }
@@ -204,12 +204,12 @@ impl Fleet {
         if self.end.is_some() {
             return;
         }
-        let has_left = |disk: &Disk| disk.is_leaving() && disk.has_ended();
-        let (ended, left): (Vec<_>, Vec<_>) =
-            mem::take(&mut self.disks).into_iter().partition(|(_, disk)| has_left(disk));
-        self.disks = left.into_iter().collect();
+        let is_gone = |disk: &Disk| disk.is_ending() && disk.has_ended();
+        let (ended, remaining): (Vec<_>, Vec<_>) =
+            mem::take(&mut self.disks).into_iter().partition(|(_, disk)| is_gone(disk));
+        self.disks = remaining.into_iter().collect();
         if !ended.is_empty() {
-            // Before the replies: whoever gets one may look.
+            // Before the replies: a client that gets one may list the devices next.
             self.overview.update(self.disks.values().map(Disk::entry));
         }
         for (_, disk) in ended {

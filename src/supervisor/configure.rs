@@ -21,7 +21,7 @@ use crate::disk_protocol::{DeviceRequest, DeviceSettings};
 use crate::sys::clock::monotonic_ns;
 use crate::systemd::ServiceManager;
 
-/// How long a change waits for a process that starts, and how often it looks.
+/// How long a change waits for a process that starts, and how often it checks.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 const START_WATCH: Duration = Duration::from_millis(20);
 
@@ -170,7 +170,7 @@ impl Operator {
                 Err(refusal) if refusal.error == "Invalid" => {
                     let problems = refusal.parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
                     problems.iter().filter_map(Value::as_str).for_each(|problem| error!("{problem}"));
-                    error!("the configuration that was read again is wrong; nothing has changed");
+                    error!("the configuration that was read again has errors; nothing has changed");
                 }
                 Err(refusal) => error!("the configuration was not read again, nothing has changed: {}", why(&refusal)),
             }

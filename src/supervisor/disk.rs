@@ -16,9 +16,10 @@ use crate::disk_stats::{DiskState, OldestOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::store::file::IoFence;
+use crate::units::counted;
 
 use change::Detaching;
-pub(super) use change::Stayers;
+pub(super) use change::RemainingDevices;
 
 use super::SupervisorEvent;
 use super::context::Context;
@@ -41,7 +42,7 @@ const UNTRACKED_STALL_MAX: Duration = Duration::from_secs(5);
 /// command.
 const STALL_MAX: Duration = Duration::from_secs(30);
 /// How long to wait for the threads of a device after it was abandoned.
-const DETACH_PATIENCE: Duration = Duration::from_secs(2);
+const ABANDON_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a disk process that hangs may take to close its connection before it is killed.
 const CLOSE_PATIENCE: Duration = Duration::from_millis(200);
 /// How long to wait for a disk process that was killed: a thread in uninterruptible sleep does not die.
@@ -93,11 +94,11 @@ pub(super) struct Disk {
     /// Since when another front-end waits, and the lines about it.
     waiting: Option<(Instant, Reminder)>,
     /// When the image was last seen to complete something, and how many operations it had completed.
-    progress: (Instant, u64),
+    last_completion: (Instant, u64),
     /// When it was abandoned, and whether requests are waited for that the next daemon cannot repeat.
     abandoned: Option<(Instant, bool)>,
     /// How it ends, and since when.
-    leaving: Option<(Ending, Instant)>,
+    end: Option<(Ending, Instant)>,
     /// The requester of its attach, while it is not served yet.
     attaching: Option<(Requester, Recorded)>,
     /// What the operator wants of its end.
@@ -105,7 +106,7 @@ pub(super) struct Disk {
     /// Since when its rings have stopped.
     quiesced: Option<Instant>,
     /// When it was given up at the end of the process, and whether its process was killed.
-    detached: Option<(Instant, bool)>,
+    given_up: Option<(Instant, bool)>,
     /// Lines about a process that does not run.
     silence_reminder: Reminder,
     /// Lines about a cache that ends with the daemon, whose image is waited for.
@@ -148,13 +149,13 @@ impl Disk {
             step_reminder: Reminder::new(),
             op_reminder: Reminder::new(),
             waiting: None,
-            progress: (Instant::now(), 0),
+            last_completion: (Instant::now(), 0),
             abandoned: None,
-            leaving: None,
+            end: None,
             attaching: None,
             detaching: None,
             quiesced: None,
-            detached: None,
+            given_up: None,
             silence_reminder: Reminder::new(),
             unkept_reminder: Reminder::new(),
             error: None,
@@ -170,7 +171,7 @@ impl Disk {
     }
 
     pub fn set_phase(&mut self, phase: DevicePhase) {
-        // News that was on its way when the end began, or when the device was given up, changes nothing about that.
+        // An event that was on its way when the end began, or when the device was given up, changes nothing about that.
         if self.phase < DevicePhase::Ending || phase > self.phase {
             self.phase = phase;
         }
@@ -251,7 +252,7 @@ impl Disk {
     }
 
     /// Its process has died too often.
-    pub fn give_up(&mut self, error: &Error) {
+    pub fn stop_restarting(&mut self, error: &Error) {
         let text = error.to_string();
         error!("{}: not served: {text}; {} starts it again", self.name, self.resume_by);
         self.handle = None;
@@ -323,7 +324,7 @@ impl Disk {
     }
 
     /// Logs what takes long.
-    fn look_while_serving(&mut self) {
+    fn check_while_serving(&mut self) {
         if self.phase == DevicePhase::Opening {
             let image = self.image.display();
             let step = self.keeper.step();
@@ -338,8 +339,8 @@ impl Disk {
             }
             return;
         }
-        self.look_for_waiting_front_end();
-        self.look_at_process();
+        self.check_waiting_front_end();
+        self.check_process();
         let image = self.image.display();
         if self.handle.is_none() {
             return;
@@ -359,7 +360,7 @@ impl Disk {
     }
 
     /// Logs a process that does not run: it is stopped, or it gets no processor.
-    fn look_at_process(&mut self) {
+    fn check_process(&mut self) {
         let Some(silent_for) = self.handle.as_ref().map(DeviceHandle::silent_for) else { return };
         if self.silence_reminder.is_due(silent_for) {
             warn!("{}: its process has not run for {} s: is it stopped?", self.name, silent_for.as_secs());
@@ -370,7 +371,7 @@ impl Disk {
     }
 
     /// Logs who keeps a front-end waiting that has connected: the device serves one at a time.
-    fn look_for_waiting_front_end(&mut self) {
+    fn check_waiting_front_end(&mut self) {
         let Some(holder) = self.handle.as_ref().and_then(DeviceHandle::busy_with) else {
             self.waiting = None;
             return;
@@ -386,8 +387,8 @@ impl Disk {
     pub fn begin_end(&mut self, ending: Ending) {
         if self.phase < DevicePhase::Ending {
             self.phase = DevicePhase::Ending;
-            self.leaving = Some((ending, Instant::now()));
-            self.progress = (Instant::now(), self.state().cache.completed_ops);
+            self.end = Some((ending, Instant::now()));
+            self.last_completion = (Instant::now(), self.state().cache.completed_ops);
             self.step_reminder = Reminder::new();
             self.send(KeeperCommand::End(ending));
         }
@@ -400,13 +401,13 @@ impl Disk {
     }
 
     /// It has ended.
-    pub fn end(&mut self, result: Result<()>) {
+    pub fn note_end(&mut self, result: Result<()>) {
         // Its copy of the listening socket is closed with it.
         self.handle = None;
         if self.phase != DevicePhase::Ended {
             self.phase = DevicePhase::Ended;
             // A device that was given up has its error already, or none on purpose.
-            if self.detached.is_none() {
+            if self.given_up.is_none() {
                 self.error = result.err();
             }
         }
@@ -425,8 +426,8 @@ impl Disk {
     }
 
     /// The process was stopped for this long.
-    pub fn excuse(&mut self, stopped: Duration) {
-        self.progress.0 += stopped;
+    pub fn exclude_stopped_time(&mut self, stopped: Duration) {
+        self.last_completion.0 += stopped;
         if let Some((since, _)) = &mut self.abandoned {
             *since += stopped;
         }
@@ -444,15 +445,15 @@ impl Disk {
     }
 
     /// Logs what takes long, and ends the wait for an image that does not answer.
-    pub fn look_while_ending(&mut self, ending: Ending, since: Instant, hurried: bool) {
+    pub fn check_while_ending(&mut self, ending: Ending, since: Instant, hurried: bool) {
         let advice = if hurried { "" } else { "; send the signal again to end without it" };
-        self.look_at_end(ending, since, Some(advice));
+        self.check_end(ending, since, Some(advice));
     }
 
-    /// As [`Disk::look_while_ending`]. `advice` tells how to end the wait; `None`: it is waited for without a deadline.
-    fn look_at_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
-        if let Some((at, is_killed)) = self.detached {
-            return self.finish_detaching(at, is_killed);
+    /// As [`Disk::check_while_ending`]. `advice` tells how to end the wait; `None`: it is waited for without a deadline.
+    fn check_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
+        if let Some((at, is_killed)) = self.given_up {
+            return self.finish_giving_up(at, is_killed);
         }
         let (age, step, state) = (since.elapsed(), self.keeper.step(), self.state());
         if self.step_reminder.is_due(age) {
@@ -471,23 +472,23 @@ impl Disk {
         if self.handle.is_none() {
             // Nothing is served, so no request is lost.
             if age >= HAND_OVER_PATIENCE {
-                self.detach(ending);
+                self.give_up_hung(ending);
             }
             return;
         }
         if advice.is_none() {
             return;
         }
-        if state.cache.completed_ops != self.progress.1 {
-            self.progress = (Instant::now(), state.cache.completed_ops);
+        if state.cache.completed_ops != self.last_completion.1 {
+            self.last_completion = (Instant::now(), state.cache.completed_ops);
         }
-        let stalled_for = self.progress.0.max(step.since).elapsed();
+        let stalled_for = self.last_completion.0.max(step.since).elapsed();
         let is_kept = ending == Ending::HandOver && !state.has_unkept_data;
         if state.has_unkept_data && stalled_for < STALL_MAX && self.unkept_reminder.is_due(age) {
             warn!(
-                "{}: its cache ends with the daemon and holds {} dirty pages; waiting as long as the image completes \
-                 operations",
-                self.name, state.cache.dirty_pages
+                "{}: its cache ends with the daemon and holds {}; waiting as long as the image completes operations",
+                self.name,
+                counted(state.cache.dirty_pages, "dirty page")
             );
         }
         if stalled_for >= STALL_MAX || is_kept && (stalled_for >= UNTRACKED_STALL_MAX || age >= UNTRACKED_PATIENCE) {
@@ -496,15 +497,15 @@ impl Disk {
             self.abandon(true);
         }
         if let Some((at, waits)) = self.abandoned
-            && at.elapsed() >= DETACH_PATIENCE
+            && at.elapsed() >= ABANDON_PATIENCE
             && (!waits || self.has_quiesced())
         {
-            self.detach(ending);
+            self.give_up_hung(ending);
         }
     }
 
     /// Gives up a device whose threads hang in the kernel: closes what others wait for. Its process is killed then.
-    fn detach(&mut self, ending: Ending) {
+    fn give_up_hung(&mut self, ending: Ending) {
         let (name, image, step) = (&self.name, self.image.display(), self.keeper.step().what);
         let context = match step {
             keeper::PREPARING => format!("{name}: ended while {step} of image {image}"),
@@ -530,15 +531,15 @@ impl Disk {
         } else {
             warn!("{context}");
         }
-        self.detached = Some((Instant::now(), false));
+        self.given_up = Some((Instant::now(), false));
     }
 
     /// Kills the process of a device that was given up, and waits a little for that.
-    fn finish_detaching(&mut self, at: Instant, is_killed: bool) {
+    fn finish_giving_up(&mut self, at: Instant, is_killed: bool) {
         if !is_killed && at.elapsed() >= CLOSE_PATIENCE {
             let is_killed = self.handle.as_ref().is_some_and(DeviceHandle::kill);
             if is_killed {
-                self.detached = Some((Instant::now(), true));
+                self.given_up = Some((Instant::now(), true));
             } else {
                 self.phase = DevicePhase::Ended;
             }

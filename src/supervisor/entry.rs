@@ -26,7 +26,7 @@ pub(super) struct DeviceProgress {
     pub keeps_data: bool,
 }
 
-/// A device, as of the main thread's last look.
+/// A device, as of the main thread's last check.
 #[derive(Clone, Debug)]
 pub(super) struct OverviewEntry {
     pub config: Arc<DeviceConfig>,

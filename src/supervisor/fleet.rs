@@ -1,4 +1,4 @@
-//! All devices of the process, as the main thread sees them. It sends commands to their keepers, looks at them a
+//! All devices of the process, as the main thread sees them. It sends commands to their keepers, checks them a
 //! few times a second, and waits for none without a deadline.
 
 use std::collections::BTreeMap;
@@ -14,21 +14,22 @@ use crate::config::Config;
 use crate::disk_protocol::Ending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
+use crate::sys::signal::name_of;
 use crate::systemd::ServiceManager;
 use crate::units::counted;
 
 use super::context::Context;
-use super::disk::{DevicePhase, Disk, Stayers};
-use super::keeper::{KeeperCommand, News};
+use super::disk::{DevicePhase, Disk, RemainingDevices};
+use super::keeper::{KeeperCommand, KeeperEvent};
 use super::operator::Operator;
 use super::overview::Overview;
 use super::runtime::RuntimeFile;
 use super::{Strictness, SupervisorEvent};
 
-/// How often the main thread looks at the devices.
+/// How often the main thread checks the devices.
 const TICK: Duration = Duration::from_millis(250);
 
-/// A look that comes this much later than the last one was not late because the host is busy: the process was stopped
+/// A check that comes this much later than the last one was not late because the host is busy: the process was stopped
 /// (SIGSTOP, the cgroup freezer), and no image can be blamed for that time.
 const FREEZE_MIN: Duration = Duration::from_secs(2);
 
@@ -37,13 +38,13 @@ const FREEZE_MIN: Duration = Duration::from_secs(2);
 pub(super) struct End {
     ending: Ending,
     since: Instant,
-    /// A second signal came: what can be left is left.
+    /// A second signal came: a device whose cache stays is ended at once.
     hurried: bool,
 }
 
-/// Looks at what earlier daemons left, on a thread of its own: some of it may be about images that do not answer.
-fn spawn_look(look: impl FnOnce() + Send + 'static) {
-    if let Err(e) = thread::Builder::new().name("leftovers".to_owned()).spawn(look) {
+/// Checks what earlier daemons left, on a thread of its own, because it may wait for an image that does not answer.
+fn spawn_leftover_check(check: impl FnOnce() + Send + 'static) {
+    if let Err(e) = thread::Builder::new().name("leftovers".to_owned()).spawn(check) {
         warn!("cannot start the thread that looks for caches that no daemon uses: {e}");
     }
 }
@@ -64,9 +65,9 @@ pub(super) struct Fleet {
     operator: Option<Operator>,
     strictness: Strictness,
     manager: Arc<ServiceManager>,
-    /// For the look at the caches that no daemon uses, which follows the start.
+    /// For the list of the caches that no daemon uses, which follows the start.
     unlisted: Option<Config>,
-    /// For the look at the fd store, which follows when every device is served.
+    /// For the check of the fd store, which follows when every device is served.
     unchecked: Option<Config>,
     pub(super) end: Option<End>,
     /// Why the daemon ends by itself.
@@ -125,11 +126,11 @@ impl Fleet {
     /// # Errors
     /// The first error of a device; the log has the others.
     pub fn run(mut self, events: &Receiver<SupervisorEvent>) -> Result<()> {
-        let mut looked_at = Instant::now();
+        let mut checked_at = Instant::now();
         loop {
             match events.recv_timeout(TICK) {
                 Ok(SupervisorEvent::Signal(signal)) => self.on_signal(signal),
-                Ok(SupervisorEvent::News(index, news)) => self.on_news(index, news),
+                Ok(SupervisorEvent::Keeper(index, event)) => self.on_keeper_event(index, event),
                 Ok(SupervisorEvent::Change(change)) => self.on_change(change),
                 Ok(SupervisorEvent::ControlBound) => self.on_control_bound(),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -137,18 +138,18 @@ impl Fleet {
                     return Err(Error::new(ErrorKind::System, "the thread that waits for signals has ended"));
                 }
             }
-            let since_last = mem::replace(&mut looked_at, Instant::now()).elapsed();
+            let since_last = mem::replace(&mut checked_at, Instant::now()).elapsed();
             match &mut self.end {
                 Some(end) if since_last >= FREEZE_MIN => {
                     end.since += since_last;
-                    self.disks.values_mut().for_each(|disk| disk.excuse(since_last));
+                    self.disks.values_mut().for_each(|disk| disk.exclude_stopped_time(since_last));
                 }
-                // The next look sees what the image has completed by then.
+                // The next check sees what the image has completed by then.
                 None if since_last >= FREEZE_MIN => {}
-                None => self.look_while_serving(),
+                None => self.check_while_serving(),
                 Some(end) => {
                     let end = *end;
-                    self.look_while_ending(end);
+                    self.check_while_ending(end);
                 }
             }
             self.remove_ended();
@@ -161,7 +162,7 @@ impl Fleet {
 
     fn on_signal(&mut self, signal: i32) {
         if signal == libc::SIGHUP {
-            // With a control socket, who adds a disk does not wake one that was stopped to be looked at.
+            // With a control socket, adding a disk to the file does not resume one that was stopped for inspection.
             if !self.runtime.as_ref().is_some_and(RuntimeFile::is_owned) {
                 self.disks.values().for_each(|disk| disk.send(KeeperCommand::Resume));
             }
@@ -171,13 +172,13 @@ impl Fleet {
         } else if let Some(end) = &mut self.end {
             end.hurried = true;
             let waiting: Vec<_> = self.disks.values().filter(|disk| !disk.has_ended()).map(Disk::name).collect();
-            warn!("signal {signal} again: not waiting for {}", waiting.join(", "));
+            warn!("{} again: not waiting for {}", name_of(signal), waiting.join(", "));
             self.disks.values_mut().for_each(Disk::hurry);
         } else if signal == libc::SIGUSR1 {
-            info!("signal {signal}: stopping, leaving the caches for the next daemon");
+            info!("{}: stopping, leaving the caches for the next daemon", name_of(signal));
             self.begin_end(Ending::HandOver);
         } else {
-            info!("signal {signal}: stopping");
+            info!("{}: stopping", name_of(signal));
             self.begin_end(Ending::WriteBack);
         }
     }
@@ -199,18 +200,18 @@ impl Fleet {
         self.disks.values_mut().for_each(|disk| disk.begin_end(ending));
     }
 
-    fn on_news(&mut self, index: usize, news: News) {
+    fn on_keeper_event(&mut self, index: usize, event: KeeperEvent) {
         let is_ending = self.end.is_some();
         // One that was given up when it was detached needs nothing any more.
         let Some(disk) = self.disks.get_mut(&index) else { return };
-        match news {
-            News::Failed(_) if is_ending || disk.is_leaving() => {}
-            News::Failed(error) if disk.is_attaching() => self.refuse_attach(index, &error),
-            News::Failed(error) if self.strictness == Strictness::AllOrNone => {
+        match event {
+            KeeperEvent::Failed(_) if is_ending || disk.is_ending() => {}
+            KeeperEvent::Failed(error) if disk.is_attaching() => self.refuse_attach(index, &error),
+            KeeperEvent::Failed(error) if self.strictness == Strictness::AllOrNone => {
                 self.failure = Some(error);
                 self.begin_end(Ending::HandOver);
             }
-            News::Failed(error) => {
+            KeeperEvent::Failed(error) => {
                 let others = self.disks.iter().filter(|(other, _)| **other != index);
                 let is_last = others.clone().all(|(_, disk)| disk.phase() == DevicePhase::Failed);
                 if is_last && !self.is_ready {
@@ -219,7 +220,7 @@ impl Fleet {
                     self.disks.get_mut(&index).expect("it was found").fail(&error);
                 }
             }
-            News::Open => {
+            KeeperEvent::Open => {
                 disk.set_phase(DevicePhase::Open);
                 let is_attaching = disk.is_attaching();
                 let all_open = self.disks.values().all(|disk| disk.phase() == DevicePhase::Open);
@@ -229,18 +230,18 @@ impl Fleet {
                     self.disks.values().for_each(|disk| disk.send(KeeperCommand::Serve));
                 }
             }
-            News::Served(handle) => {
+            KeeperEvent::Served(handle) => {
                 disk.serve(handle);
                 self.confirm_attach(index);
             }
-            News::Died(why, pause) => disk.note_death(&why, pause),
-            News::GivenUp(error) if disk.is_attaching() => self.refuse_attach(index, &error),
-            News::GivenUp(error) => disk.give_up(&error),
-            News::Quiesced => {
+            KeeperEvent::Died(why, pause) => disk.note_death(&why, pause),
+            KeeperEvent::RestartsExhausted(error) if disk.is_attaching() => self.refuse_attach(index, &error),
+            KeeperEvent::RestartsExhausted(error) => disk.stop_restarting(&error),
+            KeeperEvent::Quiesced => {
                 disk.set_phase(DevicePhase::Quiesced);
                 self.finish_quiesced();
             }
-            News::Ended(result) => disk.end(result),
+            KeeperEvent::Ended(result) => disk.note_end(result),
         }
     }
 
@@ -251,9 +252,9 @@ impl Fleet {
             let disk = &self.disks[&index];
             let key = disk.image_key();
             let mut group = self.disks.values().filter(|other| other.image_key() == key);
-            // One that leaves the others completes what they wait for (`WorkerPort::close`).
+            // A device that is detached completes what the others wait for (`WorkerPort::close`).
             let may_end = match self.end {
-                None if disk.is_leaving() => !disk.keeps_data(),
+                None if disk.is_ending() => !disk.keeps_data(),
                 _ => group.all(Disk::has_quiesced),
             };
             if disk.phase() == DevicePhase::Quiesced && may_end {
@@ -262,9 +263,9 @@ impl Fleet {
         }
     }
 
-    fn look_while_serving(&mut self) {
-        let stayers = Stayers::of(self.disks.values());
-        self.disks.values_mut().for_each(|disk| disk.look(&stayers));
+    fn check_while_serving(&mut self) {
+        let remaining = RemainingDevices::of(self.disks.values());
+        self.disks.values_mut().for_each(|disk| disk.check(&remaining));
         self.finish_quiesced();
         let served = self.disks.values().filter(|disk| disk.phase() == DevicePhase::Served).count();
         let is_settled = self.disks.values().all(Disk::is_settled);
@@ -273,7 +274,7 @@ impl Fleet {
             return;
         }
         if let Some(config) = self.unlisted.take() {
-            spawn_look(move || recover::warn_unheld(&config));
+            spawn_leftover_check(move || recover::warn_unheld(&config));
         }
         let not_served: Vec<_> = self.disks.values().filter_map(Disk::why_not_served).collect();
         let mut status = format!("STATUS=serving {} of {}", served, counted(self.disks.len() as u64, "disk"));
@@ -281,7 +282,7 @@ impl Fleet {
             status += &format!("; not served: {}", not_served.join(", "));
         } else if let Some(config) = self.unchecked.take() {
             let manager = Arc::clone(&self.manager);
-            spawn_look(move || recover::warn_unclaimed(&config, &manager));
+            spawn_leftover_check(move || recover::warn_unclaimed(&config, &manager));
         }
         if self.status != status {
             let ready = if self.is_ready { "" } else { "READY=1\n" };
@@ -290,9 +291,9 @@ impl Fleet {
         }
     }
 
-    fn look_while_ending(&mut self, end: End) {
+    fn check_while_ending(&mut self, end: End) {
         for disk in self.disks.values_mut().filter(|disk| !disk.has_ended()) {
-            disk.look_while_ending(end.ending, end.since, end.hurried);
+            disk.check_while_ending(end.ending, end.since, end.hurried);
         }
         // A device that was abandoned may have been the last of its image.
         self.finish_quiesced();

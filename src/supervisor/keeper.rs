@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{debug, error, info};
+use log::{error, info};
 
 use super::SupervisorEvent;
 use super::context::Context;
 use super::handle::DeviceHandle;
 use super::in_force::InForce;
-use super::process::{Exit, Hearer, Process, ProcessNews};
+use super::process::{EventSink, Exit, Process, ProcessEvent};
 use super::restarts::Restarts;
 use super::slot::{ImageSlot, open_image};
 use super::socket::ListenSocket;
@@ -31,16 +31,16 @@ use crate::store::file::IoFence;
 /// Pauses between attempts to open a device that could not be served.
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// How often to look whether the cache's file is still there.
-const FILE_WATCH: Duration = Duration::from_millis(250);
-/// How often to look whether the image has grown.
-const SIZE_WATCH: Duration = Duration::from_secs(2);
+/// How often to check that the cache's file is still there.
+const FILE_CHECK_PERIOD: Duration = Duration::from_millis(250);
+/// How often to check whether the image has grown.
+const SIZE_CHECK_PERIOD: Duration = Duration::from_secs(2);
 
 /// Steps, in words.
 const OPENING: &str = "opening the image";
 pub(super) const PREPARING: &str = "preparing the cache";
 
-/// What a keeper hears.
+/// Commands and events for a keeper.
 #[derive(Debug)]
 pub(super) enum KeeperCommand {
     /// Serve the device that is open.
@@ -54,12 +54,12 @@ pub(super) enum KeeperCommand {
     /// End the device.
     Finish,
     /// From the process with this fence.
-    Process(IoFence, ProcessNews),
+    Process(IoFence, ProcessEvent),
 }
 
-/// What a keeper tells the main thread about its device.
+/// What happens to a device, for the main thread.
 #[derive(Debug)]
-pub(super) enum News {
+pub(super) enum KeeperEvent {
     /// It is open, and waits for [`KeeperCommand::Serve`].
     Open,
     /// It is served.
@@ -69,7 +69,7 @@ pub(super) enum News {
     /// Its process died, and another one is started after this pause.
     Died(String, Duration),
     /// Its process died too often: it is not served until the operator resumes it.
-    GivenUp(Error),
+    RestartsExhausted(Error),
     /// Its rings have stopped, and it waits for [`KeeperCommand::Finish`].
     Quiesced,
     /// It has ended. Nothing of it is left in this process, unless it was abandoned.
@@ -132,9 +132,7 @@ impl Keeper {
 
     /// Sends a command. A keeper that has ended needs none.
     pub fn send(&self, command: KeeperCommand) {
-        if let Err(e) = self.commands.send(command) {
-            debug!("a device ended before {:?}", e.0);
-        }
+        let _ = self.commands.send(command);
     }
 
     /// Sends commands to it.
@@ -204,8 +202,8 @@ impl KeeperThread {
     }
 
     /// The main thread may have ended the process's wait for this device.
-    fn tell(&self, news: News) {
-        let _ = self.events.send(SupervisorEvent::News(self.index, news));
+    fn report(&self, event: KeeperEvent) {
+        let _ = self.events.send(SupervisorEvent::Keeper(self.index, event));
     }
 
     fn run(mut self) {
@@ -222,7 +220,7 @@ impl KeeperThread {
             }
             None => Ok(()),
         };
-        self.tell(News::Ended(ended));
+        self.report(KeeperEvent::Ended(ended));
     }
 
     /// Opens the device, in as many attempts as it takes, and waits for the command to serve it. `None`: the daemon
@@ -233,14 +231,14 @@ impl KeeperThread {
             let error = match self.open() {
                 Ok(opened) => {
                     self.begin("waiting for the other disks");
-                    self.tell(News::Open);
+                    self.report(KeeperEvent::Open);
                     return self.wait_for_serve().then_some(opened);
                 }
                 Err(error) => error,
             };
             // A killed daemon releases the image when its I/O is over, which no pause predicts.
             pause = if error.kind() == ErrorKind::Locked { RETRY_MIN } else { pause };
-            self.tell(News::Failed(error));
+            self.report(KeeperEvent::Failed(error));
             self.begin("waiting to open the image again");
             pause = self.pause(pause)?;
         }
@@ -299,15 +297,15 @@ impl KeeperThread {
     fn keep_served(&mut self, opened: Opened) -> Result<()> {
         let mut pause = RETRY_MIN;
         loop {
-            let left = self.serve(&opened).unwrap_or_else(ServiceEnd::Failed);
-            match left {
+            let end = self.serve(&opened).unwrap_or_else(ServiceEnd::Failed);
+            match end {
                 ServiceEnd::Ended(result) => {
                     self.begin("releasing the image");
                     drop(opened);
                     return result;
                 }
                 ServiceEnd::Failed(error) => {
-                    self.tell(News::Failed(error));
+                    self.report(KeeperEvent::Failed(error));
                     self.begin("waiting to start a process again");
                     match self.pause(pause) {
                         Some(next) => pause = next,
@@ -318,13 +316,13 @@ impl KeeperThread {
                     pause = RETRY_MIN;
                     let is_over = match self.restarts.after_death(Instant::now()) {
                         Some(wait) => {
-                            self.tell(News::Died(why, wait));
+                            self.report(KeeperEvent::Died(why, wait));
                             self.begin("waiting to start a process again");
                             !wait.is_zero() && self.pause(wait).is_none()
                         }
                         None => {
                             let context = format!("{why}, once too often (restart_burst)");
-                            self.tell(News::GivenUp(Error::new(ErrorKind::System, context)));
+                            self.report(KeeperEvent::RestartsExhausted(Error::new(ErrorKind::System, context)));
                             self.begin("waiting to be resumed");
                             !self.wait_for_resume()
                         }
@@ -379,11 +377,11 @@ impl KeeperThread {
         let files = [opened.socket.listener.as_fd(), self.page_file.as_fd(), broker.as_fd()];
         let device = self.number();
         let own = self.own.clone();
-        // A keeper that has ended does not wait for news.
-        let hearer = Hearer(Box::new(move |fence, news| drop(own.send(KeeperCommand::Process(fence, news)))));
+        // A keeper that has ended does not wait for event.
+        let sink = EventSink(Box::new(move |fence, event| drop(own.send(KeeperCommand::Process(fence, event)))));
         let served = self.in_force.get();
         let settings = DeviceSettings::from(&*served);
-        process.serve(device, opened.slot.image_of(), settings, files, hearer).map_err(system)?;
+        process.serve(device, opened.slot.image_of(), settings, files, sink).map_err(system)?;
         let handle =
             DeviceHandle::new(device, opened.slot.image_of(), &process, page, &opened.socket).map_err(system)?;
         let mut session = ProcessSession {
@@ -397,7 +395,7 @@ impl KeeperThread {
             quiesced: false,
             served,
             image_bytes: None,
-            looked_at_size: Instant::now(),
+            size_checked: Instant::now(),
             ended: None,
             failure: None,
         };
@@ -416,8 +414,8 @@ struct ProcessSession<'a> {
     served: Arc<DeviceConfig>,
     /// The size of the image that the process was told for this device; `None` before it is served.
     image_bytes: Option<u64>,
-    /// When the size of the image was looked at.
-    looked_at_size: Instant,
+    /// When the size of the image was checked.
+    size_checked: Instant,
     /// For the main thread, once it is served.
     handle: Option<DeviceHandle>,
     ending: Option<Ending>,
@@ -429,37 +427,37 @@ struct ProcessSession<'a> {
 }
 
 impl ProcessSession<'_> {
-    /// Passes commands to the process, and news to the main thread, until the process has ended.
+    /// Passes commands to the process, and event to the main thread, until the process has ended.
     fn run(&mut self) -> ServiceEnd {
         loop {
-            match self.worker.commands.recv_timeout(FILE_WATCH) {
+            match self.worker.commands.recv_timeout(FILE_CHECK_PERIOD) {
                 Ok(KeeperCommand::Serve) => {}
                 Ok(KeeperCommand::Resume) => self.process.command(&ToDisk::Resume { device: self.device }),
                 Ok(KeeperCommand::End(ending)) => self.end(ending),
                 Ok(KeeperCommand::Finish) => self.finish(),
-                Ok(KeeperCommand::Process(fence, news)) if fence == self.process.fence() => {
-                    if let Some(left) = self.on_news(news) {
-                        return left;
+                Ok(KeeperCommand::Process(fence, event)) if fence == self.process.fence() => {
+                    if let Some(end) = self.on_event(event) {
+                        return end;
                     }
                 }
                 // A process that has ended before.
                 Ok(KeeperCommand::Process(..)) => {}
                 Ok(KeeperCommand::Grow(size_bytes, reply)) => {
-                    // Whoever has hung up needs no reply.
+                    // A client that has hung up needs no reply.
                     let _ = reply.send(self.slot.grow(size_bytes));
-                    self.tell_growth();
+                    self.send_growth();
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    self.slot.look_at_cache_file(false);
-                    self.look_at_size();
+                    self.slot.check_cache_file(false);
+                    self.check_size();
                 }
                 Err(RecvTimeoutError::Disconnected) => self.end(Ending::WriteBack),
             }
         }
     }
 
-    /// Tells the process what the operator has changed while it started. Later changes are told by who makes them.
-    fn tell_changes(&self) {
+    /// Sends the process what the operator has changed while it started. A later change sends itself.
+    fn send_changes(&self) {
         let in_force = self.worker.in_force.get();
         if !Arc::ptr_eq(&in_force, &self.served) {
             let settings = Box::new(DeviceSettings::from(&*in_force));
@@ -470,16 +468,16 @@ impl ProcessSession<'_> {
     }
 
     /// Follows an image that has grown.
-    fn look_at_size(&mut self) {
-        if self.looked_at_size.elapsed() >= SIZE_WATCH {
-            self.looked_at_size = Instant::now();
+    fn check_size(&mut self) {
+        if self.size_checked.elapsed() >= SIZE_CHECK_PERIOD {
+            self.size_checked = Instant::now();
             self.slot.follow_growth();
         }
-        self.tell_growth();
+        self.send_growth();
     }
 
     /// Tells the process that the image has grown, if it has.
-    fn tell_growth(&mut self) {
+    fn send_growth(&mut self) {
         let (Some(told), Some(size_bytes)) = (self.image_bytes, self.slot.image_bytes()) else { return };
         if size_bytes > told {
             self.image_bytes = Some(size_bytes);
@@ -505,42 +503,42 @@ impl ProcessSession<'_> {
             Ending::HandOver => "leaving the cache to the next daemon",
         });
         // The file may have been removed a moment ago.
-        self.slot.look_at_cache_file(true);
+        self.slot.check_cache_file(true);
         self.process.command(&ToDisk::Finish { device: self.device, ending });
     }
 
-    fn on_news(&mut self, news: ProcessNews) -> Option<ServiceEnd> {
-        match news {
-            ProcessNews::Served => {
+    fn on_event(&mut self, event: ProcessEvent) -> Option<ServiceEnd> {
+        match event {
+            ProcessEvent::Served => {
                 self.worker.begin("serving");
-                self.tell_changes();
+                self.send_changes();
                 // It may have grown since the process, which other devices may share, was told its size.
                 self.image_bytes = Some(0);
-                self.tell_growth();
+                self.send_growth();
                 if let Some(handle) = self.handle.take() {
-                    self.worker.tell(News::Served(handle));
+                    self.worker.report(KeeperEvent::Served(handle));
                 }
             }
-            ProcessNews::Failed(error) => self.failure = Some(error),
-            ProcessNews::Quiesced => {
+            ProcessEvent::Failed(error) => self.failure = Some(error),
+            ProcessEvent::Quiesced => {
                 self.quiesced = true;
-                self.worker.tell(News::Quiesced);
+                self.worker.report(KeeperEvent::Quiesced);
             }
-            ProcessNews::Ended(result) => {
+            ProcessEvent::Ended(result) => {
                 self.worker.begin("releasing the image");
-                if self.process.leave(self.device) {
+                if self.process.remove_device(self.device) {
                     // Others use the process on.
                     return Some(ServiceEnd::Ended(result));
                 }
                 self.ended = Some(result);
             }
-            ProcessNews::Exited(exit) => return Some(self.left(exit)),
+            ProcessEvent::Exited(exit) => return Some(self.service_end(exit)),
         }
         None
     }
 
     /// Why the device is not served any more, now that its process has ended.
-    fn left(&mut self, exit: Exit) -> ServiceEnd {
+    fn service_end(&mut self, exit: Exit) -> ServiceEnd {
         let name = &self.worker.config.name;
         if let Some(error) = self.failure.take() {
             return if self.ending.is_some() { ServiceEnd::Ended(Err(error)) } else { ServiceEnd::Failed(error) };
@@ -558,7 +556,7 @@ impl ProcessSession<'_> {
             return ServiceEnd::Died(why);
         }
         if !self.quiesced {
-            self.worker.tell(News::Quiesced);
+            self.worker.report(KeeperEvent::Quiesced);
         }
         let kept = if self.slot.holds_unwritten() { "; its cache stays: start the daemon again" } else { "" };
         ServiceEnd::Ended(Err(Error::new(ErrorKind::System, format!("{name}: {why}{kept}"))))

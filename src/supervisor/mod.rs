@@ -50,7 +50,7 @@ use context::Context;
 use control_socket::ControlListener;
 use fleet::Fleet;
 use fleet_change::FleetChange;
-use keeper::News;
+use keeper::KeeperEvent;
 use operator::Operator;
 use runtime::RuntimeFile;
 
@@ -74,7 +74,7 @@ enum SupervisorEvent {
     /// A signal, by number.
     Signal(i32),
     /// Something has happened to the device with this number.
-    News(usize, News),
+    Keeper(usize, KeeperEvent),
     /// This daemon holds the control socket, which another one held at the start.
     ControlBound,
     /// The operator attaches or detaches a device.

@@ -176,7 +176,7 @@ impl Operator {
         let entry = self.overview.entry(device)?;
         if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester))? {
             info!("{device}: the operator gives up what its image does not take");
-            while self.overview.entry(device).is_ok() && !client.waits_in_vain(DETACH_WATCH) {}
+            while self.overview.entry(device).is_ok() && !client.has_hung_up_within(DETACH_WATCH) {}
             return Ok(());
         }
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "detach")?;
@@ -264,15 +264,15 @@ impl Operator {
 
     /// Waits until a freeze has ended, and ends it when the client hangs up.
     fn await_thaw(&self, device: &str, (frozen, freeze): (Freezing, FreezeLease), client: &ChangeClient) -> Freezing {
-        client.tell(&frozen);
+        client.send_progress(&frozen);
         loop {
-            let has_left = client.waits_in_vain(FREEZE_WATCH);
+            let has_hung_up = client.has_hung_up_within(FREEZE_WATCH);
             let ended = Freezing { frozen: false, frozen_us: micros(freeze.since.elapsed()), lease: None };
             let Ok(entry) = self.overview.entry(device) else { return ended };
             if entry.operator.freeze(entry.link.as_ref()) != Some(freeze) {
                 return ended;
             }
-            if has_left {
+            if has_hung_up {
                 info!("{device}: the client of the freeze has hung up");
                 thaw(&entry, Some(freeze.number), client);
                 return ended;
@@ -334,7 +334,7 @@ pub(super) fn ask(
             Ok(reply) => return Ok(reply),
             Err(RecvTimeoutError::Timeout) if reports => {
                 let done_bytes = total_bytes.saturating_sub(dirty());
-                client.tell(&Progressing { progress: Some(FlushProgress { done_bytes, total_bytes }) });
+                client.send_progress(&Progressing { progress: Some(FlushProgress { done_bytes, total_bytes }) });
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {

@@ -1,4 +1,4 @@
-//! A disk process, as the supervisor sees it: it starts it, sends commands, and hears what becomes of it. A thread for
+//! A disk process, as the supervisor sees it: it starts it, sends it commands, and receives its events. A thread for
 //! each process reads its messages and its log.
 
 use std::collections::BTreeMap;
@@ -79,9 +79,9 @@ impl fmt::Display for Exit {
     }
 }
 
-/// What a device's keeper hears of its process.
+/// What happens to a device in its process, for the device's keeper.
 #[derive(Debug)]
-pub(super) enum ProcessNews {
+pub(super) enum ProcessEvent {
     Served,
     Failed(Error),
     Quiesced,
@@ -90,53 +90,55 @@ pub(super) enum ProcessNews {
     Exited(Exit),
 }
 
-/// Who hears of a process.
-pub(super) struct Hearer(pub Box<dyn Fn(IoFence, ProcessNews) + Send>);
+/// Where the events of a device go.
+pub(super) struct EventSink(pub Box<dyn Fn(IoFence, ProcessEvent) + Send>);
 
-impl Hearer {
-    fn hear(&self, fence: IoFence, news: ProcessNews) {
-        (self.0)(fence, news);
+impl EventSink {
+    fn send(&self, fence: IoFence, event: ProcessEvent) {
+        (self.0)(fence, event);
     }
 }
 
-impl fmt::Debug for Hearer {
+impl fmt::Debug for EventSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Hearer")
+        f.write_str("EventSink")
     }
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Process {
+    /// Its first device, for messages.
+    name: String,
     fence: IoFence,
     channel: Channel<ToDisk, FromDisk>,
     /// The process; `None` for a thread, and once it has ended.
     child: Mutex<Option<Child>>,
     hosting: Hosting,
-    listeners: Mutex<Listeners>,
+    subscribers: Mutex<Subscribers>,
 }
 
 /// The disk process of a group, if it has one.
 pub(super) type SharedProcess = Arc<Mutex<Weak<Process>>>;
 
-/// Who hears of the process.
+/// Where the events and the replies of the process go.
 #[derive(Debug, Default)]
-struct Listeners {
-    by_device: BTreeMap<u32, Listener>,
+struct Subscribers {
+    by_device: BTreeMap<u32, Subscriber>,
     /// Its images, by the number of the device for which each was opened.
     images: BTreeMap<u32, ImageFate>,
     exit: Option<Exit>,
-    /// Who waits for the replies to requests, by number.
+    /// Where the replies to requests go, by number of the request.
     requesters: BTreeMap<u64, Sender<DeviceReply>>,
     last_request: u64,
 }
 
-/// Who hears of a device.
+/// Where the events of a device go.
 #[derive(Debug)]
-struct Listener {
+struct Subscriber {
     /// Number of the device for which its image was opened.
     image_of: u32,
-    hearer: Hearer,
+    sink: EventSink,
 }
 
 /// What became of an image in the process.
@@ -171,10 +173,11 @@ impl Process {
             }
         };
         let child = Mutex::new(child);
-        let process = Arc::new(Self { fence, channel, child, hosting, listeners: Mutex::default() });
-        let (hearing, log) = (Arc::clone(&process), log.map(|pipe| LogPipe::new(name, pipe)));
+        let process =
+            Arc::new(Self { name: name.to_owned(), fence, channel, child, hosting, subscribers: Mutex::default() });
+        let (reader, log) = (Arc::clone(&process), log.map(|pipe| LogPipe::new(name, pipe)));
         let thread = thread::Builder::new().name(format!("process {name}"));
-        thread.spawn(move || hearing.hear(log)).inspect_err(|_| process.kill()).map_err(failed)?;
+        thread.spawn(move || reader.read_until_end(log)).inspect_err(|_| process.kill()).map_err(failed)?;
         Ok(process)
     }
 
@@ -183,7 +186,7 @@ impl Process {
     /// # Errors
     /// Those of sendmsg(2).
     pub fn open(&self, image_of: u32, open: &ToDisk, image: &File, cache: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.listeners().images.insert(image_of, ImageFate::default());
+        self.subscribers().images.insert(image_of, ImageFate::default());
         let files: Vec<BorrowedFd<'_>> = [image.as_fd()].into_iter().chain(cache.iter().copied()).collect();
         self.send(open, &files)
     }
@@ -195,13 +198,13 @@ impl Process {
 
     /// Whether the process runs.
     pub fn is_running(&self) -> bool {
-        self.listeners().exit.is_none()
+        self.subscribers().exit.is_none()
     }
 
     /// How the process released the image of this device, or ended; `None` while it uses the image.
     pub fn exit_of(&self, image_of: u32) -> Option<Exit> {
-        let listeners = self.listeners();
-        listeners.images.get(&image_of).and_then(|image| image.exit).or(listeners.exit)
+        let subscribers = self.subscribers();
+        subscribers.images.get(&image_of).and_then(|image| image.exit).or(subscribers.exit)
     }
 
     /// Process ID, if it is a process of its own that runs.
@@ -214,15 +217,15 @@ impl Process {
         self.hosting == Hosting::Processes
     }
 
-    fn listeners(&self) -> MutexGuard<'_, Listeners> {
-        self.listeners.lock().expect("no thread panics with the listeners locked")
+    fn subscribers(&self) -> MutexGuard<'_, Subscribers> {
+        self.subscribers.lock().expect("no thread panics with the subscribers locked")
     }
 
     fn child(&self) -> MutexGuard<'_, Option<Child>> {
         self.child.lock().expect("no thread panics with the child locked")
     }
 
-    /// Makes the process serve a device on the image that was opened for `image_of`. Its news go to `keeper`.
+    /// Makes the process serve a device on the image that was opened for `image_of`. Its event go to `keeper`.
     ///
     /// # Errors
     /// Those of sendmsg(2).
@@ -232,23 +235,23 @@ impl Process {
         image_of: u32,
         settings: DeviceSettings,
         files: [BorrowedFd<'_>; 3],
-        keeper: Hearer,
+        keeper: EventSink,
     ) -> io::Result<()> {
         {
-            let mut listeners = self.listeners();
-            let (failure, exit) = match listeners.images.get(&image_of) {
-                Some(image) => (image.failure.clone(), image.exit.or(listeners.exit)),
-                None => (None, listeners.exit),
+            let mut subscribers = self.subscribers();
+            let (failure, exit) = match subscribers.images.get(&image_of) {
+                Some(image) => (image.failure.clone(), image.exit.or(subscribers.exit)),
+                None => (None, subscribers.exit),
             };
             if let Some(failure) = failure {
-                keeper.hear(self.fence, ProcessNews::Failed(failure.into()));
+                keeper.send(self.fence, ProcessEvent::Failed(failure.into()));
             }
             if let Some(exit) = exit {
-                // It hears of the end as others did.
-                keeper.hear(self.fence, ProcessNews::Exited(exit));
+                // The others got this event before.
+                keeper.send(self.fence, ProcessEvent::Exited(exit));
                 return Ok(());
             }
-            listeners.by_device.insert(device, Listener { image_of, hearer: keeper });
+            subscribers.by_device.insert(device, Subscriber { image_of, sink: keeper });
         }
         let serve = ToDisk::Serve { device, image_of, settings: Box::new(settings) };
         match self.send(&serve, &files) {
@@ -269,18 +272,19 @@ impl Process {
     /// Sends a message that a process which has ended needs no more.
     pub fn command(&self, message: &ToDisk) {
         if let Err(e) = self.send(message, &[]) {
-            debug!("a disk process does not get {message:?}: {e}");
+            debug!("{}: its process does not get a command, because it has ended or is stopped: {e}", self.name);
         }
     }
 
-    /// A device has ended. Returns whether others are left on its image; else its keeper waits for the release of that.
-    pub fn leave(&self, device: u32) -> bool {
-        let mut listeners = self.listeners();
-        let image_of = listeners.by_device.get(&device).map(|listener| listener.image_of);
-        let is_beside = |(other, listener): (&u32, &Listener)| *other != device && Some(listener.image_of) == image_of;
-        let others = listeners.by_device.iter().any(is_beside);
+    /// A device has ended. Returns whether its image has others; if not, its keeper waits for the release of the image.
+    pub fn remove_device(&self, device: u32) -> bool {
+        let mut subscribers = self.subscribers();
+        let image_of = subscribers.by_device.get(&device).map(|subscriber| subscriber.image_of);
+        let is_beside =
+            |(other, subscriber): (&u32, &Subscriber)| *other != device && Some(subscriber.image_of) == image_of;
+        let others = subscribers.by_device.iter().any(is_beside);
         if others {
-            listeners.by_device.remove(&device);
+            subscribers.by_device.remove(&device);
         }
         others
     }
@@ -293,17 +297,17 @@ impl Process {
     pub fn request(&self, device: u32, request: DeviceRequest) -> io::Result<Receiver<DeviceReply>> {
         let (sender, receiver) = channel();
         let id = {
-            let mut listeners = self.listeners();
-            if listeners.exit.is_some() {
+            let mut subscribers = self.subscribers();
+            if subscribers.exit.is_some() {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
-            listeners.last_request += 1;
-            let id = listeners.last_request;
-            listeners.requesters.insert(id, sender);
+            subscribers.last_request += 1;
+            let id = subscribers.last_request;
+            subscribers.requesters.insert(id, sender);
             id
         };
         let sent = self.send(&ToDisk::Request { device, id, request }, &[]);
-        sent.inspect_err(|_| drop(self.listeners().requesters.remove(&id)))?;
+        sent.inspect_err(|_| drop(self.subscribers().requesters.remove(&id)))?;
         Ok(receiver)
     }
 
@@ -316,7 +320,7 @@ impl Process {
     }
 
     /// Body of the process's thread: reads messages and log lines until it has ended.
-    fn hear(&self, mut log: Option<LogPipe>) {
+    fn read_until_end(&self, mut log: Option<LogPipe>) {
         let mut is_open = true;
         while is_open || log.is_some() {
             let ready = match &log {
@@ -326,7 +330,7 @@ impl Process {
             };
             let Ok([message, line]) = ready else { break };
             if message {
-                is_open = self.hear_message();
+                is_open = self.read_message();
             }
             if line && log.as_mut().is_some_and(|pipe| !pipe.forward()) {
                 log = None;
@@ -334,54 +338,54 @@ impl Process {
         }
         let status = self.reap();
         let exit = Exit { status, is_released: false, is_cache_removed: false };
-        let mut listeners = self.listeners();
-        listeners.exit = Some(exit);
-        listeners.requesters.clear();
-        for listener in std::mem::take(&mut listeners.by_device).into_values() {
-            listener.hearer.hear(self.fence, ProcessNews::Exited(exit));
+        let mut subscribers = self.subscribers();
+        subscribers.exit = Some(exit);
+        subscribers.requesters.clear();
+        for subscriber in std::mem::take(&mut subscribers.by_device).into_values() {
+            subscriber.sink.send(self.fence, ProcessEvent::Exited(exit));
         }
     }
 
     /// Tells the devices of an image that the process does not use it any more.
     fn note_release(&self, image_of: u32, exit: Exit) {
-        let mut listeners = self.listeners();
-        let devices = listeners.by_device.extract_if(.., |_, listener| listener.image_of == image_of);
-        for (_, listener) in devices.collect::<Vec<_>>() {
-            listener.hearer.hear(self.fence, ProcessNews::Exited(exit));
+        let mut subscribers = self.subscribers();
+        let devices = subscribers.by_device.extract_if(.., |_, subscriber| subscriber.image_of == image_of);
+        for (_, subscriber) in devices.collect::<Vec<_>>() {
+            subscriber.sink.send(self.fence, ProcessEvent::Exited(exit));
         }
-        listeners.images.entry(image_of).or_default().exit = Some(exit);
+        subscribers.images.entry(image_of).or_default().exit = Some(exit);
     }
 
     /// Reads a message; returns whether there may be another one.
-    fn hear_message(&self) -> bool {
+    fn read_message(&self) -> bool {
         let message = match self.channel.receive() {
             Ok(Received::Message(message, _)) => message,
             Ok(Received::Closed) => return false,
             Err(e) => {
-                error!("{e}");
+                error!("{}: cannot read what its process sends: {e}; killing the process", self.name);
                 self.kill();
                 self.channel.close();
                 return false;
             }
         };
-        let (device, news) = match message {
-            FromDisk::Served { device } => (device, ProcessNews::Served),
-            FromDisk::Quiesced { device } => (device, ProcessNews::Quiesced),
+        let (device, event) = match message {
+            FromDisk::Served { device } => (device, ProcessEvent::Served),
+            FromDisk::Quiesced { device } => (device, ProcessEvent::Quiesced),
             FromDisk::Ended { device, error } => {
-                (device, ProcessNews::Ended(error.map_or(Ok(()), |error| Err(error.into()))))
+                (device, ProcessEvent::Ended(error.map_or(Ok(()), |error| Err(error.into()))))
             }
-            FromDisk::Failed { device, error } => (device, ProcessNews::Failed(error.into())),
+            FromDisk::Failed { device, error } => (device, ProcessEvent::Failed(error.into())),
             FromDisk::ImageFailed { image_of, error } => {
-                let mut listeners = self.listeners();
-                for listener in listeners.by_device.values().filter(|listener| listener.image_of == image_of) {
-                    let news = ProcessNews::Failed(error.clone().into());
-                    listener.hearer.hear(self.fence, news);
+                let mut subscribers = self.subscribers();
+                for subscriber in subscribers.by_device.values().filter(|subscriber| subscriber.image_of == image_of) {
+                    let event = ProcessEvent::Failed(error.clone().into());
+                    subscriber.sink.send(self.fence, event);
                 }
-                listeners.images.entry(image_of).or_default().failure = Some(error);
+                subscribers.images.entry(image_of).or_default().failure = Some(error);
                 return true;
             }
             FromDisk::Reply { id, reply } => {
-                if let Some(requester) = self.listeners().requesters.remove(&id) {
+                if let Some(requester) = self.subscribers().requesters.remove(&id) {
                     // The requester may not wait for the reply.
                     let _ = requester.send(reply);
                 }
@@ -393,8 +397,8 @@ impl Process {
                 return true;
             }
         };
-        if let Some(listener) = self.listeners().by_device.get(&device) {
-            listener.hearer.hear(self.fence, news);
+        if let Some(subscriber) = self.subscribers().by_device.get(&device) {
+            subscriber.sink.send(self.fence, event);
         }
         true
     }
@@ -404,7 +408,7 @@ impl Process {
         let pid = self.child().as_ref().map(Child::id)?;
         // Without the lock: another thread must be able to kill it meanwhile.
         if let Err(e) = wait_without_reaping(pid) {
-            warn!("cannot wait for disk process {pid}: {e}");
+            warn!("{}: cannot wait for its process {pid}: {e}", self.name);
         }
         self.child().take()?.wait().ok()
     }

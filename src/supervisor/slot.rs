@@ -23,7 +23,7 @@ use crate::sys::privileges::{self, User};
 use crate::systemd::ServiceManager;
 use crate::units::PAGE_BYTES;
 
-/// How often to look whether the kernel has completed the I/O of a process that died.
+/// How often to check whether the kernel has completed the I/O of a process that died.
 const FENCE_POLL: Duration = Duration::from_millis(2);
 
 /// How long a disk process that has ended in order may take to close the descriptor of a block device.
@@ -67,7 +67,7 @@ struct SlotState {
 enum FileWatch {
     /// Its name leads to it, or there is no such file.
     Reachable,
-    /// A look at this moment found that its name does not lead to it.
+    /// A check at this moment found that its name does not lead to it.
     Missed(Instant),
     /// The cache does not outlive the daemon any more, and the operator was told.
     Lost,
@@ -127,7 +127,7 @@ impl ImageSlot {
                 thread::sleep(FENCE_POLL);
             }
             if !exit.is_in_order() {
-                state.image.fear_earlier_writes();
+                state.image.quarantine_earlier_writes();
                 if let Some(cache) = &mut state.cache {
                     cache.note_death(self.settings.read_only);
                 }
@@ -174,15 +174,15 @@ impl ImageSlot {
             None => Process::start(&self.settings.name, self.hosting, fence)?,
         };
         match process.open(self.image_of, &open, &file, &cache.descriptors()) {
-            // It has ended, of which the keeper will hear.
+            // It has ended, of which the keeper gets an event.
             Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(failed(e)),
             _ => Ok(process),
         }
     }
 
-    /// Looks whether the next daemon would find the cache. If its file was removed, the cache is from now on one that
-    /// does not outlive the daemon. `is_final`: there is no other look. Waits for nothing.
-    pub fn look_at_cache_file(&self, is_final: bool) {
+    /// Checks that the next daemon would find the cache. If its file was removed, the cache is from now on one that
+    /// does not outlive the daemon. `is_final`: no other check follows. Waits for nothing.
+    pub fn check_cache_file(&self, is_final: bool) {
         let Ok(mut state) = self.state.try_lock() else { return };
         let state = &mut *state;
         let Some(cache) = &mut state.cache else { return };
@@ -192,7 +192,7 @@ impl ImageSlot {
             }
             return;
         }
-        // Not at the first look: a rename of a directory, or a mount, may be under way.
+        // Not at the first check: a rename of a directory, or a mount, may be under way.
         match state.file {
             _ if is_final => {}
             FileWatch::Missed(since) if since.elapsed() >= MISSED_MIN => {}

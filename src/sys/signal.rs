@@ -63,12 +63,15 @@ pub fn name_of(signal: i32) -> String {
         libc::SIGABRT => "SIGABRT",
         libc::SIGBUS => "SIGBUS",
         libc::SIGFPE => "SIGFPE",
+        libc::SIGHUP => "SIGHUP",
         libc::SIGILL => "SIGILL",
+        libc::SIGINT => "SIGINT",
         libc::SIGKILL => "SIGKILL",
         libc::SIGSEGV => "SIGSEGV",
         libc::SIGSYS => "SIGSYS",
         libc::SIGTERM => "SIGTERM",
         libc::SIGTRAP => "SIGTRAP",
+        libc::SIGUSR1 => "SIGUSR1",
         signal => return format!("signal {signal}"),
     };
     name.to_owned()

@@ -75,8 +75,8 @@ fn a_disk_process_that_starts_while_its_server_is_away_waits_for_it() {
 }
 
 #[test]
-fn after_the_death_of_a_disk_process_its_writes_are_feared() {
-    let Some((mut daemon, _server)) = start("nbd-feared", "nbd_quarantine_ms = 1500") else { return };
+fn after_the_death_of_a_disk_process_its_writes_are_quarantined() {
+    let Some((mut daemon, _server)) = start("nbd-quarantine", "nbd_quarantine_ms = 1500") else { return };
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     session.write(64, &pattern(1, 64, 4096));
     kill_disk(&daemon);

@@ -171,7 +171,7 @@ fn sigterm_ends_the_other_disks_and_a_second_one_ends_the_wait() {
     let status = daemon.wait();
     assert_eq!(status.code(), Some(1), "{}", daemon.log());
     let log = daemon.log();
-    assert!(log.contains("signal 15 again: not waiting for sick"), "{log}");
+    assert!(log.contains("SIGTERM again: not waiting for sick"), "{log}");
     assert!(log.contains("genblk: sick: could not write") && log.contains("the cache stays in"), "{log}");
     drop(session);
     // What the guest wrote is in the cache that stayed.

@@ -79,7 +79,7 @@ fn run(terminal: &mut DefaultTerminal, options: &TopOptions, state: &mut TopStat
             if command == TopCommand::Quit {
                 return Ok(());
             }
-            state.obey(command);
+            state.apply(command);
             terminal.draw(|frame| draw::draw(frame, state, palette))?;
         }
         if !state.is_paused() {

@@ -164,7 +164,7 @@ impl TopState {
     }
 
     /// Does what a key asks for.
-    pub fn obey(&mut self, command: TopCommand) {
+    pub fn apply(&mut self, command: TopCommand) {
         let toggled = |view, now| if view == now { TopView::Details } else { view };
         match command {
             TopCommand::Quit | TopCommand::Redraw => {}

@@ -108,7 +108,7 @@ fn drawn(state: &TopState, width: u16, height: u16) -> String {
 fn press(state: &mut TopState, keys: &str) {
     for key in keys.chars() {
         let event = Event::Key(KeyEvent::new(KeyCode::Char(key), KeyModifiers::NONE));
-        state.obey(command_of(&event).unwrap());
+        state.apply(command_of(&event).unwrap());
     }
 }
 
@@ -147,7 +147,7 @@ fn keys_select_sort_pause_and_show_histogram_and_help() {
     assert!(text.contains("vm1: below") && text.contains("2.0u"), "{text}");
     press(&mut state, "h");
     assert!(drawn(&state, 80, 24).contains("99th percentile"));
-    state.obey(TopCommand::Back);
+    state.apply(TopCommand::Back);
     press(&mut state, "p");
     assert!(state.is_paused() && drawn(&state, 80, 24).contains("PAUSED"));
     let control_c = Event::Key(KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL));

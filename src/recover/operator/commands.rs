@@ -8,7 +8,7 @@ use super::folders::{caches_in, whose};
 use super::leftovers::{Cleared, clear};
 use super::terminal::{ProgressBar, ask, is_interactive, visible};
 use super::{Report, remembered};
-use crate::arena::{Arena, ArenaFile, GuestData, GuestState, Survey, Whose};
+use crate::arena::{AllowedOwner, Arena, ArenaFile, GuestData, GuestState, Survey};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover::operation::{check_belongs, end_tenure};
 use crate::recover::write_back::write_back;
@@ -49,7 +49,7 @@ pub fn recover(recovery: &Recovery) -> Result<String> {
     let path = &recovery.cache;
     let shown = visible(path);
     refuse_other_users(path)?;
-    let file = ArenaFile::open_existing(path, Whose::Own)?;
+    let file = ArenaFile::open_existing(path, AllowedOwner::Own)?;
     let Some(header) = file.header()? else {
         file.remove();
         return Ok(format!("removed {shown}, which was empty\n"));
@@ -107,7 +107,7 @@ fn refuse_other_users(path: &Path) -> Result<()> {
     if user != 0 {
         return Ok(());
     }
-    let seen = ArenaFile::look_at(path, Whose::Anyone)?;
+    let seen = ArenaFile::look_at(path, AllowedOwner::Anyone)?;
     if seen.owner == user {
         return Ok(());
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::Report;
 use super::terminal::visible;
-use crate::arena::{ArenaFile, GuestState, Header, Seen, Whose};
+use crate::arena::{AllowedOwner, ArenaFile, GuestState, Header, Seen};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image_id::ImageId;
 use crate::store::file::look_at;
@@ -58,7 +58,7 @@ impl CacheFile {
     ///
     /// # Errors
     /// As [`ArenaFile::look_at`].
-    pub(super) fn look_at(path: PathBuf, whose: Whose) -> Result<Self> {
+    pub(super) fn look_at(path: PathBuf, whose: AllowedOwner) -> Result<Self> {
         let seen = ArenaFile::look_at(&path, whose)?;
         Ok(Self { path, seen })
     }
@@ -120,9 +120,9 @@ fn is_same(found: &ImageId, known: &ImageId) -> bool {
     found == known || is_remounted
 }
 
-/// Whose files this process may look at.
-pub(super) fn whose() -> Whose {
-    if effective_uid() == 0 { Whose::Anyone } else { Whose::Own }
+/// AllowedOwner files this process may look at.
+pub(super) fn whose() -> AllowedOwner {
+    if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }
 
 /// The folders with cache files in `directory`, which is a memory directory or such a folder itself: this user's, or
@@ -193,10 +193,10 @@ pub(super) fn caches_in(directory: &Path, report: &mut Report) -> Result<Vec<(Pa
 ///
 /// # Errors
 /// As [`caches`].
-pub(super) fn cache_files(folder: &Path) -> Result<(Vec<PathBuf>, Whose)> {
+pub(super) fn cache_files(folder: &Path) -> Result<(Vec<PathBuf>, AllowedOwner)> {
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", folder.display()), e);
     let metadata = fs::metadata(folder).map_err(failed)?;
-    let whose = if metadata.uid() == effective_uid() { Whose::Own } else { whose() };
+    let whose = if metadata.uid() == effective_uid() { AllowedOwner::Own } else { whose() };
     ArenaFile::check_dir(folder, whose)?;
     let mut paths: Vec<PathBuf> = fs::read_dir(folder)
         .map_err(failed)?

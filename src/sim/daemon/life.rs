@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use super::store::{SimulatedImage, sector_of, value_of};
-use crate::arena::{ArenaFile, Whose};
+use crate::arena::{AllowedOwner, ArenaFile};
 use crate::cache::Settings;
 use crate::cached_image::CachedImage;
 use crate::config::{DeviceConfig, MemoryDir, Socket, Survive};
@@ -75,8 +75,9 @@ impl Directory {
         let files = fs::read_dir(&self.path).expect("the directory");
         let directory = files.flatten().map(|entry| entry.path()).find(|path| path.is_dir())?;
         let path = fs::read_dir(directory).expect("the directory").flatten().next()?.path();
-        let header =
-            ArenaFile::open_existing(&path, Whose::Own).and_then(|file| file.header()).expect("a file of the world");
+        let header = ArenaFile::open_existing(&path, AllowedOwner::Own)
+            .and_then(|file| file.header())
+            .expect("a file of the world");
         Some(header?.frames)
     }
 }

@@ -45,7 +45,7 @@ impl NbdBacking {
     /// An export that another process of the daemon has opened; `connector` is its socket.
     pub(in crate::store) fn received(connector: File, parts: NbdParts) -> Arc<Self> {
         let remote = Remote::new(parts.label, parts.promised, Duration::from_millis(parts.quarantine_ms));
-        remote.fear_earlier_writes(Duration::from_millis(parts.feared_ms));
+        remote.quarantine_earlier_writes(Duration::from_millis(parts.quarantined_ms));
         let backing = Self::new(Arc::new(remote), parts.limits, parts.uri.into());
         *backing.connector.lock().expect("nobody else knows it") =
             Some(Arc::new(Connector::new(OwnedFd::from(connector))));
@@ -106,8 +106,8 @@ impl Backing for NbdBacking {
 
     fn change_token(&self) -> Option<ChangeToken> {
         // A server tells nothing else. The image is not at rest while the server may still change it.
-        let is_feared = self.remote.suspects.has_any(self.remote.now());
-        (!is_feared).then(|| ChangeToken { size_bytes: self.limits.size_bytes.get(), ..ChangeToken::default() })
+        let is_quarantined = self.remote.suspects.has_any(self.remote.now());
+        (!is_quarantined).then(|| ChangeToken { size_bytes: self.limits.size_bytes.get(), ..ChangeToken::default() })
     }
 
     fn idle_token(&self) -> Option<ChangeToken> {

@@ -39,7 +39,7 @@ enum ConnectorRequest {
     /// A connection in place of one that has broken, or a first one.
     Connect {
         /// Requests on the last one may be executed for that long. Told if it is longer than usual.
-        feared_ms: u64,
+        quarantined_ms: u64,
     },
 }
 
@@ -123,8 +123,8 @@ fn attach(server: &Arc<ExportServer>, asker: &UnixStream) -> io::Result<()> {
 /// Body of a queue's thread.
 fn connect_queue(server: &ExportServer, asker: &UnixStream, mut last: LastServer, mut since: Instant) {
     let mut pause = Duration::ZERO;
-    while let Ok(Some((ConnectorRequest::Connect { feared_ms }, _))) = receive(asker) {
-        server.fear(Duration::from_millis(feared_ms));
+    while let Ok(Some((ConnectorRequest::Connect { quarantined_ms }, _))) = receive(asker) {
+        server.quarantine_for(Duration::from_millis(quarantined_ms));
         pause = ExportServer::pause_after(since.elapsed(), pause);
         let sent = match server.connect_again(&last, pause, asker) {
             None => return,
@@ -188,13 +188,13 @@ pub(super) struct Reconnector {
 
 impl Reconnector {
     /// Asks for a connection. Then the descriptor is readable when there is an answer. Requests on the last connection
-    /// may be executed for `feared`; zero: as long as usual.
+    /// may still be executed for `quarantine`; zero: as long as usual.
     ///
     /// # Errors
     /// EPIPE if the process that connects has ended.
-    pub fn ask(&self, feared: Duration) -> io::Result<()> {
-        let feared_ms = u64::try_from(feared.as_millis()).unwrap_or(u64::MAX);
-        send(&self.socket, &ConnectorRequest::Connect { feared_ms }, &[])
+    pub fn ask(&self, quarantine: Duration) -> io::Result<()> {
+        let quarantined_ms = u64::try_from(quarantine.as_millis()).unwrap_or(u64::MAX);
+        send(&self.socket, &ConnectorRequest::Connect { quarantined_ms }, &[])
     }
 
     /// The answer, once there is one. Does not wait.

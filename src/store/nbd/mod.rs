@@ -335,14 +335,15 @@ impl NamedImage for NbdImage {
             label: remote.label.clone(),
             promised: remote.promised,
             quarantine_ms: milliseconds(remote.quarantine).unwrap_or(u64::MAX),
-            feared_ms: milliseconds(remote.feared_for().max(self.server.feared_for())).unwrap_or(u64::MAX),
+            quarantined_ms: milliseconds(remote.quarantined_for().max(self.server.quarantined_for()))
+                .unwrap_or(u64::MAX),
         };
-        // A process that has ended accesses nothing any more, and what it has sent is feared: no fence is needed.
+        // A process that has ended accesses nothing any more, and what it has sent is in quarantine: no fence is needed.
         Ok((OwnedFd::from(connector::spawn(&self.server)?).into(), ImageParts::Nbd(parts)))
     }
 
-    fn fear_earlier_writes(&self) {
-        self.backing.remote.fear_earlier_writes(self.backing.remote.quarantine);
+    fn quarantine_earlier_writes(&self) {
+        self.backing.remote.quarantine_earlier_writes(self.backing.remote.quarantine);
     }
 
     fn read_page(&self, page: PageNo) -> io::Result<Box<PageBytes>> {

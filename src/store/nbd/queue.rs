@@ -231,14 +231,14 @@ impl NbdQueue {
     }
 
     /// Asks for another connection; see [`Reconnector::ask`].
-    fn ask_for_connection(&mut self, feared: Duration) {
+    fn ask_for_connection(&mut self, quarantine: Duration) {
         let Some(reconnector) = &self.reconnector else {
             self.client.gone();
             return self.wake.notify();
         };
         let event = EpollEvent::new(EventSet::IN, 0);
         let watch = || self.epoll.ctl(ControlOperation::Add, reconnector.as_raw_fd(), event);
-        match reconnector.ask(feared).and_then(|()| watch()) {
+        match reconnector.ask(quarantine).and_then(|()| watch()) {
             Ok(()) => self.is_connecting = true,
             // The next daemon repeats what is in flight.
             Err(e) => {

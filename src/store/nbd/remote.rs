@@ -11,7 +11,7 @@ use super::unflushed::Unflushed;
 use super::wire::Export;
 use crate::store::wake::WakeFd;
 
-/// After a timeout the network may still hold requests: they are feared this many times as long.
+/// After a timeout the network may still hold requests: they stay in quarantine this many times as long.
 pub(super) const TIMEOUT_FACTOR: u32 = 6;
 
 /// See the module.
@@ -62,20 +62,20 @@ impl Remote {
         self.has_changed.load(Ordering::Acquire)
     }
 
-    /// A name for a connection that has broken, and until when its requests are feared.
+    /// A name for a connection that has broken, and until when the server may still execute its requests.
     pub fn note_break(&self, timed_out: bool) -> (BreakId, Duration) {
         let factor = if timed_out { TIMEOUT_FACTOR } else { 1 };
         (self.breaks.fetch_add(1, Ordering::AcqRel) + 1, self.now() + self.quarantine * factor)
     }
 
     /// The server may execute requests of an earlier process for that long, wherever they were.
-    pub fn fear_earlier_writes(&self, for_how_long: Duration) {
+    pub fn quarantine_earlier_writes(&self, for_how_long: Duration) {
         let now = self.now();
         self.suspects.add(0..self.promised.size_bytes, now + for_how_long, 0, now);
     }
 
     /// For how long the server may still execute requests of broken connections.
-    pub fn feared_for(&self) -> Duration {
+    pub fn quarantined_for(&self) -> Duration {
         let now = self.now();
         self.suspects.blocked_until(&(0..u64::MAX), now).map_or(Duration::ZERO, |until| until.saturating_sub(now))
     }

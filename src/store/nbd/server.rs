@@ -53,7 +53,7 @@ struct ExportServerState {
     /// A connection that no queue uses.
     idle: Option<Connection>,
     /// Until when it may execute requests of a connection that timed out.
-    feared_until: Instant,
+    quarantined_until: Instant,
 }
 
 impl ExportServer {
@@ -67,7 +67,7 @@ impl ExportServer {
         lock: Option<HostLock>,
     ) -> Self {
         let promised = connection.export;
-        let state = Mutex::new(ExportServerState { idle: Some(connection), feared_until: Instant::now() });
+        let state = Mutex::new(ExportServerState { idle: Some(connection), quarantined_until: Instant::now() });
         let (read_only, io_max) = access;
         Self { uri, label, promised, read_only, io_max, give_up, lock, state }
     }
@@ -109,14 +109,14 @@ impl ExportServer {
     }
 
     /// A connection has timed out: its requests may be executed for that long.
-    pub fn fear(&self, for_how_long: Duration) {
+    pub fn quarantine_for(&self, for_how_long: Duration) {
         let mut state = self.state();
-        state.feared_until = state.feared_until.max(Instant::now() + for_how_long);
+        state.quarantined_until = state.quarantined_until.max(Instant::now() + for_how_long);
     }
 
     /// For how long requests of connections that timed out may be executed.
-    pub fn feared_for(&self) -> Duration {
-        self.state().feared_until.saturating_duration_since(Instant::now())
+    pub fn quarantined_for(&self) -> Duration {
+        self.state().quarantined_until.saturating_duration_since(Instant::now())
     }
 
     /// Checks that an export has what was promised when the image was opened.

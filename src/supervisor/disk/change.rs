@@ -17,15 +17,15 @@ pub(super) struct Detaching {
 
 /// What the devices that stay use: the end of another one must not harm them.
 #[derive(Debug)]
-pub(in crate::supervisor) struct Stayers {
+pub(in crate::supervisor) struct RemainingDevices {
     processes: Vec<IoFence>,
     groups: Vec<String>,
 }
 
-impl Stayers {
+impl RemainingDevices {
     /// Those of these devices that stay.
     pub fn of<'a>(disks: impl Iterator<Item = &'a Disk>) -> Self {
-        let staying: Vec<&Disk> = disks.filter(|disk| !disk.is_leaving()).collect();
+        let staying: Vec<&Disk> = disks.filter(|disk| !disk.is_ending()).collect();
         let groups = staying.iter().map(|disk| disk.config().group.clone()).filter(|group| !group.is_empty());
         let processes = staying.iter().filter_map(|disk| disk.image_key()).map(|(process, _)| process);
         Self { processes: processes.collect(), groups: groups.collect() }
@@ -39,8 +39,8 @@ impl Stayers {
 
 impl Disk {
     /// Whether it is detached, or ends with the process.
-    pub fn is_leaving(&self) -> bool {
-        self.leaving.is_some()
+    pub fn is_ending(&self) -> bool {
+        self.end.is_some()
     }
 
     /// Whether the operator waits for it to be served.
@@ -89,13 +89,13 @@ impl Disk {
     }
 
     /// Logs what takes long.
-    pub fn look(&mut self, stayers: &Stayers) {
-        let Some((ending, since)) = self.leaving else { return self.look_while_serving() };
+    pub fn check(&mut self, remaining: &RemainingDevices) {
+        let Some((ending, since)) = self.end else { return self.check_while_serving() };
         if self.has_ended() {
             return;
         }
         let discards = self.detaching.as_ref().is_none_or(|detaching| detaching.discards);
-        let advice = if stayers.share_process_of(self) {
+        let advice = if remaining.share_process_of(self) {
             // Without its workers, a process that is shared would keep what they have begun from others.
             None
         } else if !discards && self.state().has_unkept_data {
@@ -103,6 +103,6 @@ impl Disk {
         } else {
             Some("")
         };
-        self.look_at_end(ending, since, advice);
+        self.check_end(ending, since, advice);
     }
 }

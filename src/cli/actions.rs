@@ -46,7 +46,7 @@ pub enum Action {
     },
     /// Be the disk process of the device of this name: serve what the supervisor at standard input says.
     DiskProcess(String),
-    /// Serve this image as it is from now on, without the caches below this directory.
+    /// Give up the caches of this image below this directory, so that it can be served.
     TakeOver(PathBuf, PathBuf),
     /// List the devices of the daemon at this control socket.
     List {

@@ -1,0 +1,390 @@
+//! The commands of the command line: each with its arguments, and the action that they ask for.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::builder::{PathBufValueParser, TypedValueParser};
+
+use super::{Action, help};
+use crate::client::exporter::{ExporterOptions, ListenAddress};
+use crate::client::{DeviceAction, FreezeOptions, Numbers, StatOptions, TopOptions, View};
+use crate::config::{SYSTEMD, parse_size};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Commands other than serving.
+#[derive(Clone, Debug, clap::Subcommand)]
+pub(super) enum ClientCommand {
+    /// List the caches that daemons left; with CACHE, write one to its image
+    #[command(after_long_help = help::RECOVER)]
+    Recover(RecoverArguments),
+    /// Serve one image for a daemon, which starts this
+    #[command(hide = true)]
+    DiskProcess {
+        /// Name of the device, for tools that list processes
+        name: String,
+    },
+    /// List the disks of a running daemon
+    #[command(after_long_help = help::LIST)]
+    List {
+        /// A device; without this, all of them
+        device: Option<String>,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Show what the disks of a running daemon do: rates, latencies, hits
+    #[command(after_long_help = help::STAT)]
+    Stat(StatArguments),
+    /// Serve the disks of a file in addition to those that are served
+    #[command(after_long_help = help::ATTACH)]
+    Attach {
+        /// A TOML file with a table for each device, or with the keys of one device
+        file: PathBuf,
+        /// The disks of the file to serve; without this, all of them
+        devices: Vec<String>,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Write all dirty data of a disk to its image, and stop serving it
+    #[command(after_long_help = help::DETACH)]
+    Detach {
+        #[command(flatten)]
+        device: OneDevice,
+        /// Detach it even while a guest uses it; if its image fails, its cache stays for "genblk recover"
+        #[arg(long)]
+        force: bool,
+        /// Give up dirty data that its image does not take, if its cache ends with its process (survive = "never")
+        #[arg(long, requires = "force")]
+        discard: bool,
+    },
+    /// Change keys of a disk while it is served
+    #[command(after_long_help = help::SET)]
+    Set {
+        #[command(flatten)]
+        device: OneDevice,
+        /// Keys of the configuration with their values, such as cache.mode=writethrough
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        settings: Vec<String>,
+    },
+    /// Read the configuration file again
+    #[command(after_long_help = help::RELOAD)]
+    Reload {
+        /// Show what would change, and change nothing
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Show the configuration in force
+    #[command(after_long_help = help::CONFIG)]
+    Config {
+        /// A device; without this, all of them
+        device: Option<String>,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Make durable every write that a disk has completed
+    #[command(after_long_help = help::FLUSH)]
+    Flush(OneDevice),
+    /// Drop a disk's clean pages from its cache
+    #[command(after_long_help = help::DROP)]
+    Drop {
+        #[command(flatten)]
+        device: OneDevice,
+        /// Write dirty pages first, and drop them as well
+        #[arg(long)]
+        flushed: bool,
+    },
+    /// Grow a disk's image while a guest uses it
+    #[command(after_long_help = help::RESIZE)]
+    Resize {
+        #[command(flatten)]
+        device: OneDevice,
+        /// The new size, such as 20G; without it, the guest's disk gets the present size of the image
+        #[arg(value_parser = image_size)]
+        size: Option<u64>,
+    },
+    /// Retry failed operations and write-back that was stopped, now that the image works again
+    #[command(after_long_help = help::RESUME)]
+    Resume(OneDevice),
+    /// Write all dirty data of a disk and hold its writes, for a copy or a snapshot on the host
+    #[command(after_long_help = help::FREEZE)]
+    Freeze {
+        #[command(flatten)]
+        device: OneDevice,
+        /// The freeze ends by itself after this time, counted from its start: 1ms to 60s
+        #[arg(long, value_name = "TIME", default_value = "10s", value_parser = milliseconds)]
+        timeout: u32,
+        /// Hold reads as well as writes
+        #[arg(long)]
+        reads: bool,
+        /// Run this while the disk is frozen, then thaw it; genblk exits with its status
+        #[arg(last = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// End a freeze
+    #[command(after_long_help = help::THAW)]
+    Thaw(OneDevice),
+    /// Show what the disks of a running daemon do, on a terminal
+    ///
+    /// A line for each disk, redrawn each second, and details of the selected one: rates, latencies by how requests
+    /// were served, memory, dirty data. The keys are at the foot of the screen. It needs 80 columns and 24 lines; from
+    /// 104 columns on, memory and dirty data have bars.
+    #[command(after_long_help = help::TOP)]
+    Top {
+        /// Seconds between two updates
+        #[arg(value_name = "INTERVAL", default_value = "1", value_parser = interval)]
+        interval: Duration,
+        /// Print one screen as text, after an interval, and exit
+        #[arg(long)]
+        once: bool,
+        /// Use no colours, as with NO_COLOR in the environment
+        #[arg(long)]
+        no_color: bool,
+        /// Control socket of the daemon
+        #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
+        socket: PathBuf,
+    },
+    /// Export metrics of a running daemon to Prometheus
+    #[command(after_long_help = help::EXPORTER)]
+    Exporter {
+        /// Serve GET /metrics over HTTP at this TCP address (127.0.0.1:9950), at this path of a Unix domain socket
+        /// (/run/genblk-exporter.sock), or on the socket of the unit (systemd)
+        #[arg(long, value_name = "ADDRESS", required_unless_present = "once")]
+        listen: Option<ListenAddress>,
+        /// Print the metrics to standard output and exit, such as for node_exporter's textfile directory
+        #[arg(long, conflicts_with = "listen")]
+        once: bool,
+        /// Of histograms, show only the sum and the count
+        #[arg(long)]
+        no_histograms: bool,
+        /// Control socket of the daemon
+        #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
+        socket: PathBuf,
+    },
+    /// Give up the completed writes that a lost cache of IMAGE may hold, so that IMAGE can be served
+    #[command(after_long_help = help::TAKE_OVER)]
+    TakeOver {
+        /// The image: its caches are set aside, and another host loses its claim to it
+        image: PathBuf,
+        /// Directory to search for its caches
+        #[arg(long, value_name = "DIR", default_value = "/dev/shm", value_parser = directory())]
+        memory_dir: PathBuf,
+    },
+}
+
+/// How to reach a running daemon.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ControlSocket {
+    /// Control socket of the daemon
+    #[arg(long, value_name = "PATH", env = "GENBLK_CONTROL", default_value = "/run/genblk/control.sock")]
+    socket: PathBuf,
+    /// Print the daemon's reply as JSON in one line
+    #[arg(long)]
+    json: bool,
+}
+
+/// A device of a running daemon.
+#[derive(Clone, Debug, clap::Args)]
+pub struct OneDevice {
+    /// Name of the device
+    device: String,
+    #[command(flatten)]
+    control: ControlSocket,
+}
+
+impl OneDevice {
+    fn change(self, change: DeviceAction) -> Action {
+        let ControlSocket { socket, json } = self.control;
+        Action::Change { socket, device: self.device, change, json }
+    }
+}
+
+/// A time such as 500ms or 10s, in milliseconds.
+fn milliseconds(text: &str) -> std::result::Result<u32, String> {
+    let (number, factor) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1),
+        None => (text.strip_suffix('s').unwrap_or(text), 1000),
+    };
+    let time = number.parse::<u32>().ok().and_then(|number| number.checked_mul(factor));
+    time.filter(|time| (1..=60_000).contains(time)).ok_or_else(|| "a time is 1ms to 60s".to_owned())
+}
+
+/// A size of an image.
+fn image_size(text: &str) -> std::result::Result<u64, String> {
+    parse_size(text).ok_or_else(|| "takes a size such as 20G".to_owned())
+}
+
+/// What `genblk stat` shows.
+#[derive(Clone, Debug, clap::Args)]
+pub struct StatArguments {
+    /// A device, all without it; then the seconds between two reports, and their number (with seconds: without end)
+    #[arg(value_name = "[DEVICE] [INTERVAL [COUNT]]", num_args = 0..=3)]
+    arguments: Vec<String>,
+    /// Latencies: a line for each kind of request
+    #[arg(short = 'l', long, group = "view")]
+    latencies: bool,
+    /// Histograms of the latencies of requests, in powers of two
+    #[arg(short = 'w', long, group = "view")]
+    histograms: bool,
+    /// Sizes of requests and of operations on the image, in powers of two
+    #[arg(short = 'r', long, group = "view")]
+    sizes: bool,
+    /// The caches: hits, readahead, evictions, dirty data
+    #[arg(short = 'c', long, group = "view")]
+    cache: bool,
+    /// For programs: tabs, and no header
+    #[arg(short = 'H', long)]
+    scripted: bool,
+    /// Exact numbers: bytes and nanoseconds
+    #[arg(short = 'p', long)]
+    parsable: bool,
+    /// The time (seconds since 1970) above each report
+    #[arg(short = 'T', long)]
+    time: bool,
+    /// Leave out the first report, which is about all the time since the daemon's start
+    #[arg(short = 'y', long)]
+    omit_first: bool,
+    #[command(flatten)]
+    control: ControlSocket,
+}
+
+/// Seconds between two reports.
+fn interval(text: &str) -> std::result::Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=86_400.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "an interval is 0.1 to 86400 seconds".to_owned())
+}
+
+impl StatArguments {
+    fn action(self) -> Result<Action> {
+        let wrong = |text: &str| {
+            let usage = "[DEVICE] [INTERVAL [COUNT]]: an interval of 0.1 to 86400 seconds, and a count of 1 or more";
+            Error::new(ErrorKind::Config, format!("{text:?} does not fit here; genblk stat takes {usage}"))
+        };
+        let mut arguments = self.arguments.iter().cloned().peekable();
+        let device = arguments.next_if(|first| first.parse::<f64>().is_err());
+        let interval = arguments.next().map(|text| interval(&text).map_err(|_| wrong(&text)));
+        let count = arguments.next().map(|text| {
+            let count = text.parse().ok().filter(|count| *count > 0);
+            count.ok_or_else(|| wrong(&text))
+        });
+        if let Some(more) = arguments.next() {
+            return Err(wrong(&more));
+        }
+        let view = match self {
+            Self { latencies: true, .. } => View::Latencies,
+            Self { histograms: true, .. } => View::Histograms,
+            Self { sizes: true, .. } => View::Sizes,
+            Self { cache: true, .. } => View::Cache,
+            _ => View::Overview,
+        };
+        let options = StatOptions {
+            device,
+            view,
+            interval: interval.transpose()?,
+            count: count.transpose()?,
+            for_programs: self.scripted,
+            numbers: if self.parsable { Numbers::Exact } else { Numbers::Short },
+            with_time: self.time,
+            without_first: self.omit_first,
+            as_json: self.control.json,
+        };
+        Ok(Action::Stat(self.control.socket, options))
+    }
+}
+
+/// What `genblk recover` is to do, and with which caches.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RecoverArguments {
+    /// A cache from the list: write its dirty pages to its image, then remove it
+    #[arg(value_name = "CACHE")]
+    caches: Vec<PathBuf>,
+    /// Where the image of CACHE is now, if it has moved
+    #[arg(long, value_name = "PATH", requires = "caches", conflicts_with = "discard")]
+    image: Option<PathBuf>,
+    /// Remove CACHE without writing anything to its image
+    #[arg(long, requires = "caches")]
+    discard: bool,
+    /// Throw away dirty pages without asking; write to an image that is not shown to be CACHE's
+    #[arg(long, requires = "caches")]
+    force: bool,
+    /// Remove the caches from which nothing would be lost
+    #[arg(long, conflicts_with = "caches")]
+    prune: bool,
+    /// Directory to search: a memory directory, or a folder of caches in it
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm", conflicts_with = "caches")]
+    #[arg(value_parser = directory())]
+    memory_dir: PathBuf,
+}
+
+impl RecoverArguments {
+    fn action(self) -> Result<Action> {
+        let Self { mut caches, image, discard, force, prune, memory_dir } = self;
+        if image.is_some() && caches.len() > 1 {
+            return Err(Error::new(ErrorKind::Config, "--image names the image of one CACHE; recover them one by one"));
+        }
+        let is_folder = caches.len() == 1 && image.is_none() && !discard && !force && caches[0].is_dir();
+        Ok(match caches.len() {
+            0 if prune => Action::Prune(memory_dir),
+            0 => Action::ListCaches(memory_dir),
+            _ if is_folder => Action::ListCaches(caches.remove(0)),
+            _ if discard => Action::Discard { caches, force },
+            _ => Action::Recover { caches, image, force },
+        })
+    }
+}
+
+/// A directory with cache files; systemd's file descriptor store is not one.
+fn directory() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| match path == Path::new(SYSTEMD) {
+        true => Err("a cache kept by systemd is reachable only from its unit; start the unit to write it back"),
+        false => Ok(path),
+    })
+}
+
+impl ClientCommand {
+    pub(super) fn action(self) -> Result<Action> {
+        Ok(match self {
+            Self::Recover(arguments) => return arguments.action(),
+            Self::DiskProcess { name } => Action::DiskProcess(name),
+            Self::TakeOver { image, memory_dir } => Action::TakeOver(image, memory_dir),
+            Self::List { device, control: ControlSocket { socket, json } } => Action::List { socket, device, json },
+            Self::Stat(arguments) => return arguments.action(),
+            Self::Attach { file, devices, control: ControlSocket { socket, json } } => {
+                Action::Attach { socket, file, devices, json }
+            }
+            Self::Detach { device, force, discard } => device.change(DeviceAction::Detach { force, discard }),
+            Self::Set { device: OneDevice { device, control: ControlSocket { socket, json } }, settings } => {
+                Action::Set { socket, device, settings, json }
+            }
+            Self::Reload { dry_run, control: ControlSocket { socket, json } } => {
+                Action::Reload { socket, dry_run, json }
+            }
+            Self::Config { device, control: ControlSocket { socket, json } } => {
+                Action::Configuration { socket, device, json }
+            }
+            Self::Flush(device) => device.change(DeviceAction::Flush),
+            Self::Drop { device, flushed } => device.change(DeviceAction::Drop { flushed }),
+            Self::Resize { device, size } => device.change(DeviceAction::Resize { bytes: size }),
+            Self::Resume(device) => device.change(DeviceAction::Resume),
+            Self::Thaw(device) => device.change(DeviceAction::Thaw { lease: None }),
+            Self::Freeze { device: OneDevice { device, control }, timeout, reads, command } => {
+                let options = FreezeOptions { device, timeout_ms: timeout, reads, command, as_json: control.json };
+                Action::Freeze(control.socket, options)
+            }
+            Self::Top { interval, once, no_color, socket } => {
+                let is_forbidden = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+                let with_colour = !no_color && !is_forbidden;
+                Action::Top(TopOptions { socket, interval, once, with_colour })
+            }
+            Self::Exporter { listen, socket, no_histograms, once: _ } => {
+                let options = ExporterOptions { socket, with_buckets: !no_histograms };
+                match listen {
+                    Some(address) => Action::ServeMetrics(address, options),
+                    None => Action::PrintMetrics(options),
+                }
+            }
+        })
+    }
+}

@@ -376,8 +376,8 @@ impl NewCache<'_> {
         arena.add_guest_formats(guest.formats);
         if !self.begin_tenure(&arena, self.new_tenure()?) {
             warn!(
-                "{}: neither memory_dir nor the image takes a record of this run: if the daemon is killed, the next one \
-                 does not notice that completed writes are lost",
+                "{}: neither memory_dir nor the image takes a record of this run: if the daemon is killed, the next \
+                 one does not notice that completed writes are lost",
                 self.config.name
             );
         }

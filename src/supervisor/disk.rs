@@ -450,7 +450,7 @@ impl Disk {
         self.check_end(ending, since, Some(advice));
     }
 
-    /// As [`Disk::check_while_ending`]. `advice` tells how to end the wait; `None`: it is waited for without a deadline.
+    /// As [`Disk::check_while_ending`]. `advice` tells how to end the wait; `None`: the wait has no deadline.
     fn check_end(&mut self, ending: Ending, since: Instant, advice: Option<&str>) {
         if let Some((at, is_killed)) = self.given_up {
             return self.finish_giving_up(at, is_killed);

@@ -338,7 +338,7 @@ impl NamedImage for NbdImage {
             quarantined_ms: milliseconds(remote.quarantined_for().max(self.server.quarantined_for()))
                 .unwrap_or(u64::MAX),
         };
-        // A process that has ended accesses nothing any more, and what it has sent is in quarantine: no fence is needed.
+        // A process that has ended accesses nothing, and what it has sent is in quarantine: no fence is needed.
         Ok((OwnedFd::from(connector::spawn(&self.server)?).into(), ImageParts::Nbd(parts)))
     }
 

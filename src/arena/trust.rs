@@ -21,7 +21,7 @@ const WRITABLE_BY_ALL: u32 = 0o002;
 /// Mode bit by which only the owner of a file may rename or remove it.
 const STICKY: u32 = 0o1000;
 
-/// AllowedOwner files are used.
+/// Whose files are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AllowedOwner {
     /// Those of this user.

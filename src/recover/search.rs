@@ -293,7 +293,7 @@ fn is_copy(of: &ImageFacts, file: &ImageId) -> bool {
     })
 }
 
-/// AllowedOwner caches are looked at. Root looks at all of them, and uses its own.
+/// Whose caches are read. Root reads all of them, and uses its own.
 pub(super) fn whose() -> AllowedOwner {
     if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }

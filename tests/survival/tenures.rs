@@ -1,4 +1,4 @@
-//! AllowedOwner cache is it? What happens to an image or to its cache between two daemons is noticed: the next daemon uses the
+//! Whose cache is it? What happens to an image or to its cache between two daemons is noticed: the next daemon uses the
 //! cache, or serves the image as it is, or refuses and names the ways out. It never writes old pages over newer data.
 
 use std::ffi::{CStr, CString};

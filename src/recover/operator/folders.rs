@@ -120,7 +120,7 @@ fn is_same(found: &ImageId, known: &ImageId) -> bool {
     found == known || is_remounted
 }
 
-/// AllowedOwner files this process may look at.
+/// Whose files this process may look at.
 pub(super) fn whose() -> AllowedOwner {
     if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }

@@ -420,6 +420,7 @@ fn last_seen(word: impl Fn(usize) -> u64) -> LastSeen {
     LastSeen {
         token: ChangeToken::from_words(std::array::from_fn(|index| word(token + token_field::TOKEN + 8 * index))),
         is_at_rest: at == word(field::CHANGES).wrapping_add(1),
+        served_bytes: word(field::SIZE_BYTES),
         heartbeat_ns: word(field::HEARTBEAT),
         changed_bytes: word(field::CHANGED_BYTES).wrapping_sub(word(token + token_field::CHANGED_BYTES)),
     }

@@ -99,7 +99,8 @@ pub(super) fn prove(
         ChangeVerdict::Unknown(_) if is_known_image && likeness == Likeness::Same => None,
         ChangeVerdict::Unknown(why) => Some(why),
     };
-    match (compare_pages(arena, image), doubt) {
+    let known_bytes = header.image.size_bytes.min(image.limits().size_bytes.get());
+    match (compare_pages(arena, image, known_bytes / SECTOR_BYTES), doubt) {
         (Comparison::Differs(page), doubt) => {
             let why = doubt.map_or_else(String::new, |doubt| format!("{doubt}, and "));
             Proof::Refuted(format!("{why}page {} of it is not as that cache's daemon knew it", page.0))
@@ -125,12 +126,13 @@ enum Comparison {
     Equal(usize),
 }
 
-/// Compares what the cache knows of the image with it: its clean pages, and the pages whose hashes the ledger has.
-fn compare_pages(arena: &Arena, image: &dyn NamedImage) -> Comparison {
+/// Compares what the cache knows of the image with it: its clean pages, and the pages whose hashes the ledger has. It
+/// knows no more than `known_sectors` sectors.
+fn compare_pages(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> Comparison {
     if planted(PlantedBug::SampleSkipped) {
         return Comparison::Equal(SAMPLE_PAGES);
     }
-    let clean = match compare_sample(arena, image) {
+    let clean = match compare_sample(arena, image, known_sectors) {
         Comparison::Equal(clean) => clean,
         differs => return differs,
     };
@@ -178,11 +180,12 @@ pub(super) fn samples_of(image: &dyn NamedImage, arena: &Arena) -> Vec<(PageNo, 
 }
 
 /// Compares clean pages of a cache with the image: all of them if they are few, else some from everywhere.
-fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Comparison {
+fn compare_sample(arena: &Arena, image: &dyn NamedImage, known_sectors: u64) -> Comparison {
     // What must read as zeros may not be on the image either.
     let zeroes: Vec<SectorSpan> = arena.pending_zeroes().map(|(_, span)| span).collect();
     let clean = |(frame, record): (FrameId, FrameRecord)| {
-        let known = record.valid.without(record.dirty);
+        // In the page that the end of the image cut, the ledger calls sectors valid that were never read.
+        let known = record.valid.without(record.dirty).and(sectors_within(known_sectors, record.page));
         let mask = zeroes.iter().fold(known, |mask, span| mask.without(span.sectors_in(record.page)));
         (!mask.is_empty()).then_some((record.page, frame, mask))
     };
@@ -206,13 +209,9 @@ fn compare_sample(arena: &Arena, image: &dyn NamedImage) -> Comparison {
     Comparison::Equal(equal)
 }
 
-/// Whether these sectors of a frame are equal to the image; `None` if they cannot be read, or lie past its end.
+/// Whether these sectors of a frame are equal to the image; `None` if they cannot be read.
 fn is_equal(arena: &Arena, image: &dyn NamedImage, page: PageNo, frame: FrameId, mask: SectorMask) -> Option<bool> {
-    let image_sectors = image.limits().size_bytes.get() / SECTOR_BYTES;
-    let mut left = mask.and(sectors_within(image_sectors, page));
-    if left.is_empty() {
-        return None;
-    }
+    let mut left = mask;
     let bytes = image.read_page(page).ok()?;
     while let Some((first, count)) = left.first_run() {
         let start = usize::from(first) * SECTOR_SIZE;

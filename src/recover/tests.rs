@@ -16,7 +16,7 @@ use crate::store::format::Format;
 use crate::store::named::{BlockWriter, ImageKind};
 use crate::store::{Backing, Limits, StoreQueue};
 use crate::tenure::token::ChangeToken;
-use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SectorMask, SectorSpan};
+use crate::units::{FrameId, FrameRecord, PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorMask, SectorSpan};
 
 const FRAMES: usize = 16;
 const IMAGE_PAGES: u64 = 64;
@@ -339,4 +339,26 @@ fn an_image_does_not_shrink_below_a_range_that_is_to_be_zeroed() {
     let beyond = arena.move_to(&old, &shrunk(60)).unwrap_err();
     assert_eq!((beyond.pages, beyond.ranges), (0, 1));
     assert!(arena.move_to(&old, &shrunk(61)).is_ok());
+}
+
+#[test]
+fn a_cache_knows_nothing_past_the_old_end_of_an_image_that_has_grown() {
+    let world = World::new();
+    let cut_at = (IMAGE_PAGES - 1) * PAGE_BYTES + 3 * SECTOR_BYTES;
+    world.image().set_len(cut_at).unwrap();
+    world.live_and_die(SectorMask::ALL, false);
+    let image = world.open();
+    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    let last = FrameRecord { page: PageNo(IMAGE_PAGES - 1), valid: SectorMask::ALL, dirty: SectorMask::NONE };
+    arena.publish(FrameId(2), last);
+    arena.keep_on_drop(true);
+    drop((arena, image));
+    world.image().write_all_at(&[7; 512], cut_at).unwrap();
+    world.image().set_len(2 * IMAGE_PAGES * PAGE_BYTES).unwrap();
+    assert_eq!(world.start().unwrap(), (3, 1));
+    let image = world.open();
+    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    let (_, record) = arena.records().find(|(_, record)| record.page == last.page).unwrap();
+    assert_eq!(record.valid, SectorMask::run(0, 3));
+    arena.keep_on_drop(true);
 }

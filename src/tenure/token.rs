@@ -72,6 +72,8 @@ pub struct LastSeen {
     pub token: ChangeToken,
     /// Whether it started no change of the image since.
     pub is_at_rest: bool,
+    /// Up to which size it served the image: the image may have grown since the token.
+    pub served_bytes: u64,
     /// When it last started or finished a change, in nanoseconds since 1970; 0 if never.
     pub heartbeat_ns: u64,
     /// Bytes of the changes that it started since.
@@ -128,7 +130,9 @@ impl LastSeen {
                 false => ChangeVerdict::Unknown("its attributes were changed".to_owned()),
             };
         }
-        if same_size { ChangeVerdict::Plausible } else { ChangeVerdict::Unknown("its size was changed".to_owned()) }
+        // A daemon that served the new size knew of the growth.
+        let is_known_size = same_size || !is_at_rest && now.size_bytes == self.served_bytes;
+        if is_known_size { ChangeVerdict::Plausible } else { ChangeVerdict::Unknown("its size was changed".to_owned()) }
     }
 
     fn judge_device(&self, now: &ChangeToken) -> ChangeVerdict {
@@ -166,8 +170,13 @@ mod tests {
         disk_sequence: 0,
         sectors_written: 0,
     };
-    const AT_REST: LastSeen =
-        LastSeen { token: TOKEN, is_at_rest: true, heartbeat_ns: 100 * SECOND + 6, changed_bytes: 0 };
+    const AT_REST: LastSeen = LastSeen {
+        token: TOKEN,
+        is_at_rest: true,
+        served_bytes: TOKEN.size_bytes,
+        heartbeat_ns: 100 * SECOND + 6,
+        changed_bytes: 0,
+    };
     const IN_FLIGHT: LastSeen = LastSeen { is_at_rest: false, heartbeat_ns: 110 * SECOND, ..AT_REST };
 
     fn is_unknown(verdict: &ChangeVerdict) -> bool {
@@ -220,13 +229,19 @@ mod tests {
         assert_eq!(AT_REST.judge(&grown), ChangeVerdict::Plausible);
         assert!(is_unknown(&IN_FLIGHT.judge(&grown)));
         assert!(is_unknown(&AT_REST.judge(&ChangeToken { blocks: 17, ..grown })));
+        // The daemon served the image while it grew.
+        let while_served = ChangeToken { modified_ns: 109 * SECOND, changed_ns: 109 * SECOND, ..grown };
+        assert!(is_unknown(&IN_FLIGHT.judge(&while_served)));
+        let followed = LastSeen { served_bytes: grown.size_bytes, ..IN_FLIGHT };
+        assert_eq!(followed.judge(&while_served), ChangeVerdict::Plausible);
+        assert!(is_unknown(&followed.judge(&grown)));
         assert!(is_unknown(&AT_REST.judge(&ChangeToken { size_bytes: 4096, ..grown })));
     }
 
     #[test]
     fn sectors_that_others_wrote_to_a_device_are_a_change() {
         let token = ChangeToken { size_bytes: 1 << 20, disk_sequence: 9, sectors_written: 101, ..Default::default() };
-        let wrote = LastSeen { token, is_at_rest: false, heartbeat_ns: 5, changed_bytes: 4096 };
+        let wrote = LastSeen { token, is_at_rest: false, served_bytes: 0, heartbeat_ns: 5, changed_bytes: 4096 };
         let after = |sectors_written| ChangeToken { sectors_written, ..token };
         assert_eq!(wrote.judge(&after(101)), ChangeVerdict::Plausible);
         assert_eq!(wrote.judge(&after(109)), ChangeVerdict::Plausible);

@@ -59,6 +59,26 @@ impl SimulatedDisk {
         }
     }
 
+    /// Makes the disk larger, up to `sectors`: the pages for which `hole` returns true are holes, the others, and the
+    /// rest of the page that the old end cuts, hold `version`. Returns the versions of what was added.
+    pub fn grow(&mut self, sectors: usize, version: u32, hole: impl FnMut(usize) -> bool) -> Vec<u32> {
+        let before = self.sectors();
+        self.hole.extend((self.hole.len()..sectors.div_ceil(SECTORS_PER_PAGE)).map(hole));
+        self.allocated.resize(self.hole.len(), false);
+        if let Some(cut) = self.hole.get_mut(before / SECTORS_PER_PAGE)
+            && !before.is_multiple_of(SECTORS_PER_PAGE)
+            && version != 0
+        {
+            *cut = false;
+        }
+        let added = (before..sectors).map(|at| if self.hole[at / SECTORS_PER_PAGE] { 0 } else { version });
+        let added: Vec<u32> = added.collect();
+        self.current.extend(&added);
+        self.durable.extend(&added);
+        self.unsynced.resize(sectors, Vec::new());
+        added
+    }
+
     /// Allocates space for every page of a range.
     pub fn allocate(&mut self, first: usize, count: usize) {
         self.allocated[first / SECTORS_PER_PAGE..(first + count).div_ceil(SECTORS_PER_PAGE)].fill(true);

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::arena::sectors_within;
 use crate::cache::FrameMemory;
 use crate::units::{FrameId, FrameRecord, SectorMask, SectorSpan};
 
@@ -92,6 +93,14 @@ impl SimulatedMemory {
         let state = self.state();
         let records = (0..).map(FrameId).zip(&state.current.records);
         records.filter_map(|(frame, record)| record.map(|record| (frame, record))).collect()
+    }
+
+    /// The records no longer say anything of sectors from `end` on.
+    pub fn forget_beyond(&self, end: u64) {
+        for record in self.state().current.records.iter_mut().flatten() {
+            let within = sectors_within(end, record.page);
+            (record.valid, record.dirty) = (record.valid.and(within), record.dirty.and(within));
+        }
     }
 
     /// The zeroed ranges with their slots, for [`PageCache::restore`](crate::cache::PageCache::restore).

@@ -43,6 +43,8 @@ const STEPS: u64 = 1500;
 const FIXED_SEEDS: u64 = 700;
 /// The same with an operator who freezes the cache; `make sim` tries more.
 const FREEZE_SEEDS: u64 = 200;
+/// The same with an image that grows.
+const GROWTH_SEEDS: u64 = 200;
 
 /// What happened in worlds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -148,7 +150,30 @@ fn freeze_all(seeds: std::ops::Range<u64>) -> u64 {
 #[test]
 fn a_frozen_disk_does_not_change_and_is_what_a_flush_leaves() {
     let freezes = freeze_all(0..FREEZE_SEEDS);
+    // A Sync fails, and its daemon dies before it learns of that.
+    freeze_all(80_000_931..80_000_932);
     assert!(freezes > FREEZE_SEEDS, "only {freezes} freezes");
+}
+
+/// Runs one seed with an image that grows between any two steps.
+fn run_with_growth(seed: u64, planted: Option<PlantedBug>) -> std::thread::Result<[u64; 2]> {
+    run_with(planted, || {
+        let mut world = World::with_growth(seed);
+        world.run(STEPS);
+        world.growths()
+    })
+}
+
+/// Runs seeds with growth. Returns how often a daemon has followed it, and how often one found a larger image.
+fn grow_all(seeds: std::ops::Range<u64>) -> [u64; 2] {
+    let run = |seed| run_with_growth(seed, None).unwrap_or_else(|_| panic!("seed {seed} with growth failed"));
+    seeds.map(run).fold([0; 2], |[followed, found], [more, others]| [followed + more, found + others])
+}
+
+#[test]
+fn an_image_that_grows_keeps_every_guarantee() {
+    let [followed, found] = grow_all(0..GROWTH_SEEDS);
+    assert!(followed > 200 && found > 200, "too little happened: {followed} {found}");
 }
 
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
@@ -159,11 +184,14 @@ fn seeds_from_the_environment() {
     if let Some(seed) = number("GENBLK_SIM_SEED") {
         println!("cache: seed {seed}: {}", run_named(seed));
         println!("cache: seed {seed} with freezes: {:?}", run_with_freezes(seed));
+        println!("cache: seed {seed} with growth: {:?}", run_with_growth(seed, None));
     }
     if let Some(count) = number("GENBLK_SIM_COUNT") {
         let first = number("GENBLK_SIM_FIRST").unwrap_or(1000);
         println!("cache: {count} seeds: {}", run_all(first..first + count));
         println!("cache: {count} seeds with an operator: {} freezes", freeze_all(first..first + count));
+        let [followed, found] = grow_all(first..first + count);
+        println!("cache: {count} seeds with growth: followed {followed} times, found by {found} daemons");
     }
 }
 

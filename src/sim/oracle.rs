@@ -84,6 +84,11 @@ impl Oracle {
         Self { sectors: versions.iter().map(sector).collect() }
     }
 
+    /// The disk has become larger, and holds these versions there.
+    pub fn grow(&mut self, versions: &[u32]) {
+        self.sectors.append(&mut Self::of(versions).sectors);
+    }
+
     fn sectors_of(&mut self, span: SectorSpan) -> &mut [Sector] {
         &mut self.sectors[span.start as usize..span.end() as usize]
     }

@@ -6,6 +6,7 @@
 mod checks;
 mod effects;
 mod freezes;
+mod growth;
 mod lives;
 
 use std::collections::BTreeMap;
@@ -23,6 +24,7 @@ use super::memory::{GARBAGE, SimulatedMemory};
 use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
 use super::scenario::{BREAKAGES, Scenario, settings};
+use growth::Growth;
 
 /// In some worlds page numbers exceed 32 bits. (A multiple of the regions in which the cache asks for holes and space.)
 const HIGH_SECTOR: u64 = 1 << 37;
@@ -91,23 +93,16 @@ pub(super) struct World {
     pub counts: Counts,
     /// The disk's contents since the cache was frozen.
     frozen_disk: Option<Vec<u32>>,
+    /// A Sync has failed, and its daemon died before it learned of that: no daemon knows what the disk has lost.
+    failed_unheard: bool,
     /// How often it was frozen.
     pub freezes: u64,
+    /// The image grows.
+    growth: Option<Growth>,
 }
 
 impl World {
     /// The world of a seed.
-    pub fn with_restarts(seed: u64) -> Self {
-        let world = Self::new(seed);
-        Self { scenario: world.scenario.with_restarts(), ..world }
-    }
-
-    /// The world of a seed, with an operator who freezes the cache.
-    pub fn with_freezes(seed: u64) -> Self {
-        let world = Self::new(seed);
-        Self { scenario: Scenario { freezes: true, ..world.scenario }, ..world }
-    }
-
     pub fn new(seed: u64) -> Self {
         Self::with(Prng::new(seed))
     }
@@ -149,7 +144,9 @@ impl World {
             traced: std::env::var("GENBLK_SIM_TRACE").ok().and_then(|sector| sector.parse().ok()),
             counts: Counts::default(),
             frozen_disk: None,
+            failed_unheard: false,
             freezes: 0,
+            growth: None,
         }
     }
 
@@ -195,6 +192,7 @@ impl World {
         if self.scenario.freezes {
             self.freeze_or_thaw();
         }
+        self.grow_or_follow();
         let mut worker_runs = true;
         match self.prng.below(10) {
             0..=2 if guest == Guest::Active && self.requests.len() < self.scenario.requests_max => {
@@ -250,7 +248,7 @@ impl World {
     }
 
     fn submit_random_request(&mut self) {
-        let sectors = self.disk.sectors() as u64;
+        let sectors = self.served_sectors();
         let longest = self.prng.pick(&[1, 8, 24, 200]).min(sectors);
         let count = self.prng.between(1, longest);
         let mut start = self.prng.below(sectors - count + 1);
@@ -262,6 +260,7 @@ impl World {
             // The last page may be cut by the end of the image.
             start = sectors - count;
         }
+        start = self.start_near_old_end(count).unwrap_or(start);
         let span = SectorSpan::new(start, count.min(sectors - start));
         let op = match self.prng.below(100) {
             0..=79 if self.is_reader() => GuestOp::Read,

@@ -56,6 +56,15 @@ impl Directory {
         directory
     }
 
+    /// Somebody changes the length of the image's file.
+    pub fn resize_image(&self, image_bytes: u64) {
+        let image = File::options().write(true).open(self.image()).expect("the image's file");
+        let modified = image.metadata().and_then(|metadata| metadata.modified()).expect("a file has times");
+        image.set_len(image_bytes).expect("the file can grow");
+        // A restore has set the clock of the image's file forward.
+        image.set_modified(modified.max(SystemTime::now())).expect("a file has times");
+    }
+
     fn image(&self) -> PathBuf {
         self.path.join("image")
     }
@@ -155,14 +164,26 @@ pub(super) struct Configuration<'a> {
     pub budget: Budget,
     /// A backup was restored over the image since the last daemon.
     pub is_restored: bool,
+    /// The image has grown since the last daemon.
+    pub has_grown: bool,
 }
 
 impl Life {
     /// Starts a daemon: recovers the cache that the previous one left. `None`: a read-only daemon is refused beside a
-    /// dirty cache, or any daemon beside a dirty cache of an image that was restored since.
+    /// dirty cache, and any daemon beside a dirty cache of an image that was restored since, or that has grown since
+    /// and has no page that tells whether nothing else has happened to it.
     pub fn start(configuration: &Configuration, image: &SimulatedImage) -> Result<Option<Self>, DaemonDied> {
-        let Configuration { directory, settings, workers, writeback, survive, read_only, budget, is_restored } =
-            configuration;
+        let Configuration {
+            directory,
+            settings,
+            workers,
+            writeback,
+            survive,
+            read_only,
+            budget,
+            is_restored,
+            has_grown,
+        } = configuration;
         let mut config = DeviceConfig::new("sim", Socket::Path(PathBuf::new()), directory.image());
         config.cache.size_bytes = u64::from(settings.frames) * PAGE_BYTES;
         config.cache.survive = *survive;
@@ -201,6 +222,7 @@ impl Life {
         let arena = match arena? {
             Ok(arena) => arena,
             Err(error) if (*read_only || *is_restored) && error.kind() == ErrorKind::Ledger => return Ok(None),
+            Err(error) if *has_grown && error.to_string().contains("knows no page to compare") => return Ok(None),
             Err(error) => panic!("the cache is recovered: {error}; {configuration:?}"),
         };
         // Recovery syncs the image before it takes samples, so they are of durable bytes: here, those of the file.
@@ -227,6 +249,14 @@ impl Life {
     pub fn connect(&self) {
         self.device.start_with_features(None);
         self.device.start_with_features(Some(CACHE_FEATURES));
+    }
+
+    /// The image has grown to `size_bytes` bytes: the guest may use it up to there.
+    pub fn grow(&self, size_bytes: u64) -> Result<(), DaemonDied> {
+        in_daemon(|| {
+            self.cached.grow(size_bytes).expect("a size that a cache can follow");
+            self.device.grow(self.cached.limits().size_bytes.get() / SECTOR_BYTES);
+        })
     }
 
     /// A turn of a worker, or its sleep. Returns whether it did anything.

@@ -265,6 +265,16 @@ impl Oracle {
         Self { sectors: values.map(Sector::holding).collect(), clock: 1 }
     }
 
+    /// The disk has become larger, and holds these values there, which are durable.
+    pub fn grow(&mut self, values: &[SectorValue]) {
+        self.sectors.extend(values.iter().copied().map(Sector::holding));
+    }
+
+    /// The disk has become as small as it was before.
+    pub fn shrink(&mut self, sectors: u64) {
+        self.sectors.truncate(sectors as usize);
+    }
+
     fn over(&mut self, span: SectorSpan) -> &mut [Sector] {
         self.clock += 1;
         &mut self.sectors[span.start as usize..span.end() as usize]

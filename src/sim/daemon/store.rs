@@ -194,6 +194,34 @@ impl SimulatedImage {
         disk.unsynced.iter_mut().flatten().for_each(|write| write.heard = write.heard.or(Some(clock)));
     }
 
+    /// Makes the disk larger, by sectors of these values; pages of zeros for which `hole` returns true are holes. The
+    /// daemon serves no more of it before it is told.
+    pub fn grow(&self, values: &[SectorValue], hole: impl FnMut(usize) -> bool) {
+        let mut disk = self.disk();
+        let sectors = disk.current.len() + values.len();
+        disk.current.extend(values);
+        disk.durable.extend(values);
+        disk.unsynced.resize(sectors, Vec::new());
+        let pages = disk.hole.len()..sectors.div_ceil(SECTORS_PER_PAGE);
+        disk.hole.extend(pages.map(hole));
+        disk.fill_holes();
+    }
+
+    /// Makes the disk as small as it was before: nothing has used what was added.
+    pub fn shrink(&self, sectors: u64) {
+        let mut disk = self.disk();
+        let sectors = sectors as usize;
+        disk.current.truncate(sectors);
+        disk.durable.truncate(sectors);
+        disk.unsynced.truncate(sectors);
+        disk.hole.truncate(sectors.div_ceil(SECTORS_PER_PAGE));
+    }
+
+    /// A daemon opens the image, as large as it is.
+    pub fn serve_all(&self) {
+        self.limits.size_bytes.set(self.disk().current.len() as u64 * SECTOR_BYTES);
+    }
+
     /// The values of all sectors.
     pub fn values(&self) -> Vec<SectorValue> {
         self.disk().current.clone()

@@ -8,6 +8,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::super::Counts;
 use super::control::{FrontEndConnection, LAST_FLUSHES_MAX};
+use super::growth::Growth;
 use super::guest::{Completed, GuestAction, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life, in_daemon};
 use super::oracle::{ANY, Oracle, RequestId};
@@ -35,7 +36,7 @@ pub(super) struct World {
     pub prng: Prng,
     pub scenario: Scenario,
     pub settings: Settings,
-    budget: Budget,
+    pub budget: Budget,
     pub directory: Directory,
     pub image: SimulatedImage,
     pub memory: Arc<GuestMemoryMmap<()>>,
@@ -60,15 +61,17 @@ pub(super) struct World {
     last_progress: Vec<([u64; 6], u32)>,
     /// Writes that were lost with their daemon.
     lost: Vec<RequestId>,
-    next_id: RequestId,
+    pub next_id: RequestId,
     /// Number of completed requests.
     pub completed: u64,
     /// Number of daemons that have died.
     pub deaths: u64,
     /// Somebody restores backups of the image between daemons; with a generator of its own.
     restores: Option<Prng>,
+    /// The image grows.
+    pub growth: Option<Growth>,
     /// What the image held at some moment.
-    backup: Option<Vec<u64>>,
+    pub backup: Option<Vec<u64>>,
     /// The backup was restored, and no daemon has started since.
     is_restored: bool,
 }
@@ -88,6 +91,7 @@ impl World {
         let ring = |index| Ring::new(&memory, index, scenario.queue_size, scenario.event_idx);
         let rings = (0..scenario.rings).map(ring).collect();
         let disk_prng = Prng::new(prng.next_u64());
+        let image_sectors = settings.image_sectors;
         Self {
             budget: budget(&mut Prng::new(!seed)),
             directory: Directory::new(limits.size_bytes.get()),
@@ -113,6 +117,7 @@ impl World {
             completed: 0,
             deaths: 0,
             restores: Some(Prng::new(seed ^ 0xbac4)).filter(|_| (seed / 4).is_multiple_of(2)),
+            growth: Some(Growth::new(seed, image_sectors)).filter(|_| (seed / 8).is_multiple_of(2)),
             backup: None,
             is_restored: false,
         }
@@ -160,6 +165,7 @@ impl World {
             self.start_control_action();
             self.control_steps += 1;
         }
+        self.grow_or_follow();
         self.frozen_steps = self.frozen_steps.saturating_sub(1);
         match self.prng.below(100) {
             0..40 if self.frozen_steps > 0 => {}
@@ -228,6 +234,7 @@ impl World {
             self.settings.frames = self.prng.pick(&[32, 48, 96, 128]);
             self.settings.dirty_pages_max = self.settings.dirty_pages_max.min(self.settings.frames);
         }
+        self.find_growth();
         crash_after(self.scenario.crash_points_max.map(|max| self.prng.below(max)));
         if self.scenario.reader_percent > 0 {
             // A reader fails writes, and a writer does not.
@@ -244,6 +251,7 @@ impl World {
             read_only: self.is_reader,
             budget: self.budget,
             is_restored: self.is_restored,
+            has_grown: self.has_grown(),
         };
         match Life::start(&configuration, &self.image) {
             Ok(None) => {
@@ -251,11 +259,14 @@ impl World {
                 if std::mem::take(&mut self.is_restored) {
                     // The operator throws away the cache, which does not belong to the image any more.
                     self.directory.remove_arena();
+                } else if self.has_grown() && !self.is_reader {
+                    self.undo_growth();
                 }
                 // The operator tries again.
             }
             Ok(Some(life)) => {
                 self.is_restored = false;
+                self.note_served();
                 if self.restores.as_mut().is_some_and(|prng| prng.percent(50)) {
                     self.backup = Some(self.image.values());
                 }
@@ -396,7 +407,7 @@ impl World {
         if in_flight >= self.scenario.requests_max {
             return;
         }
-        let start = self.prng.below(self.scenario.hot_sectors);
+        let start = self.start_near_old_end().unwrap_or_else(|| self.prng.below(self.scenario.hot_sectors));
         let longest = self.prng.pick(&[1, 8, SECTORS_MAX]).min(self.settings.image_sectors - start);
         let span = SectorSpan::new(start, self.prng.between(1, longest));
         let contention_max = if self.scenario.overlap { CONTENTION_MAX } else { 1 };

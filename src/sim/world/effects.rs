@@ -8,6 +8,12 @@ use super::super::scenario::FailureClass;
 use super::{Reset, World};
 
 impl World {
+    /// The world of a seed, whose disk is a server that is restarted now and then.
+    pub fn with_restarts(seed: u64) -> Self {
+        let world = Self::new(seed);
+        Self { scenario: world.scenario.with_restarts(), ..world }
+    }
+
     /// Decides whether an operation fails.
     pub(super) fn draw_failure(&mut self, op: &DiskOp) -> bool {
         if self.scenario.restarts {

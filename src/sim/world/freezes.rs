@@ -2,7 +2,7 @@
 
 use crate::units::SectorSpan;
 
-use super::{GuestOp, World};
+use super::{GuestOp, Scenario, World};
 
 /// Of 1000 steps, how many begin a freeze while there is none, and end one while there is one.
 const BEGIN_PER_MILLE: u64 = 10;
@@ -11,6 +11,12 @@ const END_PER_MILLE: u64 = 8;
 const TIMES_US: [u64; 3] = [50, 10_000, 10_000_000];
 
 impl World {
+    /// The world of a seed, with an operator who freezes the cache.
+    pub fn with_freezes(seed: u64) -> Self {
+        let world = Self::new(seed);
+        Self { scenario: Scenario { freezes: true, ..world.scenario }, ..world }
+    }
+
     /// Begins or ends a freeze, in some steps.
     pub(super) fn freeze_or_thaw(&mut self) {
         let freezes = self.requests.values().any(|request| matches!(request.op, GuestOp::Freeze { .. }));
@@ -34,11 +40,16 @@ impl World {
         let sectors = 0..self.disk.sectors();
         let current: Vec<u32> = sectors.map(|sector| self.disk.read(sector)).collect();
         match &self.frozen_disk {
-            Some(before) => assert!(*before == current, "the disk has changed while the cache was frozen"),
+            Some(before) => {
+                let start = &current[..before.len()];
+                assert!(*before == start, "the disk has changed while the cache was frozen");
+            }
             None => {
                 let left = self.check_power_cut();
                 // What a failed Sync has lost of an earlier daemon's writes, nobody can write again.
-                assert!(left == current || self.failures.has_failed(), "a frozen disk is not durable");
+                let lost = left.iter().zip(&current).position(|(left, current)| left != current);
+                let is_durable = lost.is_none() || self.failures.has_failed() || self.failed_unheard;
+                assert!(is_durable, "a frozen disk is not durable in sector {lost:?} at step {}", self.step);
                 self.freezes += 1;
                 self.frozen_disk = Some(current);
             }

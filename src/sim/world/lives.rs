@@ -26,9 +26,13 @@ impl World {
             let of_page: Vec<_> = records.iter().filter(|(_, record)| Some(record.page.0) == page).collect();
             format!("crash: {of_page:?}, zeroes {:?}", self.memory.pending_zeroes())
         });
-        for op in std::mem::take(&mut self.operations).into_values().filter(|op| op.failed.is_none()) {
-            let failed = self.draw_failure(&op);
-            self.apply_to_disk(&op, failed);
+        for op in std::mem::take(&mut self.operations).into_values() {
+            let failed = op.failed.unwrap_or_else(|| {
+                let failed = self.draw_failure(&op);
+                self.apply_to_disk(&op, failed);
+                failed
+            });
+            self.failed_unheard |= failed && op.kind == OpKind::Sync;
         }
         self.reset = self.reset.map(|_| Reset::Heard(self.step));
         self.copies.clear();
@@ -39,6 +43,7 @@ impl World {
             self.memory = memory;
         }
         self.check_records();
+        self.grow_between_lives();
         if self.scenario.power_cuts && self.reset.is_none() && self.prng.percent(POWER_CUT_PERCENT) {
             return self.cut_power();
         }

@@ -1,0 +1,128 @@
+//! Growth of a simulated world's image: somebody makes the disk larger between any two steps, and the daemon follows
+//! later, or dies before. The next daemon serves the image as large as it finds it.
+
+use crate::prng::Prng;
+use crate::units::{ImageHoles, SECTORS_PER_PAGE};
+
+use super::World;
+
+/// Of 1000 steps, how many make the disk larger, and how many make a daemon follow that has not yet.
+const GROW_PER_MILLE: u64 = 8;
+const FOLLOW_PER_MILLE: u64 = 100;
+/// Of 100 daemons, how many find a larger disk than their predecessors.
+const BETWEEN_LIVES_PERCENT: u64 = 10;
+/// How often an image grows at most.
+const TIMES_MAX: u32 = 20;
+/// Of 100 sizes, how many are a multiple of the page: a daemon follows only from one of them to another.
+const WHOLE_PAGES_PERCENT: u64 = 95;
+/// By how many sectors: up to a page, some pages, and more than a region of the map of holes.
+const SECTORS_MAX: [u64; 3] = [8, 100, 1200];
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Growth {
+    prng: Prng,
+    /// Of 100 pages that are added, how many are holes.
+    hole_percent: u64,
+    times_left: u32,
+    /// First sector of what was added last.
+    added_at: u64,
+    /// How often a daemon has followed, and how often one began with another size.
+    followed: u64,
+    found: u64,
+}
+
+impl Growth {
+    pub fn new(seed: u64) -> Self {
+        let mut prng = Prng::new(seed ^ 0x6772_6f77);
+        let hole_percent = prng.pick(&[0, 50, 100]);
+        Self { prng, hole_percent, times_left: TIMES_MAX, added_at: 0, followed: 0, found: 0 }
+    }
+}
+
+/// Whether a size in sectors is a whole number of pages.
+fn is_whole_pages(sectors: u64) -> bool {
+    sectors.is_multiple_of(SECTORS_PER_PAGE)
+}
+
+impl World {
+    /// The world of a seed, with an image that grows; in some of them, an operator freezes the cache too.
+    pub fn with_growth(seed: u64) -> Self {
+        let world = if seed.is_multiple_of(4) { Self::with_freezes(seed) } else { Self::new(seed) };
+        Self { growth: Some(Growth::new(seed)), ..world }
+    }
+
+    /// How often a daemon has followed the growth of the image, and how often one found a larger image.
+    pub fn growths(&self) -> [u64; 2] {
+        self.growth.as_ref().map_or([0; 2], |growth| [growth.followed, growth.found])
+    }
+
+    /// Where a request of so many sectors begins in some cases: about where the image ended before.
+    pub(super) fn start_near_old_end(&mut self, count: u64) -> Option<u64> {
+        let growth = self.growth.as_ref()?;
+        let start = growth.added_at.saturating_sub(count / 2).min(self.served_sectors() - count);
+        self.prng.percent(20).then_some(start)
+    }
+
+    /// Number of sectors that the daemon serves.
+    pub(super) fn served_sectors(&self) -> u64 {
+        self.settings.image_sectors - self.base
+    }
+
+    /// In some steps, the disk grows, or the daemon follows.
+    pub(super) fn grow_or_follow(&mut self) {
+        let Some(growth) = &mut self.growth else { return };
+        if growth.prng.below(1000) < GROW_PER_MILLE {
+            self.grow_disk();
+        } else if growth.prng.below(1000) < FOLLOW_PER_MILLE {
+            self.follow_growth();
+        }
+    }
+
+    /// Somebody makes the disk larger; what is added may be holes, zeros, or other data.
+    fn grow_disk(&mut self) {
+        let Some(growth) = self.growth.as_mut().filter(|growth| growth.times_left > 0) else { return };
+        growth.times_left -= 1;
+        let before = self.disk.sectors() as u64;
+        let most = growth.prng.pick(&SECTORS_MAX);
+        let mut after = before + growth.prng.between(1, most);
+        if growth.prng.percent(WHOLE_PAGES_PERCENT) {
+            after = after.next_multiple_of(SECTORS_PER_PAGE);
+        }
+        let has_data = growth.prng.percent(50);
+        if has_data {
+            self.version += 1;
+        }
+        let version = if has_data { self.version } else { 0 };
+        let can_map = self.settings.holes != ImageHoles::Unmappable;
+        let hole_percent = if can_map { growth.hole_percent } else { 0 };
+        let added = self.disk.grow(after as usize, version, |_| growth.prng.percent(hole_percent));
+        self.oracle.grow(&added);
+        growth.added_at = before;
+    }
+
+    /// The daemon serves the disk as large as it is, if it can follow.
+    fn follow_growth(&mut self) {
+        let (served, present) = (self.served_sectors(), self.disk.sectors() as u64);
+        if present > served && is_whole_pages(served) && is_whole_pages(present) {
+            self.settings.image_sectors = self.base + present;
+            self.cache.grow(self.settings.image_sectors);
+            self.growth.as_mut().expect("the disk has grown").followed += 1;
+        }
+    }
+
+    /// Between two daemons the disk may grow; the next one serves it as large as it is, and forgets what the records
+    /// say of sectors beyond the old end.
+    pub(super) fn grow_between_lives(&mut self) {
+        let Some(growth) = &mut self.growth else { return };
+        if growth.prng.percent(BETWEEN_LIVES_PERCENT) {
+            self.grow_disk();
+        }
+        let (served, present) = (self.served_sectors(), self.disk.sectors() as u64);
+        if present > served {
+            self.memory.forget_beyond(self.settings.image_sectors);
+            self.settings.image_sectors = self.base + present;
+            self.growth.as_mut().expect("the disk has grown").found += 1;
+        }
+    }
+}

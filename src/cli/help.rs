@@ -183,6 +183,7 @@ pub(super) const SET: &str = "\
 Examples:
   genblk set vm1 cache.mode=writethrough
   genblk set vm1 poll_us=0 cache.dirty_max_percent=10
+  genblk set vm1 limits.total_iops=2000 limits.write_bytes_per_second=50M
 
 Notes:
   All keys change, or none. They are in force at once, and outlive a crash and

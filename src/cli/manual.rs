@@ -115,6 +115,10 @@ impl CommentedDefaults {
             match line {
                 "[[device]]" => head = std::mem::take(&mut comments),
                 "[device.cache]" => prefix = "cache.",
+                "[device.limits]" => {
+                    prefix = "limits.";
+                    of_keys.insert("limits".to_owned(), std::mem::take(&mut comments));
+                }
                 _ if line.starts_with('[') => panic!("{line}: a table that the page does not know"),
                 "" if comments.is_empty() => {}
                 "" => comments.push(String::new()),
@@ -131,6 +135,11 @@ impl CommentedDefaults {
     }
 }
 
+/// A key without its table.
+fn short_name(key: &str) -> &str {
+    key.rsplit_once('.').map_or(key, |(_, short)| short)
+}
+
 /// The page of the configuration file.
 fn configuration_page() -> String {
     let comments = CommentedDefaults::read();
@@ -143,13 +152,14 @@ fn configuration_page() -> String {
     // A reader of the page has no use for this.
     let head = comments.head.join("\n").replace("A test keeps this file\nequal to the code. ", "");
     prose(&mut roff, &head.lines().map(str::to_owned).collect::<Vec<_>>());
-    for (heading, is_of_table) in [("DEVICE", false), ("CACHE OF A DEVICE", true)] {
+    for (heading, table) in [("DEVICE", ""), ("CACHE OF A DEVICE", "cache"), ("LIMITS OF A DEVICE", "limits")] {
         roff.control("SH", [heading]);
-        let table = if is_of_table { "[device.cache]" } else { "[[device]]" };
-        roff.text([roman("Keys of a "), bold(table), roman(" table:")]);
-        for key in documented_keys().filter(|key| key.name.starts_with("cache.") == is_of_table) {
+        let shown = if table.is_empty() { "[[device]]".to_owned() } else { format!("[device.{table}]") };
+        roff.text([roman("Keys of a "), bold(shown), roman(" table:")]);
+        prose(&mut roff, comments.of_keys.get(table).map_or(&[], Vec::as_slice));
+        for key in documented_keys().filter(|key| key.name.split_once('.').map_or("", |(first, _)| first) == table) {
             let text = comments.of_keys.get(key.name).unwrap_or_else(|| panic!("{}: no comment", key.name));
-            let short = key.name.strip_prefix("cache.").unwrap_or(key.name);
+            let short = short_name(key.name);
             roff.control("SS", [short]);
             prose(&mut roff, text);
             roff.control("PP", []);
@@ -244,7 +254,7 @@ fn every_page_has_its_parts() {
     assert!(!pages.contains_key("man/genblk-disk-process.1"), "it is no command for people");
     let keys = &pages["man/genblk.toml.5"];
     for key in documented_keys() {
-        let short = key.name.strip_prefix("cache.").unwrap_or(key.name);
+        let short = short_name(key.name);
         assert!(keys.contains(&format!(".SS {short}\n")), "{}", key.name);
     }
     assert!(keys.contains("Takes an integer from 1 to 8. Default: 1. A change is in force when"), "{keys}");

@@ -77,6 +77,7 @@ mod tests {
             resident_bytes: Some(128 << 20),
             dirty_bytes: Some(0),
             oldest_operation_us: None,
+            limits: None,
         };
         let failed = DeviceStatus {
             name: "db".to_owned(),

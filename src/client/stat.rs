@@ -212,6 +212,7 @@ fn cache(intervals: &[Interval<'_>]) -> TextTable {
         "limit",
         "stall",
         "throttled",
+        "limited",
     ];
     let mut table = TextTable::new(&header, 1);
     for interval in intervals {
@@ -233,6 +234,7 @@ fn cache(intervals: &[Interval<'_>]) -> TextTable {
             pages(now.dirty_limit_pages),
             delta(|cache| cache.stalls).to_string(),
             delta(|cache| cache.throttled).to_string(),
+            interval.now.limited.saturating_sub(interval.before.limited).to_string(),
         ]);
     }
     table

@@ -10,7 +10,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::ControlConfig;
 use super::device_builder::{DeviceBuilder, Origin, Setting};
-use super::keys::{Value, key, suggestion};
+use super::keys::{TABLES, Value, key, suggestion};
 use super::problem::Problem;
 
 /// Returns the devices and the control socket of `text`; adds what is wrong to `problems`.
@@ -119,11 +119,12 @@ impl Walk<'_> {
             let origin = self.origin(format!("{device}.{path}"), name);
             match (key(&path), value.get_ref()) {
                 (Some(key), value) => entries.push(Setting { key, value: plain(value), origin }),
-                (None, DeValue::Table(inner)) if path == "cache" => {
-                    self.entries(inner, device, "cache.", entries);
+                (None, DeValue::Table(inner)) if TABLES.contains(&path.as_str()) => {
+                    self.entries(inner, device, &format!("{path}."), entries);
                 }
-                (None, _) if path == "cache" => {
-                    self.problems.push(origin.problem("takes a table: write [device.cache] above its keys"));
+                (None, _) if TABLES.contains(&path.as_str()) => {
+                    let message = format!("takes a table: write [device.{path}] above its keys");
+                    self.problems.push(origin.problem(message));
                 }
                 (None, _) => {
                     let meant = suggestion(&path).map_or_else(String::new, |near| format!("; did you mean {near:?}?"));

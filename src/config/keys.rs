@@ -40,7 +40,7 @@ impl Value<'_> {
     }
 }
 
-/// A key of a `[[device]]` table; those of its `[device.cache]` begin with `cache.`.
+/// A key of a `[[device]]` table; those of its `[device.cache]` begin with `cache.`, and so on.
 #[derive(Debug)]
 pub(crate) struct Key {
     /// Path from the device's table.
@@ -313,7 +313,57 @@ pub(crate) const KEYS: &[Key] = &[
         default: Is(Text("/dev/shm")),
         kind: ValueKind::MemoryDir { set: |device, memory_dir| device.cache.memory_dir = memory_dir },
     },
+    Key {
+        name: "limits.read_iops",
+        default: Is(Integer(0)),
+        kind: ValueKind::Count { min: 0, max: 100_000_000, set: |device, n| device.limits.read_iops = n },
+    },
+    Key {
+        name: "limits.write_iops",
+        default: Is(Integer(0)),
+        kind: ValueKind::Count { min: 0, max: 100_000_000, set: |device, n| device.limits.write_iops = n },
+    },
+    Key {
+        name: "limits.total_iops",
+        default: Is(Integer(0)),
+        kind: ValueKind::Count { min: 0, max: 100_000_000, set: |device, n| device.limits.total_iops = n },
+    },
+    Key {
+        name: "limits.read_bytes_per_second",
+        default: Is(Integer(0)),
+        kind: ValueKind::Size {
+            min: 0,
+            max: 1 << 40,
+            set: |device, bytes| device.limits.read_bytes_per_second = bytes,
+        },
+    },
+    Key {
+        name: "limits.write_bytes_per_second",
+        default: Is(Integer(0)),
+        kind: ValueKind::Size {
+            min: 0,
+            max: 1 << 40,
+            set: |device, bytes| device.limits.write_bytes_per_second = bytes,
+        },
+    },
+    Key {
+        name: "limits.total_bytes_per_second",
+        default: Is(Integer(0)),
+        kind: ValueKind::Size {
+            min: 0,
+            max: 1 << 40,
+            set: |device, bytes| device.limits.total_bytes_per_second = bytes,
+        },
+    },
+    Key {
+        name: "limits.burst_ms",
+        default: Is(Integer(1000)),
+        kind: ValueKind::Count { min: 10, max: 600_000, set: |device, n| device.limits.burst_ms = n },
+    },
 ];
+
+/// The tables inside that of a device.
+pub(super) const TABLES: [&str; 2] = ["cache", "limits"];
 
 /// A key as its documentation shows it.
 #[cfg(test)]
@@ -347,7 +397,7 @@ pub(crate) fn key(name: &str) -> Option<&'static Key> {
 /// The key, or the table of keys, that `name` was probably meant to be; `name` is a path from the device's table.
 pub(super) fn suggestion(name: &str) -> Option<&'static str> {
     let (table, leaf) = split(name);
-    let paths = || KEYS.iter().map(|key| key.name).chain(["cache"]);
+    let paths = || KEYS.iter().map(|key| key.name).chain(TABLES);
     let called = |leaf: &str| paths().find(|path| split(path).1 == leaf);
     let joined = leaf.replacen(['_', '-'], ".", 1);
     // The right word in the wrong table, then the table's name joined to the word, then a typo: first in the table

@@ -123,6 +123,8 @@ pub struct DeviceConfig {
     pub group: String,
     /// How the server of a remote image is treated.
     pub nbd: NbdConfig,
+    /// Limits of the guest's rates.
+    pub limits: LimitsConfig,
     /// The device's page cache.
     pub cache: CacheConfig,
 }
@@ -159,6 +161,7 @@ impl DeviceConfig {
             user: String::new(),
             group: String::new(),
             nbd: NbdConfig { flush: NbdFlush::Required, give_up_ms: 0, quarantine_ms: 0 },
+            limits: LimitsConfig::default(),
             cache: CacheConfig {
                 size_bytes: 0,
                 mode: CacheMode::None,
@@ -187,6 +190,32 @@ pub struct NbdConfig {
     pub give_up_ms: u32,
     /// How long a server may still execute requests of a connection that has broken.
     pub quarantine_ms: u32,
+}
+
+/// Limits of the rates at which a guest's requests begin; 0 = none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitsConfig {
+    /// Reads in a second.
+    pub read_iops: u32,
+    /// Writes, discards and zeroes in a second.
+    pub write_iops: u32,
+    /// All of these in a second.
+    pub total_iops: u32,
+    /// Bytes read in a second.
+    pub read_bytes_per_second: u64,
+    /// Bytes written in a second.
+    pub write_bytes_per_second: u64,
+    /// Bytes read and written in a second.
+    pub total_bytes_per_second: u64,
+    /// For how long an idle guest saves up what it does not use.
+    pub burst_ms: u32,
+}
+
+impl LimitsConfig {
+    /// Whether there is a limit.
+    pub fn is_set(&self) -> bool {
+        Self { burst_ms: 0, ..*self } != Self::default()
+    }
 }
 
 /// Where front-ends connect.

@@ -2,7 +2,7 @@
 //! a file, because guests outlive a daemon, and so must the disks that they were given.
 
 use super::device_builder::{DeviceBuilder, Origin, Setting, check_against};
-use super::keys::{Value, key, suggestion};
+use super::keys::{TABLES, Value, key, suggestion};
 use super::shown::{device_table, value_of};
 use super::{Config, DeviceConfig, Problem};
 
@@ -31,6 +31,13 @@ pub const AT_ONCE: &[&str] = &[
     "cache.on_error",
     "cache.on_full",
     "cache.hold_max_ms",
+    "limits.read_iops",
+    "limits.write_iops",
+    "limits.total_iops",
+    "limits.read_bytes_per_second",
+    "limits.write_bytes_per_second",
+    "limits.total_bytes_per_second",
+    "limits.burst_ms",
 ];
 
 impl RuntimeConfig {
@@ -242,7 +249,9 @@ fn flatten<'a>(
         let origin = Origin { label: path.escape_debug().to_string(), line: None };
         match (key(&path), value) {
             (Some(key), value) => entries.push(Setting { key, value: plain(value), origin }),
-            (None, serde_json::Value::Object(inner)) if path == "cache" => flatten(inner, "cache.", entries, problems),
+            (None, serde_json::Value::Object(inner)) if TABLES.contains(&path.as_str()) => {
+                flatten(inner, &format!("{path}."), entries, problems);
+            }
             (None, _) => {
                 let meant = suggestion(&path).map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
                 problems.push(origin.problem(format!("unknown key{meant}")));

@@ -6,7 +6,7 @@ use super::{DeviceConfig, MemoryDir, Socket};
 
 /// The value of the key called `name`, as TOML; `None` for a value that a file cannot have: an inherited descriptor.
 pub(crate) fn value_of(name: &str, device: &DeviceConfig) -> Option<String> {
-    let cache = &device.cache;
+    let (cache, limits) = (&device.cache, &device.limits);
     let text = |text: &str| toml::Value::from(text).to_string();
     let word = |word: &dyn std::fmt::Display| text(&word.to_string());
     let path = |path: &std::path::Path| path.to_str().map(text);
@@ -53,6 +53,13 @@ pub(crate) fn value_of(name: &str, device: &DeviceConfig) -> Option<String> {
             MemoryDir::Path(directory) => path(directory)?,
             MemoryDir::Systemd => text(SYSTEMD),
         },
+        "limits.read_iops" => limits.read_iops.to_string(),
+        "limits.write_iops" => limits.write_iops.to_string(),
+        "limits.total_iops" => limits.total_iops.to_string(),
+        "limits.read_bytes_per_second" => text(&format_size(limits.read_bytes_per_second)),
+        "limits.write_bytes_per_second" => text(&format_size(limits.write_bytes_per_second)),
+        "limits.total_bytes_per_second" => text(&format_size(limits.total_bytes_per_second)),
+        "limits.burst_ms" => limits.burst_ms.to_string(),
         _ => return None,
     })
 }
@@ -85,6 +92,7 @@ mod tests {
         device.cache.size_bytes = (64 << 20) + 4096;
         (device.cache.mode, device.cache.on_full) = (CacheMode::Writethrough, OnError::Hold);
         device.cache.memory_dir = MemoryDir::Systemd;
+        (device.limits.total_iops, device.limits.write_bytes_per_second) = (1000, 50 << 20);
         let read = Config::from_toml(&device_table(&device)).expect("it is valid");
         assert_eq!(read.devices, [device]);
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use toml::de::DeTable;
 
 use super::keys::KEYS;
-use super::{CacheMode, Config, DeviceConfig, Discard, Engine, ImageFormat, MemoryDir, Policy, Socket};
+use super::{CacheMode, Config, DeviceConfig, Discard, Engine, ImageFormat, LimitsConfig, MemoryDir, Policy, Socket};
 use crate::error::ErrorKind;
 
 const MINIMAL: &str = "[[device]]\nname = \"a\"\nsocket = \"/run/a\"\nimage = \"/a.img\"\n";
@@ -39,6 +39,7 @@ fn the_defaults_are_those_of_the_design() {
     assert_eq!((cache.mode, cache.policy), (CacheMode::Writeback, Policy::S3Fifo));
     assert_eq!((cache.flush_target_ms, cache.dirty_max_percent, cache.dirty_age_max_ms), (250, 25, 5000));
     assert_eq!(cache.memory_dir, MemoryDir::Path("/dev/shm".into()));
+    assert!(!device.limits.is_set() && device.limits.burst_ms == 1000);
 }
 
 #[test]
@@ -68,6 +69,14 @@ fn every_key_reaches_its_field() {
         flush_target_ms = 10
         dirty_max_percent = 50
         dirty_age_max_ms = 600_000
+        [device.limits]
+        read_iops = 1
+        write_iops = 2
+        total_iops = 100_000_000
+        read_bytes_per_second = "4K"
+        write_bytes_per_second = "50M"
+        total_bytes_per_second = "1T"
+        burst_ms = 10
     "#;
     let mut expected = DeviceConfig::new("n", Socket::Path("s".into()), "i");
     (expected.socket_mode, expected.socket_group) = (0o660, "kvm".to_string());
@@ -80,6 +89,15 @@ fn every_key_reaches_its_field() {
     (expected.cache.size_bytes, expected.cache.readahead_max_bytes) = (8 << 20, 0);
     (expected.cache.flush_target_ms, expected.cache.dirty_max_percent, expected.cache.dirty_age_max_ms) =
         (10, 50, 600_000);
+    expected.limits = LimitsConfig {
+        read_iops: 1,
+        write_iops: 2,
+        total_iops: 100_000_000,
+        read_bytes_per_second: 4096,
+        write_bytes_per_second: 50 << 20,
+        total_bytes_per_second: 1 << 40,
+        burst_ms: 10,
+    };
     assert_eq!(Config::from_toml(text).unwrap().devices, [expected]);
 }
 

@@ -93,6 +93,21 @@ pub struct DeviceStatus {
     pub resident_bytes: Option<u64>,
     pub dirty_bytes: Option<u64>,
     pub oldest_operation_us: Option<u64>,
+    #[serde(default)]
+    pub limits: Option<LimitsStatus>,
+}
+
+/// The limits of a device's rates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct LimitsStatus {
+    pub read_iops: Option<u64>,
+    pub write_iops: Option<u64>,
+    pub total_iops: Option<u64>,
+    pub read_bytes_per_second: Option<u64>,
+    pub write_bytes_per_second: Option<u64>,
+    pub total_bytes_per_second: Option<u64>,
+    pub burst_ms: u32,
 }
 
 /// A front-end.
@@ -247,6 +262,10 @@ pub struct DeviceStatistics {
     pub cache: CacheStatistics,
     pub stores: Vec<StoreStatistics>,
     pub workers: Vec<WorkerStatistics>,
+    #[serde(default)]
+    pub limited: u64,
+    #[serde(default)]
+    pub limited_us: u64,
 }
 
 /// Parameters of a method that takes a device alone.
@@ -536,9 +555,20 @@ mod tests {
             resident_bytes: None,
             dirty_bytes: None,
             oldest_operation_us: None,
+            limits: None,
+        };
+        let limits = LimitsStatus {
+            read_iops: None,
+            write_iops: None,
+            total_iops: None,
+            read_bytes_per_second: None,
+            write_bytes_per_second: None,
+            total_bytes_per_second: None,
+            burst_ms: 0,
         };
         let sent = [
             ("Device", sent_fields(&device)),
+            ("Limits", sent_fields(&limits)),
             ("FrontEnd", sent_fields(&FrontEnd { pid: 1, uid: 1 })),
             ("Requests", sent_fields(&RequestStatistics::default())),
             ("Latency", sent_fields(&Latency::default())),

@@ -202,6 +202,7 @@ mod tests {
         }
         worker.count(Activity::Turns, 1);
         worker.count(Activity::BusyNs, 1);
+        worker.count(Activity::LimitedNs, 1);
         let snapshot = Snapshot::read(&counters);
         let once = Totals { begun: 1, errors: 1, bytes: 1 };
         assert!(snapshot.requests.iter().chain(&snapshot.store).all(|latencies| latencies.count() == 2));
@@ -209,6 +210,6 @@ mod tests {
         let counted = |sizes: &Sizes| sizes.iter().sum::<u64>();
         assert_eq!(snapshot.request_sizes.map(|sizes| counted(&sizes)), [1, 1, 0, 1, 1], "a FLUSH has no size");
         assert!(snapshot.store_sizes.iter().all(|sizes| counted(sizes) == 1));
-        assert_eq!(snapshot.activities, [[1, 0, 0, 0, 1]]);
+        assert_eq!(snapshot.activities, [[1, 0, 0, 0, 1, 0, 1]]);
     }
 }

@@ -14,7 +14,7 @@ use super::{Class, Operation};
 use crate::sys::shared_words::{SharedWords, WordBlock};
 use crate::units::OpClass;
 
-/// How a worker spends its time.
+/// How a worker spends its time, and what a limit has cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
     /// Turns that found work.
@@ -27,6 +27,10 @@ pub enum Activity {
     FruitfulPolls,
     /// Nanoseconds in turns that found work.
     BusyNs,
+    /// Requests that a limit of the operator's held back at the head of their ring.
+    Limited,
+    /// For how many nanoseconds.
+    LimitedNs,
 }
 
 /// The counters of all workers of a device.

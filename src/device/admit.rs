@@ -10,6 +10,7 @@ use crate::virtio::request::{Malformed, RequestKind, parse};
 use crate::virtio::{GuestRam, Status};
 
 use super::budget::{PAGES_PER_RANGE_PART, RANGE_PARTS_MAX};
+use super::limits::{HeldHead, LimitedKind, Price};
 use super::pending::{PendingSlot, Stage};
 use super::requests::Requests;
 use super::ring::Ring;
@@ -20,11 +21,15 @@ const BATCH_MAX: usize = 64;
 impl Requests {
     /// Takes requests from a ring, as far as `budget` allows, and spends it. Those that need no cache are finished, the
     /// others are queued for admission. Returns whether the ring had any.
+    ///
+    /// => What was taken once begins without regard to limits: it has paid.
     pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring, budget: &mut u64) -> bool {
         let (mut heads, mut rejected) = (std::mem::take(&mut self.heads), std::mem::take(&mut self.rejected));
         ring.peek(BATCH_MAX, &mut heads);
         let (mut taken, mut load) = (0, 0);
         let load_max = ring.load_left();
+        let is_limited = self.limits != 0 && !ring.has_resubmissions();
+        let mut held = if is_limited { ring.held } else { None };
         let table = ring.table(&ring.memory);
         if heads.len() > 1 {
             table.prefetch_heads(&ring.memory, &heads);
@@ -33,13 +38,17 @@ impl Requests {
             if *budget == 0 || load >= load_max || !self.pending.has_room() {
                 break;
             }
-            let (cost, result) = self.accept_chain(index, &ring.memory, &table, head);
+            let limit = is_limited.then_some(&mut held);
+            let Some((cost, result)) = self.accept_chain(index, &ring.memory, &table, head, limit) else { break };
             match result {
                 Ok(pages) => load += pages,
                 Err(malformed) => rejected.push((head, malformed)),
             }
             *budget = budget.saturating_sub(cost);
             taken += 1;
+        }
+        if is_limited {
+            ring.held = held;
         }
         ring.commit(&heads[..taken]);
         ring.add_load(load);
@@ -50,7 +59,7 @@ impl Requests {
     }
 
     /// Makes a pending request of the chain at `head`. Returns what that and its admission cost of a turn's budget, and
-    /// the load that it adds to its ring.
+    /// the load that it adds to its ring; `None` if a limit holds it back, whose head is in `limit` then.
     ///
     /// # Errors
     /// Why the chain cannot be completed with a status.
@@ -60,13 +69,21 @@ impl Requests {
         memory: &GuestRam,
         table: &DescriptorTable<'_>,
         head: u16,
-    ) -> (u64, Result<u64, Malformed>) {
+        limit: Option<&mut Option<HeldHead>>,
+    ) -> Option<(u64, Result<u64, Malformed>)> {
         let slot = self.pending.take(index, self.tally.turn());
         let request = &mut self.pending[slot].request;
         let held_before = request.data.capacity();
         let parsed = parse(memory, table, head, request);
         let buffers = request.buffers;
         self.pending.count_buffers(slot, held_before);
+        if let Some(held) = limit
+            && parsed.is_ok()
+            && !self.may_begin(slot, held)
+        {
+            self.pending.release(slot);
+            return None;
+        }
         match parsed {
             Ok(()) => {
                 self.tally.taken(self.pending[slot].request.kind);
@@ -80,11 +97,22 @@ impl Requests {
             }
             Err(malformed) => {
                 self.pending.release(slot);
-                return (self.device.budget.cost_of_taking(0, buffers), Err(malformed));
+                return Some((self.device.budget.cost_of_taking(0, buffers), Err(malformed)));
             }
         }
         let pending = &self.pending[slot];
-        (self.device.budget.cost_of_taking(pending.load, buffers), Ok(pending.load))
+        Some((self.device.budget.cost_of_taking(pending.load, buffers), Ok(pending.load)))
+    }
+
+    /// Whether the limits let a request begin, which was just parsed and is the next of its ring.
+    fn may_begin(&mut self, slot: PendingSlot, held: &mut Option<HeldHead>) -> bool {
+        let (request, now) = (&self.pending[slot].request, self.tally.turn());
+        let price = LimitedKind::of(request.kind).map(|kind| Price { kind, bytes: request.data_bytes });
+        let Ok(since) = self.device.limiter.may_begin(price, held, self.limits, now) else { return false };
+        if let Some(since) = since {
+            self.tally.was_limited(since);
+        }
+        true
     }
 
     /// Checks a request against the disk, and queues it for admission; finishes it at once if it needs no cache.

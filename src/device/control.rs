@@ -231,6 +231,15 @@ impl Workers {
         dropped
     }
 
+    /// Makes the workers look at what was changed beside the commands: the limits.
+    pub fn wake(&self) {
+        for control in &self.controls {
+            if let Err(e) = control.waker.notify() {
+                error!("{}: cannot wake a worker thread: {e}", control.device);
+            }
+        }
+    }
+
     /// Makes everything that has completed durable, and leaves the image alone from then on: until [`Workers::thaw`],
     /// for at most `time`, which counts from now.
     ///

@@ -12,8 +12,9 @@
 //! 6. `complete.rs`: writes its status, and pushes it onto the used ring.
 //! 7. `interrupt.rs`: notifies the driver.
 //!
-//! [`budget`] bounds what a turn does and what is in progress. Beside the path lie [`control`], the commands of the
-//! control plane to the workers, and `tally.rs`, which counts requests and how long they take.
+//! [`budget`] bounds what a turn does and what is in progress, [`limits`] how fast requests begin. Beside the path lie
+//! [`control`], the commands of the control plane to the workers, and `tally.rs`, which counts requests and how long
+//! they take.
 
 mod admit;
 pub mod budget;
@@ -24,6 +25,7 @@ mod copy;
 mod crash_tests;
 pub mod inflight;
 mod interrupt;
+pub mod limits;
 mod pending;
 mod requests;
 pub mod ring;
@@ -40,6 +42,7 @@ use crate::virtio::config_space::{ConfigSpace, DiskParameters, initial_writeback
 use crate::virtio::request::RequestLimits;
 
 use budget::Budget;
+use limits::RateLimiter;
 
 pub use control::{HeldRequests, RingSetup, Untracked, WorkerCommand, WorkerControl};
 pub use worker::spawn;
@@ -74,6 +77,8 @@ pub struct Device {
     range_part_sectors: u64,
     /// How long an idle worker polls before it sleeps, in microseconds.
     poll_us: AtomicU32,
+    /// The limits of its rates.
+    pub limiter: RateLimiter,
     /// What its workers count.
     pub counters: Counters,
     /// The bounds of each worker.
@@ -106,6 +111,7 @@ impl Device {
             writeback,
             range_part_sectors,
             poll_us: AtomicU32::new(poll_us),
+            limiter: RateLimiter::default(),
             counters,
             budget,
         })

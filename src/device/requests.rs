@@ -36,6 +36,8 @@ pub(super) struct Requests {
     pub pending: PendingTable,
     /// Other devices read the same image.
     pub is_shared: bool,
+    /// The limits under which requests are taken: see [`super::limits::RateLimiter`].
+    pub limits: u32,
     /// Heads just taken from a ring.
     pub heads: Vec<u16>,
     /// Those of them that no status can complete.
@@ -81,6 +83,7 @@ impl Requests {
             tally: Tally::new(counters),
             pending: PendingTable::new(base),
             is_shared: false,
+            limits: 0,
             heads: Vec::new(),
             rejected: Vec::new(),
             incoming: VecDeque::new(),

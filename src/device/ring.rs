@@ -13,8 +13,9 @@ use super::budget::Budget;
 use super::control::RingSetup;
 use super::inflight::InflightTracker;
 use super::interrupt::Interrupt;
+use super::limits::HeldHead;
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::counted;
+use crate::units::{Tick, counted};
 use crate::virtio::GuestRam;
 use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::Malformed;
@@ -49,6 +50,10 @@ pub struct Ring {
     load: u64,
     /// Nothing is taken while `load` is this or more.
     load_max: u64,
+    /// The next request, if a limit of the operator's has held it back.
+    pub(super) held: Option<HeldHead>,
+    /// It is not due yet: nothing is taken.
+    is_held: bool,
     /// Requests in flight whose chains cannot be read yet; retried with the next memory table.
     unreadable: Vec<u16>,
     /// The driver has kicked.
@@ -88,6 +93,8 @@ impl Ring {
             in_flight: 0,
             load: 0,
             load_max: Budget::default().ring_pages,
+            held: None,
+            is_held: false,
             unreadable: Vec::new(),
             kicked: false,
             reported: false,
@@ -167,6 +174,13 @@ impl Ring {
     /// Adds the pages of requests that were taken.
     pub(super) fn add_load(&mut self, pages: u64) {
         self.load = self.load.saturating_add(pages);
+    }
+
+    /// Notes whether the next request is held back by the limits of this generation. Returns when it is due.
+    pub(super) fn hold(&mut self, generation: u32, now: Tick) -> Option<Tick> {
+        let due = self.held.filter(|head| head.generation == generation && head.ready_at > now);
+        self.is_held = due.is_some();
+        due.map(|head| head.ready_at)
     }
 
     /// Subtracts the pages of a request that is no longer in flight.
@@ -304,7 +318,7 @@ impl Ring {
         self.is_usable()
             && self.in_flight < self.layout.size
             && self.load < self.load_max
-            && (self.has_resubmissions() || self.queue.as_ref().is_some_and(SplitQueue::has_available))
+            && (self.has_resubmissions() || !self.is_held && self.queue.as_ref().is_some_and(SplitQueue::has_available))
     }
 
     /// Adds the chain at `head`, with `len` bytes written to it, to the used ring. [`Ring::publish`] shows it to the

@@ -87,6 +87,12 @@ impl Tally {
         }
     }
 
+    /// A limit has held a request back since then.
+    pub fn was_limited(&self, since: Tick) {
+        self.counters.count(Activity::Limited, 1);
+        self.counters.count(Activity::LimitedNs, self.turn.since_ns(since));
+    }
+
     /// A request that was taken is given back to the driver.
     pub fn withdrawn(&mut self, kind: RequestKind) {
         if let Some(operation) = operation_of(kind) {

@@ -100,6 +100,8 @@ pub struct Worker {
     /// Guest memory to use as soon as every ring has completed what it took.
     new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
     requests: Requests,
+    /// When the first request is due that a limit holds back on its ring; `None` also while no request can be taken.
+    held_until: Option<Tick>,
     /// When the cache must be pumped next, even if nothing else happens.
     deadline: Option<Tick>,
     /// Polls in a row that found nothing.
@@ -134,6 +136,7 @@ impl Worker {
             first_ring: 0,
             stopping: Vec::new(),
             new_memory: None,
+            held_until: None,
             // The first turn pumps the cache: pages that were restored may be due for write-back.
             deadline: Some(Tick::ZERO),
             fruitless_polls: 0,
@@ -221,7 +224,7 @@ impl Worker {
 
     /// When the next turn is due, even if nothing else happens.
     pub fn next_due(&self) -> Option<Tick> {
-        [self.deadline, self.requests.next_delayed()].into_iter().flatten().min()
+        [self.deadline, self.requests.next_delayed(), self.held_until].into_iter().flatten().min()
     }
 
     /// The time until the next turn is due, as epoll_wait(2) takes it: in milliseconds, -1 for ever.
@@ -274,7 +277,7 @@ impl Worker {
         let reaped = self.port.reap(notified);
         // 2. Take.
         let left = self.requests.has_work();
-        let taken = self.take_requests();
+        let taken = self.take_requests(now);
         if !(handled || reaped || taken || left) && self.next_due().is_none_or(|due| due > now) {
             return false;
         }
@@ -333,12 +336,36 @@ impl Worker {
         self.requests.tally.settle(now);
     }
 
-    /// Takes requests from the rings that have some, round robin, until the turn's budget is spent. Returns whether one
-    /// had any.
-    fn take_requests(&mut self) -> bool {
+    /// Takes requests from the rings, as far as the limits allow. Returns whether one had any.
+    fn take_requests(&mut self, now: Tick) -> bool {
+        self.held_until = None;
         if !self.requests.can_take() {
             return false;
         }
+        let limits = self.device.limiter.generation();
+        if limits | self.requests.limits == 0 {
+            return self.take_within_budget();
+        }
+        self.requests.limits = limits;
+        self.rings.iter_mut().flatten().for_each(|ring| _ = ring.hold(limits, now));
+        let taken = self.take_within_budget();
+        let mut first_held = None;
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            if let Some(due) = ring.as_mut().and_then(|ring| ring.hold(limits, now)) {
+                first_held.get_or_insert(index);
+                self.held_until = Some(self.held_until.map_or(due, |until| until.min(due)));
+            }
+        }
+        if let Some(index) = first_held {
+            // Whoever comes first when the time has come may take what was saved up meanwhile.
+            self.first_ring = index + 1;
+        }
+        taken
+    }
+
+    /// Takes requests from the rings that have some, round robin, until the turn's budget is spent. Returns whether one
+    /// had any.
+    fn take_within_budget(&mut self) -> bool {
         let mut budget = self.device.budget.turn_pages;
         let (mut taken, count) = (false, self.rings.len());
         for index in (self.first_ring.min(count)..count).chain(0..self.first_ring.min(count)) {
@@ -457,6 +484,7 @@ impl Worker {
     /// Replies to the commands that waited for rings to complete what they took, as far as they have.
     fn reply_if_drained(&mut self) {
         let (rings, epoll, image) = (&mut self.rings, &self.epoll, self.port.image());
+        let limiter = &self.device.limiter;
         self.stopping.retain(|(index, reply)| {
             let Some(ring) = rings.get_mut(usize::from(*index)).and_then(Option::as_mut) else {
                 let _ = reply.send(None);
@@ -466,6 +494,9 @@ impl Worker {
                 return true;
             }
             ring.give_back();
+            if let Some(held) = ring.held.take() {
+                limiter.refund(held.price);
+            }
             let position = ring.position();
             ring.unwatch_kicks(epoll);
             if !ring.is_tracked() && image.untracked_rings.fetch_sub(1, Ordering::AcqRel) == 1 {

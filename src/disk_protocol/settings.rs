@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Allocate, CacheMode, DeviceConfig, Discard, OnError, Policy, Sandbox};
+use crate::config::{Allocate, CacheMode, DeviceConfig, Discard, LimitsConfig, OnError, Policy, Sandbox};
 
 /// A device as its disk process serves it; the supervisor has checked each value.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +31,9 @@ pub struct DeviceSettings {
     pub discard: Discard,
     /// The device's page cache.
     pub cache: CacheSettings,
+    /// Limits of the guest's rates, if there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitsConfig>,
 }
 
 /// A device's page cache. The keys of the configuration have the same names.
@@ -95,6 +98,7 @@ impl From<&DeviceConfig> for DeviceSettings {
                 on_full: cache.on_full,
                 hold_max_ms: cache.hold_max_ms,
             },
+            limits: Some(config.limits).filter(LimitsConfig::is_set),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::handle::ServiceHandle;
-use super::settings::settings;
+use super::settings::{rate_limits, settings};
 use crate::config::CacheMode;
 use crate::device::HeldRequests;
 use crate::device::control::Workers;
@@ -23,6 +23,8 @@ impl ServiceHandle {
         drop(image);
         workers.reconfigure(cache);
         device.reconfigure(new.cache.mode == CacheMode::Writeback, new.poll_us);
+        device.limiter.set(&rate_limits(new));
+        workers.wake();
         DeviceReply::Done
     }
 

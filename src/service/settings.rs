@@ -7,6 +7,7 @@ use crate::cached_image::CachedImage;
 use crate::config::{Allocate, CacheMode, Discard, OnError, Policy};
 use crate::counters::worker::Counters;
 use crate::device::Device;
+use crate::device::limits::{RateLimit, RateLimits};
 use crate::disk_protocol::DeviceSettings;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::Limits;
@@ -61,6 +62,18 @@ fn error_policy(configured: OnError) -> ErrorPolicy {
     }
 }
 
+/// The limits of a device's rates.
+pub(super) fn rate_limits(config: &DeviceSettings) -> RateLimits {
+    let config = config.limits.unwrap_or_default();
+    let limit = |requests: u32, bytes| RateLimit { requests: requests.into(), bytes };
+    RateLimits {
+        read: limit(config.read_iops, config.read_bytes_per_second),
+        write: limit(config.write_iops, config.write_bytes_per_second),
+        total: limit(config.total_iops, config.total_bytes_per_second),
+        burst_ms: config.burst_ms,
+    }
+}
+
 /// The virtio-blk device of a configuration, on `image`.
 pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage, counters: Counters) -> Arc<Device> {
     let limits = image.limits();
@@ -85,5 +98,8 @@ pub(super) fn device_of(config: &DeviceSettings, image: &CachedImage, counters: 
         serial: serial(&config.serial),
     };
     let writeback = config.cache.mode == CacheMode::Writeback;
-    Device::new(config.name.clone(), Arc::clone(image.arena()), disk, parameters, writeback, config.poll_us, counters)
+    let (name, arena) = (config.name.clone(), Arc::clone(image.arena()));
+    let device = Device::new(name, arena, disk, parameters, writeback, config.poll_us, counters);
+    device.limiter.set(&rate_limits(config));
+    device
 }

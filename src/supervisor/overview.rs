@@ -8,11 +8,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 use super::entry::{DeviceProgress, OverviewEntry};
-use crate::config::device_table;
+use crate::config::{LimitsConfig, device_table};
 use crate::control::change::Refusal;
 use crate::control::wire::{
-    CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, FrontEnd, Latency, RequestStatistics,
-    StoreStatistics, WorkerStatistics,
+    CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, FrontEnd, Latency, LimitsStatus,
+    RequestStatistics, StoreStatistics, WorkerStatistics,
 };
 use crate::counters::snapshot::Snapshot;
 use crate::counters::worker::Activity;
@@ -102,6 +102,20 @@ fn device(entry: &OverviewEntry) -> DeviceStatus {
         resident_bytes: serving(now.cache.resident_pages.saturating_mul(PAGE_BYTES)),
         dirty_bytes: serving(now.cache.dirty_pages.saturating_mul(PAGE_BYTES)),
         oldest_operation_us: oldest_us(&now).filter(|_| is_serving),
+        limits: Some(config.limits).filter(LimitsConfig::is_set).map(limits),
+    }
+}
+
+fn limits(config: LimitsConfig) -> LimitsStatus {
+    let set = |limit: u64| Some(limit).filter(|limit| *limit > 0);
+    LimitsStatus {
+        read_iops: set(config.read_iops.into()),
+        write_iops: set(config.write_iops.into()),
+        total_iops: set(config.total_iops.into()),
+        read_bytes_per_second: set(config.read_bytes_per_second),
+        write_bytes_per_second: set(config.write_bytes_per_second),
+        total_bytes_per_second: set(config.total_bytes_per_second),
+        burst_ms: config.burst_ms,
     }
 }
 
@@ -112,6 +126,9 @@ fn oldest_us(state: &DiskState) -> Option<u64> {
 fn statistics(entry: &OverviewEntry) -> DeviceStatistics {
     let snapshot = Snapshot::read(&entry.page.counters());
     let stats = entry.page.read().cache;
+    let sum_of = |activity| {
+        (0..snapshot.workers()).fold(0, |sum: u64, worker| sum.saturating_add(snapshot.activity(worker, activity)))
+    };
     DeviceStatistics {
         name: entry.config.name.clone(),
         requests: Operation::ALL.into_iter().map(|operation| requests(&snapshot, operation)).collect(),
@@ -135,6 +152,8 @@ fn statistics(entry: &OverviewEntry) -> DeviceStatistics {
         },
         stores: OpClass::ALL.into_iter().map(|class| store(&snapshot, class)).collect(),
         workers: (0..snapshot.workers()).map(|worker| activity(&snapshot, worker)).collect(),
+        limited: sum_of(Activity::Limited),
+        limited_us: sum_of(Activity::LimitedNs) / 1000,
     }
 }
 

@@ -179,9 +179,16 @@ fn about_caches(text: &mut MetricsText, devices: &[DeviceStatistics]) {
     let name = "genblk_request_waits_total";
     text.family(name, Counter, "Times that a request had to wait before it was admitted.");
     for device in devices {
-        for (reason, count) in [("room", device.cache.stalls), ("dirty_limit", device.cache.throttled)] {
+        let reasons =
+            [("room", device.cache.stalls), ("dirty_limit", device.cache.throttled), ("rate_limit", device.limited)];
+        for (reason, count) in reasons {
             text.sample(name, &[("device", &device.name), ("reason", reason)], count);
         }
+    }
+    let name = "genblk_rate_limited_seconds_total";
+    text.family(name, Counter, "Time for which limits held requests back at the head of their ring.");
+    for device in devices {
+        text.sample(name, &[("device", &device.name)], seconds(device.limited_us.saturating_mul(1000)));
     }
 }
 

@@ -36,6 +36,7 @@ fn status(name: &str) -> DeviceStatus {
         resident_bytes: Some(1 << 20),
         dirty_bytes: Some(0),
         oldest_operation_us: None,
+        limits: None,
     }
 }
 
@@ -66,6 +67,7 @@ fn statistics(name: &str, reads: u64, waited: u64) -> DeviceStatistics {
             ..StoreStatistics::default()
         }],
         workers: vec![WorkerStatistics { busy_ns: reads * 10_000, ..WorkerStatistics::default() }],
+        ..DeviceStatistics::default()
     }
 }
 

@@ -15,6 +15,7 @@ mod control;
 mod growth;
 mod guest;
 mod life;
+mod limits;
 mod oracle;
 mod scenario;
 mod store;

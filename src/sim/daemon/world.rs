@@ -11,6 +11,7 @@ use super::control::{FrontEndConnection, LAST_FLUSHES_MAX};
 use super::growth::Growth;
 use super::guest::{Completed, GuestAction, Ring, SECTORS_MAX, Submitted, guest_memory, written};
 use super::life::{Configuration, Directory, Life, in_daemon};
+use super::limits::LimitedRate;
 use super::oracle::{ANY, Oracle, RequestId};
 use super::scenario::{Scenario, budget, settings};
 use super::store::SimulatedImage;
@@ -74,6 +75,10 @@ pub(super) struct World {
     pub backup: Option<Vec<u64>>,
     /// The backup was restored, and no daemon has started since.
     is_restored: bool,
+    /// The guest's rate is limited.
+    pub limited: Option<LimitedRate>,
+    /// Number of completed requests that limits count.
+    pub limited_completed: u64,
 }
 
 impl World {
@@ -120,6 +125,8 @@ impl World {
             growth: Some(Growth::new(seed, image_sectors)).filter(|_| (seed / 8).is_multiple_of(2)),
             backup: None,
             is_restored: false,
+            limited: LimitedRate::new(seed),
+            limited_completed: 0,
         }
     }
 
@@ -166,6 +173,7 @@ impl World {
             self.control_steps += 1;
         }
         self.grow_or_follow();
+        self.change_limits();
         self.frozen_steps = self.frozen_steps.saturating_sub(1);
         match self.prng.below(100) {
             0..40 if self.frozen_steps > 0 => {}
@@ -275,6 +283,7 @@ impl World {
                 let reset = || life.cached.arena().clear_data_loss();
                 let alive = self.scenario.survives || in_daemon(reset).is_ok();
                 self.life = Some(life);
+                self.set_limits();
                 if !alive {
                     return self.daemon_died();
                 }
@@ -460,6 +469,9 @@ impl World {
         let Completed { request, succeeded, values } = completed;
         let Submitted { id, action, span, write_through } = request;
         self.completed += 1;
+        if !matches!(action, GuestAction::Flush(_)) {
+            self.check_limits();
+        }
         let is_change = matches!(action, GuestAction::Write(_) | GuestAction::Zero { .. } | GuestAction::Discard);
         let may_fail = self.image.has_failed() || self.is_reader && is_change;
         assert!(succeeded || may_fail, "request {id} ({action:?}) fails for no reason");

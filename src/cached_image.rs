@@ -146,7 +146,7 @@ impl CachedImage {
             return Ok(());
         }
         if !size_bytes.is_multiple_of(PAGE_BYTES) || !before.is_multiple_of(PAGE_BYTES) {
-            let why = "changes only when the disk is attached anew";
+            let why = "changes only when the disk is detached and attached again";
             return Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"));
         }
         if !self.arena.has_room_for(size_bytes) {
@@ -201,11 +201,11 @@ impl CachedImage {
         let (name, backing) = (self.name.clone(), Arc::clone(&self.backing));
         let record = move || {
             if !backing.lose_cache().is_ok_and(|is_recorded| is_recorded) {
-                error!("{name}: the next daemon would not notice a loss of completed writes ({cause})");
+                error!("{name}: a loss of completed writes would go undetected ({cause})");
             }
         };
         if let Err(e) = thread::Builder::new().name("lost cache".to_owned()).spawn(record) {
-            error!("{}: the next daemon would not notice a loss of completed writes ({e})", self.name);
+            error!("{}: a loss of completed writes would go undetected ({e})", self.name);
         }
     }
 
@@ -234,7 +234,7 @@ impl CachedImage {
         let is_over = is_written && !self.arena.has_data_loss();
         match is_over.then(|| self.backing.end_tenure()) {
             Some(Err(e)) => {
-                warn!("{}: cannot record at the image that everything is on it ({e}); its cache stays", self.name);
+                warn!("{}: cannot mark the image clean ({e}); its cache is kept", self.name);
                 self.arena.keep_on_drop(true);
             }
             Some(Ok(true)) => self.arena.set_recorded(true, true),

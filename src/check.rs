@@ -61,7 +61,9 @@ pub fn check(source: &str, config: &Config) -> Result<String> {
         }
         let socket = check_socket(&device.socket);
         if findings.note(name, socket) == Some(Usage::InUse) {
-            findings.notes.push(format!("{name}: a process listens on {}; it must end first", device.socket));
+            findings
+                .notes
+                .push(format!("{name}: another process listens on {}; stop that process first", device.socket));
         }
         findings.note(name, SocketAccess::new(device.socket_mode, &device.socket_group));
         findings.note(name, check_memory_dir(device));
@@ -104,7 +106,9 @@ fn check_image(device: &DeviceConfig, manager: &std::sync::Arc<ServiceManager>, 
     }
     let Some(found) = findings.note(name, file::inspect(image, device.read_only)) else { return false };
     if found.is_in_use {
-        findings.notes.push(format!("{name}: a process uses image {}; it must end first", image.display()));
+        findings
+            .notes
+            .push(format!("{name}: image {} is in use by another process; stop that process first", image.display()));
         return true;
     }
     if let Some((format, refusal)) = found.format_refusal

@@ -116,7 +116,7 @@ pub struct Cli {
     pub sandbox: Option<String>,
 }
 
-const ONE_DEVICE: &str = "One device without a file";
+const ONE_DEVICE: &str = "A single device without a configuration file";
 /// Every option of a single device, by the name of its field.
 const DEVICE_OPTIONS: [&str; 13] = [
     "socket_path",
@@ -149,7 +149,7 @@ impl Cli {
     fn single_device(&self) -> Result<Config> {
         let options = self.options();
         if options.iter().all(|(_, _, value)| value.is_none()) {
-            let advice = "give --config FILE, or --socket-path (or --fd) and --blk-file; --help says more";
+            let advice = "give --config FILE, or --socket-path (or --fd) and --blk-file; see --help";
             return Err(Error::new(ErrorKind::Config, format!("nothing to serve: {advice}")));
         }
         let origin = |label: &str| Origin { label: label.to_string(), line: None };

@@ -56,7 +56,7 @@ mod word {
     pub const CACHE: usize = 64;
 }
 
-/// Memory whose file was cut short while the process used it.
+/// Memory whose file was truncated while the process used it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CutMemory {
     /// The guest's memory, which the front-end shares.
@@ -73,9 +73,9 @@ impl CutMemory {
     /// In words, for messages.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Guest => "the file of the guest's memory was cut short by the front-end",
-            Self::Inflight => "the file of the inflight region was cut short by the front-end",
-            Self::Cache => "the cache's file was cut short, or its memory could not be read",
+            Self::Guest => "the file of the guest's memory was truncated by the front-end",
+            Self::Inflight => "the file of the inflight region was truncated by the front-end",
+            Self::Cache => "the cache's file was truncated, or its memory could not be read",
         }
     }
 
@@ -134,7 +134,7 @@ impl StatsPage {
     /// A new page of a device with this many workers, and the file by which another process maps it.
     ///
     /// # Errors
-    /// Those of memfd_create(2) and mmap(2).
+    /// Errors of memfd_create(2) and mmap(2).
     pub fn create(workers: usize) -> io::Result<(Self, File)> {
         let (words, file) = SharedWords::create(WORDS + workers * BLOCK_WORDS)?;
         words.store(word::MAGIC, MAGIC);
@@ -144,7 +144,7 @@ impl StatsPage {
     /// The page behind a file of [`StatsPage::create`].
     ///
     /// # Errors
-    /// Those of mmap(2); [`io::ErrorKind::InvalidData`] for a page of another layout.
+    /// Errors of mmap(2); [`io::ErrorKind::InvalidData`] for a page of another layout.
     pub fn open(file: &File, workers: usize) -> io::Result<Self> {
         let words = SharedWords::map(file, WORDS + workers * BLOCK_WORDS)?;
         if words.load(word::MAGIC) != MAGIC {

@@ -25,7 +25,7 @@ pub enum PlantedBug {
     NoSpaceIgnored,
     /// A write into a hole does not wait for the allocation of its space.
     WriteSkipsAllocation,
-    /// Under the error policy `hold`, requests wait for ever.
+    /// Under the error policy `hold`, requests wait forever.
     HoldNeverEnds,
     /// Time in which the daemon was stopped (SIGSTOP) counts as time in which requests were held.
     StopUsesUpHold,

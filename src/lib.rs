@@ -29,7 +29,7 @@
 //!
 //! 1. [`logging`], [`cli`], [`config`]: what the operator asks for, checked as a whole before anything starts.
 //!    [`check`] tells whether it could be served.
-//! 2. [`supervisor`]: the first process. Opens devices side by side, starts a disk process for each image and starts it
+//! 2. [`supervisor`]: the first process. Opens devices in parallel, starts a disk process for each image and starts it
 //!    again when it dies, waits for signals, and ends each device on its own. It does all that takes a path.
 //! 3. [`recover`]: caches that an earlier daemon left. Restores them, or writes them to their images.
 //! 4. [`listener`]: the sockets' files. [`systemd`]: notifies the service manager, and keeps memory with it.

@@ -139,7 +139,7 @@ impl ServiceManager {
     /// if there is none.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// Errors of open(2).
     pub fn fdstore_peek(&self, name: &str) -> io::Result<Option<File>> {
         let passed = self.passed();
         let Some(found) = passed.iter().find(|passed| passed.name == name) else { return Ok(None) };

@@ -140,7 +140,7 @@ fn a_command_that_cannot_be_done_says_why_in_one_line() {
     let (_daemon, control) = start("control-errors", false);
     let unknown = genblk(&control, &["stat", "vm7"]);
     assert_eq!(unknown.status.code(), Some(1));
-    assert_eq!(String::from_utf8_lossy(&unknown.stderr), "genblk: vm7: no such device; there are: d0, d1\n");
+    assert_eq!(String::from_utf8_lossy(&unknown.stderr), "genblk: vm7: no such device; devices: d0, d1\n");
     let nobody = genblk(Path::new("/nonexistent/control.sock"), &["list"]);
     assert_eq!(nobody.status.code(), Some(3));
     assert!(
@@ -152,7 +152,7 @@ fn a_command_that_cannot_be_done_says_why_in_one_line() {
         assert_eq!(output.status.code(), Some(2), "{wrong:?}: {output:?}");
     }
     let text = String::from_utf8(genblk(&control, &["stat", "1", "2", "d0"]).stderr).expect("text");
-    assert!(text.starts_with("genblk: \"d0\" does not fit here; genblk stat takes [DEVICE]"), "{text}");
+    assert!(text.starts_with("genblk: \"d0\" is an unexpected argument; genblk stat takes [DEVICE]"), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
 }
 

@@ -151,7 +151,7 @@ fn detach_unkept(name: &str) -> Option<(Failing, Call)> {
     session.write(0, &[3; 4096]);
     File::create(&failing.fails).expect("a file can be created");
     let detach = Call::start(&failing.control, "Detach", &json!({"device": "d0", "force": true}), false);
-    failing.daemon.await_log("d0: cannot be detached: the image does not take what is dirty (I/O error)");
+    failing.daemon.await_log("d0: detach is waiting: writes to the image fail (I/O error)");
     assert_eq!(names(&failing.control), ["d0"]);
     Some((failing, detach))
 }
@@ -175,9 +175,9 @@ fn only_an_explicit_discard_gives_up_what_a_cache_loses() {
     let usage = genblk(&control, &["detach", "d0", "--discard"]);
     assert_eq!(usage.status.code(), Some(2), "it takes --force as well: {usage:?}");
     let text = stdout_of(&genblk(&control, &["detach", "d0", "--force", "--discard"]));
-    assert_eq!(text, "d0: detached; if the image did not take everything, the rest is lost\n");
+    assert_eq!(text, "d0: detached; data that could not be written to the image was discarded\n");
     let refused = detach.reply();
-    assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("but not whole")), "{refused}");
+    assert!(refused["parameters"]["why"].as_str().is_some_and(|why| why.contains("dirty data remains")), "{refused}");
     assert!(names(&control).is_empty());
 }
 

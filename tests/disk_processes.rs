@@ -119,7 +119,7 @@ fn a_front_end_that_cuts_its_memory_short_ends_its_own_disk_alone() {
     hostile.memory.cut_short();
     // The worker looks at the ring.
     hostile.rings[0].kick.write(1).expect("an eventfd can be written");
-    daemon.await_log("d0: its process has died: killed by SIGBUS: the file of the guest's memory was cut short");
+    daemon.await_log("d0: its process has died: killed by SIGBUS: the file of the guest's memory was truncated");
     assert_eq!(other.read(8, 4096), pattern(2, 8, 4096));
     assert_eq!(open(&daemon, 0).read(8, 4096), pattern(1, 8, 4096), "the next front-end is served, from the cache");
     drop(other);
@@ -147,7 +147,7 @@ fn a_front_end_that_cuts_its_inflight_region_short_ends_its_own_disk_alone() {
     file.set_len(0).expect("it has no seals");
     hostile.submit(0, VIRTIO_BLK_T_IN, 8, Payload::Receive(512));
     hostile.rings[0].notify();
-    daemon.await_log("d0: its process has died: killed by SIGBUS: the file of the inflight region was cut short");
+    daemon.await_log("d0: its process has died: killed by SIGBUS: the file of the inflight region was truncated");
     assert_eq!(other.read(8, 4096), pattern(2, 8, 4096));
     drop(hostile);
     assert_eq!(open(&daemon, 0).read(8, 4096), pattern(1, 8, 4096), "the next front-end is served, from the cache");
@@ -169,7 +169,7 @@ fn a_cache_file_that_is_cut_short_ends_its_own_disk_alone_and_the_log_says_so() 
     fs::File::options().write(true).open(cache).and_then(|file| file.set_len(4096)).expect("our own file");
     hurt.submit(0, VIRTIO_BLK_T_OUT, 8, Payload::Send(&pattern(3, 8, 4096)));
     hurt.rings[0].notify();
-    daemon.await_log(&format!("d{cut}: its process has died: killed by SIGBUS: the cache's file was cut short"));
+    daemon.await_log(&format!("d{cut}: its process has died: killed by SIGBUS: the cache's file was truncated"));
     daemon.await_log("is truncated");
     assert_eq!(spared.read(64, 4096), pattern(2, 64, 4096));
     drop((one, other));

@@ -24,7 +24,7 @@ fn flush_makes_completed_writes_durable_and_drop_empties_the_cache() {
     let mut session = Session::open(&daemon.socket_of(0), &SessionOptions::default());
     session.write(0, &[7; 8192]);
     assert_eq!(daemon.image_bytes(0, 8192), vec![0; 8192], "nothing has written it back yet");
-    assert!(stdout_of(&genblk(&control, &["flush", "d0"])).starts_with("d0: everything"));
+    assert!(stdout_of(&genblk(&control, &["flush", "d0"])).starts_with("d0: all completed writes are durable"));
     assert_eq!(daemon.image_bytes(0, 8192), vec![7; 8192]);
     session.write(64, &[8; 4096]);
     let dropped: Value = serde_json::from_str(&stdout_of(&genblk(&control, &["drop", "d0", "--json"]))).expect("JSON");
@@ -89,7 +89,7 @@ fn a_freeze_runs_a_command_and_its_end_ends_the_freeze() {
     assert_eq!(genblk(&control, &["freeze", "d0", "--", "sh", "-c", "exit 7"]).status.code(), Some(7));
     let torn = genblk(&control, &["freeze", "d0", "--timeout", "50ms", "--", "sleep", "1"]);
     assert_eq!(torn.status.code(), Some(1), "{torn:?}");
-    assert!(String::from_utf8_lossy(&torn.stderr).contains("d0: was not frozen throughout"), "{torn:?}");
+    assert!(String::from_utf8_lossy(&torn.stderr).contains("d0: the freeze ended early"), "{torn:?}");
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_thaw_with_the_lease_of_a_freeze_that_is_over_leaves_the_freeze_of_another_c
     let other = poll_until("the end of the first freeze", PATIENCE, || freeze(60000));
     let thaw = |lease: u64| call(&control, "Thaw", &json!({"device": "d0", "lease": lease}))["parameters"].clone();
     assert_eq!(thaw(over)["held"], json!(false));
-    assert_eq!(state(&control), json!("frozen"), "the other freeze goes on");
+    assert_eq!(state(&control), json!("frozen"), "the other freeze continues");
     assert_eq!(thaw(other)["held"], json!(true));
     assert_eq!(state(&control), json!("serving"));
 }
@@ -224,7 +224,7 @@ fn a_disk_is_attached_and_detached_while_another_is_served() {
     assert_eq!(fs::read(&image).expect("the image exists")[4096..8192], [2; 4096]);
     assert!(!socket.exists(), "its socket is removed");
     let again = genblk(&control, &["detach", "d1"]);
-    assert!(String::from_utf8_lossy(&again.stderr).contains("d1: no such device; there are: d0"), "{again:?}");
+    assert!(String::from_utf8_lossy(&again.stderr).contains("d1: no such device; devices: d0"), "{again:?}");
     assert_eq!(session.read(0, 4096), vec![1; 4096]);
     let socket = attach(&daemon, &control, "d1", "");
     assert_eq!(Session::open(&socket, &SessionOptions::default()).read(8, 4096), vec![2; 4096]);
@@ -320,7 +320,7 @@ fn an_attach_that_cannot_be_served_changes_nothing() {
 }
 
 #[test]
-fn who_may_only_look_changes_nothing() {
+fn a_read_only_client_changes_nothing() {
     // SAFETY: a plain system call.
     if unsafe { libc::geteuid() } != 0 {
         eprintln!("skipped: only root can become another user");

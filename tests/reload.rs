@@ -92,10 +92,10 @@ fn a_key_that_cannot_be_set_changes_nothing() {
     let (_daemon, control) = start("reload-refused");
     let before = stdout_of(&genblk(&control, &["config"]));
     for (setting, words) in [
-        ("cache.size=8M", "cache.size can only change when the disk is attached anew"),
-        ("cache.mode=none", "attached anew"),
+        ("cache.size=8M", "cache.size takes effect after detach and attach"),
+        ("cache.mode=none", "detach and attach"),
         ("cache.mode=fast", "takes \"writeback\""),
-        ("image=/x", "attached anew"),
+        ("image=/x", "detach and attach"),
         ("speed=7", "unknown key"),
     ] {
         let refused = genblk(&control, &["set", "d0", "poll_us=7", setting]);
@@ -107,7 +107,7 @@ fn a_key_that_cannot_be_set_changes_nothing() {
 }
 
 #[test]
-fn the_advice_for_a_key_that_needs_the_disk_attached_anew_can_be_followed() {
+fn the_advice_for_a_key_that_takes_effect_after_detach_and_attach_can_be_followed() {
     let (mut daemon, control) = start("reload-advice");
     poll_until("the disk to be served", PATIENCE, || (state(&control) == json!("serving")).then_some(()));
     let refused = genblk(&control, &["set", "d0", "workers=2"]);
@@ -139,8 +139,8 @@ fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
     let new = table(directory, "d1", "d1.img", "");
     let changed = table(directory, "d0", "image", "poll_us = 9\nworkers = 2\n");
     configure(&daemon, &control, &format!("{changed}{new}"));
-    let expected = "d1: would be attached\nd0: would be changed poll_us\nd0: would be pending until it is attached \
-                    anew: workers\n";
+    let expected = "d1: would be attached\nd0: would be changed poll_us\nd0: would be pending until detach and attach: \
+                    workers\n";
     assert_eq!(stdout_of(&genblk(&control, &["reload", "--dry-run"])), expected);
     assert_eq!(names(&control), ["d0"]);
     assert_eq!(stdout_of(&genblk(&control, &["reload"])), expected.replace("would be ", ""));
@@ -153,7 +153,7 @@ fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
         stdout_of(&genblk(&control, &["list"])).contains(&format!("pid {pid}")).then_some(())
     });
     let kept = stdout_of(&genblk(&control, &["reload"]));
-    assert!(kept.contains("d1: kept, although the file has it no more: in use by pid"), "{kept}");
+    assert!(kept.contains("d1: kept, although it is no longer in the file: in use by pid"), "{kept}");
     drop(session);
     poll_until("the end of the disk", PATIENCE, || {
         genblk(&control, &["reload"]);
@@ -209,10 +209,10 @@ fn a_reload_does_not_detach_a_disk_whose_process_has_died() {
     let mut session = Session::open(&d1, &SessionOptions::default());
     session.write(0, &[3; 4096]);
     send(daemon.disk_process("d1"), libc::SIGKILL);
-    daemon.await_log("\"genblk resume d1\" starts it again");
+    daemon.await_log("restart it with \"genblk resume d1\"");
     configure(&daemon, &control, &old);
     let text = stdout_of(&genblk(&control, &["reload"]));
-    assert!(text.starts_with("d1: kept, although the file has it no more: "), "{text}");
+    assert!(text.starts_with("d1: kept, although it is no longer in the file: "), "{text}");
     stdout_of(&genblk(&control, &["resume", "d1"]));
     let mut session = session.reconnect(&d1);
     session.start_ring(0);
@@ -253,12 +253,12 @@ fn sighup_reads_the_configuration_again_and_resumes_nothing() {
     daemon.signal(libc::SIGHUP);
     daemon.await_log("d1: attached by a reload");
     daemon.await_log("d0: changed by a reload: poll_us");
-    daemon.await_log("d0: in force once it is attached anew: restart_burst");
+    daemon.await_log("d0: takes effect after detach and attach: restart_burst");
     assert_eq!(value(&control, "poll_us"), "9");
     send(daemon.disk_process("d1"), libc::SIGKILL);
-    daemon.await_log("\"genblk resume d1\" starts it again");
+    daemon.await_log("restart it with \"genblk resume d1\"");
     daemon.signal(libc::SIGHUP);
-    let again = "d0: in force once it is attached anew: restart_burst";
+    let again = "d0: takes effect after detach and attach: restart_burst";
     poll_until("the second reload", PATIENCE, || (daemon.log().matches(again).count() == 2).then_some(()));
     assert_eq!(call(&control, "List", &json!({"device": "d1"}))["parameters"]["devices"][0]["state"], json!("failed"));
     stdout_of(&genblk(&control, &["resume", "d1"]));
@@ -272,7 +272,7 @@ fn sighup_with_a_wrong_configuration_changes_nothing_and_says_why() {
     let wrong = table(daemon.directory(), "d0", "image", "poll_us = 9\nworkers = 0\n");
     configure(&daemon, &control, &wrong);
     daemon.signal(libc::SIGHUP);
-    daemon.await_log("the configuration that was read again is wrong; nothing has changed");
+    daemon.await_log("reload failed: the configuration has errors; nothing has changed");
     assert!(daemon.log().contains("device[0].workers: takes an integer"), "{}", daemon.log());
     assert_eq!(value(&control, "poll_us"), "50");
 }

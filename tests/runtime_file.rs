@@ -72,7 +72,7 @@ fn a_disk_whose_image_fails_at_the_stop_is_served_by_the_next_daemon_with_its_da
     File::create(&attached.fails).expect("a file can be created");
     attached.daemon.terminate();
     assert!(!attached.daemon.wait().success(), "its image lacks completed writes");
-    attached.daemon.await_log("runtime.toml stays: the next daemon serves the disks of this one");
+    attached.daemon.await_log("runtime.toml is kept for the next daemon");
     fs::remove_file(&attached.fails).expect("it exists");
     check_next(&mut attached);
 }
@@ -102,7 +102,7 @@ fn a_daemon_that_is_started_while_the_one_before_it_serves_gets_its_disks_its_ch
     let before = daemon.id();
     // Its sockets are those of the first one still.
     daemon.restart();
-    daemon.await_log("the operator's commands cannot reach them; trying again");
+    daemon.await_log("the operator's commands do not work until it opens; retrying");
     attach(&daemon, &control, "d2", &second_image);
     send(before, libc::SIGUSR1);
     poll_until("the end of the first daemon", PATIENCE, || has_ended(before).then_some(()));

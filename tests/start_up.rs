@@ -278,7 +278,7 @@ fn check_beside_a_running_daemon_disturbs_nothing_and_finds_no_problem() {
     session.write(8, &pattern(1, 8, 4096));
     let ended = run_to_end(Command::new(server_binary()).arg("--check").arg("--config").arg(&config));
     assert!(ended.status.success(), "{ended:?}");
-    for word in ["no problems, 1 device", "a: a process uses image ", "a: a process listens on "] {
+    for word in ["no problems, 1 device", "is in use by another process", "a: another process listens on "] {
         assert!(ended.stdout.contains(word), "{word}: {ended:?}");
     }
     assert_eq!(session.read(8, 4096), pattern(1, 8, 4096));

@@ -314,7 +314,7 @@ fn number_in_status(thread: &Path, key: &str) -> u64 {
 }
 
 /// Makes the kernel kill the server when the benchmark dies. genblk gets a SIGTERM, so that it removes its cache from
-/// shared memory; others get a SIGKILL, because they might wait for their client for ever.
+/// shared memory; others get a SIGKILL, because they might wait for their client forever.
 fn die_with_parent(command: &mut Command, spec: &ServerSpec) {
     let signal = if matches!(spec.kind, ServerKind::Genblk { .. }) { libc::SIGTERM } else { libc::SIGKILL };
     // SAFETY: prctl is async-signal-safe and affects only the new process.

@@ -59,7 +59,7 @@ impl Tree {
         }
     }
 
-    /// Merges the runs of a level into one run: reads them side by side and writes the result.
+    /// Merges the runs of a level into one run: reads them in parallel and writes the result.
     fn merge(&mut self, level: usize, trace: &mut Trace) {
         let sources = std::mem::take(&mut self.levels[level]);
         let total: u32 = sources.iter().map(|run| run.pages).sum();

@@ -34,7 +34,7 @@ fn driver_waits(event_idx: bool, publish: fn(&AtomicU16, &AtomicU16, bool, u16, 
     fence(Ordering::SeqCst);
     let sees = words.0.load(Ordering::Acquire) == 1;
     let is_interrupted = device.join().unwrap();
-    assert!(sees || is_interrupted, "the driver waits for ever");
+    assert!(sees || is_interrupted, "the driver waits forever");
 }
 
 fn publish_without_fence(used_idx: &AtomicU16, wanted: &AtomicU16, event_idx: bool, old: u16, new: u16) -> bool {
@@ -96,7 +96,7 @@ fn device_sleeps(event_idx: bool, enable: fn(&AtomicU16, &AtomicU16, bool, u16) 
     };
     let sees = enable(&words.0, &words.1, event_idx, 0);
     let kicks = driver.join().unwrap();
-    assert!(sees || kicks, "the device sleeps for ever");
+    assert!(sees || kicks, "the device sleeps forever");
 }
 
 fn enable_without_fence(avail_idx: &AtomicU16, wanted: &AtomicU16, event_idx: bool, next: u16) -> bool {
@@ -120,7 +120,7 @@ struct Mailbox {
 }
 
 /// A worker, as `device/worker.rs` runs it: a turn takes the flag, and then the messages; between turns it sleeps until
-/// the eventfd is readable, and clears it. Loom reports a worker that sleeps for ever as a deadlock.
+/// the eventfd is readable, and clears it. Loom reports a worker that sleeps forever as a deadlock.
 fn worker(mailbox: &Mailbox, eventfd: &EventFd, count: usize) {
     let mut received = 0;
     loop {

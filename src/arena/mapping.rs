@@ -45,7 +45,7 @@ impl Mapping {
     ///    guests read and wrote.
     ///
     /// # Errors
-    /// Those of mmap(2) and fstatfs(2).
+    /// Errors of mmap(2) and fstatfs(2).
     pub fn new(file: &File, bytes: usize) -> io::Result<Self> {
         Self::with_protection(file, bytes, libc::PROT_READ | libc::PROT_WRITE)
     }
@@ -130,7 +130,7 @@ impl Mapping {
     /// Faults in up to `bytes` bytes from byte `at` on, a multiple of the page size, without changing them.
     ///
     /// # Errors
-    /// Those of madvise(2); EINVAL before Linux 5.14.
+    /// Errors of madvise(2); EINVAL before Linux 5.14.
     pub fn populate(&self, at: usize, bytes: usize) -> io::Result<()> {
         let bytes = bytes.min(self.bytes - at);
         // SAFETY: the range lies within the mapping; the call faults its pages in and changes no byte.
@@ -145,7 +145,7 @@ impl Mapping {
     /// transfers.
     ///
     /// # Errors
-    /// Those of madvise(2); EINVAL before Linux 6.1.
+    /// Errors of madvise(2); EINVAL before Linux 6.1.
     pub fn collapse(&self, at: usize) -> io::Result<()> {
         assert!(at.is_multiple_of(HUGE_PAGE_BYTES), "byte {at} is not the first of a huge page");
         let first = self.range(at, HUGE_PAGE_BYTES);
@@ -229,10 +229,10 @@ unsafe fn unmap(at: *mut u8, bytes: usize) {
 /// for them. Without that the kernel allocates at the first touch, and raises SIGBUS if there is no memory left.
 ///
 /// # Errors
-/// Those of fallocate(2) and fstatfs(2), and an error with the memory that the host or a control group has available if
-/// that is less than `bytes`.
+/// Errors of fallocate(2) and fstatfs(2), and an error with the memory that the host or a control group has available
+/// if that is less than `bytes`.
 pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
-    // Devices start side by side: what one checks must still be available when it allocates.
+    // Devices start in parallel: what one checks must still be available when it allocates.
     static ALLOCATING: Mutex<()> = Mutex::new(());
     let _allocating = ALLOCATING.lock();
     let file_system = FileSystem::of(file)?;
@@ -251,7 +251,7 @@ pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
 /// length that is not a multiple of its page size.
 ///
 /// # Errors
-/// Those of ftruncate(2) and fstatfs(2).
+/// Errors of ftruncate(2) and fstatfs(2).
 pub(super) fn set_length(file: &File, bytes: usize) -> io::Result<()> {
     let rounded = whole_blocks(&FileSystem::of(file)?, bytes)? as u64;
     crash_point();
@@ -264,7 +264,7 @@ pub(super) fn set_length(file: &File, bytes: usize) -> io::Result<()> {
 /// there.
 ///
 /// # Errors
-/// Those of fallocate(2) and fstat(2).
+/// Errors of fallocate(2) and fstat(2).
 pub(super) fn free_behind(file: &File, bytes: usize) -> io::Result<()> {
     let (first, end) = (bytes as u64, file.metadata()?.len());
     if first < end {

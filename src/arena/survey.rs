@@ -43,7 +43,7 @@ impl Survey {
     /// Reads an open file; `None`: it has no header, so it holds nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Ledger`] when it is no cache file of a layout that this genblk knows, or contradicts itself;
+    /// [`ErrorKind::Ledger`] when it is no cache file of a layout that this version supports, or contradicts itself;
     /// [`ErrorKind::Memory`] when it cannot be read. `shown` names it in messages.
     pub(super) fn of(file: &File, shown: &Path) -> Result<Option<Self>> {
         let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);
@@ -88,7 +88,7 @@ impl Survey {
             return damaged("it is longer than its file");
         }
         // The memory of a cache is allocated when the cache is made. A sparse file of another user could keep root busy
-        // for ever.
+        // forever.
         if is_foreign && (frames * RECORD_BYTES) as u64 > self.memory_bytes {
             return damaged("it takes less memory than it describes");
         }
@@ -133,7 +133,7 @@ impl Survey {
 /// The header of a file; `None` if it has none.
 ///
 /// # Errors
-/// [`ErrorKind::Ledger`] when it is no cache file of a layout that this genblk knows; [`ErrorKind::Memory`] when it
+/// [`ErrorKind::Ledger`] when it is no cache file of a layout that this version supports; [`ErrorKind::Memory`] when it
 /// cannot be read. `shown` names it in messages.
 pub(super) fn header_of(file: &File, shown: &Path) -> Result<Option<Header>> {
     let failed = |e| Error::io(ErrorKind::Memory, format!("cannot read {}", shown.display()), e);

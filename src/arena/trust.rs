@@ -105,7 +105,7 @@ impl TrustedDir {
     /// Creates an empty file of the directory's owner, unless there is a file of this name.
     ///
     /// # Errors
-    /// Those of open(2) and fchown(2).
+    /// Errors of open(2) and fchown(2).
     pub(super) fn create_file(&self, name: &OsStr) -> io::Result<()> {
         match open_at(&self.dir, name, OpenMode::CreateNew) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),

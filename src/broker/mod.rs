@@ -58,7 +58,7 @@ impl Broker {
     /// A broker on a thread of this process, `broker NAME`.
     ///
     /// # Errors
-    /// Those of socketpair(2) and pthread_create(3).
+    /// Errors of socketpair(2) and pthread_create(3).
     pub fn start(name: &str) -> io::Result<Self> {
         spawn(name).map(|socket| Self::new(name, socket))
     }
@@ -173,7 +173,7 @@ impl Answer {
 /// Starts a thread, `broker NAME`, that answers questions until the other end is closed; returns that end.
 ///
 /// # Errors
-/// Those of socketpair(2) and pthread_create(3).
+/// Errors of socketpair(2) and pthread_create(3).
 pub fn spawn(name: &str) -> io::Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair()?;
     let device = name.to_owned();

@@ -78,7 +78,7 @@ pub(super) struct SpaceAllocations {
     trimmed: PageRanges,
     pending: Vec<PendingAllocation>,
     /// Until then, only what is written is reserved.
-    scarce_until: Tick,
+    low_space_until: Tick,
     /// The store cannot allocate ahead of a write.
     unsupported: bool,
     /// That was reported to the operator.
@@ -95,7 +95,7 @@ impl SpaceAllocations {
             pages: vec![[0; REGION_WORDS]; slots],
             trimmed: PageRanges::new(trimmed_max as usize),
             pending: Vec::new(),
-            scarce_until: Tick::ZERO,
+            low_space_until: Tick::ZERO,
             unsupported: false,
             reported: false,
         }
@@ -157,7 +157,7 @@ impl SpaceAllocations {
     /// What to reserve for a request that writes `written`, which lies in one region. `region` are the region's pages,
     /// of which `reserved` have their space.
     fn extent(&self, written: PageSpan, region: PageSpan, reserved: u64, now: Tick) -> PageSpan {
-        if now < self.scarce_until {
+        if now < self.low_space_until {
             return written;
         }
         let round = match reserved {
@@ -261,7 +261,7 @@ impl PageCache {
         match outcome.fault() {
             Some(Fault::Unsupported) => self.allocating.unsupported = true,
             Some(Fault::NoSpace) if pages != written => {
-                self.allocating.scarce_until = self.now.plus_us(SCARCE_US);
+                self.allocating.low_space_until = self.now.plus_us(SCARCE_US);
                 self.submit_allocation(PendingAllocation { pages: written, written, stale });
             }
             Some(fault) => self.store_failed(fault, Cause::Allocate),

@@ -10,7 +10,7 @@
 //! last successful Sync is in doubt: those that the Sync was to cover, those that completed later, and those in flight.
 //! All of them become dirty again and are written again (pages that no Sync covers are not evicted). A failed write may
 //! be the sign of a reset as well, and puts the same writes in doubt. Before it is tried again, a Sync makes the others
-//! durable: otherwise a page that fails for ever would put them in doubt for ever.
+//! durable: otherwise a page that fails forever would put them in doubt forever.
 //!
 //! A remote store whose server was restarted says so by a Sync that fails with [`Fault::Lost`]. The same writes are in
 //! doubt then, but nothing is wrong any more: they are written again, and no request learns of it.
@@ -259,7 +259,7 @@ impl PageCache {
                 self.flushing.must_sync_before_retry = false;
                 self.store_succeeded(Cause::Sync);
                 self.flushing.successes += 1;
-                self.flushing.confirming = Some(self.store_ops.iter().filter(|op| op.tells_of_resets()).count());
+                self.flushing.confirming = Some(self.store_ops.iter().filter(|op| op.may_report_reset()).count());
                 self.confirm_sync();
             }
             Some(fault) => {
@@ -273,7 +273,7 @@ impl PageCache {
 
     /// An operation has ended, and is handled: the last Sync may have waited for it.
     pub(super) fn op_ended(&mut self, op: &StoreOp) {
-        let was_in_flight = op.tells_of_resets() && op.syncs < self.flushing.successes;
+        let was_in_flight = op.may_report_reset() && op.syncs < self.flushing.successes;
         if let Some(ops) = self.flushing.confirming.as_mut().filter(|_| was_in_flight) {
             *ops -= 1;
             self.confirm_sync();

@@ -80,7 +80,7 @@ impl PageCache {
         }
         if freeze.holds_writes() {
             self.stalled.unblock();
-            self.writeback.look_again();
+            self.writeback.reset_progress();
         }
         matches!(freeze, FreezeState::On { .. })
     }

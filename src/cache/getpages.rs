@@ -51,7 +51,7 @@ pub(super) struct MissRun {
 }
 
 /// Why an absent page is not read in now.
-enum NoReadIn {
+enum CannotRead {
     /// No frame is free, or the map of holes is being asked for.
     Wait,
     /// It reads as zeros and needs no frame.
@@ -90,11 +90,11 @@ impl PageCache {
                         self.enqueue_waiter(id, Waiter::new(access.ticket, part));
                         missed = true;
                     }
-                    Err(NoReadIn::Hole) => {
+                    Err(CannotRead::Hole) => {
                         self.stats.read_hole_pages += 1;
                         part.piece(PageId(NONE), None).join(pieces);
                     }
-                    Err(NoReadIn::Wait) => break,
+                    Err(CannotRead::Wait) => break,
                 },
             }
             at += u32::from(part.count);
@@ -174,22 +174,22 @@ impl PageCache {
     }
 
     /// Starts the read-in of an absent page.
-    fn begin_read_in(&mut self, no: PageNo) -> Result<PageId, NoReadIn> {
+    fn begin_read_in(&mut self, no: PageNo) -> Result<PageId, CannotRead> {
         if self.zeroed_sectors(no).or(self.pages.beyond_image(no)) == SectorMask::ALL {
-            return Err(NoReadIn::Hole);
+            return Err(CannotRead::Hole);
         }
         match self.holes.status(no) {
-            BlockStatus::Hole => return Err(NoReadIn::Hole),
+            BlockStatus::Hole => return Err(CannotRead::Hole),
             BlockStatus::Unknown => {
                 self.ask_for_map(no);
-                return Err(NoReadIn::Wait);
+                return Err(CannotRead::Wait);
             }
             BlockStatus::Data => {}
         }
         if self.pages.frames().free() == 0 {
-            return Err(NoReadIn::Wait);
+            return Err(CannotRead::Wait);
         }
-        let id = self.pages.insert(no).ok_or(NoReadIn::Wait)?;
+        let id = self.pages.insert(no).ok_or(CannotRead::Wait)?;
         let frame = self.pages.take_frame().expect("a frame is free");
         self.join_run(id, frame);
         Ok(id)
@@ -422,7 +422,7 @@ impl PageCache {
         {
             if self.pages.find(next).is_none() {
                 let room = self.pages.frames().free() > self.reserve() / 2 && self.streams.may_prefetch();
-                match if room { self.begin_read_in(next) } else { Err(NoReadIn::Wait) } {
+                match if room { self.begin_read_in(next) } else { Err(CannotRead::Wait) } {
                     Ok(id) => {
                         self.stats.readahead_pages += 1;
                         self.pages.mark_unread(id, self.streams.add_unread());
@@ -430,8 +430,8 @@ impl PageCache {
                             self.pages.mark(id, MARKER);
                         }
                     }
-                    Err(NoReadIn::Hole) => {}
-                    Err(NoReadIn::Wait) => break,
+                    Err(CannotRead::Hole) => {}
+                    Err(CannotRead::Wait) => break,
                 }
             }
             next = next.plus(1);

@@ -120,8 +120,7 @@ impl PageCache {
         end
     }
 
-    /// The length of the dirty run with which a page begins of which only some sectors are valid, if a cluster may end
-    /// with it.
+    /// The length of the leading dirty run of a partially valid page, if a cluster may end with it.
     fn first_run(&self, no: u64) -> Option<u64> {
         let dirty = self.dirty_part(no)?;
         dirty.first_run().filter(|(first, _)| *first == 0).map(|(_, count)| u64::from(count)).filter(|count| {
@@ -130,14 +129,13 @@ impl PageCache {
         })
     }
 
-    /// The length of the dirty run with which a page ends of which only some sectors are valid, if a cluster may begin
-    /// with it.
+    /// The length of the trailing dirty run of a partially valid page, if a cluster may begin with it.
     fn last_run(&self, no: u64) -> Option<u64> {
         let count = u64::from(self.dirty_part(no)?.0.leading_ones());
         (count > 0 && count.is_multiple_of(u64::from(self.settings.block_sectors))).then_some(count)
     }
 
-    /// The dirty sectors of a page of which only some are valid, if it may be written with others now.
+    /// The dirty sectors of a partially valid page, if it may be written with others now.
     fn dirty_part(&self, no: u64) -> Option<SectorMask> {
         let id = self.pages.find(PageNo(no))?;
         let page = &self.pages[id];

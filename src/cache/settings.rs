@@ -114,6 +114,6 @@ impl PageCache {
             self.resume();
         }
         self.stalled.unblock();
-        self.writeback.look_again();
+        self.writeback.reset_progress();
     }
 }

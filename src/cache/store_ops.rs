@@ -75,7 +75,7 @@ impl StoreOp {
     }
 
     /// Whether its failure may tell of a reset of the device, by which what is not durable is lost.
-    pub fn tells_of_resets(&self) -> bool {
+    pub fn may_report_reset(&self) -> bool {
         matches!(self.kind, OpKind::Write | OpKind::Zero { .. } | OpKind::Discard)
     }
 
@@ -220,7 +220,7 @@ impl PageCache {
         self.advance_clock(now);
         self.stalled.unblock();
         // A page that could not go may be able to go now.
-        self.writeback.look_again();
+        self.writeback.reset_progress();
         let op = self.store_ops.complete(tag);
         self.stats.completed_ops += 1;
         match op.kind {

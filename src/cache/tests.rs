@@ -356,7 +356,7 @@ fn read_sequentially(cache: &mut PageCache, first: u64, pages: u64, now: Tick) -
     hits.count() as u64 * 32
 }
 
-/// A reader stops at the end of its file, and the window beyond stays unread: for ever, while the cache is not full.
+/// A reader stops at the end of its file, and the window beyond stays unread: forever, while the cache is not full.
 #[test]
 fn windows_that_stay_unread_do_not_stop_the_readahead_of_later_readers() {
     let mut cache = cache_of(65_536, 1 << 30);

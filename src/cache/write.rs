@@ -84,7 +84,7 @@ impl PageCache {
     /// Whether the page may become dirty: below the dirty limit, and while one in
     /// [`EVICTABLE_PART`] frames holds a durable page or is free.
     fn has_room_for_dirty(&self, found: Option<PageId>) -> bool {
-        let makes_unstable = found.is_none_or(|id| !self.pages[id].is_unstable());
+        let makes_unstable = found.is_none_or(|id| !self.pages[id].is_not_durable());
         let frames = self.pages.frames().total();
         let unstable_max = frames - frames / EVICTABLE_PART;
         self.write_back_cost() < self.throttle.limit_pages()
@@ -195,7 +195,7 @@ impl PageCache {
             page.mark(RECENT);
         });
         self.writeback.note_write(self.pages.dirty(), no);
-        self.writeback.look_again();
+        self.writeback.reset_progress();
         self.writer_left(id);
     }
 

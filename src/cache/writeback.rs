@@ -61,7 +61,7 @@ impl Writeback {
     }
 
     /// A page that could not be written back may be able to go now.
-    pub fn look_again(&mut self) {
+    pub fn reset_progress(&mut self) {
         self.groups_without_progress = 0;
     }
 

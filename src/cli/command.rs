@@ -208,7 +208,7 @@ fn milliseconds(text: &str) -> std::result::Result<u32, String> {
         None => (text.strip_suffix('s').unwrap_or(text), 1000),
     };
     let time = number.parse::<u32>().ok().and_then(|number| number.checked_mul(factor));
-    time.filter(|time| (1..=60_000).contains(time)).ok_or_else(|| "a time is 1ms to 60s".to_owned())
+    time.filter(|time| (1..=60_000).contains(time)).ok_or_else(|| "must be 1ms to 60s".to_owned())
 }
 
 /// A size of an image.
@@ -253,14 +253,14 @@ pub struct StatArguments {
 /// Seconds between two reports.
 fn interval(text: &str) -> std::result::Result<Duration, String> {
     let seconds = text.parse::<f64>().ok().filter(|seconds| (0.1..=86_400.0).contains(seconds));
-    seconds.map(Duration::from_secs_f64).ok_or_else(|| "an interval is 0.1 to 86400 seconds".to_owned())
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "must be 0.1 to 86400 seconds".to_owned())
 }
 
 impl StatArguments {
     fn action(self) -> Result<Action> {
         let wrong = |text: &str| {
             let usage = "[DEVICE] [INTERVAL [COUNT]]: an interval of 0.1 to 86400 seconds, and a count of 1 or more";
-            Error::new(ErrorKind::Config, format!("{text:?} does not fit here; genblk stat takes {usage}"))
+            Error::new(ErrorKind::Config, format!("{text:?} is an unexpected argument; genblk stat takes {usage}"))
         };
         let mut arguments = self.arguments.iter().cloned().peekable();
         let device = arguments.next_if(|first| first.parse::<f64>().is_err());

@@ -23,10 +23,10 @@ Tasks:
   show the configuration that is in force          genblk config
   add a disk from a file                           genblk attach vm3.toml
   write a disk to its image, and remove it         genblk detach vm2
-  make everything durable now                      genblk flush vm1
-  go on after an error of the image                genblk resume vm1
+  make all completed writes durable now            genblk flush vm1
+  resume after an error of the image               genblk resume vm1
   feed Prometheus                                  genblk exporter
-  write what a crashed daemon has left             genblk recover
+  write back what a crashed daemon left            genblk recover
   check a configuration before it is used          genblk --check --config F
 
 Limitations:
@@ -39,19 +39,19 @@ Limitations:
   Relative paths are relative to the daemon's working directory.
 
 Signals:
-  SIGTERM, SIGINT  write everything to the images, and end
-  SIGUSR1          end at once; the caches stay for the next daemon
+  SIGTERM, SIGINT  write all dirty data to the images, and exit
+  SIGUSR1          exit at once; the caches stay for the next daemon
   SIGHUP           read the configuration again; without a control socket also
-                   resume images that were stopped after an error, and try again
-                   to serve disks that are not served
+                   resume images that were stopped after an error, and retry to
+                   serve disks that are not served
 
 Environment:
   GENBLK_LOG  what is logged to standard error: error, warn, info (default),
               debug, trace
 
 Exit status:
-  0 after an orderly shutdown, 2 if the command line or the configuration is
-  wrong (nothing has started then), 1 for every other failure.
+  0 after a clean shutdown, 2 if the command line or the configuration is wrong
+  (nothing has started then), 1 for every other failure.
 
 Examples:
   genblk --socket-path /run/vm1.sock --blk-file /srv/vm1.img --cache-size 1G
@@ -76,21 +76,21 @@ Examples:
 
 Columns:
   r/s w/s f/s    reads, writes and FLUSHes in a second
-  hit%           pages in memory, of those that reads asked for and that are
-                 no holes of the image
+  hit%           pages found in memory, in percent of those that reads asked
+                 for, without holes of the image
   r50 r99        50th and 99th percentile of the time of a read; w50 w99 of a
                  write, f99 of a FLUSH
   dirty          data that is newer than the image
   rd/s wr/s      reads and writes of the image in a second
   busy%          time of the worker threads in turns that found work, in
                  percent of a processor
-  from memory    requests that waited for nothing
+  from memory    requests that did not wait
   waited         the others: for the image, for room in the cache, or for the
                  limit of dirty data
-  used%          of what was read ahead, what was asked for afterwards
+  used%          pages that were read ahead and then used, in percent
   stall          times that a request waited for room; throttled: that a write
                  met the limit of dirty data
-  -              it did not happen
+  -              no such request
 
 Why a disk is slow:
   r99 high, hit% low      reads wait for the image: -c shows whether pages are
@@ -99,20 +99,20 @@ Why a disk is slow:
   reads waited, hit% high a few misses of a slow image: wr/s and rd/s against
                           what the image can do
   writes waited           throttled (-c) grows: the guest writes faster than the
-                          image takes, and more cache does not help; stall grows:
-                          no page of the cache was free
+                          image can be written, and more cache does not help;
+                          stall grows: no page of the cache was free
   f99 high                a FLUSH waits for the image to write and to sync: lower
                           flush_target_ms bounds what it has to wait for
   busy% near 100          the worker is the limit: workers = 2, for a guest with
                           several queues
-  all low, still slow     the time is lost in front of genblk: in the guest, or
-                          in the virtual machine monitor
+  all low, still slow     the time is lost before genblk: in the guest, or in
+                          the front-end
 ";
 
 pub(super) const TOP: &str = "\
 Examples:
   genblk top                redrawn each second; q ends it
-  genblk top --once         one picture as text
+  genblk top --once         one screen as text
 ";
 
 pub(super) const EXPORTER: &str = "\
@@ -122,7 +122,7 @@ Examples:
   genblk exporter --once >/var/lib/node_exporter/genblk.prom
       for the textfile directory of node_exporter
   systemctl enable --now genblk-exporter.socket
-      the same as a service of its own
+      the same as a service
 
 Notes:
   A scrape takes the daemon at most 2 s; if it does not reply, the only metric
@@ -136,12 +136,11 @@ Examples:
   genblk recover --image /srv/new.img CACHE
                             the same, where the image has moved
   genblk recover --discard CACHE
-                            throws one away; asks if it is dirty
+                            deletes one; asks first if it is dirty
   genblk recover --prune    removes those from which nothing would be lost
 
 Notes:
-  Start the daemon instead, if it is to run again: it restores its caches by
-  itself.
+  If the daemon is to run again, start it instead: it restores its caches.
 ";
 
 pub(super) const TAKE_OVER: &str = "\
@@ -149,9 +148,9 @@ Examples:
   genblk take-over /srv/vm1.img
 
 Notes:
-  For an image whose cache is lost, on another host that will not return, or no
-  longer fits. A guest that was running then gets errors until it resets the
-  device: completed writes that were in the cache are gone.
+  For an image whose cache is lost, is on a host that will not return, or no
+  longer matches the image. Completed writes in that cache are lost: a guest that
+  was running gets errors until it resets the device.
 ";
 
 pub(super) const ATTACH: &str = "\
@@ -161,22 +160,21 @@ Examples:
 
 Notes:
   The file has [[device]] tables, or the keys of one device: name, socket and
-  image at least; see genblk.toml(5). Its [control] table means nothing here.
-  The disk is served until it is detached
-  or until an orderly stop of the daemon: put one that is to stay into the
-  daemon's configuration, too.
+  image at least; see genblk.toml(5). Its [control] table is ignored.
+  The disk is served until it is detached, or until a clean stop of the daemon. To
+  keep it longer, add it to the daemon's configuration.
 ";
 
 pub(super) const DETACH: &str = "\
 Examples:
-  genblk detach vm2           shut its guest down first
-  genblk detach vm2 --force   the guest sees its disk gone
+  genblk detach vm2           shut down its guest first
+  genblk detach vm2 --force   the guest loses its disk
 
 Notes:
-  Everything that the guest has written is on the image afterwards. If the image
-  does not take it, the disk is served as before; with --force its cache stays
-  for \"genblk recover\". A cache that ends with its process is written as long
-  as it takes; --discard gives up what the image does not take.
+  All data that the guest has written is on the image afterwards. If the image
+  fails, the disk stays attached; with --force it is detached, and its cache stays
+  for \"genblk recover\". A volatile cache (survive = \"never\") is written first,
+  however long that takes; --discard drops what cannot be written.
 ";
 
 pub(super) const SET: &str = "\
@@ -186,20 +184,20 @@ Examples:
   genblk set vm1 limits.total_iops=2000 limits.write_bytes_per_second=50M
 
 Notes:
-  All keys change, or none. They are in force at once, and outlive a crash and
-  a hand-over, until an orderly stop: put what is to stay into the
-  configuration, too. Keys that cannot change while a disk is served, such as
-  image, are refused; see genblk.toml(5).
+  All keys change, or none. They take effect at once, and last over a crash and a
+  hand-over until a clean stop. To keep them longer, change the configuration.
+  Keys that cannot change while a disk is served, such as image, are refused; see
+  genblk.toml(5).
 ";
 
 pub(super) const RELOAD: &str = "\
 Examples:
-  genblk reload --dry-run   say what would change
+  genblk reload --dry-run   show what would change
   genblk reload
 
 Notes:
-  New disks are attached, keys change, and disks that the file has no more are
-  detached, unless they are in use. If anything in the file is wrong, or a new
+  New disks are attached, keys change, and disks that are no longer in the file
+  are detached, unless they are in use. If anything in the file is wrong, or a new
   disk cannot be served, nothing changes. SIGHUP does the same; the log has the
   result.
 ";
@@ -210,7 +208,7 @@ Examples:
   genblk config vm1
 
 Notes:
-  What it prints is a valid configuration file, without the [control] table.
+  The output is a valid configuration file, without the [control] table.
 ";
 
 pub(super) const RESIZE: &str = "\
@@ -229,8 +227,8 @@ Examples:
   genblk flush vm1
 
 Notes:
-  It is what a FLUSH of the guest does. Writes that complete meanwhile may or
-  may not be among what is durable.
+  The same as a FLUSH of the guest. Writes that complete meanwhile may or may not
+  be durable afterwards.
 ";
 
 pub(super) const DROP: &str = "\
@@ -244,9 +242,9 @@ Examples:
   genblk resume vm1
 
 Notes:
-  For an image that works again after an error: with on_error = \"stop\" its
-  guest gets errors until then; otherwise genblk retries by itself, and this
-  saves the wait.
+  For an image that works again after an error. With on_error = \"stop\" the guest
+  gets errors until then; otherwise genblk retries by itself, and this command
+  only saves the wait.
 ";
 
 pub(super) const FREEZE: &str = "\
@@ -260,8 +258,8 @@ Notes:
   The image then holds what a FLUSH would leave, and does not change until the
   thaw. Writes of the guest wait meanwhile. For a file system that needs no
   replay of its journal, freeze it in the guest first (virsh domfsfreeze).
-  A freeze that did not hold until the end of the command, or until the thaw, is
-  an error: what was copied is torn. One that nobody thaws ends with its time.
+  A freeze that ends before the command or the thaw is an error: the copy is
+  inconsistent. Without a thaw, a freeze ends after its timeout.
 ";
 
 pub(super) const THAW: &str = "\
@@ -269,6 +267,6 @@ Examples:
   genblk thaw vm1
 
 Notes:
-  It says whether the image was left alone since the freeze. If it was not, a
-  copy made meanwhile is torn.
+  It reports whether the image was unchanged since the freeze. If it was not, a
+  copy made meanwhile is inconsistent.
 ";

@@ -167,7 +167,7 @@ fn configuration_page() -> String {
             let change = if AT_ONCE.contains(&key.name) {
                 "It can change while the disk is served: genblk-set(1)."
             } else {
-                "A change is in force when the disk is attached anew."
+                "A change takes effect after detach and attach."
             };
             roff.text([roman(format!("Takes {}. {default}. {change}", key.values))]);
         }
@@ -257,7 +257,7 @@ fn every_page_has_its_parts() {
         let short = short_name(key.name);
         assert!(keys.contains(&format!(".SS {short}\n")), "{}", key.name);
     }
-    assert!(keys.contains("Takes an integer from 1 to 8. Default: 1. A change is in force when"), "{keys}");
+    assert!(keys.contains("Takes an integer from 1 to 8. Default: 1. A change takes effect after"), "{keys}");
     assert!(keys.contains("Default: 250. It can change while the disk is served"), "{keys}");
     assert!(!keys.contains("A test keeps"), "{keys}");
 }

@@ -27,7 +27,7 @@ pub fn attach(client: &mut ControlClient, path: &Path, names: &[String], as_json
         printed += &match (as_json, results["attached"] == json!(true)) {
             (true, _) => format!("{results}\n"),
             (false, true) => format!("{name}: attached\n"),
-            (false, false) => format!("{name}: was attached already\n"),
+            (false, false) => format!("{name}: already attached\n"),
         };
     }
     Ok(printed)

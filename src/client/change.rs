@@ -41,7 +41,7 @@ pub enum DeviceAction {
 /// Changes a device; returns what to print.
 ///
 /// # Errors
-/// Those of [`ControlClient::call`]; [`ErrorKind::Control`] if a thaw found that the device had not been frozen
+/// The errors of [`ControlClient::call`]; [`ErrorKind::Control`] if a thaw found that the device had not been frozen
 /// throughout.
 pub fn change(client: &mut ControlClient, device: &str, change: &DeviceAction, as_json: bool) -> Result<String> {
     let (method, parameters) = match change {
@@ -62,17 +62,17 @@ pub fn change(client: &mut ControlClient, device: &str, change: &DeviceAction, a
 }
 
 fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<String> {
-    let unknown = |e| Error::io(ErrorKind::Control, "a reply that this version does not know", e);
+    let unknown = |e| Error::io(ErrorKind::Control, "an unsupported reply", e);
     Ok(match change {
-        DeviceAction::Flush => "everything that was written is durable on the image".to_owned(),
+        DeviceAction::Flush => "all completed writes are durable on the image".to_owned(),
         DeviceAction::Resize { .. } => {
             format!("the guest's disk has {} bytes", results["image_bytes"].as_u64().unwrap_or_default())
         }
         DeviceAction::Resume => "resumed".to_owned(),
         DeviceAction::Detach { discard: true, .. } => {
-            "detached; if the image did not take everything, the rest is lost".to_owned()
+            "detached; data that could not be written to the image was discarded".to_owned()
         }
-        DeviceAction::Detach { .. } => "detached; everything is on the image".to_owned(),
+        DeviceAction::Detach { .. } => "detached; all data is on the image".to_owned(),
         DeviceAction::Drop { .. } => {
             let Dropped { dropped_bytes } = serde_json::from_value(results.clone()).map_err(|e| unknown(e.into()))?;
             format!("{} of clean pages dropped", Numbers::Short.bytes(dropped_bytes))
@@ -89,5 +89,5 @@ fn in_words(device: &str, change: &DeviceAction, results: &Value) -> Result<Stri
 
 /// The error of a freeze that did not last.
 pub(super) fn torn(device: &str) -> Error {
-    Error::new(ErrorKind::Control, format!("{device}: was not frozen throughout: what was copied is torn"))
+    Error::new(ErrorKind::Control, format!("{device}: the freeze ended early: a copy made meanwhile is inconsistent"))
 }

@@ -17,7 +17,7 @@ pub fn set(client: &mut ControlClient, device: &str, settings: &[String], as_jso
         return Ok(format!("{results}\n"));
     }
     let changed = super::joined(&results["changed"]);
-    Ok(if changed.is_empty() { format!("{device}: was so already\n") } else { format!("{device}: set {changed}\n") })
+    Ok(if changed.is_empty() { format!("{device}: unchanged\n") } else { format!("{device}: set {changed}\n") })
 }
 
 /// The object of settings KEY=VALUE. What looks like a number or a truth value is one.
@@ -39,7 +39,7 @@ fn object_of(settings: &[String]) -> std::result::Result<Value, String> {
 /// Makes the daemon read its configuration file again; returns what to print.
 ///
 /// # Errors
-/// Those of [`ControlClient::call`].
+/// The errors of [`ControlClient::call`].
 pub fn reload(client: &mut ControlClient, dry_run: bool, as_json: bool) -> Result<String> {
     let results = client.call_long("Reload", &json!({ "dry_run": dry_run }), |_| {})?;
     if as_json {
@@ -62,8 +62,8 @@ fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) 
         ChangeKind::Detached if detail.is_empty() => "detached".to_owned(),
         ChangeKind::Detached => format!("detached: {detail}"),
         ChangeKind::Changed => format!("changed {detail}"),
-        ChangeKind::Pending => format!("pending until it is attached anew: {detail}"),
-        ChangeKind::Kept => format!("kept, although the file has it no more: {detail}"),
+        ChangeKind::Pending => format!("pending until detach and attach: {detail}"),
+        ChangeKind::Kept => format!("kept, although it is no longer in the file: {detail}"),
     };
     format!("{device}: {}{text}\n", if dry_run { "would be " } else { "" })
 }
@@ -71,7 +71,7 @@ fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) 
 /// The configuration in force.
 ///
 /// # Errors
-/// Those of [`ControlClient::call`].
+/// The errors of [`ControlClient::call`].
 pub fn config(client: &mut ControlClient, device: Option<&str>, as_json: bool) -> Result<String> {
     let results = client.call_raw("Configuration", &json!({ "device": device }))?;
     Ok(if as_json { format!("{results}\n") } else { results["toml"].as_str().unwrap_or_default().to_owned() })
@@ -96,7 +96,8 @@ mod tests {
         assert_eq!(line_of(&change(ChangeKind::Changed, &["poll_us"]), false), "db: changed poll_us\n");
         assert_eq!(line_of(&change(ChangeKind::Attached, &[]), true), "db: would be attached\n");
         assert!(
-            line_of(&change(ChangeKind::Kept, &["in use by pid 7"]), false).ends_with("no more: in use by pid 7\n")
+            line_of(&change(ChangeKind::Kept, &["in use by pid 7"]), false)
+                .ends_with("no longer in the file: in use by pid 7\n")
         );
     }
 }

@@ -30,7 +30,7 @@ pub struct FreezeOptions {
 /// status. `print` prints.
 ///
 /// # Errors
-/// Those of [`ControlClient::call`]; [`ErrorKind::Control`] if the device was not frozen while the command ran.
+/// The errors of [`ControlClient::call`]; [`ErrorKind::Control`] if the device was not frozen while the command ran.
 pub fn freeze(socket: &Path, options: &FreezeOptions, print: impl Fn(&str)) -> Result<Option<ExitStatus>> {
     let FreezeOptions { device, timeout_ms, reads, command, as_json } = options;
     let parameters = FreezeParameters { device: device.clone(), timeout_ms: Some(*timeout_ms), reads: Some(*reads) };
@@ -41,10 +41,10 @@ pub fn freeze(socket: &Path, options: &FreezeOptions, print: impl Fn(&str)) -> R
         false => lease.call_first("Freeze", &json!(parameters))?,
     };
     let frozen: Freezing = serde_json::from_value(results.clone())
-        .map_err(|e| Error::io(ErrorKind::Control, "a reply that this version does not know", e.into()))?;
+        .map_err(|e| Error::io(ErrorKind::Control, "an unsupported reply", e.into()))?;
     let after = frozen.frozen_us / 1000;
     let Some((program, arguments)) = command.split_first() else {
-        let hint = format!("\"genblk thaw {device}\" ends it, or {timeout_ms} ms from its begin on");
+        let hint = format!("\"genblk thaw {device}\" ends it; it ends by itself {timeout_ms} ms after its start");
         print(&if *as_json { format!("{results}\n") } else { format!("{device}: frozen after {after} ms; {hint}\n") });
         return Ok(None);
     };

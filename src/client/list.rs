@@ -8,7 +8,7 @@ use crate::error::Result;
 /// The devices as a table, or as the daemon sent them.
 ///
 /// # Errors
-/// Those of [`ControlClient::call`].
+/// The errors of [`ControlClient::call`].
 pub fn list(client: &mut ControlClient, device: Option<String>, as_json: bool) -> Result<String> {
     let parameters = ListParameters { device };
     if as_json {

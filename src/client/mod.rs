@@ -194,31 +194,27 @@ fn in_words(error: &str, parameters: &Value) -> String {
     let text = |name: &str| visible(parameters[name].as_str().unwrap_or_default());
     match error.strip_prefix(NAME).and_then(|rest| rest.strip_prefix('.')) {
         Some("NoSuchDevice") => {
-            format!("{}: no such device; there are: {}", text("device"), joined(&parameters["devices"]))
+            format!("{}: no such device; devices: {}", text("device"), joined(&parameters["devices"]))
         }
-        Some("Busy") if parameters["what"].is_string() => format!("{}: is under way; try again", text("what")),
+        Some("Busy") if parameters["what"].is_string() => format!("{}: in progress; try again", text("what")),
         Some("Busy") => format!("the daemon has {} control connections already; try again", parameters["connections"]),
         Some("DeviceExists") => {
-            format!(
-                "{}: there is such a device, with other values of {}",
-                text("device"),
-                joined(&parameters["differs"])
-            )
+            format!("{}: already exists with different {}", text("device"), joined(&parameters["differs"]))
         }
         Some("NeedsReattach") => format!(
-            "{}: {} can only change when the disk is attached anew: \"genblk detach {0}\", change the file, and \
-             \"genblk attach FILE {0}\"",
+            "{}: {} takes effect after detach and attach: \"genblk detach {0}\", change the file, and \"genblk \
+             attach FILE {0}\"",
             text("device"),
             joined(&parameters["keys"])
         ),
-        Some("InUse") => format!("{}: in use by {}; --force takes it away", text("device"), text("by")),
+        Some("InUse") => format!("{}: in use by {}; --force detaches it anyway", text("device"), text("by")),
         Some("Invalid") => {
             let problems = parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
             problems.iter().filter_map(Value::as_str).map(visible).collect::<Vec<_>>().join("\n")
         }
         Some("NotWritten") => format!(
-            "{}: the image does not take what is dirty ({}); it is served as before; --force leaves the cache for \
-             \"genblk recover\"",
+            "{}: dirty data cannot be written to the image ({}); the disk is still attached; --force detaches it and \
+             keeps the cache for \"genblk recover\"",
             text("device"),
             text("fault")
         ),
@@ -227,7 +223,7 @@ fn in_words(error: &str, parameters: &Value) -> String {
             format!("{}: the image failed ({}); {}", text("device"), text("fault"), text("detail"))
         }
         Some("Refused") => format!("{}: {}", text("what"), text("why")),
-        Some("PermissionDenied") => format!("{} is for {}", text("method"), text("needs")),
+        Some("PermissionDenied") => format!("{} requires {}", text("method"), text("needs")),
         _ => format!("the daemon replied with {}: {}", visible(error), visible(&parameters.to_string())),
     }
 }
@@ -251,9 +247,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_told_in_words() {
+    fn errors_are_reported_in_words() {
         let text = in_words("io.genblk.Control.NoSuchDevice", &json!({"device": "vm1", "devices": ["db", "golden"]}));
-        assert_eq!(text, "vm1: no such device; there are: db, golden");
+        assert_eq!(text, "vm1: no such device; devices: db, golden");
         let text = in_words("org.varlink.service.MethodNotFound", &json!({"method": "x"}));
         assert_eq!(text, "the daemon replied with org.varlink.service.MethodNotFound: {\"method\":\"x\"}");
     }

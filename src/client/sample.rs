@@ -26,7 +26,7 @@ impl DaemonSample {
     /// Asks the daemon at a control socket; the replies come before `until`, or it is an error.
     ///
     /// # Errors
-    /// Those of [`ControlClient::connect_until`] and [`ControlClient::call`].
+    /// The errors of [`ControlClient::connect_until`] and [`ControlClient::call`].
     pub fn take(socket: &Path, until: Instant) -> Result<Self> {
         let mut client = ControlClient::connect_until(socket, until)?;
         let description = client.call("Describe", &serde_json::json!({}))?;

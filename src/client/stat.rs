@@ -58,8 +58,8 @@ pub struct StatOptions {
 /// Prints reports to standard output.
 ///
 /// # Errors
-/// Those of [`ControlClient::call`]; [`ErrorKind::System`] if standard output cannot be written to, except for a closed
-/// pipe.
+/// The errors of [`ControlClient::call`]; [`ErrorKind::System`] if standard output cannot be written to, except for a
+/// closed pipe.
 pub fn stat(client: &mut ControlClient, options: &StatOptions) -> Result<()> {
     let parameters = StatisticsParameters { device: options.device.clone(), interval_ms: None };
     let since_us = client.call::<Description>("Describe", &serde_json::json!({}))?.since_us;

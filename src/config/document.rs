@@ -42,7 +42,9 @@ impl Walk<'_> {
                         builders.extend(self.device(i, device));
                     }
                 }
-                ("device", _) => self.problems.push(origin.problem("takes tables: write [[device]] above each")),
+                ("device", _) => {
+                    self.problems.push(origin.problem("must be an array of tables: write [[device]] above each"));
+                }
                 ("control", DeValue::Table(table)) => control = self.control(table, &origin),
                 ("control", _) => self.problems.push(origin.problem("takes a table: write [control] above its keys")),
                 (unknown, _) => {

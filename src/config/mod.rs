@@ -186,7 +186,7 @@ impl DeviceConfig {
 pub struct NbdConfig {
     /// What a server without FLUSH means.
     pub flush: NbdFlush,
-    /// How long to try to connect again; 0 = for ever.
+    /// How long to try to connect again; 0 = forever.
     pub give_up_ms: u32,
     /// How long a server may still execute requests of a connection that has broken.
     pub quarantine_ms: u32,

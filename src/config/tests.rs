@@ -209,7 +209,7 @@ fn a_configuration_without_devices_has_a_control_socket() {
 
 #[test]
 fn tables_of_the_wrong_shape_are_named() {
-    assert_eq!(problems("[device]\nname = 1"), ["1: device: takes tables: write [[device]] above each"]);
+    assert_eq!(problems("[device]\nname = 1"), ["1: device: must be an array of tables: write [[device]] above each"]);
     assert_eq!(problems("device = [3]"), ["1: device[0]: takes a table: write [[device]] above it"]);
     let cache = format!("{MINIMAL}cache = \"64M\"");
     assert_eq!(problems(&cache), ["5: device[0].cache: takes a table: write [device.cache] above its keys"]);

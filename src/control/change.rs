@@ -183,24 +183,24 @@ pub struct BegunChange {
 pub struct ChangeClient {
     steps: Sender<ChangeReply>,
     hung_up: Receiver<()>,
-    takes_more: bool,
+    accepts_progress: bool,
 }
 
 impl ChangeClient {
-    /// Both ends of a change. `takes_more`: the client takes more than one reply.
-    pub fn of_change(takes_more: bool) -> (BegunChange, Self) {
+    /// Both ends of a change. `accepts_progress`: the client takes more than one reply.
+    pub fn of_change(accepts_progress: bool) -> (BegunChange, Self) {
         let ((steps, receiver), (client, hung_up)) = (channel(), channel());
-        (BegunChange { steps: receiver, _client: client }, Self { steps, hung_up, takes_more })
+        (BegunChange { steps: receiver, _client: client }, Self { steps, hung_up, accepts_progress })
     }
 
     /// Whether the client takes more than one reply.
-    pub fn takes_more(&self) -> bool {
-        self.takes_more
+    pub fn accepts_progress(&self) -> bool {
+        self.accepts_progress
     }
 
     /// Sends a reply before the last one, to a client that takes it.
     pub fn send_progress(&self, results: &impl Serialize) {
-        if self.takes_more {
+        if self.accepts_progress {
             // A client that has hung up needs none.
             let _ = self.steps.send(ChangeReply::More(super::wire::value(results)));
         }

@@ -43,7 +43,7 @@ impl VarlinkConnection {
     /// From now on, every call ends at `until`, whatever the other end does; without it, both ends are waited for.
     ///
     /// # Errors
-    /// Those of setsockopt(2).
+    /// Errors of setsockopt(2).
     pub fn set_deadline(&mut self, until: Option<Instant>) -> io::Result<()> {
         self.until = until;
         self.stream.set_read_timeout(None)?;
@@ -69,7 +69,7 @@ impl VarlinkConnection {
     /// Receives a message; `None` if the other end has closed the connection between two of them.
     ///
     /// # Errors
-    /// Those of read(2); [`io::ErrorKind::InvalidData`] if it is no JSON of this type, or too long;
+    /// Errors of read(2); [`io::ErrorKind::InvalidData`] if it is no JSON of this type, or too long;
     /// [`io::ErrorKind::UnexpectedEof`] if the connection ends within a message.
     pub fn receive<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
         let mut searched = 0;
@@ -118,7 +118,7 @@ impl VarlinkConnection {
     /// Sends a message.
     ///
     /// # Errors
-    /// Those of write(2).
+    /// Errors of write(2).
     pub fn send(&mut self, message: &impl Serialize) -> io::Result<()> {
         let mut bytes = serde_json::to_vec(message)?;
         bytes.push(0);

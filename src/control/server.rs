@@ -44,8 +44,8 @@ pub trait Host: Send + Sync + 'static {
     fn devices(&self) -> Vec<DeviceStatus>;
     /// The configuration in force of the devices for which `wanted` holds, as a document.
     fn configuration(&self, wanted: &dyn Fn(&str) -> bool) -> String;
-    /// Begins a change on a thread of its own. `takes_more`: the client takes more than one reply.
-    fn begin(&self, change: Change, takes_more: bool) -> BegunChange;
+    /// Begins a change on a thread of its own. `accepts_progress`: the client takes more than one reply.
+    fn begin(&self, change: Change, accepts_progress: bool) -> BegunChange;
     /// The statistics of the devices for which `wanted` holds.
     fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics>;
 }
@@ -53,7 +53,7 @@ pub trait Host: Send + Sync + 'static {
 /// Serves connections until the listener fails, which it does when the process shuts it down.
 ///
 /// # Errors
-/// Those of accept(2).
+/// Errors of accept(2).
 pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
     let open = Arc::new(AtomicUsize::new(0));
     loop {

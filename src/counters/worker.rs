@@ -45,7 +45,7 @@ impl Counters {
     /// Counters for this many workers, in memory of their own.
     ///
     /// # Errors
-    /// Those of memfd_create(2) and mmap(2).
+    /// Errors of memfd_create(2) and mmap(2).
     pub fn new(workers: usize) -> io::Result<Self> {
         // One worker at least: a mapping is not empty.
         let (words, _) = SharedWords::create(workers.max(1) * BLOCK_WORDS)?;

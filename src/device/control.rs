@@ -147,7 +147,7 @@ impl WorkerControl {
 pub struct Workers {
     controls: Vec<WorkerControl>,
     /// No freeze begins any more. Held while a freeze or the last thaw is sent, so that the thaw comes last.
-    freezes_no_more: Mutex<bool>,
+    freezes_closed: Mutex<bool>,
     /// Held during a command to all workers, so that two of them do not interleave.
     serial: Mutex<()>,
     /// Replies to the flushes of [`Workers::start_flush`].
@@ -158,7 +158,7 @@ impl Workers {
     /// The workers behind `controls`, at least one.
     pub fn new(controls: Vec<WorkerControl>) -> Self {
         assert!(!controls.is_empty(), "a device has at least one worker");
-        Self { controls, freezes_no_more: Mutex::default(), serial: Mutex::new(()), started_flushes: Mutex::default() }
+        Self { controls, freezes_closed: Mutex::default(), serial: Mutex::new(()), started_flushes: Mutex::default() }
     }
 
     /// The worker of a ring.
@@ -245,10 +245,10 @@ impl Workers {
     ///
     /// # Errors
     /// The store's fault; [`Fault::TimedOut`] if the time was over first or a ring could not stop otherwise,
-    /// [`Fault::Invalid`] if it is frozen already, [`Fault::Gone`] after [`Workers::thaw_for_good`].
+    /// [`Fault::Invalid`] if it is frozen already, [`Fault::Gone`] after [`Workers::close_freezes`].
     pub fn freeze(&self, time: Duration, held: HeldRequests) -> Result<(), Fault> {
         let replied = {
-            let ends = self.freezes_no_more.lock().expect("no thread panics with the freezes locked");
+            let ends = self.freezes_closed.lock().expect("no thread panics with the freezes locked");
             if *ends {
                 return Err(Fault::Gone);
             }
@@ -258,9 +258,9 @@ impl Workers {
     }
 
     /// As [`Workers::thaw`], and refuses later freezes: rings that stop complete their requests.
-    pub fn thaw_for_good(&self) {
+    pub fn close_freezes(&self) {
         let thawed = {
-            let mut ends = self.freezes_no_more.lock().expect("no thread panics with the freezes locked");
+            let mut ends = self.freezes_closed.lock().expect("no thread panics with the freezes locked");
             *ends = true;
             self.controls[0].request(WorkerCommand::Thaw)
         };
@@ -298,7 +298,7 @@ mod tests {
         let (control, commands) = WorkerControl::new("disk0", Arc::new(Waker::new().unwrap()));
         let workers = Workers::new(vec![control]);
         std::thread::scope(|scope| {
-            scope.spawn(|| workers.thaw_for_good());
+            scope.spawn(|| workers.close_freezes());
             let Ok(WorkerCommand::Thaw(reply)) = commands.recv() else { panic!("a thaw") };
             reply.send(true).unwrap();
         });

@@ -366,7 +366,7 @@ impl Ring {
     ///
     /// => Kicks for nothing are common (QEMU sends one at the start), blank memory is not: firmware or VMM have written
     ///    to its start by then.
-    pub fn look_at_first_kick(&mut self) {
+    pub fn check_first_kick(&mut self) {
         if std::mem::replace(&mut self.kicked, true) || self.position().next_avail != 0 || self.has_more() {
             return;
         }

@@ -227,7 +227,7 @@ impl Worker {
         [self.deadline, self.requests.next_delayed(), self.held_until].into_iter().flatten().min()
     }
 
-    /// The time until the next turn is due, as epoll_wait(2) takes it: in milliseconds, -1 for ever.
+    /// The time until the next turn is due, as epoll_wait(2) takes it: in milliseconds, -1 forever.
     fn timeout_ms(&self) -> i32 {
         self.next_due().map_or(-1, |due| {
             let us = due.since_us(self.port.image().now());
@@ -251,7 +251,7 @@ impl Worker {
                 // A kick. The next turn looks at every ring.
                 0 => {
                     if let Some(Some(ring)) = self.rings.first_mut() {
-                        ring.look_at_first_kick();
+                        ring.check_first_kick();
                     }
                 }
                 _ => {}

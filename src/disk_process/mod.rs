@@ -305,7 +305,7 @@ impl Control {
         }
     }
 
-    /// Releases all images, and waits for that. The supervisor does not wait for ever.
+    /// Releases all images, and waits for that. The supervisor does not wait forever.
     fn end(mut self) {
         let images: Vec<u32> = self.images.keys().copied().collect();
         for image_of in images {

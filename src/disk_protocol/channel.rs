@@ -57,7 +57,7 @@ impl<Out: Serialize, In: DeserializeOwned> Channel<Out, In> {
     /// Both ends of a new connection.
     ///
     /// # Errors
-    /// Those of socketpair(2).
+    /// Errors of socketpair(2).
     pub fn pair() -> io::Result<(Self, Channel<In, Out>)> {
         let (ours, theirs) = message_pair()?;
         Ok((Self::from_socket(ours), Channel { socket: theirs, direction: PhantomData }))
@@ -93,7 +93,7 @@ impl<Out: Serialize, In: DeserializeOwned> Channel<Out, In> {
     /// Waits for a message.
     ///
     /// # Errors
-    /// Those of recvmsg(2); [`io::ErrorKind::InvalidData`] for a message that is none of this version.
+    /// Errors of recvmsg(2); [`io::ErrorKind::InvalidData`] for a message that is none of this version.
     pub fn receive(&self) -> io::Result<Received<In>> {
         let mut bytes = vec![0; BYTES_MAX + 1];
         match receive_with_files::<FILES_MAX>(&self.socket, &mut bytes) {

@@ -58,7 +58,7 @@ pub fn init() {
         .init();
     panic::set_hook(Box::new(report_panic));
     if let Err(e) = writer {
-        warn!("cannot start the log's thread ({e}); a standard error that takes nothing will stop the daemon");
+        warn!("cannot start the log's thread ({e}); a blocked standard error will block the daemon");
     }
     if let (None, Some(wish)) = (level, wish) {
         warn!("{VARIABLE}: {wish:?} is not one of off, error, warn, info, debug and trace; using info");
@@ -145,7 +145,7 @@ fn write_lines() {
         let lost = QUEUE.take_dropped();
         if lost > 0 {
             let lines = counted(lost, "line");
-            warn!(target: SUMMARY, "dropped {lines} of the log: standard error did not take them in time");
+            warn!(target: SUMMARY, "dropped {lines} of the log: standard error was blocked");
         }
     });
 }

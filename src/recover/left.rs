@@ -203,16 +203,16 @@ impl Leftovers {
             (TenureState::Clean, ..) => {}
             (TenureState::Open, Relation::EarlierBoot, _) => {
                 error!(
-                    "{name}: this host was booted while image {} was in use (taken {} ago): completed writes that were \
+                    "{name}: the host rebooted while image {} was in use (marked {} ago): completed writes that were \
                      not flushed are lost, as on a disk whose power fails",
                     image.path().display(),
                     duration(since)
                 );
                 if booted_at().is_some_and(|booted| record.since > booted) {
                     error!(
-                        "{name}: that was after the boot: if another host has the machine ID of this one (a clone), it \
-                         may still hold a cache of the image and must be stopped; give each host an ID of its own \
-                         (systemd-machine-id-setup)"
+                        "{name}: the image was marked in use after this boot, so another host may have the same \
+                         machine ID (a clone): stop genblk there, because it may hold a cache of the image, and give \
+                         each host an ID of its own (systemd-machine-id-setup)"
                     );
                 }
             }
@@ -265,17 +265,18 @@ fn refuse_other_host(image: &dyn NamedImage, record: &Record) -> Result<()> {
         (0, _) => ("a host without a machine ID".to_owned(), true),
         (host, here) => (format!("host {host:032x}"), here == 0),
     };
-    let context =
-        format!("image {image} was taken by {host} {since} ago and not given back: its cache is {place} there");
+    let context = format!(
+        "image {image} was marked in use by {host} {since} ago and never released; its cache is {place} on that host"
+    );
     let hint = if is_maybe_here {
         format!(
             "if that was this host before its last boot, completed writes that were not flushed are lost; if it was \
-             another host, start genblk there, or stop it there in order; then run \"genblk take-over {image}\"; give \
-             each host a machine ID (systemd-machine-id-setup)"
+             another host, start genblk there, or stop it there with SIGTERM; then run \"genblk take-over {image}\"; \
+             give each host a machine ID (systemd-machine-id-setup)"
         )
     } else {
         format!(
-            "start genblk on that host, or stop it there in order; if that host will not return, run \"genblk \
+            "start genblk on that host, or stop it there with SIGTERM; if that host will not return, run \"genblk \
              take-over {image}\" to serve the image here without the completed writes of that cache"
         )
     };
@@ -287,10 +288,10 @@ fn warn_unused(name: &str, image: &dyn NamedImage, candidate: &Candidate, why: &
     let file = &candidate.file;
     let holds = match candidate.unwritten() {
         Ok(Unwritten::NOTHING) => return,
-        Ok(unwritten) => format!("holds {unwritten} of {}, which are not used", image.path().display()),
-        Err(e) => format!("is not used, and cannot be read ({e})"),
+        Ok(unwritten) => format!("is ignored ({why}); it holds {unwritten} of {}", image.path().display()),
+        Err(e) => format!("is ignored ({why}), and cannot be read ({e})"),
     };
-    warn!("{name}: {file} {holds}: {why}; {}", file.removal_hint());
+    warn!("{name}: {file} {holds}; {}", file.removal_hint());
 }
 
 /// Refuses a cache of another user that holds completed writes of the image.
@@ -326,20 +327,20 @@ pub(super) fn refusal(
         0 => String::new(),
         at => format!(", the last written {} ago", duration(age_of(at).as_secs())),
     };
-    let context = format!("image {image} is not as its cache {file} was left for it: {why}");
+    let context = format!("image {image} has changed since its cache {file} was written: {why}");
     let holds = format!("the cache holds {unwritten} ({mib} MiB{last})");
     Error::new(ErrorKind::Ledger, format!("{context}; {holds}; {}", ways_out(&image.to_string(), file)))
 }
 
 /// What the operator can do about a cache that must not be used.
 fn ways_out(image: &str, file: &ArenaFile) -> String {
-    let serve = format!("to serve the image as it is and leave the cache aside, run \"genblk take-over {image}\"");
+    let serve = format!("to serve the image without the cache, run \"genblk take-over {image}\"");
     if file.is_in_fdstore() {
-        return format!("{serve}; to throw the cache away, {}", file.removal_hint());
+        return format!("{serve}; to delete the cache, {}", file.removal_hint());
     }
     format!(
-        "to write it over the image as it is now, run \"genblk recover --force {file}\"; to throw it away, run \
-         \"genblk recover --discard {file}\"; {serve}"
+        "to overwrite the current image with the cache, run \"genblk recover --force {file}\"; to delete the cache, \
+         run \"genblk recover --discard {file}\"; {serve}"
     )
 }
 
@@ -347,8 +348,8 @@ fn ways_out(image: &str, file: &ArenaFile) -> String {
 fn missing(image: &dyn NamedImage, place: &CachePlace, since: u64) -> Error {
     let image = image.path().display();
     let context = format!(
-        "image {image} was taken {} ago and not given back, and its cache, {}, is not there: it was removed, or is in \
-         another container's memory",
+        "image {image} was marked in use {} ago and never released, but its cache {} does not exist: it was removed, \
+         or is in another container's memory",
         duration(since),
         shown(place)
     );

@@ -38,7 +38,7 @@ pub use kept::has_kept_cache;
 pub use memory_dir::{check_memory_dir, file_system_of};
 pub use operator::{
     Consent, Recovery, Report, bytes_kept_for, check_folder, discard, has_unwritten_cache, hint_for,
-    ignore_file_size_signal, list, prune, recover, warn_unclaimed, warn_unheld,
+    ignore_file_size_signal, list, prune, recover, warn_unused_fds, warn_unused_files,
 };
 pub use take_over::take_over;
 
@@ -208,8 +208,8 @@ pub fn with_unused_caches(error: Error, config: &DeviceConfig) -> Error {
 
 fn warn_of_data_loss(name: &str) {
     warn!(
-        "{name}: an earlier daemon died with completed writes that the image lacks; all requests of this guest fail \
-         until it resets the device"
+        "{name}: an earlier daemon died with completed writes that never reached the image; all requests of this guest \
+         fail until it resets the device"
     );
 }
 
@@ -241,7 +241,7 @@ fn arena_for_reading(config: &DeviceConfig, image: &dyn NamedImage, frames: usiz
             let (unwritten, file) = (Unwritten::of(&arena), arena.file().expect(HAS_FILE));
             if unwritten != Unwritten::NOTHING {
                 let context = format!("{name}: cannot serve image {} read-only", image.path().display());
-                let why = format!("{file} holds {unwritten}, which the image lacks");
+                let why = format!("{file} holds {unwritten}, not yet written to the image");
                 let keep = format!("to keep the data, remove read_only and {}", file.recovery_hint());
                 let hint = format!("{keep}; otherwise {}", file.removal_hint());
                 return Err(Error::new(ErrorKind::Ledger, format!("{context}: {why}; {hint}")));
@@ -376,8 +376,8 @@ impl NewCache<'_> {
         arena.add_guest_formats(guest.formats);
         if !self.begin_tenure(&arena, self.new_tenure()?) {
             warn!(
-                "{}: neither memory_dir nor the image takes a record of this run: if the daemon is killed, the next \
-                 one does not notice that completed writes are lost",
+                "{}: no crash marker can be written in memory_dir or to the image: if the daemon is killed, a loss of \
+                 completed writes would go undetected",
                 self.config.name
             );
         }

@@ -30,9 +30,9 @@ pub(super) const SET_ASIDE: &str = "it was set aside by \"genblk take-over\"";
 pub(super) enum Proof {
     /// No other process has changed the image.
     Proven,
-    /// Someone else may have: what is known of the image does not tell, and no clean page could be compared.
+    /// Another process may have: what is known of the image does not tell, and no clean page could be compared.
     Unproven(String),
-    /// Someone else has, for this reason.
+    /// Another process has, for this reason.
     Refuted(String),
     /// A later tenure has held the image.
     Overtaken(String),
@@ -67,7 +67,7 @@ pub(super) fn overtaken(header: &Header, record: Option<&Record>) -> Option<Proo
     }
     let (ours, later) = (tenure.id.generation, record.tenure.generation);
     Some(Proof::Overtaken(format!(
-        "it is of generation {ours}, and the image has been held in generation {later} since"
+        "it is from generation {ours}; the image has since been in use as generation {later}"
     )))
 }
 
@@ -103,15 +103,15 @@ pub(super) fn prove(
     match (compare_pages(arena, image, known_bytes / SECTOR_BYTES), doubt) {
         (Comparison::Differs(page), doubt) => {
             let why = doubt.map_or_else(String::new, |doubt| format!("{doubt}, and "));
-            Proof::Refuted(format!("{why}page {} of it is not as that cache's daemon knew it", page.0))
+            Proof::Refuted(format!("{why}page {} of the image differs from the cache", page.0))
         }
         (Comparison::Equal(0), Some(doubt)) => {
-            Proof::Unproven(format!("{doubt}, and the cache knows no page to compare with it"))
+            Proof::Unproven(format!("{doubt}, and the cache has no clean page to compare"))
         }
         (Comparison::Equal(pages), doubt) => {
             if let Some(doubt) = doubt {
                 let pages = counted(pages as u64, "page");
-                log::info!("image {}: {doubt}; {pages} that its cache knows are as they were", image.path().display());
+                log::info!("image {}: {doubt}; {pages} compared with its cache, all equal", image.path().display());
             }
             Proof::Proven
         }

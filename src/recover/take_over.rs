@@ -76,7 +76,7 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
         if let (Some(record), Some(TenureState::Clean)) = (recorded, last_end) {
             image.write_record(&Record { state: TenureState::Clean, ..record.clone() }).map_err(failed)?;
         }
-        return Ok(format!("image {shown} is free: nothing was lost\n"));
+        return Ok(format!("image {shown}: nothing to take over; no cache holds unwritten data\n"));
     }
     // The record first: without it nothing has changed.
     let generation = newest.max(record.map_or(0, |record| record.tenure.generation)) + 1;
@@ -94,13 +94,13 @@ pub fn take_over(path: &Path, memory_dir: &Path) -> Result<String> {
     let record = has_records.then_some(&new_record);
     let search = Search { image: &*image, facts: &facts, record, memory_dir, manager };
     let hint = format!(
-        "image {shown} cannot be served beside it: throw that file away with \"genblk recover --discard --force\""
+        "image {shown} cannot be served while that file exists: delete it with \"genblk recover --discard --force\""
     );
     search.run().map_err(|e| e.with_hint(&hint))?;
-    // Each error goes on with advice, which has been followed.
+    // Each error ends with advice, which has been followed.
     let reason = |e: &Error| e.to_string().split("; ").next().map_or_else(String::new, str::to_owned);
-    let unseen = problems.iter().map(|e| format!("not used any more: {}\n", reason(e))).collect::<String>();
-    Ok(format!("{lines}{unseen}image {shown} can be served as it is\n"))
+    let unseen = problems.iter().map(|e| format!("ignored from now on: {}\n", reason(e))).collect::<String>();
+    Ok(format!("{lines}{unseen}image {shown} can be served now\n"))
 }
 
 /// The record of a tenure that the operator has ended.

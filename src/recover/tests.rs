@@ -156,7 +156,7 @@ fn a_backup_restored_right_after_a_kill_is_noticed_by_pages_that_no_cache_holds(
     let world = killed_without_clean_pages(in_flight);
     restore(&world, 6);
     let refused = world.start().unwrap_err();
-    assert!(refused.to_string().contains("is not as that cache's daemon knew it"), "{refused}");
+    assert!(refused.to_string().contains("of the image differs from the cache"), "{refused}");
     let used = run_with(Some(PlantedBug::SampleSkipped), || world.start()).unwrap();
     assert!(used.is_ok(), "without the comparison the restored image is overwritten");
     // A backup that is equal to the image loses nothing.

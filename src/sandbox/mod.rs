@@ -169,8 +169,9 @@ fn is_wanted(fence: Fence) -> bool {
 /// Says once for each fence that the kernel lacks it, or a part of it.
 fn warn_once(fence: Fence, why: &dyn fmt::Display) {
     static WARNINGS: [Once; 4] = [const { Once::new() }; 4];
-    WARNINGS[fence as usize]
-        .call_once(|| warn!("sandbox: the host does not provide all of {fence}: {why}; the other fences stand"));
+    WARNINGS[fence as usize].call_once(|| {
+        warn!("sandbox: {fence} is only partly available on this host: {why}; the other layers stay active");
+    });
 }
 
 /// Gives up every right on paths, TCP, signals and abstract sockets that the kernel's Landlock knows. Returns what it

@@ -79,7 +79,7 @@ impl Running {
     /// [`ErrorKind::System`] when the accepting thread has panicked.
     pub fn quiesce(&mut self) -> Result<()> {
         // Rings that stop complete their requests, which may wait for the end of a freeze.
-        self.workers.thaw_for_good();
+        self.workers.close_freezes();
         self.stop_accepting();
         let ended = self.acceptor.take().map_or(Ok(()), JoinHandle::join);
         ended.map_err(|_| self.panicked("accept"))
@@ -150,7 +150,7 @@ fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Resul
         }
         if workers.has_ended() || Instant::now() >= until {
             let pages = match image.stats().dirty_pages {
-                0 => "what is in flight".to_owned(),
+                0 => "all outstanding operations".to_owned(),
                 pages => counted(pages, "dirty page"),
             };
             let hint = image
@@ -160,7 +160,7 @@ fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Resul
             let context = format!("{name}: could not write {pages} to the image ({fault}){hint}");
             return Err(Error::new(ErrorKind::Image, context));
         }
-        error!("{name}: the last flush failed ({fault}); retrying");
+        error!("{name}: the final flush failed ({fault}); retrying");
         std::thread::sleep(LAST_FLUSH_RETRY);
     }
 }

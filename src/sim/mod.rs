@@ -7,7 +7,7 @@
 //! - Safety: the guest sends random requests while the disk fails at random and daemons crash. Every few
 //!   steps the cache's invariants are recounted. The data oracle (`oracle.rs`) checks what each read returns and what a
 //!   power cut would leave; the failure oracle (`failure_oracle.rs`) checks that no request fails without a reason.
-//! - Liveness: daemons no longer crash. In some worlds the disk first breaks, and every request must complete even so,
+//! - Liveness: daemons no longer crash. In some worlds the disk first breaks, and every request must complete anyway,
 //!   with success or with an error. Then the disk is healed: every request must complete, a FLUSH must succeed, and
 //!   after it a power cut must leave all that the guest wrote. At no time may a request wait for an event that cannot
 //!   come.

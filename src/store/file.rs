@@ -31,7 +31,7 @@ use crate::units::{PAGE_BYTES, PAGE_SIZE, PageNo, SECTOR_BYTES, SectorSpan, Unma
 /// The identity and the change token of the image at `path`, which is not opened: an untrusted file may have named it.
 ///
 /// # Errors
-/// Those of open(2) and stat(2).
+/// Errors of open(2) and stat(2).
 pub fn look_at(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
     image::look_at(path)
 }
@@ -39,7 +39,7 @@ pub fn look_at(path: &Path) -> io::Result<(ImageId, ChangeToken)> {
 /// What the image at `path` is, found as a daemon would that opens it, without locking it. Blocks.
 ///
 /// # Errors
-/// Those of [`FileImage::open`]. [`ErrorKind::Locked`] for a block device that is in use by another than a daemon.
+/// The errors of [`FileImage::open`]. [`ErrorKind::Locked`] for a block device that is in use by another than a daemon.
 pub fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
     image::inspect(path, read_only)
 }
@@ -47,7 +47,7 @@ pub fn inspect(path: &Path, read_only: bool) -> Result<Inspection> {
 /// Checks that this process may use io_uring.
 ///
 /// # Errors
-/// Those of io_uring_setup(2).
+/// Errors of io_uring_setup(2).
 pub fn check_uring() -> io::Result<()> {
     io_uring::IoUring::new(1).map(drop)
 }
@@ -187,7 +187,7 @@ impl FileImage {
     /// The image once more, for writing through the host's page cache: the same file, whatever its path leads to now.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// Errors of open(2).
     fn reopen_buffered(&self) -> io::Result<File> {
         File::options().write(true).open(format!("/proc/self/fd/{}", self.image.file.as_raw_fd()))
     }
@@ -207,7 +207,7 @@ impl FileImage {
     /// What the image says of its last tenure.
     ///
     /// # Errors
-    /// Those of fgetxattr(2).
+    /// Errors of fgetxattr(2).
     pub fn last_tenure(&self) -> io::Result<LastTenure> {
         if self.image.is_device() { Ok(LastTenure::NoRecords) } else { history::last_tenure(&self.image.file) }
     }
@@ -215,7 +215,7 @@ impl FileImage {
     /// Begins a tenure: writes its record to the image. `false` if the image cannot carry one.
     ///
     /// # Errors
-    /// Those of fsetxattr(2) and fsync(2).
+    /// Errors of fsetxattr(2) and fsync(2).
     pub fn begin_tenure(&self, record: Record) -> io::Result<bool> {
         if self.last_tenure()? == LastTenure::NoRecords {
             return Ok(false);
@@ -230,7 +230,7 @@ impl FileImage {
     /// Writes a record of a tenure that has ended.
     ///
     /// # Errors
-    /// Those of fsetxattr(2) and fsync(2).
+    /// Errors of fsetxattr(2) and fsync(2).
     pub fn write_record(&self, record: &Record) -> io::Result<()> {
         history::write_record(&self.image.file, record)
     }

@@ -31,7 +31,7 @@ pub enum LastTenure {
 /// Reads the record of an image that is a regular file.
 ///
 /// # Errors
-/// Those of fgetxattr(2), except those of a file system without attributes.
+/// Errors of fgetxattr(2), except those of a file system without attributes.
 pub(super) fn last_tenure(file: &File) -> io::Result<LastTenure> {
     Ok(match xattr::get(file, ATTRIBUTE, BYTES_MAX) {
         Ok(Some(bytes)) => match Record::decode(&bytes) {
@@ -50,7 +50,7 @@ pub(super) fn last_tenure(file: &File) -> io::Result<LastTenure> {
 /// Writes the record of an image that is a regular file, and makes it durable.
 ///
 /// # Errors
-/// Those of fsetxattr(2) and fsync(2).
+/// Errors of fsetxattr(2) and fsync(2).
 pub(super) fn write_record(file: &File, record: &Record) -> io::Result<()> {
     xattr::set(file, ATTRIBUTE, &record.encode())?;
     file.sync_all()
@@ -60,7 +60,7 @@ pub(super) fn write_record(file: &File, record: &Record) -> io::Result<()> {
 /// as it was written, so that the device's counter can be compared.
 ///
 /// # Errors
-/// Those of fstat(2).
+/// Errors of fstat(2).
 pub(super) fn change_token(
     file: &File,
     size_bytes: u64,

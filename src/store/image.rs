@@ -247,7 +247,7 @@ impl OpenImage {
             return Err(format!("it is served with {served} bytes, and does not shrink while it is served"));
         }
         if !wanted.is_multiple_of(PAGE_BYTES) || !served.is_multiple_of(PAGE_BYTES) {
-            let why = "changes only when the disk is attached anew";
+            let why = "changes only when the disk is detached and attached again";
             return Err(format!("a size that is not a multiple of {PAGE_BYTES} {why}"));
         }
         check_size(&self.path, wanted).map_err(|error| error.to_string())?;
@@ -348,7 +348,7 @@ impl OpenImage {
         if now < before && now < opened {
             log::error!("{label} has shrunk from {before} to {now} bytes: writes beyond its end fail");
         } else if now != before && now < opened {
-            log::warn!("{label} now has {now} bytes of {opened}");
+            log::warn!("{label} is {now} bytes, {opened} when opened");
         }
         if links == 0 && !self.reported.deleted.swap(true, Ordering::Relaxed) {
             log::error!("{label} was deleted: it is still served, but its data is lost when this daemon ends");
@@ -497,7 +497,7 @@ fn refuse_copy_under_way(file: &File, path: &Path, label: &str) -> Result<()> {
             return Err(Error::new(ErrorKind::Locked, format!("{context}; {hint}")));
         }
     }
-    log::warn!("{label}: pid {pid} ({name}) has it open, and nothing keeps that process from writing to it");
+    log::warn!("{label}: pid {pid} ({name}) has it open; that process ignores image locks and can corrupt the image");
     Ok(())
 }
 

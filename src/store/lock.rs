@@ -69,7 +69,7 @@ pub(super) fn acquire(file: &File, path: &Path, label: &str, access: LockMode, p
                     // this user cannot see.
                     if !std::mem::replace(&mut is_reported, true) {
                         let max = DEATH_PATIENCE.as_secs();
-                        log::info!("{label}: locked, and no process is seen that has it open; waiting up to {max} s");
+                        log::info!("{label}: locked, but no visible process has it open; waiting up to {max} s");
                     }
                     std::thread::sleep(DEATH_RETRY_PAUSE);
                     continue;

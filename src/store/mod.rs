@@ -370,7 +370,7 @@ pub trait Backing: Send + Sync + fmt::Debug {
     /// one.
     ///
     /// # Errors
-    /// Those of fsetxattr(2) and fsync(2).
+    /// Errors of fsetxattr(2) and fsync(2).
     fn end_tenure(&self) -> io::Result<bool> {
         Ok(false)
     }

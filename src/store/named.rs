@@ -144,7 +144,7 @@ pub trait NamedImage: Backing {
     /// # Errors
     /// Why it cannot have that size; nothing has changed then.
     fn grow(&self, _size_bytes: Option<u64>) -> std::result::Result<u64, String> {
-        Err("an image of this kind changes its size only when it is attached anew".to_owned())
+        Err("an image of this kind changes its size only when the disk is detached and attached again".to_owned())
     }
 
     /// Reads a page; what lies past the end of the image is zeros.

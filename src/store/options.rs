@@ -36,7 +36,7 @@ pub struct OpenOptions {
 pub struct NbdOptions {
     /// A server without FLUSH has no volatile cache: what it has completed is durable.
     pub trusts_without_flush: bool,
-    /// How long to try to connect again; `None`: for ever.
+    /// How long to try to connect again; `None`: forever.
     pub give_up: Option<Duration>,
     /// How long a server may still execute requests of a connection that has broken.
     pub quarantine: Duration,

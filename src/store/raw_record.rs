@@ -94,7 +94,7 @@ impl FormatRecord {
     /// => The file is not open for direct I/O yet.
     ///
     /// # Errors
-    /// Those of pread(2).
+    /// Errors of pread(2).
     pub(super) fn of(file: &File, size_bytes: u64) -> io::Result<Self> {
         let head = read_up_to(file, 0, HEAD_BYTES)?;
         let tail = match size_bytes.checked_sub(TAIL_BYTES as u64) {

@@ -14,7 +14,7 @@ use crate::disk_protocol::Ending;
 use crate::error::Error;
 
 /// How the error of a device begins that is detached, and whose cache has what its image lacks.
-pub(super) const NOT_WHOLE: &str = "it is detached, but not whole: ";
+pub(super) const NOT_WHOLE: &str = "detached, but dirty data remains: ";
 
 impl Fleet {
     /// Begins what the operator asks for.
@@ -115,7 +115,7 @@ impl Fleet {
         let config = self.disks[&index].config();
         let Some(runtime) = &mut self.runtime else { return Ok(()) };
         runtime.changes.note_kept(&config);
-        runtime.save().map_err(|e| Refusal::refused(name, format!("the next daemon does not serve it: {e}")))
+        runtime.save().map_err(|e| Refusal::refused(name, format!("cannot be recorded for the next daemon: {e}")))
     }
 
     /// What a daemon with these files serves, and what is in force.
@@ -232,7 +232,9 @@ impl Fleet {
                     Err(Refusal::refused(&*name, format!("{NOT_WHOLE}{why}")))
                 }
                 (None, Err(e)) => {
-                    let why = format!("it is detached, and the next daemon serves it again: {e}");
+                    let why = format!(
+                        "detached, but that could not be recorded, and the next daemon will attach it again: {e}"
+                    );
                     Err(Refusal::refused(name, why))
                 }
             });

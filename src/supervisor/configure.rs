@@ -71,7 +71,8 @@ impl Operator {
             return Ok(());
         }
         if entry.config.read_only && !entry.config.isolate && keys.iter().any(|key| key.starts_with("cache.")) {
-            let why = "devices that read an image share its cache, whose keys change when all are attached anew";
+            let why = "devices that read an image share its cache, whose keys change only when all of them are \
+                       detached and attached again";
             return Err(Refusal::refused(name.clone(), why));
         }
         if entry.operator.is_frozen(entry.link.as_ref()) {
@@ -165,14 +166,14 @@ impl Operator {
             manager.notify(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_ns() / 1000));
             let (_begun, client) = ChangeClient::of_change(false);
             match operator.reload(false, &client) {
-                Ok(changes) if changes.is_empty() => info!("the configuration was read again: nothing has changed"),
+                Ok(changes) if changes.is_empty() => info!("configuration reloaded: no change"),
                 Ok(changes) => changes.iter().for_each(|change| info!("{}", in_words(change))),
                 Err(refusal) if refusal.error == "Invalid" => {
                     let problems = refusal.parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
                     problems.iter().filter_map(Value::as_str).for_each(|problem| error!("{problem}"));
-                    error!("the configuration that was read again has errors; nothing has changed");
+                    error!("reload failed: the configuration has errors; nothing has changed");
                 }
-                Err(refusal) => error!("the configuration was not read again, nothing has changed: {}", why(&refusal)),
+                Err(refusal) => error!("reload failed: {}; nothing has changed", why(&refusal)),
             }
             manager.notify("READY=1");
         };
@@ -235,8 +236,8 @@ fn in_words(DeviceChange { device, what, detail }: &DeviceChange) -> String {
         ChangeKind::Detached if detail.is_empty() => format!("{device}: detached by a reload"),
         ChangeKind::Detached => format!("{device}: detached by a reload: {detail}"),
         ChangeKind::Changed => format!("{device}: changed by a reload: {detail}"),
-        ChangeKind::Pending => format!("{device}: in force once it is attached anew: {detail}"),
-        ChangeKind::Kept => format!("{device}: kept, although the configuration has it no more: {detail}"),
+        ChangeKind::Pending => format!("{device}: takes effect after detach and attach: {detail}"),
+        ChangeKind::Kept => format!("{device}: kept, although it is no longer in the configuration: {detail}"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the devices of a daemon share while they are opened, side by side.
+//! What the devices of a daemon share while they are opened, in parallel.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};

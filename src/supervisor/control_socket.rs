@@ -54,8 +54,8 @@ impl ControlListener {
             Ok((listener, bound)) => (Some(listener), SocketFile::Bound(bound)),
             Err(e) => {
                 error!(
-                    "cannot open the control socket: {e}; disks are served, but the operator's commands cannot reach \
-                     them; trying again"
+                    "cannot open the control socket: {e}; disks are served, but the operator's commands do not work \
+                     until it opens; retrying"
                 );
                 (None, SocketFile::Wanted)
             }
@@ -80,7 +80,7 @@ impl ControlListener {
         };
         if let Err(e) = thread::Builder::new().name("control socket".to_owned()).spawn(serve) {
             let error = Error::io(ErrorKind::System, "cannot start a thread", e);
-            error!("the operator's commands cannot reach the disks: {error}");
+            error!("the operator's commands do not work: {error}");
         }
     }
 }

@@ -221,21 +221,21 @@ impl Disk {
         self.set_phase(DevicePhase::Served);
     }
 
-    /// An attempt to open it has failed. The log has each error once, and then ever more rarely.
+    /// An attempt to open it has failed. The log has each error once, and then at growing intervals.
     pub fn fail(&mut self, error: &Error) {
         self.set_phase(DevicePhase::Failed);
         let text = error.to_string();
         let failure = match self.failure.take().filter(|failure| is_same(&failure.text, &text)) {
             Some(failure) => self.failure.insert(failure),
             None => {
-                error!("{}: not served: {text}; trying again, {} tries at once", self.name, self.resume_by);
+                error!("{}: not served: {text}; retrying; {} retries at once", self.name, self.resume_by);
                 let failure = StartFailure { text, since: Instant::now(), reminder: Reminder::new() };
                 return self.failure = Some(failure);
             }
         };
         let age = failure.since.elapsed();
         if failure.reminder.is_due(age) {
-            error!("{}: not served for {} s: {}; trying again", self.name, age.as_secs(), failure.text);
+            error!("{}: not served for {} s: {}; retrying", self.name, age.as_secs(), failure.text);
         }
     }
 
@@ -254,7 +254,7 @@ impl Disk {
     /// Its process has died too often.
     pub fn stop_restarting(&mut self, error: &Error) {
         let text = error.to_string();
-        error!("{}: not served: {text}; {} starts it again", self.name, self.resume_by);
+        error!("{}: not served: {text}; restart it with {}", self.name, self.resume_by);
         self.handle = None;
         self.failure = Some(StartFailure { text, since: Instant::now(), reminder: Reminder::new() });
         self.set_phase(DevicePhase::Failed);
@@ -273,10 +273,10 @@ impl Disk {
     pub fn why_not_served(&self) -> Option<String> {
         let why = match (&self.phase, &self.failure) {
             (DevicePhase::Served, _) => return None,
-            (phase, _) if *phase >= DevicePhase::Ending => "it is being detached",
+            (phase, _) if *phase >= DevicePhase::Ending => "detaching",
             (_, Some(failure)) => &failure.text,
             (DevicePhase::Opening, None) => "its image does not answer",
-            _ => "it starts",
+            _ => "starting",
         };
         Some(format!("{} ({why})", self.name))
     }
@@ -419,7 +419,7 @@ impl Disk {
             return;
         }
         if self.state().has_unkept_data {
-            warn!("{}: its cache does not outlive the daemon; waiting for the image even so", self.name);
+            warn!("{}: its cache does not outlive the daemon; still waiting for the image", self.name);
         } else {
             self.abandon(false);
         }
@@ -446,7 +446,7 @@ impl Disk {
 
     /// Logs what takes long, and ends the wait for an image that does not answer.
     pub fn check_while_ending(&mut self, ending: Ending, since: Instant, hurried: bool) {
-        let advice = if hurried { "" } else { "; send the signal again to end without it" };
+        let advice = if hurried { "" } else { "; repeat the signal to exit without waiting" };
         self.check_end(ending, since, Some(advice));
     }
 
@@ -486,7 +486,7 @@ impl Disk {
         let is_kept = ending == Ending::HandOver && !state.has_unkept_data;
         if state.has_unkept_data && stalled_for < STALL_MAX && self.unkept_reminder.is_due(age) {
             warn!(
-                "{}: its cache ends with the daemon and holds {}; waiting as long as the image completes operations",
+                "{}: its cache is volatile and holds {}; waiting as long as the image completes operations",
                 self.name,
                 counted(state.cache.dirty_pages, "dirty page")
             );

@@ -274,7 +274,7 @@ impl Fleet {
             return;
         }
         if let Some(config) = self.unlisted.take() {
-            spawn_leftover_check(move || recover::warn_unheld(&config));
+            spawn_leftover_check(move || recover::warn_unused_files(&config));
         }
         let not_served: Vec<_> = self.disks.values().filter_map(Disk::why_not_served).collect();
         let mut status = format!("STATUS=serving {} of {}", served, counted(self.disks.len() as u64, "disk"));
@@ -282,7 +282,7 @@ impl Fleet {
             status += &format!("; not served: {}", not_served.join(", "));
         } else if let Some(config) = self.unchecked.take() {
             let manager = Arc::clone(&self.manager);
-            spawn_leftover_check(move || recover::warn_unclaimed(&config, &manager));
+            spawn_leftover_check(move || recover::warn_unused_fds(&config, &manager));
         }
         if self.status != status {
             let ready = if self.is_ready { "" } else { "READY=1\n" };

@@ -38,7 +38,7 @@ impl DeviceHandle {
     /// The view of a device.
     ///
     /// # Errors
-    /// Those of dup(2).
+    /// Errors of dup(2).
     pub fn new(
         device: u32,
         image_of: u32,

@@ -213,8 +213,8 @@ impl KeeperThread {
                 let (name, image) = (&self.config.name, self.config.image.display());
                 let context = format!("{name}: ended without being served");
                 let hint = format!(
-                    "a cache that an earlier daemon left holds what image {image} lacks: start the daemon again, or \
-                     run \"genblk recover\""
+                    "a cache that an earlier daemon left holds data not yet written to image {image}: start the daemon \
+                     again, or run \"genblk recover\""
                 );
                 Err(Error::new(ErrorKind::Image, format!("{context}; {hint}")))
             }
@@ -321,7 +321,7 @@ impl KeeperThread {
                             !wait.is_zero() && self.pause(wait).is_none()
                         }
                         None => {
-                            let context = format!("{why}, once too often (restart_burst)");
+                            let context = format!("{why}; restart_burst exceeded");
                             self.report(KeeperEvent::RestartsExhausted(Error::new(ErrorKind::System, context)));
                             self.begin("waiting to be resumed");
                             !self.wait_for_resume()
@@ -362,7 +362,7 @@ impl KeeperThread {
         }
         let (name, image) = (&self.config.name, self.config.image.display());
         let context = format!("{name}: ended without being served, because {why}");
-        let hint = format!("its cache stays, and holds what image {image} lacks: start the daemon again");
+        let hint = format!("its cache stays, and holds data not yet written to image {image}: start the daemon again");
         Err(Error::new(ErrorKind::Image, format!("{context}; {hint}")))
     }
 
@@ -420,7 +420,7 @@ struct ProcessSession<'a> {
     handle: Option<DeviceHandle>,
     ending: Option<Ending>,
     quiesced: bool,
-    /// With what the device has ended.
+    /// Result of the device, once it has ended.
     ended: Option<Result<()>>,
     /// Why it cannot be served.
     failure: Option<Error>,
@@ -545,7 +545,7 @@ impl ProcessSession<'_> {
         }
         if let Some(result) = self.ended.take() {
             if !exit.is_in_order() {
-                error!("{name}: its process did not end in order: {exit}; its cache stays");
+                error!("{name}: its disk process did not exit cleanly: {exit}; its cache is kept");
             }
             return ServiceEnd::Ended(result);
         }

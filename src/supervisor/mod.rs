@@ -1,4 +1,4 @@
-//! The supervisor: opens all devices side by side, starts a disk process for each image, waits for signals, and ends in
+//! The supervisor: opens all devices in parallel, starts a disk process for each image, waits for signals, and ends in
 //! order. First it stops all rings; then the disk processes either flush everything to the images (SIGTERM, SIGINT), or
 //! leave the caches for the next daemon (SIGUSR1).
 //!

@@ -77,8 +77,8 @@ impl Host for Operator {
         self.overview.statistics(wanted)
     }
 
-    fn begin(&self, change: Change, takes_more: bool) -> BegunChange {
-        let (begun, client) = ChangeClient::of_change(takes_more);
+    fn begin(&self, change: Change, accepts_progress: bool) -> BegunChange {
+        let (begun, client) = ChangeClient::of_change(accepts_progress);
         let operator = self.clone();
         let run = move || {
             let result = operator.carry_out(change, &client);
@@ -110,7 +110,7 @@ impl Operator {
                 }
                 match ask(&entry, DeviceRequest::DropClean, client)? {
                     DeviceReply::Dropped { pages } => Ok(json!(Dropped { dropped_bytes: pages * PAGE_BYTES })),
-                    other => Err(unexpected(&entry, &other)),
+                    _ => Err(unexpected(&entry)),
                 }
             }
             Change::Resume { device } => {
@@ -121,7 +121,7 @@ impl Operator {
             }
             Change::Freeze { device, timeout_ms, reads } => {
                 let frozen = self.freeze(&device, timeout_ms, reads, client)?;
-                if client.takes_more() {
+                if client.accepts_progress() {
                     Ok(json!(self.await_thaw(&device, frozen, client)))
                 } else {
                     Ok(json!(frozen.0))
@@ -175,7 +175,7 @@ impl Operator {
     ) -> Result<(), Refusal> {
         let entry = self.overview.entry(device)?;
         if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester))? {
-            info!("{device}: the operator gives up what its image does not take");
+            info!("{device}: the operator discards the dirty data that its image does not accept");
             while self.overview.entry(device).is_ok() && !client.has_hung_up_within(DETACH_WATCH) {}
             return Ok(());
         }
@@ -204,7 +204,7 @@ impl Operator {
         }
     }
 
-    /// Writes what a device that is being detached would lose if it ended. Nobody else writes to it any more.
+    /// Writes what a device that is being detached would lose if it ended. No other process writes to it any more.
     fn write_kept_data(&self, device: &str, client: &ChangeClient) {
         let Ok(entry) = self.overview.entry(device) else { return };
         if entry.progress.keeps_data
@@ -213,8 +213,8 @@ impl Operator {
         {
             let fault = refusal.parameters["fault"].as_str().unwrap_or_default();
             warn!(
-                "{device}: cannot be detached: the image does not take what is dirty ({fault}), and its cache ends \
-                 with it; retrying; \"genblk detach --force --discard {device}\" gives that up"
+                "{device}: detach is waiting: writes to the image fail ({fault}), and its cache is volatile; retrying; \
+                 \"genblk detach --force --discard {device}\" drops the dirty data"
             );
             // It fails only for a keeper that has ended.
             let _ = entry.commands.send(KeeperCommand::Resume);
@@ -282,7 +282,7 @@ impl Operator {
 }
 
 fn daemon_ends() -> Refusal {
-    Refusal::refused("the daemon", "it ends")
+    Refusal::refused("the daemon", "it is shutting down")
 }
 
 /// Ends the freeze with the number `lease`, or whichever there is.
@@ -294,7 +294,7 @@ fn thaw(entry: &OverviewEntry, lease: Option<u64>, client: &ChangeClient) -> Tha
     let reply = ask(entry, DeviceRequest::Thaw, client);
     let held = lasting == Some(begun) && matches!(reply, Ok(DeviceReply::Thawed { was_frozen: true }));
     let frozen_us = micros(begun.since.elapsed());
-    let how = if held { "" } else { "; it had not been frozen throughout" };
+    let how = if held { "" } else { "; the freeze ended early: a copy made meanwhile is inconsistent" };
     info!("{device}: thawed after {} ms{how}", frozen_us / 1000);
     Thawed { held, frozen_us }
 }
@@ -323,7 +323,7 @@ pub(super) fn ask(
     let reports = request == DeviceRequest::Flush;
     let total_bytes = dirty();
     let replies = link.process.request(link.device, request);
-    let replies = replies.map_err(|e| Refusal::refused(name.clone(), format!("its process does not listen: {e}")))?;
+    let replies = replies.map_err(|e| Refusal::refused(name.clone(), format!("cannot reach its disk process: {e}")))?;
     loop {
         match replies.recv_timeout(PROGRESS) {
             Ok(DeviceReply::Failed { fault }) => {
@@ -360,6 +360,6 @@ fn not_written(entry: &OverviewEntry, refusal: Refusal) -> Refusal {
     Refusal::new("NotWritten", json!({ "device": entry.config.name, "dirty_bytes": dirty_bytes, "fault": fault }))
 }
 
-fn unexpected(entry: &OverviewEntry, reply: &DeviceReply) -> Refusal {
-    Refusal::refused(entry.config.name.clone(), format!("its process replied with {reply:?}"))
+fn unexpected(entry: &OverviewEntry) -> Refusal {
+    Refusal::refused(entry.config.name.clone(), "unexpected reply from its disk process")
 }

@@ -184,7 +184,7 @@ impl Process {
     /// Makes the process use an image, which was opened for the device with this number, and its cache.
     ///
     /// # Errors
-    /// Those of sendmsg(2).
+    /// Errors of sendmsg(2).
     pub fn open(&self, image_of: u32, open: &ToDisk, image: &File, cache: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.subscribers().images.insert(image_of, ImageFate::default());
         let files: Vec<BorrowedFd<'_>> = [image.as_fd()].into_iter().chain(cache.iter().copied()).collect();
@@ -228,7 +228,7 @@ impl Process {
     /// Makes the process serve a device on the image that was opened for `image_of`. Its event go to `keeper`.
     ///
     /// # Errors
-    /// Those of sendmsg(2).
+    /// Errors of sendmsg(2).
     pub fn serve(
         &self,
         device: u32,
@@ -272,7 +272,7 @@ impl Process {
     /// Sends a message that a process which has ended needs no more.
     pub fn command(&self, message: &ToDisk) {
         if let Err(e) = self.send(message, &[]) {
-            debug!("{}: its process does not get a command, because it has ended or is stopped: {e}", self.name);
+            debug!("{}: cannot send a command to its disk process, which has ended or is stopped: {e}", self.name);
         }
     }
 

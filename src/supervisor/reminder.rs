@@ -1,4 +1,4 @@
-//! When to log that something still takes long: after 5 s, and then ever more rarely.
+//! When to log that something still takes long: after 5 s, and then at growing intervals.
 
 use std::time::Duration;
 

@@ -96,7 +96,7 @@ impl RuntimeFile {
                 Some(Ok(())) => format!("it is now {}", aside.display()),
                 Some(Err(e)) => e.to_string(),
             };
-            error!("cannot read {shown}, which has what was attached and detached: {why}; {kept}");
+            error!("cannot read {shown}, the record of changes at run time: {why}; {kept}");
             None
         })
     }
@@ -118,7 +118,7 @@ impl RuntimeFile {
                     && let Err(e) = self.save()
                 {
                     error!(
-                        "cannot write {}: the next daemon would not serve what this one does: {e}",
+                        "cannot write {}: changes at run time would be lost with this daemon: {e}",
                         self.path.display()
                     );
                 }
@@ -138,7 +138,7 @@ impl RuntimeFile {
         info!("from {path}: {attached} attached, {} detached, {set} set by an operator", detached.len());
         let mut problems = Vec::new();
         let devices = self.changes.apply(&config.devices, &mut problems);
-        problems.iter().for_each(|problem| error!("{problem}; it was attached, and is not served"));
+        problems.iter().for_each(|problem| error!("{problem}; the disk was attached at run time and is skipped"));
         Config { devices, ..config.clone() }
     }
 
@@ -162,7 +162,7 @@ impl RuntimeFile {
     pub fn keep(&self) {
         if self.is_owned && self.changes != RuntimeConfig::default() {
             let path = self.path.display();
-            warn!("{path} stays: the next daemon serves the disks of this one, because not all have ended in order");
+            warn!("{path} is kept for the next daemon: not all disks stopped cleanly");
         }
     }
 

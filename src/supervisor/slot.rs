@@ -208,7 +208,7 @@ impl ImageSlot {
             Err(e) => process.send(&lost(Some(e.to_string())), &[]),
         };
         if let Err(e) = told {
-            error!("{name}: the next daemon would not notice a loss of completed writes ({e})");
+            error!("{name}: a loss of completed writes would go undetected ({e})");
         }
     }
 
@@ -300,7 +300,7 @@ impl Drop for ImageSlot {
             // The record comes first: a cache file that is removed must not be missed by the next daemon.
             match state.image.end_tenure() {
                 Ok(_) => cache.remove(),
-                Err(e) => warn!("{name}: cannot record at the image that everything is on it ({e}); its cache stays"),
+                Err(e) => warn!("{name}: cannot mark the image clean ({e}); its cache is kept"),
             }
             return;
         }

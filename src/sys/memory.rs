@@ -7,7 +7,7 @@ use std::ops::Range;
 /// the page size.
 ///
 /// # Errors
-/// Those of madvise(2): ENOMEM if a part of the range is not mapped.
+/// Errors of madvise(2): ENOMEM if a part of the range is not mapped.
 pub fn exclude_from_dumps(addresses: Range<usize>) -> io::Result<()> {
     let start = std::ptr::without_provenance_mut(addresses.start);
     // SAFETY: this advice changes no byte and no mapping, only whether the kernel dumps the range.

@@ -39,7 +39,7 @@ pub fn forbid_dumping() -> io::Result<()> {
 /// could return.
 ///
 /// # Errors
-/// Those of prctl(2) and capset(2).
+/// Errors of prctl(2) and capset(2).
 pub fn drop_capabilities() -> io::Result<()> {
     for capability in 0..=CAPABILITY_MAX {
         match prctl(libc::PR_CAPBSET_READ, capability) {

@@ -94,7 +94,7 @@ fn user_of(link: &Path, is_wanted: impl Fn(u32) -> bool) -> Option<(u32, String)
 /// Waits until a child process has ended. Its number stays its own until it is waited for again.
 ///
 /// # Errors
-/// Those of waitid(2).
+/// Errors of waitid(2).
 pub fn wait_without_reaping(pid: u32) -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid siginfo_t.
     let mut info: libc::siginfo_t = unsafe { MaybeUninit::zeroed().assume_init() };

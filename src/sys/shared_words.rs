@@ -27,7 +27,7 @@ impl SharedWords {
     /// A new file of `count` words, all 0. Its length is sealed: no process can make an access raise SIGBUS.
     ///
     /// # Errors
-    /// Those of memfd_create(2), ftruncate(2) and mmap(2).
+    /// Errors of memfd_create(2), ftruncate(2) and mmap(2).
     pub fn create(count: usize) -> io::Result<(Self, File)> {
         let file = memfd::create(c"genblk-statistics")?;
         file.set_len((count * size_of::<AtomicU64>()) as u64)?;
@@ -38,7 +38,7 @@ impl SharedWords {
     /// Maps the first `count` words of a file of [`SharedWords::create`].
     ///
     /// # Errors
-    /// Those of mmap(2); [`io::ErrorKind::UnexpectedEof`] if the file is shorter.
+    /// Errors of mmap(2); [`io::ErrorKind::UnexpectedEof`] if the file is shorter.
     pub fn map(file: &File, count: usize) -> io::Result<Self> {
         let bytes = count * size_of::<AtomicU64>();
         if file.metadata()?.len() < bytes as u64 {

@@ -87,7 +87,7 @@ static BUS_ERROR_HOOK: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
 /// Calls `hook` when an access to memory raises SIGBUS, and lets the signal end the process after that.
 ///
 /// # Errors
-/// Those of sigaction(2).
+/// Errors of sigaction(2).
 pub fn on_bus_error(hook: BusErrorHook) -> io::Result<()> {
     extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
         let hook = BUS_ERROR_HOOK.load(Ordering::Acquire);

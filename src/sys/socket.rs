@@ -81,7 +81,7 @@ pub fn bind_without_listening(path: &Path, mode: u32) -> io::Result<OwnedFd> {
 /// Starts to listen on a socket of [`bind_without_listening`], with the kernel's longest queue of connections.
 ///
 /// # Errors
-/// Those of listen(2).
+/// Errors of listen(2).
 pub fn listen(socket: OwnedFd) -> io::Result<UnixListener> {
     // SAFETY: a plain system call on an open descriptor.
     retry_eintr(|| unsafe { libc::listen(socket.as_raw_fd(), libc::SOMAXCONN) })?;
@@ -130,7 +130,7 @@ pub struct Peer {
 /// The process at the other end of a connection (SO_PEERCRED).
 ///
 /// # Errors
-/// Those of getsockopt(2).
+/// Errors of getsockopt(2).
 pub fn peer(stream: &UnixStream) -> io::Result<Peer> {
     let mut credentials = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut len = socklen(size_of_val(&credentials));
@@ -143,7 +143,7 @@ pub fn peer(stream: &UnixStream) -> io::Result<Peer> {
 /// A connected pair of sockets that keep the boundaries of messages (SOCK_SEQPACKET).
 ///
 /// # Errors
-/// Those of socketpair(2).
+/// Errors of socketpair(2).
 pub fn message_pair() -> io::Result<(UnixStream, UnixStream)> {
     let mut pair: [RawFd; 2] = [-1; 2];
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
@@ -192,7 +192,7 @@ pub fn send_with_files(socket: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_
 /// bytes and the descriptors.
 ///
 /// # Errors
-/// Those of recvmsg(2). [`io::ErrorKind::Other`] if descriptors are lost, because there are more of them, or because
+/// Errors of recvmsg(2). [`io::ErrorKind::Other`] if descriptors are lost, because there are more of them, or because
 /// this process cannot have more: the kernel passes on what it can, and the message would be misunderstood.
 pub fn receive_with_files<const FILES_MAX: usize>(
     socket: &UnixStream,

@@ -53,7 +53,7 @@ fn message_of(segments: &[Segment]) -> libc::msghdr {
 /// Makes the kernel find out within some seconds that a TCP connection's other end is gone, also while nothing is sent.
 ///
 /// # Errors
-/// Those of setsockopt(2).
+/// Errors of setsockopt(2).
 pub fn keep_alive(socket: impl AsFd) -> io::Result<()> {
     set(&socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
     for (option, value) in KEEP_ALIVE {

@@ -34,7 +34,7 @@ const PART_BYTES: usize = 1 << 16;
 /// Who listens on an abstract name, in this network namespace; `None`: nobody.
 ///
 /// # Errors
-/// Those of socket(2), sendto(2) and recvfrom(2); [`io::ErrorKind::Unsupported`] if the kernel tells no users.
+/// Errors of socket(2), sendto(2) and recvfrom(2); [`io::ErrorKind::Unsupported`] if the kernel tells no users.
 pub fn listener_of(abstract_name: &[u8]) -> io::Result<Option<ListeningSocket>> {
     let mut socket = File::from(new_socket(libc::AF_NETLINK, libc::SOCK_RAW, NETLINK_SOCK_DIAG)?);
     socket.write_all(&request())?;

@@ -65,7 +65,7 @@ pub fn name_thread(name: &str) {
 /// Makes a violation end the process by SIGSYS after a line on standard error.
 ///
 /// # Errors
-/// Those of sigaction(2).
+/// Errors of sigaction(2).
 pub fn report_violations() -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid sigaction: no flags and an empty mask.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };

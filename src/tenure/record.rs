@@ -115,7 +115,7 @@ impl Record {
         let version = lines.next()?;
         if version != VERSION_LINE.as_bytes() {
             let version = String::from_utf8_lossy(version);
-            return Err(format!("it begins with {version:?}, where this genblk knows only {VERSION_LINE:?}"));
+            return Err(format!("it begins with {version:?}, where this version supports only {VERSION_LINE:?}"));
         }
         let generation = lines.decimal("generation")?;
         let id = lines.hexadecimal("id")?;

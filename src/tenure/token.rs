@@ -89,12 +89,12 @@ pub enum ChangeVerdict {
     Plausible,
     /// The tokens do not tell, for this reason.
     Unknown(String),
-    /// Someone else has changed its data, for this reason.
+    /// Another process has changed its data, for this reason.
     Changed(String),
 }
 
 impl LastSeen {
-    /// Whether someone else has changed an image with the token `now`.
+    /// Whether another process has changed an image with the token `now`.
     pub fn judge(&self, now: &ChangeToken) -> ChangeVerdict {
         if self.token.has_times() && now.has_times() { self.judge_times(now) } else { self.judge_device(now) }
     }
@@ -114,7 +114,7 @@ impl LastSeen {
         let latest = |seen: u64| if is_at_rest { seen } else { seen.max(heartbeat_ns) + IN_FLIGHT_SLACK_NS };
         if now.modified_ns > latest(token.modified_ns) {
             if same_size || now.size_bytes == 0 {
-                return ChangeVerdict::Changed("it was written after the last write of that cache's daemon".to_owned());
+                return ChangeVerdict::Changed("it was modified after the daemon's last write".to_owned());
             }
             // Truncation sets both times, and takes no space.
             let only_grown = is_at_rest && now.size_bytes > token.size_bytes && now.blocks == token.blocks;
@@ -138,14 +138,14 @@ impl LastSeen {
     fn judge_device(&self, now: &ChangeToken) -> ChangeVerdict {
         let Self { token, is_at_rest, changed_bytes, .. } = *self;
         if token.disk_sequence == 0 || token.disk_sequence != now.disk_sequence {
-            return ChangeVerdict::Unknown("nothing shows that it is as it was left".to_owned());
+            return ChangeVerdict::Unknown("there is no evidence that it is unchanged".to_owned());
         }
         if token.sectors_written == 0 || now.sectors_written == 0 {
-            return ChangeVerdict::Unknown("the device does not count what is written".to_owned());
+            return ChangeVerdict::Unknown("the device has no write counter".to_owned());
         }
         let written = now.sectors_written.saturating_sub(token.sectors_written);
         if now.sectors_written < token.sectors_written || written > changed_bytes / 512 {
-            return ChangeVerdict::Changed("more was written to it than by that cache's daemon".to_owned());
+            return ChangeVerdict::Changed("the device counts more writes than that daemon issued".to_owned());
         }
         if is_at_rest { ChangeVerdict::Unchanged } else { ChangeVerdict::Plausible }
     }

@@ -1,4 +1,4 @@
-//! Waits with a deadline: no test waits for ever, and no test relies on a sleep that is long enough.
+//! Waits with a deadline: no test waits forever, and no test relies on a sleep that is long enough.
 
 use std::fs;
 use std::os::fd::RawFd;

@@ -1,4 +1,4 @@
-//! Rings as a whole: they start, stop, resume, are enabled and disabled, and run side by side.
+//! Rings as a whole: they start, stop, resume, are enabled and disabled, and run in parallel.
 
 use std::fs::File;
 use std::process::Command;

@@ -35,7 +35,7 @@ fn reconnect(session: Session, daemon: &Daemon) -> Session {
 }
 
 #[test]
-fn a_disk_process_that_is_killed_gets_new_connections_and_loses_no_byte() {
+fn a_disk_process_that_is_killed_gets_new_connections_and_loses_no_data() {
     let Some((mut daemon, _server)) = start("nbd-die", "nbd_quarantine_ms = 300\nworkers = 2") else { return };
     let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
     for round in 0..3 {

@@ -79,7 +79,7 @@ fn check_image(shadow: &Shadow, path: &Path) {
 }
 
 #[test]
-fn a_server_that_is_killed_and_forgets_costs_time_and_no_byte() {
+fn a_server_that_is_killed_and_forgets_costs_time_and_no_data() {
     let directory = directory_with_image("nbd-killed");
     let image = image_of(&directory);
     let Some(mut server) = NbdServer::forgetful(&socket_of(&directory), &image) else { return };
@@ -102,7 +102,7 @@ fn a_server_that_is_killed_and_forgets_costs_time_and_no_byte() {
 }
 
 #[test]
-fn a_killed_qemu_nbd_costs_time_and_no_byte() {
+fn a_killed_qemu_nbd_costs_time_and_no_data() {
     let directory = directory_with_image("nbd-qemu");
     let image = image_of(&directory);
     let shown = image.to_str().unwrap();
@@ -239,7 +239,7 @@ fn refusal(directory: &TempDir, image: &str, keys: &str) -> String {
 }
 
 #[test]
-fn an_export_without_flush_is_refused_for_writing_unless_the_operator_vouches_for_it() {
+fn an_export_without_flush_is_refused_for_writing_unless_nbd_flush_is_none() {
     let directory = TempDir::new("nbd-noflush");
     let size = format!("get_size=echo {IMAGE_BYTES}");
     let zeros = "pread=dd if=/dev/zero bs=$3 count=1 2>/dev/null";
@@ -295,7 +295,7 @@ fn a_missing_server_and_a_missing_export_are_named() {
 }
 
 #[test]
-fn an_export_that_comes_back_smaller_is_refused_aloud() {
+fn an_export_that_comes_back_smaller_is_refused_with_an_error() {
     let directory = directory_with_image("nbd-smaller");
     let image = image_of(&directory);
     let shown = image.to_str().unwrap().to_owned();
@@ -396,7 +396,7 @@ fn a_cache_of_an_export_that_has_changed_since_is_refused() {
     let image = File::options().write(true).open(daemon.image()).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&image, &[0xaa; 4096], 0).unwrap();
     let log = refusal(daemon.directory(), &server.uri(), "");
-    assert!(log.contains("is not as that cache's daemon knew it") && log.contains("genblk recover --force"), "{log}");
+    assert!(log.contains("of the image differs from the cache") && log.contains("genblk recover --force"), "{log}");
     // The operator knows better.
     let cache = daemon.directory().left().remove(0);
     let ended = run_to_end(Command::new(server_binary()).args(["recover", "--force"]).arg(&cache));

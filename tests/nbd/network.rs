@@ -126,7 +126,7 @@ fn a_network_that_is_cut_for_a_moment_costs_time_and_not_even_the_connection() {
 }
 
 #[test]
-fn a_network_that_is_cut_for_long_costs_a_connection_and_no_byte() {
+fn a_network_that_is_cut_for_long_costs_a_connection_and_no_data() {
     let directory = directory_with_image("nbd-cut");
     let Some(network) = Network::start("cut", &directory) else { return };
     // Write-back is in flight when the network is cut.

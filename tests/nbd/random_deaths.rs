@@ -27,7 +27,7 @@ fn replace(daemon: &mut Daemon, guest: &mut Guest, signal: i32, between: impl Fn
 }
 
 #[test]
-fn deaths_of_server_disk_process_and_daemon_in_any_order_lose_no_byte() {
+fn deaths_of_server_disk_process_and_daemon_in_any_order_lose_no_data() {
     let events = std::env::var("GENBLK_EVENTS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
     let seed = seed(26);
     let mut prng = Prng::new(seed);

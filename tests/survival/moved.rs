@@ -71,7 +71,7 @@ fn a_renamed_image_does_not_miss_a_clean_cache_that_was_removed() {
             let (image, memory) = (daemon.image(), memory.to_str().expect("UTF-8").to_owned());
             let arguments = ["take-over", image.to_str().expect("UTF-8"), "--memory-dir", &memory];
             let ended = run_to_end(std::process::Command::new(server_binary()).args(arguments));
-            assert!(ended.status.success() && ended.stdout.contains("is free: nothing was lost"), "{ended:?}");
+            assert!(ended.status.success() && ended.stdout.contains("nothing to take over"), "{ended:?}");
             assert!(record(&image).contains("state clean"), "{}", record(&image));
         }
         daemon.restart();
@@ -140,7 +140,7 @@ fn take_over_of_an_image_whose_cache_holds_nothing_loses_nothing() {
     let (image, memory) = (daemon.image(), daemon.directory().memory());
     let arguments = ["take-over", image.to_str().expect("UTF-8"), "--memory-dir", memory.to_str().expect("UTF-8")];
     let ended = run_to_end(std::process::Command::new(server_binary()).args(arguments));
-    assert!(ended.status.success() && ended.stdout.contains("is free"), "{ended:?}");
+    assert!(ended.status.success() && ended.stdout.contains("nothing to take over"), "{ended:?}");
     daemon.restart();
     let mut session = session.reconnect(&daemon.socket());
     session.start_ring(0);
@@ -165,7 +165,10 @@ fn take_over_says_what_it_could_not_set_aside_and_sets_the_others_aside() {
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     let text = &ended.stderr;
     assert!(text.contains(damaged.to_str().expect("UTF-8")) && text.contains("unknown ledger layout"), "{ended:?}");
-    assert!(text.contains("cannot be served beside it") && !ended.stdout.contains("can be served"), "{ended:?}");
+    assert!(
+        text.contains("cannot be served while that file exists") && !ended.stdout.contains("can be served"),
+        "{ended:?}"
+    );
     let listed = genblk_recover(&["--memory-dir", memory.to_str().expect("UTF-8")]);
     assert!(listed.stdout.contains("set aside"), "{listed:?}");
     fs::remove_file(&damaged).expect("the file can be removed");

@@ -107,10 +107,7 @@ fn a_directory_that_is_not_there_is_an_error_and_one_without_caches_is_not() {
 fn dirty_pages_are_thrown_away_only_with_consent() {
     let (daemon, cache, _) = dirty_cache();
     let refused = genblk_recover(&["--discard", text(&cache)]);
-    assert_refused(
-        &refused,
-        &["holds 4 dirty pages of image ", "which the image lacks; to throw that away, add --force"],
-    );
+    assert_refused(&refused, &["holds 4 dirty pages, not yet written to image ", "; to delete it, add --force"]);
     assert_eq!(daemon.directory().left(), std::slice::from_ref(&cache), "the cache stays");
     assert!(genblk_recover(&["--discard", "--force", text(&cache)]).status.success());
     assert!(daemon.directory().left().is_empty());
@@ -421,7 +418,7 @@ fn on_a_terminal_the_operator_is_asked_before_dirty_pages_are_thrown_away() {
     for (answer, is_removed) in [("n", false), ("", false), ("y", true)] {
         let (daemon, cache, _) = dirty_cache();
         let Some(ended) = on_terminal(&format!("--discard {}", cache.display()), answer) else { return };
-        assert!(ended.stdout.contains("which the image lacks. Throw that away? [y/N]"), "{ended:?}");
+        assert!(ended.stdout.contains(". Delete it? [y/N]"), "{ended:?}");
         assert_eq!(ended.status.success(), is_removed, "{ended:?}");
         assert_eq!(daemon.directory().left().is_empty(), is_removed, "{answer:?}");
     }

@@ -37,9 +37,9 @@ fn a_reader_is_refused_until_the_dirty_pages_are_on_the_image() {
     let file = left[0].to_str().expect("UTF-8");
     let image = daemon.image().display().to_string();
     let message = format!(
-        "genblk: disk0: cannot serve image {image} read-only: {file} holds 4 dirty pages, which the image lacks; to \
-         keep the data, remove read_only and start the daemon again, or run \"genblk recover {file}\"; otherwise \
-         remove it with \"genblk recover --discard {file}\"\n"
+        "genblk: disk0: cannot serve image {image} read-only: {file} holds 4 dirty pages, not yet written to the \
+         image; to keep the data, remove read_only and start the daemon again, or run \"genblk recover {file}\"; \
+         otherwise remove it with \"genblk recover --discard {file}\"\n"
     );
     assert_eq!((refused.status.code(), refused.stderr.as_str()), (Some(1), message.as_str()));
     assert_eq!(daemon.directory().left(), left, "the cache stays");
@@ -59,7 +59,7 @@ fn a_reader_is_refused_until_a_range_is_zeroed_or_its_cache_discarded() {
     assert_eq!(session.write_zeroes(&[range(88, 64, 0)]), OK);
     daemon.kill();
     let refused = run(&mut daemon, READER);
-    assert!(refused.stderr.contains(" holds 0 dirty pages and 1 range to be zeroed, which "), "{refused:?}");
+    assert!(refused.stderr.contains(" holds 0 dirty pages and 1 range to be zeroed, not yet written "), "{refused:?}");
     let left = daemon.directory().left();
     genblk_recover(&["--discard", "--force", left[0].to_str().expect("UTF-8")]);
     daemon.restart();

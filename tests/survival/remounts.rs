@@ -184,7 +184,7 @@ fn a_new_image_with_the_inode_number_of_an_old_one_gets_none_of_its_pages() {
         assert_eq!(fs::metadata(&image).expect("the image").ino(), old, "the number is used again");
         if is_dirty {
             let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
-            assert!(ended.stderr.contains("is not as its cache"), "{ended:?}");
+            assert!(ended.stderr.contains("has changed since its cache"), "{ended:?}");
         } else {
             daemon.restart();
             assert!(read(&daemon).iter().all(|&byte| byte == 0), "{}", daemon.log());
@@ -223,7 +223,7 @@ fn a_block_device_that_is_attached_again_keeps_its_cache_unless_it_was_changed()
         std::os::unix::fs::symlink(&again.device, &image).expect("a link can be created");
         if is_changed {
             let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
-            assert!(ended.stderr.contains("is not as its cache"), "{ended:?}");
+            assert!(ended.stderr.contains("has changed since its cache"), "{ended:?}");
         } else {
             daemon.restart();
             assert!(read(&daemon) == bytes, "{}", daemon.log());

@@ -110,7 +110,10 @@ fn after_a_kill_an_image_that_a_tool_restored_in_place_is_refused_while_its_cach
         }
         let restored = fs::read(daemon.image()).expect("the image can be read");
         let ended = run_to_end(Command::new(server_binary()).arg("--config").arg(daemon.config()));
-        assert!(ended.status.code() == Some(1) && ended.stderr.contains("is not as its cache"), "{what}: {ended:?}");
+        assert!(
+            ended.status.code() == Some(1) && ended.stderr.contains("has changed since its cache"),
+            "{what}: {ended:?}"
+        );
         assert!(fs::read(daemon.image()).expect("the image can be read") == restored, "{what}: nothing is written");
     }
 }
@@ -179,7 +182,7 @@ fn an_image_that_is_still_being_written_is_served_only_when_the_copy_has_ended()
     });
     // A process that merely has it open keeps nobody from serving it.
     daemon.restart();
-    daemon.await_log("has it open, and nothing keeps that process from writing to it");
+    daemon.await_log("has it open; that process ignores image locks and can corrupt the image");
     drop(image);
     assert_serves_the_image(&daemon, "after the copy");
 }

@@ -41,7 +41,7 @@ impl Pages {
                 dirty.push(page.no());
             }
             dirty_or_writeback += u32::from(page.is_dirty_or_writeback());
-            unstable += u32::from(page.is_unstable());
+            unstable += u32::from(page.is_not_durable());
             failed += u32::from(page.is(FAILED));
         }
         dirty.sort();

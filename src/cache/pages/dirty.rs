@@ -28,7 +28,7 @@ impl PageTally {
         Self {
             dirty: (!page.dirty.is_empty()).then_some(page.epoch),
             dirty_or_writeback: page.is_dirty_or_writeback(),
-            unstable: page.is_unstable(),
+            unstable: page.is_not_durable(),
             failed: page.is(FAILED),
         }
     }

@@ -180,7 +180,7 @@ impl Page {
     }
 
     /// Whether the page is not durable: [`Page::is_dirty_or_writeback`] or [`Page::is_unsynced`] (NFS: unstable).
-    pub fn is_unstable(&self) -> bool {
+    pub fn is_not_durable(&self) -> bool {
         self.is_dirty_or_writeback() || self.is_unsynced()
     }
 

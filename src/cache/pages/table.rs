@@ -11,7 +11,7 @@ use super::page::{NONE, Page};
 
 /// The number of a free slot's page: no image has it.
 const NOWHERE: PageNo = PageNo((1 << 48) - 1);
-/// Adjacent pages whose chains begin side by side, because adjacent pages are looked up, inserted and removed together.
+/// Adjacent pages whose chains begin in parallel, because adjacent pages are looked up, inserted and removed together.
 const ROW_PAGES: usize = 8;
 /// Pages of a block, for [`PageTable::blocks`]: 16 MiB.
 const BLOCK_PAGES: u64 = 4096;

@@ -25,7 +25,7 @@ const HITS_PER_INSERTION: u32 = 16;
 /// Fewest ticks of the clock of [`Node::stamp`] in a burst: the resolution of its length.
 const BURST_TICKS_MIN: u32 = 8;
 /// While small has most of the cache, one eviction in ten is from main: else pages that were hot once would stay there
-/// for ever.
+/// forever.
 const EVICTIONS_PER_MAIN: u32 = 10;
 
 /// What happened to a candidate for eviction.

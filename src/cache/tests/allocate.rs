@@ -194,7 +194,7 @@ fn a_reservation_in_flight_during_a_discard_does_not_count() {
     assert_eq!(image.write(1000, 1), [span(1000, 1)], "reserved again, and only what is written");
 }
 
-/// After a Map that failed, holes are read from the store like data. They have no space even so.
+/// After a Map that failed, holes are read from the store like data. They have no space anyway.
 #[test]
 fn a_page_that_may_be_a_hole_is_not_bridged_after_a_map_that_failed() {
     let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..Settings::of(1024, 1 << 20) });

@@ -148,7 +148,7 @@ fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
     assert!(cache.is_stable());
 }
 
-/// Otherwise a page that fails for ever would put the others in doubt for ever.
+/// Otherwise a page that fails forever would put the others in doubt forever.
 #[test]
 fn a_failed_write_is_tried_again_only_when_a_sync_covers_the_others() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -292,7 +292,7 @@ fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
     }
 }
 
-/// Otherwise a page that fails for ever would have the others written again for ever.
+/// Otherwise a page that fails forever would have the others written again forever.
 #[test]
 fn a_failure_after_a_sync_puts_nothing_in_doubt_that_the_sync_covers() {
     let mut cache = cache_of(1024, 1 << 20);

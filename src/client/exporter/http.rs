@@ -76,13 +76,9 @@ impl Exporter {
                 return client.refuse("405 Method Not Allowed", "Allow: GET\r\n", "the exporter takes GET requests\n");
             }
             ScrapeRequest::TooLong => {
-                return client.refuse(
-                    "431 Request Header Fields Too Large",
-                    "",
-                    "the head of the request is too long\n",
-                );
+                return client.refuse("431 Request Header Fields Too Large", "", "the request header is too long\n");
             }
-            ScrapeRequest::Invalid => return client.refuse("400 Bad Request", "", "this is no HTTP request\n"),
+            ScrapeRequest::Invalid => return client.refuse("400 Bad Request", "", "not an HTTP request\n"),
         };
         let (text, asked) = metrics(&self.options, format);
         self.report(asked.err().map(|e| e.to_string()));

@@ -85,7 +85,7 @@ impl ScrapeListener {
     /// The next connection.
     ///
     /// # Errors
-    /// Those of accept(2).
+    /// Errors of accept(2).
     pub fn accept(&self) -> io::Result<Box<dyn ScrapeStream>> {
         match self {
             Self::Tcp(listener) => listener.accept().map(|(stream, _)| Box::new(stream) as _),

@@ -25,14 +25,14 @@ pub(super) fn write(text: &mut MetricsText, sample: Option<&DaemonSample>, with_
 }
 
 fn about_daemon(text: &mut MetricsText, description: &Description) {
-    text.family("genblk_build_info", Gauge, "The version that serves; always 1.");
+    text.family("genblk_build_info", Gauge, "Version of the daemon; always 1.");
     text.sample("genblk_build_info", &[("version", &description.version)], 1);
     text.family("genblk_start_time_seconds", Gauge, "When the daemon started, in seconds since 1970.");
     text.sample("genblk_start_time_seconds", &[], seconds(description.since_us.saturating_mul(1000)));
 }
 
 fn about_devices(text: &mut MetricsText, devices: &[DeviceStatus]) {
-    text.family("genblk_device_info", Gauge, "What does not change while a device is served; always 1.");
+    text.family("genblk_device_info", Gauge, "Image and serial number of the device; always 1.");
     for device in devices {
         let labels =
             [("device", device.name.as_str()), ("image", device.image.as_str()), ("serial", device.serial.as_str())];
@@ -48,7 +48,7 @@ fn about_devices(text: &mut MetricsText, devices: &[DeviceStatus]) {
     type Value = fn(&DeviceStatus) -> Option<u64>;
     let metrics: [(&str, &str, Value); 3] = [
         ("genblk_device_size_bytes", "Size of the disk.", |device| device.image_bytes),
-        ("genblk_device_front_end", "Whether a virtual machine monitor is connected.", |device| {
+        ("genblk_device_front_end", "Whether a front-end is connected.", |device| {
             Some(device.front_end.is_some().into())
         }),
         ("genblk_device_oldest_operation_seconds", "Age of the oldest operation in flight on the image.", |device| {
@@ -96,12 +96,7 @@ fn about_requests(text: &mut MetricsText, devices: &[DeviceStatistics], with_buc
     let in_flight = |device: &DeviceStatistics| {
         device.requests.iter().fold(0, |sum: u64, requests| sum.saturating_add(requests.in_flight))
     };
-    of_devices(
-        text,
-        devices,
-        ("genblk_requests_in_flight", Gauge, "Requests that were taken and have not completed."),
-        in_flight,
-    );
+    of_devices(text, devices, ("genblk_requests_in_flight", Gauge, "Requests in flight."), in_flight);
     let metrics = [
         ("genblk_read_bytes_total", "read", "Bytes that guests read."),
         ("genblk_written_bytes_total", "write", "Bytes that guests wrote."),
@@ -141,31 +136,32 @@ const OF_CACHE: [(DeviceMetric<'static>, CacheValue); 12] = [
         ("genblk_cache_lookup_pages_total", Counter, "Pages of 4 KiB that reads asked for."),
         CacheStatistics::lookup_pages,
     ),
-    (("genblk_cache_hit_pages_total", Counter, "Of those, pages that were in memory."), |cache| cache.hit_pages),
-    (
-        (
-            "genblk_cache_hole_pages_total",
-            Counter,
-            "Of those, pages of holes, which need neither memory nor the image.",
-        ),
-        |cache| cache.hole_pages,
-    ),
+    (("genblk_cache_hit_pages_total", Counter, "Pages that reads asked for and found in memory."), |cache| {
+        cache.hit_pages
+    }),
+    (("genblk_cache_hole_pages_total", Counter, "Pages that reads asked for in holes of the image."), |cache| {
+        cache.hole_pages
+    }),
     (("genblk_cache_evicted_pages_total", Counter, "Pages that were evicted."), |cache| cache.evicted_pages),
     (("genblk_readahead_pages_total", Counter, "Pages that were read ahead."), |cache| cache.readahead_pages),
-    (("genblk_readahead_used_pages_total", Counter, "Of those, pages that were then asked for."), |cache| {
+    (("genblk_readahead_used_pages_total", Counter, "Pages that were read ahead and then asked for."), |cache| {
         cache.readahead_used_pages
     }),
     (
-        ("genblk_readahead_evicted_pages_total", Counter, "Of those, pages that were evicted or overwritten unread."),
+        (
+            "genblk_readahead_evicted_pages_total",
+            Counter,
+            "Pages that were read ahead and evicted or overwritten unread.",
+        ),
         |cache| cache.readahead_wasted_pages,
     ),
-    (("genblk_cache_size_bytes", Gauge, "Memory for pages."), |cache| bytes_of(cache.frames)),
-    (("genblk_cache_free_bytes", Gauge, "Of it, memory that holds nothing."), |cache| bytes_of(cache.frames_free)),
-    (("genblk_cache_dirty_bytes", Gauge, "Data that is newer than the image."), |cache| bytes_of(cache.dirty_pages)),
-    (("genblk_cache_dirty_limit_bytes", Gauge, "The present limit of that."), |cache| {
+    (("genblk_cache_size_bytes", Gauge, "Cache memory for pages."), |cache| bytes_of(cache.frames)),
+    (("genblk_cache_free_bytes", Gauge, "Cache memory that holds no page."), |cache| bytes_of(cache.frames_free)),
+    (("genblk_cache_dirty_bytes", Gauge, "Dirty data: newer than the image."), |cache| bytes_of(cache.dirty_pages)),
+    (("genblk_cache_dirty_limit_bytes", Gauge, "Present limit of dirty data."), |cache| {
         bytes_of(cache.dirty_limit_pages)
     }),
-    (("genblk_cache_metadata_bytes", Gauge, "Memory beside the pages."), |cache| cache.metadata_bytes),
+    (("genblk_cache_metadata_bytes", Gauge, "Memory of the cache besides the pages."), |cache| cache.metadata_bytes),
 ];
 
 fn bytes_of(pages: u64) -> u64 {

@@ -43,7 +43,7 @@ pub struct TopOptions {
 /// replies.
 ///
 /// # Errors
-/// Those of [`super::ControlClient::connect`] at the start; [`ErrorKind::Config`] if there is no terminal;
+/// The errors of [`super::ControlClient::connect`] at the start; [`ErrorKind::Config`] if there is no terminal;
 /// [`ErrorKind::System`] if it cannot be drawn on.
 pub fn top(options: &TopOptions) -> Result<()> {
     let has_terminal = io::stdout().is_terminal() && io::stdin().is_terminal();

@@ -134,10 +134,10 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
     };
     if let Some(held) = held.filter(|_| consent == Consent::Ask) {
         if !is_interactive() {
-            let context = format!("{shown} holds {held}; to throw that away, add --force");
+            let context = format!("{shown} holds {held}; to delete it, add --force");
             return Err(Error::new(ErrorKind::Ledger, context));
         }
-        if !ask(&format!("{shown} holds {held}. Throw that away?")) {
+        if !ask(&format!("{shown} holds {held}. Delete it?")) {
             return Err(Error::new(ErrorKind::Ledger, format!("{shown} was kept")));
         }
     }
@@ -173,7 +173,7 @@ fn held_by(survey: &Survey) -> Option<String> {
             ranges => format!(" and {} to be zeroed", counted(ranges, "range")),
         };
         let dirty = counted(survey.dirty_pages, "dirty page");
-        return Some(format!("{dirty}{ranges} of image {shown}, which the image lacks"));
+        return Some(format!("{dirty}{ranges}, not yet written to image {shown}"));
     }
     // At an image that has one, the record takes the place of the loss marker.
     let is_only_note = header.guest.data == GuestData::Lost && !header.tenure.is_some_and(|tenure| tenure.is_recorded);

@@ -29,7 +29,7 @@ const RESOLVE_MAX: Duration = Duration::from_secs(1);
 
 /// Logs the fd-store entries that no device uses. They stay in the fd store: they may hold the only copy of a guest's
 /// data.
-pub fn warn_unclaimed(config: &Config, manager: &Arc<ServiceManager>) {
+pub fn warn_unused_fds(config: &Config, manager: &Arc<ServiceManager>) {
     let sockets = config.devices.iter().filter_map(|device| match device.socket {
         Socket::Fd(fd) => Some(fd),
         Socket::Path(_) => None,
@@ -136,7 +136,7 @@ fn resolved(path: &Path) -> PathBuf {
 ///
 /// => The devices are open: their caches are in use. A configured image may have replaced another one, whose cache is
 ///    among the others.
-pub fn warn_unheld(config: &Config) {
+pub fn warn_unused_files(config: &Config) {
     for memory_dir in memory_dirs(&config.devices) {
         let mut unheld = Unheld::default();
         for cache in unheld_below(&memory_dir) {

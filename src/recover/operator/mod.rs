@@ -7,7 +7,7 @@ mod list;
 mod terminal;
 
 pub use commands::{Consent, Recovery, discard, prune, recover};
-pub use leftovers::{bytes_kept_for, check_folder, has_unwritten_cache, hint_for, warn_unclaimed, warn_unheld};
+pub use leftovers::{bytes_kept_for, check_folder, has_unwritten_cache, hint_for, warn_unused_fds, warn_unused_files};
 pub use list::list;
 
 pub(super) use leftovers::caches_below;

@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_plays_no_tricks_on_the_terminal() {
+    fn control_characters_of_a_path_are_escaped() {
         assert_eq!(visible(Path::new("/a b/\u{1b}[31m\n")), "/a b/\\u{1b}[31m\\n");
     }
 }

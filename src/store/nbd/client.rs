@@ -67,7 +67,7 @@ pub(super) struct Client {
     requests: u64,
     submitted: u64,
     /// The connection is not the first one, and the cache does not know.
-    must_tell_loss: bool,
+    loss_unreported: bool,
     events: Vec<Event>,
     in_flight: usize,
     held: usize,
@@ -88,7 +88,7 @@ impl Client {
             receiving: Receiving::Header,
             requests: 0,
             submitted: 0,
-            must_tell_loss: false,
+            loss_unreported: false,
             events: Vec::new(),
             in_flight: 0,
             held: 0,
@@ -118,8 +118,8 @@ impl Client {
     }
 
     /// Whether the next Sync fails because of a loss.
-    pub fn must_tell_loss(&self) -> bool {
-        self.must_tell_loss
+    pub fn loss_unreported(&self) -> bool {
+        self.loss_unreported
     }
 
     /// Whether there are events to take.
@@ -137,7 +137,7 @@ impl Client {
             }
             _ if !self.supports(request.op) => Some(failed(tag, Fault::Unsupported, libc::EOPNOTSUPP)),
             _ if self.link == Link::Gone => Some(failed(tag, Fault::Gone, libc::ENOTCONN)),
-            OpKind::Sync if self.must_tell_loss => Some(failed(tag, Fault::Lost, libc::ESTALE)),
+            OpKind::Sync if self.loss_unreported => Some(failed(tag, Fault::Lost, libc::ESTALE)),
             OpKind::Sync if !self.flushes => Some(Event::Done { tag }),
             // Smaller than the server's blocks.
             OpKind::Discard if self.whole_blocks(&request).is_none() => Some(Event::Done { tag }),
@@ -316,7 +316,7 @@ impl Client {
         let is_being_sent = || self.sending.iter().any(|sending| sending.slot == index);
         match slot {
             Some(slot) if slot.cookie == cookie && slot.phase == Phase::Sent && !is_being_sent() => Ok(index),
-            _ => Err(Violation("it replies to a request that was not sent")),
+            _ => Err(Violation("it sends a reply with an unknown cookie")),
         }
     }
 
@@ -331,11 +331,11 @@ impl Client {
         }
         match slot.request.op {
             OpKind::Read if !slot.has_arrived() => {
-                return Err(Violation("it says that a read is complete, and has not sent all of it"));
+                return Err(Violation("it ends a read reply early"));
             }
             OpKind::Map => {
                 if slot.known <= slot.done {
-                    return Err(Violation("it describes nothing of a range"));
+                    return Err(Violation("it sends an empty block status"));
                 }
                 slot.done = slot.known;
             }
@@ -375,9 +375,9 @@ impl Client {
 
     /// Appends the events.
     pub fn take_events(&mut self, events: &mut Vec<Event>) {
-        if self.must_tell_loss {
+        if self.loss_unreported {
             let tells = |event: &Event| matches!(event, Event::Failed { fault: Fault::Lost, .. });
-            self.must_tell_loss = !self.events.iter().any(tells);
+            self.loss_unreported = !self.events.iter().any(tells);
         }
         self.in_flight -= self.events.len();
         events.append(&mut self.events);
@@ -404,10 +404,10 @@ impl Client {
         if self.export.allocation.is_some() {
             self.export.allocation = found.allocation;
         }
-        self.must_tell_loss |= may_have_lost && !planted(PlantedBug::RestartNotReported);
+        self.loss_unreported |= may_have_lost && !planted(PlantedBug::RestartNotReported);
         for index in self.in_order(|slot| slot.phase == Phase::Waiting) {
             let request = &self.slots[index].as_ref().expect("it was just found").request;
-            if request.op == OpKind::Sync && self.must_tell_loss {
+            if request.op == OpKind::Sync && self.loss_unreported {
                 let event = failed(request.tag, Fault::Lost, libc::ESTALE);
                 self.complete(index, event);
             } else {

@@ -63,7 +63,7 @@ impl Patient for TcpStream {
 /// Connects to an export, and negotiates for at most `patience`. Blocks.
 ///
 /// # Errors
-/// Those of connect(2); [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::InvalidData`] for what is no NBD server;
+/// Errors of connect(2); [`io::ErrorKind::TimedOut`]; [`io::ErrorKind::InvalidData`] for what is no NBD server;
 /// [`io::ErrorKind::ConnectionRefused`] with the server's reason if it refuses the export.
 pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection> {
     let (host, port) = match &uri.place {

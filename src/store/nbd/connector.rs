@@ -78,7 +78,7 @@ fn text_of(error: &impl ToString) -> String {
 /// Starts a connector for one process; returns that process's end.
 ///
 /// # Errors
-/// Those of socketpair(2) and pthread_create(3).
+/// Errors of socketpair(2) and pthread_create(3).
 pub(super) fn spawn(server: &Arc<ExportServer>) -> io::Result<UnixStream> {
     let (ours, theirs) = message_pair()?;
     let server = Arc::clone(server);

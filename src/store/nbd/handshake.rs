@@ -128,12 +128,12 @@ impl Handshake {
             HandshakeState::Greeting => self.greeted(bytes),
             HandshakeState::Reply(option) => {
                 if be64(bytes, 0) != OPTION_REPLY_MAGIC || be32(bytes, 8) != option {
-                    return Err(protocol("it does not reply to options as NBD servers do"));
+                    return Err(protocol("it sends a bad magic number or another option in an option reply"));
                 }
                 let (kind, len) = (be32(bytes, 12), be32(bytes, 16));
                 self.replies += 1;
                 if len > REPLY_DATA_MAX || self.replies > REPLIES_MAX {
-                    return Err(protocol("it replies to an option without end"));
+                    return Err(protocol("it sends too many or too long option replies"));
                 }
                 if len > 0 {
                     self.state = HandshakeState::ReplyData { option, kind, len };
@@ -148,7 +148,7 @@ impl Handshake {
 
     fn greeted(&mut self, bytes: &[u8]) -> Result<(), HandshakeError> {
         if &bytes[..8] != b"NBDMAGIC" {
-            return Err(protocol("it is no NBD server"));
+            return Err(protocol("it is not an NBD server"));
         }
         let flags = be16(bytes, 16);
         if &bytes[8..16] != OPTION_MAGIC || flags & FIXED_NEWSTYLE == 0 {
@@ -205,9 +205,9 @@ impl Handshake {
             }
             (OPTION_GO, REPLY_INFO) => self.informed(data)?,
             (OPTION_GO, REPLY_ACK) if self.has_size => self.state = HandshakeState::Done,
-            (OPTION_GO, REPLY_ACK) => return Err(protocol("it does not tell the size of the export")),
+            (OPTION_GO, REPLY_ACK) => return Err(protocol("it sends no NBD_INFO_EXPORT")),
             (OPTION_GO, _) if is_error => return Err(self.refusal(kind, data)),
-            _ => return Err(protocol(&format!("it replies {kind:#x} to option {option}"))),
+            _ => return Err(protocol(&format!("it sends an unexpected reply {kind:#x} to option {option}"))),
         }
         Ok(())
     }
@@ -221,14 +221,14 @@ impl Handshake {
             (14, Some(INFO_BLOCK_SIZE)) => {
                 let (min, preferred, max) = (be32(data, 2), be32(data, 6), be32(data, 10));
                 if !min.is_power_of_two() || min > 64 << 10 || !preferred.is_power_of_two() || max < min {
-                    return Err(protocol(&format!("its block sizes are {min}, {preferred} and {max}")));
+                    return Err(protocol(&format!("it announces invalid block sizes ({min}, {preferred}, {max})")));
                 }
                 (self.found.block_min, self.found.block_preferred, self.found.block_max) = (min, preferred, max);
             }
             (_, None | Some(INFO_EXPORT | INFO_BLOCK_SIZE)) => {
-                return Err(protocol("it describes the export in another form"));
+                return Err(protocol("it sends a malformed NBD_REP_INFO"));
             }
-            // Information that nobody asked for.
+            // Information that was not requested.
             _ => {}
         }
         Ok(())
@@ -239,10 +239,10 @@ impl Handshake {
         let said = if said.is_empty() { said } else { format!(" ({said})") };
         HandshakeError::Refused(match kind {
             ERROR_UNKNOWN => format!("it has no export {:?}{said}", self.name),
-            ERROR_TLS_REQUIRED => format!("it demands TLS{said}: use a TLS proxy"),
+            ERROR_TLS_REQUIRED => format!("it requires TLS{said}: use a TLS proxy"),
             ERROR_POLICY => format!("its policy refuses the export{said}"),
-            ERROR_SHUTDOWN => format!("it shuts down{said}"),
-            ERROR_UNSUPPORTED => format!("it is too old: it does not know NBD_OPT_GO{said}"),
+            ERROR_SHUTDOWN => format!("it is shutting down{said}"),
+            ERROR_UNSUPPORTED => format!("it does not support NBD_OPT_GO{said}"),
             other => format!("it refuses the export with error {:#x}{said}", other & !REPLY_ERROR),
         })
     }
@@ -345,7 +345,7 @@ mod tests {
             (ERROR_UNKNOWN, "no export \"disk\""),
             (ERROR_TLS_REQUIRED, "TLS"),
             (ERROR_POLICY, "policy"),
-            (ERROR_SHUTDOWN, "shuts down"),
+            (ERROR_SHUTDOWN, "shutting down"),
             (ERROR_UNSUPPORTED, "NBD_OPT_GO"),
             (REPLY_ERROR | 99, "0x63"),
         ] {

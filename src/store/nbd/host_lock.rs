@@ -121,7 +121,7 @@ impl HostLock {
                 // It has just ended.
                 Holder::None if wait.elapsed() < patience + ENDED_MAX => thread::sleep(POLL),
                 Holder::None | Holder::Other => {
-                    warn!("the name @{name} is taken by another user: no other daemon is kept from the export");
+                    warn!("the name @{name} is taken by another user: a second daemon could open the export");
                     return Ok(None);
                 }
             }

@@ -192,10 +192,10 @@ fn check(export: &Export, options: &OpenOptions) -> std::result::Result<(), Stri
         return Ok(());
     }
     if export.has(export_flag::READ_ONLY) {
-        return Err("the server lets it be read only; set read_only = true (--read-only)".to_owned());
+        return Err("the server exports it read-only; set read_only = true (--read-only)".to_owned());
     }
     if !export.has(export_flag::SEND_FLUSH) && !options.nbd.trusts_without_flush {
-        return Err("the server has no FLUSH, so nothing tells whether a write is durable; set read_only = true, or \
+        return Err("the server has no FLUSH, so durability cannot be guaranteed; set read_only = true, or \
                     nbd_flush = \"none\" if the server has no volatile cache at all"
             .to_owned());
     }

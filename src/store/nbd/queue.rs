@@ -67,7 +67,7 @@ impl NbdQueue {
     /// A queue on `connection`, which gets others from `reconnector`.
     ///
     /// # Errors
-    /// Those of epoll_create(2), timerfd_create(2) and eventfd(2).
+    /// Errors of epoll_create(2), timerfd_create(2) and eventfd(2).
     pub fn new(
         remote: Arc<Remote>,
         limits: Limits,
@@ -115,7 +115,7 @@ impl NbdQueue {
         if self.client.in_flight() > 0 {
             return None;
         }
-        let may_have_lost = self.client.must_tell_loss();
+        let may_have_lost = self.client.loss_unreported();
         self.connection.take().map(|connection| Connection { may_have_lost, ..connection })
     }
 

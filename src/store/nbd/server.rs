@@ -42,7 +42,7 @@ pub(super) struct ExportServer {
     pub promised: Export,
     pub read_only: bool,
     pub io_max: u32,
-    /// How long to try to connect again; `None`: for ever.
+    /// How long to try to connect again; `None`: forever.
     pub give_up: Option<Duration>,
     pub lock: Option<HostLock>,
     state: Mutex<ExportServerState>,

@@ -1,5 +1,5 @@
 //! The manual pages and the shell completions below packaging/: made from the definition of the command line, from the
-//! table of keys and from configs/default.toml. The test fails where they differ; `make manual` writes them anew.
+//! table of keys and from configs/default.toml. The test fails where they differ; `make manual` rewrites them.
 
 use std::collections::BTreeMap;
 use std::fs;

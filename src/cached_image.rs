@@ -295,9 +295,10 @@ impl CachedImage {
         Some(oldest.map(|(kind, span, since)| (kind, span, age(since))))
     }
 
-    /// As [`CachedImage::stats`]; `None` while a worker uses the cache.
-    pub fn try_stats(&self) -> Option<Stats> {
-        Some(self.cache.try_lock().ok()?.stats())
+    /// As [`CachedImage::stats`], and whether the cache is frozen; `None` while a worker uses the cache.
+    pub fn try_stats_and_freeze(&self) -> Option<(Stats, bool)> {
+        let cache = self.cache.try_lock().ok()?;
+        Some((cache.stats(), cache.is_frozen()))
     }
 
     /// Whether the image lacks completed writes or has not made them durable; `true` while a worker uses the cache.

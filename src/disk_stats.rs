@@ -52,6 +52,8 @@ mod word {
     pub const FRONT_END_PID: usize = 15;
     pub const FRONT_END_UID: usize = 16;
     pub const IMAGE_BYTES: usize = 17;
+    /// 1 if the cache leaves the image alone.
+    pub const IS_FROZEN: usize = 18;
     /// The cache's statistics, in the order of [`crate::cache::Stats`].
     pub const CACHE: usize = 64;
 }
@@ -121,6 +123,8 @@ pub struct DiskState {
     pub busy_with: Option<(u32, u32)>,
     /// Process ID and user ID of the front-end that is served.
     pub front_end: Option<(u32, u32)>,
+    /// Whether the cache is frozen.
+    pub is_frozen: bool,
 }
 
 /// The page of one device. The words of the workers' counters follow it.
@@ -176,6 +180,7 @@ impl StatsPage {
             words.store(word::CACHE + index, number);
         }
         words.store(word::IMAGE_BYTES, state.image_bytes);
+        words.store(word::IS_FROZEN, state.is_frozen.into());
         words.store(word::HAS_FRONT_END, state.front_end.is_some().into());
         let (pid, uid) = state.front_end.unwrap_or_default();
         words.store(word::FRONT_END_PID, pid.into());
@@ -221,11 +226,17 @@ impl StatsPage {
         DiskState {
             cache: Stats::from_array(std::array::from_fn(|index| load(word::CACHE + index))),
             image_bytes: load(word::IMAGE_BYTES),
+            is_frozen: load(word::IS_FROZEN) != 0,
             has_unkept_data: load(word::HAS_UNKEPT_DATA) != 0,
             oldest,
             busy_with: (load(word::IS_BUSY) != 0).then(|| process(word::HOLDER_PID, word::HOLDER_UID)),
             front_end: (load(word::HAS_FRONT_END) != 0).then(|| process(word::FRONT_END_PID, word::FRONT_END_UID)),
         }
+    }
+
+    /// When the process wrote the page last, by CLOCK_MONOTONIC; 0: never.
+    pub fn written_at_ns(&self) -> u64 {
+        self.words.load(word::WRITTEN_AT)
     }
 
     /// For how long the process has not written the page; `None` if it never has.
@@ -296,6 +307,7 @@ mod tests {
             oldest: Some(oldest),
             busy_with: Some((17, 0)),
             front_end: Some((18, 1)),
+            is_frozen: true,
         };
         writer.publish(&state);
         std::thread::sleep(Duration::from_millis(2));

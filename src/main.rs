@@ -66,6 +66,7 @@ fn run(action: Action) -> Result<()> {
         Action::Configuration { socket, device, json } => {
             print(&client::config(&mut ControlClient::connect(&socket)?, device.as_deref(), json)?);
         }
+        Action::Events(socket, options) => client::events(&mut ControlClient::connect(&socket)?, &options)?,
         Action::Freeze(socket, options) => {
             if let Some(status) = client::freeze(&socket, &options, print)? {
                 logging::flush();

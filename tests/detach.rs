@@ -181,6 +181,20 @@ fn only_an_explicit_discard_gives_up_what_a_cache_loses() {
     assert!(names(&control).is_empty());
 }
 
+#[test]
+fn a_discard_that_cannot_be_recorded_says_so() {
+    let Some((failing, mut detach)) = detach_unkept("detach-unrecorded") else { return };
+    let runtime = failing.control.with_file_name("runtime.toml");
+    // A directory in its place cannot be replaced.
+    let _ = fs::remove_file(&runtime);
+    fs::create_dir_all(runtime.join("in-the-way")).expect("a directory can be created");
+    let discard = genblk(&failing.control, &["detach", "d0", "--force", "--discard"]);
+    assert_eq!(discard.status.code(), Some(1), "{discard:?}");
+    let error = String::from_utf8_lossy(&discard.stderr).into_owned();
+    assert!(error.contains("the next daemon will attach it again"), "{error}");
+    assert!(!detach.reply()["error"].is_null());
+}
+
 /// Writes to a disk; returns the status of the request.
 fn status_of_write(session: &mut Session) -> u8 {
     let pending = session.submit(0, VIRTIO_BLK_T_OUT, 0, Payload::Send(&[5; 4096]));

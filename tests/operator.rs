@@ -188,6 +188,12 @@ fn a_ring_that_stops_does_not_wait_for_the_end_of_a_freeze_which_is_lost() {
     let used = session.rings[0].wait_used(Duration::ZERO);
     assert_eq!(session.outcome(&pending, used).status, 0);
     assert!(begun.elapsed() < Duration::from_secs(60), "it has not waited for the end of the freeze");
+    poll_until("the list to show that the freeze is lost", PATIENCE, || {
+        (state(&control) == json!("serving")).then_some(())
+    });
+    let again = call(&control, "Freeze", &json!({"device": "d0", "timeout_ms": 60000}));
+    assert_eq!(again["parameters"]["frozen"], json!(true), "another freeze can begin: {again}");
+    assert_eq!(call(&control, "Thaw", &json!({"device": "d0"}))["parameters"]["held"], json!(true));
     let thawed = call(&control, "Thaw", &json!({"device": "d0"}));
     assert_eq!(thawed["parameters"]["held"], json!(false), "{thawed}");
 }

@@ -131,6 +131,27 @@ fn the_advice_for_a_key_that_takes_effect_after_detach_and_attach_can_be_followe
 }
 
 #[test]
+fn a_reload_tells_of_keys_that_wait_and_of_those_that_a_command_has_set() {
+    let (daemon, control) = start("reload-told");
+    stdout_of(&genblk(&control, &["set", "d0", "poll_us=7"]));
+    configure(&daemon, &control, &table(daemon.directory(), "d0", "image", "poll_us = 9\nworkers = 2\n"));
+    let text = stdout_of(&genblk(&control, &["reload"]));
+    assert!(text.contains("d0: pending until detach and attach: workers\n"), "{text}");
+    assert!(
+        text.contains("d0: as set by a command until an orderly stop, whatever the file says: poll_us\n"),
+        "{text}"
+    );
+    let pending = || call(&control, "List", &json!({}))["parameters"]["devices"][0]["pending"].clone();
+    assert_eq!(pending(), json!(["workers"]));
+    assert!(stdout_of(&genblk(&control, &["list"])).contains("d0: pending until detach and attach: workers"));
+    let metrics = stdout_of(&genblk(&control, &["exporter", "--once"]));
+    assert!(metrics.contains("genblk_device_pending_keys{device=\"d0\"} 1\n"), "{metrics}");
+    configure(&daemon, &control, &table(daemon.directory(), "d0", "image", ""));
+    stdout_of(&genblk(&control, &["reload"]));
+    assert_eq!(pending(), json!([]), "the file asks for what is in force");
+}
+
+#[test]
 fn a_reload_attaches_detaches_and_changes_what_the_file_says() {
     let (mut daemon, control) = start("reload-all");
     let directory = daemon.directory();

@@ -31,6 +31,9 @@ _genblk() {
             genblk,drop)
                 cmd="genblk__subcmd__drop"
                 ;;
+            genblk,events)
+                cmd="genblk__subcmd__events"
+                ;;
             genblk,exporter)
                 cmd="genblk__subcmd__exporter"
                 ;;
@@ -88,6 +91,9 @@ _genblk() {
             genblk__subcmd__help,drop)
                 cmd="genblk__subcmd__help__subcmd__drop"
                 ;;
+            genblk__subcmd__help,events)
+                cmd="genblk__subcmd__help__subcmd__events"
+                ;;
             genblk__subcmd__help,exporter)
                 cmd="genblk__subcmd__help__subcmd__exporter"
                 ;;
@@ -137,7 +143,7 @@ _genblk() {
 
     case "${cmd}" in
         genblk)
-            opts="-h -V --config --check --strict --print-capabilities --socket-path --fd --socket-mode --socket-group --blk-file --format --read-only --cache-size --cache-mode --num-queues --serial --memory-dir --sandbox --help --version recover disk-process list stat attach detach set reload config flush drop resize resume freeze thaw top exporter take-over help"
+            opts="-h -V --config --check --strict --print-capabilities --socket-path --fd --socket-mode --socket-group --blk-file --format --read-only --cache-size --cache-mode --num-queues --serial --memory-dir --sandbox --help --version recover disk-process list stat attach detach set reload config events flush drop resize resume freeze thaw top exporter take-over help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -288,6 +294,24 @@ _genblk() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        genblk__subcmd__events)
+            opts="-f -h --follow --socket --json --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --socket)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         genblk__subcmd__exporter)
             opts="-h --listen --once --no-histograms --socket --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -351,7 +375,7 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__help)
-            opts="recover disk-process list stat attach detach set reload config flush drop resize resume freeze thaw top exporter take-over help"
+            opts="recover disk-process list stat attach detach set reload config events flush drop resize resume freeze thaw top exporter take-over help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -421,6 +445,20 @@ _genblk() {
             return 0
             ;;
         genblk__subcmd__help__subcmd__drop)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        genblk__subcmd__help__subcmd__events)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::client::exporter::{ExporterOptions, ListenAddress};
-use crate::client::{DeviceAction, FreezeOptions, StatOptions, TopOptions};
+use crate::client::{DeviceAction, EventOptions, FreezeOptions, StatOptions, TopOptions};
 use crate::config::Config;
 
 /// What the command line asks for.
@@ -110,6 +110,8 @@ pub enum Action {
         /// The reply as it came.
         json: bool,
     },
+    /// Show the events of the daemon at this control socket.
+    Events(PathBuf, EventOptions),
     /// Freeze a device of the daemon at this control socket.
     Freeze(PathBuf, FreezeOptions),
     /// Show what the devices of a daemon do on a terminal.

@@ -9,7 +9,7 @@ use clap::builder::{PathBufValueParser, TypedValueParser};
 
 use super::{Action, help};
 use crate::client::exporter::{ExporterOptions, ListenAddress};
-use crate::client::{DeviceAction, FreezeOptions, Numbers, StatOptions, TopOptions, View};
+use crate::client::{DeviceAction, EventOptions, FreezeOptions, Numbers, StatOptions, TopOptions, View};
 use crate::config::{SYSTEMD, parse_size};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -81,6 +81,17 @@ pub(super) enum ClientCommand {
     Config {
         /// A device; without this, all of them
         device: Option<String>,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+    /// Show what has happened to a running daemon and its disks
+    #[command(after_long_help = help::EVENTS)]
+    Events {
+        /// A device; without this, all of them and the daemon itself
+        device: Option<String>,
+        /// Go on with events as they come
+        #[arg(short = 'f', long)]
+        follow: bool,
         #[command(flatten)]
         control: ControlSocket,
     },
@@ -363,6 +374,9 @@ impl ClientCommand {
             }
             Self::Config { device, control: ControlSocket { socket, json } } => {
                 Action::Configuration { socket, device, json }
+            }
+            Self::Events { device, follow, control: ControlSocket { socket, json } } => {
+                Action::Events(socket, EventOptions { device, follow, as_json: json })
             }
             Self::Flush(device) => device.change(DeviceAction::Flush),
             Self::Drop { device, flushed } => device.change(DeviceAction::Drop { flushed }),

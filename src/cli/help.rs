@@ -222,6 +222,17 @@ Notes:
   smaller, or one at an NBD server larger, detach it and attach it again.
 ";
 
+pub(super) const EVENTS: &str = "\
+Examples:
+  genblk events              what the daemon has kept, at most 1024 events
+  genblk events -f vm1       that of one disk, and then what comes
+  genblk events -f --json    for programs
+
+Notes:
+  A line has the time (UTC), the disk, what has happened, and details. Front-ends
+  and states are looked at four times a second: what is shorter makes no event.
+";
+
 pub(super) const FLUSH: &str = "\
 Examples:
   genblk flush vm1

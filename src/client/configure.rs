@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::ControlClient;
-use crate::control::wire::{ChangeKind, DeviceChange};
+use crate::control::wire::{ChangeKind, DeviceChange, DeviceKeys};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Sets keys of a device, each written KEY=VALUE; returns what to print.
@@ -49,10 +49,17 @@ pub fn reload(client: &mut ControlClient, dry_run: bool, as_json: bool) -> Resul
         Error::io(ErrorKind::Control, "a reply to Reload that this version does not know", e.into())
     };
     let changes: Vec<DeviceChange> = serde_json::from_value(results["changes"].clone()).map_err(unknown)?;
+    let overridden: Vec<DeviceKeys> = serde_json::from_value(results["overridden"].clone()).unwrap_or_default();
+    let overridden: String = overridden.iter().map(line_of_overridden).collect();
     if changes.is_empty() {
-        return Ok("nothing has changed\n".to_owned());
+        return Ok(format!("nothing has changed\n{overridden}"));
     }
-    Ok(changes.iter().map(|change| line_of(change, dry_run)).collect())
+    Ok(changes.iter().map(|change| line_of(change, dry_run)).collect::<String>() + &overridden)
+}
+
+fn line_of_overridden(DeviceKeys { device, keys }: &DeviceKeys) -> String {
+    let keys = super::visible(&keys.join(", "));
+    format!("{device}: as set by a command until an orderly stop, whatever the file says: {keys}\n")
 }
 
 fn line_of(DeviceChange { device, what, detail }: &DeviceChange, dry_run: bool) -> String {

@@ -47,6 +47,10 @@ fn table(devices: &[DeviceStatus]) -> String {
         if let Some(why) = &device.why {
             reasons += &format!("{}: {}\n", device.name, visible(why));
         }
+        if !device.pending.is_empty() {
+            let keys = visible(&device.pending.join(", "));
+            reasons += &format!("{}: pending until detach and attach: {keys}\n", device.name);
+        }
         if let Some(us) = device.oldest_operation_us.filter(|us| *us >= SLOW_US) {
             reasons += &format!("{}: its image has not answered for {} s\n", device.name, us / 1_000_000);
         }
@@ -78,6 +82,7 @@ mod tests {
             dirty_bytes: Some(0),
             oldest_operation_us: None,
             limits: None,
+            pending: Vec::new(),
         };
         let failed = DeviceStatus {
             name: "db".to_owned(),
@@ -89,13 +94,15 @@ mod tests {
             dirty_bytes: None,
             ..served.clone()
         };
-        let slow = DeviceStatus { oldest_operation_us: Some(12_300_000), ..served.clone() };
+        let pending = vec!["workers".to_owned(), "cache.size".to_owned()];
+        let slow = DeviceStatus { oldest_operation_us: Some(12_300_000), pending, ..served.clone() };
         let expected = "\
 disk  state    front-end  image          size  cache  used  dirty       mode
 vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
 db    failed   -          /srv/vm1.img      -   256M     -      -  writeback
 vm1   serving  pid 4242   /srv/vm1.img  20.0G   256M   50%      0  writeback
 db: no such ?[2Jfile
+vm1: pending until detach and attach: workers, cache.size
 vm1: its image has not answered for 12 s
 ";
         assert_eq!(table(&[served, failed, slow]), expected);

@@ -5,6 +5,7 @@
 mod attach;
 mod change;
 mod configure;
+mod events;
 pub mod exporter;
 mod freeze;
 mod interval;
@@ -31,6 +32,7 @@ use crate::sys::socket::connect_to_path_without_waiting;
 pub use attach::attach;
 pub use change::{DeviceAction, change};
 pub use configure::{config, reload, set};
+pub use events::{EventOptions, events};
 pub use freeze::{FreezeOptions, freeze};
 pub use list::list;
 pub use stat::{Numbers, StatOptions, View, stat};
@@ -141,6 +143,27 @@ impl ControlClient {
             reply = self.next_reply(Ok(()))?;
         }
         Ok(reply.parameters)
+    }
+
+    /// Calls a method; `take` gets the results of its reply, or of each of its replies if `more` are wanted, until it
+    /// returns false or the daemon ends.
+    ///
+    /// # Errors
+    /// As [`ControlClient::call`], and those of `take`.
+    pub fn stream(
+        &mut self,
+        method: &str,
+        parameters: &Value,
+        more: bool,
+        take: impl Fn(&Value) -> Result<bool>,
+    ) -> Result<()> {
+        let waits = self.connection.stream().set_read_timeout(if more { None } else { Some(REPLY_TIMEOUT) });
+        waits.map_err(|e| self.failed("cannot wait for it", e))?;
+        let mut reply = self.send_call(method, parameters.clone(), more.then_some(true))?;
+        while take(&reply.parameters)? && reply.continues == Some(true) {
+            reply = self.next_reply(Ok(()))?;
+        }
+        Ok(())
     }
 
     /// Calls a method that has more than one reply, and returns the results of the first. The method ends with this

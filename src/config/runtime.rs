@@ -88,6 +88,11 @@ impl RuntimeConfig {
         }
     }
 
+    /// The keys of a device that were set.
+    pub fn keys_set(&self, device: &str) -> Vec<&str> {
+        self.set.iter().filter(|[name, ..]| name == device).map(|[_, key, _]| key.as_str()).collect()
+    }
+
     /// Notes that a device was detached.
     pub fn note_detached(&mut self, name: &str) {
         self.set.retain(|[other, ..]| other != name);

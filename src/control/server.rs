@@ -4,7 +4,6 @@
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -15,17 +14,15 @@ use serde_json::{Value, json};
 
 use super::change::{BegunChange, Change, ChangeReply, InvalidCall, Refusal};
 use super::connection::VarlinkConnection;
+use super::events::EventLog;
+use super::permits::{Caller, Permits};
 use super::wire::{
     Description, DeviceStatistics, DeviceStatus, Devices, INTERFACE, ListParameters, MethodCall, MethodReply, NAME,
-    Statistics, StatisticsParameters, read_parameters, value,
+    Statistics, StatisticsParameters, WatchParameters, read_parameters, value,
 };
 use crate::sys::process::effective_uid;
 use crate::sys::socket::peer;
 
-/// Most connections at a time.
-pub const CONNECTIONS_MAX: usize = 16;
-/// So many of them are for clients that may change something: others cannot keep the operator out.
-const CONNECTIONS_RESERVED: usize = 4;
 /// After this time without a call, the connection of a client that may change nothing ends.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 /// How long a client may take to read a reply.
@@ -48,6 +45,8 @@ pub trait Host: Send + Sync + 'static {
     fn begin(&self, change: Change, accepts_progress: bool) -> BegunChange;
     /// The statistics of the devices for which `wanted` holds.
     fn statistics(&self, wanted: &dyn Fn(&str) -> bool) -> Vec<DeviceStatistics>;
+    /// What has happened.
+    fn events(&self) -> &EventLog;
 }
 
 /// Serves connections until the listener fails, which it does when the process shuts it down.
@@ -55,7 +54,7 @@ pub trait Host: Send + Sync + 'static {
 /// # Errors
 /// Errors of accept(2).
 pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
-    let open = Arc::new(AtomicUsize::new(0));
+    let permits = Arc::new(Permits::default());
     loop {
         let (stream, _) = match listener.accept() {
             Ok(accepted) => accepted,
@@ -72,16 +71,16 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         };
-        let may_change = may_change(&stream);
-        let places = places(may_change);
-        let Some(place) = ConnectionPermit::take(&open, places) else {
-            refuse(stream, places);
+        let caller = caller(&stream);
+        let Some(place) = permits.connection(caller) else {
+            refuse(stream, caller);
             continue;
         };
+        let permits = Arc::clone(&permits);
         let host = Arc::clone(host);
         let serving = move || {
             let _place = place;
-            if let Err(e) = serve_connection(stream, &*host, may_change, IDLE_MAX) {
+            if let Err(e) = serve_connection(stream, &*host, (caller, &permits), IDLE_MAX) {
                 debug!("a control connection ended: {e}");
             }
         };
@@ -91,40 +90,22 @@ pub fn serve(listener: &UnixListener, host: &Arc<dyn Host>) -> io::Result<()> {
     }
 }
 
-/// How many connections may be open, the client's own among them.
-fn places(may_change: bool) -> usize {
-    if may_change { CONNECTIONS_MAX } else { CONNECTIONS_MAX - CONNECTIONS_RESERVED }
-}
-
-/// One of the connections that may be open.
-struct ConnectionPermit(Arc<AtomicUsize>);
-
-impl ConnectionPermit {
-    fn take(open: &Arc<AtomicUsize>, places: usize) -> Option<Self> {
-        // Only the accepting thread adds.
-        if open.load(Ordering::Relaxed) >= places {
-            return None;
-        }
-        open.fetch_add(1, Ordering::Relaxed);
-        Some(Self(Arc::clone(open)))
-    }
-}
-
-impl Drop for ConnectionPermit {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// Tells a client that there are too many. It gets the reply before it has called anything.
-fn refuse(stream: UnixStream, places: usize) {
+fn refuse(stream: UnixStream, caller: Caller) {
+    let (places, _) = caller.places();
     let _ = stream.set_nonblocking(true);
     let _ = VarlinkConnection::new(stream).send(&error("Busy", json!({ "connections": places })));
 }
 
 /// Serves a connection until the client closes it. One of a client that may change nothing ends after the time
 /// `idle_max` without a whole call.
-fn serve_connection(stream: UnixStream, host: &dyn Host, may_change: bool, idle_max: Duration) -> io::Result<()> {
+fn serve_connection(
+    stream: UnixStream,
+    host: &dyn Host,
+    (caller, permits): (Caller, &Arc<Permits>),
+    idle_max: Duration,
+) -> io::Result<()> {
+    let may_change = caller.may_change;
     let mut connection = VarlinkConnection::new(stream);
     loop {
         connection.set_deadline((!may_change).then(|| Instant::now() + idle_max))?;
@@ -143,7 +124,22 @@ fn serve_connection(stream: UnixStream, host: &dyn Host, may_change: bool, idle_
                 connection
                     .send(&MethodReply { parameters: statistics(host, &parameters), ..MethodReply::default() })?;
             }
-            (Ok(Method::Statistics(parameters)), true) => return stream_statistics(&mut connection, host, &parameters),
+            (Ok(Method::Watch(parameters)), false) => {
+                let (watched, _) = host.events().since(parameters.since.unwrap_or(0), parameters.device.as_deref());
+                connection.send(&MethodReply { parameters: value(&watched), ..MethodReply::default() })?;
+            }
+            (Ok(stream), true) => {
+                // The permit is for as long as replies come.
+                let Some(_permit) = permits.stream(caller) else {
+                    connection.send(&error("Busy", json!({ "what": "as many streams as a user may have" })))?;
+                    continue;
+                };
+                return match stream {
+                    Method::Watch(parameters) => stream_events(&mut connection, host, &parameters),
+                    Method::Statistics(parameters) => stream_statistics(&mut connection, host, &parameters),
+                    Method::Once(_) | Method::Change(_) => unreachable!("they have their own arms"),
+                };
+            }
             (Err(error), _) => connection.send(&error)?,
         }
     }
@@ -154,12 +150,14 @@ enum Method {
     /// With its results.
     Once(Value),
     Statistics(StatisticsParameters),
+    Watch(WatchParameters),
     Change(Change),
 }
 
-/// Whether the client may change what the daemon does: root and the daemon's own user may.
-fn may_change(stream: &UnixStream) -> bool {
-    peer(stream).is_ok_and(|peer| peer.uid == 0 || peer.uid == effective_uid())
+/// The client of a connection. Root and the daemon's own user may change what the daemon does.
+fn caller(stream: &UnixStream) -> Caller {
+    let uid = peer(stream).map_or(u32::MAX, |peer| peer.uid);
+    Caller { uid, may_change: uid == 0 || uid == effective_uid() }
 }
 
 /// Sends the replies to a change, until the last one or until the client hangs up.
@@ -226,6 +224,8 @@ fn method(host: &dyn Host, call: &MethodCall, may_change: bool) -> Result<Method
             }
             Ok(Method::Statistics(wanted))
         }
+        // Of a device that is gone, too.
+        "io.genblk.Control.Watch" => parameters(call).map(Method::Watch),
         other => {
             let interface = other.rsplit_once('.').map_or("", |(interface, _)| interface);
             if interface == NAME {
@@ -315,6 +315,25 @@ fn stream_statistics(
     }
 }
 
+/// Sends events as they come, from the wanted one on, until the client closes the connection.
+fn stream_events(connection: &mut VarlinkConnection, host: &dyn Host, parameters: &WatchParameters) -> io::Result<()> {
+    let log = host.events();
+    let mut since = parameters.since.unwrap_or_else(|| log.since(u64::MAX, None).1);
+    let mut is_first = true;
+    loop {
+        let (watched, next) = log.since(since, parameters.device.as_deref());
+        since = next;
+        if std::mem::take(&mut is_first) || watched.lost || !watched.events.is_empty() {
+            connection.send(&MethodReply { parameters: value(&watched), continues: Some(true), error: None })?;
+        }
+        while !log.wait_for(since, HANG_UP_WATCH) {
+            if connection.has_ended() {
+                return Ok(());
+            }
+        }
+    }
+}
+
 fn error(name: &str, parameters: Value) -> MethodReply {
     MethodReply { parameters, continues: None, error: Some(format!("{NAME}.{name}")) }
 }
@@ -337,7 +356,12 @@ mod tests {
 
     impl Host for Empty {
         fn describe(&self) -> Description {
-            Description { version: String::new(), pid: 1, since_us: 0 }
+            Description { version: String::new(), pid: 1, since_us: 0, events: Vec::new() }
+        }
+
+        fn events(&self) -> &EventLog {
+            static NOTHING: std::sync::LazyLock<EventLog> = std::sync::LazyLock::new(EventLog::default);
+            &NOTHING
         }
 
         fn devices(&self) -> Vec<DeviceStatus> {
@@ -362,26 +386,19 @@ mod tests {
     }
 
     #[test]
-    fn places_are_kept_for_clients_that_may_change_something() {
-        let open = Arc::default();
-        let held: Vec<_> = std::iter::from_fn(|| ConnectionPermit::take(&open, places(false))).collect();
-        assert_eq!(held.len(), CONNECTIONS_MAX - CONNECTIONS_RESERVED);
-        let operators: Vec<_> = std::iter::from_fn(|| ConnectionPermit::take(&open, places(true))).collect();
-        assert_eq!(operators.len(), CONNECTIONS_RESERVED);
-        drop(held);
-        assert!(ConnectionPermit::take(&open, places(false)).is_some());
-    }
-
-    #[test]
     fn a_connection_without_a_whole_call_ends_unless_its_client_may_change_something() {
         for half in ["", "{\"method\""] {
             let (mut client, server) = UnixStream::pair().unwrap();
             client.write_all(half.as_bytes()).unwrap();
             let idle_max = Duration::from_millis(50);
-            serve_connection(server, &Empty, false, idle_max).unwrap_err();
+            let permits = Arc::new(Permits::default());
+            let looks = Caller { uid: 1, may_change: false };
+            serve_connection(server, &Empty, (looks, &permits), idle_max).unwrap_err();
             assert_eq!(client.read(&mut [0; 64]).unwrap_or(0), 0, "it is closed");
             let (client, server) = UnixStream::pair().unwrap();
-            let served = thread::spawn(move || serve_connection(server, &Empty, true, idle_max).is_ok());
+            let operator = Caller { uid: 0, may_change: true };
+            let served =
+                thread::spawn(move || serve_connection(server, &Empty, (operator, &permits), idle_max).is_ok());
             thread::sleep(4 * idle_max);
             let mut client = VarlinkConnection::new(client);
             client.send(&call("Describe", json!({}))).unwrap();

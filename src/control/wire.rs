@@ -95,6 +95,8 @@ pub struct DeviceStatus {
     pub oldest_operation_us: Option<u64>,
     #[serde(default)]
     pub limits: Option<LimitsStatus>,
+    #[serde(default)]
+    pub pending: Vec<String>,
 }
 
 /// The limits of a device's rates.
@@ -337,6 +339,14 @@ impl DeviceChange {
     }
 }
 
+/// Keys of a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct DeviceKeys {
+    pub device: String,
+    pub keys: Vec<String>,
+}
+
 /// Parameters of `Resize`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the interface's description says it")]
@@ -422,6 +432,47 @@ pub struct Description {
     pub version: String,
     pub pid: u32,
     pub since_us: u64,
+    #[serde(default)]
+    pub events: Vec<EventCount>,
+}
+
+/// How many events of a kind there were.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct EventCount {
+    pub kind: String,
+    pub count: u64,
+}
+
+/// Something that has happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct ControlEvent {
+    pub sequence: u64,
+    pub time_us: u64,
+    pub device: Option<String>,
+    pub kind: String,
+    pub detail: Value,
+}
+
+/// Parameters of `Watch`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct WatchParameters {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+}
+
+/// Results of `Watch`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the interface's description says it")]
+pub struct Watched {
+    pub events: Vec<ControlEvent>,
+    pub lost: bool,
+    #[serde(default)]
+    pub lost_events: u64,
 }
 
 /// Parameters of `List`.
@@ -486,6 +537,8 @@ pub(super) fn value(results: &impl Serialize) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Map;
+
     use super::*;
 
     #[test]
@@ -556,6 +609,14 @@ mod tests {
             dirty_bytes: None,
             oldest_operation_us: None,
             limits: None,
+            pending: Vec::new(),
+        };
+        let event = ControlEvent {
+            sequence: 1,
+            time_us: 0,
+            device: None,
+            kind: String::new(),
+            detail: Value::Object(Map::new()),
         };
         let limits = LimitsStatus {
             read_iops: None,
@@ -569,6 +630,8 @@ mod tests {
         let sent = [
             ("Device", sent_fields(&device)),
             ("Limits", sent_fields(&limits)),
+            ("EventCount", sent_fields(&EventCount { kind: String::new(), count: 0 })),
+            ("Event", sent_fields(&event)),
             ("FrontEnd", sent_fields(&FrontEnd { pid: 1, uid: 1 })),
             ("Requests", sent_fields(&RequestStatistics::default())),
             ("Latency", sent_fields(&Latency::default())),

@@ -25,8 +25,8 @@ impl ServiceHandle {
         let front_end = server.and_then(|server| server.front_end());
         let mut state = DiskState { busy_with, front_end, ..*before };
         let Some(image) = self.image.upgrade() else { return state };
-        if let Some(stats) = image.try_stats() {
-            state.cache = stats;
+        if let Some(stats) = image.try_stats_and_freeze() {
+            (state.cache, state.is_frozen) = stats;
             state.image_bytes = image.limits().size_bytes.get();
         }
         if let Some(oldest) = image.oldest_op() {

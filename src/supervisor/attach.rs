@@ -5,7 +5,7 @@ use std::mem;
 use log::{info, warn};
 use serde_json::json;
 
-use super::disk::Disk;
+use super::disk::{Detaching, Disk};
 use super::fleet::Fleet;
 use super::fleet_change::{FleetChange, FleetPlan, Recorded, Requester};
 use crate::config::{Config, DeviceConfig, adopt, check_beside, differing_keys};
@@ -25,9 +25,9 @@ impl Fleet {
                 Ok(false) => (requester, Ok(false)),
                 Err(refusal) => (requester, Err(refusal)),
             },
-            FleetChange::Discard(name, requester) => {
+            FleetChange::Discard(name, requester, waiter) => {
                 let disk = self.find(&name).and_then(|index| self.disks.get_mut(&index));
-                (requester, Ok(disk.is_some_and(Disk::discard)))
+                (requester, Ok(disk.is_some_and(|disk| disk.discard(waiter))))
             }
             FleetChange::Detach { name, cancels, discards, record, requester } => match self.find(&name) {
                 _ if self.end.is_some() => (requester, Err(ending())),
@@ -129,7 +129,13 @@ impl Fleet {
             return Err(Refusal::new("Invalid", json!({ "problems": problems })));
         }
         let in_force = self.disks.values().filter(|disk| !disk.is_ending()).map(Disk::config).collect();
-        Ok(FleetPlan { wanted, in_force })
+        let of_files = |device: &DeviceConfig| files.devices.iter().find(|file| file.name == device.name);
+        let overridden = wanted.iter().filter_map(|device| {
+            let set = self.runtime.as_ref()?.changes.keys_set(&device.name);
+            let keys = differing_keys(of_files(device)?, device).into_iter().filter(|key| set.contains(key));
+            Some((device.name.clone(), keys.collect::<Vec<_>>())).filter(|(_, keys)| !keys.is_empty())
+        });
+        Ok(FleetPlan { overridden: overridden.collect(), wanted, in_force })
     }
 
     fn attach(&mut self, device: &DeviceConfig, record: Recorded, requester: Requester) {
@@ -214,8 +220,8 @@ impl Fleet {
         }
         for (_, disk) in ended {
             let name = disk.name().to_owned();
-            let (requester, error) = disk.into_end();
-            let Some((requester, record)) = requester else { continue };
+            let (detaching, error) = disk.into_end();
+            let Some(Detaching { requester, discarders, record, .. }) = detaching else { continue };
             let recorded = self.runtime.as_mut().map_or(Ok(()), |runtime| match record {
                 Recorded::Runtime => {
                     runtime.changes.note_detached(&name);
@@ -224,18 +230,21 @@ impl Fleet {
                 Recorded::Files if runtime.changes.forget_kept(&name) => runtime.save(),
                 Recorded::Files => Ok(()),
             });
-            let _ = requester.send(match (error, recorded) {
-                (None, Ok(())) => Ok(true),
+            let unrecorded = recorded.map_err(|e| {
+                let why =
+                    format!("detached, but that could not be recorded, and the next daemon will attach it again: {e}");
+                Refusal::refused(&*name, why)
+            });
+            for discarder in discarders {
+                // What the image lacks was given up. A client that has hung up needs no reply.
+                let _ = discarder.send(unrecorded.clone().map(|()| true));
+            }
+            let _ = requester.send(match (error, unrecorded) {
+                (None, unrecorded) => unrecorded.map(|()| true),
                 (Some(error), _) => {
                     let text = error.to_string();
                     let why = text.strip_prefix(&name).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(&text);
                     Err(Refusal::refused(&*name, format!("{NOT_WHOLE}{why}")))
-                }
-                (None, Err(e)) => {
-                    let why = format!(
-                        "detached, but that could not be recorded, and the next daemon will attach it again: {e}"
-                    );
-                    Err(Refusal::refused(name, why))
                 }
             });
         }

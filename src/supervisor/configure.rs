@@ -16,7 +16,7 @@ use super::operator::{Operator, ask, invalid};
 use super::operator_state::UnderWay;
 use crate::config::{AT_ONCE, CacheMode, Config, DeviceConfig, adopt, changed, differing_keys};
 use crate::control::change::{ChangeClient, Refusal};
-use crate::control::wire::{ChangeKind, DeviceChange, DeviceState};
+use crate::control::wire::{ChangeKind, DeviceChange, DeviceKeys, DeviceState};
 use crate::disk_protocol::{DeviceRequest, DeviceSettings};
 use crate::sys::clock::monotonic_ns;
 use crate::systemd::ServiceManager;
@@ -54,6 +54,9 @@ impl Operator {
             return Err(Refusal::new("NeedsReattach", json!({ "device": device, "keys": others })));
         }
         self.put_in_force(&entry, new, &keys, Recorded::Runtime, client)?;
+        if !keys.is_empty() {
+            self.overview.events.add(Some(device), "set", json!({ "keys": keys }));
+        }
         Ok(keys)
     }
 
@@ -75,7 +78,7 @@ impl Operator {
                        detached and attached again";
             return Err(Refusal::refused(name.clone(), why));
         }
-        if entry.operator.is_frozen(entry.link.as_ref()) {
+        if entry.is_frozen() {
             return Err(Refusal::new("Frozen", json!({ "device": name })));
         }
         let drains = keys.contains(&"cache.mode") && new.cache.mode == CacheMode::Writethrough && entry.link.is_some();
@@ -107,7 +110,12 @@ impl Operator {
 
     /// Reads the configuration file again, and does what it says: nothing if anything in it is wrong, or if a new disk
     /// cannot be served.
-    pub(super) fn reload(&self, dry_run: bool, client: &ChangeClient) -> Result<Vec<DeviceChange>, Refusal> {
+    /// Returns what has changed, and the keys that were set by a command and outweigh the files.
+    pub(super) fn reload(
+        &self,
+        dry_run: bool,
+        client: &ChangeClient,
+    ) -> Result<(Vec<DeviceChange>, Vec<DeviceKeys>), Refusal> {
         let Ok(_reload) = self.reload.try_lock() else {
             return Err(Refusal::new("Busy", json!({ "what": "the configuration: reload" })));
         };
@@ -117,7 +125,7 @@ impl Operator {
             let problems: Vec<String> = error.to_string().lines().map(ToOwned::to_owned).collect();
             Refusal::new("Invalid", json!({ "problems": problems }))
         })?;
-        let FleetPlan { wanted, in_force } = self.compare(files)?;
+        let FleetPlan { wanted, in_force, overridden } = self.compare(files)?;
         let find = |name: &str| in_force.iter().find(|device| device.name == name);
         let added: Vec<&DeviceConfig> = wanted.iter().filter(|device| find(&device.name).is_none()).collect();
         let gone: Vec<&Arc<DeviceConfig>> =
@@ -130,6 +138,9 @@ impl Operator {
         for new in &wanted {
             let Some(old) = find(&new.name) else { continue };
             let (keys, pending) = split_keys(old, new);
+            if !dry_run && let Ok(entry) = self.overview.entry(&new.name) {
+                entry.operator.lock().pending.clone_from(&pending);
+            }
             if !keys.is_empty() {
                 changes.push(self.change_keys(old, new, &keys, dry_run, client));
             }
@@ -138,7 +149,11 @@ impl Operator {
             }
         }
         changes.extend(gone.iter().map(|device| self.detach_gone(&device.name, dry_run, client)));
-        Ok(changes)
+        if !dry_run {
+            self.overview.events.add(None, "reloaded", json!({ "changes": changes }));
+        }
+        let of_device = |(device, keys): (String, Vec<&str>)| DeviceKeys { device, keys: owned(&keys) };
+        Ok((changes, overridden.into_iter().map(of_device).collect()))
     }
 
     /// Detaches a device that the files have no more, or records that it is kept.
@@ -166,8 +181,8 @@ impl Operator {
             manager.notify(&format!("RELOADING=1\nMONOTONIC_USEC={}", monotonic_ns() / 1000));
             let (_begun, client) = ChangeClient::of_change(false);
             match operator.reload(false, &client) {
-                Ok(changes) if changes.is_empty() => info!("configuration reloaded: no change"),
-                Ok(changes) => changes.iter().for_each(|change| info!("{}", in_words(change))),
+                Ok((changes, _)) if changes.is_empty() => info!("configuration reloaded: no change"),
+                Ok((changes, _)) => changes.iter().for_each(|change| info!("{}", in_words(change))),
                 Err(refusal) if refusal.error == "Invalid" => {
                     let problems = refusal.parameters["problems"].as_array().map(Vec::as_slice).unwrap_or_default();
                     problems.iter().filter_map(Value::as_str).for_each(|problem| error!("{problem}"));

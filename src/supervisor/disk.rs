@@ -18,8 +18,7 @@ use crate::recover;
 use crate::store::file::IoFence;
 use crate::units::counted;
 
-use change::Detaching;
-pub(super) use change::RemainingDevices;
+pub(super) use change::{Detaching, RemainingDevices};
 
 use super::SupervisorEvent;
 use super::context::Context;

@@ -5,7 +5,7 @@ use std::sync::mpsc::Sender;
 
 use super::handle::DeviceLink;
 use super::keeper::KeeperCommand;
-use super::operator_state::OperatorState;
+use super::operator_state::{FreezeLease, OperatorState};
 use crate::config::DeviceConfig;
 use crate::control::wire::DeviceState;
 use crate::disk_stats::StatsPage;
@@ -38,4 +38,23 @@ pub(super) struct OverviewEntry {
     pub operator: Arc<OperatorState>,
     /// Commands to its keeper.
     pub commands: Sender<KeeperCommand>,
+}
+
+/// How long after the begin of a freeze its process may not have told of it yet. It tells a few times a second.
+const FREEZE_TOLD_US: u64 = 1_000_000;
+
+impl OverviewEntry {
+    /// Whether the device is frozen.
+    pub fn is_frozen(&self) -> bool {
+        self.freeze().is_some()
+    }
+
+    /// The freeze that lasts. A vring that stops ends one early, in the process.
+    pub fn freeze(&self) -> Option<FreezeLease> {
+        let is_lost = |freeze: &FreezeLease| {
+            let told_us = self.page.written_at_ns() / 1000;
+            told_us > freeze.number.saturating_add(FREEZE_TOLD_US) && !self.page.read().is_frozen
+        };
+        self.operator.freeze(self.link.as_ref()).filter(|freeze| !is_lost(freeze))
+    }
 }

@@ -195,6 +195,7 @@ impl Fleet {
 
     fn begin_end(&mut self, ending: Ending) {
         self.manager.notify("STOPPING=1");
+        self.overview.events.add(None, "stopping", serde_json::json!({ "hands_over": ending == Ending::HandOver }));
         self.end = Some(End { ending, since: Instant::now(), hurried: false });
         self.refuse_attaches();
         self.disks.values_mut().for_each(|disk| disk.begin_end(ending));

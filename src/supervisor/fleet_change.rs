@@ -17,7 +17,8 @@ pub(super) enum FleetChange {
     /// Write everything and serve the device no more. `cancels`: only if it is still being attached.
     Detach { name: String, cancels: bool, discards: bool, record: Recorded, requester: Requester },
     /// Give up what the image of a device that is being detached does not take. The reply: whether there is one.
-    Discard(String, Requester),
+    /// The second requester gets the result of the detach.
+    Discard(String, Requester, Requester),
     /// Put these keys of a device in force, which its process is told next.
     Set(Box<DeviceConfig>, Vec<&'static str>, Recorded, Requester),
     /// Record for the next daemon that this device is kept, though the files have it no more.
@@ -37,5 +38,7 @@ pub(super) enum Recorded {
 #[derive(Debug)]
 pub(super) struct FleetPlan {
     pub wanted: Vec<DeviceConfig>,
+    /// Keys that were set, whose values in the files differ, by device.
+    pub overridden: Vec<(String, Vec<&'static str>)>,
     pub in_force: Vec<Arc<DeviceConfig>>,
 }

@@ -22,6 +22,7 @@ mod handle;
 mod in_force;
 mod keeper;
 mod log_pipe;
+mod observe;
 mod operator;
 mod operator_state;
 mod overview;

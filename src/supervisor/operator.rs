@@ -19,6 +19,7 @@ use super::operator_state::{FreezeLease, UnderWay};
 use super::overview::Overview;
 use crate::config::{DeviceConfig, Problem, device_of};
 use crate::control::change::{BegunChange, Change, ChangeClient, Refusal};
+use crate::control::events::EventLog;
 use crate::control::server::Host;
 use crate::control::wire::{
     Description, DeviceState, DeviceStatistics, DeviceStatus, Dropped, FlushProgress, Freezing, Progressing, Thawed,
@@ -77,6 +78,10 @@ impl Host for Operator {
         self.overview.statistics(wanted)
     }
 
+    fn events(&self) -> &EventLog {
+        &self.overview.events
+    }
+
     fn begin(&self, change: Change, accepts_progress: bool) -> BegunChange {
         let (begun, client) = ChangeClient::of_change(accepts_progress);
         let operator = self.clone();
@@ -117,6 +122,7 @@ impl Operator {
                 let entry = self.overview.entry(&device)?;
                 let resumed = entry.commands.send(KeeperCommand::Resume).is_ok();
                 info!("{device}: resumed by the operator");
+                self.overview.events.add(Some(&device), "resumed", json!({}));
                 Ok(json!({ "resumed": resumed }))
             }
             Change::Freeze { device, timeout_ms, reads } => {
@@ -129,7 +135,7 @@ impl Operator {
             }
             Change::Thaw { device, lease } => {
                 let entry = self.overview.entry(&device)?;
-                Ok(json!(thaw(&entry, lease, client)))
+                Ok(json!(self.thaw(&entry, lease, client)))
             }
             Change::Attach { config } => {
                 let device = device_of(&config).map_err(|problems| invalid(&problems))?;
@@ -141,7 +147,10 @@ impl Operator {
             }
             Change::Resize { device, bytes } => Ok(json!({ "image_bytes": self.resize(&device, bytes, client)? })),
             Change::Set { device, config } => Ok(json!({ "changed": self.set(&device, &config, client)? })),
-            Change::Reload { dry_run } => Ok(json!({ "changes": self.reload(dry_run, client)? })),
+            Change::Reload { dry_run } => {
+                let (changes, overridden) = self.reload(dry_run, client)?;
+                Ok(json!({ "changes": changes, "overridden": overridden }))
+            }
         }
     }
 
@@ -150,7 +159,7 @@ impl Operator {
         let entry = self.overview.entry(device)?;
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "resize")?;
         let not_served = || Refusal::refused(device, "it is not served at the moment");
-        if entry.operator.is_frozen(entry.link.as_ref()) {
+        if entry.is_frozen() {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
         }
         let (sender, reply) = channel();
@@ -158,6 +167,7 @@ impl Operator {
         let grown = reply.recv().map_err(|_| not_served())?;
         let size_bytes = grown.map_err(|why| Refusal::refused(device, why))?;
         ask(&entry, DeviceRequest::Grow { size_bytes }, client)?;
+        self.overview.events.add(Some(device), "resized", json!({ "image_bytes": size_bytes }));
         Ok(size_bytes)
     }
 
@@ -174,13 +184,14 @@ impl Operator {
         client: &ChangeClient,
     ) -> Result<(), Refusal> {
         let entry = self.overview.entry(device)?;
-        if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester))? {
+        let (waiter, ended) = channel();
+        if discard && self.ask_main_thread(|requester| FleetChange::Discard(device.to_owned(), requester, waiter))? {
             info!("{device}: the operator discards the dirty data that its image does not accept");
-            while self.overview.entry(device).is_ok() && !client.has_hung_up_within(DETACH_WATCH) {}
-            return Ok(());
+            // The client of the detach itself has the same result.
+            return ended.recv().unwrap_or_else(|_| Err(daemon_ends())).map(drop);
         }
         let _change = UnderWay::begin(&entry.operator, &entry.config.name, "detach")?;
-        if entry.operator.is_frozen(entry.link.as_ref()) && !force {
+        if entry.is_frozen() && !force {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
         }
         let state = entry.page.read();
@@ -244,7 +255,7 @@ impl Operator {
         if entry.progress.state != DeviceState::Serving {
             return Err(Refusal::refused(device, "it is not served at the moment"));
         }
-        if entry.operator.is_frozen(Some(&link)) {
+        if entry.is_frozen() {
             return Err(Refusal::new("Frozen", json!({ "device": device })));
         }
         let since = Instant::now();
@@ -259,6 +270,7 @@ impl Operator {
         entry.operator.lock().freeze = Some(freeze);
         let frozen_us = micros(since.elapsed());
         info!("{device}: frozen after {} ms, for at most {time_ms} ms", frozen_us / 1000);
+        self.overview.events.add(Some(device), "frozen", json!({ "after_us": frozen_us, "timeout_ms": time_ms }));
         Ok((Freezing { frozen: true, frozen_us, lease: Some(number) }, freeze))
     }
 
@@ -269,15 +281,29 @@ impl Operator {
             let has_hung_up = client.has_hung_up_within(FREEZE_WATCH);
             let ended = Freezing { frozen: false, frozen_us: micros(freeze.since.elapsed()), lease: None };
             let Ok(entry) = self.overview.entry(device) else { return ended };
-            if entry.operator.freeze(entry.link.as_ref()) != Some(freeze) {
+            if entry.freeze() != Some(freeze) {
+                if entry.operator.lock().freeze == Some(freeze) {
+                    self.overview.events.add(Some(device), "freeze_ended", json!({ "frozen_us": ended.frozen_us }));
+                }
                 return ended;
             }
             if has_hung_up {
                 info!("{device}: the client of the freeze has hung up");
-                thaw(&entry, Some(freeze.number), client);
+                self.thaw(&entry, Some(freeze.number), client);
                 return ended;
             }
         }
+    }
+}
+
+impl Operator {
+    /// Ends the freeze with the number `lease`, or whichever there is.
+    fn thaw(&self, entry: &OverviewEntry, lease: Option<u64>, client: &ChangeClient) -> Thawed {
+        let thawed = thaw(entry, lease, client);
+        if thawed.frozen_us > 0 {
+            self.overview.events.add(Some(&entry.config.name), "thawed", json!(thawed));
+        }
+        thawed
     }
 }
 
@@ -288,7 +314,7 @@ fn daemon_ends() -> Refusal {
 /// Ends the freeze with the number `lease`, or whichever there is.
 fn thaw(entry: &OverviewEntry, lease: Option<u64>, client: &ChangeClient) -> Thawed {
     let device = &entry.config.name;
-    let lasting = entry.operator.freeze(entry.link.as_ref());
+    let lasting = entry.freeze();
     let begun = entry.operator.lock().freeze.take_if(|freeze| lease.is_none_or(|lease| lease == freeze.number));
     let Some(begun) = begun else { return Thawed { held: false, frozen_us: 0 } };
     let reply = ask(entry, DeviceRequest::Thaw, client);

@@ -18,6 +18,8 @@ pub(super) struct ChangeState {
     /// The change that is under way.
     change: Option<&'static str>,
     pub freeze: Option<FreezeLease>,
+    /// Keys that the last reload found changed, and that take effect only after detach and attach.
+    pub pending: Vec<&'static str>,
 }
 
 /// A freeze that was begun.
@@ -36,12 +38,7 @@ impl OperatorState {
         self.0.lock().expect("no thread panics with the state locked")
     }
 
-    /// Whether the device is frozen.
-    pub fn is_frozen(&self, link: Option<&DeviceLink>) -> bool {
-        self.freeze(link).is_some()
-    }
-
-    /// The freeze that lasts.
+    /// The freeze that lasts, unless the process has lost it.
     pub fn freeze(&self, link: Option<&DeviceLink>) -> Option<FreezeLease> {
         let lasts = |freeze: &FreezeLease| {
             freeze.until > Instant::now() && link.is_some_and(|link| link.process.fence() == freeze.process)

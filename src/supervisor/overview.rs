@@ -8,8 +8,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 use super::entry::{DeviceProgress, OverviewEntry};
+use super::observe::Observer;
 use crate::config::{LimitsConfig, device_table};
 use crate::control::change::Refusal;
+use crate::control::events::EventLog;
 use crate::control::wire::{
     CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, FrontEnd, Latency, LimitsStatus,
     RequestStatistics, StoreStatistics, WorkerStatistics,
@@ -25,6 +27,9 @@ use crate::units::{OpClass, PAGE_BYTES};
 pub(super) struct Overview {
     since_us: u64,
     entries: Mutex<Vec<OverviewEntry>>,
+    observer: Mutex<Observer>,
+    /// What has happened.
+    pub events: EventLog,
 }
 
 impl Overview {
@@ -32,12 +37,23 @@ impl Overview {
     pub fn new(entries: impl Iterator<Item = OverviewEntry>) -> Arc<Self> {
         let since_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
         let since_us = u64::try_from(since_us).unwrap_or(u64::MAX);
-        Arc::new(Self { since_us, entries: Mutex::new(entries.collect()) })
+        let overview = Self {
+            since_us,
+            entries: Mutex::new(entries.collect()),
+            observer: Mutex::default(),
+            events: EventLog::default(),
+        };
+        let devices = overview.lock().len();
+        let version = env!("CARGO_PKG_VERSION");
+        overview.events.add(None, "started", json!({ "version": version, "pid": process::id(), "devices": devices }));
+        Arc::new(overview)
     }
 
     /// Records how far the devices are.
     pub fn update(&self, entries: impl Iterator<Item = OverviewEntry>) {
-        *self.lock() = entries.collect();
+        let entries: Vec<_> = entries.collect();
+        self.lock().clone_from(&entries);
+        self.observer.lock().expect("no thread panics with it locked").look(&entries, &self.events);
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<OverviewEntry>> {
@@ -58,7 +74,8 @@ impl Overview {
 
     /// What serves.
     pub fn describe(&self) -> Description {
-        Description { version: env!("CARGO_PKG_VERSION").to_owned(), pid: process::id(), since_us: self.since_us }
+        let (version, events) = (env!("CARGO_PKG_VERSION").to_owned(), self.events.counts());
+        Description { version, pid: process::id(), since_us: self.since_us, events }
     }
 
     /// All devices.
@@ -80,10 +97,10 @@ impl Overview {
 }
 
 fn device(entry: &OverviewEntry) -> DeviceStatus {
-    let OverviewEntry { config, page, progress, link, operator, .. } = entry;
+    let OverviewEntry { config, page, progress, operator, .. } = entry;
     let DeviceProgress { state, why, pid, .. } = progress.clone();
     let is_serving = state == DeviceState::Serving;
-    let state = if is_serving && operator.is_frozen(link.as_ref()) { DeviceState::Frozen } else { state };
+    let state = if is_serving && entry.is_frozen() { DeviceState::Frozen } else { state };
     let now = page.read();
     let serving = |number: u64| is_serving.then_some(number);
     DeviceStatus {
@@ -102,6 +119,7 @@ fn device(entry: &OverviewEntry) -> DeviceStatus {
         resident_bytes: serving(now.cache.resident_pages.saturating_mul(PAGE_BYTES)),
         dirty_bytes: serving(now.cache.dirty_pages.saturating_mul(PAGE_BYTES)),
         oldest_operation_us: oldest_us(&now).filter(|_| is_serving),
+        pending: operator.lock().pending.iter().map(|key| (*key).to_owned()).collect(),
         limits: Some(config.limits).filter(LimitsConfig::is_set).map(limits),
     }
 }

@@ -4,7 +4,8 @@
 use super::super::sample::DaemonSample;
 use super::text::{MetricType, MetricsText, seconds};
 use crate::control::wire::{
-    CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, RequestStatistics, StoreStatistics,
+    CacheStatistics, Description, DeviceState, DeviceStatistics, DeviceStatus, EventCount, RequestStatistics,
+    StoreStatistics,
 };
 use crate::units::PAGE_BYTES;
 
@@ -29,6 +30,10 @@ fn about_daemon(text: &mut MetricsText, description: &Description) {
     text.sample("genblk_build_info", &[("version", &description.version)], 1);
     text.family("genblk_start_time_seconds", Gauge, "When the daemon started, in seconds since 1970.");
     text.sample("genblk_start_time_seconds", &[], seconds(description.since_us.saturating_mul(1000)));
+    text.family("genblk_events_total", Counter, "Events by their kind.");
+    for EventCount { kind, count } in &description.events {
+        text.sample("genblk_events_total", &[("kind", kind)], *count);
+    }
 }
 
 fn about_devices(text: &mut MetricsText, devices: &[DeviceStatus]) {
@@ -46,11 +51,16 @@ fn about_devices(text: &mut MetricsText, devices: &[DeviceStatus]) {
         }
     }
     type Value = fn(&DeviceStatus) -> Option<u64>;
-    let metrics: [(&str, &str, Value); 3] = [
+    let metrics: [(&str, &str, Value); 4] = [
         ("genblk_device_size_bytes", "Size of the disk.", |device| device.image_bytes),
         ("genblk_device_front_end", "Whether a front-end is connected.", |device| {
             Some(device.front_end.is_some().into())
         }),
+        (
+            "genblk_device_pending_keys",
+            "Keys of the configuration file that take effect only after detach and attach.",
+            |device| Some(device.pending.len() as u64),
+        ),
         ("genblk_device_oldest_operation_seconds", "Age of the oldest operation in flight on the image.", |device| {
             device.oldest_operation_us
         }),

@@ -37,6 +37,7 @@ fn status(name: &str) -> DeviceStatus {
         dirty_bytes: Some(0),
         oldest_operation_us: None,
         limits: None,
+        pending: Vec::new(),
     }
 }
 
@@ -75,7 +76,7 @@ fn statistics(name: &str, reads: u64, waited: u64) -> DeviceStatistics {
 fn sample(seconds: u64) -> DaemonSample {
     let since_us = 1_000_000_000;
     DaemonSample {
-        description: Description { version: "0.1.0".to_owned(), pid: 1, since_us },
+        description: Description { version: "0.1.0".to_owned(), pid: 1, since_us, events: Vec::new() },
         devices: vec![
             status("db"),
             status("vm1"),

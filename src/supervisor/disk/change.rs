@@ -7,10 +7,12 @@ use crate::store::file::IoFence;
 
 /// A device that is being detached.
 #[derive(Debug)]
-pub(super) struct Detaching {
+pub(in crate::supervisor) struct Detaching {
     /// Where to send the result.
-    requester: Requester,
-    record: Recorded,
+    pub requester: Requester,
+    /// Operators who gave up dirty pages meanwhile, and wait for its end.
+    pub discarders: Vec<Requester>,
+    pub record: Recorded,
     /// Dirty pages of a cache that ends with the process may be lost.
     discards: bool,
 }
@@ -61,18 +63,22 @@ impl Disk {
     /// The operator detaches it, and waits for its end. `discards`: dirty pages of a cache that ends with its process
     /// may be lost.
     pub fn begin_detach(&mut self, requester: Requester, record: Recorded, discards: bool) {
-        self.detaching = Some(Detaching { requester, record, discards });
+        self.detaching = Some(Detaching { requester, discarders: Vec::new(), record, discards });
         self.begin_end(Ending::WriteBack);
     }
 
-    /// The operator gives up what its image does not take. Returns whether it is being detached.
-    pub fn discard(&mut self) -> bool {
-        self.detaching.as_mut().map(|detaching| detaching.discards = true).is_some()
+    /// The operator gives up what its image does not take, and waits for its end too. Returns whether it is being
+    /// detached.
+    pub fn discard(&mut self, requester: Requester) -> bool {
+        let Some(detaching) = &mut self.detaching else { return false };
+        detaching.discards = true;
+        detaching.discarders.push(requester);
+        true
     }
 
-    /// Its end: who waits for it, and the error with which it ended.
-    pub fn into_end(self) -> (Option<(Requester, Recorded)>, Option<Error>) {
-        (self.detaching.map(|detaching| (detaching.requester, detaching.record)), self.error)
+    /// Its end: the detach, if there is one, and the error with which it ended.
+    pub fn into_end(self) -> (Option<Detaching>, Option<Error>) {
+        (self.detaching, self.error)
     }
 
     /// Whether it is being detached, its rings have stopped, and its end would lose dirty pages: its cache ends with

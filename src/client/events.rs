@@ -1,0 +1,113 @@
+//! `genblk events`: what has happened to a daemon and its disks, one event in a line.
+
+use serde_json::{Value, json};
+
+use super::{ControlClient, stat, visible};
+use crate::control::wire::{ControlEvent, Watched};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What `genblk events` shows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventOptions {
+    /// One device; without it, all of them and the daemon itself.
+    pub device: Option<String>,
+    /// Whether to go on with events that come.
+    pub follow: bool,
+    /// The replies as they came.
+    pub as_json: bool,
+}
+
+/// Prints the events that the daemon has kept; then those that come, if they are wanted, until it ends.
+///
+/// # Errors
+/// Those of [`ControlClient::call`]; [`ErrorKind::System`] if standard output cannot be written to, except for a closed
+/// pipe.
+pub fn events(client: &mut ControlClient, options: &EventOptions) -> Result<()> {
+    let parameters = json!({ "since": 0, "device": options.device });
+    client.stream("Watch", &parameters, options.follow, |results| {
+        if options.as_json {
+            return stat::print(&format!("{results}\n"));
+        }
+        let watched: Watched = serde_json::from_value(results.clone())
+            .map_err(|e| Error::io(ErrorKind::Control, "a reply to Watch that this version does not know", e.into()))?;
+        stat::print(&text_of(&watched))
+    })
+}
+
+fn text_of(watched: &Watched) -> String {
+    let lost = match watched.lost {
+        true => format!("({} events before these are lost)\n", watched.lost_events),
+        false => String::new(),
+    };
+    lost + &watched.events.iter().map(line_of).collect::<String>()
+}
+
+fn line_of(event: &ControlEvent) -> String {
+    let ControlEvent { time_us, device, kind, detail, .. } = event;
+    let about = device.as_ref().map_or_else(String::new, |device| format!("{}: ", visible(device)));
+    let details = detail.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let details: String = details.map(|(name, value)| format!(" {}={}", visible(name), shown(value))).collect();
+    format!("{} {about}{}{details}\n", utc(*time_us), visible(kind))
+}
+
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(text) if !text.is_empty() && !text.contains([' ', '=', '"']) => visible(text),
+        other => visible(&other.to_string()),
+    }
+}
+
+/// A time as RFC 3339 writes it, in UTC.
+fn utc(time_us: u64) -> String {
+    let (seconds, ms) = (time_us / 1_000_000, time_us / 1000 % 1000);
+    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
+    // Days to civil date, by Howard Hinnant's algorithm: years begin in March, eras have 400 of them.
+    let shifted = days + 719_468;
+    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{ms:03}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_a_line_without_tricks_on_the_terminal() {
+        let event = |device: Option<&str>, detail| ControlEvent {
+            sequence: 1,
+            time_us: 1_795_970_651_042_000,
+            device: device.map(ToOwned::to_owned),
+            kind: "state".to_owned(),
+            detail,
+        };
+        let one =
+            event(Some("vm1"), json!({"from": "opening", "to": "failed", "why": "no \u{1b}[2Jfile", "pid": null}));
+        let watched = Watched { events: vec![one, event(None, json!({}))], lost: true, lost_events: 3 };
+        let expected = "\
+(3 events before these are lost)
+2026-11-29T16:44:11.042Z vm1: state from=opening to=failed why=\"no \\u001b[2Jfile\"
+2026-11-29T16:44:11.042Z state
+";
+        assert_eq!(text_of(&watched), expected);
+    }
+
+    #[test]
+    fn times_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399, "2000-02-28T23:59:59.000Z"),
+            (951_782_400, "2000-02-29T00:00:00.000Z"),
+            (1_709_251_200, "2024-03-01T00:00:00.000Z"),
+            (4_102_444_799, "2099-12-31T23:59:59.000Z"),
+        ] {
+            assert_eq!(utc(seconds * 1_000_000), text);
+        }
+    }
+}

@@ -71,7 +71,7 @@ impl ServiceManager {
         Ok(Self { socket, passed: Mutex::new(passed.collect()) })
     }
 
-    /// Sends a state, such as `READY=1`. A failure is logged: the daemon works all the same.
+    /// Sends a state, such as `READY=1`. A failure is logged: the daemon works anyway.
     pub fn notify(&self, state: &str) {
         if let Some(socket) = &self.socket
             && let Err(e) = socket.send(state.as_bytes())

@@ -14,7 +14,7 @@ use common::daemon::{Daemon, DaemonOptions, TempDir, server_binary};
 use common::session::{Session, SessionOptions};
 use common::wait::{PATIENCE, poll_until};
 
-/// Every fence, for a process without a sandbox that trespasses all the same.
+/// Every fence, for a process without a sandbox that trespasses anyway.
 const ALL_FENCES: &str = "capabilities dumping landlock seccomp";
 
 fn new_image(directory: &TempDir) {

@@ -7,7 +7,7 @@ use crate::prng::Prng;
 pub struct Access {
     /// The number of the page. Pages are numbered from 0, with few gaps.
     pub page: u32,
-    /// Whether it is a write. A written page is not read in, but occupies the cache all the same.
+    /// Whether it is a write. A written page is not read in, but occupies the cache anyway.
     pub write: bool,
 }
 

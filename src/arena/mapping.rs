@@ -80,7 +80,7 @@ impl Mapping {
         }
         mapped?;
         if let Err(e) = exclude_from_dumps(base.addr()..base.addr() + bytes) {
-            // The memory works all the same; a kernel without the advice is built without core dumps.
+            // The memory works anyway; a kernel without the advice is built without core dumps.
             debug!("cannot keep the cache's memory out of core dumps: {e}");
         }
         shared_memory::changed(file, FileChange::Mapped(base.addr(), bytes));

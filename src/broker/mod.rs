@@ -113,7 +113,7 @@ impl Broker {
         let answer = ask(stream, question, file);
         if let Err(e) = &answer {
             // A late answer would be taken for that of the next question.
-            warn!("{}: the broker does not answer any more ({e}): no further front-end can be served", self.name);
+            warn!("{}: the broker no longer answers ({e}): no further front-end can be served", self.name);
             *socket = None;
         }
         answer

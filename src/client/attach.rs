@@ -1,4 +1,4 @@
-//! `genblk attach`: serves the disks of a file beside those that the daemon serves.
+//! `genblk attach`: serves the disks of a file in addition to those that the daemon serves.
 
 use std::env;
 use std::fs;

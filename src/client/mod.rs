@@ -1,4 +1,4 @@
-//! The commands that look at a running daemon through its control socket (`genblk list`, `genblk stat`, `genblk
+//! The commands for a running daemon, through its control socket (`genblk list`, `genblk stat`, `genblk
 //! exporter`), and those that change what it does. They use the interface of [`crate::control`] and nothing else of the
 //! daemon.
 

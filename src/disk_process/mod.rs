@@ -179,7 +179,7 @@ impl Control {
                     if is_first {
                         return Err(error);
                     }
-                    // The others of the group are served all the same.
+                    // The others of the group are served anyway.
                     self.send(&FromDisk::Released { image_of, is_cache_removed: false });
                     return Ok(());
                 }

@@ -3,7 +3,7 @@
 //!
 //! Lines are of one kind if the same statement logged them for the same device. So the floods of one device hide
 //! nothing of another, and those of one statement nothing of another. Among lines of one kind, different ones are
-//! written, up to a number that no single event reaches; a kind that goes on with new ones is written once a second.
+//! written, up to a number that no single event reaches; a kind that continues with new ones is written once a second.
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -58,7 +58,7 @@ struct Window {
     /// How many lines were counted, and the last of them.
     counted: u64,
     last: String,
-    /// Hashes of lines that were counted, in this window and in the one before: they go on being counted.
+    /// Hashes of lines that were counted, in this window and in the one before: they continue to be counted.
     repeated: HashSet<u64>,
     repeated_before: HashSet<u64>,
 }

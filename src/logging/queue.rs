@@ -92,7 +92,7 @@ impl LogQueue {
         self.running.store(true, Ordering::Release);
     }
 
-    /// Writes lines to standard error forever; calls `tick` a few times a second.
+    /// Writes lines to standard error until the process ends; calls `tick` a few times a second.
     pub fn run(&self, mut tick: impl FnMut()) {
         let mut next_tick = Instant::now() + TICK;
         loop {

@@ -149,7 +149,7 @@ impl Leftovers {
         if header.frames == 0 {
             // A marker gives way to a cache.
             self.guest = self.guest.or(header.guest);
-            let marker = self.usable.replace(candidate).expect("it was looked at");
+            let marker = self.usable.replace(candidate).expect("it was judged");
             if !read_only {
                 marker.file.remove();
             }

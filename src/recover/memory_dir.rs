@@ -32,9 +32,9 @@ pub fn check_memory_dir(config: &DeviceConfig) -> Result<()> {
 /// The file system of a directory, or of the one in which it would be created.
 ///
 /// # Errors
-/// [`ErrorKind::Memory`] when it cannot be looked at.
+/// [`ErrorKind::Memory`] when it cannot be inspected.
 pub fn file_system_of(directory: &Path) -> Result<FileSystem> {
-    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot look at {}", directory.display()), e);
+    let failed = |e| Error::io(ErrorKind::Memory, format!("cannot inspect {}", directory.display()), e);
     let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     File::open(existing).and_then(|file| FileSystem::of(&file)).map_err(failed)
 }

@@ -226,7 +226,7 @@ fn overhang(image: &dyn NamedImage, arena: &Arena, beyond: Overhang) -> Error {
 
 /// The memory for the cache of a read-only device, which does not outlive the daemon.
 ///
-/// => The caches of earlier daemons are only looked at: a device that cannot write to the image serves it beside them.
+/// => The caches of earlier daemons are only inspected: a device that cannot write to the image serves it beside them.
 ///
 /// # Errors
 /// As [`arena_for`], and [`ErrorKind::Ledger`] when an earlier daemon's cache holds writes that the image lacks: the

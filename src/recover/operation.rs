@@ -34,7 +34,7 @@ pub(super) fn check_belongs(arena: &Arena, header: &Header, image: &dyn NamedIma
         let (file, shown) = (arena.file().expect(super::HAS_FILE), image.path().display());
         let context = format!("{file} belongs to an image that {shown} has replaced");
         let hint = format!(
-            "to throw the cache away: \"genblk recover --discard {file}\"; to write it to {shown} all the same: \
+            "to throw the cache away: \"genblk recover --discard {file}\"; to write it to {shown} anyway: \
              \"genblk recover --force --image {shown} {file}\""
         );
         return Err(Error::new(ErrorKind::Ledger, format!("{context}; {hint}")));

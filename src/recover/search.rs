@@ -186,7 +186,7 @@ impl Search<'_> {
         }
     }
 
-    /// The files that are looked at, each once.
+    /// The files that are inspected, each once.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] for a directory that cannot be listed, except those of other users: it may hold the cache.

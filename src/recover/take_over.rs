@@ -24,7 +24,7 @@ use crate::tenure::token::wall_clock_ns;
 ///
 /// => The next daemon serves the image as it is. A guest that outlived the last one must reset the device first, if
 ///    completed writes may be lost.
-/// => Caches stay for "genblk recover", and no daemon uses them any more.
+/// => Caches stay for "genblk recover", and no daemon uses them again.
 ///
 /// # Errors
 /// [`ErrorKind::Locked`] when a daemon serves the image; [`ErrorKind::Image`] when it cannot be opened or its record

@@ -1,7 +1,7 @@
 //! The sandbox of a process that serves disks: it limits what an attacker in control of a thread can do.
 //!
 //! A guest or a front-end that finds a hole in genblk's memory safety runs code in the process. The process needs
-//! little by then: its image, memory, sockets and eventfds are open. So it gives up the rest before it serves:
+//! little after that: its image, memory, sockets and eventfds are open. So it gives up the rest before it serves:
 //!
 //! - It cannot gain privileges (no_new_privs), has no capabilities, and runs as a user of its own if the configuration
 //!   names one. No process of that user can trace it, and it leaves no core file.

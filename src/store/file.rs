@@ -118,7 +118,7 @@ impl FileImage {
         self.image.format().found().map(|found| found.format)
     }
 
-    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw all the same,
+    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw anyway,
     /// or it is on record that the guest has made it look so. Logs why an image that looks so is served.
     ///
     /// # Errors
@@ -345,7 +345,7 @@ impl NamedImage for FileImage {
     }
 }
 
-/// The image that was opened and checked, not what its path leads to by now.
+/// The image that was opened and checked, not what its path leads to now.
 struct BufferedWriter<'a> {
     file: File,
     image: &'a OpenImage,

@@ -233,7 +233,7 @@ impl OpenImage {
         sys::file::is_byte_locked(&self.file, fence.0).unwrap_or(false)
     }
 
-    /// The size of the file or device by now.
+    /// The present size of the file or device.
     pub(super) fn size_now(&self) -> std::io::Result<u64> {
         if self.is_device() { sys::block::size_bytes(&self.file) } else { Ok(self.file.metadata()?.len()) }
     }

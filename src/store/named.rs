@@ -69,7 +69,7 @@ pub trait NamedImage: Backing {
     /// The format other than raw that the image looked like when it was opened. Does not wait.
     fn found_format(&self) -> Option<Format>;
 
-    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw all the same.
+    /// Refuses an image that looks like another format than raw, unless `known_raw` says that it is raw anyway.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::Image`] with the format, and what the operator can do.
@@ -133,7 +133,7 @@ pub trait NamedImage: Backing {
         false
     }
 
-    /// How many bytes it has by now, if that is cheap to find out: waits for no file server. `None`: it is not known.
+    /// Its present size in bytes, if that is cheap to find out: waits for no file server. `None`: it is not known.
     fn present_size(&self) -> Option<u64> {
         None
     }

@@ -158,7 +158,7 @@ impl Drop for Pool {
                     let (hanging, label) = (counted(state.running as u64, "operation"), self.shared.image.label());
                     log::error!("{label}: {hanging} did not complete in {} s; abandoning", self.drain_max.as_secs());
                 }
-                // No thread may start an operation whose memory the caller has freed by then.
+                // No thread may start an operation whose memory the caller has freed meanwhile.
                 state.queue.clear();
                 self.shared.work.notify_all();
                 return;

@@ -89,7 +89,7 @@ impl Known {
 }
 
 impl FormatRecord {
-    /// Looks at the first and the last bytes of an image, and at its attribute.
+    /// Reads the first and the last bytes of an image, and its attribute.
     ///
     /// => The file is not open for direct I/O yet.
     ///

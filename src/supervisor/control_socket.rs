@@ -1,5 +1,5 @@
 //! The control socket. While another daemon holds it, which hands over or ends, it is tried again: a daemon that cannot
-//! be asked serves its disks all the same.
+//! be asked serves its disks anyway.
 
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::Sender;

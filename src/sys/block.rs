@@ -31,7 +31,7 @@ pub fn size_bytes(file: &File) -> io::Result<u64> {
     Ok(size)
 }
 
-/// Whether the device is read-only (BLKROGET): it opens for writing all the same, and then fails every write.
+/// Whether the device is read-only (BLKROGET): it opens for writing anyway, and then fails every write.
 pub fn is_read_only(file: &File) -> io::Result<bool> {
     let mut read_only: libc::c_int = 0;
     // SAFETY: BLKROGET stores one int at the address given, and `read_only` is one.

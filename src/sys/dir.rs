@@ -1,4 +1,4 @@
-//! Files named relative to an open directory (openat(2)): the name of the directory may lead elsewhere by then.
+//! Files named relative to an open directory (openat(2)): the name of the directory may lead elsewhere meanwhile.
 
 use std::ffi::{CString, OsStr};
 use std::fs::File;

@@ -79,7 +79,7 @@ impl FileSystem {
         NAMES[..IN_MEMORY].iter().any(|(magic, _)| *magic == self.magic)
     }
 
-    /// Whether what it tells of an open file is in memory: nobody waits for a server or a device.
+    /// Whether what it tells of an open file is in memory: no call waits for a server or a device.
     pub fn is_local(&self) -> bool {
         LOCAL.contains(&self.magic)
     }

@@ -156,7 +156,7 @@ pub fn become_user(user: &User) -> io::Result<()> {
 }
 
 /// Lifts the limit of locked memory, as far as the process may: pinned memory of rings counts against it as soon as the
-/// process has no CAP_IPC_LOCK any more.
+/// process no longer has CAP_IPC_LOCK.
 pub fn lift_locked_memory_limit() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call writes one rlimit at the address given, and `limit` is one.

@@ -79,7 +79,7 @@ fn set(socket: &impl AsFd, level: libc::c_int, option: libc::c_int, value: libc:
 }
 
 /// A descriptor of the process that listens at the other end of a Unix domain socket, readable once that process has
-/// ended; `None` if the kernel does not tell it, or the process has ended by now.
+/// ended; `None` if the kernel does not report it, or the process has ended.
 pub fn peer_process(socket: impl AsFd) -> Option<OwnedFd> {
     let mut process: libc::c_int = -1;
     let mut len = libc::socklen_t::try_from(size_of_val(&process)).expect("four bytes");

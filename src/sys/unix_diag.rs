@@ -1,4 +1,4 @@
-//! Who listens on an abstract Unix socket, as the kernel tells (sock_diag(7)). Unlike a connection, the question takes
+//! The listener of an abstract Unix socket, from the kernel (sock_diag(7)). Unlike a connection, the question takes
 //! no place in the listener's queue.
 
 use std::fs::File;
@@ -31,7 +31,7 @@ const MESSAGE_BYTES: usize = 16;
 /// Enough for each part of an answer: the kernel makes parts of up to 32 KiB.
 const PART_BYTES: usize = 1 << 16;
 
-/// Who listens on an abstract name, in this network namespace; `None`: nobody.
+/// The process that listens on an abstract name, in this network namespace; `None`: there is none.
 ///
 /// # Errors
 /// Errors of socket(2), sendto(2) and recvfrom(2); [`io::ErrorKind::Unsupported`] if the kernel tells no users.

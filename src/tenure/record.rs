@@ -23,14 +23,14 @@ const VERSION_LINE: &str = "genblk-tenure 1";
 /// Prefix of the place of a cache in the service manager's fd store.
 const FDSTORE_PREFIX: &[u8] = b"fdstore:";
 
-/// Whether a tenure has ended in order.
+/// Whether a tenure has ended cleanly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TenureState {
     /// It has not: its cache may hold completed writes that the image lacks.
     Open,
     /// It has: everything is on the image.
     Clean,
-    /// The operator has ended it: completed writes may be lost, and a guest that outlived them must not go on unaware.
+    /// The operator has ended it: completed writes may be lost, and a guest that outlived them must get errors.
     Forfeited,
 }
 

@@ -97,7 +97,7 @@ mod tests {
         assert!(!told());
         change.notify();
         assert!(told());
-        // A front-end that reads nothing holds nobody up.
+        // A front-end that reads nothing blocks no other thread.
         (0..10_000).for_each(|_| change.notify());
         drop(front_end);
         change.notify();

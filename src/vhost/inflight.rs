@@ -115,7 +115,7 @@ impl Inflight {
     }
 }
 
-/// Shared memory of a fixed size: access to a region that was cut short would raise SIGBUS.
+/// Shared memory of a fixed size: access to a region that was truncated would raise SIGBUS.
 fn sealed_memfd(bytes: usize) -> io::Result<File> {
     let file = memfd::create(c"genblk-inflight")?;
     file.set_len(bytes as u64)?;

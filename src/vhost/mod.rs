@@ -8,7 +8,7 @@
 //!
 //! vhost-user-backend runs the control plane only. It gets no worker threads (`queues_per_thread` is empty) and a vring
 //! type of ours, so every message ends in one of our hooks and our workers run the vrings. Its own worker threads have
-//! four faults, seen with version 0.24: an error ends a thread silently while the control plane goes on replying; a
+//! four faults, seen with version 0.24: an error ends a thread silently while the control plane keeps replying; a
 //! vring whose kick descriptor is replaced loses kicks; each connection leaks a descriptor; and the threads end with
 //! the connection, so nothing would write back between two front-ends.
 //!

@@ -74,7 +74,7 @@ impl DiscardLimits {
 pub struct DiskParameters {
     /// Size in sectors.
     pub capacity_sectors: u64,
-    /// Logical block size in bytes: a power of two, at least 512. Requests count in sectors of 512 bytes all the same.
+    /// Logical block size in bytes: a power of two, at least 512. Requests count in sectors of 512 bytes anyway.
     pub block_bytes: u32,
     /// Physical block size in bytes: a power of two times `block_bytes`; otherwise `block_bytes` is shown.
     pub physical_block_bytes: u32,

@@ -292,7 +292,7 @@ fn a_kick_in_blank_memory_is_reported_once() {
     assert_eq!(reports(), 1, "a kick for nothing of a guest that runs: {}", daemon.log());
 }
 
-/// QEMU without a memory backend shares nothing, and sets up its rings all the same; with reconnect=1 every second.
+/// QEMU without a memory backend shares nothing, and sets up its rings anyway; with reconnect=1 every second.
 #[test]
 fn rings_without_memory_are_refused_with_advice_once() {
     let daemon = start();

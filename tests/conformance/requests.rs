@@ -122,7 +122,7 @@ fn a_read_only_disk_rejects_every_write() {
     std::fs::write(directory.path().join("image"), &before).expect("an image can be written");
     let options = DaemonOptions { read_only: true, ..DaemonOptions::default() };
     let mut daemon = Daemon::start_in(directory, &options);
-    // The driver does not accept RO: the device must reject writes all the same.
+    // The driver does not accept RO: the device must reject writes anyway.
     let mut session = Session::open(&daemon.socket(), &SessionOptions::without(&[VIRTIO_BLK_F_RO]));
     assert_ne!(session.offered & feature(VIRTIO_BLK_F_RO), 0, "RO is offered");
 

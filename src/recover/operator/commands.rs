@@ -150,7 +150,7 @@ pub fn discard(path: &Path, consent: Consent) -> Result<String> {
     Ok(format!("removed {shown}\n"))
 }
 
-/// Records that the tenure of a cache that is thrown away has ended: at the image, or beside the cache.
+/// Records that the tenure of a cache that is deleted has ended: in the record of the image, or next to the cache.
 ///
 /// => The image of another user's cache is not opened: root would open whatever that user names.
 fn end_tenure_of(file: &ArenaFile, survey: &Survey) -> Result<()> {

@@ -38,7 +38,7 @@ pub(super) enum ImageState {
     Away,
     /// Another image is at its path.
     Replaced,
-    /// It cannot be looked at, or the cache file does not name it.
+    /// It cannot be inspected, or the cache file does not name it.
     Unknown,
 }
 
@@ -54,7 +54,7 @@ pub(super) enum CacheNeed {
 }
 
 impl CacheFile {
-    /// Looks at the file at `path`.
+    /// Inspects the file at `path`.
     ///
     /// # Errors
     /// As [`ArenaFile::look_at`].
@@ -120,7 +120,7 @@ fn is_same(found: &ImageId, known: &ImageId) -> bool {
     found == known || is_remounted
 }
 
-/// Whose files this process may look at.
+/// Whose files this process may inspect.
 pub(super) fn whose() -> AllowedOwner {
     if effective_uid() == 0 { AllowedOwner::Anyone } else { AllowedOwner::Own }
 }

@@ -181,7 +181,7 @@ pub(super) fn clear(cache: &CacheFile, end_tenure: impl Fn(&ArenaFile, &Survey) 
         return Ok(Cleared::Kept);
     }
     let file = ArenaFile::open_existing(&cache.path, whose())?;
-    // Looked at again, now that it is locked.
+    // Inspected again, now that it is locked.
     let survey = file.survey()?;
     let is_same = |survey: &Survey| {
         !survey.is_dirty() && (needed == CacheNeed::HeaderNeeded || survey.header.guest == GuestState::FRESH)

@@ -109,7 +109,7 @@ fn image_note(image: ImageState) -> Option<&'static str> {
         ImageState::Gone => Some("image is gone"),
         ImageState::Away => Some("image is not mounted"),
         ImageState::Replaced => Some("image was replaced"),
-        ImageState::Unknown => Some("image cannot be looked at"),
+        ImageState::Unknown => Some("image cannot be inspected"),
     }
 }
 

@@ -21,22 +21,22 @@ pub fn ignore_file_size_signal() {
 use crate::arena::{GuestData, GuestState};
 use crate::error::{Error, ErrorKind, Result};
 
-/// What a command that looks at many caches tells the operator.
+/// The report of a command that inspects many caches.
 #[derive(Debug, Default)]
 pub struct Report {
     /// What it found and did.
     pub text: String,
-    /// What it could not look at or do.
+    /// What it could not inspect or do.
     failures: Vec<String>,
 }
 
 impl Report {
-    /// Something could not be looked at or done: `what`, because of an error.
+    /// Something could not be inspected or done: `what`, because of an error.
     fn fail(&mut self, what: &str, error: &Error) {
         self.failures.push(format!("{what}: {error}"));
     }
 
-    /// What could not be looked at or done, as one error.
+    /// What could not be inspected or done, as one error.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`], if there was something.

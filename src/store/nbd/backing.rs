@@ -47,7 +47,7 @@ impl NbdBacking {
         let remote = Remote::new(parts.label, parts.promised, Duration::from_millis(parts.quarantine_ms));
         remote.quarantine_earlier_writes(Duration::from_millis(parts.quarantined_ms));
         let backing = Self::new(Arc::new(remote), parts.limits, parts.uri.into());
-        *backing.connector.lock().expect("nobody else knows it") =
+        *backing.connector.lock().expect("no other thread has it yet") =
             Some(Arc::new(Connector::new(OwnedFd::from(connector))));
         Arc::new(backing)
     }

@@ -38,7 +38,7 @@ const SLOT_BITS: u32 = 16;
 enum Link {
     Down,
     Up,
-    /// There will be none any more.
+    /// No further one follows.
     Gone,
 }
 
@@ -417,7 +417,7 @@ impl Client {
         self.reconsider(now);
     }
 
-    /// There will be no connection any more: everything fails from now on.
+    /// No further connection follows: every operation fails from now on.
     pub fn gone(&mut self) {
         self.link = Link::Gone;
         self.sending.clear();

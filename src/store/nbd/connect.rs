@@ -35,7 +35,7 @@ impl LastServer {
         Self(connection.and_then(|connection| connection.process.take()))
     }
 
-    /// Whether the process is known to have ended: it executes nothing any more.
+    /// Whether the process is known to have ended: it no longer executes anything.
     pub fn has_ended(&self) -> bool {
         self.0.as_ref().is_some_and(|process| poll::wait_readable(process.as_raw_fd(), Duration::ZERO))
     }
@@ -78,7 +78,7 @@ pub(super) fn connect(uri: &NbdUri, patience: Duration) -> io::Result<Connection
     let mut stream = connect_to_host(host, port)?;
     stream.set_nodelay(true)?;
     stream::keep_alive(&stream)?;
-    // A connection that is closed, if only because its process was killed, sends nothing any more.
+    // A connection that is closed, if only because its process was killed, no longer sends anything.
     stream::drop_unsent_on_close(&stream);
     let export = negotiate(&mut stream, &uri.export, patience)?;
     Ok(Connection { socket: stream.into(), export, may_have_lost: false, process: None })

@@ -23,7 +23,7 @@ const POLL: Duration = Duration::from_millis(10);
 /// The same, when the processes that have the lock are looked for each time.
 const DEATH_POLL: Duration = Duration::from_millis(200);
 
-/// A name that is taken, although nobody listens, is free after this time, or another user has it.
+/// A name that is taken, although no process listens, is free after this time, or another user has it.
 const ENDED_MAX: Duration = Duration::from_secs(1);
 
 /// See the module.
@@ -36,10 +36,10 @@ impl AsFd for HostLock {
     }
 }
 
-/// Who holds the lock of this name.
+/// The holder of the lock of this name.
 #[derive(Debug)]
 enum Holder {
-    /// Nobody.
+    /// No process.
     None,
     /// A daemon of this user or of root.
     Daemon(Daemon),

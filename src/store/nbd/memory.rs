@@ -49,7 +49,7 @@ pub(super) fn copy_out(segments: &[Segment], at: u64, len: u64) -> Vec<u8> {
     pieces(segments, at, len, usize::MAX, &mut sources);
     let mut bytes = Vec::new();
     for source in sources {
-        // SAFETY: as in copy_in(); nobody writes to the memory meanwhile.
+        // SAFETY: as in copy_in(); no other thread writes to the memory meanwhile.
         bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(source.base, source.len) });
     }
     bytes

@@ -12,7 +12,7 @@ use crate::units::{ExtentKind, OpKind};
 /// Bytes of the header of a simple reply, and of a chunk.
 const SIMPLE_BYTES: usize = 16;
 const CHUNK_BYTES: usize = 20;
-/// Longest chunk that is looked at as a whole: an error with its text.
+/// Longest chunk that is buffered as a whole: an error with its text.
 const WHOLE_CHUNK_MAX: usize = 16 << 10;
 /// What [`Client::receive`] may have to see at once.
 pub(super) const LOOK_AHEAD: usize = CHUNK_BYTES + WHOLE_CHUNK_MAX;

@@ -2,7 +2,7 @@
 //!
 //! A server that outlives a connection may execute a request after the client has repeated it on another connection,
 //! and after the client has written something newer. The repetition has the same bytes, so it may go at once. What is
-//! newer must wait until the old request cannot come any more: the *quarantine*. All queues of an image share the list.
+//! newer must wait until the old request can no longer arrive: the *quarantine*. All queues of an image share the list.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -39,7 +39,7 @@ impl Suspects {
         self.any.store(!list.is_empty(), Ordering::Release);
     }
 
-    /// What was sent before that break cannot be executed any more.
+    /// What was sent before that break can no longer be executed.
     pub fn release(&self, cause: BreakId) {
         let mut list = self.list.lock().expect("no thread panics with the list locked");
         list.retain(|suspect| suspect.cause != cause);

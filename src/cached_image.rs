@@ -152,6 +152,8 @@ impl CachedImage {
         if !self.arena.has_room_for(size_bytes) {
             return Err("the cache of an image above 4 PiB cannot outlive the daemon".to_owned());
         }
+        // Growth changes the image's times, as a write does.
+        self.arena.begin_change(SectorSpan::new(before / SECTOR_BYTES, 0));
         self.arena.set_image_size(size_bytes);
         self.limits().size_bytes.set(size_bytes);
         cache.grow(size_bytes / SECTOR_BYTES);

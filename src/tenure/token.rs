@@ -102,6 +102,8 @@ impl LastSeen {
     fn judge_times(&self, now: &ChangeToken) -> ChangeVerdict {
         let Self { token, is_at_rest, heartbeat_ns, .. } = *self;
         let same_size = token.size_bytes == now.size_bytes;
+        // A daemon that served the new size knew of the growth.
+        let is_known_size = same_size || !is_at_rest && now.size_bytes == self.served_bytes;
         if is_at_rest && same_size && (token.modified_ns, token.changed_ns) == (now.modified_ns, now.changed_ns) {
             return ChangeVerdict::Unchanged;
         }
@@ -113,7 +115,7 @@ impl LastSeen {
         }
         let latest = |seen: u64| if is_at_rest { seen } else { seen.max(heartbeat_ns) + IN_FLIGHT_SLACK_NS };
         if now.modified_ns > latest(token.modified_ns) {
-            if same_size || now.size_bytes == 0 {
+            if is_known_size || now.size_bytes == 0 {
                 return ChangeVerdict::Changed("it was modified after the daemon's last write".to_owned());
             }
             // Truncation sets both times, and takes no space.
@@ -130,8 +132,6 @@ impl LastSeen {
                 false => ChangeVerdict::Unknown("its attributes were changed".to_owned()),
             };
         }
-        // A daemon that served the new size knew of the growth.
-        let is_known_size = same_size || !is_at_rest && now.size_bytes == self.served_bytes;
         if is_known_size { ChangeVerdict::Plausible } else { ChangeVerdict::Unknown("its size was changed".to_owned()) }
     }
 
@@ -234,7 +234,7 @@ mod tests {
         assert!(is_unknown(&IN_FLIGHT.judge(&while_served)));
         let followed = LastSeen { served_bytes: grown.size_bytes, ..IN_FLIGHT };
         assert_eq!(followed.judge(&while_served), ChangeVerdict::Plausible);
-        assert!(is_unknown(&followed.judge(&grown)));
+        assert!(is_changed(&followed.judge(&grown)), "it was written long after the daemon's death");
         assert!(is_unknown(&AT_REST.judge(&ChangeToken { size_bytes: 4096, ..grown })));
     }
 

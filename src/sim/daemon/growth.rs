@@ -78,7 +78,7 @@ impl World {
             backup.extend(&values);
         }
         growth.added_at = before;
-        self.directory.resize_image(after * SECTOR_BYTES);
+        self.directory.grow_image(after * SECTOR_BYTES);
     }
 
     /// The daemon serves the disk as large as it is, if it can follow.
@@ -108,6 +108,7 @@ impl World {
     /// A daemon serves the image.
     pub fn note_served(&mut self) {
         let sectors = self.settings.image_sectors;
+        self.directory.keep_growth();
         self.growth.iter_mut().for_each(|growth| growth.served = sectors);
     }
 
@@ -118,7 +119,7 @@ impl World {
 
     /// Whether the image is larger than the last daemon served it.
     pub fn has_grown(&self) -> bool {
-        self.growth.as_ref().is_some_and(|growth| growth.served < self.settings.image_sectors)
+        self.growth.as_ref().is_some_and(|growth| growth.served < self.image.values().len() as u64)
     }
 
     /// The next daemon cannot tell whether the cache belongs to the image: the operator makes that as large as it was.
@@ -129,7 +130,7 @@ impl World {
         if let Some(backup) = &mut self.backup {
             backup.truncate(served as usize);
         }
-        self.directory.resize_image(served * SECTOR_BYTES);
+        self.directory.undo_growth(served * SECTOR_BYTES);
         self.serve_whole_image();
     }
 

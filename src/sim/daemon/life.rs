@@ -41,6 +41,8 @@ pub(super) struct Directory {
     path: PathBuf,
     /// How often a daemon has found a restored image.
     restores: Cell<u32>,
+    /// When the image's file was modified last, before it grew by what no daemon has served.
+    modified: Cell<Option<SystemTime>>,
 }
 
 impl Directory {
@@ -51,18 +53,35 @@ impl Directory {
         // Of one length: a header has its path word by word, and the daemon may die between any two.
         let path = PathBuf::from(format!("/dev/shm/genblk-sim-{:010}-{number:06}", std::process::id()));
         fs::create_dir(&path).expect("a directory in shared memory");
-        let directory = Self { path, restores: Cell::new(0) };
+        let directory = Self { path, restores: Cell::new(0), modified: Cell::new(None) };
         File::create(directory.image()).and_then(|file| file.set_len(image_bytes)).expect("an image");
         directory
     }
 
-    /// Somebody changes the length of the image's file.
-    pub fn resize_image(&self, image_bytes: u64) {
-        let image = File::options().write(true).open(self.image()).expect("the image's file");
+    /// Somebody makes the image's file larger.
+    pub fn grow_image(&self, image_bytes: u64) {
+        let image = self.open_image();
         let modified = image.metadata().and_then(|metadata| metadata.modified()).expect("a file has times");
         image.set_len(image_bytes).expect("the file can grow");
-        // A restore has set the clock of the image's file forward.
-        image.set_modified(modified.max(SystemTime::now())).expect("a file has times");
+        self.modified.set(self.modified.get().or(Some(modified)));
+    }
+
+    /// Makes the image's file as long as it was, with the time that it had.
+    pub fn undo_growth(&self, image_bytes: u64) {
+        let image = self.open_image();
+        image.set_len(image_bytes).expect("the file can shrink");
+        if let Some(modified) = self.modified.take() {
+            image.set_modified(modified).expect("a file has times");
+        }
+    }
+
+    /// A daemon serves the image: what it has grown by stays.
+    pub fn keep_growth(&self) {
+        self.modified.set(None);
+    }
+
+    fn open_image(&self) -> File {
+        File::options().write(true).open(self.image()).expect("the image's file")
     }
 
     fn image(&self) -> PathBuf {

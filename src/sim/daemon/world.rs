@@ -69,7 +69,8 @@ pub(super) struct World {
     pub deaths: u64,
     /// Somebody restores backups of the image between daemons; with a generator of its own.
     restores: Option<Prng>,
-    /// The image grows.
+    /// The image grows; not where backups are restored, because only a sample tells an image of another size from a
+    /// restored one.
     pub growth: Option<Growth>,
     /// What the image held at some moment.
     pub backup: Option<Vec<u64>>,
@@ -122,7 +123,7 @@ impl World {
             completed: 0,
             deaths: 0,
             restores: Some(Prng::new(seed ^ 0xbac4)).filter(|_| (seed / 4).is_multiple_of(2)),
-            growth: Some(Growth::new(seed, image_sectors)).filter(|_| (seed / 8).is_multiple_of(2)),
+            growth: Some(Growth::new(seed, image_sectors)).filter(|_| seed / 4 % 4 == 1),
             backup: None,
             is_restored: false,
             limited: LimitedRate::new(seed),

@@ -7,6 +7,8 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileMemory};
@@ -388,4 +390,50 @@ fn a_region_that_is_marked_as_initialized_first_is_found() {
             events.rotate_right(1);
         }
     });
+}
+
+#[test]
+fn no_more_requests_are_in_flight_than_the_queue_has_descriptors() {
+    let memory = Memory::new();
+    let mut ring = memory.ring(START);
+    let take_up_to = |ring: &mut Ring, available: u16| {
+        memory.ram.write_obj(START.wrapping_add(available), GuestAddress(AVAIL + 2)).unwrap();
+        let (has_more, mut heads) = (ring.has_more(), Vec::new());
+        ring.take(8, &mut heads);
+        (has_more, heads.len())
+    };
+    assert_eq!(take_up_to(&mut ring, SIZE), (true, 2));
+    assert_eq!(take_up_to(&mut ring, 2 * SIZE), (false, 0), "the driver reuses descriptors that are in flight");
+    ring.push_used(0, 0);
+    ring.publish();
+    assert_eq!(take_up_to(&mut ring, 2 * SIZE), (true, 1));
+}
+
+#[test]
+fn a_request_that_is_given_back_to_the_driver_is_not_marked_as_in_flight() {
+    let memory = Memory::new();
+    let mut ring = memory.ring(START);
+    let mut driver = Driver::default();
+    [0, 1].into_iter().for_each(|head| driver.submit(&memory, head));
+    ring.take(2, &mut Vec::new());
+    ring.push_used(0, 0);
+    ring.publish();
+    ring.suspend(1);
+    ring.give_back();
+    assert_eq!(ring.position().next_avail, START.wrapping_add(1));
+    let mut next = InflightTracker::new(Arc::clone(&memory.inflight), 0, SIZE);
+    assert_eq!(next.recover(memory.le16(USED + 2)), Some(Vec::new()));
+}
+
+#[test]
+fn a_call_descriptor_that_comes_late_gets_the_interrupt_that_is_due() {
+    let memory = Memory::new();
+    // The previous daemon may have died between a completion and its interrupt.
+    let mut ring = memory.ring(START);
+    let (mut interrupts, call_fd) = std::io::pipe().unwrap();
+    ring.set_call_fd(Some(File::from(OwnedFd::from(call_fd))));
+    drop(ring);
+    let mut count = Vec::new();
+    interrupts.read_to_end(&mut count).unwrap();
+    assert_eq!(count, 1u64.to_ne_bytes());
 }

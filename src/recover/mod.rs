@@ -40,6 +40,8 @@ pub use operator::{
     Consent, Recovery, Report, bytes_kept_for, check_folder, discard, has_unwritten_cache, hint_for,
     ignore_file_size_signal, list, prune, recover, warn_unused_fds, warn_unused_files,
 };
+#[cfg(test)]
+pub(crate) use proof::NOTHING_TO_COMPARE;
 pub use take_over::take_over;
 
 use left::Leftovers;

@@ -22,6 +22,9 @@ const SAMPLE_PAGES: usize = 200;
 /// superblocks of ext4 and XFS, of btrfs, and the same in a first partition at 1 MiB.
 const TELLTALE_PAGES: [u64; 6] = [0, 1, 16, 256, 257, 272];
 
+/// Why nothing shows that a cache belongs to an image.
+pub(crate) const NOTHING_TO_COMPARE: &str = "the cache has no clean page to compare";
+
 /// Why a cache that was set aside is not used.
 pub(super) const SET_ASIDE: &str = "it was set aside by \"genblk take-over\"";
 
@@ -105,9 +108,7 @@ pub(super) fn prove(
             let why = doubt.map_or_else(String::new, |doubt| format!("{doubt}, and "));
             Proof::Refuted(format!("{why}page {} of the image differs from the cache", page.0))
         }
-        (Comparison::Equal(0), Some(doubt)) => {
-            Proof::Unproven(format!("{doubt}, and the cache has no clean page to compare"))
-        }
+        (Comparison::Equal(0), Some(doubt)) => Proof::Unproven(format!("{doubt}, and {NOTHING_TO_COMPARE}")),
         (Comparison::Equal(pages), doubt) => {
             if let Some(doubt) = doubt {
                 let pages = counted(pages as u64, "page");

@@ -362,3 +362,18 @@ fn a_cache_knows_nothing_past_the_old_end_of_an_image_that_has_grown() {
     assert_eq!(record.valid, SectorMask::run(0, 3));
     arena.keep_on_drop(true);
 }
+
+#[test]
+fn recovery_writes_the_dirty_sectors_of_a_page_and_no_others() {
+    let world = World::new();
+    world.image().write_all_at(&[7; PAGE_SIZE], PAGE_BYTES).unwrap();
+    world.live_and_die(SectorMask::run(2, 3), false);
+    let image = world.open();
+    // A cache of another size: what was left is written to the image.
+    let arena = arena_for(&world.config, &*image, 2 * FRAMES, &Arc::default()).unwrap();
+    assert_eq!(arena.records().count(), 0);
+    let mut page = [0; PAGE_SIZE];
+    world.image().read_exact_at(&mut page, PAGE_BYTES).unwrap();
+    let sectors: Vec<u8> = page.chunks(512).map(|sector| sector[0]).collect();
+    assert_eq!(sectors, [7, 7, 0, 0, 0, 7, 7, 7]);
+}

@@ -14,7 +14,7 @@ use crate::units::{ExtentKind, Fault, OpKind, Unmap};
 const CHUNK_BYTES: usize = 128 * 1024;
 /// A map has at most this many runs and reports the rest of its range as data: its size stays bounded on an image with
 /// very many holes.
-const EXTENTS_MAX: usize = 64 * 1024;
+const EXTENTS_MAX: usize = if cfg!(test) { 64 } else { 64 * 1024 };
 
 /// What an error number means to the layers above. The only mapping from errno to [`Fault`].
 pub(super) fn fault_of(errno: i32) -> Fault {
@@ -288,6 +288,7 @@ fn push(extents: &mut Vec<Extent>, len: u64, kind: ExtentKind) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::file::OpenOptions;
     use crate::units::Urgency;
 
     fn request(lens: &[usize]) -> IoRequest {
@@ -339,5 +340,46 @@ mod tests {
         for (errno, fault) in expected {
             assert_eq!(fault_of(errno), fault, "errno {errno}");
         }
+    }
+
+    /// An image of `pages` pages, of which every second one is data.
+    fn fragmented(name: &str, pages: u64) -> (std::path::PathBuf, OpenImage) {
+        let path = std::path::PathBuf::from(format!("/dev/shm/genblk-map-{}-{name}", std::process::id()));
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(pages * 4096).unwrap();
+        (0..pages).step_by(2).for_each(|page| file.write_all_at(&[1; 4096], page * 4096).unwrap());
+        let options = OpenOptions { direct: false, ..OpenOptions::default() };
+        let image = OpenImage::open(name.to_owned(), &path, &options).unwrap();
+        (path, image)
+    }
+
+    #[test]
+    fn a_map_with_too_many_runs_reports_the_rest_as_data() {
+        let (path, image) = fragmented("runs", 200);
+        let extents = map(&image, 0, 200 * 4096).unwrap();
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(extents.iter().map(|extent| extent.len).sum::<u64>(), 200 * 4096);
+        let last = extents.last().unwrap();
+        assert_eq!((last.kind, last.len > 4096), (ExtentKind::Data, true));
+        let is_right = |(nth, extent): (usize, &Extent)| (extent.kind == ExtentKind::Data) == (nth % 2 == 0);
+        assert!(extents.iter().enumerate().all(is_right), "{extents:?}");
+    }
+
+    #[test]
+    fn what_a_file_lacks_since_it_has_shrunk_is_no_hole() {
+        let (path, image) = fragmented("shrunk", 8);
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(3 * 4096).unwrap();
+        let shrunk = map(&image, 0, 8 * 4096).map_err(|e| e.raw_os_error());
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(shrunk.unwrap_err(), Some(libc::EIO));
+    }
+
+    #[test]
+    fn zeros_keep_their_space_unless_it_may_be_freed() {
+        let (path, image) = fragmented("modes", 2);
+        std::fs::remove_file(path).unwrap();
+        assert_eq!(zero_modes(&image, Unmap::Forbidden)[0], FallocateMode::ZeroRange);
+        assert_eq!(zero_modes(&image, Unmap::Allowed)[0], FallocateMode::PunchHole);
     }
 }

@@ -126,3 +126,35 @@ fn sealed_memfd(bytes: usize) -> io::Result<File> {
 fn invalid(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vhost::vhost_user::message::FrontendReq;
+
+    use super::*;
+
+    #[test]
+    fn each_ring_has_a_part_of_its_own_whatever_its_size() {
+        let inflight = Inflight::default();
+        let payload = [[0xff; 16].as_slice(), &2u16.to_le_bytes(), &256u16.to_le_bytes()].concat();
+        let request = FrontendReq::GET_INFLIGHT_FD as u32;
+        let reply = inflight.create_region(&Message::reply(request, payload, Vec::new())).unwrap();
+        assert_eq!(reply.u64_at(0), Some(2 * ring_bytes(256) as u64));
+        assert_eq!(reply.u64_at(8), Some(0), "the region begins at the start of its file");
+        let file = reply.files[0].try_clone().unwrap();
+        inflight.set_region(reply).unwrap();
+        for (index, size) in [(0, 256), (1, 128)] {
+            let mut tracker = inflight.of_ring("disk", index, size).unwrap();
+            assert_eq!(tracker.recover(0), None);
+            tracker.take(size - 1);
+            let mut mark = [0];
+            let at = usize::from(index) * ring_bytes(256) + 16 + 16 * usize::from(size - 1);
+            file.read_exact_at(&mut mark, at as u64).unwrap();
+            assert_eq!(mark, [1], "ring {index}");
+        }
+        assert!(inflight.of_ring("disk", 0, 512).is_none(), "there is no room for so large a ring");
+        assert!(inflight.of_ring("disk", 2, 256).is_none());
+    }
+}

@@ -1,5 +1,6 @@
 //! The configuration space: GET_CONFIG, SET_CONFIG, and the cache mode that a driver sets there.
 
+use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
@@ -170,6 +171,28 @@ fn a_guest_keeps_write_through_across_reconnections() {
     let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
     assert_eq!(session.config(0, 8).len(), 8, "the capacity can be read");
     assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1], "a new front-end gets the default");
+}
+
+/// A front-end that resets the device and reads the cache mode adopts what it reads: it gets the default.
+#[test]
+fn a_front_end_that_reads_the_cache_mode_after_a_reset_gets_the_default() {
+    let daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.set_writeback(false);
+    session.reset();
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1]);
+}
+
+/// Front-ends may repeat SET_FEATURES while the device runs (QEMU does for dirty logging).
+#[test]
+fn repeated_features_do_not_change_the_mode_that_the_guest_chose() {
+    let options = DaemonOptions { cache_mode: "writethrough", ..DaemonOptions::default() };
+    let daemon = Daemon::start("repeated", IMAGE_BYTES, &options);
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [0]);
+    session.set_writeback(true);
+    session.frontend.set_features(session.features).expect("SET_FEATURES");
+    assert_eq!(session.config(CONFIG_WRITEBACK, 1), [1]);
 }
 
 /// Checks that writes of several sizes and alignments are on the image as soon as they complete.

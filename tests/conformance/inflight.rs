@@ -226,3 +226,18 @@ fn an_invalid_inflight_region_ends_only_its_session() {
         assert_serves(&daemon.socket(), SPARE_SECTOR);
     }
 }
+
+/// A reply that nobody asked for would be taken for the reply to the next message.
+#[test]
+fn a_message_gets_no_reply_unless_the_front_end_asks_for_one() {
+    let daemon = start();
+    let (session, region, file) = session_with_region(&daemon);
+    session.socket.set_read_timeout(Some(ABSENCE)).expect("a timeout can be set");
+    let shape = [region.num_queues.to_le_bytes(), region.queue_size.to_le_bytes()].concat();
+    let body = [region.mmap_size.to_le_bytes().to_vec(), region.mmap_offset.to_le_bytes().to_vec(), shape].concat();
+    let reply = raw_message::exchange(&session.socket, number::SET_INFLIGHT_FD, 0, &body, &[file.as_raw_fd()]);
+    assert_eq!(reply, Reply::Silent);
+    session.socket.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+    let features = raw_message::exchange(&session.socket, number::GET_FEATURES, 0, &[], &[]);
+    assert_eq!(features, Reply::Payload(session.offered.to_le_bytes().to_vec()));
+}

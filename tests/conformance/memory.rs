@@ -390,18 +390,18 @@ fn there_are_no_more_memory_regions_than_slots() {
     let mut session = Session::negotiate(&daemon.socket(), &SessionOptions::default());
     let slots = session.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS");
     let whole = session.memory.region_infos()[0];
-    let add = |session: &mut Session, nth: u64| {
-        let region = VhostUserMemoryRegionInfo {
-            guest_phys_addr: nth << 20,
-            userspace_addr: (nth + 1) << 20,
-            memory_size: 4096,
-            ..whole
-        };
-        session.frontend.add_mem_region(&region)
+    let region = |nth: u64| VhostUserMemoryRegionInfo {
+        guest_phys_addr: nth << 20,
+        userspace_addr: (nth + 1) << 20,
+        memory_size: 4096,
+        ..whole
     };
+    let add = |session: &mut Session, nth: u64| session.frontend.add_mem_region(&region(nth));
     for nth in 0..slots {
         add(&mut session, nth).expect("ADD_MEM_REG");
     }
+    session.frontend.remove_mem_region(&region(0)).expect("REM_MEM_REG");
+    add(&mut session, 0).expect("ADD_MEM_REG where one was removed");
     add(&mut session, slots).expect_err("one region more than there are slots");
 }
 

@@ -1,6 +1,6 @@
 //! Notifications in both directions: none is lost, and none comes that was not requested (T21).
 
-use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::time::Duration;
 
 use vhost::VhostBackend;
@@ -231,4 +231,19 @@ fn a_file_as_call_descriptor_is_not_written_to() {
     drop(session);
     assert_serves(&daemon.socket(), 0);
     assert_eq!(file.metadata().expect("the file is open").len(), 0, "an interrupt was written to the file");
+}
+
+/// VMMs replace the descriptor of a running ring, for example when the guest masks its interrupt.
+#[test]
+fn a_running_ring_interrupts_through_the_call_descriptor_that_was_set_last() {
+    let daemon = start();
+    let mut session = Session::open(&daemon.socket(), &SessionOptions::default());
+    session.write(0, &pattern(1, 0, 512));
+    let call = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
+    session.frontend.set_vring_call(0, &call).expect("SET_VRING_CALL");
+    session.rings[0].call = call;
+    session.submit(0, VIRTIO_BLK_T_IN, 0, Payload::Receive(512));
+    session.rings[0].notify();
+    poll_until("the completion", PATIENCE, || session.rings[0].take_used());
+    assert!(readable(&[session.rings[0].call.as_raw_fd()], PATIENCE));
 }

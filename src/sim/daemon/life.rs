@@ -22,7 +22,7 @@ use crate::device::control::Workers;
 use crate::device::worker::Worker;
 use crate::error::{Error, ErrorKind};
 use crate::fault_injection::{DaemonDied, crash_after};
-use crate::recover::arena_for;
+use crate::recover::{NOTHING_TO_COMPARE, arena_for};
 use crate::store::file::{FileImage, OpenOptions};
 use crate::store::{Backing, Limits, StoreQueue};
 use crate::sys::xattr;
@@ -241,7 +241,7 @@ impl Life {
         let arena = match arena? {
             Ok(arena) => arena,
             Err(error) if (*read_only || *is_restored) && error.kind() == ErrorKind::Ledger => return Ok(None),
-            Err(error) if *has_grown && error.to_string().contains("knows no page to compare") => return Ok(None),
+            Err(error) if *has_grown && error.to_string().contains(NOTHING_TO_COMPARE) => return Ok(None),
             Err(error) => panic!("the cache is recovered: {error}; {configuration:?}"),
         };
         // Recovery syncs the image before it takes samples, so they are of durable bytes: here, those of the file.

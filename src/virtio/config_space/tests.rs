@@ -185,3 +185,22 @@ fn any_block_size_gives_a_valid_topology() {
         }
     }
 }
+
+#[test]
+fn sizes_are_in_logical_blocks_and_zeroing_frees_space_only_where_it_may() {
+    let large = DiskParameters { block_bytes: 4096, zero_may_unmap: false, ..parameters() };
+    let space = ConfigSpace::new(&large, true);
+    assert_eq!(number(&space, offset_of!(virtio_blk_config, opt_io_size), 4), 256);
+    assert_eq!(number(&space, offset_of!(virtio_blk_config, write_zeroes_may_unmap), 1), 0);
+}
+
+#[test]
+fn a_read_of_any_range_around_the_cache_mode_includes_it() {
+    let offset = u32::try_from(offset_of!(virtio_blk_config, wce)).unwrap();
+    for (start, size, includes) in
+        [(offset, 1, true), (0, 60, true), (offset - 1, 2, true), (offset - 1, 1, false), (offset + 1, 8, false)]
+    {
+        assert_eq!(includes_writeback(start, size), includes, "{size} bytes at {start}");
+    }
+    assert!(!includes_writeback(u32::MAX, u32::MAX));
+}

@@ -136,6 +136,25 @@ fn used_elements_become_visible_only_when_they_are_published() {
 }
 
 #[test]
+fn what_the_previous_daemon_has_published_is_not_published_again() {
+    let mem = Arc::new(ram());
+    let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
+    queue.set_position(QueuePosition { next_avail: 5, next_used: 3 });
+    assert!(!queue.has_unpublished());
+}
+
+#[test]
+fn only_a_head_that_was_taken_can_be_given_back() {
+    let mem = Arc::new(ram());
+    let mut queue = SplitQueue::new(&mem, layout(8, false), QueuePosition { next_avail: 0, next_used: 0 }).unwrap();
+    mem.store(1u16, GuestAddress(AVAIL + 2), Ordering::Relaxed).unwrap();
+    assert!(!queue.untake(0), "nothing was taken");
+    take(&mut queue, 1, &mut Vec::new()).unwrap();
+    assert!(!queue.untake(1), "another head was taken");
+    assert!(queue.untake(0) && queue.has_available());
+}
+
+#[test]
 fn more_heads_than_descriptors_are_an_overrun() {
     let mem = Arc::new(ram());
     let mut queue =

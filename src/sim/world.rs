@@ -190,7 +190,7 @@ impl World {
             self.stop_daemon();
         }
         if self.scenario.freezes {
-            self.freeze_or_thaw();
+            self.freeze_or_thaw(guest);
         }
         self.grow_or_follow();
         let mut worker_runs = true;

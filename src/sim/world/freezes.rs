@@ -2,7 +2,7 @@
 
 use crate::units::SectorSpan;
 
-use super::{GuestOp, Scenario, World};
+use super::{Guest, GuestOp, Scenario, World};
 
 /// Of 1000 steps, how many begin a freeze while there is none, and end one while there is one.
 const BEGIN_PER_MILLE: u64 = 10;
@@ -18,13 +18,16 @@ impl World {
     }
 
     /// Begins or ends a freeze, in some steps.
-    pub(super) fn freeze_or_thaw(&mut self) {
+    ///
+    /// => None begins while the guest waits for its requests: each makes the cache retry at once on a disk that fails,
+    ///    and the time for which requests are held passes only in pauses.
+    pub(super) fn freeze_or_thaw(&mut self, guest: Guest) {
         let freezes = self.requests.values().any(|request| matches!(request.op, GuestOp::Freeze { .. }));
         if self.cache.is_frozen() || freezes {
             if self.prng.below(1000) < END_PER_MILLE {
                 self.cache.thaw();
             }
-        } else if self.prng.below(1000) < BEGIN_PER_MILLE {
+        } else if guest == Guest::Active && self.prng.below(1000) < BEGIN_PER_MILLE {
             let until_us = self.now_us + self.prng.pick(&TIMES_US);
             let holds_reads = self.prng.percent(30);
             self.submit_request(GuestOp::Freeze { until_us, holds_reads }, SectorSpan::new(0, 0));

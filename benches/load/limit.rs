@@ -157,10 +157,12 @@ impl Copier {
                 WorkerCommand::Resume(reply) => {
                     let _ = reply.send(());
                 }
-                // Without a cache there is nothing to drop or to freeze; who waits learns that nobody replies.
+                // Without a cache there is nothing to drop, to warm or to freeze; who waits learns that nobody replies.
                 WorkerCommand::DropClean(..)
                 | WorkerCommand::Freeze(..)
                 | WorkerCommand::Thaw(_)
+                | WorkerCommand::Warm(..)
+                | WorkerCommand::Resident(..)
                 | WorkerCommand::Reconfigure(..) => {}
                 WorkerCommand::Exit(_) | WorkerCommand::Abandon(_) => {}
             }

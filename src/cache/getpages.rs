@@ -44,7 +44,7 @@ pub(super) struct Waiters {
 #[derive(Debug, Default)]
 pub(super) struct MissRun {
     /// Readahead collects it: no request waits for it yet.
-    is_readahead: bool,
+    pub(super) is_readahead: bool,
     first: Option<PageNo>,
     ids: Vec<PageId>,
     frames: Vec<FrameId>,
@@ -193,6 +193,16 @@ impl PageCache {
         let frame = self.pages.take_frame().expect("a frame is free");
         self.join_run(id, frame);
         Ok(id)
+    }
+
+    /// Starts the read-in of an absent page that no guest has asked for. Returns whether it is read, and is no hole;
+    /// `None`: no frame is free, or the map is being asked for.
+    pub(super) fn begin_warming(&mut self, no: PageNo) -> Option<bool> {
+        match self.begin_read_in(no) {
+            Ok(_) => Some(true),
+            Err(CannotRead::Hole) => Some(false),
+            Err(CannotRead::Wait) => None,
+        }
     }
 
     /// Starts the read-in of what a page in the table lacks. False: no frame is free, or the map is being asked for.

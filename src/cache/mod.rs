@@ -42,6 +42,7 @@ mod store_ops;
 #[cfg(test)]
 mod tests;
 mod throttle;
+mod warm;
 mod write;
 mod writeback;
 
@@ -52,6 +53,7 @@ pub use settings::{ErrorPolicy, PolicyKind, Settings};
 pub use stats::Stats;
 pub use store_health::{Health, HealthEvent};
 pub use store_ops::{Outcome, StoreOpRef};
+pub use warm::WarmStep;
 
 use access::PagePart;
 use allocate::SpaceAllocations;

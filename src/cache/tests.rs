@@ -11,6 +11,7 @@ mod failures;
 mod flush_target;
 mod sharing;
 mod small_world;
+mod warm;
 
 /// Memory without bytes: these tests look at frame numbers only.
 #[derive(Debug)]

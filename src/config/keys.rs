@@ -309,6 +309,15 @@ pub(crate) const KEYS: &[Key] = &[
         kind: ValueKind::Choice { words: Survive::WORDS, set: |device, i| device.cache.survive = Survive::ALL[i] },
     },
     Key {
+        name: "cache.warm_dir",
+        default: Is(Text("")),
+        kind: ValueKind::Text {
+            wanted: "an absolute path, or \"\" for none",
+            fits: |text| text.is_empty() || text.starts_with('/') && text.len() < 4000 && !text.contains('\0'),
+            set: |device, text| device.cache.warm_dir = text.to_string(),
+        },
+    },
+    Key {
         name: "cache.memory_dir",
         default: Is(Text("/dev/shm")),
         kind: ValueKind::MemoryDir { set: |device, memory_dir| device.cache.memory_dir = memory_dir },

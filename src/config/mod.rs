@@ -175,6 +175,7 @@ impl DeviceConfig {
                 on_full: OnError::Report,
                 hold_max_ms: 0,
                 survive: Survive::Auto,
+                warm_dir: String::new(),
                 memory_dir: MemoryDir::Systemd,
             },
         }
@@ -263,6 +264,8 @@ pub struct CacheConfig {
     pub hold_max_ms: u32,
     /// Whether the cache survives the daemon.
     pub survive: Survive,
+    /// Directory in which an orderly stop lists the pages in memory; empty: none.
+    pub warm_dir: String,
     /// Shared memory that holds a surviving cache.
     pub memory_dir: MemoryDir,
 }

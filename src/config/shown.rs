@@ -49,6 +49,7 @@ pub(crate) fn value_of(name: &str, device: &DeviceConfig) -> Option<String> {
         "cache.on_full" => word(&cache.on_full),
         "cache.hold_max_ms" => cache.hold_max_ms.to_string(),
         "cache.survive" => word(&cache.survive),
+        "cache.warm_dir" => text(&cache.warm_dir),
         "cache.memory_dir" => match &cache.memory_dir {
             MemoryDir::Path(directory) => path(directory)?,
             MemoryDir::Systemd => text(SYSTEMD),

@@ -11,9 +11,9 @@ use log::error;
 
 use super::Device;
 use super::inflight::InflightTracker;
-use crate::cache::Settings;
+use crate::cache::{Settings, WarmStep};
 use crate::fault_injection::{PlantedBug, planted};
-use crate::units::Fault;
+use crate::units::{Fault, PageNo, PageSpan};
 use crate::virtio::GuestRam;
 use crate::virtio::split::{QueueLayout, QueuePosition};
 use crate::waker::Waker;
@@ -63,6 +63,10 @@ pub enum WorkerCommand {
     /// Evict clean pages in a part of the page table, from this slot on. Replies with how many it evicted, and the next
     /// slot.
     DropClean(u32, Sender<(u32, Option<u32>)>),
+    /// Read in pages behind what the guest asks for. Replies with the page from which to go on.
+    Warm(PageSpan, Sender<(PageNo, WarmStep)>),
+    /// The pages that are in memory, of a part of the page table from this slot on. Replies with the next slot, too.
+    Resident(u32, Sender<(Vec<PageNo>, Option<u32>)>),
     /// Freeze the cache for at most this long. Replies when it is frozen.
     Freeze(Duration, HeldRequests, Sender<Result<(), Fault>>),
     /// End a freeze. Replies whether the cache was frozen.
@@ -238,6 +242,17 @@ impl Workers {
                 error!("{}: cannot wake a worker thread: {e}", control.device);
             }
         }
+    }
+
+    /// Reads in pages behind what the guest asks for, as many as fit now. Returns the page from which to go on; `None`:
+    /// the worker has ended.
+    pub fn warm(&self, pages: PageSpan) -> Option<(PageNo, WarmStep)> {
+        self.controls[0].ask(|reply| WorkerCommand::Warm(pages, reply))
+    }
+
+    /// Pages that are in memory, from a slot of the page table on, and the next slot; `None`: the worker has ended.
+    pub fn resident(&self, from: u32) -> Option<(Vec<PageNo>, Option<u32>)> {
+        self.controls[0].ask(|reply| WorkerCommand::Resident(from, reply))
     }
 
     /// Makes everything that has completed durable, and leaves the image alone from then on: until [`Workers::thaw`],

@@ -59,6 +59,8 @@ const FRUITLESS_POLLS_MAX: u32 = 4;
 const IDLE_TIMES_PER_POLL: u32 = 64;
 /// Slots of the page table that one turn looks at when the operator drops clean pages: some 100 us.
 const DROPPED_SLOTS: u32 = 4096;
+/// The same, when pages in memory are listed: as many as a message between processes has room for.
+const SHOWN_SLOTS: u32 = 1024;
 /// Epoll tokens. A ring's token is its index, which is below 256.
 const WAKER: u64 = 1000;
 const STORE: u64 = 1001;
@@ -428,6 +430,12 @@ impl Worker {
                 WorkerCommand::DropClean(from, reply) => {
                     let dropped = self.port.with_cache(now, |cache, _| cache.drop_clean(from, DROPPED_SLOTS));
                     let _ = reply.send(dropped);
+                }
+                WorkerCommand::Warm(pages, reply) => {
+                    let _ = reply.send(self.port.with_cache(now, |cache, _| cache.warm(pages)));
+                }
+                WorkerCommand::Resident(from, reply) => {
+                    let _ = reply.send(self.port.with_cache(now, |cache, _| cache.resident(from, SHOWN_SLOTS)));
                 }
                 WorkerCommand::Freeze(time, held, reply) => {
                     let ticket = self.requests.start_control_flush(reply);

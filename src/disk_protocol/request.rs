@@ -26,6 +26,18 @@ pub enum DeviceRequest {
         /// The settings.
         settings: Box<DeviceSettings>,
     },
+    /// Read in these pages (the first one and their number) behind what the guest asks for, for at most this long.
+    Warm {
+        /// The pages.
+        extents: Vec<(u64, u64)>,
+        /// The time.
+        time_ms: u32,
+    },
+    /// The pages in memory, of a part of the page table.
+    Resident {
+        /// Where the part begins.
+        from: u32,
+    },
     /// The image has grown. The guest is told.
     Grow {
         /// Its size.
@@ -42,6 +54,20 @@ pub enum DeviceReply {
     Dropped {
         /// Number of pages.
         pages: u64,
+    },
+    /// Pages were read in, or are being read in.
+    Warmed {
+        /// Those that are left.
+        left: Vec<(u64, u64)>,
+        /// The cache is full.
+        is_full: bool,
+    },
+    /// Pages in memory.
+    Resident {
+        /// Their numbers.
+        pages: Vec<u64>,
+        /// Where the next part begins.
+        next: Option<u32>,
     },
     /// The freeze has ended.
     Thawed {

@@ -1,14 +1,45 @@
 //! Carries out what the operator asks of a device. May wait for the image.
 
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::handle::ServiceHandle;
 use super::settings::{rate_limits, settings};
+use crate::cache::WarmStep;
 use crate::config::CacheMode;
 use crate::device::HeldRequests;
 use crate::device::control::Workers;
 use crate::disk_protocol::{DeviceReply, DeviceRequest, DeviceSettings};
-use crate::units::{Fault, SECTOR_BYTES};
+use crate::units::{Fault, PageNo, PageSpan, SECTOR_BYTES};
+
+/// How long warming pauses while the guest or the store is busy.
+const WARM_PAUSE: Duration = Duration::from_millis(5);
+
+/// Reads in pages for at most this long.
+fn warm(workers: &Workers, extents: &[(u64, u64)], time: Duration) -> DeviceReply {
+    let until = Instant::now() + time;
+    let mut left: VecDeque<(u64, u64)> = extents.iter().copied().collect();
+    while let Some(&(first, count)) = left.front() {
+        if Instant::now() >= until {
+            break;
+        }
+        let span = PageSpan::new(PageNo(first), count.min(u64::MAX - first));
+        let Some((next, step)) = workers.warm(span) else { return DeviceReply::NotServed };
+        match step {
+            WarmStep::Full => return DeviceReply::Warmed { left: left.into(), is_full: true },
+            // A timed wait of a lock, which every sandbox allows.
+            WarmStep::Busy => thread::park_timeout(WARM_PAUSE),
+            WarmStep::Done => {}
+        }
+        left.pop_front();
+        let rest = span.end().0.saturating_sub(next.0);
+        if rest > 0 {
+            left.push_front((next.0, rest));
+        }
+    }
+    DeviceReply::Warmed { left: left.into(), is_full: false }
+}
 
 impl ServiceHandle {
     /// Takes what may change of other settings.
@@ -54,6 +85,15 @@ impl ServiceHandle {
         };
         match *request {
             DeviceRequest::Flush => done(workers.flush()),
+            DeviceRequest::Warm { ref extents, time_ms } => {
+                warm(&workers, extents, Duration::from_millis(time_ms.into()))
+            }
+            DeviceRequest::Resident { from } => match workers.resident(from) {
+                Some((pages, next)) => {
+                    DeviceReply::Resident { pages: pages.into_iter().map(|page| page.0).collect(), next }
+                }
+                None => DeviceReply::NotServed,
+            },
             DeviceRequest::DropClean => DeviceReply::Dropped { pages: workers.drop_clean() },
             DeviceRequest::Freeze { time_ms, holds_reads } => {
                 let held = if holds_reads { HeldRequests::All } else { HeldRequests::Changes };

@@ -20,6 +20,7 @@ use super::process::{EventSink, Exit, Process, ProcessEvent};
 use super::restarts::Restarts;
 use super::slot::{ImageSlot, open_image};
 use super::socket::ListenSocket;
+use super::warm_list;
 use crate::broker;
 use crate::config::DeviceConfig;
 use crate::disk_protocol::{DeviceRequest, DeviceSettings, Ending, ToDisk};
@@ -504,6 +505,9 @@ impl ProcessSession<'_> {
         });
         // The file may have been removed a moment ago.
         self.slot.check_cache_file(true);
+        if ending == Ending::WriteBack {
+            warm_list::save(&self.served, &self.process, self.device);
+        }
         self.process.command(&ToDisk::Finish { device: self.device, ending });
     }
 
@@ -515,6 +519,7 @@ impl ProcessSession<'_> {
                 // It may have grown since the process, which other devices may share, was told its size.
                 self.image_bytes = Some(0);
                 self.send_growth();
+                warm_list::warm(&self.served, &self.process, self.device);
                 if let Some(handle) = self.handle.take() {
                     self.worker.report(KeeperEvent::Served(handle));
                 }

@@ -32,6 +32,7 @@ mod restarts;
 mod runtime;
 mod slot;
 mod socket;
+mod warm_list;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};

@@ -291,6 +291,13 @@ impl Pages {
         slots.map(PageId).filter(is_clean).collect()
     }
 
+    /// The pages in `count` slots of the table from slot `from` on that have all their bytes.
+    pub fn whole_pages(&self, from: u32, count: u32) -> Vec<PageNo> {
+        let slots = from..from.saturating_add(count).min(self.table.capacity());
+        let resident = slots.map(PageId).filter(|id| self.table.is_resident(*id)).map(|id| &self.table[id]);
+        resident.filter(|page| page.valid == SectorMask::ALL).map(Page::no).collect()
+    }
+
     /// Number of slots of the table.
     pub fn slots(&self) -> u32 {
         self.table.capacity()

@@ -1,0 +1,69 @@
+//! Warming: reads in pages that were in the cache before, behind everything that a guest asks for.
+
+use crate::units::{PageNo, PageSpan};
+
+use super::PageCache;
+
+/// Most operations of the store in flight beside which another page is read in. A guest's own come first.
+const OPS_MAX: usize = 4;
+/// Most pages that are read in at a time, 1 MiB: others wait for the cache and for the store meanwhile.
+const PAGES_MAX: u32 = 256;
+/// The cache counts as full while less than this part of its frames is free: what a guest needs next evicts nothing.
+const FREE_DIVISOR: u32 = 32;
+
+/// How far a step of warming came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WarmStep {
+    /// It did what it may do at a time.
+    Done,
+    /// The guest or the store is busy.
+    Busy,
+    /// The cache is full.
+    Full,
+}
+
+impl PageCache {
+    /// Reads in absent pages of `span`, in order. Returns the page from which to go on.
+    ///
+    /// => It never waits, evicts nothing, and begins nothing while a guest waits for a page.
+    pub fn warm(&mut self, span: PageSpan) -> (PageNo, WarmStep) {
+        let (mut next, mut pages) = (span.first, 0);
+        let least_free = self.reserve() + self.pages.frames().total() / FREE_DIVISOR;
+        let is_busy = self.health.stopped().is_some()
+            || self.freeze.holds_writes()
+            || self.waiters.in_use() > 0
+            || self.store_ops.in_flight() >= OPS_MAX;
+        if is_busy {
+            return (next, WarmStep::Busy);
+        }
+        self.run.is_readahead = true;
+        let mut step = WarmStep::Done;
+        while next < span.end() && next.0 < self.image_pages() && pages < PAGES_MAX {
+            if self.pages.find(next).is_none() && !self.ranges.contain(next) {
+                if self.pages.frames().free() <= least_free {
+                    step = WarmStep::Full;
+                    break;
+                }
+                match self.begin_warming(next) {
+                    Some(is_read) => pages += u32::from(is_read),
+                    None => {
+                        step = WarmStep::Busy;
+                        break;
+                    }
+                }
+            }
+            next = next.plus(1);
+        }
+        self.submit_run();
+        self.run.is_readahead = false;
+        (if next.0 < self.image_pages() { next } else { span.end() }, step)
+    }
+
+    /// The pages in `count` slots of the page table from slot `from` on that have all their bytes. Returns the next
+    /// slot, too, if there is one.
+    pub fn resident(&self, from: u32, count: u32) -> (Vec<PageNo>, Option<u32>) {
+        let next = from.saturating_add(count);
+        let pages = self.pages.whole_pages(from, count);
+        (pages, Some(next).filter(|&next| next < self.pages.slots()))
+    }
+}

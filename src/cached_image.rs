@@ -6,6 +6,7 @@
 //! [`WorkerPort`] with a store queue of its own; a port reaps what it submitted. A notice about another worker's
 //! request goes through that worker's mailbox.
 
+mod memory;
 mod port;
 mod report;
 #[cfg(test)]
@@ -16,14 +17,14 @@ mod translate;
 pub use port::WorkerPort;
 
 use std::fs::File;
-use std::sync::atomic::{AtomicU32, AtomicUsize};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use crate::arena::{Arena, Populator, ZERO_SLOTS};
+use crate::arena::{Arena, ZERO_SLOTS};
 use crate::cache::{FrameMemory, Notice, PageCache, Settings, Stats};
 use crate::fault_injection::{PlantedBug, planted};
 use crate::store::{Backing, Limits};
@@ -31,6 +32,7 @@ use crate::tenure::record::CachePlace;
 use crate::units::{FrameId, FrameRecord, OpKind, PAGE_BYTES, SECTOR_BYTES, SectorMask, SectorSpan, Tick, counted};
 use crate::waker::Waker;
 
+use memory::{Mailboxes, MemoryKeeper};
 use port::{wake, worker_of};
 use token_recorder::TokenRecorder;
 
@@ -47,6 +49,10 @@ impl FrameMemory for Arc<Arena> {
         Arena::publish(self, frame, record);
     }
 
+    fn use_frames(&self, count: u32) {
+        Arena::set_frames_in_use(self, count as usize);
+    }
+
     fn zero_slots(&self) -> usize {
         ZERO_SLOTS
     }
@@ -60,6 +66,8 @@ impl FrameMemory for Arc<Arena> {
 #[derive(Debug)]
 struct Mailbox {
     notices: Mutex<Vec<Notice>>,
+    /// The last change of the memory that its worker may use, as far as the worker knows.
+    memory_seen: AtomicU64,
     waker: Arc<Waker>,
 }
 
@@ -78,10 +86,10 @@ pub struct CachedImage {
     name: String,
     cache: Mutex<PageCache>,
     /// Declared before the arena, which it uses until it is dropped.
-    _populator: Populator,
+    memory: Mutex<MemoryKeeper>,
     arena: Arc<Arena>,
     backing: Arc<dyn Backing>,
-    mailboxes: Mutex<Vec<Arc<Mailbox>>>,
+    mailboxes: Arc<Mailboxes>,
     /// The devices that have used it.
     readers: Mutex<Vec<Reader>>,
     /// Number of those that use it at present.
@@ -96,10 +104,11 @@ pub struct CachedImage {
 }
 
 impl CachedImage {
-    /// An image with a cache in `arena`, which has as many frames as `settings` says. Restores what the previous daemon
-    /// left in the arena. Log lines begin with `name`.
+    /// An image with a cache in `arena`, which has memory for as many frames as `settings` says. Restores what the
+    /// previous daemon left in the arena. Log lines begin with `name`.
     pub fn new(name: &str, backing: Arc<dyn Backing>, arena: Arena, settings: Settings) -> Arc<Self> {
         let arena = Arc::new(arena);
+        let frames = settings.frames as usize;
         let mut cache = PageCache::new(settings, Box::new(Arc::clone(&arena)));
         for run in backing.data_runs() {
             cache.learn_data(SectorSpan::new(run.start / SECTOR_BYTES, (run.end - run.start) / SECTOR_BYTES));
@@ -110,15 +119,17 @@ impl CachedImage {
             info!("{name}: restored {pages} ({dirty} dirty) left by the previous daemon");
         }
         let token_recorder = TokenRecorder::start(name, &backing, &arena);
+        let mailboxes = Arc::new(Mailboxes::default());
+        let memory = Mutex::new(MemoryKeeper::start(name, &arena, &mailboxes, frames, true));
         Arc::new(Self {
             name: name.to_owned(),
             token_recorder,
             cache: Mutex::new(cache),
             untracked_rings: AtomicU32::new(0),
-            _populator: Populator::start(name, &arena),
+            memory,
             arena,
             backing,
-            mailboxes: Mutex::default(),
+            mailboxes,
             readers: Mutex::default(),
             reader_count: AtomicUsize::new(0),
             opened: Instant::now(),
@@ -254,7 +265,7 @@ impl CachedImage {
 
     /// Wakes all workers of all devices that use the image.
     pub fn wake_workers(&self) {
-        let mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
+        let mailboxes = self.mailboxes.lock();
         wake(&self.name, &mailboxes);
     }
 
@@ -270,7 +281,7 @@ impl CachedImage {
 
     fn post_to_others(&self, worker: u64, notices: &mut Vec<Notice>) -> Vec<Arc<Mailbox>> {
         let mut recipients: Vec<Arc<Mailbox>> = Vec::new();
-        let mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
+        let mailboxes = self.mailboxes.lock();
         notices.retain(|notice| {
             let other = worker_of(notice);
             if other == worker {

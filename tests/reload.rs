@@ -92,7 +92,7 @@ fn a_key_that_cannot_be_set_changes_nothing() {
     let (_daemon, control) = start("reload-refused");
     let before = stdout_of(&genblk(&control, &["config"]));
     for (setting, words) in [
-        ("cache.size=8M", "cache.size takes effect after detach and attach"),
+        ("cache.size_max=8M", "cache.size_max takes effect after detach and attach"),
         ("cache.mode=none", "detach and attach"),
         ("cache.mode=fast", "takes \"writeback\""),
         ("image=/x", "detach and attach"),

@@ -6,9 +6,10 @@ mod store_kit;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use genblk::arena::Arena;
 use genblk::store::file::{FileImage, IoEngine, OpenOptions};
 use genblk::store::{Backing, Event, Refused, Segment};
-use genblk::units::{ExtentKind, Fault, ImageHoles, OpKind, Unmap};
+use genblk::units::{ExtentKind, Fault, FrameId, ImageHoles, OpKind, SectorMask, Unmap};
 use store_kit::{Buffer, Driver, Image, MIB, pattern, readable, settings};
 
 /// Runs `case` on every combination of engine and image.
@@ -127,6 +128,32 @@ fn hinted_memory_transfers_like_any_other() {
             }
             assert!(all_done(driver.finish().values()));
             assert!(memory.bytes() == want, "the memory holds what was read");
+        }
+    });
+}
+
+/// A cache that shrinks gives memory back to the host, and gets other memory when it grows again. What a store has
+/// pinned of it must not be used any more.
+#[test]
+fn memory_that_was_freed_and_allocated_anew_is_transferred_as_it_is() {
+    const FRAMES: usize = 64;
+    on_each("anew", MIB, |backing| {
+        let arena = Arena::anonymous(FRAMES).expect("256 KiB");
+        let mut driver = Driver::new(backing);
+        let want = pattern(4096, 5);
+        driver.run(OpKind::Write, 0, 4096, vec![Buffer::copy_of(&want).segment(0, 4096)]);
+        driver.queue.hint_memory(arena.addresses());
+        for frames in [FRAMES, FRAMES / 2, FRAMES] {
+            arena.reserve(frames).expect("the host has memory");
+            arena.set_frames_in_use(frames);
+            driver.queue.limit_memory(arena.addresses_in_use().end);
+            while arena.free_unused().expect("memory can be freed") {}
+            for index in [0, frames / 2, frames - 1] {
+                let frame = FrameId(u32::try_from(index).expect("few"));
+                arena.zero_sectors(frame, SectorMask::ALL);
+                driver.run(OpKind::Read, 0, 4096, vec![Segment { base: arena.frame(frame), len: 4096 }]);
+                assert!(arena.sectors(frame, 0, 8) == want, "{frame:?} of {frames}");
+            }
         }
     });
 }

@@ -30,11 +30,11 @@ const DIRTY: FrameRecord = FrameRecord { page: PageNo(7), valid: SectorMask(0xf0
 const ZEROES: SectorSpan = SectorSpan { start: 64, count: 8 };
 
 /// A directory with an arena's file; removed with the value.
-struct Directory(PathBuf);
+pub(super) struct Directory(PathBuf);
 
 impl Directory {
     /// With these bytes in the file; without them there is no file.
-    fn new(bytes: &[u8]) -> Self {
+    pub(super) fn new(bytes: &[u8]) -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let directory = Self(std::env::temp_dir().join(format!("genblk-arena-{}-{serial}", std::process::id())));
@@ -43,7 +43,7 @@ impl Directory {
         directory
     }
 
-    fn file(&self) -> ArenaFile {
+    pub(super) fn file(&self) -> ArenaFile {
         let directory = ArenaFile::dir(&self.0);
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory).unwrap();
         let path = directory.join(IDENTITY.file_name(SIZE_BYTES, 0));
@@ -63,13 +63,17 @@ impl Drop for Directory {
 }
 
 fn spec(frames: usize, guest: GuestState) -> ArenaSpec<'static> {
+    spec_with_room(frames, frames, guest)
+}
+
+pub(super) fn spec_with_room(reserved: usize, frames: usize, guest: GuestState) -> ArenaSpec<'static> {
     static IMAGE: LazyLock<ImageFacts> = LazyLock::new(|| ImageFacts {
         identity: IDENTITY,
         size_bytes: SIZE_BYTES,
         path: "/image".into(),
         alias: "dm:uuid".to_owned(),
     });
-    ArenaSpec { frames, image: &IMAGE, tenure: TENURE, guest }
+    ArenaSpec { frames, reserved, image: &IMAGE, tenure: TENURE, guest }
 }
 
 /// What a daemon finds in a file.
@@ -149,10 +153,15 @@ impl Step {
 
     /// Runs a step on an arena that `prepare` has filled.
     fn on_arena(prepare: impl FnOnce(&Arena), step: impl FnOnce(&Arena)) -> Self {
+        Self::on_arena_of(&spec(FRAMES, GuestState::FRESH), prepare, step)
+    }
+
+    /// As [`Step::on_arena`], on an arena that was made so.
+    fn on_arena_of(spec: &ArenaSpec<'_>, prepare: impl FnOnce(&Arena), step: impl FnOnce(&Arena)) -> Self {
         let directory = Directory::new(&[]);
         let file = directory.file();
         let id = file_id(&file.file);
-        let arena = Arena::persistent(file, &spec(FRAMES, GuestState::FRESH)).unwrap();
+        let arena = Arena::persistent(file, spec).unwrap();
         prepare(&arena);
         let before = directory.bytes();
         let ((), mut events) = record(|| step(&arena));
@@ -332,6 +341,74 @@ fn a_change_token_is_recorded_as_it_was_or_as_it_is() {
         let expected = if seen.is_at_rest { (token(2), 0) } else { (token(1), 512) };
         assert_eq!((seen.token, seen.changed_bytes), expected);
     }
+}
+
+/// Frames that have memory in the tests of a change of size, and those for which there is room.
+const RESERVED: u32 = 3000;
+const ROOM: u32 = 6000;
+/// A page in the last frame, and the bytes of its first word.
+const LAST: FrameId = FrameId(RESERVED - 1);
+const MOVED: FrameRecord = FrameRecord { page: PageNo(7), valid: SectorMask::ALL, dirty: SectorMask::ALL };
+const WORD: u64 = 77;
+
+fn put_page(arena: &Arena, frame: FrameId) {
+    arena.memory.zero(arena.frame_at(frame), PAGE_SIZE);
+    arena.memory.store(arena.frame_at(frame), WORD);
+    arena.publish(frame, MOVED);
+}
+
+/// What the cache and the thread of its memory do when the cache shrinks to half its size.
+fn shrink(arena: &Arena) {
+    arena.copy_sectors(LAST, FrameId(0), SectorMask::ALL);
+    arena.publish(FrameId(0), MOVED);
+    arena.publish(LAST, FrameRecord::empty(MOVED.page));
+    arena.set_frames_in_use(RESERVED as usize / 2);
+    while arena.free_unused().unwrap() {}
+}
+
+/// States in which a daemon does not find the page with its bytes, in a frame that has memory.
+fn states_without_page(step: &Step) -> Vec<String> {
+    let fault = |state| {
+        let file = Directory::new(&step.in_state(state)).file();
+        let header = file.header().unwrap().unwrap();
+        let arena = Arena::attach(file, &header).unwrap();
+        let recorded: Vec<_> = arena.records().collect();
+        let is_right = |(frame, record): &(FrameId, FrameRecord)| {
+            frame.index() < arena.reserved_frames()
+                && *record == MOVED
+                && arena.memory.load(arena.frame_at(*frame)) == WORD
+        };
+        let all_right = !recorded.is_empty() && recorded.iter().all(is_right);
+        (!all_right).then(|| format!("{recorded:?} of {} frames", arena.reserved_frames()))
+    };
+    crash_states(&step.events).into_iter().filter_map(fault).collect()
+}
+
+#[test]
+fn a_page_is_found_with_its_bytes_at_every_step_of_a_shrink_and_of_a_growth() {
+    let spec = spec_with_room(RESERVED as usize, ROOM as usize, GuestState::FRESH);
+    let shrunk = Step::on_arena_of(&spec, |arena| put_page(arena, LAST), shrink);
+    assert!(crash_states(&shrunk.events).len() > 5);
+    assert_eq!(states_without_page(&shrunk), [""; 0]);
+    let grown = Step::on_arena_of(
+        &spec,
+        |arena| put_page(arena, LAST),
+        |arena| {
+            arena.reserve(ROOM as usize).unwrap();
+            arena.set_frames_in_use(ROOM as usize);
+            put_page(arena, FrameId(ROOM - 1));
+        },
+    );
+    assert_eq!(states_without_page(&grown), [""; 0]);
+}
+
+#[test]
+fn memory_that_is_freed_before_its_records_are_empty_is_found() {
+    let spec = spec_with_room(RESERVED as usize, ROOM as usize, GuestState::FRESH);
+    let step = || Step::on_arena_of(&spec, |arena| put_page(arena, LAST), shrink);
+    let freed = |event: &TraceEvent| matches!(event, TraceEvent::File(_, FileChange::ZerosFrom(_)));
+    let first = step().events.iter().position(freed).unwrap();
+    assert!(!states_without_page(&reordered(step(), first, 1)).is_empty());
 }
 
 // The checks find what they are for: the same steps with their stores in a wrong order.

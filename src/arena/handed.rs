@@ -33,6 +33,9 @@ enum ArenaKind {
 pub struct ArenaParts {
     kind: ArenaKind,
     frames: usize,
+    /// How many frames are known to have memory, where no file records it.
+    #[serde(default, skip_serializing_if = "is_none_known")]
+    reserved: usize,
     /// The file, for messages; empty if there is none.
     shown: String,
     recovery_hint: String,
@@ -46,6 +49,12 @@ pub struct ArenaParts {
     formats: u64,
     /// The host's boot ID, with which a header is compared.
     boot: [u8; 16],
+}
+
+/// A message without the number says that none is known.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_none_known(reserved: &usize) -> bool {
+    *reserved == 0
 }
 
 /// An arena that was received, and what becomes of its file in the end.
@@ -72,7 +81,7 @@ impl ReceivedArena {
             Mapping::new(file, bytes).map_err(|e| Error::io(ErrorKind::Memory, "cannot map the cache", e))
         };
         let first = files.next().ok_or_else(missing)?;
-        let frames = parts.frames;
+        let (frames, counts) = (parts.frames, [parts.reserved, parts.frames]);
         let guest = GuestState {
             data: if parts.data_loss { GuestData::Lost } else { GuestData::Intact },
             write_through: parts.write_through,
@@ -92,12 +101,12 @@ impl ReceivedArena {
                 let (memory, file) = (map(&first, bytes_of(frames, 0)?)?, named(files.next().ok_or_else(missing)?));
                 let guest = file.header()?.map_or(guest, |header| guest.or(header.guest));
                 let marker = map(&file.file, HEADER_BYTES)?;
-                Arena::new(memory, frames, 0, Persistence::LossMarker(LossMarker { marker, file }), guest)
+                Arena::new(memory, counts, 0, Persistence::LossMarker(LossMarker { marker, file }), guest)
                     .backed_by(first)
             }
             ArenaKind::Anonymous => {
                 let memory = map(&first, bytes_of(frames, 0)?)?;
-                Arena::new(memory, frames, 0, Persistence::None, guest).backed_by(first)
+                Arena::new(memory, counts, 0, Persistence::None, guest).backed_by(first)
             }
         };
         if parts.has_substitute {
@@ -135,14 +144,15 @@ impl Arena {
 
     /// The arena as the process keeps it that does not use it. It is not mapped any more.
     pub fn into_kept(mut self) -> KeptArena {
-        let (frames, memory) = (self.frames, self.memory_file.take());
+        let (frames, reserved, memory) = (self.frames, self.reserved_frames(), self.memory_file.take());
         let (data_loss, write_through, formats) = (self.has_data_loss(), self.is_write_through(), self.guest_formats());
         let (kind, file) = match std::mem::replace(&mut self.persistence, Persistence::None) {
             Persistence::None => (ArenaKind::Anonymous, None),
             Persistence::LossMarker(LossMarker { file, .. }) => (ArenaKind::LossMarker, Some(file)),
             Persistence::Full { file, .. } => (ArenaKind::Persistent, Some(file)),
         };
-        KeptArena { kind, frames, memory, file, substitute: None, is_lost: false, data_loss, write_through, formats }
+        let (substitute, is_lost) = (None, false);
+        KeptArena { kind, frames, reserved, memory, file, substitute, is_lost, data_loss, write_through, formats }
     }
 }
 
@@ -151,6 +161,8 @@ impl Arena {
 pub struct KeptArena {
     kind: ArenaKind,
     frames: usize,
+    /// How many frames are known to have memory, where no file records it.
+    reserved: usize,
     /// Memory without a name.
     memory: Option<File>,
     /// The file that outlives the daemon.
@@ -171,6 +183,7 @@ impl KeptArena {
         ArenaParts {
             kind: self.kind,
             frames: self.frames,
+            reserved: self.reserved,
             shown: text(ArenaFile::to_string),
             recovery_hint: text(ArenaFile::recovery_hint),
             removal_hint: text(ArenaFile::removal_hint),
@@ -212,6 +225,8 @@ impl KeptArena {
     /// The process that used the arena died. The next one finds what it left; if that was only in its memory, the guest
     /// must learn that completed writes may be lost.
     pub fn note_death(&mut self, is_read_only: bool) {
+        // The size may have changed.
+        self.reserved = 0;
         if self.kind == ArenaKind::Anonymous && !is_read_only {
             self.data_loss = true;
         }

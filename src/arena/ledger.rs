@@ -9,7 +9,7 @@
 //! | 0 to 4095 | the header, see [`Header`]; its first word is written last |
 //! | next 4096, not in layout 1 | 256 slots for ranges that must read as zeros: first sector, sectors (0: unused) |
 //! | next, padded to 4096 | 8 bytes a frame: page number (40 bits), valid sectors (8), dirty sectors (8), 0 (8) |
-//! | next | the frames |
+//! | next | the frames; the first ones have memory (`reserve.rs`), and so have their records |
 //!
 //! A loss marker (of a cache that does not survive its daemon) is a header alone.
 //!
@@ -95,6 +95,8 @@ pub(super) mod field {
     pub const SAMPLES: usize = 3800;
     /// Formats whose headers the guest has written, where the image cannot record that: `GuestState::formats`.
     pub const GUEST_FORMATS: usize = 4056;
+    /// How many frames, the last ones, have no memory.
+    pub const UNRESERVED: usize = 4064;
     /// Not 0 once the guest has selected write-through: the last word of the header.
     pub const WRITE_THROUGH: usize = super::HEADER_BYTES - 8;
 }
@@ -201,8 +203,10 @@ pub struct TenureFacts {
 /// What the header of a new arena records.
 #[derive(Clone, Copy, Debug)]
 pub struct ArenaSpec<'a> {
-    /// Number of frames of the cache.
+    /// Number of frames for which there is to be room.
     pub frames: usize,
+    /// How many of them get memory at once.
+    pub reserved: usize,
     /// The image.
     pub image: &'a ImageFacts,
     /// The tenure.
@@ -218,8 +222,10 @@ pub struct Header {
     layout: u64,
     /// The image.
     pub image: ImageFacts,
-    /// Number of frames; 0 in a loss marker.
+    /// Number of frames for which there is room; 0 in a loss marker.
     pub frames: u64,
+    /// How many of them, the first ones, have memory.
+    pub reserved: u64,
     /// The host's boot ID when the arena was created: memory does not survive a boot.
     pub boot: [u8; 16],
     /// The tenure; `None` in layouts 1 and 2.
@@ -235,11 +241,12 @@ pub struct Header {
 impl Header {
     /// The header of a new arena.
     pub(super) fn new(spec: &ArenaSpec<'_>) -> Self {
-        let ArenaSpec { frames, image, tenure, guest } = *spec;
+        let ArenaSpec { frames, reserved, image, tenure, guest } = *spec;
         Self {
             layout: LAYOUT,
             image: image.clone(),
             frames: frames as u64,
+            reserved: reserved.min(frames) as u64,
             boot: boot_id(),
             tenure: Some(tenure),
             is_set_aside: false,
@@ -248,9 +255,9 @@ impl Header {
         }
     }
 
-    /// Whether a cache of `frames` frames can use the arena as it is.
+    /// Whether a cache of `frames` frames can use the arena: it has room for them.
     pub fn fits(&self, frames: usize) -> bool {
-        self.layout == LAYOUT && self.frames == frames as u64
+        self.layout == LAYOUT && self.frames >= frames as u64
     }
 
     /// Whether this is the header of a cache of the image of a layout that does not note which formats' headers the
@@ -285,6 +292,7 @@ impl Header {
             (field::UNWRITTEN, u64::from(self.guest.data == GuestData::Lost)),
             (field::WRITE_THROUGH, u64::from(self.guest.write_through)),
             (field::GUEST_FORMATS, self.guest.formats),
+            (field::UNRESERVED, self.frames - self.reserved),
             (field::TOKEN_SLOT, 0),
             (field::TOKENS + token_field::AT, 0),
             (field::HEARTBEAT, 0),
@@ -344,6 +352,10 @@ impl Header {
                 alias: String::from_utf8(alias).unwrap_or_default(),
             },
             frames: word(field::FRAMES),
+            reserved: match layout {
+                FIRST_WITH_SAMPLES.. => word(field::FRAMES).saturating_sub(word(field::UNRESERVED)),
+                _ => word(field::FRAMES),
+            },
             boot: bytes[field::BOOT..field::BOOT + 16].try_into().expect("16 bytes"),
             tenure: has_tenure.then(|| TenureFacts {
                 id: TenureId {
@@ -481,6 +493,7 @@ mod tests {
             layout: LAYOUT,
             image,
             frames: 1024,
+            reserved: 1000,
             boot: [3; 16],
             tenure: Some(TenureFacts { id, since: 99, is_recorded: true, is_over: false }),
             is_set_aside: false,
@@ -526,7 +539,7 @@ mod tests {
     fn an_older_layout_is_read_but_does_not_fit() {
         for (layout, records_at) in [(1, 4096), (2, 8192)] {
             let image = ImageFacts { alias: String::new(), ..header().image };
-            let old = Header { layout, tenure: None, image, ..header() };
+            let old = Header { layout, tenure: None, image, reserved: 1024, ..header() };
             // The path of the image may be longer than in the newest layout.
             let path = "/".repeat(OLD_PATH_BYTES_MAX);
             let mut bytes = encode(&old);
@@ -537,13 +550,13 @@ mod tests {
             assert!(!old.fits(1024));
             assert_eq!(old.records_at(), records_at);
         }
-        assert!(header().fits(1024) && !header().fits(1023));
+        assert!(header().fits(1024) && header().fits(1023) && !header().fits(1025));
         assert_eq!(header().records_at(), 8192);
     }
 
     #[test]
     fn a_layout_without_samples_is_read_and_does_not_fit() {
-        let old = Header { layout: 3, ..header() };
+        let old = Header { layout: 3, reserved: 1024, ..header() };
         let mut bytes = encode(&old);
         bytes[field::GUEST_FORMATS] = 1;
         assert_eq!(Header::decode(&bytes, &"f").unwrap(), Some(old.clone()));

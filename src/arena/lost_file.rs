@@ -62,11 +62,11 @@ impl Arena {
             Persistence::Full { .. } => &self.memory,
         };
         let create = || {
-            mapping::allocate(&file.file, HEADER_BYTES)?;
+            mapping::allocate(&file.file, HEADER_BYTES, std::slice::from_ref(&(0..HEADER_BYTES)))?;
             let marker = Mapping::new(&file.file, HEADER_BYTES)?;
             for at in (0..HEADER_BYTES).step_by(size_of::<u64>()) {
                 let word = match at {
-                    field::MAGIC | field::FRAMES => 0,
+                    field::MAGIC | field::FRAMES | field::UNRESERVED => 0,
                     field::UNWRITTEN => u64::from(holds_unwritten || self.has_data_loss()),
                     _ => header.load(at),
                 };

@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr;
 use std::sync::Mutex;
@@ -226,25 +227,56 @@ unsafe fn unmap(at: *mut u8, bytes: usize) {
 }
 
 /// Extends a file in shared memory to at least `bytes` bytes, unless it is that long already, and allocates the memory
-/// for them. Without that the kernel allocates at the first touch, and raises SIGBUS if there is no memory left.
+/// for these parts of it. Without that the kernel allocates at the first touch, and raises SIGBUS if there is no memory
+/// left.
 ///
 /// # Errors
 /// Errors of fallocate(2) and fstatfs(2), and an error with the memory that the host or a control group has available
-/// if that is less than `bytes`.
-pub(super) fn allocate(file: &File, bytes: usize) -> io::Result<()> {
+/// if that is less than the parts take.
+pub(super) fn allocate(file: &File, bytes: usize, parts: &[Range<usize>]) -> io::Result<()> {
     // Devices start in parallel: what one checks must still be available when it allocates.
     static ALLOCATING: Mutex<()> = Mutex::new(());
     let _allocating = ALLOCATING.lock();
     let file_system = FileSystem::of(file)?;
     let rounded = whole_blocks(&file_system, bytes)? as u64;
     if !file_system.is_hugetlbfs {
-        check_available(rounded)?;
+        let wanted = parts.iter().map(|part| part.len() as u64).fold(0, u64::saturating_add);
+        check_available(wanted.next_multiple_of(file_system.block_bytes as u64))?;
     }
     // A sealed file must not shrink.
     if file.metadata()?.len() < rounded {
         set_length(file, bytes)?;
     }
-    fallocate(file, FallocateMode::Reserve, 0, rounded)
+    allocate_parts(file, parts)
+}
+
+/// Allocates the memory for parts of a file in shared memory that is long enough.
+///
+/// # Errors
+/// Those of fallocate(2) and fstatfs(2).
+pub(super) fn allocate_parts(file: &File, parts: &[Range<usize>]) -> io::Result<()> {
+    let file_system = FileSystem::of(file)?;
+    for part in parts.iter().filter(|part| !part.is_empty()) {
+        let first = part.start - part.start % file_system.block_bytes;
+        let end = whole_blocks(&file_system, part.end)?;
+        fallocate(file, FallocateMode::Reserve, first as u64, (end - first) as u64)?;
+    }
+    Ok(())
+}
+
+/// Frees the memory of a part of a file in shared memory, of which nothing is used from its start on.
+///
+/// # Errors
+/// Those of fallocate(2) and fstatfs(2).
+pub(super) fn free_part(file: &File, part: Range<usize>) -> io::Result<()> {
+    let file_system = FileSystem::of(file)?;
+    let (first, end) = (whole_blocks(&file_system, part.start)?, whole_blocks(&file_system, part.end)?);
+    if first < end {
+        crash_point();
+        fallocate(file, FallocateMode::PunchHole, first as u64, (end - first) as u64)?;
+        shared_memory::changed(file, FileChange::ZerosFrom(first as u64));
+    }
+    Ok(())
 }
 
 /// Truncates or extends a file in shared memory to `bytes` bytes, rounded up to whole blocks: hugetlbfs refuses a

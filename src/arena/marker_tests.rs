@@ -13,7 +13,7 @@ fn tells_of_loss(test: &str, act: impl Fn(&Arena)) -> bool {
     let image = ImageFacts { identity, size_bytes: 1 << 20, path: "/image".into(), alias: String::new() };
     let id = TenureId { generation: 1, id: 2 };
     let tenure = TenureFacts { id, since: 0, is_recorded: false, is_over: false };
-    let spec = ArenaSpec { frames: 4, image: &image, tenure, guest: GuestState::FRESH };
+    let spec = ArenaSpec { frames: 4, reserved: 4, image: &image, tenure, guest: GuestState::FRESH };
     let file = ArenaFile::create_for(&directory, &image).unwrap();
     let CachePlace::Path(path) = file.place() else { panic!("the file has a path") };
     let arena = Arena::loss_marker(file, &spec).map_err(|e| e.error).unwrap();

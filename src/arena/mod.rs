@@ -25,6 +25,7 @@ mod mapping;
 #[cfg(test)]
 mod marker_tests;
 mod populate;
+mod reserve;
 mod samples;
 mod survey;
 mod trust;
@@ -55,12 +56,16 @@ pub use trust::AllowedOwner;
 use ledger::{HEADER_BYTES, RECORD_BYTES, ZERO_SLOT_BYTES, field};
 use lost_file::LossMarker;
 use mapping::{MEMFD_NAME, Mapping};
+use reserve::{Reservation, offset_in_new, parts_of, room_for};
 
 /// The memory of a cache; see the module.
 #[derive(Debug)]
 pub struct Arena {
     memory: Mapping,
+    /// Number of frames for which there is room.
     frames: usize,
+    /// How many of them have memory.
+    reservation: Reservation,
     /// Offset of the first frame in `memory`.
     offset: usize,
     persistence: Persistence,
@@ -132,8 +137,17 @@ impl Arena {
     /// [`ErrorKind::Memory`] when the host has less memory available. All memory is reserved now, so that no request of
     /// a guest meets a shortage later.
     pub fn anonymous(frames: usize) -> Result<Self> {
-        let (file, memory) = anonymous_memory(frames)?;
-        Ok(Self::new(memory, frames, 0, Persistence::None, GuestState::FRESH).backed_by(file))
+        Self::anonymous_with_room(frames, frames)
+    }
+
+    /// As [`Arena::anonymous`], with memory for `reserved` frames and room for `frames`.
+    ///
+    /// # Errors
+    /// As [`Arena::anonymous`].
+    pub fn anonymous_with_room(reserved: usize, frames: usize) -> Result<Self> {
+        let frames = frames.max(reserved);
+        let (file, memory) = anonymous_memory(reserved, frames)?;
+        Ok(Self::new(memory, [reserved, frames], 0, Persistence::None, GuestState::FRESH).backed_by(file))
     }
 
     /// As [`Arena::anonymous`], with a marker in `file` that tells the next daemon whether this one's death lost data.
@@ -144,15 +158,15 @@ impl Arena {
     /// As [`Arena::anonymous`].
     pub fn loss_marker(file: ArenaFile, spec: &ArenaSpec<'_>) -> std::result::Result<Self, NotCreated> {
         let create = || {
-            let memory = anonymous_memory(spec.frames)?;
-            let (marker, header) = create_contents(&file, HEADER_BYTES, &ArenaSpec { frames: 0, ..*spec })?;
+            let memory = anonymous_memory(spec.reserved, spec.frames)?;
+            let (marker, header) = create_contents(&file, &ArenaSpec { frames: 0, reserved: 0, ..*spec })?;
             Ok((memory, marker, header.guest))
         };
         match create() {
             Ok((memory, marker, guest)) => {
                 let persistence = Persistence::LossMarker(LossMarker { marker, file });
                 let (memory_file, memory) = memory;
-                Ok(Self::new(memory, spec.frames, 0, persistence, guest).backed_by(memory_file))
+                Ok(Self::new(memory, [spec.reserved, spec.frames], 0, persistence, guest).backed_by(memory_file))
             }
             Err(error) => Err(NotCreated { error, file }),
         }
@@ -165,12 +179,13 @@ impl Arena {
     /// # Errors
     /// As [`Arena::anonymous`], and for an image of more than 4 PiB.
     pub fn persistent(file: ArenaFile, spec: &ArenaSpec<'_>) -> std::result::Result<Self, NotCreated> {
+        let spec = &ArenaSpec { frames: room_for(&file.file, spec), ..*spec };
         let create = || {
             if ledger::is_too_large(spec.image.size_bytes) {
                 let context = "the cache of an image above 4 PiB cannot outlive the daemon";
                 return Err(Error::new(ErrorKind::Memory, context));
             }
-            create_contents(&file, bytes_of(spec.frames, frames_at(&Header::new(spec), spec.frames))?, spec)
+            create_contents(&file, spec)
         };
         match create() {
             Ok((memory, header)) => Ok(Self::with_file(memory, spec.frames, file, &header)),
@@ -219,10 +234,19 @@ impl Arena {
     fn with_file(memory: Mapping, frames: usize, file: ArenaFile, header: &Header) -> Self {
         let (zero_slots, records) = (header.zero_slots_at(), header.records_at());
         let persistence = Persistence::Full { file, zero_slots, records };
-        Self::new(memory, frames, frames_at(header, frames), persistence, header.guest)
+        let reserved = usize::try_from(header.reserved).map_or(frames, |reserved| reserved.min(frames));
+        Self::new(memory, [reserved, frames], frames_at(header, frames), persistence, header.guest)
     }
 
-    fn new(memory: Mapping, frames: usize, offset: usize, persistence: Persistence, guest: GuestState) -> Self {
+    /// An arena with memory for `reserved` of its `frames` frames.
+    fn new(
+        memory: Mapping,
+        [reserved, frames]: [usize; 2],
+        offset: usize,
+        persistence: Persistence,
+        guest: GuestState,
+    ) -> Self {
+        let reservation = Reservation::new(reserved);
         let data_loss = AtomicBool::new(guest.data == GuestData::Lost);
         let write_through = AtomicBool::new(guest.write_through);
         let formats = AtomicU64::new(guest.formats);
@@ -232,6 +256,7 @@ impl Arena {
         Self {
             memory,
             frames,
+            reservation,
             offset,
             persistence,
             data_loss,
@@ -251,7 +276,7 @@ impl Arena {
         self
     }
 
-    /// Number of frames.
+    /// Number of frames for which there is room; [`Arena::reserved_frames`] have memory.
     pub fn frames(&self) -> usize {
         self.frames
     }
@@ -389,8 +414,10 @@ impl Arena {
 
     /// The recorded contents of the frames, without those that hold nothing.
     pub fn records(&self) -> impl Iterator<Item = (FrameId, FrameRecord)> {
-        let (count, at) =
-            if let Persistence::Full { records, .. } = &self.persistence { (self.frames, *records) } else { (0, 0) };
+        let (count, at) = match &self.persistence {
+            Persistence::Full { records, .. } => (self.reserved_frames(), *records),
+            _ => (0, 0),
+        };
         (0..count).filter_map(move |index| {
             let record = ledger::decode_record(self.memory.load(record_at(at, index)))?;
             Some((FrameId(u32::try_from(index).expect("a cache has fewer than 2^31 frames")), record))
@@ -452,7 +479,7 @@ impl Arena {
 
     /// Bytes of memory besides the frames.
     pub fn overhead_bytes(&self) -> usize {
-        self.offset
+        self.with_reserved(|[table, _]| table.len().next_multiple_of(PAGE_SIZE))
     }
 
     /// Whether the arena holds data that is nowhere else, or the guest does not know yet of such data that is lost.
@@ -539,13 +566,13 @@ pub fn check_memory(bytes: u64) -> Result<()> {
     mapping::check_available(bytes).map_err(|e| Error::io(ErrorKind::Memory, context(), e))
 }
 
-/// Memory for `frames` frames, mapped, and the file behind it.
-fn anonymous_memory(frames: usize) -> Result<(File, Mapping)> {
-    let bytes = bytes_of(frames, 0)?;
+/// Memory for `reserved` frames, mapped with room for `frames`, and the file behind it.
+fn anonymous_memory(reserved: usize, frames: usize) -> Result<(File, Mapping)> {
+    let (bytes, room) = (bytes_of(reserved, 0)?, bytes_of(frames, 0)?);
     let create = || {
         let file = memfd::create(MEMFD_NAME)?;
-        mapping::allocate(&file, bytes)?;
-        let mapping = Mapping::new(&file, bytes)?;
+        mapping::allocate(&file, room, std::slice::from_ref(&(0..bytes)))?;
+        let mapping = Mapping::new(&file, room)?;
         Ok((file, mapping))
     };
     create().map_err(|e| Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {bytes} bytes"), e))
@@ -555,20 +582,27 @@ fn anonymous_memory(frames: usize) -> Result<(File, Mapping)> {
 ///
 /// => The daemon may be killed at any point. What the file records of the guest never leaves its header: a former arena
 ///    becomes a loss marker first, which then gets its frames in one store.
-fn create_contents(file: &ArenaFile, bytes: usize, spec: &ArenaSpec<'_>) -> Result<(Mapping, Header)> {
+fn create_contents(file: &ArenaFile, spec: &ArenaSpec<'_>) -> Result<(Mapping, Header)> {
     let recorded = file.header()?.map_or(GuestState::FRESH, |header| header.guest);
     let guest = recorded.or(spec.guest);
     let header = Header::new(&ArenaSpec { guest, ..*spec });
     file.shrink_to_header()?;
+    let (bytes, parts) = match spec.frames {
+        0 => (HEADER_BYTES, [0..HEADER_BYTES, 0..0]),
+        frames => {
+            let offset = offset_in_new(spec);
+            (bytes_of(frames, offset)?, parts_of(header.records_at(), offset, spec.reserved))
+        }
+    };
     let create = || {
-        mapping::allocate(&file.file, bytes)?;
+        mapping::allocate(&file.file, bytes, &parts)?;
         Mapping::new(&file.file, bytes)
     };
     let memory = create().map_err(|e| {
         // Free what was allocated. Dropping the file removes it if it is empty.
         let _ = if guest == GuestState::FRESH { mapping::set_length(&file.file, 0) } else { Ok(()) };
         let _ = file.shrink_to_header();
-        let cache = header.frames * PAGE_BYTES;
+        let cache = header.reserved * PAGE_BYTES;
         Error::io(ErrorKind::Memory, format!("cannot allocate a cache of {cache} bytes in {file}"), e)
     })?;
     file.seal()?;

@@ -20,7 +20,7 @@ use log::debug;
 use super::Arena;
 use super::mapping::{HUGE_PAGE_BYTES, Mapping};
 use crate::sandbox::{self, ThreadKind};
-use crate::units::counted;
+use crate::units::{PAGE_SIZE, counted};
 
 /// Bytes populated by one system call, a fraction of a huge page. Meanwhile the kernel blocks every thread of the
 /// process that maps memory, as a front-end's connection does.
@@ -40,13 +40,31 @@ impl Populator {
     ///
     /// => Does nothing if the host cannot start a thread, or has a kernel before Linux 5.14.
     pub fn start(name: &str, arena: &Arc<Arena>) -> Self {
+        Self::after(name, arena, true, |_| {})
+    }
+
+    /// As [`Populator::start`], once `prepare` has returned. `prepare` gets a flag that is set when it must end early.
+    ///
+    /// => The thread confines itself if `confines`; else it is confined as the caller is.
+    pub fn after(
+        name: &str,
+        arena: &Arc<Arena>,
+        confines: bool,
+        prepare: impl FnOnce(&AtomicBool) + Send + 'static,
+    ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (arena, stop_requested) = (Arc::clone(arena), Arc::clone(&stop));
         let thread_name = format!("memory {name}");
         let name = name.to_owned();
-        let run = move || match populate(&arena, &stop_requested) {
-            Ok(huge_pages) => debug!("{name}: populated the cache's memory, {}", counted(huge_pages, "huge page")),
-            Err(e) => debug!("{name}: cannot populate the cache's memory ahead of its use: {e}"),
+        let run = move || {
+            if confines {
+                sandbox::confine(ThreadKind::Memory);
+            }
+            prepare(&stop_requested);
+            match populate(&arena, &stop_requested) {
+                Ok(huge_pages) => debug!("{name}: populated the cache's memory, {}", counted(huge_pages, "huge page")),
+                Err(e) => debug!("{name}: cannot populate the cache's memory ahead of its use: {e}"),
+            }
         };
         Self { stop, thread: thread::Builder::new().name(thread_name).spawn(run).ok() }
     }
@@ -67,7 +85,6 @@ impl Drop for Populator {
 /// # Errors
 /// As [`Mapping::populate`].
 fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
-    sandbox::confine(ThreadKind::Memory);
     let memory = &arena.memory;
     let mut huge_pages = 0;
     let mut has_room = true;
@@ -76,12 +93,28 @@ fn populate(arena: &Arena, stop_requested: &AtomicBool) -> io::Result<u64> {
             break;
         }
         let begun = Instant::now();
-        memory.populate(at, STEP_BYTES)?;
-        let end = at + STEP_BYTES;
-        if has_room && end.is_multiple_of(HUGE_PAGE_BYTES) && end <= memory.bytes() {
-            let made = collapse(memory, end - HUGE_PAGE_BYTES);
-            huge_pages += made.unwrap_or(0);
-            has_room = made.is_some();
+        let next = at + STEP_BYTES;
+        // What has no memory must not get any.
+        let is_reserved = arena.with_reserved(|parts| {
+            for part in parts {
+                let (first, end) = (at.max(part.start), next.min(part.end));
+                if first < end {
+                    let first = first - first % PAGE_SIZE;
+                    memory.populate(first, (end - first).next_multiple_of(PAGE_SIZE))?;
+                }
+            }
+            if has_room && next.is_multiple_of(HUGE_PAGE_BYTES) {
+                let first = next - HUGE_PAGE_BYTES;
+                if parts.iter().any(|part| part.start <= first && next <= part.end) {
+                    let made = collapse(memory, first);
+                    huge_pages += made.unwrap_or(0);
+                    has_room = made.is_some();
+                }
+            }
+            Ok::<bool, io::Error>(at < parts[1].end)
+        })?;
+        if !is_reserved {
+            break;
         }
         thread::sleep(begun.elapsed().min(PAUSE_MAX));
     }
@@ -103,7 +136,7 @@ fn collapse(memory: &Mapping, at: usize) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{FrameId, PAGE_SIZE};
+    use crate::units::FrameId;
 
     /// KiB of the mapping at `address` that are mapped by huge pages (proc(5), smaps).
     fn huge_kib(address: usize) -> u64 {

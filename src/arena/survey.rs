@@ -82,14 +82,15 @@ impl Survey {
             Err(Error::new(ErrorKind::Ledger, context))
         };
         let frames = usize::try_from(self.header.frames).unwrap_or(usize::MAX);
+        let reserved = usize::try_from(self.header.reserved).map_or(frames, |reserved| reserved.min(frames));
         let frames_at = frames_at(&self.header, frames);
         let needed = frames.checked_mul(PAGE_SIZE).and_then(|bytes| bytes.checked_add(frames_at));
         if needed.is_none_or(|needed| needed as u64 > file_bytes) {
             return damaged("it is longer than its file");
         }
-        // The memory of a cache is allocated when the cache is made. A sparse file of another user could keep root busy
-        // forever.
-        if is_foreign && (frames * RECORD_BYTES) as u64 > self.memory_bytes {
+        // The memory of the records is allocated before they are used. A sparse file of another user could keep root
+        // busy forever.
+        if is_foreign && (reserved * RECORD_BYTES) as u64 > self.memory_bytes {
             return damaged("it takes less memory than it describes");
         }
         let image_bytes = self.header.image_bytes();
@@ -105,7 +106,7 @@ impl Survey {
                 self.zero_ranges += u64::from(span.count > 0);
             }
         }
-        let (mut at, end) = (self.header.records_at(), self.header.records_at() + frames * RECORD_BYTES);
+        let (mut at, end) = (self.header.records_at(), self.header.records_at() + reserved * RECORD_BYTES);
         let mut chunk = vec![0; CHUNK_BYTES];
         while at < end {
             let len = CHUNK_BYTES.min(end - at);

@@ -12,7 +12,7 @@ fn the_ledger_takes_at_most_0_2_percent_and_three_pages() {
         let image = ImageFacts { identity, size_bytes: 1 << 30, path: "/image".into(), alias: String::new() };
         let id = TenureId { generation: 1, id: 2 };
         let tenure = TenureFacts { id, since: 0, is_recorded: false, is_over: false };
-        let spec = ArenaSpec { frames, image: &image, tenure, guest: GuestState::FRESH };
+        let spec = ArenaSpec { frames, reserved: frames, image: &image, tenure, guest: GuestState::FRESH };
         let bytes = frames_at(&Header::new(&spec), frames);
         assert!(bytes <= frames * PAGE_SIZE / 500 + 3 * PAGE_SIZE, "{bytes} for {mib} MiB");
     }

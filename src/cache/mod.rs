@@ -23,6 +23,7 @@ mod eager;
 mod flush;
 mod freeze;
 mod getpages;
+mod growing;
 mod holes;
 mod page_ranges;
 mod pages;
@@ -32,6 +33,7 @@ mod putpages;
 mod ranges;
 mod readahead;
 mod reclaim;
+mod resize;
 mod restore;
 mod runs;
 mod settings;
@@ -67,6 +69,7 @@ use pages::Pages;
 use pending_zeroes::PendingZeroes;
 use ranges::Ranges;
 use readahead::Streams;
+use resize::Resize;
 use stalled::StalledRequests;
 use store_health::StoreHealth;
 use store_ops::StoreOps;
@@ -101,6 +104,10 @@ pub trait FrameMemory: Send + std::fmt::Debug {
     ///
     /// => After the daemon's death the next one gets the last record of each frame, for [`PageCache::restore`].
     fn publish(&self, frame: FrameId, record: FrameRecord);
+    /// The first `count` frames are used from now on. The others hold nothing, and their memory may go.
+    ///
+    /// => They are used again only after a call with a larger count.
+    fn use_frames(&self, _count: u32) {}
     /// How many zeroed ranges can be noted at a time; at least one.
     fn zero_slots(&self) -> usize;
     /// Notes in a slot, one of [`FrameMemory::zero_slots`], a range that must read as zeros although the store may not
@@ -125,7 +132,7 @@ pub trait FrameMemory: Send + std::fmt::Debug {
 ///   that it lacks. Upheld by `page_read_in`.
 /// - I8: A flush is complete when nothing of its epoch is dirty or under write-back, and a Sync submitted after the
 ///   last such write has succeeded. Upheld by `advance_flushes`.
-/// - I9: Free frames + held frames = arena. Upheld by `Frames`, which `Pages` owns.
+/// - I9: Free frames + held frames = frames in use. Upheld by `Frames`, which `Pages` owns.
 /// - I10: Every request completes exactly once. Upheld by the queues of waiters, stalled requests, flushes and ranges,
 ///   which remove an entry when they report it, and by the owner.
 ///
@@ -155,6 +162,7 @@ pub struct PageCache {
     ranges: Ranges,
     pending_zeroes: PendingZeroes,
     changed_ranges: ChangedRanges,
+    resize: Resize,
     freeze: FreezeState,
     /// Requests that were not admitted whole (I10).
     stalled: StalledRequests,
@@ -196,6 +204,7 @@ impl PageCache {
             flushing: FlushState::default(),
             ranges: Ranges::default(),
             freeze: FreezeState::default(),
+            resize: Resize::default(),
             stalled: StalledRequests::default(),
             unfilled: Vec::new(),
             notices: Vec::new(),
@@ -215,6 +224,7 @@ impl PageCache {
         self.write_back();
         self.advance_flushes();
         self.advance_freeze();
+        self.advance_resize();
         self.reclaim();
         // After the reclaim: nothing else may free a frame for them in this turn.
         self.retry_unfilled();
@@ -227,8 +237,11 @@ impl PageCache {
 
     /// When [`PageCache::pump`] has something to do although nothing happens; `None` while all pages are clean.
     pub fn next_deadline(&self) -> Option<Tick> {
-        let writeback = self.writeback_deadline();
-        if self.stalled.may_resume(self.pages.has_made_room()) { Some(self.now) } else { writeback }
+        if self.stalled.may_resume(self.pages.has_made_room()) {
+            return Some(self.now);
+        }
+        let resize = self.resize.due();
+        [resize, self.writeback_deadline()].into_iter().flatten().min()
     }
 
     /// Whether everything that completed is durable on the store, and no zero is noted that is about to complete.
@@ -278,7 +291,7 @@ impl PageCache {
     /// Counters, and the present state.
     pub fn stats(&self) -> Stats {
         Stats {
-            frames: u64::from(self.pages.frames().total()),
+            frames: u64::from(self.pages.frames().in_use()),
             frames_free: u64::from(self.pages.frames().free()),
             resident_pages: u64::from(self.pages.len()),
             dirty_pages: u64::from(self.pages.dirty().dirty_pages()),

@@ -131,7 +131,7 @@ impl Streams {
             // Nothing was read ahead yet.
             *self = Self::new(window_max, frames);
         } else {
-            self.window_max = window_max.into();
+            (self.window_max, self.frames) = (window_max.into(), frames);
         }
     }
 

@@ -4,6 +4,7 @@ use crate::units::{PageId, PageNo, low_u32};
 
 use super::PageCache;
 use super::pages::Period;
+use super::resize::EVICTED_PAGES_MAX;
 use super::write::FILL_FRAMES;
 
 /// Most unevictable pages that one victim search skips; bounds its time.
@@ -24,8 +25,15 @@ impl PageCache {
 
     /// Evicts clean pages until the reserve is full. If there are none, starts write-back or a Sync.
     pub(super) fn reclaim(&mut self) {
-        let target = if self.settings.retain { self.reserve() } else { self.pages.frames().total() };
-        while self.pages.frames().free() < target && self.pages.len() > 0 {
+        let mut left = if self.is_resized() { u32::MAX } else { EVICTED_PAGES_MAX };
+        while self.pages.len() > 0 && left > 0 {
+            left -= 1;
+            // An evicted page may have been one that had to move.
+            let wanted = self.reserve() + self.frames_to_move_to();
+            let target = if self.settings.retain { wanted } else { self.pages.frames().total() };
+            if self.pages.frames().free() >= target {
+                return;
+            }
             let (mut dirty, mut unsynced) = (false, false);
             let evicted = self.pages.evict(KEPT_PAGES_MAX, |kept| {
                 dirty |= !kept.dirty.is_empty();
@@ -33,7 +41,7 @@ impl PageCache {
             });
             let Some(page) = evicted else {
                 // Without retention some pages are always left. Only a shortage of frames justifies urgency.
-                if self.pages.frames().free() < self.reserve() {
+                if self.pages.frames().free() < wanted {
                     self.writeback.pressure |= dirty;
                     if unsynced {
                         self.flushing.want_sync();

@@ -15,12 +15,21 @@ use super::PageCache;
 impl PageCache {
     /// Fills an empty cache from the records of the frames, and from the noted zeroes by their slots. Returns the
     /// number of pages in the cache, and how many of them are dirty.
+    ///
+    /// => A cache that has fewer frames than the one that was left begins with those, and shrinks.
     pub fn restore(
         &mut self,
         records: impl IntoIterator<Item = (FrameId, FrameRecord)>,
         zeroes: impl IntoIterator<Item = (usize, SectorSpan)>,
     ) -> (u32, u32) {
+        let records: Vec<_> = records.into_iter().collect();
+        let frames = records.iter().map(|(frame, _)| frame.0 + 1).max().unwrap_or(0);
+        if frames > self.pages.frames().total() {
+            self.pages.add_frames(frames);
+        }
+        self.publish_frames_in_use(self.pages.frames().total());
         self.pages.restore(records);
+        self.set_frames(self.settings.frames);
         // The previous daemon may have discarded anything.
         self.changed_ranges.add(self.flushing.fresh(), PageSpan::new(PageNo(0), self.image_pages()));
         self.restore_zeroes(zeroes);

@@ -31,6 +31,8 @@ pub enum ErrorPolicy {
 pub struct Settings {
     /// Number of frames, of 4 KiB.
     pub frames: u32,
+    /// The largest number of frames that there can be later; at least `frames`.
+    pub frames_max: u32,
     /// Size of the image in sectors.
     pub image_sectors: u64,
     /// The store's block size in sectors (1 to 8): offsets and lengths of store operations are multiples of it.
@@ -71,6 +73,7 @@ impl Settings {
     pub fn of(frames: u32, image_sectors: u64) -> Self {
         Self {
             frames,
+            frames_max: frames,
             image_sectors,
             block_sectors: 1,
             holes: ImageHoles::NoneYet,
@@ -92,7 +95,10 @@ impl Settings {
 }
 
 impl PageCache {
-    /// Takes from `new` what may change while the cache is used: what decides about readahead, write-back and failures.
+    /// Takes from `new` what may change while the cache is used: its size, and what decides about readahead, write-back
+    /// and failures.
+    ///
+    /// => The memory of as many frames is allocated.
     pub fn reconfigure(&mut self, new: &Settings) {
         let now = self.now;
         let old = &mut self.settings;
@@ -104,8 +110,11 @@ impl PageCache {
         old.dirty_age_us = new.dirty_age_us;
         (old.allocate, old.unmap) = (new.allocate, new.unmap);
         (old.on_error, old.on_full, old.hold_us) = (new.on_error, new.on_full, new.hold_us);
-        self.streams.set_window_max(new.readahead_pages_max, old.frames);
+        self.streams.set_window_max(new.readahead_pages_max, new.frames);
         self.throttle.reconfigure(new.flush_target_us, new.dirty_pages_max);
+        if new.frames != self.settings.frames {
+            self.set_frames(new.frames);
+        }
         if ages_sooner {
             self.writeback.start_aging(now, new.dirty_age_us);
         }

@@ -9,6 +9,7 @@ mod durability;
 mod eager;
 mod failures;
 mod flush_target;
+mod resize;
 mod sharing;
 mod small_world;
 mod warm;

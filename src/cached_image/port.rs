@@ -5,7 +5,7 @@ mod close;
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::RawFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,13 +35,16 @@ impl CachedImage {
     /// [`ErrorKind::System`] if the store's queue or a descriptor cannot be created.
     pub fn port(self: &Arc<Self>, device: &str, counters: WorkerCounters) -> Result<WorkerPort> {
         let mut store = self.backing.attach()?;
-        store.hint_memory(self.arena.addresses());
         let waker = Waker::new().map_err(|e| Error::io(ErrorKind::System, "cannot make an eventfd for a worker", e))?;
-        let mailbox = Arc::new(Mailbox { notices: Mutex::default(), waker: Arc::new(waker) });
-        let mut mailboxes = self.mailboxes.lock().expect("no thread panics with the list locked");
+        let mailbox = Mailbox { notices: Mutex::default(), memory_seen: AtomicU64::default(), waker: Arc::new(waker) };
+        let mailbox = Arc::new(mailbox);
+        let mut mailboxes = self.mailboxes.lock();
         mailboxes.push(Arc::clone(&mailbox));
         let worker = mailboxes.len() as u64 - 1;
         drop(mailboxes);
+        // After the mailbox is there: a change from now on reaches it.
+        store.hint_memory(self.arena.addresses());
+        store.limit_memory(self.arena.addresses_in_use().end);
         let reader = self.join(device);
         Ok(WorkerPort {
             image: Arc::clone(self),
@@ -177,8 +180,19 @@ impl WorkerPort {
         if notified {
             let mut mail = self.mailbox.notices.lock().expect("no thread panics with a mailbox locked");
             self.notices.append(&mut mail);
+            drop(mail);
+            self.follow_memory();
         }
         !self.reaped.is_empty() || !self.notices.is_empty()
+    }
+
+    /// Lets the store go of memory that the cache does not use any more.
+    fn follow_memory(&mut self) {
+        let change = self.image.mailboxes.memory_changes.load(Ordering::Acquire);
+        if self.mailbox.memory_seen.load(Ordering::Relaxed) != change {
+            self.store.limit_memory(self.image.arena.addresses_in_use().end);
+            self.mailbox.memory_seen.store(change, Ordering::Release);
+        }
     }
 
     /// Locks the cache: completes the reaped store operations (of those with very many pages, the first ones), then
@@ -278,6 +292,7 @@ impl Drop for WorkerPort {
         if !self.closed {
             self.close(DRAIN_MAX);
         }
+        self.mailbox.memory_seen.store(u64::MAX, Ordering::Release);
         self.image.leave(self.reader);
     }
 }

@@ -45,6 +45,7 @@ impl Backing for Recorded {
 fn settings() -> Settings {
     Settings {
         frames: FRAMES,
+        frames_max: FRAMES,
         image_sectors: IMAGE_SECTORS,
         block_sectors: 1,
         holes: ImageHoles::Unmappable,
@@ -71,7 +72,13 @@ fn arena_of(test: &str) -> (PathBuf, Arena) {
     let image = ImageFacts { identity, size_bytes: IMAGE_SECTORS * 512, path: "/image".into(), alias: String::new() };
     let id = TenureId { generation: 1, id: 2 };
     let tenure = TenureFacts { id, since: 0, is_recorded: true, is_over: false };
-    let spec = ArenaSpec { frames: FRAMES as usize, image: &image, tenure, guest: GuestState::FRESH };
+    let spec = ArenaSpec {
+        frames: FRAMES as usize,
+        reserved: FRAMES as usize,
+        image: &image,
+        tenure,
+        guest: GuestState::FRESH,
+    };
     let file = ArenaFile::create_for(&directory, &image).unwrap();
     let arena = Arena::persistent(file, &spec).map_err(|e| e.error).unwrap();
     (directory, arena)

@@ -197,7 +197,7 @@ mod tests {
         let image = ImageFacts { identity, size_bytes: 1 << 20, path: "/image".into(), alias: String::new() };
         let id = TenureId { generation: 1, id: 2 };
         let tenure = TenureFacts { id, since: 0, is_recorded: false, is_over: false };
-        let spec = ArenaSpec { frames: 4, image: &image, tenure, guest: GuestState::FRESH };
+        let spec = ArenaSpec { frames: 4, reserved: 4, image: &image, tenure, guest: GuestState::FRESH };
         let file = ArenaFile::create_for(&directory, &image).unwrap();
         let arena = Arena::persistent(file, &spec).map_err(|e| e.error).unwrap();
         (directory, Arc::new(arena))

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::keys::{DefaultValue, KEYS, Key, Value};
+use super::size::format_size;
 use super::{Config, DeviceConfig, Problem, Socket};
 
 /// Where a value comes from, for messages.
@@ -68,6 +69,11 @@ impl DeviceBuilder {
             }
         }
         builder.check_workers(problems);
+        if let (Some(origin), Some(_)) = (builder.good.get("cache.size_max"), builder.good.get("cache.size"))
+            && let Some(message) = check_sizes(&builder.device)
+        {
+            problems.push(origin.problem(message));
+        }
         builder
     }
 
@@ -114,6 +120,14 @@ pub(crate) fn finish(builders: Vec<DeviceBuilder>, mut problems: Vec<Problem>) -
     }
     problems.sort_by_key(|problem| (problem.line, problem.column));
     Err(problems)
+}
+
+/// Why a cache cannot have this size and this largest size.
+pub(super) fn check_sizes(device: &DeviceConfig) -> Option<String> {
+    let cache = &device.cache;
+    let (size, max) = (format_size(cache.size_bytes), format_size(cache.size_max_bytes));
+    let is_larger = cache.size_max_bytes != 0 && cache.size_bytes > cache.size_max_bytes;
+    is_larger.then(|| format!("{max} is less than cache.size, which is {size}"))
 }
 
 /// Checks what a device must not share with an earlier one, and what it must.

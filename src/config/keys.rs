@@ -253,6 +253,12 @@ pub(crate) const KEYS: &[Key] = &[
         default: Is(Text("256M")),
         kind: ValueKind::Size { min: 4 << 20, max: 8 << 40, set: |device, bytes| device.cache.size_bytes = bytes },
     },
+    // What a cache can grow to takes addresses, and no memory. 0: four times its size.
+    Key {
+        name: "cache.size_max",
+        default: Is(Integer(0)),
+        kind: ValueKind::Size { min: 0, max: 8 << 40, set: |device, bytes| device.cache.size_max_bytes = bytes },
+    },
     Key {
         name: "cache.mode",
         default: Is(Text("writeback")),

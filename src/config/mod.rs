@@ -164,6 +164,7 @@ impl DeviceConfig {
             limits: LimitsConfig::default(),
             cache: CacheConfig {
                 size_bytes: 0,
+                size_max_bytes: 0,
                 mode: CacheMode::None,
                 policy: Policy::S3Fifo,
                 readahead_max_bytes: 0,
@@ -242,6 +243,8 @@ impl fmt::Display for Socket {
 pub struct CacheConfig {
     /// Memory for cached pages; a multiple of the page size.
     pub size_bytes: u64,
+    /// What it can grow to while it is used; 0: see [`CacheConfig::room_bytes`].
+    pub size_max_bytes: u64,
     /// When a write completes.
     pub mode: CacheMode,
     /// Replacement policy.
@@ -268,6 +271,21 @@ pub struct CacheConfig {
     pub warm_dir: String,
     /// Shared memory that holds a surviving cache.
     pub memory_dir: MemoryDir,
+}
+
+/// The default of `size_max` is the size times this.
+const ROOM_FACTOR: u64 = 4;
+/// The largest size of a cache: a frame number has 31 bits.
+const SIZE_BYTES_MAX: u64 = 8 << 40;
+
+impl CacheConfig {
+    /// What a cache that is opened with this configuration can grow to.
+    pub fn room_bytes(&self) -> u64 {
+        match self.size_max_bytes {
+            0 => self.size_bytes.saturating_mul(ROOM_FACTOR).min(SIZE_BYTES_MAX).max(self.size_bytes),
+            room => room.max(self.size_bytes),
+        }
+    }
 }
 
 /// Shared memory that holds a surviving cache.

@@ -1,7 +1,7 @@
 //! What the operator has changed while the daemon runs: devices that were attached and detached. The daemon keeps it in
 //! a file, because guests outlive a daemon, and so must the disks that they were given.
 
-use super::device_builder::{DeviceBuilder, Origin, Setting, check_against};
+use super::device_builder::{DeviceBuilder, Origin, Setting, check_against, check_sizes};
 use super::keys::{TABLES, Value, key, suggestion};
 use super::shown::{device_table, value_of};
 use super::{Config, DeviceConfig, Problem};
@@ -22,6 +22,7 @@ pub struct RuntimeConfig {
 /// The keys that may change while a device is served. The mode "none" is an exception.
 pub const AT_ONCE: &[&str] = &[
     "poll_us",
+    "cache.size",
     "cache.mode",
     "cache.readahead_max",
     "cache.flush_target_ms",
@@ -223,6 +224,9 @@ pub fn changed(device: &DeviceConfig, object: &serde_json::Value) -> Result<Devi
         if let Err(why) = key.kind.set(&mut device, value) {
             problems.push(origin.problem(why));
         }
+    }
+    if let Some(why) = check_sizes(&device) {
+        problems.push(Origin { label: "cache.size_max".to_owned(), line: None }.problem(why));
     }
     if problems.is_empty() { Ok(device) } else { Err(problems) }
 }

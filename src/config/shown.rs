@@ -38,6 +38,7 @@ pub(crate) fn value_of(name: &str, device: &DeviceConfig) -> Option<String> {
         "user" => text(&device.user),
         "group" => text(&device.group),
         "cache.size" => text(&format_size(cache.size_bytes)),
+        "cache.size_max" => text(&format_size(cache.size_max_bytes)),
         "cache.mode" => word(&cache.mode),
         "cache.policy" => word(&cache.policy),
         "cache.readahead_max" => text(&format_size(cache.readahead_max_bytes)),

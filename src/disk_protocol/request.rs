@@ -21,6 +21,11 @@ pub enum DeviceRequest {
     },
     /// End a freeze.
     Thaw,
+    /// Allocate the memory of a cache of this size, before a [`DeviceRequest::Configure`] with that size.
+    Reserve {
+        /// The size.
+        size_bytes: u64,
+    },
     /// Take from these settings what may change while the device is served.
     Configure {
         /// The settings.
@@ -78,6 +83,11 @@ pub enum DeviceReply {
     Failed {
         /// Its fault.
         fault: String,
+    },
+    /// It cannot be done; nothing has changed.
+    Refused {
+        /// Why, and what to do.
+        why: String,
     },
     /// The device is not served.
     NotServed,

@@ -20,7 +20,7 @@ use log::{info, warn};
 
 use crate::arena::{
     Arena, ArenaFile, ArenaSpec, GuestData, GuestState, Header, ImageFacts, NotCreated, Overhang, SAMPLES_MAX,
-    TenureFacts,
+    TenureFacts, check_memory,
 };
 use crate::config::{DeviceConfig, MemoryDir, NbdFlush, Survive};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,7 +32,7 @@ use crate::tenure::TenureId;
 use crate::tenure::host::Boot;
 use crate::tenure::record::{Record, TenureState};
 use crate::tenure::token::wall_clock_ns;
-use crate::units::counted;
+use crate::units::{PAGE_BYTES, counted};
 
 pub use kept::has_kept_cache;
 pub use memory_dir::{check_memory_dir, file_system_of};
@@ -112,7 +112,8 @@ impl Contents {
 }
 
 /// The memory for a device's cache: the one that the previous daemon left if it fits the configuration, else a new one.
-/// `frames` is the configured size. Begins a tenure of the image, or continues the one of the cache.
+/// `frames` is the configured size, and `frames_max` what it may become. Begins a tenure of the image, or continues the
+/// one of the cache.
 ///
 /// => No completed write is lost: dirty pages of a cache that does not fit are on the image when this returns. What the
 ///    previous daemon knew of its guest (data loss, write-through) is recorded in the new arena as well.
@@ -126,15 +127,15 @@ impl Contents {
 pub fn arena_for(
     config: &DeviceConfig,
     image: &dyn NamedImage,
-    frames: usize,
+    [frames, frames_max]: [usize; 2],
     manager: &Arc<ServiceManager>,
 ) -> Result<Arena> {
     let (name, facts) = (&config.name, search::facts_of(image));
     let left = Leftovers::find(config, image, &facts, manager)?;
     if config.read_only {
-        return arena_for_reading(config, image, frames, left);
+        return arena_for_reading(config, image, [frames, frames_max], left);
     }
-    let new = NewCache { config, image, frames, manager, facts: &facts, generation: left.generation + 1 };
+    let new = NewCache { config, image, frames, frames_max, manager, facts: &facts, generation: left.generation + 1 };
     let guest = left.guest;
     let (found_at, file, header) = match left.usable {
         Some(Candidate { file, header, .. }) => (new.location_of(&file), file, Some(header)),
@@ -154,6 +155,10 @@ pub fn arena_for(
                 image.quarantine_earlier_writes();
             }
             let arena = Arena::attach(file, &header)?;
+            if frames > arena.reserved_frames() {
+                check_memory((frames - arena.reserved_frames()) as u64 * PAGE_BYTES)?;
+                arena.reserve(frames)?;
+            }
             arena.move_to(&header.image, &facts).map_err(|beyond| overhang(image, &arena, beyond))?;
             if guest.data == GuestData::Lost {
                 arena.set_data_loss();
@@ -233,7 +238,12 @@ fn overhang(image: &dyn NamedImage, arena: &Arena, beyond: Overhang) -> Error {
 /// # Errors
 /// As [`arena_for`], and [`ErrorKind::Ledger`] when an earlier daemon's cache holds writes that the image lacks: the
 /// device would serve older data.
-fn arena_for_reading(config: &DeviceConfig, image: &dyn NamedImage, frames: usize, left: Leftovers) -> Result<Arena> {
+fn arena_for_reading(
+    config: &DeviceConfig,
+    image: &dyn NamedImage,
+    [frames, frames_max]: [usize; 2],
+    left: Leftovers,
+) -> Result<Arena> {
     let name = &config.name;
     let mut guest = left.guest;
     if let Some(Candidate { file, header, .. }) = left.usable {
@@ -250,7 +260,7 @@ fn arena_for_reading(config: &DeviceConfig, image: &dyn NamedImage, frames: usiz
             }
         }
     }
-    let arena = Arena::anonymous(frames)?;
+    let arena = Arena::anonymous_with_room(frames, frames_max)?;
     if guest.data == GuestData::Lost {
         warn_of_data_loss(name);
         arena.set_data_loss();
@@ -263,6 +273,7 @@ struct NewCache<'a> {
     config: &'a DeviceConfig,
     image: &'a dyn NamedImage,
     frames: usize,
+    frames_max: usize,
     manager: &'a Arc<ServiceManager>,
     facts: &'a ImageFacts,
     /// Generation of a new tenure.
@@ -327,7 +338,7 @@ impl NewCache<'_> {
     /// => From the beginning its header records what became of the `guest`, and what the file records of it already.
     fn create(&self, file: ArenaFile, guest: GuestState) -> Result<(Arena, TenureFacts)> {
         let tenure = self.new_tenure()?;
-        let spec = ArenaSpec { frames: self.frames, image: self.facts, tenure, guest };
+        let spec = ArenaSpec { frames: self.frames_max, reserved: self.frames, image: self.facts, tenure, guest };
         let survive = match check_memory_dir(self.config) {
             Err(error) if self.config.cache.survive == Survive::Auto => {
                 warn!("{}: {error}; using a cache that does not survive a crash", self.config.name);
@@ -354,7 +365,7 @@ impl NewCache<'_> {
             Err(NotCreated { file, .. }) => {
                 drop(file);
                 // Without any memory the first error says more.
-                let Ok(arena) = Arena::anonymous(self.frames) else { return Err(error) };
+                let Ok(arena) = Arena::anonymous_with_room(self.frames, self.frames_max) else { return Err(error) };
                 warn!("{}: {error}; {VOLATILE_UNMARKED}", self.config.name);
                 if guest.data == GuestData::Lost {
                     arena.set_data_loss();
@@ -369,7 +380,7 @@ impl NewCache<'_> {
     /// Memory that does not outlive the daemon, where not even a loss marker can be created. The image's record tells
     /// the next daemon.
     fn anonymous(&self, guest: GuestState) -> Result<Arena> {
-        let arena = Arena::anonymous(self.frames)?;
+        let arena = Arena::anonymous_with_room(self.frames, self.frames_max)?;
         if guest.data == GuestData::Lost {
             warn_of_data_loss(&self.config.name);
             arena.set_data_loss();

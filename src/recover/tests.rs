@@ -53,7 +53,7 @@ impl World {
     /// A daemon starts; returns the number of pages in its cache and the dirty ones among them.
     fn start(&self) -> Result<(usize, usize)> {
         let image = self.open();
-        let arena = arena_for(&self.config, &*image, FRAMES, &Arc::default())?;
+        let arena = arena_for(&self.config, &*image, [FRAMES; 2], &Arc::default())?;
         arena.keep_on_drop(true);
         let dirty = arena.records().filter(|(_, record)| !record.dirty.is_empty()).count();
         Ok((arena.records().count(), dirty))
@@ -63,7 +63,7 @@ impl World {
     /// `in_flight` it dies while it changes the image.
     fn live_and_die(&self, dirty: SectorMask, in_flight: bool) {
         let image = self.open();
-        let arena = arena_for(&self.config, &*image, FRAMES, &Arc::default()).unwrap();
+        let arena = arena_for(&self.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
         arena.publish(FrameId(0), FrameRecord { page: PageNo(0), valid: SectorMask::ALL, dirty: SectorMask::NONE });
         if !dirty.is_empty() {
             arena.publish(FrameId(1), FrameRecord { page: PageNo(1), valid: SectorMask::ALL, dirty });
@@ -138,7 +138,7 @@ fn killed_without_clean_pages(in_flight: SectorSpan) -> World {
     let world = World::new();
     world.image().write_all_at(&[5; IMAGE_BYTES], 0).unwrap();
     let image = world.open();
-    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
     let dirty = FrameRecord { page: PageNo(40), valid: SectorMask::ALL, dirty: SectorMask::ALL };
     arena.publish(FrameId(1), dirty);
     arena.begin_change(in_flight);
@@ -281,7 +281,7 @@ fn what_the_last_daemon_may_have_discarded_is_synced_before_it_is_sampled() {
     for fails in [false, true] {
         let world = World::new();
         let image = world.open();
-        let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+        let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
         arena.publish(FrameId(0), FrameRecord { page: PageNo(0), valid: SectorMask::ALL, dirty: SectorMask::NONE });
         arena
             .publish(FrameId(1), FrameRecord { page: PageNo(1), valid: SectorMask::ALL, dirty: SectorMask::run(0, 1) });
@@ -304,7 +304,7 @@ fn a_cache_is_on_the_image_only_after_a_sync() {
         let world = World::new();
         world.live_and_die(SectorMask::NONE, false);
         let image = world.open();
-        let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+        let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
         arena.keep_on_drop(true);
         let (is_synced, read_before) = (AtomicBool::new(false), AtomicU32::new(0));
         let synced = SyncedImage { image, fails, is_synced, read_before };
@@ -332,7 +332,7 @@ fn what_was_written_since_is_not_zeroed_again() {
 fn an_image_does_not_shrink_below_a_range_that_is_to_be_zeroed() {
     let world = World::new();
     let image = world.open();
-    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
     arena.note_zero(0, Some(SectorSpan::new(60 * 8, 8)));
     let old = search::facts_of(&*image);
     let shrunk = |pages: u64| ImageFacts { size_bytes: pages * PAGE_BYTES, ..search::facts_of(&*image) };
@@ -348,7 +348,7 @@ fn a_cache_knows_nothing_past_the_old_end_of_an_image_that_has_grown() {
     world.image().set_len(cut_at).unwrap();
     world.live_and_die(SectorMask::ALL, false);
     let image = world.open();
-    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
     let last = FrameRecord { page: PageNo(IMAGE_PAGES - 1), valid: SectorMask::ALL, dirty: SectorMask::NONE };
     arena.publish(FrameId(2), last);
     arena.keep_on_drop(true);
@@ -357,7 +357,7 @@ fn a_cache_knows_nothing_past_the_old_end_of_an_image_that_has_grown() {
     world.image().set_len(2 * IMAGE_PAGES * PAGE_BYTES).unwrap();
     assert_eq!(world.start().unwrap(), (3, 1));
     let image = world.open();
-    let arena = arena_for(&world.config, &*image, FRAMES, &Arc::default()).unwrap();
+    let arena = arena_for(&world.config, &*image, [FRAMES; 2], &Arc::default()).unwrap();
     let (_, record) = arena.records().find(|(_, record)| record.page == last.page).unwrap();
     assert_eq!(record.valid, SectorMask::run(0, 3));
     arena.keep_on_drop(true);
@@ -370,7 +370,7 @@ fn recovery_writes_the_dirty_sectors_of_a_page_and_no_others() {
     world.live_and_die(SectorMask::run(2, 3), false);
     let image = world.open();
     // A cache of another size: what was left is written to the image.
-    let arena = arena_for(&world.config, &*image, 2 * FRAMES, &Arc::default()).unwrap();
+    let arena = arena_for(&world.config, &*image, [2 * FRAMES; 2], &Arc::default()).unwrap();
     assert_eq!(arena.records().count(), 0);
     let mut page = [0; PAGE_SIZE];
     world.image().read_exact_at(&mut page, PAGE_BYTES).unwrap();

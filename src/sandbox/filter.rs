@@ -192,6 +192,9 @@ const IMAGE: &[Call] = &[
     one_of(libc::SYS_ioctl, 1, &[BLKDISCARD]),
 ];
 
+/// Memory of the cache, which is in a file.
+const MEMORY_OF_FILES: &[Call] = &[Any(libc::SYS_fallocate)];
+
 /// The records at an image.
 const RECORDS: &[Call] = &[Any(libc::SYS_fsetxattr), Any(libc::SYS_fgetxattr)];
 
@@ -266,7 +269,8 @@ const EVERY_THREAD: [&[Call]; 4] = [MEMORY, RUNTIME, END, DESCRIPTORS];
 /// The groups of a kind, besides [`EVERY_THREAD`].
 fn groups(kind: ThreadKind) -> &'static [&'static [Call]] {
     match kind {
-        ThreadKind::Log | ThreadKind::Memory => &[],
+        ThreadKind::Log => &[],
+        ThreadKind::Memory => &[MEMORY_OF_FILES],
         ThreadKind::Store => &[IMAGE, RECORDS],
         ThreadKind::Watchdog => &[INTERRUPT],
         ThreadKind::Worker => &[EVENTS, RING, RECORDS, IMAGE],

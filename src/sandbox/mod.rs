@@ -54,7 +54,7 @@ pub enum ThreadKind {
     Control,
     /// Blocking operations on an image.
     Store,
-    /// Populates the cache's memory.
+    /// Populates the cache's memory, and frees what the cache does not use.
     Memory,
     /// Writes the log.
     Log,

@@ -54,9 +54,13 @@ pub struct Service {
 /// An image with a cache in `arena`, as these settings ask for it.
 ///
 /// # Errors
-/// [`ErrorKind::Image`] if the image's limits are too narrow for a cache.
+/// [`ErrorKind::Image`] if the image's limits are too narrow for a cache; [`ErrorKind::Memory`] if the arena has no
+/// memory for it.
 pub fn cached_image(of_device: &DeviceSettings, image: Arc<dyn Backing>, arena: Arena) -> Result<Arc<CachedImage>> {
-    let cache = settings(of_device, image.limits())?;
+    let mut cache = settings(of_device, image.limits())?;
+    // A process that has died may have left less, and its size may have been changed since.
+    arena.reserve(cache.frames as usize)?;
+    cache.frames_max = u32::try_from(arena.frames()).unwrap_or(u32::MAX);
     Ok(CachedImage::new(&of_device.name, image, arena, cache))
 }
 

@@ -11,7 +11,7 @@ use crate::config::CacheMode;
 use crate::device::HeldRequests;
 use crate::device::control::Workers;
 use crate::disk_protocol::{DeviceReply, DeviceRequest, DeviceSettings};
-use crate::units::{Fault, PageNo, PageSpan, SECTOR_BYTES};
+use crate::units::{Fault, PAGE_BYTES, PageNo, PageSpan, SECTOR_BYTES};
 
 /// How long warming pauses while the guest or the store is busy.
 const WARM_PAUSE: Duration = Duration::from_millis(5);
@@ -51,12 +51,26 @@ impl ServiceHandle {
             Ok(cache) => cache,
             Err(error) => return DeviceReply::Failed { fault: error.to_string() },
         };
-        drop(image);
+        let frames = cache.frames as usize;
+        if let Err(error) = image.reserve(frames) {
+            return DeviceReply::Refused { why: error.to_string() };
+        }
         workers.reconfigure(cache);
+        image.follow_size(frames);
+        drop(image);
         device.reconfigure(new.cache.mode == CacheMode::Writeback, new.poll_us);
         device.limiter.set(&rate_limits(new));
         workers.wake();
         DeviceReply::Done
+    }
+
+    /// Allocates the memory of a cache of this size, which a later request puts in force.
+    fn reserve(&self, size_bytes: u64) -> DeviceReply {
+        let Some(image) = self.image.upgrade() else { return DeviceReply::NotServed };
+        match image.reserve(usize::try_from(size_bytes / PAGE_BYTES).unwrap_or(usize::MAX)) {
+            Ok(()) => DeviceReply::Done,
+            Err(error) => DeviceReply::Refused { why: error.to_string() },
+        }
     }
 
     /// The image has grown to this size.
@@ -99,6 +113,7 @@ impl ServiceHandle {
                 let held = if holds_reads { HeldRequests::All } else { HeldRequests::Changes };
                 done(workers.freeze(Duration::from_millis(time_ms.into()), held))
             }
+            DeviceRequest::Reserve { size_bytes } => self.reserve(size_bytes),
             DeviceRequest::Configure { ref settings } => self.configure(&workers, settings),
             DeviceRequest::Grow { size_bytes } => self.grow(size_bytes),
             DeviceRequest::Thaw => DeviceReply::Thawed { was_frozen: workers.thaw() },

@@ -32,6 +32,7 @@ pub(super) fn settings(config: &DeviceSettings, limits: &Limits) -> Result<Setti
     let io_pages = pages(limits.io_max_bytes.into()).min(limits.segments_max.into());
     Ok(Settings {
         frames,
+        frames_max: frames,
         image_sectors: limits.size_bytes.get() / SECTOR_BYTES,
         block_sectors: low_u8(u64::from(limits.transfer_block_bytes()) / SECTOR_BYTES),
         holes: limits.holes,

@@ -18,6 +18,8 @@ struct MemoryContents {
     versions: Vec<[u32; 8]>,
     records: Vec<Option<FrameRecord>>,
     zero_slots: Vec<Option<SectorSpan>>,
+    /// Number of frames that have memory.
+    in_use: usize,
 }
 
 #[derive(Debug)]
@@ -51,8 +53,15 @@ impl SimulatedMemory {
             versions: vec![[GARBAGE; 8]; frames],
             records: vec![None; frames],
             zero_slots: vec![None; zero_slots],
+            in_use: frames,
         };
         Self(Arc::new(Mutex::new(MemoryState { current, steps_to_crash: None, crash_image: None })))
+    }
+
+    /// Checks that a frame has memory.
+    fn check(state: &MemoryState, frame: FrameId, sector: usize) {
+        let in_use = state.current.in_use;
+        assert!(frame.index() + sector / 8 < in_use, "{frame:?} is used, and {in_use} frames have memory");
     }
 
     fn state(&self) -> MutexGuard<'_, MemoryState> {
@@ -61,12 +70,16 @@ impl SimulatedMemory {
 
     /// The version in a sector, counted from the frame's first; 8 and more lie in the frames that follow.
     pub fn get(&self, frame: FrameId, sector: usize) -> u32 {
-        self.state().current.versions[frame.index() + sector / 8][sector % 8]
+        let state = self.state();
+        Self::check(&state, frame, sector);
+        state.current.versions[frame.index() + sector / 8][sector % 8]
     }
 
     /// Sets the version in a sector, counted as in [`SimulatedMemory::get`].
     pub fn set(&self, frame: FrameId, sector: usize, version: u32) {
-        self.state().current.versions[frame.index() + sector / 8][sector % 8] = version;
+        let mut state = self.state();
+        Self::check(&state, frame, sector);
+        state.current.versions[frame.index() + sector / 8][sector % 8] = version;
     }
 
     /// Makes the daemon crash after `steps` more steps.
@@ -118,6 +131,7 @@ fn sectors_of(mask: SectorMask) -> impl Iterator<Item = usize> {
 impl FrameMemory for SimulatedMemory {
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask) {
         let mut state = self.state();
+        [source, target].iter().for_each(|frame| Self::check(&state, *frame, 0));
         for sector in sectors_of(mask) {
             state.step();
             let version = state.current.versions[source.index()][sector];
@@ -127,6 +141,7 @@ impl FrameMemory for SimulatedMemory {
 
     fn zero_sectors(&self, frame: FrameId, mask: SectorMask) {
         let mut state = self.state();
+        Self::check(&state, frame, 0);
         for sector in sectors_of(mask) {
             state.step();
             state.current.versions[frame.index()][sector] = 0;
@@ -135,8 +150,19 @@ impl FrameMemory for SimulatedMemory {
 
     fn publish(&self, frame: FrameId, record: FrameRecord) {
         let mut state = self.state();
+        Self::check(&state, frame, 0);
         state.step();
         state.current.records[frame.index()] = (!record.is_empty()).then_some(record);
+    }
+
+    fn use_frames(&self, count: u32) {
+        let mut state = self.state();
+        state.step();
+        let count = count as usize;
+        assert!(state.current.records[count..].iter().all(Option::is_none), "a record of a frame without memory");
+        // The memory of the others goes at once.
+        state.current.versions[count..].fill([GARBAGE; 8]);
+        state.current.in_use = count;
     }
 
     fn zero_slots(&self) -> usize {

@@ -45,6 +45,8 @@ const FIXED_SEEDS: u64 = 700;
 const FREEZE_SEEDS: u64 = 200;
 /// The same with an image that grows.
 const GROWTH_SEEDS: u64 = 200;
+/// The same with an operator who changes the size of the cache.
+const SIZE_SEEDS: u64 = 200;
 
 /// What happened in worlds.
 #[derive(Clone, Copy, Debug, Default)]
@@ -176,6 +178,30 @@ fn an_image_that_grows_keeps_every_guarantee() {
     assert!(followed > 200 && found > 200, "too little happened: {followed} {found}");
 }
 
+/// Runs one seed with an operator who changes the size of the cache between any two steps. Returns how often, and how
+/// many pages have moved for that.
+fn run_with_sizes(seed: u64) -> std::thread::Result<(u64, u64)> {
+    run_with(None, || {
+        let mut world = World::with_sizes(seed);
+        world.run(STEPS);
+        (world.sizes.sizes, world.sizes.moved_pages)
+    })
+}
+
+/// Runs seeds with changes of size. Returns how many there were, and how many pages have moved.
+fn resize_all(seeds: std::ops::Range<u64>) -> (u64, u64) {
+    seeds.fold((0, 0), |(sizes, pages), seed| {
+        let (more, moved) = run_with_sizes(seed).unwrap_or_else(|_| panic!("seed {seed} with sizes failed"));
+        (sizes + more, pages + moved)
+    })
+}
+
+#[test]
+fn a_cache_whose_size_changes_between_any_two_steps_keeps_every_guarantee() {
+    let (sizes, moved) = resize_all(0..SIZE_SEEDS);
+    assert!(sizes > 10 * SIZE_SEEDS && moved > SIZE_SEEDS, "only {sizes} changes of size, {moved} pages moved");
+}
+
 /// Runs the seed `GENBLK_SIM_SEED`, and `GENBLK_SIM_COUNT` seeds from `GENBLK_SIM_FIRST` (1000) on; without these
 /// variables, nothing. The Makefile's target `sim` sets them.
 #[test]
@@ -185,6 +211,7 @@ fn seeds_from_the_environment() {
         println!("cache: seed {seed}: {}", run_named(seed));
         println!("cache: seed {seed} with freezes: {:?}", run_with_freezes(seed));
         println!("cache: seed {seed} with growth: {:?}", run_with_growth(seed, None));
+        println!("cache: seed {seed} with sizes: {:?}", run_with_sizes(seed));
     }
     if let Some(count) = number("GENBLK_SIM_COUNT") {
         let first = number("GENBLK_SIM_FIRST").unwrap_or(1000);
@@ -192,6 +219,7 @@ fn seeds_from_the_environment() {
         println!("cache: {count} seeds with an operator: {} freezes", freeze_all(first..first + count));
         let [followed, found] = grow_all(first..first + count);
         println!("cache: {count} seeds with growth: followed {followed} times, found by {found} daemons");
+        println!("cache: {count} seeds with sizes: {:?} changes and moved pages", resize_all(first..first + count));
     }
 }
 

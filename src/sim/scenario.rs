@@ -50,6 +50,8 @@ pub(super) struct Scenario {
     pub restarts: bool,
     /// An operator freezes the cache now and then.
     pub freezes: bool,
+    /// An operator changes the size of the cache now and then.
+    pub live_sizes: bool,
 }
 
 impl Scenario {
@@ -76,6 +78,7 @@ impl Scenario {
             zero_slots,
             restarts: false,
             freezes: false,
+            live_sizes: false,
         }
     }
 
@@ -155,6 +158,7 @@ pub(super) fn settings(prng: &mut Prng) -> Settings {
     let image_sectors = prng.between(least, most);
     Settings {
         frames,
+        frames_max: frames,
         image_sectors,
         block_sectors,
         holes: match (sparse, can_map) {

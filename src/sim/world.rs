@@ -8,6 +8,7 @@ mod effects;
 mod freezes;
 mod growth;
 mod lives;
+mod sizes;
 
 use std::collections::BTreeMap;
 
@@ -25,6 +26,7 @@ use super::operations::{DiskOp, GuestOp, GuestRequest};
 use super::oracle::Oracle;
 use super::scenario::{BREAKAGES, Scenario, settings};
 use growth::Growth;
+use sizes::SizeChanges;
 
 /// In some worlds page numbers exceed 32 bits. (A multiple of the regions in which the cache asks for holes and space.)
 const HIGH_SECTOR: u64 = 1 << 37;
@@ -34,8 +36,6 @@ const STEPS_PER_CHECK: u64 = 4;
 
 /// Steps between two times that the daemon is stopped, on average.
 const STEPS_PER_STOP: u64 = 200;
-/// A long stop: longer than any hold, and than any pause before the next try.
-const STOP_US: u64 = 60_000_000;
 
 /// What the guest does meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +99,8 @@ pub(super) struct World {
     pub freezes: u64,
     /// The image grows.
     growth: Option<Growth>,
+    /// Changes of its size.
+    pub sizes: SizeChanges,
 }
 
 impl World {
@@ -147,6 +149,7 @@ impl World {
             failed_unheard: false,
             freezes: 0,
             growth: None,
+            sizes: SizeChanges::default(),
         }
     }
 
@@ -172,6 +175,7 @@ impl World {
         self.complete_all_requests();
         self.submit_request(GuestOp::Flush, SectorSpan::new(0, 0));
         self.complete_all_requests();
+        self.check_size();
         self.check_power_cut();
     }
 
@@ -193,6 +197,7 @@ impl World {
             self.freeze_or_thaw(guest);
         }
         self.grow_or_follow();
+        self.change_size();
         let mut worker_runs = true;
         match self.prng.below(10) {
             0..=2 if guest == Guest::Active && self.requests.len() < self.scenario.requests_max => {
@@ -234,16 +239,6 @@ impl World {
         if crashes || self.step.is_multiple_of(STEPS_PER_CHECK) {
             let pinned: Vec<_> = self.copies.iter().flat_map(|(_, piece)| piece.frames()).collect();
             self.cache.check(&pinned);
-        }
-    }
-
-    /// The daemon is stopped for a while; the disk is not.
-    fn stop_daemon(&mut self) {
-        let before = Tick::from_us(self.now_us);
-        let stopped_us = self.prng.pick(&[1000, STOP_US]);
-        self.now_us += stopped_us;
-        if stopped_us == STOP_US {
-            self.failures.note_stop(before, &self.settings, Tick::from_us(self.now_us));
         }
     }
 

@@ -317,6 +317,10 @@ impl StoreQueue for FaultyQueue {
         self.inner.hint_memory(memory);
     }
 
+    fn limit_memory(&mut self, end: usize) {
+        self.inner.limit_memory(end);
+    }
+
     fn submit(&mut self, request: IoRequest) -> std::result::Result<(), Refused> {
         if !self.limits().admissible(&request) {
             return Err(Refused::Invalid(request));

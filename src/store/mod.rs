@@ -261,6 +261,9 @@ pub trait StoreQueue: Send {
     /// Names the memory (addresses) that most transfers will use; it stays mapped while operations are in flight. A
     /// store may prepare for it, for example keep it pinned.
     fn hint_memory(&mut self, _memory: Range<usize>) {}
+    /// Only the part of that memory before address `end` is used from now on. When this returns, the store keeps
+    /// nothing of the rest, whose bytes may be replaced.
+    fn limit_memory(&mut self, _end: usize) {}
     /// Queues a request; it starts at the next [`StoreQueue::kick`] at the latest.
     ///
     /// # Errors

@@ -8,8 +8,12 @@
 //!
 //! Unless the daemon has CAP_IPC_LOCK, pinned memory counts against the user's limit (RLIMIT_MEMLOCK), once for each
 //! ring. When the limit is reached, the registered chunks stay, and other memory is pinned for each transfer.
+//!
+//! A cache may use a part of its memory only, and the host frees the rest: what was pinned of it would not be the
+//! cache's memory any more when the cache uses it again. So no chunk reaches beyond the part that is used.
 
 use std::io;
+use std::mem;
 use std::ops::Range;
 
 use io_uring::Submitter;
@@ -18,6 +22,8 @@ use super::Segment;
 
 /// Smallest chunk: frames that are allocated together mostly lie in one, and pinning it takes about a millisecond.
 const CHUNK_BYTES_MIN: usize = 32 << 20;
+/// Takes the place of a buffer that is not registered any more.
+const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 /// Most buffers that a ring can have (IORING_MAX_REG_BUFFERS).
 const CHUNKS_MAX: usize = 1 << 14;
 
@@ -28,10 +34,12 @@ const CHUNKS_MAX: usize = 1 << 14;
 pub(super) struct RegisteredBuffers {
     /// Addresses of the memory.
     memory: Range<usize>,
+    /// Bytes of it that are used.
+    used: usize,
     /// A power of two; the last chunk may be shorter.
     chunk_bytes: usize,
-    /// Whether each chunk is registered; empty if the kernel lacks sparse buffer tables.
-    registered: Vec<bool>,
+    /// How many bytes of each chunk are registered; empty if the kernel lacks sparse buffer tables.
+    registered: Vec<usize>,
     /// A registration has failed; no further one is tried.
     exhausted: bool,
 }
@@ -45,7 +53,10 @@ impl RegisteredBuffers {
         let chunk_bytes = memory.len().div_ceil(CHUNKS_MAX).next_power_of_two().max(CHUNK_BYTES_MIN);
         let chunks = memory.len().div_ceil(chunk_bytes);
         match ring.register_buffers_sparse(u32::try_from(chunks).expect("no more than CHUNKS_MAX")) {
-            Ok(()) => Self { memory, chunk_bytes, registered: vec![false; chunks], exhausted: false },
+            Ok(()) => {
+                let used = memory.len();
+                Self { memory, used, chunk_bytes, registered: vec![0; chunks], exhausted: false }
+            }
             Err(_) => Self::default(),
         }
     }
@@ -62,7 +73,7 @@ impl RegisteredBuffers {
         if segments.iter().any(|segment| self.chunk_of(segment) != Some(chunk)) {
             return Ok(None);
         }
-        if !self.registered[chunk] {
+        if self.registered[chunk] < self.bytes_of(chunk) {
             if self.exhausted {
                 return Ok(None);
             }
@@ -76,24 +87,50 @@ impl RegisteredBuffers {
         let first = segment.base.addr().checked_sub(self.memory.start)?;
         let last = first.checked_add(segment.len)?.checked_sub(1)?;
         let chunk = first.checked_div(self.chunk_bytes)?;
-        (last < self.memory.len() && last / self.chunk_bytes == chunk).then_some(chunk)
+        (last < self.used && last / self.chunk_bytes == chunk).then_some(chunk)
+    }
+
+    /// How many bytes of a chunk are used.
+    fn bytes_of(&self, chunk: usize) -> usize {
+        self.chunk_bytes.min(self.used.saturating_sub(chunk * self.chunk_bytes))
+    }
+
+    /// Only the memory before address `end` is used from now on: unregisters every chunk that reaches beyond it.
+    pub fn limit(&mut self, ring: &Submitter, end: usize) {
+        self.used = end.saturating_sub(self.memory.start).min(self.memory.len());
+        for chunk in 0..self.registered.len() {
+            if self.registered[chunk] > self.bytes_of(chunk) {
+                self.registered[chunk] = 0;
+                // If it fails, the chunk stays pinned, and is not used before it is registered anew.
+                let _ = Self::update(ring, chunk, NOTHING);
+            }
+        }
     }
 
     /// Unregisters all buffers; no operation is in flight.
     pub fn release(&mut self, ring: &Submitter) -> io::Result<()> {
-        let any = !std::mem::take(self).registered.is_empty();
+        let any = !mem::take(self).registered.is_empty();
         if any { ring.unregister_buffers() } else { Ok(()) }
     }
 
     fn register(&mut self, ring: &Submitter, chunk: usize) -> io::Result<()> {
         let start = self.memory.start + chunk * self.chunk_bytes;
-        let len = self.chunk_bytes.min(self.memory.end - start);
+        let len = self.bytes_of(chunk);
         let buffer = libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(start), iov_len: len };
+        if mem::take(&mut self.registered[chunk]) > 0 {
+            // The chunk has become longer. Both at a time would count against the limit.
+            let _ = Self::update(ring, chunk, NOTHING);
+        }
+        Self::update(ring, chunk, buffer)?;
+        self.registered[chunk] = len;
+        Ok(())
+    }
+
+    /// Replaces the buffer of a chunk. Operations in flight keep the old one until they end.
+    fn update(ring: &Submitter, chunk: usize, buffer: libc::iovec) -> io::Result<()> {
         let number = u32::try_from(chunk).expect("no more than CHUNKS_MAX");
         // SAFETY: the memory is mapped, and the kernel's pin keeps its pages even if the mapping ends.
-        unsafe { ring.register_buffers_update(number, &[buffer], None) }?;
-        self.registered[chunk] = true;
-        Ok(())
+        unsafe { ring.register_buffers_update(number, &[buffer], None) }.map(drop)
     }
 }
 
@@ -107,8 +144,9 @@ mod tests {
         let start = 7 * MIB;
         let fixed = RegisteredBuffers {
             memory: start..start + 100 * MIB,
+            used: 100 * MIB,
             chunk_bytes: CHUNK_BYTES_MIN,
-            registered: vec![false; 4],
+            registered: vec![0; 4],
             exhausted: false,
         };
         let chunk = |from: usize, len: usize| {
@@ -122,6 +160,13 @@ mod tests {
         assert_eq!(chunk(96 * MIB, 4 * MIB + 1), None);
         assert_eq!(chunk(96 * MIB, usize::MAX), None);
         assert_eq!(fixed.chunk_of(&Segment { base: std::ptr::without_provenance_mut(start - 1), len: 2 }), None);
+        let part =
+            RegisteredBuffers { used: 40 * MIB, registered: vec![0; 4], memory: start..start + 100 * MIB, ..fixed };
+        let part_of = |from: usize, len: usize| {
+            part.chunk_of(&Segment { base: std::ptr::without_provenance_mut(start + from), len })
+        };
+        assert_eq!((part_of(39 * MIB, MIB), part_of(39 * MIB, MIB + 1)), (Some(1), None), "the rest is not used");
+        assert_eq!([0, 1, 2].map(|chunk| part.bytes_of(chunk)), [32 * MIB, 8 * MIB, 0]);
         let none = RegisteredBuffers::default();
         assert_eq!(none.chunk_of(&Segment { base: std::ptr::without_provenance_mut(start), len: 512 }), None);
     }

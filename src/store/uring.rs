@@ -263,6 +263,10 @@ impl StoreQueue for UringQueue {
         self.buffers = RegisteredBuffers::new(&self.ring.submitter(), memory);
     }
 
+    fn limit_memory(&mut self, end: usize) {
+        self.buffers.limit(&self.ring.submitter(), end);
+    }
+
     fn submit(&mut self, request: IoRequest) -> Result<(), Refused> {
         if !self.image.limits.admissible(&request) {
             return Err(Refused::Invalid(request));

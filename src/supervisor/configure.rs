@@ -14,6 +14,7 @@ use super::entry::OverviewEntry;
 use super::fleet_change::{FleetChange, FleetPlan, Recorded};
 use super::operator::{Operator, ask, invalid};
 use super::operator_state::UnderWay;
+use crate::arena::check_memory;
 use crate::config::{AT_ONCE, CacheMode, Config, DeviceConfig, adopt, changed, differing_keys};
 use crate::control::change::{ChangeClient, Refusal};
 use crate::control::wire::{ChangeKind, DeviceChange, DeviceKeys, DeviceState};
@@ -85,8 +86,18 @@ impl Operator {
         if drains {
             ask(entry, DeviceRequest::Flush, client)?;
         }
+        let reserves = keys.contains(&"cache.size") && entry.link.is_some();
+        if reserves {
+            reserve(entry, &new, client)?;
+        }
         let keys = keys.to_vec();
-        self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester))?;
+        let recorded = self.ask_main_thread(|requester| FleetChange::Set(Box::new(new), keys, record, requester));
+        if recorded.is_err() && reserves {
+            // The old size frees what was allocated for the new one.
+            let settings = Box::new(DeviceSettings::from(&*entry.config));
+            let _ = ask(entry, DeviceRequest::Configure { settings }, client);
+        }
+        recorded?;
         // A device that is not served, or whose process dies now, starts with the new configuration. A process that
         // starts at the moment may have the old one.
         let until = Instant::now() + START_PATIENCE;
@@ -241,6 +252,16 @@ impl Operator {
             }
         }
     }
+}
+
+/// Has the process of a device allocate the memory of a cache of another size.
+fn reserve(entry: &OverviewEntry, new: &DeviceConfig, client: &ChangeClient) -> Result<(), Refusal> {
+    let (old, size_bytes) = (entry.config.cache.size_bytes, new.cache.size_bytes);
+    if let Some(more) = size_bytes.checked_sub(old).filter(|more| *more > 0) {
+        // Its process may not look at the host's memory.
+        check_memory(more).map_err(|e| Refusal::refused(entry.config.name.clone(), e.to_string()))?;
+    }
+    ask(entry, DeviceRequest::Reserve { size_bytes }, client).map(drop)
 }
 
 /// A change, for the log.

@@ -356,6 +356,7 @@ pub(super) fn ask(
                 let detail = format!("{} is dirty", crate::units::counted(dirty() / PAGE_BYTES, "page"));
                 return Err(Refusal::new("ImageFault", json!({ "device": name, "fault": fault, "detail": detail })));
             }
+            Ok(DeviceReply::Refused { why }) => return Err(Refusal::refused(name.clone(), why)),
             Ok(DeviceReply::NotServed) => return Err(Refusal::refused(name.clone(), "it is not served at the moment")),
             Ok(reply) => return Ok(reply),
             Err(RecvTimeoutError::Timeout) if reports => {

@@ -284,9 +284,10 @@ fn user_called(name: &str) -> Result<User> {
     }
 }
 
-/// The configured number of frames.
-fn frames_of(config: &DeviceConfig) -> usize {
-    usize::try_from(config.cache.size_bytes / PAGE_BYTES).unwrap_or(usize::MAX)
+/// The configured number of frames, and the largest one that there can be while the cache is used.
+fn frames_of(config: &DeviceConfig) -> [usize; 2] {
+    let frames = |bytes: u64| usize::try_from(bytes / PAGE_BYTES).unwrap_or(usize::MAX);
+    [frames(config.cache.size_bytes), frames(config.cache.room_bytes())]
 }
 
 impl Drop for ImageSlot {

@@ -217,7 +217,7 @@ fn a_cache_in_the_fd_store_is_found_after_a_change_of_size_or_location() {
         assert!(session.read(80, bytes.len()) == bytes);
         assert!(daemon.image_bytes(80 * 512, bytes.len()) == bytes, "the dirty pages are on the image");
     };
-    next(&mut daemon, &format!("{DEVICE}{dirty}\ncache.size = \"16M\""));
+    next(&mut daemon, &format!("{DEVICE}{dirty}\ncache.size = \"64M\""));
     assert_eq!(systemd.stored_names().len(), 1, "the new cache is in the fd store");
     let stored = systemd.state.stored.lock().expect("no thread panics with the fd store locked")[0].1.try_clone();
     let file = File::from(stored.expect("a descriptor can be duplicated"));

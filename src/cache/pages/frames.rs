@@ -6,13 +6,19 @@
 //! The list is a queue in most caches: the frame that was freed first is taken first. Adjacent frames are mostly freed
 //! together, so they are taken together again: a read into them is one segment for the store, and one piece to copy. A
 //! cache that retains nothing uses a stack: it reuses the same few frames, which stay in the CPU's caches.
+//!
+//! The number of frames in use can change: there is a limit. Frames from the limit on are *leaving*: none counts as
+//! free, and each is *retired* once nothing holds it. A frame without memory is retired.
 
+use super::super::growing::vec_for;
 use crate::units::FrameId;
 
 /// This frame is free; the other bits are the next free frame.
 const FREE: u32 = 1 << 31;
 /// No next free frame.
 const END: u32 = FREE - 1;
+/// This frame is retired: neither held nor in the list.
+const RETIRED: u32 = FREE | (END - 1);
 
 /// Which of the free frames is taken next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,39 +29,48 @@ pub(super) enum Reuse {
     NewestFirst,
 }
 
-/// Reference counts and the free list, in one word for each frame: a count, or [`FREE`] and the next free frame.
-/// `Pages` alone changes them.
+/// Reference counts and the free list, in one word for each frame: a count, or [`FREE`] and the next free frame, or
+/// [`RETIRED`]. `Pages` alone changes them.
 ///
-/// => Every frame is free or held (I9): it has a count, or is in the list.
+/// => Every frame is free, held or retired (I9): it is in the list, or has a count, or neither.
 #[derive(Debug)]
 pub(in crate::cache) struct Frames {
     words: Vec<u32>,
     /// The next free frame to be taken and the last one; [`END`] where none is free.
     free_head: u32,
     free_tail: u32,
+    /// Frames in the list below the limit.
     free_count: u32,
+    /// Frames in the list from the limit on.
+    leaving_listed: u32,
+    /// Held frames from the limit on.
+    leaving_held: u32,
+    /// Number of frames to use: the first ones.
+    limit: u32,
     reuse: Reuse,
 }
 
 impl Frames {
-    /// `count` free frames.
-    pub(super) fn new(count: u32, reuse: Reuse) -> Self {
-        assert!(count > 0 && count < END, "a cache has 1 to 2^31 frames");
-        let words = (1..=count).map(|next| FREE | if next == count { END } else { next }).collect();
-        Self { words, free_head: 0, free_tail: count - 1, free_count: count, reuse }
+    /// `count` free frames, of which there may be `count_max` later.
+    pub(super) fn new(count: u32, count_max: u32, reuse: Reuse) -> Self {
+        assert!(count > 0 && count < END - 1, "a cache has 1 to 2^31 frames");
+        let mut words = vec_for(count_max);
+        words.extend((1..=count).map(|next| FREE | if next == count { END } else { next }));
+        let (free_head, free_tail) = (0, count - 1);
+        Self { words, free_head, free_tail, free_count: count, leaving_listed: 0, leaving_held: 0, limit: count, reuse }
     }
 
     /// Takes these frames, with one reference each.
     ///
     /// => No frame is held yet.
     pub(super) fn claim(&mut self, claimed: impl IntoIterator<Item = FrameId>) {
-        assert_eq!(self.free_count, self.total(), "a frame was taken before others were claimed");
+        assert_eq!(self.free_count, self.limit, "a frame was taken before others were claimed");
         self.words.fill(0);
         for frame in claimed {
             self.words[frame.index()] = 1;
         }
         (self.free_head, self.free_tail, self.free_count) = (END, END, 0);
-        for frame in 0..self.total() {
+        for frame in 0..self.limit {
             if self.words[frame as usize] == 0 {
                 self.append(frame);
             }
@@ -73,8 +88,8 @@ impl Frames {
         self.free_count += 1;
     }
 
-    /// Takes a free frame, with one reference.
-    pub(super) fn take(&mut self) -> Option<FrameId> {
+    /// Takes the first frame off the list.
+    fn pop(&mut self) -> Option<u32> {
         if self.free_head == END {
             return None;
         }
@@ -83,9 +98,94 @@ impl Frames {
         if self.free_head == END {
             self.free_tail = END;
         }
+        if frame < self.limit {
+            self.free_count -= 1;
+        } else {
+            self.leaving_listed -= 1;
+        }
+        Some(frame)
+    }
+
+    /// Takes a free frame, with one reference. It may be a leaving one that is still in the list.
+    pub(super) fn take(&mut self) -> Option<FrameId> {
+        if self.free_count == 0 {
+            return None;
+        }
+        let frame = self.pop()?;
         self.words[frame as usize] = 1;
-        self.free_count -= 1;
+        self.leaving_held += u32::from(frame >= self.limit);
         Some(FrameId(frame))
+    }
+
+    /// Uses more frames, the first `limit` ones. Those that are still leaving stay.
+    pub(super) fn raise_limit(&mut self, limit: u32) {
+        assert!(limit < END - 1, "a cache has 1 to 2^31 frames");
+        while self.limit < limit {
+            let frame = self.limit;
+            self.limit += 1;
+            match self.words.get(frame as usize).copied() {
+                Some(word) if word & FREE == 0 => self.leaving_held -= 1,
+                Some(word) if word != RETIRED => {
+                    (self.free_count, self.leaving_listed) = (self.free_count + 1, self.leaving_listed - 1);
+                }
+                Some(_) => self.append(frame),
+                None => {
+                    self.words.push(RETIRED);
+                    self.append(frame);
+                }
+            }
+        }
+    }
+
+    /// Uses fewer frames, as far as `spare` of them stay free: at best the first `limit` ones. The others leave.
+    pub(super) fn lower_limit(&mut self, limit: u32, spare: u32) {
+        assert!(limit > 0, "a cache has 1 to 2^31 frames");
+        while self.limit > limit {
+            let is_held = self.words[self.limit as usize - 1] & FREE == 0;
+            if is_held {
+                self.leaving_held += 1;
+            } else if self.free_count > spare {
+                (self.free_count, self.leaving_listed) = (self.free_count - 1, self.leaving_listed + 1);
+            } else {
+                return;
+            }
+            self.limit -= 1;
+        }
+    }
+
+    /// Retires leaving frames that are in the list, among its next `count` ones.
+    pub(super) fn retire_listed(&mut self, count: u32) {
+        for _ in 0..count {
+            if self.leaving_listed == 0 {
+                return;
+            }
+            let Some(frame) = self.pop() else { return };
+            if frame < self.limit {
+                self.append(frame);
+            } else {
+                self.words[frame as usize] = RETIRED;
+            }
+        }
+    }
+
+    /// Whether no frame is leaving: all from the limit on are retired.
+    pub fn have_left(&self) -> bool {
+        self.leaving_listed == 0 && self.leaving_held == 0
+    }
+
+    /// Whether a frame is leaving, or has left.
+    pub(super) fn is_leaving(&self, frame: FrameId) -> bool {
+        frame.0 >= self.limit
+    }
+
+    /// Number of leaving frames that are in the list.
+    pub fn leaving_listed(&self) -> u32 {
+        self.leaving_listed
+    }
+
+    /// Number of leaving frames that are held.
+    pub fn leaving_held(&self) -> u32 {
+        self.leaving_held
     }
 
     /// Adds a reference to a frame that is held.
@@ -95,13 +195,16 @@ impl Frames {
         *word += 1;
     }
 
-    /// Drops a reference. Returns whether it was the last one, which frees the frame.
+    /// Drops a reference. Returns whether it was the last one, which frees the frame or retires it.
     pub(super) fn release(&mut self, frame: FrameId) -> bool {
         let word = &mut self.words[frame.index()];
         assert!(*word & FREE == 0 && *word > 0, "{frame:?} is released too often");
         *word -= 1;
         let freed = *word == 0;
-        if freed && self.reuse == Reuse::NewestFirst && self.free_head != END {
+        if freed && frame.0 >= self.limit {
+            *word = RETIRED;
+            self.leaving_held -= 1;
+        } else if freed && self.reuse == Reuse::NewestFirst && self.free_head != END {
             *word = FREE | self.free_head;
             self.free_head = frame.0;
             self.free_count += 1;
@@ -117,19 +220,29 @@ impl Frames {
         if word & FREE == 0 { word } else { 0 }
     }
 
-    /// Number of free frames.
+    /// Number of free frames, without leaving ones.
     pub fn free(&self) -> u32 {
         self.free_count
     }
 
-    /// Number of frames.
+    /// Number of frames to use.
     pub fn total(&self) -> u32 {
-        u32::try_from(self.words.len()).expect("checked in new()")
+        self.limit
+    }
+
+    /// Number of frames that are not retired, of which those from [`Frames::total`] on are leaving.
+    pub fn in_use(&self) -> u32 {
+        self.limit + self.leaving_listed + self.leaving_held
+    }
+
+    /// All frames that there are or were.
+    pub(super) fn known(&self) -> impl Iterator<Item = FrameId> {
+        (0..).map(FrameId).take(self.words.len())
     }
 
     /// Bytes of memory that the counts take.
     pub fn metadata_bytes(&self) -> usize {
-        self.words.capacity() * size_of::<u32>()
+        self.words.len() * size_of::<u32>()
     }
 }
 
@@ -139,7 +252,7 @@ mod tests {
 
     #[test]
     fn dropping_the_last_reference_frees_a_frame() {
-        let mut frames = Frames::new(2, Reuse::OldestFirst);
+        let mut frames = Frames::new(2, 2, Reuse::OldestFirst);
         let a = frames.take().unwrap();
         let b = frames.take().unwrap();
         assert_ne!(a, b);
@@ -154,20 +267,20 @@ mod tests {
 
     #[test]
     fn frames_are_taken_in_the_order_in_which_they_were_freed() {
-        let mut frames = Frames::new(8, Reuse::OldestFirst);
+        let mut frames = Frames::new(8, 8, Reuse::OldestFirst);
         let held: Vec<FrameId> = std::iter::from_fn(|| frames.take()).collect();
         assert_eq!(held, (0..8).map(FrameId).collect::<Vec<_>>());
         for frame in [4, 5, 6, 0, 1].map(FrameId) {
             frames.release(frame);
         }
         assert_eq!(std::iter::from_fn(|| frames.take()).collect::<Vec<_>>(), [4, 5, 6, 0, 1].map(FrameId));
-        let mut newest_first = Frames::new(3, Reuse::NewestFirst);
+        let mut newest_first = Frames::new(3, 3, Reuse::NewestFirst);
         let held: Vec<FrameId> = std::iter::from_fn(|| newest_first.take()).collect();
         for frame in held {
             newest_first.release(frame);
         }
         assert_eq!(std::iter::from_fn(|| newest_first.take()).collect::<Vec<_>>(), [2, 1, 0].map(FrameId));
-        let mut claimed = Frames::new(4, Reuse::OldestFirst);
+        let mut claimed = Frames::new(4, 4, Reuse::OldestFirst);
         claimed.claim([FrameId(1)]);
         assert_eq!(std::iter::from_fn(|| claimed.take()).collect::<Vec<_>>(), [0, 2, 3].map(FrameId));
     }
@@ -175,7 +288,53 @@ mod tests {
     #[test]
     #[should_panic(expected = "released too often")]
     fn releasing_a_free_frame_is_caught() {
-        let mut frames = Frames::new(1, Reuse::OldestFirst);
+        let mut frames = Frames::new(1, 1, Reuse::OldestFirst);
         frames.release(FrameId(0));
+    }
+
+    fn taken(frames: &mut Frames) -> Vec<u32> {
+        std::iter::from_fn(|| frames.take()).map(|frame| frame.0).collect()
+    }
+
+    #[test]
+    fn frames_that_leave_are_retired_once_nothing_holds_them_and_come_back() {
+        let mut frames = Frames::new(8, 16, Reuse::OldestFirst);
+        assert_eq!([0, 1, 2].map(|_| frames.take().unwrap().0), [0, 1, 2]);
+        frames.lower_limit(2, 2);
+        assert_eq!((frames.free(), frames.total()), (2, 5), "two stay free");
+        // 2 is held, 3 and 4 are in the list.
+        frames.lower_limit(2, 0);
+        assert_eq!((frames.free(), frames.total(), frames.in_use()), (0, 2, 8));
+        assert_eq!(frames.take(), None, "leaving frames are not free");
+        frames.retire_listed(3);
+        assert_eq!((frames.in_use(), frames.have_left()), (5, false));
+        frames.retire_listed(100);
+        assert_eq!((frames.in_use(), frames.have_left(), frames.leaving_held()), (3, false, 1));
+        frames.release(FrameId(0));
+        assert_eq!(frames.free(), 1);
+        frames.release(FrameId(2));
+        assert!(frames.have_left());
+        assert_eq!(frames.in_use(), 2);
+        frames.raise_limit(12);
+        assert_eq!((frames.free(), frames.in_use()), (11, 12));
+        assert_eq!(taken(&mut frames), [&[0], (2..12).collect::<Vec<_>>().as_slice()].concat());
+    }
+
+    #[test]
+    fn a_change_of_the_limit_that_is_taken_back_leaves_every_frame_as_it_was() {
+        let mut frames = Frames::new(8, 8, Reuse::OldestFirst);
+        let held = [0; 5].map(|_| frames.take().unwrap());
+        frames.lower_limit(3, 0);
+        frames.retire_listed(1);
+        frames.raise_limit(8);
+        assert!(frames.have_left());
+        assert_eq!((frames.free(), frames.in_use()), (3, 8));
+        for frame in held {
+            frames.release(frame);
+        }
+        assert_eq!(frames.free(), 8);
+        let mut all = taken(&mut frames);
+        all.sort_unstable();
+        assert_eq!(all, (0..8).collect::<Vec<_>>());
     }
 }

@@ -23,6 +23,7 @@ mod dirty;
 mod frames;
 mod page;
 mod readers;
+mod resize;
 mod table;
 
 use std::ops::Index;
@@ -63,14 +64,14 @@ pub(super) struct Pages {
 impl Pages {
     /// No pages yet, and frames that are `memory`.
     pub fn new(settings: &Settings, memory: Box<dyn FrameMemory>) -> Self {
-        let count = settings.frames;
+        let (count, count_max) = (settings.frames, settings.frames_max.max(settings.frames));
         let reuse = if settings.retain { Reuse::OldestFirst } else { Reuse::NewestFirst };
         Self {
-            table: PageTable::new(count, settings.page_key),
+            table: PageTable::new(count, count_max, settings.page_key),
             dirty: DirtySet::default(),
-            frames: Frames::new(count, reuse),
+            frames: Frames::new(count, count_max, reuse),
             memory,
-            policy: policy::new(settings.policy, count, settings.page_key),
+            policy: policy::new(settings.policy, count, count_max, settings.page_key),
             readers: None,
             image_sectors: settings.image_sectors,
             made_room: false,
@@ -364,7 +365,7 @@ impl Pages {
     pub fn share(&mut self, readers: usize) {
         match &mut self.readers {
             Some(known) => known.set_count(readers),
-            None => self.readers = Some(Readers::new(readers, self.frames.total(), self.table.len())),
+            None => self.readers = Some(Readers::new(readers, self.slots(), self.frames.total(), self.table.len())),
         }
     }
 

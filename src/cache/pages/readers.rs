@@ -4,7 +4,7 @@
 //! a reader has more than its share, the pages of readers that have not are not evicted. So a reader that scans the
 //! image, or uses more of it than fits, evicts its own pages. A reader that has left has no share: the others have it.
 
-use crate::units::PageId;
+use crate::units::{PageId, low_u32};
 
 /// Readers that are told apart; all later ones count as one.
 const READERS_MAX: usize = 256;
@@ -14,6 +14,8 @@ const READERS_MAX: usize = 256;
 pub(super) struct Readers {
     /// The reader for which each slot's page counts.
     of: Vec<u8>,
+    /// Pages of the cache, of which each reader has a share.
+    capacity: u32,
     /// Pages of each reader.
     pages: Vec<u32>,
     /// Whether each reader uses the image at present.
@@ -23,12 +25,23 @@ pub(super) struct Readers {
 }
 
 impl Readers {
-    /// `count` readers of a cache with so many slots. Pages that are in memory already count for the first reader.
-    pub fn new(count: usize, slots: u32, resident: u32) -> Self {
+    /// `count` readers of a cache of `capacity` pages with so many slots. Pages that are in memory already count for
+    /// the first reader.
+    pub fn new(count: usize, slots: u32, capacity: u32, resident: u32) -> Self {
         let mut pages = vec![0; count.min(READERS_MAX)];
         pages[0] = resident;
         let present = vec![true; pages.len()];
-        Self { of: vec![0; slots as usize], pages, present, current: 0 }
+        Self { of: vec![0; slots as usize], capacity, pages, present, current: 0 }
+    }
+
+    /// There are `slots` slots from now on, no fewer than before.
+    pub fn add_slots(&mut self, slots: u32) {
+        self.of.resize(self.of.len().max(slots as usize), 0);
+    }
+
+    /// The cache is to have `capacity` pages.
+    pub fn set_capacity(&mut self, capacity: u32) {
+        self.capacity = capacity;
     }
 
     /// There are `count` readers now, no fewer than before.
@@ -54,7 +67,7 @@ impl Readers {
     /// Pages of which each reader may be sure that is present.
     fn share(&self) -> u32 {
         let readers = self.present.iter().filter(|present| **present).count();
-        u32::try_from(self.of.len() / readers.max(1)).expect("a cache has fewer than 2^32 slots")
+        low_u32(u64::from(self.capacity) / readers.max(1) as u64)
     }
 
     /// Pages of which this reader may be sure.

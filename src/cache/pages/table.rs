@@ -1,12 +1,15 @@
 //! The page table: finds a page by its number, and hands out slots.
 //!
-//! The index is a table of chains through the pages, as UVM's was: its size never changes. A table with open addressing
-//! fills up with tombstones and is rehashed all at once, which takes 50 ms for a cache of 4 GiB.
+//! The index is a table of chains through the pages, as UVM's was. A table with open addressing fills up with
+//! tombstones and is rehashed all at once, which takes 50 ms for a cache of 4 GiB. This one grows by a row at a time
+//! (linear hashing: Litwin, "Linear hashing: a new tool for file and table addressing", VLDB 1980): a new row takes the
+//! pages of one other row that belong to it, so the cache can get larger while it is used.
 
 use std::ops::{Index, IndexMut};
 
 use crate::units::{PageId, PageNo, PageSpan, low_u32};
 
+use super::super::growing::vec_for;
 use super::page::{NONE, Page};
 
 /// The number of a free slot's page: no image has it.
@@ -18,7 +21,7 @@ const BLOCK_PAGES: u64 = 4096;
 /// 2^64 divided by the golden ratio (Fibonacci hashing: Knuth, The Art of Computer Programming, volume 3, section 6.4).
 const FIBONACCI: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// All pages in memory, by number. It has as many slots as the cache has frames, so inserting never allocates.
+/// All pages in memory, by number. It has at least as many slots as the cache has frames, so inserting never allocates.
 ///
 /// => The slot that was freed first is taken first. Adjacent pages mostly come and go together, so their slots are
 ///    adjacent too, as long as no other page comes between them.
@@ -30,6 +33,11 @@ pub(super) struct PageTable {
     free_tail: u32,
     resident: u32,
     index: Vec<Row>,
+    /// Rows that the index began with.
+    first_rows: usize,
+    /// A row `r` of those has become the rows `r + n * first_rows`, with `n` up to this number (2^k - 1), as far as
+    /// they are there.
+    split_mask: usize,
     /// How many pages are in the table, by the hash of their block. A range operation skips blocks without pages: most
     /// of what guests discard is not in memory.
     blocks: Vec<u32>,
@@ -42,25 +50,81 @@ pub(super) struct PageTable {
 #[repr(align(32))]
 struct Row([u32; ROW_PAGES]);
 
+/// Rows of the index for so many pages: three chains for two pages keep them short.
+fn rows_for(pages: usize) -> usize {
+    (pages * 3 / 2).div_ceil(ROW_PAGES)
+}
+
 impl PageTable {
-    /// A table for at most `pages` pages; `key` is random.
-    pub fn new(pages: u32, key: u64) -> Self {
-        let mut slots = vec![Page::new(NOWHERE); pages as usize];
+    /// A table for at most `pages` pages, later for at most `pages_max`; `key` is random.
+    pub fn new(pages: u32, pages_max: u32, key: u64) -> Self {
+        let mut slots: Vec<Page> = vec_for(pages_max);
+        slots.resize(pages as usize, Page::new(NOWHERE));
         for (next, slot) in (1..).zip(&mut slots) {
             slot.replace_waiters(if next == pages { NONE } else { next });
         }
-        // Three chains for two pages keep them short.
-        let rows = (pages as usize * 3 / 2).div_ceil(ROW_PAGES);
+        let first_rows = rows_for(pages as usize);
+        let mut index: Vec<Row> = vec_for(low_u32(rows_for(pages_max as usize) as u64));
+        index.resize(first_rows, Row([NONE; ROW_PAGES]));
         Self {
             slots,
             free_head: 0,
             free_tail: pages - 1,
             resident: 0,
-            index: vec![Row([NONE; ROW_PAGES]); rows],
+            index,
+            first_rows,
+            split_mask: 0,
             // Four times the blocks that the pages fill, so that few share a counter.
-            blocks: vec![0; (pages as usize / 1024).next_power_of_two().max(64)],
+            blocks: vec![0; (pages_max as usize / 1024).next_power_of_two().max(64)],
             key,
         }
+    }
+
+    /// Adds slots until there are `pages`.
+    pub fn grow(&mut self, pages: u32) {
+        for id in self.capacity()..pages {
+            self.slots.push(Page::new(NOWHERE));
+            self.append_free(id);
+        }
+        while self.index.len() < rows_for(self.slots.len()) {
+            self.add_row();
+        }
+    }
+
+    /// Adds a row to the index. It takes the pages of another row that belong to it: that one stood for both.
+    fn add_row(&mut self) {
+        let new = self.index.len();
+        let (part, of_first) = (new / self.first_rows, new % self.first_rows);
+        self.split_mask = (part + 1).next_power_of_two() - 1;
+        let old = of_first + (part & self.split_mask >> 1) * self.first_rows;
+        self.index.push(Row([NONE; ROW_PAGES]));
+        for in_row in 0..ROW_PAGES {
+            let mut id = std::mem::replace(&mut self.index[old].0[in_row], NONE);
+            let mut last = [NONE; 2];
+            // The order within a chain stays: old pages are at its beginning.
+            while id != NONE {
+                let next = std::mem::replace(&mut self.slots[id as usize].next, NONE);
+                let (row, place) = self.place(self.slots[id as usize].no());
+                debug_assert!(place == in_row && (row == old || row == new), "a page is in the chain of its place");
+                let last = &mut last[usize::from(row == new)];
+                match std::mem::replace(last, id) {
+                    NONE => self.index[row].0[in_row] = id,
+                    before => self.slots[before as usize].next = id,
+                }
+                id = next;
+            }
+        }
+    }
+
+    /// Adds a slot to the end of the free ones.
+    fn append_free(&mut self, id: u32) {
+        match self.free_tail {
+            NONE => self.free_head = id,
+            tail => {
+                self.slots[tail as usize].replace_waiters(id);
+            }
+        }
+        self.free_tail = id;
     }
 
     /// The counter of a page's block.
@@ -97,7 +161,8 @@ impl PageTable {
     }
 
     /// Where the page's chain begins, as (row, place in it): a multiplicative hash, whose upper bits are well mixed,
-    /// gives the row of eight adjacent pages, and the page's number its place.
+    /// gives the row of eight adjacent pages, and the page's number its place. Lower bits choose among the rows that it
+    /// has become; one that is not there yet is still a part of another one.
     ///
     /// => Without the key the pages of a chain differ by multiples of known numbers. With it, those that were chosen to
     ///    collide are spread like any others; adjacent rows are still spread evenly.
@@ -106,7 +171,11 @@ impl PageTable {
         let mixed = (row ^ row >> 32 ^ self.key).wrapping_mul(FIBONACCI) >> 32;
         // The hash shifts the place too: a guest that uses every eighth page would fill one place of each row only.
         let in_row = (no.0 ^ mixed) % ROW_PAGES as u64;
-        (low_u32((mixed * self.index.len() as u64) >> 32) as usize, low_u32(in_row) as usize)
+        let first = low_u32((mixed * self.first_rows as u64) >> 32) as usize;
+        let part = low_u32(mixed / ROW_PAGES as u64) as usize & self.split_mask;
+        let row = first + part * self.first_rows;
+        let row = if row < self.index.len() { row } else { first + (part & self.split_mask >> 1) * self.first_rows };
+        (row, low_u32(in_row) as usize)
     }
 
     /// The first page of the chain at a place, or [`NONE`].
@@ -193,13 +262,7 @@ impl PageTable {
             Some(before) => self.slots[before.index()].next = page.next,
             None => self.set_first(place, page.next),
         }
-        match self.free_tail {
-            NONE => self.free_head = id.0,
-            tail => {
-                self.slots[tail as usize].replace_waiters(id.0);
-            }
-        }
-        self.free_tail = id.0;
+        self.append_free(id.0);
         self.resident -= 1;
         let block = self.block(page.no());
         self.blocks[block] -= 1;
@@ -223,9 +286,9 @@ impl PageTable {
 
     /// Bytes of memory that the table takes.
     pub fn metadata_bytes(&self) -> usize {
-        self.slots.capacity() * size_of::<Page>()
-            + self.index.capacity() * size_of::<Row>()
-            + self.blocks.capacity() * size_of::<u32>()
+        self.slots.len() * size_of::<Page>()
+            + self.index.len() * size_of::<Row>()
+            + self.blocks.len() * size_of::<u32>()
     }
 }
 
@@ -248,7 +311,7 @@ mod tests {
 
     #[test]
     fn the_chains_of_adjacent_pages_begin_side_by_side() {
-        let table = PageTable::new(1000, 0);
+        let table = PageTable::new(1000, 1000, 0);
         for first in (0..1000).map(|n: u64| n * n * 8) {
             let (rows, mut places): (Vec<usize>, Vec<usize>) =
                 (first..first + 8).map(|no| table.place(PageNo(no))).unzip();
@@ -259,7 +322,7 @@ mod tests {
 
     #[test]
     fn the_pages_of_a_span_are_found_however_many_blocks_it_has() {
-        let mut table = PageTable::new(1000, 0);
+        let mut table = PageTable::new(1000, 1000, 0);
         let resident = [0, 1, 4095, 4096, 5000, 8191, 8192, 1 << 20, (1 << 20) + 77, 1 << 40];
         let ids = resident.map(|no| table.insert(PageNo(no)).expect("a slot is free"));
         let removed = table.insert(PageNo(6000)).expect("a slot is free");
@@ -286,32 +349,64 @@ mod tests {
         let spread: [fn(u64) -> u64; 4] =
             [|n| n, |n| n * 8, |n| n << 18, |n| n.wrapping_mul(0x5851_f42d_4c95_7f2d) >> 24];
         for number in spread {
-            let mut table = PageTable::new(low_u32(PAGES), KEY);
+            let mut table = PageTable::new(low_u32(PAGES), low_u32(PAGES), KEY);
             for n in 0..4 * PAGES {
                 if n >= PAGES {
                     table.remove(table.find(PageNo(number(n - PAGES))).expect("it was inserted before"));
                 }
                 table.insert(PageNo(number(n))).expect("a slot is free");
             }
-            let steps_to = |no: PageNo| {
-                let mut chain = table.chain(table.first(table.place(no)));
-                1 + chain.position(|(_, page)| page.no() == no).expect("the page is in the table") as u64
-            };
-            let steps: u64 = (3 * PAGES..4 * PAGES).map(|n| steps_to(PageNo(number(n)))).sum();
+            let steps = steps_to_all(&table, (3 * PAGES..4 * PAGES).map(number));
             assert!(steps < 2 * PAGES, "{steps} steps for {PAGES} pages");
             assert_eq!(table.iter().count() as u64, PAGES);
+        }
+    }
+
+    /// Steps of a search for each of these pages, in all.
+    fn steps_to_all(table: &PageTable, pages: impl Iterator<Item = u64>) -> u64 {
+        let steps_to = |no: PageNo| {
+            let mut chain = table.chain(table.first(table.place(no)));
+            1 + chain.position(|(_, page)| page.no() == no).expect("the page is in the table") as u64
+        };
+        pages.map(|no| steps_to(PageNo(no))).sum()
+    }
+
+    #[test]
+    fn a_table_that_grows_finds_every_page_at_each_step_and_its_chains_stay_short() {
+        const PAGES: u64 = 5000;
+        const KEY: u64 = 0x0123_4567_89ab_cdef;
+        let spread: [fn(u64) -> u64; 4] =
+            [|n| n, |n| n * 8, |n| n << 18, |n| n.wrapping_mul(0x5851_f42d_4c95_7f2d) >> 24];
+        for number in spread {
+            let mut table = PageTable::new(16, low_u32(PAGES), KEY);
+            let memory = table.slots.as_ptr();
+            for n in 0..PAGES {
+                if table.len() == table.capacity() {
+                    table.grow(low_u32(PAGES).min(table.capacity() + 1 + low_u32(n) % 37));
+                    assert!((0..n).all(|n| table.find(PageNo(number(n))).is_some()), "after {n} pages");
+                }
+                table.insert(PageNo(number(n))).expect("a slot is free");
+            }
+            assert_eq!(table.slots.as_ptr(), memory, "its addresses were reserved");
+            let grown = steps_to_all(&table, (0..PAGES).map(number));
+            assert!(grown < PAGES * 7 / 4, "{grown} steps for {PAGES} pages");
+            assert_eq!(table.index.len(), PageTable::new(table.capacity(), table.capacity(), KEY).index.len());
+            for n in (0..PAGES).rev() {
+                table.remove(table.find(PageNo(number(n))).expect("it was inserted before"));
+            }
+            assert!(table.index.iter().all(|row| row.0 == [NONE; ROW_PAGES]), "no page is in two chains");
         }
     }
 
     #[test]
     fn pages_that_were_chosen_to_collide_are_spread_by_the_key() {
         const PAGES: u32 = 1000;
-        let known = PageTable::new(1 << 16, 0);
+        let known = PageTable::new(1 << 16, 1 << 16, 0);
         let first = known.place(PageNo(0));
         let chosen: Vec<u64> =
             (0..).map(|row| row * 8).filter(|&no| known.place(PageNo(no)).0 == first.0).take(PAGES as usize).collect();
         for key in [0x5bd1_e995_7b93_a1c7, 0x1234_5678_9abc_def1, u64::MAX / 3, 1 << 40 | 12345] {
-            let keyed = PageTable::new(1 << 16, key);
+            let keyed = PageTable::new(1 << 16, 1 << 16, key);
             let mut rows: Vec<usize> = chosen.iter().map(|&no| keyed.place(PageNo(no)).0).collect();
             rows.sort_unstable();
             let longest = rows.chunk_by(|one, other| one == other).map(<[usize]>::len).max();
@@ -321,7 +416,7 @@ mod tests {
 
     #[test]
     fn pages_are_found_until_removed_and_slots_are_reused() {
-        let mut table = PageTable::new(3, 7);
+        let mut table = PageTable::new(3, 3, 7);
         let far = PageNo(1 << 40);
         let ids: Vec<_> = [PageNo(0), PageNo(7), far].into_iter().map(|no| table.insert(no).unwrap()).collect();
         assert_eq!(table.insert(PageNo(9)), None, "no slot is free");
@@ -336,7 +431,7 @@ mod tests {
 
     #[test]
     fn the_page_after_another_is_found_in_the_next_slot_and_elsewhere() {
-        let mut table = PageTable::new(8, 0);
+        let mut table = PageTable::new(8, 8, 0);
         let ids: Vec<PageId> = [4, 5, 6, 9].into_iter().map(|no| table.insert(PageNo(no)).unwrap()).collect();
         assert_eq!(table.find_after(Some(ids[0]), PageNo(5)), Some(ids[1]), "in the next slot");
         assert_eq!(table.find_after(Some(ids[3]), PageNo(5)), Some(ids[1]), "elsewhere");

@@ -38,6 +38,8 @@ pub(super) struct Adaptive {
     long: MiniSimulation,
     /// Misses of `short` minus misses of `long`, saturating.
     selector: i32,
+    /// Pages of each simulated cache.
+    simulated: u32,
     /// A page is in the sample if its hash, of 32 bits, is below this.
     sample_below: u64,
     /// Random, so that a guest cannot know which pages are in the sample, and where the simulations have them.
@@ -45,17 +47,18 @@ pub(super) struct Adaptive {
 }
 
 impl Adaptive {
-    /// For a cache of `pages` pages; `key` is random.
-    pub fn new(pages: u32, key: u64) -> Self {
+    /// For a cache of `pages` pages, later of at most `pages_max`; `key` is random.
+    pub fn new(pages: u32, pages_max: u32, key: u64) -> Self {
         let simulated = pages.min(SIMULATED_PAGES);
         let simulation =
-            |percent| MiniSimulation::with_policy(Box::new(S3Fifo::new(simulated, percent, key)), simulated);
+            |percent| MiniSimulation::with_policy(Box::new(S3Fifo::new(simulated, simulated, percent, key)), simulated);
         Self {
-            queues: S3Fifo::new(pages, SHORT_PERCENT, key),
+            queues: S3Fifo::new(pages, pages_max, SHORT_PERCENT, key),
             short: simulation(SHORT_PERCENT),
             long: simulation(LONG_PERCENT),
             selector: 0,
-            sample_below: (u64::from(simulated) << 32) / u64::from(pages.max(1)),
+            simulated,
+            sample_below: sample_below(simulated, pages),
             key,
         }
     }
@@ -84,6 +87,12 @@ impl Adaptive {
     }
 }
 
+/// The bound of the hashes of a sample, so that `simulated` pages are to the sample what `pages` pages of a cache are
+/// to all pages.
+fn sample_below(simulated: u32, pages: u32) -> u64 {
+    (u64::from(simulated) << 32) / u64::from(pages.max(1))
+}
+
 impl Policy for Adaptive {
     fn insert(&mut self, id: PageId, no: PageNo) {
         self.queues.insert(id, no);
@@ -110,6 +119,15 @@ impl Policy for Adaptive {
         page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId> {
         self.queues.evict(kept_max, judge, page_no)
+    }
+
+    fn add_slots(&mut self, slots: u32) {
+        self.queues.add_slots(slots);
+    }
+
+    fn set_pages(&mut self, pages: u32) {
+        self.queues.set_pages(pages);
+        self.sample_below = sample_below(self.simulated, pages);
     }
 
     fn contains(&self, id: PageId) -> bool {
@@ -154,19 +172,23 @@ mod tests {
 
     #[test]
     fn pages_used_twice_after_a_while_hit_as_often_as_with_lru() {
-        let lru = misses(Box::new(Lru::new(PAGES)), pages_used_twice());
-        let fixed = misses(Box::new(S3Fifo::new(PAGES, SHORT_PERCENT, 0)), pages_used_twice());
-        let adaptive = misses(Box::new(Adaptive::new(PAGES, 0)), pages_used_twice());
+        let lru = misses(Box::new(Lru::new(PAGES, PAGES)), pages_used_twice());
+        let fixed = misses(Box::new(S3Fifo::new(PAGES, PAGES, SHORT_PERCENT, 0)), pages_used_twice());
+        let adaptive = misses(Box::new(Adaptive::new(PAGES, PAGES, 0)), pages_used_twice());
         assert!(fixed > lru * 3 / 2, "a short queue does badly: {fixed} misses, LRU {lru}");
         assert!(adaptive < lru * 21 / 20, "the adaptive one does well: {adaptive} misses, LRU {lru}");
     }
 
     #[test]
     fn a_scan_makes_the_small_queue_short_again() {
-        let misses_before_scan =
-            misses(Box::new(Adaptive::new(PAGES, 0)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 20_000)));
-        let misses_in_all =
-            misses(Box::new(Adaptive::new(PAGES, 0)), pages_used_twice().chain(hot_pages_and_a_scan(20_000, 40_000)));
+        let misses_before_scan = misses(
+            Box::new(Adaptive::new(PAGES, PAGES, 0)),
+            pages_used_twice().chain(hot_pages_and_a_scan(20_000, 20_000)),
+        );
+        let misses_in_all = misses(
+            Box::new(Adaptive::new(PAGES, PAGES, 0)),
+            pages_used_twice().chain(hot_pages_and_a_scan(20_000, 40_000)),
+        );
         let hot_misses = misses_in_all - misses_before_scan - 20_000;
         assert!(hot_misses < 20_000 / 10, "{hot_misses} of 20000 accesses to hot pages missed during the scan");
     }

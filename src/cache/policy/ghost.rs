@@ -30,6 +30,13 @@ impl Ghost {
         Self { sets, inserted: 0, tick_pages: (pages / TICKS).max(1), life_ticks: TICKS, key }
     }
 
+    /// There is to be room for the ghosts of `pages` pages. A larger table begins empty.
+    pub fn set_pages(&mut self, pages: u32) {
+        if (pages as usize).div_ceil(WAYS) > self.sets.len() {
+            *self = Self::new(pages, self.key);
+        }
+    }
+
     /// Sets the lifetime of a ghost: until `pages` more pages are inserted.
     pub fn set_life(&mut self, pages: u32) {
         self.life_ticks = pages / self.tick_pages;

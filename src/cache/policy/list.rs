@@ -1,5 +1,6 @@
 //! Doubly linked lists of slots in one array. A slot is on at most one list. All operations take constant time.
 
+use super::super::growing::vec_for;
 use crate::units::PageId;
 
 /// No neighbour.
@@ -36,9 +37,17 @@ pub(super) struct List {
     len: u32,
 }
 
-/// Nodes for `slots` slots, all on no list.
-pub(super) fn nodes(slots: u32) -> Vec<Node> {
-    vec![Node { newer: NONE, older: NONE, stamp: 0, list: ListId::NONE, referenced: false }; slots as usize]
+/// Nodes for `slots` slots, all on no list; later for at most `slots_max`.
+pub(super) fn nodes(slots: u32, slots_max: u32) -> Vec<Node> {
+    let mut nodes = vec_for(slots_max);
+    add_nodes(&mut nodes, slots);
+    nodes
+}
+
+/// Adds nodes that are on no list, until there are as many as `slots`.
+pub(super) fn add_nodes(nodes: &mut Vec<Node>, slots: u32) {
+    let node = Node { newer: NONE, older: NONE, stamp: 0, list: ListId::NONE, referenced: false };
+    nodes.resize(nodes.len().max(slots as usize), node);
 }
 
 impl List {

@@ -1,6 +1,6 @@
 //! Least recently used: the baseline that other policies are measured against.
 
-use super::list::{List, ListId, Node, nodes};
+use super::list::{List, ListId, Node, add_nodes, nodes};
 use super::{Policy, Verdict};
 use crate::units::{PageId, PageNo};
 
@@ -14,9 +14,9 @@ pub(super) struct Lru {
 }
 
 impl Lru {
-    /// For a cache of `pages` pages.
-    pub fn new(pages: u32) -> Self {
-        Self { nodes: nodes(pages), list: List::new(LRU) }
+    /// For a cache of `pages` pages, later of at most `pages_max`.
+    pub fn new(pages: u32, pages_max: u32) -> Self {
+        Self { nodes: nodes(pages, pages_max), list: List::new(LRU) }
     }
 }
 
@@ -57,6 +57,12 @@ impl Policy for Lru {
         None
     }
 
+    fn add_slots(&mut self, slots: u32) {
+        add_nodes(&mut self.nodes, slots);
+    }
+
+    fn set_pages(&mut self, _pages: u32) {}
+
     fn contains(&self, id: PageId) -> bool {
         self.nodes[id.index()].list != ListId::NONE
     }
@@ -66,7 +72,7 @@ impl Policy for Lru {
     }
 
     fn metadata_bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Node>()
+        self.nodes.len() * size_of::<Node>()
     }
 }
 
@@ -76,7 +82,7 @@ mod tests {
 
     #[test]
     fn the_least_recently_used_page_is_evicted_first() {
-        let mut lru = Lru::new(3);
+        let mut lru = Lru::new(3, 3);
         for id in 0..3 {
             lru.insert(PageId(id), PageNo(u64::from(id)));
         }
@@ -88,7 +94,7 @@ mod tests {
 
     #[test]
     fn a_search_ends_when_it_has_kept_as_many_pages_as_it_may() {
-        let mut lru = Lru::new(4);
+        let mut lru = Lru::new(4, 4);
         for id in 0..4 {
             lru.insert(PageId(id), PageNo(u64::from(id)));
         }

@@ -23,7 +23,7 @@ pub struct MiniSimulation {
 impl MiniSimulation {
     /// A cache of `pages` pages, empty.
     pub fn new(kind: PolicyKind, pages: u32) -> Self {
-        Self::with_policy(super::new(kind, pages, 0), pages)
+        Self::with_policy(super::new(kind, pages, pages, 0), pages)
     }
 
     /// The same with this policy, which is for as many pages.

@@ -47,6 +47,10 @@ pub(crate) trait Policy: Send + std::fmt::Debug {
         judge: &mut dyn FnMut(PageId) -> Verdict,
         page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId>;
+    /// There are `slots` slots from now on, no fewer than before.
+    fn add_slots(&mut self, slots: u32);
+    /// The cache is to have `pages` pages: the shares of its queues and its memory of evicted pages follow.
+    fn set_pages(&mut self, pages: u32);
     /// Whether the page is on a queue.
     fn contains(&self, id: PageId) -> bool;
     /// Number of pages on the queues.
@@ -55,10 +59,10 @@ pub(crate) trait Policy: Send + std::fmt::Debug {
     fn metadata_bytes(&self) -> usize;
 }
 
-/// A policy for a cache of `pages` pages; `key` is random.
-pub(super) fn new(kind: PolicyKind, pages: u32, key: u64) -> Box<dyn Policy> {
+/// A policy for a cache of `pages` pages, later of at most `pages_max`; `key` is random.
+pub(super) fn new(kind: PolicyKind, pages: u32, pages_max: u32, key: u64) -> Box<dyn Policy> {
     match kind {
-        PolicyKind::S3Fifo => Box::new(adaptive::Adaptive::new(pages, key)),
-        PolicyKind::Lru => Box::new(lru::Lru::new(pages)),
+        PolicyKind::S3Fifo => Box::new(adaptive::Adaptive::new(pages, pages_max, key)),
+        PolicyKind::Lru => Box::new(lru::Lru::new(pages, pages_max)),
     }
 }

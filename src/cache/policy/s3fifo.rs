@@ -9,7 +9,7 @@
 //! enters main. Small's share of the cache can change at any time: see `adaptive.rs`.
 
 use super::ghost::Ghost;
-use super::list::{List, ListId, Node, nodes};
+use super::list::{List, ListId, Node, add_nodes, nodes};
 use super::{Policy, Verdict};
 use crate::units::{PageId, PageNo, low_u16, low_u32};
 
@@ -44,6 +44,9 @@ pub(super) struct S3Fifo {
     small: List,
     main: List,
     ghost: Ghost,
+    /// Pages of the cache, of which small has `small_percent`.
+    pages: u32,
+    small_percent: u32,
     /// Pages are evicted from small while it is longer than this.
     small_target: u32,
     /// Time, in hits; an insertion counts as [`HITS_PER_INSERTION`].
@@ -57,31 +60,39 @@ pub(super) struct S3Fifo {
 }
 
 impl S3Fifo {
-    /// For a cache of `pages` pages, of which small has `small_percent`; `key` is random.
-    pub fn new(pages: u32, small_percent: u32, key: u64) -> Self {
-        let burst = (percent(pages, BURST_PERCENT) * HITS_PER_INSERTION).max(1);
-        let stamp_shift = (burst / BURST_TICKS_MIN).max(1).ilog2();
+    /// For a cache of `pages` pages, later of at most `pages_max`, of which small has `small_percent`; `key` is random.
+    pub fn new(pages: u32, pages_max: u32, small_percent: u32, key: u64) -> Self {
         let mut queues = Self {
-            nodes: nodes(pages),
+            nodes: nodes(pages, pages_max),
             small: List::new(SMALL),
             main: List::new(MAIN),
             ghost: Ghost::new(pages, key),
+            pages,
+            small_percent,
             small_target: 0,
             clock: 0,
-            stamp_shift,
-            burst_ticks: low_u16(u64::from(burst >> stamp_shift)),
+            stamp_shift: 0,
+            burst_ticks: 0,
             evicted: 0,
         };
-        queues.set_small_share(small_percent);
+        queues.set_targets();
         queues
     }
 
-    /// Changes small's share; the queues reach it by later insertions and evictions. There are as many ghosts as pages
-    /// in main, so that a loop longer than the cache does not evict itself from main.
+    /// Changes small's share; the queues reach it by later insertions and evictions.
     pub fn set_small_share(&mut self, small_percent: u32) {
-        let pages = low_u32(self.nodes.len() as u64);
-        self.small_target = percent(pages, small_percent).max(1);
-        self.ghost.set_life(pages - self.small_target);
+        self.small_percent = small_percent;
+        self.set_targets();
+    }
+
+    /// What depends on the number of pages and on small's share. There are as many ghosts as pages in main, so that a
+    /// loop longer than the cache does not evict itself from main.
+    fn set_targets(&mut self) {
+        let burst = (percent(self.pages, BURST_PERCENT) * HITS_PER_INSERTION).max(1);
+        self.stamp_shift = (burst / BURST_TICKS_MIN).max(1).ilog2();
+        self.burst_ticks = low_u16(u64::from(burst >> self.stamp_shift));
+        self.small_target = percent(self.pages, self.small_percent).max(1);
+        self.ghost.set_life(self.pages - self.small_target);
     }
 
     /// The coarse clock. It wraps, and stamps are compared by distance.
@@ -91,7 +102,7 @@ impl S3Fifo {
 
     /// Whether the next page should be evicted from small.
     fn prefers_small(&self) -> bool {
-        let small_has_most = self.small_target > low_u32(self.nodes.len() as u64) / 2;
+        let small_has_most = self.small_target > self.pages / 2;
         let main_is_due = small_has_most && self.evicted.is_multiple_of(EVICTIONS_PER_MAIN);
         self.main.len() == 0 || (self.small.len() > self.small_target && !main_is_due)
     }
@@ -209,6 +220,16 @@ impl Policy for S3Fifo {
         None
     }
 
+    fn add_slots(&mut self, slots: u32) {
+        add_nodes(&mut self.nodes, slots);
+    }
+
+    fn set_pages(&mut self, pages: u32) {
+        self.pages = pages;
+        self.ghost.set_pages(pages);
+        self.set_targets();
+    }
+
     fn contains(&self, id: PageId) -> bool {
         self.nodes[id.index()].list != ListId::NONE
     }
@@ -218,7 +239,7 @@ impl Policy for S3Fifo {
     }
 
     fn metadata_bytes(&self) -> usize {
-        self.nodes.capacity() * size_of::<Node>() + self.ghost.metadata_bytes()
+        self.nodes.len() * size_of::<Node>() + self.ghost.metadata_bytes()
     }
 }
 
@@ -244,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_page_that_returns_while_its_ghost_lives_enters_main() {
-        let mut policy = S3Fifo::new(100, 10, 0);
+        let mut policy = S3Fifo::new(100, 100, 10, 0);
         for id in 0..20 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -256,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_scan_does_not_evict_hot_pages() {
-        let mut policy = S3Fifo::new(1000, 10, 0);
+        let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         for id in 0..1000 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -275,7 +296,7 @@ mod tests {
 
     #[test]
     fn hits_in_a_burst_set_no_bit() {
-        let mut policy = S3Fifo::new(1000, 10, 0);
+        let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         policy.insert(PageId(0), PageNo(0));
         touch(&mut policy, 0);
         assert!(!policy.nodes[0].referenced);
@@ -288,7 +309,7 @@ mod tests {
 
     #[test]
     fn a_prefetched_page_begins_its_burst_with_the_first_use() {
-        let mut policy = S3Fifo::new(1000, 10, 0);
+        let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -304,7 +325,7 @@ mod tests {
 
     #[test]
     fn hits_set_bits_although_nothing_is_inserted() {
-        let mut policy = S3Fifo::new(1000, 10, 0);
+        let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -316,7 +337,7 @@ mod tests {
 
     #[test]
     fn main_evicts_pages_that_were_hot_once_while_small_has_most_of_the_cache() {
-        let mut policy = S3Fifo::new(1000, 10, 0);
+        let mut policy = S3Fifo::new(1000, 1000, 10, 0);
         for id in 0..1000 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
@@ -337,7 +358,7 @@ mod tests {
 
     #[test]
     fn a_victim_is_found_in_main_if_no_page_of_small_may_be_evicted() {
-        let mut policy = S3Fifo::new(100, 10, 0);
+        let mut policy = S3Fifo::new(100, 100, 10, 0);
         for id in 0..100 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }

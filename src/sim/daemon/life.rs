@@ -230,7 +230,7 @@ impl Life {
             file = open();
         }
         let manager = Arc::new(ServiceManager::default());
-        let arena = in_daemon(|| arena_for(&config, &*file, settings.frames as usize, &manager));
+        let arena = in_daemon(|| arena_for(&config, &*file, [settings.frames as usize; 2], &manager));
         if through_file {
             let bytes = fs::read(&config.image).expect("the image's file");
             let values = bytes.chunks(SECTOR_SIZE).map(|sector| value_of(sector).expect("whole sectors"));

@@ -104,6 +104,7 @@ pub(super) fn settings(prng: &mut Prng) -> (Settings, Limits) {
     let cluster_pages_max = prng.pick(&[1, 3, 8, 64]);
     let settings = Settings {
         frames,
+        frames_max: frames,
         image_sectors,
         block_sectors,
         holes: match (sparse, can_map) {

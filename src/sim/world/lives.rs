@@ -2,7 +2,7 @@
 //! flight.
 
 use crate::cache::{Attempt, PageCache};
-use crate::units::{OpKind, SectorSpan, Unmap};
+use crate::units::{OpKind, SectorSpan, Tick, Unmap};
 
 use super::super::memory::SimulatedMemory;
 use super::super::oracle::Oracle;
@@ -11,6 +11,8 @@ use super::{GuestOp, Reset, World};
 
 /// Of 100 crashes in a world with power cuts, how many are one.
 const POWER_CUT_PERCENT: u64 = 20;
+/// A long stop: longer than any hold, and than any pause before the next try.
+const STOP_US: u64 = 60_000_000;
 /// Of 100 successors in a world where they differ, how many have a cache of another size, or are read-only.
 const OTHER_KIND_PERCENT: u64 = 30;
 
@@ -66,8 +68,18 @@ impl World {
         }
     }
 
+    /// The daemon is stopped for a while; the disk is not.
+    pub(super) fn stop_daemon(&mut self) {
+        let before = Tick::from_us(self.now_us);
+        let stopped_us = self.prng.pick(&[1000, STOP_US]);
+        self.now_us += stopped_us;
+        if stopped_us == STOP_US {
+            self.failures.note_stop(before, &self.settings, Tick::from_us(self.now_us));
+        }
+    }
+
     /// Starts a daemon that restores the memory.
-    fn start_writer(&mut self) {
+    pub(super) fn start_writer(&mut self) {
         self.cache = PageCache::new(self.settings.clone(), Box::new(self.memory.clone()));
         self.cache.restore(self.memory.records(), self.memory.pending_zeroes());
     }
@@ -117,15 +129,16 @@ impl World {
         }
         self.disk.complete_sync(began);
         self.settings.frames = frames;
+        self.settings.frames_max = self.settings.frames_max.max(frames);
         self.settings.dirty_pages_max = self.prng.pick(&[frames / 4, frames / 2, frames]);
-        self.memory = SimulatedMemory::new(frames, self.scenario.zero_slots);
+        self.memory = SimulatedMemory::new(self.settings.frames_max, self.scenario.zero_slots);
     }
 
     /// Starts a daemon that serves the image read-only, to another guest. It may do so only beside a clean cache, which
     /// it leaves as it is.
     fn start_reader(&mut self) {
         self.lose_requests();
-        let memory = SimulatedMemory::new(self.settings.frames, self.scenario.zero_slots);
+        let memory = SimulatedMemory::new(self.settings.frames_max, self.scenario.zero_slots);
         self.cache = PageCache::new(self.settings.clone(), Box::new(memory.clone()));
         self.memory_of_writer = Some(std::mem::replace(&mut self.memory, memory));
     }
@@ -155,7 +168,7 @@ impl World {
         self.requests.clear();
         self.oracle = Oracle::of(&left);
         self.disk.cut_power(&left);
-        self.memory = SimulatedMemory::new(self.settings.frames, self.scenario.zero_slots);
+        self.memory = SimulatedMemory::new(self.settings.frames_max, self.scenario.zero_slots);
         self.start_writer();
     }
 

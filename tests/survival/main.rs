@@ -27,7 +27,7 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use common::SECTOR_BYTES;
 use common::daemon::{Daemon, TempDir, kill_all, run_to_end, server_binary};
@@ -243,9 +243,14 @@ fn after_data_loss_every_request_fails_until_the_guest_resets_the_device() {
     fail_to_start(&mut daemon, VOLATILE);
     let mut session = session.reconnect(&daemon.socket());
     session.start_ring(0);
-    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
-        let payload = if kind == VIRTIO_BLK_T_IN { Payload::Receive(512) } else { Payload::Send(&[1; 512]) };
-        assert_eq!(session.run(0, kind, 0, payload).status, IOERR, "the guest must not read stale data");
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_FLUSH] {
+        let payload = match kind {
+            VIRTIO_BLK_T_IN => Payload::Receive(512),
+            VIRTIO_BLK_T_OUT => Payload::Send(&[1; 512]),
+            _ => Payload::Empty,
+        };
+        let status = session.run(0, kind, 0, payload).status;
+        assert_eq!(status, IOERR, "the guest must not read stale data, nor take what is lost for durable");
     }
     assert!(daemon.log().contains("all requests of this guest fail until it resets the device"), "{}", daemon.log());
     drop(session);

@@ -146,7 +146,11 @@ impl Arena {
     /// As [`Arena::anonymous`].
     pub fn anonymous_with_room(reserved: usize, frames: usize) -> Result<Self> {
         let frames = frames.max(reserved);
-        let (file, memory) = anonymous_memory(reserved, frames)?;
+        let (file, memory) = match anonymous_memory(reserved, frames) {
+            // As in Arena::persistent().
+            Err(_) if frames > reserved => return Self::anonymous_with_room(reserved, reserved),
+            created => created?,
+        };
         Ok(Self::new(memory, [reserved, frames], 0, Persistence::None, GuestState::FRESH).backed_by(file))
     }
 
@@ -180,15 +184,20 @@ impl Arena {
     /// As [`Arena::anonymous`], and for an image of more than 4 PiB.
     pub fn persistent(file: ArenaFile, spec: &ArenaSpec<'_>) -> std::result::Result<Self, NotCreated> {
         let spec = &ArenaSpec { frames: room_for(&file.file, spec), ..*spec };
-        let create = || {
+        let create = |spec: &ArenaSpec<'_>| {
             if ledger::is_too_large(spec.image.size_bytes) {
                 let context = "the cache of an image above 4 PiB cannot outlive the daemon";
                 return Err(Error::new(ErrorKind::Memory, context));
             }
             create_contents(&file, spec)
         };
-        match create() {
+        match create(spec) {
             Ok((memory, header)) => Ok(Self::with_file(memory, spec.frames, file, &header)),
+            // The room may exceed a limit of the host on file sizes: then the cache has none to grow.
+            Err(error) if spec.frames > spec.reserved => match create(&ArenaSpec { frames: spec.reserved, ..*spec }) {
+                Ok((memory, header)) => Ok(Self::with_file(memory, spec.reserved, file, &header)),
+                Err(_) => Err(NotCreated { error, file }),
+            },
             Err(error) => Err(NotCreated { error, file }),
         }
     }

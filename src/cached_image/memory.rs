@@ -113,7 +113,14 @@ fn memory_thread(
         if let Err(e) = to_free.free_uncounted() {
             warn!("{name}: {e}");
         }
-        let is_resized = || to_free.frames_in_use() <= frames;
+        let is_resized = || {
+            let is_resized = to_free.frames_in_use() <= frames;
+            if !is_resized {
+                // The cache shrinks in turns, and without a front-end no worker takes one by itself.
+                wake(name, &rings.lock());
+            }
+            is_resized
+        };
         if !wait_until(stop, is_resized) || !rings.limit_rings(name, stop) {
             return;
         }

@@ -221,7 +221,7 @@ fn a_cache_without_room_for_the_configured_size_is_written_to_the_image() {
     let mut daemon = start("cache.size = \"8M\"\ncache.dirty_age_max_ms = 600000");
     let (session, bytes) = write_and_kill(&mut daemon);
     daemon.reconfigure("cache.size = \"16M\"\ncache.dirty_age_max_ms = 600000");
-    assert!(daemon.log().contains("(4 dirty) left by the previous daemon"), "{}", daemon.log());
+    daemon.await_log("(4 dirty) left by the previous daemon");
     daemon.kill();
     daemon.reconfigure("cache.size = \"64M\"");
     let mut session = session.reconnect(&daemon.socket());

@@ -68,7 +68,7 @@ fn the_next_daemon_repeats_the_zeroing() {
 fn a_daemon_with_another_size_of_cache_repeats_the_zeroing() {
     let mut daemon = start(DEVICE);
     let _guest = zero_and_kill(&mut daemon);
-    daemon.reconfigure("cache.size = \"16M\"");
+    daemon.reconfigure("cache.size = \"64M\"");
     assert!(daemon.image_bytes(0, 256 * SECTOR_BYTES) == expected());
 }
 

@@ -91,7 +91,7 @@ impl Trespass {
 
     /// Whether the host lacks a fence, as the daemon says.
     fn lacks(&self, fence: &str) -> bool {
-        self.log.contains(&format!("does not provide all of {fence}"))
+        self.log.contains(&format!("{fence} is only partly available"))
     }
 }
 

@@ -150,7 +150,7 @@ fn flush_everything(name: &str, image: &CachedImage, workers: &Workers) -> Resul
         }
         if workers.has_ended() || Instant::now() >= until {
             let pages = match image.stats().dirty_pages {
-                0 => "all outstanding operations".to_owned(),
+                0 => "data in flight".to_owned(),
                 pages => counted(pages, "dirty page"),
             };
             let hint = image

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::ledger::field;
 use super::mapping;
@@ -37,7 +37,8 @@ impl Reservation {
     }
 
     fn lock(&self) -> MutexGuard<'_, usize> {
-        self.reserved.lock().expect("no thread panics with the reservation locked")
+        // A simulated death, a panic at any store, must not hide what the arena had then.
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -99,7 +100,7 @@ impl Arena {
         if frames > self.frames {
             let context =
                 format!("the cache has room for {} MiB, and {} MiB are wanted", mib(self.frames), mib(frames));
-            let hint = "cache.size_max sets the room; it changes when the disk is attached anew";
+            let hint = "cache.size_max sets the room; it takes effect after detach and attach";
             return Err(Error::new(ErrorKind::Memory, format!("{context}; {hint}")));
         }
         let file = self.backing_file();

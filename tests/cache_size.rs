@@ -197,7 +197,8 @@ fn a_size_that_is_too_large_is_refused_and_changes_nothing() {
     let message = String::from_utf8_lossy(&huge.stderr).into_owned();
     assert!(!huge.status.success() && message.contains("available"), "{message}");
     let max = genblk(&control, &["set", "d0", "cache.size_max=64M"]);
-    assert!(String::from_utf8_lossy(&max.stderr).contains("cache.size_max"), "it takes effect after detach and attach: {max:?}");
+    let text = String::from_utf8_lossy(&max.stderr);
+    assert!(text.contains("cache.size_max"), "it takes effect after detach and attach: {max:?}");
     let config = stdout_of(&genblk(&control, &["config", "d0"]));
     assert!(config.contains("cache.size = \"4M\""), "{config}");
     await_memory(&daemon, 4);

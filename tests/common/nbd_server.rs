@@ -77,6 +77,17 @@ impl NbdServer {
         self.restart();
     }
 
+    /// Starts it again if it has ended by itself: nbdkit 1.32 aborts (connections.c, `raw_send_socket`) when a client
+    /// dies in the middle of a write.
+    pub fn restart_if_aborted(&mut self) {
+        sleep(Duration::from_millis(20));
+        let child = self.child.as_mut().expect("it was started");
+        if child.try_wait().expect("the child can be waited for").is_some() {
+            self.child = None;
+            self.restart();
+        }
+    }
+
     /// Kills it with SIGKILL.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {

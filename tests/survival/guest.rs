@@ -90,6 +90,8 @@ pub struct Guest {
     disk: Vec<Known>,
     prng: Prng,
     marks: u64,
+    /// It sends DISCARD.
+    pub discards: bool,
     pub completed: u64,
 }
 
@@ -122,7 +124,7 @@ impl Guest {
         }
         let Memory { sectors: disk, marks } = memory;
         let prng = Prng::new(seed);
-        Self { front_end, session: Some(session), inflight, slots, disk, prng, marks, completed: 0 }
+        Self { front_end, session: Some(session), inflight, slots, disk, prng, marks, discards: true, completed: 0 }
     }
 
     /// Powers the guest off after its last request and a FLUSH; returns what its disk holds.
@@ -247,7 +249,8 @@ impl Guest {
                 GuestOp::Write { mark: self.marks }
             }
             85..90 => GuestOp::Zero,
-            90..94 => GuestOp::Discard,
+            90..94 if self.discards => GuestOp::Discard,
+            90..94 => GuestOp::Zero,
             _ => return self.submit(slot, GuestOp::Flush, 0, 0),
         };
         // Overlapping requests in flight leave undefined data.

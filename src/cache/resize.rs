@@ -1,8 +1,8 @@
 //! The size of the cache changes while it is used.
 //!
 //! It uses the first frames of its memory. To grow, it takes more of them, once the owner has allocated their memory.
-//! To shrink, it stops using the last ones: pages that are in them move to frames that stay, and as many pages as have
-//! no room any more are evicted, those first that the policy chooses. So what is hot stays, wherever it is. A frame
+//! To shrink, it stops using the last ones: pages that are in them move to frames that stay, and the policy evicts
+//! as many pages as no longer have room. So hot pages stay, wherever they are. A frame
 //! that a copy or a store operation holds leaves after that; dirty pages move as they are, and nothing waits for the
 //! image unless there are more of them than the new size has room for.
 //!
@@ -75,7 +75,7 @@ impl PageCache {
         self.resize.moved_pages
     }
 
-    /// Whether the cache has as many frames as it is to have.
+    /// Whether the cache has reached its wanted number of frames.
     pub fn is_resized(&self) -> bool {
         self.resize.due.is_none()
     }

@@ -19,7 +19,7 @@ pub enum DeviceAction {
     },
     /// `genblk resize`.
     Resize {
-        /// The size in bytes; without it the image stays as large as it is.
+        /// The size in bytes; without it, the disk gets the present size of the image.
         bytes: Option<u64>,
     },
     /// `genblk resume`.

@@ -31,7 +31,7 @@ pub enum Change {
         /// Whether dirty pages are written first.
         flushed: bool,
     },
-    /// Make the image grow, or serve it as large as it is by now.
+    /// Grow the image, or serve it at its present size.
     Resize {
         /// The device.
         device: String,

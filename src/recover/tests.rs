@@ -369,7 +369,7 @@ fn recovery_writes_the_dirty_sectors_of_a_page_and_no_others() {
     world.image().write_all_at(&[7; PAGE_SIZE], PAGE_BYTES).unwrap();
     world.live_and_die(SectorMask::run(2, 3), false);
     let image = world.open();
-    // A cache of another size: what was left is written to the image.
+    // A cache of another size is written to the image.
     let arena = arena_for(&world.config, &*image, [2 * FRAMES; 2], &Arc::default()).unwrap();
     assert_eq!(arena.records().count(), 0);
     let mut page = [0; PAGE_SIZE];

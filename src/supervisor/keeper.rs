@@ -46,7 +46,7 @@ pub(super) const PREPARING: &str = "preparing the cache";
 pub(super) enum KeeperCommand {
     /// Serve the device that is open.
     Serve,
-    /// Make the image grow to this size, or serve it as large as it is. The reply: the size.
+    /// Grow the image to this size; without one, serve it at its present size. The reply: the size.
     Grow(Option<u64>, Sender<std::result::Result<u64, String>>),
     /// Retry what failed: the operator says that the image works again.
     Resume,

@@ -1,5 +1,5 @@
 //! What has happened to the devices since the main thread looked last, as events. A device is compared with what it was
-//! then; so what comes and goes between two looks, a quarter of a second at most, makes no event.
+//! then; so a change that is undone between two checks, a quarter of a second at most, makes no event.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

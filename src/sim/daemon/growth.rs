@@ -81,7 +81,7 @@ impl World {
         self.directory.grow_image(after * SECTOR_BYTES);
     }
 
-    /// The daemon serves the disk as large as it is, if it can follow.
+    /// The daemon serves the disk at its present size, if it can follow.
     fn follow_growth(&mut self) {
         let (served, present) = (self.settings.image_sectors, self.image.values().len() as u64);
         let Some(life) = self.life.as_ref().filter(|_| present > served) else { return };
@@ -96,7 +96,7 @@ impl World {
         }
     }
 
-    /// Between two daemons the disk may grow; the next one serves it as large as it is.
+    /// Between two daemons the disk may grow; the next one serves it at its present size.
     pub fn find_growth(&mut self) {
         let Some(growth) = &mut self.growth else { return };
         if growth.prng.percent(BETWEEN_LIVES_PERCENT) {

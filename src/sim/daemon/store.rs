@@ -217,7 +217,7 @@ impl SimulatedImage {
         disk.hole.truncate(sectors.div_ceil(SECTORS_PER_PAGE));
     }
 
-    /// A daemon opens the image, as large as it is.
+    /// A daemon opens the image at its present size.
     pub fn serve_all(&self) {
         self.limits.size_bytes.set(self.disk().current.len() as u64 * SECTOR_BYTES);
     }

@@ -101,7 +101,7 @@ impl World {
         growth.added_at = before;
     }
 
-    /// The daemon serves the disk as large as it is, if it can follow.
+    /// The daemon serves the disk at its present size, if it can follow.
     fn follow_growth(&mut self) {
         let (served, present) = (self.served_sectors(), self.disk.sectors() as u64);
         if present > served && is_whole_pages(served) && is_whole_pages(present) {
@@ -111,7 +111,7 @@ impl World {
         }
     }
 
-    /// Between two daemons the disk may grow; the next one serves it as large as it is, and forgets what the records
+    /// Between two daemons the disk may grow; the next one serves its present size, and forgets what the records
     /// say of sectors beyond the old end.
     pub(super) fn grow_between_lives(&mut self) {
         let Some(growth) = &mut self.growth else { return };

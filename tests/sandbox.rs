@@ -223,6 +223,17 @@ fn abort_works_in_a_confined_thread() {
     }
 }
 
+/// The GNU C library reads a file of proc when it does that for the first time.
+#[test]
+fn a_confined_thread_returns_memory_to_the_system() {
+    if !can_trespass() {
+        return;
+    }
+    for kind in ["worker", "control", "store", "memory", "log"] {
+        Trespass::new(kind, "free", "").assert_succeeded();
+    }
+}
+
 /// The value of a field in the status of each thread of a process whose name begins with `name`.
 fn statuses(pid: u32, name: &str, field: &str) -> Vec<String> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the daemon runs").flatten();

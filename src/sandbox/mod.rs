@@ -116,8 +116,7 @@ pub fn prepare(user: Option<&User>) -> Result<()> {
         let context = || format!("cannot become user {} (user)", user.uid);
         privileges::become_user(user).map_err(|e| Error::io(ErrorKind::System, context(), e))?;
     }
-    // Later the allocator would read a file to find out how many processors there are.
-    memory::fix_arena_limit();
+    memory::prepare_allocator();
     if is_wanted(Fence::Dumping)
         && let Err(e) = privileges::forbid_dumping()
     {

@@ -17,9 +17,10 @@ pub fn exclude_from_dumps(addresses: Range<usize>) -> io::Result<()> {
     }
 }
 
-/// Sets the number of the allocator's arenas to what it would choose by itself. The GNU C library does so late, on any
-/// thread, and opens a file of sysfs for it.
-pub fn fix_arena_limit() {
+/// Makes the allocator ask now what it would ask of the system later, on any thread. The GNU C library opens a file of
+/// sysfs when it chooses the number of its arenas, and one of proc when it first returns memory of an arena other than
+/// the first (vm.overcommit_memory).
+pub fn prepare_allocator() {
     #[cfg(target_env = "gnu")]
     {
         const FOR_EACH_PROCESSOR: usize = 8;
@@ -27,5 +28,17 @@ pub fn fix_arena_limit() {
         let arenas = libc::c_int::try_from(processors * FOR_EACH_PROCESSOR).unwrap_or(libc::c_int::MAX);
         // SAFETY: a plain call; the allocator takes the number or ignores it.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+        // A thread of its own has an arena of its own. Without a thread the process serves nothing.
+        _ = std::thread::Builder::new().spawn(free_much).map(std::thread::JoinHandle::join);
     }
+}
+
+/// Allocates and frees so much that the allocator returns memory to the system, in blocks that it takes from an arena.
+pub fn free_much() {
+    /// Below the least size that gets a mapping of its own (M_MMAP_THRESHOLD), which grows.
+    const BLOCK: usize = 64 << 10;
+    /// More than what an arena may keep (M_TRIM_THRESHOLD), which grows with the largest mapping that was freed.
+    const TOTAL: usize = 32 << 20;
+    let blocks: Vec<Vec<u8>> = (0..TOTAL / BLOCK).map(|_| Vec::with_capacity(BLOCK)).collect();
+    drop(std::hint::black_box(blocks));
 }

@@ -7,6 +7,8 @@ use std::io;
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
+use super::memory;
+
 /// The variable that names the Unix socket to connect to.
 const SOCKET: &str = "GENBLK_SANDBOX_SOCKET";
 /// The variable with the ID of the process to trace and to signal.
@@ -52,6 +54,10 @@ pub fn attempt(action: &str) -> io::Result<()> {
         // SAFETY: it creates a ring without using it, which ends with the process.
         "ring" => check(unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, [0u64; 16].as_mut_ptr()) }),
         "abort" => std::process::abort(),
+        "free" => {
+            memory::free_much();
+            Ok(())
+        }
         "code" => executable_memory(),
         // SAFETY: a plain system call.
         "dump" => match unsafe { libc::prctl(libc::PR_GET_DUMPABLE) } {

@@ -193,7 +193,7 @@ impl CachedImage {
         let (name, file) = (&self.name, self.arena.file().map_or_else(String::new, |file| format!(" {file}")));
         let replaced = marker.and_then(|marker| {
             let marker = self.arena.received_marker(marker).ok_or("the cache has no file")?;
-            self.arena.replace_lost_file(marker, !cache.is_stable()).map_err(|e| e.to_string())
+            self.arena.replace_lost_file(marker, !cache.is_durable()).map_err(|e| e.to_string())
         });
         drop(cache);
         error!(
@@ -242,7 +242,7 @@ impl CachedImage {
         self.arena.remove_guest_formats(self.backing.recorded_formats());
         // The ledger says more than the cache: it calls clean what an earlier daemon has synced.
         let is_written =
-            if self.arena.place() == CachePlace::Memory { cache.is_stable() } else { !self.arena.holds_unwritten() };
+            if self.arena.place() == CachePlace::Memory { cache.is_durable() } else { !self.arena.holds_unwritten() };
         // A guest that has not learned of a loss must learn of it from the next daemon.
         let is_over = is_written && !self.arena.has_data_loss();
         match is_over.then(|| self.backing.end_tenure()) {
@@ -316,7 +316,7 @@ impl CachedImage {
 
     /// Whether the image lacks completed writes or has not made them durable; `true` while a worker uses the cache.
     pub fn has_unstable_data(&self) -> bool {
-        self.cache.try_lock().map_or(true, |cache| !cache.is_stable())
+        self.cache.try_lock().map_or(true, |cache| !cache.is_durable())
     }
 }
 

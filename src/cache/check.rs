@@ -3,7 +3,7 @@
 use crate::units::{FrameId, OpKind};
 
 use super::PageCache;
-use super::pages::{FROZEN, NONE, Period, READING};
+use super::pages::{COPY_ON_WRITE, NONE, Period, READING};
 use super::store_ops::StoreOp;
 
 impl PageCache {
@@ -55,7 +55,7 @@ impl PageCache {
                 } else {
                     assert!(!page.writing.is_empty(), "{:?} is being written and has no writing sectors", page.no());
                     assert_eq!(
-                        page.is(FROZEN),
+                        page.is(COPY_ON_WRITE),
                         page.frame() == Some(frame),
                         "{:?}: only a frame under write is frozen",
                         page.no()

@@ -103,7 +103,7 @@ impl PageCache {
 
     /// Whether nothing changes the store any more, and everything is durable.
     fn is_drained(&self) -> bool {
-        self.is_stable() && self.store_ops.changes() == 0 && self.ranges.is_empty()
+        self.is_durable() && self.store_ops.changes() == 0 && self.ranges.is_empty()
     }
 
     /// Freezes a cache that has nothing left to write, flushes one that has, and ends a freeze whose time is over.

@@ -245,7 +245,7 @@ impl PageCache {
     }
 
     /// Whether everything that completed is durable on the store, and no zero is noted that is about to complete.
-    pub fn is_stable(&self) -> bool {
+    pub fn is_durable(&self) -> bool {
         self.pages.dirty().dirty_or_writeback_pages() == 0
             && self.flushing.nothing_unsynced()
             && !self.flushing.is_confirming()

@@ -3,12 +3,12 @@
 //! A cluster extends from a dirty page backward, then forward, over other dirty pages, and bridges gaps of one or two
 //! clean pages in memory. At its ends it can have pages that are valid and dirty in part only. It is at most as long as
 //! the store's longest operation, and never crosses the border of a 1 MiB region. A cluster is one vectored write. Its
-//! frames are frozen until it ends: a guest that writes such a page gets a new frame.
+//! frames are copy-on-write until it ends: a guest that writes such a page gets a new frame.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Urgency, low_u8};
 
-use super::pages::{FAILED, FROZEN, NONE};
+use super::pages::{COPY_ON_WRITE, FAILED, NONE};
 use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{PageCache, REGION_PAGES};
@@ -158,7 +158,7 @@ impl PageCache {
         self.pages.find(PageNo(no)).is_some_and(|id| self.can_be_put(id))
     }
 
-    /// Submits a write. The frames of its pages are frozen until it ends.
+    /// Submits a write. The frames of its pages are copy-on-write until it ends.
     fn submit_write(&mut self, op: StoreOp) {
         self.pages.hold_epoch(op.epoch);
         for (&id, &frame) in op.ids.iter().zip(&op.frames) {
@@ -167,7 +167,7 @@ impl PageCache {
             self.pages.change(id, |page| {
                 page.writing = writing;
                 page.dirty = page.dirty.without(writing);
-                page.set(FROZEN);
+                page.set(COPY_ON_WRITE);
             });
         }
         self.stats.store_writes += 1;
@@ -221,7 +221,7 @@ impl PageCache {
         self.mark_unsynced(id);
         self.pages.change(id, |page| {
             page.writing = SectorMask::NONE;
-            page.clear(FROZEN | FAILED);
+            page.clear(COPY_ON_WRITE | FAILED);
         });
         if planted(PlantedBug::RewriteIsLost) {
             self.pages.change(id, |page| page.dirty = SectorMask::NONE);
@@ -239,7 +239,7 @@ impl PageCache {
             }
             page.dirty = page.dirty.or(page.writing).without(beyond);
             page.writing = SectorMask::NONE;
-            page.clear(FROZEN);
+            page.clear(COPY_ON_WRITE);
         });
     }
 

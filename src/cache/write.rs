@@ -3,13 +3,13 @@
 //! A write pins its frames, its owner copies the bytes, and [`PageCache::finish_write`] makes them valid and dirty. In
 //! between the sectors are *pending*: a read-in must not touch them, and a page with writers is not written back.
 //!
-//! A page under write-back has a frozen frame. A write to it takes a new frame, copies what the page holds, and leaves
-//! the old frame to the store (Linux: stable pages); nothing is read.
+//! The frame of a page under write-back is copy-on-write. A write to it takes a new frame, copies what the page holds,
+//! and leaves the old frame to the store (Linux: stable pages); nothing is read.
 
 use crate::units::{PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan};
 
 use super::allocate::Space;
-use super::pages::{FROZEN, NONE, READING, RECENT};
+use super::pages::{COPY_ON_WRITE, NONE, READING, RECENT};
 use super::stalled::StallReason;
 use super::{Access, Admitted, Attempt, CopyResult, PageCache, PagePart, Piece};
 
@@ -98,12 +98,12 @@ impl PageCache {
         self.throttle.delay_us(pages, self.write_back_cost(), sectors)
     }
 
-    /// Prepares a page for a writer of `mask`: in the table, with a frame that is not frozen. `None`: no frame or slot
-    /// is free, or the page has as many writers as it can count.
+    /// Prepares a page for a writer of `mask`: in the table, with a frame of its own. `None`: no frame or
+    /// slot is free, or the page has as many writers as it can count.
     fn take_for_writing(&mut self, found: Option<PageId>, no: PageNo, mask: SectorMask) -> Option<PageId> {
         let id = match found {
             Some(id) if self.pages[id].writers == u8::MAX => return None,
-            Some(id) if self.pages[id].is(FROZEN) => {
+            Some(id) if self.pages[id].is(COPY_ON_WRITE) => {
                 self.copy_on_write(id)?;
                 id
             }
@@ -139,7 +139,7 @@ impl PageCache {
         Some(id)
     }
 
-    /// Gives the page a new frame, and leaves the frozen one to its store operation.
+    /// Gives the page a new frame, and leaves the old one to its store operation.
     fn copy_on_write(&mut self, id: PageId) -> Option<()> {
         if self.pages.frames().free() <= FILL_FRAMES {
             return None;

@@ -244,7 +244,7 @@ impl WorkerPort {
         cache.pump(now);
         take_ops(&mut cache, image, counters, &mut self.backlog);
         cache.take_notices(notices);
-        if cache.is_stable() {
+        if cache.is_durable() {
             image.arena.all_written();
         }
         while let Some(event) = cache.take_health_event() {

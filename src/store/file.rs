@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Once};
 
 use super::format::Format;
 use super::handed::FileParts;
-pub use super::handed::{ImageParts, IoFence};
+pub use super::handed::{ImageParts, IoLock};
 use super::history;
 pub use super::history::LastTenure;
 pub use super::image::Inspection;
@@ -314,14 +314,14 @@ impl NamedImage for FileImage {
         self.found_token()
     }
 
-    fn hand_out(&self, fence: IoFence) -> io::Result<(File, ImageParts)> {
-        let (file, known) = self.image.reopen(fence)?;
+    fn hand_out(&self, io_lock: IoLock) -> io::Result<(File, ImageParts)> {
+        let (file, known) = self.image.reopen(io_lock)?;
         let record = self.tenure().as_ref().map(Record::encode);
         Ok((file, ImageParts::File(self.image.parts(known, self.engine, record))))
     }
 
-    fn is_fenced(&self, fence: IoFence) -> bool {
-        self.image.is_fenced(fence)
+    fn is_io_locked(&self, io_lock: IoLock) -> bool {
+        self.image.is_io_locked(io_lock)
     }
 
     fn present_size(&self) -> Option<u64> {

@@ -12,7 +12,7 @@ use super::raw_record::Known;
 use crate::image_id::ImageId;
 
 /// First of the bytes that fences lock: far behind those that QEMU locks.
-const FENCE_BASE: u64 = 1 << 40;
+const IO_LOCK_BASE: u64 = 1 << 40;
 
 /// What was found out about an image when it was opened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,17 +80,17 @@ pub(super) struct Export {
     pub allocation: Option<u32>,
 }
 
-/// A lock that a handed-out descriptor holds as long as a process or the kernel uses it: a killed process is gone
-/// before the kernel has completed its operations, which can still change the image and the cache's memory.
+/// A lock that a handed-out descriptor holds while a process or the kernel uses it. The kernel may complete operations
+/// of a killed process after its end, and these still change the image and the cache's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IoFence(pub(super) u64);
+pub struct IoLock(pub(super) u64);
 
-impl IoFence {
-    /// A fence that no other process of the host has, and no earlier one of this process.
+impl IoLock {
+    /// A lock that differs from those of all other processes of the host, and from earlier ones of this process.
     pub fn unique() -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         // A host has at most 2^22 process IDs.
-        Self(FENCE_BASE + (u64::from(std::process::id()) << 32) + u64::from(serial))
+        Self(IO_LOCK_BASE + (u64::from(std::process::id()) << 32) + u64::from(serial))
     }
 }

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::format::{Format, HEAD_BYTES};
-use super::handed::{FileParts, IoFence};
+use super::handed::{FileParts, IoLock};
 use super::history;
 use super::lock::{self, LockMode};
 use super::options::{IoEngine, OpenOptions};
@@ -211,9 +211,9 @@ impl OpenImage {
         }
     }
 
-    /// The file once more, with what it looks like now: another open file description, with the image's lock and a
-    /// fence.
-    pub(super) fn reopen(&self, fence: IoFence) -> std::io::Result<(File, Known)> {
+    /// Opens the file again, as another open file description with the image's lock and the I/O lock. Returns it with
+    /// its present format.
+    pub(super) fn reopen(&self, io_lock: IoLock) -> std::io::Result<(File, Known)> {
         let writable = self.limits.writable;
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         let file = File::options().read(true).write(writable).open(path)?;
@@ -224,13 +224,13 @@ impl OpenImage {
         }
         lock::share(&file, if writable { LockMode::ReadWrite } else { LockMode::ReadOnly });
         // It fails only where the file system has no locks.
-        let _ = sys::file::lock_byte(&file, fence.0);
+        let _ = sys::file::lock_byte(&file, io_lock.0);
         Ok((file, known))
     }
 
-    /// Whether another open file description holds the fence. A file system without locks cannot tell.
-    pub(super) fn is_fenced(&self, fence: IoFence) -> bool {
-        sys::file::is_byte_locked(&self.file, fence.0).unwrap_or(false)
+    /// Whether another open file description holds the I/O lock. A file system without locks cannot tell.
+    pub(super) fn is_io_locked(&self, io_lock: IoLock) -> bool {
+        sys::file::is_byte_locked(&self.file, io_lock.0).unwrap_or(false)
     }
 
     /// The present size of the file or device.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::Backing;
 use super::format::Format;
-use super::handed::{ImageParts, IoFence};
+use super::handed::{ImageParts, IoLock};
 use super::history::LastTenure;
 use crate::error::Result;
 use crate::image_id::ImageId;
@@ -116,20 +116,20 @@ pub trait NamedImage: Backing {
     }
 
     /// The image once more, for the process that serves it: an open file description of its own with the image's lock
-    /// and the fence, or a way to ask for connections, and what was found out about the image.
+    /// and the I/O lock, or a way to ask for connections, and what was found out about the image.
     ///
-    /// => While that process, or the kernel on behalf of it, may still access the image, [`NamedImage::is_fenced`] is
-    ///    true for this fence.
+    /// => While that process, or the kernel on its behalf, may still access the image, [`NamedImage::is_io_locked`]
+    ///    returns true for this lock.
     ///
     /// # Errors
     /// Those of the store; [`io::ErrorKind::Unsupported`] for one whose images only the process can serve that has
     /// opened them.
-    fn hand_out(&self, _fence: IoFence) -> io::Result<(File, ImageParts)> {
+    fn hand_out(&self, _fence: IoLock) -> io::Result<(File, ImageParts)> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Whether a descriptor that was handed out with this fence is still open somewhere.
-    fn is_fenced(&self, _fence: IoFence) -> bool {
+    /// Whether a descriptor that was handed out with this I/O lock is still open somewhere.
+    fn is_io_locked(&self, _fence: IoLock) -> bool {
         false
     }
 

@@ -15,7 +15,7 @@ use crate::disk_protocol::Ending;
 use crate::disk_stats::{DiskState, OldestOp};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::store::file::IoFence;
+use crate::store::file::IoLock;
 use crate::units::counted;
 
 pub(super) use change::{Detaching, RemainingDevices};
@@ -193,7 +193,7 @@ impl Disk {
     }
 
     /// What devices with one image and one process have in common; `None` before it is served.
-    pub fn image_key(&self) -> Option<(IoFence, u32)> {
+    pub fn image_key(&self) -> Option<(IoLock, u32)> {
         self.handle.as_ref().map(DeviceHandle::image_key)
     }
 
@@ -389,7 +389,7 @@ impl Disk {
             self.end = Some((ending, Instant::now()));
             self.last_completion = (Instant::now(), self.state().cache.completed_ops);
             self.step_reminder = Reminder::new();
-            self.send(KeeperCommand::End(ending));
+            self.send(KeeperCommand::Quiesce(ending));
         }
     }
 

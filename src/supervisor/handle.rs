@@ -10,7 +10,7 @@ use super::socket::ListenSocket;
 use crate::disk_protocol::ToDisk;
 use crate::disk_stats::{DiskState, StatsPage};
 use crate::listener::BoundSocket;
-use crate::store::file::IoFence;
+use crate::store::file::IoLock;
 use crate::sys::process::name_of;
 use crate::sys::socket::stop_listening;
 
@@ -57,8 +57,8 @@ impl DeviceHandle {
     }
 
     /// What devices with one image and one process have in common, and others not.
-    pub fn image_key(&self) -> (IoFence, u32) {
-        (self.process.fence(), self.image_of)
+    pub fn image_key(&self) -> (IoLock, u32) {
+        (self.process.io_lock(), self.image_of)
     }
 
     /// The way to the device.

@@ -27,7 +27,7 @@ use crate::disk_protocol::{DeviceRequest, DeviceSettings, Ending, ToDisk};
 use crate::disk_stats::StatsPage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
-use crate::store::file::IoFence;
+use crate::store::file::IoLock;
 
 /// Pauses between attempts to open a device that could not be served.
 const RETRY_MIN: Duration = Duration::from_secs(1);
@@ -51,11 +51,11 @@ pub(super) enum KeeperCommand {
     /// Retry what failed: the operator says that the image works again.
     Resume,
     /// Complete the guest's requests, and accept no others. Then wait for `Finish`.
-    End(Ending),
+    Quiesce(Ending),
     /// End the device.
     Finish,
-    /// From the process with this fence.
-    Process(IoFence, ProcessEvent),
+    /// An event of the process with this I/O lock.
+    Process(IoLock, ProcessEvent),
 }
 
 /// What happens to a device, for the main thread.
@@ -250,7 +250,7 @@ impl KeeperThread {
         let until = Instant::now() + pause;
         loop {
             match self.commands.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(KeeperCommand::End(ending)) => {
+                Ok(KeeperCommand::Quiesce(ending)) => {
                     self.ending.set(Some(ending));
                     return None;
                 }
@@ -285,7 +285,7 @@ impl KeeperThread {
             match self.commands.recv() {
                 Ok(KeeperCommand::Serve) => return true,
                 Ok(KeeperCommand::Resume | KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
-                Ok(KeeperCommand::End(ending)) => {
+                Ok(KeeperCommand::Quiesce(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
                 }
@@ -345,7 +345,7 @@ impl KeeperThread {
                     return true;
                 }
                 Ok(KeeperCommand::Serve | KeeperCommand::Process(..) | KeeperCommand::Grow(..)) => {}
-                Ok(KeeperCommand::End(ending)) => {
+                Ok(KeeperCommand::Quiesce(ending)) => {
                     self.ending.set(Some(ending));
                     return false;
                 }
@@ -379,7 +379,7 @@ impl KeeperThread {
         let device = self.number();
         let own = self.own.clone();
         // A keeper that has ended does not wait for event.
-        let sink = EventSink(Box::new(move |fence, event| drop(own.send(KeeperCommand::Process(fence, event)))));
+        let sink = EventSink(Box::new(move |io_lock, event| drop(own.send(KeeperCommand::Process(io_lock, event)))));
         let served = self.in_force.get();
         let settings = DeviceSettings::from(&*served);
         process.serve(device, opened.slot.image_of(), settings, files, sink).map_err(system)?;
@@ -434,9 +434,9 @@ impl ProcessSession<'_> {
             match self.worker.commands.recv_timeout(FILE_CHECK_PERIOD) {
                 Ok(KeeperCommand::Serve) => {}
                 Ok(KeeperCommand::Resume) => self.process.command(&ToDisk::Resume { device: self.device }),
-                Ok(KeeperCommand::End(ending)) => self.end(ending),
+                Ok(KeeperCommand::Quiesce(ending)) => self.end(ending),
                 Ok(KeeperCommand::Finish) => self.finish(),
-                Ok(KeeperCommand::Process(fence, event)) if fence == self.process.fence() => {
+                Ok(KeeperCommand::Process(io_lock, event)) if io_lock == self.process.io_lock() => {
                     if let Some(end) = self.on_event(event) {
                         return end;
                     }

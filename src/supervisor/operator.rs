@@ -266,7 +266,7 @@ impl Operator {
         }
         let until = since + Duration::from_millis(time_ms.into());
         let number = monotonic_ns() / 1000;
-        let freeze = FreezeLease { process: link.process.fence(), number, since, until };
+        let freeze = FreezeLease { process: link.process.io_lock(), number, since, until };
         entry.operator.lock().freeze = Some(freeze);
         let frozen_us = micros(since.elapsed());
         info!("{device}: frozen after {} ms, for at most {time_ms} ms", frozen_us / 1000);

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::handle::DeviceLink;
 use crate::control::change::Refusal;
-use crate::store::file::IoFence;
+use crate::store::file::IoLock;
 
 /// What the operator does with a device.
 #[derive(Debug, Default)]
@@ -26,7 +26,7 @@ pub(super) struct ChangeState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FreezeLease {
     /// Of the process that has frozen the device. Another one writes what its cache holds.
-    pub process: IoFence,
+    pub process: IoLock,
     /// Of this freeze alone: the host's clock at its begin, in microseconds.
     pub number: u64,
     pub since: Instant,
@@ -41,7 +41,7 @@ impl OperatorState {
     /// The freeze that lasts, unless the process has lost it.
     pub fn freeze(&self, link: Option<&DeviceLink>) -> Option<FreezeLease> {
         let lasts = |freeze: &FreezeLease| {
-            freeze.until > Instant::now() && link.is_some_and(|link| link.process.fence() == freeze.process)
+            freeze.until > Instant::now() && link.is_some_and(|link| link.process.io_lock() == freeze.process)
         };
         self.lock().freeze.filter(lasts)
     }

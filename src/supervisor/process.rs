@@ -21,7 +21,7 @@ use crate::disk_protocol::{
     Channel, DeviceReply, DeviceRequest, DeviceSettings, ErrorText, FromDisk, Received, ToDisk,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::file::IoFence;
+use crate::store::file::IoLock;
 use crate::sys::poll::wait_any_readable;
 use crate::sys::process::wait_without_reaping;
 use crate::sys::signal;
@@ -91,11 +91,11 @@ pub(super) enum ProcessEvent {
 }
 
 /// Where the events of a device go.
-pub(super) struct EventSink(pub Box<dyn Fn(IoFence, ProcessEvent) + Send>);
+pub(super) struct EventSink(pub Box<dyn Fn(IoLock, ProcessEvent) + Send>);
 
 impl EventSink {
-    fn send(&self, fence: IoFence, event: ProcessEvent) {
-        (self.0)(fence, event);
+    fn send(&self, io_lock: IoLock, event: ProcessEvent) {
+        (self.0)(io_lock, event);
     }
 }
 
@@ -110,7 +110,7 @@ impl fmt::Debug for EventSink {
 pub(super) struct Process {
     /// Its first device, for messages.
     name: String,
-    fence: IoFence,
+    io_lock: IoLock,
     channel: Channel<ToDisk, FromDisk>,
     /// The process; `None` for a thread, and once it has ended.
     child: Mutex<Option<Child>>,
@@ -155,7 +155,7 @@ impl Process {
     ///
     /// # Errors
     /// [`ErrorKind::System`] if a process, a thread or a descriptor cannot be created.
-    pub fn start(name: &str, hosting: Hosting, fence: IoFence) -> Result<Arc<Self>> {
+    pub fn start(name: &str, hosting: Hosting, io_lock: IoLock) -> Result<Arc<Self>> {
         let failed = |e| Error::io(ErrorKind::System, format!("{name}: cannot start a disk process"), e);
         let (channel, theirs) = Channel::pair().map_err(failed)?;
         let (child, log) = match hosting {
@@ -174,7 +174,7 @@ impl Process {
         };
         let child = Mutex::new(child);
         let process =
-            Arc::new(Self { name: name.to_owned(), fence, channel, child, hosting, subscribers: Mutex::default() });
+            Arc::new(Self { name: name.to_owned(), io_lock, channel, child, hosting, subscribers: Mutex::default() });
         let (reader, log) = (Arc::clone(&process), log.map(|pipe| LogPipe::new(name, pipe)));
         let thread = thread::Builder::new().name(format!("process {name}"));
         thread.spawn(move || reader.read_until_end(log)).inspect_err(|_| process.kill()).map_err(failed)?;
@@ -192,8 +192,8 @@ impl Process {
     }
 
     /// What the kernel's I/O of this process holds.
-    pub fn fence(&self) -> IoFence {
-        self.fence
+    pub fn io_lock(&self) -> IoLock {
+        self.io_lock
     }
 
     /// Whether the process runs.
@@ -244,11 +244,11 @@ impl Process {
                 None => (None, subscribers.exit),
             };
             if let Some(failure) = failure {
-                keeper.send(self.fence, ProcessEvent::Failed(failure.into()));
+                keeper.send(self.io_lock, ProcessEvent::Failed(failure.into()));
             }
             if let Some(exit) = exit {
                 // The others got this event before.
-                keeper.send(self.fence, ProcessEvent::Exited(exit));
+                keeper.send(self.io_lock, ProcessEvent::Exited(exit));
                 return Ok(());
             }
             subscribers.by_device.insert(device, Subscriber { image_of, sink: keeper });
@@ -342,7 +342,7 @@ impl Process {
         subscribers.exit = Some(exit);
         subscribers.requesters.clear();
         for subscriber in std::mem::take(&mut subscribers.by_device).into_values() {
-            subscriber.sink.send(self.fence, ProcessEvent::Exited(exit));
+            subscriber.sink.send(self.io_lock, ProcessEvent::Exited(exit));
         }
     }
 
@@ -351,7 +351,7 @@ impl Process {
         let mut subscribers = self.subscribers();
         let devices = subscribers.by_device.extract_if(.., |_, subscriber| subscriber.image_of == image_of);
         for (_, subscriber) in devices.collect::<Vec<_>>() {
-            subscriber.sink.send(self.fence, ProcessEvent::Exited(exit));
+            subscriber.sink.send(self.io_lock, ProcessEvent::Exited(exit));
         }
         subscribers.images.entry(image_of).or_default().exit = Some(exit);
     }
@@ -379,7 +379,7 @@ impl Process {
                 let mut subscribers = self.subscribers();
                 for subscriber in subscribers.by_device.values().filter(|subscriber| subscriber.image_of == image_of) {
                     let event = ProcessEvent::Failed(error.clone().into());
-                    subscriber.sink.send(self.fence, event);
+                    subscriber.sink.send(self.io_lock, event);
                 }
                 subscribers.images.entry(image_of).or_default().failure = Some(error);
                 return true;
@@ -398,7 +398,7 @@ impl Process {
             }
         };
         if let Some(subscriber) = self.subscribers().by_device.get(&device) {
-            subscriber.sink.send(self.fence, event);
+            subscriber.sink.send(self.io_lock, event);
         }
         true
     }

@@ -17,7 +17,7 @@ use crate::disk_protocol::{DeviceSettings, ToDisk};
 use crate::error::{Error, ErrorKind, Result};
 use crate::recover;
 use crate::store;
-use crate::store::file::{IoEngine, IoFence, KnownRaw, OpenOptions};
+use crate::store::file::{IoEngine, IoLock, KnownRaw, OpenOptions};
 use crate::store::named::{ImageKind, NamedImage};
 use crate::sys::privileges::{self, User};
 use crate::systemd::ServiceManager;
@@ -123,7 +123,7 @@ impl ImageSlot {
         let mut state = self.lock();
         if let Some(process) = &state.process {
             let Some(exit) = process.exit_of(self.image_of) else { return Ok(Arc::clone(process)) };
-            while state.image.is_fenced(process.fence()) {
+            while state.image.is_io_locked(process.io_lock()) {
                 thread::sleep(FENCE_POLL);
             }
             if !exit.is_in_order() {
@@ -157,8 +157,8 @@ impl ImageSlot {
     ) -> Result<Arc<Process>> {
         let failed =
             |e| Error::io(ErrorKind::System, format!("{}: cannot start a disk process", self.settings.name), e);
-        let fence = present.as_ref().map_or_else(IoFence::unique, |process| process.fence());
-        let (file, parts) = state.image.hand_out(fence).map_err(failed)?;
+        let io_lock = present.as_ref().map_or_else(IoLock::unique, |process| process.io_lock());
+        let (file, parts) = state.image.hand_out(io_lock).map_err(failed)?;
         let cache = state.cache.as_ref().ok_or_else(|| Error::new(ErrorKind::System, "the cache was removed"))?;
         let open = ToDisk::Open {
             image_of: self.image_of,
@@ -171,7 +171,7 @@ impl ImageSlot {
         };
         let process = match present {
             Some(present) => present,
-            None => Process::start(&self.settings.name, self.hosting, fence)?,
+            None => Process::start(&self.settings.name, self.hosting, io_lock)?,
         };
         match process.open(self.image_of, &open, &file, &cache.descriptors()) {
             // It has ended, of which the keeper gets an event.
@@ -305,17 +305,17 @@ impl Drop for ImageSlot {
             }
             return;
         }
-        let exit = state.process.take().and_then(|process| Some((process.fence(), process.exit_of(self.image_of)?)));
+        let exit = state.process.take().and_then(|process| Some((process.io_lock(), process.exit_of(self.image_of)?)));
         match exit {
             Some((_, Exit { is_cache_removed: true, .. })) => cache.remove(),
             // A device's counters are found by a path, which only this process may use. The image rests once the
             // kernel has released the descriptor of the process.
-            Some((fence, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
+            Some((io_lock, Exit { is_cache_removed: false, .. })) if state.image.kind() == ImageKind::Device => {
                 let until = Instant::now() + REST_PATIENCE;
-                while state.image.is_fenced(fence) && Instant::now() < until {
+                while state.image.is_io_locked(io_lock) && Instant::now() < until {
                     thread::sleep(FENCE_POLL);
                 }
-                if !state.image.is_fenced(fence)
+                if !state.image.is_io_locked(io_lock)
                     && let Some(token) = state.image.change_token()
                     && let Err(e) = cache.record_token(token)
                 {

@@ -38,7 +38,7 @@ use super::{FrameMemory, Settings};
 
 pub(super) use dirty::{DirtySet, GROUP_PAGES, Group};
 pub(super) use frames::Frames;
-pub(super) use page::{FAILED, FROZEN, MARKER, NONE, Page, Period, READING, RECENT, UNSYNCED};
+pub(super) use page::{COPY_ON_WRITE, FAILED, MARKER, NONE, Page, Period, READING, RECENT, UNSYNCED};
 
 use dirty::PageTally;
 use frames::Reuse;
@@ -424,19 +424,19 @@ impl Pages {
         });
     }
 
-    /// Moves a page to a free frame, with all that is valid, and leaves the frozen frame to its store operation.
+    /// Moves a page to a free frame, with all that is valid, and leaves the old frame to its store operation.
     /// `None`: no frame is free.
     pub fn copy_on_write(&mut self, id: PageId) -> Option<()> {
         let new = self.frames.take()?;
         let page = &self.table[id];
-        let old = page.frame().expect("a frozen page has a frame");
+        let old = page.frame().expect("a page under write-back has a frame");
         // Also the sectors that the guest is about to write: if the store fails, these are the only copy of earlier
         // writes.
         self.memory.copy_sectors(old, new, page.valid);
         self.release_frame(old);
         self.change(id, |page| {
             page.set_frame(new);
-            page.clear(FROZEN);
+            page.clear(COPY_ON_WRITE);
         });
         Some(())
     }

@@ -8,10 +8,10 @@
 //! | Reading | `READING`: a read-in is in flight  | Clean, Dirty, Absent (PG_BUSY, PG_FAKE)   |
 //! | Clean   | `dirty` and `writing` empty        | Dirty, Absent (PG_CLEAN)                  |
 //! | Dirty   | `dirty` not empty                  | Writing, Absent (!PG_CLEAN)               |
-//! | Writing | `writing` not empty: frame frozen  | Clean, Dirty (PG_BUSY in pageout)         |
+//! | Writing | `writing` not empty: copy-on-write | Clean, Dirty (PG_BUSY in pageout)         |
 //!
 //! A page can be Reading and Dirty: it was written while its other sectors were being read in. It can be Writing and
-//! Dirty: it was written again while its frozen frame was under write-back. It is never Reading and Writing: two
+//! Dirty: it was written again while its old frame was under write-back. It is never Reading and Writing: two
 //! operations on one page would overlap on the store.
 
 use std::ops::BitOr;
@@ -28,7 +28,7 @@ pub(in crate::cache) struct Flags(u8);
 /// A read-in of the page is in flight.
 pub(in crate::cache) const READING: Flags = Flags(1 << 0);
 /// The page's frame belongs to a write in flight: a guest's write takes a new frame (Linux: stable pages).
-pub(in crate::cache) const FROZEN: Flags = Flags(1 << 1);
+pub(in crate::cache) const COPY_ON_WRITE: Flags = Flags(1 << 1);
 /// The last write-back of the page failed: it is tried again alone, after a pause.
 pub(in crate::cache) const FAILED: Flags = Flags(1 << 4);
 /// Written to the store, and no successful Sync covers it yet: not evictable. One flag is for the writes that the Sync
@@ -219,9 +219,17 @@ impl Page {
         assert!(!self.is(READING) || self.writing.is_empty(), "{:?}: Reading and Writing: {self:?}", self.no());
         let dirty_or_writing = !self.dirty.or(self.writing).is_empty();
         assert!(!self.is(FAILED) || dirty_or_writing, "{:?}: failed with nothing to write: {self:?}", self.no());
-        assert!(!self.is(FROZEN) || !self.writing.is_empty(), "{:?}: frozen and not Writing: {self:?}", self.no());
+        assert!(
+            !self.is(COPY_ON_WRITE) || !self.writing.is_empty(),
+            "{:?}: copy-on-write and not Writing: {self:?}",
+            self.no()
+        );
         assert!(self.writers > 0 || self.pending.is_empty(), "{:?}: pending without a writer: {self:?}", self.no());
-        assert!(!self.is(FROZEN) || self.writers == 0, "{:?}: a writer has a frozen frame: {self:?}", self.no());
+        assert!(
+            !self.is(COPY_ON_WRITE) || self.writers == 0,
+            "{:?}: a writer has a copy-on-write frame: {self:?}",
+            self.no()
+        );
     }
 }
 

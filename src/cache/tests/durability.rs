@@ -55,7 +55,7 @@ fn a_write_is_durable_within_the_age_limit_although_idle_write_back_came_first()
     let mut now = Tick::from_us(1);
     write(&mut cache, 0, 8);
     run_until(&mut cache, &mut now, Tick::from_us(5 * SECOND_US));
-    assert!(cache.is_stable(), "{:?}", cache.stats());
+    assert!(cache.is_durable(), "{:?}", cache.stats());
     assert_eq!(cache.next_deadline(), None, "nothing is left to do");
 }
 
@@ -145,7 +145,7 @@ fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
     assert!(ops.iter().all(|(kind, _)| *kind != OpKind::Read), "{ops:?}");
     let later = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
     assert!(later.iter().any(|(kind, _)| matches!(kind, OpKind::Zero { .. })), "{later:?}");
-    assert!(cache.is_stable());
+    assert!(cache.is_durable());
 }
 
 /// Otherwise a page that fails forever would put the others in doubt forever.
@@ -206,7 +206,7 @@ fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
     let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
     let kinds: Vec<bool> = ops.iter().map(|(kind, _)| *kind == OpKind::Sync).collect();
     assert!(ops.iter().any(|(_, span)| *span == SectorSpan::new(0, 64)) && kinds.last() == Some(&true), "{ops:?}");
-    assert!(cache.is_stable());
+    assert!(cache.is_durable());
 }
 
 /// The loss marker of a cache that does not survive is set when the zero starts. It is cleared when all is stable.
@@ -216,15 +216,15 @@ fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
     let now = Tick::from_us(SECOND_US);
     cache.flush(Ticket(1));
     complete_all(&mut cache, now);
-    assert!(cache.is_stable());
+    assert!(cache.is_durable());
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
     let zero = started(&mut cache, now);
-    assert!(!cache.is_stable());
+    assert!(!cache.is_durable());
     cache.complete(zero[0].0, &Outcome::Done, now);
-    assert!(!cache.is_stable());
+    assert!(!cache.is_durable());
     cache.flush(FLUSH);
     complete_all(&mut cache, now);
-    assert!(cache.is_stable());
+    assert!(cache.is_durable());
 }
 
 /// The server of a remote image was restarted, and its write cache is lost.
@@ -278,7 +278,7 @@ fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
         assert!(matches!(sync[..], [(_, OpKind::Sync, _)]), "{sync:?}");
         cache.complete(sync[0].0, &Outcome::Done, now);
         assert_eq!(started(&mut cache, now), []);
-        assert!(!cache.is_stable(), "the page is in doubt while the zero may tell of a reset");
+        assert!(!cache.is_durable(), "the page is in doubt while the zero may tell of a reset");
         let outcome = if fails { Outcome::Failed(Fault::Media) } else { Outcome::Done };
         cache.complete(other[0].0, &outcome, now);
         // What starts after the Sync has succeeded tells nothing of the time before it.
@@ -354,7 +354,7 @@ fn what_is_read_from_a_discarded_range_is_dropped_if_the_store_loses_the_discard
         assert_eq!(cache.pages.find(PageNo(1)).is_none(), is_lost);
         assert!(cache.pages.find(PageNo(1000)).is_some(), "a page elsewhere stays");
         complete_all(&mut cache, now.plus_us(10 * SECOND_US));
-        assert!(cache.is_stable());
+        assert!(cache.is_durable());
     }
 }
 
@@ -451,7 +451,7 @@ fn clean_pages_that_were_restored_are_dropped_if_the_first_sync_fails() {
         assert_eq!(cache.pages.find(PageNo(5)).is_none(), is_lost);
         assert!(cache.pages.find(PageNo(6)).is_some());
         complete_all(&mut cache, now.plus_us(100 * SECOND_US));
-        assert!(cache.is_stable());
+        assert!(cache.is_durable());
     }
 }
 
@@ -501,7 +501,7 @@ fn a_zero_that_a_sync_covers_is_not_repeated_although_the_sync_was_in_doubt_for_
     assert_eq!(pump_once(&mut cache, now, Some(OpKind::Sync)), [(OpKind::Sync, SectorSpan::new(0, 0))]);
     let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
     assert_eq!(zeroed(&ops), [zero(8000)]);
-    assert!(cache.is_stable());
+    assert!(cache.is_durable());
 }
 
 /// The spans of the zeros among operations.
@@ -534,7 +534,7 @@ fn a_zero_that_is_repeated_leaves_out_what_was_written_since() {
     let ops = complete_all(&mut cache, now.plus_us(10 * SECOND_US));
     let near: Vec<SectorSpan> = zeroed(&ops).into_iter().filter(|span| span.start < 8000).collect();
     assert_eq!(near, [SectorSpan::new(0, 16), SectorSpan::new(24, 38)], "{ops:?}");
-    assert!(cache.is_stable(), "{:?}", cache.stats());
+    assert!(cache.is_durable(), "{:?}", cache.stats());
 }
 
 #[test]

@@ -167,7 +167,7 @@ fn nothing_is_written_ahead_to_a_store_that_fails() {
     write(&mut cache, APART, 8);
     assert_eq!(started(&mut cache).len(), 0);
     flush(&mut cache);
-    assert!(cache.is_stable());
+    assert!(cache.is_durable());
 }
 
 #[test]
@@ -178,7 +178,7 @@ fn a_flush_covers_a_page_that_was_rewritten_under_eager_write_back() {
     write(&mut cache, 0, 8);
     cache.flush(Ticket(7));
     let writes = complete_all(&mut cache, NOW).iter().filter(|(kind, _)| *kind == OpKind::Write).count();
-    assert_eq!((writes, cache.is_stable()), (2, true));
+    assert_eq!((writes, cache.is_durable()), (2, true));
 }
 
 #[test]

@@ -35,7 +35,7 @@ use std::time::Duration;
 use log::{info, warn};
 
 use super::format::{Format, Found, HEAD_BYTES, TAIL_BYTES, detect};
-use super::handed::{ImageParts, IoFence, NbdParts};
+use super::handed::{ImageParts, IoLock, NbdParts};
 use super::named::{BlockWriter, ImageKind, KnownRaw, NamedImage, PageBytes};
 use super::options::OpenOptions;
 use super::{Backing, Event, IoRequest, Limits, Segment, StoreQueue};
@@ -327,7 +327,7 @@ impl NamedImage for NbdImage {
         Err(Error::new(ErrorKind::Config, format!("image {}: {NO_MULTI_CONN}", self.backing.path.display())))
     }
 
-    fn hand_out(&self, _fence: IoFence) -> io::Result<(File, ImageParts)> {
+    fn hand_out(&self, _fence: IoLock) -> io::Result<(File, ImageParts)> {
         let (remote, milliseconds) = (&self.backing.remote, |time: Duration| u64::try_from(time.as_millis()));
         let parts = NbdParts {
             limits: self.backing.limits.clone(),
@@ -338,7 +338,7 @@ impl NamedImage for NbdImage {
             quarantined_ms: milliseconds(remote.quarantined_for().max(self.server.quarantined_for()))
                 .unwrap_or(u64::MAX),
         };
-        // A process that has ended accesses nothing, and what it has sent is in quarantine: no fence is needed.
+        // A process that has ended accesses nothing, and what it has sent is in quarantine: no I/O lock is needed.
         Ok((OwnedFd::from(connector::spawn(&self.server)?).into(), ImageParts::Nbd(parts)))
     }
 

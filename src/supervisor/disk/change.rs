@@ -3,7 +3,7 @@
 use super::{DevicePhase, Disk, Recorded, Requester};
 use crate::disk_protocol::Ending;
 use crate::error::Error;
-use crate::store::file::IoFence;
+use crate::store::file::IoLock;
 
 /// A device that is being detached.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub(in crate::supervisor) struct Detaching {
 /// What the devices that stay use: the end of another one must not harm them.
 #[derive(Debug)]
 pub(in crate::supervisor) struct RemainingDevices {
-    processes: Vec<IoFence>,
+    processes: Vec<IoLock>,
     groups: Vec<String>,
 }
 

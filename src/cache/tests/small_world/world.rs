@@ -1,7 +1,7 @@
 //! Plays one scene: the cache, a disk of four pages, and the checks at every step.
 
 use super::{Direction, Order, PART, PageState, Scene};
-use crate::cache::pages::{FROZEN, READING};
+use crate::cache::pages::{COPY_ON_WRITE, READING};
 use crate::cache::*;
 use crate::sim::disk::SimulatedDisk;
 use crate::sim::memory::{GARBAGE, SimulatedMemory};
@@ -173,7 +173,7 @@ impl<'a> World<'a> {
         assert_eq!(held.dirty, state.dirty().and(inside), "page {page} should be {state:?}");
         assert_eq!(held.is(READING), state.is_reading(), "page {page} should be {state:?}");
         assert_eq!(
-            held.is(FROZEN),
+            held.is(COPY_ON_WRITE),
             matches!(state, PageState::Writing | PageState::WritingPart),
             "page {page} should be {state:?}"
         );

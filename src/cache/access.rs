@@ -30,7 +30,7 @@ impl Piece {
         self.frame.into_iter().flat_map(|frame| (frame.0..).map(FrameId)).take(count)
     }
 
-    /// Extends this piece by `next` if that follows it in the request and in memory. Returns whether it did.
+    /// Extends this piece by `next` if `next` follows it in the request and in memory. Returns whether it did.
     pub(super) fn absorb(&mut self, next: &Self) -> bool {
         let pages = (u64::from(self.first) + u64::from(self.count)) / SECTORS_PER_PAGE;
         let frame = self.frame.map(|frame| FrameId(frame.0 + low_u32(pages)));
@@ -49,16 +49,16 @@ impl Piece {
     }
 }
 
-/// What became of the copy of a write's piece from guest memory.
+/// How the copy of a write's piece from guest memory ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyResult {
     /// All bytes are in the frames.
     Complete,
-    /// Some may be missing: the sectors hold old bytes, new ones or a mixture, as after a failed write.
+    /// Some bytes may be missing: the sectors hold old bytes, new bytes or a mixture, as after a failed write.
     Incomplete,
 }
 
-/// Whether a request comes to the cache after a stall.
+/// Whether a request is new to the cache or is retried after a stall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
     /// It did not stall, or this is another part of it.
@@ -67,16 +67,16 @@ pub enum Attempt {
     Resumed,
 }
 
-/// A read or write request, or the part of one that is left after a stall.
+/// A read or write request, or the rest of one after a stall.
 #[derive(Clone, Copy, Debug)]
 pub struct Access {
     /// Identifies the request.
     pub ticket: Ticket,
     /// The whole request; within the image.
     pub span: SectorSpan,
-    /// The first sector of the request that is not admitted yet.
+    /// The first sector of the request that is not yet admitted.
     pub from: u32,
-    /// The sector of the request before which to stop: where a page ends, or the request. A long request is admitted in
+    /// The sector of the request at which to stop: the end of a page, or of the request. A long request is admitted in
     /// several calls.
     pub until: u32,
     /// Whether the request stalled before.
@@ -89,7 +89,7 @@ impl Access {
         Self { ticket, span, from: 0, until: low_u32(span.count), attempt: Attempt::New }
     }
 
-    /// The sectors that this call is about.
+    /// The sectors that this call admits.
     pub(super) fn part(&self) -> SectorSpan {
         let count = self.until.saturating_sub(self.from);
         SectorSpan::new(self.span.start + u64::from(self.from), u64::from(count))
@@ -101,13 +101,13 @@ impl Access {
 pub enum Admitted {
     /// All of it, up to [`Access::until`]: every sector is in a piece, or a notice will report it.
     All,
-    /// The sectors before this one of the request. The rest is stalled until a [`Notice::Resume`].
+    /// The sectors of the request before this one. The rest is stalled until a [`Notice::Resume`].
     Until(u32),
-    /// The sectors before this one of the request. The rest has failed.
+    /// The sectors of the request before this one. The rest has failed.
     Refused(u32, Fault),
 }
 
-/// What the cache reports of a request after the call that submitted it.
+/// An event of a request after the call that submitted it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
     /// A piece of a read was read in.

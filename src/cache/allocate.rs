@@ -1,16 +1,17 @@
-//! Space before the write: a write into a hole completes only after the store has allocated the space (genfs:
+//! Space allocation before a write: a write into a hole completes only after the store has allocated the space (genfs:
 //! GOP_ALLOC), so that its write-back never fails for lack of space.
 //!
 //! How much the store allocates:
 //!
-//! - what the request writes in the region, rounded to 32 KiB, and to 64 KiB where an eighth of the region has its
-//!   space: so random writes of 4 KiB take at most 16 times their size;
-//! - the rest of the region where most of it has its space;
-//! - for a sequential writer a sixteenth of the space that ends where it writes, ahead of it;
-//! - only what the request writes where the store has little space left, and beside what the guest has trimmed.
+//! - the pages that the request writes in the region, rounded to 32 KiB, or to 64 KiB if an eighth of the region is
+//!   allocated: random writes of 4 KiB thus take at most 16 times their size;
+//! - the rest of the region if most of it is allocated;
+//! - for a sequential writer, ahead of it, a sixteenth of the contiguous space behind it;
+//! - only the pages that the request writes if the store has little space left, or if the guest has trimmed the
+//!   neighbouring pages.
 //!
-//! A bounded table remembers the pages that have their space. If it forgets some, the cache asks the store again, which
-//! costs little.
+//! A bounded table records the pages that are allocated. If it drops an entry, the cache allocates again, which costs
+//! little.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, OpKind, PageNo, PageSpan, Tick, low_u32};
@@ -27,16 +28,16 @@ const NONE: u32 = u32::MAX;
 const SLOTS_MIN: u32 = 256;
 /// Reservations are rounded to this (32 KiB). Rounding saves allocations, and keeps the image in long extents.
 const ROUND_PAGES: u64 = 8;
-/// They are rounded to this (64 KiB) where at least [`DENSE_PAGES`] of the region have their space.
+/// They are rounded to this (64 KiB) if at least [`DENSE_PAGES`] of the region are allocated.
 const ROUND_PAGES_DENSE: u64 = 16;
 const DENSE_PAGES: u64 = REGION_PAGES / 8;
-/// The rest of a region is reserved with the next write if this many of its pages have their space.
+/// The rest of a region is reserved with the next write if this many of its pages are allocated.
 const MOST_PAGES: u64 = REGION_PAGES / 4 * 3;
-/// A sequential writer gets this part of the space behind it, ahead of it.
+/// A sequential writer gets, ahead of it, this fraction of the space behind it.
 const AHEAD_DIVISOR: u64 = 16;
-/// How far the cache looks back for that: no more than a region is reserved at once.
+/// How far the cache looks back for that: the reservation ahead is thus at most a region.
 const BEHIND_PAGES_MAX: u64 = REGION_PAGES * AHEAD_DIVISOR;
-/// After a reservation has failed for lack of space, only what is written is reserved for this long.
+/// After a reservation has failed for lack of space, the cache reserves only the pages being written for this long.
 const SCARCE_US: u64 = 1_000_000;
 
 /// Frames of the cache for each range that the guest has trimmed; these take less than 0.01 % of the cache.
@@ -46,7 +47,7 @@ const TRIMMED_MIN: u32 = 64;
 /// Most ranges.
 const TRIMMED_MAX: u32 = 4096;
 
-/// Whether a page has its space on the store.
+/// Whether a page is allocated on the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Space {
     Allocated,
@@ -59,29 +60,29 @@ pub(super) enum Space {
 #[derive(Clone, Copy, Debug)]
 struct PendingAllocation {
     pages: PageSpan,
-    /// What the request writes: tried alone if there is no space for all of `pages`.
+    /// The pages that the request writes: tried alone if there is no space for all of `pages`.
     written: PageSpan,
     /// Space in `pages` was freed meanwhile: when the allocation ends, they may have holes again.
     stale: bool,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct SpaceAllocations {
-    /// A direct-mapped table of regions: the slot is the remainder of a region's number, and has the quotient, or
+    /// A direct-mapped table of regions: a region's number modulo the size selects the slot, which has the quotient, or
     /// [`NONE`].
     regions: Vec<u32>,
-    /// By slot: the pages of its region that have their space.
+    /// By slot: the pages of its region that are allocated.
     pages: Vec<[u64; REGION_WORDS]>,
-    /// What the guest has trimmed: its space is not reserved again before the guest writes there. If the set holds more
-    /// than that, reservations there are not rounded up, and nothing else is lost.
+    /// Pages that the guest has trimmed: their space is not reserved again before the guest writes there. If the set
+    /// marks pages that were not trimmed, the only effect is that reservations there are not rounded up.
     trimmed: PageRanges,
     pending: Vec<PendingAllocation>,
-    /// Until then, only what is written is reserved.
+    /// Until then, only the pages being written are reserved.
     low_space_until: Tick,
     /// The store cannot allocate ahead of a write.
     unsupported: bool,
-    /// That was reported to the operator.
+    /// The operator was informed of that.
     reported: bool,
 }
 
@@ -101,13 +102,13 @@ impl SpaceAllocations {
         }
     }
 
-    /// The slot of a region, and what it holds if some of the region has its space.
+    /// The slot of a region, and its value if part of the region is allocated.
     fn slot_of(&self, region: u64) -> (usize, u32) {
         let slots = self.regions.len() as u64;
         (low_u32(region % slots) as usize, low_u32(region / slots))
     }
 
-    /// Remembers that the pages have their space.
+    /// Records that the pages are allocated.
     fn remember(&mut self, pages: PageSpan) {
         self.trimmed.remove(pages);
         for no in pages.iter() {
@@ -121,19 +122,19 @@ impl SpaceAllocations {
         }
     }
 
-    /// The pages of a region that are known to have their space.
+    /// The pages of a region that are known to be allocated.
     fn allocated_pages(&self, region: u64) -> [u64; REGION_WORDS] {
         let (slot, quotient) = self.slot_of(region);
         if self.regions[slot] == quotient { self.pages[slot] } else { [0; REGION_WORDS] }
     }
 
-    /// Whether the page is known to have its space.
+    /// Whether the page is known to be allocated.
     fn is_allocated(&self, no: PageNo) -> bool {
         let (word, mask) = bit_of(no);
         self.allocated_pages(no.0 / REGION_PAGES)[word] & mask != 0
     }
 
-    /// Number of pages with their space that end before `no`, without a gap; at most [`BEHIND_PAGES_MAX`].
+    /// Number of allocated pages that end before `no`, without a gap; at most [`BEHIND_PAGES_MAX`].
     fn allocated_behind(&self, no: PageNo) -> u64 {
         let (mut behind, mut at) = (0, no.0);
         while behind < BEHIND_PAGES_MAX && at > 0 {
@@ -154,8 +155,8 @@ impl SpaceAllocations {
         behind.min(BEHIND_PAGES_MAX)
     }
 
-    /// What to reserve for a request that writes `written`, which lies in one region. `region` are the region's pages,
-    /// of which `reserved` have their space.
+    /// The pages to reserve for a request that writes `written`, which lies in one region. `region` are the region's
+    /// pages, of which `reserved` are allocated.
     fn extent(&self, written: PageSpan, region: PageSpan, reserved: u64, now: Tick) -> PageSpan {
         if now < self.low_space_until {
             return written;
@@ -174,7 +175,7 @@ impl SpaceAllocations {
         PageSpan::new(rounded.first, end - rounded.first.0)
     }
 
-    /// Space in the span was freed; if the guest has `trimmed` it, it is to stay free.
+    /// Space in the span was freed. If the guest has `trimmed` it, it is to stay free.
     pub fn forget(&mut self, pages: PageSpan, trimmed: bool) {
         if trimmed {
             self.trimmed.insert(pages);
@@ -200,7 +201,7 @@ impl SpaceAllocations {
         }
     }
 
-    /// Whether to report to the operator now, once, that the store cannot allocate ahead of a write.
+    /// Returns true once, if the store cannot allocate ahead of a write: the owner reports it to the operator.
     pub fn take_unsupported(&mut self) -> bool {
         self.unsupported && !std::mem::replace(&mut self.reported, true)
     }
@@ -214,8 +215,8 @@ impl SpaceAllocations {
 }
 
 impl PageCache {
-    /// Whether a page that `request` writes has its space; if that is not known, asks the store for it. If the
-    /// allocation failed, only a resumed request is refused; for any other, the store is asked again.
+    /// Whether a page that `request` writes is allocated. If that is not known, starts an allocation. If the allocation
+    /// failed, only a resumed request is refused; for any other, the allocation is tried again.
     pub(super) fn space_for(&mut self, no: PageNo, request: PageSpan, attempt: Attempt) -> Space {
         if planted(PlantedBug::WriteSkipsAllocation) {
             return Space::Allocated;
@@ -274,7 +275,7 @@ impl PageCache {
         }
     }
 
-    /// Writes that wait for space are retried when the pause after the failure is over.
+    /// Retries the writes that wait for space when the pause after the failure is over.
     pub(super) fn retry_allocations(&mut self) {
         if self.health.take_space_retry(self.now) {
             self.stalled.unblock();

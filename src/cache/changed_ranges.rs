@@ -1,22 +1,23 @@
-//! Ranges that a discard has changed on the store, or a discard or zero that failed, and that no successful Sync
-//! covers.
+//! Ranges that a discard, or a failed discard or zero, has changed on the store, and that no successful Sync covers.
 //!
 //! The store may lose such a change, as it may lose a write, and then has the old contents again. The cache does not
-//! write the range again, because its contents are undefined. But a guest may have read it in between: what it read is
-//! a clean page, which the store no longer has, and the next daemon would find an image that its cache does not belong
-//! to. So a failure after which the store may have lost the change drops what is clean in the range: also in pages that
-//! are busy, and what a read in flight brings. The discards of the previous daemon are unknown: until the first Sync of
-//! a cache that was restored, all of the image counts as changed.
+//! write the range again, because its contents are undefined. But a guest may have read it in between: the clean page
+//! of that read then differs from the store, and the next daemon would find an image that does not match its cache. So
+//! a failure after which the store may have lost the change drops all clean sectors of the range: also in busy pages,
+//! and the result of a read in flight. The discards of the previous daemon are unknown: until the first Sync of a
+//! restored cache, the whole image counts as changed.
 
 use crate::units::{OpKind, PageId, PageSpan, SectorSpan, Unmap};
 
 use super::PageCache;
 use super::page_ranges::PageRanges;
 
-/// Most ranges of a list. Ranges are united beyond that: then pages too many are dropped, and read in again.
+/// Most ranges in a list. If there are more, ranges are merged: the cost is that more pages are dropped and read in
+/// again.
 const RANGES_MAX: usize = 64;
 
-/// See the module. As with pages (`flush.rs`), one list is for what the Sync in flight covers, and one for later ones.
+/// See the documentation of the module. As with pages (`flush.rs`), one list has the ranges that the Sync in flight
+/// covers, the other one later ones.
 #[derive(Debug)]
 pub(super) struct ChangedRanges {
     lists: [PageRanges; 2],
@@ -53,8 +54,8 @@ impl PageCache {
         self.changed_ranges.add(self.flushing.fresh(), span.pages());
     }
 
-    /// The store may have lost the changes of a list that no Sync covers: neither its clean pages, nor what is being
-    /// read, nor what the store told of holes in it is true any more.
+    /// The store may have lost the changes of a list that no Sync covers: its clean pages, the reads in flight, and the
+    /// reported holes in it are no longer valid.
     pub(super) fn doubt_changed_ranges(&mut self, list: usize) {
         let changed = &self.changed_ranges.lists[list];
         let spans: Vec<PageSpan> = changed.iter().collect();
@@ -72,7 +73,7 @@ impl PageCache {
     }
 
     /// Drops the clean sectors of a page, which the store may have lost. A page that no Sync covers is written again as
-    /// a whole: it keeps all that it has.
+    /// a whole: it keeps all its sectors.
     fn forget_lost(&mut self, id: PageId) {
         let page = &self.pages[id];
         if page.is_unsynced() {

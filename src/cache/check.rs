@@ -25,7 +25,7 @@ impl PageCache {
         for (_, page) in self.pages.iter() {
             waiters += self.waiters.chain_len(page.waiters());
             let awaited = page.is(READING) || page.waiters() != NONE;
-            assert!(page.frame().is_some() || awaited, "{:?} has no frame, and nothing brings one", page.no());
+            assert!(page.frame().is_some() || awaited, "{:?} has no frame, and nothing gives it one", page.no());
         }
         assert_eq!(self.waiters.in_use(), waiters, "I4: waiters");
     }

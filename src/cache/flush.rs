@@ -1,25 +1,25 @@
-//! FLUSH: writes everything that was written before it to the store, and has the store make it durable.
+//! FLUSH: writes all earlier guest writes to the store, and has the store make them durable.
 //!
-//! A flush closes the current epoch. It waits until nothing of that epoch or an older one is dirty or under write-back,
+//! A flush closes the current epoch. It waits until no page of that epoch or an older one is dirty or under write-back,
 //! and then for a Sync that was submitted after the last such write had ended (I8). There is one Sync at a time, and it
-//! serves all flushes that wait (group commit). A flush with nothing written since the last successful Sync completes
-//! at once.
+//! serves all waiting flushes (group commit). If nothing was written since the last successful Sync, a flush completes
+//! immediately.
 //!
 //! A failed write fails the flushes of its epoch, and its pages stay dirty. A failed Sync is not retried as if nothing
 //! had happened. The device may have been reset, or the kernel may have dropped the pages, so every write since the
 //! last successful Sync is in doubt: those that the Sync was to cover, those that completed later, and those in flight.
 //! All of them become dirty again and are written again (pages that no Sync covers are not evicted). A failed write may
-//! be the sign of a reset as well, and puts the same writes in doubt. Before it is tried again, a Sync makes the others
+//! also be the sign of a reset, and puts the same writes in doubt. Before it is retried, a Sync makes the others
 //! durable: otherwise a page that fails forever would put them in doubt forever.
 //!
-//! A remote store whose server was restarted says so by a Sync that fails with [`Fault::Lost`]. The same writes are in
-//! doubt then, but nothing is wrong any more: they are written again, and no request learns of it.
+//! If the server of a remote store was restarted, the next Sync fails with [`Fault::Lost`]. The same writes are then in
+//! doubt, but the store works again: they are written again, and no request fails.
 //!
 //! A device that resets fails a write and loses what it had not made durable; a Sync that follows succeeds, and may be
-//! reaped before the write that failed. A FLUSH does not wait for that: it would wait for every write in flight. But
-//! the pages that the Sync covers stay in doubt, and in memory, until each write, zero and discard that was in flight
-//! at its end has ended. If one of them tells of a reset, the pages are written again. Until then a power cut could
-//! cost what the FLUSH promised.
+//! reaped before the write that failed. A FLUSH does not wait for that failure: it would have to wait for every write
+//! in flight. But the pages that the Sync covers stay in doubt, and in memory, until each write, zero and discard that
+//! was in flight when the Sync ended has ended too. If one of them reports a reset, the pages are written again. Until
+//! then a power cut could lose data that the FLUSH reported as durable.
 
 use std::collections::VecDeque;
 
@@ -31,20 +31,21 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, Ticket};
 
-/// A Sync is due when more than one in this many frames hold pages that no Sync covers: those cannot be evicted.
+/// A Sync is due when more than one in this many frames hold pages that no Sync covers, because those cannot be
+/// evicted.
 const UNSYNCED_DIVISOR: u32 = 8;
 
-/// A flush that waits.
+/// A waiting flush.
 #[derive(Clone, Copy, Debug)]
 struct Flush {
     ticket: Ticket,
     /// The last epoch that it includes.
     up_to: Epoch,
-    /// Once everything up to that epoch is written: the value that [`FlushState::synced`] must reach.
+    /// Set once everything up to that epoch is written: the value that [`FlushState::synced`] must reach.
     needs: Option<u64>,
 }
 
-/// The flushes that wait, and what is written but not yet durable.
+/// The waiting flushes, and the data that is written but not yet durable.
 #[derive(Debug)]
 pub(super) struct FlushState {
     queue: VecDeque<Flush>,
@@ -55,26 +56,27 @@ pub(super) struct FlushState {
     /// How many of them the Sync in flight covers.
     syncing: Option<u64>,
     /// Operations that were in flight when the last Sync succeeded and have not ended. Any of them may report a reset
-    /// that the Sync missed; its pages stay in doubt until this is 0. `None`: no page is in doubt.
+    /// that the Sync did not; the pages of the Sync stay in doubt until this is 0. `None`: no page is in doubt.
     confirming: Option<usize>,
-    /// Syncs that have succeeded. An operation that was submitted before the last one may tell of a reset before it.
+    /// Number of successful Syncs. An operation that was submitted before the last one may report a reset that preceded
+    /// that Sync.
     successes: u64,
-    /// Pages written since the last successful Sync. While a Sync is in flight, or in doubt, one list has the pages
-    /// that it covers, and the other, list `fresh`, those that were written later.
+    /// Pages written since the last successful Sync. While a Sync is in flight or in doubt, one list has the pages that
+    /// it covers; the other one, list `fresh`, has those that were written later.
     unsynced: [Vec<PageId>; 2],
     fresh: usize,
     /// A Sync should be submitted although no flush waits for it.
     wanted: bool,
-    /// A write has failed, and no Sync has succeeded since.
+    /// A write has failed since the last successful Sync.
     must_sync_before_retry: bool,
-    /// How often everything unsynced was put in doubt. An operation that was submitted before the last time is in doubt
+    /// How often all unsynced pages were put in doubt. An operation that was submitted before the last time is in doubt
     /// too.
     doubts: u32,
 }
 
 impl Default for FlushState {
-    /// => The first flush of a cache's life sends a Sync: the image may hold writes of the previous daemon, or of
-    ///    another process, that no Sync covers and that the guest can read.
+    /// => The first flush of a cache submits a Sync: the image may hold writes of the previous daemon, or of another
+    ///    process, that no Sync covers and that the guest can read.
     fn default() -> Self {
         Self {
             queue: VecDeque::new(),
@@ -93,7 +95,7 @@ impl Default for FlushState {
 }
 
 impl FlushState {
-    /// The last epoch whose write-back a flush waits for.
+    /// The last epoch whose write-back a flush still waits for.
     pub fn unwritten_up_to(&self) -> Option<Epoch> {
         self.queue.back().filter(|flush| flush.needs.is_none()).map(|flush| flush.up_to)
     }
@@ -103,7 +105,7 @@ impl FlushState {
         self.queue.is_empty()
     }
 
-    /// Asks for a Sync: because pages can't be evicted before one, or have been unsynced for long.
+    /// Requests a Sync: pages can't be evicted before it, or have been unsynced for long.
     pub fn want_sync(&mut self) {
         self.wanted = true;
     }
@@ -133,24 +135,24 @@ impl FlushState {
         self.written += 1;
     }
 
-    /// The list for pages whose write ends now.
+    /// The list for pages whose write has just ended.
     pub fn fresh(&self) -> usize {
         self.fresh
     }
 
-    /// A write has failed: before it is tried again, a Sync covers what has succeeded.
+    /// A write has failed: a Sync must cover the successful writes before it is retried.
     pub fn sync_before_retry(&mut self) {
         self.must_sync_before_retry = true;
     }
 
-    /// Whether a failed write may be tried again: it puts little in doubt if it fails again.
+    /// Whether a failed write may be retried: another failure would put few writes in doubt.
     pub fn may_retry(&self) -> bool {
         !self.must_sync_before_retry || self.nothing_unsynced()
     }
 
-    /// Whether something that this cache has written is not durable.
+    /// Whether some data that this cache has written is not durable.
     pub fn has_unsynced(&self) -> bool {
-        // The initial 1 in `written` counts what was on the image before.
+        // The initial 1 in `written` stands for the earlier contents of the image.
         self.written > self.synced.max(1)
     }
 
@@ -159,7 +161,7 @@ impl FlushState {
         self.doubts
     }
 
-    /// Syncs that have succeeded; see [`StoreOp::syncs`].
+    /// Number of successful Syncs; see [`StoreOp::syncs`].
     pub fn successes(&self) -> u64 {
         self.successes
     }
@@ -171,10 +173,10 @@ impl FlushState {
 }
 
 impl PageCache {
-    /// Makes everything durable that was written before; a [`Notice::Done`] reports the end.
+    /// Makes all earlier writes durable; a [`Notice::Done`] reports the end.
     pub fn flush(&mut self, ticket: Ticket) {
         self.stats.flushes += 1;
-        // The guest needs to know now whether its data reaches the store: retry what failed before.
+        // The guest needs the result now: retry the writes that failed before.
         self.health.retry_now(self.now);
         if self.refuse_while_stopped(ticket) {
             return;
@@ -184,7 +186,7 @@ impl PageCache {
         self.flushing.queue.push_back(Flush { ticket, up_to, needs: None });
     }
 
-    /// Completes the flushes that have all they need, and submits the Sync that others wait for.
+    /// Completes the flushes whose conditions are met, and submits the Sync that others wait for.
     pub(super) fn advance_flushes(&mut self) {
         let redoing = self.ranges.is_redoing_zeroes();
         let oldest = self.pages.dirty().oldest();
@@ -203,7 +205,8 @@ impl PageCache {
             self.end_flush(ticket, Ok(()));
         }
         let a_flush_waits = self.flushing.queue.front().is_some_and(|flush| flush.needs.is_some());
-        // A flush does not wait for the end of the pause after a failure, unless it is held as all other requests are.
+        // A flush does not wait for the pause after a failure to end, unless the store's health holds it like all other
+        // requests.
         let asked = a_flush_waits && !self.health.holds_syncs();
         let due = self.flushing.needs_sync() && self.health.may_retry(self.now);
         if self.flushing.syncing.is_none() && !redoing && (asked || due) && !self.must_confirm_first() {
@@ -211,7 +214,7 @@ impl PageCache {
         }
     }
 
-    /// Whether so many pages are in doubt after the last Sync that no other is sent before they are not.
+    /// Whether so many pages of the last Sync are in doubt that the next Sync must wait until they are confirmed.
     fn must_confirm_first(&self) -> bool {
         let FlushState { confirming, fresh, unsynced, .. } = &self.flushing;
         confirming.is_some() && unsynced[fresh ^ 1].len() >= (self.pages.frames().total() / UNSYNCED_DIVISOR) as usize
@@ -228,14 +231,14 @@ impl PageCache {
         self.submit_op(StoreOp::without_pages(OpKind::Sync, SectorSpan::new(0, 0)));
     }
 
-    /// The pages that the last Sync has left in doubt are covered by the next one, like those written since.
+    /// The next Sync covers the pages that the last one has left in doubt, like those written since.
     fn carry_over_unconfirmed(&mut self) {
         if self.flushing.confirming.take().is_none() {
             return;
         }
         let (fresh, old) = (self.flushing.fresh, self.flushing.fresh ^ 1);
         for id in std::mem::take(&mut self.flushing.unsynced[old]) {
-            // The slot may be free by now, or have another page.
+            // The slot may be free meanwhile, or have another page.
             if self.pages[id].is(UNSYNCED[old]) {
                 if !self.pages[id].is(UNSYNCED[fresh]) {
                     self.flushing.unsynced[fresh].push(id);
@@ -271,7 +274,7 @@ impl PageCache {
         }
     }
 
-    /// An operation has ended, and is handled: the last Sync may have waited for it.
+    /// An operation has ended and is handled: the confirmation of the last Sync may have waited for it.
     pub(super) fn op_ended(&mut self, op: &StoreOp) {
         let was_in_flight = op.may_report_reset() && op.syncs < self.flushing.successes;
         if let Some(ops) = self.flushing.confirming.as_mut().filter(|_| was_in_flight) {
@@ -280,7 +283,7 @@ impl PageCache {
         }
     }
 
-    /// Ends the doubt about the pages of the last Sync, once nothing is in flight that could tell of a reset before it.
+    /// Confirms the pages of the last Sync, once no operation in flight could report a reset before it.
     fn confirm_sync(&mut self) {
         if self.flushing.confirming != Some(0) && !planted(PlantedBug::SyncCountsAtOnce) {
             return;
@@ -288,18 +291,18 @@ impl PageCache {
         self.flushing.confirming = None;
         let old = self.flushing.fresh ^ 1;
         // Before the pages: a page that was written after its range had been zeroed must not be clean while the range
-        // is noted, or the next daemon would zero it.
+        // is still recorded, or the next daemon would zero it.
         self.zeroes_synced(old);
         self.changed_ranges.clear(old);
         for id in std::mem::take(&mut self.flushing.unsynced[old]) {
-            // The slot may be free by now, or have another page.
+            // The slot may be free meanwhile, or have another page.
             if self.pages[id].is(UNSYNCED[old]) {
                 self.page_synced(id, old);
             }
         }
     }
 
-    /// A Sync covers the page. What a range operation is changing on the store meanwhile must not be called clean.
+    /// A Sync covers the page. A page that a range operation is changing on the store must not become clean.
     fn page_synced(&mut self, id: PageId, old: usize) {
         let no = self.pages[id].no();
         let (changing, beyond) = (self.ranges.changing(no), self.pages.beyond_image(no));
@@ -315,11 +318,11 @@ impl PageCache {
         }
     }
 
-    /// Everything that no successful Sync covers may be lost: it is written, or zeroed, again. Operations in flight are
+    /// Everything that no successful Sync covers may be lost: it is written or zeroed again. Operations in flight are
     /// in doubt when they complete ([`PageCache::is_in_doubt`]).
     ///
-    /// => `syncs`: how many Syncs had succeeded when the operation was submitted that failed. If fewer than now, what
-    ///    the last one covers may be lost too.
+    /// => `syncs`: how many Syncs had succeeded when the failed operation was submitted. If fewer than now, the pages
+    ///    that the last Sync covers may be lost too.
     pub(super) fn doubt_unsynced(&mut self, syncs: u64) {
         let flushing = &mut self.flushing;
         flushing.doubts = flushing.doubts.wrapping_add(1);
@@ -336,7 +339,7 @@ impl PageCache {
         for list in lists {
             let flag = UNSYNCED[list];
             for id in std::mem::take(&mut self.flushing.unsynced[list]) {
-                // The page may have been removed, and another have taken its slot.
+                // The page may have been removed, and its slot reused.
                 if self.pages[id].is(flag) {
                     self.make_dirty_again(id);
                     self.pages.change(id, |page| page.clear(flag));
@@ -354,14 +357,14 @@ impl PageCache {
         }
     }
 
-    /// Whether an operation that has succeeded was in flight when everything unsynced was last put in doubt.
+    /// Whether everything unsynced was put in doubt while this operation, which has succeeded, was in flight.
     pub(super) fn is_in_doubt(&self, op: &StoreOp) -> bool {
         op.doubts != self.flushing.doubts && !planted(PlantedBug::InFlightIsTrusted)
     }
 
     /// A Sync has failed: requests another one, and reports the failure to the store's health.
     ///
-    /// => A store that has lost something works again: what it lost is written again at once, and no request fails.
+    /// => [`Fault::Lost`]: the store works again. The lost data is written again immediately, and no request fails.
     fn sync_failed(&mut self, fault: Fault) {
         self.stats.sync_errors += 1;
         if fault != Fault::Lost {
@@ -397,8 +400,8 @@ impl PageCache {
         self.flushing.queue.front().map_or(self.pages.dirty().current(), |flush| flush.up_to)
     }
 
-    /// The epoch of a page whose write-back failed: its own. One that has failed for so long that the comparison of
-    /// epochs would soon wrap moves up instead, so that later flushes still include it.
+    /// The epoch of a page whose write-back failed: its own. If it has failed for so long that the comparison of epochs
+    /// would soon wrap, it gets a newer epoch, so that later flushes still include it.
     pub(super) fn epoch_after_failure(&self, epoch: Epoch) -> Epoch {
         if epoch.is_about_to_wrap(self.pages.dirty().current()) { self.epoch_for_rewriting() } else { epoch }
     }
@@ -416,7 +419,7 @@ impl PageCache {
         failed.into_iter().for_each(|ticket| self.end_flush(ticket, Err(fault)));
     }
 
-    /// Reports the end of a flush. That of a freeze is reported when the cache is frozen.
+    /// Reports the end of a flush. For the flush of a freeze, that is when the cache is frozen.
     fn end_flush(&mut self, ticket: Ticket, result: Result<(), Fault>) {
         if self.freeze.is_its_flush(ticket) {
             self.freeze_flushed(result);
@@ -425,19 +428,19 @@ impl PageCache {
         }
     }
 
-    /// Forgets a flush that waits, without a notice.
+    /// Removes a waiting flush without a notice.
     pub(super) fn withdraw_flush(&mut self, ticket: Ticket) {
         self.flushing.queue.retain(|flush| flush.ticket != ticket);
     }
 
-    /// Fails all flushes that wait.
+    /// Fails all waiting flushes.
     pub(super) fn fail_all_flushes(&mut self, fault: Fault) {
         while let Some(flush) = self.flushing.queue.pop_front() {
             self.end_flush(flush.ticket, Err(fault));
         }
     }
 
-    /// The page was written to the store: it may not be evicted before a successful Sync.
+    /// The page was written to the store: it may not be evicted before a successful Sync covers it.
     pub(super) fn mark_unsynced(&mut self, id: PageId) {
         let fresh = self.flushing.fresh;
         if !self.pages[id].is(UNSYNCED[fresh]) {

@@ -1,24 +1,24 @@
-//! A freeze, for a copy of the image that another program makes: what has completed is durable on the store, and the
-//! store does not change until the thaw.
+//! A freeze lets another program copy the image: all completed writes are durable on the store, and the store does not
+//! change until the thaw.
 //!
 //! A freeze begins like a FLUSH. From then on no write, discard or zero is admitted: they stall, as they do while the
 //! cache is full. The FLUSH is repeated until nothing is dirty, under write-back or unsynced; then the cache is frozen.
-//! Meanwhile it starts no operation that changes the store. A write that a guest began before the freeze may complete
-//! after it: its pages stay dirty until the thaw, and a FLUSH that covers them waits until then.
+//! While it is frozen, it starts no operation that changes the store. A write that a guest began before the freeze may
+//! complete after it: its pages stay dirty until the thaw, and a FLUSH that covers them waits until then.
 //!
-//! A freeze has a deadline, which counts from its begin: the guest's writes wait no longer than that, whatever becomes
-//! of the requester.
+//! A freeze has a deadline, counted from its start: the guest's writes wait no longer than that, even if the requester
+//! has ended.
 
 use crate::units::{Fault, Tick};
 
 use super::{Notice, PageCache, Ticket};
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum FreezeState {
     #[default]
     Off,
-    /// Everything is being written. `flushing`: the flush with the ticket is in the queue.
+    /// Dirty pages are being written. `flushing`: the flush with the ticket is in the queue.
     Draining { ticket: Ticket, until: Tick, holds_reads: bool, flushing: bool },
     /// The store does not change.
     On { until: Tick, holds_reads: bool },
@@ -40,7 +40,7 @@ impl FreezeState {
         matches!(self, Self::On { .. })
     }
 
-    /// When it ends by itself.
+    /// When the freeze ends without a thaw.
     pub fn until(self) -> Option<Tick> {
         match self {
             Self::Off => None,
@@ -48,15 +48,15 @@ impl FreezeState {
         }
     }
 
-    /// Whether the flush with this ticket is its own.
+    /// Whether the flush with this ticket belongs to the freeze.
     pub fn is_its_flush(self, flush: Ticket) -> bool {
         matches!(self, Self::Draining { ticket, flushing: true, .. } if ticket == flush)
     }
 }
 
 impl PageCache {
-    /// Freezes the cache until [`PageCache::thaw`], but no longer than until `until`; a [`Notice::Done`] reports that
-    /// it is frozen, or why it is not. `holds_reads`: reads wait, too.
+    /// Freezes the cache until [`PageCache::thaw`], but at most until `until`; a [`Notice::Done`] reports that it is
+    /// frozen, or the fault. `holds_reads`: reads wait too.
     pub fn freeze(&mut self, ticket: Ticket, until: Tick, holds_reads: bool) {
         if self.freeze.holds_writes() {
             self.notices.push(Notice::Done(ticket, Err(Fault::Invalid)));
@@ -101,12 +101,12 @@ impl PageCache {
         }
     }
 
-    /// Whether nothing changes the store any more, and everything is durable.
+    /// Whether no operation changes the store, and everything is durable.
     fn is_drained(&self) -> bool {
         self.is_durable() && self.store_ops.changes() == 0 && self.ranges.is_empty()
     }
 
-    /// Freezes a cache that has nothing left to write, flushes one that has, and ends a freeze whose time is over.
+    /// Freezes a cache with nothing left to write, flushes any other, and ends a freeze whose deadline has passed.
     pub(super) fn advance_freeze(&mut self) {
         if self.freeze.until().is_some_and(|until| until <= self.now) {
             self.thaw();
@@ -120,7 +120,7 @@ impl PageCache {
         } else if self.pages.dirty().oldest().is_some() || !self.flushing.nothing_unsynced() {
             self.freeze = FreezeState::Draining { ticket, until, holds_reads, flushing: true };
             self.flush(ticket);
-            // No request and no completion need follow.
+            // No request or completion needs to follow.
             self.writeback.take_turn();
         }
     }

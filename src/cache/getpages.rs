@@ -1,8 +1,8 @@
-//! getpages: guest reads, and the read-in of what is missing (genfs_getpages).
+//! getpages: guest reads, and the read-in of missing sectors (genfs_getpages).
 //!
-//! A read walks its pages once. It gets valid sectors at once, as pinned pieces, and holes as zeros. What is missing is
-//! read in: adjacent pages are merged into one operation, valid pages are skipped, and nothing beyond the image is
-//! read.
+//! A read walks its pages once. It gets valid sectors immediately, as pinned pieces, and holes as zeros. Missing
+//! sectors are read in: adjacent pages are merged into one operation, valid pages are skipped, and nothing beyond the
+//! image is read.
 //!
 //! A read-in always fills a frame of its own. When it ends, a page without a frame adopts that frame, and a page that
 //! was partly written takes only the sectors that it lacks. So a write never waits for a read-in (PGO_OVERWRITE), and a
@@ -43,7 +43,7 @@ pub(super) struct Waiters {
 /// Adjacent missing pages that are being collected into one read.
 #[derive(Debug, Default)]
 pub(super) struct MissRun {
-    /// Readahead collects it: no request waits for it yet.
+    /// Collected by readahead: no request waits for it yet.
     pub(super) is_readahead: bool,
     first: Option<PageNo>,
     ids: Vec<PageId>,
@@ -52,14 +52,14 @@ pub(super) struct MissRun {
 
 /// Why an absent page is not read in now.
 enum CannotRead {
-    /// No frame is free, or the map of holes is being asked for.
+    /// No frame is free, or the hole map has been requested.
     Wait,
     /// It reads as zeros and needs no frame.
     Hole,
 }
 
 impl PageCache {
-    /// Admits a read: pieces that can be copied now go to `pieces`, the rest comes in notices.
+    /// Admits a read: pieces that can be copied now are added to `pieces`, the rest is delivered in notices.
     ///
     /// => The owner returns every piece with [`PageCache::finish_read`].
     pub fn read(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
@@ -118,8 +118,8 @@ impl PageCache {
         }
     }
 
-    /// Looks up pages that requests will ask for in a moment, and changes nothing. The lookups of one request after
-    /// another each miss the CPU's cache in turn; here those misses overlap.
+    /// Looks up the pages of the next requests, and changes nothing. Without it, the lookup of each request misses the
+    /// CPU's cache in turn; here those misses overlap.
     pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo> + Clone) {
         self.pages.prefetch_lookups(pages);
     }
@@ -147,7 +147,7 @@ impl PageCache {
         marked.then_some(part.no)
     }
 
-    /// A guest asks for a page that was read ahead in `period` for the first time.
+    /// A guest requests for the first time a page that was read ahead in `period`.
     fn first_demand(&mut self, id: PageId, no: PageNo, period: Period) {
         self.pages.take_unread(id);
         self.streams.remove_unread(period);
@@ -168,7 +168,7 @@ impl PageCache {
         }
         self.stats.read_miss_pages += 1;
         self.enqueue_waiter(id, Waiter::new(ticket, part));
-        // A hole is filled with zeros at once.
+        // A hole is filled with zeros immediately.
         self.settle_waiters(id);
         true
     }
@@ -195,8 +195,8 @@ impl PageCache {
         Ok(id)
     }
 
-    /// Starts the read-in of an absent page that no guest has asked for. Returns whether it is read, and is no hole;
-    /// `None`: no frame is free, or the map is being asked for.
+    /// Starts the read-in of an absent page that no guest has requested. Returns true if it is read, false if it is a
+    /// hole; `None`: no frame is free, or the hole map has been requested.
     pub(super) fn begin_warming(&mut self, no: PageNo) -> Option<bool> {
         match self.begin_read_in(no) {
             Ok(_) => Some(true),
@@ -205,7 +205,8 @@ impl PageCache {
         }
     }
 
-    /// Starts the read-in of what a page in the table lacks. False: no frame is free, or the map is being asked for.
+    /// Starts the read-in of the missing sectors of a page in the table. False: no frame is free, or the hole map has
+    /// been requested.
     ///
     /// => A page under write-back is not read (I6): the end of the write serves its waiters again.
     pub(super) fn fill(&mut self, id: PageId) -> bool {
@@ -222,7 +223,7 @@ impl PageCache {
             }
             BlockStatus::Hole => match self.pages.ensure_frame(id) {
                 Some(_) => {
-                    // Again: sectors beyond the end of the image are valid as soon as there is a frame.
+                    // Computed again: sectors beyond the end of the image become valid as soon as the page has a frame.
                     let missing = missing_sectors(&self.pages[id]);
                     self.pages.zero_sectors(id, missing);
                     self.pages.change(id, |page| page.valid = page.valid.or(missing));
@@ -240,7 +241,7 @@ impl PageCache {
         }
     }
 
-    /// Adds a page to the read that is being collected; the store will fill `frame`.
+    /// Adds a page to the read that is being collected; the store reads into `frame`.
     fn join_run(&mut self, id: PageId, frame: FrameId) {
         let no = self.pages[id].no();
         let length = self.run.ids.len() as u64;
@@ -254,7 +255,7 @@ impl PageCache {
         self.run.frames.push(frame);
     }
 
-    /// Submits the read that was collected, if there is one.
+    /// Submits the collected read, if there is one.
     pub(super) fn submit_run(&mut self) {
         let Some(first) = self.run.first.take() else {
             return;
@@ -280,10 +281,11 @@ impl PageCache {
         self.submit_run();
     }
 
-    /// The store has filled `frame` for the page, which adopts it, or takes from it what it lacks (I7). What a zero has
-    /// zeroed meanwhile is zeros, whatever the store returned.
+    /// The store has filled `frame` for the page. The page adopts the frame, or copies from it the sectors that it
+    /// lacks (I7). Sectors that a zero has zeroed meanwhile are zeros, whatever the store returned.
     ///
-    /// => `is_lost`: the store may have lost since what it returned. The waiters get it, and the page does not keep it.
+    /// => `is_lost`: the store may since have lost the data that it returned. The waiters get the data, and the page
+    ///    does not keep it.
     fn page_read_in(&mut self, id: PageId, frame: FrameId, is_lost: bool) {
         let zeroed = self.zeroed_sectors(self.pages[id].no());
         let ready = match self.pages[id].frame() {
@@ -319,9 +321,8 @@ impl PageCache {
         }
     }
 
-    /// The page could not be read. If the read was on demand, its waiters fail; if readahead made it, they get a read
-    /// of their own. A page with nothing in it is removed. A dirty page that needed the read-in before its write-back
-    /// has failed.
+    /// The page could not be read. If the read was on demand, its waiters fail; if it was readahead, they get a read of
+    /// their own. An empty page is removed. The write-back of a dirty page that needed the read-in has failed.
     fn page_not_read(&mut self, id: PageId, frame: FrameId, fault: Fault, urgency: Urgency) {
         self.pages.change(id, |page| page.clear(READING));
         self.stats.read_errors += 1;
@@ -347,13 +348,13 @@ impl PageCache {
         }
     }
 
-    /// Delivers a page to the reads that wait for sectors that it has now. If others still wait and neither a read-in
-    /// nor a writer will bring their sectors, reads them in.
+    /// Delivers a page to the waiting reads whose sectors are now valid. If other reads still wait and neither a
+    /// read-in nor a writer will make their sectors valid, starts a read-in.
     pub(super) fn settle_waiters(&mut self, id: PageId) {
         self.deliver_ready(id, self.pages[id].valid);
     }
 
-    /// As [`PageCache::settle_waiters`], where the frame has the sectors `ready`, for this moment.
+    /// Like [`PageCache::settle_waiters`], but the frame has the sectors `ready` only now.
     fn deliver_ready(&mut self, id: PageId, ready: SectorMask) {
         let mut chain = self.pages.replace_waiters(id, NONE);
         while chain != NONE {
@@ -370,7 +371,7 @@ impl PageCache {
         self.fill_for_waiters(id);
     }
 
-    /// Removes a page that has nothing from the store or a guest, and that nothing holds.
+    /// Removes a page without data from the store or a guest that is not in use.
     fn remove_if_empty(&mut self, id: PageId) {
         let page = &self.pages[id];
         if !page.busy() && page.valid.without(self.pages.beyond_image(page.no())).is_empty() {
@@ -389,7 +390,7 @@ impl PageCache {
         self.notices.push(Notice::Ready(ticket, piece));
     }
 
-    /// Reads in what the waiters of a page lack; the next pump tries again if that can't be done now.
+    /// Reads in the sectors that the waiters of a page need; if that is not possible now, the next pump retries.
     fn fill_for_waiters(&mut self, id: PageId) {
         let page = &self.pages[id];
         if page.waiters() == NONE || page.is(READING) || page.writers > 0 {
@@ -398,12 +399,12 @@ impl PageCache {
         if !self.fill(id) {
             self.unfilled.push(id);
         } else if self.pages[id].valid == SectorMask::ALL {
-            // A hole was filled at once: there is no read-in whose end would deliver it.
+            // A hole was filled immediately: no read-in follows whose end would deliver it.
             self.settle_waiters(id);
         }
     }
 
-    /// Tries again to serve the waiters of pages that lacked a frame or a map.
+    /// Retries the waiters of pages that lacked a frame or a hole map.
     pub(super) fn retry_unfilled(&mut self) {
         for id in std::mem::take(&mut self.unfilled) {
             if self.pages[id].waiters() != NONE {
@@ -418,7 +419,7 @@ impl PageCache {
         self.pages.replace_waiters(id, self.waiters.put(Waiter { next, ..waiter }));
     }
 
-    /// Readahead: reads in the absent pages of `window` while there is room, and returns where it stopped. The first
+    /// Readahead: reads in the absent pages of `window` while frames are free, and returns where it stopped. The first
     /// page that it reads in gets the marker, if that is due.
     ///
     /// => It never waits, and leaves half of the free reserve to requests.
@@ -458,7 +459,7 @@ fn missing_sectors(page: &Page) -> SectorMask {
 }
 
 impl Waiter {
-    /// A waiter in no chain yet.
+    /// A waiter that is in no chain yet.
     fn new(ticket: Ticket, part: PagePart) -> Self {
         let PagePart { first, count, at, .. } = part;
         Self { ticket, at, first, count, next: NONE }
@@ -475,7 +476,7 @@ impl Waiters {
         u32::try_from(self.pool.len() - 1).expect("waiters are bounded by the requests in flight")
     }
 
-    /// Takes the first waiter off `chain`.
+    /// Takes the first waiter from `chain`.
     fn take(&mut self, chain: &mut u32) -> Waiter {
         let waiter = self.pool[*chain as usize];
         self.free.push(*chain);

@@ -1,10 +1,10 @@
-//! Vectors that become longer while the cache is used.
+//! Vectors that grow while the cache is used.
 
-/// An empty vector that grows to `len_max` elements without being moved, if the host has the addresses. What is not
-/// used takes no memory.
+/// An empty vector that grows to `len_max` elements without being moved, if the host has enough address space. The
+/// unused part takes no memory.
 pub(super) fn vec_for<T>(len_max: u32) -> Vec<T> {
     let mut elements = Vec::new();
-    // Else it is moved when it grows, which takes longer.
+    // Otherwise the vector is moved when it grows, which takes longer.
     let _ = elements.try_reserve_exact(len_max as usize);
     elements
 }

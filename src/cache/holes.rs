@@ -1,8 +1,8 @@
-//! Which pages of the image are known to be holes: a bounded cache of the store's extent maps, by region of 1 MiB, and
-//! of the runs that reach beyond the region that was asked for (`runs.rs`).
+//! The known holes of the image: a bounded cache of the store's extent maps, by region of 1 MiB, and of the runs that
+//! extend beyond the requested region (`runs.rs`).
 //!
-//! The maps are hints with one hard rule: a page that they call a hole reads as zeros on the store. So the end of a
-//! write-back clears the bits of its pages, also in a map that was requested before; and a zero or a discard makes its
+//! The maps are hints with one hard rule: a page marked as a hole reads as zeros on the store. So the end of a
+//! write-back clears the bits of its pages, also in a map that was requested earlier; and a zero or a discard makes its
 //! regions unknown.
 
 use crate::units::{ExtentKind, ImageHoles, OpKind, PageNo, PageSpan, SECTORS_PER_PAGE, Unmap};
@@ -11,17 +11,17 @@ use super::runs::Runs;
 use super::store_ops::{Outcome, StoreOp};
 use super::{FRAMES_PER_REGION, PageCache, REGION_PAGES, REGION_WORDS, SectorSpan, bit_of};
 
-/// Fewest slots of the table: a tiny cache still knows the holes of the last 16 MiB or more that its guest used.
+/// Fewest slots of the table: even a tiny cache has the holes of the last 16 MiB or more that its guest used.
 const SLOTS_MIN: u32 = 16;
 
-/// What is known of a page on the store (NBD, QEMU: block status).
+/// The known state of a page on the store (NBD, QEMU: block status).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BlockStatus {
-    /// Has to be read.
+    /// The page has to be read.
     Data,
-    /// Reads as zeros.
+    /// The page reads as zeros.
     Hole,
-    /// The store has to be asked for a map.
+    /// A map has to be requested from the store.
     Unknown,
 }
 
@@ -30,13 +30,13 @@ enum MapState {
     Empty,
     /// A Map is in flight.
     Mapping {
-        /// Holes of the region changed since it was requested: its result is of no use.
+        /// Holes of the region have changed since the Map was requested: its result is discarded.
         stale: bool,
         /// When it was requested, on the clock of [`HoleMap`].
         since: u32,
     },
     Known,
-    /// The Map failed: all pages count as data, and their space as not allocated.
+    /// The Map failed: all pages count as data that is not known to be allocated.
     Failed,
 }
 
@@ -64,7 +64,7 @@ pub(super) struct HoleMap {
     written: u32,
 }
 
-/// The whole pages of a span; the image's last page counts as whole where the end of the image cuts it.
+/// The whole pages of a span. If the end of the image lies within its last page, that page counts as whole.
 fn whole_pages(span: SectorSpan, image_sectors: u64) -> PageSpan {
     let first = span.start.div_ceil(SECTORS_PER_PAGE);
     let end = if span.end() == image_sectors { span.pages().end().0 } else { span.end() / SECTORS_PER_PAGE };
@@ -90,7 +90,7 @@ impl HoleMap {
         (number, &mut self.regions[index])
     }
 
-    /// What is known of a page.
+    /// The known state of a page.
     pub fn status(&self, no: PageNo) -> BlockStatus {
         if self.image != ImageHoles::Possible {
             return BlockStatus::Data;
@@ -108,7 +108,7 @@ impl HoleMap {
         if region.bits[word] & mask != 0 { BlockStatus::Hole } else { BlockStatus::Data }
     }
 
-    /// Whether the page is known to have its space on the store.
+    /// Whether the page is known to be data, so that it is allocated on the store.
     pub fn is_data(&self, no: PageNo) -> bool {
         let (number, index) = self.index(no);
         let region = &self.regions[index];
@@ -119,7 +119,7 @@ impl HoleMap {
             || self.runs.kind(no) == Some(ExtentKind::Data)
     }
 
-    /// The pages of the region of `no` that are known to be data; none if the region is not known.
+    /// The pages of the region of `no` that are known to be data; none if the region is unknown.
     pub fn data_pages(&self, no: PageNo) -> [u64; REGION_WORDS] {
         let (number, index) = self.index(no);
         let region = &self.regions[index];
@@ -127,7 +127,7 @@ impl HoleMap {
         if known { region.bits.map(|holes| !holes) } else { [0; REGION_WORDS] }
     }
 
-    /// Begins a Map of the region of `no`. False: the region's slot has one in flight.
+    /// Starts a Map of the region of `no`. False: the slot of the region already has one in flight.
     fn begin_map(&mut self, no: PageNo) -> bool {
         let since = self.clock;
         let (number, region) = self.slot(no);
@@ -179,7 +179,7 @@ impl HoleMap {
             MapState::Mapping { stale, .. } => *stale = true,
             state => *state = MapState::Empty,
         };
-        // The slots, or the regions, whichever are fewer.
+        // Walk the slots or the regions, whichever are fewer.
         if touched.end - touched.start > self.regions.len() as u64 {
             self.regions.iter_mut().filter(|region| touched.contains(&region.number)).for_each(make_unknown);
             return;
@@ -192,10 +192,9 @@ impl HoleMap {
         }
     }
 
-    /// The image has grown to `image_sectors` sectors. What is known of the region that its old end has cut is
-    /// forgotten.
-    ///
-    /// => Both ends are those of pages.
+    /// The image has grown to `image_sectors` sectors. The state of the region that contains the old end becomes
+    /// unknown.
+    /// => Both ends are multiples of a page.
     fn grow(&mut self, image_sectors: u64) {
         let end = SectorSpan::new(0, self.image_sectors).pages().end();
         self.forget(PageSpan::new(end, 1));
@@ -232,7 +231,7 @@ impl HoleMap {
             *holes &= !written;
         }
         let (span, kind) = last;
-        // A change of long ago may seem to be a recent one. That costs another Map.
+        // An old change may be mistaken for a recent one. That costs another Map.
         let is_since = |changed: u32| changed != since && changed.wrapping_sub(since) < u32::MAX / 2;
         let changed = is_since(freed) || kind == ExtentKind::Hole && is_since(written);
         if span.end().0 > (number + 1) * REGION_PAGES && !changed {
@@ -247,7 +246,7 @@ impl HoleMap {
 }
 
 impl PageCache {
-    /// Asks the store for a map of the region of `no`, unless one is in flight.
+    /// Requests a map of the region of `no` from the store, unless one is in flight.
     pub(super) fn ask_for_map(&mut self, no: PageNo) {
         if !self.holes.begin_map(no) {
             return;
@@ -257,9 +256,8 @@ impl PageCache {
         self.submit_op(StoreOp::without_pages(OpKind::Map, self.span_of(first, REGION_PAGES)));
     }
 
-    /// All of the span is data on the store.
-    ///
-    /// => Only before the first request: later, a zero or discard might have made holes.
+    /// Records that the whole span is data on the store.
+    /// => Call it only before the first request: later, a zero or discard might have made holes.
     pub fn learn_data(&mut self, span: SectorSpan) {
         let pages = whole_pages(span, self.settings.image_sectors);
         if self.holes.image == ImageHoles::Possible && pages.count > 0 {
@@ -267,7 +265,8 @@ impl PageCache {
         }
     }
 
-    /// The image has grown to `image_sectors` sectors; what was added reads as zeros, or as the store says.
+    /// The image has grown to `image_sectors` sectors; the added part is a hole, or has the state that the store
+    /// reports.
     ///
     /// => Both sizes are whole pages: no page in memory gains a sector. The store takes operations up to the new end.
     pub fn grow(&mut self, image_sectors: u64) {
@@ -314,7 +313,7 @@ mod tests {
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Unknown);
         assert!(holes.begin_map(PageNo(3)));
         assert!(!holes.begin_map(PageNo(4)), "a Map of the same region is in flight");
-        // Data up to the middle of page 1, a hole to the middle of page 3, data to the end of the region.
+        // Data up to the middle of page 1, a hole up to the middle of page 3, then data to the end of the region.
         let rest = REGION_SECTORS - 28;
         holes.end_map(PageNo(0), &[(12, ExtentKind::Data), (16, ExtentKind::Hole), (rest, ExtentKind::Data)]);
         let seen: Vec<_> = (0..5).map(|no| holes.status(PageNo(no))).collect();
@@ -354,7 +353,7 @@ mod tests {
         assert_eq!(holes.status(PageNo(2)), BlockStatus::Hole);
         assert_eq!(holes.status(PageNo(3)), BlockStatus::Data);
     }
-    /// The region of the image that is far behind what was asked for: only a run that was remembered tells of it.
+    /// A region of the image far beyond the requested one: only a recorded run gives its state.
     const FAR: PageNo = PageNo(50 * REGION_PAGES + 7);
 
     #[test]

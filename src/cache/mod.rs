@@ -76,15 +76,14 @@ use store_ops::StoreOps;
 use throttle::Throttle;
 use writeback::Writeback;
 
-/// Pages of a region (1 MiB), the unit of all that the cache does in bulk: no cluster crosses the border of a region,
-/// maps of holes and space are asked for by region, and a region that a sequential writer fills is written back at
-/// once.
+/// Pages of a region (1 MiB), the unit of bulk work: no cluster crosses the border of a region, hole maps and space
+/// allocations are requested by region, and a region that a sequential writer has filled is written back immediately.
 pub const REGION_PAGES: u64 = 256;
 /// Words of a bitmap of a region's pages.
 #[expect(clippy::cast_possible_truncation, reason = "a region has 256 pages")]
 const REGION_WORDS: usize = REGION_PAGES as usize / u64::BITS as usize;
-/// Frames of the cache for each slot of a table of regions: so a table covers an image of four times the cache, and all
-/// of them take about 0.02 % of the cache.
+/// Frames of the cache for each slot of a table of regions. A table thus covers an image of four times the cache, and
+/// all tables together take about 0.02 % of the cache.
 const FRAMES_PER_REGION: u32 = 64;
 
 /// A page's bit in the bitmap of its region: the word, and the mask within it.
@@ -94,24 +93,25 @@ fn bit_of(no: PageNo) -> (usize, u64) {
     ((index / bits) as usize, 1 << (index % bits))
 }
 
-/// The bytes behind frames, as far as the cache must have them moved.
+/// The memory of the frames: the operations on its bytes that the cache needs.
 pub trait FrameMemory: Send + std::fmt::Debug {
     /// Copies the sectors of `mask` from `source` to the same places in `target`.
     fn copy_sectors(&self, source: FrameId, target: FrameId, mask: SectorMask);
     /// Fills the sectors of `mask` with zeros.
     fn zero_sectors(&self, frame: FrameId, mask: SectorMask);
-    /// Records what the frame holds from now on, in bytes that are in place; an empty record: nothing.
+    /// Records the contents of the frame, whose bytes are already in place. An empty record: the frame holds nothing.
     ///
-    /// => After the daemon's death the next one gets the last record of each frame, for [`PageCache::restore`].
+    /// => After a crash of the daemon, the next daemon passes the last record of each frame to [`PageCache::restore`].
     fn publish(&self, frame: FrameId, record: FrameRecord);
-    /// The first `count` frames are used from now on. The others hold nothing, and their memory may go.
+    /// Only the first `count` frames are used from now on. The others hold nothing, and their memory may be freed.
     ///
     /// => They are used again only after a call with a larger count.
     fn use_frames(&self, _count: u32) {}
-    /// How many zeroed ranges can be noted at a time; at least one.
+    /// Number of zeroed ranges that can be recorded at a time; at least one.
     fn zero_slots(&self) -> usize;
-    /// Notes in a slot, one of [`FrameMemory::zero_slots`], a range that must read as zeros although the store may not
-    /// have it so; `None` clears the slot. [`PageCache::restore`] gets the slots as it gets the frames.
+    /// Records in a slot (one of [`FrameMemory::zero_slots`]) a range that must read as zeros although the store may
+    /// still have other contents; `None` clears the slot. [`PageCache::restore`] gets the slots together with the
+    /// frames.
     fn note_zero(&self, slot: usize, span: Option<SectorSpan>);
 }
 
@@ -124,7 +124,7 @@ pub trait FrameMemory: Send + std::fmt::Debug {
 /// - I2: The dirty set is the pages whose `dirty` mask is not empty. Upheld by `Pages::change` and `forget`.
 /// - I3: References to a frame = residency + pins + store operations. `Pages` upholds residency; each copy and each
 ///   operation takes and drops its own.
-/// - I4: Counters equal a recount. For pages upheld by `Pages::change` and `forget`.
+/// - I4: Counters equal a recount. For pages, upheld by `Pages::change` and `forget`.
 /// - I5: Dirty sectors are valid. Checked by `Pages::change`.
 /// - I6: Two store operations in flight overlap only if both are reads. Upheld by `fill`, `can_be_put` and
 ///   `start_ranges`, which start none on a page that has one.
@@ -213,9 +213,7 @@ impl PageCache {
         }
     }
 
-    /// The end of a turn: starts what is due, and lets stalled requests try again.
-    ///
-    /// => Call it after the turn's completions and requests, before [`PageCache::take_ops`].
+    /// The end of a turn: starts the work that is due, and retries stalled requests.
     pub fn pump(&mut self, now: Tick) {
         self.advance_clock(now);
         self.end_hold();
@@ -226,7 +224,7 @@ impl PageCache {
         self.advance_freeze();
         self.advance_resize();
         self.reclaim();
-        // After the reclaim: nothing else may free a frame for them in this turn.
+        // After the reclaim: nothing else in this turn frees a frame for them.
         self.retry_unfilled();
         self.continue_windows();
         if self.pages.take_made_room() {
@@ -235,7 +233,7 @@ impl PageCache {
         self.stalled.resume(&mut self.notices);
     }
 
-    /// When [`PageCache::pump`] has something to do although nothing happens; `None` while all pages are clean.
+    /// When [`PageCache::pump`] next has work without a request or a completion; `None` while all pages are clean.
     pub fn next_deadline(&self) -> Option<Tick> {
         if self.stalled.may_resume(self.pages.has_made_room()) {
             return Some(self.now);
@@ -252,23 +250,22 @@ impl PageCache {
             && self.pending_zeroes.is_empty()
     }
 
-    /// The owner gives up the rest of a stalled request. False: it is not stalled any more, and a [`Notice::Resume`]
-    /// tells so.
+    /// Abandons the rest of a stalled request. False: it is no longer stalled, and a [`Notice::Resume`] reports it.
     pub fn withdraw(&mut self, ticket: Ticket) -> bool {
         self.stalled.withdraw(ticket)
     }
 
-    /// So many devices use the cache from now on, each with a fair share of it.
+    /// Sets the number of devices that use the cache; each gets a fair share of it.
     pub fn share(&mut self, readers: usize) {
         self.pages.share(readers);
     }
 
-    /// A device leaves the image, and the others share the cache; or one with its number comes back.
+    /// A device detaches from the image, and the others share the cache; or a device with this number attaches again.
     pub fn set_reader_present(&mut self, reader: usize, is_present: bool) {
         self.pages.set_reader_present(reader, is_present);
     }
 
-    /// The requests that follow are of this device.
+    /// Sets the device that sends the following requests.
     pub fn set_reader(&mut self, reader: usize) {
         self.pages.set_reader(reader);
     }
@@ -283,12 +280,12 @@ impl PageCache {
         self.store_ops.changes()
     }
 
-    /// Takes the notices that wait, in order.
+    /// Takes the pending notices, in order.
     pub fn take_notices(&mut self, into: &mut Vec<Notice>) {
         into.append(&mut self.notices);
     }
 
-    /// Counters, and the present state.
+    /// Counters, and the present state of the cache.
     pub fn stats(&self) -> Stats {
         Stats {
             frames: u64::from(self.pages.frames().in_use()),
@@ -301,7 +298,7 @@ impl PageCache {
         }
     }
 
-    /// Bytes of memory that the cache takes beside its frames.
+    /// Bytes of memory that the cache uses in addition to its frames.
     pub fn metadata_bytes(&self) -> usize {
         self.pages.metadata_bytes()
             + self.holes.metadata_bytes()
@@ -309,14 +306,14 @@ impl PageCache {
             + self.flushing.metadata_bytes()
     }
 
-    /// The sectors of `pages` pages from `first` on, cut at the end of the image.
+    /// The sectors of `pages` pages starting at `first`, truncated at the end of the image.
     fn span_of(&self, first: PageNo, pages: u64) -> SectorSpan {
         let start = first.0 * SECTORS_PER_PAGE;
         let end = (start + pages * SECTORS_PER_PAGE).min(self.settings.image_sectors);
         SectorSpan::new(start, end - start)
     }
 
-    /// Pages of the image; the last one may be cut by the image's end.
+    /// Number of pages of the image. The image may end within the last one.
     fn image_pages(&self) -> u64 {
         self.settings.image_sectors.div_ceil(SECTORS_PER_PAGE)
     }

@@ -1,12 +1,13 @@
 //! A bounded set of ranges of pages.
 //!
-//! If it is full, it unites a new range with its nearest neighbour: it may hold more than was inserted, and never less.
+//! If it is full, it merges a new range with its nearest neighbour: it may contain more pages than were inserted, never
+//! fewer.
 
 use std::collections::BTreeMap;
 
 use crate::units::{PageNo, PageSpan};
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct PageRanges {
     /// First page and the page after the last; they neither overlap nor adjoin.
@@ -78,7 +79,7 @@ impl PageRanges {
         }
     }
 
-    /// `span`, extended as far as to `limit`, but not over pages of the set.
+    /// `span`, extended towards `limit` on both sides, but not over pages of the set.
     pub fn extend(&self, span: PageSpan, limit: PageSpan) -> PageSpan {
         let below = self.ranges.range(..span.first.0).next_back().map_or(0, |(_, &stop)| stop);
         let first = limit.first.0.max(below).min(span.first.0);
@@ -110,7 +111,7 @@ mod tests {
         set.insert(span(10, 5));
         set.insert(span(30, 5));
         assert_eq!(set.extend(span(20, 2), span(0, 100)), span(15, 15));
-        assert_eq!(set.extend(span(12, 1), span(0, 100)), span(12, 1), "of the set on both sides");
+        assert_eq!(set.extend(span(12, 1), span(0, 100)), span(12, 1), "pages of the set on both sides");
         assert_eq!(set.extend(span(15, 15), span(0, 100)), span(15, 15));
         set.remove(span(12, 1));
         assert_eq!(set.extend(span(12, 1), span(0, 100)), span(12, 1));
@@ -118,7 +119,7 @@ mod tests {
         assert_eq!(set.extend(span(12, 1), span(0, 100)), span(0, 100));
     }
 
-    /// Random steps beside a model: every page that was inserted stays out of every extension.
+    /// Random steps, compared with a model: no extension includes a page that was inserted.
     #[test]
     fn a_full_set_holds_too_much_and_never_too_little() {
         const PAGES: u64 = 4000;

@@ -1,19 +1,20 @@
 //! Ranges that a WRITE_ZEROES has zeroed and that no successful Sync covers: they read as zeros, whatever the store
-//! has.
+//! contains.
 //!
-//! No frame holds such zeros. So the cache remembers the ranges, in a bounded number of slots, and notes each in the
-//! memory that outlives the daemon (`FrameMemory::note_zero`):
+//! No frame holds such zeros. So the cache records the ranges in a bounded number of slots, both in its own tables and
+//! in the memory that outlives the daemon (`FrameMemory::note_zero`):
 //!
-//! - A zero takes a slot, and is noted, before it starts: if the daemon dies, it is unknown whether the store
+//! - A zero takes a slot, and is recorded, before it starts: if the daemon dies, it is unknown whether the store
 //!   executed it. The next daemon zeroes the range again.
 //! - Once it has succeeded, sectors of the range that are not in memory read as zeros without the store
 //!   (`getpages.rs`): the store may lose the zeros until a Sync covers them.
 //! - A successful Sync frees the slot. After a failed one, the range is zeroed again from the same slot.
 //! - If all slots are taken, a zero waits for the next Sync.
 //!
-//! A zero that is repeated leaves out what is dirty in its range (`ranges.rs`), also by the next daemon. That is all
-//! that was written since: a page in a noted range that was written after the zero is dirty in the ledger for as long
-//! as the range is noted, because a Sync frees the slot before it makes the page clean.
+//! A repeated zero skips the dirty sectors of its range (`ranges.rs`), also if the next daemon repeats it. Those are
+//! all the sectors that were written since the zero: a page in a recorded range that was written after the zero is
+//! dirty in the ledger for as long as the range is recorded, because a Sync frees the slot before it makes the page
+//! clean.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{PageNo, SectorMask, SectorSpan, Unmap};
@@ -30,20 +31,20 @@ pub(super) struct Zero {
     pub unmap: Unmap,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct PendingZeroes {
-    /// By slot: the zeros that read as such.
+    /// By slot: the ranges that read as zeros.
     zeroes: Vec<Option<Zero>>,
     free: Vec<ZeroSlot>,
     /// As with pages (`flush.rs`): the slots that the Sync in flight covers, and those of zeros that completed later.
     unsynced: [Vec<ZeroSlot>; 2],
-    /// How many there are in `zeroes`.
+    /// Number of ranges in `zeroes`.
     count: usize,
 }
 
 impl PendingZeroes {
-    /// A number of free slots.
+    /// A table with this many free slots.
     pub fn new(slots: usize) -> Self {
         assert!(slots > 0, "a zero needs a slot");
         Self { zeroes: vec![None; slots], free: (0..slots).rev().collect(), unsynced: Default::default(), count: 0 }
@@ -69,7 +70,7 @@ impl PendingZeroes {
         self.free.len() <= self.zeroes.len() / 2
     }
 
-    /// Number of slots taken for zeros that are in flight, or wait to be done again.
+    /// Number of slots taken for zeros that are in flight or waiting to be repeated.
     pub fn reserved(&self) -> usize {
         self.zeroes.len() - self.free.len() - self.unsynced[0].len() - self.unsynced[1].len()
     }
@@ -116,13 +117,13 @@ impl PageCache {
         self.pending_zeroes.unsynced[self.flushing.fresh()].push(slot);
     }
 
-    /// As [`PageCache::zero_done`], but what was in flight with the zero is in doubt: it is done again.
+    /// Like [`PageCache::zero_done`], but operations that were in flight with the zero are in doubt: it is repeated.
     pub(super) fn zero_in_doubt(&mut self, slot: ZeroSlot, zero: Zero) {
         self.pending_zeroes.set(slot, zero);
         self.redo_zero(zero.span, zero.unmap, slot);
     }
 
-    /// Notes a zero in the memory that outlives the daemon.
+    /// Records a zero in the memory that outlives the daemon.
     pub(super) fn note_zero(&mut self, slot: ZeroSlot, span: SectorSpan) {
         if !planted(PlantedBug::ZeroNotPublished) {
             self.pages.note_zero(slot, Some(span));
@@ -150,7 +151,7 @@ impl PageCache {
         }
     }
 
-    /// The previous daemon noted these zeros. Clean pages in them may be older than the zero.
+    /// Restores the zeros that the previous daemon recorded. Clean pages in them may be older than the zero.
     pub(super) fn restore_zeroes(&mut self, noted: impl IntoIterator<Item = (ZeroSlot, SectorSpan)>) {
         for (slot, span) in noted {
             self.pending_zeroes.free.retain(|&free| free != slot);

@@ -17,7 +17,7 @@ use super::{PageCache, REGION_PAGES};
 const BRIDGE_PAGES: u64 = 2;
 
 impl PageCache {
-    /// Writes the page in a cluster. Returns the page after the cluster; `None`: the page can't be written now.
+    /// Writes the page as part of a cluster. Returns the page after the cluster; `None`: the page can't be written now.
     pub(super) fn put_cluster(&mut self, id: PageId) -> Option<PageNo> {
         if !self.can_be_put(id) {
             return None;
@@ -59,9 +59,9 @@ impl PageCache {
         self.pages[id].dirty.first_run().is_some_and(|(first, count)| first % block == 0 && count % block == 0)
     }
 
-    /// The cluster around a page: the pages that are valid as a whole, and at each end a dirty run of a page that is
-    /// not. In a partition that does not begin at a page, each block of the guest lies in two pages: without those runs
-    /// it would take two writes.
+    /// The cluster around a page: the fully valid pages, and at each end a dirty run of a partly valid page. In a
+    /// partition that is not aligned to a page, each block of the guest lies in two pages: without those runs it would
+    /// take two writes.
     fn cluster_of(&self, id: PageId) -> SectorSpan {
         let page = &self.pages[id];
         let no = page.no().0;
@@ -143,7 +143,7 @@ impl PageCache {
     }
 
     /// Whether a page can be part of a cluster: all of it is valid, and no operation, writer or range holds it. It is
-    /// dirty, or clean and known to be no hole: for a hole the store may have no space, and the cluster would fail.
+    /// dirty, or clean and known not to be a hole: the store may have no space for a hole, and the cluster would fail.
     fn can_bridge(&self, no: u64) -> bool {
         self.pages.find(PageNo(no)).is_some_and(|id| {
             let page = &self.pages[id];
@@ -153,7 +153,7 @@ impl PageCache {
         })
     }
 
-    /// Whether a page is worth extending a cluster to.
+    /// Whether it is worthwhile to extend a cluster to this page.
     fn extends_cluster(&self, no: u64) -> bool {
         self.pages.find(PageNo(no)).is_some_and(|id| self.can_be_put(id))
     }
@@ -217,7 +217,7 @@ impl PageCache {
     fn page_written(&mut self, id: PageId) {
         let no = self.pages[id].no();
         self.holes.mark_data(no);
-        // Before the change below: the page must not count as clean and durable even for a moment.
+        // Before the change below: the page must never count as clean and durable.
         self.mark_unsynced(id);
         self.pages.change(id, |page| {
             page.writing = SectorMask::NONE;
@@ -228,7 +228,8 @@ impl PageCache {
         }
     }
 
-    /// Makes the page dirty again, with what was clean beside it in a cluster: the range on the store is unknown.
+    /// Makes the page dirty again, and the clean pages that the cluster bridged: the contents of the range on the store
+    /// are undefined.
     fn page_not_written(&mut self, id: PageId, epoch: Epoch) {
         let epoch = self.epoch_after_failure(epoch);
         self.forget_unread(id);
@@ -243,7 +244,7 @@ impl PageCache {
         });
     }
 
-    /// A page can't be written, because the sectors that it lacks of the store's block can't be read.
+    /// A page can't be written, because the rest of its store block can't be read in.
     pub(super) fn page_cannot_be_written(&mut self, id: PageId, fault: Fault) {
         self.pages.change(id, |page| page.set(FAILED));
         self.cluster_failed(self.pages[id].epoch, fault);

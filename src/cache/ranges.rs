@@ -1,13 +1,13 @@
 //! WRITE_ZEROES and DISCARD: operations on a range, without data.
 //!
 //! A range operation locks its pages: it starts when no page in the range is busy, and requests that touch the range
-//! wait until it ends. The pages stay as they are meanwhile, so that a failure loses nothing. At the end the pages
-//! inside the range are removed, and those that its borders cut have the part inside zeroed. A discard takes whole
-//! pages only, whose contents are undefined afterwards; a zero is noted until it is durable
-//! (`pending_zeroes.rs`).
+//! wait until it ends. The pages stay unchanged meanwhile, so that a failure loses nothing. At the end the pages inside
+//! the range are removed, and in a page at its border the part inside is zeroed. A discard affects whole pages only,
+//! whose contents are undefined afterwards. A zero stays recorded until it is durable (`pending_zeroes.rs`).
 //!
-//! A zero that is repeated, because a Sync has failed or the daemon has died, leaves out what was written to its range
-//! since: that may be durable, and promised by a FLUSH. It goes around those sectors, one piece after another.
+//! A zero that is repeated, because a Sync has failed or the daemon has died, skips the sectors of its range that were
+//! written since: they may be durable, and covered by a completed FLUSH. It zeroes the pieces between those sectors one
+//! after another.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, OpKind, PageId, PageNo, SECTORS_PER_PAGE, SectorMask, SectorSpan, Unmap};
@@ -19,27 +19,28 @@ use super::store_health::Cause;
 use super::store_ops::{Outcome, StoreOp};
 use super::{Notice, PageCache, REGION_PAGES, Ticket};
 
-/// Range operations of guests at a time; more of them stall.
+/// Most range operations of guests at a time; further ones stall.
 const RANGES_MAX: usize = 64;
-/// Pages of the range operations of guests at a time, unless there is one only: 512 MiB. Each page of a block that has
-/// some in memory is looked up when an operation starts and when it ends, in some 10 ms for this many.
+/// Most pages of the range operations of guests at a time, except for a single operation: 512 MiB. When an operation
+/// starts and ends, the cache looks up each page of those blocks that have pages in memory, which takes about 10 ms for
+/// this many.
 const RANGE_PAGES_MAX: u64 = 1 << 17;
 
 #[derive(Debug)]
 struct Range {
-    /// The guest's request; `None`: a zero that is done again after a failed Sync or by the next daemon.
+    /// The guest's request; `None`: a zero that is repeated after a failed Sync, or by the next daemon.
     ticket: Option<Ticket>,
     span: SectorSpan,
     kind: OpKind,
     started: bool,
-    /// Where a zero is noted, or will be.
+    /// The slot in which a zero is recorded, or will be.
     zero_slot: Option<ZeroSlot>,
-    /// What the store is asked for: of a zero that is repeated, the next piece.
+    /// The range of the store operation. For a repeated zero: the next piece.
     piece: SectorSpan,
-    /// Of a zero that is repeated: the sectors before this one have been.
+    /// Of a repeated zero: the sectors before this one are done.
     repeated_to: u64,
-    /// Of a zero that is repeated: how often everything had been put in doubt when it began. After another time it
-    /// begins again.
+    /// Of a repeated zero: how often everything had been put in doubt when it started. If that happens again, it starts
+    /// over.
     doubts: u32,
 }
 
@@ -48,7 +49,7 @@ impl Range {
         Self { ticket, span, kind, started: false, zero_slot, piece: span, repeated_to: span.start, doubts: 0 }
     }
 
-    /// The zero, if it is one, with the slot that it has once it has started.
+    /// If this is a zero: the zero, and its slot once it has started.
     fn zero(&self) -> Option<(ZeroSlot, Zero)> {
         match self.kind {
             OpKind::Zero { unmap } => self.zero_slot.map(|slot| (slot, Zero { span: self.span, unmap })),
@@ -64,18 +65,18 @@ pub(super) struct Ranges {
 }
 
 impl Ranges {
-    /// Whether a range operation includes the page: then write-back and readahead leave it alone.
+    /// Whether a range operation includes the page: then write-back and readahead skip it.
     pub fn contain(&self, no: PageNo) -> bool {
         !self.list.is_empty() && self.list.iter().any(|range| range.span.pages().contains(no))
     }
 
-    /// The range operations that guests wait for: how many, and of how many pages in all.
+    /// The range operations that guests wait for: their number, and the sum of their pages.
     fn of_guests(&self) -> (usize, u64) {
         let of_guests = self.list.iter().filter(|range| range.ticket.is_some());
         of_guests.fold((0, 0), |(ranges, pages), range| (ranges + 1, pages + range.span.pages().count))
     }
 
-    /// Whether a zero is to be done again: until then a Sync makes nothing durable.
+    /// Whether a zero is to be repeated: until then a Sync makes nothing durable.
     pub fn is_redoing_zeroes(&self) -> bool {
         self.list.iter().any(|range| range.ticket.is_none())
     }
@@ -104,9 +105,9 @@ impl PageCache {
         self.start_or_stall(ticket, span, OpKind::Zero { unmap })
     }
 
-    /// Drops the contents of the span; otherwise as [`PageCache::zero`].
+    /// Drops the contents of the span; otherwise like [`PageCache::zero`].
     pub fn discard(&mut self, ticket: Ticket, span: SectorSpan) -> bool {
-        // Whole pages only: the image's cut last page counts as whole.
+        // Whole pages only. If the image ends within its last page, that page counts as whole.
         let start = span.start.next_multiple_of(SECTORS_PER_PAGE);
         let end = if span.end() == self.settings.image_sectors {
             span.end()
@@ -139,18 +140,18 @@ impl PageCache {
 
     /// Repeats a zero that may not be durable.
     pub(super) fn redo_zero(&mut self, span: SectorSpan, unmap: Unmap, zero_slot: ZeroSlot) {
-        // Its space may have been reserved since, for pages that are dirty now.
+        // Its space may since have been reserved, for pages that are dirty now.
         let keeps_space = self.settings.allocate || !self.settings.unmap;
         let unmap = if keeps_space { Unmap::Forbidden } else { unmap };
         let kind = OpKind::Zero { unmap };
         self.ranges.list.push(Range::new(None, span, kind, Some(zero_slot)));
     }
 
-    /// The next piece of a zero that is repeated, from sector `from` on: up to one that was written since. Empty at the
-    /// end of the zero; `None` while a page before the end of the piece is busy. What was written since stands for the
-    /// zero: waiting flushes wait until it is written, again if need be.
+    /// The next piece of a repeated zero, from sector `from` up to the next sector that was written since. Empty at the
+    /// end of the zero; `None` while a page before the end of the piece is busy. Later writes replace the zero: waiting
+    /// flushes wait until they are written, again if necessary.
     ///
-    /// => A page that was written since is dirty, or no Sync covers it (`pending_zeroes.rs`); so it is in memory.
+    /// => A page that was written since is dirty, or no Sync covers it (`pending_zeroes.rs`). So it is in memory.
     fn piece_to_repeat(&mut self, span: SectorSpan, from: u64) -> Option<SectorSpan> {
         const WINDOW_SECTORS: u64 = REGION_PAGES * SECTORS_PER_PAGE;
         let (mut start, mut at) = (from, from);
@@ -165,7 +166,7 @@ impl PageCache {
                     return None;
                 }
                 if page.is_unsynced() {
-                    // A part of it may be zeros of this range, which are left out as well.
+                    // Some of its sectors may be zeros of this range, which are skipped too.
                     self.make_dirty_again(id);
                     written = self.pages[id].dirty;
                 } else if !written.is_empty() {
@@ -205,7 +206,7 @@ impl PageCache {
         if self.pending_zeroes.is_full()
             && let Some(fault) = self.health.refused()
         {
-            // Only a successful Sync frees a slot, and there may be none for long.
+            // Only a successful Sync frees a slot, and the next one may be far off.
             self.fail_ranges(fault, |kind| matches!(kind, OpKind::Zero { .. }));
         }
         self.plan_repetitions();
@@ -237,7 +238,7 @@ impl PageCache {
         }
     }
 
-    /// Finds the next piece of each zero that is to be repeated. Those that have none are done.
+    /// Finds the next piece of each zero that is to be repeated. A zero without another piece is done.
     fn plan_repetitions(&mut self) {
         for index in (0..self.ranges.list.len()).rev() {
             let range = &self.ranges.list[index];
@@ -248,7 +249,7 @@ impl PageCache {
             let from = if range.doubts == doubts { range.repeated_to } else { range.span.start };
             let span = range.span;
             let Some(piece) = self.piece_to_repeat(span, from) else {
-                // With the busy page.
+                // Includes the busy page.
                 self.ranges.list[index].piece = span;
                 continue;
             };
@@ -262,8 +263,8 @@ impl PageCache {
         }
     }
 
-    /// Whether a range operation waits for something else than its pages and other range operations: a zero that is
-    /// done again, for the end of the pause after the failure; a zero of a guest, for a free slot.
+    /// Whether a range operation waits for anything other than its pages and other range operations: a repeated zero
+    /// for the end of the pause after the failure, a guest's zero for a free slot.
     fn must_wait(&self, range: &Range) -> bool {
         let lacks = match range.ticket {
             None => !self.health.may_retry(self.now),
@@ -273,8 +274,8 @@ impl PageCache {
     }
 
     /// Whether guests' requests must wait for a range operation on the page. They do not wait for one that itself waits
-    /// for the store or for a Sync, which may take long. What is written before a zero is done again is written again
-    /// after it.
+    /// for the store or for a Sync, which may take long. Data that is written before a zero is repeated is written
+    /// again after it.
     pub(super) fn is_range_locked(&self, no: PageNo) -> bool {
         let mut ranges = self.ranges.list.iter();
         ranges.any(|range| range.span.pages().contains(no) && !self.must_wait(range))
@@ -327,7 +328,7 @@ impl PageCache {
             }
         }
         if let (Err(_), Some(slot)) = (result, range.zero_slot) {
-            // Only now, when no clean sector of the range is left that the store may not have.
+            // Only now: no clean sector remains in the range that the store may lack.
             self.forget_zero(slot);
         }
         if result.is_ok() {
@@ -336,8 +337,8 @@ impl PageCache {
         self.notices.push(Notice::Done(ticket, result));
     }
 
-    /// Drops the clean sectors of a range that is about to change on the store: if the daemon dies meanwhile, the
-    /// next one must not take them for the store's contents.
+    /// Drops the clean sectors of a range that is about to change on the store: if the daemon dies meanwhile, the next
+    /// daemon must not treat them as the store's contents.
     pub(super) fn forget_clean(&mut self, span: SectorSpan) {
         for id in self.pages.within(span.pages()) {
             let page = &self.pages[id];
@@ -354,7 +355,7 @@ impl PageCache {
         }
     }
 
-    /// Removes a page inside the range; zeroes the part inside of a page that the range cuts, as the store did.
+    /// Removes a page inside the range. In a page at the border, zeroes the part inside, as the store did.
     fn zero_inside(&mut self, id: PageId, inside: SectorMask) {
         if inside == SectorMask::ALL {
             self.remove_page(id);
@@ -371,7 +372,7 @@ impl PageCache {
     }
 
     /// After a failed range operation the store's contents of the page are unknown: a page that is not durable is
-    /// written again, any other is read again when a guest asks for it.
+    /// written again, any other is read again on the next request for it.
     fn redirty_or_remove(&mut self, id: PageId) {
         if self.pages[id].is_unsynced() || !self.pages[id].dirty.is_empty() {
             self.make_dirty_again(id);
@@ -380,8 +381,8 @@ impl PageCache {
         }
     }
 
-    /// The sectors of the page that lie in the span; all of them if none lies outside, even where the image ends in the
-    /// page.
+    /// The sectors of the page that lie in the span; all of them if none lies outside, even if the image ends within
+    /// the page.
     fn sectors_inside(&self, id: PageId, span: SectorSpan) -> SectorMask {
         let no = self.pages[id].no();
         let inside = span.sectors_in(no);

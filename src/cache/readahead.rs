@@ -1,13 +1,12 @@
-//! Readahead: detects sequential streams although their requests are reordered, and reads ahead in windows that grow
+//! Readahead: detects sequential streams even if their requests are reordered, and reads ahead in windows that grow
 //! while their pages are used.
 //!
 //! Guests read ahead themselves, in requests of 128 KiB that their queues reorder. So a request belongs to a stream if
-//! it is near enough, and a stream differs from random reads not by the order of its requests but by how few gaps they
-//! leave.
+//! it is near enough. A stream differs from random reads by the few gaps between its requests, not by their order.
 //!
-//! A stream is looked up on a miss, and when a reader reaches the marker on the first page of the newest window. Then
-//! the next window is read, so that the store stays one window ahead. Sources: Linux's on-demand readahead and NetBSD's
-//! uvm_readahead; for the feedback from unused pages AMP (Gill and Bathen, FAST 2007).
+//! A stream is looked up on a miss, and when a reader reaches the marker on the first page of the newest window. The
+//! marker starts the next window, so that the store stays one window ahead. Sources: Linux's on-demand readahead and
+//! NetBSD's uvm_readahead; for the feedback from unused pages AMP (Gill and Bathen, FAST 2007).
 //!
 //! A window that is cut short for lack of frames or of an extent map continues when they are available.
 
@@ -19,25 +18,25 @@ use super::pages::Period;
 /// Frames of the cache for each stream of the table: a cache of 64 MiB follows 512 streams. The table takes 0.04 % of
 /// the cache.
 const FRAMES_PER_STREAM: u32 = 32;
-/// Fewest streams of the table ...
+/// Fewest streams in the table ...
 const STREAMS_MIN: u32 = 64;
-/// ... and most: a golden image has hundreds of guests, and random reads beside them must not displace their streams.
+/// ... and most: a golden image has hundreds of guests, and concurrent random reads must not displace their streams.
 const STREAMS_MAX: u32 = 1024;
-/// A request belongs to a stream if it is no further than this from where it is expected (256 KiB).
+/// A request belongs to a stream if it is within this distance of the expected page (256 KiB).
 const SLACK_PAGES: u64 = 64;
-/// The shortest window, and what the first two requests of a stream must cover to start readahead (128 KiB).
+/// The shortest window, and the pages that the first two requests of a stream must cover to start readahead (128 KiB).
 const WINDOW_PAGES_MIN: u64 = 32;
-/// A stream without a window that was not found among the last so many lookups gets only requests that begin where its
-/// last one ended, and three of them start readahead, however large they are: of random reads, one is near each of
-/// hundreds of others.
+/// A stream without a window is recent if one of the last so many lookups found it. If it is not recent, it only
+/// accepts requests that begin where its last one ended, and three of them start readahead, whatever their size. The
+/// reason: if the table is full of random reads, another random read is often near one of them.
 const LOOKUPS_RECENT: u32 = 64;
 /// A window that is shorter than this (16 KiB) saves no operation of the store.
 const WINDOW_PAGES_USEFUL: u64 = 4;
 /// This many requests start readahead, however small they are. Two adjacent 4 KiB reads would be too few: of random
-/// reads in 1 GiB, one in two thousand is adjacent to one of the 64 before it, and each such pair would cost a window.
+/// reads in 1 GiB, one in two thousand is adjacent to one of the preceding 64, and each such pair would cost a window.
 const REQUESTS_MIN: u8 = 3;
 /// A stream's requests must cover at least half of the pages that they span. If they cover less, they are random reads
-/// near each other, or the stream begins later.
+/// near each other, or the stream starts later.
 const SPAN_PER_COVERED_MAX: u64 = 2;
 /// Window lengths are rounded up to a multiple of this (64 KiB).
 const ROUND_PAGES: u64 = 16;
@@ -54,18 +53,18 @@ const WASTED_MAX: u8 = 3;
 const UNREAD_DIVISOR: u32 = 20;
 /// As much again for every so many streams with windows ...
 const STREAMS_PER_SHARE: u32 = 64;
-/// ... up to 1/4 of the cache: hundreds of streams would otherwise get windows that are shorter than their requests.
+/// ... up to 1/4 of the cache: the windows of hundreds of streams would otherwise be shorter than their requests.
 const UNREAD_DIVISOR_MIN: u32 = 4;
 /// A window takes at most 1/8 of the pages that may still be read ahead. So a few streams get long windows, many get
-/// short ones, and new streams get some although the windows of ended ones lie unread.
+/// short ones, and new streams get some even if the windows of ended streams are still unread.
 const WINDOW_DIVISOR: u64 = 8;
-/// Pages of requests that are counted before readahead starts: more make no difference.
+/// Most pages of requests that are counted before readahead starts; a larger count has no effect.
 const COVERED_MAX: u64 = 1 << 20;
-/// Streams of which a search decides at once whether one may be near.
+/// A search tests this many streams with one comparison for any that may be near.
 const PLACES_PER_CHUNK: usize = 32;
-/// Length of a [`Period`]. A stream ends without notice, and the pages of its last window stay unread. They count for
-/// this period and the next one only: else the ends of files that were read one by one would stop all readahead until
-/// the cache is full, which may never happen.
+/// Length of a [`Period`]. A stream ends without notice, and the pages of its last window stay unread. They count only
+/// for this period and the next one. Otherwise a series of files would leave enough unread pages to stop all readahead
+/// until the cache is full, which may never happen.
 const PERIOD_US: u64 = 1_000_000;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -78,7 +77,7 @@ struct Stream {
     ahead: u64,
     /// The page after the newest window. `ahead` is below it if readahead stopped for lack of a frame or a map.
     wanted: u64,
-    /// How many pages between `start` and `next` were requested; counted until readahead starts.
+    /// Number of pages between `start` and `next` that were requested; counted until readahead starts.
     covered: u32,
     /// Requests counted in `covered`.
     requests: u8,
@@ -88,9 +87,9 @@ struct Stream {
     wasted: u8,
     /// The newest window has no marker yet.
     marker_due: bool,
-    /// The stream was found since the hand last passed.
+    /// The stream was found since the hand of the CLOCK last passed.
     found: bool,
-    /// The lookup that last found it, by number; 0: the slot is free.
+    /// Number of the lookup that last found it; 0: the slot is free.
     used: u32,
 }
 
@@ -99,14 +98,14 @@ fn place_of(page: u64) -> u32 {
     low_u32(page / SLACK_PAGES)
 }
 
-/// The table of streams. The replaced one is found by the CLOCK algorithm: streams that go on stay, however many random
-/// reads there are between their requests.
+/// The table of streams. CLOCK selects the stream to replace: continuing streams stay, however many random reads come
+/// between their requests.
 #[derive(Debug)]
 pub(super) struct Streams {
     /// Empty if readahead is off.
     table: Vec<Stream>,
-    /// By slot: in which run of [`SLACK_PAGES`] the stream's `next` lies. A search reads these, and looks at a stream
-    /// only if it may be the right one.
+    /// By slot: the number of the run of [`SLACK_PAGES`] in which the stream's `next` lies. A search reads these first,
+    /// and reads a stream only if it may match.
     places: Vec<u32>,
     /// The hand of the CLOCK.
     hand: usize,
@@ -114,28 +113,28 @@ pub(super) struct Streams {
     with_window: u32,
     window_max: u64,
     frames: u32,
-    /// Pages that readahead brought in during this period and during the one before, and that no guest has read.
+    /// Pages that readahead has read in during this period and the one before, and that no guest has read.
     unread_pages: [u32; 2],
     period: Period,
     period_ends: Tick,
-    /// Some window was cut short.
+    /// A window was cut short.
     cut: bool,
     /// Number of the last lookup of a request; wraps, and is never 0.
     lookup: u32,
 }
 
 impl Streams {
-    /// Windows of at most `window_max` pages from now on, in a cache of `frames` frames.
+    /// Sets the longest window to `window_max` pages, in a cache of `frames` frames.
     pub fn set_window_max(&mut self, window_max: u32, frames: u32) {
         if self.table.is_empty() {
-            // Nothing was read ahead yet.
+            // Nothing has been read ahead yet.
             *self = Self::new(window_max, frames);
         } else {
             (self.window_max, self.frames) = (window_max.into(), frames);
         }
     }
 
-    /// Windows of at most `window_max` pages (0: no readahead) in a cache of `frames` frames.
+    /// A table for windows of at most `window_max` pages (0: no readahead) in a cache of `frames` frames.
     pub fn new(window_max: u32, frames: u32) -> Self {
         let streams = (frames / FRAMES_PER_STREAM).clamp(STREAMS_MIN, STREAMS_MAX) as usize;
         let streams = if window_max == 0 { 0 } else { streams };
@@ -154,10 +153,10 @@ impl Streams {
         }
     }
 
-    /// Begins another period if the current one is over.
+    /// Starts another period if the current one is over.
     fn advance_period(&mut self, now: Tick) {
         if now >= self.period_ends {
-            // This may not have been called for several periods.
+            // More than one period may have passed since the last call.
             let periods = if now < self.period_ends.plus_us(PERIOD_US) { 1 } else { 2 };
             self.unread_pages = [0, if periods == 1 { self.unread_pages[0] } else { 0 }];
             self.period = Period(self.period.0.wrapping_add(periods));
@@ -165,7 +164,7 @@ impl Streams {
         }
     }
 
-    /// How many periods ago `period` was; from 2 on its pages no longer count.
+    /// How many periods ago `period` was. Its pages no longer count from 2 on.
     fn age(&self, period: Period) -> u32 {
         self.period.0.wrapping_sub(period.0)
     }
@@ -213,7 +212,7 @@ impl Streams {
         self.lookup = self.lookup.wrapping_add(1).max(1);
         let (first, end, lookup) = (span.first.0, span.end().0, self.lookup);
         let window_max = self.window_max_now();
-        // Of several streams the one that expects the request most.
+        // If several streams match, take the one that expects the request most.
         let distance = |stream: &Stream| stream.expects(first, lookup).then(|| stream.next.abs_diff(first));
         if let Some(at) = self.nearest(first, distance) {
             let ready = self.change(at, |stream| {
@@ -275,14 +274,13 @@ impl Streams {
 
     /// The stream with the least distance, of those whose `next` is near `page` and that have one.
     fn nearest(&self, page: u64, distance: impl Fn(&Stream) -> Option<u64>) -> Option<usize> {
-        // Nothing that belongs to a stream is further from its `next` than this. Places wrap, but only to find too
-        // much.
+        // A stream that matches has its `next` within this distance. Places wrap, which can only find too many streams.
         let reach = low_u32((3 * self.window_max.max(WINDOW_PAGES_MIN) + SLACK_PAGES) / SLACK_PAGES + 1);
         let lowest = place_of(page).wrapping_sub(reach);
         let may_be_near = |place: &u32| place.wrapping_sub(lowest) <= 2 * reach;
         let mut nearest: Option<(u64, usize)> = None;
         for (chunk, places) in self.places.chunks(PLACES_PER_CHUNK).enumerate() {
-            // Without a branch for each place, so that the compiler can compare several at once.
+            // Without a branch for each place, so that the compiler can vectorize the comparison.
             if !places.iter().fold(false, |any, place| any | may_be_near(place)) {
                 continue;
             }
@@ -297,7 +295,7 @@ impl Streams {
         nearest.map(|(_, at)| at)
     }
 
-    /// Changes a stream, and what is known of all.
+    /// Changes a stream, and updates the totals of the table.
     fn change<R>(&mut self, at: usize, change: impl FnOnce(&mut Stream) -> R) -> R {
         let stream = &mut self.table[at];
         let had_window = stream.window > 0;
@@ -307,7 +305,7 @@ impl Streams {
         result
     }
 
-    /// The slot for a new stream: the next one that is free, or whose stream was not found for a round of the hand.
+    /// The slot for a new stream: the next one that is free, or whose stream was not found during a round of the hand.
     fn take_slot(&mut self) -> usize {
         loop {
             let at = self.hand;
@@ -331,7 +329,7 @@ impl Stream {
         Self { start: first, next: end, covered, requests: 1, ahead: end, ..Self::default() }
     }
 
-    /// Whether the stream was found, or begun, among the last lookups before this one.
+    /// Whether one of the last lookups found or created the stream.
     fn is_recent(&self, lookup: u32) -> bool {
         lookup.wrapping_sub(self.used) <= LOOKUPS_RECENT
     }
@@ -341,7 +339,7 @@ impl Stream {
         if self.window == 0 && !self.is_recent(lookup) {
             return self.used > 0 && first == self.next;
         }
-        // With a long window more requests are in flight, and one of them can be overtaken by more pages.
+        // With a long window more requests are in flight, and a request can be overtaken by more pages.
         let behind = SLACK_PAGES.max(self.window.into());
         self.used > 0 && first + behind >= self.next && first <= self.next.max(self.ahead) + SLACK_PAGES
     }
@@ -358,8 +356,8 @@ impl Stream {
         self.window > 0 || self.requests >= REQUESTS_MIN || (is_adjacent && u64::from(self.covered) >= WINDOW_PAGES_MIN)
     }
 
-    /// Adds a request before readahead starts. False: it covers no new pages, or leaves so wide a gap that the
-    /// stream begins again with this request.
+    /// Adds a request before readahead starts. False: it covers no new pages, or leaves so wide a gap that the stream
+    /// starts over with this request.
     fn cover(&mut self, first: u64, end: u64) -> bool {
         if first >= self.start && end <= self.next {
             return false;
@@ -374,7 +372,7 @@ impl Stream {
         true
     }
 
-    /// Sets the next window: the first one is as long as what was read, the others grow.
+    /// Sets the next window: the first one is as long as the requests so far, later ones grow.
     fn grow(&mut self, window_max: u64) {
         let wanted = match u64::from(self.window) {
             0 => u64::from(self.covered).max(WINDOW_PAGES_MIN).next_multiple_of(ROUND_PAGES),
@@ -404,7 +402,7 @@ impl PageCache {
         }
     }
 
-    /// Continues windows that were cut short: there may be frames again, or a map.
+    /// Continues windows that were cut short: frames or a hole map may be available now.
     pub(super) fn continue_windows(&mut self) {
         if std::mem::take(&mut self.streams.cut) {
             for at in 0..self.streams.table.len() {

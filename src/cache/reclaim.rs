@@ -28,7 +28,7 @@ impl PageCache {
         let mut left = if self.is_resized() { u32::MAX } else { EVICTED_PAGES_MAX };
         while self.pages.len() > 0 && left > 0 {
             left -= 1;
-            // An evicted page may have been one that had to move.
+            // The reclaim may have evicted a page that had to move.
             let wanted = self.reserve() + self.frames_to_move_to();
             let target = if self.settings.retain { wanted } else { self.pages.frames().total() };
             if self.pages.frames().free() >= target {
@@ -40,7 +40,8 @@ impl PageCache {
                 unsynced |= kept.is_unsynced();
             });
             let Some(page) = evicted else {
-                // Without retention some pages are always left. Only a shortage of frames justifies urgency.
+                // Without retention it is normal that pages which cannot be evicted remain. Only a shortage of frames
+                // justifies urgency.
                 if self.pages.frames().free() < wanted {
                     self.writeback.pressure |= dirty;
                     if unsynced {
@@ -56,7 +57,7 @@ impl PageCache {
         }
     }
 
-    /// Evicts the pages that are clean in `count` slots of the page table from slot `from` on. Returns how many, and
+    /// Evicts the clean pages in `count` slots of the page table, starting at slot `from`. Returns their number, and
     /// the next slot, if there is one.
     pub fn drop_clean(&mut self, from: u32, count: u32) -> (u32, Option<u32>) {
         let clean = self.pages.evictable(from, count);
@@ -68,7 +69,7 @@ impl PageCache {
         (low_u32(clean.len() as u64), Some(next).filter(|&next| next < self.pages.slots()))
     }
 
-    /// Removes a page that is not busy, for another reason than a shortage of frames. Its dirty sectors are dropped.
+    /// Removes a page that is not busy, for a reason other than a shortage of frames. Its dirty sectors are dropped.
     pub(super) fn remove_page(&mut self, id: PageId) {
         let page = self.pages.remove(id);
         if let Some(period) = page.unread_since() {
@@ -76,15 +77,15 @@ impl PageCache {
         }
     }
 
-    /// A clean page becomes dirty without a guest's write. If it was read ahead and not read yet, it stops counting as
-    /// unread: the field that holds its period is needed for its epoch.
+    /// A clean page becomes dirty without a guest's write. If it is unread readahead, it stops counting as such: its
+    /// epoch uses the field that held its period.
     pub(super) fn forget_unread(&mut self, id: PageId) {
         if let Some(period) = self.pages.take_unread(id) {
             self.streams.remove_unread(period);
         }
     }
 
-    /// A page that was read ahead in `period` is evicted, removed or overwritten before a guest has read it.
+    /// A page that was read ahead in `period` is evicted, removed or overwritten before a guest read it.
     pub(super) fn count_wasted_prefetch(&mut self, no: PageNo, period: Period) {
         self.streams.remove_unread(period);
         self.stats.readahead_wasted_pages += 1;

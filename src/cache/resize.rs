@@ -1,13 +1,13 @@
-//! The size of the cache changes while it is used.
+//! Changes the size of the cache while it is used.
 //!
-//! It uses the first frames of its memory. To grow, it takes more of them, once the owner has allocated their memory.
-//! To shrink, it stops using the last ones: pages that are in them move to frames that stay, and the policy evicts
-//! as many pages as no longer have room. So hot pages stay, wherever they are. A frame
-//! that a copy or a store operation holds leaves after that; dirty pages move as they are, and nothing waits for the
-//! image unless there are more of them than the new size has room for.
+//! The cache uses the first frames of its memory. To grow, it uses more of them, once the owner has allocated their
+//! memory. To shrink, it stops using the last ones: their pages move to frames that stay, and the policy evicts the
+//! pages that exceed the new size. So hot pages stay, wherever they are. A frame that a copy or a store operation holds
+//! leaves when it is released. Dirty pages move without being written back: nothing waits for the image unless more
+//! pages are dirty than the new size has frames.
 //!
-//! Each turn does a part, so no guest waits for a change of size. The owner learns from [`FrameMemory::use_frames`] how
-//! many frames are in use: only then may the memory of others go.
+//! Each turn does a part, so no guest waits for a change of size. The cache reports the number of frames in use with
+//! [`FrameMemory::use_frames`]: only then may the owner free the memory of the others.
 //!
 //! [`FrameMemory::use_frames`]: super::FrameMemory::use_frames
 
@@ -16,56 +16,56 @@ use crate::units::{PageId, Tick};
 use super::PageCache;
 use super::write::FILL_FRAMES;
 
-/// Frames that are added in a turn, with the slots of their pages: less than 100 us.
+/// Most frames that are added in a turn, with the slots of their pages: less than 100 us.
 const ADDED_FRAMES_MAX: u32 = 4096;
-/// Frames that begin to leave in a turn.
+/// Most frames that start to leave in a turn.
 const LEAVING_FRAMES_MAX: u32 = 16_384;
-/// Frames of the free list, and slots of the page table, that a turn looks at.
+/// Most frames of the free list, and slots of the page table, that a turn scans.
 const SCANNED_MAX: u32 = 4096;
-/// Pages that are moved in a turn: 1 MiB is copied with the cache locked.
+/// Most pages that are moved in a turn: 1 MiB is copied with the cache locked.
 const MOVED_PAGES_MAX: u32 = 256;
-/// Pages that are evicted in a turn while frames leave.
+/// Most pages that are evicted in a turn while frames leave.
 pub(super) const EVICTED_PAGES_MAX: u32 = 1024;
-/// The pause after a turn that could move nothing, in microseconds: what holds the frames is in flight.
+/// The pause after a turn that could move nothing, in microseconds: operations in flight hold the frames.
 const PAUSE_US: u64 = 1000;
 
 /// A change of size.
 #[derive(Debug, Default)]
 pub(super) struct Resize {
-    /// When the next step is due; `None`: there is no change.
+    /// When the next step is due; `None`: no change is in progress.
     due: Option<Tick>,
-    /// The next slot of the page table to look at.
+    /// The next slot of the page table to scan.
     next_slot: u32,
-    /// A page was moved since slot 0.
+    /// A page was moved since the scan passed slot 0.
     has_moved: bool,
-    /// How many frames are in use as far as the memory knows.
+    /// The number of frames in use that was last reported to the memory.
     published: u32,
     /// Pages moved since the cache was created.
     moved_pages: u64,
 }
 
 impl Resize {
-    /// When the next step is due; `None`: there is no change.
+    /// When the next step is due; `None`: no change is in progress.
     pub fn due(&self) -> Option<Tick> {
         self.due
     }
 }
 
 impl PageCache {
-    /// The cache has `count` frames from now on, as far as it may ([`super::Settings::frames_max`]): it grows or
-    /// shrinks in the turns that follow.
+    /// Sets the number of frames to `count`, limited by [`super::Settings::frames_max`]: the cache grows or shrinks in
+    /// the following turns.
     ///
     /// => Their memory is allocated.
     pub fn set_frames(&mut self, count: u32) {
         let count = count.clamp(1, self.settings.frames_max.max(self.settings.frames));
         self.settings.frames = count;
         self.pages.announce_frames(count);
-        // Before the first of them is used. Those that are leaving may be among the last ones.
+        // Before the first of them is used. Frames that are leaving may be among the last ones.
         self.publish_frames_in_use(count.max(self.resize.published));
         (self.resize.due, self.resize.next_slot, self.resize.has_moved) = (Some(self.now), 0, false);
     }
 
-    /// Number of frames that the cache is to have.
+    /// Number of frames that the cache grows or shrinks to.
     pub fn frames_wanted(&self) -> u32 {
         self.settings.frames
     }
@@ -86,14 +86,14 @@ impl PageCache {
         (self.reserve() / 2).max(FILL_FRAMES + 1)
     }
 
-    /// How many frames are to be free beyond the reserve: a page that moves needs one.
+    /// Number of frames to keep free beyond the reserve, for pages that move.
     pub(super) fn frames_to_move_to(&self) -> u32 {
         let frames = self.pages.frames();
         let beyond = frames.total().saturating_sub(self.settings.frames);
         beyond.saturating_add(frames.leaving_held()).min(MOVED_PAGES_MAX)
     }
 
-    /// Does a part of a change of size.
+    /// Does the next part of a change of size.
     pub(super) fn advance_resize(&mut self) {
         if self.resize.due.is_none_or(|due| self.now < due) {
             return;
@@ -117,7 +117,7 @@ impl PageCache {
         }
     }
 
-    /// Tells the memory how many frames are in use, unless it knows.
+    /// Reports the number of frames in use to the memory, if it has changed.
     pub(super) fn publish_frames_in_use(&mut self, count: u32) {
         if self.resize.published != count {
             self.resize.published = count;
@@ -125,14 +125,14 @@ impl PageCache {
         }
     }
 
-    /// The next step is due at once if this one did something; else it waits for what is in flight.
+    /// The next step is due immediately if this one did something; otherwise it waits for operations in flight.
     fn pause_unless(&mut self, has_advanced: bool) {
         if !has_advanced {
             self.resize.due = Some(self.now.plus_us(PAUSE_US));
         }
     }
 
-    /// Moves pages out of the frames that are leaving. The next turn goes on where this one ends.
+    /// Moves pages out of the frames that are leaving. The next turn continues where this one ends.
     fn move_pages(&mut self) {
         let end = self.resize.next_slot.saturating_add(SCANNED_MAX).min(self.pages.slots());
         let room = self.pages.frames().free().saturating_sub(self.spare_frames());

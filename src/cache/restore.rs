@@ -1,22 +1,22 @@
 //! Restores the cache that the previous daemon left in its frames when it died.
 //!
-//! The previous daemon recorded what each frame holds (`FrameMemory::publish`), in one step and after the bytes were in
-//! place. So the records describe a cache that it could have had, at whatever step it died:
+//! The previous daemon recorded the contents of each frame (`FrameMemory::publish`), atomically and after the bytes
+//! were in place. So the records describe a consistent cache, at whatever step it died:
 //!
 //! - Pages that were dirty or under write-back are dirty.
 //! - So are pages that no Sync had covered. The result of a Sync in flight is unknown, so everything that it would have
-//!   covered is written, or zeroed, again.
-//! - A page that was moving to another frame is recorded for both, with the same bytes; one of them is used.
+//!   covered is written or zeroed again.
+//! - A page that was moving to another frame is recorded for both, with the same bytes; either one is used.
 
 use crate::units::{FrameId, FrameRecord, PageNo, PageSpan, SectorSpan};
 
 use super::PageCache;
 
 impl PageCache {
-    /// Fills an empty cache from the records of the frames, and from the noted zeroes by their slots. Returns the
+    /// Fills an empty cache from the records of the frames, and from the recorded zeroes by their slots. Returns the
     /// number of pages in the cache, and how many of them are dirty.
     ///
-    /// => A cache that has fewer frames than the one that was left begins with those, and shrinks.
+    /// => If the cache is configured with fewer frames than the restored one, it starts with all of them, and shrinks.
     pub fn restore(
         &mut self,
         records: impl IntoIterator<Item = (FrameId, FrameRecord)>,
@@ -30,7 +30,7 @@ impl PageCache {
         self.publish_frames_in_use(self.pages.frames().total());
         self.pages.restore(records);
         self.set_frames(self.settings.frames);
-        // The previous daemon may have discarded anything.
+        // The previous daemon may have discarded any range.
         self.changed_ranges.add(self.flushing.fresh(), PageSpan::new(PageNo(0), self.image_pages()));
         self.restore_zeroes(zeroes);
         self.throttle.restored(self.pages.dirty().dirty_pages());

@@ -1,11 +1,11 @@
 //! Long runs of data and of holes, as the store reported them.
 //!
 //! A store finds the end of a run by a walk over the extents of the image (SEEK_HOLE, SEEK_DATA). On a fragmented image
-//! that takes milliseconds, far more than a read. So a run is remembered whole, also where it reaches beyond the region
-//! that was asked for; otherwise each region of the run would cost the same walk again.
+//! that takes milliseconds, far more than a read. So the whole run is recorded, even beyond the requested region;
+//! otherwise each region of the run would cost the same walk again.
 //!
-//! The table is bounded. It may forget a run, but never keeps a wrong one: a write cuts what it wrote out of a hole,
-//! and a zero or discard cuts its range out of every run.
+//! The table is bounded. It may drop a run, but never keeps a wrong one: a write removes its range from holes, and a
+//! zero or discard removes its range from every run.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::units::{ExtentKind, PageNo, PageSpan};
 const FRAMES_PER_RUN: u32 = 256;
 /// Fewest runs of the table.
 const RUNS_MIN: u32 = 64;
-/// Most runs of the table: an image with more runs of more than a region is not slow to ask about.
+/// Most runs in the table: in an image with more runs that are longer than a region, a query of the store is fast.
 const RUNS_MAX: u32 = 4096;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +25,13 @@ struct ExtentRun {
     kind: ExtentKind,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Runs {
     /// By first page; they do not overlap.
     runs: BTreeMap<u64, ExtentRun>,
     runs_max: usize,
-    /// The run that begins here or next is the next one to be forgotten.
+    /// The run that begins at or after this page is the next one to be dropped.
     victim: u64,
 }
 
@@ -42,22 +42,22 @@ impl Runs {
         Self { runs: BTreeMap::new(), runs_max, victim: 0 }
     }
 
-    /// What is known of a page.
+    /// The known kind of a page.
     pub fn kind(&self, no: PageNo) -> Option<ExtentKind> {
         let (_, run) = self.runs.range(..=no.0).next_back()?;
         (no.0 < run.end).then_some(run.kind)
     }
 
-    /// Remembers that all pages of the span are of this kind.
+    /// Records that all pages of the span are of this kind.
     pub fn learn(&mut self, span: PageSpan, kind: ExtentKind) {
         self.cut(span);
         self.insert(span.first.0, ExtentRun { end: span.end().0, kind });
     }
 
-    /// The pages were written to the store: they are no holes.
+    /// The pages were written to the store: they are not holes.
     pub fn mark_data(&mut self, span: PageSpan) {
         let last = self.runs.range(..span.end().0).next_back();
-        // The common case by far: no run, or a run of data.
+        // By far the most common case: no run, or a run of data.
         if last
             .is_some_and(|(&first, run)| run.kind == ExtentKind::Hole && run.end > span.first.0 || first > span.first.0)
         {
@@ -69,7 +69,7 @@ impl Runs {
         }
     }
 
-    /// Forgets what is known of the pages of the span.
+    /// Drops the known kinds of the pages of the span.
     pub fn cut(&mut self, span: PageSpan) {
         let (first, end) = (span.first.0, span.end().0);
         for (start, run) in self.overlapping(span).collect::<Vec<_>>() {
@@ -114,7 +114,7 @@ mod tests {
         PageSpan::new(PageNo(first), count)
     }
 
-    /// Random steps beside a model that knows the truth: what the table knows is true.
+    /// Random steps, compared with a model that has the true kind of every page: the table is never wrong.
     #[test]
     fn the_table_forgets_and_is_never_wrong() {
         const PAGES: u64 = 4000;
@@ -153,7 +153,7 @@ mod tests {
                 }
                 assert!(runs.runs.len() <= RUNS_MIN as usize);
             }
-            assert!(known > 1000, "seed {seed}: the table knew only {known} of 40000 pages");
+            assert!(known > 1000, "seed {seed}: the table had only {known} of 40000 pages");
         }
     }
 

@@ -21,7 +21,7 @@ pub enum ErrorPolicy {
     Report,
     /// They wait until the store recovers, but no longer than [`Settings::hold_us`].
     Hold,
-    /// All requests fail but reads of cached pages, and the store gets no more operations, until
+    /// All requests except reads of cached pages fail, and the store gets no more operations, until
     /// [`super::PageCache::resume`].
     Stop,
 }
@@ -31,13 +31,13 @@ pub enum ErrorPolicy {
 pub struct Settings {
     /// Number of frames, of 4 KiB.
     pub frames: u32,
-    /// The largest number of frames that there can be later; at least `frames`.
+    /// The largest number of frames that the cache may later have; at least `frames`.
     pub frames_max: u32,
     /// Size of the image in sectors.
     pub image_sectors: u64,
     /// The store's block size in sectors (1 to 8): offsets and lengths of store operations are multiples of it.
     pub block_sectors: u8,
-    /// Whether the image may have holes: then the cache asks for a map before it reads.
+    /// Whether the image may have holes: then the cache requests a map before it reads.
     pub holes: ImageHoles,
     /// Longest store operation in pages, at most one region ([`super::REGION_PAGES`]).
     pub cluster_pages_max: u32,
@@ -47,7 +47,7 @@ pub struct Settings {
     pub policy: PolicyKind,
     /// Longest readahead window in pages; 0: no readahead.
     pub readahead_pages_max: u32,
-    /// The dirty limit is what the store writes in this time, in microseconds.
+    /// The dirty limit is the amount that the store writes in this time, in microseconds.
     pub flush_target_us: u64,
     /// Upper bound of the dirty limit.
     pub dirty_pages_max: u32,
@@ -69,7 +69,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// For tests and benchmarks: the limits that are the defaults of a device, for an image without holes.
+    /// For tests and benchmarks: the default limits of a device, for an image without holes.
     pub fn of(frames: u32, image_sectors: u64) -> Self {
         Self {
             frames,
@@ -95,10 +95,10 @@ impl Settings {
 }
 
 impl PageCache {
-    /// Takes from `new` what may change while the cache is used: its size, and what decides about readahead, write-back
-    /// and failures.
+    /// Applies those settings of `new` that may change while the cache is used: its size, and the settings of
+    /// readahead, write-back and failures.
     ///
-    /// => The memory of as many frames is allocated.
+    /// => The memory of that many frames is allocated.
     pub fn reconfigure(&mut self, new: &Settings) {
         let now = self.now;
         let old = &mut self.settings;
@@ -118,7 +118,7 @@ impl PageCache {
         if ages_sooner {
             self.writeback.start_aging(now, new.dirty_age_us);
         }
-        // What fails at the moment is judged anew. A store that was stopped stays so until the operator resumes it.
+        // Apply the new policy to the present failure. A stopped store stays stopped until the operator resumes it.
         if changes_failures && self.health.stopped().is_none() {
             self.resume();
         }

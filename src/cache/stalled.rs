@@ -1,11 +1,11 @@
 //! Requests that could not be admitted whole. At the end of a turn in which something ended, a notice makes the owner
-//! retry each of them, oldest first. Those that still find no room stall again, in the same order.
+//! retry each of them, oldest first. Requests that still find no room stall again, in the same order.
 
 use std::collections::VecDeque;
 
 use super::{Notice, Ticket};
 
-/// What a stalled request waits for.
+/// The condition that a stalled request waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StallReason {
     /// A free frame, or fewer dirty pages. Requests compete for these, so later writes queue behind this one.
@@ -14,13 +14,13 @@ pub(super) enum StallReason {
     StoreOp,
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug, Default)]
 pub(super) struct StalledRequests {
     queue: VecDeque<Ticket>,
     /// One of them waits for room.
     for_room: bool,
-    /// Something ended since they were last resumed.
+    /// An operation has ended since they were last resumed.
     unblocked: bool,
 }
 
@@ -31,7 +31,7 @@ impl StalledRequests {
         self.for_room |= reason == StallReason::Room;
     }
 
-    /// Removes a request that its owner gives up. Returns whether it was stalled.
+    /// Removes a request that its owner abandons. Returns whether it was stalled.
     pub fn withdraw(&mut self, ticket: Ticket) -> bool {
         let before = self.queue.len();
         self.queue.retain(|other| *other != ticket);
@@ -43,17 +43,17 @@ impl StalledRequests {
         self.for_room
     }
 
-    /// Something ended that a stalled request may wait for.
+    /// An operation has ended that a stalled request may wait for.
     pub fn unblock(&mut self) {
         self.unblocked = true;
     }
 
-    /// Whether stalled requests are to be resumed, because something ended or there is `room`.
+    /// Whether stalled requests are to be resumed, because an operation has ended or there is `room`.
     pub fn may_resume(&self, room: bool) -> bool {
         (self.unblocked || room) && !self.queue.is_empty()
     }
 
-    /// Resumes all stalled requests, if something ended.
+    /// Resumes all stalled requests, if an operation has ended.
     pub fn resume(&mut self, notices: &mut Vec<Notice>) {
         if std::mem::take(&mut self.unblocked) {
             self.for_room = false;

@@ -11,9 +11,9 @@ pub struct Stats {
     pub read_hole_pages: u64,
     /// Pages written by guests.
     pub write_pages: u64,
-    /// Times that a guest wrote a page under write-back, and the page was copied to another frame.
+    /// How often a guest wrote a page under write-back, so that the page was copied to another frame.
     pub copied_on_write: u64,
-    /// Operations of the store that have ended, of whatever kind.
+    /// Store operations of any kind that have ended.
     pub completed_ops: u64,
     /// Reads submitted to the store.
     pub store_reads: u64,
@@ -41,9 +41,9 @@ pub struct Stats {
     pub readahead_wasted_pages: u64,
     /// Pages evicted.
     pub evicted_pages: u64,
-    /// Times that a request could not be admitted whole.
+    /// How often a request could not be admitted whole.
     pub stalls: u64,
-    /// Times that a write stalled at the dirty limit.
+    /// How often a write stalled at the dirty limit.
     pub throttled: u64,
     /// Pages that could not be read in.
     pub read_errors: u64,
@@ -61,15 +61,15 @@ pub struct Stats {
     pub dirty_pages: u64,
     /// The current limit of dirty pages.
     pub dirty_limit_pages: u64,
-    /// Bytes of memory that the cache takes beside its frames.
+    /// Bytes of memory that the cache uses in addition to its frames.
     pub metadata_bytes: u64,
 }
 
 impl Stats {
-    /// How many numbers they are.
+    /// Number of statistics.
     pub const COUNT: usize = 30;
 
-    /// The numbers, in the order of the fields.
+    /// The statistics, in the order of the fields.
     pub fn to_array(mut self) -> [u64; Self::COUNT] {
         self.numbers().map(|number| *number)
     }

@@ -1,8 +1,8 @@
-//! A store whose writes fail: which requests wait, which fail, when writes are tried again, and when the store is
-//! healthy.
+//! A store whose writes fail: which requests wait, which fail, when writes are retried, and when the store is healthy
+//! again.
 //!
-//! The pages stay dirty under every policy, and their frames have the bytes. The policy decides about requests that
-//! need the store meanwhile. Reads of pages in memory continue in every case.
+//! Under every policy the pages stay dirty in their frames. The policy decides whether requests that need the store
+//! fail or wait meanwhile. Reads of pages in memory always continue.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Fault, Tick};
@@ -40,7 +40,7 @@ pub enum HealthEvent {
     NoReservations,
 }
 
-/// What failed, by how it recovers; of several failures the last in this list counts.
+/// The failed operation, by how it recovers; of several failures the last one in this list counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Cause {
     /// The allocation of space for a write that has not completed: only a successful allocation clears it.
@@ -72,16 +72,16 @@ impl StoreFailure {
 #[derive(Debug, Default)]
 pub(super) struct StoreHealth {
     failure: Option<StoreFailure>,
-    /// Also healthy after the operator resumed the store, until a write is tried.
+    /// Also healthy after the operator resumed the store, until the next write.
     current: Health,
     /// The health that was last reported to the operator.
     last_reported: Health,
-    /// The operator resumed the store: the result is to be reported even if it is the same as before.
+    /// The operator resumed the store: the result is reported even if the health is unchanged.
     resumed: bool,
 }
 
 impl StoreHealth {
-    /// The fault with which requests that need more space fail now; none while the store is healthy, or while they
+    /// The fault with which requests that need more space fail now; `None` while the store is healthy, or while they
     /// wait.
     pub fn space_refused(&self) -> Option<Fault> {
         match self.current {
@@ -90,13 +90,13 @@ impl StoreHealth {
         }
     }
 
-    /// The fault with which all requests that need the store fail now. A full store still takes writes that have their
-    /// space.
+    /// The fault with which all requests that need the store fail now. A full store still accepts writes to allocated
+    /// pages.
     pub fn refused(&self) -> Option<Fault> {
         self.space_refused().filter(|_| self.stopped().is_some() || !self.lacks_space())
     }
 
-    /// Whether nothing fails but the allocation of space.
+    /// Whether the only failure is that of space allocations.
     fn lacks_space(&self) -> bool {
         self.failure.as_ref().is_some_and(StoreFailure::lacks_space)
     }
@@ -114,13 +114,12 @@ impl StoreHealth {
         }
     }
 
-    /// An operation of this kind has succeeded, and no page is left whose write failed.
+    /// An operation of this kind has succeeded, and no page remains whose write failed.
     pub fn clear_failure(&mut self, succeeded: Cause) {
         let clears = self.failure.is_some_and(|StoreFailure { cause, .. }| match cause {
             Cause::Sync => succeeded == Cause::Sync,
             Cause::Write => succeeded != Cause::Allocate,
-            // A successful write of other pages gives no space to the requests that are held for it: they stay
-            // held.
+            // A successful write of other pages frees no space for the requests that wait for it: they stay held.
             Cause::Allocate => succeeded == Cause::Allocate,
         });
         if clears && self.stopped().is_none() {
@@ -129,7 +128,7 @@ impl StoreHealth {
         }
     }
 
-    /// Whether a Sync waits for the end of the pause. It does not if requests are held for lack of space only.
+    /// Whether a Sync waits for the end of the pause. It does not if requests are held only for lack of space.
     pub fn holds_syncs(&self) -> bool {
         self.holding() && !self.lacks_space()
     }
@@ -139,7 +138,7 @@ impl StoreHealth {
         self.holding() && self.lacks_space()
     }
 
-    /// Ends the pause: what failed may be tried now.
+    /// Ends the pause: failed operations may be retried now.
     pub fn retry_now(&mut self, now: Tick) {
         if let Some(failure) = &mut self.failure {
             failure.retry_at = now;
@@ -157,25 +156,25 @@ impl StoreHealth {
         is_due && self.failure.as_mut().is_some_and(|failure| !std::mem::replace(&mut failure.resumed_waiters, true))
     }
 
-    /// Whether what failed may be tried now.
+    /// Whether failed operations may be retried now.
     pub fn may_retry(&self, now: Tick) -> bool {
         self.stopped().is_none() && self.failure.is_none_or(|failure| failure.retry_at <= now)
     }
 
-    /// When what failed is tried again.
+    /// When failed operations are retried.
     pub fn retry_at(&self) -> Option<Tick> {
         self.failure.map(|failure| failure.retry_at).filter(|_| self.stopped().is_none())
     }
 }
 
 impl PageCache {
-    /// The time is `now`.
+    /// Sets the time to `now`.
     ///
-    /// => Time in which the process was stopped does not count as time in which requests were held. What failed is
-    ///    retried at once, and half of the hold is left for that at least.
+    /// => Time in which the process was stopped does not count as time in which requests were held. Failed operations
+    ///    are retried immediately, and at least half of the hold time remains for that.
     pub(super) fn advance_clock(&mut self, now: Tick) {
         let hold_us = self.hold_us();
-        // After a resume by the operator, too: if the next try fails, the hold goes on.
+        // Also after a resume by the operator: if the next attempt fails, the hold continues.
         let may_hold = matches!(self.health.current, Health::Holding(_) | Health::Healthy);
         if may_hold
             && !planted(PlantedBug::StopUsesUpHold)
@@ -193,15 +192,16 @@ impl PageCache {
         self.now = self.now.max(now);
     }
 
-    /// A write, a Sync or an allocation failed: sets the pause before the next try, and the health by the policy.
+    /// A write, a Sync or an allocation failed: sets the pause before the next attempt, and the health according to the
+    /// policy.
     pub(super) fn store_failed(&mut self, fault: Fault, cause: Cause) {
         let now = self.now;
-        // A lack of space that is older than the longest pause is another failure: space may have been free meanwhile.
+        // A lack of space that is older than the longest pause is a new failure: space may have been free meanwhile.
         let is_recent =
             |failure: &StoreFailure| !failure.lacks_space() || now.since_us(failure.retry_at) <= BACKOFF_US_MAX;
         let earlier = self.health.failure.filter(is_recent);
         let (since, backoff_us) = match earlier {
-            // Several writes of one try fail together, which is one failure.
+            // Several writes of one attempt fail together, which counts as one failure.
             Some(StoreFailure { since, retry_at, backoff_us, .. }) if now < retry_at => (since, backoff_us),
             Some(StoreFailure { since, backoff_us, .. }) => (since, (backoff_us * 2).min(BACKOFF_US_MAX)),
             None => (now, BACKOFF_US_MIN),
@@ -217,7 +217,7 @@ impl PageCache {
             ErrorPolicy::Stop => Health::Stopped(fault),
         };
         self.health.current = health;
-        // The Sync should have made durable what every waiting FLUSH includes, or part of it.
+        // The Sync should have made durable the data of every waiting FLUSH, or part of it.
         if cause == Cause::Sync && matches!(health, Health::Reporting(_)) {
             self.fail_all_flushes(fault);
         }
@@ -228,14 +228,14 @@ impl PageCache {
         }
     }
 
-    /// A write or Sync has succeeded: the store is healthy if no page is left whose write failed.
+    /// A write or Sync has succeeded: the store is healthy if no page remains whose write failed.
     pub(super) fn store_succeeded(&mut self, cause: Cause) {
         if self.pages.dirty().failed_pages() == 0 {
             self.health.clear_failure(cause);
         }
     }
 
-    /// How long requests wait for a store that fails.
+    /// How long requests wait for a failing store.
     fn hold_us(&self) -> u64 {
         if planted(PlantedBug::HoldNeverEnds) {
             u64::MAX / 2
@@ -246,7 +246,7 @@ impl PageCache {
         }
     }
 
-    /// Ends the hold if it has lasted long enough: requests that wait for the store fail from now on.
+    /// Ends the hold if it has lasted long enough: waiting requests fail from now on.
     pub(super) fn end_hold(&mut self) {
         if let Health::Holding(fault) = self.health.current
             && self.hold_ends().is_some_and(|end| end <= self.now)
@@ -255,7 +255,7 @@ impl PageCache {
             if self.health.refused().is_some() {
                 self.fail_all_flushes(fault);
             }
-            // Stalled requests fail when they try again.
+            // Stalled requests fail when they are retried.
             self.stalled.unblock();
         }
     }
@@ -265,7 +265,7 @@ impl PageCache {
         self.health.failure.filter(|_| self.health.holding()).map(|failure| failure.since.plus_us(self.hold_us()))
     }
 
-    /// The operator resumed the store: retries at once what failed.
+    /// The operator resumed the store: retries the failed operations immediately.
     pub fn resume(&mut self) {
         self.health.resumed = self.health.current != Health::Healthy;
         self.health.current = Health::Healthy;
@@ -278,13 +278,13 @@ impl PageCache {
         self.health.current
     }
 
-    /// Takes the next event that was not reported to the operator yet.
+    /// Takes the next event that has not been reported to the operator.
     pub fn take_health_event(&mut self) -> Option<HealthEvent> {
         if self.allocating.take_unsupported() {
             return Some(HealthEvent::NoReservations);
         }
         let health = self.health.current;
-        // Resumed, and not tried yet.
+        // Resumed, and no operation has been tried since.
         let undecided = health == Health::Healthy && self.health.failure.is_some();
         let changed = self.health.last_reported != health;
         if undecided || !changed && !self.health.resumed {

@@ -1,4 +1,4 @@
-//! Store operations: what the cache asks for, which pages and frames each operation holds, and how it ended.
+//! Store operations: what the cache requests, which pages and frames each operation holds, and how it ended.
 
 use crate::units::{
     Epoch, ExtentKind, Fault, FrameId, OpKind, PageId, PageNo, PageSpan, SECTORS_PER_PAGE, SectorSpan, Tick, Urgency,
@@ -9,17 +9,17 @@ use super::PageCache;
 /// One operation for the store.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreOpRef<'a> {
-    /// The operation's name in [`PageCache::complete`].
+    /// The tag to pass to [`PageCache::complete`].
     pub tag: u32,
     /// What to do.
     pub kind: OpKind,
-    /// Where on the image: block-aligned, except at the image's end. Empty for a Sync.
+    /// The range of the image: block-aligned, except at the image's end. Empty for a Sync.
     pub span: SectorSpan,
     /// First sector within the first frame; the other frames are used from their start.
     pub first_sector: u8,
     /// The memory of a Read or Write: held until the operation ends.
     pub frames: &'a [FrameId],
-    /// Whether a request waits for it.
+    /// Whether a request waits for the operation.
     pub urgency: Urgency,
 }
 
@@ -48,9 +48,9 @@ pub(super) struct StoreOp {
     pub urgency: Urgency,
     /// See [`PageCache::is_in_doubt`].
     pub doubts: u32,
-    /// How many Syncs had succeeded when it was submitted.
+    /// Number of Syncs that had succeeded when it was submitted.
     pub syncs: u64,
-    /// Read: the store may have lost since what it reads (`changed_ranges.rs`).
+    /// Read: the store may since have lost the data that it reads (`changed_ranges.rs`).
     pub is_lost: bool,
     /// When it was queued.
     pub since: Tick,
@@ -74,7 +74,7 @@ impl StoreOp {
         }
     }
 
-    /// Whether its failure may tell of a reset of the device, by which what is not durable is lost.
+    /// Whether its failure may mean that the device was reset and lost the data that was not durable.
     pub fn may_report_reset(&self) -> bool {
         matches!(self.kind, OpKind::Write | OpKind::Zero { .. } | OpKind::Discard)
     }
@@ -160,7 +160,7 @@ impl StoreOps {
         self.writes
     }
 
-    /// The store may have lost what the reads in flight of a span have read.
+    /// The store may have lost the data that the reads in flight have read from a span.
     pub fn doubt_reads(&mut self, span: PageSpan) {
         let reads = self.slots.iter_mut().flatten().filter(|op| op.kind == OpKind::Read);
         reads.filter(|op| op.span.pages().overlaps(span)).for_each(|op| op.is_lost = true);
@@ -179,12 +179,12 @@ impl PageCache {
         self.store_ops.submit(StoreOp { doubts, syncs, since: self.now, ..op });
     }
 
-    /// The operation that has been in flight for longest, and since when.
+    /// The operation that has been in flight longest, and its start.
     pub fn oldest_op(&self) -> Option<(OpKind, SectorSpan, Tick)> {
         self.store_ops.iter().min_by_key(|op| op.since).map(|op| (op.kind, op.span, op.since))
     }
 
-    /// The operation with this tag: what it does, where, and since when it has been in flight.
+    /// The operation with this tag: its kind, its span, and its start.
     ///
     /// # Panics
     /// If there is none.
@@ -198,9 +198,7 @@ impl PageCache {
         !self.store_ops.queued.is_empty()
     }
 
-    /// Hands out the operations that the owner has not started yet, in order.
-    ///
-    /// => The frames of an operation stay held until [`PageCache::complete`] gets its tag.
+    /// Hands out the operations that the owner has not started yet, in the order of their submission.
     pub fn take_ops(&mut self, mut start: impl FnMut(StoreOpRef<'_>)) {
         for tag in self.store_ops.queued.drain(..) {
             let op = self.store_ops.slots[tag as usize].as_ref().expect("a queued operation is in flight");
@@ -219,7 +217,7 @@ impl PageCache {
     pub fn complete(&mut self, tag: u32, outcome: &Outcome, now: Tick) {
         self.advance_clock(now);
         self.stalled.unblock();
-        // A page that could not go may be able to go now.
+        // A page that could not be written before may be writable now.
         self.writeback.reset_progress();
         let op = self.store_ops.complete(tag);
         self.stats.completed_ops += 1;

@@ -1,4 +1,5 @@
-//! The cache as its owner sees it: the operations that it submits, the pieces that it returns, and its cost in memory.
+//! The cache from its owner's side: the operations that it submits, the pieces that it returns, and its memory
+//! consumption.
 
 use super::*;
 use crate::prng::Prng;
@@ -14,7 +15,7 @@ mod sharing;
 mod small_world;
 mod warm;
 
-/// Memory without bytes: these tests look at frame numbers only.
+/// Memory without bytes: these tests check only frame numbers.
 #[derive(Debug)]
 struct NoBytes;
 
@@ -32,7 +33,7 @@ fn cache_of(frames: u32, image_sectors: u64) -> PageCache {
     cache_with(Settings::of(frames, image_sectors))
 }
 
-/// A cache whose dirty limit is the highest until the store's speed has been measured.
+/// A cache with the highest dirty limit until the store's speed has been measured.
 fn cache_with(settings: Settings) -> PageCache {
     let mut cache = PageCache::new(settings, Box::new(NoBytes));
     cache.throttle.restored(u32::MAX);
@@ -63,7 +64,7 @@ fn complete_all(cache: &mut PageCache, now: Tick) -> Vec<(OpKind, SectorSpan)> {
     }
 }
 
-/// Returns the pieces that were read in. Returns their number.
+/// Returns the pieces that were read in to the cache. Returns their number.
 fn return_pieces(cache: &mut PageCache) -> usize {
     let mut notices = Vec::new();
     cache.take_notices(&mut notices);
@@ -85,7 +86,7 @@ fn write(cache: &mut PageCache, start: u64, count: u64) {
     }
 }
 
-/// Reads. Returns whether all of it was in memory.
+/// Reads, and reports whether all of it was in memory.
 fn read(cache: &mut PageCache, start: u64, count: u64) -> bool {
     let mut pieces = Vec::new();
     assert_eq!(cache.read(access(start, count), &mut pieces), Admitted::All);
@@ -133,7 +134,7 @@ fn contiguous_sectors_and_frames_make_one_piece() {
     assert_eq!(shapes(&pieces), [(0, 3, 21, 3), (21, 0, 8, 1), (29, 0, 13, 2)]);
     pieces.drain(..).for_each(|piece| cache.finish_read(&piece));
     cache.check(&[]);
-    // Pages that are read in later make one piece, too.
+    // Pages that are read in later also make one piece.
     assert!(!read(&mut cache, 800, 40));
     let mut tags = Vec::new();
     cache.take_ops(|op| tags.push(op.tag));
@@ -225,7 +226,7 @@ fn written_when_idle(cache: &mut PageCache) -> Vec<SectorSpan> {
     spans
 }
 
-/// A partition that begins at sector 63: each block of the guest lies in two pages.
+/// A partition that starts at sector 63: each block of the guest lies in two pages.
 #[test]
 fn a_block_that_lies_in_two_pages_takes_one_write() {
     for block in [1, 8] {
@@ -290,7 +291,7 @@ fn a_region_that_a_sequential_writer_fills_is_written_whole() {
 #[test]
 fn background_write_back_keeps_the_store_busy() {
     let mut cache = cache_with(Settings { dirty_pages_max: 4000, ..Settings::of(16_000, 1 << 24) });
-    // One page in each of 3600 groups: all were written just now, and none will be again.
+    // One page in each of 3600 groups: each was written just now, and is not written again.
     for page in 0..3600 {
         write(&mut cache, page * 16 * 8, 8);
     }
@@ -302,7 +303,7 @@ fn background_write_back_keeps_the_store_busy() {
         cache.take_ops(|op| tags.push(op.tag));
         tags.into_iter().for_each(|tag| cache.complete(tag, &Outcome::Done, Tick::from_us(1)));
     }
-    // A round of the cursor in which it skips each group once, and then 800 writes, up to 32 at a time.
+    // A round of the cursor that skips each group once, and then 800 writes, up to 32 at a time.
     assert!(pumps < 150, "{pumps} pumps");
 }
 
@@ -358,7 +359,7 @@ fn read_sequentially(cache: &mut PageCache, first: u64, pages: u64, now: Tick) -
     hits.count() as u64 * 32
 }
 
-/// A reader stops at the end of its file, and the window beyond stays unread: forever, while the cache is not full.
+/// A reader stops at the end of its file, and the window beyond stays unread as long as the cache is not full.
 #[test]
 fn windows_that_stay_unread_do_not_stop_the_readahead_of_later_readers() {
     let mut cache = cache_of(65_536, 1 << 30);
@@ -374,7 +375,7 @@ fn windows_that_stay_unread_do_not_stop_the_readahead_of_later_readers() {
     assert!(reads < 8192 / 128, "{reads} reads: the windows are short, although no other reader has unread pages");
 }
 
-/// Streams of one image that take turns: each reads 16 KiB at a time.
+/// Streams of one image that alternate: each reads 16 KiB at a time.
 #[test]
 fn hundreds_of_streams_are_read_ahead() {
     for streams in [64, 100, 300] {
@@ -388,7 +389,7 @@ fn hundreds_of_streams_are_read_ahead() {
         let stats = cache.stats();
         let (pages, reads) = (64 * 4 * streams, 64 * streams);
         let used = stats.readahead_used_pages;
-        assert!(used * 10 > pages * 6, "{streams} streams: readahead brought {used} of {pages} pages");
+        assert!(used * 10 > pages * 6, "{streams} streams: readahead read in {used} of {pages} pages");
         assert!(stats.store_reads * 10 < reads * 9, "{streams} streams: {} store reads for {reads}", stats.store_reads);
         cache.check(&[]);
     }
@@ -409,7 +410,7 @@ fn random_reads_beside_streams_do_not_displace_them() {
         }
     }
     let used = cache.stats().readahead_used_pages;
-    assert!(used > 50 * 400 * 8 / 10, "readahead brought {used} of {} pages of the streams", 50 * 400);
+    assert!(used > 50 * 400 * 8 / 10, "readahead read in {used} of {} pages of the streams", 50 * 400);
 }
 
 #[test]
@@ -437,7 +438,7 @@ fn streams_that_get_no_window_are_served_as_usual() {
     assert_eq!(stats.read_hit_pages + stats.read_miss_pages, 8000);
 }
 
-/// Memory that logs what is published, in words.
+/// Memory that logs the kind of everything that is published.
 #[derive(Clone, Debug, Default)]
 struct PublishLog(std::sync::Arc<std::sync::Mutex<Vec<&'static str>>>);
 
@@ -457,8 +458,8 @@ impl FrameMemory for PublishLog {
     }
 }
 
-/// The next daemon zeroes the ranges that are noted, and takes clean pages for durable. In the opposite order it would
-/// zero a page that was written after the zero. The simulator meets that too rarely.
+/// The next daemon zeroes the recorded ranges, and treats clean pages as durable. In the opposite order it would zero a
+/// page that was written after the zero. The simulator rarely produces that case.
 #[test]
 fn a_sync_clears_noted_zeroes_before_it_publishes_pages_as_clean() {
     let log = PublishLog::default();

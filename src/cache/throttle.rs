@@ -1,51 +1,53 @@
-//! The dirty limit, and the delay of writers that approach it.
+//! The dirty limit, and the delay of writes as they approach it.
 //!
-//! The limit is what the store writes in the flush target: that bounds the latency of a FLUSH. Writers are slowed
-//! smoothly before they reach the limit (Linux: balance_dirty_pages).
+//! The limit is the amount that the store can write within the flush target, which bounds the latency of a FLUSH.
+//! Writers are slowed smoothly before they reach the limit (Linux: balance_dirty_pages).
 //!
-//! A store is limited in bytes and in operations, and what it takes for the dirty pages depends on how many operations
-//! they need: 64 MiB in a row are 64 of them, and 64 MiB in scattered pages 16 384. So the cache measures both
-//! capacities, and weighs an operation as so many pages that the limit in pages holds for both.
+//! A store is limited in bytes per second and in operations per second, and the cost of the dirty pages depends on the
+//! number of operations that they need: 64 contiguous MiB need 64 operations, 64 MiB of scattered pages need 16 384. So
+//! the cache measures both rates, and expresses the cost of an operation in pages, so that one limit in pages covers
+//! both.
 
 use crate::units::{SECTORS_PER_PAGE, Tick, low_u32};
 
-/// The limit is never below this (256 KiB), unless the cache itself is small: a few requests of any size that is usual.
+/// The limit is never below this (256 KiB), unless the cache itself is small: room for a few requests of any usual
+/// size.
 const LIMIT_PAGES_MIN: u32 = 64;
 /// The limit is never below this many operations.
 const LIMIT_OPERATIONS_MIN: u64 = 8;
-/// What a store is taken for until its speed has been measured: 8 MiB/s. The first FLUSH of a slow disk counts too, and
-/// a fast one is known after milliseconds.
+/// The assumed speed of a store until it has been measured: 8 MiB/s. It also limits the first FLUSH of a slow disk; a
+/// fast disk is measured within milliseconds.
 const FIRST_PAGES_PER_SECOND: u64 = 2048;
 /// See [`FIRST_PAGES_PER_SECOND`].
 const FIRST_OPERATIONS_PER_SECOND: u64 = 256;
 /// Length of a sample of the store's speed, counting only time with writes in flight.
 const SAMPLE_US: u64 = 200_000;
-/// A sample that is not complete counts as at least this long: a burst into a disk's own cache, or at the begin of a
-/// period of a throttled disk, is no measure.
+/// An incomplete sample counts as at least this long: a burst into a disk's own cache, or at the start of a period of a
+/// throttled disk, must not set the speed.
 const PART_US_MIN: u64 = 50_000;
-/// By this factor a sample that is not complete must exceed what is known, to count at once.
+/// An incomplete sample counts immediately if it exceeds the known speed by this factor.
 const PART_FACTOR: u64 = 2;
 /// Background write-back starts at this share of the limit, in percent, and stops at [`STOP_PERCENT`].
 const START_PERCENT: u32 = 40;
 /// See [`START_PERCENT`].
 const STOP_PERCENT: u32 = 20;
-/// At the limit, a write is delayed by this factor of the time that the store needs for it: four writers at once are
+/// At the limit, a write is delayed by this factor of the time that the store needs for it: four concurrent writers are
 /// then no faster than the store.
 const DELAY_FACTOR_MAX: u64 = 4;
 /// Longest delay of a write's completion.
 const DELAY_US_MAX: u64 = 100_000;
-/// One in the fixed-point numbers of [`Throttle::delay_us`].
+/// The value 1 in the fixed-point numbers of [`Throttle::delay_us`].
 const ONE: u64 = 1024;
 const US_PER_SECOND: u64 = 1_000_000;
 
-/// What the store writes in a second.
+/// The amount that the store writes in a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Speed {
     pages: u64,
     operations: u64,
 }
 
-/// Time with writes in flight, and what ended in it.
+/// Time with writes in flight, and the amount written in it.
 #[derive(Clone, Copy, Debug, Default)]
 struct WriteSample {
     us: u64,
@@ -54,7 +56,7 @@ struct WriteSample {
 }
 
 impl WriteSample {
-    /// The speed, if the sample is taken for no shorter than `us_min`.
+    /// The speed, if the sample counts as at least `us_min` long.
     fn speed(&self, us_min: u64) -> Speed {
         let us = self.us.max(us_min).max(1);
         let per_second = |count: u64| count.saturating_mul(US_PER_SECOND) / us;
@@ -68,12 +70,12 @@ pub(super) struct Throttle {
     target_us: u64,
     pages_max: u32,
     limit: u32,
-    /// What an operation counts for, in pages.
+    /// The cost of an operation, in pages.
     operation_pages: u32,
     speed: Speed,
-    /// A whole sample is in the speed.
+    /// The speed includes a complete sample.
     measured: bool,
-    /// When writes were last seen to be in flight, if they still are.
+    /// When writes were last known to be in flight, if they still are.
     busy_since: Option<Tick>,
     sample: WriteSample,
 }
@@ -89,14 +91,14 @@ impl Throttle {
         throttle
     }
 
-    /// Takes another flush target and another upper bound.
+    /// Sets another flush target and another upper bound.
     pub fn reconfigure(&mut self, target_us: u64, pages_max: u32) {
         (self.target_us, self.pages_max) = (target_us, pages_max);
         self.set_limit();
     }
 
-    /// The previous daemon left this many dirty pages: writes need not wait until they are written. It may have known
-    /// the store's speed.
+    /// The previous daemon left this many dirty pages: writes need not wait until they are written, because it may have
+    /// measured the store's speed.
     pub fn restored(&mut self, dirty_pages: u32) {
         if dirty_pages > 0 {
             self.limit = self.limit.max(dirty_pages.saturating_mul(2)).min(self.pages_max);
@@ -104,12 +106,12 @@ impl Throttle {
         }
     }
 
-    /// What may be dirty or under write-back at most, in the unit of [`Throttle::cost`].
+    /// Most pages that may be dirty or under write-back, in the unit of [`Throttle::cost`].
     pub fn limit_pages(&self) -> u32 {
         self.limit
     }
 
-    /// What the store takes for these pages in this many operations, in pages.
+    /// The cost of writing these pages in this many operations, in pages.
     pub fn cost(&self, pages: u32, operations: u32) -> u32 {
         pages.max(operations.saturating_mul(self.operation_pages))
     }
@@ -124,8 +126,8 @@ impl Throttle {
         self.percent(STOP_PERCENT)
     }
 
-    /// Above this cost the completions of writes are delayed: halfway from start to limit, as Linux's freerun ceiling,
-    /// so that background write-back reaches full speed first.
+    /// Above this cost the completions of writes are delayed: halfway from start to limit, like Linux's freerun
+    /// ceiling, so that background write-back reaches full speed first.
     pub fn setpoint_pages(&self) -> u32 {
         (self.start_pages() + self.limit) / 2
     }
@@ -134,7 +136,7 @@ impl Throttle {
         low_u32(u64::from(self.limit) * u64::from(percent) / 100)
     }
 
-    /// A write is submitted at the store's full depth: from now on, until no write is in flight, the rate of writes
+    /// A write is submitted at the store's full depth: from now until no write is in flight, the rate of writes
     /// measures the store's speed.
     pub fn write_started(&mut self, now: Tick) {
         self.busy_since.get_or_insert(now);
@@ -155,11 +157,11 @@ impl Throttle {
         }
     }
 
-    /// Takes over a complete sample. Its rates are lower bounds of what the store can. If it is slower than was known,
-    /// the capacity that it used most was the bottleneck, and is less than was known.
+    /// Includes a complete sample in the speed. Its rates are lower bounds of the store's capacity. If it is slower
+    /// than the known speed, the rate that it used most was the bottleneck, and is lowered.
     fn learn(&mut self, seen: Speed) {
         let Speed { pages, operations } = self.speed;
-        // After three samples seven eighths of a change are in.
+        // After three samples, seven eighths of a change are included.
         let mean = |known: u64, seen: u64| u64::midpoint(known, seen).max(1);
         self.speed = if !self.measured {
             Speed { pages: seen.pages.max(1), operations: seen.operations.max(1) }
@@ -176,8 +178,8 @@ impl Throttle {
         self.set_limit();
     }
 
-    /// Takes over a sample that is not complete, as far as it shows that the store is much faster than was known. The
-    /// limit would otherwise keep a fast store slow for the length of a sample.
+    /// Includes an incomplete sample, if it shows that the store is much faster than known. The limit would otherwise
+    /// keep a fast store slow for the length of a sample.
     fn learn_part(&mut self, seen: Speed) {
         let Speed { pages, operations } = self.speed;
         if seen.pages > pages * PART_FACTOR || seen.operations > operations * PART_FACTOR {
@@ -196,13 +198,13 @@ impl Throttle {
 
     /// Microseconds by which to delay the completion of a write of `sectors` while these `pages`, at this `cost`, are
     /// dirty or under write-back. 0 up to the setpoint; from there to the limit it rises with the third power to
-    /// [`DELAY_FACTOR_MAX`] times what the store needs for the write.
+    /// [`DELAY_FACTOR_MAX`] times the time that the store needs for the write.
     pub fn delay_us(&self, pages: u32, cost: u32, sectors: u64) -> u64 {
         let setpoint = self.setpoint_pages();
         if cost <= setpoint || !self.measured {
             return 0;
         }
-        // How far it is from the setpoint to the limit, in fixed point.
+        // The position between the setpoint and the limit, in fixed point.
         let over = u64::from(cost - setpoint) * ONE / u64::from((self.limit - setpoint).max(1));
         let over = over.min(ONE);
         let cube = over * over / ONE * over / ONE;
@@ -219,7 +221,7 @@ mod tests {
 
     const PAGES_MAX: u32 = 1 << 20;
 
-    /// A throttle that has seen a second of writes of a store with this speed.
+    /// A throttle after one second of writes to a store of this speed.
     fn after_second(mut throttle: Throttle, pages: u64, operations: u64) -> Throttle {
         let mut now = Tick::ZERO;
         for _ in 0..operations {
@@ -250,7 +252,7 @@ mod tests {
         // 200 operations of 1 MiB in a second.
         let disk = after_second(Throttle::new(250_000, PAGES_MAX), 200 * 256, 200);
         assert_eq!(disk.limit_pages(), 50 * 256);
-        assert_eq!(disk.cost(50 * 256, 50), disk.limit_pages(), "in a row");
+        assert_eq!(disk.cost(50 * 256, 50), disk.limit_pages(), "contiguous pages");
         assert_eq!(disk.cost(50, 50), disk.limit_pages(), "scattered");
         assert_eq!(disk.cost(3, 2), 2 * 256);
     }
@@ -260,7 +262,7 @@ mod tests {
         let disk = after_second(Throttle::new(250_000, PAGES_MAX), 200 * 256, 200);
         let disk = after_second(disk, 200, 200);
         assert_eq!((disk.limit_pages(), disk.cost(50, 50)), (50 * 256, 50 * 256));
-        // The disk has become slower: it does half as many operations.
+        // The disk has become slower: half as many operations per second.
         let disk = after_second(disk, 100, 100);
         assert!((25..28).contains(&(disk.limit_pages() / disk.cost(1, 1))), "{disk:?}");
     }

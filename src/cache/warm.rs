@@ -1,20 +1,22 @@
-//! Warming: reads in pages that were in the cache before, behind everything that a guest asks for.
+//! Warming: reads in pages that were cached earlier, with a lower priority than all guest requests.
 
 use crate::units::{PageNo, PageSpan};
 
 use super::PageCache;
 
-/// Most operations of the store in flight beside which another page is read in. A guest's own come first.
+/// A further page is read in only while at most this many store operations are in flight. A guest's own operations have
+/// priority.
 const OPS_MAX: usize = 4;
-/// Most pages that are read in at a time, 1 MiB: others wait for the cache and for the store meanwhile.
+/// Most pages that are read in at a time, 1 MiB: other users of the cache and the store wait meanwhile.
 const PAGES_MAX: u32 = 256;
-/// The cache counts as full while less than this part of its frames is free: what a guest needs next evicts nothing.
+/// The cache counts as full while less than this fraction of its frames is free, so that the next requests of guests
+/// evict nothing.
 const FREE_DIVISOR: u32 = 32;
 
-/// How far a step of warming came.
+/// The result of a step of warming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WarmStep {
-    /// It did what it may do at a time.
+    /// It has read in as much as one step may.
     Done,
     /// The guest or the store is busy.
     Busy,
@@ -23,9 +25,9 @@ pub enum WarmStep {
 }
 
 impl PageCache {
-    /// Reads in absent pages of `span`, in order. Returns the page from which to go on.
+    /// Reads in absent pages of `span`, in order. Returns the page from which to continue.
     ///
-    /// => It never waits, evicts nothing, and begins nothing while a guest waits for a page.
+    /// => It never waits, evicts nothing, and starts no read while a guest waits for a page.
     pub fn warm(&mut self, span: PageSpan) -> (PageNo, WarmStep) {
         let (mut next, mut pages) = (span.first, 0);
         let least_free = self.reserve() + self.pages.frames().total() / FREE_DIVISOR;
@@ -59,8 +61,8 @@ impl PageCache {
         (if next.0 < self.image_pages() { next } else { span.end() }, step)
     }
 
-    /// The pages in `count` slots of the page table from slot `from` on that have all their bytes. Returns the next
-    /// slot, too, if there is one.
+    /// The pages in `count` slots of the page table from slot `from` on that have all their bytes. Also returns the
+    /// next slot, if there is one.
     pub fn resident(&self, from: u32, count: u32) -> (Vec<PageNo>, Option<u32>) {
         let next = from.saturating_add(count);
         let pages = self.pages.whole_pages(from, count);

@@ -1,4 +1,4 @@
-//! Guest writes: into frames at once, without waiting for the store.
+//! Guest writes: into frames immediately, without waiting for the store.
 //!
 //! A write pins its frames, its owner copies the bytes, and [`PageCache::finish_write`] makes them valid and dirty. In
 //! between the sectors are *pending*: a read-in must not touch them, and a page with writers is not written back.
@@ -21,10 +21,11 @@ pub(super) const FILL_FRAMES: u32 = 1;
 const EVICTABLE_PART: u32 = 4;
 
 impl PageCache {
-    /// Admits a write: every admitted sector is in a piece, to be filled now.
+    /// Admits a write: every admitted sector is in a piece, which the owner fills now.
     ///
     /// => The owner returns every piece with [`PageCache::finish_write`].
-    /// => A write stalls at the dirty limit, or when no frame is free. If the store fails, it is refused at the limit.
+    /// => A write stalls at the dirty limit, or when no frame is free. While the store fails, a write at the limit is
+    ///    refused.
     pub fn write(&mut self, access: Access, pieces: &mut Vec<Piece>) -> Admitted {
         self.writeback.note_guest_io(self.now);
         let mut at = access.from;
@@ -91,8 +92,8 @@ impl PageCache {
             && (!makes_unstable || self.pages.dirty().unstable_pages() < unstable_max)
     }
 
-    /// Microseconds by which the owner must delay the completion of a write of this many sectors: the more pages are
-    /// dirty, the longer.
+    /// Microseconds by which the owner must delay the completion of a write of this many sectors: the delay grows with
+    /// the number of dirty pages.
     pub fn write_delay_us(&self, sectors: u64) -> u64 {
         let pages = self.pages.dirty().dirty_or_writeback_pages();
         self.throttle.delay_us(pages, self.write_back_cost(), sectors)
@@ -151,7 +152,7 @@ impl PageCache {
 
     /// Takes back a piece of a write.
     ///
-    /// => After an incomplete copy only sectors that were valid before are dirty: they hold old bytes, new ones or a
+    /// => After an incomplete copy only sectors that were valid before are dirty: they hold old bytes, new bytes or a
     ///    mixture.
     pub fn finish_write(&mut self, piece: &Piece, result: CopyResult) {
         piece.frames().for_each(|frame| self.pages.release_frame(frame));
@@ -168,7 +169,7 @@ impl PageCache {
         }
     }
 
-    /// A writer of `mask` has left the page.
+    /// A writer of `mask` has finished with the page.
     fn finish_page_write(&mut self, id: PageId, mask: SectorMask, result: CopyResult) {
         let epoch = self.pages.dirty().current();
         let no = self.pages[id].no();
@@ -199,7 +200,7 @@ impl PageCache {
         self.writer_left(id);
     }
 
-    /// After a writer left the page: serves its waiters, or removes a page that holds nothing.
+    /// After a writer has finished: serves the page's waiters, or removes an empty page.
     fn writer_left(&mut self, id: PageId) {
         let page = &self.pages[id];
         if page.waiters() != NONE {

@@ -1,11 +1,11 @@
 //! When dirty pages are written back, and in which order (genfs' syncer, and WOW: Gill and Modha, FAST 2005).
 //!
-//! A cursor sweeps the dirty set upwards and starts again at the bottom (CSCAN). It skips a 64 KiB group once if a
-//! guest wrote to it since the cursor last passed, so that hot pages are written less often. Sweeps for a FLUSH, for
-//! old pages, for a reclaim that finds no clean page, of an idle image, and ahead of a FLUSH do not skip.
+//! A cursor sweeps the dirty set in ascending order and wraps around (CSCAN). It skips a 64 KiB group once if a guest
+//! wrote to it since the cursor last passed, so that hot pages are written less often. Sweeps do not skip if they serve
+//! a FLUSH, old pages, or a reclaim that finds no clean page, if the image is idle, or if they run ahead of a FLUSH.
 //!
-//! Ageing needs no timestamp per page: the current epoch is closed twice in an age limit, and the pages of closed
-//! epochs are written. Nothing runs while every page is clean.
+//! Ageing needs no timestamp per page: the current epoch is closed twice per age limit, and the pages of closed epochs
+//! are written. Nothing runs while every page is clean.
 
 use crate::fault_injection::{PlantedBug, planted};
 use crate::units::{Epoch, PageId, PageNo, Tick, low_u32};
@@ -15,28 +15,29 @@ use super::{PageCache, REGION_PAGES};
 
 /// Most writes in flight.
 const DEPTH_MAX: u32 = 32;
-/// Most writes in flight for a sweep that no request waits for: half as many, to delay the operations of requests less.
+/// Most writes in flight for a sweep that no request waits for: half as many, so that the operations of requests wait
+/// less.
 const DEPTH_UNAWAITED: u32 = DEPTH_MAX / 2;
-/// Epochs are closed this many times in an age limit: a page waits up to half of it for its epoch to end, and is
+/// Epochs are closed this many times per age limit: a page waits up to half the limit for its epoch to end, and is
 /// written in the other half.
 const EPOCHS_PER_AGE: u64 = 2;
 /// Without guest I/O for this long, write-back runs at full speed.
 const IDLE_US: u64 = 100_000;
 /// Most groups that a sweep examines, unless it is a background sweep: a bound on the time of one pump.
 const SWEEP_GROUPS: usize = 512;
-/// Fewest groups that a background sweep examines. Every pump while guests write runs one, and the cursor must return
-/// to a hot group late, or it is written too often.
+/// Fewest groups that a background sweep examines. While guests write, every pump runs one such sweep, and the cursor
+/// must return to a hot group late, or the group is written too often.
 const SWEEP_GROUPS_COLD: usize = 8;
-/// A round of the cursor takes about this many background sweeps if thousands of groups are dirty:
-/// [`SWEEP_GROUPS_COLD`] at a time would starve the store where each group was written once.
+/// A round of the cursor takes about this many background sweeps if thousands of groups are dirty. In a workload that
+/// writes each group once, sweeps of only [`SWEEP_GROUPS_COLD`] groups would starve the store.
 const SWEEPS_PER_ROUND: usize = 64;
 
 /// The state of the sweeps.
 #[derive(Debug, Default)]
 pub(super) struct Writeback {
-    /// The group that the next sweep begins with.
+    /// The group at which the next sweep starts.
     cursor: u64,
-    /// The background write-back has passed its start threshold, and not yet its stop threshold.
+    /// Background write-back has exceeded its start threshold, and has not yet fallen to its stop threshold.
     running: bool,
     /// A reclaim found no clean page.
     pub pressure: bool,
@@ -45,7 +46,7 @@ pub(super) struct Writeback {
     /// Groups examined since a write was last started.
     groups_without_progress: usize,
     last_guest_io: Tick,
-    /// The last epoch that was closed for its age, until it is written.
+    /// The last epoch that was closed for its age and is not yet written.
     aged: Option<Epoch>,
     next_aging: Tick,
     /// The last page of each region that a sequential writer has filled.
@@ -53,19 +54,19 @@ pub(super) struct Writeback {
 }
 
 impl Writeback {
-    /// Nothing is dirty; what the image holds already ages from now on.
+    /// An empty state. The contents of the image age from now on.
     pub fn new(age_us: u64) -> Self {
         let mut writeback = Self::default();
         writeback.start_aging(Tick::ZERO, age_us);
         writeback
     }
 
-    /// A page that could not be written back may be able to go now.
+    /// A page that could not be written back before may be writable now.
     pub fn reset_progress(&mut self) {
         self.groups_without_progress = 0;
     }
 
-    /// Write-back has something to do in another turn, at once.
+    /// Write-back has work for another turn, immediately.
     pub fn take_turn(&mut self) {
         self.more = true;
     }
@@ -100,7 +101,7 @@ enum Scope {
     Cold,
     /// All.
     All,
-    /// All, ahead of a FLUSH, at the guest's rate: that is no measure of the store's bandwidth.
+    /// All, ahead of a FLUSH, at the guest's rate, which must not count as the store's bandwidth.
     Ahead,
 }
 
@@ -124,7 +125,8 @@ impl PageCache {
         if let Some(upto) = self.flushing.unwritten_up_to() {
             self.sweep(Scope::UpTo(upto), DEPTH_MAX);
         }
-        // A stream beside a FLUSH would otherwise take half of the disk, and the FLUSH twice as long.
+        // A stream that competes with a FLUSH would otherwise take half of the disk's bandwidth and double the time of
+        // the FLUSH.
         let flush_needs_store = self.writeback.more || self.store_ops.writes() >= DEPTH_MAX;
         if self.flushing.unwritten_up_to().is_none() || !flush_needs_store {
             for last in std::mem::take(&mut self.writeback.filled_regions) {
@@ -152,9 +154,10 @@ impl PageCache {
     /// Write-back that no request waits for:
     ///
     /// - at full speed while guests are idle or frames run out;
-    /// - between the thresholds in proportion to the dirty pages: full speed is reached at the setpoint of the
-    ///   throttle, before it delays the first write;
-    /// - else ahead of the next FLUSH, if `eager.rs` finds it worthwhile, and not while a FLUSH needs the store itself.
+    /// - between the thresholds in proportion to the dirty pages: it reaches full speed at the setpoint of the
+    ///   throttle, before the throttle delays the first write;
+    /// - otherwise ahead of the next FLUSH, if `eager.rs` finds it worthwhile, and no FLUSH in progress needs the
+    ///   store.
     fn write_back_in_background(&mut self) {
         let idle = self.now.since_us(self.writeback.last_guest_io) >= IDLE_US;
         let cost = self.write_back_cost();
@@ -164,7 +167,7 @@ impl PageCache {
         } else if cost < self.throttle.stop_pages() {
             self.writeback.running = false;
         }
-        // Stalled requests wait for room, and no write in flight will make any.
+        // Stalled requests wait for room, and no write in flight will free any.
         let starving = self.stalled.for_room() && self.store_ops.writes() == 0;
         if idle || std::mem::take(&mut self.writeback.pressure) || starving {
             self.sweep(Scope::All, DEPTH_MAX);
@@ -178,7 +181,7 @@ impl PageCache {
         }
     }
 
-    /// What the store takes for all pages that are dirty or under write-back, in the unit of the dirty limit.
+    /// The cost of writing all pages that are dirty or under write-back, in the unit of the dirty limit.
     pub(super) fn write_back_cost(&self) -> u32 {
         let dirty = self.pages.dirty();
         let operations =
@@ -186,7 +189,7 @@ impl PageCache {
         self.throttle.cost(dirty.dirty_or_writeback_pages(), operations)
     }
 
-    /// Closes the epoch [`EPOCHS_PER_AGE`] times in an age limit. Asks for a Sync when an aged epoch is written.
+    /// Closes the epoch [`EPOCHS_PER_AGE`] times per age limit. Requests a Sync when an aged epoch is written.
     fn age(&mut self) {
         let oldest = self.pages.dirty().oldest();
         if let Some(aged) = self.writeback.aged
@@ -209,7 +212,7 @@ impl PageCache {
         }
     }
 
-    /// Writes dirty pages in scope, upwards from the cursor, until `depth` writes are in flight.
+    /// Writes dirty pages in scope, in ascending order from the cursor, until `depth` writes are in flight.
     fn sweep(&mut self, scope: Scope, depth: u32) {
         let mut wrapped = false;
         let start = self.writeback.cursor;
@@ -239,16 +242,17 @@ impl PageCache {
                 self.sweep_group(number, group, scope, depth);
             }
         }
-        // A background sweep continues at the next request or when guests are idle. Others continue at once, until a
-        // whole round of the cursor has started no write. So does a background sweep while the completions of writes
-        // are delayed, because there may be no request before it has made room: its first round passes recent groups,
-        // its second does not.
+        // A background sweep continues at the next request or when guests are idle. The others continue immediately,
+        // until a whole round of the cursor has started no write. A background sweep does so too while the completions
+        // of writes are delayed, because the next request may come only after the sweep has made room: its first round
+        // skips recent groups, its second does not.
         let delays = cold && self.write_back_cost() > self.throttle.setpoint_pages();
         let rounds = if delays { 2 } else { usize::from(!cold) };
         self.writeback.more |= self.writeback.groups_without_progress < rounds * self.pages.dirty().groups();
     }
 
-    /// Whether a guest wrote a page of the group since the cursor last passed. The cursor passes now: forgets it.
+    /// Whether a guest wrote a page of the group since the cursor last passed. Clears that mark, since the cursor
+    /// passes now.
     fn was_recent(&mut self, number: u64, group: Group) -> bool {
         let mut recent = false;
         let mut previous = None;
@@ -294,12 +298,12 @@ impl PageCache {
             && !self.ranges.contain(page.no())
     }
 
-    /// Whether something is on the store that no Sync covers.
+    /// Whether data on the store is covered by no Sync.
     fn unsynced_ages(&self) -> bool {
         self.flushing.has_unsynced() && !planted(PlantedBug::AgeForgetsUnsynced)
     }
 
-    /// When write-back next has something to do without a request or a completion.
+    /// When write-back next has work without a request or a completion.
     pub(super) fn writeback_deadline(&self) -> Option<Tick> {
         if self.freeze.is_on() {
             return self.freeze.until();

@@ -11,7 +11,7 @@ use crate::cache::REGION_PAGES;
 /// Pages of a group (64 KiB): one bit each in a `u16`.
 pub(in crate::cache) const GROUP_PAGES: u64 = 16;
 
-/// What the dirty set counts of a page.
+/// The attributes of a page that the dirty set counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct PageTally {
     dirty: Option<Epoch>,
@@ -33,7 +33,7 @@ impl PageTally {
         }
     }
 
-    /// Whether the page counted against a limit `before` and no longer does.
+    /// Whether the page counted `before` against a limit and no longer does.
     pub fn makes_room(self, before: Self) -> bool {
         before.dirty_or_writeback && !self.dirty_or_writeback || before.unstable && !self.unstable
     }
@@ -46,7 +46,7 @@ pub(in crate::cache) struct Group(u16);
 impl Group {
     const FULL: Self = Self(u16::MAX);
 
-    /// Whether the page at this place of the group is dirty; none is at a place outside it.
+    /// Whether the page at this position of the group is dirty; false outside the group.
     fn contains(self, at: u64) -> bool {
         u32::from(self.0) >> at & 1 == 1
     }
@@ -60,13 +60,14 @@ impl Group {
 /// The dirty pages, and how many pages and writes belong to each epoch. `Pages` alone changes it.
 #[derive(Debug)]
 pub(in crate::cache) struct DirtySet {
-    /// By the number of the group; none is empty.
+    /// By the number of the group; no group is empty.
     groups: BTreeMap<u64, Group>,
-    /// Oldest first, with the number of its dirty pages and of its writes in flight; none with a count of zero.
+    /// Oldest first, with the number of the epoch's dirty pages and writes in flight; epochs with a count of zero are
+    /// removed.
     epochs: VecDeque<(Epoch, u32)>,
     current: Epoch,
     dirty_pages: u32,
-    /// Dirty pages that no dirty page of their region directly precedes.
+    /// Dirty pages without a dirty page directly before them in their region.
     runs: u32,
     dirty_or_writeback_pages: u32,
     unstable_pages: u32,
@@ -89,7 +90,7 @@ impl Default for DirtySet {
 }
 
 impl DirtySet {
-    /// The epoch of the writes that guests make now.
+    /// The epoch of the present writes of guests.
     pub fn current(&self) -> Epoch {
         self.current
     }
@@ -124,7 +125,7 @@ impl DirtySet {
         self.epochs.front().map(|&(epoch, _)| epoch)
     }
 
-    /// Closes the current epoch, if anything belongs to it; returns the last closed epoch.
+    /// Closes the current epoch, unless it is empty; returns the last closed epoch.
     pub(super) fn close_epoch(&mut self) -> Epoch {
         if self.epochs.back().is_some_and(|&(epoch, _)| epoch == self.current) {
             self.current = self.current.next();
@@ -158,7 +159,7 @@ impl DirtySet {
         let (number, at) = (no.0 / GROUP_PAGES, no.0 % GROUP_PAGES);
         let is_dirty =
             |no: u64| self.groups.get(&(no / GROUP_PAGES)).is_some_and(|group| group.contains(no % GROUP_PAGES));
-        // Only at the ends of a group, because each look into another group takes as long as that into its own.
+        // Only at the ends of a group, because each lookup in another group takes as long as one in its own.
         let joins_below = at == 0 && !no.0.is_multiple_of(REGION_PAGES) && is_dirty(no.0 - 1);
         let joins_above = at == GROUP_PAGES - 1 && !(no.0 + 1).is_multiple_of(REGION_PAGES) && is_dirty(no.0 + 1);
         let mut joined = u32::from(joins_below) + u32::from(joins_above);
@@ -192,7 +193,7 @@ impl DirtySet {
         }
     }
 
-    /// One page or write less belongs to `epoch`.
+    /// One page or write fewer belongs to `epoch`.
     pub(super) fn release_epoch(&mut self, epoch: Epoch) {
         let at = self.epochs.iter().rposition(|&(other, _)| other == epoch).expect("the epoch is held");
         self.epochs[at].1 -= 1;
@@ -206,7 +207,7 @@ impl DirtySet {
         self.groups.get(&(no.0 / GROUP_PAGES)).is_some_and(|&group| group == Group::FULL)
     }
 
-    /// The first group with dirty pages from group `from` on.
+    /// The first group with dirty pages, starting at group `from`.
     pub fn next_group(&self, from: u64) -> Option<(u64, Group)> {
         self.groups.range(from..).next().map(|(&number, &group)| (number, group))
     }

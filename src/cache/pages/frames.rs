@@ -7,8 +7,8 @@
 //! together, so they are taken together again: a read into them is one segment for the store, and one piece to copy. A
 //! cache that retains nothing uses a stack: it reuses the same few frames, which stay in the CPU's caches.
 //!
-//! The number of frames in use can change: there is a limit. Frames from the limit on are *leaving*: none counts as
-//! free, and each is *retired* once nothing holds it. A frame without memory is retired.
+//! The number of frames in use is limited, and the limit can change. Frames from the limit on are *leaving*: they do
+//! not count as free, and each is *retired* once nothing holds it. A frame without memory is retired.
 
 use super::super::growing::vec_for;
 use crate::units::FrameId;
@@ -20,7 +20,7 @@ const END: u32 = FREE - 1;
 /// This frame is retired: neither held nor in the list.
 const RETIRED: u32 = FREE | (END - 1);
 
-/// Which of the free frames is taken next.
+/// The order in which free frames are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reuse {
     /// The one that was freed first.
@@ -36,7 +36,7 @@ pub(super) enum Reuse {
 #[derive(Debug)]
 pub(in crate::cache) struct Frames {
     words: Vec<u32>,
-    /// The next free frame to be taken and the last one; [`END`] where none is free.
+    /// The next free frame to be taken and the last one; [`END`] if none is free.
     free_head: u32,
     free_tail: u32,
     /// Frames in the list below the limit.
@@ -45,13 +45,13 @@ pub(in crate::cache) struct Frames {
     leaving_listed: u32,
     /// Held frames from the limit on.
     leaving_held: u32,
-    /// Number of frames to use: the first ones.
+    /// Number of frames to use, counted from the first.
     limit: u32,
     reuse: Reuse,
 }
 
 impl Frames {
-    /// `count` free frames, of which there may be `count_max` later.
+    /// `count` free frames, later at most `count_max`.
     pub(super) fn new(count: u32, count_max: u32, reuse: Reuse) -> Self {
         assert!(count > 0 && count < END - 1, "a cache has 1 to 2^31 frames");
         let mut words = vec_for(count_max);
@@ -62,7 +62,7 @@ impl Frames {
 
     /// Takes these frames, with one reference each.
     ///
-    /// => No frame is held yet.
+    /// => Call it while no frame is held.
     pub(super) fn claim(&mut self, claimed: impl IntoIterator<Item = FrameId>) {
         assert_eq!(self.free_count, self.limit, "a frame was taken before others were claimed");
         self.words.fill(0);
@@ -88,7 +88,7 @@ impl Frames {
         self.free_count += 1;
     }
 
-    /// Takes the first frame off the list.
+    /// Takes the first frame from the list.
     fn pop(&mut self) -> Option<u32> {
         if self.free_head == END {
             return None;
@@ -106,7 +106,7 @@ impl Frames {
         Some(frame)
     }
 
-    /// Takes a free frame, with one reference. It may be a leaving one that is still in the list.
+    /// Takes a free frame, with one reference. It may be a leaving frame that is still in the list.
     pub(super) fn take(&mut self) -> Option<FrameId> {
         if self.free_count == 0 {
             return None;
@@ -117,7 +117,7 @@ impl Frames {
         Some(FrameId(frame))
     }
 
-    /// Uses more frames, the first `limit` ones. Those that are still leaving stay.
+    /// Uses more frames, up to the first `limit` ones. Frames that still leave stay in use.
     pub(super) fn raise_limit(&mut self, limit: u32) {
         assert!(limit < END - 1, "a cache has 1 to 2^31 frames");
         while self.limit < limit {
@@ -137,7 +137,7 @@ impl Frames {
         }
     }
 
-    /// Uses fewer frames, as far as `spare` of them stay free: at best the first `limit` ones. The others leave.
+    /// Uses fewer frames, while `spare` of them stay free: at best only the first `limit` ones. The others leave.
     pub(super) fn lower_limit(&mut self, limit: u32, spare: u32) {
         assert!(limit > 0, "a cache has 1 to 2^31 frames");
         while self.limit > limit {
@@ -153,7 +153,7 @@ impl Frames {
         }
     }
 
-    /// Retires leaving frames that are in the list, among its next `count` ones.
+    /// Retires leaving frames among the next `count` ones in the list.
     pub(super) fn retire_listed(&mut self, count: u32) {
         for _ in 0..count {
             if self.leaving_listed == 0 {
@@ -235,7 +235,7 @@ impl Frames {
         self.limit + self.leaving_listed + self.leaving_held
     }
 
-    /// All frames that there are or were.
+    /// All frames, including retired ones.
     pub(super) fn known(&self) -> impl Iterator<Item = FrameId> {
         (0..).map(FrameId).take(self.words.len())
     }

@@ -1,15 +1,15 @@
-//! The only way to a page's state: page table, dirty set, frames, their memory, and replacement queues.
+//! The only access to a page's state: page table, dirty set, frames, their memory, and replacement queues.
 //!
-//! [`Pages`] keeps them consistent with each other. The rest of the cache reads all of it, and changes it through the
-//! functions here only, because nothing else can get a `&mut Page`:
+//! [`Pages`] keeps them consistent with each other. The rest of the cache reads all of it, and changes it only through
+//! the functions here, because nothing else can get a `&mut Page`:
 //!
-//! - [`Pages::change`] is for everything that is counted or published: masks, epoch, writers, state flags.
-//! - [`Pages::mark`] and its like are for hints and for the chain of waiters, which nothing counts.
+//! - [`Pages::change`] changes everything that is counted or published: masks, epoch, writers, state flags.
+//! - [`Pages::mark`] and similar functions change hints and the chain of waiters, which nothing counts.
 //! - [`Pages::adopt_frame`] and [`Pages::copy_on_write`] give a page its frame; [`Pages::take_frame`],
 //!   [`Pages::hold_frame`] and [`Pages::release_frame`] count references to frames.
 //! - [`Pages::insert`], [`Pages::remove`], [`Pages::evict`] and [`Pages::restore`] add and remove pages.
 //!
-//! So these functions hold invariants I1 to I5 and I9 (see [`super::PageCache`]):
+//! So these functions uphold invariants I1 to I5 and I9 (see [`super::PageCache`]):
 //!
 //! - I1: `insert`, `remove` and `evict` change the table and the replacement queues together.
 //! - I2 and I4: `change` and `forget` pass every change of a page's `PageTally` to the dirty set.
@@ -46,7 +46,7 @@ use page::Mark;
 use readers::Readers;
 use table::PageTable;
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Pages {
     table: PageTable,
@@ -62,7 +62,7 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    /// No pages yet, and frames that are `memory`.
+    /// An empty cache whose frames are `memory`.
     pub fn new(settings: &Settings, memory: Box<dyn FrameMemory>) -> Self {
         let (count, count_max) = (settings.frames, settings.frames_max.max(settings.frames));
         let reuse = if settings.retain { Reuse::OldestFirst } else { Reuse::NewestFirst };
@@ -78,14 +78,14 @@ impl Pages {
         }
     }
 
-    // What can be read.
+    // Lookups.
 
     /// The page with this number, if it is in memory.
     pub fn find(&self, no: PageNo) -> Option<PageId> {
         self.table.find(no)
     }
 
-    /// As [`Pages::find`], where the page before it was found in `previous`: that is faster for adjacent pages.
+    /// Like [`Pages::find`], if the preceding page was found in `previous`: faster for adjacent pages.
     pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
         self.table.find_after(previous, no)
     }
@@ -115,8 +115,8 @@ impl Pages {
         &self.frames
     }
 
-    /// Looks up pages, and changes nothing. Each step reads one link of the lookups of all pages: no read waits for the
-    /// one before it, and no branch for a read that is still on its way.
+    /// Looks up pages, and changes nothing. Each step reads one link of the lookups of all pages: no read depends on
+    /// the one before it, and no branch waits for an unfinished read.
     pub fn prefetch_lookups(&self, pages: impl Iterator<Item = PageNo> + Clone) {
         pages.clone().for_each(|no| self.table.prefetch_index(no));
         pages.clone().for_each(|no| self.table.prefetch_slot(no));
@@ -126,7 +126,7 @@ impl Pages {
         }
     }
 
-    /// Bytes of memory that all of this takes, without the frames' own.
+    /// Bytes of memory that the tables take, without the frames themselves.
     pub fn metadata_bytes(&self) -> usize {
         self.table.metadata_bytes()
             + self.frames.metadata_bytes()
@@ -150,7 +150,7 @@ impl Pages {
         self.made_room
     }
 
-    /// As [`Pages::has_made_room`], and forgets it.
+    /// Like [`Pages::has_made_room`], and resets it.
     pub fn take_made_room(&mut self) -> bool {
         std::mem::take(&mut self.made_room)
     }
@@ -162,8 +162,8 @@ impl Pages {
 
     // A page's state.
 
-    /// Changes a page's masks, epoch, writers and state flags, and all that depends on them: dirty set and counters
-    /// (I2, I4), and what is published of the frame.
+    /// Changes a page's masks, epoch, writers and state flags, and everything that depends on them: dirty set and
+    /// counters (I2, I4), and the published record of the frame.
     pub fn change<R>(&mut self, id: PageId, mutate: impl FnOnce(&mut Page) -> R) -> R {
         let beyond = self.beyond_image(self.table[id].no());
         let page = &mut self.table[id];
@@ -176,7 +176,7 @@ impl Pages {
         let after = PageTally::of(page);
         let no = page.no();
         let current = (page.frame(), page.record(beyond));
-        // Here, and not in a function of its own: most changes leave the tally as it is.
+        // Inline, not in a function of its own: most changes leave the tally unchanged.
         if before != after {
             self.recount(no, before, after);
         }
@@ -201,12 +201,12 @@ impl Pages {
         was_set
     }
 
-    /// Marks a page as brought in by readahead in `period`; no guest has asked for it yet.
+    /// Marks a page as read in by readahead in `period`; no guest has requested it yet.
     pub fn mark_unread(&mut self, id: PageId, period: Period) {
         self.table[id].set_unread_since(Some(period));
     }
 
-    /// A guest asks for the page: if it was read ahead and unread until now, returns when that was.
+    /// A guest requests the page: if it was unread readahead, returns its period.
     pub fn take_unread(&mut self, id: PageId) -> Option<Period> {
         let page = &mut self.table[id];
         let since = page.unread_since();
@@ -228,9 +228,8 @@ impl Pages {
         self.made_room |= after.makes_room(before);
     }
 
-    /// Tells the memory what a page's frame holds now.
-    ///
-    /// => While a page moves, two frames have its bytes for a moment, and never none.
+    /// Publishes the contents of a page's frame to the memory.
+    /// => While a page moves, two frames are recorded with its bytes for a moment; there is never a moment without one.
     fn publish(
         &self,
         id: PageId,
@@ -260,13 +259,13 @@ impl Pages {
         Some(id)
     }
 
-    /// Takes a page that is not busy out of the cache; returns it as it was. What it had dirty is lost.
+    /// Removes a page that is not busy from the cache, and returns its last state. Its dirty data is lost.
     pub fn remove(&mut self, id: PageId) -> Page {
         self.policy.remove(id);
         self.forget(id)
     }
 
-    /// Evicts the page that the policy chooses among the first `steps_max` that it proposes; returns it as it was.
+    /// Evicts the page that the policy chooses among the first `steps_max` that it proposes; returns its last state.
     /// Calls `on_kept` for each proposed page that may not be evicted.
     pub fn evict(&mut self, steps_max: u32, mut on_kept: impl FnMut(&Page)) -> Option<Page> {
         let Self { table, frames, policy, readers, .. } = self;
@@ -285,14 +284,14 @@ impl Pages {
         Some(self.forget(victim))
     }
 
-    /// The pages in `count` slots of the table from slot `from` on that may be evicted.
+    /// The evictable pages in `count` slots of the table, starting at slot `from`.
     pub fn evictable(&self, from: u32, count: u32) -> Vec<PageId> {
         let slots = from..from.saturating_add(count).min(self.table.capacity());
         let is_clean = |id: &PageId| self.table.is_resident(*id) && is_evictable(&self.table[*id], &self.frames);
         slots.map(PageId).filter(is_clean).collect()
     }
 
-    /// The pages in `count` slots of the table from slot `from` on that have all their bytes.
+    /// The pages in `count` slots of the table, starting at slot `from`, whose sectors are all valid.
     pub fn whole_pages(&self, from: u32, count: u32) -> Vec<PageNo> {
         let slots = from..from.saturating_add(count).min(self.table.capacity());
         let resident = slots.map(PageId).filter(|id| self.table.is_resident(*id)).map(|id| &self.table[id]);
@@ -304,7 +303,7 @@ impl Pages {
         self.table.capacity()
     }
 
-    /// Takes a page out of the table that is on no replacement queue any more.
+    /// Removes a page from the table that is no longer on a replacement queue.
     fn forget(&mut self, id: PageId) -> Page {
         debug_assert!(!self.table[id].busy(), "{:?} is removed while busy", self.table[id]);
         let page = self.table.remove(id);
@@ -322,7 +321,7 @@ impl Pages {
         page
     }
 
-    /// Fills an empty cache with what the frames hold, by the records that the previous daemon published of them.
+    /// Fills an empty cache from the records that the previous daemon published of the frames.
     pub fn restore(&mut self, records: impl IntoIterator<Item = (FrameId, FrameRecord)>) {
         assert_eq!(self.len(), 0, "only an empty cache can be restored");
         let mut restored = Vec::new();
@@ -347,12 +346,12 @@ impl Pages {
         }
     }
 
-    /// A guest asks for a page for the first time since it was inserted.
+    /// A guest requests a page for the first time since it was inserted.
     pub fn first_touch(&mut self, id: PageId, no: PageNo) {
         self.policy.first_touch(id, no);
     }
 
-    /// A guest asks for a page again.
+    /// A guest requests a page again.
     #[inline]
     pub fn touch(&mut self, id: PageId, no: PageNo) {
         self.policy.touch(id, no);
@@ -361,7 +360,7 @@ impl Pages {
         }
     }
 
-    /// So many devices use the cache from now on: each has a fair share of it.
+    /// Sets the number of devices that use the cache; each has a fair share of it.
     pub fn share(&mut self, readers: usize) {
         match &mut self.readers {
             Some(known) => known.set_count(readers),
@@ -369,14 +368,14 @@ impl Pages {
         }
     }
 
-    /// A device leaves the image, or one with its number comes back.
+    /// A device detaches from the image, or one with its number attaches again.
     pub fn set_reader_present(&mut self, reader: usize, is_present: bool) {
         if let Some(readers) = &mut self.readers {
             readers.set_present(reader, is_present);
         }
     }
 
-    /// The requests that follow are of this device.
+    /// Sets the device that sends the following requests.
     pub fn set_reader(&mut self, reader: usize) {
         if let Some(readers) = &mut self.readers {
             readers.set_current(reader);
@@ -410,8 +409,8 @@ impl Pages {
         Some(frame)
     }
 
-    /// Gives a page without a frame this one, whose reference becomes the page's. Sectors that lie beyond the image
-    /// become zeros, and stay so; no other is valid yet.
+    /// Gives this frame to a page without one; the frame's reference becomes the page's. Sectors beyond the image are
+    /// zeroed and valid; no other sector is valid yet.
     pub fn adopt_frame(&mut self, id: PageId, frame: FrameId) {
         debug_assert_eq!(self.table[id].frame(), None, "a second frame for {:?}", self.table[id]);
         let beyond = self.beyond_image(self.table[id].no());
@@ -441,7 +440,7 @@ impl Pages {
         Some(())
     }
 
-    /// Copies sectors from a frame of a read-in to the page's own.
+    /// Copies sectors from the frame of a read-in to the page's own frame.
     ///
     /// => Only sectors that the page lacks, and that no writer is filling (I7).
     pub fn copy_from(&mut self, id: PageId, source: FrameId, mask: SectorMask) {
@@ -462,12 +461,12 @@ impl Pages {
 
     // Epochs.
 
-    /// Closes the current epoch, if anything belongs to it; returns the last closed epoch.
+    /// Closes the current epoch, unless it is empty; returns the last closed epoch.
     pub fn close_epoch(&mut self) -> Epoch {
         self.dirty.close_epoch()
     }
 
-    /// A write to the store with pages of `epoch` begins: the epoch is not on the store before it ends.
+    /// A write to the store with pages of `epoch` starts: the epoch is not on the store before it ends.
     pub fn hold_epoch(&mut self, epoch: Epoch) {
         self.dirty.hold_epoch(epoch);
     }
@@ -478,14 +477,13 @@ impl Pages {
     }
 }
 
-/// Whether a page may be evicted: it has a frame that nothing else holds, it is not busy, and the store has all of it
-/// durably.
+/// Whether a page may be evicted: nothing else holds its frame, it is not busy, and all of it is durable on the store.
 fn is_evictable(page: &Page, frames: &Frames) -> bool {
     let in_use = page.frame().is_none_or(|frame| frames.references(frame) > 1);
     !in_use && !page.is_unsynced() && !page.busy() && page.dirty.is_empty()
 }
 
-/// The record to publish of a page, with the planted bug if it is one of these.
+/// The record to publish of a page, changed by a planted bug of this kind if one is set.
 fn with_planted_bug(page: &Page, record: FrameRecord) -> FrameRecord {
     if planted(PlantedBug::TailIsPublished) && page.is_unsynced() {
         return FrameRecord { dirty: page.valid, ..record };

@@ -21,7 +21,7 @@ use crate::units::{Epoch, FrameId, FrameRecord, PageNo, SectorMask, low_u32};
 /// "No frame", "no waiter" or "no page" in the packed fields.
 pub(in crate::cache) const NONE: u32 = u32::MAX;
 
-/// Flags that are part of a page's state. They change in `Pages::change` only.
+/// Flags that are part of a page's state. Only `Pages::change` changes them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cache) struct Flags(u8);
 
@@ -31,15 +31,15 @@ pub(in crate::cache) const READING: Flags = Flags(1 << 0);
 pub(in crate::cache) const COPY_ON_WRITE: Flags = Flags(1 << 1);
 /// The last write-back of the page failed: it is tried again alone, after a pause.
 pub(in crate::cache) const FAILED: Flags = Flags(1 << 4);
-/// Written to the store, and no successful Sync covers it yet: not evictable. One flag is for the writes that the Sync
-/// in flight covers, the other for those that it does not; `flush.rs` says which is which.
+/// Written to the store, and no successful Sync covers it yet: not evictable. One flag marks the writes that the Sync
+/// in flight covers, the other one later writes; `flush.rs` determines which is which.
 pub(in crate::cache) const UNSYNCED: [Flags; 2] = [Flags(1 << 5), Flags(1 << 6)];
 
 /// Hints on a page, which no counter and no invariant depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cache) struct Mark(u8);
 
-/// Readahead brought the page in, and no guest has asked for it yet. See [`Page::unread_since`].
+/// Readahead read the page in, and no guest has requested it yet. See [`Page::unread_since`].
 pub(super) const PREFETCHED: Mark = Mark(1 << 2);
 /// Reading this page starts the next readahead window.
 pub(in crate::cache) const MARKER: Mark = Mark(1 << 3);
@@ -53,11 +53,11 @@ impl BitOr for Flags {
     }
 }
 
-/// A span of about a second, in which readahead counts the pages that it brings in; wraps.
+/// A span of about a second, in which readahead counts the pages that it reads in; wraps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::cache) struct Period(pub u32);
 
-/// A page of the image in memory: 28 bytes, so that the metadata of a cache stays below 1.5 % of it.
+/// A page of the image in memory: 28 bytes, so that the metadata of a cache stays below 1.5 % of its size.
 ///
 /// Only the owner of the table, `Pages`, hands out a `&mut Page`, and only to the closures of `Pages::change`.
 #[derive(Clone, Debug)]
@@ -69,14 +69,14 @@ pub(in crate::cache) struct Page {
     /// Sectors that those writers are filling.
     pub pending: SectorMask,
     frame: u32,
-    /// Epoch of the first write that no flush covers; meaningful while dirty. A prefetched page is not dirty and keeps
-    /// its [`Period`] here.
+    /// Epoch of the first write that no flush covers; meaningful while dirty. An unread prefetched page is not dirty,
+    /// and has its [`Period`] here.
     pub epoch: Epoch,
     /// First waiter for the page, or [`NONE`]. In a free slot: the next free slot.
     waiters: u32,
     /// The next page of the same chain of the index, or [`NONE`].
     pub(super) next: u32,
-    /// Sectors whose bytes in the frame are right.
+    /// Sectors whose bytes in the frame are valid.
     pub valid: SectorMask,
     /// Sectors newer than the store.
     pub dirty: SectorMask,
@@ -128,12 +128,12 @@ impl Page {
         std::mem::replace(&mut self.waiters, first)
     }
 
-    /// If readahead brought the page in and no guest has asked for it: when that was.
+    /// The period in which readahead read the page in, if no guest has requested it since.
     pub fn unread_since(&self) -> Option<Period> {
         self.is_marked(PREFETCHED).then_some(Period(self.epoch.0))
     }
 
-    /// Marks the page as read ahead in `period`, or as asked for.
+    /// Marks the page as read ahead in `period`, or as requested by a guest.
     pub(super) fn set_unread_since(&mut self, period: Option<Period>) {
         match period {
             Some(Period(number)) => {
@@ -189,16 +189,16 @@ impl Page {
         self.flags & (UNSYNCED[0] | UNSYNCED[1]).0 != 0
     }
 
-    /// Whether an operation, a writer or a waiter holds the page: it may be neither evicted nor removed.
+    /// Whether an operation, a writer or a waiter uses the page: it may be neither evicted nor removed.
     pub fn busy(&self) -> bool {
         self.is(READING) || !self.writing.is_empty() || self.writers > 0 || self.waiters != NONE
     }
 
-    /// What the next daemon would have to know of the page's frame.
+    /// The record from which the next daemon restores the page's frame.
     ///
     /// => Sectors `beyond` the end of the image are never dirty: the image has no place for them.
-    /// => Clean sectors that a writer is filling are not valid: if the write never ends, the store has their bytes.
-    ///    Dirty ones stay valid, for the frame has the only copy.
+    /// => Clean sectors that a writer is filling are not valid: if the write never ends, the store still has their
+    ///    bytes. Dirty sectors stay valid, because the frame has the only copy.
     pub(super) fn record(&self, beyond: SectorMask) -> FrameRecord {
         if self.frame == NONE {
             return FrameRecord::empty(self.no());

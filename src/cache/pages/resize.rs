@@ -1,13 +1,13 @@
-//! The number of frames changes, and with it the number of pages that the table has slots for.
+//! Changes the number of frames, and with it the number of slots of the page table.
 //!
-//! Slots, and the index, only grow: what they take of memory is 1.5 % of the largest size.
+//! Slots and the index only grow: they take 1.5 % of the largest size of the cache.
 
 use super::Pages;
 use crate::units::PageId;
 
 impl Pages {
-    /// The cache is to have so many frames: what depends on that follows at once. [`Pages::add_frames`] and
-    /// [`Pages::remove_frames`] change it.
+    /// Sets the number of frames that the cache is to have: the policy and the shares change immediately.
+    /// [`Pages::add_frames`] and [`Pages::remove_frames`] then change the frames themselves.
     pub fn announce_frames(&mut self, count: u32) {
         self.policy.set_pages(count);
         if let Some(readers) = &mut self.readers {
@@ -15,7 +15,7 @@ impl Pages {
         }
     }
 
-    /// Uses more frames, the first `limit` ones.
+    /// Uses more frames, up to the first `limit` ones.
     ///
     /// => They have memory.
     pub fn add_frames(&mut self, limit: u32) {
@@ -30,7 +30,7 @@ impl Pages {
         self.frames.raise_limit(limit);
     }
 
-    /// Uses fewer frames, as far as `spare` of them stay free: at best the first `limit` ones. The others leave.
+    /// Uses fewer frames, while `spare` of them stay free: at best only the first `limit` ones. The others leave.
     pub fn remove_frames(&mut self, limit: u32, spare: u32) {
         self.frames.lower_limit(limit, spare);
     }
@@ -40,7 +40,7 @@ impl Pages {
         self.frames.retire_listed(count);
     }
 
-    /// Tells the memory how many frames are in use: the first ones. The others hold nothing.
+    /// Reports the number of frames in use to the memory: the first ones. The others hold nothing.
     pub fn publish_frames_in_use(&self, count: u32) {
         self.memory.use_frames(count);
     }
@@ -50,7 +50,7 @@ impl Pages {
         self.table.is_resident(id) && self.table[id].frame().is_some_and(|frame| self.frames.is_leaving(frame))
     }
 
-    /// Moves a page out of its frame into a free one, with all that is valid. False: something else holds the frame, or
+    /// Moves a page out of its frame into a free one, with all valid sectors. False: something else holds the frame, or
     /// no frame is free.
     pub fn move_to_free_frame(&mut self, id: PageId) -> bool {
         let page = &self.table[id];

@@ -2,8 +2,8 @@
 //!
 //! The index is a table of chains through the pages, as UVM's was. A table with open addressing fills up with
 //! tombstones and is rehashed all at once, which takes 50 ms for a cache of 4 GiB. This one grows by a row at a time
-//! (linear hashing: Litwin, "Linear hashing: a new tool for file and table addressing", VLDB 1980): a new row takes the
-//! pages of one other row that belong to it, so the cache can get larger while it is used.
+//! (linear hashing: Litwin, "Linear hashing: a new tool for file and table addressing", VLDB 1980): a new row takes
+//! over the pages that belong to it from one other row, so the cache can grow while it is used.
 
 use std::ops::{Index, IndexMut};
 
@@ -12,7 +12,7 @@ use crate::units::{PageId, PageNo, PageSpan, low_u32};
 use super::super::growing::vec_for;
 use super::page::{NONE, Page};
 
-/// The number of a free slot's page: no image has it.
+/// The page number of a free slot: no image has such a page.
 const NOWHERE: PageNo = PageNo((1 << 48) - 1);
 /// Adjacent pages whose chains begin in parallel, because adjacent pages are looked up, inserted and removed together.
 const ROW_PAGES: usize = 8;
@@ -23,34 +23,34 @@ const FIBONACCI: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// All pages in memory, by number. It has at least as many slots as the cache has frames, so inserting never allocates.
 ///
-/// => The slot that was freed first is taken first. Adjacent pages mostly come and go together, so their slots are
-///    adjacent too, as long as no other page comes between them.
+/// => The slot that was freed first is taken first. Adjacent pages are mostly inserted and removed together, so their
+///    slots are adjacent too, unless another page is inserted between them.
 #[derive(Debug)]
 pub(super) struct PageTable {
     slots: Vec<Page>,
-    /// The next free slot to be taken and the last one, chained by [`Page::waiters`]; [`NONE`] where no slot is free.
+    /// The next free slot to be taken and the last one, chained by [`Page::waiters`]; [`NONE`] if no slot is free.
     free_head: u32,
     free_tail: u32,
     resident: u32,
     index: Vec<Row>,
-    /// Rows that the index began with.
+    /// Rows that the index started with.
     first_rows: usize,
-    /// A row `r` of those has become the rows `r + n * first_rows`, with `n` up to this number (2^k - 1), as far as
-    /// they are there.
+    /// A row `r` of those was split into the rows `r + n * first_rows`, with `n` up to this number (2^k - 1), as far as
+    /// they exist.
     split_mask: usize,
-    /// How many pages are in the table, by the hash of their block. A range operation skips blocks without pages: most
-    /// of what guests discard is not in memory.
+    /// Number of pages in the table, by the hash of their block. A range operation skips blocks without pages: most of
+    /// the ranges that guests discard are not in memory.
     blocks: Vec<u32>,
     /// Random, so that a guest cannot choose pages whose chains are the same.
     key: u64,
 }
 
-/// The first page of each of eight chains, or [`NONE`]; within one cache line.
+/// The first page of each of eight chains, or [`NONE`]; one row lies within one cache line.
 #[derive(Clone, Debug)]
 #[repr(align(32))]
 struct Row([u32; ROW_PAGES]);
 
-/// Rows of the index for so many pages: three chains for two pages keep them short.
+/// Number of rows of the index for this many pages: three chains for two pages keep them short.
 fn rows_for(pages: usize) -> usize {
     (pages * 3 / 2).div_ceil(ROW_PAGES)
 }
@@ -74,13 +74,13 @@ impl PageTable {
             index,
             first_rows,
             split_mask: 0,
-            // Four times the blocks that the pages fill, so that few share a counter.
+            // Four times as many as the blocks that the pages fill, so that few blocks share a counter.
             blocks: vec![0; (pages_max as usize / 1024).next_power_of_two().max(64)],
             key,
         }
     }
 
-    /// Adds slots until there are `pages`.
+    /// Adds slots up to `pages`.
     pub fn grow(&mut self, pages: u32) {
         for id in self.capacity()..pages {
             self.slots.push(Page::new(NOWHERE));
@@ -91,7 +91,7 @@ impl PageTable {
         }
     }
 
-    /// Adds a row to the index. It takes the pages of another row that belong to it: that one stood for both.
+    /// Adds a row to the index, and moves to it the pages that belong to it from the row that stood for both.
     fn add_row(&mut self) {
         let new = self.index.len();
         let (part, of_first) = (new / self.first_rows, new % self.first_rows);
@@ -101,7 +101,7 @@ impl PageTable {
         for in_row in 0..ROW_PAGES {
             let mut id = std::mem::replace(&mut self.index[old].0[in_row], NONE);
             let mut last = [NONE; 2];
-            // The order within a chain stays: old pages are at its beginning.
+            // The order within a chain is kept: old pages are at its start.
             while id != NONE {
                 let next = std::mem::replace(&mut self.slots[id as usize].next, NONE);
                 let (row, place) = self.place(self.slots[id as usize].no());
@@ -133,8 +133,9 @@ impl PageTable {
         low_u32(mixed) as usize & (self.blocks.len() - 1)
     }
 
-    /// The pages of a span that are in the table, in no order. Looks up each page of the blocks that have some, or
-    /// walks the table, whichever is shorter: however long the span is, it takes no more steps than twice the table's.
+    /// The pages of a span that are in the table, in no order. Looks up each page of the blocks that have pages in
+    /// memory, or walks the table, whichever is shorter: it takes at most twice the steps of a walk, however long the
+    /// span is.
     pub fn within(&self, span: PageSpan) -> Vec<PageId> {
         let mut found = Vec::new();
         if self.resident == 0 {
@@ -160,16 +161,17 @@ impl PageTable {
         found
     }
 
-    /// Where the page's chain begins, as (row, place in it): a multiplicative hash, whose upper bits are well mixed,
-    /// gives the row of eight adjacent pages, and the page's number its place. Lower bits choose among the rows that it
-    /// has become; one that is not there yet is still a part of another one.
+    /// The start of the page's chain, as (row, position in it). The upper bits of a multiplicative hash, which are well
+    /// mixed, select the row of eight adjacent pages, and the page's number selects the position. Lower bits select
+    /// among the rows that this row was split into; a row that does not exist yet is still part of another one.
     ///
-    /// => Without the key the pages of a chain differ by multiples of known numbers. With it, those that were chosen to
-    ///    collide are spread like any others; adjacent rows are still spread evenly.
+    /// => Without the key the pages of a chain differ by multiples of known numbers. With it, pages chosen to collide
+    ///    are spread like any others, and adjacent rows are still spread evenly.
     fn place(&self, no: PageNo) -> (usize, usize) {
         let row = no.0 / ROW_PAGES as u64;
         let mixed = (row ^ row >> 32 ^ self.key).wrapping_mul(FIBONACCI) >> 32;
-        // The hash shifts the place too: a guest that uses every eighth page would fill one place of each row only.
+        // The hash shifts the position too: otherwise a guest that uses every eighth page would fill only one position
+        // of each row.
         let in_row = (no.0 ^ mixed) % ROW_PAGES as u64;
         let first = low_u32((mixed * self.first_rows as u64) >> 32) as usize;
         let part = low_u32(mixed / ROW_PAGES as u64) as usize & self.split_mask;
@@ -200,20 +202,20 @@ impl PageTable {
         self.chain(self.first(self.place(no))).find(|(_, page)| page.no() == no).map(|(id, _)| id)
     }
 
-    /// Reads what [`PageTable::find`] reads first.
+    /// Prefetches the first memory that [`PageTable::find`] reads.
     pub fn prefetch_index(&self, no: PageNo) {
         std::hint::black_box(self.first(self.place(no)));
     }
 
-    /// Reads what [`PageTable::find`] reads next, if the page is the first of its chain, as most are.
+    /// Prefetches the next memory that [`PageTable::find`] reads, if the page is the first of its chain, as most are.
     pub fn prefetch_slot(&self, no: PageNo) {
-        // Of an empty chain any slot: a branch would wait for the read of the index.
+        // For an empty chain, read any slot: a branch would wait for the read of the index.
         let first = (self.first(self.place(no)) as usize).min(self.slots.len() - 1);
         let page = &self.slots[first];
         std::hint::black_box((page.no(), page.next));
     }
 
-    /// As [`PageTable::find`], where the page before it was found in `previous`: most often it is in the next slot.
+    /// Like [`PageTable::find`], if the preceding page was found in `previous`: usually the page is in the next slot.
     pub fn find_after(&self, previous: Option<PageId>, no: PageNo) -> Option<PageId> {
         let guess = previous.map(|previous| PageId(previous.0 + 1));
         match guess.filter(|guess| self.slots.get(guess.index()).is_some_and(|page| page.no() == no)) {
@@ -241,8 +243,8 @@ impl PageTable {
         }
         *slot = Page::new(no);
         let place = self.place(no);
-        // At the end of the chain, which the lookup before has just walked. So old pages, which are the next to be
-        // evicted, are at its beginning.
+        // At the end of the chain, which the preceding lookup has just walked. So old pages, which are the next to be
+        // evicted, are at its start.
         match self.chain(self.first(place)).last() {
             Some((last, _)) => self.slots[last.index()].next = id,
             None => self.set_first(place, id),
@@ -253,7 +255,7 @@ impl PageTable {
         Some(PageId(id))
     }
 
-    /// Takes a page out of the table; returns it as it was.
+    /// Removes a page from the table, and returns its last state.
     pub fn remove(&mut self, id: PageId) -> Page {
         let page = std::mem::replace(&mut self.slots[id.index()], Page::new(NOWHERE));
         let place = self.place(page.no());
@@ -362,7 +364,7 @@ mod tests {
         }
     }
 
-    /// Steps of a search for each of these pages, in all.
+    /// Total steps of the searches for these pages.
     fn steps_to_all(table: &PageTable, pages: impl Iterator<Item = u64>) -> u64 {
         let steps_to = |no: PageNo| {
             let mut chain = table.chain(table.first(table.place(no)));

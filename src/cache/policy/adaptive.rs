@@ -1,14 +1,14 @@
 //! S3-FIFO that adapts the length of its small queue.
 //!
-//! A short small queue (10 % of the cache) suits most guests: it keeps popular pages, and a scan does no harm. But a
-//! page that is used again after a while, once or twice and then never more (a log that is compacted, a working set
-//! that drifts), has left the short queue by then, while LRU would still have it. No fixed share serves both: in
-//! benches/miss_ratio.rs each loses ten points or more in some workload.
+//! A short small queue (10 % of the cache) suits most guests: it keeps popular pages, and a scan does no harm. But some
+//! pages are used once or twice more after a while, and never again (a log that is compacted, a working set that
+//! drifts). They have left the short queue before that use, while LRU would still have them. No fixed share suits both:
+//! in benches/miss_ratio.rs each loses ten points or more in some workload.
 //!
-//! So the policy simulates both on a sample of the pages, and takes the share that misses less. Sources: Waldspurger et
-//! al., "Cache modeling and optimization using miniature simulations" (ATC 2017); for the counter that selects (PSEL),
-//! Qureshi et al., "Adaptive insertion policies for high performance caching" (ISCA 2007). ARC's rule, which moves the
-//! border by hits among ghosts, did worse: it drifts where there is nothing to gain.
+//! So the policy simulates both shares on a sample of the pages, and uses the one with fewer misses. Sources:
+//! Waldspurger et al., "Cache modeling and optimization using miniature simulations" (ATC 2017); for the counter that
+//! selects (PSEL), Qureshi et al., "Adaptive insertion policies for high performance caching" (ISCA 2007). ARC's rule,
+//! which moves the border by hits among ghosts, did worse: it drifts when neither share is better.
 
 use crate::units::{PageId, PageNo, low_u32};
 
@@ -16,13 +16,13 @@ use super::mini_simulation::MiniSimulation;
 use super::s3fifo::S3Fifo;
 use super::{Policy, Verdict};
 
-/// Small's share of the cache if frequency of use tells which pages to keep.
+/// Small's share of the cache if frequency of use is the better criterion.
 const SHORT_PERCENT: u32 = 10;
-/// Small's share of the cache if recency of use does: nearly LRU.
+/// Small's share of the cache if recency of use is the better criterion: nearly LRU.
 const LONG_PERCENT: u32 = 90;
 /// Pages of each simulated cache. With fewer, chance decides too often.
 const SIMULATED_PAGES: u32 = 512;
-/// The selector saturates here, so that it soon follows a change of the guest's behaviour.
+/// The selector saturates here, so that it soon follows a change in the guest's behaviour.
 const SELECTOR_MAX: i32 = 32;
 /// The selector changes the share when it leads by this many misses: a smaller lead may be chance.
 const SELECTOR_LEAD: i32 = 8;
@@ -42,12 +42,12 @@ pub(super) struct Adaptive {
     simulated: u32,
     /// A page is in the sample if its hash, of 32 bits, is below this.
     sample_below: u64,
-    /// Random, so that a guest cannot know which pages are in the sample, and where the simulations have them.
+    /// Random, so that a guest cannot predict which pages are in the sample, and their places in the simulations.
     key: u64,
 }
 
 impl Adaptive {
-    /// For a cache of `pages` pages, later of at most `pages_max`; `key` is random.
+    /// A policy for a cache of `pages` pages, later of at most `pages_max`; `key` is random.
     pub fn new(pages: u32, pages_max: u32, key: u64) -> Self {
         let simulated = pages.min(SIMULATED_PAGES);
         let simulation =
@@ -87,8 +87,8 @@ impl Adaptive {
     }
 }
 
-/// The bound of the hashes of a sample, so that `simulated` pages are to the sample what `pages` pages of a cache are
-/// to all pages.
+/// The bound of the hashes of a sample: it selects so many of all pages that `simulated` pages are to the sample what
+/// `pages` pages of a cache are to all pages.
 fn sample_below(simulated: u32, pages: u32) -> u64 {
     (u64::from(simulated) << 32) / u64::from(pages.max(1))
 }
@@ -156,7 +156,7 @@ mod tests {
         accesses.filter(|page| !cache.access(PageNo(*page))).count()
     }
 
-    /// Each page is used twice. In between, other pages are used, 80 % of a cache of them.
+    /// Each page is used twice. Between the two uses, other pages that fill 80 % of a cache are used.
     fn pages_used_twice() -> impl Iterator<Item = u64> {
         (800..50_000u64).flat_map(|n| [n, n - 800])
     }
@@ -175,8 +175,8 @@ mod tests {
         let lru = misses(Box::new(Lru::new(PAGES, PAGES)), pages_used_twice());
         let fixed = misses(Box::new(S3Fifo::new(PAGES, PAGES, SHORT_PERCENT, 0)), pages_used_twice());
         let adaptive = misses(Box::new(Adaptive::new(PAGES, PAGES, 0)), pages_used_twice());
-        assert!(fixed > lru * 3 / 2, "a short queue does badly: {fixed} misses, LRU {lru}");
-        assert!(adaptive < lru * 21 / 20, "the adaptive one does well: {adaptive} misses, LRU {lru}");
+        assert!(fixed > lru * 3 / 2, "a short queue is worse than LRU: {fixed} misses, LRU {lru}");
+        assert!(adaptive < lru * 21 / 20, "the adaptive policy is close to LRU: {adaptive} misses, LRU {lru}");
     }
 
     #[test]

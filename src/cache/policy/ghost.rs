@@ -1,11 +1,11 @@
-//! The ghost queue: which pages were evicted not long ago, in four bytes each.
+//! The ghost queue: the recently evicted pages, in four bytes each.
 
 use crate::units::{PageNo, low_u16, low_u32};
 
 /// Entries of a set; a new entry replaces the oldest one of its set. With eight, nearly all ghosts live out their
 /// lifetime, and a lookup stays in one cache line.
 const WAYS: usize = 8;
-/// Ticks of the clock while as many pages are evicted as the table has entries: the resolution of a lifetime.
+/// Ticks of the clock during as many evictions as the table has entries: the resolution of a lifetime.
 const TICKS: u32 = 256;
 
 /// A set-associative table of entries with 16 bits of fingerprint and 16 bits of time; 0 is an empty entry.
@@ -24,13 +24,13 @@ pub(super) struct Ghost {
 }
 
 impl Ghost {
-    /// Room for the ghosts of `pages` pages; `key` is random.
+    /// A table for the ghosts of `pages` pages; `key` is random.
     pub fn new(pages: u32, key: u64) -> Self {
         let sets = vec![[0; WAYS]; (pages as usize).div_ceil(WAYS).max(1)];
         Self { sets, inserted: 0, tick_pages: (pages / TICKS).max(1), life_ticks: TICKS, key }
     }
 
-    /// There is to be room for the ghosts of `pages` pages. A larger table begins empty.
+    /// Makes room for the ghosts of `pages` pages. A larger table starts empty.
     pub fn set_pages(&mut self, pages: u32) {
         if (pages as usize).div_ceil(WAYS) > self.sets.len() {
             *self = Self::new(pages, self.key);
@@ -99,6 +99,6 @@ mod tests {
         assert!(alive > 7600, "{alive} of the last 8000");
         let dead = (0..10_000).filter(|&page| ghost.take(PageNo(page))).count();
         assert!(dead < 10, "{dead} of the first 10000");
-        assert!(!ghost.take(PageNo(19_999)), "a ghost is taken once");
+        assert!(!ghost.take(PageNo(19_999)), "a ghost is taken only once");
     }
 }

@@ -11,11 +11,11 @@ const NONE: u32 = u32::MAX;
 pub(super) struct ListId(pub u8);
 
 impl ListId {
-    /// On no list.
+    /// The slot is on no list.
     pub const NONE: Self = Self(0);
 }
 
-/// A slot's neighbours on its list, and what a policy keeps for each slot.
+/// A slot's neighbours on its list, and the data that a policy keeps for each slot.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     newer: u32,
@@ -37,7 +37,7 @@ pub(super) struct List {
     len: u32,
 }
 
-/// Nodes for `slots` slots, all on no list; later for at most `slots_max`.
+/// Nodes for `slots` slots that are on no list; later for at most `slots_max`.
 pub(super) fn nodes(slots: u32, slots_max: u32) -> Vec<Node> {
     let mut nodes = vec_for(slots_max);
     add_nodes(&mut nodes, slots);

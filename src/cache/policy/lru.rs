@@ -14,7 +14,7 @@ pub(super) struct Lru {
 }
 
 impl Lru {
-    /// For a cache of `pages` pages, later of at most `pages_max`.
+    /// A policy for a cache of `pages` pages, later of at most `pages_max`.
     pub fn new(pages: u32, pages_max: u32) -> Self {
         Self { nodes: nodes(pages, pages_max), list: List::new(LRU) }
     }

@@ -1,6 +1,6 @@
 //! Simulation of a cache without its memory: a policy and the index that it needs. Benchmarks use it, and the adaptive
-//! policy to try its settings (Waldspurger et al., "Cache modeling and optimization using miniature simulations", ATC
-//! 2017).
+//! policy compares settings with it (Waldspurger et al., "Cache modeling and optimization using miniature simulations",
+//! ATC 2017).
 
 use hashbrown::HashTable;
 
@@ -21,12 +21,12 @@ pub struct MiniSimulation {
 }
 
 impl MiniSimulation {
-    /// A cache of `pages` pages, empty.
+    /// An empty cache of `pages` pages.
     pub fn new(kind: PolicyKind, pages: u32) -> Self {
         Self::with_policy(super::new(kind, pages, pages, 0), pages)
     }
 
-    /// The same with this policy, which is for as many pages.
+    /// The same with this policy, which is made for `pages` pages.
     pub(super) fn with_policy(policy: Box<dyn Policy>, pages: u32) -> Self {
         let index = HashTable::with_capacity(pages as usize);
         Self { policy, index, page_of_slot: Vec::with_capacity(pages as usize), pages }
@@ -48,7 +48,7 @@ impl MiniSimulation {
         false
     }
 
-    /// A slot that was never used, or that of the page that the policy evicts.
+    /// An unused slot, or that of the page that the policy evicts.
     fn free_slot(&mut self) -> PageId {
         if self.page_of_slot.len() < self.pages as usize {
             self.page_of_slot.push(PageNo(0));

@@ -1,7 +1,7 @@
 //! Replacement: which page to evict. The policies implement one small trait, so that benchmarks can compare them.
 //!
-//! A policy works on slots of the page table ([`PageId`]). It gets a page's number too, to recognize a page that
-//! returns after its eviction, in another slot.
+//! A policy works on slots of the page table ([`PageId`]). It also gets the page's number, to recognize a page that
+//! returns in another slot after its eviction.
 
 use crate::units::{PageId, PageNo};
 
@@ -16,10 +16,10 @@ mod s3fifo;
 
 pub use mini_simulation::MiniSimulation;
 
-/// What the cache decides about a page that the policy proposes to evict.
+/// The cache's decision about a page that the policy proposes to evict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The page is evicted: the policy forgets it.
+    /// The page is evicted: the policy removes it.
     Evict {
         /// Whether a guest has used the page. False for a page that was read ahead and went unread.
         used: bool,
@@ -32,24 +32,24 @@ pub(crate) enum Verdict {
 pub(crate) trait Policy: Send + std::fmt::Debug {
     /// The page was inserted into the table. No guest has used it yet.
     fn insert(&mut self, id: PageId, no: PageNo);
-    /// A guest uses the page for the first time: at once, or later if the page was read ahead.
+    /// A guest uses the page for the first time: when it is inserted, or later if the page was read ahead.
     fn first_touch(&mut self, id: PageId, no: PageNo);
     /// A guest uses the page again.
     fn touch(&mut self, id: PageId, no: PageNo);
-    /// The page was removed for another reason than eviction (discard, error).
+    /// The page was removed for a reason other than eviction (discard, error).
     fn remove(&mut self, id: PageId);
-    /// Proposes pages to `judge` until it evicts one, or has kept `kept_max`. `page_no` gives the number of a page.
+    /// Proposes pages to `judge` until one is evicted, or `kept_max` were kept. `page_no` returns the number of a page.
     ///
-    /// => An evicted page is on no queue any more when this returns.
+    /// => An evicted page is no longer on a queue when this returns.
     fn evict(
         &mut self,
         kept_max: u32,
         judge: &mut dyn FnMut(PageId) -> Verdict,
         page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId>;
-    /// There are `slots` slots from now on, no fewer than before.
+    /// Sets the number of slots, which never decreases.
     fn add_slots(&mut self, slots: u32);
-    /// The cache is to have `pages` pages: the shares of its queues and its memory of evicted pages follow.
+    /// Sets the size of the cache: the shares of the queues and the record of evicted pages change accordingly.
     fn set_pages(&mut self, pages: u32);
     /// Whether the page is on a queue.
     fn contains(&self, id: PageId) -> bool;

@@ -2,11 +2,11 @@
 //!
 //! Sources: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP 2023); the author's later advice that
 //! for block I/O one bit is better than two; and Clock2Q+ (Zhai et al., VLDB 2026): accesses to blocks are correlated,
-//! so a second access soon after the first says little, and hits on the newest pages of the small queue set no bit.
+//! so a second access soon after the first predicts little, and hits on the newest pages of the small queue set no bit.
 //!
 //! New pages enter *small*. A page that is used again before it reaches the end of small moves to *main*, a CLOCK with
-//! one bit. The others are evicted, and *ghost* remembers their numbers: a page that returns while its ghost lives
-//! enters main. Small's share of the cache can change at any time: see `adaptive.rs`.
+//! one bit. The others are evicted, and *ghost* keeps their numbers: a page that returns while it has a ghost enters
+//! main. Small's share of the cache can change at any time: see `adaptive.rs`.
 
 use super::ghost::Ghost;
 use super::list::{List, ListId, Node, add_nodes, nodes};
@@ -19,16 +19,16 @@ const MAIN: ListId = ListId(2);
 /// Length of the correlation window, in percent of the cache: the accesses to a page belong to one burst until that
 /// many pages have been inserted after it.
 const BURST_PERCENT: u32 = 5;
-/// Hits that advance the clock as much as one insertion. If the working set fits, nothing is inserted: then no hit
-/// would ever be outside a burst, and the next scan would find no page with its bit set.
+/// Hits that advance the clock as much as one insertion. If the working set fits, nothing is inserted. Without this,
+/// every hit would then count as part of a burst, and the next scan would find no page with its bit set.
 const HITS_PER_INSERTION: u32 = 16;
 /// Fewest ticks of the clock of [`Node::stamp`] in a burst: the resolution of its length.
 const BURST_TICKS_MIN: u32 = 8;
-/// While small has most of the cache, one eviction in ten is from main: else pages that were hot once would stay there
-/// forever.
+/// While small has most of the cache, one eviction in ten is from main: otherwise pages that were hot once would stay
+/// there forever.
 const EVICTIONS_PER_MAIN: u32 = 10;
 
-/// What happened to a candidate for eviction.
+/// The result for a candidate for eviction.
 enum QueueStep {
     Evicted(PageId),
     /// Its bit was set: it moved to main's newest end.
@@ -60,7 +60,8 @@ pub(super) struct S3Fifo {
 }
 
 impl S3Fifo {
-    /// For a cache of `pages` pages, later of at most `pages_max`, of which small has `small_percent`; `key` is random.
+    /// A policy for a cache of `pages` pages, later of at most `pages_max`, of which small has `small_percent`; `key`
+    /// is random.
     pub fn new(pages: u32, pages_max: u32, small_percent: u32, key: u64) -> Self {
         let mut queues = Self {
             nodes: nodes(pages, pages_max),
@@ -79,14 +80,14 @@ impl S3Fifo {
         queues
     }
 
-    /// Changes small's share; the queues reach it by later insertions and evictions.
+    /// Changes small's share; later insertions and evictions adjust the queues.
     pub fn set_small_share(&mut self, small_percent: u32) {
         self.small_percent = small_percent;
         self.set_targets();
     }
 
-    /// What depends on the number of pages and on small's share. There are as many ghosts as pages in main, so that a
-    /// loop longer than the cache does not evict itself from main.
+    /// Sets the values that depend on the number of pages and on small's share. There are as many ghosts as pages in
+    /// main, so that a loop longer than the cache does not evict itself from main.
     fn set_targets(&mut self) {
         let burst = (percent(self.pages, BURST_PERCENT) * HITS_PER_INSERTION).max(1);
         self.stamp_shift = (burst / BURST_TICKS_MIN).max(1).ilog2();
@@ -107,7 +108,7 @@ impl S3Fifo {
         self.main.len() == 0 || (self.small.len() > self.small_target && !main_is_due)
     }
 
-    /// Handles small's oldest page: promotes it to main if it was used again, else evicts it if it may go.
+    /// Handles small's oldest page: promotes it to main if it was used again, otherwise evicts it if that is allowed.
     fn step_small(
         &mut self,
         judge: &mut dyn FnMut(PageId) -> Verdict,
@@ -135,7 +136,7 @@ impl S3Fifo {
         }
     }
 
-    /// Handles main's oldest page: gives it another round if it was used, else evicts it if it may go.
+    /// Handles main's oldest page: gives it another round if it was used, otherwise evicts it if that is allowed.
     fn step_main(&mut self, judge: &mut dyn FnMut(PageId) -> Verdict) -> QueueStep {
         let id = self.main.oldest().expect("main is not empty");
         let step = if std::mem::take(&mut self.nodes[id.index()].referenced) {
@@ -167,8 +168,8 @@ impl Policy for S3Fifo {
     }
 
     fn first_touch(&mut self, id: PageId, _no: PageNo) {
-        // The burst begins now. Counted from the insertion, which readahead may have done long ago, the next hit would
-        // pass for one after the burst.
+        // The burst begins now. Readahead may have inserted the page long ago: counted from its insertion, the next hit
+        // would count as one after the burst.
         self.nodes[id.index()].stamp = self.stamp();
     }
 
@@ -196,10 +197,11 @@ impl Policy for S3Fifo {
         judge: &mut dyn FnMut(PageId) -> Verdict,
         page_no: &dyn Fn(PageId) -> PageNo,
     ) -> Option<PageId> {
-        // Only pages that are kept count against the bound. Each promotion is paid for by the hit that set the bit.
+        // Only pages that are kept count against the bound. The cost of a promotion is bounded by the hit that set the
+        // bit.
         let mut kept = 0;
         while self.len() > 0 {
-            // Half of the bound for each queue: if one gives no victim, search the other.
+            // Half of the bound for each queue: if one yields no victim, search the other.
             let is_stuck = kept > 0 && kept >= kept_max / 2;
             let from_small = (self.prefers_small() != is_stuck || self.main.len() == 0) && self.small.len() > 0;
             let step = if from_small { self.step_small(judge, page_no) } else { self.step_main(judge) };
@@ -281,11 +283,11 @@ mod tests {
         for id in 0..1000 {
             policy.insert(PageId(id), page_no(PageId(id)));
         }
-        // The first 200 are used long after their insertion: that is no burst.
+        // The first 200 are used long after their insertion, so not in a burst.
         for id in 0..200 {
             touch(&mut policy, id);
         }
-        // A scan of ten times the cache; each hot page is used now and then.
+        // A scan of ten times the cache; each hot page is used from time to time.
         for scan in 0..10_000u64 {
             let id = evict(&mut policy);
             assert!(id.0 >= 200, "hot page {id:?} was evicted by scan step {scan}");

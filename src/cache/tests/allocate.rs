@@ -5,12 +5,12 @@
 use super::*;
 use crate::units::{Fault, PageSpan};
 
-/// A cache over an image that is one hole, and what its store has reserved.
+/// A cache over an image that is one hole, and the space that its store has reserved.
 struct SparseImage {
     cache: PageCache,
     now: Tick,
     reserved: Vec<SectorSpan>,
-    /// Sectors that the store has left.
+    /// Number of free sectors on the store.
     space_left: u64,
 }
 
@@ -21,7 +21,7 @@ impl SparseImage {
         Self { cache, now: Tick::from_us(1), reserved: Vec::new(), space_left: u64::MAX }
     }
 
-    /// Writes `count` pages from page `first` on. Returns the pages that were reserved for that; `None`: the write
+    /// Writes `count` pages, starting at page `first`. Returns the pages that were reserved for that; `None`: the write
     /// failed.
     fn try_write(&mut self, first: u64, count: u64) -> Option<Vec<PageSpan>> {
         let mut access = access(first * 8, count * 8);
@@ -104,7 +104,7 @@ fn a_random_write_reserves_the_32_kib_around_it() {
 #[test]
 fn random_writes_of_4_kib_take_at_most_16_times_their_size() {
     let mut prng = Prng::new(1);
-    // From far apart to so dense that most pages are written.
+    // From writes far apart to writes so dense that most pages are written.
     for image_pages in [1 << 22, 1 << 16, 1 << 14, 1 << 12] {
         let mut image = SparseImage::new();
         let (mut reserved, mut written) = (Vec::new(), Vec::new());
@@ -152,7 +152,7 @@ fn without_space_for_more_only_what_is_written_is_reserved() {
         assert_eq!(image.write(n * 1000 + 3, 1), [span(n * 1000 + 3, 1)], "4 pages are left");
     }
     assert_eq!(image.try_write(7003, 1), None);
-    // A second later, rounding is tried again.
+    // A second later, reservations are rounded again.
     image.space_left = 100 * 8;
     image.now = image.now.plus_us(2_000_000);
     image.cache.pump(image.now);
@@ -172,7 +172,7 @@ fn what_the_guest_has_trimmed_is_not_reserved_again() {
     assert_eq!(image.write(300, 1), [span(296, 8)]);
 }
 
-/// A discard also makes the map of its region unknown, and another cache knows nothing of the space.
+/// A discard also makes the map of its region unknown, and another cache has no record of the space.
 #[test]
 fn the_pages_around_a_trimmed_range_are_not_reserved_beyond_its_border() {
     let mut image = SparseImage::new();
@@ -194,7 +194,7 @@ fn a_reservation_in_flight_during_a_discard_does_not_count() {
     assert_eq!(image.write(1000, 1), [span(1000, 1)], "reserved again, and only what is written");
 }
 
-/// After a Map that failed, holes are read from the store like data. They have no space anyway.
+/// After a failed Map, holes are read from the store like data, although no space is allocated for them.
 #[test]
 fn a_page_that_may_be_a_hole_is_not_bridged_after_a_map_that_failed() {
     let mut cache = cache_with(Settings { holes: ImageHoles::Possible, ..Settings::of(1024, 1 << 20) });

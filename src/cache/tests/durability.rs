@@ -1,4 +1,4 @@
-//! When data becomes durable without failures getting in the way, and what is in doubt after one.
+//! When data becomes durable without failures, and which data is in doubt after a failure.
 
 use crate::units::{Fault, OpKind};
 
@@ -30,7 +30,7 @@ fn started(cache: &mut PageCache, now: Tick) -> Vec<(u32, OpKind, SectorSpan)> {
     ops
 }
 
-/// Pumps once; completes the operations, those of kind `broken` with a failure. Returns all of them.
+/// Pumps once, and completes the operations; those of kind `broken` fail. Returns all of them.
 fn pump_once(cache: &mut PageCache, now: Tick, broken: Option<OpKind>) -> Vec<(OpKind, SectorSpan)> {
     let ops = started(cache, now);
     for &(tag, kind, _) in &ops {
@@ -64,7 +64,7 @@ fn a_trickle_of_writes_is_synced_within_the_age_limit_and_no_more_often_than_nee
     let mut cache = cache_of(65_536, 1 << 24);
     let mut now = Tick::from_us(1);
     let mut syncs = 0;
-    // Five pages a second among a hundred, for ten minutes; the age limit is 5 s.
+    // Five pages a second out of a hundred, for ten minutes; the age limit is 5 s.
     for n in 0..3000 {
         write(&mut cache, n % 100 * 160, 8);
         let until = now.plus_us(SECOND_US / 5);
@@ -103,7 +103,7 @@ fn a_flush_goes_on_at_once_when_its_last_page_becomes_writable() {
     }
 }
 
-/// A page that readahead brought in becomes dirty when a cluster that bridges it fails: it no longer counts as unread.
+/// A page that readahead read in becomes dirty when a cluster that bridges it fails: it no longer counts as unread.
 #[test]
 fn a_failed_cluster_keeps_the_count_of_unread_pages() {
     for broken in [OpKind::Write, OpKind::Sync] {
@@ -129,7 +129,7 @@ fn a_failed_cluster_keeps_the_count_of_unread_pages() {
     }
 }
 
-/// A device: it cannot be asked for holes.
+/// A device: it cannot report holes.
 #[test]
 fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -139,7 +139,7 @@ fn zeros_that_a_failed_sync_lost_are_not_read_from_the_store() {
     cache.flush(FLUSH);
     let ops = pump_once(&mut cache, now, Some(OpKind::Sync));
     assert_eq!(ops, [(OpKind::Sync, SectorSpan::new(0, 0))]);
-    // In the pause before the zero is done again.
+    // In the pause before the zero is repeated.
     assert!(read(&mut cache, 0, 64), "zeros need no store");
     let ops = pump_once(&mut cache, now.plus_us(1000), None);
     assert!(ops.iter().all(|(kind, _)| *kind != OpKind::Read), "{ops:?}");
@@ -180,7 +180,7 @@ fn a_failed_write_is_tried_again_only_when_a_sync_covers_the_others() {
     assert_eq!(rewritten, 0, "a durable page is written again: {order:?}");
 }
 
-/// The Sync was sent before the device lost its write cache, and covers zeros that are lost.
+/// The Sync was submitted before the device lost its write cache, and covers zeros that are lost.
 #[test]
 fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -192,7 +192,7 @@ fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
     cache.flush(FLUSH);
     let sync = started(&mut cache, now);
     assert_eq!(sync.len(), 1, "{sync:?}");
-    // A write fails meanwhile, as the sign of the reset.
+    // A write fails meanwhile, which is the sign of the reset.
     assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
     let other = started(&mut cache, now);
     assert!(matches!(other[..], [(_, OpKind::Zero { .. }, _)]), "{other:?}");
@@ -209,7 +209,7 @@ fn a_flush_waits_for_zeros_to_be_repeated_although_a_sync_succeeds() {
     assert!(cache.is_durable());
 }
 
-/// The loss marker of a cache that does not survive is set when the zero starts. It is cleared when all is stable.
+/// The loss marker of a cache that does not survive is set when the zero starts, and cleared when everything is stable.
 #[test]
 fn a_cache_is_not_stable_while_a_zero_is_in_flight() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -235,14 +235,14 @@ fn what_a_store_has_lost_is_written_and_zeroed_again_and_no_flush_fails() {
     write(&mut cache, 0, 8);
     assert!(cache.zero(Ticket(9), SectorSpan::new(4000, 64), Unmap::Forbidden));
     cache.flush(FLUSH);
-    // The write, and the zero beside it.
+    // The write, and the zero that was submitted with it.
     for (tag, kind, _) in started(&mut cache, now) {
         assert_ne!(kind, OpKind::Sync);
         cache.complete(tag, &Outcome::Done, now);
     }
     let sync = started(&mut cache, now);
     assert!(matches!(sync[..], [(_, OpKind::Sync, _)]), "{sync:?}");
-    // In flight when the loss is reported: it may have been executed before.
+    // In flight when the loss is reported: it may have been executed before that.
     write(&mut cache, 8000, 8);
     let mut notices = Vec::new();
     cache.complete(sync[0].0, &Outcome::Failed(Fault::Lost), now);
@@ -259,8 +259,8 @@ fn what_a_store_has_lost_is_written_and_zeroed_again_and_no_flush_fails() {
     assert_eq!(cache.health(), Health::Healthy);
 }
 
-/// The device resets and fails a write, but the queue reports the write's failure after the success of a Sync that came
-/// after the reset: what the Sync was to cover is lost, and is written again.
+/// The device resets and fails a write, but the queue reports this failure only after the success of a Sync that
+/// followed the reset: the data that the Sync was to cover is lost, and is written again.
 #[test]
 fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
     for fails in [false, true] {
@@ -270,7 +270,7 @@ fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
         cache.flush(FLUSH);
         let first = started(&mut cache, now);
         assert!(matches!(first[..], [(_, OpKind::Write, _)]), "{first:?}");
-        // A later request is in flight while the Sync is.
+        // A later request is in flight at the same time as the Sync.
         assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
         let other = started(&mut cache, now);
         cache.complete(first[0].0, &Outcome::Done, now);
@@ -281,7 +281,7 @@ fn what_a_sync_covers_is_written_again_if_a_reset_before_it_is_reaped_later() {
         assert!(!cache.is_durable(), "the page is in doubt while the zero may tell of a reset");
         let outcome = if fails { Outcome::Failed(Fault::Media) } else { Outcome::Done };
         cache.complete(other[0].0, &outcome, now);
-        // What starts after the Sync has succeeded tells nothing of the time before it.
+        // An operation that starts after the Sync has succeeded says nothing about the time before it.
         cache.flush(Ticket(78));
         let ops = started(&mut cache, now);
         match ops[..] {
@@ -314,7 +314,7 @@ fn a_failure_after_a_sync_puts_nothing_in_doubt_that_the_sync_covers() {
     assert!(!ops.iter().any(|(kind, _)| *kind == OpKind::Write), "a durable page is written again: {ops:?}");
 }
 
-/// The operation may have destroyed on the store what the page holds.
+/// The operation may have destroyed the contents of the page on the store.
 #[test]
 fn a_page_is_written_again_if_a_discard_of_its_range_fails_before_a_sync_covers_it() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -334,7 +334,7 @@ fn a_page_is_written_again_if_a_discard_of_its_range_fails_before_a_sync_covers_
     assert!(matches!(again[..], [(_, OpKind::Write, span)] if span == SectorSpan::new(0, 8)), "{again:?}");
 }
 
-/// A disk that loses a discard has the old contents again, and what was read in between is on it no longer.
+/// A disk that loses a discard has the old contents again, so it no longer has the data that was read in between.
 #[test]
 fn what_is_read_from_a_discarded_range_is_dropped_if_the_store_loses_the_discard() {
     for is_lost in [false, true] {
@@ -358,7 +358,7 @@ fn what_is_read_from_a_discarded_range_is_dropped_if_the_store_loses_the_discard
     }
 }
 
-/// A cache over a device of which a range was discarded, and the Sync that is to cover that.
+/// A cache over a device with a discarded range, and the Sync that is to cover the discard.
 fn discarded_and_syncing(between: impl Fn(&mut PageCache, Tick)) -> (PageCache, Tick, u32) {
     let mut cache = cache_with(Settings { holes: ImageHoles::Unmappable, ..Settings::of(1024, 1 << 20) });
     let now = Tick::from_us(SECOND_US);
@@ -435,7 +435,7 @@ fn a_failed_sync_drops_only_what_was_discarded_however_far_apart_that_is() {
     assert_eq!(found, [false, true, false]);
 }
 
-/// What the previous daemon discarded is unknown, and the first Sync is to cover it.
+/// The discards of the previous daemon are unknown, and the first Sync is to cover them.
 #[test]
 fn clean_pages_that_were_restored_are_dropped_if_the_first_sync_fails() {
     for is_lost in [false, true] {
@@ -455,8 +455,8 @@ fn clean_pages_that_were_restored_are_dropped_if_the_first_sync_fails() {
     }
 }
 
-/// The Sync succeeds while a write is in flight, which could tell of a reset before it. When that write ends, a discard
-/// has begun to change a page that the Sync covers.
+/// The Sync succeeds while a write is in flight that could report a reset before it. When that write ends, a discard
+/// has started to change a page that the Sync covers.
 #[test]
 fn a_page_does_not_become_clean_while_a_discard_is_changing_it() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -478,8 +478,8 @@ fn a_page_does_not_become_clean_while_a_discard_is_changing_it() {
     assert!(cache.pages.find(PageNo(0)).is_none());
 }
 
-/// Two Syncs have succeeded, and a third one fails: what the first two cover is not zeroed again. It may have been
-/// written since.
+/// Two Syncs have succeeded, and a third one fails: the zeros that the first two cover are not repeated, because their
+/// ranges may have been written since.
 #[test]
 fn a_zero_that_a_sync_covers_is_not_repeated_although_the_sync_was_in_doubt_for_a_while() {
     let mut cache = cache_of(1024, 1 << 20);
@@ -509,14 +509,14 @@ fn zeroed(ops: &[(OpKind, SectorSpan)]) -> Vec<SectorSpan> {
     ops.iter().filter(|(kind, _)| matches!(kind, OpKind::Zero { .. })).map(|(_, span)| *span).collect()
 }
 
-/// A FLUSH has promised the write. A zero over it would break that promise until the page is written again.
+/// A completed FLUSH covers the write. A zero over it would undo the write until the page is written again.
 #[test]
 fn a_zero_that_is_repeated_leaves_out_what_was_written_since() {
     let mut cache = cache_of(1024, 1 << 20);
     let now = Tick::from_us(SECOND_US);
     assert!(cache.zero(Ticket(9), SectorSpan::new(0, 64), Unmap::Forbidden));
     assert_eq!(pump_once(&mut cache, now, None).len(), 1);
-    // It is in flight at the end of each Sync, so none is confirmed.
+    // It is in flight at the end of each Sync, so no Sync is confirmed.
     assert!(cache.zero(Ticket(10), SectorSpan::new(8000, 64), Unmap::Forbidden));
     let (zeroes, syncs): (Vec<_>, Vec<_>) =
         started(&mut cache, now).into_iter().partition(|(_, kind, _)| *kind != OpKind::Sync);
@@ -525,7 +525,7 @@ fn a_zero_that_is_repeated_leaves_out_what_was_written_since() {
     cache.flush(FLUSH);
     let durable = [pump_once(&mut cache, now, None), pump_once(&mut cache, now, None)].concat();
     assert_eq!(durable, [(OpKind::Write, SectorSpan::new(16, 8)), (OpKind::Sync, SectorSpan::new(0, 0))]);
-    // In the same page as the zero's end, and never written.
+    // In the same page as the zero's end; this part was never written.
     write(&mut cache, 62, 4);
     cache.flush(Ticket(78));
     let failed = [pump_once(&mut cache, now, None), pump_once(&mut cache, now, Some(OpKind::Sync))].concat();
@@ -546,8 +546,8 @@ fn a_flush_of_a_zero_waits_for_what_stands_for_it() {
     assert_eq!(pump_once(&mut cache, now, None).len(), 1);
     cache.flush(FLUSH);
     assert_eq!(pump_once(&mut cache, now, Some(OpKind::Sync)).len(), 1);
-    // In the pause before the zero is repeated a write begins. It ends after a flush, which does not include it, and
-    // replaces all of the zero.
+    // In the pause before the zero is repeated, a write starts. It ends after a flush that does not include it, and
+    // replaces the whole zero.
     let mut pieces = Vec::new();
     assert_eq!(cache.write(access(16, 8), &mut pieces), Admitted::All);
     cache.flush(Ticket(78));
@@ -573,7 +573,7 @@ fn a_zero_that_the_next_daemon_repeats_leaves_out_what_is_dirty() {
         dirty: SectorMask::run(first, count),
     };
     let records = [(FrameId(3), record(2, 2, 3)), (FrameId(4), record(7, 6, 2))];
-    // The second page is written behind the end of the zero, too.
+    // The second page was also written behind the end of the zero.
     cache.restore(records, [(0, SectorSpan::new(0, 60))]);
     let ops = complete_all(&mut cache, Tick::from_us(SECOND_US));
     assert_eq!(zeroed(&ops), [SectorSpan::new(0, 18), SectorSpan::new(21, 39)], "{ops:?}");
@@ -586,5 +586,5 @@ fn a_clean_page_of_a_range_that_the_previous_daemon_was_zeroing_is_not_restored(
     let records = [(FrameId(3), record(2, SectorMask::NONE)), (FrameId(4), record(3, SectorMask::ALL))];
     cache.restore(records, [(0, SectorSpan::new(0, 64))]);
     let found = [2, 3].map(|no| cache.pages.find(PageNo(no)).is_some());
-    assert_eq!(found, [false, true], "what is dirty was written after the zero");
+    assert_eq!(found, [false, true], "the dirty page was written after the zero");
 }

@@ -1,4 +1,4 @@
-//! Write-back ahead of a FLUSH: which pages are written at once, and which wait for the FLUSH.
+//! Write-back ahead of a FLUSH: which pages are written immediately, and which wait for the FLUSH.
 
 use super::*;
 use crate::units::{Fault, OpKind};
@@ -31,7 +31,7 @@ fn started(cache: &mut PageCache) -> Vec<u32> {
     tags
 }
 
-/// A cache after an interval: the guest wrote a page at each of these sectors in turn, and then sent a FLUSH.
+/// A cache after an interval in which the guest wrote a page at each of these sectors in turn, and then sent a FLUSH.
 fn after_interval(starts: impl IntoIterator<Item = u64>) -> PageCache {
     let mut cache = cache_of(4096, 1 << 20);
     written_ahead(&mut cache, starts);
@@ -80,7 +80,7 @@ fn writes_that_would_merge_with_earlier_ones_wait_for_the_flush() {
 #[test]
 fn a_change_of_the_guests_behaviour_counts_within_the_interval() {
     let mut cache = after_interval((0..8).map(|at| at * APART));
-    // At the first write it is not known that the page will be written again.
+    // At the first write, the repeated writes cannot be predicted.
     assert_eq!(written_ahead(&mut cache, [0; 32]), [0]);
     flush(&mut cache);
     assert_eq!(written_ahead(&mut cache, [APART]), NOTHING);
@@ -89,7 +89,7 @@ fn a_change_of_the_guests_behaviour_counts_within_the_interval() {
 #[test]
 fn a_write_of_many_pages_is_one_write() {
     let mut cache = cache_of(4096, 1 << 20);
-    // The pages of two runs take frames in turn: so the frames of a later write are not adjacent.
+    // The pages of two runs take frames alternately, so the frames of a later write are not adjacent.
     (0..64).for_each(|page| write(&mut cache, page % 2 * APART + page / 2 * 8, 8));
     flush(&mut cache);
     for _ in 0..2 {

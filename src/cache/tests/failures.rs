@@ -1,4 +1,4 @@
-//! Requests that wait, and stores that fail: what waits for what, and when the store is healthy again.
+//! Waiting requests and failing stores: which request waits for what, and when the store is healthy again.
 
 use super::*;
 use crate::units::{Fault, ImageHoles, OpKind, Unmap};
@@ -29,7 +29,7 @@ fn run_failing(cache: &mut PageCache, broken: OpKind, now: &mut Tick, until: Tic
     failed
 }
 
-/// The result of the FLUSH, if it has ended.
+/// The result of the FLUSH, if it has completed.
 fn flush_result(cache: &mut PageCache) -> Option<Result<(), Fault>> {
     let mut notices = Vec::new();
     cache.take_notices(&mut notices);
@@ -89,7 +89,7 @@ fn writes_that_succeed_do_not_extend_the_hold_of_one_that_waits_for_space() {
         ..Settings::of(1024, 1 << 20)
     };
     let mut cache = cache_with(settings);
-    // A page that is known to have its space.
+    // A page that is known to be allocated.
     assert_eq!(cache.write(access(0, 8), &mut Vec::new()), Admitted::Until(0));
     complete_all(&mut cache, NOW);
     let mut access = access(100_000, 8);
@@ -100,7 +100,7 @@ fn writes_that_succeed_do_not_extend_the_hold_of_one_that_waits_for_space() {
             admitted => assert_eq!(admitted, Admitted::Until(0)),
         }
         access.attempt = Attempt::Resumed;
-        // The reservation, and then that of the page alone.
+        // The reservation of the rounded range, and then that of the page alone.
         for _ in 0..2 {
             for (tag, kind, _) in started(&mut cache, now) {
                 let full = Outcome::Failed(Fault::NoSpace);
@@ -183,7 +183,7 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
     write(&mut cache);
     let allocations = started(&mut cache, NOW);
     cache.complete(allocations[0].0, &Outcome::Failed(Fault::NoSpace), NOW);
-    // What the request writes is tried alone.
+    // The range of the request is tried alone.
     let mut alone = Vec::new();
     cache.take_ops(|op| alone.push(op.tag));
     cache.complete(alone[0], &Outcome::Failed(Fault::NoSpace), NOW);
@@ -195,7 +195,7 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
         cache.take_notices(&mut notices);
         if notices == [Notice::Resume(Ticket(1))] {
             resumed_at.push(now);
-            // Its allocation stays in flight. A worker that got a notice takes another turn at once.
+            // Its allocation stays in flight. A worker that received a notice takes another turn immediately.
             write(&mut cache);
             continue;
         }
@@ -207,10 +207,10 @@ fn a_write_that_waits_for_space_is_resumed_once_after_a_pause() {
     assert_eq!(resumed_at.len(), 2, "after the failure, and after the pause: {resumed_at:?}");
 }
 
-/// The process was stopped for longer than the hold: what failed is retried before the requests fail.
+/// The process was stopped for longer than the hold: the failed operation is retried before the requests fail.
 #[test]
 fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
-    // The operator may have resumed the image before: then the next try is still to come.
+    // The operator may have resumed the image earlier, with no operation tried since.
     for is_resumed in [false, true] {
         let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
         let mut cache = PageCache::new(settings, Box::new(NoBytes));
@@ -223,12 +223,12 @@ fn time_in_which_the_process_was_stopped_does_not_count_as_held() {
         if is_resumed {
             cache.resume();
         }
-        // A minute later, with a write in flight that fails when the process runs again.
+        // A minute later, with a write in flight that fails when the process continues.
         now = NOW.plus_us(60_000_000);
         run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(60_500_000));
-        assert_eq!(flush_result(&mut cache), None, "the hold goes on");
+        assert_eq!(flush_result(&mut cache), None, "the hold continues");
         assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
-        // The image fails on: now the hold ends, on time.
+        // The image keeps failing: now the hold ends on time.
         run_failing(&mut cache, OpKind::Write, &mut now, NOW.plus_us(63_000_000));
         assert_eq!(flush_result(&mut cache), Some(Err(Fault::Media)));
     }
@@ -256,7 +256,7 @@ fn a_hold_ends_on_time_while_a_write_hangs() {
     assert!(now < NOW.plus_us(2_500_000), "{now:?}");
 }
 
-/// If the daemon died meanwhile, the next one would take them for what the store has.
+/// If the daemon died meanwhile, the next one would treat them as the store's contents.
 #[test]
 fn clean_pages_are_dropped_before_their_range_is_discarded_or_zeroed() {
     for discards in [true, false] {
@@ -274,7 +274,7 @@ fn clean_pages_are_dropped_before_their_range_is_discarded_or_zeroed() {
     }
 }
 
-/// The pages that a failed Sync puts in doubt are written again, with success, before each further Sync.
+/// The pages that a failed Sync puts in doubt are written again, successfully, before each further Sync.
 #[test]
 fn writes_that_succeed_do_not_extend_the_hold_of_a_sync_that_fails() {
     let settings = Settings { on_error: ErrorPolicy::Hold, hold_us: 2_000_000, ..Settings::of(1024, 1 << 20) };
@@ -282,7 +282,7 @@ fn writes_that_succeed_do_not_extend_the_hold_of_a_sync_that_fails() {
     let mut now = NOW;
     write(&mut cache, 0, 8);
     cache.flush(FLUSH);
-    // The first Sync is sent when the page has aged, 1.5 s later.
+    // The first Sync is submitted when the page has aged, 1.5 s later.
     run_failing(&mut cache, OpKind::Sync, &mut now, NOW.plus_us(1_600_000));
     assert!(matches!(cache.health(), Health::Holding(_)), "{:?}", cache.health());
     assert_eq!(flush_result(&mut cache), None, "it is held");

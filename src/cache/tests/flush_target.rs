@@ -1,4 +1,4 @@
-//! How long a FLUSH takes on slow disks, in simulated time: at most twice the flush target, from the first one on.
+//! How long a FLUSH takes on slow disks, in simulated time: at most twice the flush target, including the first one.
 
 #![allow(clippy::cast_possible_truncation, reason = "small numbers that the tests choose")]
 
@@ -7,8 +7,8 @@ use std::collections::BinaryHeap;
 
 use super::*;
 
-/// What a disk does in a second: it takes one operation after the other, as long as the slower limit says. Each of them
-/// ends after a latency that does not hold up the next one.
+/// The speed of a disk: it executes one operation after the other, each as long as the slower limit requires. Each then
+/// ends after a latency that does not delay the next one.
 #[derive(Clone, Copy, Debug)]
 struct DiskSpeed {
     bytes: u64,
@@ -16,14 +16,14 @@ struct DiskSpeed {
     latency_us: u64,
 }
 
-/// What the guest writes.
+/// The guest's writes.
 #[derive(Clone, Copy, Debug)]
 enum Pattern {
     /// Requests of this many pages at random places.
     Random(u64),
-    /// Requests of 32 pages in a row.
+    /// Contiguous requests of 32 pages.
     Stream,
-    /// Five seconds in a row, then five seconds at random, a page each.
+    /// Five seconds of contiguous pages, then five seconds of random ones, one page per request.
     Alternating,
 }
 
@@ -35,7 +35,7 @@ enum Event {
     Write(u64),
     /// The guest sends a FLUSH.
     Flush,
-    /// The cache has something to do.
+    /// The cache has work due.
     Pump,
 }
 
@@ -52,7 +52,7 @@ struct World {
     now: u64,
     disk_idle_at: u64,
     events: BinaryHeap<Reverse<(u64, Event)>>,
-    /// By writer: its request, if that is not admitted whole.
+    /// By writer: its request, if that is not fully admitted.
     requests: Vec<Option<Access>>,
     next_page: u64,
     flush_sent: Option<u64>,
@@ -61,7 +61,7 @@ struct World {
 }
 
 impl World {
-    /// `writers` have one request at a time each.
+    /// Runs `writers` that each have one request at a time.
     fn run(disk: DiskSpeed, pattern: Pattern, writers: u64) -> Self {
         let settings = Settings { flush_target_us: TARGET_US, ..Settings::of(65_536, IMAGE_PAGES * 8) };
         let mut world = Self {
@@ -141,7 +141,7 @@ impl World {
         let mut ops = Vec::new();
         self.cache.take_ops(|op| ops.push((op.tag, op.span.count)));
         for (tag, sectors) in ops {
-            // A Sync waits for nothing: it has no sectors, and the disk has no cache of its own.
+            // A Sync takes no time: it has no sectors, and the disk has no cache of its own.
             let transfer_us = sectors * 512 * 1_000_000 / self.disk.bytes;
             let service_us = if sectors == 0 { 0 } else { transfer_us.max(1_000_000 / self.disk.operations) };
             self.disk_idle_at = self.disk_idle_at.max(self.now) + service_us;
@@ -190,7 +190,7 @@ fn check_pattern(disk: DiskSpeed, pattern: Pattern, writers: u64) {
         world.written_pages
     );
     assert!(p99 <= 2 * TARGET_US, "{disk:?}, {pattern:?}: p99 of FLUSH {p99} us");
-    // The disk was busy all the time: a low limit must not cost speed.
+    // The disk was always busy: a low limit must not reduce the speed.
     let page_us = match pattern {
         Pattern::Random(pages) => (1_000_000 / disk.operations / pages).max(4096 * 1_000_000 / disk.bytes),
         Pattern::Stream => (1_000_000 / disk.operations / 256).max(4096 * 1_000_000 / disk.bytes),

@@ -8,7 +8,7 @@ use crate::cache::resize::EVICTED_PAGES_MAX;
 
 const FRAMES: u32 = 4096;
 
-/// What the memory was told: the records of frames, and how many frames are in use.
+/// Everything that was published to the memory: the records of frames, and the number of frames in use.
 #[derive(Clone, Debug, Default)]
 struct Ledger(Arc<Mutex<LedgerState>>);
 
@@ -68,7 +68,7 @@ fn settings(frames: u32) -> Settings {
     }
 }
 
-/// A cache that knows of no earlier one.
+/// A cache that restores nothing.
 fn cache_of(frames: u32) -> (PageCache, Ledger) {
     let ledger = Ledger::default();
     let mut cache = PageCache::new(settings(frames), Box::new(ledger.clone()));
@@ -88,7 +88,7 @@ fn read_page(cache: &mut PageCache, page: u64) -> bool {
     hit
 }
 
-/// Turns without operations of the store, until the size has changed. Returns how many.
+/// Takes turns without store operations until the size has changed. Returns their number.
 fn turns_to_resize(cache: &mut PageCache) -> u32 {
     for turn in 0..10_000 {
         if cache.is_resized() {
@@ -129,7 +129,7 @@ fn a_cache_that_grows_keeps_every_page_and_uses_the_new_frames() {
     (0..4 * u64::from(FRAMES) - 200).for_each(|page| _ = read_page(&mut cache, page));
     assert_eq!(cache.stats().evicted_pages, evicted);
     cache.check(&[]);
-    // And back, and up again.
+    // Back again, and up again.
     for frames in [FRAMES, 1024, 4 * FRAMES, 5000] {
         cache.set_frames(frames);
         turns_to_resize(&mut cache);
@@ -182,7 +182,7 @@ fn a_frame_that_is_being_copied_or_transferred_leaves_after_that() {
     (0..u64::from(FRAMES) - 200).for_each(|page| _ = read_page(&mut cache, page));
     let mut pieces = Vec::new();
     cache.read(access((u64::from(FRAMES) - 400) * 8, 64), &mut pieces);
-    // A read of the store takes frames that are free, which are among the last ones.
+    // A read from the store takes free frames, which are among the last ones.
     assert!(!read(&mut cache, 8_000_000, 8));
     cache.set_frames(1024);
     let mut tags = Vec::new();

@@ -23,7 +23,7 @@ fn a_reader_that_uses_more_than_its_share_does_not_evict_the_pages_of_another() 
         for page in 0..FRAMES / 4 {
             read_as(&mut cache, 1, page);
         }
-        // Loops of twice the cache, in which each page is used again and again.
+        // Loops over twice the cache, so that each page is used again and again.
         for _ in 0..4 {
             for page in 0..2 * FRAMES {
                 read_as(&mut cache, 0, FRAMES + page);
@@ -39,7 +39,7 @@ fn a_reader_that_uses_more_than_its_share_does_not_evict_the_pages_of_another() 
 fn pages_that_both_use_count_for_the_reader_that_has_room_in_its_share() {
     let mut cache = cache_with(Settings { readahead_pages_max: 0, ..Settings::of(4096, 1 << 24) });
     cache.share(2);
-    // The first reader has brought in everything, and the second one uses some of it.
+    // Everything was read in for the first reader, and the second one uses some of it.
     for page in 0..FRAMES {
         read_as(&mut cache, 0, page);
     }
@@ -68,8 +68,8 @@ fn a_reader_that_has_left_keeps_no_share_from_the_others() {
     cache.set_reader_present(1, false);
     scan(&mut cache);
     let left = (0..FRAMES / 4).filter(|&page| read_as(&mut cache, 0, page)).count() as u64;
-    assert!(left < FRAMES / 40, "{left} pages of the reader that has left");
-    // One with the same number has a share again.
+    assert!(left < FRAMES / 40, "{left} pages of the detached reader");
+    // A reader with the same number has a share again.
     cache.set_reader_present(1, true);
     (0..FRAMES / 4).for_each(|page| _ = read_as(&mut cache, 1, page));
     scan(&mut cache);

@@ -2,16 +2,16 @@
 //!
 //! A *scene* is a run of pages at the end of the image, each in a state of its own, and a request. Scenes of one, two
 //! and three pages have every read and every write that begins in the run's first page and ends in its last. So each
-//! page is requested in every way, whole or from or up to any sector, beside every other page. Where the run lies in
-//! the image matters only at the image's end.
+//! page is requested in every way, as a whole or from or up to any sector, next to every other page. The position of
+//! the run in the image matters only at the image's end.
 //!
 //! Scenes of four pages have the requests that begin and end at the edges of a page or within [`PART`]: those of all
-//! four pages, and those of the middle ones. Pages beside a request do not matter to getpages, but may to the
+//! four pages, and those of the middle ones. Pages next to a request do not affect getpages, but may affect the
 //! write-back that follows.
 //!
-//! Each scene is played in two orders: operations complete in the order of their submission and pieces are returned at
-//! once, or in reverse order and late. Scenes of one and two pages are played in other shapes too: an image whose last
-//! page is cut, a store of large blocks, and a cache that does not know the holes yet. `world.rs` plays a scene and
+//! Each scene is played in two orders: operations complete in the order of their submission and pieces are returned
+//! immediately, or in reverse order and late. Scenes of one and two pages are played in other shapes too: an image that
+//! ends within its last page, a store of large blocks, and a cache without a hole map. `world.rs` plays a scene and
 //! checks it.
 
 #![allow(clippy::cast_possible_truncation, reason = "positions on an image of 32 sectors index arrays")]
@@ -22,8 +22,7 @@ use crate::cache::*;
 use crate::fault_injection::{PlantedBug, run_with};
 use world::{PAGES, World};
 
-/// The state of a page before the request: the states of `pages/page.rs`, their combinations, and pages that are valid
-/// in part.
+/// The state of a page before the request: the states of `pages/page.rs`, their combinations, and partly valid pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PageState {
     /// Data on the store, nothing in memory.
@@ -32,7 +31,7 @@ enum PageState {
     Hole,
     /// A read-in is in flight.
     Reading,
-    /// As on the store.
+    /// The frame has the same contents as the store.
     Clean,
     /// All of it was written.
     Dirty,
@@ -40,7 +39,7 @@ enum PageState {
     Partial,
     /// All of it was written and is under write-back.
     Writing,
-    /// As Partial, but the other sectors are a hole.
+    /// Like Partial, but the other sectors are a hole.
     PartialHole,
     /// [`PART`] was written while a read-in is in flight.
     ReadingDirty,
@@ -60,7 +59,7 @@ const SIMPLE: [PageState; 7] = [Absent, Hole, Reading, Clean, Dirty, Partial, Wr
 const ALL: [PageState; 11] =
     [Absent, Hole, Reading, Clean, Dirty, Partial, Writing, PartialHole, ReadingDirty, WritingDirty, WritingPart];
 
-/// The sectors that are written of a page that is written in part. The cut last page of an image has them too.
+/// The sectors that are written of a partly written page. The truncated last page of an image has them too.
 const PART: SectorMask = SectorMask(0b0001_1100);
 
 impl PageState {
@@ -98,7 +97,7 @@ impl PageState {
 struct Shape {
     image_sectors: u64,
     block_sectors: u8,
-    /// The cache knows the holes. If not, it has to ask for a map first.
+    /// The cache has the hole map. If not, it has to request it first.
     mapped: bool,
 }
 
@@ -116,7 +115,7 @@ enum Direction {
 /// The order in which operations complete and pieces are returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
-    /// Pieces are returned at once, and the oldest operation completes first.
+    /// Pieces are returned immediately, and the oldest operation completes first.
     Prompt,
     /// The newest operation completes first, and pieces are returned when all have completed.
     Late,
@@ -126,7 +125,7 @@ enum Order {
 #[derive(Clone, Copy, Debug)]
 struct Scene<'a> {
     shape: Shape,
-    /// The states of the image's last pages; those before them are Absent.
+    /// The states of the image's last pages; all pages before them are Absent.
     states: &'a [PageState],
     direction: Direction,
     span: SectorSpan,
@@ -152,7 +151,7 @@ impl Scene<'_> {
 
 /// Sectors of a page at which requests begin and end: all of them.
 const EVERY: [u64; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
-/// The first and the last one, and one of [`PART`].
+/// The first and the last sector, and one of [`PART`].
 const EDGES: [u64; 3] = [0, 3, 7];
 
 /// The spans from one of `sectors` of page `first` to one of page `last`.

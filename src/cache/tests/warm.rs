@@ -1,4 +1,4 @@
-//! Warming: pages that were in memory before are read in, behind everything else.
+//! Warming: pages that were cached earlier are read in, with a lower priority than everything else.
 
 use super::*;
 use crate::units::PageSpan;
@@ -13,7 +13,7 @@ fn a_warmed_cache_has_the_pages_and_lists_them() {
     write(&mut cache, 80, 8);
     let span = PageSpan::new(PageNo(5), 300);
     let (next, step) = cache.warm(span);
-    assert_eq!((next, step), (PageNo(5 + 257), WarmStep::Done), "a part at a time, without what is there");
+    assert_eq!((next, step), (PageNo(5 + 257), WarmStep::Done), "a part at a time, without resident pages");
     complete_all(&mut cache, Tick::from_us(1));
     assert_eq!(cache.warm(PageSpan::new(next, span.end().0 - next.0)), (span.end(), WarmStep::Done));
     complete_all(&mut cache, Tick::from_us(2));
@@ -22,7 +22,7 @@ fn a_warmed_cache_has_the_pages_and_lists_them() {
     let (mut pages, next) = cache.resident(0, u32::MAX);
     pages.sort_unstable();
     assert_eq!((pages, next), (span.iter().collect(), None));
-    assert_eq!(cache.warm(PageSpan::new(PageNo(1 << 40), 7)).0, PageNo((1 << 40) + 7), "past the image is nothing");
+    assert_eq!(cache.warm(PageSpan::new(PageNo(1 << 40), 7)).0, PageNo((1 << 40) + 7), "no page is past the image");
 }
 
 #[test]

@@ -10,12 +10,12 @@ use crate::units::{ExtentKind, ImageHoles, OpKind};
 /// Pages of the image.
 pub(super) const PAGES: usize = 4;
 const SECTORS: usize = PAGES * 8;
-/// So many that nothing waits for a frame.
+/// Enough frames that no request waits for one.
 const FRAMES: u32 = 48;
 /// Time does not advance, so that pages are written back only for a test or a FLUSH.
 const NOW: Tick = Tick::ZERO;
 
-/// Versions of a sector: the first contents of the disk, the first and the second write of the scene, the request.
+/// Versions of a sector: the initial contents of the disk, the first and the second write of the scene, the request.
 const OLD: u32 = 1000;
 const FIRST: u32 = 2000;
 const SECOND: u32 = 3000;
@@ -39,7 +39,7 @@ impl Operation {
         self.span.start as usize..self.span.end() as usize
     }
 
-    /// Where a sector of the image lies in memory: the frame, and the sector within it.
+    /// The position of a sector of the image in memory: the frame, and the sector within it.
     fn place(&self, sector: usize) -> (FrameId, usize) {
         (self.frames[sector / 8 - self.span.start as usize / 8], sector % 8)
     }
@@ -65,7 +65,7 @@ impl Transfer {
     }
 }
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct World<'a> {
     scene: &'a Scene<'a>,
@@ -120,7 +120,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Sets the scene, makes the request, completes everything, flushes, and reads everything back from the store.
+    /// Sets up the scene, makes the request, completes everything, flushes, and reads everything back from the store.
     pub fn play(mut self) {
         self.set_scene();
         self.make_request();
@@ -137,7 +137,7 @@ impl<'a> World<'a> {
         self.cache.ask_for_map(PageNo(0));
         self.turn();
         self.complete(0);
-        // Pages are put under write-back first, while a cluster finds no other pages to include.
+        // Pages are put under write-back first, while no other pages are dirty that a cluster could include.
         self.each_page(|state| matches!(state, PageState::Writing | PageState::WritingDirty), Self::write_page);
         self.each_page(|state| state == PageState::WritingPart, |world, page| world.write_part(page, FIRST));
         self.each_page(|_| true, Self::put);
@@ -159,7 +159,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Checks that the page is in the state that the scene wants.
+    /// Checks that the page is in the state that the scene requires.
     fn check_state(&self, page: usize) {
         let state = self.scene.state(page);
         let Some(id) = self.find(page) else {
@@ -187,7 +187,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The sectors of a page, cut at the end of the image.
+    /// The sectors of a page, truncated at the end of the image.
     fn page_span(&self, page: usize) -> SectorSpan {
         let start = page as u64 * 8;
         SectorSpan::new(start, (self.scene.shape.image_sectors - start).min(8))
@@ -215,7 +215,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Removes a page from the cache, as a reclaim does: nothing holds it, and the store has its contents.
+    /// Removes a page from the cache, as a reclaim does: it is not in use, and the store has its contents.
     fn drop_page(&mut self, page: usize) {
         if let Some(id) = self.find(page) {
             self.cache.remove_page(id);
@@ -226,7 +226,7 @@ impl<'a> World<'a> {
         self.cache.pages.find(PageNo(page as u64))
     }
 
-    /// Makes the scene's request. Checks which sectors it reads from the store, and how many it gets at once.
+    /// Makes the scene's request. Checks which sectors it reads from the store, and how many it gets immediately.
     fn make_request(&mut self) {
         self.pages_read.clear();
         self.order = self.scene.order;
@@ -257,7 +257,7 @@ impl<'a> World<'a> {
         self.scene.direction == Direction::Read && !state.is_hole() && !state.valid().contains(self.scene.wanted(page))
     }
 
-    /// The runs of adjacent pages that the request has to read in. Pages whose read-in is in flight are not among them.
+    /// The runs of adjacent pages that the request has to read in, without pages whose read-in is already in flight.
     fn runs_to_read(&self) -> Vec<SectorSpan> {
         let mut runs: Vec<SectorSpan> = Vec::new();
         for page in 0..PAGES {
@@ -274,12 +274,12 @@ impl<'a> World<'a> {
         runs
     }
 
-    /// How many of the request's sectors need not wait.
+    /// Number of the request's sectors that need not wait.
     fn sectors_at_once(&self) -> u32 {
         (0..PAGES).filter(|&page| !self.waits_for(page)).map(|page| self.scene.wanted(page).count()).sum()
     }
 
-    /// Checks that each page was read once since the request if it had to be, and else not at all.
+    /// Checks that each page was read once since the request if necessary, and otherwise not at all.
     fn check_pages_read(&mut self) {
         self.pages_read.sort_unstable();
         let expected: Vec<usize> = (0..PAGES).filter(|&page| self.has_to_be_read(page)).collect();
@@ -296,7 +296,7 @@ impl<'a> World<'a> {
         !state.is_hole() && !state.is_reading() && (self.waits_for(page) || for_flush)
     }
 
-    /// Flushes, and checks that the store has everything.
+    /// Flushes, and checks that the store has all the data.
     fn flush(&mut self) {
         self.cache.flush(FLUSH);
         self.complete_all();
@@ -336,7 +336,7 @@ impl<'a> World<'a> {
         pieces.into_iter().for_each(|piece| self.take(index, piece));
     }
 
-    /// Takes operations and notices until there are no more. In the prompt order, returns pieces at once.
+    /// Takes operations and notices until there are no more. In the prompt order, returns pieces immediately.
     fn collect(&mut self) {
         loop {
             if self.order == Order::Prompt {
@@ -378,7 +378,7 @@ impl<'a> World<'a> {
         self.operations.push(operation);
     }
 
-    /// Checks that a page that is read in lacks sectors and is no hole. (That it gets a frame of its own, I7, is
+    /// Checks that a page that is read in lacks sectors and is not a hole. (That it gets a frame of its own, I7, is
     /// checked by `PageCache::check`.)
     fn check_read(&self, no: PageNo) {
         let id = self.cache.pages.find(no).expect("a page that is read is in the table");
@@ -435,7 +435,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Takes a piece. That of a write is filled at once.
+    /// Takes a piece. A piece of a write is filled immediately.
     fn take(&mut self, index: usize, piece: Piece) {
         if self.requests[index].direction == Direction::Write {
             let frame = piece.frame.expect("a piece of a write has frames");

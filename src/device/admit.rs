@@ -15,14 +15,14 @@ use super::pending::{PendingSlot, Stage};
 use super::requests::Requests;
 use super::ring::Ring;
 
-/// Most requests taken from one ring in one turn, so that a busy ring does not keep the others waiting.
+/// Most requests taken from one ring in one turn, so that a busy ring does not delay the others.
 const BATCH_MAX: usize = 64;
 
 impl Requests {
-    /// Takes requests from a ring, as far as `budget` allows, and spends it. Those that need no cache are finished, the
-    /// others are queued for admission. Returns whether the ring had any.
+    /// Takes requests from a ring, as far as `budget` allows, and deducts their cost from it. Requests that need no
+    /// cache are finished, the others are queued for admission. Returns whether the ring had any.
     ///
-    /// => What was taken once begins without regard to limits: it has paid.
+    /// => A request that was already taken once starts regardless of limits: it was charged before.
     pub(super) fn take_from(&mut self, index: u16, ring: &mut Ring, budget: &mut u64) -> bool {
         let (mut heads, mut rejected) = (std::mem::take(&mut self.heads), std::mem::take(&mut self.rejected));
         ring.peek(BATCH_MAX, &mut heads);
@@ -58,8 +58,8 @@ impl Requests {
         taken > 0
     }
 
-    /// Makes a pending request of the chain at `head`. Returns what that and its admission cost of a turn's budget, and
-    /// the load that it adds to its ring; `None` if a limit holds it back, whose head is in `limit` then.
+    /// Turns the chain at `head` into a pending request. Returns the cost of that and of its admission to a turn's
+    /// budget, and the load that it adds to its ring; `None` if a limit holds it back: its head is then in `limit`.
     ///
     /// # Errors
     /// Why the chain cannot be completed with a status.
@@ -104,7 +104,7 @@ impl Requests {
         Some((self.device.budget.cost_of_taking(pending.load, buffers), Ok(pending.load)))
     }
 
-    /// Whether the limits let a request begin, which was just parsed and is the next of its ring.
+    /// Whether the limits let a request start that was just parsed and is the next one of its ring.
     fn may_begin(&mut self, slot: PendingSlot, held: &mut Option<HeldHead>) -> bool {
         let (request, now) = (&self.pending[slot].request, self.tally.turn());
         let price = LimitedKind::of(request.kind).map(|kind| Price { kind, bytes: request.data_bytes });
@@ -115,14 +115,14 @@ impl Requests {
         true
     }
 
-    /// Checks a request against the disk, and queues it for admission; finishes it at once if it needs no cache.
+    /// Checks a request against the disk, and queues it for admission; finishes it immediately if it needs no cache.
     fn enqueue(&mut self, slot: PendingSlot, memory: &GuestRam) {
         let device = &self.device;
         let pending = &mut self.pending[slot];
         let request = &pending.request;
         pending.write_through = !device.writeback();
         pending.part_sectors = device.range_part_sectors;
-        // Writes that this guest has seen complete are lost: every request fails until the guest resets the device.
+        // Writes that completed for this guest are lost: every request fails until the guest resets the device.
         let intact = if device.arena.has_data_loss() { Err(Status::IoErr) } else { Ok(()) };
         let checked = intact.and_then(|()| request.check(&device.disk)).and_then(|()| match request.kind {
             RequestKind::Discard | RequestKind::WriteZeroes => {
@@ -151,8 +151,8 @@ impl Requests {
         }
     }
 
-    /// Admits queued requests to the cache, as far as a turn's budget goes: first those that the cache told to resume,
-    /// then new ones. Half a budget more is for further windows of long requests, one of each in turn.
+    /// Admits queued requests to the cache, as far as a turn's budget allows: first those that the cache has resumed,
+    /// then new ones. Another half of the budget is for further windows of long requests, one of each in turn.
     pub(super) fn admit_all(&mut self, cache: &mut PageCache) {
         let turn_pages = self.device.budget.turn_pages;
         let mut budget = turn_pages;
@@ -186,7 +186,7 @@ impl Requests {
         if budget > 0 && self.can_admit() { list(self).pop_front() } else { None }
     }
 
-    /// Admits a request to the cache, up to the end of its next window. Returns what that costs of a turn's budget.
+    /// Admits a request to the cache, up to the end of its next window. Returns its cost to a turn's budget.
     fn admit(&mut self, cache: &mut PageCache, slot: PendingSlot, attempt: Attempt) -> u64 {
         let ticket = self.pending.ticket(slot);
         let pending = &mut self.pending[slot];
@@ -233,8 +233,7 @@ impl Requests {
         1 + u64::from(admitted_to - from) / SECTORS_PER_PAGE
     }
 
-    /// Admits parts of a DISCARD or WRITE ZEROES, up to one that has to wait. Returns what that costs of a turn's
-    /// budget.
+    /// Admits parts of a DISCARD or WRITE ZEROES, up to one that has to wait. Returns their cost to a turn's budget.
     fn admit_ranges(&mut self, cache: &mut PageCache, slot: PendingSlot) -> u64 {
         let ticket = self.pending.ticket(slot);
         let mut cost = 0;
@@ -256,7 +255,7 @@ impl Requests {
         cost.max(1)
     }
 
-    /// Lists a request to continue, if the next window is due: half of the last one is done.
+    /// Lists a request to continue, if its next window is due: half of the last one is done.
     pub(super) fn continue_if_due(&mut self, slot: PendingSlot) {
         let pending = &mut self.pending[slot];
         let window = match pending.request.kind {
@@ -271,12 +270,13 @@ impl Requests {
         }
     }
 
-    /// Ends the part of long requests, and of DISCARDs, whose rings drain: the rings need not complete the rest.
+    /// Ends long requests and DISCARDs whose rings drain after their admitted part: the rings need not complete the
+    /// rest.
     ///
-    /// => A long request was taken last from its ring. It has not completed, so it can be executed again. A long write
-    ///    then overwrites what an overlapping write has written meanwhile. Both were in flight, and virtio gives no
-    ///    order to such requests.
-    /// => A DISCARD is a hint: the rest of it can be left out.
+    /// => A long request was taken last from its ring. It has not completed, so it can be executed again. A repeated
+    ///    long write may overwrite the data of an overlapping write that completed meanwhile. Both were in flight, and
+    ///    virtio defines no order for such requests.
+    /// => A DISCARD is a hint: the rest of it can be skipped.
     pub(super) fn cut_short(
         &mut self,
         cache: &mut PageCache,
@@ -298,7 +298,7 @@ impl Requests {
                 continue;
             }
             if pending.stalled && !cache.withdraw(self.pending.ticket(slot)) && !self.resumed.contains(&slot) {
-                // Its notice is on the way.
+                // Its notice is already queued.
                 continue;
             }
             for list in [&mut self.resumed, &mut self.incoming, &mut self.continuing] {
@@ -318,7 +318,7 @@ impl Requests {
         }
     }
 
-    /// Handles what the cache reports about a request that was admitted earlier.
+    /// Handles a notice of the cache about a request that was admitted earlier.
     pub(super) fn handle_notice(&mut self, cache: &mut PageCache, notice: Notice) {
         match notice {
             Notice::Ready(ticket, piece) => self.copies.push((self.pending.slot_of(ticket), piece)),

@@ -1,26 +1,27 @@
-//! How much work a turn does, and how much a worker has in progress, whatever guests send.
+//! Bounds the work of a turn, and the work that a worker has in progress, whatever guests send.
 //!
-//! A legal request can ask for 4 GiB in 1024 buffers, and a ring can hold a thousand of them. So a request is admitted
-//! to the cache in *windows* of pages, a turn ends when its budget is spent, and a ring from which enough was taken
-//! waits. Nothing fails for that: what does not fit now is done in a later turn, round robin.
+//! A legal request can span 4 GiB in 1024 buffers, and a ring can hold a thousand of them. So a request is admitted to
+//! the cache in *windows* of pages, a turn ends when its budget is spent, and a ring from which enough was taken waits.
+//! No request fails for that: the rest of the work is done in a later turn, round robin.
 //!
 //! The bounds are in pages of data. Other work counts as the pages that take as long to copy.
 
 use crate::units::{PAGE_BYTES, SECTORS_PER_PAGE};
 
-/// Pages as long to copy as it takes to parse a chain, besides its buffers.
+/// The pages that can be copied in the time that it takes to parse a chain, without its buffers.
 const PAGES_PER_CHAIN: u64 = 1;
-/// Buffers of a chain that take as long to parse as a page to copy.
+/// The buffers of a chain that can be parsed in the time that it takes to copy a page.
 const BUFFERS_PER_PAGE: u64 = 32;
-/// Pages for a part of a DISCARD or WRITE ZEROES: the cache looks up its pages, and the store is busy for longer.
+/// The cost in pages of a part of a DISCARD or WRITE ZEROES: the cache looks up its pages, and the store is busy for
+/// longer.
 pub(super) const PAGES_PER_RANGE_PART: u64 = 64;
 /// Most parts of one DISCARD or WRITE ZEROES that are admitted at a time.
 pub(super) const RANGE_PARTS_MAX: u64 = 16;
 /// Most requests that a worker has in progress.
 pub(super) const REQUESTS_MAX: usize = 4096;
-/// Most buffers (of 16 bytes) of all requests that a worker has in progress, but for one request.
+/// Most buffers (of 16 bytes) of all requests that a worker has in progress, not counting the last request.
 pub(super) const BUFFERS_MAX: usize = 1 << 17;
-/// Buffers for which requests that have completed keep memory, so that the next ones allocate none.
+/// Buffers for which completed requests keep memory, so that the next ones allocate none.
 pub(super) const BUFFERS_KEPT_MAX: usize = 1 << 16;
 
 /// The bounds of a worker.
@@ -29,19 +30,20 @@ pub struct Budget {
     /// New work in a turn. 4 MiB: a millisecond of copying, or a few into memory that the guest has never used.
     pub turn_pages: u64,
     /// Most pages of one request that are admitted and not yet copied, at least 1. With 1 MiB, a read of a slow image
-    /// has an operation of the largest size in flight, or several.
+    /// has at least one operation of the largest size in flight.
     pub window_pages: u64,
     /// Most pages of all requests that are admitted and not yet copied. 32 MiB: more than the store has in flight at
     /// full speed, and a few MiB of waiters, pieces and store operations.
     pub worker_pages: u64,
-    /// The same for each worker of a device that shares its image with others: what one has in flight, the others wait
-    /// for at the disk. 4 MiB keep a disk busy.
+    /// The same for each worker of a device that shares its image with others: the operations that one has in flight
+    /// delay the others at the disk. 4 MiB keep a disk busy.
     pub shared_pages: u64,
-    /// A ring waits while the requests taken from it have more pages than this. So a ring that stops has little left to
-    /// complete.
+    /// A ring waits while the requests taken from it have more pages than this. So a ring that is to stop has little
+    /// left to complete.
     pub ring_pages: u64,
-    /// A longer read or write is *long*: while one is in progress, nothing else is taken from its ring, and the driver
-    /// gets it back if the ring stops. 16 MiB: drivers send less, because their systems limit requests to 4 MiB or so.
+    /// A longer read or write is *long*: while one is in progress, nothing else is taken from its ring, and it is
+    /// returned to the driver if the ring stops. 16 MiB: drivers send less, because their systems limit requests to 4
+    /// MiB or so.
     pub long_pages: u64,
 }
 
@@ -60,25 +62,26 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// What a turn spends to take a request of so many pages, with so many buffers, and to admit its first window.
+    /// The cost to a turn's budget of taking a request with this many pages and buffers, and of admitting its first
+    /// window.
     pub(super) fn cost_of_taking(&self, pages: u64, buffers: usize) -> u64 {
         PAGES_PER_CHAIN + buffers as u64 / BUFFERS_PER_PAGE + pages.min(self.window_pages)
     }
 
-    /// What a request counts in [`Budget::ring_pages`].
+    /// The load of a request, which counts against [`Budget::ring_pages`].
     pub(super) fn load_of(&self, pages: u64) -> u64 {
         if self.is_long(pages) { pages.max(self.ring_pages) } else { pages }
     }
 
-    /// Whether a read or write of so many pages is long.
+    /// Whether a read or write of this many pages is long.
     pub fn is_long(&self, pages: u64) -> bool {
         pages > self.long_pages
     }
 
-    /// How far a read or write is admitted: up to this sector, if it begins at sector `start` of the image, has `total`
+    /// The sector up to which a read or write is admitted, if it starts at sector `start` of the image, has `total`
     /// sectors, and `settled` of them are done.
     pub(super) fn window_end(&self, start: u64, total: u64, settled: u64) -> u64 {
-        // A window ends with a page: the cache would have to look up a page twice.
+        // A window ends at the end of a page: otherwise the cache would have to look up a page twice.
         let end = start.saturating_add(settled).saturating_add(self.window_pages * SECTORS_PER_PAGE);
         let end = end - end % SECTORS_PER_PAGE;
         end.saturating_sub(start).min(total)

@@ -1,5 +1,5 @@
-//! Step 6 of a turn: finished requests complete on their rings. A write is made stable before that if it must be, and
-//! is delayed while the cache fills up.
+//! Step 6 of a turn: finished requests complete on their rings. A write is first made stable if necessary, and is
+//! delayed while the cache fills up.
 
 use std::cmp::Reverse;
 
@@ -35,8 +35,8 @@ impl Requests {
         }
     }
 
-    /// Completes finished requests, or queues those to be delayed; completes delayed ones that are due. Publishes what
-    /// was completed.
+    /// Completes finished requests, or queues those to be delayed; completes delayed ones that are due. Publishes the
+    /// completions.
     pub(super) fn complete_all(&mut self, rings: &mut [Option<Ring>], now: Tick) {
         for at in 0..self.finished.len() {
             let slot = self.finished[at];
@@ -62,7 +62,8 @@ impl Requests {
     fn complete(&mut self, rings: &mut [Option<Ring>], slot: PendingSlot) {
         let pending = &self.pending[slot];
         let ring = rings[usize::from(pending.ring)].as_mut().expect("a ring stops only when it has no requests");
-        // The address was in guest memory when the request was parsed. If it no longer is, no driver reads the status.
+        // The address was in guest memory when the request was parsed. If it no longer is, no driver can read the
+        // status.
         let _ = write_status(&ring.memory, pending.request.status_addr, pending.status);
         ring.remove_load(pending.load);
         ring.push_used(pending.request.head, pending.request.used_len(pending.status));

@@ -21,10 +21,10 @@ use crate::waker::Waker;
 /// Most flushes without a waiting caller that are in progress at a time.
 const STARTED_FLUSHES_MAX: usize = 16;
 
-/// Everything that a ring needs to run.
+/// The resources that a ring needs to run.
 #[derive(Debug)]
 pub struct RingSetup {
-    /// Where the queue is in guest memory.
+    /// The position of the queue in guest memory.
     pub layout: QueueLayout,
     /// The position at which the device continues.
     pub position: QueuePosition,
@@ -32,7 +32,7 @@ pub struct RingSetup {
     pub kick: File,
     /// The call descriptor, which interrupts the driver; `None`: the driver polls.
     pub call_fd: Option<File>,
-    /// The error descriptor, by which the front-end learns that the ring is broken.
+    /// The error descriptor, which reports to the front-end that the ring is broken.
     pub err_fd: Option<File>,
     /// The guest's memory.
     pub memory: Arc<GuestRam>,
@@ -52,26 +52,26 @@ pub enum WorkerCommand {
     SetCallFd(u16, Option<File>, Sender<()>),
     /// Use this error descriptor for the ring.
     SetErrFd(u16, Option<File>, Sender<()>),
-    /// Complete what was taken from every ring, then use this memory.
+    /// Complete the requests that were taken from every ring, then use this memory.
     Memory(Arc<GuestRam>, Sender<()>),
     /// Make every completed write durable.
     Flush(Sender<Result<(), Fault>>),
-    /// The operator resumes the image: retry at once what failed.
+    /// The operator resumes the image: retry failed operations immediately.
     Resume(Sender<()>),
-    /// Take from these settings what may change while the cache is used.
+    /// Apply those of these settings that may change while the cache is used.
     Reconfigure(Box<Settings>, Sender<()>),
-    /// Evict clean pages in a part of the page table, from this slot on. Replies with how many it evicted, and the next
-    /// slot.
+    /// Evict clean pages in a part of the page table, starting at this slot. Replies with the number of evicted pages,
+    /// and the next slot.
     DropClean(u32, Sender<(u32, Option<u32>)>),
-    /// Read in pages behind what the guest asks for. Replies with the page from which to go on.
+    /// Read in pages, with a lower priority than the guest's requests. Replies with the page from which to continue.
     Warm(PageSpan, Sender<(PageNo, WarmStep)>),
-    /// The pages that are in memory, of a part of the page table from this slot on. Replies with the next slot, too.
+    /// List the pages in memory of a part of the page table, starting at this slot. Also replies with the next slot.
     Resident(u32, Sender<(Vec<PageNo>, Option<u32>)>),
     /// Freeze the cache for at most this long. Replies when it is frozen.
     Freeze(Duration, HeldRequests, Sender<Result<(), Fault>>),
     /// End a freeze. Replies whether the cache was frozen.
     Thaw(Sender<bool>),
-    /// End the thread. Its rings are stopped by then. Store operations in flight get this long to complete.
+    /// End the thread, whose rings have stopped. Store operations in flight get this long to complete.
     Exit(Duration),
     /// End the thread as a crash would, with requests in flight.
     Abandon(Untracked),
@@ -82,15 +82,15 @@ pub enum WorkerCommand {
 pub enum HeldRequests {
     /// Those that change the image.
     Changes,
-    /// Reads, too.
+    /// Reads too.
     All,
 }
 
-/// What becomes of requests in flight that no inflight region records when the workers are abandoned: the next daemon
-/// cannot repeat them, and the guest waits for them without end.
+/// How abandoned workers handle requests in flight that no inflight region records: the next daemon cannot repeat them,
+/// and the guest would wait for them forever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Untracked {
-    /// Their worker goes on until they complete.
+    /// Their worker continues until they complete.
     Wait,
     /// They are lost.
     Lose,
@@ -102,7 +102,7 @@ pub struct WorkerControl {
     device: String,
     commands: Sender<WorkerCommand>,
     waker: Arc<Waker>,
-    /// A command found no worker.
+    /// A command could not be delivered, because the worker has ended.
     ended: Arc<AtomicBool>,
 }
 
@@ -116,7 +116,7 @@ impl WorkerControl {
 
     /// Sends a command without waiting for a reply.
     pub fn send(&self, command: WorkerCommand) {
-        // A worker ends only by `Exit` and `Abandon`, or by a panic, which ends the process. After the first two no
+        // A worker ends only by `Exit` and `Abandon`, or by a panic, which ends the process. After the first two, no
         // reply is needed.
         let is_end = matches!(command, WorkerCommand::Exit(_) | WorkerCommand::Abandon(_));
         if self.commands.send(command).is_err() {
@@ -150,7 +150,7 @@ impl WorkerControl {
 #[derive(Debug)]
 pub struct Workers {
     controls: Vec<WorkerControl>,
-    /// No freeze begins any more. Held while a freeze or the last thaw is sent, so that the thaw comes last.
+    /// No more freezes may start. Held while a freeze or the last thaw is sent, so that the thaw comes last.
     freezes_closed: Mutex<bool>,
     /// Held during a command to all workers, so that two of them do not interleave.
     serial: Mutex<()>,
@@ -170,7 +170,7 @@ impl Workers {
         &self.controls[usize::from(ring) % self.controls.len()]
     }
 
-    /// Makes every worker use new guest memory. When this returns, none uses the old memory any more.
+    /// Makes every worker use new guest memory. When this returns, no worker uses the old memory.
     pub fn set_memory(&self, memory: &Arc<GuestRam>) {
         let _serial = self.serial.lock();
         for control in &self.controls {
@@ -191,9 +191,9 @@ impl Workers {
         self.controls[0].ask(WorkerCommand::Flush).unwrap_or(Err(Fault::Gone))
     }
 
-    /// As [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health. Does
+    /// Like [`Workers::flush`], without waiting for the result. If it fails, the log reports the image's health. Does
     /// nothing while many such flushes are in progress: a front-end that keeps reconnecting to an image that hangs must
-    /// not queue them without end.
+    /// not queue an unlimited number of them.
     pub fn start_flush(&self) {
         let mut started = self.started_flushes.lock().expect("no thread panics with the flushes locked");
         started.retain(|flush| matches!(flush.try_recv(), Err(TryRecvError::Empty)));
@@ -205,24 +205,24 @@ impl Workers {
     /// The guest chooses the cache mode. A switch to write-through makes every completed write durable; the receiver
     /// gets the result.
     ///
-    /// => Writes that are taken from now on are stable when they complete.
+    /// => Writes that are taken after a switch to write-through are stable when they complete.
     pub fn choose_writeback(&self, device: &Device, writeback: bool) -> Option<Receiver<Result<(), Fault>>> {
         device.choose_writeback(writeback);
         let must_flush = !writeback && !planted(PlantedBug::SwitchNotFlushed);
         must_flush.then(|| self.controls[0].request(WorkerCommand::Flush))
     }
 
-    /// Retries at once what failed: the operator resumes the image.
+    /// Retries failed operations immediately: the operator resumes the image.
     pub fn resume(&self) {
         self.controls[0].ask(WorkerCommand::Resume);
     }
 
-    /// Takes from these settings what may change while the cache is used.
+    /// Applies those of these settings that may change while the cache is used.
     pub fn reconfigure(&self, settings: Settings) {
         self.controls[0].ask(|reply| WorkerCommand::Reconfigure(Box::new(settings), reply));
     }
 
-    /// Evicts every clean page, a part of the page table in each turn. Returns how many pages that were.
+    /// Evicts every clean page, a part of the page table in each turn. Returns the number of evicted pages.
     pub fn drop_clean(&self) -> u64 {
         let (mut dropped, mut from) = (0, Some(0));
         while let Some(slot) = from {
@@ -235,7 +235,7 @@ impl Workers {
         dropped
     }
 
-    /// Makes the workers look at what was changed beside the commands: the limits.
+    /// Makes the workers read the limits again, which are changed without a command.
     pub fn wake(&self) {
         for control in &self.controls {
             if let Err(e) = control.waker.notify() {
@@ -244,23 +244,23 @@ impl Workers {
         }
     }
 
-    /// Reads in pages behind what the guest asks for, as many as fit now. Returns the page from which to go on; `None`:
-    /// the worker has ended.
+    /// Reads in as many pages as fit now, with a lower priority than the guest's requests. Returns the page from which
+    /// to continue; `None`: the worker has ended.
     pub fn warm(&self, pages: PageSpan) -> Option<(PageNo, WarmStep)> {
         self.controls[0].ask(|reply| WorkerCommand::Warm(pages, reply))
     }
 
-    /// Pages that are in memory, from a slot of the page table on, and the next slot; `None`: the worker has ended.
+    /// The pages in memory of a part of the page table, starting at a slot, and the next slot; `None`: the worker has
+    /// ended.
     pub fn resident(&self, from: u32) -> Option<(Vec<PageNo>, Option<u32>)> {
         self.controls[0].ask(|reply| WorkerCommand::Resident(from, reply))
     }
 
-    /// Makes everything that has completed durable, and leaves the image alone from then on: until [`Workers::thaw`],
-    /// for at most `time`, which counts from now.
+    /// Makes all completed writes durable, and does not change the image from then on until [`Workers::thaw`], at most
+    /// for `time`, counted from now.
     ///
-    /// # Errors
-    /// The store's fault; [`Fault::TimedOut`] if the time was over first or a ring could not stop otherwise,
-    /// [`Fault::Invalid`] if it is frozen already, [`Fault::Gone`] after [`Workers::close_freezes`].
+    /// # Errors The store's fault; [`Fault::TimedOut`] if the time was over before that, or a ring could not stop
+    /// otherwise; [`Fault::Invalid`] if it is already frozen; [`Fault::Gone`] after [`Workers::close_freezes`].
     pub fn freeze(&self, time: Duration, held: HeldRequests) -> Result<(), Fault> {
         let replied = {
             let ends = self.freezes_closed.lock().expect("no thread panics with the freezes locked");
@@ -272,18 +272,18 @@ impl Workers {
         replied.recv().unwrap_or(Err(Fault::Gone))
     }
 
-    /// As [`Workers::thaw`], and refuses later freezes: rings that stop complete their requests.
+    /// Like [`Workers::thaw`], and rejects later freezes: rings that stop complete their requests.
     pub fn close_freezes(&self) {
         let thawed = {
             let mut ends = self.freezes_closed.lock().expect("no thread panics with the freezes locked");
             *ends = true;
             self.controls[0].request(WorkerCommand::Thaw)
         };
-        // A worker that has ended holds nothing up.
+        // A worker that has ended delays nothing.
         let _ = thawed.recv();
     }
 
-    /// Ends a freeze. Returns whether it had lasted until now.
+    /// Ends a freeze. Returns whether the cache was still frozen.
     pub fn thaw(&self) -> bool {
         self.controls[0].ask(WorkerCommand::Thaw).unwrap_or(false)
     }
@@ -296,7 +296,7 @@ impl Workers {
     }
 
     /// Ends the threads as a crash would: requests in flight do not complete, and store operations in flight are left
-    /// to the kernel. The ledger and the inflight region are as a crash leaves them, so the next daemon repeats both.
+    /// to the kernel. The ledger and the inflight region stay as after a crash, so the next daemon repeats both.
     pub fn abandon(&self, untracked: Untracked) {
         for control in &self.controls {
             control.send(WorkerCommand::Abandon(untracked));

@@ -1,5 +1,5 @@
-//! Steps 4 and 5 of a turn: bytes are copied between guest memory and pinned frames, without any lock; then the pieces
-//! return to the cache.
+//! Steps 4 and 5 of a turn: copies bytes between guest memory and pinned frames, without any lock, and then returns the
+//! pieces to the cache.
 
 use crate::cache::{CopyResult, PageCache, Piece};
 use crate::cached_image::WorkerPort;
@@ -14,7 +14,7 @@ use super::requests::{CopiedPiece, Requests};
 use super::ring::Ring;
 
 impl Requests {
-    /// Copies every ready piece. With its last piece a read is finished: the driver need not wait for the cache.
+    /// Copies every ready piece. A read is finished with its last piece: the driver need not wait for the cache.
     pub(super) fn copy_all(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
         let Self { copies, pending, finished, unfinished, read, written, .. } = self;
         let mut following = copies[..].iter().skip(1);
@@ -59,7 +59,7 @@ impl Requests {
         }
     }
 
-    /// Copies the pieces that a planted bug has postponed until their requests have completed.
+    /// Copies the pieces whose copy a planted bug postpones until after their requests have completed.
     #[cfg(test)]
     pub(super) fn copy_postponed(&mut self, port: &WorkerPort, rings: &[Option<Ring>]) {
         for (slot, piece) in self.postponed.drain(..) {
@@ -99,8 +99,8 @@ fn is_postponed(kind: RequestKind) -> bool {
     }
 }
 
-/// Copies a piece between guest memory and `memory`, the first byte of its sectors in its frames; `None` means
-/// zeros, for a read. `next` is the memory of the piece to be copied after this one.
+/// Copies a piece between guest memory and `memory`, which points to its sectors in its frames; `None`: a read returns
+/// zeros. `next` is the memory of the piece to be copied after this one.
 fn copy(
     cursor: &mut GuestCursor,
     kind: RequestKind,
@@ -110,7 +110,7 @@ fn copy(
 ) -> Result<(), BadAddress> {
     let offset = u64::from(piece.at) * SECTOR_BYTES;
     let len = piece.count as usize * SECTOR_SIZE;
-    // Over several pages the processor's own prefetcher does as well, and explicit hints slow it down.
+    // For several pages the processor's own prefetcher does as well, and explicit hints slow it down.
     let next = next.filter(|_| len <= PAGE_SIZE).map(<*mut u8>::cast_const);
     match (memory, kind) {
         (None, _) => cursor.fill_zeros(offset, len),

@@ -1,9 +1,9 @@
-//! A daemon is killed between any two stores of a ring: the next daemon completes each request that the driver still
-//! waits for, and no other.
+//! A daemon is killed between any two stores of a ring: the next daemon completes exactly the requests that the driver
+//! still waits for.
 //!
-//! A small world, explored as a whole: a queue of two descriptors, in which the driver places a few requests, and every
-//! order in which the ring can take, complete and publish them. In each step the daemon dies in every way that the
-//! order of the step's stores allows, and the next daemon dies in the same ways while it recovers.
+//! The test explores a small world exhaustively: a queue of two descriptors, in which the driver places a few requests,
+//! and every order in which the ring can take, complete and publish them. In each step the daemon dies in every way
+//! that the order of the step's stores allows, and the next daemon dies in the same ways while it recovers.
 
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
@@ -110,18 +110,18 @@ fn length_of(index: u16) -> u32 {
     1000 + u32::from(index)
 }
 
-/// What the driver knows.
+/// The state of the driver.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Driver {
     submitted: u16,
-    /// How many used elements it has seen.
+    /// Number of used elements that it has read.
     seen: u16,
-    /// The requests that it waits for, in the order of their submission: the available index and the head of each.
+    /// The requests that it waits for, in the order of submission: available index and head of each.
     waiting: VecDeque<(u16, u16)>,
 }
 
 impl Driver {
-    /// The head of its next request; `None`: all requests are made, or all descriptors are in use.
+    /// The head of its next request; `None`: all requests are submitted, or all descriptors are in use.
     fn free_head(&self) -> Option<u16> {
         let is_free = |head: &u16| self.waiting.iter().all(|(_, used)| used != head);
         (0..SIZE).find(is_free).filter(|_| self.submitted < REQUESTS)
@@ -135,7 +135,7 @@ impl Driver {
         self.waiting.push_back((index, head));
     }
 
-    /// Takes the elements that are new on the used ring.
+    /// Takes the new elements of the used ring.
     fn reap(&mut self, memory: &Memory) -> Result<(), String> {
         while START.wrapping_add(self.seen) != memory.le16(USED + 2) {
             let element = USED + 4 + entry(START.wrapping_add(self.seen)) * 8;
@@ -170,20 +170,20 @@ impl Driver {
 /// How a planted bug changes the stores of a step.
 type Disorder = fn(&mut Vec<TraceEvent>);
 
-/// The state of the world, and how far its exploration is.
+/// The state of the world, and the progress of its exploration.
 struct World {
     live: Memory,
     /// The memory of the next daemon.
     scratch: Memory,
     disorder: Disorder,
-    /// The daemon's last step, if the driver did nothing since: the memory before it, and its events. The compiler may
-    /// move relaxed stores of the next step before them.
+    /// The daemon's last step, if the driver has done nothing since: the memory before it, and its events. The compiler
+    /// may move relaxed stores of the next step before them.
     last: Option<(Vec<u8>, Vec<TraceEvent>)>,
-    /// The crashes that were checked already.
+    /// The crashes that are already checked.
     checked: HashSet<(Vec<u8>, Driver)>,
-    /// The choices of this run, each with the number of possibilities.
+    /// The choices of this run, each with its number of possibilities.
     choices: Vec<(usize, usize)>,
-    /// How many choices of this run were made.
+    /// Number of choices made so far in this run.
     made: usize,
 }
 
@@ -200,7 +200,7 @@ impl World {
         }
     }
 
-    /// One of `count` possibilities: in the end, each is chosen once after every sequence of choices before.
+    /// One of `count` possibilities. Over all runs, each one is chosen after every sequence of earlier choices.
     fn choose(&mut self, count: usize) -> usize {
         if self.made == self.choices.len() {
             self.choices.push((0, count));
@@ -221,7 +221,7 @@ impl World {
         false
     }
 
-    /// Runs a step of the daemon, and checks what remains if the daemon dies in it.
+    /// Runs a step of the daemon, and checks the remaining memory for each way in which the daemon can die in it.
     fn step<R>(&mut self, driver: &Driver, step: impl FnOnce(&Memory) -> R) -> Result<R, String> {
         let before = self.live.bytes();
         let (result, mut events) = record(|| step(&self.live));
@@ -235,8 +235,8 @@ impl World {
         Ok(result)
     }
 
-    /// Checks what the next daemon makes of memory with these bytes, and what others make of what it leaves if it and
-    /// `more_deaths - 1` of its successors die while they recover.
+    /// Checks what the next daemon does with memory of these bytes, and the memory that remains if it and `more_deaths
+    /// - 1` of its successors die while they recover.
     fn check_crash(&mut self, bytes: &[u8], driver: &Driver, more_deaths: u32) -> Result<(), String> {
         if !self.checked.insert((bytes.to_vec(), driver.clone())) {
             return Ok(());
@@ -245,7 +245,7 @@ impl World {
         let mut driver = driver.clone();
         driver.reap(&self.scratch)?;
         // QEMU sends an old used index, cloud-hypervisor the available index; before the region is initialized, all
-        // front-ends send the base with which the queue began.
+        // front-ends send the base with which the queue started.
         let is_initialized = InflightTracker::new(Arc::clone(&self.scratch.inflight), 0, SIZE).is_initialized();
         let bases = if is_initialized { vec![START, START.wrapping_add(driver.submitted)] } else { vec![START] };
         for base in bases {
@@ -264,7 +264,7 @@ impl World {
 
     /// One run: until every request has completed.
     fn run(&mut self) -> Result<(), String> {
-        // An inflight region of version 0, with anything in it.
+        // An inflight region of version 0, with arbitrary contents.
         let mut bytes = [vec![0; RAM_BYTES], vec![0xff; ring_bytes(SIZE)]].concat();
         bytes[RAM_BYTES + VERSION_AT..][..2].fill(0);
         self.live.set_bytes(&bytes);
@@ -273,7 +273,7 @@ impl World {
         self.last = None;
         let mut driver = Driver::default();
         let mut ring = self.step(&driver, |memory| memory.ring(START))?;
-        // Requests that the ring has taken, and how many used elements it has not published.
+        // Requests that the ring has taken, and the number of used elements that it has not published.
         let (mut taken, mut unpublished) = (Vec::new(), 0);
         while driver.seen < REQUESTS {
             let untaken = driver.waiting.len() - taken.len() - unpublished;
@@ -322,12 +322,12 @@ impl World {
     }
 }
 
-/// What may happen next.
+/// The possible next steps.
 #[derive(Clone, Copy)]
 enum RingStep {
     /// The driver makes a request available.
     Submit(u16),
-    /// The ring takes so many heads.
+    /// The ring takes this many heads.
     Take(usize),
     /// The ring pushes one of the requests that it has taken onto the used ring.
     Complete(usize),
@@ -342,7 +342,7 @@ fn a_request_in_flight_at_a_crash_completes_exactly_once() {
     assert!(world.checked.len() > 500, "only {} different crashes", world.checked.len());
 }
 
-// The exploration finds what it is for: a planted bug, and the same stores in a wrong order.
+// The exploration finds what it is meant to find: a planted bug, and the same stores in a wrong order.
 
 #[test]
 fn marks_that_are_cleared_before_the_used_index_is_published_are_found() {

@@ -1,13 +1,13 @@
-//! The inflight region: which requests a ring has taken and not completed, in memory that outlives the daemon
+//! The inflight region records which requests a ring has taken and not completed, in memory that outlives the daemon
 //! (vhost-user specification, "Inflight I/O tracking", split virtqueues).
 //!
-//! A ring completes requests out of order, so its used index alone does not tell the next daemon which requests are
-//! still in flight. Each descriptor has a flag, set when the chain that begins there is taken and cleared when it has
-//! completed, and a counter that records the order in which chains were taken.
+//! A ring completes requests out of order, so its used index alone does not show which requests are still in flight.
+//! Each descriptor has a flag, set when the chain that begins there is taken and cleared when it has completed, and a
+//! counter that records the order in which chains were taken.
 //!
 //! Publishing the used index and clearing the flags are two steps, between which a daemon can die. So the chains of the
-//! batch that is being completed form a list. A used index that is ahead of the recorded one says that the batch was
-//! published: the next daemon clears its flags.
+//! batch that is being completed form a list. If the used index is ahead of the recorded one, the batch was published:
+//! the next daemon clears its flags.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -45,12 +45,12 @@ pub struct InflightTracker {
     size: u16,
     /// The counter of the next chain.
     counter: u64,
-    /// How many chains are on the used ring and not yet published.
+    /// Number of chains that are on the used ring and not yet published.
     batch: u16,
 }
 
 impl InflightTracker {
-    /// The part at `offset` of the region, for a ring with `size` descriptors. The region must be long enough.
+    /// The part at `offset` of the region, for a ring with `size` descriptors. The region must be large enough.
     pub fn new(memory: Arc<MmapRegion>, offset: usize, size: u16) -> Self {
         Self { memory, offset, size, counter: 0, batch: 0 }
     }
@@ -91,7 +91,7 @@ impl InflightTracker {
         }
     }
 
-    /// Records that the chain at `head` was given back to the driver.
+    /// Records that the chain at `head` was returned to the driver.
     pub fn untake(&mut self, head: u16) {
         if head < self.size {
             store(self.inflight(head), 0, Ordering::Release);
@@ -100,7 +100,7 @@ impl InflightTracker {
 
     /// Records that the chain at `head` is on the used ring, which is not yet published.
     ///
-    /// => [`InflightTracker::end_completion`] follows when it is.
+    /// => Call [`InflightTracker::end_completion`] when it is published.
     pub fn begin_completion(&mut self, head: u16) {
         if head < self.size {
             let last = self.field::<AtomicU16>(LAST_BATCH_HEAD);
@@ -118,7 +118,7 @@ impl InflightTracker {
 
     /// Clears the flags of the last `count` chains that were pushed onto the used ring, whose index is `used`.
     ///
-    /// => The front-end can write to the region, so the list may have a loop: at most `size` entries are followed.
+    /// => The front-end can write to the region, so the list may contain a loop: at most `size` entries are followed.
     fn settle_batch(&self, count: u16, used: u16) {
         let mut head = self.field::<AtomicU16>(LAST_BATCH_HEAD).load(Ordering::Acquire);
         for _ in 0..count.min(self.size) {

@@ -10,7 +10,7 @@ use crate::sys::guarded;
 #[derive(Debug)]
 pub(super) struct Interrupt {
     file: File,
-    /// A write blocked: nothing more is written.
+    /// A write has blocked: no more are made.
     is_blocked: bool,
 }
 
@@ -20,10 +20,10 @@ impl Interrupt {
         Self { file, is_blocked: false }
     }
 
-    /// Interrupts the driver. With the eventfd's counter full there is nothing to do: an interrupt is pending anyway.
+    /// Interrupts the driver. If the eventfd's counter is full, an interrupt is already pending.
     ///
-    /// => The front-end can make the eventfd full and blocking at any time. It holds the worker up for some
-    ///    milliseconds, once.
+    /// => The front-end can make the eventfd full and blocking at any time. That delays the worker once, for some
+    ///    milliseconds.
     ///
     /// # Errors
     /// The error of write(2); [`io::ErrorKind::Interrupted`] for a write that blocked.

@@ -1,25 +1,25 @@
-//! Limits of the rates at which a guest's requests begin: reads, writes and all of them, in requests and in bytes.
+//! Limits the rates at which a guest's requests start: reads, writes and both together, in requests and in bytes.
 //!
 //! Each limit is a token bucket in its virtual-scheduling form (ITU-T I.371, the generic cell rate algorithm). Its
-//! state is one time: when everything that was taken from it is paid for. A request may begin once that time has come,
-//! and moves it on by what it costs; so a request of any size begins, and the next one waits for as long as it was
-//! large. An idle bucket saves up tokens for `burst_ms`.
+//! state is one time: the time at which everything taken from it is paid for. A request may start once that time has
+//! come, and advances it by its own cost. So a request of any size can start, and the next one waits in proportion to
+//! that size. An idle bucket saves up tokens for `burst_ms`.
 //!
-//! A request that may not begin stays on its ring, and keeps its place: it is paid for at once, and begins when its
+//! A request that may not start stays on its ring, and keeps its place: it is charged immediately, and starts when its
 //! time has come. So the heads of all rings, also those of different workers, wait in one queue. No ring starves, and
 //! none takes the tokens of a ring whose worker wakes up a moment later. FLUSH and GET ID cost nothing; they wait for
-//! what is before them on their ring.
+//! earlier requests on their ring.
 //!
-//! A ring that stops has not taken what is held back, so it need not complete it, and returns its tokens.
+//! A ring that stops has not taken the request that is held back: it need not complete it, and returns its tokens.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::units::Tick;
 use crate::virtio::request::RequestKind;
 
-/// Parts of a nanosecond in which a bucket counts.
+/// Fractions of a nanosecond in which a bucket counts.
 const PARTS_PER_NS: u64 = 64;
-/// Fraction bits of the cost of a unit, beyond a nanosecond.
+/// Fraction bits of the cost of a unit, below a nanosecond.
 const COST_BITS: u32 = 20;
 
 /// A limit for each second; 0: none.
@@ -34,17 +34,17 @@ pub struct RateLimit {
 /// The limits of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RateLimits {
-    /// Of reads.
+    /// Limit of reads.
     pub read: RateLimit,
-    /// Of writes, discards and zeroes. Those that carry no data have no bytes.
+    /// Limit of writes, discards and zeroes. Discards and zeroes carry no data and count no bytes.
     pub write: RateLimit,
-    /// Of both.
+    /// Limit of both together.
     pub total: RateLimit,
-    /// For how long an idle device saves up tokens.
+    /// How long an idle device saves up tokens.
     pub burst_ms: u32,
 }
 
-/// What a request is for the limits.
+/// The kind of a request as far as the limits distinguish it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LimitedKind {
     Read,
@@ -62,36 +62,36 @@ impl LimitedKind {
     }
 }
 
-/// What a request takes from the buckets.
+/// The tokens that a request takes from the buckets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Price {
     pub kind: LimitedKind,
     pub bytes: u64,
 }
 
-/// A request at the head of its ring that is paid for and has to wait.
+/// A request at the head of its ring that was charged and has to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct HeldHead {
     pub price: Price,
-    /// When it may begin.
+    /// When it may start.
     pub ready_at: Tick,
     /// Since when it waits.
     pub since: Tick,
-    /// The limits that hold it.
+    /// The generation of the limits that hold it.
     pub generation: u32,
 }
 
 /// One limit.
 #[derive(Debug, Default)]
 struct Bucket {
-    /// The cost of a unit, in nanoseconds with [`COST_BITS`] of a fraction; 0: no limit.
+    /// The cost of a unit, in nanoseconds with [`COST_BITS`] fraction bits; 0: no limit.
     unit_cost: AtomicU64,
-    /// When all that was taken is paid for, in parts of a nanosecond.
+    /// The time at which everything taken is paid for, in parts of a nanosecond.
     paid_at: AtomicU64,
 }
 
 impl Bucket {
-    /// Sets the limit in units a second. A changed one begins anew.
+    /// Sets the limit in units per second. A changed limit restarts with a full bucket.
     fn set(&self, per_second: u64) {
         let unit_cost = (1_000_000_000u64 << COST_BITS).checked_div(per_second).map_or(0, |cost| cost.max(1));
         if self.unit_cost.swap(unit_cost, Ordering::Relaxed) != unit_cost {
@@ -99,13 +99,13 @@ impl Bucket {
         }
     }
 
-    /// What so many units cost, in parts of a nanosecond.
+    /// The cost of this many units, in parts of a nanosecond.
     fn cost(&self, units: u64) -> u64 {
         let cost = u128::from(units) * u128::from(self.unit_cost.load(Ordering::Relaxed)) * u128::from(PARTS_PER_NS);
         u64::try_from(cost >> COST_BITS).unwrap_or(u64::MAX)
     }
 
-    /// Takes so many units. Returns when they are there, if that is later than `now`.
+    /// Takes this many units. Returns when they are available, if that is later than `now`.
     fn take(&self, units: u64, now: u64, burst: u64) -> Option<u64> {
         let cost = self.cost(units);
         if cost == 0 {
@@ -142,9 +142,9 @@ impl BucketPair {
 /// The limits of a device, which its workers share.
 #[derive(Debug, Default)]
 pub struct RateLimiter {
-    /// 0: no limit is set. Another number after each change.
+    /// 0: no limit is set. The number changes with the limits.
     generation: AtomicU32,
-    /// For how long tokens are saved up, in parts of a nanosecond.
+    /// How long tokens are saved up, in parts of a nanosecond.
     burst: AtomicU64,
     read: BucketPair,
     write: BucketPair,
@@ -152,14 +152,14 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// Limits that hold from the beginning.
+    /// A limiter with these initial limits.
     pub fn new(limits: &RateLimits) -> Self {
         let limiter = Self::default();
         limiter.set(limits);
         limiter
     }
 
-    /// Sets the limits. The workers look at them when they take requests the next time.
+    /// Sets the limits. The workers apply them when they next take requests.
     pub fn set(&self, limits: &RateLimits) {
         self.read.set(limits.read);
         self.write.set(limits.write);
@@ -171,23 +171,23 @@ impl RateLimiter {
         self.generation.store(if is_on { next } else { 0 }, Ordering::Release);
     }
 
-    /// 0 if no limit is set; another number after each change.
+    /// 0 if no limit is set; otherwise a number that changes with the limits.
     #[inline]
     pub(super) fn generation(&self) -> u32 {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// Pays for a request. Returns when it may begin, if it has to wait.
+    /// Charges a request. Returns when it may start, if it has to wait.
     pub(super) fn pay(&self, price: Price, now: Tick) -> Option<Tick> {
         let (at, burst) = (parts_of(now), self.burst.load(Ordering::Relaxed));
         let ready = self.buckets(price.kind).into_iter().flat_map(|pair| {
             [pair.requests.take(1, at, burst), pair.bytes.take(price.bytes, at, burst)].into_iter().flatten()
         });
-        // Rounded up to what a worker's sleep can tell.
+        // Rounded up to the resolution of a worker's sleep.
         ready.max().map(|parts| Tick::from_us((parts / PARTS_PER_NS).div_ceil(1000)))
     }
 
-    /// Returns what a request has paid that does not begin.
+    /// Refunds the tokens of a request that does not start.
     pub(super) fn refund(&self, price: Price) {
         for pair in self.buckets(price.kind) {
             pair.requests.put_back(1);
@@ -202,8 +202,8 @@ impl RateLimiter {
         }
     }
 
-    /// Whether the request at the head of a ring may begin at `now`, under the limits of this generation. Of one that
-    /// may not, `held` keeps the place. Returns since when one has waited that may begin now.
+    /// Whether the request at the head of a ring may start at `now`, under the limits of this generation. `held` keeps
+    /// the place of a request that may not. If a request that waited may start now, returns since when it waited.
     pub(super) fn may_begin(
         &self,
         price: Option<Price>,
@@ -221,7 +221,7 @@ impl RateLimiter {
                 }
                 true
             }
-            // There are other limits, or the guest has written another request there.
+            // The limits have changed, or the guest has replaced the request.
             Some(head) => {
                 self.refund(head.price);
                 false
@@ -257,14 +257,15 @@ mod tests {
         Price { kind: LimitedKind::Write, bytes }
     }
 
-    /// How many of endless requests of a ring begin within a time, by a worker that wakes up `late_us` too late.
+    /// From a ring with endless requests, the number that start within a period, with a worker that wakes up `late_us`
+    /// too late.
     fn begun(limiter: &RateLimiter, prices: &[Price], from_us: u64, until_us: u64, late_us: u64) -> Vec<u64> {
         let generation = limiter.generation();
         let mut held = vec![None; prices.len()];
         let mut counts = vec![0; prices.len()];
         let (mut now, mut turn) = (from_us, 0);
         while now < until_us {
-            // The ring that is looked at first changes, as with a worker.
+            // The ring that is served first rotates, as in a worker.
             for nth in 0..prices.len() {
                 let ring = (nth + turn) % prices.len();
                 while limiter.may_begin(Some(prices[ring]), &mut held[ring], generation, Tick::from_us(now)).is_ok() {
@@ -303,8 +304,8 @@ mod tests {
                 let (from, us) = (10 * SECOND_US, (100_000 * SECOND_US / rate).min(20 * SECOND_US));
                 let limiter = limiter(limits);
                 let count = begun(&limiter, &[read(512)], from, from + us, late_us)[0];
-                // The burst of a tenth of a second comes before, and one request may begin at each end. The last
-                // wake-up may come too late.
+                // The burst of a tenth of a second precedes the period, and one more request may start at each end. The
+                // last wake-up may be too late.
                 let expected = (rate * us / SECOND_US + rate / 10).saturating_sub(rate * late_us / SECOND_US / 2);
                 let slack = expected / 500 + 1 + rate * late_us / SECOND_US / 2;
                 assert!(count.abs_diff(expected) <= slack, "{rate}/s, {late_us} us late: {count}");
@@ -317,7 +318,7 @@ mod tests {
         for size in [512, 4096, 1 << 20, 100 << 20] {
             for rate in [10 << 20, 50 << 20, 5 << 30] {
                 let limits = RateLimits { write: bytes(rate), burst_ms: 10, ..RateLimits::default() };
-                // As long as 100 000 requests take, and longer than a request.
+                // The time of 100 000 requests, and longer than a single request.
                 let (from, us) = (10 * SECOND_US, (size * 100_000 * SECOND_US / rate).min(100 * SECOND_US));
                 let count = begun(&limiter(limits), &[write(size)], from, from + us, 50)[0];
                 let (expected, slack) = (rate * us / SECOND_US, 2 * size + rate / 50);
@@ -377,14 +378,14 @@ mod tests {
         assert_eq!(limiter.may_begin(Some(read(512)), &mut held, generation, at(1)), Err(()));
         let first = held.expect("it waits");
         assert_eq!(limiter.may_begin(Some(read(512)), &mut held, generation, at(2)), Err(()));
-        assert_eq!(held, Some(first), "it is paid for once");
-        // A guest that writes a larger request in its place pays for that.
+        assert_eq!(held, Some(first), "it is charged once");
+        // A guest that writes a larger request in its place is charged for that one.
         let due = first.ready_at;
         assert_eq!(limiter.may_begin(Some(read(1 << 20)), &mut held, generation, due), Ok(Some(at(1))));
         assert_eq!(limiter.may_begin(Some(read(512)), &mut held, generation, due), Err(()));
         let next = held.expect("it waits").ready_at;
         assert_within(next.since_us(due), SECOND_US, 5);
-        // A FLUSH in its place pays nothing, and what was paid is returned.
+        // A FLUSH in its place costs nothing, and the charge is refunded.
         assert_eq!(limiter.may_begin(None, &mut held, generation, due), Ok(Some(due)));
         assert_eq!(limiter.may_begin(Some(read(512)), &mut held, generation, due), Err(()));
         assert_eq!(held.map(|head| head.ready_at), Some(next));

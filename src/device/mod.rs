@@ -4,17 +4,17 @@
 //! meets them:
 //!
 //! 1. [`ring`]: one virtqueue. Takes heads from the available ring.
-//! 2. `inflight.rs`: records each head that was taken, for a daemon that may have to complete it after this one died.
+//! 2. `inflight.rs`: records each head that was taken, so that the next daemon can complete it if this one dies.
 //! 3. `pending.rs`: the table that holds a request until it completes. `requests.rs`: the lists through which a turn
 //!    moves it.
-//! 4. `admit.rs`: parses and checks it, and admits it to the cache.
+//! 4. `admit.rs`: parses and checks the request, and admits it to the cache.
 //! 5. `copy.rs`: copies its bytes between frames and guest memory.
 //! 6. `complete.rs`: writes its status, and pushes it onto the used ring.
 //! 7. `interrupt.rs`: notifies the driver.
 //!
-//! [`budget`] bounds what a turn does and what is in progress, [`limits`] how fast requests begin. Beside the path lie
-//! [`control`], the commands of the control plane to the workers, and `tally.rs`, which counts requests and how long
-//! they take.
+//! [`budget`] bounds the work of a turn and the work in progress, [`limits`] the rate at which requests start. Outside
+//! this path are [`control`], the commands of the control plane to the workers, and `tally.rs`, which counts requests
+//! and measures how long they take.
 
 mod admit;
 pub mod budget;
@@ -49,13 +49,13 @@ pub use worker::spawn;
 
 /// Sectors of a part of a DISCARD or WRITE ZEROES, unless a discard frees larger units only: 128 MiB. While a file
 /// system frees that much, other I/O to the file waits, for some 100 ms if each page is an extent of its own. And the
-/// cache looks up each page of a part with its lock held, where a block of pages is in memory.
+/// cache, with its lock held, looks up each page of a part in blocks that have pages in memory.
 const RANGE_PART_SECTORS: u64 = (128 << 20) / SECTOR_BYTES;
 
-/// No driver has acknowledged features.
+/// No driver has acknowledged features yet.
 const NO_FEATURES: u64 = u64::MAX;
 
-/// What a device's workers share with each other and with the control plane.
+/// The state that a device's workers share with each other and with the control plane.
 #[derive(Debug)]
 pub struct Device {
     /// The device's name; its log lines begin with it.
@@ -64,7 +64,7 @@ pub struct Device {
     pub arena: Arc<Arena>,
     /// The properties against which requests are checked.
     pub disk: RequestLimits,
-    /// The properties that the configuration space shows to the guest.
+    /// The properties that the configuration space reports to the guest.
     pub parameters: DiskParameters,
     /// The configured cache mode: whether a completed write may stay volatile until a FLUSH.
     writeback_configured: AtomicBool,
@@ -72,14 +72,14 @@ pub struct Device {
     driver_features: AtomicU64,
     /// The cache mode at present, which the guest may have changed (CONFIG_WCE).
     writeback: AtomicBool,
-    /// The cache gets a DISCARD or WRITE ZEROES in parts, between multiples of this many sectors. A multiple of what a
-    /// discard frees at least.
+    /// The cache gets a DISCARD or WRITE ZEROES in parts, split at multiples of this many sectors. It is a multiple of
+    /// the smallest unit that a discard frees.
     range_part_sectors: u64,
     /// How long an idle worker polls before it sleeps, in microseconds.
     poll_us: AtomicU32,
-    /// The limits of its rates.
+    /// Limits the rates of its requests.
     pub limiter: RateLimiter,
-    /// What its workers count.
+    /// The counters of its workers.
     pub counters: Counters,
     /// The bounds of each worker.
     pub budget: Budget,
@@ -124,16 +124,15 @@ impl Device {
 
     /// Sets the cache mode that the guest chose (CONFIG_WCE).
     ///
-    /// => Write-through stays until the guest chooses write-back again. A guest in write-through sends no FLUSH, and it
-    ///    repeats its choice neither when its front-end reconnects nor when the daemon is replaced. A front-end keeps
-    ///    its own copy of the mode even over a reset of the guest, after which it may be either (virtio 1.2, section
-    ///    5.2.5).
+    /// => Write-through stays until the guest chooses write-back again. A guest in write-through sends no FLUSH, and
+    ///    does not repeat its choice when its front-end reconnects or the daemon is replaced. A front-end keeps its own
+    ///    copy of the mode even across a reset of the guest, after which it may be either (virtio 1.2, section 5.2.5).
     pub fn choose_writeback(&self, writeback: bool) {
         self.arena.set_write_through(!writeback);
         self.writeback.store(writeback, Ordering::Release);
     }
 
-    /// A driver initializes the device; `features` are those it acknowledged, if it has done so. Resets the cache mode,
+    /// A driver initializes the device; `features` are those that it acknowledged, if any. Resets the cache mode,
     /// unless the guest chose write-through.
     pub fn start_with_features(&self, features: Option<u64>) {
         self.driver_features.store(features.unwrap_or(NO_FEATURES), Ordering::Release);
@@ -145,9 +144,9 @@ impl Device {
         self.poll_us.load(Ordering::Relaxed)
     }
 
-    /// The operator changes what the configuration says. A guest that chose write-through keeps it.
+    /// Applies a change of the configuration by the operator. A guest that chose write-through keeps it.
     ///
-    /// => Writes that are taken from now on follow the mode. What was written before a switch to write-through is not
+    /// => The mode applies to writes that are taken from now on. Writes before a switch to write-through are not
     ///    durable until a flush.
     pub fn reconfigure(&self, writeback: bool, poll_us: u32) {
         self.poll_us.store(poll_us, Ordering::Relaxed);
@@ -156,7 +155,7 @@ impl Device {
         }
     }
 
-    /// Sets the mode in which a driver with these features begins.
+    /// Sets the initial mode for a driver with these features.
     fn reset_writeback(&self) {
         let configured = self.writeback_configured.load(Ordering::Acquire);
         let features = Some(self.driver_features.load(Ordering::Acquire)).filter(|features| *features != NO_FEATURES);
@@ -164,7 +163,8 @@ impl Device {
         self.writeback.store(writeback && !self.arena.is_write_through(), Ordering::Release);
     }
 
-    /// The image has grown: from now on the guest finds this size, and may use it. Returns whether that is another one.
+    /// The image has grown: from now on the device reports this size to the guest and accepts requests up to it.
+    /// Returns whether the size has changed.
     pub fn grow(&self, capacity_sectors: u64) -> bool {
         let before = self.disk.capacity_sectors.get();
         self.disk.capacity_sectors.set(capacity_sectors);

@@ -8,46 +8,47 @@ use crate::virtio::request::{RangeSegment, Request};
 
 use super::budget::{BUFFERS_KEPT_MAX, BUFFERS_MAX, REQUESTS_MAX};
 
-/// How far a request has come.
+/// The stage of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     /// The slot is free.
     Free,
     /// Its data moves between guest and cache, or its ranges are zeroed or discarded.
     Data,
-    /// The cache makes it stable.
+    /// The cache makes its data stable.
     Flush,
 }
 
 /// A pending request.
 #[derive(Debug)]
 pub(super) struct Pending {
-    /// As parsed. The slot's next request reuses the memory of its vectors, so that serving it allocates nothing.
+    /// The parsed request. The slot's next request reuses the memory of its vectors, so that serving it allocates
+    /// nothing.
     pub request: Request,
-    /// The segments of a DISCARD or WRITE ZEROES; empty for other kinds. Its memory is reused, too.
+    /// The segments of a DISCARD or WRITE ZEROES; empty for other kinds. Its memory is reused too.
     pub ranges: Vec<RangeSegment>,
     /// The index of its ring.
     pub ring: u16,
     pub stage: Stage,
-    /// Of a DISCARD or WRITE ZEROES: the cache gets its segments in parts, between multiples of this many sectors.
+    /// For a DISCARD or WRITE ZEROES: the cache gets its segments in parts, split at multiples of this many sectors.
     pub part_sectors: u64,
-    /// How many sectors (or parts of segments) the cache has admitted.
+    /// Number of sectors (or parts of segments) that the cache has admitted.
     admitted: u32,
-    /// How many sectors (or parts of segments) are done or have failed.
+    /// Number of sectors (or parts of segments) that are done or have failed.
     settled: u64,
-    /// The cache has stalled it, and will tell when to resume it.
+    /// The cache has stalled it, and a notice will resume it.
     pub stalled: bool,
     /// It is in the list of requests to continue.
     pub continuing: bool,
-    /// What it counts in the load of its ring.
+    /// Its share of the load of its ring.
     pub load: u64,
-    /// How it ends; [`Status::Ok`] until something fails.
+    /// Its final status; [`Status::Ok`] until something fails.
     pub status: Status,
-    /// Of a write: it completes only when its data is stable.
+    /// For a write: it completes only when its data is stable.
     pub write_through: bool,
-    /// When the turn began that took it.
+    /// The start of the turn that took it.
     pub since: Tick,
-    /// Of a write: by how many microseconds its completion is delayed.
+    /// For a write: the delay of its completion, in microseconds.
     pub delay_us: u64,
     /// Distinguishes this request from earlier ones in the slot.
     generation: u16,
@@ -70,7 +71,7 @@ pub(super) struct PendingTable {
 pub(super) type PendingSlot = u32;
 
 impl Pending {
-    /// How many sectors (or parts of segments) it has.
+    /// Number of its sectors (or parts of segments).
     pub fn total(&self) -> u64 {
         if self.ranges.is_empty() {
             self.request.span().count
@@ -79,17 +80,17 @@ impl Pending {
         }
     }
 
-    /// How many sectors (or parts of segments) the cache has admitted.
+    /// Number of sectors (or parts of segments) that the cache has admitted.
     pub fn admitted(&self) -> u32 {
         self.admitted
     }
 
-    /// How many sectors (or parts of segments) are done or have failed.
+    /// Number of sectors (or parts of segments) that are done or have failed.
     pub fn settled(&self) -> u64 {
         self.settled
     }
 
-    /// How many sectors (or parts of segments) are admitted and not settled.
+    /// Number of sectors (or parts of segments) that are admitted and not settled.
     pub fn outstanding(&self) -> u64 {
         u64::from(self.admitted) - self.settled
     }
@@ -115,7 +116,7 @@ impl Pending {
     }
 }
 
-/// How many parts a segment has, which is not empty.
+/// Number of parts of a segment, which is not empty.
 fn parts(span: SectorSpan, part_sectors: u64) -> u64 {
     span.end().div_ceil(part_sectors) - span.start / part_sectors
 }
@@ -126,7 +127,7 @@ impl PendingTable {
         Self { base, slots: Vec::new(), free: Vec::new(), in_progress: 0, buffers: 0 }
     }
 
-    /// Takes a free slot for a request of `ring`, in the turn that began at `since`.
+    /// Takes a free slot for a request of `ring`, in the turn that started at `since`.
     pub fn take(&mut self, ring: u16, since: Tick) -> PendingSlot {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Pending {
@@ -159,7 +160,7 @@ impl PendingTable {
         slot
     }
 
-    /// How many requests are pending.
+    /// Number of pending requests.
     pub fn in_use(&self) -> usize {
         self.slots.len() - self.free.len()
     }
@@ -174,7 +175,7 @@ impl PendingTable {
         self.in_progress
     }
 
-    /// Counts the buffers of a request that was parsed into a slot which had memory for so many `before`.
+    /// Counts the buffers of a request that was parsed into a slot that had memory for `before` buffers.
     pub fn count_buffers(&mut self, slot: PendingSlot, before: usize) {
         self.buffers = self.buffers + self.slots[slot as usize].request.data.capacity() - before;
     }
@@ -186,14 +187,14 @@ impl PendingTable {
         pending.admitted = up_to;
     }
 
-    /// So many sectors (or parts of segments) are done or have failed.
+    /// This many sectors (or parts of segments) are done or have failed.
     pub fn settle(&mut self, slot: PendingSlot, count: u64) {
         let pending = &mut self.slots[slot as usize];
         pending.settled += count;
         self.in_progress -= count;
     }
 
-    /// What was not admitted yet will not be, and counts as settled.
+    /// The rest will not be admitted, and counts as settled.
     pub fn skip_rest(&mut self, slot: PendingSlot) {
         let pending = &mut self.slots[slot as usize];
         let total = pending.total();
@@ -208,7 +209,7 @@ impl PendingTable {
 
     /// Frees the slot: its request has completed.
     ///
-    /// => What guests can make it hold is much. So the memory is kept for the next request only while all slots
+    /// => Guests can make a slot use much memory. So a slot keeps its memory for the next request only while all slots
     ///    together have little.
     pub fn release(&mut self, slot: PendingSlot) {
         let pending = &mut self.slots[slot as usize];
@@ -220,7 +221,7 @@ impl PendingTable {
         self.free.push(slot);
     }
 
-    /// The ticket by which the cache knows the slot's request.
+    /// The ticket that identifies the slot's request in the cache.
     pub fn ticket(&self, slot: PendingSlot) -> Ticket {
         let generation = u64::from(self.slots[slot as usize].generation);
         Ticket(self.base.0 | generation << 32 | u64::from(slot))

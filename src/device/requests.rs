@@ -21,39 +21,39 @@ use super::tally::Tally;
 pub(super) struct CopiedPiece {
     pub slot: PendingSlot,
     pub piece: Piece,
-    /// An error leaves an unknown part of the piece copied.
+    /// After an error, an unknown part of the piece has been copied.
     pub result: Result<(), BadAddress>,
 }
 
 /// The requests of a worker. `admit.rs`, `copy.rs` and `complete.rs` move them from list to list.
 ///
-/// => Between turns every list is empty, except `delayed`, the control plane's flushes, and what a turn's budget left:
-///    `resumed`, `incoming`, `continuing` and `finished`.
+/// => Between turns every list is empty, except `delayed`, the control plane's flushes, and those that exceeded a
+///    turn's budget: `resumed`, `incoming`, `continuing` and `finished`.
 #[derive(Debug)]
 pub(super) struct Requests {
     pub device: Arc<Device>,
     pub tally: Tally,
     pub pending: PendingTable,
-    /// Other devices read the same image.
+    /// Other devices use the same image.
     pub is_shared: bool,
-    /// The limits under which requests are taken: see [`super::limits::RateLimiter`].
+    /// The generation of the limits under which requests are taken: see [`super::limits::RateLimiter`].
     pub limits: u32,
     /// Heads just taken from a ring.
     pub heads: Vec<u16>,
-    /// Those of them that no status can complete.
+    /// Those of `heads` that no status can complete.
     pub rejected: Vec<(u16, Malformed)>,
     /// Requests to admit to the cache for the first time.
     pub incoming: VecDeque<PendingSlot>,
-    /// Requests that the cache told to resume. They precede `incoming`, or later requests would take the room that
-    /// they waited for.
+    /// Requests that the cache has resumed. They precede `incoming`, or later requests would take the room that they
+    /// waited for.
     pub resumed: VecDeque<PendingSlot>,
-    /// Requests of which the next window is to be admitted.
+    /// Requests whose next window is to be admitted.
     pub continuing: VecDeque<PendingSlot>,
     /// Pieces of the request being admitted, before they join `copies`.
     pub pieces: Vec<Piece>,
     /// Pieces to copy.
     pub copies: Vec<(PendingSlot, Piece)>,
-    /// Reads that have more to come, of which a piece was copied.
+    /// Reads that are not finished, of which a piece was copied.
     pub unfinished: Vec<PendingSlot>,
     /// Copied pieces of writes, to return to the cache.
     pub written: Vec<CopiedPiece>,
@@ -66,7 +66,7 @@ pub(super) struct Requests {
     pub finished: Vec<PendingSlot>,
     /// Finished writes whose completion is delayed because the cache is filling up, with the time of completion.
     pub delayed: BinaryHeap<Reverse<(Tick, PendingSlot)>>,
-    /// Flushes of the control plane in progress, and where to send their results.
+    /// Flushes of the control plane in progress, and the receivers of their results.
     control_flushes: Vec<(Ticket, Sender<Result<(), Fault>>)>,
     next_control_flush: u64,
     base: Ticket,
@@ -76,7 +76,7 @@ pub(super) struct Requests {
 const CONTROL_FLUSH: u64 = 1 << 47;
 
 impl Requests {
-    /// No requests; `base` is the ticket of the worker with a local part of 0.
+    /// Empty lists; `base` is the ticket of the worker with a local part of 0.
     pub fn new(device: Arc<Device>, base: Ticket, counters: WorkerCounters) -> Self {
         Self {
             device,
@@ -104,19 +104,19 @@ impl Requests {
         }
     }
 
-    /// Whether new requests may be taken: those of before are admitted, and what is in progress is within its bounds.
+    /// Whether new requests may be taken: the earlier ones are admitted, and the work in progress is within its bounds.
     pub fn can_take(&self) -> bool {
         self.resumed.is_empty() && self.incoming.is_empty() && self.can_admit() && self.pending.has_room()
     }
 
-    /// Whether more may be admitted, by what is in progress.
+    /// Whether the work in progress allows more to be admitted.
     pub fn can_admit(&self) -> bool {
         let Budget { worker_pages, shared_pages, .. } = self.device.budget;
         let pages = if self.is_shared { shared_pages } else { worker_pages };
         self.pending.in_progress() < pages * SECTORS_PER_PAGE
     }
 
-    /// Whether the next turn has work that the last one has left.
+    /// Whether the last turn left work for the next one.
     pub fn has_work(&self) -> bool {
         let to_admit = !(self.resumed.is_empty() && self.incoming.is_empty() && self.continuing.is_empty());
         !self.finished.is_empty() || to_admit && self.can_admit()
@@ -134,7 +134,7 @@ impl Requests {
     pub fn end_control_flush(&mut self, ticket: Ticket, result: Result<(), Fault>) -> bool {
         let Some(at) = self.control_flushes.iter().position(|(other, _)| *other == ticket) else { return false };
         let (_, reply) = self.control_flushes.swap_remove(at);
-        // The requester may not wait for the reply.
+        // The requester may have stopped waiting for the reply.
         let _ = reply.send(result);
         true
     }

@@ -21,12 +21,12 @@ use crate::virtio::chain::DescriptorTable;
 use crate::virtio::request::Malformed;
 use crate::virtio::split::{QueueLayout, QueuePosition, SplitQueue};
 
-/// How much of each region must read as zeros for guest memory to be blank.
+/// Number of bytes of each region that must read as zeros for guest memory to count as blank.
 const BLANK_BYTES: usize = 1 << 20;
 
 /// A running virtqueue.
 ///
-/// Public for the copy server in `benches/load/limit.rs`, which runs on this same code and does nothing but copy.
+/// Public for the copy server in `benches/load/limit.rs`, which uses this code and only copies.
 #[derive(Debug)]
 pub struct Ring {
     /// The device and the ring; its log lines begin with it.
@@ -40,34 +40,34 @@ pub struct Ring {
     pub memory: Arc<GuestRam>,
     kick: File,
     interrupt: Option<Interrupt>,
-    /// Tells the front-end that the driver is faulty.
+    /// Reports to the front-end that the driver is faulty.
     error: Option<Interrupt>,
-    /// The driver is waiting for an interrupt that was not sent yet.
+    /// The driver waits for an interrupt that has not been sent.
     interrupt_due: bool,
-    /// How many requests were taken and not completed.
+    /// Number of requests that were taken and have not completed.
     in_flight: u16,
     /// The pages of the requests in flight: see [`Budget::load_of`](super::budget::Budget::load_of).
     load: u64,
     /// Nothing is taken while `load` is this or more.
     load_max: u64,
-    /// The next request, if a limit of the operator's has held it back.
+    /// The next request, if one of the operator's limits holds it back.
     pub(super) held: Option<HeldHead>,
-    /// It is not due yet: nothing is taken.
+    /// `held` is not due yet: nothing is taken.
     is_held: bool,
     /// Requests in flight whose chains cannot be read yet; retried with the next memory table.
     unreadable: Vec<u16>,
     /// The driver has kicked.
     kicked: bool,
-    /// The log has a line about a chain that no status could complete.
+    /// The log already has a line about a chain that no status could complete.
     reported: bool,
-    /// The marks of this vring's requests in the inflight region, for the next daemon.
+    /// This vring's part of the inflight region, which the next daemon reads.
     tracker: Option<InflightTracker>,
-    /// The requests that the previous daemon left in flight have been looked up.
+    /// The requests that the previous daemon left in flight are known.
     recovered: bool,
     /// Heads that the previous daemon took and did not complete, and suspended ones, in reverse order. They are taken
     /// before any other.
     resubmissions: Vec<u16>,
-    /// A long request was suspended, because the ring drains: until new memory is set, nothing is taken.
+    /// A long request was suspended because the ring drains: nothing is taken until new memory is set.
     suspended: bool,
     /// The driver violated the protocol in a way that no status can report: nothing more is taken.
     broken: bool,
@@ -76,8 +76,8 @@ pub struct Ring {
 impl Ring {
     /// Starts vring `index` of `device`.
     ///
-    /// => Interrupts the driver at once. The previous daemon may have died between a completion and its interrupt, and
-    ///    with EVENT_IDX no later completion would make up for that.
+    /// => Interrupts the driver immediately. The previous daemon may have died between a completion and its interrupt,
+    ///    and with EVENT_IDX no later completion would make up for that.
     pub fn new(device: &str, index: u16, setup: RingSetup) -> Self {
         let RingSetup { layout, position, kick, call_fd, err_fd, memory, tracker } = setup;
         let mut ring = Self {
@@ -109,7 +109,7 @@ impl Ring {
         ring
     }
 
-    /// Maps the queue in guest memory. The first time that succeeds, recovers the requests of the previous daemon.
+    /// Maps the queue in guest memory. On the first success, recovers the requests of the previous daemon.
     fn map_queue(&mut self) {
         self.queue = SplitQueue::new(&self.memory, self.layout, self.mapped_at);
         if self.queue.is_none() {
@@ -125,11 +125,11 @@ impl Ring {
         }
     }
 
-    /// Finds the requests that the previous daemon took and did not complete. The used ring says which it completed,
-    /// the inflight region which it took.
+    /// Finds the requests that the previous daemon took and did not complete. The used ring shows which ones it
+    /// completed, the inflight region which ones it took.
     ///
-    /// => Together they give the ring's position, whatever base the front-end sent. QEMU's may be older than the last
-    ///    completion; cloud-hypervisor's may skip heads that no daemon has taken.
+    /// => Together they determine the ring's position, whatever base the front-end sent. QEMU's may be older than the
+    ///    last completion; cloud-hypervisor's may skip heads that no daemon has taken.
     fn recover(&mut self) {
         let (Some(queue), Some(tracker)) = (&mut self.queue, &mut self.tracker) else { return };
         let used = queue.used_idx();
@@ -144,14 +144,13 @@ impl Ring {
         }
     }
 
-    /// Whether every request that was taken, by this daemon or the previous one, has completed, as far as it can be
-    /// read.
+    /// Whether every request that this daemon or the previous one took has completed, except those that cannot be read.
     pub fn is_drained(&self) -> bool {
         usize::from(self.in_flight) == self.unreadable.len() && !self.has_resubmissions()
             || planted(PlantedBug::DrainEndsEarly)
     }
 
-    /// Whether an inflight region has its requests, so that the next daemon can repeat them.
+    /// Whether an inflight region records its requests, so that the next daemon can repeat them.
     pub fn is_tracked(&self) -> bool {
         self.tracker.is_some()
     }
@@ -166,7 +165,7 @@ impl Ring {
         self.load_max = pages;
     }
 
-    /// How many more pages can be taken: with the request that exceeds them, nothing more is.
+    /// The number of pages that can still be taken. The request that exceeds it is the last one taken.
     pub(super) fn load_left(&self) -> u64 {
         self.load_max.saturating_sub(self.load)
     }
@@ -176,7 +175,7 @@ impl Ring {
         self.load = self.load.saturating_add(pages);
     }
 
-    /// Notes whether the next request is held back by the limits of this generation. Returns when it is due.
+    /// Updates whether the limits of this generation hold the next request back. Returns when it is due.
     pub(super) fn hold(&mut self, generation: u32, now: Tick) -> Option<Tick> {
         let due = self.held.filter(|head| head.generation == generation && head.ready_at > now);
         self.is_held = due.is_some();
@@ -188,16 +187,16 @@ impl Ring {
         self.load = self.load.saturating_sub(pages);
     }
 
-    /// The request at `head`, which was taken and not completed, is to be taken again: by this ring when it has
-    /// drained, or by the next one after it has stopped.
+    /// The request at `head`, which was taken and has not completed, is to be taken again: by this ring when it has
+    /// drained, or by the next one after this ring has stopped.
     pub(super) fn suspend(&mut self, head: u16) {
         self.in_flight -= 1;
         self.resubmissions.push(head);
         self.suspended = true;
     }
 
-    /// Gives suspended requests back to the driver, as if they had not been taken: those that were taken last. For any
-    /// other the next ring finds its mark in the inflight region.
+    /// Returns the suspended requests that were taken last to the driver, as if they had not been taken. The others
+    /// keep their mark in the inflight region, where the next ring finds them.
     ///
     /// => The ring has drained, and stops.
     pub(super) fn give_back(&mut self) {
@@ -213,7 +212,7 @@ impl Ring {
         }
     }
 
-    /// Whether requests can be taken and completed.
+    /// Whether requests can be taken and completed now.
     fn is_usable(&self) -> bool {
         self.queue.is_some() && !self.broken
     }
@@ -221,7 +220,7 @@ impl Ring {
     /// Makes `epoll` report each kick with `token`.
     ///
     /// => A kick is an edge, and the descriptor is never read. It belongs to the front-end, which may have made it
-    ///    blocking, given it to two rings, or read it itself; a read could block forever.
+    ///    blocking, passed it for two rings, or read it itself; a read could block forever.
     ///
     /// # Errors
     /// The error of epoll_ctl(2).
@@ -230,9 +229,9 @@ impl Ring {
         epoll.ctl(ControlOperation::Add, self.kick.as_raw_fd(), event)
     }
 
-    /// Makes `epoll` report kicks no longer.
+    /// Stops `epoll` from reporting kicks.
     pub fn unwatch_kicks(&self, epoll: &Epoll) {
-        // It fails if they were never watched.
+        // Fails if they were never watched.
         let _ = epoll.ctl(ControlOperation::Delete, self.kick.as_raw_fd(), EpollEvent::default());
     }
 
@@ -242,7 +241,7 @@ impl Ring {
         self.trigger_if_due();
     }
 
-    /// Sets the descriptor by which the front-end learns that the driver is faulty.
+    /// Sets the descriptor that reports a faulty driver to the front-end.
     pub fn set_err_fd(&mut self, err_fd: Option<File>) {
         self.error = err_fd.map(Interrupt::new);
         if self.broken {
@@ -250,20 +249,20 @@ impl Ring {
         }
     }
 
-    /// Tells the front-end that the driver is faulty.
+    /// Reports to the front-end that the driver is faulty.
     fn signal_error(&mut self) {
         if let Some(Err(e)) = self.error.as_mut().map(Interrupt::trigger) {
             warn!("{}: cannot signal an error to the front-end: {e}", self.label);
         }
     }
 
-    /// Uses new guest memory. A ring that is not in it pauses until it is again: a front-end that changes a region
-    /// removes it first.
+    /// Uses new guest memory. A ring outside the new memory pauses until it is inside again: a front-end that changes a
+    /// region removes it first.
     pub fn set_memory(&mut self, memory: &Arc<GuestRam>) {
         self.mapped_at = self.position();
         self.memory = Arc::clone(memory);
         self.map_queue();
-        // The inflight region has them already.
+        // The inflight region already records them.
         self.in_flight -= u16::try_from(self.unreadable.len()).expect("they are in flight");
         self.resubmissions.extend(self.unreadable.drain(..).rev());
         self.suspended = false;
@@ -274,7 +273,7 @@ impl Ring {
         self.queue.as_ref().map_or(self.mapped_at, SplitQueue::position)
     }
 
-    /// The descriptor table in `memory`, which is the ring's memory.
+    /// The descriptor table, read from `memory`, which is the ring's memory.
     pub fn table<'a>(&self, memory: &'a GuestRam) -> DescriptorTable<'a> {
         DescriptorTable::new(memory, GuestAddress(self.layout.desc_table), u32::from(self.layout.size))
     }
@@ -292,11 +291,11 @@ impl Ring {
         }
     }
 
-    /// Takes the heads that [`Ring::peek`] returned, or the first of them.
+    /// Takes the heads that [`Ring::peek`] returned, or only the first ones.
     pub fn commit(&mut self, heads: &[u16]) {
         let count = u16::try_from(heads.len()).expect("no more than the ring's size");
         if !self.resubmissions.is_empty() {
-            // The inflight region has them already, in their order.
+            // The inflight region already records them, in their order.
             self.resubmissions.truncate(self.resubmissions.len().saturating_sub(heads.len()));
         } else if let Some(queue) = &mut self.queue {
             queue.advance(count);
@@ -321,8 +320,8 @@ impl Ring {
             && (self.has_resubmissions() || !self.is_held && self.queue.as_ref().is_some_and(SplitQueue::has_available))
     }
 
-    /// Adds the chain at `head`, with `len` bytes written to it, to the used ring. [`Ring::publish`] shows it to the
-    /// driver.
+    /// Adds the chain at `head`, with `len` bytes written to it, to the used ring. [`Ring::publish`] makes it visible
+    /// to the driver.
     pub fn push_used(&mut self, head: u16, len: u32) {
         self.in_flight -= 1;
         if let Some(queue) = &mut self.queue {
@@ -333,7 +332,7 @@ impl Ring {
         }
     }
 
-    /// Handles a chain that no status can complete. The ring goes on.
+    /// Handles a chain that no status can complete. The ring continues.
     pub fn reject(&mut self, head: u16, malformed: Malformed) {
         if !std::mem::replace(&mut self.reported, true) {
             let outcome = match malformed {
@@ -361,11 +360,11 @@ impl Ring {
         }
     }
 
-    /// The driver of the first ring has kicked. If nothing is available and guest memory is blank, the front-end does
-    /// not share it, although it has passed descriptors of it: the guest would hang without a word.
+    /// The driver of the first ring has kicked. If no request is available and guest memory is blank, the front-end has
+    /// passed descriptors of the memory but does not share it: the guest would hang without any message.
     ///
-    /// => Kicks for nothing are common (QEMU sends one at the start), blank memory is not: firmware or VMM have written
-    ///    to its start by then.
+    /// => Kicks without a request are common (QEMU sends one at the start), blank memory is not: the firmware or the
+    ///    VMM has written to its start before the first kick.
     pub fn check_first_kick(&mut self) {
         if std::mem::replace(&mut self.kicked, true) || self.position().next_avail != 0 || self.has_more() {
             return;
@@ -379,7 +378,7 @@ impl Ring {
         }
     }
 
-    /// Shows the driver every chain pushed since the last call, and interrupts it if it asked for that.
+    /// Publishes every chain pushed since the last call, and interrupts the driver if it requested that.
     pub fn publish(&mut self) {
         let Some(queue) = self.queue.as_mut().filter(|queue| queue.has_unpublished()) else { return };
         let used = queue.position().next_used;
@@ -410,15 +409,14 @@ impl Ring {
         }
     }
 
-    /// Tells the driver that it need not kick: the worker polls.
+    /// Disables the driver's kicks: the worker polls.
     pub fn disable_notification(&mut self) {
         if let Some(queue) = &mut self.queue {
             queue.disable_notification();
         }
     }
 
-    /// Tells the driver to kick from now on. Returns whether heads became available meanwhile, for which it may not
-    /// have kicked.
+    /// Enables the driver's kicks. Returns whether heads became available meanwhile, for which it may not have kicked.
     pub fn enable_notification(&mut self) -> bool {
         !self.broken && self.queue.as_mut().is_some_and(SplitQueue::enable_notification) && self.has_more()
     }

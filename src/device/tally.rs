@@ -1,9 +1,9 @@
-//! How long requests take: from the turn that takes a request from its ring to its completion.
+//! Measures how long requests take, from the turn that takes a request from its ring to its completion.
 //!
 //! Reading the clock takes as long as a tenth of a cached request. So requests that a turn completes from memory share
-//! one reading, which most often is the one that begins the next turn. Where other work follows the completions (the
-//! turn has store operations to submit, or it had waited for some), the clock is read before that work: no request is
-//! charged with readahead or write-back that follows it.
+//! one reading, which usually is the one that starts the next turn. If other work follows the completions (the turn has
+//! store operations to submit, or it had waited for some), the clock is read before that work: the time of a request
+//! does not include readahead or write-back that follows it.
 
 use crate::counters::worker::{Activity, WorkerCounters};
 use crate::counters::{Class, Operation, Served};
@@ -13,30 +13,30 @@ use crate::virtio::request::RequestKind;
 
 use super::pending::Pending;
 
-/// A worker that does not sleep counts its turns after so many of them at the latest.
+/// A worker that does not sleep counts its turns at least once in this many turns.
 const TURNS_MAX: u64 = 64;
 
-/// See the module.
+/// See the documentation of the module.
 #[derive(Debug)]
 pub(super) struct Tally {
     counters: WorkerCounters,
-    /// When the present turn began.
+    /// The start of the present turn.
     turn: Tick,
     /// The present turn has found work.
     has_work: bool,
-    /// Turns that found work and are not counted yet, and how long they took.
+    /// Turns that found work and are not yet counted, and their time.
     turns: u64,
     busy_ns: u64,
-    /// How many requests the turn has taken and completed, by [`Operation::ALL`].
+    /// Number of requests that the turn has both taken and completed, by [`Operation::ALL`].
     quick: [u64; Operation::ALL.len()],
-    /// Requests of earlier turns that this one has completed, and when those turns began.
+    /// Requests of earlier turns that this one has completed, and the start of those turns.
     waited: Vec<(Class, Tick)>,
     /// The operations with `quick` requests, as bits.
     quick_operations: u8,
 }
 
 impl Tally {
-    /// Nothing was counted yet.
+    /// A tally without any counts.
     pub fn new(counters: WorkerCounters) -> Self {
         Self {
             counters,
@@ -50,7 +50,7 @@ impl Tally {
         }
     }
 
-    /// A turn begins.
+    /// Starts a turn.
     #[inline]
     pub fn begin_turn(&mut self, now: Tick) {
         self.settle(now);
@@ -70,37 +70,37 @@ impl Tally {
         self.counters.count(Activity::BusyNs, std::mem::take(&mut self.busy_ns));
     }
 
-    /// The present turn has found work. It takes until the next one begins: a worker does not sleep after such a turn.
+    /// The present turn has found work. It lasts until the next one starts: a worker does not sleep after such a turn.
     pub fn found_work(&mut self) {
         self.has_work = true;
     }
 
-    /// When the present turn began.
+    /// The start of the present turn.
     pub fn turn(&self) -> Tick {
         self.turn
     }
 
-    /// A request was taken.
+    /// Counts a request that was taken.
     pub fn taken(&mut self, kind: RequestKind) {
         if let Some(operation) = operation_of(kind) {
             self.counters.request_taken(operation);
         }
     }
 
-    /// A limit has held a request back since then.
+    /// Counts a request that a limit has held back since `since`.
     pub fn was_limited(&self, since: Tick) {
         self.counters.count(Activity::Limited, 1);
         self.counters.count(Activity::LimitedNs, self.turn.since_ns(since));
     }
 
-    /// A request that was taken is given back to the driver.
+    /// A request that was taken is returned to the driver.
     pub fn withdrawn(&mut self, kind: RequestKind) {
         if let Some(operation) = operation_of(kind) {
             self.counters.request_withdrawn(operation);
         }
     }
 
-    /// A request completes.
+    /// Counts a request that completes.
     pub fn completed(&mut self, pending: &Pending) {
         let Pending { request, ranges, status, since, .. } = pending;
         let Some(operation) = operation_of(request.kind) else { return };
@@ -117,17 +117,17 @@ impl Tally {
         }
     }
 
-    /// Whether requests have completed whose time is not counted yet.
+    /// Whether the time of some completed requests is not counted yet.
     pub fn is_open(&self) -> bool {
         self.quick_operations != 0 || self.has_waited()
     }
 
-    /// Whether requests of earlier turns have completed whose time is not counted yet.
+    /// Whether the time of some completed requests of earlier turns is not counted yet.
     pub fn has_waited(&self) -> bool {
         !self.waited.is_empty()
     }
 
-    /// Counts the requests that have completed: they completed at `now`.
+    /// Counts the completed requests, with `now` as the time of their completion.
     pub fn settle(&mut self, now: Tick) {
         let ns = now.since_ns(self.turn);
         let mut operations = std::mem::take(&mut self.quick_operations);
@@ -143,7 +143,7 @@ impl Tally {
     }
 }
 
-/// The operation as which a request is counted; `None` for those that do no I/O.
+/// The operation as which a request is counted; `None` for requests without I/O.
 fn operation_of(kind: RequestKind) -> Option<Operation> {
     match kind {
         RequestKind::Read => Some(Operation::Read),

@@ -5,8 +5,8 @@
 //! 2. **Take.** Take new chains from the available rings, parse them and check them. A request that needs no cache (GET
 //!    ID, an invalid request) continues with step 6.
 //! 3. **Admit**, with the cache locked. Complete the reaped store operations in the cache; each may make pieces of
-//!    waiting requests ready. Admit requests: those that the cache told to resume, then the new ones. What is in memory
-//!    is ready at once, as *pieces* of pinned frames. The rest (a miss, a FLUSH, a write at the dirty limit) waits for
+//!    waiting requests ready. Admit requests: those that the cache has resumed, then the new ones. Data in memory is
+//!    ready immediately, as *pieces* of pinned frames. The rest (a miss, a FLUSH, a write at the dirty limit) waits for
 //!    this step of a later turn. Submit the store operations that requests wait for before any byte is copied.
 //! 4. **Copy**, without the lock. Copy ready pieces between frames and guest memory. With its last piece a read is
 //!    finished.
@@ -14,7 +14,7 @@
 //!    write-through mode it continues as a FLUSH.
 //! 6. **Complete**, without the lock. Write status bytes and used elements of finished requests; some writes are
 //!    delayed while the cache fills. Publish each used ring once, and interrupt its driver at most once.
-//! 7. **End the turn**, with the cache locked. Return the pieces of reads, which have completed by now. Pump the cache:
+//! 7. **End the turn**, with the cache locked. Return the pieces of reads, which have completed before. Pump the cache:
 //!    write-back, syncs, eviction, readahead, stalled requests. Submit all store operations, deliver notices to other
 //!    workers, and reply to commands that waited for rings to drain.
 //!
@@ -22,8 +22,8 @@
 //! turn, however many requests it serves.
 //!
 //! A turn that finds nothing stops after step 2. The worker then polls: it repeats turns for up to `poll_us`. If they
-//! find nothing either, it enables the rings' notifications, looks at the rings once more, and sleeps in epoll. The
-//! thread lives as long as the device, so write-back continues while no front-end is connected.
+//! find nothing either, it enables the rings' notifications, checks the rings again, and sleeps in epoll. The thread
+//! lives as long as the device, so write-back continues while no front-end is connected.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -51,15 +51,15 @@ use super::requests::Requests;
 use super::ring::Ring;
 use super::{Device, RingSetup};
 
-/// With more pending requests than this the worker sleeps instead of polling. The next event is near anyway, and events
-/// that are handled in one batch cost a third less.
+/// With more pending requests than this, the worker sleeps instead of polling. The next event is near anyway, and
+/// handling events in batches costs a third less.
 const PENDING_MAX_TO_POLL: usize = 7;
-/// After this many polls in a row that found nothing, the worker polls only once in [`IDLE_TIMES_PER_POLL`].
+/// After this many consecutive polls that found nothing, the worker polls only once in [`IDLE_TIMES_PER_POLL`].
 const FRUITLESS_POLLS_MAX: u32 = 4;
 const IDLE_TIMES_PER_POLL: u32 = 64;
-/// Slots of the page table that one turn looks at when the operator drops clean pages: some 100 us.
+/// Slots of the page table that one turn scans when the operator drops clean pages: about 100 us.
 const DROPPED_SLOTS: u32 = 4096;
-/// The same, when pages in memory are listed: as many as a message between processes has room for.
+/// The same, when pages in memory are listed: as many as fit in a message between processes.
 const SHOWN_SLOTS: u32 = 1024;
 /// Epoll tokens. A ring's token is its index, which is below 256.
 const WAKER: u64 = 1000;
@@ -85,7 +85,7 @@ fn watch(epoll: &Epoll, fd: RawFd, token: u64) -> io::Result<()> {
     epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))
 }
 
-/// A worker without its thread; see the module.
+/// A worker without its thread; see the documentation of the module.
 #[derive(Debug)]
 pub struct Worker {
     device: Arc<Device>,
@@ -93,33 +93,30 @@ pub struct Worker {
     counters: WorkerCounters,
     commands: Receiver<WorkerCommand>,
     epoll: Epoll,
-    /// The running rings by index. As short as possible, since a turn looks at every element.
+    /// The running rings by index. As short as possible, because each turn checks every element.
     rings: Vec<Option<Ring>>,
     /// The ring from which the next turn takes first.
     first_ring: usize,
-    /// Rings that drain before they stop, and where to send their last position.
+    /// Rings that drain before they stop, and the receivers of their last positions.
     stopping: Vec<(u16, Sender<Option<QueuePosition>>)>,
-    /// Guest memory to use as soon as every ring has completed what it took.
+    /// Guest memory to use as soon as every ring has completed the requests that it took.
     new_memory: Option<(Arc<GuestRam>, Sender<()>)>,
     requests: Requests,
-    /// When the first request is due that a limit holds back on its ring; `None` also while no request can be taken.
+    /// When the first request that a limit holds back on its ring is due; `None` also while no request can be taken.
     held_until: Option<Tick>,
     /// When the cache must be pumped next, even if nothing else happens.
     deadline: Option<Tick>,
-    /// Polls in a row that found nothing.
+    /// Consecutive polls that found nothing.
     fruitless_polls: u32,
     /// How many times the worker ran out of work.
     idle_times: u32,
-    /// The worker ends as by a crash, as soon as it may.
+    /// The worker is to end as by a crash, as soon as it may.
     abandoned: Option<Untracked>,
     exiting: bool,
 }
 
 impl Worker {
-    /// Worker number `index`, which has not begun its first turn, and the control plane's end of the commands to it.
-    ///
-    /// # Errors
-    /// [`ErrorKind::System`] if a descriptor or the store's queue cannot be created.
+    /// Worker number `index`, before its first turn, and the control plane's end of the commands to it.
     pub fn new(device: &Arc<Device>, image: &Arc<CachedImage>, index: u16) -> Result<(Self, WorkerControl)> {
         let counters = device.counters.of_worker(index.into());
         let port = image.port(&device.name, counters.clone())?;
@@ -139,7 +136,7 @@ impl Worker {
             stopping: Vec::new(),
             new_memory: None,
             held_until: None,
-            // The first turn pumps the cache: pages that were restored may be due for write-back.
+            // The first turn pumps the cache: restored pages may be due for write-back.
             deadline: Some(Tick::ZERO),
             fruitless_polls: 0,
             idle_times: 0,
@@ -173,23 +170,23 @@ impl Worker {
         }
     }
 
-    /// Tells the drivers to kick from now on. Returns whether heads became available meanwhile, for which they may not
-    /// have kicked.
+    /// Enables the drivers' kicks. Returns whether heads became available meanwhile, for which they may not have
+    /// kicked.
     pub fn enable_notifications(&mut self) -> bool {
         let mut more_available = false;
         for index in 0..self.rings.len() {
             more_available |= self.ring_to_serve(index).is_some_and(Ring::enable_notification);
         }
-        // Otherwise a completion must come first, and the turn that handles it looks at the rings.
+        // If no request can be taken, a completion must come first, and the turn that handles it checks the rings.
         more_available && self.requests.can_take()
     }
 
-    /// Tells the drivers that they need not kick: the worker is awake.
+    /// Disables the drivers' kicks: the worker is awake.
     pub fn disable_notifications(&mut self) {
         self.rings.iter_mut().flatten().for_each(Ring::disable_notification);
     }
 
-    /// Repeats turns for up to `poll_us`: most often the next request arrives soon. Returns whether one found work.
+    /// Repeats turns for up to `poll_us`: usually the next request arrives soon. Returns whether one found work.
     fn poll(&mut self, mut now: Tick) -> bool {
         let no_rings = self.rings.iter().all(Option::is_none);
         let poll_us = self.device.poll_us();
@@ -237,8 +234,8 @@ impl Worker {
         })
     }
 
-    /// Sleeps until a kick, a store event, or a notification of the waker, but no longer than `timeout_ms` (-1: for
-    /// ever). Returns whether there was any of them.
+    /// Sleeps until a kick, a store event, or a notification of the waker, at most for `timeout_ms` (-1: without a
+    /// limit). Returns whether one of them occurred.
     pub fn sleep(&mut self, timeout_ms: i32) -> bool {
         let mut events = [EpollEvent::default(); 16];
         let count = match self.epoll.wait(timeout_ms, &mut events) {
@@ -250,7 +247,7 @@ impl Worker {
             match event.data() {
                 WAKER => self.port.waker().clear(),
                 STORE => self.port.set_store_ready(),
-                // A kick. The next turn looks at every ring.
+                // A kick. The next turn checks every ring.
                 0 => {
                     if let Some(Some(ring)) = self.rings.first_mut() {
                         ring.check_first_kick();
@@ -267,7 +264,7 @@ impl Worker {
         self.exiting
     }
 
-    /// One turn, in the steps that the module lists. Returns whether there was anything to do.
+    /// Takes one turn, in the steps that the module lists. Returns whether there was anything to do.
     pub fn turn(&mut self, now: Tick) -> bool {
         self.requests.tally.begin_turn(now);
         // 1. Collect.
@@ -321,8 +318,8 @@ impl Worker {
                     .enumerate()
                     .any(|(index, ring)| ring.as_ref().is_some_and(|ring| is_waited_for(index, ring)))
                 {
-                    // A guest that reboots, or leaves, must not wait for the end of a freeze. The thaw that follows
-                    // says that the freeze was lost.
+                    // A guest that reboots or disconnects must not wait for the end of a freeze. The thaw that follows
+                    // reports that the freeze was lost.
                     cache.thaw();
                 }
             }
@@ -332,7 +329,7 @@ impl Worker {
         true
     }
 
-    /// Counts the requests that have completed, with the time at present.
+    /// Counts the completed requests, with the present time.
     fn settle_tally(&mut self) {
         let now = self.port.image().now();
         self.requests.tally.settle(now);
@@ -359,7 +356,7 @@ impl Worker {
             }
         }
         if let Some(index) = first_held {
-            // Whoever comes first when the time has come may take what was saved up meanwhile.
+            // When the limits allow it, the ring that is served first may take the tokens that were saved up meanwhile.
             self.first_ring = index + 1;
         }
         taken
@@ -458,9 +455,8 @@ impl Worker {
     }
 
     /// Ends the worker if it is to end as by a crash, and may.
-    ///
-    /// => While a worker serves a request to its end, none ends: the request may need what another one has submitted to
-    ///    the store. The last untracked ring that stops wakes all of them.
+    /// => While any worker still has to complete a request, none ends: the request may need operations that another
+    ///    worker has submitted to the store. The last untracked ring that stops wakes all workers.
     fn end_if_abandoned(&mut self) {
         let Some(untracked) = self.abandoned.filter(|_| !self.exiting) else { return };
         let all_tracked = self.port.image().untracked_rings.load(Ordering::Acquire) == 0;
@@ -474,7 +470,8 @@ impl Worker {
         let mut ring = Ring::new(&self.device.name, index, setup);
         ring.set_load_max(self.device.budget.ring_pages);
         if let Err(e) = ring.watch_kicks(&self.epoll, u64::from(index)) {
-            // The ring is served only while the worker is awake for another reason, so the log must say why it is slow.
+            // The ring is now served only while the worker is awake for another reason, so the log must explain why it
+            // is slow.
             error!("{}: vring {index}: cannot watch its kick descriptor ({e}): requests may hang", self.device.name);
         }
         let index = usize::from(index);
@@ -489,7 +486,7 @@ impl Worker {
         }
     }
 
-    /// Replies to the commands that waited for rings to complete what they took, as far as they have.
+    /// Replies to the commands that waited until rings had completed the requests that they took, if they have.
     fn reply_if_drained(&mut self) {
         let (rings, epoll, image) = (&mut self.rings, &self.epoll, self.port.image());
         let limiter = &self.device.limiter;
